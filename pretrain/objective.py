@@ -1,0 +1,276 @@
+"""The four terms of paper 2 over one batch: L = UCL + MLM + ITM, in one forward of one module.
+
+The step's journey:
+1. every sentence of every stream goes through the text encoder in one call, every picture through the ViT;
+2. CLS states become unit vectors; those of all workers are the candidates of the contrastive terms (UCL) and of the
+   hard negatives;
+3. image-text rows (masked captions with their picture, with a wrong picture, wrong captions with the picture) go
+   through the unified encoder in one call: the first third serves both VLM and the positives of ITM;
+4. translation pairs, each side grounded in the other, go through it in a second call (TLM), mono text in a third (xMLM).
+
+Terms are sums over local rows, divided by counts over all workers and multiplied by the number of workers (see
+`raylib.collective`): a mean over the global batch, never a mean of means.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from raylib.collective import gather, gather_ragged, total, world_size
+from raylib.config import Config
+from raylib.losses import clamp, contrastive, hard_negatives, masked_language
+from raylib.model.encoder import Condition
+from raylib.model.unified import UnifiedModel
+from raylib.ragged import Ragged, Sentences, concatenate, first_tokens
+
+
+class Weights(Config):
+    """Weight of each term; 0 leaves it, and what only it needs, out."""
+
+    ucl_image: NonNegativeFloat = 1.0
+    ucl_translation: NonNegativeFloat = 1.0
+    vlm: NonNegativeFloat = 1.0
+    tlm: NonNegativeFloat = 1.0
+    xmlm: NonNegativeFloat = 1.0
+    itm: NonNegativeFloat = 1.0
+
+
+class ObjectiveConfig(Config):
+    """Defaults follow the paper's equations; the other value of each choice is what its public code does."""
+
+    weights: Weights = Weights()
+    ucl_text: Literal["clean", "masked"] = "clean"
+    itm_text: Literal["masked", "clean"] = "masked"
+    tlm_source: Literal["clean", "masked"] = "clean"
+    directions: Literal["sum", "mean"] = "sum"
+    train_vision: bool = True
+    temperature: tuple[float, float] = (0.001, 0.5)
+    fuse_every: PositiveInt = 1  # VLM, ITM and TLM see the pairs whose index is a multiple of it; UCL sees them all
+
+
+class _Pass:
+    """Sentences on their way through the text encoder: which tokens are read of it, then their states."""
+
+    def __init__(self, ids: Tensor, lengths: Tensor, cls: bool, rows: Tensor | None):
+        """`cls`: read every row's CLS; `rows`: read all tokens of these rows."""
+        self.ids = Ragged(ids, lengths)
+        self.read = first_tokens(lengths) if cls else torch.zeros(int(lengths.sum()), dtype=torch.bool)
+        if rows is not None:
+            self.read[self.ids.tokens(rows)] = True
+        self.place = self.read.cumsum(0) - 1
+        self.states: Tensor | None = None  # (R, d), set by the encoder
+
+    def cls(self) -> Tensor:
+        """(n, d) CLS states of all rows."""
+        return self.states.index_select(0, self.place[self.ids.starts].to(self.states.device))
+
+    def rows(self, rows: Tensor) -> Ragged:
+        """All states of `rows`, which must have been read."""
+        tokens = self.place[self.ids.tokens(rows)].to(self.states.device)
+        return Ragged(self.states.index_select(0, tokens), self.ids.lengths[rows])
+
+
+class _Side:
+    """One stream's sentences: all of them for UCL, those that are `fused` for the unified encoder."""
+
+    def __init__(self, sentences: Sentences, index: Tensor, every: int):
+        self.all, self.fused = sentences, (index % every == 0).nonzero().squeeze(1)
+        self.few = sentences.take(self.fused) if every > 1 else sentences
+        self.passes: dict[str, _Pass] = {}
+
+    def plan(self, ucl: str | None, fuse: set[str]) -> None:
+        """`ucl`: which text UCL wants, if any; `fuse`: which texts the unified encoder wants."""
+        for name in {ucl, *fuse} - {None}:
+            sentences = self.all if name == ucl else self.few
+            rows = (self.fused if name == ucl else torch.arange(len(self.fused))) if name in fuse else None
+            self.passes[name] = _Pass(getattr(sentences, name), sentences.lengths, name == ucl, rows)
+
+    def rows(self, name: str) -> Ragged:
+        """States of the fused sentences, clean or masked."""
+        states = self.passes[name]
+        return states.rows(self.fused if len(states.ids.lengths) > len(self.fused) else torch.arange(len(self.fused)))
+
+
+class PretrainObjective(nn.Module):
+    """`forward(batch)` -> (total loss of this worker to call backward on, {term: its mean over the global batch})."""
+
+    def __init__(self, model: UnifiedModel, config: ObjectiveConfig, caption_length: int = 35):
+        """`caption_length`: no caption of any worker is longer, in tokens."""
+        super().__init__()
+        self.model, self.config, self.caption_length = model, config, caption_length
+        if not config.train_vision:
+            model.vision.requires_grad_(False)
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        c, w = self.config, self.config.weights
+        caption, pair, mono = None, [], None
+        if (image_text := batch.get("image_text")) and (w.ucl_image or w.vlm or w.itm):
+            caption = _Side(image_text["text"], image_text["index"], c.fuse_every)
+            fuse = ({"masked"} if w.vlm else set()) | ({c.itm_text} if w.itm else set())
+            caption.plan(c.ucl_text if w.ucl_image or w.itm else None, fuse)
+        if (parallel := batch.get("parallel")) and (w.ucl_translation or w.tlm):
+            pair = [_Side(parallel[name], parallel["index"], c.fuse_every) for name in ("source", "target")]
+            for side in pair:
+                side.plan(c.ucl_text if w.ucl_translation else None, {"masked", c.tlm_source} if w.tlm else set())
+        if "text" in batch and w.xmlm:
+            mono = _Side(batch["text"]["text"], batch["text"]["index"], 1)
+            mono.plan(None, {"masked"})
+        self._encode([side for side in (caption, *pair, mono) if side])
+        # (term, sum over local rows, local count); several sums of one term add up
+        sums: list[tuple[str, Tensor, Tensor | int]] = []
+        if caption:
+            sums += self._image_text(image_text, caption)
+        if pair:
+            sums += self._translation(parallel, pair)
+        if mono:
+            states = self.model.fuse(mono.rows("masked"), mono.few.predicted())
+            sums.append(("xmlm", self._masked(states, mono), len(states)))
+        return self._weigh(sums)
+
+    def _encode(self, sides: list[_Side]) -> None:
+        """All sentences through the text encoder at once; its last layer only where it is read."""
+        passes = [p for side in sides for p in side.passes.values()]
+        if not passes:
+            return
+        states = self.model.encode_text(concatenate([p.ids for p in passes]), torch.cat([p.read for p in passes]))
+        for p, part in zip(passes, states.split([int(p.read.sum()) for p in passes]), strict=True):
+            p.states = part
+
+    def _image_text(self, batch: dict, caption: _Side) -> list:
+        c, w = self.config, self.config.weights
+        with torch.set_grad_enabled(c.train_vision and torch.is_grad_enabled()):
+            images = self.model.encode_images(batch["images"])
+        sums, drawn = [], None
+        if w.ucl_image or w.itm:
+            cls = images.values.index_select(0, images.starts.to(images.values.device))
+            vectors = self.model.embed_images(cls), self.model.embed_text(caption.passes[c.ucl_text].cls())
+            ids = batch["image_id"], caption.all.text_id
+            terms, drawn = self._contrastive("ucl_image", *vectors, batch["index"], *ids)
+            sums += terms if w.ucl_image else []
+        if w.vlm or w.itm:
+            sums += self._grounded(batch["draws"], caption, images, drawn)
+        return sums
+
+    def _contrastive(self, name, left, right, index, left_id, right_id) -> tuple[list, "_Drawn"]:
+        """UCL both ways; and what hard negatives are drawn by."""
+        temperature = clamp(self.model.temperature.float(), *self.config.temperature)
+        index = index.to(left.device)
+        everywhere, order = gather(index).sort()  # the global batch in one order on any number of workers
+        positive = torch.searchsorted(everywhere, index)
+        all_left, all_right = gather(left)[order], gather(right)[order]
+        same = (left_id[:, None] == gather(left_id)[order]) | (right_id[:, None] == gather(right_id)[order])
+        sums = [
+            (name, contrastive(left, all_right, positive, same, temperature), len(left)),
+            (name, contrastive(right, all_left, positive, same, temperature), len(left)),
+        ]
+        with torch.no_grad():
+            forbidden = same | F.one_hot(positive, len(order)).bool()
+            drawn = _Drawn(left @ all_right.T / temperature, right @ all_left.T / temperature, forbidden, index, everywhere)
+        return sums, drawn
+
+    def _grounded(self, draws: Tensor, caption: _Side, images: Ragged, drawn: "_Drawn | None") -> list:
+        """VLM and ITM: the fused captions through the unified encoder, grounded in pictures."""
+        c, w, b = self.config, self.config.weights, len(caption.fused)
+        own, seen = torch.arange(b), images.take(caption.fused)
+        shared = w.itm > 0 and c.itm_text == "masked"  # the VLM pass is then the positive pass of ITM
+        cls = first_tokens(caption.few.lengths)
+        texts, reads, rows = [], [], []
+        if w.itm:
+            positive = caption.rows(c.itm_text)
+            seen, own, wrong_image, wrong_text, exists = self._negatives(draws, positive, caption, seen, drawn)
+        if w.vlm or shared:
+            read = caption.few.predicted() if w.vlm else torch.zeros_like(cls)
+            texts, reads, rows = [caption.rows("masked")], [read | cls if shared else read], [own]
+        if w.itm:
+            if not shared:
+                texts, reads, rows = [*texts, positive], [*reads, cls], [*rows, own]
+            texts, rows = [*texts, positive, wrong_text], [*rows, wrong_image, own]
+            reads = [*reads, cls, first_tokens(wrong_text.lengths)]
+        states = self.model.fuse(concatenate(texts), torch.cat(reads), Condition(seen, torch.cat(rows)))
+        sums, device = [], states.device
+        if w.itm:
+            is_cls = first_tokens(torch.cat([t.lengths for t in texts]))[torch.cat(reads)]
+            heads = states.index_select(0, is_cls.nonzero().squeeze(1).to(device))[-3 * b :]
+            logits = F.log_softmax(self.model.match_head(heads).float(), -1)
+            wrong = -(logits[b:, 0].view(2, b) * exists).sum()
+            sums += [("itm", -logits[:b, 1].sum(), b), ("itm", wrong, exists.sum())]
+        if w.vlm:
+            here = caption.few.predicted()[reads[0]].nonzero().squeeze(1).to(device)
+            sums.append(("vlm", self._masked(states.index_select(0, here), caption), len(here)))
+        return sums
+
+    def _negatives(self, draws: Tensor, positive: Ragged, caption: _Side, images: Ragged, drawn: "_Drawn"):
+        """Hard negatives among the fused pairs of the global batch, both ways.
+
+        Returns: the pictures that this worker needs, once each; for its b rows the picture of their own and a wrong
+        one (rows among those pictures), a wrong caption each; and (2, b) whether [wrong picture, wrong caption] exists.
+        """
+        device, tokens = positive.values.device, int(images.lengths[0])
+        by_image, by_text, forbidden, index, everywhere = drawn.among(caption.fused.to(device), self.config.fuse_every)
+        draws = draws.index_select(0, caption.fused.to(device))
+        wrong_text, text_exists = hard_negatives(by_image, forbidden, draws[:, 0])
+        wrong_image, image_exists = hard_negatives(by_text, forbidden, draws[:, 1])
+        place, order = torch.searchsorted(everywhere, index), gather(index).argsort()
+        # the one wait for the device in a step: the wrong captions' lengths decide how they are padded
+        *chosen, order = torch.cat([wrong_text, wrong_image, place, order]).cpu().split([len(place)] * 3 + [len(order)])
+        wrong_text, wrong_image, place = chosen
+        every_text = gather_ragged(positive, self.caption_length)
+        every_image = Ragged(gather(images.values), torch.full((len(order),), tokens))
+        needed, rows = torch.cat([place, wrong_image]).unique(return_inverse=True)
+        own, wrong = rows.split(len(place))
+        exists = torch.stack([image_exists, text_exists])
+        return every_image.take(order[needed]), own, wrong, every_text.take(order[wrong_text]), exists
+
+    def _translation(self, batch: dict, pair: list[_Side]) -> list:
+        c, w, sums = self.config, self.config.weights, []
+        source, target = pair
+        if w.ucl_translation:
+            vectors = [self.model.embed_text(side.passes[c.ucl_text].cls()) for side in pair]
+            ids = [side.all.text_id for side in pair]
+            sums += self._contrastive("ucl_translation", *vectors, batch["index"], *ids)[0]
+        if w.tlm:
+            rows = concatenate([source.rows("masked"), target.rows("masked")])
+            seen = concatenate([target.rows(c.tlm_source), source.rows(c.tlm_source)])
+            read = torch.cat([side.few.predicted() for side in pair])
+            states = self.model.fuse(rows, read, Condition(seen, torch.arange(len(seen.lengths))))
+            for side, part in zip(pair, states.split([len(s.few.labels) for s in pair]), strict=True):
+                sums.append(("tlm", self._masked(part, side), len(part)))
+        return sums
+
+    def _masked(self, states: Tensor, side: _Side) -> Tensor:
+        head, decoder = self.model.masked_head, self.model.embedding.word.weight
+        return masked_language(head(states), decoder, head.bias, side.few.labels)
+
+    def _weigh(self, sums: list) -> tuple[Tensor, dict[str, Tensor]]:
+        """Local sums and counts -> this worker's share of the loss, and the terms of the global batch."""
+        device = self.model.temperature.device
+        counts = total(torch.stack([torch.as_tensor(n, dtype=torch.float32, device=device) for _, _, n in sums]))
+        shares, averaged = {}, ("ucl_image", "ucl_translation", "tlm") if self.config.directions == "mean" else ()
+        for (name, value, _), count in zip(sums, counts, strict=True):
+            scale = 0.5 if name in averaged else 1.0
+            shares[name] = shares.get(name, 0.0) + scale * value / count.clamp(min=1)
+        loss = sum(getattr(self.config.weights, name) * share for name, share in shares.items()) * world_size()
+        terms = total(torch.stack([share.detach().float() for share in shares.values()]))
+        return loss, dict(zip(shares, terms.unbind(), strict=True))
+
+
+class _Drawn(NamedTuple):
+    """What hard negatives are drawn by: similarities (b, B) of local pictures to all captions and of local captions to
+    all pictures, over the temperature; `forbidden` (b, B); index in the global batch of the rows (b,), columns (B,)."""
+
+    by_image: Tensor
+    by_text: Tensor
+    forbidden: Tensor
+    index: Tensor
+    everywhere: Tensor
+
+    def among(self, rows: Tensor, every: int) -> "_Drawn":
+        """The same for local `rows` and the columns whose index is a multiple of `every`."""
+        if every == 1:
+            return self
+        columns = (self.everywhere % every == 0).nonzero().squeeze(1)
+        tables = [t.index_select(0, rows).index_select(1, columns) for t in (self.by_image, self.by_text, self.forbidden)]
+        return _Drawn(*tables, self.index[rows], self.everywhere[columns])

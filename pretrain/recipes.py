@@ -1,0 +1,104 @@
+"""Recipes: functions that return a config. A variant edits its parent's. `python -m pretrain --help` lists them."""
+
+from collections.abc import Callable
+
+from pretrain.batches import DataConfig, StreamConfig
+from pretrain.objective import ObjectiveConfig, Weights
+from pretrain.train import PretrainConfig
+from raylib.data.images import AugmentConfig
+from raylib.loop import FitConfig
+from raylib.model.unified import ModelConfig
+from raylib.optim import OptimConfig
+
+
+def tiny() -> PretrainConfig:
+    """the sample corpus on 2 CPU cores in under 10 minutes"""
+    return PretrainConfig(
+        name="tiny",
+        model=ModelConfig(vocabulary=12000, width=192, heads=3, feedforward=768, text_layers=2, fusion_layers=2,
+                          vision_layers=4, image_size=64, patch=16, positions=64, embedding=128, dropout=0.0),
+        objective=ObjectiveConfig(ucl_text="masked", tlm_source="masked"),
+        data=DataConfig(
+            tokenizer="",
+            image_text=StreamConfig(batch=128, length=35, lanes=8),
+            parallel=StreamConfig(batch=512, length=50, lanes=8),
+            text=StreamConfig(batch=32, length=64, lanes=8),
+            augment=AugmentConfig(),
+        ),
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.98)),
+        fit=FitConfig(steps=1200, log_every=10, eval_every=300, save_every=300),
+    )  # fmt: skip
+
+
+def base() -> PretrainConfig:
+    """the paper's model, batch and schedule: 6+6+12 layers, 240,000 steps of 512 pairs, 2,048 translations, 2,048 sentences"""
+    return PretrainConfig(
+        name="base",
+        corpus="corpus",
+        workers=8,
+        model=ModelConfig(),
+        data=DataConfig(
+            tokenizer="",
+            image_text=StreamConfig(batch=512, length=35, lanes=64),
+            parallel=StreamConfig(batch=2048, length=50, lanes=64),
+            text=StreamConfig(batch=2048, length=64, lanes=64),
+        ),
+        optim=OptimConfig(),
+        fit=FitConfig(steps=240_000, log_every=50, eval_every=10_000, save_every=2_000, loader_workers=12),
+    )
+
+
+def small() -> PretrainConfig:
+    """a model for one GPU: 3+3+6 layers of width 384, 192 pixels, 60,000 steps"""
+    parent = base()
+    model = ModelConfig(width=384, heads=6, feedforward=1536, text_layers=3, fusion_layers=3, vision_layers=6, image_size=192)
+    fit = parent.fit.model_copy(update={"steps": 60_000})
+    optim = OptimConfig(lr=3e-4)
+    return parent.model_copy(update={"name": "small", "workers": 1, "model": model, "fit": fit, "optim": optim})
+
+
+ABLATIONS = {  # paper 2, table 5, and the terms that it keeps
+    "no_tlm": {"tlm": 0.0},
+    "no_xmlm": {"xmlm": 0.0},
+    "no_xlc": {"ucl_translation": 0.0},
+    "no_vlm": {"vlm": 0.0},
+    "no_itm": {"itm": 0.0},
+    "no_ucl": {"ucl_image": 0.0, "ucl_translation": 0.0},
+}
+
+
+def ablated(parent: Callable[[], PretrainConfig], weights: dict[str, float]) -> PretrainConfig:
+    """`parent` with some terms' weights changed."""
+    config = parent()
+    weights = Weights(**{**config.objective.weights.model_dump(), **weights})
+    return config.model_copy(update={"objective": config.objective.model_copy(update={"weights": weights})})
+
+
+def entangled(parent: Callable[[], PretrainConfig]) -> PretrainConfig:
+    """`parent` with one self-attention over text and condition in place of cross-attention (w/o uni-arch)."""
+    config = parent()
+    return config.model_copy(update={"model": config.model.model_copy(update={"fusion": "entangled"})})
+
+
+def _named(name: str, build: Callable[[], PretrainConfig], summary: str) -> Callable[[], PretrainConfig]:
+    def recipe() -> PretrainConfig:
+        return build().model_copy(update={"name": name})
+
+    recipe.__doc__ = summary
+    return recipe
+
+
+RECIPES: dict[str, Callable[[], PretrainConfig]] = {"tiny": tiny, "small": small, "base": base}
+for parent in (tiny, base):
+    size = parent.__name__
+    for ablation, changed in ABLATIONS.items():
+        RECIPES[f"{size}_{ablation}"] = _named(
+            f"{size}_{ablation}",
+            lambda parent=parent, changed=changed: ablated(parent, changed),
+            f"{size} without {', '.join(changed)}",
+        )
+    RECIPES[f"{size}_no_uni_arch"] = _named(
+        f"{size}_no_uni_arch",
+        lambda parent=parent: entangled(parent),
+        f"{size} with one self-attention over text and condition in place of cross-attention",
+    )

@@ -1,0 +1,148 @@
+"""One pretraining run: config, data, model, objective, loop, result."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from pydantic import model_validator
+
+from pretrain import report
+from pretrain.batches import DataConfig, StepBatches
+from pretrain.evaluate import Retrieval, summary
+from pretrain.objective import ObjectiveConfig, PretrainObjective
+from pretrain.sample import sample_corpus
+from raylib.config import Config
+from raylib.errors import UserError
+from raylib.launch import LaunchConfig, launch, open_run
+from raylib.loop import FitConfig, fit
+from raylib.model.load import load_text, load_vision
+from raylib.model.unified import ModelConfig, UnifiedModel
+from raylib.optim import OptimConfig
+from raylib.randomness import hash64
+from raylib.runtime import Runtime
+from raylib.text import Tokenizer
+
+
+class InitConfig(Config):
+    """Checkpoint folders to start from, in Hugging Face format; None starts from scratch."""
+
+    text: str | None = None  # XLM-R or BERT
+    vision: str | None = None  # ViT
+
+
+class PretrainConfig(LaunchConfig):
+    """Everything that a pretraining run depends on."""
+
+    corpus: str = "sample"  # folder with image_text, parallel, text, retrieval, tokenizer.model; or the embedded sample
+    model: ModelConfig
+    init: InitConfig = InitConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    fit: FitConfig
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PretrainConfig":
+        longest = max(self.data.image_text.length, self.data.parallel.length, self.data.text.length)
+        if longest > self.model.positions:
+            raise ValueError(f"model.positions={self.model.positions} is less than the longest data length {longest}")
+        return self
+
+
+def run(config: PretrainConfig) -> dict:
+    """Run `config` where it says, or say that it is complete. Prints the table, where the time went, and the files.
+
+    Raises:
+        UserError: whatever is wrong with settings, data or a checkpoint, before any worker starts where possible.
+    """
+    data = resolve_data(config)
+    batches = StepBatches(data, config.model.image_size, config.fit.seed, 0, config.workers)
+    _check_vocabulary(config, data)
+    folder = open_run(config)
+    if (folder / "result.json").is_file() and config.resume == "newest":
+        print(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
+        return {}
+    streams = ", ".join(f"{name} {getattr(config.data, name).batch}" for name in batches.streams)
+    print(f"run '{config.name}' in {folder}: {config.fit.steps} steps of {streams} on {config.workers} workers", flush=True)
+    tokenizer = Path(data.tokenizer)
+    shutil.copy2(tokenizer, folder / tokenizer.name)
+    result = launch(pretrain, config, folder)
+    if not result["finished"]:
+        print(f"stopped at step {result['steps']} of {config.fit.steps}; the same command goes on from there")
+        return result
+    print(report.table(result))
+    print(report.spent(result))
+    print(f"{folder}/result.json, curve.png; export: python -m pretrain export {folder} DIR", flush=True)
+    return result
+
+
+def resolve_data(config: PretrainConfig) -> DataConfig:
+    """`config.data` with every folder that is not given taken from `config.corpus`."""
+    if config.corpus == "sample":
+        corpus = sample_corpus(Path(config.runs).absolute() / "cache")
+    else:
+        corpus = Path(config.corpus).absolute()
+    data, changes = config.data, {}
+    for name in ("image_text", "parallel", "text"):
+        stream = getattr(data, name)
+        if stream.batch and stream.folder is None:
+            changes[name] = stream.model_copy(update={"folder": str(corpus / name)})
+    changes["tokenizer"] = data.tokenizer or str(corpus / "tokenizer.model")
+    if data.retrieval is None and (corpus / "retrieval").is_dir():
+        changes["retrieval"] = str(corpus / "retrieval")
+    return data.model_copy(update=changes)
+
+
+def _check_vocabulary(config: PretrainConfig, data: DataConfig) -> None:
+    size = Tokenizer.load(data.tokenizer).vocabulary
+    if size != config.model.vocabulary:
+        raise UserError(f"{data.tokenizer} has {size} pieces, the model {config.model.vocabulary}; set model.vocabulary={size}")
+
+
+def build_model(config: PretrainConfig) -> UnifiedModel:
+    """The model at step 0: seeded, then filled from `init`."""
+    torch.manual_seed(int(hash64(config.fit.seed, "model")) >> 1)
+    model = UnifiedModel(config.model)
+    if config.init.text:
+        load_text(model, config.init.text)
+    if config.init.vision:
+        load_vision(model, config.init.vision)
+    return model
+
+
+def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
+    """Train on this worker; worker 0 writes `result.json` and the curve. Returns the result."""
+    data = resolve_data(config)
+    batches = StepBatches(data, config.model.image_size, config.fit.seed, runtime.rank, runtime.world)
+    objective = PretrainObjective(build_model(config), config.objective, data.image_text.length)
+    retrieval, tables = None, []
+    if data.retrieval:
+        tokenizer = Tokenizer.load(data.tokenizer)
+        retrieval = Retrieval(data.retrieval, tokenizer, config.model.image_size, config.model.positions)
+
+    def evaluate(model: UnifiedModel) -> dict[str, float]:
+        if retrieval is None:
+            return {}
+        tables.append(retrieval(model))
+        return summary(tables[-1])
+
+    result = fit(objective, batches, runtime, config.fit, config.optim, evaluate, {"run": config.name})
+    if result["finished"] and not tables and retrieval is not None:  # resumed after the last checkpoint
+        objective.eval()
+        with torch.inference_mode():
+            evaluate(objective.model)
+    result = {"run": config.name, **result, "git": _commit(), **(tables[-1] if tables else {"retrieval": {}, "heldout": {}})}
+    if runtime.rank == 0 and result["finished"]:
+        report.draw_curve(runtime.run)
+        report.write_result(runtime.run / "result.json", result)
+    return result
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs. A submitted job is a copy without history: its sender says."""
+    if "POLYGLANCE_COMMIT" in os.environ:
+        return os.environ["POLYGLANCE_COMMIT"]
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or None

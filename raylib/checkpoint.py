@@ -1,0 +1,144 @@
+"""Checkpoint folders: what is in one, whether it is whole, which one a run goes on from.
+
+    runs/NAME/checkpoints/step_000100/
+        meta.json              step, workers, engine, score, seconds, losses
+        model.safetensors, config.json   the model alone, for evaluation, export and other engines
+        files-00000.json       size and sha256 of every file that worker 0 wrote; one such list a worker
+        ...                    the engine's own files, one shard a worker
+    runs/NAME/best/            the checkpoint with the best score so far (hard links, where the disk allows)
+
+A checkpoint exists once it is *registered*: in Ray Train's snapshot, or in `registry.json` without Ray. A folder that is
+not registered is a leftover of a crash: it is ignored, and overwritten when its step comes again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from raylib.errors import UserError
+
+FOLDER, BEST, REGISTRY, START = "checkpoints", "best", "registry.json", "start.json"
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def seal(folder: Path, rank: int) -> None:
+    """List size and hash of every file in `folder`, all of them written by worker `rank`."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
+    (folder / f"files-{rank:05d}.json").write_text(json.dumps(files, indent=1), encoding="utf-8")
+
+
+def verify(folder: Path) -> dict:
+    """The checkpoint's meta data, after comparing every file with the lists.
+
+    Raises:
+        UserError: a file is missing, truncated or changed; it is named.
+    """
+    advice = "restore the file, or start from an older checkpoint with resume=step_NNNNNN"
+    meta = read_meta(folder)
+    for rank in range(meta["workers"]):
+        listing = folder / f"files-{rank:05d}.json"
+        if not listing.is_file():
+            raise UserError(f"{listing}: missing, so this checkpoint is not whole; {advice}")
+        for name, wanted in json.loads(listing.read_text(encoding="utf-8")).items():
+            path = folder / name
+            if not path.is_file():
+                raise UserError(f"{path}: missing from the checkpoint; {advice}")
+            if path.stat().st_size != wanted["bytes"]:
+                raise UserError(f"{path}: {path.stat().st_size} bytes instead of {wanted['bytes']}; {advice}")
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != wanted["sha256"]:
+                    raise UserError(f"{path}: content changed since it was saved (sha256 differs); {advice}")
+    return meta
+
+
+def read_meta(folder: Path) -> dict:
+    """`meta.json` of a checkpoint folder."""
+    try:
+        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}/meta.json: missing, so this is no whole checkpoint") from None
+
+
+def newest(run: Path) -> Path | None:
+    """The newest registered checkpoint of a run, else the one it was told to start from, else None."""
+    folder = run / FOLDER
+    names = []
+    if (folder / REGISTRY).is_file():
+        names += json.loads((folder / REGISTRY).read_text(encoding="utf-8"))
+    if (folder / SNAPSHOT).is_file():
+        latest = json.loads((folder / SNAPSHOT).read_text(encoding="utf-8"))["latest_checkpoint_result"]
+        names += [latest["checkpoint_dir_name"]] if latest else []
+    if names:
+        return folder / max(names)
+    if (folder / START).is_file():
+        return run / json.loads((folder / START).read_text(encoding="utf-8"))
+    return None
+
+
+def register(run: Path, name: str, keep: int) -> None:
+    """Without Ray: enter a folder that is now whole, drop all but the newest `keep`."""
+    registry = run / FOLDER / REGISTRY
+    names = json.loads(registry.read_text(encoding="utf-8")) if registry.is_file() else []
+    names = sorted({*names, name})
+    write_atomically(registry, json.dumps(names[-keep:]))
+    for old in names[:-keep]:
+        shutil.rmtree(run / FOLDER / old)
+
+
+def keep_best(run: Path, name: str) -> None:
+    """Make `best/` this checkpoint if its score is the highest so far."""
+    source, best = run / FOLDER / name, run / BEST
+    score = read_meta(source)["score"]
+    if score is None or (best.is_dir() and read_meta(best)["score"] >= score):
+        return
+    fresh = run / f".{BEST}.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(source, fresh, copy_function=_link)
+    if best.is_dir():
+        shutil.rmtree(best)
+    fresh.rename(best)
+
+
+def _link(source: str, to: str) -> None:
+    try:
+        os.link(source, to)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, to)
+
+
+def rewind(run: Path, name: str) -> Path:
+    """Set all checkpoints aside and let the run go on from `name` ("step_000050" or "best"). Nothing is deleted.
+
+    Raises:
+        UserError: there is no such checkpoint (names those there are); it is not whole.
+    """
+    folder = run / FOLDER
+    chosen = run / BEST if name == BEST else folder / name
+    if not chosen.is_dir():
+        there = sorted(p.name for p in folder.glob("step_*")) + ([BEST] if (run / BEST).is_dir() else [])
+        raise UserError(f"{run}: no checkpoint '{name}'; there are: {', '.join(there) or 'none'}")
+    verify(chosen)
+    number = sum(1 for _ in run.glob(f"{FOLDER}.before-*")) + 1
+    aside = run / f"{FOLDER}.before-{number}"
+    folder.rename(aside)
+    folder.mkdir()
+    start = chosen if name == BEST else aside / name
+    write_atomically(folder / START, json.dumps(str(start.relative_to(run))))
+    return start
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,118 @@
+"""Configs: frozen pydantic models, changed only by dotted paths.
+
+One mechanism serves the command line (`optim.lr=1e-3`), search spaces and tests. An unknown path or a bad value is one
+line that says where and names the near matches.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from raylib.errors import UserError
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+C = TypeVar("C", bound=Config)
+
+
+def override(config: C, assignments: list[str]) -> C:
+    """A copy of `config` with each "path=value" applied. Values are JSON (`3`, `true`, `null`, `[0.5, 1]`), else text.
+
+    Raises:
+        UserError: not of the form path=value, unknown path (names the near matches), or a value of the wrong kind.
+    """
+    values = config.model_dump()
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"'{assignment}' is not of the form path=value, such as optim.lr=1e-3")
+        parent, name = _find(values, path)
+        parent[name] = _parse(text)
+    return build(type(config), values, "the command line")
+
+
+def build(cls: type[C], values: dict[str, Any], where: str) -> C:
+    """`cls` from plain values; what pydantic finds wrong becomes one `UserError` line."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as e:
+        first = e.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UserError(f"{where}: unknown setting '{path}'{_near(path, paths(cls.model_construct()))}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        got = f" (got {first['input']!r})" if path else ""
+        raise UserError(f"{where}: {path + ': ' if path else ''}{message}{got}") from None
+
+
+def load(cls: type[C], path: Path) -> C:
+    """A config from the JSON file that `save` wrote."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except ValueError as e:
+        raise UserError(f"{path}: not a JSON config file ({e})") from None
+    return build(cls, values, str(path))
+
+
+def save(config: Config, path: Path) -> None:
+    """Write `config` as JSON."""
+    Path(path).write_text(dump(config) + "\n", encoding="utf-8")
+
+
+def dump(config: Config) -> str:
+    """`config` as readable JSON, every default resolved."""
+    return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False)
+
+
+def paths(config: Config) -> list[str]:
+    """Every dotted path of `config`."""
+    return list(_paths(config.model_dump(), ""))
+
+
+def choose(name: str, choices: dict[str, Any], what: str) -> Any:
+    """`choices[name]`, or a `UserError` that lists the near matches, then all of them."""
+    if name in choices:
+        return choices[name]
+    raise UserError(f"unknown {what} '{name}'{_near(name, list(choices))}; there are: {', '.join(choices)}")
+
+
+def _paths(values: dict, prefix: str):
+    for name, value in values.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{name}.")
+
+
+def _find(values: dict, path: str) -> tuple[dict, str]:
+    *parents, name = path.split(".")
+    node = values
+    for part in parents:
+        node = node.get(part) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or name not in node:
+        raise UserError(f"unknown setting '{path}'{_near(path, list(_paths(values, '')))}")
+    return node, name
+
+
+def _near(name: str, known: list[str]) -> str:
+    tail = {k.rsplit(".", 1)[-1]: k for k in known}
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close += [tail[t] for t in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(tail), n=2, cutoff=0.7)]
+    close = list(dict.fromkeys(close))
+    return f"; did you mean {' or '.join(close[:3])}?" if close else ""
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

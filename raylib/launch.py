@@ -1,0 +1,132 @@
+"""Run a training function here, or on the workers of a Ray cluster."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from raylib import checkpoint
+from raylib.config import Config, dump
+from raylib.errors import UserError
+from raylib.runtime import Local, OnRay, Runtime
+
+
+class LaunchConfig(Config):
+    """Where a run lives and what it runs on."""
+
+    name: str = Field("run", pattern=r"^[\w.-]+$")
+    runs: str = "runs"
+    runtime: Literal["ray", "local"] = "ray"
+    workers: PositiveInt = 2
+    gpu: bool | None = None  # a GPU a worker; None: if the cluster has any
+    max_failures: NonNegativeInt = 3
+    resume: str = "newest"  # or step_NNNNNN, or best: older checkpoints are set aside, never deleted
+
+
+# what may change between the parts of one run
+CHANGEABLE = ("runs", "runtime", "workers", "gpu", "max_failures", "resume", "fit.stop_after", "fit.log_every", "fit.eval_every",
+              "fit.save_every", "fit.keep", "fit.loader_workers", "fit.track", "fit.zero", "data.cache")  # fmt: skip
+
+
+def open_run(config: LaunchConfig) -> Path:
+    """The run's folder, with its config stored; `resume` applied.
+
+    Raises:
+        UserError: the folder belongs to a run of other settings (they are named); a checkpoint to resume from is
+            missing or not whole.
+    """
+    run = Path(config.runs).absolute() / config.name
+    (run / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
+    stored = run / "config.json"
+    if stored.is_file():
+        changed = [p for p in _differences(json.loads(stored.read_text(encoding="utf-8")), json.loads(dump(config)))
+                   if p not in CHANGEABLE]  # fmt: skip
+        if changed:
+            raise UserError(f"{run} holds a run with other settings ({', '.join(changed)}); give this one another name=")
+    checkpoint.write_atomically(stored, dump(config) + "\n")
+    if config.resume != "newest":
+        checkpoint.rewind(run, config.resume)
+    elif start := checkpoint.newest(run):
+        checkpoint.verify(start)
+    return run
+
+
+def launch(main: Callable[[Runtime, Any], dict], config: Any, run: Path) -> dict:
+    """`main(runtime, config)` on every worker; returns what worker 0 returned.
+
+    Raises:
+        UserError: raised by `main` on any worker, in one line.
+    """
+    if config.runtime == "local":
+        return main(Local(run, config.fit.keep), config)
+    return _on_ray(main, config, run)
+
+
+def _on_ray(main: Callable, config: Any, run: Path) -> dict:
+    # Train's run page needs it; doubled prints and a noisy watcher go (RAY.md, section 1)
+    quiet = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # fmt: skip
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+        from ray import train
+        from ray.train.torch import TorchTrainer
+    except ImportError:
+        raise UserError("ray is not installed; install the pinned requirements, or run with runtime=local") from None
+    started = not ray.is_initialized()
+    if started:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True,
+                 runtime_env={"env_vars": {k: os.environ[k] for k in quiet}})  # fmt: skip
+    gpu = ray.cluster_resources().get("GPU", 0) > 0 if config.gpu is None else config.gpu
+    resources = ray.cluster_resources()
+    have = int(resources.get("GPU" if gpu else "CPU", 0))
+    if have < config.workers:
+        raise UserError(f"workers={config.workers}, but the cluster has {have} {'GPUs' if gpu else 'CPUs'}; set workers={have}")
+    failure = run / "failure.json"
+    failure.unlink(missing_ok=True)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"main": main, "config": config, "run": str(run)},
+        scaling_config=train.ScalingConfig(num_workers=config.workers, use_gpu=gpu),
+        run_config=train.RunConfig(
+            name=checkpoint.FOLDER,
+            storage_path=str(run),
+            failure_config=train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=train.CheckpointConfig(num_to_keep=config.fit.keep),
+        ),
+    )
+    try:
+        result = trainer.fit().return_value
+    finally:
+        if started:
+            ray.shutdown()
+    if "error" in result:
+        raise UserError(result["error"])
+    return result
+
+
+def _work(parts: dict) -> dict:
+    """On a worker. A user's mistake is no failure to retry: it is left for the next attempt to return."""
+    run = Path(parts["run"])
+    failure = run / "failure.json"
+    if failure.is_file():
+        return json.loads(failure.read_text(encoding="utf-8"))
+    try:
+        return parts["main"](OnRay(run), parts["config"])
+    except UserError as e:
+        checkpoint.write_atomically(failure, json.dumps({"error": str(e)}))
+        raise
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """Dotted paths at which two plain configs differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = []
+        for name in sorted({*a, *b}):
+            found += _differences(a.get(name), b.get(name), f"{prefix}{name}.")
+        return found
+    return [] if a == b else [prefix.rstrip(".")]

@@ -1,0 +1,81 @@
+"""Pure tensor functions. Each returns a *sum* over local rows: the caller divides by the count over all workers.
+
+Shape legend: b local rows, B rows of the global batch, e embedding width, m masked positions, d width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+HEAD_ROWS = 256  # rows of the vocabulary head at a time; PyTorch's automatic choice is 10 x slower on a CPU (SPEED.md)
+
+
+def contrastive(queries: Tensor, keys: Tensor, positive: Tensor, same: Tensor, temperature: Tensor) -> Tensor:
+    """InfoNCE in one direction, summed (paper 2, equation 1).
+
+    Args:
+        queries: unit vectors (b, e). keys: unit vectors of the global batch (B, e).
+        positive: (b,) the key of each query.
+        same: (b, B) True where the key is equal to the positive in content; such keys are no negatives.
+        temperature: scalar.
+    """
+    logits = queries.float() @ keys.float().T / temperature
+    own = F.one_hot(positive, len(keys)).bool()
+    return F.cross_entropy(logits.masked_fill(same & ~own, -torch.inf), positive, reduction="sum")
+
+
+def masked_language(states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy over the vocabulary at masked positions, summed (paper 2, equation 2).
+
+    Logits exist for `HEAD_ROWS` positions at a time and are computed again for the gradient, so that memory does not
+    grow with the number of positions. states (m, d), weight (V, d), bias (V,), labels (m,).
+    """
+    loss = states.sum() * 0.0  # keeps the graph when nothing is masked
+    for part, wanted in zip(states.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True):
+        loss = loss + checkpoint(_head, part, weight, bias, wanted, use_reentrant=False, preserve_rng_state=False)
+    return loss
+
+
+def _head(states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(states, weight, bias).float(), labels, reduction="sum")
+
+
+def hard_negatives(similarity: Tensor, forbidden: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """One in-batch negative a row, drawn with probability softmax(similarity) (ALBEF; paper 2, equation 3).
+
+    Args:
+        similarity: (b, B), divided by the temperature.
+        forbidden: (b, B) True at the positive and at every false negative.
+        draws: (b,) uniform in [0, 1), one a row: equal draws give equal negatives on any number of workers.
+    Returns:
+        (index (b,), exists (b,)). Where all keys are forbidden there is no negative: index 0, exists False. Scores
+        that are NaN or infinite count as the lowest, so that a diverging model fails in its loss and not in here.
+    """
+    scores = similarity.float().nan_to_num(nan=-1e4, posinf=1e4, neginf=-1e4).masked_fill(forbidden, -torch.inf)
+    exists = ~forbidden.all(1)
+    chances = scores.masked_fill(~exists[:, None], 0.0).softmax(1).masked_fill(forbidden, 0.0).cumsum(1)
+    wanted = draws[:, None].to(chances) * chances[:, -1:]
+    index = (chances <= wanted).sum(1)  # first key whose running chance passes the draw
+    last = (~forbidden * torch.arange(forbidden.shape[1], device=forbidden.device)).amax(1)
+    return torch.where(exists, torch.minimum(index, last), 0), exists
+
+
+class _Clamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.low, ctx.high = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x,) = ctx.saved_tensors
+        outward = ((x <= ctx.low) & (grad > 0)) | ((x >= ctx.high) & (grad < 0))  # a step goes against the gradient
+        return grad.masked_fill(outward, 0.0), None, None
+
+
+def clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """`x` within [low, high]. Outside, the gradient passes only if a step along it leads back in: clamping the
+    parameter itself would be undone by ZeRO's own copy of it."""
+    return _Clamp.apply(x, low, high)

@@ -1,0 +1,175 @@
+"""Initialise a unified model from XLM-R, BERT or ViT folders in Hugging Face format (paper 2, section 4.1).
+
+The first N_L text layers become the text encoder, the last N_C the unified encoder, whose cross-attention starts as a
+copy of the self-attention of its layer; the masked-language head comes from `lm_head` (XLM-R) or `cls.predictions`
+(BERT). Every tensor of the checkpoint is used, or is named as expected to be unused; anything else is an error that
+lists it.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from raylib.errors import UserError
+from raylib.model.unified import UnifiedModel
+
+UNUSED_TEXT = [r"pooler\.", r"embeddings\.position_ids", r"cls\.seq_relationship\.", r"classifier\.", r"qa_outputs\."]
+UNUSED_VISION = [r"pooler\.", r"classifier\."]
+
+
+def load_text(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] = ()) -> None:
+    """Fill the text path of `model` from an XLM-R- or BERT-like checkpoint folder.
+
+    Args:
+        unused: regular expressions of further checkpoint keys that may stay unused.
+    Raises:
+        UserError: no weights in the folder; tensors missing, left over or of another shape (they are listed).
+    """
+    weights, config = _read(Path(folder))
+    if not any(k.startswith(("lm_head.", "cls.predictions.")) for k in weights):
+        raise UserError(f"{folder}: no masked-language head (lm_head or cls.predictions) in this checkpoint; "
+                        "save the model as ...ForMaskedLM")  # fmt: skip
+    weights = {re.sub(r"^(roberta|bert|model)\.", "", k): v for k, v in weights.items()}
+    taken = _Taken(weights, folder)
+    roberta = config.get("model_type", "") != "bert"
+    first = config.get("pad_token_id", 1) + 1 if roberta else 0  # RoBERTa numbers positions from pad + 1
+    with torch.no_grad():
+        taken.copy(model.embedding.word.weight, "embeddings.word_embeddings.weight")
+        positions = taken("embeddings.position_embeddings.weight")[first:]
+        token_type = taken("embeddings.token_type_embeddings.weight")[0]
+        if len(positions) < len(model.embedding.position.weight):
+            raise UserError(f"{folder}: {len(positions)} positions, the model wants {len(model.embedding.position.weight)}; "
+                            f"set model.positions={len(positions)}")  # fmt: skip
+        model.embedding.position.weight.copy_(positions[: len(model.embedding.position.weight)] + token_type)
+        taken.copy_layer(model.embedding.norm, "embeddings.LayerNorm")
+        layers = 1 + max(int(m[1]) for k in weights if (m := re.match(r"encoder\.layer\.(\d+)\.", k)))
+        blocks = [*model.text.blocks, *model.fusion.blocks]
+        if layers < len(blocks):
+            raise UserError(f"{folder}: {layers} layers, the model wants {len(blocks)}; set model.text_layers and fusion_layers")
+        skipped = layers - len(blocks)
+        for i, block in enumerate(blocks):
+            _copy_block(taken, block, i if i < len(model.text.blocks) else i + skipped)
+        lm = "lm_head" if "lm_head.dense.weight" in weights else "cls.predictions"
+        transform, norm = ("lm_head", "layer_norm") if lm == "lm_head" else ("cls.predictions.transform", "LayerNorm")
+        taken.copy_layer(model.masked_head.dense, f"{transform}.dense")
+        taken.copy_layer(model.masked_head.norm, f"{transform}.{norm}")
+        taken.copy(model.masked_head.bias, f"{lm}.bias")
+    between = [rf"encoder\.layer\.{len(model.text.blocks) + i}\." for i in range(skipped)]
+    tied = [rf"{re.escape(lm)}\.decoder\.(weight|bias)"]
+    taken.finish([*UNUSED_TEXT, *between, *tied, *unused])
+
+
+def load_vision(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] = ()) -> None:
+    """Fill the image encoder of `model` from a ViT checkpoint folder; position embeddings are interpolated
+    (bicubic) to the model's resolution. Arguments and errors as in `load_text`."""
+    weights, config = _read(Path(folder))
+    weights = {re.sub(r"^vit\.", "", k): v for k, v in weights.items()}
+    taken, vision = _Taken(weights, folder), model.vision
+    if config.get("patch_size", vision.patch) != vision.patch:
+        raise UserError(f"{folder}: patch {config['patch_size']}, the model wants {vision.patch}; set model.patch")
+    with torch.no_grad():
+        vision.cls.copy_(taken("embeddings.cls_token").view(-1))
+        vision.position.copy_(interpolate(taken("embeddings.position_embeddings")[0], len(vision.position) - 1))
+        kernel = taken("embeddings.patch_embeddings.projection.weight")  # (d, 3, P, P) -> (d, P, P, 3)
+        vision.patch_embedding.weight.copy_(kernel.permute(0, 2, 3, 1).reshape(len(kernel), -1))
+        taken.copy(vision.patch_embedding.bias, "embeddings.patch_embeddings.projection.bias")
+        for i, block in enumerate(vision.blocks):
+            at = f"encoder.layer.{i}"
+            taken.copy_layer(block.attention_norm, f"{at}.layernorm_before")
+            taken.copy_layer(block.output_norm, f"{at}.layernorm_after")
+            taken.copy_attention(block.attention, f"{at}.attention.attention", f"{at}.attention.output.dense")
+            taken.copy_layer(block.intermediate, f"{at}.intermediate.dense")
+            taken.copy_layer(block.output, f"{at}.output.dense")
+        taken.copy_layer(vision.norm, "layernorm")
+    taken.finish([*UNUSED_VISION, *unused])
+
+
+def interpolate(positions: Tensor, patches: int) -> Tensor:
+    """Position embeddings (1 + M, d), CLS first, on a square grid -> (1 + patches, d)."""
+    old, new = math.isqrt(len(positions) - 1), math.isqrt(patches)
+    if old == new:
+        return positions
+    grid = positions[1:].T.reshape(1, -1, old, old)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid.flatten(2)[0].T])
+
+
+def _copy_block(taken: "_Taken", block: nn.Module, layer: int) -> None:
+    at = f"encoder.layer.{layer}"
+    attentions = [(block.attention, block.attention_norm)]
+    if hasattr(block, "cross_attention"):
+        attentions.append((block.cross_attention, block.cross_norm))
+    for attention, norm in attentions:
+        taken.copy_attention(attention, f"{at}.attention.self", f"{at}.attention.output.dense")
+        taken.copy_layer(norm, f"{at}.attention.output.LayerNorm")
+    taken.copy_layer(block.intermediate, f"{at}.intermediate.dense")
+    taken.copy_layer(block.output, f"{at}.output.dense")
+    taken.copy_layer(block.output_norm, f"{at}.output.LayerNorm")
+
+
+class _Taken:
+    """A checkpoint's tensors, and which of them have been used, are missing or do not fit."""
+
+    def __init__(self, weights: dict[str, Tensor], folder):
+        self.weights, self.folder = weights, folder
+        self.used: set[str] = set()
+        self.wrong: list[str] = []
+
+    def __call__(self, name: str) -> Tensor:
+        self.used.add(name)
+        if name not in self.weights:
+            raise UserError(f"{self.folder}: tensor '{name}' is missing")
+        return self.weights[name]
+
+    def copy(self, to: Tensor, *names: str) -> None:
+        """Copy the tensors `names`, one below the other, into `to`; what is wrong is kept for `finish`."""
+        self.used.update(names)
+        absent = [f"missing {name}" for name in names if name not in self.weights]
+        if not absent:
+            value = torch.cat([self.weights[name] for name in names])
+            if value.shape == to.shape:
+                to.copy_(value)
+                return
+            absent = [f"{' + '.join(names)} is {tuple(value.shape)}, wanted {tuple(to.shape)}"]
+        self.wrong += absent
+
+    def copy_layer(self, layer: nn.Module, name: str) -> None:
+        self.copy(layer.weight, f"{name}.weight")
+        self.copy(layer.bias, f"{name}.bias")
+
+    def copy_attention(self, attention: nn.Module, heads: str, output: str) -> None:
+        self.copy_layer(attention.query, f"{heads}.query")
+        for part in ("weight", "bias"):
+            self.copy(getattr(attention.key_value, part), f"{heads}.key.{part}", f"{heads}.value.{part}")
+        self.copy_layer(attention.output, output)
+
+    def finish(self, unused: list[str]) -> None:
+        left = [k for k in self.weights if k not in self.used and not any(re.match(p, k) for p in unused)]
+        wrong = self.wrong + [f"unused {k}" for k in left]
+        if wrong:
+            raise UserError(f"{self.folder} does not fit the model: {'; '.join(wrong)}")
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict]:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json; give a checkpoint folder in Hugging Face format")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    index = next(folder.glob("*.index.json"), None)
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else None
+    weights: dict[str, Tensor] = {}
+    for name in names or ["model.safetensors"]:
+        if (folder / name).suffix == ".safetensors" and (folder / name).is_file():
+            weights |= load_file(folder / name)
+        elif not names and (folder / "pytorch_model.bin").is_file():
+            weights |= torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        elif (folder / name).is_file():
+            weights |= torch.load(folder / name, map_location="cpu", weights_only=True)
+        else:
+            raise UserError(f"{folder}: no {name}; give a checkpoint folder in Hugging Face format")
+    return weights, config

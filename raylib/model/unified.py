@@ -1,0 +1,132 @@
+"""The unified model of paper 2 (section 3.2, figure 2): image encoder, text encoder, unified encoder.
+
+Three routes share the unified encoder: unpaired text skips the cross-attention, image-text pairs attend to the image,
+translation pairs attend to the other sentence.
+"""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from raylib.config import Config, build
+from raylib.errors import UserError
+from raylib.model.attention import initialise
+from raylib.model.encoder import Condition, Encoder, TextEmbedding
+from raylib.model.vision import VisionEncoder
+from raylib.ragged import Ragged
+
+
+class ModelConfig(Config):
+    """Sizes of a unified model. The defaults are the paper's `base`: 12 image, 6 text and 6 unified layers."""
+
+    vocabulary: int = 250002
+    width: int = 768
+    heads: int = 12
+    feedforward: int = 3072
+    text_layers: int = 6
+    fusion_layers: int = 6
+    vision_layers: int = 12
+    image_size: int = 256
+    patch: int = 16
+    positions: int = 512
+    embedding: int = 256
+    dropout: float = 0.1
+    eps: float = 1e-12
+    temperature: float = 0.07
+    fusion: Literal["cross", "entangled"] = "cross"
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "ModelConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.image_size % self.patch:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
+        return self
+
+
+class MaskedLanguageHead(nn.Module):
+    """Transform of a masked token's state before the vocabulary; the decoder is the word embedding (XLM-R's `lm_head`)."""
+
+    def __init__(self, width: int, vocabulary: int, eps: float):
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(m, d) -> (m, d), to be multiplied by the word embedding."""
+        return self.norm(F.gelu(self.dense(states)))
+
+
+class UnifiedModel(nn.Module):
+    """Image, text and unified encoder with their heads. Every text goes in and comes out ragged (`raylib.ragged`)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = self.config = config
+        stack = dict(width=c.width, heads=c.heads, feedforward=c.feedforward, dropout=c.dropout)
+        self.vision = VisionEncoder(c.image_size, c.patch, c.vision_layers, **stack)
+        self.embedding = TextEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.eps)
+        self.text = Encoder(c.text_layers, **stack, eps=c.eps, cross=False)
+        self.fusion = Encoder(c.fusion_layers, **stack, eps=c.eps, cross=c.fusion == "cross")
+        self.image_projection = nn.Linear(c.width, c.embedding)
+        self.text_projection = nn.Linear(c.width, c.embedding)
+        self.masked_head = MaskedLanguageHead(c.width, c.vocabulary, c.eps)
+        self.match_head = nn.Linear(c.width, 2)
+        self.temperature = nn.Parameter(torch.tensor(c.temperature))
+        self.apply(initialise)
+
+    def encode_images(self, images: Tensor) -> Ragged:
+        """uint8 (b, H, W, 3) -> b rows of M + 1 states, CLS first."""
+        states = self.vision(images)
+        return Ragged(states.flatten(0, 1), torch.full((len(states),), states.shape[1]))
+
+    def encode_text(self, ids: Ragged, read: Tensor | None = None) -> Tensor:
+        """Ids (T,) -> unimodal states (T, d), or (R, d) of the tokens in `read` (T,)."""
+        return self.text(ids.with_values(self.embedding(ids)), read)
+
+    def fuse(self, text: Ragged, read: Tensor | None = None, condition: Condition | None = None) -> Tensor:
+        """Unimodal text states (T, d) -> unified states of the read tokens (R, d), grounded in `condition`."""
+        return self.fusion(text, read, condition)
+
+    def embed_images(self, cls: Tensor) -> Tensor:
+        """Image CLS states (b, d) -> unit vectors (b, e)."""
+        return F.normalize(self.image_projection(cls), dim=-1)
+
+    def embed_text(self, cls: Tensor) -> Tensor:
+        """Text CLS states (n, d) -> unit vectors (n, e)."""
+        return F.normalize(self.text_projection(cls), dim=-1)
+
+    def save(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        description = {"model_type": "polyglance-unified", **self.config.model_dump()}
+        (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        save_file({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> "UnifiedModel":
+        """The model that `save` (or `python -m pretrain export`) wrote into `folder`.
+
+        Raises:
+            UserError: no such folder, another kind of model, or weights that do not fit the config.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder}: no {name}; give a folder written by `python -m pretrain export RUN DIR`")
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if values.pop("model_type", None) != "polyglance-unified":
+            raise UserError(f"{folder}: not a Polyglance model; give a folder written by `python -m pretrain export`")
+        model = cls(build(ModelConfig, values, str(folder / "config.json")))
+        try:
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+        except RuntimeError as e:
+            raise UserError(f"{folder}/model.safetensors does not fit its config.json: {' '.join(str(e).split())}") from None
+        return model

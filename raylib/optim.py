@@ -1,0 +1,43 @@
+"""AdamW groups and the learning rate as a pure function of the step."""
+
+from collections.abc import Iterable
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+from torch import nn
+
+from raylib.config import Config
+
+
+class OptimConfig(Config):
+    """AdamW; warm-up over a share of the steps from 0 to `lr`, then linear decay to 0 (paper 2, section 4.1)."""
+
+    lr: PositiveFloat = 1e-4
+    warmup: float = Field(0.1, ge=0, le=1)
+    weight_decay: NonNegativeFloat = 0.2
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    clip: PositiveFloat = 1.0
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters in two groups: matrices decay, biases, norms and scalars do not. Every one is in one."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if p.ndim >= 2]
+    plain = [p for p in trainable if p.ndim < 2]
+    assert len(decayed) + len(plain) == len(trainable)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(groups: Iterable[dict], config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW: a sixth of the time of the foreach one (SPEED.md)."""
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
+    """Rate of step `step` (from 0) of `steps`: step / warm-up while warming up, then falling to 0 after the last."""
+    warmup = round(steps * config.warmup)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * (steps - step) / max(1, steps - warmup)

@@ -1,0 +1,106 @@
+"""Where a training loop runs: `Local` (this process, or one of torchrun's) or `OnRay` (a Ray Train worker).
+
+Both tell the loop who it is and register its checkpoints. No other module that a loop sees knows about Ray.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from raylib import checkpoint
+
+
+class Local:
+    """One process on one device; or, under torchrun, one of several that talk through gloo or NCCL."""
+
+    def __init__(self, run: Path, keep: int):
+        self.run, self.keep = run, keep
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = _device(int(os.environ.get("LOCAL_RANK", 0)))
+        if self.world > 1 and not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+
+    def newest(self) -> Path | None:
+        """The checkpoint to go on from."""
+        return checkpoint.newest(self.run)
+
+    def save(self, step: int, write: Callable[[Path], None], metrics: dict) -> None:
+        """Every worker calls `write(folder)` with an empty folder of its own; together they become one checkpoint."""
+        name = checkpoint.step_name(step)
+        partial = self.run / checkpoint.FOLDER / f".{name}.partial"
+        if self.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.barrier()
+        own = partial / f".worker-{self.rank}"
+        own.mkdir()
+        write(own)
+        checkpoint.seal(own, self.rank)
+        for path in own.iterdir():
+            path.rename(partial / path.name)
+        own.rmdir()
+        self.barrier()
+        if self.rank == 0:
+            final = partial.with_name(name)
+            shutil.rmtree(final, ignore_errors=True)  # an unregistered leftover of a crash
+            partial.rename(final)
+            checkpoint.register(self.run, name, self.keep)
+            checkpoint.keep_best(self.run, name)
+        self.barrier()
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+class OnRay:
+    """A Ray Train worker. Ray owns the process group and moves every worker's files into one registered checkpoint."""
+
+    def __init__(self, run: Path):
+        from ray import train
+        from ray.train.torch import get_device
+
+        context = train.get_context()
+        self.run = run
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device = get_device()
+
+    def newest(self) -> Path | None:
+        """Ray's newest registered checkpoint, which after a worker's death is newer than what the run began with."""
+        from ray import train
+
+        registered = train.get_checkpoint()
+        return Path(registered.path) if registered else checkpoint.newest(self.run)
+
+    def save(self, step: int, write: Callable[[Path], None], metrics: dict) -> None:
+        """As `Local.save`. Retention of the newest is Ray's (`CheckpointConfig.num_to_keep`)."""
+        from ray import train
+
+        name = checkpoint.step_name(step)
+        with tempfile.TemporaryDirectory(prefix="polyglance-") as folder:
+            write(Path(folder))
+            checkpoint.seal(Path(folder), self.rank)
+            train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+        if self.rank == 0:
+            checkpoint.keep_best(self.run, name)
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+Runtime = Local | OnRay
+
+
+def _device(index: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

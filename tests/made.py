@@ -1,0 +1,95 @@
+"""Small random models and batches."""
+
+import torch
+
+from raylib.model.unified import ModelConfig, UnifiedModel
+from raylib.ragged import Sentences
+
+SMALL = ModelConfig(
+    vocabulary=60, width=16, heads=2, feedforward=24, text_layers=2, fusion_layers=2, vision_layers=2,
+    image_size=16, patch=8, positions=16, embedding=8, dropout=0.0,
+)  # fmt: skip
+
+
+def make_model(seed: int = 0, dtype=torch.float64, **changes) -> UnifiedModel:
+    """A small model whose weights are large enough that no term is near its value at initialisation."""
+    torch.manual_seed(seed)
+    model = UnifiedModel(SMALL.model_copy(update=changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim else 0.0))
+    return model.to(dtype)
+
+
+def make_sentences(lengths, generator, share: float = 0.3) -> Sentences:
+    """Random sentences of these lengths, specials included, with about `share` of the inner tokens masked."""
+    lengths = torch.as_tensor(lengths)
+    tokens = int(lengths.sum())
+    ids = torch.randint(5, SMALL.vocabulary, (tokens,), generator=generator)
+    ends = lengths.cumsum(0)
+    ids[ends - lengths], ids[ends - 1] = 0, 2
+    special = torch.zeros(tokens, dtype=torch.bool)
+    special[ends - lengths] = special[ends - 1] = True
+    chosen = (torch.rand(tokens, generator=generator) < share) & ~special
+    masked = torch.where(chosen, 4, ids)
+    text_id = torch.tensor([hash(tuple(row.tolist())) for row in ids.split(lengths.tolist())])
+    return Sentences(ids, masked, lengths, chosen.nonzero().squeeze(1), ids[chosen], text_id)
+
+
+def make_batch(seed: int = 0, pairs: int = 5, translations: int = 7, mono: int = 3) -> dict:
+    """A global batch of odd sizes and unequal lengths."""
+    g = torch.Generator().manual_seed(seed)
+
+    def lengths(n):
+        return torch.randint(3, 12, (n,), generator=g)
+
+    return {
+        "step": 0,
+        "image_text": {
+            "index": torch.arange(pairs),
+            "images": torch.randint(0, 256, (pairs, 16, 16, 3), dtype=torch.uint8, generator=g),
+            "image_id": torch.arange(pairs) + 100,
+            "text": make_sentences(lengths(pairs), g),
+            "draws": torch.rand(pairs, 2, generator=g),
+        },
+        "parallel": {
+            "index": torch.arange(translations),
+            "source": make_sentences(lengths(translations), g),
+            "target": make_sentences(lengths(translations), g),
+        },
+        "text": {"index": torch.arange(mono), "text": make_sentences(lengths(mono), g)},
+    }
+
+
+def take_sentences(sentences: Sentences, rows) -> Sentences:
+    """Some rows of a stream's sentences."""
+    pieces, start = [], 0
+    labels = dict(zip(sentences.positions.tolist(), sentences.labels.tolist(), strict=True))
+    for n in sentences.lengths.tolist():
+        masked = [(p - start, labels[p]) for p in sentences.positions.tolist() if start <= p < start + n]
+        pieces.append((sentences.clean[start : start + n], sentences.masked[start : start + n], masked))
+        start += n
+    chosen, positions, wanted, offset = [pieces[i] for i in rows], [], [], 0
+    for clean, _, masked in chosen:
+        positions += [offset + p for p, _ in masked]
+        wanted += [label for _, label in masked]
+        offset += len(clean)
+    return Sentences(
+        torch.cat([c for c, _, _ in chosen]), torch.cat([m for _, m, _ in chosen]), sentences.lengths[list(rows)],
+        torch.tensor(positions, dtype=torch.int64), torch.tensor(wanted, dtype=torch.int64),
+        sentences.text_id[list(rows)],
+    )  # fmt: skip
+
+
+def take_rows(batch: dict, rank: int, world: int) -> dict:
+    """Worker `rank`'s part of a global batch: rows rank, rank + world, ... of every stream."""
+
+    def take(value):
+        if isinstance(value, Sentences):
+            return take_sentences(value, range(rank, len(value.lengths), world))
+        return value[rank::world]
+
+    return {
+        name: {k: take(v) for k, v in stream.items()} if isinstance(stream, dict) else stream
+        for name, stream in batch.items()
+    }

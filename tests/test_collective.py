@@ -1,0 +1,76 @@
+"""Two and three workers (gloo) on a split batch give the loss and the gradients of one worker on the whole."""
+
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pretrain.objective import ObjectiveConfig, PretrainObjective
+from raylib.collective import gather, gather_ragged, total
+from raylib.ragged import Ragged
+from tests.made import make_batch, make_model, take_rows
+
+SIZES = (6, 6, 6)  # pairs, translations, mono: multiples of 2 and 3
+
+
+def run_workers(work, world, *arguments):
+    """`work(rank, world, *arguments)` in `world` processes; their results in rank order."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_start, (world, folder, work, arguments), nprocs=world)
+        return [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]
+
+
+def _start(rank, world, folder, work, arguments):
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    torch.save(work(rank, world, *arguments), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def objective_on_share(rank, world, switches):
+    out = []
+    for change in switches:
+        model = make_model()
+        loss, terms = PretrainObjective(model, ObjectiveConfig(**change))(take_rows(make_batch(8, *SIZES), rank, world))
+        loss.backward()
+        out.append((terms, {k: p.grad for k, p in model.named_parameters()}))
+    return out
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_workers_equal_one_worker(world):
+    switches = [{}, {"fuse_every": 2 if world == 3 else 3}, {"itm_text": "clean", "ucl_text": "masked", "directions": "mean"}]
+    results = run_workers(objective_on_share, world, switches)
+    for i, change in enumerate(switches):
+        model = make_model()
+        loss, terms = PretrainObjective(model, ObjectiveConfig(**change))(make_batch(8, *SIZES))
+        loss.backward()
+        for rank in range(world):
+            for name, value in terms.items():
+                torch.testing.assert_close(results[rank][i][0][name], value, rtol=1e-6, atol=1e-6, msg=name)
+        for name, parameter in model.named_parameters():
+            grads = [results[rank][i][1][name] for rank in range(world)]
+            mean = sum(g for g in grads if g is not None) / world  # what DDP and ZeRO do
+            torch.testing.assert_close(mean, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def pieces(rank, world):
+    x = (torch.arange(4.0).view(2, 2) + 10 * rank).requires_grad_()
+    gathered = gather(x)
+    (gathered * torch.arange(1.0, 1 + 2 * world)[:, None] * (rank + 1)).sum().backward()
+    rows = Ragged(torch.arange(3.0 + rank) + 100 * rank, torch.tensor([1, 2 + rank]))
+    return gathered.detach(), x.grad, total(torch.tensor(rank + 1.0)), *gather_ragged(rows, 5)
+
+
+def test_gather_and_its_gradient():
+    first, second = run_workers(pieces, 2)
+    assert first[0].tolist() == second[0].tolist() == [[0, 1], [2, 3], [10, 11], [12, 13]]
+    assert first[1].tolist() == [[3, 3], [6, 6]]  # (1 + 2) x the weight of its rows
+    assert second[1].tolist() == [[9, 9], [12, 12]]
+    assert float(first[2]) == 3.0
+    assert first[4].tolist() == [1, 2, 1, 3]
+    assert first[3].tolist() == [0, 1, 2, 100, 101, 102, 103]

@@ -1,0 +1,143 @@
+"""Initialising from checkpoints in Hugging Face format, with `transformers` itself as the peer."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTModel, XLMRobertaConfig, XLMRobertaForMaskedLM
+
+from raylib.errors import UserError
+from raylib.model.load import interpolate, load_text, load_vision
+from raylib.model.unified import UnifiedModel
+from raylib.ragged import Ragged
+from tests.made import SMALL
+
+SIZES = dict(vocab_size=60, hidden_size=16, num_attention_heads=2, intermediate_size=24)
+
+
+def peer_text(kind, layers, positions):
+    torch.manual_seed(1)
+    config, model = (
+        (XLMRobertaConfig, XLMRobertaForMaskedLM) if kind == "xlmr" else (BertConfig, BertForMaskedLM)
+    )
+    eps = SMALL.eps
+    peer = model(config(**SIZES, num_hidden_layers=layers, max_position_embeddings=positions, layer_norm_eps=eps)).eval()
+    with torch.no_grad():
+        for p in peer.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return peer
+
+
+def our_rows(ids):
+    lengths = torch.tensor([len(row) for row in ids])
+    return Ragged(torch.cat(ids), lengths)
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("xlmr", 20), ("bert", 16)])
+def test_text_path_equals_transformers(tmp_path, kind, positions):
+    peer = peer_text(kind, 4, positions)
+    peer.save_pretrained(tmp_path)
+    model = UnifiedModel(SMALL).eval()
+    load_text(model, tmp_path)
+    ids = [torch.randint(5, 60, (n,)) for n in (3, 9, 9, 14, 5)]
+    rows = our_rows(ids)
+    unimodal = model.encode_text(rows)
+    unified = model.fuse(rows.with_values(unimodal))
+    head = model.masked_head(unified) @ model.embedding.word.weight.T + model.masked_head.bias
+    start = 0
+    for row in ids:
+        out = peer(row[None], output_hidden_states=True)
+        part = slice(start, start + len(row))
+        torch.testing.assert_close(unimodal[part], out.hidden_states[2][0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(unified[part], out.hidden_states[4][0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(head[part], out.logits[0], atol=1e-4, rtol=0)
+        start += len(row)
+
+
+def test_first_and_last_layers_and_cross_attention_copied(tmp_path):
+    peer = peer_text("xlmr", 6, 20)
+    peer.save_pretrained(tmp_path)
+    model = UnifiedModel(SMALL)
+    load_text(model, tmp_path)
+    layers = peer.roberta.encoder.layer
+    for block, layer in zip([*model.text.blocks, *model.fusion.blocks], [*layers[:2], *layers[4:]], strict=True):
+        torch.testing.assert_close(block.attention.query.weight, layer.attention.self.query.weight)
+    for block in model.fusion.blocks:
+        for name, parameter in block.cross_attention.named_parameters():
+            torch.testing.assert_close(parameter, block.attention.get_parameter(name))
+        torch.testing.assert_close(block.cross_norm.weight, block.attention_norm.weight)
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_vision_equals_transformers_and_interpolates(tmp_path, size):
+    torch.manual_seed(2)
+    config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=16,
+                       patch_size=8)  # fmt: skip
+    peer = ViTModel(config).eval()
+    with torch.no_grad():
+        for p in peer.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    peer.save_pretrained(tmp_path)
+    model = UnifiedModel(SMALL.model_copy(update={"image_size": size})).eval()
+    load_vision(model, tmp_path)
+    images = torch.randint(0, 256, (3, size, size, 3), dtype=torch.uint8)
+    ours = model.encode_images(images).values.view(3, -1, 16)
+    pixels = (images.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+    theirs = peer(pixels, interpolate_pos_encoding=size != 16).last_hidden_state
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+
+
+def test_interpolation_keeps_the_cls_position():
+    positions = torch.randn(1 + 4, 3)
+    assert interpolate(positions, 9).shape == (10, 3)
+    torch.testing.assert_close(interpolate(positions, 9)[0], positions[0])
+    assert interpolate(positions, 4) is positions
+
+
+def test_missing_unused_and_misshapen_tensors_are_listed(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    peer_text("xlmr", 4, 20).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["roberta.encoder.layer.1.output.dense.bias"]
+    weights["roberta.adapter.weight"] = torch.zeros(2)
+    weights["lm_head.dense.bias"] = torch.zeros(3)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError) as e:
+        load_text(UnifiedModel(SMALL), tmp_path)
+    message = str(e.value)
+    assert "missing encoder.layer.1.output.dense.bias" in message
+    assert "unused adapter.weight" in message
+    assert "lm_head.dense.bias is (3,), wanted (16,)" in message
+    assert "\n" not in message
+
+
+def test_expected_extras_are_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    peer_text("xlmr", 4, 20).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"roberta.adapter.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    load_text(UnifiedModel(SMALL), tmp_path, unused=(r"adapter\.",))
+
+
+def test_too_few_layers_or_positions(tmp_path):
+    peer_text("xlmr", 3, 20).save_pretrained(tmp_path / "few")
+    with pytest.raises(UserError, match="3 layers, the model wants 4"):
+        load_text(UnifiedModel(SMALL), tmp_path / "few")
+    peer_text("xlmr", 4, 12).save_pretrained(tmp_path / "short")
+    with pytest.raises(UserError, match="10 positions, the model wants 16"):
+        load_text(UnifiedModel(SMALL), tmp_path / "short")
+
+
+def test_no_checkpoint_there(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_text(UnifiedModel(SMALL), tmp_path)
+
+
+def test_saved_model_loads_again_and_wrong_folders_are_named(tmp_path):
+    model = UnifiedModel(SMALL)
+    model.save(tmp_path)
+    again = UnifiedModel.from_pretrained(tmp_path)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
+    with pytest.raises(UserError, match=r"no config\.json"):
+        UnifiedModel.from_pretrained(tmp_path / "nowhere")

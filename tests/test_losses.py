@@ -1,0 +1,71 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from raylib.losses import HEAD_ROWS, clamp, contrastive, hard_negatives, masked_language
+
+
+def test_contrastive_excludes_equal_content():
+    torch.manual_seed(0)
+    queries, keys = F.normalize(torch.randn(2, 4), dim=1), F.normalize(torch.randn(5, 4), dim=1)
+    positive, same = torch.tensor([1, 4]), torch.zeros(2, 5, dtype=torch.bool)
+    same[0, 1] = same[0, 3] = True
+    loss = contrastive(queries, keys, positive, same, torch.tensor(0.2))
+    slow = 0.0
+    for i, p, used in ((0, 1, [0, 1, 2, 4]), (1, 4, [0, 1, 2, 3, 4])):
+        scores = queries[i] @ keys.T / 0.2
+        slow += torch.log(sum(torch.exp(scores[j]) for j in used)) - scores[p]
+    torch.testing.assert_close(loss, slow)
+
+
+@pytest.mark.parametrize("rows", [0, 1, HEAD_ROWS, 2 * HEAD_ROWS + 3])
+def test_masked_language_equals_plain_cross_entropy(rows):
+    torch.manual_seed(0)
+    inputs = [torch.randn(rows, 6), torch.randn(9, 6), torch.randn(9)]
+    labels = torch.randint(0, 9, (rows,))
+    ours, plain = ([x.clone().double().requires_grad_() for x in inputs] for _ in range(2))
+    a = masked_language(*ours, labels)
+    b = F.cross_entropy(F.linear(*plain), labels, reduction="sum")
+    a.backward(), b.backward()
+    torch.testing.assert_close(a.detach(), b.detach(), atol=1e-6, rtol=1e-5)
+    for x, y in zip(ours, plain, strict=True):
+        grad = torch.zeros_like(x) if x.grad is None else x.grad
+        torch.testing.assert_close(grad, y.grad, atol=2e-6, rtol=1e-5)  # logits are float32
+
+
+def test_hard_negatives_follow_the_similarities():
+    torch.manual_seed(0)
+    scores = torch.randn(1, 6)
+    forbidden = torch.tensor([[False, True, False, False, True, False]])
+    draws = (torch.arange(20000) + 0.5) / 20000
+    index, exists = hard_negatives(scores.expand(20000, -1), forbidden.expand(20000, -1), draws)
+    assert exists.all()
+    share = torch.bincount(index, minlength=6) / 20000
+    torch.testing.assert_close(share, scores.masked_fill(forbidden, -torch.inf).softmax(1)[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_hard_negatives_survive_what_is_not_finite(bad):
+    scores = torch.full((4, 4), bad)
+    index, exists = hard_negatives(scores, torch.eye(4).bool(), torch.tensor([0.0, 0.3, 0.7, 0.999999]))
+    assert exists.all()
+    assert (index != torch.arange(4)).all()
+
+
+def test_hard_negatives_never_draw_what_is_forbidden():
+    torch.manual_seed(0)
+    scores = torch.randn(500, 30) * 40  # so sharp that most chances are 0 in float32
+    forbidden = torch.rand(500, 30) < 0.5
+    forbidden[7] = True
+    for draw in (0.0, 0.5, 0.99999994):
+        index, exists = hard_negatives(scores, forbidden, torch.full((500,), draw))
+        assert exists.tolist() == [i != 7 for i in range(500)]
+        assert not forbidden[torch.arange(500), index][exists].any()
+
+
+def test_clamp_lets_the_parameter_come_back():
+    for start, pull, moves in ((0.9, 0.2, True), (0.9, 2.0, False), (0.0001, 0.2, True), (0.0001, -1.0, False), (0.1, 0.2, True)):
+        x = torch.tensor(start, requires_grad=True)
+        ((clamp(x, 0.001, 0.5) - pull) ** 2).backward()
+        assert bool(x.grad != 0) == moves
+        assert 0.001 <= float(clamp(x.detach(), 0.001, 0.5)) <= 0.5

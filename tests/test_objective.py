@@ -1,0 +1,94 @@
+"""Each term, and its gradient, against the slow reference; on odd sizes, unequal lengths, every switch."""
+
+import pytest
+import torch
+
+from pretrain.objective import ObjectiveConfig, PretrainObjective, Weights
+from tests.made import make_batch, make_model
+from tests.reference import slow_terms
+
+TERMS = list(Weights.model_fields)
+CONFIGS = {
+    "paper": {},
+    "masked ucl": {"ucl_text": "masked"},
+    "clean itm": {"itm_text": "clean"},
+    "masked source": {"tlm_source": "masked"},
+    "public code": {"ucl_text": "masked", "tlm_source": "masked", "directions": "mean"},
+    "mean": {"directions": "mean"},
+    "every second": {"fuse_every": 2},
+    "every third, masked": {"fuse_every": 3, "ucl_text": "masked"},
+    "every third, clean": {"fuse_every": 3, "itm_text": "clean", "tlm_source": "masked"},
+}
+
+
+def compare(model, batch, config):
+    objective = PretrainObjective(model, config)
+    loss, terms = objective(batch)
+    weights = config.weights.model_dump()
+    wanted = {k: v for k, v in slow_terms(model, batch, config).items() if weights[k]}
+    assert set(terms) == set(wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(terms[name].double(), value.detach(), rtol=2e-6, atol=2e-6, msg=name)
+    slow = sum(weights[name] * value for name, value in wanted.items())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ours = torch.autograd.grad(loss, parameters, allow_unused=True)
+    theirs = torch.autograd.grad(slow, parameters, allow_unused=True)
+    for (name, p), a, b in zip(model.named_parameters(), ours, theirs, strict=True):
+        zero = torch.zeros_like(p)
+        torch.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("fusion", ["cross", "entangled"])
+@pytest.mark.parametrize("switches", CONFIGS.values(), ids=CONFIGS)
+def test_terms_and_gradients(switches, fusion):
+    compare(make_model(fusion=fusion), make_batch(), ObjectiveConfig(**switches))
+
+
+@pytest.mark.parametrize("left_out", TERMS)
+def test_a_term_of_weight_zero_is_left_out(left_out):
+    compare(make_model(), make_batch(1), ObjectiveConfig(weights=Weights(**{left_out: 0.0})))
+
+
+@pytest.mark.parametrize("alone", TERMS)
+def test_a_term_alone(alone):
+    weights = {name: 2.0 if name == alone else 0.0 for name in TERMS}
+    compare(make_model(), make_batch(2), ObjectiveConfig(weights=Weights(**weights)))
+
+
+@pytest.mark.parametrize("absent", ["image_text", "parallel", "text"])
+def test_a_stream_may_be_absent(absent):
+    batch = make_batch(3)
+    del batch[absent]
+    compare(make_model(), batch, ObjectiveConfig())
+
+
+def test_equal_pictures_and_captions_are_no_negatives():
+    batch = make_batch(4, pairs=4)
+    batch["image_text"]["image_id"][1] = batch["image_text"]["image_id"][0]
+    batch["image_text"]["text"].text_id[3] = batch["image_text"]["text"].text_id[2]
+    compare(make_model(), batch, ObjectiveConfig())
+
+
+def test_no_negative_left():
+    batch = make_batch(5, pairs=3)
+    batch["image_text"]["image_id"][:] = 1
+    compare(make_model(), batch, ObjectiveConfig())
+
+
+def test_one_row_a_stream():
+    compare(make_model(), make_batch(6, 1, 1, 1), ObjectiveConfig())
+
+
+def test_nothing_masked():
+    batch = make_batch(7)
+    text = batch["text"]["text"]
+    batch["text"]["text"] = text._replace(masked=text.clean, positions=text.positions[:0], labels=text.labels[:0])
+    compare(make_model(), batch, ObjectiveConfig())
+
+
+def test_frozen_vision_gets_no_gradient():
+    model = make_model()
+    loss, _ = PretrainObjective(model, ObjectiveConfig(train_vision=False))(make_batch())
+    loss.backward()
+    assert all(p.grad is None for p in model.vision.parameters())
+    assert model.image_projection.weight.grad is not None

@@ -1,0 +1,46 @@
+import pytest
+import torch
+from torch import nn
+
+from raylib.optim import OptimConfig, build_optimizer, learning_rate, parameter_groups
+from tests.made import make_model
+
+
+def test_schedule_of_the_paper():
+    config = OptimConfig(lr=1e-4)
+    rates = [learning_rate(s, 240_000, config) for s in (0, 11_999, 23_999, 24_000, 131_999 + 1, 239_999)]
+    assert rates == pytest.approx([1e-4 / 24_000, 5e-5, 1e-4, 1e-4, 5e-5, 1e-4 / 216_000])
+
+
+def test_schedule_without_warmup_and_of_one_step():
+    assert learning_rate(0, 10, OptimConfig(lr=1.0, warmup=0)) == 1.0
+    assert learning_rate(0, 1, OptimConfig(lr=1.0)) == 1.0
+
+
+def test_biases_norms_and_scalars_do_not_decay_and_nothing_is_left_out():
+    model = make_model()
+    model.vision.requires_grad_(False)
+    decayed, plain = parameter_groups(model, 0.2)
+    assert decayed["weight_decay"] == 0.2
+    assert plain["weight_decay"] == 0.0
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    assert {"temperature", "masked_head.bias", "embedding.norm.weight"} <= {names[id(p)] for p in plain["params"]}
+    together = {names[id(p)] for g in (decayed, plain) for p in g["params"]}
+    assert together == {n for n, p in model.named_parameters() if not n.startswith("vision")}
+
+
+def test_adamw_against_the_formula():
+    torch.manual_seed(0)
+    layer, config = nn.Linear(3, 2).double(), OptimConfig(lr=0.01, weight_decay=0.2)
+    weight, m, v = layer.weight.detach().clone(), 0.0, 0.0
+    optimizer = build_optimizer(parameter_groups(layer, config.weight_decay), config)
+    for t in range(1, 4):
+        layer.zero_grad()
+        (layer(torch.ones(1, 3).double() * t) ** 2).sum().backward()
+        g = layer.weight.grad.clone()
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        step = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + config.eps)
+        weight = weight * (1 - 0.01 * 0.2) - 0.01 * step
+        torch.testing.assert_close(layer.weight.detach(), weight)
