@@ -17,7 +17,7 @@ def make_model(seed: int = 0, dtype=torch.float64, **changes) -> UnifiedModel:
     model = UnifiedModel(SMALL.model_copy(update=changes))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.ndim else 0.0))
+            parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.numel() > 1 else 0.0))
     return model.to(dtype)
 
 

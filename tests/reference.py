@@ -127,7 +127,7 @@ def draw_negative(scores, allowed, draw):
 
 def slow_terms(model, batch, config):
     """{term: value} of one global batch."""
-    terms, temperature = {}, model.temperature.clamp(*config.temperature)
+    terms, temperature = {}, model.temperature.clamp(*config.temperature)[0]
     half = 0.5 if config.directions == "mean" else 1.0
     if "image_text" in batch:
         part = batch["image_text"]

@@ -25,7 +25,13 @@ class Attention(nn.Module):
         queries = self.query(x).view(n, q, self.heads, -1).transpose(1, 2)
         keys, values = key_value.view(n, -1, 2, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
+        if x.device.type == "cpu" and queries.dtype == torch.bfloat16:
+            # PyTorch's CPU kernel takes ten times as long backward in bf16 as in float32 (`benchmarks/README.md`)
+            with torch.autocast("cpu", enabled=False):
+                queries, keys, values = queries.float(), keys.float(), values.float()
+                out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
+        else:
+            out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
         return self.output(out.transpose(1, 2).reshape(n, q, d))
 
 

@@ -79,7 +79,7 @@ class UnifiedModel(nn.Module):
         self.text_projection = nn.Linear(c.width, c.embedding)
         self.masked_head = MaskedLanguageHead(c.width, c.vocabulary, c.eps)
         self.match_head = nn.Linear(c.width, 2)
-        self.temperature = nn.Parameter(torch.tensor(c.temperature))
+        self.temperature = nn.Parameter(torch.full((1,), c.temperature))  # DeepSpeed broadcasts no 0-d parameter
         self.apply(initialise)
 
     def encode_images(self, images: Tensor) -> Ragged:

@@ -1,0 +1,238 @@
+"""The data of a step: `StepBatches(...)[step]` is one worker's part of the global batch, a pure function of
+(seed, step) whatever the number of workers, loader processes or restarts.
+
+    1. `Lanes` says which samples a step takes; this worker serves every world-th lane.
+    2. `Source` reads them: pictures and captions, or packed ids.
+    3. Pictures are decoded and augmented, captions tokenised, sentences get specials and masks. Whatever is drawn
+       is drawn from (seed, step, index in the global batch).
+
+A sample that cannot be used (a picture that does not decode, a caption that is empty or not UTF-8) is replaced by
+another one of its lane, drawn from the same keys; it is counted and logged, and too many of them are an error.
+"""
+
+import json
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch.utils.data import Dataset
+
+from raylib.config import Config
+from raylib.data.images import AugmentConfig, BadPicture, augment, decode
+from raylib.data.lanes import Lanes, step_draws
+from raylib.data.source import Sample, Source
+from raylib.errors import UserError
+from raylib.randomness import integers, string_key, uniform
+from raylib.text import Tokenizer, add_specials, mask_tokens
+
+PICTURES = ("png", "jpg", "jpeg", "webp")
+ATTEMPTS = 20  # replacements in a row, after which the source is called unusable
+log = logging.getLogger(__name__)
+
+
+class StreamConfig(Config):
+    """One source: `folder` (or a URL, see `raylib.data.fetch`), samples a step over all workers, tokens a sentence.
+
+    `languages`: those to use, () for all; `alpha`, `lanes`, `block`: see `raylib.data.lanes`.
+    """
+
+    folder: str | None = None
+    batch: NonNegativeInt = 0
+    length: int = Field(64, ge=3)
+    languages: tuple[str, ...] = ()
+    alpha: float = Field(0.3, ge=0)
+    lanes: PositiveInt = 8
+    block: PositiveInt = 4096
+
+
+class DataConfig(Config):
+    """What a run reads. A stream with batch 0 is left out.
+
+    retrieval: the evaluation set; cache: where remote shards are kept; bad_limit: share of unusable samples allowed.
+    """
+
+    tokenizer: str
+    image_text: StreamConfig = StreamConfig(length=35)
+    parallel: StreamConfig = StreamConfig(length=50)
+    text: StreamConfig = StreamConfig(length=64)
+    augment: AugmentConfig = AugmentConfig()
+    caption_language: str = "en"
+    mask_probability: float = Field(0.15, ge=0, le=1)
+    bad_limit: float = Field(0.01, ge=0, le=1)
+    retrieval: str | None = None
+    cache: str | None = None
+
+
+class StepBatches(Dataset):
+    """Map-style dataset of steps; give it to a DataLoader with `batch_size=None` and `sampler=range(first, last)`.
+
+    A batch is {"step", "samples": of all streams and workers, "bad": samples replaced here,
+    "image_text": {"index" (b,), "images" uint8 (b, H, W, 3), "image_id" (b,), "text": Sentences, "draws" (b, 2)},
+    "parallel": {"index", "source": Sentences (English), "target": Sentences}, "text": {"index", "text": Sentences}}.
+
+    Raises UserError: what `Source`, `Lanes` and `Tokenizer` find wrong, a stream without a folder, a language without
+    data, workers that do not divide the lanes or lanes that do not divide the batch, no stream at all.
+    """
+
+    def __init__(self, config: DataConfig, image_size: int, seed: int, rank: int = 0, world: int = 1):
+        tokenizer = Tokenizer.load(config.tokenizer)
+        self.streams: dict[str, _Pairs | _Packed] = {}
+        self.samples = self.batch_bytes = 0
+        for name in ("image_text", "parallel", "text"):
+            stream: StreamConfig = getattr(config, name)
+            if not stream.batch:
+                continue
+            if not stream.folder:
+                raise UserError(f"data.{name}: batch is {stream.batch} but there is no folder; set data.{name}.folder")
+            parts = (name, config, stream, tokenizer, seed, rank, world)
+            made = _Pairs(image_size, *parts) if name == "image_text" else _Packed(*parts)
+            self.streams[name] = made
+            self.samples += stream.batch
+            self.batch_bytes += made.sample_bytes * len(made.index)
+        if not self.streams:
+            raise UserError("data: every stream has batch 0; set data.image_text.batch or another one")
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        batch: dict[str, Any] = {"step": step, "samples": self.samples, "bad": 0}
+        for name, stream in self.streams.items():
+            batch[name] = stream.read(step)
+            batch["bad"] += batch[name].pop("bad", 0)
+        return batch
+
+
+class _Stream:
+    """What all streams share: a source, its order, and the places of the global batch that this worker fills."""
+
+    def __init__(self, name, config: DataConfig, stream: StreamConfig, tokenizer: Tokenizer, seed, rank, world):
+        self.name, self.config, self.stream, self.tokenizer, self.seed = name, config, stream, tokenizer, seed
+        self.source = Source(stream.folder, name, tokenizer.sha256, config.cache)
+        sizes = self.source.sizes()
+        wanted = [config.caption_language] if name == "image_text" else stream.languages or sorted(sizes)
+        for language in wanted:
+            if language not in sizes:
+                has = ", ".join(sorted(sizes))
+                raise UserError(f"{stream.folder}: no data in language {language!r} for data.{name}; it has: {has}")
+        self.lanes = Lanes({k: sizes[k] for k in wanted}, name, seed, stream.lanes, stream.alpha, stream.block)
+        self.places = step_draws(stream.lanes, stream.batch, rank, world)
+        self.share = stream.batch // stream.lanes
+        self.index = np.array([index for index, _, _ in self.places])
+        self.sample_bytes = stream.length * self.source.sides * 5 * 8  # at most
+
+    def sentences(self, rows: list[np.ndarray], step: int, side: str = "text"):
+        """Sentences with specials, cut and masked."""
+        tokens = add_specials(rows, self.tokenizer, self.stream.length)
+        keys = (self.seed, step, self.name, side)
+        return mask_tokens(tokens, self.index, self.tokenizer, keys, self.config.mask_probability)
+
+
+class _Packed(_Stream):
+    """Pre-tokenised sentences (text) or sentence pairs (parallel)."""
+
+    def read(self, step: int) -> dict[str, Any]:
+        start = step * self.share
+        rows = [self.source.row(*self.lanes.draw(lane, start + draw)) for _, lane, draw in self.places]
+        names = ("text",) if self.source.sides == 1 else ("source", "target")
+        sides = zip(names, zip(*rows, strict=True), strict=True)
+        return {"index": torch.from_numpy(self.index)} | {
+            name: self.sentences(side, step, name) for name, side in sides
+        }
+
+
+class _Pairs(_Stream):
+    """Pictures with captions."""
+
+    def __init__(self, size: int, *parts):
+        super().__init__(*parts)
+        self.size = size
+        self.sample_bytes += 3 * size**2
+        self.seen = self.bad = 0  # by this process
+        self.told: set[str] = set()
+
+    def read(self, step: int) -> dict[str, Any]:
+        keys, rows = (self.seed, step, self.name), self.index[:, None]
+        picks = uniform(*keys, "pick", rows, 0, np.arange(2))
+        draws = uniform(*keys, "augment", rows, np.arange(self.config.augment.draws))
+        images = np.empty((len(rows), self.size, self.size, 3), np.uint8)
+        names, captions, bad = [], [], self.bad
+        for i, (_, lane, draw) in enumerate(self.places):
+            name, picture, caption = self._sample(step, i, lane, draw, picks[i])
+            images[i] = augment(picture, self.size, self.config.augment, draws[i])
+            names.append(name)
+            captions.append(caption)
+        negatives = uniform(*keys, "negative", rows, np.arange(2))
+        return {
+            "index": torch.from_numpy(self.index),
+            "images": torch.from_numpy(images),
+            "image_id": torch.tensor([string_key(name) for name in names]),
+            "text": self.sentences(self.tokenizer.encode(captions), step),
+            "draws": torch.from_numpy((np.floor(negatives * 2**24) * 2**-24).astype(np.float32)),  # float32 below 1
+            "bad": self.bad - bad,
+        }
+
+    def _sample(self, step: int, i: int, lane: int, draw: int, pick: np.ndarray) -> tuple[str, np.ndarray, str]:
+        """(key, picture, caption) of one place in the batch, from the first usable sample."""
+        language, number = self.lanes.draw(lane, step * self.share + draw)
+        keys = (self.seed, step, self.name)
+        for attempt in range(1, ATTEMPTS + 1):
+            sample = self.source.sample(language, number)
+            self.seen += 1
+            try:
+                return sample.key, *self._parts(sample, *pick)
+            except (BadPicture, _BadCaption) as error:
+                self._count(str(error))
+            first, last = self.lanes.span(lane, language)
+            number = first + int(integers(last - first, *keys, "replace", int(self.index[i]), attempt))
+            pick = uniform(*keys, "pick", int(self.index[i]), attempt, np.arange(2))
+        raise UserError(f"{self.stream.folder}: {ATTEMPTS} unusable samples one after another, the last: {sample.key}")
+
+    def _parts(self, sample: Sample, pick_picture: float, pick_caption: float) -> tuple[np.ndarray, str]:
+        """One of a sample's pictures (H, W, 3), one of its captions."""
+        name = f"{sample.shard.path}: sample {sample.key}"
+        pictures = sorted(member for member in sample.members if member.rsplit(".", 1)[-1] in PICTURES)
+        if not pictures:
+            raise BadPicture(f"{name} has no picture")
+        captions = read_captions(sample, name, self.config.caption_language)
+        caption = captions[int(pick_caption * len(captions))]
+        if not isinstance(caption, str) or not caption.strip():
+            raise _BadCaption(f"{name} has an empty caption")
+        if any(0xD800 <= ord(character) < 0xE000 for character in caption):
+            raise _BadCaption(f"{name} has a caption with half a surrogate pair, which is not UTF-8")
+        # encoding one by one costs 20 times a batch: asked only of what may be nothing but invisible characters
+        if not any(map(str.isalnum, caption)) and not len(self.tokenizer.encode([caption])[0]):
+            raise _BadCaption(f"{name} has a caption without a token: {caption!r}")
+        picture = pictures[int(pick_picture * len(pictures))]
+        return decode(sample.read(picture), f"{name}, {picture}"), caption
+
+    def _count(self, message: str) -> None:
+        self.bad += 1
+        if message not in self.told:
+            self.told.add(message)
+            log.warning("%s; another sample takes its place", message)
+        if self.bad > self.config.bad_limit * max(self.seen, 100):
+            share, limit = self.bad / self.seen, self.config.bad_limit
+            raise UserError(
+                f"{share:.1%} of the samples read are unusable (data.bad_limit={limit:g}), such as {message}"
+            )
+
+
+class _BadCaption(Exception):
+    """A sample without a usable caption."""
+
+
+def read_captions(sample: Sample, name: str, language: str) -> list[str]:
+    """A sample's captions in one language: from KEY.json, or the one of KEY.txt in a foreign tar, where KEY.json may
+    be missing or hold other things."""
+    try:
+        record = json.loads(sample.read("json").decode("utf-8")) if "json" in sample.members else {}
+        if "captions" not in record and "txt" in sample.members:
+            return [sample.read("txt").decode("utf-8")]
+        captions = record["captions"][language]
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise _BadCaption(f"{name} has no {language} caption in UTF-8 ({reason})") from error
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not captions:
+        raise _BadCaption(f"{name} has no {language} caption")
+    return captions

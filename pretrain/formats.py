@@ -1,0 +1,206 @@
+"""The field's formats, read as streams: pictures with captions, sentence pairs, text.
+
+  image-text   .json   ALBEF's list [{"image": path, "caption": text or list}, ...]
+               .jsonl  CCLM's lines {"binary": base64 or path, "caption": text, list or {language: text or list}}
+               Paths are relative to the file. Captions are English; of a {language: ...} only "en" is taken.
+  parallel     WikiMatrix's lines margin<TAB>source<TAB>target, those below the margin left out; or plain lines
+               English<TAB>other. A name like "WikiMatrix.de-en.tsv.gz" says which column is English, else the first is.
+  text         CC-100's: a paragraph a line (one sample each), blank lines between documents.
+
+Text files may end in .gz or .xz. A bad sample (a picture that is missing or does not decode, an empty caption, text
+that is not UTF-8) is skipped and counted by a `Tally`: one in a hundred is normal in millions, more is an error.
+"""
+
+import base64
+import gzip
+import json
+import logging
+import lzma
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+
+from raylib.data.images import BadPicture, decode
+from raylib.errors import UserError
+
+MARGIN = 1.04  # WikiMatrix's usual threshold
+LIMIT = 0.01  # share of bad samples that is still normal
+CHUNK = 1 << 20  # characters of JSON read at a time
+PICTURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # first bytes -> extension
+
+log = logging.getLogger(__name__)
+
+
+class BadSample(Exception):
+    """One sample of many is unusable; the message, a plural noun, is what the log counts."""
+
+
+class Tally:
+    """Counts the good and the bad samples of one file. `close` raises UserError when more than `limit` were bad."""
+
+    def __init__(self, path: Path | str, limit: float = LIMIT):
+        self.path, self.limit, self.good, self.bad = path, limit, 0, Counter()
+
+    def skip(self, reason: str) -> None:
+        self.bad[reason] += 1
+        if self.bad.total() > max(10_000, 2 * self.good):  # mostly bad: no need to read it to its end
+            self.close()
+
+    def close(self) -> None:
+        bad, seen = self.bad.total(), self.good + self.bad.total()
+        counts = "".join(f", {count} {reason}" for reason, count in self.bad.items())
+        line = f"{self.path}: {self.good} samples, {bad} skipped{counts}"
+        if bad > self.limit * seen:
+            raise UserError(f"{line}; that is more than {self.limit:.1%}: mend the file or raise the limit")
+        if not seen:
+            raise UserError(f"{self.path}: no sample in it")
+        log.info(line)
+
+
+def read_image_text(path: Path, tally: Tally, size: int | None = None) -> Iterator[tuple[dict[str, bytes], list[str]]]:
+    """({extension: picture}, English captions) of every good record of an ALBEF list or a CCLM file."""
+    readers = {".json": (read_json_list, "image"), ".jsonl": (read_json_lines, "binary")}
+    if path.suffix not in readers:
+        raise UserError(f"{path}: not an image-text file; .json (ALBEF's list) and .jsonl (CCLM's lines) are read")
+    read, field = readers[path.suffix]
+    for record in read(path, tally):
+        try:
+            captions = _english(record.get("caption"))
+            picture = _shrink(_load(record.get(field), path.parent), size)
+        except BadSample as error:
+            tally.skip(str(error))
+        else:
+            tally.good += 1
+            yield picture, captions
+
+
+def read_pairs(path: Path, tally: Tally, language: str, margin: float = MARGIN) -> Iterator[tuple[str, str]]:
+    """(English, `language`) of every good line. The first line's columns, three (with a margin) or two, are the rule."""
+    named = re.search(r"(?:^|[._])([a-z]{2,3})-([a-z]{2,3})\.tsv(?:\.gz|\.xz)?$", path.name)
+    codes = named.groups() if named and "en" in named.groups() else ("en", language)
+    if set(codes) != {"en", language}:
+        raise UserError(f"{path}: named for {'-'.join(codes)} but given as the file of {language!r}")
+    wanted = 0
+    for line in read_lines(path, tally):
+        columns = [column.strip() for column in line.split("\t")]
+        wanted = wanted or (3 if len(columns) == 3 else 2)
+        if len(columns) != wanted:
+            tally.skip(f"lines without {wanted} columns")
+            continue
+        try:
+            if wanted == 3 and not float(columns.pop(0)) >= margin:
+                continue
+        except ValueError:
+            tally.skip("lines whose margin is no number")
+            continue
+        if all(columns):
+            yield (columns[0], columns[1]) if codes[0] == "en" else (columns[1], columns[0])
+        else:
+            tally.skip("empty sentences")
+
+
+def read_text(path: Path, tally: Tally, language: str = "") -> Iterator[tuple[str]]:
+    """Every paragraph."""
+    for line in read_lines(path, tally):
+        if paragraph := line.strip():
+            yield (paragraph,)
+
+
+def read_lines(path: Path, tally: Tally) -> Iterator[str]:
+    """Lines of a UTF-8 file, also .gz and .xz, without their ends."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    try:
+        with opener(path, "rb") as file:
+            for line in file:
+                try:
+                    yield line.decode().rstrip("\r\n")
+                except UnicodeDecodeError:
+                    tally.skip("lines that are not UTF-8")
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); fetch it anew") from error
+
+
+def read_json_lines(path: Path, tally: Tally) -> Iterator[dict]:
+    """Records of a file with one JSON object a line."""
+    for line in read_lines(path, tally):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if isinstance(record, dict):
+            yield record
+        elif line.strip():
+            tally.skip("lines that are no JSON object")
+
+
+def read_json_list(path: Path, tally: Tally) -> Iterator[dict]:
+    """Records of a JSON list of objects, a chunk of the file in memory at a time."""
+    decoder, gap, rest = json.JSONDecoder(), re.compile(r"[\s,]*"), ""
+    try:
+        # Bytes that are not UTF-8 become lone surrogates: they spoil their own record only.
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            if file.read(1) != "[":
+                raise UserError(f"{path}: does not begin with '[': not ALBEF's list of records")
+            while (chunk := file.read(CHUNK)) and len(rest) < 64 * CHUNK:
+                rest += chunk
+                at = gap.match(rest).end()
+                while at < len(rest) and rest[at] != "]":
+                    try:
+                        record, at = decoder.raw_decode(rest, at)
+                    except json.JSONDecodeError:
+                        break  # the record goes on in the next chunk
+                    if isinstance(record, dict):
+                        yield record
+                    else:
+                        tally.skip("records that are no JSON object")
+                    at = gap.match(rest, at).end()
+                rest = rest[at:]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if rest.strip() != "]":
+        raise UserError(f"{path}: no JSON after {tally.good} samples, or cut off; mend or fetch it anew")
+
+
+def _english(captions) -> list[str]:
+    captions = captions.get("en") if isinstance(captions, dict) else captions
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise BadSample("records without an English caption")
+    captions = [" ".join(caption.split()) for caption in captions if caption and not caption.isspace()]
+    if not captions:
+        raise BadSample("empty captions")
+    if any("\ud800" <= character <= "\udfff" for caption in captions for character in caption):
+        raise BadSample("captions that are not UTF-8")
+    return captions
+
+
+def _load(picture, folder: Path) -> bytes:
+    """The bytes of a picture that is a path (relative to `folder`) or base64."""
+    if isinstance(picture, str) and os.path.isfile(folder / picture):
+        return (folder / picture).read_bytes()
+    try:
+        return base64.b64decode(picture, validate=True)
+    except (TypeError, ValueError):
+        raise BadSample("pictures that are missing") from None
+
+
+def _shrink(data: bytes, size: int | None) -> dict[str, bytes]:
+    """{extension: bytes} of a picture that decodes; as JPEG where it is too large, or no JPEG, PNG or WebP."""
+    try:
+        image = decode(data)
+    except BadPicture:
+        raise BadSample("pictures that do not decode") from None
+    extension = next((name for start, name in PICTURES.items() if data.startswith(start)), None)
+    scale = size / min(image.shape[:2]) if size else 1.0
+    if scale < 1:
+        width, height = (round(side * scale) for side in image.shape[1::-1])
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    elif extension:
+        return {extension: data}
+    jpeg = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+    return {"jpg": jpeg.tobytes()}

@@ -1,0 +1,91 @@
+"""The sample corpus: pictures with English captions, and text in 22 languages, small enough to live in the repository.
+
+1. `packages` builds `data/` from public packages (`python -m pretrain.sample`; only when the sample itself changes).
+2. `concepts` reads `data/` and says what training may see.
+3. `sample_corpus` makes from it the folder that training and evaluation read.
+
+`data/README.md` tells where everything came from, under which licence.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pretrain import corpora, formats
+from pretrain.sample import concepts
+from pretrain.sample.concepts import DATA, LANGUAGES, TRAINING_VENDORS, UNSEEN_VENDOR
+from raylib import text
+from raylib.data import shards
+from raylib.text import Tokenizer
+
+SHARD = 256  # samples of an image_text shard
+
+
+def sample_corpus(cache: Path | str) -> Path:
+    """The folder of the sample under `cache`, built in a few seconds if it is not there yet:
+
+        image_text/      Noto and Twemoji drawings, two of each training concept; captions: English name, keywords
+        parallel/        English and 21 languages: names, keywords, Declaration of Human Rights; packed
+        text/            22 languages, the same texts; packed
+        retrieval/       Fluent drawings of all concepts, names in 22 languages, {"heldout": true or false}
+        tokenizer.model
+
+    The folder's name tells its content, and it appears whole: processes that build it at once all return the same.
+    """
+    cache = Path(cache)
+    folder = cache / f"sample-{_fingerprint()}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".sample-", dir=cache) as temporary:
+        made = Path(temporary) / "corpus"
+        _build(made)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process was faster
+                raise
+    return folder
+
+
+def _fingerprint() -> str:
+    """Hash of everything that the folder depends on: the data, and the code that turns it into shards."""
+    files = [path for part in ("captions", "pictures", "udhr") for path in sorted((DATA / part).iterdir())]
+    code = [Path(module.__file__) for module in (concepts, corpora, shards, text)] + [Path(__file__)]
+    hashes = map(shards.sha256_of, [*files, DATA / "tokenizer.model", *code])
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+
+
+def _build(folder: Path) -> None:
+    folder.mkdir()
+    shutil.copyfile(DATA / "tokenizer.model", folder / "tokenizer.model")
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    corpora.write_image_text(folder / "image_text", training_pictures(), max_samples=SHARD)
+    corpora.write_image_text(folder / "retrieval", unseen_pictures(), language="mul", max_samples=SHARD)
+    tally = formats.Tally(DATA, limit=0.0)
+    pairs = {
+        code: corpora.encode(concepts.training_pairs(code), tokenizer, tally) for code in LANGUAGES if code != "en"
+    }
+    corpora.write_packed(folder / "parallel", "parallel", tokenizer, pairs)
+    sentences = {code: corpora.encode(zip(concepts.training_sentences(code)), tokenizer, tally) for code in LANGUAGES}
+    corpora.write_packed(folder / "text", "text", tokenizer, sentences)
+    tally.close()
+
+
+def training_pictures() -> Iterator[corpora.ImageText]:
+    """A training concept each: its drawings by the training vendors, its English captions."""
+    drawings = {vendor: concepts.read_pictures(vendor) for vendor in TRAINING_VENDORS}
+    for key, caption in concepts.training_captions("en").items():
+        texts = [caption.name, ", ".join(caption.keywords)]
+        captions = [text for text in dict.fromkeys(texts) if text]
+        pictures = {f"{vendor}.png": drawings[vendor][key] for vendor in TRAINING_VENDORS}
+        yield corpora.ImageText(key, pictures, {"en": captions})
+
+
+def unseen_pictures() -> Iterator[corpora.ImageText]:
+    """A concept each: its drawing by the unseen vendor, its name in every language (keywords would be ambiguous)."""
+    for key, picture in concepts.read_pictures(UNSEEN_VENDOR).items():
+        captions = {language: [concepts.read_captions(language)[key].name] for language in LANGUAGES}
+        yield corpora.ImageText(key, {"png": picture}, captions, {"key": key, "heldout": concepts.is_held_out(key)})

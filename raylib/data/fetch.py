@@ -1,0 +1,93 @@
+"""Bring files of a source to this machine.
+
+A source's base is a local folder, a URL that `fsspec` knows (`s3://`, `gs://`, `https://`, ...), or `pipe:COMMAND`,
+where `{name}` in the command stands for the file and its standard output is the file's content. A manifest never says
+where to fetch from, so a command runs only if the user wrote it as the base.
+"""
+
+import fcntl
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from raylib.errors import UserError
+
+CHUNK = 1 << 20
+
+
+def is_remote(base: str) -> bool:
+    return "://" in base or base.startswith("pipe:")
+
+
+def cache_folder(base: str, cache: str | Path | None) -> Path:
+    """Where files of a remote base are kept: a folder of its own under `cache` (default: POLYGLANCE_CACHE, or
+    ~/.cache/polyglance)."""
+    root = Path(cache or os.environ.get("POLYGLANCE_CACHE") or Path.home() / ".cache" / "polyglance")
+    return root / hashlib.sha256(base.encode()).hexdigest()[:16]
+
+
+def fetch(base: str, name: str, cache=None, size: int | None = None, sha256: str | None = None) -> Path:
+    """Local path of file `name` of `base`.
+
+    A local file is given as it stands. A remote one is downloaded under a temporary name, checked and renamed; several
+    processes may ask for it at once, one downloads. Without `sha256` it is fetched anew at every call.
+
+    Raises:
+        UserError: missing file, missing package for the URL's scheme, failed command, or other size or hash.
+    """
+    if not is_remote(base):
+        path = Path(base) / name
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        return path
+    folder = cache_folder(base, cache)
+    folder.mkdir(parents=True, exist_ok=True)
+    # a shard written anew often has its old size (tars are padded): only the hash tells which one is in the cache
+    path = folder / (f"{sha256[:16]}-{name}" if sha256 else name)
+    with open(folder / f".{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if sha256 and path.is_file() and path.stat().st_size == size:
+            return path  # it was checked before it got this name
+        temporary = folder / f".{name}.{os.getpid()}"
+        try:
+            _download(base, name, temporary)
+            _check(f"{base} {name}", temporary, size, sha256)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def _check(what: str, path: Path, size: int | None, sha256: str | None) -> None:
+    if size is not None and path.stat().st_size != size:
+        raise UserError(f"{what}: {path.stat().st_size} bytes came, the manifest says {size}; upload the source anew")
+    if sha256:
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise UserError(f"{what}: its SHA-256 is not the manifest's; upload the source anew")
+
+
+def _download(base: str, name: str, target: Path) -> None:
+    if base.startswith("pipe:"):
+        command = base.removeprefix("pipe:")
+        if "{name}" not in command:
+            raise UserError(f"{base}: the command must hold {{name}}, which becomes the file's name")
+        with open(target, "wb") as file:
+            command = command.replace("{name}", shlex.quote(name))
+            status = subprocess.run(command, shell=True, stdout=file, check=False).returncode
+        if status:
+            raise UserError(f"{base}: exit status {status} for {name}")
+        return
+    import fsspec
+
+    try:
+        with fsspec.open(f"{base.rstrip('/')}/{name}", "rb") as remote, open(target, "wb") as file:
+            shutil.copyfileobj(remote, file, CHUNK)
+    except ImportError as error:
+        raise UserError(f"{base}: a package is missing: {error}") from error
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{base}: could not fetch {name}: {message}") from error

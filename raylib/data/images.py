@@ -1,0 +1,245 @@
+"""Pictures: decoding, the evaluation transform, augmentation. uint8 in, uint8 out, RGB, (H, W, 3).
+
+Augmentation is RandAugment (Cubuk et al. 2020) on a random resized crop, built for speed: crop, flip, rotation, shears
+and shifts are one affine warp, tone operations are look-up tables. It is not pixel-identical to PIL's: pixels that a
+rotation brings into view are the picture's own where it has some, white elsewhere. All chance comes in as `draws`.
+"""
+
+import math
+
+import cv2
+import numpy as np
+from pydantic import Field, field_validator
+
+from raylib.config import Config
+from raylib.errors import UserError
+
+cv2.setNumThreads(1)  # workers are processes; threads in each would only get in each other's way
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what does not decode is told by name, once
+
+WHITE = (255, 255, 255)
+
+
+class BadPicture(UserError):
+    """These bytes are no picture that can be decoded; the message names it."""
+
+
+class AugmentConfig(Config):
+    """scale: share of the area that a crop keeps, (least, most); ratio: its aspect, (least, most), log-uniform.
+    operations: how many of `choices` are applied; magnitude: 0..10, the most an operation does.
+    flip, grayscale, cutout: probabilities. Flips are off by default: captions say left and right."""
+
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    operations: int = Field(2, ge=0)
+    magnitude: float = Field(7.0, ge=0, le=10)
+    choices: tuple[str, ...] = (
+        "identity", "autocontrast", "equalize", "brightness", "sharpness",
+        "shear_x", "shear_y", "translate_x", "translate_y", "rotate",
+    )  # fmt: skip
+    flip: float = Field(0.0, ge=0, le=1)
+    grayscale: float = Field(0.0, ge=0, le=1)
+    cutout: float = Field(0.0, ge=0, le=1)
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("must be two positive numbers, the smaller one first")
+        return value
+
+    @field_validator("choices")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        known = {"identity", *WARPS, *TONES}
+        if unknown := set(value) - known or not value:
+            raise ValueError(f"unknown operations {unknown}; there are: {', '.join(sorted(known))}")
+        return value
+
+    @property
+    def draws(self) -> int:
+        """How many uniform draws `augment` takes."""
+        return FIXED_DRAWS + 2 * self.operations
+
+
+def decode(data: bytes, name: str = "picture") -> np.ndarray:
+    """Bytes of a JPEG, PNG or WebP to RGB uint8 (H, W, 3); transparency over white, EXIF orientation applied.
+
+    Raises BadPicture, which says `name`.
+    """
+    buffer = np.frombuffer(data, np.uint8)
+    jpeg = data[:2] == b"\xff\xd8"
+    try:
+        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB if jpeg else cv2.IMREAD_UNCHANGED)
+    except cv2.error as error:
+        raise BadPicture(f"{name}: does not decode ({error.err})") from error
+    if image is None:
+        raise BadPicture(f"{name}: does not decode ({len(data)} bytes that are no whole JPEG, PNG or WebP)")
+    if jpeg:
+        return image
+    if image.dtype == np.uint16:
+        image = (image >> 8).astype(np.uint8)
+    if image.ndim == 2:
+        return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    if image.shape[2] == 3:
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    alpha = image[..., 3:].astype(np.uint16)
+    over = image[..., 2::-1] * alpha + 255 * (255 - alpha)
+    return ((over + 127) // 255).astype(np.uint8)
+
+
+def resize(image: np.ndarray, size: int) -> np.ndarray:
+    """The evaluation transform: the whole picture at (size, size)."""
+    if image.shape[:2] == (size, size):
+        return image
+    shrinks = min(image.shape[:2]) > size
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+
+
+FIXED_DRAWS = 9  # area, aspect, left, top, flip, grayscale, cutout, its left, its top
+
+
+def augment(image: np.ndarray, size: int, config: AugmentConfig, draws: np.ndarray) -> np.ndarray:
+    """The training transform: (H, W, 3) to (size, size, 3); `draws` are `config.draws` uniforms in [0, 1)."""
+    draws = draws.tolist()
+    chosen = []
+    for k in range(FIXED_DRAWS, FIXED_DRAWS + 2 * config.operations, 2):
+        name = config.choices[int(draws[k] * len(config.choices))]
+        chosen.append((name, (2 * draws[k + 1] - 1) * config.magnitude / 10))
+    image = _warp(image, size, _matrix(image, config, draws, chosen))
+    for name, strength in chosen:
+        if name in TONES:
+            image = TONES[name](image, strength)
+    if draws[5] < config.grayscale:
+        image = _saturate(image, 0.0)
+    if draws[6] < config.cutout:
+        side = size // 4
+        left, top = (int(draw * (size - side + 1)) for draw in draws[7:9])
+        image[top : top + side, left : left + side] = 127
+    return image
+
+
+def _matrix(image: np.ndarray, config: AugmentConfig, draws: list[float], chosen) -> np.ndarray:
+    """(2, 3): from output coordinates in [-1/2, 1/2] to pixels of the input, both from their centres."""
+    height, width = image.shape[:2]
+    area = config.scale[0] + (config.scale[1] - config.scale[0]) * draws[0]
+    low, high = (math.log(ratio) for ratio in config.ratio)
+    aspect = math.exp(low + (high - low) * draws[1])
+    side = math.sqrt(area * width * height)
+    crop_width, crop_height = min(width, side * math.sqrt(aspect)), min(height, side / math.sqrt(aspect))
+    left, top = (width - crop_width) * draws[2], (height - crop_height) * draws[3]
+    matrix = np.array([[crop_width, 0, left + crop_width / 2], [0, crop_height, top + crop_height / 2], [0, 0, 1]])
+    for name, strength in chosen:
+        if name in WARPS:
+            matrix = matrix @ np.array([*WARPS[name](strength), [0, 0, 1]], dtype=float)
+    if draws[4] < config.flip:
+        matrix[:, 0] *= -1
+    return matrix[:2]
+
+
+def _warp(image: np.ndarray, size: int, matrix: np.ndarray) -> np.ndarray:
+    """Sample `image` at matrix @ (u, v, 1) for every output pixel; shrunk by areas first where it would alias."""
+    shrink = int(min(np.hypot(*matrix[:, 0]), np.hypot(*matrix[:, 1])) / size)
+    if shrink > 1:
+        height, width = image.shape[:2]
+        new = (max(width // shrink, 1), max(height // shrink, 1))
+        image = cv2.resize(image, new, interpolation=cv2.INTER_AREA)
+        matrix = matrix * [[new[0] / width], [new[1] / height]]
+    linear = matrix[:, :2] / size  # OpenCV's pixel i has its centre at i, ours at i + 1/2
+    offset = matrix[:, 2] + linear.sum(1) * (0.5 - size / 2) - 0.5
+    affine = np.column_stack([linear, offset])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(image, affine, (size, size), flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=WHITE)
+
+
+def _rotate(strength: float):
+    angle = math.radians(30 * strength)
+    return [math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]
+
+
+# Geometric operations: strength in [-1, 1] to the two rows of an affine map. Ranges as in RandAugment.
+WARPS = {
+    "rotate": _rotate,
+    "shear_x": lambda strength: ([1, 0.3 * strength, 0], [0, 1, 0]),
+    "shear_y": lambda strength: ([1, 0, 0], [0.3 * strength, 1, 0]),
+    "translate_x": lambda strength: ([1, 0, 0.3 * strength], [0, 1, 0]),
+    "translate_y": lambda strength: ([1, 0, 0], [0, 1, 0.3 * strength]),
+}
+
+LEVELS = np.arange(256, dtype=np.float32)
+
+
+def _table(image: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    return cv2.LUT(image, np.clip(np.rint(levels), 0, 255).astype(np.uint8))
+
+
+def _factor(strength: float) -> float:
+    return 1 + 0.9 * strength
+
+
+def _brightness(image: np.ndarray, strength: float) -> np.ndarray:
+    return _table(image, LEVELS * _factor(strength))
+
+
+def _contrast(image: np.ndarray, strength: float) -> np.ndarray:
+    mean = round(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0])
+    return _table(image, mean + (LEVELS - mean) * _factor(strength))
+
+
+def _posterize(image: np.ndarray, strength: float) -> np.ndarray:
+    step = 1 << round(4 * abs(strength))
+    return _table(image, LEVELS // step * step)
+
+
+def _solarize(image: np.ndarray, strength: float) -> np.ndarray:
+    return _table(image, np.where(256 * (1 - abs(strength)) > LEVELS, LEVELS, 255 - LEVELS))
+
+
+def _autocontrast(image: np.ndarray, strength: float) -> np.ndarray:
+    channels = []
+    for channel in cv2.split(image):
+        low, high, _, _ = cv2.minMaxLoc(channel)
+        channels.append(_table(channel, (LEVELS - low) * (255 / (high - low))) if high > low else channel)
+    return cv2.merge(channels)
+
+
+def _equalize(image: np.ndarray, strength: float) -> np.ndarray:
+    return cv2.merge([cv2.equalizeHist(channel) for channel in cv2.split(image)])
+
+
+SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
+
+
+def _sharpness(image: np.ndarray, strength: float) -> np.ndarray:
+    smooth = cv2.filter2D(image, -1, SMOOTH)
+    return cv2.addWeighted(image, _factor(strength), smooth, 1 - _factor(strength), 0)
+
+
+def _saturate(image: np.ndarray, factor: float) -> np.ndarray:
+    gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(image, factor, gray, 1 - factor, 0)
+
+
+def _hue(image: np.ndarray, strength: float) -> np.ndarray:
+    hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
+    hue = _table(hue, (LEVELS + round(90 * strength)) % 180)
+    return cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB)
+
+
+def _blur(image: np.ndarray, strength: float) -> np.ndarray:
+    return cv2.GaussianBlur(image, (0, 0), 0.1 + abs(strength) * image.shape[0] / 32)
+
+
+# Tone operations: image and strength in [-1, 1] to image.
+TONES = {
+    "brightness": _brightness,
+    "contrast": _contrast,
+    "posterize": _posterize,
+    "solarize": _solarize,
+    "autocontrast": _autocontrast,
+    "equalize": _equalize,
+    "sharpness": _sharpness,
+    "saturation": lambda image, strength: _saturate(image, _factor(strength)),
+    "hue": _hue,
+    "blur": _blur,
+}

@@ -1,0 +1,299 @@
+"""Shards: uncompressed WebDataset tars with a manifest and member offsets beside them.
+
+A *source* is a folder:
+
+    manifest.json          {"format": 1, "kind": KIND, "tokenizer": sha256 or null, "shards": [{"name", "language",
+                           "samples", "bytes", "sha256"}, ...]}
+    en-000000.tar          the members of one sample lie together: KEY.json, KEY.png, ... (any WebDataset reader's input)
+    en-000000.index.json   {"bytes": size of the tar, "samples": [[KEY, {extension: [offset, size]}, rows], ...]}
+
+Kinds: `image_text` (a member of captions, one or more pictures), `text` and `parallel` (packed, pre-tokenised: one
+"sample" of the tar is a block of up to BLOCK_ROWS sentences or sentence pairs: KEY.ids.npy, all ids end to end, and
+KEY.ends.npy (rows, sides), running ends). `samples` in the manifest counts what training draws: pictures, or rows.
+
+Everything is written under a temporary name and renamed, the manifest last. `python -m raylib.data.shards FOLDER KIND`
+makes the indices and the manifest for anybody's tars. `raylib.data.source` reads all this.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import tarfile
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from raylib.errors import UserError
+
+KINDS = {"image_text": 1, "text": 1, "parallel": 2}  # kind -> sides
+BLOCK_ROWS = 8192
+MANIFEST = "manifest.json"
+# WebDataset's rule: the key is what stands before the first dot of the base name; folders belong to the key.
+MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+META = re.compile(r"__[^/]*__($|/)")
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_name(shard.name.removesuffix(".tar") + ".index.json")
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value, compact: bool = False) -> None:
+    """Write under a temporary name, then rename: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    layout = {"separators": (",", ":")} if compact else {"indent": 1}
+    temporary.write_text(json.dumps(value, ensure_ascii=False, **layout) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def index_shard(path: Path | str) -> dict:
+    """Offsets of all members of a tar, by sample: the content of its index file (not written here).
+
+    Reads headers only. Raises UserError when the file is no tar, is truncated or damaged: `tarfile`, and WebDataset
+    with it, ends quietly at a damaged header, so whatever follows the last member must be the zeros that end a tar.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    samples, key, end = [], None, 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                end = member.offset_data + -(-member.size // 512) * 512
+                match = MEMBER.match(member.name)
+                if not member.isreg() or not match or META.match(member.name):
+                    continue
+                if match[1] != key:
+                    key = match[1]
+                    samples.append([key, {}, 1])
+                extension = match[2].lower()
+                if extension in samples[-1][1]:
+                    raise UserError(f"{path}: member {member.name!r} occurs twice; write the shard anew")
+                samples[-1][1][extension] = [member.offset_data, member.size]
+                tar.members = []  # tarfile would keep them all
+    except tarfile.TarError as error:
+        if samples:
+            raise UserError(
+                f"{path}: damaged or truncated after byte {end} ({error}); fetch or write it anew"
+            ) from error
+        raise UserError(f"{path}: no uncompressed tar ({error}); random access needs a plain .tar") from error
+    with open(path, "rb") as file:
+        file.seek(end)
+        tail = file.read(1024)
+        if end + 512 > size:
+            raise UserError(f"{path}: truncated at byte {size}, its last member ends at {end}; fetch or write it anew")
+        if tail.strip(b"\0"):
+            raise UserError(f"{path}: damaged, byte {end} begins neither a member nor the end; fetch or write it anew")
+        for sample in samples:
+            if "ends.npy" in sample[1]:
+                file.seek(sample[1]["ends.npy"][0])
+                sample[2] = read_npy_header(file)[0][0]
+    return {"bytes": size, "samples": samples}
+
+
+def read_npy_header(file) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of the .npy data at the file's position, which moves to the first element."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if fortran or dtype.hasobject:
+        raise ValueError("an .npy member must be a plain array in C order")
+    return shape, dtype
+
+
+def index_folder(folder: Path | str, kind: str, tokenizer: str | None = None, language: str | None = None) -> dict:
+    """Index every tar of a folder and write its manifest: makes a source out of anybody's tars.
+
+    The language of a shard is `language`, or the part of its name before the first "-" ("de-000017.tar" -> "de").
+    """
+    folder = Path(folder)
+    check_kind(kind)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    shards = []
+    for path in sorted(folder.glob("*.tar")):
+        index = index_shard(path)
+        if not index["samples"]:
+            raise UserError(f"{path}: holds no sample")
+        write_json(index_path(path), index, compact=True)
+        shards.append(describe(path, language or path.name.split("-")[0], index))
+    if not shards:
+        raise UserError(f"{folder}: no .tar file here")
+    manifest = {"format": 1, "kind": kind, "tokenizer": tokenizer, "shards": shards}
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def describe(path: Path, language: str, index: dict) -> dict:
+    rows = sum(sample[2] for sample in index["samples"])
+    fields = {"name": path.name, "language": language, "samples": rows, "bytes": index["bytes"]}
+    return fields | {"sha256": sha256_of(path)}
+
+
+def check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise UserError(f"kind {kind!r} of shards is unknown; one of: {', '.join(KINDS)}")
+
+
+class ShardWriter:
+    """Writes a source; use it as a context manager. Nothing appears before the block ends without an error.
+
+        with ShardWriter(folder, "image_text") as writer:
+            writer.write("cat", {"json": b'{"captions": {"en": ["a cat"]}}', "png": data})
+        with ShardWriter(folder, "parallel", tokenizer) as writer:
+            writer.write_rows("de", [(english_ids, german_ids), ...])
+
+    Args:
+        tokenizer: what made the ids (`.sha256`, `.vocabulary`); needed for packed kinds.
+        max_samples, max_bytes: a shard is closed once it holds that many samples (rows) or bytes.
+
+    A source that stood in the folder before is replaced: its shards and manifest go when the new ones are in place.
+    """
+
+    def __init__(self, folder, kind: str, tokenizer=None, max_samples: int | None = None, max_bytes: int = 1 << 30):
+        check_kind(kind)
+        self.folder, self.kind, self.tokenizer, self.sides = Path(folder), kind, tokenizer, KINDS[kind]
+        self.packed = kind != "image_text"
+        if self.packed and tokenizer is None:
+            raise ValueError(f"shards of kind {kind!r} hold ids: pass the tokenizer that made them")
+        self.max_samples = max_samples or (1 << 22 if self.packed else 10_000)
+        self.max_bytes = max_bytes
+        self.open: dict[str, _Shard] = {}
+        self.done: list[tuple[Path, str, str]] = []  # temporary path, final name, language
+        self.pending: dict[str, list] = {}  # packed rows that wait for a full block
+        self.count: dict[str, int] = {}
+        self.blocks = 0
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def write(self, key: str, members: dict[str, bytes], language: str = "en") -> None:
+        """Append one sample: members by extension ("json", "noto.png"). Keys have no dot in their base name."""
+        name = key.rsplit("/", 1)[-1]
+        if not name or "." in name or META.match(key):
+            raise ValueError(f"key {key!r}: a sample's key is not empty, has no dot, is not __like_this__")
+        if not members:
+            raise ValueError(f"sample {key!r} has no members")
+        shard = self.open.get(language)
+        if shard is None:
+            number = self.count[language] = self.count.get(language, -1) + 1
+            shard = self.open[language] = _Shard(self.folder, f"{language}-{number:06d}.tar", language)
+        if shard.last == key:
+            raise ValueError(f"key {key!r} twice in a row: readers would take it for one sample")
+        shard.add(key, members)
+        shard.samples += self._rows(members)
+        if shard.samples >= self.max_samples or shard.file.tell() >= self.max_bytes:
+            self.done.append(self.open.pop(language).close())
+
+    def write_rows(self, language: str, rows) -> None:
+        """Append sentences (kind text: arrays of ids) or pairs (kind parallel: (English ids, other ids)).
+
+        Ids without specials, untruncated. Raises ValueError for an empty side or an id outside the vocabulary.
+        """
+        pending = self.pending.setdefault(language, [])
+        for row in rows:
+            sides = [np.asarray(side) for side in (row if self.sides == 2 else (row,))]
+            if len(sides) != self.sides or any(side.ndim != 1 or not side.size for side in sides):
+                raise ValueError(f"a row of kind {self.kind!r} is {self.sides} non-empty list(s) of ids, got {row!r}")
+            pending.append(sides)
+            if len(pending) == min(BLOCK_ROWS, self.max_samples):
+                self._flush(language)
+
+    def _flush(self, language: str) -> None:
+        sides = [side for row in self.pending[language] for side in row]
+        self.pending[language].clear()
+        ids = np.concatenate(sides)
+        if ids.min() < 0 or ids.max() >= self.tokenizer.vocabulary:
+            raise ValueError(f"{language}: id {ids.min()} or {ids.max()} is outside 0..{self.tokenizer.vocabulary - 1}")
+        ids = ids.astype(np.uint16 if self.tokenizer.vocabulary < 65536 else np.uint32)
+        ends = np.cumsum([side.size for side in sides]).astype(np.uint32).reshape(-1, self.sides)
+        self.write(f"{self.blocks:08d}", {"ids.npy": to_npy(ids), "ends.npy": to_npy(ends)}, language)
+        self.blocks += 1
+
+    def _rows(self, members: dict[str, bytes]) -> int:
+        return read_npy_header(io.BytesIO(members["ends.npy"]))[0][0] if self.packed else 1
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if error is None:
+                self._publish()
+        finally:
+            for shard in self.open.values():
+                shard.close()[0].unlink()
+            for temporary, _, _ in self.done:
+                temporary.unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        for language, pending in self.pending.items():
+            if pending:
+                self._flush(language)
+        while self.open:
+            self.done.append(self.open.popitem()[1].close())
+        old = self.folder / MANIFEST
+        stale = {shard["name"] for shard in json.loads(old.read_text())["shards"]} if old.exists() else set()
+        shards = []
+        for temporary, name, language in sorted(self.done, key=lambda item: item[1]):
+            path = self.folder / name
+            index = index_shard(temporary)
+            os.replace(temporary, path)
+            write_json(index_path(path), index, compact=True)
+            shards.append(describe(path, language, index))
+        sha256 = self.tokenizer.sha256 if self.tokenizer else None
+        write_json(self.folder / MANIFEST, {"format": 1, "kind": self.kind, "tokenizer": sha256, "shards": shards})
+        for name in stale - {shard["name"] for shard in shards}:
+            (self.folder / name).unlink(missing_ok=True)
+            index_path(self.folder / name).unlink(missing_ok=True)
+
+
+class _Shard:
+    """One tar being written under a temporary name; same input, same bytes (no times, no owners)."""
+
+    def __init__(self, folder: Path, name: str, language: str):
+        self.name, self.language, self.samples, self.last = name, language, 0, None
+        self.path = folder / f".{name}.{os.getpid()}"
+        self.file = open(self.path, "wb")  # noqa: SIM115  close() closes both
+        self.tar = tarfile.TarFile(fileobj=self.file, mode="w", format=tarfile.PAX_FORMAT)
+
+    def add(self, key: str, members: dict[str, bytes]) -> None:
+        self.last = key
+        for extension, data in members.items():
+            member = tarfile.TarInfo(f"{key}.{extension}")
+            member.size, member.mode = len(data), 0o444
+            self.tar.addfile(member, io.BytesIO(data))
+
+    def close(self) -> tuple[Path, str, str]:
+        self.tar.close()
+        self.file.close()
+        return self.path, self.name, self.language
+
+
+def to_npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m raylib.data.shards FOLDER KIND`: index anybody's tars."""
+    if len(arguments) != 2:
+        print(f"usage: python -m raylib.data.shards FOLDER {{{','.join(KINDS)}}}", file=sys.stderr)
+        return 2
+    try:
+        shards = index_folder(*arguments)["shards"]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments[0]}: {len(shards)} shards, {sum(shard['samples'] for shard in shards)} samples")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,226 @@
+"""Reading a source (`shards` has the format) at random: pictures by `os.pread`, packed ids through a memory map.
+
+Opening reads the manifest alone and checks the files' sizes; a shard is fetched, opened and its count checked when
+its first sample is read. So a `Source` costs nothing to send to another process.
+"""
+
+import io
+import itertools
+import json
+import mmap
+import os
+import resource
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from raylib.data.fetch import fetch, is_remote
+from raylib.data.shards import KINDS, MANIFEST, index_path, index_shard, read_npy_header, sha256_of
+from raylib.errors import UserError
+
+HEADER = 4096  # bytes that surely hold an .npy header of ours
+
+
+class ShardEntry(NamedTuple):
+    """A shard as the manifest lists it."""
+
+    name: str
+    language: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+class Sample(NamedTuple):
+    """One sample of an image_text source; `members` maps extensions to (offset, size) in its shard."""
+
+    key: str
+    members: dict[str, tuple[int, int]]
+    shard: "Shard"
+
+    def read(self, extension: str) -> bytes:
+        return self.shard.pread(*self.members[extension])
+
+
+class Source:
+    """A folder of shards as one sequence of samples per language.
+
+    Args:
+        base: local folder, URL or `pipe:` command (see `fetch`).
+        kind: the kind it must be; None takes any.
+        tokenizer: SHA-256 of the tokenizer whose ids it must hold; None does not ask.
+        cache: where shards of a remote base are kept.
+        verify: read everything now: hashes, offsets, counts.
+
+    Raises UserError: no manifest, missing shard, shard of another size (truncated) or hash, another count of samples,
+    another kind or tokenizer, no samples in a language.
+    """
+
+    def __init__(self, base, kind: str | None = None, tokenizer: str | None = None, cache=None, verify: bool = False):
+        self.base, self.cache = str(base), cache
+        manifest = self._manifest()
+        self.kind = manifest["kind"]
+        if kind and kind != self.kind:
+            raise UserError(f"{base}: shards of kind {self.kind!r} where {kind!r} is needed")
+        if tokenizer and self.kind != "image_text" and manifest["tokenizer"] != tokenizer:
+            raise UserError(f"{base}: its ids come from another tokenizer; pack the text anew with this one")
+        self.sides = KINDS[self.kind]
+        self.groups: dict[str, list[ShardEntry]] = {}
+        for fields in manifest["shards"]:
+            shard = ShardEntry(**{name: fields[name] for name in ShardEntry._fields})
+            if os.path.basename(shard.name) != shard.name or shard.name.startswith("."):
+                raise UserError(f"{base}: shard name {shard.name!r} in the manifest is no plain file name")
+            self.groups.setdefault(shard.language, []).append(shard)
+        for language, shards in self.groups.items():
+            if not sum(shard.samples for shard in shards):
+                raise UserError(f"{base}: language {language!r} has no samples")
+        self.starts = {lang: np.cumsum([0] + [s.samples for s in group]) for lang, group in self.groups.items()}
+        self._opened: OrderedDict[str, Shard] = OrderedDict()
+        if not is_remote(self.base):
+            self._check_files(verify)
+
+    def _manifest(self) -> dict:
+        try:
+            path = fetch(self.base, MANIFEST, self.cache)
+        except UserError as error:
+            if is_remote(self.base):
+                raise
+            command = f"python -m raylib.data.shards {self.base} KIND"
+            raise UserError(f"{error}; for a folder of tars, `{command}` makes one") from None
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if manifest["format"] != 1 or manifest["kind"] not in KINDS or not manifest["shards"]:
+                raise ValueError(
+                    f"format {manifest['format']}, kind {manifest['kind']!r}, {len(manifest['shards'])} shards"
+                )
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: no manifest of this format ({error}); make it anew") from error
+        return manifest
+
+    def _check_files(self, verify: bool) -> None:
+        for shard in (shard for group in self.groups.values() for shard in group):
+            path = Path(self.base) / shard.name
+            if not path.is_file():
+                raise UserError(f"{path}: this shard is in the manifest but not here")
+            if path.stat().st_size != shard.bytes:
+                raise UserError(f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}; fetch it anew")
+            if verify:
+                if sha256_of(path) != shard.sha256:
+                    raise UserError(f"{path}: its SHA-256 is not the manifest's; fetch it anew")
+                self._open(shard, index_shard(path))
+
+    def __len__(self) -> int:
+        return sum(self.size(language) for language in self.groups)
+
+    def size(self, language: str) -> int:
+        """Samples (rows) of a language."""
+        return int(self.starts[language][-1])
+
+    def sizes(self) -> dict[str, list[int]]:
+        """Samples of every shard, by language: what `Lanes` is made from."""
+        return {language: [shard.samples for shard in group] for language, group in self.groups.items()}
+
+    def sample(self, language: str, number: int) -> Sample:
+        """Sample `number` of a language of an image_text source."""
+        shard, row = self._locate(language, number)
+        return shard.sample(row)
+
+    def row(self, language: str, number: int) -> list[np.ndarray]:
+        """Row `number` of a packed source: one array of ids (uint16 or uint32, a view of the file) per side."""
+        shard, row = self._locate(language, number)
+        return shard.row(row, self.sides)
+
+    def _locate(self, language: str, number: int) -> tuple["Shard", int]:
+        starts = self.starts[language]
+        place = int(starts.searchsorted(number, "right")) - 1
+        entry = self.groups[language][place]
+        shard = self._opened.get(entry.name)
+        if shard is None:
+            shard = self._open(entry)
+        else:
+            self._opened.move_to_end(entry.name)
+        return shard, number - int(starts[place])
+
+    def _open(self, entry: ShardEntry, index: dict | None = None) -> "Shard":
+        path = fetch(self.base, entry.name, self.cache, entry.bytes, entry.sha256)
+        if index is None:
+            index = _read_index(path)
+        rows = sum(sample[2] for sample in index["samples"])
+        if index["bytes"] != entry.bytes or rows != entry.samples:
+            raise UserError(f"{path}: {rows} samples, the manifest says {entry.samples}; index the folder anew")
+        shard = self._opened[entry.name] = Shard(path, index, packed=self.kind != "image_text")
+        if len(self._opened) > max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):
+            self._opened.popitem(last=False)
+        return shard
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_opened": OrderedDict()}
+
+
+def _read_index(path: Path) -> dict:
+    """The index beside a shard, or a fresh one (a fetched shard comes without)."""
+    if not index_path(path).exists():
+        return index_shard(path)
+    try:
+        index = json.loads(index_path(path).read_text(encoding="utf-8"))
+        return {"bytes": index["bytes"], "samples": index["samples"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index_path(path)}: no index of this format ({error}); index the folder anew") from error
+
+
+class Shard:
+    """One open shard. Offsets are kept in arrays: about 100 bytes a sample."""
+
+    def __init__(self, path: Path, index: dict, packed: bool):
+        self.path, samples = path, index["samples"]
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the shard
+        if packed:
+            self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.members = [sample[1] for sample in samples]
+            self.starts = np.cumsum([0] + [sample[2] for sample in samples])
+            self.blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+            self.file.close()
+            return
+        self.keys = [sample[0] for sample in samples]
+        self.extensions = sorted({extension for sample in samples for extension in sample[1]})
+        codes = {extension: code for code, extension in enumerate(self.extensions)}
+        self.firsts = np.cumsum([0] + [len(sample[1]) for sample in samples])
+        flat = [(codes[extension], *place) for sample in samples for extension, place in sample[1].items()]
+        self.places = np.array(flat, np.int64)
+
+    def __del__(self):
+        if hasattr(self, "file"):
+            self.file.close()
+
+    def pread(self, offset: int, size: int) -> bytes:
+        data = os.pread(self.file.fileno(), size, offset)
+        if len(data) != size:
+            raise UserError(f"{self.path}: {len(data)} bytes at {offset} where {size} should be; fetch it anew")
+        return data
+
+    def sample(self, row: int) -> Sample:
+        places = self.places[self.firsts[row] : self.firsts[row + 1]].tolist()
+        return Sample(self.keys[row], {self.extensions[code]: (offset, size) for code, offset, size in places}, self)
+
+    def row(self, row: int, sides: int) -> list[np.ndarray]:
+        block = int(self.starts.searchsorted(row, "right")) - 1
+        ids, ends = self.blocks.get(block) or self._read_block(block, sides)
+        first = (row - int(self.starts[block])) * sides
+        cuts = ends[first : first + sides + 1].tolist()
+        return [ids[low:high] for low, high in itertools.pairwise(cuts)]
+
+    def _read_block(self, block: int, sides: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, ends = (self._array(*self.members[block][name]) for name in ("ids.npy", "ends.npy"))
+        cuts = np.concatenate([np.zeros(1, np.uint32), ends.reshape(-1)])
+        if ends.shape[1:] != (sides,) or cuts[-1] != len(ids) or (cuts[1:] <= cuts[:-1]).any():
+            raise UserError(f"{self.path}: block {block} is damaged, its ends do not fit its ids; pack it anew")
+        self.blocks[block] = ids, cuts
+        return ids, cuts
+
+    def _array(self, offset: int, size: int) -> np.ndarray:
+        header = io.BytesIO(self.map[offset : offset + min(size, HEADER)])
+        shape, dtype = read_npy_header(header)
+        flat = np.frombuffer(self.map, dtype, int(np.prod(shape)), offset + header.tell())
+        return flat.reshape(shape)

@@ -1,0 +1,203 @@
+import io
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+from raylib.config import build
+from raylib.data.images import FIXED_DRAWS, TONES, WARPS, AugmentConfig, BadPicture, augment, decode, resize
+from raylib.errors import UserError
+
+RGB = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+ALPHA = np.random.default_rng(1).integers(0, 256, (20, 24), dtype=np.uint8)
+MIDDLE = np.full(FIXED_DRAWS, 0.5)
+
+
+def encode(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def smooth_picture(height, width):
+    """A picture of low frequencies, on which resamplers agree."""
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    waves = np.stack([np.sin(5 * x + y), np.cos(4 * y), np.sin(3 * (x - y))], -1)
+    return (waves * 110 + 128).astype(np.uint8)
+
+
+def over_white(image):
+    rgba = np.asarray(image.convert("RGBA")).astype(float)
+    return rgba[..., :3] * rgba[..., 3:] / 255 + 255 - rgba[..., 3:]
+
+
+PICTURE, RGBA = Image.fromarray(RGB), Image.fromarray(np.dstack([RGB, ALPHA]))
+ENCODED = {
+    "rgb": encode(PICTURE),
+    "rgba": encode(RGBA),
+    "gray": encode(Image.fromarray(ALPHA)),
+    "gray alpha": encode(Image.merge("LA", [Image.fromarray(ALPHA), Image.fromarray(ALPHA)])),
+    "palette": encode(PICTURE.quantize(16)),
+    "palette with a transparent colour": encode(PICTURE.quantize(16), transparency=3),
+    "palette with alpha": encode(RGBA.quantize(256)),
+    "bits": encode(Image.fromarray(ALPHA > 128)),
+    "webp": encode(PICTURE, "WEBP", lossless=True),
+    "webp alpha": encode(RGBA, "WEBP", lossless=True, exact=True),
+}
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_decode_is_pil_over_white(name):
+    got = decode(ENCODED[name])
+    assert got.dtype == np.uint8 and got.shape == (20, 24, 3)
+    assert np.abs(got - over_white(Image.open(io.BytesIO(ENCODED[name])))).max() <= 0.5
+
+
+def test_decode_jpegs_and_16_bits():
+    exif = Image.Exif()
+    exif[0x112] = 6
+    photo = smooth_picture(40, 30)
+    for kind in ("RGB", "L", "CMYK"):
+        image = Image.fromarray(photo).convert(kind)
+        data = encode(image, "JPEG", quality=95, exif=exif)
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
+        got = decode(data)
+        assert got.shape == (30, 40, 3) and np.abs(got - expected).max() <= 6
+    deep = encode(Image.fromarray(ALPHA.astype(np.uint16) * 257))
+    assert (decode(deep) == ALPHA[..., None]).all()
+
+
+def test_bad_pictures():
+    for data in (b"", b"abc", ENCODED["rgb"][:400], encode(PICTURE, "JPEG")[:300], b"\xff\xd8" + bytes(50)):
+        with pytest.raises(BadPicture, match="en-7.tar cat: does not decode") as error:
+            decode(data, "en-7.tar cat")
+        assert "\n" not in str(error.value)
+
+
+def test_resize_is_near_pil():
+    for shape, size in [((50, 70), 32), ((20, 24), 48)]:
+        picture = smooth_picture(*shape)
+        expected = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(resize(picture, size) - expected).max() <= 4
+    assert resize(RGB[:20, :20], 20) is not RGB and (resize(RGB[:20, :20], 20) == RGB[:20, :20]).all()
+
+
+def plain(**changes):
+    return AugmentConfig(**{"scale": (1, 1), "ratio": (1, 1), "operations": 0, **changes})
+
+
+def test_nothing_asked_nothing_done():
+    square = RGB[:20, :20]
+    assert (augment(square, 20, plain(), MIDDLE) == square).all()
+    assert (augment(square, 20, plain(flip=1), MIDDLE) == square[:, ::-1]).all()
+    gray = augment(square, 20, plain(grayscale=1), MIDDLE)
+    assert (gray == cv2.cvtColor(square, cv2.COLOR_RGB2GRAY)[..., None]).all()
+    cut = augment(square, 20, plain(cutout=1), MIDDLE)
+    assert (cut == 127).all(-1).sum() == 25 and ((cut == square) | (cut == 127)).all()
+
+
+@pytest.mark.parametrize(("shape", "size"), [((60, 60), 40), ((64, 90), 48), ((300, 280), 64), ((20, 30), 50)])
+def test_crop_is_near_pil(shape, size):
+    """Random draws: the same box cut and resized by PIL."""
+    picture = smooth_picture(*shape)
+    config = plain(scale=(0.3, 1), ratio=(0.75, 4 / 3))
+    for draws in np.random.default_rng(2).random((5, FIXED_DRAWS)):
+        area = (0.3 + 0.7 * draws[0]) * shape[0] * shape[1]
+        aspect = np.exp(np.log(0.75) + (np.log(4 / 3) - np.log(0.75)) * draws[1])
+        width, height = min(shape[1], (area * aspect) ** 0.5), min(shape[0], (area / aspect) ** 0.5)
+        left, top = (shape[1] - width) * draws[2], (shape[0] - height) * draws[3]
+        box = (left, top, left + width, top + height)
+        expected = Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR, box=box)
+        got = augment(picture, size, config, draws)[2:-2, 2:-2]  # at the border PIL sees no white
+        assert np.abs(got - np.asarray(expected).astype(int)[2:-2, 2:-2]).max() <= 6
+
+
+def only(name, strength, picture, size):
+    config = plain(operations=1, magnitude=10, choices=(name,))
+    return augment(picture, size, config, np.append(MIDDLE, [0.5, (strength + 1) / 2]))
+
+
+@pytest.mark.parametrize("strength", [-0.8, 0.6])
+def test_warps_are_near_pil(strength):
+    picture, size = smooth_picture(41, 41), 41
+    angle, c = 30 * strength, 20.5
+    shift, shear = 0.3 * strength, 0.3 * strength
+    affine = {
+        "shear_x": (1, shear, -shear * c, 0, 1, 0),
+        "shear_y": (1, 0, 0, shear, 1, -shear * c),
+        "translate_x": (1, 0, shift * size, 0, 1, 0),
+        "translate_y": (1, 0, 0, 0, 1, shift * size),
+    }
+    bilinear = Image.Resampling.BILINEAR
+    for name in WARPS:
+        image = Image.fromarray(picture)
+        if name == "rotate":
+            expected = image.rotate(angle, bilinear, fillcolor=(255,) * 3)
+            inside = Image.new("L", (size, size), 255).rotate(angle, bilinear)
+        else:
+            expected = image.transform(
+                (size, size), Image.Transform.AFFINE, affine[name], bilinear, fillcolor=(255,) * 3
+            )
+            inside = Image.new("L", (size, size), 255).transform((size, size), Image.Transform.AFFINE, affine[name])
+        core = cv2.erode(np.asarray(inside), np.ones((5, 5))) == 255
+        got = only(name, strength, picture, size)
+        assert core.sum() > 500 and np.abs(got - np.asarray(expected).astype(int))[core].max() <= 4
+        outside = cv2.dilate(np.asarray(inside), np.ones((5, 5))) == 0
+        assert (got[outside] == 255).all() and outside.any()
+
+
+@pytest.mark.parametrize("strength", [-0.7, 0.5])
+def test_tones_are_near_pil(strength):
+    picture = smooth_picture(32, 32) // 2 + 40
+    image, factor = Image.fromarray(picture), 1 + 0.9 * strength
+    expected = {
+        "brightness": ImageEnhance.Brightness(image).enhance(factor),
+        "contrast": ImageEnhance.Contrast(image).enhance(factor),
+        "saturation": ImageEnhance.Color(image).enhance(factor),
+        "posterize": ImageOps.posterize(image, 8 - round(4 * abs(strength))),
+        "solarize": ImageOps.solarize(image, 256 * (1 - abs(strength))),
+        "autocontrast": ImageOps.autocontrast(image),
+        "sharpness": ImageEnhance.Sharpness(image).enhance(factor),
+    }
+    for name, peer in expected.items():
+        got = only(name, strength, picture, 32)[1:-1, 1:-1].astype(int)
+        difference = np.abs(got - np.asarray(peer)[1:-1, 1:-1])
+        assert difference.max() <= 3, name
+    turned = only("hue", strength, picture, 32)
+    assert (turned.max(-1) == picture.max(-1)).all() and (turned != picture).any()
+    noise = np.random.default_rng(4).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert only("blur", strength, noise, 64).std() < noise.std() / 2
+    assert set(expected) | {"hue", "blur", "equalize"} == set(TONES)
+
+
+def test_equalize_flattens_the_histogram():
+    picture = smooth_picture(32, 32) // 2 + 40
+    got = only("equalize", 0.5, picture, 32)
+    for channel in range(3):
+        _, place, counts = np.unique(picture[..., channel], return_inverse=True, return_counts=True)
+        share = (np.cumsum(counts) - counts[0]) / (picture[..., 0].size - counts[0])
+        assert np.abs(got[..., channel] - 255 * share[place].reshape(32, 32)).max() <= 1
+
+
+def test_a_flat_picture_survives_every_operation():
+    for name in TONES:
+        assert only(name, 1.0, np.full((8, 8, 3), 90, np.uint8), 8).shape == (8, 8, 3)
+
+
+def test_the_same_draws_give_the_same_picture():
+    config = AugmentConfig(operations=3, choices=(*WARPS, *TONES), flip=0.5, grayscale=0.2, cutout=0.3)
+    picture = smooth_picture(70, 50)
+    for draws in np.random.default_rng(3).random((50, config.draws)):
+        first = augment(picture, 32, config, draws)
+        assert first.shape == (32, 32, 3) and first.dtype == np.uint8 and first.flags["C_CONTIGUOUS"]
+        assert (first == augment(picture, 32, config, draws)).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [({"choices": ["spin"]}, "spin"), ({"scale": [1, 0.5]}, "smaller one first"), ({"magnitude": 11}, "magnitude")],
+)
+def test_bad_configs(values, words):
+    with pytest.raises(UserError, match=words):
+        build(AugmentConfig, values, "test")

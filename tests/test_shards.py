@@ -1,0 +1,300 @@
+import io
+import json
+import pickle
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from raylib.data import fetch as fetching
+from raylib.data.shards import BLOCK_ROWS, ShardWriter, index_folder, index_path, index_shard
+from raylib.data.source import Source
+from raylib.errors import UserError
+
+
+class IdsBelow:
+    """Stands for a tokenizer where shards are written."""
+
+    def __init__(self, vocabulary):
+        self.vocabulary, self.sha256 = vocabulary, f"hash-{vocabulary}"
+
+
+def members_of(number):
+    return {"json": json.dumps({"captions": {"en": [f"thing {number}"]}}).encode(), "a.png": bytes([number]) * number}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    with ShardWriter(folder, "image_text", max_samples=4) as writer:
+        for number in range(10):
+            writer.write(f"sub/k{number}", members_of(number), "en" if number < 9 else "de")
+    return folder
+
+
+def make_rows(count, sides, seed=0, high=60):
+    rng = np.random.default_rng(seed)
+    rows = [[rng.integers(5, high, rng.integers(1, 9)) for _ in range(sides)] for _ in range(count)]
+    return rows if sides == 2 else [row[0] for row in rows]
+
+
+def test_written_samples_come_back(pictures):
+    source = Source(pictures, "image_text", verify=True)
+    assert (len(source), source.sizes()) == (10, {"de": [1], "en": [4, 4, 1]})
+    for number in (8, 0, 5, 3, 4):
+        sample = source.sample("en", number)
+        assert sample.key == f"sub/k{number}"
+        assert {name: sample.read(name) for name in sample.members} == members_of(number)
+    assert source.sample("de", 0).key == "sub/k9"
+    assert pickle.loads(pickle.dumps(source)).sample("en", 2).read("a.png") == b"\2\2"
+
+
+def test_webdataset_reads_our_shards(pictures):
+    url = str(pictures / "en-{000000..000002}.tar")
+    read = list(webdataset.WebDataset(url, shardshuffle=False))
+    assert [sample["__key__"] for sample in read] == [f"sub/k{number}" for number in range(9)]
+    for number, sample in enumerate(read):
+        assert {name: data for name, data in sample.items() if name[0] != "_"} == members_of(number)
+
+
+def test_we_read_shards_of_webdataset(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "en-7.tar"), encoder=False) as writer:
+        for number in range(6):
+            writer.write({"__key__": f"long/{'x' * 90}/v1-{number}", "PNG": b"p" * 600, "txt": b"t", "cls.v2": b"2"})
+    manifest = index_folder(tmp_path, "image_text")
+    assert manifest["shards"][0]["samples"] == 6 and manifest["shards"][0]["language"] == "en"
+    sample = Source(tmp_path, verify=True).sample("en", 5)
+    peer = list(webdataset.WebDataset(str(tmp_path / "en-7.tar"), shardshuffle=False))[5]
+    assert sample.key == peer["__key__"]
+    assert {name: sample.read(name) for name in sample.members} == {k: v for k, v in peer.items() if k[0] != "_"}
+
+
+def test_indexing_groups_as_webdataset_does(tmp_path):
+    """Dots, folders, meta members, members without an extension, one key in two places."""
+    path = tmp_path / "en.tar"
+    names = ["a/b.c/x.png", "__meta__/y.txt", "a/b.c/x.v1.txt", "README", "k.txt", "z.txt", "k.png", "ü.txt", "__m__"]
+    with tarfile.open(path, "w") as tar:
+        folder = tarfile.TarInfo("a.folder")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(name)
+            tar.addfile(member, io.BytesIO(name.encode()[: len(name)]))
+    peer = [(s["__key__"], {k for k in s if k[0] != "_"}) for s in webdataset.WebDataset(str(path), shardshuffle=False)]
+    assert [(key, set(members)) for key, members, _ in index_shard(path)["samples"]] == peer
+
+
+@pytest.mark.parametrize(("kind", "sides"), [("text", 1), ("parallel", 2)])
+@pytest.mark.parametrize("vocabulary", [60, 70_000])
+def test_packed_rows_come_back(tmp_path, kind, sides, vocabulary):
+    rows = {"de": make_rows(BLOCK_ROWS + 50, sides, 1, vocabulary), "ru": make_rows(7, sides, 2, vocabulary)}
+    with ShardWriter(tmp_path, kind, IdsBelow(vocabulary), max_samples=BLOCK_ROWS + 20) as writer:
+        for language in rows:
+            writer.write_rows(language, rows[language][:5])
+            writer.write_rows(language, rows[language][5:])
+    source = Source(tmp_path, kind, tokenizer=f"hash-{vocabulary}", verify=True)
+    assert {language: source.size(language) for language in rows} == {"de": BLOCK_ROWS + 50, "ru": 7}
+    for language, number in [("de", 0), ("de", BLOCK_ROWS - 1), ("de", BLOCK_ROWS), ("de", BLOCK_ROWS + 49), ("ru", 6)]:
+        got = source.row(language, number)
+        expected = rows[language][number] if sides == 2 else [rows[language][number]]
+        assert [ids.tolist() for ids in got] == [ids.tolist() for ids in expected]
+        assert got[0].dtype == (np.uint16 if vocabulary < 65536 else np.uint32)
+
+
+def test_a_failed_writer_leaves_the_old_source(pictures):
+    before = {path.name: path.read_bytes() for path in pictures.iterdir()}
+    with pytest.raises(RuntimeError, match="stop"), ShardWriter(pictures, "image_text", max_samples=2) as writer:
+        for number in range(5):
+            writer.write(f"new{number}", members_of(number))
+        raise RuntimeError("stop")
+    assert {path.name: path.read_bytes() for path in pictures.iterdir()} == before
+    with ShardWriter(pictures, "image_text") as writer:
+        writer.write("new", members_of(3))
+    assert {path.name for path in pictures.iterdir()} == {"manifest.json", "en-000000.tar", "en-000000.index.json"}
+
+
+def test_the_same_input_makes_the_same_bytes(tmp_path):
+    for name in "ab":
+        with ShardWriter(tmp_path / name, "text", IdsBelow(60)) as writer:
+            writer.write_rows("de", make_rows(20, 1))
+    assert (tmp_path / "a/manifest.json").read_bytes() == (tmp_path / "b/manifest.json").read_bytes()
+
+
+def test_bad_writes(tmp_path):
+    with ShardWriter(tmp_path, "image_text") as writer:
+        for key in ("", "v1.2", "__x__", "a/"):
+            with pytest.raises(ValueError, match="key"):
+                writer.write(key, {"txt": b"x"})
+        with pytest.raises(ValueError, match="no members"):
+            writer.write("a", {})
+        writer.write("a", {"txt": b"x"})
+        with pytest.raises(ValueError, match="twice"):
+            writer.write("a", {"png": b"x"})
+    with pytest.raises(ValueError, match="tokenizer"):
+        ShardWriter(tmp_path, "text")
+    with pytest.raises(UserError, match="unknown"):
+        ShardWriter(tmp_path, "video")
+    with ShardWriter(tmp_path / "t", "parallel", IdsBelow(60)) as writer:
+        for row in [([5], []), ([5],), ([5], [6], [7])]:
+            with pytest.raises(ValueError, match="non-empty"):
+                writer.write_rows("de", [row])
+        writer.write_rows("de", [([5], [6])])
+    with pytest.raises(ValueError, match="outside"), ShardWriter(tmp_path / "u", "text", IdsBelow(60)) as writer:
+        writer.write_rows("de", [[5, 60]])
+    assert not (tmp_path / "u/manifest.json").exists()
+
+
+def edit_manifest(folder, change):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def test_bad_sources_are_told_in_one_line(pictures, tmp_path):
+    def fails(words, base=pictures, **options):
+        with pytest.raises(UserError, match=words) as error:
+            source = Source(base, **options)
+            for number in range(9):
+                source.sample("en", number)
+        assert "\n" not in str(error.value) and str(base) in str(error.value)
+
+    fails("no such file.*makes one", tmp_path)
+    fails("'image_text' where 'text' is needed", kind="text")
+    shard = pictures / "en-000001.tar"
+    whole = shard.read_bytes()
+
+    shard.write_bytes(whole[:-600])
+    fails("bytes, the manifest says")
+    shard.write_bytes(whole.replace(b"thing 5", b"thing 6"))
+    fails("SHA-256", verify=True)
+    shard.unlink()
+    fails("in the manifest but not here")
+    shard.write_bytes(whole)
+
+    index = json.loads(index_path(shard).read_text())
+    index_path(shard).write_text(json.dumps(index | {"samples": index["samples"][:-1]}))
+    fails("3 samples, the manifest says 4")
+    index_path(shard).write_text("{}")
+    fails("no index of this format")
+    index_path(shard).unlink()
+    assert Source(pictures).sample("en", 7).key == "sub/k7"  # without an index, it is read from the tar
+
+    edit_manifest(pictures, lambda manifest: manifest["shards"][1].update(name="../x.tar"))
+    fails("no plain file name")
+    edit_manifest(pictures, lambda manifest: manifest["shards"].clear())
+    fails("no manifest of this format")
+
+
+def test_language_without_samples_and_other_tokenizer(tmp_path):
+    with ShardWriter(tmp_path, "text", IdsBelow(60)) as writer:
+        writer.write_rows("de", make_rows(3, 1))
+    with pytest.raises(UserError, match="another tokenizer"):
+        Source(tmp_path, "text", tokenizer="other")
+    edit_manifest(tmp_path, lambda manifest: manifest["shards"][0].update(samples=0))
+    with pytest.raises(UserError, match="'de' has no samples"):
+        Source(tmp_path)
+
+
+def test_damaged_tars(pictures, tmp_path):
+    whole = (pictures / "en-000000.tar").read_bytes()
+    second = json.loads((pictures / "en-000000.index.json").read_text())["samples"][1][1]["json"][0]
+    (tmp_path / "bad").mkdir()
+    path = tmp_path / "bad/en-0.tar"
+    cases = {
+        "no uncompressed tar": [b"", b"x" * 2000, b"\x1f\x8b" + bytes(1000)],
+        "truncated|damaged": [whole[: second + 100], whole[: second + 3], whole[: second - 512]],
+        # a damaged header in the middle: webdataset ends there and says nothing
+        "damaged": [whole[: second - 500] + b"?" * 40 + whole[second - 460 :]],
+    }
+    for words, contents in cases.items():
+        for content in contents:
+            path.write_bytes(content)
+            with pytest.raises(UserError, match=words) as error:
+                index_folder(tmp_path / "bad", "image_text")
+            assert "\n" not in str(error.value) and "en-0.tar" in str(error.value)
+    assert len(list(webdataset.WebDataset(str(path), shardshuffle=False))) == 1
+    assert not (tmp_path / "bad/manifest.json").exists()
+
+
+def test_damaged_block_of_text(tmp_path):
+    with ShardWriter(tmp_path, "text", IdsBelow(60)) as writer:
+        writer.write_rows("de", [[5, 6], [7]])
+    shard = tmp_path / "de-000000.tar"
+    data = shard.read_bytes()
+    ends = np.array([2, 3], np.uint32).tobytes()
+    shard.write_bytes(data.replace(ends, np.array([2, 9], np.uint32).tobytes()))
+    with pytest.raises(UserError, match="block 0 is damaged"):
+        Source(tmp_path).row("de", 0)
+
+
+def test_command(pictures):
+    (pictures / "manifest.json").unlink()
+    command = [sys.executable, "-m", "raylib.data.shards"]
+    done = subprocess.run([*command, pictures, "image_text"], capture_output=True, text=True, check=True)
+    assert "4 shards, 10 samples" in done.stdout and not done.stderr
+    assert len(Source(pictures, verify=True)) == 10
+    failed = subprocess.run([*command, pictures / "none", "image_text"], capture_output=True, text=True, check=False)
+    assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("scheme", ["file://{folder}", "pipe:cat '{folder}'/{{name}}"])
+def test_remote_sources(pictures, tmp_path, scheme):
+    base = scheme.format(folder=pictures)
+    source = Source(base, cache=tmp_path / "cache")
+    assert source.sample("en", 5).read("a.png") == b"\5" * 5
+    folder = fetching.cache_folder(base, tmp_path / "cache")
+    cached = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
+    assert len(cached) == 2 and cached[0].endswith("-en-000001.tar") and cached[1] == "manifest.json"
+    (pictures / "en-000001.tar").unlink()  # from here on it comes from the cache
+    assert Source(base, cache=tmp_path / "cache").sample("en", 6).key == "sub/k6"
+
+    shard = pictures / "en-000000.tar"
+    whole = shard.read_bytes()
+    for content, words in [(whole[:-1], "manifest says"), (whole.replace(b"thing 1", b"thing 2"), "SHA-256")]:
+        shard.write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            source.sample("en", 0)
+    shard.unlink()
+    with pytest.raises(UserError, match="could not fetch|exit status"):
+        source.sample("en", 0)
+    assert not [path for path in folder.iterdir() if "en-000000" in path.name and not path.name.endswith(".lock")]
+
+
+def test_bad_bases(tmp_path, monkeypatch):
+    import fsspec
+
+    def missing(*_, **__):
+        raise ImportError("Install s3fs to access S3")
+
+    for base, words in [("nope://x", "could not fetch"), ("pipe:cat", "must hold {name}")]:
+        with pytest.raises(UserError, match=words):
+            Source(base, cache=tmp_path)
+    monkeypatch.setattr(fsspec, "open", missing)
+    with pytest.raises(UserError, match="Install s3fs"):
+        Source("s3://bucket/folder", cache=tmp_path)
+
+
+def test_processes_may_fetch_at_once(pictures, tmp_path):
+    base, log = f"pipe:echo x >> {tmp_path}/log; sleep 0.1; cat {pictures}/{{name}}", tmp_path / "log"
+    entry = next(s for s in json.loads((pictures / "manifest.json").read_text())["shards"] if s["language"] == "de")
+    arguments = [base, entry["name"], str(tmp_path), entry["bytes"], entry["sha256"]]
+    code = f"from raylib.data.fetch import fetch; fetch(*{arguments!r})"
+    running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    assert [process.wait(30) for process in running] == [0, 0, 0]
+    assert log.read_text() == "x\n"
+    (cached,) = Path(fetching.cache_folder(base, tmp_path)).glob("*.tar")
+    assert cached.stat().st_size == entry["bytes"]
+
+
+def test_a_source_written_anew_is_fetched_anew(tmp_path):
+    """Tars are padded: the old shard in the cache has the size of the new one."""
+    for word in (b"old", b"new"):
+        with ShardWriter(tmp_path / "source", "image_text") as writer:
+            writer.write("k", {"txt": word})
+        assert Source(f"file://{tmp_path}/source", cache=tmp_path / "cache").sample("en", 0).read("txt") == word
