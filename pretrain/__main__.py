@@ -46,7 +46,7 @@ def _train(arguments: list[str]) -> int:
     parser.add_argument("settings", nargs="*", metavar="path=value", help="such as optim.lr=3e-4 runtime=local")
     parser.add_argument("--config", help="start from a stored config.json instead of a recipe")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     if given.config:
         settings = [given.recipe, *given.settings] if given.recipe else given.settings
         config = load(PretrainConfig, Path(given.config))

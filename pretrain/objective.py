@@ -83,7 +83,9 @@ class _Side:
 
     def plan(self, ucl: str | None, fuse: set[str]) -> None:
         """`ucl`: which text UCL wants, if any; `fuse`: which texts the unified encoder wants."""
-        for name in {ucl, *fuse} - {None}:
+        for name in ("clean", "masked"):  # in one order in every process: sums of floats depend on it
+            if name != ucl and name not in fuse:
+                continue
             sentences = self.all if name == ucl else self.few
             rows = (self.fused if name == ucl else torch.arange(len(self.fused))) if name in fuse else None
             self.passes[name] = _Pass(getattr(sentences, name), sentences.lengths, name == ucl, rows)
@@ -159,7 +161,7 @@ class PretrainObjective(nn.Module):
         temperature = clamp(self.model.temperature.float(), *self.config.temperature)
         index = index.to(left.device)
         everywhere, order = gather(index).sort()  # the global batch in one order on any number of workers
-        positive = torch.searchsorted(everywhere, index)
+        positive = torch.searchsorted(everywhere, index.contiguous())
         all_left, all_right = gather(left)[order], gather(right)[order]
         same = (left_id[:, None] == gather(left_id)[order]) | (right_id[:, None] == gather(right_id)[order])
         sums = [

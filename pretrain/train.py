@@ -48,6 +48,11 @@ class PretrainConfig(LaunchConfig):
         longest = max(self.data.image_text.length, self.data.parallel.length, self.data.text.length)
         if longest > self.model.positions:
             raise ValueError(f"model.positions={self.model.positions} is less than the longest data length {longest}")
+        for name in ("image_text", "parallel"):
+            stream = getattr(self.data, name)
+            if stream.batch // stream.lanes % self.objective.fuse_every:
+                raise ValueError(f"objective.fuse_every={self.objective.fuse_every} must divide the {stream.batch // stream.lanes} "
+                                 f"samples that data.{name} takes from each lane")  # fmt: skip
         return self
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raylib.ragged import Ragged
+from raylib.ragged import Ragged, pick
 
 
 def world_size() -> int:
@@ -39,7 +39,7 @@ def gather_ragged(x: Ragged, width: int) -> Ragged:
     valid = columns < x.lengths[:, None]
     index = (x.starts[rows, None] + torch.where(valid, columns, 0)).to(x.values.device)
     lengths = gather(x.lengths.to(x.values.device)).cpu()
-    padded = gather(x.values[index].contiguous())
+    padded = gather(pick(x.values, index))
     kept = (columns < lengths[:, None]).flatten().nonzero().squeeze(1)
     return Ragged(padded.flatten(0, 1).index_select(0, kept.to(padded.device)), lengths)
 
@@ -53,6 +53,6 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)  # gloo has no reduce_scatter; the gathered states are small beside the gradients
         return grad.chunk(dist.get_world_size())[dist.get_rank()]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -131,6 +132,8 @@ def _import_deepspeed(device: torch.device):
         raise UserError("deepspeed is not installed; install the pinned requirements, or run with runtime=local") from None
     import deepspeed.ops
 
+    # DeepSpeed 0.19.8 calls what torch 2.13 has renamed, once a step
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     if device.type == "cpu":
         # its shared-memory extension compiles for 40 s and hangs on a stale lock; gloo serves (RAY.md)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

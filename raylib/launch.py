@@ -97,6 +97,7 @@ def _on_ray(main: Callable, config: Any, run: Path) -> dict:
             storage_path=str(run),
             failure_config=train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=train.CheckpointConfig(num_to_keep=config.fit.keep),
+            logging_config=train.LoggingConfig(log_level="WARNING"),
         ),
     )
     try:

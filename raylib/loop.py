@@ -22,7 +22,6 @@ from raylib.randomness import hash64
 from raylib.runtime import Runtime
 from raylib.track import Backend, Tracker
 
-
 PLANNING = ("index", "lengths", "positions")
 
 
@@ -35,7 +34,7 @@ class FitConfig(Config):
     eval_every: NonNegativeInt = 0
     save_every: NonNegativeInt = 0
     keep: PositiveInt = 2
-    bf16: bool | None = None  # None: on GPUs that have it
+    bf16: bool | None = None  # autocast; None: where the hardware multiplies bf16
     zero: bool | None = None  # DeepSpeed ZeRO-2; None: on Ray
     loader_workers: NonNegativeInt = 1
     track: tuple[Backend, ...] = ()
@@ -79,7 +78,7 @@ def fit(
     meta = checkpoint.read_meta(start) if start else {"step": 0, "times": {}}
     clock.spent = dict(meta["times"])
     on_gpu = runtime.device.type == "cuda"
-    bf16 = on_gpu and torch.cuda.is_bf16_supported() if config.bf16 is None else config.bf16
+    bf16 = _has_bf16(runtime.device) if config.bf16 is None else config.bf16
     zero = type(runtime).__name__ == "OnRay" if config.zero is None else config.zero
     engine = (DeepSpeedEngine if zero else TorchEngine)(objective, optim, runtime.device, bf16, start)
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
@@ -116,7 +115,7 @@ def fit(
         tracker.close()
     return {
         "steps": last, "finished": last == config.steps, "workers": runtime.world, "engine": engine.name,
-        "seconds": sum(clock.spent.values()), "times": clock.spent, "losses": losses, "evaluation": evaluation,
+        "bf16": bf16, "seconds": sum(clock.spent.values()), "times": clock.spent, "losses": losses, "evaluation": evaluation,
         "peak_memory_gb": _peak_memory(runtime.device), "samples_per_second": progress.overall(last, clock),
     }  # fmt: skip
 
@@ -201,6 +200,12 @@ def _read(terms: dict[str, Tensor], step: int) -> dict[str, float]:
     if bad:
         raise UserError(f"step {step}: {', '.join(bad)} not finite; lower optim.lr, or resume from an older checkpoint")
     return values
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CALL_COST = 192  # tokens of encoder work that one more call costs; sets how finely lengths are separated
@@ -92,6 +93,12 @@ class Bucket(NamedTuple):
     read: np.ndarray | None
     kept: np.ndarray
     target: np.ndarray
+
+
+def pick(values: Tensor, index: Tensor) -> Tensor:
+    """`values` (T, d) at `index` (n, S) -> (n, S, d). An embedding lookup, because the gradient of plain indexing adds up
+    in no fixed order on several threads."""
+    return F.embedding(index, values)
 
 
 def concatenate(parts: list[Ragged]) -> Ragged:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from raylib.model.attention import Block, as_index
-from raylib.ragged import Ragged, buckets, join_rows
+from raylib.ragged import Ragged, buckets, join_rows, pick
 
 
 class Condition(NamedTuple):
@@ -63,13 +63,13 @@ class Encoder(nn.Module):
         device = text.values.device
         outputs, targets = [], []
         for bucket in buckets(text.lengths, read):
-            x = text.values[as_index(bucket.index, device)]
+            x = pick(text.values, as_index(bucket.index, device))
             mask = None if bucket.valid is None else as_index(bucket.valid, device)[:, None, None]
             seen = _seen(condition, bucket.rows, device) if condition else None
             columns = None if bucket.read is None else as_index(bucket.read, device)
             for i, block in enumerate(self.blocks):
                 last = i == len(self.blocks) - 1
-                x = block(x, mask, (projected[i][seen[0]], seen[1]) if seen else None, columns if last else None)
+                x = block(x, mask, (pick(projected[i], seen[0]), seen[1]) if seen else None, columns if last else None)
             outputs.append(x.flatten(0, 1).index_select(0, as_index(bucket.kept, device)))
             targets.append(torch.from_numpy(bucket.target))
         if not outputs:

@@ -39,6 +39,8 @@ class ModelConfig(Config):
     dropout: float = 0.1
     eps: float = 1e-12
     temperature: float = 0.07
+    pixel_mean: float = 127.5  # what is subtracted from a pixel's 0..255, and what it is then divided by
+    pixel_std: float = 127.5
     fusion: Literal["cross", "entangled"] = "cross"
 
     @model_validator(mode="after")
@@ -71,7 +73,7 @@ class UnifiedModel(nn.Module):
         super().__init__()
         c = self.config = config
         stack = dict(width=c.width, heads=c.heads, feedforward=c.feedforward, dropout=c.dropout)
-        self.vision = VisionEncoder(c.image_size, c.patch, c.vision_layers, **stack)
+        self.vision = VisionEncoder(c.image_size, c.patch, c.vision_layers, **stack, pixels=(c.pixel_mean, c.pixel_std))
         self.embedding = TextEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.eps)
         self.text = Encoder(c.text_layers, **stack, eps=c.eps, cross=False)
         self.fusion = Encoder(c.fusion_layers, **stack, eps=c.eps, cross=c.fusion == "cross")

@@ -29,9 +29,13 @@ class VisionBlock(nn.Module):
 class VisionEncoder(nn.Module):
     """Pixels to M = (size / patch)^2 patch states behind one CLS state."""
 
-    def __init__(self, size: int, patch: int, layers: int, width: int, heads: int, feedforward: int, dropout: float):
+    def __init__(
+        self, size: int, patch: int, layers: int, width: int, heads: int, feedforward: int, dropout: float,
+        pixels: tuple[float, float] = (127.5, 127.5),
+    ):  # fmt: skip
+        """`pixels`: (mean, deviation) of 0..255 pixel values."""
         super().__init__()
-        self.patch = patch
+        self.patch, self.pixels = patch, pixels
         self.patch_embedding = nn.Linear(3 * patch * patch, width)
         self.cls = nn.Parameter(torch.zeros(width))
         self.position = nn.Parameter(torch.randn(1 + (size // patch) ** 2, width) * 0.02)
@@ -40,10 +44,11 @@ class VisionEncoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 images (b, H, W, 3) -> (b, M + 1, d). Scaled to [-1, 1] here, on the device."""
+        """uint8 images (b, H, W, 3) -> (b, M + 1, d). Normalised here, on the device."""
         b, height, width, _ = images.shape
         p = self.patch
-        pixels = images.to(self.cls.dtype) / 127.5 - 1.0
+        mean, deviation = self.pixels
+        pixels = (images.to(self.cls.dtype) - mean) / deviation
         patches = pixels.view(b, height // p, p, width // p, p, 3).transpose(2, 3).reshape(b, -1, 3 * p * p)
         x = torch.cat([self.cls.expand(b, 1, -1), self.patch_embedding(patches)], 1) + self.position
         x = self.dropout(x)

@@ -1,0 +1,55 @@
+"""Fixtures: the sample corpus, and settings of a run small enough to repeat many times."""
+
+import json
+import os
+
+import pytest
+
+# before Ray is imported: poll reports often, so that a checkpoint costs 0.2 s and not 2 (RAY.md)
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+MINI = [
+    "model.width=32", "model.heads=2", "model.feedforward=64", "model.text_layers=1", "model.vision_layers=1",
+    "model.image_size=16", "model.patch=8", "data.image_text.batch=16", "data.parallel.batch=16", "data.text.batch=8",
+    "objective.fuse_every=2", "fit.steps=6", "fit.log_every=1", "fit.save_every=2", "fit.eval_every=0", "fit.keep=9",
+    "fit.bf16=false", "fit.loader_workers=0", "optim.lr=0.01",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """The sample corpus, built once."""
+    from pretrain.sample import sample_corpus
+
+    return sample_corpus(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def retrieval_set(tmp_path_factory):
+    """Twenty drawings with captions.json in three languages, one picture without German."""
+    from pretrain.sample import concepts
+
+    folder = tmp_path_factory.mktemp("retrieval")
+    records = []
+    for i, (key, picture) in enumerate(list(concepts.read_pictures("fluent").items())[:20]):
+        (folder / f"{key}.png").write_bytes(picture)
+        captions = {language: concepts.read_captions(language)[key].name for language in ("en", "de", "zh")}
+        if i == 3:
+            del captions["de"]
+        records.append({"image": f"{key}.png", "captions": captions})
+    (folder / "captions.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def mini(tmp_path, corpus, retrieval_set):
+    """`mini(*settings)` -> a config of a few steps, float32, dropout 0, in this test's own folder."""
+    from pretrain.recipes import RECIPES
+    from raylib.config import override
+
+    def build(*settings):
+        own = [f"runs={tmp_path}", f"corpus={corpus}", f"data.retrieval={retrieval_set}"]
+        return override(RECIPES["tiny"](), [*MINI, *own, *settings])
+
+    return build

@@ -1,0 +1,251 @@
+"""The local cluster, its errors, and the files for Slurm, Kubernetes and the installation."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from cluster import local
+from cluster.__main__ import main
+from pretrain.__main__ import main as pretrain
+from raylib.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(command: list[str], runs: Path) -> subprocess.Popen:
+    """`python -m cluster run` with `command`, its output in one pipe."""
+    arguments = [sys.executable, "-m", "cluster", "run", "--dashboard-port", str(free_port()), "--", *command]
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env={**os.environ, "POLYGLANCE_RUNS": str(runs)}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def assert_nothing_left(output: str) -> None:
+    """No process that was given the cluster's token, and no folder."""
+    token = re.search(r"token: (\S+)\)", output)[1]
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("RAY_AUTH_TOKEN_PATH") == token:
+                left.append(process.cmdline())
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    assert not left
+    assert not Path(token).parent.exists()
+
+
+@pytest.fixture
+def ignored_run():
+    """A file under the checkout's `runs`."""
+    (ROOT / "runs").mkdir(exist_ok=True)
+    run = Path(tempfile.mkdtemp(prefix="test-", dir=ROOT / "runs"))
+    (run / "checkpoint").write_text("large")
+    yield
+    shutil.rmtree(run)
+
+
+@pytest.mark.usefixtures("ignored_run")
+def test_a_job_gets_the_checkout_without_what_git_ignores(tmp_path):
+    show = "print('hello', os.environ['POLYGLANCE_RUNS'], sorted(map(str, pathlib.Path().rglob('*'))))"
+    with start(["python", "-c", f"import os, pathlib; {show}"], tmp_path / "runs") as process:
+        output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    runs, files = re.search(r"^hello (\S+) (\[.*\])$", output, re.MULTILINE).groups()
+    assert runs == str(tmp_path / "runs")
+    files = [Path(name) for name in json.loads(files.replace("'", '"'))]
+    assert Path("pretrain/sample/data/tokenizer.model") in files
+    assert Path("pyproject.toml") in files
+    parts = {part for path in files for part in path.parts}
+    assert not parts & {".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache"}
+    assert_nothing_left(output)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(("ends", "code"), [("sys.exit(7)", 7), ("os.kill(os.getpid(), 9)", 137)])
+def test_the_exit_code_is_the_job_s(ends, code, tmp_path):
+    with start(["python", "-c", f"import os, sys; {ends}"], tmp_path) as process:
+        output = process.communicate(timeout=240)[0]
+    assert process.returncode == code, output
+    assert_nothing_left(output)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_job_then_the_cluster(number, tmp_path):
+    # a child that ignores SIGTERM, in a session of its own
+    child = "import signal, time; signal.signal(15, signal.SIG_IGN); print('running', flush=True); time.sleep(600)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
+    lines = []
+    with start(["python", "-c", parent], tmp_path) as process:
+        for line in process.stdout:
+            lines.append(line)
+            if line == "running\n":
+                process.send_signal(number)
+                process.send_signal(number)
+                break
+        output = "".join(lines) + process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + number, output
+    assert f"{number.name}: stopping" in output
+    assert_nothing_left(output)
+
+
+def test_a_taken_port_is_one_line(capsys):
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        assert main(["run", "--dashboard-port", str(port), "--", "true"]) == 2
+    choose = "choose another: make run PORT=N, or --dashboard-port N"
+    assert capsys.readouterr().err == f"error: port {port}: Address already in use; {choose}\n"
+
+
+def test_what_a_machine_lacks_is_told(monkeypatch):
+    with pytest.raises(UserError, match="port 0: not between"):
+        local.check_machine(0)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(67_108_864, 0, 67_108_864))
+    with pytest.raises(UserError, match=r"^/dev/shm has 67 MB free, the cluster needs 300; .*--shm-size=1g"):
+        local.check_machine(free_port())
+    monkeypatch.setattr(os.path, "ismount", lambda path: False)
+    with pytest.raises(UserError, match="^/dev/shm has 0 MB free"):
+        local.check_machine(free_port())
+    monkeypatch.setattr(local.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="has no ray; `make run` installs it"):
+        local.check_machine(free_port())
+
+
+def test_a_cluster_that_does_not_come_up_keeps_its_log(tmp_path):
+    (tmp_path / "ray").write_text("#!/bin/sh\necho something; echo 'no luck today'; exit 1\n")
+    (tmp_path / "ray").chmod(0o755)
+    (tmp_path / "python").symlink_to(sys.executable)
+    # `ray` is looked for beside the interpreter first
+    code = "import sys; from cluster.__main__ import main; sys.executable = sys.argv[1]; main(sys.argv[2:])"
+    arguments = [tmp_path / "python", "run", "--dashboard-port", str(free_port()), "--", "true"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    error = r"error: the cluster did not come up \(no luck today\); see (\S+)/start.log and .*\n"
+    folder = Path(re.fullmatch(error, done.stderr)[1])
+    assert [path.name for path in folder.iterdir()] == ["start.log"]
+    shutil.rmtree(folder)
+
+
+def test_no_command(capsys):
+    assert main(["run"]) == 2
+    assert "give one after --" in capsys.readouterr().err
+
+
+def test_the_submission_is_what_any_cluster_gets(monkeypatch):
+    monkeypatch.delenv("POLYGLANCE_RUNS", raising=False)
+    command = ["python", "-m", "pretrain", "tiny", "name=a b"]
+    line = local.compose_submission("http://127.0.0.1:8265", command)
+    assert line[:7] == shlex.split("ray job submit --address http://127.0.0.1:8265 --working-dir .")
+    assert line[7] == "--runtime-env-json"
+    assert line[9:] == ["--", *command]
+    env = json.loads(line[8])["env_vars"]
+    assert env["POLYGLANCE_RUNS"] == str(ROOT / "runs")
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert env.get("POLYGLANCE_COMMIT") == (git.stdout.strip() or None)
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("POLYGLANCE_RUNS", "elsewhere")
+    assert json.loads(local.compose_submission("", [])[8])["env_vars"]["POLYGLANCE_RUNS"] == "/elsewhere"
+
+
+def test_the_rayjob_manifest(capsys):
+    spec = yaml.safe_load((ROOT / "cluster/rayjob.yaml").read_text(encoding="utf-8"))["spec"]
+    python, m, module, *arguments = spec["entrypoint"].split()
+    assert (python, m, module) == ("python", "-m", "pretrain")
+    assert pretrain([*arguments, "--print-config"]) == 0
+    config = json.loads(capsys.readouterr().out)
+    cluster = spec["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    containers = [group["template"]["spec"]["containers"][0] for group in groups]
+    gpus = [int(each["resources"]["limits"].get("nvidia.com/gpu", 0)) for each in containers]
+    assert gpus[0] == 0
+    assert gpus[1] * groups[1]["replicas"] == config["workers"] == 8
+    for container, group in zip(containers, groups, strict=True):
+        volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
+        mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+        assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+        assert "persistentVolumeClaim" in mounts["/shared"]
+    env = yaml.safe_load(spec["runtimeEnvYAML"])
+    assert env["env_vars"]["POLYGLANCE_RUNS"].startswith("/shared/")
+    assert config["corpus"].startswith("/shared/")
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert f"ray=={cluster['rayVersion']}" in (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+
+
+@pytest.mark.parametrize(("started", "code"), [(True, 5), (False, 1)])
+def test_the_slurm_script(started, code, tmp_path):
+    """Run with stand-ins for Slurm and Ray: what the nodes would be told, and that nothing stays."""
+    script = ROOT / "cluster/slurm.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    tools = {
+        "scontrol": "echo node-a; echo node-b",
+        "srun": 'while [ "$1" != ray ]; do shift; done; exec "$@"',
+        "ray": 'printf "%s\\n" "$@" >ray.txt; cp "$RAY_AUTH_TOKEN_PATH" token.txt; [ -e fail ] && exit 0; '
+        'while [ "$1" != -- ]; do shift; done; shift; exec "$@"',
+        "python": 'if [ "$1" = -c ]; then exec python3 "$@"; fi; echo "$RAY_ADDRESS" "$@" >python.txt; exit 5',
+    }
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").write_text(f"PATH={tmp_path}/.venv/bin:$PATH\n")
+    for name, body in tools.items():
+        tool = tmp_path / ".venv/bin" / name
+        tool.write_text(f"#!/bin/bash\n{body}\n")
+        tool.chmod(0o755)
+    if not started:
+        (tmp_path / "fail").touch()
+    job = {"SUBMIT_DIR": tmp_path, "JOB_ID": 1, "JOB_NUM_NODES": 2, "JOB_NODELIST": "node-[a-b]", "CPUS_ON_NODE": 4}
+    env = {k: v for k, v in os.environ.items() if k != "POLYGLANCE_RUNS"}
+    env |= {f"SLURM_{name}": str(value) for name, value in job.items()}
+    done = subprocess.run(["bash", script, "base", "corpus=/a b"], env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert len((tmp_path / "token.txt").read_text()) == 64
+    assert list((tmp_path / "runs").iterdir()) == []
+    told = (tmp_path / "ray.txt").read_text().split("\n")
+    assert told[:5] == ["symmetric-run", "--address", "node-a:6379", "--min-nodes", "2"]
+    if started:
+        command = (tmp_path / "python.txt").read_text()
+        assert command == "node-a:6379 -m pretrain base workers=16 corpus=/a b\n"
+    else:
+        assert "did not start" in done.stderr
+
+
+def test_every_requirement_is_pinned():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert all(re.fullmatch(r"[\w.]+", version) for version in pins.values())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    for wanted in [*project["dependencies"], *extras["ray"], *extras["finetune"], *extras["dev"]]:
+        name, _, version = re.sub(r"\[.*\]", "", wanted).partition("==")
+        assert pins[name.lower()] == (version or pins[name.lower()])
+
+
+def test_make_run_submits_the_tiny_recipe():
+    line = ["make", "-n", "run", "NAME=a", "PORT=9", "ARGS=fit.steps=3"]
+    made = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    command = " ".join(made.stdout.replace("\\\n", " ").split("exec ")[-1].split())
+    assert command.endswith(
+        " -m cluster run --cpus 2 --gpus 0 --dashboard-port 9 -- python -m pretrain tiny name=a fit.steps=3"
+    )

@@ -1,0 +1,207 @@
+"""The command line on real input, in this process: train, stop, resume, export, evaluate; and what goes wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.__main__ import main
+from pretrain.recipes import ABLATIONS, RECIPES
+from pretrain.train import PretrainConfig, build_model, run
+from raylib import checkpoint
+from raylib.config import override
+from raylib.errors import UserError
+from raylib.model.unified import UnifiedModel
+from raylib.track import read_metrics
+
+LOCAL = ("runtime=local", "workers=1")
+FIGURES = {"chance_r1", "n", *(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))}
+
+
+def lines(config):
+    return [r for r in read_metrics(Path(config.runs) / config.name) if "lr" in r]
+
+
+def without_rate(records):
+    return [{k: v for k, v in r.items() if k != "samples_per_second"} for r in records]
+
+
+def test_a_run_leaves_what_it_promises(mini, retrieval_set, tmp_path, capsys):
+    config = mini("name=first", *LOCAL, "fit.eval_every=3", "fit.track=[\"tensorboard\"]")
+    run(config)
+    folder = tmp_path / "first"
+    result = json.loads((folder / "result.json").read_text())
+    assert {"run", "steps", "seconds", "workers", "git", "losses", "retrieval"} <= set(result)
+    assert set(result["losses"]) >= {"ucl_image", "ucl_translation", "vlm", "tlm", "xmlm", "itm"}
+    assert set(result["retrieval"]) == {"en", "de", "zh"}
+    assert all(set(figures) == FIGURES for figures in result["retrieval"].values())
+    assert result["retrieval"]["de"]["n"] == 19  # one picture has no German caption
+    assert result["retrieval"]["de"]["chance_r1"] == pytest.approx(1 / 19)
+    assert sum(result["times"].values()) == pytest.approx(result["seconds"])
+    assert (folder / "curve.png").stat().st_size > 10_000
+    assert list((folder / "tensorboard").iterdir())
+    printed = capsys.readouterr().out
+    assert "| en |" in printed
+    assert "peak memory" in printed
+    run(config)
+    assert "is complete" in capsys.readouterr().out
+    assert main(["export", str(folder), str(tmp_path / "model")]) == 0
+    assert main(["evaluate", str(tmp_path / "model"), str(retrieval_set), "--json", str(tmp_path / "e.json")]) == 0
+    assert json.loads((tmp_path / "e.json").read_text())["retrieval"] == result["retrieval"]
+    weights = UnifiedModel.from_pretrained(tmp_path / "model").state_dict()
+    assert all(torch.isfinite(w).all() for w in weights.values())
+
+
+def test_stop_and_go_without_ray(mini):
+    whole, parts = mini("name=whole", *LOCAL), mini("name=parts", *LOCAL)
+    run(whole)
+    run(mini("name=parts", *LOCAL, "fit.stop_after=3"))
+    run(parts)
+    assert without_rate(lines(whole)) == without_rate(lines(parts))
+    ends = [Path(c.runs) / c.name / "checkpoints" / "step_000006" / "optimizer.pt" for c in (whole, parts)]
+    first, second = (torch.load(path, weights_only=True)["state"] for path in ends)
+    for key, state in first.items():
+        assert all(torch.equal(value, second[key][name]) for name, value in state.items())
+
+
+def test_loader_processes_change_nothing(mini):
+    run(mini("name=none", *LOCAL))
+    run(mini("name=two", *LOCAL, "fit.loader_workers=2"))
+    assert without_rate(lines(mini("name=none"))) == without_rate(lines(mini("name=two")))
+
+
+def test_the_best_and_the_newest_are_kept(mini, tmp_path):
+    run(mini("name=kept", *LOCAL, "fit.keep=2", "fit.save_every=1", "fit.eval_every=1"))
+    assert sorted(p.name for p in (tmp_path / "kept" / "checkpoints").glob("step_*")) == ["step_000005", "step_000006"]
+    scores = {r["step"]: r["eval/score"] for r in read_metrics(tmp_path / "kept") if "eval/score" in r}
+    best = checkpoint.verify(tmp_path / "kept" / "best")
+    assert best["score"] == max(scores.values()) == scores[best["step"]]
+
+
+def test_damaged_checkpoints_without_ray(mini, tmp_path):
+    config = mini("name=hurt", *LOCAL, "fit.stop_after=4")
+    run(config)
+    folder = tmp_path / "hurt"
+    weights = folder / "checkpoints" / "step_000004" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match=r"model.safetensors: content changed .* resume=step_NNNNNN"):
+        run(mini("name=hurt", *LOCAL))
+    (folder / "checkpoints" / "step_000004" / "files-00000.json").unlink()
+    with pytest.raises(UserError, match="files-00000.json: missing"):
+        run(mini("name=hurt", *LOCAL))
+    shutil.copytree(folder / "checkpoints" / "step_000002", folder / "checkpoints" / "step_000005")
+    assert checkpoint.newest(folder).name == "step_000004"
+    assert run(mini("name=hurt", *LOCAL, "resume=step_000002"))["finished"]
+
+
+def test_other_settings_want_another_name(mini):
+    run(mini("name=set", *LOCAL, "fit.stop_after=2"))
+    with pytest.raises(UserError, match=r"other settings \(optim.lr\); give this one another name="):
+        run(mini("name=set", *LOCAL, "optim.lr=0.5"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_builds(recipe):
+    config = RECIPES[recipe]()
+    assert config.name == recipe
+    assert RECIPES[recipe].__doc__
+    with torch.device("meta"):
+        UnifiedModel(config.model)
+    again = PretrainConfig.model_validate(config.model_dump())
+    assert again == config
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_ablations_train_without_the_term(mini, ablation):
+    weights = RECIPES[f"tiny_{ablation}"]().objective.weights
+    config = mini(f"name={ablation}", *LOCAL, "fit.steps=1", "data.retrieval=null")
+    objective = config.objective.model_copy(update={"weights": weights})
+    run(config.model_copy(update={"objective": objective}))
+    terms = {k.removeprefix("loss/") for k in lines(config)[0] if k.startswith("loss/")}
+    assert not terms & {name for name, weight in weights.model_dump().items() if weight == 0}
+
+
+def test_base_has_the_papers_size():
+    with torch.device("meta"):
+        model = UnifiedModel(RECIPES["base"]().model)
+    layers = 6 * 7.09 + 6 * (7.09 + 2.36) + 12 * 7.09  # text, unified with cross-attention, image; in millions
+    words = 250002 * 768 / 1e6
+    heads = 768 * 256 * 2 / 1e6 + 0.59 + 0.25
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(layers + words + heads + 1.2, rel=0.01)
+
+
+def test_seeds_decide_the_model(mini):
+    first, same, other = (build_model(mini(f"fit.seed={seed}")) for seed in (1, 1, 2))
+    assert torch.equal(first.embedding.word.weight, same.embedding.word.weight)
+    assert not torch.equal(first.embedding.word.weight, other.embedding.word.weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tny"], "unknown recipe 'tny'; did you mean tiny"),
+        (["tiny", "optim.rl=1"], "unknown setting 'optim.rl'; did you mean optim.lr"),
+        (["tiny", "optim.lr=fast"], "optim.lr: Input should be a valid number"),
+        (["tiny", "optim.lr"], "not of the form path=value"),
+        (["tiny", "model.heads=3"], "width 128 is not a multiple of heads 3"),
+        (["tiny", "data.text.length=900"], "model.positions=64 is less than the longest data length 900"),
+        (["tiny", "objective.fuse_every=7"], "objective.fuse_every=7 must divide the 32 samples"),
+        (["evaluate", "nowhere", "data"], "nowhere: neither a model folder nor a run"),
+        (["export", "nowhere", "to"], "nowhere: neither a model folder nor a run"),
+        (["--config", "nowhere.json"], "nowhere.json: no such config file"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, words, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("data.text.languages=[\"xx\"]", "no data in language 'xx'"),
+        ("data.text.lanes=3", "lanes"),
+        ("model.vocabulary=100", "set model.vocabulary=12000"),
+        ("data.image_text.folder=nowhere", "nowhere"),
+        ("workers=3", "lanes"),
+    ],
+)
+def test_bad_data_is_found_before_anything_starts(mini, setting, words):
+    with pytest.raises(UserError, match=words) as e:
+        run(mini("name=bad", "runtime=ray", setting))
+    assert "\n" not in str(e.value)
+
+
+def test_print_config(capsys):
+    assert main(["tiny", "--print-config", "optim.lr=0.25"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["optim"]["lr"] == 0.25
+    assert override(RECIPES["tiny"](), ["optim.lr=0.25"]) == PretrainConfig.model_validate(printed)
+
+
+def test_evaluate_refuses_what_is_no_retrieval_set(mini, tmp_path, capsys):
+    run(mini("name=model", *LOCAL, "fit.steps=1", "data.retrieval=null"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for text, words in (
+        (None, "no retrieval set"),
+        ("{", "not UTF-8 JSON"),
+        ('[{"captions": {"en": "a"}}]', "record 0: wanted"),
+        ('[{"image": "none.png", "captions": {"en": "a"}}]', "record 0: no picture none.png"),
+        ('[{"image": "captions.json", "captions": {"en": ""}}]', "an empty caption in 'en'"),
+        ('[{"image": "captions.json", "captions": {"en": "a"}}]', "does not decode"),
+        ("[]", "no pictures"),
+    ):
+        if text is not None:
+            (folder / "captions.json").write_text(text)
+        assert main(["evaluate", str(tmp_path / "model"), str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1

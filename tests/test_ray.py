@@ -1,0 +1,157 @@
+"""Runs on a real local Ray cluster with DeepSpeed ZeRO-2: resume, kills, other numbers of workers.
+
+Float32, dropout 0, so that equal means equal.
+"""
+
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from pretrain.train import run
+from raylib import checkpoint
+from raylib.errors import UserError
+from raylib.track import read_metrics
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """One cluster for all tests here; its processes go when the driver's connection ends."""
+    import ray
+
+
+    ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=0, object_store_memory=10**8)
+    yield
+    ray.shutdown()
+
+
+def losses(config) -> dict[int, dict[str, float]]:
+    """{step: terms} of a run, each step once."""
+    records = [r for r in read_metrics(Path(config.runs) / config.name) if "lr" in r]
+    assert [r["step"] for r in records] == sorted({r["step"] for r in records})
+    return {r["step"]: {k: v for k, v in r.items() if k.startswith(("loss/", "lr"))} for r in records}
+
+
+def same_tensors(a, b, where=""):
+    """Assert that two nested states are equal to the bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same_tensors(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same_tensors(x, y, f"{where}/{i}")
+    elif isinstance(a, int | float | str | bool | None):
+        assert a == b, where
+
+
+def states(config, step):
+    """Everything that the workers saved at `step`: weights, optimizer moments and counters."""
+    folder = Path(config.runs) / config.name / "checkpoints" / checkpoint.step_name(step) / "zero"
+    files = sorted(folder.glob("*.pt"))
+    assert len([f for f in files if "optim_states" in f.name]) == config.workers
+    return [torch.load(f, weights_only=False) for f in files]
+
+
+def test_stop_and_go_is_the_same_run(mini):
+    whole, parts = mini("name=whole"), mini("name=parts")
+    result = run(whole)
+    assert result["finished"]
+    assert result["workers"] == 2
+    stopped = run(mini("name=parts", "fit.stop_after=3"))
+    assert not stopped["finished"]
+    assert not (Path(parts.runs) / "parts" / "result.json").exists()
+    run(parts)
+    assert losses(whole) == losses(parts)  # to the bit; so is the data
+    for a, b in zip(states(whole, 6), states(parts, 6), strict=True):
+        for part in ("optimizer_state_dict", "module"):  # each file has one of them
+            same_tensors(a.get(part), b.get(part), part)
+    assert run(whole) == {}  # complete: says so and does nothing
+
+
+def test_another_number_of_workers_goes_on_alike(mini):
+    runs = Path(mini().runs)
+    one = mini("name=one", "workers=1")
+    run(mini("name=two", "fit.stop_after=3"))
+    shutil.copytree(runs / "two", runs / "two-then-one")
+    run(mini("name=two"))
+    run(mini("name=one", "workers=1", "fit.stop_after=3"))
+    shutil.copytree(runs / "one", runs / "one-then-two")
+    run(one)
+    run(mini("name=local", "workers=1", "runtime=local"))
+    wanted = losses(mini("name=two"))
+    for name, workers in (("two-then-one", 1), ("one-then-two", 2)):
+        config = mini(f"name={name}", f"workers={workers}")
+        stored = (runs / name / "config.json").read_text().replace('"name": "two"', f'"name": "{name}"')
+        (runs / name / "config.json").write_text(stored.replace('"name": "one"', f'"name": "{name}"'))
+        assert run(config)["workers"] == workers
+    for name in ("one", "local", "two-then-one", "one-then-two"):
+        got = losses(mini(f"name={name}"))
+        assert got.keys() == wanted.keys()
+        for step in wanted:
+            assert got[step] == pytest.approx(wanted[step], rel=2e-4), (name, step)
+
+
+def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_been(mini):
+    settings = ["fit.steps=60", "fit.save_every=10", "fit.keep=2"]
+    undisturbed, killed = mini("name=undisturbed", *settings), mini("name=killed", *settings)
+    run(undisturbed)
+    victims = []
+
+    def kill():
+        folder = Path(killed.runs) / "killed"
+        while not (checkpoint.newest(folder) and len(read_metrics(folder)) >= 25):
+            time.sleep(0.02)
+        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+        victims.append(workers[-1].pid)
+        os.kill(workers[-1].pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    result = run(killed)
+    thread.join()
+    assert len(victims) == 1
+    assert result["finished"]
+    assert losses(undisturbed) == losses(killed)
+    kept = sorted(p.name for p in (Path(killed.runs) / "killed" / "checkpoints").glob("step_*"))
+    assert kept == ["step_000050", "step_000060"]
+    assert (Path(killed.runs) / "killed" / "best").is_dir()
+
+
+def test_only_whole_registered_checkpoints_count(mini):
+    config = mini("name=broken", "fit.stop_after=4")
+    run(config)
+    folder = Path(config.runs) / "broken"
+    leftover = folder / "checkpoints" / "step_000005"
+    shutil.copytree(folder / "checkpoints" / "step_000004", leftover)
+    assert checkpoint.newest(folder).name == "step_000004"  # not registered, so it is not there
+    newest = folder / "checkpoints" / "step_000004"
+    shard = next((newest / "zero").glob("*rank_1*optim_states.pt"))
+    data = shard.read_bytes()
+    shard.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=rf"{shard.name}: {len(data) // 2} bytes instead of {len(data)}"):
+        run(mini("name=broken"))
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name}: missing"):
+        run(mini("name=broken"))
+    with pytest.raises(UserError, match="no checkpoint 'step_000003'; there are: .*step_000002"):
+        run(mini("name=broken", "resume=step_000003"))
+    assert run(mini("name=broken", "resume=step_000002"))["finished"]
+    assert sorted(losses(config)) == [1, 2, 3, 4, 5, 6]
+    assert (folder / "checkpoints.before-1" / "step_000004").is_dir()
+
+
+def test_a_users_mistake_on_a_worker_is_one_line_and_not_retried(mini, tmp_path):
+    config = mini("name=nan", "optim.lr=1e30", "optim.clip=1e30", "optim.warmup=0")
+    with pytest.raises(UserError, match=r"step \d: .* not finite; lower optim.lr"):
+        run(config)
