@@ -13,7 +13,7 @@ COLUMNS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 
 
 def table(scores: dict[str, Any]) -> str:
-    """Markdown: recall in % by language, both directions; means, held-out concepts, chance, and how often chance R@1 is."""
+    """Markdown: recall in % by language, both ways; means, held-out concepts, chance."""
     languages = scores["retrieval"]
     head = ["language", "R@1", "x chance", *(c.replace("_r", " R@") for c in COLUMNS), "pictures", "chance R@1"]
     rows = [_row(language, [languages[language]]) for language in _english_first(languages)]
@@ -32,7 +32,8 @@ def table(scores: dict[str, Any]) -> str:
 def _row(name: str, figures: list[dict[str, float]]) -> list[str]:
     both, chance = mean(r1(f) for f in figures), mean(f["chance_r1"] for f in figures)
     values = [f"{100 * mean(f[c] for f in figures):.1f}" for c in COLUMNS]
-    return [name, f"{100 * both:.1f}", f"{both / chance:.0f}", *values, f"{mean(f['n'] for f in figures):.0f}", f"{100 * chance:.2f}"]
+    asked = f"{mean(f['n'] for f in figures):.0f}"
+    return [name, f"{100 * both:.1f}", f"{both / chance:.0f}", *values, asked, f"{100 * chance:.2f}"]
 
 
 def _english_first(languages: dict) -> list[str]:
@@ -60,7 +61,11 @@ def draw_curve(run: Path) -> Path:
         left.plot(*zip(*points, strict=True), label=name.removeprefix("loss/"), linewidth=1)
     left.set(xlabel="step", ylabel="loss", title="terms, means over the global batch")
     left.legend(fontsize=8)
-    labels = {"eval/en_r1": "English", "eval/others_r1": "mean of the others", "eval/heldout_r1": "held-out concepts, all languages"}
+    labels = {
+        "eval/en_r1": "English",
+        "eval/others_r1": "mean of the others",
+        "eval/heldout_r1": "held-out concepts, all languages",
+    }
     for name, label in labels.items():
         points = [(r["step"], 100 * r[name]) for r in records if name in r]
         if points:

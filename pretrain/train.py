@@ -15,7 +15,7 @@ from pretrain.objective import ObjectiveConfig, PretrainObjective
 from pretrain.sample import sample_corpus
 from raylib.config import Config
 from raylib.errors import UserError
-from raylib.launch import LaunchConfig, launch, open_run
+from raylib.launch import LaunchConfig, launch, leads, open_run, run_folder
 from raylib.loop import FitConfig, fit
 from raylib.model.load import load_text, load_vision
 from raylib.model.unified import ModelConfig, UnifiedModel
@@ -50,9 +50,9 @@ class PretrainConfig(LaunchConfig):
             raise ValueError(f"model.positions={self.model.positions} is less than the longest data length {longest}")
         for name in ("image_text", "parallel"):
             stream = getattr(self.data, name)
-            if stream.batch // stream.lanes % self.objective.fuse_every:
-                raise ValueError(f"objective.fuse_every={self.objective.fuse_every} must divide the {stream.batch // stream.lanes} "
-                                 f"samples that data.{name} takes from each lane")  # fmt: skip
+            share, every = stream.batch // stream.lanes, self.objective.fuse_every
+            if share % every:
+                raise ValueError(f"objective.fuse_every={every} must divide the {share} samples of data.{name} from each lane")
         return self
 
 
@@ -65,22 +65,29 @@ def run(config: PretrainConfig) -> dict:
     data = resolve_data(config)
     batches = StepBatches(data, config.model.image_size, config.fit.seed, 0, config.workers)
     _check_vocabulary(config, data)
-    folder = open_run(config)
+    folder, say = run_folder(config), print if leads(config) else _silent
+    if leads(config):
+        open_run(config)
     if (folder / "result.json").is_file() and config.resume == "newest":
-        print(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
+        say(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
         return {}
     streams = ", ".join(f"{name} {getattr(config.data, name).batch}" for name in batches.streams)
-    print(f"run '{config.name}' in {folder}: {config.fit.steps} steps of {streams} on {config.workers} workers", flush=True)
-    tokenizer = Path(data.tokenizer)
-    shutil.copy2(tokenizer, folder / tokenizer.name)
+    where = f"{config.workers} workers" if config.runtime == "ray" else "runtime=local"
+    say(f"run '{config.name}' in {folder}: {config.fit.steps} steps of {streams}, {where}", flush=True)
+    if leads(config):
+        shutil.copy2(data.tokenizer, folder / Path(data.tokenizer).name)
     result = launch(pretrain, config, folder)
     if not result["finished"]:
-        print(f"stopped at step {result['steps']} of {config.fit.steps}; the same command goes on from there")
+        say(f"stopped at step {result['steps']} of {config.fit.steps}; the same command goes on from there")
         return result
-    print(report.table(result))
-    print(report.spent(result))
-    print(f"{folder}/result.json, curve.png; export: python -m pretrain export {folder} DIR", flush=True)
+    say(report.table(result))
+    say(report.spent(result))
+    say(f"{folder}/result.json, curve.png; export: python -m pretrain export {folder} DIR", flush=True)
     return result
+
+
+def _silent(*parts, **options) -> None:
+    """What workers beside the first say."""
 
 
 def resolve_data(config: PretrainConfig) -> DataConfig:

@@ -31,14 +31,24 @@ CHANGEABLE = ("runs", "runtime", "workers", "gpu", "max_failures", "resume", "fi
               "fit.save_every", "fit.keep", "fit.loader_workers", "fit.track", "fit.zero", "data.cache")  # fmt: skip
 
 
-def open_run(config: LaunchConfig) -> Path:
-    """The run's folder, with its config stored; `resume` applied.
+def run_folder(config: LaunchConfig) -> Path:
+    """Where a run lives."""
+    return Path(config.runs).absolute() / config.name
+
+
+def leads(config: LaunchConfig) -> bool:
+    """Whether this process speaks for the run: of torchrun's processes, the first does."""
+    return config.runtime == "ray" or int(os.environ.get("RANK", 0)) == 0
+
+
+def open_run(config: LaunchConfig) -> None:
+    """Make the run's folder, store its config, apply `resume`.
 
     Raises:
         UserError: the folder belongs to a run of other settings (they are named); a checkpoint to resume from is
             missing or not whole.
     """
-    run = Path(config.runs).absolute() / config.name
+    run = run_folder(config)
     (run / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
     stored = run / "config.json"
     if stored.is_file():
@@ -51,7 +61,6 @@ def open_run(config: LaunchConfig) -> Path:
         checkpoint.rewind(run, config.resume)
     elif start := checkpoint.newest(run):
         checkpoint.verify(start)
-    return run
 
 
 def launch(main: Callable[[Runtime, Any], dict], config: Any, run: Path) -> dict:
@@ -61,7 +70,9 @@ def launch(main: Callable[[Runtime, Any], dict], config: Any, run: Path) -> dict
         UserError: raised by `main` on any worker, in one line.
     """
     if config.runtime == "local":
-        return main(Local(run, config.fit.keep), config)
+        runtime = Local(run, config.fit.keep)
+        runtime.barrier()  # the others come here while the first still opens the run
+        return main(runtime, config)
     return _on_ray(main, config, run)
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from pathlib import Path
 
@@ -40,18 +41,26 @@ def start(command: list[str], runs: Path) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def assert_nothing_left(output: str) -> None:
-    """No process that was given the cluster's token, and no folder."""
-    token = re.search(r"token: (\S+)\)", output)[1]
-    left = []
+def find_token(output: str) -> Path:
+    return Path(re.search(r"token: (\S+)\)", output)[1])
+
+
+def list_processes(token: Path) -> list[list[str]]:
+    """Command lines of the processes that were given this token."""
+    found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("RAY_AUTH_TOKEN_PATH") == token:
-                left.append(process.cmdline())
+            if process.environ().get("RAY_AUTH_TOKEN_PATH") == str(token):
+                found.append(process.cmdline())
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    assert not left
-    assert not Path(token).parent.exists()
+    return found
+
+
+def assert_nothing_left(output: str) -> None:
+    token = find_token(output)
+    assert list_processes(token) == []
+    assert not token.parent.exists()
 
 
 @pytest.fixture
@@ -107,6 +116,23 @@ def test_a_signal_stops_the_job_then_the_cluster(number, tmp_path):
     assert process.returncode == 128 + number, output
     assert f"{number.name}: stopping" in output
     assert_nothing_left(output)
+
+
+@pytest.mark.drill
+def test_the_cluster_ends_with_a_killed_launcher(tmp_path):
+    lines = []
+    with start(["sleep", "600"], tmp_path) as process:
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("Running entrypoint"):
+                process.kill()
+                break
+    token = find_token("".join(lines))
+    limit = time.monotonic() + 60
+    while (left := list_processes(token)) and time.monotonic() < limit:
+        time.sleep(0.5)
+    shutil.rmtree(token.parent)
+    assert left == []
 
 
 def test_a_taken_port_is_one_line(capsys):
@@ -246,6 +272,4 @@ def test_make_run_submits_the_tiny_recipe():
     made = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     command = " ".join(made.stdout.replace("\\\n", " ").split("exec ")[-1].split())
-    assert command.endswith(
-        " -m cluster run --cpus 2 --gpus 0 --dashboard-port 9 -- python -m pretrain tiny name=a fit.steps=3"
-    )
+    assert command.endswith(" -m cluster run --cpus 2 --gpus 0 --dashboard-port 9 -- python -m pretrain tiny name=a fit.steps=3")

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from pretrain.__main__ import main
 from pretrain.recipes import ABLATIONS, RECIPES
 from pretrain.train import PretrainConfig, build_model, run
 from raylib import checkpoint
-from raylib.config import override
+from raylib.config import override, save
 from raylib.errors import UserError
 from raylib.model.unified import UnifiedModel
 from raylib.track import read_metrics
@@ -64,6 +66,22 @@ def test_stop_and_go_without_ray(mini):
     first, second = (torch.load(path, weights_only=True)["state"] for path in ends)
     for key, state in first.items():
         assert all(torch.equal(value, second[key][name]) for name, value in state.items())
+
+
+def test_torchrun_equals_one_process(mini, tmp_path):
+    run(mini("name=one", *LOCAL))
+    config = mini("name=two", *LOCAL)
+    save(config, tmp_path / "two.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "pretrain"]
+    done = subprocess.run([*command, "--config", tmp_path / "two.json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("| en |") == 1  # one process speaks
+    one, two = lines(mini("name=one")), lines(config)
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert {k: v for k, v in b.items() if k != "samples_per_second"} == pytest.approx(
+            {k: v for k, v in a.items() if k != "samples_per_second"}, rel=2e-4
+        )
 
 
 def test_loader_processes_change_nothing(mini):

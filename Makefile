@@ -1,0 +1,49 @@
+# make run [NAME=sample] [ARGS="fit.steps=100 ..."]   pretrain `tiny` on the sample corpus, on a local Ray cluster
+# make install     .venv with the pinned requirements and this project (the others do it when needed)
+# make test        lint and fast tests
+# make drills      what breaks a real local cluster on purpose
+# make contracts   what takes minutes
+# make bench       tables of ratios against named peers
+
+NAME ?= sample
+ARGS ?=
+CPUS ?= 2
+GPUS ?= 0
+PORT ?= 8265
+
+PYTHON := .venv/bin/python
+INSTALL := $(PYTHON) -m pip install -qq --disable-pip-version-check
+
+.PHONY: run install test drills contracts bench
+
+run: .venv/.installed
+	@exec $(PYTHON) -m cluster run --cpus $(CPUS) --gpus $(GPUS) --dashboard-port $(PORT) -- \
+		python -m pretrain tiny name=$(NAME) $(ARGS)
+
+install: .venv/.installed
+
+test: .venv/.installed
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m pytest -q -m "not drill and not slow"
+
+drills: .venv/.installed
+	$(PYTHON) -m pytest -q -m drill
+
+contracts: .venv/.installed
+	$(PYTHON) -m pytest -q -m slow
+
+bench: .venv/.installed
+	$(PYTHON) -m benchmarks.step
+	$(PYTHON) -m benchmarks.data
+
+# torch alone: resolved among the others, an open range somewhere can bring a second, far larger build of it
+.venv/.installed: requirements.txt pyproject.toml
+	@python=$$(for p in python3.11 python3.12 python3; do \
+		$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done); \
+	[ -n "$$python" ] || { echo "error: no Python 3.11 or 3.12 on the PATH; install one" >&2; exit 1; }; \
+	[ -x .venv/bin/pip ] || $$python -m venv --clear .venv
+	@echo "installing requirements.txt into .venv: some minutes, once"
+	@$(INSTALL) -c requirements.txt torch
+	@$(INSTALL) -r requirements.txt
+	@$(INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,1 @@
+"""Clusters: a local one for one job (`python -m cluster run`), and the files for Slurm and Kubernetes."""

@@ -1,0 +1,249 @@
+"""A local Ray cluster for one job.
+
+1. `check_machine`: Ray, the dashboard's port, shared memory.
+2. `_start`: `ray start --head` as a child, on 127.0.0.1, with a token of its own, everything it writes in one folder.
+3. `_submit`: `ray job submit`, as to any other cluster; the job's log is followed, its exit code returned.
+4. `_stop`: the job, then the processes that came from here, by their ids, and the folder.
+"""
+
+import contextlib
+import ctypes
+import importlib.util
+import json
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+from raylib.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+STORE = 200_000_000  # bytes of Ray's object store: batches do not pass through it
+SHARED_MEMORY = 300_000_000  # bytes: the store, and the batches that loader processes hand over
+START_LIMIT, STOP_LIMIT = 120, 15  # seconds
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+class Interrupted(BaseException):
+    """Signal `args[0]` asked this process to end."""
+
+
+class Cluster(NamedTuple):
+    """A head that has been started."""
+
+    head: subprocess.Popen
+    url: str
+    env: dict[str, str]  # for every process that talks to it
+    folder: Path  # logs, sockets, token
+
+    def ask(self, path: str, method: str = "GET"):
+        """A reply of the job server (REST), parsed. Raises `OSError` if there is none, or a refusal."""
+        token = Path(self.env["RAY_AUTH_TOKEN_PATH"]).read_text(encoding="ascii")
+        request = urllib.request.Request(self.url + path, method=method, headers={"Authorization": f"Bearer {token}"})
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(request, timeout=10) as reply:
+            return json.load(reply)
+
+    def jobs(self) -> list[dict]:
+        """Records of the submitted jobs, oldest first: `submission_id`, `status`, `driver_exit_code`, ..."""
+        submitted = [job for job in self.ask("/api/jobs/") if job["submission_id"]]
+        return sorted(submitted, key=lambda job: job["start_time"])
+
+
+def run(command: list[str], cpus: int, gpus: int, port: int) -> int:
+    """Run `command` as a job on a cluster that lives only as long; returns its exit code.
+
+    For a process of its own: at the end, every process that descends from the calling one is stopped. `port` is that of
+    the dashboard, which also is the job server.
+
+    Raises:
+        UserError: the machine lacks something, or the cluster did not come up.
+    """
+    check_machine(port)
+    folder = Path(tempfile.mkdtemp(prefix="polyglance-", dir="/tmp"))  # short: a socket's path has 107 characters
+    cluster = None
+    try:
+        for number in SIGNALS:
+            signal.signal(number, _interrupt)
+        _adopt_orphans()
+        cluster = _start(folder, cpus, gpus, port)
+        _await(cluster)
+        print(f"cluster up; dashboard {cluster.url} (token: {cluster.env['RAY_AUTH_TOKEN_PATH']})", flush=True)
+        return _submit(cluster, command)
+    except Interrupted as stopped:
+        print(f"{signal.Signals(stopped.args[0]).name}: stopping the job and the cluster", file=sys.stderr, flush=True)
+        return 128 + stopped.args[0]
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half a cluster
+        _stop(cluster)
+        (folder / "token").unlink(missing_ok=True)
+        if not isinstance(sys.exc_info()[1], UserError):  # which names the logs
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_machine(port: int) -> None:
+    """Raises `UserError` if a local cluster cannot start here."""
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(f"{sys.executable} has no ray; `make run` installs it, or train with runtime=local")
+    if not 0 < port < 1 << 16:
+        raise UserError(f"port {port}: not between 1 and 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as e:
+            choose = "choose another: make run PORT=N, or --dashboard-port N"
+            raise UserError(f"port {port}: {e.strerror}; {choose}") from None
+    free = shutil.disk_usage("/dev/shm").free if os.path.ismount("/dev/shm") else 0
+    if free < SHARED_MEMORY and sys.platform.startswith("linux"):
+        raise UserError(
+            f"/dev/shm has {free // 10**6} MB free, the cluster needs {SHARED_MEMORY // 10**6}; delete files there, "
+            "enlarge it (docker run --shm-size=1g), or train without Ray: python -m pretrain tiny runtime=local"
+        )
+
+
+def compose_submission(url: str, command: list[str]) -> list[str]:
+    """The `ray job submit` line, run in the checkout: what it uploads is the checkout without what git ignores.
+
+    A job's working directory is a copy without history, so it is told where runs go and which commit it is.
+    """
+    env = {"POLYGLANCE_RUNS": str(Path(os.environ.get("POLYGLANCE_RUNS") or ROOT / "runs").absolute())}
+    with contextlib.suppress(FileNotFoundError):  # no git, no commit
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        if head.returncode == 0:
+            env["POLYGLANCE_COMMIT"] = head.stdout.strip()
+    options = ["--address", url, "--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": env})]
+    return ["ray", "job", "submit", *options, "--", *command]
+
+
+def _start(folder: Path, cpus: int, gpus: int, port: int) -> Cluster:
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32), encoding="ascii")
+    gcs = _free_port()
+    skipped = ("RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN")  # of another cluster
+    local = f"{os.environ.get('no_proxy', '')},127.0.0.1,localhost".lstrip(",")
+    env = {k: v for k, v in os.environ.items() if k not in skipped} | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # the job's `python`
+        "RAY_ADDRESS": f"127.0.0.1:{gcs}",  # some of Ray's actors else look for any cluster of this machine
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # its job has ended: nothing to move elsewhere
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # "one machine": every server then listens on 127.0.0.1 alone
+        "PYTHONUNBUFFERED": "1",
+        "no_proxy": local,
+        "NO_PROXY": local,
+    }
+    command = [
+        "ray", "start", "--head", "--block", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={port}", "--node-ip-address=127.0.0.1", f"--port={gcs}",
+        "--dashboard-agent-listen-port=0", f"--ray-client-server-port={_free_port()}", f"--temp-dir={folder}/ray",
+        f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--object-store-memory={STORE}",
+    ]  # fmt: skip
+    with open(folder / "start.log", "wb") as log:
+        # a session of its own: Ctrl-C reaches this process alone, which stops job and cluster in order
+        head = subprocess.Popen(
+            command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
+        )
+    return Cluster(head, f"http://127.0.0.1:{port}", env, folder)
+
+
+def _await(cluster: Cluster) -> None:
+    limit = time.monotonic() + START_LIMIT
+    while time.monotonic() < limit and cluster.head.poll() is None:
+        with contextlib.suppress(OSError):
+            cluster.jobs()
+            if cluster.ask("/nodes?view=summary")["data"]["summary"]:  # whose agent starts jobs
+                return
+        time.sleep(0.3)
+    log = cluster.folder / "start.log"
+    last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+    raise UserError(f"the cluster did not come up ({last}); see {log} and {cluster.folder}/ray")
+
+
+def _submit(cluster: Cluster, command: list[str]) -> int:
+    submission = compose_submission(cluster.url, command)
+    print(f"$ {shlex.join(submission)}", flush=True)
+    follower = subprocess.Popen(submission, cwd=ROOT, env=cluster.env, start_new_session=True)
+    while follower.poll() is None and cluster.head.poll() is None:
+        time.sleep(0.3)
+    while (job := _find(cluster)) and job["status"] not in ENDED:  # the log's follower may have lost its connection
+        time.sleep(1)
+    if job is None:  # it was not accepted
+        return follower.returncode or 1
+    code = job["driver_exit_code"]
+    if code is None:  # it never ran
+        return 1
+    return code if code >= 0 else 128 - code
+
+
+def _find(cluster: Cluster) -> dict | None:
+    """The job: the first that was submitted."""
+    while cluster.head.poll() is None:
+        with contextlib.suppress(OSError):  # a busy machine answers late
+            return next(iter(cluster.jobs()), None)
+        time.sleep(1)
+    raise UserError(f"the cluster ended before the job; see {cluster.folder}/start.log")
+
+
+def _stop(cluster: Cluster | None) -> None:
+    import psutil
+
+    if cluster and cluster.head.poll() is None:
+        with contextlib.suppress(OSError):  # no job server yet, or no more
+            for job in cluster.jobs():
+                if job["status"] not in ENDED:
+                    cluster.ask(f"/api/jobs/{job['submission_id']}/stop", "POST")
+            limit = time.monotonic() + STOP_LIMIT
+            while time.monotonic() < limit and any(job["status"] not in ENDED for job in cluster.jobs()):
+                time.sleep(0.2)
+    for process in psutil.Process().children():
+        process.terminate()  # the head ends its own children
+    limit = time.monotonic() + STOP_LIMIT
+    while processes := psutil.Process().children(recursive=True):
+        if time.monotonic() > limit:
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        psutil.wait_procs(processes, timeout=0.2)
+
+
+def _interrupt(number: int, frame) -> None:
+    raise Interrupted(number)
+
+
+def _adopt_orphans() -> None:
+    """Processes whose parent dies become children of this one, so that none is lost."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _end_with_parent() -> None:
+    """In the head, before exec: when the parent dies, be it by SIGKILL, end."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _free_port() -> int:
+    """Between the ports that Ray gives its workers and those that systems give at random: it stays free."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", 20_000 + secrets.randbelow(12_000)))
+            return probe.getsockname()[1]
