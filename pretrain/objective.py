@@ -106,6 +106,11 @@ class PretrainObjective(nn.Module):
         if not config.train_vision:
             model.vision.requires_grad_(False)
 
+    @property
+    def partial(self) -> bool:
+        """Whether some parameters get no gradient, because a term that alone uses them is left out."""
+        return 0 in self.config.weights.model_dump().values()
+
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         c, w = self.config, self.config.weights
         caption, pair, mono = None, [], None

@@ -28,8 +28,7 @@ class TorchEngine:
         self.objective = self.module = objective.to(device)
         self.optimizer = build_optimizer(parameter_groups(objective, config.weight_decay), config)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            # a term of weight 0, or a step in which nothing was masked, leaves parameters without a gradient
-            self.module = DistributedDataParallel(self.objective, find_unused_parameters=True)
+            self.module = DistributedDataParallel(self.objective, find_unused_parameters=objective.partial)
         if start:
             self._load(start)
 

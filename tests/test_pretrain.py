@@ -72,7 +72,7 @@ def test_torchrun_equals_one_process(mini, tmp_path):
     run(mini("name=one", *LOCAL))
     config = mini("name=two", *LOCAL)
     save(config, tmp_path / "two.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "pretrain"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pretrain"]
     done = subprocess.run([*command, "--config", tmp_path / "two.json"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("| en |") == 1  # one process speaks
