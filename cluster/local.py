@@ -142,6 +142,7 @@ def _start(folder: Path, cpus: int, gpus: int, port: int) -> Cluster:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # 15 by default, for machines that have something better to do
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # its job has ended: nothing to move elsewhere
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # "one machine": every server then listens on 127.0.0.1 alone
         "PYTHONUNBUFFERED": "1",

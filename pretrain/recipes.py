@@ -30,7 +30,7 @@ def tiny() -> PretrainConfig:
             augment=AugmentConfig(scale=(0.6, 1.0), magnitude=4),
         ),
         optim=OptimConfig(lr=2e-3, warmup=0.05, betas=(0.9, 0.98)),
-        fit=FitConfig(steps=2400, log_every=10, eval_every=300, save_every=300),
+        fit=FitConfig(steps=1200, log_every=10, eval_every=300, save_every=300),
     )  # fmt: skip
 
 
