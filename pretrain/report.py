@@ -56,7 +56,7 @@ def draw_curve(run: Path) -> Path:
 
     records = read_metrics(run)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name in sorted({k for r in records for k in r if k.startswith("loss/")}):
+    for name in sorted({k for r in records for k in r if k.startswith("loss/")} - {"loss/grad_norm"}):
         points = [(r["step"], r[name]) for r in records if name in r]
         left.plot(*zip(*points, strict=True), label=name.removeprefix("loss/"), linewidth=1)
     left.set(xlabel="step", ylabel="loss", title="terms, means over the global batch")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CALL_COST = 192  # tokens of encoder work that one more call costs; sets how finely lengths are separated
+CALL_WORK = 1 << 24  # one more call costs as much as CALL_WORK / width^2 tokens; sets how finely lengths are separated
 
 
 class Ragged(NamedTuple):
@@ -120,18 +120,18 @@ def first_tokens(lengths: Tensor) -> Tensor:
     return mask
 
 
-def buckets(lengths: Tensor, read: Tensor | None = None) -> Iterator[Bucket]:
+def buckets(lengths: Tensor, width: int, read: Tensor | None = None) -> Iterator[Bucket]:
     """Cut rows into buckets that pad little in few calls.
 
     Args:
-        lengths: (n,) on the CPU.
+        lengths: (n,) on the CPU. width: of the states, which decides what padding costs beside a call.
         read: (T,) bool, the tokens whose last-layer states are wanted; None for all of them. Outputs come in flat order.
     """
     lengths = lengths.numpy()
     starts = np.cumsum(lengths) - lengths
     place = np.cumsum(read.numpy()) - 1 if read is not None else None
     order = np.argsort(lengths, kind="stable")
-    for low, high in _cuts(lengths[order]):
+    for low, high in _cuts(lengths[order], CALL_WORK / width**2):
         rows = order[low:high]
         columns = np.arange(lengths[rows[-1]])
         valid = columns < lengths[rows, None]
@@ -142,22 +142,22 @@ def buckets(lengths: Tensor, read: Tensor | None = None) -> Iterator[Bucket]:
             yield Bucket(rows, index, padded, None, kept, index.reshape(-1)[kept])
             continue
         wanted = read.numpy()[index] & valid
-        width = int(wanted.sum(1).max(initial=0))
-        if width:
-            columns_read = np.argsort(~wanted, axis=1, kind="stable")[:, :width]
+        most = int(wanted.sum(1).max(initial=0))
+        if most:
+            columns_read = np.argsort(~wanted, axis=1, kind="stable")[:, :most]
             kept = np.flatnonzero(np.take_along_axis(wanted, columns_read, 1))
             target = place[np.take_along_axis(index, columns_read, 1).reshape(-1)[kept]]
             yield Bucket(rows, index, padded, columns_read, kept, target)
 
 
-def _cuts(lengths: np.ndarray) -> list[tuple[int, int]]:
-    """Where to cut ascending `lengths` so that (padded tokens + CALL_COST per call) is least: exact, by dynamic
+def _cuts(lengths: np.ndarray, call_cost: float) -> list[tuple[int, int]]:
+    """Where to cut ascending `lengths` so that (padded tokens + `call_cost` per call) is least: exact, by dynamic
     programming over the distinct lengths."""
     widths, counts = np.unique(lengths, return_counts=True)
     ends = np.concatenate([[0], np.cumsum(counts)])
     best, previous = np.zeros(len(widths) + 1), np.zeros(len(widths) + 1, dtype=int)
     for j in range(1, len(widths) + 1):
-        cost = best[:j] + (ends[j] - ends[:j]) * widths[j - 1] + CALL_COST
+        cost = best[:j] + (ends[j] - ends[:j]) * widths[j - 1] + call_cost
         previous[j] = int(cost.argmin())
         best[j] = cost[previous[j]]
     cuts, j = [], len(widths)

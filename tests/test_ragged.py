@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from raylib.ragged import CALL_COST, Ragged, _cuts, buckets, concatenate, first_tokens, join_rows
+from raylib.ragged import Ragged, _cuts, buckets, concatenate, first_tokens, join_rows
 
 
 def rows_of(ragged):
@@ -29,7 +29,7 @@ def test_buckets_cover_every_token_once(seed):
         values, wanted = torch.arange(tokens), torch.arange(tokens) if read is None else read.nonzero().squeeze(1)
         out = torch.full((len(wanted),), -1)
         seen = []
-        for bucket in buckets(lengths, read):
+        for bucket in buckets(lengths, 512, read):
             seen += bucket.rows.tolist()
             x = values[torch.from_numpy(bucket.index)]
             assert bucket.valid is None or (x[torch.from_numpy(~bucket.valid)] >= 0).all()
@@ -45,7 +45,7 @@ def test_cuts_are_the_cheapest():
     lengths = [3, 3, 4, 9, 10, 30, 31]
 
     def cost(cuts):
-        return sum((high - low) * lengths[high - 1] + CALL_COST for low, high in cuts)
+        return sum((high - low) * lengths[high - 1] + 192 for low, high in cuts)
 
     def every(low):
         if low == len(lengths):
@@ -57,4 +57,4 @@ def test_cuts_are_the_cheapest():
     import numpy as np
 
     lengths = [length * 20 for length in lengths]
-    assert cost(_cuts(np.array(lengths))) == min(cost(cuts) for cuts in every(0))
+    assert cost(_cuts(np.array(lengths), 192)) == min(cost(cuts) for cuts in every(0))

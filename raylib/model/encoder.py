@@ -62,7 +62,7 @@ class Encoder(nn.Module):
         projected = [b.cross_attention.key_value(condition.states.values) for b in self.blocks] if condition else []
         device = text.values.device
         outputs, targets = [], []
-        for bucket in buckets(text.lengths, read):
+        for bucket in buckets(text.lengths, text.values.shape[1], read):
             x = pick(text.values, as_index(bucket.index, device))
             mask = None if bucket.valid is None else as_index(bucket.valid, device)[:, None, None]
             seen = _seen(condition, bucket.rows, device) if condition else None
