@@ -1,8 +1,9 @@
 """One step (forward and backward) of `PretrainObjective` beside its plain padded twin: `python -m benchmarks.step`.
 
-Losses and gradients are compared first. Then seconds: float32, one thread, the variants by turns, medians. Then the peak
-of resident memory above the model, each in a process of its own. Prints a Markdown table of ratios and appends every
-figure as one JSON line to `benchmarks/results/step.jsonl`.
+Losses and gradients are compared first. Then CPU-seconds: float32, one thread, the variants by turns, medians (other work
+on the machine stretches the clock, hardly the CPU-seconds). Then the peak of resident memory above the model, each in a
+process of its own. Prints a Markdown table of ratios and appends every figure as one JSON line to
+`benchmarks/results/step.jsonl`.
 
 With `--device cuda` (bf16 autocast, the paper's micro-batch of one GPU) it also says what share of the GPU's own
 measured matmul peak the step reaches, and leaves out the twin that computes all positions: its logits need over 60 GB.
@@ -24,17 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.twin import LENGTHS, PaddedTwin
 from pretrain.objective import ObjectiveConfig, PretrainObjective
+from pretrain.recipes import base, tiny
 from raylib.loop import to_device
 from raylib.model.unified import ModelConfig, UnifiedModel
 from raylib.ragged import Sentences
 
-MODELS = {
-    "tiny": ModelConfig(
-        vocabulary=16000, width=192, heads=6, feedforward=768, text_layers=2, fusion_layers=2, vision_layers=4,
-        image_size=64, patch=8, positions=64, embedding=128, dropout=0.0,
-    ),
-    "base": ModelConfig(dropout=0.0),
-}  # fmt: skip
+MODELS = {"tiny": tiny().model, "base": base().model}
 # pairs, translations, mono sentences a step: the paper's proportion 1 : 4 : 4
 BATCHES = {("tiny", "cpu"): (64, 256, 256), ("base", "cpu"): (4, 16, 16)}
 GPU_BATCH = (64, 256, 256)
@@ -86,9 +82,7 @@ def make_batch(config: ModelConfig, counts: tuple[int, int, int], seed: int = 0)
     """A batch with the length statistics of `SPEED.md`."""
     g = torch.Generator().manual_seed(seed)
     pairs, translations, mono = counts
-    lengths = {
-        name: draw_lengths(n, MEANS[name], LENGTHS[name], g) for name, n in zip(MEANS, counts, strict=True)
-    }
+    lengths = {name: draw_lengths(n, MEANS[name], LENGTHS[name], g) for name, n in zip(MEANS, counts, strict=True)}
     translated = draw_lengths(translations, MEANS["parallel"], LENGTHS["parallel"], g, lengths["parallel"])
     size, v = config.image_size, config.vocabulary
     return {
@@ -116,20 +110,21 @@ class Bench:
         torch.manual_seed(0)
         self.device = torch.device(device)
         self.counts = BATCHES.get((size, device), GPU_BATCH)
-        self.model = UnifiedModel(MODELS[size]).to(self.device).train()
+        self.model = UnifiedModel(MODELS[size].model_copy(update={"dropout": 0.0})).to(self.device).train()
         self.batch = to_device(make_batch(MODELS[size], self.counts), self.device)
 
     def step(self, variant: str) -> tuple[float, dict[str, Tensor]]:
         """Seconds of one forward and backward, and the terms; gradients are left in the model."""
+        clock = time.perf_counter if self.device.type == "cuda" else time.process_time
         self.model.zero_grad(set_to_none=True)
         module = VARIANTS[variant](self.model)
         self._wait()
-        start = time.perf_counter()
+        start = clock()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             loss, terms = module(self.batch)
         loss.backward()
         self._wait()
-        return time.perf_counter() - start, terms
+        return clock() - start, terms
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

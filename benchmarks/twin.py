@@ -77,9 +77,7 @@ class PaddedTwin(nn.Module):
         masked = [self._encode(side, "masked", width) for side in sides]
         vectors = [F.normalize(self.model.text_projection(rows.states[:, 0]), dim=-1) for rows in clean]
         contrast, _ = self._contrast(*vectors, _equal(sides[0].text_id) | _equal(sides[1].text_id))
-        tlm = sum(
-            self._masked_language(self._fuse(masked[i], clean[1 - i]), sides[i], width) for i in range(2)
-        )
+        tlm = sum(self._masked_language(self._fuse(masked[i], clean[1 - i]), sides[i], width) for i in range(2))
         return {"ucl_translation": contrast, "tlm": tlm}
 
     def _contrast(self, left: Tensor, right: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +99,8 @@ class PaddedTwin(nn.Module):
     def _encode_images(self, images: Tensor) -> Tensor:
         """uint8 (b, H, W, 3) -> (b, M + 1, d)."""
         vision = self.model.vision
-        pixels = images.to(vision.cls.dtype).permute(0, 3, 1, 2) / 127.5 - 1.0
+        mean, deviation = vision.pixels
+        pixels = (images.to(vision.cls.dtype).permute(0, 3, 1, 2) - mean) / deviation
         kernel = vision.patch_embedding.weight.view(-1, vision.patch, vision.patch, 3).permute(0, 3, 1, 2)
         patches = F.conv2d(pixels, kernel, vision.patch_embedding.bias, stride=vision.patch).flatten(2).transpose(1, 2)
         x = torch.cat([vision.cls.expand(len(images), 1, -1), patches], 1) + vision.position
