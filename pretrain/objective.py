@@ -164,9 +164,9 @@ class PretrainObjective(nn.Module):
     def _contrastive(self, name, left, right, index, left_id, right_id) -> tuple[list, "_Drawn"]:
         """UCL both ways; and what hard negatives are drawn by."""
         temperature = clamp(self.model.temperature.float(), *self.config.temperature)
-        index = index.to(left.device)
+        index = index.to(left.device).contiguous()  # a worker's share is every W-th row: searchsorted would warn
         everywhere, order = gather(index).sort()  # the global batch in one order on any number of workers
-        positive = torch.searchsorted(everywhere, index.contiguous())
+        positive = torch.searchsorted(everywhere, index)
         all_left, all_right = gather(left)[order], gather(right)[order]
         same = (left_id[:, None] == gather(left_id)[order]) | (right_id[:, None] == gather(right_id)[order])
         sums = [

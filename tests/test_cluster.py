@@ -268,7 +268,7 @@ def test_every_requirement_is_pinned():
 
 
 def test_make_run_submits_the_tiny_recipe():
-    line = ["make", "-n", "run", "NAME=a", "PORT=9", "ARGS=fit.steps=3"]
+    line = ["make", "-n", "--no-print-directory", "run", "NAME=a", "PORT=9", "ARGS=fit.steps=3"]
     made = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     command = " ".join(made.stdout.replace("\\\n", " ").split("exec ")[-1].split())

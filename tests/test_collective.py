@@ -55,14 +55,15 @@ def test_workers_equal_one_worker(world):
         for name, parameter in model.named_parameters():
             grads = [results[rank][i][1][name] for rank in range(world)]
             mean = sum(g for g in grads if g is not None) / world  # what DDP and ZeRO do
-            torch.testing.assert_close(mean, parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+            scale = float(parameter.grad.abs().max())  # logits are float32: what cancels leaves that much rounding
+            torch.testing.assert_close(mean, parameter.grad, rtol=1e-5, atol=1e-6 * scale, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def pieces(rank, world):
     x = (torch.arange(4.0).view(2, 2) + 10 * rank).requires_grad_()
     gathered = gather(x)
     (gathered * torch.arange(1.0, 1 + 2 * world)[:, None] * (rank + 1)).sum().backward()
-    rows = Ragged(torch.arange(3.0 + rank) + 100 * rank, torch.tensor([1, 2 + rank]))
+    rows = Ragged((torch.arange(3.0 + rank) + 100 * rank)[:, None], torch.tensor([1, 2 + rank]))
     return gathered.detach(), x.grad, total(torch.tensor(rank + 1.0)), *gather_ragged(rows, 5)
 
 
@@ -73,4 +74,4 @@ def test_gather_and_its_gradient():
     assert second[1].tolist() == [[9, 9], [12, 12]]
     assert float(first[2]) == 3.0
     assert first[4].tolist() == [1, 2, 1, 3]
-    assert first[3].tolist() == [0, 1, 2, 100, 101, 102, 103]
+    assert first[3].flatten().tolist() == [0, 1, 2, 100, 101, 102, 103]
