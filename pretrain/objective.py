@@ -2,16 +2,17 @@
 
 The step's journey:
 1. every sentence of every stream goes through the text encoder in one call, every picture through the ViT;
-2. CLS states become unit vectors; those of all workers are the candidates of the contrastive terms (UCL) and of the
-   hard negatives;
+2. CLS states become unit vectors; those of all workers are the candidates of UCL and of the hard negatives;
 3. image-text rows (masked captions with their picture, with a wrong picture, wrong captions with the picture) go
    through the unified encoder in one call: the first third serves both VLM and the positives of ITM;
-4. translation pairs, each side grounded in the other, go through it in a second call (TLM), mono text in a third (xMLM).
+4. translation pairs, each side grounded in the other, go through it in a second call (TLM), mono text in a third (xMLM);
+5. the masked positions of all of them go through the vocabulary head in one call.
 
 Terms are sums over local rows, divided by counts over all workers and multiplied by the number of workers (see
 `raylib.collective`): a mean over the global batch, never a mean of means.
 """
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,12 +20,13 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
+from pretrain.passes import Side
 from raylib.collective import gather, gather_ragged, total, world_size
 from raylib.config import Config
 from raylib.losses import clamp, contrastive, hard_negatives, masked_language
 from raylib.model.encoder import Condition
 from raylib.model.unified import UnifiedModel
-from raylib.ragged import Ragged, Sentences, concatenate, first_tokens
+from raylib.ragged import Ragged, concatenate, first_tokens
 
 
 class Weights(Config):
@@ -36,6 +38,9 @@ class Weights(Config):
     tlm: NonNegativeFloat = 1.0
     xmlm: NonNegativeFloat = 1.0
     itm: NonNegativeFloat = 1.0
+
+
+STREAM_TERMS = {"image_text": ("ucl_image", "vlm", "itm"), "parallel": ("ucl_translation", "tlm"), "text": ("xmlm",)}
 
 
 class ObjectiveConfig(Config):
@@ -50,50 +55,10 @@ class ObjectiveConfig(Config):
     temperature: tuple[float, float] = (0.001, 0.5)
     fuse_every: PositiveInt = 1  # VLM, ITM and TLM see the pairs whose index is a multiple of it; UCL sees them all
 
-
-class _Pass:
-    """Sentences on their way through the text encoder: which tokens are read of it, then their states."""
-
-    def __init__(self, ids: Tensor, lengths: Tensor, cls: bool, rows: Tensor | None):
-        """`cls`: read every row's CLS; `rows`: read all tokens of these rows."""
-        self.ids = Ragged(ids, lengths)
-        self.read = first_tokens(lengths) if cls else torch.zeros(int(lengths.sum()), dtype=torch.bool)
-        if rows is not None:
-            self.read[self.ids.tokens(rows)] = True
-        self.place = self.read.cumsum(0) - 1
-        self.states: Tensor | None = None  # (R, d), set by the encoder
-
-    def cls(self) -> Tensor:
-        """(n, d) CLS states of all rows."""
-        return self.states.index_select(0, self.place[self.ids.starts].to(self.states.device))
-
-    def rows(self, rows: Tensor) -> Ragged:
-        """All states of `rows`, which must have been read."""
-        tokens = self.place[self.ids.tokens(rows)].to(self.states.device)
-        return Ragged(self.states.index_select(0, tokens), self.ids.lengths[rows])
-
-
-class _Side:
-    """One stream's sentences: all of them for UCL, those that are `fused` for the unified encoder."""
-
-    def __init__(self, sentences: Sentences, index: Tensor, every: int):
-        self.all, self.fused = sentences, (index % every == 0).nonzero().squeeze(1)
-        self.few = sentences.take(self.fused) if every > 1 else sentences
-        self.passes: dict[str, _Pass] = {}
-
-    def plan(self, ucl: str | None, fuse: set[str]) -> None:
-        """`ucl`: which text UCL wants, if any; `fuse`: which texts the unified encoder wants."""
-        for name in ("clean", "masked"):  # in one order in every process: sums of floats depend on it
-            if name != ucl and name not in fuse:
-                continue
-            sentences = self.all if name == ucl else self.few
-            rows = (self.fused if name == ucl else torch.arange(len(self.fused))) if name in fuse else None
-            self.passes[name] = _Pass(getattr(sentences, name), sentences.lengths, name == ucl, rows)
-
-    def rows(self, name: str) -> Ragged:
-        """States of the fused sentences, clean or masked."""
-        states = self.passes[name]
-        return states.rows(self.fused if len(states.ids.lengths) > len(self.fused) else torch.arange(len(self.fused)))
+    def on(self, streams: Iterable[str]) -> "ObjectiveConfig":
+        """The same objective where only these streams are: the terms of the others weigh 0."""
+        absent = [term for name, terms in STREAM_TERMS.items() if name not in streams for term in terms]
+        return self.model_copy(update={"weights": self.weights.model_copy(update=dict.fromkeys(absent, 0.0))})
 
 
 class PretrainObjective(nn.Module):
@@ -115,29 +80,28 @@ class PretrainObjective(nn.Module):
         c, w = self.config, self.config.weights
         caption, pair, mono = None, [], None
         if (image_text := batch.get("image_text")) and (w.ucl_image or w.vlm or w.itm):
-            caption = _Side(image_text["text"], image_text["index"], c.fuse_every)
+            caption = Side(image_text["text"], image_text["index"], c.fuse_every)
             fuse = ({"masked"} if w.vlm else set()) | ({c.itm_text} if w.itm else set())
             caption.plan(c.ucl_text if w.ucl_image or w.itm else None, fuse)
         if (parallel := batch.get("parallel")) and (w.ucl_translation or w.tlm):
-            pair = [_Side(parallel[name], parallel["index"], c.fuse_every) for name in ("source", "target")]
+            pair = [Side(parallel[name], parallel["index"], c.fuse_every) for name in ("source", "target")]
             for side in pair:
                 side.plan(c.ucl_text if w.ucl_translation else None, {"masked", c.tlm_source} if w.tlm else set())
         if "text" in batch and w.xmlm:
-            mono = _Side(batch["text"]["text"], batch["text"]["index"], 1)
+            mono = Side(batch["text"]["text"], batch["text"]["index"], 1)
             mono.plan(None, {"masked"})
         self._encode([side for side in (caption, *pair, mono) if side])
-        # (term, sum over local rows, local count); several sums of one term add up
-        sums: list[tuple[str, Tensor, Tensor | int]] = []
+        parts: list[_Part] = []
         if caption:
-            sums += self._image_text(image_text, caption)
+            parts += self._image_text(image_text, caption)
         if pair:
-            sums += self._translation(parallel, pair)
+            parts += self._translation(parallel, pair)
         if mono:
             states = self.model.fuse(mono.rows("masked"), mono.few.predicted())
-            sums.append(("xmlm", self._masked(states, mono), len(states)))
-        return self._weigh(sums)
+            parts.append(_Part("xmlm", states, len(states), mono.few.labels))
+        return self._weigh(parts)
 
-    def _encode(self, sides: list[_Side]) -> None:
+    def _encode(self, sides: list[Side]) -> None:
         """All sentences through the text encoder at once; its last layer only where it is read."""
         passes = [p for side in sides for p in side.passes.values()]
         if not passes:
@@ -146,7 +110,7 @@ class PretrainObjective(nn.Module):
         for p, part in zip(passes, states.split([int(p.read.sum()) for p in passes]), strict=True):
             p.states = part
 
-    def _image_text(self, batch: dict, caption: _Side) -> list:
+    def _image_text(self, batch: dict, caption: Side) -> list:
         c, w = self.config, self.config.weights
         with torch.set_grad_enabled(c.train_vision and torch.is_grad_enabled()):
             images = self.model.encode_images(batch["images"])
@@ -170,15 +134,15 @@ class PretrainObjective(nn.Module):
         all_left, all_right = gather(left)[order], gather(right)[order]
         same = (left_id[:, None] == gather(left_id)[order]) | (right_id[:, None] == gather(right_id)[order])
         sums = [
-            (name, contrastive(left, all_right, positive, same, temperature), len(left)),
-            (name, contrastive(right, all_left, positive, same, temperature), len(left)),
+            _Part(name, contrastive(left, all_right, positive, same, temperature), len(left)),
+            _Part(name, contrastive(right, all_left, positive, same, temperature), len(left)),
         ]
         with torch.no_grad():
             forbidden = same | F.one_hot(positive, len(order)).bool()
             drawn = _Drawn(left @ all_right.T / temperature, right @ all_left.T / temperature, forbidden, index, everywhere)
         return sums, drawn
 
-    def _grounded(self, draws: Tensor, caption: _Side, images: Ragged, drawn: "_Drawn | None") -> list:
+    def _grounded(self, draws: Tensor, caption: Side, images: Ragged, drawn: "_Drawn | None") -> list:
         """VLM and ITM: the fused captions through the unified encoder, grounded in pictures."""
         c, w, b = self.config, self.config.weights, len(caption.fused)
         own, seen = torch.arange(b), images.take(caption.fused)
@@ -203,13 +167,13 @@ class PretrainObjective(nn.Module):
             heads = states.index_select(0, is_cls.nonzero().squeeze(1).to(device))[-3 * b :]
             logits = F.log_softmax(self.model.match_head(heads).float(), -1)
             wrong = -(logits[b:, 0].view(2, b) * exists).sum()
-            sums += [("itm", -logits[:b, 1].sum(), b), ("itm", wrong, exists.sum())]
+            sums += [_Part("itm", -logits[:b, 1].sum(), b), _Part("itm", wrong, exists.sum())]
         if w.vlm:
             here = caption.few.predicted()[reads[0]].nonzero().squeeze(1).to(device)
-            sums.append(("vlm", self._masked(states.index_select(0, here), caption), len(here)))
+            sums.append(_Part("vlm", states.index_select(0, here), len(here), caption.few.labels))
         return sums
 
-    def _negatives(self, draws: Tensor, positive: Ragged, caption: _Side, images: Ragged, drawn: "_Drawn"):
+    def _negatives(self, draws: Tensor, positive: Ragged, caption: Side, images: Ragged, drawn: "_Drawn"):
         """Hard negatives among the fused pairs of the global batch, both ways.
 
         Returns: the pictures that this worker needs, once each; for its b rows the picture of their own and a wrong
@@ -231,7 +195,7 @@ class PretrainObjective(nn.Module):
         exists = torch.stack([image_exists, text_exists])
         return every_image.take(order[needed]), own, wrong, every_text.take(order[wrong_text]), exists
 
-    def _translation(self, batch: dict, pair: list[_Side]) -> list:
+    def _translation(self, batch: dict, pair: list[Side]) -> list:
         c, w, sums = self.config, self.config.weights, []
         source, target = pair
         if w.ucl_translation:
@@ -244,24 +208,41 @@ class PretrainObjective(nn.Module):
             read = torch.cat([side.few.predicted() for side in pair])
             states = self.model.fuse(rows, read, Condition(seen, torch.arange(len(seen.lengths))))
             for side, part in zip(pair, states.split([len(s.few.labels) for s in pair]), strict=True):
-                sums.append(("tlm", self._masked(part, side), len(part)))
+                sums.append(_Part("tlm", part, len(part), side.few.labels))
         return sums
 
-    def _masked(self, states: Tensor, side: _Side) -> Tensor:
-        head, decoder = self.model.masked_head, self.model.embedding.word.weight
-        return masked_language(head(states), decoder, head.bias, side.few.labels)
-
-    def _weigh(self, sums: list) -> tuple[Tensor, dict[str, Tensor]]:
-        """Local sums and counts -> this worker's share of the loss, and the terms of the global batch."""
-        device = self.model.temperature.device
-        counts = total(torch.stack([torch.as_tensor(n, dtype=torch.float32, device=device) for _, _, n in sums]))
-        shares, averaged = {}, ("ucl_image", "ucl_translation", "tlm") if self.config.directions == "mean" else ()
-        for (name, value, _), count in zip(sums, counts, strict=True):
-            scale = 0.5 if name in averaged else 1.0
-            shares[name] = shares.get(name, 0.0) + scale * value / count.clamp(min=1)
-        loss = sum(getattr(self.config.weights, name) * share for name, share in shares.items()) * world_size()
+    def _weigh(self, parts: list["_Part"]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Local parts -> this worker's share of the loss, and the terms of the global batch."""
+        weights, device = self.config.weights.model_dump(), self.model.temperature.device
+        averaged = ("ucl_image", "ucl_translation", "tlm") if self.config.directions == "mean" else ()
+        counts = total(torch.stack([torch.as_tensor(part.count, dtype=torch.float32, device=device) for part in parts]))
+        scales = [(0.5 if part.term in averaged else 1.0) / n for part, n in zip(parts, counts.clamp(min=1), strict=True)]
+        shares = {part.term: 0.0 for part in parts}
+        for part, scale in zip(parts, scales, strict=True):
+            if part.labels is None:
+                shares[part.term] = shares[part.term] + scale * part.value
+        masked = [(part, scale.expand(part.count)) for part, scale in zip(parts, scales, strict=True) if part.labels is not None]
+        loss = sum(weights[term] * share for term, share in shares.items())
+        if masked:  # all of them at once: the vocabulary is the largest matrix to read, and to write a gradient for
+            head, word = self.model.masked_head, self.model.embedding.word
+            states, labels = (torch.cat([getattr(part, name) for part, _ in masked]) for name in ("value", "labels"))
+            scale = torch.cat([weights[part.term] * scale for part, scale in masked])
+            value, losses = masked_language(head(states), word.weight, head.bias, labels, scale)
+            loss = loss + value
+            for (part, scale), each in zip(masked, losses.split([part.count for part, _ in masked]), strict=True):
+                shares[part.term] = shares[part.term] + (scale * each).sum()
         terms = total(torch.stack([share.detach().float() for share in shares.values()]))
-        return loss, dict(zip(shares, terms.unbind(), strict=True))
+        return loss * world_size(), dict(zip(shares, terms.unbind(), strict=True))
+
+
+class _Part(NamedTuple):
+    """A part of a term: the sum over `count` local rows; or, with `labels` (m,), the states (m, d) of masked positions, of
+    which the vocabulary head makes the sum. Several parts of one term add up."""
+
+    term: str
+    value: Tensor
+    count: Tensor | int
+    labels: Tensor | None = None
 
 
 class _Drawn(NamedTuple):

@@ -128,7 +128,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     """Train on this worker; worker 0 writes `result.json` and the curve. Returns the result."""
     data = resolve_data(config)
     batches = StepBatches(data, config.model.image_size, config.fit.seed, runtime.rank, runtime.world)
-    objective = PretrainObjective(build_model(config), config.objective, data.image_text.length)
+    objective = PretrainObjective(build_model(config), config.objective.on(batches.streams), data.image_text.length)
     retrieval, tables = None, []
     if data.retrieval:
         tokenizer = Tokenizer.load(data.tokenizer)

@@ -1,4 +1,4 @@
-"""Pure tensor functions. Each returns a *sum* over local rows: the caller divides by the count over all workers.
+"""Pure tensor functions. Losses are *sums* over local rows: the caller divides by the count over all workers.
 
 Shape legend: b local rows, B rows of the global batch, e embedding width, m masked positions, d width, V vocabulary.
 """
@@ -6,7 +6,6 @@ Shape legend: b local rows, B rows of the global batch, e embedding width, m mas
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 HEAD_ROWS = 256  # rows of the vocabulary head at a time; PyTorch's automatic choice is 10 x slower on a CPU (SPEED.md)
 
@@ -25,20 +24,55 @@ def contrastive(queries: Tensor, keys: Tensor, positive: Tensor, same: Tensor, t
     return F.cross_entropy(logits.masked_fill(same & ~own, -torch.inf), positive, reduction="sum")
 
 
-def masked_language(states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy over the vocabulary at masked positions, summed (paper 2, equation 2).
+def masked_language(states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy over the vocabulary at masked positions (paper 2, equation 2).
 
-    Logits exist for `HEAD_ROWS` positions at a time and are computed again for the gradient, so that memory does not
-    grow with the number of positions. states (m, d), weight (V, d), bias (V,), labels (m,).
+    Logits exist for `HEAD_ROWS` positions at a time, and once: their gradient is taken in the same breath, so that memory
+    does not grow with the number of positions and nothing is computed again. (`F.linear_cross_entropy` does so too, but
+    weighs all positions alike: a call for each term, each with a gradient as large as the vocabulary.)
+
+    Args:
+        states: (m, d). weight: (V, d). bias: (V,). labels: (m,). scale: (m,) what each position counts.
+    Returns:
+        (sum of scale * loss, the losses (m,), which carry no gradient).
     """
-    loss = states.sum() * 0.0  # keeps the graph when nothing is masked
-    for part, wanted in zip(states.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True):
-        loss = loss + checkpoint(_head, part, weight, bias, wanted, use_reentrant=False, preserve_rng_state=False)
-    return loss
+    return _VocabularyLoss.apply(states, weight, bias, labels, scale)
 
 
-def _head(states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(states, weight, bias).float(), labels, reduction="sum")
+class _VocabularyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, scale: Tensor):
+        kind = states.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        exact = torch.promote_types(dtype, torch.float32)
+        losses, for_states = scale.new_empty(len(labels)), torch.empty_like(states)
+        for_bias, for_weight = torch.zeros_like(bias), None
+        with torch.autocast(kind, enabled=False):
+            table, shift = weight.to(dtype), bias.to(dtype)
+            for first in range(0, len(labels), HEAD_ROWS):
+                rows = slice(first, first + HEAD_ROWS)
+                part, wanted, counts = states[rows].to(dtype), labels[rows, None], scale[rows, None].to(exact)
+                logs = F.log_softmax(F.linear(part, table, shift), -1, dtype=exact)
+                losses[rows] = -logs.gather(1, wanted).squeeze(1)
+                owed = logs.exp_().mul_(counts).scatter_add_(1, wanted, -counts)  # to the logits
+                for_bias += owed.sum(0)
+                owed = owed.to(dtype)
+                for_states[rows] = owed @ table
+                if for_weight is None:
+                    for_weight = (owed.T @ part).to(weight.dtype)
+                elif dtype == weight.dtype:
+                    for_weight.addmm_(owed.T, part)
+                else:
+                    for_weight += owed.T @ part
+            loss = (losses * scale).sum()
+        ctx.owed = for_states, torch.zeros_like(weight) if for_weight is None else for_weight, for_bias
+        ctx.mark_non_differentiable(losses)
+        return loss, losses
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        owed, ctx.owed = ctx.owed, None  # scaled where they are: a second backward is an error
+        return *(part.mul_(grad) for part in owed), None, None
 
 
 def hard_negatives(similarity: Tensor, forbidden: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,23 +1,19 @@
 """Sequences of unequal length, end to end, without padding.
 
 A batch of sentences is one flat tensor and a vector of lengths. Every per-token operation (embeddings, projections,
-heads) runs on the flat tensor; attention runs on `Bucket`s, groups of rows of similar length that are padded only to
-their own longest row (`SPEED.md`: on a CPU this beats nested tensors and block-diagonal masks).
+feed-forward, heads) runs on the flat tensor; attention alone sees rows, and runs once for all rows with equally many
+keys (`Plan`), so that keys are never padded and nothing is masked.
 
 Lengths, and every index made from them, live on the CPU, so that planning never waits for a GPU.
 
-Shape legend: T tokens in all, n rows, S padded width, R tokens that are read, Q padded width of what is read.
+Shape legend: T tokens in all, n rows, R tokens that are read or ask.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-CALL_WORK = 1 << 24  # one more call costs as much as CALL_WORK / width^2 tokens; sets how finely lengths are separated
 
 
 class Ragged(NamedTuple):
@@ -82,17 +78,17 @@ class Sentences(NamedTuple):
         return mask
 
 
-class Bucket(NamedTuple):
-    """Rows that are padded together. `index` (n, S) flat token positions (padding repeats the row's first token);
-    `valid` (n, S), None when nothing is padded; `read` (n, Q) columns that the last layer computes, None for all;
-    `kept` flat cells of the (n, S) or (n, Q) output that are real; `target` their places in the output (R,)."""
+class Plan(NamedTuple):
+    """How attention runs over n ragged rows of ascending length.
 
-    rows: np.ndarray
-    index: np.ndarray
-    valid: np.ndarray | None
-    read: np.ndarray | None
-    kept: np.ndarray
-    target: np.ndarray
+    `runs`: (rows, queries of the longest, keys) of each run of rows with equally many keys. `cells` (P,): the query token
+    in each cell of the padded queries (any token where a cell is empty); `place` (R,): the cell of each query token.
+    Both are None where nothing is padded or moved.
+    """
+
+    runs: list[tuple[int, int, int]]
+    cells: Tensor | None
+    place: Tensor | None
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:
@@ -120,48 +116,22 @@ def first_tokens(lengths: Tensor) -> Tensor:
     return mask
 
 
-def buckets(lengths: Tensor, width: int, read: Tensor | None = None) -> Iterator[Bucket]:
-    """Cut rows into buckets that pad little in few calls.
+def plan_attention(keys: Tensor, queries: Tensor, device: torch.device, tokens: Tensor | None = None) -> Plan:
+    """Plan attention over n rows.
 
     Args:
-        lengths: (n,) on the CPU. width: of the states, which decides what padding costs beside a call.
-        read: (T,) bool, the tokens whose last-layer states are wanted; None for all of them. Outputs come in flat order.
+        keys: (n,) ascending number of keys of each row. queries: (n,) number of queries of each row.
+        tokens: (R,) which query tokens these are, row after row; None when they are in this order.
     """
-    lengths = lengths.numpy()
-    starts = np.cumsum(lengths) - lengths
-    place = np.cumsum(read.numpy()) - 1 if read is not None else None
-    order = np.argsort(lengths, kind="stable")
-    for low, high in _cuts(lengths[order], CALL_WORK / width**2):
-        rows = order[low:high]
-        columns = np.arange(lengths[rows[-1]])
-        valid = columns < lengths[rows, None]
-        index = starts[rows, None] + np.where(valid, columns, 0)
-        padded = None if valid.all() else valid
-        if read is None:
-            kept = np.flatnonzero(valid)
-            yield Bucket(rows, index, padded, None, kept, index.reshape(-1)[kept])
-            continue
-        wanted = read.numpy()[index] & valid
-        most = int(wanted.sum(1).max(initial=0))
-        if most:
-            columns_read = np.argsort(~wanted, axis=1, kind="stable")[:, :most]
-            kept = np.flatnonzero(np.take_along_axis(wanted, columns_read, 1))
-            target = place[np.take_along_axis(index, columns_read, 1).reshape(-1)[kept]]
-            yield Bucket(rows, index, padded, columns_read, kept, target)
-
-
-def _cuts(lengths: np.ndarray, call_cost: float) -> list[tuple[int, int]]:
-    """Where to cut ascending `lengths` so that (padded tokens + `call_cost` per call) is least: exact, by dynamic
-    programming over the distinct lengths."""
-    widths, counts = np.unique(lengths, return_counts=True)
-    ends = np.concatenate([[0], np.cumsum(counts)])
-    best, previous = np.zeros(len(widths) + 1), np.zeros(len(widths) + 1, dtype=int)
-    for j in range(1, len(widths) + 1):
-        cost = best[:j] + (ends[j] - ends[:j]) * widths[j - 1] + call_cost
-        previous[j] = int(cost.argmin())
-        best[j] = cost[previous[j]]
-    cuts, j = [], len(widths)
-    while j:
-        cuts.append((int(ends[previous[j]]), int(ends[j])))
-        j = previous[j]
-    return cuts[::-1]
+    keys, rows = keys.unique_consecutive(return_counts=True)
+    longest = torch.stack([run.max() for run in queries.split(rows.tolist())])
+    runs = list(zip(rows.tolist(), longest.tolist(), keys.tolist(), strict=True))
+    padded, count = longest.repeat_interleave(rows), int(queries.sum())
+    if tokens is None and int(padded.sum()) == count:
+        return Plan(runs, None, None)
+    tokens = torch.arange(count) if tokens is None else tokens
+    shift = (padded.cumsum(0) - padded) - (queries.cumsum(0) - queries)
+    cell = torch.arange(count) + shift.repeat_interleave(queries)
+    cells, place = torch.zeros(int(padded.sum()), dtype=torch.int64), torch.empty_like(cell)
+    cells[cell], place[tokens] = tokens, cell
+    return Plan(runs, cells.to(device, non_blocking=True), place.to(device, non_blocking=True))

@@ -68,15 +68,16 @@ def test_stop_and_go_without_ray(mini):
         assert all(torch.equal(value, second[key][name]) for name, value in state.items())
 
 
-def test_torchrun_equals_one_process(mini, tmp_path):
-    run(mini("name=one", *LOCAL))
-    config = mini("name=two", *LOCAL)
+@pytest.mark.parametrize("without", [(), ("data.image_text.batch=0",)])  # the second leaves the image encoder unused
+def test_torchrun_equals_one_process(mini, tmp_path, without):
+    run(mini("name=one", *LOCAL, *without))
+    config = mini("name=two", *LOCAL, *without)
     save(config, tmp_path / "two.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pretrain"]
     done = subprocess.run([*command, "--config", tmp_path / "two.json"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("| en |") == 1  # one process speaks
-    one, two = lines(mini("name=one")), lines(config)
+    one, two = lines(mini("name=one", *without)), lines(config)
     assert len(one) == len(two) == 6
     for a, b in zip(one, two, strict=True):
         assert {k: v for k, v in b.items() if k != "samples_per_second"} == pytest.approx(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from raylib.ragged import Ragged, _cuts, buckets, concatenate, first_tokens, join_rows
+from raylib.ragged import Ragged, concatenate, first_tokens, join_rows, plan_attention
 
 
 def rows_of(ragged):
@@ -21,40 +21,23 @@ def test_take_concatenate_join():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_buckets_cover_every_token_once(seed):
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_plan_puts_every_query_beside_its_row(seed, shuffled):
     g = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 40, (50,), generator=g)
-    tokens = int(lengths.sum())
-    for read in (None, torch.rand(tokens, generator=g) < 0.2, torch.zeros(tokens, dtype=torch.bool)):
-        values, wanted = torch.arange(tokens), torch.arange(tokens) if read is None else read.nonzero().squeeze(1)
-        out = torch.full((len(wanted),), -1)
-        seen = []
-        for bucket in buckets(lengths, 512, read):
-            seen += bucket.rows.tolist()
-            x = values[torch.from_numpy(bucket.index)]
-            assert bucket.valid is None or (x[torch.from_numpy(~bucket.valid)] >= 0).all()
-            if bucket.read is not None:
-                x = x.gather(1, torch.from_numpy(bucket.read))
-            out[torch.from_numpy(bucket.target)] = x.flatten()[torch.from_numpy(bucket.kept)]
-        assert out.tolist() == wanted.tolist()
-        if read is None:
-            assert sorted(seen) == list(range(50))
+    keys = torch.randint(1, 9, (20,), generator=g).sort().values
+    queries = torch.randint(0, 4, (20,), generator=g)
+    count = int(queries.sum())
+    tokens = torch.randperm(count, generator=g) if shuffled else None
+    plan = plan_attention(keys, queries, torch.device("cpu"), tokens)
+    assert [s for n, _, s in plan.runs for _ in range(n)] == keys.tolist()
+    owner = torch.arange(20).repeat_interleave(queries)  # the row of the i-th query
+    names = torch.arange(count) if tokens is None else tokens
+    cells = [(row, q) for row, q in zip(range(20), [q for n, q, _ in plan.runs for _ in range(n)], strict=True)]
+    rows = torch.tensor([row for row, q in cells for _ in range(q)])
+    assert plan.cells[plan.place].tolist() == list(range(count))
+    assert rows[plan.place[names]].tolist() == owner.tolist()
 
 
-def test_cuts_are_the_cheapest():
-    lengths = [3, 3, 4, 9, 10, 30, 31]
-
-    def cost(cuts):
-        return sum((high - low) * lengths[high - 1] + 192 for low, high in cuts)
-
-    def every(low):
-        if low == len(lengths):
-            yield []
-        for high in range(low + 1, len(lengths) + 1):
-            for rest in every(high):
-                yield [(low, high), *rest]
-
-    import numpy as np
-
-    lengths = [length * 20 for length in lengths]
-    assert cost(_cuts(np.array(lengths), 192)) == min(cost(cuts) for cuts in every(0))
+def test_nothing_is_moved_when_rows_ask_for_themselves():
+    keys = torch.tensor([2, 2, 5])
+    assert plan_attention(keys, keys, torch.device("cpu")) == ([(2, 2, 2), (1, 5, 5)], None, None)

@@ -25,7 +25,6 @@ def cluster():
     """One cluster for all tests here; its processes go when the driver's connection ends."""
     import ray
 
-
     ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=0, object_store_memory=10**8)
     yield
     ray.shutdown()
@@ -112,7 +111,8 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_been(min
         folder = Path(killed.runs) / "killed"
         while not (checkpoint.newest(folder) and len(read_metrics(folder)) >= 25):
             time.sleep(0.02)
-        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+        own = psutil.Process().children(recursive=True)
+        workers = [p for p in own if "RayTrainWorker" in " ".join(p.cmdline())]
         victims.append(workers[-1].pid)
         os.kill(workers[-1].pid, signal.SIGKILL)
 

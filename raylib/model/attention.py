@@ -1,11 +1,15 @@
 """Attention and the transformer block of the text and unified encoders.
 
-Shape legend: n rows, S keys, Q queries, d width, h heads, e = d / h.
+Everything is flat: tokens of all rows end to end; a `Plan` says which belong together.
+
+Shape legend: n rows of a run, S keys, Q queries, d width, h heads, e = d / h; T tokens, R tokens that ask.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from raylib.ragged import Plan
 
 
 class Attention(nn.Module):
@@ -19,20 +23,27 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, key_value: Tensor, mask: Tensor | None) -> Tensor:
-        """x (n, Q, d), key_value (n, S, 2d), mask (n, 1, 1, S) True where a key may be seen -> (n, Q, d)."""
-        n, q, d = x.shape
-        queries = self.query(x).view(n, q, self.heads, -1).transpose(1, 2)
-        keys, values = key_value.view(n, -1, 2, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        dropout = self.dropout if self.training else 0.0
+    def forward(self, x: Tensor, key_value: Tensor, plan: Plan) -> Tensor:
+        """x (R, d), key_value (T, 2d), each row's tokens together -> (R, d)."""
+        d, h = x.shape[1], self.heads
+        queries = self.query(x)
         if x.device.type == "cpu" and queries.dtype == torch.bfloat16:
             # PyTorch's CPU kernel takes ten times as long backward in bf16 as in float32 (`benchmarks/README.md`)
-            with torch.autocast("cpu", enabled=False):
-                queries, keys, values = queries.float(), keys.float(), values.float()
-                out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
-        else:
-            out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
-        return self.output(out.transpose(1, 2).reshape(n, q, d))
+            queries, key_value = queries.float(), key_value.float()
+        if plan.cells is not None:
+            queries = queries.index_select(0, plan.cells)
+        dropout, out = self.dropout if self.training else 0.0, []
+        asked = queries.split([n * q for n, q, _ in plan.runs])
+        seen = key_value.split([n * s for n, _, s in plan.runs])
+        with torch.autocast(x.device.type, enabled=False):
+            for (n, q, s), mine, theirs in zip(plan.runs, asked, seen, strict=True):
+                if q:
+                    mine = mine.view(n, q, h, d // h).transpose(1, 2)
+                    keys, values = theirs.view(n, s, 2, h, d // h).permute(2, 0, 3, 1, 4)
+                    run = F.scaled_dot_product_attention(mine, keys, values, dropout_p=dropout)
+                    out.append(run.transpose(1, 2).reshape(n * q, d))
+        out = torch.cat(out)
+        return self.output(out if plan.place is None else out.index_select(0, plan.place))
 
 
 class Block(nn.Module):
@@ -51,21 +62,15 @@ class Block(nn.Module):
         self.output_norm = nn.LayerNorm(width, eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        condition: tuple[Tensor, Tensor | None] | None = None,
-        read: Tensor | None = None,
-    ) -> Tensor:
-        """x (n, S, d), mask (n, 1, 1, S) -> (n, S, d), or (n, Q, d) at the columns `read` (n, Q) alone.
+    def forward(self, x: Tensor, plan: Plan, condition: tuple[Tensor, Plan] | None = None, read: Tensor | None = None) -> Tensor:
+        """x (T, d) -> (T, d), or (R, d) at the tokens `read` (R,) alone, which are then those that `plan` has as queries.
 
-        `condition` is (projected keys and values (n, C, 2d), mask (n, 1, 1, C)); None skips the cross-attention.
+        `condition` is (projected keys and values (C, 2d), plan); None skips the cross-attention.
         """
         key_value = self.attention.key_value(x)
         if read is not None:
-            x = x.gather(1, read[..., None].expand(-1, -1, x.shape[-1]))
-        x = self.attention_norm(x + self.dropout(self.attention(x, key_value, mask)))
+            x = x.index_select(0, read)
+        x = self.attention_norm(x + self.dropout(self.attention(x, key_value, plan)))
         if condition is not None:
             x = self.cross_norm(x + self.dropout(self.cross_attention(x, *condition)))
         hidden = self.output(F.gelu(self.intermediate(x)))
@@ -81,8 +86,3 @@ def initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.5 * module.embedding_dim**-0.5)
-
-
-def as_index(array, device: torch.device) -> Tensor:
-    """A NumPy index on the device, without waiting for it."""
-    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -1,12 +1,16 @@
-"""Text encoder and unified encoder: stacks of blocks that run bucket by bucket over ragged rows."""
+"""Text encoder and unified encoder: stacks of blocks over ragged rows."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from raylib.model.attention import Block, as_index
-from raylib.ragged import Ragged, buckets, join_rows, pick
+from raylib.model.attention import Block
+from raylib.ragged import Plan, Ragged, join_rows, plan_attention
+
+# On a CPU, rows run in chunks whose widest activation is so many floats: larger ones leave the cache, and malloc maps
+# and unmaps them page by page.
+CHUNK = 2**23
 
 
 class Condition(NamedTuple):
@@ -59,33 +63,61 @@ class Encoder(nn.Module):
         if condition is not None and not self.cross:
             text, read = _entangle(text, read, condition)
             condition = None
-        projected = [b.cross_attention.key_value(condition.states.values) for b in self.blocks] if condition else []
         device = text.values.device
-        outputs, targets = [], []
-        for bucket in buckets(text.lengths, text.values.shape[1], read):
-            x = pick(text.values, as_index(bucket.index, device))
-            mask = None if bucket.valid is None else as_index(bucket.valid, device)[:, None, None]
-            seen = _seen(condition, bucket.rows, device) if condition else None
-            columns = None if bucket.read is None else as_index(bucket.read, device)
-            for i, block in enumerate(self.blocks):
-                last = i == len(self.blocks) - 1
-                x = block(x, mask, (pick(projected[i], seen[0]), seen[1]) if seen else None, columns if last else None)
-            outputs.append(x.flatten(0, 1).index_select(0, as_index(bucket.kept, device)))
-            targets.append(torch.from_numpy(bucket.target))
+        read = torch.ones(len(text.values), dtype=torch.bool) if read is None else read
+        projected = [b.cross_attention.key_value(condition.states.values) for b in self.blocks] if condition else []
+        outputs, places = [], []
+        for rows in self._chunks(text.lengths, device):
+            tokens = text.tokens(rows)
+            wanted = read[tokens]
+            if wanted.any():
+                seen = condition and Condition(condition.states, condition.rows[rows])
+                outputs.append(self._run(text.take(rows), wanted, seen, projected))
+                places.append(tokens[wanted])
         if not outputs:
             return text.values[:0]
-        return torch.cat(outputs).index_select(0, torch.cat(targets).argsort().to(device, non_blocking=True))
+        return torch.cat(outputs).index_select(0, torch.cat(places).argsort().to(device, non_blocking=True))
+
+    def _chunks(self, lengths: Tensor, device: torch.device) -> list[Tensor]:
+        """Rows by ascending length, in chunks that run at once."""
+        rows = lengths.argsort(stable=True)
+        if device.type != "cpu":
+            return [rows]
+        size = max(1, CHUNK // self.blocks[0].intermediate.out_features)
+        chunk = (lengths[rows].cumsum(0) - 1) // size
+        return list(rows.split(chunk.unique_consecutive(return_counts=True)[1].tolist()))
+
+    def _run(self, text: Ragged, read: Tensor, condition: Condition | None, projected: list[Tensor]) -> Tensor:
+        """All blocks over rows of ascending length -> (R, d). `projected`: the condition's keys and values, by block."""
+        device, x, lengths = text.values.device, text.values, text.lengths
+        whole = bool(read.all())
+        columns = None if whole else read.nonzero().squeeze(1).to(device, non_blocking=True)
+        counts = lengths if whole else read.cumsum(0)[lengths.cumsum(0) - 1].diff(prepend=lengths.new_zeros(1))
+        plans = [plan_attention(lengths, lengths, device), plan_attention(lengths, counts, device)]
+        if condition is not None:
+            seen, rank = _order(condition)
+            keys = condition.states.tokens(seen).to(device, non_blocking=True)
+            crosses = [_plan_cross(condition.states.lengths[seen], rank, n, device) for n in (lengths, counts)]
+        for i, block in enumerate(self.blocks):
+            last = i == len(self.blocks) - 1
+            cross = (projected[i].index_select(0, keys), crosses[last]) if condition is not None else None
+            x = block(x, plans[last], cross, columns if last else None)
+        return x
 
 
-def _seen(condition: Condition, rows, device) -> tuple[Tensor, Tensor | None]:
-    """(n, C) flat positions of the condition tokens that these rows see, and their mask, None when nothing is padded."""
-    chosen = condition.rows[torch.from_numpy(rows)]
-    lengths = condition.states.lengths[chosen]
-    columns = torch.arange(int(lengths.max()))
-    valid = columns < lengths[:, None]
-    index = condition.states.starts[chosen, None] + torch.where(valid, columns, 0)
-    mask = None if bool(valid.all()) else valid[:, None, None].to(device, non_blocking=True)
-    return index.to(device, non_blocking=True), mask
+def _order(condition: Condition) -> tuple[Tensor, Tensor]:
+    """The condition's rows that are seen, by ascending length (m,), and for each text row its place among them (n,)."""
+    seen, place = condition.rows.unique(return_inverse=True)
+    order = condition.states.lengths[seen].argsort(stable=True)
+    return seen[order], order.argsort()[place]
+
+
+def _plan_cross(keys: Tensor, rows: Tensor, counts: Tensor, device: torch.device) -> Plan:
+    """Plan for condition rows with so many `keys` (m,): all text rows that see one of them ask together. `rows` (n,): the
+    condition row that each text row sees; `counts` (n,): its queries."""
+    queries = torch.zeros_like(keys).index_add_(0, rows, counts)
+    tokens = Ragged(rows, counts).tokens(rows.argsort(stable=True))
+    return plan_attention(keys, queries, device, tokens)
 
 
 def _entangle(text: Ragged, read: Tensor | None, condition: Condition) -> tuple[Ragged, Tensor]:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raylib.model.attention import Attention
+from raylib.ragged import Plan
 
 
 class VisionBlock(nn.Module):
@@ -21,8 +22,10 @@ class VisionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, M + 1, d) -> (b, M + 1, d)."""
-        normed = self.attention_norm(x)
-        x = x + self.dropout(self.attention(normed, self.attention.key_value(normed), None))
+        b, n, _ = x.shape
+        normed = self.attention_norm(x).flatten(0, 1)
+        attended = self.attention(normed, self.attention.key_value(normed), Plan([(b, n, n)], None, None))
+        x = x + self.dropout(attended.view_as(x))
         return x + self.dropout(self.output(F.gelu(self.intermediate(self.output_norm(x)))))
 
 

@@ -1,0 +1,51 @@
+"""A stream's sentences on their way through the text encoder: which texts go in, which of their states are read."""
+
+import torch
+from torch import Tensor
+
+from raylib.ragged import Ragged, Sentences, first_tokens
+
+
+class Pass:
+    """Sentences on their way through the text encoder: which tokens are read of it, then their states."""
+
+    def __init__(self, ids: Tensor, lengths: Tensor, cls: bool, rows: Tensor | None):
+        """`cls`: read every row's CLS; `rows`: read all tokens of these rows."""
+        self.ids = Ragged(ids, lengths)
+        self.read = first_tokens(lengths) if cls else torch.zeros(int(lengths.sum()), dtype=torch.bool)
+        if rows is not None:
+            self.read[self.ids.tokens(rows)] = True
+        self.place = self.read.cumsum(0) - 1
+        self.states: Tensor | None = None  # (R, d), set by the encoder
+
+    def cls(self) -> Tensor:
+        """(n, d) CLS states of all rows."""
+        return self.states.index_select(0, self.place[self.ids.starts].to(self.states.device))
+
+    def rows(self, rows: Tensor) -> Ragged:
+        """All states of `rows`, which must have been read."""
+        tokens = self.place[self.ids.tokens(rows)].to(self.states.device)
+        return Ragged(self.states.index_select(0, tokens), self.ids.lengths[rows])
+
+
+class Side:
+    """One stream's sentences: all of them for UCL, those that are `fused` for the unified encoder."""
+
+    def __init__(self, sentences: Sentences, index: Tensor, every: int):
+        self.all, self.fused = sentences, (index % every == 0).nonzero().squeeze(1)
+        self.few = sentences.take(self.fused) if every > 1 else sentences
+        self.passes: dict[str, Pass] = {}
+
+    def plan(self, ucl: str | None, fuse: set[str]) -> None:
+        """`ucl`: which text UCL wants, if any; `fuse`: which texts the unified encoder wants."""
+        for name in ("clean", "masked"):  # in one order in every process: sums of floats depend on it
+            if name != ucl and name not in fuse:
+                continue
+            sentences = self.all if name == ucl else self.few
+            rows = (self.fused if name == ucl else torch.arange(len(self.fused))) if name in fuse else None
+            self.passes[name] = Pass(getattr(sentences, name), sentences.lengths, name == ucl, rows)
+
+    def rows(self, name: str) -> Ragged:
+        """States of the fused sentences, clean or masked."""
+        states = self.passes[name]
+        return states.rows(self.fused if len(states.ids.lengths) > len(self.fused) else torch.arange(len(self.fused)))
