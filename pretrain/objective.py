@@ -127,20 +127,22 @@ class PretrainObjective(nn.Module):
 
     def _contrastive(self, name, left, right, index, left_id, right_id) -> tuple[list, "_Drawn"]:
         """UCL both ways; and what hard negatives are drawn by."""
-        temperature = clamp(self.model.temperature.float(), *self.config.temperature)
+        exact = torch.promote_types(left.dtype, torch.float32)
+        temperature = clamp(self.model.temperature.to(exact), *self.config.temperature)
+        # the global batch in one order on any number of workers; few calls, since each waits for the slowest worker
+        everywhere, left_ids, right_ids = gather(torch.stack([index.to(left.device), left_id, right_id], 1)).unbind(1)
+        everywhere, order = everywhere.sort()
+        both = gather(torch.cat([left, right], 1)).index_select(0, order)
+        all_left, all_right = both.split([left.shape[1], right.shape[1]], 1)
         index = index.to(left.device).contiguous()  # a worker's share is every W-th row: searchsorted would warn
-        everywhere, order = gather(index).sort()  # the global batch in one order on any number of workers
         positive = torch.searchsorted(everywhere, index)
-        all_left, all_right = gather(left)[order], gather(right)[order]
-        same = (left_id[:, None] == gather(left_id)[order]) | (right_id[:, None] == gather(right_id)[order])
-        sums = [
-            _Part(name, contrastive(left, all_right, positive, same, temperature), len(left)),
-            _Part(name, contrastive(right, all_left, positive, same, temperature), len(left)),
-        ]
-        with torch.no_grad():
-            forbidden = same | F.one_hot(positive, len(order)).bool()
-            drawn = _Drawn(left @ all_right.T / temperature, right @ all_left.T / temperature, forbidden, index, everywhere)
-        return sums, drawn
+        same = (left_id[:, None] == left_ids[order]) | (right_id[:, None] == right_ids[order])
+        own = torch.zeros_like(same).scatter_(1, positive[:, None], True)
+        excluded = torch.zeros(same.shape, dtype=exact, device=same.device).masked_fill_(same & ~own, -torch.inf)
+        left_loss, by_left = contrastive(left, all_right, positive, excluded, temperature)
+        right_loss, by_right = contrastive(right, all_left, positive, excluded, temperature)
+        parts = [_Part(name, left_loss, len(left)), _Part(name, right_loss, len(left))]
+        return parts, _Drawn(by_left, by_right, same | own, index, everywhere)
 
     def _grounded(self, draws: Tensor, caption: Side, images: Ragged, drawn: "_Drawn | None") -> list:
         """VLM and ITM: the fused captions through the unified encoder, grounded in pictures."""

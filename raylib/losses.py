@@ -10,18 +10,21 @@ from torch import Tensor
 HEAD_ROWS = 256  # rows of the vocabulary head at a time; PyTorch's automatic choice is 10 x slower on a CPU (SPEED.md)
 
 
-def contrastive(queries: Tensor, keys: Tensor, positive: Tensor, same: Tensor, temperature: Tensor) -> Tensor:
-    """InfoNCE in one direction, summed (paper 2, equation 1).
+def contrastive(queries: Tensor, keys: Tensor, positive: Tensor, excluded: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """InfoNCE in one direction, summed (paper 2, equation 1). In float32, also under autocast.
 
     Args:
         queries: unit vectors (b, e). keys: unit vectors of the global batch (B, e).
         positive: (b,) the key of each query.
-        same: (b, B) True where the key is equal to the positive in content; such keys are no negatives.
-        temperature: scalar.
+        excluded: (b, B) -inf where the key is equal to the positive in content, and so no negative; else 0.
+        temperature: (1,).
+    Returns:
+        (sum of the losses, logits (b, B) without gradient).
     """
-    logits = queries.float() @ keys.float().T / temperature
-    own = F.one_hot(positive, len(keys)).bool()
-    return F.cross_entropy(logits.masked_fill(same & ~own, -torch.inf), positive, reduction="sum")
+    with torch.autocast(queries.device.type, enabled=False):
+        # scaled and masked where they are made: at (b, B), every further pass over the logits costs as much as this one
+        logits = torch.addmm(excluded, queries.to(excluded.dtype) / temperature, keys.to(excluded.dtype).T)
+        return F.cross_entropy(logits, positive, reduction="sum"), logits.detach()
 
 
 def masked_language(states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,12 @@ from raylib.losses import HEAD_ROWS, clamp, contrastive, hard_negatives, masked_
 def test_contrastive_excludes_equal_content():
     torch.manual_seed(0)
     queries, keys = F.normalize(torch.randn(2, 4), dim=1), F.normalize(torch.randn(5, 4), dim=1)
-    positive, same = torch.tensor([1, 4]), torch.zeros(2, 5, dtype=torch.bool)
-    same[0, 1] = same[0, 3] = True
-    loss = contrastive(queries, keys, positive, same, torch.tensor(0.2))
+    positive, excluded = torch.tensor([1, 4]), torch.zeros(2, 5)
+    excluded[0, 3] = -torch.inf
+    loss, logits = contrastive(queries, keys, positive, excluded, torch.tensor([0.2]))
+    torch.testing.assert_close(logits, queries @ keys.T / 0.2 + excluded)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(contrastive(queries, keys, positive, excluded, torch.tensor([0.2]))[0], loss)
     slow = 0.0
     for i, p, used in ((0, 1, [0, 1, 2, 4]), (1, 4, [0, 1, 2, 3, 4])):
         scores = queries[i] @ keys.T / 0.2
