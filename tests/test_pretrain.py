@@ -168,7 +168,7 @@ def test_seeds_decide_the_model(mini):
         (["tiny", "optim.lr"], "not of the form path=value"),
         (["tiny", "model.heads=3"], "width 128 is not a multiple of heads 3"),
         (["tiny", "data.text.length=900"], "model.positions=64 is less than the longest data length 900"),
-        (["tiny", "objective.fuse_every=7"], "objective.fuse_every=7 must divide the 32 samples"),
+        (["tiny", "objective.fuse_every=7"], "objective.fuse_every=7 must divide the 64 samples"),
         (["evaluate", "nowhere", "data"], "nowhere: neither a model folder nor a run"),
         (["export", "nowhere", "to"], "nowhere: neither a model folder nor a run"),
         (["--config", "nowhere.json"], "nowhere.json: no such config file"),
