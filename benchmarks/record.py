@@ -1,7 +1,9 @@
-"""Enter a finished run into `results/`, and write the README's generated parts from there.
+"""Enter finished runs into `results/`, and write the generated parts of the READMEs from there.
 
-    python -m benchmarks.record RUN      append RUN/result.json to results/runs.jsonl, copy its curve, write the README
-    python -m benchmarks.record          write the README again from what is recorded
+    python -m benchmarks.record RUN              append RUN/result.json to results/runs.jsonl, copy its curve
+    python -m benchmarks.record --trial RUN ...  append settings and R@1 of each to results/trials.jsonl: the
+                                                 experiments behind the recipe `tiny`
+    python -m benchmarks.record                  only write the READMEs again from what is recorded
 """
 
 import argparse
@@ -21,24 +23,54 @@ CURVE = RESULTS / "sample_curve.png"
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", type=Path, help="folder of a finished run")
+    parser.add_argument("run", nargs="*", type=Path, help="folder of a finished run")
+    parser.add_argument("--trial", action="store_true", help="RUN is an experiment of other settings")
     given = parser.parse_args(arguments)
-    if given.run:
-        result = json.loads((given.run / "result.json").read_text(encoding="utf-8"))
-        with (RESULTS / "runs.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
-        shutil.copy2(given.run / "curve.png", CURVE)
-    write_readme(ROOT / "README.md")
+    for run in given.run:
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        if given.trial:
+            append(RESULTS / "trials.jsonl", trial(run, result))
+        else:
+            append(RESULTS / "runs.jsonl", result)
+            shutil.copy2(run / "curve.png", CURVE)
+    newest = read(RESULTS / "runs.jsonl")[-1]
+    write_parts(ROOT / "README.md", table=report.table(newest), reading=reading(newest), speed=speed())
+    write_parts(ROOT / "benchmarks" / "README.md", trials=trials())
 
 
-def write_readme(path: Path) -> None:
+def write_parts(path: Path, **parts: str) -> None:
     """Replace what stands between the markers of each part."""
     text = path.read_text(encoding="utf-8")
-    run = read(RESULTS / "runs.jsonl")[-1]
-    parts = {"table": report.table(run), "reading": reading(run), "speed": speed()}
     for name, part in parts.items():
         text = re.sub(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, p=part: f"{m[1]}{p}\n{m[2]}", text, flags=re.S)
     path.write_text(text, encoding="utf-8")
+
+
+def trial(run: Path, result: dict) -> dict:
+    """An experiment: its settings, what it scored."""
+    settings = flatten(json.loads((run / "config.json").read_text(encoding="utf-8")))
+    kept = {k: v for k, v in settings.items() if k.startswith(("objective", "model", "data", "optim", "fit.steps"))}
+    return {"name": result["run"], "git": result["git"], "settings": kept, "seconds": result["seconds"], **summary(result)}
+
+
+def flatten(value: dict, prefix: str = "") -> dict:
+    """Nested settings by dotted path."""
+    out = {}
+    for name, inner in value.items():
+        out |= flatten(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {prefix + name: inner}
+    return out
+
+
+def trials() -> str:
+    """Table of the experiments: the settings in which any two of them differ, and R@1."""
+    records = read(RESULTS / "trials.jsonl")
+    every = sorted({path for r in records for path in r["settings"]})
+    paths = [p for p in every if len({json.dumps(r["settings"].get(p)) for r in records}) > 1]
+    lines = [[*(f"`{p}`" for p in paths), "English", "mean of the others"], ["---"] * (len(paths) + 2)]
+    for r in records:
+        values = [json.dumps(r["settings"].get(p)) for p in paths]
+        lines.append([*values, f"{100 * r['en_r1']:.1f} %", f"{100 * r['others_r1']:.1f} %"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def reading(run: dict) -> str:
@@ -49,8 +81,18 @@ def reading(run: dict) -> str:
         f"R@1 is the mean of both directions; chance is {100 * chance:.2f} %. English: {values['en_r1'] / chance:.0f} times "
         f"chance; mean of the other languages: {values['others_r1'] / chance:.0f} times. The {run['workers']} workers did "
         f"{run['steps']} steps ({'bf16 autocast' if run['bf16'] else 'float32'}, {run['samples_per_second']:.0f} samples/s) "
-        f"and spent {report.spent(run)}. Last losses: {losses}. One run, one seed: no spread was measured."
+        f"and spent {report.spent(run)}. Last losses: {losses}. {spread(run)}"
     )
+
+
+def spread(run: dict) -> str:
+    """The same recipe with other seeds: what was recorded with as many steps of as many samples, newest of each seed."""
+    seeds = {r["seed"]: summary(r) for r in read(RESULTS / "runs.jsonl") if "seed" in r and r["steps"] == run["steps"]}
+    if len(seeds) < 2:
+        return "One run, one seed: no spread was measured."
+    names = {"en_r1": "English", "others_r1": "others", "heldout_r1": "held-out concepts, all languages"}
+    scores = [f"{name} {', '.join(f'{100 * s[key]:.1f}' for s in seeds.values())} %" for key, name in names.items()]
+    return f"R@1 by seed ({', '.join(map(str, seeds))}): {'; '.join(scores)}."
 
 
 def speed() -> str:
@@ -63,6 +105,12 @@ def speed() -> str:
         (peer, slow), *ours = figures.items()
         rows += [f"| {what}, {mine} | {peer}: {slow:,.0f} | {fast:,.0f} | {fast / slow:.1f}x |" for mine, fast in ours]
     return "\n\n".join([*lines, "\n".join(rows)])
+
+
+def append(path: Path, record: dict) -> None:
+    """Add a record to a results file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def read(path: Path) -> list[dict]:

@@ -21,9 +21,9 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from pretrain.passes import Side
-from raylib.collective import gather, gather_ragged, total, world_size
+from raylib.collective import clamp, gather, gather_ragged, total, world_size
 from raylib.config import Config
-from raylib.losses import clamp, contrastive, hard_negatives, masked_language
+from raylib.losses import contrastive, hard_negatives, masked_language
 from raylib.model.encoder import Condition
 from raylib.model.unified import UnifiedModel
 from raylib.ragged import Ragged, concatenate, first_tokens
@@ -91,11 +91,13 @@ class PretrainObjective(nn.Module):
             mono = Side(batch["text"]["text"], batch["text"]["index"], 1)
             mono.plan(None, {"masked"})
         self._encode([side for side in (caption, *pair, mono) if side])
+        exact = torch.promote_types(self.model.temperature.dtype, torch.float32)
+        temperature = clamp(self.model.temperature.to(exact), *c.temperature)
         parts: list[_Part] = []
         if caption:
-            parts += self._image_text(image_text, caption)
+            parts += self._image_text(image_text, caption, temperature)
         if pair:
-            parts += self._translation(parallel, pair)
+            parts += self._translation(parallel, pair, temperature)
         if mono:
             states = self.model.fuse(mono.rows("masked"), mono.few.predicted())
             parts.append(_Part("xmlm", states, len(states), mono.few.labels))
@@ -110,7 +112,7 @@ class PretrainObjective(nn.Module):
         for p, part in zip(passes, states.split([int(p.read.sum()) for p in passes]), strict=True):
             p.states = part
 
-    def _image_text(self, batch: dict, caption: Side) -> list:
+    def _image_text(self, batch: dict, caption: Side, temperature: Tensor) -> list:
         c, w = self.config, self.config.weights
         with torch.set_grad_enabled(c.train_vision and torch.is_grad_enabled()):
             images = self.model.encode_images(batch["images"])
@@ -119,16 +121,15 @@ class PretrainObjective(nn.Module):
             cls = images.values.index_select(0, images.starts.to(images.values.device))
             vectors = self.model.embed_images(cls), self.model.embed_text(caption.passes[c.ucl_text].cls())
             ids = batch["image_id"], caption.all.text_id
-            terms, drawn = self._contrastive("ucl_image", *vectors, batch["index"], *ids)
+            terms, drawn = self._contrastive("ucl_image", temperature, *vectors, batch["index"], *ids)
             sums += terms if w.ucl_image else []
         if w.vlm or w.itm:
             sums += self._grounded(batch["draws"], caption, images, drawn)
         return sums
 
-    def _contrastive(self, name, left, right, index, left_id, right_id) -> tuple[list, "_Drawn"]:
+    def _contrastive(self, name, temperature, left, right, index, left_id, right_id) -> tuple[list, "_Drawn"]:
         """UCL both ways; and what hard negatives are drawn by."""
-        exact = torch.promote_types(left.dtype, torch.float32)
-        temperature = clamp(self.model.temperature.to(exact), *self.config.temperature)
+        exact = temperature.dtype
         # the global batch in one order on any number of workers; few calls, since each waits for the slowest worker
         everywhere, left_ids, right_ids = gather(torch.stack([index.to(left.device), left_id, right_id], 1)).unbind(1)
         everywhere, order = everywhere.sort()
@@ -197,13 +198,13 @@ class PretrainObjective(nn.Module):
         exists = torch.stack([image_exists, text_exists])
         return every_image.take(order[needed]), own, wrong, every_text.take(order[wrong_text]), exists
 
-    def _translation(self, batch: dict, pair: list[Side]) -> list:
+    def _translation(self, batch: dict, pair: list[Side], temperature: Tensor) -> list:
         c, w, sums = self.config, self.config.weights, []
         source, target = pair
         if w.ucl_translation:
             vectors = [self.model.embed_text(side.passes[c.ucl_text].cls()) for side in pair]
             ids = [side.all.text_id for side in pair]
-            sums += self._contrastive("ucl_translation", *vectors, batch["index"], *ids)[0]
+            sums += self._contrastive("ucl_translation", temperature, *vectors, batch["index"], *ids)[0]
         if w.tlm:
             rows = concatenate([source.rows("masked"), target.rows("masked")])
             seen = concatenate([target.rows(c.tlm_source), source.rows(c.tlm_source)])

@@ -18,7 +18,7 @@ def tiny() -> PretrainConfig:
         model=ModelConfig(
             vocabulary=12000, width=128, heads=4, feedforward=512, text_layers=1, fusion_layers=1, vision_layers=2,
             image_size=32, patch=8, positions=64, embedding=128, dropout=0.0,
-            pixel_mean=255, pixel_std=64,  # drawings stand on white, which should be nothing
+            temperature=0.1, pixel_mean=255, pixel_std=64,  # drawings stand on white, which should be nothing
         ),
         # contrastive terms teach retrieval; the others are there, at a cost and a weight that leave it the ten minutes.
         # The temperature stays high: left alone it falls to 0.016, where a caption's translation, close as it may come,

@@ -145,7 +145,8 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
         objective.eval()
         with torch.inference_mode():
             evaluate(objective.model)
-    result = {"run": config.name, **result, "git": _commit(), **(tables[-1] if tables else {"retrieval": {}, "heldout": {}})}
+    scores = tables[-1] if tables else {"retrieval": {}, "heldout": {}}
+    result = {"run": config.name, "seed": config.fit.seed, **result, "git": _commit(), **scores}
     if runtime.rank == 0 and result["finished"]:
         report.draw_curve(runtime.run)
         report.write_result(runtime.run / "result.json", result)

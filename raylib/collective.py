@@ -56,3 +56,24 @@ class _Gather(torch.autograd.Function):
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)  # gloo has no reduce_scatter; the gathered states are small beside the gradients
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """A parameter within [low, high]. Outside, the gradient passes only if a step along it leads back in: clamping the
+    parameter itself would be undone by ZeRO's own copy of it. What a step does is asked of all workers' gradients
+    together, and so of all terms together: call it once a step."""
+    return _Clamp.apply(x, low, high)
+
+
+class _Clamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.low, ctx.high = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x,), whole = ctx.saved_tensors, total(grad)
+        outward = ((x <= ctx.low) & (whole > 0)) | ((x >= ctx.high) & (whole < 0))  # a step goes against the gradient
+        return grad.masked_fill(outward, 0.0), None, None

@@ -87,14 +87,18 @@ def fit(
     losses, evaluation = meta.get("losses", {}), meta.get("evaluation", {})
     stream = load_batches(batches, first, last, config.loader_workers, pin=on_gpu)
     progress = _Progress(config.steps, first)
-    clock.lap("start")
     for step in range(first, last):
         batch = to_device(next(stream), runtime.device)
-        clock.lap("data")
+        clock.lap("data" if step > first else "start")  # the first batch waits for the loaders' own start
         torch.manual_seed(int(hash64(config.seed, step, runtime.rank, "dropout")) >> 1)
         objective.train()
         lr = learning_rate(step, config.steps, optim)
-        terms = engine.step(batch, lr)
+        try:
+            terms = engine.step(batch, lr)
+        except RuntimeError as e:
+            if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+                raise _does_not_fit(step, batch, runtime) from e
+            raise
         done = step + 1
         if done % config.log_every == 0 or done == last:
             losses = _read(terms, done)  # waits for the device
@@ -200,6 +204,15 @@ def _read(terms: dict[str, Tensor], step: int) -> dict[str, float]:
     if bad:
         raise UserError(f"step {step}: {', '.join(bad)} not finite; lower optim.lr, or resume from an older checkpoint")
     return values
+
+
+def _does_not_fit(step: int, batch: dict, runtime: Runtime) -> UserError:
+    """What to do when memory runs out. Splitting the batch is no way out: it would change the contrastive negatives."""
+    sizes = ", ".join(f"{name} {len(part['index'])}" for name, part in batch.items() if isinstance(part, dict))
+    return UserError(
+        f"step {step}: a worker's part of the batch ({sizes}) does not fit the memory of {runtime.device}; "
+        f"give it more than workers={runtime.world}, or lower data.*.batch, or take a smaller model"
+    )
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -96,23 +96,3 @@ def hard_negatives(similarity: Tensor, forbidden: Tensor, draws: Tensor) -> tupl
     index = (chances <= wanted).sum(1)  # first key whose running chance passes the draw
     last = (~forbidden * torch.arange(forbidden.shape[1], device=forbidden.device)).amax(1)
     return torch.where(exists, torch.minimum(index, last), 0), exists
-
-
-class _Clamp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.low, ctx.high = low, high
-        return x.clamp(low, high)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (x,) = ctx.saved_tensors
-        outward = ((x <= ctx.low) & (grad > 0)) | ((x >= ctx.high) & (grad < 0))  # a step goes against the gradient
-        return grad.masked_fill(outward, 0.0), None, None
-
-
-def clamp(x: Tensor, low: float, high: float) -> Tensor:
-    """`x` within [low, high]. Outside, the gradient passes only if a step along it leads back in: clamping the
-    parameter itself would be undone by ZeRO's own copy of it."""
-    return _Clamp.apply(x, low, high)

@@ -43,7 +43,10 @@ def objective_on_share(rank, world, switches):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_workers_equal_one_worker(world):
-    switches = [{}, {"fuse_every": 2 if world == 3 else 3}, {"itm_text": "clean", "ucl_text": "masked", "directions": "mean"}]
+    switches = [
+        {}, {"fuse_every": 2 if world == 3 else 3}, {"itm_text": "clean", "ucl_text": "masked", "directions": "mean"},
+        {"temperature": (0.1, 0.5)}, {"temperature": (0.001, 0.01)},  # it is 0.07: outside, on either side
+    ]  # fmt: skip
     results = run_workers(objective_on_share, world, switches)
     for i, change in enumerate(switches):
         model = make_model()

@@ -198,6 +198,21 @@ def test_bad_data_is_found_before_anything_starts(mini, setting, words):
     assert "\n" not in str(e.value)
 
 
+def test_a_batch_that_does_not_fit_is_told(mini, tmp_path):
+    """In a process whose address space ends 1 GB above what it has after its imports."""
+    save(mini("name=large", *LOCAL, "data.image_text.batch=16384"), tmp_path / "large.json")
+    limited = (
+        "import resource, sys, pretrain.train; from pathlib import Path; from pretrain.__main__ import main; "
+        "pages = int(Path('/proc/self/statm').read_text().split()[0]); limit = pages * resource.getpagesize() + 2**30; "
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit)); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", limited, "--config", tmp_path / "large.json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "error: step 0: a worker's part of the batch (image_text 16384, parallel 16, text 8) does not fit" in done.stderr
+    assert "more than workers=1" in done.stderr
+
+
 def test_print_config(capsys):
     assert main(["tiny", "--print-config", "optim.lr=0.25"]) == 0
     printed = json.loads(capsys.readouterr().out)
