@@ -44,12 +44,13 @@ def retrieval_set(tmp_path_factory):
 
 @pytest.fixture
 def mini(tmp_path, corpus, retrieval_set):
-    """`mini(*settings)` -> a config of a few steps, float32, dropout 0, in this test's own folder."""
+    """`mini(*settings)` -> a config of a few steps, float32, dropout 0, in this test's own folder; of `tiny`, or of one of
+    its variants."""
     from pretrain.recipes import RECIPES
     from raylib.config import override
 
-    def build(*settings):
+    def build(*settings, recipe="tiny"):
         own = [f"runs={tmp_path}", f"corpus={corpus}", f"data.retrieval={retrieval_set}"]
-        return override(RECIPES["tiny"](), [*MINI, *own, *settings])
+        return override(RECIPES[recipe](), [*MINI, *own, *settings])
 
     return build

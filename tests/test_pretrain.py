@@ -68,21 +68,40 @@ def test_stop_and_go_without_ray(mini):
         assert all(torch.equal(value, second[key][name]) for name, value in state.items())
 
 
-@pytest.mark.parametrize("without", [(), ("data.image_text.batch=0",)])  # the second leaves the image encoder unused
-def test_torchrun_equals_one_process(mini, tmp_path, without):
-    run(mini("name=one", *LOCAL, *without))
-    config = mini("name=two", *LOCAL, *without)
+def torchrun(config, tmp_path) -> str:
+    """Run `config` in two processes; what they print."""
     save(config, tmp_path / "two.json")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pretrain"]
     done = subprocess.run([*command, "--config", tmp_path / "two.json"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("| en |") == 1  # one process speaks
-    one, two = lines(mini("name=one", *without)), lines(config)
+    return done.stdout
+
+
+def assert_close(one, two):
+    """Assert that two runs logged the same losses, rates aside."""
     assert len(one) == len(two) == 6
-    for a, b in zip(one, two, strict=True):
-        assert {k: v for k, v in b.items() if k != "samples_per_second"} == pytest.approx(
-            {k: v for k, v in a.items() if k != "samples_per_second"}, rel=2e-4
-        )
+    for a, b in zip(without_rate(one), without_rate(two), strict=True):
+        assert b == pytest.approx(a, rel=2e-4)
+
+
+@pytest.mark.parametrize("without", [(), ("data.image_text.batch=0",)])  # the second leaves the image encoder unused
+def test_torchrun_equals_one_process(mini, tmp_path, without):
+    run(mini("name=one", *LOCAL, *without))
+    config = mini("name=two", *LOCAL, *without)
+    assert torchrun(config, tmp_path).count("| en |") == 1  # one process speaks
+    assert_close(lines(mini("name=one", *without)), lines(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name.startswith("tiny")])
+def test_every_variant_resumes_to_the_bit_and_on_two_workers(mini, tmp_path, recipe):
+    whole, parts, two = (mini(f"name={name}", *LOCAL, recipe=recipe) for name in ("whole", "parts", "two"))
+    run(whole)
+    run(mini("name=parts", *LOCAL, "fit.stop_after=3", recipe=recipe))
+    run(parts)
+    assert without_rate(lines(whole)) == without_rate(lines(parts))
+    torchrun(two, tmp_path)
+    assert_close(lines(whole), lines(two))
 
 
 def test_loader_processes_change_nothing(mini):
