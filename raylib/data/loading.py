@@ -6,7 +6,8 @@ its own (9 ms a batch in the training process, as long as building it took); her
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -31,10 +32,22 @@ def load_batches(batches: Dataset, first: int, last: int, workers: int, pin: boo
     if workers:
         _check_shared_memory(workers * PREFETCH * getattr(batches, "batch_bytes", 0))
     options = {"num_workers": workers, "pin_memory": pin, "prefetch_factor": PREFETCH if workers else None}
-    for plan, data in DataLoader(_Packing(batches), batch_size=None, sampler=range(first, last), **options):
+    packed = DataLoader(_Packing(batches), batch_size=None, sampler=range(first, last), **options)
+    for plan, data in _one_ahead(packed) if workers else packed:
         if isinstance(plan, UserError):
             raise plan
         yield unpack(plan, data)
+
+
+def _one_ahead(items: Iterable) -> Iterator:
+    """`items`, the next one fetched by a thread while the last is used: to hand over a file of shared memory, torch shakes
+    hands with the process that made it, which takes some milliseconds where all cores are busy."""
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, source, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, source, end)
+            yield item
 
 
 class _Packing(Dataset):
