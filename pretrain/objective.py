@@ -116,20 +116,19 @@ class PretrainObjective(nn.Module):
         c, w = self.config, self.config.weights
         with torch.set_grad_enabled(c.train_vision and torch.is_grad_enabled()):
             images = self.model.encode_images(batch["images"])
-        sums, drawn = [], None
+        parts, drawn = [], None
         if w.ucl_image or w.itm:
             cls = images.values.index_select(0, images.starts.to(images.values.device))
             vectors = self.model.embed_images(cls), self.model.embed_text(caption.passes[c.ucl_text].cls())
             ids = batch["image_id"], caption.all.text_id
             terms, drawn = self._contrastive("ucl_image", temperature, *vectors, batch["index"], *ids)
-            sums += terms if w.ucl_image else []
+            parts += terms if w.ucl_image else []
         if w.vlm or w.itm:
-            sums += self._grounded(batch["draws"], caption, images, drawn)
-        return sums
+            parts += self._grounded(batch["draws"], caption, images, drawn)
+        return parts
 
     def _contrastive(self, name, temperature, left, right, index, left_id, right_id) -> tuple[list, "_Drawn"]:
         """UCL both ways; and what hard negatives are drawn by."""
-        exact = temperature.dtype
         # the global batch in one order on any number of workers; few calls, since each waits for the slowest worker
         everywhere, left_ids, right_ids = gather(torch.stack([index.to(left.device), left_id, right_id], 1)).unbind(1)
         everywhere, order = everywhere.sort()
@@ -139,7 +138,7 @@ class PretrainObjective(nn.Module):
         positive = torch.searchsorted(everywhere, index)
         same = (left_id[:, None] == left_ids[order]) | (right_id[:, None] == right_ids[order])
         own = torch.zeros_like(same).scatter_(1, positive[:, None], True)
-        excluded = torch.zeros(same.shape, dtype=exact, device=same.device).masked_fill_(same & ~own, -torch.inf)
+        excluded = torch.zeros(same.shape, dtype=temperature.dtype, device=same.device).masked_fill_(same & ~own, -torch.inf)
         left_loss, by_left = contrastive(left, all_right, positive, excluded, temperature)
         right_loss, by_right = contrastive(right, all_left, positive, excluded, temperature)
         parts = [_Part(name, left_loss, len(left)), _Part(name, right_loss, len(left))]
@@ -164,17 +163,17 @@ class PretrainObjective(nn.Module):
             texts, rows = [*texts, positive, wrong_text], [*rows, wrong_image, own]
             reads = [*reads, cls, first_tokens(wrong_text.lengths)]
         states = self.model.fuse(concatenate(texts), torch.cat(reads), Condition(seen, torch.cat(rows)))
-        sums, device = [], states.device
+        parts, device = [], states.device
         if w.itm:
             is_cls = first_tokens(torch.cat([t.lengths for t in texts]))[torch.cat(reads)]
             heads = states.index_select(0, is_cls.nonzero().squeeze(1).to(device))[-3 * b :]
             logits = F.log_softmax(self.model.match_head(heads).float(), -1)
             wrong = -(logits[b:, 0].view(2, b) * exists).sum()
-            sums += [_Part("itm", -logits[:b, 1].sum(), b), _Part("itm", wrong, exists.sum())]
+            parts += [_Part("itm", -logits[:b, 1].sum(), b), _Part("itm", wrong, exists.sum())]
         if w.vlm:
             here = caption.few.predicted()[reads[0]].nonzero().squeeze(1).to(device)
-            sums.append(_Part("vlm", states.index_select(0, here), len(here), caption.few.labels))
-        return sums
+            parts.append(_Part("vlm", states.index_select(0, here), len(here), caption.few.labels))
+        return parts
 
     def _negatives(self, draws: Tensor, positive: Ragged, caption: Side, images: Ragged, drawn: "_Drawn"):
         """Hard negatives among the fused pairs of the global batch, both ways.
@@ -188,7 +187,7 @@ class PretrainObjective(nn.Module):
         wrong_text, text_exists = hard_negatives(by_image, forbidden, draws[:, 0])
         wrong_image, image_exists = hard_negatives(by_text, forbidden, draws[:, 1])
         place, order = torch.searchsorted(everywhere, index), gather(index).argsort()
-        # the one wait for the device in a step: the wrong captions' lengths decide how they are padded
+        # the one wait for the device in a step: the wrong captions' lengths decide how attention runs
         *chosen, order = torch.cat([wrong_text, wrong_image, place, order]).cpu().split([len(place)] * 3 + [len(order)])
         wrong_text, wrong_image, place = chosen
         every_text = gather_ragged(positive, self.caption_length)
@@ -199,20 +198,20 @@ class PretrainObjective(nn.Module):
         return every_image.take(order[needed]), own, wrong, every_text.take(order[wrong_text]), exists
 
     def _translation(self, batch: dict, pair: list[Side], temperature: Tensor) -> list:
-        c, w, sums = self.config, self.config.weights, []
+        c, w, parts = self.config, self.config.weights, []
         source, target = pair
         if w.ucl_translation:
             vectors = [self.model.embed_text(side.passes[c.ucl_text].cls()) for side in pair]
             ids = [side.all.text_id for side in pair]
-            sums += self._contrastive("ucl_translation", temperature, *vectors, batch["index"], *ids)[0]
+            parts += self._contrastive("ucl_translation", temperature, *vectors, batch["index"], *ids)[0]
         if w.tlm:
             rows = concatenate([source.rows("masked"), target.rows("masked")])
             seen = concatenate([target.rows(c.tlm_source), source.rows(c.tlm_source)])
             read = torch.cat([side.few.predicted() for side in pair])
             states = self.model.fuse(rows, read, Condition(seen, torch.arange(len(seen.lengths))))
             for side, part in zip(pair, states.split([len(s.few.labels) for s in pair]), strict=True):
-                sums.append(_Part("tlm", part, len(part), side.few.labels))
-        return sums
+                parts.append(_Part("tlm", part, len(part), side.few.labels))
+        return parts
 
     def _weigh(self, parts: list["_Part"]) -> tuple[Tensor, dict[str, Tensor]]:
         """Local parts -> this worker's share of the loss, and the terms of the global batch."""

@@ -92,8 +92,8 @@ def _on_ray(main: Callable, config: Any, run: Path) -> dict:
     if started:
         ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True,
                  runtime_env={"env_vars": {k: os.environ[k] for k in quiet}})  # fmt: skip
-    gpu = ray.cluster_resources().get("GPU", 0) > 0 if config.gpu is None else config.gpu
     resources = ray.cluster_resources()
+    gpu = resources.get("GPU", 0) > 0 if config.gpu is None else config.gpu
     have = int(resources.get("GPU" if gpu else "CPU", 0))
     if have < config.workers:
         raise UserError(f"workers={config.workers}, but the cluster has {have} {'GPUs' if gpu else 'CPUs'}; set workers={have}")

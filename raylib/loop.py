@@ -104,7 +104,7 @@ def fit(
             losses = _read(terms, done)  # waits for the device
             clock.lap("step")
             if tracker:
-                values = {"lr": lr, **{f"loss/{k}": v for k, v in losses.items()}, **progress.rate(done, clock, batch)}
+                values = {"lr": lr, **{f"loss/{k}": v for k, v in losses.items()}, **progress.rate(done, batch)}
                 tracker.log(done, values)
                 progress.show(done, values)
         clock.lap("step")
@@ -153,7 +153,7 @@ class _Progress:
         self.began = self.last = time.perf_counter()
         self.last_step = first
 
-    def rate(self, step: int, clock: Clock, batch: dict) -> dict[str, float]:
+    def rate(self, step: int, batch: dict) -> dict[str, float]:
         """Samples of all workers a second since the last line."""
         now = time.perf_counter()
         self.samples = batch.get("samples", 0)

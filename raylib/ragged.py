@@ -12,7 +12,6 @@ Shape legend: T tokens in all, n rows, R tokens that are read or ask.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -89,12 +88,6 @@ class Plan(NamedTuple):
     runs: list[tuple[int, int, int]]
     cells: Tensor | None
     place: Tensor | None
-
-
-def pick(values: Tensor, index: Tensor) -> Tensor:
-    """`values` (T, d) at `index` (n, S) -> (n, S, d). An embedding lookup, because the gradient of plain indexing adds up
-    in no fixed order on several threads."""
-    return F.embedding(index, values)
 
 
 def concatenate(parts: list[Ragged]) -> Ragged:

@@ -91,11 +91,6 @@ class OnRay:
         if self.rank == 0:
             checkpoint.keep_best(self.run, name)
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
-
-
 Runtime = Local | OnRay
 
 

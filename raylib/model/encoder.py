@@ -72,7 +72,8 @@ class Encoder(nn.Module):
             wanted = read[tokens]
             if wanted.any():
                 seen = condition and Condition(condition.states, condition.rows[rows])
-                outputs.append(self._run(text.take(rows), wanted, seen, projected))
+                chosen = Ragged(text.values.index_select(0, tokens.to(device)), text.lengths[rows])
+                outputs.append(self._run(chosen, wanted, seen, projected))
                 places.append(tokens[wanted])
         if not outputs:
             return text.values[:0]
@@ -93,15 +94,18 @@ class Encoder(nn.Module):
         whole = bool(read.all())
         columns = None if whole else read.nonzero().squeeze(1).to(device, non_blocking=True)
         counts = lengths if whole else read.cumsum(0)[lengths.cumsum(0) - 1].diff(prepend=lengths.new_zeros(1))
-        plans = [plan_attention(lengths, lengths, device), plan_attention(lengths, counts, device)]
+        # queries of the first layers, of the last: which may be the same, or the only one
+        asked = [counts] if whole or len(self.blocks) == 1 else [lengths, counts]
+        plans = [plan_attention(lengths, n, device) for n in asked]
         if condition is not None:
             seen, rank = _order(condition)
             keys = condition.states.tokens(seen).to(device, non_blocking=True)
-            crosses = [_plan_cross(condition.states.lengths[seen], rank, n, device) for n in (lengths, counts)]
+            crosses = [_plan_cross(condition.states.lengths[seen], rank, n, device) for n in asked]
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
-            cross = (projected[i].index_select(0, keys), crosses[last]) if condition is not None else None
-            x = block(x, plans[last], cross, columns if last else None)
+            place = -1 if last else 0
+            cross = (projected[i].index_select(0, keys), crosses[place]) if condition is not None else None
+            x = block(x, plans[place], cross, columns if last else None)
         return x
 
 
