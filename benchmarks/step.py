@@ -1,4 +1,4 @@
-"""One step (forward and backward) of `PretrainObjective` beside its plain padded twin: `python -m benchmarks.step`.
+"""One step (forward and backward) of `UnifiedObjective` beside its plain padded twin: `python -m benchmarks.step`.
 
 Losses and gradients are compared first. Then CPU-seconds: float32, one thread, the variants by turns, medians (other work
 on the machine stretches the clock, hardly the CPU-seconds). Then the peak of resident memory above the model, each in a
@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.twin import LENGTHS, PaddedTwin
-from pretrain.objective import ObjectiveConfig, PretrainObjective
 from pretrain.recipes import base, tiny
 from raylib.loop import to_device
 from raylib.model.unified import ModelConfig, UnifiedModel
+from raylib.objective import ObjectiveConfig, UnifiedObjective
 from raylib.ragged import Sentences
 
 MODELS = {"tiny": tiny().model, "base": base().model}
@@ -37,7 +37,7 @@ GPU_BATCH = (64, 256, 256)
 MEANS = {"image_text": 13, "parallel": 30, "text": 25}  # tokens a sentence, of at most `LENGTHS` (SPEED.md)
 REPEATS = {"tiny": 7, "base": 3}
 VARIANTS = {
-    "ours": lambda model: PretrainObjective(model, ObjectiveConfig()),
+    "ours": lambda model: UnifiedObjective(model, ObjectiveConfig()),
     "twin, masked positions": lambda model: PaddedTwin(model, "masked"),
     "twin, all positions": lambda model: PaddedTwin(model, "all"),
 }

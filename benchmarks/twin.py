@@ -1,7 +1,7 @@
 """The step's plain padded twin, in the manner of ALBEF's and mVLP's public code: the peer of `benchmarks.step`.
 
 It shares the `UnifiedModel`'s parameters and takes the objective's batch, and its losses and gradients are those of
-`PretrainObjective` with the default config and dropout 0. What it does the plain way:
+`UnifiedObjective` with the default config and dropout 0. What it does the plain way:
   * every stream is padded to its maximum length, and each pass of it is a call of its own;
   * the positives of ITM are a pass of their own (the masked captions with their pictures again);
   * keys and values of the pictures are projected again for each pass that sees them;
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 
 
 class PaddedTwin(nn.Module):
-    """`forward(batch)` -> (total loss, {term: value}), as `PretrainObjective` on one worker."""
+    """`forward(batch)` -> (total loss, {term: value}), as `UnifiedObjective` on one worker."""
 
     def __init__(self, model: UnifiedModel, head: Literal["masked", "all"] = "masked", lengths: dict = LENGTHS):
         super().__init__()

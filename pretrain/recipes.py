@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 from pretrain.batches import DataConfig, StreamConfig
-from pretrain.objective import ObjectiveConfig, Weights
 from pretrain.train import PretrainConfig
 from raylib.data.images import AugmentConfig
 from raylib.loop import FitConfig
 from raylib.model.unified import ModelConfig
+from raylib.objective import ObjectiveConfig, Weights
 from raylib.optim import OptimConfig
 
 

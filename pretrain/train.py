@@ -11,7 +11,6 @@ from pydantic import model_validator
 from pretrain import report
 from pretrain.batches import DataConfig, StepBatches
 from pretrain.evaluate import Retrieval, summary
-from pretrain.objective import ObjectiveConfig, PretrainObjective
 from pretrain.sample import sample_corpus
 from raylib.config import Config
 from raylib.errors import UserError
@@ -19,6 +18,7 @@ from raylib.launch import LaunchConfig, launch, leads, open_run, run_folder
 from raylib.loop import FitConfig, fit
 from raylib.model.load import load_text, load_vision
 from raylib.model.unified import ModelConfig, UnifiedModel
+from raylib.objective import ObjectiveConfig, UnifiedObjective
 from raylib.optim import OptimConfig
 from raylib.randomness import hash64
 from raylib.runtime import Runtime
@@ -128,7 +128,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     """Train on this worker; worker 0 writes `result.json` and the curve. Returns the result."""
     data = resolve_data(config)
     batches = StepBatches(data, config.model.image_size, config.fit.seed, runtime.rank, runtime.world)
-    objective = PretrainObjective(build_model(config), config.objective.on(batches.streams), data.image_text.length)
+    objective = UnifiedObjective(build_model(config), config.objective.on(batches.streams), data.image_text.length)
     retrieval, tables = None, []
     if data.retrieval:
         tokenizer = Tokenizer.load(data.tokenizer)

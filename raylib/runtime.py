@@ -91,6 +91,7 @@ class OnRay:
         if self.rank == 0:
             checkpoint.keep_best(self.run, name)
 
+
 Runtime = Local | OnRay
 
 

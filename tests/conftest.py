@@ -28,7 +28,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def retrieval_set(tmp_path_factory):
     """Twenty drawings with captions.json in three languages, one picture without German."""
-    from pretrain.sample import concepts
+    from raylib.sample import concepts
 
     folder = tmp_path_factory.mktemp("retrieval")
     records = []

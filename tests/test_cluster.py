@@ -82,7 +82,7 @@ def test_a_job_gets_the_checkout_without_what_git_ignores(tmp_path):
     runs, files = re.search(r"^hello (\S+) (\[.*\])$", output, re.MULTILINE).groups()
     assert runs == str(tmp_path / "runs")
     files = [Path(name) for name in json.loads(files.replace("'", '"'))]
-    assert Path("pretrain/sample/data/tokenizer.model") in files
+    assert Path("raylib/sample/data/tokenizer.model") in files
     assert Path("pyproject.toml") in files
     parts = {part for path in files for part in path.parts}
     assert not parts & {".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache"}

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pretrain.objective import ObjectiveConfig, PretrainObjective
 from raylib.collective import gather, gather_ragged, total
+from raylib.objective import ObjectiveConfig, UnifiedObjective
 from raylib.ragged import Ragged
 from tests.made import make_batch, make_model, take_rows
 
@@ -35,7 +35,7 @@ def objective_on_share(rank, world, switches):
     out = []
     for change in switches:
         model = make_model()
-        loss, terms = PretrainObjective(model, ObjectiveConfig(**change))(take_rows(make_batch(8, *SIZES), rank, world))
+        loss, terms = UnifiedObjective(model, ObjectiveConfig(**change))(take_rows(make_batch(8, *SIZES), rank, world))
         loss.backward()
         out.append((terms, {k: p.grad for k, p in model.named_parameters()}))
     return out
@@ -50,7 +50,7 @@ def test_workers_equal_one_worker(world):
     results = run_workers(objective_on_share, world, switches)
     for i, change in enumerate(switches):
         model = make_model()
-        loss, terms = PretrainObjective(model, ObjectiveConfig(**change))(make_batch(8, *SIZES))
+        loss, terms = UnifiedObjective(model, ObjectiveConfig(**change))(make_batch(8, *SIZES))
         loss.backward()
         for rank in range(world):
             for name, value in terms.items():

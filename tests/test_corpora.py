@@ -10,10 +10,10 @@ import pytest
 
 from pretrain.corpora import main, prepare
 from pretrain.formats import CHUNK, Tally, read_image_text, read_json_list, read_pairs, read_text
-from pretrain.sample.concepts import DATA
 from raylib.data.images import decode
 from raylib.data.source import Source
 from raylib.errors import UserError
+from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
 
 TOKENIZER = DATA / "tokenizer.model"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pretrain.objective import ObjectiveConfig, PretrainObjective, Weights
+from raylib.objective import ObjectiveConfig, UnifiedObjective, Weights
 from tests.made import make_batch, make_model
 from tests.reference import slow_terms
 
@@ -22,7 +22,7 @@ CONFIGS = {
 
 
 def compare(model, batch, config):
-    objective = PretrainObjective(model, config)
+    objective = UnifiedObjective(model, config)
     loss, terms = objective(batch)
     weights = config.weights.model_dump()
     wanted = {k: v for k, v in slow_terms(model, batch, config).items() if weights[k]}
@@ -88,7 +88,7 @@ def test_nothing_masked():
 
 def test_frozen_vision_gets_no_gradient():
     model = make_model()
-    loss, _ = PretrainObjective(model, ObjectiveConfig(train_vision=False))(make_batch())
+    loss, _ = UnifiedObjective(model, ObjectiveConfig(train_vision=False))(make_batch())
     loss.backward()
     assert all(p.grad is None for p in model.vision.parameters())
     assert model.image_projection.weight.grad is not None

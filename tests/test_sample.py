@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from pretrain import sample
-from pretrain.sample import __main__ as command
-from pretrain.sample import concepts, packages, sample_corpus
-from pretrain.sample.concepts import DATA, LANGUAGES, Caption
+from pretrain.sample import sample_corpus
 from raylib.data.images import decode
 from raylib.data.retrieval import read_retrieval
 from raylib.data.shards import MANIFEST, sha256_of
 from raylib.data.source import Source
 from raylib.errors import UserError
+from raylib.sample import __main__ as command
+from raylib.sample import concepts, packages
+from raylib.sample.concepts import DATA, LANGUAGES, Caption
 from raylib.text import Tokenizer
 
 CONCEPTS, HELD_OUT, DRAWN = 1378, 122, 1364

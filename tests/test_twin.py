@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.twin import PaddedTwin
-from pretrain.objective import ObjectiveConfig, PretrainObjective
+from raylib.objective import ObjectiveConfig, UnifiedObjective
 from tests.made import make_batch, make_model
 
 LENGTHS = {"image_text": 12, "parallel": 14, "text": 16}
@@ -23,7 +23,7 @@ def test_terms_and_gradients(head, twins):
     model, batch = make_model(), make_batch(8)
     if twins:  # two drawings of one concept are no negatives of each other
         batch["image_text"]["image_id"][1] = batch["image_text"]["image_id"][0]
-    terms, ours = gradients(PretrainObjective(model, ObjectiveConfig()), model, batch)
+    terms, ours = gradients(UnifiedObjective(model, ObjectiveConfig()), model, batch)
     twin_terms, theirs = gradients(PaddedTwin(model, head, LENGTHS), model, batch)
     assert set(terms) == set(twin_terms)
     for name, value in terms.items():

@@ -1,11 +1,4 @@
-"""The sample corpus: pictures with English captions, and text in 22 languages, small enough to live in the repository.
-
-1. `packages` builds `data/` from public packages (`python -m pretrain.sample`; only when the sample itself changes).
-2. `concepts` reads `data/` and says what training may see.
-3. `sample_corpus` makes from it the folder that training and evaluation read.
-
-`data/README.md` tells where everything came from, under which licence.
-"""
+"""The sample corpus: what `raylib.sample` holds, as the folder of shards that training and evaluation read."""
 
 import hashlib
 import shutil
@@ -14,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pretrain import corpora, formats
-from pretrain.sample import concepts
-from pretrain.sample.concepts import DATA, LANGUAGES, TRAINING_VENDORS, UNSEEN_VENDOR
 from raylib import text
 from raylib.data import shards
+from raylib.sample import concepts
+from raylib.sample.concepts import DATA, LANGUAGES, TRAINING_VENDORS, UNSEEN_VENDOR
 from raylib.text import Tokenizer
 
 SHARD = 256  # samples of an image_text shard

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from pretrain.passes import Side
 from raylib.collective import clamp, gather, gather_ragged, total, world_size
 from raylib.config import Config
 from raylib.losses import contrastive, hard_negatives, masked_language
 from raylib.model.encoder import Condition
 from raylib.model.unified import UnifiedModel
+from raylib.passes import Side
 from raylib.ragged import Ragged, concatenate, first_tokens
 
 
@@ -61,7 +61,7 @@ class ObjectiveConfig(Config):
         return self.model_copy(update={"weights": self.weights.model_copy(update=dict.fromkeys(absent, 0.0))})
 
 
-class PretrainObjective(nn.Module):
+class UnifiedObjective(nn.Module):
     """`forward(batch)` -> (total loss of this worker to call backward on, {term: its mean over the global batch})."""
 
     def __init__(self, model: UnifiedModel, config: ObjectiveConfig, caption_length: int = 35):

@@ -18,8 +18,8 @@ import unicodedata
 import zipfile
 from pathlib import Path
 
-from pretrain.sample.concepts import LANGUAGES, TRAINING_VENDORS, UNSEEN_VENDOR, is_held_out
 from raylib.errors import UserError
+from raylib.sample.concepts import LANGUAGES, TRAINING_VENDORS, UNSEEN_VENDOR, is_held_out
 
 PACKAGES = {
     "noto": "emoji-datasource-google@16.0.0",

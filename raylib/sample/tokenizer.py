@@ -5,7 +5,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from pretrain.sample.concepts import LANGUAGES, training_sentences
+from raylib.sample.concepts import LANGUAGES, training_sentences
 
 PIECES = 12_000
 

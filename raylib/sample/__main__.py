@@ -1,4 +1,4 @@
-"""`python -m pretrain.sample`: rebuild the committed sample data from the packages that it came from."""
+"""`python -m raylib.sample`: rebuild the committed sample data from the packages that it came from."""
 
 import argparse
 import shutil
@@ -6,10 +6,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pretrain.sample import packages
-from pretrain.sample.concepts import DATA
-from pretrain.sample.tokenizer import train_tokenizer
 from raylib.errors import UserError
+from raylib.sample import packages
+from raylib.sample.concepts import DATA
+from raylib.sample.tokenizer import train_tokenizer
 
 
 def rebuild() -> None:
@@ -25,7 +25,7 @@ def rebuild() -> None:
 
 
 def main() -> int:
-    argparse.ArgumentParser(prog="python -m pretrain.sample", description=__doc__).parse_args()
+    argparse.ArgumentParser(prog="python -m raylib.sample", description=__doc__).parse_args()
     try:
         rebuild()
     except UserError as error:

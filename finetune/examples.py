@@ -1,0 +1,27 @@
+"""What every reader of annotation files yields, whatever the task."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Example(NamedTuple):
+    """One item of a classification task.
+
+    `texts`: (question,), (hypothesis,), (statement,), or (premise, hypothesis) where the premise is a sentence.
+    `images`: ids in the picture store; none (sentence pairs), one, or two (left, right).
+    `labels`: {answer: score in (0, 1]}; a prediction scores what it finds here, else 0. Empty: the file has no answer.
+    `kind`: what results are broken down by ("verify", "query", ...), or "".
+    """
+
+    id: str
+    texts: tuple[str, ...]
+    images: tuple[str, ...]
+    labels: Mapping[str, float]
+    kind: str = ""
+
+
+class Captioned(NamedTuple):
+    """One picture of a retrieval task with its captions in one language."""
+
+    image: str
+    captions: tuple[str, ...]
