@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.export import find_model, find_tokenizer
 from raylib.collective import world_size
 from raylib.data.images import decode, resize
 from raylib.data.retrieval import read_retrieval
 from raylib.errors import UserError
 from raylib.metrics import RANKS, mean, recalls
+from raylib.model.folder import find_model, find_tokenizer
 from raylib.model.unified import UnifiedModel
 from raylib.ragged import Ragged, first_tokens
 from raylib.text import Tokenizer
