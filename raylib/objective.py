@@ -114,8 +114,11 @@ class UnifiedObjective(nn.Module):
 
     def _image_text(self, batch: dict, caption: Side, temperature: Tensor) -> list:
         c, w = self.config, self.config.weights
-        with torch.set_grad_enabled(c.train_vision and torch.is_grad_enabled()):
-            images = self.model.encode_images(batch["images"])
+        if "states" in batch:  # of a frozen image encoder that ran before
+            images = batch["states"].with_values(batch["states"].values.to(self.model.match_head.weight.dtype))
+        else:
+            with torch.set_grad_enabled(c.train_vision and torch.is_grad_enabled()):
+                images = self.model.encode_images(batch["images"])
         parts, drawn = [], None
         if w.ucl_image or w.itm:
             cls = images.values.index_select(0, images.starts.to(images.values.device))

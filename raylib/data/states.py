@@ -1,0 +1,91 @@
+"""Encoder states of many items on disk: made once, by all workers together, and read by name.
+
+Memory stays bounded whatever the number of items: pages of the files come and go with the system's cache.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from raylib.collective import world_size
+from raylib.ragged import Ragged
+
+
+class States:
+    """The folder that `write_states` made. May be sent to loader processes: files are mapped where they are first read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.rows: dict[str, tuple[int, int, int]] = {}  # name -> (worker that wrote it, first token, tokens)
+        self.shapes: list[tuple[int, int, str]] = []  # (tokens, width, dtype) of each worker's file
+        for worker in range(len(list(folder.glob("index-*.json")))):
+            index = json.loads((folder / f"index-{worker}.json").read_text(encoding="utf-8"))
+            self.shapes.append((index["tokens"], index["width"], index["dtype"]))
+            self.rows |= {name: (worker, *row) for name, row in index["rows"].items()}
+        self._maps: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_maps": {}}
+
+    def read(self, names: Sequence[str]) -> Ragged:
+        """States of the items `names`, row after row: (T, d), as they were stored."""
+        parts = [self._read(*self.rows[name]) for name in names]
+        return Ragged(torch.from_numpy(np.concatenate(parts)), torch.tensor([len(part) for part in parts]))
+
+    def _read(self, worker: int, first: int, tokens: int) -> np.ndarray:
+        if worker not in self._maps:
+            *shape, dtype = self.shapes[worker]
+            self._maps[worker] = np.memmap(self.folder / f"states-{worker}.bin", dtype, "r", shape=tuple(shape))
+        return self._maps[worker][first : first + tokens]
+
+
+def write_states(
+    folder: Path, names: Sequence[str], encode: Callable[[Sequence[str]], Ragged], batch: int, dtype: torch.dtype = torch.float32
+) -> States:
+    """`encode` all items `names` (unique), `batch` at a time, into `folder`; every worker does its share, and all wait
+    for all. The folder appears whole: one that is there already is taken as it is.
+
+    Args:
+        encode: items -> their states (T, d) on any device.
+        dtype: what is stored: float32 or float16.
+    """
+    rank = dist.get_rank() if world_size() > 1 else 0
+    partial = folder.with_name(f".{folder.name}.partial")
+    there = folder.is_dir()
+    _barrier()
+    if not there:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        _barrier()
+        _write_share(partial, rank, names[rank :: world_size()], encode, batch, dtype)
+        _barrier()
+        if rank == 0:
+            partial.rename(folder)
+        _barrier()
+    return States(folder)
+
+
+def _write_share(folder: Path, worker: int, names, encode, batch: int, dtype: torch.dtype) -> None:
+    rows, tokens, width = {}, 0, 0
+    with open(folder / f"states-{worker}.bin", "wb") as file:
+        for start in range(0, len(names), batch):
+            chunk = names[start : start + batch]
+            states = encode(chunk)
+            width = states.values.shape[1]
+            for name, length in zip(chunk, states.lengths.tolist(), strict=True):
+                rows[name] = (tokens, length)
+                tokens += length
+            file.write(states.values.to(dtype).cpu().numpy().tobytes())
+    index = {"tokens": tokens, "width": width, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
+    (folder / f"index-{worker}.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
+
+
+def _barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
