@@ -63,13 +63,14 @@ class Dice:
         return [items[i] for i in permutation(len(items), *self.keys, self.count)]
 
 
-def make_scene(name: str, split: str, size: int, seed: int, count: int, wanted: Sequence[str] = ()) -> Scene:
-    """A scene of `count` things, none related to another, `wanted` among them."""
+def make_scene(name: str, split: str, size: int, seed: int, count: int, wanted: Sequence[str] = (),
+               avoid: Sequence[str] = ()) -> Scene:  # fmt: skip
+    """A scene of `count` things, none related to another or, but for those `wanted`, to any in `avoid`."""
     dice = Dice(seed, split, name)
     chosen = list(wanted)
     while len(chosen) < count:
         candidate = dice.pick(list(labels()))
-        if not any(candidate in related(other) for other in chosen):
+        if not any(candidate in related(other) for other in (*chosen, *avoid)):
             chosen.append(candidate)
     chosen = dice.order(chosen)
     placed = place([labels()[c].key for c in chosen], size, seed, split, name)

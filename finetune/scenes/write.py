@@ -1,0 +1,269 @@
+"""Write the miniature IGLUE: the official formats, in the folders of the IGLUE repository (`README.md` lists them)."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import cv2
+from pydantic import Field, PositiveInt
+
+from finetune.scenes.names import LANGUAGES, labels, say
+from finetune.scenes.world import QUESTIONS, Dice, Scene, Statement, ask, claim, compare_pair, describe, make_scene, numbers
+from raylib.config import Config
+from raylib.sample.canvas import decode_drawings, draw
+from raylib.sample.concepts import LANGUAGES as ALL_LANGUAGES
+from raylib.sample.concepts import read_captions
+
+XGQA = ("en", "de", "bn", "id", "ko", "pt", "ru", "zh")
+XVNLI = ("en", "ar", "es", "fr", "ru")
+SHOTS = {"gqa": (1, 5, 10, 20, 25, 48), "nli": (1, 5, 10, 20, 25, 48), "flickr": (1, 5, 10, 25, 50, 100), "marvl": (1, 2, 4, 10)}
+RELATIONS = ("entailment", "neutral", "contradiction")
+FEW_SHOT_TEST = 9666 / 12578  # the share of xGQA's test questions that are in its few-shot test split
+
+
+class ScenesConfig(Config):
+    """Items of each task, and the side of a picture in pixels."""
+
+    train: PositiveInt = 3000
+    dev: PositiveInt = 300
+    test: PositiveInt = 1000
+    shots: int = Field(100, ge=1)  # pictures in the largest few-shot set
+    size: int = Field(64, ge=32, le=512)
+    seed: int = 0
+
+
+    def shot_sizes(self, task: str) -> tuple[int, ...]:
+        """How many pictures each few-shot set of a task has."""
+        return tuple(n for n in SHOTS[task] if n <= self.shots)
+
+
+class Writer:
+    """Files under `out`: JSON, JSON lines, and every scene that is asked for, once, into `images.tar`."""
+
+    def __init__(self, out: Path, config: ScenesConfig):
+        self.out, self.config = out, config
+        self.tar = tarfile.open(out / "images.tar", "w")  # noqa: SIM115
+        self.truth: list[Scene] = []
+
+    def scene(self, name: str, split: str, count: int, *wanted: tuple[str, ...]) -> Scene:
+        """A new scene; its picture is in the tar as `name`.webp. `wanted`: as in `make_scene`, and what to avoid."""
+        scene = make_scene(name, split, self.config.size, self.config.seed, count, *wanted)
+        picture = draw([p for _, p in scene.objects], decode_drawings(scene.vendor), self.config.size)
+        data = cv2.imencode(".webp", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_WEBP_QUALITY, 90])[1].tobytes()
+        info = tarfile.TarInfo(f"{name}.webp")
+        info.size = len(data)
+        self.tar.addfile(info, io.BytesIO(data))
+        self.truth.append(scene)
+        return scene
+
+    def json(self, path: str, value) -> None:
+        self._path(path).write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+
+    def lines(self, path: str, records: Iterable[dict]) -> None:
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        self._path(path).write_text(text, encoding="utf-8")
+
+    def close(self) -> None:
+        """End the tar, write the ground truth."""
+        self.tar.close()
+        self.lines("scenes.jsonl", ({"id": s.id, "vendor": s.vendor, "objects": [
+            {"label": name, "left": p.left, "top": p.top, "size": p.size, "quadrant": p.quadrant, "large": p.large}
+            for name, p in s.objects]} for s in self.truth))  # fmt: skip
+
+    def _path(self, path: str) -> Path:
+        full = self.out / path
+        full.parent.mkdir(parents=True, exist_ok=True)
+        return full
+
+
+def write(out: Path, config: ScenesConfig) -> None:
+    """All tasks into the empty folder `out`."""
+    writer = Writer(out, config)
+    for task in (_questions, _entailment, _captions, _pairs):
+        task(writer, config)
+    _dictionaries(writer)
+    writer.json("relations.json", {name: _relations(name) for name in labels()})
+    writer.close()
+
+
+def _relations(name: str) -> dict:
+    """WordNet's view of a label among the labels: its synset, others of the same synset, direct hypernyms."""
+    label = labels()[name]
+    same = [other.name for other in labels().values() if other.synset == label.synset and other.name != name]
+    return {"synset": label.synset, "synonyms": same, "hypernyms": label.hypernyms}
+
+
+def translator(language: str, seed: int) -> Callable[[str, str], str]:
+    """How an imperfect translator from `language` names things in English: half of the labels that have a synonym
+    always get one. What it makes of a sentence depends on the sentence alone."""
+
+    def name(label: str, _: str) -> str:
+        known = labels()[label].synonyms if label in labels() else ()
+        dice = Dice(seed, "translator", language, label)
+        return dice.pick(known) if known and dice.uniform() < 0.5 else say(label, "en")
+
+    return name
+
+
+def _questions(writer: Writer, config: ScenesConfig) -> None:
+    def make(split: str, count: int) -> dict[str, tuple[str, Statement]]:
+        items, things = {}, numbers(count, config.seed, "gqa", split)
+        for i in range(count):
+            scene = writer.scene(f"g{split}{i}", split, int(things[i]))
+            dice = Dice(config.seed, "gqa", split, i)
+            asked = [q for kind in dice.order(QUESTIONS) if (q := ask(scene, kind, dice))][:3]
+            for question in asked:
+                items[f"{split}{len(items):06d}"] = (scene.id, question)
+                if len(items) == count:
+                    return items
+        return items
+
+    def records(items: dict, text: Callable[[Statement], str]) -> dict[str, dict]:
+        return {qid: {"question": text(q), "answer": q.answer, "imageId": image, "isBalanced": True,
+                      "types": {"structural": q.kind, "semantic": "obj", "detailed": q.template}}
+                for qid, (image, q) in items.items()}  # fmt: skip
+
+    def english(q: Statement) -> str:
+        return q.text("en")
+
+    writer.json("gqa/annotations/train_balanced_questions.json", records(make("train", config.train), english))
+    writer.json("gqa/annotations/val_balanced_questions.json", records(make("dev", config.dev), english))
+    writer.json("gqa/annotations/trainval_label2ans.json", ["no", "yes", *sorted(labels())])
+    test, shots = make("test", config.test), make("shots", 4 * max(config.shot_sizes("gqa")))
+    images = list(dict.fromkeys(image for image, _ in shots.values()))
+    for language in XGQA:
+        def text(q: Statement, language=language) -> str:
+            return q.text(language)
+
+        def listed(items: dict, text=text) -> list[dict]:
+            return [{"img_id": image, "label": {q.answer: 1.0}, "question_id": qid, "sent": text(q)}
+                    for qid, (image, q) in items.items()]  # fmt: skip
+
+        writer.json(f"xGQA/annotations/zero_shot/testdev_balanced_questions_{language}.json", records(test, text))
+        few = dict(list(test.items())[: round(FEW_SHOT_TEST * len(test))])
+        writer.json(f"xGQA/annotations/few_shot/{language}/test.json", listed(few))
+        for n in config.shot_sizes("gqa"):
+            chosen = {qid: item for qid, item in shots.items() if item[0] in images[:n]}
+            writer.json(f"xGQA/annotations/few_shot/{language}/train_{n}.json", listed(chosen))
+        writer.json(f"xGQA/annotations/few_shot/{language}/dev.json",
+                    listed({q: item for q, item in shots.items() if item[0] in images[max(config.shot_sizes("gqa")) :]}))  # fmt: skip
+        if language != "en":
+            name = translator(language, config.seed)
+            translated = records(test, lambda q, name=name: q.text("en", name))
+            writer.json(f"xGQA/annotations_machine-translate/{language}/testdev_balanced_questions.json", translated)
+
+
+def _entailment(writer: Writer, config: ScenesConfig) -> None:
+    def make(split: str, count: int) -> list[tuple[Scene, str, Statement]]:
+        items, things = [], numbers(count, config.seed, "nli", split)
+        for i in range(-(-count // 3)):  # a scene, a hypothesis of each kind
+            dice = Dice(config.seed, "nli", split, i)
+            above = [name for name, label in labels().items() if any(name in o.ancestors for o in labels().values())]
+            wanted = (dice.pick(above),) if dice.uniform() < 0.8 else ()
+            scene = writer.scene(f"n{split}{i}", split, int(things[i]), wanted)
+            premise = describe(scene, dice).text("en")
+            items += [(scene, premise, claim(scene, relation, dice)) for relation in dice.order(RELATIONS)]
+        return items[:count]
+
+    def records(items: list, text: Callable[[Statement], str]) -> Iterator[dict]:
+        for k, (scene, premise, s) in enumerate(items):
+            yield {"gold_label": s.answer, "sentence1": premise, "sentence2": text(s), "captionID": f"{scene.id}.jpg#0",
+                   "pairID": f"{scene.id}.jpg#0r{k}", "Flikr30kID": scene.id}  # fmt: skip
+
+    writer.lines("XVNLI/annotations/en/train.jsonl", records(make("train", config.train), lambda s: s.text("en")))
+    writer.lines("XVNLI/annotations/en/dev.jsonl", records(make("dev", config.dev), lambda s: s.text("en")))
+    test, shots = make("test", config.test), make("shots", 3 * max(config.shot_sizes("nli")))
+    for language in XVNLI:
+        def text(s: Statement, language=language) -> str:
+            return s.text(language)
+
+        writer.lines(f"XVNLI/annotations/{language}/test.jsonl", records(test, text))
+        if language != "en":
+            name = translator(language, config.seed)
+            translated = records(test, lambda s, name=name: s.text("en", name))
+            writer.lines(f"XVNLI/annotations_machine-translate/{language}/test.jsonl", translated)
+            for n in config.shot_sizes("nli"):
+                writer.lines(f"XVNLI/annotations/{language}/train_{n}.jsonl", records(shots[: 3 * n], text))
+
+
+def _captions(writer: Writer, config: ScenesConfig) -> None:
+    def make(split: str, count: int) -> list[tuple[Scene, list[Statement]]]:
+        things = numbers(count, config.seed, "flickr", split)
+        scenes = [writer.scene(f"f{split}{i}", split, int(things[i])) for i in range(count)]
+        each = 1 if split in ("test", "shots") else 3
+        return [(scene, [describe(scene, Dice(config.seed, "flickr", split, i, k)) for k in range(each)])
+                for i, scene in enumerate(scenes)]  # fmt: skip
+
+    def records(items: list, text: Callable[[Statement], str]) -> Iterator[dict]:
+        for i, (scene, captions) in enumerate(items):
+            yield {"sentences": list(dict.fromkeys(map(text, captions))), "id": str(i), "img_path": f"{scene.id}.webp"}
+
+    writer.lines("flickr30k/annotations/train_ann.jsonl", records(make("train", config.train), lambda s: s.text("en")))
+    writer.lines("flickr30k/annotations/valid_ann.jsonl", records(make("dev", config.dev), lambda s: s.text("en")))
+    test, shots = make("test", config.test), make("shots", max(config.shot_sizes("flickr")))
+    for language in LANGUAGES:
+        def text(s: Statement, language=language) -> str:
+            return s.text(language)
+
+        writer.lines(f"xFlickrCO/annotations/{language}/test.jsonl", records(test, text))
+        if language != "en":
+            name = translator(language, config.seed)
+            translated = records(test, lambda s, name=name: s.text("en", name))
+            writer.lines(f"xFlickrCO/annotations_machine-translate/{language}/test_gmt.jsonl", translated)
+            for n in config.shot_sizes("flickr"):
+                writer.lines(f"xFlickrCO/annotations/{language}/train_{n}.jsonl", records(shots[:n], text))
+
+
+def _pairs(writer: Writer, config: ScenesConfig) -> None:
+    def make(split: str, count: int) -> list[tuple[str, Statement]]:
+        items, things = [], numbers(count, config.seed, "nlvr", split)
+        for i in range(-(-count // 2)):  # two pictures, a true statement and a false one
+            dice, stem = Dice(config.seed, "nlvr", split, i), f"{split}-{i}-0"
+            shared = (dice.pick(list(labels())),)
+            left = writer.scene(f"{stem}-img0", split, int(things[i]), shared)
+            right = writer.scene(f"{stem}-img1", split, int(things[i]), shared, left.names)
+            items += [(stem, compare_pair(left, right, true, dice)) for true in dice.order([True, False])]
+        return items[:count]
+
+    def english(items: list) -> Iterator[dict]:
+        for k, (stem, s) in enumerate(items):
+            yield {"sentence": s.text("en"), "identifier": f"{stem}-{k % 2}", "label": s.answer}
+
+    def foreign(items: list, language: str, text: Callable[[Statement], str]) -> Iterator[dict]:
+        for k, (stem, s) in enumerate(items):
+            concept = s.names[0]
+            yield {"concept": concept, "language": language, "caption": text(s), "left_img": f"{stem}-img0.webp",
+                   "right_img": f"{stem}-img1.webp", "chapter": labels()[concept].category, "id": f"{language}-{k}",
+                   "label": s.answer == "True"}  # fmt: skip
+
+    writer.lines("nlvr2/annotations/train.jsonl", english(make("train", config.train)))
+    writer.lines("nlvr2/annotations/dev.jsonl", english(make("dev", config.dev)))
+    test, shots = make("test", config.test), make("shots", 2 * max(config.shot_sizes("marvl")))
+    writer.lines("nlvr2/annotations/test1.jsonl", english(test))
+    for language in LANGUAGES[1:]:
+        def text(s: Statement, language=language) -> str:
+            return s.text(language)
+
+        name = translator(language, config.seed)
+        stem = f"marvl-{language}"
+        writer.lines(f"marvl/zero_shot/annotations/{stem}.jsonl", foreign(test, language, text))
+        writer.lines(f"marvl/zero_shot/annotations_machine-translate/{stem}_gmt.jsonl",
+                     foreign(test, language, lambda s, name=name: s.text("en", name)))  # fmt: skip
+        for n in config.shot_sizes("marvl"):
+            writer.lines(f"marvl/few_shot/annotations/{stem}_train{n}.jsonl", foreign(shots[: 2 * n], language, text))
+
+
+def _dictionaries(writer: Writer) -> None:
+    """MUSE's format: an English word, a tab, its translation; the names of all concepts of the sample, and synonyms of
+    the labels."""
+    synonyms = {label.key: label.synonyms for label in labels().values()}
+    for language in ALL_LANGUAGES:
+        if language == "en":
+            continue
+        foreign, rows = read_captions(language), []
+        for key, caption in read_captions("en").items():
+            for word in (caption.name, *synonyms.get(key, ())):
+                rows.append(f"{word}\t{foreign[key].name}\n")
+        writer._path(f"dictionaries/{language}2.txt").write_text("".join(dict.fromkeys(rows)), encoding="utf-8")
