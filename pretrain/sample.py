@@ -6,35 +6,36 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain import corpora, formats
+from pretrain import corpora, formats, sample_scenes
 from raylib import text
 from raylib.data import shards
-from raylib.sample import concepts
+from raylib.sample import canvas, concepts
 from raylib.sample.concepts import DATA, LANGUAGES, TRAINING_VENDORS, UNSEEN_VENDOR
 from raylib.text import Tokenizer
 
 SHARD = 256  # samples of an image_text shard
 
 
-def sample_corpus(cache: Path | str) -> Path:
-    """The folder of the sample under `cache`, built in a few seconds if it is not there yet:
+def sample_corpus(cache: Path | str, tokenizer: Path | None = None, scenes: bool = False) -> Path:
+    """The folder of the sample under `cache`, built in some seconds if it is not there yet:
 
         image_text/      Noto and Twemoji drawings, two of each training concept; captions: English name, keywords
         parallel/        English and 21 languages: names, keywords, Declaration of Human Rights; packed
         text/            22 languages, the same texts; packed
         retrieval/       Fluent drawings of all concepts, names in 22 languages, {"heldout": true or false}
-        tokenizer.model
+        tokenizer.model  or `sentencepiece.bpe.model`, as `tokenizer` is called: the sample's own, unless it is given
 
+    With `scenes`, image_text holds pictures of one to four concepts with English captions that say what is where.
     The folder's name tells its content, and it appears whole: processes that build it at once all return the same.
     """
-    cache = Path(cache)
-    folder = cache / f"sample-{_fingerprint()}"
+    cache, tokenizer = Path(cache), Path(tokenizer or DATA / "tokenizer.model")
+    folder = cache / f"{'scenes' if scenes else 'sample'}-{_fingerprint(tokenizer)}"
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".sample-", dir=cache) as temporary:
         made = Path(temporary) / "corpus"
-        _build(made)
+        _build(made, tokenizer, scenes)
         try:
             made.rename(folder)
         except OSError:
@@ -43,20 +44,23 @@ def sample_corpus(cache: Path | str) -> Path:
     return folder
 
 
-def _fingerprint() -> str:
+def _fingerprint(tokenizer: Path) -> str:
     """Hash of everything that the folder depends on: the data, and the code that turns it into shards."""
     files = [path for part in ("captions", "pictures", "udhr") for path in sorted((DATA / part).iterdir())]
-    code = [Path(module.__file__) for module in (concepts, corpora, shards, text)] + [Path(__file__)]
-    hashes = map(shards.sha256_of, [*files, DATA / "tokenizer.model", *code])
+    modules = (canvas, concepts, corpora, sample_scenes, shards, text)
+    code = [Path(module.__file__) for module in modules] + [Path(__file__)]
+    hashes = map(shards.sha256_of, [*files, tokenizer, *code])
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
-def _build(folder: Path) -> None:
+def _build(folder: Path, tokenizer_file: Path, scenes: bool) -> None:
     folder.mkdir()
-    shutil.copyfile(DATA / "tokenizer.model", folder / "tokenizer.model")
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
-    corpora.write_image_text(folder / "image_text", training_pictures(), max_samples=SHARD)
-    corpora.write_image_text(folder / "retrieval", unseen_pictures(), language="mul", max_samples=SHARD)
+    shutil.copyfile(tokenizer_file, folder / tokenizer_file.name)
+    tokenizer = Tokenizer.load(folder / tokenizer_file.name)
+    pictures = sample_scenes.training_scenes() if scenes else training_pictures()
+    corpora.write_image_text(folder / "image_text", pictures, max_samples=SHARD)
+    unseen = sample_scenes.unseen_scenes() if scenes else concepts.read_pictures(UNSEEN_VENDOR)
+    corpora.write_image_text(folder / "retrieval", unseen_pictures(unseen), language="mul", max_samples=SHARD)
     tally = formats.Tally(DATA, limit=0.0)
     pairs = {
         code: corpora.encode(concepts.training_pairs(code), tokenizer, tally) for code in LANGUAGES if code != "en"
@@ -77,8 +81,8 @@ def training_pictures() -> Iterator[corpora.ImageText]:
         yield corpora.ImageText(key, pictures, {"en": captions})
 
 
-def unseen_pictures() -> Iterator[corpora.ImageText]:
+def unseen_pictures(drawings: dict[str, bytes]) -> Iterator[corpora.ImageText]:
     """A concept each: its drawing by the unseen vendor, its name in every language (keywords would be ambiguous)."""
-    for key, picture in concepts.read_pictures(UNSEEN_VENDOR).items():
+    for key, picture in drawings.items():
         captions = {language: [concepts.read_captions(language)[key].name] for language in LANGUAGES}
         yield corpora.ImageText(key, {"png": picture}, captions, {"key": key, "heldout": concepts.is_held_out(key)})

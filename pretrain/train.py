@@ -16,6 +16,7 @@ from raylib.config import Config
 from raylib.errors import UserError
 from raylib.launch import LaunchConfig, launch, leads, open_run, run_folder
 from raylib.loop import FitConfig, fit
+from raylib.model.folder import find_tokenizer
 from raylib.model.load import load_text, load_vision
 from raylib.model.unified import ModelConfig, UnifiedModel
 from raylib.objective import ObjectiveConfig, UnifiedObjective
@@ -35,7 +36,8 @@ class InitConfig(Config):
 class PretrainConfig(LaunchConfig):
     """Everything that a pretraining run depends on."""
 
-    corpus: str = "sample"  # folder with image_text, parallel, text, retrieval, tokenizer.model; or the embedded sample
+    # a folder with image_text, parallel, text, retrieval, tokenizer.model; or the embedded "sample", or "scenes" of it
+    corpus: str = "sample"
     model: ModelConfig
     init: InitConfig = InitConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -64,7 +66,7 @@ def run(config: PretrainConfig) -> dict:
     """
     data = resolve_data(config)
     batches = StepBatches(data, config.model.image_size, config.fit.seed, 0, config.workers)
-    _check_vocabulary(config, data)
+    config = with_vocabulary(config, data)
     folder, say = run_folder(config), print if leads(config) else _silent
     if leads(config):
         open_run(config)
@@ -91,26 +93,34 @@ def _silent(*parts, **options) -> None:
 
 
 def resolve_data(config: PretrainConfig) -> DataConfig:
-    """`config.data` with every folder that is not given taken from `config.corpus`."""
-    if config.corpus == "sample":
-        corpus = sample_corpus(Path(config.runs).absolute() / "cache")
+    """`config.data` with every folder that is not given taken from `config.corpus`, and the tokenizer from there or, for
+    the embedded corpora, from `init.text`."""
+    data, changes = config.data, {}
+    if config.corpus in ("sample", "scenes"):
+        tokenizer = data.tokenizer or (str(find_tokenizer(Path(config.init.text))) if config.init.text else None)
+        corpus = sample_corpus(Path(config.runs).absolute() / "cache", tokenizer, scenes=config.corpus == "scenes")
     else:
         corpus = Path(config.corpus).absolute()
-    data, changes = config.data, {}
     for name in ("image_text", "parallel", "text"):
         stream = getattr(data, name)
         if stream.batch and stream.folder is None:
             changes[name] = stream.model_copy(update={"folder": str(corpus / name)})
-    changes["tokenizer"] = data.tokenizer or str(corpus / "tokenizer.model")
+    changes["tokenizer"] = data.tokenizer or str(find_tokenizer(corpus))
     if data.retrieval is None and (corpus / "retrieval").is_dir():
         changes["retrieval"] = str(corpus / "retrieval")
     return data.model_copy(update=changes)
 
 
-def _check_vocabulary(config: PretrainConfig, data: DataConfig) -> None:
+def with_vocabulary(config: PretrainConfig, data: DataConfig) -> PretrainConfig:
+    """`config` with the tokenizer's size as `model.vocabulary`, if that is 0.
+
+    Raises:
+        UserError: it is another number.
+    """
     size = Tokenizer.load(data.tokenizer).vocabulary
-    if size != config.model.vocabulary:
+    if config.model.vocabulary not in (0, size):
         raise UserError(f"{data.tokenizer} has {size} pieces, the model {config.model.vocabulary}; set model.vocabulary={size}")
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocabulary": size})})
 
 
 def build_model(config: PretrainConfig) -> UnifiedModel:

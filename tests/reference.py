@@ -54,7 +54,8 @@ def image_states(model, image):
         inner = norm(block.attention_norm, x)
         x = x + attend(block.attention, inner, inner)
         x = x + feed(block, norm(block.output_norm, x))
-    return norm(vision.norm, x)
+    x = norm(vision.norm, x)
+    return x if vision.output is None else F.linear(x, vision.output.weight, vision.output.bias)
 
 
 def text_states(model, ids):

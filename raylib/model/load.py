@@ -7,6 +7,7 @@ lists it.
 """
 
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -16,8 +17,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from raylib.config import build
 from raylib.errors import UserError
-from raylib.model.unified import UnifiedModel
+from raylib.model.unified import ModelConfig, UnifiedModel
+
+log = logging.getLogger(__name__)
 
 UNUSED_TEXT = [r"pooler\.", r"embeddings\.position_ids", r"cls\.seq_relationship\.", r"classifier\.", r"qa_outputs\."]
 UNUSED_VISION = [r"pooler\.", r"classifier\."]
@@ -30,11 +34,13 @@ def load_text(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] =
         unused: regular expressions of further checkpoint keys that may stay unused.
     Raises:
         UserError: no weights in the folder; tensors missing, left over or of another shape (they are listed).
+
+    A checkpoint without a masked-language head leaves the model's own as it is, and says so.
     """
     weights, config = _read(Path(folder))
-    if not any(k.startswith(("lm_head.", "cls.predictions.")) for k in weights):
-        raise UserError(f"{folder}: no masked-language head (lm_head or cls.predictions) in this checkpoint; "
-                        "save the model as ...ForMaskedLM")  # fmt: skip
+    head = any(k.startswith(("lm_head.", "cls.predictions.")) for k in weights)
+    if not head:
+        log.warning("%s: no masked-language head (lm_head or cls.predictions); the model's own starts at random", folder)
     weights = {re.sub(r"^(roberta|bert|model)\.", "", k): v for k, v in weights.items()}
     taken = _Taken(weights, folder)
     roberta = config.get("model_type", "") != "bert"
@@ -57,12 +63,27 @@ def load_text(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] =
             _copy_block(taken, block, i if i < len(model.text.blocks) else i + skipped)
         lm = "lm_head" if "lm_head.dense.weight" in weights else "cls.predictions"
         transform, norm = ("lm_head", "layer_norm") if lm == "lm_head" else ("cls.predictions.transform", "LayerNorm")
-        taken.copy_layer(model.masked_head.dense, f"{transform}.dense")
-        taken.copy_layer(model.masked_head.norm, f"{transform}.{norm}")
-        taken.copy(model.masked_head.bias, f"{lm}.bias")
+        if head:
+            taken.copy_layer(model.masked_head.dense, f"{transform}.dense")
+            taken.copy_layer(model.masked_head.norm, f"{transform}.{norm}")
+            taken.copy(model.masked_head.bias, f"{lm}.bias")
     between = [rf"encoder\.layer\.{len(model.text.blocks) + i}\." for i in range(skipped)]
     tied = [rf"{re.escape(lm)}\.decoder\.(weight|bias)"]
     taken.finish([*UNUSED_TEXT, *between, *tied, *unused])
+
+
+def text_config(folder: Path | str) -> ModelConfig:
+    """The unified model that an XLM-R- or BERT-like folder in Hugging Face format has the sizes of: half of its layers
+    become the text encoder, the others the unified one; the image encoder is as deep as the text encoder."""
+    _, config = _read(Path(folder))
+    layers = config["num_hidden_layers"]
+    sizes = {
+        "vocabulary": config["vocab_size"], "width": config["hidden_size"], "heads": config["num_attention_heads"],
+        "feedforward": config["intermediate_size"], "eps": config["layer_norm_eps"], "text_layers": layers // 2,
+        "fusion_layers": layers - layers // 2, "vision_layers": layers // 2,
+        "positions": config["max_position_embeddings"] - (0 if config["model_type"] == "bert" else config["pad_token_id"] + 1),
+    }  # fmt: skip
+    return build(ModelConfig, sizes, f"{folder}/config.json")
 
 
 def load_vision(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] = ()) -> None:

@@ -25,13 +25,14 @@ from raylib.ragged import Ragged
 class ModelConfig(Config):
     """Sizes of a unified model. The defaults are the paper's `base`: 12 image, 6 text and 6 unified layers."""
 
-    vocabulary: int = 250002
+    vocabulary: int = 250002  # 0: the tokenizer's (`pretrain`)
     width: int = 768
     heads: int = 12
     feedforward: int = 3072
     text_layers: int = 6
     fusion_layers: int = 6
     vision_layers: int = 12
+    vision_width: int | None = None  # None: as the text; else its heads are as wide, and a linear map leads up to `width`
     image_size: int = 256
     patch: int = 16
     positions: int = 512
@@ -47,6 +48,8 @@ class ModelConfig(Config):
     def _divisible(self) -> "ModelConfig":
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.vision_width and self.vision_width % (self.width // self.heads):
+            raise ValueError(f"vision_width {self.vision_width} is not a multiple of a head's {self.width // self.heads}")
         if self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
         return self
@@ -73,7 +76,10 @@ class UnifiedModel(nn.Module):
         super().__init__()
         c = self.config = config
         stack = dict(width=c.width, heads=c.heads, feedforward=c.feedforward, dropout=c.dropout)
-        self.vision = VisionEncoder(c.image_size, c.patch, c.vision_layers, **stack, pixels=(c.pixel_mean, c.pixel_std))
+        share = (c.vision_width or c.width) / c.width
+        sizes = {name: round(share * stack[name]) for name in ("width", "heads", "feedforward")}
+        sizes |= {"dropout": c.dropout, "out": c.width, "pixels": (c.pixel_mean, c.pixel_std)}
+        self.vision = VisionEncoder(c.image_size, c.patch, c.vision_layers, **sizes)
         self.embedding = TextEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.eps)
         self.text = Encoder(c.text_layers, **stack, eps=c.eps, cross=False)
         self.fusion = Encoder(c.fusion_layers, **stack, eps=c.eps, cross=c.fusion == "cross")

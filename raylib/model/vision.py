@@ -34,9 +34,9 @@ class VisionEncoder(nn.Module):
 
     def __init__(
         self, size: int, patch: int, layers: int, width: int, heads: int, feedforward: int, dropout: float,
-        pixels: tuple[float, float] = (127.5, 127.5),
+        out: int, pixels: tuple[float, float] = (127.5, 127.5),
     ):  # fmt: skip
-        """`pixels`: (mean, deviation) of 0..255 pixel values."""
+        """`out`: the width that others want. `pixels`: (mean, deviation) of 0..255 pixel values."""
         super().__init__()
         self.patch, self.pixels = patch, pixels
         self.patch_embedding = nn.Linear(3 * patch * patch, width)
@@ -44,10 +44,11 @@ class VisionEncoder(nn.Module):
         self.position = nn.Parameter(torch.randn(1 + (size // patch) ** 2, width) * 0.02)
         self.blocks = nn.ModuleList(VisionBlock(width, heads, feedforward, dropout, 1e-12) for _ in range(layers))
         self.norm = nn.LayerNorm(width, 1e-12)
+        self.output = nn.Linear(width, out) if out != width else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 images (b, H, W, 3) -> (b, M + 1, d). Normalised here, on the device."""
+        """uint8 images (b, H, W, 3) -> (b, M + 1, out). Normalised here, on the device."""
         b, height, width, _ = images.shape
         p = self.patch
         mean, deviation = self.pixels
@@ -57,4 +58,5 @@ class VisionEncoder(nn.Module):
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        x = self.norm(x)
+        return x if self.output is None else self.output(x)

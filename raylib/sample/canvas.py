@@ -33,8 +33,9 @@ def place(keys: Sequence[str], size: int, *seeds: Key) -> list[Placed]:
     for i, key in enumerate(keys):
         large, x, y = uniform(*seeds, "place", i, np.arange(3)).tolist()
         side = round(cell * (LARGE if large < 0.5 else SMALL))
-        quadrant, room = int(quadrants[i]), cell - side + 1
-        left, top = cell * (quadrant % 2) + int(x * room), cell * (quadrant // 2) + int(y * room)
+        quadrant, room = int(quadrants[i]), (cell - side) // 2 + 1  # about the middle of its quadrant
+        left, top = ((cell - side - room + 1) // 2 + int(share * room) for share in (x, y))
+        left, top = cell * (quadrant % 2) + left, cell * (quadrant // 2) + top
         placed.append(Placed(key, left, top, side, quadrant, large < 0.5))
     return placed
 
