@@ -9,7 +9,7 @@
 import contextlib
 import itertools
 import json
-import tempfile
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,15 +74,24 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if isinstance(pictures, Pixels):  # otherwise they are encoded already
-            scratch = folder / "states" if world_size() > 1 else Path(stack.enter_context(tempfile.TemporaryDirectory())) / "states"
+            scratch = folder / ".states"
+            stack.callback(_forget, scratch)
             names = (name for examples in sets.values() for example in examples for name in example.images)
-            pictures = Encoded(encode_pictures(model.unified, pictures, names, scratch, bf16=bf16))
+            pictures = Encoded(encode_pictures(model.unified, pictures, names, scratch, bf16))
         results = {}
         for language, examples in sets.items():
             out = folder / f"{language}.jsonl"
             count = predict(model, examples, pictures, tokenizer, length, out, bf16)
             results[language] = {**score(read_predictions(out), frozenset(model.labels), bleu), "predictions": count}
     return results
+
+
+def _forget(folder: Path) -> None:
+    """Remove states that were of use once; all workers are done with them."""
+    if world_size() > 1:
+        dist.barrier()
+    if world_size() == 1 or dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _batched(items: Iterable, size: int) -> Iterator[list]:

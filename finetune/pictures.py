@@ -74,18 +74,21 @@ Pictures = Pixels | Encoded | RegionFeatures
 
 
 def encode_pictures(
-    model: UnifiedModel, pixels: Pixels, names: Iterable[str], folder: Path, dtype: torch.dtype = torch.float32
+    model: UnifiedModel, pixels: Pixels, names: Iterable[str], folder: Path, bf16: bool = False
 ) -> States:
-    """All workers together: states of the pictures `names` after `model`'s image encoder, kept in `folder`."""
+    """All workers together: states of the pictures `names` after `model`'s image encoder, kept in `folder`; in float16 if
+    they were made in bf16, which is no finer."""
     device = model.image_projection.weight.device
 
     def encode(chunk: Sequence[str]) -> Ragged:
-        return model.encode_images(pixels.read(chunk)["images"].to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            states = model.encode_images(pixels.read(chunk)["images"].to(device))
+        return states.with_values(states.values.float())
 
     training = model.training
     model.eval()
     with torch.inference_mode():
-        states = write_states(folder, sorted(set(names)), encode, ENCODED, dtype)
+        states = write_states(folder, sorted(set(names)), encode, ENCODED, torch.float16 if bf16 else torch.float32)
     model.train(training)
     return states
 

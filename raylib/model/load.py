@@ -2,7 +2,7 @@
 
 The first N_L text layers become the text encoder, the last N_C the unified encoder, whose cross-attention starts as a
 copy of the self-attention of its layer; the masked-language head comes from `lm_head` (XLM-R) or `cls.predictions`
-(BERT). Every tensor of the checkpoint is used, or is named as expected to be unused; anything else is an error that
+(BERT), and stays as initialised where a checkpoint has neither. Every tensor of the checkpoint is used, or is named as expected to be unused; anything else is an error that
 lists it.
 """
 
@@ -24,7 +24,38 @@ from raylib.model.unified import ModelConfig, UnifiedModel
 log = logging.getLogger(__name__)
 
 UNUSED_TEXT = [r"pooler\.", r"embeddings\.position_ids", r"cls\.seq_relationship\.", r"classifier\.", r"qa_outputs\."]
+TIED = [r"lm_head\.decoder\.(weight|bias)", r"cls\.predictions\.decoder\.(weight|bias)"]
 UNUSED_VISION = [r"pooler\.", r"classifier\."]
+SIZES = {  # ours -> those of config.json
+    "vocabulary": "vocab_size",
+    "width": "hidden_size",
+    "heads": "num_attention_heads",
+    "feedforward": "intermediate_size",
+    "eps": "layer_norm_eps",
+}
+
+log = logging.getLogger(__name__)
+
+
+def text_config(folder: Path | str) -> ModelConfig:
+    """Sizes of a unified model for an XLM-R or BERT folder: the first half of its layers text, the second fusion, and an
+    image encoder as deep as the text encoder.
+
+    Raises:
+        UserError: no config.json, or one without these sizes.
+    """
+    config = _read_config(Path(folder))
+    missing = {*SIZES.values(), "num_hidden_layers", "max_position_embeddings"} - config.keys()
+    if missing:
+        raise UserError(f"{folder}/config.json: no {', '.join(sorted(missing))}; give an XLM-R or BERT folder")
+    layers = config["num_hidden_layers"]
+    sizes = {ours: config[theirs] for ours, theirs in SIZES.items()} | {
+        "positions": config["max_position_embeddings"] - _first_position(config),
+        "text_layers": layers // 2,
+        "fusion_layers": layers - layers // 2,
+        "vision_layers": layers // 2,
+    }
+    return build(ModelConfig, sizes, f"{folder}/config.json")
 
 
 def load_text(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] = ()) -> None:
@@ -43,8 +74,7 @@ def load_text(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] =
         log.warning("%s: no masked-language head (lm_head or cls.predictions); the model's own starts at random", folder)
     weights = {re.sub(r"^(roberta|bert|model)\.", "", k): v for k, v in weights.items()}
     taken = _Taken(weights, folder)
-    roberta = config.get("model_type", "") != "bert"
-    first = config.get("pad_token_id", 1) + 1 if roberta else 0  # RoBERTa numbers positions from pad + 1
+    first = _first_position(config)
     with torch.no_grad():
         taken.copy(model.embedding.word.weight, "embeddings.word_embeddings.weight")
         positions = taken("embeddings.position_embeddings.weight")[first:]
@@ -134,6 +164,25 @@ def _copy_block(taken: "_Taken", block: nn.Module, layer: int) -> None:
     taken.copy_layer(block.output_norm, f"{at}.output.LayerNorm")
 
 
+def _copy_masked_head(taken: "_Taken", model: UnifiedModel) -> None:
+    head = model.masked_head
+    if any(name.startswith("lm_head.") for name in taken.weights):
+        lm, transform, norm = "lm_head", "lm_head", "layer_norm"
+    elif any(name.startswith("cls.predictions.") for name in taken.weights):
+        lm, transform, norm = "cls.predictions", "cls.predictions.transform", "LayerNorm"
+    else:
+        log.warning("%s: no masked-language head in this checkpoint; the model's stays as initialised", taken.folder)
+        return
+    taken.copy_layer(head.dense, f"{transform}.dense")
+    taken.copy_layer(head.norm, f"{transform}.{norm}")
+    taken.copy(head.bias, f"{lm}.bias")
+
+
+def _first_position(config: dict) -> int:
+    """Row of the position embeddings that a sentence starts at: RoBERTa numbers positions from pad + 1."""
+    return 0 if config.get("model_type") == "bert" else config.get("pad_token_id", 1) + 1
+
+
 class _Taken:
     """A checkpoint's tensors, and which of them have been used, are missing or do not fit."""
 
@@ -177,10 +226,14 @@ class _Taken:
             raise UserError(f"{self.folder} does not fit the model: {'; '.join(wrong)}")
 
 
-def _read(folder: Path) -> tuple[dict[str, Tensor], dict]:
+def _read_config(folder: Path) -> dict:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; give a checkpoint folder in Hugging Face format")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict]:
+    config = _read_config(folder)
     index = next(folder.glob("*.index.json"), None)
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else None
     weights: dict[str, Tensor] = {}

@@ -1,0 +1,35 @@
+"""Statements about two pictures: NLVR2 and MaRVL."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.examples import Example
+from finetune.formats.stream import field, read_jsonl
+from raylib.errors import UserError
+
+
+def read_nlvr2(path: Path) -> Iterator[Example]:
+    """JSON lines {sentence, identifier, label}; identifier "dev-12-0-1" has the pictures dev-12-0-img0 and -img1."""
+    for where, record in read_jsonl(path):
+        sentence, identifier = field(record, "sentence", str, where), field(record, "identifier", str, where)
+        if identifier.count("-") != 3:
+            raise UserError(f"{where}: identifier {identifier!r} is not split-set-pair-sentence")
+        stem = identifier.rsplit("-", 1)[0]
+        label = _label(field(record, "label", (str, bool), where), where)
+        yield Example(identifier, (sentence,), (f"{stem}-img0", f"{stem}-img1"), label)
+
+
+def read_marvl(path: Path) -> Iterator[Example]:
+    """JSON lines {caption, left_img, right_img, id, chapter, label}; broken down by chapter."""
+    for where, record in read_jsonl(path):
+        images = field(record, "left_img", str, where), field(record, "right_img", str, where)
+        caption, number = field(record, "caption", str, where), field(record, "id", (str, int), where)
+        label = _label(field(record, "label", (str, bool), where), where)
+        yield Example(str(number), (caption,), images, label, record.get("chapter") or "")
+
+
+def _label(label: str | bool, where: str) -> dict[str, float]:
+    name = str(label).capitalize()
+    if name not in ("True", "False"):
+        raise UserError(f"{where}: label {label!r} is neither True nor False")
+    return {name: 1.0}

@@ -1,0 +1,145 @@
+"""JSON files an item at a time: memory does not grow with the file. Names ending in .gz are decompressed."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from raylib.errors import UserError
+
+CHUNK = 1 << 16  # characters read at a time
+DECODER = json.JSONDecoder()
+
+
+def open_text(path: Path) -> TextIO:
+    """A UTF-8 text file."""
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """("path:line", text) of every line that is not empty.
+
+    Raises:
+        UserError: no such file, not UTF-8.
+    """
+    try:
+        with open_text(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}:{number}", line.rstrip("\r\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as e:
+        raise UserError(f"{path}: not to be read as UTF-8 text ({e})") from None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+    """("path:line", record) of a file with a JSON object a line."""
+    for where, line in read_lines(path):
+        try:
+            record = json.loads(line)
+        except ValueError as e:
+            raise UserError(f"{where}: no JSON ({e})") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: wanted a JSON object, found {type(record).__name__}")
+        yield where, record
+
+
+def read_items(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, value) of each member of the one JSON object or array in a file, as it is read; `where` names the key, or
+    the place in the array.
+
+    Raises:
+        UserError: neither, or broken; says after which member.
+    """
+    try:
+        with open_text(path) as file:
+            yield from _Items(path, file).read()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 ({e})") from None
+
+
+def first_character(path: Path) -> str:
+    """The first character that is no white space: "{" or "[" tells an object from an array."""
+    with open_text(path) as file:
+        while chunk := file.read(CHUNK):
+            if chunk.strip():
+                return chunk.strip()[0]
+    return ""
+
+
+class _Items:
+    """A window that moves over the text."""
+
+    def __init__(self, path: Path, file: TextIO):
+        self.path, self.file, self.text, self.at, self.last = path, file, "", 0, "the beginning"
+
+    def read(self) -> Iterator[tuple[str, Any]]:
+        kind = self._next()
+        if kind not in ("{", "["):
+            raise self._broken("wanted a JSON object or array")
+        end, number = {"{": "}", "[": "]"}[kind], 0
+        if self._peek() == end:
+            return
+        while True:
+            key = self._value() if kind == "{" else number
+            if kind == "{" and self._next() != ":":
+                raise self._broken("wanted ':'")
+            self.last = f"key {key!r}" if kind == "{" else f"item {number}"
+            yield str(key), self._value()
+            number += 1
+            mark = self._next()
+            if mark == end:
+                return
+            if mark != ",":
+                raise self._broken(f"wanted ',' or '{end}'")
+
+    def _more(self) -> bool:
+        chunk = self.file.read(max(CHUNK, len(self.text) - self.at))  # doubles, so that a long value costs linear time
+        self.text, self.at = self.text[self.at :] + chunk, 0
+        return bool(chunk)
+
+    def _peek(self) -> str:
+        while True:
+            while self.at < len(self.text) and self.text[self.at].isspace():
+                self.at += 1
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._more():
+                return ""
+
+    def _next(self) -> str:
+        mark = self._peek()
+        self.at += 1
+        return mark
+
+    def _value(self) -> Any:
+        self._peek()
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self.text, self.at)
+                if end < len(self.text) or not self._more():  # a number may go on in the next chunk
+                    self.at = end
+                    return value
+            except ValueError as e:
+                if not self._more():
+                    raise self._broken(str(e)) from None
+
+    def _broken(self, why: str) -> UserError:
+        return UserError(f"{self.path}: broken JSON after {self.last}: {why}")
+
+
+def field(record: dict, name: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """`record[name]`.
+
+    Raises:
+        UserError: missing, or of another type; names file, line or key, and field.
+    """
+    if name not in record:
+        raise UserError(f"{where}: no field '{name}'; it has {', '.join(sorted(record))}")
+    if not isinstance(record[name], kind):
+        raise UserError(f"{where}: field '{name}' is {type(record[name]).__name__}, {record[name]!r:.60}")
+    return record[name]
