@@ -29,11 +29,11 @@ def plain_concepts() -> dict[str, str]:
 
 
 def training_scenes() -> Iterator[ImageText]:
-    """`COUNT` scenes, each drawn by one vendor, with three captions."""
+    """`COUNT` scenes, most of a single thing, each drawn by one vendor, with three captions."""
     names = plain_concepts()
     keys = list(names)
     for i in range(COUNT):
-        count = 1 + int(integers(4, "scene", i, "count"))
+        count = max(1, int(integers(8, "scene", i, "count")) - 3)  # one in five of eight: what a thing is called comes first
         chosen = [keys[k] for k in dict.fromkeys(integers(len(keys), "scene", i, "keys", np.arange(count)).tolist())]
         vendor = TRAINING_VENDORS[int(integers(len(TRAINING_VENDORS), "scene", i, "vendor"))]
         placed = place(chosen, SIZE, "scene", i)
@@ -51,7 +51,10 @@ def _picture(placed: list[Placed], vendor: str) -> bytes:
 
 
 def _captions(placed: list[Placed], names: dict[str, str], i: int) -> list[str]:
-    """All things by name; all with their places; and their sizes, or how two of them stand to each other."""
+    """All things by name; all with their places; and their sizes, or how two of them stand to each other. Of one thing
+    alone only its name: places and sizes are told apart long before things are, and would be all that is learnt."""
+    if len(placed) == 1:
+        return [names[placed[0].key]]
     order = [placed[k] for k in permutation(len(placed), "scene", i, "order")]
     listed = [names[p.key] for p in order]
     everything = ", ".join(listed[:-1]) + " and " + listed[-1] if len(listed) > 1 else listed[0]

@@ -28,7 +28,7 @@ PLANNING = ("index", "lengths", "positions")
 class FitConfig(Config):
     """How long, how often. Intervals are in steps; 0 means only at the end."""
 
-    steps: PositiveInt
+    steps: NonNegativeInt = 0  # fine-tuning sets it, and the intervals, from its epochs
     seed: int = 0
     log_every: PositiveInt = 10
     eval_every: NonNegativeInt = 0
@@ -78,7 +78,7 @@ def fit(
     meta = checkpoint.read_meta(start) if start else {"step": 0, "times": {}}
     clock.spent = dict(meta["times"])
     on_gpu = runtime.device.type == "cuda"
-    bf16 = _has_bf16(runtime.device) if config.bf16 is None else config.bf16
+    bf16 = has_bf16(runtime.device) if config.bf16 is None else config.bf16
     zero = type(runtime).__name__ == "OnRay" if config.zero is None else config.zero
     engine = (DeepSpeedEngine if zero else TorchEngine)(objective, optim, runtime.device, bf16, start)
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
@@ -215,7 +215,8 @@ def _does_not_fit(step: int, batch: dict, runtime: Runtime) -> UserError:
     )
 
 
-def _has_bf16(device: torch.device) -> bool:
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

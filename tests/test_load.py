@@ -5,7 +5,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTModel, XLMRobertaConfig, XLMRobertaForMaskedLM
 
 from raylib.errors import UserError
-from raylib.model.load import interpolate, load_text, load_vision
+from raylib.model.load import interpolate, load_text, load_vision, text_config
 from raylib.model.unified import UnifiedModel
 from raylib.ragged import Ragged
 from tests.made import SMALL
@@ -126,6 +126,52 @@ def test_too_few_layers_or_positions(tmp_path):
     peer_text("xlmr", 4, 12).save_pretrained(tmp_path / "short")
     with pytest.raises(UserError, match="10 positions, the model wants 16"):
         load_text(UnifiedModel(SMALL), tmp_path / "short")
+
+
+@pytest.mark.parametrize("kind", ["xlmr", "bert"])
+def test_without_masked_language_head_ours_stays_and_that_is_said(tmp_path, caplog, kind):
+    peer = peer_text(kind, 4, 20)
+    peer.save_pretrained(tmp_path / "whole")
+    peer.base_model.save_pretrained(tmp_path / "bare")
+    whole, model = UnifiedModel(SMALL), UnifiedModel(SMALL)
+    before = {name: value.clone() for name, value in model.masked_head.state_dict().items()}
+    load_text(whole, tmp_path / "whole")
+    assert not caplog.records
+    load_text(model, tmp_path / "bare")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'bare'}: no masked-language head (lm_head or cls.predictions); it stays as initialised"
+    ]
+    for name, value in model.masked_head.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for part in ("embedding", "text", "fusion"):
+        for name, value in getattr(model, part).state_dict().items():
+            assert torch.equal(value, getattr(whole, part).state_dict()[name]), name
+
+
+def test_part_of_a_masked_language_head_is_an_error(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    peer_text("xlmr", 4, 20).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.dense.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"missing lm_head\.dense\.weight"):
+        load_text(UnifiedModel(SMALL), tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("xlmr", 20), ("bert", 18)])
+def test_sizes_come_from_config_json(tmp_path, kind, positions):
+    peer_text(kind, 5, positions).save_pretrained(tmp_path)
+    config = text_config(tmp_path)
+    assert (config.vocabulary, config.width, config.heads, config.feedforward, config.positions) == (60, 16, 2, 24, 18)
+    assert (config.text_layers, config.fusion_layers, config.vision_layers, config.eps) == (2, 3, 2, SMALL.eps)
+    load_text(UnifiedModel(config), tmp_path)
+
+
+def test_sizes_of_another_kind_of_folder(tmp_path):
+    ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json: no max_position_embeddings, vocab_size; give an XLM-R or BERT"):
+        text_config(tmp_path)
 
 
 def test_no_checkpoint_there(tmp_path):

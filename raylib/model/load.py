@@ -2,8 +2,8 @@
 
 The first N_L text layers become the text encoder, the last N_C the unified encoder, whose cross-attention starts as a
 copy of the self-attention of its layer; the masked-language head comes from `lm_head` (XLM-R) or `cls.predictions`
-(BERT), and stays as initialised where a checkpoint has neither. Every tensor of the checkpoint is used, or is named as expected to be unused; anything else is an error that
-lists it.
+(BERT), and stays as initialised where a checkpoint has neither. Every tensor of the checkpoint is used, or is named as
+expected to be unused; anything else is an error that lists it.
 """
 
 import json
@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from raylib.config import build
 from raylib.errors import UserError
 from raylib.model.unified import ModelConfig, UnifiedModel
-
-log = logging.getLogger(__name__)
 
 UNUSED_TEXT = [r"pooler\.", r"embeddings\.position_ids", r"cls\.seq_relationship\.", r"classifier\.", r"qa_outputs\."]
 TIED = [r"lm_head\.decoder\.(weight|bias)", r"cls\.predictions\.decoder\.(weight|bias)"]
@@ -69,9 +67,6 @@ def load_text(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] =
     A checkpoint without a masked-language head leaves the model's own as it is, and says so.
     """
     weights, config = _read(Path(folder))
-    head = any(k.startswith(("lm_head.", "cls.predictions.")) for k in weights)
-    if not head:
-        log.warning("%s: no masked-language head (lm_head or cls.predictions); the model's own starts at random", folder)
     weights = {re.sub(r"^(roberta|bert|model)\.", "", k): v for k, v in weights.items()}
     taken = _Taken(weights, folder)
     first = _first_position(config)
@@ -91,29 +86,9 @@ def load_text(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] =
         skipped = layers - len(blocks)
         for i, block in enumerate(blocks):
             _copy_block(taken, block, i if i < len(model.text.blocks) else i + skipped)
-        lm = "lm_head" if "lm_head.dense.weight" in weights else "cls.predictions"
-        transform, norm = ("lm_head", "layer_norm") if lm == "lm_head" else ("cls.predictions.transform", "LayerNorm")
-        if head:
-            taken.copy_layer(model.masked_head.dense, f"{transform}.dense")
-            taken.copy_layer(model.masked_head.norm, f"{transform}.{norm}")
-            taken.copy(model.masked_head.bias, f"{lm}.bias")
+        _copy_masked_head(taken, model)
     between = [rf"encoder\.layer\.{len(model.text.blocks) + i}\." for i in range(skipped)]
-    tied = [rf"{re.escape(lm)}\.decoder\.(weight|bias)"]
-    taken.finish([*UNUSED_TEXT, *between, *tied, *unused])
-
-
-def text_config(folder: Path | str) -> ModelConfig:
-    """The unified model that an XLM-R- or BERT-like folder in Hugging Face format has the sizes of: half of its layers
-    become the text encoder, the others the unified one; the image encoder is as deep as the text encoder."""
-    _, config = _read(Path(folder))
-    layers = config["num_hidden_layers"]
-    sizes = {
-        "vocabulary": config["vocab_size"], "width": config["hidden_size"], "heads": config["num_attention_heads"],
-        "feedforward": config["intermediate_size"], "eps": config["layer_norm_eps"], "text_layers": layers // 2,
-        "fusion_layers": layers - layers // 2, "vision_layers": layers // 2,
-        "positions": config["max_position_embeddings"] - (0 if config["model_type"] == "bert" else config["pad_token_id"] + 1),
-    }  # fmt: skip
-    return build(ModelConfig, sizes, f"{folder}/config.json")
+    taken.finish([*UNUSED_TEXT, *between, *TIED, *unused])
 
 
 def load_vision(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] = ()) -> None:
@@ -171,7 +146,7 @@ def _copy_masked_head(taken: "_Taken", model: UnifiedModel) -> None:
     elif any(name.startswith("cls.predictions.") for name in taken.weights):
         lm, transform, norm = "cls.predictions", "cls.predictions.transform", "LayerNorm"
     else:
-        log.warning("%s: no masked-language head in this checkpoint; the model's stays as initialised", taken.folder)
+        log.warning("%s: no masked-language head (lm_head or cls.predictions); it stays as initialised", taken.folder)
         return
     taken.copy_layer(head.dense, f"{transform}.dense")
     taken.copy_layer(head.norm, f"{transform}.{norm}")

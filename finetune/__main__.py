@@ -1,0 +1,88 @@
+"""Command line of fine-tuning.
+
+    python -m finetune RECIPE model=EXPORT_OR_FOLDER data=FOLDER [path=value ...] [--print-config]
+    python -m finetune --config FILE [path=value ...]
+    python -m finetune evaluate RUN
+    python -m finetune compare RUN RUN ...
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from raylib.config import choose, dump, load, override
+from raylib.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; a `UserError` is one line on stderr and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"evaluate": _evaluate, "compare": _compare}
+    try:
+        if arguments and arguments[0] in commands:
+            return commands[arguments[0]](arguments[1:])
+        return _train(arguments)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: list[str]) -> int:
+    from finetune.config import FinetuneConfig
+    from finetune.recipes import RECIPES
+    from finetune.train import run
+
+    lines = "\n".join(f"  {name:20s} {recipe.__doc__}" for name, recipe in RECIPES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune",
+        description=f"{__doc__}\nrecipes:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", nargs="?", help="a recipe's name")
+    parser.add_argument("settings", nargs="*", metavar="path=value", help="such as model=MODEL data=FOLDER runtime=local")
+    parser.add_argument("--config", help="start from a stored config.json instead of a recipe")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    given = parser.parse_intermixed_args(arguments)
+    if given.config:
+        settings = [given.recipe, *given.settings] if given.recipe else given.settings
+        config = load(FinetuneConfig, Path(given.config))
+    elif given.recipe:
+        settings, config = given.settings, choose(given.recipe, RECIPES, "recipe")()
+    else:
+        parser.print_help()
+        return 2
+    if "POLYGLANCE_RUNS" in os.environ:  # a job's working directory is a copy that goes away
+        config = override(config, [f"runs={os.environ['POLYGLANCE_RUNS']}"])
+    config = override(config, settings)
+    if given.print_config:
+        print(dump(config))
+        return 0
+    run(config)
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from finetune.report import table
+    from finetune.train import evaluate_run
+
+    parser = argparse.ArgumentParser(prog="python -m finetune evaluate", description="Evaluate a run's model again.")
+    parser.add_argument("run", type=Path, help="a run that has been trained")
+    print(table(evaluate_run(parser.parse_args(arguments).run)))
+    return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    from finetune.report import compare, read_result
+
+    parser = argparse.ArgumentParser(prog="python -m finetune compare", description="Runs side by side, seeds as mean ± std.")
+    parser.add_argument("runs", type=Path, nargs="+", help="finished runs")
+    print(compare(read_result(run) for run in parser.parse_args(arguments).runs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

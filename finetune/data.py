@@ -1,0 +1,105 @@
+"""What a run reads: examples of each language, answer sets, pictures."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.config import FinetuneConfig
+from finetune.examples import Captioned, Example
+from finetune.formats.gqa import read_answers
+from finetune.pictures import Pixels, RegionFeatures
+from finetune.stores import open_pictures, open_regions
+from finetune.tasks import TASKS, Task
+from raylib.config import choose
+from raylib.errors import UserError
+
+
+class Reading:
+    """The items of a split in a language, read from the file each time they are gone through."""
+
+    def __init__(self, task: Task, path: Path, split: str, language: str, limit: int | None):
+        self.task, self.path, self.split, self.language, self.limit = task, path, split, language, limit
+
+    def __iter__(self) -> Iterator[Example] | Iterator[Captioned]:
+        return itertools.islice(self.task.read(self.path, self.split, self.language), self.limit)
+
+
+def find_task(config: FinetuneConfig) -> Task:
+    """The record of `config.task`."""
+    return choose(config.task, TASKS, "task")
+
+
+def read_split(config: FinetuneConfig, split: str, language: str, limit: int | None = None) -> Reading:
+    """A split under `config.data`."""
+    task = find_task(config)
+    return Reading(task, task.path(Path(config.data), split, language, config.shots), split, language, limit)
+
+
+def languages_of(config: FinetuneConfig) -> tuple[str, ...]:
+    """The languages that are evaluated."""
+    return config.languages or find_task(config).languages
+
+
+def test_split(config: FinetuneConfig) -> str:
+    """The split that results come from; English has no translation."""
+    return "translated" if config.setting == "translate_test" else config.split
+
+
+def training_examples(config: FinetuneConfig, language: str | None) -> list:
+    """What a part of a run trains on; `language` where each has a part of its own."""
+    if config.setting == "few_shot":
+        return list(read_split(config, "shots", language))
+    if config.setting == "zero_shot":
+        return list(read_split(config, "train", "en", config.train_limit))
+    wanted = [language] if language else languages_of(config)
+    paths = [read_split(config, "train", code, config.train_limit) for code in wanted]
+    if len({reading.path for reading in paths}) < len(paths) or (language and language != "en" and "{language}" not in
+                                                                 find_task(config).split("train", language).path):  # fmt: skip
+        raise UserError(f"{config.task}: its training file is English only; setting={config.setting} has nothing to train on")
+    return [example for reading in paths for example in reading]
+
+
+def labels_of(config: FinetuneConfig) -> tuple[str, ...]:
+    """The classes: the task's own, its answer file's, or the most frequent answers of the English training file.
+
+    Raises:
+        UserError: no answer anywhere.
+    """
+    task = find_task(config)
+    if task.labels:
+        return task.labels
+    files = [Path(config.data) / name for name in task.answers]
+    found = next((file for file in files if file.is_file()), None)
+    if found and config.answers is None:
+        return read_answers(found)
+    counts: Counter[str] = Counter()
+    for example in read_split(config, "train", "en", config.train_limit):
+        counts.update(example.labels)
+    if not counts:
+        raise UserError(f"{config.data}: no answers in the training file of {config.task}")
+    return tuple(answer for answer, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: config.answers])
+
+
+def with_known_answers(examples: list[Example], labels: tuple[str, ...]) -> tuple[list[Example], int]:
+    """(examples of which an answer is among `labels`, how many are not): these train nothing, and are counted."""
+    known = frozenset(labels)
+    kept = [e for e in examples if not known.isdisjoint(e.labels)]
+    return kept, len(examples) - len(kept)
+
+
+def merge(items: list[Captioned]) -> list[Captioned]:
+    """One item a picture: lines that speak of the same one come together."""
+    captions: dict[str, tuple[str, ...]] = {}
+    for item in items:
+        captions[item.image] = captions.get(item.image, ()) + item.captions
+    return [Captioned(image, texts) for image, texts in captions.items()]
+
+
+def open_seen(config: FinetuneConfig, size: int) -> Pixels | RegionFeatures:
+    """The pictures, or the region features in their place."""
+    if config.regions:
+        return RegionFeatures(open_regions(config.regions))
+    folder = Path(config.data)
+    default = folder / "images.tar" if (folder / "images.tar").is_file() else folder / "images"
+    return Pixels(open_pictures(config.images or default), size, config.augment)

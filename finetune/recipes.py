@@ -1,0 +1,73 @@
+"""Recipes: functions that return a config, one for each row that a paper published. `python -m finetune --help` lists them.
+
+P2 is Li et al. 2023, `UNIMODAL` its frozen modules (tables 7 and 8); IGLUE is Bugliarello et al. 2022.
+"""
+
+from collections.abc import Callable
+
+from finetune.config import FinetuneConfig
+from raylib.optim import OptimConfig
+
+UNIMODAL = ("embeddings", "text", "vision")
+P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)
+IGLUE = OptimConfig(weight_decay=1e-4, warmup=0.1, eps=1e-6)
+SCENES = ("en", "ar", "bn", "de", "es", "fr", "id", "ko", "pt", "ru", "zh")
+
+
+def _p2(name: str, where: str, task: str, lr: float, batch: int, epochs: int, length: int, candidates: int = 0, **more):
+    """A row of P2's tables 7 and 8: 384 pixels, batch over all workers."""
+    config = FinetuneConfig(
+        name=name, task=task, batch=batch, epochs=epochs, length=length, candidates=candidates, image_size=384, workers=8,
+        optim=P2.model_copy(update={"lr": lr}), method="frozen unimodal encoders" if more.get("freeze") else "full fine-tuning",
+        **more,
+    )  # fmt: skip
+    return _named(config, f"P2 {where}: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
+
+
+def _iglue(name: str, task: str, lr: float, batch: int, epochs: int, length: int, **more):
+    config = FinetuneConfig(
+        name=name, task=task, batch=batch, epochs=epochs, length=length, workers=4,
+        optim=IGLUE.model_copy(update={"lr": lr}), **more,
+    )  # fmt: skip
+    return _named(config, f"IGLUE's protocol: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
+
+
+def _scenes(task: str, **more):
+    """Emoji scenes in the format of `task`, on two CPU cores."""
+    base = {"epochs": 6, "batch": 64, "lr": 5e-4, "length": 40}
+    given = {**base, **more}
+    config = FinetuneConfig(
+        name=f"scenes_{task}", task=task, workers=1, runtime="local", epochs=given["epochs"], batch=given["batch"],
+        length=given["length"], candidates=16, optim=OptimConfig(lr=given["lr"], weight_decay=0.05, warmup=0.1),
+        languages=given.get("languages", ()), freeze=given.get("freeze", ()), method=given.get("method", "full fine-tuning"),
+        data="runs/scenes", model="runs/e5_model",
+    )  # fmt: skip
+    return _named(config, f"emoji scenes as {task}, on 2 CPU cores: {config.method}")
+
+
+def _named(config: FinetuneConfig, summary: str) -> Callable[[], FinetuneConfig]:
+    def recipe() -> FinetuneConfig:
+        return config
+
+    recipe.__doc__ = summary
+    return recipe
+
+
+RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
+    "p2_xvnli": _p2("p2_xvnli", "table 7", "xvnli", 2e-5, 512, 10, 40, freeze=UNIMODAL),
+    "p2_xgqa": _p2("p2_xgqa", "table 7", "xgqa", 3e-5, 512, 10, 40, freeze=UNIMODAL),
+    "p2_xflickrco": _p2("p2_xflickrco", "table 7", "xflickrco", 2e-5, 96, 10, 50, candidates=16),
+    "p2_wit": _p2("p2_wit", "table 7", "wit", 2e-5, 96, 10, 50, candidates=16),
+    "p2_marvl": _p2("p2_marvl", "table 8", "marvl", 4e-5, 256, 10, 40, freeze=UNIMODAL),
+    "p2_xnli": _p2("p2_xnli", "table 8", "xnli", 4e-5, 1024, 10, 50, freeze=UNIMODAL),
+    "p2_snli_xvnli": _p2("p2_snli_xvnli", "table 8", "snli_xvnli", 4e-5, 1024, 10, 50, freeze=UNIMODAL),
+    "iglue_xgqa": _iglue("iglue_xgqa", "xgqa", 4e-5, 256, 5, 40, loss="bce"),
+    "iglue_xvnli": _iglue("iglue_xvnli", "xvnli", 2e-5, 128, 10, 80),
+    "iglue_xflickrco": _iglue("iglue_xflickrco", "xflickrco", 2e-5, 64, 10, 80),
+    "iglue_marvl": _iglue("iglue_marvl", "marvl", 1e-5, 64, 20, 80),
+    "iglue_wit": _iglue("iglue_wit", "wit", 2e-5, 64, 2, 80),
+    "scenes_xgqa": _scenes("xgqa"),
+    "scenes_xvnli": _scenes("xvnli"),
+    "scenes_xflickrco": _scenes("xflickrco", languages=SCENES),
+    "scenes_marvl": _scenes("marvl", languages=SCENES),
+}

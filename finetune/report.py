@@ -1,0 +1,141 @@
+"""What a run leaves for people: `result.json`, a Markdown table, a picture; and runs side by side."""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from finetune.config import FinetuneConfig
+from finetune.data import find_task
+from raylib.checkpoint import write_atomically
+from raylib.errors import UserError
+from raylib.metrics import RANKS, mean
+
+RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in RANKS)
+
+
+def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """`result.json`: what the parts of a run came to. `accuracy` (or the recalls under `retrieval`) by language, their
+    mean over the targets, the gap from English to it, and accuracy by question type."""
+    figures = {code: values for part in parts for code, values in part["languages"].items()}
+    retrieval = find_task(config).kind == "retrieval"
+    scores = {code: values["mean_recall" if retrieval else "accuracy"] for code, values in figures.items()}
+    targets = [score for code, score in scores.items() if code != "en"]
+    first = parts[0]
+    result = {
+        "run": config.name, "task": config.task, "setting": config.setting, "split": config.split, "method": config.method,
+        "seed": config.fit.seed, "model": config.model, "params": first.get("params"), "trainable": first.get("trainable"),
+        "sparsity": 0.0, "steps": sum(part.get("steps", 0) for part in parts),
+        "seconds": sum(part.get("seconds", 0.0) for part in parts),
+        "retrieval" if retrieval else "accuracy": figures if retrieval else scores,
+        "mean_targets": mean(targets) if targets else None,
+        "gap": scores["en"] - mean(targets) if targets and "en" in scores else None,
+        "by_type": {code: values["by_type"] for code, values in figures.items() if values.get("by_type")},
+    }  # fmt: skip
+    if not retrieval:
+        kept = ("n", "predictions", "unlabelled", "unknown_answers")
+        result["counts"] = {code: {name: values[name] for name in kept} for code, values in figures.items()}
+        result["unknown_training_answers"] = sum(part.get("unknown_training_answers", 0) for part in parts)
+        bleu = {code: values["bleu"] for code, values in figures.items() if "bleu" in values}
+        result |= {"bleu": bleu} if bleu else {}
+    return result
+
+
+def scores_of(result: dict[str, Any]) -> dict[str, float]:
+    """The one figure of each language: accuracy, or mean recall."""
+    if "accuracy" in result:
+        return result["accuracy"]
+    return {code: figures["mean_recall"] for code, figures in result["retrieval"].items()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: a line a language, in %; the mean of the targets, the gap to English, and what was counted."""
+    kinds = sorted({kind for by in result["by_type"].values() for kind in by})
+    columns = list(RECALLS) if "retrieval" in result else kinds
+    head = ["language", "mean recall" if "retrieval" in result else "accuracy", *(c.replace("_r", " R@") for c in columns)]
+    details = result.get("retrieval") or result["by_type"]
+    rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for code, score in scores_of(result).items():
+        rows.append([code, _percent(score), *(_percent(details.get(code, {}).get(c)) for c in columns)])
+    if result["mean_targets"] is not None:
+        others = [code for code in scores_of(result) if code != "en"]
+        means = [mean(details[code][c] for code in others if c in details.get(code, {})) for c in columns]
+        rows.append(["mean of the targets", _percent(result["mean_targets"]), *map(_percent, means)])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", _notes(result)])
+
+
+def _notes(result: dict[str, Any]) -> str:
+    notes = [f"{result['task']} ({result['split']} split), {result['setting']}, {result['method']}, seed {result['seed']}"]
+    if result["gap"] is not None:
+        notes.append(f"gap to English {_percent(result['gap'])}")
+    for name, what in (("unlabelled", "without a label"), ("unknown_answers", "whose answers are no class")):
+        counted = {code: c[name] for code, c in result.get("counts", {}).items() if c[name]}
+        if counted:
+            notes.append(f"examples {what}: " + ", ".join(f"{code} {n}" for code, n in counted.items()))
+    if result.get("unknown_training_answers"):
+        notes.append(f"training examples left out, whose answers are no class: {result['unknown_training_answers']}")
+    return "; ".join(notes)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def write(run: Path, result: dict[str, Any]) -> None:
+    """`result.json`, `result.md` and `result.png` into the run's folder."""
+    draw(result, run / "result.png")
+    (run / "result.md").write_text(table(result) + "\n", encoding="utf-8")
+    write_atomically(run / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """A bar a language, English set apart, and a line at the mean of the targets."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    scores = scores_of(result)
+    figure, axes = pyplot.subplots(figsize=(1.5 + 0.6 * len(scores), 3.6), layout="constrained")
+    axes.bar(list(scores), [100 * s for s in scores.values()], color=["tab:orange" if c == "en" else "tab:blue" for c in scores])
+    if result["mean_targets"] is not None:
+        axes.axhline(100 * result["mean_targets"], color="black", linewidth=1, linestyle="--", label="mean of the targets")
+        axes.legend(fontsize=8)
+    what = "mean recall" if "retrieval" in result else "accuracy"
+    axes.set(ylabel=f"{what}, %", ylim=(0, 100), title=f"{result['task']}: {result['method']}")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """The result of a finished run."""
+    try:
+        return json.loads((run / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{run}/result.json: not read ({e}); give finished runs") from None
+
+
+def compare(results: Iterable[dict[str, Any]]) -> str:
+    """Markdown: runs of one task, setting, method and model side by side; mean and standard deviation over their seeds."""
+    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        groups[result["task"], result["setting"], result["method"], Path(result["model"]).name].append(result)
+    codes = list(dict.fromkeys(code for group in groups.values() for r in group for code in scores_of(r)))
+    head = ["task", "setting", "method", "model", "seeds", *codes, "mean of the targets", "gap"]
+    rows = [head, ["---"] * 4 + ["---:"] * (len(head) - 4)]
+    for key, group in groups.items():
+        cells = [_spread([scores_of(r).get(code) for r in group]) for code in codes]
+        ends = [_spread([r[name] for r in group]) for name in ("mean_targets", "gap")]
+        rows.append([*key, str(len({r["seed"] for r in group})), *cells, *ends])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _spread(values: list[float | None]) -> str:
+    """Mean and, of two or more, standard deviation, in %."""
+    known = [100 * v for v in values if v is not None]
+    if not known:
+        return ""
+    return f"{mean(known):.1f}" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")

@@ -1,0 +1,129 @@
+"""Two-stage retrieval (paper 2, appendix B.2.3; ALBEF): the unimodal encoders choose K candidates of each query, the ITM
+head ranks them. Every picture and every sentence is encoded once, so the cost grows with N + N K and not with N^2.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from finetune.batches import encode_texts
+from finetune.examples import Captioned
+from finetune.pictures import Encoded, Pixels, encode_pictures
+from raylib.collective import world_size
+from raylib.data.states import States, write_states
+from raylib.metrics import RANKS, mean
+from raylib.model.encoder import Condition
+from raylib.model.unified import UnifiedModel
+from raylib.ragged import Ragged, first_tokens
+from raylib.text import Tokenizer
+
+SENTENCES, PAIRS = 256, 512  # encoded, or ranked, at a time
+
+
+def retrieve(
+    model: UnifiedModel, items: Sequence[Captioned], pictures: Pixels | Encoded, tokenizer: Tokenizer, length: int,
+    candidates: int, folder: Path, bf16: bool = False,
+) -> dict[str, Any]:
+    """Recall of one language's pictures and captions both ways; all workers together, all return the same.
+
+    candidates: K; 0 ranks every pair. folder: for states, gone afterwards; all workers must see it.
+    Returns:
+        {"i2t_r1" ... "t2i_r10", "mean_recall", "n": pictures, "captions", "chance_r1", "pairs": how many were ranked}.
+    """
+    ranker = _Ranker(model, items, pictures, tokenizer, length, folder, bf16)
+    try:
+        i2t, i2t_pairs = ranker.recalls(ranker.image_vectors, ranker.text_vectors, candidates, image_asks=True)
+        t2i, t2i_pairs = ranker.recalls(ranker.text_vectors, ranker.image_vectors, candidates, image_asks=False)
+    finally:
+        if world_size() > 1:
+            dist.barrier()
+        if _rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    figures = {f"i2t_r{k}": v for k, v in i2t.items()} | {f"t2i_r{k}": v for k, v in t2i.items()}
+    return {
+        **figures, "mean_recall": mean(figures.values()), "n": len(items), "captions": len(ranker.owner),
+        "chance_r1": 1 / len(items), "pairs": i2t_pairs + t2i_pairs,
+    }  # fmt: skip
+
+
+class _Ranker:
+    """States and unit vectors of all pictures and captions."""
+
+    def __init__(self, model, items, pictures, tokenizer: Tokenizer, length: int, folder: Path, bf16: bool):
+        self.model, self.bf16, self.device = model.eval(), bf16, model.match_head.weight.device
+        self.names = [item.image for item in items]
+        texts = [caption for item in items for caption in item.captions]
+        self.owner = torch.tensor([i for i, item in enumerate(items) for _ in item.captions])
+        self.keys = [str(i) for i in range(len(texts))]
+        if isinstance(pictures, Encoded):
+            self.images: States = pictures.states
+        else:
+            self.images = encode_pictures(model, pictures, self.names, folder / "images", bf16)
+
+        def encode(keys: Sequence[str]) -> Ragged:
+            ids = encode_texts([texts[int(key)] for key in keys], tokenizer, length)
+            ids = ids.with_values(ids.values.to(self.device))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                states = model.encode_text(ids)
+            return ids.with_values(states.float())
+
+        with torch.inference_mode():
+            self.texts = write_states(folder / "texts", self.keys, encode, SENTENCES)
+            self.image_vectors = self._vectors(self.images, self.names, model.embed_images)
+            self.text_vectors = self._vectors(self.texts, self.keys, model.embed_text)
+
+    def _vectors(self, states: States, names: Sequence[str], embed) -> Tensor:
+        parts = []
+        for start in range(0, len(names), SENTENCES):
+            rows = states.read(names[start : start + SENTENCES])
+            parts.append(embed(rows.values[rows.starts].to(self.device).float()).float().cpu())
+        return torch.cat(parts)
+
+    def recalls(self, queries: Tensor, keys: Tensor, candidates: int, image_asks: bool) -> tuple[dict[int, float], int]:
+        """({k: recall@k}, pairs ranked) of all queries; this worker ranks every world-th one."""
+        count = min(candidates or len(keys), len(keys))
+        mine = torch.arange(_rank(), len(queries), world_size())
+        hits = torch.zeros(len(RANKS), dtype=torch.int64)
+        for chunk in mine.split(max(1, PAIRS // count)):
+            similar = queries[chunk] @ keys.T
+            chosen = similar.topk(count, dim=1).indices
+            match = self._match(chunk, chosen, image_asks)
+            # candidates first, by the ITM head; then the others, by similarity, which is at most 1
+            final = (similar - 4).scatter(1, chosen, match)
+            own = self.owner[None] == chunk[:, None] if image_asks else torch.arange(len(keys))[None] == self.owner[chunk, None]
+            best = final.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+            ahead = ((final >= best) & ~own).sum(1)  # a tie counts as ahead: a collapsed model scores 0
+            hits += torch.stack([(ahead < k).sum() for k in RANKS])
+        if world_size() > 1:
+            hits = hits.to(self.device)
+            dist.all_reduce(hits)
+        return {k: int(h) / len(queries) for k, h in zip(RANKS, hits, strict=True)}, len(queries) * count
+
+    @torch.inference_mode()
+    def _match(self, queries: Tensor, chosen: Tensor, image_asks: bool) -> Tensor:
+        """(q, K) probability that query and candidate belong together."""
+        asked = queries[:, None].expand_as(chosen)
+        image, text = (asked, chosen) if image_asks else (chosen, asked)
+        out = []
+        for images, texts in zip(image.flatten().split(PAIRS), text.flatten().split(PAIRS), strict=True):
+            seen, rows = images.unique(return_inverse=True)
+            condition = self._states(self.images, [self.names[i] for i in seen])
+            said = self._states(self.texts, [self.keys[i] for i in texts])
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                cls = self.model.fuse(said, first_tokens(said.lengths), Condition(condition, rows))
+                logits = self.model.match_head(cls)
+            out.append(logits.float().softmax(1)[:, 1].cpu())
+        return torch.cat(out).view_as(chosen)
+
+    def _states(self, states: States, names: list[str]) -> Ragged:
+        rows = states.read(names)
+        return rows.with_values(rows.values.to(self.device).float())
+
+
+def _rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
