@@ -40,7 +40,7 @@ class FinetuneConfig(LaunchConfig):
     regions: str | None = None
     setting: Setting = "zero_shot"
     split: Literal["test", "few_shot_test"] = "test"
-    shots: str = "5"
+    shots: int | str = 5
     languages: tuple[str, ...] = ()
     method: str = "full fine-tuning"
     answers: PositiveInt | None = None

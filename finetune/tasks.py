@@ -51,7 +51,7 @@ class Task(NamedTuple):
             raise UserError(f"this task has no split '{name}'; it has {', '.join(sorted(self.splits))}")
         return found
 
-    def path(self, folder: Path, name: str, language: str, shots: str = "") -> Path:
+    def path(self, folder: Path, name: str, language: str, shots: int | str = "") -> Path:
         """Where the split lies under the data folder."""
         return folder / self.split(name, language).path.format(language=language, shots=shots)
 

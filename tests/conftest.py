@@ -54,3 +54,14 @@ def mini(tmp_path, corpus, retrieval_set):
         return override(RECIPES[recipe](), [*MINI, *own, *settings])
 
     return build
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A small miniature IGLUE."""
+    from finetune.scenes.__main__ import make
+    from finetune.scenes.write import ScenesConfig
+
+    folder = tmp_path_factory.mktemp("scenes") / "scenes"
+    make(folder, ScenesConfig(train=60, dev=12, test=60, shots=5))
+    return folder

