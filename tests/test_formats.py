@@ -1,0 +1,155 @@
+"""Readers against small files in the official formats."""
+
+import gzip
+import json
+import pickle
+import tracemalloc
+
+import pytest
+
+from finetune.examples import Captioned, Example
+from finetune.formats import captions, gqa, nli, pairs
+from finetune.formats.stream import read_items
+from raylib.errors import UserError
+
+
+def lines(path, *records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def write(path, value):
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+GQA = {"02": {"question": "Is it?", "answer": "yes", "imageId": "n16", "isBalanced": True, "types": {"structural": "verify"}}}
+XVNLI = {"gold_label": "neutral", "sentence1": "A man.", "sentence2": "Ein Mann.", "captionID": "1.jpg#0", "pairID": "1.jpg#0r1n",
+         "Flikr30kID": "1"}  # fmt: skip
+MARVL = {"concept": "1-Angsa", "language": "id", "caption": "Dua.", "left_img": "1-5.jpg", "right_img": "1-6.jpg",
+         "chapter": "Animal", "id": "id-0", "label": False}  # fmt: skip
+NLVR2 = {"sentence": "Two dogs.", "identifier": "dev-850-0-1", "label": "True"}
+FLICKR = {"sentences": ["a", "b"], "id": "7", "img_path": "7.jpg"}
+WIT = {"wit_ix": 12, "caption_reference_description": "A church", "image_url": "u", "page_url": "p", "language": "et"}
+
+
+def test_gqa_in_both_forms(tmp_path):
+    assert list(gqa.read_gqa(write(tmp_path / "a.json", GQA))) == [Example("02", ("Is it?",), ("n16",), {"yes": 1.0}, "verify")]
+    listed = [{"img_id": "n1", "label": {"cat": 1, "dog": 0.3}, "question_id": 5, "sent": "What?"}, {"img_id": "n2",
+              "question_id": 6, "sent": "Who?"}]  # fmt: skip
+    found = list(gqa.read_gqa(write(tmp_path / "b.json", listed)))
+    assert found == [Example("5", ("What?",), ("n1",), {"cat": 1.0, "dog": 0.3}), Example("6", ("Who?",), ("n2",), {})]
+
+
+def test_nli(tmp_path):
+    found = list(nli.read_xvnli(lines(tmp_path / "x.jsonl", XVNLI, {**XVNLI, "gold_label": "-"})))
+    assert found[0] == Example("1.jpg#0r1n", ("Ein Mann.",), ("1",), {"neutral": 1.0}) and found[1].labels == {}
+    snli = {"gold_label": "entailment", "sentence1": "A", "sentence2": "B", "pairID": "p"}
+    assert list(nli.read_snli(lines(tmp_path / "s.jsonl", snli))) == [Example("p", ("A", "B"), (), {"entailment": 1.0})]
+    table = "language\tgold_label\tsentence1\tsentence2\tpairID\nar\tneutral\tA\tB\t1\nde\tcontradiction\tC\tD\t2\n"
+    (tmp_path / "xnli.tsv").write_text(table)
+    assert list(nli.read_xnli(tmp_path / "xnli.tsv", "de")) == [Example("2", ("C", "D"), (), {"contradiction": 1.0})]
+    with pytest.raises(UserError, match="no row in language 'sw'"):
+        list(nli.read_xnli(tmp_path / "xnli.tsv", "sw"))
+    (tmp_path / "multi.tsv").write_text("premise\thypo\tlabel\nA\tB\tcontradictory\n")
+    assert next(nli.read_multinli(tmp_path / "multi.tsv")).labels == {"contradiction": 1.0}
+
+
+def test_pairs(tmp_path):
+    assert list(pairs.read_nlvr2(lines(tmp_path / "n.jsonl", NLVR2))) == [
+        Example("dev-850-0-1", ("Two dogs.",), ("dev-850-0-img0", "dev-850-0-img1"), {"True": 1.0})
+    ]
+    assert list(pairs.read_marvl(lines(tmp_path / "m.jsonl", MARVL))) == [
+        Example("id-0", ("Dua.",), ("1-5.jpg", "1-6.jpg"), {"False": 1.0}, "Animal")
+    ]
+
+
+def test_captions(tmp_path):
+    assert list(captions.read_flickr(lines(tmp_path / "f.jsonl", FLICKR))) == [Captioned("7.jpg", ("a", "b"))]
+    assert list(captions.read_wit(lines(tmp_path / "w.jsonl", WIT))) == [Captioned("12", ("A church",))]
+
+
+READERS = [
+    (gqa.read_gqa, "a.json", {"02": GQA["02"]}), (nli.read_xvnli, "x.jsonl", XVNLI), (pairs.read_marvl, "m.jsonl", MARVL),
+    (pairs.read_nlvr2, "n.jsonl", NLVR2), (captions.read_flickr, "f.jsonl", FLICKR), (captions.read_wit, "w.jsonl", WIT),
+]  # fmt: skip
+NEEDED = {"a.json": "imageId", "x.jsonl": "gold_label", "m.jsonl": "left_img", "n.jsonl": "identifier", "f.jsonl": "img_path",
+          "w.jsonl": "caption_reference_description"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("read", "name", "record"), READERS)
+def test_a_missing_field_is_named_with_file_and_place(tmp_path, read, name, record):
+    field, path = NEEDED[name], tmp_path / name
+    if name == "a.json":
+        write(path, {"02": {k: v for k, v in record["02"].items() if k != field}})
+    else:
+        lines(path, record, {k: v for k, v in record.items() if k != field})
+    with pytest.raises(UserError) as e:
+        list(read(path))
+    assert f"'{field}'" in str(e.value) and ("02" if name == "a.json" else f"{name}:2") in str(e.value)
+
+
+def test_an_unknown_label_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"x.jsonl:1: unknown label 'entailed'"):
+        list(nli.read_xvnli(lines(tmp_path / "x.jsonl", {**XVNLI, "gold_label": "entailed"})))
+    with pytest.raises(UserError, match="neither True nor False"):
+        list(pairs.read_nlvr2(lines(tmp_path / "n.jsonl", {**NLVR2, "label": "maybe"})))
+
+
+@pytest.mark.parametrize("text", ['{"1": {"a": 1}, "2": {', '{"1" 2}', "[1, 2", "3", '{"1": 2} '[:7]])
+def test_broken_json_is_one_line(tmp_path, text):
+    (tmp_path / "b.json").write_text(text)
+    with pytest.raises(UserError, match="b.json: broken JSON after"):
+        list(read_items(tmp_path / "b.json"))
+
+
+def test_streaming_equals_loading(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.formats.stream.CHUNK", 7)  # members across many chunks
+    values = {f"k{i}": {"text": "ä" * (i % 23), "number": i * 1.5, "list": [1, [], {}]} for i in range(50)}
+    (tmp_path / "o.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
+    assert dict(read_items(tmp_path / "o.json")) == values
+    with gzip.open(tmp_path / "l.json.gz", "wt") as file:
+        json.dump([1, 22, 333, 4444444444], file)
+    assert [v for _, v in read_items(tmp_path / "l.json.gz")] == [1, 22, 333, 4444444444]
+    write(tmp_path / "empty.json", {})
+    assert list(read_items(tmp_path / "empty.json")) == []
+
+
+def test_memory_stays_small_whatever_the_file(tmp_path):
+    with open(tmp_path / "big.json", "w") as file:
+        file.write("{" + ",".join(json.dumps({str(i): GQA["02"]})[1:-1] for i in range(100_000)) + "}")
+    tracemalloc.start()
+    count = sum(1 for _ in gqa.read_gqa(tmp_path / "big.json"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 100_000 and peak < 3e6
+
+
+def test_answers_from_json_and_pickles(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"no": 1, "yes": 0}))
+    (tmp_path / "l.pkl").write_bytes(pickle.dumps(["yes", "no"], protocol=2))
+    for path in (tmp_path / "a.pkl", tmp_path / "l.pkl", write(tmp_path / "l.json", ["yes", "no"])):
+        assert gqa.read_answers(path) == ("yes", "no")
+    with pytest.raises(UserError, match=r"not 0 ... 1"):
+        gqa.read_answers(write(tmp_path / "bad.json", {"yes": 0, "no": 2}))
+
+
+class Evil:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch evil",)
+
+
+def test_a_pickle_that_runs_something_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps([Evil()]))
+    with pytest.raises(UserError, match="only plain values are read"):
+        gqa.read_answers(tmp_path / "evil.pkl")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_labels_in_another_order_are_both_named():
+    nli.check_labels(nli.LABELS, list(nli.LABELS), "x")
+    with pytest.raises(UserError, match="config.json: the same labels in another order.*contradiction, entailment, neutral"):
+        nli.check_labels(nli.LABELS, ("contradiction", "entailment", "neutral"), "config.json")
