@@ -1,0 +1,263 @@
+"""The fine-tuned model, its evaluation and its metrics, each against a slow reference."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.batches import CaptionBatches, ExampleBatches
+from finetune.data import merge, with_known_answers
+from finetune.evaluate import evaluate
+from finetune.examples import Captioned, Example
+from finetune.formats import gqa
+from finetune.metrics import Bleu, score
+from finetune.model import FinetuneModel, freeze, resize
+from finetune.objective import ClassificationObjective
+from finetune.pictures import Encoded, Pixels, encode_pictures
+from finetune.retrieval import retrieve
+from finetune.stores import open_pictures
+from finetune.tasks import TASKS
+from raylib.errors import UserError
+from raylib.model.encoder import Condition
+from raylib.ragged import Ragged
+from raylib.sample.concepts import DATA
+from raylib.text import Tokenizer
+from tests import reference
+from tests.made import make_model
+from tests.test_collective import run_workers
+
+TOKENIZER = DATA / "tokenizer.model"
+
+
+def small_model(labels=("no", "yes", "maybe"), pictures=1, regions=None, dtype=torch.float32) -> FinetuneModel:
+    unified = make_model(vocabulary=12000, positions=64, dtype=torch.float32)
+    return FinetuneModel(unified, labels, pictures, 0.0, regions).to(dtype).eval()
+
+
+def retriever(dtype=torch.float32):
+    return make_model(vocabulary=12000, positions=64, dtype=dtype).eval()
+
+
+def pixels(scenes) -> Pixels:
+    return Pixels(open_pictures(scenes / "images.tar"), 16)
+
+
+def questions(scenes, language="en") -> list[Example]:
+    return list(gqa.read_gqa(scenes / f"xGQA/annotations/zero_shot/testdev_balanced_questions_{language}.json"))
+
+
+def captions(scenes, language="en") -> list[Captioned]:
+    split = TASKS["xflickrco"].split("test", language)
+    return list(split.read(scenes / split.path.format(language=language)))
+
+
+def test_grounding_against_the_slow_reference(scenes):
+    """One example at a time, by loops: two pictures side by side."""
+    model = small_model(pictures=2, dtype=torch.float64)
+    ids = Ragged(torch.randint(5, 12000, (9,)), torch.tensor([5, 4]))
+    images = torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8)
+    logits = model({"text": ids, "images": images})
+    u = model.unified
+    for row, text in enumerate(ids.values.split([5, 4])):
+        states = reference.text_states(u, text)
+        cls = [reference.fused_states(u, states, reference.image_states(u, images[2 * row + side]))[0] for side in range(2)]
+        torch.testing.assert_close(logits[row], model.head(torch.cat(cls)[None])[0])
+
+
+def test_a_premise_grounds_like_a_translation(scenes):
+    model = small_model(dtype=torch.float64)
+    ids, premise = (Ragged(torch.randint(5, 12000, (7,)), torch.tensor(n)) for n in ([3, 4], [5, 2]))
+    logits = model({"text": ids, "premise": premise})
+    u = model.unified
+    for row, (text, other) in enumerate(zip(ids.values.split([3, 4]), premise.values.split([5, 2]), strict=True)):
+        state = reference.fused_states(u, reference.text_states(u, text), reference.text_states(u, other))[0]
+        torch.testing.assert_close(logits[row], model.head(state[None])[0])
+
+
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+def test_the_loss_by_hand(loss):
+    model = small_model(dtype=torch.float64)
+    premise = Ragged(torch.arange(5, 11), torch.tensor([4, 2]))
+    part = {"text": Ragged(torch.randint(5, 12000, (6,)), torch.tensor([3, 3])), "premise": premise,
+            "answer": torch.tensor([2, 0]), "scores": torch.tensor([[0, 0.3, 1], [0.6, 0, 0]])}  # fmt: skip
+    value, terms = ClassificationObjective(model, loss)({"examples": part})
+    logits, wanted = model(part), 0.0
+    for row in range(2):
+        if loss == "ce":
+            wanted -= float((logits[row, part["answer"][row]] - logits[row].logsumexp(0)).detach()) / 2
+        else:
+            for label in range(3):
+                p, y = float(torch.sigmoid(logits[row, label])), float(part["scores"][row, label])
+                wanted -= (y * np.log(p) + (1 - y) * np.log(1 - p)) / 2
+    assert float(value) == pytest.approx(wanted, rel=1e-5) and float(terms["task"]) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_score_by_hand():
+    lines = [
+        {"prediction": "cat", "labels": {"cat": 1.0}, "kind": "query"},
+        {"prediction": "dog", "labels": {"cat": 1.0, "dog": 0.3}, "kind": "query"},
+        {"prediction": "yes", "labels": {"no": 1.0}, "kind": "verify"},
+        {"prediction": "yes", "labels": {"blue": 1.0}, "kind": "verify"},  # blue is no class
+        {"prediction": "yes", "labels": {}, "kind": "verify"},
+    ]
+    result = score(lines, frozenset({"cat", "dog", "yes", "no"}))
+    assert result["accuracy"] == pytest.approx(1.3 / 4) and result["n"] == 4
+    assert result["by_type"] == {"query": pytest.approx(0.65), "verify": 0.0} and result["n_by_type"] == {"query": 2, "verify": 2}
+    assert result["unlabelled"] == 1 and result["unknown_answers"] == 1
+
+
+def test_bleu_is_nltks():
+    from nltk.translate.bleu_score import corpus_bleu
+
+    pairs = [("the cat sat on the mat today", ["the cat sat on a mat", "a cat is on the mat today"]),
+             ("two dogs run in the park", ["two dogs run in a park now"])]  # fmt: skip
+    bleu = Bleu("en")
+    for sentence, references in pairs:
+        bleu.add(sentence, references)
+    wanted = corpus_bleu([[r.split() for r in references] for _, references in pairs], [s.split() for s, _ in pairs])
+    assert bleu.value() == pytest.approx(wanted) and 0 < wanted < 1
+    assert Bleu("ja").cut("猫が窓の外を見ている") == ["猫", "が", "窓", "の", "外", "を", "見", "て", "いる"]
+    assert Bleu("zh").cut("猫 在看") == ["猫", "在", "看"]
+    empty = Bleu("en")
+    empty.add("a", ["b"])
+    assert empty.value() == 0.0
+
+
+def slow_recalls(model, items, pictures, tokenizer, candidates):
+    """Every pair by itself, then two loops; nothing is cached."""
+    texts = [(i, c) for i, item in enumerate(items) for c in item.captions]
+    similar, match = np.zeros((len(items), len(texts))), np.zeros((len(items), len(texts)))
+    with torch.inference_mode():
+        for i, item in enumerate(items):
+            image = model.encode_images(pictures.read([item.image])["images"])
+            for t, (_, caption) in enumerate(texts):
+                ids = torch.tensor([tokenizer.cls, *tokenizer.encode([caption])[0].tolist(), tokenizer.sep])
+                text = Ragged(ids, torch.tensor([len(ids)]))
+                states = text.with_values(model.encode_text(text))
+                vectors = model.embed_images(image.values[:1]), model.embed_text(states.values[:1])
+                similar[i, t] = float((vectors[0] * vectors[1]).sum())
+                cls = model.fuse(states, None, Condition(image, torch.tensor([0])))[:1]
+                match[i, t] = float(model.match_head(cls).softmax(1)[0, 1])
+    figures = {}
+    for way, asks in (("i2t", range(len(items))), ("t2i", range(len(texts)))):
+        ranks = []
+        for q in asks:
+            row, m = (similar[q], match[q]) if way == "i2t" else (similar[:, q], match[:, q])
+            own = {t for t, (o, _) in enumerate(texts) if o == q} if way == "i2t" else {texts[q][0]}
+            order = sorted(range(len(row)), key=lambda k: -row[k])
+            k = candidates or len(order)
+            order = sorted(order[:k], key=lambda k: -m[k]) + order[k:]
+            ranks.append(min(order.index(o) for o in own))
+        for k in (1, 5, 10):
+            figures[f"{way}_r{k}"] = sum(r < k for r in ranks) / len(ranks)
+    return figures
+
+
+@pytest.mark.parametrize("candidates", [0, 3, 12])
+def test_two_stage_retrieval_equals_scoring_every_pair(scenes, tmp_path, candidates):
+    model, tokenizer, seen = retriever(), Tokenizer.load(TOKENIZER), pixels(scenes)
+    items = captions(scenes)[:20]
+    items[3] = Captioned(items[3].image, (*items[3].captions, "another one"))
+    found = retrieve(model, items, seen, tokenizer, 40, candidates, tmp_path / "states")
+    wanted = slow_recalls(model, items, seen, tokenizer, candidates)
+    assert {k: found[k] for k in wanted} == pytest.approx(wanted)
+    per_image, per_text = (candidates or 21), (candidates or 20)
+    assert found["pairs"] == 20 * per_image + 21 * per_text  # N K, and not N^2
+    assert found["mean_recall"] == pytest.approx(np.mean(list(wanted.values())))
+    assert not (tmp_path / "states").exists()
+
+
+def evaluate_share(rank, world, scenes, folder):
+    tokenizer = Tokenizer.load(TOKENIZER)
+    model = small_model(labels=gqa.read_answers(scenes / "gqa/annotations/trainval_label2ans.json"))
+    sets = {code: questions(scenes, code) * 4 for code in ("en", "ko")}
+    scores = evaluate(model, sets, pixels(scenes), tokenizer, 40, folder)
+    found = retrieve(retriever(), captions(scenes), pixels(scenes), tokenizer, 40, 5, folder / "states")
+    return scores, found
+
+
+def test_any_number_of_workers_gives_the_same_numbers(scenes, tmp_path):
+    alone = evaluate_share(0, 1, scenes, tmp_path / "1")
+    assert alone[0]["ko"]["n"] == alone[0]["ko"]["predictions"] == 240
+    for world in (2, 3):
+        for result in run_workers(evaluate_share, world, scenes, tmp_path / str(world)):
+            assert result == alone
+        for code in ("en", "ko"):
+            assert (tmp_path / str(world) / f"{code}.jsonl").read_bytes() == (tmp_path / "1" / f"{code}.jsonl").read_bytes()
+        assert sorted(p.name for p in (tmp_path / str(world)).iterdir()) == ["en.jsonl", "ko.jsonl"]
+
+
+def test_predictions_are_those_of_the_model_one_by_one(scenes, tmp_path):
+    model, tokenizer, examples = small_model(), Tokenizer.load(TOKENIZER), questions(scenes)[:10]
+    evaluate(model, {"en": examples}, pixels(scenes), tokenizer, 40, tmp_path)
+    for example, line in zip(examples, (tmp_path / "en.jsonl").read_text().splitlines(), strict=True):
+        ids = torch.tensor([tokenizer.cls, *tokenizer.encode([example.texts[0]])[0].tolist(), tokenizer.sep])
+        inputs = {"text": Ragged(ids, torch.tensor([len(ids)])), **pixels(scenes).read(example.images)}
+        wanted = model.labels[int(model(inputs).argmax())]
+        assert json.loads(line) == {"id": example.id, "prediction": wanted, "labels": dict(example.labels), "kind": example.kind}
+
+
+def test_encoded_pictures_equal_pictures(scenes, tmp_path):
+    model, tokenizer, examples = small_model(), Tokenizer.load(TOKENIZER), questions(scenes)
+    names = [e.images[0] for e in examples]
+    states = Encoded(encode_pictures(model.unified, pixels(scenes), names, tmp_path / "states"))
+    both = (pixels(scenes), states)
+    batches = [ExampleBatches(examples, model.labels, p, tokenizer, 40, False, 8, 0)[3]["examples"] for p in both]
+    assert batches[0]["text"].values.equal(batches[1]["text"].values) and batches[0]["answer"].equal(batches[1]["answer"])
+    torch.testing.assert_close(model(batches[0]), model(batches[1]), rtol=1e-5, atol=1e-6)
+
+
+def test_an_epoch_takes_every_example_once_whatever_the_workers(scenes):
+    tokenizer, examples = Tokenizer.load(TOKENIZER), questions(scenes)
+    whole = ExampleBatches(examples, ("no", "yes"), pixels(scenes), tokenizer, 40, False, 12, seed=3)
+    parts = [ExampleBatches(examples, ("no", "yes"), pixels(scenes), tokenizer, 40, False, 12, 3, rank, 2) for rank in (0, 1)]
+    for epoch in (0, 1):
+        taken = [n for place in range(whole.steps) for n in whole.places(epoch * whole.steps + place)[2]]
+        assert sorted(taken) == list(range(60))
+    assert list(whole.places(0)[2]) != list(whole.places(whole.steps)[2])
+    one, two = whole[4]["examples"], [p[4]["examples"] for p in parts]
+    for rank in (0, 1):
+        assert two[rank]["index"].tolist() == list(range(rank, 12, 2))
+        assert two[rank]["images"].equal(one["images"][rank::2]) and two[rank]["answer"].equal(one["answer"][rank::2])
+
+
+def test_caption_batches_pair_a_picture_with_each_caption(scenes):
+    items = [Captioned(f"ftest{i}.webp", (f"one {i}", f"two {i}")) for i in range(4)]
+    batches = CaptionBatches(items, pixels(scenes), Tokenizer.load(TOKENIZER), 40, 8, 0)
+    part = batches[0]["image_text"]
+    assert batches.steps == 1 and part["images"].shape == (8, 16, 16, 3)
+    assert len(part["image_id"].unique()) == 4 and len(part["text"].text_id.unique()) == 8
+
+
+def test_unknown_answers_are_counted_and_lines_of_one_picture_merged():
+    examples = [Example(str(i), ("q",), ("i",), labels) for i, labels in enumerate(({"yes": 1.0}, {"blue": 1.0}, {}))]
+    assert with_known_answers(examples, ("yes", "no")) == ([examples[0]], 2)
+    assert merge([Captioned("a", ("x",)), Captioned("b", ("y",)), Captioned("a", ("z",))]) == [
+        Captioned("a", ("x", "z")), Captioned("b", ("y",))
+    ]  # fmt: skip
+
+
+def test_freezing_and_resolution(scenes):
+    model = small_model()
+    freeze(model.unified, ("embeddings", "text", "vision"))
+    trainable = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad and name.startswith("unified")}
+    assert trainable == {"fusion"}
+    resize(model.unified, 32)
+    assert model.unified.encode_images(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).values.shape[0] == 17
+    with pytest.raises(UserError, match="image_size=20 is not a multiple"):
+        resize(model.unified, 20)
+
+
+def test_saving_and_loading(tmp_path):
+    model = small_model(regions=6)
+    model.save(tmp_path / "m")
+    again = FinetuneModel.from_pretrained(tmp_path / "m")
+    assert again.labels == model.labels
+    assert all(value.equal(again.state_dict()[name]) for name, value in model.state_dict().items())
+    values = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**values, "labels": ["a", "b"]}))
+    with pytest.raises(UserError, match=r"does not fit the model.*head.output.weight"):
+        FinetuneModel.from_pretrained(tmp_path / "m")
+    shutil.rmtree(tmp_path / "m")
