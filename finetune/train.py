@@ -87,6 +87,8 @@ def _check(config: FinetuneConfig) -> None:
     for language in languages_of(config):
         split = test_split(config) if language != "en" else config.split
         reading = read_split(config, split, language, 1)
+        if config.setting == "few_shot" and language != "en":
+            next(iter(read_split(config, "shots", language, 1)), None)
         if not next(iter(reading), None):
             raise UserError(f"{reading.path}: empty")
 

@@ -1,0 +1,187 @@
+"""Fine-tuning runs from the command line, on the miniature IGLUE: what they leave, resume, settings, mistakes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from finetune.__main__ import main
+from finetune.data import labels_of, read_split
+from finetune.recipes import RECIPES
+from finetune.scenes.names import labels
+from finetune.tasks import TASKS
+from finetune.train import build_model
+from raylib.config import override
+from raylib.sample.concepts import DATA
+from raylib.track import read_metrics
+from tests.made import make_model
+
+QUICK = ["batch=16", "fit.bf16=false", "fit.loader_workers=0", "fit.log_every=1"]
+FIELDS = {"run", "task", "method", "seed", "model", "params", "trainable", "sparsity", "mean_targets", "gap", "by_type"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small random model, exported."""
+    folder = tmp_path_factory.mktemp("model") / "export"
+    make_model(vocabulary=12000, positions=64, dropout=0.1).float().save(folder)
+    shutil.copy2(DATA / "tokenizer.model", folder)
+    return folder
+
+
+@pytest.fixture
+def finetune(tmp_path, model, scenes, capsys):
+    """`finetune(recipe, *settings)` -> (exit code, what was printed)."""
+    own = [f"model={model}", f"data={scenes}", f"runs={tmp_path}", "epochs=2", 'languages=["en","ru"]', *QUICK]
+
+    def run(recipe, *settings):
+        code = main([recipe, *own, *settings])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run
+
+
+def result(tmp_path, name):
+    return json.loads((tmp_path / name / "result.json").read_text())
+
+
+@pytest.mark.parametrize("task", ["xgqa", "xvnli", "marvl", "xflickrco"])
+def test_a_run_leaves_what_it_promises(finetune, tmp_path, task):
+    code, printed = finetune(f"scenes_{task}", "name=first")
+    assert code == 0 and "| en |" in printed and "mean of the targets" in printed
+    found = result(tmp_path, "first")
+    assert set(found) >= FIELDS
+    scores = found.get("accuracy") or {c: f["mean_recall"] for c, f in found["retrieval"].items()}
+    assert set(scores) == {"en", "ru"} and found["gap"] == pytest.approx(scores["en"] - scores["ru"])
+    assert 0 < found["trainable"] <= found["params"] and found["sparsity"] == 0
+    if task == "xgqa":
+        assert set(found["by_type"]["ru"]) == {"verify", "query", "choose", "logical", "compare"}
+    assert (tmp_path / "first" / "result.png").stat().st_size > 5000
+    assert "is complete" in finetune(f"scenes_{task}", "name=first")[1]
+    before = scores
+    assert main(["evaluate", str(tmp_path / "first")]) == 0
+    again = result(tmp_path, "first")
+    assert (again.get("accuracy") or {c: f["mean_recall"] for c, f in again["retrieval"].items()}) == before
+
+
+def test_an_interrupted_run_is_the_same_run(finetune, tmp_path):
+    finetune("scenes_xvnli", "name=whole", "select=last")
+    code, printed = finetune("scenes_xvnli", "name=parts", "select=last", "fit.stop_after=4")
+    assert code == 0 and "stopped before the end" in printed and not (tmp_path / "parts" / "result.json").exists()
+    finetune("scenes_xvnli", "name=parts", "select=last")
+    weights = [load_file(tmp_path / name / "checkpoints" / "step_000006" / "model.safetensors") for name in ("whole", "parts")]
+    assert all(value.equal(weights[1][key]) for key, value in weights[0].items())
+    records = [read_metrics(tmp_path / name) for name in ("whole", "parts")]
+    losses = [[(r["step"], r["loss/task"]) for r in lines if "loss/task" in r] for lines in records]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    assert result(tmp_path, "whole")["accuracy"] == result(tmp_path, "parts")["accuracy"]
+
+
+def test_few_shot_and_translate_test_go_on_from_english(finetune, tmp_path):
+    finetune("scenes_xvnli", "name=english")
+    code, printed = finetune("scenes_xvnli", "name=few", "setting=few_shot", "shots=5", f"model={tmp_path / 'english'}",
+                             'languages=["ar","ru"]', "batch=4")  # fmt: skip
+    assert code == 0, printed
+    assert set(result(tmp_path, "few")["accuracy"]) == {"ar", "ru"} and (tmp_path / "few" / "ar" / "part.json").is_file()
+    code, printed = finetune("scenes_xvnli", "name=translated", "setting=translate_test", f"model={tmp_path / 'english'}")
+    found = result(tmp_path, "translated")
+    assert code == 0 and found["steps"] == 0 and found["accuracy"]["en"] == result(tmp_path, "english")["accuracy"]["en"]
+
+
+def test_frozen_encoders_stay_and_are_encoded_once(finetune, tmp_path, model):
+    code, printed = finetune("scenes_xgqa", "name=frozen", 'freeze=["embeddings","text","vision"]')
+    assert code == 0, printed
+    before = load_file(model / "model.safetensors")
+    after = load_file(tmp_path / "frozen" / "best" / "model.safetensors")
+    for name, value in before.items():
+        if name.startswith(("embedding.", "text.", "vision.")):
+            assert value.equal(after[f"unified.{name}"])
+    assert any(not value.equal(after[f"unified.{name}"]) for name, value in before.items() if name.startswith("fusion."))
+    assert list((tmp_path / "frozen" / "encoded").iterdir())
+
+
+def test_compare_puts_seeds_together(finetune, tmp_path, capsys):
+    for seed in (0, 1):
+        finetune("scenes_xvnli", f"name=seed{seed}", f"fit.seed={seed}", "epochs=1")
+    assert main(["compare", str(tmp_path / "seed0"), str(tmp_path / "seed1")]) == 0
+    row = capsys.readouterr().out.splitlines()[-1]
+    values = [result(tmp_path, f"seed{seed}")["accuracy"]["en"] for seed in (0, 1)]
+    spread = abs(values[0] - values[1]) / 2**0.5  # of two
+    assert f"| 2 | {50 * sum(values):.1f} ± {100 * spread:.1f} |" in row
+
+
+def test_torchrun_and_one_process_agree(tmp_path, scenes):
+    make_model(vocabulary=12000, positions=64).float().save(tmp_path / "model")  # no dropout: it differs between workers
+    shutil.copy2(DATA / "tokenizer.model", tmp_path / "model")
+    settings = ["scenes_marvl", f"model={tmp_path / 'model'}", f"data={scenes}", f"runs={tmp_path}", "epochs=1", *QUICK,
+                "head_dropout=0", "select=last", 'languages=["en"]']  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "finetune"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *settings, "name=two"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("| en |") == 1  # one process speaks
+    assert main([*settings, "name=one"]) == 0
+    losses = [[r["loss/task"] for r in read_metrics(tmp_path / name) if "loss/task" in r] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
+
+
+def test_on_ray_with_zero(finetune, tmp_path):
+    code, printed = finetune("scenes_xvnli", "name=ray", "runtime=ray", "workers=2", "epochs=1")
+    assert code == 0, printed
+    assert json.loads((tmp_path / "ray" / "checkpoints" / "step_000003" / "meta.json").read_text())["engine"] == "deepspeed"
+    assert set(result(tmp_path, "ray")["accuracy"]) == {"en", "ru"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["task=xgpa"], ["unknown task 'xgpa'", "xgqa"]),
+        (["data="], ["data= is missing"]),
+        (["data=/nowhere"], ["/nowhere/XVNLI/annotations/en/test.jsonl: no such file"]),
+        (["model=/nowhere"], ["/nowhere"]),
+        (["setting=all_language"], ["training file is English only"]),
+        (["setting=few_shot"], ["no fine-tuned model"]),
+        (["shots=7", "setting=few_shot"], ["train_7.jsonl: no such file"]),
+        (["images=/nowhere.tar"], ["/nowhere.tar: neither a folder nor a .tar"]),
+        (['languages=["xx"]'], ["XVNLI/annotations/xx/test.jsonl"]),
+        (["epoch=3"], ["did you mean epochs"]),
+        (["split=few_shot_test"], ["no split 'few_shot_test'"]),
+        (["image_size=20"], ["not a multiple of the model's patch"]),
+    ],
+)
+def test_mistakes_are_one_line(finetune, settings, words):
+    code, printed = finetune("scenes_xvnli", "name=bad", *settings)
+    line = printed.strip().splitlines()[-1]
+    assert code == 2 and line.startswith("error: "), printed
+    assert all(word in line for word in words), line
+
+
+def test_a_missing_picture_is_named(finetune, scenes, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(scenes, folder)
+    path = folder / "XVNLI/annotations/ru/test.jsonl"
+    path.write_text(path.read_text().replace('"Flikr30kID": "ntest3"', '"Flikr30kID": "gone"'))
+    code, printed = finetune("scenes_xvnli", f"data={folder}", "name=gone", "epochs=1")
+    assert code == 2 and "no picture 'gone'" in printed.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds(name, model, scenes):
+    config = override(RECIPES[name](), [f"model={model}", f"data={scenes}", "image_size=16"])
+    assert config.task in TASKS and RECIPES[name].__doc__
+    if config.task in ("xgqa", "xvnli", "marvl", "xflickrco"):  # the files of the others are not among the scenes
+        assert next(iter(read_split(config, "train", "en"))) and build_model(config)
+        wanted = {"xgqa": 2 + len(labels()), "xvnli": 3, "marvl": 2}
+        assert config.task == "xflickrco" or len(labels_of(config)) == wanted[config.task]
+
+
+def test_help_names_every_recipe(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in RECIPES)
