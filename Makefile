@@ -1,4 +1,5 @@
 # make run [NAME=sample] [ARGS="fit.steps=100 ..."]   pretrain `tiny` on the sample corpus, on a local Ray cluster
+# make finetune    that run's model on the four tasks of the emoji scenes: some minutes each, then one table
 # make install     .venv with the pinned requirements and this project (the others do it when needed)
 # make test        lint and fast tests
 # make drills      what breaks a real local cluster on purpose
@@ -10,15 +11,25 @@ ARGS ?=
 CPUS ?= 2
 GPUS ?= 0
 PORT ?= 8265
+TASKS ?= xgqa xvnli xflickrco marvl
 
 PYTHON := .venv/bin/python
 INSTALL := $(PYTHON) -m pip install -qq --disable-pip-version-check
 
-.PHONY: run install test drills contracts bench
+.PHONY: run finetune install test drills contracts bench
 
 run: .venv/.installed
 	@exec $(PYTHON) -m cluster run --cpus $(CPUS) --gpus $(GPUS) --dashboard-port $(PORT) -- \
 		python -m pretrain tiny name=$(NAME) $(ARGS)
+
+finetune: .venv/.installed
+	@[ -d runs/$(NAME) ] || { echo "error: there is no runs/$(NAME) to start from; 'make run' makes it" >&2; exit 2; }
+	@[ -d runs/$(NAME)_model ] || $(PYTHON) -m pretrain export runs/$(NAME) runs/$(NAME)_model
+	@[ -d runs/scenes ] || $(PYTHON) -m finetune.scenes runs/scenes
+	@for task in $(TASKS); do \
+		$(PYTHON) -m finetune scenes_$$task name=$(NAME)_$$task model=runs/$(NAME)_model $(ARGS) || exit $$?; \
+	done
+	@$(PYTHON) -m finetune compare $(TASKS:%=runs/$(NAME)_%)
 
 install: .venv/.installed
 

@@ -124,13 +124,13 @@ def test_retrieval_has_every_drawing_of_the_unseen_vendor(corpus):
 
 
 def test_a_build_that_loses_the_race_returns_the_winner(tmp_path, monkeypatch):
-    def build(folder: Path) -> None:
+    def build(folder: Path, tokenizer: Path, scenes: bool) -> None:
         folder.mkdir()
         (folder / "mine").touch()
         winner.mkdir()
         (winner / "theirs").touch()
 
-    winner = tmp_path / f"sample-{sample._fingerprint()}"
+    winner = tmp_path / f"sample-{sample._fingerprint(DATA / "tokenizer.model")}"
     monkeypatch.setattr(sample, "_build", build)
     assert sample_corpus(tmp_path) == winner
     assert [path.name for path in winner.iterdir()] == ["theirs"] and list(tmp_path.iterdir()) == [winner]

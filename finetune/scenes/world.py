@@ -128,24 +128,26 @@ def _logical(scene: Scene, names: list[str], other: str, yes: bool, dice: Dice) 
 def claim(scene: Scene, relation: str, dice: Dice) -> Statement:
     """A hypothesis about the scene: "entailment", "contradiction" or "neutral".
 
-    True and false claims are made of affirmations and negations evenly, of labels and categories. Half of the neutral
-    ones speak of something below a label that is there (a poodle, where a dog is), where there is such a label.
+    True and false claims are made of affirmations and negations evenly, some of them of categories. A neutral one speaks
+    of something below a label that is there (a poodle, where a dog is), if there is such a label and the dice agree; so
+    most of the others speak of labels that are below another one too, lest the name tell the relation.
     """
     names = dice.order(scene.names)
-    if relation == "neutral":
-        above = [name for name in names if any(h not in scene.names for h in hyponyms(name))]
-        if above and dice.uniform() < 0.75:
-            special = dice.pick(hyponyms(dice.pick(above)))
-            return Statement(dice.pick(("s_has", "s_not")), (special,), relation)
-        return Statement("s_neutral", (names[0],), relation)
-    there = {c for name in scene.names for c in labels()[name].categories}
     positive = dice.uniform() < 0.5
+    if relation == "neutral":
+        above = [name for name in names if hyponyms(name)]
+        if above and dice.uniform() < 0.85:
+            return Statement("s_has" if positive else "s_not", (dice.pick(hyponyms(dice.pick(above))),), relation)
+        return Statement("s_neutral", (names[0],), relation)
     present = (relation == "entailment") == positive
-    if dice.uniform() < 0.3:
+    if dice.uniform() < 0.1:
+        there = {c for name in scene.names for c in labels()[name].categories}
         pool = sorted(there) if present else sorted(set(categories()) - there)
         if pool:
             return Statement("s_has" if positive else "s_not", (dice.pick(pool),), relation)
-    name = names[0] if present else absent(scene, dice, names[0])
+    pool = names if present else [n for n in labels() if not any(n in related(other) for other in scene.names)]
+    low = [name for name in pool if labels()[name].ancestors]
+    name = dice.pick(low if low and dice.uniform() < 0.9 else pool)
     return Statement("s_has" if positive else "s_not", (name,), relation)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 from pydantic import Field, PositiveInt
 
-from finetune.scenes.names import LANGUAGES, labels, say
+from finetune.scenes.names import LANGUAGES, hyponyms, labels, related, say
 from finetune.scenes.world import QUESTIONS, Dice, Scene, Statement, ask, claim, compare_pair, describe, make_scene, numbers
 from raylib.config import Config
 from raylib.sample.canvas import decode_drawings, draw
@@ -161,8 +161,7 @@ def _entailment(writer: Writer, config: ScenesConfig) -> None:
         items, things = [], numbers(count, config.seed, "nli", split)
         for i in range(-(-count // 3)):  # a scene, a hypothesis of each kind
             dice = Dice(config.seed, "nli", split, i)
-            above = [name for name, label in labels().items() if any(name in o.ancestors for o in labels().values())]
-            wanted = (dice.pick(above),) if dice.uniform() < 0.8 else ()
+            wanted = _above_and_below(dice) if dice.uniform() < 0.9 else ()
             scene = writer.scene(f"n{split}{i}", split, int(things[i]), wanted)
             premise = describe(scene, dice).text("en")
             items += [(scene, premise, claim(scene, relation, dice)) for relation in dice.order(RELATIONS)]
@@ -187,6 +186,12 @@ def _entailment(writer: Writer, config: ScenesConfig) -> None:
             writer.lines(f"XVNLI/annotations_machine-translate/{language}/test.jsonl", translated)
             for n in config.shot_sizes("nli"):
                 writer.lines(f"XVNLI/annotations/{language}/train_{n}.jsonl", records(shots[: 3 * n], text))
+
+
+def _above_and_below(dice: Dice) -> tuple[str, str]:
+    """A label that has others below it, and an unrelated one that is below another."""
+    above = dice.pick([name for name in labels() if hyponyms(name)])
+    return above, dice.pick([name for name in labels() if labels()[name].ancestors and name not in related(above)])
 
 
 def _captions(writer: Writer, config: ScenesConfig) -> None:
