@@ -130,7 +130,8 @@ def test_a_build_that_loses_the_race_returns_the_winner(tmp_path, monkeypatch):
         winner.mkdir()
         (winner / "theirs").touch()
 
-    winner = tmp_path / f"sample-{sample._fingerprint(DATA / "tokenizer.model")}"
+    fingerprint = sample._fingerprint(DATA / "tokenizer.model")
+    winner = tmp_path / f"sample-{fingerprint}"
     monkeypatch.setattr(sample, "_build", build)
     assert sample_corpus(tmp_path) == winner
     assert [path.name for path in winner.iterdir()] == ["theirs"] and list(tmp_path.iterdir()) == [winner]
