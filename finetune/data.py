@@ -53,11 +53,12 @@ def training_examples(config: FinetuneConfig, language: str | None) -> list:
     if config.setting == "zero_shot":
         return list(read_split(config, "train", "en", config.train_limit))
     wanted = [language] if language else languages_of(config)
-    paths = [read_split(config, "train", code, config.train_limit) for code in wanted]
-    if len({reading.path for reading in paths}) < len(paths) or (language and language != "en" and "{language}" not in
-                                                                 find_task(config).split("train", language).path):  # fmt: skip
+    readings = [read_split(config, "train", code, config.train_limit) for code in wanted]
+    own = {(reading.path, reading.task.split("train", reading.language).read) for reading in readings}
+    english = read_split(config, "train", "en").path if "en" in find_task(config).languages else None
+    if len(own) < len(readings) or (language not in (None, "en") and readings[0].path == english):
         raise UserError(f"{config.task}: its training file is English only; setting={config.setting} has nothing to train on")
-    return [example for reading in paths for example in reading]
+    return [example for reading in readings for example in reading]
 
 
 def labels_of(config: FinetuneConfig) -> tuple[str, ...]:

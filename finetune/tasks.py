@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from finetune.examples import Captioned, Example
-from finetune.formats import captions, gqa, nli, pairs
+from finetune.formats import captions, gqa, nli, pairs, vqa
 from raylib.errors import UserError
 
 
@@ -165,4 +165,64 @@ TASKS: dict[str, Task] = {
             "translated": Split("wit/annotations_machine-translate/test_{language}_gmt.jsonl", captions.read_wit),
         },
     ),
-}
+    "multi30k": Task(
+        summary="image-text retrieval on Flickr30K's pictures; captions written in English, translated into three languages",
+        kind="retrieval",
+        languages=("en", "de", "fr", "cs"),
+        splits={
+            split: Split(f"multi30k/data/task1/raw/{part}.{{language}}.gz", captions.read_multi30k,
+                         {"images": f"../image_splits/{part}.txt"})
+            for split, part in (("train", "train"), ("dev", "val"), ("test", "test_2016_flickr"))
+        },
+    ),
+    "coco": Task(
+        summary="image-text retrieval on MSCOCO: English, Japanese (STAIR), Chinese (COCO-CN)",
+        kind="retrieval",
+        languages=("en", "ja", "zh"),
+        splits={name: split for part, other in (("train", "train"), ("dev", "val"), ("test", "test")) for name, split in {
+            f"{part}.en": Split("coco/dataset_coco.json", captions.read_karpathy, {"split": other}),
+            f"{part}.ja": Split("coco/stair_captions_v1.2.json", captions.read_coco,
+                                {"images": "dataset_coco.json", "split": other}),
+            f"{part}.zh": Split("coco-cn/imageid.human-written-caption.txt", captions.read_coco_cn,
+                                {"images": f"coco-cn_{other}.txt"}),
+        }.items()},
+    ),
+    "ja_vqa": Task(
+        summary="questions about Visual Genome's pictures in Japanese, free answers",
+        kind="answers",
+        languages=("ja",),
+        bleu="ja",
+        splits={part: Split(f"ja_vqa/{part}.json", vqa.read_ja_vqa) for part in ("train", "dev", "test")},
+    ),
+    "fm_iqa": Task(
+        summary="questions about MSCOCO's pictures in Chinese, free answers",
+        kind="answers",
+        languages=("zh",),
+        bleu="zh",
+        splits={
+            "train": Split("fm_iqa/FM-IQA.json", vqa.read_fm_iqa, {"split": "train"}),
+            "test": Split("fm_iqa/FM-IQA.json", vqa.read_fm_iqa, {"split": "val"}),
+        },
+    ),
+    "vqa_v2": Task(
+        summary="VQA v2, English, soft scores",
+        kind="answers",
+        languages=("en",),
+        splits={
+            "train": Split("vqa/v2_OpenEnded_mscoco_train2014_questions.json", vqa.read_vqa_v2,
+                           {"annotations": "v2_mscoco_train2014_annotations.json"}),
+            "test": Split("vqa/v2_OpenEnded_mscoco_val2014_questions.json", vqa.read_vqa_v2,
+                          {"annotations": "v2_mscoco_val2014_annotations.json"}),
+        },
+    ),
+    "cvil_vqa": Task(
+        summary="VQA v2's questions in English, Hindi and Japanese, as cViL has them",
+        kind="answers",
+        languages=("en", "hi", "ja"),
+        answers=("cvil/answers.json",),
+        splits={
+            part: Split(f"cvil/{part}.jsonl", vqa.read_cvil, {"language": "{language}", "answers": "answers.json"})
+            for part in ("train", "dev", "test")
+        },
+    ),
+}  # fmt: skip

@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from finetune.examples import Captioned, Example
-from finetune.formats import captions, gqa, nli, pairs
+from finetune.formats import captions, gqa, nli, pairs, vqa
 from finetune.formats.stream import read_items
 from raylib.errors import UserError
 
@@ -153,3 +153,58 @@ def test_labels_in_another_order_are_both_named():
     nli.check_labels(nli.LABELS, list(nli.LABELS), "x")
     with pytest.raises(UserError, match="config.json: the same labels in another order.*contradiction, entailment, neutral"):
         nli.check_labels(nli.LABELS, ("contradiction", "entailment", "neutral"), "config.json")
+
+
+def test_multi30k_pairs_lines_with_pictures(tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "val.txt").write_text("1.jpg\n2.jpg\n")
+    for part in "12":
+        with gzip.open(tmp_path / "raw" / f"val.{part}.de.gz", "wt", encoding="utf-8") as file:
+            file.write(f"eins {part}\nzwei {part}\n")
+    one = list(captions.read_multi30k(tmp_path / "raw" / "val.1.de.gz", "../splits/val.txt"))
+    assert one == [Captioned("1.jpg", ("eins 1",)), Captioned("2.jpg", ("zwei 1",))]
+    two = list(captions.read_multi30k(tmp_path / "raw" / "val.?.de.gz", "../splits/val.txt"))
+    assert two == [Captioned("1.jpg", ("eins 1", "eins 2")), Captioned("2.jpg", ("zwei 1", "zwei 2"))]
+    (tmp_path / "splits" / "val.txt").write_text("1.jpg\n")
+    with pytest.raises(UserError, match="2 captions for the 1 pictures"):
+        list(captions.read_multi30k(tmp_path / "raw" / "val.1.de.gz", "../splits/val.txt"))
+
+
+def test_coco_in_three_languages(tmp_path):
+    images = [{"filename": f"COCO_val2014_00000000000{i}.jpg", "split": split, "sentences": [{"raw": f"a {i}"}, {"raw": f"b {i}"}]}
+              for i, split in ((1, "test"), (2, "restval"), (3, "test"))]  # fmt: skip
+    write(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
+    assert [i.image[-5] for i in captions.read_karpathy(tmp_path / "dataset_coco.json", "test")] == ["1", "3"]
+    train = list(captions.read_karpathy(tmp_path / "dataset_coco.json", "train"))
+    assert train == [Captioned("COCO_val2014_000000000002.jpg", ("a 2", "b 2"))]
+    stair = {"images": [{"id": i, "file_name": f"COCO_val2014_00000000000{i}.jpg"} for i in (1, 2)],
+             "annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 2, "caption": "y"}, {"image_id": 1, "caption": "z"}]}
+    found = list(captions.read_coco(write(tmp_path / "stair.json", stair), "dataset_coco.json", "test"))
+    assert found == [Captioned("COCO_val2014_000000000001.jpg", ("x", "z"))]
+    (tmp_path / "cn.txt").write_text("COCO_val2014_1#0\tA\nCOCO_val2014_2#0\tB\nCOCO_val2014_1#1\tC\n")
+    (tmp_path / "test.txt").write_text("COCO_val2014_1\n")
+    assert list(captions.read_coco_cn(tmp_path / "cn.txt", "test.txt")) == [Captioned("COCO_val2014_1", ("A", "C"))]
+
+
+def test_free_answers(tmp_path):
+    write(tmp_path / "q.json", {"questions": [{"question_id": 10, "image_id": 1, "question": "What?"}]})
+    people = [{"answer": "cat"}] * 7 + [{"answer": "dog"}] * 2 + [{"answer": "cow"}]
+    write(tmp_path / "a.json", {"annotations": [{"question_id": 10, "image_id": 1, "answers": people, "answer_type": "other"}]})
+    (found,) = vqa.read_vqa_v2(tmp_path / "q.json", "a.json")
+    assert found == Example("10", ("What?",), ("000000000001",), {"cat": 1.0, "dog": 2 / 3, "cow": 1 / 3}, "other")
+    write(tmp_path / "none.json", {"annotations": []})
+    with pytest.raises(UserError, match="question 10 has no annotation"):
+        list(vqa.read_vqa_v2(tmp_path / "q.json", "none.json"))
+    ja = [{"id": 5, "qas": [{"qa_id": 7, "question": "何?", "answer": "猫"}]}]
+    assert list(vqa.read_ja_vqa(write(tmp_path / "ja.json", ja))) == [Example("7", ("何?",), ("5",), {"猫": 1.0})]
+    fm = {"train": [{"question_id": 3, "image_id": 4, "Question": "什么?", "Answer": "猫"}], "val": []}
+    assert list(vqa.read_fm_iqa(write(tmp_path / "fm.json", fm), "train")) == [
+        Example("3", ("什么?",), ("000000000004",), {"猫": 1.0})
+    ]
+    write(tmp_path / "answers.json", ["yes", "cat"])
+    line = {"en": "What?", "hi": "H", "ja": "J", "an": [1], "s": [0.9], "img_id": 4, "q_id": 6}
+    path = lines(tmp_path / "c.jsonl", line)
+    assert list(vqa.read_cvil(path, "hi", "answers.json")) == [Example("6", ("H",), ("4",), {"cat": 0.9})]
+    with pytest.raises(UserError, match=r"c.jsonl:1: answers \[2\]"):
+        list(vqa.read_cvil(lines(path, {**line, "an": [2]}), "hi", "answers.json"))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.examples import Captioned
-from finetune.formats.stream import field, read_jsonl
+from finetune.formats.stream import field, read_jsonl, read_lines, read_listed
 from raylib.errors import UserError
 
 
@@ -22,3 +22,58 @@ def read_wit(path: Path) -> Iterator[Captioned]:
     for where, record in read_jsonl(path):
         caption = field(record, "caption_reference_description", str, where)
         yield Captioned(str(field(record, "wit_ix", (str, int), where)), (caption,))
+
+
+def read_multi30k(path: Path, images: str) -> Iterator[Captioned]:
+    """A caption a line; `images`, a path from the captions' folder, has the file name of each line's picture. Multi30K's
+    task 1; its task 2 is five such files, joined by writing "?" in place of their number."""
+    paths = sorted(path.parent.glob(path.name)) if "?" in path.name else [path]
+    if not paths:
+        raise UserError(f"{path}: no such files")
+    names = [line for _, line in read_lines(path.parent / images)]
+    columns = [[line for _, line in read_lines(p)] for p in paths]
+    for p, column in zip(paths, columns, strict=True):
+        if len(column) != len(names):
+            raise UserError(f"{p}: {len(column)} captions for the {len(names)} pictures of {path.parent / images}")
+    for name, *texts in zip(names, *columns, strict=True):
+        yield Captioned(name, tuple(texts))
+
+
+def read_karpathy(path: Path, split: str) -> Iterator[Captioned]:
+    """Karpathy's dataset_coco.json: {images: [{filename, split, sentences: [{raw}]}]}; "restval" trains."""
+    for where, record in read_listed(path, "images"):
+        part = field(record, "split", str, where).replace("restval", "train")
+        if part == split:
+            texts = [field(s, "raw", str, where) for s in field(record, "sentences", list, where)]
+            yield Captioned(field(record, "filename", str, where), tuple(texts))
+
+
+def read_coco(path: Path, images: str, split: str) -> Iterator[Captioned]:
+    """COCO's form (STAIR): {images: [{id, file_name}], annotations: [{image_id, caption}]}; only pictures that Karpathy's
+    file `images`, a path from this one's folder, has in `split`."""
+    wanted = {Path(item.image).stem for item in read_karpathy(path.parent / images, split)}
+    names = {field(r, "id", int, w): field(r, "file_name", str, w) for w, r in read_listed(path, "images")}
+    captions: dict[str, list[str]] = {}
+    for where, record in read_listed(path, "annotations"):
+        number = field(record, "image_id", int, where)
+        if number not in names:
+            raise UserError(f"{where}: image_id {number} is not among the images")
+        if Path(names[number]).stem in wanted:
+            captions.setdefault(names[number], []).append(field(record, "caption", str, where))
+    for name, texts in captions.items():
+        yield Captioned(name, tuple(texts))
+
+
+def read_coco_cn(path: Path, images: str) -> Iterator[Captioned]:
+    """COCO-CN: "COCO_val2014_000000042196#0<TAB>caption" a line; only pictures that the list `images` has."""
+    wanted = {line for _, line in read_lines(path.parent / images)}
+    captions: dict[str, list[str]] = {}
+    for where, line in read_lines(path):
+        key, tab, text = line.partition("\t")
+        name = key.partition("#")[0]
+        if not tab or not text.strip():
+            raise UserError(f"{where}: wanted an id, a tab and a caption")
+        if name in wanted:
+            captions.setdefault(name, []).append(text)
+    for name, texts in captions.items():
+        yield Captioned(name, tuple(texts))

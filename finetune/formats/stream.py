@@ -62,6 +62,16 @@ def read_items(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: not UTF-8 ({e})") from None
 
 
+def read_listed(path: Path, name: str) -> Iterator[tuple[str, dict]]:
+    """(where, record) of the list `name` in the JSON object of a file; that list is in memory as a whole."""
+    for key, value in read_items(path):
+        if key == name:
+            for i, record in enumerate(value):
+                yield f"{path}, {name}[{i}]", record
+            return
+    raise UserError(f"{path}: no list '{name}'")
+
+
 def first_character(path: Path) -> str:
     """The first character that is no white space: "{" or "[" tells an object from an array."""
     with open_text(path) as file:

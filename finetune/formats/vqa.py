@@ -1,0 +1,60 @@
+"""Questions with free answers: VQA v2, Japanese VQA on Visual Genome, FM-IQA, and cViL's parallel lines."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.examples import Example
+from finetune.formats.gqa import read_answers
+from finetune.formats.stream import field, read_items, read_jsonl, read_listed
+from raylib.errors import UserError
+
+
+def read_vqa_v2(path: Path, annotations: str) -> Iterator[Example]:
+    """VQA v2's questions {questions: [{question_id, image_id, question}]} with `annotations`, a path from their folder.
+
+    An answer that n of ten people gave scores min(1, n / 3): the common form of VQA's measure, without its average over
+    the ten subsets of nine.
+    """
+    answers = {}
+    for where, record in read_listed(path.parent / annotations, "annotations"):
+        given = Counter(field(a, "answer", str, where) for a in field(record, "answers", list, where))
+        scores = {answer: min(1.0, n / 3) for answer, n in given.items()}
+        answers[field(record, "question_id", int, where)] = scores, record.get("answer_type", "")
+    for where, record in read_listed(path, "questions"):
+        number, image = field(record, "question_id", int, where), field(record, "image_id", int, where)
+        if number not in answers:
+            raise UserError(f"{where}: question {number} has no annotation in {path.parent / annotations}")
+        scores, kind = answers[number]
+        yield Example(str(number), (field(record, "question", str, where),), (f"{image:012d}",), scores, kind)
+
+
+def read_ja_vqa(path: Path) -> Iterator[Example]:
+    """[{id: image, qas: [{qa_id, question, answer}]}]: Japanese VQA on Visual Genome, and Visual Genome itself."""
+    for key, record in read_items(path):
+        where = f"{path}, item {key}"
+        image = str(field(record, "id", int, where))
+        for qa in field(record, "qas", list, where):
+            answer = field(qa, "answer", str, where)
+            number = str(field(qa, "qa_id", int, where))
+            yield Example(number, (field(qa, "question", str, where),), (image,), {answer: 1.0})
+
+
+def read_fm_iqa(path: Path, split: str) -> Iterator[Example]:
+    """{split: [{question_id, image_id, Question, Answer}]}."""
+    for where, record in read_listed(path, split):
+        image, number = field(record, "image_id", int, where), field(record, "question_id", int, where)
+        answer = field(record, "Answer", str, where)
+        yield Example(str(number), (field(record, "Question", str, where),), (f"{image:012d}",), {answer: 1.0})
+
+
+def read_cvil(path: Path, language: str, answers: str) -> Iterator[Example]:
+    """JSON lines {en, hi, ja, an: answer numbers, s: scores, img_id, q_id}; the numbers are places in `answers`."""
+    names = read_answers(path.parent / answers)
+    for where, record in read_jsonl(path):
+        numbers, scores = field(record, "an", list, where), field(record, "s", list, where)
+        if len(numbers) != len(scores) or any(not 0 <= n < len(names) for n in numbers):
+            raise UserError(f"{where}: answers {numbers} with scores {scores} do not fit the {len(names)} answers")
+        labels = {names[n]: float(s) for n, s in zip(numbers, scores, strict=True)}
+        number, image = field(record, "q_id", (int, str), where), field(record, "img_id", (int, str), where)
+        yield Example(str(number), (field(record, language, str, where),), (str(image),), labels)
