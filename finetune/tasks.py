@@ -187,6 +187,16 @@ TASKS: dict[str, Task] = {
                                 {"images": f"coco-cn_{other}.txt"}),
         }.items()},
     ),
+    "xtd": Task(
+        summary="image-text retrieval on 1,000 of MSCOCO's pictures in 11 languages; trained on MSCOCO in English",
+        kind="retrieval",
+        languages=("en", "de", "es", "fr", "it", "jp", "ko", "pl", "ru", "tr", "zh"),
+        splits={
+            "train": Split("coco/dataset_coco.json", captions.read_karpathy, {"split": "train"}),
+            "dev": Split("coco/dataset_coco.json", captions.read_karpathy, {"split": "val"}),
+            "test": Split("xtd/test_1kcaptions_{language}.txt", captions.read_multi30k, {"images": "test_image_names.txt"}),
+        },
+    ),
     "ja_vqa": Task(
         summary="questions about Visual Genome's pictures in Japanese, free answers",
         kind="answers",

@@ -172,7 +172,7 @@ def test_multi30k_pairs_lines_with_pictures(tmp_path):
 
 
 def test_coco_in_three_languages(tmp_path):
-    images = [{"filename": f"COCO_val2014_00000000000{i}.jpg", "split": split, "sentences": [{"raw": f"a {i}"}, {"raw": f"b {i}"}]}
+    images = [{"filename": f"COCO_val2014_00000000000{i}.jpg", "split": split, "sentences": [{"raw": f"{x} {i}"} for x in "ab"]}
               for i, split in ((1, "test"), (2, "restval"), (3, "test"))]  # fmt: skip
     write(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
     assert [i.image[-5] for i in captions.read_karpathy(tmp_path / "dataset_coco.json", "test")] == ["1", "3"]
