@@ -3,6 +3,7 @@
     python -m benchmarks.record RUN              append RUN/result.json to results/runs.jsonl, copy its curve
     python -m benchmarks.record --trial RUN ...  append settings and R@1 of each to results/trials.jsonl: the
                                                  experiments behind the recipe `tiny`
+    python -m benchmarks.record --finetune RUN ...  append RUN/result.json of each to results/finetune.jsonl
     python -m benchmarks.record                  only write the READMEs again from what is recorded
 """
 
@@ -13,6 +14,7 @@ import shutil
 from pathlib import Path
 
 from benchmarks.step import table as step_table
+from finetune.report import compare
 from pretrain import report
 from pretrain.evaluate import summary
 
@@ -25,16 +27,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="*", type=Path, help="folder of a finished run")
     parser.add_argument("--trial", action="store_true", help="RUN is an experiment of other settings")
+    parser.add_argument("--finetune", action="store_true", help="RUN is a fine-tuning run")
     given = parser.parse_args(arguments)
     for run in given.run:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-        if given.trial:
+        if given.finetune:
+            append(RESULTS / "finetune.jsonl", result)
+        elif given.trial:
             append(RESULTS / "trials.jsonl", trial(run, result))
         else:
             append(RESULTS / "runs.jsonl", result)
             shutil.copy2(run / "curve.png", CURVE)
     newest = read(RESULTS / "runs.jsonl")[-1]
-    write_parts(ROOT / "README.md", table=report.table(newest), reading=reading(newest), speed=speed())
+    write_parts(ROOT / "README.md", table=report.table(newest), reading=reading(newest), speed=speed(), finetune=finetune())
     write_parts(ROOT / "benchmarks" / "README.md", trials=trials())
 
 
@@ -51,6 +56,12 @@ def trial(run: Path, result: dict) -> dict:
     settings = flatten(json.loads((run / "config.json").read_text(encoding="utf-8")))
     kept = {k: v for k, v in settings.items() if k.startswith(("objective", "model", "data", "optim", "fit.steps"))}
     return {"name": result["run"], "git": result["git"], "settings": kept, "seconds": result["seconds"], **summary(result)}
+
+
+def finetune() -> str:
+    """All fine-tuning runs, seeds together."""
+    records = read(RESULTS / "finetune.jsonl")
+    return compare(records) if records else "No fine-tuning run has been recorded yet."
 
 
 def flatten(value: dict, prefix: str = "") -> dict:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from finetune.formats.nli import check_labels
+from raylib.checkpoint import BEST
 from raylib.config import build
 from raylib.errors import UserError
 from raylib.model.attention import initialise
@@ -130,7 +131,7 @@ def load_unified(path: Path | str, vision: str | None = None) -> UnifiedModel:
         if vision:
             load_vision(model, vision)
         return model
-    folder = find_model(path)
+    folder = find_evaluated(path)
     if read_description(folder)["model_type"] == "polyglance-finetuned":
         return FinetuneModel.from_pretrained(folder).unified
     return UnifiedModel.from_pretrained(folder)
@@ -142,12 +143,20 @@ def load_finetuned(path: Path | str, labels: tuple[str, ...]) -> FinetuneModel:
     Raises:
         UserError: not fine-tuned; its labels differ (both orders are named).
     """
-    folder = find_model(path)
+    folder = find_evaluated(path)
     values = read_description(folder)
     if values["model_type"] != "polyglance-finetuned":
         raise UserError(f"{path}: no fine-tuned model; give the run of an English fine-tuning")
     check_labels(labels, tuple(values["labels"]), str(folder / "config.json"))
     return FinetuneModel.from_pretrained(folder)
+
+
+def find_evaluated(path: Path | str) -> Path:
+    """As `find_model`; of a fine-tuning run, the checkpoint that its results come from."""
+    path = Path(path)
+    if (path / BEST).is_dir() and read_description(path).get("select") == "best":
+        return path / BEST
+    return find_model(path)
 
 
 def read_description(folder: Path) -> dict:

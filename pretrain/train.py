@@ -16,7 +16,7 @@ from raylib.config import Config
 from raylib.errors import UserError
 from raylib.launch import LaunchConfig, launch, leads, open_run, run_folder
 from raylib.loop import FitConfig, fit
-from raylib.model.folder import find_tokenizer
+from raylib.model.folder import find_model, find_tokenizer
 from raylib.model.load import load_text, load_vision
 from raylib.model.unified import ModelConfig, UnifiedModel
 from raylib.objective import ObjectiveConfig, UnifiedObjective
@@ -27,10 +27,18 @@ from raylib.text import Tokenizer
 
 
 class InitConfig(Config):
-    """Checkpoint folders to start from, in Hugging Face format; None starts from scratch."""
+    """What to start from; None starts from scratch. `text` and `vision` are folders in Hugging Face format."""
 
     text: str | None = None  # XLM-R or BERT
+    layers: tuple[int, ...] | None = None  # of `text`, for text, then unified layers; None: its first, then its last
     vision: str | None = None  # ViT
+    model: str | None = None  # an export or a run of ours: all weights, for a further stage with a schedule of its own
+
+    @model_validator(mode="after")
+    def _one(self) -> "InitConfig":
+        if self.model and (self.text or self.vision):
+            raise ValueError("init.model has all weights; leave init.text and init.vision out")
+        return self
 
 
 class PretrainConfig(LaunchConfig):
@@ -94,10 +102,10 @@ def _silent(*parts, **options) -> None:
 
 def resolve_data(config: PretrainConfig) -> DataConfig:
     """`config.data` with every folder that is not given taken from `config.corpus`, and the tokenizer from there or, for
-    the embedded corpora, from `init.text`."""
+    the embedded corpora, from `init`."""
     data, changes = config.data, {}
     if config.corpus in ("sample", "scenes"):
-        tokenizer = data.tokenizer or (str(find_tokenizer(Path(config.init.text))) if config.init.text else None)
+        tokenizer = data.tokenizer or _initial_tokenizer(config.init)
         corpus = sample_corpus(Path(config.runs).absolute() / "cache", tokenizer, scenes=config.corpus == "scenes")
     else:
         corpus = Path(config.corpus).absolute()
@@ -109,6 +117,12 @@ def resolve_data(config: PretrainConfig) -> DataConfig:
     if data.retrieval is None and (corpus / "retrieval").is_dir():
         changes["retrieval"] = str(corpus / "retrieval")
     return data.model_copy(update=changes)
+
+
+def _initial_tokenizer(init: InitConfig) -> Path | None:
+    if init.model:
+        return find_tokenizer(find_model(init.model))
+    return find_tokenizer(Path(init.text)) if init.text else None
 
 
 def with_vocabulary(config: PretrainConfig, data: DataConfig) -> PretrainConfig:
@@ -124,14 +138,30 @@ def with_vocabulary(config: PretrainConfig, data: DataConfig) -> PretrainConfig:
 
 
 def build_model(config: PretrainConfig) -> UnifiedModel:
-    """The model at step 0: seeded, then filled from `init`."""
+    """The model at step 0: seeded, then filled from `init`.
+
+    Raises:
+        UserError: a folder of `init` is missing or does not fit; `init.model` has other sizes (they are named).
+    """
     torch.manual_seed(int(hash64(config.fit.seed, "model")) >> 1)
     model = UnifiedModel(config.model)
     if config.init.text:
-        load_text(model, config.init.text)
+        load_text(model, config.init.text, layers=config.init.layers)
     if config.init.vision:
         load_vision(model, config.init.vision)
+    if config.init.model:
+        _continue(model, config.init.model)
     return model
+
+
+def _continue(model: UnifiedModel, folder: str) -> None:
+    """All weights of an export or a run into `model`."""
+    before = UnifiedModel.from_pretrained(find_model(folder))
+    ours, theirs = model.config.model_dump(), before.config.model_dump()
+    differ = [f"model.{k}={theirs[k]}" for k in ours if ours[k] != theirs[k] and k not in ("dropout", "temperature")]
+    if differ:
+        raise UserError(f"{folder} is another model: set {' '.join(differ)}")
+    model.load_state_dict(before.state_dict())
 
 
 def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:

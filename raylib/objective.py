@@ -52,6 +52,7 @@ class ObjectiveConfig(Config):
     tlm_source: Literal["clean", "masked"] = "clean"
     directions: Literal["sum", "mean"] = "sum"
     train_vision: bool = True
+    train_embeddings: bool = True  # those of words, which a small corpus would pull away from all words that it lacks
     temperature: tuple[float, float] = (0.001, 0.5)
     fuse_every: PositiveInt = 1  # VLM, ITM and TLM see the pairs whose index is a multiple of it; UCL sees them all
 
@@ -70,6 +71,8 @@ class UnifiedObjective(nn.Module):
         self.model, self.config, self.caption_length = model, config, caption_length
         if not config.train_vision:
             model.vision.requires_grad_(False)
+        if not config.train_embeddings:
+            model.embedding.requires_grad_(False)
 
     @property
     def partial(self) -> bool:

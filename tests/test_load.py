@@ -92,6 +92,20 @@ def test_interpolation_keeps_the_cls_position():
     assert interpolate(positions, 4) is positions
 
 
+def test_layers_may_be_chosen_and_serve_twice(tmp_path):
+    peer = peer_text("bert", 5, 20)
+    peer.save_pretrained(tmp_path)
+    model = UnifiedModel(SMALL)
+    load_text(model, tmp_path, layers=(0, 4, 3, 4))
+    theirs = peer.base_model.encoder.layer
+    for block, layer in zip([*model.text.blocks, *model.fusion.blocks], (0, 4, 3, 4), strict=True):
+        assert torch.equal(block.intermediate.weight, theirs[layer].intermediate.dense.weight)
+        assert torch.equal(block.attention.query.weight, theirs[layer].attention.self.query.weight)
+    for wrong in ((0, 4, 3), (0, 5, 3, 4)):
+        with pytest.raises(UserError, match=r"layers \[0, .*\] of its 5; 4 from 0 to 4 are wanted"):
+            load_text(model, tmp_path, layers=wrong)
+
+
 def test_missing_unused_and_misshapen_tensors_are_listed(tmp_path):
     from safetensors.torch import load_file, save_file
 

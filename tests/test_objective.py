@@ -92,3 +92,12 @@ def test_frozen_vision_gets_no_gradient():
     loss.backward()
     assert all(p.grad is None for p in model.vision.parameters())
     assert model.image_projection.weight.grad is not None
+
+
+def test_frozen_embeddings_get_no_gradient():
+    """Also as the decoder of masked words; what they decode trains."""
+    model = make_model()
+    loss, _ = UnifiedObjective(model, ObjectiveConfig(train_embeddings=False))(make_batch())
+    loss.backward()
+    assert all(p.grad is None for p in model.embedding.parameters())
+    assert all(p.grad is not None for p in model.masked_head.parameters())

@@ -68,6 +68,20 @@ def test_stop_and_go_without_ray(mini):
         assert all(torch.equal(value, second[key][name]) for name, value in state.items())
 
 
+def test_a_second_stage_starts_from_a_run_or_its_export(mini, tmp_path):
+    first = mini("name=first", *LOCAL, "fit.steps=2")
+    run(first)
+    assert main(["export", str(tmp_path / "first"), str(tmp_path / "model")]) == 0
+    wanted = UnifiedModel.from_pretrained(tmp_path / "model").state_dict()
+    for start in ("first", "model"):
+        made = build_model(mini(f"init.model={tmp_path / start}", "fit.seed=7", "model.dropout=0.1")).state_dict()
+        assert made.keys() == wanted.keys() and all(torch.equal(made[k], wanted[k]) for k in wanted)
+    with pytest.raises(UserError, match=r"model is another model: set model\.heads=2$"):
+        build_model(mini(f"init.model={tmp_path / 'model'}", "model.heads=4"))
+    with pytest.raises(UserError, match=r"init.model has all weights; leave init.text"):
+        mini("init.model=a", "init.text=b")
+
+
 def torchrun(config, tmp_path) -> str:
     """Run `config` in two processes; what they print."""
     save(config, tmp_path / "two.json")

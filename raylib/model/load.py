@@ -1,9 +1,9 @@
 """Initialise a unified model from XLM-R, BERT or ViT folders in Hugging Face format (paper 2, section 4.1).
 
-The first N_L text layers become the text encoder, the last N_C the unified encoder, whose cross-attention starts as a
-copy of the self-attention of its layer; the masked-language head comes from `lm_head` (XLM-R) or `cls.predictions`
-(BERT), and stays as initialised where a checkpoint has neither. Every tensor of the checkpoint is used, or is named as
-expected to be unused; anything else is an error that lists it.
+The first N_L text layers become the text encoder, the last N_C the unified encoder (or those that are asked for); its
+cross-attention starts as a copy of the self-attention of its layer. The masked-language head comes from `lm_head`
+(XLM-R) or `cls.predictions` (BERT), and stays as initialised where a checkpoint has neither. Every tensor of the
+checkpoint is used, or is named as expected to be unused; anything else is an error that lists it.
 """
 
 import json
@@ -56,11 +56,15 @@ def text_config(folder: Path | str) -> ModelConfig:
     return build(ModelConfig, sizes, f"{folder}/config.json")
 
 
-def load_text(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] = ()) -> None:
+def load_text(
+    model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] = (), layers: tuple[int, ...] | None = None
+) -> None:
     """Fill the text path of `model` from an XLM-R- or BERT-like checkpoint folder.
 
     Args:
         unused: regular expressions of further checkpoint keys that may stay unused.
+        layers: of the checkpoint, from 0: one for each text layer, then one for each layer of the unified encoder; a layer
+            may serve twice. None: the first ones, then the last ones.
     Raises:
         UserError: no weights in the folder; tensors missing, left over or of another shape (they are listed).
 
@@ -79,16 +83,24 @@ def load_text(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] =
                             f"set model.positions={len(positions)}")  # fmt: skip
         model.embedding.position.weight.copy_(positions[: len(model.embedding.position.weight)] + token_type)
         taken.copy_layer(model.embedding.norm, "embeddings.LayerNorm")
-        layers = 1 + max(int(m[1]) for k in weights if (m := re.match(r"encoder\.layer\.(\d+)\.", k)))
+        there = 1 + max(int(m[1]) for k in weights if (m := re.match(r"encoder\.layer\.(\d+)\.", k)))
+        layers = _choose_layers(model.config, there, folder) if layers is None else layers
         blocks = [*model.text.blocks, *model.fusion.blocks]
-        if layers < len(blocks):
-            raise UserError(f"{folder}: {layers} layers, the model wants {len(blocks)}; set model.text_layers and fusion_layers")
-        skipped = layers - len(blocks)
-        for i, block in enumerate(blocks):
-            _copy_block(taken, block, i if i < len(model.text.blocks) else i + skipped)
+        if len(layers) != len(blocks) or not all(0 <= layer < there for layer in layers):
+            raise UserError(f"{folder}: layers {list(layers)} of its {there}; {len(blocks)} from 0 to {there - 1} are wanted")
+        for block, layer in zip(blocks, layers, strict=True):
+            _copy_block(taken, block, layer)
         _copy_masked_head(taken, model)
-    between = [rf"encoder\.layer\.{len(model.text.blocks) + i}\." for i in range(skipped)]
-    taken.finish([*UNUSED_TEXT, *between, *TIED, *unused])
+    others = [rf"encoder\.layer\.{layer}\." for layer in range(there) if layer not in layers]
+    taken.finish([*UNUSED_TEXT, *others, *TIED, *unused])
+
+
+def _choose_layers(config: ModelConfig, there: int, folder: Path | str) -> tuple[int, ...]:
+    """The first layers of `there` for the text encoder, the last for the unified one."""
+    text, fusion = config.text_layers, config.fusion_layers
+    if there < text + fusion:
+        raise UserError(f"{folder}: {there} layers, the model wants {text + fusion}; set model.text_layers and fusion_layers")
+    return (*range(text), *range(there - fusion, there))
 
 
 def load_vision(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] = ()) -> None:

@@ -1,0 +1,122 @@
+"""Scenes for pretraining: what the captions say is what the picture shows."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from pretrain import sample_scenes
+from pretrain.sample import sample_corpus
+from pretrain.train import resolve_data, with_vocabulary
+from raylib.data.images import decode, resize
+from raylib.data.shards import MANIFEST
+from raylib.data.source import Source
+from raylib.model.unified import UnifiedModel
+from raylib.sample.canvas import Placed, decode_drawings, place
+from raylib.sample.concepts import DATA, TRAINING_VENDORS, is_held_out
+from raylib.text import Tokenizer
+
+COUNT = 60
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_scenes, "COUNT", COUNT)
+        return sample_corpus(tmp_path_factory.mktemp("cache"), scenes=True)
+
+
+def test_captions_of_a_scene_written_by_hand():
+    names = {"a": "dog", "b": "bus", "c": "cup"}
+    dog, bus = Placed("a", 1, 1, 30, 0, True), Placed("b", 36, 40, 19, 3, False)
+    assert sample_scenes._captions([dog], names, 0) == ["dog"]
+    for i in range(8):
+        everything, places, last = sample_scenes._captions([dog, bus], names, i)
+        assert everything in ("dog and bus", "bus and dog")
+        assert sorted(places.split(", ")) == ["bus bottom right", "dog top left"]
+        assert sorted(last.split(", ")) == ["big dog", "little bus"]  # no relation: they stand across
+    cup = Placed("c", 33, 0, 19, 1, False)
+    said = {sample_scenes._captions([dog, cup], names, i)[2] for i in range(20)}
+    assert said == {"dog beside cup", "big dog, little cup", "little cup, big dog"}
+    said = {sample_scenes._captions([bus, cup], names, i)[2] for i in range(20)}
+    assert said == {"cup above bus", "little cup, little bus", "little bus, little cup"}
+
+
+def test_what_is_said_to_be_there_is_there(corpus):
+    """Of the things that a caption names, the one that it places in a quadrant is the one whose drawing fits there."""
+    keys = {name: key for key, name in sample_scenes.plain_concepts().items()}
+    source = Source(corpus / "image_text", kind="image_text", verify=True)
+    assert source.size("en") == COUNT
+    several = 0
+    for number in range(COUNT):
+        sample = source.sample("en", number)
+        picture = decode(sample.read("webp")).astype(float)
+        captions = json.loads(sample.read("json"))["captions"]["en"]
+        if len(captions) == 1:
+            assert not is_held_out(keys[captions[0]])
+            continue
+        several += 1
+        said = [re.fullmatch(r"(.*) (top|bottom) (left|right)", part).groups() for part in captions[1].split(", ")]
+        assert not any(is_held_out(keys[name]) for name, *_ in said)
+        quadrants = {2 * (row == "bottom") + (column == "right"): keys[name] for name, row, column in said}
+        assert len(quadrants) == len(said)
+        for quadrant in range(4):
+            top, left = 32 * (quadrant // 2), 32 * (quadrant % 2)
+            cell = picture[top : top + 32, left : left + 32]
+            if quadrant in quadrants:
+                errors = {key: fits(cell, key) for key in quadrants.values()}
+                assert min(errors, key=errors.get) == quadrants[quadrant], errors
+            else:
+                assert cell.min() > 225  # white, but for what WebP leaves
+    assert several > COUNT / 5
+
+
+def fits(cell: np.ndarray, key: str) -> float:
+    """Mean error of the drawing that fits `cell` (32, 32, 3) best, of both vendors, sizes, and all places."""
+    errors = []
+    for vendor in TRAINING_VENDORS:
+        for side in (19, 30):
+            drawing = resize(decode_drawings(vendor)[key], side).astype(float)
+            for top in range(33 - side):
+                for left in range(33 - side):
+                    made = np.full_like(cell, 255)
+                    made[top : top + side, left : left + side] = drawing
+                    errors.append(np.abs(cell - made).mean())
+    return min(errors)
+
+
+def test_only_english_meets_pictures_and_pairs_are_those_of_the_sample(corpus, tmp_path_factory):
+    manifest = json.loads((corpus / "image_text" / MANIFEST).read_text())
+    assert {shard["language"] for shard in manifest["shards"]} == {"en"}
+    plain = sample_corpus(tmp_path_factory.mktemp("plain"))
+    for part in ("parallel", "text"):
+        ours, theirs = (json.loads((folder / part / MANIFEST).read_text()) for folder in (corpus, plain))
+        assert [shard["sha256"] for shard in ours["shards"]] == [shard["sha256"] for shard in theirs["shards"]]
+
+
+def test_unseen_pictures_hold_one_drawing_of_the_unseen_vendor():
+    pictures = sample_scenes.unseen_scenes()
+    assert pictures.keys() == decode_drawings("fluent").keys()
+    for key in list(pictures)[::300]:
+        (placed,) = place([key], 64, "unseen", key)
+        shown = decode(pictures[key]).astype(float)
+        part = shown[placed.top : placed.top + placed.size, placed.left : placed.left + placed.size]
+        assert np.abs(part - resize(decode_drawings("fluent")[key], placed.size)).mean() < 12
+        assert np.abs(shown - 255).sum() - np.abs(part - 255).sum() < 0.05 * np.abs(shown - 255).sum()
+
+
+def test_vocabulary_and_tokenizer_come_from_what_a_run_starts_from(mini, corpus, tmp_path, monkeypatch):
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes((DATA / "tokenizer.model").read_bytes())
+    monkeypatch.setattr(sample_scenes, "COUNT", COUNT)
+    config = mini("corpus=scenes", "data.retrieval=null", "model.vocabulary=0", f"init.text={folder}")
+    data = resolve_data(config)
+    made = tmp_path / "cache" / data.image_text.folder.split("/")[-2]
+    assert made.name == corpus.name  # the same tokenizer and count: the same corpus
+    assert data.tokenizer == str(made / "tokenizer.model") and data.retrieval == str(made / "retrieval")
+    size = Tokenizer.load(data.tokenizer).vocabulary
+    config = with_vocabulary(config, data)
+    assert config.model.vocabulary == size
+    assert UnifiedModel(config.model).embedding.word.weight.shape[0] == size
