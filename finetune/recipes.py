@@ -38,7 +38,7 @@ def _scenes(task: str, **more):
     given = {**base, **more}
     config = FinetuneConfig(
         name=f"scenes_{task}", task=task, workers=1, runtime="local", epochs=given["epochs"], batch=given["batch"],
-        length=given["length"], candidates=16, optim=OptimConfig(lr=given["lr"], weight_decay=0.05, warmup=0.1),
+        length=given["length"], image_size=64, candidates=16, optim=OptimConfig(lr=given["lr"], weight_decay=0.05, warmup=0.1),
         languages=given.get("languages", ()), freeze=given.get("freeze", ()), method=given.get("method", "full fine-tuning"),
         data="runs/scenes", model="runs/e5_model",
     )  # fmt: skip

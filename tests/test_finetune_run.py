@@ -20,7 +20,7 @@ from raylib.sample.concepts import DATA
 from raylib.track import read_metrics
 from tests.made import make_model
 
-QUICK = ["batch=16", "fit.bf16=false", "fit.loader_workers=0", "fit.log_every=1"]
+QUICK = ["batch=16", "image_size=16", "fit.bf16=false", "fit.loader_workers=0", "fit.log_every=1"]
 FIELDS = {"run", "task", "method", "seed", "model", "params", "trainable", "sparsity", "mean_targets", "gap", "by_type"}
 
 
