@@ -12,6 +12,7 @@ from finetune.data import find_task
 from raylib.checkpoint import write_atomically
 from raylib.errors import UserError
 from raylib.metrics import RANKS, mean
+from raylib.track import read_metrics
 
 RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in RANKS)
 
@@ -107,6 +108,28 @@ def draw(result: dict[str, Any], path: Path) -> None:
     what = "mean recall" if "retrieval" in result else "accuracy"
     axes.set(ylabel=f"{what}, %", ylim=(0, 100), title=f"{result['task']}: {result['method']}")
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_curve(run: Path) -> None:
+    """`curve.png`: each loss, and the score on held-out English that chooses the checkpoint, over the steps of `run`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = read_metrics(run)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    losses = sorted({key for record in records for key in record if key.startswith("loss/")} - {"loss/grad_norm"})
+    for axes, key, scale in [*((left, loss, 1) for loss in losses), (right, "eval/score", 100)]:
+        points = [(r["step"], scale * r[key]) for r in records if key in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=key.partition("/")[2])
+    if len(losses) > 1:
+        left.legend(fontsize=8)
+    left.set(xlabel="step", ylabel="loss", title="terms, means over the global batch", ylim=(0, None))
+    right.set(xlabel="step", ylabel="score, %", title="development set", ylim=(0, None))
+    figure.savefig(run / "curve.png", dpi=120)
     pyplot.close(figure)
 
 

@@ -67,8 +67,10 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     result = report.summarise(config, results)
     if leads(config):
         report.write(folder, result)
+        for trained in {run_folder(part) for part, _ in parts if config.setting != "translate_test"}:
+            report.draw_curve(trained)
     say(report.table(result))
-    say(f"{folder}/result.json, result.md, result.png", flush=True)
+    say(f"{folder}/result.json, result.md, result.png; curve.png beside each checkpoint", flush=True)
     return result
 
 

@@ -61,7 +61,9 @@ def test_a_run_leaves_what_it_promises(finetune, tmp_path, task):
     assert 0 < found["trainable"] <= found["params"] and found["sparsity"] == 0
     if task == "xgqa":
         assert set(found["by_type"]["ru"]) == {"verify", "query", "choose", "logical", "compare"}
-    assert (tmp_path / "first" / "result.png").stat().st_size > 5000
+    assert all((tmp_path / "first" / name).stat().st_size > 5000 for name in ("result.png", "curve.png"))
+    recorded = {key for line in read_metrics(tmp_path / "first") for key in line}
+    assert {"loss/itm" if task == "xflickrco" else "loss/task", "eval/score"} <= recorded  # what the curve shows
     assert "is complete" in finetune(f"scenes_{task}", "name=first")[1]
     before = scores
     assert main(["evaluate", str(tmp_path / "first")]) == 0
