@@ -47,21 +47,21 @@ def emoji_e5() -> PretrainConfig:
         "corpus": "scenes",
         "workers": 1,
         "model": ModelConfig(
-            vocabulary=0, width=384, heads=12, feedforward=1536, text_layers=2, fusion_layers=2, vision_layers=3,
+            vocabulary=0, width=384, heads=12, feedforward=1536, text_layers=6, fusion_layers=2, vision_layers=3,
             vision_width=192, image_size=64, patch=16, positions=64, embedding=128, dropout=0.0,
             temperature=0.1, pixel_mean=255, pixel_std=64,  # 17 tokens a picture leave time to see many
         ),
-        # the last layers of twelve gather a sentence in its CLS state: by it, untrained, 28 to 43 % of 500 names find their
-        # translation after layers 0 and 11, and 5 to 21 % after 0 and 1
-        "init": InitConfig(layers=(0, 11, 10, 11)),
+        # the last layers of twelve gather a sentence in its CLS state: by it, untrained, 28 to 50 % of 500 names find their
+        # translation after these six, 34 to 59 % after all twelve, 16 to 37 % after 0 and 11, 9 to 23 % after the first six
+        "init": InitConfig(layers=(0, 1, 2, 3, 10, 11, 10, 11)),
         "objective": ObjectiveConfig(
-            train_embeddings=False, fuse_every=16, temperature=(0.1, 0.5),
+            train_embeddings=False, frozen_text_layers=4, fuse_every=16, temperature=(0.1, 0.5),
             weights=Weights(ucl_translation=0.5, vlm=0.1, tlm=0.1, xmlm=0.1, itm=0.1),
         ),
         "data": DataConfig(
             tokenizer="",
             image_text=StreamConfig(batch=512, length=32),
-            parallel=StreamConfig(batch=512, length=24),
+            parallel=StreamConfig(batch=256, length=24),
             text=StreamConfig(batch=16, length=32),
             augment=AugmentConfig(scale=(1, 1), ratio=(1, 1), operations=1, magnitude=3, choices=("identity", "brightness")),
         ),

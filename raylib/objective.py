@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from raylib.collective import clamp, gather, gather_ragged, total, world_size
@@ -53,6 +53,7 @@ class ObjectiveConfig(Config):
     directions: Literal["sum", "mean"] = "sum"
     train_vision: bool = True
     train_embeddings: bool = True  # those of words, which a small corpus would pull away from all words that it lacks
+    frozen_text_layers: NonNegativeInt = 0  # the lowest ones of the text encoder, for the same reason
     temperature: tuple[float, float] = (0.001, 0.5)
     fuse_every: PositiveInt = 1  # VLM, ITM and TLM see the pairs whose index is a multiple of it; UCL sees them all
 
@@ -73,6 +74,7 @@ class UnifiedObjective(nn.Module):
             model.vision.requires_grad_(False)
         if not config.train_embeddings:
             model.embedding.requires_grad_(False)
+        model.text.blocks[: config.frozen_text_layers].requires_grad_(False)
 
     @property
     def partial(self) -> bool:

@@ -101,3 +101,13 @@ def test_frozen_embeddings_get_no_gradient():
     loss.backward()
     assert all(p.grad is None for p in model.embedding.parameters())
     assert all(p.grad is not None for p in model.masked_head.parameters())
+
+
+def test_frozen_text_layers_get_no_gradient():
+    """The lowest ones, as many as asked; those above them train."""
+    model = make_model()
+    loss, _ = UnifiedObjective(model, ObjectiveConfig(frozen_text_layers=1))(make_batch())
+    loss.backward()
+    frozen, *above = model.text.blocks
+    assert above and all(p.grad is None for p in frozen.parameters())
+    assert all(p.grad is not None for block in above for p in block.parameters())
