@@ -5,8 +5,10 @@ from collections import Counter
 
 import pytest
 
+from finetune.lexicon.wordnet import WordNet
 from finetune.scenes.__main__ import main, make
-from finetune.scenes.names import LANGUAGES, categories, labels, related, say, sentence, templates
+from finetune.scenes.names import DATA, LANGUAGES, categories, labels, related, say, sentence, templates
+from finetune.scenes.subset import cut_vectors, cut_wordnet
 from finetune.scenes.write import XGQA, ScenesConfig
 from raylib.sample.concepts import is_held_out
 
@@ -159,6 +161,20 @@ def test_small_set_is_small_and_repeats(scenes, tmp_path):
     files = {path.relative_to(scenes): path.read_bytes() for path in scenes.rglob("*") if path.is_file()}
     assert sum(map(len, files.values())) <= 3e6
     assert all((tmp_path / "again" / name).read_bytes() == data for name, data in files.items())
+
+
+def test_cutting_wordnet_and_vectors_again(tmp_path):
+    """The small ones are cut further: offsets, pointers and senses hold, vectors stay the same to the bit."""
+    cut_wordnet(DATA / "wordnet", tmp_path / "wordnet", ["poodle.n.01"], ["yes"])
+    wordnet = WordNet(tmp_path / "wordnet")
+    assert wordnet.relation("poodle dog", "dog") == "hyp" and wordnet.synsets("yes") and not wordnet.synsets("cat")
+    for synset in wordnet._reader.all_synsets():
+        assert {path[0].name() for path in synset.hypernym_paths()} == {"entity.n.01"}
+        assert all(synset in other.hyponyms() for other in synset.hypernyms())
+    cut_vectors(DATA / "vectors.txt", tmp_path / "vectors.txt", ["guide dog", "glorp"])
+    lines = (DATA / "vectors.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.startswith(("dog ", "guide "))]
+    assert (tmp_path / "vectors.txt").read_text(encoding="utf-8") == "".join(kept) and len(kept) == 2
 
 
 def test_mistakes_are_one_line(scenes, capsys, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 from pydantic import Field, PositiveInt
 
-from finetune.scenes.names import LANGUAGES, hyponyms, labels, related, say
+from finetune.scenes.names import DATA, LANGUAGES, hyponyms, labels, related, say
 from finetune.scenes.world import QUESTIONS, Dice, Scene, Statement, ask, claim, compare_pair, describe, make_scene, numbers
 from raylib.config import Config
 from raylib.sample.canvas import decode_drawings, draw
@@ -84,6 +84,8 @@ def write(out: Path, config: ScenesConfig) -> None:
     for task in (_questions, _entailment, _captions, _pairs):
         task(writer, config)
     _dictionaries(writer)
+    for source in ("vectors.txt", *(f"wordnet/{path.name}" for path in sorted((DATA / "wordnet").iterdir()))):
+        writer._path(source).write_bytes((DATA / source).read_bytes())
     writer.json("relations.json", {name: _relations(name) for name in labels()})
     writer.close()
 
