@@ -55,6 +55,11 @@ class Task(NamedTuple):
         """Where the split lies under the data folder."""
         return folder / self.split(name, language).path.format(language=language, shots=shots)
 
+    def source(self, name: str, language: str) -> tuple[str, ...]:
+        """What tells the items of a split in one language from those in another: its file, and what its reader is told."""
+        split = self.split(name, language)
+        return split.path.replace("{language}", language), *(v.format(language=language) for v in split.options.values())
+
     def read(self, path: Path, name: str, language: str) -> Iterator[Example] | Iterator[Captioned]:
         """The items of the split `name` in `language`, from `path`.
 
@@ -62,12 +67,15 @@ class Task(NamedTuple):
             UserError: no such file; what the reader finds wrong.
         """
         if not path.exists():
-            raise UserError(f"{path}: no such file ({name} in '{language}'); check data=, or give its place in files.*")
+            there = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
+            beside = f"; beside it are {', '.join(there)}" if there else ""
+            raise UserError(f"{path}: no such file ({name} in '{language}'); check data=, languages=, shots={beside}")
         split = self.split(name, language)
         return split.read(path, **{k: v.format(language=language) for k, v in split.options.items()})
 
 
 XGQA_LANGUAGES = ("en", "bn", "de", "id", "ko", "pt", "ru", "zh")
+OWN = {"language": "{language}"}  # for a reader that wants to know
 NLI_LANGUAGES = ("en", "ar", "es", "fr", "ru")
 NLI_LABELS = ("contradiction", "neutral", "entailment")  # IGLUE's order; CCLM's public code has another (FACTS, Related)
 
@@ -87,7 +95,8 @@ TASKS: dict[str, Task] = {
         summary="questions about pictures; GQA in English, xGQA in 7 more languages",
         kind="answers",
         languages=XGQA_LANGUAGES,
-        answers=("gqa/annotations/trainval_label2ans.json", "gqa/annotations/trainval_ans2label.pkl"),
+        answers=("gqa/annotations/trainval_label2ans.json", "gqa/annotations/trainval_ans2label.pkl",
+                 "gqa/annotations/trainval_label2ans.pkl", "gqa/cache/trainval_ans2label.pkl"),
         splits={
             "train": Split("gqa/annotations/train_balanced_questions.json", gqa.read_gqa),
             "dev": Split("gqa/annotations/val_balanced_questions.json", gqa.read_gqa),
@@ -112,8 +121,8 @@ TASKS: dict[str, Task] = {
         languages=NLI_LANGUAGES,
         splits={
             "train": Split("XNLI/multinli.train.en.tsv", nli.read_multinli),
-            "dev": Split("XNLI/xnli.dev.tsv", nli.read_xnli, {"language": "{language}"}),
-            "test": Split("XNLI/xnli.test.tsv", nli.read_xnli, {"language": "{language}"}),
+            "dev": Split("XNLI/xnli.dev.tsv", nli.read_xnli, OWN),
+            "test": Split("XNLI/xnli.test.tsv", nli.read_xnli, OWN),
         },
     ),
     "snli_xvnli": Task(
@@ -135,10 +144,11 @@ TASKS: dict[str, Task] = {
         splits={
             "train": Split("nlvr2/annotations/train.jsonl", pairs.read_nlvr2),
             "dev": Split("nlvr2/annotations/dev.jsonl", pairs.read_nlvr2),
-            "test": Split("marvl/zero_shot/annotations/marvl-{language}.jsonl", pairs.read_marvl),
+            "test": Split("marvl/zero_shot/annotations/marvl-{language}.jsonl", pairs.read_marvl, OWN),
             "test.en": Split("nlvr2/annotations/test1.jsonl", pairs.read_nlvr2),
-            "shots": Split("marvl/few_shot/annotations/marvl-{language}_train{shots}.jsonl", pairs.read_marvl),
-            "translated": Split("marvl/zero_shot/annotations_machine-translate/marvl-{language}_gmt.jsonl", pairs.read_marvl),
+            "shots": Split("marvl/few_shot/annotations/marvl-{language}_train{shots}.jsonl", pairs.read_marvl, OWN),
+            "translated": Split("marvl/zero_shot/annotations_machine-translate/marvl-{language}_gmt.jsonl", pairs.read_marvl,
+                                OWN),
             "translated.en": Split("nlvr2/annotations/test1.jsonl", pairs.read_nlvr2),
         },
     ),
@@ -181,8 +191,9 @@ TASKS: dict[str, Task] = {
         languages=("en", "ja", "zh"),
         splits={name: split for part, other in (("train", "train"), ("dev", "val"), ("test", "test")) for name, split in {
             f"{part}.en": Split("coco/dataset_coco.json", captions.read_karpathy, {"split": other}),
-            f"{part}.ja": Split("coco/stair_captions_v1.2.json", captions.read_coco,
-                                {"images": "dataset_coco.json", "split": other}),
+            f"{part}.ja": Split(f"coco/stair_captions_v1.2_{'train' if part == 'train' else 'val'}.json", captions.read_coco,
+                                {"images": "dataset_coco.json", "split": other,
+                                 "more": "stair_captions_v1.2_val.json" if part == "train" else ""}),
             f"{part}.zh": Split("coco-cn/imageid.human-written-caption.txt", captions.read_coco_cn,
                                 {"images": f"coco-cn_{other}.txt"}),
         }.items()},

@@ -9,7 +9,7 @@ import pytest
 
 from finetune.examples import Captioned, Example
 from finetune.formats import captions, gqa, nli, pairs, vqa
-from finetune.formats.stream import read_items
+from finetune.formats.stream import read_items, read_listed
 from raylib.errors import UserError
 
 
@@ -59,8 +59,8 @@ def test_pairs(tmp_path):
     assert list(pairs.read_nlvr2(lines(tmp_path / "n.jsonl", NLVR2))) == [
         Example("dev-850-0-1", ("Two dogs.",), ("dev-850-0-img0", "dev-850-0-img1"), {"True": 1.0})
     ]
-    assert list(pairs.read_marvl(lines(tmp_path / "m.jsonl", MARVL))) == [
-        Example("id-0", ("Dua.",), ("1-5.jpg", "1-6.jpg"), {"False": 1.0}, "Animal")
+    assert list(pairs.read_marvl(lines(tmp_path / "m.jsonl", MARVL), "id")) == [
+        Example("id-0", ("Dua.",), ("id/1-5.jpg", "id/1-6.jpg"), {"False": 1.0}, "Animal")
     ]
 
 
@@ -113,6 +113,38 @@ def test_streaming_equals_loading(tmp_path, monkeypatch):
     assert [v for _, v in read_items(tmp_path / "l.json.gz")] == [1, 22, 333, 4444444444]
     write(tmp_path / "empty.json", {})
     assert list(read_items(tmp_path / "empty.json")) == []
+
+
+def test_a_list_inside_an_object(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.formats.stream.CHUNK", 5)
+    path = write(tmp_path / "o.json", {"a": [9], "x": {"b": [8]}, "b": [{"n": 1}, {"n": 22}], "c": [], "d": 3})
+    assert [(w.rpartition(", ")[2], r) for w, r in read_listed(path, "b")] == [("b[0]", {"n": 1}), ("b[1]", {"n": 22})]
+    assert list(read_listed(path, "c")) == []
+    for name, words in (("e", "no list 'e'"), ("d", "after key 'd': wanted a list")):
+        with pytest.raises(UserError, match=f"o.json: .*{words}"):
+            list(read_listed(path, name))
+    path.write_text('{"b": [{"n": 1}, {"n": ')
+    with pytest.raises(UserError, match="broken JSON after item 1"):
+        list(read_listed(path, "b"))
+    with pytest.raises(UserError, match="none.json: no such file"):
+        list(read_listed(tmp_path / "none.json", "b"))
+
+
+def test_vqa_streams_and_bears_another_order(tmp_path):
+    count = 20_000
+    people = [{"answer": "yes", "answer_id": i} for i in range(10)]
+    questions = [{"question_id": i, "image_id": i, "question": "What is it?"} for i in range(count)]
+    answers = [{"question_id": i, "image_id": i, "answers": people, "answer_type": "other"} for i in range(count)]
+    write(tmp_path / "q.json", {"info": {}, "questions": questions})
+    write(tmp_path / "a.json", {"info": {}, "annotations": answers})
+    write(tmp_path / "b.json", {"info": {}, "annotations": answers[::-1]})
+    del questions, answers
+    tracemalloc.start()
+    ids = [example.id for example in vqa.read_vqa_v2(tmp_path / "q.json", "a.json")]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert ids == [str(i) for i in range(count)] and peak < 5e6  # the ids themselves are 1.2 MB; the files 14 MB of text
+    assert [example.id for example in vqa.read_vqa_v2(tmp_path / "q.json", "b.json")] == ids
 
 
 def test_memory_stays_small_whatever_the_file(tmp_path):

@@ -47,10 +47,10 @@ def test_pictures_by_id(folder, tmp_path, kind):
 
 
 def test_bad_picture_stores_are_named(folder, tmp_path):
-    (folder / "sub" / "a.jpg").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"two pictures called 'a': a.png and a.jpg"):
+    (folder / "a.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"two pictures called 'a': a.jpg and a.png"):
         open_pictures(folder)
-    (folder / "sub" / "a.jpg").rename(folder / "z.jpg")
+    (folder / "a.jpg").rename(folder / "z.jpg")
     with pytest.raises(UserError, match=r"z: does not decode"):
         open_pictures(folder).read("z")
     with pytest.raises(UserError, match="neither a folder nor a .tar"):
@@ -58,6 +58,25 @@ def test_bad_picture_stores_are_named(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no pictures"):
         open_pictures(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_layouts_of_official_pictures(tmp_path, kind):
+    """MaRVL's names come again in each language, NLVR2's lie two folders deep, MSCOCO's are names or numbers."""
+    files = {"id/images/1-Angsa/1-5.jpg": 1, "zh/images/1-Tian/1-5.jpg": 2, "zh/images/1-Tian/1-6.jpg": 3,
+             "images/train/12/train-7-0-img0.png": 4, "val2014/COCO_val2014_000000000042.jpg": 5}  # fmt: skip
+    for name, shade in files.items():
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(tmp_path / "p" / name), np.full((4, 4, 3), shade * 10, np.uint8))
+    store = open_pictures(tmp_path / "p" if kind == "folder" else packed(tmp_path / "p", tmp_path / "p.tar"))
+    wanted = {"id/1-5.jpg": 1, "zh/1-5.jpg": 2, "zh/1-6.jpg": 3, "train-7-0-img0": 4, "000000000042": 5,
+              "COCO_val2014_000000000042.jpg": 5}  # fmt: skip
+    assert {name: round(store.read(name).mean() / 10) for name in wanted} == wanted
+    with pytest.raises(UserError, match=r"2 pictures called '1-5.jpg': .*1-(Angsa|Tian)/1-5.jpg, .*; leave one"):
+        store.read("1-5.jpg")
+    for missing in ("id/1-6.jpg", "sw/1-5.jpg"):  # another language's are not these
+        with pytest.raises(UserError, match=f"no picture '{missing}'"):
+            store.read(missing)
 
 
 def b64(array):
@@ -93,21 +112,90 @@ def write_store(kind, tmp_path):
         row = [20, 40, "x", "x", "x", "x", 2, b64(BOXES).decode(), b64(FEATURES).decode()]
         (tmp_path / "r.tsv").write_text("".join("\t".join(map(str, [name, *row])) + "\n" for name in ("7", "8")))
         return tmp_path / "r.tsv"
-    (tmp_path / "npz").mkdir()
+    if kind == "flat.h5":
+        return write_flat_h5(tmp_path / "flat.h5", wh=[[40, 20], [40, 20]])
+    (tmp_path / kind).mkdir()
     for name in ("7", "8"):
-        np.savez(tmp_path / "npz" / f"{name}.npz", features=FEATURES, boxes=BOXES, img_h=20, img_w=40)
-    return tmp_path / "npz"
+        if kind == "npz":
+            np.savez(tmp_path / kind / f"{name}.npz", features=FEATURES, boxes=BOXES, img_h=20, img_w=40)
+        elif kind == "npy":
+            info = {"bbox": BOXES, "num_boxes": 2, "objects": np.zeros(2, np.int64), "image_width": 40, "image_height": 20,
+                    "cls_prob": np.ones((2, 5), np.float32)}  # fmt: skip
+            np.save(tmp_path / kind / f"{name}.npy", FEATURES)
+            np.save(tmp_path / kind / f"{name}_info.npy", info)
+    return tmp_path / kind
 
 
-@pytest.mark.parametrize("kind", ["lmdb", "h5", "tsv", "npz"])
+def write_flat_h5(path, boxes="bbox", ids=(b"7.jpg", b"8.jpg"), **changes):
+    """M3P's: arrays over all pictures, here three regions each, of which two are real."""
+    import h5py
+
+    padded = {"features": np.pad(FEATURES, ((0, 1), (0, 0))), boxes: np.pad(BOXES, ((0, 1), (0, 0)))}
+    with h5py.File(path, "w") as file:
+        for name, value in padded.items():
+            file[name] = np.stack([value, value])
+        for name, value in {"image_id": list(ids), "num_boxes": [2, 2], **changes}.items():
+            file[name] = value
+    return path
+
+
+@pytest.mark.parametrize("kind", ["lmdb", "h5", "flat.h5", "tsv", "npz", "npy"])
 def test_regions_by_id(tmp_path, kind):
     store = open_regions(write_store(kind, tmp_path))
     for name in ("7", "8"):
         regions = pickle.loads(pickle.dumps(store)).read(name)
         assert (regions.features == FEATURES).all() and (regions.boxes == BOXES).all()
         assert (regions.height, regions.width) == (20, 40)
-    with pytest.raises(UserError, match="9"):
+        assert store.read(f"{name}.jpg").boxes.shape == (2, 4)  # as other files call it
+    with pytest.raises(UserError, match="no regions of picture '9'"):
         store.read("9")
+    with multiprocessing.get_context("fork").Pool(2) as pool:  # after the parent has opened it
+        assert all((r.features == FEATURES).all() for r in pool.map(store.read, ["7", "8"] * 8))
+
+
+@pytest.mark.parametrize("wh", [[[40, 20], [40, 20]], [[20, 40], [20, 40]]])
+def test_the_boxes_of_a_flat_h5_tell_width_from_height(tmp_path, wh):
+    """M3P's reader takes `wh` as height and width; the boxes reach 40 to the right and 20 down."""
+    regions = open_regions(write_flat_h5(tmp_path / "flat.h5", "boxes", wh=wh)).read("8")
+    assert (regions.height, regions.width) == (20, 40) and (regions.boxes == BOXES).all()
+
+
+def test_a_flat_h5_that_does_not_fit_is_named(tmp_path):
+    for changes, words in (
+        ({"wh": [[30, 10], [30, 10]]}, "boxes lie outside their pictures"),
+        ({"wh": [[40, 20]]}, "2 values of image_id"),
+        ({"sizes": [[40, 20]]}, "no wh; it has bbox, features, image_id"),
+    ):
+        with pytest.raises(UserError, match=f"flat.h5: .*{words}"):
+            open_regions(write_flat_h5(tmp_path / "flat.h5", **changes))
+
+
+def test_a_folder_of_stores_has_what_each_has(tmp_path):
+    """VOLTA's for MaRVL: names come again in every language; NLVR2's are of no language."""
+    shades = {"marvl-id_boxes36.lmdb": {"1-5": 1}, "marvl-zh_boxes36.lmdb": {"1-5": 2, "1-6": 3}, "nlvr2_boxes36.lmdb": {"t": 4}}
+    (tmp_path / "r").mkdir()
+    for folder, names in shades.items():
+        values = {name: pickle.dumps(record(features=FEATURES * 0 + shade)) for name, shade in names.items()}
+        write_lmdb(tmp_path / "r" / folder, values)
+    store = open_regions(tmp_path / "r")
+    wanted = {"id/1-5.jpg": 1, "zh/1-5.jpg": 2, "zh/1-6.jpg": 3, "t": 4}
+    assert {name: int(store.read(name).features[0, 0]) for name in wanted} == wanted
+    with pytest.raises(UserError, match="regions of '1-5.jpg' in marvl-id_boxes36.lmdb and in marvl-zh_boxes36.lmdb"):
+        store.read("1-5.jpg")
+    for other in ("id/1-6.jpg", "sw/1-5.jpg"):  # another language's are not these
+        with pytest.raises(UserError, match=f"no regions of picture '{other}'"):
+            store.read(other)
+    with pytest.raises(UserError, match="no regions of picture 'id/1-6.jpg'"):
+        open_regions(tmp_path / "r" / "marvl-zh_boxes36.lmdb").read("id/1-6.jpg")
+
+
+def test_uc2s_npz_has_boxes_as_shares(tmp_path):
+    (tmp_path / "npz").mkdir()
+    shares = np.concatenate([BOXES / [40, 20, 40, 20], np.zeros((2, 3))], 1).astype(np.float16)  # width, height, area: not read
+    np.savez(tmp_path / "npz" / "7.npz", features=FEATURES.astype(np.float16), norm_bb=shares, conf=np.ones(2))
+    regions = open_regions(tmp_path / "npz").read("7")
+    where = locations(regions.boxes, regions.height, regions.width, 7)
+    assert (regions.features == FEATURES).all() and np.allclose(where, locations(BOXES, 20, 40, 7), atol=1e-3)
 
 
 def test_locations_by_hand():
@@ -136,3 +224,17 @@ def test_bad_regions_are_named_and_nothing_runs(tmp_path, monkeypatch):
         store.read("less")
     with pytest.raises(UserError, match="no region features"):
         open_regions(tmp_path / "nothing")
+    (tmp_path / "npy").mkdir()
+    np.save(tmp_path / "npy" / "7.npy", FEATURES)
+    np.save(tmp_path / "npy" / "7_info.npy", {"bbox": Evil()})
+    np.save(tmp_path / "npy" / "8.npy", FEATURES)
+    np.save(tmp_path / "npy" / "8_info.npy", {"bbox": BOXES, "num_boxes": 2})
+    store = open_regions(tmp_path / "npy")
+    with pytest.raises(UserError, match="7_info.npy: not read .*posix.system"):
+        store.read("7")
+    assert not (tmp_path / "evil").exists()
+    with pytest.raises(UserError, match="npy, 8: no img_h, img_w; it has boxes, features, num_boxes"):
+        store.read("8")
+    (tmp_path / "npy" / "8_info.npy").write_bytes(b"no array")
+    with pytest.raises(UserError, match="8_info.npy: not read"):
+        store.read("8")

@@ -48,18 +48,20 @@ def read_karpathy(path: Path, split: str) -> Iterator[Captioned]:
             yield Captioned(field(record, "filename", str, where), tuple(texts))
 
 
-def read_coco(path: Path, images: str, split: str) -> Iterator[Captioned]:
+def read_coco(path: Path, images: str, split: str, more: str = "") -> Iterator[Captioned]:
     """COCO's form (STAIR): {images: [{id, file_name}], annotations: [{image_id, caption}]}; only pictures that Karpathy's
-    file `images`, a path from this one's folder, has in `split`."""
+    file `images` has in `split`. `more`: a second such file, as `images` a path from this one's folder: what Karpathy trains
+    on comes from two."""
     wanted = {Path(item.image).stem for item in read_karpathy(path.parent / images, split)}
-    names = {field(r, "id", int, w): field(r, "file_name", str, w) for w, r in read_listed(path, "images")}
     captions: dict[str, list[str]] = {}
-    for where, record in read_listed(path, "annotations"):
-        number = field(record, "image_id", int, where)
-        if number not in names:
-            raise UserError(f"{where}: image_id {number} is not among the images")
-        if Path(names[number]).stem in wanted:
-            captions.setdefault(names[number], []).append(field(record, "caption", str, where))
+    for file in [path, *([path.parent / more] if more else [])]:
+        names = {field(r, "id", int, w): field(r, "file_name", str, w) for w, r in read_listed(file, "images")}
+        for where, record in read_listed(file, "annotations"):
+            number = field(record, "image_id", int, where)
+            if number not in names:
+                raise UserError(f"{where}: image_id {number} is not among the images")
+            if Path(names[number]).stem in wanted:
+                captions.setdefault(names[number], []).append(field(record, "caption", str, where))
     for name, texts in captions.items():
         yield Captioned(name, tuple(texts))
 

@@ -19,10 +19,12 @@ def read_nlvr2(path: Path) -> Iterator[Example]:
         yield Example(identifier, (sentence,), (f"{stem}-img0", f"{stem}-img1"), label)
 
 
-def read_marvl(path: Path) -> Iterator[Example]:
-    """JSON lines {caption, left_img, right_img, id, chapter, label}; broken down by chapter."""
+def read_marvl(path: Path, language: str = "") -> Iterator[Example]:
+    """JSON lines {caption, left_img, right_img, id, chapter, label}; broken down by chapter. Pictures of several languages
+    have the same names: with `language`, each is looked for in the folder of this language."""
     for where, record in read_jsonl(path):
-        images = field(record, "left_img", str, where), field(record, "right_img", str, where)
+        names = (field(record, side, str, where) for side in ("left_img", "right_img"))
+        images = tuple(f"{language}/{name}" if language else name for name in names)
         caption, number = field(record, "caption", str, where), field(record, "id", (str, int), where)
         label = _label(field(record, "label", (str, bool), where), where)
         yield Example(str(number), (caption,), images, label, record.get("chapter") or "")

@@ -63,13 +63,22 @@ def read_items(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def read_listed(path: Path, name: str) -> Iterator[tuple[str, dict]]:
-    """(where, record) of the list `name` in the JSON object of a file; that list is in memory as a whole."""
-    for key, value in read_items(path):
-        if key == name:
-            for i, record in enumerate(value):
-                yield f"{path}, {name}[{i}]", record
-            return
-    raise UserError(f"{path}: no list '{name}'")
+    """(where, record) of the list `name` in the JSON object of a file, as it is read.
+
+    Raises:
+        UserError: no such list, or broken; says after which member.
+    """
+    try:
+        with open_text(path) as file:
+            items = _Items(path, file)
+            for number, record in items.read(inside=name):
+                yield f"{path}, {name}[{number}]", record
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 ({e})") from None
+    if not items.entered:
+        raise UserError(f"{path}: no list '{name}'")
 
 
 def first_character(path: Path) -> str:
@@ -86,8 +95,11 @@ class _Items:
 
     def __init__(self, path: Path, file: TextIO):
         self.path, self.file, self.text, self.at, self.last = path, file, "", 0, "the beginning"
+        self.entered = False  # the member that was asked for
 
-    def read(self) -> Iterator[tuple[str, Any]]:
+    def read(self, inside: str | None = None) -> Iterator[tuple[str, Any]]:
+        """Members of the object or array that begins here; `inside`: those of the array that is this member of the object,
+        and nothing after it."""
         kind = self._next()
         if kind not in ("{", "["):
             raise self._broken("wanted a JSON object or array")
@@ -99,7 +111,15 @@ class _Items:
             if kind == "{" and self._next() != ":":
                 raise self._broken("wanted ':'")
             self.last = f"key {key!r}" if kind == "{" else f"item {number}"
-            yield str(key), self._value()
+            if inside is not None and key == inside:
+                self.entered = True
+                if self._peek() != "[":
+                    raise self._broken("wanted a list")
+                yield from self.read()
+                return
+            value = self._value()
+            if inside is None:
+                yield str(key), value
             number += 1
             mark = self._next()
             if mark == end:

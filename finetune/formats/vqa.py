@@ -16,17 +16,21 @@ def read_vqa_v2(path: Path, annotations: str) -> Iterator[Example]:
     An answer that n of ten people gave scores min(1, n / 3): the common form of VQA's measure, without its average over
     the ten subsets of nine.
     """
-    answers = {}
-    for where, record in read_listed(path.parent / annotations, "annotations"):
-        given = Counter(field(a, "answer", str, where) for a in field(record, "answers", list, where))
-        scores = {answer: min(1.0, n / 3) for answer, n in given.items()}
-        answers[field(record, "question_id", int, where)] = scores, record.get("answer_type", "")
+    given, waiting = read_listed(path.parent / annotations, "annotations"), {}
     for where, record in read_listed(path, "questions"):
         number, image = field(record, "question_id", int, where), field(record, "image_id", int, where)
-        if number not in answers:
-            raise UserError(f"{where}: question {number} has no annotation in {path.parent / annotations}")
-        scores, kind = answers[number]
+        while number not in waiting:  # both files are in the same order as they come: nothing waits long
+            there, found = next(given, (where, None))
+            if found is None:
+                raise UserError(f"{where}: question {number} has no annotation in {path.parent / annotations}")
+            waiting[field(found, "question_id", int, there)] = _scores(found, there), found.get("answer_type", "")
+        scores, kind = waiting.pop(number)
         yield Example(str(number), (field(record, "question", str, where),), (f"{image:012d}",), scores, kind)
+
+
+def _scores(annotation: dict, where: str) -> dict[str, float]:
+    counts = Counter(field(a, "answer", str, where) for a in field(annotation, "answers", list, where))
+    return {answer: min(1.0, n / 3) for answer, n in counts.items()}
 
 
 def read_ja_vqa(path: Path) -> Iterator[Example]:

@@ -1,8 +1,10 @@
 """Pictures by id, in a folder or a tar."""
 
 import os
+import re
 import tarfile
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -10,32 +12,46 @@ from raylib.data.images import decode
 from raylib.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+COCO = re.compile(r"^COCO_[a-z]+\d{4}_(?=\d{12}$)")  # what the names of 2014 have before the number that they share with 2017
+MARVL = {"id", "sw", "ta", "tr", "zh"}  # languages whose pictures have the same names
+
+Place = tuple[str, str, int, int]  # (path in the store, file, offset, bytes); bytes -1 for a whole file
 
 
 class PictureStore:
-    """Pictures by id; an id may end like a file name or not. May be sent to, and forked into, other processes."""
+    """Pictures by id. An id may end like a file name or not, and MSCOCO's may be a name or its number. Folders in an id count
+    where pictures of several folders have one name, as MaRVL's of several languages do. May be sent to, and forked into,
+    other processes."""
 
-    def __init__(self, path: Path, places: dict[str, tuple[str, int, int]]):
-        """places: {id without ending: (file, offset, bytes); bytes -1 for a whole file}."""
+    def __init__(self, path: Path, places: dict[str, list[Place]]):
+        """places: {id without folder and ending: where pictures of this name are}."""
         self.path, self.places = path, places
         self._opened: tuple[int, int] | None = None  # (process, descriptor) of the tar
 
     def has(self, name: str) -> bool:
         """Whether there is a picture of this id."""
-        return _stem(name) in self.places
+        return bool(self._find(name))
 
     def read(self, name: str) -> np.ndarray:
         """The picture, uint8 RGB (H, W, 3).
 
         Raises:
-            UserError: no such id; a file that does not decode.
+            UserError: no such id, or several (they are named); a file that does not decode.
         """
-        place = self.places.get(_stem(name))
-        if place is None:
+        there = self._find(name)
+        if not there:
             raise UserError(f"{self.path}: no picture '{name}'; check images=")
-        file, offset, size = place
+        if len(there) > 1:
+            raise UserError(f"{self.path}: {len(there)} pictures called '{name}': {', '.join(p for p, *_ in there)}; leave one")
+        ((_, file, offset, size),) = there
         data = Path(file).read_bytes() if size < 0 else os.pread(self._tar(file), size, offset)
         return decode(data, f"{self.path}, {name}")
+
+    def _find(self, name: str) -> list[Place]:
+        there, folders = self.places.get(stem(name), []), folders_of(name)
+        if len(there) > 1:
+            return [place for place in there if folders <= folders_of(place[0])]
+        return [place for place in there if may_hold(name, folders_of(place[0]))]
 
     def _tar(self, file: str) -> int:
         if self._opened is None or self._opened[0] != os.getpid():  # a descriptor shared with a parent would be closed by it
@@ -47,34 +63,63 @@ class PictureStore:
 
 
 def open_pictures(path: Path | str) -> PictureStore:
-    """The pictures of a folder, its subfolders of one level included, or of a tar.
+    """The pictures of a folder and all that is below it, or of a tar.
 
     Raises:
-        UserError: neither; no picture in it; two pictures of one id (both are named).
+        UserError: neither; no picture in it; two pictures of one id in one folder (both are named).
     """
     path = Path(path)
     if path.is_dir():
-        folders = [path, *sorted(p for p in path.iterdir() if p.is_dir())]
-        found = [(entry.name, (entry.path, 0, -1)) for folder in folders for entry in os.scandir(folder) if entry.is_file()]
+        found = _walk(path)
     elif path.suffix == ".tar" and path.is_file():
-        with tarfile.open(path) as tar:
-            found = [(member.name, (str(path), member.offset_data, member.size)) for member in tar if member.isfile()]
+        found = _list(path)
     else:
         raise UserError(f"{path}: neither a folder nor a .tar of pictures; give it with images=")
-    places: dict[str, tuple[str, int, int]] = {}
-    names: dict[str, str] = {}
-    for name, place in found:
-        if name.lower().endswith(SUFFIXES):
-            stem = _stem(name)
-            if stem in places:
-                raise UserError(f"{path}: two pictures called '{stem}': {names[stem]} and {name}; leave one")
-            places[stem], names[stem] = place, name
+    places: dict[str, list[Place]] = {}
+    for place in found:
+        if place[0].lower().endswith(SUFFIXES):
+            others = places.setdefault(stem(place[0]), [])
+            for other, *_ in others:
+                if os.path.dirname(other) == os.path.dirname(place[0]):
+                    names = sorted((other, place[0]))
+                    raise UserError(f"{path}: two pictures called '{stem(other)}': {' and '.join(names)}; leave one")
+            others.append(place)
     if not places:
         raise UserError(f"{path}: no pictures ({', '.join(SUFFIXES)}) in it")
     return PictureStore(path, places)
 
 
-def _stem(name: str) -> str:
+def _walk(path: Path) -> Iterator[Place]:
+    """Every file below `path`."""
+    for folder, _, files in os.walk(path, followlinks=True):
+        for file in files:
+            whole = os.path.join(folder, file)
+            yield os.path.relpath(whole, path), whole, 0, -1
+
+
+def _list(path: Path) -> Iterator[Place]:
+    """Every file in the tar `path`."""
+    file = str(path)
+    with tarfile.open(path) as tar:
+        while (member := tar.next()) is not None:
+            if member.isfile():
+                yield member.name, file, member.offset_data, member.size
+            tar.members.clear()  # it would keep a large object for each
+
+
+def folders_of(name: str) -> set[str]:
+    """The folders that an id, or a path, names."""
+    return {*PurePosixPath(name).parts[:-1]}
+
+
+def may_hold(name: str, words: set[str]) -> bool:
+    """Whether a picture may be where `words` are in the path: MaRVL's pictures have the same names in each language, and the
+    one that is there must not be another language's."""
+    return not folders_of(name) & MARVL or words & MARVL <= folders_of(name)
+
+
+def stem(name: str) -> str:
+    """A picture's name without folder, picture ending and what MSCOCO's names of 2014 begin with."""
     base = os.path.basename(name)
-    stem, suffix = os.path.splitext(base)
-    return stem if suffix.lower() in SUFFIXES else base
+    stripped, suffix = os.path.splitext(base)
+    return COCO.sub("", stripped if suffix.lower() in SUFFIXES else base)

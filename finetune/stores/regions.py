@@ -1,30 +1,23 @@
-"""Features of detected regions by picture id: VOLTA's LMDB, H5, LXMERT's TSV, or a folder of .npz files.
+"""Features of detected regions by picture id: VOLTA's LMDB, H5 (a group a picture, or M3P's flat arrays), LXMERT's TSV, or
+a folder of .npz (UC2's too) or of X101's .npy files.
 
-Values are never unpickled plainly: LMDB's are read by an unpickler that admits plain values and arrays only.
+An id is looked for as it is, then without folder and picture ending: files disagree on whether ".jpg" belongs to it.
 """
 
-import base64
-import csv
 import io
 import os
-import pickle
+import re
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from finetune.stores.pictures import folders_of, may_hold, stem
+from finetune.stores.records import Regions, to_regions, unpickle
 from raylib.errors import UserError
 
-csv.field_size_limit(1 << 30)
-
-
-class Regions(NamedTuple):
-    """One picture's regions: features (R, f), boxes (R, 4) as x1, y1, x2, y2 in pixels, and the picture's size."""
-
-    features: np.ndarray
-    boxes: np.ndarray
-    height: float
-    width: float
+X101 = {"bbox": "boxes", "image_height": "img_h", "image_width": "img_w"}  # its names -> those of the others
+_ENVIRONMENTS: dict[Path, tuple[int, Any]] = {}  # LMDB folder -> (process that opened it, environment)
 
 
 class RegionStore(Protocol):
@@ -42,146 +35,237 @@ def locations(boxes: np.ndarray, height: float, width: float, numbers: int) -> n
 
 
 def open_regions(path: Path | str) -> RegionStore:
-    """The regions at `path`: an LMDB folder, a .h5, a .tsv, or a folder of .npz files.
+    """The regions at `path`: an LMDB folder, a .h5, a .tsv, a folder of .npz files or of .npy files with _info.npy, or a
+    folder of several of these.
 
     Raises:
-        UserError: none of these.
+        UserError: none of these; a flat .h5 whose arrays do not fit each other.
     """
     path = Path(path)
+    if store := _open(path):
+        return store
+    stores = [store for child in sorted(path.iterdir()) if (store := _open(child))] if path.is_dir() else []
+    if stores:
+        return _Several(path, stores)
+    raise UserError(f"{path}: no region features; an LMDB folder, .h5, .tsv, a folder of .npz or _info.npy files is read, or "
+                    "a folder of these")  # fmt: skip
+
+
+def _open(path: Path) -> "_Store | None":
     if (path / "data.mdb").is_file():
         return _Lmdb(path)
     if path.suffix in (".h5", ".hdf5") and path.is_file():
-        return _H5(path)
+        return _FlatH5(path) if _is_flat(path) else _H5(path)
     if path.suffix == ".tsv" and path.is_file():
         return _Tsv(path)
-    if path.is_dir() and any(path.glob("*.npz")):
-        return _Npz(path)
-    raise UserError(f"{path}: no region features; an LMDB folder, .h5, .tsv or a folder of .npz files is read")
+    for kind, files in ((_Npz, "*.npz"), (_Npy, "*_info.npy")):
+        if path.is_dir() and any(path.glob(files)):
+            return kind(path)
+    return None
 
 
-class _Opened:
-    """Holds one open file a process: neither LMDB nor H5 survives a fork."""
+class _Store:
+    """Looks a picture up under the names that it may have. Formats differ in `_find(key)`: what is kept of it, or None."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._handle: tuple[int, Any] | None = None
+
+    def read(self, name: str) -> Regions:
+        """The regions of the picture `name`.
+
+        Raises:
+            UserError: there are none, or they are broken; names file and picture.
+        """
+        found = self.find(name)
+        if found is None:
+            raise UserError(f"{self.path}: no regions of picture '{name}'; check regions=")
+        return found
+
+    def find(self, name: str) -> Regions | None:
+        """As `read`; None if there are none."""
+        if may_hold(name, _words(self.path)):
+            for key in dict.fromkeys((name, stem(name))):
+                record = self._find(key)
+                if record is not None:
+                    return to_regions(record, f"{self.path}, {key}")
+        return None
+
+
+class _Several(_Store):
+    """Stores side by side, as VOLTA has one for NLVR2 and one for each language of MaRVL. Where several know a picture's name,
+    the one that is called like the language in the picture's folder has it."""
+
+    def __init__(self, path: Path, stores: list[_Store]):
+        super().__init__(path)
+        self.stores = stores
+
+    def find(self, name: str) -> Regions | None:
+        found = [(store.path, regions) for store in self.stores if (regions := store.find(name)) is not None]
+        if len(found) > 1:
+            found = [(path, regions) for path, regions in found if folders_of(name) & _words(path)] or found
+        if len(found) > 1:
+            raise UserError(f"{self.path}: regions of '{name}' in {' and in '.join(path.name for path, _ in found)}; leave one")
+        return found[0][1] if found else None
+
+
+def _words(path: Path) -> set[str]:
+    """{"marvl", "id", "boxes36"} of marvl-id_boxes36.lmdb."""
+    return {*re.split(r"[^a-z0-9]+", path.stem)}
+
+
+class _Lmdb(_Store):
+    """VOLTA's: key, the picture's id; value, a pickled dict {features, boxes, img_h, img_w, num_boxes}."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.folder = path.resolve()
+
+    def _find(self, key: str) -> dict | None:
+        with _environment(self.folder).begin() as transaction:
+            value = transaction.get(key.encode())
+        return None if value is None else unpickle(io.BytesIO(value), f"{self.path}, {key}")
+
+
+class _H5(_Store):
+    """A group a picture, with the datasets features, boxes, img_h, img_w."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._handle: tuple[int, Any] | None = None  # (process, open file): an H5 file does not survive a fork
 
     def handle(self) -> Any:
+        import h5py
+
         if self._handle is None or self._handle[0] != os.getpid():
-            self._handle = (os.getpid(), self._open())
+            self._handle = (os.getpid(), h5py.File(self.path, "r"))
         return self._handle[1]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_handle": None}
 
-    def _missing(self, name: str) -> UserError:
-        return UserError(f"{self.path}: no regions of picture '{name}'; check regions=")
+    def _find(self, key: str) -> dict | None:
+        if key not in self.handle():
+            return None
+        group = self.handle()[key]
+        return {name: group[name][()] for name in group}
 
 
-class _Lmdb(_Opened):
-    """VOLTA's: key, the picture's id; value, a pickled dict {features, boxes, img_h, img_w, num_boxes}."""
+class _FlatH5(_H5):
+    """M3P's: row i of the datasets image_id, features (N, R, f), bbox (or boxes), wh and, where pictures have fewer than R
+    regions, num_boxes is picture i.
 
-    def _open(self):
-        import lmdb
+    M3P reads `wh` as height and width. Here the file's own boxes decide, which must lie inside their pictures; where they
+    fit both ways the name is believed.
+    """
 
-        return lmdb.open(str(self.path), readonly=True, lock=False, readahead=False)
-
-    def read(self, name: str) -> Regions:
-        with self.handle().begin() as transaction:
-            value = transaction.get(name.encode())
-        if value is None:
-            raise self._missing(name)
-        try:
-            record = _Arrays(io.BytesIO(value)).load()
-        except (pickle.UnpicklingError, EOFError) as e:
-            raise UserError(f"{self.path}, {name}: not read ({e})") from None
-        return _regions(record, f"{self.path}, {name}")
-
-
-class _H5(_Opened):
-    """A group a picture, with the datasets features, boxes, img_h, img_w."""
-
-    def _open(self):
-        import h5py
-
-        return h5py.File(self.path, "r")
-
-    def read(self, name: str) -> Regions:
-        if name not in self.handle():
-            raise self._missing(name)
-        group = self.handle()[name]
-        record = {key: group[key][()] for key in ("features", "boxes", "img_h", "img_w") if key in group}
-        return _regions(record, f"{self.path}, {name}")
-
-
-class _Npz:
-    """ID.npz with the arrays features, boxes, img_h, img_w."""
+    CHECKED = 1000  # pictures whose boxes decide
 
     def __init__(self, path: Path):
-        self.path = path
+        super().__init__(path)
+        file = self.handle()
+        boxes = "bbox" if "bbox" in file else "boxes"
+        missing = [name for name in ("features", boxes, "wh") if name not in file]
+        if missing:
+            raise UserError(f"{path}: no {', '.join(missing)}; it has {', '.join(sorted(file))}")
+        ids = [i.decode() if isinstance(i, bytes) else str(i) for i in file["image_id"][()]]
+        if any(len(file[name]) != len(ids) for name in ("features", boxes, "wh")):
+            raise UserError(f"{path}: {len(ids)} values of image_id, but other datasets have more or fewer rows")
+        self.rows, self.boxes = {stem(name): row for row, name in enumerate(ids)}, boxes
+        reach = file[boxes][: self.CHECKED].reshape(-1, file[boxes].shape[1], 4)[..., 2:].max(1)
+        sizes = file["wh"][: self.CHECKED].reshape(-1, 2)
+        orders = [order for order in ((0, 1), (1, 0)) if (reach <= sizes[:, order] + 1).all()]
+        if not orders:
+            raise UserError(f"{path}: boxes lie outside their pictures, whether wh is width and height or the other way round")
+        self.order = orders[0]
 
-    def read(self, name: str) -> Regions:
-        file = self.path / f"{name}.npz"
+    def _find(self, key: str) -> dict | None:
+        row, file = self.rows.get(key), self.handle()
+        if row is None:
+            return None
+        count = int(np.ravel(file["num_boxes"][row])[0]) if "num_boxes" in file else None
+        width, height = np.ravel(file["wh"][row])[list(self.order)]
+        return {"features": file["features"][row][:count], "boxes": file[self.boxes][row][:count], "img_h": height,
+                "img_w": width}  # fmt: skip
+
+
+class _Npz(_Store):
+    """ID.npz with the arrays features, boxes, img_h, img_w; UC2's have norm_bb, whose first four columns are shares of the
+    picture."""
+
+    def _find(self, key: str) -> dict | None:
+        file = self.path / f"{key}.npz"
         if not file.is_file():
-            raise UserError(f"{file}: no such file")
+            return None
         try:
             with np.load(file, allow_pickle=False) as arrays:
-                return _regions(dict(arrays), str(file))
+                record = dict(arrays)
         except ValueError as e:
             raise UserError(f"{file}: not read ({e})") from None
+        if "norm_bb" in record:
+            record |= {"boxes": record["norm_bb"][:, :4], "img_h": 1.0, "img_w": 1.0}
+        return record
 
 
-class _Tsv:
+class _Npy(_Store):
+    """X101's: ID.npy, the features; ID_info.npy, a pickled dict {bbox, image_height, image_width, num_boxes, ...}."""
+
+    def _find(self, key: str) -> dict | None:
+        file, info = self.path / f"{key}.npy", self.path / f"{key}_info.npy"
+        if not file.is_file():
+            return None
+        try:
+            features = np.load(file, allow_pickle=False)
+            with open(info, "rb") as stream:
+                np.lib.format.read_magic(stream)
+                np.lib.format.read_array_header_1_0(stream)  # what follows is an array of one object, pickled
+                record = dict(unpickle(stream, str(info)).item())
+        except (ValueError, TypeError, OSError) as e:
+            raise UserError(f"{info}: not read ({e})") from None
+        return {"features": features, **{X101.get(name, name): value for name, value in record.items()}}
+
+
+class _Tsv(_Store):
     """LXMERT's: a line a picture; columns are found by number, arrays are base64 of float32."""
 
     COLUMNS = ("img_id", "img_h", "img_w", "objects_id", "objects_conf", "attrs_id", "attrs_conf", "num_boxes", "boxes",
                "features")  # fmt: skip
 
     def __init__(self, path: Path):
-        self.path, self.offsets = path, {}
+        super().__init__(path)
+        self.offsets: dict[str, int] = {}
         with open(path, "rb") as file:
             offset = 0
             for line in file:
-                self.offsets[line.split(b"\t", 1)[0].decode()] = offset
+                self.offsets[stem(line.split(b"\t", 1)[0].decode())] = offset
                 offset += len(line)
 
-    def read(self, name: str) -> Regions:
-        if name not in self.offsets:
-            raise UserError(f"{self.path}: no regions of picture '{name}'; check regions=")
+    def _find(self, key: str) -> dict | None:
+        if key not in self.offsets:
+            return None
         with open(self.path, "rb") as file:
-            file.seek(self.offsets[name])
+            file.seek(self.offsets[key])
             cells = file.readline().decode().rstrip("\n").split("\t")
         if len(cells) != len(self.COLUMNS):
-            raise UserError(f"{self.path}, {name}: {len(cells)} columns, wanted {len(self.COLUMNS)}")
-        return _regions(dict(zip(self.COLUMNS, cells, strict=True)), f"{self.path}, {name}")
+            raise UserError(f"{self.path}, {key}: {len(cells)} columns, wanted {len(self.COLUMNS)}")
+        return dict(zip(self.COLUMNS, cells, strict=True))
 
 
-def _regions(record: dict, where: str) -> Regions:
-    missing = [key for key in ("features", "boxes", "img_h", "img_w") if key not in record]
-    if missing:
-        raise UserError(f"{where}: no {', '.join(missing)}; it has {', '.join(sorted(map(str, record)))}")
-    boxes = _array(record["boxes"]).reshape(-1, 4)
-    features = _array(record["features"])
-    if features.size % max(1, len(boxes)) or not len(boxes):
-        raise UserError(f"{where}: {features.size} feature values for {len(boxes)} boxes")
-    return Regions(features.reshape(len(boxes), -1), boxes, float(record["img_h"]), float(record["img_w"]))
+def _environment(path: Path) -> Any:
+    """The one LMDB environment of a process and a folder: LMDB refuses a second, and one that was open before a fork."""
+    import lmdb
+
+    process, environment = _ENVIRONMENTS.get(path, (None, None))
+    if process != os.getpid():
+        if environment is not None:
+            environment.close()  # the parent keeps its own
+        environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+        _ENVIRONMENTS[path] = (os.getpid(), environment)
+    return environment
 
 
-def _array(value) -> np.ndarray:
-    """An array, or base64 of float32."""
-    if isinstance(value, str | bytes):
-        value = np.frombuffer(base64.b64decode(value), np.float32)
-    return np.asarray(value, np.float32)
+def _is_flat(path: Path) -> bool:
+    """Whether an H5 file holds M3P's arrays over all pictures, and not a group for each."""
+    import h5py
 
-
-class _Arrays(pickle.Unpickler):
-    """Admits plain values and NumPy arrays, nothing else that could run."""
-
-    ADMITTED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
-        (f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")
-    }
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in self.ADMITTED:
-            raise pickle.UnpicklingError(f"it wants {module}.{name}, and only plain values and arrays are read")
-        return super().find_class(module, name)
+    with h5py.File(path, "r") as file:
+        return isinstance(file.get("image_id"), h5py.Dataset)

@@ -1,0 +1,70 @@
+"""What region stores keep of a picture, made into arrays. Pickles are read by an unpickler that admits plain values and
+arrays only."""
+
+import base64
+import io
+import pickle
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from raylib.errors import UserError
+
+
+class Regions(NamedTuple):
+    """One picture's regions: features (R, f), boxes (R, 4) as x1, y1, x2, y2 in pixels, and the picture's size."""
+
+    features: np.ndarray
+    boxes: np.ndarray
+    height: float
+    width: float
+
+
+def to_regions(record: dict, where: str) -> Regions:
+    """{"features", "boxes", "img_h", "img_w", ...} as `Regions`; arrays may be base64 of float32.
+
+    Raises:
+        UserError: one of them is missing, or features and boxes do not fit each other.
+    """
+    missing = [key for key in ("features", "boxes", "img_h", "img_w") if key not in record]
+    if missing:
+        raise UserError(f"{where}: no {', '.join(missing)}; it has {', '.join(sorted(map(str, record)))}")
+    boxes = _array(record["boxes"]).reshape(-1, 4)
+    features = _array(record["features"])
+    if not len(boxes) or features.size % len(boxes) or not features.size:
+        raise UserError(f"{where}: {features.size} feature values for {len(boxes)} boxes")
+    return Regions(features.reshape(len(boxes), -1), boxes, float(record["img_h"]), float(record["img_w"]))
+
+
+def _array(value) -> np.ndarray:
+    """An array, or base64 of float32."""
+    if isinstance(value, str | bytes):
+        value = np.frombuffer(base64.b64decode(value), np.float32)
+    return np.asarray(value, np.float32)
+
+
+def unpickle(stream: io.BufferedIOBase, where: str) -> Any:
+    """The value pickled in `stream`.
+
+    Raises:
+        UserError: no pickle, or one that wants more than plain values and arrays.
+    """
+    try:
+        return _Arrays(stream).load()
+    except Exception as e:  # what bytes that are no pickle raise is not specified
+        raise UserError(f"{where}: not read ({e})") from None
+
+
+class _Arrays(pickle.Unpickler):
+    """Admits plain values and NumPy arrays, nothing else that could run."""
+
+    ADMITTED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
+        (f"numpy.{core}.{module}", name)
+        for core in ("core", "_core")
+        for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
+    }
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.ADMITTED:
+            raise pickle.UnpicklingError(f"it wants {module}.{name}, and only plain values and arrays are read")
+        return super().find_class(module, name)
