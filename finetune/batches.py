@@ -4,7 +4,7 @@ An epoch is a permutation of the examples drawn from (seed, epoch); what does no
 epoch. What is drawn for an example is drawn from (seed, epoch, its number).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,17 @@ from raylib.ragged import Ragged, Sentences
 from raylib.randomness import permutation, string_key, uniform
 from raylib.text import Tokenizer, add_specials, text_ids
 
+# change(example, seed, epoch, id): a training example as methods show it (`finetune.strategies`)
+Change = Callable[..., Example | Captioned]
+
 
 class _Epochs(Dataset):
     """Which examples a step takes."""
 
-    def __init__(self, examples: Sequence, batch: int, seed: int, rank: int, world: int):
+    def __init__(self, examples: Sequence, batch: int, seed: int, rank: int, world: int, change: Change | None):
         if not examples:
             raise UserError("no examples to train on; check data= and the counts above")
-        self.examples, self.seed, self.rank, self.world = examples, seed, rank, world
+        self.examples, self.seed, self.rank, self.world, self.change = examples, seed, rank, world, change
         self.batch = min(batch, len(examples))
         if self.batch < world:
             raise UserError(f"{len(examples)} examples are fewer than workers={world}; set workers={len(examples)}")
@@ -40,6 +43,11 @@ class _Epochs(Dataset):
         index = np.arange(self.rank, self.batch, self.world)
         return epoch, index, self._order[1][place * self.batch + index]
 
+    def chosen(self, epoch: int, numbers: np.ndarray) -> list:
+        """The examples `numbers`, as methods change them in this epoch: drawn from (seed, epoch, the example's id)."""
+        examples = [self.examples[i] for i in numbers]
+        return [self.change(e, self.seed, epoch, e.id) for e in examples] if self.change else examples
+
 
 class ExampleBatches(_Epochs):
     """Batches of a classification task: {"step", "samples", "examples": {"index", "text": Ragged ids, what grounds it
@@ -47,15 +55,15 @@ class ExampleBatches(_Epochs):
 
     def __init__(
         self, examples: Sequence[Example], labels: Sequence[str], pictures: Pictures | None, tokenizer: Tokenizer, length: int,
-        soft: bool, batch: int, seed: int, rank: int = 0, world: int = 1,
+        soft: bool, batch: int, seed: int, rank: int = 0, world: int = 1, change: Change | None = None,
     ):  # fmt: skip
-        super().__init__(examples, batch, seed, rank, world)
+        super().__init__(examples, batch, seed, rank, world, change)
         self.pictures, self.tokenizer, self.length, self.soft = pictures, tokenizer, length, soft
         self.classes = {label: i for i, label in enumerate(labels)}
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         epoch, index, numbers = self.places(step)
-        chosen = [self.examples[i] for i in numbers]
+        chosen = self.chosen(epoch, numbers)
         draws = None
         if self.pictures and self.pictures.draws:
             each = np.arange(len(chosen[0].images))
@@ -95,15 +103,15 @@ class CaptionBatches(_Epochs):
 
     def __init__(
         self, examples: Sequence[Captioned], pictures: Pictures, tokenizer: Tokenizer, length: int, batch: int, seed: int,
-        rank: int = 0, world: int = 1,
+        rank: int = 0, world: int = 1, change: Change | None = None,
     ):  # fmt: skip
         pairs = [Captioned(e.image, (caption,)) for e in examples for caption in e.captions]
-        super().__init__(pairs, batch, seed, rank, world)
+        super().__init__(pairs, batch, seed, rank, world, change)
         self.pictures, self.tokenizer, self.length = pictures, tokenizer, length
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         epoch, index, numbers = self.places(step)
-        chosen = [self.examples[i] for i in numbers]
+        chosen = self.chosen(epoch, numbers)
         draws = None
         if self.pictures.draws:
             draws = uniform(self.seed, epoch, "augment", numbers[:, None], np.arange(self.pictures.draws))

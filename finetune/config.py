@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from finetune.decoder import DecoderConfig
+from finetune.strategies import StrategiesConfig, method_name
 from raylib.data.images import AugmentConfig
 from raylib.launch import LaunchConfig
 from raylib.loop import FitConfig
@@ -11,6 +13,7 @@ from raylib.optim import OptimConfig
 
 Setting = Literal["zero_shot", "few_shot", "single_language", "all_language", "translate_test"]
 Part = Literal["embeddings", "text", "vision", "fusion"]
+UNIMODAL: tuple[Part, ...] = ("embeddings", "text", "vision")  # everything before text and picture meet
 
 
 class FinetuneConfig(LaunchConfig):
@@ -20,15 +23,22 @@ class FinetuneConfig(LaunchConfig):
     vision: a ViT folder, with a text-only `model`.
     data: the folder that holds the official annotation files as IGLUE's repository does.
     images, regions: where the pictures, or region features in their place, lie; default: `data`/images.tar or /images.
+    wordnet: a folder like nltk_data/corpora/wordnet, for synonyms among answers and the linguistic prior; default:
+        `data`/wordnet. Without one, results have no "synonym_accuracy" and "confusions".
     setting: zero_shot trains on English; few_shot goes on from `model` with each language's shots; single_language and
         all_language train on the languages' own files, one by one or together; translate_test evaluates `model`, untrained,
         on translations into English.
     split: "test", or "few_shot_test", IGLUE's smaller one of xGQA. shots: which few-shot file.
     languages: what is evaluated; () is all of the task's.
     answers: keep so many most frequent answers of the training file; None: the task's answer file, or all there are.
+    strategies: fine-tuning methods (`finetune.strategies`); `strategies.prior.alpha=4` turns one on. method: what tables call
+        the run; "": by its methods.
+    backbone: what a `model` that is not ours becomes (`raylib.backbones`).
+    head: a classifier, or a decoder that spells the answers of an open set and ranks them as `decoder` says (CCLM).
     freeze: parts that never train. encoded: with a frozen image encoder and no augmentation, encode every picture once.
     candidates: K of two-stage retrieval; 0 ranks every pair.
     select: which checkpoint is evaluated: the best on the English dev set, or the last.
+    curves: evaluate the test set in every language after every epoch too; it chooses nothing (`analyse` draws it).
     train_limit, test_limit: use the first so many items; None: all.
     """
 
@@ -38,11 +48,16 @@ class FinetuneConfig(LaunchConfig):
     data: str = ""
     images: str | None = None
     regions: str | None = None
+    wordnet: str | None = None
     setting: Setting = "zero_shot"
     split: Literal["test", "few_shot_test"] = "test"
     shots: int | str = 5
     languages: tuple[str, ...] = ()
-    method: str = "full fine-tuning"
+    method: str = ""
+    strategies: StrategiesConfig = StrategiesConfig()
+    backbone: str = "unified"
+    head: Literal["classifier", "decoder"] = "classifier"
+    decoder: DecoderConfig = DecoderConfig()
     answers: PositiveInt | None = None
     freeze: tuple[Part, ...] = ()
     encoded: bool = True
@@ -55,6 +70,7 @@ class FinetuneConfig(LaunchConfig):
     loss: Literal["ce", "bce"] = "ce"
     candidates: NonNegativeInt = 16
     select: Literal["best", "last"] = "best"
+    curves: bool = False
     train_limit: PositiveInt | None = None
     test_limit: PositiveInt | None = None
     optim: OptimConfig = OptimConfig(warmup=0.0)
@@ -64,4 +80,12 @@ class FinetuneConfig(LaunchConfig):
     def _fits(self) -> "FinetuneConfig":
         if self.augment and self.encoded and "vision" in self.freeze:
             raise ValueError("augment needs encoded=false: pictures that are encoded once cannot change")
+        if self.head == "decoder" and self.loss == "bce":
+            raise ValueError("head=decoder has a loss of its own, over tokens; leave out loss=bce")
         return self
+
+    @property
+    def called(self) -> str:
+        """What tables call the method."""
+        frozen = "frozen unimodal encoders" if self.freeze == UNIMODAL else self.freeze and f"frozen {', '.join(self.freeze)}"
+        return self.method or " + ".join(filter(None, (frozen, method_name(self.strategies)))) or "full fine-tuning"

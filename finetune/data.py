@@ -52,13 +52,18 @@ def training_examples(config: FinetuneConfig, language: str | None) -> list:
         return list(read_split(config, "shots", language))
     if config.setting == "zero_shot":
         return list(read_split(config, "train", "en", config.train_limit))
-    wanted = [language] if language else languages_of(config)
+    wanted, task = [language] if language else languages_of(config), find_task(config)
     readings = [read_split(config, "train", code, config.train_limit) for code in wanted]
-    own = {(reading.path, reading.task.split("train", reading.language).read) for reading in readings}
-    english = read_split(config, "train", "en").path if "en" in find_task(config).languages else None
-    if len(own) < len(readings) or (language not in (None, "en") and readings[0].path == english):
+    own = {task.source("train", code) for code in wanted}
+    english = task.source("train", "en") if "en" in task.languages else None
+    if len(own) < len(readings) or (language not in (None, "en") and english in own):
         raise UserError(f"{config.task}: its training file is English only; setting={config.setting} has nothing to train on")
     return [example for reading in readings for example in reading]
+
+
+def wordnet_of(config: FinetuneConfig) -> Path:
+    """The WordNet folder: where relations between answers come from."""
+    return Path(config.wordnet or Path(config.data) / "wordnet")
 
 
 def labels_of(config: FinetuneConfig) -> tuple[str, ...]:

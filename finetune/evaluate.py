@@ -77,7 +77,7 @@ def evaluate(
             scratch = folder / ".states"
             stack.callback(_forget, scratch)
             names = (name for examples in sets.values() for example in examples for name in example.images)
-            pictures = Encoded(encode_pictures(model.unified, pictures, names, scratch, bf16))
+            pictures = Encoded(encode_pictures(model.backbone, pictures, names, scratch, bf16))
         results = {}
         for language, examples in sets.items():
             out = folder / f"{language}.jsonl"

@@ -1,6 +1,6 @@
 """What every reader of annotation files yields, whatever the task."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 
@@ -19,9 +19,22 @@ class Example(NamedTuple):
     labels: Mapping[str, float]
     kind: str = ""
 
+    def map_texts(self, change: Callable[[str, int], str]) -> "Example":
+        """With `change(text, its place)` of every text."""
+        return self._replace(texts=tuple(change(text, i) for i, text in enumerate(self.texts)))
+
 
 class Captioned(NamedTuple):
     """One picture of a retrieval task with its captions in one language."""
 
     image: str
     captions: tuple[str, ...]
+
+    @property
+    def id(self) -> str:
+        """What draws for the pair of a picture and a caption are keyed by."""
+        return "\t".join((self.image, *self.captions))
+
+    def map_texts(self, change: Callable[[str, int], str]) -> "Captioned":
+        """With `change(caption, its place)` of every caption."""
+        return self._replace(captions=tuple(change(caption, i) for i, caption in enumerate(self.captions)))

@@ -1,10 +1,12 @@
 """A pretrained model with the head of a classification task.
 
 A text is grounded in what it is about, picture or premise, by the unified encoder's cross-attention; its CLS state goes to
-the head. Two pictures ground it twice, and the head sees both states side by side (paper 2, appendix B.2.3).
+the head. Two pictures ground it twice, and the head sees both states side by side (paper 2, appendix B.2.3). A head that
+spells answers (`finetune.decoder`) sees the states of all tokens.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,16 +14,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from finetune.decoder import AnswerDecoder, DecoderConfig
 from finetune.formats.nli import check_labels
+from raylib.backbones import BACKBONES, rebuild
 from raylib.checkpoint import BEST
-from raylib.config import build
+from raylib.config import build, choose
 from raylib.errors import UserError
 from raylib.model.attention import initialise
-from raylib.model.encoder import Condition
 from raylib.model.folder import find_model
-from raylib.model.load import interpolate, load_text, load_vision, text_config
-from raylib.model.unified import ModelConfig, UnifiedModel
-from raylib.ragged import Ragged, first_tokens
+from raylib.model.load import interpolate
+from raylib.model.unified import UnifiedModel
+from raylib.ragged import Ragged
 
 LOCATIONS = 7  # numbers that say where a region is (UC2)
 PRETRAINING_ONLY = ("masked_head", "match_head", "image_projection", "text_projection", "temperature")
@@ -61,50 +64,80 @@ class Regions(nn.Module):
 
 
 class FinetuneModel(nn.Module):
-    """`unified` and a head over `labels`. `pictures`: how many ground a text at once (a premise counts as one);
-    `regions`: the width of region features, if these take the place of pictures."""
+    """`backbone` and a head over `labels`. `pictures`: how many ground a text at once (a premise counts as one);
+    `regions`: the width of region features, if these take the place of pictures; `answers`: token ids of the labels, for a
+    head that spells them (`spells`), and ranks them as `decoder` says."""
 
-    def __init__(self, unified: UnifiedModel, labels: tuple[str, ...], pictures: int, dropout: float, regions: int | None = None):
+    def __init__(
+        self, backbone: nn.Module, labels: tuple[str, ...], pictures: int, dropout: float, regions: int | None = None,
+        answers: Sequence[Sequence[int]] | None = None, decoder: DecoderConfig | None = None,
+    ):  # fmt: skip
         super().__init__()
-        self.unified, self.labels, self.pictures = unified, labels, pictures
-        width = unified.config.width
+        self.backbone, self.labels, self.pictures, self.spells = backbone, labels, pictures, answers is not None
         self.description = {"labels": list(labels), "pictures": pictures, "head_dropout": dropout, "regions": regions}
-        self.head = Classifier(pictures * width, width, len(labels), dropout)
-        self.regions = Regions(regions, width) if regions else None
+        if self.spells:
+            decoder = decoder or DecoderConfig()
+            self.description |= {"answers": [list(ids) for ids in answers], "decoder": decoder.model_dump()}
+            self.head = AnswerDecoder(backbone, answers, decoder)
+        else:
+            self.head = Classifier(pictures * backbone.width, backbone.width, len(labels), dropout)
+        self.regions = Regions(regions, backbone.width) if regions and not hasattr(backbone, "embed_regions") else None
         for part in PRETRAINING_ONLY:  # they would get no gradient, but decay all the same under ZeRO
-            getattr(unified, part).requires_grad_(False)
+            if hasattr(backbone, part):
+                getattr(backbone, part).requires_grad_(self.spells and part == "masked_head")
 
     def forward(self, batch: dict) -> Tensor:
         """Logits (b, labels) of {"text": Ragged ids (b rows)} and what grounds it, of which row i's are rows i c ... i c +
         c - 1: "images" uint8 (b c, H, W, 3), "states" Ragged (of a ViT that ran before), "regions" Ragged (f + 7 wide) or
-        "premise" Ragged ids."""
+        "premise" Ragged ids. Of a decoder: log-probabilities, -inf at labels that are no candidates."""
+        if self.spells:
+            return self.head.rank(self.backbone, self.backbone.ground_tokens(batch["text"], self.condition(batch)))
         return self.head(self.ground(batch["text"], self.condition(batch)))
+
+    def answer_loss(self, batch: dict) -> Tensor:
+        """A decoder's loss, summed over the batch: that of `forward` with "scores" (b, labels)."""
+        question = self.backbone.ground_tokens(batch["text"], self.condition(batch))
+        return self.head.loss(self.backbone, question, batch["scores"])
 
     def condition(self, batch: dict) -> Ragged:
         """What texts of the batch attend to, as states."""
         if "states" in batch:
-            return batch["states"].with_values(batch["states"].values.to(self.head.output.weight.dtype))
+            return batch["states"].with_values(batch["states"].values.to(next(self.head.parameters()).dtype))
         if "images" in batch:
-            return self.unified.encode_images(batch["images"])
+            return self.backbone.encode_images(batch["images"])
         if "regions" in batch:
             regions = batch["regions"]
+            if self.regions is None:
+                return self.backbone.embed_regions(regions)
             features, locations = regions.values.split([regions.values.shape[1] - LOCATIONS, LOCATIONS], 1)
             return regions.with_values(self.regions(features, locations))
-        return batch["premise"].with_values(self.unified.encode_text(batch["premise"]))
+        return batch["premise"].with_values(self.backbone.encode_text(batch["premise"]))
 
     def ground(self, text: Ragged, condition: Ragged) -> Tensor:
         """CLS states of each text under each of its c conditions, side by side: (b, c d)."""
-        b, c = len(text.lengths), self.pictures
-        states = text.with_values(self.unified.encode_text(text))
-        if c > 1:
-            states = states.take(torch.arange(b).repeat_interleave(c))
-        cls = self.unified.fuse(states, first_tokens(states.lengths), Condition(condition, torch.arange(b * c)))
-        return cls.view(b, -1)
+        return self.backbone.ground(text, condition, self.pictures).view(len(text.lengths), -1)
+
+    @property
+    def depths(self) -> int:
+        return self.backbone.depths
+
+    @property
+    def fusion_depths(self) -> int:
+        return self.backbone.fusion_depths
+
+    def depth_of(self, name: str) -> int | None:
+        """As the backbone's `depth_of`; None for the head and regions."""
+        return self.backbone.depth_of(name.removeprefix("backbone.")) if name.startswith("backbone.") else None
+
+    def prunable(self) -> list[str]:
+        """Names of the matrices that pruning may take: the backbone's, never the head's."""
+        return [f"backbone.{name}" for name in self.backbone.prunable()]
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
-        description = {"model_type": "polyglance-finetuned", **self.description, "unified": self.unified.config.model_dump()}
+        description = {"model_type": "polyglance-finetuned", **self.description, "backbone": self.backbone.kind,
+                       "sizes": self.backbone.config.model_dump()}  # fmt: skip
         (folder / "config.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         save_file({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / "model.safetensors")
 
@@ -112,28 +145,27 @@ class FinetuneModel(nn.Module):
     def from_pretrained(cls, folder: Path) -> "FinetuneModel":
         """The model that `save` wrote into `folder`."""
         values = read_description(folder)
-        unified = UnifiedModel(build(ModelConfig, values["unified"], str(folder / "config.json")))
-        model = cls(unified, tuple(values["labels"]), values["pictures"], values["head_dropout"], values["regions"])
+        backbone = rebuild(values["backbone"], values["sizes"], str(folder / "config.json"))
+        model = cls(
+            backbone, tuple(values["labels"]), values["pictures"], values["head_dropout"], values["regions"],
+            values.get("answers"), build(DecoderConfig, values.get("decoder", {}), str(folder / "config.json")),
+        )  # fmt: skip
         return fill(model, folder)
 
 
-def load_unified(path: Path | str, vision: str | None = None) -> UnifiedModel:
-    """The pretrained model that `path` means: an export, a run, a fine-tuned model (its head is left out), or an XLM-R or
-    BERT folder in Hugging Face format, whose image encoder is `vision`, a ViT folder, or random.
+def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = None) -> nn.Module:
+    """The pretrained model that `path` means: an export, a run, a fine-tuned model (its head is left out), or a folder of
+    weights that the backbone `kind` can start from (`raylib.backbones`), whose image encoder is `vision`, or random.
 
     Raises:
         UserError: none of these, or weights that do not fit.
     """
-    kind = read_description(Path(path)).get("model_type") if (Path(path) / "config.json").is_file() else None
-    if kind and not kind.startswith("polyglance"):
-        model = UnifiedModel(text_config(path))
-        load_text(model, path)
-        if vision:
-            load_vision(model, vision)
-        return model
+    if is_foreign(Path(path)):
+        return choose(kind, BACKBONES, "backbone").load(Path(path), vision and Path(vision))
     folder = find_evaluated(path)
-    if read_description(folder)["model_type"] == "polyglance-finetuned":
-        return FinetuneModel.from_pretrained(folder).unified
+    description = read_description(folder)
+    if description["model_type"] == "polyglance-finetuned":
+        return FinetuneModel.from_pretrained(folder).backbone
     return UnifiedModel.from_pretrained(folder)
 
 
@@ -149,6 +181,17 @@ def load_finetuned(path: Path | str, labels: tuple[str, ...]) -> FinetuneModel:
         raise UserError(f"{path}: no fine-tuned model; give the run of an English fine-tuning")
     check_labels(labels, tuple(values["labels"]), str(folder / "config.json"))
     return FinetuneModel.from_pretrained(folder)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether weights that are not ours lie at `path`: a file, a folder with another program's config.json, or one with files
+    of weights as PyTorch writes them."""
+    if not path.is_dir():
+        return path.is_file()
+    stored = read_description(path).get("model_type") if (path / "config.json").is_file() else None
+    if stored:
+        return not stored.startswith("polyglance")
+    return any(file.suffix in (".bin", ".pt", ".pth", ".th") for file in path.iterdir())
 
 
 def find_evaluated(path: Path | str) -> Path:
@@ -181,29 +224,35 @@ def fill(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def resize(unified: UnifiedModel, image_size: int) -> None:
-    """Give the image encoder another resolution; its position embeddings are interpolated (paper 2, appendix B.2.2).
+    """Give the image encoder another resolution; its position embeddings, or a Swin's biases, are interpolated (paper 2,
+    appendix B.2.2).
 
     Raises:
-        UserError: not a multiple of the patch.
+        UserError: not a multiple of the patch, or of a patch of a Swin's last stage.
     """
     config, vision = unified.config, unified.vision
-    if image_size % config.patch:
-        raise UserError(f"image_size={image_size} is not a multiple of the model's patch, {config.patch}")
+    if image_size % config.stride:
+        raise UserError(f"image_size={image_size} is not a multiple of the model's patch, {config.stride}")
     if image_size != config.image_size:
-        with torch.no_grad():
-            vision.position = nn.Parameter(interpolate(vision.position, (image_size // config.patch) ** 2).contiguous())
+        if config.swin:
+            vision.resize(image_size)
+        else:
+            with torch.no_grad():
+                vision.position = nn.Parameter(interpolate(vision.position, (image_size // config.patch) ** 2).contiguous())
         unified.config = config.model_copy(update={"image_size": image_size})
 
 
-FREEZABLE = {
-    "embeddings": lambda m: m.embedding,
-    "text": lambda m: m.text,
-    "vision": lambda m: m.vision,
-    "fusion": lambda m: m.fusion,
-}
+FREEZABLE = {"embeddings": "embedding", "text": "text", "vision": "vision", "fusion": "fusion"}  # as a backbone calls it
 
 
-def freeze(unified: UnifiedModel, parts: tuple[str, ...]) -> None:
-    """Take parts of the model out of training for good: their gradients are never computed."""
+def freeze(backbone: nn.Module, parts: tuple[str, ...]) -> None:
+    """Take parts of the model out of training for good: their gradients are never computed.
+
+    Raises:
+        UserError: this backbone has no such part.
+    """
+    there = [part for part, name in FREEZABLE.items() if hasattr(backbone, name)]
     for part in parts:
-        FREEZABLE[part](unified).requires_grad_(False)
+        if part not in there:
+            raise UserError(f"freeze: {backbone.kind} has no part '{part}'; it has: {', '.join(there)}")
+        getattr(backbone, FREEZABLE[part]).requires_grad_(False)

@@ -5,11 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.model import FinetuneModel
+from finetune.strategies.base import Term
 from raylib.collective import total, world_size
 
 
 class ClassificationObjective(nn.Module):
-    """`forward(batch)` -> (this worker's share of the loss, {"task": its mean over the global batch}).
+    """`forward(batch)` -> (this worker's share of the loss, {"task", and by name the terms of methods: means over the global
+    batch, unweighted}).
 
     loss: "ce", cross-entropy against the answer with the highest score; "bce", binary cross-entropy against all scores,
     summed over the labels (IGLUE's, which multiplies the mean by their number).
@@ -17,9 +19,9 @@ class ClassificationObjective(nn.Module):
 
     partial = True  # the unified encoder's cross-attention or the image encoder may have no part in a task
 
-    def __init__(self, model: FinetuneModel, loss: str):
+    def __init__(self, model: FinetuneModel, loss: str, terms: dict[str, Term] | None = None):
         super().__init__()
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.terms = model, loss, terms or {}
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         part = batch["examples"]
@@ -28,6 +30,26 @@ class ClassificationObjective(nn.Module):
             value = F.binary_cross_entropy_with_logits(logits, part["scores"], reduction="sum")
         else:
             value = F.cross_entropy(logits, part["answer"], reduction="sum")
+        sums = torch.stack([value, *(term.values(logits, part).sum() for term in self.terms.values())])
         count = total(torch.tensor(float(len(logits)), device=logits.device))
-        share = value / count
+        shares = sums / count
+        weights = torch.tensor([1.0, *(term.weight for term in self.terms.values())], device=logits.device)
+        loss = (weights * shares).sum()
+        return loss * world_size(), dict(zip(("task", *self.terms), total(shares).unbind(), strict=True))
+
+
+class AnswerObjective(nn.Module):
+    """As `ClassificationObjective`, of a model whose head spells answers: the mean over questions of -log p of their answers,
+    each weighted by its score."""
+
+    partial = True
+
+    def __init__(self, model: FinetuneModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        part = batch["examples"]
+        value = self.model.answer_loss(part)
+        share = value / total(torch.tensor(float(len(part["scores"])), device=value.device))
         return share * world_size(), {"task": total(share)}

@@ -5,10 +5,9 @@ P2 is Li et al. 2023, `UNIMODAL` its frozen modules (tables 7 and 8); IGLUE is B
 
 from collections.abc import Callable
 
-from finetune.config import FinetuneConfig
+from finetune.config import UNIMODAL, FinetuneConfig
 from raylib.optim import OptimConfig
 
-UNIMODAL = ("embeddings", "text", "vision")
 P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)
 IGLUE = OptimConfig(weight_decay=1e-4, warmup=0.1, eps=1e-6)
 SCENES = ("en", "ar", "bn", "de", "es", "fr", "id", "ko", "pt", "ru", "zh")
@@ -18,7 +17,7 @@ def _p2(name: str, where: str, task: str, lr: float, batch: int, epochs: int, le
     """A row of P2's tables 7 and 8: 384 pixels, batch over all workers."""
     config = FinetuneConfig(
         name=name, task=task, batch=batch, epochs=epochs, length=length, candidates=candidates, image_size=384, workers=8,
-        optim=P2.model_copy(update={"lr": lr}), method="frozen unimodal encoders" if more.get("freeze") else "full fine-tuning",
+        optim=P2.model_copy(update={"lr": lr}),
         **more,
     )  # fmt: skip
     return _named(config, f"P2 {where}: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
@@ -39,10 +38,10 @@ def _scenes(task: str, **more):
     config = FinetuneConfig(
         name=f"scenes_{task}", task=task, workers=1, runtime="local", epochs=given["epochs"], batch=given["batch"],
         length=given["length"], image_size=64, candidates=16, optim=OptimConfig(lr=given["lr"], weight_decay=0.05, warmup=0.1),
-        languages=given.get("languages", ()), freeze=given.get("freeze", ()), method=given.get("method", "full fine-tuning"),
+        languages=given.get("languages", ()), freeze=given.get("freeze", ()),
         data="runs/scenes", model="runs/e5_model",
     )  # fmt: skip
-    return _named(config, f"emoji scenes as {task}, on 2 CPU cores: {config.method}")
+    return _named(config, f"emoji scenes as {task}, on 2 CPU cores: {config.called}")
 
 
 def _named(config: FinetuneConfig, summary: str) -> Callable[[], FinetuneConfig]:

@@ -25,10 +25,12 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
     scores = {code: values["mean_recall" if retrieval else "accuracy"] for code, values in figures.items()}
     targets = [score for code, score in scores.items() if code != "en"]
     first = parts[0]
+    sparsity = first.get("sparsity") or {}
     result = {
-        "run": config.name, "task": config.task, "setting": config.setting, "split": config.split, "method": config.method,
+        "run": config.name, "task": config.task, "setting": config.setting, "split": config.split, "method": config.called,
         "seed": config.fit.seed, "model": config.model, "params": first.get("params"), "trainable": first.get("trainable"),
-        "sparsity": 0.0, "steps": sum(part.get("steps", 0) for part in parts),
+        "sparsity": sparsity.get("whole", 0.0), "sparsity_prunable": sparsity.get("prunable", 0.0),
+        "steps": sum(part.get("steps", 0) for part in parts),
         "seconds": sum(part.get("seconds", 0.0) for part in parts),
         "retrieval" if retrieval else "accuracy": figures if retrieval else scores,
         "mean_targets": mean(targets) if targets else None,
@@ -39,6 +41,10 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
         kept = ("n", "predictions", "unlabelled", "unknown_answers")
         result["counts"] = {code: {name: values[name] for name in kept} for code, values in figures.items()}
         result["unknown_training_answers"] = sum(part.get("unknown_training_answers", 0) for part in parts)
+        synonyms = {code: values["synonym_accuracy"] for code, values in figures.items() if "synonym_accuracy" in values}
+        if synonyms:
+            result["synonym_accuracy"] = synonyms
+            result["confusions"] = {code: figures[code]["confusions"] for code in synonyms}
         bleu = {code: values["bleu"] for code, values in figures.items() if "bleu" in values}
         result |= {"bleu": bleu} if bleu else {}
     return result

@@ -3,17 +3,20 @@
 The wordings have nothing to do with those of the fine-tuning tasks; there is no sentence in another language.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import cv2
 import numpy as np
 
 from pretrain.corpora import ImageText
+from raylib.data.images import AugmentConfig, augment
 from raylib.randomness import integers, permutation, uniform
 from raylib.sample.canvas import Placed, decode_drawings, draw, place
 from raylib.sample.concepts import TRAINING_VENDORS, UNSEEN_VENDOR, training_captions
 
 COUNT, SIZE = 24_000, 64  # pictures; pixels a side
+# of each thing before it is placed: two vendors draw each, and a third is to be recognised
+VARIED = AugmentConfig(scale=(0.7, 1.0), magnitude=4)
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 ABSTRACT = ("face", "hand", "button", "sign", "clock", "arrow", "square", "circle", "symbol", "mark", "person", "man", "woman",
             "people", "o’clock", "moon", "heart", "finger", "input", "cat with", "japanese", "squared", "triangle")  # fmt: skip
@@ -29,24 +32,27 @@ def plain_concepts() -> dict[str, str]:
 
 
 def training_scenes() -> Iterator[ImageText]:
-    """`COUNT` scenes, most of a single thing, each drawn by one vendor, with three captions."""
+    """`COUNT` scenes, most of a single thing, each drawn by one vendor, varied, with up to three captions."""
     names = plain_concepts()
     keys = list(names)
     for i in range(COUNT):
         count = max(1, int(integers(8, "scene", i, "count")) - 3)  # one in five of eight: what a thing is called comes first
         chosen = [keys[k] for k in dict.fromkeys(integers(len(keys), "scene", i, "keys", np.arange(count)).tolist())]
-        vendor = TRAINING_VENDORS[int(integers(len(TRAINING_VENDORS), "scene", i, "vendor"))]
+        drawings = decode_drawings(TRAINING_VENDORS[int(integers(len(TRAINING_VENDORS), "scene", i, "vendor"))])
         placed = place(chosen, SIZE, "scene", i)
-        yield ImageText(f"scene{i:05d}", {"webp": _picture(placed, vendor)}, {"en": _captions(placed, names, i)})
+        draws = uniform("scene", i, "varied", np.arange(len(chosen))[:, None], np.arange(VARIED.draws))
+        varied = {key: augment(drawings[key], SIZE, VARIED, d) for key, d in zip(chosen, draws, strict=True)}
+        yield ImageText(f"scene{i:05d}", {"webp": _picture(placed, varied)}, {"en": _captions(placed, names, i)})
 
 
 def unseen_scenes() -> dict[str, bytes]:
     """Key -> picture of each concept alone, drawn by the unseen vendor as large as in the scenes."""
-    return {key: _picture(place([key], SIZE, "unseen", key), UNSEEN_VENDOR) for key in decode_drawings(UNSEEN_VENDOR)}
+    drawings = decode_drawings(UNSEEN_VENDOR)
+    return {key: _picture(place([key], SIZE, "unseen", key), drawings) for key in drawings}
 
 
-def _picture(placed: list[Placed], vendor: str) -> bytes:
-    picture = cv2.cvtColor(draw(placed, decode_drawings(vendor), SIZE), cv2.COLOR_RGB2BGR)
+def _picture(placed: list[Placed], drawings: Mapping[str, np.ndarray]) -> bytes:
+    picture = cv2.cvtColor(draw(placed, drawings, SIZE), cv2.COLOR_RGB2BGR)
     return cv2.imencode(".webp", picture, [cv2.IMWRITE_WEBP_QUALITY, 90])[1].tobytes()
 
 

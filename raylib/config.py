@@ -7,7 +7,7 @@ line that says where and names the near matches.
 import difflib
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -29,13 +29,19 @@ def override(config: C, assignments: list[str]) -> C:
     Raises:
         UserError: not of the form path=value, unknown path (names the near matches), or a value of the wrong kind.
     """
-    values = config.model_dump()
+    values, known = config.model_dump(), paths(type(config))
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"'{assignment}' is not of the form path=value, such as optim.lr=1e-3")
-        parent, name = _find(values, path)
-        parent[name] = _parse(text)
+        if path not in known:
+            raise UserError(f"unknown setting '{path}'{_near(path, known)}")
+        *parents, name = path.split(".")
+        node = values
+        for parent in parents:
+            node[parent] = node[parent] if node.get(parent) is not None else {}  # a part that was off is on now
+            node = node[parent]
+        node[name] = _parse(text)
     return build(type(config), values, "the command line")
 
 
@@ -47,7 +53,7 @@ def build(cls: type[C], values: dict[str, Any], where: str) -> C:
         first = e.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{where}: unknown setting '{path}'{_near(path, paths(cls.model_construct()))}") from None
+            raise UserError(f"{where}: unknown setting '{path}'{_near(path, paths(cls))}") from None
         message = first["msg"].removeprefix("Value error, ")
         got = f" (got {first['input']!r})" if path else ""
         raise UserError(f"{where}: {path + ': ' if path else ''}{message}{got}") from None
@@ -74,9 +80,15 @@ def dump(config: Config) -> str:
     return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False)
 
 
-def paths(config: Config) -> list[str]:
-    """Every dotted path of `config`."""
-    return list(_paths(config.model_dump(), ""))
+def paths(cls: type[Config]) -> list[str]:
+    """Every dotted path that a config of this class can have, those of parts that may be off too."""
+    found = []
+    for name, field in cls.model_fields.items():
+        found.append(name)
+        for part in get_args(field.annotation) or (field.annotation,):
+            if isinstance(part, type) and issubclass(part, Config):
+                found += [f"{name}.{inner}" for inner in paths(part)]
+    return found
 
 
 def choose(name: str, choices: dict[str, Any], what: str) -> Any:
@@ -84,23 +96,6 @@ def choose(name: str, choices: dict[str, Any], what: str) -> Any:
     if name in choices:
         return choices[name]
     raise UserError(f"unknown {what} '{name}'{_near(name, list(choices))}; there are: {', '.join(choices)}")
-
-
-def _paths(values: dict, prefix: str):
-    for name, value in values.items():
-        yield prefix + name
-        if isinstance(value, dict):
-            yield from _paths(value, f"{prefix}{name}.")
-
-
-def _find(values: dict, path: str) -> tuple[dict, str]:
-    *parents, name = path.split(".")
-    node = values
-    for part in parents:
-        node = node.get(part) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or name not in node:
-        raise UserError(f"unknown setting '{path}'{_near(path, list(_paths(values, '')))}")
-    return node, name
 
 
 def _near(name: str, known: list[str]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raylib.errors import UserError
-from raylib.optim import OptimConfig, build_optimizer, parameter_groups
+from raylib.optim import LayerRates, OptimConfig, build_optimizer, parameter_groups
 
 
 class TorchEngine:
@@ -23,19 +23,26 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, objective: nn.Module, config: OptimConfig, device: torch.device, bf16: bool, start: Path | None):
-        self.config, self.device, self.bf16 = config, device, bf16
+    def __init__(
+        self, objective: nn.Module, config: OptimConfig, device: torch.device, bf16: bool, start: Path | None,
+        rates: LayerRates | None = None,
+    ):  # fmt: skip
+        self.config, self.device, self.bf16, self.rates = config, device, bf16, rates
         self.objective = self.module = objective.to(device)
-        self.optimizer = build_optimizer(parameter_groups(objective, config.weight_decay), config)
+        self.optimizer = build_optimizer(_groups(objective, config, rates), config)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self.module = DistributedDataParallel(self.objective, find_unused_parameters=objective.partial)
+            unused = objective.partial or rates is not None  # layers that are frozen for now get no gradient
+            self.module = DistributedDataParallel(self.objective, find_unused_parameters=unused)
         if start:
             self._load(start)
 
-    def step(self, batch: dict, lr: float) -> dict[str, Tensor]:
-        """One optimizer step. Returns the terms of the global batch and the gradient's norm, as tensors on the device."""
+    def step(self, batch: dict, step: int, lr: float) -> dict[str, Tensor]:
+        """One optimizer step, `step` of the run. Returns the terms of the global batch and the gradient's norm, as tensors
+        on the device."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if set_rate(group, group["params"], self.rates, step, lr):
+                for parameter in group["params"]:
+                    self.optimizer.state.pop(parameter, None)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss, terms = self.module(batch)
         self.optimizer.zero_grad(set_to_none=True)
@@ -61,9 +68,12 @@ class DeepSpeedEngine:
 
     name = "deepspeed"
 
-    def __init__(self, objective: nn.Module, config: OptimConfig, device: torch.device, bf16: bool, start: Path | None):
+    def __init__(
+        self, objective: nn.Module, config: OptimConfig, device: torch.device, bf16: bool, start: Path | None,
+        rates: LayerRates | None = None,
+    ):  # fmt: skip
         deepspeed = _import_deepspeed(device)
-        self.objective, self.device = objective.to(device), device
+        self.objective, self.device, self.rates = objective.to(device), device, rates
         world = dist.get_world_size()
         convert = bool(start) and _saved_world(start) != world
         settings = {
@@ -76,19 +86,25 @@ class DeepSpeedEngine:
             "steps_per_print": 10**9,
             "checkpoint": {"load_universal": convert},
         }
+        groups = _groups(objective, config, rates)
+        self.members = [list(group["params"]) for group in groups]  # ZeRO puts flat shards in their place
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.objective,
-            optimizer=build_optimizer(parameter_groups(objective, config.weight_decay), config),
+            optimizer=build_optimizer(groups, config),
             config=settings,
             dist_init_required=False,
         )
         if start:
             self._load(start, convert)
 
-    def step(self, batch: dict, lr: float) -> dict[str, Tensor]:
+    def step(self, batch: dict, step: int, lr: float) -> dict[str, Tensor]:
         """As `TorchEngine.step`."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for i, (group, members) in enumerate(zip(self.optimizer.param_groups, self.members, strict=True)):
+            if set_rate(group, members, self.rates, step, lr):
+                # its moments are zero, but Adam has counted the frozen steps
+                for value in self.optimizer.optimizer.state[self.optimizer.single_partition_of_fp32_groups[i]].values():
+                    if isinstance(value, Tensor):
+                        value.zero_()
         loss, terms = self.engine(batch)
         self.engine.backward(loss)
         self.engine.step()
@@ -116,6 +132,27 @@ class DeepSpeedEngine:
             (Path(scratch) / "latest_universal").write_text("zero_universal")
             self.engine.load_checkpoint(scratch)
         dist.barrier()
+
+
+def _groups(objective: nn.Module, config: OptimConfig, rates: LayerRates | None) -> list[dict]:
+    """AdamW groups of the trainable parameters; with `rates` one or two a depth."""
+    depth_of = rates and (lambda name: objective.model.depth_of(name.removeprefix("model.")))
+    return parameter_groups(objective, config.weight_decay, depth_of)
+
+
+def set_rate(group: dict, members: list[nn.Parameter], rates: LayerRates | None, step: int, lr: float) -> bool:
+    """Set the rate of an AdamW group for this step; at 0 its members get no gradient, and so no decay. Returns whether it
+    thaws now, after a step in which it was frozen: its optimizer state must then start anew, as if it were new to training.
+
+    Frozen is a factor of 0, never merely a rate of 0, at which warm-up starts: moments would fill all the same. All is a
+    function of the step, so that a resumed run thaws as the uninterrupted one does.
+    """
+    factor = rates(group["depth"], step) if rates else 1.0
+    group["lr"] = lr * factor
+    if rates:
+        for member in members:
+            member.requires_grad_(factor > 0)
+    return bool(rates and factor > 0 and step > 0 and rates(group["depth"], step - 1) == 0)
 
 
 def _saved_world(folder: Path) -> int:

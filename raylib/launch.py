@@ -113,6 +113,8 @@ def _on_ray(main: Callable, config: Any, run: Path) -> dict:
     )
     try:
         result = trainer.fit().return_value
+    except SystemExit:  # Train takes Ctrl-C itself: it aborts the run, and then ends the program with code 1
+        raise KeyboardInterrupt from None
     finally:
         if started:
             ray.shutdown()

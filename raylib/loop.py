@@ -17,7 +17,7 @@ from raylib.config import Config
 from raylib.data.loading import load_batches
 from raylib.engine import DeepSpeedEngine, TorchEngine
 from raylib.errors import UserError
-from raylib.optim import OptimConfig, learning_rate
+from raylib.optim import LayerRates, OptimConfig, learning_rate
 from raylib.randomness import hash64
 from raylib.runtime import Runtime
 from raylib.track import Backend, Tracker
@@ -63,6 +63,7 @@ def fit(
     optim: OptimConfig,
     evaluate: Callable[[nn.Module], dict[str, float]],
     describe: dict[str, Any],
+    rates: LayerRates | None = None,
 ) -> dict[str, Any]:
     """Train `objective` from the run's newest checkpoint, or from the start, to `config.steps`.
 
@@ -71,6 +72,7 @@ def fit(
         batches: `batches[step]` is this worker's part of the global batch of `step`.
         evaluate: called by every worker; `{"score": ..., name: value}`, the highest score is the best checkpoint.
         describe: what `meta.json` should say besides.
+        rates: factor of the learning rate of each depth in each step; then `objective.model` has `depth_of(name)`.
     Returns:
         {"steps", "seconds", "times", "losses", "evaluation", "peak_memory_gb", "samples_per_second", ...}.
     """
@@ -80,7 +82,7 @@ def fit(
     on_gpu = runtime.device.type == "cuda"
     bf16 = has_bf16(runtime.device) if config.bf16 is None else config.bf16
     zero = type(runtime).__name__ == "OnRay" if config.zero is None else config.zero
-    engine = (DeepSpeedEngine if zero else TorchEngine)(objective, optim, runtime.device, bf16, start)
+    engine = (DeepSpeedEngine if zero else TorchEngine)(objective, optim, runtime.device, bf16, start, rates)
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
     tracker = Tracker(runtime.run, config.track, first) if runtime.rank == 0 else None
     saver = _Saver(runtime, engine, objective, {**describe, "workers": runtime.world, "engine": engine.name}, clock)
@@ -94,7 +96,7 @@ def fit(
         objective.train()
         lr = learning_rate(step, config.steps, optim)
         try:
-            terms = engine.step(batch, lr)
+            terms = engine.step(batch, step, lr)
         except RuntimeError as e:
             if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
                 raise _does_not_fit(step, batch, runtime) from e
@@ -216,10 +218,18 @@ def _does_not_fit(step: int, batch: dict, runtime: Runtime) -> UserError:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16."""
+    """Whether the hardware multiplies bf16 faster than float32. Of CPUs: with AMX, and AMD's with AVX-512 BF16; Intel's
+    without AMX run these instructions at half the rate of float32 (`benchmarks/README.md`)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and _vendor() == "AuthenticAMD")
+
+
+def _vendor() -> str:
+    """Who made the CPU, as Linux says; "" elsewhere."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -25,7 +25,7 @@ from raylib.config import Config
 from raylib.losses import contrastive, hard_negatives, masked_language
 from raylib.model.encoder import Condition
 from raylib.model.unified import UnifiedModel
-from raylib.passes import Side
+from raylib.passes import KnownTexts, Side
 from raylib.ragged import Ragged, concatenate, first_tokens
 
 
@@ -75,6 +75,8 @@ class UnifiedObjective(nn.Module):
         if not config.train_embeddings:
             model.embedding.requires_grad_(False)
         model.text.blocks[: config.frozen_text_layers].requires_grad_(False)
+        frozen = not any(p.requires_grad for part in (model.embedding, model.text) for p in part.parameters())
+        self.known = KnownTexts() if frozen and model.config.dropout == 0 else None
 
     @property
     def partial(self) -> bool:
@@ -110,12 +112,23 @@ class UnifiedObjective(nn.Module):
 
     def _encode(self, sides: list[Side]) -> None:
         """All sentences through the text encoder at once; its last layer only where it is read."""
-        passes = [p for side in sides for p in side.passes.values()]
+        passes = []
+        for side in sides:
+            for name, p in side.passes.items():
+                if self.known and name == "clean" and p.only_cls:
+                    p.states = self.known.cls(side.all.text_id, lambda rows, p=p: self._cls(p.ids.take(rows)))
+                else:
+                    passes.append(p)
         if not passes:
             return
         states = self.model.encode_text(concatenate([p.ids for p in passes]), torch.cat([p.read for p in passes]))
         for p, part in zip(passes, states.split([int(p.read.sum()) for p in passes]), strict=True):
             p.states = part
+
+    @torch.no_grad()
+    def _cls(self, ids: Ragged) -> Tensor:
+        """CLS states (n, d) of an encoder that never changes."""
+        return self.model.encode_text(ids, first_tokens(ids.lengths))
 
     def _image_text(self, batch: dict, caption: Side, temperature: Tensor) -> list:
         c, w = self.config, self.config.weights

@@ -1,6 +1,6 @@
 """AdamW groups and the learning rate as a pure function of the step."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
@@ -20,14 +20,24 @@ class OptimConfig(Config):
     clip: PositiveFloat = 1.0
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: matrices decay, biases, norms and scalars do not. Every one is in one."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in trainable if p.ndim >= 2]
-    plain = [p for p in trainable if p.ndim < 2]
-    assert len(decayed) + len(plain) == len(trainable)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+# factor of the learning rate at a depth (`raylib.backbones`) in a step; 0 freezes
+LayerRates = Callable[[int | None, int], float]
+
+
+def parameter_groups(
+    module: nn.Module, weight_decay: float, depth_of: Callable[[str], int | None] | None = None
+) -> list[dict]:
+    """Trainable parameters in groups: matrices decay, biases, norms and scalars do not. Every one is in one.
+
+    depth_of: of a parameter's name; then each depth has groups of its own, which carry it as "depth".
+    """
+    groups: dict[tuple, dict] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            depth, decays = depth_of and depth_of(name), parameter.ndim >= 2
+            made = {"params": [], "weight_decay": weight_decay if decays else 0.0, "depth": depth}
+            groups.setdefault((-1 if depth is None else depth, not decays), made)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
 
 
 def build_optimizer(groups: Iterable[dict], config: OptimConfig) -> torch.optim.AdamW:

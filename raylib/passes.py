@@ -1,5 +1,7 @@
 """A stream's sentences on their way through the text encoder: which texts go in, which of their states are read."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ class Pass:
 
     def __init__(self, ids: Tensor, lengths: Tensor, cls: bool, rows: Tensor | None):
         """`cls`: read every row's CLS; `rows`: read all tokens of these rows."""
-        self.ids = Ragged(ids, lengths)
+        self.ids, self.only_cls = Ragged(ids, lengths), cls and rows is None
         self.read = first_tokens(lengths) if cls else torch.zeros(int(lengths.sum()), dtype=torch.bool)
         if rows is not None:
             self.read[self.ids.tokens(rows)] = True
@@ -49,3 +51,26 @@ class Side:
         """States of the fused sentences, clean or masked."""
         states = self.passes[name]
         return states.rows(self.fused if len(states.ids.lengths) > len(self.fused) else torch.arange(len(self.fused)))
+
+
+class KnownTexts:
+    """CLS states of sentences after a text encoder that never changes, each computed once; no more than `LIMIT`."""
+
+    LIMIT = 2**17
+
+    def __init__(self):
+        self.place: dict[int, int] = {}
+        self.states: Tensor | None = None
+
+    def cls(self, texts: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
+        """(n, d) states of the sentences `texts` (n,), of equal ids where equal; `encode(rows)` makes those of new ones."""
+        ids = texts.tolist()
+        first = {text: row for row, text in reversed(list(enumerate(ids)))}
+        new = [row for text, row in first.items() if text not in self.place]
+        if len(self.place) + len(new) > self.LIMIT:
+            self.place, self.states, new = {}, None, list(first.values())
+        if new:
+            made = encode(torch.tensor(new))
+            self.place |= {ids[row]: len(self.place) + i for i, row in enumerate(new)}
+            self.states = made if self.states is None else torch.cat([self.states, made])
+        return self.states.index_select(0, torch.tensor([self.place[text] for text in ids], device=self.states.device))

@@ -82,12 +82,13 @@ class Plan(NamedTuple):
 
     `runs`: (rows, queries of the longest, keys) of each run of rows with equally many keys. `cells` (P,): the query token
     in each cell of the padded queries (any token where a cell is empty); `place` (R,): the cell of each query token.
-    Both are None where nothing is padded or moved.
+    Both are None where nothing is padded or moved. `causal`: every token asks, and sees itself and what is before it.
     """
 
     runs: list[tuple[int, int, int]]
     cells: Tensor | None
     place: Tensor | None
+    causal: bool = False
 
 
 def concatenate(parts: list[Ragged]) -> Ragged:

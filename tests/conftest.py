@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -15,6 +16,8 @@ MINI = [
     "objective.fuse_every=2", "fit.steps=6", "fit.log_every=1", "fit.save_every=2", "fit.eval_every=0", "fit.keep=9",
     "fit.bf16=false", "fit.loader_workers=0", "optim.lr=0.01",
 ]  # fmt: skip
+
+QUICK = ["batch=16", "image_size=16", "fit.bf16=false", "fit.loader_workers=0", "fit.log_every=1"]
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +68,30 @@ def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes") / "scenes"
     make(folder, ScenesConfig(train=60, dev=12, test=60, shots=5))
     return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A small random model, exported."""
+    from raylib.sample.concepts import DATA
+    from tests.made import make_model
+
+    folder = tmp_path_factory.mktemp("model") / "export"
+    make_model(vocabulary=12000, positions=64, dropout=0.1).float().save(folder)
+    shutil.copy2(DATA / "tokenizer.model", folder)
+    return folder
+
+
+@pytest.fixture
+def finetune(tmp_path, model, scenes, capsys):
+    """`finetune(recipe, *settings)` -> (exit code, what was printed), of a few steps in this test's own folder."""
+    from finetune.__main__ import main
+
+    own = [f"model={model}", f"data={scenes}", f"runs={tmp_path}", "epochs=2", 'languages=["en","ru"]', *QUICK]
+
+    def run(recipe, *settings):
+        code = main([recipe, *own, *settings])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run

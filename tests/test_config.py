@@ -43,7 +43,7 @@ def test_files(tmp_path):
     save(config, tmp_path / "c.json")
     assert load(Outer, tmp_path / "c.json") == config
     assert '"limit": 7' in dump(config)
-    assert paths(config) == ["inner", "inner.rate", "inner.sizes", "name", "limit"]
+    assert paths(type(config)) == ["inner", "inner.rate", "inner.sizes", "name", "limit"]
     (tmp_path / "bad.json").write_text('{"nme": 1}')
     with pytest.raises(UserError, match=r"bad\.json: unknown setting 'nme'; did you mean name"):
         load(Outer, tmp_path / "bad.json")

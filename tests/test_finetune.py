@@ -59,7 +59,7 @@ def test_grounding_against_the_slow_reference(scenes):
     ids = Ragged(torch.randint(5, 12000, (9,)), torch.tensor([5, 4]))
     images = torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8)
     logits = model({"text": ids, "images": images})
-    u = model.unified
+    u = model.backbone
     for row, text in enumerate(ids.values.split([5, 4])):
         states = reference.text_states(u, text)
         cls = [reference.fused_states(u, states, reference.image_states(u, images[2 * row + side]))[0] for side in range(2)]
@@ -70,7 +70,7 @@ def test_a_premise_grounds_like_a_translation(scenes):
     model = small_model(dtype=torch.float64)
     ids, premise = (Ragged(torch.randint(5, 12000, (7,)), torch.tensor(n)) for n in ([3, 4], [5, 2]))
     logits = model({"text": ids, "premise": premise})
-    u = model.unified
+    u = model.backbone
     for row, (text, other) in enumerate(zip(ids.values.split([3, 4]), premise.values.split([5, 2]), strict=True)):
         state = reference.fused_states(u, reference.text_states(u, text), reference.text_states(u, other))[0]
         torch.testing.assert_close(logits[row], model.head(state[None])[0])
@@ -202,7 +202,7 @@ def test_predictions_are_those_of_the_model_one_by_one(scenes, tmp_path):
 def test_encoded_pictures_equal_pictures(scenes, tmp_path):
     model, tokenizer, examples = small_model(), Tokenizer.load(TOKENIZER), questions(scenes)
     names = [e.images[0] for e in examples]
-    states = Encoded(encode_pictures(model.unified, pixels(scenes), names, tmp_path / "states"))
+    states = Encoded(encode_pictures(model.backbone, pixels(scenes), names, tmp_path / "states"))
     both = (pixels(scenes), states)
     batches = [ExampleBatches(examples, model.labels, p, tokenizer, 40, False, 8, 0)[3]["examples"] for p in both]
     assert batches[0]["text"].values.equal(batches[1]["text"].values) and batches[0]["answer"].equal(batches[1]["answer"])
@@ -241,13 +241,13 @@ def test_unknown_answers_are_counted_and_lines_of_one_picture_merged():
 
 def test_freezing_and_resolution(scenes):
     model = small_model()
-    freeze(model.unified, ("embeddings", "text", "vision"))
-    trainable = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad and name.startswith("unified")}
+    freeze(model.backbone, ("embeddings", "text", "vision"))
+    trainable = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad and name.startswith("backbone")}
     assert trainable == {"fusion"}
-    resize(model.unified, 32)
-    assert model.unified.encode_images(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).values.shape[0] == 17
+    resize(model.backbone, 32)
+    assert model.backbone.encode_images(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).values.shape[0] == 17
     with pytest.raises(UserError, match="image_size=20 is not a multiple"):
-        resize(model.unified, 20)
+        resize(model.backbone, 20)
 
 
 def test_saving_and_loading(tmp_path):

@@ -20,30 +20,7 @@ from raylib.sample.concepts import DATA
 from raylib.track import read_metrics
 from tests.made import make_model
 
-QUICK = ["batch=16", "image_size=16", "fit.bf16=false", "fit.loader_workers=0", "fit.log_every=1"]
 FIELDS = {"run", "task", "method", "seed", "model", "params", "trainable", "sparsity", "mean_targets", "gap", "by_type"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A small random model, exported."""
-    folder = tmp_path_factory.mktemp("model") / "export"
-    make_model(vocabulary=12000, positions=64, dropout=0.1).float().save(folder)
-    shutil.copy2(DATA / "tokenizer.model", folder)
-    return folder
-
-
-@pytest.fixture
-def finetune(tmp_path, model, scenes, capsys):
-    """`finetune(recipe, *settings)` -> (exit code, what was printed)."""
-    own = [f"model={model}", f"data={scenes}", f"runs={tmp_path}", "epochs=2", 'languages=["en","ru"]', *QUICK]
-
-    def run(recipe, *settings):
-        code = main([recipe, *own, *settings])
-        captured = capsys.readouterr()
-        return code, captured.out + captured.err
-
-    return run
 
 
 def result(tmp_path, name):
@@ -102,8 +79,8 @@ def test_frozen_encoders_stay_and_are_encoded_once(finetune, tmp_path, model):
     after = load_file(tmp_path / "frozen" / "best" / "model.safetensors")
     for name, value in before.items():
         if name.startswith(("embedding.", "text.", "vision.")):
-            assert value.equal(after[f"unified.{name}"])
-    assert any(not value.equal(after[f"unified.{name}"]) for name, value in before.items() if name.startswith("fusion."))
+            assert value.equal(after[f"backbone.{name}"])
+    assert any(not value.equal(after[f"backbone.{name}"]) for name, value in before.items() if name.startswith("fusion."))
     assert list((tmp_path / "frozen" / "encoded").iterdir())
 
 

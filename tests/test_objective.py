@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from raylib.objective import ObjectiveConfig, UnifiedObjective, Weights
+from raylib.passes import KnownTexts
 from tests.made import make_batch, make_model
 from tests.reference import slow_terms
 
@@ -111,3 +112,43 @@ def test_frozen_text_layers_get_no_gradient():
     frozen, *above = model.text.blocks
     assert above and all(p.grad is None for p in frozen.parameters())
     assert all(p.grad is not None for block in above for p in block.parameters())
+
+
+def test_sentences_of_a_frozen_encoder_are_encoded_once():
+    """With every text layer frozen, losses and gradients are those of encoding each time, a second step encodes nothing new."""
+    config = ObjectiveConfig(train_embeddings=False, frozen_text_layers=2, weights=Weights(tlm=0, xmlm=0), fuse_every=2)
+    batch, found = make_batch(pairs=6), []
+    for remembers in (True, False):
+        model = make_model()
+        objective = UnifiedObjective(model, config)
+        assert objective.known is not None
+        objective.known = objective.known if remembers else None
+        calls, encode = [], model.encode_text
+        model.encode_text = lambda ids, read, calls=calls, encode=encode: calls.append(len(ids.lengths)) or encode(ids, read)
+        for _ in range(2):
+            model.zero_grad()
+            loss, terms = objective(batch)
+            loss.backward()
+        found.append((terms, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, calls))
+    (terms, gradients, calls), (slow_terms, slow_gradients, slow_calls) = found
+    for name, value in terms.items():
+        torch.testing.assert_close(value, slow_terms[name])
+    assert gradients.keys() == slow_gradients.keys()
+    for name, value in gradients.items():
+        torch.testing.assert_close(value, slow_gradients[name])
+    assert sum(calls) < sum(slow_calls) and len(slow_calls) == 2
+
+
+def test_known_texts_stay_within_their_limit():
+    known, made = KnownTexts(), []
+    known.LIMIT = 4
+
+    def encode(rows):
+        made.append(len(rows))
+        return 10.0 * rows[:, None]
+
+    def ask(*texts):
+        return known.cls(torch.tensor(texts), lambda rows: encode(torch.tensor(texts)[rows])).squeeze(1).tolist()
+
+    assert ask(5, 6, 5) == [50, 60, 50] and ask(6, 7) == [60, 70] and made == [2, 1]
+    assert ask(8, 9) == [80, 90] and ask(5) == [50] and made == [2, 1, 2, 1]  # full: it starts anew

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from raylib.ragged import Ragged, concatenate, first_tokens, join_rows, plan_attention
+from raylib.ragged import Plan, Ragged, concatenate, first_tokens, join_rows, plan_attention
 
 
 def rows_of(ragged):
@@ -40,4 +40,4 @@ def test_a_plan_puts_every_query_beside_its_row(seed, shuffled):
 
 def test_nothing_is_moved_when_rows_ask_for_themselves():
     keys = torch.tensor([2, 2, 5])
-    assert plan_attention(keys, keys, torch.device("cpu")) == ([(2, 2, 2), (1, 5, 5)], None, None)
+    assert plan_attention(keys, keys, torch.device("cpu")) == Plan([(2, 2, 2), (1, 5, 5)], None, None)

@@ -9,7 +9,7 @@ import pytest
 from pretrain import sample_scenes
 from pretrain.sample import sample_corpus
 from pretrain.train import resolve_data, with_vocabulary
-from raylib.data.images import decode, resize
+from raylib.data.images import AugmentConfig, decode, resize
 from raylib.data.shards import MANIFEST
 from raylib.data.source import Source
 from raylib.model.unified import UnifiedModel
@@ -24,6 +24,7 @@ COUNT = 60
 def corpus(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample_scenes, "COUNT", COUNT)
+        patch.setattr(sample_scenes, "VARIED", AugmentConfig(scale=(1, 1), ratio=(1, 1), operations=0))  # to know them by
         return sample_corpus(tmp_path_factory.mktemp("cache"), scenes=True)
 
 
@@ -84,6 +85,15 @@ def fits(cell: np.ndarray, key: str) -> float:
                     made[top : top + side, left : left + side] = drawing
                     errors.append(np.abs(cell - made).mean())
     return min(errors)
+
+
+def test_drawings_vary(monkeypatch):
+    """The same scene with and without variation: the same captions, other pixels."""
+    monkeypatch.setattr(sample_scenes, "COUNT", 4)
+    varied = list(sample_scenes.training_scenes())
+    monkeypatch.setattr(sample_scenes, "VARIED", AugmentConfig(scale=(1, 1), ratio=(1, 1), operations=0))
+    for one, other in zip(varied, sample_scenes.training_scenes(), strict=True):
+        assert one.captions == other.captions and one.pictures != other.pictures
 
 
 def test_only_english_meets_pictures_and_pairs_are_those_of_the_sample(corpus, tmp_path_factory):

@@ -40,7 +40,7 @@ class Attention(nn.Module):
                 if q:
                     mine = mine.view(n, q, h, d // h).transpose(1, 2)
                     keys, values = theirs.view(n, s, 2, h, d // h).permute(2, 0, 3, 1, 4)
-                    run = F.scaled_dot_product_attention(mine, keys, values, dropout_p=dropout)
+                    run = F.scaled_dot_product_attention(mine, keys, values, dropout_p=dropout, is_causal=plan.causal)
                     out.append(run.transpose(1, 2).reshape(n * q, d))
         out = torch.cat(out)
         return self.output(out if plan.place is None else out.index_select(0, plan.place))
@@ -83,6 +83,7 @@ def initialise(module: nn.Module) -> None:
     width 0.02 would all but close the residual branches, and learning takes three times as long (README)."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.5 * module.embedding_dim**-0.5)

@@ -33,17 +33,24 @@ class TextEmbedding(nn.Module):
 
     def forward(self, ids: Ragged) -> Tensor:
         """ids (T,) -> (T, d)."""
-        place = torch.arange(len(ids.values)) - torch.repeat_interleave(ids.starts, ids.lengths)
-        place = place.to(ids.values.device, non_blocking=True)
-        return self.dropout(self.norm(self.word(ids.values) + self.position(place)))
+        return self.place(ids.with_values(self.word(ids.values)))
+
+    def place(self, words: Ragged) -> Tensor:
+        """Word embeddings (T, d) -> with their positions, normed (T, d)."""
+        place = torch.arange(len(words.values)) - torch.repeat_interleave(words.starts, words.lengths)
+        place = place.to(words.values.device, non_blocking=True)
+        return self.dropout(self.norm(words.values + self.position(place)))
 
 
 class Encoder(nn.Module):
     """A stack of `Block`s over ragged rows.
 
     With `cross` the blocks attend to the condition by layers of their own; without (the paper's ablation "w/o
-    uni-arch") a condition is appended to the row and one self-attention sees both.
+    uni-arch") a condition is appended to the row and one self-attention sees both. With `causal` (set on a copy by
+    `finetune.decoder`) a token sees nothing of its row that comes after it, and all tokens are read.
     """
+
+    causal = False
 
     def __init__(self, layers: int, width: int, heads: int, feedforward: int, dropout: float, eps: float, cross: bool):
         super().__init__()
@@ -64,6 +71,7 @@ class Encoder(nn.Module):
             text, read = _entangle(text, read, condition)
             condition = None
         device = text.values.device
+        assert read is None or not self.causal, "a causal mask lines up with all queries alone"
         read = torch.ones(len(text.values), dtype=torch.bool) if read is None else read
         projected = [b.cross_attention.key_value(condition.states.values) for b in self.blocks] if condition else []
         outputs, places = [], []
@@ -96,7 +104,7 @@ class Encoder(nn.Module):
         counts = lengths if whole else read.cumsum(0)[lengths.cumsum(0) - 1].diff(prepend=lengths.new_zeros(1))
         # queries of the first layers, of the last: which may be the same, or the only one
         asked = [counts] if whole or len(self.blocks) == 1 else [lengths, counts]
-        plans = [plan_attention(lengths, n, device) for n in asked]
+        plans = [plan_attention(lengths, n, device)._replace(causal=self.causal) for n in asked]
         if condition is not None:
             seen, rank = _order(condition)
             keys = condition.states.tokens(seen).to(device, non_blocking=True)

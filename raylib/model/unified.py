@@ -18,8 +18,9 @@ from raylib.config import Config, build
 from raylib.errors import UserError
 from raylib.model.attention import initialise
 from raylib.model.encoder import Condition, Encoder, TextEmbedding
+from raylib.model.swin import SwinEncoder, SwinSizes
 from raylib.model.vision import VisionEncoder
-from raylib.ragged import Ragged
+from raylib.ragged import Ragged, first_tokens
 
 
 class ModelConfig(Config):
@@ -40,9 +41,10 @@ class ModelConfig(Config):
     dropout: float = 0.1
     eps: float = 1e-12
     temperature: float = 0.07
-    pixel_mean: float = 127.5  # what is subtracted from a pixel's 0..255, and what it is then divided by
-    pixel_std: float = 127.5
+    pixel_mean: float | tuple[float, float, float] = 127.5  # what is subtracted from a pixel's 0..255, for all colours or each
+    pixel_std: float | tuple[float, float, float] = 127.5  # what it is then divided by
     fusion: Literal["cross", "entangled"] = "cross"
+    swin: SwinSizes | None = None  # of a Swin in the ViT's place, which vision_layers and vision_width say nothing about
 
     @model_validator(mode="after")
     def _divisible(self) -> "ModelConfig":
@@ -50,9 +52,14 @@ class ModelConfig(Config):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.vision_width and self.vision_width % (self.width // self.heads):
             raise ValueError(f"vision_width {self.vision_width} is not a multiple of a head's {self.width // self.heads}")
-        if self.image_size % self.patch:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
+        if self.image_size % self.stride:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of the {self.stride} pixels of a last patch")
         return self
+
+    @property
+    def stride(self) -> int:
+        """Pixels that a patch is wide, for a Swin one of its last stage: pictures are a multiple of it."""
+        return self.patch * (self.swin.merges if self.swin else 1)
 
 
 class MaskedLanguageHead(nn.Module):
@@ -70,7 +77,10 @@ class MaskedLanguageHead(nn.Module):
 
 
 class UnifiedModel(nn.Module):
-    """Image, text and unified encoder with their heads. Every text goes in and comes out ragged (`raylib.ragged`)."""
+    """Image, text and unified encoder with their heads. Every text goes in and comes out ragged (`raylib.ragged`).
+    A backbone of fine-tuning (`raylib.backbones`)."""
+
+    kind = "unified"
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -78,8 +88,11 @@ class UnifiedModel(nn.Module):
         stack = dict(width=c.width, heads=c.heads, feedforward=c.feedforward, dropout=c.dropout)
         share = (c.vision_width or c.width) / c.width
         sizes = {name: round(share * stack[name]) for name in ("width", "heads", "feedforward")}
-        sizes |= {"dropout": c.dropout, "out": c.width, "pixels": (c.pixel_mean, c.pixel_std)}
-        self.vision = VisionEncoder(c.image_size, c.patch, c.vision_layers, **sizes)
+        seen = {"dropout": c.dropout, "out": c.width, "pixels": (c.pixel_mean, c.pixel_std)}
+        if c.swin:
+            self.vision = SwinEncoder(c.swin, c.image_size, c.patch, **seen)
+        else:
+            self.vision = VisionEncoder(c.image_size, c.patch, c.vision_layers, **sizes, **seen)
         self.embedding = TextEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.eps)
         self.text = Encoder(c.text_layers, **stack, eps=c.eps, cross=False)
         self.fusion = Encoder(c.fusion_layers, **stack, eps=c.eps, cross=c.fusion == "cross")
@@ -110,6 +123,52 @@ class UnifiedModel(nn.Module):
     def embed_text(self, cls: Tensor) -> Tensor:
         """Text CLS states (n, d) -> unit vectors (n, e)."""
         return F.normalize(self.text_projection(cls), dim=-1)
+
+    @property
+    def width(self) -> int:
+        return self.config.width
+
+    @property
+    def depths(self) -> int:
+        """Layers that a text passes: those of the text encoder, then the unified ones."""
+        return self.config.text_layers + self.config.fusion_layers
+
+    @property
+    def fusion_depths(self) -> int:
+        """How many of them, the top ones, attend to pictures."""
+        return self.config.fusion_layers
+
+    def depth_of(self, name: str) -> int | None:
+        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the text embeddings, None outside (ViT, heads)."""
+        part, _, rest = name.partition(".")
+        if part == "embedding":
+            return 0
+        if part not in ("text", "fusion"):
+            return None
+        return int(rest.split(".")[1]) + 1 + (self.config.text_layers if part == "fusion" else 0)
+
+    def prunable(self) -> list[str]:
+        """Names of the matrices of the text and unified layers."""
+        return [name for name, p in self.named_parameters() if (self.depth_of(name) or 0) > 0 and p.ndim == 2]
+
+    def ground(self, text: Ragged, condition: Ragged, times: int = 1) -> Tensor:
+        """CLS states of texts in what grounds them.
+
+        Args:
+            text: ids, b rows. condition: states of what they attend to, b x times rows: row i's are i times ... .
+        Returns:
+            (b times, d).
+        """
+        states = text.with_values(self.encode_text(text))
+        if times > 1:
+            states = states.take(torch.arange(len(text.lengths)).repeat_interleave(times))
+        seen = Condition(condition, torch.arange(len(condition.lengths)))
+        return self.fuse(states, first_tokens(states.lengths), seen)
+
+    def ground_tokens(self, text: Ragged, condition: Ragged) -> Ragged:
+        """As `ground`, with row i of `condition` for row i of `text`, but states of all tokens: rows as `text`'s."""
+        seen = Condition(condition, torch.arange(len(condition.lengths)))
+        return text.with_values(self.fuse(text.with_values(self.encode_text(text)), condition=seen))
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""

@@ -7,6 +7,14 @@ from torch import Tensor, nn
 from raylib.model.attention import Attention
 from raylib.ragged import Plan
 
+Pixels = tuple[float | tuple[float, float, float], float | tuple[float, float, float]]  # (mean, deviation), or one a colour
+
+
+def normalise(images: Tensor, pixels: Pixels, dtype: torch.dtype) -> Tensor:
+    """uint8 images (..., 3) -> what is left of them less the mean, over the deviation."""
+    mean, deviation = (v if isinstance(v, float | int) else torch.tensor(v, dtype=dtype, device=images.device) for v in pixels)
+    return (images.to(dtype) - mean) / deviation
+
 
 class VisionBlock(nn.Module):
     """Pre-norm self-attention and feed-forward."""
@@ -34,9 +42,9 @@ class VisionEncoder(nn.Module):
 
     def __init__(
         self, size: int, patch: int, layers: int, width: int, heads: int, feedforward: int, dropout: float,
-        out: int, pixels: tuple[float, float] = (127.5, 127.5),
+        out: int, pixels: Pixels = (127.5, 127.5),
     ):  # fmt: skip
-        """`out`: the width that others want. `pixels`: (mean, deviation) of 0..255 pixel values."""
+        """`out`: the width that others want. `pixels`: (mean, deviation) of 0..255 pixel values, of all colours or of each."""
         super().__init__()
         self.patch, self.pixels = patch, pixels
         self.patch_embedding = nn.Linear(3 * patch * patch, width)
@@ -51,8 +59,7 @@ class VisionEncoder(nn.Module):
         """uint8 images (b, H, W, 3) -> (b, M + 1, out). Normalised here, on the device."""
         b, height, width, _ = images.shape
         p = self.patch
-        mean, deviation = self.pixels
-        pixels = (images.to(self.cls.dtype) - mean) / deviation
+        pixels = normalise(images, self.pixels, self.cls.dtype)
         patches = pixels.view(b, height // p, p, width // p, p, 3).transpose(2, 3).reshape(b, -1, 3 * p * p)
         x = torch.cat([self.cls.expand(b, 1, -1), self.patch_embedding(patches)], 1) + self.position
         x = self.dropout(x)

@@ -1,0 +1,108 @@
+"""The model that a run trains, its tokenizer, its methods."""
+
+from pathlib import Path
+
+import torch
+
+from finetune.config import FinetuneConfig
+from finetune.data import find_task, labels_of, languages_of, open_seen, read_split, wordnet_of
+from finetune.decoder import encode_answers
+from finetune.model import FinetuneModel, find_evaluated, freeze, is_foreign, load_backbone, load_finetuned, resize
+from finetune.strategies import Context, Methods
+from raylib.errors import UserError
+from raylib.model.folder import find_tokenizer
+from raylib.model.unified import UnifiedModel
+from raylib.randomness import hash64
+from raylib.text import Tokenizer
+
+
+def build_model(config: FinetuneConfig) -> FinetuneModel | UnifiedModel:
+    """The model that training starts from: pretrained with a new head, which the seed decides, or, where a setting goes on
+    from it, fine-tuned."""
+    torch.manual_seed(int(hash64(config.fit.seed, "head")) >> 1)
+    task = find_task(config)
+    if task.kind == "retrieval":
+        model = load_backbone(config.model, config.backbone, config.vision)
+    else:
+        labels = labels_of(config)
+        if config.setting in ("few_shot", "translate_test"):
+            model = load_finetuned(config.model, labels)
+            there = "decoder" if model.spells else "classifier"
+            if there != config.head:
+                raise UserError(f"{config.model}: its head is a {there}; set head={there}")
+        else:
+            backbone = load_backbone(config.model, config.backbone, config.vision)
+            answers = encode_answers(labels, Tokenizer.load(tokenizer_of(config))) if config.head == "decoder" else None
+            more = (_region_width(config), answers, config.decoder)
+            model = FinetuneModel(backbone, labels, task.pictures, config.head_dropout, *more)
+    backbone = backbone_of(model)
+    if hasattr(backbone, "see_regions"):
+        _see_regions(config, backbone)
+    elif config.image_size:
+        resize(backbone, config.image_size)
+    freeze(backbone, config.freeze)
+    return model
+
+
+def build_methods(config: FinetuneConfig, run: Path, say=print) -> Methods:
+    """The methods of `config`, ready to act; what they report goes to `say`.
+
+    Raises:
+        UserError: a file that one needs is missing or wrong, a setting does not fit the task.
+    """
+    answers = find_task(config).kind != "retrieval"
+    labels = labels_of(config) if answers else ()
+    context = Context(Path(config.data), wordnet_of(config), languages_of(config), labels, run / "cache", say)
+    return Methods(config.strategies, context)
+
+
+def tokenizer_of(config: FinetuneConfig) -> Path:
+    """The tokenizer file of `config.model`."""
+    path = Path(config.model)
+    if is_foreign(path):
+        return find_tokenizer(path if path.is_dir() else path.parent)
+    return find_tokenizer(path if (path / "config.json").is_file() else find_evaluated(path))
+
+
+def backbone_of(model: FinetuneModel | UnifiedModel) -> torch.nn.Module:
+    """The pretrained part of a model."""
+    return model.backbone if isinstance(model, FinetuneModel) else model
+
+
+def needs_pictures(config: FinetuneConfig) -> bool:
+    """Whether any text of the task is about a picture."""
+    return find_task(config).kind == "retrieval" or any(
+        example.images for split in ("train", config.split) for example in read_split(config, split, "en", 1)
+    )
+
+
+def open_pictures_for(config: FinetuneConfig, model: FinetuneModel | UnifiedModel):
+    """What grounds the task's texts, as the model takes it; None where nothing does."""
+    size = getattr(backbone_of(model).config, "image_size", 0)
+    return open_seen(config, size) if needs_pictures(config) else None
+
+
+def _see_regions(config: FinetuneConfig, backbone: torch.nn.Module) -> None:
+    """Make a backbone that sees regions ready for those of the task.
+
+    Raises:
+        UserError: the task is retrieval, or about pictures and there are no regions; they are not as wide as the model's.
+    """
+    if find_task(config).kind == "retrieval":
+        raise UserError(f"task={config.task}: retrieval encodes texts and pictures apart; {backbone.kind} reads them together")
+    if not needs_pictures(config):
+        return
+    if not config.regions:
+        raise UserError(f"regions= is missing: {backbone.kind} sees region features, not pictures; give an LMDB folder, a .h5, a "
+                        ".tsv or a folder of .npz or .npy files")  # fmt: skip
+    backbone.see_regions(_region_width(config))
+
+
+def _region_width(config: FinetuneConfig) -> int | None:
+    if not config.regions:
+        return None
+    firsts = (example for split in ("train", config.split) for example in read_split(config, split, "en", 1))
+    image = next((example.images[0] for example in firsts if example.images), None)  # SNLI trains on sentences alone
+    if image is None:
+        raise UserError(f"{config.task}: its texts are about no pictures; leave regions= out")
+    return open_seen(config, 0).store.read(image).features.shape[1]

@@ -1,0 +1,67 @@
+"""What a fine-tuning method is: a frozen config with up to four pure functions, one for each seam of training."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from finetune.examples import Captioned, Example
+from raylib.config import Config
+from raylib.randomness import Key
+
+
+class Progress(NamedTuple):
+    """How far training is: `step` of `steps`, in `epoch` of `epochs` (all from 0)."""
+
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+
+
+class Context(NamedTuple):
+    """The run that a strategy takes part in: the `data` folder, the `wordnet` one, the task's `languages`, the answers
+    (`labels`), a folder to `cache` in, and `say`, which tells people."""
+
+    data: Path
+    wordnet: Path
+    languages: tuple[str, ...]
+    labels: tuple[str, ...]
+    cache: Path
+    say: Callable[[str], None]
+
+
+class Term(NamedTuple):
+    """A term of the loss: `weight` times the batch's mean of `values(logits (b, C), part of the batch) -> (b,)`."""
+
+    weight: float
+    values: Callable[[Tensor, dict], Tensor]
+
+
+class Strategy(Config):
+    """A method that changes nothing: each of the four does where a method overrides it. They compose without knowing of each
+    other: examples one after the other, `adapt` in order, rates by product, terms side by side."""
+
+    def prepare(self, context: Context) -> "Strategy":
+        """Read what the method needs, before anything starts. Returns the method, ready.
+
+        Raises:
+            UserError: a file is missing or wrong, a setting does not fit.
+        """
+        return self
+
+    def example(self, example: Example | Captioned, *key: Key) -> Example | Captioned:
+        """A training example as this method shows it; whatever is drawn is drawn from `key` (seed, epoch, its id)."""
+        return example
+
+    def adapt(self, model: nn.Module) -> None:
+        """Change the model before training: masks, permanent freezes."""
+
+    def lr_scale(self, depth: int | None, depths: int, progress: Progress) -> float:
+        """Factor of the learning rate of the parameters at `depth` (`raylib.backbones`) of `depths`; 0 freezes them."""
+        return 1.0
+
+    def terms(self, model: nn.Module) -> dict[str, Term]:
+        """What is added to the loss, by name."""
+        return {}

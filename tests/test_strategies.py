@@ -1,0 +1,264 @@
+"""Fine-tuning methods: layer rates, masks and terms against slow references; engines agree; any two compose and resume."""
+
+import math
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from finetune import masks
+from finetune.strategies import Context, Methods, StrategiesConfig, Strategy
+from finetune.strategies.base import Progress, Term
+from finetune.strategies.prior import LinguisticPrior
+from finetune.strategies.rates import LayerDecay, ScheduledUnfreezing, TopLayers
+from raylib.config import build
+from raylib.engine import DeepSpeedEngine, TorchEngine
+from raylib.errors import UserError
+from raylib.optim import OptimConfig, parameter_groups
+from tests.made import make_model
+from tests.test_collective import run_workers
+
+OPTIM = OptimConfig(lr=0.02, weight_decay=0.1, warmup=0.0, clip=1e9)
+
+
+class Stack(nn.Module):
+    """An embedding, four layers, a head: a model with depths."""
+
+    def __init__(self, layers: int = 4, width: int = 6):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Linear(width, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.head = nn.Linear(width, 1)
+        self.depths = layers
+
+    def forward(self, x):
+        x = self.embedding(x)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.head(x)
+
+    def depth_of(self, name: str) -> int | None:
+        part = name.split(".")
+        return {"embedding": 0, "head": None}[part[0]] if part[0] != "layers" else int(part[1]) + 1
+
+
+class Squares(nn.Module):
+    """The mean square error of `model` on this worker's share of the batch."""
+
+    partial = False
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        loss = ((self.model(batch["x"]) - batch["y"]) ** 2).mean()
+        return loss, {"task": loss.detach()}
+
+
+def batch_of(step: int, rank: int = 0, world: int = 1) -> dict:
+    g = torch.Generator().manual_seed(step)
+    x, y = torch.randn(8, 6, generator=g), torch.randn(8, 1, generator=g)
+    return {"x": x[rank::world], "y": y[rank::world]}
+
+
+def train(engine_class, methods, steps, rank=0, world=1, mask=None, start=None, first=0, folder=None):
+    """`steps` steps in epochs of 2 at a constant rate; returns the weights. Saves into `folder`."""
+    model = Stack()
+    if mask is not None:
+        masks.apply(model, mask, "here")
+    objective = Squares(model)
+    rates = methods.rates(model.depths, 2, 4)
+    engine = engine_class(objective, OPTIM, torch.device("cpu"), False, start, rates)
+    for step in range(first, steps):
+        engine.step(batch_of(step, rank, world), step, OPTIM.lr)
+    if folder:
+        folder.mkdir(exist_ok=True)
+        engine.save(folder, rank)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def slow_reference(scale, steps, mask=None) -> dict:
+    """The same by hand: an optimizer for each parameter, made anew when it thaws, and a zeroed weight after each step."""
+    model, optimizers = Stack(), {}
+    for name, p in model.named_parameters():
+        if mask and name in mask:
+            p.data.mul_(mask[name])
+    for step in range(steps):
+        batch = batch_of(step)
+        loss = ((model(batch["x"]) - batch["y"]) ** 2).mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        for (name, p), gradient in zip(model.named_parameters(), gradients, strict=True):
+            factor = scale(model.depth_of(name), step)
+            if factor == 0:
+                optimizers.pop(name, None)
+                continue
+            if name not in optimizers:
+                decay = OPTIM.weight_decay if p.ndim >= 2 else 0.0
+                optimizers[name] = torch.optim.AdamW([p], betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=decay)
+            optimizers[name].param_groups[0]["lr"] = OPTIM.lr * factor
+            p.grad = gradient
+            optimizers[name].step()
+            if mask and name in mask:
+                p.data.mul_(mask[name])
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def methods_of(**chosen) -> Methods:
+    context = Context(None, None, ("en", "de"), ("yes", "no"), None, print)
+    return Methods(build(StrategiesConfig, chosen, "here"), context)
+
+
+CASES = {
+    "unfreezing": {"unfreezing": {"layers": 1}},
+    "decay": {"layer_decay": {"factor": 0.5}},
+    "both": {"unfreezing": {"layers": 2}, "layer_decay": {"factor": 0.8}},
+}
+MASK = {f"layers.{i}.weight": torch.rand(6, 6, generator=torch.Generator().manual_seed(i)) > 0.4 for i in range(4)}
+
+
+def close(found: dict, wanted: dict) -> None:
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mask", [None, MASK], ids=["dense", "masked"])
+def test_plain_torch_equals_the_reference(case, mask):
+    methods = methods_of(**CASES[case])
+    close(train(TorchEngine, methods, 8, mask=mask), slow_reference(methods.rates(4, 2, 4), 8, mask))
+
+
+def zero_and_resume(rank, world, folder):
+    """Every case under ZeRO-2, whole and stopped in mid-phase, after 3 of 8 steps."""
+    os.environ["LOCAL_RANK"], out = str(rank), {}
+    for case, chosen in CASES.items():
+        for mask in (None, MASK):
+            methods = methods_of(**chosen)
+            whole = train(DeepSpeedEngine, methods, 8, rank, world, mask)
+            place = folder / f"{case}{world}{mask is None}"
+            train(DeepSpeedEngine, methods, 3, rank, world, mask, folder=place)
+            torch.distributed.barrier()
+            parts = train(DeepSpeedEngine, methods, 8, rank, world, mask, start=place, first=3)
+            out[case, mask is None] = whole, parts
+    return out
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_zero_2_equals_the_reference_also_after_a_resume_in_mid_phase(world, tmp_path):
+    for results in run_workers(zero_and_resume, world, tmp_path):
+        for (case, dense), (whole, parts) in results.items():
+            close(whole, slow_reference(methods_of(**CASES[case]).rates(4, 2, 4), 8, None if dense else MASK))
+            for name, value in whole.items():
+                assert value.equal(parts[name]), (case, dense, name)
+            if not dense:
+                for name, kept in MASK.items():
+                    assert not parts[name][~kept].any() and whole[name][kept].all()
+
+
+def test_the_bottom_three_of_18_layers_are_never_trained_in_5_epochs():
+    """Paper 1: 3 layers an epoch of CCLM's 18, 5 epochs of xGQA."""
+    method, steps = ScheduledUnfreezing(layers=3), 10
+    trained = {depth: [method.lr_scale(depth, 18, Progress(e * steps, 5 * steps, e, 5)) for e in range(5)] for depth in range(19)}
+    assert [depth for depth, scales in trained.items() if not any(scales)] == [1, 2, 3]
+    assert trained[18] == trained[16] == trained[0] == [1] * 5 and trained[15] == [0, 1, 1, 1, 1] and trained[4] == [0] * 4 + [1]
+    assert method.lr_scale(None, 18, Progress(0, 50, 0, 5)) == 1
+
+
+def test_layer_decay_is_the_papers():
+    """l d^(N - i): of 18 layers the bottom one has 70 % of the top one's rate at d = 0.98, 0.5 to 0.8 % at 0.75."""
+    now = Progress(0, 1, 0, 1)
+    for factor in (0.98, 0.95, 0.88, 0.75):
+        rates = [LayerDecay(factor=factor).lr_scale(i, 18, now) for i in range(19)]
+        assert rates == pytest.approx([factor ** (18 - i) for i in range(19)]) and rates[18] == 1
+    assert LayerDecay(factor=0.98).lr_scale(1, 18, now) == pytest.approx(0.709, abs=1e-3)
+    assert LayerDecay(factor=0.75).lr_scale(1, 18, now) == pytest.approx(0.0075, abs=1e-4)
+    assert LayerDecay().lr_scale(None, 18, now) == 1
+
+
+def test_depths_of_the_unified_model():
+    model = make_model()
+    depths = {model.depth_of(name) for name, _ in model.named_parameters()}
+    assert depths == {None, 0, 1, 2, 3, 4} and model.depths == 4 and model.fusion_depths == 2
+    assert model.depth_of("text.blocks.0.output.weight") == 1 and model.depth_of("fusion.blocks.1.output.weight") == 4
+    assert model.depth_of("vision.cls") is None and model.depth_of("embedding.word.weight") == 0
+    groups = parameter_groups(model, 0.1, model.depth_of)
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    assert [g["depth"] for g in groups] == [None, None, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_top_layers_freeze_what_is_below():
+    model = make_model()
+    TopLayers().adapt(model)
+    trained = {model.depth_of(name) for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {None, 3, 4}
+    with pytest.raises(UserError, match=r"top_layers.layers=5, but the model has 4 layers"):
+        TopLayers(layers=5).adapt(make_model())
+    with pytest.raises(UserError, match=r"unfreezing.layers=9, but the model has 4 layers; give at most 4"):
+        ScheduledUnfreezing(layers=9).adapt(make_model())
+
+
+def test_a_tenth_five_times_leaves_59_percent():
+    """FACTS, P0: 10 % of what remains, five times: 40.95 % sparsity. Against sorting all weights by hand."""
+    g = torch.Generator().manual_seed(1)
+    weights = {"a": torch.randn(100, 100, generator=g), "b": torch.randn(50, 200, generator=g)}
+    mask = None
+    for _ in range(5):
+        mask = masks.prune(weights, mask, 0.1)
+    found = masks.sparsity(mask, 40_000)
+    assert found == {"prunable": pytest.approx(0.4095, abs=1e-4), "whole": pytest.approx(0.20476, abs=1e-4)}
+    every = sorted((abs(float(w)), name, i) for name, m in weights.items() for i, w in enumerate(m.flatten()))
+    left = 20_000
+    for _ in range(5):
+        left -= round(0.1 * left)
+    wanted = {(name, i) for _, name, i in every[len(every) - left :]}
+    assert {(name, i) for name, m in mask.items() for i, kept in enumerate(m.flatten()) if kept} == wanted
+
+
+def test_of_equal_weights_exactly_the_share_goes():
+    mask = masks.prune({"a": torch.ones(4, 5)}, None, 0.25)
+    assert int(mask["a"].sum()) == 15
+    assert masks.prune({"a": torch.ones(4, 5)}, mask, 0.01)["a"].equal(mask["a"])
+
+
+def test_mask_files(tmp_path):
+    mask = {"a.weight": torch.rand(7, 5) > 0.5, "b": torch.rand(3) > 0.5}
+    masks.write(mask, tmp_path / "masks" / "m.safetensors")
+    read = masks.read(tmp_path / "masks" / "m.safetensors")
+    assert read.keys() == mask.keys() and all(read[name].equal(kept) for name, kept in mask.items())
+    with pytest.raises(UserError, match=r"m\.safetensors: the mask of another model \(2 tensors do not fit, such as a\.weight\)"):
+        masks.apply(Stack(), read, str(tmp_path / "m.safetensors"))
+    (tmp_path / "no").write_text("mask")
+    for name in ("no", "none"):
+        with pytest.raises(UserError, match="no pruning mask is read there"):
+            masks.read(tmp_path / name)
+
+
+def test_terms_come_together_once():
+    class Other(Strategy):
+        def terms(self, model):
+            return {"prior": Term(1.0, lambda logits, part: logits[:, 0])}
+
+    methods = methods_of()
+    methods.all = {"first": Other(), "second": Other()}
+    with pytest.raises(UserError, match=r"strategies.second: another method has a term 'prior' already"):
+        methods.terms(nn.Linear(1, 1))
+
+
+def test_the_prior_on_distances_made_by_hand(tmp_path):
+    """d(dog, poodle) and the rest from the vectors' angles; the term is the mean over the k most probable answers."""
+    (tmp_path / "vectors.txt").write_text("dog 1 0\npoodle 1 1\nbus 0 1\n")
+    said = []
+    context = Context(tmp_path, tmp_path, ("en",), ("dog", "poodle", "bus", "unheard"), tmp_path / "cache", said.append)
+    prior = LinguisticPrior(k=2, alpha=3).prepare(context)
+    assert "unheard" in said[0]
+    logits, answer = torch.tensor([[1.0, 2.0, 0.0, -1.0], [0.0, 0.0, 5.0, 4.0]]), torch.tensor([0, 2])
+    term = prior.terms(nn.Linear(1, 1))["prior"]
+    p = logits.softmax(1)
+    near = 1 - math.sqrt(0.5)
+    wanted = [float(p[0, 1]) * near, float(p[1, 3]) * 1.0]
+    assert term.weight == 3 and term.values(logits, {"answer": answer}).tolist() == pytest.approx(wanted, abs=1e-6)
+    with pytest.raises(UserError, match=r"prior.k=10, but there are 4 answers"):
+        LinguisticPrior().prepare(context)

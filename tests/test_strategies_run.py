@@ -1,0 +1,123 @@
+"""Methods from the command line: what they leave, in pairs and resumed, sparse cycles, mistakes."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune import masks
+from finetune.strategies import STRATEGIES
+from raylib.sample.concepts import LANGUAGES
+from raylib.track import read_metrics
+
+SETTINGS = {
+    "prior": ["strategies.prior.k=3"],
+    "sparse": ["strategies.sparse.rounds=2", "strategies.sparse.rate=0.2"],
+    "code_mixing": ["strategies.code_mixing.stages=both"],
+    "unfreezing": ["strategies.unfreezing.layers=2"],
+    "layer_decay": ["strategies.layer_decay.factor=0.7"],
+    "top_layers": ["strategies.top_layers.layers=3"],
+}
+
+
+def test_every_method_is_tried_here():
+    assert SETTINGS.keys() == STRATEGIES.keys()
+
+
+def weights(folder, step: int = 6) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
+
+
+def same_run(finetune, tmp_path, names):
+    """A run of these methods, whole and interrupted in mid-epoch (or in mid-round): the same weights."""
+    chosen = ["select=last", *(setting for name in names for setting in SETTINGS[name])]
+    code, printed = finetune("scenes_xgqa", "name=whole", *chosen)
+    assert code == 0, printed
+    stop = 2 if "sparse" in names else 4  # within the first round, or within the second epoch
+    code, printed = finetune("scenes_xgqa", "name=parts", *chosen, f"fit.stop_after={stop}")
+    assert code == 0 and "stopped before the end" in printed
+    finetune("scenes_xgqa", "name=parts", *chosen)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(value.equal(parts[key]) for key, value in whole.items())
+    found = json.loads((tmp_path / "parts" / "result.json").read_text())
+    assert found["method"] == " + ".join(name.replace("_", " ") for name in STRATEGIES if name in names)
+    assert found["accuracy"].keys() == found["synonym_accuracy"].keys() == found["confusions"].keys() == {"en", "ru"}
+    return found
+
+
+def test_all_methods_at_once_and_resumed(finetune, tmp_path):
+    found = same_run(finetune, tmp_path, list(STRATEGIES))
+    assert found["sparsity_prunable"] == pytest.approx(0.36, abs=1e-3) and 0 < found["sparsity"] < 0.36
+    assert found["trainable"] < found["params"]
+    assert "loss/prior" in {key for line in read_metrics(tmp_path / "whole") for key in line}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", list(itertools.combinations(STRATEGIES, 2)), ids="+".join)
+def test_any_two_methods_compose_and_resume(finetune, tmp_path, names):
+    same_run(finetune, tmp_path, names)
+
+
+def test_sparse_fine_tuning_rewinds_and_keeps_what_is_pruned_at_zero(finetune, tmp_path):
+    """Two rounds of 20 %; the survivors begin at the pretrained weights, what is gone stays zero; code-mixed at the end."""
+    settings = ["select=last", *SETTINGS["sparse"], "epochs=1"]
+    assert finetune("scenes_xgqa", "name=sparse", *settings)[0] == 0
+    first, last = (masks.read(tmp_path / "sparse" / "masks" / f"round_{n}.safetensors") for n in (1, 2))
+    assert masks.sparsity(first, 1000)["prunable"] == pytest.approx(0.2, abs=1e-3)
+    for name, kept in last.items():
+        assert not (kept & ~first[name]).any()  # what is gone does not come back
+    trained = weights(tmp_path / "sparse", 3)
+    assert all(not trained[name][~kept].any() for name, kept in last.items())
+    # a mask by hand, from the weights that the first round left
+    after = weights(tmp_path / "sparse" / "round_1", 3)
+    by_hand = masks.prune({name: after[name] for name in first}, None, 0.2)
+    assert all(by_hand[name].equal(kept) for name, kept in first.items())
+    # the mask serves another run, without rounds; the same seed gives the same run
+    mask = f"strategies.sparse.mask={tmp_path}/sparse/masks/round_2.safetensors"
+    assert finetune("scenes_xgqa", "name=again", "select=last", "epochs=1", mask)[0] == 0
+    assert all(value.equal(trained[name]) for name, value in weights(tmp_path / "again", 3).items())
+    assert not (tmp_path / "again" / "round_1").exists()
+
+
+def test_without_rewinding_rounds_go_on_from_trained_weights(finetune, tmp_path):
+    """The public code's rewinding, which is none: another mask after the second round, the same after the first."""
+    settings = ["select=last", *SETTINGS["sparse"], "epochs=1"]
+    for rewind in ("initial", "none"):
+        assert finetune("scenes_xgqa", f"name={rewind}", f"strategies.sparse.rewind={rewind}", *settings)[0] == 0
+    found = [[masks.read(tmp_path / name / "masks" / f"round_{n}.safetensors") for n in (1, 2)] for name in ("initial", "none")]
+    assert all(kept.equal(found[1][0][name]) for name, kept in found[0][0].items())
+    assert any(not kept.equal(found[1][1][name]) for name, kept in found[0][1].items())
+    start = weights(tmp_path / "none" / "round_1", 3)
+    gone = [name for name, kept in found[1][0].items() if not kept.all()]
+    assert gone and start.keys() >= set(gone)
+
+
+def test_retrieval_takes_what_needs_no_answers(finetune, tmp_path):
+    chosen = SETTINGS["code_mixing"] + SETTINGS["unfreezing"] + SETTINGS["layer_decay"]
+    code, printed = finetune("scenes_xflickrco", "name=mixed", *chosen)
+    assert code == 0 and "code mixing + unfreezing + layer decay" in printed
+    code, printed = finetune("scenes_xflickrco", "name=prior", "strategies.prior.k=3")
+    assert code == 2 and "strategies.prior: this task has no answers" in printed
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["strategies.prior.k=1000"], "strategies.prior.k=1000, but there are"),
+        (["strategies.prior.alfa=1"], "did you mean strategies.prior.alpha"),
+        (["strategies.unfreezing.layers=5"], "strategies.unfreezing.layers=5, but the model has 4 layers"),
+        (["strategies.code_mixing.languages=[\"xx\"]"], "xx"),
+        (["strategies.sparse.mask=none"], "none: no pruning mask is read there"),
+        (["strategies.prior.vectors=none.txt"], "none.txt: no such file"),
+        (["wordnet=none", "strategies.prior.source=wordnet"], "none"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(finetune, settings, words):
+    code, printed = finetune("scenes_xgqa", "name=wrong", *settings)
+    assert code == 2 and words in printed and printed.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_dictionaries_are_there_for_every_language(scenes):
+    assert {path.name for path in (scenes / "dictionaries").iterdir()} == {f"{code}2.txt" for code in LANGUAGES if code != "en"}
