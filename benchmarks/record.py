@@ -13,8 +13,8 @@ import re
 import shutil
 from pathlib import Path
 
+from benchmarks.finetuning import tables
 from benchmarks.step import table as step_table
-from finetune.report import compare
 from pretrain import report
 from pretrain.evaluate import summary
 
@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
             append(RESULTS / "runs.jsonl", result)
             shutil.copy2(run / "curve.png", CURVE)
     newest = read(RESULTS / "runs.jsonl")[-1]
-    write_parts(ROOT / "README.md", table=report.table(newest), reading=reading(newest), speed=speed(), finetune=finetune())
+    parts = {"table": report.table(newest), "reading": reading(newest), "speed": speed()}
+    write_parts(ROOT / "README.md", **parts, finetune=tables(read(RESULTS / "finetune.jsonl")))
     write_parts(ROOT / "benchmarks" / "README.md", trials=trials())
 
 
@@ -56,12 +57,6 @@ def trial(run: Path, result: dict) -> dict:
     settings = flatten(json.loads((run / "config.json").read_text(encoding="utf-8")))
     kept = {k: v for k, v in settings.items() if k.startswith(("objective", "model", "data", "optim", "fit.steps"))}
     return {"name": result["run"], "git": result["git"], "settings": kept, "seconds": result["seconds"], **summary(result)}
-
-
-def finetune() -> str:
-    """All fine-tuning runs, seeds together."""
-    records = read(RESULTS / "finetune.jsonl")
-    return compare(records) if records else "No fine-tuning run has been recorded yet."
 
 
 def flatten(value: dict, prefix: str = "") -> dict:

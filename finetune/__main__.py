@@ -4,6 +4,7 @@
     python -m finetune --config FILE [path=value ...]
     python -m finetune evaluate RUN
     python -m finetune compare RUN RUN ...
+    python -m finetune analyse RUN [--limit 200] [--pictures 3] [--layer last] [--words en=dog de=Hund] [--item ID]
 """
 
 import argparse
@@ -18,7 +19,7 @@ from raylib.errors import UserError
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; a `UserError` is one line on stderr and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"evaluate": _evaluate, "compare": _compare}
+    commands = {"evaluate": _evaluate, "compare": _compare, "analyse": _analyse}
     try:
         if arguments and arguments[0] in commands:
             return commands[arguments[0]](arguments[1:])
@@ -82,6 +83,29 @@ def _compare(arguments: list[str]) -> int:
     parser.add_argument("runs", type=Path, nargs="+", help="finished runs")
     print(compare(read_result(run) for run in parser.parse_args(arguments).runs))
     return 0
+
+
+def _analyse(arguments: list[str]) -> int:
+    from finetune.analysis.run import Options, analyse
+    from finetune.analysis.words import parse_words
+
+    parser = argparse.ArgumentParser(prog="python -m finetune analyse", description="Every figure of a run, into RUN/analysis.")
+    parser.add_argument("run", type=Path, help="a finished run")
+    parser.add_argument("--limit", type=_positive, default=200, help="parallel test items that are compared (200)")
+    parser.add_argument("--pictures", type=_positive, default=3, help="pictures whose attention is drawn (3)")
+    parser.add_argument("--layer", default="last", help="unified layer whose attention is drawn: last, mean, or 1, 2, ...")
+    parser.add_argument("--words", nargs="+", default=[], metavar="LANGUAGE=WORD", help="what attention is drawn of")
+    parser.add_argument("--item", metavar="ID", help="the test item that attention is drawn of (of retrieval: the picture)")
+    given = parser.parse_args(arguments)
+    options = Options(given.limit, given.pictures, given.layer, parse_words(given.words), given.item)
+    print(analyse(given.run, options))
+    return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not 1 or more")
+    return int(text)
 
 
 if __name__ == "__main__":

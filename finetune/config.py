@@ -86,6 +86,7 @@ class FinetuneConfig(LaunchConfig):
 
     @property
     def called(self) -> str:
-        """What tables call the method."""
-        frozen = "frozen unimodal encoders" if self.freeze == UNIMODAL else self.freeze and f"frozen {', '.join(self.freeze)}"
+        """What tables call the method. An image encoder that is frozen alone is not named: it knows no language."""
+        named = () if self.freeze == ("vision",) else self.freeze
+        frozen = "frozen unimodal encoders" if named == UNIMODAL else named and f"frozen {', '.join(named)}"
         return self.method or " + ".join(filter(None, (frozen, method_name(self.strategies)))) or "full fine-tuning"

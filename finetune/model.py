@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from raylib.config import build, choose
 from raylib.errors import UserError
 from raylib.model.attention import initialise
 from raylib.model.folder import find_model
-from raylib.model.load import interpolate
 from raylib.model.unified import UnifiedModel
 from raylib.ragged import Ragged
 
@@ -230,15 +228,11 @@ def resize(unified: UnifiedModel, image_size: int) -> None:
     Raises:
         UserError: not a multiple of the patch, or of a patch of a Swin's last stage.
     """
-    config, vision = unified.config, unified.vision
+    config = unified.config
     if image_size % config.stride:
         raise UserError(f"image_size={image_size} is not a multiple of the model's patch, {config.stride}")
     if image_size != config.image_size:
-        if config.swin:
-            vision.resize(image_size)
-        else:
-            with torch.no_grad():
-                vision.position = nn.Parameter(interpolate(vision.position, (image_size // config.patch) ** 2).contiguous())
+        unified.vision.resize(image_size)
         unified.config = config.model_copy(update={"image_size": image_size})
 
 

@@ -1,6 +1,7 @@
 """Recipes: functions that return a config, one for each row that a paper published. `python -m finetune --help` lists them.
 
-P2 is Li et al. 2023, `UNIMODAL` its frozen modules (tables 7 and 8); IGLUE is Bugliarello et al. 2022.
+P0 is Nooralahzadeh and Sennrich 2023, P1 Reinhardt et al. 2024, P2 Li et al. 2023 (`UNIMODAL`: its frozen modules, tables 7
+and 8); IGLUE is Bugliarello et al. 2022.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from raylib.optim import OptimConfig
 
 P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)
 IGLUE = OptimConfig(weight_decay=1e-4, warmup=0.1, eps=1e-6)
+P1 = OptimConfig(weight_decay=0.01, warmup=0.1)
 SCENES = ("en", "ar", "bn", "de", "es", "fr", "id", "ko", "pt", "ru", "zh")
 
 
@@ -17,8 +19,7 @@ def _p2(name: str, where: str, task: str, lr: float, batch: int, epochs: int, le
     """A row of P2's tables 7 and 8: 384 pixels, batch over all workers."""
     config = FinetuneConfig(
         name=name, task=task, batch=batch, epochs=epochs, length=length, candidates=candidates, image_size=384, workers=8,
-        optim=P2.model_copy(update={"lr": lr}),
-        **more,
+        optim=P2.model_copy(update={"lr": lr}), **more,
     )  # fmt: skip
     return _named(config, f"P2 {where}: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
 
@@ -29,6 +30,29 @@ def _iglue(name: str, task: str, lr: float, batch: int, epochs: int, length: int
         optim=IGLUE.model_copy(update={"lr": lr}), **more,
     )  # fmt: skip
     return _named(config, f"IGLUE's protocol: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
+
+
+def _p0(model: str, row: str, strategies: dict, **more):
+    """A row of P0's table 1: xGQA by IGLUE's protocol, cross-entropy."""
+    config = FinetuneConfig(
+        name=f"p0_{model}_{row}", task="xgqa", backbone=model, batch=256, epochs=5, length=40, workers=4,
+        optim=IGLUE.model_copy(update={"lr": 4e-5}), strategies=strategies, **more,
+    )  # fmt: skip
+    return _named(config, f"P0 table 1, {model.upper()}: {config.called}")
+
+
+def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1", **more):
+    """A row of P1's tables 1 and 2, figure 5: the last epoch is evaluated. CCLM's image encoder learns at the rate of the
+    rest here (3e-5), at 2e-5 there."""
+    lr = {"uc2": 4e-5 if task == "xgqa" else 2e-5, "cclm": 3e-5}[model]
+    batch = {"xgqa": 256, "xflickrco": 128, "xvnli": 128 if model == "uc2" else 144}[task]
+    seen = {"image_size": 384, "head": "decoder" if task == "xgqa" else "classifier"} if model == "cclm" else {}
+    config = FinetuneConfig(
+        name=f"p1_{model}_{row}_{task}", task=task, backbone=model, batch=batch, epochs=5 if task == "xgqa" else 10,
+        length=40 if task == "xgqa" else 80, candidates=128, select="last", workers=4, strategies=strategies,
+        optim=P1.model_copy(update={"lr": lr}), **seen, **more,
+    )  # fmt: skip
+    return _named(config, f"P1 {where}, {model.upper()}, {task}: {config.called}")
 
 
 def _scenes(task: str, **more):
@@ -52,7 +76,26 @@ def _named(config: FinetuneConfig, summary: str) -> Callable[[], FinetuneConfig]
     return recipe
 
 
+# P0's table 1: the rows of each model. d1 = d2 = 0.8, k = 10, alpha = 10, 10 % of what remains after each of 5 epochs
+P0_ROWS = {
+    "baseline": {},
+    "prior_wn": {"prior": {"source": "wordnet"}},
+    "prior_em": {"prior": {}},
+    "prior_em_sft": {"prior": {}, "sparse": {}},
+    "prior_em_cdm": {"prior": {}, "code_mixing": {}},
+    "prior_em_sft_cdm": {"prior": {}, "sparse": {}, "code_mixing": {}},
+}
+P1_ROWS = {"standard": {}, "suf": {"unfreezing": {"layers": 3}}}
+P1_TASKS = {"uc2": ("xgqa", "xvnli"), "cclm": ("xgqa", "xvnli", "xflickrco")}
+
 RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
+    **{f"p0_{model}_{row}": _p0(model, row, strategies) for model in ("uc2", "m3p") for row, strategies in P0_ROWS.items()},
+    **{f"p1_{model}_{row}_{task}": _p1(model, row, task, strategies)
+       for model, tasks in P1_TASKS.items() for task in tasks for row, strategies in P1_ROWS.items()},
+    "p1_cclm_top_xgqa": _p1("cclm", "top", "xgqa", {"top_layers": {}}, "table 2"),
+    **{f"p1_cclm_decay{100 * factor:.0f}_xgqa": _p1("cclm", f"decay{100 * factor:.0f}", "xgqa",
+                                                   {"layer_decay": {"factor": factor}}, "figure 5")
+       for factor in (0.98, 0.95, 0.88, 0.75)},
     "p2_xvnli": _p2("p2_xvnli", "table 7", "xvnli", 2e-5, 512, 10, 40, freeze=UNIMODAL),
     "p2_xgqa": _p2("p2_xgqa", "table 7", "xgqa", 3e-5, 512, 10, 40, freeze=UNIMODAL),
     "p2_xflickrco": _p2("p2_xflickrco", "table 7", "xflickrco", 2e-5, 96, 10, 50, candidates=16),
@@ -73,4 +116,4 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "scenes_xvnli": _scenes("xvnli"),
     "scenes_xflickrco": _scenes("xflickrco", languages=SCENES),
     "scenes_marvl": _scenes("marvl", languages=SCENES),
-}
+}  # fmt: skip

@@ -17,7 +17,7 @@ from raylib.errors import UserError
 from raylib.launch import LaunchConfig, launch, leads, open_run, run_folder
 from raylib.loop import FitConfig, fit
 from raylib.model.folder import find_model, find_tokenizer
-from raylib.model.load import interpolate, load_text, load_vision
+from raylib.model.load import load_text, load_vision
 from raylib.model.unified import ModelConfig, UnifiedModel
 from raylib.objective import ObjectiveConfig, UnifiedObjective
 from raylib.optim import OptimConfig
@@ -155,14 +155,20 @@ def build_model(config: PretrainConfig) -> UnifiedModel:
 
 
 def _continue(model: UnifiedModel, folder: str) -> None:
-    """All weights of an export or a run into `model`; for another resolution position embeddings are interpolated."""
+    """All weights of an export or a run into `model`. Pictures may get another resolution; and what was an encoder of whole
+    pictures may become one of windows as large."""
     before = UnifiedModel.from_pretrained(find_model(folder))
     ours, theirs = model.config.model_dump(), before.config.model_dump()
-    differ = [f"model.{k}={theirs[k]}" for k in ours if ours[k] != theirs[k] and k not in ("dropout", "temperature", "image_size")]
+    windowed = theirs["vision_window"] is None and ours["vision_window"] == theirs["image_size"]
+    free = ("dropout", "temperature", "image_size", *(("vision_window",) if windowed else ()))
+    differ = [f"model.{k}={theirs[k]}" for k in ours if ours[k] != theirs[k] and k not in free]
     if differ:
         raise UserError(f"{folder} is another model: set {' '.join(differ)}")
+    if not windowed and ours["image_size"] != theirs["image_size"]:
+        before.vision.resize(model.config.image_size)
     weights = before.state_dict()
-    weights["vision.position"] = interpolate(weights["vision.position"], len(model.vision.position) - 1)
+    if windowed:
+        weights["vision.place"] = torch.zeros_like(model.vision.place)
     model.load_state_dict(weights)
 
 

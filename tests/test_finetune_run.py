@@ -18,6 +18,7 @@ from finetune.train import build_model
 from raylib.config import override
 from raylib.sample.concepts import DATA
 from raylib.track import read_metrics
+from tests.conftest import QUICK
 from tests.made import make_model
 
 FIELDS = {"run", "task", "method", "seed", "model", "params", "trainable", "sparsity", "mean_targets", "gap", "by_type"}

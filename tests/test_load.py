@@ -5,8 +5,9 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTModel, XLMRobertaConfig, XLMRobertaForMaskedLM
 
 from raylib.errors import UserError
-from raylib.model.load import interpolate, load_text, load_vision, text_config
+from raylib.model.load import load_text, load_vision, text_config
 from raylib.model.unified import UnifiedModel
+from raylib.model.vision import interpolate
 from raylib.ragged import Ragged
 from tests.made import SMALL
 

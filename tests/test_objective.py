@@ -152,3 +152,28 @@ def test_known_texts_stay_within_their_limit():
 
     assert ask(5, 6, 5) == [50, 60, 50] and ask(6, 7) == [60, 70] and made == [2, 1]
     assert ask(8, 9) == [80, 90] and ask(5) == [50] and made == [2, 1, 2, 1]  # full: it starts anew
+
+
+def test_windows_of_a_picture_are_encoded_as_pictures_of_their_own():
+    """The states: the mean of the windows' CLS, these, then their patches; what one window shows changes no other."""
+    whole, windowed = make_model(), make_model(image_size=32, vision_window=16)
+    weights = {name: value.clone() for name, value in whole.vision.state_dict().items()}
+    weights["place"] = 0.1 * torch.randn(4, 16, dtype=torch.float64)
+    windowed.vision.load_state_dict(weights)
+    picture = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8)
+    found = windowed.encode_images(picture)
+    assert found.lengths.tolist() == [1 + 4 + 16]
+    mean = 0
+    for i in range(4):
+        top, left = 16 * (i // 2), 16 * (i % 2)
+        with torch.no_grad():
+            whole.vision.position.copy_(weights["position"] + weights["place"][i])
+        norm = whole.vision.norm
+        whole.vision.norm = torch.nn.Identity()
+        raw = whole.encode_images(picture[:, top : top + 16, left : left + 16]).values
+        whole.vision.norm, mean = norm, mean + raw[0] / 4
+        torch.testing.assert_close(found.values[1 + i], norm(raw[0]))
+        torch.testing.assert_close(found.values[5 + 4 * i : 9 + 4 * i], norm(raw[1:]))
+    torch.testing.assert_close(found.values[0], norm(mean))
+    windowed.vision.resize(48)
+    assert windowed.vision.place.shape == (9, 16)

@@ -42,7 +42,9 @@ def same_run(finetune, tmp_path, names):
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(value.equal(parts[key]) for key, value in whole.items())
     found = json.loads((tmp_path / "parts" / "result.json").read_text())
-    assert found["method"] == " + ".join(name.replace("_", " ") for name in STRATEGIES if name in names)
+    called = dict(zip(STRATEGIES, ("prior (vectors)", "sparse", "code mixing", "unfreezing (2 an epoch)", "layer decay 0.7",
+                                   "top layers"), strict=True))  # fmt: skip
+    assert found["method"] == " + ".join(called[name] for name in STRATEGIES if name in names)
     assert found["accuracy"].keys() == found["synonym_accuracy"].keys() == found["confusions"].keys() == {"en", "ru"}
     return found
 
@@ -97,7 +99,7 @@ def test_without_rewinding_rounds_go_on_from_trained_weights(finetune, tmp_path)
 def test_retrieval_takes_what_needs_no_answers(finetune, tmp_path):
     chosen = SETTINGS["code_mixing"] + SETTINGS["unfreezing"] + SETTINGS["layer_decay"]
     code, printed = finetune("scenes_xflickrco", "name=mixed", *chosen)
-    assert code == 0 and "code mixing + unfreezing + layer decay" in printed
+    assert code == 0 and "code mixing + unfreezing (2 an epoch) + layer decay 0.7" in printed
     code, printed = finetune("scenes_xflickrco", "name=prior", "strategies.prior.k=3")
     assert code == 2 and "strategies.prior: this task has no answers" in printed
 

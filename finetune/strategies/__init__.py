@@ -37,7 +37,7 @@ def chosen(config: Config) -> dict[str, Strategy]:
 
 def method_name(config: Config) -> str:
     """What a table calls these methods together; "" for none."""
-    return " + ".join(name.replace("_", " ") for name in chosen(config))
+    return " + ".join(method.called(name) for name, method in chosen(config).items())
 
 
 class Methods:

@@ -43,6 +43,10 @@ class Strategy(Config):
     """A method that changes nothing: each of the four does where a method overrides it. They compose without knowing of each
     other: examples one after the other, `adapt` in order, rates by product, terms side by side."""
 
+    def called(self, name: str) -> str:
+        """What tables call the method, which is `name` in the registry."""
+        return name.replace("_", " ")
+
     def prepare(self, context: Context) -> "Strategy":
         """Read what the method needs, before anything starts. Returns the method, ready.
 

@@ -27,6 +27,10 @@ class LinguisticPrior(Strategy):
     vectors: str | None = None
     _distances: Tensor | None = PrivateAttr(None)
 
+    def called(self, name: str) -> str:
+        """With its source: paper 0 sets the two side by side."""
+        return f"{name} ({self.source})"
+
     def prepare(self, context: Context) -> "LinguisticPrior":
         """Build the label x label matrix, or read it from the cache; says which labels have no place in the source.
 

@@ -16,6 +16,9 @@ class ScheduledUnfreezing(Strategy):
 
     layers: PositiveInt = 3
 
+    def called(self, name: str) -> str:
+        return f"{name} ({self.layers} an epoch)"
+
     def adapt(self, model: nn.Module) -> None:
         _check(self.layers, model.depths, "strategies.unfreezing.layers")
 
@@ -29,6 +32,9 @@ class LayerDecay(Strategy):
     """The rate of layer i of N, bottom up, is lr `factor`^(N - i) (paper 1, section 5.2). The embeddings are layer 0."""
 
     factor: float = Field(0.88, gt=0, le=1)
+
+    def called(self, name: str) -> str:
+        return f"layer decay {self.factor:g}"
 
     def lr_scale(self, depth: int | None, depths: int, progress: Progress) -> float:
         """factor^(depths - depth); 1 outside of the layers."""

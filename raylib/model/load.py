@@ -8,12 +8,10 @@ checkpoint is used, or is named as expected to be unused; anything else is an er
 
 import json
 import logging
-import math
 import re
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,6 +20,7 @@ from raylib.errors import UserError
 from raylib.model.swin import interpolate_bias
 from raylib.model.taken import Taken
 from raylib.model.unified import ModelConfig, UnifiedModel
+from raylib.model.vision import interpolate
 
 UNUSED_TEXT = [r"pooler\.", r"embeddings\.position_ids", r"cls\.seq_relationship\.", r"classifier\.", r"qa_outputs\."]
 TIED = [r"lm_head\.decoder\.(weight|bias)", r"cls\.predictions\.decoder\.(weight|bias)"]
@@ -192,16 +191,6 @@ def load_encoders(folder: Path | str, vision: Path | str | None = None) -> Unifi
     if vision:
         load_vision(model, vision)
     return model
-
-
-def interpolate(positions: Tensor, patches: int) -> Tensor:
-    """Position embeddings (1 + M, d), CLS first, on a square grid -> (1 + patches, d)."""
-    old, new = math.isqrt(len(positions) - 1), math.isqrt(patches)
-    if old == new:
-        return positions
-    grid = positions[1:].T.reshape(1, -1, old, old)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:1], grid.flatten(2)[0].T])
 
 
 def _copy_block(taken: Taken, block: nn.Module, layer: int) -> None:

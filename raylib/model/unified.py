@@ -34,6 +34,7 @@ class ModelConfig(Config):
     fusion_layers: int = 6
     vision_layers: int = 12
     vision_width: int | None = None  # None: as the text; else its heads are as wide, and a linear map leads up to `width`
+    vision_window: int | None = None  # pixels of windows that never see each other (`raylib.model.vision`); None: one
     image_size: int = 256
     patch: int = 16
     positions: int = 512
@@ -53,13 +54,15 @@ class ModelConfig(Config):
         if self.vision_width and self.vision_width % (self.width // self.heads):
             raise ValueError(f"vision_width {self.vision_width} is not a multiple of a head's {self.width // self.heads}")
         if self.image_size % self.stride:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of the {self.stride} pixels of a last patch")
+            raise ValueError(f"image_size {self.image_size} is not a multiple of the {self.stride} pixels of a last patch or window")
+        if self.vision_window and (self.swin or self.vision_window % self.patch):
+            raise ValueError(f"vision_window {self.vision_window} is for a ViT, and a multiple of its patch {self.patch}")
         return self
 
     @property
     def stride(self) -> int:
-        """Pixels that a patch is wide, for a Swin one of its last stage: pictures are a multiple of it."""
-        return self.patch * (self.swin.merges if self.swin else 1)
+        """Pixels that a patch is wide, for a Swin one of its last stage, or a window: pictures are a multiple of it."""
+        return self.vision_window or self.patch * (self.swin.merges if self.swin else 1)
 
 
 class MaskedLanguageHead(nn.Module):
@@ -92,7 +95,7 @@ class UnifiedModel(nn.Module):
         if c.swin:
             self.vision = SwinEncoder(c.swin, c.image_size, c.patch, **seen)
         else:
-            self.vision = VisionEncoder(c.image_size, c.patch, c.vision_layers, **sizes, **seen)
+            self.vision = VisionEncoder(c.image_size, c.patch, c.vision_layers, **sizes, **seen, window=c.vision_window)
         self.embedding = TextEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.eps)
         self.text = Encoder(c.text_layers, **stack, eps=c.eps, cross=False)
         self.fusion = Encoder(c.fusion_layers, **stack, eps=c.eps, cross=c.fusion == "cross")
@@ -104,7 +107,7 @@ class UnifiedModel(nn.Module):
         self.apply(initialise)
 
     def encode_images(self, images: Tensor) -> Ragged:
-        """uint8 (b, H, W, 3) -> b rows of M + 1 states, CLS first."""
+        """uint8 (b, H, W, 3) -> b rows of states, CLS first."""
         states = self.vision(images)
         return Ragged(states.flatten(0, 1), torch.full((len(states),), states.shape[1]))
 

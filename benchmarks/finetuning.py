@@ -1,0 +1,54 @@
+"""The README's tables of fine-tuning, from results/finetune.jsonl: one a task, a row a method, seeds together."""
+
+import statistics
+from collections import defaultdict
+
+from finetune.report import scores_of
+
+SETTINGS = {"zero_shot": "", "few_shot": "few-shot", "translate_test": "translate-test"}
+
+
+def tables(records: list[dict]) -> str:
+    """Markdown. A run that was recorded twice counts once, as recorded last."""
+    newest = {record["run"]: record for record in records}
+    tasks: dict[str, list[dict]] = defaultdict(list)
+    for record in newest.values():
+        tasks[record["task"]].append(record)
+    return "\n\n".join(_table(task, rows) for task, rows in tasks.items()) or "No fine-tuning run has been recorded yet."
+
+
+def _table(task: str, records: list[dict]) -> str:
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for record in records:
+        setting = SETTINGS.get(record["setting"], record["setting"])
+        groups[", ".join(filter(None, (setting, record["method"])))].append(record)
+    what = "mean recall" if "retrieval" in records[0] else "accuracy"
+    head = [f"{task}: {what}, %", "seeds", "English", "mean of the targets", "gap"]
+    synonyms, pruned = any("synonym_accuracy" in r for r in records), any(r["sparsity"] for r in records)
+    head += ["targets, synonyms right"] if synonyms else []
+    head += ["weights at zero, %"] if pruned else []
+    head += ["training, s"]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for name, group in groups.items():
+        row = [name, str(len({r["seed"] for r in group})), _spread([scores_of(r).get("en") for r in group]),
+               _spread([r["mean_targets"] for r in group]), _spread([r["gap"] for r in group])]  # fmt: skip
+        if synonyms:
+            row.append(_spread([_mean_of_targets(r.get("synonym_accuracy")) for r in group]))
+        if pruned:
+            row.append(f"{100 * group[0]['sparsity']:.1f}" if group[0]["sparsity"] else "")
+        seconds = statistics.fmean(r["seconds"] for r in group)
+        lines.append([*row, f"{seconds:.0f}" if seconds else ""])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _mean_of_targets(scores: dict[str, float] | None) -> float | None:
+    others = [score for code, score in (scores or {}).items() if code != "en"]
+    return statistics.fmean(others) if others else None
+
+
+def _spread(values: list[float | None]) -> str:
+    """Mean and, of two or more, standard deviation over seeds, in %."""
+    known = [100 * value for value in values if value is not None]
+    if not known:
+        return ""
+    return f"{statistics.fmean(known):.1f}" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")

@@ -1,0 +1,76 @@
+"""Scores after each epoch, by language and by question type (paper 1, figures 2 and 3), of a run with `curves=true`."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.analysis.figures import Inapplicable, open_pyplot, percent, save, table
+from raylib.metrics import mean
+from raylib.track import read_metrics
+
+PREFIX = "eval/test/"  # what `finetune.worker` records with `curves`: LANGUAGE, or LANGUAGE/TYPE
+
+
+def read_curves(folders: Sequence[Path]) -> dict[str, Any]:
+    """{"score": {language: a value an epoch}, "by_type": {type: {language: ...}}, "by_type_mean": {type: mean over the
+    targets}}, from metrics.jsonl of each of the folders of a run.
+
+    Raises:
+        Inapplicable: nothing was recorded.
+    """
+    scores: dict[str, list[float]] = defaultdict(list)
+    kinds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for folder in folders:
+        for record in read_metrics(folder):
+            for key, value in record.items():
+                if key.startswith(PREFIX):
+                    code, _, kind = key.removeprefix(PREFIX).partition("/")
+                    (kinds[kind][code] if kind else scores[code]).append(value)
+    if not scores:
+        raise Inapplicable("nothing was recorded after each epoch; train with curves=true")
+    means = {kind: [mean(values) for values in zip(*(v for code, v in by.items() if code != "en"), strict=True)]
+             for kind, by in sorted(kinds.items())}  # fmt: skip
+    return {"score": dict(scores), "by_type": {kind: dict(by) for kind, by in sorted(kinds.items())},
+            "by_type_mean": {kind: values for kind, values in means.items() if values}}  # fmt: skip
+
+
+def draw(values: dict[str, Any], called: str, measure: str, path: Path) -> None:
+    """Left a line a language, English and the mean of the targets apart; right, where there are types, a line a type."""
+    pyplot = open_pyplot()
+    scores, kinds = values["score"], values["by_type_mean"]
+    figure, axes = pyplot.subplots(1, 1 + bool(kinds), figsize=(5.2 * (1 + bool(kinds)), 3.9), layout="constrained", sharey=True,
+                                   squeeze=False)  # fmt: skip
+    figure.suptitle(f"{called}: test set after each epoch", fontsize=10)
+    targets = [code for code in scores if code != "en"]
+    colours = pyplot.get_cmap("tab10" if len(targets) <= 10 else "tab20")
+    lines = {"en": (scores["en"], {"color": "black", "linewidth": 2})} if "en" in scores else {}
+    lines |= {code: (scores[code], {"color": colours(i), "linewidth": 1}) for i, code in enumerate(targets)}
+    if len(targets) > 1:
+        average = [mean(each) for each in zip(*(scores[code] for code in targets), strict=True)]
+        lines["mean of\nthe targets"] = average, {"color": "gray", "linewidth": 2, "linestyle": "--"}
+    _lines(axes[0, 0], lines, "by language")
+    axes[0, 0].set_ylabel(f"{measure}, %")
+    if kinds:
+        styled = {kind: (points, {"color": colours(i), "linewidth": 1.5}) for i, (kind, points) in enumerate(kinds.items())}
+        _lines(axes[0, 1], styled, "by question type, mean of the targets")
+    save(figure, values, path)
+
+
+def summary(values: dict[str, Any]) -> list[str]:
+    """Markdown: each language after the first epoch, at its best, after the last."""
+    rows = [["language", "first epoch", "best epoch", "last epoch"]]
+    for code, points in values["score"].items():
+        best = max(points)
+        rows.append([code, percent(points[0]), f"{percent(best)} ({points.index(best) + 1}.)", percent(points[-1])])
+    return table(rows)
+
+
+def _lines(axes, lines: dict[str, tuple[list[float], dict]], title: str) -> None:
+    for label, (points, style) in lines.items():
+        axes.plot(range(1, len(points) + 1), [100 * p for p in points], marker=".", label=label, **style)
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

@@ -1,0 +1,65 @@
+"""What the figures of an analysis share: how they are written, which text the fonts of this machine can draw."""
+
+import json
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from raylib.checkpoint import write_atomically
+
+FONT = "DejaVu Sans"  # comes with matplotlib
+BOXES = "Last Resort"  # a font that has a box for every character
+
+
+class Inapplicable(Exception):
+    """Why a figure cannot be made of this run, in a line; the others still are."""
+
+
+def open_pyplot():
+    """matplotlib's pyplot, which opens no window."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure, values: dict[str, Any], path: Path) -> None:
+    """The figure as `path`.png, the numbers behind it as `path`.json."""
+    figure.savefig(path.with_suffix(".png"), dpi=130)
+    open_pyplot().close(figure)
+    write_atomically(path.with_suffix(".json"), json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def find_fonts(texts: Iterable[str]) -> tuple[list[str], set[str]]:
+    """(font families that draw `texts` between them, best first; those of the texts that no font here can draw)."""
+    from matplotlib import font_manager
+
+    texts = set(texts)
+    missing = {ord(c) for text in texts for c in text if not c.isspace()} - _characters(font_manager.findfont(FONT))
+    families = [FONT]
+    for font in font_manager.fontManager.ttflist:
+        if missing and font.style == "normal" and not font.name.startswith(BOXES) and missing & _characters(font.fname):
+            families.append(font.name)
+            missing -= _characters(font.fname)
+    return families, {text for text in texts if any(ord(c) in missing for c in text)}
+
+
+@cache
+def _characters(path: str) -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(path).get_charmap())
+
+
+def percent(value: float | None) -> str:
+    """For a table; nothing for None."""
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def table(rows: list[list[str]], words: int = 1) -> list[str]:
+    """Lines of Markdown; the first row is the head. Columns are numbers but for the first `words`."""
+    rule = ["---"] * words + ["---:"] * (len(rows[0]) - words)
+    return ["| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])]

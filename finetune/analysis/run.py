@@ -1,0 +1,177 @@
+"""`analyse`: every figure of a finished run, into RUN/analysis, and a summary in Markdown. A figure that cannot be made of this
+run is a line that says why."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from finetune.analysis import confused, curves, maps, similarity
+from finetune.analysis.attention import has_cross_attention
+from finetune.analysis.figures import Inapplicable, table
+from finetune.analysis.parallel import read_parallel
+from finetune.build import backbone_of, build_model, open_pictures_for, tokenizer_of
+from finetune.config import FinetuneConfig
+from finetune.data import find_task, languages_of, wordnet_of
+from finetune.model import FinetuneModel, fill
+from finetune.pictures import Pixels
+from finetune.report import read_result, scores_of
+from finetune.worker import trained
+from raylib import checkpoint
+from raylib.config import load
+from raylib.errors import UserError
+from raylib.loop import has_bf16
+from raylib.model.unified import UnifiedModel
+from raylib.text import Tokenizer
+
+ONE_EACH = ("few_shot", "single_language")  # settings with a model for each language
+
+
+class Options(NamedTuple):
+    """limit: parallel items that are compared. pictures: how many are drawn. layer: "last", "mean" or a number. words, item: what
+    attention is drawn of; by default what emoji scenes name."""
+
+    limit: int = 200
+    pictures: int = 3
+    layer: str = "last"
+    words: Mapping[str, str] = {}
+    item: str | None = None
+
+
+class Opened(NamedTuple):
+    """A finished run: its folder, config and result, and what it evaluates with; `model` is None if each language has its own."""
+
+    folder: Path
+    config: FinetuneConfig
+    result: dict[str, Any]
+    model: FinetuneModel | UnifiedModel | None
+    tokenizer: Tokenizer
+    bf16: bool
+    options: Options
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "analysis"
+
+    @property
+    def parts(self) -> dict[str, Path]:
+        """{language: the folder of the training that its results come from}."""
+        own = self.config.setting in ONE_EACH
+        return {code: self.folder / code if own else self.folder for code in scores_of(self.result)}
+
+    @property
+    def measure(self) -> str:
+        return "mean recall" if "retrieval" in self.result else "accuracy"
+
+    @property
+    def called(self) -> str:
+        return f"{self.config.name}, {self.config.task}"
+
+    def one_model(self) -> FinetuneModel | UnifiedModel:
+        if self.model is None:
+            raise Inapplicable(f"compares languages within one model; setting={self.config.setting} trains one for each")
+        return self.model
+
+
+def analyse(folder: Path, options: Options) -> str:
+    """Make every figure; returns the summary, which is in RUN/analysis/summary.md too.
+
+    Raises:
+        UserError: not a finished run; options that do not fit it.
+    """
+    opened = _open(folder, options)
+    opened.out.mkdir(exist_ok=True)
+    sections: dict[str, Callable[[Opened], list[str]]] = {
+        "Similarity": _similarity, "Learning curves": _curves, "Confusions": _confusions, "Attention": _attention,
+    }  # fmt: skip
+    lines = [f"# Analysis of {opened.called}"]
+    for title, section in sections.items():
+        try:
+            found = section(opened)
+        except Inapplicable as e:
+            found = [f"Not made: {e}."]
+        lines += ["", f"## {title}", "", *found]
+    summary = "\n".join(lines)
+    checkpoint.write_atomically(opened.out / "summary.md", summary + "\n")
+    return f"{summary}\n\nfigures, and the numbers behind them: {opened.out}"
+
+
+def _open(folder: Path, options: Options) -> Opened:
+    result = read_result(folder)
+    config = load(FinetuneConfig, folder / "config.json")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = None
+    if config.setting not in ONE_EACH:
+        model = build_model(config)
+        if config.setting != "translate_test":
+            fill(model, trained(config, folder, checkpoint.newest(folder)))
+        model = model.to(device).eval()
+    bf16 = has_bf16(device) if config.fit.bf16 is None else config.fit.bf16
+    return Opened(folder, config, result, model, Tokenizer.load(tokenizer_of(config)), bf16, options)
+
+
+def _similarity(opened: Opened) -> list[str]:
+    config, model = opened.config, opened.one_model()
+    codes = languages_of(config)
+    if len(codes) < 2:
+        raise Inapplicable("there is one language")
+    parallel = read_parallel(config, codes, opened.options.limit)
+    if not parallel.items:
+        raise Inapplicable(f"no test item is in all of {', '.join(codes)}: they are not translations of each other")
+    pictures = open_pictures_for(config, model) if isinstance(model, FinetuneModel) else None
+    states = similarity.parallel_states(model, parallel, pictures, opened.tokenizer, config.length, opened.bf16)
+    values = similarity.describe(parallel, states, scores_of(opened.result))
+    what = "CLS" if isinstance(model, FinetuneModel) else "caption"
+    similarity.draw(values, opened.called, opened.measure, what, opened.out / "similarity")
+    left = ", ".join(f"{code} {n}" for code, n in parallel.left_out.items() if n)
+    rows = [["language", "similarity to English", opened.measure]]
+    rows += [[code, f"{100 * near:.1f}", f"{100 * values['score'][code]:.1f}"] for code, near in values["to_english"].items()]
+    unpaired = "" if values["unpaired"] is None else f", of unpaired ones {100 * values['unpaired']:.1f}"
+    pearson = "" if values["pearson"] is None else f"; Pearson's r with {opened.measure} over languages {values['pearson']:.2f}"
+    return [
+        f"Mean cosine × 100 of parallel items ({what} states) in two languages {100 * values['mean']:.1f}{unpaired}{pearson}. "
+        f"{values['items']} of the {parallel.found} items that are in all languages; items that are not: {left or 'none'}.",
+        *(["", *table(rows)] if values["to_english"] else []),
+    ]
+
+
+def _curves(opened: Opened) -> list[str]:
+    values = curves.read_curves(list(dict.fromkeys(opened.parts.values())))
+    curves.draw(values, opened.called, opened.measure, opened.out / "curves")
+    return curves.summary(values)
+
+
+def _confusions(opened: Opened) -> list[str]:
+    if find_task(opened.config).kind != "answers":
+        raise Inapplicable(f"the answers of {opened.config.task} are no open set")
+    files = {code: folder / "predictions" / f"{code}.jsonl" for code, folder in opened.parts.items()}
+    values = confused.count(files, wordnet_of(opened.config))
+    confused.draw(values, opened.called, opened.out / "confusions")
+    return confused.summary(values)
+
+
+def _attention(opened: Opened) -> list[str]:
+    config, options, model = opened.config, opened.options, opened.one_model()
+    backbone = backbone_of(model)
+    if not has_cross_attention(backbone):
+        raise Inapplicable(f"backbone '{backbone.kind}' has no cross-attention to pictures")
+    pictures = open_pictures_for(config, model)
+    if not isinstance(pictures, Pixels):
+        raise Inapplicable("texts are grounded in no pictures, whose patches could be drawn")
+    codes = tuple(options.words) or languages_of(config)
+    parallel = read_parallel(config, codes, options.limit, options.item)
+    if not parallel.items:
+        if options.item:
+            raise UserError(f"--item {options.item}: no test item of this id in all of {', '.join(codes)}; see RUN/predictions")
+        raise Inapplicable(f"no test item is in all of {', '.join(codes)}: they are not translations of each other")
+    looks = (maps.looks_of_words(parallel, options.words) if options.words
+             else maps.looks_of_scenes(parallel, Path(config.data) / "scenes.jsonl"))  # fmt: skip
+    values = maps.measure(backbone, looks, codes, pictures, opened.tokenizer, config.length, options.layer, options.pictures)
+    hidden = maps.draw(values, pictures, opened.called, opened.out / "attention")
+    lines = [f"Where a word looks, unified layer: {options.layer}; mean over its tokens and heads, over {values['items']} items."]
+    if hidden:
+        lines[0] += f" Captions in {', '.join(sorted(hidden))} are the code alone: no font here draws them (Noto's would)."
+    if "own_quadrant" in values:
+        lines += ["", *maps.summary(values), "", "A quadrant's share of the attention on patches by chance: 25 %."]
+    return lines
