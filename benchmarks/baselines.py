@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import record
-from benchmarks.experiments import EXPERIMENTS, Experiment
+from benchmarks.experiments import ALL, BASELINES, METHODS, Experiment
 
 FROZEN_TEXT = ("objective.frozen_text_layers=6", "init.layers=null")
 PICTURES_ALONE = ("data.parallel.batch=0", "data.text.batch=0", "objective.weights.vlm=0", "objective.weights.itm=0")
@@ -28,10 +28,10 @@ STAGES: dict[str, tuple[str, ...]] = {
     # the image encoder learns what single drawings are called, in 16 x 16 pixels, by a text encoder that stands still
     "names": ("corpus=sample", "model.image_size=16", *PICTURES_ALONE, *FROZEN_TEXT, "optim.lr=2e-3", "fit.steps=1000",
               "fit.eval_every=500", "data.augment.scale=[0.7,1]", "data.augment.ratio=[0.75,1.33]", "data.augment.magnitude=4"),
-    # scenes of 32 x 32: the unified encoder learns to read text in the light of a picture
-    "fused": (*FROZEN_TEXT, "data.image_text.batch=256", "data.parallel.batch=32", "objective.fuse_every=2",
-              "objective.weights.vlm=1", "objective.weights.itm=1", "objective.weights.tlm=0.3", "data.mask_probability=0.3",
-              "optim.lr=7e-4", "fit.steps=400", "fit.eval_every=200"),
+    # scenes of 32 x 32, a window for each quadrant: the unified encoder learns to read text in the light of a picture
+    "fused": (*FROZEN_TEXT, "model.vision_window=16", "data.image_text.batch=256", "data.parallel.batch=32",
+              "objective.fuse_every=2", "objective.weights.vlm=1", "objective.weights.itm=1", "objective.weights.tlm=0.3",
+              "data.mask_probability=0.3", "optim.lr=7e-4", "fit.steps=400", "fit.eval_every=200"),
 }  # fmt: skip
 
 
@@ -46,12 +46,13 @@ def main(arguments: list[str] | None = None) -> None:
     folder = given.folder / "quick" if given.quick else given.folder
     scenes = folder / "scenes"
     if not scenes.is_dir():
-        python("finetune.scenes", scenes)
+        python("finetune.scenes", scenes, "train=6000")
     model = pretrained(folder, scenes, given.quick)
     turn, processes = map(int, given.share.split("/"))
-    for seed in range(given.seeds):
-        for experiment in [e for e in EXPERIMENTS if given.only in e.name][turn::processes]:
-            run_experiment(experiment, seed, folder, scenes, model, given.quick)
+    for table in (BASELINES, METHODS):
+        for seed in range(given.seeds):
+            for experiment in [e for e in table if given.only in e.name][turn::processes]:
+                run_experiment(experiment, seed, folder, scenes, model, given.quick)
 
 
 def pretrained(folder: Path, scenes: Path, quick: bool) -> Path:
@@ -77,9 +78,12 @@ def run_experiment(experiment: Experiment, seed: int, folder: Path, scenes: Path
     if name in {line["run"] for line in record.read(record.RESULTS / "finetune.jsonl")}:
         return
     start = folder / f"{experiment.after}_seed{seed}" if experiment.after else model
+    if experiment.after and not (start / "result.json").is_file():
+        print(f"{name} goes on from {start.name}, which is not finished yet: start this command once more after it")
+        return
     few = ["epochs=1", "train_limit=64", "test_limit=32"] if quick else []
-    settings = [f"name={name}", f"runs={folder}", f"model={start}", f"data={scenes}", f"fit.seed={seed}", "image_size=null"]
-    python("finetune", experiment.recipe, *settings, *experiment.settings, *few)
+    settings = [f"name={name}", f"runs={folder}", f"model={start}", f"data={scenes}", f"fit.seed={seed}"]
+    python("finetune", experiment.recipe, *settings, *ALL, *experiment.settings, *few)
     if not quick:
         record.main(["--finetune", str(folder / name)])
 

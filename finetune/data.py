@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from finetune.config import FinetuneConfig
@@ -66,6 +67,7 @@ def wordnet_of(config: FinetuneConfig) -> Path:
     return Path(config.wordnet or Path(config.data) / "wordnet")
 
 
+@cache
 def labels_of(config: FinetuneConfig) -> tuple[str, ...]:
     """The classes: the task's own, its answer file's, or the most frequent answers of the English training file.
 

@@ -78,7 +78,7 @@ class Work:
         examples, unknown = training_examples(config, self.language), 0
         if task.kind != "retrieval":
             examples, unknown = with_known_answers(examples, model.labels)
-        dev = _dev(config)
+        dev = _dev(config, self.language)
         pictures = encoded(config, model, pictures, [*examples, *dev], runtime.run)
         place = (tokenizer, config.length)
         order = (config.batch, fit_config.seed, runtime.rank, runtime.world, methods.draws())
@@ -134,12 +134,14 @@ class _Validation:
         return values
 
 
-def _dev(config: FinetuneConfig) -> list:
-    """The English dev set, which chooses the checkpoint; with select=last nothing is looked at."""
+def _dev(config: FinetuneConfig, language: str | None) -> list:
+    """The dev set that chooses the checkpoint: English, but for few-shot where the task has one of the language (IGLUE's
+    protocol: xGQA); with select=last nothing is looked at."""
     task = find_task(config)
-    if config.select == "last" or "dev" not in task.splits:
+    own = config.setting == "few_shot" and "shots_dev" in task.splits
+    if config.select == "last" or not (own or "dev" in task.splits):
         return []
-    items = list(read_split(config, "dev", "en", config.test_limit))
+    items = list(read_split(config, *(("shots_dev", language) if own else ("dev", "en")), config.test_limit))
     return merge(items) if task.kind == "retrieval" else items
 
 

@@ -54,7 +54,7 @@ class ModelConfig(Config):
         if self.vision_width and self.vision_width % (self.width // self.heads):
             raise ValueError(f"vision_width {self.vision_width} is not a multiple of a head's {self.width // self.heads}")
         if self.image_size % self.stride:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of the {self.stride} pixels of a last patch or window")
+            raise ValueError(f"image_size {self.image_size} is no multiple of the {self.stride} pixels of a last patch or window")
         if self.vision_window and (self.swin or self.vision_window % self.patch):
             raise ValueError(f"vision_window {self.vision_window} is for a ViT, and a multiple of its patch {self.patch}")
         return self
