@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder = given.folder / "quick" if given.quick else given.folder
     scenes = folder / "scenes"
     if not scenes.is_dir():
-        python("finetune.scenes", scenes, "train=6000")
+        python("finetune.scenes", scenes, "train=9000")
     model = pretrained(folder, scenes, given.quick)
     turn, processes = map(int, given.share.split("/"))
     for table in (BASELINES, METHODS):

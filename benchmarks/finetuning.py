@@ -8,16 +8,21 @@ from finetune.report import scores_of
 SETTINGS = {"zero_shot": "", "few_shot": "few-shot", "translate_test": "translate-test"}
 
 
-def tables(records: list[dict]) -> str:
-    """Markdown. A run that was recorded twice counts once, as recorded last."""
+BLIND = {"majority": "(the most frequent answer)", "text": "(logistic regression over the text alone)"}
+
+
+def tables(records: list[dict], blind: dict[str, dict[str, float]]) -> str:
+    """Markdown. A run that was recorded twice counts once, as recorded last. `blind`: what `finetune.scenes.balance` measured
+    on the same data, in English."""
     newest = {record["run"]: record for record in records}
     tasks: dict[str, list[dict]] = defaultdict(list)
     for record in newest.values():
         tasks[record["task"]].append(record)
-    return "\n\n".join(_table(task, rows) for task, rows in tasks.items()) or "No fine-tuning run has been recorded yet."
+    made = [_table(task, rows, blind.get(task, {})) for task, rows in tasks.items()]
+    return "\n\n".join(made) or "No fine-tuning run has been recorded yet."
 
 
-def _table(task: str, records: list[dict]) -> str:
+def _table(task: str, records: list[dict], blind: dict[str, float]) -> str:
     groups: dict[str, list[dict]] = defaultdict(list)
     for record in records:
         setting = SETTINGS.get(record["setting"], record["setting"])
@@ -29,6 +34,9 @@ def _table(task: str, records: list[dict]) -> str:
     head += ["weights at zero, %"] if pruned else []
     head += ["training, s"]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for key, name in BLIND.items():
+        if key in blind:
+            lines.append([name, "", f"{100 * blind[key]:.1f}", *[""] * (len(head) - 3)])
     for name, group in groups.items():
         row = [name, str(len({r["seed"] for r in group})), _spread([scores_of(r).get("en") for r in group]),
                _spread([r["mean_targets"] for r in group]), _spread([r["gap"] for r in group])]  # fmt: skip

@@ -4,6 +4,7 @@
     python -m benchmarks.record --trial RUN ...  append settings and R@1 of each to results/trials.jsonl: the
                                                  experiments behind the recipe `tiny`
     python -m benchmarks.record --finetune RUN ...  append RUN/result.json of each to results/finetune.jsonl
+    python -m benchmarks.record --scenes FOLDER  append what is reached there without pictures to results/scenes.jsonl
     python -m benchmarks.record                  only write the READMEs again from what is recorded
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.finetuning import tables
 from benchmarks.step import table as step_table
+from finetune.scenes.balance import measure
 from pretrain import report
 from pretrain.evaluate import summary
 
@@ -28,7 +30,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", nargs="*", type=Path, help="folder of a finished run")
     parser.add_argument("--trial", action="store_true", help="RUN is an experiment of other settings")
     parser.add_argument("--finetune", action="store_true", help="RUN is a fine-tuning run")
+    parser.add_argument("--scenes", type=Path, help="a folder of emoji scenes")
     given = parser.parse_args(arguments)
+    if given.scenes:
+        append(RESULTS / "scenes.jsonl", measure(given.scenes))
     for run in given.run:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         if given.finetune:
@@ -39,9 +44,12 @@ def main(arguments: list[str] | None = None) -> None:
             append(RESULTS / "runs.jsonl", result)
             shutil.copy2(run / "curve.png", CURVE)
     newest = read(RESULTS / "runs.jsonl")[-1]
+    blind = (read(RESULTS / "scenes.jsonl") or [{}])[-1]
     parts = {"table": report.table(newest), "reading": reading(newest), "speed": speed()}
-    write_parts(ROOT / "README.md", **parts, finetune=tables(read(RESULTS / "finetune.jsonl")))
-    write_parts(ROOT / "benchmarks" / "README.md", trials=trials())
+    write_parts(ROOT / "README.md", **parts, finetune=tables(read(RESULTS / "finetune.jsonl"), blind))
+    from benchmarks import ablations  # which records through this module
+
+    write_parts(ROOT / "benchmarks" / "README.md", trials=trials(), ablations=ablations.table())
 
 
 def write_parts(path: Path, **parts: str) -> None:

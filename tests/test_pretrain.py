@@ -80,6 +80,13 @@ def test_a_second_stage_starts_from_a_run_or_its_export(mini, tmp_path):
         build_model(mini(f"init.model={tmp_path / 'model'}", "model.heads=4"))
     with pytest.raises(UserError, match=r"init.model has all weights; leave init.text"):
         mini("init.model=a", "init.text=b")
+    larger = build_model(mini(f"init.model={tmp_path / 'model'}", "model.image_size=32")).state_dict()
+    assert larger["vision.position"].shape[0] == 1 + 16 and larger["vision.position"][0].equal(wanted["vision.position"][0])
+    windows = build_model(mini(f"init.model={tmp_path / 'model'}", "model.image_size=32", "model.vision_window=16")).state_dict()
+    assert windows["vision.place"].shape[0] == 4 and not windows["vision.place"].any()
+    assert all(torch.equal(windows[k], wanted[k]) for k in wanted)
+    with pytest.raises(UserError, match=r"is another model: set model\.vision_window=None"):
+        build_model(mini(f"init.model={tmp_path / 'model'}", "model.image_size=32", "model.vision_window=8"))
 
 
 def torchrun(config, tmp_path) -> str:

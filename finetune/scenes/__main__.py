@@ -58,11 +58,11 @@ def make(out: Path, config: ScenesConfig) -> str:
 
 
 def _balance(arguments: list[str]) -> int:
-    from finetune.scenes.balance import table
+    from finetune.scenes.balance import measure, table
 
     parser = argparse.ArgumentParser(prog="python -m finetune.scenes balance")
     parser.add_argument("out", type=Path, help="a folder of scenes")
-    print(table(parser.parse_args(arguments).out))
+    print(table(measure(parser.parse_args(arguments).out)))
     return 0
 
 

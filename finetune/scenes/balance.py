@@ -20,19 +20,27 @@ from finetune.tasks import TASKS
 STEPS, RATE, DECAY = 400, 0.05, 1e-3
 
 
-def table(folder: Path) -> str:
-    """Markdown: accuracy in % of the majority class, of the text alone, of the picture alone, by task."""
+def measure(folder: Path) -> dict[str, dict[str, float]]:
+    """{task: {"majority", "text", "picture"}}: accuracy of the majority class, of the text alone, of the picture alone."""
     scenes = {s["id"]: s for s in map(json.loads, (folder / "scenes.jsonl").read_text(encoding="utf-8").splitlines())}
-    rows = [["task", "majority", "text alone", "picture alone"], ["---", "---:", "---:", "---:"]]
+    found = {}
     for name in ("xgqa", "xvnli", "marvl"):
         task = TASKS[name]
         train, test = (list(task.read(task.path(folder, split, "en"), split, "en")) for split in ("train", "test"))
         answers = [max(e.labels, key=e.labels.get) for e in train]
         best = Counter(answers).most_common(1)[0][0]
-        majority = sum(best in e.labels for e in test) / len(test)
-        text = _accuracy(train, test, lambda e: _words(e.texts[-1]))
-        picture = _accuracy(train, test, lambda e: _facts([scenes[i] for i in e.images]))
-        rows.append([name, *(f"{100 * value:.1f}" for value in (majority, text, picture))])
+        found[name] = {
+            "majority": sum(best in e.labels for e in test) / len(test),
+            "text": _accuracy(train, test, lambda e: _words(e.texts[-1])),
+            "picture": _accuracy(train, test, lambda e: _facts([scenes[i] for i in e.images])),
+        }
+    return found
+
+
+def table(measured: dict[str, dict[str, float]]) -> str:
+    """Markdown: what `measure` found, in %, by task."""
+    rows = [["task", "majority", "text alone", "picture alone"], ["---", "---:", "---:", "---:"]]
+    rows += [[task, *(f"{100 * value:.1f}" for value in figures.values())] for task, figures in measured.items()]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -1,0 +1,72 @@
+"""Paper 2's ablations (its table 5) at the smallest size: each recipe pretrained, its zero-shot retrieval, then one task.
+
+    python -m benchmarks.ablations [--seeds 1] [--folder runs/ablations] [--quick]
+
+`tiny` with all terms at weight 1, which its recipe for the ten minutes is not. What is recorded in results/ablations.jsonl is
+not made again; the table goes into benchmarks/README.md.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks import record
+from benchmarks.baselines import python
+from pretrain.evaluate import summary
+
+FILE = record.RESULTS / "ablations.jsonl"
+RECIPES = {"tiny": "all terms", "tiny_no_tlm": "without TLM", "tiny_no_xmlm": "without xMLM",
+           "tiny_no_xlc": "without cross-lingual contrast", "tiny_no_uni_arch": "without the unified architecture"}  # fmt: skip
+PRETRAIN = ("runtime=local", "workers=1", "fit.steps=400", "fit.eval_every=400", "objective.fuse_every=8",
+            "data.image_text.batch=256", "data.parallel.batch=512", "data.text.batch=64")  # fmt: skip
+TERMS = ("ucl_image", "ucl_translation", "vlm", "tlm", "xmlm", "itm")
+OFF = {"tiny_no_tlm": "tlm", "tiny_no_xmlm": "xmlm", "tiny_no_xlc": "ucl_translation"}
+FINETUNE = ("epochs=3", "optim.lr=3e-4", "train_limit=3000")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--quick", action="store_true", help="one step of everything, nothing recorded: does it run?")
+    given = parser.parse_args(arguments)
+    folder = given.folder / "quick" if given.quick else given.folder
+    scenes = folder / "scenes"
+    if not scenes.is_dir():
+        python("finetune.scenes", scenes)
+    for seed in range(given.seeds):
+        for recipe in RECIPES:
+            if (recipe, seed) not in {(line["recipe"], line["seed"]) for line in record.read(FILE)}:
+                line = run(recipe, seed, folder, scenes, given.quick)
+                if not given.quick:
+                    record.append(FILE, line)
+                    record.main([])
+
+
+def run(recipe: str, seed: int, folder: Path, scenes: Path, quick: bool) -> dict:
+    """Pretrain, fine-tune on entailment; what both came to."""
+    name = f"{recipe}_seed{seed}"
+    weights = [f"objective.weights.{term}={int(OFF.get(recipe) != term)}" for term in TERMS]
+    few, less = (["fit.steps=1", "fit.eval_every=1"], ["epochs=1", "train_limit=64", "test_limit=32"]) if quick else ([], [])
+    python("pretrain", recipe, f"name={name}", f"runs={folder}", f"fit.seed={seed}", *PRETRAIN, *weights, *few)
+    settings = [f"name={name}_xvnli", f"runs={folder}", f"model={folder / name}", f"data={scenes}", f"fit.seed={seed}"]
+    python("finetune", "scenes_xvnli", *settings, *FINETUNE, *less)
+    pretrained, task = (json.loads((folder / run / "result.json").read_text()) for run in (name, f"{name}_xvnli"))
+    return {"recipe": recipe, "seed": seed, **summary(pretrained), "seconds": pretrained["seconds"],
+            "xvnli": task["accuracy"], "xvnli_targets": task["mean_targets"]}  # fmt: skip
+
+
+def table() -> str:
+    """Markdown: a row an ablation, seeds as means."""
+    rows = [["pretrained", "seeds", "R@1 English", "R@1 others", "xvnli English", "xvnli targets"], ["---"] + ["---:"] * 5]
+    for recipe, what in RECIPES.items():
+        lines = [line for line in record.read(FILE) if line["recipe"] == recipe]
+        if lines:
+            columns = [[x["en_r1"] for x in lines], [x["others_r1"] for x in lines], [x["xvnli"]["en"] for x in lines],
+                       [x["xvnli_targets"] for x in lines]]  # fmt: skip
+            rows.append([what, str(len(lines)), *(f"{100 * sum(column) / len(column):.1f}" for column in columns)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
