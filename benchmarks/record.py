@@ -47,9 +47,10 @@ def main(arguments: list[str] | None = None) -> None:
     blind = (read(RESULTS / "scenes.jsonl") or [{}])[-1]
     parts = {"table": report.table(newest), "reading": reading(newest), "speed": speed()}
     write_parts(ROOT / "README.md", **parts, finetune=tables(read(RESULTS / "finetune.jsonl"), blind))
-    from benchmarks import ablations  # which records through this module
+    from benchmarks import ablations, unfreezing  # which record through this module
 
-    write_parts(ROOT / "benchmarks" / "README.md", trials=trials(), ablations=ablations.table())
+    saved = unfreezing.table(read(unfreezing.FILE)[-1]["seconds"])
+    write_parts(ROOT / "benchmarks" / "README.md", trials=trials(), ablations=ablations.table(), unfreezing=saved)
 
 
 def write_parts(path: Path, **parts: str) -> None:

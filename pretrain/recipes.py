@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from pretrain.batches import DataConfig, StreamConfig
 from pretrain.train import InitConfig, PretrainConfig
+from raylib.config import override
 from raylib.data.images import AugmentConfig
 from raylib.loop import FitConfig
 from raylib.model.unified import ModelConfig
@@ -71,6 +72,36 @@ def emoji_e5() -> PretrainConfig:
     })  # fmt: skip
 
 
+def emoji_e5_align() -> PretrainConfig:
+    """first of three stages to the scenes' model: the two upper text layers learn that translations are one (init.text=FOLDER)"""
+    return _stage("emoji_e5_align", [
+        "model.image_size=16", "data.image_text.batch=0", "data.parallel.batch=512", "data.text.batch=0",
+        "objective.weights.tlm=0", "fit.steps=250", "fit.eval_every=250",
+    ])  # fmt: skip
+
+
+def emoji_e5_names() -> PretrainConfig:
+    """the second: what single drawings of 16 x 16 pixels are called, by a text encoder that stands still (init.model=FIRST)"""
+    return _stage("emoji_e5_names", [
+        "corpus=sample", "model.image_size=16", "init.layers=null", "objective.frozen_text_layers=6", "data.parallel.batch=0",
+        "data.text.batch=0", "objective.weights.vlm=0", "objective.weights.itm=0", "data.augment.scale=[0.7,1]",
+        "data.augment.ratio=[0.75,1.33]", "data.augment.magnitude=4", "optim.lr=2e-3", "fit.steps=1000", "fit.eval_every=500",
+    ])  # fmt: skip
+
+
+def emoji_e5_scenes() -> PretrainConfig:
+    """the third: scenes, a window for each quadrant, text read in the light of a picture (init.model=SECOND)"""
+    return _stage("emoji_e5_scenes", [
+        "model.vision_window=16", "init.layers=null", "objective.frozen_text_layers=6", "data.image_text.batch=256",
+        "data.parallel.batch=32", "data.mask_probability=0.3", "objective.fuse_every=2", "objective.weights.vlm=1",
+        "objective.weights.itm=1", "objective.weights.tlm=0.3", "optim.lr=7e-4", "fit.steps=400", "fit.eval_every=200",
+    ])  # fmt: skip
+
+
+def _stage(name: str, changes: list[str]) -> PretrainConfig:
+    return override(emoji_e5(), [f"name={name}", *changes])
+
+
 def base() -> PretrainConfig:
     """the paper's model, batch and schedule: 6+6+12 layers, 240,000 steps of 512 pairs, 2,048 translations, 2,048 sentences"""
     return PretrainConfig(
@@ -129,7 +160,10 @@ def _named(name: str, build: Callable[[], PretrainConfig], summary: str) -> Call
     return recipe
 
 
-RECIPES: dict[str, Callable[[], PretrainConfig]] = {"tiny": tiny, "emoji_e5": emoji_e5, "small": small, "base": base}
+STAGES = (emoji_e5_align, emoji_e5_names, emoji_e5_scenes)
+RECIPES: dict[str, Callable[[], PretrainConfig]] = {
+    "tiny": tiny, "emoji_e5": emoji_e5, **{stage.__name__: stage for stage in STAGES}, "small": small, "base": base,
+}  # fmt: skip
 for parent in (tiny, emoji_e5, base):
     size = parent.__name__
     for ablation, changed in ABLATIONS.items():
