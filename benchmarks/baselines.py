@@ -31,6 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     scenes = folder / "scenes"
     if not scenes.is_dir():
         python("finetune.scenes", scenes, "train=9000")
+    if not given.quick and not record.read(record.RESULTS / "scenes.jsonl"):
+        record.main(["--scenes", str(scenes)])
     model = pretrained(folder, scenes, given.quick)
     turn, processes = map(int, given.share.split("/"))
     for table in (BASELINES, METHODS):

@@ -44,7 +44,7 @@ def build_model(config: FinetuneConfig) -> FinetuneModel | UnifiedModel:
     return model
 
 
-def build_methods(config: FinetuneConfig, run: Path, say=print) -> Methods:
+def build_methods(config: FinetuneConfig, say=print) -> Methods:
     """The methods of `config`, ready to act; what they report goes to `say`.
 
     Raises:
@@ -52,7 +52,8 @@ def build_methods(config: FinetuneConfig, run: Path, say=print) -> Methods:
     """
     answers = find_task(config).kind != "retrieval"
     labels = labels_of(config) if answers else ()
-    context = Context(Path(config.data), wordnet_of(config), languages_of(config), labels, run / "cache", say)
+    cache = Path(config.runs).absolute() / "cache"  # named by content: other runs read it too
+    context = Context(Path(config.data), wordnet_of(config), languages_of(config), labels, cache, say)
     return Methods(config.strategies, context)
 
 

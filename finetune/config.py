@@ -37,7 +37,8 @@ class FinetuneConfig(LaunchConfig):
     head: a classifier, or a decoder that spells the answers of an open set and ranks them as `decoder` says (CCLM).
     freeze: parts that never train. encoded: with a frozen image encoder and no augmentation, encode every picture once.
     candidates: K of two-stage retrieval; 0 ranks every pair.
-    select: which checkpoint is evaluated: the best on the English dev set, or the last.
+    select: which checkpoint is evaluated: the best on the English dev set (few-shot: the language's own, where the task has
+        one), or the last.
     curves: evaluate the test set in every language after every epoch too; it chooses nothing (`analyse` draws it).
     train_limit, test_limit: use the first so many items; None: all.
     """
@@ -78,6 +79,9 @@ class FinetuneConfig(LaunchConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "FinetuneConfig":
+        sparse = self.strategies.sparse
+        if sparse and not sparse.mask and sparse.epochs > self.epochs:
+            raise ValueError(f"strategies.sparse.epochs={sparse.epochs}: a round is cut out of a run of epochs={self.epochs}")
         if self.augment and self.encoded and "vision" in self.freeze:
             raise ValueError("augment needs encoded=false: pictures that are encoded once cannot change")
         if self.head == "decoder" and self.loss == "bce":

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from finetune import masks
@@ -15,6 +16,7 @@ from finetune.build import build_model
 from finetune.config import FinetuneConfig
 from finetune.worker import Work
 from raylib import checkpoint
+from raylib.collective import world_size
 from raylib.launch import launch, leads, open_run, run_folder
 
 
@@ -28,16 +30,18 @@ def find_mask(config: FinetuneConfig, language: str | None) -> tuple[FinetuneCon
     sparse, mixing = config.strategies.sparse, config.strategies.code_mixing
     seconds, mask_file = 0.0, Path(sparse.mask) if sparse.mask else None
     for number in range(1, sparse.rounds + 1) if mask_file is None else ():
-        part = _with(config, mask_file, mixing and mixing.stages in ("rounds", "both"))
-        part = part.model_copy(update={"name": f"round_{number}", "runs": str(run_folder(config))})
+        part = _with(config, None, mixing and mixing.stages in ("rounds", "both"))
+        part = part.model_copy(update={"name": f"round_{number}", "runs": str(run_folder(config)), "resume": "newest"})
         coming = run_folder(config) / "masks" / f"round_{number}.safetensors"
         start = None if sparse.rewind == "initial" or number == 1 else checkpoint.newest(Path(part.runs) / f"round_{number - 1}")
-        result = _round(Work(language, sparse.epochs, start), part)
+        result = _round(Work(language, sparse.epochs, start), part, mask_file)
         seconds += result["seconds"]
         if not result["finished"]:
             return part, {**result, "seconds": seconds}
         if leads(config) and not coming.is_file():
             _prune(part, sparse.rate, mask_file, coming)
+        if world_size() > 1:
+            dist.barrier()  # the others read what the first has written
         mask_file = coming
     ready = _with(config, mask_file, mixing and mixing.stages in ("last", "both"))
     parameters = sum(p.numel() for p in build_model(config).parameters())
@@ -52,14 +56,14 @@ def _with(config: FinetuneConfig, mask: Path | None, mixed: bool) -> FinetuneCon
     return config.model_copy(update={"strategies": strategies.model_copy(update=changed)})
 
 
-def _round(work: Work, part: FinetuneConfig) -> dict[str, Any]:
-    """Train a round, or say what it came to before."""
+def _round(work: Work, part: FinetuneConfig, mask: Path | None) -> dict[str, Any]:
+    """Train a round under `mask`, or say what it came to before. The mask's place is no setting of the round: a run may move."""
     done = run_folder(part) / "part.json"
     if done.is_file():
         return json.loads(done.read_text(encoding="utf-8"))
     if leads(part):
         open_run(part)
-    result = launch(work, part, run_folder(part))
+    result = launch(work, _with(part, mask, True), run_folder(part))
     if result["finished"] and leads(part):
         checkpoint.write_atomically(done, json.dumps(result))
     return result

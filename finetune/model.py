@@ -162,6 +162,11 @@ def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = 
         return choose(kind, BACKBONES, "backbone").load(Path(path), vision and Path(vision))
     folder = find_evaluated(path)
     description = read_description(folder)
+    there = description.get("backbone", "unified")
+    if kind not in ("unified", there):
+        raise UserError(f"{path} is a model of ours on the backbone {there}; backbone={kind} needs weights of that kind")
+    if vision:
+        raise UserError(f"{path} has an image encoder; leave vision={vision} out")
     if description["model_type"] == "polyglance-finetuned":
         return FinetuneModel.from_pretrained(folder).backbone
     return UnifiedModel.from_pretrained(folder)

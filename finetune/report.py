@@ -151,7 +151,9 @@ def compare(results: Iterable[dict[str, Any]]) -> str:
     """Markdown: runs of one task, setting, method and model side by side; mean and standard deviation over their seeds."""
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
-        groups[result["task"], result["setting"], result["method"], Path(result["model"]).name].append(result)
+        # a run that goes on from another is told apart by that one's seed, not by its name
+        model = "" if result["setting"] in ("few_shot", "translate_test") else Path(result["model"]).name
+        groups[result["task"], result["setting"], result["method"], model].append(result)
     codes = list(dict.fromkeys(code for group in groups.values() for r in group for code in scores_of(r)))
     head = ["task", "setting", "method", "model", "seeds", *codes, "mean of the targets", "gap"]
     rows = [head, ["---"] * 4 + ["---:"] * (len(head) - 4)]

@@ -9,8 +9,10 @@ from finetune import report
 from finetune.build import build_methods, build_model, open_pictures_for, tokenizer_of
 from finetune.config import FinetuneConfig
 from finetune.cycles import find_mask
-from finetune.data import find_task, languages_of, read_split, test_split
+from finetune.data import find_task, languages_of, read_split, test_split, wordnet_of
+from finetune.lexicon.wordnet import WordNet
 from finetune.model import fill
+from finetune.strategies import chosen
 from finetune.worker import Work, evaluate_model, trained, with_confusions
 from raylib import checkpoint
 from raylib.config import load
@@ -69,7 +71,17 @@ def _check(config: FinetuneConfig) -> None:
             next(iter(read_split(config, "shots", language, 1)), None)
         if not next(iter(reading), None):
             raise UserError(f"{reading.path}: empty")
-    build_methods(config, run_folder(config), _silent)
+    if config.setting == "translate_test" and chosen(config.strategies):
+        raise UserError("strategies change training, and setting=translate_test trains nothing; leave them out")
+    if config.setting != "zero_shot" and config.strategies.code_mixing:
+        raise UserError(f"strategies.code_mixing mixes English texts; setting={config.setting} trains on others")
+    if config.setting in ("few_shot", "single_language") and config.resume != "newest":
+        raise UserError(f"resume={config.resume}: setting={config.setting} trains a part for each language; resume=newest alone")
+    if config.wordnet and not Path(config.wordnet).is_dir():
+        raise UserError(f"wordnet={config.wordnet}: no such folder")
+    if task.kind == "answers" and wordnet_of(config).is_dir():
+        WordNet(wordnet_of(config))
+    build_methods(config, _silent)
 
 
 def _parts(config: FinetuneConfig) -> list[tuple[FinetuneConfig, str | None]]:

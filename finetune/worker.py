@@ -51,12 +51,11 @@ class Work:
 
     def __call__(self, runtime: Runtime, config: FinetuneConfig) -> dict[str, Any]:
         """{"languages": {code: figures}, "params", "trainable", "finished", ...}."""
-        model = build_model(config)
+        model = build_model(config).to(runtime.device)
         if self.start:
             fill(model, self.start)
-        methods = build_methods(config, runtime.run, print if runtime.rank == 0 else _silent)
+        methods = build_methods(config, print if runtime.rank == 0 else _silent)
         methods.adapt(model)
-        model = model.to(runtime.device)
         tokenizer = Tokenizer.load(tokenizer_of(config))
         pictures = open_pictures_for(config, model)
         counts = {"params": sum(p.numel() for p in model.parameters()),
@@ -78,8 +77,9 @@ class Work:
         examples, unknown = training_examples(config, self.language), 0
         if task.kind != "retrieval":
             examples, unknown = with_known_answers(examples, model.labels)
-        dev = _dev(config, self.language)
-        pictures = encoded(config, model, pictures, [*examples, *dev], runtime.run)
+        dev = [] if self.epochs else _dev(config, self.language)
+        home = Path(config.runs).absolute() if self.epochs or self.language else runtime.run  # rounds and parts share pictures
+        pictures = encoded(config, model, pictures, [*examples, *dev], home)
         place = (tokenizer, config.length)
         order = (config.batch, fit_config.seed, runtime.rank, runtime.world, methods.draws())
         if task.kind == "retrieval":
@@ -95,7 +95,7 @@ class Work:
             batches = ExampleBatches(examples, model.labels, pictures, *place, soft, *order)
             objective = AnswerObjective(model) if model.spells else ClassificationObjective(model, config.loss, terms)
         steps = {"steps": config.epochs * batches.steps, "eval_every": batches.steps, "save_every": batches.steps}
-        end = min(self.epochs or config.epochs, config.epochs) * batches.steps
+        end = (self.epochs or config.epochs) * batches.steps
         fit_config = fit_config.model_copy(update={**steps, "stop_after": min(end, fit_config.stop_after or end)})
         validate = _Validation(config, tokenizer, pictures, dev, runtime, self.epochs is None)
         rates = methods.rates(model.depths, batches.steps, config.epochs)

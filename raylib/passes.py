@@ -54,7 +54,11 @@ class Side:
 
 
 class KnownTexts:
-    """CLS states of sentences after a text encoder that never changes, each computed once; no more than `LIMIT`."""
+    """CLS states of sentences after a text encoder that never changes, each computed once; no more than `LIMIT`.
+
+    A state is computed among the sentences of its first batch. A resumed run meets it first in another one, where sums of
+    floats may come out otherwise in the last bits: it is the same run to rounding, not to the bit.
+    """
 
     LIMIT = 2**17
 

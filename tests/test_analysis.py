@@ -337,10 +337,11 @@ def test_without_cross_attention(train, tmp_path, capsys):
     assert {p.name for p in (run / "analysis").glob("*.png")} == {"similarity.png"}
 
 
-def test_no_wordnet_is_a_line(train, tmp_path, capsys):
-    run = train("xgqa", "wordless", 'languages=["en","ru"]', "epochs=1", f"wordnet={tmp_path / 'none'}")
+def test_no_wordnet_is_a_line(train, scenes, tmp_path, capsys):
+    shutil.copytree(scenes, tmp_path / "data", ignore=shutil.ignore_patterns("wordnet"))
+    run = train("xgqa", "wordless", 'languages=["en","ru"]', "epochs=1", f"data={tmp_path / 'data'}")
     assert main(["analyse", str(run), "--limit", "8"]) == 0
-    assert f"no WordNet at {tmp_path / 'none'}" in capsys.readouterr().out
+    assert f"no WordNet at {tmp_path / 'data' / 'wordnet'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -384,3 +385,12 @@ def test_shares_against_a_loop(tokenizer, scenes):
         assert together["own_by_layer"][code][-1] == pytest.approx(together["own_quadrant"][code])
     assert len({r["image"] for r in together["drawn"]}) == len(together["drawn"]) == 2
     assert all(record["text"]["ko"] == texts[record["id"]] for record in together["drawn"])
+
+
+def test_windows_come_back_in_their_places():
+    """Four windows of 2 x 2 patches behind the mean, their CLS states and then the patches, window after window."""
+    raster = np.arange(16.0).reshape(4, 4)
+    windows = [raster[top : top + 2, left : left + 2].ravel() for top in (0, 2) for left in (0, 2)]
+    weights = np.concatenate([[99.0], np.full(4, 77.0), *windows])
+    np.testing.assert_allclose(to_grid(weights, 4), raster / raster.sum())
+    assert quadrants(to_grid(weights, 4)) == pytest.approx([10 / 120, 18 / 120, 42 / 120, 50 / 120])

@@ -146,6 +146,18 @@ def zero_and_resume(rank, world, folder):
     return out
 
 
+def torch_workers(rank, world):
+    """Every case in plain PyTorch under DDP."""
+    return {(case, mask is None): train(TorchEngine, methods_of(**chosen), 8, rank, world, mask)
+            for case, chosen in CASES.items() for mask in (None, MASK)}  # fmt: skip
+
+
+def test_two_workers_in_plain_torch_equal_the_reference():
+    for results in run_workers(torch_workers, 2):
+        for (case, dense), found in results.items():
+            close(found, slow_reference(methods_of(**CASES[case]).rates(4, 2, 4), 8, None if dense else MASK))
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_zero_2_equals_the_reference_also_after_a_resume_in_mid_phase(world, tmp_path):
     for results in run_workers(zero_and_resume, world, tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -31,19 +32,22 @@ def weights(folder, step: int = 6) -> dict[str, torch.Tensor]:
 
 
 def same_run(finetune, tmp_path, names):
-    """A run of these methods, whole and interrupted in mid-epoch (or in mid-round): the same weights."""
+    """A run of these methods, whole and interrupted: the same weights. A round has 3 steps, the training after it 6: stopping
+    at 2 is in the first round, at 4 in the last training, after all rounds."""
+    stops = (2, 4) if "sparse" in names else (4,)
     chosen = ["select=last", *(setting for name in names for setting in SETTINGS[name])]
     code, printed = finetune("scenes_xgqa", "name=whole", *chosen)
     assert code == 0, printed
-    stop = 2 if "sparse" in names else 4  # within the first round, or within the second epoch
-    code, printed = finetune("scenes_xgqa", "name=parts", *chosen, f"fit.stop_after={stop}")
-    assert code == 0 and "stopped before the end" in printed
+    for stop in stops:
+        code, printed = finetune("scenes_xgqa", "name=parts", *chosen, f"fit.stop_after={stop}")
+        assert code == 0 and "stopped before the end" in printed
     finetune("scenes_xgqa", "name=parts", *chosen)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(value.equal(parts[key]) for key, value in whole.items())
     found = json.loads((tmp_path / "parts" / "result.json").read_text())
-    called = dict(zip(STRATEGIES, ("prior (vectors)", "sparse", "code mixing", "unfreezing (2 an epoch)", "layer decay 0.7",
-                                   "top layers"), strict=True))  # fmt: skip
+    called = dict(zip(STRATEGIES, ("prior (vectors, k 3)", "sparse (rate 0.2, rounds 2)", "code mixing (stages both)",
+                                   "unfreezing (layers 2)", "layer decay (factor 0.7)", "top layers (layers 3)"),
+                      strict=True))  # fmt: skip
     assert found["method"] == " + ".join(called[name] for name in STRATEGIES if name in names)
     assert found["accuracy"].keys() == found["synonym_accuracy"].keys() == found["confusions"].keys() == {"en", "ru"}
     return found
@@ -99,7 +103,7 @@ def test_without_rewinding_rounds_go_on_from_trained_weights(finetune, tmp_path)
 def test_retrieval_takes_what_needs_no_answers(finetune, tmp_path):
     chosen = SETTINGS["code_mixing"] + SETTINGS["unfreezing"] + SETTINGS["layer_decay"]
     code, printed = finetune("scenes_xflickrco", "name=mixed", *chosen)
-    assert code == 0 and "code mixing + unfreezing (2 an epoch) + layer decay 0.7" in printed
+    assert code == 0 and "code mixing (stages both) + unfreezing (layers 2) + layer decay (factor 0.7)" in printed
     code, printed = finetune("scenes_xflickrco", "name=prior", "strategies.prior.k=3")
     assert code == 2 and "strategies.prior: this task has no answers" in printed
 
@@ -112,8 +116,13 @@ def test_retrieval_takes_what_needs_no_answers(finetune, tmp_path):
         (["strategies.unfreezing.layers=5"], "strategies.unfreezing.layers=5, but the model has 4 layers"),
         (["strategies.code_mixing.languages=[\"xx\"]"], "xx"),
         (["strategies.sparse.mask=none"], "none: no pruning mask is read there"),
+        (["strategies.sparse.epochs=3"], "strategies.sparse.epochs=3: a round is cut out of a run of epochs=2"),
+        (["strategies.prior.k=3", "setting=translate_test"], "setting=translate_test trains nothing"),
+        (["strategies.code_mixing={}", "setting=few_shot"], "strategies.code_mixing mixes English texts"),
+        (["setting=few_shot", "resume=best"], "resume=newest alone"),
+        (["wordnet=none"], "wordnet=none: no such folder"),
+        (["backbone=uc2"], "is a model of ours on the backbone unified"),
         (["strategies.prior.vectors=none.txt"], "none.txt: no such file"),
-        (["wordnet=none", "strategies.prior.source=wordnet"], "none"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(finetune, settings, words):
@@ -123,3 +132,16 @@ def test_mistakes_are_one_line(finetune, settings, words):
 
 def test_dictionaries_are_there_for_every_language(scenes):
     assert {path.name for path in (scenes / "dictionaries").iterdir()} == {f"{code}2.txt" for code in LANGUAGES if code != "en"}
+
+
+def test_a_run_that_moves_goes_on_in_mid_cycle(finetune, tmp_path):
+    """Stopped in the second round, which has a mask, in a folder that is then called otherwise."""
+    chosen = ["select=last", *SETTINGS["sparse"], "name=moved"]
+    assert finetune("scenes_xgqa", *chosen, "fit.stop_after=2")[0] == 0
+    assert finetune("scenes_xgqa", *chosen, f"runs={tmp_path}", "fit.stop_after=3")[0] == 0  # to the end of both rounds
+    shutil.rmtree(tmp_path / "moved" / "checkpoints")
+    (tmp_path / "moved" / "round_2" / "part.json").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "elsewhere" / "moved")
+    code, printed = finetune("scenes_xgqa", *chosen, f"runs={tmp_path / 'elsewhere'}")
+    assert code == 0, printed

@@ -87,12 +87,18 @@ def choose_layer(maps: np.ndarray, layer: str) -> np.ndarray:
     return maps[:, int(number) - 1]
 
 
-def to_grid(weights: np.ndarray) -> np.ndarray:
-    """(..., S) -> (..., g, g): shares of the attention on patches, the CLS left out; they add up to 1."""
-    patches = weights[..., 1:]
+def to_grid(weights: np.ndarray, windows: int = 0) -> np.ndarray:
+    """(..., S) -> (..., g, g): shares of the attention on patches, the CLS left out; they add up to 1. With `windows`, their
+    CLS states come next, and patches window after window (`raylib.model.vision`)."""
+    patches = weights[..., 1 + windows :]
     side = math.isqrt(patches.shape[-1])
     assert side * side == patches.shape[-1], "a picture's patches are a square"
-    return (patches / patches.sum(-1, keepdims=True)).reshape(*patches.shape[:-1], side, side)
+    shares = patches / patches.sum(-1, keepdims=True)
+    if windows:
+        across = math.isqrt(windows)
+        cells = shares.reshape(*shares.shape[:-1], across, across, side // across, side // across)
+        shares = np.swapaxes(cells, -3, -2)
+    return shares.reshape(*patches.shape[:-1], side, side)
 
 
 def quadrants(grid: np.ndarray) -> np.ndarray:

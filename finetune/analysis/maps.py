@@ -82,7 +82,8 @@ def measure(
         shares of the attention on patches, means over items: {"own_quadrant", "standard_error", "other_things": a quadrant
         with another thing in it, "own_by_layer", "chance"}.
     """
-    device = next(backbone.parameters()).device
+    device, place = next(backbone.parameters()).device, getattr(backbone.vision, "place", None)
+    windows = 0 if place is None else len(place)
     shown, own, other, by_layer, patches = {}, [], [], [], []
     for item in looks:
         texts = [e.texts[-1] for e in item.item]
@@ -95,12 +96,12 @@ def measure(
         ids = encode_texts(texts, tokenizer, length)
         maps = word_maps(look(backbone, Ragged(ids.values.to(device), ids.lengths), seen), ids, places)
         chosen = choose_layer(maps, layer)
-        grids = to_grid(chosen)
-        patches.append(chosen[:, 1:].sum(1))
+        grids = to_grid(chosen, windows)
+        patches.append(chosen[:, 1 + windows :].sum(1))
         if item.thing:
             shares = quadrants(grids)
             own.append(shares[:, item.thing.quadrant])
-            by_layer.append(quadrants(to_grid(maps))[:, :, item.thing.quadrant])
+            by_layer.append(quadrants(to_grid(maps, windows))[:, :, item.thing.quadrant])
             if item.others:
                 other.append(shares[:, list(item.others)].mean(1))
         if item.image not in shown and len(shown) < drawn:

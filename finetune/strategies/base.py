@@ -1,8 +1,8 @@
-"""What a fine-tuning method is: a frozen config with up to four pure functions, one for each seam of training."""
+"""What a fine-tuning method is: a frozen config with functions for the four seams of training."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -43,9 +43,15 @@ class Strategy(Config):
     """A method that changes nothing: each of the four does where a method overrides it. They compose without knowing of each
     other: examples one after the other, `adapt` in order, rates by product, terms side by side."""
 
+    shown: ClassVar[tuple[str, ...]] = ()  # settings that tables always tell
+    hidden: ClassVar[tuple[str, ...]] = ()  # those that they never tell: files
+
     def called(self, name: str) -> str:
-        """What tables call the method, which is `name` in the registry."""
-        return name.replace("_", " ")
+        """What tables call the method, which is `name` in the registry, with the settings that are not the usual ones."""
+        told = [field for field, info in type(self).model_fields.items() if field not in self.hidden
+                and (field in self.shown or getattr(self, field) != info.default)]  # fmt: skip
+        values = [f"{field} {getattr(self, field)}".replace("source ", "") for field in told]
+        return name.replace("_", " ") + (f" ({', '.join(values)})" if values else "")
 
     def prepare(self, context: Context) -> "Strategy":
         """Read what the method needs, before anything starts. Returns the method, ready.

@@ -18,6 +18,8 @@ class CodeMixing(Strategy):
     0.9). `stages`: with sparse fine-tuning, in the rounds that find the mask, in the training after them, or in both (paper 0
     found the rounds harmful)."""
 
+    hidden = ("dictionaries",)
+
     stages: Literal["last", "rounds", "both"] = "last"
     dictionaries: str | None = None
     languages: tuple[str, ...] = ()

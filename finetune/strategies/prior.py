@@ -19,6 +19,9 @@ class LinguisticPrior(Strategy):
     """Defaults are paper 0's. `source`: where distances come from, the run's `wordnet=` or `vectors`, a GloVe or word2vec
     file; default: `vectors.txt` in the data folder. `d1`, `d2`: distance of a hyponym, of a hypernym of the answer."""
 
+    shown = ("source",)
+    hidden = ("vectors",)
+
     source: Literal["wordnet", "vectors"] = "vectors"
     alpha: NonNegativeFloat = 10.0
     k: PositiveInt = 10
@@ -26,10 +29,6 @@ class LinguisticPrior(Strategy):
     d2: float = Field(0.8, gt=0, lt=1)
     vectors: str | None = None
     _distances: Tensor | None = PrivateAttr(None)
-
-    def called(self, name: str) -> str:
-        """With its source: paper 0 sets the two side by side."""
-        return f"{name} ({self.source})"
 
     def prepare(self, context: Context) -> "LinguisticPrior":
         """Build the label x label matrix, or read it from the cache; says which labels have no place in the source.

@@ -14,10 +14,9 @@ class ScheduledUnfreezing(Strategy):
     """`layers` more layers an epoch are trained, top down, beginning with so many; embeddings, head and image encoder from
     the start (paper 1, section 3)."""
 
-    layers: PositiveInt = 3
+    shown = ("layers",)
 
-    def called(self, name: str) -> str:
-        return f"{name} ({self.layers} an epoch)"
+    layers: PositiveInt = 3
 
     def adapt(self, model: nn.Module) -> None:
         _check(self.layers, model.depths, "strategies.unfreezing.layers")
@@ -31,10 +30,9 @@ class ScheduledUnfreezing(Strategy):
 class LayerDecay(Strategy):
     """The rate of layer i of N, bottom up, is lr `factor`^(N - i) (paper 1, section 5.2). The embeddings are layer 0."""
 
-    factor: float = Field(0.88, gt=0, le=1)
+    shown = ("factor",)
 
-    def called(self, name: str) -> str:
-        return f"layer decay {self.factor:g}"
+    factor: float = Field(0.88, gt=0, le=1)
 
     def lr_scale(self, depth: int | None, depths: int, progress: Progress) -> float:
         """factor^(depths - depth); 1 outside of the layers."""

@@ -17,6 +17,8 @@ class SparseFineTuning(Strategy):
     `rewind`: what the next round starts from, "initial" as the paper says, or "none", the trained weights, as its public code
     does without meaning to; `mask`: a file of masks, and no rounds."""
 
+    hidden = ("mask",)
+
     rate: float = Field(0.1, gt=0, lt=1)
     rounds: PositiveInt = 5
     epochs: PositiveInt = 1
