@@ -17,7 +17,7 @@ from pretrain.evaluate import summary
 FILE = record.RESULTS / "ablations.jsonl"
 RECIPES = {"tiny": "all terms", "tiny_no_tlm": "without TLM", "tiny_no_xmlm": "without xMLM",
            "tiny_no_xlc": "without cross-lingual contrast", "tiny_no_uni_arch": "without the unified architecture"}  # fmt: skip
-PRETRAIN = ("runtime=local", "workers=1", "fit.steps=400", "fit.eval_every=400", "objective.fuse_every=8",
+PRETRAIN = ("runtime=local", "workers=1", "fit.steps=300", "fit.eval_every=300", "objective.fuse_every=8",
             "data.image_text.batch=256", "data.parallel.batch=512", "data.text.batch=64")  # fmt: skip
 TERMS = ("ucl_image", "ucl_translation", "vlm", "tlm", "xmlm", "itm")
 OFF = {"tiny_no_tlm": "tlm", "tiny_no_xmlm": "xmlm", "tiny_no_xlc": "ucl_translation"}

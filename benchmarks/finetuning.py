@@ -44,7 +44,7 @@ def _table(task: str, records: list[dict], blind: dict[str, float]) -> str:
             row.append(_spread([_mean_of_targets(r.get("synonym_accuracy")) for r in group]))
         if pruned:
             row.append(f"{100 * group[0]['sparsity']:.1f}" if group[0]["sparsity"] else "")
-        seconds = statistics.fmean(r["seconds"] for r in group)
+        seconds = statistics.median(r["seconds"] for r in group)  # of wall time: some runs waited for others
         lines.append([*row, f"{seconds:.0f}" if seconds else ""])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -29,7 +29,7 @@ from finetune.retrieval import retrieve
 from raylib import checkpoint
 from raylib.collective import world_size
 from raylib.errors import UserError
-from raylib.loop import fit, has_bf16
+from raylib.loop import fit
 from raylib.objective import ObjectiveConfig, UnifiedObjective, Weights
 from raylib.runtime import Runtime
 from raylib.text import Tokenizer
@@ -113,7 +113,7 @@ class _Validation:
     def __init__(self, config: FinetuneConfig, tokenizer, pictures, dev: list, runtime: Runtime, curves: bool):
         self.config, self.tokenizer, self.pictures, self.dev = config, tokenizer, pictures, dev
         self.folder, self.curves = runtime.run / "dev", curves and config.curves
-        self.bf16 = has_bf16(runtime.device) if config.fit.bf16 is None else config.fit.bf16
+        self.bf16 = config.fit.uses_bf16(runtime.device)
 
     def __call__(self, model) -> dict[str, float]:
         """{"score", "dev_accuracy" or "dev_mean_recall"; with `curves` "test/LANGUAGE", "test/LANGUAGE/TYPE"}."""
@@ -151,7 +151,7 @@ def encoded(config: FinetuneConfig, model, pictures: Pictures | None, items: lis
         return pictures
     names = sorted({name for item in items for name in ([item.image] if hasattr(item, "image") else item.images)})
     backbone = backbone_of(model)
-    bf16 = has_bf16(next(backbone.parameters()).device) if config.fit.bf16 is None else config.fit.bf16
+    bf16 = config.fit.uses_bf16(next(backbone.parameters()).device)
     facts = (pictures.size, str(pictures.store.path), names, bf16)
     return Encoded(encode_pictures(backbone, pictures, names, run / "encoded" / fingerprint(backbone, *facts), bf16))
 
@@ -161,7 +161,7 @@ def evaluate_model(config: FinetuneConfig, model, tokenizer: Tokenizer, pictures
     task = find_task(config)
     sets = {code: read_split(config, test_split(config) if code != "en" else config.split, code, config.test_limit)
             for code in languages_of(config)}  # fmt: skip
-    bf16 = has_bf16(next(model.parameters()).device) if config.fit.bf16 is None else config.fit.bf16
+    bf16 = config.fit.uses_bf16(next(model.parameters()).device)
     if task.kind == "retrieval":
         return {code: retrieve(model, merge(list(items)), pictures, tokenizer, config.length, config.candidates,
                                run / "predictions" / f".{code}", bf16) for code, items in sets.items()}  # fmt: skip

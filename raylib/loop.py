@@ -40,6 +40,10 @@ class FitConfig(Config):
     track: tuple[Backend, ...] = ()
     stop_after: PositiveInt | None = None  # stop at this step, as an interruption would; the run stays unfinished
 
+    def uses_bf16(self, device: torch.device) -> bool:
+        """What `bf16` comes to on `device`."""
+        return has_bf16(device) if self.bf16 is None else self.bf16
+
 
 class Clock:
     """Seconds by activity: start, data, step, evaluation, checkpoint."""
@@ -80,7 +84,7 @@ def fit(
     meta = checkpoint.read_meta(start) if start else {"step": 0, "times": {}}
     clock.spent = dict(meta["times"])
     on_gpu = runtime.device.type == "cuda"
-    bf16 = has_bf16(runtime.device) if config.bf16 is None else config.bf16
+    bf16 = config.uses_bf16(runtime.device)
     zero = type(runtime).__name__ == "OnRay" if config.zero is None else config.zero
     engine = (DeepSpeedEngine if zero else TorchEngine)(objective, optim, runtime.device, bf16, start, rates)
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)

@@ -152,7 +152,8 @@ def test_a_missing_picture_is_named(finetune, scenes, tmp_path):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_builds(name, model, scenes):
-    config = override(RECIPES[name](), [f"model={model}", f"data={scenes}", "image_size=16"])
+    own = ["image_size=16", "backbone=unified"]  # which the small model is
+    config = override(RECIPES[name](), [f"model={model}", f"data={scenes}", *own])
     assert config.task in TASKS and RECIPES[name].__doc__
     if config.task in ("xgqa", "xvnli", "marvl", "xflickrco"):  # the files of the others are not among the scenes
         assert next(iter(read_split(config, "train", "en"))) and build_model(config)

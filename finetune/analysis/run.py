@@ -21,7 +21,6 @@ from finetune.worker import trained
 from raylib import checkpoint
 from raylib.config import load
 from raylib.errors import UserError
-from raylib.loop import has_bf16
 from raylib.model.unified import UnifiedModel
 from raylib.text import Tokenizer
 
@@ -107,7 +106,7 @@ def _open(folder: Path, options: Options) -> Opened:
         if config.setting != "translate_test":
             fill(model, trained(config, folder, checkpoint.newest(folder)))
         model = model.to(device).eval()
-    bf16 = has_bf16(device) if config.fit.bf16 is None else config.fit.bf16
+    bf16 = config.fit.uses_bf16(device)
     return Opened(folder, config, result, model, Tokenizer.load(tokenizer_of(config)), bf16, options)
 
 
