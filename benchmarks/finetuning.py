@@ -59,4 +59,5 @@ def _spread(values: list[float | None]) -> str:
     known = [100 * value for value in values if value is not None]
     if not known:
         return ""
-    return f"{statistics.fmean(known):.1f}" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
+    mean = round(statistics.fmean(known), 1) + 0.0  # no "-0.0"
+    return f"{mean:.1f}" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
