@@ -13,7 +13,7 @@ from finetune.data import find_task, languages_of, read_split, test_split, wordn
 from finetune.lexicon.wordnet import WordNet
 from finetune.model import fill
 from finetune.strategies import chosen
-from finetune.worker import Work, evaluate_model, trained, with_confusions
+from finetune.worker import Work, evaluate_model, silent, trained, with_confusions
 from raylib import checkpoint
 from raylib.config import load
 from raylib.errors import UserError
@@ -28,7 +28,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         UserError: whatever is wrong with settings, data or a model, before any worker starts where possible.
     """
     _check(config)
-    folder, say = run_folder(config), print if leads(config) else _silent
+    folder, say = run_folder(config), print if leads(config) else silent
     if leads(config):
         open_run(config)
     if (folder / "result.json").is_file() and config.resume == "newest":
@@ -48,10 +48,6 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     say(report.table(result))
     say(f"{folder}/result.json, result.md, result.png; curve.png beside each checkpoint", flush=True)
     return result
-
-
-def _silent(*parts, **options) -> None:
-    """What workers beside the first say."""
 
 
 def _check(config: FinetuneConfig) -> None:
@@ -81,7 +77,7 @@ def _check(config: FinetuneConfig) -> None:
         raise UserError(f"wordnet={config.wordnet}: no such folder")
     if task.kind == "answers" and wordnet_of(config).is_dir():
         WordNet(wordnet_of(config))
-    build_methods(config, _silent)
+    build_methods(config, silent)
 
 
 def _parts(config: FinetuneConfig) -> list[tuple[FinetuneConfig, str | None]]:

@@ -54,7 +54,7 @@ class Work:
         model = build_model(config).to(runtime.device)
         if self.start:
             fill(model, self.start)
-        methods = build_methods(config, print if runtime.rank == 0 else _silent)
+        methods = build_methods(config, print if runtime.rank == 0 else silent)
         methods.adapt(model)
         tokenizer = Tokenizer.load(tokenizer_of(config))
         pictures = open_pictures_for(config, model)
@@ -103,7 +103,7 @@ class Work:
         return {**result, "finished": result["steps"] == end, "examples": len(examples), "unknown_training_answers": unknown}
 
 
-def _silent(*parts, **options) -> None:
+def silent(*parts, **options) -> None:
     """What workers beside the first say."""
 
 
