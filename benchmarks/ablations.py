@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks import record
 from benchmarks.baselines import python
 from pretrain.evaluate import summary
+from raylib import markdown
 
 FILE = record.RESULTS / "ablations.jsonl"
 RECIPES = {"tiny": "all terms", "tiny_no_tlm": "without TLM", "tiny_no_xmlm": "without xMLM",
@@ -58,14 +59,14 @@ def run(recipe: str, seed: int, folder: Path, scenes: Path, quick: bool) -> dict
 
 def table() -> str:
     """Markdown: a row an ablation, seeds as means."""
-    rows = [["pretrained", "seeds", "R@1 English", "R@1 others", "xvnli English", "xvnli targets"], ["---"] + ["---:"] * 5]
+    rows = [["pretrained", "seeds", "R@1 English", "R@1 others", "xvnli English", "xvnli targets"]]
     for recipe, what in RECIPES.items():
         lines = [line for line in record.read(FILE) if line["recipe"] == recipe]
         if lines:
             columns = [[x["en_r1"] for x in lines], [x["others_r1"] for x in lines], [x["xvnli"]["en"] for x in lines],
                        [x["xvnli_targets"] for x in lines]]  # fmt: skip
-            rows.append([what, str(len(lines)), *(f"{100 * sum(column) / len(column):.1f}" for column in columns)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+            rows.append([what, str(len(lines)), *map(markdown.spread, columns)])
+    return markdown.table(rows)
 
 
 if __name__ == "__main__":

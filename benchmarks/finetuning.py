@@ -4,6 +4,8 @@ import statistics
 from collections import defaultdict
 
 from finetune.report import scores_of
+from raylib import markdown
+from raylib.markdown import percent, spread
 
 SETTINGS = {"zero_shot": "", "few_shot": "few-shot", "translate_test": "translate-test"}
 
@@ -33,31 +35,22 @@ def _table(task: str, records: list[dict], blind: dict[str, float]) -> str:
     head += ["targets, synonyms right"] if synonyms else []
     head += ["weights at zero, %"] if pruned else []
     head += ["training, s"]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines = [head]
     for key, name in BLIND.items():
         if key in blind:
-            lines.append([name, "", f"{100 * blind[key]:.1f}", *[""] * (len(head) - 3)])
+            lines.append([name, "", percent(blind[key]), *[""] * (len(head) - 3)])
     for name, group in groups.items():
-        row = [name, str(len({r["seed"] for r in group})), _spread([scores_of(r).get("en") for r in group]),
-               _spread([r["mean_targets"] for r in group]), _spread([r["gap"] for r in group])]  # fmt: skip
+        row = [name, str(len({r["seed"] for r in group})), spread(scores_of(r).get("en") for r in group),
+               spread(r["mean_targets"] for r in group), spread(r["gap"] for r in group)]  # fmt: skip
         if synonyms:
-            row.append(_spread([_mean_of_targets(r.get("synonym_accuracy")) for r in group]))
+            row.append(spread(_mean_of_targets(r.get("synonym_accuracy")) for r in group))
         if pruned:
-            row.append(f"{100 * group[0]['sparsity']:.1f}" if group[0]["sparsity"] else "")
+            row.append(percent(group[0]["sparsity"]) if group[0]["sparsity"] else "")
         seconds = statistics.median(r["seconds"] for r in group)  # of wall time: some runs waited for others
         lines.append([*row, f"{seconds:.0f}" if seconds else ""])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown.table(lines)
 
 
 def _mean_of_targets(scores: dict[str, float] | None) -> float | None:
     others = [score for code, score in (scores or {}).items() if code != "en"]
     return statistics.fmean(others) if others else None
-
-
-def _spread(values: list[float | None]) -> str:
-    """Mean and, of two or more, standard deviation over seeds, in %."""
-    known = [100 * value for value in values if value is not None]
-    if not known:
-        return ""
-    mean = round(statistics.fmean(known), 1) + 0.0  # no "-0.0"
-    return f"{mean:.1f}" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")

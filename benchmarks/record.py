@@ -19,6 +19,7 @@ from benchmarks.step import table as step_table
 from finetune.scenes.balance import measure
 from pretrain import report
 from pretrain.evaluate import summary
+from raylib import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -81,11 +82,11 @@ def trials() -> str:
     records = read(RESULTS / "trials.jsonl")
     every = sorted({path for r in records for path in r["settings"]})
     paths = [p for p in every if len({json.dumps(r["settings"].get(p)) for r in records}) > 1]
-    lines = [[*(f"`{p}`" for p in paths), "English", "mean of the others"], ["---"] * (len(paths) + 2)]
+    lines = [[*(f"`{p}`" for p in paths), "English", "mean of the others"]]
     for r in records:
         values = [json.dumps(r["settings"].get(p)) for p in paths]
         lines.append([*values, f"{100 * r['en_r1']:.1f} %", f"{100 * r['others_r1']:.1f} %"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown.table(lines)
 
 
 def reading(run: dict) -> str:

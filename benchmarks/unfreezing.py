@@ -16,6 +16,7 @@ from benchmarks import record
 from finetune.model import FinetuneModel
 from finetune.objective import ClassificationObjective
 from pretrain.recipes import emoji_e5_scenes
+from raylib import markdown
 from raylib.engine import TorchEngine
 from raylib.model.unified import UnifiedModel
 from raylib.optim import OptimConfig
@@ -61,9 +62,9 @@ def measure(sizes, trained: int, steps: int) -> float:
 def table(seconds: dict) -> str:
     """Markdown: ratios to full fine-tuning."""
     full = next(iter(seconds.values()))
-    rows = [["layers trained, of 8", "CPU-seconds a step", "time"], ["---:", "---:", "---:"]]
+    rows = [["layers trained, of 8", "CPU-seconds a step", "time"]]
     rows += [[str(trained), f"{spent:.2f}", f"{spent / full:.2f}x"] for trained, spent in seconds.items()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown.table(rows, words=0)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What a run leaves for people: `result.json`, a Markdown table, a picture; and runs side by side."""
 
 import json
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,8 +8,10 @@ from typing import Any
 
 from finetune.config import FinetuneConfig
 from finetune.data import find_task
+from raylib import markdown
 from raylib.checkpoint import write_atomically
 from raylib.errors import UserError
+from raylib.markdown import percent, spread
 from raylib.metrics import RANKS, mean
 from raylib.track import read_metrics
 
@@ -63,21 +64,20 @@ def table(result: dict[str, Any]) -> str:
     columns = list(RECALLS) if "retrieval" in result else kinds
     head = ["language", "mean recall" if "retrieval" in result else "accuracy", *(c.replace("_r", " R@") for c in columns)]
     details = result.get("retrieval") or result["by_type"]
-    rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    rows = [head]
     for code, score in scores_of(result).items():
-        rows.append([code, _percent(score), *(_percent(details.get(code, {}).get(c)) for c in columns)])
+        rows.append([code, percent(score), *(percent(details.get(code, {}).get(c)) for c in columns)])
     if result["mean_targets"] is not None:
         others = [code for code in scores_of(result) if code != "en"]
         means = [mean(details[code][c] for code in others if c in details.get(code, {})) for c in columns]
-        rows.append(["mean of the targets", _percent(result["mean_targets"]), *map(_percent, means)])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([*lines, "", _notes(result)])
+        rows.append(["mean of the targets", percent(result["mean_targets"]), *map(percent, means)])
+    return "\n".join([markdown.table(rows), "", _notes(result)])
 
 
 def _notes(result: dict[str, Any]) -> str:
     notes = [f"{result['task']} ({result['split']} split), {result['setting']}, {result['method']}, seed {result['seed']}"]
     if result["gap"] is not None:
-        notes.append(f"gap to English {_percent(result['gap'])}")
+        notes.append(f"gap to English {percent(result['gap'])}")
     for name, what in (("unlabelled", "without a label"), ("unknown_answers", "whose answers are no class")):
         counted = {code: c[name] for code, c in result.get("counts", {}).items() if c[name]}
         if counted:
@@ -85,10 +85,6 @@ def _notes(result: dict[str, Any]) -> str:
     if result.get("unknown_training_answers"):
         notes.append(f"training examples left out, whose answers are no class: {result['unknown_training_answers']}")
     return "; ".join(notes)
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}"
 
 
 def write(run: Path, result: dict[str, Any]) -> None:
@@ -156,17 +152,9 @@ def compare(results: Iterable[dict[str, Any]]) -> str:
         groups[result["task"], result["setting"], result["method"], model].append(result)
     codes = list(dict.fromkeys(code for group in groups.values() for r in group for code in scores_of(r)))
     head = ["task", "setting", "method", "model", "seeds", *codes, "mean of the targets", "gap"]
-    rows = [head, ["---"] * 4 + ["---:"] * (len(head) - 4)]
+    rows = [head]
     for key, group in groups.items():
-        cells = [_spread([scores_of(r).get(code) for r in group]) for code in codes]
-        ends = [_spread([r[name] for r in group]) for name in ("mean_targets", "gap")]
+        cells = [spread(scores_of(r).get(code) for r in group) for code in codes]
+        ends = [spread(r[name] for r in group) for name in ("mean_targets", "gap")]
         rows.append([*key, str(len({r["seed"] for r in group})), *cells, *ends])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def _spread(values: list[float | None]) -> str:
-    """Mean and, of two or more, standard deviation, in %."""
-    known = [100 * v for v in values if v is not None]
-    if not known:
-        return ""
-    return f"{mean(known):.1f}" + (f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else "")
+    return markdown.table(rows, words=4)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.evaluate import r1
+from raylib import markdown
 from raylib.checkpoint import write_atomically
 from raylib.metrics import mean
 from raylib.track import read_metrics
@@ -16,7 +17,7 @@ def table(scores: dict[str, Any]) -> str:
     """Markdown: recall in % by language, both ways; means, held-out concepts, chance."""
     languages = scores["retrieval"]
     head = ["language", "R@1", "x chance", *(c.replace("_r", " R@") for c in COLUMNS), "pictures", "chance R@1"]
-    rows = [_row(language, [languages[language]]) for language in _english_first(languages)]
+    rows = [head, *(_row(language, [languages[language]]) for language in _english_first(languages))]
     others = [figures for language, figures in languages.items() if language != "en"]
     if len(others) > 1:
         rows.append(_row(f"mean of the other {len(others)}" if "en" in languages else "mean", others))
@@ -25,8 +26,7 @@ def table(scores: dict[str, Any]) -> str:
         rows.append(_row("held-out concepts, en", [held["en"]]))
     if held_others := [figures for language, figures in held.items() if language != "en"]:
         rows.append(_row("held-out concepts, others", held_others))
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    return markdown.table(rows)
 
 
 def _row(name: str, figures: list[dict[str, float]]) -> list[str]:

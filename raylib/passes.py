@@ -74,7 +74,17 @@ class KnownTexts:
         if len(self.place) + len(new) > self.LIMIT:
             self.place, self.states, new = {}, None, list(first.values())
         if new:
-            made = encode(torch.tensor(new))
+            self._add(encode(torch.tensor(new)))
             self.place |= {ids[row]: len(self.place) + i for i, row in enumerate(new)}
-            self.states = made if self.states is None else torch.cat([self.states, made])
         return self.states.index_select(0, torch.tensor([self.place[text] for text in ids], device=self.states.device))
+
+    def _add(self, made: Tensor) -> None:
+        """Put states behind those that are there; when there is no room, twice the room is made."""
+        used = len(self.place)
+        if self.states is None or used + len(made) > len(self.states):
+            room = made.new_empty(2 * (used + len(made)), made.shape[1])
+            if used:
+                room[:used] = self.states[:used]
+            self.states = room
+        self.states[used : used + len(made)] = made
+

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from finetune.analysis.figures import Inapplicable, open_pyplot, percent, save, table
+from finetune.analysis.figures import Inapplicable, open_pyplot, save
 from finetune.lexicon.confusions import PAIRS, confusions
 from finetune.lexicon.wordnet import HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet
 from finetune.metrics import read_predictions
+from raylib.markdown import percent, table
 
 CALLED = {SYNONYM: "a synonym", HYPERNYM: "a hypernym", HYPONYM: "a hyponym", NONE: "unrelated"}
 COLOURS = {SYNONYM: "tab:green", HYPERNYM: "tab:olive", HYPONYM: "tab:cyan", NONE: "lightgray"}
@@ -43,7 +44,7 @@ def draw(values: dict[str, Any], called: str, path: Path) -> None:
     save(figure, values, path)
 
 
-def summary(values: dict[str, Any]) -> list[str]:
+def summary(values: dict[str, Any]) -> str:
     """Markdown: paper 0's tables 2 and 3."""
     kinds = (SYNONYM, HYPERNYM, HYPONYM, NONE)
     first = [["language", "accuracy", "with synonyms", "more", *(f"wrong: {kind}" for kind in kinds)]]
@@ -53,7 +54,7 @@ def summary(values: dict[str, Any]) -> list[str]:
         first.append([code, percent(strict), percent(kind), f"+{percent(kind - strict)}",
                       *(str(found["wrong"].get(relation, 0)) for relation in kinds)])  # fmt: skip
         second.append([code, _pairs(found["confused_related"]), _pairs(found["confused"])])
-    return [*table(first), "", *table(second, words=3)]
+    return f"{table(first)}\n\n{table(second, words=3)}"
 
 
 def _pairs(pairs: list[dict[str, Any]]) -> str:

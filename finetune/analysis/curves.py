@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.analysis.figures import Inapplicable, open_pyplot, percent, save, table
+from finetune.analysis.figures import Inapplicable, open_pyplot, save
+from raylib.markdown import percent, table
 from raylib.metrics import mean
 from raylib.track import read_metrics
 
@@ -57,7 +58,7 @@ def draw(values: dict[str, Any], called: str, measure: str, path: Path) -> None:
     save(figure, values, path)
 
 
-def summary(values: dict[str, Any]) -> list[str]:
+def summary(values: dict[str, Any]) -> str:
     """Markdown: each language after the first epoch, at its best, after the last."""
     rows = [["language", "first epoch", "best epoch", "last epoch"]]
     for code, points in values["score"].items():

@@ -52,14 +52,3 @@ def _characters(path: str) -> frozenset[int]:
     from matplotlib.ft2font import FT2Font
 
     return frozenset(FT2Font(path).get_charmap())
-
-
-def percent(value: float | None) -> str:
-    """For a table; nothing for None."""
-    return "" if value is None else f"{100 * value:.1f}"
-
-
-def table(rows: list[list[str]], words: int = 1) -> list[str]:
-    """Lines of Markdown; the first row is the head. Columns are numbers but for the first `words`."""
-    rule = ["---"] * words + ["---:"] * (len(rows[0]) - words)
-    return ["| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from finetune.analysis.attention import choose_layer, look, quadrants, to_grid, word_maps
-from finetune.analysis.figures import Inapplicable, find_fonts, open_pyplot, percent, save, table
+from finetune.analysis.figures import Inapplicable, find_fonts, open_pyplot, save
 from finetune.analysis.parallel import Parallel
 from finetune.analysis.words import Thing, find_tokens, find_word, name_in, read_scenes
 from finetune.batches import encode_texts
@@ -17,6 +17,7 @@ from finetune.examples import Example
 from finetune.pictures import Pixels
 from finetune.stores.pictures import stem
 from raylib.errors import UserError
+from raylib.markdown import percent, table
 from raylib.model.unified import UnifiedModel
 from raylib.ragged import Ragged
 from raylib.text import Tokenizer
@@ -131,7 +132,7 @@ def _record(item: Look, languages: Sequence[str], grids: np.ndarray) -> dict[str
     return record
 
 
-def summary(values: dict[str, Any]) -> list[str]:
+def summary(values: dict[str, Any]) -> str:
     """Markdown: shares of the attention, where it is known what the words name."""
     if "own_quadrant" not in values:
         return []

@@ -9,7 +9,7 @@ import torch
 
 from finetune.analysis import confused, curves, maps, similarity
 from finetune.analysis.attention import has_cross_attention
-from finetune.analysis.figures import Inapplicable, table
+from finetune.analysis.figures import Inapplicable
 from finetune.analysis.parallel import read_parallel
 from finetune.build import backbone_of, build_model, open_pictures_for, tokenizer_of
 from finetune.config import FinetuneConfig
@@ -21,6 +21,7 @@ from finetune.worker import trained
 from raylib import checkpoint
 from raylib.config import load
 from raylib.errors import UserError
+from raylib.markdown import percent, table
 from raylib.model.unified import UnifiedModel
 from raylib.text import Tokenizer
 
@@ -125,20 +126,20 @@ def _similarity(opened: Opened) -> list[str]:
     similarity.draw(values, opened.called, opened.measure, what, opened.out / "similarity")
     left = ", ".join(f"{code} {n}" for code, n in parallel.left_out.items() if n)
     rows = [["language", "similarity to English", opened.measure]]
-    rows += [[code, f"{100 * near:.1f}", f"{100 * values['score'][code]:.1f}"] for code, near in values["to_english"].items()]
+    rows += [[code, percent(near), percent(values["score"][code])] for code, near in values["to_english"].items()]
     unpaired = "" if values["unpaired"] is None else f", of unpaired ones {100 * values['unpaired']:.1f}"
     pearson = "" if values["pearson"] is None else f"; Pearson's r with {opened.measure} over languages {values['pearson']:.2f}"
     return [
         f"Mean cosine × 100 of parallel items ({what} states) in two languages {100 * values['mean']:.1f}{unpaired}{pearson}. "
         f"{values['items']} of the {parallel.found} items that are in all languages; items that are not: {left or 'none'}.",
-        *(["", *table(rows)] if values["to_english"] else []),
+        *(["", table(rows)] if values["to_english"] else []),
     ]
 
 
 def _curves(opened: Opened) -> list[str]:
     values = curves.read_curves(list(dict.fromkeys(opened.parts.values())))
     curves.draw(values, opened.called, opened.measure, opened.out / "curves")
-    return curves.summary(values)
+    return [curves.summary(values)]
 
 
 def _confusions(opened: Opened) -> list[str]:
@@ -147,7 +148,7 @@ def _confusions(opened: Opened) -> list[str]:
     files = {code: folder / "predictions" / f"{code}.jsonl" for code, folder in opened.parts.items()}
     values = confused.count(files, wordnet_of(opened.config))
     confused.draw(values, opened.called, opened.out / "confusions")
-    return confused.summary(values)
+    return [confused.summary(values)]
 
 
 def _attention(opened: Opened) -> list[str]:
@@ -172,5 +173,5 @@ def _attention(opened: Opened) -> list[str]:
     if hidden:
         lines[0] += f" Captions in {', '.join(sorted(hidden))} are the code alone: no font here draws them (Noto's would)."
     if "own_quadrant" in values:
-        lines += ["", *maps.summary(values), "", "A quadrant's share of the attention on patches by chance: 25 %."]
+        lines += ["", maps.summary(values), "", "A quadrant's share of the attention on patches by chance: 25 %."]
     return lines

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from finetune.examples import Example
 from finetune.tasks import TASKS
+from raylib import markdown
 
 STEPS, RATE, DECAY = 400, 0.05, 1e-3
 
@@ -39,9 +40,9 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
 
 def table(measured: dict[str, dict[str, float]]) -> str:
     """Markdown: what `measure` found, in %, by task."""
-    rows = [["task", "majority", "text alone", "picture alone"], ["---", "---:", "---:", "---:"]]
-    rows += [[task, *(f"{100 * value:.1f}" for value in figures.values())] for task, figures in measured.items()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    rows = [["task", "majority", "text alone", "picture alone"]]
+    rows += [[task, *map(markdown.percent, figures.values())] for task, figures in measured.items()]
+    return markdown.table(rows)
 
 
 def _words(text: str) -> list[str]:
