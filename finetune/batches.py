@@ -99,7 +99,7 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Rag
 
 class CaptionBatches(_Epochs):
     """Batches of a retrieval task, an example being a picture and one of its captions, as `UnifiedObjective` takes them:
-    {"step", "samples", "image_text": {"index", "images" or "states", "image_id", "text", "draws"}}."""
+    {"step", "samples", "image_text": {"index", "images" or "states", "image_id", "text", "draws", "pivot" if any}}."""
 
     def __init__(
         self, examples: Sequence[Captioned], pictures: Pictures, tokenizer: Tokenizer, length: int, batch: int, seed: int,
@@ -125,6 +125,8 @@ class CaptionBatches(_Epochs):
             "text": _unmasked([c.captions[0] for c in chosen], self.tokenizer, self.length),
             "draws": torch.from_numpy((np.floor(negatives * 2**24) * 2**-24).astype(np.float32)),
         }
+        if chosen[0].pivots:
+            part["pivot"] = encode_texts([c.pivots[0] for c in chosen], self.tokenizer, self.length)
         return {"step": step, "samples": self.batch, "image_text": part}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from finetune.config import FinetuneConfig
-from finetune.data import find_task, labels_of, languages_of, open_seen, read_split, wordnet_of
+from finetune.data import find_task, labels_of, languages_of, open_seen, read_split, training_captions, wordnet_of
 from finetune.decoder import encode_answers
 from finetune.model import FinetuneModel, find_evaluated, freeze, is_foreign, load_backbone, load_finetuned, resize
 from finetune.strategies import Context, Methods
@@ -23,25 +23,44 @@ def build_model(config: FinetuneConfig) -> FinetuneModel | UnifiedModel:
     task = find_task(config)
     if task.kind == "retrieval":
         model = load_backbone(config.model, config.backbone, config.vision)
+        _ready_to_retrieve(config, model)
     else:
         labels = labels_of(config)
-        if config.setting in ("few_shot", "translate_test"):
+        if config.continues:
             model = load_finetuned(config.model, labels)
             there = "decoder" if model.spells else "classifier"
             if there != config.head:
                 raise UserError(f"{config.model}: its head is a {there}; set head={there}")
         else:
             backbone = load_backbone(config.model, config.backbone, config.vision)
+            if not hasattr(backbone, "ground"):
+                raise UserError(f"task={config.task}: {backbone.kind} reads texts and pictures apart; it retrieves, no more")
             answers = encode_answers(labels, Tokenizer.load(tokenizer_of(config))) if config.head == "decoder" else None
             more = (_region_width(config), answers, config.decoder)
             model = FinetuneModel(backbone, labels, task.pictures, config.head_dropout, *more)
     backbone = backbone_of(model)
     if hasattr(backbone, "see_regions"):
         _see_regions(config, backbone)
-    elif config.image_size:
+    elif config.image_size and config.image_size != backbone.config.image_size:
+        if not isinstance(backbone, UnifiedModel):
+            raise UserError(f"image_size={config.image_size}: {backbone.kind}'s image tower has {backbone.config.image_size}")
         resize(backbone, config.image_size)
     freeze(backbone, config.freeze)
     return model
+
+
+def _ready_to_retrieve(config: FinetuneConfig, model: torch.nn.Module) -> None:
+    """Without the match head, what it alone uses is out of training, or would decay all the same under ZeRO.
+
+    Raises:
+        UserError: a model without a match head, and matching is asked for.
+    """
+    if config.matching and not (hasattr(model, "match_head") or hasattr(model, "see_regions")):
+        raise UserError(f"task={config.task}: {model.kind} has no head that matches pairs; set matching=false")
+    if not config.matching:
+        for part in ("fusion", "match_head", "masked_head", "temperature"):
+            if hasattr(model, part):
+                getattr(model, part).requires_grad_(False)
 
 
 def build_methods(config: FinetuneConfig, say=print) -> Methods:
@@ -53,8 +72,16 @@ def build_methods(config: FinetuneConfig, say=print) -> Methods:
     answers = find_task(config).kind != "retrieval"
     labels = labels_of(config) if answers else ()
     cache = Path(config.runs).absolute() / "cache"  # named by content: other runs read it too
-    context = Context(Path(config.data), wordnet_of(config), languages_of(config), labels, cache, say)
+    context = Context(Path(config.data), wordnet_of(config), languages_of(config), labels, tokenizer_of(config), cache, say,
+                      training_captions(config))  # fmt: skip
     return Methods(config.strategies, context)
+
+
+def build_adapted(config: FinetuneConfig) -> tuple[FinetuneModel | UnifiedModel, Tokenizer]:
+    """The model as training changed it, to be filled with what a run of `config` has learnt, and how it reads texts."""
+    model, methods = build_model(config), build_methods(config, lambda *_: None)
+    methods.adapt(model)
+    return model, methods.reads(Tokenizer.load(tokenizer_of(config)), model)
 
 
 def tokenizer_of(config: FinetuneConfig) -> Path:

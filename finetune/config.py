@@ -2,16 +2,17 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from finetune.decoder import DecoderConfig
-from finetune.strategies import StrategiesConfig, method_name
+from finetune.strategies import StrategiesConfig, chosen, method_name
+from finetune.strategies.tuning import Tuning
 from raylib.data.images import AugmentConfig
 from raylib.launch import LaunchConfig
 from raylib.loop import FitConfig
 from raylib.optim import OptimConfig
 
-Setting = Literal["zero_shot", "few_shot", "single_language", "all_language", "translate_test"]
+Setting = Literal["zero_shot", "few_shot", "single_language", "all_language", "translate_test", "untrained"]
 Part = Literal["embeddings", "text", "vision", "fusion"]
 UNIMODAL: tuple[Part, ...] = ("embeddings", "text", "vision")  # everything before text and picture meet
 
@@ -27,7 +28,7 @@ class FinetuneConfig(LaunchConfig):
         `data`/wordnet. Without one, results have no "synonym_accuracy" and "confusions".
     setting: zero_shot trains on English; few_shot goes on from `model` with each language's shots; single_language and
         all_language train on the languages' own files, one by one or together; translate_test evaluates `model`, untrained,
-        on translations into English.
+        on translations into English; untrained evaluates it as it is.
     split: "test", or "few_shot_test", IGLUE's smaller one of xGQA. shots: which few-shot file.
     languages: what is evaluated; () is all of the task's.
     answers: keep so many most frequent answers of the training file; None: the task's answer file, or all there are.
@@ -36,7 +37,8 @@ class FinetuneConfig(LaunchConfig):
     backbone: what a `model` that is not ours becomes (`raylib.backbones`).
     head: a classifier, or a decoder that spells the answers of an open set and ranks them as `decoder` says (CCLM).
     freeze: parts that never train. encoded: with a frozen image encoder and no augmentation, encode every picture once.
-    candidates: K of two-stage retrieval; 0 ranks every pair.
+    matching: retrieval trains and ranks pairs by the match head too, and `candidates` is the K of its two stages (0 ranks every
+        pair). Without, by image-text contrast alone, at `temperature` (paper 4's tau).
     select: which checkpoint is evaluated: the best on the English dev set (few-shot: the language's own, where the task has
         one), or the last.
     curves: evaluate the test set in every language after every epoch too; it chooses nothing (`analyse` draws it).
@@ -69,7 +71,9 @@ class FinetuneConfig(LaunchConfig):
     length: int = Field(40, ge=3)
     head_dropout: float = Field(0.1, ge=0, lt=1)
     loss: Literal["ce", "bce"] = "ce"
+    matching: bool = True
     candidates: NonNegativeInt = 16
+    temperature: PositiveFloat = 0.01
     select: Literal["best", "last"] = "best"
     curves: bool = False
     train_limit: PositiveInt | None = None
@@ -82,11 +86,33 @@ class FinetuneConfig(LaunchConfig):
         sparse = self.strategies.sparse
         if sparse and not sparse.mask and sparse.epochs > self.epochs:
             raise ValueError(f"strategies.sparse.epochs={sparse.epochs}: a round is cut out of a run of epochs={self.epochs}")
+        tuned = [name for name, method in chosen(self.strategies).items() if isinstance(method, Tuning)]
+        if sparse and tuned:
+            raise ValueError(f"strategies.sparse prunes what strategies.{tuned[0]} freezes; leave one of them out")
+        if self.strategies.alignment and self.matching:
+            raise ValueError("strategies.alignment is for models that read texts and pictures apart; set matching=false")
+        if {"adapter", "compacter"} <= set(tuned):
+            raise ValueError("strategies.adapter and strategies.compacter want the same places; leave one of them out")
         if self.augment and self.encoded and "vision" in self.freeze:
             raise ValueError("augment needs encoded=false: pictures that are encoded once cannot change")
         if self.head == "decoder" and self.loss == "bce":
             raise ValueError("head=decoder has a loss of its own, over tokens; leave out loss=bce")
         return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether the setting trains anything."""
+        return self.setting not in ("translate_test", "untrained")
+
+    @property
+    def continues(self) -> bool:
+        """Whether the setting goes on from a fine-tuned `model`."""
+        return not self.trains or self.setting == "few_shot"
+
+    @property
+    def ranked(self) -> int | None:
+        """How many candidates of a query the match head ranks: None, it ranks nothing; 0, all."""
+        return self.candidates if self.matching else None
 
     @property
     def called(self) -> str:

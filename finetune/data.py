@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -44,7 +44,9 @@ def languages_of(config: FinetuneConfig) -> tuple[str, ...]:
 
 def test_split(config: FinetuneConfig) -> str:
     """The split that results come from; English has no translation."""
-    return "translated" if config.setting == "translate_test" else config.split
+    alignment = config.strategies.alignment
+    translated = config.setting == "translate_test" or (alignment and alignment.routine == 3)
+    return "translated" if translated else config.split
 
 
 def training_examples(config: FinetuneConfig, language: str | None) -> list:
@@ -60,6 +62,20 @@ def training_examples(config: FinetuneConfig, language: str | None) -> list:
     if len(own) < len(readings) or (language not in (None, "en") and english in own):
         raise UserError(f"{config.task}: its training file is English only; setting={config.setting} has nothing to train on")
     return [example for reading in readings for example in reading]
+
+
+def training_captions(config: FinetuneConfig) -> Callable[[str, str], dict[str, tuple[str, ...]]] | None:
+    """`captions` of a `Context`: reads what a retrieval run trains on, in any language, or translations of it; None where
+    English alone is trained on."""
+    split = {"few_shot": "shots", "single_language": "train", "all_language": "train"}.get(config.setting)
+    if find_task(config).kind != "retrieval" or split is None:
+        return None
+
+    def read(made: str, language: str) -> dict[str, tuple[str, ...]]:
+        items = read_split(config, f"{split}{made}", language, config.train_limit if split == "train" else None)
+        return {item.image: item.captions for item in merge(list(items))}
+
+    return read
 
 
 def wordnet_of(config: FinetuneConfig) -> Path:

@@ -25,10 +25,11 @@ class Example(NamedTuple):
 
 
 class Captioned(NamedTuple):
-    """One picture of a retrieval task with its captions in one language."""
+    """One picture of a retrieval task with its captions in one language; `pivots`: what each of these is to be aligned with."""
 
     image: str
     captions: tuple[str, ...]
+    pivots: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from finetune.decoder import AnswerDecoder, DecoderConfig
 from finetune.formats.nli import check_labels
 from raylib.backbones import BACKBONES, rebuild
+from raylib.backbones.mclip import MClip
 from raylib.checkpoint import BEST
 from raylib.config import build, choose
 from raylib.errors import UserError
+from raylib.model import tuning
 from raylib.model.attention import initialise
 from raylib.model.folder import find_model
 from raylib.model.unified import UnifiedModel
@@ -135,7 +137,7 @@ class FinetuneModel(nn.Module):
         """Write `config.json` and `model.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
         description = {"model_type": "polyglance-finetuned", **self.description, "backbone": self.backbone.kind,
-                       "sizes": self.backbone.config.model_dump()}  # fmt: skip
+                       "sizes": self.backbone.config.model_dump(), "tuning": tuning.described(self)}  # fmt: skip
         (folder / "config.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         save_file({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / "model.safetensors")
 
@@ -148,6 +150,7 @@ class FinetuneModel(nn.Module):
             backbone, tuple(values["labels"]), values["pictures"], values["head_dropout"], values["regions"],
             values.get("answers"), build(DecoderConfig, values.get("decoder", {}), str(folder / "config.json")),
         )  # fmt: skip
+        tuning.restore(model, values.get("tuning", {}))
         return fill(model, folder)
 
 
@@ -169,7 +172,8 @@ def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = 
         raise UserError(f"{path} has an image encoder; leave vision={vision} out")
     if description["model_type"] == "polyglance-finetuned":
         return FinetuneModel.from_pretrained(folder).backbone
-    return UnifiedModel.from_pretrained(folder)
+    model = MClip if description["model_type"] == "polyglance-mclip" else UnifiedModel
+    return model.from_pretrained(folder)
 
 
 def load_finetuned(path: Path | str, labels: tuple[str, ...]) -> FinetuneModel:

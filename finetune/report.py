@@ -12,7 +12,7 @@ from raylib import markdown
 from raylib.checkpoint import write_atomically
 from raylib.errors import UserError
 from raylib.markdown import percent, spread
-from raylib.metrics import RANKS, mean
+from raylib.metrics import RANKS, disparity, mean
 from raylib.track import read_metrics
 
 RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in RANKS)
@@ -20,7 +20,8 @@ RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in RANKS)
 
 def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """`result.json`: what the parts of a run came to. `accuracy` (or the recalls under `retrieval`) by language, their
-    mean over the targets, the gap from English to it, and accuracy by question type."""
+    mean over the targets, the gap from English to it, and accuracy by question type; `disparity` over languages of accuracy,
+    or of `recall_at_1`, the mean of both ways (paper 4)."""
     figures = {code: values for part in parts for code, values in part["languages"].items()}
     retrieval = find_task(config).kind == "retrieval"
     scores = {code: values["mean_recall" if retrieval else "accuracy"] for code, values in figures.items()}
@@ -31,6 +32,7 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
         "run": config.name, "task": config.task, "setting": config.setting, "split": config.split, "method": config.called,
         "seed": config.fit.seed, "model": config.model, "params": first.get("params"), "trainable": first.get("trainable"),
         "sparsity": sparsity.get("whole", 0.0), "sparsity_prunable": sparsity.get("prunable", 0.0),
+        **{name: first[name] for name in ("share", "share_with_heads") if name in first},
         "steps": sum(part.get("steps", 0) for part in parts),
         "seconds": sum(part.get("seconds", 0.0) for part in parts),
         "retrieval" if retrieval else "accuracy": figures if retrieval else scores,
@@ -38,6 +40,10 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
         "gap": scores["en"] - mean(targets) if targets and "en" in scores else None,
         "by_type": {code: values["by_type"] for code, values in figures.items() if values.get("by_type")},
     }  # fmt: skip
+    first_hits = {code: mean((v["i2t_r1"], v["t2i_r1"])) for code, v in figures.items()} if retrieval else scores
+    if retrieval:
+        result["recall_at_1"] = first_hits
+    result["disparity"] = disparity(first_hits.values())
     if not retrieval:
         kept = ("n", "predictions", "unlabelled", "unknown_answers")
         result["counts"] = {code: {name: values[name] for name in kept} for code, values in figures.items()}
@@ -148,7 +154,7 @@ def compare(results: Iterable[dict[str, Any]]) -> str:
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         # a run that goes on from another is told apart by that one's seed, not by its name
-        model = "" if result["setting"] in ("few_shot", "translate_test") else Path(result["model"]).name
+        model = "" if result["setting"] in ("few_shot", "translate_test", "untrained") else Path(result["model"]).name
         groups[result["task"], result["setting"], result["method"], model].append(result)
     codes = list(dict.fromkeys(code for group in groups.values() for r in group for code in scores_of(r)))
     head = ["task", "setting", "method", "model", "seeds", *codes, "mean of the targets", "gap"]

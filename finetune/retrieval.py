@@ -1,15 +1,17 @@
 """Two-stage retrieval (paper 2, appendix B.2.3; ALBEF): the unimodal encoders choose K candidates of each query, the ITM
-head ranks them. Every picture and every sentence is encoded once, so the cost grows with N + N K and not with N^2.
+head ranks them. Every picture and every sentence is encoded once, so the cost grows with N + N K and not with N^2. Of models
+without that head, or runs with `matching=false`, the first stage is all.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from finetune.batches import encode_texts
 from finetune.examples import Captioned
@@ -18,7 +20,6 @@ from raylib.collective import world_size
 from raylib.data.states import States, write_states
 from raylib.metrics import RANKS, mean
 from raylib.model.encoder import Condition
-from raylib.model.unified import UnifiedModel
 from raylib.ragged import Ragged, first_tokens
 from raylib.text import Tokenizer
 
@@ -26,16 +27,17 @@ SENTENCES, PAIRS = 256, 512  # encoded, or ranked, at a time
 
 
 def retrieve(
-    model: UnifiedModel, items: Sequence[Captioned], pictures: Pixels | Encoded, tokenizer: Tokenizer, length: int,
-    candidates: int, folder: Path, bf16: bool = False,
+    model: nn.Module, items: Sequence[Captioned], pictures: Pixels | Encoded, tokenizer: Tokenizer, length: int,
+    candidates: int | None, folder: Path, bf16: bool = False,
 ) -> dict[str, Any]:
     """Recall of one language's pictures and captions both ways; all workers together, all return the same.
 
-    candidates: K; 0 ranks every pair. folder: for states, gone afterwards; all workers must see it.
+    candidates: K; 0 ranks every pair; None ranks none: the cosine decides.
+    folder: for states, gone afterwards; all workers must see it.
     Returns:
         {"i2t_r1" ... "t2i_r10", "mean_recall", "n": pictures, "captions", "chance_r1", "pairs": how many were ranked}.
     """
-    ranker = _Ranker(model, items, pictures, tokenizer, length, folder, bf16)
+    ranker = _Ranker(model, items, pictures, tokenizer, length, folder, bf16, ranks=candidates is not None)
     try:
         i2t, i2t_pairs = ranker.recalls(ranker.image_vectors, ranker.text_vectors, candidates, image_asks=True)
         t2i, t2i_pairs = ranker.recalls(ranker.text_vectors, ranker.image_vectors, candidates, image_asks=False)
@@ -52,10 +54,10 @@ def retrieve(
 
 
 class _Ranker:
-    """States and unit vectors of all pictures and captions."""
+    """Unit vectors of all pictures and captions; where the match head `ranks`, their states too."""
 
-    def __init__(self, model, items, pictures, tokenizer: Tokenizer, length: int, folder: Path, bf16: bool):
-        self.model, self.bf16, self.device = model.eval(), bf16, model.match_head.weight.device
+    def __init__(self, model, items, pictures, tokenizer: Tokenizer, length: int, folder: Path, bf16: bool, ranks: bool):
+        self.model, self.bf16, self.device = model.eval(), bf16, next(model.parameters()).device
         self.names = [item.image for item in items]
         texts = [caption for item in items for caption in item.captions]
         self.owner = torch.tensor([i for i, item in enumerate(items) for _ in item.captions])
@@ -65,36 +67,44 @@ class _Ranker:
         else:
             self.images = encode_pictures(model, pictures, self.names, folder / "images", bf16)
 
-        def encode(keys: Sequence[str]) -> Ragged:
+        def ids_of(keys: Sequence[str]) -> Ragged:
             ids = encode_texts([texts[int(key)] for key in keys], tokenizer, length)
-            ids = ids.with_values(ids.values.to(self.device))
+            return ids.with_values(ids.values.to(self.device))
+
+        def encode(keys: Sequence[str]) -> Ragged:
+            ids = ids_of(keys)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 states = model.encode_text(ids)
             return ids.with_values(states.float())
 
+        def embed_sentences(keys: Sequence[str]) -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                return model.embed_sentences(ids_of(keys))
+
+        def embed_states(keys: Sequence[str]) -> Tensor:
+            states = self._states(self.texts, keys)
+            return model.embed_text(states.values[states.starts])
+
         with torch.inference_mode():
-            self.texts = write_states(folder / "texts", self.keys, encode, SENTENCES)
-            self.image_vectors = self._vectors(self.images, self.names, model.embed_images)
-            self.text_vectors = self._vectors(self.texts, self.keys, model.embed_text)
+            self.image_vectors = _vectors(self.names, lambda names: model.embed_pictures(self._states(self.images, names)))
+            if ranks:
+                self.texts: States = write_states(folder / "texts", self.keys, encode, SENTENCES)
+            self.text_vectors = _vectors(self.keys, embed_states if ranks else embed_sentences)
 
-    def _vectors(self, states: States, names: Sequence[str], embed) -> Tensor:
-        parts = []
-        for start in range(0, len(names), SENTENCES):
-            rows = states.read(names[start : start + SENTENCES])
-            parts.append(embed(rows.values[rows.starts].to(self.device).float()).float().cpu())
-        return torch.cat(parts)
-
-    def recalls(self, queries: Tensor, keys: Tensor, candidates: int, image_asks: bool) -> tuple[dict[int, float], int]:
+    def recalls(
+        self, queries: Tensor, keys: Tensor, candidates: int | None, image_asks: bool
+    ) -> tuple[dict[int, float], int]:
         """({k: recall@k}, pairs ranked) of all queries; this worker ranks every world-th one."""
-        count = min(candidates or len(keys), len(keys))
+        count = 0 if candidates is None else min(candidates or len(keys), len(keys))
         mine = torch.arange(_rank(), len(queries), world_size())
         hits = torch.zeros(len(RANKS), dtype=torch.int64)
-        for chunk in mine.split(max(1, PAIRS // count)):
-            similar = queries[chunk] @ keys.T
-            chosen = similar.topk(count, dim=1).indices
-            match = self._match(chunk, chosen, image_asks)
-            # candidates first, by the ITM head; then the others, by similarity, which is at most 1
-            final = (similar - 4).scatter(1, chosen, match)
+        for chunk in mine.split(max(1, PAIRS // max(1, count))):
+            final = queries[chunk] @ keys.T
+            if count:
+                chosen = final.topk(count, dim=1).indices
+                match = self._match(chunk, chosen, image_asks)
+                # candidates first, by the ITM head; then the others, by similarity, which is at most 1
+                final = (final - 4).scatter(1, chosen, match)
             own = self.owner[None] == chunk[:, None] if image_asks else torch.arange(len(keys))[None] == self.owner[chunk, None]
             best = final.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
             ahead = ((final >= best) & ~own).sum(1)  # a tie counts as ahead: a collapsed model scores 0
@@ -120,9 +130,15 @@ class _Ranker:
             out.append(logits.float().softmax(1)[:, 1].cpu())
         return torch.cat(out).view_as(chosen)
 
-    def _states(self, states: States, names: list[str]) -> Ragged:
+    def _states(self, states: States, names: Sequence[str]) -> Ragged:
         rows = states.read(names)
         return rows.with_values(rows.values.to(self.device).float())
+
+
+def _vectors(names: Sequence[str], embed: Callable[[Sequence[str]], Tensor]) -> Tensor:
+    """Unit vectors (n, e) of all `names`, some at a time."""
+    parts = [embed(names[start : start + SENTENCES]).float().cpu() for start in range(0, len(names), SENTENCES)]
+    return F.normalize(torch.cat(parts), dim=1)
 
 
 def _rank() -> int:

@@ -90,6 +90,20 @@ def _xvnli(train: Mapping[str, Split]) -> dict[str, Split]:
     return {**shared, **train}
 
 
+def _xtd_few() -> dict[str, Split]:
+    """Captions of XTD's test set by paper 4's parts, and translations of them in files alike."""
+
+    def part(name: str, file: str, up: str = "../") -> Split:
+        return Split(f"xtd/{file}", captions.read_xtd, {"images": f"{up}test_image_names.txt", "part": name})
+
+    return {
+        **{name: part(name, "test_1kcaptions_{language}.txt", up="") for name in captions.XTD_PARTS},
+        "train_to_en": part("train", "translated_to_en/{language}.txt"),
+        "train_from_en": part("train", "translated_from_en/{language}.txt"),
+        "translated": part("test", "translated_to_en/{language}.txt"),
+    }
+
+
 TASKS: dict[str, Task] = {
     "xgqa": Task(
         summary="questions about pictures; GQA in English, xGQA in 7 more languages",
@@ -162,6 +176,10 @@ TASKS: dict[str, Task] = {
             "test": Split("xFlickrCO/annotations/{language}/test.jsonl", captions.read_flickr),
             "shots": Split("xFlickrCO/annotations/{language}/train_{shots}.jsonl", captions.read_flickr),
             "translated": Split("xFlickrCO/annotations_machine-translate/{language}/test_gmt.jsonl", captions.read_flickr),
+            "shots_to_en": Split("xFlickrCO/annotations_machine-translate/{language}/train_{shots}_gmt.jsonl",
+                                 captions.read_flickr),
+            "shots_from_en": Split("xFlickrCO/annotations_machine-translate/{language}/train_{shots}_from_en.jsonl",
+                                   captions.read_flickr),
         },
     ),
     "wit": Task(
@@ -183,6 +201,11 @@ TASKS: dict[str, Task] = {
             split: Split(f"multi30k/data/task1/raw/{part}.{{language}}.gz", captions.read_multi30k,
                          {"images": f"../image_splits/{part}.txt"})
             for split, part in (("train", "train"), ("dev", "val"), ("test", "test_2016_flickr"))
+        } | {
+            split: Split(f"multi30k/translated_{way}_en/{part}.{{language}}", captions.read_multi30k,
+                         {"images": f"../data/task1/image_splits/{part}.txt"})
+            for split, way, part in (("train_to_en", "to", "train"), ("train_from_en", "from", "train"),
+                                     ("translated", "to", "test_2016_flickr"))
         },
     ),
     "coco": Task(
@@ -207,6 +230,12 @@ TASKS: dict[str, Task] = {
             "dev": Split("coco/dataset_coco.json", captions.read_karpathy, {"split": "val"}),
             "test": Split("xtd/test_1kcaptions_{language}.txt", captions.read_multi30k, {"images": "test_image_names.txt"}),
         },
+    ),
+    "xtd_few": Task(
+        summary="image-text retrieval on XTD: 50 of its pictures to train on, 50 to choose by, 900 to test (paper 4)",
+        kind="retrieval",
+        languages=("en", "de", "es", "fr", "it", "jp", "ko", "pl", "ru", "tr", "zh"),
+        splits=_xtd_few(),
     ),
     "ja_vqa": Task(
         summary="questions about Visual Genome's pictures in Japanese, free answers",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import report
-from finetune.build import build_methods, build_model, open_pictures_for, tokenizer_of
+from finetune.build import build_adapted, build_methods, open_pictures_for, tokenizer_of
 from finetune.config import FinetuneConfig
 from finetune.cycles import find_mask
 from finetune.data import find_task, languages_of, read_split, test_split, wordnet_of
@@ -18,7 +18,6 @@ from raylib import checkpoint
 from raylib.config import load
 from raylib.errors import UserError
 from raylib.launch import launch, leads, open_run, run_folder
-from raylib.text import Tokenizer
 
 
 def run(config: FinetuneConfig) -> dict[str, Any]:
@@ -43,7 +42,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     result = report.summarise(config, results)
     if leads(config):
         report.write(folder, result)
-        for trained in {run_folder(part) for part, _ in parts if config.setting != "translate_test"}:
+        for trained in {run_folder(part) for part, _ in parts if config.trains}:
             report.draw_curve(trained)
     say(report.table(result))
     say(f"{folder}/result.json, result.md, result.png; curve.png beside each checkpoint", flush=True)
@@ -67,9 +66,10 @@ def _check(config: FinetuneConfig) -> None:
             next(iter(read_split(config, "shots", language, 1)), None)
         if not next(iter(reading), None):
             raise UserError(f"{reading.path}: empty")
-    if config.setting == "translate_test" and chosen(config.strategies):
-        raise UserError("strategies change training, and setting=translate_test trains nothing; leave them out")
-    if config.setting != "zero_shot" and config.strategies.code_mixing:
+    if not config.trains and chosen(config.strategies).keys() - {"hard_prompt"}:
+        raise UserError(f"strategies change training, and setting={config.setting} trains nothing; leave them out")
+    aligned = config.strategies.alignment and config.strategies.alignment.routine == 3  # on translations into English
+    if config.setting != "zero_shot" and config.strategies.code_mixing and not aligned:
         raise UserError(f"strategies.code_mixing mixes English texts; setting={config.setting} trains on others")
     if config.setting in ("few_shot", "single_language") and config.resume != "newest":
         raise UserError(f"resume={config.resume}: setting={config.setting} trains a part for each language; resume=newest alone")
@@ -100,7 +100,7 @@ def _run_part(config: FinetuneConfig, language: str | None) -> dict[str, Any]:
         tokenizer = tokenizer_of(config)
         shutil.copy2(tokenizer, folder / tokenizer.name)  # so that the run is a model for others
     ready, before = config, {"finished": True, "seconds": 0.0}
-    if config.strategies.sparse and config.setting != "translate_test":
+    if config.strategies.sparse and config.trains:
         ready, before = find_mask(config, language)
     if not before["finished"]:
         return before
@@ -118,10 +118,10 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     results = []
     for part, _ in _parts(config):
         run = run_folder(part) if part is not config else folder
-        model = build_model(part)
-        if config.setting != "translate_test":
+        model, tokenizer = build_adapted(part)
+        if config.trains:
             fill(model, trained(config, run, checkpoint.newest(run)))
-        tokenizer, pictures = Tokenizer.load(tokenizer_of(config)), open_pictures_for(part, model)
+        pictures = open_pictures_for(part, model)
         before = json.loads((run / "part.json").read_text(encoding="utf-8")) if (run / "part.json").is_file() else {}
         figures = evaluate_model(part, model, tokenizer, pictures, run)
         results.append({**before, "languages": with_confusions(part, figures, run)})

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from finetune.batches import CaptionBatches, ExampleBatches
 from finetune.build import backbone_of, build_methods, build_model, open_pictures_for, tokenizer_of
 from finetune.config import FinetuneConfig
+from finetune.contrast import ContrastObjective
 from finetune.data import (
     find_task,
     languages_of,
@@ -30,6 +31,7 @@ from raylib import checkpoint
 from raylib.collective import world_size
 from raylib.errors import UserError
 from raylib.loop import fit
+from raylib.model import tuning
 from raylib.objective import ObjectiveConfig, UnifiedObjective, Weights
 from raylib.runtime import Runtime
 from raylib.text import Tokenizer
@@ -56,11 +58,13 @@ class Work:
             fill(model, self.start)
         methods = build_methods(config, print if runtime.rank == 0 else silent)
         methods.adapt(model)
-        tokenizer = Tokenizer.load(tokenizer_of(config))
+        tokenizer = methods.reads(Tokenizer.load(tokenizer_of(config)), model)
         pictures = open_pictures_for(config, model)
-        counts = {"params": sum(p.numel() for p in model.parameters()),
-                  "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}  # fmt: skip
-        if config.setting == "translate_test":
+        trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        counts = {"params": sum(p.numel() for p in model.parameters()), "trainable": sum(trainable.values())}
+        if tuning.described(model):
+            counts |= dict(zip(("share", "share_with_heads"), tuning.shares(model), strict=True))
+        if not config.trains:
             result = {"finished": True, "steps": 0, "seconds": 0.0}
         else:
             result = self._train(runtime, config, model, methods, tokenizer, pictures)
@@ -69,6 +73,8 @@ class Work:
             if world_size() > 1:
                 dist.barrier()
             fill(model, trained(config, runtime.run, runtime.newest()))
+            if tuning.described(model) and runtime.rank == 0:
+                tuning.write(model, trainable.keys(), runtime.run / "tuned.safetensors")
         figures = with_confusions(config, evaluate_model(config, model, tokenizer, pictures, runtime.run), runtime.run)
         return {**result, **counts, "languages": figures}
 
@@ -82,14 +88,16 @@ class Work:
         pictures = encoded(config, model, pictures, [*examples, *dev], home)
         place = (tokenizer, config.length)
         order = (config.batch, fit_config.seed, runtime.rank, runtime.world, methods.draws())
+        terms = methods.terms(model)
         if task.kind == "retrieval":
             batches = CaptionBatches(examples, pictures, *place, *order)
-            retrieval = RETRIEVAL.model_copy(update={"train_vision": "vision" not in config.freeze})
-            objective = UnifiedObjective(model, retrieval, config.length)
-            if methods.terms(model):
-                raise UserError(f"strategies: {', '.join(methods.terms(model))} needs answers; {config.task} has none")
+            if config.matching:
+                retrieval = RETRIEVAL.model_copy(update={"train_vision": "vision" not in config.freeze})
+                objective = UnifiedObjective(model, retrieval, config.length)
+            else:
+                objective = ContrastObjective(model, config.temperature, terms)
         else:
-            terms, soft = methods.terms(model), model.spells or config.loss == "bce"
+            soft = model.spells or config.loss == "bce"
             if model.spells and terms:
                 raise UserError(f"strategies: {', '.join(terms)} needs a classifier's logits; head=decoder has none")
             batches = ExampleBatches(examples, model.labels, pictures, *place, soft, *order)
@@ -119,7 +127,7 @@ class _Validation:
         """{"score", "dev_accuracy" or "dev_mean_recall"; with `curves` "test/LANGUAGE", "test/LANGUAGE/TYPE"}."""
         config, values = self.config, {}
         if self.dev and find_task(config).kind == "retrieval":
-            figures = retrieve(model, self.dev, self.pictures, self.tokenizer, config.length, config.candidates,
+            figures = retrieve(model, self.dev, self.pictures, self.tokenizer, config.length, config.ranked,
                                self.folder / "states", self.bf16)  # fmt: skip
             values = {"score": figures["mean_recall"], "dev_mean_recall": figures["mean_recall"]}
         elif self.dev:
@@ -135,13 +143,16 @@ class _Validation:
 
 
 def _dev(config: FinetuneConfig, language: str | None) -> list:
-    """The dev set that chooses the checkpoint: English, but for few-shot where the task has one of the language (IGLUE's
-    protocol: xGQA); with select=last nothing is looked at."""
+    """The dev set that chooses the checkpoint: English, but the language's own where there is a training for each and the task
+    has one (IGLUE's protocol for few-shot xGQA, paper 4's); with select=last nothing is looked at."""
     task = find_task(config)
-    own = config.setting == "few_shot" and "shots_dev" in task.splits
+    split = {"few_shot": "shots_dev", "single_language": "dev"}.get(config.setting)
+    own = split in task.splits
+    if split == "dev" and language != "en" and task.source("dev", language) == task.source("dev", "en"):
+        own = False
     if config.select == "last" or not (own or "dev" in task.splits):
         return []
-    items = list(read_split(config, *(("shots_dev", language) if own else ("dev", "en")), config.test_limit))
+    items = list(read_split(config, *((split, language) if own else ("dev", "en")), config.test_limit))
     return merge(items) if task.kind == "retrieval" else items
 
 
@@ -163,7 +174,7 @@ def evaluate_model(config: FinetuneConfig, model, tokenizer: Tokenizer, pictures
             for code in languages_of(config)}  # fmt: skip
     bf16 = config.fit.uses_bf16(next(model.parameters()).device)
     if task.kind == "retrieval":
-        return {code: retrieve(model, merge(list(items)), pictures, tokenizer, config.length, config.candidates,
+        return {code: retrieve(model, merge(list(items)), pictures, tokenizer, config.length, config.ranked,
                                run / "predictions" / f".{code}", bf16) for code, items in sets.items()}  # fmt: skip
     return evaluate(model, sets, pictures, tokenizer, config.length, run / "predictions", task.bleu, bf16)
 

@@ -1,5 +1,6 @@
 """Retrieval metrics."""
 
+import statistics
 from collections.abc import Iterable
 
 import torch
@@ -26,6 +27,12 @@ def recalls(queries: Tensor, keys: Tensor, query_owner: Tensor, key_owner: Tenso
         for k in RANKS:
             hits[k] += int((ahead < k).sum())
     return {k: hit / len(queries) for k, hit in hits.items()}
+
+
+def disparity(scores: Iterable[float]) -> dict[str, float]:
+    """How far languages are apart: sample standard deviation and range of their scores (paper 4, table 2)."""
+    scores = list(scores)
+    return {"std": statistics.stdev(scores) if len(scores) > 1 else 0.0, "range": max(scores) - min(scores)}
 
 
 def mean(values: Iterable[float]) -> float:

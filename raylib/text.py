@@ -63,6 +63,21 @@ class Tokenizer:
         return Tokenizer.load, (self.path,)
 
 
+class Prompted(Tokenizer):
+    """A tokenizer that puts a prompt before every text: `words`, or, where a model has embeddings of its own for it, `ids`."""
+
+    def __init__(self, tokenizer: Tokenizer, words: str = "", ids: tuple[int, ...] = ()):
+        self.__dict__.update(tokenizer.__dict__)
+        self.plain, self.words, self.ids = tokenizer, words, ids
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        rows = self.plain.encode([f"{self.words} {text}" for text in texts] if self.words else texts)
+        return [np.concatenate([np.asarray(self.ids, np.int64), row]) for row in rows]
+
+    def __reduce__(self):
+        return Prompted, (self.plain, self.words, self.ids)
+
+
 def _load_sentencepiece(path: Path):
     import sentencepiece
 

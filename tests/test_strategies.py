@@ -107,7 +107,7 @@ def slow_reference(scale, steps, mask=None) -> dict:
 
 
 def methods_of(**chosen) -> Methods:
-    context = Context(None, None, ("en", "de"), ("yes", "no"), None, print)
+    context = Context(None, None, ("en", "de"), ("yes", "no"), None, None, print)
     return Methods(build(StrategiesConfig, chosen, "here"), context)
 
 
@@ -263,7 +263,7 @@ def test_the_prior_on_distances_made_by_hand(tmp_path):
     """d(dog, poodle) and the rest from the vectors' angles; the term is the mean over the k most probable answers."""
     (tmp_path / "vectors.txt").write_text("dog 1 0\npoodle 1 1\nbus 0 1\n")
     said = []
-    context = Context(tmp_path, tmp_path, ("en",), ("dog", "poodle", "bus", "unheard"), tmp_path / "cache", said.append)
+    context = Context(tmp_path, tmp_path, ("en",), ("dog", "poodle", "bus", "unheard"), None, tmp_path / "cache", said.append)
     prior = LinguisticPrior(k=2, alpha=3).prepare(context)
     assert "unheard" in said[0]
     logits, answer = torch.tensor([[1.0, 2.0, 0.0, -1.0], [0.0, 0.0, 5.0, 4.0]]), torch.tensor([0, 2])

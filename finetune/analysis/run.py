@@ -11,7 +11,7 @@ from finetune.analysis import confused, curves, maps, similarity
 from finetune.analysis.attention import has_cross_attention
 from finetune.analysis.figures import Inapplicable
 from finetune.analysis.parallel import read_parallel
-from finetune.build import backbone_of, build_model, open_pictures_for, tokenizer_of
+from finetune.build import backbone_of, build_adapted, open_pictures_for, tokenizer_of
 from finetune.config import FinetuneConfig
 from finetune.data import find_task, languages_of, wordnet_of
 from finetune.model import FinetuneModel, fill
@@ -101,14 +101,14 @@ def _open(folder: Path, options: Options) -> Opened:
     result = read_result(folder)
     config = load(FinetuneConfig, folder / "config.json")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = None
+    model, tokenizer = None, Tokenizer.load(tokenizer_of(config))
     if config.setting not in ONE_EACH:
-        model = build_model(config)
-        if config.setting != "translate_test":
+        model, tokenizer = build_adapted(config)
+        if config.trains:
             fill(model, trained(config, folder, checkpoint.newest(folder)))
         model = model.to(device).eval()
     bf16 = config.fit.uses_bf16(device)
-    return Opened(folder, config, result, model, Tokenizer.load(tokenizer_of(config)), bf16, options)
+    return Opened(folder, config, result, model, tokenizer, bf16, options)
 
 
 def _similarity(opened: Opened) -> list[str]:

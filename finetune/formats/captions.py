@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from finetune.examples import Captioned
 from finetune.formats.stream import field, read_jsonl, read_lines, read_listed
 from raylib.errors import UserError
@@ -37,6 +39,17 @@ def read_multi30k(path: Path, images: str) -> Iterator[Captioned]:
             raise UserError(f"{p}: {len(column)} captions for the {len(names)} pictures of {path.parent / images}")
     for name, *texts in zip(names, *columns, strict=True):
         yield Captioned(name, tuple(texts))
+
+
+XTD_PARTS = {"train": slice(0, 50), "dev": slice(50, 100), "test": slice(100, None)}
+
+
+def read_xtd(path: Path, images: str, part: str) -> Iterator[Captioned]:
+    """As `read_multi30k`, but only the pictures of a part: the first 50, the next 50 or the others in the order that paper 4's
+    public code draws (`torch.randperm` after seed 42)."""
+    items = list(read_multi30k(path, images))
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(42)).tolist()
+    yield from (items[i] for i in order[XTD_PARTS[part]])
 
 
 def read_karpathy(path: Path, split: str) -> Iterator[Captioned]:

@@ -33,7 +33,6 @@ class ScenesConfig(Config):
     size: int = Field(64, ge=32, le=512)
     seed: int = 0
 
-
     def shot_sizes(self, task: str) -> tuple[int, ...]:
         """How many pictures each few-shot set of a task has."""
         return tuple(n for n in SHOTS[task] if n <= self.shots)
@@ -109,6 +108,19 @@ def translator(language: str, seed: int) -> Callable[[str, str], str]:
     return name
 
 
+def translator_into(language: str, seed: int) -> Callable[[str, str], str]:
+    """How an imperfect translator from English names things in `language`: half of the labels get a keyword of CLDR's in place
+    of the name, always the same."""
+
+    def name(label: str, _: str) -> str:
+        said = say(label, language)
+        others = [word for word in read_captions(language)[labels()[label].key].keywords if word != said]
+        dice = Dice(seed, "translator into", language, label)
+        return dice.pick(others) if others and dice.uniform() < 0.5 else said
+
+    return name
+
+
 def _questions(writer: Writer, config: ScenesConfig) -> None:
     def make(split: str, count: int) -> dict[str, tuple[str, Statement]]:
         items, things = {}, numbers(count, config.seed, "gqa", split)
@@ -137,6 +149,7 @@ def _questions(writer: Writer, config: ScenesConfig) -> None:
     images = list(dict.fromkeys(image for image, _ in shots.values()))
     unseen = images[max(config.shot_sizes("gqa")) :]
     for language in XGQA:
+
         def text(q: Statement, language=language) -> str:
             return q.text(language)
 
@@ -178,6 +191,7 @@ def _entailment(writer: Writer, config: ScenesConfig) -> None:
     writer.lines("XVNLI/annotations/en/dev.jsonl", records(make("dev", config.dev), lambda s: s.text("en")))
     test, shots = make("test", config.test), make("shots", 3 * max(config.shot_sizes("nli")))
     for language in XVNLI:
+
         def text(s: Statement, language=language) -> str:
             return s.text(language)
 
@@ -212,6 +226,7 @@ def _captions(writer: Writer, config: ScenesConfig) -> None:
     writer.lines("flickr30k/annotations/valid_ann.jsonl", records(make("dev", config.dev), lambda s: s.text("en")))
     test, shots = make("test", config.test), make("shots", max(config.shot_sizes("flickr")))
     for language in LANGUAGES:
+
         def text(s: Statement, language=language) -> str:
             return s.text(language)
 
@@ -220,8 +235,15 @@ def _captions(writer: Writer, config: ScenesConfig) -> None:
             name = translator(language, config.seed)
             translated = records(test, lambda s, name=name: s.text("en", name))
             writer.lines(f"xFlickrCO/annotations_machine-translate/{language}/test_gmt.jsonl", translated)
+            into = translator_into(language, config.seed)
+            made = {"gmt": lambda s, name=name: s.text("en", name),
+                    "from_en": lambda s, language=language, into=into: s.text(language, into)}  # fmt: skip
             for n in config.shot_sizes("flickr"):
-                writer.lines(f"xFlickrCO/annotations/{language}/train_{n}.jsonl", records(shots[:n], text))
+                for kind, translate in made.items():
+                    path = f"xFlickrCO/annotations_machine-translate/{language}/train_{n}_{kind}.jsonl"
+                    writer.lines(path, records(shots[:n], translate))
+        for n in config.shot_sizes("flickr"):
+            writer.lines(f"xFlickrCO/annotations/{language}/train_{n}.jsonl", records(shots[:n], text))
 
 
 def _pairs(writer: Writer, config: ScenesConfig) -> None:
@@ -251,6 +273,7 @@ def _pairs(writer: Writer, config: ScenesConfig) -> None:
     test, shots = make("test", config.test), make("shots", 2 * max(config.shot_sizes("marvl")))
     writer.lines("nlvr2/annotations/test1.jsonl", english(test))
     for language in LANGUAGES[1:]:
+
         def text(s: Statement, language=language) -> str:
             return s.text(language)
 

@@ -6,23 +6,32 @@ from pydantic import create_model
 from torch import nn
 
 from finetune.examples import Captioned, Example
+from finetune.strategies.alignment import TranslationAlignment
 from finetune.strategies.base import Context, Progress, Strategy, Term
 from finetune.strategies.code_mixing import CodeMixing
 from finetune.strategies.prior import LinguisticPrior
 from finetune.strategies.rates import LayerDecay, ScheduledUnfreezing, TopLayers
 from finetune.strategies.sparse import SparseFineTuning
+from finetune.strategies.tuning import Adapter, Compacter, HardPrompt, Lora, SoftPrompt
 from raylib.config import Config
 from raylib.errors import UserError
 from raylib.optim import LayerRates
 from raylib.randomness import Key
+from raylib.text import Tokenizer
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "prior": LinguisticPrior,
     "sparse": SparseFineTuning,
+    "alignment": TranslationAlignment,
     "code_mixing": CodeMixing,
     "unfreezing": ScheduledUnfreezing,
     "layer_decay": LayerDecay,
     "top_layers": TopLayers,
+    "lora": Lora,
+    "adapter": Adapter,
+    "compacter": Compacter,
+    "soft_prompt": SoftPrompt,
+    "hard_prompt": HardPrompt,
 }
 # a config with a field for each: `strategies.prior.alpha=4` turns a method on, null off
 StrategiesConfig = create_model(
@@ -57,6 +66,12 @@ class Methods:
         """Every method's change of the model, in order."""
         for method in self.all.values():
             method.adapt(model)
+
+    def reads(self, tokenizer: Tokenizer, model: nn.Module) -> Tokenizer:
+        """The tokenizer with every method's prompt; `model` is adapted."""
+        for method in self.all.values():
+            tokenizer = method.reads(tokenizer, model)
+        return tokenizer
 
     def rates(self, depths: int, epoch_steps: int, epochs: int) -> LayerRates | None:
         """The product of the factors, as a function of depth and step; None where no method has any."""

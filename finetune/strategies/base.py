@@ -1,14 +1,15 @@
-"""What a fine-tuning method is: a frozen config with functions for the four seams of training."""
+"""What a fine-tuning method is: a frozen config with functions for the seams of training."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from finetune.examples import Captioned, Example
 from raylib.config import Config
 from raylib.randomness import Key
+from raylib.text import Tokenizer
 
 
 class Progress(NamedTuple):
@@ -22,26 +23,31 @@ class Progress(NamedTuple):
 
 class Context(NamedTuple):
     """The run that a strategy takes part in: the `data` folder, the `wordnet` one, the task's `languages`, the answers
-    (`labels`), a folder to `cache` in, and `say`, which tells people."""
+    (`labels`), the model's `tokenizer` file, a folder to `cache` in, `say`, which tells people, and `captions(made, language)`,
+    {picture: its training captions}: made "", the captions themselves, "_to_en" or "_from_en", translations of them. None: none
+    are trained on but English ones."""
 
     data: Path
     wordnet: Path
     languages: tuple[str, ...]
     labels: tuple[str, ...]
+    tokenizer: Path
     cache: Path
     say: Callable[[str], None]
+    captions: Callable[[str, str], dict[str, tuple[str, ...]]] | None = None
 
 
 class Term(NamedTuple):
-    """A term of the loss: `weight` times the batch's mean of `values(logits (b, C), part of the batch) -> (b,)`."""
+    """A term of the loss: `weight` times the batch's mean of `values(what the model made, part of the batch)`, which are (b,), or
+    their sum. What is made are a classifier's logits (b, C), or `finetune.contrast.Vectors` of pictures and texts."""
 
     weight: float
-    values: Callable[[Tensor, dict], Tensor]
+    values: Callable[[Any, dict], Tensor]
 
 
 class Strategy(Config):
-    """A method that changes nothing: each of the four does where a method overrides it. They compose without knowing of each
-    other: examples one after the other, `adapt` in order, rates by product, terms side by side."""
+    """A method that changes nothing: each of these does where a method overrides it. They compose without knowing of each
+    other: examples and tokenizers one after the other, `adapt` in order, rates by product, terms side by side."""
 
     shown: ClassVar[tuple[str, ...]] = ()  # settings that tables always tell
     hidden: ClassVar[tuple[str, ...]] = ()  # those that they never tell: files
@@ -64,6 +70,10 @@ class Strategy(Config):
     def example(self, example: Example | Captioned, *key: Key) -> Example | Captioned:
         """A training example as this method shows it; whatever is drawn is drawn from `key` (seed, epoch, its id)."""
         return example
+
+    def reads(self, tokenizer: Tokenizer, model: nn.Module) -> Tokenizer:
+        """How the model, adapted, reads its texts, in training and evaluation: the tokenizer, with a prompt perhaps."""
+        return tokenizer
 
     def adapt(self, model: nn.Module) -> None:
         """Change the model before training: masks, permanent freezes."""

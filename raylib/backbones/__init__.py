@@ -10,7 +10,12 @@ Whatever its architecture, a backbone has
                                    (image encoder, heads): the one order behind layer decay, unfreezing and top layers only
     prunable()                     names of the parameters that magnitude pruning may take: matrices of the stack
     encode_text(ids, read)         states of a text by itself, as a premise
+and, unless it retrieves alone
     ground(text, condition, times) CLS states of texts in what grounds them
+
+One that reads texts and pictures apart has in addition
+    encode_images(images)          states of pictures
+    embed_pictures(states), embed_sentences(ids)   vectors that are compared
 
 One with layers of cross-attention has in addition what a head that spells answers builds on (`finetune.decoder`)
     ground_tokens(text, condition) as `ground`, but states of all tokens
@@ -18,7 +23,10 @@ One with layers of cross-attention has in addition what a head that spells answe
 
 One that sees region features in place of pictures has in addition
     see_regions(width)             how wide these will be
-    embed_regions(regions)         what grounds texts, from features and locations side by side
+    embed_regions(regions)         what grounds texts, from features and locations side by side; `oscar` takes tags after them
+
+One that can be distilled (paper 3) has in addition
+    states(text, condition, layers)  of all tokens after these layers, and where in the rows the CLS, words, tags and regions are
 """
 
 from collections.abc import Callable, Mapping
@@ -30,6 +38,9 @@ from torch import nn
 
 from raylib.backbones.cclm import Cclm, CclmSwin, load_cclm, load_cclm_swin
 from raylib.backbones.cclm_load import CLIP
+from raylib.backbones.mclip import ClipImageSizes, MClip, MClipConfig, load_mclip
+from raylib.backbones.oscar import TINY, Oscar, OscarConfig
+from raylib.backbones.oscar_load import load_oscar
 from raylib.backbones.single_stream import LAYOUTS, SingleStream, tiny
 from raylib.backbones.single_stream_load import load_single_stream
 from raylib.config import Config, build, choose
@@ -95,6 +106,25 @@ BACKBONES: dict[str, Backbone] = {
         name: Backbone(summary, {"base": LAYOUTS[name], "tiny": tiny(name)}, SingleStream, partial(load_single_stream, name))
         for name, summary in SINGLE_STREAMS.items()
     },
+    "oscar": Backbone(
+        summary="BERT, or another encoder, over words, object tags and regions (OSCAR+, paper 3)",
+        sizes={"base": OscarConfig(), "tiny": TINY},
+        build=Oscar,
+        load=load_oscar,
+    ),
+    "mclip": Backbone(
+        summary="XLM-R's mean state beside CLIP's image tower (Multilingual-CLIP, paper 4); retrieves alone",
+        sizes={
+            "base": MClipConfig(),
+            "tiny": MClipConfig(
+                vocabulary=12000, width=32, heads=2, feedforward=64, text_layers=2, positions=64, embedding=16, image_size=16,
+                image=ClipImageSizes(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                                     patch_size=8),
+            ),
+        },
+        build=MClip,
+        load=load_mclip,
+    ),
 }  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def copy_text(taken: Taken, model: UnifiedModel, first: int, layers: tuple[int, 
         place.copy_(positions[: len(place)] + token_type)
         taken.copy_layer(model.embedding.norm, "embeddings.LayerNorm")
         for block, layer in zip([*model.text.blocks, *model.fusion.blocks], layers, strict=True):
-            _copy_block(taken, block, layer)
+            copy_block(taken, block, layer)
         _copy_masked_head(taken, model)
 
 
@@ -193,7 +193,9 @@ def load_encoders(folder: Path | str, vision: Path | str | None = None) -> Unifi
     return model
 
 
-def _copy_block(taken: Taken, block: nn.Module, layer: int) -> None:
+def copy_block(taken: Taken, block: nn.Module, layer: int) -> None:
+    """A block from the tensors `encoder.layer.LAYER.*`; its cross-attention, where the checkpoint has none, from that of self-
+    attention."""
     at = f"encoder.layer.{layer}"
     attentions = [(block.attention, block.attention_norm, "attention")]
     if hasattr(block, "cross_attention"):

@@ -19,6 +19,7 @@ from raylib.errors import UserError
 from raylib.model.attention import initialise
 from raylib.model.encoder import Condition, Encoder, TextEmbedding
 from raylib.model.swin import SwinEncoder, SwinSizes
+from raylib.model.tuning import described, restore
 from raylib.model.vision import VisionEncoder
 from raylib.ragged import Ragged, first_tokens
 
@@ -127,6 +128,14 @@ class UnifiedModel(nn.Module):
         """Text CLS states (n, d) -> unit vectors (n, e)."""
         return F.normalize(self.text_projection(cls), dim=-1)
 
+    def embed_pictures(self, states: Ragged) -> Tensor:
+        """States of n pictures -> vectors (n, e), of any length."""
+        return self.image_projection(states.values.index_select(0, states.starts.to(states.values.device)))
+
+    def embed_sentences(self, ids: Ragged) -> Tensor:
+        """Ids of n texts -> vectors (n, e), of any length."""
+        return self.text_projection(self.encode_text(ids, first_tokens(ids.lengths)))
+
     @property
     def width(self) -> int:
         return self.config.width
@@ -177,6 +186,8 @@ class UnifiedModel(nn.Module):
         """Write `config.json` and `model.safetensors`."""
         folder.mkdir(parents=True, exist_ok=True)
         description = {"model_type": "polyglance-unified", **self.config.model_dump()}
+        if described(self):
+            description["tuning"] = described(self)
         (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         save_file({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / "model.safetensors")
 
@@ -194,7 +205,9 @@ class UnifiedModel(nn.Module):
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if values.pop("model_type", None) != "polyglance-unified":
             raise UserError(f"{folder}: not a Polyglance model; give a folder written by `python -m pretrain export`")
+        tuned = values.pop("tuning", {})
         model = cls(build(ModelConfig, values, str(folder / "config.json")))
+        restore(model, tuned)
         try:
             model.load_state_dict(load_file(folder / "model.safetensors"))
         except RuntimeError as e:

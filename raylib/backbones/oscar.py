@@ -1,0 +1,237 @@
+"""OSCAR (Li et al. 2020) and OSCAR+ (Zhang et al. 2021, VinVL): one stack of self-attention over words, object tags and regions.
+
+    row    CLS words SEP   tags SEP   regions      the CLS is read, through a pooler with tanh
+
+Tags are what a detector calls the objects that it sees, as text. They go on with the positions of the words before them, and
+are of another token type; regions have neither. A picture without tags has none in its row, no separator either.
+
+Paper 3 (cViL) distils such a model into one that starts from multilingual BERT: `states` and `Places` are for that.
+
+Shape legend: n rows; W tokens of texts, G of tags, R regions, T of all these; f features of a region; d width.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from pydantic import PositiveInt, model_validator
+from torch import Tensor, nn
+
+from raylib.config import Config
+from raylib.errors import UserError
+from raylib.model.attention import initialise
+from raylib.model.encoder import Encoder, TextEmbedding
+from raylib.ragged import Ragged, first_tokens, join_rows
+
+PLACE = 6  # numbers behind a region's features: x1, y1, x2, y2, width, height, as shares of the picture
+
+
+class OscarConfig(Config):
+    """Sizes. The defaults are OSCAR+ `base` as published.
+
+    positions: of a text and its tags. features: width of region features without their place; None: no region has been seen
+    yet (`see_regions`). eps: of the layer norms. region_eps: of the one after the map of regions; None: there is none.
+    """
+
+    vocabulary: PositiveInt = 30522
+    width: PositiveInt = 768
+    heads: PositiveInt = 12
+    feedforward: PositiveInt = 3072
+    layers: PositiveInt = 12
+    positions: PositiveInt = 512
+    dropout: float = 0.1
+    eps: float = 1e-12
+    features: PositiveInt | None = 2048
+    region_eps: float | None = 1e-12
+
+    @model_validator(mode="after")
+    def _fits(self) -> "OscarConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+TINY = OscarConfig(vocabulary=12000, width=32, heads=2, feedforward=64, layers=2, positions=64, features=6)
+
+
+class Seen(NamedTuple):
+    """What grounds n texts: `tags`, their words (G, d) without positions, for these depend on the text, and `regions`, embedded
+    (R, d); a row of either may be empty."""
+
+    tags: Ragged
+    regions: Ragged
+
+
+class Places(NamedTuple):
+    """Which of the T tokens of n rows are what: positions in the flat rows, int64 on the CPU, in the order in which words, tags
+    and regions came, which is that of their own rows.
+
+    cls: (n,). text: n rows (W,), from CLS to SEP. tags: n rows (G,), their SEP last. regions: n rows (R,).
+    """
+
+    cls: Tensor
+    text: Ragged
+    tags: Ragged
+    regions: Ragged
+
+
+class TaggedEmbedding(TextEmbedding):
+    """Of words and tags. The token type of texts is folded into the positions, `tag` is what that of tags differs by."""
+
+    def __init__(self, vocabulary: int, positions: int, width: int, dropout: float, eps: float):
+        super().__init__(vocabulary, positions, width, dropout, eps)
+        self.tag = nn.Parameter(torch.zeros(width))
+
+    def tags(self, ids: Tensor) -> Tensor:
+        """(G,) -> words (G, d), which wait for `place`."""
+        return self.word(ids) + self.tag
+
+
+class RegionEmbedding(nn.Module):
+    """Region features and their place, as one vector, by a linear map."""
+
+    def __init__(self, config: OscarConfig):
+        super().__init__()
+        c = config
+        self.map = nn.Linear(c.features + PLACE, c.width)
+        self.norm = nn.Identity() if c.region_eps is None else nn.LayerNorm(c.width, c.region_eps)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, regions: Tensor) -> Tensor:
+        """(R, f + 6) -> (R, d)."""
+        return self.dropout(self.norm(self.map(regions)))
+
+
+class Oscar(nn.Module):
+    """Texts and the tagged pictures, or the premises, that ground them, in one stack. A backbone of fine-tuning
+    (`raylib.backbones`)."""
+
+    kind = "oscar"
+    fusion_depths = 0
+
+    def __init__(self, config: OscarConfig):
+        super().__init__()
+        c = self.config = config
+        self.embedding = TaggedEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.eps)
+        self.regions = RegionEmbedding(c) if c.features else None
+        self.encoder = Encoder(c.layers, c.width, c.heads, c.feedforward, c.dropout, c.eps, cross=False)
+        self.pooler = nn.Linear(c.width, c.width)
+        self.apply(initialise)
+
+    @property
+    def width(self) -> int:
+        return self.config.width
+
+    @property
+    def depths(self) -> int:
+        return self.config.layers
+
+    def depth_of(self, name: str) -> int | None:
+        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the embeddings of text and regions, None for the pooler."""
+        part, _, rest = name.partition(".")
+        if part in ("embedding", "regions"):
+            return 0
+        return int(rest.split(".")[1]) + 1 if part == "encoder" else None
+
+    def prunable(self) -> list[str]:
+        """Names of the matrices of the stack and its pooler (paper 0 counts the pooler in)."""
+        return [name for name, p in self.named_parameters() if name.startswith(("encoder.", "pooler.")) and p.ndim == 2]
+
+    def see_regions(self, features: int) -> None:
+        """Make the model take region features so wide; what embeds them is new if it has seen none yet.
+
+        Raises:
+            UserError: it has seen others.
+        """
+        if self.regions is None:
+            self.config = self.config.model_copy(update={"features": features})
+            self.regions = RegionEmbedding(self.config).apply(initialise).to(self.pooler.weight).train(self.training)
+        if features != self.config.features:
+            raise UserError(f"the region features are {features} wide, this {self.kind} was trained on {self.config.features}; "
+                            "set regions= to features of its detector")  # fmt: skip
+
+    def embed_regions(self, regions: Ragged, tags: Ragged | None = None) -> Seen:
+        """What grounds texts, from features and locations (R, f + 7) of each picture, whose last number, the area, is left out,
+        and ids (G,) of its tags with the SEP after them, without CLS; None: no picture has tags."""
+        if tags is None:
+            tags = _none_of(regions, regions.values.new_empty(0, dtype=torch.int64))
+        return Seen(tags.with_values(self.embedding.tags(tags.values)), regions.with_values(self.regions(regions.values[:, :-1])))
+
+    def encode_text(self, ids: Ragged, read: Tensor | None = None) -> Tensor:
+        """Ids (W,) -> words (W, d), or those in `read`: a premise as it enters the row, in the place of tags. In this stack a
+        text meets what grounds it in every layer, so nothing of it is encoded before."""
+        words = self.embedding.tags(ids.values)
+        return words if read is None else words[read.to(words.device)]
+
+    def ground(self, text: Ragged, condition: Seen | Ragged, times: int = 1) -> Tensor:
+        """Pooled states of texts and what grounds them.
+
+        Args:
+            text: ids, b rows. condition: b x times rows, row i's are i times ... : of pictures, which must keep tags and regions
+                apart (`embed_regions`), or of premises (`encode_text`).
+        Returns:
+            (b times, d).
+        Raises:
+            UserError: a text and its tags, or its premise, are longer than there are positions.
+        """
+        if times > 1:
+            text = text.take(torch.arange(len(text.lengths)).repeat_interleave(times))
+        rows = self._rows(text, condition)
+        return torch.tanh(self.pooler(self.encoder(rows, first_tokens(rows.lengths))))
+
+    def states(self, text: Ragged, condition: Seen | Ragged, layers: Sequence[int]) -> tuple[list[Ragged], Places]:
+        """States of all tokens after some of the layers, before the pooler.
+
+        Args:
+            text: ids, n rows. condition: as of `ground`, n rows. layers: rising, the lowest is 1 (paper 3: 3, 6, 9, 12).
+        Returns:
+            For each of `layers` n rows (T, d); which of these tokens are what. So `rows.values[places.regions.values]` (R, d)
+            are regions in the order of those in `condition`, the same in a teacher and a student; on a GPU the index goes there
+            first.
+        Raises:
+            UserError: no such layers; as `ground`.
+        """
+        if not layers or any(low >= high for low, high in pairwise([0, *layers, self.depths + 1])):
+            raise UserError(f"layers {list(layers)}: {self.kind} has layers 1 to {self.depths}; name some, each once, rising")
+        rows, found = self._rows(text, condition), []
+        for low, high in pairwise([0, *layers]):
+            rows = rows.with_values(self._layers(low, high)(rows))
+            found.append(rows)
+        seen = _as_seen(condition)
+        return found, find_places(text.lengths, seen.tags.lengths, seen.regions.lengths)
+
+    def _rows(self, text: Ragged, condition: Seen | Ragged) -> Ragged:
+        """Ids (W,) and what grounds them -> rows as they enter the stack (T, d)."""
+        seen = _as_seen(condition)
+        words = join_rows(text.with_values(self.embedding.word(text.values)), seen.tags)
+        longest = max(words.lengths.tolist(), default=0)
+        if longest > self.config.positions:
+            raise UserError(f"a row of {longest} tokens and tags, but {self.kind} has {self.config.positions} positions; lower "
+                            "length=")  # fmt: skip
+        return join_rows(words.with_values(self.embedding.place(words)), seen.regions)
+
+    def _layers(self, low: int, high: int) -> Encoder:
+        """The layers low + 1 ... high by themselves: not copies, the stack's own."""
+        c = self.config
+        part = Encoder(0, c.width, c.heads, c.feedforward, c.dropout, c.eps, cross=False)
+        part.blocks = self.encoder.blocks[low:high]
+        return part
+
+
+def find_places(text: Tensor, tags: Tensor, regions: Tensor) -> Places:
+    """The places in rows of so many tokens each: three times (n,), on the CPU."""
+    lengths = torch.stack([text, tags, regions], 1)
+    part = torch.arange(3).repeat(len(text)).repeat_interleave(lengths.flatten())  # (T,): 0 text, 1 tags, 2 regions
+    cls = first_tokens(lengths.sum(1)).nonzero().squeeze(1)
+    return Places(cls, *(Ragged((part == i).nonzero().squeeze(1), lengths[:, i]) for i in range(3)))
+
+
+def _as_seen(condition: Seen | Ragged) -> Seen:
+    """A premise takes the place of tags, and there are no regions."""
+    return condition if isinstance(condition, Seen) else Seen(condition, _none_of(condition, condition.values[:0]))
+
+
+def _none_of(rows: Ragged, nothing: Tensor) -> Ragged:
+    """As many rows as there are in `rows`, all empty."""
+    return Ragged(nothing, torch.zeros_like(rows.lengths))

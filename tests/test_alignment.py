@@ -1,0 +1,185 @@
+"""Translation-based alignment (paper 4): what each routine compares, the losses against slow loops, workers, whole runs."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from finetune.contrast import ContrastObjective
+from finetune.examples import Captioned
+from finetune.strategies import Context
+from finetune.strategies.alignment import TranslationAlignment
+from finetune.tasks import TASKS
+from raylib.errors import UserError
+from raylib.metrics import disparity
+from raylib.track import read_metrics
+from tests.made import make_batch, make_model, take_rows
+from tests.test_collective import run_workers
+
+FILES = {
+    ("", "en"): {"1.jpg": ("a dog",), "2.jpg": ("a bus",)},
+    ("", "de"): {"1.jpg": ("ein Hund",), "2.jpg": ("ein Bus",)},
+    ("_to_en", "de"): {"1.jpg": ("a hound",), "2.jpg": ("a coach",)},
+    ("_from_en", "de"): {"1.jpg": ("ein Köter",), "2.jpg": ("ein Omnibus",)},
+}
+
+
+def context(files=FILES, languages=("en", "de")) -> Context:
+    return Context(None, None, languages, (), None, None, print, lambda made, language: files[made, language])
+
+
+@pytest.mark.parametrize(("routine", "shown", "pivot"), [
+    (1, "ein Hund", "a dog"), (2, "ein Hund", "ein Köter"), (3, "a hound", "a dog"),
+])  # fmt: skip
+def test_routines_on_a_hand_made_example(routine, shown, pivot):
+    method = TranslationAlignment(routine=routine).prepare(context())
+    changed = method.example(Captioned("1.jpg", ("ein Hund",)))
+    assert changed == Captioned("1.jpg", (shown,), (pivot,))
+    assert method.example(Captioned("2.jpg", ("a bus",))) == Captioned("2.jpg", ("a bus",), ("a bus",))  # its own pivot
+
+
+def test_independent_captions_take_the_english_ones_in_turn():
+    files = {("", "en"): {"1.jpg": ("a", "b")}, ("", "de"): {"1.jpg": ("x", "y", "z")}}
+    method = TranslationAlignment(routine=1).prepare(context(files, ("de",)))
+    assert [method.example(Captioned("1.jpg", (t,))).pivots[0] for t in "xyz"] == ["a", "b", "a"]
+
+
+def test_mistakes():
+    short = {**FILES, ("_to_en", "de"): {"1.jpg": ("a hound", "a dog"), "2.jpg": ("a coach",)}}
+    with pytest.raises(UserError, match="translations from 'de' into English: 2 for the 1 captions of 1.jpg"):
+        TranslationAlignment(routine=3).prepare(context(short))
+    with pytest.raises(UserError, match="no English caption of 1 pictures, such as 2.jpg"):
+        TranslationAlignment(routine=1).prepare(context({**FILES, ("", "en"): {"1.jpg": ("a dog",)}}, ("de",)))
+    with pytest.raises(UserError, match="needs a retrieval task"):
+        TranslationAlignment().prepare(context()._replace(captions=None))
+
+
+def slow_contrast(queries, keys, temperature: float, excluded=()) -> float:
+    """Equations 1, 2 and 8 in plain loops. `excluded`: pairs (i, j) that are no negatives."""
+    loss = 0.0
+    for i, query in enumerate(queries):
+        def cosine(j, query=query):
+            return float(query @ keys[j] / (query.norm() * keys[j].norm())) / temperature
+
+        below = sum(math.exp(cosine(j)) for j in range(len(keys)) if (i, j) not in excluded)
+        loss -= math.log(math.exp(cosine(i)) / below) / len(queries)
+    return loss
+
+
+def aligned_batch() -> dict:
+    """Six pairs with pivots, two of them of one picture."""
+    part = make_batch(3, 6)["image_text"]
+    part["image_id"][4] = part["image_id"][1]
+    pivot = make_batch(5, 6)["image_text"]["text"]
+    return {"image_text": {**part, "pivot": type(make_model().encode_images(part["images"]))(pivot.clean, pivot.lengths)}}
+
+
+@pytest.mark.parametrize("loss", ["mse", "pivot", "image"])
+def test_losses_are_the_slow_ones(loss):
+    model, batch, weight = make_model().eval(), aligned_batch(), 0.7
+    terms = TranslationAlignment(loss=loss, weight=weight).terms(model)
+    total, values = ContrastObjective(model, 0.5, terms)(batch)
+    part = batch["image_text"]
+    with torch.no_grad():
+        picture = model.embed_pictures(model.encode_images(part["images"])).float()
+        text = model.embed_sentences(type(part["pivot"])(part["text"].clean, part["text"].lengths)).float()
+        pivot = model.embed_sentences(part["pivot"]).float()
+    one_picture = {(1, 4), (4, 1)}
+    expected = {"i2t": slow_contrast(picture, text, 0.5, one_picture), "t2i": slow_contrast(text, picture, 0.5, one_picture)}
+    if loss == "mse":
+        expected["alignment"] = sum(float(d) ** 2 for row in (text - pivot) for d in row) / text.numel()
+    else:
+        expected["alignment"] = slow_contrast(pivot, text if loss == "pivot" else picture, 0.5, one_picture)
+    assert {k: float(v) for k, v in values.items()} == pytest.approx(expected, rel=1e-5)
+    assert float(total) == pytest.approx(expected["i2t"] + expected["t2i"] + weight * expected["alignment"], rel=1e-5)
+
+
+def on_share(rank, world):
+    batch = aligned_batch()
+    pivots = batch["image_text"].pop("pivot")
+    share = take_rows({**make_batch(3, 6), "image_text": batch["image_text"]}, rank, world)["image_text"]
+    share["pivot"] = pivots.take(torch.arange(rank, 6, world))
+    model = make_model()
+    terms = {}
+    for loss in ("mse", "pivot"):
+        terms |= {loss: TranslationAlignment(loss=loss).terms(model)["alignment"]}
+    loss, values = ContrastObjective(model, 0.5, terms)({"image_text": share})
+    loss.backward()
+    return values, {k: p.grad for k, p in model.named_parameters()}
+
+
+def test_workers_equal_one_worker():
+    results, (values, gradients) = run_workers(on_share, 2), on_share(0, 1)
+    for name, value in values.items():
+        for rank in range(2):
+            torch.testing.assert_close(results[rank][0][name], value, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            mean = sum(result[1][name] for result in results) / 2  # what DDP and ZeRO do
+            torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_disparity_is_the_papers():
+    """Table 2's zero-shot row of M-CLIP: standard deviation 4.75, range 16.00."""
+    row = [63.44, 59.94, 60.06, 58.90, 60.72, 51.00, 61.50, 56.11, 59.28, 59.28, 47.44]
+    assert disparity(row) == {"std": pytest.approx(4.75, abs=0.005), "range": pytest.approx(16.0)}
+
+
+def test_xtd_is_split_into_fifty_fifty_and_the_rest(tmp_path):
+    folder = tmp_path / "xtd" / "translated_to_en"
+    folder.mkdir(parents=True)
+    (tmp_path / "xtd" / "test_image_names.txt").write_text("".join(f"{i}.jpg\n" for i in range(1000)))
+    for path, word in ((tmp_path / "xtd" / "test_1kcaptions_de.txt", "Bild"), (folder / "de.txt", "picture")):
+        path.write_text("".join(f"{word} {i}\n" for i in range(1000)))
+    task = TASKS["xtd_few"]
+    parts = {name: list(task.read(task.path(tmp_path, name, "de"), name, "de")) for name in task.splits if "from" not in name}
+    assert [len(parts[name]) for name in ("train", "dev", "test")] == [50, 50, 900]
+    assert len({item.image for name in ("train", "dev", "test") for item in parts[name]}) == 1000
+    assert [item.image for item in parts["train"]] == [item.image for item in parts["train_to_en"]]
+    assert parts["translated"][0].captions[0] == parts["test"][0].captions[0].replace("Bild", "picture")
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(42)).tolist()
+    assert [item.image for item in parts["train"]] == [f"{i}.jpg" for i in order[:50]]
+
+
+FEW = ["setting=few_shot", "shots=5", "matching=false", "batch=5", "temperature=0.1", 'freeze=["vision"]']
+
+
+def test_a_small_model_a_language_end_to_end(finetune, tmp_path):
+    """Routine 3 with LoRA and code-mixing: a set of small weights for the target, results on translations, resumed to the bit."""
+    settings = [*FEW, "strategies.alignment={}", "strategies.lora.rank=2", "select=last"]
+    code, printed = finetune("scenes_xflickrco", "name=aligned", *settings, "strategies.code_mixing.probability=0.5")
+    assert code == 0, printed
+    found = json.loads((tmp_path / "aligned" / "result.json").read_text())
+    called = "alignment (routine 3, loss mse, weight 1.0) + code mixing (probability 0.5) + lora (rank 2)"
+    assert found["method"] == called
+    assert set(found["recall_at_1"]) == {"ru"} and found["disparity"] == {"std": 0.0, "range": 0.0}
+    assert found["retrieval"]["ru"]["pairs"] == 0 and (tmp_path / "aligned" / "ru" / "tuned.safetensors").is_file()
+    losses = {key for line in read_metrics(tmp_path / "aligned" / "ru") for key in line}
+    assert {"loss/i2t", "loss/t2i", "loss/alignment"} <= losses
+    for stop in (["fit.stop_after=1"], []):
+        code, printed = finetune("scenes_xflickrco", "name=parts", *settings, "strategies.code_mixing.probability=0.5", *stop)
+        assert code == 0, printed
+    whole, parts = ((tmp_path / name / "ru" / "tuned.safetensors").read_bytes() for name in ("aligned", "parts"))
+    assert whole == parts
+
+
+def test_a_model_is_evaluated_as_it_is(finetune, tmp_path):
+    settings = ["matching=false", "strategies.hard_prompt={}"]
+    for setting in ("untrained", "translate_test"):
+        code, printed = finetune("scenes_xflickrco", f"name={setting}", f"setting={setting}", *settings)
+        assert code == 0, printed
+    found = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("untrained", "translate_test")]
+    assert found[0]["recall_at_1"]["en"] == found[1]["recall_at_1"]["en"] and found[0]["steps"] == 0
+    assert found[0]["disparity"]["range"] == pytest.approx(abs(found[0]["recall_at_1"]["en"] - found[0]["recall_at_1"]["ru"]))
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    (["strategies.alignment={}"], "set matching=false"),
+    (["strategies.alignment={}", "matching=false"], "setting=few_shot, single_language or all_language"),
+    ([*FEW, "strategies.alignment={}", "shots=7"], "train_7.jsonl: no such file"),
+    (["setting=untrained", "strategies.lora={}"], "setting=untrained trains nothing"),
+])  # fmt: skip
+def test_mistakes_are_one_line(finetune, settings, words):
+    code, printed = finetune("scenes_xflickrco", "name=wrong", *settings)
+    assert code == 2 and words in printed and printed.strip().splitlines()[-1].startswith("error: ")

@@ -1,0 +1,102 @@
+"""Multilingual-CLIP as a backbone: against `transformers`, from folders like the published ones, and its parameter counts."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from raylib.backbones import BACKBONES
+from raylib.backbones.mclip import MClip, MClipConfig, load_mclip
+from raylib.errors import UserError
+from raylib.ragged import Ragged
+
+transformers = pytest.importorskip("transformers")
+
+TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=16)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(Multilingual-CLIP folder, CLIP folder, the published form of both in `transformers`)."""
+    torch.manual_seed(0)
+    home = tmp_path_factory.mktemp("mclip")
+    text = transformers.XLMRobertaModel(transformers.XLMRobertaConfig(
+        vocab_size=90, hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=96,
+        max_position_embeddings=34, type_vocab_size=1, layer_norm_eps=1e-5,
+    )).eval()  # fmt: skip
+    clip = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=dict(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2),
+        vision_config=TOWER, projection_dim=24,
+    )).eval()  # fmt: skip
+    mapped = torch.nn.Linear(64, 24)
+    clip.save_pretrained(home / "clip")
+    (home / "text").mkdir()
+    weights = {f"transformer.{k}": v for k, v in text.state_dict().items()}
+    weights |= {f"LinearTransformation.{k}": v.detach() for k, v in mapped.state_dict().items()}
+    torch.save(weights, home / "text" / "pytorch_model.bin")
+    described = {"modelBase": "xlm-roberta-large", "transformerDimensions": 64, "numDims": 24, "model_type": "M-CLIP"}
+    (home / "text" / "config.json").write_text(json.dumps(described))
+    return home / "text", home / "clip", (text, mapped, clip)
+
+
+def test_vectors_are_those_of_the_published_form(folders):
+    path, vision, (text, mapped, clip) = folders
+    model = load_mclip(path, vision).eval()
+    ids = torch.tensor([[0, 5, 6, 7, 2], [0, 8, 2, 1, 1]])
+    mask = ids != 1
+    with torch.inference_mode():
+        states = text(input_ids=ids, attention_mask=mask.long())[0]
+        wanted = mapped((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))  # M-CLIP's mean: over all real tokens
+        flat = Ragged(ids[mask], mask.sum(1))
+        torch.testing.assert_close(model.embed_sentences(flat), wanted, rtol=1e-4, atol=1e-5)
+        images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
+        mean, std = (torch.tensor(v) for v in ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]))
+        pixels = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
+        seen = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
+        found = model.embed_pictures(model.encode_images(images))
+        torch.testing.assert_close(found, seen, rtol=1e-4, atol=1e-5)
+
+
+def test_a_saved_model_comes_back(folders, tmp_path):
+    model = load_mclip(*folders[:2]).eval()
+    model.save(tmp_path)
+    back = MClip.from_pretrained(tmp_path).eval()
+    ids = Ragged(torch.tensor([0, 5, 2]), torch.tensor([3]))
+    assert back.embed_sentences(ids).equal(model.embed_sentences(ids)) and back.config == model.config
+
+
+def test_base_has_the_published_parameters():
+    """XLM-R-large's 559,890,432 without its pooler's (1,049,600) and folded token type, the map, CLIP ViT-L/14's tower."""
+    with torch.device("meta"):
+        model = MClip(MClipConfig())
+    counts = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("embedding", "text", "vision")}
+    pad_and_offset = 2 * 1024  # rows of XLM-R's 514 positions that no text uses
+    assert counts["embedding"] + counts["text"] == 559_890_432 - 1_049_600 - 1024 - pad_and_offset
+    assert counts["vision"] == 303_966_208 and model.text_projection.weight.shape == (768, 1024)
+
+
+def test_depths_and_prunable():
+    model = BACKBONES["mclip"].build(BACKBONES["mclip"].sizes["tiny"])
+    depths = {name: model.depth_of(name) for name, _ in model.named_parameters()}
+    assert depths["embedding.word.weight"] == 0 and depths["text.blocks.1.output.weight"] == 2 == model.depths
+    assert depths["text_projection.weight"] is None and {d for n, d in depths.items() if n.startswith("vision")} == {None}
+    assert len(model.prunable()) == 2 * 5 and all(name.startswith("text.") for name in model.prunable())
+
+
+def test_mistakes(folders, tmp_path):
+    path, vision, _ = folders
+    with pytest.raises(UserError, match="set vision=FOLDER"):
+        load_mclip(path, None)
+    with pytest.raises(UserError, match="no config.json"):
+        load_mclip(path, tmp_path)
+    other = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**TOWER, projection_dim=20))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="maps texts to 24 numbers"):
+        load_mclip(path, tmp_path / "other")
+    weights = torch.load(path / "pytorch_model.bin", weights_only=True)
+    (tmp_path / "more").mkdir()
+    save_file({**weights, "transformer.extra": torch.zeros(1)}, tmp_path / "more" / "model.safetensors")
+    (tmp_path / "more" / "config.json").write_text((path / "config.json").read_text())
+    with pytest.raises(UserError, match="unused extra"):
+        load_mclip(tmp_path / "more", vision)

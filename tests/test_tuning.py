@@ -1,0 +1,199 @@
+"""Parameter-efficient tuning (paper 4) against explicit matrices, the paper's shares, and itself after a round trip."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from finetune.model import FinetuneModel
+from finetune.strategies.tuning import Adapter, Compacter, HardPrompt, Lora, SoftPrompt
+from raylib.backbones import BACKBONES
+from raylib.errors import UserError
+from raylib.model import tuning
+from raylib.model.attention import Block
+from raylib.model.unified import ModelConfig, UnifiedModel
+from raylib.ragged import Ragged
+from raylib.text import Prompted, Tokenizer
+from tests.made import make_model
+
+METHODS = {"lora": Lora(rank=2), "adapter": Adapter(bottleneck=3), "compacter": Compacter(n=2, reduction=4)}
+
+
+def make_tuned(*methods) -> FinetuneModel:
+    torch.manual_seed(0)
+    model = FinetuneModel(make_model(dropout=0.0), ("no", "yes"), 1, 0.0).double()
+    for method in methods:
+        method.adapt(model)
+    return model.eval()
+
+
+def make_batch() -> dict:
+    text = Ragged(torch.tensor([0, 9, 8, 2, 0, 7, 2]), torch.tensor([4, 3]))
+    states = torch.randn(6, make_tuned().backbone.width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return {"text": text, "states": Ragged(states, torch.tensor([3, 3]))}
+
+
+def shake(model) -> None:
+    """Give every trainable parameter another value, as training would."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, dtype=parameter.dtype))
+
+
+def test_compacter_is_the_explicit_kronecker_sum():
+    torch.manual_seed(0)
+    rule = torch.nn.Parameter(torch.randn(4, 4, 4))
+    layer = tuning.LowRankKronecker(12, 8, rule, rank=2)
+    explicit = sum(torch.kron(rule[i], layer.left[i] @ layer.right[i]) for i in range(4))
+    torch.testing.assert_close(layer.matrix(), explicit)
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(layer(x), x @ explicit + layer.bias)
+
+
+def test_compacter_shares_one_rule():
+    model = make_tuned(METHODS["compacter"])
+    layers = [m for m in model.modules() if isinstance(m, tuning.LowRankKronecker)]
+    assert len(layers) == 2 * 2 * sum(isinstance(m, Block) for m in model.modules())
+    assert all(layer._rule[0] is model.backbone.kronecker for layer in layers)
+    model(make_batch()).sum().backward()
+    assert model.backbone.kronecker.grad.abs().sum() > 0
+
+
+def test_adapter_is_the_explicit_bottleneck():
+    torch.manual_seed(0)
+    linear, adapter = torch.nn.Linear(6, 6), tuning.Adapter(6, 2)
+    shake(adapter)
+    out = tuning.AdaptedLinear(linear, adapter)
+    x = torch.randn(3, 6)
+    inner = x @ linear.weight.T + linear.bias
+    down = inner @ adapter.down.weight.T + adapter.down.bias
+    curved = 0.5 * down * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (down + 0.044715 * down**3)))
+    torch.testing.assert_close(out(x), inner + curved @ adapter.up.weight.T + adapter.up.bias)
+
+
+def test_lora_is_the_explicit_sum_and_merges():
+    """W + (alpha / r) B A in the query map and the value half; keys stay as they were; merged, the outputs are the same."""
+    plain, model = make_tuned(), make_tuned(Lora(rank=2, alpha=6))
+    shake(model)
+    logits = model(make_batch())
+    layer = model.backbone.text.blocks[0].attention
+    deltas = {}
+    for name, changed in (("query", layer.query), ("value", layer.key_value.value)):
+        deltas[name] = 3 * changed.lora_B["default"].weight @ changed.lora_A["default"].weight
+    width = plain.backbone.width
+    before = plain.backbone.text.blocks[0].attention
+    tuning.merge(model)
+    torch.testing.assert_close(layer.query.weight, before.query.weight + deltas["query"])
+    torch.testing.assert_close(layer.key_value.weight[:width], before.key_value.weight[:width])
+    torch.testing.assert_close(layer.key_value.weight[width:], before.key_value.weight[width:] + deltas["value"])
+    torch.testing.assert_close(model(make_batch()), logits)
+    assert tuning.described(model) == {} and [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_trained(name):
+    """The small modules, the norms of the blocks, the head; nothing else, and `projection` decides about the map."""
+    model = make_tuned(METHODS[name])
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    for parameter in trained:
+        ours = tuning.is_small(parameter) or "norm" in parameter or parameter.startswith("head.")
+        assert ours and "embedding" not in parameter and "vision" not in parameter, parameter
+    assert any(map(tuning.is_small, trained)) and "head.output.weight" in trained
+    assert "backbone.text.blocks.0.output_norm.weight" in trained
+    for projection in (True, False):
+        dual = make_model()
+        METHODS[name].model_copy(update={"projection": projection}).adapt(dual)
+        assert dual.text_projection.weight.requires_grad == projection and not dual.image_projection.weight.requires_grad
+
+
+@pytest.mark.parametrize(("method", "percent", "paper"), [
+    (Lora(rank=8), 0.158, 0.16), (Adapter(bottleneck=24), 0.449, 0.45), (Compacter(n=4, reduction=16), 0.046, 0.05),
+])  # fmt: skip
+def test_shares_of_the_paper(method, percent, paper):
+    """Of XLM-R-large (M-CLIP's text encoder), counted without the projection: within 0.01 points of paper 4's."""
+    sizes = ModelConfig(width=1024, heads=16, feedforward=4096, text_layers=24, fusion_layers=0, vision_layers=1, positions=514)
+    with torch.device("meta"):
+        model = UnifiedModel(sizes)
+        method.adapt(model)
+    share, with_head = tuning.shares(model)
+    assert 100 * share == pytest.approx(percent, abs=0.0006) and 100 * share == pytest.approx(paper, abs=0.01)
+    assert with_head > share
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_small_weights_are_swapped(name, tmp_path):
+    """Two languages' files, read into one model in turn, each give what their own model gives; files are small."""
+    languages = {}
+    for seed, code in enumerate(("de", "ru")):
+        model = make_tuned(METHODS[name])
+        torch.manual_seed(seed)
+        shake(model)
+        trained = [n for n, p in model.named_parameters() if p.requires_grad]
+        tuning.write(model, trained, tmp_path / f"{code}.safetensors")
+        languages[code] = model(make_batch())
+    one = make_tuned(METHODS[name])
+    for code in ("de", "ru", "de"):
+        tuning.read(one, tmp_path / f"{code}.safetensors")
+        torch.testing.assert_close(one(make_batch()), languages[code])
+    assert not torch.allclose(languages["de"], languages["ru"])
+    with safe_open(tmp_path / "de.safetensors", "pt") as file:
+        assert not any("embedding" in n or "vision" in n for n in file.keys())  # noqa: SIM118
+        assert name in json.loads(file.metadata()["tuning"])
+
+
+@pytest.mark.parametrize("methods", [["lora", "adapter"], ["compacter"], ["lora", "soft_prompt"]])
+def test_a_saved_model_comes_back(methods, tmp_path):
+    every = {**METHODS, "soft_prompt": SoftPrompt(words="", tokens=2)}
+    model = make_tuned(*(every[name] for name in methods)).float()
+    shake(model)
+    model.save(tmp_path)
+    back = FinetuneModel.from_pretrained(tmp_path).eval()
+    batch = make_batch()
+    batch["states"] = batch["states"].with_values(batch["states"].values.float())
+    torch.testing.assert_close(back(batch), model(batch), rtol=0, atol=0)
+    assert tuning.described(back) == tuning.described(model) and set(tuning.described(back)) == set(methods)
+
+
+def test_a_prompt_is_read_after_the_first_token(model):
+    tokenizer = Tokenizer.load(model)
+    words = tokenizer.encode(["a photo of"])[0].tolist()
+    assert Prompted(tokenizer, ids=(70, 71)).encode(["a dog"])[0].tolist() == [70, 71, *tokenizer.encode(["a dog"])[0]]
+    prompted = HardPrompt().reads(tokenizer, None)
+    assert prompted.encode(["dog"])[0].tolist() == tokenizer.encode(["a photo of dog"])[0].tolist()
+    small = UnifiedModel.from_pretrained(model)
+    method = SoftPrompt().model_copy()
+    method._start = tuple(words)
+    method.adapt(small)
+    soft = method.reads(tokenizer, small)
+    before = small.embedding.word.num_embeddings
+    assert soft.encode(["dog"])[0].tolist()[: len(words)] == list(range(before, before + len(words)))
+    ids = torch.tensor([0, before, before + 1, 5])
+    expected = small.embedding.word.weight[torch.tensor([0, words[0], words[1], 5])]
+    torch.testing.assert_close(small.embedding.word(ids), expected)
+    with pytest.raises(UserError, match="give the same settings"):
+        SoftPrompt(words="", tokens=3).adapt(small)
+
+
+def test_mistakes(tmp_path):
+    with pytest.raises(UserError, match="no multiple of n 3"):
+        make_tuned(Compacter(n=3, reduction=4))
+    with pytest.raises(UserError, match="a model takes one of them"):
+        make_tuned(METHODS["adapter"], METHODS["compacter"])
+    model = make_tuned(METHODS["lora"])
+    tuning.write(model, ["head.output.weight"], tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="put the same methods in first"):
+        tuning.read(make_tuned(METHODS["adapter"]), tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="no weights of a tuned language"):
+        tuning.read(model, tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match="weights of another model"):
+        tuning.read(FinetuneModel(model.backbone, ("a", "b", "c"), 1, 0.0), tmp_path / "a.safetensors")
+
+
+def test_every_backbone_takes_them():
+    for name, backbone in BACKBONES.items():
+        for method in METHODS.values():
+            small = backbone.build(backbone.sizes["tiny"])
+            method.adapt(small)
+            assert any(tuning.is_small(n) for n, _ in small.named_parameters()), name
