@@ -5,6 +5,7 @@
     python -m finetune evaluate RUN
     python -m finetune compare RUN RUN ...
     python -m finetune analyse RUN [--limit 200] [--pictures 3] [--layer last] [--words en=dog de=Hund] [--item ID]
+    python -m finetune translate TASK MODEL data=FOLDER languages='["de"]' [split=train way=to_en ...]
 """
 
 import argparse
@@ -19,7 +20,7 @@ from raylib.errors import UserError
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; a `UserError` is one line on stderr and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"evaluate": _evaluate, "compare": _compare, "analyse": _analyse}
+    commands = {"evaluate": _evaluate, "compare": _compare, "analyse": _analyse, "translate": _translate}
     try:
         if arguments and arguments[0] in commands:
             return commands[arguments[0]](arguments[1:])
@@ -99,6 +100,20 @@ def _analyse(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     options = Options(given.limit, given.pictures, given.layer, parse_words(given.words), given.item)
     print(analyse(given.run, options))
+    return 0
+
+
+def _translate(arguments: list[str]) -> int:
+    from finetune import translate
+
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune translate", description=translate.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("task", help="whose captions are translated")
+    parser.add_argument("model", type=Path, help="folder of a translation model, as transformers saves it")
+    parser.add_argument("settings", nargs="*", metavar="path=value", help="such as data=FOLDER split=shots way=from_en")
+    given = parser.parse_args(arguments)
+    translate.translate(given.task, given.model, override(translate.TranslateConfig(), given.settings))
     return 0
 
 

@@ -1,7 +1,7 @@
 """Recipes: functions that return a config, one for each row that a paper published. `python -m finetune --help` lists them.
 
 P0 is Nooralahzadeh and Sennrich 2023, P1 Reinhardt et al. 2024, P2 Li et al. 2023 (`UNIMODAL`: its frozen modules, tables 7
-and 8); IGLUE is Bugliarello et al. 2022.
+and 8), P4 is translation-based alignment with small modules; IGLUE is Bugliarello et al. 2022.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from raylib.optim import OptimConfig
 P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)
 IGLUE = OptimConfig(weight_decay=1e-4, warmup=0.1, eps=1e-6)
 P1 = OptimConfig(weight_decay=0.01, warmup=0.1)
+P4 = OptimConfig(weight_decay=0.0, warmup=0.0, decay="cosine")  # Adam (appendix A)
 SCENES = ("en", "ar", "bn", "de", "es", "fr", "id", "ko", "pt", "ru", "zh")
 
 
@@ -24,10 +25,11 @@ def _p2(name: str, where: str, task: str, lr: float, batch: int, epochs: int, le
     return _named(config, f"P2 {where}: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
 
 
-def _iglue(name: str, task: str, lr: float, batch: int, epochs: int, length: int, **more):
+def _iglue(name: str, task: str, lr: float, batch: int, epochs: int, length: int, schedule: int = 20, **more):
+    """`schedule`: epochs that the learning rate is laid out for (`optim_train_epochs`)."""
     config = FinetuneConfig(
         name=name, task=task, batch=batch, epochs=epochs, length=length, workers=4,
-        optim=IGLUE.model_copy(update={"lr": lr}), **more,
+        optim=IGLUE.model_copy(update={"lr": lr, "horizon": schedule / epochs}), **more,
     )  # fmt: skip
     return _named(config, f"IGLUE's protocol: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
 
@@ -36,7 +38,7 @@ def _p0(model: str, row: str, strategies: dict, **more):
     """A row of P0's table 1: xGQA by IGLUE's protocol, cross-entropy."""
     config = FinetuneConfig(
         name=f"p0_{model}_{row}", task="xgqa", backbone=model, batch=256, epochs=5, length=40, workers=4,
-        optim=IGLUE.model_copy(update={"lr": 4e-5}), strategies=strategies, **more,
+        optim=IGLUE.model_copy(update={"lr": 4e-5, "horizon": 4.0}), strategies=strategies, **more,
     )  # fmt: skip
     return _named(config, f"P0 table 1, {model.upper()}: {config.called}")
 
@@ -53,6 +55,19 @@ def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1
         optim=P1.model_copy(update={"lr": lr}), **seen, **more,
     )  # fmt: skip
     return _named(config, f"P1 {where}, {model.upper()}, {task}: {config.called}")
+
+
+def _p4(task: str, row: str, strategies: dict, **more):
+    """A row of P4's tables 1 to 5 with M-CLIP: give model= its folder, vision= its CLIP's. One of three learning rates of its
+    grid; its XTD runs try all of them, and lambda from 0.001 to 10."""
+    few = task == "xtd_few"
+    tuned = any(name in strategies for name in ("lora", "adapter", "compacter", "soft_prompt"))
+    config = FinetuneConfig(
+        name=f"p4_{task}_{row}", task=task, backbone="mclip", freeze=("vision",), matching=False, setting="single_language",
+        batch=10 if few else 48, epochs=40 if few else 15, length=77, strategies=strategies,
+        optim=P4.model_copy(update={"lr": 1e-4 if tuned else 3e-6}), **more,
+    )  # fmt: skip
+    return _named(config, f"P4, {task}: {config.called}")
 
 
 def _scenes(task: str, **more):
@@ -85,6 +100,21 @@ P0_ROWS = {
     "prior_em_cdm": {"prior": {}, "code_mixing": {}},
     "prior_em_sft_cdm": {"prior": {}, "sparse": {}, "code_mixing": {}},
 }
+# P4: tables 1 and 2 (M-CLIP, + MT), 3 (routines and losses), 5 (tuning methods and the whole framework)
+P4_ROWS = {
+    "full": {},
+    "mt": {"alignment": {"weight": 0.0}},
+    "routine1": {"alignment": {"routine": 1}},
+    "routine2": {"alignment": {"routine": 2}},
+    "routine3": {"alignment": {}},
+    "routine3_pivot": {"alignment": {"loss": "pivot"}},
+    "routine3_image": {"alignment": {"loss": "image"}},
+    "lora": {"lora": {}},
+    "adapter": {"adapter": {}},
+    "compacter": {"compacter": {}},
+    "soft_prompt": {"alignment": {"weight": 0.0}, "soft_prompt": {}},
+    "framework": {"alignment": {}, "lora": {}},  # with Adapter on all of Multi30K
+}
 P1_ROWS = {"standard": {}, "suf": {"unfreezing": {"layers": 3}}}
 P1_TASKS = {"uc2": ("xgqa", "xvnli"), "cclm": ("xgqa", "xvnli", "xflickrco")}
 
@@ -92,10 +122,13 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     **{f"p0_{model}_{row}": _p0(model, row, strategies) for model in ("uc2", "m3p") for row, strategies in P0_ROWS.items()},
     **{f"p1_{model}_{row}_{task}": _p1(model, row, task, strategies)
        for model, tasks in P1_TASKS.items() for task in tasks for row, strategies in P1_ROWS.items()},
+    "p1_uc2_few_shot_xgqa": _p1("uc2", "few_shot", "xgqa", {}, "table 3: give model=RUN of p1_uc2_suf_xgqa or _standard_",
+                                setting="few_shot", shots=48),
     "p1_cclm_top_xgqa": _p1("cclm", "top", "xgqa", {"top_layers": {}}, "table 2"),
     **{f"p1_cclm_decay{100 * factor:.0f}_xgqa": _p1("cclm", f"decay{100 * factor:.0f}", "xgqa",
                                                    {"layer_decay": {"factor": factor}}, "figure 5")
        for factor in (0.98, 0.95, 0.88, 0.75)},
+    **{f"p4_{task}_{row}": _p4(task, row, strategies) for task in ("xtd_few", "multi30k") for row, strategies in P4_ROWS.items()},
     "p2_xvnli": _p2("p2_xvnli", "table 7", "xvnli", 2e-5, 512, 10, 40, freeze=UNIMODAL),
     "p2_xgqa": _p2("p2_xgqa", "table 7", "xgqa", 3e-5, 512, 10, 40, freeze=UNIMODAL),
     "p2_xflickrco": _p2("p2_xflickrco", "table 7", "xflickrco", 2e-5, 96, 10, 50, candidates=16),
@@ -111,7 +144,7 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "iglue_xvnli": _iglue("iglue_xvnli", "xvnli", 2e-5, 128, 10, 80),
     "iglue_xflickrco": _iglue("iglue_xflickrco", "xflickrco", 2e-5, 64, 10, 80),
     "iglue_marvl": _iglue("iglue_marvl", "marvl", 1e-5, 64, 20, 80),
-    "iglue_wit": _iglue("iglue_wit", "wit", 2e-5, 64, 2, 80),
+    "iglue_wit": _iglue("iglue_wit", "wit", 2e-5, 64, 2, 80, schedule=2),
     "scenes_xgqa": _scenes("xgqa"),
     "scenes_xvnli": _scenes("xvnli"),
     "scenes_xflickrco": _scenes("xflickrco", languages=SCENES),

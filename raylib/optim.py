@@ -1,6 +1,8 @@
 """AdamW groups and the learning rate as a pure function of the step."""
 
+import math
 from collections.abc import Callable, Iterable
+from typing import Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
@@ -10,10 +12,14 @@ from raylib.config import Config
 
 
 class OptimConfig(Config):
-    """AdamW; warm-up over a share of the steps from 0 to `lr`, then linear decay to 0 (paper 2, section 4.1)."""
+    """AdamW; warm-up over a share of the steps from 0 to `lr`, then decay to 0, linear (paper 2, section 4.1) or along half a
+    cosine (paper 4). `horizon`: the schedule is laid out for so many times the steps that are trained (IGLUE's: 20 epochs,
+    of which xGQA trains 5)."""
 
     lr: PositiveFloat = 1e-4
     warmup: float = Field(0.1, ge=0, le=1)
+    decay: Literal["linear", "cosine"] = "linear"
+    horizon: float = Field(1.0, ge=1)
     weight_decay: NonNegativeFloat = 0.2
     betas: tuple[float, float] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
@@ -46,8 +52,10 @@ def build_optimizer(groups: Iterable[dict], config: OptimConfig) -> torch.optim.
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Rate of step `step` (from 0) of `steps`: step / warm-up while warming up, then falling to 0 after the last."""
+    """Rate of step `step` (from 0) of `steps`: step / warm-up while warming up, then falling to 0 after the schedule's last."""
+    steps = round(steps * config.horizon)
     warmup = round(steps * config.warmup)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    return config.lr * (steps - step) / max(1, steps - warmup)
+    left = (steps - step) / max(1, steps - warmup)
+    return config.lr * (left if config.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))

@@ -17,6 +17,20 @@ def test_schedule_without_warmup_and_of_one_step():
     assert learning_rate(0, 1, OptimConfig(lr=1.0)) == 1.0
 
 
+def test_schedule_along_a_cosine_and_of_a_longer_run():
+    """Half a cosine from lr to 0 (paper 4), as PyTorch's; IGLUE's schedule of 20 epochs over a run of 5."""
+    config = OptimConfig(lr=1.0, warmup=0, decay="cosine")
+    layer = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    peer = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    for step in range(10):
+        assert learning_rate(step, 10, config) == pytest.approx(peer.get_last_lr()[0])
+        optimizer.step()
+        peer.step()
+    iglue = OptimConfig(lr=4e-5, warmup=0.1, horizon=4)
+    assert [learning_rate(s, 500, iglue) for s in (0, 199, 499)] == pytest.approx([4e-5 / 200, 4e-5, 4e-5 * 1501 / 1800])
+
+
 def test_biases_norms_and_scalars_do_not_decay_and_nothing_is_left_out():
     model = make_model()
     model.vision.requires_grad_(False)

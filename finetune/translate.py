@@ -1,0 +1,158 @@
+"""Captions translated in advance by a translation model's folder (paper 4, section 4), for alignment and translate-test.
+
+    python -m finetune translate TASK MODEL data=FOLDER languages='["de"]' [split=shots shots=50 way=to_en ...]
+
+Whole files are translated, line by line, and written where the task's records look for them: `*_to_en`, `*_from_en`, and of a
+test `translated`. What is done so far lies in FILE.partial, and is not done again.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt
+
+from finetune.formats.stream import read_jsonl, read_lines
+from finetune.tasks import TASKS
+from raylib.checkpoint import write_atomically
+from raylib.config import Config, choose
+from raylib.errors import UserError
+
+CAPTIONS = ("sentences", "caption_reference_description")  # fields of JSON lines that hold them
+
+
+class TranslateConfig(Config):
+    """What is translated: the `split` of these `languages`, into English or from it.
+
+    codes: what the model calls a language, where it wants to be told (NLLB, mBART, M2M-100): {"de": "deu_Latn", ...}.
+    """
+
+    data: str = ""
+    languages: tuple[str, ...] = ()
+    split: Literal["train", "shots", "test"] = "train"
+    shots: int | str = 5
+    way: Literal["to_en", "from_en"] = "to_en"
+    codes: Mapping[str, str] = Field(default_factory=dict)
+    batch: PositiveInt = 32
+    beams: PositiveInt = 4
+    length: PositiveInt = 128
+
+
+def translate(task_name: str, model: Path, config: TranslateConfig, say: Callable[[str], None] = print) -> list[Path]:
+    """Make the files; returns them. One that is there is left as it is.
+
+    Raises:
+        UserError: no such task, data or model; the task has no place for such translations.
+    """
+    task = choose(task_name, TASKS, "task")
+    if not config.data:
+        raise UserError("data= is missing: give the folder of the task's annotations")
+    if not config.languages:
+        raise UserError("""languages= is missing: give those to translate, such as languages='["de","ru"]'""")
+    made_split = "translated" if (config.split, config.way) == ("test", "to_en") else f"{config.split}_{config.way}"
+    jobs = []
+    for language in config.languages:
+        spoken = language if config.way == "to_en" else "en"
+        source = task.path(Path(config.data), config.split, spoken, config.shots)
+        made = task.path(Path(config.data), made_split, language, config.shots)
+        if not source.is_file():
+            raise UserError(f"{source}: no such file ({config.split} in '{spoken}'); check data=, languages=, shots=")
+        jobs.append((language, source, made))
+    engine, done = None, []
+    for language, source, made in jobs:
+        if made.is_file():
+            say(f"{made}: there already")
+        else:
+            engine = engine or _Engine(model, config)
+            ways = (language, "en") if config.way == "to_en" else ("en", language)
+            _translate_file(engine, source, made, ways, say)
+        done.append(made)
+    return done
+
+
+def _translate_file(engine: "_Engine", source: Path, made: Path, ways: tuple[str, str], say: Callable[[str], None]) -> None:
+    records = list(_records(source))
+    texts = [text for record in records for text in _texts(record)]
+    partial = made.with_name(f"{made.name}.partial")
+    made.parent.mkdir(parents=True, exist_ok=True)
+    there = partial.read_text(encoding="utf-8").split("\n")[:-1] if partial.is_file() else []
+    empty = 0
+    with partial.open("a", encoding="utf-8") as file:
+        while len(there) < len(texts):
+            asked = texts[len(there) : len(there) + engine.config.batch]
+            part = engine(asked, *ways)
+            empty += part.count("")
+            part = [made or text for made, text in zip(part, asked, strict=True)]
+            file.write("".join(f"{text}\n" for text in part))
+            file.flush()
+            there += part
+            left = f"; {empty} came out empty, and stay as they were" if empty else ""
+            say(f"{made}: {len(there)} of {len(texts)}{left}")
+    new = iter(there)
+    lines = [_with_texts(record, [next(new) for _ in _texts(record)]) for record in records]
+    write_atomically(made, "".join(f"{line}\n" for line in lines))
+    partial.unlink()
+
+
+def _records(path: Path) -> Iterator[dict[str, Any] | str]:
+    """JSON lines as objects, other files as lines."""
+    read = read_jsonl if path.name.removesuffix(".gz").endswith(".jsonl") else read_lines
+    return (record for _, record in read(path))
+
+
+def _texts(record: dict[str, Any] | str) -> list[str]:
+    if isinstance(record, str):
+        return [record]
+    field = _field(record)
+    return record[field] if isinstance(record[field], list) else [record[field]]
+
+
+def _with_texts(record: dict[str, Any] | str, texts: list[str]) -> str:
+    """The line of a record with other captions."""
+    if isinstance(record, str):
+        return texts[0]
+    field = _field(record)
+    return json.dumps({**record, field: texts if isinstance(record[field], list) else texts[0]}, ensure_ascii=False)
+
+
+def _field(record: dict[str, Any]) -> str:
+    found = next((name for name in CAPTIONS if name in record), None)
+    if found is None:
+        raise UserError(f"a record without captions ({' or '.join(CAPTIONS)}): {json.dumps(record)[:80]}")
+    return found
+
+
+class _Engine:
+    """A translation model of `transformers`: an encoder and a decoder, with its own tokenizer."""
+
+    def __init__(self, folder: Path, config: TranslateConfig):
+        import torch
+        from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; give a translation model's, as transformers saves it")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.model = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True).eval()
+        except (OSError, ValueError, KeyError) as e:
+            raise UserError(f"{folder}: no translation model is read there ({' '.join(str(e).split())[:200]})") from None
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.config = config
+
+    def __call__(self, texts: Sequence[str], source: str, target: str) -> list[str]:
+        """The texts in the language `target`, a line each."""
+        import torch
+
+        options, codes = {}, self.config.codes
+        if codes:
+            missing = [code for code in (source, target) if code not in codes]
+            if missing:
+                raise UserError(f"""codes= says nothing of '{missing[0]}'; give what the model calls it""")
+            self.tokenizer.src_lang = codes[source]
+            options["forced_bos_token_id"] = self.tokenizer.convert_tokens_to_ids(codes[target])
+        inputs = self.tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=self.config.length)
+        inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        with torch.inference_mode():
+            made = self.model.generate(**inputs, num_beams=self.config.beams, max_new_tokens=self.config.length, **options)
+        return [" ".join(text.split()) for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
