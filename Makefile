@@ -1,5 +1,6 @@
 # make run [NAME=sample] [ARGS="fit.steps=100 ..."]   pretrain `tiny` on the sample corpus, on a local Ray cluster
 # make finetune    that run's model on the four tasks of the emoji scenes: some minutes each, then one table
+# make transfer    that run's model in four languages by papers 3 and 4: small weights, translations, distillation; one table
 # make install     .venv with the pinned requirements and this project (the others do it when needed)
 # make test        lint and fast tests
 # make drills      what breaks a real local cluster on purpose
@@ -13,24 +14,27 @@ CPUS ?= 2
 GPUS ?= 0
 PORT ?= 8265
 TASKS ?= xgqa xvnli xflickrco marvl
+TRANSFER ?= zero_shot zero_shot_mt full mt lora adapter compacter soft_prompt routine1_lora routine2_lora routine3_lora
 
 PYTHON := .venv/bin/python
 INSTALL := $(PYTHON) -m pip install -qq --disable-pip-version-check
 
-.PHONY: run finetune install test drills contracts bench baselines
+.PHONY: run finetune transfer install test drills contracts bench baselines
 
 run: .venv/.installed
 	@exec $(PYTHON) -m cluster run --cpus $(CPUS) --gpus $(GPUS) --dashboard-port $(PORT) -- \
 		python -m pretrain tiny name=$(NAME) $(ARGS)
 
-finetune: .venv/.installed
+finetune: ROWS = $(TASKS:%=scenes_%)
+transfer: ROWS = $(TRANSFER:%=transfer_%)
+finetune transfer: .venv/.installed
 	@[ -d runs/$(NAME) ] || { echo "error: there is no runs/$(NAME) to start from; 'make run' makes it" >&2; exit 2; }
 	@[ -d runs/$(NAME)_model ] || $(PYTHON) -m pretrain export runs/$(NAME) runs/$(NAME)_model
 	@[ -d runs/scenes ] || $(PYTHON) -m finetune.scenes runs/scenes
-	@for task in $(TASKS); do \
-		$(PYTHON) -m finetune scenes_$$task name=$(NAME)_$$task model=runs/$(NAME)_model $(ARGS) || exit $$?; \
+	@for row in $(ROWS); do \
+		$(PYTHON) -m finetune $$row name=$(NAME)_$${row#scenes_} model=runs/$(NAME)_model $(ARGS) || exit $$?; \
 	done
-	@$(PYTHON) -m finetune compare $(TASKS:%=runs/$(NAME)_%)
+	@$(PYTHON) -m finetune compare $(patsubst %,runs/$(NAME)_%,$(ROWS:scenes_%=%))
 
 install: .venv/.installed
 

@@ -12,6 +12,7 @@ Start the command several times and the processes share the work: each takes an 
 
 import argparse
 import fcntl
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,6 +90,8 @@ def run_experiment(experiment: Experiment, seed: int, folder: Path, scenes: Path
     python("finetune", experiment.recipe, *settings, *ALL, *experiment.settings, *few)
     if not quick:
         record.main(["--finetune", str(folder / name)])
+        for left in [*(folder / name).rglob("checkpoints"), *(folder / name).rglob("encoded")]:
+            shutil.rmtree(left)  # a gigabyte; the best model stays
 
 
 def python(module: str, *arguments: object) -> None:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from raylib.config import choose, dump, load, override
-from raylib.errors import UserError
+from raylib.errors import UserError, disk_is_full
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _train(arguments)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"error: {disk_is_full(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)

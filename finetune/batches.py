@@ -20,6 +20,8 @@ from raylib.text import Tokenizer, add_specials, text_ids
 
 # change(example, seed, epoch, id): a training example as methods show it (`finetune.strategies`)
 Change = Callable[..., Example | Captioned]
+# more(examples, what `see` returns, the batch so far): what else the batch is to hold
+More = Callable[[Sequence[Example], dict[str, Any], dict[str, Any]], dict[str, Any]]
 
 
 class _Epochs(Dataset):
@@ -55,9 +57,10 @@ class ExampleBatches(_Epochs):
 
     def __init__(
         self, examples: Sequence[Example], labels: Sequence[str], pictures: Pictures | None, tokenizer: Tokenizer, length: int,
-        soft: bool, batch: int, seed: int, rank: int = 0, world: int = 1, change: Change | None = None,
+        soft: bool, batch: int, seed: int, rank: int = 0, world: int = 1, change: Change | None = None, more: More | None = None,
     ):  # fmt: skip
         super().__init__(examples, batch, seed, rank, world, change)
+        self.more = more
         self.pictures, self.tokenizer, self.length, self.soft = pictures, tokenizer, length, soft
         self.classes = {label: i for i, label in enumerate(labels)}
 
@@ -69,7 +72,10 @@ class ExampleBatches(_Epochs):
             each = np.arange(len(chosen[0].images))
             keys = (numbers[:, None, None], each[:, None], np.arange(self.pictures.draws))
             draws = uniform(self.seed, epoch, "augment", *keys).reshape(-1, self.pictures.draws)
-        part = {"index": torch.from_numpy(index), **read_inputs(chosen, self.pictures, self.tokenizer, self.length, draws)}
+        seen = see(chosen, self.pictures, draws)
+        part = {"index": torch.from_numpy(index), **encode_inputs(chosen, seen, self.tokenizer, self.length)}
+        if self.more:
+            part |= self.more(chosen, seen, part)
         scores = torch.zeros(len(chosen), len(self.classes))
         for row, example in enumerate(chosen):
             for label, score in example.labels.items():
@@ -84,12 +90,63 @@ class ExampleBatches(_Epochs):
 def read_inputs(
     examples: Sequence[Example], pictures: Pictures | None, tokenizer: Tokenizer, length: int, draws: np.ndarray | None = None
 ) -> dict[str, Any]:
-    """The model's inputs: {"text": Ragged ids, and "premise", "images", "states" or "regions"}."""
-    inputs: dict[str, Any] = {"text": encode_texts([e.texts[-1] for e in examples], tokenizer, length)}
-    if examples[0].images:
-        names = [name for e in examples for name in e.images]
-        return inputs | (pictures.read(names) if draws is None else pictures.read(names, draws))
-    return inputs | {"premise": encode_texts([e.texts[0] for e in examples], tokenizer, length)}
+    """The model's inputs: {"text": Ragged ids, and "premise", "images", "states" or "regions", with "tags" if it reads them}."""
+    return encode_inputs(examples, see(examples, pictures, draws), tokenizer, length)
+
+
+def see(examples: Sequence[Example], pictures: Pictures | None, draws: np.ndarray | None = None) -> dict[str, Any]:
+    """What grounds the texts, as `pictures` read it; nothing where that is a premise."""
+    names = [name for e in examples for name in e.images]
+    if not names:
+        return {}
+    return pictures.read(names) if draws is None else pictures.read(names, draws)
+
+
+def encode_inputs(examples: Sequence[Example], seen: dict[str, Any], tokenizer: Tokenizer, length: int) -> dict[str, Any]:
+    """The model's inputs, from what `see` returns; the names of objects become tokens."""
+    texts = [e.texts[-1] for e in examples]
+    if not seen:
+        premises = [e.texts[0] for e in examples]
+        return {part: encode_texts(rows, tokenizer, length) for part, rows in (("text", texts), ("premise", premises))}
+    if "tags" not in seen:
+        return {"text": encode_texts(texts, tokenizer, length), **seen}
+    return seen | encode_tagged(texts, tags_of(examples, seen["tags"]), tokenizer, length)
+
+
+def tags_of(examples: Sequence[Example], kept: Sequence[tuple[str, ...]]) -> list[str]:
+    """Of each picture of the examples, the tags as one text: those of the annotations, or else the store's (`kept`)."""
+    own = [e.tags for e in examples for _ in e.images]
+    return [" ".join(tags or stored) for tags, stored in zip(own, kept, strict=True)]
+
+
+def encode_tagged(texts: Sequence[str], tags: Sequence[str], tokenizer: Tokenizer, length: int) -> dict[str, Ragged]:
+    """{"text", "tags"}: rows CLS words SEP and tags SEP. Both together have `length` tokens at most: the longer one is cut, the
+    tags where they are equal (BERT's sentence pairs, and so OSCAR's). A picture without tags has none, no SEP either.
+
+    texts: n. tags: c times as many, those of text i at i c ... ; of two pictures (c = 2) the longest tags count.
+    """
+    words, names = tokenizer.encode(texts), getattr(tokenizer, "plain", tokenizer).encode(tags)
+    each = len(tags) // len(texts)
+    for i, row in enumerate(words):
+        mine = range(i * each, (i + 1) * each)
+        most = max(len(names[j]) for j in mine)
+        if most:
+            kept, most = _cut(len(row), most, length - 3)
+            words[i] = row[:kept]
+            for j in mine:
+                names[j] = names[j][:most]
+    named = [np.append(row, tokenizer.sep) if len(row) else row for row in names]
+    lengths = torch.tensor([len(row) for row in named])
+    values = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *named]))
+    text = Ragged(*map(torch.from_numpy, add_specials(words, tokenizer, length)))
+    return {"text": text, "tags": Ragged(values, lengths)}
+
+
+def _cut(first: int, second: int, room: int) -> tuple[int, int]:
+    """What is left of two lengths where there is room for so many, one taken off the longer at a time."""
+    while first + second > room:
+        first, second = (first - 1, second) if first > second else (first, second - 1)
+    return first, second
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Ragged:

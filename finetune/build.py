@@ -5,12 +5,20 @@ from pathlib import Path
 import torch
 
 from finetune.config import FinetuneConfig
-from finetune.data import find_task, labels_of, languages_of, open_seen, read_split, training_captions, wordnet_of
+from finetune.data import (
+    find_task,
+    labels_of,
+    languages_of,
+    open_seen,
+    read_split,
+    training_captions,
+    training_texts,
+    wordnet_of,
+)  # fmt: skip
 from finetune.decoder import encode_answers
-from finetune.model import FinetuneModel, find_evaluated, freeze, is_foreign, load_backbone, load_finetuned, resize
+from finetune.model import FinetuneModel, freeze, load_backbone, load_finetuned, resize, tokenizer_at
 from finetune.strategies import Context, Methods
 from raylib.errors import UserError
-from raylib.model.folder import find_tokenizer
 from raylib.model.unified import UnifiedModel
 from raylib.randomness import hash64
 from raylib.text import Tokenizer
@@ -73,7 +81,7 @@ def build_methods(config: FinetuneConfig, say=print) -> Methods:
     labels = labels_of(config) if answers else ()
     cache = Path(config.runs).absolute() / "cache"  # named by content: other runs read it too
     context = Context(Path(config.data), wordnet_of(config), languages_of(config), labels, tokenizer_of(config), cache, say,
-                      training_captions(config))  # fmt: skip
+                      training_captions(config), *training_texts(config))  # fmt: skip
     return Methods(config.strategies, context)
 
 
@@ -86,10 +94,7 @@ def build_adapted(config: FinetuneConfig) -> tuple[FinetuneModel | UnifiedModel,
 
 def tokenizer_of(config: FinetuneConfig) -> Path:
     """The tokenizer file of `config.model`."""
-    path = Path(config.model)
-    if is_foreign(path):
-        return find_tokenizer(path if path.is_dir() else path.parent)
-    return find_tokenizer(path if (path / "config.json").is_file() else find_evaluated(path))
+    return tokenizer_at(config.model)
 
 
 def backbone_of(model: FinetuneModel | UnifiedModel) -> torch.nn.Module:
@@ -106,8 +111,9 @@ def needs_pictures(config: FinetuneConfig) -> bool:
 
 def open_pictures_for(config: FinetuneConfig, model: FinetuneModel | UnifiedModel):
     """What grounds the task's texts, as the model takes it; None where nothing does."""
-    size = getattr(backbone_of(model).config, "image_size", 0)
-    return open_seen(config, size) if needs_pictures(config) else None
+    backbone = backbone_of(model)
+    size = getattr(backbone.config, "image_size", 0)
+    return open_seen(config, size, "tags" in getattr(backbone, "parts", ())) if needs_pictures(config) else None
 
 
 def _see_regions(config: FinetuneConfig, backbone: torch.nn.Module) -> None:

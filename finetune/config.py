@@ -95,6 +95,12 @@ class FinetuneConfig(LaunchConfig):
             raise ValueError("strategies.adapter and strategies.compacter want the same places; leave one of them out")
         if self.augment and self.encoded and "vision" in self.freeze:
             raise ValueError("augment needs encoded=false: pictures that are encoded once cannot change")
+        taught = self.strategies.distillation
+        if taught and self.head == "decoder":
+            raise ValueError("strategies.distillation is for classifiers; leave out head=decoder")
+        if taught and not taught.task and taught.classifier == "new" and self.select == "best":
+            raise ValueError("strategies.distillation.task=0 trains no head that could choose the best checkpoint; set "
+                             "select=last, or strategies.distillation.classifier=teacher")  # fmt: skip
         if self.head == "decoder" and self.loss == "bce":
             raise ValueError("head=decoder has a loss of its own, over tokens; leave out loss=bce")
         return self
@@ -119,4 +125,5 @@ class FinetuneConfig(LaunchConfig):
         """What tables call the method. An image encoder that is frozen alone is not named: it knows no language."""
         named = () if self.freeze == ("vision",) else self.freeze
         frozen = "frozen unimodal encoders" if named == UNIMODAL else named and f"frozen {', '.join(named)}"
-        return self.method or " + ".join(filter(None, (frozen, method_name(self.strategies)))) or "full fine-tuning"
+        usual = "as it is" if self.setting == "untrained" else "full fine-tuning"
+        return self.method or " + ".join(filter(None, (frozen, method_name(self.strategies)))) or usual

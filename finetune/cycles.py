@@ -25,19 +25,19 @@ def find_mask(config: FinetuneConfig, language: str | None) -> tuple[FinetuneCon
 
     Returns:
         (the config of the training that follows: with the mask, and code-mixed where that is asked for,
-        {"finished", "seconds" of all rounds, "sparsity": of the prunable weights and of the whole model}).
+        {"finished", "seconds" and "steps" of all rounds, "sparsity": of the prunable weights and of the whole model}).
     """
     sparse, mixing = config.strategies.sparse, config.strategies.code_mixing
-    seconds, mask_file = 0.0, Path(sparse.mask) if sparse.mask else None
+    spent, mask_file = {"seconds": 0.0, "steps": 0}, Path(sparse.mask) if sparse.mask else None
     for number in range(1, sparse.rounds + 1) if mask_file is None else ():
         part = _with(config, None, mixing and mixing.stages in ("rounds", "both"))
         part = part.model_copy(update={"name": f"round_{number}", "runs": str(run_folder(config)), "resume": "newest"})
         coming = run_folder(config) / "masks" / f"round_{number}.safetensors"
         start = None if sparse.rewind == "initial" or number == 1 else checkpoint.newest(Path(part.runs) / f"round_{number - 1}")
         result = _round(Work(language, sparse.epochs, start), part, mask_file)
-        seconds += result["seconds"]
+        spent = {name: value + result[name] for name, value in spent.items()}
         if not result["finished"]:
-            return part, {**result, "seconds": seconds}
+            return part, {**result, **spent}
         if leads(config) and not coming.is_file():
             _prune(part, sparse.rate, mask_file, coming)
         if world_size() > 1:
@@ -45,7 +45,7 @@ def find_mask(config: FinetuneConfig, language: str | None) -> tuple[FinetuneCon
         mask_file = coming
     ready = _with(config, mask_file, mixing and mixing.stages in ("last", "both"))
     parameters = sum(p.numel() for p in build_model(config).parameters())
-    return ready, {"finished": True, "seconds": seconds, "sparsity": masks.sparsity(masks.read(mask_file), parameters)}
+    return ready, {"finished": True, **spent, "sparsity": masks.sparsity(masks.read(mask_file), parameters)}
 
 
 def _with(config: FinetuneConfig, mask: Path | None, mixed: bool) -> FinetuneConfig:

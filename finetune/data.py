@@ -78,6 +78,17 @@ def training_captions(config: FinetuneConfig) -> Callable[[str, str], dict[str, 
     return read
 
 
+def training_texts(config: FinetuneConfig) -> tuple[dict[str, Reading], Reading | tuple]:
+    """`training` and `english` of a `Context`: what a classification run trains on in each language, and the same in English."""
+    split = {"zero_shot": "train", "few_shot": "shots", "single_language": "train", "all_language": "train"}.get(config.setting)
+    if find_task(config).kind == "retrieval" or split is None:
+        return {}, ()
+    languages = ("en",) if config.setting == "zero_shot" else languages_of(config)
+    limit = config.train_limit if split == "train" else None
+    chosen = [code for code in languages if config.setting != "few_shot" or code != "en"]
+    return {code: read_split(config, split, code, limit) for code in chosen}, read_split(config, split, "en", limit)
+
+
 def wordnet_of(config: FinetuneConfig) -> Path:
     """The WordNet folder: where relations between answers come from."""
     return Path(config.wordnet or Path(config.data) / "wordnet")
@@ -120,10 +131,10 @@ def merge(items: list[Captioned]) -> list[Captioned]:
     return [Captioned(image, texts) for image, texts in captions.items()]
 
 
-def open_seen(config: FinetuneConfig, size: int) -> Pixels | RegionFeatures:
-    """The pictures, or the region features in their place."""
+def open_seen(config: FinetuneConfig, size: int, tagged: bool = False) -> Pixels | RegionFeatures:
+    """The pictures, or the region features in their place; `tagged`: with the names of the objects."""
     if config.regions:
-        return RegionFeatures(open_regions(config.regions))
+        return RegionFeatures(open_regions(config.regions), tagged)
     folder = Path(config.data)
     default = folder / "images.tar" if (folder / "images.tar").is_file() else folder / "images"
     return Pixels(open_pictures(config.images or default), size, config.augment)

@@ -11,6 +11,9 @@ class Example(NamedTuple):
     `images`: ids in the picture store; none (sentence pairs), one, or two (left, right).
     `labels`: {answer: score in (0, 1]}; a prediction scores what it finds here, else 0. Empty: the file has no answer.
     `kind`: what results are broken down by ("verify", "query", ...), or "".
+    `tags`: what a detector calls the objects of the picture, in English.
+    `pivot`: what a teacher of another language reads in the text's place; `aligned`: words that both have, as (first
+    character, end) in the text and in the pivot (`finetune.distillation`).
     """
 
     id: str
@@ -18,6 +21,9 @@ class Example(NamedTuple):
     images: tuple[str, ...]
     labels: Mapping[str, float]
     kind: str = ""
+    tags: tuple[str, ...] = ()
+    pivot: str = ""
+    aligned: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = ()
 
     def map_texts(self, change: Callable[[str, int], str]) -> "Example":
         """With `change(text, its place)` of every text."""

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from finetune.decoder import AnswerDecoder, DecoderConfig
 from finetune.formats.nli import check_labels
 from raylib.backbones import BACKBONES, rebuild
+from raylib.backbones.clip import Clip
 from raylib.backbones.mclip import MClip
 from raylib.checkpoint import BEST
 from raylib.config import build, choose
 from raylib.errors import UserError
 from raylib.model import tuning
 from raylib.model.attention import initialise
-from raylib.model.folder import find_model
+from raylib.model.folder import find_model, find_tokenizer
+from raylib.model.places import Places
 from raylib.model.unified import UnifiedModel
 from raylib.ragged import Ragged
 
@@ -88,8 +90,9 @@ class FinetuneModel(nn.Module):
 
     def forward(self, batch: dict) -> Tensor:
         """Logits (b, labels) of {"text": Ragged ids (b rows)} and what grounds it, of which row i's are rows i c ... i c +
-        c - 1: "images" uint8 (b c, H, W, 3), "states" Ragged (of a ViT that ran before), "regions" Ragged (f + 7 wide) or
-        "premise" Ragged ids. Of a decoder: log-probabilities, -inf at labels that are no candidates."""
+        c - 1: "images" uint8 (b c, H, W, 3), "states" Ragged (of a ViT that ran before), "regions" Ragged (f + 7 wide), with
+        "tags" Ragged ids where the backbone reads them, or "premise" Ragged ids. Of a decoder: log-probabilities, -inf at
+        labels that are no candidates."""
         if self.spells:
             return self.head.rank(self.backbone, self.backbone.ground_tokens(batch["text"], self.condition(batch)))
         return self.head(self.ground(batch["text"], self.condition(batch)))
@@ -107,6 +110,8 @@ class FinetuneModel(nn.Module):
             return self.backbone.encode_images(batch["images"])
         if "regions" in batch:
             regions = batch["regions"]
+            if "tags" in batch:
+                return self.backbone.embed_regions(regions, batch["tags"])
             if self.regions is None:
                 return self.backbone.embed_regions(regions)
             features, locations = regions.values.split([regions.values.shape[1] - LOCATIONS, LOCATIONS], 1)
@@ -116,6 +121,16 @@ class FinetuneModel(nn.Module):
     def ground(self, text: Ragged, condition: Ragged) -> Tensor:
         """CLS states of each text under each of its c conditions, side by side: (b, c d)."""
         return self.backbone.ground(text, condition, self.pictures).view(len(text.lengths), -1)
+
+    def states(self, batch: dict, layers: Sequence[int], empty: bool = False) -> tuple[list[Ragged], Places]:
+        """States of all tokens of each text in the one picture that grounds it, after some of the layers (`raylib.backbones`).
+        `empty`: of a backbone whose rows hold regions, and of a slot without one."""
+        more = {"empty": True} if empty else {}
+        return self.backbone.states(batch["text"], self.condition(batch), layers, **more)
+
+    def answer(self, last: Ragged) -> Tensor:
+        """Logits (b, labels) from the states after the last layer: as `forward`, where one picture grounds a text."""
+        return self.head(self.backbone.pooled(last.values.index_select(0, last.starts.to(last.values.device))))
 
     @property
     def depths(self) -> int:
@@ -172,8 +187,8 @@ def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = 
         raise UserError(f"{path} has an image encoder; leave vision={vision} out")
     if description["model_type"] == "polyglance-finetuned":
         return FinetuneModel.from_pretrained(folder).backbone
-    model = MClip if description["model_type"] == "polyglance-mclip" else UnifiedModel
-    return model.from_pretrained(folder)
+    own = {"polyglance-mclip": MClip, "polyglance-clip": Clip}.get(description["model_type"], UnifiedModel)
+    return own.from_pretrained(folder)
 
 
 def load_finetuned(path: Path | str, labels: tuple[str, ...]) -> FinetuneModel:
@@ -188,6 +203,14 @@ def load_finetuned(path: Path | str, labels: tuple[str, ...]) -> FinetuneModel:
         raise UserError(f"{path}: no fine-tuned model; give the run of an English fine-tuning")
     check_labels(labels, tuple(values["labels"]), str(folder / "config.json"))
     return FinetuneModel.from_pretrained(folder)
+
+
+def tokenizer_at(path: Path | str) -> Path:
+    """The tokenizer file of the model at `path` (`load_backbone`)."""
+    path = Path(path)
+    if is_foreign(path):
+        return find_tokenizer(path if path.is_dir() else path.parent)
+    return find_tokenizer(path if (path / "config.json").is_file() else find_evaluated(path))
 
 
 def is_foreign(path: Path) -> bool:

@@ -9,6 +9,13 @@ from finetune.strategies.base import Term
 from raylib.collective import total, world_size
 
 
+def task_loss(logits: Tensor, part: dict, loss: str) -> Tensor:
+    """Summed over the batch: "ce" or "bce" (`ClassificationObjective`)."""
+    if loss == "bce":
+        return F.binary_cross_entropy_with_logits(logits, part["scores"], reduction="sum")
+    return F.cross_entropy(logits, part["answer"], reduction="sum")
+
+
 class ClassificationObjective(nn.Module):
     """`forward(batch)` -> (this worker's share of the loss, {"task", and by name the terms of methods: means over the global
     batch, unweighted}).
@@ -26,10 +33,7 @@ class ClassificationObjective(nn.Module):
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         part = batch["examples"]
         logits = self.model(part).float()
-        if self.loss == "bce":
-            value = F.binary_cross_entropy_with_logits(logits, part["scores"], reduction="sum")
-        else:
-            value = F.cross_entropy(logits, part["answer"], reduction="sum")
+        value = task_loss(logits, part, self.loss)
         sums = torch.stack([value, *(term.values(logits, part).sum() for term in self.terms.values())])
         count = total(torch.tensor(float(len(logits)), device=logits.device))
         shares = sums / count

@@ -21,6 +21,8 @@ ENCODED = 64  # pictures through the image encoder at a time
 class Pixels:
     """Pictures of a store at `size` x `size`; in training augmented, if `config` says how."""
 
+    tagged = False
+
     def __init__(self, store: PictureStore, size: int, config: AugmentConfig | None = None):
         self.store, self.size, self.config = store, size, config
 
@@ -42,6 +44,7 @@ class Encoded:
     """States of pictures that a frozen image encoder has made before."""
 
     draws = 0
+    tagged = False
 
     def __init__(self, states: States):
         self.states = states
@@ -52,22 +55,24 @@ class Encoded:
 
 
 class RegionFeatures:
-    """Detector features with their locations side by side."""
+    """Detector features with their locations side by side. `tagged`: the model reads tags of the objects too."""
 
     draws = 0
 
-    def __init__(self, store: RegionStore):
-        self.store = store
+    def __init__(self, store: RegionStore, tagged: bool = False):
+        self.store, self.tagged = store, tagged
 
-    def read(self, names: Sequence[str], draws: None = None) -> dict[str, Ragged]:
-        """{"regions": n rows (R, f + 7)}."""
-        parts = []
+    def read(self, names: Sequence[str], draws: None = None) -> dict[str, Ragged | list]:
+        """{"regions": n rows (R, f + 7)}; if `tagged`, with "tags": the names of each picture's objects."""
+        parts, tags = [], []
         for name in names:
             regions = self.store.read(name)
+            tags.append(regions.tags)
             where = locations(regions.boxes, regions.height, regions.width, LOCATIONS)
             parts.append(np.concatenate([regions.features, where], 1))
         lengths = torch.tensor([len(part) for part in parts])
-        return {"regions": Ragged(torch.from_numpy(np.concatenate(parts).astype(np.float32)), lengths)}
+        rows = {"regions": Ragged(torch.from_numpy(np.concatenate(parts).astype(np.float32)), lengths)}
+        return rows | {"tags": tags} if self.tagged else rows
 
 
 Pictures = Pixels | Encoded | RegionFeatures

@@ -83,6 +83,19 @@ def _scenes(task: str, **more):
     return _named(config, f"emoji scenes as {task}, on 2 CPU cores: {config.called}")
 
 
+def _transfer(row: str, strategies: dict, **more):
+    """P4's framework on emoji scenes, on two CPU cores: 50 captions a language, a set of weights for each; the paper's steps are
+    twice as many. lambda is the largest of its grid: vectors are shorter here than CLIP's, and so are their squared distances."""
+    tuned = any(name in strategies for name in ("lora", "adapter", "compacter", "soft_prompt"))
+    config = FinetuneConfig(
+        name=f"transfer_{row}", task="xflickrco", workers=1, runtime="local", freeze=("vision",), matching=False, epochs=20,
+        batch=10, length=40, shots=50, languages=("de", "id", "ru", "zh"), select="last", temperature=0.05,
+        optim=P4.model_copy(update={"lr": 1e-3 if tuned else 1e-5}), strategies=strategies, data="runs/scenes",
+        model="runs/e5_model", **{"setting": "few_shot", **more},
+    )  # fmt: skip
+    return _named(config, f"emoji scenes, P4: {config.setting}, {config.called}")
+
+
 def _named(config: FinetuneConfig, summary: str) -> Callable[[], FinetuneConfig]:
     def recipe() -> FinetuneConfig:
         return config
@@ -114,6 +127,10 @@ P4_ROWS = {
     "compacter": {"compacter": {}},
     "soft_prompt": {"alignment": {"weight": 0.0}, "soft_prompt": {}},
     "framework": {"alignment": {}, "lora": {}},  # with Adapter on all of Multi30K
+}
+TRANSFER_ROWS = {
+    **{row: P4_ROWS[row] for row in ("full", "mt", "lora", "adapter", "compacter", "soft_prompt")},
+    **{f"routine{routine}_lora": {"alignment": {"routine": routine, "weight": 10.0}, "lora": {}} for routine in (1, 2, 3)},
 }
 P1_ROWS = {"standard": {}, "suf": {"unfreezing": {"layers": 3}}}
 P1_TASKS = {"uc2": ("xgqa", "xvnli"), "cclm": ("xgqa", "xvnli", "xflickrco")}
@@ -149,4 +166,7 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "scenes_xvnli": _scenes("xvnli"),
     "scenes_xflickrco": _scenes("xflickrco", languages=SCENES),
     "scenes_marvl": _scenes("marvl", languages=SCENES),
+    **{f"transfer_{row}": _transfer(row, strategies) for row, strategies in TRANSFER_ROWS.items()},
+    "transfer_zero_shot": _transfer("zero_shot", {}, setting="untrained"),
+    "transfer_zero_shot_mt": _transfer("zero_shot_mt", {}, setting="translate_test"),
 }  # fmt: skip

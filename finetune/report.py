@@ -47,6 +47,7 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
     if not retrieval:
         kept = ("n", "predictions", "unlabelled", "unknown_answers")
         result["counts"] = {code: {name: values[name] for name in kept} for code, values in figures.items()}
+        result["coverage"] = {code: 1 - c["unknown_answers"] / c["n"] for code, c in result["counts"].items() if c["n"]}
         result["unknown_training_answers"] = sum(part.get("unknown_training_answers", 0) for part in parts)
         synonyms = {code: values["synonym_accuracy"] for code, values in figures.items() if "synonym_accuracy" in values}
         if synonyms:
@@ -150,17 +151,22 @@ def read_result(run: Path) -> dict[str, Any]:
 
 
 def compare(results: Iterable[dict[str, Any]]) -> str:
-    """Markdown: runs of one task, setting, method and model side by side; mean and standard deviation over their seeds."""
+    """Markdown: runs of one task, setting, method and model side by side; mean and standard deviation over their seeds. "std" and
+    "range": how far languages are apart (`disparity`); "trained": share of the parameters, in %."""
     groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         # a run that goes on from another is told apart by that one's seed, not by its name
         model = "" if result["setting"] in ("few_shot", "translate_test", "untrained") else Path(result["model"]).name
         groups[result["task"], result["setting"], result["method"], model].append(result)
     codes = list(dict.fromkeys(code for group in groups.values() for r in group for code in scores_of(r)))
-    head = ["task", "setting", "method", "model", "seeds", *codes, "mean of the targets", "gap"]
+    head = ["task", "setting", "method", "model", "seeds", *codes, "mean of the targets", "gap", "std", "range", "trained"]
     rows = [head]
     for key, group in groups.items():
         cells = [spread(scores_of(r).get(code) for r in group) for code in codes]
         ends = [spread(r[name] for r in group) for name in ("mean_targets", "gap")]
-        rows.append([*key, str(len({r["seed"] for r in group})), *cells, *ends])
+        apart = [spread(r["disparity"][name] for r in group if "disparity" in r) for name in ("std", "range")]
+        # without the heads, as paper 4 counts; of a run that tunes no small modules, all
+        shares = {r.get("share", r["trainable"] / r["params"]) for r in group if r["steps"]}
+        trained = " ".join(f"{100 * share:.2f}" for share in sorted(shares))
+        rows.append([*key, str(len({r["seed"] for r in group})), *cells, *ends, *apart, trained])
     return markdown.table(rows, words=4)

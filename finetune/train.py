@@ -99,13 +99,13 @@ def _run_part(config: FinetuneConfig, language: str | None) -> dict[str, Any]:
             open_run(config)
         tokenizer = tokenizer_of(config)
         shutil.copy2(tokenizer, folder / tokenizer.name)  # so that the run is a model for others
-    ready, before = config, {"finished": True, "seconds": 0.0}
+    ready, before = config, {"finished": True, "seconds": 0.0, "steps": 0}
     if config.strategies.sparse and config.trains:
         ready, before = find_mask(config, language)
     if not before["finished"]:
         return before
     result = launch(Work(language), ready, folder)
-    result |= {"seconds": before["seconds"] + result["seconds"], "sparsity": before.get("sparsity")}
+    result |= {name: before[name] + result[name] for name in ("seconds", "steps")} | {"sparsity": before.get("sparsity")}
     if result["finished"] and leads(config):
         checkpoint.write_atomically(done, json.dumps(result, ensure_ascii=False))
     return result

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, PositiveInt
 
 from finetune.formats.stream import read_jsonl, read_lines
 from finetune.tasks import TASKS
 from raylib.checkpoint import write_atomically
 from raylib.config import Config, choose
-from raylib.errors import UserError
+from raylib.errors import UserError, needed
 
 CAPTIONS = ("sentences", "caption_reference_description")  # fields of JSON lines that hold them
 
@@ -127,14 +128,12 @@ class _Engine:
     """A translation model of `transformers`: an encoder and a decoder, with its own tokenizer."""
 
     def __init__(self, folder: Path, config: TranslateConfig):
-        import torch
-        from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
+        transformers = needed("transformers", "transfer")
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give a translation model's, as transformers saves it")
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True).eval()
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True).eval()
         except (OSError, ValueError, KeyError) as e:
             raise UserError(f"{folder}: no translation model is read there ({' '.join(str(e).split())[:200]})") from None
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -142,8 +141,6 @@ class _Engine:
 
     def __call__(self, texts: Sequence[str], source: str, target: str) -> list[str]:
         """The texts in the language `target`, a line each."""
-        import torch
-
         options, codes = {}, self.config.codes
         if codes:
             missing = [code for code in (source, target) if code not in codes]

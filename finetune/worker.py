@@ -19,6 +19,7 @@ from finetune.data import (
     with_known_answers,
     wordnet_of,
 )  # fmt: skip
+from finetune.distillation.setup import distil
 from finetune.evaluate import evaluate
 from finetune.lexicon.confusions import confusions
 from finetune.lexicon.wordnet import WordNet
@@ -100,8 +101,10 @@ class Work:
             soft = model.spells or config.loss == "bce"
             if model.spells and terms:
                 raise UserError(f"strategies: {', '.join(terms)} needs a classifier's logits; head=decoder has none")
-            batches = ExampleBatches(examples, model.labels, pictures, *place, soft, *order)
-            objective = AnswerObjective(model) if model.spells else ClassificationObjective(model, config.loss, terms)
+            more, objective = None, AnswerObjective(model) if model.spells else ClassificationObjective(model, config.loss, terms)
+            if method := methods.all.get("distillation"):
+                more, objective = distil(config, method, model, tokenizer, pictures, examples, terms, home)
+            batches = ExampleBatches(examples, model.labels, pictures, *place, soft, *order, more)
         steps = {"steps": config.epochs * batches.steps, "eval_every": batches.steps, "save_every": batches.steps}
         end = (self.epochs or config.epochs) * batches.steps
         fit_config = fit_config.model_copy(update={**steps, "stop_after": min(end, fit_config.stop_after or end)})

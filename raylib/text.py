@@ -22,19 +22,19 @@ from raylib.randomness import hash64, integers, uniform
 
 FILES = ("sentencepiece.bpe.model", "tokenizer.model", "tokenizer.json")  # what is looked for in a folder, in order
 SPECIALS = {
-    "cls": ("<s>", "[CLS]"),
-    "pad": ("<pad>", "[PAD]"),
-    "sep": ("</s>", "[SEP]"),
-    "unk": ("<unk>", "[UNK]"),
-    "mask": ("<mask>", "[MASK]"),
+    "cls": ("<s>", "[CLS]", "<|startoftext|>"),
+    "pad": ("<pad>", "[PAD]", "<|endoftext|>"),
+    "sep": ("</s>", "[SEP]", "<|endoftext|>"),
+    "unk": ("<unk>", "[UNK]", "<|endoftext|>"),
+    "mask": ("<mask>", "[MASK]", "<|endoftext|>"),  # CLIP's has none, and nothing of it is ever masked
 }
 
 
 class Tokenizer:
     """Text to ids. `cls`, `sep`, `pad`, `mask`, `unk`: special ids; `sha256`: of the file; `ordinary`: all other ids."""
 
-    def __init__(self, path: Path, encode, vocabulary: int, specials: dict[str, int]):
-        self.path, self._encode, self.vocabulary = path, encode, vocabulary
+    def __init__(self, path: Path, encode, vocabulary: int, specials: dict[str, int], piece):
+        self.path, self._encode, self.vocabulary, self._piece = path, encode, vocabulary, piece
         self.sha256 = sha256_of(path)
         self.cls, self.sep, self.pad, self.mask, self.unk = (specials[n] for n in ("cls", "sep", "pad", "mask", "unk"))
         self.ordinary = np.setdiff1d(np.arange(vocabulary), list(specials.values()))
@@ -58,6 +58,10 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text (int64), without specials."""
         return [np.asarray(ids, np.int64) for ids in self._encode(list(texts))]
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The sub-words behind ids, those that begin a word with ▁ before them: alike for all kinds of tokenizers."""
+        return [self._piece(int(i)) for i in ids]
 
     def __reduce__(self):
         return Tokenizer.load, (self.path,)
@@ -93,13 +97,16 @@ def _load_sentencepiece(path: Path):
             lambda texts: model.encode(texts, num_threads=1),
             size,
             {"cls": 0, "pad": 1, "sep": 2, "unk": 3, "mask": 4},
+            model.id_to_piece,
         )
     if places == (1, -1, 2, 0) and mask == 0:
 
         def encode(texts: list[str]) -> list[list[int]]:
             return [[piece + 1 if piece else 3 for piece in ids] for ids in model.encode(texts, num_threads=1)]
 
-        return encode, size + 2, {"cls": 0, "pad": 1, "sep": 2, "unk": 3, "mask": size + 1}
+        specials = {"cls": 0, "pad": 1, "sep": 2, "unk": 3, "mask": size + 1}
+        known = dict(zip(specials.values(), specials, strict=True))
+        return encode, size + 2, specials, lambda i: known[i] if i in known else model.id_to_piece(i - 1)
     raise UserError(
         f"{path}: <s>, <pad>, </s>, <unk>, <mask> have ids {(*places, mask)}; known are ours (0, 1, 2, 3, 4) and "
         "XLM-R's (1, none, 2, 0, none): convert it to a tokenizer.json"
@@ -126,8 +133,16 @@ def _load_json(path: Path):
     def encode(texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in model.encode_batch(texts, add_special_tokens=False)]
 
-    size = max(model.get_vocab().values()) + 1
-    return encode, size, specials
+    vocabulary = model.get_vocab()
+    parts = any(token.startswith("##") for token in vocabulary)  # WordPiece marks what goes on, others what begins
+
+    def piece(i: int) -> str:
+        token = model.id_to_token(i)
+        if parts:
+            return token[2:] if token.startswith("##") else "▁" + token
+        return token.replace("Ġ", "▁")
+
+    return encode, max(vocabulary.values()) + 1, specials, piece
 
 
 class Tokens(NamedTuple):

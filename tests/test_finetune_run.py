@@ -1,5 +1,6 @@
 """Fine-tuning runs from the command line, on the miniature IGLUE: what they leave, resume, settings, mistakes."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,11 +11,11 @@ import pytest
 from safetensors.torch import load_file
 
 from finetune.__main__ import main
+from finetune.build import build_model
 from finetune.data import labels_of, read_split
 from finetune.recipes import RECIPES
 from finetune.scenes.names import labels
 from finetune.tasks import TASKS
-from finetune.train import build_model
 from raylib.config import override
 from raylib.sample.concepts import DATA
 from raylib.track import read_metrics
@@ -166,3 +167,25 @@ def test_help_names_every_recipe(capsys):
         main(["--help"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in RECIPES)
+
+
+def test_a_full_disk_is_told_in_a_line_and_the_run_goes_on(finetune, tmp_path, monkeypatch):
+    """The second checkpoint finds no space; with space again, the run ends as one that had it."""
+    from raylib import checkpoint
+
+    settings = ["epochs=3", "select=last", 'languages=["en"]']
+    assert finetune("scenes_marvl", "name=whole", *settings)[0] == 0
+    write, calls = checkpoint.write_atomically, []
+
+    def full(path, text):
+        calls.append(path)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, text)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    code, printed = finetune("scenes_marvl", "name=full", *settings)
+    assert code == 2 and "error: no space left on the disk" in printed, printed
+    monkeypatch.setattr(checkpoint, "write_atomically", write)
+    assert finetune("scenes_marvl", "name=full", *settings)[0] == 0
+    assert result(tmp_path, "full")["accuracy"] == result(tmp_path, "whole")["accuracy"]

@@ -1,4 +1,4 @@
-"""Multilingual-CLIP as a backbone: against `transformers`, from folders like the published ones, and its parameter counts."""
+"""Multilingual-CLIP and CLIP as backbones: against `transformers`, from folders like the published ones; parameter counts."""
 
 import json
 
@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from raylib.backbones import BACKBONES
+from raylib.backbones.clip import Clip, load_clip
 from raylib.backbones.mclip import MClip, MClipConfig, load_mclip
 from raylib.errors import UserError
 from raylib.ragged import Ragged
@@ -64,6 +65,30 @@ def test_a_saved_model_comes_back(folders, tmp_path):
     back = MClip.from_pretrained(tmp_path).eval()
     ids = Ragged(torch.tensor([0, 5, 2]), torch.tensor([3]))
     assert back.embed_sentences(ids).equal(model.embed_sentences(ids)) and back.config == model.config
+
+
+def test_clip_is_the_published_form_and_comes_back(folders, tmp_path):
+    """Vectors of both towers; texts of unequal length beside each other; saved and read again."""
+    clip = folders[2][2]
+    model = load_clip(folders[1], None).eval()
+    texts = [[7, 5, 6, 39], [7, 8, 39]]
+    flat = Ragged(torch.tensor([*texts[0], *texts[1]]), torch.tensor([4, 3]))
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        for row, ids in enumerate(texts):
+            states = clip.text_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+            found = model.embed_sentences(flat)[row]
+            torch.testing.assert_close(found, clip.text_projection(states), rtol=1e-4, atol=1e-5)
+        seen = model.embed_pictures(model.encode_images(images))
+        torch.testing.assert_close(seen, load_mclip(*folders[:2]).encode_images(images).values, rtol=1e-4, atol=1e-5)
+        model.save(tmp_path)
+        assert Clip.from_pretrained(tmp_path).eval().embed_sentences(flat).equal(model.embed_sentences(flat))
+    depths = {model.depth_of(name) for name, _ in model.named_parameters()}
+    assert depths == {None, 0, 1} and model.depths == 1 and len(model.prunable()) == 6
+    with pytest.raises(UserError, match="brings its own image tower"):
+        load_clip(folders[1], folders[1])
+    with pytest.raises(UserError, match="not of clip"):
+        load_clip(folders[0], None)
 
 
 def test_base_has_the_published_parameters():

@@ -1,23 +1,33 @@
-"""The backbone `oscar`: a slow, padded restatement over published names, `transformers` as a peer, published counts, folders."""
+"""The backbone `oscar`: a slow, padded restatement over published names, `transformers` as a peer, published counts, folders;
+tags and OSCAR's region files on their way to it."""
 
+import base64
 import json
 import math
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
+from finetune.batches import encode_tagged, read_inputs
+from finetune.examples import Example
 from finetune.model import FinetuneModel, freeze, load_backbone
+from finetune.pictures import RegionFeatures
+from finetune.stores import open_regions
+from finetune.stores.records import to_regions
 from raylib.backbones import BACKBONES, rebuild
-from raylib.backbones.oscar import TINY, Oscar, OscarConfig, Seen, find_places
+from raylib.backbones.oscar import TINY, Oscar, OscarConfig, Seen
 from raylib.backbones.oscar_load import load_oscar
 from raylib.errors import UserError
+from raylib.model.places import find_places
 from raylib.ragged import Ragged
 from raylib.sample.concepts import DATA
+from raylib.text import Tokenizer
 from tests.published import BERT_LAYER, FEATURES, FEEDFORWARD, HEADS, LAYER, LAYERS, POSITIONS, WIDTH, WORDS
 from tests.test_load import our_rows, peer_text
 
@@ -150,6 +160,10 @@ def test_published_weights_compute_what_they_did(tmp_path, double, norm, safe):
             assert place.lengths.tolist() == [len(row) for row in rows]
             torch.testing.assert_close(mine.values[place.values], torch.cat(rows), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(mine.values[places.cls], theirs[:, 0], rtol=1e-9, atol=1e-12)
+    padded, places = model.states(our_rows(texts), seen, (1, 2), empty=True)
+    for mine, plain, theirs in zip(padded, found, layers, strict=True):  # the reference pads to one slot more than any row has
+        torch.testing.assert_close(mine.values[places.empty], theirs[:, -1], rtol=1e-9, atol=1e-12)
+        assert mine.values[places.text.values].equal(plain.values[find_places(*(p.lengths for p in places[1:4])).text.values])
     lowest = model.states(our_rows(texts), seen, [1])[0]
     assert len(lowest) == 1 and lowest[0].values.equal(found[0].values)
 
@@ -161,6 +175,9 @@ def test_places_by_hand():
     assert places.text.values.tolist() == [0, 1, 5, 6, 7, 8, 9] and places.text.lengths.tolist() == [2, 3, 2]
     assert places.tags.values.tolist() == [2, 3] and places.tags.lengths.tolist() == [2, 0, 0]
     assert places.regions.values.tolist() == [4, 10, 11] and places.regions.lengths.tolist() == [1, 0, 2]
+    assert places.empty.tolist() == []
+    places = find_places(torch.tensor([2, 3]), torch.tensor([2, 0]), torch.tensor([1, 0]), True)
+    assert places.cls.tolist() == [0, 6] and places.empty.tolist() == [5, 9] and places.regions.values.tolist() == [4]
 
 
 @pytest.mark.parametrize("kind", ["bert", "xlmr"])
@@ -360,3 +377,48 @@ def test_parts_that_may_be_frozen():
     assert {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad} == {"embedding"}
     with pytest.raises(UserError, match="freeze: oscar has no part 'vision'; it has: embeddings"):
         freeze(model, ("vision",))
+
+
+def write_oscar_tsv(path, pictures):
+    """VinVL's: id, number of regions, base64 of float32 (R, features + 6)."""
+    lines = []
+    for name, rows in pictures.items():
+        x = np.asarray(rows, np.float32)
+        lines.append(f"{name}\t{len(x)}\t{base64.b64encode(x.tobytes()).decode()}\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def test_oscars_region_files_and_tags_travel_to_the_model(tmp_path):
+    """A row is what the model was given by hand: features, six numbers of the place, the area; words, tags, regions."""
+    _, _, regions = made_rows()
+    store = open_regions(write_oscar_tsv(tmp_path / "feats.tsv", {"7": regions[0][:, :-1], "8": regions[1][:, :-1]}))
+    tokenizer = Tokenizer.load(DATA / "tokenizer.model")
+    examples = [Example("a", ("a dog",), ("7",), {}, tags=("dog", "polar bear")), Example("b", ("two cats",), ("8",), {})]
+    inputs = read_inputs(examples, RegionFeatures(store, tagged=True), tokenizer, 40)
+    assert inputs["regions"].lengths.tolist() == [4, 2] and inputs["tags"].lengths[1] == 0
+    torch.testing.assert_close(inputs["regions"].values[:, :-1].double(), torch.cat(regions[:2])[:, :-1], rtol=0, atol=1e-6)
+    assert inputs["tags"].values.tolist() == [*tokenizer.encode(["dog polar bear"])[0], tokenizer.sep]
+    model = FinetuneModel(shaken(Oscar(TINY)), ("no", "yes"), 1, 0.0, FEATURES).eval()
+    seen = model.backbone.embed_regions(inputs["regions"], inputs["tags"])
+    assert model(inputs).equal(model.head(model.ground(inputs["text"], seen)))
+    assert not model(inputs)[0].allclose(model({k: v for k, v in inputs.items() if k != "tags"})[0])
+    assert "tags" not in read_inputs(examples, RegionFeatures(store), tokenizer, 40)  # of a model that reads none
+    arrays = {"features": np.ones((1, 3)), "boxes": np.ones((1, 4)), "img_h": 1, "img_w": 1}
+    kept = to_regions({**arrays, "tags": [b"dog", "cat"]}, "")
+    assert kept.tags == ("dog", "cat")
+    (tmp_path / "bad.tsv").write_text("7\t3\t" + base64.b64encode(np.zeros(20, np.float32).tobytes()).decode() + "\n")
+    with pytest.raises(UserError, match="bad.tsv, 7: 20 values for 3 regions"):
+        open_regions(tmp_path / "bad.tsv").read("7")
+
+
+@pytest.mark.parametrize(("length", "kept"), [(99, (6, 4)), (12, (5, 4)), (11, (4, 4)), (10, (4, 3)), (5, (1, 1))])
+def test_texts_and_tags_share_the_length(length, kept):
+    """As BERT cuts pairs: one token at a time off the longer, off the second of two equal ones."""
+    tokenizer = Tokenizer.load(DATA / "tokenizer.model")
+    tokenizer._encode = lambda texts: [[int(word) for word in text.split()] for text in texts]
+    found = encode_tagged(["10 11 12 13 14 15", "10 11 12"], ["20 21 22 23", ""], tokenizer, length)
+    assert [n - 2 for n in found["text"].lengths.tolist()] == [kept[0], min(3, length - 2)]
+    assert [max(n - 1, 0) for n in found["tags"].lengths.tolist()] == [kept[1], 0]
+    pair = found["text"].values[: kept[0] + 2].tolist(), found["tags"].values.tolist()
+    assert pair == ([0, *range(10, 10 + kept[0]), 2], [*range(20, 20 + kept[1]), 2])

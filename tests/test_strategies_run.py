@@ -22,6 +22,7 @@ SETTINGS = {
     "prior": ["strategies.prior.k=3"],
     "sparse": ["strategies.sparse.rounds=2", "strategies.sparse.rate=0.2"],
     "code_mixing": ["strategies.code_mixing.stages=both"],
+    "head_first": ["strategies.head_first.epochs=1", 'freeze=["vision"]'],
     "unfreezing": ["strategies.unfreezing.layers=2"],
     "layer_decay": ["strategies.layer_decay.factor=0.7"],
     "top_layers": ["strategies.top_layers.layers=3"],
@@ -33,7 +34,8 @@ SETTINGS = {
 }
 CALLED = {
     "prior": "prior (vectors, k 3)", "sparse": "sparse (rate 0.2, rounds 2)", "code_mixing": "code mixing (stages both)",
-    "unfreezing": "unfreezing (layers 2)", "layer_decay": "layer decay (factor 0.7)", "top_layers": "top layers (layers 3)",
+    "head_first": "head first (epochs 1)", "unfreezing": "unfreezing (layers 2)",
+    "layer_decay": "layer decay (factor 0.7)", "top_layers": "top layers (layers 3)",
     "lora": "lora (rank 2)", "adapter": "adapter (bottleneck 4)", "compacter": "compacter (n 2, reduction 4)",
     "soft_prompt": "soft prompt (words a)", "hard_prompt": "hard prompt (words a photo of)",
 }  # fmt: skip
@@ -42,7 +44,8 @@ TUNING = ("lora", "adapter", "compacter", "soft_prompt")
 REFUSED = {*(("sparse", name) for name in TUNING), ("adapter", "compacter")}
 
 
-ANSWERS = [name for name in STRATEGIES if name != "alignment"]  # that one is of retrieval: tests/test_alignment.py
+OWN = ("alignment", "distillation")  # they have tests of their own: test_alignment.py, test_distillation.py
+ANSWERS = [name for name in STRATEGIES if name not in OWN]
 
 
 def test_every_method_is_tried_here():
@@ -115,6 +118,7 @@ def test_sparse_fine_tuning_rewinds_and_keeps_what_is_pruned_at_zero(finetune, t
     for name, kept in last.items():
         assert not (kept & ~first[name]).any()  # what is gone does not come back
     trained = weights(tmp_path / "sparse", 3)
+    assert json.loads((tmp_path / "sparse" / "result.json").read_text())["steps"] == 3 + 3 + 3
     assert all(not trained[name][~kept].any() for name, kept in last.items())
     # a mask by hand, from the weights that the first round left
     after = weights(tmp_path / "sparse" / "round_1", 3)

@@ -12,16 +12,19 @@ from raylib.errors import UserError
 
 
 class Regions(NamedTuple):
-    """One picture's regions: features (R, f), boxes (R, 4) as x1, y1, x2, y2 in pixels, and the picture's size."""
+    """One picture's regions: features (R, f), boxes (R, 4) as x1, y1, x2, y2 in pixels, the picture's size, and what the
+    detector calls what it sees, if that was kept."""
 
     features: np.ndarray
     boxes: np.ndarray
     height: float
     width: float
+    tags: tuple[str, ...] = ()
 
 
 def to_regions(record: dict, where: str) -> Regions:
-    """{"features", "boxes", "img_h", "img_w", ...} as `Regions`; arrays may be base64 of float32.
+    """{"features", "boxes", "img_h", "img_w", and perhaps "tags": a list of names, ...} as `Regions`; arrays may be base64 of
+    float32.
 
     Raises:
         UserError: one of them is missing, or features and boxes do not fit each other.
@@ -33,7 +36,8 @@ def to_regions(record: dict, where: str) -> Regions:
     features = _array(record["features"])
     if not len(boxes) or features.size % len(boxes) or not features.size:
         raise UserError(f"{where}: {features.size} feature values for {len(boxes)} boxes")
-    return Regions(features.reshape(len(boxes), -1), boxes, float(record["img_h"]), float(record["img_w"]))
+    tags = tuple(tag.decode() if isinstance(tag, bytes) else str(tag) for tag in record.get("tags", ()))
+    return Regions(features.reshape(len(boxes), -1), boxes, float(record["img_h"]), float(record["img_w"]), tags)
 
 
 def _array(value) -> np.ndarray:

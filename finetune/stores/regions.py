@@ -1,9 +1,10 @@
-"""Features of detected regions by picture id: VOLTA's LMDB, H5 (a group a picture, or M3P's flat arrays), LXMERT's TSV, or
-a folder of .npz (UC2's too) or of X101's .npy files.
+"""Features of detected regions by picture id: VOLTA's LMDB, H5 (a group a picture, or M3P's flat arrays), LXMERT's or OSCAR's
+TSV, or a folder of .npz (UC2's too) or of X101's .npy files.
 
 An id is looked for as it is, then without folder and picture ending: files disagree on whether ".jpg" belongs to it.
 """
 
+import base64
 import io
 import os
 import re
@@ -14,6 +15,7 @@ import numpy as np
 
 from finetune.stores.pictures import folders_of, may_hold, stem
 from finetune.stores.records import Regions, to_regions, unpickle
+from raylib.backbones.oscar import PLACE
 from raylib.errors import UserError
 
 X101 = {"bbox": "boxes", "image_height": "img_h", "image_width": "img_w"}  # its names -> those of the others
@@ -225,10 +227,12 @@ class _Npy(_Store):
 
 
 class _Tsv(_Store):
-    """LXMERT's: a line a picture; columns are found by number, arrays are base64 of float32."""
+    """LXMERT's: a line a picture; columns are found by number, arrays are base64 of float32. OSCAR's (VinVL) have three: id,
+    number of regions, and for each its features, box, width and height, the last six as shares of the picture."""
 
     COLUMNS = ("img_id", "img_h", "img_w", "objects_id", "objects_conf", "attrs_id", "attrs_conf", "num_boxes", "boxes",
                "features")  # fmt: skip
+    OSCAR = 3
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -245,9 +249,20 @@ class _Tsv(_Store):
         with open(self.path, "rb") as file:
             file.seek(self.offsets[key])
             cells = file.readline().decode().rstrip("\n").split("\t")
+        if len(cells) == self.OSCAR:
+            return _of_oscar(cells, f"{self.path}, {key}")
         if len(cells) != len(self.COLUMNS):
-            raise UserError(f"{self.path}, {key}: {len(cells)} columns, wanted {len(self.COLUMNS)}")
+            raise UserError(f"{self.path}, {key}: {len(cells)} columns, wanted {len(self.COLUMNS)}, or OSCAR's {self.OSCAR}")
         return dict(zip(self.COLUMNS, cells, strict=True))
+
+
+def _of_oscar(cells: list[str], where: str) -> dict:
+    """A line of OSCAR's, as `to_regions` takes it."""
+    values, count = np.frombuffer(base64.b64decode(cells[2]), np.float32), int(cells[1])
+    if count < 1 or len(values) % count or len(values) // count <= PLACE:
+        raise UserError(f"{where}: {len(values)} values for {count} regions")
+    rows = values.reshape(count, -1)
+    return {"features": rows[:, :-PLACE], "boxes": rows[:, -PLACE:][:, :4], "img_h": 1.0, "img_w": 1.0}
 
 
 def _environment(path: Path) -> Any:

@@ -9,6 +9,8 @@ from finetune.examples import Captioned, Example
 from finetune.strategies.alignment import TranslationAlignment
 from finetune.strategies.base import Context, Progress, Strategy, Term
 from finetune.strategies.code_mixing import CodeMixing
+from finetune.strategies.distillation import Distillation
+from finetune.strategies.head_first import HeadFirst
 from finetune.strategies.prior import LinguisticPrior
 from finetune.strategies.rates import LayerDecay, ScheduledUnfreezing, TopLayers
 from finetune.strategies.sparse import SparseFineTuning
@@ -23,7 +25,9 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "prior": LinguisticPrior,
     "sparse": SparseFineTuning,
     "alignment": TranslationAlignment,
+    "distillation": Distillation,
     "code_mixing": CodeMixing,
+    "head_first": HeadFirst,
     "unfreezing": ScheduledUnfreezing,
     "layer_decay": LayerDecay,
     "top_layers": TopLayers,

@@ -1,6 +1,6 @@
 """What a fine-tuning method is: a frozen config with functions for the seams of training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,7 +25,8 @@ class Context(NamedTuple):
     """The run that a strategy takes part in: the `data` folder, the `wordnet` one, the task's `languages`, the answers
     (`labels`), the model's `tokenizer` file, a folder to `cache` in, `say`, which tells people, and `captions(made, language)`,
     {picture: its training captions}: made "", the captions themselves, "_to_en" or "_from_en", translations of them. None: none
-    are trained on but English ones."""
+    are trained on but English ones. `training`: the examples that are trained on, by language, and `english`, the same in
+    English; of tasks that have answers."""
 
     data: Path
     wordnet: Path
@@ -35,6 +36,8 @@ class Context(NamedTuple):
     cache: Path
     say: Callable[[str], None]
     captions: Callable[[str, str], dict[str, tuple[str, ...]]] | None = None
+    training: Mapping[str, Iterable[Example]] = {}
+    english: Iterable[Example] = ()
 
 
 class Term(NamedTuple):

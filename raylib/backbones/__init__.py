@@ -26,7 +26,9 @@ One that sees region features in place of pictures has in addition
     embed_regions(regions)         what grounds texts, from features and locations side by side; `oscar` takes tags after them
 
 One that can be distilled (paper 3) has in addition
+    parts                          of what its rows are made: "text", and perhaps "tags" and "regions"
     states(text, condition, layers)  of all tokens after these layers, and where in the rows the CLS, words, tags and regions are
+    pooled(cls)                    what `ground` makes of the CLS states after the last layer
 """
 
 from collections.abc import Callable, Mapping
@@ -38,6 +40,7 @@ from torch import nn
 
 from raylib.backbones.cclm import Cclm, CclmSwin, load_cclm, load_cclm_swin
 from raylib.backbones.cclm_load import CLIP
+from raylib.backbones.clip import Clip, ClipConfig, clip_sizes, load_clip
 from raylib.backbones.mclip import ClipImageSizes, MClip, MClipConfig, load_mclip
 from raylib.backbones.oscar import TINY, Oscar, OscarConfig
 from raylib.backbones.oscar_load import load_oscar
@@ -124,6 +127,12 @@ BACKBONES: dict[str, Backbone] = {
         },
         build=MClip,
         load=load_mclip,
+    ),
+    "clip": Backbone(
+        summary="CLIP itself, which knows English (paper 4's baseline); retrieves alone",
+        sizes={"base": ClipConfig(clip=clip_sizes()), "tiny": ClipConfig(clip=clip_sizes(tiny=True))},
+        build=Clip,
+        load=load_clip,
     ),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from raylib.backbones.cclm_load import CLIP
 from raylib.config import Config, build
-from raylib.errors import UserError
+from raylib.errors import UserError, needed
 from raylib.model.attention import initialise
 from raylib.model.encoder import Encoder, TextEmbedding
 from raylib.model.load import copy_block, read_folder
@@ -60,15 +60,13 @@ class MClip(nn.Module):
 
     def __init__(self, config: MClipConfig):
         super().__init__()
-        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
         c = self.config = config
         self.embedding = TextEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.eps)
         self.text = Encoder(c.text_layers, c.width, c.heads, c.feedforward, c.dropout, c.eps, cross=False)
         self.text_projection = nn.Linear(c.width, c.embedding)
         self.apply(initialise)
         sizes = {**c.image.model_dump(), "image_size": c.image_size, "projection_dim": c.embedding}
-        self.vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes))
+        self.vision = _make_tower(sizes)
 
     def encode_images(self, images: Tensor) -> Ragged:
         """uint8 (b, H, W, 3) -> b rows of one vector each (b, e): what the tower's projection makes of its CLS state."""
@@ -172,14 +170,18 @@ def load_mclip(path: Path, vision: Path | None) -> MClip:
     return model
 
 
+def _make_tower(sizes: dict) -> nn.Module:
+    """CLIP's image tower with its projection, as its vision_config says."""
+    transformers = needed("transformers", "transfer")
+    return transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**sizes))
+
+
 def _load_tower(folder: Path) -> nn.Module:
     """The image half of a CLIP folder; what is of its text half is left out."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
     weights, described = read_folder(folder)
     seen = described.get("vision_config", described)
     width = described.get("projection_dim", seen.get("projection_dim", 512))  # 512: CLIP's, if its config.json says nothing
-    tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**{**seen, "projection_dim": width}))
+    tower = _make_tower({**seen, "projection_dim": width})
     own = {name: value for name, value in weights.items() if name.startswith(("vision_model.", "visual_projection."))}
     own.pop("vision_model.embeddings.position_ids", None)
     try:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from raylib.config import Config
 from raylib.errors import UserError
 from raylib.model.attention import initialise
-from raylib.model.encoder import Encoder, TextEmbedding
+from raylib.model.encoder import Encoder, TextEmbedding, check_layers
+from raylib.model.places import Places, find_places
 from raylib.ragged import Ragged, first_tokens, join_rows
 
 PLACE = 6  # numbers behind a region's features: x1, y1, x2, y2, width, height, as shares of the picture
@@ -63,19 +64,6 @@ class Seen(NamedTuple):
     regions: Ragged
 
 
-class Places(NamedTuple):
-    """Which of the T tokens of n rows are what: positions in the flat rows, int64 on the CPU, in the order in which words, tags
-    and regions came, which is that of their own rows.
-
-    cls: (n,). text: n rows (W,), from CLS to SEP. tags: n rows (G,), their SEP last. regions: n rows (R,).
-    """
-
-    cls: Tensor
-    text: Ragged
-    tags: Ragged
-    regions: Ragged
-
-
 class TaggedEmbedding(TextEmbedding):
     """Of words and tags. The token type of texts is folded into the positions, `tag` is what that of tags differs by."""
 
@@ -109,6 +97,7 @@ class Oscar(nn.Module):
 
     kind = "oscar"
     fusion_depths = 0
+    parts = ("text", "tags", "regions")  # of a row
 
     def __init__(self, config: OscarConfig):
         super().__init__()
@@ -178,13 +167,20 @@ class Oscar(nn.Module):
         if times > 1:
             text = text.take(torch.arange(len(text.lengths)).repeat_interleave(times))
         rows = self._rows(text, condition)
-        return torch.tanh(self.pooler(self.encoder(rows, first_tokens(rows.lengths))))
+        return self.pooled(self.encoder(rows, first_tokens(rows.lengths)))
 
-    def states(self, text: Ragged, condition: Seen | Ragged, layers: Sequence[int]) -> tuple[list[Ragged], Places]:
+    def pooled(self, cls: Tensor) -> Tensor:
+        """CLS states after the last layer (n, d) -> what `ground` makes of them (n, d)."""
+        return torch.tanh(self.pooler(cls))
+
+    def states(
+        self, text: Ragged, condition: Seen | Ragged, layers: Sequence[int], empty: bool = False
+    ) -> tuple[list[Ragged], Places]:
         """States of all tokens after some of the layers, before the pooler.
 
         Args:
             text: ids, n rows. condition: as of `ground`, n rows. layers: rising, the lowest is 1 (paper 3: 3, 6, 9, 12).
+            empty: each row ends with what comes of a slot that is padded with a region of zeros, and that nothing attends to.
         Returns:
             For each of `layers` n rows (T, d); which of these tokens are what. So `rows.values[places.regions.values]` (R, d)
             are regions in the order of those in `condition`, the same in a teacher and a student; on a GPU the index goes there
@@ -192,14 +188,21 @@ class Oscar(nn.Module):
         Raises:
             UserError: no such layers; as `ground`.
         """
-        if not layers or any(low >= high for low, high in pairwise([0, *layers, self.depths + 1])):
-            raise UserError(f"layers {list(layers)}: {self.kind} has layers 1 to {self.depths}; name some, each once, rising")
-        rows, found = self._rows(text, condition), []
-        for low, high in pairwise([0, *layers]):
-            rows = rows.with_values(self._layers(low, high)(rows))
-            found.append(rows)
-        seen = _as_seen(condition)
-        return found, find_places(text.lengths, seen.tags.lengths, seen.regions.lengths)
+        check_layers(layers, self)
+        seen, rows = _as_seen(condition), self._rows(text, condition)
+        found = self._with_slots(rows, layers) if empty else self.encoder.after(rows, layers)
+        return found, find_places(text.lengths, seen.tags.lengths, seen.regions.lengths, empty)
+
+    def _with_slots(self, rows: Ragged, layers: Sequence[int]) -> list[Ragged]:
+        """Rows after `layers`, each with a slot without a region behind it. All such slots of a row come to the same."""
+        every = [rows, *self.encoder.after(rows, range(1, layers[-1] + 1))]
+        zeros = torch.zeros(len(rows.lengths), self.config.features + PLACE, device=rows.values.device, dtype=rows.values.dtype)
+        slots, one, found = self.regions(zeros), torch.ones_like(rows.lengths), []
+        for layer, (before, after) in enumerate(pairwise(every), 1):
+            slots = self.encoder.blocks[layer - 1].beside(slots, before)
+            if layer in layers:
+                found.append(join_rows(after, Ragged(slots, one)))
+        return found
 
     def _rows(self, text: Ragged, condition: Seen | Ragged) -> Ragged:
         """Ids (W,) and what grounds them -> rows as they enter the stack (T, d)."""
@@ -210,21 +213,6 @@ class Oscar(nn.Module):
             raise UserError(f"a row of {longest} tokens and tags, but {self.kind} has {self.config.positions} positions; lower "
                             "length=")  # fmt: skip
         return join_rows(words.with_values(self.embedding.place(words)), seen.regions)
-
-    def _layers(self, low: int, high: int) -> Encoder:
-        """The layers low + 1 ... high by themselves: not copies, the stack's own."""
-        c = self.config
-        part = Encoder(0, c.width, c.heads, c.feedforward, c.dropout, c.eps, cross=False)
-        part.blocks = self.encoder.blocks[low:high]
-        return part
-
-
-def find_places(text: Tensor, tags: Tensor, regions: Tensor) -> Places:
-    """The places in rows of so many tokens each: three times (n,), on the CPU."""
-    lengths = torch.stack([text, tags, regions], 1)
-    part = torch.arange(3).repeat(len(text)).repeat_interleave(lengths.flatten())  # (T,): 0 text, 1 tags, 2 regions
-    cls = first_tokens(lengths.sum(1)).nonzero().squeeze(1)
-    return Places(cls, *(Ragged((part == i).nonzero().squeeze(1), lengths[:, i]) for i in range(3)))
 
 
 def _as_seen(condition: Seen | Ragged) -> Seen:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raylib.ragged import Plan
+from raylib.ragged import Plan, Ragged, plan_attention
 
 
 class Attention(nn.Module):
@@ -70,6 +70,18 @@ class Block(nn.Module):
         key_value = self.attention.key_value(x)
         if read is not None:
             x = x.index_select(0, read)
+        return self._finish(x, key_value, plan, condition)
+
+    def beside(self, x: Tensor, rows: Ragged) -> Tensor:
+        """x (n, d) -> (n, d): token i attends to row i of n, and is not part of it."""
+        order = rows.lengths.argsort(stable=True)
+        sorted_rows, place = rows.take(order), order.to(x.device)
+        plan = plan_attention(sorted_rows.lengths, torch.ones_like(order), x.device)
+        made = self._finish(x.index_select(0, place), self.attention.key_value(sorted_rows.values), plan, None)
+        return made.index_select(0, place.argsort())
+
+    def _finish(self, x: Tensor, key_value: Tensor, plan: Plan, condition: tuple[Tensor, Plan] | None) -> Tensor:
+        """Tokens that ask (R, d) and what self-attention sees -> (R, d)."""
         x = self.attention_norm(x + self.dropout(self.attention(x, key_value, plan)))
         if condition is not None:
             x = self.cross_norm(x + self.dropout(self.cross_attention(x, *condition)))

@@ -1,10 +1,13 @@
 """Text encoder and unified encoder: stacks of blocks over ragged rows."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from raylib.errors import UserError
 from raylib.model.attention import Block
 from raylib.ragged import Plan, Ragged, join_rows, plan_attention
 
@@ -87,6 +90,16 @@ class Encoder(nn.Module):
             return text.values[:0]
         return torch.cat(outputs).index_select(0, torch.cat(places).argsort().to(device, non_blocking=True))
 
+    def after(self, text: Ragged, layers: Sequence[int], condition: Condition | None = None) -> list[Ragged]:
+        """States of all tokens, as rows (T, d), after each of `layers`: rising, the lowest is 1."""
+        found = []
+        for low, high in pairwise([0, *layers]):
+            part = Encoder(0, 0, 0, 0, 0.0, 0.0, self.cross)
+            part.blocks = self.blocks[low:high]  # the stack's own, not copies
+            text = text.with_values(part(text, None, condition))
+            found.append(text)
+        return found
+
     def _chunks(self, lengths: Tensor, device: torch.device) -> list[Tensor]:
         """Rows by ascending length, in chunks that run at once."""
         rows = lengths.argsort(stable=True)
@@ -115,6 +128,12 @@ class Encoder(nn.Module):
             cross = (projected[i].index_select(0, keys), crosses[place]) if condition is not None else None
             x = block(x, plans[place], cross, columns if last else None)
         return x
+
+
+def check_layers(layers: Sequence[int], model: nn.Module) -> None:
+    """Raises UserError: `layers` are not some of the layers of `model`, rising."""
+    if not layers or any(low >= high for low, high in pairwise([0, *layers, model.depths + 1])):
+        raise UserError(f"layers {list(layers)}: {model.kind} has layers 1 to {model.depths}; name some, each once, rising")
 
 
 def _order(condition: Condition) -> tuple[Tensor, Tensor]:

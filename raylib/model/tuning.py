@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from raylib.errors import UserError
+from raylib.errors import UserError, needed
 from raylib.model.attention import Block
 
 NORMS = ("attention_norm", "cross_norm", "output_norm")  # of a block: tuned with every method
@@ -120,14 +120,13 @@ class KeyValue(nn.Module):
 
 def put_lora(model: nn.Module, rank: int = 8, alpha: float = 16.0) -> None:
     """W + (alpha / rank) B A in the query and value maps of self-attention (equation 12; Hu et al. 2021), through peft."""
-    from peft import LoraConfig, inject_adapter_in_model
-
+    peft = needed("peft", "transfer")
     targets, trainable = [], [p for p in model.parameters() if p.requires_grad]
     for name, block in _blocks(model):
         if not isinstance(block.attention.key_value, KeyValue):
             block.attention.key_value = KeyValue(block.attention.key_value)
         targets += [f"{name}.attention.query", f"{name}.attention.key_value.value"]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets), model)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets), model)
     for parameter in trainable:  # peft has frozen all but its own; what else stands still is decided elsewhere
         parameter.requires_grad_(True)
 
@@ -161,8 +160,14 @@ PUT: dict[str, Callable[..., None]] = {
 
 
 def put(model: nn.Module, method: str, settings: Mapping[str, Any]) -> None:
-    """Put `method` into the model, and note it in `model.tuning`. New modules start where the model is."""
+    """Put `method` into the model, and note it in its backbone's `tuning`. New modules start where the model is.
+
+    Raises:
+        UserError: a backbone whose layers are not ours (CLIP).
+    """
     backbone = _backbone(model)
+    if not _blocks(backbone):
+        raise UserError(f"strategies.{method}: {backbone.kind} has no layers of ours to put it into; leave it out")
     weight = next(backbone.parameters())
     PUT[method](backbone, **settings)
     backbone.to(weight)
@@ -215,9 +220,8 @@ def shares(model: nn.Module) -> tuple[float, float]:
 
 def merge(model: nn.Module) -> None:
     """Add LoRA's product to the weights; its modules are gone, the outputs are the same."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
+    lora = needed("peft.tuners.lora", "transfer")
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, lora.LoraLayer)]:
         layer.merge()
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.get_base_layer())

@@ -5,6 +5,7 @@ translation pairs attend to the other sentence.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from raylib.config import Config, build
 from raylib.errors import UserError
 from raylib.model.attention import initialise
-from raylib.model.encoder import Condition, Encoder, TextEmbedding
+from raylib.model.encoder import Condition, Encoder, TextEmbedding, check_layers
+from raylib.model.places import Places, find_places
 from raylib.model.swin import SwinEncoder, SwinSizes
 from raylib.model.tuning import described, restore
 from raylib.model.vision import VisionEncoder
@@ -85,6 +87,7 @@ class UnifiedModel(nn.Module):
     A backbone of fine-tuning (`raylib.backbones`)."""
 
     kind = "unified"
+    parts = ("text",)  # of a row: pictures are attended to from outside
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -181,6 +184,32 @@ class UnifiedModel(nn.Module):
         """As `ground`, with row i of `condition` for row i of `text`, but states of all tokens: rows as `text`'s."""
         seen = Condition(condition, torch.arange(len(condition.lengths)))
         return text.with_values(self.fuse(text.with_values(self.encode_text(text)), condition=seen))
+
+    def states(self, text: Ragged, condition: Ragged, layers: Sequence[int]) -> tuple[list[Ragged], Places]:
+        """States of all tokens after some of the layers: those of the text encoder, then the unified ones.
+
+        Args:
+            text: ids, n rows. condition: as of `ground_tokens`. layers: rising, the lowest is 1.
+        Returns:
+            For each of `layers` rows as `text`'s (T, d); which tokens are what: all are of the text.
+        Raises:
+            UserError: no such layers; a model in which pictures are part of the rows.
+        """
+        check_layers(layers, self)
+        if not self.fusion.cross:
+            raise UserError("fusion=entangled puts pictures into the rows of the top layers alone; states need fusion=cross")
+        below = self.config.text_layers
+        low = [layer for layer in layers if layer <= below]
+        rows = text.with_values(self.embedding(text))
+        found = self.text.after(rows, sorted({*low, below}) if below else [])
+        seen = Condition(condition, torch.arange(len(condition.lengths)))
+        high = self.fusion.after(found[-1] if found else rows, [layer - below for layer in layers if layer > below], seen)
+        nothing = torch.zeros_like(text.lengths)
+        return [*found[: len(low)], *high], find_places(text.lengths, nothing, nothing)
+
+    def pooled(self, cls: Tensor) -> Tensor:
+        """CLS states after the last layer are what `ground` returns."""
+        return cls
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""

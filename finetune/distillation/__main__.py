@@ -1,0 +1,60 @@
+"""`python -m finetune.distillation ENCODER DATA --languages ru de`: word alignments of training texts with English ones."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from finetune.distillation.aligner import Aligner, cut_words
+from finetune.distillation.alignments import PARTED
+from finetune.tasks import TASKS
+from raylib.checkpoint import write_atomically
+from raylib.config import choose
+from raylib.errors import UserError
+
+BATCH = 64
+
+
+def write_alignments(aligner: Aligner, task: str, data: Path, language: str, out: Path) -> int:
+    """Write `out`/LANGUAGE.text and .align of a task's training examples. Returns how many links there are.
+
+    Raises:
+        UserError: no such files; an example without English.
+    """
+    record = choose(task, TASKS, "task")
+    read = {code: list(record.read(record.path(data, "train", code), "train", code)) for code in ("en", language)}
+    english = {e.id: e.texts[-1] for e in read["en"]}
+    missing = [e.id for e in read[language] if e.id not in english]
+    if missing:
+        raise UserError(f"{task}: {len(missing)} training examples in '{language}' have no English one, such as {missing[0]}")
+    pairs = [(cut_words(e.texts[-1]), cut_words(english[e.id])) for e in read[language]]
+    links = [row for start in range(0, len(pairs), BATCH) for row in aligner.align(pairs[start : start + BATCH])]
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / f"{language}.text", "".join(f"{' '.join(a)}{PARTED}{' '.join(b)}\n" for a, b in pairs))
+    write_atomically(out / f"{language}.align", "".join(" ".join(f"{i}-{j}" for i, j in row) + "\n" for row in links))
+    return sum(map(len, links))
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; 2 for a mistake of the user."""
+    parser = argparse.ArgumentParser(prog="python -m finetune.distillation", description=__doc__)
+    parser.add_argument("encoder", type=Path, help="folder of a multilingual encoder of transformers, such as mBERT")
+    parser.add_argument("data", type=Path, help="the data folder of fine-tuning")
+    parser.add_argument("--task", default="cvil_vqa")
+    parser.add_argument("--languages", nargs="+", required=True)
+    parser.add_argument("--out", type=Path, help="default: DATA/alignments")
+    parser.add_argument("--layer", type=int, default=8, help="whose states are compared (default: 8, of mBERT's 12)")
+    parser.add_argument("--threshold", type=float, default=1e-3)
+    a = parser.parse_args(arguments)
+    try:
+        aligner = Aligner(a.encoder, a.layer, a.threshold)
+        for language in a.languages:
+            found = write_alignments(aligner, a.task, a.data, language, a.out or a.data / "alignments")
+            print(f"{language}: {found} links")
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,113 @@
+"""A teacher's states on disk: made once, by all workers together, as safetensors shards, and read back by example.
+
+    FOLDER/states-WORKER-NUMBER.safetensors   "states" (T', L, d), rows of some examples end to end
+    FOLDER/index-WORKER.json                  {id: [number, first token, tokens]}
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from finetune.examples import Example
+from raylib.collective import world_size
+
+TOKENS = 2**16  # of a shard, about
+
+
+class Stored:
+    """The folder that `write_stored` made. May be sent to loader processes: shards are opened where they are first read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.rows: dict[str, tuple[str, int, int]] = {}  # id -> (shard, first token, tokens)
+        for index in sorted(folder.glob("index-*.json")):
+            worker = index.stem.removeprefix("index-")
+            for name, (number, *row) in json.loads(index.read_text(encoding="utf-8")).items():
+                self.rows[name] = f"states-{worker}-{number}.safetensors", *row
+        self._open: dict[str, object] = {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": {}}
+
+    def read(self, ids: Sequence[str]) -> Tensor:
+        """States (L, T', d) of these examples, row after row."""
+        return torch.cat([self._read(*self.rows[name]) for name in ids]).transpose(0, 1).contiguous()
+
+    def _read(self, shard: str, first: int, tokens: int) -> Tensor:
+        if shard not in self._open:
+            self._open[shard] = safe_open(self.folder / shard, "pt").get_slice("states")
+        return self._open[shard][first : first + tokens]
+
+
+def write_stored(
+    folder: Path, examples: Sequence[Example], states: Callable[[Sequence[Example]], tuple[Tensor, list[int]]], batch: int,
+    dtype: torch.dtype = torch.float32,
+) -> Stored:
+    """All workers together: `states(examples)` -> ((L, T', d), tokens of each row) of all `examples`, `batch` at a time, one of
+    each id. The folder appears whole: one that is there already is taken as it is."""
+    rank = dist.get_rank() if world_size() > 1 else 0
+    partial = folder.with_name(f".{folder.name}.partial")
+    there = folder.is_dir()
+    _barrier()
+    if not there:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        _barrier()
+        unique = list({e.id: e for e in examples}.values())
+        _Shards(partial, rank, dtype).write(unique[rank :: world_size()], states, batch)
+        _barrier()
+        if rank == 0:
+            partial.rename(folder)
+        _barrier()
+    return Stored(folder)
+
+
+class _Shards:
+    """What one worker writes."""
+
+    def __init__(self, folder: Path, worker: int, dtype: torch.dtype):
+        self.folder, self.worker, self.dtype = folder, worker, dtype
+        self.index: dict[str, tuple[int, int, int]] = {}
+        self.number, self.tokens, self.parts = 0, 0, []
+
+    def write(self, examples: Sequence[Example], states: Callable, batch: int) -> None:
+        for start in range(0, len(examples), batch):
+            chunk = examples[start : start + batch]
+            made, lengths = states(chunk)
+            for example, length in zip(chunk, lengths, strict=True):
+                self.index[example.id] = self.number, self.tokens, length
+                self.tokens += length
+            self.parts.append(made.transpose(0, 1).to(self.dtype).cpu())
+            if self.tokens >= TOKENS:
+                self._close()
+        if self.parts:
+            self._close()
+        (self.folder / f"index-{self.worker}.json").write_text(json.dumps(self.index), encoding="utf-8")
+
+    def _close(self) -> None:
+        name = f"states-{self.worker}-{self.number}.safetensors"
+        save_file({"states": torch.cat(self.parts).contiguous()}, self.folder / name)
+        self.number, self.tokens, self.parts = self.number + 1, 0, []
+
+
+def fingerprint(model: nn.Module, *facts) -> str:
+    """A name for what `model` makes of inputs that `facts` tell: a hash of its weights and of these."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
