@@ -1,7 +1,7 @@
 """Recipes: functions that return a config, one for each row that a paper published. `python -m finetune --help` lists them.
 
 P0 is Nooralahzadeh and Sennrich 2023, P1 Reinhardt et al. 2024, P2 Li et al. 2023 (`UNIMODAL`: its frozen modules, tables 7
-and 8), P4 is translation-based alignment with small modules; IGLUE is Bugliarello et al. 2022.
+and 8), P3 is cViL, P4 translation-based alignment with small modules; IGLUE is Bugliarello et al. 2022.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from raylib.optim import OptimConfig
 P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)
 IGLUE = OptimConfig(weight_decay=1e-4, warmup=0.1, eps=1e-6)
 P1 = OptimConfig(weight_decay=0.01, warmup=0.1)
+P3 = OptimConfig(lr=1e-4, weight_decay=0.05, warmup=0.0)
 P4 = OptimConfig(weight_decay=0.0, warmup=0.0, decay="cosine")  # Adam (appendix A)
 SCENES = ("en", "ar", "bn", "de", "es", "fr", "id", "ko", "pt", "ru", "zh")
 
@@ -55,6 +56,16 @@ def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1
         optim=P1.model_copy(update={"lr": lr}), **seen, **more,
     )  # fmt: skip
     return _named(config, f"P1 {where}, {model.upper()}, {task}: {config.called}")
+
+
+def _p3(row: str, what: str, strategies: dict, **more):
+    """cViL: VQA v2's questions in each language, the student an mBERT with regions and tags; give model= and regions=, and of
+    rows with distillation strategies.distillation.teacher=, an Oscar+ fine-tuned on VQA v2."""
+    config = FinetuneConfig(
+        name=f"p3_{row}", task="cvil_vqa", backbone="oscar", languages=("hi", "ja"), setting="single_language", batch=128,
+        length=128, head_dropout=0.3, loss="bce", workers=4, strategies=strategies, **{"epochs": 10, "optim": P3, **more},
+    )  # fmt: skip
+    return _named(config, f"P3 {what}")
 
 
 def _p4(task: str, row: str, strategies: dict, **more):
@@ -113,6 +124,15 @@ P0_ROWS = {
     "prior_em_cdm": {"prior": {}, "code_mixing": {}},
     "prior_em_sft_cdm": {"prior": {}, "sparse": {}, "code_mixing": {}},
 }
+TAUGHT = {"teacher": "oscar_vqa", "backbone": "oscar"}
+P3_ROWS = (
+    ("kd", "step 1: distillation", {}),
+    ("kd_without_cls", "table 3: step 1 without the classification token", {"tokens": ("image", "tags", "mixed")}),
+    ("kd_without_mixed", "table 3: step 1 without code-mixed words", {"tokens": ("cls", "image", "tags")}),
+    ("kd_without_image", "table 3: step 1 without image tokens", {"tokens": ("cls", "tags", "mixed")}),
+    ("kd_without_tags", "table 3: step 1 without object tags", {"tokens": ("cls", "image", "mixed")}),
+    ("kd_last_layer", "table 3: step 1 without intermediate layers", {"layers": (12,)}),
+)
 # P4: tables 1 and 2 (M-CLIP, + MT), 3 (routines and losses), 5 (tuning methods and the whole framework)
 P4_ROWS = {
     "full": {},
@@ -145,6 +165,10 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     **{f"p1_cclm_decay{100 * factor:.0f}_xgqa": _p1("cclm", f"decay{100 * factor:.0f}", "xgqa",
                                                    {"layer_decay": {"factor": factor}}, "figure 5")
        for factor in (0.98, 0.95, 0.88, 0.75)},
+    **{f"p3_{row}": _p3(row, what, {"distillation": {**TAUGHT, **change}}, select="last") for row, what, change in P3_ROWS},
+    "p3_aug": _p3("aug", "step 1, the other variant: training on translated questions", {}),
+    "p3_classify": _p3("classify", "step 2: the classifier alone for 5 epochs, then all layers; give model=RUN of step 1",
+                       {"head_first": {}}, epochs=20),
     **{f"p4_{task}_{row}": _p4(task, row, strategies) for task in ("xtd_few", "multi30k") for row, strategies in P4_ROWS.items()},
     "p2_xvnli": _p2("p2_xvnli", "table 7", "xvnli", 2e-5, 512, 10, 40, freeze=UNIMODAL),
     "p2_xgqa": _p2("p2_xgqa", "table 7", "xgqa", 3e-5, 512, 10, 40, freeze=UNIMODAL),

@@ -75,6 +75,8 @@ class Task(NamedTuple):
 
 
 XGQA_LANGUAGES = ("en", "bn", "de", "id", "ko", "pt", "ru", "zh")
+GQA_ANSWERS = ("gqa/annotations/trainval_label2ans.json", "gqa/annotations/trainval_ans2label.pkl",
+               "gqa/annotations/trainval_label2ans.pkl", "gqa/cache/trainval_ans2label.pkl")  # fmt: skip
 OWN = {"language": "{language}"}  # for a reader that wants to know
 NLI_LANGUAGES = ("en", "ar", "es", "fr", "ru")
 NLI_LABELS = ("contradiction", "neutral", "entailment")  # IGLUE's order; CCLM's public code has another (FACTS, Related)
@@ -109,8 +111,7 @@ TASKS: dict[str, Task] = {
         summary="questions about pictures; GQA in English, xGQA in 7 more languages",
         kind="answers",
         languages=XGQA_LANGUAGES,
-        answers=("gqa/annotations/trainval_label2ans.json", "gqa/annotations/trainval_ans2label.pkl",
-                 "gqa/annotations/trainval_label2ans.pkl", "gqa/cache/trainval_ans2label.pkl"),
+        answers=GQA_ANSWERS,
         splits={
             "train": Split("gqa/annotations/train_balanced_questions.json", gqa.read_gqa),
             "dev": Split("gqa/annotations/val_balanced_questions.json", gqa.read_gqa),
@@ -119,6 +120,18 @@ TASKS: dict[str, Task] = {
             "shots": Split("xGQA/annotations/few_shot/{language}/train_{shots}.json", gqa.read_gqa),
             "shots_dev": Split("xGQA/annotations/few_shot/{language}/dev.json", gqa.read_gqa),
             "translated": Split("xGQA/annotations_machine-translate/{language}/testdev_balanced_questions.json", gqa.read_gqa),
+        },
+    ),
+    "xgqa_translated": Task(
+        summary="xGQA, its training questions GQA's, translated into each language (translate-train)",
+        kind="answers",
+        languages=XGQA_LANGUAGES,
+        answers=GQA_ANSWERS,
+        splits={
+            "train": Split("xGQA/annotations_translate-train/{language}/train_balanced_questions.json", gqa.read_gqa),
+            "train.en": Split("gqa/annotations/train_balanced_questions.json", gqa.read_gqa),
+            "dev": Split("xGQA/annotations/few_shot/{language}/dev.json", gqa.read_gqa),
+            "test": Split("xGQA/annotations/zero_shot/testdev_balanced_questions_{language}.json", gqa.read_gqa),
         },
     ),
     "xvnli": Task(

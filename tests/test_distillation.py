@@ -1,37 +1,33 @@
-"""Distillation across languages (paper 3): every term against slow loops, states of both backbones, whole runs."""
+"""Distillation across languages (paper 3): every term against slow loops, states of both backbones, layers, answers."""
 
-import itertools
 import json
-import shutil
+import pickle
 
 import pytest
 import tokenizers
 import torch
-from safetensors.torch import load_file
 
 from finetune.batches import encode_inputs
 from finetune.distillation.inputs import Inputs, Side
 from finetune.distillation.matching import matching_tokens, token_spans, words_at
 from finetune.distillation.objective import DistillationObjective
 from finetune.distillation.setup import check_models
+from finetune.distillation.stored import Stored, write_stored
 from finetune.distillation.teacher import Teacher
 from finetune.distillation.terms import TERMS
 from finetune.examples import Example
 from finetune.formats.vqa import read_cvil
 from finetune.model import FinetuneModel
-from finetune.strategies import STRATEGIES
 from finetune.strategies.distillation import Distillation, chosen_layers
 from raylib.backbones.oscar import TINY, Oscar
 from raylib.errors import UserError
 from raylib.model.places import find_places
 from raylib.ragged import Ragged
 from raylib.sample.concepts import DATA
-from raylib.text import Tokenizer
-from raylib.track import read_metrics
+from raylib.text import Prompted, Tokenizer
 from tests.made import make_batch, make_model
 from tests.test_collective import run_workers
 from tests.test_oscar import FEATURES, shaken
-from tests.test_strategies_run import ANSWERS, REFUSED, SETTINGS
 
 LABELS = ("no", "yes")
 SIZES = TINY.model_copy(update={"layers": 3, "dropout": 0.0})
@@ -205,6 +201,47 @@ def test_a_cut_text_loses_its_matches_not_its_places():
         assert len(whole) > len(cut[-1]) and len(cut[0]) >= len(cut[-1])
 
 
+def test_a_prompt_moves_the_students_words():
+    """The SEP, the tags and the aligned words are where they are behind it."""
+    _, plain, _ = made_lesson(ours())
+    prompted = Prompted(ours(), ids=(7, 8, 9))
+    examples, seen = made_examples(), {"regions": made_regions(), "tags": [()] * 3}
+    part = encode_inputs(examples, seen, prompted, 40)
+    parts = ("text", "tags", "regions")
+    made = Inputs(Side(prompted, parts), Side(ours(), parts), 40, TERMS)(examples, seen, part)["pairs"]
+    before = plain["examples"]
+    rows = Ragged(torch.arange(3), before["text"].lengths + before["tags"].lengths + before["regions"].lengths)
+    row_of = torch.arange(3).repeat_interleave(rows.lengths)
+    for term in ("tags", "mixed"):
+        was = before["pairs"][term]
+        assert made[term].student.equal(was.student + 3 * (row_of[was.student] + 1)) and len(was.student)
+        assert made[term].teacher.equal(was.teacher)
+
+
+def on_store(rank, world, folder):
+    """States that are the numbers of the examples; three examples at a time."""
+    def states(chunk):
+        lengths = [1 + int(e.id) % 3 for e in chunk]
+        rows = [torch.full((2, n, 4), float(e.id)) for e, n in zip(chunk, lengths, strict=True)]
+        return torch.cat(rows, 1), lengths
+
+    examples = [Example(str(i % 7), ("a",), ("b",), {}) for i in range(10)]
+    made = write_stored(folder, examples, states, 3).read(["5", "0", "6"])
+    assert made.shape == (2, 3 + 1 + 1, 4) and made[0, :, 0].tolist() == [5, 5, 5, 0, 6]
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_states_are_stored_by_all_workers(tmp_path, world):
+    folder = tmp_path / "states"
+    names = on_store(0, 1, folder) if world == 1 else run_workers(on_store, 2, folder)[0]
+    wanted = [f"{kind}-{rank}{'-0.safetensors' if kind == 'states' else '.json'}" for kind in ("index", "states")
+              for rank in range(world)]  # fmt: skip
+    assert names == wanted and not list(tmp_path.glob(".*"))
+    again = pickle.loads(pickle.dumps(Stored(folder)))
+    assert again.read(["3"]).flatten().unique().tolist() == [3]
+
+
 def test_the_teacher_learns_nothing_and_does_not_drop(wordpiece):
     objective, batch, teacher = made_lesson(wordpiece)
     objective.train()
@@ -299,152 +336,6 @@ def test_models_that_do_not_go_together():
     assert find_places(*(torch.tensor([1]),) * 3).cls.tolist() == [0]
 
 
-# whole runs
-
-
-@pytest.fixture(scope="session")
-def parallel(scenes, tmp_path_factory):
-    """Questions of the scenes in English and Russian, as cViL has them: 30 to train on, 15 to choose by, 15 to test."""
-    folder = tmp_path_factory.mktemp("parallel")
-    answers = json.loads((scenes / "gqa/annotations/trainval_label2ans.json").read_text())
-    files = [json.loads((scenes / f"xGQA/annotations/zero_shot/testdev_balanced_questions_{code}.json").read_text())
-             for code in ("en", "ru")]  # fmt: skip
-    (folder / "cvil").mkdir()
-    (folder / "cvil/answers.json").write_text(json.dumps(answers))
-    lines = []
-    for key, item in files[0].items():
-        texts = {"en": item["question"], "ru": files[1][key]["question"]}
-        record = {"q_id": key, "img_id": item["imageId"], **texts, "an": [answers.index(item["answer"])], "s": [1.0]}
-        lines.append(json.dumps(record) + "\n")
-    for name, rows in (("train", lines[:30]), ("dev", lines[30:45]), ("test", lines[45:])):
-        (folder / f"cvil/{name}.jsonl").write_text("".join(rows))
-    for name in ("vectors.txt", "dictionaries", "images.tar"):
-        (shutil.copytree if (scenes / name).is_dir() else shutil.copy2)(scenes / name, folder / name)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def teacher(parallel, model, tmp_path_factory):
-    """An English model of these questions."""
-    from finetune.__main__ import main
-    from tests.conftest import QUICK
-
-    runs = tmp_path_factory.mktemp("teacher")
-    assert main(["scenes_xgqa", "task=cvil_vqa", "name=english", f"model={model}", f"data={parallel}", f"runs={runs}",
-                 "epochs=1", 'languages=["en"]', "batch=10", "optim.lr=0.01", 'freeze=["vision"]', *QUICK[1:]]) == 0  # fmt: skip
-    return runs / "english"
-
-
-@pytest.fixture
-def distil(finetune, parallel, teacher):
-    """`distil(*settings)`: a student of Russian."""
-    fixed = ["task=cvil_vqa", f"data={parallel}", 'languages=["ru"]', "setting=single_language", "batch=10",
-             f"strategies.distillation.teacher={teacher}", "select=last"]  # fmt: skip
-    return lambda *settings: finetune("scenes_xgqa", *fixed, *settings)
-
-
-CLS = 'strategies.distillation.tokens=["cls"]'
-
-
-def weights(folder, step=6):
-    return load_file(folder / "ru" / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
-
-
-def test_a_student_learns_and_resumes_to_the_bit(distil, tmp_path):
-    """The distance to the teacher falls; a run stopped in its middle is the same."""
-    code, printed = distil("name=whole", CLS, "epochs=4", "optim.lr=0.003")
-    assert code == 0, printed
-    losses = [line["loss/cls"] for line in read_metrics(tmp_path / "whole" / "ru") if "loss/cls" in line]
-    assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
-    for stop in (["fit.stop_after=5"], []):
-        assert distil("name=parts", CLS, "epochs=4", "optim.lr=0.003", *stop)[0] == 0
-    whole, parts = weights(tmp_path / "whole", 12), weights(tmp_path / "parts", 12)
-    assert all(value.equal(parts[key]) for key, value in whole.items())
-    found = json.loads((tmp_path / "whole" / "result.json").read_text())
-    assert found["accuracy"].keys() == {"ru"} and "distillation" in found["method"]
-
-
-@pytest.mark.parametrize("frozen", [["vision"], []], ids=["encoded once", "pixels"])
-def test_stored_states_give_the_same_losses(distil, tmp_path, frozen):
-    """Made once into safetensors shards, read back; a resumed run reads the same ones."""
-    runs = {}
-    for name, stops in (("live", [[]]), ("stored", [[]]), ("parts", [["fit.stop_after=4"], []])):
-        chosen = [f"strategies.distillation.states={'live' if name == 'live' else 'stored'}", f"freeze={json.dumps(frozen)}"]
-        for stop in stops:
-            code, printed = distil(f"name={name}", CLS, *chosen, *stop)
-            assert code == 0, printed
-        runs[name] = [line["loss/cls"] for line in read_metrics(tmp_path / name / "ru") if "loss/cls" in line]
-    assert runs["live"] == pytest.approx(runs["stored"], rel=1e-5) and len(runs["live"]) == 6
-    assert all(value.equal(weights(tmp_path / "parts")[key]) for key, value in weights(tmp_path / "stored").items())
-    (folder,) = (tmp_path / "stored" / "teacher").iterdir()
-    assert list(folder.glob("states-0-*.safetensors"))
-
-
-def test_the_teachers_head_serves_the_student(distil, teacher, tmp_path):
-    """It is copied and stands still, so the dev set can choose the best checkpoint."""
-    code, printed = distil("name=headed", CLS, "strategies.distillation.classifier=teacher", "select=best")
-    assert code == 0, printed
-    trained = weights(tmp_path / "headed")
-    there = load_file(next((teacher / "best").glob("model.safetensors")))
-    assert all(trained[name].equal(value) for name, value in there.items() if name.startswith("head."))
-    code, printed = distil("name=new", CLS, "select=best")
-    assert code == 2 and "trains no head that could choose the best checkpoint" in printed
-
-
-def test_with_the_answers_beside_it_and_all_other_methods(distil, tmp_path):
-    """Everything that is no tuning at once, in English; resumed."""
-    names = [name for name in ANSWERS if name not in ("lora", "adapter", "compacter", "soft_prompt")]
-    chosen = [CLS, "strategies.distillation.task=1", "setting=zero_shot", 'languages=["en","ru"]',
-              *(setting for name in names for setting in SETTINGS[name])]  # fmt: skip
-    for name, stops in (("whole", [[]]), ("parts", [["fit.stop_after=4"], []])):
-        for stop in stops:
-            code, printed = distil(f"name={name}", *chosen, *stop)
-            assert code == 0, printed
-    whole, parts = (load_file(tmp_path / name / "checkpoints/step_000006/model.safetensors") for name in ("whole", "parts"))
-    assert all(value.equal(parts[key]) for key, value in whole.items())
-    assert {"loss/cls", "loss/task", "loss/prior"} <= {key for line in read_metrics(tmp_path / "whole") for key in line}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ANSWERS)
-def test_with_each_other_method(distil, tmp_path, name):
-    chosen = [CLS, "strategies.distillation.task=1", "setting=zero_shot", 'languages=["en","ru"]', *SETTINGS[name]]
-    for run, stops in (("whole", [[]]), ("parts", [["fit.stop_after=4"], []])):
-        for stop in stops:
-            code, printed = distil(f"name={run}", *chosen, *stop)
-            assert code == 0, printed
-    whole, parts = (load_file(tmp_path / run / "checkpoints/step_000006/model.safetensors") for run in ("whole", "parts"))
-    assert all(value.equal(parts[key]) for key, value in whole.items())
-
-
-def test_two_steps_of_training(finetune, distil, parallel, tmp_path):
-    """Distilled, then on the answers: the classifier alone for an epoch, then all layers; the best checkpoint by validation. The
-    variant without distillation is the second step by itself, on translations."""
-    code, printed = distil("name=first", CLS, 'freeze=["vision"]')
-    assert code == 0, printed
-    second = ["task=cvil_vqa", f"data={parallel}", 'languages=["ru"]', "setting=single_language", "batch=10", "epochs=3",
-              f"model={tmp_path / 'first' / 'ru'}", "strategies.head_first.epochs=1", "answers=5", "fit.keep=9"]  # fmt: skip
-    code, printed = finetune("scenes_xgqa", "name=second", *second, 'freeze=["vision"]')
-    assert code == 0, printed
-    first, after, last = weights(tmp_path / "first"), *(load_file(
-        tmp_path / "second" / "ru" / "checkpoints" / f"step_{step:06d}" / "model.safetensors") for step in steps(tmp_path))
-    layers = [name for name in first if name.startswith(("backbone.text.", "backbone.fusion.", "backbone.embedding."))]
-    assert all(first[name].equal(after[name]) for name in layers) and not all(first[name].equal(last[name]) for name in layers)
-    found = json.loads((tmp_path / "second" / "result.json").read_text())
-    counts = found["counts"]["ru"]
-    assert found["coverage"]["ru"] == pytest.approx(1 - counts["unknown_answers"] / counts["n"]) and found["coverage"]["ru"] < 1
-    assert found["unknown_training_answers"] > 0 and found["method"] == "head first (epochs 1)"
-    assert (tmp_path / "second" / "ru" / "best").is_dir()
-    code, printed = finetune("scenes_xgqa", "name=bad", *second)
-    assert code == 2 and 'set freeze=["vision"]' in printed
-
-
-def steps(runs) -> tuple[int, int]:
-    """The first and the last checkpoint: after an epoch, and at the end."""
-    found = sorted(int(path.name.removeprefix("step_")) for path in (runs / "second" / "ru" / "checkpoints").glob("step_*"))
-    return found[0], found[-1]
-
-
 def test_answers_with_one_translation_are_one_class(tmp_path):
     """"up" and "above" are one word in Hindi; what both score together counts, 1 at most."""
     (tmp_path / "answers.json").write_text(json.dumps(["up", "above", "cat"]))
@@ -458,31 +349,3 @@ def test_answers_with_one_translation_are_one_class(tmp_path):
     (tmp_path / "answers.hi.json").write_text(json.dumps(["ऊपर"]))
     with pytest.raises(UserError, match="answers.hi.json: wanted a list of 3 translations"):
         list(read_cvil(path, "hi", "answers.json", "answers.hi.json"))
-
-
-@pytest.mark.parametrize(("settings", "words"), [
-    ([], "no such file; word alignments are made with"),
-    (['strategies.distillation.tokens=["cls","image"]'], "unified has no tokens of pictures in its rows"),
-    (['strategies.distillation.tokens=["cls","cls"]'], "name each once"),
-    ([CLS, "strategies.distillation.teacher=none"], "teacher=none: no such model"),
-    ([CLS, "strategies.distillation.layers=[9]"], "layers=[9]: the model has layers 1 to 4"),
-    ([CLS, "strategies.prior.k=3"], "strategies.distillation.task=0: prior is of the classifier"),
-    ([CLS, "head=decoder"], "strategies.distillation is for classifiers"),
-    ([CLS, "image_size=32"], "the teacher sees pictures of 16 pixels, the student of 32"),
-    ([CLS, "answers=5", "strategies.distillation.classifier=teacher"], "the teacher's answers"),
-    (['strategies.distillation.tokens=["mixed"]', "setting=zero_shot"], "training reads English alone"),
-])  # fmt: skip
-def test_mistakes_are_one_line(distil, settings, words):
-    code, printed = distil("name=wrong", *settings)
-    assert code == 2 and words in printed and printed.strip().splitlines()[-1].startswith("error: ")
-
-
-def test_retrieval_is_refused(finetune, teacher):
-    code, printed = finetune("scenes_xflickrco", f"strategies.distillation.teacher={teacher}", "select=last")
-    assert code == 2 and "strategies.distillation wants questions with answers" in printed
-
-
-def test_it_is_registered_where_it_sees_texts_first():
-    order = list(STRATEGIES)
-    assert order.index("distillation") < order.index("code_mixing")
-    assert not REFUSED & set(itertools.product(["distillation"], order))

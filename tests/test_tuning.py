@@ -1,21 +1,28 @@
 """Parameter-efficient tuning (paper 4) against explicit matrices, the paper's shares, and itself after a round trip."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from finetune.model import FinetuneModel
+from finetune.objective import ClassificationObjective
+from finetune.strategies import Context, Methods, StrategiesConfig
 from finetune.strategies.tuning import Adapter, Compacter, HardPrompt, Lora, SoftPrompt
 from raylib.backbones import BACKBONES
+from raylib.config import build
+from raylib.engine import DeepSpeedEngine, TorchEngine
 from raylib.errors import UserError
 from raylib.model import tuning
 from raylib.model.attention import Block
 from raylib.model.unified import ModelConfig, UnifiedModel
+from raylib.optim import OptimConfig
 from raylib.ragged import Ragged
 from raylib.text import Prompted, Tokenizer
 from tests.made import make_model
+from tests.test_collective import run_workers
 
 METHODS = {"lora": Lora(rank=2), "adapter": Adapter(bottleneck=3), "compacter": Compacter(n=2, reduction=4)}
 
@@ -201,3 +208,47 @@ def test_every_backbone_takes_them():
                 continue
             method.adapt(small)
             assert any(tuning.is_small(n) for n, _ in small.named_parameters()), name
+
+
+TUNED = (Lora(rank=2), Adapter(bottleneck=3), Compacter(n=2, reduction=4))
+
+
+def train_tuned(engine_class, method, rank=0, world=1, start=None, first=0, folder=None) -> dict[str, torch.Tensor]:
+    """Four steps of a tuned classifier, two of its four layers unfrozen from the second epoch on: the weights that change."""
+    model = make_tuned(method).float()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    rates = Methods(build(StrategiesConfig, {"unfreezing": {"layers": 2}}, "here"), Context(*[None] * 7, print)).rates(4, 2, 2)
+    optim = OptimConfig(lr=0.01, weight_decay=0.1, clip=1e9)
+    engine = engine_class(ClassificationObjective(model, "ce"), optim, torch.device("cpu"), False, start, rates)
+    rows = torch.arange(rank, 2, world)
+    for step in range(first, 4 if folder is None else 3):
+        batch = make_batch()
+        part = {"text": batch["text"].take(rows), "states": batch["states"].take(rows), "answer": torch.tensor([0, 1])[rows]}
+        engine.step({"examples": part}, step, optim.lr)
+    if folder:
+        folder.mkdir(exist_ok=True)
+        engine.save(folder, rank)
+    return {name: p.detach().clone() for name, p in model.named_parameters() if name in trained}
+
+
+def tuned_workers(rank, world, folder):
+    """Each method under ZeRO-2, whole and stopped after 3 of 4 steps, in mid-phase; and under DDP."""
+    os.environ["LOCAL_RANK"], out = str(rank), []
+    for i, method in enumerate(TUNED):
+        whole = train_tuned(DeepSpeedEngine, method, rank, world)
+        train_tuned(DeepSpeedEngine, method, rank, world, folder=folder / f"{world}{i}")
+        torch.distributed.barrier()
+        parts = train_tuned(DeepSpeedEngine, method, rank, world, start=folder / f"{world}{i}", first=3)
+        out.append((whole, parts, train_tuned(TorchEngine, method, rank, world)))
+    return out
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_tuned_weights_agree_between_engines_and_after_a_resume(world, tmp_path):
+    expected = [train_tuned(TorchEngine, method) for method in TUNED]
+    for results in run_workers(tuned_workers, world, tmp_path):
+        for (whole, parts, plain), wanted in zip(results, expected, strict=True):
+            for name, value in wanted.items():
+                torch.testing.assert_close(whole[name], value, rtol=1e-4, atol=1e-5, msg=name)
+                torch.testing.assert_close(plain[name], value, rtol=1e-4, atol=1e-5, msg=name)
+                assert parts[name].equal(whole[name]), name

@@ -16,7 +16,8 @@ from raylib.errors import UserError
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
 from raylib.track import read_metrics
-from tests.test_distillation import distil, parallel, teacher, wordpiece  # noqa: F401
+from tests.test_distillation import wordpiece  # noqa: F401
+from tests.test_distillation_run import distil, parallel, teacher  # noqa: F401
 
 
 def ours() -> Tokenizer:

@@ -142,7 +142,8 @@ def _questions(writer: Writer, config: ScenesConfig) -> None:
     def english(q: Statement) -> str:
         return q.text("en")
 
-    writer.json("gqa/annotations/train_balanced_questions.json", records(make("train", config.train), english))
+    train = make("train", config.train)
+    writer.json("gqa/annotations/train_balanced_questions.json", records(train, english))
     writer.json("gqa/annotations/val_balanced_questions.json", records(make("dev", config.dev), english))
     writer.json("gqa/annotations/trainval_label2ans.json", ["no", "yes", *sorted(labels())])
     test, shots = make("test", config.test), make("shots", 4 * max(config.shot_sizes("gqa")))
@@ -169,6 +170,9 @@ def _questions(writer: Writer, config: ScenesConfig) -> None:
             name = translator(language, config.seed)
             translated = records(test, lambda q, name=name: q.text("en", name))
             writer.json(f"xGQA/annotations_machine-translate/{language}/testdev_balanced_questions.json", translated)
+            into = translator_into(language, config.seed)
+            translated = records(train, lambda q, language=language, into=into: q.text(language, into))
+            writer.json(f"xGQA/annotations_translate-train/{language}/train_balanced_questions.json", translated)
 
 
 def _entailment(writer: Writer, config: ScenesConfig) -> None:

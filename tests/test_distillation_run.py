@@ -1,0 +1,251 @@
+"""Distillation from the command line: what a student learns, resumed, with other methods, in two steps; OSCAR; mistakes."""
+
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune.__main__ import main
+from finetune.model import FinetuneModel
+from finetune.strategies import STRATEGIES
+from raylib.backbones.oscar import PLACE, TINY, Oscar
+from raylib.sample.concepts import DATA
+from raylib.track import read_metrics
+from tests.conftest import QUICK
+from tests.test_oscar import write_oscar_tsv
+from tests.test_strategies_run import ANSWERS, REFUSED, SETTINGS
+
+
+@pytest.fixture(scope="session")
+def parallel(scenes, tmp_path_factory):
+    """Questions of the scenes in English and Russian, as cViL has them: 30 to train on, 15 to choose by, 15 to test."""
+    folder = tmp_path_factory.mktemp("parallel")
+    answers = json.loads((scenes / "gqa/annotations/trainval_label2ans.json").read_text())
+    files = [json.loads((scenes / f"xGQA/annotations/zero_shot/testdev_balanced_questions_{code}.json").read_text())
+             for code in ("en", "ru")]  # fmt: skip
+    (folder / "cvil").mkdir()
+    (folder / "cvil/answers.json").write_text(json.dumps(answers))
+    lines = []
+    for key, item in files[0].items():
+        texts = {"en": item["question"], "ru": files[1][key]["question"]}
+        record = {"q_id": key, "img_id": item["imageId"], **texts, "an": [answers.index(item["answer"])], "s": [1.0]}
+        lines.append(json.dumps(record) + "\n")
+    for name, rows in (("train", lines[:30]), ("dev", lines[30:45]), ("test", lines[45:])):
+        (folder / f"cvil/{name}.jsonl").write_text("".join(rows))
+    for name in ("vectors.txt", "dictionaries", "images.tar"):
+        (shutil.copytree if (scenes / name).is_dir() else shutil.copy2)(scenes / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(parallel, model, tmp_path_factory):
+    """An English model of these questions."""
+    runs = tmp_path_factory.mktemp("teacher")
+    assert main(["scenes_xgqa", "task=cvil_vqa", "name=english", f"model={model}", f"data={parallel}", f"runs={runs}",
+                 "epochs=1", 'languages=["en"]', "batch=10", "optim.lr=0.01", 'freeze=["vision"]', *QUICK[1:]]) == 0  # fmt: skip
+    return runs / "english"
+
+
+@pytest.fixture
+def distil(finetune, parallel, teacher):
+    """`distil(*settings)`: a student of Russian."""
+    fixed = ["task=cvil_vqa", f"data={parallel}", 'languages=["ru"]', "setting=single_language", "batch=10",
+             f"strategies.distillation.teacher={teacher}", "select=last"]  # fmt: skip
+    return lambda *settings: finetune("scenes_xgqa", *fixed, *settings)
+
+
+CLS = 'strategies.distillation.tokens=["cls"]'
+
+
+def weights(folder, step=6):
+    return load_file(folder / "ru" / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
+
+
+def test_a_student_learns_and_resumes_to_the_bit(distil, tmp_path):
+    """The distance to the teacher falls; a run stopped in its middle is the same."""
+    code, printed = distil("name=whole", CLS, "epochs=4", "optim.lr=0.003")
+    assert code == 0, printed
+    losses = [line["loss/cls"] for line in read_metrics(tmp_path / "whole" / "ru") if "loss/cls" in line]
+    assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
+    for stop in (["fit.stop_after=5"], []):
+        assert distil("name=parts", CLS, "epochs=4", "optim.lr=0.003", *stop)[0] == 0
+    whole, parts = weights(tmp_path / "whole", 12), weights(tmp_path / "parts", 12)
+    assert all(value.equal(parts[key]) for key, value in whole.items())
+    found = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert found["accuracy"].keys() == {"ru"} and "distillation" in found["method"]
+
+
+@pytest.mark.parametrize("frozen", [["vision"], []], ids=["encoded once", "pixels"])
+def test_stored_states_give_the_same_losses(distil, tmp_path, frozen):
+    """Made once into safetensors shards, read back; a resumed run reads the same ones."""
+    runs = {}
+    for name, stops in (("live", [[]]), ("stored", [[]]), ("parts", [["fit.stop_after=4"], []])):
+        chosen = [f"strategies.distillation.states={'live' if name == 'live' else 'stored'}", f"freeze={json.dumps(frozen)}"]
+        for stop in stops:
+            code, printed = distil(f"name={name}", CLS, *chosen, *stop)
+            assert code == 0, printed
+        runs[name] = [line["loss/cls"] for line in read_metrics(tmp_path / name / "ru") if "loss/cls" in line]
+    assert runs["live"] == pytest.approx(runs["stored"], rel=1e-5) and len(runs["live"]) == 6
+    assert all(value.equal(weights(tmp_path / "parts")[key]) for key, value in weights(tmp_path / "stored").items())
+    (folder,) = (tmp_path / "stored" / "teacher").iterdir()
+    assert list(folder.glob("states-0-*.safetensors"))
+
+
+def test_the_teachers_head_serves_the_student(distil, teacher, tmp_path):
+    """It is copied and stands still, so the dev set can choose the best checkpoint."""
+    code, printed = distil("name=headed", CLS, "strategies.distillation.classifier=teacher", "select=best")
+    assert code == 0, printed
+    trained = weights(tmp_path / "headed")
+    there = load_file(next((teacher / "best").glob("model.safetensors")))
+    assert all(trained[name].equal(value) for name, value in there.items() if name.startswith("head."))
+    before = (tmp_path / "headed" / "ru" / "predictions" / "ru.jsonl").read_text()
+    assert main(["evaluate", str(tmp_path / "headed")]) == 0
+    assert (tmp_path / "headed" / "ru" / "predictions" / "ru.jsonl").read_text() == before
+    code, printed = distil("name=new", CLS, "select=best")
+    assert code == 2 and "trains no head that could choose the best checkpoint" in printed
+
+
+def test_with_the_answers_beside_it_and_all_other_methods(distil, tmp_path):
+    """Everything that is no tuning at once, in English; resumed."""
+    names = [name for name in ANSWERS if name not in ("lora", "adapter", "compacter", "soft_prompt")]
+    chosen = [CLS, "strategies.distillation.task=1", "setting=zero_shot", 'languages=["en","ru"]',
+              *(setting for name in names for setting in SETTINGS[name])]  # fmt: skip
+    for name, stops in (("whole", [[]]), ("parts", [["fit.stop_after=4"], []])):
+        for stop in stops:
+            code, printed = distil(f"name={name}", *chosen, *stop)
+            assert code == 0, printed
+    whole, parts = (load_file(tmp_path / name / "checkpoints/step_000006/model.safetensors") for name in ("whole", "parts"))
+    assert all(value.equal(parts[key]) for key, value in whole.items())
+    assert {"loss/cls", "loss/task", "loss/prior"} <= {key for line in read_metrics(tmp_path / "whole") for key in line}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ANSWERS)
+def test_with_each_other_method(distil, tmp_path, name):
+    chosen = [CLS, "strategies.distillation.task=1", "setting=zero_shot", 'languages=["en","ru"]', *SETTINGS[name]]
+    for run, stops in (("whole", [[]]), ("parts", [["fit.stop_after=4"], []])):
+        for stop in stops:
+            code, printed = distil(f"name={run}", *chosen, *stop)
+            assert code == 0, printed
+    whole, parts = (load_file(tmp_path / run / "checkpoints/step_000006/model.safetensors") for run in ("whole", "parts"))
+    assert all(value.equal(parts[key]) for key, value in whole.items())
+
+
+@pytest.fixture
+def tagged(parallel, tmp_path):
+    """The questions with tags, regions of their pictures and alignments, and a small OSCAR to start from."""
+    data = tmp_path / "tagged"
+    shutil.copytree(parallel, data)
+    rng, pictures = np.random.default_rng(0), {}
+    for split in ("train", "dev", "test"):
+        records = [json.loads(line) for line in (data / f"cvil/{split}.jsonl").read_text().splitlines()]
+        for i, record in enumerate(records):
+            record["o"] = "dog;polar bear" if i % 3 else ""
+            pictures[record["img_id"]] = rng.random((1 + i % 4, TINY.features + PLACE))
+        (data / f"cvil/{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        if split == "train":
+            pairs = [(record["ru"].split(), record["en"].split()) for record in records]
+    write_oscar_tsv(data / "regions.tsv", pictures)
+    (data / "alignments").mkdir()
+    (data / "alignments/ru.text").write_text("".join(f"{' '.join(a)} ||| {' '.join(b)}\n" for a, b in pairs))
+    links = (" ".join(f"{i}-{i}" for i in range(min(map(len, pair)))) for pair in pairs)
+    (data / "alignments/ru.align").write_text("".join(f"{line}\n" for line in links))
+    torch.manual_seed(0)
+    FinetuneModel(Oscar(TINY.model_copy(update={"layers": 4})), ("?",), 1, 0.1, TINY.features).save(tmp_path / "oscar")
+    shutil.copy2(DATA / "tokenizer.model", tmp_path / "oscar")
+    return data
+
+
+@pytest.mark.parametrize("normalise", ["paper", "public"])
+def test_a_small_oscar_with_all_terms(finetune, tagged, tmp_path, normalise):
+    """Words, tags, regions, slots without one: live, stored and resumed."""
+    fixed = ["task=cvil_vqa", f"data={tagged}", f"regions={tagged}/regions.tsv", f"model={tmp_path / 'oscar'}", "image_size=null",
+             "batch=10", "optim.lr=0.003", "setting=single_language"]  # fmt: skip
+    code, printed = finetune("scenes_xgqa", "name=english", *fixed, 'languages=["en"]')
+    assert code == 0, printed
+    settings = [*fixed, 'languages=["ru"]', "select=last", f"strategies.distillation.teacher={tmp_path / 'english' / 'en'}",
+                f"strategies.distillation.normalise={normalise}"]  # fmt: skip
+    if normalise == "public":
+        settings.append("strategies.distillation.slots=5")
+    runs, stored = {}, "strategies.distillation.states=stored"
+    for name, more in (("live", [[]]), ("stored", [[stored]]), ("parts", [["fit.stop_after=4"], []])):
+        for stop in more:
+            code, printed = finetune("scenes_xgqa", f"name={name}", *settings, *stop)
+            assert code == 0, printed
+        runs[name] = [line for line in read_metrics(tmp_path / name / "ru") if "loss/cls" in line]
+    for term in ("cls", "image", "tags", "mixed"):
+        live, read = ([line[f"loss/{term}"] for line in runs[name]] for name in ("live", "stored"))
+        assert live == pytest.approx(read, rel=1e-3) and live[0] > 0
+    assert all(value.equal(weights(tmp_path / "parts")[key]) for key, value in weights(tmp_path / "live").items())
+
+
+def test_two_steps_of_training(finetune, distil, parallel, tmp_path):
+    """Distilled, then on the answers: the classifier alone for an epoch, then all layers; the best checkpoint by validation. The
+    variant without distillation is the second step by itself, on translations."""
+    code, printed = distil("name=first", CLS, 'freeze=["vision"]')
+    assert code == 0, printed
+    second = ["task=cvil_vqa", f"data={parallel}", 'languages=["ru"]', "setting=single_language", "batch=10", "epochs=3",
+              f"model={tmp_path / 'first' / 'ru'}", "strategies.head_first.epochs=1", "answers=5", "fit.keep=9"]  # fmt: skip
+    code, printed = finetune("scenes_xgqa", "name=second", *second, 'freeze=["vision"]')
+    assert code == 0, printed
+    first, after, last = weights(tmp_path / "first"), *(load_file(
+        tmp_path / "second" / "ru" / "checkpoints" / f"step_{step:06d}" / "model.safetensors") for step in steps(tmp_path))
+    layers = [name for name in first if name.startswith(("backbone.text.", "backbone.fusion.", "backbone.embedding."))]
+    assert all(first[name].equal(after[name]) for name in layers) and not all(first[name].equal(last[name]) for name in layers)
+    found = json.loads((tmp_path / "second" / "result.json").read_text())
+    counts = found["counts"]["ru"]
+    assert found["coverage"]["ru"] == pytest.approx(1 - counts["unknown_answers"] / counts["n"]) and found["coverage"]["ru"] < 1
+    assert found["unknown_training_answers"] > 0 and found["method"] == "head first (epochs 1)"
+    assert (tmp_path / "second" / "ru" / "best").is_dir()
+    code, printed = finetune("scenes_xgqa", "name=bad", *second)
+    assert code == 2 and 'set freeze=["vision"]' in printed
+
+
+def steps(runs) -> tuple[int, int]:
+    """The first and the last checkpoint: after an epoch, and at the end."""
+    found = sorted(int(path.name.removeprefix("step_")) for path in (runs / "second" / "ru" / "checkpoints").glob("step_*"))
+    return found[0], found[-1]
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ([], "no such file; word alignments are made with"),
+    (['strategies.distillation.tokens=["cls","image"]'], "unified has no tokens of pictures in its rows"),
+    (['strategies.distillation.tokens=["cls","cls"]'], "name each once"),
+    ([CLS, "strategies.distillation.teacher=none"], "teacher=none: no such model"),
+    ([CLS, "strategies.distillation.layers=[9]"], "layers=[9]: the model has layers 1 to 4"),
+    ([CLS, "strategies.prior.k=3"], "strategies.distillation.task=0: prior is of the classifier"),
+    ([CLS, "head=decoder"], "strategies.distillation is for classifiers"),
+    ([CLS, "image_size=32"], "the teacher sees pictures of 16 pixels, the student of 32"),
+    ([CLS, "answers=5", "strategies.distillation.classifier=teacher"], "the teacher's answers"),
+    (['strategies.distillation.tokens=["mixed"]', "setting=zero_shot"], "training reads English alone"),
+])  # fmt: skip
+def test_mistakes_are_one_line(distil, settings, words):
+    code, printed = distil("name=wrong", *settings)
+    assert code == 2 and words in printed and printed.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_few_labelled_questions_beside_the_teacher(finetune, tmp_path):
+    """xGQA's few-shot files are parallel: a student goes on from English, its answers and the teacher's states together."""
+    code, printed = finetune("scenes_xgqa", "name=english", "epochs=1")
+    assert code == 0, printed
+    english = tmp_path / "english"
+    code, printed = finetune("scenes_xgqa", "name=few", f"model={english}", "setting=few_shot", CLS, "batch=5",
+                             f"strategies.distillation.teacher={english}", "strategies.distillation.task=1")  # fmt: skip
+    assert code == 0, printed
+    losses = {key for line in read_metrics(tmp_path / "few" / "ru") for key in line}
+    assert {"loss/cls", "loss/task"} <= losses
+
+
+def test_retrieval_is_refused(finetune, teacher):
+    code, printed = finetune("scenes_xflickrco", f"strategies.distillation.teacher={teacher}", "select=last")
+    assert code == 2 and "strategies.distillation wants questions with answers" in printed
+
+
+def test_it_is_registered_where_it_sees_texts_first():
+    order = list(STRATEGIES)
+    assert order.index("distillation") < order.index("code_mixing")
+    assert not REFUSED & set(itertools.product(["distillation"], order))
