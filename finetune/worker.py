@@ -151,8 +151,8 @@ def _dev(config: FinetuneConfig, language: str | None) -> list:
     task = find_task(config)
     split = {"few_shot": "shots_dev", "single_language": "dev"}.get(config.setting)
     own = split in task.splits
-    if split == "dev" and language != "en" and task.source("dev", language) == task.source("dev", "en"):
-        own = False
+    if own and split == "dev" and language != "en":
+        own = task.source("dev", language) != task.source("dev", "en")
     if config.select == "last" or not (own or "dev" in task.splits):
         return []
     items = list(read_split(config, *((split, language) if own else ("dev", "en")), config.test_limit))
