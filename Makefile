@@ -14,7 +14,8 @@ CPUS ?= 2
 GPUS ?= 0
 PORT ?= 8265
 TASKS ?= xgqa xvnli xflickrco marvl
-TRANSFER ?= zero_shot zero_shot_mt full mt lora adapter compacter soft_prompt routine1_lora routine2_lora routine3_lora
+TRANSFER ?= zero_shot zero_shot_mt full mt lora adapter compacter soft_prompt routine1_lora routine2_lora routine3_lora \
+	teacher student distilled
 
 PYTHON := .venv/bin/python
 INSTALL := $(PYTHON) -m pip install -qq --disable-pip-version-check
@@ -32,7 +33,8 @@ finetune transfer: .venv/.installed
 	@[ -d runs/$(NAME)_model ] || $(PYTHON) -m pretrain export runs/$(NAME) runs/$(NAME)_model
 	@[ -d runs/scenes ] || $(PYTHON) -m finetune.scenes runs/scenes
 	@for row in $(ROWS); do \
-		$(PYTHON) -m finetune $$row name=$(NAME)_$${row#scenes_} model=runs/$(NAME)_model $(ARGS) || exit $$?; \
+		case $$row in transfer_distilled) more=strategies.distillation.teacher=runs/$(NAME)_transfer_teacher;; *) more=;; esac; \
+		$(PYTHON) -m finetune $$row name=$(NAME)_$${row#scenes_} model=runs/$(NAME)_model $$more $(ARGS) || exit $$?; \
 	done
 	@$(PYTHON) -m finetune compare $(patsubst %,runs/$(NAME)_%,$(ROWS:scenes_%=%))
 

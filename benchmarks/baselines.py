@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import record
-from benchmarks.experiments import ALL, BASELINES, METHODS, Experiment
+from benchmarks.experiments import BASELINES, METHODS, TRANSFER, Experiment
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not given.quick and not record.read(record.RESULTS / "scenes.jsonl"):
             record.main(["--scenes", str(scenes)])
         model = pretrained(folder, scenes, given.quick)
-    for table in (BASELINES, METHODS):
+    for table in (BASELINES, METHODS, TRANSFER):
         for seed in range(given.seeds):
             for experiment in [e for e in table if given.only in e.name]:
                 with claimed(folder / f"{experiment.name}_seed{seed}.lock") as mine:
@@ -82,12 +82,15 @@ def run_experiment(experiment: Experiment, seed: int, folder: Path, scenes: Path
     if name in {line["run"] for line in record.read(record.RESULTS / "finetune.jsonl")}:
         return
     start = folder / f"{experiment.after}_seed{seed}" if experiment.after else model
-    if experiment.after and not (start / "result.json").is_file():
-        print(f"{name} goes on from {start.name}, which is not finished yet: start this command once more after it")
-        return
+    teacher = folder / f"{experiment.teacher}_seed{seed}" if experiment.teacher else None
+    for needed in filter(None, (experiment.after and start, teacher)):
+        if not (needed / "result.json").is_file():
+            print(f"{name} wants {needed.name}, which is not finished yet: start this command once more after it")
+            return
+    taught = [f"strategies.distillation.teacher={teacher}"] if teacher else []
     few = ["epochs=1", "train_limit=64", "test_limit=32"] if quick else []
     settings = [f"name={name}", f"runs={folder}", f"model={start}", f"data={scenes}", f"fit.seed={seed}"]
-    python("finetune", experiment.recipe, *settings, *ALL, *experiment.settings, *few)
+    python("finetune", experiment.recipe, *settings, *experiment.settings, *taught, *few)
     if not quick:
         record.main(["--finetune", str(folder / name)])
         for left in [*(folder / name).rglob("checkpoints"), *(folder / name).rglob("encoded")]:

@@ -107,6 +107,17 @@ def _transfer(row: str, strategies: dict, **more):
     return _named(config, f"emoji scenes, P4: {config.setting}, {config.called}")
 
 
+def _taught(row: str, **more):
+    """cViL on emoji scenes, on two CPU cores: an English teacher, and students of two languages on its training questions,
+    translated, with it and without."""
+    config = FinetuneConfig(
+        name=f"transfer_{row}", workers=1, runtime="local", freeze=("vision",), epochs=2, batch=64, length=40, image_size=64,
+        optim=OptimConfig(lr=3e-4, weight_decay=0.05, warmup=0.1), data="runs/scenes", model="runs/e5_model",
+        **{"task": "xgqa_translated", "languages": ("de", "ru"), **more},
+    )  # fmt: skip
+    return _named(config, f"emoji scenes, P3: {config.task}, {config.setting}, {config.called}")
+
+
 def _named(config: FinetuneConfig, summary: str) -> Callable[[], FinetuneConfig]:
     def recipe() -> FinetuneConfig:
         return config
@@ -148,6 +159,8 @@ P4_ROWS = {
     "soft_prompt": {"alignment": {"weight": 0.0}, "soft_prompt": {}},
     "framework": {"alignment": {}, "lora": {}},  # with Adapter on all of Multi30K
 }
+# the teacher's states beside the answers; pictures have no tokens of their own in this model's rows
+SCENES_TAUGHT = {"teacher": "runs/transfer_teacher", "tokens": ("cls",), "task": 1.0}
 TRANSFER_ROWS = {
     **{row: P4_ROWS[row] for row in ("full", "mt", "lora", "adapter", "compacter", "soft_prompt")},
     **{f"routine{routine}_lora": {"alignment": {"routine": routine, "weight": 10.0}, "lora": {}} for routine in (1, 2, 3)},
@@ -191,6 +204,9 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "scenes_xflickrco": _scenes("xflickrco", languages=SCENES),
     "scenes_marvl": _scenes("marvl", languages=SCENES),
     **{f"transfer_{row}": _transfer(row, strategies) for row, strategies in TRANSFER_ROWS.items()},
+    "transfer_teacher": _taught("teacher", task="xgqa", languages=("en", "de", "ru")),
+    "transfer_student": _taught("student", setting="single_language"),
+    "transfer_distilled": _taught("distilled", setting="single_language", strategies={"distillation": SCENES_TAUGHT}),
     "transfer_zero_shot": _transfer("zero_shot", {}, setting="untrained"),
     "transfer_zero_shot_mt": _transfer("zero_shot_mt", {}, setting="translate_test"),
 }  # fmt: skip

@@ -59,7 +59,7 @@ class Strategy(Config):
         """What tables call the method, which is `name` in the registry, with the settings that are not the usual ones."""
         told = [field for field, info in type(self).model_fields.items() if field not in self.hidden
                 and (field in self.shown or getattr(self, field) != info.default)]  # fmt: skip
-        values = [f"{field} {getattr(self, field)}".replace("source ", "") for field in told]
+        values = [f"{field} {_worded(getattr(self, field))}".replace("source ", "") for field in told]
         return name.replace("_", " ") + (f" ({', '.join(values)})" if values else "")
 
     def prepare(self, context: Context) -> "Strategy":
@@ -88,3 +88,7 @@ class Strategy(Config):
     def terms(self, model: nn.Module) -> dict[str, Term]:
         """What is added to the loss, by name."""
         return {}
+
+
+def _worded(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
