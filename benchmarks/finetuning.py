@@ -7,9 +7,9 @@ from finetune.report import scores_of
 from raylib import markdown
 from raylib.markdown import percent, spread
 
-SETTINGS = {"zero_shot": "", "few_shot": "few-shot", "translate_test": "translate-test"}
-
-
+SETTINGS = {"zero_shot": "", "few_shot": "few-shot", "translate_test": "translate-test", "untrained": "untrained"}
+# GQA's types of questions, by what their answers are
+KINDS = {("verify", "logical"): "yes or no", ("choose", "compare", "query"): "things"}
 BLIND = {"majority": "(the most frequent answer)", "text": "(logistic regression over the text alone)"}
 
 
@@ -31,7 +31,11 @@ def _table(task: str, records: list[dict], blind: dict[str, float]) -> str:
         groups[", ".join(filter(None, (setting, record["method"])))].append(record)
     what = "mean recall" if "retrieval" in records[0] else "accuracy"
     head = [f"{task}: {what}, %", "seeds", "English", "mean of the targets", "gap"]
-    synonyms, pruned = any("synonym_accuracy" in r for r in records), any(r["sparsity"] for r in records)
+    kinds = [group for group in KINDS if any(set(group) & set(by) for r in records for by in r.get("by_type", {}).values())]
+    head += [f"targets, {KINDS[group]}" for group in kinds]
+    told = [(percent(_mean_of_targets(r.get("synonym_accuracy"))), percent(r["mean_targets"])) for r in records]
+    synonyms = any(kind and kind != strict for kind, strict in told)
+    pruned = any(r["sparsity"] for r in records)
     head += ["targets, synonyms right"] if synonyms else []
     head += ["weights at zero, %"] if pruned else []
     head += ["training, s"]
@@ -42,6 +46,7 @@ def _table(task: str, records: list[dict], blind: dict[str, float]) -> str:
     for name, group in groups.items():
         row = [name, str(len({r["seed"] for r in group})), spread(scores_of(r).get("en") for r in group),
                spread(r["mean_targets"] for r in group), spread(r["gap"] for r in group)]  # fmt: skip
+        row += [spread(_mean_of_kinds(r, group_of) for r in group) for group_of in kinds]
         if synonyms:
             row.append(spread(_mean_of_targets(r.get("synonym_accuracy")) for r in group))
         if pruned:
@@ -49,6 +54,12 @@ def _table(task: str, records: list[dict], blind: dict[str, float]) -> str:
         seconds = statistics.median(r["seconds"] for r in group)  # of wall time: some runs waited for others
         lines.append([*row, f"{seconds:.0f}" if seconds else ""])
     return markdown.table(lines)
+
+
+def _mean_of_kinds(record: dict, kinds: tuple[str, ...]) -> float | None:
+    """Mean over the targets, and over these types of questions."""
+    values = [by[kind] for code, by in record["by_type"].items() if code != "en" for kind in kinds if kind in by]
+    return statistics.fmean(values) if values else None
 
 
 def _mean_of_targets(scores: dict[str, float] | None) -> float | None:
