@@ -83,7 +83,7 @@ def encode_pictures(
 ) -> States:
     """All workers together: states of the pictures `names` after `model`'s image encoder, kept in `folder`; in float16 if
     they were made in bf16, which is no finer."""
-    device = model.image_projection.weight.device
+    device = next(model.parameters()).device
 
     def encode(chunk: Sequence[str]) -> Ragged:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

@@ -1,16 +1,20 @@
 """Multilingual-CLIP and CLIP as backbones: against `transformers`, from folders like the published ones; parameter counts."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from finetune.__main__ import main
 from raylib.backbones import BACKBONES
 from raylib.backbones.clip import Clip, load_clip
 from raylib.backbones.mclip import MClip, MClipConfig, load_mclip
 from raylib.errors import UserError
 from raylib.ragged import Ragged
+from raylib.sample.concepts import DATA
+from tests.conftest import QUICK
 
 transformers = pytest.importorskip("transformers")
 
@@ -125,3 +129,51 @@ def test_mistakes(folders, tmp_path):
     (tmp_path / "more" / "config.json").write_text((path / "config.json").read_text())
     with pytest.raises(UserError, match="unused extra"):
         load_mclip(tmp_path / "more", vision)
+
+
+def test_retrieval_end_to_end(tmp_path, scenes, capsys):
+    """From published folders: M-CLIP tuned with LoRA and aligned, its pictures encoded once, evaluated again, gone on from;
+    M-CLIP and CLIP as they are, with translations; a task of another kind is refused."""
+    torch.manual_seed(0)
+    text = transformers.XLMRobertaModel(transformers.XLMRobertaConfig(
+        vocab_size=12000, hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=96,
+        max_position_embeddings=66, type_vocab_size=1, layer_norm_eps=1e-5,
+    ), add_pooling_layer=False)  # fmt: skip
+    clip = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=dict(vocab_size=12000, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2),
+        vision_config=TOWER, projection_dim=24,
+    ))  # fmt: skip
+    clip.save_pretrained(tmp_path / "clip")
+    (tmp_path / "text").mkdir()
+    weights = {f"transformer.{k}": v for k, v in text.state_dict().items()}
+    mapped = {f"LinearTransformation.{k}": v.detach() for k, v in torch.nn.Linear(64, 24).state_dict().items()}
+    torch.save(weights | mapped, tmp_path / "text" / "pytorch_model.bin")
+    (tmp_path / "text" / "config.json").write_text('{"model_type": "M-CLIP"}')
+    for folder in ("text", "clip"):
+        shutil.copy2(DATA / "tokenizer.model", tmp_path / folder)
+    own = [f"data={scenes}", f"runs={tmp_path}", *QUICK, "matching=false", 'languages=["en","ru"]', 'freeze=["vision"]']
+    mclip = ["backbone=mclip", f"model={tmp_path / 'text'}", f"vision={tmp_path / 'clip'}"]
+
+    def run(name, *settings, recipe="scenes_xflickrco"):
+        code = main([recipe, f"name={name}", *own, *settings])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    few = ["setting=few_shot", "shots=5", "batch=5", "epochs=2", "strategies.lora.rank=2", "strategies.alignment={}"]
+    code, printed = run("aligned", *mclip, *few)
+    assert code == 0, printed
+    found = json.loads((tmp_path / "aligned" / "result.json").read_text())
+    assert found["retrieval"]["ru"]["pairs"] == 0 and (tmp_path / "aligned" / "ru" / "tuned.safetensors").is_file()
+    assert main(["evaluate", str(tmp_path / "aligned")]) == 0
+    again = json.loads((tmp_path / "aligned" / "result.json").read_text())
+    assert again["retrieval"] == found["retrieval"]
+    code, printed = run("more", f"model={tmp_path / 'aligned' / 'ru'}", *few)
+    assert code == 0, printed
+    for name, model in (("mclip", mclip), ("clip", ["backbone=clip", f"model={tmp_path / 'clip'}"])):
+        for setting in ("untrained", "translate_test"):
+            code, printed = run(f"{name}_{setting}", *model, f"setting={setting}")
+            assert code == 0, printed
+    code, printed = run("wrong", *mclip, recipe="scenes_xgqa")
+    assert code == 2 and "mclip reads texts and pictures apart" in printed
+    code, printed = run("unmatched", *mclip, "matching=true")
+    assert code == 2 and "set matching=false" in printed

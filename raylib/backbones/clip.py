@@ -44,8 +44,8 @@ class Clip(nn.Module):
 
     @property
     def vision(self) -> nn.Module:
-        """What `freeze=["vision"]` means; its projection is not among it."""
-        return self.towers.vision_model
+        """What makes a picture's vector, which `freeze=["vision"]` means: the image tower and its projection."""
+        return nn.ModuleList([self.towers.vision_model, self.towers.visual_projection])
 
     def encode_images(self, images: Tensor) -> Ragged:
         """uint8 (b, H, W, 3) -> b rows of one vector each (b, e)."""
