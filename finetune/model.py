@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from finetune.decoder import AnswerDecoder, DecoderConfig
@@ -23,7 +22,7 @@ from raylib.config import build, choose
 from raylib.errors import UserError
 from raylib.model import tuning
 from raylib.model.attention import initialise
-from raylib.model.folder import find_model, find_tokenizer
+from raylib.model.folder import fill, find_model, find_tokenizer, write_model
 from raylib.model.places import Places
 from raylib.model.unified import UnifiedModel
 from raylib.ragged import Ragged
@@ -150,11 +149,9 @@ class FinetuneModel(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""
-        folder.mkdir(parents=True, exist_ok=True)
         description = {"model_type": "polyglance-finetuned", **self.description, "backbone": self.backbone.kind,
                        "sizes": self.backbone.config.model_dump(), "tuning": tuning.described(self)}  # fmt: skip
-        (folder / "config.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        save_file({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        write_model(self, description, folder)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "FinetuneModel":
@@ -180,7 +177,7 @@ def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = 
         return choose(kind, BACKBONES, "backbone").load(Path(path), vision and Path(vision))
     folder = find_evaluated(path)
     description = read_description(folder)
-    there = description.get("backbone", "unified")
+    there = description.get("backbone", description["model_type"].removeprefix("polyglance-"))
     if kind not in ("unified", there):
         raise UserError(f"{path} is a model of ours on the backbone {there}; backbone={kind} needs weights of that kind")
     if vision:
@@ -238,19 +235,6 @@ def read_description(folder: Path) -> dict:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"{folder}/config.json: not to be read as JSON ({e})") from None
-
-
-def fill(model: nn.Module, folder: Path) -> nn.Module:
-    """Load `folder`/model.safetensors into `model`.
-
-    Raises:
-        UserError: a key is missing, left over or of another shape; it is named.
-    """
-    try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except RuntimeError as e:
-        raise UserError(f"{folder}/model.safetensors does not fit the model: {' '.join(str(e).split())}") from None
-    return model
 
 
 def resize(unified: UnifiedModel, image_size: int) -> None:

@@ -1,6 +1,5 @@
 """What grounds a text, as it enters a batch: pixels, states of an image encoder that ran before, or region features."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -96,12 +95,3 @@ def encode_pictures(
         states = write_states(folder, sorted(set(names)), encode, ENCODED, torch.float16 if bf16 else torch.float32)
     model.train(training)
     return states
-
-
-def fingerprint(model: UnifiedModel, *facts) -> str:
-    """A name for what the image encoder makes of pictures: hash of its weights, and of `facts` about the pictures."""
-    digest = hashlib.sha256(repr(facts).encode())
-    for name, value in sorted(model.vision.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

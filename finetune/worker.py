@@ -26,10 +26,11 @@ from finetune.lexicon.wordnet import WordNet
 from finetune.metrics import read_predictions
 from finetune.model import fill
 from finetune.objective import AnswerObjective, ClassificationObjective
-from finetune.pictures import Encoded, Pictures, Pixels, encode_pictures, fingerprint
+from finetune.pictures import Encoded, Pictures, Pixels, encode_pictures
 from finetune.retrieval import retrieve
 from raylib import checkpoint
 from raylib.collective import world_size
+from raylib.data.states import fingerprint
 from raylib.errors import UserError
 from raylib.loop import fit
 from raylib.model import tuning
@@ -167,7 +168,7 @@ def encoded(config: FinetuneConfig, model, pictures: Pictures | None, items: lis
     backbone = backbone_of(model)
     bf16 = config.fit.uses_bf16(next(backbone.parameters()).device)
     facts = (pictures.size, str(pictures.store.path), names, bf16)
-    return Encoded(encode_pictures(backbone, pictures, names, run / "encoded" / fingerprint(backbone, *facts), bf16))
+    return Encoded(encode_pictures(backbone, pictures, names, run / "encoded" / fingerprint(backbone.vision, *facts), bf16))
 
 
 def evaluate_model(config: FinetuneConfig, model, tokenizer: Tokenizer, pictures, run: Path) -> dict[str, dict[str, Any]]:

@@ -8,9 +8,9 @@ import torch
 from transformers import SwinConfig, SwinModel
 
 from finetune.model import FinetuneModel, resize
-from finetune.pictures import fingerprint
 from raylib.backbones import BACKBONES
 from raylib.backbones.cclm_load import CLIP
+from raylib.data.states import fingerprint
 from raylib.errors import UserError
 from raylib.model.swin import SwinSizes, interpolate_bias
 from raylib.model.unified import ModelConfig, UnifiedModel
@@ -60,9 +60,9 @@ def test_swin_states_are_those_of_transformers_behind_their_mean(width):
 def test_another_resolution_has_other_windows_and_interpolated_biases():
     model = UnifiedModel(swin_config()).eval()
     shaken(model.vision)
-    before, mark = {k: v.clone() for k, v in model.vision.state_dict().items()}, fingerprint(model)
+    before, mark = {k: v.clone() for k, v in model.vision.state_dict().items()}, fingerprint(model.vision)
     resize(model, 16)
-    assert fingerprint(model) == mark
+    assert fingerprint(model.vision) == mark
     resize(model, 24)  # windows of 6 and no longer 4
     assert model.config.image_size == 24 and model.encode_images(pictures(size=24)).lengths.tolist() == [37] * 3
     for name, value in model.vision.state_dict().items():
@@ -72,7 +72,7 @@ def test_another_resolution_has_other_windows_and_interpolated_biases():
             torch.testing.assert_close(value[middle[1]], before[name][middle[0]])
         else:
             assert value.equal(before[name]), name
-    assert fingerprint(model) != mark
+    assert fingerprint(model.vision) != mark
     with pytest.raises(UserError, match="image_size=26 is not a multiple of the model's patch, 4"):
         resize(model, 26)
     with pytest.raises(ValueError, match="multiple of the 4 pixels"):

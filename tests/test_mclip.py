@@ -167,8 +167,9 @@ def test_retrieval_end_to_end(tmp_path, scenes, capsys):
     assert main(["evaluate", str(tmp_path / "aligned")]) == 0
     again = json.loads((tmp_path / "aligned" / "result.json").read_text())
     assert again["retrieval"] == found["retrieval"]
-    code, printed = run("more", f"model={tmp_path / 'aligned' / 'ru'}", *few)
-    assert code == 0, printed
+    for name, more in (("more", []), ("named", ["backbone=mclip"])):  # as paper 4's recipes name it
+        code, printed = run(name, f"model={tmp_path / 'aligned' / 'ru'}", *few, *more)
+        assert code == 0, printed
     for name, model in (("mclip", mclip), ("clip", ["backbone=clip", f"model={tmp_path / 'clip'}"])):
         for setting in ("untrained", "translate_test"):
             code, printed = run(f"{name}_{setting}", *model, f"setting={setting}")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylib.errors import UserError
+from raylib.errors import UserError, needed
 from raylib.text import Tokenizer
 
 IDEOGRAPHS = ("CJK", "HIRAGANA", "KATAKANA")  # how the names of letters begin that are words by themselves
@@ -25,14 +25,11 @@ class Aligner:
 
     def __init__(self, folder: Path | str, layer: int = 8, threshold: float = 1e-3, device: str = "cpu"):
         """Raises UserError: no encoder there, or no such layer."""
-        try:
-            from transformers import AutoModel
-        except ImportError:
-            raise UserError("aligning words needs transformers; `pip install transformers`") from None
+        transformers = needed("transformers", "transfer")
         if not (Path(folder) / "config.json").is_file():
             raise UserError(f"{folder}: no config.json; give the folder of a multilingual encoder")
         self.tokenizer = Tokenizer.load(folder)
-        self.model = AutoModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+        self.model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).to(device).eval()
         depth = self.model.config.num_hidden_layers
         if not 0 < layer <= depth:
             raise UserError(f"{folder}: layer={layer}, but it has layers 1 to {depth}")

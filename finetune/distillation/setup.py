@@ -11,12 +11,13 @@ from finetune.batches import encode_inputs, see
 from finetune.config import FinetuneConfig
 from finetune.distillation.inputs import Inputs, Side
 from finetune.distillation.objective import DistillationObjective
-from finetune.distillation.stored import Stored, fingerprint, write_stored
+from finetune.distillation.stored import Stored, write_stored
 from finetune.distillation.teacher import Teacher, load_teacher
 from finetune.examples import Example
 from finetune.model import FinetuneModel, tokenizer_at
 from finetune.strategies import Term
 from finetune.strategies.distillation import Distillation, chosen_layers
+from raylib.data.states import fingerprint
 from raylib.errors import UserError
 from raylib.loop import to_device
 from raylib.text import Tokenizer
@@ -81,7 +82,7 @@ def _check_pictures(method, model: FinetuneModel, teacher: FinetuneModel, pictur
         raise UserError(f"{WHERE}: the teacher sees pictures of {sizes[1]} pixels, the student of {sizes[0]}; set "
                         f"image_size={sizes[1]}")  # fmt: skip
     if isinstance(pictures, seen_as.Encoded):
-        made = [seen_as.fingerprint(m.backbone) for m in (model, teacher)]
+        made = [fingerprint(m.backbone.vision) for m in (model, teacher)]
         if made[0] != made[1]:
             raise UserError(f"{WHERE}: the frozen image encoder is not the teacher's, so pictures cannot be encoded once for "
                             "both; set encoded=false")  # fmt: skip

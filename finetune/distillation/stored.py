@@ -4,20 +4,17 @@
     FOLDER/index-WORKER.json                  {id: [number, first token, tokens]}
 """
 
-import hashlib
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.examples import Example
-from raylib.collective import world_size
+from raylib.data.states import write_whole
 
 TOKENS = 2**16  # of a shard, about
 
@@ -53,21 +50,8 @@ def write_stored(
 ) -> Stored:
     """All workers together: `states(examples)` -> ((L, T', d), tokens of each row) of all `examples`, `batch` at a time, one of
     each id. The folder appears whole: one that is there already is taken as it is."""
-    rank = dist.get_rank() if world_size() > 1 else 0
-    partial = folder.with_name(f".{folder.name}.partial")
-    there = folder.is_dir()
-    _barrier()
-    if not there:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        _barrier()
-        unique = list({e.id: e for e in examples}.values())
-        _Shards(partial, rank, dtype).write(unique[rank :: world_size()], states, batch)
-        _barrier()
-        if rank == 0:
-            partial.rename(folder)
-        _barrier()
+    unique = list({e.id: e for e in examples}.values())
+    write_whole(folder, lambda out, rank, world: _Shards(out, rank, dtype).write(unique[rank::world], states, batch))
     return Stored(folder)
 
 
@@ -97,17 +81,3 @@ class _Shards:
         name = f"states-{self.worker}-{self.number}.safetensors"
         save_file({"states": torch.cat(self.parts).contiguous()}, self.folder / name)
         self.number, self.tokens, self.parts = self.number + 1, 0, []
-
-
-def fingerprint(model: nn.Module, *facts) -> str:
-    """A name for what `model` makes of inputs that `facts` tell: a hash of its weights and of these."""
-    digest = hashlib.sha256(repr(facts).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raylib.backbones.cclm_load import CLIP
 from raylib.config import Config, build
 from raylib.errors import UserError, needed
+from raylib.model.folder import fill, write_model
 from raylib.model.load import read_folder
 from raylib.model.vision import normalise
 from raylib.ragged import Ragged
@@ -91,10 +91,8 @@ class Clip(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""
-        folder.mkdir(parents=True, exist_ok=True)
         description = {"model_type": "polyglance-clip", **self.config.model_dump()}
-        (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        save_file({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        write_model(self, description, folder)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "Clip":
@@ -102,8 +100,7 @@ class Clip(nn.Module):
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         del values["model_type"]
         model = cls(build(ClipConfig, values, str(folder / "config.json")))
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-        return model
+        return fill(model, folder)
 
 
 def clip_sizes(tiny: bool = False) -> dict:

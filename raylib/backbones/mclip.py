@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raylib.backbones.cclm_load import CLIP
@@ -15,6 +14,7 @@ from raylib.config import Config, build
 from raylib.errors import UserError, needed
 from raylib.model.attention import initialise
 from raylib.model.encoder import Encoder, TextEmbedding
+from raylib.model.folder import fill, write_model
 from raylib.model.load import copy_block, read_folder
 from raylib.model.taken import Taken
 from raylib.model.tuning import described, restore
@@ -109,10 +109,8 @@ class MClip(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""
-        folder.mkdir(parents=True, exist_ok=True)
         description = {"model_type": "polyglance-mclip", **self.config.model_dump(), "tuning": described(self)}
-        (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        save_file({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        write_model(self, description, folder)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "MClip":
@@ -126,11 +124,7 @@ class MClip(nn.Module):
         tuned = values.pop("tuning", {})
         model = cls(build(MClipConfig, values, str(folder / "config.json")))
         restore(model, tuned)
-        try:
-            model.load_state_dict(load_file(folder / "model.safetensors"))
-        except RuntimeError as e:
-            raise UserError(f"{folder}/model.safetensors does not fit its config.json: {' '.join(str(e).split())}") from None
-        return model
+        return fill(model, folder)
 
 
 def load_mclip(path: Path, vision: Path | None) -> MClip:

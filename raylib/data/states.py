@@ -3,6 +3,7 @@
 Memory stays bounded whatever the number of items: pages of the files come and go with the system's cache.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from raylib.collective import world_size
 from raylib.ragged import Ragged
@@ -54,6 +56,13 @@ def write_states(
         encode: items -> their states (T, d) on any device.
         dtype: what is stored: float32 or float16.
     """
+    write_whole(folder, lambda out, rank, world: _write_share(out, rank, names[rank::world], encode, batch, dtype))
+    return States(folder)
+
+
+def write_whole(folder: Path, write: Callable[[Path, int, int], None]) -> None:
+    """Every worker does its share, `write(out, rank, world)`, and all wait for all. The folder appears whole: one that is there
+    already is taken as it is."""
     rank = dist.get_rank() if world_size() > 1 else 0
     partial = folder.with_name(f".{folder.name}.partial")
     there = folder.is_dir()
@@ -63,12 +72,20 @@ def write_states(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         _barrier()
-        _write_share(partial, rank, names[rank :: world_size()], encode, batch, dtype)
+        write(partial, rank, world_size())
         _barrier()
         if rank == 0:
             partial.rename(folder)
         _barrier()
-    return States(folder)
+
+
+def fingerprint(module: nn.Module, *facts) -> str:
+    """A name for what `module` makes of inputs that `facts` tell: a hash of its weights and of these."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _write_share(folder: Path, worker: int, names, encode, batch: int, dtype: torch.dtype) -> None:

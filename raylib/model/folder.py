@@ -1,6 +1,11 @@
 """Where a model and its tokenizer lie: in an export, a checkpoint or a run."""
 
+import json
 from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from raylib import checkpoint
 from raylib.errors import UserError
@@ -27,3 +32,23 @@ def find_tokenizer(model: Path) -> Path:
             if (folder / name).is_file():
                 return folder / name
     raise UserError(f"{model}: no tokenizer with this model; one of {', '.join(FILES)} is looked for")
+
+
+def write_model(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
+    """Write `config.json`, the description, and `model.safetensors`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_file({k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+
+
+def fill(model: nn.Module, folder: Path) -> nn.Module:
+    """Load `folder`/model.safetensors into `model`.
+
+    Raises:
+        UserError: a key is missing, left over or of another shape; it is named.
+    """
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except RuntimeError as e:
+        raise UserError(f"{folder}/model.safetensors does not fit the model: {' '.join(str(e).split())}") from None
+    return model

@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import model_validator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from raylib.config import Config, build
 from raylib.errors import UserError
 from raylib.model.attention import initialise
 from raylib.model.encoder import Condition, Encoder, TextEmbedding, check_layers
+from raylib.model.folder import fill, write_model
 from raylib.model.places import Places, find_places
 from raylib.model.swin import SwinEncoder, SwinSizes
 from raylib.model.tuning import described, restore
@@ -213,12 +213,10 @@ class UnifiedModel(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""
-        folder.mkdir(parents=True, exist_ok=True)
         description = {"model_type": "polyglance-unified", **self.config.model_dump()}
         if described(self):
             description["tuning"] = described(self)
-        (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        save_file({k: v.detach().contiguous().cpu() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        write_model(self, description, folder)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "UnifiedModel":
@@ -237,8 +235,4 @@ class UnifiedModel(nn.Module):
         tuned = values.pop("tuning", {})
         model = cls(build(ModelConfig, values, str(folder / "config.json")))
         restore(model, tuned)
-        try:
-            model.load_state_dict(load_file(folder / "model.safetensors"))
-        except RuntimeError as e:
-            raise UserError(f"{folder}/model.safetensors does not fit its config.json: {' '.join(str(e).split())}") from None
-        return model
+        return fill(model, folder)
