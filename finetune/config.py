@@ -42,6 +42,8 @@ class FinetuneConfig(LaunchConfig):
     select: which checkpoint is evaluated: the best on the English dev set (few-shot: the language's own, where the task has
         one), or the last.
     curves: evaluate the test set in every language after every epoch too; it chooses nothing (`analyse` draws it).
+    tests: evaluate the test sets at the end. A trial of a search does not: its result is what the dev sets say.
+    dev_languages: whose own dev sets are scored after each epoch too; they choose nothing within the run.
     train_limit, test_limit: use the first so many items; None: all.
     """
 
@@ -76,6 +78,8 @@ class FinetuneConfig(LaunchConfig):
     temperature: PositiveFloat = 0.01
     select: Literal["best", "last"] = "best"
     curves: bool = False
+    tests: bool = True
+    dev_languages: tuple[str, ...] = ()
     train_limit: PositiveInt | None = None
     test_limit: PositiveInt | None = None
     optim: OptimConfig = OptimConfig(warmup=0.0)

@@ -18,9 +18,12 @@ from finetune.worker import Work
 from raylib import checkpoint
 from raylib.collective import world_size
 from raylib.launch import launch, leads, open_run, run_folder
+from raylib.tune.reporter import Reporter
 
 
-def find_mask(config: FinetuneConfig, language: str | None) -> tuple[FinetuneConfig, dict[str, Any]]:
+def find_mask(
+    config: FinetuneConfig, language: str | None, reporter: Reporter | None = None
+) -> tuple[FinetuneConfig, dict[str, Any]]:
     """The mask that `strategies.sparse` asks for.
 
     Returns:
@@ -34,7 +37,8 @@ def find_mask(config: FinetuneConfig, language: str | None) -> tuple[FinetuneCon
         part = part.model_copy(update={"name": f"round_{number}", "runs": str(run_folder(config)), "resume": "newest"})
         coming = run_folder(config) / "masks" / f"round_{number}.safetensors"
         start = None if sparse.rewind == "initial" or number == 1 else checkpoint.newest(Path(part.runs) / f"round_{number - 1}")
-        result = _round(Work(language, sparse.epochs, start), part, mask_file)
+        told = reporter and reporter.after((number - 1) * sparse.epochs)
+        result = _round(Work(language, sparse.epochs, start), part, mask_file, told)
         spent = {name: value + result[name] for name, value in spent.items()}
         if not result["finished"]:
             return part, {**result, **spent}
@@ -56,14 +60,14 @@ def _with(config: FinetuneConfig, mask: Path | None, mixed: bool) -> FinetuneCon
     return config.model_copy(update={"strategies": strategies.model_copy(update=changed)})
 
 
-def _round(work: Work, part: FinetuneConfig, mask: Path | None) -> dict[str, Any]:
+def _round(work: Work, part: FinetuneConfig, mask: Path | None, reporter: Reporter | None) -> dict[str, Any]:
     """Train a round under `mask`, or say what it came to before. The mask's place is no setting of the round: a run may move."""
     done = run_folder(part) / "part.json"
     if done.is_file():
         return json.loads(done.read_text(encoding="utf-8"))
     if leads(part):
         open_run(part)
-    result = launch(work, _with(part, mask, True), run_folder(part))
+    result = launch(work, _with(part, mask, True), run_folder(part), reporter)
     if result["finished"] and leads(part):
         checkpoint.write_atomically(done, json.dumps(result))
     return result

@@ -49,6 +49,21 @@ def test_split(config: FinetuneConfig) -> str:
     return "translated" if translated else config.split
 
 
+def dev_split(config: FinetuneConfig, language: str) -> str:
+    """The split that is the dev set of `language`: one of its own, or, of English, "dev".
+
+    Raises:
+        UserError: the task has none in that language.
+    """
+    task = find_task(config)
+    own = [name for name in ("target_dev", "shots_dev") if name in task.splits]
+    if "dev" in task.splits and (language == "en" or task.source("dev", language) != task.source("dev", "en")):
+        return "dev"
+    if language == "en" or not own:
+        raise UserError(f"{config.task} has no development set in '{language}'")
+    return own[0]
+
+
 def training_examples(config: FinetuneConfig, language: str | None) -> list:
     """What a part of a run trains on; `language` where each has a part of its own."""
     if config.setting == "few_shot":

@@ -58,6 +58,19 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
     return result
 
 
+def of_dev_sets(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """`result.json` of a run that leaves the test sets alone: "dev", the score of each language's dev set, of all parts that
+    looked at it the mean."""
+    seen = {code for part in parts for code in part["dev"]}
+    first = parts[0]
+    return {
+        "run": config.name, "task": config.task, "setting": config.setting, "method": config.called, "seed": config.fit.seed,
+        "params": first.get("params"), "trainable": first.get("trainable"),
+        "steps": sum(part.get("steps", 0) for part in parts), "seconds": sum(part.get("seconds", 0.0) for part in parts),
+        "dev": {code: mean([part["dev"][code] for part in parts if code in part["dev"]]) for code in sorted(seen)},
+    }  # fmt: skip
+
+
 def scores_of(result: dict[str, Any]) -> dict[str, float]:
     """The one figure of each language: accuracy, or mean recall."""
     if "accuracy" in result:
@@ -145,9 +158,12 @@ def draw_curve(run: Path) -> None:
 def read_result(run: Path) -> dict[str, Any]:
     """The result of a finished run."""
     try:
-        return json.loads((run / "result.json").read_text(encoding="utf-8"))
+        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"{run}/result.json: not read ({e}); give finished runs") from None
+    if "dev" in result:
+        raise UserError(f"{run}: a trial of a search, never tested; python -m finetune evaluate {run}")
+    return result
 
 
 def compare(results: Iterable[dict[str, Any]]) -> str:

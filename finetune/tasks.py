@@ -1,7 +1,8 @@
 """Tasks as records: which files under the data folder, which reader, which classes. A new task is one more record.
 
 Paths follow the IGLUE repository's `datasets/` folder; {language} and {shots} are filled in. A split named
-"test.en" is read in place of "test" in that language.
+"test.en" is read in place of "test" in that language. "target_dev" is a development set in a target language where the
+papers have none: for searches that may look at one; emoji scenes come with it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -87,6 +88,7 @@ def _xvnli(train: Mapping[str, Split]) -> dict[str, Split]:
         "dev": Split("XVNLI/annotations/en/dev.jsonl", nli.read_xvnli),
         "test": Split("XVNLI/annotations/{language}/test.jsonl", nli.read_xvnli),
         "shots": Split("XVNLI/annotations/{language}/train_{shots}.jsonl", nli.read_xvnli),
+        "target_dev": Split("XVNLI/annotations/{language}/dev.jsonl", nli.read_xvnli),
         "translated": Split("XVNLI/annotations_machine-translate/{language}/test.jsonl", nli.read_xvnli),
     }
     return {**shared, **train}
@@ -188,6 +190,7 @@ TASKS: dict[str, Task] = {
             "dev": Split("flickr30k/annotations/valid_ann.jsonl", captions.read_flickr),
             "test": Split("xFlickrCO/annotations/{language}/test.jsonl", captions.read_flickr),
             "shots": Split("xFlickrCO/annotations/{language}/train_{shots}.jsonl", captions.read_flickr),
+            "target_dev": Split("xFlickrCO/annotations/{language}/dev.jsonl", captions.read_flickr),
             "translated": Split("xFlickrCO/annotations_machine-translate/{language}/test_gmt.jsonl", captions.read_flickr),
             "shots_to_en": Split("xFlickrCO/annotations_machine-translate/{language}/train_{shots}_gmt.jsonl",
                                  captions.read_flickr),

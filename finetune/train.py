@@ -9,7 +9,7 @@ from finetune import report
 from finetune.build import build_adapted, build_methods, open_pictures_for, tokenizer_of
 from finetune.config import FinetuneConfig
 from finetune.cycles import find_mask
-from finetune.data import find_task, languages_of, read_split, test_split, wordnet_of
+from finetune.data import dev_split, find_task, languages_of, read_split, test_split, wordnet_of
 from finetune.lexicon.wordnet import WordNet
 from finetune.model import fill
 from finetune.strategies import chosen
@@ -18,15 +18,17 @@ from raylib import checkpoint
 from raylib.config import load
 from raylib.errors import UserError
 from raylib.launch import launch, leads, open_run, run_folder
+from raylib.tune.reporter import Reporter
 
 
-def run(config: FinetuneConfig) -> dict[str, Any]:
-    """Run `config` where it says, or say that it is complete. Returns the result, and prints its table.
+def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Run `config` where it says, or say that it is complete. Returns the result, and prints its table; a search's `reporter` is
+    told of each epoch.
 
     Raises:
         UserError: whatever is wrong with settings, data or a model, before any worker starts where possible.
     """
-    _check(config)
+    check(config)
     folder, say = run_folder(config), print if leads(config) else silent
     if leads(config):
         open_run(config)
@@ -35,10 +37,15 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         return json.loads((folder / "result.json").read_text(encoding="utf-8"))
     parts = _parts(config)
     say(f"run '{config.name}' in {folder}: {config.task}, {config.setting}, {config.called}", flush=True)
-    results = [_run_part(part, language) for part, language in parts]
+    epochs = epochs_of(config)
+    results = [_run_part(part, language, reporter and reporter.after(i * epochs)) for i, (part, language) in enumerate(parts)]
     if any(not result["finished"] for result in results):
         say("stopped before the end; the same command goes on from there")
         return results[-1]
+    if not config.tests:
+        result = report.of_dev_sets(config, results)
+        checkpoint.write_atomically(folder / "result.json", json.dumps(result, indent=1) + "\n")
+        return result
     result = report.summarise(config, results)
     if leads(config):
         report.write(folder, result)
@@ -49,7 +56,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     return result
 
 
-def _check(config: FinetuneConfig) -> None:
+def check(config: FinetuneConfig) -> None:
     """Find mistakes before anything starts."""
     task = find_task(config)
     for name in ("model", "data"):
@@ -62,6 +69,8 @@ def _check(config: FinetuneConfig) -> None:
     for language in languages_of(config):
         split = test_split(config) if language != "en" else config.split
         reading = read_split(config, split, language, 1)
+        if language in config.dev_languages:
+            next(iter(read_split(config, dev_split(config, language), language, 1)), None)
         if config.setting == "few_shot" and language != "en":
             next(iter(read_split(config, "shots", language, 1)), None)
         if not next(iter(reading), None):
@@ -89,7 +98,13 @@ def _parts(config: FinetuneConfig) -> list[tuple[FinetuneConfig, str | None]]:
             for code in targets]  # fmt: skip
 
 
-def _run_part(config: FinetuneConfig, language: str | None) -> dict[str, Any]:
+def epochs_of(config: FinetuneConfig) -> int:
+    """Epochs that a part of a run trains, those of pruning rounds with it."""
+    sparse = config.strategies.sparse
+    return config.epochs + (sparse.rounds * sparse.epochs if sparse and not sparse.mask else 0)
+
+
+def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter | None) -> dict[str, Any]:
     folder = run_folder(config)
     done = folder / "part.json"
     if done.is_file() and config.resume == "newest":
@@ -101,10 +116,11 @@ def _run_part(config: FinetuneConfig, language: str | None) -> dict[str, Any]:
         shutil.copy2(tokenizer, folder / tokenizer.name)  # so that the run is a model for others
     ready, before = config, {"finished": True, "seconds": 0.0, "steps": 0}
     if config.strategies.sparse and config.trains:
-        ready, before = find_mask(config, language)
+        ready, before = find_mask(config, language, reporter)
+        reporter = reporter and reporter.after(epochs_of(config) - config.epochs)
     if not before["finished"]:
         return before
-    result = launch(Work(language), ready, folder)
+    result = launch(Work(language), ready, folder, reporter)
     result |= {name: before[name] + result[name] for name in ("seconds", "steps")} | {"sparsity": before.get("sparsity")}
     if result["finished"] and leads(config):
         checkpoint.write_atomically(done, json.dumps(result, ensure_ascii=False))

@@ -10,6 +10,7 @@ from finetune.build import backbone_of, build_methods, build_model, open_picture
 from finetune.config import FinetuneConfig
 from finetune.contrast import ContrastObjective
 from finetune.data import (
+    dev_split,
     find_task,
     languages_of,
     merge,
@@ -77,6 +78,9 @@ class Work:
             fill(model, trained(config, runtime.run, runtime.newest()))
             if tuning.described(model) and runtime.rank == 0:
                 tuning.write(model, trainable.keys(), runtime.run / "tuned.safetensors")
+            if not config.tests:
+                found = checkpoint.read_meta(trained(config, runtime.run, runtime.newest()))["evaluation"]
+                return {**result, **counts, "dev": _scores(found)}
         figures = with_confusions(config, evaluate_model(config, model, tokenizer, pictures, runtime.run), runtime.run)
         return {**result, **counts, "languages": figures}
 
@@ -85,9 +89,9 @@ class Work:
         examples, unknown = training_examples(config, self.language), 0
         if task.kind != "retrieval":
             examples, unknown = with_known_answers(examples, model.labels)
-        dev = [] if self.epochs else _dev(config, self.language)
+        dev = {} if self.epochs else _dev(config, self.language)
         home = Path(config.runs).absolute() if self.epochs or self.language else runtime.run  # rounds and parts share pictures
-        pictures = encoded(config, model, pictures, [*examples, *dev], home)
+        pictures = encoded(config, model, pictures, [*examples, *(item for items in dev.values() for item in items)], home)
         place = (tokenizer, config.length)
         order = (config.batch, fit_config.seed, runtime.rank, runtime.world, methods.draws())
         terms = methods.terms(model)
@@ -120,24 +124,25 @@ def silent(*parts, **options) -> None:
 
 
 class _Validation:
-    """Scores after each epoch: of the English dev set, which chooses the checkpoint; with `curves` of the tests too."""
+    """Scores after each epoch: of the dev sets, of which the first chooses the checkpoint; with `curves` of the tests too."""
 
-    def __init__(self, config: FinetuneConfig, tokenizer, pictures, dev: list, runtime: Runtime, curves: bool):
+    def __init__(self, config: FinetuneConfig, tokenizer, pictures, dev: dict[str, list], runtime: Runtime, curves: bool):
         self.config, self.tokenizer, self.pictures, self.dev = config, tokenizer, pictures, dev
         self.folder, self.curves = runtime.run / "dev", curves and config.curves
         self.bf16 = config.fit.uses_bf16(runtime.device)
 
     def __call__(self, model) -> dict[str, float]:
-        """{"score", "dev_accuracy" or "dev_mean_recall"; with `curves` "test/LANGUAGE", "test/LANGUAGE/TYPE"}."""
-        config, values = self.config, {}
-        if self.dev and find_task(config).kind == "retrieval":
-            figures = retrieve(model, self.dev, self.pictures, self.tokenizer, config.length, config.ranked,
-                               self.folder / "states", self.bf16)  # fmt: skip
-            values = {"score": figures["mean_recall"], "dev_mean_recall": figures["mean_recall"]}
-        elif self.dev:
-            sets = {"en": self.dev}
-            figures = evaluate(model, sets, self.pictures, self.tokenizer, config.length, self.folder, None, self.bf16)["en"]
-            values = {"score": figures["accuracy"], "dev_accuracy": figures["accuracy"]}
+        """{"score", "dev/LANGUAGE": accuracy or mean recall; with `curves` "test/LANGUAGE", "test/LANGUAGE/TYPE"}."""
+        config, place = self.config, (self.pictures, self.tokenizer, self.config.length)
+        if find_task(config).kind == "retrieval":
+            scores = {code: retrieve(model, items, *place, config.ranked, self.folder / "states", self.bf16)["mean_recall"]
+                      for code, items in self.dev.items()}  # fmt: skip
+        else:
+            figures = evaluate(model, self.dev, *place, self.folder, None, self.bf16) if self.dev else {}
+            scores = {code: values["accuracy"] for code, values in figures.items()}
+        values = {f"dev/{code}": score for code, score in scores.items()}
+        if scores and config.select == "best":
+            values["score"] = next(iter(scores.values()))
         if self.curves:
             seen = open_pictures_for(config, model)
             for code, figures in evaluate_model(config, model, self.tokenizer, seen, self.folder).items():
@@ -146,18 +151,27 @@ class _Validation:
         return values
 
 
-def _dev(config: FinetuneConfig, language: str | None) -> list:
-    """The dev set that chooses the checkpoint: English, but the language's own where there is a training for each and the task
-    has one (IGLUE's protocol for few-shot xGQA, paper 4's); with select=last nothing is looked at."""
-    task = find_task(config)
+def _scores(evaluation: dict[str, float]) -> dict[str, float]:
+    """{language: score of its dev set}, of what `_Validation` found."""
+    return {name.removeprefix("dev/"): value for name, value in evaluation.items() if name.startswith("dev/")}
+
+
+def _dev(config: FinetuneConfig, language: str | None) -> dict[str, list]:
+    """{language: dev set} of those that are scored. The first chooses the checkpoint: it is English, but the language's own where
+    there is a training for each and the task has one (IGLUE's protocol for few-shot xGQA, paper 4's); with select=last nothing
+    is looked at, but in a search. Then those of `dev_languages`."""
+    task, sets = find_task(config), {}
     split = {"few_shot": "shots_dev", "single_language": "dev"}.get(config.setting)
     own = split in task.splits
     if own and split == "dev" and language != "en":
         own = task.source("dev", language) != task.source("dev", "en")
-    if config.select == "last" or not (own or "dev" in task.splits):
-        return []
-    items = list(read_split(config, *((split, language) if own else ("dev", "en")), config.test_limit))
-    return merge(items) if task.kind == "retrieval" else items
+    if (config.select == "best" or not config.tests) and (own or "dev" in task.splits):
+        sets = {language: split} if own else {"en": "dev"}
+    for code in config.dev_languages:
+        if language in (None, code):
+            sets.setdefault(code, dev_split(config, code))
+    read = {code: list(read_split(config, name, code, config.test_limit)) for code, name in sets.items()}
+    return {code: merge(items) for code, items in read.items()} if task.kind == "retrieval" else read
 
 
 def encoded(config: FinetuneConfig, model, pictures: Pictures | None, items: list, run: Path) -> Pictures | None:

@@ -24,6 +24,7 @@ from raylib.optim import OptimConfig
 from raylib.randomness import hash64
 from raylib.runtime import Runtime
 from raylib.text import Tokenizer
+from raylib.tune.reporter import Reporter
 
 
 class InitConfig(Config):
@@ -66,8 +67,9 @@ class PretrainConfig(LaunchConfig):
         return self
 
 
-def run(config: PretrainConfig) -> dict:
-    """Run `config` where it says, or say that it is complete. Prints the table, where the time went, and the files.
+def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
+    """Run `config` where it says, or say that it is complete. Prints the table, where the time went, and the files; a search's
+    `reporter` is told of each checkpoint.
 
     Raises:
         UserError: whatever is wrong with settings, data or a checkpoint, before any worker starts where possible.
@@ -86,7 +88,7 @@ def run(config: PretrainConfig) -> dict:
     say(f"run '{config.name}' in {folder}: {config.fit.steps} steps of {streams}, {where}", flush=True)
     if leads(config):
         shutil.copy2(data.tokenizer, folder / Path(data.tokenizer).name)
-    result = launch(pretrain, config, folder)
+    result = launch(pretrain, config, folder, reporter)
     if not result["finished"]:
         say(f"stopped at step {result['steps']} of {config.fit.steps}; the same command goes on from there")
         return result

@@ -137,6 +137,19 @@ def rewind(run: Path, name: str) -> Path:
     return start
 
 
+def adopt(run: Path, source: Path) -> None:
+    """Make `source`, a checkpoint of another run, the one that `run` goes on from; what `run` had is gone.
+
+    Raises:
+        UserError: `source` is not whole.
+    """
+    name = step_name(verify(source)["step"])
+    for part in (FOLDER, BEST):
+        shutil.rmtree(run / part, ignore_errors=True)
+    shutil.copytree(source, run / FOLDER / name)
+    register(run, name, 1)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write under a temporary name, then rename: readers see the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

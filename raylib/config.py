@@ -6,9 +6,12 @@ line that says where and names the near matches.
 
 import difflib
 import json
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raylib.errors import UserError
@@ -29,11 +32,23 @@ def override(config: C, assignments: list[str]) -> C:
     Raises:
         UserError: not of the form path=value, unknown path (names the near matches), or a value of the wrong kind.
     """
-    values, known = config.model_dump(), paths(type(config))
+    values = {}
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"'{assignment}' is not of the form path=value, such as optim.lr=1e-3")
+        values[path] = _parse(text)
+    return change(config, values, "the command line")
+
+
+def change(config: C, changes: Mapping[str, Any], where: str = "settings") -> C:
+    """A copy of `config` with the value of each dotted path in place.
+
+    Raises:
+        UserError: as of `override`, told of `where`.
+    """
+    values, known = config.model_dump(), paths(type(config))
+    for path, value in changes.items():
         if path not in known:
             raise UserError(f"unknown setting '{path}'{_near(path, known)}")
         *parents, name = path.split(".")
@@ -41,8 +56,8 @@ def override(config: C, assignments: list[str]) -> C:
         for parent in parents:
             node[parent] = node[parent] if node.get(parent) is not None else {}  # a part that was off is on now
             node = node[parent]
-        node[name] = _parse(text)
-    return build(type(config), values, "the command line")
+        node[name] = value
+    return build(type(config), values, where)
 
 
 def build(cls: type[C], values: dict[str, Any], where: str) -> C:
@@ -60,13 +75,19 @@ def build(cls: type[C], values: dict[str, Any], where: str) -> C:
 
 
 def load(cls: type[C], path: Path) -> C:
-    """A config from the JSON file that `save` wrote."""
+    """A config from the JSON file that `save` wrote, or from a YAML one."""
+    path = Path(path)
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
-    except ValueError as e:
-        raise UserError(f"{path}: not a JSON config file ({e})") from None
+    kind = "YAML" if path.suffix in (".yaml", ".yml") else "JSON"
+    try:
+        values = yaml.safe_load(text) if kind == "YAML" else json.loads(text)
+    except (ValueError, yaml.YAMLError) as e:
+        raise UserError(f"{path}: not a {kind} config file ({' '.join(str(e).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a {kind} config file (it has no settings)")
     return build(cls, values, str(path))
 
 
@@ -80,6 +101,7 @@ def dump(config: Config) -> str:
     return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False)
 
 
+@cache
 def paths(cls: type[Config]) -> list[str]:
     """Every dotted path that a config of this class can have, those of parts that may be off too."""
     found = []

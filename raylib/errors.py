@@ -9,6 +9,10 @@ class UserError(Exception):
     """A mistake in the input, told in one line: what, where, what to do. Entry points print it and exit with 2."""
 
 
+class NotFinite(UserError):
+    """A loss that is no number any more: the same again, if the run is started again."""
+
+
 def needed(module: str, extra: str) -> Any:
     """The module of a package that only some things need.
 

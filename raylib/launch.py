@@ -8,10 +8,21 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from raylib import checkpoint
+from raylib import checkpoint, shared
 from raylib.config import Config, dump
-from raylib.errors import UserError
+from raylib.errors import NotFinite, UserError
 from raylib.runtime import Local, OnRay, Runtime
+from raylib.tune.reporter import Reporter
+
+SETTINGS = {  # of Ray, by environment variables
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # Train's run page needs it
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every print comes twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # noisy (RAY.md, section 1)
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a trial are what they are everywhere
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a stopped trial's loaders may end before its process is given to the next
+    "TUNE_GLOBAL_CHECKPOINT_S": "0.2",  # or ten seconds of a search are lost with its driver
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a checkpoint of a pruning round has no score
+}
 
 
 class LaunchConfig(Config):
@@ -63,35 +74,26 @@ def open_run(config: LaunchConfig) -> None:
         checkpoint.verify(start)
 
 
-def launch(main: Callable[[Runtime, Any], dict], config: Any, run: Path) -> dict:
-    """`main(runtime, config)` on every worker; returns what worker 0 returned.
+def launch(main: Callable[[Runtime, Any], dict], config: Any, run: Path, reporter: Reporter | None = None) -> dict:
+    """`main(runtime, config)` on every worker; returns what worker 0 returned. In a trial of a search, `reporter` tells it of
+    every checkpoint.
 
     Raises:
         UserError: raised by `main` on any worker, in one line.
     """
     if config.runtime == "local":
-        runtime = Local(run, config.fit.keep)
+        runtime = Local(run, config.fit.keep, reporter)
         runtime.barrier()  # the others come here while the first still opens the run
         return main(runtime, config)
-    return _on_ray(main, config, run)
+    return _on_ray(main, config, run, reporter)
 
 
-def _on_ray(main: Callable, config: Any, run: Path) -> dict:
-    # Train's run page needs it; doubled prints and a noisy watcher go (RAY.md, section 1)
-    quiet = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # fmt: skip
-    for name, value in quiet.items():
-        os.environ.setdefault(name, value)
-    try:
-        import ray
-        from ray import train
-        from ray.train.torch import TorchTrainer
-    except ImportError:
-        raise UserError("ray is not installed; install the pinned requirements, or run with runtime=local") from None
-    started = not ray.is_initialized()
-    if started:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True,
-                 runtime_env={"env_vars": {k: os.environ[k] for k in quiet}})  # fmt: skip
+def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -> dict:
+    started = connect()
+    import ray
+    from ray import train
+    from ray.train.torch import TorchTrainer
+
     resources = ray.cluster_resources()
     gpu = resources.get("GPU", 0) > 0 if config.gpu is None else config.gpu
     have = int(resources.get("GPU" if gpu else "CPU", 0))
@@ -101,11 +103,12 @@ def _on_ray(main: Callable, config: Any, run: Path) -> dict:
     failure.unlink(missing_ok=True)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"main": main, "config": config, "run": str(run)},
+        train_loop_config={"main": main, "config": config, "run": str(run), "store": shared.store()},
         scaling_config=train.ScalingConfig(num_workers=config.workers, use_gpu=gpu),
         run_config=train.RunConfig(
             name=checkpoint.FOLDER,
             storage_path=str(run),
+            callbacks=[reporter.callback()] if reporter else [],
             failure_config=train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=train.CheckpointConfig(num_to_keep=config.fit.keep),
             logging_config=train.LoggingConfig(log_level="WARNING"),
@@ -119,8 +122,27 @@ def _on_ray(main: Callable, config: Any, run: Path) -> dict:
         if started:
             ray.shutdown()
     if "error" in result:
-        raise UserError(result["error"])
+        raise (NotFinite if result["not_finite"] else UserError)(result["error"])
     return result
+
+
+def connect() -> bool:
+    """Join the cluster that RAY_ADDRESS names, or start one here; whether that was needed.
+
+    Raises:
+        UserError: Ray is not installed.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError:
+        raise UserError("ray is not installed; install the pinned requirements, or run with runtime=local") from None
+    if ray.is_initialized():
+        return False
+    ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True,
+             runtime_env={"env_vars": {k: os.environ[k] for k in SETTINGS}})  # fmt: skip
+    return True
 
 
 def _work(parts: dict) -> dict:
@@ -129,10 +151,11 @@ def _work(parts: dict) -> dict:
     failure = run / "failure.json"
     if failure.is_file():
         return json.loads(failure.read_text(encoding="utf-8"))
+    shared.use(parts["store"])
     try:
         return parts["main"](OnRay(run), parts["config"])
     except UserError as e:
-        checkpoint.write_atomically(failure, json.dumps({"error": str(e)}))
+        checkpoint.write_atomically(failure, json.dumps({"error": str(e), "not_finite": isinstance(e, NotFinite)}))
         raise
 
 

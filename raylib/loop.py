@@ -16,7 +16,7 @@ from raylib import checkpoint
 from raylib.config import Config
 from raylib.data.loading import load_batches
 from raylib.engine import DeepSpeedEngine, TorchEngine
-from raylib.errors import UserError
+from raylib.errors import NotFinite, UserError
 from raylib.optim import LayerRates, OptimConfig, learning_rate
 from raylib.randomness import hash64
 from raylib.runtime import Runtime
@@ -89,13 +89,16 @@ def fit(
     engine = (DeepSpeedEngine if zero else TorchEngine)(objective, optim, runtime.device, bf16, start, rates)
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
     tracker = Tracker(runtime.run, config.track, first) if runtime.rank == 0 else None
-    saver = _Saver(runtime, engine, objective, {**describe, "workers": runtime.world, "engine": engine.name}, clock)
+    meta_of_run = {**describe, "workers": runtime.world, "engine": engine.name}
+    saver = _Saver(runtime, engine, objective, meta_of_run, clock, config.steps)
     losses, evaluation = meta.get("losses", {}), meta.get("evaluation", {})
     stream = load_batches(batches, first, last, config.loader_workers, pin=on_gpu)
     progress = _Progress(config.steps, first)
     for step in range(first, last):
         batch = to_device(next(stream), runtime.device)
         clock.lap("data" if step > first else "start")  # the first batch waits for the loaders' own start
+        if step == first:
+            saver.ready = time.time()
         torch.manual_seed(int(hash64(config.seed, step, runtime.rank, "dropout")) >> 1)
         objective.train()
         lr = learning_rate(step, config.steps, optim)
@@ -133,8 +136,9 @@ def fit(
 class _Saver:
     """Writes a checkpoint: this worker's engine shard; from worker 0 the model and `meta.json` too."""
 
-    def __init__(self, runtime: Runtime, engine, objective: nn.Module, describe: dict, clock: Clock):
+    def __init__(self, runtime: Runtime, engine, objective: nn.Module, describe: dict, clock: Clock, steps: int):
         self.runtime, self.engine, self.objective, self.describe, self.clock = runtime, engine, objective, describe, clock
+        self.steps, self.ready = steps, 0.0  # when the first batch was there, by the clock on the wall
 
     def save(self, step: int, losses: dict, evaluation: dict) -> None:
         score = evaluation.get("score")
@@ -147,7 +151,8 @@ class _Saver:
                 meta["times"] = self.clock.spent
                 (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
-        self.runtime.save(step, write, {"step": step, **{f"loss/{k}": v for k, v in losses.items()}})
+        self.runtime.save(step, write, {"step": step, "steps": self.steps, "ready": self.ready, **evaluation,
+                                        **{f"loss/{k}": v for k, v in losses.items()}})  # fmt: skip
         self.clock.lap("checkpoint")
 
 
@@ -208,7 +213,7 @@ def _read(terms: dict[str, Tensor], step: int) -> dict[str, float]:
     values = {k: float(v) for k, v in terms.items()}
     bad = [k for k, v in values.items() if v != v or abs(v) == float("inf")]
     if bad:
-        raise UserError(f"step {step}: {', '.join(bad)} not finite; lower optim.lr, or resume from an older checkpoint")
+        raise NotFinite(f"step {step}: {', '.join(bad)} not finite; lower optim.lr, or resume from an older checkpoint")
     return values
 
 

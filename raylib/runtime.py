@@ -17,10 +17,11 @@ from raylib import checkpoint
 
 
 class Local:
-    """One process on one device; or, under torchrun, one of several that talk through gloo or NCCL."""
+    """One process on one device; or, under torchrun, one of several that talk through gloo or NCCL. `report(metrics, checkpoint)`
+    is told of each checkpoint."""
 
-    def __init__(self, run: Path, keep: int):
-        self.run, self.keep = run, keep
+    def __init__(self, run: Path, keep: int, report: Callable[[dict, Path], None] | None = None):
+        self.run, self.keep, self.report = run, keep, report
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = _device(int(os.environ.get("LOCAL_RANK", 0)))
         if self.world > 1 and not dist.is_initialized():
@@ -53,6 +54,8 @@ class Local:
             partial.rename(final)
             checkpoint.register(self.run, name, self.keep)
             checkpoint.keep_best(self.run, name)
+            if self.report:
+                self.report(metrics, final)
         self.barrier()
 
     def barrier(self) -> None:

@@ -262,7 +262,7 @@ def test_items_that_lack_in_a_language_are_counted(scenes, tmp_path):
 
 
 def test_a_run_is_analysed(train, scenes, capsys, recwarn):
-    run = train("xgqa", "whole", "curves=true")
+    run = train("xgqa", "whole", "curves=true", "test_limit=60")
     capsys.readouterr()
     recwarn.clear()
     assert main(["analyse", str(run), "--limit", "20"]) == 0
@@ -270,7 +270,7 @@ def test_a_run_is_analysed(train, scenes, capsys, recwarn):
     assert "Not made" not in printed and (run / "analysis" / "summary.md").read_text().strip() in printed
     assert not [w for w in recwarn if "lyph" in str(w.message)]
     values = {}
-    for name in ("similarity", "curves", "confusions", "attention"):
+    for name in ("similarity", "curves", "confusions", "attention", "tsne"):
         assert (run / "analysis" / f"{name}.png").stat().st_size > 5000
         values[name] = json.loads((run / "analysis" / f"{name}.json").read_text())
     codes = ["en", "bn", "de", "id", "ko", "pt", "ru", "zh"]
@@ -302,7 +302,7 @@ def test_retrieval_and_a_run_without_curves(train, capsys):
     assert main(["analyse", str(run), "--limit", "20"]) == 0
     printed = capsys.readouterr().out
     assert "curves=true" in printed and "xflickrco are no open set" in printed
-    assert {p.name for p in (run / "analysis").glob("*.png")} == {"similarity.png", "attention.png"}
+    assert {p.name for p in (run / "analysis").glob("*.png")} == {"similarity.png", "attention.png", "tsne.png"}
     values = json.loads((run / "analysis" / "similarity.json").read_text())
     assert values["pearson"] is None and set(values["to_english"]) == {"de", "ru"}  # a line fits any two
 
@@ -312,7 +312,7 @@ def test_what_cannot_be_made_is_a_line(train, tmp_path, capsys):
     capsys.readouterr()
     assert main(["analyse", str(run)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("not translations of each other") == 2 and printed.count("Not made") == 4
+    assert printed.count("not translations of each other") == 3 and printed.count("Not made") == 5
     assert not list((run / "analysis").glob("*.png"))
 
 
@@ -321,7 +321,7 @@ def test_a_model_a_language(train, capsys):
     shots = ("setting=few_shot", "shots=5", 'languages=["de","ru"]', "batch=4", f"model={english}")
     run = train("xgqa", "shots", "curves=true", *shots)
     assert main(["analyse", str(run)]) == 0
-    assert capsys.readouterr().out.count("Not made: compares languages within one model; setting=few_shot trains one") == 2
+    assert capsys.readouterr().out.count("Not made: compares languages within one model; setting=few_shot trains one") == 3
     values = {name: json.loads((run / "analysis" / f"{name}.json").read_text()) for name in ("curves", "confusions")}
     assert {code: len(points) for code, points in values["curves"]["score"].items()} == {"de": 2, "ru": 2}
     accuracy = json.loads((run / "result.json").read_text())["accuracy"]
@@ -331,10 +331,10 @@ def test_a_model_a_language(train, capsys):
 def test_without_cross_attention(train, tmp_path, capsys):
     make_model(vocabulary=12000, positions=64, fusion="entangled").float().save(tmp_path)
     shutil.copy2(DATA / "tokenizer.model", tmp_path)
-    run = train("xvnli", "entangled", f"model={tmp_path}", "epochs=1")
+    run = train("xvnli", "entangled", f"model={tmp_path}", "epochs=1", "test_limit=60")
     assert main(["analyse", str(run)]) == 0
     assert "has no cross-attention to pictures" in capsys.readouterr().out
-    assert {p.name for p in (run / "analysis").glob("*.png")} == {"similarity.png"}
+    assert {p.name for p in (run / "analysis").glob("*.png")} == {"similarity.png", "tsne.png"}
 
 
 def test_no_wordnet_is_a_line(train, scenes, tmp_path, capsys):

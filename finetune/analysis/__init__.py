@@ -4,6 +4,7 @@
 2. `curves`: accuracy after each epoch, by language and by question type (paper 1, figures 2 and 3).
 3. `confused`: accuracy with synonyms counted right, the most confused labels (paper 0, tables 2 and 3).
 4. `attention`: where in the picture a word looks, in each language (paper 2, figure 3); `words` finds the word, `maps` draws.
+5. `tsne`: states of words and of the regions that they name, in one plane (paper 3's t-SNE picture); `objects` finds both.
 
 `run` does them all; `figures` is what they share.
 """

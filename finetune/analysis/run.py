@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from finetune.analysis import confused, curves, maps, similarity
+from finetune.analysis import confused, curves, maps, objects, similarity, tsne
 from finetune.analysis.attention import has_cross_attention
 from finetune.analysis.figures import Inapplicable
 from finetune.analysis.parallel import read_parallel
@@ -84,6 +84,7 @@ def analyse(folder: Path, options: Options) -> str:
     opened.out.mkdir(exist_ok=True)
     sections: dict[str, Callable[[Opened], list[str]]] = {
         "Similarity": _similarity, "Learning curves": _curves, "Confusions": _confusions, "Attention": _attention,
+        "Words and regions": _words_and_regions,
     }  # fmt: skip
     lines = [f"# Analysis of {opened.called}"]
     for title, section in sections.items():
@@ -175,3 +176,20 @@ def _attention(opened: Opened) -> list[str]:
     if "own_quadrant" in values:
         lines += ["", maps.summary(values), "", "A quadrant's share of the attention on patches by chance: 25 %."]
     return lines
+
+
+def _words_and_regions(opened: Opened) -> list[str]:
+    config, model, codes = opened.config, opened.one_model(), languages_of(opened.config)
+    backbone, pictures = backbone_of(model), open_pictures_for(config, model)
+    if pictures is None or not hasattr(backbone, "ground"):
+        raise Inapplicable(f"backbone '{backbone.kind}' reads no text of {config.task} together with a picture")
+    parallel = read_parallel(config, codes, objects.POOL * opened.options.limit)
+    if not parallel.items:
+        raise Inapplicable(f"no test item is in all of {', '.join(codes)}: they are not translations of each other")
+    if isinstance(pictures, Pixels):
+        where = objects.find_boxes(parallel, Path(config.data) / "scenes.jsonl", pictures, backbone)
+    else:
+        where = objects.find_regions(parallel, pictures)
+    chosen = objects.choose(parallel, where, opened.options.limit)
+    points, states = tsne.collect(model, chosen, where, codes, pictures, opened.tokenizer, config.length)
+    return tsne.summary(tsne.draw(points, states, opened.called, opened.out / "tsne"), backbone)

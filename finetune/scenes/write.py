@@ -192,13 +192,14 @@ def _entailment(writer: Writer, config: ScenesConfig) -> None:
                    "pairID": f"{scene.id}.jpg#0r{k}", "Flikr30kID": scene.id}  # fmt: skip
 
     writer.lines("XVNLI/annotations/en/train.jsonl", records(make("train", config.train), lambda s: s.text("en")))
-    writer.lines("XVNLI/annotations/en/dev.jsonl", records(make("dev", config.dev), lambda s: s.text("en")))
+    dev = make("dev", config.dev)
     test, shots = make("test", config.test), make("shots", 3 * max(config.shot_sizes("nli")))
     for language in XVNLI:
 
         def text(s: Statement, language=language) -> str:
             return s.text(language)
 
+        writer.lines(f"XVNLI/annotations/{language}/dev.jsonl", records(dev, text))
         writer.lines(f"XVNLI/annotations/{language}/test.jsonl", records(test, text))
         if language != "en":
             name = translator(language, config.seed)
@@ -227,7 +228,8 @@ def _captions(writer: Writer, config: ScenesConfig) -> None:
             yield {"sentences": list(dict.fromkeys(map(text, captions))), "id": str(i), "img_path": f"{scene.id}.webp"}
 
     writer.lines("flickr30k/annotations/train_ann.jsonl", records(make("train", config.train), lambda s: s.text("en")))
-    writer.lines("flickr30k/annotations/valid_ann.jsonl", records(make("dev", config.dev), lambda s: s.text("en")))
+    dev = make("dev", config.dev)
+    writer.lines("flickr30k/annotations/valid_ann.jsonl", records(dev, lambda s: s.text("en")))
     test, shots = make("test", config.test), make("shots", max(config.shot_sizes("flickr")))
     for language in LANGUAGES:
 
@@ -235,6 +237,8 @@ def _captions(writer: Writer, config: ScenesConfig) -> None:
             return s.text(language)
 
         writer.lines(f"xFlickrCO/annotations/{language}/test.jsonl", records(test, text))
+        if language != "en":
+            writer.lines(f"xFlickrCO/annotations/{language}/dev.jsonl", records(dev, text))
         if language != "en":
             name = translator(language, config.seed)
             translated = records(test, lambda s, name=name: s.text("en", name))

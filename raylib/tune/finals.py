@@ -1,0 +1,131 @@
+"""The last stage: the best settings, and the published one beside them, on fresh seeds; then the test sets, for the winner."""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray import tune
+
+from raylib import shared
+from raylib.checkpoint import write_atomically
+from raylib.tune import space
+from raylib.tune.config import Job, SearchConfig, Searching
+from raylib.tune.trial import final, tidy
+
+PUBLISHED = "published"
+
+
+class Final(NamedTuple):
+    """A setting on every fresh seed. name: its rank among the trials, or "published"; setting: None is the recipe as it is.
+    scores, tests: {seed: {figure: value}} of the runs that finished; failed: how many did not."""
+
+    name: str
+    setting: space.Setting | None
+    scores: dict[int, dict[str, float]]
+    tests: dict[int, dict[str, float]]
+    failed: int
+
+    def of(self, figure: str) -> list[float]:
+        """The values of one figure, seed by seed."""
+        return [values[figure] for values in (*self.scores.values(), *self.tests.values()) if figure in values]
+
+
+def run(
+    config: SearchConfig, chosen: space.Space, search: Searching, rows: Sequence, resources: dict[str, Any],
+    fitted: Callable[..., tune.ResultGrid],
+) -> list[Final]:
+    """The finalists, best first by the mean of the goals; the winner and the published setting are tested."""
+    folder = Path(search.folder) / "finals"
+    names, settings = _finalists(config, chosen, rows, folder)
+    if not config.seeds:
+        return [Final(name, setting, {}, {}, 0) for name, setting in zip(names, settings, strict=True)]
+    seeds = [search.base.fit.seed + 1 + i for i in range(config.seeds)]
+    grid = {"setting": tune.grid_search(list(range(len(settings)))), "seed": tune.grid_search(seeds)}
+    trainable = tune.with_resources(tune.with_parameters(final, search=search, settings=settings), resources["trial"])
+    tuning = tune.TuneConfig(reuse_actors=True, max_concurrent_trials=resources["concurrent"])
+    results = fitted(folder / "tune", trainable, tuning, grid, config.max_failures)
+    metrics, scores = search.job.metrics(search.base), {which: {} for which in range(len(settings))}
+    for result in results:
+        if result.error is None and result.metrics.get("finished"):
+            told = {name: result.metrics[name] for name in metrics if name in result.metrics}
+            scores[result.config["setting"]][result.config["seed"]] = told
+    found = [Final(name, setting, scores[i], {}, len(seeds) - len(scores[i]))
+             for i, (name, setting) in enumerate(zip(names, settings, strict=True))]  # fmt: skip
+    order = sorted(range(len(found)), key=lambda i: -_mean_of_goals(found[i], config.goals))
+    tested = {order[0], names.index(PUBLISHED) if PUBLISHED in names else order[0]}
+    for which in sorted(tested):
+        runs = {seed: folder / f"setting{which}_seed{seed}" for seed in found[which].scores}
+        found[which] = found[which]._replace(tests=_test(search, runs, resources["test"]))
+    for which in set(order) - {order[0]}:
+        for run_folder in folder.glob(f"setting{which}_seed*"):
+            tidy(run_folder)
+    return [found[i] for i in order]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """(mean, half of its 95 % confidence interval by Student's t; None of fewer than two values)."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return values[0], None
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return statistics.fmean(values), float(stats.t.ppf(0.975, len(values) - 1) * error)
+
+
+def front(rows: Sequence, goals: Sequence[str]) -> list:
+    """The rows that no other is at least as good as in every goal and better in one; best in the first goal first."""
+    def beaten(row) -> bool:
+        mine = [row.scores[g] for g in goals]
+        return any(all(o >= m for o, m in zip(other, mine, strict=True)) and other != mine
+                   for other in ([r.scores[g] for g in goals] for r in rows))  # fmt: skip
+
+    return sorted((row for row in rows if not beaten(row)), key=lambda row: -row.scores[goals[0]])
+
+
+def _finalists(config: SearchConfig, chosen: space.Space, rows: Sequence, folder: Path) -> tuple[list[str], list]:
+    """(names, settings): decided once, then read from the file, so that a second start has the same."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        finished = [row for row in rows if row.state == "finished"]
+        ranked = front(finished, config.goals) if len(config.goals) > 1 else []
+        ranked += sorted((row for row in finished if row not in ranked), key=lambda row: -_mean(row.scores, config.goals))
+        best: list[space.Setting] = []
+        for row in ranked:
+            if row.setting not in best and len(best) < config.top:
+                best.append(row.setting)
+        published = chosen.published[0] if chosen.published else None
+        names = [PUBLISHED if setting == published else str(i + 1) for i, setting in enumerate(best)]
+        if PUBLISHED not in names:
+            names, best = [*names, PUBLISHED], [*best, published]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps([names, best], indent=1) + "\n")
+    names, settings = json.loads(path.read_text(encoding="utf-8"))
+    return names, settings
+
+
+def _mean(scores: dict[str, float], goals: Sequence[str]) -> float:
+    return statistics.fmean(scores[goal] for goal in goals)
+
+
+def _mean_of_goals(candidate: Final, goals: Sequence[str]) -> float:
+    """Over seeds, of the mean of the goals; below all where no run finished."""
+    return statistics.fmean(_mean(s, goals) for s in candidate.scores.values()) if candidate.scores else float("-inf")
+
+
+def _test(search: Searching, runs: dict[int, Path], resources: dict[str, float]) -> dict[int, dict[str, float]]:
+    """{seed: test figures} of some runs, each evaluated once, where a GPU is if they need one."""
+    known = {seed: run / "test.json" for seed, run in runs.items()}
+    missing = [seed for seed, path in known.items() if not path.is_file()]
+    for seed in missing:
+        figures = ray.get(_tested.options(**resources).remote(search.job, str(runs[seed]), search.shelf))
+        write_atomically(known[seed], json.dumps(figures) + "\n")
+    return {seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in known.items()}
+
+
+@ray.remote
+def _tested(job: Job, folder: str, store: shared.Store) -> dict[str, float]:
+    shared.use(store)
+    return job.test(folder)

@@ -1,0 +1,115 @@
+"""Which trials go on: Tune's own rules, asked only where a trial may be judged.
+
+A trial says so itself (`judged`): not while its method is still under way to what it is (layers frozen yet, a mask not found),
+and not after its last epoch. What ended trials had scored is read back when a search goes on after its driver died.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+from ray import tune
+from ray.tune.experiment.trial import Trial
+from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, PopulationBasedTraining, TrialScheduler
+
+from raylib.errors import UserError
+from raylib.tune.space import Choice, Distribution, Int, Knobs, OneOf, Setting
+
+
+class _Fair:
+    """Asks the rule beside it about results with `judged` alone."""
+
+    remembered = False
+
+    def on_trial_result(self, controller, trial: Trial, result: dict) -> str:
+        if not self.remembered:
+            self.remembered = True
+            for other in controller.get_trials():
+                if other.status in (Trial.TERMINATED, Trial.ERROR):
+                    self.remember(other, [r for r in _results(Path(other.local_path)) if r.get("judged")])
+        if not result.get("judged") or self._metric not in result:
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(controller, trial, result)
+
+
+class Asha(_Fair, AsyncHyperBandScheduler):
+    """Asynchronous successive halving (Li et al. 2020) over epochs."""
+
+    def remember(self, trial: Trial, results: list[dict]) -> None:
+        """Enter what an ended trial had scored."""
+        for result in results:
+            self._brackets[0].on_result(trial, result[self._time_attr], self._metric_op * result[self._metric])
+
+    def on_trial_complete(self, controller, trial: Trial, result: dict) -> None:
+        """Nothing more: the last result is of the best checkpoint, not of the last epoch."""
+        self._trial_info.pop(trial.trial_id, None)
+
+
+class Median(_Fair, MedianStoppingRule):
+    """Median stopping (Golovin et al. 2017) over epochs."""
+
+    def remember(self, trial: Trial, results: list[dict]) -> None:
+        """Enter what an ended trial had scored."""
+        if results:
+            self._results[trial] = results
+            self._completed_trials.add(trial)
+
+
+def scheduler(stop: str, metric: str, grace: int, reduction: float, longest: int) -> TrialScheduler | None:
+    """The rule called `stop`; None for "none". `longest`: more epochs than any trial has."""
+    if stop == "none":
+        return None
+    common = {"time_attr": "epoch", "metric": metric, "mode": "max", "grace_period": grace}
+    if stop == "median":
+        return Median(**common, min_samples_required=3)
+    return Asha(**common, max_t=longest, reduction_factor=reduction, stop_last_trials=False)
+
+
+class Within:
+    """Sets what a mutation has moved out of its range back to the end; an object, so that a search can be kept in a file."""
+
+    def __init__(self, knobs: Knobs):
+        self.knobs = knobs
+
+    def __call__(self, setting: Setting) -> Setting:
+        return {**setting, **{path: min(max(setting[path], knob.low), knob.high)
+                              for path, knob in self.knobs.items() if not isinstance(knob, Choice)}}  # fmt: skip
+
+
+def population(knobs: Knobs, metric: str, every: int, seed: int, changeable: tuple[str, ...]) -> PopulationBasedTraining:
+    """Population-based training (Jaderberg et al. 2017): every so many epochs the worst quarter goes on from the best quarter's
+    checkpoints, with settings moved a fifth up or down or drawn anew.
+
+    Raises:
+        UserError: a knob that cannot change in mid-run.
+    """
+    fixed = [path for path, knob in knobs.items() if isinstance(knob, OneOf) or path not in changeable]
+    if fixed:
+        raise UserError(f"search=pbt: {', '.join(fixed)} cannot change in mid-run; what can: {', '.join(changeable)}")
+    random.seed(seed)  # Tune's mutations are drawn from these two
+    np.random.seed(seed)
+    return PopulationBasedTraining(
+        time_attr="epoch", metric=metric, mode="max", perturbation_interval=every, require_attrs=False,
+        hyperparam_mutations={path: _domain(knob) for path, knob in knobs.items()}, custom_explore_fn=Within(knobs),
+    )  # fmt: skip
+
+
+def _domain(knob: Distribution):
+    """A knob as Tune's own kind of distribution."""
+    if isinstance(knob, Choice):
+        return list(knob.values)
+    if isinstance(knob, Int):
+        return (tune.lograndint if knob.log else tune.randint)(knob.low, knob.high + 1)
+    return (tune.loguniform if knob.log else tune.uniform)(knob.low, knob.high)
+
+
+def _results(folder: Path) -> list[dict]:
+    """What a trial has told Tune, in order; a last line cut off by a crash is dropped."""
+    path, found = folder / "result.json", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found

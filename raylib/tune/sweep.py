@@ -1,0 +1,235 @@
+"""Run a search: trials under Tune, the best once more on fresh seeds, the winner's test, a report.
+
+    runs/NAME/
+        search.json        what was asked for; a second start with something else is refused
+        tune/, finals/tune Tune's own: state, results, CSV, TensorBoard
+        trials/, finals/   the runs
+        optuna.journal     Optuna's study, for optuna-dashboard
+        trials.csv, best.yaml, report.md, *.png
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray import tune
+from ray.tune.search import BasicVariantGenerator
+
+from raylib.checkpoint import write_atomically
+from raylib.config import change, dump
+from raylib.errors import UserError
+from raylib.launch import LaunchConfig, connect
+from raylib.tune import finals, report, space
+from raylib.tune.config import Job, SearchConfig, Searching
+from raylib.tune.schedulers import population, scheduler
+from raylib.tune.searcher import searcher, state_of
+from raylib.tune.shelf import Shelf
+from raylib.tune.trial import tidy, trial
+
+COLOURS = re.compile(r"\x1b\[\d*m")  # of Ray's tracebacks
+FREE = 0.01  # CPUs of a trial that only waits for its workers: 0 is refused
+
+
+class Row(NamedTuple):
+    """What became of a trial. `state`: finished, stopped or failed; a stopped one has the scores that it was stopped at, and is
+    no result. `seconds`: of its own; `start_seconds`: until its first batch."""
+
+    id: str
+    state: str
+    setting: space.Setting
+    scores: dict[str, float]
+    epoch: float
+    epochs: float
+    seconds: float
+    start_seconds: float | None
+    error: str | None
+
+
+def run(config: SearchConfig, name: str, chosen: space.Space, job: Job, base: LaunchConfig) -> Path:
+    """Search the space called `name` over `base`, or go on where an earlier start of this search was; returns its folder.
+
+    Raises:
+        UserError: whatever of space, settings, data or model is wrong, before the first trial; no trial finished.
+        KeyboardInterrupt: it was interrupted; the same command goes on.
+    """
+    folder = Path(config.runs).absolute() / config.name
+    question = {"space": name, "search": json.loads(dump(config)), "recipe": json.loads(dump(base))}
+    _compare(folder, question)
+    if (folder / "report.md").is_file():
+        print(f"search '{config.name}' is complete: {folder}/report.md (another name= starts another search)")
+        return folder
+    base = prepared(config, name, chosen, job, base)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "search.json", json.dumps(question, indent=1) + "\n")
+    started = connect()
+    try:
+        resources = _resources(config)
+        search = Searching(job, chosen.knobs, base, str(folder), config.search == "pbt", Shelf())
+        rows = _trials(config, name, chosen, search, resources)
+        report.write_trials(folder, chosen.knobs, rows)
+        if not any(row.state == "finished" for row in rows):
+            raise UserError(f"no trial finished; what they died of is in {folder}/trials.csv and under {folder}/tune")
+        found = finals.run(config, chosen, search, rows, resources, fitted)
+        report.write(config, name, chosen, job, base, folder, rows, found)
+    finally:
+        if started:
+            ray.shutdown()
+    print((folder / "report.md").read_text(encoding="utf-8"))
+    print(f"{folder}/report.md, trials.csv; the best: python -m {job.command} --config {folder}/best.yaml")
+    return folder
+
+
+def prepared(config: SearchConfig, name: str, chosen: space.Space, job: Job, base: LaunchConfig) -> LaunchConfig:
+    """The config that trials start from, all of it checked.
+
+    Raises:
+        UserError: see `run`.
+    """
+    wanted = {"runtime": "ray", "workers": config.workers} if config.workers else {"runtime": "local", "workers": 1}
+    base = job.searched(change(base, {**wanted, "name": "trial", "resume": "newest"}), config.select)
+    if config.search == "pbt" and "select" in type(base).model_fields:
+        base = change(base, {"select": "last"})  # a model is its member's last, after whatever settings it had
+    space.check(name, chosen, base)
+    known = job.metrics(base)
+    for goal in config.goals:
+        if goal not in known:
+            raise UserError(f"metric={goal}: no run reports that; with select={config.select} there are {', '.join(known)}")
+    if config.search == "grid" and not chosen.grid:
+        raise UserError(f"space '{name}' has no grid; leave search=grid out")
+    if config.search == "cmaes":
+        odd = [path for path, knob in chosen.knobs.items() if not isinstance(knob, space.Float | space.Int)]
+        if odd:
+            raise UserError(f"search=cmaes is for numbers; space '{name}' has {', '.join(odd)}: take tpe")
+    if config.search == "pbt":
+        population(chosen.knobs, config.goals[0], config.perturb, config.seed, job.changeable)
+    seen = []
+    for told, values in space.corners(chosen.knobs):
+        if values.keys() not in seen:  # one of each shape: what a method needs is there or not
+            seen.append(values.keys())
+            try:
+                job.check(change(base, values))
+            except UserError as e:
+                raise UserError(f"space '{name}'{f' ({told})' if told else ''}: {e}") from None
+    return base
+
+
+def fitted(
+    folder: Path, trainable: Callable, tuning: tune.TuneConfig, param_space: dict | None, failures: int
+) -> tune.ResultGrid:
+    """Run Tune in `folder`, or go on where it was."""
+    if tune.Tuner.can_restore(str(folder)):
+        tuner = tune.Tuner.restore(str(folder), trainable, resume_unfinished=True)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space=param_space,
+            tune_config=tuning,
+            run_config=tune.RunConfig(
+                name=folder.name,
+                storage_path=str(folder.parent),
+                failure_config=tune.FailureConfig(max_failures=failures),
+                callbacks=[Tidy(str(folder.parent / "trials"))],
+            ),
+        )
+    grid = tuner.fit()
+    if not all(_ended(result) for result in grid):
+        raise KeyboardInterrupt
+    return grid
+
+
+class Tidy(tune.Callback):
+    """Drops the checkpoints of trials that were stopped: nobody goes on from them."""
+
+    def __init__(self, runs: str):
+        self.runs = Path(runs)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial, **info) -> None:
+        if not (trial.last_result or {}).get("finished"):
+            tidy(self.runs / trial.trial_id)
+
+
+def named(trial) -> str:
+    """What a trial and its folder are called: Tune's own names are as long as its settings."""
+    return trial.trial_id
+
+
+def _trials(config: SearchConfig, name: str, chosen: space.Space, search: Searching, resources: dict) -> list[Row]:
+    """The trials of a search, in the order in which they were started."""
+    folder, goals = Path(search.folder), config.goals
+    longest = int(search.job.epochs(search.base) * config.reduction) + 1
+    common = {"reuse_actors": True, "max_concurrent_trials": resources["concurrent"], "trial_name_creator": named,
+              "trial_dirname_creator": named}  # fmt: skip
+    if config.search == "pbt":
+        rule = population(search.knobs, goals[0], config.perturb, config.seed, search.job.changeable)
+        tuning = tune.TuneConfig(scheduler=rule, num_samples=config.trials,
+                                 search_alg=BasicVariantGenerator(random_state=config.seed), **common)  # fmt: skip
+    else:
+        trials = len(chosen.points()) if config.search == "grid" else config.trials
+        rule = scheduler(config.stop, goals[0], config.grace, config.reduction, longest) if config.stops else None
+        tuning = tune.TuneConfig(
+            scheduler=rule, num_samples=trials,
+            search_alg=searcher(config.search, chosen, goals, config.seed, trials, folder, config.name), **common,
+        )  # fmt: skip
+    trainable = tune.with_resources(tune.with_parameters(trial, search=search), resources["trial"])
+    grid = fitted(folder / "tune", trainable, tuning, None, config.max_failures)
+    return [_row(result, search.job.metrics(search.base)) for result in grid]
+
+
+def _row(result: tune.Result, metrics: tuple[str, ...]) -> Row:
+    """A trial's last word as a row; a stopped one's is what it was stopped at."""
+    told = result.metrics or {}
+    error = COLOURS.sub("", str(result.error)).strip() if result.error else told.get("trouble")
+    state = {"COMPLETE": "finished", "PRUNED": "stopped", "FAIL": "failed"}[state_of(told, result.error is not None).name]
+    return Row(
+        told.get("trial_id", Path(result.path).name), state, result.config or {}, {m: told[m] for m in metrics if m in told},
+        told.get("epoch", 0), told.get("epochs", 0), told.get("time_total_s", 0.0), told.get("start_seconds"), error,
+    )  # fmt: skip
+
+
+def _ended(result: tune.Result) -> bool:
+    """Whether nothing more will come of a trial, which Tune leaves as it is where it was interrupted."""
+    return result.error is not None or bool((result.metrics or {}).get("done"))
+
+
+def _resources(config: SearchConfig) -> dict[str, Any]:
+    """{"trial": what Tune sets aside for one, "test": for evaluating a run, "concurrent"}.
+
+    Raises:
+        UserError: the cluster has not so much.
+    """
+    have = ray.cluster_resources()
+    gpus = config.gpus_per_trial if config.gpus_per_trial is not None else float(have.get("GPU", 0) > 0)
+    asked = {"cpu": config.cpus_per_trial, "gpu": gpus}
+    if config.workers:
+        kind = "GPU" if have.get("GPU", 0) > 0 else "CPU"
+        fit = int((have.get(kind, 0) - (FREE if kind == "CPU" else 0)) // config.workers)
+        if not fit:
+            raise UserError(f"workers={config.workers}, but the cluster has {have.get(kind, 0):g} {kind}s, and a trial needs a "
+                            f"hundredth of a CPU besides; set workers={int(have.get(kind, 0)) - (kind == 'CPU')}")  # fmt: skip
+        test = {"num_cpus": 1, "num_gpus": float(kind == "GPU")}
+        return {"trial": {"cpu": FREE}, "test": test, "concurrent": min(fit, config.concurrent or fit)}
+    for kind, wanted in asked.items():
+        if wanted > have.get(kind.upper(), 0):
+            raise UserError(f"{kind}s_per_trial={wanted:g}, but the cluster has {have.get(kind.upper(), 0):g} {kind.upper()}s")
+    test = {"num_cpus": asked["cpu"], "num_gpus": gpus}
+    return {"trial": asked, "test": test, "concurrent": config.concurrent}
+
+
+def _compare(folder: Path, question: dict[str, Any]) -> None:
+    """Refuse to go on with another search than the one whose folder this is.
+
+    Raises:
+        UserError: it was asked for something else; that is named.
+    """
+    path = folder / "search.json"
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [f"{part}.{key}" for part in ("search", "recipe") for key in question[part]
+               if before[part].get(key) != question[part][key]]  # fmt: skip
+    changed += ["space"] if before["space"] != question["space"] else []
+    if changed:
+        raise UserError(f"{folder} holds a search with other settings ({', '.join(changed)}); give this one another name=")

@@ -1,0 +1,90 @@
+"""A trial: the ordinary run of a config in a folder of its own, which goes on from its newest checkpoint when started again."""
+
+import contextlib
+import gc
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from raylib import checkpoint, shared
+from raylib.config import change
+from raylib.errors import NotFinite
+from raylib.launch import LaunchConfig, run_folder
+from raylib.tune import space
+from raylib.tune.config import Searching
+from raylib.tune.reporter import Reporter
+
+
+def trial(setting: space.Setting, search: Searching) -> None:
+    """Tune's function: one setting, on the recipe's seed."""
+    config = configured(search, setting, "trials", tune.get_context().get_trial_id())
+    if search.keep and (given := tune.get_checkpoint()):
+        with given.as_directory() as folder:
+            _go_on_from(config, Path(folder))
+    run(search, config, search.keep)
+    if not search.keep:
+        tidy(run_folder(config))
+
+
+def final(chosen: dict[str, Any], search: Searching, settings: list[space.Setting | None]) -> None:
+    """Tune's function of the last stage: one of the best settings, on a fresh seed. None is the recipe as it is."""
+    which, seed = chosen["setting"], chosen["seed"]
+    config = configured(search, settings[which], "finals", f"setting{which}_seed{seed}")
+    run(search, change(config, {"fit.seed": seed}), False)
+
+
+def configured(search: Searching, setting: space.Setting | None, part: str, name: str) -> LaunchConfig:
+    """The config of a setting, in a folder of the search's."""
+    config = change(search.base, {} if setting is None else space.read(search.knobs, setting))
+    return config.model_copy(update={"runs": str(Path(search.folder) / part), "name": name})
+
+
+def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
+    """Run `config` and tell Tune: {"epoch", "epochs", "judged", "finished", scores, losses} after each checkpoint and, last, of
+    the model that the run leaves. A loss that is no number ends the trial, as "trouble"."""
+    job, began = search.job, time.time()
+    shared.use(search.shelf)
+    total, settled = job.epochs(config), job.settled(config)
+    folder, said = run_folder(config), {}
+
+    def shape(metrics: dict[str, Any], before: int) -> dict[str, Any]:
+        done, scores = job.told(config, metrics)
+        epoch = before + done
+        losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
+        if "ready" in metrics:
+            said.setdefault("start_seconds", metrics["ready"] - began)
+        judged = settled <= epoch < total and bool(scores)
+        return {"epoch": epoch, "epochs": total, "judged": judged, "finished": False, **said, **scores, **losses}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            scores = job.run(config, Reporter(shape, keep))
+    except NotFinite as e:
+        tune.report({"epoch": 0, "epochs": total, "judged": False, "finished": False, "trouble": str(e)})
+        return
+    finally:
+        gc.collect()
+    last = {"epoch": total, "epochs": total, "judged": False, "finished": True, **said, **scores}
+    kept = tune.Checkpoint.from_directory(checkpoint.newest(folder)) if keep else None
+    tune.report(last, checkpoint=kept)
+
+
+def tidy(run: Path) -> None:
+    """Drop the checkpoints of a run whose scores are all that is wanted: they are most of its bytes."""
+    for folder in [*run.rglob(checkpoint.FOLDER), *run.rglob(checkpoint.BEST)]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _go_on_from(config: LaunchConfig, folder: Path) -> None:
+    """Take another member's checkpoint, with the settings that this one has now."""
+    run = run_folder(config)
+    if (run / "config.json").is_file():
+        (run / "config.json").unlink()  # its settings have changed in mid-run: that is the point
+    for name in ("result.json", "part.json"):
+        (run / name).unlink(missing_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
+    checkpoint.adopt(run, folder)

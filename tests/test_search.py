@@ -1,0 +1,228 @@
+"""Searches on a real local cluster: trials, early stopping, crashes, the last stage, the report."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finetune.__main__ import main as finetune_main
+from finetune.recipes import RECIPES
+from raylib.config import load, override
+from raylib.errors import UserError
+from raylib.track import read_metrics
+from raylib.tune.config import SearchConfig
+from raylib.tune.space import Choice, Float, OneOf, Space
+from tune_spaces.jobs import Finetuning
+
+ROOT = Path(__file__).resolve().parent.parent
+LR = Space("learning rate", "scenes_xvnli", {"optim.lr": Float(1e-5, 1e-2, log=True)}, published=({"optim.lr": 5e-4},))
+SMALL = ("epochs=3", 'languages=["en","ru"]', "test_limit=12", "train_limit=60", "image_size=16", "batch=30", "fit.bf16=false",
+         "fit.loader_workers=0", "fit.log_every=1")  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """One cluster for all tests here."""
+    import ray
+
+    from raylib.launch import SETTINGS
+
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    ray.init(address="local", num_cpus=2, include_dashboard=True, dashboard_port=0, object_store_memory=10**8,
+             runtime_env={"env_vars": SETTINGS})  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def search(tmp_path, model, scenes):
+    """`search(space, *search settings, job=, recipe=)` -> the folder of a finished search."""
+    from raylib.tune import sweep
+
+    def run(space, *settings, job=None, recipe=(), task="scenes_xvnli"):
+        config = override(SearchConfig(recipe=task, name="search", runs=str(tmp_path), trials=3, seeds=0, top=2), list(settings))
+        base = override(RECIPES[task](), [f"model={model}", f"data={scenes}", *SMALL, *recipe])
+        return sweep.run(config, "lr", space, job or Finetuning(), base)
+
+    return run
+
+
+def trials(folder: Path) -> list[dict[str, str]]:
+    """trials.csv."""
+    with open(folder / "trials.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_search_ends_with_a_config_that_runs_and_a_report(search, tmp_path, capsys):
+    folder = search(LR, "trials=4", "seeds=2", "stop=asha", "reduction=2")
+    rows = trials(folder)
+    assert len(rows) == 4 and rows[0]["optim.lr"] == "0.0005"  # the published setting comes first
+    assert {row["state"] for row in rows} <= {"finished", "stopped"}
+    for row in rows:
+        assert (row["state"] == "finished") == (float(row["epoch"]) == 3.0)
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    for words in ("# Search of `lr` over", "English development set alone", "published", "Stopping saved", "test, targets"):
+        assert words in report, words
+    for picture in ("history.png", "slices.png"):
+        assert picture in report and (folder / picture).stat().st_size > 5000
+    assert not list((folder / "trials").glob("*/checkpoints"))  # most of its bytes
+    for run in (folder / "trials").iterdir():  # no test set was looked at in the search
+        assert not (run / "predictions").exists()
+    tested = sorted(path.parent.name for path in (folder / "finals").glob("*/test.json"))
+    names, settings = json.loads((folder / "finals" / "settings.json").read_text())
+    assert "published" in names and len(tested) in (2, 4)  # the winner and the published setting, two seeds each
+    best = load(type(RECIPES["scenes_xvnli"]()), folder / "best.yaml")
+    assert best.tests and best.optim.lr in [setting["optim.lr"] for setting in settings]
+    assert finetune_main(["--config", str(folder / "best.yaml")]) == 0
+    assert "mean of the targets" in capsys.readouterr().out
+    search(LR, "trials=4", "seeds=2", "stop=asha", "reduction=2")
+    assert "is complete" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"other settings \(search.trials\); give this one another name"):
+        search(LR, "trials=5", "seeds=2", "stop=asha", "reduction=2")
+
+
+class Deadly(Finetuning):
+    """At one learning rate the process dies: always, or the first time."""
+
+    def run(self, config, reporter):
+        mark = Path(config.runs).parent / "died"
+        if config.optim.lr == 0.25 or (config.optim.lr == 0.5 and not mark.exists()):
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if config.optim.lr == 0.125:
+            raise RuntimeError("as a bug would")
+        return super().run(config, reporter)
+
+
+def test_trials_that_die_are_tried_again_then_failed_and_the_rest_go_on(search):
+    choices = Space("", "", {"optim.lr": Choice(0.25, 0.125, 1e-3, 0.5, 1e30)}, grid={"optim.lr": (0.25, 0.125, 0.5, 1e-3, 1e30)})
+    folder = search(choices, "search=grid", "max_failures=1", "stop=none", job=Deadly())
+    rows = {float(row["optim.lr"]): row for row in trials(folder)}
+    assert {lr: row["state"] for lr, row in rows.items()} == {
+        0.25: "failed", 0.125: "failed", 0.5: "finished", 1e-3: "finished", 1e30: "failed"}  # fmt: skip
+    assert "as a bug would" in rows[0.125]["error"] and "test_search.py" in rows[0.125]["error"]  # the traceback
+    assert "not finite" in rows[1e30]["error"]  # a NaN ends its trial
+    assert "## Failed" in (folder / "report.md").read_text(encoding="utf-8")
+    for study in _studies(folder):
+        assert sorted(trial.state.name for trial in study.trials) == ["COMPLETE"] * 2 + ["FAIL"] * 3
+
+
+def _studies(folder):
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
+    return [optuna.load_study(study_name=s.study_name, storage=storage) for s in optuna.get_all_study_summaries(storage)]
+
+
+def test_stopped_trials_are_pruned_in_optuna_and_parsed_things_are_made_once(search):
+    folder = search(LR, "trials=6", "reduction=2", "concurrent=1")
+    states = {row["state"] for row in trials(folder)}
+    (study,) = _studies(folder)
+    told = {"finished": "COMPLETE", "stopped": "PRUNED", "failed": "FAIL"}
+    assert {told[state] for state in states} == {trial.state.name for trial in study.trials}
+    assert "stopped" in states
+    for trial in study.trials:
+        assert set(trial.intermediate_values) <= {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "recipe", "words"),
+    [
+        (("metric=dev/ru",), (), "metric=dev/ru: no run reports that; with select=english_dev there are english_dev"),
+        (("search=grid",), (), "space 'lr' has no grid"),
+        (("cpus_per_trial=5",), (), "cpus_per_trial=5, but the cluster has 2 CPUs"),
+        (("workers=4",), (), "workers=4, but the cluster has 2 CPUs"),
+        ((), ("setting=untrained",), "trains nothing that could be searched"),
+        ((), ("setting=few_shot",), "set select=target_dev"),
+        ((), ("strategies.unfreezing.layers=9",), "strategies.unfreezing.layers=9, but the model has 4 layers"),
+        (("select=target_dev",), ("task=marvl",), "marvl has no development set in 'ru'"),
+    ],
+)
+def test_mistakes_are_one_line_before_any_trial(search, tmp_path, settings, recipe, words):
+    with pytest.raises(UserError) as refused:
+        search(LR, *settings, recipe=recipe)
+    assert words in str(refused.value)
+    assert not (tmp_path / "search" / "tune").exists()
+
+
+@pytest.mark.slow
+def test_two_goals_have_a_front_and_nothing_is_stopped(search):
+    folder = search(LR, "trials=6", "search=nsga2", "select=both", "seeds=1")
+    rows = trials(folder)
+    assert {row["state"] for row in rows} == {"finished"} and all(row["target_dev"] for row in rows)
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    assert "front.png" in report and "target languages'** development sets, as two goals" in report
+
+
+@pytest.mark.slow
+def test_a_population_changes_knobs_in_mid_run(search):
+    folder = search(LR, "trials=4", "search=pbt", "seeds=0", recipe=("epochs=6",))
+    assert {row["state"] for row in trials(folder)} == {"finished"}
+    moved = [path for path in (folder / "tune").glob("pbt_policy_*.txt") if path.read_text()]
+    assert moved  # some member went on from another's checkpoint
+    with pytest.raises(UserError, match="batch cannot change in mid-run"):
+        search(Space("", "", {"batch": Choice(15, 30)}), "name=other", "search=pbt")
+
+
+@pytest.mark.slow
+def test_a_trial_may_train_on_several_workers_under_zero(search):
+    folder = search(LR, "trials=2", "workers=1", "stop=asha", "seeds=0", "concurrent=1")
+    rows = trials(folder)
+    assert [row["state"] for row in rows] == ["finished", "finished"] or {row["state"] for row in rows} == {"finished", "stopped"}
+
+
+@pytest.mark.slow
+def test_pretraining_is_searched_the_same_way(mini, tmp_path, capsys):
+    from raylib.tune import sweep
+    from tune_spaces.jobs import Pretraining
+
+    mix = Space("", "", {"data.text.alpha": Float(0, 1), "objective": OneOf(both={}, plain={"objective.weights.itm": 0.0})})
+    base = mini("fit.steps=4", "fit.eval_every=2")
+    config = SearchConfig(recipe="tiny", name="mix", runs=str(tmp_path), trials=2, seeds=1, top=1)
+    folder = sweep.run(config, "mix", mix, Pretraining(), base)
+    assert {row["state"] for row in trials(folder)} <= {"finished", "stopped"}
+    assert "best.yaml" in capsys.readouterr().out
+
+
+@pytest.mark.drill
+def test_a_killed_driver_loses_nothing(tmp_path, model, scenes):
+    """SIGKILL in mid-sweep, then the same command: finished trials stay as they were, the one under way goes on from its
+    checkpoint, the searcher knows what it knew, and the number of trials is what was asked for."""
+    command = [sys.executable, "-m", "tune_spaces", "layer_decay", "recipe=scenes_xvnli", "name=killed", f"runs={tmp_path}",
+               f"model={model}", f"data={scenes}", "trials=5", "concurrent=1", "seeds=0", "stop=none", *SMALL, "epochs=8"]  # fmt: skip
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    folder = tmp_path / "killed"
+    first = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    deadline = time.time() + 240
+    while time.time() < deadline:  # until one is finished and a second has a checkpoint
+        done = [path.parent for path in folder.glob("trials/*/result.json")]
+        going = [path.parents[1] for path in folder.glob("trials/*/checkpoints/registry.json")
+                 if path.parents[1] not in done and json.loads(path.read_text())[-1] >= "step_000006"]  # fmt: skip
+        if done and going:
+            break
+        time.sleep(0.1)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert done and going
+    before = {path.name: (path / "result.json").read_bytes() for path in done}
+    steps = max(r["step"] for r in read_metrics(going[0]) if "lr" in r)
+    time.sleep(10)  # the killed driver's cluster ends by itself (RAY.md)
+    again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    assert again.returncode == 0, again.stdout + again.stderr
+    rows = trials(folder)
+    assert len(rows) == 5 and {row["state"] for row in rows} == {"finished"}
+    assert {name: (folder / "trials" / name / "result.json").read_bytes() for name in before} == before
+    went_on = [r["step"] for r in read_metrics(going[0]) if "lr" in r]
+    assert went_on == sorted(set(went_on)) and steps in went_on
+    (study,) = _studies(folder)
+    assert len(study.trials) == 5 and {trial.state.name for trial in study.trials} == {"COMPLETE"}
+    assert {trial.params["strategies.layer_decay.factor"] for trial in study.trials} == {
+        float(row["strategies.layer_decay.factor"]) for row in rows}  # fmt: skip

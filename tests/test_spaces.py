@@ -1,0 +1,183 @@
+"""Spaces without Ray: what they hold, how they become settings of a config, what is refused before any trial."""
+
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune.recipes import RECIPES as FINETUNE
+from pretrain.recipes import RECIPES as PRETRAIN
+from raylib.config import Config, change
+from raylib.errors import UserError
+from raylib.tune import space
+from raylib.tune.space import Choice, Each, Float, Int, OneOf, Space
+from tune_spaces.__main__ import main, open_space, parse
+from tune_spaces.spaces import SPACES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Inner(Config):
+    rate: float = 0.5
+    size: int = 3
+
+
+class Whole(Config):
+    lr: float = 1.0
+    inner: Inner | None = None
+    parts: tuple[float, ...] = ()
+
+
+KNOBS = {
+    "lr": Float(0.1, 10, log=True),
+    "how": OneOf(none={}, small={"inner.rate": Float(0, 1), "inner.size": 4}, large={"inner.rate": Float(2, 3), "more": OneOf(
+        a={}, b={"inner.size": Int(5, 6)})}),
+    "parts": Each(2, Choice(0.5, 1.5)),
+}  # fmt: skip
+
+
+def test_alternatives_have_knobs_of_their_own():
+    setting = {"lr": 1.0, "how": "small", "inner.rate@small": 0.25, "parts[0]": 0.5, "parts[1]": 1.5}
+    assert space.read(KNOBS, setting) == {"lr": 1.0, "inner.rate": 0.25, "inner.size": 4, "parts": [0.5, 1.5]}
+    other = {"lr": 1.0, "how": "large", "inner.rate@large": 2.5, "more": "b", "inner.size": 6, "parts[0]": 0.5, "parts[1]": 0.5}
+    assert change(Whole(), space.read(KNOBS, other)) == Whole(lr=1, inner=Inner(rate=2.5, size=6), parts=(0.5, 0.5))
+
+
+def test_all_combinations_of_alternatives_are_gone_through():
+    assert sorted(tuple(sorted(a.items())) for a in space.alternatives(KNOBS)) == [
+        (("how", "large"), ("more", "a")), (("how", "large"), ("more", "b")), (("how", "none"),), (("how", "small"),),
+    ]  # fmt: skip
+
+
+def test_corners_reach_every_end_of_every_knob():
+    reached = {}
+    for _, values in space.corners(KNOBS):
+        for path, value in values.items():
+            reached.setdefault(path, set()).update(value if isinstance(value, list) else [value])
+    assert reached == {"lr": {0.1, 10}, "inner.rate": {0, 1, 2, 3}, "inner.size": {4, 5, 6}, "parts": {0.5, 1.5}}
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"lr": 1.0, "how": "none", "parts[0]": 0.5}, "says nothing of parts[1]"),
+        ({"lr": 11.0, "how": "none", "parts[0]": 0.5, "parts[1]": 0.5}, "lr=11.0 is not in 0.1 to 10"),
+        ({"lr": 1.0, "how": "none", "more": "a", "parts[0]": 0.5, "parts[1]": 0.5}, "more, which is no knob beside"),
+        ({"lr": 1.0, "how": "odd", "parts[0]": 0.5, "parts[1]": 0.5}, "how=odd is not in one of none, small, large"),
+    ],
+)
+def test_settings_outside_of_the_space_are_refused(setting, words):
+    with pytest.raises(UserError) as refused:
+        space.read(KNOBS, setting)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "more", "words"),
+    [
+        ({}, {}, "no knob to turn"),
+        ({"lr": 3.0}, {}, "no knob to turn"),
+        ({"lrr": Float(0, 1)}, {}, "unknown setting 'lrr'; did you mean lr?"),
+        ({"inner.size": Choice("large")}, {}, "inner.size"),
+        ({"lr": Float(2, 1)}, {}, "lr: 2 to 1 is empty"),
+        ({"lr": Choice()}, {}, "is empty"),
+        ({"lr": Float(0, 1, log=True)}, {}, "no logarithm everywhere"),
+        ({"lr": Float(0, 1)}, {"published": ({"lr": 2.0},)}, "its published settings: lr=2.0 is not in 0 to 1"),
+        ({"lr": Float(0, 1)}, {"grid": {"lr": (0.5, 4.0)}}, "lr=4.0 is not in 0 to 1"),
+    ],
+)
+def test_spaces_that_would_fail_in_some_trial_are_refused(knobs, more, words):
+    with pytest.raises(UserError) as refused:
+        space.check("mine", Space("", "", knobs, **more), Whole())
+    assert words in str(refused.value) and "'mine'" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_path_of_every_space_resolves_against_its_recipe(name):
+    chosen = SPACES[name]
+    base = {**FINETUNE, **PRETRAIN}[chosen.recipe]()
+    space.check(name, chosen, base)
+    for setting in chosen.published:  # the papers' settings are those that their recipes have
+        change(base, space.read(chosen.knobs, setting))
+
+
+@pytest.mark.parametrize("name", sorted(set(SPACES) - {"alignment", "best_of_all", "sparse"}))
+def test_what_is_published_is_what_the_recipe_does(name):
+    chosen = SPACES[name]
+    base = {**FINETUNE, **PRETRAIN}[chosen.recipe]()
+    settled = space.read(chosen.knobs, chosen.published[0])
+    changed = change(base, settled)
+    for path in settled:
+        usual = {"strategies.distillation.layers": (3, 6, 9, 12), "strategies.distillation.weights": (1, 1, 1, 1)}.get(path)
+        assert _at(changed, path) == (usual if _at(base, path) is None else _at(base, path)), path
+
+
+def _at(config, path):
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def test_optuna_draws_what_the_space_says():
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = []
+    for _ in range(300):
+        trial = study.ask()
+        space.Suggest(KNOBS)(trial)
+        drawn.append(trial.params)
+        space.read(KNOBS, trial.params)  # in the space, with nothing more
+    assert {p["how"] for p in drawn} == {"none", "small", "large"}
+    below = sum(p["lr"] < 1 for p in drawn) / len(drawn)
+    assert abs(below - 0.5) < 0.1  # log-uniform about 1
+
+
+def test_the_grid_is_a_product_on_top_of_what_is_published():
+    knobs = {"a": Int(1, 9), "b": Int(1, 9), "c": Int(1, 9)}
+    chosen = Space("", "", knobs, published=({"a": 1, "b": 2, "c": 3},), grid={"a": (4, 5), "b": (6, 7)})
+    assert chosen.points() == [{"a": a, "b": b, "c": 3} for a, b in itertools.product((4, 5), (6, 7))]
+
+
+def test_a_space_of_ones_own_is_a_file(tmp_path, capsys):
+    own = tmp_path / "mine.py"
+    own.write_text('from raylib.tune.space import Float\nSPACE = {"optim.lr": Float(1e-5, 1e-3, log=True)}\n')
+    name, chosen = open_space(str(own))
+    assert name == "mine" and chosen.knobs == {"optim.lr": Float(1e-5, 1e-3, log=True)}
+    assert main([str(own)]) == 0 and "optim.lr: 1e-05 to 0.001, log-uniform" in capsys.readouterr().out
+    own.write_text("SPAC = {}\n")
+    for given, words in ((str(own), "defines no SPACE"), (f"{own}.py", "no such file"), ("prio", "did you mean prior")):
+        with pytest.raises(UserError, match=words):
+            open_space(given)
+
+
+def test_settings_go_to_the_search_or_to_the_recipe():
+    search, rest = parse(["recipe=scenes_xgqa", "trials=7", "epochs=3", "select=both", "optim.lr=1e-3"], "")
+    assert (search.trials, search.select, rest) == (7, "both", ["epochs=3", "optim.lr=1e-3"])
+    with pytest.raises(UserError, match="recipe= is missing"):
+        parse(["trials=7"], "")
+    with pytest.raises(UserError, match="has two: take tpe"):
+        parse(["recipe=scenes_xgqa", "search=cmaes", "select=both"], "")
+
+
+def test_intervals_and_fronts_against_slow_references():
+    from raylib.tune.finals import front, interval
+    from raylib.tune.sweep import Row
+
+    mean, half = interval([0.1, 0.4, 0.7])
+    assert math.isclose(mean, 0.4) and math.isclose(half, 4.302653 * 0.3 / 3**0.5, rel_tol=1e-6)  # t of 2 degrees of freedom
+    assert interval([0.3]) == (0.3, None)
+    points = [(1, 5), (2, 4), (2, 3), (3, 3), (3, 3), (0, 6), (1, 4)]
+    rows = [Row(str(i), "finished", {}, {"a": a, "b": b}, 1, 1, 1, None, None) for i, (a, b) in enumerate(points)]
+    kept = {int(row.id) for row in front(rows, ("a", "b"))}
+    assert kept == {i for i, (a, b) in enumerate(points)
+                    if not any((c >= a and d >= b) and (c, d) != (a, b) for c, d in points)} == {0, 1, 3, 4, 5}  # fmt: skip
+
+
+def test_help_lists_every_space():
+    shown = subprocess.run([sys.executable, "-m", "tune_spaces"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 2 and all(name in shown.stdout for name in SPACES)

@@ -1,0 +1,101 @@
+"""Command line of searches.
+
+    python -m tune_spaces SPACE recipe=RECIPE [trials=20 gpus_per_trial=0.25 select=english_dev path=value ...]
+    python -m tune_spaces SPACE                what the space holds, and its published settings
+
+SPACE is one of those below, or a Python file of yours that defines SPACE, a dict or a `raylib.tune.space.Space`. Settings are
+the search's (`raylib/tune/config.py`), or else the recipe's, by their paths.
+"""
+
+import argparse
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from raylib.config import choose, override
+from raylib.errors import UserError, disk_is_full
+from raylib.tune.config import SearchConfig
+from raylib.tune.space import Space, described
+from tune_spaces.spaces import SPACES
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; a `UserError` is one line on stderr and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _search(arguments)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"error: {disk_is_full(e)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _search(arguments: list[str]) -> int:
+    lines = "\n".join(f"  {name:14s} {space.summary} (recipe={space.recipe})" for name, space in SPACES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m tune_spaces",
+        description=f"{__doc__}\nspaces:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("space", nargs="?", help="a space's name, or a Python file")
+    parser.add_argument("settings", nargs="*", metavar="name=value", help="such as recipe=scenes_xgqa trials=30 model=MODEL")
+    given = parser.parse_args(arguments)
+    if not given.space:
+        parser.print_help()
+        return 2
+    name, space = open_space(given.space)
+    if not given.settings:
+        print(f"{name}: {space.summary}\n\n{described(space.knobs)}")
+        print("\n".join(["", *(f"published: {setting}" for setting in space.published), f"grid: {dict(space.grid)}"]))
+        return 0
+    from raylib.tune import sweep  # Ray takes seconds to come
+    from tune_spaces.jobs import find
+
+    search, rest = parse(given.settings, space.recipe)
+    job, base = find(search.recipe)
+    base = override(base, rest)
+    if not search.name:
+        search = search.model_copy(update={"name": f"{name}_{search.recipe}"})
+    sweep.run(search, name, space, job, base)
+    return 0
+
+
+def open_space(given: str) -> tuple[str, Space]:
+    """A space by its name, or from a file.
+
+    Raises:
+        UserError: there is no such space; a file that defines none.
+    """
+    if not given.endswith(".py"):
+        return given, choose(given, SPACES, "space")
+    if not Path(given).is_file():
+        raise UserError(f"{given}: no such file")
+    found = runpy.run_path(given).get("SPACE")
+    if isinstance(found, dict):
+        found = Space(f"of {given}", "", found)
+    if not isinstance(found, Space):
+        raise UserError(f"{given}: it defines no SPACE, a dict from config path to distribution")
+    return Path(given).stem, found
+
+
+def parse(settings: list[str], recipe: str) -> tuple[SearchConfig, list[str]]:
+    """(the search's settings, those that are the recipe's), of assignments; `recipe`: what is searched if they name none.
+
+    Raises:
+        UserError: not of the form name=value; a search setting of the wrong kind; no recipe.
+    """
+    own = [s for s in settings if s.partition("=")[0] in SearchConfig.model_fields]
+    if not recipe and not any(s.startswith("recipe=") for s in own):
+        raise UserError("recipe= is missing: say what the trials run")
+    runs = os.environ.get("POLYGLANCE_RUNS", "runs")  # a job's working directory is a copy that goes away
+    return override(SearchConfig(recipe=recipe, runs=runs), own), [s for s in settings if s not in own]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

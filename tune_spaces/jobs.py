@@ -1,0 +1,150 @@
+"""What a search may do with each stage: a fine-tuning run, a pretraining run (`raylib.tune.config.Job`)."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from finetune.build import build_adapted
+from finetune.config import FinetuneConfig
+from finetune.data import dev_split, find_task, languages_of
+from finetune.recipes import RECIPES as FINETUNE
+from finetune.report import scores_of
+from finetune.train import check, epochs_of, evaluate_run
+from finetune.train import run as finetune
+from pretrain.evaluate import summary
+from pretrain.recipes import RECIPES as PRETRAIN
+from pretrain.train import PretrainConfig, resolve_data
+from pretrain.train import run as pretrain
+from raylib.config import choose
+from raylib.errors import UserError
+from raylib.launch import LaunchConfig, run_folder
+from raylib.metrics import mean
+from raylib.tune.config import Job, Select
+from raylib.tune.reporter import Reporter
+
+PARTED = ("few_shot", "single_language")  # settings that train each language apart
+
+
+class Finetuning:
+    """Searches over fine-tuning. A score is the accuracy, or mean recall, of the model that the run leaves."""
+
+    command = "finetune"
+    changeable = ("optim.lr", "optim.weight_decay", "optim.clip", "strategies.prior.alpha", "strategies.prior.k",
+                  "strategies.code_mixing.ratio", "strategies.code_mixing.probability", "strategies.layer_decay.factor",
+                  "strategies.alignment.weight", "head_dropout")  # fmt: skip
+
+    def __init__(self):
+        self.depths: dict[str, int] = {}  # of each model
+
+    def searched(self, config: FinetuneConfig, select: Select) -> FinetuneConfig:
+        if not config.trains:
+            raise UserError(f"setting={config.setting} trains nothing that could be searched")
+        for name in ("model", "data"):
+            if not getattr(config, name):
+                raise UserError(f"{name}= is missing: give a folder")
+        if select != "target_dev" and config.setting in PARTED:
+            raise UserError(f"setting={config.setting} trains each language apart, and English says little of that; "
+                            "set select=target_dev")  # fmt: skip
+        targets = tuple(code for code in languages_of(config) if code != "en") if select != "english_dev" else ()
+        for code in targets:
+            dev_split(config, code)
+        if select != "target_dev":
+            dev_split(config, "en")
+        return config.model_copy(update={"tests": False, "dev_languages": targets, "curves": False})
+
+    def ready(self, config: FinetuneConfig) -> FinetuneConfig:
+        return config.model_copy(update={"tests": True, "dev_languages": ()})
+
+    def metrics(self, config: FinetuneConfig) -> tuple[str, ...]:
+        own = [f"dev/{code}" for code in config.dev_languages]
+        english = ["english_dev"] if config.setting not in PARTED and "dev" in find_task(config).splits else []
+        return (*english, *(["target_dev"] if own else []), *own)
+
+    def check(self, config: FinetuneConfig) -> None:
+        check(config)
+        model, _ = build_adapted(config)
+        self.depths[config.model] = model.depths
+
+    def epochs(self, config: FinetuneConfig) -> int:
+        parts = len([c for c in languages_of(config) if config.setting == "single_language" or c != "en"])
+        return epochs_of(config) * (parts if config.setting in PARTED else 1)
+
+    def settled(self, config: FinetuneConfig) -> int:
+        """Rounds that find a mask come first; then frozen layers thaw, some an epoch, or a head is trained before the rest."""
+        strategies, epochs = config.strategies, 1
+        if strategies.unfreezing:
+            epochs = math.ceil(self.depths[config.model] / strategies.unfreezing.layers)
+        if strategies.head_first:
+            epochs = max(epochs, strategies.head_first.epochs + 1)
+        return epochs_of(config) - config.epochs + epochs
+
+    def told(self, config: FinetuneConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
+        dev = {name.removeprefix("dev/"): value for name, value in metrics.items() if name.startswith("dev/")}
+        return round(metrics["step"] / metrics["steps"] * config.epochs, 6), self._scores(config, dev)
+
+    def run(self, config: FinetuneConfig, reporter: Reporter) -> dict[str, float]:
+        return self._scores(config, finetune(config, reporter)["dev"])
+
+    def test(self, folder: str) -> dict[str, float]:
+        result = evaluate_run(Path(folder))
+        return {"English": scores_of(result).get("en"), "targets": result["mean_targets"]}
+
+    def _scores(self, config: FinetuneConfig, dev: dict[str, float]) -> dict[str, float]:
+        own = {f"dev/{code}": dev[code] for code in config.dev_languages if code in dev}
+        english = {"english_dev": dev["en"]} if "english_dev" in self.metrics(config) and "en" in dev else {}
+        return english | ({"target_dev": mean(own.values())} if own else {}) | own
+
+
+class Pretraining:
+    """Searches over pretraining. A score is recall@1 of zero-shot retrieval on the corpus's retrieval set; there is no other to
+    test on."""
+
+    command = "pretrain"
+    changeable = ("optim.lr", "optim.weight_decay", "optim.clip")
+
+    def searched(self, config: PretrainConfig, select: Select) -> PretrainConfig:
+        if not (config.data.retrieval or resolve_data(config).retrieval):
+            raise UserError(f"corpus={config.corpus} has no retrieval set to choose by; set data.retrieval=")
+        every = config.fit.eval_every or config.fit.steps
+        return config.model_copy(update={"fit": config.fit.model_copy(update={"eval_every": every, "save_every": every})})
+
+    def ready(self, config: PretrainConfig) -> PretrainConfig:
+        return config
+
+    def metrics(self, config: PretrainConfig) -> tuple[str, ...]:
+        return "english_dev", "target_dev"
+
+    def check(self, config: PretrainConfig) -> None:
+        resolve_data(config)
+
+    def epochs(self, config: PretrainConfig) -> int:
+        """Evaluations: pretraining has no epochs to judge by."""
+        return math.ceil(config.fit.steps / config.fit.eval_every)
+
+    def settled(self, config: PretrainConfig) -> int:
+        return 1
+
+    def told(self, config: PretrainConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
+        return metrics["step"] / config.fit.eval_every, _recalls(metrics)
+
+    def run(self, config: PretrainConfig, reporter: Reporter) -> dict[str, float]:
+        pretrain(config, reporter)
+        return _recalls(summary(json.loads((run_folder(config) / "result.json").read_text(encoding="utf-8"))))
+
+    def test(self, folder: str) -> dict[str, float]:
+        return {}
+
+
+def _recalls(values: dict[str, float]) -> dict[str, float]:
+    return {ours: values[name] for ours, name in (("english_dev", "en_r1"), ("target_dev", "others_r1")) if name in values}
+
+
+def find(recipe: str) -> tuple[Job, LaunchConfig]:
+    """The job that a recipe belongs to, and its config.
+
+    Raises:
+        UserError: neither stage has such a recipe.
+    """
+    config = choose(recipe, {**FINETUNE, **PRETRAIN}, "recipe")()
+    return (Finetuning() if isinstance(config, FinetuneConfig) else Pretraining()), config
