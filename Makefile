@@ -1,6 +1,7 @@
 # make run [NAME=sample] [ARGS="fit.steps=100 ..."]   pretrain `tiny` on the sample corpus, on a local Ray cluster
 # make finetune    that run's model on the four tasks of the emoji scenes: some minutes each, then one table
 # make transfer    that run's model in four languages by papers 3 and 4: small weights, translations, distillation; one table
+# make search [SPACE=best_of_all]    that run's model: which methods together, how much of each; a report
 # make install     .venv with the pinned requirements and this project (the others do it when needed)
 # make test        lint and fast tests
 # make drills      what breaks a real local cluster on purpose
@@ -13,6 +14,8 @@ ARGS ?=
 CPUS ?= 2
 GPUS ?= 0
 PORT ?= 8265
+SPACE ?= best_of_all
+SEARCH ?= recipe=scenes_xgqa trials=16 train_limit=3000 epochs=5 test_limit=300 top=2
 TASKS ?= xgqa xvnli xflickrco marvl
 TRANSFER ?= zero_shot zero_shot_mt full mt lora adapter compacter soft_prompt routine1_lora routine2_lora routine3_lora \
 	teacher student distilled
@@ -20,7 +23,7 @@ TRANSFER ?= zero_shot zero_shot_mt full mt lora adapter compacter soft_prompt ro
 PYTHON := .venv/bin/python
 INSTALL := $(PYTHON) -m pip install -qq --disable-pip-version-check
 
-.PHONY: run finetune transfer install test drills contracts bench baselines
+.PHONY: run finetune transfer search install test drills contracts bench baselines
 
 run: .venv/.installed
 	@exec $(PYTHON) -m cluster run --cpus $(CPUS) --gpus $(GPUS) --dashboard-port $(PORT) -- \
@@ -28,15 +31,22 @@ run: .venv/.installed
 
 finetune: ROWS = $(TASKS:%=scenes_%)
 transfer: ROWS = $(TRANSFER:%=transfer_%)
-finetune transfer: .venv/.installed
-	@[ -d runs/$(NAME) ] || { echo "error: there is no runs/$(NAME) to start from; 'make run' makes it" >&2; exit 2; }
-	@[ -d runs/$(NAME)_model ] || $(PYTHON) -m pretrain export runs/$(NAME) runs/$(NAME)_model
-	@[ -d runs/scenes ] || $(PYTHON) -m finetune.scenes runs/scenes
+finetune transfer: runs/$(NAME)_model runs/scenes
 	@for row in $(ROWS); do \
 		case $$row in transfer_distilled) more=strategies.distillation.teacher=runs/$(NAME)_transfer_teacher;; *) more=;; esac; \
 		$(PYTHON) -m finetune $$row name=$(NAME)_$${row#scenes_} model=runs/$(NAME)_model $$more $(ARGS) || exit $$?; \
 	done
 	@$(PYTHON) -m finetune compare $(patsubst %,runs/$(NAME)_%,$(ROWS:scenes_%=%))
+
+search: runs/$(NAME)_model runs/scenes
+	@exec $(PYTHON) -m tune_spaces $(SPACE) $(SEARCH) name=$(NAME)_$(SPACE) model=runs/$(NAME)_model data=runs/scenes $(ARGS)
+
+runs/scenes: | .venv/.installed
+	@$(PYTHON) -m finetune.scenes $@
+
+runs/$(NAME)_model: | .venv/.installed
+	@[ -d runs/$(NAME) ] || { echo "error: there is no runs/$(NAME) to start from; 'make run' makes it" >&2; exit 2; }
+	@$(PYTHON) -m pretrain export runs/$(NAME) $@
 
 install: .venv/.installed
 

@@ -14,6 +14,7 @@ from finetune.stores import open_pictures, open_regions
 from finetune.tasks import TASKS, Task
 from raylib.config import choose
 from raylib.errors import UserError
+from raylib.shared import shared, stamp
 
 
 class Reading:
@@ -24,6 +25,12 @@ class Reading:
 
     def __iter__(self) -> Iterator[Example] | Iterator[Captioned]:
         return itertools.islice(self.task.read(self.path, self.split, self.language), self.limit)
+
+
+def read_whole(reading: Reading) -> list[Example] | list[Captioned]:
+    """All items of a split; in a search they are parsed once."""
+    facts = (reading.split, reading.language, reading.limit, stamp(reading.path))
+    return shared("items", facts, lambda: list(reading))
 
 
 def find_task(config: FinetuneConfig) -> Task:
@@ -67,16 +74,16 @@ def dev_split(config: FinetuneConfig, language: str) -> str:
 def training_examples(config: FinetuneConfig, language: str | None) -> list:
     """What a part of a run trains on; `language` where each has a part of its own."""
     if config.setting == "few_shot":
-        return list(read_split(config, "shots", language))
+        return list(read_whole(read_split(config, "shots", language)))
     if config.setting == "zero_shot":
-        return list(read_split(config, "train", "en", config.train_limit))
+        return list(read_whole(read_split(config, "train", "en", config.train_limit)))
     wanted, task = [language] if language else languages_of(config), find_task(config)
     readings = [read_split(config, "train", code, config.train_limit) for code in wanted]
     own = {task.source("train", code) for code in wanted}
     english = task.source("train", "en") if "en" in task.languages else None
     if len(own) < len(readings) or (language not in (None, "en") and english in own):
         raise UserError(f"{config.task}: its training file is English only; setting={config.setting} has nothing to train on")
-    return [example for reading in readings for example in reading]
+    return [example for reading in readings for example in read_whole(reading)]
 
 
 def training_captions(config: FinetuneConfig) -> Callable[[str, str], dict[str, tuple[str, ...]]] | None:

@@ -42,6 +42,11 @@ class Captioned(NamedTuple):
         """What draws for the pair of a picture and a caption are keyed by."""
         return "\t".join((self.image, *self.captions))
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Whatever of it is read."""
+        return self.captions + self.pivots
+
     def map_texts(self, change: Callable[[str, int], str]) -> "Captioned":
         """With `change(caption, its place)` of every caption."""
         return self._replace(captions=tuple(change(caption, i) for i, caption in enumerate(self.captions)))

@@ -15,6 +15,7 @@ from finetune.data import (
     languages_of,
     merge,
     read_split,
+    read_whole,
     test_split,
     training_examples,
     with_known_answers,
@@ -29,7 +30,7 @@ from finetune.model import fill
 from finetune.objective import AnswerObjective, ClassificationObjective
 from finetune.pictures import Encoded, Pictures, Pixels, encode_pictures
 from finetune.retrieval import retrieve
-from raylib import checkpoint
+from raylib import checkpoint, shared
 from raylib.collective import world_size
 from raylib.data.states import fingerprint
 from raylib.errors import UserError
@@ -90,6 +91,9 @@ class Work:
         if task.kind != "retrieval":
             examples, unknown = with_known_answers(examples, model.labels)
         dev = {} if self.epochs else _dev(config, self.language)
+        if shared.store():
+            seen = [*examples, *(item for items in dev.values() for item in items)]
+            getattr(tokenizer, "plain", tokenizer).remember([text for item in seen for text in item.texts])
         home = Path(config.runs).absolute() if self.epochs or self.language else runtime.run  # rounds and parts share pictures
         pictures = encoded(config, model, pictures, [*examples, *(item for items in dev.values() for item in items)], home)
         place = (tokenizer, config.length)
@@ -170,7 +174,7 @@ def _dev(config: FinetuneConfig, language: str | None) -> dict[str, list]:
     for code in config.dev_languages:
         if language in (None, code):
             sets.setdefault(code, dev_split(config, code))
-    read = {code: list(read_split(config, name, code, config.test_limit)) for code, name in sets.items()}
+    read = {code: read_whole(read_split(config, name, code, config.test_limit)) for code, name in sets.items()}
     return {code: merge(items) for code, items in read.items()} if task.kind == "retrieval" else read
 
 

@@ -7,6 +7,7 @@
   * any `tokenizer.json` with the usual special tokens, through `tokenizers` (six times slower: `SPEED.md`).
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from raylib.data.shards import sha256_of
 from raylib.errors import UserError
 from raylib.ragged import Sentences
 from raylib.randomness import hash64, integers, uniform
+from raylib.shared import shared
 
 FILES = ("sentencepiece.bpe.model", "tokenizer.model", "tokenizer.json")  # what is looked for in a folder, in order
 SPECIALS = {
@@ -35,6 +37,7 @@ class Tokenizer:
 
     def __init__(self, path: Path, encode, vocabulary: int, specials: dict[str, int], piece):
         self.path, self._encode, self.vocabulary, self._piece = path, encode, vocabulary, piece
+        self._known: dict[str, np.ndarray] = {}
         self.sha256 = sha256_of(path)
         self.cls, self.sep, self.pad, self.mask, self.unk = (specials[n] for n in ("cls", "sep", "pad", "mask", "unk"))
         self.ordinary = np.setdiff1d(np.arange(vocabulary), list(specials.values()))
@@ -57,7 +60,21 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text (int64), without specials."""
-        return [np.asarray(ids, np.int64) for ids in self._encode(list(texts))]
+        new = [text for text in texts if text not in self._known] if self._known else list(texts)
+        rows = iter([np.asarray(ids, np.int64) for ids in self._encode(new)])
+        return [self._known[text] if text in self._known else next(rows) for text in texts]
+
+    def remember(self, texts: Sequence[str]) -> None:
+        """Encode these texts now, or take what another trial of a search has made of them (`raylib.shared`)."""
+        texts = sorted(set(texts))
+
+        def make() -> tuple[np.ndarray, np.ndarray]:
+            rows = self.encode(texts)
+            return np.concatenate([np.empty(0, np.int64), *rows]), np.cumsum([len(row) for row in rows])
+
+        digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+        values, ends = shared("tokens", (self.sha256, digest), make)
+        self._known = dict(zip(texts, np.split(values, ends[:-1]), strict=True))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The sub-words behind ids, those that begin a word with ▁ before them: alike for all kinds of tokenizers."""

@@ -122,7 +122,25 @@ def _studies(folder):
     return [optuna.load_study(study_name=s.study_name, storage=storage) for s in optuna.get_all_study_summaries(storage)]
 
 
-def test_stopped_trials_are_pruned_in_optuna_and_parsed_things_are_made_once(search):
+def test_what_trials_share_is_made_once():
+    import ray
+
+    from raylib.tune.shelf import Shelf
+
+    shelf = Shelf()
+
+    @ray.remote(num_cpus=0)
+    def trial(shelf):
+        made = []
+        value = shelf.fetch("what", lambda: made.append(1) or list(range(5)))
+        return made, value, shelf.fetch("what", lambda: made.append(1)) is value
+
+    first, second = ray.get(trial.remote(shelf)), ray.get(trial.remote(shelf))
+    assert sorted([first, second]) == [([], [0, 1, 2, 3, 4], True), ([1], [0, 1, 2, 3, 4], True)]
+    assert shelf.keys() == ["what"]
+
+
+def test_stopped_trials_are_pruned_in_optuna(search):
     folder = search(LR, "trials=6", "reduction=2", "concurrent=1")
     states = {row["state"] for row in trials(folder)}
     (study,) = _studies(folder)
@@ -197,7 +215,8 @@ def test_a_killed_driver_loses_nothing(tmp_path, model, scenes):
     """SIGKILL in mid-sweep, then the same command: finished trials stay as they were, the one under way goes on from its
     checkpoint, the searcher knows what it knew, and the number of trials is what was asked for."""
     command = [sys.executable, "-m", "tune_spaces", "layer_decay", "recipe=scenes_xvnli", "name=killed", f"runs={tmp_path}",
-               f"model={model}", f"data={scenes}", "trials=5", "concurrent=1", "seeds=0", "stop=none", *SMALL, "epochs=8"]  # fmt: skip
+               f"model={model}", f"data={scenes}", "trials=5", "concurrent=1", "seeds=0", "stop=none", *SMALL,
+               "epochs=8"]  # fmt: skip
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     folder = tmp_path / "killed"
     first = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)

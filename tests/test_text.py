@@ -155,3 +155,21 @@ def test_text_ids():
     assert a == c and len({a, b, d}) == 3 and min(a, b, d) >= 0
     assert text_ids(Tokens(np.array([0, 5, 2]), np.array([3])))[0] == d  # whatever stands around it
     assert len(np.unique(text_ids(random_tokens(2000)))) > 1800
+
+
+def test_remembered_texts_have_the_same_ids():
+    from raylib.sample.concepts import DATA
+
+    tokenizer = Tokenizer.load(DATA / "tokenizer.model")
+    texts = ["a red apple", "ein roter Apfel", "", "a red apple", "红苹果"]
+    before = tokenizer.encode(texts)
+    tokenizer.remember(texts[:3])
+    tokenizer._encode = (lambda encode: lambda new: encode(_only(new)))(tokenizer._encode)
+    for one, other in zip(before, tokenizer.encode(texts), strict=True):
+        assert one.tolist() == other.tolist()
+
+
+def _only(texts):
+    """What is left to encode of the texts above."""
+    assert texts == ["红苹果"]
+    return texts

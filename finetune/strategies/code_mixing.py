@@ -10,6 +10,7 @@ from finetune.lexicon.dictionaries import open_dictionaries
 from finetune.lexicon.mixing import mix
 from finetune.strategies.base import Context, Strategy
 from raylib.randomness import Key
+from raylib.shared import shared, stamp
 
 
 class CodeMixing(Strategy):
@@ -34,7 +35,8 @@ class CodeMixing(Strategy):
             UserError: a language without a dictionary, a file that is no dictionary.
         """
         languages = self.languages or tuple(code for code in context.languages if code != "en")
-        opened, report = open_dictionaries(Path(self.dictionaries or context.data / "dictionaries"), languages)
+        folder = Path(self.dictionaries or context.data / "dictionaries")
+        opened, report = shared("dictionaries", (stamp(folder), languages), lambda: open_dictionaries(folder, languages))
         context.say(f"strategies.code_mixing: {report}")
         ready = self.model_copy()
         ready._opened = opened

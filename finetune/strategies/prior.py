@@ -13,6 +13,7 @@ from finetune.lexicon.distances import vector_distances, wordnet_distances
 from finetune.losses import linguistic_prior
 from finetune.strategies.base import Context, Strategy, Term
 from raylib.errors import UserError
+from raylib.shared import shared, stamp
 
 
 class LinguisticPrior(Strategy):
@@ -41,10 +42,13 @@ class LinguisticPrior(Strategy):
         if self.k > len(context.labels):
             raise UserError(f"strategies.prior.k={self.k}, but there are {len(context.labels)} answers; give at most so many")
         if self.source == "wordnet":
-            distances, report = wordnet_distances(context.labels, context.wordnet, self.d1, self.d2, context.cache)
+            facts = (context.labels, stamp(context.wordnet), self.d1, self.d2)
+            distances, report = shared("distances", facts, lambda: wordnet_distances(
+                context.labels, context.wordnet, self.d1, self.d2, context.cache))  # fmt: skip
         else:
             file = Path(self.vectors or context.data / "vectors.txt")
-            distances, report = vector_distances(context.labels, file, context.cache)
+            distances, report = shared("distances", (context.labels, stamp(file)), lambda: vector_distances(
+                context.labels, file, context.cache))  # fmt: skip
         context.say(f"strategies.prior: {report}")
         ready = self.model_copy()
         ready._distances = distances

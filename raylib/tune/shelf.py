@@ -24,7 +24,8 @@ class _Shelf:
 
 
 class Shelf:
-    """A `raylib.shared.Store` for as long as the search runs; it travels to trials as a handle."""
+    """A `raylib.shared.Store` for as long as the search runs; it travels to trials as a handle. What a process has once had it
+    keeps, for its next trial."""
 
     def __init__(self):
         self.actor = _Shelf.remote()
@@ -35,8 +36,10 @@ class Shelf:
 
     def fetch(self, key: str, make: Callable[[], Any]) -> Any:
         if key not in self.here:
-            found = ray.get(self.actor.find.remote(key)) or ray.get(self.actor.keep.remote(key, make()))
-            self.here[key] = ray.get(found)
+            found = ray.get(self.actor.find.remote(key))
+            self.here[key] = make() if found is None else ray.get(found)
+            if found is None:
+                ray.get(self.actor.keep.remote(key, self.here[key]))
         return self.here[key]
 
     def keys(self) -> list[str]:

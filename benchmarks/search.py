@@ -1,0 +1,133 @@
+"""What a search is worth: TPE with early stopping beside the paper's grid and random search, on paper 4's own grid.
+
+    python -m benchmarks.search MODEL DATA [--seeds 3] [--folder runs/search_benchmark]
+
+Paper 4 tries five weights of the alignment times three learning rates on XTD, 15 runs. Here the same is asked of emoji scenes
+(recipe `transfer_routine3_lora`, German, 50 captions, 20 epochs), scored on the German development set. All see the same
+ranges and seeds, two trials at a time on two CPU cores. MODEL: a run or an export; DATA: emoji scenes.
+"""
+
+import argparse
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import record
+from raylib import markdown
+from raylib.config import override
+from raylib.markdown import percent
+from raylib.tune.config import SearchConfig
+from raylib.tune.space import Float, Space
+
+FILE = record.RESULTS / "search.jsonl"
+SPACE = Space(
+    "paper 4's grid of weight and learning rate", "transfer_routine3_lora",
+    {"strategies.alignment.weight": Float(0.001, 10, log=True), "optim.lr": Float(3e-5, 3e-4, log=True)},
+    published=({"strategies.alignment.weight": 1.0, "optim.lr": 1e-4},),
+    grid={"strategies.alignment.weight": (0.001, 0.01, 0.1, 1.0, 10.0), "optim.lr": (3e-5, 1e-4, 3e-4)},
+)  # fmt: skip
+CONTESTANTS = {  # three times as many trials as the grid has, most of them stopped
+    "paper's grid": ("search=grid", "stop=none"),
+    "random search": ("search=random", "stop=none", "trials=15"),
+    "TPE, ASHA": ("search=tpe", "stop=asha", "trials=45"),
+}
+GOAL = "target_dev"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("runs/search_benchmark"))
+    given = parser.parse_args(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    known = {(line["seed"], line["contestant"]) for line in record.read(FILE)}
+    for seed in range(given.seeds):
+        for name, settings in CONTESTANTS.items():
+            if (seed, name) not in known:
+                rows = search(given, seed, name, settings)
+                record.append(FILE, {"seed": seed, "contestant": name, "rows": rows})
+    print(table(record.read(FILE)))
+
+
+def search(given: argparse.Namespace, seed: int, name: str, settings: Sequence[str]) -> list[dict]:
+    """Run one contestant; its trials in the order of their start."""
+    from finetune.recipes import RECIPES
+    from raylib.tune import sweep
+    from tune_spaces.jobs import Finetuning
+
+    called = f"{''.join(c for c in name if c.isalnum())}_seed{seed}"
+    own = [f"name={called}", f"runs={given.folder}", "select=target_dev", "seeds=0", "concurrent=2", f"seed={seed}"]
+    config = override(SearchConfig(recipe=SPACE.recipe), [*own, *settings])
+    recipe = [f"model={given.model}", f"data={given.data}", 'languages=["de"]', f"fit.seed={seed}", "fit.bf16=false",
+              "fit.loader_workers=0", "test_limit=150"]  # fmt: skip
+    folder = sweep.run(config, "paper4", SPACE, Finetuning(), override(RECIPES[SPACE.recipe](), recipe))
+    return trials(folder)
+
+
+def trials(folder: Path) -> list[dict]:
+    """What the table needs of trials.csv."""
+    import csv
+
+    with open(folder / "trials.csv", encoding="utf-8") as file:
+        return [{"state": row["state"], "score": float(row[GOAL]) if row[GOAL] else None, "epoch": float(row["epoch"]),
+                 "seconds": float(row["seconds"]), "start": float(row["start_seconds"] or "nan"),
+                 "weight": float(row["strategies.alignment.weight"]), "lr": float(row["optim.lr"])}
+                for row in csv.DictReader(file)]  # fmt: skip
+
+
+def best_within(rows: Sequence[dict], budget: float) -> tuple[float | None, int]:
+    """(best score of the trials that finished, how many trials there were) in the first `budget` seconds of trials."""
+    spent, best, count = 0.0, None, 0
+    for row in rows:
+        spent += row["seconds"]
+        if spent > budget * (1 + 1e-9):
+            break
+        count += 1
+        if row["state"] == "finished" and (best is None or row["score"] > best):
+            best = row["score"]
+    return best, count
+
+
+def seconds_to(rows: Sequence[dict], score: float) -> float | None:
+    """Seconds of trials until one has finished with `score` or more."""
+    spent = 0.0
+    for row in rows:
+        spent += row["seconds"]
+        if row["state"] == "finished" and row["score"] >= score:
+            return spent
+    return None
+
+
+def table(lines: Sequence[dict]) -> str:
+    """A row a contestant, over the seeds that all of them have."""
+    by = {(line["seed"], line["contestant"]): line["rows"] for line in lines}
+    seeds = [seed for seed in sorted({line["seed"] for line in lines}) if all((seed, name) in by for name in CONTESTANTS)]
+    if not seeds:
+        return "Not measured yet."
+    head = ["", "trials in the grid's time", "trials an hour", "best of the German dev set, %", "grid's best is reached after",
+            "start of a process's first trial, s", "of later ones, s"]  # fmt: skip
+    out = [head]
+    for name in CONTESTANTS:
+        counts, rates, bests, shares, first, later = [], [], [], [], [], []
+        for seed in seeds:
+            rows, grid = by[seed, name], by[seed, "paper's grid"]
+            budget = sum(row["seconds"] for row in grid)
+            best, count = best_within(rows, budget)
+            reached = seconds_to(rows, best_within(grid, budget)[0])
+            counts.append(count)
+            rates.append(3600 * len(rows) / sum(row["seconds"] for row in rows))
+            bests.append(best)
+            shares.append(None if reached is None else reached / budget)
+            first += [row["start"] for row in rows[:2]]  # two at a time
+            later += [row["start"] for row in rows[2:] if row["start"] == row["start"]]
+        told = ", ".join("never" if share is None else f"{percent(share)} %" for share in shares)
+        out.append([name, f"{statistics.fmean(counts):.0f}", f"{statistics.fmean(rates):.0f}", markdown.spread(bests),
+                    f"{told} of its time", f"{statistics.median(first):.1f}", f"{statistics.median(later):.1f}"])  # fmt: skip
+    return markdown.table(out) + f"\n\nSeeds {', '.join(map(str, seeds))}, one by one where several figures stand."
+
+
+if __name__ == "__main__":
+    main()
