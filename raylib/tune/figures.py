@@ -29,18 +29,16 @@ def importances(knobs: space.Knobs, rows: Sequence, goal: str, seed: int) -> dic
     has are told apart from each other; those of an alternative among the trials that chose it, which is said in the name."""
     finished = [row for row in rows if row.state == "finished"]
     found: dict[str, float] = {}
+    told: set[str] = set()
     for fixed, members in _groups(knobs, finished).items():
         names = [name for name in members[0].setting if all(name in row.setting for row in members)]
-        new = [name for name in names if not any(name == known.split(" ")[0] for known in found)]
-        if len({row.scores[goal] for row in members}) == 1:
-            continue  # nothing to explain
-        varied = [name for name in new if len({str(row.setting[name]) for row in members}) > 1]
-        if len(members) < FEWEST or not varied:
+        varied = [name for name in names if len({str(row.setting[name]) for row in members}) > 1]
+        if len(members) < FEWEST or not set(varied) - told or len({row.scores[goal] for row in members}) == 1:
             continue
-        study = _study(knobs, members, goal)
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
-        shares = optuna.importance.get_param_importances(study, evaluator=evaluator, params=varied)
-        found |= {f"{name} ({fixed})" if fixed else name: share for name, share in shares.items()}
+        shares = optuna.importance.get_param_importances(_study(knobs, members, goal), evaluator=evaluator, params=varied)
+        found |= {f"{name} ({fixed})" if fixed else name: share for name, share in shares.items() if name not in told}
+        told |= set(varied)
     return found
 
 

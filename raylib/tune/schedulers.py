@@ -53,7 +53,6 @@ class Median(_Fair, MedianStoppingRule):
         """Enter what an ended trial had scored."""
         if results:
             self._results[trial] = results
-            self._completed_trials.add(trial)
 
 
 def scheduler(stop: str, metric: str, grace: int, reduction: float, longest: int) -> TrialScheduler | None:

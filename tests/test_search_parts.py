@@ -1,0 +1,174 @@
+"""What a search is made of, without a cluster: who is stopped, what Optuna is told, what the report reckons."""
+
+import json
+import statistics
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from ray.tune.schedulers import TrialScheduler
+
+from finetune.recipes import RECIPES
+from raylib.config import override
+from raylib.tune import figures, report, space
+from raylib.tune.config import SearchConfig
+from raylib.tune.finals import Final
+from raylib.tune.schedulers import Asha, Median, Within, population, scheduler
+from raylib.tune.searcher import searcher, state_of
+from raylib.tune.space import Choice, Float, Int, OneOf, Space
+from raylib.tune.sweep import Row
+from tune_spaces.jobs import Finetuning
+
+CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
+
+
+class Trial:
+    """What a scheduler sees of one."""
+
+    def __init__(self, name: str, folder: Path, status: str = "RUNNING"):
+        self.trial_id, self.local_path, self.status = name, str(folder / name), status
+
+
+class Controller:
+    def __init__(self, trials):
+        self.get_trials = lambda: trials
+
+
+def told(epoch: int, score: float, judged: bool = True) -> dict:
+    return {"epoch": epoch, "score": score, "judged": judged}
+
+
+def test_asha_stops_who_is_behind_at_a_rung_and_judges_none_too_early(tmp_path):
+    trials = [Trial(str(i), tmp_path) for i in range(5)]
+    rule, controller = scheduler("asha", "score", grace=1, reduction=2.0, longest=9), Controller(trials)
+    for trial in trials:
+        rule.on_trial_add(controller, trial)
+    assert isinstance(rule, Asha)
+    assert rule.on_trial_result(controller, trials[0], told(1, 0.5)) == CONTINUE
+    assert rule.on_trial_result(controller, trials[1], told(1, 0.4)) == STOP
+    assert rule.on_trial_result(controller, trials[2], told(1, 0.1, judged=False)) == CONTINUE  # its layers are frozen yet
+    assert rule.on_trial_result(controller, trials[2], told(2, 0.1, judged=False)) == CONTINUE
+    assert rule.on_trial_result(controller, trials[3], told(1, 0.6)) == CONTINUE
+    assert rule.on_trial_result(controller, trials[0], told(2, 0.7)) == CONTINUE
+    assert rule.on_trial_result(controller, trials[2], told(3, 0.2)) == STOP  # now it is what it will be, and at the rung of 2
+    assert rule.on_trial_result(controller, trials[4], {"epoch": 1, "judged": True}) == CONTINUE  # a pruning round has no score
+
+
+@pytest.mark.parametrize("stop", ["asha", "median"])
+def test_what_ended_trials_had_scored_is_known_after_a_restart(tmp_path, stop):
+    before = [Trial(str(i), tmp_path, "TERMINATED") for i in range(4)]
+    for trial in before:
+        Path(trial.local_path).mkdir()
+        lines = [json.dumps(told(1, 0.8)), json.dumps(told(2, 0.9)), '{"epo']  # the last one was cut off
+        (Path(trial.local_path) / "result.json").write_text("\n".join(lines))
+    fresh = Trial("fresh", tmp_path)
+    rule, controller = scheduler(stop, "score", grace=1, reduction=2.0, longest=9), Controller([*before, fresh])
+    rule.on_trial_add(controller, fresh)
+    assert isinstance(rule, Asha | Median)
+    assert rule.on_trial_result(controller, fresh, told(1, 0.3)) == STOP
+
+
+def test_stages_that_mean_something_else_are_not_judged():
+    job = Finetuning()
+
+    def config(*settings):
+        config = override(RECIPES["scenes_xgqa"](), ["model=M", "data=D", "epochs=6", *settings])
+        job.depths["M"] = 8
+        return config
+
+    assert (job.settled(config()), job.epochs(config())) == (1, 6)
+    assert job.settled(config("strategies.unfreezing.layers=3")) == 3  # 3, 6, then all 8 layers are trained
+    sparse = config("strategies.sparse.rounds=4", "strategies.sparse.epochs=2")
+    assert (job.settled(sparse), job.epochs(sparse)) == (9, 14)
+    both = config("strategies.sparse.rounds=4", "strategies.sparse.epochs=2", "strategies.unfreezing.layers=4")
+    assert job.settled(both) == 10
+    assert job.settled(config("strategies.head_first.epochs=2")) == 3
+    assert job.epochs(config("setting=few_shot", 'languages=["en","de","ru"]')) == 12
+
+
+def test_what_becomes_of_a_trial():
+    assert state_of({"finished": True}, False) == TrialState.COMPLETE
+    assert state_of({"finished": False}, False) == TrialState.PRUNED
+    for result, error in (({"finished": True}, True), (None, False), ({"finished": False, "trouble": "not finite"}, False)):
+        assert state_of(result, error) == TrialState.FAIL
+
+
+def test_the_searcher_proposes_what_is_published_first_and_tells_optuna_the_truth(tmp_path):
+    chosen = Space("", "", {"x": Float(0, 1), "way": OneOf(a={}, b={"n": Int(1, 3)})}, ({"x": 0.25, "way": "b", "n": 2},))
+    for search in ("tpe", "nsga2", "random", "cmaes"):
+        goals = ("one", "two") if search == "nsga2" else ("one",)
+        found = searcher(search, chosen, goals, 0, 8, tmp_path, search)
+        first = found.suggest("first")
+        assert (first == {"x": 0.25, "way": "b", "n": 2}) == (search != "random")
+        space.read(chosen.knobs, found.suggest("second"))
+    one = searcher("tpe", chosen, ("one",), 0, 8, tmp_path, "truth")
+    for name in ("finished", "stopped", "crashed"):
+        one.suggest(name)
+        one.on_trial_result(name, {"one": 0.5, "epoch": 1})
+    one.on_trial_complete("finished", {"one": 0.75, "epoch": 2, "finished": True})
+    one.on_trial_complete("stopped", {"one": 0.5, "epoch": 1, "finished": False})
+    one.on_trial_complete("crashed", {"one": 0.5, "epoch": 1, "finished": False}, error=True)
+    assert [(t.state, t.value) for t in one._ot_study.trials] == [
+        (TrialState.COMPLETE, 0.75), (TrialState.PRUNED, 0.5), (TrialState.FAIL, None)]  # fmt: skip
+    one.suggest("lost")
+    state = tmp_path / "state.pkl"
+    one._ot_trials.pop("lost")  # as Tune's state is, when it dies before it saves
+    one.save(str(state))
+    again = searcher("tpe", chosen, ("one",), 0, 8, tmp_path, "again")
+    again.restore(str(state))
+    assert again._ot_study.trials[3].state == TrialState.FAIL
+
+
+def test_populations_stay_within_their_ranges_and_refuse_what_cannot_change():
+    knobs = {"optim.lr": Float(1e-4, 1e-3, log=True), "strategies.prior.k": Int(2, 10), "way": Choice("a", "b")}
+    moved = Within(knobs)({"optim.lr": 1.2e-3, "strategies.prior.k": 1, "way": "b"})
+    assert moved == {"optim.lr": 1e-3, "strategies.prior.k": 2, "way": "b"}
+    rule = population(knobs, "one", 1, 0, ("optim.lr", "strategies.prior.k", "way"))
+    assert set(rule._hyperparam_mutations) == set(knobs)
+
+
+def rows(values, state="finished"):
+    """Trials whose score is x, whatever y is; half of them chose the alternative that has z."""
+    return [Row(str(i), state, {"x": x, "y": y, "way": "a" if i % 2 else "b", **({"z": z} if i % 2 else {})},
+                {"one": x}, 4, 4, 10, 1, None) for i, (x, y, z) in enumerate(values)]  # fmt: skip
+
+
+def test_importance_finds_the_knob_that_decides():
+    import random
+
+    dice = random.Random(0)
+    knobs = {"x": Float(0, 1), "y": Float(0, 1), "way": OneOf(a={"z": Float(0, 1)}, b={})}
+    found = figures.importances(knobs, rows([(dice.random(), dice.random(), dice.random()) for _ in range(60)]), "one", 0)
+    assert found["x"] > 0.9 and found["y"] < 0.05 and found["way"] < 0.05
+    assert found["z (way=a)"] < 0.3
+    same = [row._replace(scores={"one": 0.5}) for row in rows([(0.1, 0.2, 0.3), (0.5, 0.6, 0.7), (0.2, 0.9, 0.1), (0.3, 0.3, 0)])]
+    assert figures.importances(knobs, same, "one", 0) == {}  # nothing to explain
+
+
+def test_the_cost_is_what_was_trained_and_what_was_not():
+    done = [Row("0", "finished", {}, {"one": 0.5}, 8, 8, 3600, 1, None)] * 2
+    stopped = [Row("1", "stopped", {}, {"one": 0.2}, 2, 8, 900, 1, None)]  # at its speed the other 6 would take 2700 s
+    told = report.cost([*done, *stopped])
+    assert "| trained | 3 | 18 | 2.25 |" in told and "| 1 | 6 | 0.75 |" in told and "25 % of the epochs" in told
+
+
+def test_the_verdict_compares_seed_by_seed():
+    config = SearchConfig(recipe="r")
+    scores = {seed: {"english_dev": 0.5 + 0.1 * seed} for seed in (1, 2, 3)}
+    best = Final("1", {"x": 1}, {s: {"english_dev": v["english_dev"] + 0.05 + 0.001 * s} for s, v in scores.items()},
+                 {s: {"English": 0.4, "targets": 0.3 + 0.1 * s} for s in scores}, 0)  # fmt: skip
+    published = Final("published", {"x": 2}, scores, {s: {"English": 0.4, "targets": 0.3} for s in scores}, 0)
+    told = report._verdict(config, [best, published])
+    # differences 0.051, 0.052, 0.053: their spread is far below that of the seeds
+    half = 100 * 4.302653 * statistics.stdev([0.051, 0.052, 0.053]) / 3**0.5
+    assert f"english_dev: the best beats the published setting, by 5.2 points ± {half:.1f}" in told
+    assert "targets, test sets: no difference that 3 seeds could show, 20.0 points" in told
+    assert "does not beat it" in report._verdict(config, [published])
+
+
+def test_a_study_keeps_conditional_knobs():
+    knobs = {"way": OneOf(a={"z": Float(0, 1)}, b={}), "x": Float(0, 1), "y": Float(0, 1)}
+    study = figures._study(knobs, rows([(0.1, 0.2, 0.3), (0.5, 0.6, 0.7)]), "one")
+    assert [set(trial.params) for trial in study.trials] == [{"x", "y", "way"}, {"x", "y", "way", "z"}]
+    assert isinstance(study, optuna.Study)
