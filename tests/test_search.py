@@ -241,6 +241,7 @@ def test_a_killed_driver_loses_nothing(tmp_path, model, scenes):
     assert {name: (folder / "trials" / name / "result.json").read_bytes() for name in before} == before
     went_on = [r["step"] for r in read_metrics(going[0]) if "lr" in r]
     assert went_on == sorted(set(went_on)) and steps in went_on
+    assert len({row["strategies.layer_decay.factor"] for row in rows}) == 5  # none was proposed twice
     (study,) = _studies(folder)
     assert len(study.trials) == 5 and {trial.state.name for trial in study.trials} == {"COMPLETE"}
     assert {trial.params["strategies.layer_decay.factor"] for trial in study.trials} == {

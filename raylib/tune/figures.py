@@ -18,7 +18,7 @@ def draw(folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[str],
     matplotlib.use("Agg")
     made = [_history(folder, rows, goals), _slices(folder, knobs, rows, goals)]
     if len([row for row in rows if row.state == "finished"]) >= FEWEST:
-        made.append(_importances(folder, knobs, rows, goals, seed))
+        made += _importances(folder, knobs, rows, goals, seed)
     if len(goals) > 1:
         made.append(_front(folder, rows, goals))
     return made
@@ -133,11 +133,13 @@ def _slices(folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[st
     return _saved(figure, folder, "slices.png", "score against each knob; crosses were stopped")
 
 
-def _importances(folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[str], seed: int) -> tuple[str, str]:
-    """Importance of each knob for each goal."""
+def _importances(folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[str], seed: int) -> list[tuple[str, str]]:
+    """Importance of each knob for each goal; no picture where all trials scored the same."""
     from matplotlib import pyplot
 
     shares = {goal: importances(knobs, rows, goal, seed) for goal in goals}
+    if not any(shares.values()):
+        return []
     names = sorted({name for of in shares.values() for name in of}, key=lambda n: max(of.get(n, 0) for of in shares.values()))
     figure, axes = pyplot.subplots(figsize=(7, 0.8 + 0.35 * max(1, len(names)) * len(goals)), layout="constrained")
     for k, (goal, of) in enumerate(shares.items()):
@@ -145,8 +147,9 @@ def _importances(folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequen
     axes.set_yticks([i + 0.2 * (len(goals) - 1) for i in range(len(names))],
                     [n.removeprefix("strategies.") for n in names], fontsize=8)  # fmt: skip
     axes.set(xlabel="share of the variance that it explains", xlim=(0, 1))
-    axes.legend(fontsize=8)
-    return _saved(figure, folder, "importance.png", "importance of each knob")
+    if len(goals) > 1:
+        axes.legend(fontsize=8)
+    return [_saved(figure, folder, "importance.png", "importance of each knob")]
 
 
 def _front(folder: Path, rows: Sequence, goals: Sequence[str]) -> tuple[str, str]:

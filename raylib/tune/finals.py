@@ -46,7 +46,7 @@ def run(
     grid = {"setting": tune.grid_search(list(range(len(settings)))), "seed": tune.grid_search(seeds)}
     trainable = tune.with_resources(tune.with_parameters(final, search=search, settings=settings), resources["trial"])
     tuning = tune.TuneConfig(reuse_actors=True, max_concurrent_trials=resources["concurrent"])
-    results = fitted(folder / "tune", trainable, tuning, grid, config.max_failures)
+    results = fitted(folder / "tune", trainable, lambda: tuning, grid, config.max_failures)
     metrics, scores = search.job.metrics(search.base), {which: {} for which in range(len(settings))}
     for result in results:
         if result.error is None and result.metrics.get("finished"):

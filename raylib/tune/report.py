@@ -87,9 +87,10 @@ def cost(rows: Sequence) -> str:
     lines = [["", "trials", "epochs", "hours of trials"], ["trained", str(len(rows)), f"{trained:g}", f"{spent / 3600:.2f}"]]
     stopped = [row for row in rows if row.state == "stopped"]
     left = sum(row.epochs - row.epoch for row in stopped)
+    if not stopped:
+        return markdown.table(lines)
     lines.append(["not trained, for they were stopped", str(len(stopped)), f"{left:g}", f"{saved / 3600:.2f}"])
-    share = f"Stopping saved {100 * left / whole:.0f} % of the epochs." if whole else ""
-    return markdown.table(lines) + f"\n\n{share}"
+    return markdown.table(lines) + f"\n\nStopping saved {100 * left / whole:.0f} % of the epochs."
 
 
 def _counted(rows: Sequence) -> str:

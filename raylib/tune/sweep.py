@@ -68,7 +68,7 @@ def run(config: SearchConfig, name: str, chosen: space.Space, job: Job, base: La
     try:
         resources = _resources(config)
         search = Searching(job, chosen.knobs, base, str(folder), config.search == "pbt", Shelf())
-        rows = _trials(config, name, chosen, search, resources)
+        rows = _trials(config, chosen, search, resources)
         report.write_trials(folder, chosen.knobs, rows)
         if not any(row.state == "finished" for row in rows):
             raise UserError(f"no trial finished; what they died of is in {folder}/trials.csv and under {folder}/tune")
@@ -117,16 +117,16 @@ def prepared(config: SearchConfig, name: str, chosen: space.Space, job: Job, bas
 
 
 def fitted(
-    folder: Path, trainable: Callable, tuning: tune.TuneConfig, param_space: dict | None, failures: int
+    folder: Path, trainable: Callable, tuning: Callable[[], tune.TuneConfig], param_space: dict | None, failures: int
 ) -> tune.ResultGrid:
-    """Run Tune in `folder`, or go on where it was."""
+    """Run Tune in `folder`, or go on where it was; `tuning` is asked for at the first start alone."""
     if tune.Tuner.can_restore(str(folder)):
         tuner = tune.Tuner.restore(str(folder), trainable, resume_unfinished=True)
     else:
         tuner = tune.Tuner(
             trainable,
             param_space=param_space,
-            tune_config=tuning,
+            tune_config=tuning(),
             run_config=tune.RunConfig(
                 name=folder.name,
                 storage_path=str(folder.parent),
@@ -156,26 +156,36 @@ def named(trial) -> str:
     return trial.trial_id
 
 
-def _trials(config: SearchConfig, name: str, chosen: space.Space, search: Searching, resources: dict) -> list[Row]:
+def _trials(config: SearchConfig, chosen: space.Space, search: Searching, resources: dict) -> list[Row]:
     """The trials of a search, in the order in which they were started."""
-    folder, goals = Path(search.folder), config.goals
-    longest = int(search.job.epochs(search.base) * config.reduction) + 1
+    trainable = tune.with_resources(tune.with_parameters(trial, search=search), resources["trial"])
+    grid = fitted(Path(search.folder) / "tune", trainable, lambda: _tuning(config, chosen, search, resources), None,
+                  config.max_failures)  # fmt: skip
+    return [_row(result, search.job.metrics(search.base)) for result in sorted(grid, key=_began)]
+
+
+def _tuning(config: SearchConfig, chosen: space.Space, search: Searching, resources: dict) -> tune.TuneConfig:
+    """Searcher and scheduler of a search that begins."""
+    goals, trials = config.goals, config.trials
     common = {"reuse_actors": True, "max_concurrent_trials": resources["concurrent"], "trial_name_creator": named,
               "trial_dirname_creator": named}  # fmt: skip
     if config.search == "pbt":
         rule = population(search.knobs, goals[0], config.perturb, config.seed, search.job.changeable)
-        tuning = tune.TuneConfig(scheduler=rule, num_samples=config.trials,
-                                 search_alg=BasicVariantGenerator(random_state=config.seed), **common)  # fmt: skip
-    else:
-        trials = len(chosen.points()) if config.search == "grid" else config.trials
-        rule = scheduler(config.stop, goals[0], config.grace, config.reduction, longest) if config.stops else None
-        tuning = tune.TuneConfig(
-            scheduler=rule, num_samples=trials,
-            search_alg=searcher(config.search, chosen, goals, config.seed, trials, folder, config.name), **common,
-        )  # fmt: skip
-    trainable = tune.with_resources(tune.with_parameters(trial, search=search), resources["trial"])
-    grid = fitted(folder / "tune", trainable, tuning, None, config.max_failures)
-    return [_row(result, search.job.metrics(search.base)) for result in grid]
+        return tune.TuneConfig(scheduler=rule, num_samples=trials, search_alg=BasicVariantGenerator(random_state=config.seed),
+                               **common)  # fmt: skip
+    if config.search == "grid":
+        trials = len(chosen.points())
+    longest = int(search.job.epochs(search.base) * config.reduction) + 1
+    return tune.TuneConfig(
+        scheduler=scheduler(config.stop if config.stops else "none", goals[0], config.grace, config.reduction, longest),
+        search_alg=searcher(config.search, chosen, goals, config.seed, trials, Path(search.folder), config.name),
+        num_samples=trials, **common,
+    )  # fmt: skip
+
+
+def _began(result: tune.Result) -> float:
+    """When a trial was begun, or gone on with; last those that told nothing."""
+    return (result.metrics or {}).get("began", float("inf"))
 
 
 def _row(result: tune.Result, metrics: tuple[str, ...]) -> Row:

@@ -48,7 +48,7 @@ def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
     job, began = search.job, time.time()
     shared.use(search.shelf)
     total, settled = job.epochs(config), job.settled(config)
-    folder, said = run_folder(config), {}
+    folder, said = run_folder(config), {"began": began}
 
     def shape(metrics: dict[str, Any], before: int) -> dict[str, Any]:
         done, scores = job.told(config, metrics)
@@ -64,7 +64,7 @@ def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
         with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             scores = job.run(config, Reporter(shape, keep))
     except NotFinite as e:
-        tune.report({"epoch": 0, "epochs": total, "judged": False, "finished": False, "trouble": str(e)})
+        tune.report({"epoch": 0, "epochs": total, "judged": False, "finished": False, **said, "trouble": str(e)})
         return
     finally:
         gc.collect()
