@@ -23,12 +23,13 @@ from finetune.examples import Example
 from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES
 from finetune.scenes.names import say
+from raylib.backbones import BACKBONES
 from raylib.backbones.single_stream import SingleStream, tiny
 from raylib.config import override
 from raylib.model.encoder import Condition
 from raylib.ragged import Ragged
 from raylib.sample.concepts import DATA
-from raylib.text import Tokenizer
+from raylib.text import Prompted, Tokenizer
 from tests.made import SMALL, make_model
 
 
@@ -106,6 +107,21 @@ def test_states_are_those_that_the_head_reads(tokenizer, build, pictures):
         for j, text in enumerate(row):
             model({"text": encode_texts([text], tokenizer, 12), **pictures.read([str(i)])})
             torch.testing.assert_close(got[j, i].double(), F.normalize(read[-1][0], dim=0), atol=1e-6, rtol=0)
+
+
+def mclip():
+    made = BACKBONES["mclip"]
+    return made.build(made.sizes["tiny"].model_copy(update={"vocabulary": 12000})).double()
+
+
+@pytest.mark.parametrize("build", [lambda: make_model(vocabulary=12000, positions=64), mclip])
+def test_retrieval_models_are_compared_by_the_vectors_that_they_retrieve_with(tokenizer, build):
+    model = build().eval()
+    got = parallel_states(model, parallel_of(TEXTS), None, tokenizer, 12)
+    for i, row in enumerate(TEXTS):
+        for j, text in enumerate(row):
+            wanted = F.normalize(model.embed_sentences(encode_texts([text], tokenizer, 12))[0], dim=0)
+            torch.testing.assert_close(got[j, i].double(), wanted.detach(), atol=1e-6, rtol=0)
 
 
 def test_similarity_is_the_slow_loop_and_its_control_has_no_parallel_pair():
@@ -202,6 +218,9 @@ def test_spans_of_a_tokenizer_json(tmp_path):
     made = Tokenizer.load(tmp_path)
     assert find_tokens(made, "a hund bellt", find_word("Hund", "a hund bellt"), 40) == [2, 3]
     assert find_tokens(made, "a hund bellt", (2, 6), 4) == [2]  # <s> a hun </s>
+    for prompted in (Prompted(made, words="a hund"), Prompted(made, ids=(7, 8, 9))):
+        shift = len(prompted.encode(["a hund bellt"])[0]) - len(made.encode(["a hund bellt"])[0])
+        assert shift == 3 and find_tokens(prompted, "a hund bellt", (2, 6), 40) == [5, 6]
 
 
 def test_words_are_found_whole_and_once():

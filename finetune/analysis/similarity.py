@@ -22,7 +22,6 @@ from finetune.model import FinetuneModel
 from finetune.pictures import Pictures
 from raylib.loop import to_device
 from raylib.model.unified import UnifiedModel
-from raylib.ragged import first_tokens
 from raylib.text import Tokenizer
 
 BATCH = 16  # items in every language at a time
@@ -41,8 +40,8 @@ def parallel_states(
             for place, column in enumerate(columns):
                 examples = [row[place] for row in rows]
                 text = to_device({"text": encode_texts([e.texts[-1] for e in examples], tokenizer, length)}, device)["text"]
-                if isinstance(model, UnifiedModel):
-                    states = model.embed_text(model.encode_text(text, first_tokens(text.lengths)))
+                if not isinstance(model, FinetuneModel):
+                    states = model.embed_sentences(text)
                 else:
                     if condition is None or not examples[0].images:  # a premise is another in each language
                         condition = model.condition(to_device(read_inputs(examples, pictures, tokenizer, length), device))

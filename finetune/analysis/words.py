@@ -47,10 +47,13 @@ def _load(path: Path):
 
 
 def find_tokens(tokenizer: Tokenizer, text: str, span: tuple[int, int], length: int) -> list[int]:
-    """Tokens, counted with <s> as `add_specials` puts it, that stand for any letter of text[span]; those cut off by `length`
-    are not among them."""
+    """Tokens, counted with <s> as `add_specials` puts it and a prompt before the text, that stand for any letter of text[span];
+    those cut off by `length` are not among them."""
     start, end = span
-    return [i + 1 for i, (a, b) in enumerate(spans(tokenizer, text)[: length - 2]) if a < end and b > start]
+    plain = getattr(tokenizer, "plain", tokenizer)
+    prompt = len(tokenizer.encode([text])[0]) - len(plain.encode([text])[0])
+    found = [prompt + i for i, (a, b) in enumerate(spans(tokenizer, text)) if a < end and b > start]
+    return [i + 1 for i in found if i < length - 2]
 
 
 def find_word(word: str, text: str) -> tuple[int, int] | None:
