@@ -150,7 +150,7 @@ def test_the_cost_is_what_was_trained_and_what_was_not():
     done = [Row("0", "finished", {}, {"one": 0.5}, 8, 8, 3600, 1, None)] * 2
     stopped = [Row("1", "stopped", {}, {"one": 0.2}, 2, 8, 900, 1, None)]  # at its speed the other 6 would take 2700 s
     told = report.cost([*done, *stopped])
-    assert "| trained | 3 | 18 | 2.25 |" in told and "| 1 | 6 | 0.75 |" in told and "25 % of the epochs" in told
+    assert "| trained | 3 | 18 | 2.2 h |" in told and "| 1 | 6 | 45.0 min |" in told and "25 % of the epochs" in told
 
 
 def test_the_verdict_compares_seed_by_seed():

@@ -84,13 +84,17 @@ def cost(rows: Sequence) -> str:
         if row.state == "stopped" and row.epoch:
             saved += row.seconds / row.epoch * (row.epochs - row.epoch)
     trained, whole = sum(row.epoch for row in rows), sum(row.epochs for row in rows if row.state != "failed")
-    lines = [["", "trials", "epochs", "hours of trials"], ["trained", str(len(rows)), f"{trained:g}", f"{spent / 3600:.2f}"]]
+    lines = [["", "trials", "epochs", "time of trials"], ["trained", str(len(rows)), f"{trained:g}", _time(spent)]]
     stopped = [row for row in rows if row.state == "stopped"]
     left = sum(row.epochs - row.epoch for row in stopped)
     if not stopped:
         return markdown.table(lines)
-    lines.append(["not trained, for they were stopped", str(len(stopped)), f"{left:g}", f"{saved / 3600:.2f}"])
+    lines.append(["not trained, for they were stopped", str(len(stopped)), f"{left:g}", _time(saved)])
     return markdown.table(lines) + f"\n\nStopping saved {100 * left / whole:.0f} % of the epochs."
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 def _counted(rows: Sequence) -> str:
@@ -112,10 +116,13 @@ def _verdict(config: SearchConfig, found: Sequence[Final]) -> str:
             continue
         mean, half = interval(pairs)
         where = f"{figure}, test sets" if figure in ("English", "targets") else figure
-        sure = "beats" if half is not None and mean - half > 0 else "is below" if half is not None and mean + half < 0 else None
-        told = f"{percent(mean)} points{'' if half is None else f' ± {percent(half)}'}"
-        lines.append(f"- {where}: the best {sure} the published setting, by {told}" if sure else
-                     f"- {where}: no difference that {len(pairs)} seeds could show, {told}")  # fmt: skip
+        if half is None:
+            lines.append(f"- {where}: {percent(mean)} points on the one seed: no interval")
+        elif abs(mean) > half:
+            how = "beats" if mean > 0 else "is below"
+            lines.append(f"- {where}: the best {how} the published setting, by {percent(mean)} points ± {percent(half)}")
+        else:
+            lines.append(f"- {where}: no difference that {len(pairs)} seeds could show, {percent(mean)} points ± {percent(half)}")
     return "Seed by seed, with 95 % confidence intervals:\n\n" + "\n".join(lines)
 
 
