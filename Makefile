@@ -1,7 +1,7 @@
 # make run [NAME=sample] [ARGS="fit.steps=100 ..."]   pretrain `tiny` on the sample corpus, on a local Ray cluster
 # make finetune    that run's model on the four tasks of the emoji scenes: some minutes each, then one table
 # make transfer    that run's model in four languages by papers 3 and 4: small weights, translations, distillation; one table
-# make search [SPACE=best_of_all]    that run's model: which methods together, how much of each; a report
+# make search [SPACE=best_of_scenes]    that run's model: which methods together, how much of each; a report
 # make install     .venv with the pinned requirements and this project (the others do it when needed)
 # make test        lint and fast tests
 # make drills      what breaks a real local cluster on purpose
@@ -14,7 +14,7 @@ ARGS ?=
 CPUS ?= 2
 GPUS ?= 0
 PORT ?= 8265
-SPACE ?= best_of_all
+SPACE ?= best_of_scenes
 SEARCH ?= recipe=scenes_xgqa trials=16 train_limit=3000 epochs=5 test_limit=300 top=2
 TASKS ?= xgqa xvnli xflickrco marvl
 TRANSFER ?= zero_shot zero_shot_mt full mt lora adapter compacter soft_prompt routine1_lora routine2_lora routine3_lora \

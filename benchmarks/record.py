@@ -5,6 +5,7 @@
                                                  experiments behind the recipe `tiny`
     python -m benchmarks.record --finetune RUN ...  append RUN/result.json of each to results/finetune.jsonl
     python -m benchmarks.record --scenes FOLDER  append what is reached there without pictures to results/scenes.jsonl
+    python -m benchmarks.record --search RUN     append what RUN/report.md says of the best to results/searches.jsonl
     python -m benchmarks.record                  only write the READMEs again from what is recorded
 """
 
@@ -32,7 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trial", action="store_true", help="RUN is an experiment of other settings")
     parser.add_argument("--finetune", action="store_true", help="RUN is a fine-tuning run")
     parser.add_argument("--scenes", type=Path, help="a folder of emoji scenes")
+    parser.add_argument("--search", type=Path, help="the folder of a search that is complete")
     given = parser.parse_args(arguments)
+    if given.search:
+        append(RESULTS / "searches.jsonl", searched(given.search))
     if given.scenes:
         append(RESULTS / "scenes.jsonl", measure(given.scenes))
     for run in given.run:
@@ -48,8 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
     blind = (read(RESULTS / "scenes.jsonl") or [{}])[-1]
     parts = {"table": report.table(newest), "reading": reading(newest), "speed": speed()}
     write_parts(ROOT / "README.md", **parts, finetune=tables(read(RESULTS / "finetune.jsonl"), blind))
-    from benchmarks import ablations, unfreezing  # which record through this module
+    from benchmarks import ablations, search, unfreezing  # which record through this module
 
+    found = [line["found"] for line in read(RESULTS / "searches.jsonl")[-1:]]
+    write_parts(ROOT / "README.md", search="\n\n".join([*found, search.table(read(search.FILE))]))
     saved = unfreezing.table(read(unfreezing.FILE)[-1]["seconds"])
     write_parts(ROOT / "benchmarks" / "README.md", trials=trials(), ablations=ablations.table(), unfreezing=saved)
 
@@ -60,6 +66,15 @@ def write_parts(path: Path, **parts: str) -> None:
     for name, part in parts.items():
         text = re.sub(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, p=part: f"{m[1]}{p}\n{m[2]}", text, flags=re.S)
     path.write_text(text, encoding="utf-8")
+
+
+def searched(folder: Path) -> dict:
+    """What a search's report says of its best."""
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    head = text.split("\n\n")[1]
+    best = text.split("## The best\n\n")[1].split("\n\n## ")[0]
+    cost = text.split("## What it cost\n\n")[1].split("\n\n## ")[0]
+    return {"search": folder.name, "found": "\n\n".join([head, best, cost])}
 
 
 def trial(run: Path, result: dict) -> dict:

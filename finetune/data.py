@@ -57,18 +57,24 @@ def test_split(config: FinetuneConfig) -> str:
 
 
 def dev_split(config: FinetuneConfig, language: str) -> str:
-    """The split that is the dev set of `language`: one of its own, or, of English, "dev".
+    """The split that is the dev set of `language`: one of its own, or, of English, "dev". Where a model is tested on translations
+    into English, so is this one.
 
     Raises:
-        UserError: the task has none in that language.
+        UserError: the task has none in that language, or no translation of it.
     """
-    task = find_task(config)
-    own = [name for name in ("target_dev", "shots_dev") if name in task.splits]
+    task, name = find_task(config), None
     if "dev" in task.splits and (language == "en" or task.source("dev", language) != task.source("dev", "en")):
-        return "dev"
-    if language == "en" or not own:
+        name = "dev"
+    elif language != "en":
+        name = next((name for name in ("target_dev", "shots_dev") if name in task.splits), None)
+    if name is None:
         raise UserError(f"{config.task} has no development set in '{language}'")
-    return own[0]
+    if language != "en" and test_split(config) == "translated":
+        name += "_to_en"
+        if name not in task.splits:
+            raise UserError(f"{config.task} has no development set in '{language}' in translation, which routine 3 is judged by")
+    return name
 
 
 def training_examples(config: FinetuneConfig, language: str | None) -> list:
@@ -95,7 +101,7 @@ def training_captions(config: FinetuneConfig) -> Callable[[str, str], dict[str, 
 
     def read(made: str, language: str) -> dict[str, tuple[str, ...]]:
         items = read_split(config, f"{split}{made}", language, config.train_limit if split == "train" else None)
-        return {item.image: item.captions for item in merge(list(items))}
+        return {item.image: item.captions for item in merge(read_whole(items))}
 
     return read
 
@@ -131,7 +137,7 @@ def labels_of(config: FinetuneConfig) -> tuple[str, ...]:
     if found and config.answers is None:
         return read_answers(found)
     counts: Counter[str] = Counter()
-    for example in read_split(config, "train", "en", config.train_limit):
+    for example in read_whole(read_split(config, "train", "en", config.train_limit)):
         counts.update(example.labels)
     if not counts:
         raise UserError(f"{config.data}: no answers in the training file of {config.task}")

@@ -162,7 +162,7 @@ def read_result(run: Path) -> dict[str, Any]:
     except (OSError, ValueError) as e:
         raise UserError(f"{run}/result.json: not read ({e}); give finished runs") from None
     if "dev" in result:
-        raise UserError(f"{run}: a trial of a search, never tested; python -m finetune evaluate {run}")
+        raise UserError(f"{run}: a trial of a search, which was never tested; run the search's best.yaml")
     return result
 
 

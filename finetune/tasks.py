@@ -103,6 +103,7 @@ def _xtd_few() -> dict[str, Split]:
     return {
         **{name: part(name, "test_1kcaptions_{language}.txt", up="") for name in captions.XTD_PARTS},
         "train_to_en": part("train", "translated_to_en/{language}.txt"),
+        "dev_to_en": part("dev", "translated_to_en/{language}.txt"),
         "train_from_en": part("train", "translated_from_en/{language}.txt"),
         "translated": part("test", "translated_to_en/{language}.txt"),
     }
@@ -191,6 +192,7 @@ TASKS: dict[str, Task] = {
             "test": Split("xFlickrCO/annotations/{language}/test.jsonl", captions.read_flickr),
             "shots": Split("xFlickrCO/annotations/{language}/train_{shots}.jsonl", captions.read_flickr),
             "target_dev": Split("xFlickrCO/annotations/{language}/dev.jsonl", captions.read_flickr),
+            "target_dev_to_en": Split("xFlickrCO/annotations_machine-translate/{language}/dev_gmt.jsonl", captions.read_flickr),
             "translated": Split("xFlickrCO/annotations_machine-translate/{language}/test_gmt.jsonl", captions.read_flickr),
             "shots_to_en": Split("xFlickrCO/annotations_machine-translate/{language}/train_{shots}_gmt.jsonl",
                                  captions.read_flickr),
@@ -221,7 +223,7 @@ TASKS: dict[str, Task] = {
             split: Split(f"multi30k/translated_{way}_en/{part}.{{language}}", captions.read_multi30k,
                          {"images": f"../data/task1/image_splits/{part}.txt"})
             for split, way, part in (("train_to_en", "to", "train"), ("train_from_en", "from", "train"),
-                                     ("translated", "to", "test_2016_flickr"))
+                                     ("dev_to_en", "to", "val"), ("translated", "to", "test_2016_flickr"))
         },
     ),
     "coco": Task(

@@ -70,7 +70,9 @@ def check(config: FinetuneConfig) -> None:
         split = test_split(config) if language != "en" else config.split
         reading = read_split(config, split, language, 1)
         if language in config.dev_languages:
-            next(iter(read_split(config, dev_split(config, language), language, 1)), None)
+            dev = read_split(config, dev_split(config, language), language, 1)
+            if not next(iter(dev), None):
+                raise UserError(f"{dev.path}: empty")
         if config.setting == "few_shot" and language != "en":
             next(iter(read_split(config, "shots", language, 1)), None)
         if not next(iter(reading), None):
@@ -142,5 +144,6 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         figures = evaluate_model(part, model, tokenizer, pictures, run)
         results.append({**before, "languages": with_confusions(part, figures, run)})
     result = {**stored, **report.summarise(config, results)}
+    result.pop("dev", None)  # of a search's run, which is tested now
     report.write(folder, result)
     return result

@@ -95,6 +95,8 @@ class Work:
             seen = [*examples, *(item for items in dev.values() for item in items)]
             getattr(tokenizer, "plain", tokenizer).remember([text for item in seen for text in item.texts])
         home = Path(config.runs).absolute() if self.epochs or self.language else runtime.run  # rounds and parts share pictures
+        if shared.store():
+            home = shared.store().folder  # and so do trials
         pictures = encoded(config, model, pictures, [*examples, *(item for items in dev.values() for item in items)], home)
         place = (tokenizer, config.length)
         order = (config.batch, fit_config.seed, runtime.rank, runtime.world, methods.draws())
@@ -170,7 +172,7 @@ def _dev(config: FinetuneConfig, language: str | None) -> dict[str, list]:
     if own and split == "dev" and language != "en":
         own = task.source("dev", language) != task.source("dev", "en")
     if (config.select == "best" or not config.tests) and (own or "dev" in task.splits):
-        sets = {language: split} if own else {"en": "dev"}
+        sets = {language: dev_split(config, language)} if own else {"en": "dev"}
     for code in config.dev_languages:
         if language in (None, code):
             sets.setdefault(code, dev_split(config, code))

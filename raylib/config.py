@@ -50,7 +50,7 @@ def change(config: C, changes: Mapping[str, Any], where: str = "settings") -> C:
     values, known = config.model_dump(), paths(type(config))
     for path, value in changes.items():
         if path not in known:
-            raise UserError(f"unknown setting '{path}'{_near(path, known)}")
+            raise UserError(f"unknown setting '{path}'{near(path, known)}")
         *parents, name = path.split(".")
         node = values
         for parent in parents:
@@ -68,7 +68,7 @@ def build(cls: type[C], values: dict[str, Any], where: str) -> C:
         first = e.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{where}: unknown setting '{path}'{_near(path, paths(cls))}") from None
+            raise UserError(f"{where}: unknown setting '{path}'{near(path, paths(cls))}") from None
         message = first["msg"].removeprefix("Value error, ")
         got = f" (got {first['input']!r})" if path else ""
         raise UserError(f"{where}: {path + ': ' if path else ''}{message}{got}") from None
@@ -117,10 +117,11 @@ def choose(name: str, choices: dict[str, Any], what: str) -> Any:
     """`choices[name]`, or a `UserError` that lists the near matches, then all of them."""
     if name in choices:
         return choices[name]
-    raise UserError(f"unknown {what} '{name}'{_near(name, list(choices))}; there are: {', '.join(choices)}")
+    raise UserError(f"unknown {what} '{name}'{near(name, list(choices))}; there are: {', '.join(choices)}")
 
 
-def _near(name: str, known: list[str]) -> str:
+def near(name: str, known: list[str]) -> str:
+    """"; did you mean ...?" of what is known and like `name`; nothing where nothing is."""
     tail = {k.rsplit(".", 1)[-1]: k for k in known}
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     close += [tail[t] for t in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(tail), n=2, cutoff=0.7)]

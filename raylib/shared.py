@@ -13,6 +13,8 @@ T = TypeVar("T")
 
 
 class Store(Protocol):
+    folder: Path  # of the search: where files lie that its trials share
+
     def fetch(self, key: str, make: Callable[[], Any]) -> Any:
         """What is kept under `key`, or else what `make` makes, kept from then on."""
 

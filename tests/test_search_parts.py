@@ -1,8 +1,7 @@
 """What a search is made of, without a cluster: who is stopped, what Optuna is told, what the report reckons."""
 
-import json
 import statistics
-from pathlib import Path
+import time
 
 import optuna
 import pytest
@@ -11,13 +10,15 @@ from ray.tune.schedulers import TrialScheduler
 
 from finetune.recipes import RECIPES
 from raylib.config import override
-from raylib.tune import figures, report, space
+from raylib.errors import UserError
+from raylib.tune import figures, report, schedulers, space
 from raylib.tune.config import SearchConfig
 from raylib.tune.finals import Final
 from raylib.tune.schedulers import Asha, Median, Within, population, scheduler
 from raylib.tune.searcher import searcher, state_of
 from raylib.tune.space import Choice, Float, Int, OneOf, Space
 from raylib.tune.sweep import Row
+from raylib.tune.told import tell
 from tune_spaces.jobs import Finetuning
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
@@ -26,22 +27,22 @@ CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 class Trial:
     """What a scheduler sees of one."""
 
-    def __init__(self, name: str, folder: Path, status: str = "RUNNING"):
-        self.trial_id, self.local_path, self.status = name, str(folder / name), status
+    def __init__(self, name: str):
+        self.trial_id, self.status = name, "RUNNING"
 
 
 class Controller:
     def __init__(self, trials):
-        self.get_trials = lambda: trials
+        self.get_trials = self.get_live_trials = lambda: trials
 
 
-def told(epoch: int, score: float, judged: bool = True) -> dict:
-    return {"epoch": epoch, "score": score, "judged": judged}
+def told(age: int, score: float, judged: bool = True) -> dict:
+    return {"age": age, "score": score, "judged": judged}
 
 
 def test_asha_stops_who_is_behind_at_a_rung_and_judges_none_too_early(tmp_path):
-    trials = [Trial(str(i), tmp_path) for i in range(5)]
-    rule, controller = scheduler("asha", "score", grace=1, reduction=2.0, longest=9), Controller(trials)
+    trials = [Trial(str(i)) for i in range(5)]
+    rule, controller = scheduler("asha", "score", grace=1, reduction=2.0, longest=9, runs=tmp_path), Controller(trials)
     for trial in trials:
         rule.on_trial_add(controller, trial)
     assert isinstance(rule, Asha)
@@ -52,21 +53,29 @@ def test_asha_stops_who_is_behind_at_a_rung_and_judges_none_too_early(tmp_path):
     assert rule.on_trial_result(controller, trials[3], told(1, 0.6)) == CONTINUE
     assert rule.on_trial_result(controller, trials[0], told(2, 0.7)) == CONTINUE
     assert rule.on_trial_result(controller, trials[2], told(3, 0.2)) == STOP  # now it is what it will be, and at the rung of 2
-    assert rule.on_trial_result(controller, trials[4], {"epoch": 1, "judged": True}) == CONTINUE  # a pruning round has no score
+    assert rule.on_trial_result(controller, trials[4], {"age": 0, "judged": True}) == CONTINUE  # a pruning round has no score
 
 
 @pytest.mark.parametrize("stop", ["asha", "median"])
-def test_what_ended_trials_had_scored_is_known_after_a_restart(tmp_path, stop):
-    before = [Trial(str(i), tmp_path, "TERMINATED") for i in range(4)]
+@pytest.mark.parametrize("restarted", [True, False])
+def test_what_trials_had_scored_is_known_after_a_restart(tmp_path, stop, restarted):
+    before = [Trial(str(i)) for i in range(4)]  # some of them ended, one goes on: it has been at its first rung
     for trial in before:
-        Path(trial.local_path).mkdir()
-        lines = [json.dumps(told(1, 0.8)), json.dumps(told(2, 0.9)), '{"epo']  # the last one was cut off
-        (Path(trial.local_path) / "result.json").write_text("\n".join(lines))
-    fresh = Trial("fresh", tmp_path)
-    rule, controller = scheduler(stop, "score", grace=1, reduction=2.0, longest=9), Controller([*before, fresh])
-    rule.on_trial_add(controller, fresh)
+        (tmp_path / trial.trial_id).mkdir()
+        for age, score in ((1, 0.8), (2, 0.9)):
+            tell(tmp_path / trial.trial_id, told(age, score))
+        with open(tmp_path / trial.trial_id / "told.jsonl", "a") as file:
+            file.write('{"ag')  # cut off
+    fresh = Trial("fresh")
+    rule, controller = scheduler(stop, "score", 1, 2.0, 9, tmp_path), Controller([*before, fresh])
+    for trial in (*before, fresh):
+        rule.on_trial_add(controller, trial)
     assert isinstance(rule, Asha | Median)
-    assert rule.on_trial_result(controller, fresh, told(1, 0.3)) == STOP
+    # what this driver's own trials tell comes to the rule by itself
+    schedulers.STARTED = time.time() if restarted else 0.0
+    assert rule.on_trial_result(controller, fresh, told(1, 0.3)) == (STOP if restarted else CONTINUE)
+    if restarted and stop == "asha":
+        assert rule.on_trial_result(controller, before[0], told(2, 0.1)) == CONTINUE  # this rung it has passed
 
 
 def test_stages_that_mean_something_else_are_not_judged():
@@ -80,7 +89,7 @@ def test_stages_that_mean_something_else_are_not_judged():
     assert (job.settled(config()), job.epochs(config())) == (1, 6)
     assert job.settled(config("strategies.unfreezing.layers=3")) == 3  # 3, 6, then all 8 layers are trained
     sparse = config("strategies.sparse.rounds=4", "strategies.sparse.epochs=2")
-    assert (job.settled(sparse), job.epochs(sparse)) == (9, 14)
+    assert (job.settled(sparse), job.epochs(sparse), job.rounds(sparse)) == (9, 14, 8)
     both = config("strategies.sparse.rounds=4", "strategies.sparse.epochs=2", "strategies.unfreezing.layers=4")
     assert job.settled(both) == 10
     assert job.settled(config("strategies.head_first.epochs=2")) == 3
@@ -107,10 +116,11 @@ def test_the_searcher_proposes_what_is_published_first_and_tells_optuna_the_trut
         one.suggest(name)
         one.on_trial_result(name, {"one": 0.5, "epoch": 1})
     one.on_trial_complete("finished", {"one": 0.75, "epoch": 2, "finished": True})
-    one.on_trial_complete("stopped", {"one": 0.5, "epoch": 1, "finished": False})
+    one.on_trial_complete("stopped", {"one": 0.625, "epoch": 3, "finished": False})  # Tune tells no more of this epoch
     one.on_trial_complete("crashed", {"one": 0.5, "epoch": 1, "finished": False}, error=True)
     assert [(t.state, t.value) for t in one._ot_study.trials] == [
-        (TrialState.COMPLETE, 0.75), (TrialState.PRUNED, 0.5), (TrialState.FAIL, None)]  # fmt: skip
+        (TrialState.COMPLETE, 0.75), (TrialState.PRUNED, 0.625), (TrialState.FAIL, None)]  # fmt: skip
+    assert one._ot_study.trials[1].intermediate_values == {1: 0.5, 3: 0.625}
     one.suggest("lost")
     state = tmp_path / "state.pkl"
     one._ot_trials.pop("lost")  # as Tune's state is, when it dies before it saves
@@ -124,8 +134,11 @@ def test_populations_stay_within_their_ranges_and_refuse_what_cannot_change():
     knobs = {"optim.lr": Float(1e-4, 1e-3, log=True), "strategies.prior.k": Int(2, 10), "way": Choice("a", "b")}
     moved = Within(knobs)({"optim.lr": 1.2e-3, "strategies.prior.k": 1, "way": "b"})
     assert moved == {"optim.lr": 1e-3, "strategies.prior.k": 2, "way": "b"}
-    rule = population(knobs, "one", 1, 0, ("optim.lr", "strategies.prior.k", "way"))
-    assert set(rule._hyperparam_mutations) == set(knobs)
+    rule = population({**knobs, "batch": 32}, "one", 1, 0, ("optim.lr", "strategies.prior.k", "way"))
+    assert set(rule._hyperparam_mutations) == set(knobs)  # what is always the same moves nowhere
+    assert rule.on_trial_result(None, None, {"epoch": 4, "epochs": 4}) == CONTINUE  # at its end a member changes no more
+    with pytest.raises(UserError, match="batch cannot change in mid-run"):
+        population({"batch": Choice(15, 30)}, "one", 1, 0, ("optim.lr",))
 
 
 def rows(values, state="finished"):
@@ -162,7 +175,7 @@ def test_the_verdict_compares_seed_by_seed():
     told = report._verdict(config, [best, published])
     # differences 0.051, 0.052, 0.053: their spread is far below that of the seeds
     half = 100 * 4.302653 * statistics.stdev([0.051, 0.052, 0.053]) / 3**0.5
-    assert f"english_dev: the best beats the published setting, by 5.2 points ± {half:.1f}" in told
+    assert f"english_dev, which it was chosen by: the best beats the published setting, by 5.2 points ± {half:.1f}" in told
     assert "targets, test sets: no difference that 3 seeds could show, 20.0 points" in told
     assert "does not beat it" in report._verdict(config, [published])
 

@@ -4,7 +4,8 @@
     python -m tune_spaces SPACE                what the space holds, and its published settings
 
 SPACE is one of those below, or a Python file of yours that defines SPACE, a dict or a `raylib.tune.space.Space`. Settings are
-the search's (`raylib/tune/config.py`), or else the recipe's, by their paths.
+the search's (`raylib/tune/config.py`), or else the recipe's, by their paths; where both have one of a name, `recipe.select=last`
+is the recipe's.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from raylib.config import choose, override
+from raylib.config import choose, near, override, paths
 from raylib.errors import UserError, disk_is_full
 from raylib.tune.config import SearchConfig
 from raylib.tune.space import Space, described
@@ -59,6 +60,9 @@ def _search(arguments: list[str]) -> int:
 
     search, rest = parse(given.settings, space.recipe)
     job, base = find(search.recipe)
+    for setting in rest:
+        if (path := setting.partition("=")[0]) not in (known := [*SearchConfig.model_fields, *paths(type(base))]):
+            raise UserError(f"unknown setting '{path}'{near(path, known)}")
     base = override(base, rest)
     if not search.name:
         search = search.model_copy(update={"name": f"{name}_{search.recipe}"})
@@ -94,7 +98,8 @@ def parse(settings: list[str], recipe: str) -> tuple[SearchConfig, list[str]]:
     if not recipe and not any(s.startswith("recipe=") for s in own):
         raise UserError("recipe= is missing: say what the trials run")
     runs = os.environ.get("POLYGLANCE_RUNS", "runs")  # a job's working directory is a copy that goes away
-    return override(SearchConfig(recipe=recipe, runs=runs), own), [s for s in settings if s not in own]
+    rest = [s.removeprefix("recipe.") for s in settings if s not in own]
+    return override(SearchConfig(recipe=recipe, runs=runs), own), rest
 
 
 if __name__ == "__main__":

@@ -1,26 +1,28 @@
 """What a search may do with each stage: a fine-tuning run, a pretraining run (`raylib.tune.config.Job`)."""
 
+import copy
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-from finetune.build import build_adapted
+from finetune.build import build_methods, build_model
 from finetune.config import FinetuneConfig
-from finetune.data import dev_split, find_task, languages_of
+from finetune.data import dev_split, languages_of
 from finetune.recipes import RECIPES as FINETUNE
 from finetune.report import scores_of
 from finetune.train import check, epochs_of, evaluate_run
 from finetune.train import run as finetune
+from finetune.worker import silent
 from pretrain.evaluate import summary
 from pretrain.recipes import RECIPES as PRETRAIN
 from pretrain.train import PretrainConfig, resolve_data
 from pretrain.train import run as pretrain
-from raylib.config import choose
+from raylib.config import choose, dump
 from raylib.errors import UserError
 from raylib.launch import LaunchConfig, run_folder
 from raylib.metrics import mean
-from raylib.tune.config import Job, Select
+from raylib.tune.config import GOALS, Job, Select
 from raylib.tune.reporter import Reporter
 
 PARTED = ("few_shot", "single_language")  # settings that train each language apart
@@ -36,6 +38,7 @@ class Finetuning:
 
     def __init__(self):
         self.depths: dict[str, int] = {}  # of each model
+        self.built: dict[str, Any] = {}  # models without methods, while settings are checked
 
     def searched(self, config: FinetuneConfig, select: Select) -> FinetuneConfig:
         if not config.trains:
@@ -47,8 +50,6 @@ class Finetuning:
             raise UserError(f"setting={config.setting} trains each language apart, and English says little of that; "
                             "set select=target_dev")  # fmt: skip
         targets = tuple(code for code in languages_of(config) if code != "en") if select != "english_dev" else ()
-        for code in targets:
-            dev_split(config, code)
         if select != "target_dev":
             dev_split(config, "en")
         return config.model_copy(update={"tests": False, "dev_languages": targets, "curves": False})
@@ -56,15 +57,33 @@ class Finetuning:
     def ready(self, config: FinetuneConfig) -> FinetuneConfig:
         return config.model_copy(update={"tests": True, "dev_languages": ()})
 
-    def metrics(self, config: FinetuneConfig) -> tuple[str, ...]:
+    def looked(self, select: Select) -> str:
+        return {
+            "english_dev": "the English development set alone, so transfer to other languages is zero-shot",
+            "target_dev": "**the target languages' development sets**, so nothing here is zero-shot selection",
+            "both": "the English **and the target languages'** development sets, as two goals",
+        }[select]
+
+    def metrics(self, config: FinetuneConfig, select: Select) -> tuple[str, ...]:
         own = [f"dev/{code}" for code in config.dev_languages]
-        english = ["english_dev"] if config.setting not in PARTED and "dev" in find_task(config).splits else []
-        return (*english, *(["target_dev"] if own else []), *own)
+        return (*([] if select == "target_dev" else ["english_dev"]), *(["target_dev"] if own else []), *own)
 
     def check(self, config: FinetuneConfig) -> None:
         check(config)
-        model, _ = build_adapted(config)
-        self.depths[config.model] = model.depths
+        for code in config.dev_languages:
+            dev_split(config, code)
+        bare = config.model_copy(update={"strategies": type(config.strategies)()})
+        key = dump(bare)
+        if key not in self.built:
+            self.built[key] = build_model(bare)
+        self.depths[config.model] = self.built[key].depths
+        build_methods(config, silent).adapt(copy.deepcopy(self.built[key]))
+
+    def checked(self) -> None:
+        self.built.clear()
+
+    def rounds(self, config: FinetuneConfig) -> int:
+        return epochs_of(config) - config.epochs
 
     def epochs(self, config: FinetuneConfig) -> int:
         parts = len([c for c in languages_of(config) if config.setting == "single_language" or c != "en"])
@@ -77,7 +96,7 @@ class Finetuning:
             epochs = math.ceil(self.depths[config.model] / strategies.unfreezing.layers)
         if strategies.head_first:
             epochs = max(epochs, strategies.head_first.epochs + 1)
-        return epochs_of(config) - config.epochs + epochs
+        return self.rounds(config) + epochs
 
     def told(self, config: FinetuneConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
         dev = {name.removeprefix("dev/"): value for name, value in metrics.items() if name.startswith("dev/")}
@@ -92,7 +111,7 @@ class Finetuning:
 
     def _scores(self, config: FinetuneConfig, dev: dict[str, float]) -> dict[str, float]:
         own = {f"dev/{code}": dev[code] for code in config.dev_languages if code in dev}
-        english = {"english_dev": dev["en"]} if "english_dev" in self.metrics(config) and "en" in dev else {}
+        english = {"english_dev": dev["en"]} if "en" in dev and config.setting not in PARTED else {}
         return english | ({"target_dev": mean(own.values())} if own else {}) | own
 
 
@@ -112,11 +131,21 @@ class Pretraining:
     def ready(self, config: PretrainConfig) -> PretrainConfig:
         return config
 
-    def metrics(self, config: PretrainConfig) -> tuple[str, ...]:
-        return "english_dev", "target_dev"
+    def looked(self, select: Select) -> str:
+        part = {"english_dev": "English", "target_dev": "all languages but English", "both": "English and the others, two goals"}
+        return f"{part[select]}, of the retrieval set **that results of pretraining are told of too**: there is no other"
+
+    def metrics(self, config: PretrainConfig, select: Select) -> tuple[str, ...]:
+        return GOALS[select]
 
     def check(self, config: PretrainConfig) -> None:
         resolve_data(config)
+
+    def checked(self) -> None:
+        pass
+
+    def rounds(self, config: PretrainConfig) -> int:
+        return 0
 
     def epochs(self, config: PretrainConfig) -> int:
         """Evaluations: pretraining has no epochs to judge by."""

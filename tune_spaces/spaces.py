@@ -10,6 +10,33 @@ from raylib.tune.space import Choice, Each, Float, Int, OneOf, Space
 SMALL = Float(3e-5, 3e-4, log=True)  # P4's learning rates of small modules, and of all weights
 WHOLE = Float(1e-6, 1e-5, log=True)
 
+
+
+def _best_of_all(recipe: str, summary: str, layers: int) -> Space:
+    """Methods that go together; `layers`: at most so many are unfrozen in an epoch."""
+    return Space(
+        summary,
+        recipe,
+        {
+            "frozen": OneOf(no={}, encoders={"freeze": UNIMODAL}),
+            "prior": OneOf(no={}, yes={"strategies.prior.alpha": Float(1, 100, log=True),
+                                       "strategies.prior.k": Int(2, 50, log=True)}),
+            "code_mixing": OneOf(no={}, yes={"strategies.code_mixing.probability": Float(0.05, 1)}),
+            "sparse": OneOf(no={}, yes={"strategies.sparse.rate": Float(0.05, 0.5), "strategies.sparse.rounds": Int(1, 5)}),
+            "layers": OneOf(all={}, unfreezing={"strategies.unfreezing.layers": Int(1, layers)},
+                            decay={"strategies.layer_decay.factor": Float(0.5, 1.0)}),
+        },
+        published=(
+            {"frozen": "no", "prior": "yes", "strategies.prior.alpha": 10.0, "strategies.prior.k": 10,
+             "code_mixing": "yes", "strategies.code_mixing.probability": 0.9, "sparse": "yes", "strategies.sparse.rate": 0.1,
+             "strategies.sparse.rounds": 5, "layers": "all"},  # P0's best
+            {"frozen": "encoders", "prior": "no", "code_mixing": "no", "sparse": "no", "layers": "all"},  # P2's
+            {"frozen": "no", "prior": "no", "code_mixing": "no", "sparse": "no", "layers": "unfreezing",
+             "strategies.unfreezing.layers": min(3, layers)},  # P1's
+        ),
+    )  # fmt: skip
+
+
 SPACES: dict[str, Space] = {
     "prior": Space(
         "linguistic prior (P0): weight, labels it looks at, where distances come from",
@@ -124,25 +151,6 @@ SPACES: dict[str, Space] = {
                     "data.parallel.batch": 1024, "data.text.batch": 32},),
         grid={"data.text.alpha": (0.3, 0.5, 0.7, 1.0), "data.parallel.alpha": (0.3, 0.5, 0.7, 1.0)},
     ),
-    "best_of_all": Space(
-        "which methods together, and how much of each",
-        "p0_uc2_baseline",
-        {
-            "frozen": OneOf(no={}, encoders={"freeze": UNIMODAL}),
-            "prior": OneOf(no={}, yes={"strategies.prior.alpha": Float(1, 100, log=True),
-                                       "strategies.prior.k": Int(2, 50, log=True)}),
-            "code_mixing": OneOf(no={}, yes={"strategies.code_mixing.probability": Float(0.05, 1)}),
-            "sparse": OneOf(no={}, yes={"strategies.sparse.rate": Float(0.05, 0.5), "strategies.sparse.rounds": Int(1, 5)}),
-            "layers": OneOf(all={}, unfreezing={"strategies.unfreezing.layers": Int(1, 6)},
-                            decay={"strategies.layer_decay.factor": Float(0.5, 1.0)}),
-        },
-        published=(
-            {"frozen": "no", "prior": "yes", "strategies.prior.alpha": 10.0, "strategies.prior.k": 10,
-             "code_mixing": "yes", "strategies.code_mixing.probability": 0.9, "sparse": "yes", "strategies.sparse.rate": 0.1,
-             "strategies.sparse.rounds": 5, "layers": "all"},
-            {"frozen": "encoders", "prior": "no", "code_mixing": "no", "sparse": "no", "layers": "all"},
-            {"frozen": "no", "prior": "no", "code_mixing": "no", "sparse": "no", "layers": "unfreezing",
-             "strategies.unfreezing.layers": 3},
-        ),
-    ),
+    "best_of_all": _best_of_all("p0_uc2_baseline", "which methods together, and how much of each", 6),
+    "best_of_scenes": _best_of_all("scenes_xgqa", "the same for models of two layers, as `make run`'s", 2),
 }  # fmt: skip

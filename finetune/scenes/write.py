@@ -238,12 +238,13 @@ def _captions(writer: Writer, config: ScenesConfig) -> None:
 
         writer.lines(f"xFlickrCO/annotations/{language}/test.jsonl", records(test, text))
         if language != "en":
-            writer.lines(f"xFlickrCO/annotations/{language}/dev.jsonl", records(dev, text))
-        if language != "en":
             name = translator(language, config.seed)
             translated = records(test, lambda s, name=name: s.text("en", name))
             writer.lines(f"xFlickrCO/annotations_machine-translate/{language}/test_gmt.jsonl", translated)
             into = translator_into(language, config.seed)
+            writer.lines(f"xFlickrCO/annotations/{language}/dev.jsonl", records(dev, text))
+            writer.lines(f"xFlickrCO/annotations_machine-translate/{language}/dev_gmt.jsonl",
+                         records(dev, lambda s, name=name: s.text("en", name)))  # fmt: skip
             made = {"gmt": lambda s, name=name: s.text("en", name),
                     "from_en": lambda s, language=language, into=into: s.text(language, into)}  # fmt: skip
             for n in config.shot_sizes("flickr"):

@@ -42,9 +42,7 @@ class LinguisticPrior(Strategy):
         if self.k > len(context.labels):
             raise UserError(f"strategies.prior.k={self.k}, but there are {len(context.labels)} answers; give at most so many")
         if self.source == "wordnet":
-            facts = (context.labels, stamp(context.wordnet), self.d1, self.d2)
-            distances, report = shared("distances", facts, lambda: wordnet_distances(
-                context.labels, context.wordnet, self.d1, self.d2, context.cache))  # fmt: skip
+            distances, report = wordnet_distances(context.labels, context.wordnet, self.d1, self.d2, context.cache)
         else:
             file = Path(self.vectors or context.data / "vectors.txt")
             distances, report = shared("distances", (context.labels, stamp(file)), lambda: vector_distances(

@@ -3,10 +3,12 @@
 Memory stays bounded whatever the number of items: pages of the files come and go with the system's cache.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,12 +64,12 @@ def write_states(
 
 def write_whole(folder: Path, write: Callable[[Path, int, int], None]) -> None:
     """Every worker does its share, `write(out, rank, world)`, and all wait for all. The folder appears whole: one that is there
-    already is taken as it is."""
+    already is taken as it is; while another run is at it, it is waited for."""
     rank = dist.get_rank() if world_size() > 1 else 0
     partial = folder.with_name(f".{folder.name}.partial")
-    there = folder.is_dir()
-    _barrier()
-    if not there:
+    with _alone(folder) if rank == 0 else contextlib.nullcontext():
+        if _as_the_first_says(folder.is_dir()):
+            return
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -77,6 +79,23 @@ def write_whole(folder: Path, write: Callable[[Path, int, int], None]) -> None:
         if rank == 0:
             partial.rename(folder)
         _barrier()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process is in here for the same folder; one that dies lets go."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _as_the_first_says(value: bool) -> bool:
+    """The value that worker 0 has."""
+    told = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(told, 0)
+    return told[0]
 
 
 def fingerprint(module: nn.Module, *facts) -> str:

@@ -86,14 +86,27 @@ class Job(Protocol):
             UserError: there is no such dev set.
         """
 
-    def metrics(self, config: LaunchConfig) -> tuple[str, ...]:
-        """What a trial of this (searched) config tells."""
+    def looked(self, select: Select) -> str:
+        """What is looked at, as a report says it."""
+
+    def metrics(self, config: LaunchConfig, select: Select) -> tuple[str, ...]:
+        """What a trial of this (searched) config tells, of what may be looked at."""
 
     def check(self, config: LaunchConfig) -> None:
-        """Find mistakes of data and model before anything starts. Raises UserError."""
+        """Find mistakes of data and model before anything starts.
+
+        Raises:
+            UserError: there is one.
+        """
+
+    def checked(self) -> None:
+        """No more will be checked: let go of what that took."""
 
     def epochs(self, config: LaunchConfig) -> int:
         """How many epochs a trial has in all."""
+
+    def rounds(self, config: LaunchConfig) -> int:
+        """How many of them are for something else than the model: pruning rounds."""
 
     def settled(self, config: LaunchConfig) -> int:
         """After how many epochs its method is what it will be: before, a trial is not judged."""

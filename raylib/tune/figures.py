@@ -7,7 +7,6 @@ import optuna
 
 from raylib.tune import space
 
-STATES = {"finished": optuna.trial.TrialState.COMPLETE, "stopped": optuna.trial.TrialState.PRUNED}
 FEWEST = 4  # finished trials, below which a forest learns nothing of importance
 
 
@@ -56,31 +55,11 @@ def _study(knobs: space.Knobs, rows: Sequence, goal: str) -> optuna.Study:
     """Trials as a study of Optuna's, whatever searcher they came from."""
     study = optuna.create_study(direction="maximize")
     for row in rows:
-        kept: dict[str, optuna.distributions.BaseDistribution] = {}
-        recorder = _Recorder(row.setting, kept)
-        space.Suggest(knobs)(recorder)
-        study.add_trial(optuna.trial.create_trial(params=dict(row.setting), distributions=kept, value=row.scores[goal]))
+        drawn = optuna.trial.FixedTrial(row.setting)
+        space.Suggest(knobs)(drawn)
+        made = optuna.trial.create_trial(params=dict(row.setting), distributions=drawn.distributions, value=row.scores[goal])
+        study.add_trial(made)
     return study
-
-
-class _Recorder:
-    """Stands for a trial whose values are known, and notes the distributions that they were drawn from."""
-
-    def __init__(self, setting: space.Setting, kept: dict):
-        self.setting, self.kept = setting, kept
-
-    def suggest_float(self, name: str, low: float, high: float, log: bool) -> float:
-        return self._note(name, optuna.distributions.FloatDistribution(low, high, log))
-
-    def suggest_int(self, name: str, low: int, high: int, log: bool) -> int:
-        return self._note(name, optuna.distributions.IntDistribution(low, high, log))
-
-    def suggest_categorical(self, name: str, values: tuple) -> object:
-        return self._note(name, optuna.distributions.CategoricalDistribution(values))
-
-    def _note(self, name: str, distribution: optuna.distributions.BaseDistribution) -> object:
-        self.kept[name] = distribution
-        return self.setting[name]
 
 
 def _history(folder: Path, rows: Sequence, goals: Sequence[str]) -> tuple[str, str]:
@@ -110,8 +89,8 @@ def _slices(folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[st
     """Score against each knob, of the trials that have it."""
     from matplotlib import pyplot
 
-    names = [name for name in space.knob_names(knobs) if any(name in row.setting for row in rows)]
-    logarithmic = _logarithmic(knobs)
+    named = space.by_name(knobs)
+    names = [name for name in named if any(name in row.setting for row in rows)]
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
     figure, many = pyplot.subplots(lines, columns, figsize=(3.1 * columns, 2.7 * lines), layout="constrained", squeeze=False)
@@ -123,7 +102,7 @@ def _slices(folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[st
                 values = [str(v) for v in values]
             axes.scatter(values, [100 * row.scores[goals[0]] for row in having], color=colour, s=16,
                          marker="o" if state == "finished" else "x")  # fmt: skip
-        if name in logarithmic:
+        if getattr(named[name], "log", False):
             axes.set_xscale("log")
         axes.set_xlabel(name.removeprefix("strategies."), fontsize=8)
         axes.tick_params(labelsize=7)
@@ -166,19 +145,6 @@ def _front(folder: Path, rows: Sequence, goals: Sequence[str]) -> tuple[str, str
     axes.set(xlabel=f"{goals[0]}, %", ylabel=f"{goals[1]}, %")
     axes.legend(fontsize=8)
     return _saved(figure, folder, "front.png", "Pareto front")
-
-
-def _logarithmic(knobs: space.Knobs) -> set[str]:
-    found: set[str] = set()
-
-    def choose(name: str, knob: space.Distribution, fixed: dict[str, str]) -> object:
-        if getattr(knob, "log", False):
-            found.add(name)
-        return fixed.get(name, knob.ends[0])
-
-    for fixed in space.alternatives(knobs):
-        space.settle(knobs, lambda name, knob, fixed=fixed: choose(name, knob, fixed))
-    return found
 
 
 def _saved(figure, folder: Path, file: str, title: str) -> tuple[str, str]:

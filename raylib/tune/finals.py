@@ -45,9 +45,9 @@ def run(
     seeds = [search.base.fit.seed + 1 + i for i in range(config.seeds)]
     grid = {"setting": tune.grid_search(list(range(len(settings)))), "seed": tune.grid_search(seeds)}
     trainable = tune.with_resources(tune.with_parameters(final, search=search, settings=settings), resources["trial"])
-    tuning = tune.TuneConfig(reuse_actors=True, max_concurrent_trials=resources["concurrent"])
+    tuning = tune.TuneConfig(reuse_actors=not config.workers, max_concurrent_trials=resources["concurrent"])
     results = fitted(folder / "tune", trainable, lambda: tuning, grid, config.max_failures)
-    metrics, scores = search.job.metrics(search.base), {which: {} for which in range(len(settings))}
+    metrics, scores = search.job.metrics(search.base, config.select), {which: {} for which in range(len(settings))}
     for result in results:
         if result.error is None and result.metrics.get("finished"):
             told = {name: result.metrics[name] for name in metrics if name in result.metrics}
@@ -90,8 +90,8 @@ def _finalists(config: SearchConfig, chosen: space.Space, rows: Sequence, folder
     path = folder / "settings.json"
     if not path.is_file():
         finished = [row for row in rows if row.state == "finished"]
-        ranked = front(finished, config.goals) if len(config.goals) > 1 else []
-        ranked += sorted((row for row in finished if row not in ranked), key=lambda row: -_mean(row.scores, config.goals))
+        unbeaten = front(finished, config.goals)  # of one goal: the best
+        ranked = sorted(finished, key=lambda row: (row not in unbeaten, -_mean(row.scores, config.goals)))
         best: list[space.Setting] = []
         for row in ranked:
             if row.setting not in best and len(best) < config.top:
@@ -118,10 +118,10 @@ def _mean_of_goals(candidate: Final, goals: Sequence[str]) -> float:
 def _test(search: Searching, runs: dict[int, Path], resources: dict[str, float]) -> dict[int, dict[str, float]]:
     """{seed: test figures} of some runs, each evaluated once, where a GPU is if they need one."""
     known = {seed: run / "test.json" for seed, run in runs.items()}
-    missing = [seed for seed, path in known.items() if not path.is_file()]
-    for seed in missing:
-        figures = ray.get(_tested.options(**resources).remote(search.job, str(runs[seed]), search.shelf))
-        write_atomically(known[seed], json.dumps(figures) + "\n")
+    tasks = {seed: _tested.options(**resources).remote(search.job, str(runs[seed]), search.shelf)
+             for seed, path in known.items() if not path.is_file()}  # fmt: skip
+    for seed, task in tasks.items():
+        write_atomically(known[seed], json.dumps(ray.get(task)) + "\n")
     return {seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in known.items()}
 
 

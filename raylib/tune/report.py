@@ -9,23 +9,17 @@ import yaml
 
 from raylib import markdown
 from raylib.checkpoint import write_atomically
-from raylib.config import change, dump
+from raylib.config import change
 from raylib.launch import LaunchConfig
 from raylib.markdown import percent
 from raylib.tune import figures, space
 from raylib.tune.config import Job, SearchConfig
 from raylib.tune.finals import PUBLISHED, Final, front, interval
 
-LOOKED = {
-    "english_dev": "the English development set alone, so transfer to other languages is zero-shot",
-    "target_dev": "**the target languages' development sets**, so nothing here is zero-shot selection",
-    "both": "the English **and the target languages'** development sets, as two goals",
-}
-
 
 def write_trials(folder: Path, knobs: space.Knobs, rows: Sequence) -> None:
     """Every trial into trials.csv: what became of it, its setting, its scores."""
-    names = space.knob_names(knobs)
+    names = list(space.by_name(knobs))
     scores = list(dict.fromkeys(name for row in rows for name in row.scores))
     with open(folder / "trials.csv", "w", encoding="utf-8", newline="") as file:
         out = csv.writer(file)
@@ -45,10 +39,10 @@ def write(
     parts = [
         f"# Search of `{name}` over `{config.recipe}`",
         f"{_counted(rows)}; {config.search}, {f'stopped early by {config.stop}' if config.stops else 'nothing stopped early'}. "
-        f"Looked at: {LOOKED[config.select]}. Searched for: {' and '.join(config.goals)}.",
+        f"Looked at: {job.looked(config.select)}. Searched for: {' and '.join(config.goals)}.",
         "## The best",
         _verdict(config, found),
-        _finals_table(config, found),
+        *([_finals_table(config, found)] if config.seeds else []),
         _assignments(chosen, found[0]),
         *(["## Best of each goal against the other", _front_table(config, rows)] if len(config.goals) > 1 else []),
         "## What it cost",
@@ -73,7 +67,7 @@ def write_best(config: SearchConfig, job: Job, base: LaunchConfig, folder: Path,
     for goal in config.goals if best.scores else ():
         mean, half = interval(best.of(goal))
         head.append(f"# {goal} {percent(mean)}{'' if half is None else f' ± {percent(half)}'} % over {len(best.scores)} seeds")
-    text = yaml.safe_dump(yaml.safe_load(dump(whole)), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(whole.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     write_atomically(folder / "best.yaml", "\n".join(head) + "\n" + text)
 
 
@@ -110,12 +104,12 @@ def _verdict(config: SearchConfig, found: Sequence[Final]) -> str:
     if published is None or best is published:
         return "The published setting is the best found: the search does not beat it."
     lines = []
-    for figure in (*config.goals, "English", "targets"):
+    for figure in ("targets", "English", *config.goals):
         pairs = _paired(best, published, figure)
         if not pairs:
             continue
         mean, half = interval(pairs)
-        where = f"{figure}, test sets" if figure in ("English", "targets") else figure
+        where = f"{figure}, test sets" if figure in ("English", "targets") else f"{figure}, which it was chosen by"
         if half is None:
             lines.append(f"- {where}: {percent(mean)} points on the one seed: no interval")
         elif abs(mean) > half:

@@ -1,11 +1,12 @@
 """Which trials go on: Tune's own rules, asked only where a trial may be judged.
 
 A trial says so itself (`judged`): not while its method is still under way to what it is (layers frozen yet, a mask not found),
-and not after its last epoch. What ended trials had scored is read back when a search goes on after its driver died.
+and not after its last epoch. Its age is in epochs, without those of pruning rounds: a round's model is not the trial's. What
+trials had scored is read back when a search goes on after its driver died.
 """
 
-import json
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +15,24 @@ from ray.tune.experiment.trial import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, PopulationBasedTraining, TrialScheduler
 
 from raylib.errors import UserError
-from raylib.tune.space import Choice, Distribution, Int, Knobs, OneOf, Setting
+from raylib.tune.space import Choice, Distribution, Each, Int, Knobs, OneOf, Setting
+from raylib.tune.told import read_told
+
+STARTED = time.time()  # of this driver: what trials told before is remembered, what they tell from now on comes by itself
 
 
 class _Fair:
-    """Asks the rule beside it about results with `judged` alone."""
+    """Asks the rule beside it about results with `judged` alone. `runs`: where the trials' folders are."""
 
+    runs: Path
     remembered = False
 
     def on_trial_result(self, controller, trial: Trial, result: dict) -> str:
         if not self.remembered:
             self.remembered = True
-            for other in controller.get_trials():
-                if other.status in (Trial.TERMINATED, Trial.ERROR):
-                    self.remember(other, [r for r in _results(Path(other.local_path)) if r.get("judged")])
+            for known in controller.get_trials():
+                before = [r for r in read_told(self.runs / known.trial_id) if r["at"] < STARTED and r.get("judged")]
+                self.remember(known, [r for r in before if self._metric in r])
         if not result.get("judged") or self._metric not in result:
             return TrialScheduler.CONTINUE
         return super().on_trial_result(controller, trial, result)
@@ -37,7 +42,7 @@ class Asha(_Fair, AsyncHyperBandScheduler):
     """Asynchronous successive halving (Li et al. 2020) over epochs."""
 
     def remember(self, trial: Trial, results: list[dict]) -> None:
-        """Enter what an ended trial had scored."""
+        """Enter what a trial had scored before a restart."""
         for result in results:
             self._brackets[0].on_result(trial, result[self._time_attr], self._metric_op * result[self._metric])
 
@@ -50,19 +55,31 @@ class Median(_Fair, MedianStoppingRule):
     """Median stopping (Golovin et al. 2017) over epochs."""
 
     def remember(self, trial: Trial, results: list[dict]) -> None:
-        """Enter what an ended trial had scored."""
+        """Enter what a trial had scored before a restart."""
         if results:
             self._results[trial] = results
 
 
-def scheduler(stop: str, metric: str, grace: int, reduction: float, longest: int) -> TrialScheduler | None:
-    """The rule called `stop`; None for "none". `longest`: more epochs than any trial has."""
+class Population(PopulationBasedTraining):
+    """Members that are at their end change no more: nothing would be trained with what they changed to."""
+
+    def on_trial_result(self, controller, trial: Trial, result: dict) -> str:
+        if result["epoch"] >= result["epochs"]:
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(controller, trial, result)
+
+
+def scheduler(stop: str, metric: str, grace: int, reduction: float, longest: int, runs: Path) -> TrialScheduler | None:
+    """The rule called `stop`; None for "none". longest: more epochs than any trial has. runs: where the trials' folders are."""
     if stop == "none":
         return None
-    common = {"time_attr": "epoch", "metric": metric, "mode": "max", "grace_period": grace}
+    common = {"time_attr": "age", "metric": metric, "mode": "max", "grace_period": grace}
     if stop == "median":
-        return Median(**common, min_samples_required=3)
-    return Asha(**common, max_t=longest, reduction_factor=reduction, stop_last_trials=False)
+        rule = Median(**common, min_samples_required=3)
+    else:
+        rule = Asha(**common, max_t=longest, reduction_factor=reduction, stop_last_trials=False)
+    rule.runs = runs
+    return rule
 
 
 class Within:
@@ -83,12 +100,13 @@ def population(knobs: Knobs, metric: str, every: int, seed: int, changeable: tup
     Raises:
         UserError: a knob that cannot change in mid-run.
     """
-    fixed = [path for path, knob in knobs.items() if isinstance(knob, OneOf) or path not in changeable]
+    knobs = {path: knob for path, knob in knobs.items() if isinstance(knob, OneOf | Each | Distribution)}
+    fixed = [path for path, knob in knobs.items() if isinstance(knob, OneOf | Each) or path not in changeable]
     if fixed:
         raise UserError(f"search=pbt: {', '.join(fixed)} cannot change in mid-run; what can: {', '.join(changeable)}")
     random.seed(seed)  # Tune's mutations are drawn from these two
     np.random.seed(seed)
-    return PopulationBasedTraining(
+    return Population(
         time_attr="epoch", metric=metric, mode="max", perturbation_interval=every, require_attrs=False,
         hyperparam_mutations={path: _domain(knob) for path, knob in knobs.items()}, custom_explore_fn=Within(knobs),
     )  # fmt: skip
@@ -101,14 +119,3 @@ def _domain(knob: Distribution):
     if isinstance(knob, Int):
         return (tune.lograndint if knob.log else tune.randint)(knob.low, knob.high + 1)
     return (tune.loguniform if knob.log else tune.uniform)(knob.low, knob.high)
-
-
-def _results(folder: Path) -> list[dict]:
-    """What a trial has told Tune, in order; a last line cut off by a crash is dropped."""
-    path, found = folder / "result.json", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found

@@ -4,7 +4,6 @@ import contextlib
 import math
 import warnings
 from pathlib import Path
-from typing import Literal
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
@@ -13,8 +12,6 @@ from ray.tune.search.optuna import OptunaSearch
 
 from raylib.errors import needed
 from raylib.tune.space import Space, Suggest
-
-Search = Literal["tpe", "random", "grid", "nsga2", "cmaes", "pbt"]
 
 
 class Searcher(OptunaSearch):
@@ -41,6 +38,8 @@ class Searcher(OptunaSearch):
         if trial_id in self._completed_trials:
             return
         state, values = state_of(result, error), None
+        if state == TrialState.PRUNED:
+            self.on_trial_result(trial_id, result)  # Tune does not tell the searcher of the epoch that a trial was stopped at
         if state == TrialState.COMPLETE:
             names = self._metric if isinstance(self._metric, list) else [self._metric]
             values = [result[name] for name in names]
@@ -55,7 +54,7 @@ def state_of(result: dict | None, error: bool) -> TrialState:
     return TrialState.COMPLETE if result.get("finished") else TrialState.PRUNED
 
 
-def searcher(search: Search, space: Space, goals: tuple[str, ...], seed: int, trials: int, folder: Path, name: str) -> Searcher:
+def searcher(search: str, space: Space, goals: tuple[str, ...], seed: int, trials: int, folder: Path, name: str) -> Searcher:
     """The searcher called `search` over a space, its study called `name` in `folder`/optuna.journal (`optuna-dashboard` reads
     it); published settings, or the grid, first."""
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)

@@ -219,17 +219,17 @@ def check(name: str, space: Space, base: Config) -> None:
             raise UserError(f"space '{name}', its published settings: {e}") from None
 
 
-def knob_names(knobs: Knobs) -> list[str]:
-    """Every knob by its name, alternatives among them."""
-    found: dict[str, None] = {}
-
-    def choose(name: str, knob: Distribution, fixed: dict[str, str]) -> Any:
-        found.setdefault(name)
-        return fixed.get(name, knob.ends[0])
-
+def by_name(knobs: Knobs) -> dict[str, Distribution]:
+    """Every knob by the name that settings have for it, alternatives among them."""
+    found: dict[str, Distribution] = {}
     for fixed in alternatives(knobs):
-        settle(knobs, lambda name, knob, fixed=fixed: choose(name, knob, fixed))
-    return list(found)
+
+        def choose(name: str, knob: Distribution, fixed=fixed) -> Any:
+            found.setdefault(name, knob)
+            return fixed.get(name, knob.ends[0])
+
+        settle(knobs, choose)
+    return found
 
 
 def described(knobs: Knobs, indent: str = "") -> str:

@@ -8,9 +8,10 @@
         trials.csv, best.yaml, report.md, *.png
 """
 
+import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ from raylib.tune.searcher import searcher, state_of
 from raylib.tune.shelf import Shelf
 from raylib.tune.trial import tidy, trial
 
+# what may be asked for anew when a search goes on
+MAY_CHANGE = ("concurrent", "gpus_per_trial", "cpus_per_trial", "max_failures", "runs")
 COLOURS = re.compile(r"\x1b\[\d*m")  # of Ray's tracebacks
 FREE = 0.01  # CPUs of a trial that only waits for its workers: 0 is refused
 
@@ -56,18 +59,19 @@ def run(config: SearchConfig, name: str, chosen: space.Space, job: Job, base: La
         KeyboardInterrupt: it was interrupted; the same command goes on.
     """
     folder = Path(config.runs).absolute() / config.name
-    question = {"space": name, "search": json.loads(dump(config)), "recipe": json.loads(dump(base))}
+    question = {"space": {"name": name, "knobs": space.described(chosen.knobs)}, "search": json.loads(dump(config)),
+                "recipe": json.loads(dump(base))}  # fmt: skip
     _compare(folder, question)
     if (folder / "report.md").is_file():
         print(f"search '{config.name}' is complete: {folder}/report.md (another name= starts another search)")
         return folder
     base = prepared(config, name, chosen, job, base)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "search.json", json.dumps(question, indent=1) + "\n")
     started = connect()
     try:
         resources = _resources(config)
-        search = Searching(job, chosen.knobs, base, str(folder), config.search == "pbt", Shelf())
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "search.json", json.dumps(question, indent=1) + "\n")
+        search = Searching(job, chosen.knobs, base, str(folder), config.search == "pbt", Shelf(folder))
         rows = _trials(config, chosen, search, resources)
         report.write_trials(folder, chosen.knobs, rows)
         if not any(row.state == "finished" for row in rows):
@@ -93,27 +97,39 @@ def prepared(config: SearchConfig, name: str, chosen: space.Space, job: Job, bas
     if config.search == "pbt" and "select" in type(base).model_fields:
         base = change(base, {"select": "last"})  # a model is its member's last, after whatever settings it had
     space.check(name, chosen, base)
-    known = job.metrics(base)
+    known = job.metrics(base, config.select)
     for goal in config.goals:
         if goal not in known:
             raise UserError(f"metric={goal}: no run reports that; with select={config.select} there are {', '.join(known)}")
     if config.search == "grid" and not chosen.grid:
         raise UserError(f"space '{name}' has no grid; leave search=grid out")
     if config.search == "cmaes":
-        odd = [path for path, knob in chosen.knobs.items() if not isinstance(knob, space.Float | space.Int)]
+        odd = [path for path, knob in chosen.knobs.items() if isinstance(knob, space.Choice | space.OneOf)]
         if odd:
             raise UserError(f"search=cmaes is for numbers; space '{name}' has {', '.join(odd)}: take tpe")
     if config.search == "pbt":
         population(chosen.knobs, config.goals[0], config.perturb, config.seed, job.changeable)
-    seen = []
-    for told, values in space.corners(chosen.knobs):
-        if values.keys() not in seen:  # one of each shape: what a method needs is there or not
-            seen.append(values.keys())
-            try:
-                job.check(change(base, values))
-            except UserError as e:
-                raise UserError(f"space '{name}'{f' ({told})' if told else ''}: {e}") from None
+    if config.stops and config.grace >= job.epochs(base):
+        raise UserError(f"grace={config.grace}: a trial has {job.epochs(base)} epochs; give fewer, or set stop=none")
+    for told, values in _telling(chosen):
+        try:
+            job.check(change(base, values))
+        except UserError as e:
+            raise UserError(f"space '{name}'{f' ({told})' if told else ''}: {e}") from None
+    job.checked()
     return base
+
+
+def _telling(chosen: space.Space) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(which, {path: value}) of settings that together have every end of every knob, and all that is published or in the grid."""
+    seen: set[tuple[str, str]] = set()
+    named = [("published", space.read(chosen.knobs, setting)) for setting in chosen.published]
+    named += [("grid", space.read(chosen.knobs, setting)) for setting in (chosen.points() if chosen.grid else ())]
+    for told, values in itertools.chain(named, space.corners(chosen.knobs)):
+        new = {(path, repr(value)) for path, value in values.items()} - seen
+        if new:
+            seen |= new
+            yield told, values
 
 
 def fitted(
@@ -161,14 +177,16 @@ def _trials(config: SearchConfig, chosen: space.Space, search: Searching, resour
     trainable = tune.with_resources(tune.with_parameters(trial, search=search), resources["trial"])
     grid = fitted(Path(search.folder) / "tune", trainable, lambda: _tuning(config, chosen, search, resources), None,
                   config.max_failures)  # fmt: skip
-    return [_row(result, search.job.metrics(search.base)) for result in sorted(grid, key=_began)]
+    metrics = search.job.metrics(search.base, config.select)
+    return [_row(result, metrics) for result in sorted(grid, key=_began)]
 
 
 def _tuning(config: SearchConfig, chosen: space.Space, search: Searching, resources: dict) -> tune.TuneConfig:
     """Searcher and scheduler of a search that begins."""
     goals, trials = config.goals, config.trials
-    common = {"reuse_actors": True, "max_concurrent_trials": resources["concurrent"], "trial_name_creator": named,
-              "trial_dirname_creator": named}  # fmt: skip
+    # a stopped trial that waits for workers of its own cannot hand on its process
+    common = {"reuse_actors": not config.workers, "max_concurrent_trials": resources["concurrent"],
+              "trial_name_creator": named, "trial_dirname_creator": named}  # fmt: skip
     if config.search == "pbt":
         rule = population(search.knobs, goals[0], config.perturb, config.seed, search.job.changeable)
         return tune.TuneConfig(scheduler=rule, num_samples=trials, search_alg=BasicVariantGenerator(random_state=config.seed),
@@ -177,14 +195,15 @@ def _tuning(config: SearchConfig, chosen: space.Space, search: Searching, resour
         trials = len(chosen.points())
     longest = int(search.job.epochs(search.base) * config.reduction) + 1
     return tune.TuneConfig(
-        scheduler=scheduler(config.stop if config.stops else "none", goals[0], config.grace, config.reduction, longest),
+        scheduler=scheduler(config.stop if config.stops else "none", goals[0], config.grace, config.reduction, longest,
+                            Path(search.folder) / "trials"),
         search_alg=searcher(config.search, chosen, goals, config.seed, trials, Path(search.folder), config.name),
         num_samples=trials, **common,
     )  # fmt: skip
 
 
 def _began(result: tune.Result) -> float:
-    """When a trial was begun, or gone on with; last those that told nothing."""
+    """When a trial was begun; last those that told nothing."""
     return (result.metrics or {}).get("began", float("inf"))
 
 
@@ -195,7 +214,7 @@ def _row(result: tune.Result, metrics: tuple[str, ...]) -> Row:
     state = {"COMPLETE": "finished", "PRUNED": "stopped", "FAIL": "failed"}[state_of(told, result.error is not None).name]
     return Row(
         told.get("trial_id", Path(result.path).name), state, result.config or {}, {m: told[m] for m in metrics if m in told},
-        told.get("epoch", 0), told.get("epochs", 0), told.get("time_total_s", 0.0), told.get("start_seconds"), error,
+        told.get("epoch", 0), told.get("epochs", 0), told.get("spent", 0.0), told.get("start_seconds"), error,
     )  # fmt: skip
 
 
@@ -222,8 +241,9 @@ def _resources(config: SearchConfig) -> dict[str, Any]:
         test = {"num_cpus": 1, "num_gpus": float(kind == "GPU")}
         return {"trial": {"cpu": FREE}, "test": test, "concurrent": min(fit, config.concurrent or fit)}
     for kind, wanted in asked.items():
-        if wanted > have.get(kind.upper(), 0):
-            raise UserError(f"{kind}s_per_trial={wanted:g}, but the cluster has {have.get(kind.upper(), 0):g} {kind.upper()}s")
+        most = max(node["Resources"].get(kind.upper(), 0) for node in ray.nodes() if node["Alive"])
+        if wanted > most:
+            raise UserError(f"{kind}s_per_trial={wanted:g}, but no node of the cluster has more than {most:g} {kind.upper()}s")
     test = {"num_cpus": asked["cpu"], "num_gpus": gpus}
     return {"trial": asked, "test": test, "concurrent": config.concurrent}
 
@@ -238,8 +258,7 @@ def _compare(folder: Path, question: dict[str, Any]) -> None:
     if not path.is_file():
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [f"{part}.{key}" for part in ("search", "recipe") for key in question[part]
-               if before[part].get(key) != question[part][key]]  # fmt: skip
-    changed += ["space"] if before["space"] != question["space"] else []
+    changed = [f"{part}.{key}" for part in question for key in question[part]
+               if before[part].get(key) != question[part][key] and key not in MAY_CHANGE]  # fmt: skip
     if changed:
         raise UserError(f"{folder} holds a search with other settings ({', '.join(changed)}); give this one another name=")

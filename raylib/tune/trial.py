@@ -16,6 +16,7 @@ from raylib.launch import LaunchConfig, run_folder
 from raylib.tune import space
 from raylib.tune.config import Searching
 from raylib.tune.reporter import Reporter
+from raylib.tune.told import read_told, tell
 
 
 def trial(setting: space.Setting, search: Searching) -> None:
@@ -43,34 +44,40 @@ def configured(search: Searching, setting: space.Setting | None, part: str, name
 
 
 def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
-    """Run `config` and tell Tune: {"epoch", "epochs", "judged", "finished", scores, losses} after each checkpoint and, last, of
-    the model that the run leaves. A loss that is no number ends the trial, as "trouble"."""
-    job, began = search.job, time.time()
+    """Run `config` and tell Tune after each checkpoint {"epoch", "epochs", "age" without pruning rounds, "judged", "spent"
+    seconds of all its starts, "finished", scores, losses}; and, last, the scores of the model that the run leaves. A loss that
+    is no number ends the trial, as "trouble"."""
+    job, folder, began = search.job, run_folder(config), time.time()
     shared.use(search.shelf)
-    total, settled = job.epochs(config), job.settled(config)
-    folder, said = run_folder(config), {"began": began}
+    total, settled, rounds = job.epochs(config), job.settled(config), job.rounds(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = read_told(folder)
+    first = earlier[0]["began"] if earlier else began
+    spent = earlier[-1]["spent"] if earlier else 0.0
+
+    def told(epoch: float, **values: Any) -> dict[str, Any]:
+        common = {"epoch": epoch, "epochs": total, "age": epoch - rounds, "judged": False, "finished": False, "began": first,
+                  "spent": spent + time.time() - began}  # fmt: skip
+        tell(folder, {**common, **values})
+        return {**common, **values}
 
     def shape(metrics: dict[str, Any], before: int) -> dict[str, Any]:
         done, scores = job.told(config, metrics)
-        epoch = before + done
         losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
-        if "ready" in metrics:
-            said.setdefault("start_seconds", metrics["ready"] - began)
-        judged = settled <= epoch < total and bool(scores)
-        return {"epoch": epoch, "epochs": total, "judged": judged, "finished": False, **said, **scores, **losses}
+        judged = settled <= before + done < total and bool(scores)
+        return told(before + done, judged=judged, start_seconds=metrics["ready"] - began, **scores, **losses)
 
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             scores = job.run(config, Reporter(shape, keep))
     except NotFinite as e:
-        tune.report({"epoch": 0, "epochs": total, "judged": False, "finished": False, **said, "trouble": str(e)})
+        tune.report(told(0, trouble=str(e)))
         return
     finally:
         gc.collect()
-    last = {"epoch": total, "epochs": total, "judged": False, "finished": True, **said, **scores}
     kept = tune.Checkpoint.from_directory(checkpoint.newest(folder)) if keep else None
-    tune.report(last, checkpoint=kept)
+    starts = [line["start_seconds"] for line in read_told(folder) if "start_seconds" in line]
+    tune.report(told(total, finished=True, **({"start_seconds": starts[0]} if starts else {}), **scores), checkpoint=kept)
 
 
 def tidy(run: Path) -> None:
