@@ -10,18 +10,51 @@ from raylib.markdown import percent, spread
 SETTINGS = {"zero_shot": "", "few_shot": "few-shot", "translate_test": "translate-test", "untrained": "untrained"}
 # GQA's types of questions, by what their answers are
 KINDS = {("verify", "logical"): "yes or no", ("choose", "compare", "query"): "things"}
+TRANSFER = "transfer_"  # what runs of papers 3 and 4 are called by
 BLIND = {"majority": "(the most frequent answer)", "text": "(logistic regression over the text alone)"}
 
 
 def tables(records: list[dict], blind: dict[str, dict[str, float]]) -> str:
     """Markdown. A run that was recorded twice counts once, as recorded last. `blind`: what `finetune.scenes.balance` measured
     on the same data, in English."""
-    newest = {record["run"]: record for record in records}
+    newest = {record["run"]: record for record in records if not record["run"].startswith(TRANSFER)}
     tasks: dict[str, list[dict]] = defaultdict(list)
     for record in newest.values():
         tasks[record["task"]].append(record)
     made = [_table(task, rows, blind.get(task, {})) for task, rows in tasks.items()]
     return "\n\n".join(made) or "No fine-tuning run has been recorded yet."
+
+
+def transfer(records: list[dict]) -> str:
+    """Markdown of papers 3 and 4's runs: retrieval by method, with how far languages are apart; then distillation."""
+    newest = {record["run"]: record for record in records if record["run"].startswith(TRANSFER)}
+    retrieval = [r for r in newest.values() if "retrieval" in r]
+    rows = [["retrieval: %", "seeds", "mean recall", "R@1", "std of languages", "range", "weights trained", "training, s"]]
+    for name, group in _by_method(retrieval).items():
+        firsts = [statistics.fmean(v for code, v in r["recall_at_1"].items() if code != "en") for r in group]
+        rows.append([
+            name, str(len(group)), spread(r["mean_targets"] for r in group), spread(firsts),
+            spread(r["disparity"]["std"] for r in group), spread(r["disparity"]["range"] for r in group),
+            f"{100 * group[0]['trainable'] / group[0]['params']:.2f}" if group[0]["seconds"] else "",
+            f"{statistics.median(r['seconds'] for r in group):.0f}" if group[0]["seconds"] else "",
+        ])  # fmt: skip
+    taught = [r for r in newest.values() if r["task"] == "xgqa_translated"]
+    codes = sorted({code for r in taught for code in r["accuracy"]})
+    more = [["questions: accuracy, %", "seeds", *codes, "mean", "training, s"]]
+    for name, group in _by_method(taught).items():
+        seconds = f"{statistics.median(r['seconds'] for r in group):.0f}"
+        more.append([name, str(len(group)), *(spread(r["accuracy"].get(code) for r in group) for code in codes),
+                     spread(r["mean_targets"] for r in group), seconds])  # fmt: skip
+    made = [markdown.table(part) for part in (rows, more) if len(part) > 1]
+    return "\n\n".join(made) or "Not measured yet."
+
+
+def _by_method(records: list[dict]) -> dict[str, list[dict]]:
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for record in records:
+        setting = {"untrained": "as it is", "translate_test": "as it is, on translations"}.get(record["setting"])
+        groups[setting or record["method"]].append(record)
+    return groups
 
 
 def _table(task: str, records: list[dict], blind: dict[str, float]) -> str:

@@ -15,7 +15,7 @@ import re
 import shutil
 from pathlib import Path
 
-from benchmarks.finetuning import tables
+from benchmarks.finetuning import tables, transfer
 from benchmarks.step import table as step_table
 from finetune.scenes.balance import measure
 from pretrain import report
@@ -50,8 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
             shutil.copy2(run / "curve.png", CURVE)
     newest = read(RESULTS / "runs.jsonl")[-1]
     blind = (read(RESULTS / "scenes.jsonl") or [{}])[-1]
+    runs = read(RESULTS / "finetune.jsonl")
     parts = {"table": report.table(newest), "reading": reading(newest), "speed": speed()}
-    write_parts(ROOT / "README.md", **parts, finetune=tables(read(RESULTS / "finetune.jsonl"), blind))
+    write_parts(ROOT / "README.md", **parts, finetune=tables(runs, blind), transfer=transfer(runs))
     from benchmarks import ablations, search, unfreezing  # which record through this module
 
     found = [line["found"] for line in read(RESULTS / "searches.jsonl")[-1:]]

@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from raylib.tune.config import Job, SearchConfig, Searching
 from raylib.tune.schedulers import population, scheduler
 from raylib.tune.searcher import searcher, state_of
 from raylib.tune.shelf import Shelf
+from raylib.tune.told import read_told
 from raylib.tune.trial import tidy, trial
 
 # what may be asked for anew when a search goes on
@@ -173,12 +175,13 @@ def named(trial) -> str:
 
 
 def _trials(config: SearchConfig, chosen: space.Space, search: Searching, resources: dict) -> list[Row]:
-    """The trials of a search, in the order in which they were started."""
+    """The trials of a search, in the order in which they were first heard of."""
     trainable = tune.with_resources(tune.with_parameters(trial, search=search), resources["trial"])
     grid = fitted(Path(search.folder) / "tune", trainable, lambda: _tuning(config, chosen, search, resources), None,
                   config.max_failures)  # fmt: skip
     metrics = search.job.metrics(search.base, config.select)
-    return [_row(result, metrics) for result in sorted(grid, key=_began)]
+    rows = [_row(result, metrics) for result in grid]
+    return sorted(rows, key=lambda row: [line["at"] for line in read_told(Path(search.folder) / "trials" / row.id)[:1]] or [inf])
 
 
 def _tuning(config: SearchConfig, chosen: space.Space, search: Searching, resources: dict) -> tune.TuneConfig:
@@ -200,11 +203,6 @@ def _tuning(config: SearchConfig, chosen: space.Space, search: Searching, resour
         search_alg=searcher(config.search, chosen, goals, config.seed, trials, Path(search.folder), config.name),
         num_samples=trials, **common,
     )  # fmt: skip
-
-
-def _began(result: tune.Result) -> float:
-    """When a trial was begun; last those that told nothing."""
-    return (result.metrics or {}).get("began", float("inf"))
 
 
 def _row(result: tune.Result, metrics: tuple[str, ...]) -> Row:

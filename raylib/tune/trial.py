@@ -52,11 +52,10 @@ def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
     total, settled, rounds = job.epochs(config), job.settled(config), job.rounds(config)
     folder.mkdir(parents=True, exist_ok=True)
     earlier = read_told(folder)
-    first = earlier[0]["began"] if earlier else began
     spent = earlier[-1]["spent"] if earlier else 0.0
 
     def told(epoch: float, **values: Any) -> dict[str, Any]:
-        common = {"epoch": epoch, "epochs": total, "age": epoch - rounds, "judged": False, "finished": False, "began": first,
+        common = {"epoch": epoch, "epochs": total, "age": epoch - rounds, "judged": False, "finished": False,
                   "spent": spent + time.time() - began}  # fmt: skip
         tell(folder, {**common, **values})
         return {**common, **values}
