@@ -88,12 +88,14 @@ def _history(folder: Path, rows: Sequence, goals: Sequence[str]) -> tuple[str, s
 def _slices(folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[str]) -> tuple[str, str]:
     """Score against each knob, of the trials that have it."""
     from matplotlib import pyplot
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     named = space.by_name(knobs)
     names = [name for name in named if any(name in row.setting for row in rows)]
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
-    figure, many = pyplot.subplots(lines, columns, figsize=(3.1 * columns, 2.7 * lines), layout="constrained", squeeze=False)
+    figure, many = pyplot.subplots(lines, columns, figsize=(3.1 * columns, 2.7 * lines), layout="constrained", squeeze=False,
+                                   sharey=True)  # fmt: skip
     for axes, name in zip(many.flat, names, strict=False):
         for state, colour in (("stopped", "tab:gray"), ("finished", "tab:blue")):
             having = [row for row in rows if row.state == state and name in row.setting and goals[0] in row.scores]
@@ -104,6 +106,9 @@ def _slices(folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[st
                          marker="o" if state == "finished" else "x")  # fmt: skip
         if getattr(named[name], "log", False):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+            axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(name.removeprefix("strategies."), fontsize=8)
         axes.tick_params(labelsize=7)
     for axes in list(many.flat)[len(names) :]:
