@@ -4,13 +4,17 @@ import base64
 import multiprocessing
 import pickle
 import tarfile
+import time
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from finetune.stores import locations, open_pictures, open_regions
+from raylib.data.states import write_states
 from raylib.errors import UserError
+from raylib.ragged import Ragged
 
 PICTURE = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
 FEATURES = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -238,3 +242,30 @@ def test_bad_regions_are_named_and_nothing_runs(tmp_path, monkeypatch):
     (tmp_path / "npy" / "8_info.npy").write_bytes(b"no array")
     with pytest.raises(UserError, match="8_info.npy: not read"):
         store.read("8")
+
+
+def _encode_once(folder, out):
+    """A process of its own: asks for the states, and says whether it made them."""
+    made = []
+
+    def encode(names):
+        made.append(names)
+        time.sleep(0.2)
+        return Ragged(torch.ones(len(names), 3), torch.ones(len(names), dtype=torch.int64))
+
+    states = write_states(folder, ["a", "b"], encode, 1)
+    out.put((len(made), states.read(["b"]).values.tolist()))
+
+
+def test_of_two_runs_one_encodes_and_the_other_waits(tmp_path):
+    """As two trials of a search."""
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    both = [context.Process(target=_encode_once, args=(tmp_path / "states", out)) for _ in range(2)]
+    for process in both:
+        process.start()
+    found = sorted(out.get(timeout=60) for _ in both)
+    for process in both:
+        process.join()
+    assert found == [(0, [[1.0, 1.0, 1.0]]), (2, [[1.0, 1.0, 1.0]])]
+    assert [path.name for path in tmp_path.iterdir()] == ["states"]  # no lock, nothing half done

@@ -83,11 +83,14 @@ def write_whole(folder: Path, write: Callable[[Path, int, int], None]) -> None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """No other process is in here for the same folder; one that dies lets go."""
+    """No other process is in here for the same folder until that is there; one that dies lets go."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+    path = folder.with_name(f".{folder.name}.lock")
+    with open(path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+        if folder.is_dir():  # whoever waits for the lock finds it, and needs no lock
+            path.unlink(missing_ok=True)
 
 
 def _as_the_first_says(value: bool) -> bool:
