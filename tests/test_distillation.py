@@ -300,12 +300,13 @@ def test_states_of_the_unified_model():
     ({}, 4, 4, ({3: 1.0, 4: 1.0}, (3, 4))),
     ({}, 9, 9, ({3: 1.0, 6: 1.0, 9: 1.0}, (3, 6, 9))),
     ({"layers": (1, 2), "teacher_layers": (6, 12), "weights": (1, 0.5)}, 2, 12, ({1: 1.0, 2: 0.5}, (6, 12))),
+    ({"weights": (100.0,)}, 4, 4, ({3: 100.0, 4: 100.0}, (3, 4))),
     ({}, 6, 12, "the student has 6 layers, the teacher 12; say which go together"),
     ({"layers": (6,)}, 6, 12, "the student has 6 layers, the teacher 12; say which go together"),
     ({"layers": (2, 1)}, 4, 4, r"layers=\[2, 1\]: the model has layers 1 to 4"),
     ({"layers": (1, 5)}, 4, 4, r"layers=\[1, 5\]: the model has layers 1 to 4"),
     ({"layers": (1, 2), "teacher_layers": (1, 13)}, 4, 12, r"teacher_layers=\[1, 13\]: the model has layers 1 to 12"),
-    ({"weights": (1.0,)}, 4, 4, "weights: 1 values for 2 layers"),
+    ({"weights": (1.0, 1.0, 1.0)}, 4, 4, "weights: 3 values for 2 layers"),
 ])  # fmt: skip
 def test_layers(settings, student, teacher, wanted):
     method = Distillation(teacher="x", **settings)

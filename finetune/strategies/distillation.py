@@ -28,7 +28,7 @@ class Distillation(Strategy):
     tokens: whose states are compared; "mixed": of English words that take the place of `share` of the words, by the word
         `alignments`, a folder of LANGUAGE.text and LANGUAGE.align (default: `alignments` in the data folder).
     layers: of the student, default 3, 6, 9 and the last; teacher_layers: which of the teacher's each is compared with, default
-        the same; weights: lambda_m, default 1.
+        the same; weights: lambda_m, default 1; one alone is every layer's.
     normalise: as equations 2 to 6, or as the public code, one mean over everything. slots: pictures are padded to so many
         regions, and the empty ones are averaged in (the public code: 50); 0: they are masked.
     task: what the answers count beside it. classifier: the student's is new, or starts as the teacher's.
@@ -141,7 +141,8 @@ def chosen_layers(method: Distillation, student: int, teacher: int) -> tuple[dic
         raise UserError(f"{WHERE}: the student has {student} layers, the teacher {teacher}; say which go together with "
                         f"{WHERE}.layers= and {WHERE}.teacher_layers=")  # fmt: skip
     mine = method.layers or tuple(sorted({layer for layer in (3, 6, 9, student) if layer <= student}))
-    theirs, weights = method.teacher_layers or mine, method.weights or (1.0,) * len(mine)
+    theirs, weights = method.teacher_layers or mine, method.weights or (1.0,)
+    weights = weights * len(mine) if len(weights) == 1 else weights
     for name, values in (("teacher_layers", theirs), ("weights", weights)):
         if len(values) != len(mine):
             raise UserError(f"{WHERE}.{name}: {len(values)} values for {len(mine)} layers, {list(mine)}; give one for each")
