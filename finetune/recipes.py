@@ -159,9 +159,10 @@ P4_ROWS = {
     "soft_prompt": {"alignment": {"weight": 0.0}, "soft_prompt": {}},
     "framework": {"alignment": {}, "lora": {}},  # with Adapter on all of Multi30K
 }
-# the teacher's states beside the answers; pictures have no tokens of their own in this model's rows. lambda: at 1 the squared
+# the teacher's states beside the answers; pictures have no tokens of their own in this model's rows. At lambda 1 the squared
 # distances of states are a hundredth of the answers' loss, and nothing is gained (the German development set, seed 0, told)
-SCENES_TAUGHT = {"teacher": "runs/transfer_teacher", "tokens": ("cls",), "task": 1.0, "weights": (100.0,), "classifier": "teacher"}
+SCENES_TAUGHT = {"teacher": "runs/transfer_teacher", "tokens": ("cls",), "task": 1.0, "weights": (100.0,),
+                 "classifier": "teacher"}  # fmt: skip
 TRANSFER_ROWS = {
     **{row: P4_ROWS[row] for row in ("full", "mt", "lora", "adapter", "compacter", "soft_prompt")},
     **{f"routine{routine}_lora": {"alignment": {"routine": routine, "weight": 10.0}, "lora": {}} for routine in (1, 2, 3)},
