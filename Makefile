@@ -18,6 +18,7 @@ SPACE ?= best_of_scenes
 SEARCH ?= recipe=scenes_xgqa trials=16 train_limit=3000 epochs=4 test_limit=300 top=2
 TASKS ?= xgqa xvnli xflickrco marvl
 TRANSFER ?= zero_shot zero_shot_mt full mt lora adapter compacter soft_prompt routine1_lora routine2_lora routine3_lora \
+	routine3_adapter routine3_compacter routine3_soft_prompt \
 	teacher student distilled
 
 PYTHON := .venv/bin/python

@@ -166,6 +166,7 @@ SCENES_TAUGHT = {"teacher": "runs/transfer_teacher", "tokens": ("cls",), "task":
 TRANSFER_ROWS = {
     **{row: P4_ROWS[row] for row in ("full", "mt", "lora", "adapter", "compacter", "soft_prompt")},
     **{f"routine{routine}_lora": {"alignment": {"routine": routine, "weight": 10.0}, "lora": {}} for routine in (1, 2, 3)},
+    **{f"routine3_{module}": {"alignment": {"weight": 10.0}, module: {}} for module in ("adapter", "compacter", "soft_prompt")},
 }
 P1_ROWS = {"standard": {}, "suf": {"unfreezing": {"layers": 3}}}
 P1_TASKS = {"uc2": ("xgqa", "xvnli"), "cclm": ("xgqa", "xvnli", "xflickrco")}
