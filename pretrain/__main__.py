@@ -8,67 +8,30 @@
 
 import argparse
 import json
-import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from raylib.config import choose, dump, load, override
-from raylib.errors import UserError, disk_is_full
+from raylib.command import GOES_ON, command, train
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; a `UserError` is one line on stderr and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+@command(GOES_ON)
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line."""
     commands = {"evaluate": _evaluate, "export": _export}
-    try:
-        if arguments and arguments[0] in commands:
-            return commands[arguments[0]](arguments[1:])
-        return _train(arguments)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except OSError as e:
-        print(f"error: {disk_is_full(e)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
-        return 130
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
+    return _train(arguments)
 
 
-def _train(arguments: list[str]) -> int:
+def _train(arguments: Sequence[str]) -> int:
     from pretrain.recipes import RECIPES
     from pretrain.train import PretrainConfig, run
 
-    lines = "\n".join(f"  {name:20s} {recipe.__doc__}" for name, recipe in RECIPES.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain",
-        description=f"{__doc__}\nrecipes:\n{lines}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", nargs="?", help="a recipe's name")
-    parser.add_argument("settings", nargs="*", metavar="path=value", help="such as optim.lr=3e-4 runtime=local")
-    parser.add_argument("--config", help="start from a stored config.json instead of a recipe")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
-    given = parser.parse_intermixed_args(arguments)
-    if given.config:
-        settings = [given.recipe, *given.settings] if given.recipe else given.settings
-        config = load(PretrainConfig, Path(given.config))
-    elif given.recipe:
-        settings, config = given.settings, choose(given.recipe, RECIPES, "recipe")()
-    else:
-        parser.print_help()
-        return 2
-    if "POLYGLANCE_RUNS" in os.environ:  # a job's working directory is a copy that goes away
-        config = override(config, [f"runs={os.environ['POLYGLANCE_RUNS']}"])
-    config = override(config, settings)
-    if given.print_config:
-        print(dump(config))
-        return 0
-    run(config)
-    return 0
+    return train(arguments, "pretrain", __doc__, RECIPES, PretrainConfig, run, "optim.lr=3e-4 runtime=local")
 
 
-def _evaluate(arguments: list[str]) -> int:
+def _evaluate(arguments: Sequence[str]) -> int:
     from pretrain.evaluate import evaluate_folder
     from pretrain.report import table, write_result
 
@@ -84,7 +47,7 @@ def _evaluate(arguments: list[str]) -> int:
     return 0
 
 
-def _export(arguments: list[str]) -> int:
+def _export(arguments: Sequence[str]) -> int:
     from pretrain.export import export
 
     parser = argparse.ArgumentParser(prog="python -m pretrain export", description="Write one safetensors model folder.")

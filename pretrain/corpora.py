@@ -12,7 +12,7 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pretrain.formats import LIMIT, Tally, read_image_text, read_pairs, read_text
+from raylib.command import command
 from raylib.data.shards import ShardWriter
 from raylib.errors import UserError
 from raylib.text import Tokenizer
@@ -121,7 +122,8 @@ def _rows(files: Iterable[Path | str], limit: float, read: Callable, language: s
     return _samples(files, limit, lambda path, tally: encode(read(path, tally, language), tokenizer, tally))
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command()
+def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain.corpora", description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokenizer", required=True, help="SentencePiece model or tokenizer.json, or its folder")
@@ -139,11 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not found:
                 parser.error(f"--{stream} {pair}: wanted LANGUAGE=FILE")
             files.setdefault(language, []).append(path)
-    try:
-        prepare(given.out, given.tokenizer, given.image_text, **streams, image_size=given.image_size, limit=given.limit)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    prepare(given.out, given.tokenizer, given.image_text, **streams, image_size=given.image_size, limit=given.limit)
     return 0
 
 

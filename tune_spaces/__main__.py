@@ -12,32 +12,20 @@ import argparse
 import os
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from raylib.command import command
 from raylib.config import choose, near, override, paths
-from raylib.errors import UserError, disk_is_full
+from raylib.errors import UserError
 from raylib.tune.config import SearchConfig
 from raylib.tune.space import Space, described
 from tune_spaces.spaces import SPACES
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; a `UserError` is one line on stderr and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        return _search(arguments)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except OSError as e:
-        print(f"error: {disk_is_full(e)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-
-
-def _search(arguments: list[str]) -> int:
+@command("the same command goes on")
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line."""
     lines = "\n".join(f"  {name:14s} {space.summary} (recipe={space.recipe})" for name, space in SPACES.items())
     parser = argparse.ArgumentParser(
         prog="python -m tune_spaces",

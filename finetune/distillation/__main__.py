@@ -2,12 +2,14 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.distillation.aligner import Aligner, cut_words
 from finetune.distillation.alignments import PARTED
 from finetune.tasks import TASKS
 from raylib.checkpoint import write_atomically
+from raylib.command import command
 from raylib.config import choose
 from raylib.errors import UserError
 
@@ -34,8 +36,9 @@ def write_alignments(aligner: Aligner, task: str, data: Path, language: str, out
     return sum(map(len, links))
 
 
-def main(arguments: list[str]) -> int:
-    """Run the command; 2 for a mistake of the user."""
+@command()
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line."""
     parser = argparse.ArgumentParser(prog="python -m finetune.distillation", description=__doc__)
     parser.add_argument("encoder", type=Path, help="folder of a multilingual encoder of transformers, such as mBERT")
     parser.add_argument("data", type=Path, help="the data folder of fine-tuning")
@@ -45,16 +48,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--layer", type=int, default=8, help="whose states are compared (default: 8, of mBERT's 12)")
     parser.add_argument("--threshold", type=float, default=1e-3)
     a = parser.parse_args(arguments)
-    try:
-        aligner = Aligner(a.encoder, a.layer, a.threshold)
-        for language in a.languages:
-            found = write_alignments(aligner, a.task, a.data, language, a.out or a.data / "alignments")
-            print(f"{language}: {found} links")
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    aligner = Aligner(a.encoder, a.layer, a.threshold)
+    for language in a.languages:
+        found = write_alignments(aligner, a.task, a.data, language, a.out or a.data / "alignments")
+        print(f"{language}: {found} links")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

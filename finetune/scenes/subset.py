@@ -13,12 +13,12 @@ files. Senses are numbered among those that are left: the synset called "hog.n.0
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from finetune.lexicon.vectors import read_vectors, words_of
 from finetune.scenes.names import DATA, labels
-from raylib.errors import UserError
+from raylib.command import command
 
 ANSWERS = ("yes", "no")  # beside the labels
 ABOVE = ("@", "@i")  # hypernym, instance hypernym
@@ -117,19 +117,16 @@ def _entry(fields: list[str], synsets: dict, kept: set[str], moved: dict[str, st
     return " ".join([*fields[:2], count, str(len(symbols)), *symbols, count, tags, *(moved[o] for o in offsets)]) + "  \n"
 
 
-def main(arguments: list[str]) -> int:
+@command()
+def main(arguments: Sequence[str]) -> int:
     """Write both into `data/`."""
     if len(arguments) != 2:
         print(__doc__, file=sys.stderr)
         return 2
-    try:
-        cut_wordnet(Path(arguments[0]), DATA / "wordnet", [label.synset for label in labels().values()], ANSWERS)
-        cut_vectors(Path(arguments[1]), DATA / "vectors.txt", [*labels(), *ANSWERS])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    cut_wordnet(Path(arguments[0]), DATA / "wordnet", [label.synset for label in labels().values()], ANSWERS)
+    cut_vectors(Path(arguments[1]), DATA / "vectors.txt", [*labels(), *ANSWERS])
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -22,11 +22,13 @@ import os
 import re
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
+from raylib.command import command
 from raylib.errors import UserError
 
 KINDS = {"image_text": 1, "text": 1, "parallel": 2}  # kind -> sides
@@ -281,19 +283,16 @@ def to_npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def main(arguments: list[str]) -> int:
+@command()
+def main(arguments: Sequence[str]) -> int:
     """`python -m raylib.data.shards FOLDER KIND`: index anybody's tars."""
     if len(arguments) != 2:
         print(f"usage: python -m raylib.data.shards FOLDER {{{','.join(KINDS)}}}", file=sys.stderr)
         return 2
-    try:
-        shards = index_folder(*arguments)["shards"]
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    shards = index_folder(*arguments)["shards"]
     print(f"{arguments[0]}: {len(shards)} shards, {sum(shard['samples'] for shard in shards)} samples")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

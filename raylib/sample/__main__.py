@@ -4,9 +4,10 @@ import argparse
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from raylib.errors import UserError
+from raylib.command import command
 from raylib.sample import packages
 from raylib.sample.concepts import DATA
 from raylib.sample.tokenizer import train_tokenizer
@@ -24,13 +25,11 @@ def rebuild() -> None:
     train_tokenizer(DATA / "tokenizer.model")
 
 
-def main() -> int:
-    argparse.ArgumentParser(prog="python -m raylib.sample", description=__doc__).parse_args()
-    try:
-        rebuild()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@command()
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line."""
+    argparse.ArgumentParser(prog="python -m raylib.sample", description=__doc__).parse_args(arguments)
+    rebuild()
     files = [path for path in DATA.rglob("*") if path.is_file()]
     print(f"{DATA}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.2f} MB")
     return 0

@@ -1,0 +1,75 @@
+"""What command lines have in common: how a mistake of the user ends, and how a recipe becomes a run."""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raylib.config import C, choose, dump, load, override
+from raylib.errors import UserError, disk_is_full
+
+GOES_ON = "the same command resumes from the newest checkpoint"
+
+Main = Callable[[Sequence[str]], int]
+
+
+def command(interrupted: str = "") -> Callable[[Main], Callable[..., int]]:
+    """Makes `main(arguments)` an entry point: without arguments it takes the process's. A `UserError`, or a full disk, is one
+    line on stderr and exit code 2; Ctrl-C is one and exit code 130. `interrupted`: what to say of starting again."""
+
+    def entry_point(main: Main) -> Callable[..., int]:
+        @functools.wraps(main)
+        def run(arguments: Sequence[str] | None = None) -> int:
+            try:
+                return main(sys.argv[1:] if arguments is None else arguments)
+            except UserError as e:
+                print(f"error: {e}", file=sys.stderr)
+                return 2
+            except OSError as e:
+                print(f"error: {disk_is_full(e)}", file=sys.stderr)
+                return 2
+            except KeyboardInterrupt:
+                print("; ".join(filter(None, ("interrupted", interrupted))), file=sys.stderr)
+                return 130
+
+        return run
+
+    return entry_point
+
+
+def train(
+    arguments: Sequence[str], room: str, doc: str, recipes: Mapping[str, Callable[[], C]], kind: type[C],
+    run: Callable[[C], Any], such: str,
+) -> int:
+    """`python -m ROOM RECIPE [path=value ...]`, or `--config FILE`: run the config that they make. `doc`: of its --help;
+    `such`: an example of settings."""
+    lines = "\n".join(f"  {name:20s} {recipe.__doc__}" for name, recipe in recipes.items())
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {room}",
+        description=f"{doc}\nrecipes:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", nargs="?", help="a recipe's name")
+    parser.add_argument("settings", nargs="*", metavar="path=value", help=f"such as {such}")
+    parser.add_argument("--config", help="start from a stored config.json, or a YAML file, instead of a recipe")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    given = parser.parse_intermixed_args(arguments)
+    if given.config:
+        settings = [given.recipe, *given.settings] if given.recipe else given.settings
+        config = load(kind, Path(given.config))
+    elif given.recipe:
+        settings, config = given.settings, choose(given.recipe, recipes, "recipe")()
+    else:
+        parser.print_help()
+        return 2
+    if "POLYGLANCE_RUNS" in os.environ:  # a job's working directory is a copy that goes away
+        config = override(config, [f"runs={os.environ['POLYGLANCE_RUNS']}"])
+    config = override(config, settings)
+    if given.print_config:
+        print(dump(config))
+    else:
+        run(config)
+    return 0
