@@ -18,6 +18,7 @@ import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
+from raylib.backbones.stack import Stack
 from raylib.config import Config
 from raylib.errors import UserError
 from raylib.model.attention import initialise
@@ -91,12 +92,12 @@ class RegionEmbedding(nn.Module):
         return self.dropout(self.norm(self.map(regions)))
 
 
-class Oscar(nn.Module):
+class Oscar(Stack):
     """Texts and the tagged pictures, or the premises, that ground them, in one stack. A backbone of fine-tuning
     (`raylib.backbones`)."""
 
     kind = "oscar"
-    fusion_depths = 0
+    region_embedding = RegionEmbedding
     parts = ("text", "tags", "regions")  # of a row
 
     def __init__(self, config: OscarConfig):
@@ -111,34 +112,6 @@ class Oscar(nn.Module):
     @property
     def width(self) -> int:
         return self.config.width
-
-    @property
-    def depths(self) -> int:
-        return self.config.layers
-
-    def depth_of(self, name: str) -> int | None:
-        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the embeddings of text and regions, None for the pooler."""
-        part, _, rest = name.partition(".")
-        if part in ("embedding", "regions"):
-            return 0
-        return int(rest.split(".")[1]) + 1 if part == "encoder" else None
-
-    def prunable(self) -> list[str]:
-        """Names of the matrices of the stack and its pooler (paper 0 counts the pooler in)."""
-        return [name for name, p in self.named_parameters() if name.startswith(("encoder.", "pooler.")) and p.ndim == 2]
-
-    def see_regions(self, features: int) -> None:
-        """Make the model take region features so wide; what embeds them is new if it has seen none yet.
-
-        Raises:
-            UserError: it has seen others.
-        """
-        if self.regions is None:
-            self.config = self.config.model_copy(update={"features": features})
-            self.regions = RegionEmbedding(self.config).apply(initialise).to(self.pooler.weight).train(self.training)
-        if features != self.config.features:
-            raise UserError(f"the region features are {features} wide, this {self.kind} was trained on {self.config.features}; "
-                            "set regions= to features of its detector")  # fmt: skip
 
     def embed_regions(self, regions: Ragged, tags: Ragged | None = None) -> Seen:
         """What grounds texts, from features and locations (R, f + 7) of each picture, whose last number, the area, is left out,

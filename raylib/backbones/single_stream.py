@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
+from raylib.backbones.stack import Stack
 from raylib.config import Config
 from raylib.errors import UserError
 from raylib.model.attention import initialise
@@ -118,11 +119,12 @@ class RegionEmbedding(nn.Module):
         return self.dropout(self.norm(features + locations))
 
 
-class SingleStream(nn.Module):
+class SingleStream(Stack):
     """Texts and the regions, or the premises, that ground them, in one stack. A backbone of fine-tuning
     (`raylib.backbones`)."""
 
-    fusion_depths = 0
+    poolers = ("pooler", "region_pooler")
+    region_embedding = RegionEmbedding
 
     def __init__(self, config: SingleStreamConfig):
         super().__init__()
@@ -143,35 +145,6 @@ class SingleStream(nn.Module):
     def width(self) -> int:
         """Of the pooled states."""
         return self.config.pooled or self.config.width
-
-    @property
-    def depths(self) -> int:
-        return self.config.layers
-
-    def depth_of(self, name: str) -> int | None:
-        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the embeddings of text and regions, None for poolers."""
-        part, _, rest = name.partition(".")
-        if part in ("embedding", "regions"):
-            return 0
-        return int(rest.split(".")[1]) + 1 if part == "encoder" else None
-
-    def prunable(self) -> list[str]:
-        """Names of the matrices of the stack and its poolers (paper 0 counts the pooler in)."""
-        parts = ("encoder", "pooler", "region_pooler")
-        return [name for name, p in self.named_parameters() if name.partition(".")[0] in parts and p.ndim == 2]
-
-    def see_regions(self, features: int) -> None:
-        """Make the model take region features so wide; what embeds them is new if it has seen none yet.
-
-        Raises:
-            UserError: it has seen others.
-        """
-        if self.regions is None:
-            self.config = self.config.model_copy(update={"features": features})
-            self.regions = RegionEmbedding(self.config).apply(initialise).to(self.pooler.weight)
-        if features != self.config.features:
-            raise UserError(f"the region features are {features} wide, this {self.kind} was trained on {self.config.features}; "
-                            "set regions= to features of its detector")  # fmt: skip
 
     def embed_regions(self, regions: Ragged) -> Ragged:
         """Features and locations (R, f + 7) of each picture -> their embeddings (R', d), one more a picture if the layout has a
