@@ -1,15 +1,16 @@
 """What a search is worth: TPE with early stopping beside the paper's grid and random search, on paper 4's own grid.
 
-    python -m benchmarks.search MODEL DATA [--seeds 3] [--folder runs/search_benchmark]
+    python -m benchmarks.search MODEL DATA [--seeds 5] [--folder runs/search_benchmark]
 
 Paper 4 tries five weights of the alignment times three learning rates on XTD, 15 runs; all of them are ten times as large here,
 where vectors are short and the model is small. The same is asked of emoji scenes
 (recipe `transfer_routine3_lora`, German, 50 captions, 20 epochs), scored on the German development set. All see the same
 ranges and seeds, two trials at a time. Compute is counted in epochs, which cost the same in every trial here, whatever else the
-machine does. MODEL: a run or an export; DATA: emoji scenes.
+machine does. MODEL: a run or an export, for the README runs/baselines/scenes_model (`make baselines`); DATA: emoji scenes.
 """
 
 import argparse
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ CONTESTANTS = {  # three times as many trials as the grid has, most of them stop
     "paper's grid": ("search=grid", "stop=none"),
     "random search": ("search=random", "stop=none", "trials=15"),
     "TPE, ASHA": ("search=tpe", "stop=asha", "trials=45"),
-    "TPE, ASHA from epoch 3": ("search=tpe", "stop=asha", "grace=3", "trials=45"),  # added when the first had lost
+    "TPE, ASHA from epoch 1": ("search=tpe", "stop=asha", "grace=1", "trials=45"),  # what the default was, until it lost here
     "TPE, nothing stopped": ("search=tpe", "stop=none", "trials=15"),
 }
 GOAL = "target_dev"
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("runs/search_benchmark"))
     given = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,15 +51,14 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in range(given.seeds):
         for name, settings in CONTESTANTS.items():
             if (seed, name) not in known:
-                rows = search(given, seed, name, settings)
-                record.append(FILE, {"seed": seed, "contestant": name, "rows": rows})
+                record.append(FILE, {"seed": seed, "contestant": name, **search(given, seed, name, settings)})
     print(table(record.read(FILE)))
 
 
-def search(given: argparse.Namespace, seed: int, name: str, settings: Sequence[str]) -> list[dict]:
-    """Run one contestant; its trials in the order of their start."""
+def search(given: argparse.Namespace, seed: int, name: str, settings: Sequence[str]) -> dict:
+    """Run one contestant: {"rows": its trials in the order of their start, "early": how their early scores rank as the last}."""
     from finetune.recipes import RECIPES
-    from raylib.tune import sweep
+    from raylib.tune import early, sweep
     from tune_spaces.jobs import Finetuning
 
     called = f"{''.join(c for c in name if c.isalnum())}_seed{seed}"
@@ -67,7 +67,10 @@ def search(given: argparse.Namespace, seed: int, name: str, settings: Sequence[s
     recipe = [f"model={given.model}", f"data={given.data}", 'languages=["de"]', f"fit.seed={seed}", "fit.bf16=false",
               "fit.loader_workers=0", "test_limit=150"]  # fmt: skip
     folder = sweep.run(config, "paper4", SPACE, Finetuning(), override(RECIPES[SPACE.recipe](), recipe))
-    return trials(folder)
+    rows = trials(folder)
+    last = {row["trial"]: row["score"] for row in rows if row["state"] == "finished"}
+    told = early.agreements(folder / "trials", last, GOAL, config.reduction) if config.stop == "none" else []
+    return {"rows": rows, "early": [[a.age, a.rho] for a in told]}
 
 
 def trials(folder: Path) -> list[dict]:
@@ -75,7 +78,8 @@ def trials(folder: Path) -> list[dict]:
     import csv
 
     with open(folder / "trials.csv", encoding="utf-8") as file:
-        return [{"state": row["state"], "score": float(row[GOAL]) if row[GOAL] else None, "epoch": float(row["epoch"]),
+        return [{"trial": row["trial"], "state": row["state"],
+                 "score": float(row[GOAL]) if row[GOAL] else None, "epoch": float(row["epoch"]),
                  "seconds": float(row["seconds"]), "start": float(row["start_seconds"] or "nan"),
                  "weight": float(row["strategies.alignment.weight"]), "lr": float(row["optim.lr"])}
                 for row in csv.DictReader(file)]  # fmt: skip
@@ -111,7 +115,7 @@ def table(lines: Sequence[dict]) -> str:
     if not seeds:
         return "Not measured yet."
     head = ["", "trials for the grid's epochs", "trials an hour", "best German mean recall, %",
-            "the grid's best is reached after", "first start in a process, s", "later starts, s"]  # fmt: skip
+            "the grid's best is reached after, of its epochs", "first start in a process, s", "later starts, s"]  # fmt: skip
     out = [head]
     for name in CONTESTANTS:
         counts, rates, bests, shares, first, later = [], [], [], [], [], []
@@ -123,13 +127,30 @@ def table(lines: Sequence[dict]) -> str:
             counts.append(count)
             rates.append(3600 * len(rows) / sum(row["seconds"] for row in rows))
             bests.append(best)
-            shares.append(None if reached is None else reached / budget)
+            shares.append(math.inf if reached is None else reached / budget)
             first += [row["start"] for row in rows[:2]]  # two at a time
             later += [row["start"] for row in rows[2:] if row["start"] == row["start"]]
-        told = ", ".join("never" if share is None else f"{100 * share:.0f} %" for share in shares)
+        told = f"{_share(statistics.median(shares))} ({', '.join(map(_share, shares))})"
         out.append([name, f"{statistics.fmean(counts):.0f}", f"{statistics.fmean(rates):.0f}", markdown.spread(bests),
-                    f"{told} of its epochs", f"{statistics.median(first):.1f}", f"{statistics.median(later):.1f}"])  # fmt: skip
-    return markdown.table(out) + f"\n\nSeeds {', '.join(map(str, seeds))}, one by one where several figures stand."
+                    told, f"{statistics.median(first):.1f}", f"{statistics.median(later):.1f}"])  # fmt: skip
+    early = [(f"after {age}", statistics.median(rhos)) for age, rhos in _early(lines, seeds).items()]
+    return markdown.table(out) + (
+        f"\n\nSeeds {', '.join(map(str, seeds))}: mean ± std, or the median and each. Rank correlation of a score with the last, "
+        f"median of searches that stop nothing: {', '.join(f'{rho:.2f} {when}' for when, rho in early)} epochs."
+    )
+
+
+def _share(share: float) -> str:
+    return "never" if share == math.inf else f"{100 * share:.0f} %"
+
+
+def _early(lines: Sequence[dict], seeds: Sequence[int]) -> dict[int, list[float]]:
+    """{epoch: Spearman's rho of the scores after it with the last ones, of every search that stopped nothing}."""
+    found: dict[int, list[float]] = {}
+    for line in lines:
+        for age, rho in line["early"] if line["seed"] in seeds else ():
+            found.setdefault(age, []).append(rho)
+    return found
 
 
 if __name__ == "__main__":

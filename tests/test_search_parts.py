@@ -11,7 +11,7 @@ from ray.tune.schedulers import TrialScheduler
 from finetune.recipes import RECIPES
 from raylib.config import override
 from raylib.errors import UserError
-from raylib.tune import figures, report, schedulers, space
+from raylib.tune import early, figures, report, schedulers, space
 from raylib.tune.config import SearchConfig
 from raylib.tune.finals import Final
 from raylib.tune.schedulers import Asha, Median, Within, population, scheduler
@@ -164,6 +164,32 @@ def test_the_cost_is_what_was_trained_and_what_was_not():
     stopped = [Row("1", "stopped", {}, {"one": 0.2}, 2, 8, 900, 1, None)]  # at its speed the other 6 would take 2700 s
     told = report.cost([*done, *stopped])
     assert "| trained | 3 | 18 | 2.2 h |" in told and "| 1 | 6 | 45.0 min |" in told and "25 % of the epochs" in told
+
+
+def test_a_search_says_whether_early_scores_tell_the_last(tmp_path):
+    # after one epoch the trials rank the wrong way round, after three the right way; a pruning round is no score
+    finals = (0.5, 0.6, 0.7, 0.8)
+    for i, last in enumerate(finals):
+        (tmp_path / str(i)).mkdir()
+        for age, score in ((1, 1 - last), (2, 0.5), (3, last / 2), (4, last)):
+            tell(tmp_path / str(i), {**told(age, score), "one": score})
+        tell(tmp_path / str(i), {**told(1, 0.9, judged=False), "one": 0.9})
+    last = {str(i): score for i, score in enumerate(finals)}
+    found = early.agreements(tmp_path, last, "one", 3.0)
+    assert found == [(1, pytest.approx(-1), 4), (3, pytest.approx(1), 4)]
+    assert "| 1 | -1.00 | 4 |" in early.told(found, 1) and "try `grace=3`" in early.told(found, 1)
+    assert "try" not in early.told(found, 3) and "try" not in early.told(found, None)
+    assert "try `stop=none`" in early.told(found[:1], 2)
+    few = {name: last[name] for name in ("0", "1", "2")}
+    alike = dict.fromkeys(last, 0.5)
+    assert early.agreements(tmp_path, few, "one", 3.0) == early.agreements(tmp_path, alike, "one", 3.0) == []
+    assert early.told([], 1) == ""
+
+
+@pytest.mark.parametrize(("epochs", "grace"), [(1, 1), (4, 1), (9, 1), (10, 2), (20, 3)])
+def test_long_trials_are_judged_later(epochs, grace):
+    assert SearchConfig(recipe="r").judged_from(epochs) == grace  # a ninth
+    assert SearchConfig(recipe="r", grace=2).judged_from(epochs) == 2
 
 
 def test_the_verdict_compares_seed_by_seed():

@@ -12,7 +12,7 @@ from raylib.checkpoint import write_atomically
 from raylib.config import change
 from raylib.launch import LaunchConfig
 from raylib.markdown import percent
-from raylib.tune import figures, space
+from raylib.tune import early, figures, space
 from raylib.tune.config import Job, SearchConfig
 from raylib.tune.finals import PUBLISHED, Final, front, interval
 
@@ -35,6 +35,9 @@ def write(
 ) -> None:
     """best.yaml, the pictures, and, last, report.md."""
     write_best(config, job, base, folder, chosen, found[0])
+    last = {row.id: row.scores[config.goals[0]] for row in rows if row.state == "finished"}
+    agreements = early.agreements(folder / "trials", last, config.goals[0], config.reduction)
+    early_scores = early.told(agreements, config.judged_from(job.epochs(base) - job.rounds(base)) if config.stops else None)
     pictures = figures.draw(folder, chosen.knobs, rows, config.goals, config.seed)
     parts = [
         f"# Search of `{name}` over `{config.recipe}`",
@@ -47,6 +50,7 @@ def write(
         *(["## Best of each goal against the other", _front_table(config, rows)] if len(config.goals) > 1 else []),
         "## What it cost",
         cost(rows),
+        *(["## What early scores tell", early_scores] if early_scores else []),
         "## Trials",
         _trials_table(config, rows),
         "All of them, with every knob: trials.csv.",

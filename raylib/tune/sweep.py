@@ -111,8 +111,8 @@ def prepared(config: SearchConfig, name: str, chosen: space.Space, job: Job, bas
             raise UserError(f"search=cmaes is for numbers; space '{name}' has {', '.join(odd)}: take tpe")
     if config.search == "pbt":
         population(chosen.knobs, config.goals[0], config.perturb, config.seed, job.changeable)
-    if config.stops and config.grace >= job.epochs(base):
-        raise UserError(f"grace={config.grace}: a trial has {job.epochs(base)} epochs; give fewer, or set stop=none")
+    if config.stops and (grace := config.judged_from(trained(job, base))) >= trained(job, base):
+        raise UserError(f"grace={grace}: a trial has {trained(job, base)} epochs; give fewer, or set stop=none")
     for told, values in _telling(chosen):
         try:
             job.check(change(base, values))
@@ -120,6 +120,11 @@ def prepared(config: SearchConfig, name: str, chosen: space.Space, job: Job, bas
             raise UserError(f"space '{name}'{f' ({told})' if told else ''}: {e}") from None
     job.checked()
     return base
+
+
+def trained(job: Job, config: LaunchConfig) -> int:
+    """How many epochs the model of a trial is trained, pruning rounds left out."""
+    return job.epochs(config) - job.rounds(config)
 
 
 def _telling(chosen: space.Space) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -197,8 +202,9 @@ def _tuning(config: SearchConfig, chosen: space.Space, search: Searching, resour
     if config.search == "grid":
         trials = len(chosen.points())
     longest = int(search.job.epochs(search.base) * config.reduction) + 1
+    grace = config.judged_from(trained(search.job, search.base))
     return tune.TuneConfig(
-        scheduler=scheduler(config.stop if config.stops else "none", goals[0], config.grace, config.reduction, longest,
+        scheduler=scheduler(config.stop if config.stops else "none", goals[0], grace, config.reduction, longest,
                             Path(search.folder) / "trials"),
         search_alg=searcher(config.search, chosen, goals, config.seed, trials, Path(search.folder), config.name),
         num_samples=trials, **common,
