@@ -2,10 +2,12 @@
 
 import statistics
 import time
+from types import SimpleNamespace
 
 import optuna
 import pytest
 from optuna.trial import TrialState
+from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from finetune.recipes import RECIPES
@@ -14,7 +16,7 @@ from raylib.errors import UserError
 from raylib.tune import early, figures, report, schedulers, space
 from raylib.tune.config import SearchConfig
 from raylib.tune.finals import Final
-from raylib.tune.schedulers import Asha, Median, Within, population, scheduler
+from raylib.tune.schedulers import Asha, Median, Within, check_changeable, population, scheduler
 from raylib.tune.searcher import searcher, state_of
 from raylib.tune.space import Choice, Float, Int, OneOf, Space
 from raylib.tune.sweep import Row
@@ -29,6 +31,18 @@ class Trial:
 
     def __init__(self, name: str):
         self.trial_id, self.status = name, "RUNNING"
+
+
+class Member(Trial):
+    """What a population sees of one."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.experiment_tag, self.config, self.checkpoint = name, {"optim.lr": 5e-4}, f"checkpoint of {name}"
+        self.run_metadata = SimpleNamespace(checkpoint_manager=SimpleNamespace(checkpoint_config=tune.CheckpointConfig()))
+
+    def is_finished(self) -> bool:
+        return False
 
 
 class Controller:
@@ -130,15 +144,36 @@ def test_the_searcher_proposes_what_is_published_first_and_tells_optuna_the_trut
     assert again._ot_study.trials[3].state == TrialState.FAIL
 
 
-def test_populations_stay_within_their_ranges_and_refuse_what_cannot_change():
+def test_populations_stay_within_their_ranges_and_refuse_what_cannot_change(tmp_path):
     knobs = {"optim.lr": Float(1e-4, 1e-3, log=True), "strategies.prior.k": Int(2, 10), "way": Choice("a", "b")}
     moved = Within(knobs)({"optim.lr": 1.2e-3, "strategies.prior.k": 1, "way": "b"})
     assert moved == {"optim.lr": 1e-3, "strategies.prior.k": 2, "way": "b"}
-    rule = population({**knobs, "batch": 32}, "one", 1, 0, ("optim.lr", "strategies.prior.k", "way"))
+    check_changeable({**knobs, "batch": 32}, ("optim.lr", "strategies.prior.k", "way"))
+    rule = population({**knobs, "batch": 32}, "one", 1, 0, tmp_path)
     assert set(rule._hyperparam_mutations) == set(knobs)  # what is always the same moves nowhere
-    assert rule.on_trial_result(None, None, {"epoch": 4, "epochs": 4}) == CONTINUE  # at its end a member changes no more
+    assert rule.on_trial_result(Controller([]), None, {"epoch": 4, "epochs": 4}) == CONTINUE  # it is at its end
     with pytest.raises(UserError, match="batch cannot change in mid-run"):
-        population({"batch": Choice(15, 30)}, "one", 1, 0, ("optim.lr",))
+        check_changeable({"batch": Choice(15, 30)}, ("optim.lr",))
+    with pytest.raises(UserError, match="way cannot change in mid-run"):
+        check_changeable({"way": OneOf(a={}, b={})}, ("way",))
+
+
+def test_a_population_knows_its_ranks_after_a_restart(tmp_path):
+    members = [Member(str(i)) for i in range(4)]
+    for i, member in enumerate(members):
+        (tmp_path / member.trial_id).mkdir()
+        tell(tmp_path / member.trial_id, {"epoch": 3.0, "epochs": 9, "score": i / 10})
+    rule, controller = population({"optim.lr": Float(1e-4, 1e-3)}, "score", 2, 0, tmp_path), Controller(members)
+    controller.search_alg = None
+    for member in members:
+        rule.on_trial_add(controller, member)
+    taken = []
+    rule._exploit = lambda controller, trial, other: taken.append((trial, other))
+    schedulers.STARTED = time.time()
+    # the interval of two epochs is counted from the last multiple of it, not from the restart
+    assert rule.on_trial_result(controller, members[0], {"epoch": 3.5, "epochs": 9, "score": 0.0}) == CONTINUE and not taken
+    rule.on_trial_result(controller, members[0], {"epoch": 4.0, "epochs": 9, "score": 0.0})
+    assert taken == [(members[0], members[3])]  # the worst takes the best's checkpoint, which it knows of
 
 
 def rows(values, state="finished"):

@@ -22,7 +22,8 @@ STARTED = time.time()  # of this driver: what trials told before is remembered, 
 
 
 class _Fair:
-    """Asks the rule beside it about results with `judged` alone. `runs`: where the trials' folders are."""
+    """Asks the rule beside it about results that count alone, and tells it first what trials had told an earlier driver.
+    `runs`: where the trials' folders are."""
 
     runs: Path
     remembered = False
@@ -31,11 +32,13 @@ class _Fair:
         if not self.remembered:
             self.remembered = True
             for known in controller.get_trials():
-                before = [r for r in read_told(self.runs / known.trial_id) if r["at"] < STARTED and r.get("judged")]
-                self.remember(known, [r for r in before if self._metric in r])
-        if not result.get("judged") or self._metric not in result:
-            return TrialScheduler.CONTINUE
-        return super().on_trial_result(controller, trial, result)
+                told = read_told(self.runs / known.trial_id)
+                self.remember(known, [r for r in told if r["at"] < STARTED and self.counts(r)])
+        return super().on_trial_result(controller, trial, result) if self.counts(result) else TrialScheduler.CONTINUE
+
+    def counts(self, result: dict) -> bool:
+        """Whether a trial may be judged by `result`."""
+        return bool(result.get("judged")) and self._metric in result
 
 
 class Asha(_Fair, AsyncHyperBandScheduler):
@@ -60,13 +63,20 @@ class Median(_Fair, MedianStoppingRule):
             self._results[trial] = results
 
 
-class Population(PopulationBasedTraining):
-    """Members that are at their end change no more: nothing would be trained with what they changed to."""
+class Population(_Fair, PopulationBasedTraining):
+    """Population-based training (Jaderberg et al. 2017)."""
 
-    def on_trial_result(self, controller, trial: Trial, result: dict) -> str:
-        if result["epoch"] >= result["epochs"]:
-            return TrialScheduler.CONTINUE
-        return super().on_trial_result(controller, trial, result)
+    def counts(self, result: dict) -> bool:
+        """Members that are at their end change no more: nothing would be trained with what they changed to."""
+        return result["epoch"] < result["epochs"] and self._metric in result
+
+    def remember(self, trial: Trial, results: list[dict]) -> None:
+        """Enter where a member was before a restart, and the checkpoint that others may take."""
+        if results:
+            state, last = self._trial_state[trial], results[-1]
+            self._save_trial_state(state, last["epoch"], last, trial)
+            state.last_perturbation_time = last["epoch"] // self._perturbation_interval * self._perturbation_interval
+            state.last_checkpoint = trial.checkpoint
 
 
 def scheduler(stop: str, metric: str, grace: int, reduction: float, longest: int, runs: Path) -> TrialScheduler | None:
@@ -93,23 +103,30 @@ class Within:
                               for path, knob in self.knobs.items() if not isinstance(knob, Choice)}}  # fmt: skip
 
 
-def population(knobs: Knobs, metric: str, every: int, seed: int, changeable: tuple[str, ...]) -> PopulationBasedTraining:
-    """Population-based training (Jaderberg et al. 2017): every so many epochs the worst quarter goes on from the best quarter's
-    checkpoints, with settings moved a fifth up or down or drawn anew.
+def check_changeable(knobs: Knobs, changeable: tuple[str, ...]) -> None:
+    """Whether all knobs may change in mid-run, as those of a population do.
 
     Raises:
-        UserError: a knob that cannot change in mid-run.
+        UserError: one cannot.
     """
-    knobs = {path: knob for path, knob in knobs.items() if isinstance(knob, OneOf | Each | Distribution)}
-    fixed = [path for path, knob in knobs.items() if isinstance(knob, OneOf | Each) or path not in changeable]
+    fixed = [path for path, knob in knobs.items()
+             if isinstance(knob, OneOf | Each) or (isinstance(knob, Distribution) and path not in changeable)]  # fmt: skip
     if fixed:
         raise UserError(f"search=pbt: {', '.join(fixed)} cannot change in mid-run; what can: {', '.join(changeable)}")
+
+
+def population(knobs: Knobs, metric: str, every: int, seed: int, runs: Path) -> Population:
+    """A population: every so many epochs the worst quarter goes on from the best quarter's checkpoints, with settings moved a
+    fifth up or down or drawn anew. runs: where the trials' folders are."""
+    knobs = {path: knob for path, knob in knobs.items() if isinstance(knob, Distribution)}
     random.seed(seed)  # Tune's mutations are drawn from these two
     np.random.seed(seed)
-    return Population(
+    rule = Population(
         time_attr="epoch", metric=metric, mode="max", perturbation_interval=every, require_attrs=False,
         hyperparam_mutations={path: _domain(knob) for path, knob in knobs.items()}, custom_explore_fn=Within(knobs),
     )  # fmt: skip
+    rule.runs = runs
+    return rule
 
 
 def _domain(knob: Distribution):

@@ -26,7 +26,7 @@ from raylib.errors import UserError
 from raylib.launch import LaunchConfig, connect
 from raylib.tune import finals, report, space
 from raylib.tune.config import Job, SearchConfig, Searching
-from raylib.tune.schedulers import population, scheduler
+from raylib.tune.schedulers import check_changeable, population, scheduler
 from raylib.tune.searcher import searcher, state_of
 from raylib.tune.shelf import Shelf
 from raylib.tune.told import read_told
@@ -110,7 +110,7 @@ def prepared(config: SearchConfig, name: str, chosen: space.Space, job: Job, bas
         if odd:
             raise UserError(f"search=cmaes is for numbers; space '{name}' has {', '.join(odd)}: take tpe")
     if config.search == "pbt":
-        population(chosen.knobs, config.goals[0], config.perturb, config.seed, job.changeable)
+        check_changeable(chosen.knobs, job.changeable)
     if config.stops and (grace := config.judged_from(trained(job, base))) >= trained(job, base):
         raise UserError(f"grace={grace}: a trial has {trained(job, base)} epochs; give fewer, or set stop=none")
     for told, values in _telling(chosen):
@@ -191,12 +191,12 @@ def _trials(config: SearchConfig, chosen: space.Space, search: Searching, resour
 
 def _tuning(config: SearchConfig, chosen: space.Space, search: Searching, resources: dict) -> tune.TuneConfig:
     """Searcher and scheduler of a search that begins."""
-    goals, trials = config.goals, config.trials
+    goals, trials, runs = config.goals, config.trials, Path(search.folder) / "trials"
     # a stopped trial that waits for workers of its own cannot hand on its process
     common = {"reuse_actors": not config.workers, "max_concurrent_trials": resources["concurrent"],
               "trial_name_creator": named, "trial_dirname_creator": named}  # fmt: skip
     if config.search == "pbt":
-        rule = population(search.knobs, goals[0], config.perturb, config.seed, search.job.changeable)
+        rule = population(search.knobs, goals[0], config.perturb, config.seed, runs)
         return tune.TuneConfig(scheduler=rule, num_samples=trials, search_alg=BasicVariantGenerator(random_state=config.seed),
                                **common)  # fmt: skip
     if config.search == "grid":
@@ -204,8 +204,7 @@ def _tuning(config: SearchConfig, chosen: space.Space, search: Searching, resour
     longest = int(search.job.epochs(search.base) * config.reduction) + 1
     grace = config.judged_from(trained(search.job, search.base))
     return tune.TuneConfig(
-        scheduler=scheduler(config.stop if config.stops else "none", goals[0], grace, config.reduction, longest,
-                            Path(search.folder) / "trials"),
+        scheduler=scheduler(config.stop if config.stops else "none", goals[0], grace, config.reduction, longest, runs),
         search_alg=searcher(config.search, chosen, goals, config.seed, trials, Path(search.folder), config.name),
         num_samples=trials, **common,
     )  # fmt: skip
