@@ -39,21 +39,12 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory):
-    """A small random model with 2 x 2 patches and the sample's tokenizer, exported."""
-    folder = tmp_path_factory.mktemp("model") / "export"
-    make_model(vocabulary=12000, positions=64, dropout=0.1).float().save(folder)
-    shutil.copy2(DATA / "tokenizer.model", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def train(tmp_path_factory, export, scenes):
+def train(tmp_path_factory, model, scenes):
     """`train(task, name, *settings)` -> the folder of a finished run of two epochs; made once."""
     runs = tmp_path_factory.mktemp("runs")
 
     def run(task, name, *settings):
-        own = [f"model={export}", f"data={scenes}", f"runs={runs}", f"name={name}", "epochs=2", "batch=16", "image_size=16",
+        own = [f"model={model}", f"data={scenes}", f"runs={runs}", f"name={name}", "epochs=2", "batch=16", "image_size=16",
                "fit.bf16=false", "fit.loader_workers=0", "test_limit=30"]  # fmt: skip
         assert main([f"scenes_{task}", *own, *settings]) == 0
         return runs / name

@@ -21,20 +21,10 @@ from raylib import checkpoint
 from raylib.config import override
 from raylib.sample.concepts import DATA
 from raylib.track import read_metrics
-from tests.made import make_model
 from tests.test_stores import b64, write_lmdb
 
 QUICK = ["batch=16", "image_size=16", "epochs=1", 'languages=["en","ru"]', "fit.bf16=false", "fit.loader_workers=0"]
 WIDTH = 6  # of region features
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A small random model, exported."""
-    folder = tmp_path_factory.mktemp("model") / "export"
-    make_model(vocabulary=12000, positions=64).float().save(folder)
-    shutil.copy2(DATA / "tokenizer.model", folder)
-    return folder
 
 
 @pytest.fixture

@@ -1,15 +1,12 @@
 """Tasks that the emoji scenes do not stand for: a run from start to end on a tiny set in each one's official format."""
 
 import json
-import shutil
 
 import pytest
 
 from finetune.__main__ import main
 from finetune.tasks import TASKS
-from raylib.sample.concepts import DATA
 from tests import official
-from tests.made import make_model
 
 QUICK = ["runtime=local", "batch=8", "epochs=1", "image_size=16", "candidates=3", "fit.bf16=false", "fit.loader_workers=0"]
 SPLIT = official.SPLITS
@@ -17,15 +14,6 @@ RUNS = {  # task -> recipe; those that no paper of ours has a row for borrow a l
     "multi30k": "p2_multi30k", "coco": "p2_coco", "xtd": "p2_coco", "wit": "p2_wit", "vqa_v2": "iglue_xgqa",
     "cvil_vqa": "iglue_xgqa", "ja_vqa": "p2_ja_vqa", "fm_iqa": "p2_fm_iqa", "xnli": "p2_xnli", "snli_xvnli": "p2_snli_xvnli",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A small random model, exported."""
-    folder = tmp_path_factory.mktemp("model") / "export"
-    make_model(vocabulary=12000, positions=64).float().save(folder)
-    shutil.copy2(DATA / "tokenizer.model", folder)
-    return folder
 
 
 @pytest.fixture
