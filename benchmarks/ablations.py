@@ -2,8 +2,8 @@
 
     python -m benchmarks.ablations [--seeds 1] [--folder runs/ablations] [--quick]
 
-`tiny` with all terms at weight 1, which its recipe for the ten minutes is not. What is recorded in results/ablations.jsonl is
-not made again; the table goes into benchmarks/README.md.
+`tiny` with all terms at weight 1, which its recipe for the ten minutes is not. What is finished in FOLDER is not made again;
+results/ablations.jsonl has every record, the table in benchmarks/README.md the newest of each recipe and seed.
 """
 
 import argparse
@@ -37,11 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
         python("finetune.scenes", scenes)
     for seed in range(given.seeds):
         for recipe in RECIPES:
-            if (recipe, seed) not in {(line["recipe"], line["seed"]) for line in record.read(FILE)}:
-                line = run(recipe, seed, folder, scenes, given.quick)
-                if not given.quick:
-                    record.append(FILE, line)
-                    record.main([])
+            line = run(recipe, seed, folder, scenes, given.quick)
+            if not given.quick and line not in record.read(FILE):
+                record.append(FILE, line)
+                record.main([])
 
 
 def run(recipe: str, seed: int, folder: Path, scenes: Path, quick: bool) -> dict:
@@ -61,7 +60,7 @@ def table() -> str:
     """Markdown: a row an ablation, seeds as means."""
     rows = [["pretrained", "seeds", "R@1 English", "R@1 others", "xvnli English", "xvnli targets"]]
     for recipe, what in RECIPES.items():
-        lines = [line for line in record.read(FILE) if line["recipe"] == recipe]
+        lines = list({line["seed"]: line for line in record.read(FILE) if line["recipe"] == recipe}.values())
         if lines:
             columns = [[x["en_r1"] for x in lines], [x["others_r1"] for x in lines], [x["xvnli"]["en"] for x in lines],
                        [x["xvnli_targets"] for x in lines]]  # fmt: skip

@@ -6,8 +6,9 @@
 2. the recipes `emoji_e5_align`, `emoji_e5_names` and `emoji_e5_scenes`, each from the export of the one before;
 3. the experiments of `benchmarks/experiments.py`, seed by seed.
 
-Every finished fine-tuning run is recorded at once in results/finetune.jsonl, and one that is recorded is not made again.
-Start the command several times and the processes share the work: each takes an experiment that no other is at.
+Every finished fine-tuning run is recorded at once in results/finetune.jsonl, and one that is finished in FOLDER is not made
+again; tables show the newest record of each. Start the command several times and the processes share the work: each takes an
+experiment that no other is at.
 """
 
 import argparse
@@ -77,9 +78,9 @@ def pretrained(folder: Path, scenes: Path, quick: bool) -> Path:
 
 
 def run_experiment(experiment: Experiment, seed: int, folder: Path, scenes: Path, model: Path, quick: bool) -> None:
-    """Run and record one seed of an experiment, unless it is recorded."""
+    """Run and record one seed of an experiment, unless it is there."""
     name = f"{experiment.name}_seed{seed}"
-    if name in {line["run"] for line in record.read(record.RESULTS / "finetune.jsonl")}:
+    if (folder / name / "recorded").is_file():
         return
     start = folder / f"{experiment.after}_seed{seed}" if experiment.after else model
     teacher = folder / f"{experiment.teacher}_seed{seed}" if experiment.teacher else None
@@ -93,6 +94,7 @@ def run_experiment(experiment: Experiment, seed: int, folder: Path, scenes: Path
     python("finetune", experiment.recipe, *settings, *experiment.settings, *taught, *few)
     if not quick:
         record.main(["--finetune", str(folder / name)])
+        (folder / name / "recorded").touch()
         for left in [*(folder / name).rglob("checkpoints"), *(folder / name).rglob("encoded")]:
             shutil.rmtree(left)  # a gigabyte; the best model stays
 

@@ -29,10 +29,11 @@ from raylib.data.images import AugmentConfig, augment, decode
 from raylib.data.shards import ShardWriter
 from raylib.data.source import Source
 from raylib.randomness import permutation, uniform
+from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "data.jsonl"
-TOKENIZER = Path(__file__).parent.parent / "pretrain" / "sample" / "data" / "tokenizer.model"
+TOKENIZER = DATA / "tokenizer.model"
 SIZE = 256  # pixels a side that the model sees
 ROUNDS = 5
 CROP = AugmentConfig(scale=(0.9, 1.0), operations=0)

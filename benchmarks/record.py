@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
             shutil.copy2(run / "curve.png", CURVE)
     newest = read(RESULTS / "runs.jsonl")[-1]
     blind = (read(RESULTS / "scenes.jsonl") or [{}])[-1]
-    runs = read(RESULTS / "finetune.jsonl")
+    runs = list({line["run"]: line for line in read(RESULTS / "finetune.jsonl")}.values())  # the newest of each
     parts = {"table": report.table(newest), "reading": reading(newest), "speed": speed()}
     write_parts(ROOT / "README.md", **parts, finetune=tables(runs, blind), transfer=transfer(runs))
     from benchmarks import ablations, search, unfreezing  # which record through this module

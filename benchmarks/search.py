@@ -47,11 +47,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/search_benchmark"))
     given = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    known = {(line["seed"], line["contestant"]) for line in record.read(FILE)}
     for seed in range(given.seeds):
         for name, settings in CONTESTANTS.items():
-            if (seed, name) not in known:
-                record.append(FILE, {"seed": seed, "contestant": name, **search(given, seed, name, settings)})
+            line = {"seed": seed, "contestant": name, **search(given, seed, name, settings)}
+            if line not in record.read(FILE):  # a search that is complete is not made again
+                record.append(FILE, line)
     print(table(record.read(FILE)))
 
 
@@ -80,7 +80,7 @@ def trials(folder: Path) -> list[dict]:
     with open(folder / "trials.csv", encoding="utf-8") as file:
         return [{"trial": row["trial"], "state": row["state"],
                  "score": float(row[GOAL]) if row[GOAL] else None, "epoch": float(row["epoch"]),
-                 "seconds": float(row["seconds"]), "start": float(row["start_seconds"] or "nan"),
+                 "seconds": float(row["seconds"]), "start": float(row["start_seconds"]) if row["start_seconds"] else None,
                  "weight": float(row["strategies.alignment.weight"]), "lr": float(row["optim.lr"])}
                 for row in csv.DictReader(file)]  # fmt: skip
 
@@ -110,6 +110,7 @@ def epochs_to(rows: Sequence[dict], score: float) -> float | None:
 
 def table(lines: Sequence[dict]) -> str:
     """A row a contestant, over the seeds that all of them have."""
+    lines = list({(line["seed"], line["contestant"]): line for line in lines}.values())  # the newest of each
     by = {(line["seed"], line["contestant"]): line["rows"] for line in lines}
     seeds = [seed for seed in sorted({line["seed"] for line in lines}) if all((seed, name) in by for name in CONTESTANTS)]
     if not seeds:
@@ -128,8 +129,8 @@ def table(lines: Sequence[dict]) -> str:
             rates.append(3600 * len(rows) / sum(row["seconds"] for row in rows))
             bests.append(best)
             shares.append(math.inf if reached is None else reached / budget)
-            first += [row["start"] for row in rows[:2]]  # two at a time
-            later += [row["start"] for row in rows[2:] if row["start"] == row["start"]]
+            first += [row["start"] for row in rows[:2] if row["start"]]  # two at a time
+            later += [row["start"] for row in rows[2:] if row["start"]]
         told = f"{_share(statistics.median(shares))} ({', '.join(map(_share, shares))})"
         out.append([name, f"{statistics.fmean(counts):.0f}", f"{statistics.fmean(rates):.0f}", markdown.spread(bests),
                     told, f"{statistics.median(first):.1f}", f"{statistics.median(later):.1f}"])  # fmt: skip

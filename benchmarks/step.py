@@ -34,7 +34,7 @@ MODELS = {"tiny": tiny().model, "base": base().model}
 # pairs, translations, mono sentences a step: the paper's proportion 1 : 4 : 4
 BATCHES = {("tiny", "cpu"): (64, 256, 256), ("base", "cpu"): (4, 16, 16)}
 GPU_BATCH = (64, 256, 256)
-MEANS = {"image_text": 13, "parallel": 30, "text": 25}  # tokens a sentence, of at most `LENGTHS` (SPEED.md)
+MEANS = {"image_text": 13, "parallel": 30, "text": 25}  # tokens a sentence, of at most `LENGTHS`
 REPEATS = {"tiny": 7, "base": 3}
 VARIANTS = {
     "ours": lambda model: UnifiedObjective(model, ObjectiveConfig()),
@@ -79,7 +79,7 @@ def make_sentences(lengths: Tensor, vocabulary: int, generator: torch.Generator)
 
 
 def make_batch(config: ModelConfig, counts: tuple[int, int, int], seed: int = 0) -> dict:
-    """A batch with the length statistics of `SPEED.md`."""
+    """A batch with the length statistics of `MEANS`."""
     g = torch.Generator().manual_seed(seed)
     pairs, translations, mono = counts
     lengths = {name: draw_lengths(n, MEANS[name], LENGTHS[name], g) for name, n in zip(MEANS, counts, strict=True)}

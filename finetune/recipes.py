@@ -89,7 +89,7 @@ def _scenes(task: str, **more):
         name=f"scenes_{task}", task=task, workers=1, runtime="local", epochs=given["epochs"], batch=given["batch"],
         length=given["length"], image_size=64, candidates=16, optim=OptimConfig(lr=given["lr"], weight_decay=0.05, warmup=0.1),
         languages=given.get("languages", ()), freeze=given.get("freeze", ()),
-        data="runs/scenes", model="runs/e5_model",
+        data="runs/scenes", model="runs/sample_model",
     )  # fmt: skip
     return _named(config, f"emoji scenes as {task}, on 2 CPU cores: {config.called}")
 
@@ -102,7 +102,7 @@ def _transfer(row: str, strategies: dict, **more):
         name=f"transfer_{row}", task="xflickrco", workers=1, runtime="local", freeze=("vision",), matching=False, epochs=20,
         batch=10, length=40, shots=50, languages=("de", "id", "ru", "zh"), select="last", temperature=0.05,
         optim=P4.model_copy(update={"lr": 1e-3 if tuned else 1e-5}), strategies=strategies, data="runs/scenes",
-        model="runs/e5_model", **{"setting": "few_shot", **more},
+        model="runs/sample_model", **{"setting": "few_shot", **more},
     )  # fmt: skip
     return _named(config, f"emoji scenes, P4: {config.setting}, {config.called}")
 
@@ -112,7 +112,7 @@ def _taught(row: str, **more):
     translated, with it and without."""
     config = FinetuneConfig(
         name=f"transfer_{row}", workers=1, runtime="local", freeze=("vision",), epochs=2, batch=64, length=40, image_size=64,
-        optim=OptimConfig(lr=3e-4, weight_decay=0.05, warmup=0.1), data="runs/scenes", model="runs/e5_model",
+        optim=OptimConfig(lr=3e-4, weight_decay=0.05, warmup=0.1), data="runs/scenes", model="runs/sample_model",
         **{"task": "xgqa_translated", "languages": ("de", "ru"), **more},
     )  # fmt: skip
     return _named(config, f"emoji scenes, P3: {config.task}, {config.setting}, {config.called}")
@@ -161,7 +161,7 @@ P4_ROWS = {
 }
 # the teacher's states beside the answers; pictures have no tokens of their own in this model's rows. At lambda 1 the squared
 # distances of states are a hundredth of the answers' loss, and nothing is gained (the German development set, seed 0, told)
-SCENES_TAUGHT = {"teacher": "runs/transfer_teacher", "tokens": ("cls",), "task": 1.0, "weights": (100.0,),
+SCENES_TAUGHT = {"teacher": "runs/sample_transfer_teacher", "tokens": ("cls",), "task": 1.0, "weights": (100.0,),
                  "classifier": "teacher"}  # fmt: skip
 TRANSFER_ROWS = {
     **{row: P4_ROWS[row] for row in ("full", "mt", "lora", "adapter", "compacter", "soft_prompt")},

@@ -80,7 +80,7 @@ GQA_ANSWERS = ("gqa/annotations/trainval_label2ans.json", "gqa/annotations/train
                "gqa/annotations/trainval_label2ans.pkl", "gqa/cache/trainval_ans2label.pkl")  # fmt: skip
 OWN = {"language": "{language}"}  # for a reader that wants to know
 NLI_LANGUAGES = ("en", "ar", "es", "fr", "ru")
-NLI_LABELS = ("contradiction", "neutral", "entailment")  # IGLUE's order; CCLM's public code has another (FACTS, Related)
+NLI_LABELS = ("contradiction", "neutral", "entailment")  # IGLUE's order; CCLM's public code has another
 
 
 def _xvnli(train: Mapping[str, Split]) -> dict[str, Split]:

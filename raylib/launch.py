@@ -17,7 +17,7 @@ from raylib.tune.reporter import Reporter
 SETTINGS = {  # of Ray, by environment variables
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # Train's run page needs it
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every print comes twice
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # noisy (RAY.md, section 1)
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # noisy
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a trial are what they are everywhere
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a stopped trial's loaders may end before its process is given to the next
     "TUNE_GLOBAL_CHECKPOINT_S": "0.2",  # or ten seconds of a search are lost with its driver

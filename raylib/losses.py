@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HEAD_ROWS = 256  # rows of the vocabulary head at a time; PyTorch's automatic choice is 10 x slower on a CPU (SPEED.md)
+HEAD_ROWS = 256  # rows of the vocabulary head at a time; PyTorch's automatic choice is 10 x slower on a CPU
 
 
 def contrastive(queries: Tensor, keys: Tensor, positive: Tensor, excluded: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ def parameter_groups(
 
 
 def build_optimizer(groups: Iterable[dict], config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW: a sixth of the time of the foreach one (SPEED.md)."""
+    """Fused AdamW: a sixth of the time of the foreach one."""
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

@@ -4,7 +4,7 @@
   * our SentencePiece models (`<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` 4, a control symbol);
   * XLM-R's kind (`sentencepiece.bpe.model`: `<unk>` 0, `<s>` 1, `</s>` 2 in the file), whose ids move to fairseq's:
     `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, piece i at i + 1, `<mask>` last (250,001 at full size);
-  * any `tokenizer.json` with the usual special tokens, through `tokenizers` (six times slower: `SPEED.md`).
+  * any `tokenizer.json` with the usual special tokens, through `tokenizers` (six times slower).
 """
 
 import hashlib

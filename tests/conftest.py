@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-# before Ray is imported: poll reports often, so that a checkpoint costs 0.2 s and not 2 (RAY.md)
+# before Ray is imported: poll reports often, so that a checkpoint costs 0.2 s and not 2
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -236,7 +236,7 @@ def test_a_killed_driver_loses_nothing(tmp_path, model, scenes):
     assert done and going
     before = {path.name: (path / "result.json").read_bytes() for path in done}
     steps = max(r["step"] for r in read_metrics(going[0]) if "lr" in r)
-    time.sleep(10)  # the killed driver's cluster ends by itself (RAY.md)
+    time.sleep(10)  # the killed driver's cluster ends by itself
     again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
     assert again.returncode == 0, again.stdout + again.stderr
     rows = trials(folder)

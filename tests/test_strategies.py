@@ -213,7 +213,7 @@ def test_top_layers_freeze_what_is_below():
 
 
 def test_a_tenth_five_times_leaves_59_percent():
-    """FACTS, P0: 10 % of what remains, five times: 40.95 % sparsity. Against sorting all weights by hand."""
+    """Paper 0: 10 % of what remains, five times: 40.95 % sparsity. Against sorting all weights by hand."""
     g = torch.Generator().manual_seed(1)
     weights = {"a": torch.randn(100, 100, generator=g), "b": torch.randn(50, 200, generator=g)}
     mask = None

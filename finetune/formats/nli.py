@@ -49,7 +49,7 @@ def read_multinli(path: Path) -> Iterator[Example]:
 
 
 def check_labels(ours: Sequence[str], theirs: Sequence[str], where: str) -> None:
-    """Classes are compared by name: public code numbers entailment 1 or 2 (FACTS, Related).
+    """Classes are compared by name: public code numbers entailment 1 or 2.
 
     Raises:
         UserError: other labels, or another order; both are named.

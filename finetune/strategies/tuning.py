@@ -97,7 +97,7 @@ class SoftPrompt(Tuning):
 
 class HardPrompt(Strategy):
     """`words` before every text, in training and in evaluation, whatever its language (paper 4: English ones serve best). They
-    count in `length=`. Nothing is frozen, nothing added: alone with `epochs=0` it is the paper's zero-shot row."""
+    count in `length=`. Nothing is frozen, nothing added: alone with `setting=untrained` it is the paper's zero-shot row."""
 
     shown = ("words",)
 
