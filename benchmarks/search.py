@@ -69,7 +69,7 @@ def search(given: argparse.Namespace, seed: int, name: str, settings: Sequence[s
     folder = sweep.run(config, "paper4", SPACE, Finetuning(), override(RECIPES[SPACE.recipe](), recipe))
     rows = trials(folder)
     last = {row["trial"]: row["score"] for row in rows if row["state"] == "finished"}
-    told = early.agreements(folder / "trials", last, GOAL, config.reduction) if config.stop == "none" else []
+    told = early.agreements(folder / "trials", last, GOAL, 1, config.reduction) if config.stop == "none" else []
     return {"rows": rows, "early": [[a.age, a.rho] for a in told]}
 
 
@@ -115,7 +115,7 @@ def table(lines: Sequence[dict]) -> str:
     seeds = [seed for seed in sorted({line["seed"] for line in lines}) if all((seed, name) in by for name in CONTESTANTS)]
     if not seeds:
         return "Not measured yet."
-    head = ["", "trials for the grid's epochs", "trials an hour", "best German mean recall, %",
+    head = ["", "trials for the grid's epochs", "trials a core-hour", "best German mean recall, %",
             "the grid's best is reached after, of its epochs", "first start in a process, s", "later starts, s"]  # fmt: skip
     out = [head]
     for name in CONTESTANTS:

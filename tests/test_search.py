@@ -18,6 +18,7 @@ from raylib.errors import UserError
 from raylib.track import read_metrics
 from raylib.tune.config import SearchConfig
 from raylib.tune.space import Choice, Float, OneOf, Space
+from raylib.tune.told import read_told
 from tune_spaces.jobs import Finetuning
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,7 +159,9 @@ def test_stopped_trials_are_pruned_in_optuna(search):
         (("metric=dev/ru",), (), "metric=dev/ru: no run reports that; with select=english_dev there are english_dev"),
         (("search=grid",), (), "space 'lr' has no grid"),
         (("cpus_per_trial=5",), (), "cpus_per_trial=5, but no node of the cluster has more than 2 CPUs"),
-        (("grace=3",), (), "grace=3: a trial has 3 epochs; give fewer"),
+        (("grace=3",), (), "stop=asha: a trial is judged after 3 epochs (grace=), and has 3; set stop=none, or more epochs="),
+        (("search=pbt",), ("strategies.sparse.rounds=2",), "search=pbt: a trial must be one training"),
+        (("search=pbt", "select=target_dev"), ("setting=few_shot", "languages=[\"ru\",\"de\"]"), "must be one training"),
         (("workers=4",), (), "workers=4, but the cluster has 2 CPUs"),
         ((), ("setting=untrained",), "trains nothing that could be searched"),
         ((), ("setting=few_shot",), "set select=target_dev"),
@@ -189,6 +192,7 @@ def test_a_population_changes_knobs_in_mid_run(search):
     assert {row["state"] for row in trials(folder)} == {"finished"}
     moved = [path for path in (folder / "tune").glob("pbt_policy_*.txt") if path.read_text()]
     assert moved  # some member went on from another's checkpoint
+    assert not list((folder / "tune").glob("*/checkpoint_*")) and not list((folder / "trials").glob("*/checkpoints"))
 
 
 @pytest.mark.slow
@@ -244,6 +248,8 @@ def test_a_killed_driver_loses_nothing(tmp_path, model, scenes):
     assert {name: (folder / "trials" / name / "result.json").read_bytes() for name in before} == before
     went_on = [r["step"] for r in read_metrics(going[0]) if "lr" in r]
     assert went_on == sorted(set(went_on)) and steps in went_on
+    epochs = [line["epoch"] for line in read_told(going[0]) if not line["finished"]]
+    assert epochs == sorted(set(epochs)) == list(range(1, 9))  # none was trained twice, which one that starts anew would
     assert len({row["strategies.layer_decay.factor"] for row in rows}) == 5  # none was proposed twice
     (study,) = _studies(folder)
     assert len(study.trials) == 5 and {trial.state.name for trial in study.trials} == {"COMPLETE"}

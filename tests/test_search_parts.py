@@ -1,5 +1,7 @@
 """What a search is made of, without a cluster: who is stopped, what Optuna is told, what the report reckons."""
 
+import json
+import pickle
 import statistics
 import time
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from ray.tune.schedulers import TrialScheduler
 from finetune.recipes import RECIPES
 from raylib.config import override
 from raylib.errors import UserError
-from raylib.tune import early, figures, report, schedulers, space
+from raylib.tune import early, figures, report, schedulers, space, state
 from raylib.tune.config import SearchConfig
 from raylib.tune.finals import Final
 from raylib.tune.schedulers import Asha, Median, Within, check_changeable, population, scheduler
@@ -21,6 +23,7 @@ from raylib.tune.searcher import searcher, state_of
 from raylib.tune.space import Choice, Float, Int, OneOf, Space
 from raylib.tune.sweep import Row
 from raylib.tune.told import tell
+from raylib.tune.trial import standing, trained
 from tune_spaces.jobs import Finetuning
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
@@ -72,7 +75,7 @@ def test_asha_stops_who_is_behind_at_a_rung_and_judges_none_too_early(tmp_path):
 
 @pytest.mark.parametrize("stop", ["asha", "median"])
 @pytest.mark.parametrize("restarted", [True, False])
-def test_what_trials_had_scored_is_known_after_a_restart(tmp_path, stop, restarted):
+def test_what_trials_had_scored_is_known_after_a_restart(tmp_path, stop, restarted, monkeypatch):
     before = [Trial(str(i)) for i in range(4)]  # some of them ended, one goes on: it has been at its first rung
     for trial in before:
         (tmp_path / trial.trial_id).mkdir()
@@ -86,7 +89,7 @@ def test_what_trials_had_scored_is_known_after_a_restart(tmp_path, stop, restart
         rule.on_trial_add(controller, trial)
     assert isinstance(rule, Asha | Median)
     # what this driver's own trials tell comes to the rule by itself
-    schedulers.STARTED = time.time() if restarted else 0.0
+    monkeypatch.setattr(schedulers, "STARTED", time.time() if restarted else 0.0)
     assert rule.on_trial_result(controller, fresh, told(1, 0.3)) == (STOP if restarted else CONTINUE)
     if restarted and stop == "asha":
         assert rule.on_trial_result(controller, before[0], told(2, 0.1)) == CONTINUE  # this rung it has passed
@@ -107,7 +110,8 @@ def test_stages_that_mean_something_else_are_not_judged():
     both = config("strategies.sparse.rounds=4", "strategies.sparse.epochs=2", "strategies.unfreezing.layers=4")
     assert job.settled(both) == 10
     assert job.settled(config("strategies.head_first.epochs=2")) == 3
-    assert job.epochs(config("setting=few_shot", 'languages=["en","de","ru"]')) == 12
+    few = config("setting=few_shot", 'languages=["en","de","ru"]')
+    assert (job.epochs(few), job.parts(few)) == (6, 2)
 
 
 def test_what_becomes_of_a_trial():
@@ -136,12 +140,18 @@ def test_the_searcher_proposes_what_is_published_first_and_tells_optuna_the_trut
         (TrialState.COMPLETE, 0.75), (TrialState.PRUNED, 0.625), (TrialState.FAIL, None)]  # fmt: skip
     assert one._ot_study.trials[1].intermediate_values == {1: 0.5, 3: 0.625}
     one.suggest("lost")
-    state = tmp_path / "state.pkl"
+    state = tmp_path / "searcher.pkl"
     one._ot_trials.pop("lost")  # as Tune's state is, when it dies before it saves
     one.save(str(state))
     again = searcher("tpe", chosen, ("one",), 0, 8, tmp_path, "again")
     again.restore(str(state))
     assert again._ot_study.trials[3].state == TrialState.FAIL
+    first = searcher("tpe", chosen, ("one",), 0, 8, tmp_path, "first")
+    first.save(str(state))
+    published = first.suggest("lost before Tune has saved it")
+    again = searcher("tpe", chosen, ("one",), 0, 8, tmp_path, "once more")
+    again.restore(str(state))
+    assert again.suggest("anew") == published
 
 
 def test_populations_stay_within_their_ranges_and_refuse_what_cannot_change(tmp_path):
@@ -158,7 +168,7 @@ def test_populations_stay_within_their_ranges_and_refuse_what_cannot_change(tmp_
         check_changeable({"way": OneOf(a={}, b={})}, ("way",))
 
 
-def test_a_population_knows_its_ranks_after_a_restart(tmp_path):
+def test_a_population_knows_its_ranks_after_a_restart(tmp_path, monkeypatch):
     members = [Member(str(i)) for i in range(4)]
     for i, member in enumerate(members):
         (tmp_path / member.trial_id).mkdir()
@@ -169,7 +179,7 @@ def test_a_population_knows_its_ranks_after_a_restart(tmp_path):
         rule.on_trial_add(controller, member)
     taken = []
     rule._exploit = lambda controller, trial, other: taken.append((trial, other))
-    schedulers.STARTED = time.time()
+    monkeypatch.setattr(schedulers, "STARTED", time.time())
     # the interval of two epochs is counted from the last multiple of it, not from the restart
     assert rule.on_trial_result(controller, members[0], {"epoch": 3.5, "epochs": 9, "score": 0.0}) == CONTINUE and not taken
     rule.on_trial_result(controller, members[0], {"epoch": 4.0, "epochs": 9, "score": 0.0})
@@ -203,22 +213,75 @@ def test_the_cost_is_what_was_trained_and_what_was_not():
 
 def test_a_search_says_whether_early_scores_tell_the_last(tmp_path):
     # after one epoch the trials rank the wrong way round, after three the right way; a pruning round is no score
-    finals = (0.5, 0.6, 0.7, 0.8)
+    finals = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
     for i, last in enumerate(finals):
         (tmp_path / str(i)).mkdir()
         for age, score in ((1, 1 - last), (2, 0.5), (3, last / 2), (4, last)):
             tell(tmp_path / str(i), {**told(age, score), "one": score})
         tell(tmp_path / str(i), {**told(1, 0.9, judged=False), "one": 0.9})
     last = {str(i): score for i, score in enumerate(finals)}
-    found = early.agreements(tmp_path, last, "one", 3.0)
-    assert found == [(1, pytest.approx(-1), 4), (3, pytest.approx(1), 4)]
-    assert "| 1 | -1.00 | 4 |" in early.told(found, 1) and "try `grace=3`" in early.told(found, 1)
+    found = early.agreements(tmp_path, last, "one", 1, 3.0)
+    assert found == [(1, pytest.approx(-1), 8), (3, pytest.approx(1), 8)]
+    assert [a.age for a in early.agreements(tmp_path, last, "one", 2, 2.0)] == [1, 4]  # after two epochs all scored alike
+    assert "| 1 | -1.00 | 8 |" in early.told(found, 1) and "try `grace=3`" in early.told(found, 1)
     assert "try" not in early.told(found, 3) and "try" not in early.told(found, None)
-    assert "try `stop=none`" in early.told(found[:1], 2)
-    few = {name: last[name] for name in ("0", "1", "2")}
+    assert "try `stop=none`" in early.told(found[:1], 1)
+    some = dict(list(last.items())[:4])
+    assert "try" not in early.told(early.agreements(tmp_path, some, "one", 1, 3.0), 1)  # too few to go by
+    few = dict(list(last.items())[:3])
     alike = dict.fromkeys(last, 0.5)
-    assert early.agreements(tmp_path, few, "one", 3.0) == early.agreements(tmp_path, alike, "one", 3.0) == []
+    assert early.agreements(tmp_path, few, "one", 1, 3.0) == early.agreements(tmp_path, alike, "one", 1, 3.0) == []
     assert early.told([], 1) == ""
+
+
+def test_a_trial_of_several_languages_stands_where_its_part_does():
+    job = Finetuning()
+    job.depths["M"] = 8
+    own = ["model=M", "data=D", "epochs=4", "setting=few_shot", 'languages=["en","de","ru"]']
+    config = override(RECIPES["scenes_xgqa"](), [*own, "strategies.unfreezing.layers=4"])
+    # each language's layers thaw anew: its first epoch is not judged
+    assert [standing(job, config, e) for e in (1, 2, 4, 5, 6, 8)] == [
+        (1, False), (2, True), (4, True), (5, False), (6, True), (8, True)]  # fmt: skip
+    sparse = override(RECIPES["scenes_xgqa"](), [*own, "strategies.sparse.rounds=2"])
+    assert [standing(job, sparse, e) for e in (1, 2, 3, 6, 7, 8, 9)] == [
+        (0, False), (0, False), (1, True), (4, True), (4, False), (4, False), (5, True)]  # fmt: skip
+    assert trained(job, sparse) == 8 and trained(job, config) == 8
+
+
+@pytest.fixture
+def tune_state(tmp_path):
+    """A state of Tune's as it lies on disk."""
+    (tmp_path / "tuner.pkl").write_bytes(pickle.dumps({"tuner": 1}))
+    (tmp_path / "searcher-state-1.pkl").write_bytes(pickle.dumps({"trials": list(range(100))}))
+    (tmp_path / "experiment_state-1.json").write_text(json.dumps({"trials": 2}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["tuner.pkl", "searcher-state-1.pkl", "experiment_state-1.json"])
+def test_half_a_state_gives_way_to_the_copy(tune_state, name):
+    state.Keep(tune_state).on_step_end(1, [])
+    (tune_state / "experiment_state-2.json").write_text('{"trials": 3}')  # of a second driver
+    whole = (tune_state / name).read_bytes()
+    cut = tune_state / name.replace("state-1.json", "state-2.json")
+    cut.write_bytes(cut.read_bytes()[:-5])
+    assert not state.is_whole(tune_state) and state.recover(tune_state) and state.is_whole(tune_state)
+    assert (tune_state / name).read_bytes() == whole
+    assert json.loads(max(tune_state.glob("experiment_state-*")).read_text()) == {"trials": 2}
+
+
+def test_without_a_whole_state_there_is_none(tune_state):
+    assert state.recover(tune_state)
+    (tune_state / "experiment_state-1.json").write_text("")
+    state.keep(tune_state)  # what is damaged is not kept
+    assert not (tune_state / state.KEPT).exists() and not state.recover(tune_state)
+    (tune_state / "experiment_state-1.json").unlink()  # killed before Tune wrote it first
+    assert not state.recover(tune_state) and not state.recover(tune_state / "none")
+
+
+def test_finals_that_fail_do_not_win_and_are_told():
+    best = Final("1", {"x": 1}, {}, {}, 3)
+    assert "No final run finished" in report._verdict(SearchConfig(recipe="r"), [best])
+    assert "seeds=0" in report._verdict(SearchConfig(recipe="r", seeds=0), [best])
 
 
 @pytest.mark.parametrize(("epochs", "grace"), [(1, 1), (4, 1), (9, 1), (10, 2), (20, 3)])

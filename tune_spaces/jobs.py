@@ -14,9 +14,10 @@ from finetune.report import scores_of
 from finetune.train import check, epochs_of, evaluate_run
 from finetune.train import run as finetune
 from finetune.worker import silent
+from pretrain.batches import StepBatches
 from pretrain.evaluate import summary
 from pretrain.recipes import RECIPES as PRETRAIN
-from pretrain.train import PretrainConfig, resolve_data
+from pretrain.train import PretrainConfig, resolve_data, with_vocabulary
 from pretrain.train import run as pretrain
 from raylib.config import choose, dump
 from raylib.errors import UserError
@@ -32,13 +33,14 @@ class Finetuning:
     """Searches over fine-tuning. A score is the accuracy, or mean recall, of the model that the run leaves."""
 
     command = "finetune"
+    longer = "more epochs="
     changeable = ("optim.lr", "optim.weight_decay", "optim.clip", "strategies.prior.alpha", "strategies.prior.k",
                   "strategies.code_mixing.ratio", "strategies.code_mixing.probability", "strategies.layer_decay.factor",
                   "strategies.alignment.weight", "head_dropout")  # fmt: skip
 
     def __init__(self):
         self.depths: dict[str, int] = {}  # of each model
-        self.built: dict[str, Any] = {}  # models without methods, while settings are checked
+        self.built: tuple[str, Any] | None = None  # the last model without methods, and of which settings
 
     def searched(self, config: FinetuneConfig, select: Select) -> FinetuneConfig:
         if not config.trains:
@@ -72,22 +74,25 @@ class Finetuning:
         check(config)
         for code in config.dev_languages:
             dev_split(config, code)
-        bare = config.model_copy(update={"strategies": type(config.strategies)()})
-        key = dump(bare)
-        if key not in self.built:
-            self.built[key] = build_model(bare)
-        self.depths[config.model] = self.built[key].depths
-        build_methods(config, silent).adapt(copy.deepcopy(self.built[key]))
+        bare = config.model_copy(update={"strategies": type(config.strategies)(), "optim": type(config.optim)()})
+        if self.built is None or self.built[0] != dump(bare):
+            self.built = dump(bare), build_model(bare)
+        model = self.built[1]
+        self.depths[config.model] = model.depths
+        build_methods(config, silent).adapt(copy.deepcopy(model))
 
     def checked(self) -> None:
-        self.built.clear()
+        self.built = None
 
     def rounds(self, config: FinetuneConfig) -> int:
         return epochs_of(config) - config.epochs
 
+    def parts(self, config: FinetuneConfig) -> int:
+        languages = [c for c in languages_of(config) if config.setting == "single_language" or c != "en"]
+        return len(languages) if config.setting in PARTED else 1
+
     def epochs(self, config: FinetuneConfig) -> int:
-        parts = len([c for c in languages_of(config) if config.setting == "single_language" or c != "en"])
-        return epochs_of(config) * (parts if config.setting in PARTED else 1)
+        return epochs_of(config)
 
     def settled(self, config: FinetuneConfig) -> int:
         """Rounds that find a mask come first; then frozen layers thaw, some an epoch, or a head is trained before the rest."""
@@ -120,6 +125,7 @@ class Pretraining:
     test on."""
 
     command = "pretrain"
+    longer = "a smaller fit.eval_every="
     changeable = ("optim.lr", "optim.weight_decay", "optim.clip")
 
     def searched(self, config: PretrainConfig, select: Select) -> PretrainConfig:
@@ -139,10 +145,15 @@ class Pretraining:
         return GOALS[select]
 
     def check(self, config: PretrainConfig) -> None:
-        resolve_data(config)
+        data = resolve_data(config)
+        StepBatches(data, config.model.image_size, config.fit.seed, 0, config.workers)
+        with_vocabulary(config, data)
 
     def checked(self) -> None:
         pass
+
+    def parts(self, config: PretrainConfig) -> int:
+        return 1
 
     def rounds(self, config: PretrainConfig) -> int:
         return 0
@@ -155,7 +166,7 @@ class Pretraining:
         return 1
 
     def told(self, config: PretrainConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
-        return metrics["step"] / config.fit.eval_every, _recalls(metrics)
+        return math.ceil(metrics["step"] / config.fit.eval_every), _recalls(metrics)
 
     def run(self, config: PretrainConfig, reporter: Reporter) -> dict[str, float]:
         pretrain(config, reporter)

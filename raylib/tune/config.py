@@ -75,7 +75,7 @@ class SearchConfig(Config):
         return self.stop != "none" and self.select != "both" and self.search != "pbt"
 
     def judged_from(self, epochs: int) -> int:
-        """After how many of its `epochs` a trial may be stopped."""
+        """After how many of its `epochs`, pruning rounds left out, a trial may be stopped."""
         return self.grace or ceil(epochs / self.reduction**2)
 
 
@@ -83,6 +83,7 @@ class Job(Protocol):
     """What can be searched over: a stage, as its room describes it (`tune_spaces.jobs`)."""
 
     command: str  # that runs a config file
+    longer: str  # how a trial gets more epochs
     changeable: tuple[str, ...]  # config paths that may change in mid-run
 
     def searched(self, config: LaunchConfig, select: Select) -> LaunchConfig:
@@ -108,14 +109,17 @@ class Job(Protocol):
     def checked(self) -> None:
         """No more will be checked: let go of what that took."""
 
+    def parts(self, config: LaunchConfig) -> int:
+        """How many trainings a trial is, one after another: of each language by itself, for example."""
+
     def epochs(self, config: LaunchConfig) -> int:
-        """How many epochs a trial has in all."""
+        """How many epochs a part has."""
 
     def rounds(self, config: LaunchConfig) -> int:
         """How many of them are for something else than the model: pruning rounds."""
 
     def settled(self, config: LaunchConfig) -> int:
-        """After how many epochs its method is what it will be: before, a trial is not judged."""
+        """After how many epochs of a part its method is what it will be: before, a trial is not judged."""
 
     def told(self, config: LaunchConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
         """(epochs of this training that are done, scores), of what a checkpoint reports."""

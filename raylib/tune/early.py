@@ -1,5 +1,6 @@
 """Do early scores tell the last ones? Where they do not, trials that were stopped by them were stopped by chance."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 from raylib import markdown
 from raylib.tune.told import read_told
 
-FEWEST = 4  # trials, below which a rank correlation says nothing
+FEWEST, TRUSTED = 4, 8  # trials, below which a rank correlation is not reckoned, below which nothing is advised by it
 TELLS = 0.5  # rank correlation from which on an early score is worth stopping by
 
 
@@ -19,8 +20,8 @@ class Agreement(NamedTuple):
     trials: int
 
 
-def agreements(runs: Path, last: Mapping[str, float], goal: str, reduction: float) -> list[Agreement]:
-    """After 1, `reduction`, `reduction` squared, ... epochs: the rungs of ASHA with a grace of one. None where all score alike.
+def agreements(runs: Path, last: Mapping[str, float], goal: str, grace: int, reduction: float) -> list[Agreement]:
+    """After one epoch and at the rungs `grace`, `grace` x `reduction`, ...; none where all score alike.
 
     Args:
         runs: where the trials' folders are, with what they told. last: {trial: score at its end} of those that finished.
@@ -29,13 +30,12 @@ def agreements(runs: Path, last: Mapping[str, float], goal: str, reduction: floa
 
     curves = [(_curve(runs / name, goal), score) for name, score in last.items()]
     longest = max((age for curve, _ in curves for age in curve), default=0)
-    found, rung = [], 1.0
-    while rung <= longest:
-        age = int(rung)
+    rungs = itertools.takewhile(lambda age: age <= longest, (int(grace * reduction**k) for k in itertools.count()))
+    found = []
+    for age in sorted({1, *rungs}):
         both = [(curve[age], score) for curve, score in curves if age in curve]
         if len(both) >= FEWEST and all(len(set(side)) > 1 for side in zip(*both, strict=True)):
             found.append(Agreement(age, float(stats.spearmanr(*zip(*both, strict=True)).statistic), len(both)))
-        rung *= reduction
     return found
 
 
@@ -45,15 +45,17 @@ def _curve(run: Path, goal: str) -> dict[int, float]:
 
 
 def told(found: Sequence[Agreement], grace: int | None) -> str:
-    """`found` as a table, with what to set if trials were judged, from their epoch `grace` on, by scores that tell little;
-    `grace`: None where none was stopped. Nothing of nothing."""
+    """`found` as a table, with what to set if trials were stopped from their epoch `grace` on by scores that tell little;
+    `grace`: None where none was. Nothing of nothing."""
     if not found:
         return ""
     lines = [["after epoch", "rank correlation with the last score", "trials"]]
     text = markdown.table([*lines, *([str(a.age), f"{a.rho:.2f}", str(a.trials)] for a in found)], words=0)
-    text += "\n\nSpearman's, of trials that finished."
-    first = next((a for a in reversed(found) if grace is not None and a.age <= grace), None)
-    if first is None or first.rho >= TELLS:
+    text += "\n\nSpearman's, of the trials that finished."
+    if grace is not None:
+        text += " With those that were stopped it may be more."
+    first = next((a for a in found if a.age == grace), None)
+    if first is None or first.trials < TRUSTED or first.rho >= TELLS:
         return text
     later = next((a.age for a in found if a.age > grace and a.rho >= TELLS), None)
     instead = f"`grace={later}`" if later else "`stop=none`"

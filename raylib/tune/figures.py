@@ -44,7 +44,7 @@ def importances(knobs: space.Knobs, rows: Sequence, goal: str, seed: int) -> dic
 def _groups(knobs: space.Knobs, rows: Sequence) -> dict[str, list]:
     """All trials, then those of each alternative, by what they chose."""
     groups: dict[str, list] = {"": list(rows)}
-    for name in {name for fixed in space.alternatives(knobs) for name in fixed}:
+    for name in dict.fromkeys(name for fixed in space.alternatives(knobs) for name in fixed):
         for row in rows:
             if name in row.setting:
                 groups.setdefault(f"{name}={row.setting[name]}", []).append(row)

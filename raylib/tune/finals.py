@@ -37,7 +37,8 @@ def run(
     config: SearchConfig, chosen: space.Space, search: Searching, rows: Sequence, resources: dict[str, Any],
     fitted: Callable[..., tune.ResultGrid],
 ) -> list[Final]:
-    """The finalists, best first by the mean of the goals; the winner and the published setting are tested."""
+    """The finalists, best first: those that finished on more seeds, then by the mean of the goals. The winner and the published
+    setting are tested."""
     folder = Path(search.folder) / "finals"
     names, settings = _finalists(config, chosen, rows, folder)
     if not config.seeds:
@@ -46,7 +47,7 @@ def run(
     grid = {"setting": tune.grid_search(list(range(len(settings)))), "seed": tune.grid_search(seeds)}
     trainable = tune.with_resources(tune.with_parameters(final, search=search, settings=settings), resources["trial"])
     tuning = tune.TuneConfig(reuse_actors=not config.workers, max_concurrent_trials=resources["concurrent"])
-    results = fitted(folder / "tune", trainable, lambda: tuning, grid, config.max_failures)
+    results = fitted(folder / "tune", trainable, lambda: tuning, grid, config.max_failures, len(settings) * len(seeds))
     metrics, scores = search.job.metrics(search.base, config.select), {which: {} for which in range(len(settings))}
     for result in results:
         if result.error is None and result.metrics.get("finished"):
@@ -54,7 +55,7 @@ def run(
             scores[result.config["setting"]][result.config["seed"]] = told
     found = [Final(name, setting, scores[i], {}, len(seeds) - len(scores[i]))
              for i, (name, setting) in enumerate(zip(names, settings, strict=True))]  # fmt: skip
-    order = sorted(range(len(found)), key=lambda i: -_mean_of_goals(found[i], config.goals))
+    order = sorted(range(len(found)), key=lambda i: (found[i].failed, -_mean_of_goals(found[i], config.goals)))
     tested = {order[0], names.index(PUBLISHED) if PUBLISHED in names else order[0]}
     for which in sorted(tested):
         runs = {seed: folder / f"setting{which}_seed{seed}" for seed in found[which].scores}

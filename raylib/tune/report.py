@@ -15,6 +15,7 @@ from raylib.markdown import percent
 from raylib.tune import early, figures, space
 from raylib.tune.config import Job, SearchConfig
 from raylib.tune.finals import PUBLISHED, Final, front, interval
+from raylib.tune.trial import trained
 
 
 def write_trials(folder: Path, knobs: space.Knobs, rows: Sequence) -> None:
@@ -35,9 +36,7 @@ def write(
 ) -> None:
     """best.yaml, the pictures, and, last, report.md."""
     write_best(config, job, base, folder, chosen, found[0])
-    last = {row.id: row.scores[config.goals[0]] for row in rows if row.state == "finished"}
-    agreements = early.agreements(folder / "trials", last, config.goals[0], config.reduction)
-    early_scores = early.told(agreements, config.judged_from(job.epochs(base) - job.rounds(base)) if config.stops else None)
+    early_scores = "" if config.search == "pbt" else _early_scores(config, config.judged_from(trained(job, base)), folder, rows)
     pictures = figures.draw(folder, chosen.knobs, rows, config.goals, config.seed)
     parts = [
         f"# Search of `{name}` over `{config.recipe}`",
@@ -75,6 +74,12 @@ def write_best(config: SearchConfig, job: Job, base: LaunchConfig, folder: Path,
     write_atomically(folder / "best.yaml", "\n".join(head) + "\n" + text)
 
 
+def _early_scores(config: SearchConfig, grace: int, folder: Path, rows: Sequence) -> str:
+    last = {row.id: row.scores[config.goals[0]] for row in rows if row.state == "finished"}
+    found = early.agreements(folder / "trials", last, config.goals[0], grace, config.reduction)
+    return early.told(found, grace if any(row.state == "stopped" for row in rows) else None)
+
+
 def cost(rows: Sequence) -> str:
     """Seconds and epochs that trials had, and what the stopped ones did not have; theirs are counted at their own speed."""
     spent, saved = sum(row.seconds for row in rows), 0.0
@@ -103,8 +108,10 @@ def _counted(rows: Sequence) -> str:
 def _verdict(config: SearchConfig, found: Sequence[Final]) -> str:
     """Whether the best beats the published setting, on the dev sets that were searched and on the tests that were not."""
     best, published = found[0], next((f for f in found if f.name == PUBLISHED), None)
-    if not best.scores:
+    if not config.seeds:
         return "By one run each (seeds=0): no interval, and nothing tested."
+    if not best.scores:
+        return "**No final run finished on any fresh seed**: the best is the trials' first, by one run, and nothing was tested."
     if published is None or best is published:
         return "The published setting is the best found: the search does not beat it."
     lines = []

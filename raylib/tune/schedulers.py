@@ -57,6 +57,9 @@ class Asha(_Fair, AsyncHyperBandScheduler):
 class Median(_Fair, MedianStoppingRule):
     """Median stopping (Golovin et al. 2017) over epochs."""
 
+    def on_trial_complete(self, controller, trial: Trial, result: dict) -> None:
+        """Nothing more: the last result of a stopped trial is entered already, that of a finished one is of its best epoch."""
+
     def remember(self, trial: Trial, results: list[dict]) -> None:
         """Enter what a trial had scored before a restart."""
         if results:

@@ -13,18 +13,23 @@ from ray.tune.search.optuna import OptunaSearch
 from raylib.errors import needed
 from raylib.tune.space import Space, Suggest
 
+JOURNAL = "optuna.journal"  # of a study, in the search's folder
+
 
 class Searcher(OptunaSearch):
     """`OptunaSearch` tells Optuna of a trial that was stopped, or that crashed, as of one that finished with its last value. Here
     a stopped one counts as pruned, with its score of each epoch; a failed one as failed."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Go on from what was saved last. Trials that Optuna knows, but Tune died before it could save, are failed."""
+        """Go on from what was saved last. Trials that Optuna knows, but Tune died before it could save, are failed; a published
+        setting, or one of a grid, is proposed again."""
         super().restore(checkpoint_path)
         known = {trial.number for trial in self._ot_trials.values()}
         for lost in self._ot_study.get_trials(states=(TrialState.RUNNING,)):
             if lost.number not in known:
                 self._ot_study.tell(lost.number, state=TrialState.FAIL)
+                if given := lost.system_attrs.get("fixed_params"):
+                    self._ot_study.enqueue_trial(given)
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
         if isinstance(self._metric, str) and trial_id not in self._completed_trials and not result.get("finished"):
@@ -75,5 +80,5 @@ def searcher(search: str, space: Space, goals: tuple[str, ...], seed: int, trial
         points_to_evaluate={"grid": space.points(), "random": []}.get(search, list(space.published)),
         sampler=samplers[search](),
         study_name=name,
-        storage=optuna.storages.JournalStorage(JournalFileBackend(str(folder / "optuna.journal"))),
+        storage=optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
     )

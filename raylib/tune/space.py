@@ -185,7 +185,7 @@ def corners(knobs: Knobs) -> Iterator[tuple[str, dict[str, Any]]]:
         where = ", ".join(f"{name}={branch}" for name, branch in fixed.items())
         yield where, settle(knobs, low)
         yield where, settle(knobs, lambda name, knob, fixed=fixed: fixed.get(name, knob.ends[-1]))
-        for one in names.keys() - fixed.keys():
+        for one in (name for name in names if name not in fixed):
             for end in names[one].ends[1:]:
                 told = ", ".join(filter(None, (where, f"{one}={end}")))
                 yield told, settle(knobs, lambda name, knob, one=one, end=end, fixed=fixed: (

@@ -11,6 +11,7 @@
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from math import inf
 from pathlib import Path
@@ -24,16 +25,16 @@ from raylib.checkpoint import write_atomically
 from raylib.config import change, dump
 from raylib.errors import UserError
 from raylib.launch import LaunchConfig, connect
-from raylib.tune import finals, report, space
+from raylib.tune import finals, report, space, state
 from raylib.tune.config import Job, SearchConfig, Searching
 from raylib.tune.schedulers import check_changeable, population, scheduler
-from raylib.tune.searcher import searcher, state_of
+from raylib.tune.searcher import JOURNAL, searcher, state_of
 from raylib.tune.shelf import Shelf
 from raylib.tune.told import read_told
-from raylib.tune.trial import tidy, trial
+from raylib.tune.trial import tidy, trained, trial
 
 # what may be asked for anew when a search goes on
-MAY_CHANGE = ("concurrent", "gpus_per_trial", "cpus_per_trial", "max_failures", "runs")
+MAY_CHANGE = ("gpus_per_trial", "cpus_per_trial")
 COLOURS = re.compile(r"\x1b\[\d*m")  # of Ray's tracebacks
 FREE = 0.01  # CPUs of a trial that only waits for its workers: 0 is refused
 
@@ -61,7 +62,8 @@ def run(config: SearchConfig, name: str, chosen: space.Space, job: Job, base: La
         KeyboardInterrupt: it was interrupted; the same command goes on.
     """
     folder = Path(config.runs).absolute() / config.name
-    question = {"space": {"name": name, "knobs": space.described(chosen.knobs)}, "search": json.loads(dump(config)),
+    asked = {**json.loads(dump(config)), "runs": str(folder.parent)}  # where Tune's files say that it is
+    question = {"space": {"name": name, "knobs": space.described(chosen.knobs)}, "search": asked,
                 "recipe": json.loads(dump(base))}  # fmt: skip
     _compare(folder, question)
     if (folder / "report.md").is_file():
@@ -111,20 +113,21 @@ def prepared(config: SearchConfig, name: str, chosen: space.Space, job: Job, bas
             raise UserError(f"search=cmaes is for numbers; space '{name}' has {', '.join(odd)}: take tpe")
     if config.search == "pbt":
         check_changeable(chosen.knobs, job.changeable)
-    if config.stops and (grace := config.judged_from(trained(job, base))) >= trained(job, base):
-        raise UserError(f"grace={grace}: a trial has {trained(job, base)} epochs; give fewer, or set stop=none")
+    epochs = trained(job, base)
+    if config.stops and config.judged_from(epochs) >= epochs:
+        raise UserError(f"stop={config.stop}: a trial is judged after {config.judged_from(epochs)} epochs (grace=), and has "
+                        f"{epochs}; set stop=none, or {job.longer}")  # fmt: skip
     for told, values in _telling(chosen):
         try:
-            job.check(change(base, values))
+            trial_config = change(base, values)
+            if config.search == "pbt" and (job.parts(trial_config) > 1 or job.rounds(trial_config)):
+                raise UserError("search=pbt: a trial must be one training, for its members take each other's checkpoints; this "
+                                "one trains several languages apart, or looks for masks")  # fmt: skip
+            job.check(trial_config)
         except UserError as e:
             raise UserError(f"space '{name}'{f' ({told})' if told else ''}: {e}") from None
     job.checked()
     return base
-
-
-def trained(job: Job, config: LaunchConfig) -> int:
-    """How many epochs the model of a trial is trained, pruning rounds left out."""
-    return job.epochs(config) - job.rounds(config)
 
 
 def _telling(chosen: space.Space) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -140,12 +143,18 @@ def _telling(chosen: space.Space) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def fitted(
-    folder: Path, trainable: Callable, tuning: Callable[[], tune.TuneConfig], param_space: dict | None, failures: int
+    folder: Path, trainable: Callable, tuning: Callable[[], tune.TuneConfig], param_space: dict | None, failures: int,
+    trials: int,
 ) -> tune.ResultGrid:
-    """Run Tune in `folder`, or go on where it was; `tuning` is asked for at the first start alone."""
-    if tune.Tuner.can_restore(str(folder)):
+    """Run Tune in `folder`, or go on where it was; `tuning` is asked for at the first start alone.
+
+    Raises:
+        KeyboardInterrupt: fewer than `trials` trials ended: Tune itself returns as if all was well.
+    """
+    if state.recover(folder):
         tuner = tune.Tuner.restore(str(folder), trainable, resume_unfinished=True)
     else:
+        shutil.rmtree(folder, ignore_errors=True)
         tuner = tune.Tuner(
             trainable,
             param_space=param_space,
@@ -154,11 +163,11 @@ def fitted(
                 name=folder.name,
                 storage_path=str(folder.parent),
                 failure_config=tune.FailureConfig(max_failures=failures),
-                callbacks=[Tidy(str(folder.parent / "trials"))],
+                callbacks=[Tidy(str(folder.parent / "trials")), state.Keep(folder)],
             ),
         )
     grid = tuner.fit()
-    if not all(_ended(result) for result in grid):
+    if len(grid) < trials or not all(_ended(result) for result in grid):
         raise KeyboardInterrupt
     return grid
 
@@ -181,17 +190,37 @@ def named(trial) -> str:
 
 def _trials(config: SearchConfig, chosen: space.Space, search: Searching, resources: dict) -> list[Row]:
     """The trials of a search, in the order in which they were first heard of."""
+    folder = Path(search.folder)
+    if not state.recover(folder / "tune"):
+        _forget(folder)
     trainable = tune.with_resources(tune.with_parameters(trial, search=search), resources["trial"])
-    grid = fitted(Path(search.folder) / "tune", trainable, lambda: _tuning(config, chosen, search, resources), None,
-                  config.max_failures)  # fmt: skip
+    trials = len(chosen.points()) if config.search == "grid" else config.trials
+    grid = fitted(folder / "tune", trainable, lambda: _tuning(config, chosen, search, resources, trials), None,
+                  config.max_failures, trials)  # fmt: skip
+    if search.keep:  # whose members have kept every checkpoint, for others to go on from
+        for left in [*(folder / "tune").glob("*/checkpoint_*"), *(folder / "trials").iterdir()]:
+            shutil.rmtree(left) if left.parent.parent.name == "tune" else tidy(left)
     metrics = search.job.metrics(search.base, config.select)
     rows = [_row(result, metrics) for result in grid]
-    return sorted(rows, key=lambda row: [line["at"] for line in read_told(Path(search.folder) / "trials" / row.id)[:1]] or [inf])
+    return sorted(rows, key=lambda row: [line["at"] for line in read_told(folder / "trials" / row.id)[:1]] or [inf])
 
 
-def _tuning(config: SearchConfig, chosen: space.Space, search: Searching, resources: dict) -> tune.TuneConfig:
+def _forget(folder: Path) -> None:
+    """Drop what a search has left that was killed before Tune had written anything.
+
+    Raises:
+        UserError: its trials have trained already.
+    """
+    if any(read_told(run) for run in (folder / "trials").glob("*")):
+        raise UserError(f"{folder}/tune: Tune's state is damaged, and so is its copy; what trials told is in {folder}/trials. "
+                        "Give the search another name=")  # fmt: skip
+    shutil.rmtree(folder / "trials", ignore_errors=True)
+    (folder / JOURNAL).unlink(missing_ok=True)
+
+
+def _tuning(config: SearchConfig, chosen: space.Space, search: Searching, resources: dict, trials: int) -> tune.TuneConfig:
     """Searcher and scheduler of a search that begins."""
-    goals, trials, runs = config.goals, config.trials, Path(search.folder) / "trials"
+    goals, runs = config.goals, Path(search.folder) / "trials"
     # a stopped trial that waits for workers of its own cannot hand on its process
     common = {"reuse_actors": not config.workers, "max_concurrent_trials": resources["concurrent"],
               "trial_name_creator": named, "trial_dirname_creator": named}  # fmt: skip
@@ -199,12 +228,10 @@ def _tuning(config: SearchConfig, chosen: space.Space, search: Searching, resour
         rule = population(search.knobs, goals[0], config.perturb, config.seed, runs)
         return tune.TuneConfig(scheduler=rule, num_samples=trials, search_alg=BasicVariantGenerator(random_state=config.seed),
                                **common)  # fmt: skip
-    if config.search == "grid":
-        trials = len(chosen.points())
-    longest = int(search.job.epochs(search.base) * config.reduction) + 1
-    grace = config.judged_from(trained(search.job, search.base))
+    epochs = trained(search.job, search.base)
     return tune.TuneConfig(
-        scheduler=scheduler(config.stop if config.stops else "none", goals[0], grace, config.reduction, longest, runs),
+        scheduler=scheduler(config.stop if config.stops else "none", goals[0], config.judged_from(epochs), config.reduction,
+                            longest=int(epochs * config.reduction) + 1, runs=runs),
         search_alg=searcher(config.search, chosen, goals, config.seed, trials, Path(search.folder), config.name),
         num_samples=trials, **common,
     )  # fmt: skip

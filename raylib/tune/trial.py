@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import shutil
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from raylib.config import change
 from raylib.errors import NotFinite
 from raylib.launch import LaunchConfig, run_folder
 from raylib.tune import space
-from raylib.tune.config import Searching
+from raylib.tune.config import Job, Searching
 from raylib.tune.reporter import Reporter
 from raylib.tune.told import read_told, tell
 
@@ -45,38 +46,54 @@ def configured(search: Searching, setting: space.Setting | None, part: str, name
 
 def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
     """Run `config` and tell Tune after each checkpoint {"epoch", "epochs", "age" without pruning rounds, "judged", "spent"
-    seconds of all its starts, "finished", scores, losses}; and, last, the scores of the model that the run leaves. A loss that
-    is no number ends the trial, as "trouble"."""
+    seconds of all its starts, "start_seconds" to its first batch, "finished", scores, losses}; and, last, the scores of the model
+    that the run leaves. A loss that is no number ends the trial, as "trouble"."""
     job, folder, began = search.job, run_folder(config), time.time()
     shared.use(search.shelf)
-    total, settled, rounds = job.epochs(config), job.settled(config), job.rounds(config)
+    total = job.epochs(config) * job.parts(config)
     folder.mkdir(parents=True, exist_ok=True)
     earlier = read_told(folder)
     spent = earlier[-1]["spent"] if earlier else 0.0
+    last = {"epoch": 0.0, **{name: line[name] for line in earlier for name in ("epoch", "start_seconds") if name in line}}
 
     def told(epoch: float, **values: Any) -> dict[str, Any]:
-        common = {"epoch": epoch, "epochs": total, "age": epoch - rounds, "judged": False, "finished": False,
-                  "spent": spent + time.time() - began}  # fmt: skip
+        last["epoch"] = epoch
+        common = {**last, "epochs": total, "judged": False, "finished": False, "spent": spent + time.time() - began}
         tell(folder, {**common, **values})
         return {**common, **values}
 
     def shape(metrics: dict[str, Any], before: int) -> dict[str, Any]:
         done, scores = job.told(config, metrics)
+        last.setdefault("start_seconds", metrics["ready"] - began)
         losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
-        judged = settled <= before + done < total and bool(scores)
-        return told(before + done, judged=judged, start_seconds=metrics["ready"] - began, **scores, **losses)
+        age, settled = standing(job, config, before + done)
+        judged = settled and before + done < total and bool(scores)
+        return told(before + done, age=age, judged=judged, **scores, **losses)
 
     try:
         with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             scores = job.run(config, Reporter(shape, keep))
     except NotFinite as e:
-        tune.report(told(0, trouble=str(e)))
+        tune.report(told(last["epoch"], trouble=str(e)))
         return
     finally:
         gc.collect()
     kept = tune.Checkpoint.from_directory(checkpoint.newest(folder)) if keep else None
-    starts = [line["start_seconds"] for line in read_told(folder) if "start_seconds" in line]
-    tune.report(told(total, finished=True, **({"start_seconds": starts[0]} if starts else {}), **scores), checkpoint=kept)
+    tune.report(told(total, finished=True, **scores), checkpoint=kept)
+
+
+def trained(job: Job, config: LaunchConfig) -> int:
+    """How many epochs the model of a trial is trained, pruning rounds left out."""
+    return job.parts(config) * (job.epochs(config) - job.rounds(config))
+
+
+def standing(job: Job, config: LaunchConfig, epoch: float) -> tuple[float, bool]:
+    """After `epoch` epochs of a trial: how many of them trained the model, pruning rounds left out, and whether its method is
+    what it will be in the part that is under way."""
+    length, rounds = job.epochs(config), job.rounds(config)
+    part = max(0, math.ceil(epoch / length) - 1)
+    inside = epoch - part * length
+    return part * (length - rounds) + max(0.0, inside - rounds), inside >= job.settled(config)
 
 
 def tidy(run: Path) -> None:

@@ -1,0 +1,76 @@
+"""Tune's state of a search on disk, kept twice.
+
+Tune copies it in place several times a second. A driver that is killed meanwhile leaves half a file, and from that Tune would,
+with no more than a line in its log, begin a search of one trial.
+"""
+
+import json
+import pickle
+import shutil
+import time
+from pathlib import Path
+
+from ray import tune
+
+KINDS = ("tuner.pkl", "experiment_state-*.json", "basic-variant-state-*.json", "search_gen_state-*.json",
+         "searcher-state-*.pkl")  # fmt: skip
+KEPT = ".kept"  # folder of the copy
+EVERY = 2.0  # seconds between copies
+
+
+class Keep(tune.Callback):
+    """Copies the state of the search in `folder` from time to time, when it is whole."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.last = folder, 0.0
+
+    def on_step_end(self, iteration: int, trials: list, **info) -> None:
+        if time.monotonic() - self.last >= EVERY:
+            self.last = time.monotonic()
+            keep(self.folder)
+
+
+def keep(folder: Path) -> None:
+    """Copy the state in `folder`, unless Tune is writing it just now."""
+    files = newest(folder)
+    before = [path.stat().st_mtime_ns for path in files]
+    fresh = folder / f"{KEPT}.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    for path in files:
+        shutil.copy2(path, fresh)
+    if is_whole(fresh) and [path.stat().st_mtime_ns for path in newest(folder)] == before:
+        shutil.rmtree(folder / KEPT, ignore_errors=True)
+        fresh.rename(folder / KEPT)
+
+
+def recover(folder: Path) -> bool:
+    """Whether there is a state to go on from in `folder`; a damaged one gives way to the copy."""
+    if is_whole(folder):
+        return True
+    for copy in (folder / KEPT, folder / f"{KEPT}.new"):  # the second: killed between the two moves
+        if is_whole(copy):
+            for path in newest(folder):
+                path.unlink()
+            for path in newest(copy):
+                shutil.copy2(path, folder)
+            return True
+    return False
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether all files of the state in `folder` can be read."""
+    files = newest(folder)
+    if not {"tuner.pkl", "experiment_state"} <= {path.name.partition("-")[0] for path in files}:
+        return False
+    try:
+        for path in files:
+            pickle.loads(path.read_bytes()) if path.suffix == ".pkl" else json.loads(path.read_text(encoding="utf-8"))
+    except Exception:  # whatever half a pickle makes of itself
+        return False
+    return True
+
+
+def newest(folder: Path) -> list[Path]:
+    """The files that Tune would read: of each kind the one of the last driver."""
+    return [max(found) for kind in KINDS if (found := list(folder.glob(kind)))]
