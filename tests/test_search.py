@@ -16,6 +16,7 @@ from finetune.recipes import RECIPES
 from raylib.config import load, override
 from raylib.errors import UserError
 from raylib.track import read_metrics
+from raylib.tune import state
 from raylib.tune.config import SearchConfig
 from raylib.tune.space import Choice, Float, OneOf, Space
 from raylib.tune.told import read_told
@@ -74,6 +75,7 @@ def test_a_search_ends_with_a_config_that_runs_and_a_report(search, tmp_path, ca
     for picture in ("history.png", "slices.png"):
         assert picture in report and (folder / picture).stat().st_size > 5000
     assert not list((folder / "trials").glob("*/checkpoints"))  # most of its bytes
+    assert all(state.is_whole(folder / "tune" / copy) for copy in (".", state.KEPT))  # all that Tune has written can be read
     for run in (folder / "trials").iterdir():  # no test set was looked at in the search
         assert not (run / "predictions").exists()
     tested = sorted(path.parent.name for path in (folder / "finals").glob("*/test.json"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ray import tune
 
-KINDS = ("tuner.pkl", "experiment_state-*.json", "basic-variant-state-*.json", "search_gen_state-*.json",
+KINDS = ("experiment_state-*.json", "tuner.pkl", "basic-variant-state-*.json", "search_gen_state-*.json",
          "searcher-state-*.pkl")  # fmt: skip
 KEPT = ".kept"  # folder of the copy
 EVERY = 2.0  # seconds between copies
@@ -64,8 +64,8 @@ def is_whole(folder: Path) -> bool:
     if not {"tuner.pkl", "experiment_state"} <= {path.name.partition("-")[0] for path in files}:
         return False
     try:
-        for path in files:
-            pickle.loads(path.read_bytes()) if path.suffix == ".pkl" else json.loads(path.read_text(encoding="utf-8"))
+        for path in files:  # all but the first are pickles, some of them by the name of .json
+            (json if path.name.startswith("experiment_state") else pickle).loads(path.read_bytes())
     except Exception:  # whatever half a pickle makes of itself
         return False
     return True

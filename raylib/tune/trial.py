@@ -54,32 +54,36 @@ def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     earlier = read_told(folder)
     spent = earlier[-1]["spent"] if earlier else 0.0
-    last = {"epoch": 0.0, **{name: line[name] for line in earlier for name in ("epoch", "start_seconds") if name in line}}
 
     def told(epoch: float, **values: Any) -> dict[str, Any]:
-        last["epoch"] = epoch
-        common = {**last, "epochs": total, "judged": False, "finished": False, "spent": spent + time.time() - began}
+        common = {"epoch": epoch, "epochs": total, "judged": False, "finished": False, "spent": spent + time.time() - began}
         tell(folder, {**common, **values})
         return {**common, **values}
 
     def shape(metrics: dict[str, Any], before: int) -> dict[str, Any]:
-        done, scores = job.told(config, metrics)
-        last.setdefault("start_seconds", metrics["ready"] - began)
+        done, scores = job.told(config, metrics)  # in another process, where Ray Train trains: what is known is in the file
+        start = _first_start(folder) or {"start_seconds": metrics["ready"] - began}
         losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
         age, settled = standing(job, config, before + done)
         judged = settled and before + done < total and bool(scores)
-        return told(before + done, age=age, judged=judged, **scores, **losses)
+        return told(before + done, age=age, judged=judged, **start, **scores, **losses)
 
     try:
         with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             scores = job.run(config, Reporter(shape, keep))
     except NotFinite as e:
-        tune.report(told(last["epoch"], trouble=str(e)))
+        tune.report(told(max((line["epoch"] for line in read_told(folder)), default=0.0), trouble=str(e)))
         return
     finally:
         gc.collect()
     kept = tune.Checkpoint.from_directory(checkpoint.newest(folder)) if keep else None
-    tune.report(told(total, finished=True, **scores), checkpoint=kept)
+    tune.report(told(total, finished=True, **_first_start(folder), **scores), checkpoint=kept)
+
+
+def _first_start(run: Path) -> dict[str, float]:
+    """{"start_seconds"} of the first training of a trial; nothing before it."""
+    starts = [line["start_seconds"] for line in read_told(run) if "start_seconds" in line]
+    return {"start_seconds": starts[0]} if starts else {}
 
 
 def trained(job: Job, config: LaunchConfig) -> int:
