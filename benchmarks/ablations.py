@@ -60,7 +60,7 @@ def table() -> str:
     """Markdown: a row an ablation, seeds as means."""
     rows = [["pretrained", "seeds", "R@1 English", "R@1 others", "xvnli English", "xvnli targets"]]
     for recipe, what in RECIPES.items():
-        lines = list({line["seed"]: line for line in record.read(FILE) if line["recipe"] == recipe}.values())
+        lines = record.newest([line for line in record.read(FILE) if line["recipe"] == recipe], "seed")
         if lines:
             columns = [[x["en_r1"] for x in lines], [x["others_r1"] for x in lines], [x["xvnli"]["en"] for x in lines],
                        [x["xvnli_targets"] for x in lines]]  # fmt: skip

@@ -48,10 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             append(RESULTS / "runs.jsonl", result)
             shutil.copy2(run / "curve.png", CURVE)
-    newest = read(RESULTS / "runs.jsonl")[-1]
+    last = read(RESULTS / "runs.jsonl")[-1]
     blind = (read(RESULTS / "scenes.jsonl") or [{}])[-1]
-    runs = list({line["run"]: line for line in read(RESULTS / "finetune.jsonl")}.values())  # the newest of each
-    parts = {"table": report.table(newest), "reading": reading(newest), "speed": speed()}
+    runs = newest(read(RESULTS / "finetune.jsonl"), "run")
+    parts = {"table": report.table(last), "reading": reading(last), "speed": speed()}
     write_parts(ROOT / "README.md", **parts, finetune=tables(runs, blind), transfer=transfer(runs))
     from benchmarks import ablations, search, unfreezing  # which record through this module
 
@@ -129,8 +129,7 @@ def spread(run: dict) -> str:
 
 def speed() -> str:
     """The newest figures of each size of the step benchmark, and of the data benchmark."""
-    newest = {record["size"]: record for record in read(RESULTS / "step.jsonl")}
-    lines = [step_table(newest[size]) for size in sorted(newest)]
+    lines = [step_table(line) for line in sorted(newest(read(RESULTS / "step.jsonl"), "size"), key=lambda line: line["size"])]
     rates = read(RESULTS / "data.jsonl")[-1]["samples_per_second"]
     rows = ["| reading, samples/s a core | peer | ours | ratio |", "|---|---:|---:|---:|"]
     for what, figures in rates.items():
@@ -143,6 +142,11 @@ def append(path: Path, record: dict) -> None:
     """Add a record to a results file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def newest(records: list[dict], *keys: str) -> list[dict]:
+    """The last record of each that has the same values at `keys`."""
+    return list({tuple(record[key] for key in keys): record for record in records}.values())
 
 
 def read(path: Path) -> list[dict]:

@@ -110,7 +110,7 @@ def epochs_to(rows: Sequence[dict], score: float) -> float | None:
 
 def table(lines: Sequence[dict]) -> str:
     """A row a contestant, over the seeds that all of them have."""
-    lines = list({(line["seed"], line["contestant"]): line for line in lines}.values())  # the newest of each
+    lines = record.newest(lines, "seed", "contestant")
     by = {(line["seed"], line["contestant"]): line["rows"] for line in lines}
     seeds = [seed for seed in sorted({line["seed"] for line in lines}) if all((seed, name) in by for name in CONTESTANTS)]
     if not seeds:
@@ -135,10 +135,11 @@ def table(lines: Sequence[dict]) -> str:
         out.append([name, f"{statistics.fmean(counts):.0f}", f"{statistics.fmean(rates):.0f}", markdown.spread(bests),
                     told, f"{statistics.median(first):.1f}", f"{statistics.median(later):.1f}"])  # fmt: skip
     early = [(f"after {age}", statistics.median(rhos)) for age, rhos in _early(lines, seeds).items()]
-    return markdown.table(out) + (
-        f"\n\nSeeds {', '.join(map(str, seeds))}: mean ± std, or the median and each. Rank correlation of a score with the last, "
-        f"median of searches that stop nothing: {', '.join(f'{rho:.2f} {when}' for when, rho in early)} epochs."
-    )
+    told = f"Seeds {', '.join(map(str, seeds))}: mean ± std, or the median and each."
+    if early:
+        told += (" Rank correlation of a score with the last, median of the searches that stop nothing: "
+                 f"{', '.join(f'{rho:.2f} {when}' for when, rho in early)} epochs.")  # fmt: skip
+    return f"{markdown.table(out)}\n\n{told}"
 
 
 def _share(share: float) -> str:

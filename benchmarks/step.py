@@ -212,10 +212,11 @@ def measure(size: str, device: str, repeats: int) -> dict:
 def table(figures: dict) -> str:
     """Markdown: each variant's time and memory, and how many times ours they are."""
     seconds = {v: median(s) for v, s in figures["seconds"].items()}
-    peaks, batch = figures["peak_gb"], " / ".join(map(str, figures["batch"]))
+    peaks, (pairs, translations, mono) = figures["peak_gb"], figures["batch"]
     lines = [
-        f"{figures['size']}, {figures['device']}, batch {batch}; at most apart: "
-        f"terms {figures['deviation']['terms']:.0e}, gradients {figures['deviation']['gradients']:.0e}",
+        f"The model of `{figures['size']}` on a {figures['device']}: {pairs} pairs, {translations} translations, {mono} texts. "
+        f"The twin differs by at most {figures['deviation']['terms']:.0e} in a loss, "
+        f"{figures['deviation']['gradients']:.0e} in a gradient.",
         "",
         "| step | seconds | time | peak GB above the model | memory |",
         "|-|-|-|-|-|",

@@ -6,6 +6,10 @@
     python -m finetune compare RUN RUN ...
     python -m finetune analyse RUN [--limit 200] [--pictures 3] [--layer last] [--words en=dog de=Hund] [--item ID]
     python -m finetune translate TASK MODEL data=FOLDER languages='["de"]' [split=train way=to_en ...]
+
+Papers, in the names of recipes: P0 Nooralahzadeh and Sennrich 2023 (prior, sparse, code-mixing), P1 Reinhardt et al. 2024
+(unfreezing), P2 Li et al. 2023 (pretraining), P3 cViL (distillation), P4 translation-based alignment, IGLUE Bugliarello et al.
+2022.
 """
 
 import argparse
