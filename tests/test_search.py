@@ -16,7 +16,7 @@ from finetune.recipes import RECIPES
 from raylib.config import load, override
 from raylib.errors import UserError
 from raylib.track import read_metrics
-from raylib.tune import state
+from raylib.tune import fit
 from raylib.tune.config import SearchConfig
 from raylib.tune.space import Choice, Float, OneOf, Space
 from raylib.tune.told import read_told
@@ -75,7 +75,7 @@ def test_a_search_ends_with_a_config_that_runs_and_a_report(search, tmp_path, ca
     for picture in ("history.png", "slices.png"):
         assert picture in report and (folder / picture).stat().st_size > 5000
     assert not list((folder / "trials").glob("*/checkpoints"))  # most of its bytes
-    assert all(state.is_whole(folder / "tune" / copy) for copy in (".", state.KEPT))  # all that Tune has written can be read
+    assert all(fit.is_whole(folder / "tune" / copy) for copy in (".", fit.KEPT))  # all that Tune has written can be read
     for run in (folder / "trials").iterdir():  # no test set was looked at in the search
         assert not (run / "predictions").exists()
     tested = sorted(path.parent.name for path in (folder / "finals").glob("*/test.json"))
@@ -198,7 +198,7 @@ def test_a_population_changes_knobs_in_mid_run(search):
 
 
 @pytest.mark.slow
-def test_a_trial_may_train_on_several_workers_under_zero(search):
+def test_a_trial_may_train_on_workers_of_its_own_under_zero(search):
     fast = Space("", "", {"optim.lr": Choice(1e-2, 1e-7)}, grid={"optim.lr": (1e-2, 1e-7, 1e-2)})
     folder = search(fast, "search=grid", "workers=1", "reduction=2", "concurrent=1")
     rows = trials(folder)

@@ -15,7 +15,7 @@ from ray.tune.schedulers import TrialScheduler
 from finetune.recipes import RECIPES
 from raylib.config import override
 from raylib.errors import UserError
-from raylib.tune import early, figures, report, schedulers, space, state
+from raylib.tune import early, figures, fit, report, schedulers, space
 from raylib.tune.config import SearchConfig
 from raylib.tune.finals import Final
 from raylib.tune.schedulers import Asha, Median, Within, check_changeable, population, scheduler
@@ -259,23 +259,23 @@ def tune_state(tmp_path):
 
 @pytest.mark.parametrize("name", ["tuner.pkl", "searcher-state-1.pkl", "experiment_state-1.json"])
 def test_half_a_state_gives_way_to_the_copy(tune_state, name):
-    state.Keep(tune_state).on_step_end(1, [])
+    fit.Keep(tune_state).on_step_end(1, [])
     (tune_state / "experiment_state-2.json").write_text('{"trials": 3}')  # of a second driver
     whole = (tune_state / name).read_bytes()
     cut = tune_state / name.replace("state-1.json", "state-2.json")
     cut.write_bytes(cut.read_bytes()[:-5])
-    assert not state.is_whole(tune_state) and state.recover(tune_state) and state.is_whole(tune_state)
+    assert not fit.is_whole(tune_state) and fit.recover(tune_state) and fit.is_whole(tune_state)
     assert (tune_state / name).read_bytes() == whole
     assert json.loads(max(tune_state.glob("experiment_state-*")).read_text()) == {"trials": 2}
 
 
 def test_without_a_whole_state_there_is_none(tune_state):
-    assert state.recover(tune_state)
+    assert fit.recover(tune_state)
     (tune_state / "experiment_state-1.json").write_text("")
-    state.keep(tune_state)  # what is damaged is not kept
-    assert not (tune_state / state.KEPT).exists() and not state.recover(tune_state)
+    fit.keep(tune_state)  # what is damaged is not kept
+    assert not (tune_state / fit.KEPT).exists() and not fit.recover(tune_state)
     (tune_state / "experiment_state-1.json").unlink()  # killed before Tune wrote it first
-    assert not state.recover(tune_state) and not state.recover(tune_state / "none")
+    assert not fit.recover(tune_state) and not fit.recover(tune_state / "none")
 
 
 def test_finals_that_fail_do_not_win_and_are_told():

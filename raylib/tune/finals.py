@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from raylib import shared
 from raylib.checkpoint import write_atomically
 from raylib.tune import space
 from raylib.tune.config import Job, SearchConfig, Searching
+from raylib.tune.fit import fitted
 from raylib.tune.trial import final, tidy
 
 PUBLISHED = "published"
@@ -34,8 +35,7 @@ class Final(NamedTuple):
 
 
 def run(
-    config: SearchConfig, chosen: space.Space, search: Searching, rows: Sequence, resources: dict[str, Any],
-    fitted: Callable[..., tune.ResultGrid],
+    config: SearchConfig, chosen: space.Space, search: Searching, rows: Sequence, resources: dict[str, Any]
 ) -> list[Final]:
     """The finalists, best first: those that finished on more seeds, then by the mean of the goals. The winner and the published
     setting are tested."""

@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +25,9 @@ from raylib.checkpoint import write_atomically
 from raylib.config import change, dump
 from raylib.errors import UserError
 from raylib.launch import LaunchConfig, connect
-from raylib.tune import finals, report, space, state
+from raylib.tune import finals, report, space
 from raylib.tune.config import Job, SearchConfig, Searching
+from raylib.tune.fit import fitted, recover
 from raylib.tune.schedulers import check_changeable, population, scheduler
 from raylib.tune.searcher import JOURNAL, searcher, state_of
 from raylib.tune.shelf import Shelf
@@ -80,7 +81,7 @@ def run(config: SearchConfig, name: str, chosen: space.Space, job: Job, base: La
         report.write_trials(folder, chosen.knobs, rows)
         if not any(row.state == "finished" for row in rows):
             raise UserError(f"no trial finished; what they died of is in {folder}/trials.csv and under {folder}/tune")
-        found = finals.run(config, chosen, search, rows, resources, fitted)
+        found = finals.run(config, chosen, search, rows, resources)
         report.write(config, name, chosen, job, base, folder, rows, found)
     finally:
         if started:
@@ -142,47 +143,6 @@ def _telling(chosen: space.Space) -> Iterator[tuple[str, dict[str, Any]]]:
             yield told, values
 
 
-def fitted(
-    folder: Path, trainable: Callable, tuning: Callable[[], tune.TuneConfig], param_space: dict | None, failures: int,
-    trials: int,
-) -> tune.ResultGrid:
-    """Run Tune in `folder`, or go on where it was; `tuning` is asked for at the first start alone.
-
-    Raises:
-        KeyboardInterrupt: fewer than `trials` trials ended: Tune itself returns as if all was well.
-    """
-    if state.recover(folder):
-        tuner = tune.Tuner.restore(str(folder), trainable, resume_unfinished=True)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        tuner = tune.Tuner(
-            trainable,
-            param_space=param_space,
-            tune_config=tuning(),
-            run_config=tune.RunConfig(
-                name=folder.name,
-                storage_path=str(folder.parent),
-                failure_config=tune.FailureConfig(max_failures=failures),
-                callbacks=[Tidy(str(folder.parent / "trials")), state.Keep(folder)],
-            ),
-        )
-    grid = tuner.fit()
-    if len(grid) < trials or not all(_ended(result) for result in grid):
-        raise KeyboardInterrupt
-    return grid
-
-
-class Tidy(tune.Callback):
-    """Drops the checkpoints of trials that were stopped: nobody goes on from them."""
-
-    def __init__(self, runs: str):
-        self.runs = Path(runs)
-
-    def on_trial_complete(self, iteration: int, trials: list, trial, **info) -> None:
-        if not (trial.last_result or {}).get("finished"):
-            tidy(self.runs / trial.trial_id)
-
-
 def named(trial) -> str:
     """What a trial and its folder are called: Tune's own names are as long as its settings."""
     return trial.trial_id
@@ -191,15 +151,16 @@ def named(trial) -> str:
 def _trials(config: SearchConfig, chosen: space.Space, search: Searching, resources: dict) -> list[Row]:
     """The trials of a search, in the order in which they were first heard of."""
     folder = Path(search.folder)
-    if not state.recover(folder / "tune"):
+    if not recover(folder / "tune"):
         _forget(folder)
     trainable = tune.with_resources(tune.with_parameters(trial, search=search), resources["trial"])
     trials = len(chosen.points()) if config.search == "grid" else config.trials
     grid = fitted(folder / "tune", trainable, lambda: _tuning(config, chosen, search, resources, trials), None,
                   config.max_failures, trials)  # fmt: skip
-    if search.keep:  # whose members have kept every checkpoint, for others to go on from
-        for left in [*(folder / "tune").glob("*/checkpoint_*"), *(folder / "trials").iterdir()]:
-            shutil.rmtree(left) if left.parent.parent.name == "tune" else tidy(left)
+    if search.keep:  # members of a population have kept every checkpoint, for others to go on from
+        for checkpoint in (folder / "tune").glob("*/checkpoint_*"):
+            shutil.rmtree(checkpoint)
+        tidy(folder / "trials")
     metrics = search.job.metrics(search.base, config.select)
     rows = [_row(result, metrics) for result in grid]
     return sorted(rows, key=lambda row: [line["at"] for line in read_told(folder / "trials" / row.id)[:1]] or [inf])
@@ -246,11 +207,6 @@ def _row(result: tune.Result, metrics: tuple[str, ...]) -> Row:
         told.get("trial_id", Path(result.path).name), state, result.config or {}, {m: told[m] for m in metrics if m in told},
         told.get("epoch", 0), told.get("epochs", 0), told.get("spent", 0.0), told.get("start_seconds"), error,
     )  # fmt: skip
-
-
-def _ended(result: tune.Result) -> bool:
-    """Whether nothing more will come of a trial, which Tune leaves as it is where it was interrupted."""
-    return result.error is not None or bool((result.metrics or {}).get("done"))
 
 
 def _resources(config: SearchConfig) -> dict[str, Any]:

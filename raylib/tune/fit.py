@@ -1,21 +1,65 @@
-"""Tune's state of a search on disk, kept twice.
+"""Runs Tune in a folder so that the same start goes on after anything.
 
-Tune copies it in place several times a second. A driver that is killed meanwhile leaves half a file, and from that Tune would,
-with no more than a line in its log, begin a search of one trial.
+Tune copies its state there in place, several times a second. A driver that is killed meanwhile leaves half a file, and from that
+Tune would, with no more than a line in its log, begin a search of one trial: so the state is kept twice.
 """
 
 import json
 import pickle
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ray import tune
+
+from raylib.tune.trial import tidy
 
 KINDS = ("experiment_state-*.json", "tuner.pkl", "basic-variant-state-*.json", "search_gen_state-*.json",
          "searcher-state-*.pkl")  # fmt: skip
 KEPT = ".kept"  # folder of the copy
 EVERY = 2.0  # seconds between copies
+
+
+def fitted(
+    folder: Path, trainable: Callable, tuning: Callable[[], tune.TuneConfig], param_space: dict | None, failures: int,
+    trials: int,
+) -> tune.ResultGrid:
+    """Run Tune in `folder`, or go on where it was; `tuning` is asked for at the first start alone.
+
+    Raises:
+        KeyboardInterrupt: fewer than `trials` trials ended: Tune itself returns as if all was well.
+    """
+    if recover(folder):
+        tuner = tune.Tuner.restore(str(folder), trainable, resume_unfinished=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        tuner = tune.Tuner(
+            trainable,
+            param_space=param_space,
+            tune_config=tuning(),
+            run_config=tune.RunConfig(
+                name=folder.name,
+                storage_path=str(folder.parent),
+                failure_config=tune.FailureConfig(max_failures=failures),
+                callbacks=[Tidy(str(folder.parent / "trials")), Keep(folder)],
+            ),
+        )
+    grid = tuner.fit()
+    if len(grid) < trials or not all(_ended(result) for result in grid):
+        raise KeyboardInterrupt
+    return grid
+
+
+class Tidy(tune.Callback):
+    """Drops the checkpoints of trials that were stopped: nobody goes on from them."""
+
+    def __init__(self, runs: str):
+        self.runs = Path(runs)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial, **info) -> None:
+        if not (trial.last_result or {}).get("finished"):
+            tidy(self.runs / trial.trial_id)
 
 
 class Keep(tune.Callback):
@@ -74,3 +118,8 @@ def is_whole(folder: Path) -> bool:
 def newest(folder: Path) -> list[Path]:
     """The files that Tune would read: of each kind the one of the last driver."""
     return [max(found) for kind in KINDS if (found := list(folder.glob(kind)))]
+
+
+def _ended(result: tune.Result) -> bool:
+    """Whether nothing more will come of a trial, which Tune leaves as it is where it was interrupted."""
+    return result.error is not None or bool((result.metrics or {}).get("done"))
