@@ -165,13 +165,14 @@ def _scores(evaluation: dict[str, float]) -> dict[str, float]:
 def _dev(config: FinetuneConfig, language: str | None) -> dict[str, list]:
     """{language: dev set} of those that are scored. The first chooses the checkpoint: it is English, but the language's own where
     there is a training for each and the task has one (IGLUE's protocol for few-shot xGQA, paper 4's); with select=last nothing
-    is looked at, but in a search. Then those of `dev_languages`."""
+    is looked at, but in a search, where English says something of all languages. Then those of `dev_languages`."""
     task, sets = find_task(config), {}
     split = {"few_shot": "shots_dev", "single_language": "dev"}.get(config.setting)
     own = split in task.splits
     if own and split == "dev" and language != "en":
         own = task.source("dev", language) != task.source("dev", "en")
-    if (config.select == "best" or not config.tests) and (own or "dev" in task.splits):
+    looked = config.select == "best" or (not config.tests and language is None)
+    if looked and (own or "dev" in task.splits):
         sets = {language: dev_split(config, language)} if own else {"en": "dev"}
     for code in config.dev_languages:
         if language in (None, code):
