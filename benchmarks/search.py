@@ -16,6 +16,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks import record
 from raylib import markdown
 from raylib.config import override
@@ -98,14 +100,23 @@ def best_within(rows: Sequence[dict], budget: float) -> tuple[float | None, int]
     return best, count
 
 
-def epochs_to(rows: Sequence[dict], score: float) -> float | None:
-    """Epochs of trials until one has finished with `score` or more."""
+def epochs_to(rows: Sequence[dict], score: float) -> float:
+    """Epochs of trials until one has finished with `score` or more; infinity if none has."""
     spent = 0.0
     for row in rows:
         spent += row["epoch"]
         if row["state"] == "finished" and row["score"] >= score:
             return spent
-    return None
+    return math.inf
+
+
+def grid_noise(grids: Sequence[Sequence[dict]]) -> float:
+    """Standard deviation of what is left of scores (seeds x settings) without a setting's mean and a seed's; 0 of one seed."""
+    points = [{(row["weight"], row["lr"]): row["score"] for row in rows} for rows in grids]
+    scores = np.array([[point[key] for key in sorted(points[0])] for point in points])
+    left = scores - scores.mean(0) - scores.mean(1, keepdims=True) + scores.mean()
+    free = (scores.shape[0] - 1) * (scores.shape[1] - 1)
+    return float(np.sqrt((left**2).sum() / free)) if free else 0.0
 
 
 def table(lines: Sequence[dict]) -> str:
@@ -116,26 +127,29 @@ def table(lines: Sequence[dict]) -> str:
     if not seeds:
         return "Not measured yet."
     head = ["", "trials for the grid's epochs", "trials a core-hour", "best German mean recall, %",
-            "the grid's best is reached after, of its epochs", "first start in a process, s", "later starts, s"]  # fmt: skip
-    out = [head]
+            "grid's best reached after, of its epochs", "within its noise", "first start in a process, s",
+            "later starts, s"]  # fmt: skip
+    out, noise = [head], grid_noise([by[seed, "paper's grid"] for seed in seeds])
     for name in CONTESTANTS:
-        counts, rates, bests, shares, first, later = [], [], [], [], [], []
+        counts, rates, bests, shares, near, first, later = [], [], [], [], [], [], []
         for seed in seeds:
             rows, grid = by[seed, name], by[seed, "paper's grid"]
             budget = sum(row["epoch"] for row in grid)
             best, count = best_within(rows, budget)
-            reached = epochs_to(rows, best_within(grid, budget)[0])
+            wanted = best_within(grid, budget)[0]
+            shares.append(epochs_to(rows, wanted) / budget)
+            near.append(epochs_to(rows, wanted - noise) / budget)
             counts.append(count)
             rates.append(3600 * len(rows) / sum(row["seconds"] for row in rows))
             bests.append(best)
-            shares.append(math.inf if reached is None else reached / budget)
             first += [row["start"] for row in rows[:2] if row["start"]]  # two at a time
             later += [row["start"] for row in rows[2:] if row["start"]]
-        told = f"{_share(statistics.median(shares))} ({', '.join(map(_share, shares))})"
+        reached = [f"{_share(statistics.median(found))} ({', '.join(map(_share, found))})" for found in (shares, near)]
         out.append([name, f"{statistics.fmean(counts):.0f}", f"{statistics.fmean(rates):.0f}", markdown.spread(bests),
-                    told, f"{statistics.median(first):.1f}", f"{statistics.median(later):.1f}"])  # fmt: skip
+                    *reached, f"{statistics.median(first):.1f}", f"{statistics.median(later):.1f}"])  # fmt: skip
     early = [(f"after {age}", statistics.median(rhos)) for age, rhos in _early(lines, seeds).items()]
-    told = f"Seeds {', '.join(map(str, seeds))}: mean ± std, or the median and each."
+    told = (f"Seeds {', '.join(map(str, seeds))}: mean ± std, or the median and each. Noise: {100 * noise:.2f} points, the "
+            "standard deviation of a grid setting's score over seeds, less what a seed adds to all settings.")  # fmt: skip
     if early:
         told += (" Rank correlation of a score with the last, median of the searches that stop nothing: "
                  f"{', '.join(f'{rho:.2f} {when}' for when, rho in early)} epochs.")  # fmt: skip
