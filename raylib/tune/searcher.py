@@ -65,9 +65,9 @@ def searcher(search: str, space: Space, goals: tuple[str, ...], seed: int, trial
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     samplers = {
-        # half of the usual ten random trials where there are few in all
+        # fewer than the usual ten random trials where there are few in all
         "tpe": lambda: optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=max(3, min(10, trials // 4))),
+            seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=max(3, min(10, trials // 8))),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
         "grid": lambda: optuna.samplers.RandomSampler(seed=seed),  # every trial is enqueued
         "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, trials // 4))),
