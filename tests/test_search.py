@@ -161,7 +161,7 @@ def test_stopped_trials_are_pruned_in_optuna(search):
         (("metric=dev/ru",), (), "metric=dev/ru: no run reports that; with select=english_dev there are english_dev"),
         (("search=grid",), (), "space 'lr' has no grid"),
         (("cpus_per_trial=5",), (), "cpus_per_trial=5, but no node of the cluster has more than 2 CPUs"),
-        (("grace=3",), (), "stop=asha: a trial is judged after 3 epochs (grace=), and has 3; set stop=none, or more epochs="),
+        (("grace=3",), (), "stop=asha: a trial is judged after grace=3 epochs, and has 3; set stop=none, or more epochs="),
         (("search=pbt",), ("strategies.sparse.rounds=2",), "search=pbt: a trial must be one training"),
         (("search=pbt", "select=target_dev"), ("setting=few_shot", "languages=[\"ru\",\"de\"]"), "must be one training"),
         (("workers=4",), (), "workers=4, but the cluster has 2 CPUs"),

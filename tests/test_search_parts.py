@@ -284,12 +284,6 @@ def test_finals_that_fail_do_not_win_and_are_told():
     assert "seeds=0" in report._verdict(SearchConfig(recipe="r", seeds=0), [best])
 
 
-@pytest.mark.parametrize(("epochs", "grace"), [(1, 1), (4, 1), (9, 1), (10, 2), (20, 3)])
-def test_long_trials_are_judged_later(epochs, grace):
-    assert SearchConfig(recipe="r").judged_from(epochs) == grace  # a ninth
-    assert SearchConfig(recipe="r", grace=2).judged_from(epochs) == 2
-
-
 def test_the_verdict_compares_seed_by_seed():
     config = SearchConfig(recipe="r")
     scores = {seed: {"english_dev": 0.5 + 0.1 * seed} for seed in (1, 2, 3)}

@@ -1,6 +1,5 @@
 """What a search depends on, beside the recipe and the space."""
 
-from math import ceil
 from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -21,7 +20,6 @@ class SearchConfig(Config):
         population-based training of `trials` members, who change every `perturb` epochs.
     stop: asha stops trials that are behind others after `grace`, `grace` x `reduction`, ... epochs; median those below the
         median. With two goals nothing is stopped.
-    grace: None is one epoch, or where trials are long (a few shots, many epochs) a share of them, 1 / `reduction` squared.
     select: which dev sets may be looked at: English ones (true zero-shot), the target languages', or both as two goals.
     metric: what is searched for, if not what `select` says: a dev set it may look at, "dev/de".
     workers: None trains in the trial's process; a number trains with so many workers of Ray Train under ZeRO-2.
@@ -44,7 +42,7 @@ class SearchConfig(Config):
     gpus_per_trial: NonNegativeFloat | None = None
     cpus_per_trial: PositiveFloat = 1.0
     concurrent: PositiveInt | None = None
-    grace: PositiveInt | None = None
+    grace: PositiveInt = 1
     reduction: float = Field(3.0, gt=1)
     perturb: PositiveInt = 1
     top: PositiveInt = 3
@@ -73,10 +71,6 @@ class SearchConfig(Config):
     def stops(self) -> bool:
         """Whether trials may be stopped before their end."""
         return self.stop != "none" and self.select != "both" and self.search != "pbt"
-
-    def judged_from(self, epochs: int) -> int:
-        """After how many of its `epochs`, pruning rounds left out, a trial may be stopped."""
-        return self.grace or ceil(epochs / self.reduction**2)
 
 
 class Job(Protocol):

@@ -15,7 +15,6 @@ from raylib.markdown import percent
 from raylib.tune import early, figures, space
 from raylib.tune.config import Job, SearchConfig
 from raylib.tune.finals import PUBLISHED, Final, front, interval
-from raylib.tune.trial import trained
 
 
 def write_trials(folder: Path, knobs: space.Knobs, rows: Sequence) -> None:
@@ -36,7 +35,7 @@ def write(
 ) -> None:
     """best.yaml, the pictures, and, last, report.md."""
     write_best(config, job, base, folder, chosen, found[0])
-    early_scores = "" if config.search == "pbt" else _early_scores(config, config.judged_from(trained(job, base)), folder, rows)
+    early_scores = "" if config.search == "pbt" else _early_scores(config, folder, rows)
     pictures = figures.draw(folder, chosen.knobs, rows, config.goals, config.seed)
     parts = [
         f"# Search of `{name}` over `{config.recipe}`",
@@ -74,10 +73,10 @@ def write_best(config: SearchConfig, job: Job, base: LaunchConfig, folder: Path,
     write_atomically(folder / "best.yaml", "\n".join(head) + "\n" + text)
 
 
-def _early_scores(config: SearchConfig, grace: int, folder: Path, rows: Sequence) -> str:
+def _early_scores(config: SearchConfig, folder: Path, rows: Sequence) -> str:
     last = {row.id: row.scores[config.goals[0]] for row in rows if row.state == "finished"}
-    found = early.agreements(folder / "trials", last, config.goals[0], grace, config.reduction)
-    return early.told(found, grace if any(row.state == "stopped" for row in rows) else None)
+    found = early.agreements(folder / "trials", last, config.goals[0], config.grace, config.reduction)
+    return early.told(found, config.grace if any(row.state == "stopped" for row in rows) else None)
 
 
 def cost(rows: Sequence) -> str:

@@ -115,9 +115,9 @@ def prepared(config: SearchConfig, name: str, chosen: space.Space, job: Job, bas
     if config.search == "pbt":
         check_changeable(chosen.knobs, job.changeable)
     epochs = trained(job, base)
-    if config.stops and config.judged_from(epochs) >= epochs:
-        raise UserError(f"stop={config.stop}: a trial is judged after {config.judged_from(epochs)} epochs (grace=), and has "
-                        f"{epochs}; set stop=none, or {job.longer}")  # fmt: skip
+    if config.stops and config.grace >= epochs:
+        raise UserError(f"stop={config.stop}: a trial is judged after grace={config.grace} epochs, and has {epochs}; set "
+                        f"stop=none, or {job.longer}")  # fmt: skip
     for told, values in _telling(chosen):
         try:
             trial_config = change(base, values)
@@ -191,7 +191,7 @@ def _tuning(config: SearchConfig, chosen: space.Space, search: Searching, resour
                                **common)  # fmt: skip
     epochs = trained(search.job, search.base)
     return tune.TuneConfig(
-        scheduler=scheduler(config.stop if config.stops else "none", goals[0], config.judged_from(epochs), config.reduction,
+        scheduler=scheduler(config.stop if config.stops else "none", goals[0], config.grace, config.reduction,
                             longest=int(epochs * config.reduction) + 1, runs=runs),
         search_alg=searcher(config.search, chosen, goals, config.seed, trials, Path(search.folder), config.name),
         num_samples=trials, **common,
