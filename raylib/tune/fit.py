@@ -33,11 +33,12 @@ def fitted(
     if recover(folder):
         tuner = tune.Tuner.restore(str(folder), trainable, resume_unfinished=True)
     else:
+        tune_config = tuning()  # which may refuse to begin: what is there stays then
         shutil.rmtree(folder, ignore_errors=True)
         tuner = tune.Tuner(
             trainable,
             param_space=param_space,
-            tune_config=tuning(),
+            tune_config=tune_config,
             run_config=tune.RunConfig(
                 name=folder.name,
                 storage_path=str(folder.parent),

@@ -27,7 +27,7 @@ from raylib.errors import UserError
 from raylib.launch import LaunchConfig, connect
 from raylib.tune import finals, report, space
 from raylib.tune.config import Job, SearchConfig, Searching
-from raylib.tune.fit import fitted, recover
+from raylib.tune.fit import fitted
 from raylib.tune.schedulers import check_changeable, population, scheduler
 from raylib.tune.searcher import JOURNAL, searcher, state_of
 from raylib.tune.shelf import Shelf
@@ -151,8 +151,6 @@ def named(trial) -> str:
 def _trials(config: SearchConfig, chosen: space.Space, search: Searching, resources: dict) -> list[Row]:
     """The trials of a search, in the order in which they were first heard of."""
     folder = Path(search.folder)
-    if not recover(folder / "tune"):
-        _forget(folder)
     trainable = tune.with_resources(tune.with_parameters(trial, search=search), resources["trial"])
     trials = len(chosen.points()) if config.search == "grid" else config.trials
     grid = fitted(folder / "tune", trainable, lambda: _tuning(config, chosen, search, resources, trials), None,
@@ -180,7 +178,12 @@ def _forget(folder: Path) -> None:
 
 
 def _tuning(config: SearchConfig, chosen: space.Space, search: Searching, resources: dict, trials: int) -> tune.TuneConfig:
-    """Searcher and scheduler of a search that begins."""
+    """Searcher and scheduler of a search that begins.
+
+    Raises:
+        UserError: see `_forget`.
+    """
+    _forget(Path(search.folder))
     goals, runs = config.goals, Path(search.folder) / "trials"
     # a stopped trial that waits for workers of its own cannot hand on its process
     common = {"reuse_actors": not config.workers, "max_concurrent_trials": resources["concurrent"],
