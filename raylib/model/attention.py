@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from raylib.ragged import Plan, Ragged, plan_attention
 
+# cuDNN, PyTorch's first choice on Hopper, builds a graph for each new shape, and packed batches bring new lengths in
+# every step: on an H100 a step of `base` took 38 s with it and 0.54 s without (benchmarks/results/gpu.jsonl). The setting
+# is the process's, so it holds for evaluation and for the encoders of `transformers` too.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 class Attention(nn.Module):
     """Multi-head attention. Keys and values are projected by `key_value`, apart from the call, so that a condition
