@@ -24,6 +24,7 @@ from raylib.data.images import AugmentConfig, BadPicture, augment, decode
 from raylib.data.lanes import Lanes, step_draws
 from raylib.data.source import Sample, Source
 from raylib.errors import UserError
+from raylib.identity import DataFile
 from raylib.randomness import integers, string_key, uniform
 from raylib.text import Tokenizer, add_specials, mask_tokens
 
@@ -51,6 +52,8 @@ class DataConfig(Config):
     """What a run reads. A stream with batch 0 is left out.
 
     retrieval: the evaluation set; cache: where remote shards are kept; bad_limit: share of unusable samples allowed.
+    verify: compare the content of every shard with its manifest, and with what the run began with, at every start; otherwise
+        sizes and times of change come first (`raylib.identity`).
     """
 
     tokenizer: str
@@ -63,6 +66,7 @@ class DataConfig(Config):
     bad_limit: float = Field(0.01, ge=0, le=1)
     retrieval: str | None = None
     cache: str | None = None
+    verify: bool = False
 
 
 class StepBatches(Dataset):
@@ -93,6 +97,10 @@ class StepBatches(Dataset):
             self.batch_bytes += made.sample_bytes * len(made.index)
         if not self.streams:
             raise UserError("data: every stream has batch 0; set data.image_text.batch or another one")
+
+    def files(self) -> list[DataFile]:
+        """Return the files that are part of a run's identity: of all streams."""
+        return [file for stream in self.streams.values() for file in stream.source.files()]
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         batch: dict[str, Any] = {"step": step, "samples": self.samples, "bad": 0}

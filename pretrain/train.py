@@ -1,8 +1,6 @@
 """One pretraining run: config, data, model, objective, loop, result."""
 
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import torch
@@ -12,15 +10,18 @@ from pretrain import report
 from pretrain.batches import DataConfig, StepBatches
 from pretrain.evaluate import Retrieval, summary
 from pretrain.sample import sample_corpus
+from raylib import identity
 from raylib.config import Config
 from raylib.errors import UserError
-from raylib.launch import LaunchConfig, launch, leads, open_run, run_folder
+from raylib.identity import DataFile
+from raylib.launch import LaunchConfig, config_hash, launch, leads, open_run, run_folder
 from raylib.loop import FitConfig, fit
 from raylib.model.folder import find_model, find_tokenizer
 from raylib.model.load import load_text, load_vision
 from raylib.model.unified import ModelConfig, UnifiedModel
 from raylib.objective import ObjectiveConfig, UnifiedObjective
 from raylib.optim import OptimConfig
+from raylib.provenance import commit, provenance
 from raylib.randomness import hash64
 from raylib.runtime import Runtime
 from raylib.text import Tokenizer
@@ -79,7 +80,8 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     config = with_vocabulary(config, data)
     folder, say = run_folder(config), print if leads(config) else _silent
     if leads(config):
-        open_run(config)
+        more = [data.tokenizer, *([data.retrieval] if data.retrieval else [])]
+        open_run(config, [*batches.files(), *(DataFile(Path(path)) for path in more)], data.verify)
     if (folder / "result.json").is_file() and config.resume == "newest":
         say(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
         return {}
@@ -196,16 +198,10 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
         with torch.inference_mode():
             evaluate(objective.model)
     scores = tables[-1] if tables else {"retrieval": {}, "heldout": {}}
-    result = {"run": config.name, "seed": config.fit.seed, **result, "git": _commit(), **scores}
+    made_by = {"git": commit(), "config_sha256": config_hash(config), "data_sha256": identity.data_hash(runtime.run)}
+    result = {"run": config.name, "seed": config.fit.seed, **result, **made_by, **provenance(runtime.device), **scores}
     if runtime.rank == 0 and result["finished"]:
         report.draw_curve(runtime.run)
         report.write_result(runtime.run / "result.json", result)
     return result
 
-
-def _commit() -> str | None:
-    """The commit of the code that runs. A submitted job is a copy without history: its sender says."""
-    if "POLYGLANCE_COMMIT" in os.environ:
-        return os.environ["POLYGLANCE_COMMIT"]
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or None

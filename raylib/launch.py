@@ -1,16 +1,18 @@
 """Run a training function here, or on the workers of a Ray cluster."""
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from raylib import checkpoint, shared
-from raylib.config import Config, dump
+from raylib import checkpoint, identity, shared
+from raylib.config import Config, build, dump
 from raylib.errors import NotFinite, UserError
+from raylib.identity import DataFile
 from raylib.runtime import Local, OnRay, Runtime
 from raylib.tune.reporter import Reporter
 
@@ -39,7 +41,8 @@ class LaunchConfig(Config):
 
 # what may change between the parts of one run
 CHANGEABLE = ("runs", "runtime", "workers", "gpu", "max_failures", "resume", "fit.stop_after", "fit.log_every", "fit.eval_every",
-              "fit.save_every", "fit.keep", "fit.loader_workers", "fit.track", "fit.zero", "data.cache")  # fmt: skip
+              "fit.save_every", "fit.keep", "fit.loader_workers", "fit.track", "fit.zero", "data.cache", "data.verify",
+              "verify")  # fmt: skip
 
 
 def run_folder(config: LaunchConfig) -> Path:
@@ -52,26 +55,48 @@ def leads(config: LaunchConfig) -> bool:
     return config.runtime == "ray" or int(os.environ.get("RANK", 0)) == 0
 
 
-def open_run(config: LaunchConfig) -> None:
-    """Make the run's folder, store its config, apply `resume`.
+def config_hash(config: LaunchConfig) -> str:
+    """Return the SHA-256 of the settings that numbers depend on: all but `name` and those that may change within a run."""
+    values = json.loads(dump(config))
+    for path in ("name", *CHANGEABLE):
+        *parents, last = path.split(".")
+        node = values
+        for parent in parents:
+            node = node.get(parent) or {}
+        node.pop(last, None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool = False) -> None:
+    """Make the run's folder, store its config, compare its data, `files`, with what it began with, apply `resume`.
 
     Raises:
-        UserError: the folder belongs to a run of other settings (they are named); a checkpoint to resume from is
-            missing or not whole.
+        UserError: the folder belongs to a run of other settings (they are named); its data changed (`raylib.identity`); a
+            checkpoint to resume from is missing or not whole.
     """
     run = run_folder(config)
     (run / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
     stored = run / "config.json"
     if stored.is_file():
-        changed = [p for p in _differences(json.loads(stored.read_text(encoding="utf-8")), json.loads(dump(config)))
-                   if p not in CHANGEABLE]  # fmt: skip
+        changed = [p for p in _differences(_stored_values(stored, type(config)), json.loads(dump(config))) if p not in CHANGEABLE]
         if changed:
             raise UserError(f"{run} holds a run with other settings ({', '.join(changed)}); give this one another name=")
+    for note in identity.settle(run, files, verify):
+        print(note, flush=True)
     checkpoint.write_atomically(stored, dump(config) + "\n")
     if config.resume != "newest":
         checkpoint.rewind(run, config.resume)
     elif start := checkpoint.newest(run):
         checkpoint.verify(start)
+
+
+def _stored_values(path: Path, kind: type[LaunchConfig]) -> dict:
+    """The settings in `path`; those that it lacks, since they are newer than the run, at their defaults."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(dump(build(kind, values, str(path))))
+    except UserError:  # a setting that is no more: it is a difference, and named as one
+        return values
 
 
 def launch(main: Callable[[Runtime, Any], dict], config: Any, run: Path, reporter: Reporter | None = None) -> dict:

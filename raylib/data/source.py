@@ -19,6 +19,7 @@ import numpy as np
 from raylib.data.fetch import fetch, is_remote
 from raylib.data.shards import KINDS, MANIFEST, index_path, index_shard, read_npy_header, sha256_of
 from raylib.errors import UserError
+from raylib.identity import DataFile
 
 HEADER = 4096  # bytes that surely hold an .npy header of ours
 
@@ -110,6 +111,14 @@ class Source:
                 if sha256_of(path) != shard.sha256:
                     raise UserError(f"{path}: its SHA-256 is not the manifest's; fetch it anew")
                 self._open(shard, index_shard(path))
+
+    def files(self) -> list[DataFile]:
+        """Return the files that are part of a run's identity: the manifest, and the shards, if they are here and not fetched."""
+        manifest = DataFile(fetch(self.base, MANIFEST, self.cache))
+        if is_remote(self.base):  # a shard is compared with the manifest when it is fetched
+            return [manifest]
+        shards = (shard for group in self.groups.values() for shard in group)
+        return [manifest, *(DataFile(Path(self.base) / s.name, s.sha256, large=True) for s in shards)]
 
     def __len__(self) -> int:
         return sum(self.size(language) for language in self.groups)

@@ -1,0 +1,130 @@
+"""A run's data and code, as they were when it began: RUN/identity.json.
+
+    {"code": [the version that the run began with, each later one that went on with it],
+     "data": {PATH: {"stamp": hash of names, sizes and times of change, "bytes": ..., "sha256": content or null}, ...}}
+
+A start compares what is there with what was recorded. Sizes and times come first, for they cost nothing; where a time differs
+and the size does not (a copy, a fresh checkout), the content is hashed and decides. `verify` hashes everything at every start.
+Data that changed is refused: a run that goes on with other data is no run of either. Code that changed is told.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from raylib.checkpoint import write_atomically
+from raylib.errors import UserError
+from raylib.provenance import code_version
+from raylib.shared import shared, stamp
+
+FILE = "identity.json"
+
+
+class DataFile(NamedTuple):
+    """A file, or a folder of files, that a run reads.
+
+    sha256: of its content, where something else knows it (a shard's manifest). large: too large to be hashed at a first start
+    (shards, image archives, feature stores): its size and time are its identity, unless `verify` is asked for.
+    """
+
+    path: Path
+    sha256: str | None = None
+    large: bool = False
+
+
+def record(files: Iterable[DataFile], before: Mapping[str, dict], verify: bool = False) -> dict[str, dict[str, Any]]:
+    """{path: {"stamp", "bytes", "sha256"}} of `files` as they are now; `before` is an earlier record, whose hashes are taken over
+    where sizes and times are the same.
+
+    Raises:
+        UserError: a file is missing; with `verify`, its content is not what its manifest says.
+    """
+    entries = {}
+    for file in files:
+        path = str(file.path.absolute())
+        if not file.path.exists():
+            raise UserError(f"{path}: this file of the run's data is missing; restore it")
+        names_sizes_times = stamp(file.path)[1:]
+        size = sum(bytes_ for _, bytes_, _ in names_sizes_times)
+        entry = {"stamp": hashlib.sha256(repr(names_sizes_times).encode()).hexdigest()[:24], "bytes": size}
+        old = before.get(path)
+        if old and old["stamp"] == entry["stamp"] and not verify:
+            sha256 = old["sha256"]
+        elif verify or (old is None and file.sha256 is None and not file.large) or (old and old["sha256"]):
+            sha256 = shared("sha256", stamp(file.path), partial(content_hash, file.path))  # once for all trials of a search
+        else:
+            sha256 = file.sha256
+        if verify and file.sha256 and sha256 != file.sha256:
+            raise UserError(f"{path}: its SHA-256 is not its manifest's; fetch it anew, or index the folder anew")
+        entries[path] = entry | {"sha256": sha256}
+    return entries
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file; of a folder, over the names and hashes of its files."""
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        parts = "".join(f"{p.relative_to(path)} {content_hash(p)}\n" for p in files)
+        return hashlib.sha256(parts.encode()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def changed(before: Mapping[str, dict], now: Mapping[str, dict]) -> list[str]:
+    """Which files of both records are not the same any more, in words."""
+    found = []
+    for path, old in before.items():
+        new = now.get(path)
+        if new is None:
+            continue
+        if old["sha256"] and new["sha256"]:
+            if old["sha256"] != new["sha256"]:
+                found.append(f"{path} (other content)")
+        elif old["bytes"] != new["bytes"]:
+            found.append(f"{path} ({new['bytes']:,} bytes, {old['bytes']:,} before)")
+        elif old["stamp"] != new["stamp"]:
+            found.append(f"{path} (changed since: its time differs)")
+    return found
+
+
+def settle(run: Path, files: Iterable[DataFile], verify: bool = False) -> list[str]:
+    """Record the data and the code that `run` goes on with, after comparing both with what it began with. Returns what people
+    should be told.
+
+    Raises:
+        UserError: data changed (the first files are named); see `record`.
+    """
+    stored = read(run)
+    data = record(files, stored["data"], verify)
+    if different := changed(stored["data"], data):
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise UserError(f"{run}: the data changed since this run began: {', '.join(different[:3])}{more}; restore it, or give "
+                        f"another name= to begin a run with what is there now")  # fmt: skip
+    code, notes = code_version(), []
+    if stored["code"] and code not in stored["code"]:
+        notes.append(f"note: this run began with code {stored['code'][0]} and goes on with {code}")
+    codes = stored["code"] if code in stored["code"] else [*stored["code"], code]
+    write_atomically(run / FILE, json.dumps({"code": codes, "data": {**stored["data"], **data}}, indent=1) + "\n")
+    return notes
+
+
+def read(run: Path) -> dict[str, Any]:
+    """{"code": [...], "data": {...}} of a run; empty of one that has no record yet."""
+    if not (run / FILE).is_file():
+        return {"code": [], "data": {}}
+    try:
+        stored = json.loads((run / FILE).read_text(encoding="utf-8"))
+        return {"code": list(stored["code"]), "data": dict(stored["data"])}
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{run / FILE}: not to be read ({e}); delete it to record the data anew") from None
+
+
+def data_hash(run: Path) -> str | None:
+    """One hash over the data of a run: the same on another machine, for it holds base names and contents (of large files,
+    sizes). None: nothing was recorded."""
+    data = read(run)["data"]
+    parts = sorted(f"{Path(path).name} {entry['sha256'] or entry['bytes']}" for path, entry in data.items())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else None

@@ -1,0 +1,205 @@
+"""A run goes on with the data that it began with, or says which file changed."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from pretrain.train import run as run_pretraining
+from raylib import identity, provenance
+from raylib.errors import UserError
+from raylib.identity import DataFile, changed, data_hash, record, settle
+from raylib.launch import config_hash, run_folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
+
+
+def write(path, content: bytes, time: int | None = None):
+    """Write a file with a time of change of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    if time is not None:
+        os.utime(path, ns=(time, time))
+    return path
+
+
+def test_identity_other_content_of_the_same_size_is_refused(run, tmp_path):
+    shard = write(tmp_path / "data/en-000000.tar", b"a" * 100, 1)
+    assert settle(run, [DataFile(shard)]) == []
+    write(shard, b"b" * 100, 2)
+    with pytest.raises(UserError, match="data changed since this run began: .*en-000000.tar .other content.; restore it"):
+        settle(run, [DataFile(shard)])
+    write(shard, b"a" * 100, 3)  # restored: the content decides, not the time
+    assert settle(run, [DataFile(shard)]) == []
+
+
+def test_identity_a_copy_with_kept_times_needs_verify(run, tmp_path):
+    shard = write(tmp_path / "shard.tar", b"a" * 100, 1)
+    settle(run, [DataFile(shard)])
+    write(shard, b"b" * 100, 1)
+    assert settle(run, [DataFile(shard)]) == []  # size and time first
+    with pytest.raises(UserError, match="other content"):
+        settle(run, [DataFile(shard)], verify=True)
+
+
+def test_identity_a_file_in_a_folder_is_changed_added_or_gone(run, tmp_path):
+    folder = tmp_path / "dictionaries"
+    write(folder / "de2.txt", b"dog Hund\n", 1)
+    write(folder / "ru2.txt", b"dog x\n", 1)
+    settle(run, [DataFile(folder)])
+    (folder / "ru2.txt").unlink()
+    with pytest.raises(UserError, match="dictionaries .other content"):
+        settle(run, [DataFile(folder)])
+    write(folder / "ru2.txt", b"dog x\n", 5)
+    write(folder / "zh2.txt", b"dog y\n", 1)
+    with pytest.raises(UserError, match="dictionaries .other content"):
+        settle(run, [DataFile(folder)])
+    (folder / "zh2.txt").unlink()
+    assert settle(run, [DataFile(folder)]) == []
+
+
+def test_identity_large_files_are_not_read_but_their_size_and_time_count(run, tmp_path, monkeypatch):
+    store = write(tmp_path / "features.mdb", b"a" * 10, 1)
+    monkeypatch.setattr(identity, "content_hash", lambda path: pytest.fail(f"{path} was read"))
+    settle(run, [DataFile(store, large=True)])
+    settle(run, [DataFile(store, large=True)])
+    write(store, b"b" * 10, 2)
+    with pytest.raises(UserError, match="features.mdb .changed since: its time differs"):
+        settle(run, [DataFile(store, large=True)])
+    write(store, b"b" * 11, 2)
+    with pytest.raises(UserError, match="features.mdb .11 bytes, 10 before"):
+        settle(run, [DataFile(store, large=True)])
+
+
+def test_identity_verify_compares_with_the_manifest_too(run, tmp_path):
+    shard = write(tmp_path / "shard.tar", b"a" * 100, 1)
+    with pytest.raises(UserError, match="SHA-256 is not its manifest's"):
+        settle(run, [DataFile(shard, sha256="0" * 64, large=True)], verify=True)
+    settle(run, [DataFile(shard, sha256=identity.content_hash(shard), large=True)], verify=True)
+
+
+def test_identity_a_missing_file_and_a_damaged_record_are_one_line(run, tmp_path):
+    with pytest.raises(UserError, match="gone.tar: this file of the run's data is missing"):
+        settle(run, [DataFile(tmp_path / "gone.tar")])
+    (run / identity.FILE).write_text("{")
+    with pytest.raises(UserError, match="identity.json: not to be read"):
+        settle(run, [])
+
+
+def test_identity_changed_code_is_told_and_kept(run, monkeypatch):
+    assert settle(run, []) == [] and settle(run, []) == []
+    first = provenance.code_version()
+    monkeypatch.setattr(identity, "code_version", lambda: "0123 source 4567")
+    assert settle(run, []) == [f"note: this run began with code {first} and goes on with 0123 source 4567"]
+    assert json.loads((run / identity.FILE).read_text())["code"] == [first, "0123 source 4567"]
+
+
+def test_data_hash_is_the_same_in_another_folder_and_for_other_times(tmp_path):
+    hashes = []
+    for name, time in (("a", 1), ("b", 2)):
+        run = tmp_path / name
+        settle_file = write(run / "data/train.json", b"[]", time)
+        settle(run, [DataFile(settle_file)])
+        hashes.append(data_hash(run))
+    assert hashes[0] == hashes[1] and len(hashes[0]) == 64
+    settle(run, [DataFile(write(run / "data/test.json", b"[1]"))])
+    assert data_hash(run) != hashes[0]
+    assert data_hash(tmp_path) is None
+
+
+def test_record_takes_hashes_over_and_changed_compares_what_both_have(tmp_path):
+    file = write(tmp_path / "a", b"1", 1)
+    before = record([DataFile(file)], {})
+    assert record([DataFile(file)], before) == before
+    assert changed(before, {}) == [] and changed({}, before) == []
+
+
+def test_provenance_names_code_libraries_device_and_time():
+    import torch
+
+    made = provenance.provenance(torch.device("cpu"))
+    assert made["libraries"]["torch"] == torch.__version__.partition("+")[0] or made["libraries"]["torch"] == torch.__version__
+    assert "source" in made["code"] and made["device"] and made["time"].endswith("+00:00")
+
+
+@pytest.fixture
+def stopped(mini, corpus, tmp_path):
+    """`stopped(*settings)` -> the config of a run of 6 steps on a corpus of its own, stopped after 2."""
+    own = tmp_path / "corpus"
+    shutil.copytree(corpus, own)
+    settings = ("runtime=local", "workers=1", f"corpus={own}", "data.retrieval=null")
+
+    def build(*more):
+        run_pretraining(mini(*settings, "fit.stop_after=2"))
+        return mini(*settings, *more)
+
+    return own, build
+
+
+def shards(folder):
+    return sorted(folder.rglob("image_text/*.tar"))
+
+
+def test_resume_with_a_shard_of_other_content_is_refused(stopped):
+    corpus, build = stopped
+    config = build()
+    shard = shards(corpus)[0]
+    data = bytearray(shard.read_bytes())
+    data[700:710] = b"0123456789"
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=f"data changed since this run began: {shard} .other content"):
+        run_pretraining(config)
+
+
+def test_resume_with_other_content_and_the_old_times_is_found_by_verify(stopped):
+    corpus, build = stopped
+    config = build("data.verify=true")
+    shard = shards(corpus)[0]
+    time = shard.stat().st_mtime_ns
+    data = bytearray(shard.read_bytes())
+    data[700:710] = b"0123456789"
+    write(shard, bytes(data), time)
+    with pytest.raises(UserError, match="SHA-256 is not its manifest's"):
+        run_pretraining(config)
+
+
+def test_resume_with_another_manifest_is_refused(stopped):
+    corpus, build = stopped
+    config = build()
+    manifest = corpus / "text/manifest.json"
+    values = json.loads(manifest.read_text())
+    values["shards"].pop()
+    manifest.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="text/manifest.json .other content"):
+        run_pretraining(config)
+
+
+def test_resume_with_the_same_data_copied_goes_on_and_result_says_what_made_it(stopped):
+    corpus, build = stopped
+    config = build()
+    for shard in shards(corpus):
+        os.utime(shard)
+    run_pretraining(config)
+    folder = run_folder(config)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["code"] == provenance.code_version() and result["device"] and result["time"]
+    assert result["data_sha256"] == data_hash(folder) and result["config_sha256"] == config_hash(config)
+    assert result["samples_per_second"] > 0 and result["peak_memory_gb"] > 0 and result["libraries"]["torch"]
+    assert result["config_sha256"] == config_hash(config.model_copy(update={"name": "other", "runs": "elsewhere"}))
+    assert result["config_sha256"] != config_hash(config.model_copy(update={"corpus": "other"}))
+
+
+def test_a_run_whose_config_lacks_a_newer_setting_goes_on(stopped):
+    _, build = stopped
+    config = build()
+    stored = run_folder(config) / "config.json"
+    values = json.loads(stored.read_text())
+    del values["data"]["bad_limit"], values["optim"]["clip"]
+    stored.write_text(json.dumps(values))
+    run_pretraining(config)
