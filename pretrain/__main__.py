@@ -4,6 +4,7 @@
     python -m pretrain --config FILE [path=value ...]
     python -m pretrain evaluate MODEL DATA [--json FILE]
     python -m pretrain export RUN DIR
+    python -m pretrain overlap CORPUS DATA [--names FILE ...] [--distance 6] [--json FILE]
 """
 
 import argparse
@@ -18,7 +19,7 @@ from raylib.command import GOES_ON, command, train
 @command(GOES_ON)
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
-    commands = {"evaluate": _evaluate, "export": _export}
+    commands = {"evaluate": _evaluate, "export": _export, "overlap": _overlap}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     return _train(arguments)
@@ -58,6 +59,12 @@ def _export(arguments: Sequence[str]) -> int:
     config = json.loads((to / "config.json").read_text(encoding="utf-8"))
     print(f"{to}: {config['model_type']}, {', '.join(sorted(p.name for p in to.iterdir()))}")
     return 0
+
+
+def _overlap(arguments: Sequence[str]) -> int:
+    from pretrain.overlap import main as count
+
+    return count(arguments)
 
 
 if __name__ == "__main__":

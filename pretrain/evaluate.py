@@ -15,6 +15,7 @@ from raylib.errors import UserError
 from raylib.metrics import RANKS, mean, recalls
 from raylib.model.folder import find_model, find_tokenizer
 from raylib.model.unified import UnifiedModel
+from raylib.provenance import provenance
 from raylib.ragged import Ragged, first_tokens
 from raylib.text import Tokenizer
 
@@ -94,7 +95,8 @@ def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
     config = unified.config
     retrieval = Retrieval(data, Tokenizer.load(find_tokenizer(folder)), config.image_size, config.positions)
     with torch.inference_mode():
-        return {"model": str(model), "data": str(data), **retrieval(unified)}
+        scores = retrieval(unified)
+    return {"model": str(model), "data": str(data), **provenance(next(unified.parameters()).device), **scores}
 
 
 def encode_pictures(model: UnifiedModel, pictures: Tensor, device: torch.device) -> Tensor:

@@ -1,0 +1,243 @@
+"""Test images that are in a pretraining corpus: by their bytes, and by a perceptual hash that survives another encoding or size.
+
+    python -m pretrain overlap CORPUS DATA [--names FILE ...] [--distance 6] [--json FILE]
+
+CORPUS is a folder of image-text shards, or a corpus that holds one as `image_text`. DATA is a folder of images, a tar of them, a
+retrieval set with `captions.json`, or shards. `--names` keeps those images of DATA that annotation files name (IGLUE's .jsonl and
+.json files, or one name a line), where DATA holds training images too.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import tarfile
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from pretrain.batches import PICTURES
+from raylib import markdown
+from raylib.checkpoint import write_atomically
+from raylib.data.images import BadPicture, decode
+from raylib.data.shards import MANIFEST
+from raylib.data.source import Source
+from raylib.errors import UserError
+
+SIDE, LOW = 32, 8  # pixels a side that are transformed; lowest frequencies a side that are kept
+FLAT = 4.0  # standard deviation of the grey levels, of 255, below which an image is all but one colour and has no hash
+CHUNK = 512  # images hashed at a time by a process
+FIELDS = re.compile(r"^(img_path|img_id|image|imageId|image_id|left_img|right_img|Flikr30kID)$")  # where annotations name images
+
+
+class Hashes(NamedTuple):
+    """Of n images: names, hashes of the bytes (n,) uint64, perceptual hashes (n,) uint64; `flat` (n,) have none."""
+
+    names: list[str]
+    content: np.ndarray
+    perceptual: np.ndarray
+    flat: np.ndarray
+
+
+def perceptual_hash(image: np.ndarray) -> tuple[int, bool]:
+    """(64 bits, whether the image is flat) of an image, uint8 RGB (H, W, 3).
+
+    The pHash of Zauner (2010): grey, 32 x 32 pixels, the 8 x 8 lowest frequencies of its cosine transform, each a bit: above
+    their median or not. The first of them is the highest bit.
+    """
+    grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
+    low = cv2.dct(grey)[:LOW, :LOW].ravel()
+    bits = np.packbits(low > np.median(low))
+    return int.from_bytes(bits.tobytes(), "big"), float(grey.std()) < FLAT
+
+
+def count_overlap(corpus: Hashes, test: Hashes, distance: int) -> dict[str, Any]:
+    """Count the test images that are in `corpus`.
+
+    Returns:
+        {"images", "flat": of them, "same_bytes", "by_distance": {bits that differ from the nearest image of the corpus, up to
+        `distance`: images}, "pairs": [{"test", "corpus", "distance", "same_bytes"}]}, of each image its nearest alone.
+    """
+    known = {int(value): i for i, value in enumerate(corpus.content)}
+    candidates = np.flatnonzero(~corpus.flat)
+    pairs, distances = [], Counter()
+    for i, name in enumerate(test.names):
+        same = known.get(int(test.content[i]))
+        if same is not None:
+            pairs.append({"test": name, "corpus": corpus.names[same], "distance": 0, "same_bytes": True})
+            distances[0] += 1
+        elif not test.flat[i] and len(candidates):
+            apart = np.bitwise_count(corpus.perceptual[candidates] ^ test.perceptual[i])
+            nearest = int(apart.argmin())
+            if apart[nearest] <= distance:
+                found = corpus.names[candidates[nearest]]
+                pairs.append({"test": name, "corpus": found, "distance": int(apart[nearest]), "same_bytes": False})
+                distances[int(apart[nearest])] += 1
+    return {"images": len(test.names), "flat": int(test.flat.sum()), "same_bytes": sum(p["same_bytes"] for p in pairs),
+            "by_distance": {bits: distances[bits] for bits in range(distance + 1)}, "pairs": pairs}  # fmt: skip
+
+
+def hash_images(images: Iterable[tuple[str, bytes]], processes: int) -> tuple[Hashes, int]:
+    """(hashes, how many images do not decode and are left out) of (name, encoded bytes), in order."""
+    images, rows, undecodable, waiting = iter(images), [], 0, deque()
+    # spawned, not forked: children would inherit the locks of OpenCV's and BLAS's threads
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        while True:
+            chunk = list(islice(images, CHUNK))
+            if chunk:
+                waiting.append(pool.submit(_hash_chunk, chunk))
+            # encoded images of a few chunks are in memory at a time: a corpus does not fit
+            while waiting and (not chunk or len(waiting) > 2 * processes):
+                hashed, bad = waiting.popleft().result()
+                rows += hashed
+                undecodable += bad
+            if not chunk:
+                break
+    names, content, perceptual, flat = zip(*rows, strict=True) if rows else ((), (), (), ())
+    arrays = np.array(content, np.uint64), np.array(perceptual, np.uint64), np.array(flat, bool)
+    return Hashes(list(names), *arrays), undecodable
+
+
+def _hash_chunk(images: Sequence[tuple[str, bytes]]) -> tuple[list[tuple[str, int, int, bool]], int]:
+    rows, bad = [], 0
+    for name, data in images:
+        try:
+            bits, flat = perceptual_hash(decode(data, name))
+        except BadPicture:
+            bad += 1
+            continue
+        rows.append((name, int.from_bytes(blake2b(data, digest_size=8).digest(), "big"), bits, flat))
+    return rows, bad
+
+
+def open_corpus(path: Path) -> Source:
+    """Return the image-text source at `path`, or in its folder `image_text`."""
+    return Source(path if (path / MANIFEST).is_file() else path / "image_text", "image_text")
+
+
+def read_source(source: Source) -> Iterator[tuple[str, bytes]]:
+    """(shard and key, encoded bytes) of every image of a source."""
+    for language in source.groups:
+        for number in range(source.size(language)):
+            sample = source.sample(language, number)
+            for member in sample.members:
+                if member.rsplit(".", 1)[-1] in PICTURES:
+                    yield f"{sample.shard.path.name}: {sample.key}.{member}", sample.read(member)
+
+
+def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, encoded bytes) of every image of a folder, a tar, or shards.
+
+    Raises:
+        UserError: neither a folder nor a tar.
+    """
+    if (path / MANIFEST).is_file():
+        yield from read_source(open_corpus(path))
+    elif path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if _is_image(p.name)):
+            yield str(file.relative_to(path)), file.read_bytes()
+    elif path.suffix == ".tar" and path.is_file():
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.isreg() and _is_image(member.name):
+                    yield member.name, tar.extractfile(member).read()
+    else:
+        raise UserError(f"{path}: neither a folder nor a .tar of images")
+
+
+def _is_image(name: str) -> bool:
+    base = os.path.basename(name)
+    return base.rsplit(".", 1)[-1].lower() in PICTURES and not base.startswith(".")
+
+
+def read_names(path: Path) -> set[str]:
+    """Names of images, without folder and ending, in an annotation file: of JSON, the values of the fields that name images;
+    of another file, its lines.
+
+    Raises:
+        UserError: not to be read, or no name in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        records = [json.loads(text)] if path.suffix == ".json" else None
+        if path.suffix == ".jsonl":
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not to be read as a list of images ({e})") from None
+    names = set(_named(records)) if records is not None else {line.strip() for line in text.splitlines() if line.strip()}
+    if not names:
+        raise UserError(f"{path}: no names of images in it; fields like img_path, imageId and left_img are looked for")
+    return {_stem(name) for name in names}
+
+
+def _named(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if FIELDS.match(key) and isinstance(inner, str | int):
+                yield str(inner)
+            else:
+                yield from _named(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _named(inner)
+
+
+def _stem(name: str) -> str:
+    base = os.path.basename(name)
+    return base.rsplit(".", 1)[0] if _is_image(base) else base
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: how many test images are in the corpus, by how sure that is."""
+    whole, rows, seen = result["images"], [["test images in the corpus", "images", "%"]], 0
+    rows.append(["the same bytes", str(result["same_bytes"]), markdown.percent(result["same_bytes"] / whole)])
+    for bits, count in result["by_distance"].items():
+        seen += count
+        rows.append([f"perceptual hash at most {bits} of 64 bits away", str(seen), markdown.percent(seen / whole)])
+    return markdown.table(rows)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m pretrain overlap`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain overlap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("corpus", type=Path, help="image-text shards, or a corpus with a folder image_text")
+    parser.add_argument("data", type=Path, help="a folder or a tar of test images, a retrieval set, or shards")
+    parser.add_argument("--names", type=Path, nargs="+", default=[], help="annotation files: only images that they name")
+    parser.add_argument("--distance", type=int, default=6, help="bits of 64 that may differ (default 6)")
+    parser.add_argument("--json", type=Path, help="write all figures, and each pair, into this file")
+    given = parser.parse_args(arguments)
+    if not 0 <= given.distance <= 32:
+        raise UserError(f"--distance {given.distance}: give a number from 0 to 32")
+    source = open_corpus(given.corpus)
+    processes = len(os.sched_getaffinity(0))
+    images, names = read_images(given.data), [read_names(path) for path in given.names]
+    if names:
+        wanted = set.union(*names)
+        images = ((name, data) for name, data in images if _stem(name) in wanted)
+    test, bad_test = hash_images(images, processes)
+    if not test.names:
+        raise UserError(f"{given.data}: no image in it{' that --names names' if names else ''}")
+    corpus, bad_corpus = hash_images(read_source(source), processes)
+    result = {"corpus": str(given.corpus), "data": str(given.data), "corpus_images": len(corpus.names),
+              "undecodable": {"corpus": bad_corpus, "data": bad_test},
+              **count_overlap(corpus, test, given.distance)}  # fmt: skip
+    print(table(result))
+    print(f"{result['images']} test images, {result['corpus_images']} of the corpus; {bad_test} and {bad_corpus} do not decode; "
+          f"{result['flat']} test images are all but one colour and are compared by bytes alone")  # fmt: skip
+    for pair in result["pairs"][:5]:
+        apart = "same bytes" if pair["same_bytes"] else f"{pair['distance']} bits"
+        print(f"  {pair['test']} = {pair['corpus']} ({apart})")
+    if given.json:
+        write_atomically(given.json, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        print(f"every pair: {given.json}")
+    return 0
