@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from raylib.data.samples import has_captions, is_image, is_plain_image
 from raylib.data.tars import TarScan
@@ -44,8 +45,8 @@ class Account:
         """How many samples have a member of each extension."""
         return {name: n for name in extensions if (n := sum(c for kind, c in self.kinds.items() if name in kind))}
 
-    def choose_images(self) -> list[str]:
-        """Extensions of the members that are images, sorted.
+    def choose_images(self, folder: Path) -> list[str]:
+        """Extensions of the members that are images, sorted; errors name `folder`.
 
         Raises:
             UserError: none of what is listed is there; nothing is listed and several could be meant.
@@ -53,11 +54,11 @@ class Account:
         every = sorted(set().union(*self.kinds))
         if self.listed:
             if missing := [name for name in self.listed if name not in every]:
-                raise UserError(f"no member ends in .{missing[0]}; there are: {_list(every)}")
+                raise UserError(f"{folder}: no member ends in .{missing[0]}; there are: {_list(every)}")
             return self.listed
         plain, others = list(filter(is_plain_image, every)), list(filter(is_image, every))
         if not plain and len(others) > 1:
-            raise UserError(f"no member is plainly the image; say which are, of: --images {_list(others, ' ')}")
+            raise UserError(f"{folder}: no member is plainly the image; say which are, of: --images {_list(others, ' ')}")
         return plain or others
 
     def lines(self, images: Sequence[str] | None) -> list[str]:

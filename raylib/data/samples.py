@@ -14,8 +14,11 @@ What does not say its language is in the shard's. Text is UTF-8, with or without
 out; where nothing is left, the sample is unusable.
 """
 
+import functools
 import json
-from collections.abc import Iterable, Sequence
+import re
+import struct
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raylib.randomness import string_key
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"))
 TEXT_MEMBERS = ("txt", "outputs.txt", "output.txt")
 FIELDS = ("captions", "caption", "text")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadCaption(Exception):
@@ -46,13 +50,14 @@ def is_plain_image(extension: str) -> bool:
     return extension.removeprefix("input.") in IMAGE_EXTENSIONS
 
 
-def find_images(extensions: Iterable[str], listed: Sequence[str] | None) -> list[str]:
+@functools.lru_cache(1024)  # the same few kinds of samples, millions of times
+def find_images(extensions: tuple[str, ...], listed: tuple[str, ...] | None) -> tuple[str, ...]:
     """Extensions of a sample's images, sorted: those of `listed`. A manifest of before there was such a list (None) stands
     for the plain ones, or, where a sample has none, for whatever is an image file."""
     if listed is not None:
-        return sorted(extension for extension in extensions if extension in listed)
-    images = sorted(filter(is_image, extensions))
-    return list(filter(is_plain_image, images)) or images
+        return tuple(sorted(extension for extension in extensions if extension in listed))
+    images = tuple(sorted(filter(is_image, extensions)))
+    return tuple(filter(is_plain_image, images)) or images
 
 
 def has_captions(extensions: Iterable[str]) -> bool:
@@ -81,7 +86,7 @@ def clean_captions(captions: Any) -> list[str]:
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise BadCaption("captions that are no text")
-    if any("\ud800" <= character <= "\udfff" for caption in captions for character in caption):
+    if any(map(SURROGATE.search, captions)):
         raise BadCaption("captions that are not UTF-8")
     if cleaned := [text for text in (" ".join(caption.split()) for caption in captions) if text]:
         return cleaned
@@ -111,16 +116,16 @@ class Sample(NamedTuple):
         return self.shard.pread(*self.members[extension][:2])
 
     @property
-    def images(self) -> list[str]:
+    def images(self) -> tuple[str, ...]:
         """Extensions of its images, sorted."""
-        return find_images(self.members, self.shard.images)
+        return find_images(tuple(self.members), self.shard.images)
 
     @property
     def identity(self) -> int:
         """63-bit hash of its images' encoded bytes, the same wherever and under whatever key they lie; of several
         drawings, of them together. Keys are no identity: img2dataset's begin anew in each shard."""
-        hashes = sorted(self._hash(extension) for extension in self.images)
-        return hashes[0] if len(hashes) == 1 else string_key(b"".join(n.to_bytes(8, "little") for n in hashes))
+        hashes = sorted(map(self._hash, self.images))
+        return hashes[0] if len(hashes) == 1 else string_key(struct.pack(f"<{len(hashes)}q", *hashes))
 
     def _hash(self, extension: str) -> int:
         known = self.members[extension][2]

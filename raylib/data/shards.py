@@ -124,7 +124,7 @@ def index_folder(
         raise UserError(f"{folder}: no .tar file here" + (f", but {packed} compressed ones: unpack them" if packed else ""))
     manifest = {"format": 1, "kind": kind, "tokenizer": tokenizer, "shards": shards}
     if kind == "image_text":
-        manifest["images"] = account.choose_images()
+        manifest["images"] = account.choose_images(folder)
     write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -152,7 +152,7 @@ def describe(name: str, language: str, index: dict, sha256: str) -> dict:
     return {"name": name, "language": language, "samples": rows, "bytes": index["bytes"], "sha256": sha256}
 
 
-def index_command(folder: Path | str, kind: str = "KIND") -> str:
+def index_command(folder: Path | str, kind: str) -> str:
     """The command that makes a manifest for a folder of tars."""
     return f"python -m raylib.data.shards {folder} {kind}"
 

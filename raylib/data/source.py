@@ -11,7 +11,6 @@ import mmap
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,14 +60,15 @@ class Source:
 
     def __init__(self, base, kind: str | None = None, tokenizer: str | None = None, cache=None, verify: bool = False):
         self.base, self.cache = str(base), cache
-        manifest = self._manifest()
+        manifest = self._manifest(kind)
         self.kind = manifest["kind"]
         if kind and kind != self.kind:
             raise UserError(f"{base}: shards of kind {self.kind!r} where {kind!r} is needed")
         if tokenizer and self.kind != "image_text" and manifest["tokenizer"] != tokenizer:
             raise UserError(f"{base}: its ids come from another tokenizer; pack the text anew with this one")
         self.sides = KINDS[self.kind]
-        self.images: list[str] | None = manifest.get("images")  # None: written before manifests listed them
+        images = manifest.get("images")  # None: written before manifests listed them
+        self.images = None if images is None else tuple(images)
         self.groups: dict[str, list[ShardEntry]] = {}
         for fields in manifest["shards"]:
             shard = ShardEntry(**{name: fields[name] for name in ShardEntry._fields})
@@ -88,13 +88,13 @@ class Source:
         if not is_remote(self.base):
             self._check_files(verify)
 
-    def _manifest(self) -> dict:
+    def _manifest(self, kind: str | None) -> dict:
         try:
             path = fetch(self.base, MANIFEST, self.cache)
         except UserError as error:
             if is_remote(self.base):
                 raise
-            raise UserError(f"{error}; for a folder of tars, `{index_command(self.base)}` makes one") from None
+            raise UserError(f"{error}; for a folder of tars, `{index_command(self.base, kind or 'KIND')}` makes one") from None
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             if manifest["format"] != 1 or manifest["kind"] not in KINDS or not manifest["shards"]:
@@ -182,7 +182,7 @@ class Shard:
     """One open shard; `images`: extensions that are images (`samples`). Offsets are kept in arrays: about 100 bytes a
     sample."""
 
-    def __init__(self, path: Path, index: dict, packed: bool, images: Sequence[str] | None = None):
+    def __init__(self, path: Path, index: dict, packed: bool, images: tuple[str, ...] | None = None):
         self.path, self.images, samples = path, images, index["samples"]
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the shard
         if packed:
