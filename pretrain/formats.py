@@ -113,13 +113,13 @@ def read_text(path: Path, tally: Tally, language: str = "") -> Iterator[tuple[st
 
 
 def read_lines(path: Path, tally: Tally) -> Iterator[str]:
-    """Lines of a UTF-8 file, also .gz and .xz, without their ends."""
+    """Lines of a UTF-8 file, also .gz and .xz, without their ends and a byte order mark."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
         with opener(path, "rb") as file:
-            for line in file:
+            for number, line in enumerate(file):
                 try:
-                    yield line.decode().rstrip("\r\n")
+                    yield line.decode("utf-8" if number else "utf-8-sig").rstrip("\r\n")
                 except UnicodeDecodeError:
                     tally.skip("lines that are not UTF-8")
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
@@ -144,7 +144,7 @@ def read_json_list(path: Path, tally: Tally) -> Iterator[dict]:
     decoder, gap, rest = json.JSONDecoder(), re.compile(r"[\s,]*"), ""
     try:
         # Bytes that are not UTF-8 become lone surrogates: they spoil their own record only.
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             if file.read(1) != "[":
                 raise UserError(f"{path}: does not begin with '[': not ALBEF's list of records")
             while (chunk := file.read(CHUNK)) and len(rest) < 64 * CHUNK:

@@ -113,8 +113,9 @@ def test_a_tar_of_pictures_that_is_damaged_or_compressed_is_refused(folder, tmp_
     data = packed(folder, tmp_path / "p.tar").read_bytes()
     with tarfile.open(tmp_path / "p.tar") as tar:
         last = tar.getmembers()[-1].offset
-    for content, words in ((data[:last] + b"?" * 512 + data[last + 512 :], "damaged"), (data[: last + 600], "damaged or truncated"),
-                           (gzip.compress(data), "no uncompressed tar")):  # fmt: skip
+    faults = {"damaged": data[:last] + b"?" * 512 + data[last + 512 :], "damaged or truncated": data[: last + 600],
+              "no uncompressed tar": gzip.compress(data)}  # fmt: skip
+    for words, content in faults.items():
         (tmp_path / "p.tar").write_bytes(content)
         with pytest.raises(UserError, match=f"p.tar: {words}"):
             open_pictures(tmp_path / "p.tar")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from raylib.data.languages import is_language_code
 from raylib.data.samples import BadCaption, EmptyCaption, clean_captions, parse_captions
+from raylib.data.shards import index_command
 from raylib.data.source import Source
 from raylib.encoding import find_file
 from raylib.errors import UserError
@@ -33,12 +34,15 @@ def read_retrieval(folder: Path | str) -> Iterator[Item]:
         return _from_folder(folder)
     if (folder / "manifest.json").is_file():
         return _from_shards(folder)
-    raise UserError(f"{folder}: no retrieval set; give a folder with captions.json, or shards with manifest.json")
+    raise UserError(
+        f"{folder}: no retrieval set; give a folder with captions.json, or shards with manifest.json "
+        f"(`{index_command(folder, 'image_text')}` makes one for tars)"
+    )
 
 
 def _from_folder(folder: Path) -> Iterator[Item]:
     try:
-        records = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+        records = json.loads((folder / "captions.json").read_text(encoding="utf-8-sig"))
     except ValueError as e:
         raise UserError(f"{folder}/captions.json: not UTF-8 JSON ({e})") from None
     for i, record in enumerate(records):

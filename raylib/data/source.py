@@ -101,6 +101,8 @@ class Source:
                 raise ValueError(
                     f"format {manifest['format']}, kind {manifest['kind']!r}, {len(manifest['shards'])} shards"
                 )
+            if not isinstance(manifest.get("images", []), list):
+                raise ValueError(f"images {manifest['images']!r}, wanted a list")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: no manifest of this format ({error}); make it anew") from error
         return manifest
@@ -171,7 +173,7 @@ def _read_index(path: Path) -> dict:
         return index_shard(path)
     try:
         index = json.loads(index_path(path).read_text(encoding="utf-8"))
-        if index.get("format", 1) not in FORMATS:
+        if "format" in index and index["format"] not in FORMATS:
             raise ValueError(f"format {index['format']}")
         return {"bytes": index["bytes"], "samples": index["samples"]}
     except (ValueError, KeyError, TypeError) as error:
