@@ -1,6 +1,7 @@
 """Two spellings of one thing: base64 in its variants, names in Unicode's normal forms.
 
-macOS writes "é" in a file's name as "e" and an accent (NFD), most other systems as one character (NFC); both look alike.
+macOS writes "é" in a file's name as "e" and an accent (NFD), most other systems as one character (NFC); both
+look alike.
 """
 
 import base64
@@ -15,8 +16,8 @@ def decode_base64(data: str | bytes) -> bytes:
     """Bytes of base64, which may be wrapped into lines, URL-safe, or without its padding.
 
     Raises:
-        ValueError: a character that is none of base64's, or a length that none has. `base64.b64decode` alone leaves such
-            characters out, and with them the "-" and "_" of the URL-safe alphabet.
+        ValueError: a character that is none of base64's, or a length that none has. `base64.b64decode` alone
+            leaves such characters out, and with them the "-" and "_" of the URL-safe alphabet.
     """
     data = data.encode() if isinstance(data, str) else bytes(data)
     data = b"".join(data.split()).translate(URL_SAFE).rstrip(b"=")
@@ -36,14 +37,16 @@ def spellings(name: str) -> tuple[str, ...]:
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """The file `name` (perhaps with folders of its own) below `folder`, in whichever normal form the disk has it."""
+    """The file `name` (perhaps with folders) below `folder`, in whichever normal form the disk has it."""
     if os.path.isfile(folder / name):
         return folder / name
     if name.isascii():
         return None
     path = folder
     for part in PurePath(name).parts:
-        path = next((path / spelling for spelling in spellings(part) if os.path.exists(path / spelling)), None)
+        path = next(
+            (path / spelling for spelling in spellings(part) if os.path.exists(path / spelling)), None
+        )
         if path is None:
             return None
     return path if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Which sample is which, and what its image and captions are: tars as img2dataset, CLIP_benchmark and others write them."""
+"""Identity, image and captions of a sample: tars as img2dataset, CLIP_benchmark and others write them."""
 
 import base64
 import hashlib
@@ -41,7 +41,11 @@ def img2dataset(folder, numbers, name="00000.tar"):
             "url": f"https://example.org/{number}.jpg", "caption": caption, "key": f"{key:09d}", "status": "success",
             "error_message": None, "width": 8, "height": 8, "exif": "{}", "sha256": hashlib.sha256(data).hexdigest(),
         }  # fmt: skip
-        for extension, content in (("jpg", data), ("json", json.dumps(facts, indent=4).encode()), ("txt", caption.encode())):
+        for extension, content in (
+            ("jpg", data),
+            ("json", json.dumps(facts, indent=4).encode()),
+            ("txt", caption.encode()),
+        ):
             members.append((f"{key:09d}.{extension}", content))
     folder.mkdir(exist_ok=True)
     return pack(folder / name, members)
@@ -76,7 +80,9 @@ def test_identity_without_an_index_or_with_an_old_one_is_the_same(tmp_path):
     img2dataset(tmp_path, range(3))
     with ShardWriter(tmp_path / "drawings", "image_text") as writer:
         for number in range(3):
-            writer.write(f"k{number}", {"txt": b"x", "a.png": image(number, "png"), "b.png": image(number + 9, "png")})
+            writer.write(
+                f"k{number}", {"txt": b"x", "a.png": image(number, "png"), "b.png": image(number + 9, "png")}
+            )
     for folder in (tmp_path, tmp_path / "drawings"):
         if folder == tmp_path:
             index_folder(folder, "image_text")
@@ -118,7 +124,10 @@ CAPTIONS = [
     ({"json": b'{"captions": {"de": ["ein Hund"], "en": ["a dog", "an animal"]}}'}, ["a dog", "an animal"]),
     ({"json": b'{"text": "a dog", "caption": null}'}, ["a dog"]),
     ({"json": b'{"text": {"en": "a dog"}}'}, ["a dog"]),
-    ({"json": '\ufeff{"caption": "a\\ndog"}'.encode(), "txt": b"a\ndog"}, ["a dog"]),  # img2dataset's, of two lines
+    (
+        {"json": '\ufeff{"caption": "a\\ndog"}'.encode(), "txt": b"a\ndog"},
+        ["a dog"],
+    ),  # img2dataset's, of two lines
     ({"json": b'{"url": "https://example.org/1.jpg"}', "txt": b"a dog"}, ["a dog"]),
     ({"json": b'["no", "record"]', "txt": b"a dog"}, ["a dog"]),
     ({"outputs.txt": b"a dog\nan animal"}, ["a dog", "an animal"]),
@@ -216,7 +225,10 @@ def test_manifests_without_a_list_of_images_are_still_read():
 
 
 def test_a_sample_without_an_image_is_named_with_its_members(tmp_path):
-    pack(tmp_path / "0.tar", [("1.jpg", image(1)), ("1.txt", b"x"), ("2.json", b'{"caption": "x"}'), ("2.seg.png", b"x")])
+    pack(
+        tmp_path / "0.tar",
+        [("1.jpg", image(1)), ("1.txt", b"x"), ("2.json", b'{"caption": "x"}'), ("2.seg.png", b"x")],
+    )
     index_folder(tmp_path, "image_text")
     with pytest.raises(UserError, match="sample 2 has no image; its members: json, seg.png"):
         list(read_retrieval(tmp_path))
@@ -242,12 +254,19 @@ def test_the_language_of_text_is_never_guessed(tmp_path):
     with ShardWriter(tmp_path, "text", type("Ids", (), {"sha256": "x", "vocabulary": 60})) as writer:
         writer.write_rows("de", [[5, 6]])
     shard = tmp_path / "de-000000.tar"
-    for name, language in (("de-000000.tar", "de"), ("de-wiki-0.tar", "de"), ("ceb-1.tar", "ceb"), ("de.tar", "de")):
+    for name, language in (
+        ("de-000000.tar", "de"),
+        ("de-wiki-0.tar", "de"),
+        ("ceb-1.tar", "ceb"),
+        ("de.tar", "de"),
+    ):
         shard = shard.rename(tmp_path / name)
         assert index_folder(tmp_path, "text")["shards"][0]["language"] == language
     for name in ("00000.tar", "cc100-de-0.tar", "train-000.tar", "wiki-de.tar"):
         shard = shard.rename(tmp_path / name)
-        with pytest.raises(UserError, match=f"{name}: its name begins with no language code; .*--language CODE"):
+        with pytest.raises(
+            UserError, match=f"{name}: its name begins with no language code; .*--language CODE"
+        ):
             index_folder(tmp_path, "text")
     assert index_folder(tmp_path, "text", language="de")["shards"][0]["language"] == "de"
 
@@ -259,7 +278,9 @@ def test_a_manifest_whose_languages_are_none_is_refused(tmp_path):
     index_folder(tmp_path, "image_text")
     path = tmp_path / "manifest.json"
     path.write_text(path.read_text().replace('"en"', '"00000.tar"'))  # as it was written before
-    with pytest.raises(UserError, match="takes 00000.tar for languages, .*raylib.data.shards .* image_text --language"):
+    with pytest.raises(
+        UserError, match="takes 00000.tar for languages, .*raylib.data.shards .* image_text --language"
+    ):
         read_batch(tmp_path)
 
 
@@ -293,8 +314,21 @@ def test_tars_of_img2dataset_train_and_evaluate(mini, tmp_path, capsys):
     img2dataset(tmp_path / "laion", range(12), "00000.tar")
     img2dataset(tmp_path / "laion", range(12, 24), "00001.tar")
     assert main([str(tmp_path / "laion"), "image_text"]) == 0
-    run(mini("name=run", "runtime=local", "workers=1", f"data.image_text.folder={tmp_path}/laion", "fit.steps=2"))
-    assert pretrain(["evaluate", str(tmp_path / "run"), str(tmp_path / "laion"), "--json", str(tmp_path / "e.json")]) == 0
+    run(
+        mini(
+            "name=run",
+            "runtime=local",
+            "workers=1",
+            f"data.image_text.folder={tmp_path}/laion",
+            "fit.steps=2",
+        )
+    )
+    assert (
+        pretrain(
+            ["evaluate", str(tmp_path / "run"), str(tmp_path / "laion"), "--json", str(tmp_path / "e.json")]
+        )
+        == 0
+    )
     result = json.loads((tmp_path / "e.json").read_text())["retrieval"]
     assert list(result) == ["en"] and result["en"]["n"] == 24
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Indexing tars of every writer: Python's tarfile, GNU tar, WebDataset. Every member and byte is accounted for, or refused."""
+"""Indexing tars of every writer. Every member and byte is accounted for, or refused."""
 
 import hashlib
 import io
@@ -65,7 +65,9 @@ def contents(path):
 
 def files_of(folder):
     return {
-        f"{number:06d}": {ending: (folder / f"{number:06d}.{ending}").read_bytes() for ending in ("jpg", "txt")}
+        f"{number:06d}": {
+            ending: (folder / f"{number:06d}.{ending}").read_bytes() for ending in ("jpg", "txt")
+        }
         for number in range(SAMPLES)
     }
 
@@ -96,7 +98,11 @@ def test_scan_reads_long_and_foreign_names(tmp_path, form):
 
 
 def test_scan_escapes_names_that_are_not_utf8(tmp_path):
-    pack(tmp_path / "0.tar", [("caf\udce9.jpg", b"jpeg"), ("caf\udce9.txt", b"text")], format=tarfile.GNU_FORMAT)
+    pack(
+        tmp_path / "0.tar",
+        [("caf\udce9.jpg", b"jpeg"), ("caf\udce9.txt", b"text")],
+        format=tarfile.GNU_FORMAT,
+    )
     index_folder(tmp_path, "image_text")
     assert Source(tmp_path).sample("en", 0).key == r"caf\xe9"
 
@@ -138,8 +144,14 @@ def test_links_stand_for_their_files(folder, tmp_path):
 @pytest.mark.parametrize(
     ("members", "words"),
     [
-        ([("1.txt", b"x"), link("1.jpg", "elsewhere.jpg")], "'1.jpg' is a link to 'elsewhere.jpg'.*--hard-dereference"),
-        ([("1.txt", b"x"), link("1.jpg", "../1.jpg", tarfile.SYMTYPE)], "symbolic link to '../1.jpg'.*--dereference"),
+        (
+            [("1.txt", b"x"), link("1.jpg", "elsewhere.jpg")],
+            "'1.jpg' is a link to 'elsewhere.jpg'.*--hard-dereference",
+        ),
+        (
+            [("1.txt", b"x"), link("1.jpg", "../1.jpg", tarfile.SYMTYPE)],
+            "symbolic link to '../1.jpg'.*--dereference",
+        ),
         ([link("1.jpg", "2.jpg", tarfile.SYMTYPE), link("2.jpg", "1.jpg", tarfile.SYMTYPE)], "symbolic link"),
         ([("1.jpg", b"x"), ("1.txt", b"x"), ("1.jpg", b"y")], "'1.jpg' occurs twice, at bytes 512 and 2560"),
         ([("1.jpg", b"x"), ("1.JPG", b"y")], "'1.JPG' occurs twice"),

@@ -15,8 +15,8 @@ class Account:
     """Counts over all tars of a folder.
 
     Args:
-        listed: extensions of the images that the user asks for; None takes the plain ones ("jpg", "input.jpg"), of which
-            a sample may have one.
+        listed: extensions of the images that the user asks for; None takes the plain ones ("jpg", "input.jpg"),
+            of which a sample may have one.
     """
 
     def __init__(self, listed: Sequence[str] | None = None):
@@ -36,14 +36,16 @@ class Account:
             images = sorted(filter(is_plain_image, members))
             if len(images) > 1 and not self.listed:
                 raise UserError(
-                    f"{scan.path}: sample {key} has several images, {', '.join(images)}; say which is meant, such as "
-                    f"--images {images[0]}, or list all of them where they are drawings of one thing"
+                    f"{scan.path}: sample {key} has several images, {', '.join(images)}; say which is meant, "
+                    f"such as --images {images[0]}, or list all of them where they are drawings of one thing"
                 )
             self.kinds[frozenset(members)] += 1
 
     def count(self, extensions: Iterable[str]) -> dict[str, int]:
         """How many samples have a member of each extension."""
-        return {name: n for name in extensions if (n := sum(c for kind, c in self.kinds.items() if name in kind))}
+        return {
+            name: n for name in extensions if (n := sum(c for kind, c in self.kinds.items() if name in kind))
+        }
 
     def choose_images(self, folder: Path) -> list[str]:
         """Extensions of the members that are images, sorted; errors name `folder`.
@@ -58,7 +60,9 @@ class Account:
             return self.listed
         plain, others = list(filter(is_plain_image, every)), list(filter(is_image, every))
         if not plain and len(others) > 1:
-            raise UserError(f"{folder}: no member is plainly the image; say which are, of: --images {_list(others, ' ')}")
+            raise UserError(
+                f"{folder}: no member is plainly the image; say which are, of: --images {_list(others, ' ')}"
+            )
         return plain or others
 
     def lines(self, images: Sequence[str] | None) -> list[str]:
@@ -69,8 +73,17 @@ class Account:
             mute = sum(n for kind, n in self.kinds.items() if not has_captions(kind))
             notes |= +Counter({"samples without an image": bare, "samples without captions": mute})
         others = self.count(name for name in every if name not in (images or ()))
-        parts = {"images": self.count(images or ()), "other members": others, "skipped": self.skipped, "note": notes}
-        return [f"{name}: {_list([f'{n} {what}' for what, n in found.items()])}" for name, found in parts.items() if found]
+        parts = {
+            "images": self.count(images or ()),
+            "other members": others,
+            "skipped": self.skipped,
+            "note": notes,
+        }
+        return [
+            f"{name}: {_list([f'{n} {what}' for what, n in found.items()])}"
+            for name, found in parts.items()
+            if found
+        ]
 
 
 def _list(names: Sequence[str], comma: str = ", ") -> str:

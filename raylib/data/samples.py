@@ -1,17 +1,18 @@
 """One reader of a sample's image and captions: for training, evaluation and corpora alike.
 
-Image: the member whose extension is that of an image file, KEY.jpg, or KEY.input.jpg beside a KEY.outputs.txt. Of others,
-such as KEY.seg.png, none is an image unless the source's manifest lists its extension ("images": ["noto.png", ...]); of
-several that it lists, each is a drawing of the same thing.
+Image: the member whose extension is that of an image file, KEY.jpg, or KEY.input.jpg beside a
+KEY.outputs.txt. Of others, such as KEY.seg.png, none is an image unless the source's manifest lists its
+extension ("images": ["noto.png", ...]); of several that it lists, each is a drawing of the same thing.
 
 Captions, the first of these that a sample has:
 
-    KEY.json       an object with `captions`, else `caption`, else `text`: a string, a list of them, or {language: either}
-    KEY.txt        a caption a line, as CLIP_benchmark writes them (img2dataset's KEY.txt repeats the one of its KEY.json);
-                   or KEY.outputs.txt, KEY.output.txt
+    KEY.json       an object with `captions`, else `caption`, else `text`: a string, a list of them, or
+                   {language: either}
+    KEY.txt        a caption a line, as CLIP_benchmark writes them (img2dataset's KEY.txt repeats the one of its
+                   KEY.json); or KEY.outputs.txt, KEY.output.txt
 
-What does not say its language is in the shard's. Text is UTF-8, with or without a byte order mark. Blank captions are left
-out; where nothing is left, the sample is unusable.
+What does not say its language is in the shard's. Text is UTF-8, with or without a byte order mark. Blank
+captions are left out; where nothing is left, the sample is unusable.
 """
 
 import functools
@@ -26,14 +27,16 @@ from raylib.randomness import string_key
 if TYPE_CHECKING:
     from raylib.data.source import Shard
 
-IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"))
+IMAGE_EXTENSIONS = frozenset(
+    ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
+)
 TEXT_MEMBERS = ("txt", "outputs.txt", "output.txt")
 FIELDS = ("captions", "caption", "text")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadCaption(Exception):
-    """A sample, or one of its languages, has no usable caption; the message, a plural noun, says what it has instead."""
+    """A sample, or one of its languages, has no usable caption; the message, a noun, says what it has instead."""
 
 
 class EmptyCaption(BadCaption):
@@ -41,19 +44,19 @@ class EmptyCaption(BadCaption):
 
 
 def is_image(extension: str) -> bool:
-    """Whether a member of this extension ("jpg", "seg.png") is an image file."""
+    """True if a member of this extension ("jpg", "seg.png") is an image file."""
     return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
 
 
 def is_plain_image(extension: str) -> bool:
-    """Whether it is one that nobody has to ask for: "jpg", "input.jpg"."""
+    """True if it is one that nobody has to ask for: "jpg", "input.jpg"."""
     return extension.removeprefix("input.") in IMAGE_EXTENSIONS
 
 
 @functools.lru_cache(1024)  # the same few kinds of samples, millions of times
 def find_images(extensions: tuple[str, ...], listed: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Extensions of a sample's images, sorted: those of `listed`. A manifest of before there was such a list (None) stands
-    for the plain ones, or, where a sample has none, for whatever is an image file."""
+    """Extensions of a sample's images, sorted: those of `listed`. A manifest of before there was such a list
+    (None) stands for the plain ones, or, where a sample has none, for whatever is an image file."""
     if listed is not None:
         return tuple(sorted(extension for extension in extensions if extension in listed))
     images = tuple(sorted(filter(is_image, extensions)))
@@ -61,14 +64,18 @@ def find_images(extensions: tuple[str, ...], listed: tuple[str, ...] | None) -> 
 
 
 def has_captions(extensions: Iterable[str]) -> bool:
-    """Whether there is a member that may hold captions."""
+    """True if there is a member that may hold captions."""
     return any(extension in ("json", *TEXT_MEMBERS) for extension in extensions)
 
 
 def parse_captions(record: Any, language: str | None) -> dict[str, Any]:
-    """{language: string or list} of a JSON record, not cleaned yet; {} if it has no captions. `language` (None: unknown) is
-    that of captions which do not say theirs."""
-    value = next((v for v in map(record.get, FIELDS) if v is not None), None) if isinstance(record, dict) else None
+    """{language: string or list} of a JSON record, not cleaned yet; {} if it has no captions. `language` (None:
+    unknown) is that of captions which do not say theirs."""
+    value = (
+        next((v for v in map(record.get, FIELDS) if v is not None), None)
+        if isinstance(record, dict)
+        else None
+    )
     if isinstance(value, dict) or value is None:
         return value or {}
     if language is None:
@@ -122,8 +129,8 @@ class Sample(NamedTuple):
 
     @property
     def identity(self) -> int:
-        """63-bit hash of its images' encoded bytes, the same wherever and under whatever key they lie; of several
-        drawings, of them together. Keys are no identity: img2dataset's begin anew in each shard."""
+        """63-bit hash of its images' encoded bytes, the same wherever and under whatever key they lie; of
+        several drawings, of them together. Keys are no identity: img2dataset's begin anew in each shard."""
         hashes = sorted(map(self._hash, self.images))
         return hashes[0] if len(hashes) == 1 else string_key(struct.pack(f"<{len(hashes)}q", *hashes))
 

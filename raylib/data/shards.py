@@ -87,9 +87,13 @@ def read_npy_header(file) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def index_folder(
-    folder: Path | str, kind: str, tokenizer: str | None = None, language: str | None = None,
-    images: Sequence[str] | None = None, account: Account | None = None,
-) -> dict:  # fmt: skip
+    folder: Path | str,
+    kind: str,
+    tokenizer: str | None = None,
+    language: str | None = None,
+    images: Sequence[str] | None = None,
+    account: Account | None = None,
+) -> dict:
     """Index every tar of a folder and write its manifest: makes a source out of anybody's tars.
 
     Args:
@@ -137,7 +141,7 @@ def _language_of(path: Path, kind: str) -> str:
 
 
 def _check_members(scan: TarScan, kind: str) -> None:
-    """Whether samples are of the kind that they are indexed as."""
+    """Refuse samples of another kind than they are indexed as."""
     for key, members in scan.samples.items():
         if kind != "image_text" and not members.keys() >= {"ids.npy", "ends.npy"}:
             raise UserError(

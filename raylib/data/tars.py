@@ -1,10 +1,11 @@
 """What lies in a tar: the members of every sample with their offsets, and an account of everything else.
 
-Tars come from many writers: WebDataset's and img2dataset's, `tar cf`, macOS. Members of a sample are joined by their key,
-wherever they lie; a link stands for what it points to; tars joined end to end are read to the last one. Whatever is left
-out is counted by its reason, and what cannot be read at an offset (sparse files, links that lead out of the tar, a member
-that occurs twice) is an error. `tarfile`, and WebDataset with it, ends quietly at a damaged header: so whatever follows the
-last member must be zeros, another tar, or the end of the file.
+Tars come from many writers: WebDataset's and img2dataset's, `tar cf`, macOS. Members of a sample are joined
+by their key, wherever they lie; a link stands for what it points to; tars joined end to end are read to the
+last one. Whatever is left out is counted by its reason, and what cannot be read at an offset (sparse files,
+links that lead out of the tar, a member that occurs twice) is an error. `tarfile`, and WebDataset with it,
+ends quietly at a damaged header: so whatever follows the last member must be zeros, another tar, or the end
+of the file.
 """
 
 import hashlib
@@ -34,8 +35,9 @@ class TarScan:
         hashes: also hash the file and every image in it; else only headers are read.
 
     Attributes:
-        samples: {key: {extension: place}} in the order in which keys first occur. As in WebDataset, the key is what stands
-            before the first dot of a file's name, folders included, the extension (lower case) what follows.
+        samples: {key: {extension: place}} in the order in which keys first occur. As in WebDataset, the key is
+            what stands before the first dot of a file's name, folders included, the extension (lower case) what
+            follows.
         files: {name: place} of every file, also of those that belong to no sample, and of links.
         skipped, notes: how many members were left out, and what else is worth telling; by plural nouns.
         bytes, sha256: of the file; without `hashes`, the second is "".
@@ -51,7 +53,9 @@ class TarScan:
         self.skipped, self.notes = Counter(), Counter()
         self.files: dict[str, Place] = {}
         self._symlinks: dict[str, str] = {}
-        self._links: list[tuple[str, str, str]] = []  # symbolic ones that stand for a member: name, key, extension
+        self._links: list[
+            tuple[str, str, str]
+        ] = []  # symbolic ones that stand for a member: name, key, extension
         self._key, self._apart = None, set()
         self._sha256, self._hashed = hashlib.sha256(), 0
         with open(path, "rb") as self._file:
@@ -81,7 +85,9 @@ class TarScan:
                 raise UserError(
                     f"{self.path}: damaged or truncated after byte {end} ({error}); fetch or write it anew"
                 ) from error
-            raise UserError(f"{self.path}: no uncompressed tar ({error}); random access needs a plain .tar") from error
+            raise UserError(
+                f"{self.path}: no uncompressed tar ({error}); random access needs a plain .tar"
+            ) from error
         return end
 
     def _skip_zeros(self, end: int) -> int:
@@ -110,24 +116,30 @@ class TarScan:
         name = _readable(member.name)
         if member.isreg() and end > self.bytes:
             raise UserError(
-                f"{self.path}: truncated at byte {self.bytes}, its last member ends at {end}; fetch or write it anew"
+                f"{self.path}: truncated at byte {self.bytes}, its last member ends at {end}; "
+                "fetch or write it anew"
             )
         key, extension = split_name(name)
         if member.issparse() and key:
-            raise UserError(f"{self.path}: member {name!r} is a sparse file, whose bytes do not lie together; "
-                            "write the tar anew without --sparse")  # fmt: skip
+            raise UserError(
+                f"{self.path}: member {name!r} is a sparse file, whose bytes do not lie together; "
+                "write the tar anew without --sparse"
+            )
         place = self._place(member, extension) if member.isreg() else None
         if member.islnk() and key:
             target = _readable(member.linkname)
             if target not in self.files:
-                raise UserError(f"{self.path}: member {name!r} is a link to {target!r}, which does not lie before it; "
-                                "write the tar anew with --hard-dereference")  # fmt: skip
+                raise UserError(
+                    f"{self.path}: member {name!r} is a link to {target!r}, which does not lie before it; "
+                    "write the tar anew with --hard-dereference"
+                )
             place = self.files[target]
             self.notes["hard links, which stand for their files"] += 1
         if place:
             self.files[name] = place
         if member.issym():
-            self._symlinks[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), _readable(member.linkname)))
+            target = posixpath.join(posixpath.dirname(name), _readable(member.linkname))
+            self._symlinks[name] = posixpath.normpath(target)
         if member.isdir():
             self.skipped["directories"] += 1
         elif not key:
@@ -189,15 +201,17 @@ class TarScan:
             while target in self._symlinks and steps < 40:  # as many as Linux follows
                 target, steps = self._symlinks[target], steps + 1
             if target not in self.files:
-                raise UserError(f"{self.path}: member {name!r} is a symbolic link to {target!r}, which is no file of this "
-                                "tar; write it anew with --dereference")  # fmt: skip
+                raise UserError(
+                    f"{self.path}: member {name!r} is a symbolic link to {target!r}, which is no file of this "
+                    "tar; write it anew with --dereference"
+                )
             self.files[name] = self.files[target]
             self._put(name, key, extension, self.files[name])
             self.notes["symbolic links, which stand for their files"] += 1
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, extension) of a member's name; ("", why it belongs to no sample, a plural noun) if it has none."""
+    """(key, extension) of a member's name; ("", why it belongs to no sample, a plural noun) if none."""
     folder, base = posixpath.split(name)
     stem, _, extension = base.partition(".")
     if META.match(name):
@@ -212,5 +226,8 @@ def split_name(name: str) -> tuple[str, str]:
 def _readable(name: str) -> str:
     """A member's name without "./" before it; what is not UTF-8 in it is escaped."""
     name = name.removeprefix("./")
-    return name if name.isascii() else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
+    return (
+        name
+        if name.isascii()
+        else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    )
