@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from finetune.examples import Captioned, Example
 from finetune.pictures import Pictures
+from raylib.encoding import nfc
 from raylib.errors import UserError
 from raylib.ragged import Ragged, Sentences
 from raylib.randomness import permutation, string_key, uniform
@@ -178,7 +179,8 @@ class CaptionBatches(_Epochs):
         part = {
             "index": torch.from_numpy(index),
             **seen,
-            "image_id": torch.tensor([string_key(name) for name in names]),
+            # an id names one image of the store (it refuses others), in whichever normal form
+            "image_id": torch.tensor([string_key(nfc(name)) for name in names]),
             "text": _unmasked([c.captions[0] for c in chosen], self.tokenizer, self.length),
             "draws": torch.from_numpy((np.floor(negatives * 2**24) * 2**-24).astype(np.float32)),
         }

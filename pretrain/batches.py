@@ -10,7 +10,6 @@ A sample that cannot be used (a picture that does not decode, a caption that is 
 another one of its lane, drawn from the same keys; it is counted and logged, and too many of them are an error.
 """
 
-import json
 import logging
 from typing import Any
 
@@ -22,13 +21,13 @@ from torch.utils.data import Dataset
 from raylib.config import Config
 from raylib.data.images import AugmentConfig, BadPicture, augment, decode
 from raylib.data.lanes import Lanes, step_draws
-from raylib.data.source import Sample, Source
+from raylib.data.samples import BadCaption, Sample
+from raylib.data.source import Source
 from raylib.errors import UserError
 from raylib.identity import DataFile
-from raylib.randomness import integers, string_key, uniform
+from raylib.randomness import integers, uniform
 from raylib.text import Tokenizer, add_specials, mask_tokens
 
-PICTURES = ("png", "jpg", "jpeg", "webp")
 ATTEMPTS = 20  # replacements in a row, after which the source is called unusable
 log = logging.getLogger(__name__)
 
@@ -71,6 +70,8 @@ class DataConfig(Config):
 
 class StepBatches(Dataset):
     """Map-style dataset of steps; give it to a DataLoader with `batch_size=None` and `sampler=range(first, last)`.
+
+    `image_id` is a sample's identity, the hash of its images (`raylib.data.samples`): pairs of one are no negatives.
 
     A batch is {"step", "samples": of all streams and workers, "bad": samples replaced here,
     "image_text": {"index" (b,), "images" uint8 (b, H, W, 3), "image_id" (b,), "text": Sentences, "draws" (b, 2)},
@@ -163,55 +164,53 @@ class _Pairs(_Stream):
         picks = uniform(*keys, "pick", rows, 0, np.arange(2))
         draws = uniform(*keys, "augment", rows, np.arange(self.config.augment.draws))
         images = np.empty((len(rows), self.size, self.size, 3), np.uint8)
-        names, captions, bad = [], [], self.bad
+        identities, captions, bad = [], [], self.bad
         for i, (_, lane, draw) in enumerate(self.places):
-            name, picture, caption = self._sample(step, i, lane, draw, picks[i])
+            identity, picture, caption = self._sample(step, i, lane, draw, picks[i])
             images[i] = augment(picture, self.size, self.config.augment, draws[i])
-            names.append(name)
+            identities.append(identity)
             captions.append(caption)
         negatives = uniform(*keys, "negative", rows, np.arange(2))
         return {
             "index": torch.from_numpy(self.index),
             "images": torch.from_numpy(images),
-            "image_id": torch.tensor([string_key(name) for name in names]),
+            "image_id": torch.tensor(identities),
             "text": self.sentences(self.tokenizer.encode(captions), step),
             "draws": torch.from_numpy((np.floor(negatives * 2**24) * 2**-24).astype(np.float32)),  # float32 below 1
             "bad": self.bad - bad,
         }
 
-    def _sample(self, step: int, i: int, lane: int, draw: int, pick: np.ndarray) -> tuple[str, np.ndarray, str]:
-        """(key, picture, caption) of one place in the batch, from the first usable sample."""
+    def _sample(self, step: int, i: int, lane: int, draw: int, pick: np.ndarray) -> tuple[int, np.ndarray, str]:
+        """(identity, picture, caption) of one place in the batch, from the first usable sample."""
         language, number = self.lanes.draw(lane, step * self.share + draw)
         keys = (self.seed, step, self.name)
         for attempt in range(1, ATTEMPTS + 1):
             sample = self.source.sample(language, number)
             self.seen += 1
             try:
-                return sample.key, *self._parts(sample, *pick)
-            except (BadPicture, _BadCaption) as error:
+                return self._parts(sample, *pick)
+            except (BadPicture, BadCaption) as error:
                 self._count(str(error))
             first, last = self.lanes.span(lane, language)
             number = first + int(integers(last - first, *keys, "replace", int(self.index[i]), attempt))
             pick = uniform(*keys, "pick", int(self.index[i]), attempt, np.arange(2))
         raise UserError(f"{self.stream.folder}: {ATTEMPTS} unusable samples one after another, the last: {sample.key}")
 
-    def _parts(self, sample: Sample, pick_picture: float, pick_caption: float) -> tuple[np.ndarray, str]:
-        """One of a sample's pictures (H, W, 3), one of its captions."""
-        name = f"{sample.shard.path}: sample {sample.key}"
-        pictures = sorted(member for member in sample.members if member.rsplit(".", 1)[-1] in PICTURES)
+    def _parts(self, sample: Sample, pick_picture: float, pick_caption: float) -> tuple[int, np.ndarray, str]:
+        """Identity of a sample, one of its pictures (H, W, 3), one of its captions."""
+        pictures = sample.images
         if not pictures:
-            raise BadPicture(f"{name} has no picture")
-        captions = read_captions(sample, name, self.config.caption_language)
+            raise BadPicture(sample.describe("no image"))
+        try:
+            captions = sample.captions_in(self.config.caption_language)
+        except BadCaption as error:
+            raise BadCaption(sample.describe(error)) from error
         caption = captions[int(pick_caption * len(captions))]
-        if not isinstance(caption, str) or not caption.strip():
-            raise _BadCaption(f"{name} has an empty caption")
-        if any(0xD800 <= ord(character) < 0xE000 for character in caption):
-            raise _BadCaption(f"{name} has a caption with half a surrogate pair, which is not UTF-8")
         # encoding one by one costs 20 times a batch: asked only of what may be nothing but invisible characters
         if not any(map(str.isalnum, caption)) and not len(self.tokenizer.encode([caption])[0]):
-            raise _BadCaption(f"{name} has a caption without a token: {caption!r}")
+            raise BadCaption(sample.describe(f"a caption without a token, {caption!r}"))
         picture = pictures[int(pick_picture * len(pictures))]
-        return decode(sample.read(picture), f"{name}, {picture}"), caption
+        return sample.identity, decode(sample.read(picture), f"{sample.name}, {picture}"), caption
 
     def _count(self, message: str) -> None:
         self.bad += 1
@@ -223,24 +222,3 @@ class _Pairs(_Stream):
             raise UserError(
                 f"{share:.1%} of the samples read are unusable (data.bad_limit={limit:g}), such as {message}"
             )
-
-
-class _BadCaption(Exception):
-    """A sample without a usable caption."""
-
-
-def read_captions(sample: Sample, name: str, language: str) -> list[str]:
-    """A sample's captions in one language: from KEY.json, or the one of KEY.txt in a foreign tar, where KEY.json may
-    be missing or hold other things."""
-    try:
-        record = json.loads(sample.read("json").decode("utf-8")) if "json" in sample.members else {}
-        if "captions" not in record and "txt" in sample.members:
-            return [sample.read("txt").decode("utf-8")]
-        captions = record["captions"][language]
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise _BadCaption(f"{name} has no {language} caption in UTF-8 ({reason})") from error
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not captions:
-        raise _BadCaption(f"{name} has no {language} caption")
-    return captions

@@ -9,7 +9,6 @@ import argparse
 import itertools
 import json
 import logging
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 
 from pretrain.formats import LIMIT, Tally, read_image_text, read_pairs, read_text
 from raylib.command import command
+from raylib.data.languages import is_language_code
 from raylib.data.shards import ShardWriter
 from raylib.errors import UserError
 from raylib.text import Tokenizer
@@ -44,6 +44,7 @@ def write_image_text(folder: Path, samples: Iterable[ImageText], language: str =
             record = {"captions": sample.captions, **sample.facts}
             members = {"json": json.dumps(record, ensure_ascii=False).encode(), **sample.pictures}
             writer.write(sample.key, members, language)
+            writer.images.update(sample.pictures)
 
 
 def write_packed(folder: Path, kind: str, tokenizer: Tokenizer, rows: Mapping[str, Iterable]) -> None:
@@ -105,7 +106,7 @@ def prepare(
 
 def _check_languages(parallel: Mapping, text: Mapping) -> None:
     for language in (*parallel, *text):
-        if not re.fullmatch(r"[A-Za-z][\w-]*", language):
+        if not is_language_code(language):
             raise UserError(f"language {language!r}: wanted a code like 'de' or 'zh-Hans', it names the shards")
     if "en" in parallel:
         raise UserError("parallel files are English and another language: name the other one, not 'en'")

@@ -2,7 +2,8 @@
 
   image-text   .json   ALBEF's list [{"image": path, "caption": text or list}, ...]
                .jsonl  CCLM's lines {"binary": base64 or path, "caption": text, list or {language: text or list}}
-               Paths are relative to the file. Captions are English; of a {language: ...} only "en" is taken.
+               Paths are relative to the file. Captions are English; of a {language: ...} only "en" is taken. They may
+               be called otherwise: see `raylib.data.samples`.
   parallel     WikiMatrix's lines margin<TAB>source<TAB>target, those below the margin left out; or plain lines
                English<TAB>other. A name like "WikiMatrix.de-en.tsv.gz" says which column is English, else the first is.
   text         CC-100's: a paragraph a line (one sample each), blank lines between documents.
@@ -11,12 +12,10 @@ Text files may end in .gz or .xz. A bad sample (a picture that is missing or doe
 that is not UTF-8) is skipped and counted by a `Tally`: one in a hundred is normal in millions, more is an error.
 """
 
-import base64
 import gzip
 import json
 import logging
 import lzma
-import os
 import re
 import zlib
 from collections import Counter
@@ -26,6 +25,8 @@ from pathlib import Path
 import cv2
 
 from raylib.data.images import BadPicture, decode
+from raylib.data.samples import BadCaption, clean_captions, parse_captions
+from raylib.encoding import decode_base64, find_file
 from raylib.errors import UserError
 
 MARGIN = 1.04  # WikiMatrix's usual threshold
@@ -70,7 +71,7 @@ def read_image_text(path: Path, tally: Tally, size: int | None = None) -> Iterat
     read, field = readers[path.suffix]
     for record in read(path, tally):
         try:
-            captions = _english(record.get("caption"))
+            captions = _english(record)
             picture = _shrink(_load(record.get(field), path.parent), size)
         except BadSample as error:
             tally.skip(str(error))
@@ -112,13 +113,13 @@ def read_text(path: Path, tally: Tally, language: str = "") -> Iterator[tuple[st
 
 
 def read_lines(path: Path, tally: Tally) -> Iterator[str]:
-    """Lines of a UTF-8 file, also .gz and .xz, without their ends."""
+    """Lines of a UTF-8 file, also .gz and .xz, without their ends and a byte order mark."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
         with opener(path, "rb") as file:
-            for line in file:
+            for number, line in enumerate(file):
                 try:
-                    yield line.decode().rstrip("\r\n")
+                    yield line.decode("utf-8" if number else "utf-8-sig").rstrip("\r\n")
                 except UnicodeDecodeError:
                     tally.skip("lines that are not UTF-8")
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
@@ -143,7 +144,7 @@ def read_json_list(path: Path, tally: Tally) -> Iterator[dict]:
     decoder, gap, rest = json.JSONDecoder(), re.compile(r"[\s,]*"), ""
     try:
         # Bytes that are not UTF-8 become lone surrogates: they spoil their own record only.
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             if file.read(1) != "[":
                 raise UserError(f"{path}: does not begin with '[': not ALBEF's list of records")
             while (chunk := file.read(CHUNK)) and len(rest) < 64 * CHUNK:
@@ -166,26 +167,25 @@ def read_json_list(path: Path, tally: Tally) -> Iterator[dict]:
         raise UserError(f"{path}: no JSON after {tally.good} samples, or cut off; mend or fetch it anew")
 
 
-def _english(captions) -> list[str]:
-    captions = captions.get("en") if isinstance(captions, dict) else captions
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise BadSample("records without an English caption")
-    captions = [" ".join(caption.split()) for caption in captions if caption and not caption.isspace()]
-    if not captions:
-        raise BadSample("empty captions")
-    if any("\ud800" <= character <= "\udfff" for caption in captions for character in caption):
-        raise BadSample("captions that are not UTF-8")
-    return captions
+def _english(record: dict) -> list[str]:
+    try:
+        captions = parse_captions(record, "en")
+        if "en" not in captions:
+            raise BadSample("records without an English caption")
+        return clean_captions(captions["en"])
+    except BadCaption as error:
+        raise BadSample(str(error)) from error
 
 
 def _load(picture, folder: Path) -> bytes:
     """The bytes of a picture that is a path (relative to `folder`) or base64."""
-    if isinstance(picture, str) and os.path.isfile(folder / picture):
-        return (folder / picture).read_bytes()
+    if not isinstance(picture, str):
+        raise BadSample("pictures that are missing")
+    if file := find_file(folder, picture):
+        return file.read_bytes()
     try:
-        return base64.b64decode(picture, validate=True)
-    except (TypeError, ValueError):
+        return decode_base64(picture)
+    except ValueError:
         raise BadSample("pictures that are missing") from None
 
 

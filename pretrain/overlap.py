@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import re
-import tarfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,12 +23,14 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from pretrain.batches import PICTURES
 from raylib import markdown
 from raylib.checkpoint import write_atomically
 from raylib.data.images import BadPicture, decode
+from raylib.data.samples import is_image
 from raylib.data.shards import MANIFEST
 from raylib.data.source import Source
+from raylib.data.tars import TarScan
+from raylib.encoding import nfc
 from raylib.errors import UserError
 
 SIDE, LOW = 32, 8  # pixels a side that are transformed; lowest frequencies a side that are kept
@@ -128,9 +129,8 @@ def read_source(source: Source) -> Iterator[tuple[str, bytes]]:
     for language in source.groups:
         for number in range(source.size(language)):
             sample = source.sample(language, number)
-            for member in sample.members:
-                if member.rsplit(".", 1)[-1] in PICTURES:
-                    yield f"{sample.shard.path.name}: {sample.key}.{member}", sample.read(member)
+            for extension in sample.images:
+                yield f"{sample.shard.path.name}: {sample.key}.{extension}", sample.read(extension)
 
 
 def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -145,17 +145,18 @@ def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
         for file in sorted(p for p in path.rglob("*") if _is_image(p.name)):
             yield str(file.relative_to(path)), file.read_bytes()
     elif path.suffix == ".tar" and path.is_file():
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.isreg() and _is_image(member.name):
-                    yield member.name, tar.extractfile(member).read()
+        places = TarScan(path, hashes=False).files
+        with open(path, "rb") as file:
+            for name, (offset, size, *_) in places.items():
+                if _is_image(name):
+                    yield name, os.pread(file.fileno(), size, offset)
     else:
         raise UserError(f"{path}: neither a folder nor a .tar of images")
 
 
 def _is_image(name: str) -> bool:
     base = os.path.basename(name)
-    return base.rsplit(".", 1)[-1].lower() in PICTURES and not base.startswith(".")
+    return is_image(base.lower()) and not base.startswith(".")
 
 
 def read_names(path: Path) -> set[str]:
@@ -191,7 +192,7 @@ def _named(value: Any) -> Iterator[str]:
 
 
 def _stem(name: str) -> str:
-    base = os.path.basename(name)
+    base = nfc(os.path.basename(name))
     return base.rsplit(".", 1)[0] if _is_image(base) else base
 
 

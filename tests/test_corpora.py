@@ -161,6 +161,19 @@ def test_plain_pairs_and_paragraphs(tmp_path):
         list(read_text(tmp_path / "missing.txt", loose("missing.txt")))
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    """Windows writes one before UTF-8."""
+    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "de.txt").write_text("ein Hund\n", encoding="utf-8-sig")
+    (tmp_path / "de.tsv").write_text("a dog\tein Hund\n", encoding="utf-8-sig")
+    (tmp_path / "a.json").write_text('[{"image": "a.png", "caption": "a dog"}]', encoding="utf-8-sig")
+    (tmp_path / "a.jsonl").write_text('{"binary": "a.png", "caption": "a dog"}', encoding="utf-8-sig")
+    assert list(read_text(tmp_path / "de.txt", loose("x"))) == [("ein Hund",)]
+    assert list(read_pairs(tmp_path / "de.tsv", loose("x"), "de")) == [("a dog", "ein Hund")]
+    for name in ("a.json", "a.jsonl"):
+        assert [captions for _, captions in read_image_text(tmp_path / name, Tally(name))] == [["a dog"]]
+
+
 def corpus(tmp_path):
     (tmp_path / "a.png").write_bytes(picture())
     (tmp_path / "albef.json").write_text(json.dumps([{"image": "a.png", "caption": ["a dog", "an animal"]}] * 2))
@@ -230,6 +243,7 @@ def test_a_corpus_that_is_mostly_bad_is_not_read_to_its_end():
         ([], "nothing to write"),
         (["--text", "../de=x.txt"], r"language '../de'"),
         (["--text", "=x.txt"], "language ''"),
+        (["--text", "cc100=x.txt"], "language 'cc100'"),
         (["--parallel", "en=x.tsv"], "name the other one"),
     ],
 )

@@ -74,7 +74,7 @@ def test_we_read_shards_of_webdataset(tmp_path):
 
 
 def test_indexing_groups_as_webdataset_does(tmp_path):
-    """Dots, folders, meta members, members without an extension, one key in two places."""
+    """Dots, folders, meta members, members without an extension. One key in two places is one sample here alone."""
     path = tmp_path / "en.tar"
     names = ["a/b.c/x.png", "__meta__/y.txt", "a/b.c/x.v1.txt", "README", "k.txt", "z.txt", "k.png", "ü.txt", "__m__"]
     with tarfile.open(path, "w") as tar:
@@ -86,7 +86,9 @@ def test_indexing_groups_as_webdataset_does(tmp_path):
             member.size = len(name)
             tar.addfile(member, io.BytesIO(name.encode()[: len(name)]))
     peer = [(s["__key__"], {k for k in s if k[0] != "_"}) for s in webdataset.WebDataset(str(path), shardshuffle=False)]
-    assert [(key, set(members)) for key, members, _ in index_shard(path)["samples"]] == peer
+    assert [peer.pop(i) for i in (3, 1)] == [("k", {"png"}), ("k", {"txt"})]
+    found = {key: set(members) for key, members, _ in index_shard(path)["samples"]}
+    assert list(found.items()) == [peer[0], ("k", {"txt", "png"}), *peer[1:]]
 
 
 @pytest.mark.parametrize(("kind", "sides"), [("text", 1), ("parallel", 2)])
@@ -208,7 +210,7 @@ def test_damaged_tars(pictures, tmp_path):
     path = tmp_path / "bad/en-0.tar"
     cases = {
         "no uncompressed tar": [b"", b"x" * 2000, b"\x1f\x8b" + bytes(1000)],
-        "truncated|damaged": [whole[: second + 100], whole[: second + 3], whole[: second - 512]],
+        "truncated|damaged": [whole[: second + 100], whole[: second + 3], whole[: second - 500]],
         # a damaged header in the middle: webdataset ends there and says nothing
         "damaged": [whole[: second - 500] + b"?" * 40 + whole[second - 460 :]],
     }

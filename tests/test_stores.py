@@ -1,10 +1,13 @@
 """Pictures and region features by id, from every kind of store."""
 
 import base64
+import gzip
 import multiprocessing
+import os
 import pickle
 import tarfile
 import time
+import unicodedata
 
 import cv2
 import numpy as np
@@ -83,6 +86,41 @@ def test_layouts_of_official_pictures(tmp_path, kind):
             store.read(missing)
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_pictures_match_across_normal_forms(tmp_path, kind, stored):
+    """macOS stores names in NFD, annotations have them in either form."""
+    names = [f"{folder}/\u00e9t\u00e9 \ud55c.png" for folder in ("K\u00f6ln", "K\u00f6niz")]
+    for shade, name in enumerate(names):
+        path = tmp_path / "p" / unicodedata.normalize(stored, name)
+        path.parent.mkdir(parents=True)
+        cv2.imwrite(str(path), np.full((4, 4, 3), shade, np.uint8))
+    store = open_pictures(tmp_path / "p" if kind == "folder" else packed(tmp_path / "p", tmp_path / "p.tar"))
+    for form in ("NFC", "NFD"):
+        asked = [unicodedata.normalize(form, name) for name in names]
+        assert [int(store.read(name).mean()) for name in asked] == [0, 1]
+        assert not store.has(asked[0].replace("t", "d"))
+
+
+def test_links_in_a_tar_of_pictures_stand_for_their_files(folder, tmp_path):
+    os.link(folder / "a.png", folder / "b.png")
+    (folder / "c.png").symlink_to("a.png")
+    store = open_pictures(packed(folder, tmp_path / "p.tar"))
+    assert all((store.read(name) == PICTURE).all() for name in "abc")
+
+
+def test_a_tar_of_pictures_that_is_damaged_or_compressed_is_refused(folder, tmp_path):
+    data = packed(folder, tmp_path / "p.tar").read_bytes()
+    with tarfile.open(tmp_path / "p.tar") as tar:
+        last = tar.getmembers()[-1].offset
+    faults = {"damaged": data[:last] + b"?" * 512 + data[last + 512 :], "damaged or truncated": data[: last + 600],
+              "no uncompressed tar": gzip.compress(data)}  # fmt: skip
+    for words, content in faults.items():
+        (tmp_path / "p.tar").write_bytes(content)
+        with pytest.raises(UserError, match=f"p.tar: {words}"):
+            open_pictures(tmp_path / "p.tar")
+
+
 def b64(array):
     return base64.b64encode(np.ascontiguousarray(array, np.float32).tobytes())
 
@@ -128,6 +166,53 @@ def write_store(kind, tmp_path):
             np.save(tmp_path / kind / f"{name}.npy", FEATURES)
             np.save(tmp_path / kind / f"{name}_info.npy", info)
     return tmp_path / kind
+
+
+@pytest.mark.parametrize("kind", ["lmdb", "h5", "tsv", "npz", "flat.h5"])
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_regions_match_across_normal_forms(tmp_path, kind, stored):
+    name = unicodedata.normalize(stored, "\u00e9t\u00e9 \ud55c")
+    path = tmp_path / {"h5": "r.h5", "tsv": "r.tsv"}.get(kind, kind)
+    if kind == "lmdb":
+        write_lmdb(path, {name: pickle.dumps(record())})
+    elif kind == "h5":
+        import h5py
+
+        with h5py.File(path, "w") as file:
+            for key, value in {"features": FEATURES, "boxes": BOXES, "img_h": 20, "img_w": 40}.items():
+                file[f"{name}/{key}"] = value
+    elif kind == "tsv":
+        path.write_text("\t".join(map(str, [name, 20, 40, *"xxxx", 2, b64(BOXES).decode(), b64(FEATURES).decode()])))
+    elif kind == "npz":
+        path.mkdir()
+        np.savez(path / f"{name}.npz", features=FEATURES, boxes=BOXES, img_h=20, img_w=40)
+    else:
+        write_flat_h5(path, ids=(name.encode(), b"8.jpg"), wh=[[40, 20], [40, 20]])
+    store = open_regions(path)
+    for form in ("NFC", "NFD"):
+        assert (store.read(unicodedata.normalize(form, f"{name}.jpg")).boxes == BOXES).all()
+
+
+@pytest.mark.parametrize("encode", [base64.encodebytes, base64.urlsafe_b64encode])
+def test_regions_in_wrapped_or_url_safe_base64_are_read(tmp_path, encode):
+    features = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+    text = encode(features.tobytes())
+    assert text.strip() != b64(features)
+    store = open_regions(write_lmdb(tmp_path / "lmdb", {"7": pickle.dumps(record(features=text))}))
+    assert (store.read("7").features == features).all()
+    (tmp_path / "r.tsv").write_text(
+        "\t".join(map(str, ["7", 20, 40, *"xxxx", 2, b64(BOXES).decode(), encode(features.tobytes()).decode().replace("\n", "")]))
+    )
+    assert (open_regions(tmp_path / "r.tsv").read("7").features == features).all()
+    oscar = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
+    (tmp_path / "o.tsv").write_text(f"7\t2\t{encode(oscar.tobytes()).decode().replace(chr(10), '')}")
+    assert (open_regions(tmp_path / "o.tsv").read("7").features == oscar[:, :2]).all()
+
+
+def test_regions_in_broken_base64_are_named(tmp_path):
+    store = open_regions(write_lmdb(tmp_path / "lmdb", {"7": pickle.dumps(record(features=b64(FEATURES)[:-3] + b"!"))}))
+    with pytest.raises(UserError, match="lmdb, 7, features: no base64 of float32"):
+        store.read("7")
 
 
 def write_flat_h5(path, boxes="bbox", ids=(b"7.jpg", b"8.jpg"), **changes):

@@ -2,13 +2,14 @@
 
 import os
 import re
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from raylib.data.images import decode
+from raylib.data.tars import TarScan
+from raylib.encoding import nfc
 from raylib.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -66,7 +67,8 @@ def open_pictures(path: Path | str) -> PictureStore:
     """The pictures of a folder and all that is below it, or of a tar.
 
     Raises:
-        UserError: neither; no picture in it; two pictures of one id in one folder (both are named).
+        UserError: neither; a tar that is damaged, or compressed; no picture in it; two pictures of one id in one folder
+            (both are named).
     """
     path = Path(path)
     if path.is_dir():
@@ -80,7 +82,7 @@ def open_pictures(path: Path | str) -> PictureStore:
         if place[0].lower().endswith(SUFFIXES):
             others = places.setdefault(stem(place[0]), [])
             for other, *_ in others:
-                if os.path.dirname(other) == os.path.dirname(place[0]):
+                if nfc(os.path.dirname(other)) == nfc(os.path.dirname(place[0])):
                     names = sorted((other, place[0]))
                     raise UserError(f"{path}: two pictures called '{stem(other)}': {' and '.join(names)}; leave one")
             others.append(place)
@@ -99,17 +101,13 @@ def _walk(path: Path) -> Iterator[Place]:
 
 def _list(path: Path) -> Iterator[Place]:
     """Every file in the tar `path`."""
-    file = str(path)
-    with tarfile.open(path) as tar:
-        while (member := tar.next()) is not None:
-            if member.isfile():
-                yield member.name, file, member.offset_data, member.size
-            tar.members.clear()  # it would keep a large object for each
+    for name, (offset, size) in TarScan(path, hashes=False).files.items():
+        yield name, str(path), offset, size
 
 
 def folders_of(name: str) -> set[str]:
     """The folders that an id, or a path, names."""
-    return {*PurePosixPath(name).parts[:-1]}
+    return {*PurePosixPath(nfc(name)).parts[:-1]}
 
 
 def may_hold(name: str, words: set[str]) -> bool:
@@ -119,7 +117,8 @@ def may_hold(name: str, words: set[str]) -> bool:
 
 
 def stem(name: str) -> str:
-    """A picture's name without folder, picture ending and what MSCOCO's names of 2014 begin with."""
-    base = os.path.basename(name)
+    """A picture's name without folder, picture ending and what MSCOCO's names of 2014 begin with, in NFC: macOS stores
+    names in NFD, annotations have them in either."""
+    base = os.path.basename(nfc(name))
     stripped, suffix = os.path.splitext(base)
     return COCO.sub("", stripped if suffix.lower() in SUFFIXES else base)

@@ -1,13 +1,13 @@
 """What region stores keep of a picture, made into arrays. Pickles are read by an unpickler that admits plain values and
 arrays only."""
 
-import base64
 import io
 import pickle
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from raylib.encoding import decode_base64
 from raylib.errors import UserError
 
 
@@ -32,19 +32,31 @@ def to_regions(record: dict, where: str) -> Regions:
     missing = [key for key in ("features", "boxes", "img_h", "img_w") if key not in record]
     if missing:
         raise UserError(f"{where}: no {', '.join(missing)}; it has {', '.join(sorted(map(str, record)))}")
-    boxes = _array(record["boxes"]).reshape(-1, 4)
-    features = _array(record["features"])
+    boxes, features = (_array(record[name], f"{where}, {name}") for name in ("boxes", "features"))
+    if boxes.size % 4:
+        raise UserError(f"{where}: {boxes.size} values of boxes, which have four each")
+    boxes = boxes.reshape(-1, 4)
     if not len(boxes) or features.size % len(boxes) or not features.size:
         raise UserError(f"{where}: {features.size} feature values for {len(boxes)} boxes")
     tags = tuple(tag.decode() if isinstance(tag, bytes) else str(tag) for tag in record.get("tags", ()))
     return Regions(features.reshape(len(boxes), -1), boxes, float(record["img_h"]), float(record["img_w"]), tags)
 
 
-def _array(value) -> np.ndarray:
+def _array(value, where: str) -> np.ndarray:
     """An array, or base64 of float32."""
-    if isinstance(value, str | bytes):
-        value = np.frombuffer(base64.b64decode(value), np.float32)
-    return np.asarray(value, np.float32)
+    return floats_of_base64(value, where) if isinstance(value, str | bytes) else np.asarray(value, np.float32)
+
+
+def floats_of_base64(value: str | bytes, where: str) -> np.ndarray:
+    """float32 numbers in base64.
+
+    Raises:
+        UserError: not base64, or of something else.
+    """
+    try:
+        return np.frombuffer(decode_base64(value), np.float32)
+    except ValueError as e:
+        raise UserError(f"{where}: no base64 of float32 ({e})") from None
 
 
 def unpickle(stream: io.BufferedIOBase, where: str) -> Any:

@@ -1,10 +1,10 @@
 """Features of detected regions by picture id: VOLTA's LMDB, H5 (a group a picture, or M3P's flat arrays), LXMERT's or OSCAR's
 TSV, or a folder of .npz (UC2's too) or of X101's .npy files.
 
-An id is looked for as it is, then without folder and picture ending: files disagree on whether ".jpg" belongs to it.
+An id is looked for as it is, then without folder and picture ending, in each normal form of Unicode: files disagree on
+whether ".jpg" belongs to it.
 """
 
-import base64
 import io
 import os
 import re
@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from finetune.stores.pictures import folders_of, may_hold, stem
-from finetune.stores.records import Regions, to_regions, unpickle
+from finetune.stores.records import Regions, floats_of_base64, to_regions, unpickle
 from raylib.backbones.oscar import PLACE
+from raylib.encoding import spellings
 from raylib.errors import UserError
 
 X101 = {"bbox": "boxes", "image_height": "img_h", "image_width": "img_w"}  # its names -> those of the others
@@ -86,7 +87,7 @@ class _Store:
     def find(self, name: str) -> Regions | None:
         """As `read`; None if there are none."""
         if may_hold(name, _words(self.path)):
-            for key in dict.fromkeys((name, stem(name))):
+            for key in dict.fromkeys((*spellings(name), *spellings(stem(name)))):
                 record = self._find(key)
                 if record is not None:
                     return to_regions(record, f"{self.path}, {key}")
@@ -258,7 +259,7 @@ class _Tsv(_Store):
 
 def _of_oscar(cells: list[str], where: str) -> dict:
     """A line of OSCAR's, as `to_regions` takes it."""
-    values, count = np.frombuffer(base64.b64decode(cells[2]), np.float32), int(cells[1])
+    values, count = floats_of_base64(cells[2], where), int(cells[1])
     if count < 1 or len(values) % count or len(values) // count <= PLACE:
         raise UserError(f"{where}: {len(values)} values for {count} regions")
     rows = values.reshape(count, -1)

@@ -3,25 +3,28 @@
 A *source* is a folder:
 
     manifest.json          {"format": 1, "kind": KIND, "tokenizer": sha256 or null, "shards": [{"name", "language",
-                           "samples", "bytes", "sha256"}, ...]}
+                           "samples", "bytes", "sha256"}, ...], "images": [extensions that are images, ...]}
     en-000000.tar          the members of one sample lie together: KEY.json, KEY.png, ... (any WebDataset reader's input)
-    en-000000.index.json   {"bytes": size of the tar, "samples": [[KEY, {extension: [offset, size]}, rows], ...]}
+    en-000000.index.json   {"format": 2, "bytes": size of the tar, "samples": [[KEY, {extension: [offset, size, hash of
+                           an image's bytes]}, rows], ...]}
 
 Kinds: `image_text` (a member of captions, one or more pictures), `text` and `parallel` (packed, pre-tokenised: one
 "sample" of the tar is a block of up to BLOCK_ROWS sentences or sentence pairs: KEY.ids.npy, all ids end to end, and
 KEY.ends.npy (rows, sides), running ends). `samples` in the manifest counts what training draws: pictures, or rows.
 
 Everything is written under a temporary name and renamed, the manifest last. `python -m raylib.data.shards FOLDER KIND`
-makes the indices and the manifest for anybody's tars. `raylib.data.source` reads all this.
+makes the indices and the manifest for anybody's tars (`tars` says what it takes); an index of before there were hashes is
+still read. `raylib.data.source` reads all this.
 """
 
+import argparse
 import hashlib
 import io
 import json
 import os
-import re
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -29,14 +32,15 @@ from typing import Self
 import numpy as np
 
 from raylib.command import command
+from raylib.data.account import Account
+from raylib.data.languages import is_language_code, language_of
+from raylib.data.tars import META, TarScan
 from raylib.errors import UserError
 
+FORMATS = (1, 2)  # of an index; the first has no hashes of images
 KINDS = {"image_text": 1, "text": 1, "parallel": 2}  # kind -> sides
 BLOCK_ROWS = 8192
 MANIFEST = "manifest.json"
-# WebDataset's rule: the key is what stands before the first dot of the base name; folders belong to the key.
-MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-META = re.compile(r"__[^/]*__($|/)")
 
 
 def index_path(shard: Path) -> Path:
@@ -57,47 +61,19 @@ def write_json(path: Path, value, compact: bool = False) -> None:
 
 
 def index_shard(path: Path | str) -> dict:
-    """Offsets of all members of a tar, by sample: the content of its index file (not written here).
+    """Offsets of all members of a tar, by sample: what its index file holds, but for the hashes of images. Reads headers
+    only. Raises UserError as `TarScan` does."""
+    return _index(TarScan(path, hashes=False))
 
-    Reads headers only. Raises UserError when the file is no tar, is truncated or damaged: `tarfile`, and WebDataset
-    with it, ends quietly at a damaged header, so whatever follows the last member must be the zeros that end a tar.
-    """
-    path = Path(path)
-    size = path.stat().st_size
-    samples, key, end = [], None, 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                end = member.offset_data + -(-member.size // 512) * 512
-                match = MEMBER.match(member.name)
-                if not member.isreg() or not match or META.match(member.name):
-                    continue
-                if match[1] != key:
-                    key = match[1]
-                    samples.append([key, {}, 1])
-                extension = match[2].lower()
-                if extension in samples[-1][1]:
-                    raise UserError(f"{path}: member {member.name!r} occurs twice; write the shard anew")
-                samples[-1][1][extension] = [member.offset_data, member.size]
-                tar.members = []  # tarfile would keep them all
-    except tarfile.TarError as error:
-        if samples:
-            raise UserError(
-                f"{path}: damaged or truncated after byte {end} ({error}); fetch or write it anew"
-            ) from error
-        raise UserError(f"{path}: no uncompressed tar ({error}); random access needs a plain .tar") from error
-    with open(path, "rb") as file:
-        file.seek(end)
-        tail = file.read(1024)
-        if end + 512 > size:
-            raise UserError(f"{path}: truncated at byte {size}, its last member ends at {end}; fetch or write it anew")
-        if tail.strip(b"\0"):
-            raise UserError(f"{path}: damaged, byte {end} begins neither a member nor the end; fetch or write it anew")
+
+def _index(scan: TarScan) -> dict:
+    samples = [[key, members, 1] for key, members in scan.samples.items()]
+    with open(scan.path, "rb") as file:
         for sample in samples:
             if "ends.npy" in sample[1]:
                 file.seek(sample[1]["ends.npy"][0])
                 sample[2] = read_npy_header(file)[0][0]
-    return {"bytes": size, "samples": samples}
+    return {"format": max(FORMATS), "bytes": scan.bytes, "samples": samples}
 
 
 def read_npy_header(file) -> tuple[tuple[int, ...], np.dtype]:
@@ -110,33 +86,79 @@ def read_npy_header(file) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def index_folder(folder: Path | str, kind: str, tokenizer: str | None = None, language: str | None = None) -> dict:
+def index_folder(
+    folder: Path | str,
+    kind: str,
+    tokenizer: str | None = None,
+    language: str | None = None,
+    images: Sequence[str] | None = None,
+    account: Account | None = None,
+) -> dict:
     """Index every tar of a folder and write its manifest: makes a source out of anybody's tars.
 
-    The language of a shard is `language`, or the part of its name before the first "-" ("de-000017.tar" -> "de").
+    Args:
+        language: of all shards. None takes it from their names where these begin with a known code (`languages`); other
+            shards of image_text are English.
+        images: extensions of the members that are images (`samples`); None: those that nobody has to ask for.
+        account: what was found is added to it.
+
+    Raises:
+        UserError: no such folder, no tar in it, one that cannot be indexed (`TarScan`); a language that is no code, or a
+            name that tells none; images that are not there, or several of which one is meant.
     """
-    folder = Path(folder)
+    folder, account = Path(folder), account or Account(images)
     check_kind(kind)
+    if language is not None and not is_language_code(language):
+        raise UserError(f"language {language!r}: wanted a code like 'de' or 'zh-Hans'")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     shards = []
-    for path in sorted(folder.glob("*.tar")):
-        index = index_shard(path)
-        if not index["samples"]:
+    for path in sorted(path for path in folder.glob("*.tar") if not path.name.startswith(".")):
+        name = language or _language_of(path, kind)
+        scan = TarScan(path)
+        if not scan.samples:
             raise UserError(f"{path}: holds no sample")
+        _check_members(scan, kind)
+        account.add(scan)
+        index = _index(scan)
         write_json(index_path(path), index, compact=True)
-        shards.append(describe(path, language or path.name.split("-")[0], index))
+        shards.append(describe(path.name, name, index, scan.sha256))
     if not shards:
-        raise UserError(f"{folder}: no .tar file here")
+        packed = len([*folder.glob("*.tar.*"), *folder.glob("*.tgz")])
+        raise UserError(f"{folder}: no .tar file here" + (f", but {packed} compressed ones: unpack them" if packed else ""))
     manifest = {"format": 1, "kind": kind, "tokenizer": tokenizer, "shards": shards}
+    if kind == "image_text":
+        manifest["images"] = account.choose_images(folder)
     write_json(folder / MANIFEST, manifest)
     return manifest
 
 
-def describe(path: Path, language: str, index: dict) -> dict:
+def _language_of(path: Path, kind: str) -> str:
+    found = language_of(path.name, loose=kind != "image_text") or ("en" if kind == "image_text" else None)
+    if found is None:
+        raise UserError(f"{path}: its name begins with no language code; say the language, --language CODE")
+    return found
+
+
+def _check_members(scan: TarScan, kind: str) -> None:
+    """Refuse samples of another kind than they are indexed as."""
+    for key, members in scan.samples.items():
+        if kind != "image_text" and not members.keys() >= {"ids.npy", "ends.npy"}:
+            raise UserError(
+                f"{scan.path}: sample {key} holds {', '.join(sorted(members))}, and shards of kind {kind!r} packed ids "
+                "(ids.npy, ends.npy), which `python -m pretrain.corpora` writes"
+            )
+
+
+def describe(name: str, language: str, index: dict, sha256: str) -> dict:
+    """A shard as the manifest lists it."""
     rows = sum(sample[2] for sample in index["samples"])
-    fields = {"name": path.name, "language": language, "samples": rows, "bytes": index["bytes"]}
-    return fields | {"sha256": sha256_of(path)}
+    return {"name": name, "language": language, "samples": rows, "bytes": index["bytes"], "sha256": sha256}
+
+
+def index_command(folder: Path | str, kind: str) -> str:
+    """The command that makes a manifest for a folder of tars."""
+    return f"python -m raylib.data.shards {folder} {kind}"
 
 
 def check_kind(kind: str) -> None:
@@ -167,6 +189,7 @@ class ShardWriter:
             raise ValueError(f"shards of kind {kind!r} hold ids: pass the tokenizer that made them")
         self.max_samples = max_samples or (1 << 22 if self.packed else 10_000)
         self.max_bytes = max_bytes
+        self.images: set[str] = set()  # extensions that are images, for the manifest
         self.open: dict[str, _Shard] = {}
         self.done: list[tuple[Path, str, str]] = []  # temporary path, final name, language
         self.pending: dict[str, list] = {}  # packed rows that wait for a full block
@@ -244,12 +267,16 @@ class ShardWriter:
         shards = []
         for temporary, name, language in sorted(self.done, key=lambda item: item[1]):
             path = self.folder / name
-            index = index_shard(temporary)
+            scan = TarScan(temporary)
+            index = _index(scan)
             os.replace(temporary, path)
             write_json(index_path(path), index, compact=True)
-            shards.append(describe(path, language, index))
+            shards.append(describe(name, language, index, scan.sha256))
         sha256 = self.tokenizer.sha256 if self.tokenizer else None
-        write_json(self.folder / MANIFEST, {"format": 1, "kind": self.kind, "tokenizer": sha256, "shards": shards})
+        manifest = {"format": 1, "kind": self.kind, "tokenizer": sha256, "shards": shards}
+        if self.images:
+            manifest["images"] = sorted(self.images)
+        write_json(self.folder / MANIFEST, manifest)
         for name in stale - {shard["name"] for shard in shards}:
             (self.folder / name).unlink(missing_ok=True)
             index_path(self.folder / name).unlink(missing_ok=True)
@@ -285,12 +312,21 @@ def to_npy(array: np.ndarray) -> bytes:
 
 @command()
 def main(arguments: Sequence[str]) -> int:
-    """`python -m raylib.data.shards FOLDER KIND`: index anybody's tars."""
-    if len(arguments) != 2:
-        print(f"usage: python -m raylib.data.shards FOLDER {{{','.join(KINDS)}}}", file=sys.stderr)
-        return 2
-    shards = index_folder(*arguments)["shards"]
-    print(f"{arguments[0]}: {len(shards)} shards, {sum(shard['samples'] for shard in shards)} samples")
+    parser = argparse.ArgumentParser(prog="python -m raylib.data.shards", description="Index anybody's tars.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("kind", help=" or ".join(KINDS))
+    parser.add_argument("--language", help="code of all shards; else what their names begin with, or en for image_text")
+    parser.add_argument("--images", nargs="+", metavar="EXTENSION", help="members that are images, such as jpg or noto.png")
+    given = parser.parse_args(arguments)
+    account = Account(given.images)
+    manifest = index_folder(given.folder, given.kind, language=given.language, account=account)
+    shards, languages = manifest["shards"], Counter()
+    for shard in shards:
+        languages[shard["language"]] += shard["samples"]
+    found = ", ".join(f"{count} {language}" for language, count in languages.items())
+    print(f"{given.folder}: {len(shards)} shards, {languages.total()} samples; by language: {found}")
+    for line in account.lines(manifest.get("images")):
+        print(f"  {line}")
     return 0
 
 

@@ -17,7 +17,18 @@ from typing import NamedTuple
 import numpy as np
 
 from raylib.data.fetch import fetch, is_remote
-from raylib.data.shards import KINDS, MANIFEST, index_path, index_shard, read_npy_header, sha256_of
+from raylib.data.languages import is_language_code
+from raylib.data.samples import Sample
+from raylib.data.shards import (
+    FORMATS,
+    KINDS,
+    MANIFEST,
+    index_command,
+    index_path,
+    index_shard,
+    read_npy_header,
+    sha256_of,
+)
 from raylib.errors import UserError
 from raylib.identity import DataFile
 
@@ -34,17 +45,6 @@ class ShardEntry(NamedTuple):
     sha256: str
 
 
-class Sample(NamedTuple):
-    """One sample of an image_text source; `members` maps extensions to (offset, size) in its shard."""
-
-    key: str
-    members: dict[str, tuple[int, int]]
-    shard: "Shard"
-
-    def read(self, extension: str) -> bytes:
-        return self.shard.pread(*self.members[extension])
-
-
 class Source:
     """A folder of shards as one sequence of samples per language.
 
@@ -56,24 +56,31 @@ class Source:
         verify: read everything now: hashes, offsets, counts.
 
     Raises UserError: no manifest, missing shard, shard of another size (truncated) or hash, another count of samples,
-    another kind or tokenizer, no samples in a language.
+    another kind or tokenizer, no samples in a language, a language that is no code.
     """
 
     def __init__(self, base, kind: str | None = None, tokenizer: str | None = None, cache=None, verify: bool = False):
         self.base, self.cache = str(base), cache
-        manifest = self._manifest()
+        manifest = self._manifest(kind)
         self.kind = manifest["kind"]
         if kind and kind != self.kind:
             raise UserError(f"{base}: shards of kind {self.kind!r} where {kind!r} is needed")
         if tokenizer and self.kind != "image_text" and manifest["tokenizer"] != tokenizer:
             raise UserError(f"{base}: its ids come from another tokenizer; pack the text anew with this one")
         self.sides = KINDS[self.kind]
+        images = manifest.get("images")  # None: written before manifests listed them
+        self.images = None if images is None else tuple(images)
         self.groups: dict[str, list[ShardEntry]] = {}
         for fields in manifest["shards"]:
             shard = ShardEntry(**{name: fields[name] for name in ShardEntry._fields})
             if os.path.basename(shard.name) != shard.name or shard.name.startswith("."):
                 raise UserError(f"{base}: shard name {shard.name!r} in the manifest is no plain file name")
             self.groups.setdefault(shard.language, []).append(shard)
+        if unknown := [language for language in self.groups if not is_language_code(language)]:
+            raise UserError(
+                f"{base}: its manifest takes {', '.join(unknown[:3])} for languages, which are no language codes; "
+                f"make it anew: {index_command(base, self.kind)} --language CODE"
+            )
         for language, shards in self.groups.items():
             if not sum(shard.samples for shard in shards):
                 raise UserError(f"{base}: language {language!r} has no samples")
@@ -82,20 +89,21 @@ class Source:
         if not is_remote(self.base):
             self._check_files(verify)
 
-    def _manifest(self) -> dict:
+    def _manifest(self, kind: str | None) -> dict:
         try:
             path = fetch(self.base, MANIFEST, self.cache)
         except UserError as error:
             if is_remote(self.base):
                 raise
-            command = f"python -m raylib.data.shards {self.base} KIND"
-            raise UserError(f"{error}; for a folder of tars, `{command}` makes one") from None
+            raise UserError(f"{error}; for a folder of tars, `{index_command(self.base, kind or 'KIND')}` makes one") from None
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             if manifest["format"] != 1 or manifest["kind"] not in KINDS or not manifest["shards"]:
                 raise ValueError(
                     f"format {manifest['format']}, kind {manifest['kind']!r}, {len(manifest['shards'])} shards"
                 )
+            if not isinstance(manifest.get("images", []), list):
+                raise ValueError(f"images {manifest['images']!r}, wanted a list")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: no manifest of this format ({error}); make it anew") from error
         return manifest
@@ -134,7 +142,7 @@ class Source:
     def sample(self, language: str, number: int) -> Sample:
         """Sample `number` of a language of an image_text source."""
         shard, row = self._locate(language, number)
-        return shard.sample(row)
+        return shard.sample(row, language)
 
     def row(self, language: str, number: int) -> list[np.ndarray]:
         """Row `number` of a packed source: one array of ids (uint16 or uint32, a view of the file) per side."""
@@ -159,7 +167,7 @@ class Source:
         rows = sum(sample[2] for sample in index["samples"])
         if index["bytes"] != entry.bytes or rows != entry.samples:
             raise UserError(f"{path}: {rows} samples, the manifest says {entry.samples}; index the folder anew")
-        shard = self._opened[entry.name] = Shard(path, index, packed=self.kind != "image_text")
+        shard = self._opened[entry.name] = Shard(path, index, self.kind != "image_text", self.images)
         if len(self._opened) > max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):
             self._opened.popitem(last=False)
         return shard
@@ -174,16 +182,19 @@ def _read_index(path: Path) -> dict:
         return index_shard(path)
     try:
         index = json.loads(index_path(path).read_text(encoding="utf-8"))
+        if "format" in index and index["format"] not in FORMATS:
+            raise ValueError(f"format {index['format']}")
         return {"bytes": index["bytes"], "samples": index["samples"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index_path(path)}: no index of this format ({error}); index the folder anew") from error
 
 
 class Shard:
-    """One open shard. Offsets are kept in arrays: about 100 bytes a sample."""
+    """One open shard; `images`: extensions that are images (`samples`). Offsets are kept in arrays: about 100 bytes a
+    sample."""
 
-    def __init__(self, path: Path, index: dict, packed: bool):
-        self.path, samples = path, index["samples"]
+    def __init__(self, path: Path, index: dict, packed: bool, images: tuple[str, ...] | None = None):
+        self.path, self.images, samples = path, images, index["samples"]
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the shard
         if packed:
             self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -196,8 +207,8 @@ class Shard:
         self.extensions = sorted({extension for sample in samples for extension in sample[1]})
         codes = {extension: code for code, extension in enumerate(self.extensions)}
         self.firsts = np.cumsum([0] + [len(sample[1]) for sample in samples])
-        flat = [(codes[extension], *place) for sample in samples for extension, place in sample[1].items()]
-        self.places = np.array(flat, np.int64)
+        places = [(codes[extension], *place, -1) for sample in samples for extension, place in sample[1].items()]
+        self.places = np.array([place[:4] for place in places], np.int64)
 
     def __del__(self):
         if hasattr(self, "file"):
@@ -209,9 +220,9 @@ class Shard:
             raise UserError(f"{self.path}: {len(data)} bytes at {offset} where {size} should be; fetch it anew")
         return data
 
-    def sample(self, row: int) -> Sample:
+    def sample(self, row: int, language: str) -> Sample:
         places = self.places[self.firsts[row] : self.firsts[row + 1]].tolist()
-        return Sample(self.keys[row], {self.extensions[code]: (offset, size) for code, offset, size in places}, self)
+        return Sample(self.keys[row], {self.extensions[code]: tuple(place) for code, *place in places}, self, language)
 
     def row(self, row: int, sides: int) -> list[np.ndarray]:
         block = int(self.starts.searchsorted(row, "right")) - 1

@@ -1,0 +1,233 @@
+"""What lies in a tar: the members of every sample with their offsets, and an account of everything else.
+
+Tars come from many writers: WebDataset's and img2dataset's, `tar cf`, macOS. Members of a sample are joined
+by their key, wherever they lie; a link stands for what it points to; tars joined end to end are read to the
+last one. Whatever is left out is counted by its reason, and what cannot be read at an offset (sparse files,
+links that lead out of the tar, a member that occurs twice) is an error. `tarfile`, and WebDataset with it,
+ends quietly at a damaged header: so whatever follows the last member must be zeros, another tar, or the end
+of the file.
+"""
+
+import hashlib
+import os
+import posixpath
+import re
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+from raylib.data.samples import is_image
+from raylib.encoding import nfc
+from raylib.errors import UserError
+from raylib.randomness import string_key
+
+BLOCK, CHUNK = 512, 1 << 20
+META = re.compile(r"__[^/]*__($|/)")
+Place = list[int]  # [offset, bytes], and of an image the hash of its bytes
+APART = "samples whose members lie apart, joined by their key"
+UNENDED = "tars without end blocks"
+
+
+class TarScan:
+    """Everything in the tar `path`, read once, front to back.
+
+    Args:
+        hashes: also hash the file and every image in it; else only headers are read.
+
+    Attributes:
+        samples: {key: {extension: place}} in the order in which keys first occur. As in WebDataset, the key is
+            what stands before the first dot of a file's name, folders included, the extension (lower case) what
+            follows.
+        files: {name: place} of every file, also of those that belong to no sample, and of links.
+        skipped, notes: how many members were left out, and what else is worth telling; by plural nouns.
+        bytes, sha256: of the file; without `hashes`, the second is "".
+
+    Raises:
+        UserError: no uncompressed tar; truncated; damaged; a member that cannot be indexed, or occurs twice.
+    """
+
+    def __init__(self, path: Path | str, hashes: bool = True):
+        self.path, self.hashes = Path(path), hashes
+        self.bytes = self.path.stat().st_size
+        self.samples: dict[str, dict[str, Place]] = {}
+        self.skipped, self.notes = Counter(), Counter()
+        self.files: dict[str, Place] = {}
+        self._symlinks: dict[str, str] = {}
+        self._links: list[
+            tuple[str, str, str]
+        ] = []  # symbolic ones that stand for a member: name, key, extension
+        self._key, self._apart = None, set()
+        self._sha256, self._hashed = hashlib.sha256(), 0
+        with open(path, "rb") as self._file:
+            start, tars = 0, 0
+            while start < self.bytes or not tars:
+                end = self._read_tar(start)
+                start, tars = self._skip_zeros(end), tars + 1
+            self._hash_until(self.bytes)
+        self._follow_symlinks()
+        self.sha256 = self._sha256.hexdigest() if hashes else ""
+        self.notes.update({"tars in one file, end to end": tars if tars > 1 else 0, APART: len(self._apart)})
+        self.skipped, self.notes = +self.skipped, +self.notes
+
+    def _read_tar(self, start: int) -> int:
+        """Add the members of the tar that begins at `start`; return where its end blocks do."""
+        self._file.seek(start)
+        end = start
+        try:
+            with tarfile.open(fileobj=self._file, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    end = tar.offset
+                    self._add(member, end)
+                    tar.members.clear()  # tarfile would keep them all
+                end = tar.offset
+        except tarfile.TarError as error:
+            if self.samples or start:
+                raise UserError(
+                    f"{self.path}: damaged or truncated after byte {end} ({error}); fetch or write it anew"
+                ) from error
+            raise UserError(
+                f"{self.path}: no uncompressed tar ({error}); random access needs a plain .tar"
+            ) from error
+        return end
+
+    def _skip_zeros(self, end: int) -> int:
+        """Where the next tar begins after the end blocks at `end`: the size of the file, if there is none."""
+        if end >= self.bytes:
+            self.notes[UNENDED] += 1
+            return self.bytes
+        at = end
+        self._file.seek(at)
+        while chunk := self._file.read(CHUNK):
+            if rest := chunk.lstrip(b"\0"):
+                at += len(chunk) - len(rest)
+                break
+            at += len(chunk)
+        else:
+            return self.bytes
+        if at - end >= BLOCK:
+            return end + (at - end) // BLOCK * BLOCK
+        if self.bytes - end < BLOCK:
+            raise UserError(f"{self.path}: truncated in the header at byte {end}; fetch or write it anew")
+        raise UserError(
+            f"{self.path}: damaged, byte {end} begins neither a member nor the end; fetch or write it anew"
+        )
+
+    def _add(self, member: tarfile.TarInfo, end: int) -> None:
+        name = _readable(member.name)
+        if member.isreg() and end > self.bytes:
+            raise UserError(
+                f"{self.path}: truncated at byte {self.bytes}, its last member ends at {end}; "
+                "fetch or write it anew"
+            )
+        key, extension = split_name(name)
+        if member.issparse() and key:
+            raise UserError(
+                f"{self.path}: member {name!r} is a sparse file, whose bytes do not lie together; "
+                "write the tar anew without --sparse"
+            )
+        place = self._place(member, extension) if member.isreg() else None
+        if member.islnk() and key:
+            target = _readable(member.linkname)
+            if target not in self.files:
+                raise UserError(
+                    f"{self.path}: member {name!r} is a link to {target!r}, which does not lie before it; "
+                    "write the tar anew with --hard-dereference"
+                )
+            place = self.files[target]
+            self.notes["hard links, which stand for their files"] += 1
+        if place:
+            self.files[name] = place
+        if member.issym():
+            target = posixpath.join(posixpath.dirname(name), _readable(member.linkname))
+            self._symlinks[name] = posixpath.normpath(target)
+        if member.isdir():
+            self.skipped["directories"] += 1
+        elif not key:
+            self.skipped[extension] += 1
+        elif member.issym():
+            self._enter(key, name)
+            self._links.append((name, key, extension))
+        elif place:
+            self._enter(key, name)
+            self._put(name, key, extension, place)
+        else:
+            self.skipped["special files"] += 1
+
+    def _enter(self, key: str, name: str) -> None:
+        """Begin the sample of a member, or go on with it."""
+        if key != self._key and key in self.samples:
+            self._apart.add(key)
+        self._key = key
+        self.samples.setdefault(key, {})
+
+    def _put(self, name: str, key: str, extension: str, place: Place) -> None:
+        members = self.samples[key]
+        if extension in members:
+            raise UserError(
+                f"{self.path}: member {name!r} occurs twice, at bytes {members[extension][0]} and {place[0]}; "
+                "each sample needs a key of its own, write the tar anew"
+            )
+        members[extension] = place
+        if not place[1]:
+            self.notes["members of zero bytes"] += 1
+
+    def _place(self, member: tarfile.TarInfo, extension: str) -> Place:
+        place = [member.offset_data, member.size]
+        if self.hashes and is_image(extension):
+            self._hash_until(member.offset_data)
+            data = self._file_bytes(member.offset_data, member.size)
+            self._sha256.update(data)
+            self._hashed += len(data)
+            place.append(string_key(data))
+        return place
+
+    def _hash_until(self, stop: int) -> None:
+        """Go on with the hash of the file, up to byte `stop`."""
+        while self.hashes and self._hashed < stop:
+            data = self._file_bytes(self._hashed, min(CHUNK, stop - self._hashed))
+            self._sha256.update(data)
+            self._hashed += len(data)
+
+    def _file_bytes(self, offset: int, size: int) -> bytes:
+        """Bytes of the file, which do not move the position that `tarfile` reads at."""
+        data = os.pread(self._file.fileno(), size, offset)
+        if len(data) != size:
+            raise UserError(f"{self.path}: it changed, or ended, while it was read; index it again")
+        return data
+
+    def _follow_symlinks(self) -> None:
+        for name, key, extension in self._links:
+            target, steps = self._symlinks[name], 0
+            while target in self._symlinks and steps < 40:  # as many as Linux follows
+                target, steps = self._symlinks[target], steps + 1
+            if target not in self.files:
+                raise UserError(
+                    f"{self.path}: member {name!r} is a symbolic link to {target!r}, which is no file of this "
+                    "tar; write it anew with --dereference"
+                )
+            self.files[name] = self.files[target]
+            self._put(name, key, extension, self.files[name])
+            self.notes["symbolic links, which stand for their files"] += 1
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, extension) of a member's name; ("", why it belongs to no sample, a plural noun) if none."""
+    folder, base = posixpath.split(name)
+    stem, _, extension = base.partition(".")
+    if META.match(name):
+        return "", "__meta__ members"
+    if base.startswith("."):  # also what macOS writes beside each file: "._000.jpg" beside "000.jpg"
+        return "", "hidden files"
+    if not extension:
+        return "", "files without an extension"
+    return nfc(posixpath.join(folder, stem)), extension.lower()
+
+
+def _readable(name: str) -> str:
+    """A member's name without "./" before it; what is not UTF-8 in it is escaped."""
+    name = name.removeprefix("./")
+    return (
+        name
+        if name.isascii()
+        else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    )
