@@ -3,7 +3,7 @@
     python -m finetune RECIPE model=EXPORT_OR_FOLDER data=FOLDER [path=value ...] [--print-config]
     python -m finetune --config FILE [path=value ...]
     python -m finetune evaluate RUN
-    python -m finetune compare RUN RUN ...
+    python -m finetune compare RUN RUN ... [--baseline RUN] [--csv FILE] [--latex FILE]
     python -m finetune analyse RUN [--limit 200] [--pictures 3] [--layer last] [--words en=dog de=Hund] [--item ID]
     python -m finetune translate TASK MODEL data=FOLDER languages='["de"]' [split=train way=to_en ...]
 
@@ -49,11 +49,21 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
 
 def _compare(arguments: Sequence[str]) -> int:
-    from finetune.report import compare, read_result
+    from finetune import compare, comparison_tables
 
-    parser = argparse.ArgumentParser(prog="python -m finetune compare", description="Runs side by side, seeds as mean ± std.")
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune compare", description=compare.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=Path, nargs="+", help="finished runs")
-    print(compare(read_result(run) for run in parser.parse_args(arguments).runs))
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="what others are compared with (the first row)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write shares, unrounded, a line for each row and score")
+    parser.add_argument("--latex", type=Path, metavar="FILE", help="also write the tables as LaTeX")
+    given = parser.parse_args(arguments)
+    found, lines = compare.compare(given.runs, given.baseline)
+    print("\n\n".join([comparison_tables.to_markdown(found), *lines]))
+    for path, write in ((given.csv, comparison_tables.write_csv), (given.latex, comparison_tables.write_latex)):
+        if path:
+            write(found, path)
     return 0
 
 

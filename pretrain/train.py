@@ -195,7 +195,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
         objective.eval()
         with torch.inference_mode():
             evaluate(objective.model)
-    scores = tables[-1] if tables else {"retrieval": {}, "heldout": {}}
+    scores = tables[-1] if tables else {"retrieval": {}, "heldout": {}, "interval": {}}
     result = {"run": config.name, "seed": config.fit.seed, **result, "git": _commit(), **scores}
     if runtime.rank == 0 and result["finished"]:
         report.draw_curve(runtime.run)

@@ -15,6 +15,12 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{round(100 * value, 1) + 0.0:.1f}"  # no "-0.0"
 
 
+def estimate(mean: float, half: float | None, sign: str = "") -> str:
+    """A mean and half of its interval (`raylib.intervals.t_interval`), in %; `sign` stands before what is above 0."""
+    text = (sign if round(100 * mean, 1) > 0 else "") + percent(mean)
+    return text if half is None else f"{text} ± {percent(half)}"
+
+
 def spread(shares: Iterable[float | None]) -> str:
     """Mean and, of two or more, standard deviation, in %; None is left out."""
     known = [share for share in shares if share is not None]
