@@ -52,18 +52,20 @@ def _compare(arguments: Sequence[str]) -> int:
     from finetune import compare, comparison_tables
 
     parser = argparse.ArgumentParser(
-        prog="python -m finetune compare", description=compare.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        prog="python -m finetune compare", description=compare.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("runs", type=Path, nargs="+", help="finished runs")
-    parser.add_argument("--baseline", type=Path, metavar="RUN", help="what others are compared with (the first row)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write shares, unrounded, a line for each row and score")
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="the row to subtract (the first one)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a line for each row and score, unrounded")
     parser.add_argument("--latex", type=Path, metavar="FILE", help="also write the tables as LaTeX")
     given = parser.parse_args(arguments)
     found, lines = compare.compare(given.runs, given.baseline)
     print("\n\n".join([comparison_tables.to_markdown(found), *lines]))
-    for path, write in ((given.csv, comparison_tables.write_csv), (given.latex, comparison_tables.write_latex)):
-        if path:
-            write(found, path)
+    if given.csv:
+        comparison_tables.write_csv(found, given.csv)
+    if given.latex:
+        comparison_tables.write_latex(found, given.latex)
     return 0
 
 

@@ -1,13 +1,13 @@
 """Runs side by side: a row for runs that differ in seeds alone, a column for each setting in which rows differ.
 
-    mean ± h      over the seeds of a row; h is half of the 95 % confidence interval of the mean by Student's t,
-                  t(0.975, n - 1) s / sqrt(n), with s the sample standard deviation. One seed has no interval.
-    difference    between two rows: the mean of their differences seed by seed, over the seeds that both have, and
-                  the interval of that mean. Whatever a seed decides in both (order of the data, a new head)
+    mean ± h      over the seeds of a row; h is half of the 95 % confidence interval of the mean by Student's t:
+                  t(0.975, n - 1) s / sqrt(n), s the sample standard deviation. One seed has no interval.
+    difference    between two rows: the mean of their differences seed by seed, over the seeds that both have,
+                  and the interval of that mean. What a seed decides in both (order of the data, a new head)
                   cancels out.
 
-Runs are in one row if their settings are equal but for the seeds, and so are those of the runs that they go on from
-(`finetune.lineage`). A run with the settings and the seeds of an earlier one repeats it: it is named and left out.
+Runs are in one row if their settings are equal but for the seeds, and so are those of the runs that they go on
+from (`finetune.lineage`). A run with the settings and seeds of an earlier one repeats it: named and left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ Estimate = tuple[float, float | None]  # a mean, and half of its interval: None 
 
 
 class Run(NamedTuple):
-    """A finished run: its folder, result, settings and seeds (`finetune.lineage`), and what its method is called."""
+    """A finished run: its folder, result, settings and seeds (`finetune.lineage`), and its method's name."""
 
     folder: Path
     result: dict[str, Any]
@@ -43,7 +43,8 @@ class Row(NamedTuple):
 
     @property
     def by_seed(self) -> dict[tuple[int, ...], Run]:
-        """Runs by the seed that pairs them with another row's: their own, or all of theirs where some share it."""
+        """Runs by the seed that pairs them with another row's: their own, or all of theirs where some share
+        it."""
         own = {run.seeds[:1]: run for run in self.runs}
         return own if len(own) == len(self.runs) else {run.seeds: run for run in self.runs}
 
@@ -51,8 +52,8 @@ class Row(NamedTuple):
 class Comparison(NamedTuple):
     """The rows of one task.
 
-    columns: dotted paths of the settings in which rows differ. scores: {head of a column: the share that a result has
-    there, or None}. baseline: the row that the others' differences are from.
+    columns: dotted paths of the settings in which rows differ. scores: {head of a column: the share that a
+    result has there, or None}. baseline: the row that the others' differences are from.
     """
 
     task: str
@@ -69,8 +70,8 @@ class Comparison(NamedTuple):
         return t_interval(known) if known else None
 
     def pairs(self, row: Row) -> list[tuple[Run, Run]]:
-        """(run, the baseline's run) of each seed that both have. A run that depends on no seed, for nothing was trained,
-        is a pair with each of the other row's."""
+        """(run, the baseline's run) of each seed that both have. A run that depends on no seed, for nothing
+        was trained, is a pair with each of the other row's."""
         runs, others = row.by_seed, self.baseline.by_seed
         if () in runs:
             return [(runs[()], other) for other in others.values()]
@@ -94,7 +95,8 @@ def compare(folders: Sequence[Path], baseline: Path | None = None) -> tuple[list
     Returns:
         (comparisons, lines to tell: runs that repeat others, stored settings that this version has not).
     Raises:
-        UserError: a folder is no finished run, or a trial that was never tested; `baseline` is not among `folders`.
+        UserError: a folder is no finished run, or a trial that was never tested; `baseline` is not among
+        `folders`.
     """
     chosen = baseline and baseline.resolve()
     if chosen and chosen not in [folder.resolve() for folder in folders]:
@@ -142,8 +144,8 @@ def _comparison(task: str, rows: list[Row], chosen: Path | None) -> Comparison:
 
 
 def differing(settings: Sequence[dict[str, Any]], prefix: str = "") -> list[str]:
-    """Dotted paths at which some of these nested settings differ. A part that some have and others have not is one path,
-    unless those that have it differ within: then the paths within tell it."""
+    """Dotted paths at which some of these nested settings differ. A part that some have and others have not
+    is one path, unless those that have it differ within: then the paths within tell it."""
     found: list[str] = []
     for name in dict.fromkeys(name for values in settings for name in values):
         values = [part.get(name, ABSENT) for part in settings]

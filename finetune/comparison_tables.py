@@ -24,7 +24,8 @@ class Table(NamedTuple):
 
 def to_markdown(comparisons: Sequence[Comparison]) -> str:
     """Every table under its title."""
-    return "\n\n".join(f"{title}\n\n{markdown.table(lines, words)}" for title, lines, words in _tables(comparisons))
+    parts = [f"{title}\n\n{markdown.table(lines, words)}" for title, lines, words in _tables(comparisons)]
+    return "\n\n".join(parts)
 
 
 def write_latex(comparisons: Sequence[Comparison], path: Path) -> None:
@@ -38,8 +39,9 @@ def write_latex(comparisons: Sequence[Comparison], path: Path) -> None:
 
 
 def write_csv(comparisons: Sequence[Comparison], path: Path) -> None:
-    """Write a line for each row and score: task, method, settings, runs; then shares in [0, 1], not rounded: the mean and the
-    ends of its interval, the difference from the baseline and the ends of its interval. Empty is what there is not.
+    """Write a line for each row and score: task, method, settings, runs; then shares in [0, 1], not rounded:
+    the mean and the ends of its interval, the difference from the baseline and the ends of its interval.
+    Empty is what there is not.
 
     Raises:
         UserError: `path` cannot be written.
@@ -67,9 +69,10 @@ def _tables(comparisons: Sequence[Comparison]) -> list[Table]:
     """The means of each task and, where it has more rows than one, their differences."""
     tables = []
     for comparison in comparisons:
-        scores = [score for score in comparison.scores if any(comparison.mean(row, score) for row in comparison.rows)]
+        rows = comparison.rows
+        scores = [score for score in comparison.scores if any(comparison.mean(row, score) for row in rows)]
         tables.append(_means(comparison, scores))
-        if len(comparison.rows) > 1:
+        if len(rows) > 1:
             tables.append(_differences(comparison, scores))
     return tables
 
@@ -81,10 +84,11 @@ def _means(comparison: Comparison, scores: list[str]) -> Table:
         seeds = _count(len(row.runs)) if row.runs[0].seeds else "none (nothing trained)"
         estimates = [_words(comparison.mean(row, score)) for score in scores]
         lines.append([*_settings(comparison, row), seeds, *estimates, _trained(row)])
-    equal = [comparison.rows[0].settings.get(name) for name in ("setting", "split") if name not in comparison.columns]
+    settings, columns = comparison.rows[0].settings, comparison.columns
+    equal = [settings.get(name) for name in ("setting", "split") if name not in columns]
     what = ", ".join([comparison.task, *map(str, equal)])
     title = f"{what}: {comparison.metric} in %, mean ± half of its 95 % interval over seeds"
-    return Table(title, lines, 1 + len(comparison.columns))
+    return Table(title, lines, 1 + len(columns))
 
 
 def _differences(comparison: Comparison, scores: list[str]) -> Table:
@@ -95,8 +99,9 @@ def _differences(comparison: Comparison, scores: list[str]) -> Table:
             estimates = [_words(comparison.difference(row, score), "+") for score in scores]
             lines.append([*_settings(comparison, row), _count(len(comparison.pairs(row))), *estimates])
     method, *cells = _settings(comparison, comparison.baseline)
-    base = ", ".join([method, *(f"{path} {cell}" for path, cell in zip(comparison.columns, cells, strict=True) if cell)])
-    title = f"{comparison.task}: difference from {base}, in points, seed by seed: mean ± half of its 95 % interval"
+    pairs = zip(comparison.columns, cells, strict=True)
+    base = ", ".join([method, *(f"{path} {cell}" for path, cell in pairs if cell)])
+    title = f"{comparison.task}: points above {base}, seed by seed, mean ± half of its 95 % interval"
     return Table(title, lines, 1 + len(comparison.columns))
 
 
@@ -106,7 +111,7 @@ def _settings(comparison: Comparison, row: Row) -> list[str]:
 
 
 def _cell(row: Row, path: str) -> str:
-    """A setting as the command line takes it; of a run, where the first seed's lies; "" where the row has none."""
+    """A setting; of a run, where the first seed's lies; of a part, "on"; "" where the row has none."""
     value: Any = row.settings
     for name in path.split("."):
         value = value.get(name, ABSENT) if isinstance(value, dict) else ABSENT
@@ -114,13 +119,13 @@ def _cell(row: Row, path: str) -> str:
         return value.path + (" ..." if len(row.runs) > 1 else "")
     if isinstance(value, dict):
         return "on"
-    if value is ABSENT:
-        return ""
+    if value is ABSENT or value is None:
+        return "" if value is ABSENT else "none"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _trained(row: Row) -> str:
-    """Share of the parameters that were trained: without the heads, as paper 4 counts, where small modules were."""
+    """Share of the parameters that were trained; of small modules without heads, as paper 4 counts."""
     shares = {run.result.get("share", run.result["trainable"] / run.result["params"])
               for run in row.runs if run.result["steps"] and run.result.get("params")}  # fmt: skip
     return " ".join(f"{100 * share:.2f}" for share in sorted(shares))

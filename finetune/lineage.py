@@ -1,4 +1,4 @@
-"""Settings of a run and of the runs that it goes on from, but for those that change no number; and its method's name."""
+"""Settings of a run and of the runs that it goes on from, without those that change no number; its method."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,8 @@ from raylib.launch import CHANGEABLE
 
 # names of a run, what is only looked at, and the seed, which is kept apart
 NO_SETTING = frozenset({"name", "method", "curves", "tests", "dev_languages", "fit.seed", *CHANGEABLE})
-FROM_RUNS = ("model", "init.model", "strategies.distillation.teacher", "strategies.sparse.mask")  # paths into other runs
+# paths that may lead into other runs
+FROM_RUNS = ("model", "init.model", "strategies.distillation.teacher", "strategies.sparse.mask")
 UNTRAINED = "as it is"
 
 
@@ -23,8 +24,8 @@ class RunSettings(dict):
 
 
 class Lineage(NamedTuple):
-    """settings: nested, with this version's defaults for what was not stored; in place of a path into another run stand the
-        settings of that run.
+    """settings: nested, with this version's defaults for what was not stored. In place of a path into another
+        run stand the settings of that run.
     seeds: of the run, then of those runs. A run that trains nothing has none of its own.
     config: None of pretraining, and of settings that are no config of this version.
     unknown: a line for each stored setting that this version has not; it stays among the settings.
@@ -49,15 +50,15 @@ def read_lineage(run: Path) -> Lineage:
 
 
 def described(config: FinetuneConfig, steps: int, finished: bool, run: Path | None = None) -> str:
-    """Name the method of a run with a result, and how far its training got: without a step, no model was trained."""
+    """Name the method of a run with a result, and how far its training got; without a step, it got nowhere."""
     if config.trains and not steps:
         return f"{UNTRAINED} (no step recorded)"
     return method_of(config, run) + ("" if finished else f" (stopped at step {steps})")
 
 
 def method_of(config: FinetuneConfig, run: Path | None = None) -> str:
-    """Name the method of a run, whose folder is `run`, for tables. Where nothing is trained, the method is that of the run
-    which the model comes from, and "as it is" if it comes from none."""
+    """Name the method of a run, whose folder is `run`, for tables. Where nothing is trained, the method is
+    that of the run which the model comes from, and "as it is" if it comes from none."""
     if config.method or config.trains:
         return config.called
     source = _run_at(_locate(config.model, run, config.runs))
@@ -106,8 +107,8 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 
 def _locate(path: str, run: Path | None, runs: str | None) -> Path:
-    """Find a `path` that is a setting of `run`: first beside the run, if that is where it was, for runs may have moved, and
-    the working directory may be another. As it stands if there is nothing."""
+    """Find a `path` that is a setting of `run`: first beside the run, if that is where it was, for runs may
+    have moved, and the working directory may be another. As it stands if there is nothing."""
     places = [Path(path)]
     if run and runs and Path(path).is_relative_to(runs):
         places.insert(0, run.resolve().parent / Path(path).relative_to(runs))
@@ -139,7 +140,8 @@ def _fill(run: Path, stored: dict[str, Any]) -> tuple[FinetuneConfig | None, dic
             break
     settings = config.model_dump(mode="json")
     for path, value in removed:
-        lines.append(f"{run}: setting {'.'.join(path)} is none of this version; it is compared as it was stored")
+        where = f"{run}: setting {'.'.join(path)}"
+        lines.append(f"{where} is none of this version; it is compared as it was stored")
         node = settings
         for parent in path[:-1]:
             node[parent] = node[parent] if isinstance(node.get(parent), dict) else {}
@@ -149,14 +151,15 @@ def _fill(run: Path, stored: dict[str, Any]) -> tuple[FinetuneConfig | None, dic
 
 
 def _cut(values: dict[str, Any], place: tuple[str | int, ...]) -> tuple[tuple[str, ...], Any] | None:
-    """Take the value at `place`, as pydantic names it, out of `values`. Returns (its path, the value); None if there is none,
-    or none any more."""
+    """Take the value at `place`, as pydantic names it, out of `values`. Returns (its path, the value); None
+    if there is none, or none any more."""
     node, path = values, []
     for i, name in enumerate(place):
         if name not in node:
             return None
         path.append(name)
-        if i == len(place) - 1 or not isinstance(node[name], dict):  # else: an alternative of its type, a place in a list
+        # what follows a value names an alternative of its type, or a place in a list
+        if i == len(place) - 1 or not isinstance(node[name], dict):
             return tuple(path), node.pop(name)
         node = node[name]
     return None

@@ -1,5 +1,4 @@
-"""What predictions are worth. A line of a predictions file is {"id", "prediction", "labels", "kind", "images"}; scoring
-streams."""
+"""Scores of predictions, streamed. A line of their file is {"id", "prediction", "labels", "kind", "images"}."""
 
 import json
 import math
@@ -23,18 +22,18 @@ def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def score(
-    predictions: Iterable[dict[str, Any]], labels: frozenset[str], bleu: str | None = None, key: tuple[Key, ...] = ()
+    predictions: Iterable[dict[str, Any]], labels: frozenset[str], bleu: str | None = None,
+    key: tuple[Key, ...] = (),
 ) -> dict[str, Any]:
     """Accuracy over the examples that have a label: the mean of what each prediction scores in its labels.
 
     Returns:
-        {"accuracy", "interval": its 95 % bootstrap interval, "n", "by_type": {kind: accuracy}, "n_by_type": {kind: examples},
-        "unlabelled": left out of it, "unknown_answers": none of whose answers are among `labels`: these count as wrong,
-        "bleu": where asked for}.
+        {"accuracy", "interval": its 95 % bootstrap interval, "n", "by_type": {kind: accuracy}, "n_by_type":
+        {kind: examples}, "unlabelled": left out of it, "unknown_answers": none of whose answers are among
+        `labels`: these count as wrong, "bleu": where asked for}.
 
-    What is drawn for the interval, seeded by `key`, are images, each with all of its questions: these are no independent
-    items (xGQA asks 12,578 of 398 images). Items about two images are drawn with those about the same two, items about none
-    one by one.
+    The bootstrap, seeded by `key`, draws images with all of their questions, which are not independent (xGQA asks
+    12,578 of 398 images). Items about two images are drawn with those about the same two, items about none alone.
     """
     gained: Counter[str] = Counter()  # in millionths: integers add up to the same in any order
     seen: Counter[str] = Counter()
@@ -49,7 +48,7 @@ def score(
         seen[line["kind"]] += 1
         worth = round(MILLION * answers.get(line["prediction"], 0.0))
         gained[line["kind"]] += worth
-        clusters.add(line.get("images") or [f"line {number}"], worth)  # files of earlier versions have no images
+        clusters.add(line.get("images") or [f"line {number}"], worth)  # earlier versions wrote no images
         if precision:
             precision.add(line["prediction"], list(answers))
     n = sum(seen.values())

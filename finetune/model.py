@@ -46,7 +46,7 @@ class Classifier(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """(b, inputs) -> logits (b, labels)."""
         hidden = self.dropout(self.norm(F.gelu(self.hidden(states))))
-        # never in bf16, whose numbers near 8 are 1/16 apart: of labels that tie, the first would always be predicted
+        # never in bf16, whose numbers near 8 are 1/16 apart: of labels that tie, the first is predicted
         with torch.autocast(hidden.device.type, enabled=False):
             return self.output(hidden.to(self.output.weight.dtype))
 

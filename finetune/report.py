@@ -20,8 +20,8 @@ RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in RANKS)
 def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """`result.json`: what the parts of a run came to. `accuracy` (or the recalls under `retrieval`) by language, their
     mean over the targets, the gap from English to it, and accuracy by question type; `disparity` over languages of accuracy,
-    or of `recall_at_1`, the mean of both ways (paper 4); `interval`, [low, high] of each language's score by a bootstrap over
-    images (`raylib.intervals`), which says what other test images would change, and nothing of other seeds."""
+    or of `recall_at_1`, the mean of both ways (paper 4); `interval`, [low, high] of each language's score by a
+    bootstrap over images (`raylib.intervals`): what other test images would change, and not other seeds."""
     figures = {code: dict(values) for part in parts for code, values in part["languages"].items()}
     intervals = {code: values.pop("interval", None) for code, values in figures.items()}
     retrieval = find_task(config).kind == "retrieval"
@@ -29,7 +29,8 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
     targets = [score for code, score in scores.items() if code != "en"]
     first = parts[0]
     sparsity = first.get("sparsity") or {}
-    steps, finished = sum(part.get("steps", 0) for part in parts), all(part.get("finished", True) for part in parts)
+    steps = sum(part.get("steps", 0) for part in parts)
+    finished = all(part.get("finished", True) for part in parts)
     result = {
         "run": config.name, "task": config.task, "setting": config.setting, "split": config.split,
         "method": described(config, steps, finished), "finished": finished,
@@ -67,13 +68,15 @@ def of_dev_sets(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str
     looked at it the mean; "interval" of those that one part alone looked at (`summarise`)."""
     seen = {code for part in parts for code in part["dev"]}
     first = parts[0]
+    intervals = {code: [part.get("interval", {}).get(code) for part in parts if code in part["dev"]]
+                 for code in sorted(seen)}  # fmt: skip
     return {
-        "run": config.name, "task": config.task, "setting": config.setting, "method": method_of(config), "seed": config.fit.seed,
+        "run": config.name, "task": config.task, "setting": config.setting, "method": method_of(config),
+        "seed": config.fit.seed,
         "params": first.get("params"), "trainable": first.get("trainable"),
         "steps": sum(part.get("steps", 0) for part in parts), "seconds": sum(part.get("seconds", 0.0) for part in parts),
         "dev": {code: mean([part["dev"][code] for part in parts if code in part["dev"]]) for code in sorted(seen)},
-        "interval": {code: found[0] for code in sorted(seen)
-                     if len(found := [part.get("interval", {}).get(code) for part in parts if code in part["dev"]]) == 1},
+        "interval": {code: found[0] for code, found in intervals.items() if len(found) == 1},
     }  # fmt: skip
 
 
@@ -95,7 +98,8 @@ def table(result: dict[str, Any]) -> str:
     rows = [head]
     for code, score in scores_of(result).items():
         ends = ", ".join(percent(end) for end in intervals.get(code) or ())
-        rows.append([code, percent(score), ends and f"[{ends}]", *(percent(details.get(code, {}).get(c)) for c in columns)])
+        more = [percent(details.get(code, {}).get(c)) for c in columns]
+        rows.append([code, percent(score), ends and f"[{ends}]", *more])
     if result["mean_targets"] is not None:
         others = [code for code in scores_of(result) if code != "en"]
         means = [mean(details[code][c] for code in others if c in details.get(code, {})) for c in columns]

@@ -1,7 +1,7 @@
 """Two-stage retrieval (paper 2, appendix B.2.3; ALBEF): the unimodal encoders choose K candidates of each query, the ITM
-head ranks them, by the difference of its two logits (their softmax is 1.0 from a difference of 17). Every picture and every
-sentence is encoded once, so the cost grows with N + N K and not with N^2. Of models without that head, or runs with
-`matching=false`, the first stage is all.
+head ranks them, by the difference of its two logits (from 17 on, their softmax in float32 is 1.0 for all). Every
+picture and every sentence is encoded once, so the cost grows with N + N K and not with N^2. Of models without that
+head, or runs with `matching=false`, the first stage is all.
 """
 
 import shutil
@@ -36,10 +36,10 @@ def retrieve(
     """Recall of one language's pictures and captions both ways; all workers together, all return the same.
 
     candidates: K; 0 ranks every pair; None ranks none: the cosine decides.
-    folder: for states, gone afterwards; all workers must see it. key: what the bootstrap's draws are seeded by.
+    folder: for states, gone afterwards; all workers must see it. key: seeds the bootstrap's draws.
     Returns:
-        {"i2t_r1" ... "t2i_r10", "mean_recall", "interval": its 95 % bootstrap interval over images, "n": pictures, "captions",
-        "chance_r1", "pairs": how many were ranked}.
+        {"i2t_r1" ... "t2i_r10", "mean_recall", "interval": its 95 % bootstrap interval over images, "n": pictures,
+        "captions", "chance_r1", "pairs": how many were ranked}.
     """
     ranker = _Ranker(model, items, pictures, tokenizer, length, folder, bf16, ranks=candidates is not None)
     try:
@@ -50,11 +50,12 @@ def retrieve(
             dist.barrier()
         if _rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
-    figures = {f"i2t_r{k}": v for k, v in mean_hits(i2t).items()} | {f"t2i_r{k}": v for k, v in mean_hits(t2i).items()}
+    ways = (("i2t", i2t), ("t2i", t2i))
+    figures = {f"{way}_r{k}": value for way, hits in ways for k, value in mean_hits(hits).items()}
     interval = recall_interval(i2t.mean(1), t2i.mean(1), ranker.owner, "bootstrap", *key)
     return {
-        **figures, "mean_recall": mean(figures.values()), "interval": interval, "n": len(items), "captions": len(ranker.owner),
-        "chance_r1": 1 / len(items), "pairs": i2t_pairs + t2i_pairs,
+        **figures, "mean_recall": mean(figures.values()), "interval": interval, "n": len(items),
+        "captions": len(ranker.owner), "chance_r1": 1 / len(items), "pairs": i2t_pairs + t2i_pairs,
     }  # fmt: skip
 
 
@@ -96,9 +97,11 @@ class _Ranker:
                 self.texts: States = write_states(folder / "texts", self.keys, encode, SENTENCES)
             self.text_vectors = _vectors(self.keys, embed_states if ranks else embed_sentences)
 
-    def hits(self, queries: Tensor, keys: Tensor, candidates: int | None, image_asks: bool) -> tuple[Tensor, int]:
-        """(chance of each query to hit within each of RANKS, float64 (n, 3); pairs ranked). A worker takes every world-th
-        chunk of queries: chunks, and so all numbers, are the same whatever the number of workers."""
+    def hits(
+        self, queries: Tensor, keys: Tensor, candidates: int | None, image_asks: bool
+    ) -> tuple[Tensor, int]:
+        """(chance of each query to hit within each of RANKS, float64 (n, 3); pairs ranked). A worker takes every
+        world-th chunk of queries: chunks, and so all numbers, are the same whatever the number of workers."""
         count = 0 if candidates is None else min(candidates or len(keys), len(keys))
         hits = torch.zeros(len(queries), len(RANKS), dtype=torch.float64)
         order = torch.from_numpy(permutation(len(keys), "candidates"))

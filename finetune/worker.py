@@ -142,11 +142,12 @@ class _Validation:
         `curves` "test/LANGUAGE", "test/LANGUAGE/TYPE"}."""
         config, place = self.config, (self.pictures, self.tokenizer, self.config.length)
         if find_task(config).kind == "retrieval":
-            figures = {code: retrieve(model, items, *place, config.ranked, self.folder / "states", self.bf16,
-                                      (config.fit.seed, code)) for code, items in self.dev.items()}  # fmt: skip
+            place = (*place, config.ranked, self.folder / "states", self.bf16)
+            figures = {code: retrieve(model, items, *place, (config.fit.seed, code)) for code, items in self.dev.items()}
             scores = {code: values["mean_recall"] for code, values in figures.items()}
         else:
-            figures = evaluate(model, self.dev, *place, self.folder, None, self.bf16, config.fit.seed) if self.dev else {}
+            place = (*place, self.folder, None, self.bf16, config.fit.seed)
+            figures = evaluate(model, self.dev, *place) if self.dev else {}
             scores = {code: values["accuracy"] for code, values in figures.items()}
         values = {f"dev/{code}": score for code, score in scores.items()}
         if not config.tests:  # the dev sets are the run's result
@@ -169,7 +170,8 @@ def _scores(evaluation: dict[str, float]) -> dict[str, float]:
 
 def _intervals(evaluation: dict[str, float]) -> dict[str, list[float]]:
     """{language: 95 % interval of its dev set's score}, of what `_Validation` found."""
-    ends = {tuple(name.split("/")[1:]): value for name, value in evaluation.items() if name.startswith("interval/")}
+    names = [name for name in evaluation if name.startswith("interval/")]
+    ends = {tuple(name.split("/")[1:]): evaluation[name] for name in names}
     return {code: [low, ends[code, "high"]] for (code, end), low in ends.items() if end == "low"}
 
 

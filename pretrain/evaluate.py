@@ -51,8 +51,8 @@ class Retrieval:
         return [torch.tensor([t.cls, *ids[: self.length - 2].tolist(), t.sep]) for ids in t.encode(texts)]
 
     def __call__(self, model: UnifiedModel) -> dict[str, Any]:
-        """{"retrieval": {language: figures}, "heldout": the same of held-out concepts alone, "interval": {language: [low,
-        high]}, the 95 % bootstrap interval over images of R@1, the mean of both ways}; the figures are `chance_r1`,
+        """{"retrieval": {language: figures}, "heldout": the same of held-out concepts alone, "interval": {language:
+        [low, high]}, the 95 % bootstrap interval over images of R@1 (mean of both ways)}; the figures are `chance_r1`,
         `i2t_r1` ... `t2i_r10`, `n` pictures. Workers share the encoding; all return the same."""
         device, size = next(model.parameters()).device, world_size()
         rank = dist.get_rank() if size > 1 else 0
@@ -65,12 +65,14 @@ class Retrieval:
                   for language in mine}  # fmt: skip
         scored = _exchange(scored)
         heldout = {language: held for language in sorted(scored) if (held := scored[language][1])}
-        return {"retrieval": {language: scored[language][0] for language in sorted(scored)}, "heldout": heldout,
-                "interval": {language: scored[language][2] for language in sorted(scored)}}  # fmt: skip
+        retrieval, interval = ({language: scored[language][i] for language in sorted(scored)} for i in (0, 2))
+        return {"retrieval": retrieval, "heldout": heldout, "interval": interval}
 
-    def _score(self, language: str, texts: Tensor, images: Tensor) -> tuple[dict, dict | None, list[float] | None]:
-        """Figures of one language: of all its pictures; of those held out (as queries, among all candidates); and the
-        interval of the first, seeded by the language alone, so that an export has the run's."""
+    def _score(
+        self, language: str, texts: Tensor, images: Tensor
+    ) -> tuple[dict, dict | None, list[float] | None]:
+        """Figures of one language: of all its pictures; of those held out (as queries, among all candidates); and
+        the interval of the first, seeded by the language alone, so that an export has the run's."""
         owner = self.owners[language]
         captioned = owner.unique()
         # a picture is asked with all of its captions, so what is held out are rows of these
@@ -80,7 +82,8 @@ class Retrieval:
         interval = recall_interval(i2t[:, 0], t2i[:, 0], place, "bootstrap", language)
         everything = _figures(i2t, t2i, len(captioned))
         held = self.heldout[captioned]
-        return everything, _figures(i2t[held], t2i[held[place]], len(captioned)) if held.any() else None, interval
+        heldout = _figures(i2t[held], t2i[held[place]], len(captioned)) if held.any() else None
+        return everything, heldout, interval
 
 
 def _figures(i2t: Tensor, t2i: Tensor, candidates: int) -> dict[str, float]:

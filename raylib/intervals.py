@@ -1,4 +1,4 @@
-"""95 % confidence intervals: of a mean over seeds, and of one score over the images that it was measured on."""
+"""95 % confidence intervals: of a mean over seeds; of a score, over the images that it was measured on."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -28,9 +28,9 @@ def t_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def bootstrap(gained: np.ndarray, counts: np.ndarray, *key: Key) -> list[float] | None:
-    """[low, high], the 2.5 and 97.5 % points of a score over `RESAMPLES` samples of its clusters, drawn with replacement by
-    a generator seeded with `key` (percentile bootstrap). None of fewer than two clusters. A score without spread, such as
-    0 or 100 %, has an interval of no width: its sample knows no other outcome.
+    """[low, high], the 2.5 and 97.5 % points of a score over `RESAMPLES` samples of its clusters, drawn with
+    replacement by a generator seeded with `key` (percentile bootstrap). None of fewer than two clusters. A
+    score without spread, such as 0 or 100 %, has an interval of no width: its sample knows no other outcome.
 
     The score is the mean over p parts of sum(gained) / sum(counts).
 
@@ -43,8 +43,8 @@ def bootstrap(gained: np.ndarray, counts: np.ndarray, *key: Key) -> list[float] 
     clusters = len(rows)
     if clusters < 2:
         return None
-    # Clusters that score alike are one outcome: how often each outcome is drawn is multinomial, so that time and memory
-    # grow with the number of different outcomes, and the order of the clusters does not matter.
+    # Clusters that score alike are one outcome: how often each outcome is drawn is multinomial, so that time
+    # and memory grow with the number of different outcomes, and the order of the clusters does not matter.
     outcomes, often = np.unique(rows, axis=0, return_counts=True)
     draw, scores = generator(*key), []
     chunk = max(1, ELEMENTS // len(outcomes))
@@ -57,10 +57,11 @@ def bootstrap(gained: np.ndarray, counts: np.ndarray, *key: Key) -> list[float] 
 
 
 def recall_interval(i2t: Any, t2i: Any, owner: Any, *key: Key) -> list[float] | None:
-    """`bootstrap` over images of the mean of both ways' recall: an image is drawn with its own query and its captions'.
+    """`bootstrap` over images of the mean of both ways' recall: an image is drawn with all of its captions.
 
     Args:
-        i2t: (n,) hits of the images, in [0, 1]. t2i: (c,) hits of the captions. owner: (c,) the image of each, in 0 ... n - 1.
+        i2t, t2i: (n,), (c,), hits of the images and of the captions, in [0, 1].
+        owner: (c,), the image of each caption, in 0 ... n - 1.
     """
     i2t, t2i, owner = (np.asarray(values) for values in (i2t, t2i, owner))
     gained = np.zeros((len(i2t), 2), np.int64)
@@ -72,8 +73,9 @@ def recall_interval(i2t: Any, t2i: Any, owner: Any, *key: Key) -> list[float] | 
 
 
 class ItemClusters:
-    """What a stream of items scores, by cluster, in memory that does not grow with it: clusters are told apart by a hash of
-    their name into `BUCKETS`. Two that fall together are drawn together, which leaves an interval as wide as it was."""
+    """Scores of a stream of items by cluster (image), in memory that does not grow with it: a hash of its name
+    puts a cluster into one of `BUCKETS`. Clusters that share one are drawn together; as they are independent,
+    that leaves the interval about as wide as it was."""
 
     BUCKETS = 2**16
 

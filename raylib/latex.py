@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 SPECIAL = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    "±": r"$\pm$", "\n": " ",
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
+    "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "\n": " ",
 }  # fmt: skip
 
 
@@ -16,9 +16,15 @@ def escape(text: str) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], caption: str, words: int = 1) -> str:
-    """`rows`, the first of which is the head, as a table environment that needs no package; after the first `words` columns
-    all are figures, and aligned to the right."""
+    """`rows`, the first of which is the head, as a table environment that needs no package; after the first
+    `words` columns all are figures, and aligned to the right."""
     head, *rest = (" & ".join(map(escape, row)) + r" \\" for row in rows)
     columns = "l" * words + "r" * (len(rows[0]) - words)
-    return "\n".join([r"\begin{table}", r"\centering", rf"\caption{{{escape(caption)}}}", rf"\begin{{tabular}}{{{columns}}}",
-                      r"\hline", head, r"\hline", *rest, r"\hline", r"\end{tabular}", r"\end{table}"])  # fmt: skip
+    begin = [
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{escape(caption)}}}",
+        rf"\begin{{tabular}}{{{columns}}}",
+    ]
+    rule, end = r"\hline", [r"\end{tabular}", r"\end{table}"]
+    return "\n".join([*begin, rule, head, rule, *rest, rule, *end])

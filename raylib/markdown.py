@@ -5,9 +5,11 @@ from collections.abc import Iterable, Sequence
 
 
 def table(rows: Sequence[Sequence[str]], words: int = 1) -> str:
-    """`rows`, the first of which is the head; after the first `words` columns all are figures, and aligned as such."""
+    """`rows`, the first of which is the head; after the first `words` columns all are figures, and aligned as
+    such."""
     rule = ["---"] * words + ["---:"] * (len(rows[0]) - words)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
+    cells = ([cell.replace("|", "\\|") for cell in row] for row in (rows[0], rule, *rows[1:]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
 def percent(value: float | None) -> str:
@@ -16,7 +18,7 @@ def percent(value: float | None) -> str:
 
 
 def estimate(mean: float, half: float | None, sign: str = "") -> str:
-    """A mean and half of its interval (`raylib.intervals.t_interval`), in %; `sign` stands before what is above 0."""
+    """A mean and half of its interval (`raylib.intervals`), in %; `sign` stands before what is above 0."""
     text = (sign if round(100 * mean, 1) > 0 else "") + percent(mean)
     return text if half is None else f"{text} ± {percent(half)}"
 

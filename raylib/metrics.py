@@ -9,43 +9,52 @@ from torch import Tensor
 RANKS = (1, 5, 10)
 
 
-def recalls(queries: Tensor, keys: Tensor, query_owner: Tensor, key_owner: Tensor, chunk: int = 1024) -> dict[int, float]:
-    """Recall@{1, 5, 10}: the mean of `recall_hits`, which see."""
+def recalls(
+    queries: Tensor, keys: Tensor, query_owner: Tensor, key_owner: Tensor, chunk: int = 1024
+) -> dict[int, float]:
+    """Recall@{1, 5, 10}: the share of queries with a key of their own among the first k by inner product, as
+    `recall_hits` counts them."""
     return mean_hits(recall_hits(queries, keys, query_owner, key_owner, chunk))
 
 
-def recall_hits(queries: Tensor, keys: Tensor, query_owner: Tensor, key_owner: Tensor, chunk: int = 1024) -> Tensor:
-    """Chance of each query that a key of its own is among the first {1, 5, 10} by inner product: float64 (n, 3), 0 or 1
-    but where keys tie (`hit_chances`).
+def recall_hits(
+    queries: Tensor, keys: Tensor, query_owner: Tensor, key_owner: Tensor, chunk: int = 1024
+) -> Tensor:
+    """Chance of each query that a key of its own is among the first {1, 5, 10} by inner product: (n, 3) in
+    float64, 0 or 1 but where keys tie (`hit_chances`).
 
     Args:
-        queries, keys: (n, e), (m, e). query_owner, key_owner: (n,), (m,), equal where a key answers a query; every
-            query has a key.
+        queries, keys: (n, e), (m, e).
+        query_owner, key_owner: (n,), (m,), equal where a key answers a query; every query has a key.
     """
-    parts = [hit_chances(queries[start : start + chunk] @ keys.T, query_owner[start : start + chunk, None] == key_owner)
-             for start in range(0, len(queries), chunk)]  # fmt: skip
-    return torch.cat(parts) if parts else torch.zeros(0, len(RANKS), dtype=torch.float64)
+    hits = [torch.zeros(0, len(RANKS), dtype=torch.float64)]
+    for start in range(0, len(queries), chunk):
+        rows = slice(start, start + chunk)
+        hits.append(hit_chances(queries[rows] @ keys.T, query_owner[rows, None] == key_owner))
+    return torch.cat(hits)
 
 
 def mean_hits(hits: Tensor) -> dict[int, float]:
     """Recall@{1, 5, 10} from the hits (n, 3) of all queries; 0 of none."""
-    return {k: float(column.sum()) / max(1, len(hits)) for k, column in zip(RANKS, hits.unbind(1), strict=True)}
+    sums = hits.sum(0).tolist()
+    return {k: total / max(1, len(hits)) for k, total in zip(RANKS, sums, strict=True)}
 
 
 def hit_chances(scores: Tensor, own: Tensor, first: Tensor | None = None) -> Tensor:
-    """Chance that one of a query's own keys is among its first {1, 5, 10}, the highest score first and keys of equal score
-    in random order: float64 (q, 3). So a model whose scores are all equal reaches chance, and neither 0 nor 1.
+    """Chance that one of a query's own keys is among its first {1, 5, 10}, the highest score first and keys of
+    equal score in random order: (q, 3) in float64. A model whose scores are all equal so reaches chance.
 
-    Of o own and f other keys that tie for the best own place, with r places left before the cut, none of the own keys is
-    within the cut with probability C(f, r) / C(f + o, r) = prod_{i < r} (f - i) / (f + o - i).
+    Of o own and f other keys that tie for the best own place, with r places left before the cut, none of the
+    own keys is within the cut with probability C(f, r) / C(f + o, r) = prod_{i < r} (f - i) / (f + o - i).
 
     Args:
         scores: (q, m). own: bool (q, m), the right keys of each query.
-        first: bool (q, m), keys that stand before all others whatever the scores: those of the two levels are never
-            compared, so they may be of different kinds.
+        first: bool (q, m), keys that stand before all others whatever the scores. Scores of the two levels
+            are never compared, and may be of different kinds.
     """
     level, before = torch.ones_like(own), 0
-    if first is not None:  # the level on which the query's best own key stands, and how many keys stand above that level
+    if first is not None:
+        # the level on which the query's best own key stands, and how many keys stand above that level
         level = first == (own & first).any(1, keepdim=True)
         before = (first & ~level).sum(1)
     best = scores.masked_fill(~(own & level), -torch.inf).amax(1, keepdim=True)
@@ -64,8 +73,9 @@ def hit_chances(scores: Tensor, own: Tensor, first: Tensor | None = None) -> Ten
 
 
 def nearest_keys(scores: Tensor, count: int, order: Tensor) -> Tensor:
-    """Indices (q, count) of the keys with the highest `scores` (q, m); of those that tie for the last places, the ones that
-    come first in `order`, a permutation of the keys that is the same for every query and so favours no query's own key."""
+    """Indices (q, count) of the keys with the highest `scores` (q, m); of those that tie for the last places,
+    the ones that come first in `order`, a permutation of the keys that is the same for every query and so
+    favours no query's own key."""
     chosen = scores.topk(count, dim=1).indices
     cut = scores.gather(1, chosen).amin(1, keepdim=True)
     above, tied = scores > cut, scores == cut

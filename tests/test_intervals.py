@@ -9,7 +9,14 @@ import pytest
 
 from raylib.intervals import MILLION, ItemClusters, bootstrap, recall_interval, t_interval
 
-T_975 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 29: 2.0452}  # a printed table, by degrees of freedom
+T_975 = {
+    1: 12.7062,
+    2: 4.3027,
+    3: 3.1824,
+    4: 2.7764,
+    9: 2.2622,
+    29: 2.0452,
+}  # a printed table, by degrees of freedom
 
 
 @pytest.mark.parametrize("freedom", T_975)
@@ -45,7 +52,9 @@ def test_the_bootstrap_is_the_slow_loops():
     found = bootstrap(MILLION * gained, counts, "test")
     assert found == pytest.approx(slow_bootstrap(clusters, 6000), abs=0.012)  # 8 points wide
     order = np.random.default_rng(0).permutation(70)
-    assert bootstrap(MILLION * gained[order], counts[order], "test") == found  # whatever the order, and so the workers
+    assert (
+        bootstrap(MILLION * gained[order], counts[order], "test") == found
+    )  # whatever the order, and so the workers
     assert bootstrap(MILLION * gained, counts, "other") != found
 
 
@@ -61,11 +70,14 @@ def test_a_score_without_spread_and_a_lone_cluster():
     right, one = np.full((50, 1), MILLION), np.ones((50, 1), np.int64)
     assert bootstrap(right, one, 0) == [1.0, 1.0]
     assert bootstrap(right[:1], one[:1], 0) is None
-    assert bootstrap(np.vstack([right[:1], 0 * right]), np.vstack([one[:1], 0 * one]), 0) is None  # clusters without items
+    assert (
+        bootstrap(np.vstack([right[:1], 0 * right]), np.vstack([one[:1], 0 * one]), 0) is None
+    )  # clusters without items
 
 
 def simulated(draw: np.random.Generator) -> list[tuple[str, int]]:
-    """(image, right or wrong) of 50 images with 1 to 15 questions, that are answered alike: half of them, in the mean."""
+    """(image, right or wrong) of 50 images with 1 to 15 questions, that are answered alike: half of them, in
+    the mean."""
     out = []
     for image in range(50):
         chance = draw.beta(1, 1)
@@ -74,7 +86,8 @@ def simulated(draw: np.random.Generator) -> list[tuple[str, int]]:
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    """Over images in 95 of 100 simulated tests; over questions, as if they were independent, far more seldom."""
+    """Over images in 95 of 100 simulated tests; over questions, as if they were independent, far more
+    seldom."""
     draw, held = np.random.default_rng(3), {"images": 0, "questions": 0}
     for trial in range(300):
         items = simulated(draw)
@@ -107,7 +120,9 @@ def test_images_that_fall_into_one_bucket_leave_the_interval_as_wide(monkeypatch
         alone.append(right)
     exact = bootstrap(MILLION * np.array(alone)[:, None], np.ones((400, 1), np.int64), 0)
     found = many.interval(0)
-    assert np.diff(found) == pytest.approx(np.diff(exact), rel=0.15) and found == pytest.approx(exact, abs=0.02)
+    assert np.diff(found) == pytest.approx(np.diff(exact), rel=0.15) and found == pytest.approx(
+        exact, abs=0.02
+    )
 
 
 def test_a_bootstrap_of_outcomes_that_all_differ():
@@ -116,4 +131,6 @@ def test_a_bootstrap_of_outcomes_that_all_differ():
     gained = draw.integers(0, MILLION, (10_000, 1))
     low, high = bootstrap(gained, np.ones_like(gained), 0)
     half = 1.96 * gained.std() / MILLION / 100
-    assert (low, high) == pytest.approx((gained.mean() / MILLION - half, gained.mean() / MILLION + half), abs=0.0006)
+    assert (low, high) == pytest.approx(
+        (gained.mean() / MILLION - half, gained.mean() / MILLION + half), abs=0.0006
+    )
