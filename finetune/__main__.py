@@ -61,7 +61,7 @@ def _compare(arguments: Sequence[str]) -> int:
     parser.add_argument("--latex", type=Path, metavar="FILE", help="also write the tables as LaTeX")
     given = parser.parse_args(arguments)
     found, lines = compare.compare(given.runs, given.baseline)
-    print("\n\n".join([comparison_tables.to_markdown(found), *lines]))
+    print("\n\n".join(filter(None, (comparison_tables.to_markdown(found), "\n".join(lines)))))
     if given.csv:
         comparison_tables.write_csv(found, given.csv)
     if given.latex:

@@ -53,7 +53,8 @@ def write_csv(comparisons: Sequence[Comparison], path: Path) -> None:
                   "seeds in common", "difference", "difference low", "difference high"])  # fmt: skip
     for comparison in comparisons:
         for row in comparison.rows:
-            cells = [_cell(row, column) if column in comparison.columns else "" for column in settings]
+            own = dict(zip(comparison.columns, _settings(comparison, row)[1:], strict=True))
+            cells = [own.get(column, "") for column in settings]
             runs = " ".join(str(run.folder) for run in row.runs)
             about = [comparison.task, row.method, *cells, runs, len(row.runs) if row.runs[0].seeds else 0]
             other = row is not comparison.baseline
@@ -107,21 +108,31 @@ def _differences(comparison: Comparison, scores: list[str]) -> Table:
 
 def _settings(comparison: Comparison, row: Row) -> list[str]:
     """The method, and the settings in which rows differ."""
-    return [row.method, *(_cell(row, path) for path in comparison.columns)]
+    return [row.method, *(_cell(comparison, row, path) for path in comparison.columns)]
 
 
-def _cell(row: Row, path: str) -> str:
-    """A setting; of a run, where the first seed's lies; of a part, "on"; "" where the row has none."""
-    value: Any = row.settings
-    for name in path.split("."):
-        value = value.get(name, ABSENT) if isinstance(value, dict) else ABSENT
+def _cell(comparison: Comparison, row: Row, path: str) -> str:
+    """A setting; of a run, where the first seed's lies; of a part that is on in some rows, "on"; "" where the
+    row has none."""
+    value = _value(row, path)
     if isinstance(value, RunSettings):
         return value.path + (" ..." if len(row.runs) > 1 else "")
     if isinstance(value, dict):
         return "on"
-    if value is ABSENT or value is None:
-        return "" if value is ABSENT else "none"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if value is None:
+        parts = [other for other in comparison.rows if isinstance(_value(other, path), dict)]
+        return "" if parts else "none"
+    if value is ABSENT or isinstance(value, str):
+        return "" if value is ABSENT else value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _value(row: Row, path: str) -> Any:
+    """The setting at a dotted path, or ABSENT."""
+    value: Any = row.settings
+    for name in path.split("."):
+        value = value.get(name, ABSENT) if isinstance(value, dict) else ABSENT
+    return value
 
 
 def _trained(row: Row) -> str:

@@ -11,7 +11,7 @@ from raylib.errors import UserError
 from raylib.launch import CHANGEABLE
 
 # names of a run, what is only looked at, and the seed, which is kept apart
-NO_SETTING = frozenset({"name", "method", "curves", "tests", "dev_languages", "fit.seed", *CHANGEABLE})
+NO_SETTING = frozenset({"name", "method", "curves", "tests", "fit.seed", *CHANGEABLE})
 # paths that may lead into other runs
 FROM_RUNS = ("model", "init.model", "strategies.distillation.teacher", "strategies.sparse.mask")
 UNTRAINED = "as it is"

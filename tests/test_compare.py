@@ -207,7 +207,9 @@ def test_parts_that_are_on_in_some_rows(runs):
         "4.0",
         "10.0",
     ] and "strategies.prior" not in rows[0]
-    assert [row["strategies.prior"] for row in table(shown(baseline, weak))] == ["none", "on"]
+    assert [row["strategies.prior"] for row in table(shown(baseline, weak))] == ["", "on"]
+    sized = runs("sized", 0.5, "image_size=64")
+    assert [row["image_size"] for row in table(shown(baseline, sized))] == ["none", "64"]
     assert [row["method"] for row in rows] == [
         "full fine-tuning",
         "prior (vectors, alpha 4.0)",
