@@ -7,7 +7,7 @@ from finetune.report import scores_of
 from raylib import markdown
 from raylib.markdown import percent, spread
 
-SETTINGS = {"zero_shot": "", "few_shot": "few-shot", "translate_test": "translate-test", "untrained": "untrained"}
+SETTINGS = {"zero_shot": "", "few_shot": "few-shot", "translate_test": "translate-test", "untrained": ""}
 # GQA's types of questions, by what their answers are
 KINDS = {("verify", "logical"): "yes or no", ("choose", "compare", "query"): "things"}
 TRANSFER = "transfer_"  # what runs of papers 3 and 4 are called by

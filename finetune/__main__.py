@@ -3,7 +3,7 @@
     python -m finetune RECIPE model=EXPORT_OR_FOLDER data=FOLDER [path=value ...] [--print-config]
     python -m finetune --config FILE [path=value ...]
     python -m finetune evaluate RUN
-    python -m finetune compare RUN RUN ...
+    python -m finetune compare RUN RUN ... [--baseline RUN] [--csv FILE] [--latex FILE]
     python -m finetune analyse RUN [--limit 200] [--pictures 3] [--layer last] [--words en=dog de=Hund] [--item ID]
     python -m finetune translate TASK MODEL data=FOLDER languages='["de"]' [split=train way=to_en ...]
 
@@ -49,11 +49,23 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
 
 def _compare(arguments: Sequence[str]) -> int:
-    from finetune.report import compare, read_result
+    from finetune import compare, comparison_tables
 
-    parser = argparse.ArgumentParser(prog="python -m finetune compare", description="Runs side by side, seeds as mean ± std.")
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune compare", description=compare.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("runs", type=Path, nargs="+", help="finished runs")
-    print(compare(read_result(run) for run in parser.parse_args(arguments).runs))
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="the row to subtract (the first one)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a line for each row and score, unrounded")
+    parser.add_argument("--latex", type=Path, metavar="FILE", help="also write the tables as LaTeX")
+    given = parser.parse_args(arguments)
+    found, lines = compare.compare(given.runs, given.baseline)
+    print("\n\n".join(filter(None, (comparison_tables.to_markdown(found), "\n".join(lines)))))
+    if given.csv:
+        comparison_tables.write_csv(found, given.csv)
+    if given.latex:
+        comparison_tables.write_latex(found, given.latex)
     return 0
 
 

@@ -126,8 +126,10 @@ class FinetuneConfig(LaunchConfig):
 
     @property
     def called(self) -> str:
-        """What tables call the method. An image encoder that is frozen alone is not named: it knows no language."""
-        named = () if self.freeze == ("vision",) else self.freeze
+        """What tables call the method. An image encoder that is frozen alone is not named: it knows no language. What trains
+        nothing is "as it is", whatever it would freeze."""
+        named = () if self.freeze == ("vision",) or not self.trains else self.freeze
         frozen = "frozen unimodal encoders" if named == UNIMODAL else named and f"frozen {', '.join(named)}"
-        usual = "as it is" if self.setting == "untrained" else "full fine-tuning"
-        return self.method or " + ".join(filter(None, (frozen, method_name(self.strategies)))) or usual
+        usual = None if self.trains else "as it is"
+        parts = filter(None, (usual, frozen, method_name(self.strategies)))
+        return self.method or " + ".join(parts) or "full fine-tuning"

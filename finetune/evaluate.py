@@ -34,7 +34,7 @@ def predict(
     model: FinetuneModel, examples: Iterable[Example], pictures: Pictures | None, tokenizer: Tokenizer, length: int, out: Path,
     bf16: bool = False,
 ) -> int:
-    """Write {"id", "prediction", "labels", "kind"} of every example into `out`, one line each; every worker calls it.
+    """Write {"id", "prediction", "labels", "kind", "images"} of every example into `out`, one line each; every worker calls it.
 
     `out` must lie where all workers can write. Returns how many there are.
     """
@@ -49,7 +49,8 @@ def predict(
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 chosen = model(to_device(inputs, device)).argmax(1).tolist()
             for example, label in zip(chunk, chosen, strict=True):
-                line = {"id": example.id, "prediction": model.labels[label], "labels": dict(example.labels), "kind": example.kind}
+                line = {"id": example.id, "prediction": model.labels[label], "labels": dict(example.labels),
+                        "kind": example.kind, "images": list(example.images)}  # fmt: skip
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             count += len(chunk)
     if world > 1:
@@ -65,11 +66,12 @@ def predict(
 
 def evaluate(
     model: FinetuneModel, sets: dict[str, Sequence[Example] | Iterable], pictures: Pictures | None, tokenizer: Tokenizer,
-    length: int, folder: Path, bleu: str | None = None, bf16: bool = False,
+    length: int, folder: Path, bleu: str | None = None, bf16: bool = False, seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """{language: `metrics.score` of its examples}; predictions go to `folder`/LANGUAGE.jsonl. All workers return the same.
 
-    sets: {language: examples that can be gone through twice, for their pictures and for their texts}.
+    sets: {language: examples that can be gone through twice, for their pictures and for their texts}. seed: the bootstrap's
+        draws are seeded by it and the language.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -82,7 +84,8 @@ def evaluate(
         for language, examples in sets.items():
             out = folder / f"{language}.jsonl"
             count = predict(model, examples, pictures, tokenizer, length, out, bf16)
-            results[language] = {**score(read_predictions(out), frozenset(model.labels), bleu), "predictions": count}
+            found = score(read_predictions(out), frozenset(model.labels), bleu, (seed, language))
+            results[language] = {**found, "predictions": count}
     return results
 
 

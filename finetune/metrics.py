@@ -1,4 +1,4 @@
-"""What predictions are worth. A line of a predictions file is {"id", "prediction", "labels", "kind"}; scoring streams."""
+"""Scores of predictions, streamed. A line of their file is {"id", "prediction", "labels", "kind", "images"}."""
 
 import json
 import math
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from raylib.errors import UserError
+from raylib.intervals import MILLION, ItemClusters
+from raylib.randomness import Key
 
-MILLION = 10**6
 ORDERS = 4  # n-grams of BLEU
 
 
@@ -20,30 +21,40 @@ def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def score(predictions: Iterable[dict[str, Any]], labels: frozenset[str], bleu: str | None = None) -> dict[str, Any]:
+def score(
+    predictions: Iterable[dict[str, Any]], labels: frozenset[str], bleu: str | None = None,
+    key: tuple[Key, ...] = (),
+) -> dict[str, Any]:
     """Accuracy over the examples that have a label: the mean of what each prediction scores in its labels.
 
     Returns:
-        {"accuracy", "n", "by_type": {kind: accuracy}, "n_by_type": {kind: examples}, "unlabelled": left out of it,
-        "unknown_answers": none of whose answers are among `labels`: these count as wrong, "bleu": where asked for}.
+        {"accuracy", "interval": its 95 % bootstrap interval, "n", "by_type": {kind: accuracy}, "n_by_type":
+        {kind: examples}, "unlabelled": left out of it, "unknown_answers": none of whose answers are among
+        `labels`: these count as wrong, "bleu": where asked for}.
+
+    The bootstrap, seeded by `key`, draws images with all of their questions, which are not independent (xGQA asks
+    12,578 of 398 images). Items about two images are drawn with those about the same two, items about none alone.
     """
     gained: Counter[str] = Counter()  # in millionths: integers add up to the same in any order
     seen: Counter[str] = Counter()
-    unlabelled = unknown = 0
+    unlabelled, unknown, clusters = 0, 0, ItemClusters()
     precision = Bleu(bleu) if bleu else None
-    for line in predictions:
+    for number, line in enumerate(predictions):
         answers = line["labels"]
         if not answers:
             unlabelled += 1
             continue
         unknown += labels.isdisjoint(answers)
         seen[line["kind"]] += 1
-        gained[line["kind"]] += round(MILLION * answers.get(line["prediction"], 0.0))
+        worth = round(MILLION * answers.get(line["prediction"], 0.0))
+        gained[line["kind"]] += worth
+        clusters.add(line.get("images") or [f"line {number}"], worth)  # earlier versions wrote no images
         if precision:
             precision.add(line["prediction"], list(answers))
     n = sum(seen.values())
     result = {
         "accuracy": sum(gained.values()) / MILLION / n if n else 0.0,
+        "interval": clusters.interval("bootstrap", *key),
         "n": n,
         "by_type": {kind: gained[kind] / MILLION / seen[kind] for kind in sorted(seen) if kind},
         "n_by_type": {kind: seen[kind] for kind in sorted(seen) if kind},

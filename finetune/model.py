@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,7 +45,10 @@ class Classifier(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """(b, inputs) -> logits (b, labels)."""
-        return self.output(self.dropout(self.norm(F.gelu(self.hidden(states)))))
+        hidden = self.dropout(self.norm(F.gelu(self.hidden(states))))
+        # never in bf16, whose numbers near 8 are 1/16 apart: of labels that tie, the first is predicted
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.output(hidden.to(self.output.weight.dtype))
 
 
 class Regions(nn.Module):

@@ -1,17 +1,16 @@
-"""What a run leaves for people: `result.json`, a Markdown table, a picture; and runs side by side."""
+"""What a run leaves for people: `result.json`, a Markdown table, a picture."""
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from finetune.config import FinetuneConfig
 from finetune.data import find_task
+from finetune.lineage import described, method_of
 from raylib import markdown
 from raylib.checkpoint import write_atomically
 from raylib.errors import UserError
-from raylib.markdown import percent, spread
+from raylib.markdown import percent
 from raylib.metrics import RANKS, disparity, mean
 from raylib.track import read_metrics
 
@@ -21,21 +20,27 @@ RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in RANKS)
 def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """`result.json`: what the parts of a run came to. `accuracy` (or the recalls under `retrieval`) by language, their
     mean over the targets, the gap from English to it, and accuracy by question type; `disparity` over languages of accuracy,
-    or of `recall_at_1`, the mean of both ways (paper 4)."""
-    figures = {code: values for part in parts for code, values in part["languages"].items()}
+    or of `recall_at_1`, the mean of both ways (paper 4); `interval`, [low, high] of each language's score by a
+    bootstrap over images (`raylib.intervals`): what other test images would change, and not other seeds."""
+    figures = {code: dict(values) for part in parts for code, values in part["languages"].items()}
+    intervals = {code: values.pop("interval", None) for code, values in figures.items()}
     retrieval = find_task(config).kind == "retrieval"
     scores = {code: values["mean_recall" if retrieval else "accuracy"] for code, values in figures.items()}
     targets = [score for code, score in scores.items() if code != "en"]
     first = parts[0]
     sparsity = first.get("sparsity") or {}
+    steps = sum(part.get("steps", 0) for part in parts)
+    finished = all(part.get("finished", True) for part in parts)
     result = {
-        "run": config.name, "task": config.task, "setting": config.setting, "split": config.split, "method": config.called,
+        "run": config.name, "task": config.task, "setting": config.setting, "split": config.split,
+        "method": described(config, steps, finished), "finished": finished,
         "seed": config.fit.seed, "model": config.model, "params": first.get("params"), "trainable": first.get("trainable"),
         "sparsity": sparsity.get("whole", 0.0), "sparsity_prunable": sparsity.get("prunable", 0.0),
         **{name: first[name] for name in ("share", "share_with_heads") if name in first},
-        "steps": sum(part.get("steps", 0) for part in parts),
+        "steps": steps,
         "seconds": sum(part.get("seconds", 0.0) for part in parts),
         "retrieval" if retrieval else "accuracy": figures if retrieval else scores,
+        "interval": intervals,
         "mean_targets": mean(targets) if targets else None,
         "gap": scores["en"] - mean(targets) if targets and "en" in scores else None,
         "by_type": {code: values["by_type"] for code, values in figures.items() if values.get("by_type")},
@@ -60,14 +65,18 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
 
 def of_dev_sets(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """`result.json` of a run that leaves the test sets alone: "dev", the score of each language's dev set, of all parts that
-    looked at it the mean."""
+    looked at it the mean; "interval" of those that one part alone looked at (`summarise`)."""
     seen = {code for part in parts for code in part["dev"]}
     first = parts[0]
+    intervals = {code: [part.get("interval", {}).get(code) for part in parts if code in part["dev"]]
+                 for code in sorted(seen)}  # fmt: skip
     return {
-        "run": config.name, "task": config.task, "setting": config.setting, "method": config.called, "seed": config.fit.seed,
+        "run": config.name, "task": config.task, "setting": config.setting, "method": method_of(config),
+        "seed": config.fit.seed,
         "params": first.get("params"), "trainable": first.get("trainable"),
         "steps": sum(part.get("steps", 0) for part in parts), "seconds": sum(part.get("seconds", 0.0) for part in parts),
         "dev": {code: mean([part["dev"][code] for part in parts if code in part["dev"]]) for code in sorted(seen)},
+        "interval": {code: found[0] for code, found in intervals.items() if len(found) == 1},
     }  # fmt: skip
 
 
@@ -82,15 +91,19 @@ def table(result: dict[str, Any]) -> str:
     """Markdown: a line a language, in %; the mean of the targets, the gap to English, and what was counted."""
     kinds = sorted({kind for by in result["by_type"].values() for kind in by})
     columns = list(RECALLS) if "retrieval" in result else kinds
-    head = ["language", "mean recall" if "retrieval" in result else "accuracy", *(c.replace("_r", " R@") for c in columns)]
+    intervals = result.get("interval", {})
+    head = ["language", "mean recall" if "retrieval" in result else "accuracy", "95 % interval",
+            *(c.replace("_r", " R@") for c in columns)]  # fmt: skip
     details = result.get("retrieval") or result["by_type"]
     rows = [head]
     for code, score in scores_of(result).items():
-        rows.append([code, percent(score), *(percent(details.get(code, {}).get(c)) for c in columns)])
+        ends = ", ".join(percent(end) for end in intervals.get(code) or ())
+        more = [percent(details.get(code, {}).get(c)) for c in columns]
+        rows.append([code, percent(score), ends and f"[{ends}]", *more])
     if result["mean_targets"] is not None:
         others = [code for code in scores_of(result) if code != "en"]
         means = [mean(details[code][c] for code in others if c in details.get(code, {})) for c in columns]
-        rows.append(["mean of the targets", percent(result["mean_targets"]), *map(percent, means)])
+        rows.append(["mean of the targets", percent(result["mean_targets"]), "", *map(percent, means)])
     return "\n".join([markdown.table(rows), "", _notes(result)])
 
 
@@ -164,25 +177,3 @@ def read_result(run: Path) -> dict[str, Any]:
     if "dev" in result:
         raise UserError(f"{run}: a trial of a search, which was never tested; run the search's best.yaml")
     return result
-
-
-def compare(results: Iterable[dict[str, Any]]) -> str:
-    """Markdown: runs of one task, setting, method and model side by side; mean and standard deviation over their seeds. "std" and
-    "range": how far languages are apart (`disparity`); "trained": share of the parameters, in %."""
-    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
-    for result in results:
-        # a run that goes on from another is told apart by that one's seed, not by its name
-        model = "" if result["setting"] in ("few_shot", "translate_test", "untrained") else Path(result["model"]).name
-        groups[result["task"], result["setting"], result["method"], model].append(result)
-    codes = list(dict.fromkeys(code for group in groups.values() for r in group for code in scores_of(r)))
-    head = ["task", "setting", "method", "model", "seeds", *codes, "mean of the targets", "gap", "std", "range", "trained"]
-    rows = [head]
-    for key, group in groups.items():
-        cells = [spread(scores_of(r).get(code) for r in group) for code in codes]
-        ends = [spread(r[name] for r in group) for name in ("mean_targets", "gap")]
-        apart = [spread(r["disparity"][name] for r in group if "disparity" in r) for name in ("std", "range")]
-        # without the heads, as paper 4 counts; of a run that tunes no small modules, all
-        shares = {r.get("share", r["trainable"] / r["params"]) for r in group if r["steps"]}
-        trained = " ".join(f"{100 * share:.2f}" for share in sorted(shares))
-        rows.append([*key, str(len({r["seed"] for r in group})), *cells, *ends, *apart, trained])
-    return markdown.table(rows, words=4)

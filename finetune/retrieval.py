@@ -1,6 +1,7 @@
 """Two-stage retrieval (paper 2, appendix B.2.3; ALBEF): the unimodal encoders choose K candidates of each query, the ITM
-head ranks them. Every picture and every sentence is encoded once, so the cost grows with N + N K and not with N^2. Of models
-without that head, or runs with `matching=false`, the first stage is all.
+head ranks them, by the difference of its two logits (from 17 on, their softmax in float32 is 1.0 for all). Every
+picture and every sentence is encoded once, so the cost grows with N + N K and not with N^2. Of models without that
+head, or runs with `matching=false`, the first stage is all.
 """
 
 import shutil
@@ -18,9 +19,11 @@ from finetune.examples import Captioned
 from finetune.pictures import Encoded, Pixels, encode_pictures
 from raylib.collective import world_size
 from raylib.data.states import States, write_states
-from raylib.metrics import RANKS, mean
+from raylib.intervals import recall_interval
+from raylib.metrics import RANKS, hit_chances, mean, mean_hits, nearest_keys
 from raylib.model.encoder import Condition
 from raylib.ragged import Ragged, first_tokens
+from raylib.randomness import Key, permutation
 from raylib.text import Tokenizer
 
 SENTENCES, PAIRS = 256, 512  # encoded, or ranked, at a time
@@ -28,28 +31,31 @@ SENTENCES, PAIRS = 256, 512  # encoded, or ranked, at a time
 
 def retrieve(
     model: nn.Module, items: Sequence[Captioned], pictures: Pixels | Encoded, tokenizer: Tokenizer, length: int,
-    candidates: int | None, folder: Path, bf16: bool = False,
+    candidates: int | None, folder: Path, bf16: bool = False, key: tuple[Key, ...] = (),
 ) -> dict[str, Any]:
     """Recall of one language's pictures and captions both ways; all workers together, all return the same.
 
     candidates: K; 0 ranks every pair; None ranks none: the cosine decides.
-    folder: for states, gone afterwards; all workers must see it.
+    folder: for states, gone afterwards; all workers must see it. key: seeds the bootstrap's draws.
     Returns:
-        {"i2t_r1" ... "t2i_r10", "mean_recall", "n": pictures, "captions", "chance_r1", "pairs": how many were ranked}.
+        {"i2t_r1" ... "t2i_r10", "mean_recall", "interval": its 95 % bootstrap interval over images, "n": pictures,
+        "captions", "chance_r1", "pairs": how many were ranked}.
     """
     ranker = _Ranker(model, items, pictures, tokenizer, length, folder, bf16, ranks=candidates is not None)
     try:
-        i2t, i2t_pairs = ranker.recalls(ranker.image_vectors, ranker.text_vectors, candidates, image_asks=True)
-        t2i, t2i_pairs = ranker.recalls(ranker.text_vectors, ranker.image_vectors, candidates, image_asks=False)
+        i2t, i2t_pairs = ranker.hits(ranker.image_vectors, ranker.text_vectors, candidates, image_asks=True)
+        t2i, t2i_pairs = ranker.hits(ranker.text_vectors, ranker.image_vectors, candidates, image_asks=False)
     finally:
         if world_size() > 1:
             dist.barrier()
         if _rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
-    figures = {f"i2t_r{k}": v for k, v in i2t.items()} | {f"t2i_r{k}": v for k, v in t2i.items()}
+    ways = (("i2t", i2t), ("t2i", t2i))
+    figures = {f"{way}_r{k}": value for way, hits in ways for k, value in mean_hits(hits).items()}
+    interval = recall_interval(i2t.mean(1), t2i.mean(1), ranker.owner, "bootstrap", *key)
     return {
-        **figures, "mean_recall": mean(figures.values()), "n": len(items), "captions": len(ranker.owner),
-        "chance_r1": 1 / len(items), "pairs": i2t_pairs + t2i_pairs,
+        **figures, "mean_recall": mean(figures.values()), "interval": interval, "n": len(items),
+        "captions": len(ranker.owner), "chance_r1": 1 / len(items), "pairs": i2t_pairs + t2i_pairs,
     }  # fmt: skip
 
 
@@ -91,32 +97,32 @@ class _Ranker:
                 self.texts: States = write_states(folder / "texts", self.keys, encode, SENTENCES)
             self.text_vectors = _vectors(self.keys, embed_states if ranks else embed_sentences)
 
-    def recalls(
+    def hits(
         self, queries: Tensor, keys: Tensor, candidates: int | None, image_asks: bool
-    ) -> tuple[dict[int, float], int]:
-        """({k: recall@k}, pairs ranked) of all queries; this worker ranks every world-th one."""
+    ) -> tuple[Tensor, int]:
+        """(chance of each query to hit within each of RANKS, float64 (n, 3); pairs ranked). A worker takes every
+        world-th chunk of queries: chunks, and so all numbers, are the same whatever the number of workers."""
         count = 0 if candidates is None else min(candidates or len(keys), len(keys))
-        mine = torch.arange(_rank(), len(queries), world_size())
-        hits = torch.zeros(len(RANKS), dtype=torch.int64)
-        for chunk in mine.split(max(1, PAIRS // max(1, count))):
-            final = queries[chunk] @ keys.T
+        hits = torch.zeros(len(queries), len(RANKS), dtype=torch.float64)
+        order = torch.from_numpy(permutation(len(keys), "candidates"))
+        chunks = torch.arange(len(queries)).split(max(1, PAIRS // max(1, count)))
+        for chunk in chunks[_rank() :: world_size()]:
+            scores, first = queries[chunk] @ keys.T, None
             if count:
-                chosen = final.topk(count, dim=1).indices
-                match = self._match(chunk, chosen, image_asks)
-                # candidates first, by the ITM head; then the others, by similarity, which is at most 1
-                final = (final - 4).scatter(1, chosen, match)
+                chosen = nearest_keys(scores, count, order)
+                # two levels: candidates by the match head, and after all of these the others, by similarity
+                first = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
+                scores = scores.scatter(1, chosen, self._match(chunk, chosen, image_asks))
             own = self.owner[None] == chunk[:, None] if image_asks else torch.arange(len(keys))[None] == self.owner[chunk, None]
-            best = final.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-            ahead = ((final >= best) & ~own).sum(1)  # a tie counts as ahead: a collapsed model scores 0
-            hits += torch.stack([(ahead < k).sum() for k in RANKS])
-        if world_size() > 1:
+            hits[chunk] = hit_chances(scores, own, first)
+        if world_size() > 1:  # every row is one worker's, and 0 on the others: their sum is exact
             hits = hits.to(self.device)
             dist.all_reduce(hits)
-        return {k: int(h) / len(queries) for k, h in zip(RANKS, hits, strict=True)}, len(queries) * count
+        return hits.cpu(), len(queries) * count
 
     @torch.inference_mode()
     def _match(self, queries: Tensor, chosen: Tensor, image_asks: bool) -> Tensor:
-        """(q, K) probability that query and candidate belong together."""
+        """(q, K) log of the odds that query and candidate belong together."""
         asked = queries[:, None].expand_as(chosen)
         image, text = (asked, chosen) if image_asks else (chosen, asked)
         out = []
@@ -126,8 +132,9 @@ class _Ranker:
             said = self._states(self.texts, [self.keys[i] for i in texts])
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 cls = self.model.fuse(said, first_tokens(said.lengths), Condition(condition, rows))
-                logits = self.model.match_head(cls)
-            out.append(logits.float().softmax(1)[:, 1].cpu())
+            # outside of autocast: bf16 logits near 8 are 1/16 apart, and would tie
+            logits = self.model.match_head(cls.float()).float()
+            out.append((logits[:, 1] - logits[:, 0]).cpu())
         return torch.cat(out).view_as(chosen)
 
     def _states(self, states: States, names: Sequence[str]) -> Ragged:

@@ -11,6 +11,7 @@ from finetune.config import FinetuneConfig
 from finetune.cycles import find_mask
 from finetune.data import dev_split, find_task, languages_of, read_split, test_split, wordnet_of
 from finetune.lexicon.wordnet import WordNet
+from finetune.lineage import method_of
 from finetune.model import fill
 from finetune.strategies import chosen
 from finetune.worker import Work, evaluate_model, silent, trained, with_confusions
@@ -32,11 +33,12 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
     folder, say = run_folder(config), print if leads(config) else silent
     if leads(config):
         open_run(config)
-    if (folder / "result.json").is_file() and config.resume == "newest":
+    stored = _stored_result(folder)
+    if stored and stored.get("finished", True) and config.resume == "newest":
         say(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
-        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return stored
     parts = _parts(config)
-    say(f"run '{config.name}' in {folder}: {config.task}, {config.setting}, {config.called}", flush=True)
+    say(f"run '{config.name}' in {folder}: {config.task}, {config.setting}, {method_of(config)}", flush=True)
     epochs = epochs_of(config)
     results = [_run_part(part, language, reporter and reporter.after(i * epochs)) for i, (part, language) in enumerate(parts)]
     if any(not result["finished"] for result in results):
@@ -130,20 +132,37 @@ def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter |
 
 
 def evaluate_run(folder: Path) -> dict[str, Any]:
-    """Evaluate a finished run's model again, in this process, and write its results anew."""
+    """Evaluate a run's model again, in this process, and write its results anew. Those of a run that was stopped say so, and
+    do not keep it from going on."""
     config = load(FinetuneConfig, folder / "config.json")
-    stored = json.loads((folder / "result.json").read_text(encoding="utf-8")) if (folder / "result.json").is_file() else {}
-    results = []
+    stored, results = _stored_result(folder), []
     for part, _ in _parts(config):
         run = run_folder(part) if part is not config else folder
         model, tokenizer = build_adapted(part)
         if config.trains:
             fill(model, trained(config, run, checkpoint.newest(run)))
         pictures = open_pictures_for(part, model)
-        before = json.loads((run / "part.json").read_text(encoding="utf-8")) if (run / "part.json").is_file() else {}
+        done = run / "part.json"
+        before = _so_far(model, run) if config.trains and not done.is_file() else {}
+        if done.is_file():
+            before = json.loads(done.read_text(encoding="utf-8"))
         figures = evaluate_model(part, model, tokenizer, pictures, run)
         results.append({**before, "languages": with_confusions(part, figures, run)})
     result = {**stored, **report.summarise(config, results)}
     result.pop("dev", None)  # of a search's run, which is tested now
     report.write(folder, result)
     return result
+
+
+def _stored_result(folder: Path) -> dict[str, Any]:
+    """The run's result.json; empty if it has none."""
+    path = folder / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _so_far(model, run: Path) -> dict[str, Any]:
+    """What is known of a training that was stopped, as a finished part would have it."""
+    meta = checkpoint.read_meta(checkpoint.newest(run))
+    return {"finished": False, "steps": meta["step"], "seconds": sum(meta["times"].values()),
+            "params": sum(p.numel() for p in model.parameters()),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}  # fmt: skip

@@ -81,7 +81,7 @@ class Work:
                 tuning.write(model, trainable.keys(), runtime.run / "tuned.safetensors")
             if not config.tests:
                 found = checkpoint.read_meta(trained(config, runtime.run, runtime.newest()))["evaluation"]
-                return {**result, **counts, "dev": _scores(found)}
+                return {**result, **counts, "dev": _scores(found), "interval": _intervals(found)}
         figures = with_confusions(config, evaluate_model(config, model, tokenizer, pictures, runtime.run), runtime.run)
         return {**result, **counts, "languages": figures}
 
@@ -138,15 +138,21 @@ class _Validation:
         self.bf16 = config.fit.uses_bf16(runtime.device)
 
     def __call__(self, model) -> dict[str, float]:
-        """{"score", "dev/LANGUAGE": accuracy or mean recall; with `curves` "test/LANGUAGE", "test/LANGUAGE/TYPE"}."""
+        """{"score", "dev/LANGUAGE": accuracy or mean recall; of a run without tests "interval/LANGUAGE/low", "/high"; with
+        `curves` "test/LANGUAGE", "test/LANGUAGE/TYPE"}."""
         config, place = self.config, (self.pictures, self.tokenizer, self.config.length)
         if find_task(config).kind == "retrieval":
-            scores = {code: retrieve(model, items, *place, config.ranked, self.folder / "states", self.bf16)["mean_recall"]
-                      for code, items in self.dev.items()}  # fmt: skip
+            place = (*place, config.ranked, self.folder / "states", self.bf16)
+            figures = {code: retrieve(model, items, *place, (config.fit.seed, code)) for code, items in self.dev.items()}
+            scores = {code: values["mean_recall"] for code, values in figures.items()}
         else:
-            figures = evaluate(model, self.dev, *place, self.folder, None, self.bf16) if self.dev else {}
+            place = (*place, self.folder, None, self.bf16, config.fit.seed)
+            figures = evaluate(model, self.dev, *place) if self.dev else {}
             scores = {code: values["accuracy"] for code, values in figures.items()}
         values = {f"dev/{code}": score for code, score in scores.items()}
+        if not config.tests:  # the dev sets are the run's result
+            values |= {f"interval/{code}/{end}": value for code, found in figures.items() if found["interval"]
+                       for end, value in zip(("low", "high"), found["interval"], strict=True)}  # fmt: skip
         if scores and config.select == "best":
             values["score"] = next(iter(scores.values()))
         if self.curves:
@@ -160,6 +166,13 @@ class _Validation:
 def _scores(evaluation: dict[str, float]) -> dict[str, float]:
     """{language: score of its dev set}, of what `_Validation` found."""
     return {name.removeprefix("dev/"): value for name, value in evaluation.items() if name.startswith("dev/")}
+
+
+def _intervals(evaluation: dict[str, float]) -> dict[str, list[float]]:
+    """{language: 95 % interval of its dev set's score}, of what `_Validation` found."""
+    names = [name for name in evaluation if name.startswith("interval/")]
+    ends = {tuple(name.split("/")[1:]): evaluation[name] for name in names}
+    return {code: [low, ends[code, "high"]] for (code, end), low in ends.items() if end == "low"}
 
 
 def _dev(config: FinetuneConfig, language: str | None) -> dict[str, list]:
@@ -199,9 +212,10 @@ def evaluate_model(config: FinetuneConfig, model, tokenizer: Tokenizer, pictures
             for code in languages_of(config)}  # fmt: skip
     bf16 = config.fit.uses_bf16(next(model.parameters()).device)
     if task.kind == "retrieval":
-        return {code: retrieve(model, merge(list(items)), pictures, tokenizer, config.length, config.ranked,
-                               run / "predictions" / f".{code}", bf16) for code, items in sets.items()}  # fmt: skip
-    return evaluate(model, sets, pictures, tokenizer, config.length, run / "predictions", task.bleu, bf16)
+        place = (pictures, tokenizer, config.length, config.ranked)
+        return {code: retrieve(model, merge(list(items)), *place, run / "predictions" / f".{code}", bf16,
+                               (config.fit.seed, code)) for code, items in sets.items()}  # fmt: skip
+    return evaluate(model, sets, pictures, tokenizer, config.length, run / "predictions", task.bleu, bf16, config.fit.seed)
 
 
 def with_confusions(config: FinetuneConfig, figures: dict[str, dict], run: Path) -> dict[str, dict]:

@@ -12,7 +12,8 @@ from raylib.collective import world_size
 from raylib.data.images import decode, resize
 from raylib.data.retrieval import read_retrieval
 from raylib.errors import UserError
-from raylib.metrics import RANKS, mean, recalls
+from raylib.intervals import recall_interval
+from raylib.metrics import RANKS, mean, mean_hits, recall_hits
 from raylib.model.folder import find_model, find_tokenizer
 from raylib.model.unified import UnifiedModel
 from raylib.provenance import provenance
@@ -51,8 +52,9 @@ class Retrieval:
         return [torch.tensor([t.cls, *ids[: self.length - 2].tolist(), t.sep]) for ids in t.encode(texts)]
 
     def __call__(self, model: UnifiedModel) -> dict[str, Any]:
-        """{"retrieval": {language: figures}, "heldout": the same of held-out concepts alone}; the figures are
-        `chance_r1`, `i2t_r1` ... `t2i_r10`, `n` pictures. Workers share the encoding; all return the same."""
+        """{"retrieval": {language: figures}, "heldout": the same of held-out concepts alone, "interval": {language:
+        [low, high]}, the 95 % bootstrap interval over images of R@1 (mean of both ways)}; the figures are `chance_r1`,
+        `i2t_r1` ... `t2i_r10`, `n` pictures. Workers share the encoding; all return the same."""
         device, size = next(model.parameters()).device, world_size()
         rank = dist.get_rank() if size > 1 else 0
         mine = [language for i, language in enumerate(sorted(self.ids)) if i % size == rank]
@@ -64,27 +66,32 @@ class Retrieval:
                   for language in mine}  # fmt: skip
         scored = _exchange(scored)
         heldout = {language: held for language in sorted(scored) if (held := scored[language][1])}
-        return {"retrieval": {language: scored[language][0] for language in sorted(scored)}, "heldout": heldout}
+        retrieval, interval = ({language: scored[language][i] for language in sorted(scored)} for i in (0, 2))
+        return {"retrieval": retrieval, "heldout": heldout, "interval": interval}
 
-    def _score(self, language: str, texts: Tensor, images: Tensor) -> tuple[dict, dict | None]:
-        """Figures of one language: of all its pictures; of those held out (as queries, among all candidates)."""
+    def _score(
+        self, language: str, texts: Tensor, images: Tensor
+    ) -> tuple[dict, dict | None, list[float] | None]:
+        """Figures of one language: of all its pictures; of those held out (as queries, among all candidates); and
+        the interval of the first, seeded by the language alone, so that an export has the run's."""
         owner = self.owners[language]
         captioned = owner.unique()
-        everything = self._figures(texts, images, owner, captioned, len(captioned))
-        held_texts, held_images = self.heldout[owner], captioned[self.heldout[captioned]]
-        if not len(held_images):
-            return everything, None
-        return everything, self._figures(
-            texts, images, owner, captioned, len(captioned), texts_asked=held_texts, images_asked=held_images
-        )
+        # a picture is asked with all of its captions, so what is held out are rows of these
+        i2t = recall_hits(images[captioned], texts, captioned, owner)
+        t2i = recall_hits(texts, images[captioned], owner, captioned)
+        place = torch.searchsorted(captioned, owner)
+        interval = recall_interval(i2t[:, 0], t2i[:, 0], place, "bootstrap", language)
+        everything = _figures(i2t, t2i, len(captioned))
+        held = self.heldout[captioned]
+        heldout = _figures(i2t[held], t2i[held[place]], len(captioned)) if held.any() else None
+        return everything, heldout, interval
 
-    def _figures(self, texts, images, owner, captioned, n, texts_asked=None, images_asked=None) -> dict[str, float]:
-        images_asked = captioned if images_asked is None else images_asked
-        asked, asked_owner = (texts, owner) if texts_asked is None else (texts[texts_asked], owner[texts_asked])
-        i2t = recalls(images[images_asked], texts, images_asked, owner)
-        t2i = recalls(asked, images[captioned], asked_owner, captioned)
-        return {"chance_r1": 1 / n, **{f"i2t_r{k}": i2t[k] for k in RANKS}, **{f"t2i_r{k}": t2i[k] for k in RANKS},
-                "n": len(images_asked)}  # fmt: skip
+
+def _figures(i2t: Tensor, t2i: Tensor, candidates: int) -> dict[str, float]:
+    """Of the hits of some pictures (n, 3) and of their captions (c, 3) among all `candidates`."""
+    ways = {"i2t": mean_hits(i2t), "t2i": mean_hits(t2i)}
+    recalls = {f"{way}_r{k}": recall[k] for way, recall in ways.items() for k in RANKS}
+    return {"chance_r1": 1 / candidates, **recalls, "n": len(i2t)}
 
 
 def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:

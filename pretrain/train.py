@@ -197,7 +197,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
         objective.eval()
         with torch.inference_mode():
             evaluate(objective.model)
-    scores = tables[-1] if tables else {"retrieval": {}, "heldout": {}}
+    scores = tables[-1] if tables else {"retrieval": {}, "heldout": {}, "interval": {}}
     made_by = {"git": commit(), "config_sha256": config_hash(config), "data_sha256": identity.data_hash(runtime.run)}
     result = {"run": config.name, "seed": config.fit.seed, **result, **made_by, **provenance(runtime.device), **scores}
     if runtime.rank == 0 and result["finished"]:

@@ -108,6 +108,20 @@ def test_score_by_hand():
     assert result["unlabelled"] == 1 and result["unknown_answers"] == 1
 
 
+def test_the_interval_draws_pictures_with_all_of_their_questions():
+    """Ten questions each of 40 pictures, of which 20 are answered: 40 independent draws, and not 400."""
+    lines = [{"id": f"{i}.{j}", "prediction": "yes", "labels": {"yes" if i % 2 else "no": 1.0}, "kind": "", "images": [f"{i}"]}
+             for i in range(40) for j in range(10)]  # fmt: skip
+    low, high = score(lines, frozenset({"yes", "no"}))["interval"]
+    assert high - low == pytest.approx(2 * 1.96 * (0.25 / 40) ** 0.5, rel=0.15)
+    alone = [{name: value for name, value in line.items() if name != "images"} for line in lines]  # of an earlier version
+    few, many = score(alone, frozenset({"yes", "no"}))["interval"]
+    assert many - few == pytest.approx(2 * 1.96 * (0.25 / 400) ** 0.5, rel=0.15)
+    assert score(lines[::-1], frozenset({"yes", "no"}))["interval"] == [low, high]
+    assert score(alone, frozenset({"yes", "no"}), key=(1, "de"))["interval"] != [few, many]
+    assert score(lines[:10], frozenset({"yes", "no"}))["interval"] is None  # of one picture
+
+
 def test_bleu_is_nltks():
     from nltk.translate.bleu_score import corpus_bleu
 
@@ -139,7 +153,8 @@ def slow_recalls(model, items, pictures, tokenizer, candidates):
                 vectors = model.embed_images(image.values[:1]), model.embed_text(states.values[:1])
                 similar[i, t] = float((vectors[0] * vectors[1]).sum())
                 cls = model.fuse(states, None, Condition(image, torch.tensor([0])))[:1]
-                match[i, t] = float(model.match_head(cls).softmax(1)[0, 1])
+                logits = model.match_head(cls)[0].double()
+                match[i, t] = float(logits[1] - logits[0])
     figures = {}
     for way, asks in (("i2t", range(len(items))), ("t2i", range(len(texts)))):
         ranks = []
@@ -169,13 +184,64 @@ def test_two_stage_retrieval_equals_scoring_every_pair(scenes, tmp_path, candida
     assert not (tmp_path / "states").exists()
 
 
+def test_match_logits_too_large_for_a_float32_softmax_still_rank(scenes, tmp_path):
+    """From a difference of 17 the softmax is 1.0 for all: ties, which then counted as misses."""
+    model, tokenizer, seen = retriever(), Tokenizer.load(TOKENIZER), pixels(scenes)
+    with torch.no_grad():
+        for parameter in model.match_head.parameters():
+            parameter.mul_(400)
+        list(model.match_head.parameters())[-1].add_(torch.tensor([-3000.0, 3000.0]))
+    items = captions(scenes)[:20]
+    for candidates in (0, 6):
+        found = retrieve(model, items, seen, tokenizer, 40, candidates, tmp_path / "states")
+        wanted = slow_recalls(model, items, seen, tokenizer, candidates)
+        assert {k: found[k] for k in wanted} == pytest.approx(wanted)
+        assert found["mean_recall"] > 0
+        with torch.no_grad():  # candidates stay ahead of all others, however unlikely the head finds them
+            list(model.match_head.parameters())[-1].sub_(torch.tensor([-6000.0, 6000.0]))
+        assert retrieve(model, items, seen, tokenizer, 40, candidates, tmp_path / "states") == found
+
+
+def collapsed():
+    """A retriever that finds all pictures, and all captions, the same."""
+    model = retriever()
+    with torch.no_grad():
+        for part in (model.match_head, model.image_projection, model.text_projection):
+            for parameter in part.parameters():
+                parameter.zero_()
+    return model
+
+
+@pytest.mark.parametrize("candidates", [None, 0, 7])
+def test_a_collapsed_retriever_scores_chance(scenes, tmp_path, candidates):
+    items = captions(scenes)[:20]
+    found = retrieve(collapsed(), items, pixels(scenes), Tokenizer.load(TOKENIZER), 40, candidates, tmp_path / "states")
+    assert all(found[f"{way}_r{k}"] == pytest.approx(k / 20) for way in ("i2t", "t2i") for k in (1, 5, 10))
+
+
+def test_the_interval_of_a_recall_is_that_of_its_images(scenes, tmp_path):
+    model, tokenizer, items = retriever(), Tokenizer.load(TOKENIZER), captions(scenes)
+    found = [retrieve(model, items, pixels(scenes), tokenizer, 40, None, tmp_path / "states", key=key)
+             for key in ((0, "en"), (0, "en"), (1, "en"))]  # fmt: skip
+    (low, high), score = found[0]["interval"], found[0]["mean_recall"]
+    assert low < score < high and found[0] == found[1] and found[0]["interval"] != found[2]["interval"]
+
+
+def test_logits_of_a_classifier_are_not_rounded_under_autocast():
+    head = small_model(labels=tuple(map(str, range(500)))).head
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        logits = head(torch.randn(4, 16))
+    assert logits.dtype == torch.float32 and all(len(row.unique()) > 490 for row in logits)
+
+
 def evaluate_share(rank, world, scenes, folder):
     tokenizer = Tokenizer.load(TOKENIZER)
     model = small_model(labels=gqa.read_answers(scenes / "gqa/annotations/trainval_label2ans.json"))
     sets = {code: questions(scenes, code) * 4 for code in ("en", "ko")}
     scores = evaluate(model, sets, pixels(scenes), tokenizer, 40, folder)
-    found = retrieve(retriever(), captions(scenes), pixels(scenes), tokenizer, 40, 5, folder / "states")
-    return scores, found
+    found = [retrieve(model, captions(scenes)[:50], pixels(scenes), tokenizer, 40, 5, folder / "states")
+             for model in (retriever(), collapsed())]  # fmt: skip
+    return scores, found  # of the second, hits are fractions
 
 
 def test_any_number_of_workers_gives_the_same_numbers(scenes, tmp_path):
@@ -196,7 +262,8 @@ def test_predictions_are_those_of_the_model_one_by_one(scenes, tmp_path):
         ids = torch.tensor([tokenizer.cls, *tokenizer.encode([example.texts[0]])[0].tolist(), tokenizer.sep])
         inputs = {"text": Ragged(ids, torch.tensor([len(ids)])), **pixels(scenes).read(example.images)}
         wanted = model.labels[int(model(inputs).argmax())]
-        assert json.loads(line) == {"id": example.id, "prediction": wanted, "labels": dict(example.labels), "kind": example.kind}
+        assert json.loads(line) == {"id": example.id, "prediction": wanted, "labels": dict(example.labels),
+                                    "kind": example.kind, "images": list(example.images)}  # fmt: skip
 
 
 def test_encoded_pictures_equal_pictures(scenes, tmp_path):

@@ -90,10 +90,40 @@ def test_compare_puts_seeds_together(finetune, tmp_path, capsys):
     for seed in (0, 1):
         finetune("scenes_xvnli", f"name=seed{seed}", f"fit.seed={seed}", "epochs=1")
     assert main(["compare", str(tmp_path / "seed0"), str(tmp_path / "seed1")]) == 0
-    row = capsys.readouterr().out.splitlines()[-1]
+    row = capsys.readouterr().out.strip().splitlines()[-1]
     values = [result(tmp_path, f"seed{seed}")["accuracy"]["en"] for seed in (0, 1)]
-    spread = abs(values[0] - values[1]) / 2**0.5  # of two
-    assert f"| 2 | {50 * sum(values):.1f} ± {100 * spread:.1f} |" in row
+    half = 12.7062 * abs(values[0] - values[1]) / 2  # t of one degree of freedom; the deviation of two is |a - b| / sqrt 2
+    assert f"| 2 | {50 * sum(values):.1f} ± {100 * half:.1f} |" in row
+
+
+def test_a_stopped_run_that_is_evaluated_says_so_and_goes_on(finetune, tmp_path, capsys):
+    finetune("scenes_xvnli", "name=run", "select=last", "fit.stop_after=4")
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert "full fine-tuning (stopped at step 4)" in capsys.readouterr().out
+    stopped = result(tmp_path, "run")
+    assert (stopped["finished"], stopped["steps"]) == (False, 4) and 0 < stopped["trainable"] <= stopped["params"]
+    assert main(["compare", str(tmp_path / "run")]) == 0
+    assert "| full fine-tuning (stopped at step 4) |" in capsys.readouterr().out
+    code, printed = finetune("scenes_xvnli", "name=run", "select=last")
+    assert code == 0 and "is complete" not in printed
+    assert result(tmp_path, "run")["finished"] and result(tmp_path, "run")["method"] == "full fine-tuning"
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert result(tmp_path, "run")["finished"] and result(tmp_path, "run")["steps"] == 6
+
+
+@pytest.mark.parametrize("task", ["xvnli", "xflickrco"])
+def test_every_language_has_an_interval(finetune, tmp_path, task):
+    code, printed = finetune(f"scenes_{task}", "name=run", "epochs=1")
+    found = result(tmp_path, "run")
+    scores = found.get("accuracy") or {c: f["mean_recall"] for c, f in found["retrieval"].items()}
+    assert code == 0 and set(found["interval"]) == {"en", "ru"}
+    for language, (low, high) in found["interval"].items():
+        assert 0 <= low <= scores[language] <= high <= 1 and low < high
+        assert f"| {language} | {100 * scores[language]:.1f} | [{100 * low:.1f}, {100 * high:.1f}] |" in printed
+    assert main(["evaluate", str(tmp_path / "run")]) == 0 and result(tmp_path, "run")["interval"] == found["interval"]
+    finetune(f"scenes_{task}", "name=untested", "epochs=1", "tests=false")
+    ((language, (low, high)),) = result(tmp_path, "untested")["interval"].items()
+    assert language == "en" and low <= result(tmp_path, "untested")["dev"]["en"] <= high
 
 
 def test_torchrun_and_one_process_agree(tmp_path, scenes):

@@ -1,6 +1,9 @@
+from itertools import permutations
+
+import pytest
 import torch
 
-from raylib.metrics import mean, recalls
+from raylib.metrics import RANKS, hit_chances, mean, nearest_keys, recall_hits, recalls
 
 
 def test_recalls_against_sorting():
@@ -16,9 +19,64 @@ def test_recalls_against_sorting():
         assert out[k] == hits / 20
 
 
-def test_a_collapsed_model_scores_nothing():
+def slow_chances(scores: list[float], own: list[bool], first: list[bool]) -> list[float]:
+    """One query: every order in which keys that tie may come, looked at one by one."""
+    orders, hits = 0, dict.fromkeys(RANKS, 0)
+    for order in permutations(range(len(scores))):
+        orders += 1
+        ranked = sorted(order, key=lambda j: (not first[j], -scores[j]))  # stable: `order` decides among equals
+        for k in RANKS:
+            hits[k] += any(own[j] for j in ranked[:k])
+    return [hits[k] / orders for k in RANKS]
+
+
+@pytest.mark.parametrize("levels", [False, True])
+def test_a_tie_counts_as_its_expectation(levels):
+    """Few different scores, so that many tie, also across the cut of 1 and of 5; several own keys a query."""
+    torch.manual_seed(1)
+    scores = torch.randint(0, 3, (24, 7)).float()
+    scores[:4] = 0.5
+    own = torch.rand(24, 7) < 0.3
+    own[torch.arange(24), torch.randint(0, 7, (24,))] = True
+    first = torch.rand(24, 7) < 0.5 if levels else torch.zeros(24, 7, dtype=torch.bool)
+    found = hit_chances(scores, own, first if levels else None)
+    wanted = [slow_chances(*rows) for rows in zip(scores.tolist(), own.tolist(), first.tolist(), strict=True)]
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
+    assert 3 < ((found > 0) & (found < 1)).sum()
+
+
+def test_keys_of_the_first_level_are_ahead_whatever_the_scores():
+    scores, first = torch.tensor([[-900.0, -901.0, 0.9, 0.8]]), torch.tensor([[True, True, False, False]])
+    for owner, place in enumerate((0, 1, 2, 3)):
+        own = (torch.arange(4) == owner)[None]
+        assert hit_chances(scores, own, first)[0, 0] == float(place == 0)
+
+
+def test_a_collapsed_model_scores_chance():
     same = torch.ones(30, 4)
-    assert recalls(same, same, torch.arange(30), torch.arange(30)) == {1: 0.0, 5: 0.0, 10: 0.0}
+    out = recalls(same, same, torch.arange(30), torch.arange(30))
+    assert out == {k: pytest.approx(k / 30) for k in RANKS}
+    several = recalls(same, torch.ones(60, 4), torch.arange(30), torch.arange(60) // 2)  # of 60 captions, two are right
+    assert several[1] == pytest.approx(2 / 60) and several[5] == pytest.approx(1 - (55 * 54) / (60 * 59))
+
+
+def test_hits_without_ties_are_whole():
+    torch.manual_seed(0)
+    hits = recall_hits(torch.randn(50, 8), torch.randn(80, 8), torch.arange(50), torch.arange(80) % 50)
+    assert set(hits.unique().tolist()) == {0.0, 1.0}
+
+
+def test_a_query_without_a_key_is_never_answered():
+    own = torch.zeros(1, 4, dtype=torch.bool)
+    assert hit_chances(torch.ones(1, 4), own).tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_candidates_that_tie_at_the_cut_come_in_one_order():
+    scores = torch.tensor([[3.0, 1.0, 1.0, 2.0, 1.0], [1.0] * 5, [5.0, 4.0, 3.0, 2.0, 1.0]])
+    order = torch.tensor([4, 2, 0, 1, 3])
+    chosen = [set(row) for row in nearest_keys(scores, 3, order).tolist()]
+    assert chosen == [{0, 3, 4}, {4, 2, 0}, {0, 1, 2}]
 
 
 def test_mean_of_nothing():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pretrain.__main__ import main
+from pretrain.evaluate import r1
 from pretrain.recipes import ABLATIONS, RECIPES
 from pretrain.train import PretrainConfig, build_model, run
 from raylib import checkpoint
@@ -40,6 +41,9 @@ def test_a_run_leaves_what_it_promises(mini, retrieval_set, tmp_path, capsys):
     assert set(result["retrieval"]) == {"en", "de", "zh"}
     assert all(set(figures) == FIGURES for figures in result["retrieval"].values())
     assert result["retrieval"]["de"]["n"] == 19  # one picture has no German caption
+    for language, (low, high) in result["interval"].items():
+        assert low <= r1(result["retrieval"][language]) <= high and low < high
+    assert set(result["interval"]) == {"en", "de", "zh"}
     assert result["retrieval"]["de"]["chance_r1"] == pytest.approx(1 / 19)
     assert sum(result["times"].values()) == pytest.approx(result["seconds"])
     assert (folder / "curve.png").stat().st_size > 10_000
@@ -51,7 +55,8 @@ def test_a_run_leaves_what_it_promises(mini, retrieval_set, tmp_path, capsys):
     assert "is complete" in capsys.readouterr().out
     assert main(["export", str(folder), str(tmp_path / "model")]) == 0
     assert main(["evaluate", str(tmp_path / "model"), str(retrieval_set), "--json", str(tmp_path / "e.json")]) == 0
-    assert json.loads((tmp_path / "e.json").read_text())["retrieval"] == result["retrieval"]
+    exported = json.loads((tmp_path / "e.json").read_text())
+    assert (exported["retrieval"], exported["interval"]) == (result["retrieval"], result["interval"])
     weights = UnifiedModel.from_pretrained(tmp_path / "model").state_dict()
     assert all(torch.isfinite(w).all() for w in weights.values())
 

@@ -165,12 +165,13 @@ def test_settings_go_to_the_search_or_to_the_recipe():
 
 
 def test_intervals_and_fronts_against_slow_references():
-    from raylib.tune.finals import front, interval
+    from raylib.intervals import t_interval
+    from raylib.tune.finals import front
     from raylib.tune.sweep import Row
 
-    mean, half = interval([0.1, 0.4, 0.7])
+    mean, half = t_interval([0.1, 0.4, 0.7])
     assert math.isclose(mean, 0.4) and math.isclose(half, 4.302653 * 0.3 / 3**0.5, rel_tol=1e-6)  # t of 2 degrees of freedom
-    assert interval([0.3]) == (0.3, None)
+    assert t_interval([0.3]) == (0.3, None)
     points = [(1, 5), (2, 4), (2, 3), (3, 3), (3, 3), (0, 6), (1, 4)]
     rows = [Row(str(i), "finished", {}, {"a": a, "b": b}, 1, 1, 1, None, None) for i, (a, b) in enumerate(points)]
     kept = {int(row.id) for row in front(rows, ("a", "b"))}

@@ -66,16 +66,6 @@ def run(
     return [found[i] for i in order]
 
 
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """(mean, half of its 95 % confidence interval by Student's t; None of fewer than two values)."""
-    from scipy import stats
-
-    if len(values) < 2:
-        return values[0], None
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return statistics.fmean(values), float(stats.t.ppf(0.975, len(values) - 1) * error)
-
-
 def front(rows: Sequence, goals: Sequence[str]) -> list:
     """The rows that no other is at least as good as in every goal and better in one; best in the first goal first."""
     def beaten(row) -> bool:

@@ -10,11 +10,12 @@ import yaml
 from raylib import markdown
 from raylib.checkpoint import write_atomically
 from raylib.config import change
+from raylib.intervals import t_interval
 from raylib.launch import LaunchConfig
-from raylib.markdown import percent
+from raylib.markdown import estimate, percent
 from raylib.tune import early, figures, space
 from raylib.tune.config import Job, SearchConfig
-from raylib.tune.finals import PUBLISHED, Final, front, interval
+from raylib.tune.finals import PUBLISHED, Final, front
 
 
 def write_trials(folder: Path, knobs: space.Knobs, rows: Sequence) -> None:
@@ -67,8 +68,7 @@ def write_best(config: SearchConfig, job: Job, base: LaunchConfig, folder: Path,
     goals = " and ".join(config.goals)
     head = [f"# The best of the search {config.name}, by {goals}: python -m {job.command} --config best.yaml"]
     for goal in config.goals if best.scores else ():
-        mean, half = interval(best.of(goal))
-        head.append(f"# {goal} {percent(mean)}{'' if half is None else f' ± {percent(half)}'} % over {len(best.scores)} seeds")
+        head.append(f"# {goal} {estimate(*t_interval(best.of(goal)))} % over {len(best.scores)} seeds")
     text = yaml.safe_dump(whole.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     write_atomically(folder / "best.yaml", "\n".join(head) + "\n" + text)
 
@@ -118,7 +118,7 @@ def _verdict(config: SearchConfig, found: Sequence[Final]) -> str:
         pairs = _paired(best, published, figure)
         if not pairs:
             continue
-        mean, half = interval(pairs)
+        mean, half = t_interval(pairs)
         where = f"{figure}, test sets" if figure in ("English", "targets") else f"{figure}, which it was chosen by"
         if half is None:
             lines.append(f"- {where}: {percent(mean)} points on the one seed: no interval")
@@ -153,10 +153,7 @@ def _finals_table(config: SearchConfig, found: Sequence[Final]) -> str:
 
 def _with_interval(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    mean, half = interval(known)
-    return percent(mean) + ("" if half is None else f" ± {percent(half)}")
+    return estimate(*t_interval(known)) if known else ""
 
 
 def _assignments(chosen: space.Space, best: Final) -> str:

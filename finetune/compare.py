@@ -1,0 +1,159 @@
+"""Runs side by side: a row for runs that differ in seeds alone, a column for each setting in which rows differ.
+
+    mean ± h      over the seeds of a row; h is half of the 95 % confidence interval of the mean by Student's t:
+                  t(0.975, n - 1) s / sqrt(n), s the sample standard deviation. One seed has no interval.
+    difference    between two rows: the mean of their differences seed by seed, over the seeds that both have,
+                  and the interval of that mean. What a seed decides in both (order of the data, a new head)
+                  cancels out.
+
+Runs are in one row if their settings are equal but for the seeds, and so are those of the runs that they go on
+from (`finetune.lineage`). A run with the settings and seeds of an earlier one repeats it: named and left out.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from finetune.lineage import described, read_lineage
+from finetune.report import read_result, scores_of
+from raylib.config import near
+from raylib.errors import UserError
+from raylib.intervals import t_interval
+
+ABSENT = object()  # no such setting in a row: a part that is off, or a model that is no run
+Estimate = tuple[float, float | None]  # a mean, and half of its interval: None of one value
+
+
+class Run(NamedTuple):
+    """A finished run: its folder, result, settings and seeds (`finetune.lineage`), and its method's name."""
+
+    folder: Path
+    result: dict[str, Any]
+    settings: dict[str, Any]
+    seeds: tuple[int, ...]
+    method: str
+
+
+class Row(NamedTuple):
+    """Runs that differ in seeds alone."""
+
+    method: str
+    settings: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def by_seed(self) -> dict[tuple[int, ...], Run]:
+        """Runs by the seed that pairs them with another row's: their own, or all of theirs where some share
+        it."""
+        own = {run.seeds[:1]: run for run in self.runs}
+        return own if len(own) == len(self.runs) else {run.seeds: run for run in self.runs}
+
+
+class Comparison(NamedTuple):
+    """The rows of one task.
+
+    columns: dotted paths of the settings in which rows differ. scores: {head of a column: the share that a
+    result has there, or None}. baseline: the row that the others' differences are from.
+    """
+
+    task: str
+    metric: str
+    rows: list[Row]
+    columns: list[str]
+    scores: dict[str, Callable[[dict[str, Any]], float | None]]
+    baseline: Row
+
+    def mean(self, row: Row, score: str) -> Estimate | None:
+        """The mean over seeds; None if no run has the score."""
+        values = [self.scores[score](run.result) for run in row.runs]
+        known = [value for value in values if value is not None]
+        return t_interval(known) if known else None
+
+    def pairs(self, row: Row) -> list[tuple[Run, Run]]:
+        """(run, the baseline's run) of each seed that both have. A run that depends on no seed, for nothing
+        was trained, is a pair with each of the other row's."""
+        runs, others = row.by_seed, self.baseline.by_seed
+        if () in runs:
+            return [(runs[()], other) for other in others.values()]
+        if () in others:
+            return [(run, others[()]) for run in runs.values()]
+        return [(run, others[seed]) for seed, run in runs.items() if seed in others]
+
+    def difference(self, row: Row, score: str) -> Estimate | None:
+        """The mean of the paired differences from the baseline; None if no pair has the score."""
+        value = self.scores[score]
+        found = [(value(run.result), value(other.result)) for run, other in self.pairs(row)]
+        known = [ours - theirs for ours, theirs in found if ours is not None and theirs is not None]
+        return t_interval(known) if known else None
+
+
+def compare(folders: Sequence[Path], baseline: Path | None = None) -> tuple[list[Comparison], list[str]]:
+    """Compare finished runs, task by task.
+
+    baseline: a run whose row is the baseline of its task; where none is given, the first row is.
+
+    Returns:
+        (comparisons, lines to tell: runs that repeat others, stored settings that this version has not).
+    Raises:
+        UserError: a folder is no finished run, or a trial that was never tested; `baseline` is not among
+        `folders`.
+    """
+    chosen = baseline and baseline.resolve()
+    if chosen and chosen not in [folder.resolve() for folder in folders]:
+        close = near(str(baseline), [str(folder) for folder in folders])
+        raise UserError(f"--baseline {baseline}: not among the runs that are compared{close}")
+    lines: list[str] = []
+    tasks: dict[tuple[str, bool], list[Row]] = {}
+    for folder in folders:
+        run, unknown = _read(folder)
+        lines += [line for line in unknown if line not in lines]
+        rows = tasks.setdefault((run.result["task"], "retrieval" in run.result), [])
+        row = next((row for row in rows if (row.method, row.settings) == (run.method, run.settings)), None)
+        if row is None:
+            rows.append(Row(run.method, run.settings, [run]))
+        elif same := next((other for other in row.runs if other.seeds == run.seeds), None):
+            seed = f"seed {', '.join(map(str, run.seeds))}" if run.seeds else "nothing that a seed decides"
+            lines.append(f"{folder} repeats {same.folder}: the same settings, {seed}; left out")
+            if folder.resolve() == chosen:
+                chosen = same.folder.resolve()
+        else:
+            row.runs.append(run)
+    return [_comparison(task, rows, chosen) for (task, _), rows in tasks.items()], lines
+
+
+def _read(folder: Path) -> tuple[Run, tuple[str, ...]]:
+    result, lineage = read_result(folder), read_lineage(folder)
+    method = result["method"]  # if this version cannot read the settings
+    if lineage.config:
+        method = described(lineage.config, result["steps"], result.get("finished", True), folder)
+    return Run(folder, result, lineage.settings, lineage.seeds, method), lineage.unknown
+
+
+def _comparison(task: str, rows: list[Row], chosen: Path | None) -> Comparison:
+    results = [run.result for row in rows for run in row.runs]
+    metric, first = ("mean recall", "R@1") if "retrieval" in results[0] else ("accuracy", "accuracy")
+    scores: dict[str, Callable] = {}
+    for code in dict.fromkeys(code for result in results for code in scores_of(result)):
+        scores[f"{code}, {metric}"] = lambda result, code=code: scores_of(result).get(code)
+    for name, key in (("mean of the targets", "mean_targets"), ("gap", "gap")):
+        scores[f"{name}, {metric}"] = lambda result, key=key: result[key]
+    for key in ("std", "range"):  # how far languages are apart (`raylib.metrics.disparity`)
+        scores[f"{key} of languages, {first}"] = lambda result, key=key: result.get("disparity", {}).get(key)
+    base = next((row for row in rows if chosen in [run.folder.resolve() for run in row.runs]), rows[0])
+    return Comparison(task, metric, rows, differing([row.settings for row in rows]), scores, base)
+
+
+def differing(settings: Sequence[dict[str, Any]], prefix: str = "") -> list[str]:
+    """Dotted paths at which some of these nested settings differ. A part that some have and others have not
+    is one path, unless those that have it differ within: then the paths within tell it."""
+    found: list[str] = []
+    for name in dict.fromkeys(name for values in settings for name in values):
+        values = [part.get(name, ABSENT) for part in settings]
+        parts = [value for value in values if isinstance(value, dict)]
+        others = [value for value in values if not isinstance(value, dict)]
+        within = differing(parts, f"{prefix}{name}.") if len(parts) > 1 else []
+        if within and all(value is None or value is ABSENT for value in others):
+            found += within
+        elif any(value != values[0] for value in values):
+            found += [prefix + name, *within]
+    return found

@@ -1,0 +1,171 @@
+"""Settings of a run and of the runs that it goes on from, without those that change no number; its method."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from finetune.config import FinetuneConfig
+from raylib.errors import UserError
+from raylib.launch import CHANGEABLE
+
+# names of a run, what is only looked at, and the seed, which is kept apart
+NO_SETTING = frozenset({"name", "method", "curves", "tests", "fit.seed", *CHANGEABLE})
+# paths that may lead into other runs
+FROM_RUNS = ("model", "init.model", "strategies.distillation.teacher", "strategies.sparse.mask")
+UNTRAINED = "as it is"
+
+
+class RunSettings(dict):
+    """Settings of a run that another one goes on from, and the `path` by which that one names it."""
+
+    path: str = ""
+
+
+class Lineage(NamedTuple):
+    """settings: nested, with this version's defaults for what was not stored. In place of a path into another
+        run stand the settings of that run.
+    seeds: of the run, then of those runs. A run that trains nothing has none of its own.
+    config: None of pretraining, and of settings that are no config of this version.
+    unknown: a line for each stored setting that this version has not; it stays among the settings.
+    """
+
+    settings: dict[str, Any]
+    seeds: tuple[int, ...]
+    config: FinetuneConfig | None
+    unknown: tuple[str, ...]
+
+
+def read_lineage(run: Path) -> Lineage:
+    """Read the lineage of a run from its config.json, and those of the runs that it names.
+
+    Raises:
+        UserError: `run` has no config.json of a run.
+    """
+    values = _read(run)
+    if values is None:
+        raise UserError(f"{run}/config.json: no settings of a run; give the folders of finished runs")
+    return _lineage(run, values, ())
+
+
+def described(config: FinetuneConfig, steps: int, finished: bool, run: Path | None = None) -> str:
+    """Name the method of a run with a result, and how far its training got; without a step, it got nowhere."""
+    if config.trains and not steps:
+        return f"{UNTRAINED} (no step recorded)"
+    return method_of(config, run) + ("" if finished else f" (stopped at step {steps})")
+
+
+def method_of(config: FinetuneConfig, run: Path | None = None) -> str:
+    """Name the method of a run, whose folder is `run`, for tables. Where nothing is trained, the method is
+    that of the run which the model comes from, and "as it is" if it comes from none."""
+    if config.method or config.trains:
+        return config.called
+    source = _run_at(_locate(config.model, run, config.runs))
+    before = source and _fill(source, _read(source))[0]
+    if not before:
+        return config.called
+    method = method_of(before, source)
+    if config.setting == "translate_test":
+        return config.called.replace(UNTRAINED, method, 1)
+    return config.called if method == UNTRAINED else f"{config.called}, after {method}"
+
+
+def _lineage(run: Path, stored: dict[str, Any], above: tuple[Path, ...]) -> Lineage:
+    config, values, unknown = _fill(run, stored)
+    seed = values["fit"].get("seed")
+    seeds = (seed,) if seed is not None and (config is None or config.trains) else ()
+    settings, visited = _without(values, NO_SETTING), (*above, run.resolve())
+    for path in FROM_RUNS:
+        *parents, name = path.split(".")
+        node: Any = settings
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or not node.get(name) or not isinstance(node[name], str):
+            continue
+        place = _locate(node[name], run, stored.get("runs"))
+        folder = _run_at(place)
+        if folder is None or folder in visited:
+            node[name] = str(place)
+            continue
+        before = _lineage(folder, _read(folder), visited)
+        # a file, or one of several checkpoints, within the run
+        inside = {"path": str(place.relative_to(folder))} if place != folder else {}
+        other = RunSettings(before.settings | inside)
+        other.path, node[name] = node[name], other
+        seeds, unknown = seeds + before.seeds, unknown + before.unknown
+    return Lineage(settings, seeds, config, unknown)
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """The settings in a folder's config.json; None if it is no run's."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("fit"), dict) else None
+
+
+def _locate(path: str, run: Path | None, runs: str | None) -> Path:
+    """Find a `path` that is a setting of `run`: first beside the run, if that is where it was, for runs may
+    have moved, and the working directory may be another. As it stands if there is nothing."""
+    places = [Path(path)]
+    if run and runs and Path(path).is_relative_to(runs):
+        places.insert(0, run.resolve().parent / Path(path).relative_to(runs))
+    return next((place.resolve() for place in places if place.exists()), Path(path))
+
+
+def _run_at(place: Path) -> Path | None:
+    """The run that `place` is, or lies in; None if there is none."""
+    if not place.exists():
+        return None
+    return next((folder for folder in (place, *place.parents) if _read(folder)), None)
+
+
+def _fill(run: Path, stored: dict[str, Any]) -> tuple[FinetuneConfig | None, dict[str, Any], tuple[str, ...]]:
+    """(config, settings, unknown) of a `Lineage`, from what the config.json of `run` holds."""
+    if "task" not in stored:  # pretraining, whose defaults are not known here
+        return None, stored, ()
+    values, removed, lines = json.loads(json.dumps(stored)), [], []
+    while True:
+        try:
+            config = FinetuneConfig.model_validate(values)
+        except ValidationError as e:
+            found = [path for error in e.errors() if (path := _cut(values, error["loc"]))]
+            if not found:
+                line = f"{run}: {e.errors()[0]['msg']}; its settings are compared as they were stored"
+                return None, stored, (line,)
+            removed += found
+        else:
+            break
+    settings = config.model_dump(mode="json")
+    for path, value in removed:
+        where = f"{run}: setting {'.'.join(path)}"
+        lines.append(f"{where} is none of this version; it is compared as it was stored")
+        node = settings
+        for parent in path[:-1]:
+            node[parent] = node[parent] if isinstance(node.get(parent), dict) else {}
+            node = node[parent]
+        node[path[-1]] = value
+    return config, settings, tuple(lines)
+
+
+def _cut(values: dict[str, Any], place: tuple[str | int, ...]) -> tuple[tuple[str, ...], Any] | None:
+    """Take the value at `place`, as pydantic names it, out of `values`. Returns (its path, the value); None
+    if there is none, or none any more."""
+    node, path = values, []
+    for i, name in enumerate(place):
+        if name not in node:
+            return None
+        path.append(name)
+        # what follows a value names an alternative of its type, or a place in a list
+        if i == len(place) - 1 or not isinstance(node[name], dict):
+            return tuple(path), node.pop(name)
+        node = node[name]
+    return None
+
+
+def _without(values: dict[str, Any], paths: frozenset[str], prefix: str = "") -> dict[str, Any]:
+    """A copy without the values at dotted `paths`."""
+    return {name: _without(value, paths, f"{prefix}{name}.") if isinstance(value, dict) else value
+            for name, value in values.items() if prefix + name not in paths}  # fmt: skip
