@@ -42,6 +42,11 @@ def require_finite_values(where: str, values: Mapping[str, Any]) -> None:
         raise NotFinite(f"{where}: {', '.join(names)} not finite (NaN or infinite)")
 
 
+def finite_values(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the items of `values` that are finite."""
+    return {name: value for name, value in values.items() if is_finite(value)}
+
+
 def require_finite_file(path: Path | str, tensors: Mapping[str, Tensor | np.ndarray]) -> None:
     """Raise `UserError` naming the file and the first tensor read from it that is not finite."""
     for name, tensor in tensors.items():
