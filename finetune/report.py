@@ -11,6 +11,7 @@ from finetune.data import find_task
 from raylib import markdown
 from raylib.checkpoint import write_atomically
 from raylib.errors import UserError
+from raylib.finite import require_finite_values
 from raylib.markdown import percent, spread
 from raylib.metrics import RANKS, disparity, mean
 from raylib.track import read_metrics
@@ -34,6 +35,7 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
         "sparsity": sparsity.get("whole", 0.0), "sparsity_prunable": sparsity.get("prunable", 0.0),
         **{name: first[name] for name in ("share", "share_with_heads") if name in first},
         "steps": sum(part.get("steps", 0) for part in parts),
+        "skipped_steps": sum(part.get("skipped_steps", 0) for part in parts),
         "seconds": sum(part.get("seconds", 0.0) for part in parts),
         "retrieval" if retrieval else "accuracy": figures if retrieval else scores,
         "mean_targets": mean(targets) if targets else None,
@@ -67,6 +69,7 @@ def of_dev_sets(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str
         "run": config.name, "task": config.task, "setting": config.setting, "method": config.called, "seed": config.fit.seed,
         "params": first.get("params"), "trainable": first.get("trainable"),
         "steps": sum(part.get("steps", 0) for part in parts), "seconds": sum(part.get("seconds", 0.0) for part in parts),
+        "skipped_steps": sum(part.get("skipped_steps", 0) for part in parts),
         "dev": {code: mean([part["dev"][code] for part in parts if code in part["dev"]]) for code in sorted(seen)},
     }  # fmt: skip
 
@@ -108,10 +111,15 @@ def _notes(result: dict[str, Any]) -> str:
 
 
 def write(run: Path, result: dict[str, Any]) -> None:
-    """`result.json`, `result.md` and `result.png` into the run's folder."""
+    """`result.json`, `result.md` and `result.png` into the run's folder.
+
+    Raises:
+        NotFinite: a number in `result` is not finite; nothing is written.
+    """
+    require_finite_values(f"{run}/result.json", result)
     draw(result, run / "result.png")
     (run / "result.md").write_text(table(result) + "\n", encoding="utf-8")
-    write_atomically(run / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(run / "result.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -156,13 +164,18 @@ def draw_curve(run: Path) -> None:
 
 
 def read_result(run: Path) -> dict[str, Any]:
-    """The result of a finished run."""
+    """The result of a finished run.
+
+    Raises:
+        UserError: not a finished run, or a number in it is not finite.
+    """
     try:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"{run}/result.json: not read ({e}); give finished runs") from None
     if "dev" in result:
         raise UserError(f"{run}: a trial of a search, which was never tested; run the search's best.yaml")
+    require_finite_values(f"{run}/result.json", result)
     return result
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from finetune.batches import encode_texts
 from finetune.examples import Captioned
 from finetune.pictures import Encoded, Pixels, encode_pictures
-from raylib.collective import world_size
+from raylib.collective import raise_together, world_size
 from raylib.data.states import States, write_states
+from raylib.finite import is_finite, require_finite
 from raylib.metrics import RANKS, mean
 from raylib.model.encoder import Condition
 from raylib.ragged import Ragged, first_tokens
@@ -36,6 +37,8 @@ def retrieve(
     folder: for states, gone afterwards; all workers must see it.
     Returns:
         {"i2t_r1" ... "t2i_r10", "mean_recall", "n": pictures, "captions", "chance_r1", "pairs": how many were ranked}.
+    Raises:
+        NotFinite: embeddings, or scores of the match head, are not finite.
     """
     ranker = _Ranker(model, items, pictures, tokenizer, length, folder, bf16, ranks=candidates is not None)
     try:
@@ -90,6 +93,8 @@ class _Ranker:
             if ranks:
                 self.texts: States = write_states(folder / "texts", self.keys, encode, SENTENCES)
             self.text_vectors = _vectors(self.keys, embed_states if ranks else embed_sentences)
+        require_finite("image embeddings", self.image_vectors)
+        require_finite("text embeddings", self.text_vectors)
 
     def recalls(
         self, queries: Tensor, keys: Tensor, candidates: int | None, image_asks: bool
@@ -97,18 +102,20 @@ class _Ranker:
         """({k: recall@k}, pairs ranked) of all queries; this worker ranks every world-th one."""
         count = 0 if candidates is None else min(candidates or len(keys), len(keys))
         mine = torch.arange(_rank(), len(queries), world_size())
-        hits = torch.zeros(len(RANKS), dtype=torch.int64)
+        hits, finite = torch.zeros(len(RANKS), dtype=torch.int64), True
         for chunk in mine.split(max(1, PAIRS // max(1, count))):
             final = queries[chunk] @ keys.T
             if count:
                 chosen = final.topk(count, dim=1).indices
                 match = self._match(chunk, chosen, image_asks)
+                finite = finite and is_finite(match)
                 # candidates first, by the ITM head; then the others, by similarity, which is at most 1
                 final = (final - 4).scatter(1, chosen, match)
             own = self.owner[None] == chunk[:, None] if image_asks else torch.arange(len(keys))[None] == self.owner[chunk, None]
             best = final.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
             ahead = ((final >= best) & ~own).sum(1)  # a tie counts as ahead: a collapsed model scores 0
             hits += torch.stack([(ahead < k).sum() for k in RANKS])
+        raise_together(None if finite else "scores of the match head: not finite (NaN or infinite)")
         if world_size() > 1:
             hits = hits.to(self.device)
             dist.all_reduce(hits)

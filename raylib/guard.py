@@ -97,7 +97,8 @@ class Watch:
         terms = self.guard.terms_at_end()
         what = f"{', '.join(terms)} not finite" if terms else "all terms finite, the gradient is not"
         rows = f"{self.guard.limit + 1} steps in a row skipped, more than fit.max_skipped={self.guard.limit}"
-        raise NotFinite(f"step {end + 1}: {rows}: {what}; {self._first_parameter(end)}; {self.advice()}")
+        more = "with a larger fit.max_skipped the same command goes on from there"
+        raise NotFinite(f"step {end + 1}: {rows}: {what}; {self._first_parameter(end)}; {self.advice()}; {more}")
 
     def require_good_weights(self, done: int) -> None:
         """Check, on all workers together, that the weights after `done` steps may be kept.
@@ -112,14 +113,13 @@ class Watch:
             with torch.no_grad():
                 loss, terms = self._forward(self.applied)
             bad = [name for name, value in {"loss": loss, **terms}.items() if not is_finite(value)]
-            since = f"since step {self.applied + 1} its own batch gives no finite {', '.join(bad)}, and the steps after it"
-            raise_together(f"step {done}: {since} were skipped; {self.advice()}" if bad else None)
+            broken = f"the update of step {self.applied + 1} broke the weights: its own batch, once more, gives no finite"
+            raise_together(f"step {done}: {broken} {', '.join(bad)}; {self.advice()}" if bad else None)
 
     def advice(self) -> str:
-        """Return how to go on after a run that ended."""
-        where = f"{self.newest.name}, its newest checkpoint" if self.newest else "the start"
-        return (f"give a run of another name= a lower optim.lr or optim.clip; the same command, with a larger fit.max_skipped, "
-                f"goes on from {where}")  # fmt: skip
+        """Return what to do about a run that ended."""
+        last = f"the last good checkpoint is {self.newest}" if self.newest else "there is no checkpoint yet"
+        return f"lower optim.lr or optim.clip, under another name=; {last}"
 
     def _forward(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         batch = self.replay(step)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from raylib.finite import require_finite
+
 RANKS = (1, 5, 10)
 
 
@@ -17,7 +19,12 @@ def recalls(queries: Tensor, keys: Tensor, query_owner: Tensor, key_owner: Tenso
     Args:
         queries, keys: (n, e), (m, e). query_owner, key_owner: (n,), (m,), equal where a key answers a query; every
             query has a key.
+
+    Raises:
+        NotFinite: a query or key is not finite: nothing would be ahead of its own.
     """
+    require_finite("embeddings of queries", queries)
+    require_finite("embeddings of keys", keys)
     hits = dict.fromkeys(RANKS, 0)
     for start in range(0, len(queries), chunk):
         scores = queries[start : start + chunk] @ keys.T
