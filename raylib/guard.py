@@ -77,7 +77,7 @@ class Engine(Protocol):
 class Watch:
     """Reads `guard` before anything is kept.
 
-    replay: `replay(step)` -> this worker's batch of a step, after seeding what is drawn in that step's forward pass.
+    replay: `replay(step)` -> this worker's batch of a step, after seeding what that step's forward pass draws.
     newest: the checkpoint that the run can go on from.
     """
 
@@ -101,15 +101,15 @@ class Watch:
         raise NotFinite(f"step {end + 1}: {rows}: {what}; {self._first_parameter(end)}; {self.advice()}; {more}")
 
     def require_good_weights(self, done: int) -> None:
-        """Check, on all workers together, that the weights after `done` steps may be kept.
+        """Check, on all workers together, that the weights after `done` steps may be evaluated and kept.
 
         Raises:
-            NotFinite: a weight or the optimizer's state is not finite (it is named); or, where the last steps were skipped, the
-                last step that was not gives no finite loss any more: it is what broke the weights.
+            NotFinite: a weight or the optimizer's state is not finite (it is named); or the batch of the last step that was not
+                skipped, which had a finite loss before its update, has none any more: weights may be finite, and broken.
         """
         found = self.engine.find_not_finite()
         raise_together(found and f"step {done}: {found} is not finite; {self.advice()}")
-        if self.in_a_row and self.applied >= 0:
+        if self.applied >= 0:
             with torch.no_grad():
                 loss, terms = self._forward(self.applied)
             bad = [name for name, value in {"loss": loss, **terms}.items() if not is_finite(value)]
@@ -137,7 +137,7 @@ class Watch:
             return "the first parameter hit is unknown, for its gradient does not fit the memory"
         hit = _on_any_worker([g is not None and not is_finite(g) for g in gradients], self.engine.device)
         if not any(hit):
-            return "no gradient of a parameter is, their norm alone overflows or a term without gradient is not finite"
+            return "all parameters' own gradients are finite"  # but not their norm, or not a loss that has finite ones
         return f"first parameter hit {named[hit.index(True)][0]} ({sum(hit)} of {len(named)})"
 
 

@@ -100,7 +100,8 @@ def fit(
     meta_of_run = {**describe, "workers": runtime.world, "engine": engine.name}
     saver = _Saver(runtime, engine, objective, meta_of_run, clock, config.steps)
     losses, evaluation = finite_values(meta.get("losses", {})), meta.get("evaluation", {})
-    watch = Watch(guard, engine, lambda step: _replay(objective, batches, step, config, runtime), start)
+    replay = _Replay(objective, batches, config, runtime)
+    watch = Watch(guard, engine, replay, start)
     stream = load_batches(batches, first, last, config.loader_workers, pin=on_gpu)
     progress = _Progress(config.steps, first, tracker)
     for step in range(first, last):
@@ -108,7 +109,7 @@ def fit(
         clock.lap("data" if step > first else "start")  # the first batch waits for the loaders' own start
         if step == first:
             saver.ready = time.time()
-        _start_step(objective, step, config, runtime)
+        replay.start(step, batch)
         lr = learning_rate(step, config.steps, optim)
         terms, done = _step(engine, batch, step, lr, runtime), step + 1
         logs = done % config.log_every == 0 or done == last
@@ -140,6 +141,27 @@ def fit(
         "skipped_steps": watch.skipped, "peak_memory_gb": _peak_memory(runtime.device),
         "samples_per_second": progress.overall(last, clock),
     }  # fmt: skip
+
+
+class _Replay:
+    """Steps to be gone through again: `replay(step)` is this worker's batch of `step`, dropout seeded as it was."""
+
+    def __init__(self, objective: nn.Module, batches: Dataset, config: FitConfig, runtime: Runtime):
+        self.objective, self.batches, self.config, self.runtime = objective, batches, config, runtime
+        self.last: tuple[int, dict] | None = None  # the step under way, and its batch
+
+    def start(self, step: int, batch: dict) -> None:
+        """Begin `step`: dropout is a function of (seed, step, rank)."""
+        self.last = step, batch
+        torch.manual_seed(int(hash64(self.config.seed, step, self.runtime.rank, "dropout")) >> 1)
+        self.objective.train()
+
+    def __call__(self, step: int) -> dict:
+        if self.last is None or self.last[0] != step:
+            self.start(step, to_device(self.batches[step], self.runtime.device))
+        else:
+            self.start(*self.last)
+        return self.last[1]
 
 
 class _Saver:
@@ -213,12 +235,6 @@ def _due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
 
-def _start_step(objective: nn.Module, step: int, config: FitConfig, runtime: Runtime) -> None:
-    """Seed dropout, a function of (seed, step, rank)."""
-    torch.manual_seed(int(hash64(config.seed, step, runtime.rank, "dropout")) >> 1)
-    objective.train()
-
-
 def _step(engine: TorchEngine | DeepSpeedEngine, batch: dict, step: int, lr: float, runtime: Runtime) -> dict[str, Tensor]:
     """As `engine.step`; says what to do where memory runs out."""
     try:
@@ -227,13 +243,6 @@ def _step(engine: TorchEngine | DeepSpeedEngine, batch: dict, step: int, lr: flo
         if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
             raise _does_not_fit(step, batch, runtime) from e
         raise
-
-
-def _replay(objective: nn.Module, batches: Dataset, step: int, config: FitConfig, runtime: Runtime) -> dict:
-    """This worker's batch of `step` once more, with dropout seeded as it was."""
-    batch = to_device(batches[step], runtime.device)
-    _start_step(objective, step, config, runtime)
-    return batch
 
 
 def _evaluate(objective: nn.Module, evaluate: Callable, clock: Clock, done: int, watch: Watch) -> dict[str, float]:

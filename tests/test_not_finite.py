@@ -29,7 +29,7 @@ class Faulty(Squares):
         if fault == "gradient":  # the loss is what it was, the slope of a root at 0 is infinite
             loss = loss + (weight - weight.detach()).sum().sqrt()
         if fault == "loss":  # overflows float32
-            loss = loss + (3e38 * weight.square().sum() + 3e38)
+            loss = loss * 3e38 * 3e38
         if fault == "term":  # the loss is finite, and so is its gradient
             terms["task"] = terms["task"] * torch.nan
         return loss, terms
