@@ -106,8 +106,8 @@ def test_vision_folders(tmp_path):
     swin.save_pretrained(tmp_path / "swin")
     name = next(iter(load_file(tmp_path / "swin" / "model.safetensors")))
     poison(tmp_path / "swin" / "model.safetensors", name)
-    text = test_cclm_load.text_folder(tmp_path / "text", 12)
-    refuses(lambda: load_backbone(text or tmp_path / "text", "cclm_swin", str(tmp_path / "swin")), str(tmp_path / "swin"), name)
+    test_cclm_load.text_folder(tmp_path / "text", 12)
+    refuses(lambda: load_backbone(tmp_path / "text", "cclm_swin", str(tmp_path / "swin")), str(tmp_path / "swin"), name)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -179,8 +179,12 @@ def test_region_stores_name_the_image(tmp_path, monkeypatch, kind, what):
     bad[1, 1] = NAN
     monkeypatch.setattr(test_stores, what.upper(), bad)
     path = test_stores.write_store(kind, tmp_path)
-    name = {"boxes": "bbox or wh"}.get(what, what) if kind == "flat.h5" else what
-    refuses(lambda: open_regions(path).read("8"), str(path), f"{name} not finite", "7" if name == "bbox or wh" else "8")
+    refuses(lambda: open_regions(path).read("8"), f"{path}, 8: {what} not finite")
+
+
+def test_a_flat_h5_whose_boxes_tell_no_order_names_the_image(tmp_path):
+    wh = np.array([[40, 20], [NAN, 20]])
+    refuses(lambda: open_regions(test_stores.write_flat_h5(tmp_path / "f.h5", wh=wh)), "f.h5, 8.jpg: bbox or wh not finite")
 
 
 @pytest.mark.parametrize(("size", "words"), [(NAN, "img_h not finite"), (0, "img_h 0, img_w 40: an image has a size")])

@@ -119,7 +119,8 @@ def _read_text(path: Path, wanted: dict[bytes, str], width: int) -> dict[str, np
 
 def _numbers(fields: list[bytes]) -> np.ndarray | None:
     try:
-        return np.array([float(field) for field in fields], np.float32)
+        with np.errstate(over="ignore"):  # infinite then, which is told with the word
+            return np.array([float(field) for field in fields], np.float32)
     except ValueError:
         return None
 
