@@ -113,8 +113,8 @@ class Watch:
             with torch.no_grad():
                 loss, terms = self._forward(self.applied)
             bad = [name for name, value in {"loss": loss, **terms}.items() if not is_finite(value)]
-            broken = f"the update of step {self.applied + 1} broke the weights: its own batch, once more, gives no finite"
-            raise_together(f"step {done}: {broken} {', '.join(bad)}; {self.advice()}" if bad else None)
+            broken = f"the update of step {self.applied + 1} broke the weights: of its own batch, once more, {', '.join(bad)}"
+            raise_together(f"step {done}: {broken} not finite; {self.advice()}" if bad else None)
 
     def advice(self) -> str:
         """Return what to do about a run that ended."""
