@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 from finetune import masks
 from finetune.build import build_model
@@ -18,6 +17,7 @@ from finetune.worker import Work
 from raylib import checkpoint
 from raylib.collective import world_size
 from raylib.launch import launch, leads, open_run, run_folder
+from raylib.model.folder import read_weights
 from raylib.tune.reporter import Reporter
 
 
@@ -28,10 +28,11 @@ def find_mask(
 
     Returns:
         (the config of the training that follows: with the mask, and code-mixed where that is asked for,
-        {"finished", "seconds" and "steps" of all rounds, "sparsity": of the prunable weights and of the whole model}).
+        {"finished", "seconds", "steps" and "skipped_steps" of all rounds, "sparsity": of the prunable weights and of the whole
+        model}).
     """
     sparse, mixing = config.strategies.sparse, config.strategies.code_mixing
-    spent, mask_file = {"seconds": 0.0, "steps": 0}, Path(sparse.mask) if sparse.mask else None
+    spent, mask_file = {"seconds": 0.0, "steps": 0, "skipped_steps": 0}, Path(sparse.mask) if sparse.mask else None
     for number in range(1, sparse.rounds + 1) if mask_file is None else ():
         part = _with(config, None, mixing and mixing.stages in ("rounds", "both"))
         part = part.model_copy(update={"name": f"round_{number}", "runs": str(run_folder(config)), "resume": "newest"})
@@ -39,7 +40,7 @@ def find_mask(
         start = None if sparse.rewind == "initial" or number == 1 else checkpoint.newest(Path(part.runs) / f"round_{number - 1}")
         told = reporter and reporter.after((number - 1) * sparse.epochs)
         result = _round(Work(language, sparse.epochs, start), part, mask_file, told)
-        spent = {name: value + result[name] for name, value in spent.items()}
+        spent = {name: value + result.get(name, 0) for name, value in spent.items()}  # an older part.json has no skipped_steps
         if not result["finished"]:
             return part, {**result, **spent}
         if leads(config) and not coming.is_file():
@@ -69,12 +70,12 @@ def _round(work: Work, part: FinetuneConfig, mask: Path | None, reporter: Report
         open_run(part)
     result = launch(work, _with(part, mask, True), run_folder(part), reporter)
     if result["finished"] and leads(part):
-        checkpoint.write_atomically(done, json.dumps(result))
+        checkpoint.write_atomically(done, json.dumps(result, allow_nan=False))
     return result
 
 
 def _prune(part: FinetuneConfig, rate: float, before: Path | None, out: Path) -> None:
     """Prune what a round has trained, by the mask `before` it, into the mask `out`."""
-    weights = load_file(checkpoint.newest(run_folder(part)) / "model.safetensors")
+    weights = read_weights(checkpoint.newest(run_folder(part)))
     prunable = {name: weights[name] for name in build_model(part).prunable()}
     masks.write(masks.prune(prunable, before and masks.read(before), rate), out)

@@ -23,7 +23,8 @@ from finetune.examples import Example
 from finetune.metrics import read_predictions, score
 from finetune.model import FinetuneModel
 from finetune.pictures import Encoded, Pictures, Pixels, encode_pictures
-from raylib.collective import world_size
+from raylib.collective import raise_together, world_size
+from raylib.finite import is_finite
 from raylib.loop import to_device
 from raylib.text import Tokenizer
 
@@ -37,9 +38,12 @@ def predict(
     """Write {"id", "prediction", "labels", "kind", "images"} of every example into `out`, one line each; every worker calls it.
 
     `out` must lie where all workers can write. Returns how many there are.
+
+    Raises:
+        NotFinite: scores of an example are not finite; the first of its batch is named.
     """
     rank, world = dist.get_rank() if world_size() > 1 else 0, world_size()
-    device, count = next(model.parameters()).device, 0
+    device, count, bad = next(model.parameters()).device, 0, None
     part = out.with_name(f".{out.name}.{rank}")
     model.eval()
     with open(part, "w", encoding="utf-8") as file, torch.inference_mode():
@@ -47,12 +51,20 @@ def predict(
         read = ((chunk, read_inputs(chunk, pictures, tokenizer, length)) for chunk in mine)
         for chunk, inputs in _one_ahead(read):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                chosen = model(to_device(inputs, device)).argmax(1).tolist()
+                scores = model(to_device(inputs, device))
+            best, chosen = scores.max(1)
+            # a decoder's score is -inf of what is no candidate; a maximum is NaN where any score is
+            if not is_finite(best if model.spells else scores):
+                finite = (best[:, None] if model.spells else scores).isfinite().all(1).tolist()
+                bad = f"scores of example {chunk[finite.index(False)].id}: not finite (NaN or infinite)"
+                break
+            chosen = chosen.tolist()
             for example, label in zip(chunk, chosen, strict=True):
                 line = {"id": example.id, "prediction": model.labels[label], "labels": dict(example.labels),
                         "kind": example.kind, "images": list(example.images)}  # fmt: skip
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             count += len(chunk)
+    raise_together(bad)
     if world > 1:
         counts = [None] * world
         dist.all_gather_object(counts, count)  # waits for all

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from raylib.errors import UserError
+from raylib.finite import require_finite
 
 Mask = dict[str, Tensor]
 
@@ -23,7 +24,12 @@ def prune(weights: dict[str, Tensor], mask: Mask | None, rate: float) -> Mask:
     Args:
         weights: by name; those that may be pruned. mask: of an earlier round, or None: all are left.
     Exactly round(rate x left) weights go; of equal ones, the first in order.
+
+    Raises:
+        NotFinite: a weight, which has no magnitude then.
     """
+    for name, w in weights.items():
+        require_finite(f"weights of {name}", w)
     kept = {name: np.ones(w.shape, bool) if mask is None else mask[name].numpy() for name, w in weights.items()}
     sizes = np.concatenate([w.detach().float().abs().cpu().numpy()[kept[name]] for name, w in weights.items()])
     going = round(rate * len(sizes))

@@ -10,6 +10,7 @@ from finetune.lineage import described, method_of
 from raylib import markdown
 from raylib.checkpoint import write_atomically
 from raylib.errors import UserError
+from raylib.finite import require_finite_values
 from raylib.markdown import percent
 from raylib.metrics import RANKS, disparity, mean
 from raylib.track import read_metrics
@@ -38,6 +39,7 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
         "sparsity": sparsity.get("whole", 0.0), "sparsity_prunable": sparsity.get("prunable", 0.0),
         **{name: first[name] for name in ("share", "share_with_heads") if name in first},
         "steps": steps,
+        "skipped_steps": sum(part.get("skipped_steps", 0) for part in parts),
         "seconds": sum(part.get("seconds", 0.0) for part in parts),
         "retrieval" if retrieval else "accuracy": figures if retrieval else scores,
         "interval": intervals,
@@ -75,6 +77,7 @@ def of_dev_sets(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str
         "seed": config.fit.seed,
         "params": first.get("params"), "trainable": first.get("trainable"),
         "steps": sum(part.get("steps", 0) for part in parts), "seconds": sum(part.get("seconds", 0.0) for part in parts),
+        "skipped_steps": sum(part.get("skipped_steps", 0) for part in parts),
         "dev": {code: mean([part["dev"][code] for part in parts if code in part["dev"]]) for code in sorted(seen)},
         "interval": {code: found[0] for code, found in intervals.items() if len(found) == 1},
     }  # fmt: skip
@@ -121,10 +124,15 @@ def _notes(result: dict[str, Any]) -> str:
 
 
 def write(run: Path, result: dict[str, Any]) -> None:
-    """`result.json`, `result.md` and `result.png` into the run's folder."""
+    """`result.json`, `result.md` and `result.png` into the run's folder.
+
+    Raises:
+        NotFinite: a number in `result` is not finite; nothing is written.
+    """
+    require_finite_values(f"{run}/result.json", result)
     draw(result, run / "result.png")
     (run / "result.md").write_text(table(result) + "\n", encoding="utf-8")
-    write_atomically(run / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(run / "result.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -169,11 +177,16 @@ def draw_curve(run: Path) -> None:
 
 
 def read_result(run: Path) -> dict[str, Any]:
-    """The result of a finished run."""
+    """The result of a finished run.
+
+    Raises:
+        UserError: not a finished run, or a number in it is not finite.
+    """
     try:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"{run}/result.json: not read ({e}); give finished runs") from None
     if "dev" in result:
         raise UserError(f"{run}: a trial of a search, which was never tested; run the search's best.yaml")
+    require_finite_values(f"{run}/result.json", result)
     return result

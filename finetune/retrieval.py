@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from finetune.batches import encode_texts
 from finetune.examples import Captioned
 from finetune.pictures import Encoded, Pixels, encode_pictures
-from raylib.collective import world_size
+from raylib.collective import raise_together, world_size
 from raylib.data.states import States, write_states
+from raylib.finite import is_finite, require_finite
 from raylib.intervals import recall_interval
 from raylib.metrics import RANKS, hit_chances, mean, mean_hits, nearest_keys
 from raylib.model.encoder import Condition
@@ -40,6 +41,8 @@ def retrieve(
     Returns:
         {"i2t_r1" ... "t2i_r10", "mean_recall", "interval": its 95 % bootstrap interval over images, "n": pictures,
         "captions", "chance_r1", "pairs": how many were ranked}.
+    Raises:
+        NotFinite: embeddings, or scores of the match head, are not finite.
     """
     ranker = _Ranker(model, items, pictures, tokenizer, length, folder, bf16, ranks=candidates is not None)
     try:
@@ -96,6 +99,8 @@ class _Ranker:
             if ranks:
                 self.texts: States = write_states(folder / "texts", self.keys, encode, SENTENCES)
             self.text_vectors = _vectors(self.keys, embed_states if ranks else embed_sentences)
+        require_finite("image embeddings", self.image_vectors)
+        require_finite("text embeddings", self.text_vectors)
 
     def hits(
         self, queries: Tensor, keys: Tensor, candidates: int | None, image_asks: bool
@@ -103,18 +108,21 @@ class _Ranker:
         """(chance of each query to hit within each of RANKS, float64 (n, 3); pairs ranked). A worker takes every
         world-th chunk of queries: chunks, and so all numbers, are the same whatever the number of workers."""
         count = 0 if candidates is None else min(candidates or len(keys), len(keys))
-        hits = torch.zeros(len(queries), len(RANKS), dtype=torch.float64)
+        hits, finite = torch.zeros(len(queries), len(RANKS), dtype=torch.float64), True
         order = torch.from_numpy(permutation(len(keys), "candidates"))
         chunks = torch.arange(len(queries)).split(max(1, PAIRS // max(1, count)))
         for chunk in chunks[_rank() :: world_size()]:
             scores, first = queries[chunk] @ keys.T, None
             if count:
                 chosen = nearest_keys(scores, count, order)
+                match = self._match(chunk, chosen, image_asks)
+                finite = finite and is_finite(match)
                 # two levels: candidates by the match head, and after all of these the others, by similarity
                 first = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
-                scores = scores.scatter(1, chosen, self._match(chunk, chosen, image_asks))
+                scores = scores.scatter(1, chosen, match)
             own = self.owner[None] == chunk[:, None] if image_asks else torch.arange(len(keys))[None] == self.owner[chunk, None]
             hits[chunk] = hit_chances(scores, own, first)
+        raise_together(None if finite else "scores of the match head: not finite (NaN or infinite)")
         if world_size() > 1:  # every row is one worker's, and 0 on the others: their sum is exact
             hits = hits.to(self.device)
             dist.all_reduce(hits)

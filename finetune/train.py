@@ -18,6 +18,7 @@ from finetune.worker import Work, evaluate_model, silent, trained, with_confusio
 from raylib import checkpoint
 from raylib.config import load
 from raylib.errors import UserError
+from raylib.finite import require_finite_values
 from raylib.launch import launch, leads, open_run, run_folder
 from raylib.tune.reporter import Reporter
 
@@ -46,7 +47,8 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
         return results[-1]
     if not config.tests:
         result = report.of_dev_sets(config, results)
-        checkpoint.write_atomically(folder / "result.json", json.dumps(result, indent=1) + "\n")
+        require_finite_values(f"{folder}/result.json", result)
+        checkpoint.write_atomically(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
         return result
     result = report.summarise(config, results)
     if leads(config):
@@ -125,9 +127,11 @@ def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter |
     if not before["finished"]:
         return before
     result = launch(Work(language), ready, folder, reporter)
-    result |= {name: before[name] + result[name] for name in ("seconds", "steps")} | {"sparsity": before.get("sparsity")}
+    result |= {name: before.get(name, 0) + result.get(name, 0) for name in ("seconds", "steps", "skipped_steps")}
+    result |= {"sparsity": before.get("sparsity")}
     if result["finished"] and leads(config):
-        checkpoint.write_atomically(done, json.dumps(result, ensure_ascii=False))
+        require_finite_values(str(done), result)
+        checkpoint.write_atomically(done, json.dumps(result, ensure_ascii=False, allow_nan=False))
     return result
 
 

@@ -19,6 +19,7 @@ from finetune.tasks import TASKS
 from raylib.checkpoint import write_atomically
 from raylib.config import Config, choose
 from raylib.errors import UserError, needed
+from raylib.finite import require_finite_file
 
 CAPTIONS = ("sentences", "caption_reference_description")  # fields of JSON lines that hold them
 
@@ -136,6 +137,7 @@ class _Engine:
             self.model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True).eval()
         except (OSError, ValueError, KeyError) as e:
             raise UserError(f"{folder}: no translation model is read there ({' '.join(str(e).split())[:200]})") from None
+        require_finite_file(folder, self.model.state_dict())
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.config = config
 

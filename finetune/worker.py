@@ -34,6 +34,7 @@ from raylib import checkpoint, shared
 from raylib.collective import world_size
 from raylib.data.states import fingerprint
 from raylib.errors import UserError
+from raylib.finite import require_finite_values
 from raylib.loop import fit
 from raylib.model import tuning
 from raylib.objective import ObjectiveConfig, UnifiedObjective, Weights
@@ -80,7 +81,9 @@ class Work:
             if tuning.described(model) and runtime.rank == 0:
                 tuning.write(model, trainable.keys(), runtime.run / "tuned.safetensors")
             if not config.tests:
-                found = checkpoint.read_meta(trained(config, runtime.run, runtime.newest()))["evaluation"]
+                source = trained(config, runtime.run, runtime.newest())
+                found = checkpoint.read_meta(source)["evaluation"]
+                require_finite_values(f"{source}/meta.json", found)
                 return {**result, **counts, "dev": _scores(found), "interval": _intervals(found)}
         figures = with_confusions(config, evaluate_model(config, model, tokenizer, pictures, runtime.run), runtime.run)
         return {**result, **counts, "languages": figures}

@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raylib.collective import world_size
+from raylib.collective import raise_together, world_size
 from raylib.data.images import decode, resize
 from raylib.data.retrieval import read_retrieval
 from raylib.errors import UserError
+from raylib.finite import is_finite, require_finite
 from raylib.intervals import recall_interval
 from raylib.metrics import RANKS, mean, mean_hits, recall_hits
 from raylib.model.folder import find_model, find_tokenizer
@@ -54,7 +55,11 @@ class Retrieval:
     def __call__(self, model: UnifiedModel) -> dict[str, Any]:
         """{"retrieval": {language: figures}, "heldout": the same of held-out concepts alone, "interval": {language:
         [low, high]}, the 95 % bootstrap interval over images of R@1 (mean of both ways)}; the figures are `chance_r1`,
-        `i2t_r1` ... `t2i_r10`, `n` pictures. Workers share the encoding; all return the same."""
+        `i2t_r1` ... `t2i_r10`, `n` pictures. Workers share the encoding; all return the same.
+
+        Raises:
+            NotFinite: embeddings of the images, or of a language's sentences, are not finite.
+        """
         device, size = next(model.parameters()).device, world_size()
         rank = dist.get_rank() if size > 1 else 0
         mine = [language for i, language in enumerate(sorted(self.ids)) if i % size == rank]
@@ -62,9 +67,11 @@ class Retrieval:
         images = torch.empty(len(self.pictures), model.config.embedding)
         for other, part in pictures.items():
             images[other::size] = part
-        scored = {language: self._score(language, encode_sentences(model, self.ids[language], device), images)
-                  for language in mine}  # fmt: skip
-        scored = _exchange(scored)
+        require_finite("image embeddings", images)  # on all workers
+        texts = {language: encode_sentences(model, self.ids[language], device) for language in mine}
+        bad = [language for language, embeddings in texts.items() if not is_finite(embeddings)]
+        raise_together(f"text embeddings in {', '.join(bad)}: not finite (NaN or infinite)" if bad else None)
+        scored = _exchange({language: self._score(language, embeddings, images) for language, embeddings in texts.items()})
         heldout = {language: held for language in sorted(scored) if (held := scored[language][1])}
         retrieval, interval = ({language: scored[language][i] for language in sorted(scored)} for i in (0, 2))
         return {"retrieval": retrieval, "heldout": heldout, "interval": interval}

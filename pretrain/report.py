@@ -7,6 +7,7 @@ from typing import Any
 from pretrain.evaluate import r1
 from raylib import markdown
 from raylib.checkpoint import write_atomically
+from raylib.finite import require_finite_values
 from raylib.metrics import mean
 from raylib.track import read_metrics
 
@@ -79,5 +80,10 @@ def draw_curve(run: Path) -> Path:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """A result as JSON, whole or not at all."""
-    write_atomically(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    """Write a result as JSON, whole or not at all.
+
+    Raises:
+        NotFinite: a number in it is not finite.
+    """
+    require_finite_values(str(path), result)
+    write_atomically(path, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -17,7 +17,10 @@ import os
 import shutil
 from pathlib import Path
 
-from raylib.errors import UserError
+from safetensors import safe_open
+
+from raylib.errors import NotFinite, UserError
+from raylib.finite import is_finite
 
 FOLDER, BEST, REGISTRY, START = "checkpoints", "best", "registry.json", "start.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's
@@ -96,17 +99,40 @@ def register(run: Path, name: str, keep: int) -> None:
 
 
 def keep_best(run: Path, name: str) -> None:
-    """Make `best/` this checkpoint if its score is the highest so far."""
+    """Make `best/` this checkpoint if its score is the highest so far. One that is there, but not finite, as earlier versions
+    kept it, gives way, and a line says so.
+
+    Raises:
+        NotFinite: the score of this checkpoint.
+    """
     source, best = run / FOLDER / name, run / BEST
     score = read_meta(source)["score"]
-    if score is None or (best.is_dir() and read_meta(best)["score"] >= score):
+    if score is None:
         return
+    if not is_finite(score):
+        raise NotFinite(f"{source}/meta.json: score {score} is not finite (NaN or infinite), and cannot become {best}")
+    if best.is_dir():
+        if bad := _not_finite_of(best):
+            print(f"{best}: {bad} is not finite (NaN or infinite); {name} takes its place", flush=True)
+        elif read_meta(best)["score"] >= score:
+            return
     fresh = run / f".{BEST}.new"
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(source, fresh, copy_function=_link)
     if best.is_dir():
         shutil.rmtree(best)
     fresh.rename(best)
+
+
+def _not_finite_of(best: Path) -> str | None:
+    """Name what is not finite of the best checkpoint so far."""
+    meta = read_meta(best)
+    if not is_finite(meta["score"]):
+        return f"its score {meta['score']}"
+    if "skipped_steps" in meta:  # saved by a version that keeps finite weights alone
+        return None
+    with safe_open(best / "model.safetensors", "pt") as file:
+        return next((f"tensor {name}" for name in file.keys() if not is_finite(file.get_tensor(name))), None)  # noqa: SIM118
 
 
 def _link(source: str, to: str) -> None:

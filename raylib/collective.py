@@ -9,12 +9,24 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from raylib.errors import NotFinite, UserError
 from raylib.ragged import Ragged
 
 
 def world_size() -> int:
     """Workers in the default process group; 1 without one."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def raise_together(error: str | None, kind: type[UserError] = NotFinite) -> None:
+    """Raise on every worker, as a `kind`, the `error` that one of them has found, so that none waits for another in vain. All
+    workers call it; without an error on any, nothing happens."""
+    errors = [error]
+    if world_size() > 1:
+        errors = [None] * world_size()
+        dist.all_gather_object(errors, error)
+    if found := next(filter(None, errors), None):
+        raise kind(found)
 
 
 def total(x: Tensor) -> Tensor:

@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raylib.collective import raise_together
 from raylib.errors import UserError
+from raylib.finite import is_finite
+from raylib.guard import StepGuard
 from raylib.optim import LayerRates, OptimConfig, build_optimizer, parameter_groups
 
 
@@ -25,9 +28,10 @@ class TorchEngine:
 
     def __init__(
         self, objective: nn.Module, config: OptimConfig, device: torch.device, bf16: bool, start: Path | None,
-        rates: LayerRates | None = None,
+        rates: LayerRates | None = None, guard: StepGuard | None = None,
     ):  # fmt: skip
         self.config, self.device, self.bf16, self.rates = config, device, bf16, rates
+        self.guard = guard or StepGuard(device)
         self.objective = self.module = objective.to(device)
         self.optimizer = build_optimizer(_groups(objective, config, rates), config)
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -37,8 +41,8 @@ class TorchEngine:
             self._load(start)
 
     def step(self, batch: dict, step: int, lr: float) -> dict[str, Tensor]:
-        """One optimizer step, `step` of the run. Returns the terms of the global batch and the gradient's norm, as tensors
-        on the device."""
+        """One optimizer step, `step` of the run; skipped where loss, a term or the gradient's norm is not finite. Returns the
+        terms of the global batch and the norm, as tensors on the device."""
         for group in self.optimizer.param_groups:
             if set_rate(group, group["params"], self.rates, step, lr):
                 for parameter in group["params"]:
@@ -46,10 +50,20 @@ class TorchEngine:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             loss, terms = self.module(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self.guard.check_loss(loss, terms).backward()
         norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.clip)
+        # as GradScaler does it: where `found_inf` is 1, fused AdamW changes nothing, not even its count of steps, and no host
+        # has to wait for the device to know
+        self.optimizer.found_inf = self.guard.count(step, norm)
         self.optimizer.step()
         return {**terms, "grad_norm": norm}
+
+    def find_not_finite(self) -> str | None:
+        """Name the first weight, or tensor of the optimizer, that is not finite on this worker."""
+        names = {p: name for name, p in self.objective.named_parameters()}
+        state = {f"the optimizer's {key} of {names[p]}": value for p, values in self.optimizer.state.items()
+                 for key, value in values.items()}  # fmt: skip
+        return _first_not_finite(self.objective.model.state_dict() | state)
 
     def save(self, folder: Path, rank: int) -> None:
         """Worker 0 writes: without ZeRO the others hold the same. The weights are in `model.safetensors` (`fit`)."""
@@ -61,6 +75,7 @@ class TorchEngine:
             raise UserError(f"{folder}: saved by DeepSpeed; resume with runtime=ray, or start a new run from its export")
         self.objective.model.load_state_dict(load_file(folder / "model.safetensors", device=str(self.device)))
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True))
+        _require_finite(self, folder)
 
 
 class DeepSpeedEngine:
@@ -70,10 +85,11 @@ class DeepSpeedEngine:
 
     def __init__(
         self, objective: nn.Module, config: OptimConfig, device: torch.device, bf16: bool, start: Path | None,
-        rates: LayerRates | None = None,
+        rates: LayerRates | None = None, guard: StepGuard | None = None,
     ):  # fmt: skip
         deepspeed = _import_deepspeed(device)
-        self.objective, self.device, self.rates = objective.to(device), device, rates
+        self.objective, self.device, self.bf16, self.rates = objective.to(device), device, bf16, rates
+        self.guard = guard or StepGuard(device)
         world = dist.get_world_size()
         convert = bool(start) and _saved_world(start) != world
         settings = {
@@ -106,9 +122,17 @@ class DeepSpeedEngine:
                     if isinstance(value, Tensor):
                         value.zero_()
         loss, terms = self.engine(batch)
-        self.engine.backward(loss)
-        self.engine.step()
-        return {**terms, "grad_norm": torch.as_tensor(self.engine.get_global_grad_norm())}
+        self.engine.backward(self.guard.check_loss(loss, terms))
+        self.engine.step()  # of float32 weights, it changes nothing where the norm is not finite, and says infinite
+        norm = torch.as_tensor(self.engine.get_global_grad_norm())
+        self.guard.count(step, norm)
+        return {**terms, "grad_norm": norm}
+
+    def find_not_finite(self) -> str | None:
+        """As `TorchEngine.find_not_finite`, of this worker's shards."""
+        states = [self.optimizer.optimizer.state.get(shard, {}) for shard in self.optimizer.single_partition_of_fp32_groups]
+        shards = {f"the optimizer's {key} of group {i}": value for i, state in enumerate(states) for key, value in state.items()}
+        return _first_not_finite(self.objective.model.state_dict() | shards)
 
     def save(self, folder: Path, rank: int) -> None:
         """Every worker writes its own optimizer shard; worker 0 the module too."""
@@ -120,6 +144,7 @@ class DeepSpeedEngine:
             raise UserError(f"{folder}: saved without DeepSpeed; resume with runtime=local")
         if not convert:
             self.engine.load_checkpoint(str(folder), tag="zero")
+            _require_finite(self, folder)
             return
         # every worker converts for itself: a shared place would need a lock, and a change of workers is rare
         with tempfile.TemporaryDirectory(prefix="polyglance-universal-") as scratch:
@@ -132,6 +157,18 @@ class DeepSpeedEngine:
             (Path(scratch) / "latest_universal").write_text("zero_universal")
             self.engine.load_checkpoint(scratch)
         dist.barrier()
+        _require_finite(self, folder)
+
+
+def _first_not_finite(tensors: dict) -> str | None:
+    return next((name for name, value in tensors.items() if isinstance(value, Tensor) and not is_finite(value)), None)
+
+
+def _require_finite(engine: "TorchEngine | DeepSpeedEngine", folder: Path) -> None:
+    """Refuse a checkpoint, on all workers together, whose weights or optimizer state are not finite on one."""
+    found = engine.find_not_finite()
+    advice = "go on from an older checkpoint with resume=step_NNNNNN"
+    raise_together(found and f"{folder}: {found} is not finite (NaN or infinite); {advice}", UserError)
 
 
 def _groups(objective: nn.Module, config: OptimConfig, rates: LayerRates | None) -> list[dict]:

@@ -20,13 +20,18 @@ def is_finite(value: Tensor | np.ndarray | float) -> bool:
     """Return whether every element of `value` is finite; integers always are."""
     if isinstance(value, int | float):
         return math.isfinite(value)
-    tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    # A sum is finite only if every element is. It reads the tensor once and stores nothing; the exact test, which allocates
+    # A sum is finite only if every element is. It reads the elements once and stores nothing; the exact test, which allocates
     # a mask, is needed only where the sum itself overflowed.
-    total = tensor.sum(dtype=torch.float32 if tensor.element_size() < 4 else None)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+    if isinstance(value, np.ndarray | np.generic):
+        if value.dtype.kind not in "fc":
+            return True
+        with np.errstate(all="ignore"):
+            total = value.sum(dtype=np.float32 if value.itemsize < 4 else None)
+        return bool(np.isfinite(total) or np.isfinite(value).all())
+    if not (value.is_floating_point() or value.is_complex()):
+        return True
+    total = value.sum(dtype=torch.float32 if value.element_size() < 4 else None)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(value).all())
 
 
 def require_finite(what: str, value: Tensor | np.ndarray | float, advice: str = "") -> None:
@@ -40,6 +45,11 @@ def require_finite_values(where: str, values: Mapping[str, Any]) -> None:
     names = list(_not_finite(values, ""))
     if names:
         raise NotFinite(f"{where}: {', '.join(names)} not finite (NaN or infinite)")
+
+
+def finite_values(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the items of `values` that are finite."""
+    return {name: value for name, value in values.items() if is_finite(value)}
 
 
 def require_finite_file(path: Path | str, tensors: Mapping[str, Tensor | np.ndarray]) -> None:

@@ -41,8 +41,8 @@ class LaunchConfig(Config):
 
 # what may change between the parts of one run
 CHANGEABLE = ("runs", "runtime", "workers", "gpu", "max_failures", "resume", "fit.stop_after", "fit.log_every", "fit.eval_every",
-              "fit.save_every", "fit.keep", "fit.loader_workers", "fit.track", "fit.zero", "data.cache", "data.verify",
-              "verify")  # fmt: skip
+              "fit.save_every", "fit.keep", "fit.loader_workers", "fit.track", "fit.zero", "fit.max_skipped", "data.cache",
+              "data.verify", "verify")  # fmt: skip
 
 
 def run_folder(config: LaunchConfig) -> Path:

@@ -17,6 +17,8 @@ from raylib.config import Config
 from raylib.data.loading import load_batches
 from raylib.engine import DeepSpeedEngine, TorchEngine
 from raylib.errors import NotFinite, UserError
+from raylib.finite import finite_values, require_finite_values
+from raylib.guard import StepGuard, Watch
 from raylib.optim import LayerRates, OptimConfig, learning_rate
 from raylib.randomness import hash64
 from raylib.runtime import Runtime
@@ -34,6 +36,8 @@ class FitConfig(Config):
     eval_every: NonNegativeInt = 0
     save_every: NonNegativeInt = 0
     keep: PositiveInt = 2
+    # a step whose loss or gradient is not finite changes nothing; more such steps in a row than this end the run
+    max_skipped: NonNegativeInt = 10
     bf16: bool | None = None  # autocast; None: where the hardware multiplies bf16
     zero: bool | None = None  # DeepSpeed ZeRO-2; None: on Ray
     loader_workers: NonNegativeInt = 1
@@ -78,7 +82,10 @@ def fit(
         describe: what `meta.json` should say besides.
         rates: factor of the learning rate of each depth in each step; then `objective.model` has `depth_of(name)`.
     Returns:
-        {"steps", "seconds", "times", "losses", "evaluation", "peak_memory_gb", "samples_per_second", ...}.
+        {"steps", "seconds", "times", "losses", "evaluation", "skipped_steps", "peak_memory_gb", "samples_per_second", ...}.
+    Raises:
+        NotFinite: more steps in a row were skipped than `config.max_skipped`; weights, or scores, that are not finite. Nothing
+            is saved of them.
     """
     clock, start = Clock({}), runtime.newest()
     meta = checkpoint.read_meta(start) if start else {"step": 0, "times": {}}
@@ -86,51 +93,75 @@ def fit(
     on_gpu = runtime.device.type == "cuda"
     bf16 = config.uses_bf16(runtime.device)
     zero = type(runtime).__name__ == "OnRay" if config.zero is None else config.zero
-    engine = (DeepSpeedEngine if zero else TorchEngine)(objective, optim, runtime.device, bf16, start, rates)
+    guard = StepGuard(runtime.device, config.max_skipped, meta.get("skipped_steps", 0), meta.get("skipped_in_a_row", 0))
+    engine = (DeepSpeedEngine if zero else TorchEngine)(objective, optim, runtime.device, bf16, start, rates, guard)
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
     tracker = Tracker(runtime.run, config.track, first) if runtime.rank == 0 else None
     meta_of_run = {**describe, "workers": runtime.world, "engine": engine.name}
     saver = _Saver(runtime, engine, objective, meta_of_run, clock, config.steps)
-    losses, evaluation = meta.get("losses", {}), meta.get("evaluation", {})
+    losses, evaluation = finite_values(meta.get("losses", {})), meta.get("evaluation", {})
+    replay = _Replay(objective, batches, config, runtime)
+    watch = Watch(guard, engine, replay, start)
     stream = load_batches(batches, first, last, config.loader_workers, pin=on_gpu)
-    progress = _Progress(config.steps, first)
+    progress = _Progress(config.steps, first, tracker)
     for step in range(first, last):
         batch = to_device(next(stream), runtime.device)
         clock.lap("data" if step > first else "start")  # the first batch waits for the loaders' own start
         if step == first:
             saver.ready = time.time()
-        torch.manual_seed(int(hash64(config.seed, step, runtime.rank, "dropout")) >> 1)
-        objective.train()
+        replay.start(step, batch)
         lr = learning_rate(step, config.steps, optim)
-        try:
-            terms = engine.step(batch, step, lr)
-        except RuntimeError as e:
-            if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
-                raise _does_not_fit(step, batch, runtime) from e
-            raise
-        done = step + 1
-        if done % config.log_every == 0 or done == last:
-            losses = _read(terms, done)  # waits for the device
+        terms, done = _step(engine, batch, step, lr, runtime), step + 1
+        logs = done % config.log_every == 0 or done == last
+        evaluates = _due(done, config.eval_every, config.steps)
+        saves = _due(done, config.save_every, config.steps) or done == last
+        # a GPU works ahead of the host, which would wait here; on the CPU nothing waits, and DeepSpeed has waited in its step
+        if logs or evaluates or saves or zero or not on_gpu:
+            watch.read()
+        if logs:
+            values = {k: float(v) for k, v in terms.items()}
+            losses = values if values == finite_values(values) else losses
             clock.lap("step")
             if tracker:
-                values = {"lr": lr, **{f"loss/{k}": v for k, v in losses.items()}, **progress.rate(done, batch)}
-                tracker.log(done, values)
-                progress.show(done, values)
+                progress.log(done, lr, values, watch.skipped, batch)
         clock.lap("step")
-        if _due(done, config.eval_every, config.steps):
-            evaluation = _evaluate(objective, evaluate, clock)
+        if evaluates or saves:
+            watch.require_good_weights(done)
+        if evaluates:
+            evaluation = _evaluate(objective, evaluate, clock, done, watch)
             if tracker:
-                tracker.log(done, {f"eval/{k}": v for k, v in evaluation.items()})
-                progress.note(done, evaluation)
-        if _due(done, config.save_every, config.steps) or done == last:
-            saver.save(done, losses, evaluation)
+                progress.log_evaluation(done, evaluation)
+        if saves:
+            watch.newest = saver.save(done, losses, evaluation, watch)
     if tracker:
         tracker.close()
     return {
         "steps": last, "finished": last == config.steps, "workers": runtime.world, "engine": engine.name,
         "bf16": bf16, "seconds": sum(clock.spent.values()), "times": clock.spent, "losses": losses, "evaluation": evaluation,
-        "peak_memory_gb": _peak_memory(runtime.device), "samples_per_second": progress.overall(last, clock),
+        "skipped_steps": watch.skipped, "peak_memory_gb": _peak_memory(runtime.device),
+        "samples_per_second": progress.overall(last, clock),
     }  # fmt: skip
+
+
+class _Replay:
+    """Steps to be gone through again: `replay(step)` is this worker's batch of `step`, dropout seeded as it was."""
+
+    def __init__(self, objective: nn.Module, batches: Dataset, config: FitConfig, runtime: Runtime):
+        self.objective, self.batches, self.config, self.runtime = objective, batches, config, runtime
+        self.last: tuple[int, dict] | None = None  # the step under way, and its batch
+
+    def start(self, step: int, batch: dict) -> None:
+        """Begin `step`: dropout is a function of (seed, step, rank)."""
+        self.last = step, batch
+        torch.manual_seed(int(hash64(self.config.seed, step, self.runtime.rank, "dropout")) >> 1)
+        self.objective.train()
+
+    def __call__(self, step: int) -> dict:
+        if self.last is None or self.last[0] != step:
+            self.start(step, to_device(self.batches[step], self.runtime.device))
+        else:
+            self.start(*self.last)
+        return self.last[1]
 
 
 class _Saver:
@@ -140,46 +171,49 @@ class _Saver:
         self.runtime, self.engine, self.objective, self.describe, self.clock = runtime, engine, objective, describe, clock
         self.steps, self.ready = steps, 0.0  # when the first batch was there, by the clock on the wall
 
-    def save(self, step: int, losses: dict, evaluation: dict) -> None:
+    def save(self, step: int, losses: dict, evaluation: dict, watch: Watch) -> Path:
+        """Save what is left after `step` steps; returns where it will be."""
         score = evaluation.get("score")
-        meta = {**self.describe, "step": step, "score": score, "losses": losses, "evaluation": evaluation}
+        skipped = {"skipped_steps": watch.skipped, "skipped_in_a_row": watch.in_a_row}
+        meta = {**self.describe, "step": step, "score": score, "losses": losses, "evaluation": evaluation, **skipped}
 
         def write(folder: Path) -> None:
             self.engine.save(folder, self.runtime.rank)
             if self.runtime.rank == 0:
                 self.objective.model.save(folder)
                 meta["times"] = self.clock.spent
-                (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+                (folder / "meta.json").write_text(json.dumps(meta, indent=1, allow_nan=False), encoding="utf-8")
 
         self.runtime.save(step, write, {"step": step, "steps": self.steps, "ready": self.ready, **evaluation,
                                         **{f"loss/{k}": v for k, v in losses.items()}})  # fmt: skip
         self.clock.lap("checkpoint")
+        return self.runtime.run / checkpoint.FOLDER / checkpoint.step_name(step)
 
 
 class _Progress:
-    """The live line: step, losses, samples a second, time left."""
+    """Figures for the tracker, and the live line: step, losses, samples a second, time left."""
 
-    def __init__(self, steps: int, first: int):
-        self.steps, self.first, self.samples = steps, first, 0
+    def __init__(self, steps: int, first: int, tracker: Tracker | None):
+        self.steps, self.first, self.tracker, self.samples = steps, first, tracker, 0
         self.began = self.last = time.perf_counter()
         self.last_step = first
 
-    def rate(self, step: int, batch: dict) -> dict[str, float]:
-        """Samples of all workers a second since the last line."""
+    def log(self, step: int, lr: float, losses: dict[str, float], skipped: int, batch: dict) -> None:
+        """Log step `step`: its losses, how many steps have been skipped so far, samples of all workers a second since the last
+        line. JSON has no NaN: a loss that is not finite is in the printed line alone."""
         now = time.perf_counter()
         self.samples = batch.get("samples", 0)
         rate = (step - self.last_step) * self.samples / (now - self.last)
         self.last, self.last_step = now, step
-        return {"samples_per_second": rate}
+        finite = {f"loss/{k}": v for k, v in finite_values(losses).items()}
+        self.tracker.log(step, {"lr": lr, **finite, "skipped": skipped, "samples_per_second": rate})
+        left = (now - self.began) / (step - self.first) * (self.steps - step)
+        line = " ".join(f"{k} {v:.3f}" for k, v in losses.items()) + (f"  skipped {skipped}" if skipped else "")
+        print(f"step {step}/{self.steps}  {line}  {rate:.0f} samples/s  ETA {_minutes(left)}", flush=True)
 
-    def show(self, step: int, values: dict[str, float]) -> None:
-        left = (time.perf_counter() - self.began) / (step - self.first) * (self.steps - step)
-        losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
-        rate = values["samples_per_second"]
-        print(f"step {step}/{self.steps}  {losses}  {rate:.0f} samples/s  ETA {_minutes(left)}", flush=True)
-
-    def note(self, step: int, evaluation: dict[str, float]) -> None:
-        print(f"step {step}/{self.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in evaluation.items()), flush=True)
+    def log_evaluation(self, step: int, scores: dict[str, float]) -> None:
+        self.tracker.log(step, {f"eval/{k}": v for k, v in scores.items()})
+        print(f"step {step}/{self.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True)
 
     def overall(self, step: int, clock: Clock) -> float:
         spent = clock.spent.get("step", 0.0) + clock.spent.get("data", 0.0)
@@ -201,19 +235,30 @@ def _due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
 
-def _evaluate(objective: nn.Module, evaluate: Callable, clock: Clock) -> dict[str, float]:
+def _step(engine: TorchEngine | DeepSpeedEngine, batch: dict, step: int, lr: float, runtime: Runtime) -> dict[str, Tensor]:
+    """As `engine.step`; says what to do where memory runs out."""
+    try:
+        return engine.step(batch, step, lr)
+    except RuntimeError as e:
+        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
+            raise _does_not_fit(step, batch, runtime) from e
+        raise
+
+
+def _evaluate(objective: nn.Module, evaluate: Callable, clock: Clock, done: int, watch: Watch) -> dict[str, float]:
+    """The scores after `done` steps.
+
+    Raises:
+        NotFinite: embeddings, logits or a score are not finite (named).
+    """
     objective.eval()
-    with torch.inference_mode():
-        values = evaluate(objective.model)
+    try:
+        with torch.inference_mode():
+            values = evaluate(objective.model)
+        require_finite_values("evaluation", values)
+    except NotFinite as e:
+        raise NotFinite(f"step {done}: {e}; {watch.advice()}") from None
     clock.lap("evaluation")
-    return values
-
-
-def _read(terms: dict[str, Tensor], step: int) -> dict[str, float]:
-    values = {k: float(v) for k, v in terms.items()}
-    bad = [k for k, v in values.items() if v != v or abs(v) == float("inf")]
-    if bad:
-        raise NotFinite(f"step {step}: {', '.join(bad)} not finite; lower optim.lr, or resume from an older checkpoint")
     return values
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from raylib.finite import require_finite
+
 RANKS = (1, 5, 10)
 
 
@@ -26,7 +28,12 @@ def recall_hits(
     Args:
         queries, keys: (n, e), (m, e).
         query_owner, key_owner: (n,), (m,), equal where a key answers a query; every query has a key.
+
+    Raises:
+        NotFinite: a query or key is not finite: nothing would be ahead of its own.
     """
+    require_finite("embeddings of queries", queries)
+    require_finite("embeddings of keys", keys)
     hits = [torch.zeros(0, len(RANKS), dtype=torch.float64)]
     for start in range(0, len(queries), chunk):
         rows = slice(start, start + chunk)

@@ -21,9 +21,9 @@ class Tracker:
         self.backends = {name: _open(name, run) for name in backends}
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Values at `step`; names with a slash group: "loss/itm", "retrieval/de"."""
+        """Finite values at `step`; names with a slash group: "loss/itm", "retrieval/de"."""
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         for name, module in self.backends.items():
             if name == "tensorboard":
                 for key, value in values.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raylib.checkpoint import write_atomically
+from raylib.finite import require_finite_values
 
 FONT = "DejaVu Sans"  # comes with matplotlib
 BOXES = "Last Resort"  # a font that has a box for every character
@@ -27,10 +28,15 @@ def open_pyplot():
 
 
 def save(figure, values: dict[str, Any], path: Path) -> None:
-    """The figure as `path`.png, the numbers behind it as `path`.json."""
+    """The figure as `path`.png, the numbers behind it as `path`.json.
+
+    Raises:
+        NotFinite: one of them is not finite; neither is written.
+    """
+    require_finite_values(f"{path}.json", values)
     figure.savefig(path.with_suffix(".png"), dpi=130)
     open_pyplot().close(figure)
-    write_atomically(path.with_suffix(".json"), json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path.with_suffix(".json"), json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def find_fonts(texts: Iterable[str]) -> tuple[list[str], set[str]]:

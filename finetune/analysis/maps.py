@@ -17,6 +17,7 @@ from finetune.examples import Example
 from finetune.pictures import Pixels
 from finetune.stores.pictures import stem
 from raylib.errors import UserError
+from raylib.finite import require_finite
 from raylib.markdown import percent, table
 from raylib.model.unified import UnifiedModel
 from raylib.ragged import Ragged
@@ -96,6 +97,7 @@ def measure(
             seen = backbone.encode_images(pictures.read([item.image])["images"].to(device))
         ids = encode_texts(texts, tokenizer, length)
         maps = word_maps(look(backbone, Ragged(ids.values.to(device), ids.lengths), seen), ids, places)
+        require_finite(f"attention on {item.image}", maps)
         chosen = choose_layer(maps, layer)
         grids = to_grid(chosen, windows)
         patches.append(chosen[:, 1 + windows :].sum(1))

@@ -20,6 +20,7 @@ from finetune.analysis.parallel import Parallel
 from finetune.batches import encode_texts, read_inputs
 from finetune.model import FinetuneModel
 from finetune.pictures import Pictures
+from raylib.finite import require_finite
 from raylib.loop import to_device
 from raylib.model.unified import UnifiedModel
 from raylib.text import Tokenizer
@@ -47,6 +48,8 @@ def parallel_states(
                         condition = model.condition(to_device(read_inputs(examples, pictures, tokenizer, length), device))
                     states = model.ground(text, condition)
                 column.append(F.normalize(states.float(), dim=-1).cpu())
+    for code, column in zip(parallel.languages, columns, strict=True):
+        require_finite(f"states of texts in '{code}'", torch.cat(column))
     return torch.stack([torch.cat(column) for column in columns])
 
 

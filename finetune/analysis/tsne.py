@@ -29,6 +29,7 @@ from finetune.batches import encode_texts, read_inputs
 from finetune.model import FinetuneModel
 from finetune.pictures import Pixels, RegionFeatures
 from raylib.errors import UserError, needed
+from raylib.finite import require_finite
 from raylib.loop import to_device
 from raylib.markdown import percent, table
 from raylib.model.unified import UnifiedModel
@@ -79,6 +80,7 @@ def collect(
                         region = own[-len(share) :] if text_first else own[: len(share)]
                         found.append((Point(label, "", item.image, item.image), share @ region))
     points, states = zip(*found, strict=True)
+    require_finite("states of words and regions", torch.stack(states))
     return list(points), torch.stack(states).numpy()
 
 

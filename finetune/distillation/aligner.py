@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raylib.errors import UserError, needed
+from raylib.finite import require_finite_file
 from raylib.text import Tokenizer
 
 IDEOGRAPHS = ("CJK", "HIRAGANA", "KATAKANA")  # how the names of letters begin that are words by themselves
@@ -24,12 +25,13 @@ class Aligner:
     """An encoder of `transformers`, from a folder with its tokenizer."""
 
     def __init__(self, folder: Path | str, layer: int = 8, threshold: float = 1e-3, device: str = "cpu"):
-        """Raises UserError: no encoder there, or no such layer."""
+        """Raises UserError: no encoder there, or no such layer, or weights that are not finite."""
         transformers = needed("transformers", "transfer")
         if not (Path(folder) / "config.json").is_file():
             raise UserError(f"{folder}: no config.json; give the folder of a multilingual encoder")
         self.tokenizer = Tokenizer.load(folder)
         self.model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+        require_finite_file(folder, self.model.state_dict())
         depth = self.model.config.num_hidden_layers
         if not 0 < layer <= depth:
             raise UserError(f"{folder}: layer={layer}, but it has layers 1 to {depth}")

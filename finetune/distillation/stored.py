@@ -15,6 +15,8 @@ from torch import Tensor
 
 from finetune.examples import Example
 from raylib.data.states import write_whole
+from raylib.errors import NotFinite, UserError
+from raylib.finite import is_finite
 
 TOKENS = 2**16  # of a shard, about
 
@@ -35,8 +37,18 @@ class Stored:
         return {**self.__dict__, "_open": {}}
 
     def read(self, ids: Sequence[str]) -> Tensor:
-        """States (L, T', d) of these examples, row after row."""
-        return torch.cat([self._read(*self.rows[name]) for name in ids]).transpose(0, 1).contiguous()
+        """States (L, T', d) of these examples, row after row.
+
+        Raises:
+            UserError: those of an example are not finite; names file and example.
+        """
+        parts = [self._read(*self.rows[name]) for name in ids]
+        values = torch.cat(parts)
+        if not is_finite(values):
+            bad = next(name for name, part in zip(ids, parts, strict=True) if not is_finite(part))
+            file, advice = self.folder / self.rows[bad][0], f"delete {self.folder}, they are made again"
+            raise UserError(f"{file}: the teacher's states of {bad} are not finite (NaN or infinite); {advice}")
+        return values.transpose(0, 1).contiguous()
 
     def _read(self, shard: str, first: int, tokens: int) -> Tensor:
         if shard not in self._open:
@@ -49,7 +61,11 @@ def write_stored(
     dtype: torch.dtype = torch.float32,
 ) -> Stored:
     """All workers together: `states(examples)` -> ((L, T', d), tokens of each row) of all `examples`, `batch` at a time, one of
-    each id. The folder appears whole: one that is there already is taken as it is."""
+    each id. The folder appears whole: one that is there already is taken as it is.
+
+    Raises:
+        NotFinite: states of an example are not finite, or too large for `dtype`.
+    """
     unique = list({e.id: e for e in examples}.values())
     write_whole(folder, lambda out, rank, world: _Shards(out, rank, dtype).write(unique[rank::world], states, batch))
     return Stored(folder)
@@ -67,10 +83,14 @@ class _Shards:
         for start in range(0, len(examples), batch):
             chunk = examples[start : start + batch]
             made, lengths = states(chunk)
+            made = made.transpose(0, 1).to(self.dtype).cpu()
+            for example, part in zip(chunk, made.split(lengths), strict=True):
+                if not is_finite(part):
+                    raise NotFinite(f"the teacher's states of {example.id}: not finite (NaN or infinite) in {self.dtype}")
             for example, length in zip(chunk, lengths, strict=True):
                 self.index[example.id] = self.number, self.tokens, length
                 self.tokens += length
-            self.parts.append(made.transpose(0, 1).to(self.dtype).cpu())
+            self.parts.append(made)
             if self.tokens >= TOKENS:
                 self._close()
         if self.parts:

@@ -20,6 +20,7 @@ from torch import Tensor
 from finetune.lexicon.vectors import label_vectors
 from finetune.lexicon.wordnet import FILES, WordNet
 from raylib.errors import UserError
+from raylib.finite import is_finite
 
 VERSION = 1  # of what this file computes: older matrices are made again
 
@@ -113,6 +114,8 @@ def _cached(
             distance, unknown = stored.get_tensor("distance"), json.loads(stored.metadata()["unknown"])
     except SafetensorError as e:
         raise UserError(f"{file}: damaged ({e}); delete it, and it is made again") from None
+    if not is_finite(distance):
+        raise UserError(f"{file}: tensor distance is not finite (NaN or infinite); delete it, and it is made again")
     return distance, Report(what, tuple(labels[i] for i in unknown), len(labels))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from raylib.errors import UserError
+from raylib.finite import is_finite
 
 PEEK = 2**16  # bytes: more than the longest line that text vectors have
 
@@ -49,9 +50,16 @@ def read_vectors(path: Path, words: Iterable[str]) -> dict[str, np.ndarray]:
     """{word: float32 (d,)} of those of `words` that the file has; of a word that comes twice, the first.
 
     Raises:
-        UserError: no such file, in none of the formats, cut off, or a wanted line that is not d numbers.
+        UserError: no such file, in none of the formats, cut off, or a wanted line that is not d finite numbers.
     """
-    path, wanted = Path(path), {word.encode(): word for word in words}
+    vectors = _read_vectors(Path(path), {word.encode(): word for word in words})
+    for word, vector in vectors.items():
+        if not is_finite(vector):
+            raise UserError(f"{path}: the vector of '{word}' is not finite (NaN or infinite); copy the file again")
+    return vectors
+
+
+def _read_vectors(path: Path, wanted: dict[bytes, str]) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give word vectors as GloVe or word2vec publish them")
     if path.suffix == ".npy":
@@ -111,7 +119,8 @@ def _read_text(path: Path, wanted: dict[bytes, str], width: int) -> dict[str, np
 
 def _numbers(fields: list[bytes]) -> np.ndarray | None:
     try:
-        return np.array([float(field) for field in fields], np.float32)
+        with np.errstate(over="ignore"):  # infinite then, which is told with the word
+            return np.array([float(field) for field in fields], np.float32)
     except ValueError:
         return None
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from raylib.encoding import decode_base64
 from raylib.errors import UserError
+from raylib.finite import is_finite
 
 
 class Regions(NamedTuple):
@@ -27,7 +28,7 @@ def to_regions(record: dict, where: str) -> Regions:
     float32.
 
     Raises:
-        UserError: one of them is missing, or features and boxes do not fit each other.
+        UserError: one of them is missing, or not finite; features and boxes do not fit each other; an image without size.
     """
     missing = [key for key in ("features", "boxes", "img_h", "img_w") if key not in record]
     if missing:
@@ -38,8 +39,14 @@ def to_regions(record: dict, where: str) -> Regions:
     boxes = boxes.reshape(-1, 4)
     if not len(boxes) or features.size % len(boxes) or not features.size:
         raise UserError(f"{where}: {features.size} feature values for {len(boxes)} boxes")
+    height, width = float(record["img_h"]), float(record["img_w"])
+    for name, value in (("features", features), ("boxes", boxes), ("img_h", height), ("img_w", width)):
+        if not is_finite(value):
+            raise UserError(f"{where}: {name} not finite (NaN or infinite); extract the regions of this image again")
+    if height <= 0 or width <= 0:
+        raise UserError(f"{where}: img_h {height:g}, img_w {width:g}: an image has a size, by which boxes are divided")
     tags = tuple(tag.decode() if isinstance(tag, bytes) else str(tag) for tag in record.get("tags", ()))
-    return Regions(features.reshape(len(boxes), -1), boxes, float(record["img_h"]), float(record["img_w"]), tags)
+    return Regions(features.reshape(len(boxes), -1), boxes, height, width, tags)
 
 
 def _array(value, where: str) -> np.ndarray:

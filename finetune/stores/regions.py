@@ -176,6 +176,9 @@ class _FlatH5(_H5):
         self.rows, self.boxes = {stem(name): row for row, name in enumerate(ids)}, boxes
         reach = file[boxes][: self.CHECKED].reshape(-1, file[boxes].shape[1], 4)[..., 2:].max(1)
         sizes = file["wh"][: self.CHECKED].reshape(-1, 2)
+        finite = np.isfinite(reach).all(1) & np.isfinite(sizes).all(1)
+        if not finite.all():
+            raise UserError(f"{path}, {ids[int(np.argmin(finite))]}: {boxes} or wh not finite (NaN or infinite)")
         orders = [order for order in ((0, 1), (1, 0)) if (reach <= sizes[:, order] + 1).all()]
         if not orders:
             raise UserError(f"{path}: boxes lie outside their pictures, whether wh is width and height or the other way round")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from raylib.config import build
 from raylib.errors import UserError
+from raylib.finite import require_finite_file
 from raylib.model.load import copy_swin, copy_text, copy_vision
 from raylib.model.swin import SwinSizes
 from raylib.model.taken import Taken
@@ -77,7 +78,7 @@ def read_published(path: Path) -> Published:
     """The tensors of a file.
 
     Raises:
-        UserError: no checkpoint of tensors, or not one of CCLM.
+        UserError: no checkpoint of tensors, or not one of CCLM; a tensor that is not finite.
     """
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
@@ -87,6 +88,7 @@ def read_published(path: Path) -> Published:
     layers = [int(m[1]) for k in weights if (m := re.match(r"text_encoder\.(?:\w+\.)?encoder\.layer\.(\d+)\.", k))]
     if not layers:
         raise UserError(f"{path}: no text_encoder.encoder.layer; give a published CCLM checkpoint, or an XLM-R or BERT folder")
+    require_finite_file(path, weights)
     text, vision, above = {}, {}, 1 + max(layers)
     for name, value in weights.items():
         if name.startswith("vision_encoder."):

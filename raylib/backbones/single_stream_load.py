@@ -24,6 +24,7 @@ from raylib.backbones.single_stream import LAYOUTS, SingleStream, SingleStreamCo
 from raylib.backbones.single_stream_names import UC2, Names, Type, m3p_names, part_of, text_names, volta_names
 from raylib.config import build
 from raylib.errors import UserError
+from raylib.finite import require_finite_file
 from raylib.model.load import SIZES, Taken, first_position, read_folder
 
 HEAD = 64  # width of an attention head in every published model
@@ -58,7 +59,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     """A checkpoint's tensors, and what its config.json says ({} without one).
 
     Raises:
-        UserError: no file of weights there, several, or one that holds other things.
+        UserError: no file of weights there, several, or one that holds other things or what is not finite.
     """
     folder = path if path.is_dir() else path.parent
     described = {}
@@ -70,7 +71,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     if len(files) != 1:
         found = f"{len(files)} files of weights: {', '.join(f.name for f in files)}" if files else "no weights"
         raise UserError(f"{path}: {found}; give one file ({', '.join(ENDINGS)}), or an XLM-R or BERT folder with its config.json")
-    return _read_file(files[0]), described
+    weights = _read_file(files[0])
+    require_finite_file(files[0], weights)
+    return weights, described
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:

@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raylib.collective import world_size
+from raylib.collective import raise_together, world_size
+from raylib.errors import NotFinite, UserError
+from raylib.finite import is_finite
 from raylib.ragged import Ragged
 
 
@@ -37,9 +39,18 @@ class States:
         return {**self.__dict__, "_maps": {}}
 
     def read(self, names: Sequence[str]) -> Ragged:
-        """States of the items `names`, row after row: (T, d), as they were stored."""
+        """States of the items `names`, row after row: (T, d), as they were stored.
+
+        Raises:
+            UserError: those of an item are not finite; names file and item.
+        """
         parts = [self._read(*self.rows[name]) for name in names]
-        return Ragged(torch.from_numpy(np.concatenate(parts)), torch.tensor([len(part) for part in parts]))
+        values = torch.from_numpy(np.concatenate(parts))
+        if not is_finite(values):
+            bad = next(name for name, part in zip(names, parts, strict=True) if not is_finite(part))
+            file, advice = self.folder / f"states-{self.rows[bad][0]}.bin", f"delete {self.folder}, they are made again"
+            raise UserError(f"{file}: states of {bad} are not finite (NaN or infinite); {advice}")
+        return Ragged(values, torch.tensor([len(part) for part in parts]))
 
     def _read(self, worker: int, first: int, tokens: int) -> np.ndarray:
         if worker not in self._maps:
@@ -57,6 +68,9 @@ def write_states(
     Args:
         encode: items -> their states (T, d) on any device.
         dtype: what is stored: float32 or float16.
+
+    Raises:
+        NotFinite: states of an item are not finite, or too large for `dtype`.
     """
     write_whole(folder, lambda out, rank, world: _write_share(out, rank, names[rank::world], encode, batch, dtype))
     return States(folder)
@@ -64,7 +78,11 @@ def write_states(
 
 def write_whole(folder: Path, write: Callable[[Path, int, int], None]) -> None:
     """Every worker does its share, `write(out, rank, world)`, and all wait for all. The folder appears whole: one that is there
-    already is taken as it is; while another run is at it, it is waited for."""
+    already is taken as it is; while another run is at it, it is waited for.
+
+    Raises:
+        NotFinite: on all workers, what `write` raised on one of them; the folder is not there then.
+    """
     rank = dist.get_rank() if world_size() > 1 else 0
     partial = folder.with_name(f".{folder.name}.partial")
     with _alone(folder) if rank == 0 else contextlib.nullcontext():
@@ -74,8 +92,12 @@ def write_whole(folder: Path, write: Callable[[Path, int, int], None]) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         _barrier()
-        write(partial, rank, world_size())
-        _barrier()
+        error = None
+        try:
+            write(partial, rank, world_size())
+        except NotFinite as e:
+            error = str(e)
+        raise_together(error)  # waits for all
         if rank == 0:
             partial.rename(folder)
         _barrier()
@@ -116,11 +138,16 @@ def _write_share(folder: Path, worker: int, names, encode, batch: int, dtype: to
         for start in range(0, len(names), batch):
             chunk = names[start : start + batch]
             states = encode(chunk)
-            width = states.values.shape[1]
+            values = states.values.to(dtype).cpu()
+            if not is_finite(values):
+                rows_of = zip(chunk, values.split(states.lengths.tolist()), strict=True)
+                bad = next(name for name, row in rows_of if not is_finite(row))
+                raise NotFinite(f"states of {bad}: not finite (NaN or infinite) in {str(dtype).removeprefix('torch.')}")
+            width = values.shape[1]
             for name, length in zip(chunk, states.lengths.tolist(), strict=True):
                 rows[name] = (tokens, length)
                 tokens += length
-            file.write(states.values.to(dtype).cpu().numpy().tobytes())
+            file.write(values.numpy().tobytes())
     index = {"tokens": tokens, "width": width, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
     (folder / f"index-{worker}.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
 

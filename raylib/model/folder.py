@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from raylib import checkpoint
 from raylib.errors import UserError
+from raylib.finite import require_finite_file
 from raylib.text import FILES
 
 
@@ -35,20 +36,38 @@ def find_tokenizer(model: Path) -> Path:
 
 
 def write_model(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
-    """Write `config.json`, the description, and `model.safetensors`."""
+    """Write `config.json`, the description, and `model.safetensors`.
+
+    Raises:
+        UserError: a weight is not finite; it is named, and nothing written.
+    """
+    weights = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
+    require_finite_file(folder / "model.safetensors", weights)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    save_file({k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    save_file(weights, folder / "model.safetensors")
 
 
 def fill(model: nn.Module, folder: Path) -> nn.Module:
     """Load `folder`/model.safetensors into `model`.
 
     Raises:
-        UserError: a key is missing, left over or of another shape; it is named.
+        UserError: a key is missing, left over, of another shape or not finite; it is named.
     """
+    weights = read_weights(folder)
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(weights)
     except RuntimeError as e:
         raise UserError(f"{folder}/model.safetensors does not fit the model: {' '.join(str(e).split())}") from None
     return model
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of `folder`/model.safetensors.
+
+    Raises:
+        UserError: one is not finite; it is named.
+    """
+    weights = load_file(folder / "model.safetensors")
+    require_finite_file(folder / "model.safetensors", weights)
+    return weights

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from raylib.config import build
 from raylib.errors import UserError
+from raylib.finite import require_finite_file
 from raylib.model.swin import interpolate_bias
 from raylib.model.taken import Taken
 from raylib.model.unified import ModelConfig, UnifiedModel
@@ -167,6 +168,7 @@ def _load_swin(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...])
     except (OSError, RuntimeError, ValueError) as e:
         raise UserError(f"{folder}: no Swin is read there ({' '.join(str(e).split())[:200]})") from None
     weights = {k: v for k, v in swin.state_dict().items() if k not in report["missing_keys"]}
+    require_finite_file(folder, weights)
     left = {k: torch.empty(0) for k in report["unexpected_keys"]}  # for `finish` to name
     taken = Taken(weights | left, folder)
     copy_swin(taken, model)
@@ -238,19 +240,20 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a folder in Hugging Face format, and its config.json.
 
     Raises:
-        UserError: no config.json, no weights.
+        UserError: no config.json, no weights, or a tensor that is not finite (file and tensor are named).
     """
     config = _read_config(folder)
     index = next(folder.glob("*.index.json"), None)
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else None
     weights: dict[str, Tensor] = {}
     for name in names or ["model.safetensors"]:
-        if (folder / name).suffix == ".safetensors" and (folder / name).is_file():
-            weights |= load_file(folder / name)
-        elif not names and (folder / "pytorch_model.bin").is_file():
-            weights |= torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        elif (folder / name).is_file():
-            weights |= torch.load(folder / name, map_location="cpu", weights_only=True)
-        else:
+        file = folder / name
+        if not names and not file.is_file() and (folder / "pytorch_model.bin").is_file():
+            file = folder / "pytorch_model.bin"
+        if not file.is_file():
             raise UserError(f"{folder}: no {name}; give a checkpoint folder in Hugging Face format")
+        safe = file.suffix == ".safetensors"
+        part = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        require_finite_file(file, part)
+        weights |= part
     return weights, config

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from raylib.errors import UserError, needed
+from raylib.finite import require_finite_file
 from raylib.model.attention import Block
 
 NORMS = ("attention_norm", "cross_norm", "output_norm")  # of a block: tuned with every method
@@ -252,7 +253,7 @@ def read(model: nn.Module, path: Path) -> None:
     trained in the same places are gone.
 
     Raises:
-        UserError: no such file, no file of ours, or other methods or sizes.
+        UserError: no such file, no file of ours, other methods or sizes, or a tensor that is not finite.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -266,6 +267,7 @@ def read(model: nn.Module, path: Path) -> None:
     wrong = [name for name, value in small.items() if name not in parameters or parameters[name].shape != value.shape]
     if wrong:
         raise UserError(f"{path}: weights of another model ({len(wrong)} tensors do not fit, such as {wrong[0]})")
+    require_finite_file(path, small)
     with torch.no_grad():
         for name, value in small.items():
             parameters[name].copy_(value)

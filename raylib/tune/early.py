@@ -1,6 +1,7 @@
 """Do early scores tell the last ones? Where they do not, trials that were stopped by them were stopped by chance."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +42,8 @@ def agreements(runs: Path, last: Mapping[str, float], goal: str, grace: int, red
 
 def _curve(run: Path, goal: str) -> dict[int, float]:
     """{epoch, without pruning rounds: score} where the trial may be judged."""
-    return {int(line["age"]): line[goal] for line in read_told(run) if line.get("judged") and goal in line}
+    judged = [line for line in read_told(run) if line.get("judged") and math.isfinite(line.get(goal, math.nan))]
+    return {int(line["age"]): line[goal] for line in judged}
 
 
 def told(found: Sequence[Agreement], grace: int | None) -> str:

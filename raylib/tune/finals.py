@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
+from optuna.trial import TrialState
 from ray import tune
 
 from raylib import shared
 from raylib.checkpoint import write_atomically
+from raylib.errors import NotFinite
 from raylib.tune import space
 from raylib.tune.config import Job, SearchConfig, Searching
 from raylib.tune.fit import fitted
+from raylib.tune.searcher import state_of
 from raylib.tune.trial import final, tidy
 
 PUBLISHED = "published"
@@ -50,7 +53,7 @@ def run(
     results = fitted(folder / "tune", trainable, lambda: tuning, grid, config.max_failures, len(settings) * len(seeds))
     metrics, scores = search.job.metrics(search.base, config.select), {which: {} for which in range(len(settings))}
     for result in results:
-        if result.error is None and result.metrics.get("finished"):
+        if state_of(result.metrics, result.error is not None, metrics) == TrialState.COMPLETE:
             told = {name: result.metrics[name] for name in metrics if name in result.metrics}
             scores[result.config["setting"]][result.config["seed"]] = told
     found = [Final(name, setting, scores[i], {}, len(seeds) - len(scores[i]))
@@ -112,11 +115,18 @@ def _test(search: Searching, runs: dict[int, Path], resources: dict[str, float])
     tasks = {seed: _tested.options(**resources).remote(search.job, str(runs[seed]), search.shelf)
              for seed, path in known.items() if not path.is_file()}  # fmt: skip
     for seed, task in tasks.items():
-        write_atomically(known[seed], json.dumps(ray.get(task)) + "\n")
+        figures = ray.get(task)
+        if "not_finite" in figures:
+            raise NotFinite(f"{runs[seed]}: its test: {figures['not_finite']}")
+        write_atomically(known[seed], json.dumps(figures, allow_nan=False) + "\n")
     return {seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in known.items()}
 
 
 @ray.remote
-def _tested(job: Job, folder: str, store: shared.Store) -> dict[str, float]:
+def _tested(job: Job, folder: str, store: shared.Store) -> dict[str, Any]:
+    """The run's test figures; or {"not_finite": what}, since Ray would wrap the error in a traceback."""
     shared.use(store)
-    return job.test(folder)
+    try:
+        return job.test(folder)
+    except NotFinite as e:
+        return {"not_finite": str(e)}

@@ -5,6 +5,7 @@ and not after its last epoch. Its age is in epochs, without those of pruning rou
 trials had scored is read back when a search goes on after its driver died.
 """
 
+import math
 import random
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ class _Fair:
 
     def counts(self, result: dict) -> bool:
         """Whether a trial may be judged by `result`."""
-        return bool(result.get("judged")) and self._metric in result
+        return bool(result.get("judged")) and math.isfinite(result.get(self._metric, math.nan))
 
 
 class Asha(_Fair, AsyncHyperBandScheduler):
@@ -71,7 +72,7 @@ class Population(_Fair, PopulationBasedTraining):
 
     def counts(self, result: dict) -> bool:
         """Members that are at their end change no more: nothing would be trained with what they changed to."""
-        return result["epoch"] < result["epochs"] and self._metric in result
+        return result["epoch"] < result["epochs"] and math.isfinite(result.get(self._metric, math.nan))
 
     def remember(self, trial: Trial, results: list[dict]) -> None:
         """Enter where a member was before a restart, and the checkpoint that others may take."""

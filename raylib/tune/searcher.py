@@ -3,6 +3,7 @@
 import contextlib
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
@@ -42,19 +43,22 @@ class Searcher(OptunaSearch):
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if trial_id in self._completed_trials:
             return
-        state, values = state_of(result, error), None
+        names = self._metric if isinstance(self._metric, list) else [self._metric]
+        state, values = state_of(result, error, names), None
         if state == TrialState.PRUNED:
             self.on_trial_result(trial_id, result)  # Tune does not tell the searcher of the epoch that a trial was stopped at
         if state == TrialState.COMPLETE:
-            names = self._metric if isinstance(self._metric, list) else [self._metric]
             values = [result[name] for name in names]
         self._ot_study.tell(self._ot_trials[trial_id], values, state=state, skip_if_finished=True)
         self._completed_trials.add(trial_id)
 
 
-def state_of(result: dict | None, error: bool) -> TrialState:
-    """What became of a trial, by the last that it told: finished, stopped (PRUNED) or failed."""
+def state_of(result: dict | None, error: bool, names: Sequence[str] = ()) -> TrialState:
+    """What became of a trial, by the last that it told: finished, stopped (PRUNED) or failed, as one is whose scores `names` are
+    not finite."""
     if error or not result or result.get("trouble"):
+        return TrialState.FAIL
+    if not all(math.isfinite(result[name]) for name in names if name in result):
         return TrialState.FAIL
     return TrialState.COMPLETE if result.get("finished") else TrialState.PRUNED
 

@@ -24,6 +24,7 @@ from ray.tune.search import BasicVariantGenerator
 from raylib.checkpoint import write_atomically
 from raylib.config import change, dump
 from raylib.errors import UserError
+from raylib.finite import finite_values
 from raylib.launch import LaunchConfig, connect
 from raylib.tune import finals, report, space
 from raylib.tune.config import Job, SearchConfig, Searching
@@ -37,6 +38,7 @@ from raylib.tune.trial import tidy, trained, trial
 # what may be asked for anew when a search goes on
 MAY_CHANGE = ("gpus_per_trial", "cpus_per_trial")
 COLOURS = re.compile(r"\x1b\[\d*m")  # of Ray's tracebacks
+STATES = {"COMPLETE": "finished", "PRUNED": "stopped", "FAIL": "failed"}
 FREE = 0.01  # CPUs of a trial that only waits for its workers: 0 is refused
 
 
@@ -204,10 +206,13 @@ def _tuning(config: SearchConfig, chosen: space.Space, search: Searching, resour
 def _row(result: tune.Result, metrics: tuple[str, ...]) -> Row:
     """A trial's last word as a row; a stopped one's is what it was stopped at."""
     told = result.metrics or {}
-    error = COLOURS.sub("", str(result.error)).strip() if result.error else told.get("trouble")
-    state = {"COMPLETE": "finished", "PRUNED": "stopped", "FAIL": "failed"}[state_of(told, result.error is not None).name]
+    scores = {m: told[m] for m in metrics if m in told}
+    finite = finite_values(scores)
+    trouble = told.get("trouble") or (", ".join(scores.keys() - finite.keys()) + " not finite" if scores != finite else None)
+    error = COLOURS.sub("", str(result.error)).strip() if result.error else trouble
+    state = state_of(told, result.error is not None, metrics)
     return Row(
-        told.get("trial_id", Path(result.path).name), state, result.config or {}, {m: told[m] for m in metrics if m in told},
+        told.get("trial_id", Path(result.path).name), STATES[state.name], result.config or {}, finite,
         told.get("epoch", 0), told.get("epochs", 0), told.get("spent", 0.0), told.get("start_seconds"), error,
     )  # fmt: skip
 

@@ -5,13 +5,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from raylib.finite import require_finite_values
+
 FILE = "told.jsonl"
 
 
 def tell(run: Path, values: dict[str, Any]) -> None:
-    """Append a line, with the time that it was told "at"."""
+    """Append a line, with the time that it was told "at".
+
+    Raises:
+        NotFinite: a value is not finite; nothing is told.
+    """
+    require_finite_values(str(run), values)
     with open(run / FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"at": time.time(), **values}) + "\n")
+        file.write(json.dumps({"at": time.time(), **values}, allow_nan=False) + "\n")
 
 
 def read_told(run: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from ray import tune
 from raylib import checkpoint, shared
 from raylib.config import change
 from raylib.errors import NotFinite
+from raylib.finite import require_finite_values
 from raylib.launch import LaunchConfig, run_folder
 from raylib.tune import space
 from raylib.tune.config import Job, Searching
@@ -47,7 +48,7 @@ def configured(search: Searching, setting: space.Setting | None, part: str, name
 def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
     """Run `config` and tell Tune after each checkpoint {"epoch", "epochs", "age" without pruning rounds, "judged", "spent"
     seconds of all its starts, "start_seconds" to its first batch, "finished", scores, losses}; and, last, the scores of the model
-    that the run leaves. A loss that is no number ends the trial, as "trouble"."""
+    that the run leaves. What is not finite (a loss, weights, a score) ends the trial, as "trouble"."""
     job, folder, began = search.job, run_folder(config), time.time()
     shared.use(search.shelf)
     total = job.epochs(config) * job.parts(config)
@@ -71,6 +72,7 @@ def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
     try:
         with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             scores = job.run(config, Reporter(shape, keep))
+        require_finite_values(f"{folder}: scores", scores)
     except NotFinite as e:
         tune.report(told(max((line["epoch"] for line in read_told(folder)), default=0.0), trouble=str(e)))
         return

@@ -1,0 +1,232 @@
+"""Evaluations, results and reports refuse what is not finite; a run that diverges leaves nothing that claims a score."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune.__main__ import main
+from finetune.analysis import figures
+from finetune.batches import encode_texts
+from finetune.evaluate import predict
+from finetune.model import FinetuneModel
+from finetune.report import read_result
+from finetune.retrieval import retrieve
+from pretrain.__main__ import main as pretrain_main
+from pretrain.evaluate import Retrieval
+from pretrain.report import write_result
+from raylib.errors import NotFinite, UserError
+from raylib.metrics import recalls
+from raylib.text import Tokenizer
+from raylib.track import Tracker, read_metrics
+from tests.made import make_model
+from tests.test_collective import run_workers
+from tests.test_decoder import ANSWERS
+from tests.test_finetune import TOKENIZER, captions, pixels, questions, retriever
+
+NAN = math.nan
+
+
+def broken(model, name, value=NAN):
+    """The model with one element of a parameter not finite."""
+    with torch.no_grad():
+        dict(model.named_parameters())[name].view(-1)[0] = value
+    return model
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_recalls_of_what_is_not_finite_are_refused(which):
+    vectors = [torch.eye(4), torch.eye(4)]
+    vectors[which][2, 1] = NAN
+    with pytest.raises(NotFinite, match=f"embeddings of {('queries', 'keys')[which]}: not finite"):
+        recalls(*vectors, torch.arange(4), torch.arange(4))
+
+
+@pytest.mark.parametrize("candidates", [None, 5])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("image_projection.weight", "image embeddings: not finite"),
+        ("text_projection.weight", "text embeddings: not finite"),
+        ("vision.cls", "states of .*: not finite"),
+        ("match_head.bias", "scores of the match head: not finite"),
+    ],
+)
+def test_retrieval_names_what_is_not_finite(scenes, tmp_path, name, words, candidates):
+    model, items = broken(retriever(), name), captions(scenes)[:12]
+    if name == "match_head.bias" and candidates is None:  # it is not asked
+        assert retrieve(model, items, pixels(scenes), Tokenizer.load(TOKENIZER), 40, None, tmp_path / "s")["pairs"] == 0
+        return
+    with pytest.raises(NotFinite, match=words):
+        retrieve(model, items, pixels(scenes), Tokenizer.load(TOKENIZER), 40, candidates, tmp_path / "s")
+
+
+class OneBad(torch.nn.Module):
+    """Zeros, and one NaN for the example of one text; as a classifier, or as a decoder, whose -inf is no fault."""
+
+    def __init__(self, ids, spells):
+        super().__init__()
+        self.weight, self.ids, self.spells, self.labels = torch.nn.Parameter(torch.zeros(1)), ids, spells, ("no", "yes", "so")
+
+    def forward(self, batch):
+        scores = torch.zeros(len(batch["text"].lengths), 3)
+        scores[:, 2] = -torch.inf if self.spells else 0
+        for i, row in enumerate(batch["text"].values.split(batch["text"].lengths.tolist())):
+            if self.ids is not None and row.equal(self.ids):
+                scores[i, 1] = NAN
+        return scores
+
+
+def predict_one_bad(rank, world, scenes, folder, spells, bad=17):
+    """Examples in several batches, of which one alone is not finite: what each worker hears."""
+    tokenizer, examples = Tokenizer.load(TOKENIZER), questions(scenes, "en") * 3
+    examples = [e._replace(id=f"q{i}", texts=(f"{e.texts[0]} {i}",), images=()) for i, e in enumerate(examples)]
+    ids = None if bad is None else encode_texts([examples[bad].texts[0]], tokenizer, 40).values
+    try:
+        return predict(OneBad(ids, spells), examples, None, tokenizer, 40, folder / "p.jsonl"), len(examples)
+    except NotFinite as e:
+        return str(e)
+
+
+@pytest.mark.parametrize("spells", [False, True])
+@pytest.mark.parametrize("world", [1, 2])
+def test_classification_names_the_example_on_every_worker(scenes, tmp_path, spells, world):
+    heard = run_workers(predict_one_bad, world, scenes, tmp_path, spells)
+    assert heard == ["scores of example q17: not finite (NaN or infinite)"] * world
+    assert not (tmp_path / "p.jsonl").exists()
+    count, there = predict_one_bad(0, 1, scenes, tmp_path, spells, None)
+    assert count == there
+
+
+def test_a_decoder_that_is_not_finite_is_refused(scenes, tmp_path):
+    backbone = make_model(dtype=torch.float32, vocabulary=12000, positions=64)
+    model = FinetuneModel(backbone, tuple("abcdef"), 1, 0.0, answers=ANSWERS)
+    examples, tokenizer = questions(scenes, "en"), Tokenizer.load(TOKENIZER)
+    assert predict(model, examples, pixels(scenes), tokenizer, 40, tmp_path / "p.jsonl") == len(examples)
+    with pytest.raises(NotFinite, match=f"scores of example {examples[0].id}: not finite"):
+        predict(broken(model, "backbone.masked_head.bias"), examples, pixels(scenes), tokenizer, 40, tmp_path / "p.jsonl")
+
+
+def zero_shot(rank, world, folder, name):
+    """A pretrained model whose Chinese alone is not finite, or its images: what each worker hears."""
+    tokenizer = Tokenizer.load(TOKENIZER)
+    model, retrieval = make_model(dtype=torch.float32, vocabulary=12000, positions=64), Retrieval(folder, tokenizer, 16, 64)
+    model.eval()
+    with torch.no_grad():
+        if name == "zh":
+            others = {int(i) for code in ("en", "de") for row in retrieval.ids[code] for i in row}
+            own = {int(i) for row in retrieval.ids["zh"] for i in row} - others
+            model.embedding.word.weight[min(own)] = NAN
+        elif name:
+            broken(model, name)
+    try:
+        with torch.inference_mode():
+            return sorted(retrieval(model)["retrieval"])
+    except NotFinite as e:
+        return str(e)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "heard"),
+    [
+        (None, ["de", "en", "zh"]),
+        ("image_projection.weight", "image embeddings: not finite (NaN or infinite)"),
+        ("zh", "text embeddings in zh: not finite (NaN or infinite)"),
+    ],
+)
+def test_zero_shot_retrieval_names_what_is_not_finite_on_every_worker(retrieval_set, world, name, heard):
+    assert run_workers(zero_shot, world, retrieval_set, name) == [heard] * world
+
+
+# ---- results
+
+
+def test_results_of_what_is_not_finite_are_not_written(tmp_path):
+    with pytest.raises(NotFinite, match=r"r.json: retrieval.de.i2t_r1 not finite"):
+        write_result(tmp_path / "r.json", {"retrieval": {"de": {"i2t_r1": NAN}}})
+    with pytest.raises(NotFinite, match=r"f.json: mean not finite"):
+        figures.save(figures.open_pyplot().figure(), {"mean": math.inf}, tmp_path / "f")
+    tracker = Tracker(tmp_path, (), 0)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        tracker.log(1, {"loss/a": NAN})
+    assert not (tmp_path / "r.json").exists() and not (tmp_path / "f.png").exists() and read_metrics(tmp_path) == []
+
+
+def test_a_stored_result_that_is_not_finite_is_not_compared(tmp_path):
+    (tmp_path / "result.json").write_text('{"accuracy": {"en": NaN}}')
+    with pytest.raises(UserError, match=r"result.json: accuracy.en not finite"):
+        read_result(tmp_path)
+
+
+# ---- whole runs
+
+
+def last_line(printed):
+    return printed.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("recipe", ["scenes_xflickrco", "scenes_xvnli"])
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_a_learning_rate_out_of_bounds_ends_in_one_line(finetune, tmp_path, recipe, select):
+    code, printed = finetune(recipe, "name=nan", "optim.lr=1e30", f"select={select}")
+    assert code == 2 and last_line(printed).startswith("error: step "), printed
+    assert "not finite" in last_line(printed) and "lower optim.lr" in last_line(printed)
+    assert "100.0" not in printed and not (tmp_path / "nan" / "result.json").exists()
+    assert not (tmp_path / "nan" / "best").exists() and not list((tmp_path / "nan" / "checkpoints").glob("step_*"))
+    assert main(["evaluate", str(tmp_path / "nan")]) == 2
+
+
+def poison(folder, name=None):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    name = name or next(key for key in weights if key.endswith("fusion.blocks.0.output.weight"))
+    weights[name].view(-1)[3] = NAN
+    save_file(weights, path)
+    return name
+
+
+def test_nothing_is_done_with_a_model_that_is_not_finite(finetune, tmp_path, capsys):
+    """As runs of earlier versions left it: complete, with a score of 100 %, and NaN in its weights."""
+    assert finetune("scenes_xflickrco", "name=old")[0] == 0
+    assert finetune("scenes_xvnli", "name=english")[0] == 0
+    for run in ("old", "english"):
+        for folder in (tmp_path / run / "best", *(tmp_path / run / "checkpoints").glob("step_*")):
+            if (folder / "model.safetensors").stat().st_nlink == 1 or folder.name == "best":
+                name = poison(folder)
+    before = (tmp_path / "old" / "result.json").read_text()
+    for command in (["evaluate"], ["analyse"]):
+        assert main([*command, str(tmp_path / "old")]) == 2
+        line = last_line(capsys.readouterr().err)
+        assert "old/best/model.safetensors: tensor fusion.blocks.0.output.weight is not finite" in line, line
+    assert (tmp_path / "old" / "result.json").read_text() == before
+    code, printed = finetune("scenes_xvnli", "name=few", "setting=few_shot", "shots=5", f"model={tmp_path / 'english'}",
+                             'languages=["ru"]', "batch=4")  # fmt: skip
+    assert code == 2 and f"english/best/model.safetensors: tensor {name} is not finite" in last_line(printed), printed
+    code, printed = finetune("scenes_xflickrco", "name=next", f"model={tmp_path / 'old'}")
+    assert code == 2 and "old/best/model.safetensors: tensor" in last_line(printed), printed
+
+
+def test_pretrained_weights_that_are_not_finite_go_nowhere(model, retrieval_set, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "model")
+    poison(tmp_path / "model", "vision.cls")
+    for command, other in (("evaluate", retrieval_set), ("export", tmp_path / "export")):
+        assert pretrain_main([command, str(tmp_path / "model"), str(other)]) == 2
+        line = last_line(capsys.readouterr().err)
+        assert line.startswith(f"error: {tmp_path}/model/model.safetensors: tensor vision.cls is not finite"), line
+
+
+def test_no_mask_is_found_by_rounds_that_diverge(finetune, tmp_path):
+    sparse = ["strategies.sparse.rounds=2", "strategies.sparse.epochs=1"]
+    code, printed = finetune("scenes_xvnli", "name=sparse", *sparse, "epochs=2", "optim.lr=1e30")
+    assert code == 2 and "not finite" in last_line(printed), printed
+    assert not (tmp_path / "sparse" / "masks").exists() and not (tmp_path / "sparse" / "result.json").exists()
+
+
+def test_results_count_skipped_steps(finetune, tmp_path):
+    sparse = ["strategies.sparse.rounds=1", "strategies.sparse.epochs=1"]
+    assert finetune("scenes_xvnli", "name=sparse", *sparse, "epochs=1")[0] == 0
+    assert json.loads((tmp_path / "sparse" / "result.json").read_text())["skipped_steps"] == 0
