@@ -96,10 +96,12 @@ def register(run: Path, name: str, keep: int) -> None:
 
 
 def keep_best(run: Path, name: str) -> None:
-    """Make `best/` this checkpoint if its score is the highest so far."""
+    """Make `best/` this checkpoint if its score is the highest so far; as high as `best/`'s only if its meta data say "ties":
+    "last"."""
     source, best = run / FOLDER / name, run / BEST
-    score = read_meta(source)["score"]
-    if score is None or (best.is_dir() and read_meta(best)["score"] >= score):
+    meta = read_meta(source)
+    score, last = meta["score"], meta.get("ties") == "last"
+    if score is None or (best.is_dir() and ((so_far := read_meta(best)["score"]) > score or (so_far == score and not last))):
         return
     fresh = run / f".{BEST}.new"
     shutil.rmtree(fresh, ignore_errors=True)

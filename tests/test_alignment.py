@@ -175,8 +175,7 @@ def test_a_model_is_evaluated_as_it_is(finetune, tmp_path):
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    (["strategies.alignment={}"], "set matching=false"),
-    (["strategies.alignment={}", "matching=false"], "setting=few_shot, single_language or all_language"),
+    (["strategies.alignment={}"], "setting=few_shot, single_language or all_language"),
     ([*FEW, "strategies.alignment={}", "shots=7"], "train_7.jsonl: no such file"),
     (["setting=untrained", "strategies.lora={}"], "setting=untrained trains nothing"),
 ])  # fmt: skip

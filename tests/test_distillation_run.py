@@ -25,7 +25,7 @@ def parallel(scenes, tmp_path_factory):
     """Questions of the scenes in English and Russian, as cViL has them: 30 to train on, 15 to choose by, 15 to test."""
     folder = tmp_path_factory.mktemp("parallel")
     answers = json.loads((scenes / "gqa/annotations/trainval_label2ans.json").read_text())
-    files = [json.loads((scenes / f"xGQA/annotations/zero_shot/testdev_balanced_questions_{code}.json").read_text())
+    files = [json.loads((scenes / f"xGQA/annotations/few_shot/{code}/test.json").read_text())
              for code in ("en", "ru")]  # fmt: skip
     (folder / "cvil").mkdir()
     (folder / "cvil/answers.json").write_text(json.dumps(answers))
