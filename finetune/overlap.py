@@ -159,7 +159,7 @@ def _items(item: Example | Captioned, task: Task) -> Iterator[tuple[tuple, tuple
 
 
 def _normal(text: str) -> str:
-    return " ".join((text if text.isascii() else unicodedata.normalize("NFC", text)).split())
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def _declared(task: Task, first: Used, second: Used, found: dict) -> str | None:

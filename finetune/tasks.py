@@ -161,13 +161,14 @@ TASKS: dict[str, Task] = {
         splits={
             "train": Split("flickr30k/annotations/train_ann.jsonl", captions.read_flickr),
             "dev": Split("flickr30k/annotations/valid_ann.jsonl", captions.read_flickr),
-            "test": Split("xFlickrCO/annotations/{language}/test.jsonl", captions.read_flickr),
+            "test": Split("xFlickrCO/annotations/{language}/test.jsonl", captions.read_flickr, {"empty": "keep"}),
             "shots": Split("xFlickrCO/annotations/{language}/train_{shots}.jsonl", captions.read_flickr),
             "target_dev": Split("flickr30k/annotations_machine-translate/valid-{language}_gmt.jsonl", captions.read_flickr,
                                 {"sentences": "first"},  # IGLUE translated the first of five, and left the others in English
                                 others=(Split("xFlickrCO/annotations/{language}/dev.jsonl", captions.read_flickr),)),
             "target_dev_to_en": Split("xFlickrCO/annotations_machine-translate/{language}/dev_gmt.jsonl", captions.read_flickr),
-            "translated": Split("xFlickrCO/annotations_machine-translate/{language}/test_gmt.jsonl", captions.read_flickr),
+            "translated": Split("xFlickrCO/annotations_machine-translate/{language}/test_gmt.jsonl", captions.read_flickr,
+                                {"empty": "keep"}),
             "shots_to_en": Split("xFlickrCO/annotations_machine-translate/{language}/train_{shots}_gmt.jsonl",
                                  captions.read_flickr),
             "shots_from_en": Split("xFlickrCO/annotations_machine-translate/{language}/train_{shots}_from_en.jsonl",

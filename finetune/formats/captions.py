@@ -10,12 +10,15 @@ from finetune.formats.stream import field, read_jsonl, read_lines, read_listed
 from raylib.errors import UserError
 
 
-def read_flickr(path: Path, sentences: str = "all") -> Iterator[Captioned]:
-    """JSON lines {sentences, id, img_path}: Flickr30K and xFlickrCO as IGLUE has them. sentences: "first", where the others are
-    in another language."""
+def read_flickr(path: Path, sentences: str = "all", empty: str = "") -> Iterator[Captioned]:
+    """JSON lines {sentences, id, img_path}: Flickr30K and xFlickrCO as IGLUE has them.
+
+    sentences: "first", where the others are in another language. empty: "keep" captions without a word, which are in IGLUE's
+        German and Indonesian tests, one in each; else they are an error.
+    """
     for where, record in read_jsonl(path):
         texts = field(record, "sentences", list, where)
-        if not texts or not all(isinstance(s, str) and s.strip() for s in texts):
+        if not texts or not all(isinstance(s, str) and (s.strip() or empty == "keep") for s in texts):
             raise UserError(f"{where}: field 'sentences' must hold captions, and no empty one")
         yield Captioned(field(record, "img_path", str, where), tuple(texts[:1] if sentences == "first" else texts))
 
