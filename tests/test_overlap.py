@@ -71,7 +71,8 @@ def test_an_image_alone_is_an_overlap_too(tmp_path):
 def test_what_a_run_does_not_use_is_not_compared(tmp_path):
     """Zero-shot sees no shots; what chooses nothing with select=last; only the first so many items of a limit."""
     shared = gqa((3, "Ist es dunkel?", "n3"))
-    sets = xgqa(tmp_path, shots=shared, shots_dev=shared, dev=shared, train=gqa((1, "Is it dark?", "1"), (3, "Is it dark?", "n3")))
+    train = gqa((1, "Is it dark?", "1"), (3, "Is it dark?", "n3"))
+    sets = xgqa(tmp_path, shots=shared, shots_dev=shared, dev=shared, train=train)
     assert compared("xgqa", tmp_path, select="last", train_limit=1, **sets) == []
     with pytest.raises(UserError, match="valid.json"):
         compared("xgqa", tmp_path, train_limit=1, **sets)
@@ -81,7 +82,8 @@ def test_what_a_run_does_not_use_is_not_compared(tmp_path):
 
 @pytest.mark.parametrize(("one", "other", "mscoco"), [
     ("123.jpg", "123", False), ("a/b/123.JPG", "123.png", False), ("N16.jpg", "n16", False),
-    ("COCO_val2014_000000391895.jpg", "COCO_train2014_000000391895", False), ("COCO_val2014_000000391895.jpg", "000000391895", False),
+    ("COCO_val2014_000000391895.jpg", "COCO_train2014_000000391895", False),
+    ("COCO_val2014_000000391895.jpg", "000000391895", False),
     ("COCO_val2014_000000391895.jpg", "391895", True), (unicodedata.normalize("NFD", "café.jpg"), "café", False),
     ("zh/73-福建土楼/73-11.jpg", "zh/73-11.jpg", False),
 ])  # fmt: skip
@@ -105,7 +107,9 @@ def test_captions_are_compared_whatever_their_form_of_unicode(tmp_path):
     task, caption = TASKS["xflickrco"], "ein Café"
     other = unicodedata.normalize("NFD", caption)
     for name, language, records in (
-        ("train", "en", flickr("1.jpg")), ("dev", "en", flickr("2.jpg", caption=other)), ("test", "de", flickr("2", caption=caption)),
+        ("train", "en", flickr("1.jpg")),
+        ("dev", "en", flickr("2.jpg", caption=other)),
+        ("test", "de", flickr("2", caption=caption)),
     ):  # fmt: skip
         write(task.paths(tmp_path, name, language)[0], records)
     with pytest.raises(UserError, match="share 1 images and 1 items"):

@@ -37,7 +37,10 @@ def languages_of(task, split):
     return only if split in ("train", "dev") or split.startswith(("translated", "target_dev")) else TASKS[task].languages
 
 
-@pytest.mark.parametrize(("task", "split"), [(t, s) for t in PUBLISHED for s in TASKS[t].splits if s not in OURS and "." not in s])
+SPLITS = [(task, split) for task in PUBLISHED for split in TASKS[task].splits if split not in OURS and "." not in split]
+
+
+@pytest.mark.parametrize(("task", "split"), SPLITS)
 def test_task_records_name_files_of_iglues_tree(task, split):
     record, tree = TASKS[task], set(TREE)
     for language in languages_of(task, split):
@@ -69,8 +72,10 @@ def put(path, name, text):
     return path
 
 
-LXMERT = [{"img_id": "2354786", "label": {"yes": 1.0}, "question_id": "02930152", "sent": "Is the sky dark?"},
-          {"img_id": "2375429", "label": {"pipe": 1.0}, "question_id": "07333408", "sent": "What is on the white wall?"}]  # fmt: skip
+LXMERT = [
+    {"img_id": "2354786", "label": {"yes": 1.0}, "question_id": "02930152", "sent": "Is the sky dark?"},
+    {"img_id": "2375429", "label": {"pipe": 1.0}, "question_id": "07333408", "sent": "What is on the white wall?"},
+]
 
 
 def test_zips_are_read_as_they_lie(tmp_path):
@@ -93,7 +98,8 @@ def test_zips_are_read_as_they_lie(tmp_path):
 
 def test_zips_that_are_not_to_be_read_are_named(tmp_path):
     several = put(put(tmp_path / "several.json.zip", "a.json", "[]"), "b.json", "[]")
-    for path, words in ((several, r"2 JSON files \(a.json, b.json\) in it"), (put(tmp_path / "n.zip", "n.txt", ""), "no JSON file in it")):
+    none = put(tmp_path / "n.zip", "n.txt", "")
+    for path, words in ((several, r"2 JSON files \(a.json, b.json\) in it"), (none, "no JSON file in it")):
         with pytest.raises(UserError, match=words):
             list(read_items(path))
     broken = tmp_path / "broken.json.zip"
@@ -112,8 +118,8 @@ def test_a_missing_split_names_every_place(tmp_path):
     task = TASKS["xgqa"]
     with pytest.raises(UserError) as refused:
         list(task.read(task.path(tmp_path, "train", "en"), "train", "en"))
-    for name in ("gqa/annotations/train.json:", "gqa/annotations/train.json.zip", "gqa/annotations/train_balanced_questions.json"):
-        assert name in str(refused.value)
+    for name in ("train.json:", "train.json.zip", "train_balanced_questions.json"):
+        assert f"gqa/annotations/{name}" in str(refused.value)
 
 
 def test_gqas_own_files_are_read_where_iglues_are_not_there(tmp_path):
@@ -128,7 +134,8 @@ def test_translated_dev_sets_are_target_dev_sets(tmp_path):
     """IGLUE translated the first of Flickr30K's five captions, and left the others in English."""
     path = tmp_path / "flickr30k/annotations_machine-translate/valid-ru_gmt.jsonl"
     path.parent.mkdir(parents=True)
-    record = {"sentences": ["Группа людей стоит в кузове грузовика.", "Men are standing on a truck."], "id": "10", "img_path": "10.jpg"}
+    texts = ["Группа людей стоит в кузове грузовика.", "Men are standing on a truck."]
+    record = {"sentences": texts, "id": "10", "img_path": "10.jpg"}
     path.write_text(json.dumps(record, ensure_ascii=False) + "\n")
     task = TASKS["xflickrco"]
     items = list(task.read(task.path(tmp_path, "target_dev", "ru"), "target_dev", "ru"))
@@ -176,11 +183,11 @@ def test_the_testdev_is_for_runs_that_see_no_few_shot_file(finetune, tmp_path):
                                  *([f"model={tmp_path / 'english'}"] if setting == "translate_test" else []))  # fmt: skip
         found = json.loads((tmp_path / setting / "result.json").read_text())
         assert code == 0 and found["split"] == "testdev" and found["counts"]["ru"]["n"] == 80, printed
-    code, printed = finetune("scenes_xgqa", "name=few", "setting=few_shot", f"model={tmp_path / 'english'}", "epochs=1", "batch=4")
+    english, few = f"model={tmp_path / 'english'}", f"model={tmp_path / 'few/ru'}"
+    code, printed = finetune("scenes_xgqa", "name=few", "setting=few_shot", english, "epochs=1", "batch=4")
     assert code == 0, printed
-    for settings in (["setting=few_shot", f"model={tmp_path / 'english'}"], ['dev_languages=["ru"]'],
-                     ["setting=untrained", f"model={tmp_path / 'few/ru'}"], ["setting=translate_test", f"model={tmp_path / 'few/ru'}"],
-                     ["setting=untrained", f"model={tmp_path / 'few/ru/best'}"]):  # fmt: skip
+    for settings in (["setting=few_shot", english], ['dev_languages=["ru"]'], ["setting=untrained", few],
+                     ["setting=translate_test", few], ["setting=untrained", f"{few}/best"]):  # fmt: skip
         code, printed = finetune("scenes_xgqa", "name=refused", "split=testdev", *settings)
         assert code == 2 and "split=testdev holds every question of the few-shot files" in printed, printed
         assert printed.strip().count("\n") == 0 and not (tmp_path / "refused").exists()
@@ -211,7 +218,8 @@ def test_few_shot_xgqa_takes_iglues_steps(count, steps):
     """1,490 questions of 48 images in batches of 64: 24 an epoch, the last of them smaller; 20 epochs."""
     config = RECIPES["iglue_few_shot_xgqa"]()
     assert config.shots == 48 and config.optim.weight_decay == 1e-4 and config.optim.warmup == 0.1 and config.optim.horizon == 1
-    batches = ExampleBatches(examples(count), ("yes",), None, None, 9, False, config.batch, 0, keep_last=config.last_batch == "keep")
+    keep = config.last_batch == "keep"
+    batches = ExampleBatches(examples(count), ("yes",), None, None, 9, False, config.batch, 0, keep_last=keep)
     assert config.epochs * batches.steps == steps
 
 
@@ -226,7 +234,7 @@ def test_a_last_batch_that_is_kept_takes_every_example_once(world):
     assert [len(part[2]["examples"]["answer"]) for part in parts] == [6 // world] * world
     dropped = ExampleBatches(examples(22), ("yes", "no"), None, tokenizer, 9, False, 8, 3)
     assert dropped.steps == 2 and all(dropped.places(step)[2].tolist() for step in range(2))
-    with pytest.raises(UserError, match=r"the last batch of an epoch has 1 examples, fewer than workers=2; set workers=1, or last_batch"):
+    with pytest.raises(UserError, match=r"last batch of an epoch has 1 examples, fewer than workers=2; set workers=1"):
         CaptionBatches([Captioned(str(i), ("c",)) for i in range(9)], None, tokenizer, 9, 8, 0, 0, 2, keep_last=True)
 
 
@@ -234,8 +242,8 @@ def test_a_last_batch_that_is_kept_takes_every_example_once(world):
 def test_few_shot_recipes_run_from_english(finetune, tmp_path, task, shots):
     """Each language from the English checkpoint, its best on the dev set that IGLUE uses."""
     assert finetune(f"scenes_{task}", "name=english", "epochs=1", "candidates=3")[0] == 0
-    code, printed = finetune(f"iglue_few_shot_{task}", "name=few", f"model={tmp_path / 'english'}", f"shots={shots}", "runtime=local",
-                             "backbone=unified", 'languages=["ru"]', "batch=4", "loss=ce", "candidates=3")  # fmt: skip
+    small = ["runtime=local", "backbone=unified", 'languages=["ru"]', "batch=4", "loss=ce", "candidates=3"]
+    code, printed = finetune(f"iglue_few_shot_{task}", "name=few", f"model={tmp_path / 'english'}", f"shots={shots}", *small)
     assert code == 0, printed
     evaluated = json.loads((tmp_path / "few/ru/best/meta.json").read_text())["evaluation"]
     assert list(evaluated) == (["dev/ru", "score"] if task == "xgqa" else ["dev/en", "score"])
@@ -245,8 +253,8 @@ def test_few_shot_recipes_run_from_english(finetune, tmp_path, task, shots):
 
 
 @pytest.mark.parametrize(("task", "language", "words"), [
-    ("xgqa", "ru", "there is shots= 1, 5"), ("marvl", "ru", "there is shots= 1, 2, 4"), ("xflickrco", "ru", "there is shots= 1, 5"),
-    ("marvl", "xx", "none in this language"),
+    ("xgqa", "ru", "there is shots= 1, 5"), ("marvl", "ru", "there is shots= 1, 2, 4"),
+    ("xflickrco", "ru", "there is shots= 1, 5"), ("marvl", "xx", "none in this language"),
 ])  # fmt: skip
 def test_a_number_of_shots_that_is_not_there_names_those_that_are(scenes, task, language, words):
     record = TASKS[task]
