@@ -1,7 +1,7 @@
 """Training batches: `batches[step]` is one worker's part of the global batch, a pure function of (seed, step).
 
 An epoch is a permutation of the examples drawn from (seed, epoch); what does not fill a last batch waits for the next
-epoch. What is drawn for an example is drawn from (seed, epoch, its number).
+epoch, or is a smaller batch (`keep_last`). What is drawn for an example is drawn from (seed, epoch, its number).
 """
 
 from collections.abc import Callable, Sequence
@@ -28,14 +28,20 @@ More = Callable[[Sequence[Example], dict[str, Any], dict[str, Any]], dict[str, A
 class _Epochs(Dataset):
     """Which examples a step takes."""
 
-    def __init__(self, examples: Sequence, batch: int, seed: int, rank: int, world: int, change: Change | None):
+    def __init__(
+        self, examples: Sequence, batch: int, seed: int, rank: int, world: int, change: Change | None, keep_last: bool
+    ):  # fmt: skip
         if not examples:
             raise UserError("no examples to train on; check data= and the counts above")
         self.examples, self.seed, self.rank, self.world, self.change = examples, seed, rank, world, change
         self.batch = min(batch, len(examples))
         if self.batch < world:
             raise UserError(f"{len(examples)} examples are fewer than workers={world}; set workers={len(examples)}")
-        self.steps = len(examples) // self.batch  # of an epoch
+        left = len(examples) % self.batch if keep_last else 0
+        if 0 < left < world:
+            raise UserError(f"the last batch of an epoch has {left} examples, fewer than workers={world}; set workers={left}, or "
+                            "last_batch=drop")  # fmt: skip
+        self.steps = len(examples) // self.batch + (left > 0)  # of an epoch
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def places(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
@@ -43,7 +49,8 @@ class _Epochs(Dataset):
         epoch, place = divmod(step, self.steps)
         if self._order[0] != epoch:
             self._order = (epoch, permutation(len(self.examples), self.seed, "order", epoch))
-        index = np.arange(self.rank, self.batch, self.world)
+        size = min(self.batch, len(self.examples) - place * self.batch)
+        index = np.arange(self.rank, size, self.world)
         return epoch, index, self._order[1][place * self.batch + index]
 
     def chosen(self, epoch: int, numbers: np.ndarray) -> list:
@@ -59,8 +66,9 @@ class ExampleBatches(_Epochs):
     def __init__(
         self, examples: Sequence[Example], labels: Sequence[str], pictures: Pictures | None, tokenizer: Tokenizer, length: int,
         soft: bool, batch: int, seed: int, rank: int = 0, world: int = 1, change: Change | None = None, more: More | None = None,
+        keep_last: bool = False,
     ):  # fmt: skip
-        super().__init__(examples, batch, seed, rank, world, change)
+        super().__init__(examples, batch, seed, rank, world, change, keep_last)
         self.more = more
         self.pictures, self.tokenizer, self.length, self.soft = pictures, tokenizer, length, soft
         self.classes = {label: i for i, label in enumerate(labels)}
@@ -161,10 +169,10 @@ class CaptionBatches(_Epochs):
 
     def __init__(
         self, examples: Sequence[Captioned], pictures: Pictures, tokenizer: Tokenizer, length: int, batch: int, seed: int,
-        rank: int = 0, world: int = 1, change: Change | None = None,
+        rank: int = 0, world: int = 1, change: Change | None = None, keep_last: bool = False,
     ):  # fmt: skip
         pairs = [Captioned(e.image, (caption,)) for e in examples for caption in e.captions]
-        super().__init__(pairs, batch, seed, rank, world, change)
+        super().__init__(pairs, batch, seed, rank, world, change, keep_last)
         self.pictures, self.tokenizer, self.length = pictures, tokenizer, length
 
     def __getitem__(self, step: int) -> dict[str, Any]:

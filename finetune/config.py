@@ -29,7 +29,9 @@ class FinetuneConfig(LaunchConfig):
     setting: zero_shot trains on English; few_shot goes on from `model` with each language's shots; single_language and
         all_language train on the languages' own files, one by one or together; translate_test evaluates `model`, untrained,
         on translations into English; untrained evaluates it as it is.
-    split: "test", or "few_shot_test", IGLUE's smaller one of xGQA. shots: which few-shot file.
+    split: "test". Of xGQA there is "testdev" too, all 12,578 questions of GQA's testdev, for runs that see none of the 2,912 that
+        are in few-shot files; "test" are the other 9,666, which every paper reports, and "few_shot_test" is another name for
+        them (runs of before meant the testdev by "test"). shots: which few-shot file.
     languages: what is evaluated; () is all of the task's.
     answers: keep so many most frequent answers of the training file; None: the task's answer file, or all there are.
     strategies: fine-tuning methods (`finetune.strategies`); `strategies.prior.alpha=4` turns one on. method: what tables call
@@ -39,8 +41,9 @@ class FinetuneConfig(LaunchConfig):
     freeze: parts that never train. encoded: with a frozen image encoder and no augmentation, encode every picture once.
     matching: retrieval trains and ranks pairs by the match head too, and `candidates` is the K of its two stages (0 ranks every
         pair). Without, by image-text contrast alone, at `temperature` (paper 4's tau).
+    last_batch: "keep" trains on what is left of an epoch as a smaller batch (IGLUE); "drop" leaves it to another epoch.
     select: which checkpoint is evaluated: the best on the English dev set (few-shot: the language's own, where the task has
-        one), or the last.
+        one), or the last. select_metric: by which score of retrieval; select_ties: which of checkpoints that score alike.
     curves: evaluate the test set in every language after every epoch too; it chooses nothing (`analyse` draws it).
     tests: evaluate the test sets at the end. A trial of a search does not: its result is what the dev sets say.
     dev_languages: whose own dev sets are scored after each epoch too; they choose nothing within the run.
@@ -55,7 +58,7 @@ class FinetuneConfig(LaunchConfig):
     regions: str | None = None
     wordnet: str | None = None
     setting: Setting = "zero_shot"
-    split: Literal["test", "few_shot_test"] = "test"
+    split: Literal["test", "few_shot_test", "testdev"] = "test"
     shots: int | str = 5
     languages: tuple[str, ...] = ()
     method: str = ""
@@ -76,7 +79,10 @@ class FinetuneConfig(LaunchConfig):
     matching: bool = True
     candidates: NonNegativeInt = 16
     temperature: PositiveFloat = 0.01
+    last_batch: Literal["drop", "keep"] = "drop"
     select: Literal["best", "last"] = "best"
+    select_metric: Literal["mean_recall", "recall_at_1"] = "mean_recall"
+    select_ties: Literal["first", "last"] = "first"
     curves: bool = False
     tests: bool = True
     dev_languages: tuple[str, ...] = ()
@@ -93,8 +99,6 @@ class FinetuneConfig(LaunchConfig):
         tuned = [name for name, method in chosen(self.strategies).items() if isinstance(method, Tuning)]
         if sparse and tuned:
             raise ValueError(f"strategies.sparse prunes what strategies.{tuned[0]} freezes; leave one of them out")
-        if self.strategies.alignment and self.matching:
-            raise ValueError("strategies.alignment is for models that read texts and pictures apart; set matching=false")
         if {"adapter", "compacter"} <= set(tuned):
             raise ValueError("strategies.adapter and strategies.compacter want the same places; leave one of them out")
         if self.augment and self.encoded and "vision" in self.freeze:
@@ -102,7 +106,10 @@ class FinetuneConfig(LaunchConfig):
         taught = self.strategies.distillation
         if taught and self.head == "decoder":
             raise ValueError("strategies.distillation is for classifiers; leave out head=decoder")
-        if taught and not taught.task and taught.classifier == "new" and self.select == "best":
+        if taught and taught.epochs and sparse:
+            raise ValueError("strategies.distillation.epochs and strategies.sparse both train before the run itself; leave one "
+                             "of them out")  # fmt: skip
+        if taught and not taught.task and not taught.epochs and taught.classifier == "new" and self.select == "best":
             raise ValueError("strategies.distillation.task=0 trains no head that could choose the best checkpoint; set "
                              "select=last, or strategies.distillation.classifier=teacher")  # fmt: skip
         if self.head == "decoder" and self.loss == "bce":

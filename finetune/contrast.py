@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from finetune.strategies.base import Term
 from raylib.collective import gather, total, world_size
 from raylib.losses import contrastive
+from raylib.objective import UnifiedObjective
 from raylib.ragged import Ragged, concatenate
 
 Contrast = Callable[[Tensor, Tensor], Tensor]
@@ -39,7 +40,7 @@ class ContrastObjective(nn.Module):
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         part = batch["image_text"]
-        vectors = self._vectors(part)
+        vectors = encode_vectors(self.model, part, torch.tensor([self.temperature], device=part["image_id"].device))
         sums = [vectors.contrast(vectors.picture, vectors.text), vectors.contrast(vectors.text, vectors.picture)]
         sums = torch.stack([*sums, *(term.values(vectors, part).sum() for term in self.terms.values())])
         shares = sums / total(torch.tensor(float(len(vectors.text)), device=sums.device))
@@ -47,30 +48,65 @@ class ContrastObjective(nn.Module):
         names = ("i2t", "t2i", *self.terms)
         return (weights * shares).sum() * world_size(), dict(zip(names, total(shares).unbind(), strict=True))
 
-    def _vectors(self, part: dict) -> Vectors:
-        texts = [Ragged(part["text"].clean, part["text"].lengths), *([part["pivot"]] if "pivot" in part else [])]
-        if "states" in part:  # of a frozen image encoder that ran before
-            dtype = next(self.model.parameters()).dtype
-            states = part["states"].with_values(part["states"].values.to(dtype))
-        else:
-            states = self.model.encode_images(part["images"])
-        picture = self.model.embed_pictures(states).float()
-        text, *pivot = self.model.embed_sentences(concatenate(texts)).float().split([len(t.lengths) for t in texts])
-        return Vectors(picture, text, pivot[0] if pivot else None, self._contrast(part))
 
-    def _contrast(self, part: dict) -> Contrast:
-        """Rows of the global batch in one order on any number of workers."""
-        index = part["index"].to(part["image_id"].device)
-        everywhere, pictures, texts = gather(torch.stack([index, part["image_id"], part["text"].text_id], 1)).unbind(1)
-        everywhere, order = everywhere.sort()
-        positive = torch.searchsorted(everywhere, index.contiguous())
-        same = (part["image_id"][:, None] == pictures[order]) | (part["text"].text_id[:, None] == texts[order])
-        excluded = torch.zeros(same.shape, device=same.device).masked_fill_(same, -torch.inf)
-        excluded = excluded.scatter(1, positive[:, None], 0.0)
+class MatchingObjective(nn.Module):
+    """As `UnifiedObjective`, which it holds, of contrast and matching, and terms of methods beside: `forward(batch)` -> (this
+    worker's share of the sum, {its terms, and the methods' by name: means over the global batch, unweighted}).
 
-        def contrast(queries: Tensor, keys: Tensor) -> Tensor:
-            queries, keys = (nn.functional.normalize(x, dim=1) for x in (queries, keys))
-            keys = gather(keys).index_select(0, order)
-            return contrastive(queries, keys, positive, excluded.to(queries.dtype), queries.new_tensor([self.temperature]))[0]
+    Images are encoded once for both. Texts are encoded again, with their pivots: what `UnifiedObjective` makes of them are unit
+    vectors, and terms are about vectors of any length.
+    """
 
-        return contrast
+    def __init__(self, unified: UnifiedObjective, terms: dict[str, Term]):
+        super().__init__()
+        self.model, self.unified, self.terms = unified.model, unified, terms
+
+    @property
+    def partial(self) -> bool:
+        return self.unified.partial
+
+    def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        part = batch["image_text"]
+        if "states" not in part:
+            with torch.set_grad_enabled(self.unified.config.train_vision and torch.is_grad_enabled()):
+                part = {**part, "states": self.model.encode_images(part["images"])}
+        loss, values = self.unified({**batch, "image_text": part})
+        # without gradient: what clamps the temperature asks all terms together, once a step (`raylib.collective.clamp`)
+        temperature = self.model.temperature.detach().clamp(*self.unified.config.temperature)
+        vectors = encode_vectors(self.model, part, temperature)
+        sums = torch.stack([term.values(vectors, part).sum() for term in self.terms.values()])
+        shares = sums / total(torch.tensor(float(len(vectors.text)), device=sums.device))
+        weights = torch.tensor([term.weight for term in self.terms.values()], device=sums.device)
+        added = dict(zip(self.terms, total(shares).unbind(), strict=True))
+        return loss + (weights * shares).sum() * world_size(), {**values, **added}
+
+
+def encode_vectors(model: nn.Module, part: dict, temperature: Tensor) -> Vectors:
+    """What a batch comes to. temperature: (1,), of `Vectors.contrast`."""
+    texts = [Ragged(part["text"].clean, part["text"].lengths), *([part["pivot"]] if "pivot" in part else [])]
+    if "states" in part:  # of a frozen image encoder that ran before, or of this step's
+        dtype = next(model.parameters()).dtype
+        states = part["states"].with_values(part["states"].values.to(dtype))
+    else:
+        states = model.encode_images(part["images"])
+    picture = model.embed_pictures(states).float()
+    text, *pivot = model.embed_sentences(concatenate(texts)).float().split([len(t.lengths) for t in texts])
+    return Vectors(picture, text, pivot[0] if pivot else None, _contrast(part, temperature))
+
+
+def _contrast(part: dict, temperature: Tensor) -> Contrast:
+    """Rows of the global batch in one order on any number of workers."""
+    index = part["index"].to(part["image_id"].device)
+    everywhere, pictures, texts = gather(torch.stack([index, part["image_id"], part["text"].text_id], 1)).unbind(1)
+    everywhere, order = everywhere.sort()
+    positive = torch.searchsorted(everywhere, index.contiguous())
+    same = (part["image_id"][:, None] == pictures[order]) | (part["text"].text_id[:, None] == texts[order])
+    excluded = torch.zeros(same.shape, device=same.device).masked_fill_(same, -torch.inf)
+    excluded = excluded.scatter(1, positive[:, None], 0.0)
+
+    def contrast(queries: Tensor, keys: Tensor) -> Tensor:
+        queries, keys = (nn.functional.normalize(x, dim=1) for x in (queries, keys))
+        keys = gather(keys).index_select(0, order)
+        return contrastive(queries, keys, positive, excluded.to(queries.dtype), temperature.to(queries))[0]
+
+    return contrast

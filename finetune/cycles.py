@@ -1,7 +1,11 @@
-"""Iterative magnitude pruning (paper 0, Algorithm 1): train, prune, rewind, again. Each round is a training of its own in
+"""Trainings that come before a run's own, in folders below it.
+
+Iterative magnitude pruning (paper 0, Algorithm 1): train, prune, rewind, again. Each round is a training of its own in
 RUN/round_N, cut short after some epochs of the run's own schedule; RUN/masks/round_N.safetensors is what it leaves.
 
 A round whose mask is there is not done again, one that was interrupted goes on: so the cycle resumes wherever it stopped.
+
+Distillation with `epochs` (paper 3): the student is distilled in RUN/distilled, the run goes on from it on answers alone.
 """
 
 import json
@@ -53,6 +57,33 @@ def find_mask(
     return ready, {"finished": True, **spent, "sparsity": masks.sparsity(masks.read(mask_file), parameters)}
 
 
+def distil_first(
+    config: FinetuneConfig, language: str | None, reporter: Reporter | None = None
+) -> tuple[FinetuneConfig, dict[str, Any], Path]:
+    """The training that `strategies.distillation.epochs` asks for.
+
+    Returns:
+        (the config of the training that follows, {"finished", "seconds", "steps"}, the checkpoint that it starts from).
+    """
+    taught = config.strategies.distillation
+    left_out = ["head_first", *([] if taught.task else ["prior"])]  # they are the answers', which this one does not train on
+    only = {"distillation": taught.model_copy(update={"epochs": None}), **dict.fromkeys(left_out)}
+    changed = {"strategies": config.strategies.model_copy(update=only), "epochs": taught.epochs, "select": "last",
+               "name": "distilled", "runs": str(run_folder(config)), "resume": "newest"}  # fmt: skip
+    part = config.model_copy(update=changed)
+    result = _train_once(Work(language, taught.epochs), part, part, reporter and reporter.after(0, taught.epochs))
+    ready = after_distillation(config)
+    return ready, {name: result[name] for name in ("finished", "seconds", "steps")}, checkpoint.newest(run_folder(part))
+
+
+def after_distillation(config: FinetuneConfig) -> FinetuneConfig:
+    """The config of a run's own training, where distillation comes before it; else as it is."""
+    taught = config.strategies.distillation
+    if not taught or not taught.epochs:
+        return config
+    return config.model_copy(update={"strategies": config.strategies.model_copy(update={"distillation": None})})
+
+
 def _with(config: FinetuneConfig, mask: Path | None, mixed: bool) -> FinetuneConfig:
     """`config` with the mask, and without code-mixing unless it is `mixed`."""
     strategies = config.strategies
@@ -62,13 +93,18 @@ def _with(config: FinetuneConfig, mask: Path | None, mixed: bool) -> FinetuneCon
 
 
 def _round(work: Work, part: FinetuneConfig, mask: Path | None, reporter: Reporter | None) -> dict[str, Any]:
-    """Train a round under `mask`, or say what it came to before. The mask's place is no setting of the round: a run may move."""
+    """Train a round under `mask`. The mask's place is no setting of the round: a run may move."""
+    return _train_once(work, part, _with(part, mask, True), reporter)
+
+
+def _train_once(work: Work, part: FinetuneConfig, launched: FinetuneConfig, reporter: Reporter | None) -> dict[str, Any]:
+    """Train in the folder of `part`, or say what that came to before."""
     done = run_folder(part) / "part.json"
     if done.is_file():
         return json.loads(done.read_text(encoding="utf-8"))
     if leads(part):
         open_run(part)
-    result = launch(work, _with(part, mask, True), run_folder(part), reporter)
+    result = launch(work, launched, run_folder(part), reporter)
     if result["finished"] and leads(part):
         checkpoint.write_atomically(done, json.dumps(result, allow_nan=False))
     return result

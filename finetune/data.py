@@ -10,8 +10,9 @@ from finetune.config import FinetuneConfig
 from finetune.examples import Captioned, Example
 from finetune.formats.gqa import read_answers
 from finetune.pictures import Pixels, RegionFeatures
+from finetune.splits import Task
 from finetune.stores import open_pictures, open_regions
-from finetune.tasks import TASKS, Task
+from finetune.tasks import TASKS
 from raylib.config import choose
 from raylib.errors import UserError
 from raylib.shared import shared, stamp
@@ -49,11 +50,17 @@ def languages_of(config: FinetuneConfig) -> tuple[str, ...]:
     return config.languages or find_task(config).languages
 
 
-def test_split(config: FinetuneConfig) -> str:
-    """The split that results come from; English has no translation."""
+def test_split(config: FinetuneConfig, language: str) -> str:
+    """The split that results in `language` come from; English has no translation."""
     alignment = config.strategies.alignment
-    translated = config.setting == "translate_test" or (alignment and alignment.routine == 3)
-    return "translated" if translated else config.split
+    if language == "en" or not (config.setting == "translate_test" or (alignment and alignment.routine == 3)):
+        return config.split
+    return "translated_testdev" if config.split == "testdev" else "translated"
+
+
+def split_name(config: FinetuneConfig) -> str:
+    """What results call the test split."""
+    return find_task(config).split_names.get(config.split, config.split)
 
 
 def dev_split(config: FinetuneConfig, language: str) -> str:
@@ -70,26 +77,56 @@ def dev_split(config: FinetuneConfig, language: str) -> str:
         name = next((name for name in ("target_dev", "shots_dev") if name in task.splits), None)
     if name is None:
         raise UserError(f"{config.task} has no development set in '{language}'")
-    if language != "en" and test_split(config) == "translated":
+    if test_split(config, language).startswith("translated"):
         name += "_to_en"
         if name not in task.splits:
             raise UserError(f"{config.task} has no development set in '{language}' in translation, which routine 3 is judged by")
     return name
 
 
-def training_examples(config: FinetuneConfig, language: str | None) -> list:
-    """What a part of a run trains on; `language` where each has a part of its own."""
+def dev_sets(config: FinetuneConfig, language: str | None) -> dict[str, str]:
+    """{language: split} of the dev sets that a part of a run is scored on.
+
+    The first chooses the checkpoint: it is English, but the language's own where there is a training for each and the task
+    has one (IGLUE's protocol for few-shot xGQA, paper 4's). With select=last nothing is looked at, but in a search, where
+    English says something of all languages, or is all that is looked at. Then those of `dev_languages`.
+    """
+    task, sets = find_task(config), {}
+    split = {"few_shot": "shots_dev", "single_language": "dev"}.get(config.setting)
+    own = split in task.splits
+    if own and split == "dev" and language != "en":
+        own = task.source("dev", language) != task.source("dev", "en")
+    looked = config.select == "best" or (not config.tests and (language is None or not config.dev_languages))
+    if config.trains and looked and (own or "dev" in task.splits):
+        sets = {language: dev_split(config, language)} if own else {"en": "dev"}
+    for code in config.dev_languages:
+        if language in (None, code):
+            sets.setdefault(code, dev_split(config, code))
+    return sets
+
+
+def training_sets(config: FinetuneConfig, language: str | None) -> list[Reading]:
+    """What a part of a run trains on; `language` where each has a part of its own.
+
+    Raises:
+        UserError: the languages have no training files of their own.
+    """
     if config.setting == "few_shot":
-        return list(read_whole(read_split(config, "shots", language)))
+        return [read_split(config, "shots", language)]
     if config.setting == "zero_shot":
-        return list(read_whole(read_split(config, "train", "en", config.train_limit)))
+        return [read_split(config, "train", "en", config.train_limit)]
     wanted, task = [language] if language else languages_of(config), find_task(config)
     readings = [read_split(config, "train", code, config.train_limit) for code in wanted]
     own = {task.source("train", code) for code in wanted}
     english = task.source("train", "en") if "en" in task.languages else None
     if len(own) < len(readings) or (language not in (None, "en") and english in own):
         raise UserError(f"{config.task}: its training file is English only; setting={config.setting} has nothing to train on")
-    return [example for reading in readings for example in read_whole(reading)]
+    return readings
+
+
+def training_examples(config: FinetuneConfig, language: str | None) -> list:
+    """The items of `training_sets`."""
+    return [example for reading in training_sets(config, language) for example in read_whole(reading)]
 
 
 def training_captions(config: FinetuneConfig) -> Callable[[str, str], dict[str, tuple[str, ...]]] | None:

@@ -14,6 +14,7 @@ class Example(NamedTuple):
     `tags`: what a detector calls the objects of the picture, in English.
     `pivot`: what a teacher of another language reads in the text's place; `aligned`: words that both have, as (first
     character, end) in the text and in the pivot (`finetune.distillation`).
+    `sources`: the addresses of the images, where the file has them: two ids may be one image (`finetune.overlap`).
     """
 
     id: str
@@ -24,6 +25,7 @@ class Example(NamedTuple):
     tags: tuple[str, ...] = ()
     pivot: str = ""
     aligned: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = ()
+    sources: tuple[str, ...] = ()
 
     def map_texts(self, change: Callable[[str, int], str]) -> "Example":
         """With `change(text, its place)` of every text."""
@@ -31,11 +33,13 @@ class Example(NamedTuple):
 
 
 class Captioned(NamedTuple):
-    """One picture of a retrieval task with its captions in one language; `pivots`: what each of these is to be aligned with."""
+    """One picture of a retrieval task with its captions in one language; `pivots`: what each of these is to be aligned with;
+    `source`: the image's address, where the file has it."""
 
     image: str
     captions: tuple[str, ...]
     pivots: tuple[str, ...] = ()
+    source: str = ""
 
     @property
     def id(self) -> str:

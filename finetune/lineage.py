@@ -1,6 +1,7 @@
 """Settings of a run and of the runs that it goes on from, without those that change no number; its method."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,17 @@ def read_lineage(run: Path) -> Lineage:
     if values is None:
         raise UserError(f"{run}/config.json: no settings of a run; give the folders of finished runs")
     return _lineage(run, values, ())
+
+
+def runs_behind(config: FinetuneConfig) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(folder, stored settings) of the run that `config` goes on from, of the one before that, and so on."""
+    folder, passed = None, set()
+    model, runs = config.model, config.runs
+    while isinstance(model, str) and model and (folder := _run_at(_locate(model, folder, runs))) and folder not in passed:
+        passed.add(folder)
+        stored = _read(folder)
+        yield folder, stored
+        model, runs = stored.get("model"), stored.get("runs")  # of pretraining, `model` are sizes
 
 
 def described(config: FinetuneConfig, steps: int, finished: bool, run: Path | None = None) -> str:

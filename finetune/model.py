@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from finetune.decoder import AnswerDecoder, DecoderConfig
 from finetune.formats.nli import check_labels
 from raylib.backbones import BACKBONES, rebuild
-from raylib.backbones.clip import Clip
-from raylib.backbones.mclip import MClip
 from raylib.checkpoint import BEST
 from raylib.config import build, choose
 from raylib.errors import UserError
@@ -25,7 +23,7 @@ from raylib.model import tuning
 from raylib.model.attention import initialise
 from raylib.model.folder import fill, find_model, find_tokenizer, write_model
 from raylib.model.places import Places
-from raylib.model.unified import UnifiedModel
+from raylib.model.unified import KINDS, UnifiedModel
 from raylib.ragged import Ragged
 
 LOCATIONS = 7  # numbers that say where a region is (UC2)
@@ -181,15 +179,26 @@ def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = 
         return choose(kind, BACKBONES, "backbone").load(Path(path), vision and Path(vision))
     folder = find_evaluated(path)
     description = read_description(folder)
-    there = description.get("backbone", description["model_type"].removeprefix("polyglance-"))
+    there = _kind(description, Path(path), folder)
     if kind not in ("unified", there):
         raise UserError(f"{path} is a model of ours on the backbone {there}; backbone={kind} needs weights of that kind")
     if vision:
         raise UserError(f"{path} has an image encoder; leave vision={vision} out")
     if description["model_type"] == "polyglance-finetuned":
         return FinetuneModel.from_pretrained(folder).backbone
-    own = {"polyglance-mclip": MClip, "polyglance-clip": Clip}.get(description["model_type"], UnifiedModel)
-    return own.from_pretrained(folder)
+    return choose(there, BACKBONES, "backbone").build.from_pretrained(folder)
+
+
+def _kind(description: dict, path: Path, folder: Path) -> str:
+    """The backbone of the model in `folder`, one of the run `path`. Retrieval runs of CCLM once stored theirs as unified: what
+    they are is in the run's settings."""
+    kind = description.get("backbone", description["model_type"].removeprefix("polyglance-"))
+    if kind == "unified" and "backbone" not in description:
+        for place in (path, folder.parent, folder.parent.parent):
+            settings = read_description(place) if (place / "config.json").is_file() else {}
+            if settings.get("backbone") in KINDS:
+                return settings["backbone"]
+    return kind
 
 
 def load_finetuned(path: Path | str, labels: tuple[str, ...]) -> FinetuneModel:

@@ -2,15 +2,22 @@
 
 P0 is Nooralahzadeh and Sennrich 2023, P1 Reinhardt et al. 2024, P2 Li et al. 2023 (`UNIMODAL`: its frozen modules, tables 7
 and 8), P3 is cViL, P4 translation-based alignment with small modules; IGLUE is Bugliarello et al. 2022.
+
+Which checkpoint is evaluated is what each chose by (`select`, `select_metric`, `select_ties`), and the last words of a
+recipe's line: P1 the last; IGLUE, and P0 after it, the best on the dev set, the first of ties; P2 likewise, in retrieval by
+R@1 (its code's `save_metric`); P3 the best accuracy (there every 500 steps, here every epoch), but the last of step 1, which
+has none; P4 the best R@1, the last of ties.
 """
 
 from collections.abc import Callable
 
 from finetune.config import UNIMODAL, FinetuneConfig
+from finetune.tasks import TASKS
 from raylib.optim import OptimConfig
 
 P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)
 IGLUE = OptimConfig(weight_decay=1e-4, warmup=0.1, eps=1e-6)
+FEW_SHOT_RATES = (1e-4, 5e-5, 1e-5)  # IGLUE tries all three for each number of shots (`tune_spaces few_shot`)
 P1 = OptimConfig(weight_decay=0.01, warmup=0.1)
 P3 = OptimConfig(lr=1e-4, weight_decay=0.05, warmup=0.0)
 P4 = OptimConfig(weight_decay=0.0, warmup=0.0, decay="cosine")  # Adam (appendix A)
@@ -21,7 +28,7 @@ def _p2(name: str, where: str, task: str, lr: float, batch: int, epochs: int, le
     """A row of P2's tables 7 and 8: 384 pixels, batch over all workers."""
     config = FinetuneConfig(
         name=name, task=task, batch=batch, epochs=epochs, length=length, candidates=candidates, image_size=384, workers=8,
-        optim=P2.model_copy(update={"lr": lr}), **more,
+        optim=P2.model_copy(update={"lr": lr}), select_metric="recall_at_1", **more,
     )  # fmt: skip
     return _named(config, f"P2 {where}: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
 
@@ -29,17 +36,27 @@ def _p2(name: str, where: str, task: str, lr: float, batch: int, epochs: int, le
 def _iglue(name: str, task: str, lr: float, batch: int, epochs: int, length: int, schedule: int = 20, **more):
     """`schedule`: epochs that the learning rate is laid out for (`optim_train_epochs`)."""
     config = FinetuneConfig(
-        name=name, task=task, batch=batch, epochs=epochs, length=length, workers=4,
+        name=name, task=task, batch=batch, epochs=epochs, length=length, workers=4, last_batch="keep",
         optim=IGLUE.model_copy(update={"lr": lr, "horizon": schedule / epochs}), **more,
     )  # fmt: skip
     return _named(config, f"IGLUE's protocol: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
+
+
+def _iglue_few_shot(task: str, shots: int | str, length: int, **more):
+    """From the English checkpoint, a model for each language and number of shots; its middle learning rate, of which it tries
+    three. Its code has smaller batches where there are fewer shots: for xGQA 8 of 1, 16 of 5, 32 of 10; set batch=."""
+    config = FinetuneConfig(
+        name=f"iglue_few_shot_{task}", task=task, setting="few_shot", shots=shots, batch=64, epochs=20, length=length, workers=1,
+        last_batch="keep", optim=IGLUE.model_copy(update={"lr": FEW_SHOT_RATES[1]}), **more,
+    )  # fmt: skip
+    return _named(config, f"IGLUE's few-shot protocol: {task}, shots={shots}; give model=RUN of iglue_{task}")
 
 
 def _p0(model: str, row: str, strategies: dict, **more):
     """A row of P0's table 1: xGQA by IGLUE's protocol, cross-entropy."""
     config = FinetuneConfig(
         name=f"p0_{model}_{row}", task="xgqa", backbone=model, batch=256, epochs=5, length=40, workers=4,
-        optim=IGLUE.model_copy(update={"lr": 4e-5, "horizon": 4.0}), strategies=strategies, **more,
+        optim=IGLUE.model_copy(update={"lr": 4e-5, "horizon": 4.0}), last_batch="keep", strategies=strategies, **more,
     )  # fmt: skip
     return _named(config, f"P0 table 1, {model.upper()}: {config.called}")
 
@@ -76,7 +93,7 @@ def _p4(task: str, row: str, strategies: dict, **more):
     config = FinetuneConfig(
         name=f"p4_{task}_{row}", task=task, backbone="mclip", freeze=("vision",), matching=False, setting="single_language",
         batch=10 if few else 48, epochs=40 if few else 15, length=77, strategies=strategies,
-        optim=P4.model_copy(update={"lr": 1e-4 if tuned else 3e-6}), **more,
+        optim=P4.model_copy(update={"lr": 1e-4 if tuned else 3e-6}), select_metric="recall_at_1", select_ties="last", **more,
     )  # fmt: skip
     return _named(config, f"P4, {task}: {config.called}")
 
@@ -122,8 +139,18 @@ def _named(config: FinetuneConfig, summary: str) -> Callable[[], FinetuneConfig]
     def recipe() -> FinetuneConfig:
         return config
 
-    recipe.__doc__ = summary
+    recipe.__doc__ = f"{summary} [{_selection(config)}]"
     return recipe
+
+
+def _selection(config: FinetuneConfig) -> str:
+    """Which checkpoint is evaluated, in words."""
+    if not config.trains:
+        return "nothing is trained"
+    if config.select == "last":
+        return "last epoch"
+    by = config.select_metric.replace("_", " ") if TASKS[config.task].kind == "retrieval" else "accuracy"
+    return f"best {by} on the dev set, {config.select_ties} of ties"
 
 
 # P0's table 1: the rows of each model. d1 = d2 = 0.8, k = 10, alpha = 10, 10 % of what remains after each of 5 epochs
@@ -185,6 +212,8 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "p3_aug": _p3("aug", "step 1, the other variant: training on translated questions", {}),
     "p3_classify": _p3("classify", "step 2: the classifier alone for 5 epochs, then all layers; give model=RUN of step 1",
                        {"head_first": {}}, epochs=20),
+    "p3_kd_classify": _p3("kd_classify", "steps 1 and 2 in one run", {"distillation": {**TAUGHT, "epochs": 10}, "head_first": {}},
+                          epochs=20),
     **{f"p4_{task}_{row}": _p4(task, row, strategies) for task in ("xtd_few", "multi30k") for row, strategies in P4_ROWS.items()},
     "p2_xvnli": _p2("p2_xvnli", "table 7", "xvnli", 2e-5, 512, 10, 40, freeze=UNIMODAL),
     "p2_xgqa": _p2("p2_xgqa", "table 7", "xgqa", 3e-5, 512, 10, 40, freeze=UNIMODAL),
@@ -202,6 +231,10 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "iglue_xflickrco": _iglue("iglue_xflickrco", "xflickrco", 2e-5, 64, 10, 80),
     "iglue_marvl": _iglue("iglue_marvl", "marvl", 1e-5, 64, 20, 80),
     "iglue_wit": _iglue("iglue_wit", "wit", 2e-5, 64, 2, 80, schedule=2),
+    "iglue_few_shot_xgqa": _iglue_few_shot("xgqa", 48, 40, loss="bce"),
+    "iglue_few_shot_xvnli": _iglue_few_shot("xvnli", 48, 80),
+    "iglue_few_shot_xflickrco": _iglue_few_shot("xflickrco", 100, 80),
+    "iglue_few_shot_marvl": _iglue_few_shot("marvl", "10x2", 80, languages=("id", "tr", "zh")),
     "scenes_xgqa": _scenes("xgqa"),
     "scenes_xvnli": _scenes("xvnli"),
     "scenes_xflickrco": _scenes("xflickrco", languages=SCENES),

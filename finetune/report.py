@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import FinetuneConfig
-from finetune.data import find_task
+from finetune.data import find_task, split_name
 from finetune.lineage import described, method_of
+from finetune.retrieval import recall_at_1
 from raylib import markdown
 from raylib.checkpoint import write_atomically
 from raylib.errors import UserError
@@ -33,7 +34,7 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
     steps = sum(part.get("steps", 0) for part in parts)
     finished = all(part.get("finished", True) for part in parts)
     result = {
-        "run": config.name, "task": config.task, "setting": config.setting, "split": config.split,
+        "run": config.name, "task": config.task, "setting": config.setting, "split": split_name(config),
         "method": described(config, steps, finished), "finished": finished,
         "seed": config.fit.seed, "model": config.model, "params": first.get("params"), "trainable": first.get("trainable"),
         "sparsity": sparsity.get("whole", 0.0), "sparsity_prunable": sparsity.get("prunable", 0.0),
@@ -47,7 +48,7 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
         "gap": scores["en"] - mean(targets) if targets and "en" in scores else None,
         "by_type": {code: values["by_type"] for code, values in figures.items() if values.get("by_type")},
     }  # fmt: skip
-    first_hits = {code: mean((v["i2t_r1"], v["t2i_r1"])) for code, v in figures.items()} if retrieval else scores
+    first_hits = {code: recall_at_1(values) for code, values in figures.items()} if retrieval else scores
     if retrieval:
         result["recall_at_1"] = first_hits
     result["disparity"] = disparity(first_hits.values())

@@ -39,8 +39,8 @@ def retrieve(
     candidates: K; 0 ranks every pair; None ranks none: the cosine decides.
     folder: for states, gone afterwards; all workers must see it. key: seeds the bootstrap's draws.
     Returns:
-        {"i2t_r1" ... "t2i_r10", "mean_recall", "interval": its 95 % bootstrap interval over images, "n": pictures,
-        "captions", "chance_r1", "pairs": how many were ranked}.
+        {"i2t_r1" ... "t2i_r10", "mean_recall", "interval": its 95 % bootstrap interval over images, "recall_at_1_interval":
+        that of `recall_at_1`, "n": pictures, "captions", "chance_r1", "pairs": how many were ranked}.
     Raises:
         NotFinite: embeddings, or scores of the match head, are not finite.
     """
@@ -55,11 +55,17 @@ def retrieve(
             shutil.rmtree(folder, ignore_errors=True)
     ways = (("i2t", i2t), ("t2i", t2i))
     figures = {f"{way}_r{k}": value for way, hits in ways for k, value in mean_hits(hits).items()}
-    interval = recall_interval(i2t.mean(1), t2i.mean(1), ranker.owner, "bootstrap", *key)
+    interval, first = (recall_interval(*hits, ranker.owner, "bootstrap", *key)
+                       for hits in ((i2t.mean(1), t2i.mean(1)), (i2t[:, 0], t2i[:, 0])))  # fmt: skip
     return {
-        **figures, "mean_recall": mean(figures.values()), "interval": interval, "n": len(items),
+        **figures, "mean_recall": mean(figures.values()), "interval": interval, "recall_at_1_interval": first, "n": len(items),
         "captions": len(ranker.owner), "chance_r1": 1 / len(items), "pairs": i2t_pairs + t2i_pairs,
     }  # fmt: skip
+
+
+def recall_at_1(figures: dict[str, Any]) -> float:
+    """The mean of both ways, of what `retrieve` returns."""
+    return mean((figures["i2t_r1"], figures["t2i_r1"]))
 
 
 class _Ranker:

@@ -1,84 +1,25 @@
 """Tasks as records: which files under the data folder, which reader, which classes. A new task is one more record.
 
-Paths follow the IGLUE repository's `datasets/` folder; {language} and {shots} are filled in. A split named
-"test.en" is read in place of "test" in that language. "target_dev" is a development set in a target language where the
-papers have none: for searches that may look at one; emoji scenes come with it.
+Paths are those of the IGLUE repository's `datasets/` folder where it has the task (a test holds them against its listing), else
+those of the task's own publication; {language} and {shots} are filled in. A split named "test.en" is read in place of "test" in
+that language. "target_dev" is a development set in a target language, for searches that may look at one: IGLUE's English ones,
+machine-translated; emoji scenes have them written. Splits `*_to_en` and `*_from_en` are made by `finetune.translate`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
 
-from finetune.examples import Captioned, Example
 from finetune.formats import captions, gqa, nli, pairs, vqa
-from raylib.errors import UserError
-
-
-class Split(NamedTuple):
-    """A file and its reader; `options` are the reader's, filled in like the path."""
-
-    path: str
-    read: Callable[..., Iterator]
-    options: Mapping[str, str] = {}
-
-
-class Task(NamedTuple):
-    """One task.
-
-    kind: "answers" (an open set of answers), "labels" (a closed one, in IGLUE's order) or "retrieval".
-    pictures: how many ground a text; 1 for a premise.
-    languages: those of the test files, English first.
-    answers: where the answer set lies, if it comes as a file (the first that is there is read).
-    bleu: also BLEU, for answers that are sentences; "ja" cuts Japanese into words first.
-    """
-
-    summary: str
-    kind: Literal["answers", "labels", "retrieval"]
-    languages: tuple[str, ...]
-    splits: Mapping[str, Split]
-    labels: tuple[str, ...] = ()
-    pictures: int = 1
-    answers: tuple[str, ...] = ()
-    bleu: str | None = None
-
-    def split(self, name: str, language: str) -> Split:
-        """The split `name` in `language`.
-
-        Raises:
-            UserError: the task has no such split (those it has are named).
-        """
-        found = self.splits.get(f"{name}.{language}") or self.splits.get(name)
-        if found is None:
-            raise UserError(f"this task has no split '{name}'; it has {', '.join(sorted(self.splits))}")
-        return found
-
-    def path(self, folder: Path, name: str, language: str, shots: int | str = "") -> Path:
-        """Where the split lies under the data folder."""
-        return folder / self.split(name, language).path.format(language=language, shots=shots)
-
-    def source(self, name: str, language: str) -> tuple[str, ...]:
-        """What tells the items of a split in one language from those in another: its file, and what its reader is told."""
-        split = self.split(name, language)
-        return split.path.replace("{language}", language), *(v.format(language=language) for v in split.options.values())
-
-    def read(self, path: Path, name: str, language: str) -> Iterator[Example] | Iterator[Captioned]:
-        """The items of the split `name` in `language`, from `path`.
-
-        Raises:
-            UserError: no such file; what the reader finds wrong.
-        """
-        if not path.exists():
-            there = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
-            beside = f"; beside it are {', '.join(there)}" if there else ""
-            raise UserError(f"{path}: no such file ({name} in '{language}'); check data=, languages=, shots={beside}")
-        split = self.split(name, language)
-        return split.read(path, **{k: v.format(language=language) for k, v in split.options.items()})
-
+from finetune.splits import Overlap, Split, Task
 
 XGQA_LANGUAGES = ("en", "bn", "de", "id", "ko", "pt", "ru", "zh")
 GQA_ANSWERS = ("gqa/annotations/trainval_label2ans.json", "gqa/annotations/trainval_ans2label.pkl",
                "gqa/annotations/trainval_label2ans.pkl", "gqa/cache/trainval_ans2label.pkl")  # fmt: skip
 OWN = {"language": "{language}"}  # for a reader that wants to know
+GQA_TRAIN = Split("gqa/annotations/train.json.zip", gqa.read_gqa,
+                  others=(Split("gqa/annotations/train_balanced_questions.json", gqa.read_gqa),))  # LXMERT's form; GQA's own
+XGQA_TEST = Split("xGQA/annotations/few_shot/{language}/test.json", gqa.read_gqa)
+NLVR2_TEST = Split("nlvr2/annotations/test.jsonl", pairs.read_nlvr2,
+                   others=(Split("nlvr2/annotations/test1.jsonl", pairs.read_nlvr2),))  # as NLVR2's authors call it
 NLI_LANGUAGES = ("en", "ar", "es", "fr", "ru")
 NLI_LABELS = ("contradiction", "neutral", "entailment")  # IGLUE's order; CCLM's public code has another
 
@@ -88,24 +29,38 @@ def _xvnli(train: Mapping[str, Split]) -> dict[str, Split]:
         "dev": Split("XVNLI/annotations/en/dev.jsonl", nli.read_xvnli),
         "test": Split("XVNLI/annotations/{language}/test.jsonl", nli.read_xvnli),
         "shots": Split("XVNLI/annotations/{language}/train_{shots}.jsonl", nli.read_xvnli),
-        "target_dev": Split("XVNLI/annotations/{language}/dev.jsonl", nli.read_xvnli),
+        "target_dev": Split("XVNLI/annotations/en/dev-{language}_gmt.jsonl", nli.read_xvnli,
+                            others=(Split("XVNLI/annotations/{language}/dev.jsonl", nli.read_xvnli),)),
         "translated": Split("XVNLI/annotations_machine-translate/{language}/test.jsonl", nli.read_xvnli),
     }
     return {**shared, **train}
 
 
+XTD_IMAGES = "test_image_names.txt"
+XTD_LEFT_OUT = f"../xtd/{XTD_IMAGES}|../xtd/XTD10/{XTD_IMAGES}"
+
+
+def _xtd(read, **options) -> Split:
+    """Captions of XTD's test set in one folder, or in the folders of its three sources."""
+    folders = ("xtd/XTD10", "xtd/MIC", "xtd/STAIR")
+    names = {"images": f"{XTD_IMAGES}|../XTD10/{XTD_IMAGES}", **options}
+    others = tuple(Split(f"{folder}/test_1kcaptions_{{language}}.txt", read, names) for folder in folders)
+    return Split("xtd/test_1kcaptions_{language}.txt", read, names, others)
+
+
 def _xtd_few() -> dict[str, Split]:
     """Captions of XTD's test set by paper 4's parts, and translations of them in files alike."""
 
-    def part(name: str, file: str, up: str = "../") -> Split:
-        return Split(f"xtd/{file}", captions.read_xtd, {"images": f"{up}test_image_names.txt", "part": name})
+    def translated(name: str, way: str) -> Split:
+        images = f"../{XTD_IMAGES}|../XTD10/{XTD_IMAGES}"
+        return Split(f"xtd/translated_{way}_en/{{language}}.txt", captions.read_xtd, {"images": images, "part": name})
 
     return {
-        **{name: part(name, "test_1kcaptions_{language}.txt", up="") for name in captions.XTD_PARTS},
-        "train_to_en": part("train", "translated_to_en/{language}.txt"),
-        "dev_to_en": part("dev", "translated_to_en/{language}.txt"),
-        "train_from_en": part("train", "translated_from_en/{language}.txt"),
-        "translated": part("test", "translated_to_en/{language}.txt"),
+        **{name: _xtd(captions.read_xtd, part=name) for name in captions.XTD_PARTS},
+        "train_to_en": translated("train", "to"),
+        "dev_to_en": translated("dev", "to"),
+        "train_from_en": translated("train", "from"),
+        "translated": translated("test", "to"),
     }
 
 
@@ -115,14 +70,20 @@ TASKS: dict[str, Task] = {
         kind="answers",
         languages=XGQA_LANGUAGES,
         answers=GQA_ANSWERS,
+        split_names={"test": "few_shot_test"},
         splits={
-            "train": Split("gqa/annotations/train_balanced_questions.json", gqa.read_gqa),
-            "dev": Split("gqa/annotations/val_balanced_questions.json", gqa.read_gqa),
-            "test": Split("xGQA/annotations/zero_shot/testdev_balanced_questions_{language}.json", gqa.read_gqa),
-            "few_shot_test": Split("xGQA/annotations/few_shot/{language}/test.json", gqa.read_gqa),
+            "train": GQA_TRAIN,
+            "dev": Split("gqa/annotations/valid.json", gqa.read_gqa,
+                         others=(Split("gqa/annotations/val_balanced_questions.json", gqa.read_gqa),)),
+            # IGLUE, paper 0 and CCLM test on these 9,666 questions, zero-shot too; the testdev's other 2,912 are shots and dev
+            "test": XGQA_TEST,
+            "few_shot_test": XGQA_TEST,
+            "testdev": Split("xGQA/annotations/zero_shot/testdev_balanced_questions_{language}.json", gqa.read_gqa),
             "shots": Split("xGQA/annotations/few_shot/{language}/train_{shots}.json", gqa.read_gqa),
             "shots_dev": Split("xGQA/annotations/few_shot/{language}/dev.json", gqa.read_gqa),
-            "translated": Split("xGQA/annotations_machine-translate/{language}/testdev_balanced_questions.json", gqa.read_gqa),
+            "translated": Split("xGQA/annotations_machine-translate/few_shot/{language}/test.json", gqa.read_gqa),
+            "translated_testdev": Split(
+                "xGQA/annotations_machine-translate/zero_shot/testdev_balanced_questions_{language}.json", gqa.read_gqa),
         },
     ),
     "xgqa_translated": Task(
@@ -130,11 +91,13 @@ TASKS: dict[str, Task] = {
         kind="answers",
         languages=XGQA_LANGUAGES,
         answers=GQA_ANSWERS,
+        split_names={"test": "few_shot_test"},
         splits={
             "train": Split("xGQA/annotations_translate-train/{language}/train_balanced_questions.json", gqa.read_gqa),
-            "train.en": Split("gqa/annotations/train_balanced_questions.json", gqa.read_gqa),
+            "train.en": GQA_TRAIN,
             "dev": Split("xGQA/annotations/few_shot/{language}/dev.json", gqa.read_gqa),
-            "test": Split("xGQA/annotations/zero_shot/testdev_balanced_questions_{language}.json", gqa.read_gqa),
+            "test": XGQA_TEST,
+            "few_shot_test": XGQA_TEST,
         },
     ),
     "xvnli": Task(
@@ -142,7 +105,7 @@ TASKS: dict[str, Task] = {
         kind="labels",
         labels=NLI_LABELS,
         languages=NLI_LANGUAGES,
-        splits=_xvnli({"train": Split("XVNLI/annotations/en/train.jsonl", nli.read_xvnli)}),
+        splits=_xvnli({"train": Split("XVNLI/annotations/en/train.jsonl.zip", nli.read_xvnli)}),
     ),
     "xnli": Task(
         summary="entailment between sentences: MultiNLI in English, XNLI in the languages of XVNLI",
@@ -150,9 +113,10 @@ TASKS: dict[str, Task] = {
         labels=NLI_LABELS,
         languages=NLI_LANGUAGES,
         splits={
-            "train": Split("XNLI/multinli.train.en.tsv", nli.read_multinli),
-            "dev": Split("XNLI/xnli.dev.tsv", nli.read_xnli, OWN),
-            "test": Split("XNLI/xnli.test.tsv", nli.read_xnli, OWN),
+            "train": Split("XNLI-MT-1.0/multinli/multinli.train.en.tsv", nli.read_multinli,
+                           others=(Split("XNLI/multinli.train.en.tsv", nli.read_multinli),)),
+            **{part: Split(f"XNLI-1.0/xnli.{part}.tsv", nli.read_xnli, OWN,
+                           others=(Split(f"XNLI/xnli.{part}.tsv", nli.read_xnli, OWN),)) for part in ("dev", "test")},
         },
     ),
     "snli_xvnli": Task(
@@ -161,8 +125,8 @@ TASKS: dict[str, Task] = {
         labels=NLI_LABELS,
         languages=NLI_LANGUAGES,
         splits=_xvnli({
-            "train": Split("SNLI/snli_1.0_train.jsonl", nli.read_snli),
-            "dev": Split("SNLI/snli_1.0_dev.jsonl", nli.read_snli),
+            part: Split(f"snli_1.0/snli_1.0_{part}.jsonl", nli.read_snli,
+                        others=(Split(f"SNLI/snli_1.0_{part}.jsonl", nli.read_snli),)) for part in ("train", "dev")
         }),
     ),
     "marvl": Task(
@@ -171,15 +135,23 @@ TASKS: dict[str, Task] = {
         labels=("False", "True"),
         pictures=2,
         languages=("en", "id", "sw", "ta", "tr", "zh"),
+        item="text",
+        overlaps=(
+            Overlap("test", "dev", 45, 25, "NLVR2's test and dev, counted in IGLUE's files: image addresses, statements", "en"),
+            Overlap("test", "train", None, None, "NLVR2's authors keep sets of images apart, not images or statements", "en"),
+            Overlap("dev", "train", None, None, "NLVR2's authors keep sets of images apart, not images or statements"),
+            Overlap("test", "train", 7, 0, "MaRVL's Chinese shots (5 images of 10, 7 of 10x2), counted in IGLUE's files", "zh"),
+        ),
         splits={
             "train": Split("nlvr2/annotations/train.jsonl", pairs.read_nlvr2),
             "dev": Split("nlvr2/annotations/dev.jsonl", pairs.read_nlvr2),
+            "target_dev": Split("nlvr2/annotations/dev-{language}_gmt.jsonl", pairs.read_nlvr2),
             "test": Split("marvl/zero_shot/annotations/marvl-{language}.jsonl", pairs.read_marvl, OWN),
-            "test.en": Split("nlvr2/annotations/test1.jsonl", pairs.read_nlvr2),
+            "test.en": NLVR2_TEST,
             "shots": Split("marvl/few_shot/annotations/marvl-{language}_train{shots}.jsonl", pairs.read_marvl, OWN),
             "translated": Split("marvl/zero_shot/annotations_machine-translate/marvl-{language}_gmt.jsonl", pairs.read_marvl,
                                 OWN),
-            "translated.en": Split("nlvr2/annotations/test1.jsonl", pairs.read_nlvr2),
+            "translated.en": NLVR2_TEST,
         },
     ),
     "xflickrco": Task(
@@ -189,11 +161,14 @@ TASKS: dict[str, Task] = {
         splits={
             "train": Split("flickr30k/annotations/train_ann.jsonl", captions.read_flickr),
             "dev": Split("flickr30k/annotations/valid_ann.jsonl", captions.read_flickr),
-            "test": Split("xFlickrCO/annotations/{language}/test.jsonl", captions.read_flickr),
+            "test": Split("xFlickrCO/annotations/{language}/test.jsonl", captions.read_flickr, {"empty": "keep"}),
             "shots": Split("xFlickrCO/annotations/{language}/train_{shots}.jsonl", captions.read_flickr),
-            "target_dev": Split("xFlickrCO/annotations/{language}/dev.jsonl", captions.read_flickr),
+            "target_dev": Split("flickr30k/annotations_machine-translate/valid-{language}_gmt.jsonl", captions.read_flickr,
+                                {"sentences": "first"},  # IGLUE translated the first of five, and left the others in English
+                                others=(Split("xFlickrCO/annotations/{language}/dev.jsonl", captions.read_flickr),)),
             "target_dev_to_en": Split("xFlickrCO/annotations_machine-translate/{language}/dev_gmt.jsonl", captions.read_flickr),
-            "translated": Split("xFlickrCO/annotations_machine-translate/{language}/test_gmt.jsonl", captions.read_flickr),
+            "translated": Split("xFlickrCO/annotations_machine-translate/{language}/test_gmt.jsonl", captions.read_flickr,
+                                {"empty": "keep"}),
             "shots_to_en": Split("xFlickrCO/annotations_machine-translate/{language}/train_{shots}_gmt.jsonl",
                                  captions.read_flickr),
             "shots_from_en": Split("xFlickrCO/annotations_machine-translate/{language}/train_{shots}_from_en.jsonl",
@@ -205,8 +180,9 @@ TASKS: dict[str, Task] = {
         kind="retrieval",
         languages=("en", "ar", "bg", "da", "el", "et", "id", "ja", "ko", "tr", "vi"),
         splits={
-            "train": Split("wit/annotations/train_en.jsonl", captions.read_wit),
-            "dev": Split("wit/annotations/valid_en.jsonl", captions.read_wit),
+            "train": Split("wit/annotations/train_en.jsonl.zip", captions.read_wit),
+            "dev": Split("wit/annotations/val_en.jsonl", captions.read_wit,
+                         others=(Split("wit/annotations/valid_en.jsonl", captions.read_wit),)),
             "test": Split("wit/annotations/test_{language}.jsonl", captions.read_wit),
             "translated": Split("wit/annotations_machine-translate/test_{language}_gmt.jsonl", captions.read_wit),
         },
@@ -230,6 +206,12 @@ TASKS: dict[str, Task] = {
         summary="image-text retrieval on MSCOCO: English, Japanese (STAIR), Chinese (COCO-CN)",
         kind="retrieval",
         languages=("en", "ja", "zh"),
+        mscoco=True,
+        overlaps=tuple(
+            Overlap(first, second, None, None, "COCO-CN draws its splits from all of MSCOCO, not as Karpathy does", *languages)
+            for first, second in (("test", "train"), ("test", "dev"), ("dev", "train"))
+            for languages in (("zh", "en"), ("zh", "ja"), ("en", "zh"), ("ja", "zh"))
+        ),
         splits={name: split for part, other in (("train", "train"), ("dev", "val"), ("test", "test")) for name, split in {
             f"{part}.en": Split("coco/dataset_coco.json", captions.read_karpathy, {"split": other}),
             f"{part}.ja": Split(f"coco/stair_captions_v1.2_{'train' if part == 'train' else 'val'}.json", captions.read_coco,
@@ -243,16 +225,19 @@ TASKS: dict[str, Task] = {
         summary="image-text retrieval on 1,000 of MSCOCO's pictures in 11 languages; trained on MSCOCO in English",
         kind="retrieval",
         languages=("en", "de", "es", "fr", "it", "jp", "ko", "pl", "ru", "tr", "zh"),
+        mscoco=True,
         splits={
-            "train": Split("coco/dataset_coco.json", captions.read_karpathy, {"split": "train"}),
-            "dev": Split("coco/dataset_coco.json", captions.read_karpathy, {"split": "val"}),
-            "test": Split("xtd/test_1kcaptions_{language}.txt", captions.read_multi30k, {"images": "test_image_names.txt"}),
+            # 946 of XTD's images are among those that Karpathy trains on, 26 in his dev set: they are left out of both
+            "train": Split("coco/dataset_coco.json", captions.read_karpathy, {"split": "train", "without": XTD_LEFT_OUT}),
+            "dev": Split("coco/dataset_coco.json", captions.read_karpathy, {"split": "val", "without": XTD_LEFT_OUT}),
+            "test": _xtd(captions.read_multi30k),
         },
     ),
     "xtd_few": Task(
         summary="image-text retrieval on XTD: 50 of its pictures to train on, 50 to choose by, 900 to test (paper 4)",
         kind="retrieval",
         languages=("en", "de", "es", "fr", "it", "jp", "ko", "pl", "ru", "tr", "zh"),
+        mscoco=True,
         splits=_xtd_few(),
     ),
     "ja_vqa": Task(
@@ -267,6 +252,7 @@ TASKS: dict[str, Task] = {
         kind="answers",
         languages=("zh",),
         bleu="zh",
+        mscoco=True,
         splits={
             "train": Split("fm_iqa/FM-IQA.json", vqa.read_fm_iqa, {"split": "train"}),
             "test": Split("fm_iqa/FM-IQA.json", vqa.read_fm_iqa, {"split": "val"}),
@@ -276,6 +262,7 @@ TASKS: dict[str, Task] = {
         summary="VQA v2, English, soft scores",
         kind="answers",
         languages=("en",),
+        mscoco=True,
         splits={
             "train": Split("vqa/v2_OpenEnded_mscoco_train2014_questions.json", vqa.read_vqa_v2,
                            {"annotations": "v2_mscoco_train2014_annotations.json"}),
@@ -288,6 +275,7 @@ TASKS: dict[str, Task] = {
         kind="answers",
         languages=("en", "hi", "ja"),
         answers=("cvil/answers.json",),
+        mscoco=True,
         splits={
             part: Split(f"cvil/{part}.jsonl", vqa.read_cvil, {"language": "{language}", "answers": "answers.json"})
             for part in ("train", "dev", "test")

@@ -8,12 +8,13 @@ from typing import Any
 from finetune import report
 from finetune.build import build_adapted, build_methods, open_pictures_for, tokenizer_of
 from finetune.config import FinetuneConfig
-from finetune.cycles import find_mask
-from finetune.data import dev_split, find_task, languages_of, read_split, test_split, wordnet_of
+from finetune.cycles import after_distillation, distil_first, find_mask
+from finetune.data import dev_split, find_task, languages_of, read_split, split_name, test_split, wordnet_of
 from finetune.lexicon.wordnet import WordNet
-from finetune.lineage import method_of
+from finetune.lineage import method_of, runs_behind
 from finetune.model import fill
-from finetune.strategies import chosen
+from finetune.overlap import check_overlap
+from finetune.strategies import check_strategies, chosen
 from finetune.worker import Work, evaluate_model, silent, trained, with_confusions
 from raylib import checkpoint
 from raylib.config import load
@@ -30,8 +31,11 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
     Raises:
         UserError: whatever is wrong with settings, data or a model, before any worker starts where possible.
     """
-    check(config)
+    overlap = check(config)
     folder, say = run_folder(config), print if leads(config) else silent
+    for one in overlap:
+        say(f"published overlap: {one['first']['file']} shares {one['images']} images and {one['items']} items with "
+            f"{one['second']['file']} ({one['declared']})")  # fmt: skip
     if leads(config):
         open_run(config)
     stored = _stored_result(folder)
@@ -46,11 +50,11 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
         say("stopped before the end; the same command goes on from there")
         return results[-1]
     if not config.tests:
-        result = report.of_dev_sets(config, results)
+        result = {**report.of_dev_sets(config, results), "overlap": overlap}
         require_finite_values(f"{folder}/result.json", result)
         checkpoint.write_atomically(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
         return result
-    result = report.summarise(config, results)
+    result = {**report.summarise(config, results), "overlap": overlap}
     if leads(config):
         report.write(folder, result)
         for trained in {run_folder(part) for part, _ in parts if config.trains}:
@@ -60,8 +64,8 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
     return result
 
 
-def check(config: FinetuneConfig) -> None:
-    """Find mistakes before anything starts."""
+def check(config: FinetuneConfig) -> list[dict[str, Any]]:
+    """Find mistakes before anything starts. Returns what the sets of the run share, as published (`finetune.overlap`)."""
     task = find_task(config)
     for name in ("model", "data"):
         if not getattr(config, name):
@@ -70,9 +74,10 @@ def check(config: FinetuneConfig) -> None:
         raise UserError(f"head=decoder spells answers of an open set; {config.task} has none")
     if config.regions and task.kind == "retrieval":
         raise UserError("retrieval wants pictures: the model's image encoder makes the vectors that are compared")
+    if config.split == "testdev":
+        _check_testdev(config)
     for language in languages_of(config):
-        split = test_split(config) if language != "en" else config.split
-        reading = read_split(config, split, language, 1)
+        reading = read_split(config, test_split(config, language), language, 1)
         if language in config.dev_languages:
             dev = read_split(config, dev_split(config, language), language, 1)
             if not next(iter(dev), None):
@@ -92,7 +97,21 @@ def check(config: FinetuneConfig) -> None:
         raise UserError(f"wordnet={config.wordnet}: no such folder")
     if task.kind == "answers" and wordnet_of(config).is_dir():
         WordNet(wordnet_of(config))
-    build_methods(config, silent)
+    check_strategies(config, task, build_methods(config, silent))
+    return check_overlap(config, {language: part for part, language in _parts(config)}) if leads(config) else []
+
+
+def _check_testdev(config: FinetuneConfig) -> None:
+    """The testdev questions of xGQA hold all of its shots and few-shot dev sets.
+
+    Raises:
+        UserError: the run, or one that it goes on from, trains on these or chooses by them.
+    """
+    read_split(config, "testdev", "en", 1)  # another task has no such split
+    for name, values in [("this run", config.model_dump(mode="json")), *runs_behind(config)]:
+        if values.get("setting") == "few_shot" or values.get("dev_languages") or values.get("task") == "xgqa_translated":
+            raise UserError(f"split=testdev holds every question of the few-shot files, and {name} trains on some or is chosen "
+                            "by some; leave split= out: few_shot/LANGUAGE/test.json has none of them")  # fmt: skip
 
 
 def _parts(config: FinetuneConfig) -> list[tuple[FinetuneConfig, str | None]]:
@@ -104,10 +123,16 @@ def _parts(config: FinetuneConfig) -> list[tuple[FinetuneConfig, str | None]]:
             for code in targets]  # fmt: skip
 
 
+def _english(config: FinetuneConfig) -> str:
+    languages = languages_of(config)
+    return "en" if "en" in languages else languages[0]
+
+
 def epochs_of(config: FinetuneConfig) -> int:
-    """Epochs that a part of a run trains, those of pruning rounds with it."""
-    sparse = config.strategies.sparse
-    return config.epochs + (sparse.rounds * sparse.epochs if sparse and not sparse.mask else 0)
+    """Epochs that a part of a run trains, with those that come before: of pruning rounds, of distillation."""
+    sparse, taught = config.strategies.sparse, config.strategies.distillation
+    before = sparse.rounds * sparse.epochs if sparse and not sparse.mask else 0
+    return config.epochs + before + (taught.epochs or 0 if taught else 0)
 
 
 def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter | None) -> dict[str, Any]:
@@ -120,13 +145,15 @@ def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter |
             open_run(config)
         tokenizer = tokenizer_of(config)
         shutil.copy2(tokenizer, folder / tokenizer.name)  # so that the run is a model for others
-    ready, before = config, {"finished": True, "seconds": 0.0, "steps": 0}
+    ready, start, before = config, None, {"finished": True, "seconds": 0.0, "steps": 0}
     if config.strategies.sparse and config.trains:
         ready, before = find_mask(config, language, reporter)
-        reporter = reporter and reporter.after(epochs_of(config) - config.epochs)
+    elif after_distillation(config) is not config:
+        ready, before, start = distil_first(config, language, reporter)
     if not before["finished"]:
         return before
-    result = launch(Work(language), ready, folder, reporter)
+    reporter = reporter and reporter.after(epochs_of(config) - config.epochs)
+    result = launch(Work(language, start=start), ready, folder, reporter)
     result |= {name: before.get(name, 0) + result.get(name, 0) for name in ("seconds", "steps", "skipped_steps")}
     result |= {"sparsity": before.get("sparsity")}
     if result["finished"] and leads(config):
@@ -140,8 +167,13 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     do not keep it from going on."""
     config = load(FinetuneConfig, folder / "config.json")
     stored, results = _stored_result(folder), []
+    now = split_name(config)
+    then = stored.get("split", now)
+    print(f"evaluates '{config.name}' on the {now} split, such as {read_split(config, config.split, _english(config)).path}"
+          + (f"; its result was of what was then called '{then}'" if then != now else ""))  # fmt: skip
     for part, _ in _parts(config):
         run = run_folder(part) if part is not config else folder
+        part = after_distillation(part)
         model, tokenizer = build_adapted(part)
         if config.trains:
             fill(model, trained(config, run, checkpoint.newest(run)))

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from finetune.batches import CaptionBatches, ExampleBatches
 from finetune.build import backbone_of, build_methods, build_model, open_pictures_for, tokenizer_of
 from finetune.config import FinetuneConfig
-from finetune.contrast import ContrastObjective
+from finetune.contrast import ContrastObjective, MatchingObjective
 from finetune.data import (
-    dev_split,
+    dev_sets,
     find_task,
     languages_of,
     merge,
@@ -29,7 +29,7 @@ from finetune.metrics import read_predictions
 from finetune.model import fill
 from finetune.objective import AnswerObjective, ClassificationObjective
 from finetune.pictures import Encoded, Pictures, Pixels, encode_pictures
-from finetune.retrieval import retrieve
+from finetune.retrieval import recall_at_1, retrieve
 from raylib import checkpoint, shared
 from raylib.collective import world_size
 from raylib.data.states import fingerprint
@@ -59,10 +59,10 @@ class Work:
     def __call__(self, runtime: Runtime, config: FinetuneConfig) -> dict[str, Any]:
         """{"languages": {code: figures}, "params", "trainable", "finished", ...}."""
         model = build_model(config).to(runtime.device)
-        if self.start:
-            fill(model, self.start)
         methods = build_methods(config, print if runtime.rank == 0 else silent)
         methods.adapt(model)
+        if self.start:
+            fill(model, self.start)
         tokenizer = methods.reads(Tokenizer.load(tokenizer_of(config)), model)
         pictures = open_pictures_for(config, model)
         trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
@@ -105,10 +105,11 @@ class Work:
         order = (config.batch, fit_config.seed, runtime.rank, runtime.world, methods.draws())
         terms = methods.terms(model)
         if task.kind == "retrieval":
-            batches = CaptionBatches(examples, pictures, *place, *order)
+            batches = CaptionBatches(examples, pictures, *place, *order, keep_last=config.last_batch == "keep")
             if config.matching:
                 retrieval = RETRIEVAL.model_copy(update={"train_vision": "vision" not in config.freeze})
                 objective = UnifiedObjective(model, retrieval, config.length)
+                objective = MatchingObjective(objective, terms) if terms else objective
             else:
                 objective = ContrastObjective(model, config.temperature, terms)
         else:
@@ -118,13 +119,14 @@ class Work:
             more, objective = None, AnswerObjective(model) if model.spells else ClassificationObjective(model, config.loss, terms)
             if method := methods.all.get("distillation"):
                 more, objective = distil(config, method, model, tokenizer, pictures, examples, terms, home)
-            batches = ExampleBatches(examples, model.labels, pictures, *place, soft, *order, more)
+            batches = ExampleBatches(examples, model.labels, pictures, *place, soft, *order, more, config.last_batch == "keep")
         steps = {"steps": config.epochs * batches.steps, "eval_every": batches.steps, "save_every": batches.steps}
         end = (self.epochs or config.epochs) * batches.steps
         fit_config = fit_config.model_copy(update={**steps, "stop_after": min(end, fit_config.stop_after or end)})
         validate = _Validation(config, tokenizer, pictures, dev, runtime, self.epochs is None)
         rates = methods.rates(model.depths, batches.steps, config.epochs)
-        result = fit(objective, batches, runtime, fit_config, config.optim, validate, {"run": config.name}, rates)
+        describe = {"run": config.name, "ties": config.select_ties}
+        result = fit(objective, batches, runtime, fit_config, config.optim, validate, describe, rates)
         return {**result, "finished": result["steps"] == end, "examples": len(examples), "unknown_training_answers": unknown}
 
 
@@ -141,21 +143,24 @@ class _Validation:
         self.bf16 = config.fit.uses_bf16(runtime.device)
 
     def __call__(self, model) -> dict[str, float]:
-        """{"score", "dev/LANGUAGE": accuracy or mean recall; of a run without tests "interval/LANGUAGE/low", "/high"; with
-        `curves` "test/LANGUAGE", "test/LANGUAGE/TYPE"}."""
+        """{"score", "dev/LANGUAGE": accuracy, or the recall that `select_metric` says; of a run without tests
+        "interval/LANGUAGE/low", "/high"; with `curves` "test/LANGUAGE", "test/LANGUAGE/TYPE"}."""
         config, place = self.config, (self.pictures, self.tokenizer, self.config.length)
         if find_task(config).kind == "retrieval":
             place = (*place, config.ranked, self.folder / "states", self.bf16)
             figures = {code: retrieve(model, items, *place, (config.fit.seed, code)) for code, items in self.dev.items()}
-            scores = {code: values["mean_recall"] for code, values in figures.items()}
+            first_hits = config.select_metric == "recall_at_1"
+            scores = {code: recall_at_1(values) if first_hits else values["mean_recall"] for code, values in figures.items()}
+            intervals = {code: values["recall_at_1_interval" if first_hits else "interval"] for code, values in figures.items()}
         else:
             place = (*place, self.folder, None, self.bf16, config.fit.seed)
             figures = evaluate(model, self.dev, *place) if self.dev else {}
             scores = {code: values["accuracy"] for code, values in figures.items()}
+            intervals = {code: values["interval"] for code, values in figures.items()}
         values = {f"dev/{code}": score for code, score in scores.items()}
         if not config.tests:  # the dev sets are the run's result
-            values |= {f"interval/{code}/{end}": value for code, found in figures.items() if found["interval"]
-                       for end, value in zip(("low", "high"), found["interval"], strict=True)}  # fmt: skip
+            values |= {f"interval/{code}/{end}": value for code, interval in intervals.items() if interval
+                       for end, value in zip(("low", "high"), interval, strict=True)}  # fmt: skip
         if scores and config.select == "best":
             values["score"] = next(iter(scores.values()))
         if self.curves:
@@ -179,22 +184,10 @@ def _intervals(evaluation: dict[str, float]) -> dict[str, list[float]]:
 
 
 def _dev(config: FinetuneConfig, language: str | None) -> dict[str, list]:
-    """{language: dev set} of those that are scored. The first chooses the checkpoint: it is English, but the language's own where
-    there is a training for each and the task has one (IGLUE's protocol for few-shot xGQA, paper 4's); with select=last nothing
-    is looked at, but in a search, where English says something of all languages. Then those of `dev_languages`."""
-    task, sets = find_task(config), {}
-    split = {"few_shot": "shots_dev", "single_language": "dev"}.get(config.setting)
-    own = split in task.splits
-    if own and split == "dev" and language != "en":
-        own = task.source("dev", language) != task.source("dev", "en")
-    looked = config.select == "best" or (not config.tests and language is None)
-    if looked and (own or "dev" in task.splits):
-        sets = {language: dev_split(config, language)} if own else {"en": "dev"}
-    for code in config.dev_languages:
-        if language in (None, code):
-            sets.setdefault(code, dev_split(config, code))
+    """{language: items} of `dev_sets`."""
+    sets = dev_sets(config, language)
     read = {code: read_whole(read_split(config, name, code, config.test_limit)) for code, name in sets.items()}
-    return {code: merge(items) for code, items in read.items()} if task.kind == "retrieval" else read
+    return {code: merge(items) for code, items in read.items()} if find_task(config).kind == "retrieval" else read
 
 
 def encoded(config: FinetuneConfig, model, pictures: Pictures | None, items: list, run: Path) -> Pictures | None:
@@ -211,8 +204,7 @@ def encoded(config: FinetuneConfig, model, pictures: Pictures | None, items: lis
 def evaluate_model(config: FinetuneConfig, model, tokenizer: Tokenizer, pictures, run: Path) -> dict[str, dict[str, Any]]:
     """{language: figures} of the languages of this run, from the model as it is."""
     task = find_task(config)
-    sets = {code: read_split(config, test_split(config) if code != "en" else config.split, code, config.test_limit)
-            for code in languages_of(config)}  # fmt: skip
+    sets = {code: read_split(config, test_split(config, code), code, config.test_limit) for code in languages_of(config)}
     bf16 = config.fit.uses_bf16(next(model.parameters()).device)
     if task.kind == "retrieval":
         place = (pictures, tokenizer, config.length, config.ranked)

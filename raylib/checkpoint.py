@@ -99,14 +99,15 @@ def register(run: Path, name: str, keep: int) -> None:
 
 
 def keep_best(run: Path, name: str) -> None:
-    """Make `best/` this checkpoint if its score is the highest so far. One that is there, but not finite, as earlier versions
-    kept it, gives way, and a line says so.
+    """Make `best/` this checkpoint if its score is the highest so far; as high as `best/`'s only if its meta data say "ties":
+    "last". One that is there, but not finite, as earlier versions kept it, gives way, and a line says so.
 
     Raises:
         NotFinite: the score of this checkpoint.
     """
     source, best = run / FOLDER / name, run / BEST
-    score = read_meta(source)["score"]
+    meta = read_meta(source)
+    score, last = meta["score"], meta.get("ties") == "last"
     if score is None:
         return
     if not is_finite(score):
@@ -114,7 +115,7 @@ def keep_best(run: Path, name: str) -> None:
     if best.is_dir():
         if bad := _not_finite_of(best):
             print(f"{best}: {bad} is not finite (NaN or infinite); {name} takes its place", flush=True)
-        elif read_meta(best)["score"] >= score:
+        elif (so_far := read_meta(best)["score"]) > score or (so_far == score and not last):
             return
     fresh = run / f".{BEST}.new"
     shutil.rmtree(fresh, ignore_errors=True)

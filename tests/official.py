@@ -87,7 +87,7 @@ def xtd(data: Path) -> None:
 
 
 def wit(data: Path) -> None:
-    for part, split in (("train", "train"), ("valid", "dev"), ("test", "test")):
+    for part, split in (("train", "train"), ("val", "dev"), ("test", "test")):
         for language in ("en", "ar", "bg", "da", "el", "et", "id", "ja", "ko", "tr", "vi") if part == "test" else ("en",):
             write_lines(data / f"wit/annotations/{part}_{language}.jsonl", (
                 {"wit_ix": i, "caption_reference_description": say(language, i), "image_url": "", "page_url": "",
@@ -139,11 +139,11 @@ LABELS = ("contradiction", "neutral", "entailment")
 
 def xnli(data: Path) -> None:
     rows = [f"{say('en', i)}\t{say('en', i + 1)}\t{LABELS[i % 3].replace('tion', 'tory')}" for i in numbers("train")]
-    write_lines(data / "XNLI/multinli.train.en.tsv", ["premise\thypo\tlabel", *rows])
+    write_lines(data / "XNLI-MT-1.0/multinli/multinli.train.en.tsv", ["premise\thypo\tlabel", *rows])
     for split in ("dev", "test"):
         rows = [f"{language}\t{LABELS[i % 3]}\t{say(language, i)}\t{say(language, i + 1)}\t{i}"
                 for language in ("en", "ar", "es", "fr", "ru") for i in numbers(split)]  # fmt: skip
-        write_lines(data / f"XNLI/xnli.{split}.tsv", ["language\tgold_label\tsentence1\tsentence2\tpairID", *rows])
+        write_lines(data / f"XNLI-1.0/xnli.{split}.tsv", ["language\tgold_label\tsentence1\tsentence2\tpairID", *rows])
 
 
 def snli_xvnli(data: Path) -> None:
@@ -152,7 +152,7 @@ def snli_xvnli(data: Path) -> None:
                 "pairID": f"{i}.jpg#0r1n", "captionID": f"{i}.jpg#0", **more}  # fmt: skip
 
     for split in ("train", "dev"):
-        write_lines(data / f"SNLI/snli_1.0_{split}.jsonl", (record(i, "en") for i in numbers(split)))
+        write_lines(data / f"snli_1.0/snli_1.0_{split}.jsonl", (record(i, "en") for i in numbers(split)))
     write_lines(data / "XVNLI/annotations/en/dev.jsonl", (record(i, "en", Flikr30kID=str(i)) for i in numbers("dev")))
     for language in ("en", "ar", "es", "fr", "ru"):
         write_lines(data / f"XVNLI/annotations/{language}/test.jsonl",

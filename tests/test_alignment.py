@@ -6,13 +6,15 @@ import math
 import pytest
 import torch
 
-from finetune.contrast import ContrastObjective
+from finetune.contrast import ContrastObjective, MatchingObjective
 from finetune.examples import Captioned
 from finetune.strategies import Context
 from finetune.strategies.alignment import TranslationAlignment
 from finetune.tasks import TASKS
+from finetune.worker import RETRIEVAL
 from raylib.errors import UserError
 from raylib.metrics import disparity
+from raylib.objective import UnifiedObjective
 from raylib.track import read_metrics
 from tests.made import make_batch, make_model, take_rows
 from tests.test_collective import run_workers
@@ -120,6 +122,58 @@ def test_workers_equal_one_worker():
             torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def matching(loss: str, weight: float):
+    """(an objective of matching with alignment beside it, the same without)."""
+    model = make_model()
+    unified = UnifiedObjective(model, RETRIEVAL, 16)
+    return MatchingObjective(unified, TranslationAlignment(loss=loss, weight=weight).terms(model)), unified
+
+
+@pytest.mark.parametrize("loss", ["mse", "pivot", "image"])
+def test_terms_beside_matching_are_the_slow_ones(loss):
+    """What matching makes of the batch, and the term at the model's own temperature."""
+    objective, unified = matching(loss, 0.7)
+    batch, model = aligned_batch(), unified.model
+    (total, values), (before, own) = objective(batch), unified(batch)
+    part, tau = batch["image_text"], float(model.temperature)
+    with torch.no_grad():
+        picture = model.embed_pictures(model.encode_images(part["images"])).float()
+        text = model.embed_sentences(type(part["pivot"])(part["text"].clean, part["text"].lengths)).float()
+        pivot = model.embed_sentences(part["pivot"]).float()
+    if loss == "mse":
+        expected = sum(float(d) ** 2 for row in (text - pivot) for d in row) / text.numel()
+    else:
+        expected = slow_contrast(pivot, text if loss == "pivot" else picture, tau, {(1, 4), (4, 1)})
+    assert float(values["alignment"]) == pytest.approx(expected, rel=1e-5)
+    assert {name: float(values[name]) for name in own} == pytest.approx({name: float(v) for name, v in own.items()}, rel=1e-9)
+    assert float(total) == pytest.approx(float(before) + 0.7 * expected, rel=1e-5)
+    total.backward()
+    alone = torch.autograd.grad(unified(batch)[0], model.text_projection.weight)[0]
+    assert not torch.allclose(model.text_projection.weight.grad, alone)
+
+
+def matched_share(rank, world):
+    batch = aligned_batch()
+    pivots = batch["image_text"].pop("pivot")
+    share = take_rows({**make_batch(3, 6), "image_text": batch["image_text"]}, rank, world)["image_text"]
+    share["pivot"] = pivots.take(torch.arange(rank, 6, world))
+    objective, _ = matching("pivot", 0.7)
+    loss, values = objective({"image_text": share})
+    loss.backward()
+    return values, {k: p.grad for k, p in objective.model.named_parameters()}
+
+
+def test_workers_equal_one_worker_with_terms_beside_matching():
+    results, (values, gradients) = run_workers(matched_share, 2), matched_share(0, 1)
+    for name, value in values.items():
+        for rank in range(2):
+            torch.testing.assert_close(results[rank][0][name], value, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            mean = sum(result[1][name] for result in results) / 2
+            torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_disparity_is_the_papers():
     """Table 2's zero-shot row of M-CLIP: standard deviation 4.75, range 16.00."""
     row = [63.44, 59.94, 60.06, 58.90, 60.72, 51.00, 61.50, 56.11, 59.28, 59.28, 47.44]
@@ -175,8 +229,7 @@ def test_a_model_is_evaluated_as_it_is(finetune, tmp_path):
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    (["strategies.alignment={}"], "set matching=false"),
-    (["strategies.alignment={}", "matching=false"], "setting=few_shot, single_language or all_language"),
+    (["strategies.alignment={}"], "setting=few_shot, single_language or all_language"),
     ([*FEW, "strategies.alignment={}", "shots=7"], "train_7.jsonl: no such file"),
     (["setting=untrained", "strategies.lora={}"], "setting=untrained trains nothing"),
 ])  # fmt: skip

@@ -10,14 +10,22 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.__main__ import main
+from finetune.build import build_model
 from finetune.model import FinetuneModel
+from finetune.recipes import RECIPES
 from finetune.strategies import STRATEGIES
 from raylib.backbones.oscar import PLACE, TINY, Oscar
+from raylib.config import override
+from raylib.errors import UserError
+from raylib.randomness import hash64
 from raylib.sample.concepts import DATA
 from raylib.track import read_metrics
+from raylib.tune.reporter import Reporter
 from tests.conftest import QUICK
 from tests.test_oscar import write_oscar_tsv
 from tests.test_strategies_run import ANSWERS, REFUSED, SETTINGS
+from tune_spaces.jobs import Finetuning
+from tune_spaces.spaces import SPACES
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +33,7 @@ def parallel(scenes, tmp_path_factory):
     """Questions of the scenes in English and Russian, as cViL has them: 30 to train on, 15 to choose by, 15 to test."""
     folder = tmp_path_factory.mktemp("parallel")
     answers = json.loads((scenes / "gqa/annotations/trainval_label2ans.json").read_text())
-    files = [json.loads((scenes / f"xGQA/annotations/zero_shot/testdev_balanced_questions_{code}.json").read_text())
+    files = [json.loads((scenes / f"xGQA/annotations/few_shot/{code}/test.json").read_text())
              for code in ("en", "ru")]  # fmt: skip
     (folder / "cvil").mkdir()
     (folder / "cvil/answers.json").write_text(json.dumps(answers))
@@ -203,6 +211,86 @@ def test_two_steps_of_training(finetune, distil, parallel, tmp_path):
     assert (tmp_path / "second" / "ru" / "best").is_dir()
     code, printed = finetune("scenes_xgqa", "name=bad", *second)
     assert code == 2 and 'set freeze=["vision"]' in printed
+
+
+BOTH = [CLS, "strategies.distillation.epochs=2", "strategies.head_first.epochs=1", 'freeze=["vision"]', "epochs=3", "select=best"]
+
+
+def test_both_steps_in_one_run(distil, tmp_path):
+    """RUN/distilled is the first step's run to the bit; the run's own training begins with its layers, and stands still in all
+    but the head at first; also where either was interrupted."""
+    code, printed = distil("name=whole", *BOTH, "fit.keep=9")
+    assert code == 0, printed
+    assert distil("name=first", CLS, 'freeze=["vision"]', "epochs=2")[0] == 0
+    for stop in (["fit.stop_after=2"], ["fit.stop_after=7"], []):
+        code, printed = distil("name=parts", *BOTH, *stop)
+        assert code == 0, printed
+
+    def at(folder, step):
+        return load_file(tmp_path / folder / f"checkpoints/step_{step:06d}/model.safetensors")
+
+    first, distilled, head_only, last = at("first/ru", 6), at("whole/ru/distilled", 6), at("whole/ru", 3), at("whole/ru", 9)
+    assert all(value.equal(distilled[name]) for name, value in first.items())
+    changed = {name for name, value in distilled.items() if not value.equal(head_only[name])}
+    assert changed and all(name.startswith("head.") for name in changed)
+    assert any(not value.equal(last[name]) for name, value in head_only.items() if name.startswith("backbone.fusion."))
+    assert all(value.equal(at("parts/ru", 9)[name]) for name, value in last.items())
+    found = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert found["steps"] == 2 * 3 + 3 * 3 and (tmp_path / "whole/ru/distilled/part.json").is_file()
+    before = (tmp_path / "whole/ru/predictions/ru.jsonl").read_text()
+    assert main(["evaluate", str(tmp_path / "whole")]) == 0
+    assert (tmp_path / "whole/ru/predictions/ru.jsonl").read_text() == before
+
+
+def searched(parallel, teacher, model, tmp_path, *settings):
+    """(job, the config of a trial of the space `distillation`'s recipe, made small)."""
+    own = [f"model={model}", f"data={parallel}", f"runs={tmp_path}", 'languages=["ru"]', "batch=10", "length=40", "name=trial",
+           "backbone=unified", "runtime=local", "workers=1", "image_size=16", "fit.loader_workers=0", "fit.bf16=false",
+           "head_dropout=0.1", f"strategies.distillation.teacher={teacher}", "strategies.distillation.backbone=unified", CLS,
+           'freeze=["vision"]', *settings]  # fmt: skip
+    recipe = SPACES["distillation"].recipe
+    job = Finetuning()
+    config = override(RECIPES[recipe if "task" not in settings else "p3_kd"](), [s for s in own if s != "task"])
+    return job, job.searched(config, "target_dev")
+
+
+def test_a_search_over_distillation_ranks_by_a_head_that_is_trained(parallel, teacher, model, tmp_path):
+    """What is told while it distils is no score; the last ones are of the second step, whose head learns."""
+    small = ["epochs=2", "strategies.distillation.epochs=1", "strategies.head_first.epochs=1"]
+    job, config = searched(parallel, teacher, model, tmp_path, *small)
+    job.check(config)
+    assert (job.epochs(config), job.rounds(config), job.settled(config)) == (3, 1, 3)
+    told = []
+    scores = job.run(config, Telling(lambda metrics, before: told.append((before, *job.told(config, metrics)))))
+    assert [(before + done, list(found)) for before, done, found in told] == [
+        (1, []), (2, ["target_dev", "dev/ru"]), (3, ["target_dev", "dev/ru"])]  # fmt: skip
+    assert scores["target_dev"] == scores["dev/ru"] == max(found["target_dev"] for _, _, found in told if found)
+    run = tmp_path / "trial" / "ru"
+    heads = [load_file(path / "model.safetensors")["head.output.weight"] for path in (
+        run / "distilled/checkpoints/step_000003", run / "checkpoints/step_000003", run / "best")]  # fmt: skip
+    torch.manual_seed(int(hash64(0, "head")) >> 1)
+    assert heads[0].equal(build_model(config).head.output.weight)  # as the seed drew it
+    assert not heads[1].equal(heads[0]) and not heads[2].equal(heads[0])
+
+
+class Telling(Reporter):
+    """Tells a function in Tune's place."""
+
+    def __call__(self, metrics, checkpoint):
+        self.shape(self._known(metrics), self.before)
+
+    def after(self, epochs, own=None):
+        return Telling(self.shape, self.keep, self.before + epochs, own)
+
+
+def test_a_search_that_would_rank_by_a_random_head_is_refused(parallel, teacher, model, tmp_path):
+    job, config = searched(parallel, teacher, model, tmp_path, "task", "select=last")
+    with pytest.raises(UserError, match="nothing trains the head, which trials are ranked by"):
+        job.check(config)
+    its_own = ["strategies.distillation.classifier=teacher", "image_size=null"]
+    job, config = searched(parallel, teacher, model, tmp_path, "task", "select=last", *its_own)
+    job.check(config)  # the teacher's is no random one
+    assert all(space.recipe != "p3_kd" for space in SPACES.values())
 
 
 def steps(runs) -> tuple[int, int]:

@@ -45,7 +45,7 @@ def pixels(scenes) -> Pixels:
 
 
 def questions(scenes, language="en") -> list[Example]:
-    return list(gqa.read_gqa(scenes / f"xGQA/annotations/zero_shot/testdev_balanced_questions_{language}.json"))
+    return list(gqa.read_gqa(scenes / f"xGQA/annotations/few_shot/{language}/test.json"))
 
 
 def captions(scenes, language="en") -> list[Captioned]:

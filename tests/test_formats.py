@@ -66,7 +66,7 @@ def test_pairs(tmp_path):
 
 def test_captions(tmp_path):
     assert list(captions.read_flickr(lines(tmp_path / "f.jsonl", FLICKR))) == [Captioned("7.jpg", ("a", "b"))]
-    assert list(captions.read_wit(lines(tmp_path / "w.jsonl", WIT))) == [Captioned("12", ("A church",))]
+    assert list(captions.read_wit(lines(tmp_path / "w.jsonl", WIT))) == [Captioned("12", ("A church",), source="u")]
 
 
 READERS = [

@@ -6,9 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finetune.build import build_methods, build_model
 from finetune.config import FinetuneConfig
-from finetune.data import dev_split, languages_of
+from finetune.cycles import after_distillation
+from finetune.data import dev_split, find_task, languages_of
+from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES as FINETUNE
 from finetune.report import scores_of
 from finetune.train import check, epochs_of, evaluate_run
@@ -30,7 +34,8 @@ PARTED = ("few_shot", "single_language")  # settings that train each language ap
 
 
 class Finetuning:
-    """Searches over fine-tuning. A score is the accuracy, or mean recall, of the model that the run leaves."""
+    """Searches over fine-tuning. A score is the accuracy, or the recall that `select_metric` says, of the model that the run
+    leaves."""
 
     command = "finetune"
     longer = "more epochs="
@@ -48,7 +53,7 @@ class Finetuning:
         for name in ("model", "data"):
             if not getattr(config, name):
                 raise UserError(f"{name}= is missing: give a folder")
-        if select != "target_dev" and config.setting in PARTED:
+        if select != "target_dev" and config.setting in PARTED and not _english_chooses(config):
             raise UserError(f"setting={config.setting} trains each language apart, and English says little of that; "
                             "set select=target_dev")  # fmt: skip
         targets = tuple(code for code in languages_of(config) if code != "en") if select != "english_dev" else ()
@@ -61,7 +66,7 @@ class Finetuning:
 
     def looked(self, select: Select) -> str:
         return {
-            "english_dev": "the English development set alone, so transfer to other languages is zero-shot",
+            "english_dev": "the English development set alone, so other languages have chosen nothing",
             "target_dev": "**the target languages' development sets**, so nothing here is zero-shot selection",
             "both": "the English **and the target languages'** development sets, as two goals",
         }[select]
@@ -79,7 +84,10 @@ class Finetuning:
             self.built = dump(bare), build_model(bare)
         model = self.built[1]
         self.depths[config.model] = model.depths
-        build_methods(config, silent).adapt(copy.deepcopy(model))
+        last = after_distillation(config)  # the training that is judged
+        adapted = copy.deepcopy(model)
+        build_methods(last, silent).adapt(adapted)
+        _check_head(last, model, adapted)
 
     def checked(self) -> None:
         self.built = None
@@ -105,7 +113,8 @@ class Finetuning:
 
     def told(self, config: FinetuneConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
         dev = {name.removeprefix("dev/"): value for name, value in metrics.items() if name.startswith("dev/")}
-        return round(metrics["step"] / metrics["steps"] * config.epochs, 6), self._scores(config, dev)
+        epochs = metrics.get("epochs", config.epochs)  # a training before the run's own has others
+        return round(metrics["step"] / metrics["steps"] * epochs, 6), self._scores(config, dev)
 
     def run(self, config: FinetuneConfig, reporter: Reporter) -> dict[str, float]:
         return self._scores(config, finetune(config, reporter)["dev"])
@@ -116,8 +125,25 @@ class Finetuning:
 
     def _scores(self, config: FinetuneConfig, dev: dict[str, float]) -> dict[str, float]:
         own = {f"dev/{code}": dev[code] for code in config.dev_languages if code in dev}
-        english = {"english_dev": dev["en"]} if "en" in dev and config.setting not in PARTED else {}
+        english = "en" in dev and (config.setting not in PARTED or _english_chooses(config))
+        english = {"english_dev": dev["en"]} if english else {}
         return english | ({"target_dev": mean(own.values())} if own else {}) | own
+
+
+def _english_chooses(config: FinetuneConfig) -> bool:
+    """Whether few-shot checkpoints are chosen by the English dev set, as IGLUE does where it has no other."""
+    return config.setting == "few_shot" and "shots_dev" not in find_task(config).splits
+
+
+def _check_head(config: FinetuneConfig, before: torch.nn.Module, adapted: torch.nn.Module) -> None:
+    """Raises UserError: trials would be ranked by a head that is random, and stays so."""
+    if config.continues or not isinstance(adapted, FinetuneModel):
+        return
+    random = {name: p for name, p in before.head.named_parameters()}
+    if all(not p.requires_grad and p.equal(random.get(name, p[:0])) for name, p in adapted.head.named_parameters()):
+        raise UserError("nothing trains the head, which trials are ranked by: it is random; train it in the same run, as recipe "
+                        "p3_kd_classify does (strategies.distillation.epochs=), or start from a trained one "
+                        "(strategies.distillation.classifier=teacher)")  # fmt: skip
 
 
 class Pretraining:

@@ -5,6 +5,7 @@ Grids are the papers', where they print one.
 """
 
 from finetune.config import UNIMODAL
+from finetune.recipes import FEW_SHOT_RATES
 from raylib.tune.space import Choice, Each, Float, Int, OneOf, Space
 
 SMALL = Float(3e-5, 3e-4, log=True)  # P4's learning rates of small modules, and of all weights
@@ -118,7 +119,7 @@ SPACES: dict[str, Space] = {
     ),
     "distillation": Space(
         "distillation (P3): weight of each layer's states, which layers, how many words are mixed in",
-        "p3_kd",
+        "p3_kd_classify",  # trials of step 1 alone would be ranked by a head that nothing trains
         {
             "strategies.distillation.share": Float(0.05, 0.5),
             "layers": OneOf(
@@ -136,6 +137,13 @@ SPACES: dict[str, Space] = {
             {"strategies.distillation.share": 0.15, "layers": "last", "strategies.distillation.weights@last[0]": 1.0},
         ),
         grid={"strategies.distillation.share": (0.1, 0.15, 0.3)},
+    ),
+    "few_shot": Space(
+        "few-shot by IGLUE's protocol: its learning rates; of one language and number of shots, as it chooses them",
+        "iglue_few_shot_xvnli",
+        {"optim.lr": Choice(*FEW_SHOT_RATES)},
+        published=({"optim.lr": FEW_SHOT_RATES[1]},),
+        grid={"optim.lr": FEW_SHOT_RATES},
     ),
     "pretrain_mix": Space(
         "pretraining's mixture (P2): how far rare languages are raised, how many samples of each stream a step has",

@@ -42,8 +42,7 @@ def read_parallel(config: FinetuneConfig, languages: Sequence[str], limit: int, 
 
 
 def _read(config: FinetuneConfig, language: str) -> Iterator[Example]:
-    split = config.split if language == "en" else test_split(config)
-    for item in read_split(config, split, language, config.test_limit):
+    for item in read_split(config, test_split(config, language), language, config.test_limit):
         if isinstance(item, Captioned):
             yield Example(item.image, (item.captions[0],), (item.image,), {})
         else:

@@ -10,33 +10,39 @@ from finetune.formats.stream import field, read_jsonl, read_lines, read_listed
 from raylib.errors import UserError
 
 
-def read_flickr(path: Path) -> Iterator[Captioned]:
-    """JSON lines {sentences, id, img_path}: Flickr30K and xFlickrCO as IGLUE has them."""
+def read_flickr(path: Path, sentences: str = "all", empty: str = "") -> Iterator[Captioned]:
+    """JSON lines {sentences, id, img_path}: Flickr30K and xFlickrCO as IGLUE has them.
+
+    sentences: "first", where the others are in another language. empty: "keep" captions without a word, which are in IGLUE's
+        German and Indonesian tests, one in each; else they are an error.
+    """
     for where, record in read_jsonl(path):
-        sentences = field(record, "sentences", list, where)
-        if not sentences or not all(isinstance(s, str) and s.strip() for s in sentences):
+        texts = field(record, "sentences", list, where)
+        if not texts or not all(isinstance(s, str) and (s.strip() or empty == "keep") for s in texts):
             raise UserError(f"{where}: field 'sentences' must hold captions, and no empty one")
-        yield Captioned(field(record, "img_path", str, where), tuple(sentences))
+        yield Captioned(field(record, "img_path", str, where), tuple(texts[:1] if sentences == "first" else texts))
 
 
 def read_wit(path: Path) -> Iterator[Captioned]:
     """JSON lines {wit_ix, caption_reference_description}: WIT as IGLUE has it; pictures are called by their wit_ix."""
     for where, record in read_jsonl(path):
         caption = field(record, "caption_reference_description", str, where)
-        yield Captioned(str(field(record, "wit_ix", (str, int), where)), (caption,))
+        address = field(record, "image_url", str, where) if "image_url" in record else ""
+        yield Captioned(str(field(record, "wit_ix", (str, int), where)), (caption,), source=address)
 
 
 def read_multi30k(path: Path, images: str) -> Iterator[Captioned]:
-    """A caption a line; `images`, a path from the captions' folder, has the file name of each line's picture. Multi30K's
-    task 1; its task 2 is five such files, joined by writing "?" in place of their number."""
+    """A caption a line; `images`, a path from the captions' folder ("A|B": B where A is not there), has the file name of each
+    line's picture. Multi30K's task 1; its task 2 is five such files, joined by writing "?" in place of their number."""
     paths = sorted(path.parent.glob(path.name)) if "?" in path.name else [path]
     if not paths:
         raise UserError(f"{path}: no such files")
-    names = [line for _, line in read_lines(path.parent / images)]
+    listed = _beside(path, images)
+    names = [line for _, line in read_lines(listed)]
     columns = [[line for _, line in read_lines(p)] for p in paths]
     for p, column in zip(paths, columns, strict=True):
         if len(column) != len(names):
-            raise UserError(f"{p}: {len(column)} captions for the {len(names)} pictures of {path.parent / images}")
+            raise UserError(f"{p}: {len(column)} captions for the {len(names)} pictures of {listed}")
     for name, *texts in zip(names, *columns, strict=True):
         yield Captioned(name, tuple(texts))
 
@@ -52,13 +58,21 @@ def read_xtd(path: Path, images: str, part: str) -> Iterator[Captioned]:
     yield from (items[i] for i in order[XTD_PARTS[part]])
 
 
-def read_karpathy(path: Path, split: str) -> Iterator[Captioned]:
-    """Karpathy's dataset_coco.json: {images: [{filename, split, sentences: [{raw}]}]}; "restval" trains."""
+def read_karpathy(path: Path, split: str, without: str = "") -> Iterator[Captioned]:
+    """Karpathy's dataset_coco.json: {images: [{filename, split, sentences: [{raw}]}]}; "restval" trains. without: a list of file
+    names, a path as `images` of `read_multi30k`: images that are left out."""
+    left_out = {Path(line).name for _, line in read_lines(_beside(path, without))} if without else set()
     for where, record in read_listed(path, "images"):
-        part = field(record, "split", str, where).replace("restval", "train")
-        if part == split:
+        part, name = field(record, "split", str, where).replace("restval", "train"), field(record, "filename", str, where)
+        if part == split and name not in left_out:
             texts = [field(s, "raw", str, where) for s in field(record, "sentences", list, where)]
-            yield Captioned(field(record, "filename", str, where), tuple(texts))
+            yield Captioned(name, tuple(texts))
+
+
+def _beside(path: Path, names: str) -> Path:
+    """The first file of "A|B", paths from the folder of `path`, that is there; else the first."""
+    paths = [path.parent / name for name in names.split("|")]
+    return next((p for p in paths if p.is_file()), paths[0])
 
 
 def read_coco(path: Path, images: str, split: str, more: str = "") -> Iterator[Captioned]:

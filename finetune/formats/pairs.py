@@ -9,14 +9,16 @@ from raylib.errors import UserError
 
 
 def read_nlvr2(path: Path) -> Iterator[Example]:
-    """JSON lines {sentence, identifier, label}; identifier "dev-12-0-1" has the pictures dev-12-0-img0 and -img1."""
+    """JSON lines {sentence, identifier, label, left_url, right_url}; identifier "dev-12-0-1" has the pictures dev-12-0-img0 and
+    -img1. The addresses tell which of these are one picture, and may be missing."""
     for where, record in read_jsonl(path):
         sentence, identifier = field(record, "sentence", str, where), field(record, "identifier", str, where)
         if identifier.count("-") != 3:
             raise UserError(f"{where}: identifier {identifier!r} is not split-set-pair-sentence")
         stem = identifier.rsplit("-", 1)[0]
         label = _label(field(record, "label", (str, bool), where), where)
-        yield Example(identifier, (sentence,), (f"{stem}-img0", f"{stem}-img1"), label)
+        urls = tuple(field(record, side, str, where) for side in ("left_url", "right_url") if side in record)
+        yield Example(identifier, (sentence,), (f"{stem}-img0", f"{stem}-img1"), label, sources=urls if len(urls) == 2 else ())
 
 
 def read_marvl(path: Path, language: str = "") -> Iterator[Example]:

@@ -1,9 +1,14 @@
-"""JSON files an item at a time: memory does not grow with the file. Names ending in .gz are decompressed."""
+"""JSON files an item at a time: memory does not grow with the file. Names ending in .gz are decompressed; of a .zip, its one
+JSON file is read as it lies."""
 
 import gzip
+import io
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 from raylib.errors import UserError
@@ -13,25 +18,54 @@ DECODER = json.JSONDecoder()
 
 
 def open_text(path: Path) -> TextIO:
-    """A UTF-8 text file."""
+    """A UTF-8 text file.
+
+    Raises:
+        UserError: a .zip that holds no JSON file, or several.
+    """
+    if path.suffix == ".zip":
+        return _open_member(path)
     return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+
+
+def _open_member(path: Path) -> TextIO:
+    """The one JSON file in a zip; what macOS adds (`__MACOSX/._NAME`) is no member."""
+    with zipfile.ZipFile(path) as archive:  # a member that is open keeps the file open
+        members = [name for name in archive.namelist() if name.lower().endswith((".json", ".jsonl"))]
+        members = [name for name in members if not any(p == "__MACOSX" or p.startswith(".") for p in PurePosixPath(name).parts)]
+        if len(members) != 1:
+            found = f"{len(members)} JSON files ({', '.join(members[:4])})" if members else "no JSON file"
+            raise UserError(f"{path}: {found} in it; one is wanted: unzip it beside, or leave one in")
+        try:
+            return io.TextIOWrapper(archive.open(members[0]), encoding="utf-8")
+        except (RuntimeError, NotImplementedError) as e:  # a password, a way of compression that Python lacks
+            raise UserError(f"{path}: not to be decompressed ({e}); unzip it beside") from None
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[TextIO]:
+    """`open_text`, and what is wrong with the file, now or while it is read, as a `UserError` that names it."""
+    try:
+        with open_text(path) as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text ({e})") from None
+    except (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, EOFError) as e:
+        raise UserError(f"{path}: not to be decompressed ({e}); is it whole?") from None
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """("path:line", text) of every line that is not empty.
 
     Raises:
-        UserError: no such file, not UTF-8.
+        UserError: no such file, not UTF-8, not to be decompressed.
     """
-    try:
-        with open_text(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", line.rstrip("\r\n")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as e:
-        raise UserError(f"{path}: not to be read as UTF-8 text ({e})") from None
+    with opened(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}:{number}", line.rstrip("\r\n")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
@@ -53,13 +87,8 @@ def read_items(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         UserError: neither, or broken; says after which member.
     """
-    try:
-        with open_text(path) as file:
-            yield from _Items(path, file).read()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 ({e})") from None
+    with opened(path) as file:
+        yield from _Items(path, file).read()
 
 
 def read_listed(path: Path, name: str) -> Iterator[tuple[str, dict]]:
@@ -68,22 +97,17 @@ def read_listed(path: Path, name: str) -> Iterator[tuple[str, dict]]:
     Raises:
         UserError: no such list, or broken; says after which member.
     """
-    try:
-        with open_text(path) as file:
-            items = _Items(path, file)
-            for number, record in items.read(inside=name):
-                yield f"{path}, {name}[{number}]", record
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 ({e})") from None
+    with opened(path) as file:
+        items = _Items(path, file)
+        for number, record in items.read(inside=name):
+            yield f"{path}, {name}[{number}]", record
     if not items.entered:
         raise UserError(f"{path}: no list '{name}'")
 
 
 def first_character(path: Path) -> str:
     """The first character that is no white space: "{" or "[" tells an object from an array."""
-    with open_text(path) as file:
+    with opened(path) as file:
         while chunk := file.read(CHUNK):
             if chunk.strip():
                 return chunk.strip()[0]

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -20,7 +21,6 @@ XGQA = ("en", "de", "bn", "id", "ko", "pt", "ru", "zh")
 XVNLI = ("en", "ar", "es", "fr", "ru")
 SHOTS = {"gqa": (1, 5, 10, 20, 25, 48), "nli": (1, 5, 10, 20, 25, 48), "flickr": (1, 5, 10, 25, 50, 100), "marvl": (1, 2, 4, 10)}
 RELATIONS = ("entailment", "neutral", "contradiction")
-FEW_SHOT_TEST = 9666 / 12578  # the share of xGQA's test questions that are in its few-shot test split
 
 
 class ScenesConfig(Config):
@@ -58,11 +58,19 @@ class Writer:
         return scene
 
     def json(self, path: str, value) -> None:
-        self._path(path).write_text(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+        self._write(path, json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n")
 
     def lines(self, path: str, records: Iterable[dict]) -> None:
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        self._path(path).write_text(text, encoding="utf-8")
+        self._write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+    def _write(self, path: str, text: str) -> None:
+        """As a file, or as the one member of a .zip, where IGLUE has one."""
+        full = self._path(path)
+        if full.suffix != ".zip":
+            full.write_text(text, encoding="utf-8")
+            return
+        with zipfile.ZipFile(full, "w") as archive:
+            archive.writestr(zipfile.ZipInfo(full.stem), text, zipfile.ZIP_DEFLATED)  # of 1980: the same bytes each time
 
     def close(self) -> None:
         """End the tar, write the ground truth."""
@@ -139,37 +147,37 @@ def _questions(writer: Writer, config: ScenesConfig) -> None:
                       "types": {"structural": q.kind, "semantic": "obj", "detailed": q.template}}
                 for qid, (image, q) in items.items()}  # fmt: skip
 
-    def english(q: Statement) -> str:
-        return q.text("en")
+    def listed(items: dict) -> list[dict]:
+        """LXMERT's form, in English."""
+        return [{"img_id": image, "label": {q.answer: 1.0}, "question_id": qid, "sent": q.text("en")}
+                for qid, (image, q) in items.items()]  # fmt: skip
 
     train = make("train", config.train)
-    writer.json("gqa/annotations/train_balanced_questions.json", records(train, english))
-    writer.json("gqa/annotations/val_balanced_questions.json", records(make("dev", config.dev), english))
+    writer.json("gqa/annotations/train.json.zip", listed(train))
+    writer.json("gqa/annotations/valid.json", listed(make("dev", config.dev)))
     writer.json("gqa/annotations/trainval_label2ans.json", ["no", "yes", *sorted(labels())])
     test, shots = make("test", config.test), make("shots", 4 * max(config.shot_sizes("gqa")))
     images = list(dict.fromkeys(image for image, _ in shots.values()))
     unseen = images[max(config.shot_sizes("gqa")) :]
+    testdev = test | shots  # as in xGQA: few-shot files and their test are parts of it
     for language in XGQA:
 
         def text(q: Statement, language=language) -> str:
             return q.text(language)
 
-        def listed(items: dict, text=text) -> list[dict]:
-            return [{"img_id": image, "label": {q.answer: 1.0}, "question_id": qid, "sent": text(q)}
-                    for qid, (image, q) in items.items()]  # fmt: skip
-
-        writer.json(f"xGQA/annotations/zero_shot/testdev_balanced_questions_{language}.json", records(test, text))
-        few = dict(list(test.items())[: round(FEW_SHOT_TEST * len(test))])
-        writer.json(f"xGQA/annotations/few_shot/{language}/test.json", listed(few))
+        writer.json(f"xGQA/annotations/zero_shot/testdev_balanced_questions_{language}.json", records(testdev, text))
+        writer.json(f"xGQA/annotations/few_shot/{language}/test.json", records(test, text))
         for n in config.shot_sizes("gqa"):
             chosen = {qid: item for qid, item in shots.items() if item[0] in images[:n]}
-            writer.json(f"xGQA/annotations/few_shot/{language}/train_{n}.json", listed(chosen))
+            writer.json(f"xGQA/annotations/few_shot/{language}/train_{n}.json", records(chosen, text))
         writer.json(f"xGQA/annotations/few_shot/{language}/dev.json",
-                    listed({q: item for q, item in shots.items() if item[0] in unseen}))  # fmt: skip
+                    records({q: item for q, item in shots.items() if item[0] in unseen}, text))  # fmt: skip
         if language != "en":
             name = translator(language, config.seed)
-            translated = records(test, lambda q, name=name: q.text("en", name))
-            writer.json(f"xGQA/annotations_machine-translate/{language}/testdev_balanced_questions.json", translated)
+            into_english = f"few_shot/{language}/test", f"zero_shot/testdev_balanced_questions_{language}"
+            for items, path in zip((test, testdev), into_english, strict=True):
+                translated = records(items, lambda q, name=name: q.text("en", name))
+                writer.json(f"xGQA/annotations_machine-translate/{path}.json", translated)
             into = translator_into(language, config.seed)
             translated = records(train, lambda q, language=language, into=into: q.text(language, into))
             writer.json(f"xGQA/annotations_translate-train/{language}/train_balanced_questions.json", translated)
@@ -191,7 +199,7 @@ def _entailment(writer: Writer, config: ScenesConfig) -> None:
             yield {"gold_label": s.answer, "sentence1": premise, "sentence2": text(s), "captionID": f"{scene.id}.jpg#0",
                    "pairID": f"{scene.id}.jpg#0r{k}", "Flikr30kID": scene.id}  # fmt: skip
 
-    writer.lines("XVNLI/annotations/en/train.jsonl", records(make("train", config.train), lambda s: s.text("en")))
+    writer.lines("XVNLI/annotations/en/train.jsonl.zip", records(make("train", config.train), lambda s: s.text("en")))
     dev = make("dev", config.dev)
     test, shots = make("test", config.test), make("shots", 3 * max(config.shot_sizes("nli")))
     for language in XVNLI:
@@ -199,14 +207,14 @@ def _entailment(writer: Writer, config: ScenesConfig) -> None:
         def text(s: Statement, language=language) -> str:
             return s.text(language)
 
-        writer.lines(f"XVNLI/annotations/{language}/dev.jsonl", records(dev, text))
+        writer.lines(f"XVNLI/annotations/en/dev{'' if language == 'en' else f'-{language}_gmt'}.jsonl", records(dev, text))
         writer.lines(f"XVNLI/annotations/{language}/test.jsonl", records(test, text))
+        for n in config.shot_sizes("nli"):
+            writer.lines(f"XVNLI/annotations/{language}/train_{n}.jsonl", records(shots[: 3 * n], text))
         if language != "en":
             name = translator(language, config.seed)
             translated = records(test, lambda s, name=name: s.text("en", name))
             writer.lines(f"XVNLI/annotations_machine-translate/{language}/test.jsonl", translated)
-            for n in config.shot_sizes("nli"):
-                writer.lines(f"XVNLI/annotations/{language}/train_{n}.jsonl", records(shots[: 3 * n], text))
 
 
 def _above_and_below(dice: Dice) -> tuple[str, str]:
@@ -266,9 +274,9 @@ def _pairs(writer: Writer, config: ScenesConfig) -> None:
             items += [(stem, compare_pair(left, right, true, dice)) for true in dice.order([True, False])]
         return items[:count]
 
-    def english(items: list) -> Iterator[dict]:
+    def stated(items: list, language: str = "en") -> Iterator[dict]:
         for k, (stem, s) in enumerate(items):
-            yield {"sentence": s.text("en"), "identifier": f"{stem}-{k % 2}", "label": s.answer}
+            yield {"sentence": s.text(language), "identifier": f"{stem}-{k % 2}", "label": s.answer}
 
     def foreign(items: list, language: str, text: Callable[[Statement], str]) -> Iterator[dict]:
         for k, (stem, s) in enumerate(items):
@@ -277,15 +285,17 @@ def _pairs(writer: Writer, config: ScenesConfig) -> None:
                    "right_img": f"{stem}-img1.webp", "chapter": labels()[concept].category, "id": f"{language}-{k}",
                    "label": s.answer == "True"}  # fmt: skip
 
-    writer.lines("nlvr2/annotations/train.jsonl", english(make("train", config.train)))
-    writer.lines("nlvr2/annotations/dev.jsonl", english(make("dev", config.dev)))
+    writer.lines("nlvr2/annotations/train.jsonl", stated(make("train", config.train)))
+    dev = make("dev", config.dev)
+    writer.lines("nlvr2/annotations/dev.jsonl", stated(dev))
     test, shots = make("test", config.test), make("shots", 2 * max(config.shot_sizes("marvl")))
-    writer.lines("nlvr2/annotations/test1.jsonl", english(test))
+    writer.lines("nlvr2/annotations/test.jsonl", stated(test))
     for language in LANGUAGES[1:]:
 
         def text(s: Statement, language=language) -> str:
             return s.text(language)
 
+        writer.lines(f"nlvr2/annotations/dev-{language}_gmt.jsonl", stated(dev, language))
         name = translator(language, config.seed)
         stem = f"marvl-{language}"
         writer.lines(f"marvl/zero_shot/annotations/{stem}.jsonl", foreign(test, language, text))

@@ -6,6 +6,7 @@ from pydantic import create_model
 from torch import nn
 
 from finetune.examples import Captioned, Example
+from finetune.splits import Task
 from finetune.strategies.alignment import TranslationAlignment
 from finetune.strategies.base import Context, Progress, Strategy, Term
 from finetune.strategies.code_mixing import CodeMixing
@@ -79,7 +80,7 @@ class Methods:
 
     def rates(self, depths: int, epoch_steps: int, epochs: int) -> LayerRates | None:
         """The product of the factors, as a function of depth and step; None where no method has any."""
-        asking = [m for m in self.all.values() if type(m).lr_scale is not Strategy.lr_scale]
+        asking = [self.all[name] for name in self.using("lr_scale")]
         if not asking:
             return None
 
@@ -108,8 +109,31 @@ class Methods:
 
     def draws(self) -> Callable | None:
         """`example`, or None where no method changes examples."""
-        asking = any(type(m).example is not Strategy.example for m in self.all.values())
-        return self.example if asking else None
+        return self.example if self.using("example") else None
+
+    def using(self, seam: str) -> list[str]:
+        """Names of the methods that do something at this seam: "example", "adapt", "lr_scale" or "terms"."""
+        return [name for name, method in self.all.items() if getattr(type(method), seam) is not getattr(Strategy, seam)]
 
 
-__all__ = ["STRATEGIES", "Context", "Methods", "Progress", "StrategiesConfig", "Strategy", "Term", "chosen", "method_name"]
+def check_strategies(config: Config, task: Task, methods: Methods) -> None:
+    """Refuse methods of a fine-tuning `config` that would have no effect, or none on what is asked for.
+
+    Raises:
+        UserError: a term of the loss where the head has no logits, or learns nothing; stages of a training that it has not.
+    """
+    s, terms = config.strategies, methods.using("terms")
+    if config.head == "decoder" and terms:
+        raise UserError(f"strategies: {', '.join(terms)} needs a classifier's logits; head=decoder has none")
+    if s.distillation and not s.distillation.task and not s.distillation.epochs and terms:
+        raise UserError(f"strategies.distillation.task=0: {', '.join(terms)} is of the classifier, which learns nothing; set "
+                        "strategies.distillation.task=1")  # fmt: skip
+    if s.distillation and task.pictures != 1:
+        raise UserError(f"strategies.distillation is about one picture, and texts of {config.task} are about {task.pictures}")
+    if s.code_mixing and s.code_mixing.stages == "rounds" and (not s.sparse or s.sparse.mask):
+        raise UserError("strategies.code_mixing.stages=rounds mixes while a mask is looked for, and this run looks for none; "
+                        "leave it out, or set strategies.sparse.rate=")  # fmt: skip
+
+
+__all__ = ["STRATEGIES", "Context", "Methods", "Progress", "StrategiesConfig", "Strategy", "Term", "check_strategies", "chosen",
+           "method_name"]  # fmt: skip

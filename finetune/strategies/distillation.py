@@ -33,6 +33,8 @@ class Distillation(Strategy):
         regions, and the empty ones are averaged in (the public code: 50); 0: they are masked.
     task: what the answers count beside it. classifier: the student's is new, or starts as the teacher's.
     states: the teacher runs beside the student, or its states are stored before.
+    epochs: distil for so many epochs in a training of its own, RUN/distilled, which the run's goes on from, on answers alone
+        (the paper's two steps in one run); None: the run itself distils.
     """
 
     shown = ("tokens",)
@@ -49,6 +51,7 @@ class Distillation(Strategy):
     task: NonNegativeFloat = 0.0
     classifier: Literal["new", "teacher"] = "new"
     states: Literal["live", "stored"] = "live"
+    epochs: PositiveInt | None = None
     alignments: str | None = None
     share: float = Field(0.15, gt=0, le=1)
     _pivots: dict[str, str] = PrivateAttr(default_factory=dict)

@@ -25,6 +25,8 @@ from raylib.model.tuning import described, restore
 from raylib.model.vision import VisionEncoder
 from raylib.ragged import Ragged, first_tokens
 
+KINDS = ("unified", "cclm", "cclm_swin")  # a folder's: CCLM's differ in nothing but sizes (`raylib.backbones.cclm`)
+
 
 class ModelConfig(Config):
     """Sizes of a unified model. The defaults are the paper's `base`: 12 image, 6 text and 6 unified layers."""
@@ -213,7 +215,7 @@ class UnifiedModel(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""
-        description = {"model_type": "polyglance-unified", **self.config.model_dump()}
+        description = {"model_type": f"polyglance-{self.kind}", **self.config.model_dump()}
         if described(self):
             description["tuning"] = described(self)
         write_model(self, description, folder)
@@ -230,7 +232,7 @@ class UnifiedModel(nn.Module):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: no {name}; give a folder written by `python -m pretrain export RUN DIR`")
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if values.pop("model_type", None) != "polyglance-unified":
+        if values.pop("model_type", None) not in [f"polyglance-{kind}" for kind in KINDS]:
             raise UserError(f"{folder}: not a Polyglance model; give a folder written by `python -m pretrain export`")
         tuned = values.pop("tuning", {})
         model = cls(build(ModelConfig, values, str(folder / "config.json")))

@@ -1,0 +1,208 @@
+"""What the sets of a run share: nothing, or what the task's record declares (`finetune.splits.Overlap`).
+
+Before a run starts, its tests are compared with what it trains on and what chooses its checkpoint, and its dev sets with what it
+trains on, by image and by item:
+
+    image   its address, where the annotations have one, or its name, however it is written (`image_name`)
+    item    a text about its images, or the same number about the same images, which one question has in all languages. Of
+            NLVR2 the text alone (`Task.item`), where the file has addresses, as its own has: emoji scenes repeat their templates
+
+Tests and dev sets are held in memory; what is trained on streams by, once. What was found is kept in RUNS/cache where that took
+longer than a second: by name, size and time of change of the files.
+"""
+
+import hashlib
+import json
+import time
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from finetune.config import FinetuneConfig
+from finetune.data import Reading, dev_sets, find_task, languages_of, read_split, test_split, training_sets
+from finetune.examples import Captioned, Example
+from finetune.splits import Overlap, Task
+from finetune.stores.pictures import MARVL, folders_of, stem
+from raylib.checkpoint import write_atomically
+from raylib.errors import UserError
+from raylib.shared import stamp
+
+RULE = 1  # of what counts as the same: another number makes nothing of what is kept
+COMPARED = (("test", "train"), ("test", "dev"), ("dev", "train"))
+USES = {"test": "tested on", "dev": "chosen by", "train": "trained on"}
+
+
+class Used(NamedTuple):
+    """A set of a run: "test", "dev" or "train", in which of its parts, and what reads it."""
+
+    role: str
+    parts: frozenset[str | None]
+    reading: Reading
+
+
+def check_overlap(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> list[dict[str, Any]]:
+    """What the sets of a run share although they are published like that.
+
+    Args:
+        parts: the config of each training, by the language that it has of its own.
+    Returns:
+        [{"first", "second": {"split", "language", "file"}, "images", "items": how many of the first's are in the second,
+        "declared": why}].
+    Raises:
+        UserError: sets share more than the task's record declares.
+    """
+    sets, task = sets_of(parts), find_task(config)
+    found = _kept(Path(config.runs).absolute() / "cache", task, sets)
+    declared = []
+    for one in found:
+        first, second = sets[one["first"]], sets[one["second"]]
+        why = _declared(task, first, second, one)
+        if why is None:
+            raise UserError(_told(first, second, one))
+        declared.append({"first": _described(config, first), "second": _described(config, second), "images": one["images"],
+                         "items": one["items"], "declared": why})  # fmt: skip
+    return declared
+
+
+def sets_of(parts: Mapping[str | None, FinetuneConfig]) -> list[Used]:
+    """Every set that the parts of a run use, once."""
+    places: dict[tuple, tuple[Used, set]] = {}
+    for language, config in parts.items():
+        used = [("test", read_split(config, test_split(config, code), code, config.test_limit)) for code in languages_of(config)]
+        dev = dev_sets(config, language).items()
+        used += [("dev", read_split(config, split, code, config.test_limit)) for code, split in dev]
+        used += [("train", reading) for reading in training_sets(config, language)] if config.trains else []
+        for role, reading in used:
+            key = (role, reading.path, reading.split, reading.language, reading.limit)
+            places.setdefault(key, (Used(role, frozenset(), reading), set()))[1].add(language)
+    return [used._replace(parts=frozenset(of)) for used, of in places.values()]
+
+
+def compare(task: Task, sets: list[Used]) -> list[dict[str, Any]]:
+    """[{"first", "second": places in `sets`, "images", "items": how many different ones of the first are in the second, "such_as"
+    and "image": one of each}] of all that are compared and share any."""
+    images: dict[str, list[tuple[int, str]]] = defaultdict(list)  # a name, an address -> (set, the image)
+    items: dict[tuple, list[tuple[int, tuple]]] = defaultdict(list)
+    for number, used in enumerate(sets):
+        if used.role != "train":
+            for item in used.reading:
+                for image, names in _images(item, task.mscoco):
+                    for name in names:
+                        images[name].append((number, image))
+                for key, others in _items(item, task):
+                    for each in (key, *others):
+                        items[each].append((number, key))
+    shared: dict[tuple[int, int], tuple[dict, dict]] = defaultdict(lambda: ({}, {}))
+    for second, used in enumerate(sets):
+        firsts = {n for n, other in enumerate(sets) if (other.role, used.role) in COMPARED and other.parts & used.parts}
+        if not firsts:
+            continue
+        new: set[tuple] = set()  # images that are in no set before: most of what is trained on, met again and again
+        for item in used.reading:
+            named = _named(item)
+            known = [] if new.issuperset(named) else [n for _, names in _images(item, task.mscoco) for n in names if n in images]
+            if not known:
+                new.update(named)
+                if named and task.item == "grounded":
+                    continue  # what is said of another image is another item
+            for name in known:
+                for first, image in images[name]:
+                    if first in firsts:
+                        shared[first, second][0].setdefault(image, name)
+            for key, others in _items(item, task):
+                for each in (key, *others):
+                    for first, own in items.get(each, ()):
+                        if first in firsts:
+                            shared[first, second][1].setdefault(own, item.id if isinstance(item, Example) else key[0])
+    return [{"first": first, "second": second, "images": len(pictures), "items": len(found),
+             "image": next(iter(pictures.values()), ""), "such_as": next(iter(found.values()), "")}
+            for (first, second), (pictures, found) in sorted(shared.items())]  # fmt: skip
+
+
+@lru_cache(1 << 18)
+def image_name(name: str, mscoco: bool = False) -> str:
+    """An image's name without folder, ending, case and form of Unicode: "COCO_val2014_000000391895.jpg" is "000000391895", and so
+    is "391895" among images of MSCOCO. MaRVL's keep their language, in whose folder other ones have the same names."""
+    base = unicodedata.normalize("NFC", stem(name)).casefold()
+    if mscoco and base.isdecimal():
+        base = base.zfill(12)
+    language = folders_of(name) & MARVL
+    return "/".join((*sorted(language), base))
+
+
+def _named(item: Example | Captioned) -> list[tuple[str, str]]:
+    """(name, address or "") of each image."""
+    if isinstance(item, Captioned):
+        return [(item.image, item.source)]
+    return list(zip(item.images, item.sources or ("",) * len(item.images), strict=True))
+
+
+def _images(item: Example | Captioned, mscoco: bool) -> list[tuple[str, tuple[str, ...]]]:
+    """(what tells the image from others, all that it may be known by) of each image."""
+    return [(source or image_name(name, mscoco), tuple(filter(None, (image_name(name, mscoco), source))))
+            for name, source in _named(item)]  # fmt: skip
+
+
+def _items(item: Example | Captioned, task: Task) -> Iterator[tuple[tuple, tuple[tuple, ...]]]:
+    """(what tells an item from others, what else it may be known by); of a picture with captions each is one."""
+    about = tuple(image for image, _ in _images(item, task.mscoco))
+    if isinstance(item, Captioned):
+        for caption in item.captions:
+            yield (_normal(caption), about), ()
+    elif not about or (task.item == "text" and item.sources):
+        yield (*map(_normal, item.texts), ()), ()
+    else:
+        yield (*map(_normal, item.texts), about), ((None, item.id, about),)
+
+
+def _normal(text: str) -> str:
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def _declared(task: Task, first: Used, second: Used, found: dict) -> str | None:
+    """Why the sets may share what they do; None: they may not."""
+
+    def fits(o: Overlap) -> bool:
+        languages = all(code in (None, used.reading.language) for code, used in ((o.language, first), (o.other, second)))
+        counts = all(most is None or found[name] <= most for name, most in (("images", o.images), ("items", o.items)))
+        return (o.first, o.second) == (first.role, second.role) and languages and counts
+
+    return next((overlap.why for overlap in task.overlaps if fits(overlap)), None)
+
+
+def _told(first: Used, second: Used, found: dict) -> str:
+    what = [f"{found['images']} images"] if found["images"] else []
+    what += [f"{found['items']} items"] if found["items"] else []
+    example = f"item {found['such_as']!r}" if found["items"] else f"image {found['image']!r}"
+    names = [f"{used.reading.path} ({USES[used.role]})" for used in (first, second)]
+    return (f"{' and '.join(names)} share {' and '.join(what)}, such as {example}; what is {USES[first.role]} must be new: "
+            "check data=, split=, shots=")  # fmt: skip
+
+
+def _described(config: FinetuneConfig, used: Used) -> dict[str, str]:
+    data, path = Path(config.data), used.reading.path
+    return {"split": used.reading.split, "language": used.reading.language,
+            "file": str(path.relative_to(data) if path.is_relative_to(data) else path)}  # fmt: skip
+
+
+def _kept(cache: Path, task: Task, sets: list[Used]) -> list[dict[str, Any]]:
+    """`compare`, or what it found before in the same files."""
+    facts = [RULE, task.item, task.mscoco]
+    for used in sets:
+        reading = used.reading
+        split = reading.task.split(reading.split, reading.language)
+        beside = [reading.path.parent / name for value in split.options.values() for name in value.split("|")]
+        facts.append((used.role, sorted(map(str, used.parts)), reading.split, reading.language, reading.limit,
+                      stamp(reading.path), *(stamp(path) for path in beside if path.is_file())))  # fmt: skip
+    file = cache / f"overlap-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    began = time.perf_counter()
+    found = compare(task, sets)
+    if time.perf_counter() - began > 1:
+        cache.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(found, ensure_ascii=False))
+    return found

@@ -1,0 +1,98 @@
+"""Every method on every kind of task: it changes what is trained, or is refused before anything starts; never dropped."""
+
+import pytest
+from safetensors.torch import load_file
+
+from finetune.strategies import STRATEGIES
+from raylib.track import read_metrics
+from tests.test_strategies_run import SETTINGS
+
+QUICK = ["train_limit=32", "test_limit=8", "select=last", "candidates=3", "length=24"]
+KINDS = {
+    "classifier": ["scenes_xgqa"],
+    "decoder": ["scenes_xgqa", "head=decoder", "decoder.candidates=9"],
+    "two images": ["scenes_marvl"],
+    "matching": ["scenes_xflickrco"],
+    "contrast": ["scenes_xflickrco", "matching=false"],
+}
+FEW = ["setting=few_shot", "shots=5", 'languages=["ru"]', "batch=5"]  # alignment draws other languages to English
+MORE = {"head_first": ['freeze=["vision"]'], "alignment": FEW}  # what a method needs that is none itself
+OWN = {**SETTINGS, "alignment": ["strategies.alignment={}"],
+       "distillation": ['strategies.distillation.tokens=["cls"]', "strategies.distillation.task=1"]}  # fmt: skip
+REFUSED = {
+    ("prior", "decoder"): "needs a classifier's logits",
+    ("prior", "two images"): "has a vector for none of the 2 labels",  # "True" and "False"
+    **{("prior", kind): "this task has no answers" for kind in ("matching", "contrast")},
+    **{("distillation", kind): "wants questions with answers" for kind in ("matching", "contrast")},
+    ("distillation", "decoder"): "is for classifiers",
+    ("distillation", "two images"): "is about one picture",
+    **{("alignment", kind): "needs a retrieval task" for kind in ("classifier", "decoder", "two images")},
+}
+
+def weights(folder):
+    newest = max(path for path in folder.rglob("model.safetensors") if path.parent.name.startswith("step_"))
+    return load_file(newest)
+
+
+@pytest.fixture(scope="session")
+def bases():
+    """{(kind, further settings): weights after training without a method}."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def teacher(model, scenes, tmp_path_factory):
+    from finetune.__main__ import main
+    from tests.conftest import QUICK as SMALL
+
+    runs = tmp_path_factory.mktemp("teacher")
+    assert main(["scenes_xgqa", "name=english", f"model={model}", f"data={scenes}", f"runs={runs}", "epochs=1", *SMALL, *QUICK,
+                 'languages=["en"]', "optim.lr=0.01"]) == 0  # fmt: skip
+    return runs / "english"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_method_has_an_effect_or_is_refused(finetune, tmp_path, bases, teacher, name, kind):
+    recipe, *settings = KINDS[kind]
+    more = [*settings, *MORE.get(name, ())]
+    own = [*OWN[name], *([f"strategies.distillation.teacher={teacher}"] if name == "distillation" else [])]
+    if (name, kind) == ("prior", "two images"):
+        own = ["strategies.prior.k=2"]
+    if (name, kind) == ("alignment", "two images"):
+        more = [*more, "shots=4"]
+    code, printed = finetune(recipe, "name=run", *QUICK, *more, *own)
+    if (name, kind) in REFUSED:
+        assert code == 2 and REFUSED[name, kind] in printed and not (tmp_path / "run").exists(), printed
+        return
+    assert code == 0, printed
+    if (key := (kind, *more)) not in bases:
+        assert finetune(recipe, "name=base", *QUICK, *more)[0] == 0
+        bases[key] = weights(tmp_path / "base")
+    trained, base = weights(tmp_path / "run"), bases[key]
+    assert trained.keys() != base.keys() or any(not value.equal(base[part]) for part, value in trained.items())
+
+
+@pytest.mark.parametrize("loss", ["mse", "pivot", "image"])
+def test_alignment_is_trained_beside_matching(finetune, tmp_path, loss):
+    """The term is told in the log, and its weight decides what is learnt."""
+    found = {}
+    for weight in (0.0, 0.5, 5.0):
+        code, printed = finetune("scenes_xflickrco", f"name=w{weight}", *QUICK, *FEW, f"strategies.alignment.loss={loss}",
+                                 f"strategies.alignment.weight={weight}")  # fmt: skip
+        assert code == 0, printed
+        found[weight] = weights(tmp_path / f"w{weight}")
+        losses = {key for line in read_metrics(tmp_path / f"w{weight}" / "ru") for key in line}
+        assert {"loss/ucl_image", "loss/itm"} <= losses and ("loss/alignment" in losses) == (weight > 0)
+    for one, other in ((0.0, 0.5), (0.5, 5.0)):
+        assert not found[one]["text_projection.weight"].equal(found[other]["text_projection.weight"])
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    (["strategies.code_mixing.stages=rounds"], "this run looks for none"),
+    (["strategies.code_mixing.stages=rounds", "strategies.sparse.mask=none"], "this run looks for none"),
+    (["strategies.distillation.epochs=1", "strategies.distillation.teacher=T", "strategies.sparse.rounds=1"], "leave one of"),
+])  # fmt: skip
+def test_stages_that_a_run_has_not_are_refused(finetune, settings, words):
+    code, printed = finetune("scenes_xgqa", "name=wrong", *settings)
+    assert code == 2 and words in printed and printed.strip().count("\n") == 0

@@ -1,0 +1,92 @@
+"""Which checkpoint is evaluated: what each recipe's paper chose by, by which score, which of several that score alike."""
+
+import json
+
+import pytest
+
+from finetune.config import FinetuneConfig
+from finetune.data import merge, read_split
+from finetune.model import tokenizer_at
+from finetune.pictures import Pixels
+from finetune.recipes import RECIPES
+from finetune.retrieval import retrieve
+from finetune.stores import open_pictures
+from raylib import checkpoint
+from raylib.config import load
+from raylib.model.unified import UnifiedModel
+from raylib.text import Tokenizer
+
+CHOSEN = {  # recipe -> (select, metric, ties)
+    "p0_uc2_baseline": ("best", "mean_recall", "first"),
+    "p1_cclm_suf_xflickrco": ("last", "mean_recall", "first"),
+    "p1_uc2_few_shot_xgqa": ("last", "mean_recall", "first"),
+    "p2_xflickrco": ("best", "recall_at_1", "first"),
+    "p2_xgqa": ("best", "recall_at_1", "first"),
+    "p3_kd": ("last", "mean_recall", "first"),
+    "p3_classify": ("best", "mean_recall", "first"),
+    "p4_xtd_few_framework": ("best", "recall_at_1", "last"),
+    "p4_multi30k_full": ("best", "recall_at_1", "last"),
+    "iglue_xflickrco": ("best", "mean_recall", "first"),
+    "iglue_few_shot_xvnli": ("best", "mean_recall", "first"),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_recipes_choose_as_their_papers_do(name):
+    config = RECIPES[name]()
+    assert (config.select, config.select_metric, config.select_ties) == CHOSEN[name]
+
+
+def test_every_recipe_says_what_it_chooses_by():
+    words = {
+        "p1_uc2_suf_xgqa": "[last epoch]",
+        "p4_xtd_few_full": "[best recall at 1 on the dev set, last of ties]",
+        "iglue_xgqa": "[best accuracy on the dev set, first of ties]",
+        "transfer_zero_shot": "[nothing is trained]",
+    }
+    assert all(RECIPES[name].__doc__.endswith(said) for name, said in words.items())
+    assert all(RECIPES[name].__doc__.endswith("]") for name in RECIPES)
+
+
+def keep(run, scores, ties):
+    """The step that is best after checkpoints of these scores."""
+    for step, score in enumerate(scores, 1):
+        folder = run / checkpoint.FOLDER / checkpoint.step_name(step)
+        folder.mkdir(parents=True)
+        (folder / "meta.json").write_text(json.dumps({"step": step, "score": score, **ties}))
+        checkpoint.keep_best(run, folder.name)
+    return checkpoint.read_meta(run / checkpoint.BEST)["step"]
+
+
+@pytest.mark.parametrize(("scores", "first", "last"), [
+    ((0.5, 0.5, 0.5), 1, 3), ((0.2, 0.5, 0.5, 0.4), 2, 3), ((0.5, 0.4, 0.6), 3, 3), ((0.6, None, 0.5), 1, 1), ((0.0, 0.0), 1, 2),
+])  # fmt: skip
+def test_of_ties_the_first_or_the_last_is_kept(tmp_path, scores, first, last):
+    assert keep(tmp_path / "none", scores, {}) == first  # checkpoints of before say nothing of ties
+    assert keep(tmp_path / "first", scores, {"ties": "first"}) == first
+    assert keep(tmp_path / "last", scores, {"ties": "last"}) == last
+
+
+def test_a_run_keeps_the_last_of_ties(finetune, tmp_path):
+    """At a rate of nothing every epoch scores alike."""
+    for ties, step in (("first", 3), ("last", 9)):
+        code, printed = finetune("scenes_xvnli", f"name={ties}", "optim.lr=1e-30", "epochs=3", f"select_ties={ties}")
+        assert code == 0 and checkpoint.read_meta(tmp_path / ties / "best")["step"] == step, printed
+
+
+def test_retrieval_is_chosen_by_the_score_that_is_asked_for(finetune, tmp_path, scenes):
+    settings = ["epochs=1", "matching=false", 'languages=["en"]']
+    found = {}
+    for metric in ("mean_recall", "recall_at_1"):
+        code, printed = finetune("scenes_xflickrco", f"name={metric}", f"select_metric={metric}", *settings)
+        assert code == 0, printed
+        found[metric] = checkpoint.read_meta(tmp_path / metric / "best")
+    config = load(FinetuneConfig, tmp_path / "recall_at_1" / "config.json")
+    model = UnifiedModel.from_pretrained(tmp_path / "recall_at_1" / "best").eval()
+    tokenizer = Tokenizer.load(tokenizer_at(config.model))
+    items, pictures = merge(list(read_split(config, "dev", "en"))), Pixels(open_pictures(scenes / "images.tar"), 16)
+    figures = retrieve(model, items, pictures, tokenizer, config.length, None, tmp_path / "states")
+    assert found["recall_at_1"]["score"] == pytest.approx((figures["i2t_r1"] + figures["t2i_r1"]) / 2)
+    assert found["mean_recall"]["score"] == pytest.approx(figures["mean_recall"])
+    assert figures["mean_recall"] != (figures["i2t_r1"] + figures["t2i_r1"]) / 2
+    assert found["recall_at_1"]["evaluation"]["dev/en"] == found["recall_at_1"]["score"]
