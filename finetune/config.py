@@ -48,6 +48,8 @@ class FinetuneConfig(LaunchConfig):
     tests: evaluate the test sets at the end. A trial of a search does not: its result is what the dev sets say.
     dev_languages: whose own dev sets are scored after each epoch too; they choose nothing within the run.
     train_limit, test_limit: use the first so many items; None: all.
+    verify: hash all of the run's files at every start; otherwise sizes and times of change come first, and the content of images
+        and region features is not looked at (`raylib.identity`).
     """
 
     task: str
@@ -88,6 +90,7 @@ class FinetuneConfig(LaunchConfig):
     dev_languages: tuple[str, ...] = ()
     train_limit: PositiveInt | None = None
     test_limit: PositiveInt | None = None
+    verify: bool = False
     optim: OptimConfig = OptimConfig(warmup=0.0)
     fit: FitConfig = FitConfig()
 

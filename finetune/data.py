@@ -200,6 +200,10 @@ def open_seen(config: FinetuneConfig, size: int, tagged: bool = False) -> Pixels
     """The pictures, or the region features in their place; `tagged`: with the names of the objects."""
     if config.regions:
         return RegionFeatures(open_regions(config.regions), tagged)
-    folder = Path(config.data)
-    default = folder / "images.tar" if (folder / "images.tar").is_file() else folder / "images"
-    return Pixels(open_pictures(config.images or default), size, config.augment)
+    return Pixels(open_pictures(images_of(config)), size, config.augment)
+
+
+def images_of(config: FinetuneConfig) -> Path:
+    """Return where the images of a run lie: `config.images`, else images.tar or images in the data folder."""
+    default = Path(config.data) / "images.tar"
+    return Path(config.images) if config.images else default if default.is_file() else default.with_suffix("")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from finetune.config import FinetuneConfig
+from raylib.config import without
 from raylib.errors import UserError
 from raylib.launch import CHANGEABLE
 
@@ -87,7 +88,7 @@ def _lineage(run: Path, stored: dict[str, Any], above: tuple[Path, ...]) -> Line
     config, values, unknown = _fill(run, stored)
     seed = values["fit"].get("seed")
     seeds = (seed,) if seed is not None and (config is None or config.trains) else ()
-    settings, visited = _without(values, NO_SETTING), (*above, run.resolve())
+    settings, visited = without(values, NO_SETTING), (*above, run.resolve())
     for path in FROM_RUNS:
         *parents, name = path.split(".")
         node: Any = settings
@@ -176,8 +177,3 @@ def _cut(values: dict[str, Any], place: tuple[str | int, ...]) -> tuple[tuple[st
         node = node[name]
     return None
 
-
-def _without(values: dict[str, Any], paths: frozenset[str], prefix: str = "") -> dict[str, Any]:
-    """A copy without the values at dotted `paths`."""
-    return {name: _without(value, paths, f"{prefix}{name}.") if isinstance(value, dict) else value
-            for name, value in values.items() if prefix + name not in paths}  # fmt: skip

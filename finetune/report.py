@@ -47,6 +47,9 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
         "mean_targets": mean(targets) if targets else None,
         "gap": scores["en"] - mean(targets) if targets and "en" in scores else None,
         "by_type": {code: values["by_type"] for code, values in figures.items() if values.get("by_type")},
+        "items_skipped": {"train": sum(part.get("unknown_training_answers", 0) for part in parts),
+                          **{code: values.get("unlabelled", 0) for code, values in figures.items()}},
+        **_made_by(parts),
     }  # fmt: skip
     first_hits = {code: recall_at_1(values) for code, values in figures.items()} if retrieval else scores
     if retrieval:
@@ -81,7 +84,31 @@ def of_dev_sets(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str
         "skipped_steps": sum(part.get("skipped_steps", 0) for part in parts),
         "dev": {code: mean([part["dev"][code] for part in parts if code in part["dev"]]) for code in sorted(seen)},
         "interval": {code: found[0] for code, found in intervals.items() if len(found) == 1},
+        "items_skipped": {"train": sum(part.get("unknown_training_answers", 0) for part in parts)},
+        **_made_by(parts),
     }  # fmt: skip
+
+
+def _made_by(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return {"code", "libraries", "device", "time", "peak_memory_gb", "samples_per_second" of training, "evaluated_per_second"}
+    of all parts, as far as they tell: those of earlier versions do not."""
+    names = ("code", "libraries", "device", "time")
+    made_by = {name: parts[-1][name] for name in names if name in parts[-1]}
+    if memory := [part["peak_memory_gb"] for part in parts if "peak_memory_gb" in part]:
+        made_by["peak_memory_gb"] = max(memory)
+    for rate, spent in (("samples_per_second", _training_seconds), ("evaluated_per_second", _evaluation_seconds)):
+        rates = [(part[rate], spent(part)) for part in parts if rate in part]
+        if whole := sum(seconds for _, seconds in rates):
+            made_by[rate] = sum(value * seconds for value, seconds in rates) / whole
+    return made_by
+
+
+def _training_seconds(part: dict[str, Any]) -> float:
+    return part["times"].get("step", 0.0) + part["times"].get("data", 0.0)
+
+
+def _evaluation_seconds(part: dict[str, Any]) -> float:
+    return part["evaluation_seconds"]
 
 
 def scores_of(result: dict[str, Any]) -> dict[str, float]:

@@ -10,17 +10,18 @@ from finetune.build import build_adapted, build_methods, open_pictures_for, toke
 from finetune.config import FinetuneConfig
 from finetune.cycles import after_distillation, distil_first, find_mask
 from finetune.data import dev_split, find_task, languages_of, read_split, split_name, test_split, wordnet_of
+from finetune.inputs import run_files
 from finetune.lexicon.wordnet import WordNet
 from finetune.lineage import method_of, runs_behind
 from finetune.model import fill
 from finetune.overlap import check_overlap
 from finetune.strategies import check_strategies, chosen
-from finetune.worker import Work, evaluate_model, silent, trained, with_confusions
-from raylib import checkpoint
+from finetune.worker import Work, evaluated, silent, trained
+from raylib import checkpoint, identity
 from raylib.config import load
 from raylib.errors import UserError
 from raylib.finite import require_finite_values
-from raylib.launch import launch, leads, open_run, run_folder
+from raylib.launch import config_hash, launch, leads, open_run, run_folder
 from raylib.tune.reporter import Reporter
 
 
@@ -36,13 +37,13 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
     for one in overlap:
         say(f"published overlap: {one['first']['file']} shares {one['images']} images and {one['items']} items with "
             f"{one['second']['file']} ({one['declared']})")  # fmt: skip
+    parts = _parts(config)
     if leads(config):
-        open_run(config)
+        open_run(config, run_files(config, {language: part for part, language in parts}), config.verify)
     stored = _stored_result(folder)
     if stored and stored.get("finished", True) and config.resume == "newest":
         say(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
         return stored
-    parts = _parts(config)
     say(f"run '{config.name}' in {folder}: {config.task}, {config.setting}, {method_of(config)}", flush=True)
     epochs = epochs_of(config)
     results = [_run_part(part, language, reporter and reporter.after(i * epochs)) for i, (part, language) in enumerate(parts)]
@@ -50,11 +51,11 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
         say("stopped before the end; the same command goes on from there")
         return results[-1]
     if not config.tests:
-        result = {**report.of_dev_sets(config, results), "overlap": overlap}
+        result = {**report.of_dev_sets(config, results), **_identity(config), "overlap": overlap}
         require_finite_values(f"{folder}/result.json", result)
         checkpoint.write_atomically(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
         return result
-    result = {**report.summarise(config, results), "overlap": overlap}
+    result = {**report.summarise(config, results), **_identity(config), "overlap": overlap}
     if leads(config):
         report.write(folder, result)
         for trained in {run_folder(part) for part, _ in parts if config.trains}:
@@ -62,6 +63,10 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
     say(report.table(result))
     say(f"{folder}/result.json, result.md, result.png; curve.png beside each checkpoint", flush=True)
     return result
+
+
+def _identity(config: FinetuneConfig) -> dict[str, str | None]:
+    return {"config_sha256": config_hash(config), "data_sha256": identity.data_hash(run_folder(config))}
 
 
 def check(config: FinetuneConfig) -> list[dict[str, Any]]:
@@ -182,8 +187,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         before = _so_far(model, run) if config.trains and not done.is_file() else {}
         if done.is_file():
             before = json.loads(done.read_text(encoding="utf-8"))
-        figures = evaluate_model(part, model, tokenizer, pictures, run)
-        results.append({**before, "languages": with_confusions(part, figures, run)})
+        results.append({**before, **evaluated(part, model, tokenizer, pictures, run)})
     result = {**stored, **report.summarise(config, results)}
     result.pop("dev", None)  # of a search's run, which is tested now
     report.write(folder, result)

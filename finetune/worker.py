@@ -1,5 +1,6 @@
 """What each worker of a run does: build the model, train it, evaluate it."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ from raylib.collective import world_size
 from raylib.data.states import fingerprint
 from raylib.errors import UserError
 from raylib.finite import require_finite_values
-from raylib.loop import fit
+from raylib.loop import fit, peak_memory
 from raylib.model import tuning
 from raylib.objective import ObjectiveConfig, UnifiedObjective, Weights
+from raylib.provenance import provenance
 from raylib.runtime import Runtime
 from raylib.text import Tokenizer
 
@@ -84,9 +86,9 @@ class Work:
                 source = trained(config, runtime.run, runtime.newest())
                 found = checkpoint.read_meta(source)["evaluation"]
                 require_finite_values(f"{source}/meta.json", found)
-                return {**result, **counts, "dev": _scores(found), "interval": _intervals(found)}
-        figures = with_confusions(config, evaluate_model(config, model, tokenizer, pictures, runtime.run), runtime.run)
-        return {**result, **counts, "languages": figures}
+                made_by = {**provenance(runtime.device), "peak_memory_gb": peak_memory(runtime.device)}
+                return {**result, **counts, "dev": _scores(found), "interval": _intervals(found), **made_by}
+        return {**result, **counts, **evaluated(config, model, tokenizer, pictures, runtime.run)}
 
     def _train(self, runtime: Runtime, config: FinetuneConfig, model, methods, tokenizer: Tokenizer, pictures) -> dict:
         task, fit_config = find_task(config), config.fit
@@ -211,6 +213,17 @@ def evaluate_model(config: FinetuneConfig, model, tokenizer: Tokenizer, pictures
         return {code: retrieve(model, merge(list(items)), *place, run / "predictions" / f".{code}", bf16,
                                (config.fit.seed, code)) for code, items in sets.items()}  # fmt: skip
     return evaluate(model, sets, pictures, tokenizer, config.length, run / "predictions", task.bleu, bf16, config.fit.seed)
+
+
+def evaluated(config: FinetuneConfig, model, tokenizer: Tokenizer, pictures, run: Path) -> dict[str, Any]:
+    """Return {"languages": {code: figures}} of `evaluate_model`, and "evaluation_seconds", "evaluated_per_second" (questions or
+    captions), "peak_memory_gb", `raylib.provenance`."""
+    began, device = time.perf_counter(), next(model.parameters()).device
+    figures = evaluate_model(config, model, tokenizer, pictures, run)
+    seconds = time.perf_counter() - began
+    items = sum(values.get("captions", values["n"]) for values in figures.values())
+    return {"languages": with_confusions(config, figures, run), "evaluation_seconds": seconds,
+            "evaluated_per_second": items / seconds, "peak_memory_gb": peak_memory(device), **provenance(device)}  # fmt: skip
 
 
 def with_confusions(config: FinetuneConfig, figures: dict[str, dict], run: Path) -> dict[str, dict]:

@@ -6,7 +6,7 @@ line that says where and names the near matches.
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -111,6 +111,12 @@ def paths(cls: type[Config]) -> list[str]:
             if isinstance(part, type) and issubclass(part, Config):
                 found += [f"{name}.{inner}" for inner in paths(part)]
     return found
+
+
+def without(values: dict[str, Any], paths: Set[str], prefix: str = "") -> dict[str, Any]:
+    """Return a copy of plain settings without the values at dotted `paths`."""
+    return {name: without(value, paths, f"{prefix}{name}.") if isinstance(value, dict) else value
+            for name, value in values.items() if prefix + name not in paths}  # fmt: skip
 
 
 def choose(name: str, choices: dict[str, Any], what: str) -> Any:

@@ -66,8 +66,7 @@ def record(files: Iterable[DataFile], before: Mapping[str, dict], verify: bool =
 def content_hash(path: Path) -> str:
     """SHA-256 of a file; of a folder, over the names and hashes of its files."""
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-        parts = "".join(f"{p.relative_to(path)} {content_hash(p)}\n" for p in files)
+        parts = "".join(f"{name} {content_hash(path / name)}\n" for name, _, _ in stamp(path)[1:])
         return hashlib.sha256(parts.encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from raylib import checkpoint, identity, shared
-from raylib.config import Config, build, dump
+from raylib.config import Config, build, dump, without
 from raylib.errors import NotFinite, UserError
 from raylib.identity import DataFile
 from raylib.runtime import Local, OnRay, Runtime
@@ -57,13 +57,7 @@ def leads(config: LaunchConfig) -> bool:
 
 def config_hash(config: LaunchConfig) -> str:
     """Return the SHA-256 of the settings that numbers depend on: all but `name` and those that may change within a run."""
-    values = json.loads(dump(config))
-    for path in ("name", *CHANGEABLE):
-        *parents, last = path.split(".")
-        node = values
-        for parent in parents:
-            node = node.get(parent) or {}
-        node.pop(last, None)
+    values = without(config.model_dump(mode="json"), {"name", *CHANGEABLE})
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

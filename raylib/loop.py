@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from raylib import checkpoint
+from raylib.collective import total
 from raylib.config import Config
 from raylib.data.loading import load_batches
 from raylib.engine import DeepSpeedEngine, TorchEngine
@@ -20,6 +21,7 @@ from raylib.errors import NotFinite, UserError
 from raylib.finite import finite_values, require_finite_values
 from raylib.guard import StepGuard, Watch
 from raylib.optim import LayerRates, OptimConfig, learning_rate
+from raylib.provenance import cpu_info
 from raylib.randomness import hash64
 from raylib.runtime import Runtime
 from raylib.track import Backend, Tracker
@@ -82,7 +84,8 @@ def fit(
         describe: what `meta.json` should say besides.
         rates: factor of the learning rate of each depth in each step; then `objective.model` has `depth_of(name)`.
     Returns:
-        {"steps", "seconds", "times", "losses", "evaluation", "skipped_steps", "peak_memory_gb", "samples_per_second", ...}.
+        {"steps", "seconds", "times", "losses", "evaluation", "skipped_steps", "samples_replaced": by others
+        of their lane, since they could not be used, "peak_memory_gb", "samples_per_second", ...}.
     Raises:
         NotFinite: more steps in a row were skipped than `config.max_skipped`; weights, or scores, that are not finite. Nothing
             is saved of them.
@@ -100,12 +103,14 @@ def fit(
     meta_of_run = {**describe, "workers": runtime.world, "engine": engine.name}
     saver = _Saver(runtime, engine, objective, meta_of_run, clock, config.steps)
     losses, evaluation = finite_values(meta.get("losses", {})), meta.get("evaluation", {})
+    counts, replaced = {"samples_replaced": meta.get("samples_replaced", 0)}, 0  # by all workers so far; by this one since then
     replay = _Replay(objective, batches, config, runtime)
     watch = Watch(guard, engine, replay, start)
     stream = load_batches(batches, first, last, config.loader_workers, pin=on_gpu)
     progress = _Progress(config.steps, first, tracker)
     for step in range(first, last):
         batch = to_device(next(stream), runtime.device)
+        replaced += batch.get("bad", 0)
         clock.lap("data" if step > first else "start")  # the first batch waits for the loaders' own start
         if step == first:
             saver.ready = time.time()
@@ -132,13 +137,17 @@ def fit(
             if tracker:
                 progress.log_evaluation(done, evaluation)
         if saves:
-            watch.newest = saver.save(done, losses, evaluation, watch)
+            counts = {"samples_replaced": counts["samples_replaced"] + int(total(torch.tensor(replaced, device=runtime.device))),
+                      "skipped_steps": watch.skipped, "skipped_in_a_row": watch.in_a_row}  # fmt: skip
+            replaced = 0
+            watch.newest = saver.save(done, losses, evaluation, counts)
     if tracker:
         tracker.close()
     return {
         "steps": last, "finished": last == config.steps, "workers": runtime.world, "engine": engine.name,
         "bf16": bf16, "seconds": sum(clock.spent.values()), "times": clock.spent, "losses": losses, "evaluation": evaluation,
-        "skipped_steps": watch.skipped, "peak_memory_gb": _peak_memory(runtime.device),
+        "skipped_steps": watch.skipped, "samples_replaced": counts["samples_replaced"],
+        "peak_memory_gb": peak_memory(runtime.device),
         "samples_per_second": progress.overall(last, clock),
     }  # fmt: skip
 
@@ -171,11 +180,10 @@ class _Saver:
         self.runtime, self.engine, self.objective, self.describe, self.clock = runtime, engine, objective, describe, clock
         self.steps, self.ready = steps, 0.0  # when the first batch was there, by the clock on the wall
 
-    def save(self, step: int, losses: dict, evaluation: dict, watch: Watch) -> Path:
+    def save(self, step: int, losses: dict, evaluation: dict, counts: dict[str, int]) -> Path:
         """Save what is left after `step` steps; returns where it will be."""
         score = evaluation.get("score")
-        skipped = {"skipped_steps": watch.skipped, "skipped_in_a_row": watch.in_a_row}
-        meta = {**self.describe, "step": step, "score": score, "losses": losses, "evaluation": evaluation, **skipped}
+        meta = {**self.describe, "step": step, "score": score, "losses": losses, "evaluation": evaluation, **counts}
 
         def write(folder: Path) -> None:
             self.engine.save(folder, self.runtime.rank)
@@ -276,18 +284,12 @@ def has_bf16(device: torch.device) -> bool:
     without AMX run these instructions at half the rate of float32 (`benchmarks/README.md`)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and _vendor() == "AuthenticAMD")
+    by_amd = cpu_info("vendor_id") == "AuthenticAMD"
+    return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and by_amd)
 
 
-def _vendor() -> str:
-    """Who made the CPU, as Linux says; "" elsewhere."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Of this worker: GPU memory, else resident memory, in GB."""
+def peak_memory(device: torch.device) -> float:
+    """Return the peak memory of this worker: GPU memory, else resident memory, in GB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

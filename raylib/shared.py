@@ -43,5 +43,7 @@ def shared(what: str, facts: tuple, make: Callable[[], T]) -> T:
 def stamp(path: str | Path) -> tuple:
     """What tells a file, or a folder of files, from what it was before: names, sizes and times of change."""
     path = Path(path).absolute()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.exists() else []
+    files = [path] if path.exists() else []
+    if path.is_dir():  # whoever reads an LMDB writes its lock.mdb
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "lock.mdb")
     return str(path), *((str(f.relative_to(path)), (s := f.stat()).st_size, s.st_mtime_ns) for f in files)

@@ -203,3 +203,33 @@ def test_a_run_whose_config_lacks_a_newer_setting_goes_on(stopped):
     del values["data"]["bad_limit"], values["optim"]["clip"]
     stored.write_text(json.dumps(values))
     run_pretraining(config)
+
+
+@pytest.mark.parametrize(("recipe", "settings", "file"), [
+    ("scenes_xgqa", (), "gqa/annotations/valid.json"),
+    ("scenes_xgqa", (), "xGQA/annotations/few_shot/ru/test.json"),
+    ("scenes_xgqa", (), "gqa/annotations/trainval_label2ans.json"),
+    ("scenes_xgqa", ("strategies.prior.alpha=1",), "vectors.txt"),
+    ("scenes_xgqa", ("strategies.code_mixing.probability=0.5",), "dictionaries/ru2.txt"),
+    ("scenes_xflickrco", (), "flickr30k/annotations/valid_ann.jsonl"),
+])  # fmt: skip
+def test_fine_tuning_with_a_changed_file_is_refused(finetune, scenes, tmp_path, recipe, settings, file):
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    first = (recipe, f"data={data}", *settings)
+    code, _ = finetune(*first, "fit.stop_after=1")
+    assert code == 0
+    with open(data / file, "ab") as changed:
+        changed.write(b"cat 0 0\n" if file == "vectors.txt" else b" \n")
+    code, out = finetune(*first)
+    assert code == 2 and "the data changed since this run began" in out and str(data / file.partition("/")[0]) in out
+
+
+def test_fine_tuning_result_says_what_made_it(finetune, tmp_path):
+    code, _ = finetune("scenes_xgqa")
+    folder = tmp_path / "scenes_xgqa"
+    result = json.loads((folder / "result.json").read_text())
+    assert code == 0 and result["code"] == provenance.code_version() and result["device"] and result["libraries"]["torch"]
+    assert result["data_sha256"] == data_hash(folder) and len(result["config_sha256"]) == 64
+    assert result["peak_memory_gb"] > 0 and result["samples_per_second"] > 0 and result["evaluated_per_second"] > 0
+    assert result["items_skipped"] == {"train": 0, "en": 0, "ru": 0} and result["skipped_steps"] == 0

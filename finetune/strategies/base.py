@@ -62,6 +62,10 @@ class Strategy(Config):
         values = [f"{field} {_worded(getattr(self, field))}".replace("source ", "") for field in told]
         return name.replace("_", " ") + (f" ({', '.join(values)})" if values else "")
 
+    def files(self, data: Path) -> tuple[Path, ...]:
+        """Return the files that the method reads, of those in the `data` folder and those that its settings name."""
+        return ()
+
     def prepare(self, context: Context) -> "Strategy":
         """Read what the method needs, before anything starts. Returns the method, ready.
 

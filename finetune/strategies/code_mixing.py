@@ -28,6 +28,9 @@ class CodeMixing(Strategy):
     probability: float = Field(0.9, ge=0, le=1)
     _opened: object = PrivateAttr(None)
 
+    def files(self, data: Path) -> tuple[Path, ...]:
+        return (Path(self.dictionaries or data / "dictionaries"),)
+
     def prepare(self, context: Context) -> "CodeMixing":
         """Read the dictionaries; says how many lines of them were odd.
 
@@ -35,7 +38,7 @@ class CodeMixing(Strategy):
             UserError: a language without a dictionary, a file that is no dictionary.
         """
         languages = self.languages or tuple(code for code in context.languages if code != "en")
-        folder = Path(self.dictionaries or context.data / "dictionaries")
+        (folder,) = self.files(context.data)
         opened, report = shared("dictionaries", (stamp(folder), languages), lambda: open_dictionaries(folder, languages))
         context.say(f"strategies.code_mixing: {report}")
         ready = self.model_copy()

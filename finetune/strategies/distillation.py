@@ -64,6 +64,9 @@ class Distillation(Strategy):
             raise ValueError(f"tokens {list(self.tokens)}: name each once")
         return self
 
+    def files(self, data: Path) -> tuple[Path, ...]:
+        return (Path(self.alignments or data / "alignments"),) if "mixed" in self.tokens else ()
+
     def prepare(self, context: Context) -> "Distillation":
         """Read the English text of every training example, and the word alignments.
 
@@ -88,7 +91,7 @@ class Distillation(Strategy):
         if set(context.training) <= {"en"}:
             raise UserError(f"{WHERE}.tokens: 'mixed' puts English words into texts of another language, and training reads "
                             "English alone; leave it out, or set setting=single_language")  # fmt: skip
-        folder = Path(self.alignments or context.data / "alignments")
+        (folder,) = self.files(context.data)
         both = [Tokenizer.load(path) for path in (context.tokenizer, tokenizer_at(self.teacher))]
         found: Alignments = {}
         for language, examples in context.training.items():

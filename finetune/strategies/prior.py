@@ -31,6 +31,9 @@ class LinguisticPrior(Strategy):
     vectors: str | None = None
     _distances: Tensor | None = PrivateAttr(None)
 
+    def files(self, data: Path) -> tuple[Path, ...]:
+        return (Path(self.vectors or data / "vectors.txt"),) if self.source == "vectors" else ()
+
     def prepare(self, context: Context) -> "LinguisticPrior":
         """Build the label x label matrix, or read it from the cache; says which labels have no place in the source.
 
@@ -44,7 +47,7 @@ class LinguisticPrior(Strategy):
         if self.source == "wordnet":
             distances, report = wordnet_distances(context.labels, context.wordnet, self.d1, self.d2, context.cache)
         else:
-            file = Path(self.vectors or context.data / "vectors.txt")
+            (file,) = self.files(context.data)
             distances, report = shared("distances", (context.labels, stamp(file)), lambda: vector_distances(
                 context.labels, file, context.cache))  # fmt: skip
         context.say(f"strategies.prior: {report}")

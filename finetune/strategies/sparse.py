@@ -3,6 +3,7 @@
 The rounds that find the mask are a loop over trainings (`finetune.cycles`); the method itself is the mask.
 """
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PositiveInt
@@ -24,6 +25,9 @@ class SparseFineTuning(Strategy):
     epochs: PositiveInt = 1
     rewind: Literal["initial", "none"] = "initial"
     mask: str | None = None
+
+    def files(self, data: Path) -> tuple[Path, ...]:
+        return (Path(self.mask),) if self.mask else ()
 
     def adapt(self, model: nn.Module) -> None:
         """Apply the mask, if there is one yet.

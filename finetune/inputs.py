@@ -1,0 +1,54 @@
+"""Files that a fine-tuning run reads: what its identity is made of (`raylib.identity`)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from finetune.build import needs_pictures
+from finetune.config import FinetuneConfig
+from finetune.data import Reading, find_task, images_of, languages_of, read_split, wordnet_of
+from finetune.model import find_evaluated, is_foreign
+from finetune.overlap import sets_of
+from finetune.strategies import chosen
+from raylib.identity import DataFile
+
+
+def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> list[DataFile]:
+    """Return the annotation files, answers, dictionaries, vectors and weights that a run of these parts reads, and its images or
+    region features, which are too large to be hashed at a first start."""
+    task, data = find_task(config), Path(config.data)
+    files = [file for used in sets_of(parts) for file in _files_of(used.reading)]
+    files += [file for file in (data / name for name in task.answers) if file.is_file()][:1]
+    if task.kind == "answers" and wordnet_of(config).is_dir():
+        files.append(wordnet_of(config))
+    for method in chosen(config.strategies).values():
+        files += [path for path in method.files(data) if path.exists()]
+    files += _translations(config)
+    files.append(_weights(Path(config.model)))
+    files += [Path(config.vision)] if config.vision else []
+    large = []
+    if needs_pictures(config):
+        large = [Path(config.regions) if config.regions else images_of(config)]
+    return [*map(DataFile, dict.fromkeys(files)), *(DataFile(path, large=True) for path in large if path.exists())]
+
+
+def _files_of(reading: Reading) -> list[Path]:
+    """The file of a set, and those beside it that its reader is told of."""
+    options = reading.task.split(reading.split, reading.language).options.values()
+    beside = (reading.path.parent / name for value in options for name in value.split("|") if name)
+    return [path for path in (reading.path, *beside) if path.is_file()]
+
+
+def _translations(config: FinetuneConfig) -> list[Path]:
+    """Translations of what is trained on, of a task that has such splits."""
+    task = find_task(config)
+    trained = {"few_shot": "shots", "single_language": "train", "all_language": "train"}.get(config.setting)
+    splits = [name for name in (f"{trained}_to_en", f"{trained}_from_en") if name in task.splits]
+    if not config.strategies.alignment:
+        return []
+    paths = (read_split(config, name, code).path for name in splits for code in languages_of(config) if code != "en")
+    return [path for path in paths if path.is_file()]
+
+
+def _weights(model: Path) -> Path:
+    """What is read of a model: its file of weights alone, where it is ours, for a run's folder goes on changing."""
+    return model if is_foreign(model) else find_evaluated(model) / "model.safetensors"
