@@ -104,12 +104,13 @@ def _check_testdev(config: FinetuneConfig) -> None:
         UserError: the run, or one that it goes on from, trains on these or chooses by them.
     """
     read_split(config, "testdev", "en", 1)  # another task has no such split
-    chain, model = [(config.model_dump(mode="json"), "this run")], Path(config.model)
-    while stored := _run_config(model):
-        chain.append((stored, str(model)))
-        model = Path(stored["model"])
-    for values, name in chain:
-        if values["setting"] == "few_shot" or values["dev_languages"] or values["task"] == "xgqa_translated":
+    chain, model = {"this run": config.model_dump(mode="json")}, config.model
+    while model not in chain and (stored := _run_config(Path(model))):
+        chain[model] = stored
+        model = stored["model"]
+    for name, values in chain.items():
+        few_shot = values["task"] == "xgqa" and (values["setting"] == "few_shot" or values["dev_languages"])
+        if few_shot or values["task"] == "xgqa_translated":  # whose dev sets are the few-shot ones
             raise UserError(f"split=testdev holds every question of the few-shot files, and {name} trains on some or is chosen "
                             "by some; leave split= out: few_shot/LANGUAGE/test.json has none of them")  # fmt: skip
 
