@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -180,9 +181,11 @@ def test_corpus_reads_text_json_and_folders(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps({"k": ["three", 4, {"deep": "five"}], "n": None}), encoding="utf-8")
     with gzip.open(tmp_path / "in" / "c.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write('{"x": "six"}\n["猫"]\n')
+    with zipfile.ZipFile(tmp_path / "in" / "d.json.zip", "w") as archive:
+        archive.writestr("d.json", '["seven"]')
     (tmp_path / "in" / "picture.png").write_bytes(b"\xff\xff")
     assert read_corpus([str(tmp_path / "a.txt")]) == {"one", "two"}
-    assert read_corpus([str(tmp_path)]) == {"one", "two", "k", "three", "deep", "five", "n", "x", "six", "猫"}
+    assert read_corpus([str(tmp_path)]) == {"one", "two", "k", "three", "deep", "five", "n", "x", "six", "猫", "seven"}
 
 
 def test_corpus_of_the_sample_holds_every_language():
@@ -199,6 +202,7 @@ def test_corpus_of_the_sample_holds_every_language():
         ("x.json", b"{", "x.json: not JSON"),
         ("x.txt", b"\xff\xfe", "x.txt: not to be read as text"),
         ("x.txt.gz", b"plain", "x.txt.gz: not to be read as text"),
+        ("x.json.zip", b"plain", "x.json.zip: not to be read as text"),
     ],
 )
 def test_broken_corpus_files_are_named(tmp_path, name, content, message):

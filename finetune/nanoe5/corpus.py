@@ -2,14 +2,16 @@
 
 import gzip
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from finetune.formats.stream import open_text
 from raylib.errors import UserError
 from raylib.sample.concepts import LANGUAGES, read_captions, read_declaration, split_sentences
 
 SAMPLE = "sample"
-KINDS = (".txt", ".tsv", ".json", ".jsonl")  # what is read of a folder, also with .gz behind
+KINDS = (".txt", ".tsv", ".json", ".jsonl")  # what is read of a folder, also with .gz behind, or JSON in a .zip
 
 
 def read_corpus(sources: list[str]) -> set[str]:
@@ -53,12 +55,12 @@ def _files(source: Path) -> list[Path]:
 
 
 def _kind(path: Path) -> str:
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    return path.with_suffix("").suffix if path.suffix in (".gz", ".zip") else path.suffix
 
 
 def _read_texts(path: Path) -> Iterator[str]:
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with open_text(path) as file:
             if _kind(path) == ".json":
                 yield from _strings(json.load(file))
             elif _kind(path) == ".jsonl":
@@ -71,7 +73,7 @@ def _read_texts(path: Path) -> Iterator[str]:
                 yield from (line.rstrip("\n") for line in file)
     except json.JSONDecodeError as e:
         raise UserError(f"{path}: not JSON ({e})") from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as e:
+    except (UnicodeDecodeError, gzip.BadGzipFile, zipfile.BadZipFile, EOFError) as e:
         raise UserError(f"{path}: not to be read as text ({e})") from None
 
 
