@@ -63,6 +63,8 @@ def predict(
                 line = {"id": example.id, "prediction": model.labels[label], "labels": dict(example.labels), "kind": example.kind}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             count += len(chunk)
+    if bad:
+        part.unlink()
     raise_together(bad)
     if world > 1:
         counts = [None] * world
@@ -87,6 +89,7 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         if isinstance(pictures, Pixels):  # otherwise they are encoded already
             scratch = folder / ".states"
+            _forget(scratch)  # what a killed evaluation has left is another model's
             stack.callback(_forget, scratch)
             names = (name for examples in sets.values() for example in examples for name in example.images)
             pictures = Encoded(encode_pictures(model.backbone, pictures, names, scratch, bf16))
