@@ -64,6 +64,8 @@ def predict(
                         "kind": example.kind, "images": list(example.images)}  # fmt: skip
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             count += len(chunk)
+    if bad:
+        part.unlink()
     raise_together(bad)
     if world > 1:
         counts = [None] * world
@@ -89,6 +91,7 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         if isinstance(pictures, Pixels):  # otherwise they are encoded already
             scratch = folder / ".states"
+            _forget(scratch)  # what a killed evaluation has left is another model's
             stack.callback(_forget, scratch)
             names = (name for examples in sets.values() for example in examples for name in example.images)
             pictures = Encoded(encode_pictures(model.backbone, pictures, names, scratch, bf16))

@@ -44,15 +44,13 @@ def retrieve(
     Raises:
         NotFinite: embeddings, or scores of the match head, are not finite.
     """
-    ranker = _Ranker(model, items, pictures, tokenizer, length, folder, bf16, ranks=candidates is not None)
+    _forget(folder)  # states that a killed evaluation has left are another model's
     try:
+        ranker = _Ranker(model, items, pictures, tokenizer, length, folder, bf16, ranks=candidates is not None)
         i2t, i2t_pairs = ranker.hits(ranker.image_vectors, ranker.text_vectors, candidates, image_asks=True)
         t2i, t2i_pairs = ranker.hits(ranker.text_vectors, ranker.image_vectors, candidates, image_asks=False)
     finally:
-        if world_size() > 1:
-            dist.barrier()
-        if _rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+        _forget(folder)
     ways = (("i2t", i2t), ("t2i", t2i))
     figures = {f"{way}_r{k}": value for way, hits in ways for k, value in mean_hits(hits).items()}
     interval, first = (recall_interval(*hits, ranker.owner, "bootstrap", *key)
@@ -160,6 +158,14 @@ def _vectors(names: Sequence[str], embed: Callable[[Sequence[str]], Tensor]) -> 
     """Unit vectors (n, e) of all `names`, some at a time."""
     parts = [embed(names[start : start + SENTENCES]).float().cpu() for start in range(0, len(names), SENTENCES)]
     return F.normalize(torch.cat(parts), dim=1)
+
+
+def _forget(folder: Path) -> None:
+    """Remove what is in `folder`, once no worker needs it any more."""
+    if world_size() > 1:
+        dist.barrier()
+    if _rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rank() -> int:

@@ -130,8 +130,8 @@ class Watch:
         """Name the first parameter whose gradient in `step` is not finite on any worker. It is computed anew, outside of the
         engine, since ZeRO has let go of its own; the weights are still those of the step."""
         named = [(name, p) for name, p in self.engine.objective.named_parameters() if p.requires_grad]
-        loss, _ = self._forward(step)
         try:
+            loss, _ = self._forward(step)
             gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
         except torch.OutOfMemoryError:
             return "the first parameter hit is unknown, for its gradient does not fit the memory"

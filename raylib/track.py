@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Literal
 
 from raylib.errors import UserError
+from raylib.finite import finite_values
 
 Backend = Literal["tensorboard", "wandb", "mlflow"]
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 
 class Tracker:
-    """Appends one line a record. A resumed run drops the lines of steps that it will do again."""
+    """Appends one line a record. A resumed run drops the lines of steps that it will do again, and of others what is not finite,
+    which earlier versions wrote as NaN: JSON has no such word."""
 
     def __init__(self, run: Path, backends: tuple[Backend, ...], start: int):
         self.path, self.name = run / "metrics.jsonl", run.name
         lines = [r for r in read_metrics(run) if r["step"] <= start] if start else []
-        self.path.write_text("".join(json.dumps(r) + "\n" for r in lines), encoding="utf-8")
+        self.path.write_text("".join(json.dumps(finite_values(r)) + "\n" for r in lines), encoding="utf-8")
         self.backends = {name: _open(name, run) for name in backends}
 
     def log(self, step: int, values: dict[str, float]) -> None:

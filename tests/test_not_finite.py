@@ -15,7 +15,7 @@ from tests.test_strategies import Squares, Stack, batch_of
 OPTIM = OptimConfig(lr=0.02, weight_decay=0.1, warmup=0.0, clip=0.05)
 CPU = torch.device("cpu")
 FAULTS = {  # step -> what goes wrong in it, on the last worker alone
-    1: "gradient", 2: "loss", 5: "term", 6: "gradient",
+    1: "gradient", 2: "loss", 5: "term", 6: "gradient", 7: "norm",
 }  # fmt: skip
 STEPS = 9
 
@@ -28,6 +28,8 @@ class Faulty(Squares):
         weight, fault = self.model.layers[2].weight, batch.get("fault")
         if fault == "gradient":  # the loss is what it was, the slope of a root at 0 is infinite
             loss = loss + (weight - weight.detach()).sum().sqrt()
+        if fault == "norm":  # every gradient is finite, the sum of their squares is not
+            loss = loss * 1e25
         if fault == "loss":  # overflows float32
             loss = loss * 3e38 * 3e38
         if fault == "term":  # the loss is finite, and so is its gradient

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from finetune.__main__ import main
 from finetune.analysis import figures
 from finetune.batches import encode_texts
-from finetune.evaluate import predict
+from finetune.evaluate import evaluate, predict
 from finetune.model import FinetuneModel
+from finetune.pictures import encode_pictures
 from finetune.report import read_result
 from finetune.retrieval import retrieve
 from pretrain.__main__ import main as pretrain_main
@@ -25,7 +26,7 @@ from raylib.track import Tracker, read_metrics
 from tests.made import make_model
 from tests.test_collective import run_workers
 from tests.test_decoder import ANSWERS
-from tests.test_finetune import TOKENIZER, captions, pixels, questions, retriever
+from tests.test_finetune import TOKENIZER, captions, pixels, questions, retriever, small_model
 
 NAN = math.nan
 
@@ -62,6 +63,21 @@ def test_retrieval_names_what_is_not_finite(scenes, tmp_path, name, words, candi
         return
     with pytest.raises(NotFinite, match=words):
         retrieve(model, items, pixels(scenes), Tokenizer.load(TOKENIZER), 40, candidates, tmp_path / "s")
+
+
+def test_states_that_a_killed_evaluation_has_left_are_not_taken(scenes, tmp_path):
+    """They are of another model, and were taken for this one's."""
+    tokenizer, seen = Tokenizer.load(TOKENIZER), pixels(scenes)
+    items, names = captions(scenes)[:12], [item.image for item in captions(scenes)[:12]]
+    other = make_model(seed=1, dtype=torch.float32, vocabulary=12000, positions=64)
+    encode_pictures(other, seen, names, tmp_path / "s" / "images")
+    found = retrieve(retriever(), items, seen, tokenizer, 40, 5, tmp_path / "s")
+    assert found == retrieve(retriever(), items, seen, tokenizer, 40, 5, tmp_path / "fresh")
+    examples = {"en": questions(scenes, "en")}
+    encode_pictures(other, seen, [name for e in examples["en"] for name in e.images], tmp_path / "p" / ".states")
+    for folder in ("p", "fresh"):
+        evaluate(small_model(), examples, seen, tokenizer, 40, tmp_path / folder)
+    assert (tmp_path / "p" / "en.jsonl").read_text() == (tmp_path / "fresh" / "en.jsonl").read_text()
 
 
 class OneBad(torch.nn.Module):
