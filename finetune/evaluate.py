@@ -9,7 +9,6 @@
 import contextlib
 import itertools
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +23,7 @@ from finetune.metrics import read_predictions, score
 from finetune.model import FinetuneModel
 from finetune.pictures import Encoded, Pictures, Pixels, encode_pictures
 from raylib.collective import raise_together, world_size
+from raylib.data.states import remove_states
 from raylib.finite import is_finite
 from raylib.loop import to_device
 from raylib.text import Tokenizer
@@ -91,8 +91,8 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         if isinstance(pictures, Pixels):  # otherwise they are encoded already
             scratch = folder / ".states"
-            _forget(scratch)  # what a killed evaluation has left is another model's
-            stack.callback(_forget, scratch)
+            remove_states(scratch)  # what a killed evaluation has left is another model's
+            stack.callback(remove_states, scratch)
             names = (name for examples in sets.values() for example in examples for name in example.images)
             pictures = Encoded(encode_pictures(model.backbone, pictures, names, scratch, bf16))
         results = {}
@@ -102,14 +102,6 @@ def evaluate(
             found = score(read_predictions(out), frozenset(model.labels), bleu, (seed, language))
             results[language] = {**found, "predictions": count}
     return results
-
-
-def _forget(folder: Path) -> None:
-    """Remove states that were of use once; all workers are done with them."""
-    if world_size() > 1:
-        dist.barrier()
-    if world_size() == 1 or dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _batched(items: Iterable, size: int) -> Iterator[list]:

@@ -4,7 +4,6 @@ picture and every sentence is encoded once, so the cost grows with N + N K and n
 head, or runs with `matching=false`, the first stage is all.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from finetune.batches import encode_texts
 from finetune.examples import Captioned
 from finetune.pictures import Encoded, Pixels, encode_pictures
 from raylib.collective import raise_together, world_size
-from raylib.data.states import States, write_states
+from raylib.data.states import States, remove_states, write_states
 from raylib.finite import is_finite, require_finite
 from raylib.intervals import recall_interval
 from raylib.metrics import RANKS, hit_chances, mean, mean_hits, nearest_keys
@@ -44,13 +43,13 @@ def retrieve(
     Raises:
         NotFinite: embeddings, or scores of the match head, are not finite.
     """
-    _forget(folder)  # states that a killed evaluation has left are another model's
+    remove_states(folder)  # states that a killed evaluation has left are another model's
     try:
         ranker = _Ranker(model, items, pictures, tokenizer, length, folder, bf16, ranks=candidates is not None)
         i2t, i2t_pairs = ranker.hits(ranker.image_vectors, ranker.text_vectors, candidates, image_asks=True)
         t2i, t2i_pairs = ranker.hits(ranker.text_vectors, ranker.image_vectors, candidates, image_asks=False)
     finally:
-        _forget(folder)
+        remove_states(folder)
     ways = (("i2t", i2t), ("t2i", t2i))
     figures = {f"{way}_r{k}": value for way, hits in ways for k, value in mean_hits(hits).items()}
     interval, first = (recall_interval(*hits, ranker.owner, "bootstrap", *key)
@@ -158,14 +157,6 @@ def _vectors(names: Sequence[str], embed: Callable[[Sequence[str]], Tensor]) -> 
     """Unit vectors (n, e) of all `names`, some at a time."""
     parts = [embed(names[start : start + SENTENCES]).float().cpu() for start in range(0, len(names), SENTENCES)]
     return F.normalize(torch.cat(parts), dim=1)
-
-
-def _forget(folder: Path) -> None:
-    """Remove what is in `folder`, once no worker needs it any more."""
-    if world_size() > 1:
-        dist.barrier()
-    if _rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rank() -> int:

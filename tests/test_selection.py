@@ -53,7 +53,7 @@ def keep(run, scores, ties):
     for step, score in enumerate(scores, 1):
         folder = run / checkpoint.FOLDER / checkpoint.step_name(step)
         folder.mkdir(parents=True)
-        (folder / "meta.json").write_text(json.dumps({"step": step, "score": score, **ties}))
+        (folder / "meta.json").write_text(json.dumps({"step": step, "score": score, "skipped_steps": 0, **ties}))
         checkpoint.keep_best(run, folder.name)
     return checkpoint.read_meta(run / checkpoint.BEST)["step"]
 

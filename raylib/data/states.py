@@ -103,6 +103,13 @@ def write_whole(folder: Path, write: Callable[[Path, int, int], None]) -> None:
         _barrier()
 
 
+def remove_states(folder: Path) -> None:
+    """Remove states that were of use once, when no worker needs them any more."""
+    _barrier()
+    if world_size() == 1 or dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """No other process is in here for the same folder until that is there; one that dies lets go."""
