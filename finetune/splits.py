@@ -119,7 +119,7 @@ class Task(NamedTuple):
             head, _, tail = pattern.partition("*")
             sizes = [p.name.removeprefix(head).removesuffix(tail) for p in path.parent.glob(pattern)]
             there = sorted((s for s in sizes if s[:1].isdigit()), key=lambda s: (len(s), s))
-            return f"{said}; there is shots= {', '.join(there)}" if there else f"{said}; there are none in this language"
+            return f"{said}; shots= can be {', '.join(there)}" if there else f"{said}; this language has no few-shot file"
         if any((parent / "scenes.jsonl").is_file() for parent in path.parents):
             said += "; emoji scenes that were made before may lack it: make them anew (python -m finetune.scenes OUT)"
         there = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []

@@ -10,6 +10,7 @@ import pytest
 
 from finetune.__main__ import main
 from finetune.batches import CaptionBatches, ExampleBatches
+from finetune.data import dev_split
 from finetune.data import test_split as split_of_test
 from finetune.examples import Captioned, Example
 from finetune.formats import gqa, nli
@@ -142,6 +143,13 @@ def test_translated_dev_sets_are_target_dev_sets(tmp_path):
     assert items == [Captioned("10.jpg", ("Группа людей стоит в кузове грузовика.",))]
 
 
+def test_a_task_without_target_dev_sets_says_so():
+    with pytest.raises(UserError, match="wit has no development set in 'ja'"):
+        dev_split(RECIPES["iglue_wit"](), "ja")
+    assert dev_split(RECIPES["iglue_marvl"](), "sw") == dev_split(RECIPES["iglue_xvnli"](), "ar") == "target_dev"
+    assert dev_split(RECIPES["iglue_xgqa"](), "de") == "shots_dev"
+
+
 def test_iglues_captions_without_a_word_stay_in_its_tests(tmp_path):
     """Its German and Indonesian tests have one each; in training one is an error."""
     task, record = TASKS["xflickrco"], {"sentences": [""], "id": 122239, "img_path": "COCO_val2014_000000122239.jpg"}
@@ -253,8 +261,8 @@ def test_few_shot_recipes_run_from_english(finetune, tmp_path, task, shots):
 
 
 @pytest.mark.parametrize(("task", "language", "words"), [
-    ("xgqa", "ru", "there is shots= 1, 5"), ("marvl", "ru", "there is shots= 1, 2, 4"),
-    ("xflickrco", "ru", "there is shots= 1, 5"), ("marvl", "xx", "none in this language"),
+    ("xgqa", "ru", "shots= can be 1, 5"), ("marvl", "ru", "shots= can be 1, 2, 4"),
+    ("xflickrco", "ru", "shots= can be 1, 5"), ("marvl", "xx", "this language has no few-shot file"),
 ])  # fmt: skip
 def test_a_number_of_shots_that_is_not_there_names_those_that_are(scenes, task, language, words):
     record = TASKS[task]
