@@ -21,6 +21,7 @@ from raylib import checkpoint, identity
 from raylib.config import load
 from raylib.errors import UserError
 from raylib.finite import require_finite_values
+from raylib.identity import DataFile
 from raylib.launch import config_hash, launch, leads, open_run, run_folder
 from raylib.tune.reporter import Reporter
 
@@ -37,13 +38,13 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
     for one in overlap:
         say(f"published overlap: {one['first']['file']} shares {one['images']} images and {one['items']} items with "
             f"{one['second']['file']} ({one['declared']})")  # fmt: skip
-    parts = _parts(config)
     if leads(config):
-        open_run(config, run_files(config, {language: part for part, language in parts}), config.verify)
+        open_run(config, files_of(config), config.verify)
     stored = _stored_result(folder)
     if stored and stored.get("finished", True) and config.resume == "newest":
         say(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
         return stored
+    parts = _parts(config)
     say(f"run '{config.name}' in {folder}: {config.task}, {config.setting}, {method_of(config)}", flush=True)
     epochs = epochs_of(config)
     results = [_run_part(part, language, reporter and reporter.after(i * epochs)) for i, (part, language) in enumerate(parts)]
@@ -63,6 +64,11 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
     say(report.table(result))
     say(f"{folder}/result.json, result.md, result.png; curve.png beside each checkpoint", flush=True)
     return result
+
+
+def files_of(config: FinetuneConfig) -> list[DataFile]:
+    """Return the files that a run of `config` reads."""
+    return run_files(config, {language: part for part, language in _parts(config)})
 
 
 def _identity(config: FinetuneConfig) -> dict[str, str | None]:

@@ -80,8 +80,7 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     config = with_vocabulary(config, data)
     folder, say = run_folder(config), print if leads(config) else _silent
     if leads(config):
-        more = [data.tokenizer, *([data.retrieval] if data.retrieval else [])]
-        open_run(config, [*batches.files(), *(DataFile(Path(path)) for path in more)], data.verify)
+        open_run(config, files_of(data, batches), data.verify)
     if (folder / "result.json").is_file() and config.resume == "newest":
         say(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
         return {}
@@ -98,6 +97,11 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     say(report.spent(result))
     say(f"{folder}/result.json, curve.png; export: python -m pretrain export {folder} DIR", flush=True)
     return result
+
+
+def files_of(data: DataConfig, batches: StepBatches) -> list[DataFile]:
+    """Return the files that a run reads: manifests and shards of every stream, the tokenizer, the retrieval set."""
+    return [*batches.files(), DataFile(Path(data.tokenizer)), *([DataFile(Path(data.retrieval))] if data.retrieval else [])]
 
 
 def _silent(*parts, **options) -> None:
@@ -199,7 +203,8 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
             evaluate(objective.model)
     scores = tables[-1] if tables else {"retrieval": {}, "heldout": {}, "interval": {}}
     made_by = {"git": commit(), "config_sha256": config_hash(config), "data_sha256": identity.data_hash(runtime.run)}
-    result = {"run": config.name, "seed": config.fit.seed, **result, **made_by, **provenance(runtime.device), **scores}
+    skipped = {"items_skipped": {"train": result.pop("samples_replaced")}}
+    result = {"run": config.name, "seed": config.fit.seed, **result, **skipped, **made_by, **provenance(runtime.device), **scores}
     if runtime.rank == 0 and result["finished"]:
         report.draw_curve(runtime.run)
         report.write_result(runtime.run / "result.json", result)

@@ -130,6 +130,23 @@ def test_every_variant_resumes_to_the_bit_and_on_two_workers(mini, tmp_path, rec
     assert_close(lines(whole), lines(two))
 
 
+def test_zero_in_one_process_needs_neither_ray_nor_torchrun(mini, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # the engine sets it, and would leave it to other tests
+    monkeypatch.delenv("LOCAL_RANK")
+    config = mini("name=zero", *LOCAL, "fit.zero=true", "fit.stop_after=3")
+    try:
+        run(config)
+        run(mini("name=zero", *LOCAL, "fit.zero=true"))
+    finally:
+        torch.distributed.destroy_process_group()
+    run(mini("name=plain", *LOCAL))
+    losses = [[{k: v for k, v in line.items() if k.startswith("loss/")} for line in lines(mini(f"name={name}", *LOCAL))]
+              for name in ("zero", "plain")]  # fmt: skip
+    assert len(losses[0]) == len(losses[1]) == 6
+    for zero, plain in zip(*losses, strict=True):
+        assert zero == pytest.approx(plain, rel=1e-4)
+
+
 def test_loader_processes_change_nothing(mini):
     run(mini("name=none", *LOCAL))
     run(mini("name=two", *LOCAL, "fit.loader_workers=2"))

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,18 @@ def test_a_search_ends_with_a_config_that_runs_and_a_report(search, tmp_path, ca
     assert "is complete" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"other settings \(search.trials\); give this one another name"):
         search(LR, "trials=5", "seeds=2", "stop=asha", "reduction=2")
+
+
+def test_a_search_does_not_go_on_with_other_data(search, scenes, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    first = {"recipe": (f"data={data}", "epochs=1")}
+    folder = search(LR, "trials=1", "stop=none", **first)
+    (folder / "report.md").unlink()  # as if it had been killed before it was written
+    with open(data / "XVNLI/annotations/en/dev.jsonl", "a", encoding="utf-8") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match="data changed since this run began: .*XVNLI/annotations/en/dev.jsonl .other content"):
+        search(LR, "trials=1", "stop=none", **first)
 
 
 class Deadly(Finetuning):

@@ -15,16 +15,18 @@ from finetune.data import dev_split, find_task, languages_of
 from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES as FINETUNE
 from finetune.report import scores_of
-from finetune.train import check, epochs_of, evaluate_run
+from finetune.train import check, epochs_of, evaluate_run, files_of
 from finetune.train import run as finetune
 from finetune.worker import silent
 from pretrain.batches import StepBatches
 from pretrain.evaluate import summary
 from pretrain.recipes import RECIPES as PRETRAIN
 from pretrain.train import PretrainConfig, resolve_data, with_vocabulary
+from pretrain.train import files_of as files_of_pretraining
 from pretrain.train import run as pretrain
 from raylib.config import choose, dump
 from raylib.errors import UserError
+from raylib.identity import DataFile
 from raylib.launch import LaunchConfig, run_folder
 from raylib.metrics import mean
 from raylib.tune.config import GOALS, Job, Select
@@ -116,6 +118,9 @@ class Finetuning:
         epochs = metrics.get("epochs", config.epochs)  # a training before the run's own has others
         return round(metrics["step"] / metrics["steps"] * epochs, 6), self._scores(config, dev)
 
+    def files(self, config: FinetuneConfig) -> list[DataFile]:
+        return files_of(config)
+
     def run(self, config: FinetuneConfig, reporter: Reporter) -> dict[str, float]:
         return self._scores(config, finetune(config, reporter)["dev"])
 
@@ -193,6 +198,10 @@ class Pretraining:
 
     def told(self, config: PretrainConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
         return math.ceil(metrics["step"] / config.fit.eval_every), _recalls(metrics)
+
+    def files(self, config: PretrainConfig) -> list[DataFile]:
+        data = resolve_data(config)
+        return files_of_pretraining(data, StepBatches(data, config.model.image_size, config.fit.seed))
 
     def run(self, config: PretrainConfig, reporter: Reporter) -> dict[str, float]:
         pretrain(config, reporter)

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from raylib.config import Config
+from raylib.identity import DataFile
 from raylib.launch import LaunchConfig
 from raylib.tune.reporter import Reporter
 
@@ -117,6 +118,9 @@ class Job(Protocol):
 
     def told(self, config: LaunchConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
         """(epochs of this training that are done, scores), of what a checkpoint reports."""
+
+    def files(self, config: LaunchConfig) -> list[DataFile]:
+        """Return the files that a trial of this config reads."""
 
     def run(self, config: LaunchConfig, reporter: Reporter) -> dict[str, float]:
         """Run it, or go on; the scores of the model that it leaves."""

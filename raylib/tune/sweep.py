@@ -21,6 +21,7 @@ import ray
 from ray import tune
 from ray.tune.search import BasicVariantGenerator
 
+from raylib import identity
 from raylib.checkpoint import write_atomically
 from raylib.config import change, dump
 from raylib.errors import UserError
@@ -77,6 +78,10 @@ def run(config: SearchConfig, name: str, chosen: space.Space, job: Job, base: La
     try:
         resources = _resources(config)
         folder.mkdir(parents=True, exist_ok=True)
+        # trials that are to come would be compared with finished ones on other data
+        files = [file for _, values in _telling(chosen) for file in job.files(change(base, values))]
+        for note in identity.settle(folder, dict.fromkeys(files)):
+            print(note, flush=True)
         write_atomically(folder / "search.json", json.dumps(question, indent=1) + "\n")
         search = Searching(job, chosen.knobs, base, str(folder), config.search == "pbt", Shelf(folder))
         rows = _trials(config, chosen, search, resources)
