@@ -63,7 +63,8 @@ def distil_first(
     """The training that `strategies.distillation.epochs` asks for.
 
     Returns:
-        (the config of the training that follows, {"finished", "seconds", "steps"}, the checkpoint that it starts from).
+        (the config of the training that follows, {"finished", "seconds", "steps", "skipped_steps"}, the checkpoint that it
+        starts from).
     """
     taught = config.strategies.distillation
     left_out = ["head_first", *([] if taught.task else ["prior"])]  # they are the answers', which this one does not train on
@@ -73,7 +74,8 @@ def distil_first(
     part = config.model_copy(update=changed)
     result = _train_once(Work(language, taught.epochs), part, part, reporter and reporter.after(0, taught.epochs))
     ready = after_distillation(config)
-    return ready, {name: result[name] for name in ("finished", "seconds", "steps")}, checkpoint.newest(run_folder(part))
+    spent = {name: result.get(name, 0) for name in ("finished", "seconds", "steps", "skipped_steps")}
+    return ready, spent, checkpoint.newest(run_folder(part))
 
 
 def after_distillation(config: FinetuneConfig) -> FinetuneConfig:
