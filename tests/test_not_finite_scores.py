@@ -188,12 +188,28 @@ def last_line(printed):
 @pytest.mark.parametrize("recipe", ["scenes_xflickrco", "scenes_xvnli"])
 @pytest.mark.parametrize("select", ["best", "last"])
 def test_a_learning_rate_out_of_bounds_ends_in_one_line(finetune, tmp_path, recipe, select):
-    code, printed = finetune(recipe, "name=nan", "optim.lr=1e30", f"select={select}")
+    code, printed = finetune(recipe, "name=nan", "optim.lr=1e30", f"select={select}", "fit.log_every=1000")
     assert code == 2 and last_line(printed).startswith("error: step "), printed
     assert "not finite" in last_line(printed) and "lower optim.lr" in last_line(printed)
     assert "100.0" not in printed and not (tmp_path / "nan" / "result.json").exists()
     assert not (tmp_path / "nan" / "best").exists() and not list((tmp_path / "nan" / "checkpoints").glob("step_*"))
     assert main(["evaluate", str(tmp_path / "nan")]) == 2
+
+
+@pytest.mark.parametrize("setting", ["optim.lr=inf", "optim.lr=Infinity", "optim.eps=nan", "optim.betas=[0.9,NaN]"])
+def test_a_setting_that_is_not_finite_is_refused(finetune, setting):
+    code, printed = finetune("scenes_xvnli", "name=bad", setting)
+    assert code == 2 and last_line(printed).startswith(f"error: the command line: {setting.split('=')[0]}"), printed
+
+
+def test_more_steps_may_be_skipped_when_a_run_goes_on(finetune, tmp_path):
+    """As the report advises; and folders of runs from before the setting go on."""
+    assert finetune("scenes_xvnli", "name=x", "fit.stop_after=3")[0] == 0
+    stored = json.loads((tmp_path / "x" / "config.json").read_text())
+    assert stored["fit"].pop("max_skipped") == 10
+    (tmp_path / "x" / "config.json").write_text(json.dumps(stored))
+    assert finetune("scenes_xvnli", "name=x", "fit.stop_after=4", "fit.max_skipped=20")[0] == 0
+    assert finetune("scenes_xvnli", "name=x", "fit.max_skipped=3")[0] == 0
 
 
 def poison(folder, name=None):
@@ -236,9 +252,10 @@ def test_pretrained_weights_that_are_not_finite_go_nowhere(model, retrieval_set,
 
 
 def test_no_mask_is_found_by_rounds_that_diverge(finetune, tmp_path):
-    sparse = ["strategies.sparse.rounds=2", "strategies.sparse.epochs=1"]
-    code, printed = finetune("scenes_xvnli", "name=sparse", *sparse, "epochs=2", "optim.lr=1e30")
+    sparse = ["strategies.sparse.rounds=2", "strategies.sparse.epochs=2"]
+    code, printed = finetune("scenes_xvnli", "name=sparse", *sparse, "epochs=2", "optim.lr=1e30", "fit.log_every=1000")
     assert code == 2 and "not finite" in last_line(printed), printed
+    assert not list((tmp_path / "sparse" / "round_1" / "checkpoints").glob("step_*"))
     assert not (tmp_path / "sparse" / "masks").exists() and not (tmp_path / "sparse" / "result.json").exists()
 
 

@@ -1,17 +1,20 @@
 """A search compares finite scores alone."""
 
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 from optuna.trial import TrialState
 
-from raylib.errors import NotFinite
+from finetune.recipes import RECIPES
+from raylib.config import dump
+from raylib.errors import NotFinite, UserError
 from raylib.tune import early, schedulers
 from raylib.tune.schedulers import Population, scheduler
 from raylib.tune.searcher import searcher, state_of
 from raylib.tune.space import Float, Space
-from raylib.tune.sweep import _row
+from raylib.tune.sweep import _compare, _row
 from raylib.tune.told import read_told, tell
 
 NAN = math.nan
@@ -60,3 +63,16 @@ def test_lines_of_earlier_versions_are_left_out(tmp_path):
         (run / "told.jsonl").write_text(f'{{"age": 1, "judged": true, "score": {score}}}\n')
     (found,) = early.agreements(tmp_path, {str(i): 0.1 * i for i in range(5)}, "score", 1, 3.0)
     assert found.trials == 4 and found.rho == pytest.approx(1.0)
+
+
+def test_a_search_from_before_a_setting_goes_on(tmp_path):
+    base = RECIPES["scenes_xvnli"]()
+    question = {"search": {"trials": 3}, "recipe": json.loads(dump(base))}
+    before = json.loads(json.dumps(question))
+    del before["recipe"]["fit"]["max_skipped"]
+    (tmp_path / "search.json").write_text(json.dumps(before))
+    _compare(tmp_path, question, type(base))
+    before["recipe"]["fit"]["seed"] = 7
+    (tmp_path / "search.json").write_text(json.dumps(before))
+    with pytest.raises(UserError, match=r"other settings \(recipe.fit\)"):
+        _compare(tmp_path, question, type(base))
