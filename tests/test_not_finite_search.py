@@ -25,7 +25,9 @@ def test_a_trial_whose_score_is_not_finite_has_failed(value):
     finished = {"finished": True, "english_dev": 0.5, "target_dev": value, "trial_id": "t"}
     assert state_of(finished, False, ("english_dev",)) == TrialState.COMPLETE
     assert state_of(finished, False, ("english_dev", "target_dev")) == TrialState.FAIL
-    row = _row(SimpleNamespace(metrics=finished, error=None, config={}, path="t"), ("english_dev", "target_dev"))
+    row = _row(
+        SimpleNamespace(metrics=finished, error=None, config={}, path="t"), ("english_dev", "target_dev")
+    )
     assert (row.state, row.scores, row.error) == ("failed", {"english_dev": 0.5}, "target_dev not finite")
 
 
@@ -41,10 +43,17 @@ def test_optuna_never_hears_of_it(tmp_path):
 @pytest.mark.parametrize("stop", ["asha", "median"])
 def test_no_rule_judges_by_it(tmp_path, stop):
     rule = scheduler(stop, "score", grace=1, reduction=2.0, longest=9, runs=tmp_path)
-    assert [rule.counts({"age": 1, "judged": True, "score": score}) for score in (0.5, NAN, math.inf)] == [True, False, False]
+    assert [rule.counts({"age": 1, "judged": True, "score": score}) for score in (0.5, NAN, math.inf)] == [
+        True,
+        False,
+        False,
+    ]
     population = schedulers.population({"optim.lr": Float(0, 1)}, "score", 1, 0, tmp_path)
     assert isinstance(population, Population)
-    assert [population.counts({"epoch": 1, "epochs": 2, "score": score}) for score in (0.5, NAN)] == [True, False]
+    assert [population.counts({"epoch": 1, "epochs": 2, "score": score}) for score in (0.5, NAN)] == [
+        True,
+        False,
+    ]
 
 
 def test_nothing_is_told_that_is_not_finite(tmp_path):
