@@ -18,9 +18,9 @@ from raylib.errors import UserError
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, and an unknown field is an error."""
+    """Base of every config: frozen; an unknown field, and a number that is not finite, is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 C = TypeVar("C", bound=Config)

@@ -52,8 +52,8 @@ class TorchEngine:
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.check_loss(loss, terms).backward()
         norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.clip)
-        # as GradScaler does it: where `found_inf` is 1, fused AdamW changes nothing, not even its count of steps, and no host
-        # has to wait for the device to know
+        # as GradScaler does it: where `found_inf` is 1, fused AdamW changes nothing, not even its count of steps,
+        # and no host has to wait for the device to know
         self.optimizer.found_inf = self.guard.count(step, norm)
         self.optimizer.step()
         return {**terms, "grad_norm": norm}
@@ -127,16 +127,17 @@ class DeepSpeedEngine:
                         value.zero_()
         loss, terms = self.engine(batch)
         self.engine.backward(self.guard.check_loss(loss, terms))
-        self.engine.step()  # of float32 weights, it changes nothing where the norm is not finite, and says infinite
+        self.engine.step()  # float32 weights: nothing changes where the norm is not finite; it says infinite then
         norm = torch.as_tensor(self.engine.get_global_grad_norm())
         self.guard.count(step, norm)
         return {**terms, "grad_norm": norm}
 
     def find_not_finite(self) -> str | None:
         """As `TorchEngine.find_not_finite`, of this worker's shards."""
-        states = [self.optimizer.optimizer.state.get(shard, {}) for shard in self.optimizer.single_partition_of_fp32_groups]
-        shards = {f"the optimizer's {key} of group {i}": value for i, state in enumerate(states) for key, value in state.items()}
-        return _first_not_finite(self.objective.model.state_dict() | shards)
+        inner, shards = self.optimizer.optimizer, self.optimizer.single_partition_of_fp32_groups
+        state = {f"the optimizer's {key} of group {i}": value for i, shard in enumerate(shards)
+                 for key, value in inner.state.get(shard, {}).items()}  # fmt: skip
+        return _first_not_finite(self.objective.model.state_dict() | state)
 
     def save(self, folder: Path, rank: int) -> None:
         """Every worker writes its own optimizer shard; worker 0 the module too."""

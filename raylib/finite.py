@@ -20,8 +20,8 @@ def is_finite(value: Tensor | np.ndarray | float) -> bool:
     """Return whether every element of `value` is finite; integers always are."""
     if isinstance(value, int | float):
         return math.isfinite(value)
-    # A sum is finite only if every element is. It reads the elements once and stores nothing; the exact test, which allocates
-    # a mask, is needed only where the sum itself overflowed.
+    # A sum is finite only if every element is. It reads the elements once and stores nothing; the exact test, which
+    # allocates a mask, is needed only where the sum itself overflowed.
     if isinstance(value, np.ndarray | np.generic):
         if value.dtype.kind not in "fc":
             return True

@@ -1,7 +1,8 @@
 """Steps whose loss or gradient is not finite: both engines skip them alike, and too many of them end the run.
 
     1. `check_loss`: a loss or term that is not finite makes the loss NaN, and so the gradients of all workers.
-    2. The engine leaves weights and optimizer state as they are, to the bit, where the gradient's norm is not finite.
+    2. The engine leaves weights and optimizer state as they are, to the bit, where the gradient's norm is not
+       finite.
     3. `count`: how many steps were skipped stays on the device, so that no step waits for it.
     4. `Watch` reads it before anything is logged, evaluated or saved.
 """
@@ -20,15 +21,15 @@ from raylib.finite import is_finite
 
 
 class StepGuard:
-    """Counts skipped steps on `device`. After more than `limit` in a row every further step is skipped too: the weights stay
-    those at which the run ended, whenever that is read.
+    """Counts skipped steps on `device`. After more than `limit` in a row every further step is skipped too: the
+    weights stay those at which the run ended, whenever that is read.
 
     skipped, in_a_row: what an earlier start of the run had counted.
     """
 
     def __init__(self, device: torch.device, limit: int = 10, skipped: int = 0, in_a_row: int = 0):
         self.device, self.limit = device, limit
-        # steps skipped in all, and in a row; the last one that was not, and the one at which a row became too long; -1: none
+        # steps skipped in all, and in a row; the last that was not, and the one at which a row became too long
         counts = (skipped, in_a_row, -1, -1)
         self.skipped, self.in_a_row, self.applied, self.end = (torch.tensor(n, device=device) for n in counts)
         self.names: tuple[str, ...] = ()
@@ -40,11 +41,12 @@ class StepGuard:
         self.names = ("loss", *terms)
         values = [torch.as_tensor(value, device=loss.device) for value in (loss, *terms.values())]
         self.finite = torch.stack([value.detach().reshape(()).float() for value in values]).isfinite()
-        # a factor of 1 changes neither loss nor gradient; one of NaN reaches every gradient, for NaN x 0 is NaN
+        # a factor of 1 changes neither loss nor gradient; one of NaN reaches every gradient: NaN x 0 is NaN
         return loss * torch.where(self.finite.all(), 1.0, torch.nan).to(loss.dtype)
 
     def count(self, step: int, norm: Tensor) -> Tensor:
-        """Count `step`, whose gradient has this norm. Returns 1.0 where its update must be skipped, else 0.0, on the device."""
+        """Count `step`, whose gradient has this norm. Returns 1.0 where its update must be skipped, else 0.0, as a
+        tensor on the device."""
         skip, running = ~norm.to(self.device, non_blocking=True).isfinite(), self.end < 0
         self.skipped = self.skipped + skip
         self.in_a_row = (self.in_a_row + 1) * skip
@@ -56,12 +58,15 @@ class StepGuard:
         return skip.float()
 
     def read(self) -> tuple[int, int, int, int]:
-        """Wait for the device: (steps skipped in all, in a row, the last step applied, the step that ended the run); -1: none."""
+        """Wait for the device: (steps skipped in all, in a row, the last step applied, the step that ended the
+        run); -1 where there is no such step."""
         return tuple(torch.stack([self.skipped, self.in_a_row, self.applied, self.end]).tolist())
 
     def terms_at_end(self) -> list[str]:
         """Names of the loss and terms that were not finite in the step that ended the run."""
-        return [name for name, finite in zip(self.names, self.finite_at_end.tolist(), strict=True) if not finite]
+        return [
+            name for name, finite in zip(self.names, self.finite_at_end.tolist(), strict=True) if not finite
+        ]
 
 
 class Engine(Protocol):
@@ -77,7 +82,7 @@ class Engine(Protocol):
 class Watch:
     """Reads `guard` before anything is kept.
 
-    replay: `replay(step)` -> this worker's batch of a step, after seeding what that step's forward pass draws.
+    replay: `replay(step)` -> this worker's batch of a step, after seeding what that step's forward draws.
     newest: the checkpoint that the run can go on from.
     """
 
@@ -89,7 +94,7 @@ class Watch:
         """Wait for the device, and read the counts.
 
         Raises:
-            NotFinite: more steps in a row were skipped than the guard allows; names step, terms and parameter.
+            NotFinite: too many steps in a row were skipped; names step, terms and parameter.
         """
         self.skipped, self.in_a_row, self.applied, end = self.guard.read()
         if end < 0:
@@ -98,14 +103,17 @@ class Watch:
         what = f"{', '.join(terms)} not finite" if terms else "all terms finite, the gradient is not"
         rows = f"{self.guard.limit + 1} steps in a row skipped, more than fit.max_skipped={self.guard.limit}"
         more = "with a larger fit.max_skipped the same command goes on from there"
-        raise NotFinite(f"step {end + 1}: {rows}: {what}; {self._first_parameter(end)}; {self.advice()}; {more}")
+        raise NotFinite(
+            f"step {end + 1}: {rows}: {what}; {self._first_parameter(end)}; {self.advice()}; {more}"
+        )
 
     def require_good_weights(self, done: int) -> None:
         """Check, on all workers together, that the weights after `done` steps may be evaluated and kept.
 
         Raises:
-            NotFinite: a weight or the optimizer's state is not finite (it is named); or the batch of the last step that was not
-                skipped, which had a finite loss before its update, has none any more: weights may be finite, and broken.
+            NotFinite: a weight or the optimizer's state is not finite (it is named); or the batch of the last step
+                that was not skipped, which had a finite loss before its update, has none any more: weights may
+                be finite, and broken.
         """
         found = self.engine.find_not_finite()
         raise_together(found and f"step {done}: {found} is not finite; {self.advice()}")
@@ -113,8 +121,8 @@ class Watch:
             with torch.no_grad():
                 loss, terms = self._forward(self.applied)
             bad = [name for name, value in {"loss": loss, **terms}.items() if not is_finite(value)]
-            broken = f"the update of step {self.applied + 1} broke the weights: of its own batch, once more, {', '.join(bad)}"
-            raise_together(f"step {done}: {broken} not finite; {self.advice()}" if bad else None)
+            broken = f"the update of step {self.applied + 1} broke the weights: of its own batch, once more, "
+            raise_together(f"step {done}: {broken}{', '.join(bad)} not finite; {self.advice()}" if bad else None)
 
     def advice(self) -> str:
         """Return what to do about a run that ended."""
@@ -127,8 +135,8 @@ class Watch:
             return self.engine.objective(batch)
 
     def _first_parameter(self, step: int) -> str:
-        """Name the first parameter whose gradient in `step` is not finite on any worker. It is computed anew, outside of the
-        engine, since ZeRO has let go of its own; the weights are still those of the step."""
+        """Name the first parameter whose gradient in `step` is not finite on any worker. It is computed anew,
+        outside of the engine, since ZeRO has let go of its own; the weights are still those of the step."""
         named = [(name, p) for name, p in self.engine.objective.named_parameters() if p.requires_grad]
         try:
             loss, _ = self._forward(step)
@@ -137,7 +145,7 @@ class Watch:
             return "the first parameter hit is unknown, for its gradient does not fit the memory"
         hit = _on_any_worker([g is not None and not is_finite(g) for g in gradients], self.engine.device)
         if not any(hit):
-            return "all parameters' own gradients are finite"  # but not their norm, or not a loss that has finite ones
+            return "all parameters' own gradients are finite"  # their norm overflows, or a term alone is at fault
         return f"first parameter hit {named[hit.index(True)][0]} ({sum(hit)} of {len(named)})"
 
 

@@ -65,7 +65,11 @@ def test_our_own_model_folders(tmp_path, value):
 def test_a_fine_tuned_model(tmp_path):
     FinetuneModel(make_model().float(), ("no", "yes"), 1, 0.0).save(tmp_path)
     poison(tmp_path / "model.safetensors", "head.output.bias")
-    refuses(lambda: FinetuneModel.from_pretrained(tmp_path), "model.safetensors", "tensor head.output.bias is not finite")
+    refuses(
+        lambda: FinetuneModel.from_pretrained(tmp_path),
+        "model.safetensors",
+        "tensor head.output.bias is not finite",
+    )
 
 
 def test_export_refuses_and_leaves_nothing(tmp_path):
@@ -73,7 +77,10 @@ def test_export_refuses_and_leaves_nothing(tmp_path):
     shutil.copy2(DATA / "tokenizer.model", tmp_path / "model")
     export(tmp_path / "model", tmp_path / "good")
     poison(tmp_path / "model" / "model.safetensors", "temperature")
-    refuses(lambda: export(tmp_path / "model", tmp_path / "bad"), "model/model.safetensors: tensor temperature is not finite")
+    refuses(
+        lambda: export(tmp_path / "model", tmp_path / "bad"),
+        "model/model.safetensors: tensor temperature is not finite",
+    )
     assert not (tmp_path / "bad").exists()
 
 
@@ -87,7 +94,9 @@ def test_hugging_face_text_folders(tmp_path, file):
         torch.save(load_file(tmp_path / "model.safetensors"), where)
         (tmp_path / "model.safetensors").unlink()
     elif file == "shards":
-        where = tmp_path / json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"][name]
+        where = (
+            tmp_path / json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"][name]
+        )
         assert len(list(tmp_path.glob("*.safetensors"))) > 1
     poison(where, name)
     refuses(lambda: load_text(UnifiedModel(SMALL), tmp_path), str(where), f"tensor {name} is not finite")
@@ -101,13 +110,19 @@ def test_vision_folders(tmp_path):
                                     image_size=16, patch_size=8)  # fmt: skip
     transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
     poison(tmp_path / "vit" / "model.safetensors", "layernorm.bias")
-    refuses(lambda: load_vision(UnifiedModel(SMALL), tmp_path / "vit"), "vit/model.safetensors", "layernorm.bias")
+    refuses(
+        lambda: load_vision(UnifiedModel(SMALL), tmp_path / "vit"), "vit/model.safetensors", "layernorm.bias"
+    )
     swin = test_cclm_load.wide_swin()
     swin.save_pretrained(tmp_path / "swin")
     name = next(iter(load_file(tmp_path / "swin" / "model.safetensors")))
     poison(tmp_path / "swin" / "model.safetensors", name)
     test_cclm_load.text_folder(tmp_path / "text", 12)
-    refuses(lambda: load_backbone(tmp_path / "text", "cclm_swin", str(tmp_path / "swin")), str(tmp_path / "swin"), name)
+    refuses(
+        lambda: load_backbone(tmp_path / "text", "cclm_swin", str(tmp_path / "swin")),
+        str(tmp_path / "swin"),
+        name,
+    )
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -122,13 +137,19 @@ def test_single_stream_files(tmp_path, form):
 def test_oscar_folders(tmp_path):
     test_oscar.write(tmp_path, {k: v.float() for k, v in test_oscar.made_weights().items()})
     poison(tmp_path / "pytorch_model.bin", "bert.img_embedding.weight", INF)
-    refuses(lambda: load_backbone(tmp_path, "oscar"), "pytorch_model.bin: tensor bert.img_embedding.weight is not finite")
+    refuses(
+        lambda: load_backbone(tmp_path, "oscar"),
+        "pytorch_model.bin: tensor bert.img_embedding.weight is not finite",
+    )
 
 
 def test_cclm_files(tmp_path):
     test_cclm_load.cclm_file(tmp_path / "cclm.th", test_cclm_load.wide_swin())
     poison(tmp_path / "cclm.th", "vision_proj.weight")
-    refuses(lambda: load_backbone(tmp_path / "cclm.th", "cclm_swin"), "cclm.th: tensor vision_proj.weight is not finite")
+    refuses(
+        lambda: load_backbone(tmp_path / "cclm.th", "cclm_swin"),
+        "cclm.th: tensor vision_proj.weight is not finite",
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +182,11 @@ def test_small_weights_of_a_tuned_language(tmp_path):
     weights = load_file(tmp_path / "tuned.safetensors")
     weights[names[0]].view(-1)[0] = NAN
     save_file(weights, tmp_path / "tuned.safetensors", described)
-    refuses(lambda: tuning.read(model, tmp_path / "tuned.safetensors"), "tuned.safetensors", f"tensor {names[0]} is not finite")
+    refuses(
+        lambda: tuning.read(model, tmp_path / "tuned.safetensors"),
+        "tuned.safetensors",
+        f"tensor {names[0]} is not finite",
+    )
 
 
 def test_no_mask_comes_of_weights_that_are_not_finite():
@@ -184,12 +209,19 @@ def test_region_stores_name_the_image(tmp_path, monkeypatch, kind, what):
 
 def test_a_flat_h5_whose_boxes_tell_no_order_names_the_image(tmp_path):
     wh = np.array([[40, 20], [NAN, 20]])
-    refuses(lambda: open_regions(test_stores.write_flat_h5(tmp_path / "f.h5", wh=wh)), "f.h5, 8.jpg: bbox or wh not finite")
+    refuses(
+        lambda: open_regions(test_stores.write_flat_h5(tmp_path / "f.h5", wh=wh)),
+        "f.h5, 8.jpg: bbox or wh not finite",
+    )
 
 
-@pytest.mark.parametrize(("size", "words"), [(NAN, "img_h not finite"), (0, "img_h 0, img_w 40: an image has a size")])
+@pytest.mark.parametrize(
+    ("size", "words"), [(NAN, "img_h not finite"), (0, "img_h 0, img_w 40: an image has a size")]
+)
 def test_an_image_without_size_has_no_places(tmp_path, size, words):
-    store = open_regions(test_stores.write_lmdb(tmp_path / "l", {"7": pickle.dumps(test_stores.record(img_h=size))}))
+    store = open_regions(
+        test_stores.write_lmdb(tmp_path / "l", {"7": pickle.dumps(test_stores.record(img_h=size))})
+    )
     refuses(lambda: store.read("7"), f"{tmp_path}/l, 7: {words}")
 
 
@@ -206,6 +238,7 @@ def test_oscars_region_files(tmp_path):
 
 def states_of(bad, value):
     """An encoder of two tokens an item, one of them not finite for the item `bad`."""
+
     def encode(names):
         values = torch.ones(2 * len(names), 3)
         if bad in names:
@@ -234,7 +267,10 @@ def on_states(rank, world, folder):
 
 def test_no_worker_waits_for_one_whose_states_are_not_finite(tmp_path):
     heard = run_workers(on_states, 2, tmp_path / "s")
-    assert heard == ["states of d: not finite (NaN or infinite) in float32"] * 2 and not (tmp_path / "s").exists()
+    assert (
+        heard == ["states of d: not finite (NaN or infinite) in float32"] * 2
+        and not (tmp_path / "s").exists()
+    )
 
 
 def test_stored_states_name_file_and_item(tmp_path):
@@ -264,7 +300,10 @@ def test_states_of_a_teacher_name_file_and_example(tmp_path):
     write_stored(tmp_path / "s", examples, teach(None), 3)
     poison(tmp_path / "s" / "states-0-0.safetensors", "states")
     assert Stored(tmp_path / "s").read(["0", "1"]).shape == (2, 2, 4)
-    refuses(lambda: Stored(tmp_path / "s").read(["1", "3"]), "states-0-0.safetensors: the teacher's states of 3 are not finite")
+    refuses(
+        lambda: Stored(tmp_path / "s").read(["1", "3"]),
+        "states-0-0.safetensors: the teacher's states of 3 are not finite",
+    )
 
 
 # ---- words
@@ -276,7 +315,11 @@ def test_word_vectors_name_the_word(tmp_path, word):
     path.write_text(f"the 1 2 3\ndog 1 {word} 3\ncat 1 1 1\n")
     assert set(read_vectors(path, ["the", "cat"])) == {"the", "cat"}
     refuses(lambda: read_vectors(path, ["the", "dog"]), f"{path}: the vector of 'dog' is not finite")
-    row = np.array([1, float(word), 3]).astype("<f4", casting="unsafe") if word != "1e60" else np.array([1, INF, 3], "<f4")
+    row = (
+        np.array([1, float(word), 3]).astype("<f4", casting="unsafe")
+        if word != "1e60"
+        else np.array([1, INF, 3], "<f4")
+    )
     (tmp_path / "v.bin").write_bytes(b"1 3\ndog " + row.tobytes())
     refuses(lambda: read_vectors(tmp_path / "v.bin", ["dog"]), "v.bin: the vector of 'dog' is not finite")
     np.save(tmp_path / "w.npy", row[None])
@@ -293,4 +336,8 @@ def test_kept_distances_name_the_file(tmp_path):
     with safe_open(file, "pt") as stored:
         known = stored.metadata()
     save_file({"distance": torch.tensor([[0.0, NAN], [NAN, 0.0]])}, file, known)
-    refuses(lambda: vector_distances(["dog", "cat"], tmp_path / "v.txt", tmp_path / "cache"), str(file), "tensor distance is not")
+    refuses(
+        lambda: vector_distances(["dog", "cat"], tmp_path / "v.txt", tmp_path / "cache"),
+        str(file),
+        "tensor distance is not",
+    )

@@ -1,4 +1,4 @@
-"""Runs that meet what is not finite: what is counted, what ends them, and which checkpoints are there afterwards."""
+"""Runs that meet what is not finite: what is counted, what ends them, which checkpoints are left."""
 
 import json
 import math
@@ -49,7 +49,16 @@ def run(folder, faults, optim=OPTIM, evaluate=lambda model: {}, rank=0, world=1,
     (folder / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     objective = Faulty(Stored())
-    return fit(objective, Batches(faults, rank, world), Local(folder, config.keep), config, optim, evaluate, {"run": "x"}, rates)
+    return fit(
+        objective,
+        Batches(faults, rank, world),
+        Local(folder, config.keep),
+        config,
+        optim,
+        evaluate,
+        {"run": "x"},
+        rates,
+    )
 
 
 def checkpoints(folder):
@@ -65,7 +74,9 @@ def test_skipped_steps_are_counted_in_log_meta_and_result(tmp_path, capsys):
     assert result["skipped_steps"] == 3 and result["steps"] == 12
     lines = {r["step"]: r for r in read_metrics(tmp_path) if "skipped" in r}
     assert [lines[step]["skipped"] for step in range(1, 13)] == [0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 3, 3]
-    assert "loss/task" not in lines[4] and "loss/grad_norm" not in lines[5] and "loss/task" in lines[5]  # JSON has no NaN
+    assert (
+        "loss/task" not in lines[4] and "loss/grad_norm" not in lines[5] and "loss/task" in lines[5]
+    )  # JSON has no NaN
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert "skipped 2" in capsys.readouterr().out
     meta = checkpoint.read_meta(tmp_path / checkpoint.FOLDER / "step_000012")
@@ -78,7 +89,11 @@ def test_a_resumed_run_keeps_both_counts(tmp_path):
     run(tmp_path / "parts", faults, stop_after=7)
     meta = checkpoint.read_meta(tmp_path / "parts" / checkpoint.FOLDER / "step_000007")
     assert (meta["skipped_steps"], meta["skipped_in_a_row"]) == (3, 2)
-    assert run(tmp_path / "parts", faults)["skipped_steps"] == run(tmp_path / "whole", faults)["skipped_steps"] == 4
+    assert (
+        run(tmp_path / "parts", faults)["skipped_steps"]
+        == run(tmp_path / "whole", faults)["skipped_steps"]
+        == 4
+    )
     whole, parts = (weights(tmp_path / name, "step_000030") for name in ("whole", "parts"))
     assert all(value.equal(parts[name]) for name, value in whole.items())
     # a row that crosses the restart ends the run where it would have ended without one
@@ -92,7 +107,10 @@ def test_a_resumed_run_keeps_both_counts(tmp_path):
     [
         ("loss", "loss not finite; first parameter hit model.embedding.weight (12 of 12)"),
         ("term", "task not finite; all parameters' own gradients are finite"),
-        ("gradient", "all terms finite, the gradient is not; first parameter hit model.layers.2.weight (1 of 12)"),
+        (
+            "gradient",
+            "all terms finite, the gradient is not; first parameter hit model.layers.2.weight (1 of 12)",
+        ),
     ],
 )
 @pytest.mark.parametrize("log_every", [1, 100])
@@ -117,7 +135,9 @@ def test_after_its_end_a_run_changes_nothing_however_late_that_is_read():
     guard, norm = StepGuard(CPU, 2), [1.0, *[math.inf] * 3, 1.0, math.nan, 1.0]
     skips = []
     for step, value in enumerate(norm):
-        guard.check_loss(torch.tensor(1.0), {"a": torch.tensor(math.nan if step == 3 else 1.0), "b": torch.tensor(2.0)})
+        guard.check_loss(
+            torch.tensor(1.0), {"a": torch.tensor(math.nan if step == 3 else 1.0), "b": torch.tensor(2.0)}
+        )
         skips.append(float(guard.count(step, torch.tensor(value))))
     assert skips == [0, 1, 1, 1, 1, 1, 1]
     assert guard.read() == (4, 0, 0, 3) and guard.terms_at_end() == ["a"]
@@ -130,10 +150,20 @@ def on_zero(rank, world, folder):
     for zero in (True, False) if world == 1 else (False,):
         place = folder / f"{zero}{world}"
         try:
-            run(place, dict.fromkeys(range(6, 30), "gradient"), max_skipped=3, save_every=5, rank=rank, world=world, zero=zero)
+            run(
+                place,
+                dict.fromkeys(range(6, 30), "gradient"),
+                max_skipped=3,
+                save_every=5,
+                rank=rank,
+                world=world,
+                zero=zero,
+            )
         except NotFinite as e:
             out.append(str(e))
-        result = run(place, {6: "gradient", 9: "loss"}, max_skipped=3, save_every=5, rank=rank, world=world, zero=zero)
+        result = run(
+            place, {6: "gradient", 9: "loss"}, max_skipped=3, save_every=5, rank=rank, world=world, zero=zero
+        )
         out.append(result["skipped_steps"])
     return out
 
@@ -145,7 +175,10 @@ def test_workers_and_zero_end_alike(tmp_path, world):
     reports, counts = results[0][::2], results[0][1::2]
     assert counts == [2] * len(reports) and len(reports) == (2 if world == 1 else 1)
     for text in reports:
-        assert "step 10: 4 steps in a row" in text and "first parameter hit model.layers.2.weight (1 of 12)" in text
+        assert (
+            "step 10: 4 steps in a row" in text
+            and "first parameter hit model.layers.2.weight (1 of 12)" in text
+        )
 
 
 def zero_report(rank, world, folder):
@@ -169,7 +202,10 @@ def zero_report(rank, world, folder):
 def test_zero_on_two_workers_names_the_parameter(tmp_path):
     first, second = run_workers(zero_report, 2, tmp_path)
     assert first == second and first[0] == 4
-    assert "step 5: 3 steps in a row" in first[1] and "first parameter hit model.layers.2.weight (1 of 12)" in first[1]
+    assert (
+        "step 5: 3 steps in a row" in first[1]
+        and "first parameter hit model.layers.2.weight (1 of 12)" in first[1]
+    )
 
 
 def broken_at(step, factor):
@@ -185,10 +221,14 @@ def test_an_update_that_breaks_the_weights_leaves_the_last_good_checkpoints(tmp_
     with pytest.raises(NotFinite) as error:
         run(tmp_path, {}, rates=broken_at(8, 1e35), keep=keep, save_every=save_every)
     due = 9 if save_every == 1 else 12
-    assert f"step {due}: the update of step 9 broke the weights: of its own batch, once more, loss" in str(error.value)
+    assert f"step {due}: the update of step 9 broke the weights: of its own batch, once more, loss" in str(
+        error.value
+    )
     assert f"the last good checkpoint is {tmp_path}/checkpoints/step_000008" in str(error.value)
     assert checkpoints(tmp_path) == [f"step_{8 - save_every * i:06d}" for i in reversed(range(keep))]
-    assert run(tmp_path, {}, rates=lambda depth, step: 1.0, keep=keep)["steps"] == 30  # with a sound rate it goes on from there
+    assert (
+        run(tmp_path, {}, rates=lambda depth, step: 1.0, keep=keep)["steps"] == 30
+    )  # with a sound rate it goes on from there
 
 
 def test_weights_that_are_not_finite_are_never_registered(tmp_path):
@@ -214,7 +254,9 @@ def old_best(folder: Path, score: float, bad: bool) -> None:
     (best / "meta.json").write_text(json.dumps({"step": 1, "score": score}))
 
 
-@pytest.mark.parametrize(("score", "bad", "words"), [(math.nan, False, "its score nan"), (1.0, True, "tensor a")])
+@pytest.mark.parametrize(
+    ("score", "bad", "words"), [(math.nan, False, "its score nan"), (1.0, True, "tensor a")]
+)
 def test_a_stored_best_that_is_not_finite_gives_way(tmp_path, capsys, score, bad, words):
     old_best(tmp_path, score, bad)
     run(tmp_path, {}, evaluate=lambda model: {"score": 0.25}, steps=4, eval_every=4, save_every=4)

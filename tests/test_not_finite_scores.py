@@ -1,4 +1,4 @@
-"""Evaluations, results and reports refuse what is not finite; a run that diverges leaves nothing that claims a score."""
+"""Evaluations, results and reports refuse what is not finite; a run that diverges leaves no score."""
 
 import json
 import math
@@ -59,7 +59,12 @@ def test_recalls_of_what_is_not_finite_are_refused(which):
 def test_retrieval_names_what_is_not_finite(scenes, tmp_path, name, words, candidates):
     model, items = broken(retriever(), name), captions(scenes)[:12]
     if name == "match_head.bias" and candidates is None:  # it is not asked
-        assert retrieve(model, items, pixels(scenes), Tokenizer.load(TOKENIZER), 40, None, tmp_path / "s")["pairs"] == 0
+        assert (
+            retrieve(model, items, pixels(scenes), Tokenizer.load(TOKENIZER), 40, None, tmp_path / "s")[
+                "pairs"
+            ]
+            == 0
+        )
         return
     with pytest.raises(NotFinite, match=words):
         retrieve(model, items, pixels(scenes), Tokenizer.load(TOKENIZER), 40, candidates, tmp_path / "s")
@@ -74,7 +79,9 @@ def test_states_that_a_killed_evaluation_has_left_are_not_taken(scenes, tmp_path
     found = retrieve(retriever(), items, seen, tokenizer, 40, 5, tmp_path / "s")
     assert found == retrieve(retriever(), items, seen, tokenizer, 40, 5, tmp_path / "fresh")
     examples = {"en": questions(scenes, "en")}
-    encode_pictures(other, seen, [name for e in examples["en"] for name in e.images], tmp_path / "p" / ".states")
+    encode_pictures(
+        other, seen, [name for e in examples["en"] for name in e.images], tmp_path / "p" / ".states"
+    )
     for folder in ("p", "fresh"):
         evaluate(small_model(), examples, seen, tokenizer, 40, tmp_path / folder)
     assert (tmp_path / "p" / "en.jsonl").read_text() == (tmp_path / "fresh" / "en.jsonl").read_text()
@@ -85,7 +92,12 @@ class OneBad(torch.nn.Module):
 
     def __init__(self, ids, spells):
         super().__init__()
-        self.weight, self.ids, self.spells, self.labels = torch.nn.Parameter(torch.zeros(1)), ids, spells, ("no", "yes", "so")
+        self.weight, self.ids, self.spells, self.labels = (
+            torch.nn.Parameter(torch.zeros(1)),
+            ids,
+            spells,
+            ("no", "yes", "so"),
+        )
 
     def forward(self, batch):
         scores = torch.zeros(len(batch["text"].lengths), 3)
@@ -99,7 +111,9 @@ class OneBad(torch.nn.Module):
 def predict_one_bad(rank, world, scenes, folder, spells, bad=17):
     """Examples in several batches, of which one alone is not finite: what each worker hears."""
     tokenizer, examples = Tokenizer.load(TOKENIZER), questions(scenes, "en") * 3
-    examples = [e._replace(id=f"q{i}", texts=(f"{e.texts[0]} {i}",), images=()) for i, e in enumerate(examples)]
+    examples = [
+        e._replace(id=f"q{i}", texts=(f"{e.texts[0]} {i}",), images=()) for i, e in enumerate(examples)
+    ]
     ids = None if bad is None else encode_texts([examples[bad].texts[0]], tokenizer, 40).values
     try:
         return predict(OneBad(ids, spells), examples, None, tokenizer, 40, folder / "p.jsonl"), len(examples)
@@ -123,13 +137,23 @@ def test_a_decoder_that_is_not_finite_is_refused(scenes, tmp_path):
     examples, tokenizer = questions(scenes, "en"), Tokenizer.load(TOKENIZER)
     assert predict(model, examples, pixels(scenes), tokenizer, 40, tmp_path / "p.jsonl") == len(examples)
     with pytest.raises(NotFinite, match=f"scores of example {examples[0].id}: not finite"):
-        predict(broken(model, "backbone.masked_head.bias"), examples, pixels(scenes), tokenizer, 40, tmp_path / "p.jsonl")
+        predict(
+            broken(model, "backbone.masked_head.bias"),
+            examples,
+            pixels(scenes),
+            tokenizer,
+            40,
+            tmp_path / "p.jsonl",
+        )
 
 
 def zero_shot(rank, world, folder, name):
     """A pretrained model whose Chinese alone is not finite, or its images: what each worker hears."""
     tokenizer = Tokenizer.load(TOKENIZER)
-    model, retrieval = make_model(dtype=torch.float32, vocabulary=12000, positions=64), Retrieval(folder, tokenizer, 16, 64)
+    model, retrieval = (
+        make_model(dtype=torch.float32, vocabulary=12000, positions=64),
+        Retrieval(folder, tokenizer, 16, 64),
+    )
     model.eval()
     with torch.no_grad():
         if name == "zh":
@@ -169,7 +193,11 @@ def test_results_of_what_is_not_finite_are_not_written(tmp_path):
     tracker = Tracker(tmp_path, (), 0)
     with pytest.raises(ValueError, match="JSON compliant"):
         tracker.log(1, {"loss/a": NAN})
-    assert not (tmp_path / "r.json").exists() and not (tmp_path / "f.png").exists() and read_metrics(tmp_path) == []
+    assert (
+        not (tmp_path / "r.json").exists()
+        and not (tmp_path / "f.png").exists()
+        and read_metrics(tmp_path) == []
+    )
 
 
 def test_a_stored_result_that_is_not_finite_is_not_compared(tmp_path):
@@ -188,12 +216,34 @@ def last_line(printed):
 @pytest.mark.parametrize("recipe", ["scenes_xflickrco", "scenes_xvnli"])
 @pytest.mark.parametrize("select", ["best", "last"])
 def test_a_learning_rate_out_of_bounds_ends_in_one_line(finetune, tmp_path, recipe, select):
-    code, printed = finetune(recipe, "name=nan", "optim.lr=1e30", f"select={select}")
+    code, printed = finetune(recipe, "name=nan", "optim.lr=1e30", f"select={select}", "fit.log_every=1000")
     assert code == 2 and last_line(printed).startswith("error: step "), printed
     assert "not finite" in last_line(printed) and "lower optim.lr" in last_line(printed)
     assert "100.0" not in printed and not (tmp_path / "nan" / "result.json").exists()
-    assert not (tmp_path / "nan" / "best").exists() and not list((tmp_path / "nan" / "checkpoints").glob("step_*"))
+    assert not (tmp_path / "nan" / "best").exists() and not list(
+        (tmp_path / "nan" / "checkpoints").glob("step_*")
+    )
     assert main(["evaluate", str(tmp_path / "nan")]) == 2
+
+
+@pytest.mark.parametrize(
+    "setting", ["optim.lr=inf", "optim.lr=Infinity", "optim.eps=nan", "optim.betas=[0.9,NaN]"]
+)
+def test_a_setting_that_is_not_finite_is_refused(finetune, setting):
+    code, printed = finetune("scenes_xvnli", "name=bad", setting)
+    assert code == 2 and last_line(printed).startswith(f"error: the command line: {setting.split('=')[0]}"), (
+        printed
+    )
+
+
+def test_more_steps_may_be_skipped_when_a_run_goes_on(finetune, tmp_path):
+    """As the report advises; and folders of runs from before the setting go on."""
+    assert finetune("scenes_xvnli", "name=x", "fit.stop_after=3")[0] == 0
+    stored = json.loads((tmp_path / "x" / "config.json").read_text())
+    assert stored["fit"].pop("max_skipped") == 10
+    (tmp_path / "x" / "config.json").write_text(json.dumps(stored))
+    assert finetune("scenes_xvnli", "name=x", "fit.stop_after=4", "fit.max_skipped=20")[0] == 0
+    assert finetune("scenes_xvnli", "name=x", "fit.max_skipped=3")[0] == 0
 
 
 def poison(folder, name=None):
@@ -221,7 +271,9 @@ def test_nothing_is_done_with_a_model_that_is_not_finite(finetune, tmp_path, cap
     assert (tmp_path / "old" / "result.json").read_text() == before
     code, printed = finetune("scenes_xvnli", "name=few", "setting=few_shot", "shots=5", f"model={tmp_path / 'english'}",
                              'languages=["ru"]', "batch=4")  # fmt: skip
-    assert code == 2 and f"english/best/model.safetensors: tensor {name} is not finite" in last_line(printed), printed
+    assert code == 2 and f"english/best/model.safetensors: tensor {name} is not finite" in last_line(
+        printed
+    ), printed
     code, printed = finetune("scenes_xflickrco", "name=next", f"model={tmp_path / 'old'}")
     assert code == 2 and "old/best/model.safetensors: tensor" in last_line(printed), printed
 
@@ -232,13 +284,18 @@ def test_pretrained_weights_that_are_not_finite_go_nowhere(model, retrieval_set,
     for command, other in (("evaluate", retrieval_set), ("export", tmp_path / "export")):
         assert pretrain_main([command, str(tmp_path / "model"), str(other)]) == 2
         line = last_line(capsys.readouterr().err)
-        assert line.startswith(f"error: {tmp_path}/model/model.safetensors: tensor vision.cls is not finite"), line
+        assert line.startswith(
+            f"error: {tmp_path}/model/model.safetensors: tensor vision.cls is not finite"
+        ), line
 
 
 def test_no_mask_is_found_by_rounds_that_diverge(finetune, tmp_path):
-    sparse = ["strategies.sparse.rounds=2", "strategies.sparse.epochs=1"]
-    code, printed = finetune("scenes_xvnli", "name=sparse", *sparse, "epochs=2", "optim.lr=1e30")
+    sparse = ["strategies.sparse.rounds=2", "strategies.sparse.epochs=2"]
+    code, printed = finetune(
+        "scenes_xvnli", "name=sparse", *sparse, "epochs=2", "optim.lr=1e30", "fit.log_every=1000"
+    )
     assert code == 2 and "not finite" in last_line(printed), printed
+    assert not list((tmp_path / "sparse" / "round_1" / "checkpoints").glob("step_*"))
     assert not (tmp_path / "sparse" / "masks").exists() and not (tmp_path / "sparse" / "result.json").exists()
 
 

@@ -1,17 +1,20 @@
 """A search compares finite scores alone."""
 
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 from optuna.trial import TrialState
 
-from raylib.errors import NotFinite
+from finetune.recipes import RECIPES
+from raylib.config import dump
+from raylib.errors import NotFinite, UserError
 from raylib.tune import early, schedulers
 from raylib.tune.schedulers import Population, scheduler
 from raylib.tune.searcher import searcher, state_of
 from raylib.tune.space import Float, Space
-from raylib.tune.sweep import _row
+from raylib.tune.sweep import _compare, _row
 from raylib.tune.told import read_told, tell
 
 NAN = math.nan
@@ -22,7 +25,9 @@ def test_a_trial_whose_score_is_not_finite_has_failed(value):
     finished = {"finished": True, "english_dev": 0.5, "target_dev": value, "trial_id": "t"}
     assert state_of(finished, False, ("english_dev",)) == TrialState.COMPLETE
     assert state_of(finished, False, ("english_dev", "target_dev")) == TrialState.FAIL
-    row = _row(SimpleNamespace(metrics=finished, error=None, config={}, path="t"), ("english_dev", "target_dev"))
+    row = _row(
+        SimpleNamespace(metrics=finished, error=None, config={}, path="t"), ("english_dev", "target_dev")
+    )
     assert (row.state, row.scores, row.error) == ("failed", {"english_dev": 0.5}, "target_dev not finite")
 
 
@@ -38,10 +43,17 @@ def test_optuna_never_hears_of_it(tmp_path):
 @pytest.mark.parametrize("stop", ["asha", "median"])
 def test_no_rule_judges_by_it(tmp_path, stop):
     rule = scheduler(stop, "score", grace=1, reduction=2.0, longest=9, runs=tmp_path)
-    assert [rule.counts({"age": 1, "judged": True, "score": score}) for score in (0.5, NAN, math.inf)] == [True, False, False]
+    assert [rule.counts({"age": 1, "judged": True, "score": score}) for score in (0.5, NAN, math.inf)] == [
+        True,
+        False,
+        False,
+    ]
     population = schedulers.population({"optim.lr": Float(0, 1)}, "score", 1, 0, tmp_path)
     assert isinstance(population, Population)
-    assert [population.counts({"epoch": 1, "epochs": 2, "score": score}) for score in (0.5, NAN)] == [True, False]
+    assert [population.counts({"epoch": 1, "epochs": 2, "score": score}) for score in (0.5, NAN)] == [
+        True,
+        False,
+    ]
 
 
 def test_nothing_is_told_that_is_not_finite(tmp_path):
@@ -60,3 +72,16 @@ def test_lines_of_earlier_versions_are_left_out(tmp_path):
         (run / "told.jsonl").write_text(f'{{"age": 1, "judged": true, "score": {score}}}\n')
     (found,) = early.agreements(tmp_path, {str(i): 0.1 * i for i in range(5)}, "score", 1, 3.0)
     assert found.trials == 4 and found.rho == pytest.approx(1.0)
+
+
+def test_a_search_from_before_a_setting_goes_on(tmp_path):
+    base = RECIPES["scenes_xvnli"]()
+    question = {"search": {"trials": 3}, "recipe": json.loads(dump(base))}
+    before = json.loads(json.dumps(question))
+    del before["recipe"]["fit"]["max_skipped"]
+    (tmp_path / "search.json").write_text(json.dumps(before))
+    _compare(tmp_path, question, type(base))
+    before["recipe"]["fit"]["seed"] = 7
+    (tmp_path / "search.json").write_text(json.dumps(before))
+    with pytest.raises(UserError, match=r"other settings \(recipe.fit\)"):
+        _compare(tmp_path, question, type(base))

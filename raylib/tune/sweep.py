@@ -23,7 +23,7 @@ from ray.tune.search import BasicVariantGenerator
 
 from raylib import identity
 from raylib.checkpoint import write_atomically
-from raylib.config import change, dump
+from raylib.config import build, change, dump
 from raylib.errors import UserError
 from raylib.finite import finite_values
 from raylib.launch import LaunchConfig, connect
@@ -69,7 +69,7 @@ def run(config: SearchConfig, name: str, chosen: space.Space, job: Job, base: La
     asked = {**json.loads(dump(config)), "runs": str(folder.parent)}  # where Tune's files say that it is
     question = {"space": {"name": name, "knobs": space.described(chosen.knobs)}, "search": asked,
                 "recipe": json.loads(dump(base))}  # fmt: skip
-    _compare(folder, question)
+    _compare(folder, question, type(base))
     if (folder / "report.md").is_file():
         print(f"search '{config.name}' is complete: {folder}/report.md (another name= starts another search)")
         return folder
@@ -247,8 +247,9 @@ def _resources(config: SearchConfig) -> dict[str, Any]:
     return {"trial": asked, "test": test, "concurrent": config.concurrent}
 
 
-def _compare(folder: Path, question: dict[str, Any]) -> None:
-    """Refuse to go on with another search than the one whose folder this is.
+def _compare(folder: Path, question: dict[str, Any], recipe: type[LaunchConfig]) -> None:
+    """Refuse to go on with another search than the one whose folder this is. Settings that are newer than the folder have their
+    defaults there.
 
     Raises:
         UserError: it was asked for something else; that is named.
@@ -257,6 +258,7 @@ def _compare(folder: Path, question: dict[str, Any]) -> None:
     if not path.is_file():
         return
     before = json.loads(path.read_text(encoding="utf-8"))
+    before["recipe"] = json.loads(dump(build(recipe, before["recipe"], str(path))))
     changed = [f"{part}.{key}" for part in question for key in question[part]
                if before[part].get(key) != question[part][key] and key not in MAY_CHANGE]  # fmt: skip
     if changed:
