@@ -17,18 +17,20 @@ def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]
     region features, which are too large to be hashed at a first start."""
     task, data = find_task(config), Path(config.data)
     files = [file for used in sets_of(parts) for file in _files_of(used.reading)]
-    files += [file for file in (data / name for name in task.answers) if file.is_file()][:1]
+    files += [file for file in (data / name for name in task.answers) if file.is_file()][:1]  # the first that is there is read
     if task.kind == "answers" and wordnet_of(config).is_dir():
         files.append(wordnet_of(config))
     for method in chosen(config.strategies).values():
-        files += [path for path in method.files(data) if path.exists()]
+        files += method.files(data)
     files += _translations(config)
     files.append(_weights(Path(config.model)))
     files += [Path(config.vision)] if config.vision else []
     large = []
     if needs_pictures(config):
         large = [Path(config.regions) if config.regions else images_of(config)]
-    return [*map(DataFile, dict.fromkeys(files)), *(DataFile(path, large=True) for path in large if path.exists())]
+    # what is missing is told by its reader, who knows what it is for
+    every = [*map(DataFile, dict.fromkeys(files)), *(DataFile(path, large=True) for path in large)]
+    return [file for file in every if file.path.exists()]
 
 
 def _files_of(reading: Reading) -> list[Path]:
@@ -45,8 +47,7 @@ def _translations(config: FinetuneConfig) -> list[Path]:
     splits = [name for name in (f"{trained}_to_en", f"{trained}_from_en") if name in task.splits]
     if not config.strategies.alignment:
         return []
-    paths = (read_split(config, name, code).path for name in splits for code in languages_of(config) if code != "en")
-    return [path for path in paths if path.is_file()]
+    return [read_split(config, name, code).path for name in splits for code in languages_of(config) if code != "en"]
 
 
 def _weights(model: Path) -> Path:
