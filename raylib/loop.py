@@ -101,16 +101,15 @@ def fit(
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
     tracker = Tracker(runtime.run, config.track, first) if runtime.rank == 0 else None
     meta_of_run = {**describe, "workers": runtime.world, "engine": engine.name}
-    saver = _Saver(runtime, engine, objective, meta_of_run, clock, config.steps)
+    saver = _Saver(runtime, engine, objective, meta_of_run, clock, config.steps, meta.get("samples_replaced", 0))
     losses, evaluation = finite_values(meta.get("losses", {})), meta.get("evaluation", {})
-    counts, replaced = {"samples_replaced": meta.get("samples_replaced", 0)}, 0  # by all workers so far; by this one since then
     replay = _Replay(objective, batches, config, runtime)
     watch = Watch(guard, engine, replay, start)
     stream = load_batches(batches, first, last, config.loader_workers, pin=on_gpu)
     progress = _Progress(config.steps, first, tracker)
     for step in range(first, last):
         batch = to_device(next(stream), runtime.device)
-        replaced += batch.get("bad", 0)
+        saver.replaced += batch.get("bad", 0)
         clock.lap("data" if step > first else "start")  # the first batch waits for the loaders' own start
         if step == first:
             saver.ready = time.time()
@@ -137,18 +136,14 @@ def fit(
             if tracker:
                 progress.log_evaluation(done, evaluation)
         if saves:
-            counts = {"samples_replaced": counts["samples_replaced"] + int(total(torch.tensor(replaced, device=runtime.device))),
-                      "skipped_steps": watch.skipped, "skipped_in_a_row": watch.in_a_row}  # fmt: skip
-            replaced = 0
-            watch.newest = saver.save(done, losses, evaluation, counts)
+            watch.newest = saver.save(done, losses, evaluation, watch)
     if tracker:
         tracker.close()
     return {
         "steps": last, "finished": last == config.steps, "workers": runtime.world, "engine": engine.name,
         "bf16": bf16, "seconds": sum(clock.spent.values()), "times": clock.spent, "losses": losses, "evaluation": evaluation,
-        "skipped_steps": watch.skipped, "samples_replaced": counts["samples_replaced"],
-        "peak_memory_gb": peak_memory(runtime.device),
-        "samples_per_second": progress.overall(last, clock),
+        "skipped_steps": watch.skipped, "samples_replaced": saver.replaced_by_all,
+        "peak_memory_gb": peak_memory(runtime.device), "samples_per_second": progress.overall(last, clock),
     }  # fmt: skip
 
 
@@ -176,13 +171,20 @@ class _Replay:
 class _Saver:
     """Writes a checkpoint: this worker's engine shard; from worker 0 the model and `meta.json` too."""
 
-    def __init__(self, runtime: Runtime, engine, objective: nn.Module, describe: dict, clock: Clock, steps: int):
+    def __init__(
+        self, runtime: Runtime, engine, objective: nn.Module, describe: dict, clock: Clock, steps: int, replaced: int
+    ):  # fmt: skip
         self.runtime, self.engine, self.objective, self.describe, self.clock = runtime, engine, objective, describe, clock
         self.steps, self.ready = steps, 0.0  # when the first batch was there, by the clock on the wall
+        # samples that others took the place of: on all workers, up to the last save; on this one since then
+        self.replaced_by_all, self.replaced = replaced, 0
 
-    def save(self, step: int, losses: dict, evaluation: dict, counts: dict[str, int]) -> Path:
+    def save(self, step: int, losses: dict, evaluation: dict, watch: Watch) -> Path:
         """Save what is left after `step` steps; returns where it will be."""
         score = evaluation.get("score")
+        self.replaced_by_all += int(total(torch.tensor(self.replaced, device=self.runtime.device)))
+        self.replaced = 0
+        counts = {"skipped_steps": watch.skipped, "skipped_in_a_row": watch.in_a_row, "samples_replaced": self.replaced_by_all}
         meta = {**self.describe, "step": step, "score": score, "losses": losses, "evaluation": evaluation, **counts}
 
         def write(folder: Path) -> None:
