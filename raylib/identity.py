@@ -44,7 +44,7 @@ def record(files: Iterable[DataFile], before: Mapping[str, dict], verify: bool =
     """
     entries = {}
     for file in files:
-        path = str(file.path.absolute())
+        path = _key(file.path)
         if not file.path.exists():
             raise UserError(f"{path}: this file of the run's data is missing; restore it")
         names_sizes_times = stamp(file.path)[1:]
@@ -61,6 +61,13 @@ def record(files: Iterable[DataFile], before: Mapping[str, dict], verify: bool =
             raise UserError(f"{path}: its SHA-256 is not its manifest's; fetch it anew, or index the folder anew")
         entries[path] = entry | {"sha256": sha256}
     return entries
+
+
+def _key(path: Path) -> str:
+    """Return what a record calls `path`: below the working directory as it is seen from there, since a job's is another copy at
+    each submission, and the same settings may be started elsewhere, on other data."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def content_hash(path: Path) -> str:

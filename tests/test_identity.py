@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -82,6 +83,16 @@ def test_identity_verify_compares_with_the_manifest_too(run, tmp_path):
     with pytest.raises(UserError, match="SHA-256 is not its manifest's"):
         settle(run, [DataFile(shard, sha256="0" * 64, large=True)], verify=True)
     settle(run, [DataFile(shard, sha256=identity.content_hash(shard), large=True)], verify=True)
+
+
+def test_identity_relative_data_of_another_working_directory_is_compared(run, tmp_path, monkeypatch):
+    for place, content in (("a", b"one"), ("b", b"two")):
+        write(tmp_path / place / "data/train.json", content, 1)
+    monkeypatch.chdir(tmp_path / "a")
+    settle(run, [DataFile(Path("data/train.json"))])
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.raises(UserError, match="data changed since this run began: data/train.json"):
+        settle(run, [DataFile(Path("data/train.json"))], verify=True)
 
 
 def test_identity_a_missing_file_and_a_damaged_record_are_one_line(run, tmp_path):
