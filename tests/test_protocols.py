@@ -202,6 +202,10 @@ def test_the_testdev_is_for_runs_that_see_no_few_shot_file(finetune, tmp_path):
         code, printed = finetune("scenes_xgqa", "name=refused", "split=testdev", *settings)
         assert code == 2 and "split=testdev holds every question of the few-shot files" in printed, printed
         assert printed.strip().count("\n") == 0 and not (tmp_path / "refused").exists()
+    taught = ["strategies.distillation.task=1", 'strategies.distillation.tokens=["cls"]']  # by one that saw them
+    code, printed = finetune("scenes_xgqa", "name=refused", "split=testdev", *taught,
+                             f"strategies.distillation.teacher={tmp_path / 'few/ru'}")  # fmt: skip
+    assert code == 2 and f"{tmp_path / 'few/ru'} trains on some" in printed, printed
     code, printed = finetune("scenes_xgqa", "name=refused", "task=xgqa_translated", "split=testdev")
     assert code == 2 and "no split 'testdev'" in printed
 
