@@ -280,6 +280,12 @@ def test_a_number_of_shots_that_is_not_there_names_those_that_are(scenes, task, 
         list(record.read(record.path(scenes, "shots", language, 7), "shots", language))
 
 
+def test_iglues_recipes_have_its_losses():
+    """`loss: BCEWithLogitLoss` of XVNLI, NLVR2 and GQA in its task files."""
+    for task in ("xgqa", "xvnli", "marvl"):
+        assert RECIPES[f"iglue_{task}"]().loss == RECIPES[f"iglue_few_shot_{task}"]().loss == "bce"
+
+
 def test_the_few_shot_space_is_iglues_grid():
     space = SPACES["few_shot"]
     assert space.points() == [{"optim.lr": rate} for rate in (1e-4, 5e-5, 1e-5)] and FEW_SHOT_RATES == (1e-4, 5e-5, 1e-5)
