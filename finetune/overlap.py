@@ -6,10 +6,11 @@ trains on, by image and by item:
     image   its address, where the annotations have one, or its name, however it is written (`image_name`)
     item    a text about its images, or the same number about the same images, which one question has in all languages. Of
             NLVR2 the text alone (`Task.item`), where the file has addresses, as its own has: emoji scenes repeat their templates.
-            Of SNLI and XVNLI the number alone, which a pair of sentences keeps where an image takes the place of one
+            Of SNLI and XVNLI the number counts whatever the images are: a pair of sentences keeps it where an image takes the
+            place of the first
 
-Of a declared overlap that nobody has counted, one record in both sets (the same number and images) is an error still: no
-publication trains on its test set.
+Of a declared overlap that nobody has counted, one record (a number) in both sets is an error still: no publication trains on
+its test set.
 
 Tests and dev sets are held in memory; what is trained on streams by, once. What was found is kept in RUNS/cache where that took
 longer than a second: by name, size and time of change of the files.
@@ -87,7 +88,7 @@ def sets_of(parts: Mapping[str | None, FinetuneConfig]) -> list[Used]:
 
 def compare(task: Task, sets: list[Used]) -> list[dict[str, Any]]:
     """[{"first", "second": places in `sets`, "images", "items": how many different ones of the first are in the second,
-    "records": of these items, how many have the same number and images, "such_as" and "image": one of each}] of all that are
+    "records": of these items, how many have the same number, "such_as" and "image": one of each}] of all that are
     compared and share any."""
     images: dict[str, list[tuple[int, str]]] = defaultdict(list)  # a name, an address -> (set, the image)
     items: dict[tuple, list[tuple[int, tuple]]] = defaultdict(list)
@@ -159,13 +160,11 @@ def _items(item: Example | Captioned, task: Task) -> Iterator[tuple[tuple, tuple
     if isinstance(item, Captioned):
         for caption in item.captions:
             yield (_normal(caption), about), ()
-    elif task.item == "number":
-        yield (item.id,), ()
-    elif not about:
-        yield (*map(_normal, item.texts), ()), ()
     else:
         alone = task.item == "text" and item.sources
-        yield (*map(_normal, item.texts), () if alone else about), ((None, item.id, about),)
+        record = (None, item.id, () if task.item == "number" else about)
+        numbered = about or task.item == "number"  # XNLI's two files both count from 1
+        yield (*map(_normal, item.texts), () if alone else about), (record,) if numbered else ()
 
 
 def _normal(text: str) -> str:

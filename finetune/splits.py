@@ -52,8 +52,8 @@ class Task(NamedTuple):
     languages: those of the test files, English first.
     answers: where the answer set lies, if it comes as a file (the first that is there is read).
     bleu: also BLEU, for answers that are sentences; "ja" cuts Japanese into words first.
-    item: what tells an item from others where splits are compared (`finetune.overlap`): its text with its images, the text
-        alone, or its number alone.
+    item: what tells an item from others where splits are compared (`finetune.overlap`): its text or number with its images;
+        the text alone, or the number with them; or the text with them, or the number alone.
     mscoco: images are MSCOCO's: a bare number names one of them.
     overlaps: what its published splits share.
     split_names: what results call a split whose setting has another name.

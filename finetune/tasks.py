@@ -125,6 +125,7 @@ TASKS: dict[str, Task] = {
         labels=NLI_LABELS,
         languages=NLI_LANGUAGES,
         item="number",  # XVNLI's pairs are SNLI's, whose premise an image stands for
+        overlaps=(Overlap("dev", "train", None, None, "SNLI keeps captions apart, of which some may have the same words"),),
         splits=_xvnli({
             part: Split(f"snli_1.0/snli_1.0_{part}.jsonl", nli.read_snli,
                         others=(Split(f"SNLI/snli_1.0_{part}.jsonl", nli.read_snli),)) for part in ("train", "dev")

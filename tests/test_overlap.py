@@ -228,7 +228,7 @@ def test_other_tasks_have_sets_of_their_own(tmp_path, task):
 
 
 def test_pairs_of_snli_are_xvnlis_by_their_number(tmp_path):
-    """The test's premise is an image, and its sentence may be translated."""
+    """The test's premise is an image, and its sentence may be translated. Within SNLI words may repeat, but not numbers."""
     official.snli_xvnli(tmp_path)
     train = TASKS["snli_xvnli"].path(tmp_path, "train", "en")
     record = json.loads(train.read_text().splitlines()[0])
@@ -240,6 +240,13 @@ def test_pairs_of_snli_are_xvnlis_by_their_number(tmp_path):
                 compared("snli_xvnli", tmp_path)
         else:
             assert compared("snli_xvnli", tmp_path) == []
+    dev = json.loads(TASKS["snli_xvnli"].path(tmp_path, "dev", "en").read_text().splitlines()[0])
+    train.write_text(json.dumps({**dev, "pairID": "999.jpg#0r1n"}) + "\n")
+    (found,) = compared("snli_xvnli", tmp_path)
+    assert (found["items"], found["first"]["split"]) == (1, "dev")
+    train.write_text(json.dumps({**dev, "sentence2": "other words"}) + "\n")
+    with pytest.raises(UserError, match="share 1 items"):
+        compared("snli_xvnli", tmp_path)
 
 
 def test_sentence_pairs_are_items(tmp_path):
