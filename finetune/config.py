@@ -125,6 +125,11 @@ class FinetuneConfig(LaunchConfig):
         return self.setting not in ("translate_test", "untrained")
 
     @property
+    def trains_apart(self) -> bool:
+        """Whether each language is trained apart."""
+        return self.setting in ("few_shot", "single_language")
+
+    @property
     def continues(self) -> bool:
         """Whether the setting goes on from a fine-tuned `model`."""
         return not self.trains or self.setting == "few_shot"

@@ -71,7 +71,7 @@ def dev_split(config: FinetuneConfig, language: str) -> str:
         UserError: the task has none in that language, or no translation of it.
     """
     task, name = find_task(config), None
-    if "dev" in task.splits and (language == "en" or task.source("dev", language) != task.source("dev", "en")):
+    if task.has("dev", language) and (language == "en" or task.source("dev", language) != task.source("dev", "en")):
         name = "dev"
     elif language != "en":
         name = next((name for name in ("target_dev", "shots_dev") if name in task.splits), None)
@@ -93,11 +93,11 @@ def dev_sets(config: FinetuneConfig, language: str | None) -> dict[str, str]:
     """
     task, sets = find_task(config), {}
     split = {"few_shot": "shots_dev", "single_language": "dev"}.get(config.setting)
-    own = split in task.splits
+    own = language is not None and split is not None and task.has(split, language)
     if own and split == "dev" and language != "en":
         own = task.source("dev", language) != task.source("dev", "en")
     looked = config.select == "best" or (not config.tests and (language is None or not config.dev_languages))
-    if config.trains and looked and (own or "dev" in task.splits):
+    if config.trains and looked and (own or task.has("dev", "en")):
         sets = {language: dev_split(config, language)} if own else {"en": "dev"}
     for code in config.dev_languages:
         if language in (None, code):

@@ -52,14 +52,24 @@ def read_lineage(run: Path) -> Lineage:
 
 
 def runs_behind(config: FinetuneConfig) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(folder, stored settings) of the run that `config` goes on from, of the one before that, and so on."""
-    folder, passed = None, set()
-    model, runs = config.model, config.runs
-    while isinstance(model, str) and model and (folder := _run_at(_locate(model, folder, runs))) and folder not in passed:
-        passed.add(folder)
-        stored = _read(folder)
-        yield folder, stored
-        model, runs = stored.get("model"), stored.get("runs")  # of pretraining, `model` are sizes
+    """(folder, stored settings) of every run that `config` goes on from or is taught or pruned by, of those before it, and so
+    on; each once."""
+    waiting, passed = [(None, config.model_dump(mode="json"))], set()
+    for folder, values in waiting:  # grows while it is gone through
+        for path in FROM_RUNS:
+            value = _nested(values, path.split("."))
+            before = _run_at(_locate(value, folder, values.get("runs"))) if isinstance(value, str) and value else None
+            if before and before not in passed:  # of pretraining, `model` are sizes
+                passed.add(before)
+                waiting.append((before, _read(before)))
+                yield waiting[-1]
+
+
+def _nested(values: Any, path: list[str]) -> Any:
+    """The value at a path of keys; None if there is none."""
+    for key in path:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
 
 
 def described(config: FinetuneConfig, steps: int, finished: bool, run: Path | None = None) -> str:
@@ -91,9 +101,7 @@ def _lineage(run: Path, stored: dict[str, Any], above: tuple[Path, ...]) -> Line
     settings, visited = without(values, NO_SETTING), (*above, run.resolve())
     for path in FROM_RUNS:
         *parents, name = path.split(".")
-        node: Any = settings
-        for parent in parents:
-            node = node.get(parent) if isinstance(node, dict) else None
+        node = _nested(settings, parents)
         if not isinstance(node, dict) or not node.get(name) or not isinstance(node[name], str):
             continue
         place = _locate(node[name], run, stored.get("runs"))

@@ -5,13 +5,14 @@ and 8), P3 is cViL, P4 translation-based alignment with small modules; IGLUE is 
 
 Which checkpoint is evaluated is what each chose by (`select`, `select_metric`, `select_ties`), and the last words of a
 recipe's line: P1 the last; IGLUE, and P0 after it, the best on the dev set, the first of ties; P2 likewise, in retrieval by
-R@1 (its code's `save_metric`); P3 the best accuracy (there every 500 steps, here every epoch), but the last of step 1, which
-has none; P4 the best R@1, the last of ties.
+R@1 (its code's `save_metric`), but the last of FM-IQA, which has no dev set; P3 the best accuracy (there every 500 steps, here
+every epoch), but the last of step 1, which has none; P4 the best R@1, the last of ties.
 """
 
 from collections.abc import Callable
 
 from finetune.config import UNIMODAL, FinetuneConfig
+from finetune.data import dev_sets, languages_of
 from finetune.tasks import TASKS
 from raylib.optim import OptimConfig
 
@@ -44,7 +45,8 @@ def _iglue(name: str, task: str, lr: float, batch: int, epochs: int, length: int
 
 def _iglue_few_shot(task: str, shots: int | str, length: int, **more):
     """From the English checkpoint, a model for each language and number of shots; its middle learning rate, of which it tries
-    three. Its code has smaller batches where there are fewer shots: for xGQA 8 of 1, 16 of 5, 32 of 10; set batch=."""
+    three. Its code has smaller batches of fewer shots: xGQA 8, 16, 32 of 1, 5, 10; XVNLI 2, 16, 32 of these; MaRVL 2, 4, 8,
+    16, 32 of 1, 2, 4, 10, 10x2; xFlickrCO 1, 2, 4, 8, 16 of 1, 5, 10, 25, 50. Set batch=."""
     config = FinetuneConfig(
         name=f"iglue_few_shot_{task}", task=task, setting="few_shot", shots=shots, batch=64, epochs=20, length=length, workers=1,
         last_batch="keep", optim=IGLUE.model_copy(update={"lr": FEW_SHOT_RATES[1]}), **more,
@@ -67,10 +69,10 @@ def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1
     lr = {"uc2": 4e-5 if task == "xgqa" else 2e-5, "cclm": 3e-5}[model]
     batch = {"xgqa": 256, "xflickrco": 128, "xvnli": 128 if model == "uc2" else 144}[task]
     seen = {"image_size": 384, "head": "decoder" if task == "xgqa" else "classifier"} if model == "cclm" else {}
+    usual = {"batch": batch, "epochs": 5 if task == "xgqa" else 10, "workers": 4, "optim": P1.model_copy(update={"lr": lr})}
     config = FinetuneConfig(
-        name=f"p1_{model}_{row}_{task}", task=task, backbone=model, batch=batch, epochs=5 if task == "xgqa" else 10,
-        length=40 if task == "xgqa" else 80, candidates=128, select="last", workers=4, strategies=strategies,
-        optim=P1.model_copy(update={"lr": lr}), **seen, **more,
+        name=f"p1_{model}_{row}_{task}", task=task, backbone=model, length=40 if task == "xgqa" else 80, candidates=128,
+        select="last", strategies=strategies, **seen, **{**usual, **more},
     )  # fmt: skip
     return _named(config, f"P1 {where}, {model.upper()}, {task}: {config.called}")
 
@@ -149,6 +151,8 @@ def _selection(config: FinetuneConfig) -> str:
         return "nothing is trained"
     if config.select == "last":
         return "last epoch"
+    if not dev_sets(config, languages_of(config)[0] if config.trains_apart else None):
+        return "last epoch: there is no dev set"
     by = config.select_metric.replace("_", " ") if TASKS[config.task].kind == "retrieval" else "accuracy"
     return f"best {by} on the dev set, {config.select_ties} of ties"
 
@@ -202,8 +206,9 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     **{f"p0_{model}_{row}": _p0(model, row, strategies) for model in ("uc2", "m3p") for row, strategies in P0_ROWS.items()},
     **{f"p1_{model}_{row}_{task}": _p1(model, row, task, strategies)
        for model, tasks in P1_TASKS.items() for task in tasks for row, strategies in P1_ROWS.items()},
-    "p1_uc2_few_shot_xgqa": _p1("uc2", "few_shot", "xgqa", {}, "table 3: give model=RUN of p1_uc2_suf_xgqa or _standard_",
-                                setting="few_shot", shots=48),
+    "p1_uc2_few_shot_xgqa": _p1(  # "following the few-shot setup in IGLUE", but for what all of P1's rows have
+        "uc2", "few_shot", "xgqa", {}, "table 3: give model=RUN of p1_uc2_suf_xgqa or _standard_", setting="few_shot", shots=48,
+        batch=64, epochs=20, last_batch="keep", workers=1, optim=P1.model_copy(update={"lr": FEW_SHOT_RATES[1]})),
     "p1_cclm_top_xgqa": _p1("cclm", "top", "xgqa", {"top_layers": {}}, "table 2"),
     **{f"p1_cclm_decay{100 * factor:.0f}_xgqa": _p1("cclm", f"decay{100 * factor:.0f}", "xgqa",
                                                    {"layer_decay": {"factor": factor}}, "figure 5")
@@ -227,14 +232,14 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "p2_xnli": _p2("p2_xnli", "table 8", "xnli", 4e-5, 1024, 10, 50, freeze=UNIMODAL),
     "p2_snli_xvnli": _p2("p2_snli_xvnli", "table 8", "snli_xvnli", 4e-5, 1024, 10, 50, freeze=UNIMODAL),
     "iglue_xgqa": _iglue("iglue_xgqa", "xgqa", 4e-5, 256, 5, 40, loss="bce"),
-    "iglue_xvnli": _iglue("iglue_xvnli", "xvnli", 2e-5, 128, 10, 80),
+    "iglue_xvnli": _iglue("iglue_xvnli", "xvnli", 2e-5, 128, 10, 80, loss="bce"),
     "iglue_xflickrco": _iglue("iglue_xflickrco", "xflickrco", 2e-5, 64, 10, 80),
-    "iglue_marvl": _iglue("iglue_marvl", "marvl", 1e-5, 64, 20, 80),
+    "iglue_marvl": _iglue("iglue_marvl", "marvl", 1e-5, 64, 20, 80, loss="bce"),
     "iglue_wit": _iglue("iglue_wit", "wit", 2e-5, 64, 2, 80, schedule=2),
     "iglue_few_shot_xgqa": _iglue_few_shot("xgqa", 48, 40, loss="bce"),
-    "iglue_few_shot_xvnli": _iglue_few_shot("xvnli", 48, 80),
+    "iglue_few_shot_xvnli": _iglue_few_shot("xvnli", 48, 80, loss="bce"),
     "iglue_few_shot_xflickrco": _iglue_few_shot("xflickrco", 100, 80),
-    "iglue_few_shot_marvl": _iglue_few_shot("marvl", "10x2", 80, languages=("id", "tr", "zh")),
+    "iglue_few_shot_marvl": _iglue_few_shot("marvl", "10x2", 80, loss="bce", languages=("id", "tr", "zh")),
     "scenes_xgqa": _scenes("xgqa"),
     "scenes_xvnli": _scenes("xvnli"),
     "scenes_xflickrco": _scenes("xflickrco", languages=SCENES),

@@ -30,7 +30,8 @@ class Overlap(NamedTuple):
     """What two sets of a published task share, as its files have it.
 
     first, second: "test", "dev" or "train" (shots are trained on). language, other: of `first`, of `second`; None: any.
-    images, items: how many at most; None: nobody has said how many, so whatever is found is told, and no error.
+    images, items: how many at most; None: nobody has said how many, so whatever is found is told, and no error, unless it is
+        the same record.
     why: where that is known from.
     """
 
@@ -51,8 +52,8 @@ class Task(NamedTuple):
     languages: those of the test files, English first.
     answers: where the answer set lies, if it comes as a file (the first that is there is read).
     bleu: also BLEU, for answers that are sentences; "ja" cuts Japanese into words first.
-    item: what tells an item from others where splits are compared (`finetune.overlap`): its text with its images, or the text
-        alone.
+    item: what tells an item from others where splits are compared (`finetune.overlap`): its text or number with its images;
+        the text alone, or the number with them; or the text with them, or the number alone.
     mscoco: images are MSCOCO's: a bare number names one of them.
     overlaps: what its published splits share.
     split_names: what results call a split whose setting has another name.
@@ -66,10 +67,14 @@ class Task(NamedTuple):
     pictures: int = 1
     answers: tuple[str, ...] = ()
     bleu: str | None = None
-    item: Literal["grounded", "text"] = "grounded"
+    item: Literal["grounded", "text", "number"] = "grounded"
     mscoco: bool = False
     overlaps: tuple[Overlap, ...] = ()
     split_names: Mapping[str, str] = {}
+
+    def has(self, name: str, language: str) -> bool:
+        """Whether there is a split `name` in `language`."""
+        return name in self.splits or f"{name}.{language}" in self.splits
 
     def split(self, name: str, language: str) -> Split:
         """The split `name` in `language`.

@@ -124,6 +124,8 @@ TASKS: dict[str, Task] = {
         kind="labels",
         labels=NLI_LABELS,
         languages=NLI_LANGUAGES,
+        item="number",  # XVNLI's pairs are SNLI's, whose premise an image stands for
+        overlaps=(Overlap("dev", "train", None, None, "SNLI keeps captions apart, of which some may have the same words"),),
         splits=_xvnli({
             part: Split(f"snli_1.0/snli_1.0_{part}.jsonl", nli.read_snli,
                         others=(Split(f"SNLI/snli_1.0_{part}.jsonl", nli.read_snli),)) for part in ("train", "dev")
@@ -138,9 +140,10 @@ TASKS: dict[str, Task] = {
         item="text",
         overlaps=(
             Overlap("test", "dev", 45, 25, "NLVR2's test and dev, counted in IGLUE's files: image addresses, statements", "en"),
-            Overlap("test", "train", None, None, "NLVR2's authors keep sets of images apart, not images or statements", "en"),
-            Overlap("dev", "train", None, None, "NLVR2's authors keep sets of images apart, not images or statements"),
-            Overlap("test", "train", 7, 0, "MaRVL's Chinese shots (5 images of 10, 7 of 10x2), counted in IGLUE's files", "zh"),
+            *(Overlap(first, "train", None, None, "NLVR2's authors keep sets of images apart, not images or statements", code,
+                      "en") for first, code in (("test", "en"), ("dev", None))),
+            Overlap("test", "train", 7, 0, "MaRVL's Chinese shots (5 images of 10, 7 of 10x2), counted in IGLUE's files",
+                    "zh", "zh"),
         ),
         splits={
             "train": Split("nlvr2/annotations/train.jsonl", pairs.read_nlvr2),
@@ -208,7 +211,7 @@ TASKS: dict[str, Task] = {
         languages=("en", "ja", "zh"),
         mscoco=True,
         overlaps=tuple(
-            Overlap(first, second, None, None, "COCO-CN draws its splits from all of MSCOCO, not as Karpathy does", *languages)
+            Overlap(first, second, None, 0, "COCO-CN draws its splits from all of MSCOCO, not as Karpathy does", *languages)
             for first, second in (("test", "train"), ("test", "dev"), ("dev", "train"))
             for languages in (("zh", "en"), ("zh", "ja"), ("en", "zh"), ("ja", "zh"))
         ),

@@ -9,7 +9,7 @@ from finetune import report
 from finetune.build import build_adapted, build_methods, open_pictures_for, tokenizer_of
 from finetune.config import FinetuneConfig
 from finetune.cycles import after_distillation, distil_first, find_mask
-from finetune.data import dev_split, find_task, languages_of, read_split, split_name, test_split, wordnet_of
+from finetune.data import dev_sets, dev_split, find_task, languages_of, read_split, split_name, test_split, wordnet_of
 from finetune.inputs import run_files
 from finetune.lexicon.wordnet import WordNet
 from finetune.lineage import method_of, runs_behind
@@ -46,6 +46,8 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
         return stored
     parts = _parts(config)
     say(f"run '{config.name}' in {folder}: {config.task}, {config.setting}, {method_of(config)}", flush=True)
+    if config.trains and config.select == "best" and not all(dev_sets(part, language) for part, language in parts):
+        say(f"{config.task} has no dev set that could choose a checkpoint: the last epoch's is evaluated")
     epochs = epochs_of(config)
     results = [_run_part(part, language, reporter and reporter.after(i * epochs)) for i, (part, language) in enumerate(parts)]
     if any(not result["finished"] for result in results):
@@ -102,7 +104,7 @@ def check(config: FinetuneConfig) -> list[dict[str, Any]]:
     aligned = config.strategies.alignment and config.strategies.alignment.routine == 3  # on translations into English
     if config.setting != "zero_shot" and config.strategies.code_mixing and not aligned:
         raise UserError(f"strategies.code_mixing mixes English texts; setting={config.setting} trains on others")
-    if config.setting in ("few_shot", "single_language") and config.resume != "newest":
+    if config.trains_apart and config.resume != "newest":
         raise UserError(f"resume={config.resume}: setting={config.setting} trains a part for each language; resume=newest alone")
     if config.wordnet and not Path(config.wordnet).is_dir():
         raise UserError(f"wordnet={config.wordnet}: no such folder")
@@ -120,7 +122,7 @@ def _check_testdev(config: FinetuneConfig) -> None:
     """
     read_split(config, "testdev", "en", 1)  # another task has no such split
     for name, values in [("this run", config.model_dump(mode="json")), *runs_behind(config)]:
-        few_shot = values.get("task") == "xgqa" and (values["setting"] == "few_shot" or values["dev_languages"])
+        few_shot = values.get("task") == "xgqa" and (values.get("setting") == "few_shot" or values.get("dev_languages"))
         if few_shot or values.get("task") == "xgqa_translated":  # whose dev sets are the few-shot ones
             raise UserError(f"split=testdev holds every question of the few-shot files, and {name} trains on some or is chosen "
                             "by some; leave split= out: few_shot/LANGUAGE/test.json has none of them")  # fmt: skip
@@ -128,7 +130,7 @@ def _check_testdev(config: FinetuneConfig) -> None:
 
 def _parts(config: FinetuneConfig) -> list[tuple[FinetuneConfig, str | None]]:
     """The trainings of a setting: one, or one a language in a folder of its own."""
-    if config.setting not in ("few_shot", "single_language"):
+    if not config.trains_apart:
         return [(config, None)]
     targets = [code for code in languages_of(config) if config.setting == "single_language" or code != "en"]
     return [(config.model_copy(update={"name": code, "runs": str(run_folder(config)), "languages": (code,)}), code)

@@ -99,7 +99,7 @@ def _translate_file(engine: "_Engine", source: Path, made: Path, ways: tuple[str
 
 def _records(path: Path) -> Iterator[dict[str, Any] | str]:
     """JSON lines as objects, other files as lines."""
-    read = read_jsonl if path.name.removesuffix(".gz").endswith(".jsonl") else read_lines
+    read = read_jsonl if ".jsonl" in path.suffixes else read_lines  # or in a .gz, a .zip
     return (record for _, record in read(path))
 
 

@@ -4,7 +4,7 @@
 
 CORPUS is a folder of image-text shards, or a corpus that holds one as `image_text`. DATA is a folder of images, a tar of them, a
 retrieval set with `captions.json`, or shards. `--names` keeps those images of DATA that annotation files name (IGLUE's .jsonl and
-.json files, or one name a line), where DATA holds training images too.
+.json files, or one name a line), where DATA holds training images too; names without an image are counted.
 """
 
 import argparse
@@ -36,7 +36,10 @@ from raylib.errors import UserError
 SIDE, LOW = 32, 8  # pixels a side that are transformed; lowest frequencies a side that are kept
 FLAT = 4.0  # standard deviation of the grey levels, of 255, below which an image is all but one colour and has no hash
 CHUNK = 512  # images hashed at a time by a process
-FIELDS = re.compile(r"^(img_path|img_id|image|imageId|image_id|left_img|right_img|Flikr30kID)$")  # where annotations name images
+# where annotations name images
+FIELDS = re.compile(r"^(img_path|img_id|image|imageId|image_id|left_img|right_img|Flikr30kID|wit_ix)$")
+PAIR = re.compile(r"^(\w+-\d+-\d+)-\d+$")  # an identifier of NLVR2, whose images are called by its first three parts
+COCO = re.compile(r"^coco_[a-z]+\d{4}_(?=\d{12}$)")  # of 2014; the number is the name of 2017
 
 
 class Hashes(NamedTuple):
@@ -154,13 +157,22 @@ def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
         raise UserError(f"{path}: neither a folder nor a .tar of images")
 
 
+def _keep(images: Iterable[tuple[str, bytes]], names: set[str], found: set[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield the images that `names` names, all if it is empty; adds what they are called to `found`."""
+    for name, data in images:
+        stem = _stem(name)
+        if not names or stem in names:
+            found.add(stem)
+            yield name, data
+
+
 def _is_image(name: str) -> bool:
     base = os.path.basename(name)
     return is_image(base.lower()) and not base.startswith(".")
 
 
 def read_names(path: Path) -> set[str]:
-    """Names of images, without folder and ending, in an annotation file: of JSON, the values of the fields that name images;
+    """Names of images, as `_stem` has them, in an annotation file: of JSON, the values of the fields that name images;
     of another file, its lines.
 
     Raises:
@@ -184,6 +196,8 @@ def _named(value: Any) -> Iterator[str]:
         for key, inner in value.items():
             if FIELDS.match(key) and isinstance(inner, str | int):
                 yield str(inner)
+            elif key == "identifier" and isinstance(inner, str) and (pair := PAIR.match(inner)):
+                yield from (f"{pair[1]}-img0", f"{pair[1]}-img1")
             else:
                 yield from _named(inner)
     elif isinstance(value, list):
@@ -192,8 +206,9 @@ def _named(value: Any) -> Iterator[str]:
 
 
 def _stem(name: str) -> str:
+    """Return a name without folder, ending, case, form of Unicode and what MSCOCO's names of 2014 begin with."""
     base = nfc(os.path.basename(name))
-    return base.rsplit(".", 1)[0] if _is_image(base) else base
+    return COCO.sub("", (base.rsplit(".", 1)[0] if _is_image(base) else base).casefold())
 
 
 def table(result: dict[str, Any]) -> str:
@@ -219,22 +234,27 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if not 0 <= given.distance <= 32:
         raise UserError(f"--distance {given.distance}: give a number from 0 to 32")
+    if given.json and not given.json.absolute().parent.is_dir():  # known before hours of hashing
+        raise UserError(f"--json {given.json}: no such folder")
     source = open_corpus(given.corpus)
     processes = len(os.sched_getaffinity(0))
-    images, names = read_images(given.data), [read_names(path) for path in given.names]
-    if names:
-        wanted = set.union(*names)
-        images = ((name, data) for name, data in images if _stem(name) in wanted)
-    test, bad_test = hash_images(images, processes)
+    names = set().union(*map(read_names, given.names))
+    found: set[str] = set()
+    test, bad_test = hash_images(_keep(read_images(given.data), names, found), processes)
     if not test.names:
-        raise UserError(f"{given.data}: no image in it{' that --names names' if names else ''}")
+        why = f"none of its {bad_test} images decodes" if bad_test else "no image in it"
+        raise UserError(f"{given.data}: {why}{' that --names names' if names and not bad_test else ''}")
+    missing = sorted(names - found)
     corpus, bad_corpus = hash_images(read_source(source), processes)
     result = {"corpus": str(given.corpus), "data": str(given.data), "corpus_images": len(corpus.names),
-              "undecodable": {"corpus": bad_corpus, "data": bad_test},
+              "undecodable": {"corpus": bad_corpus, "data": bad_test}, "missing": missing,
               **count_overlap(corpus, test, given.distance)}  # fmt: skip
     print(table(result))
     print(f"{result['images']} test images, {result['corpus_images']} of the corpus; {bad_test} and {bad_corpus} do not decode; "
           f"{result['flat']} test images are all but one colour and are compared by bytes alone")  # fmt: skip
+    if missing:
+        print(f"{len(missing)} of {len(names)} images that --names names are not in {given.data} and are not counted, such as "
+              f"{missing[0]}")  # fmt: skip
     for pair in result["pairs"][:5]:
         apart = "same bytes" if pair["same_bytes"] else f"{pair['distance']} bits"
         print(f"  {pair['test']} = {pair['corpus']} ({apart})")

@@ -84,6 +84,7 @@ def test_what_a_run_does_not_use_is_not_compared(tmp_path):
     ("123.jpg", "123", False), ("a/b/123.JPG", "123.png", False), ("N16.jpg", "n16", False),
     ("COCO_val2014_000000391895.jpg", "COCO_train2014_000000391895", False),
     ("COCO_val2014_000000391895.jpg", "000000391895", False),
+    ("coco_val2014_000000391895.JPG", "COCO_val2014_000000391895", False),
     ("COCO_val2014_000000391895.jpg", "391895", True), (unicodedata.normalize("NFD", "café.jpg"), "café", False),
     ("zh/73-福建土楼/73-11.jpg", "zh/73-11.jpg", False),
 ])  # fmt: skip
@@ -142,6 +143,23 @@ def test_nlvr2s_published_overlap_is_told_and_more_of_it_is_an_error(tmp_path):
     for urls, texts, words in ((46, 25, "share 46 images and 25 items"), (45, 26, "share 45 images and 26 items")):
         with pytest.raises(UserError, match=words):
             compared("marvl", tmp_path, **marvl(tmp_path, urls, texts))
+
+
+@pytest.mark.parametrize("first", ["test", "dev"])
+def test_a_record_of_nlvr2_in_its_training_file_is_an_error(tmp_path, first):
+    """How many images and statements they share by other records nobody has counted: that is told."""
+    settings = marvl(tmp_path, 0, 0)
+    train, other = TASKS["marvl"].path(tmp_path, "train", "en"), TASKS["marvl"].path(tmp_path, first, "en")
+    records = train.read_text().splitlines(keepends=True)
+    copied = json.loads(other.read_text().splitlines()[0])
+    for identifier, wrong in (("train-99-0-0", False), (copied["identifier"], True)):
+        train.write_text("".join([*records, json.dumps({**copied, "identifier": identifier}) + "\n"]))
+        if wrong:
+            with pytest.raises(UserError, match="share 2 images and 1 items"):
+                compared("marvl", tmp_path, **settings)
+        else:
+            (found,) = compared("marvl", tmp_path, **settings)
+            assert (found["images"], found["items"], found["first"]["split"]) == (2, 1, first)
 
 
 def test_marvls_chinese_shots_share_images_with_its_test(tmp_path):
@@ -207,6 +225,28 @@ def test_other_tasks_have_sets_of_their_own(tmp_path, task):
             (tmp_path / f"xtd/test_1kcaptions_{code}.txt").write_text("".join(f"{code} {i}\n" for i in range(120)))
     own = {"xtd_few": "single_language", "fm_iqa": "single_language", "ja_vqa": "single_language"}
     assert compared(task, tmp_path, setting=own.get(task, "zero_shot")) == []
+
+
+def test_pairs_of_snli_are_xvnlis_by_their_number(tmp_path):
+    """The test's premise is an image, and its sentence may be translated. Within SNLI words may repeat, but not numbers."""
+    official.snli_xvnli(tmp_path)
+    train = TASKS["snli_xvnli"].path(tmp_path, "train", "en")
+    record = json.loads(train.read_text().splitlines()[0])
+    test = json.loads(TASKS["snli_xvnli"].path(tmp_path, "test", "ar").read_text().splitlines()[2])
+    for number, shared in (("999.jpg#0r1n", False), (test["pairID"], True)):
+        train.write_text(json.dumps({**record, "pairID": number}) + "\n")
+        if shared:
+            with pytest.raises(UserError, match=r"share 1 items, such as item '24\.jpg#0r1n'"):
+                compared("snli_xvnli", tmp_path)
+        else:
+            assert compared("snli_xvnli", tmp_path) == []
+    dev = json.loads(TASKS["snli_xvnli"].path(tmp_path, "dev", "en").read_text().splitlines()[0])
+    train.write_text(json.dumps({**dev, "pairID": "999.jpg#0r1n"}) + "\n")
+    (found,) = compared("snli_xvnli", tmp_path)
+    assert (found["items"], found["first"]["split"]) == (1, "dev")
+    train.write_text(json.dumps({**dev, "sentence2": "other words"}) + "\n")
+    with pytest.raises(UserError, match="share 1 items"):
+        compared("snli_xvnli", tmp_path)
 
 
 def test_sentence_pairs_are_items(tmp_path):

@@ -114,13 +114,28 @@ def test_overlap_keeps_the_images_that_annotations_name(corpus, tmp_path, capsys
     names = tmp_path / "test.jsonl"
     names.write_text('{"id": "1", "img_path": "1.jpg", "sentences": ["a"]}\n{"id": "70", "img_path": "70.jpg"}\n')
     assert main(["overlap", str(corpus), str(data), "--names", str(names)]) == 0
-    assert "2 test images, 10 of the corpus" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 test images, 10 of the corpus" in printed and "are not in" not in printed
+
+
+def test_overlap_tells_names_without_an_image(corpus, tmp_path, capsys):
+    """A share of the images that are there would pass for a share of the test set."""
+    data, names = tmp_path / "data", tmp_path / "names.txt"
+    data.mkdir()
+    (data / "COCO_val2014_000000000003.JPG").write_bytes(encode(photo(3), ".jpg"))
+    names.write_text("000000000003\ncoco_val2014_000000000004.jpg\nCafé\n")
+    assert main(["overlap", str(corpus), str(data), "--names", str(names), "--json", str(tmp_path / "out.json")]) == 0
+    printed, result = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert "1 test images" in printed and "2 of 3 images that --names names are not in" in printed
+    assert result["missing"] == ["000000000004", "café"] and result["same_bytes"] == 1
 
 
 @pytest.mark.parametrize(("name", "text", "names"), [
     ("test.json", '{"201": {"imageId": "n1.jpg", "question": "?"}, "2": {"imageId": 7}}', {"n1", "7"}),
     ("test.jsonl", '{"left_img": "zh/a-1.jpg", "right_img": "zh/b.jpg"}\n', {"a-1", "b"}),
-    ("names.txt", "COCO_val2014_000000391895.jpg\n\n77.png\n", {"COCO_val2014_000000391895", "77"}),
+    ("names.txt", "COCO_val2014_000000391895.jpg\n\n77.PNG\n", {"000000391895", "77"}),
+    ("nlvr2.jsonl", '{"identifier": "test1-0-1-0", "left_url": "http://a/1.jpg"}\n', {"test1-0-1-img0", "test1-0-1-img1"}),
+    ("wit.jsonl", '{"wit_ix": 12, "image_url": "http://a/1.jpg"}\n', {"12"}),
 ])  # fmt: skip
 def test_read_names_of_annotation_files(tmp_path, name, text, names):
     (tmp_path / name).write_text(text)
@@ -130,10 +145,14 @@ def test_read_names_of_annotation_files(tmp_path, name, text, names):
 def test_overlap_mistakes_are_one_line(corpus, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jsonl").write_text("{")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"none")
     for arguments, words in (
         ([tmp_path / "empty", tmp_path], "manifest.json"),
         ([corpus, tmp_path / "none"], "neither a folder nor a .tar of images"),
         ([corpus, tmp_path / "empty"], "no image in it"),
+        ([corpus, tmp_path / "broken"], "none of its 1 images decodes"),
+        ([corpus, corpus, "--json", tmp_path / "none" / "out.json"], "no such folder"),
         ([corpus, corpus, "--names", tmp_path / "bad.jsonl"], "not to be read as a list of images"),
         ([corpus, corpus, "--distance", 64], "give a number from 0 to 32"),
     ):

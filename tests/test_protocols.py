@@ -107,6 +107,9 @@ def test_zips_that_are_not_to_be_read_are_named(tmp_path):
     broken.write_bytes(b"PK no zip")
     with pytest.raises(UserError, match=r"broken\.json\.zip: not to be decompressed"):
         list(gqa.read_gqa(broken))
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match=r"folder\.json: not to be read \(Is a directory\)"):
+        list(read_items(tmp_path / "folder.json"))
     changed = tmp_path / "changed.jsonl.zip"
     with zipfile.ZipFile(changed, "w") as archive:  # stored as it is: a digit that changes breaks its checksum alone
         archive.writestr("changed.jsonl", '{"n": 1}\n')
@@ -199,6 +202,10 @@ def test_the_testdev_is_for_runs_that_see_no_few_shot_file(finetune, tmp_path):
         code, printed = finetune("scenes_xgqa", "name=refused", "split=testdev", *settings)
         assert code == 2 and "split=testdev holds every question of the few-shot files" in printed, printed
         assert printed.strip().count("\n") == 0 and not (tmp_path / "refused").exists()
+    taught = ["strategies.distillation.task=1", 'strategies.distillation.tokens=["cls"]']  # by one that saw them
+    code, printed = finetune("scenes_xgqa", "name=refused", "split=testdev", *taught,
+                             f"strategies.distillation.teacher={tmp_path / 'few/ru'}")  # fmt: skip
+    assert code == 2 and f"{tmp_path / 'few/ru'} trains on some" in printed, printed
     code, printed = finetune("scenes_xgqa", "name=refused", "task=xgqa_translated", "split=testdev")
     assert code == 2 and "no split 'testdev'" in printed
 
@@ -222,10 +229,13 @@ def examples(count):
 
 
 @pytest.mark.parametrize(("count", "steps"), [(1490, 480), (27, 20), (64, 20), (65, 40)])
-def test_few_shot_xgqa_takes_iglues_steps(count, steps):
-    """1,490 questions of 48 images in batches of 64: 24 an epoch, the last of them smaller; 20 epochs."""
-    config = RECIPES["iglue_few_shot_xgqa"]()
-    assert config.shots == 48 and config.optim.weight_decay == 1e-4 and config.optim.warmup == 0.1 and config.optim.horizon == 1
+@pytest.mark.parametrize("name", ["iglue_few_shot_xgqa", "p1_uc2_few_shot_xgqa"])
+def test_few_shot_xgqa_takes_iglues_steps(name, count, steps):
+    """1,490 questions of 48 images in batches of 64: 24 an epoch, the last of them smaller; 20 epochs. Paper 1 follows it."""
+    config = RECIPES[name]()
+    decay = {"iglue_few_shot_xgqa": 1e-4, "p1_uc2_few_shot_xgqa": 0.01}[name]
+    assert config.shots == 48 and config.optim.weight_decay == decay and config.optim.warmup == 0.1 and config.optim.horizon == 1
+    assert config.optim.lr in FEW_SHOT_RATES
     keep = config.last_batch == "keep"
     batches = ExampleBatches(examples(count), ("yes",), None, None, 9, False, config.batch, 0, keep_last=keep)
     assert config.epochs * batches.steps == steps
@@ -268,6 +278,12 @@ def test_a_number_of_shots_that_is_not_there_names_those_that_are(scenes, task, 
     record = TASKS[task]
     with pytest.raises(UserError, match=words):
         list(record.read(record.path(scenes, "shots", language, 7), "shots", language))
+
+
+def test_iglues_recipes_have_its_losses():
+    """`loss: BCEWithLogitLoss` of XVNLI, NLVR2 and GQA in its task files."""
+    for task in ("xgqa", "xvnli", "marvl"):
+        assert RECIPES[f"iglue_{task}"]().loss == RECIPES[f"iglue_few_shot_{task}"]().loss == "bce"
 
 
 def test_the_few_shot_space_is_iglues_grid():

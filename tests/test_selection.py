@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from finetune.__main__ import main
 from finetune.config import FinetuneConfig
-from finetune.data import merge, read_split
+from finetune.data import dev_sets, dev_split, languages_of, merge, read_split
 from finetune.model import tokenizer_at
 from finetune.pictures import Pixels
 from finetune.recipes import RECIPES
@@ -15,6 +16,8 @@ from raylib import checkpoint
 from raylib.config import load
 from raylib.model.unified import UnifiedModel
 from raylib.text import Tokenizer
+from tests import official
+from tests.conftest import QUICK
 
 CHOSEN = {  # recipe -> (select, metric, ties)
     "p0_uc2_baseline": ("best", "mean_recall", "first"),
@@ -24,6 +27,7 @@ CHOSEN = {  # recipe -> (select, metric, ties)
     "p2_xgqa": ("best", "recall_at_1", "first"),
     "p3_kd": ("last", "mean_recall", "first"),
     "p3_classify": ("best", "mean_recall", "first"),
+    "p2_coco": ("best", "recall_at_1", "first"),
     "p4_xtd_few_framework": ("best", "recall_at_1", "last"),
     "p4_multi30k_full": ("best", "recall_at_1", "last"),
     "iglue_xflickrco": ("best", "mean_recall", "first"),
@@ -43,9 +47,34 @@ def test_every_recipe_says_what_it_chooses_by():
         "p4_xtd_few_full": "[best recall at 1 on the dev set, last of ties]",
         "iglue_xgqa": "[best accuracy on the dev set, first of ties]",
         "transfer_zero_shot": "[nothing is trained]",
+        "p2_fm_iqa": "[last epoch: there is no dev set]",
     }
     assert all(RECIPES[name].__doc__.endswith(said) for name, said in words.items())
     assert all(RECIPES[name].__doc__.endswith("]") for name in RECIPES)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name]().trains and RECIPES[name]().select == "best"])
+def test_a_recipe_that_says_best_has_a_dev_set_of_each_part(name):
+    config = RECIPES[name]()
+    for language in languages_of(config) if config.trains_apart else [None]:
+        sets = dev_sets(config, language)
+        assert bool(sets) == ("best" in RECIPES[name].__doc__) == (config.task != "fm_iqa")
+
+
+def test_dev_sets_whose_names_have_a_language_choose(tmp_path, model):
+    """Of MSCOCO, STAIR and COCO-CN: every language has its own."""
+    config = RECIPES["p2_coco"]()
+    assert dev_sets(config, None) == {"en": "dev"} and dev_split(config, "zh") == "dev"
+    apart = config.model_copy(update={"setting": "single_language"})
+    assert [dev_sets(apart, code) for code in ("en", "ja", "zh")] == [{"en": "dev"}, {"ja": "dev"}, {"zh": "dev"}]
+
+
+def test_a_run_without_a_dev_set_says_that_the_last_epoch_is_evaluated(tmp_path, model, capsys):
+    official.fm_iqa(tmp_path / "data")
+    settings = ["p2_fm_iqa", "runtime=local", "workers=1", "backbone=unified", f"model={model}", f"data={tmp_path / 'data'}",
+                f"runs={tmp_path}", *QUICK, "epochs=1"]  # fmt: skip
+    assert main(settings) == 0
+    assert "fm_iqa has no dev set that could choose a checkpoint: the last epoch's is evaluated" in capsys.readouterr().out
 
 
 def keep(run, scores, ties):

@@ -32,8 +32,6 @@ from raylib.metrics import mean
 from raylib.tune.config import GOALS, Job, Select
 from raylib.tune.reporter import Reporter
 
-PARTED = ("few_shot", "single_language")  # settings that train each language apart
-
 
 class Finetuning:
     """Searches over fine-tuning. A score is the accuracy, or the recall that `select_metric` says, of the model that the run
@@ -55,7 +53,7 @@ class Finetuning:
         for name in ("model", "data"):
             if not getattr(config, name):
                 raise UserError(f"{name}= is missing: give a folder")
-        if select != "target_dev" and config.setting in PARTED and not _english_chooses(config):
+        if select != "target_dev" and config.trains_apart and not _english_chooses(config):
             raise UserError(f"setting={config.setting} trains each language apart, and English says little of that; "
                             "set select=target_dev")  # fmt: skip
         targets = tuple(code for code in languages_of(config) if code != "en") if select != "english_dev" else ()
@@ -99,7 +97,7 @@ class Finetuning:
 
     def parts(self, config: FinetuneConfig) -> int:
         languages = [c for c in languages_of(config) if config.setting == "single_language" or c != "en"]
-        return len(languages) if config.setting in PARTED else 1
+        return len(languages) if config.trains_apart else 1
 
     def epochs(self, config: FinetuneConfig) -> int:
         return epochs_of(config)
@@ -130,7 +128,7 @@ class Finetuning:
 
     def _scores(self, config: FinetuneConfig, dev: dict[str, float]) -> dict[str, float]:
         own = {f"dev/{code}": dev[code] for code in config.dev_languages if code in dev}
-        english = "en" in dev and (config.setting not in PARTED or _english_chooses(config))
+        english = "en" in dev and (not config.trains_apart or _english_chooses(config))
         english = {"english_dev": dev["en"]} if english else {}
         return english | ({"target_dev": mean(own.values())} if own else {}) | own
 

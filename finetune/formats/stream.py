@@ -4,6 +4,7 @@ JSON file is read as it lies."""
 import gzip
 import io
 import json
+import lzma
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -52,8 +53,10 @@ def opened(path: Path) -> Iterator[TextIO]:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text ({e})") from None
-    except (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, EOFError) as e:
+    except (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as e:
         raise UserError(f"{path}: not to be decompressed ({e}); is it whole?") from None
+    except OSError as e:  # a folder, no right to read it, a fault of the disk
+        raise UserError(f"{path}: not to be read ({e.strerror or e})") from None
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:

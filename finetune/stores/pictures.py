@@ -13,7 +13,8 @@ from raylib.encoding import nfc
 from raylib.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-COCO = re.compile(r"^COCO_[a-z]+\d{4}_(?=\d{12}$)")  # what the names of 2014 have before the number that they share with 2017
+# what MSCOCO's names of 2014 have before the number that they share with those of 2017
+COCO = re.compile(r"^COCO_[a-z]+\d{4}_(?=\d{12}$)", re.IGNORECASE)
 MARVL = {"id", "sw", "ta", "tr", "zh"}  # languages whose pictures have the same names
 
 Place = tuple[str, str, int, int]  # (path in the store, file, offset, bytes); bytes -1 for a whole file
