@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from pretrain.train import run as run_pretraining
 from raylib import identity, provenance
+from raylib.data.source import Source
 from raylib.errors import UserError
 from raylib.identity import DataFile, changed, data_hash, record, settle
 from raylib.launch import config_hash, run_folder
@@ -77,6 +79,65 @@ def test_identity_large_files_are_not_read_but_their_size_and_time_count(run, tm
         settle(run, [DataFile(store, large=True)])
 
 
+def test_identity_files_behind_a_link_to_a_folder_count(run, tmp_path):
+    image = write(tmp_path / "disk/train/1.jpg", b"a", 1)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/train").symlink_to(tmp_path / "disk/train")
+    settle(run, [DataFile(tmp_path / "images", large=True)])
+    write(image, b"bb", 2)
+    with pytest.raises(UserError, match="images .2 bytes, 1 before"):
+        settle(run, [DataFile(tmp_path / "images", large=True)])
+
+
+def test_identity_files_that_came_or_went_are_refused(run, tmp_path, monkeypatch):
+    """An optional file, such as a list of answers, of which the first that is there is read."""
+    first, second = (write(tmp_path / name, b"x", 1) for name in ("first.json", "second.json"))
+    settle(run, [DataFile(first)])
+    with pytest.raises(UserError, match="first.json .not read any more., .*second.json .not read before"):
+        settle(run, [DataFile(second)])
+    with pytest.raises(UserError, match="began: .*second.json .not read before"):
+        settle(run, [DataFile(first), DataFile(second)])
+    first.unlink()
+    with pytest.raises(UserError, match="first.json .missing"):
+        settle(run, [])
+    first.write_bytes(b"x")
+    monkeypatch.setattr(identity, "code_version", lambda: "0123 source 4567")  # which reads other files
+    assert len(settle(run, [DataFile(second)])) == 1
+    assert len(json.loads((run / identity.FILE).read_text())["data"]) == 2
+
+
+def test_identity_of_files_that_moved_is_name_and_content(run, tmp_path, monkeypatch):
+    """A relative path, read from another folder: the content decides, of large files the size."""
+    for folder, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        for name in ("train.json", "images.tar"):
+            write(tmp_path / folder / "data" / name, content)
+    files = [DataFile(Path("data/train.json")), DataFile(Path("data/images.tar"), large=True)]
+    monkeypatch.chdir(tmp_path / "a")
+    settle(run, files)
+    before = data_hash(run)
+    monkeypatch.chdir(tmp_path / "b")
+    assert settle(run, files) == [] and data_hash(run) == before
+    monkeypatch.chdir(tmp_path / "c")
+    with pytest.raises(UserError, match="b/data/train.json .not read any more., .*c/data/train.json .not read before"):
+        settle(run, files)
+
+
+def test_identity_of_a_remote_manifest_is_its_address(run, corpus, tmp_path):
+    shutil.copytree(corpus / "image_text", tmp_path / "source")
+    manifest = tmp_path / "source/manifest.json"
+
+    def files(cache):
+        return Source(f"file://{tmp_path}/source", cache=tmp_path / cache).files()
+
+    settle(run, files("one"))
+    assert settle(run, files("two")) == []
+    values = json.loads(manifest.read_text())
+    values["shards"].pop()
+    manifest.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="file://.*/source/manifest.json .other content"):
+        settle(run, files("three"))
+
+
 def test_identity_verify_compares_with_the_manifest_too(run, tmp_path):
     shard = write(tmp_path / "shard.tar", b"a" * 100, 1)
     with pytest.raises(UserError, match="SHA-256 is not its manifest's"):
@@ -108,8 +169,9 @@ def test_data_hash_is_the_same_in_another_folder_and_for_other_times(tmp_path):
         settle(run, [DataFile(settle_file)])
         hashes.append(data_hash(run))
     assert hashes[0] == hashes[1] and len(hashes[0]) == 64
-    settle(run, [DataFile(write(run / "data/test.json", b"[1]"))])
-    assert data_hash(run) != hashes[0]
+    (tmp_path / "c").mkdir()
+    settle(tmp_path / "c", [DataFile(write(tmp_path / "c/data" / name, b"[]", 1)) for name in ("train.json", "test.json")])
+    assert data_hash(tmp_path / "c") not in hashes
     assert data_hash(tmp_path) is None
 
 

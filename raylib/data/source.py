@@ -124,7 +124,7 @@ class Source:
         """Return the files that are part of a run's identity: the manifest, and the shards, if they are here and not fetched."""
         manifest = DataFile(fetch(self.base, MANIFEST, self.cache))
         if is_remote(self.base):  # a shard is compared with the manifest when it is fetched
-            return [manifest]
+            return [manifest._replace(address=f"{self.base.rstrip('/')}/{MANIFEST}")]
         shards = (shard for group in self.groups.values() for shard in group)
         return [manifest, *(DataFile(Path(self.base) / s.name, s.sha256, large=True) for s in shards)]
 
