@@ -295,3 +295,37 @@ def test_fine_tuning_result_says_what_made_it(finetune, tmp_path):
     assert result["data_sha256"] == data_hash(folder) and len(result["config_sha256"]) == 64
     assert result["peak_memory_gb"] > 0 and result["samples_per_second"] > 0 and result["evaluated_per_second"] > 0
     assert result["items_skipped"] == {"train": 0, "en": 0, "ru": 0} and result["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize(("settings", "file"), [
+    ((), "tokenizer.model"),
+    ((), "model.safetensors"),
+    (("strategies.distillation.teacher={copy}", 'strategies.distillation.tokens=["cls"]', "select=last"), "model.safetensors"),
+    (("wordnet={copy}/wordnet",), "wordnet"),
+])  # fmt: skip
+def test_fine_tuning_with_a_changed_model_teacher_or_wordnet_is_refused(finetune, scenes, model, tmp_path, settings, file):
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    shutil.copytree(scenes / "wordnet", copy / "wordnet")
+    first = [setting.format(copy=copy) for setting in settings] or [f"model={copy}"]
+    code, out = finetune("scenes_xgqa", *first, "fit.stop_after=1")
+    assert code == 0, out
+    changed = copy / file if file != "wordnet" else copy / "wordnet/index.noun"
+    data = bytearray(changed.read_bytes())
+    data[-1] ^= 1
+    changed.write_bytes(data)
+    code, out = finetune("scenes_xgqa", *first)
+    assert code == 2 and "the data changed since this run began" in out and f"{copy / file} (other content)" in out
+
+
+def test_fine_tuning_with_an_optional_file_that_came_or_went_is_refused(finetune, scenes, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    code, _ = finetune("scenes_xgqa", f"data={data}", "fit.stop_after=1")
+    assert code == 0
+    (data / "wordnet").rename(tmp_path / "wordnet")
+    code, out = finetune("scenes_xgqa", f"data={data}")
+    assert code == 2 and f"{data}/wordnet (missing)" in out
+    (tmp_path / "wordnet").rename(data / "wordnet")
+    code, out = finetune("scenes_xgqa", f"data={data}")
+    assert code == 0, out
