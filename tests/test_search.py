@@ -112,7 +112,7 @@ def test_a_search_with_verify_compares_the_content_of_its_data(search, scenes, t
     (folder / "report.md").unlink()
     dev = data / "XVNLI/annotations/en/dev.jsonl"
     time, content = dev.stat().st_mtime_ns, dev.read_text(encoding="utf-8")
-    dev.write_text(content.replace("entailment", "neutral   ", 1), encoding="utf-8")
+    dev.write_text(content.replace("A picture", "a picture", 1), encoding="utf-8")
     assert len(dev.read_bytes()) == len(content.encode()) and dev.read_text(encoding="utf-8") != content
     os.utime(dev, ns=(time, time))  # as a copy with kept times
     with pytest.raises(UserError, match="XVNLI/annotations/en/dev.jsonl .other content"):
