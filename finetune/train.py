@@ -195,7 +195,10 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         if done.is_file():
             before = json.loads(done.read_text(encoding="utf-8"))
         results.append({**before, **evaluated(part, model, tokenizer, pictures, run)})
-    result = {**stored, **report.summarise(config, results)}
+    data, different = identity.compare(folder, files_of(config), config.verify)
+    if different:
+        print(f"note: evaluated on other data than the run began with: {', '.join(different)}", flush=True)
+    result = {**stored, **report.summarise(config, results), "data_sha256": identity.hash_of(data)}
     result.pop("dev", None)  # of a search's run, which is tested now
     report.write(folder, result)
     return result

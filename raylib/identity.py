@@ -127,6 +127,20 @@ def came_or_went(before: Mapping[str, dict], now: Mapping[str, dict], same_code:
     return found
 
 
+def compare(run: Path, files: Iterable[DataFile], verify: bool = False) -> tuple[dict[str, dict], list[str]]:
+    """(`record` of the files as they are now, which of them are not what `run` began with, in words).
+
+    Raises:
+        UserError: see `record`.
+    """
+    stored = read(run)
+    before, data = stored["data"], record(files, stored["data"], verify)
+    different = changed(before, data)
+    if before:  # a run of before there were records has none
+        different += came_or_went(before, data, same_code=stored["code"][-1:] == [code_version()])
+    return data, different
+
+
 def settle(run: Path, files: Iterable[DataFile], verify: bool = False) -> list[str]:
     """Record the data and the code that `run` goes on with, after comparing both with what it began with. Returns what people
     should be told.
@@ -135,10 +149,7 @@ def settle(run: Path, files: Iterable[DataFile], verify: bool = False) -> list[s
         UserError: data changed (the first files are named); see `record`.
     """
     stored, code, notes = read(run), code_version(), []
-    before, data = stored["data"], record(files, stored["data"], verify)
-    different = changed(before, data)
-    if before:  # a run of before there were records has none: its data is recorded now
-        different += came_or_went(before, data, same_code=stored["code"][-1:] == [code])
+    data, different = compare(run, files, verify)
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise UserError(f"{run}: the data changed since this run began: {', '.join(different[:3])}{more}; restore it, or give "
@@ -146,8 +157,8 @@ def settle(run: Path, files: Iterable[DataFile], verify: bool = False) -> list[s
     if stored["code"] and code not in stored["code"]:
         notes.append(f"note: this run began with code {stored['code'][0]} and goes on with {code}")
     codes = stored["code"] if code in stored["code"] else [*stored["code"], code]
-    moved = match_moved(before, data)
-    kept = {path: entry for path, entry in before.items() if path not in moved}
+    moved = match_moved(stored["data"], data)
+    kept = {path: entry for path, entry in stored["data"].items() if path not in moved}
     write_atomically(run / FILE, json.dumps({"code": codes, "data": {**kept, **data}}, indent=1) + "\n")
     return notes
 

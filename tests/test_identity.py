@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.__main__ import main as finetune_main
 from pretrain.train import run as run_pretraining
 from raylib import identity, provenance
 from raylib.data.source import Source
@@ -329,3 +330,17 @@ def test_fine_tuning_with_an_optional_file_that_came_or_went_is_refused(finetune
     (tmp_path / "wordnet").rename(data / "wordnet")
     code, out = finetune("scenes_xgqa", f"data={data}")
     assert code == 0, out
+
+
+def test_a_run_evaluated_on_other_data_says_so_and_has_its_hash(finetune, scenes, tmp_path, capsys):
+    data, result = tmp_path / "data", tmp_path / "scenes_xgqa/result.json"
+    shutil.copytree(scenes, data)
+    assert finetune("scenes_xgqa", f"data={data}", "epochs=1")[0] == 0
+    before = json.loads(result.read_text())["data_sha256"]
+    for content, same in ((b"", True), (b" \n", False)):
+        with open(data / "xGQA/annotations/few_shot/ru/test.json", "ab") as changed:
+            changed.write(content)
+        assert finetune_main(["evaluate", str(result.parent)]) == 0
+        out = capsys.readouterr().out
+        assert ("other data than the run began with" in out and "few_shot/ru/test.json (other content)" in out) is not same
+        assert (json.loads(result.read_text())["data_sha256"] == before) is same

@@ -65,7 +65,8 @@ class Distillation(Strategy):
         return self
 
     def files(self, data: Path) -> tuple[Path, ...]:
-        return (*([self._alignments_in(data)] if "mixed" in self.tokens else []), weights_of(self.teacher))
+        weights = [weights_of(self.teacher)] if Path(self.teacher).exists() else []  # `load_teacher` says that it is missing
+        return (*([self._alignments_in(data)] if "mixed" in self.tokens else []), *weights)
 
     def _alignments_in(self, data: Path) -> Path:
         return Path(self.alignments or data / "alignments")
