@@ -22,6 +22,7 @@ import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from raylib.errors import UserError
 from raylib.randomness import string_key
 
 if TYPE_CHECKING:
@@ -119,8 +120,18 @@ class Sample(NamedTuple):
         return f"{self.shard.path}: sample {self.key}"
 
     def read(self, extension: str) -> bytes:
-        """Content of a member."""
-        return self.shard.pread(*self.members[extension][:2])
+        """Content of a member.
+
+        Raises:
+            UserError: an image whose bytes are not those that were indexed: another shard of the same size took its place.
+        """
+        offset, size, known = self.members[extension]
+        data = self.shard.pread(offset, size)
+        if known >= 0 and string_key(data) != known:
+            raise UserError(
+                f"{self.name}: its {extension} is not what was indexed; fetch the shard anew, or index its folder anew"
+            )
+        return data
 
     @property
     def images(self) -> tuple[str, ...]:
