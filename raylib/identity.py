@@ -156,6 +156,9 @@ def settle(run: Path, files: Iterable[DataFile], verify: bool = False) -> list[s
                         f"another name= to begin a run with what is there now")  # fmt: skip
     if stored["code"] and code not in stored["code"]:
         notes.append(f"note: this run began with code {stored['code'][0]} and goes on with {code}")
+    if unknown := [path for path, old in stored["data"].items() if verify and path in data and not old["sha256"]]:
+        notes.append(f"note: the content of {len(unknown)} files, such as {unknown[0]}, was not hashed when this run began; it is "
+                     "from now on")  # fmt: skip
     codes = stored["code"] if code in stored["code"] else [*stored["code"], code]
     moved = match_moved(stored["data"], data)
     kept = {path: entry for path, entry in stored["data"].items() if path not in moved}

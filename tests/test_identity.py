@@ -139,6 +139,17 @@ def test_identity_of_a_remote_manifest_is_its_address(run, corpus, tmp_path):
         settle(run, files("three"))
 
 
+def test_identity_verify_says_what_it_cannot_compare(run, tmp_path):
+    store = write(tmp_path / "images.tar", b"a" * 10, 1)
+    settle(run, [DataFile(store, large=True)])
+    (note,) = settle(run, [DataFile(store, large=True)], verify=True)
+    assert "the content of 1 files" in note and str(store) in note
+    assert settle(run, [DataFile(store, large=True)], verify=True) == []
+    write(store, b"b" * 10, 1)
+    with pytest.raises(UserError, match="images.tar .other content"):
+        settle(run, [DataFile(store, large=True)], verify=True)
+
+
 def test_identity_verify_compares_with_the_manifest_too(run, tmp_path):
     shard = write(tmp_path / "shard.tar", b"a" * 100, 1)
     with pytest.raises(UserError, match="SHA-256 is not its manifest's"):
