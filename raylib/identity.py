@@ -122,8 +122,9 @@ def came_or_went(before: Mapping[str, dict], now: Mapping[str, dict], same_code:
     gone = [path for path in before if path not in now and path not in moved]
     found = [f"{path} (missing)" for path in gone if not Path(path).exists()]
     if same_code:
+        elsewhere = set(moved.values())
         found += [f"{path} (not read any more)" for path in gone if Path(path).exists()]
-        found += [f"{path} (not read before)" for path in now if path not in before and path not in moved.values()]
+        found += [f"{path} (not read before)" for path in now if path not in before and path not in elsewhere]
     return found
 
 
@@ -157,8 +158,8 @@ def settle(run: Path, files: Iterable[DataFile], verify: bool = False) -> list[s
     if stored["code"] and code not in stored["code"]:
         notes.append(f"note: this run began with code {stored['code'][0]} and goes on with {code}")
     if unknown := [path for path, old in stored["data"].items() if verify and path in data and not old["sha256"]]:
-        notes.append(f"note: the content of {len(unknown)} files, such as {unknown[0]}, was not hashed when this run began; it is "
-                     "from now on")  # fmt: skip
+        notes.append(f"note: the content of {len(unknown)} files, such as {unknown[0]}, was not hashed when this run began, and "
+                     "is from now on")  # fmt: skip
     codes = stored["code"] if code in stored["code"] else [*stored["code"], code]
     moved = match_moved(stored["data"], data)
     kept = {path: entry for path, entry in stored["data"].items() if path not in moved}
