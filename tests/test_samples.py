@@ -137,6 +137,7 @@ CAPTIONS = [
     ({"json": b'{"captions": {"en": "a dog", "de": ""}}'}, ["a dog"]),
     ({"json": b'{"captions": {"de": ["ein Hund"], "en": ["a dog", "an animal"]}}'}, ["a dog", "an animal"]),
     ({"json": b'{"text": "a dog", "caption": null}'}, ["a dog"]),
+    ({"json": b'{"captions": {"en": "a dog", "de": null}}'}, ["a dog"]),
     ({"json": b'{"text": {"en": "a dog"}}'}, ["a dog"]),
     (
         {"json": '\ufeff{"caption": "a\\ndog"}'.encode(), "txt": b"a\ndog"},

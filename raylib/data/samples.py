@@ -71,14 +71,14 @@ def has_captions(extensions: Iterable[str]) -> bool:
 
 def parse_captions(record: Any, language: str | None) -> dict[str, Any]:
     """{language: string or list} of a JSON record, not cleaned yet; {} if it has no captions. `language` (None:
-    unknown) is that of captions which do not say theirs."""
+    unknown) is that of captions which do not say theirs. A language whose captions are null has none."""
     value = (
         next((v for v in map(record.get, FIELDS) if v is not None), None)
         if isinstance(record, dict)
         else None
     )
     if isinstance(value, dict) or value is None:
-        return value or {}
+        return {code: captions for code, captions in (value or {}).items() if captions is not None}
     if language is None:
         raise BadCaption("captions that do not say their language")
     return {language: value}

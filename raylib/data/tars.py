@@ -55,9 +55,8 @@ class TarScan:
         self.skipped, self.notes = Counter(), Counter()
         self.files: dict[str, Place] = {}
         self._symlinks: dict[str, str] = {}
-        self._links: list[
-            tuple[str, str, str]
-        ] = []  # symbolic ones that stand for a member: name, key, extension
+        # symbolic ones that stand for a member: name, key, extension
+        self._links: list[tuple[str, str, str]] = []
         self._key, self._apart = None, set()
         self._sha256, self._hashed = hashlib.sha256(), 0
         with open(path, "rb") as self._file:
