@@ -353,5 +353,5 @@ def test_a_run_evaluated_on_other_data_says_so_and_has_its_hash(finetune, scenes
             changed.write(content)
         assert finetune_main(["evaluate", str(result.parent)]) == 0
         out = capsys.readouterr().out
-        assert ("other data than the run began with" in out and "few_shot/ru/test.json (other content)" in out) is not same
+        assert ("evaluates on other data than the run began with" in out and "few_shot/ru/test.json (other content)" in out) is not same
         assert (json.loads(result.read_text())["data_sha256"] == before) is same
