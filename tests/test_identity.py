@@ -353,5 +353,6 @@ def test_a_run_evaluated_on_other_data_says_so_and_has_its_hash(finetune, scenes
             changed.write(content)
         assert finetune_main(["evaluate", str(result.parent)]) == 0
         out = capsys.readouterr().out
-        assert ("evaluates on other data than the run began with" in out and "few_shot/ru/test.json (other content)" in out) is not same
+        line = [part for part in out.splitlines() if "evaluates on other data than the run began with" in part]
+        assert ["few_shot/ru/test.json (other content)" in part for part in line] == ([] if same else [True])
         assert (json.loads(result.read_text())["data_sha256"] == before) is same
