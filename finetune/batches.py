@@ -12,11 +12,10 @@ import torch
 from torch.utils.data import Dataset
 
 from finetune.examples import Captioned, Example
-from finetune.pictures import Pictures
-from raylib.encoding import nfc
+from finetune.pictures import Encoded, Pictures, Pixels
 from raylib.errors import UserError
 from raylib.ragged import Ragged, Sentences
-from raylib.randomness import permutation, string_key, uniform
+from raylib.randomness import permutation, uniform
 from raylib.text import Tokenizer, add_specials, text_ids
 
 # change(example, seed, epoch, id): a training example as methods show it (`finetune.strategies`)
@@ -168,7 +167,7 @@ class CaptionBatches(_Epochs):
     {"step", "samples", "image_text": {"index", "images" or "states", "image_id", "text", "draws", "pivot" if any}}."""
 
     def __init__(
-        self, examples: Sequence[Captioned], pictures: Pictures, tokenizer: Tokenizer, length: int, batch: int, seed: int,
+        self, examples: Sequence[Captioned], pictures: Pixels | Encoded, tokenizer: Tokenizer, length: int, batch: int, seed: int,
         rank: int = 0, world: int = 1, change: Change | None = None, keep_last: bool = False,
     ):  # fmt: skip
         pairs = [Captioned(e.image, (caption,)) for e in examples for caption in e.captions]
@@ -187,8 +186,8 @@ class CaptionBatches(_Epochs):
         part = {
             "index": torch.from_numpy(index),
             **seen,
-            # an id names one image of the store (it refuses others), in whichever normal form
-            "image_id": torch.tensor([string_key(nfc(name)) for name in names]),
+            # annotations may name one image in several ways: 42.jpg, COCO_val2014_000000000042
+            "image_id": torch.tensor([self.pictures.store.identity(name) for name in names]),
             "text": _unmasked([c.captions[0] for c in chosen], self.tokenizer, self.length),
             "draws": torch.from_numpy((np.floor(negatives * 2**24) * 2**-24).astype(np.float32)),
         }

@@ -94,7 +94,7 @@ def evaluate(
             remove_states(scratch)  # what a killed evaluation has left is another model's
             stack.callback(remove_states, scratch)
             names = (name for examples in sets.values() for example in examples for name in example.images)
-            pictures = Encoded(encode_pictures(model.backbone, pictures, names, scratch, bf16))
+            pictures = Encoded(encode_pictures(model.backbone, pictures, names, scratch, bf16), pictures.store)
         results = {}
         for language, examples in sets.items():
             out = folder / f"{language}.jsonl"

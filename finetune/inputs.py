@@ -3,18 +3,18 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune.build import needs_pictures
+from finetune.build import needs_pictures, tokenizer_of
 from finetune.config import FinetuneConfig
 from finetune.data import Reading, find_task, images_of, languages_of, read_split, wordnet_of
-from finetune.model import find_evaluated, is_foreign
+from finetune.model import weights_of
 from finetune.overlap import sets_of
 from finetune.strategies import chosen
 from raylib.identity import DataFile
 
 
 def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> list[DataFile]:
-    """Return the annotation files, answers, dictionaries, vectors and weights that a run of these parts reads, and its images or
-    region features, which are too large to be hashed at a first start."""
+    """Return the annotation files, answers, dictionaries, vectors, weights and tokenizer that a run of these parts reads, and its
+    images or region features, which are too large to be hashed at a first start."""
     task, data = find_task(config), Path(config.data)
     files = [file for used in sets_of(parts) for file in _files_of(used.reading)]
     files += [file for file in (data / name for name in task.answers) if file.is_file()][:1]  # the first that is there is read
@@ -23,7 +23,7 @@ def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]
     for method in chosen(config.strategies).values():
         files += method.files(data)
     files += _translations(config)
-    files.append(_weights(Path(config.model)))
+    files += [weights_of(config.model), tokenizer_of(config)]
     files += [Path(config.vision)] if config.vision else []
     large = []
     if needs_pictures(config):
@@ -48,8 +48,3 @@ def _translations(config: FinetuneConfig) -> list[Path]:
     if not config.strategies.alignment:
         return []
     return [read_split(config, name, code).path for name in splits for code in languages_of(config) if code != "en"]
-
-
-def _weights(model: Path) -> Path:
-    """What is read of a model: its file of weights alone, where it is ours, for a run's folder goes on changing."""
-    return model if is_foreign(model) else find_evaluated(model) / "model.safetensors"

@@ -242,6 +242,12 @@ def find_evaluated(path: Path | str) -> Path:
     return find_model(path)
 
 
+def weights_of(path: Path | str) -> Path:
+    """What is read of the model at `path`: the file of weights alone, where it is ours, for a run's folder goes on changing."""
+    path = Path(path)
+    return path if is_foreign(path) else find_evaluated(path) / "model.safetensors"
+
+
 def read_description(folder: Path) -> dict:
     """A model folder's config.json."""
     try:

@@ -40,13 +40,13 @@ class Pixels:
 
 
 class Encoded:
-    """States of pictures that a frozen image encoder has made before."""
+    """States of pictures of a store that a frozen image encoder has made before."""
 
     draws = 0
     tagged = False
 
-    def __init__(self, states: States):
-        self.states = states
+    def __init__(self, states: States, store: PictureStore):
+        self.states, self.store = states, store
 
     def read(self, names: Sequence[str], draws: None = None) -> dict[str, Ragged]:
         """{"states": n rows (T, d)}."""

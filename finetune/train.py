@@ -185,6 +185,9 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     then = stored.get("split", now)
     print(f"evaluates '{config.name}' on the {now} split, such as {read_split(config, config.split, _english(config)).path}"
           + (f"; its result was of what was then called '{then}'" if then != now else ""))  # fmt: skip
+    data, different = identity.compare(folder, files_of(config), config.verify)
+    if different:
+        print(f"note: evaluates on other data than the run began with: {', '.join(different)}", flush=True)
     for part, _ in _parts(config):
         run = run_folder(part) if part is not config else folder
         part = after_distillation(part)
@@ -197,7 +200,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         if done.is_file():
             before = json.loads(done.read_text(encoding="utf-8"))
         results.append({**before, **evaluated(part, model, tokenizer, pictures, run)})
-    result = {**stored, **report.summarise(config, results)}
+    result = {**stored, **report.summarise(config, results), "data_sha256": identity.hash_of(data)}
     result.pop("dev", None)  # of a search's run, which is tested now
     report.write(folder, result)
     return result

@@ -200,7 +200,8 @@ def encoded(config: FinetuneConfig, model, pictures: Pictures | None, items: lis
     backbone = backbone_of(model)
     bf16 = config.fit.uses_bf16(next(backbone.parameters()).device)
     facts = (pictures.size, str(pictures.store.path), names, bf16)
-    return Encoded(encode_pictures(backbone, pictures, names, run / "encoded" / fingerprint(backbone.vision, *facts), bf16))
+    folder = run / "encoded" / fingerprint(backbone.vision, *facts)
+    return Encoded(encode_pictures(backbone, pictures, names, folder, bf16), pictures.store)
 
 
 def evaluate_model(config: FinetuneConfig, model, tokenizer: Tokenizer, pictures, run: Path) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,9 @@
 
 A start compares what is there with what was recorded. Sizes and times come first, for they cost nothing; where a time differs
 and the size does not (a copy, a fresh checkout), the content is hashed and decides. `verify` hashes everything at every start.
-Data that changed is refused: a run that goes on with other data is no run of either. Code that changed is told.
+Data that changed is refused: a run that goes on with other data is no run of either. So is a file that came or went, where the
+code that reads them is the same: an optional one (a WordNet, a list of answers) changes what a run trains. A file that lies
+elsewhere now (a relative path, read from another folder) is the same if its name and content are. Code that changed is told.
 """
 
 import hashlib
@@ -27,12 +29,19 @@ class DataFile(NamedTuple):
     """A file, or a folder of files, that a run reads.
 
     sha256: of its content, where something else knows it (a shard's manifest). large: too large to be hashed at a first start
-    (shards, image archives, feature stores): its size and time are its identity, unless `verify` is asked for.
+    (shards, image archives, feature stores): its size and time are its identity, unless `verify` is asked for. address: of what
+    was fetched, whose path is a place in a cache.
     """
 
     path: Path
     sha256: str | None = None
     large: bool = False
+    address: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name by which starts are compared."""
+        return self.address or str(self.path.absolute())
 
 
 def record(files: Iterable[DataFile], before: Mapping[str, dict], verify: bool = False) -> dict[str, dict[str, Any]]:
@@ -44,7 +53,7 @@ def record(files: Iterable[DataFile], before: Mapping[str, dict], verify: bool =
     """
     entries = {}
     for file in files:
-        path = _key(file.path)
+        path = file.name
         if not file.path.exists():
             raise UserError(f"{path}: this file of the run's data is missing; restore it")
         names_sizes_times = stamp(file.path)[1:]
@@ -61,13 +70,6 @@ def record(files: Iterable[DataFile], before: Mapping[str, dict], verify: bool =
             raise UserError(f"{path}: its SHA-256 is not its manifest's; fetch it anew, or index the folder anew")
         entries[path] = entry | {"sha256": sha256}
     return entries
-
-
-def _key(path: Path) -> str:
-    """Return what a record calls `path`: below the working directory as it is seen from there, since a job's is another copy at
-    each submission, and the same settings may be started elsewhere, on other data."""
-    path = path.absolute()
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def content_hash(path: Path) -> str:
@@ -96,6 +98,50 @@ def changed(before: Mapping[str, dict], now: Mapping[str, dict]) -> list[str]:
     return found
 
 
+def match_moved(before: Mapping[str, dict], now: Mapping[str, dict]) -> dict[str, str]:
+    """{old path: new path} of files that lie elsewhere now, with the same name and content (of large ones, size)."""
+    new: dict[str, list[str]] = {}  # by base name: thousands of shards may have moved
+    for path in now:
+        if path not in before:
+            new.setdefault(Path(path).name, []).append(path)
+    moved = {}
+    for path, old in before.items():
+        if path in now:
+            continue
+        others = new.get(Path(path).name, [])
+        same = (other for other in others if not changed({path: old}, {path: now[other] | {"stamp": old["stamp"]}}))
+        if other := next(same, None):
+            moved[path] = other
+            others.remove(other)
+    return moved
+
+
+def came_or_went(before: Mapping[str, dict], now: Mapping[str, dict], same_code: bool) -> list[str]:
+    """Which files only one of both records has, in words. Other code may read others, but not miss what is gone."""
+    moved = match_moved(before, now)
+    gone = [path for path in before if path not in now and path not in moved]
+    found = [f"{path} (missing)" for path in gone if not Path(path).exists()]
+    if same_code:
+        elsewhere = set(moved.values())
+        found += [f"{path} (not read any more)" for path in gone if Path(path).exists()]
+        found += [f"{path} (not read before)" for path in now if path not in before and path not in elsewhere]
+    return found
+
+
+def compare(run: Path, files: Iterable[DataFile], verify: bool = False) -> tuple[dict[str, dict], list[str]]:
+    """(`record` of the files as they are now, which of them are not what `run` began with, in words).
+
+    Raises:
+        UserError: see `record`.
+    """
+    stored = read(run)
+    before, data = stored["data"], record(files, stored["data"], verify)
+    different = changed(before, data)
+    if before:  # a run of before there were records has none
+        different += came_or_went(before, data, same_code=stored["code"][-1:] == [code_version()])
+    return data, different
+
+
 def settle(run: Path, files: Iterable[DataFile], verify: bool = False) -> list[str]:
     """Record the data and the code that `run` goes on with, after comparing both with what it began with. Returns what people
     should be told.
@@ -103,17 +149,21 @@ def settle(run: Path, files: Iterable[DataFile], verify: bool = False) -> list[s
     Raises:
         UserError: data changed (the first files are named); see `record`.
     """
-    stored = read(run)
-    data = record(files, stored["data"], verify)
-    if different := changed(stored["data"], data):
+    stored, code, notes = read(run), code_version(), []
+    data, different = compare(run, files, verify)
+    if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise UserError(f"{run}: the data changed since this run began: {', '.join(different[:3])}{more}; restore it, or give "
                         f"another name= to begin a run with what is there now")  # fmt: skip
-    code, notes = code_version(), []
     if stored["code"] and code not in stored["code"]:
         notes.append(f"note: this run began with code {stored['code'][0]} and goes on with {code}")
+    if unknown := [path for path, old in stored["data"].items() if verify and path in data and not old["sha256"]]:
+        notes.append(f"note: the content of {len(unknown)} files, such as {unknown[0]}, was not hashed when this run began, and "
+                     "is from now on")  # fmt: skip
     codes = stored["code"] if code in stored["code"] else [*stored["code"], code]
-    write_atomically(run / FILE, json.dumps({"code": codes, "data": {**stored["data"], **data}}, indent=1) + "\n")
+    moved = match_moved(stored["data"], data)
+    kept = {path: entry for path, entry in stored["data"].items() if path not in moved}
+    write_atomically(run / FILE, json.dumps({"code": codes, "data": {**kept, **data}}, indent=1) + "\n")
     return notes
 
 
@@ -129,8 +179,12 @@ def read(run: Path) -> dict[str, Any]:
 
 
 def data_hash(run: Path) -> str | None:
-    """One hash over the data of a run: the same on another machine, for it holds base names and contents (of large files,
-    sizes). None: nothing was recorded."""
-    data = read(run)["data"]
+    """One hash over the data of a run, see `hash_of`. None: nothing was recorded."""
+    return hash_of(read(run)["data"])
+
+
+def hash_of(data: Mapping[str, dict]) -> str | None:
+    """One hash over a record: the same on another machine, for it holds base names and contents (of large files, sizes). None:
+    of an empty one."""
     parts = sorted(f"{Path(path).name} {entry['sha256'] or entry['bytes']}" for path, entry in data.items())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else None

@@ -43,6 +43,7 @@ class LaunchConfig(Config):
 CHANGEABLE = ("runs", "runtime", "workers", "gpu", "max_failures", "resume", "fit.stop_after", "fit.log_every", "fit.eval_every",
               "fit.save_every", "fit.keep", "fit.loader_workers", "fit.track", "fit.zero", "fit.max_skipped", "data.cache",
               "data.verify", "verify")  # fmt: skip
+VERIFY = {"data.verify", "verify"}  # of these, those that ask for the content of all data: pretraining's, fine-tuning's
 
 
 def run_folder(config: LaunchConfig) -> Path:

@@ -5,6 +5,7 @@
 """
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -44,6 +45,7 @@ def stamp(path: str | Path) -> tuple:
     """What tells a file, or a folder of files, from what it was before: names, sizes and times of change."""
     path = Path(path).absolute()
     files = [path] if path.exists() else []
-    if path.is_dir():  # whoever reads an LMDB writes its lock.mdb
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.name != "lock.mdb")
+    if path.is_dir():  # readers follow links to folders, which `rglob` does not; whoever reads an LMDB writes its lock.mdb
+        below = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+        files = sorted(p for p in below if p.is_file() and p.name != "lock.mdb")
     return str(path), *((str(f.relative_to(path)), (s := f.stat()).st_size, s.st_mtime_ns) for f in files)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -269,7 +270,7 @@ def test_predictions_are_those_of_the_model_one_by_one(scenes, tmp_path):
 def test_encoded_pictures_equal_pictures(scenes, tmp_path):
     model, tokenizer, examples = small_model(), Tokenizer.load(TOKENIZER), questions(scenes)
     names = [e.images[0] for e in examples]
-    states = Encoded(encode_pictures(model.backbone, pixels(scenes), names, tmp_path / "states"))
+    states = Encoded(encode_pictures(model.backbone, pixels(scenes), names, tmp_path / "states"), pixels(scenes).store)
     both = (pixels(scenes), states)
     batches = [ExampleBatches(examples, model.labels, p, tokenizer, 40, False, 8, 0)[3]["examples"] for p in both]
     assert batches[0]["text"].values.equal(batches[1]["text"].values) and batches[0]["answer"].equal(batches[1]["answer"])
@@ -296,6 +297,24 @@ def test_caption_batches_pair_a_picture_with_each_caption(scenes):
     part = batches[0]["image_text"]
     assert batches.steps == 1 and part["images"].shape == (8, 16, 16, 3)
     assert len(part["image_id"].unique()) == 4 and len(part["text"].text_id.unique()) == 8
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_caption_batches_tell_images_apart_by_their_bytes(tmp_path, encoded):
+    """One image has several ids, or lies in several files; in two folders are different ones of one name."""
+    files = {"val2014/COCO_val2014_000000000042.png": 1, "copy.png": 1, "a/7.png": 2, "b/7.png": 3}
+    for name, shade in files.items():
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(tmp_path / "p" / name), np.full((16, 16, 3), shade, np.uint8))
+    names = ["COCO_val2014_000000000042.png", "000000000042", "images/000000000042.png", "copy", "a/7", "a/7.png", "b/7.png"]
+    pictures = Pixels(open_pictures(tmp_path / "p"), 16)
+    if encoded:
+        pictures = Encoded(encode_pictures(retriever(), pictures, names, tmp_path / "states"), pictures.store)
+    items = [Captioned(name, (f"caption {i}",)) for i, name in enumerate(names)]
+    batches = CaptionBatches(items, pictures, Tokenizer.load(TOKENIZER), 40, len(items), 0)
+    order = batches.places(0)[2].tolist()
+    ids = [batches[0]["image_text"]["image_id"].tolist()[order.index(i)] for i in range(len(names))]
+    assert ids[:4] == ids[:1] * 4 and ids[4:6] == ids[4:5] * 2 and len(set(ids)) == 3
 
 
 def test_unknown_answers_are_counted_and_lines_of_one_picture_merged():

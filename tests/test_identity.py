@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from finetune.__main__ import main as finetune_main
 from pretrain.train import run as run_pretraining
 from raylib import identity, provenance
+from raylib.data.source import Source
 from raylib.errors import UserError
 from raylib.identity import DataFile, changed, data_hash, record, settle
 from raylib.launch import config_hash, run_folder
@@ -78,21 +80,81 @@ def test_identity_large_files_are_not_read_but_their_size_and_time_count(run, tm
         settle(run, [DataFile(store, large=True)])
 
 
+def test_identity_files_behind_a_link_to_a_folder_count(run, tmp_path):
+    image = write(tmp_path / "disk/train/1.jpg", b"a", 1)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/train").symlink_to(tmp_path / "disk/train")
+    settle(run, [DataFile(tmp_path / "images", large=True)])
+    write(image, b"bb", 2)
+    with pytest.raises(UserError, match="images .2 bytes, 1 before"):
+        settle(run, [DataFile(tmp_path / "images", large=True)])
+
+
+def test_identity_files_that_came_or_went_are_refused(run, tmp_path, monkeypatch):
+    """An optional file, such as a list of answers, of which the first that is there is read."""
+    first, second = (write(tmp_path / name, b"x", 1) for name in ("first.json", "second.json"))
+    settle(run, [DataFile(first)])
+    with pytest.raises(UserError, match="first.json .not read any more., .*second.json .not read before"):
+        settle(run, [DataFile(second)])
+    with pytest.raises(UserError, match="began: .*second.json .not read before"):
+        settle(run, [DataFile(first), DataFile(second)])
+    first.unlink()
+    with pytest.raises(UserError, match="first.json .missing"):
+        settle(run, [])
+    first.write_bytes(b"x")
+    monkeypatch.setattr(identity, "code_version", lambda: "0123 source 4567")  # which reads other files
+    assert len(settle(run, [DataFile(second)])) == 1
+    assert len(json.loads((run / identity.FILE).read_text())["data"]) == 2
+
+
+def test_identity_of_files_that_moved_is_name_and_content(run, tmp_path, monkeypatch):
+    """A relative path, read from another folder: the content decides, of large files the size."""
+    for folder, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        for name in ("train.json", "images.tar"):
+            write(tmp_path / folder / "data" / name, content)
+    files = [DataFile(Path("data/train.json")), DataFile(Path("data/images.tar"), large=True)]
+    monkeypatch.chdir(tmp_path / "a")
+    settle(run, files)
+    before = data_hash(run)
+    monkeypatch.chdir(tmp_path / "b")
+    assert settle(run, files) == [] and data_hash(run) == before
+    monkeypatch.chdir(tmp_path / "c")
+    with pytest.raises(UserError, match="b/data/train.json .not read any more., .*c/data/train.json .not read before"):
+        settle(run, files)
+
+
+def test_identity_of_a_remote_manifest_is_its_address(run, corpus, tmp_path):
+    shutil.copytree(corpus / "image_text", tmp_path / "source")
+    manifest = tmp_path / "source/manifest.json"
+
+    def files(cache):
+        return Source(f"file://{tmp_path}/source", cache=tmp_path / cache).files()
+
+    settle(run, files("one"))
+    assert settle(run, files("two")) == []
+    values = json.loads(manifest.read_text())
+    values["shards"].pop()
+    manifest.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="file://.*/source/manifest.json .other content"):
+        settle(run, files("three"))
+
+
+def test_identity_verify_says_what_it_cannot_compare(run, tmp_path):
+    store = write(tmp_path / "images.tar", b"a" * 10, 1)
+    settle(run, [DataFile(store, large=True)])
+    (note,) = settle(run, [DataFile(store, large=True)], verify=True)
+    assert "the content of 1 files" in note and str(store) in note
+    assert settle(run, [DataFile(store, large=True)], verify=True) == []
+    write(store, b"b" * 10, 1)
+    with pytest.raises(UserError, match="images.tar .other content"):
+        settle(run, [DataFile(store, large=True)], verify=True)
+
+
 def test_identity_verify_compares_with_the_manifest_too(run, tmp_path):
     shard = write(tmp_path / "shard.tar", b"a" * 100, 1)
     with pytest.raises(UserError, match="SHA-256 is not its manifest's"):
         settle(run, [DataFile(shard, sha256="0" * 64, large=True)], verify=True)
     settle(run, [DataFile(shard, sha256=identity.content_hash(shard), large=True)], verify=True)
-
-
-def test_identity_relative_data_of_another_working_directory_is_compared(run, tmp_path, monkeypatch):
-    for place, content in (("a", b"one"), ("b", b"two")):
-        write(tmp_path / place / "data/train.json", content, 1)
-    monkeypatch.chdir(tmp_path / "a")
-    settle(run, [DataFile(Path("data/train.json"))])
-    monkeypatch.chdir(tmp_path / "b")
-    with pytest.raises(UserError, match="data changed since this run began: data/train.json"):
-        settle(run, [DataFile(Path("data/train.json"))], verify=True)
 
 
 def test_identity_a_missing_file_and_a_damaged_record_are_one_line(run, tmp_path):
@@ -119,8 +181,9 @@ def test_data_hash_is_the_same_in_another_folder_and_for_other_times(tmp_path):
         settle(run, [DataFile(settle_file)])
         hashes.append(data_hash(run))
     assert hashes[0] == hashes[1] and len(hashes[0]) == 64
-    settle(run, [DataFile(write(run / "data/test.json", b"[1]"))])
-    assert data_hash(run) != hashes[0]
+    (tmp_path / "c").mkdir()
+    settle(tmp_path / "c", [DataFile(write(tmp_path / "c/data" / name, b"[]", 1)) for name in ("train.json", "test.json")])
+    assert data_hash(tmp_path / "c") not in hashes
     assert data_hash(tmp_path) is None
 
 
@@ -244,3 +307,52 @@ def test_fine_tuning_result_says_what_made_it(finetune, tmp_path):
     assert result["data_sha256"] == data_hash(folder) and len(result["config_sha256"]) == 64
     assert result["peak_memory_gb"] > 0 and result["samples_per_second"] > 0 and result["evaluated_per_second"] > 0
     assert result["items_skipped"] == {"train": 0, "en": 0, "ru": 0} and result["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize(("settings", "file"), [
+    ((), "tokenizer.model"),
+    ((), "model.safetensors"),
+    (("strategies.distillation.teacher={copy}", 'strategies.distillation.tokens=["cls"]', "select=last"), "model.safetensors"),
+    (("wordnet={copy}/wordnet",), "wordnet"),
+])  # fmt: skip
+def test_fine_tuning_with_a_changed_model_teacher_or_wordnet_is_refused(finetune, scenes, model, tmp_path, settings, file):
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    shutil.copytree(scenes / "wordnet", copy / "wordnet")
+    first = [setting.format(copy=copy) for setting in settings] or [f"model={copy}"]
+    code, out = finetune("scenes_xgqa", *first, "fit.stop_after=1")
+    assert code == 0, out
+    changed = copy / file if file != "wordnet" else copy / "wordnet/index.noun"
+    data = bytearray(changed.read_bytes())
+    data[-1] ^= 1
+    changed.write_bytes(data)
+    code, out = finetune("scenes_xgqa", *first)
+    assert code == 2 and "the data changed since this run began" in out and f"{copy / file} (other content)" in out
+
+
+def test_fine_tuning_with_an_optional_file_that_came_or_went_is_refused(finetune, scenes, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    code, _ = finetune("scenes_xgqa", f"data={data}", "fit.stop_after=1")
+    assert code == 0
+    (data / "wordnet").rename(tmp_path / "wordnet")
+    code, out = finetune("scenes_xgqa", f"data={data}")
+    assert code == 2 and f"{data}/wordnet (missing)" in out
+    (tmp_path / "wordnet").rename(data / "wordnet")
+    code, out = finetune("scenes_xgqa", f"data={data}")
+    assert code == 0, out
+
+
+def test_a_run_evaluated_on_other_data_says_so_and_has_its_hash(finetune, scenes, tmp_path, capsys):
+    data, result = tmp_path / "data", tmp_path / "scenes_xgqa/result.json"
+    shutil.copytree(scenes, data)
+    assert finetune("scenes_xgqa", f"data={data}", "epochs=1")[0] == 0
+    before = json.loads(result.read_text())["data_sha256"]
+    for content, same in ((b"", True), (b" \n", False)):
+        with open(data / "xGQA/annotations/few_shot/ru/test.json", "ab") as changed:
+            changed.write(content)
+        assert finetune_main(["evaluate", str(result.parent)]) == 0
+        out = capsys.readouterr().out
+        line = [part for part in out.splitlines() if "evaluates on other data than the run began with" in part]
+        assert ["few_shot/ru/test.json (other content)" in part for part in line] == ([] if same else [True])
+        assert (json.loads(result.read_text())["data_sha256"] == before) is same

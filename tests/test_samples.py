@@ -112,6 +112,20 @@ def test_two_drawings_of_one_sample_have_one_identity(tmp_path):
     assert ids == {k, other, alone}
 
 
+def test_a_shard_of_the_same_size_that_was_not_indexed_is_refused(tmp_path):
+    img2dataset(tmp_path, range(4))
+    index_folder(tmp_path, "image_text")
+    size = (tmp_path / "00000.tar").stat().st_size
+    img2dataset(tmp_path, range(4, 8))
+    assert (tmp_path / "00000.tar").stat().st_size == size
+    with pytest.raises(UserError, match="00000.tar: sample 0+[0-3]: its jpg is not what was indexed; fetch the shard anew"):
+        read_batch(tmp_path)
+    with pytest.raises(UserError, match="is not what was indexed"):
+        list(read_retrieval(tmp_path))
+    index_folder(tmp_path, "image_text")
+    assert len(set(read_batch(tmp_path)["image_id"].tolist())) == 4
+
+
 CAPTIONS = [
     ({"txt": b"a dog"}, ["a dog"]),
     ({"txt": "\ufeffa dog\r\n".encode()}, ["a dog"]),
@@ -123,6 +137,7 @@ CAPTIONS = [
     ({"json": b'{"captions": {"en": "a dog", "de": ""}}'}, ["a dog"]),
     ({"json": b'{"captions": {"de": ["ein Hund"], "en": ["a dog", "an animal"]}}'}, ["a dog", "an animal"]),
     ({"json": b'{"text": "a dog", "caption": null}'}, ["a dog"]),
+    ({"json": b'{"captions": {"en": "a dog", "de": null}}'}, ["a dog"]),
     ({"json": b'{"text": {"en": "a dog"}}'}, ["a dog"]),
     (
         {"json": '\ufeff{"caption": "a\\ndog"}'.encode(), "txt": b"a\ndog"},
@@ -208,7 +223,7 @@ def test_images_are_those_that_nobody_has_to_ask_for_or_those_asked_for(tmp_path
     [
         (("jpg", "png"), None, "sample k has several images, jpg, png; .*--images jpg"),
         (("jpg", "input.jpg"), None, "several images"),
-        (("a.png", "b.png"), None, "no member is plainly the image; .*--images a.png b.png"),
+        (("a.png", "b.png"), None, r"no member is plainly the image; .*--images a.png b.png \(a key ends at the first dot"),
         (("jpg",), ["png"], "no member ends in .png; there are: jpg, txt"),
     ],
 )

@@ -104,6 +104,21 @@ def test_a_search_does_not_go_on_with_other_data(search, scenes, tmp_path):
         search(LR, "trials=1", "stop=none", **first)
 
 
+def test_a_search_with_verify_compares_the_content_of_its_data(search, scenes, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    first = {"recipe": (f"data={data}", "epochs=1")}
+    folder = search(LR, "trials=1", "stop=none", **first)
+    (folder / "report.md").unlink()
+    dev = data / "XVNLI/annotations/en/dev.jsonl"
+    time, content = dev.stat().st_mtime_ns, dev.read_text(encoding="utf-8")
+    dev.write_text(content.replace("A picture", "a picture", 1), encoding="utf-8")
+    assert len(dev.read_bytes()) == len(content.encode()) and dev.read_text(encoding="utf-8") != content
+    os.utime(dev, ns=(time, time))  # as a copy with kept times
+    with pytest.raises(UserError, match="XVNLI/annotations/en/dev.jsonl .other content"):
+        search(LR, "trials=1", "stop=none", recipe=(*first["recipe"], "verify=true"))
+
+
 class Deadly(Finetuning):
     """At one learning rate the process dies: always, or the first time."""
 

@@ -219,6 +219,17 @@ def test_a_header_of_zeros_is_damage(tmp_path):
         TarScan(path)
 
 
+def test_what_is_called_a_tar_and_is_no_file_is_refused(tmp_path):
+    path = tmp_path / "0.tar"
+    path.symlink_to("nowhere")
+    with pytest.raises(UserError, match="0.tar: no file, but a folder, or a link to nothing"):
+        index_folder(tmp_path, "image_text")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="0.tar: no file"):
+        index_folder(tmp_path, "image_text")
+
+
 def test_one_pass_hashes_the_file_and_its_images(folder, tmp_path):
     path = gnu_tar(folder, tmp_path / "0.tar", "--sort=name", ".")
     entry = index_folder(tmp_path, "image_text")["shards"][0]

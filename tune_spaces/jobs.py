@@ -119,6 +119,9 @@ class Finetuning:
     def files(self, config: FinetuneConfig) -> list[DataFile]:
         return files_of(config)
 
+    def verifies(self, config: FinetuneConfig) -> bool:
+        return config.verify
+
     def run(self, config: FinetuneConfig, reporter: Reporter) -> dict[str, float]:
         return self._scores(config, finetune(config, reporter)["dev"])
 
@@ -200,6 +203,9 @@ class Pretraining:
     def files(self, config: PretrainConfig) -> list[DataFile]:
         data = resolve_data(config)
         return files_of_pretraining(data, StepBatches(data, config.model.image_size, config.fit.seed))
+
+    def verifies(self, config: PretrainConfig) -> bool:
+        return config.data.verify
 
     def run(self, config: PretrainConfig, reporter: Reporter) -> dict[str, float]:
         pretrain(config, reporter)

@@ -11,6 +11,7 @@ from raylib.data.images import decode
 from raylib.data.tars import TarScan
 from raylib.encoding import nfc
 from raylib.errors import UserError
+from raylib.randomness import string_key
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # what MSCOCO's names of 2014 have before the number that they share with those of 2017
@@ -29,6 +30,7 @@ class PictureStore:
         """places: {id without folder and ending: where pictures of this name are}."""
         self.path, self.places = path, places
         self._opened: tuple[int, int] | None = None  # (process, descriptor) of the tar
+        self._identities: dict[str, int] = {}
 
     def has(self, name: str) -> bool:
         """Whether there is a picture of this id."""
@@ -40,14 +42,26 @@ class PictureStore:
         Raises:
             UserError: no such id, or several (they are named); a file that does not decode.
         """
+        return decode(self._bytes(name), f"{self.path}, {name}")
+
+    def identity(self, name: str) -> int:
+        """63-bit hash of the encoded bytes, as of a sample in shards: one image may have several ids, and lie in several files.
+
+        Raises:
+            UserError: no such id, or several.
+        """
+        if name not in self._identities:
+            self._identities[name] = string_key(self._bytes(name))
+        return self._identities[name]
+
+    def _bytes(self, name: str) -> bytes:
         there = self._find(name)
         if not there:
             raise UserError(f"{self.path}: no picture '{name}'; check images=")
         if len(there) > 1:
             raise UserError(f"{self.path}: {len(there)} pictures called '{name}': {', '.join(p for p, *_ in there)}; leave one")
         ((_, file, offset, size),) = there
-        data = Path(file).read_bytes() if size < 0 else os.pread(self._tar(file), size, offset)
-        return decode(data, f"{self.path}, {name}")
+        return Path(file).read_bytes() if size < 0 else os.pread(self._tar(file), size, offset)
 
     def _find(self, name: str) -> list[Place]:
         there, folders = self.places.get(stem(name), []), folders_of(name)

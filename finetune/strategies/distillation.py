@@ -12,7 +12,7 @@ from finetune.distillation.alignments import Alignments, read_alignments
 from finetune.distillation.mixing import mix
 from finetune.distillation.teacher import load_teacher
 from finetune.examples import Example
-from finetune.model import tokenizer_at
+from finetune.model import tokenizer_at, weights_of
 from finetune.strategies.base import Context, Strategy
 from raylib.errors import UserError
 from raylib.randomness import Key
@@ -65,7 +65,11 @@ class Distillation(Strategy):
         return self
 
     def files(self, data: Path) -> tuple[Path, ...]:
-        return (Path(self.alignments or data / "alignments"),) if "mixed" in self.tokens else ()
+        weights = [weights_of(self.teacher)] if Path(self.teacher).exists() else []  # `load_teacher` says that it is missing
+        return (*([self._alignments_in(data)] if "mixed" in self.tokens else []), *weights)
+
+    def _alignments_in(self, data: Path) -> Path:
+        return Path(self.alignments or data / "alignments")
 
     def prepare(self, context: Context) -> "Distillation":
         """Read the English text of every training example, and the word alignments.
@@ -91,7 +95,7 @@ class Distillation(Strategy):
         if set(context.training) <= {"en"}:
             raise UserError(f"{WHERE}.tokens: 'mixed' puts English words into texts of another language, and training reads "
                             "English alone; leave it out, or set setting=single_language")  # fmt: skip
-        (folder,) = self.files(context.data)
+        folder = self._alignments_in(context.data)
         both = [Tokenizer.load(path) for path in (context.tokenizer, tokenizer_at(self.teacher))]
         found: Alignments = {}
         for language, examples in context.training.items():

@@ -61,7 +61,8 @@ class Account:
         plain, others = list(filter(is_plain_image, every)), list(filter(is_image, every))
         if not plain and len(others) > 1:
             raise UserError(
-                f"{folder}: no member is plainly the image; say which are, of: --images {_list(others, ' ')}"
+                f"{folder}: no member is plainly the image; say which are, of: --images {_list(others, ' ')} "
+                "(a key ends at the first dot of a name; where keys have dots, write the tars anew)"
             )
         return plain or others
 

@@ -22,6 +22,7 @@ import struct
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from raylib.errors import UserError
 from raylib.randomness import string_key
 
 if TYPE_CHECKING:
@@ -70,14 +71,14 @@ def has_captions(extensions: Iterable[str]) -> bool:
 
 def parse_captions(record: Any, language: str | None) -> dict[str, Any]:
     """{language: string or list} of a JSON record, not cleaned yet; {} if it has no captions. `language` (None:
-    unknown) is that of captions which do not say theirs."""
+    unknown) is that of captions which do not say theirs. A language whose captions are null has none."""
     value = (
         next((v for v in map(record.get, FIELDS) if v is not None), None)
         if isinstance(record, dict)
         else None
     )
     if isinstance(value, dict) or value is None:
-        return value or {}
+        return {code: captions for code, captions in (value or {}).items() if captions is not None}
     if language is None:
         raise BadCaption("captions that do not say their language")
     return {language: value}
@@ -119,8 +120,19 @@ class Sample(NamedTuple):
         return f"{self.shard.path}: sample {self.key}"
 
     def read(self, extension: str) -> bytes:
-        """Content of a member."""
-        return self.shard.pread(*self.members[extension][:2])
+        """Content of a member.
+
+        Raises:
+            UserError: an image whose bytes are not those that were indexed: another shard of the same size took its place.
+        """
+        offset, size, known = self.members[extension]
+        data = self.shard.pread(offset, size)
+        # a hash costs 4 % of decoding, so it is only asked for where times say that the shard may not be the one indexed
+        if self.shard.check and known >= 0 and string_key(data) != known:
+            raise UserError(
+                f"{self.name}: its {extension} is not what was indexed; fetch the shard anew, or index its folder anew"
+            )
+        return data
 
     @property
     def images(self) -> tuple[str, ...]:

@@ -124,7 +124,7 @@ class Source:
         """Return the files that are part of a run's identity: the manifest, and the shards, if they are here and not fetched."""
         manifest = DataFile(fetch(self.base, MANIFEST, self.cache))
         if is_remote(self.base):  # a shard is compared with the manifest when it is fetched
-            return [manifest]
+            return [manifest._replace(address=f"{self.base.rstrip('/')}/{MANIFEST}")]
         shards = (shard for group in self.groups.values() for shard in group)
         return [manifest, *(DataFile(Path(self.base) / s.name, s.sha256, large=True) for s in shards)]
 
@@ -167,13 +167,19 @@ class Source:
         rows = sum(sample[2] for sample in index["samples"])
         if index["bytes"] != entry.bytes or rows != entry.samples:
             raise UserError(f"{path}: {rows} samples, the manifest says {entry.samples}; index the folder anew")
-        shard = self._opened[entry.name] = Shard(path, index, self.kind != "image_text", self.images)
+        shard = self._opened[entry.name] = Shard(path, index, self.kind != "image_text", self.images, _is_younger(path))
         if len(self._opened) > max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):
             self._opened.popitem(last=False)
         return shard
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_opened": OrderedDict()}
+
+
+def _is_younger(path: Path) -> bool:
+    """Return whether a shard was written after its index: by a copy, or because another one of the same size took its place."""
+    index = index_path(path)
+    return index.exists() and path.stat().st_mtime_ns >= index.stat().st_mtime_ns
 
 
 def _read_index(path: Path) -> dict:
@@ -190,11 +196,11 @@ def _read_index(path: Path) -> dict:
 
 
 class Shard:
-    """One open shard; `images`: extensions that are images (`samples`). Offsets are kept in arrays: about 100 bytes a
-    sample."""
+    """One open shard; `images`: extensions that are images (`samples`); `check`: compare each image that is read with the hash in
+    the index. Offsets are kept in arrays: about 100 bytes a sample."""
 
-    def __init__(self, path: Path, index: dict, packed: bool, images: tuple[str, ...] | None = None):
-        self.path, self.images, samples = path, images, index["samples"]
+    def __init__(self, path: Path, index: dict, packed: bool, images: tuple[str, ...] | None = None, check: bool = False):
+        self.path, self.images, self.check, samples = path, images, check, index["samples"]
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the shard
         if packed:
             self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)

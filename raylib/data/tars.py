@@ -43,19 +43,20 @@ class TarScan:
         bytes, sha256: of the file; without `hashes`, the second is "".
 
     Raises:
-        UserError: no uncompressed tar; truncated; damaged; a member that cannot be indexed, or occurs twice.
+        UserError: no file; no uncompressed tar; truncated; damaged; a member that cannot be indexed, or occurs twice.
     """
 
     def __init__(self, path: Path | str, hashes: bool = True):
         self.path, self.hashes = Path(path), hashes
+        if not self.path.is_file():
+            raise UserError(f"{path}: no file, but a folder, or a link to nothing; take it away or give its files")
         self.bytes = self.path.stat().st_size
         self.samples: dict[str, dict[str, Place]] = {}
         self.skipped, self.notes = Counter(), Counter()
         self.files: dict[str, Place] = {}
         self._symlinks: dict[str, str] = {}
-        self._links: list[
-            tuple[str, str, str]
-        ] = []  # symbolic ones that stand for a member: name, key, extension
+        # symbolic ones that stand for a member: name, key, extension
+        self._links: list[tuple[str, str, str]] = []
         self._key, self._apart = None, set()
         self._sha256, self._hashed = hashlib.sha256(), 0
         with open(path, "rb") as self._file:

@@ -122,6 +122,9 @@ class Job(Protocol):
     def files(self, config: LaunchConfig) -> list[DataFile]:
         """Return the files that a trial of this config reads."""
 
+    def verifies(self, config: LaunchConfig) -> bool:
+        """True if the content of these is to be compared at every start."""
+
     def run(self, config: LaunchConfig, reporter: Reporter) -> dict[str, float]:
         """Run it, or go on; the scores of the model that it leaves."""
 

@@ -23,10 +23,10 @@ from ray.tune.search import BasicVariantGenerator
 
 from raylib import identity
 from raylib.checkpoint import write_atomically
-from raylib.config import build, change, dump
+from raylib.config import build, change, dump, without
 from raylib.errors import UserError
 from raylib.finite import finite_values
-from raylib.launch import LaunchConfig, connect
+from raylib.launch import VERIFY, LaunchConfig, connect
 from raylib.tune import finals, report, space
 from raylib.tune.config import Job, SearchConfig, Searching
 from raylib.tune.fit import fitted
@@ -80,7 +80,7 @@ def run(config: SearchConfig, name: str, chosen: space.Space, job: Job, base: La
         folder.mkdir(parents=True, exist_ok=True)
         # trials that are to come would be compared with finished ones on other data
         files = [file for _, values in _telling(chosen) for file in job.files(change(base, values))]
-        for note in identity.settle(folder, dict.fromkeys(files)):
+        for note in identity.settle(folder, dict.fromkeys(files), job.verifies(base)):
             print(note, flush=True)
         write_atomically(folder / "search.json", json.dumps(question, indent=1) + "\n")
         search = Searching(job, chosen.knobs, base, str(folder), config.search == "pbt", Shelf(folder))
@@ -259,7 +259,9 @@ def _compare(folder: Path, question: dict[str, Any], recipe: type[LaunchConfig])
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     before["recipe"] = json.loads(dump(build(recipe, before["recipe"], str(path))))
-    changed = [f"{part}.{key}" for part in question for key in question[part]
-               if before[part].get(key) != question[part][key] and key not in MAY_CHANGE]  # fmt: skip
+    now = question | {"recipe": without(question["recipe"], VERIFY)}
+    before["recipe"] = without(before["recipe"], VERIFY)
+    changed = [f"{part}.{key}" for part in now for key in now[part]
+               if before[part].get(key) != now[part][key] and key not in MAY_CHANGE]  # fmt: skip
     if changed:
         raise UserError(f"{folder} holds a search with other settings ({', '.join(changed)}); give this one another name=")
