@@ -231,6 +231,24 @@ def test_an_update_that_breaks_the_weights_leaves_the_last_good_checkpoints(tmp_
     )  # with a sound rate it goes on from there
 
 
+@pytest.mark.parametrize("save_every", [1, 4])
+@pytest.mark.parametrize("zero", [False, True])
+def test_weights_from_which_no_run_could_go_on_are_not_saved(tmp_path, save_every, zero):
+    """After step 9 weights and loss are finite, but the gradient overflows whatever the batch: every further step is skipped.
+    A checkpoint from within that row would be the only one left, and no lower rate could begin from it."""
+    with pytest.raises(NotFinite) as error:
+        run(tmp_path, {}, rates=broken_at(8, 1e10), keep=1, save_every=save_every, zero=zero, max_skipped=20)
+    assert "the update of step 9 broke the weights: of its own batch, once more, the gradient not finite" in str(error.value)
+    assert checkpoints(tmp_path) == ["step_000008"]
+    sound = run(tmp_path, {}, rates=lambda depth, step: 1.0, keep=1, zero=zero)
+    assert sound["steps"] == 30 and sound["skipped_steps"] == 0
+
+
+def test_the_report_names_a_parameter_whose_gradient_overflows_in_its_norm_alone(tmp_path):
+    with pytest.raises(NotFinite, match="first parameter hit by a norm that overflows model.embedding.weight"):
+        run(tmp_path, {}, rates=broken_at(8, 1e10), max_skipped=3, save_every=0)
+
+
 def test_weights_that_are_not_finite_are_never_registered(tmp_path):
     """A rate so high that the update itself overflows."""
     with pytest.raises(NotFinite, match="step 9: embedding.weight is not finite; .*step_000008"):
