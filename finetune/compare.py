@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from finetune.lineage import described, read_lineage
 from finetune.report import read_result, scores_of
+from raylib import identity
 from raylib.config import near
 from raylib.errors import UserError
 from raylib.intervals import t_interval
@@ -93,7 +94,8 @@ def compare(folders: Sequence[Path], baseline: Path | None = None) -> tuple[list
     baseline: a run whose row is the baseline of its task; where none is given, the first row is.
 
     Returns:
-        (comparisons, lines to tell: runs that repeat others, stored settings that this version has not).
+        (comparisons, lines to tell: runs that repeat others, runs made from other data or by other code than the first
+        one of their task, stored settings that this version has not).
     Raises:
         UserError: a folder is no finished run, or a trial that was never tested; `baseline` is not among
         `folders`.
@@ -118,14 +120,30 @@ def compare(folders: Sequence[Path], baseline: Path | None = None) -> tuple[list
                 chosen = same.folder.resolve()
         else:
             row.runs.append(run)
+    for rows in tasks.values():
+        lines += _made_differently([run for row in rows for run in row.runs])
     return [_comparison(task, rows, chosen) for (task, _), rows in tasks.items()], lines
+
+
+def _made_differently(runs: Sequence[Run]) -> list[str]:
+    """A line for each run of a task that has read other data than the first one by the same paths, or other code.
+    Settings do not tell these apart, and so neither do rows."""
+    lines, first = [], runs[0]
+    data, code = identity.read(first.folder)["data"], first.result.get("code")
+    for run in runs[1:]:
+        if different := identity.changed(data, identity.read(run.folder)["data"]):
+            lines.append(f"{run.folder} and {first.folder} were made from different data: {', '.join(different[:3])}")
+        if None not in (code, other := run.result.get("code")) and code != other:
+            lines.append(f"{run.folder} and {first.folder} were made by different code: {other}, {code}")
+    return lines
 
 
 def _read(folder: Path) -> tuple[Run, tuple[str, ...]]:
     result, lineage = read_result(folder), read_lineage(folder)
     method = result["method"]  # if this version cannot read the settings
     if lineage.config:
-        method = described(lineage.config, result["steps"], result.get("finished", True), folder)
+        finished, skipped = result.get("finished", True), result.get("skipped_steps", 0)
+        method = described(lineage.config, result["steps"], finished, folder, skipped)
     return Run(folder, result, lineage.settings, lineage.seeds, method), lineage.unknown
 
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from raylib import markdown
 from raylib.checkpoint import write_atomically
+from raylib.command import check_output
 from raylib.data.images import BadPicture, decode
 from raylib.data.samples import is_image
 from raylib.data.shards import MANIFEST
@@ -219,6 +220,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if not 0 <= given.distance <= 32:
         raise UserError(f"--distance {given.distance}: give a number from 0 to 32")
+    check_output(given.json)
     source = open_corpus(given.corpus)
     processes = len(os.sched_getaffinity(0))
     images, names = read_images(given.data), [read_names(path) for path in given.names]

@@ -124,6 +124,10 @@ def read(run: Path) -> dict[str, Any]:
 def data_hash(run: Path) -> str | None:
     """One hash over the data of a run: the same on another machine, for it holds base names and contents (of large files,
     sizes). None: nothing was recorded."""
-    data = read(run)["data"]
+    return combined_hash(read(run)["data"])
+
+
+def combined_hash(data: Mapping[str, dict]) -> str | None:
+    """One hash over what `record` returns; see `data_hash`."""
     parts = sorted(f"{Path(path).name} {entry['sha256'] or entry['bytes']}" for path, entry in data.items())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else None

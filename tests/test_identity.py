@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 
+from finetune.train import evaluate_run
+from pretrain.__main__ import main as pretrain_main
 from pretrain.train import run as run_pretraining
 from raylib import identity, provenance
 from raylib.errors import UserError
@@ -233,3 +235,42 @@ def test_fine_tuning_result_says_what_made_it(finetune, tmp_path):
     assert result["data_sha256"] == data_hash(folder) and len(result["config_sha256"]) == 64
     assert result["peak_memory_gb"] > 0 and result["samples_per_second"] > 0 and result["evaluated_per_second"] > 0
     assert result["items_skipped"] == {"train": 0, "en": 0, "ru": 0} and result["skipped_steps"] == 0
+
+
+def test_evaluating_again_on_changed_data_is_refused(finetune, scenes, tmp_path):
+    """Else result.json would give the hash of the data that it was trained with to a score of other test items."""
+    data = shutil.copytree(scenes, tmp_path / "scenes")
+    assert finetune("scenes_xvnli", "name=x", f"data={data}", "epochs=1")[0] == 0
+    before = json.loads((tmp_path / "x" / "result.json").read_text())
+    again = evaluate_run(tmp_path / "x")
+    assert again["data_sha256"] == before["data_sha256"] and again["accuracy"] == before["accuracy"]
+    test = data / "XVNLI" / "annotations" / "ru" / "test.jsonl"
+    test.write_text("".join(test.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match=r"x: the data changed since this run began: .*ru/test.jsonl \(other content\)"):
+        evaluate_run(tmp_path / "x")
+    assert json.loads((tmp_path / "x" / "result.json").read_text())["time"] == again["time"]
+
+
+def test_an_evaluation_of_an_export_says_what_made_it(model, retrieval_set, tmp_path, capsys):
+    def evaluated(data):
+        assert pretrain_main(["evaluate", str(model), str(data), "--json", str(tmp_path / "e.json")]) == 0
+        return json.loads((tmp_path / "e.json").read_text())
+
+    result = evaluated(retrieval_set)
+    assert result["code"] == provenance.code_version() and result["libraries"]["torch"] and result["device"] and result["time"]
+    assert result["peak_memory_gb"] > 0 and result["evaluated_per_second"] > 0 and result["seconds"] > 0
+    assert result["items_skipped"] == {"de": 1, "en": 0, "zh": 0} and set(result["interval"]) == {"de", "en", "zh"}
+    assert len(result["config_sha256"]) == 64
+    copied = shutil.copytree(retrieval_set, tmp_path / retrieval_set.name)
+    assert evaluated(copied)["data_sha256"] == result["data_sha256"]
+    captions = copied / "captions.json"
+    captions.write_text(captions.read_text() + "\n")
+    assert evaluated(copied)["data_sha256"] != result["data_sha256"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "overlap"])
+def test_a_file_of_results_that_cannot_be_written_is_told_at_once(model, retrieval_set, tmp_path, capsys, command):
+    for path, words in ((tmp_path / "no" / "e.json", "No such file or directory"), (tmp_path, "Is a directory")):
+        assert pretrain_main([command, str(model), str(retrieval_set), "--json", str(path)]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith(f"error: {path}: not written ({words})") and printed.out == ""
