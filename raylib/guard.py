@@ -7,7 +7,7 @@
     4. `Watch` reads it before anything is logged, evaluated or saved.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -124,8 +124,8 @@ class Watch:
             bad = [name for name, value in {"loss": loss, **terms}.items() if not is_finite(value)]
             # weights of a finite loss whose gradient overflows would be good to evaluate, but no run could go on
             # from them. The backward pass gathers: no worker may leave it out.
-            gradients = [g for g in self._gradients(loss) if g is not None]
-            if not bad and not is_finite(nn.utils.get_total_norm(gradients)):
+            gradients = self._gradients(loss)
+            if not self._has_finite_total_norm(gradients) and not bad:
                 bad = ["the gradient"]
             broken = f"the update of step {self.applied + 1} broke the weights: of its own batch, once more, "
             raise_together(f"step {done}: {broken}{', '.join(bad)} not finite; {self.advice()}" if bad else None)
@@ -160,6 +160,19 @@ class Watch:
         the parameters. Nothing is left in their `grad`, which belongs to the engine."""
         parameters = [p for p in self.engine.objective.parameters() if p.requires_grad]
         return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    def _has_finite_total_norm(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Return whether the mean of all workers' gradients has a finite norm, as the step's clipping reckons it."""
+        own = is_finite(nn.utils.get_total_norm([g for g in gradients if g is not None]))
+        if not any(_on_any_worker([not own], self.engine.device)) or world_size() == 1:
+            return own
+        # A worker's own gradient is larger than the mean of all, up to as many times as there are workers: only the
+        # mean ends a run at the same step whatever their number.
+        parameters = [p for p in self.engine.objective.parameters() if p.requires_grad]
+        means = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(parameters, gradients, strict=True)]
+        for mean in means:
+            dist.all_reduce(mean.div_(world_size()))
+        return is_finite(nn.utils.get_total_norm(means))
 
 
 def _has_finite_norm(gradient: Tensor) -> bool:

@@ -346,7 +346,8 @@ def test_a_run_whose_every_step_was_skipped_is_untrained(runs):
 
 def test_runs_from_other_data_or_by_other_code_are_told(runs):
     """The same settings, and so one row: neither the content of a file nor the code is among them."""
-    folders = [runs(f"s{seed}", 0.5, f"fit.seed={seed}", code="abc source 1" if seed < 2 else "abc source 2") for seed in range(3)]
+    codes = ("abc source 1", "abc source 1", "abc source 2")
+    folders = [runs(f"s{seed}", 0.5, f"fit.seed={seed}", code=code) for seed, code in enumerate(codes)]
     folders.append(runs("old", 0.5, "fit.seed=3"))  # of a version that recorded neither
     for folder, content in zip(folders[:3], ("a", "b", "a"), strict=True):
         entry = {"stamp": content, "bytes": 9, "sha256": content}

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def on_zero(rank, world, folder):
     """Faults on the last worker alone, under ZeRO-2 and DDP: the reports, and whether a run with few of them finishes."""
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
     out = []
-    for zero in (True, False) if world == 1 else (False,):
+    for zero in (True, False):
         place = folder / f"{zero}{world}"
         try:
             run(
@@ -173,7 +174,7 @@ def test_workers_and_zero_end_alike(tmp_path, world):
     results = run_workers(on_zero, world, tmp_path)
     assert all(result == results[0] for result in results)  # nobody is left waiting
     reports, counts = results[0][::2], results[0][1::2]
-    assert counts == [2] * len(reports) and len(reports) == (2 if world == 1 else 1)
+    assert counts == [2] * len(reports) and len(reports) == 2
     for text in reports:
         assert (
             "step 10: 4 steps in a row" in text
@@ -206,6 +207,31 @@ def test_zero_on_two_workers_names_the_parameter(tmp_path):
         "step 5: 3 steps in a row" in first[1]
         and "first parameter hit model.layers.2.weight (1 of 12)" in first[1]
     )
+
+
+def mean_norms(rank, world):
+    """What is said of two gradients of the last worker, the others' being zero."""
+    from raylib.guard import Watch
+
+    watch = Watch(StepGuard(CPU), Engine(Faulty(Stack())), None, None)
+    first, *others = watch.engine.objective.parameters()
+    found = []
+    for largest in (2.5e19, 5e19):  # squares of more than 1.8e19 overflow float32
+        gradient = torch.zeros_like(first)
+        gradient.view(-1)[0] = largest if rank == world - 1 else 0.0
+        found.append(watch._has_finite_total_norm([gradient, *[None] * len(others)]))
+    return found
+
+
+class Engine(NamedTuple):
+    objective: nn.Module
+    device: torch.device = CPU
+
+
+def test_a_gradient_is_judged_by_the_mean_of_all_workers():
+    """Or a run would end at another step with another number of workers."""
+    assert run_workers(mean_norms, 2) == [[True, False]] * 2
+    assert run_workers(mean_norms, 1) == [[False, False]]
 
 
 def broken_at(step, factor):
