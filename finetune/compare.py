@@ -54,7 +54,8 @@ class Comparison(NamedTuple):
     """The rows of one task.
 
     columns: dotted paths of the settings in which rows differ. scores: {head of a column: the share that a
-    result has there, or None}. baseline: the row that the others' differences are from.
+    result has there, or None}; aggregates: those that are of several languages. baseline: the row that the
+    others' differences are from.
     """
 
     task: str
@@ -62,6 +63,7 @@ class Comparison(NamedTuple):
     rows: list[Row]
     columns: list[str]
     scores: dict[str, Callable[[dict[str, Any]], float | None]]
+    aggregates: frozenset[str]
     baseline: Row
 
     def mean(self, row: Row, score: str) -> Estimate | None:
@@ -81,9 +83,11 @@ class Comparison(NamedTuple):
         return [(run, others[seed]) for seed, run in runs.items() if seed in others]
 
     def difference(self, row: Row, score: str) -> Estimate | None:
-        """The mean of the paired differences from the baseline; None if no pair has the score."""
+        """The mean of the paired differences from the baseline; None if no pair has the score, or if it is of
+        other languages in both: a mean over hard ones is not below that over easy ones by what was trained."""
         value = self.scores[score]
-        found = [(value(run.result), value(other.result)) for run, other in self.pairs(row)]
+        found = [(value(run.result), value(other.result)) for run, other in self.pairs(row)
+                 if score not in self.aggregates or scores_of(run.result).keys() == scores_of(other.result).keys()]  # fmt: skip
         known = [ours - theirs for ours, theirs in found if ours is not None and theirs is not None]
         return t_interval(known) if known else None
 
@@ -126,15 +130,18 @@ def compare(folders: Sequence[Path], baseline: Path | None = None) -> tuple[list
 
 
 def _made_differently(runs: Sequence[Run]) -> list[str]:
-    """A line for each run of a task that has read other data than the first one by the same paths, or other code.
-    Settings do not tell these apart, and so neither do rows."""
-    lines, first = [], runs[0]
-    data, code = identity.read(first.folder)["data"], first.result.get("code")
-    for run in runs[1:]:
+    """A line for each run of a task that has read other data than the first one by the same paths, and one if
+    they are of several versions of the code. Settings do not tell these apart, and so neither do rows."""
+    lines, first, versions = [], runs[0], {}
+    data = identity.read(first.folder)["data"]
+    for run in runs:
         if different := identity.changed(data, identity.read(run.folder)["data"]):
             lines.append(f"{run.folder} and {first.folder} were made from different data: {', '.join(different[:3])}")
-        if None not in (code, other := run.result.get("code")) and code != other:
-            lines.append(f"{run.folder} and {first.folder} were made by different code: {other}, {code}")
+        if code := run.result.get("code"):  # earlier versions did not record it
+            versions.setdefault(code, []).append(run.folder)
+    if len(versions) > 1:
+        told = "; ".join(f"{code} ({len(made)}, such as {made[0]})" for code, made in versions.items())
+        lines.append(f"{first.result['task']}: runs made by {len(versions)} versions of the code: {told}")
     return lines
 
 
@@ -153,12 +160,17 @@ def _comparison(task: str, rows: list[Row], chosen: Path | None) -> Comparison:
     scores: dict[str, Callable] = {}
     for code in dict.fromkeys(code for result in results for code in scores_of(result)):
         scores[f"{code}, {metric}"] = lambda result, code=code: scores_of(result).get(code)
+    languages = len(scores)
     for name, key in (("mean of the targets", "mean_targets"), ("gap", "gap")):
         scores[f"{name}, {metric}"] = lambda result, key=key: result[key]
     for key in ("std", "range"):  # how far languages are apart (`raylib.metrics.disparity`)
-        scores[f"{key} of languages, {first}"] = lambda result, key=key: result.get("disparity", {}).get(key)
+        # one language is not apart from itself: 0 would look like the fairest model
+        scores[f"{key} of languages, {first}"] = lambda result, key=key: (
+            result.get("disparity", {}).get(key) if len(scores_of(result)) > 1 else None
+        )
     base = next((row for row in rows if chosen in [run.folder.resolve() for run in row.runs]), rows[0])
-    return Comparison(task, metric, rows, differing([row.settings for row in rows]), scores, base)
+    columns, aggregates = differing([row.settings for row in rows]), frozenset(list(scores)[languages:])
+    return Comparison(task, metric, rows, columns, scores, aggregates, base)
 
 
 def differing(settings: Sequence[dict[str, Any]], prefix: str = "") -> list[str]:

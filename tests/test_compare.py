@@ -356,8 +356,21 @@ def test_runs_from_other_data_or_by_other_code_are_told(runs):
     (comparison,), lines = compare(folders)
     assert len(comparison.rows) == 1 and lines == [
         f"{folders[1]} and {folders[0]} were made from different data: /data/test.jsonl (other content)",
-        f"{folders[2]} and {folders[0]} were made by different code: abc source 2, abc source 1",
+        f"xvnli: runs made by 2 versions of the code: abc source 1 (2, such as {folders[0]}); "
+        f"abc source 2 (1, such as {folders[2]})",
     ]
+
+
+def test_scores_over_other_languages_are_not_subtracted(runs):
+    """A mean over one target, and the spread of a single language, which is none."""
+    every = runs("every", 0.5)
+    figures = {"mean_targets": 0.3, "gap": None, "disparity": {"std": 0.0, "range": 0.0}}
+    text = shown(every, runs("one", 0.5, 'languages=["ru"]', accuracy={"ru": 0.3}, **figures))
+    first, second = table(text)
+    assert second["mean of the targets, accuracy"] == "30.0" and first["std of languages, accuracy"] == "15.0"
+    assert second["std of languages, accuracy"] == second["range of languages, accuracy"] == ""
+    (row,) = table(text, 1)
+    assert row["ru, accuracy"] == "+10.0" and {row[head] for head in row if "of" in head and "accuracy" in head} == {""}
 
 
 def test_what_is_no_result_of_fine_tuning_is_one_line(runs, tmp_path, capsys):
