@@ -86,8 +86,10 @@ class Comparison(NamedTuple):
         """The mean of the paired differences from the baseline; None if no pair has the score, or if it is of
         other languages in both: a mean over hard ones is not below that over easy ones by what was trained."""
         value = self.scores[score]
-        found = [(value(run.result), value(other.result)) for run, other in self.pairs(row)
-                 if score not in self.aggregates or scores_of(run.result).keys() == scores_of(other.result).keys()]  # fmt: skip
+        pairs = self.pairs(row)
+        if score in self.aggregates:
+            pairs = [(a, b) for a, b in pairs if scores_of(a.result).keys() == scores_of(b.result).keys()]
+        found = [(value(run.result), value(other.result)) for run, other in pairs]
         known = [ours - theirs for ours, theirs in found if ours is not None and theirs is not None]
         return t_interval(known) if known else None
 
@@ -132,7 +134,9 @@ def compare(folders: Sequence[Path], baseline: Path | None = None) -> tuple[list
 def _made_differently(runs: Sequence[Run]) -> list[str]:
     """A line for each run of a task that has read other data than the first one by the same paths, and one if
     they are of several versions of the code. Settings do not tell these apart, and so neither do rows."""
-    lines, first, versions = [], runs[0], {}
+    first = runs[0]
+    lines: list[str] = []
+    versions: dict[str, list[Path]] = {}
     data = identity.read(first.folder)["data"]
     for run in runs:
         if different := identity.changed(data, identity.read(run.folder)["data"]):
@@ -140,8 +144,8 @@ def _made_differently(runs: Sequence[Run]) -> list[str]:
         if code := run.result.get("code"):  # earlier versions did not record it
             versions.setdefault(code, []).append(run.folder)
     if len(versions) > 1:
-        told = "; ".join(f"{code} ({len(made)}, such as {made[0]})" for code, made in versions.items())
-        lines.append(f"{first.result['task']}: runs made by {len(versions)} versions of the code: {told}")
+        which = "; ".join(f"{code} ({len(by)}, such as {by[0]})" for code, by in versions.items())
+        lines.append(f"{first.result['task']}: runs made by {len(versions)} versions of the code: {which}")
     return lines
 
 
