@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raylib.command import GOES_ON, command, train
+from raylib.command import GOES_ON, check_output, command, train
 from raylib.config import override
 
 
@@ -60,6 +60,8 @@ def _compare(arguments: Sequence[str]) -> int:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a line for each row and score, unrounded")
     parser.add_argument("--latex", type=Path, metavar="FILE", help="also write the tables as LaTeX")
     given = parser.parse_args(arguments)
+    check_output(given.csv)
+    check_output(given.latex)
     found, lines = compare.compare(given.runs, given.baseline)
     print("\n\n".join(filter(None, (comparison_tables.to_markdown(found), "\n".join(lines)))))
     if given.csv:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from finetune.lineage import described, read_lineage
 from finetune.report import read_result, scores_of
+from raylib import identity
 from raylib.config import near
 from raylib.errors import UserError
 from raylib.intervals import t_interval
@@ -53,7 +54,8 @@ class Comparison(NamedTuple):
     """The rows of one task.
 
     columns: dotted paths of the settings in which rows differ. scores: {head of a column: the share that a
-    result has there, or None}. baseline: the row that the others' differences are from.
+    result has there, or None}; aggregates: those that are of several languages. baseline: the row that the
+    others' differences are from.
     """
 
     task: str
@@ -61,6 +63,7 @@ class Comparison(NamedTuple):
     rows: list[Row]
     columns: list[str]
     scores: dict[str, Callable[[dict[str, Any]], float | None]]
+    aggregates: frozenset[str]
     baseline: Row
 
     def mean(self, row: Row, score: str) -> Estimate | None:
@@ -80,9 +83,13 @@ class Comparison(NamedTuple):
         return [(run, others[seed]) for seed, run in runs.items() if seed in others]
 
     def difference(self, row: Row, score: str) -> Estimate | None:
-        """The mean of the paired differences from the baseline; None if no pair has the score."""
+        """The mean of the paired differences from the baseline; None if no pair has the score, or if it is of
+        other languages in both: a mean over hard ones is not below that over easy ones by what was trained."""
         value = self.scores[score]
-        found = [(value(run.result), value(other.result)) for run, other in self.pairs(row)]
+        pairs = self.pairs(row)
+        if score in self.aggregates:
+            pairs = [(a, b) for a, b in pairs if scores_of(a.result).keys() == scores_of(b.result).keys()]
+        found = [(value(run.result), value(other.result)) for run, other in pairs]
         known = [ours - theirs for ours, theirs in found if ours is not None and theirs is not None]
         return t_interval(known) if known else None
 
@@ -93,7 +100,8 @@ def compare(folders: Sequence[Path], baseline: Path | None = None) -> tuple[list
     baseline: a run whose row is the baseline of its task; where none is given, the first row is.
 
     Returns:
-        (comparisons, lines to tell: runs that repeat others, stored settings that this version has not).
+        (comparisons, lines to tell: runs that repeat others, runs made from other data or by other code than the first
+        one of their task, stored settings that this version has not).
     Raises:
         UserError: a folder is no finished run, or a trial that was never tested; `baseline` is not among
         `folders`.
@@ -118,14 +126,35 @@ def compare(folders: Sequence[Path], baseline: Path | None = None) -> tuple[list
                 chosen = same.folder.resolve()
         else:
             row.runs.append(run)
+    for rows in tasks.values():
+        lines += _made_differently([run for row in rows for run in row.runs])
     return [_comparison(task, rows, chosen) for (task, _), rows in tasks.items()], lines
+
+
+def _made_differently(runs: Sequence[Run]) -> list[str]:
+    """A line for each run of a task that has read other data than the first one by the same paths, and one if
+    they are of several versions of the code. Settings do not tell these apart, and so neither do rows."""
+    first = runs[0]
+    lines: list[str] = []
+    versions: dict[str, list[Path]] = {}
+    data = identity.read(first.folder)["data"]
+    for run in runs:
+        if different := identity.changed(data, identity.read(run.folder)["data"]):
+            lines.append(f"{run.folder} and {first.folder} were made from different data: {', '.join(different[:3])}")
+        if code := run.result.get("code"):  # earlier versions did not record it
+            versions.setdefault(code, []).append(run.folder)
+    if len(versions) > 1:
+        which = "; ".join(f"{code} ({len(by)}, such as {by[0]})" for code, by in versions.items())
+        lines.append(f"{first.result['task']}: runs made by {len(versions)} versions of the code: {which}")
+    return lines
 
 
 def _read(folder: Path) -> tuple[Run, tuple[str, ...]]:
     result, lineage = read_result(folder), read_lineage(folder)
     method = result["method"]  # if this version cannot read the settings
     if lineage.config:
-        method = described(lineage.config, result["steps"], result.get("finished", True), folder)
+        finished, skipped = result.get("finished", True), result.get("skipped_steps", 0)
+        method = described(lineage.config, result["steps"], finished, folder, skipped)
     return Run(folder, result, lineage.settings, lineage.seeds, method), lineage.unknown
 
 
@@ -135,12 +164,17 @@ def _comparison(task: str, rows: list[Row], chosen: Path | None) -> Comparison:
     scores: dict[str, Callable] = {}
     for code in dict.fromkeys(code for result in results for code in scores_of(result)):
         scores[f"{code}, {metric}"] = lambda result, code=code: scores_of(result).get(code)
+    languages = len(scores)
     for name, key in (("mean of the targets", "mean_targets"), ("gap", "gap")):
         scores[f"{name}, {metric}"] = lambda result, key=key: result[key]
     for key in ("std", "range"):  # how far languages are apart (`raylib.metrics.disparity`)
-        scores[f"{key} of languages, {first}"] = lambda result, key=key: result.get("disparity", {}).get(key)
+        # one language is not apart from itself: 0 would look like the fairest model
+        scores[f"{key} of languages, {first}"] = lambda result, key=key: (
+            result.get("disparity", {}).get(key) if len(scores_of(result)) > 1 else None
+        )
     base = next((row for row in rows if chosen in [run.folder.resolve() for run in row.runs]), rows[0])
-    return Comparison(task, metric, rows, differing([row.settings for row in rows]), scores, base)
+    columns, aggregates = differing([row.settings for row in rows]), frozenset(list(scores)[languages:])
+    return Comparison(task, metric, rows, columns, scores, aggregates, base)
 
 
 def differing(settings: Sequence[dict[str, Any]], prefix: str = "") -> list[str]:

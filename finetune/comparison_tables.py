@@ -138,7 +138,8 @@ def _value(row: Row, path: str) -> Any:
 def _trained(row: Row) -> str:
     """Share of the parameters that were trained; of small modules without heads, as paper 4 counts."""
     shares = {run.result.get("share", run.result["trainable"] / run.result["params"])
-              for run in row.runs if run.result["steps"] and run.result.get("params")}  # fmt: skip
+              for run in row.runs
+              if run.result["steps"] > run.result.get("skipped_steps", 0) and run.result.get("params")}  # fmt: skip
     return " ".join(f"{100 * share:.2f}" for share in sorted(shares))
 
 

@@ -72,10 +72,13 @@ def _nested(values: Any, path: list[str]) -> Any:
     return values
 
 
-def described(config: FinetuneConfig, steps: int, finished: bool, run: Path | None = None) -> str:
-    """Name the method of a run with a result, and how far its training got; without a step, it got nowhere."""
-    if config.trains and not steps:
-        return f"{UNTRAINED} (no step recorded)"
+def described(
+    config: FinetuneConfig, steps: int, finished: bool, run: Path | None = None, skipped: int = 0
+) -> str:
+    """Name the method of a run with a result, and how far its training got: without a step that was not skipped,
+    it got nowhere."""
+    if config.trains and steps <= skipped:
+        return f"{UNTRAINED} ({f'all {steps} steps skipped' if skipped else 'no step recorded'})"
     return method_of(config, run) + ("" if finished else f" (stopped at step {steps})")
 
 

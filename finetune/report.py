@@ -32,15 +32,16 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
     first = parts[0]
     sparsity = first.get("sparsity") or {}
     steps = sum(part.get("steps", 0) for part in parts)
+    skipped = sum(part.get("skipped_steps", 0) for part in parts)
     finished = all(part.get("finished", True) for part in parts)
     result = {
         "run": config.name, "task": config.task, "setting": config.setting, "split": split_name(config),
-        "method": described(config, steps, finished), "finished": finished,
+        "method": described(config, steps, finished, skipped=skipped), "finished": finished,
         "seed": config.fit.seed, "model": config.model, "params": first.get("params"), "trainable": first.get("trainable"),
         "sparsity": sparsity.get("whole", 0.0), "sparsity_prunable": sparsity.get("prunable", 0.0),
         **{name: first[name] for name in ("share", "share_with_heads") if name in first},
         "steps": steps,
-        "skipped_steps": sum(part.get("skipped_steps", 0) for part in parts),
+        "skipped_steps": skipped,
         "seconds": sum(part.get("seconds", 0.0) for part in parts),
         "retrieval" if retrieval else "accuracy": figures if retrieval else scores,
         "interval": intervals,
@@ -146,6 +147,8 @@ def _notes(result: dict[str, Any]) -> str:
         counted = {code: c[name] for code, c in result.get("counts", {}).items() if c[name]}
         if counted:
             notes.append(f"examples {what}: " + ", ".join(f"{code} {n}" for code, n in counted.items()))
+    if skipped := result.get("skipped_steps"):
+        notes.append(f"{skipped} of {result['steps']} steps skipped, whose loss or gradient was not finite")
     if result.get("unknown_training_answers"):
         notes.append(f"training examples left out, whose answers are no class: {result['unknown_training_answers']}")
     return "; ".join(notes)
@@ -208,13 +211,17 @@ def read_result(run: Path) -> dict[str, Any]:
     """The result of a finished run.
 
     Raises:
-        UserError: not a finished run, or a number in it is not finite.
+        UserError: not a finished run of fine-tuning, or a number in it is not finite.
     """
     try:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"{run}/result.json: not read ({e}); give finished runs") from None
+    if not isinstance(result, dict):
+        raise UserError(f"{run}/result.json: no result of a run; give finished runs")
     if "dev" in result:
         raise UserError(f"{run}: a trial of a search, which was never tested; run the search's best.yaml")
     require_finite_values(f"{run}/result.json", result)
+    if not {"task", "method", "steps"} <= result.keys():  # pretraining's has none of them but steps
+        raise UserError(f"{run}/result.json: no result of fine-tuning; give runs of python -m finetune")
     return result

@@ -54,11 +54,11 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
         say("stopped before the end; the same command goes on from there")
         return results[-1]
     if not config.tests:
-        result = {**report.of_dev_sets(config, results), **_identity(config), "overlap": overlap}
+        result = {**report.of_dev_sets(config, results), **_identity(config, folder), "overlap": overlap}
         require_finite_values(f"{folder}/result.json", result)
         checkpoint.write_atomically(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
         return result
-    result = {**report.summarise(config, results), **_identity(config), "overlap": overlap}
+    result = {**report.summarise(config, results), **_identity(config, folder), "overlap": overlap}
     if leads(config):
         report.write(folder, result)
         for trained in {run_folder(part) for part, _ in parts if config.trains}:
@@ -73,8 +73,8 @@ def files_of(config: FinetuneConfig) -> list[DataFile]:
     return run_files(config, {language: part for part, language in _parts(config)})
 
 
-def _identity(config: FinetuneConfig) -> dict[str, str | None]:
-    return {"config_sha256": config_hash(config), "data_sha256": identity.data_hash(run_folder(config))}
+def _identity(config: FinetuneConfig, folder: Path) -> dict[str, str | None]:
+    return {"config_sha256": config_hash(config), "data_sha256": identity.data_hash(folder)}
 
 
 def check(config: FinetuneConfig) -> list[dict[str, Any]]:
@@ -178,7 +178,11 @@ def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter |
 
 def evaluate_run(folder: Path) -> dict[str, Any]:
     """Evaluate a run's model again, in this process, and write its results anew. Those of a run that was stopped say so, and
-    do not keep it from going on."""
+    do not keep it from going on.
+
+    Raises:
+        UserError: data that the run has read changed since; see `raylib.identity`.
+    """
     config = load(FinetuneConfig, folder / "config.json")
     stored, results = _stored_result(folder), []
     now = split_name(config)
@@ -200,7 +204,8 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         if done.is_file():
             before = json.loads(done.read_text(encoding="utf-8"))
         results.append({**before, **evaluated(part, model, tokenizer, pictures, run)})
-    result = {**stored, **report.summarise(config, results), "data_sha256": identity.hash_of(data)}
+    made_by = {**_identity(config, folder), "data_sha256": identity.combined_hash(data)}
+    result = {**stored, **report.summarise(config, results), **made_by}
     result.pop("dev", None)  # of a search's run, which is tested now
     report.write(folder, result)
     return result

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raylib.command import GOES_ON, command, train
+from raylib.command import GOES_ON, check_output, command, train
 
 
 @command(GOES_ON)
@@ -41,6 +41,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("data", help="shards, or a folder with pictures and captions.json")
     parser.add_argument("--json", type=Path, help="also write the figures into this file")
     given = parser.parse_args(arguments)
+    check_output(given.json)
     result = evaluate_folder(given.model, given.data)
     print(table(result))
     if given.json:

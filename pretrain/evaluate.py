@@ -1,5 +1,6 @@
 """Zero-shot image-text retrieval with the unimodal encoders, per language."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from raylib import identity
 from raylib.collective import raise_together, world_size
 from raylib.data.images import decode, resize
 from raylib.data.retrieval import read_retrieval
 from raylib.errors import UserError
 from raylib.finite import is_finite, require_finite
+from raylib.identity import DataFile
 from raylib.intervals import recall_interval
+from raylib.loop import peak_memory
 from raylib.metrics import RANKS, mean, mean_hits, recall_hits
 from raylib.model.folder import find_model, find_tokenizer
 from raylib.model.unified import UnifiedModel
@@ -47,6 +51,10 @@ class Retrieval:
         self.heldout = torch.tensor(heldout)
         self.owners = {language: torch.tensor([owner for owner, _ in rows]) for language, rows in texts.items()}
         self.ids = {language: self._ids([text for _, text in rows]) for language, rows in texts.items()}
+
+    def without_captions(self) -> dict[str, int]:
+        """{language: pictures that have no caption in it, and are none of its candidates}."""
+        return {code: len(self.pictures) - len(owner.unique()) for code, owner in sorted(self.owners.items())}
 
     def _ids(self, texts: list[str]) -> list[Tensor]:
         t = self.tokenizer
@@ -102,15 +110,24 @@ def _figures(i2t: Tensor, t2i: Tensor, candidates: int) -> dict[str, float]:
 
 
 def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
-    """What a model folder, run or checkpoint scores on the retrieval set `data`; see `Retrieval`."""
-    folder = find_model(model)
+    """Scores of a model folder, run or checkpoint on the retrieval set `data` (see `Retrieval`), with what made them: hashes of
+    the model's config.json and of weights, tokenizer and set, seconds, captions a second, peak memory, `raylib.provenance`."""
+    began, folder = time.perf_counter(), find_model(model)
     unified = UnifiedModel.from_pretrained(folder).eval()
     unified.to("cuda" if torch.cuda.is_available() else "cpu")
     config = unified.config
     retrieval = Retrieval(data, Tokenizer.load(find_tokenizer(folder)), config.image_size, config.positions)
+    start = time.perf_counter()
     with torch.inference_mode():
         scores = retrieval(unified)
-    return {"model": str(model), "data": str(data), **provenance(next(unified.parameters()).device), **scores}
+    end, device = time.perf_counter(), next(unified.parameters()).device
+    files = identity.record(map(DataFile, (folder / "model.safetensors", find_tokenizer(folder), Path(data))), {})
+    return {
+        "model": str(model), "data": str(data), "config_sha256": identity.content_hash(folder / "config.json"),
+        "data_sha256": identity.combined_hash(files), **provenance(device), "seconds": end - began,
+        "evaluated_per_second": sum(map(len, retrieval.ids.values())) / (end - start),
+        "peak_memory_gb": peak_memory(device), "items_skipped": retrieval.without_captions(), **scores,
+    }  # fmt: skip
 
 
 def encode_pictures(model: UnifiedModel, pictures: Tensor, device: torch.device) -> Tensor:

@@ -25,6 +25,7 @@ import numpy as np
 
 from raylib import markdown
 from raylib.checkpoint import write_atomically
+from raylib.command import check_output
 from raylib.data.images import BadPicture, decode
 from raylib.data.samples import is_image
 from raylib.data.shards import MANIFEST
@@ -234,8 +235,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if not 0 <= given.distance <= 32:
         raise UserError(f"--distance {given.distance}: give a number from 0 to 32")
-    if given.json and not given.json.absolute().parent.is_dir():  # known before hours of hashing
-        raise UserError(f"--json {given.json}: no such folder")
+    check_output(given.json)
     source = open_corpus(given.corpus)
     processes = len(os.sched_getaffinity(0))
     names = set().union(*map(read_names, given.names))

@@ -203,7 +203,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
             evaluate(objective.model)
     scores = tables[-1] if tables else {"retrieval": {}, "heldout": {}, "interval": {}}
     made_by = {"git": commit(), "config_sha256": config_hash(config), "data_sha256": identity.data_hash(runtime.run)}
-    skipped = {"items_skipped": {"train": result.pop("samples_replaced")}}
+    skipped = {"items_skipped": {"train": result.pop("samples_replaced"), **(retrieval.without_captions() if retrieval else {})}}
     result = {"run": config.name, "seed": config.fit.seed, **result, **skipped, **made_by, **provenance(runtime.device), **scores}
     if runtime.rank == 0 and result["finished"]:
         report.draw_curve(runtime.run)

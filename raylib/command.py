@@ -40,6 +40,18 @@ def command(interrupted: str = "") -> Callable[[Main], Callable[..., int]]:
     return entry_point
 
 
+def check_output(path: Path | None) -> None:
+    """Check that a file which a command line names for its results can be written, before they are computed.
+
+    Raises:
+        UserError: its folder is missing, or it is a folder.
+    """
+    if path and path.is_dir():
+        raise UserError(f"{path}: not written (Is a directory); give a file")
+    if path and not path.parent.is_dir():
+        raise UserError(f"{path}: not written (No such file or directory); make its folder first")
+
+
 def train(
     arguments: Sequence[str], room: str, doc: str, recipes: Mapping[str, Callable[[], C]], kind: type[C],
     run: Callable[[C], Any], such: str,

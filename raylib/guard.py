@@ -7,7 +7,7 @@
     4. `Watch` reads it before anything is logged, evaluated or saved.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -102,7 +102,8 @@ class Watch:
         terms = self.guard.terms_at_end()
         what = f"{', '.join(terms)} not finite" if terms else "all terms finite, the gradient is not"
         rows = f"{self.guard.limit + 1} steps in a row skipped, more than fit.max_skipped={self.guard.limit}"
-        more = "with a larger fit.max_skipped the same command goes on from there"
+        where = "goes on from there" if self.newest else "starts anew"
+        more = f"if it is the data, with a larger fit.max_skipped the same command {where}"
         raise NotFinite(
             f"step {end + 1}: {rows}: {what}; {self._first_parameter(end)}; {self.advice()}; {more}"
         )
@@ -112,15 +113,20 @@ class Watch:
 
         Raises:
             NotFinite: a weight or the optimizer's state is not finite (it is named); or the batch of the last step
-                that was not skipped, which had a finite loss before its update, has none any more: weights may
-                be finite, and broken.
+                that was not skipped, which had a finite loss and gradient before its update, has them no more:
+                weights may be finite, and broken.
         """
         found = self.engine.find_not_finite()
         raise_together(found and f"step {done}: {found} is not finite; {self.advice()}")
         if self.applied >= 0:
-            with torch.no_grad():
-                loss, terms = self._forward(self.applied)
+            self.engine.objective.zero_grad(set_to_none=True)  # the last step's gradients make room for these
+            loss, terms = self._forward(self.applied)
             bad = [name for name, value in {"loss": loss, **terms}.items() if not is_finite(value)]
+            # weights of a finite loss whose gradient overflows would be good to evaluate, but no run could go on
+            # from them. The backward pass gathers: no worker may leave it out.
+            gradients = self._gradients(loss)
+            if not self._has_finite_total_norm(gradients) and not bad:
+                bad = ["the gradient"]
             broken = f"the update of step {self.applied + 1} broke the weights: of its own batch, once more, "
             raise_together(f"step {done}: {broken}{', '.join(bad)} not finite; {self.advice()}" if bad else None)
 
@@ -135,18 +141,42 @@ class Watch:
             return self.engine.objective(batch)
 
     def _first_parameter(self, step: int) -> str:
-        """Name the first parameter whose gradient in `step` is not finite on any worker. It is computed anew,
-        outside of the engine, since ZeRO has let go of its own; the weights are still those of the step."""
-        named = [(name, p) for name, p in self.engine.objective.named_parameters() if p.requires_grad]
+        """Name the first parameter whose gradient in `step` is not finite on any worker, or whose gradient alone has
+        a norm that overflows. It is computed anew, outside of the engine, since ZeRO has let go of its own; the
+        weights are still those of the step."""
+        names = [name for name, p in self.engine.objective.named_parameters() if p.requires_grad]
         try:
-            loss, _ = self._forward(step)
-            gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+            gradients = self._gradients(self._forward(step)[0])
         except torch.OutOfMemoryError:
             return "the first parameter hit is unknown, for its gradient does not fit the memory"
-        hit = _on_any_worker([g is not None and not is_finite(g) for g in gradients], self.engine.device)
-        if not any(hit):
-            return "all parameters' own gradients are finite"  # their norm overflows, or a term alone is at fault
-        return f"first parameter hit {named[hit.index(True)][0]} ({sum(hit)} of {len(named)})"
+        for kind, check in (("", is_finite), (" by a norm that overflows", _has_finite_norm)):
+            hit = _on_any_worker([g is not None and not check(g) for g in gradients], self.engine.device)
+            if any(hit):
+                return f"first parameter hit{kind} {names[hit.index(True)]} ({sum(hit)} of {len(names)})"
+        return "all parameters' own gradients are finite"  # a term alone is at fault, or the norm of all of them
+
+    def _gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of `loss` for each trainable parameter, None of one that it does not depend on, in the order of
+        the parameters. Nothing is left in their `grad`, which belongs to the engine."""
+        parameters = [p for p in self.engine.objective.parameters() if p.requires_grad]
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    def _has_finite_total_norm(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Return whether the mean of all workers' gradients has a finite norm, as the step's clipping reckons it."""
+        own = is_finite(nn.utils.get_total_norm([g for g in gradients if g is not None]))
+        if not any(_on_any_worker([not own], self.engine.device)) or world_size() == 1:
+            return own
+        # A worker's own gradient is larger than the mean of all, up to as many times as there are workers: only the
+        # mean ends a run at the same step whatever their number.
+        parameters = [p for p in self.engine.objective.parameters() if p.requires_grad]
+        means = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(parameters, gradients, strict=True)]
+        for mean in means:
+            dist.all_reduce(mean.div_(world_size()))
+        return is_finite(nn.utils.get_total_norm(means))
+
+
+def _has_finite_norm(gradient: Tensor) -> bool:
+    return is_finite(gradient.norm())
 
 
 def _on_any_worker(hit: list[bool], device: torch.device) -> list[bool]:

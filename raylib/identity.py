@@ -179,11 +179,11 @@ def read(run: Path) -> dict[str, Any]:
 
 
 def data_hash(run: Path) -> str | None:
-    """One hash over the data of a run, see `hash_of`. None: nothing was recorded."""
-    return hash_of(read(run)["data"])
+    """One hash over the data of a run, see `combined_hash`. None: nothing was recorded."""
+    return combined_hash(read(run)["data"])
 
 
-def hash_of(data: Mapping[str, dict]) -> str | None:
+def combined_hash(data: Mapping[str, dict]) -> str | None:
     """One hash over a record: the same on another machine, for it holds base names and contents (of large files, sizes). None:
     of an empty one."""
     parts = sorted(f"{Path(path).name} {entry['sha256'] or entry['bytes']}" for path, entry in data.items())

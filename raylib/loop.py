@@ -102,7 +102,7 @@ def fit(
     tracker = Tracker(runtime.run, config.track, first) if runtime.rank == 0 else None
     meta_of_run = {**describe, "workers": runtime.world, "engine": engine.name}
     saver = _Saver(runtime, engine, objective, meta_of_run, clock, config.steps, meta.get("samples_replaced", 0))
-    losses, evaluation = finite_values(meta.get("losses", {})), meta.get("evaluation", {})
+    losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
     replay = _Replay(objective, batches, config, runtime)
     watch = Watch(guard, engine, replay, start)
     stream = load_batches(batches, first, last, config.loader_workers, pin=on_gpu)

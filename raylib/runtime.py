@@ -44,9 +44,11 @@ class Local:
         own.mkdir()
         write(own)
         checkpoint.seal(own, self.rank)
-        for path in own.iterdir():
-            path.rename(partial / path.name)
-        own.rmdir()
+        for path in [path for path in own.rglob("*") if path.is_file()]:  # of ZeRO, all workers have files in one folder
+            place = partial / path.relative_to(own)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(place)
+        shutil.rmtree(own)
         self.barrier()
         if self.rank == 0:
             final = partial.with_name(name)

@@ -337,6 +337,54 @@ def test_latex_escapes_what_latex_reads():
     assert latex.escape("-1.2 ± 3") == r"$-$1.2 $\pm$ 3" and latex.escape("zero-shot") == "zero-shot"
 
 
+def test_a_run_whose_every_step_was_skipped_is_untrained(runs):
+    """Fewer than `fit.max_skipped` in a row end no run, and so a short one may finish without a step."""
+    rows = table(shown(runs("plain", 0.5, skipped_steps=7), runs("skipped", 0.3, skipped_steps=8)))
+    assert [row["method"] for row in rows] == ["full fine-tuning", "as it is (all 8 steps skipped)"]
+    assert [row["trained, % of parameters"] for row in rows] == ["90.00", ""]
+
+
+def test_runs_from_other_data_or_by_other_code_are_told(runs):
+    """The same settings, and so one row: neither the content of a file nor the code is among them."""
+    codes = ("abc source 1", "abc source 1", "abc source 2")
+    folders = [runs(f"s{seed}", 0.5, f"fit.seed={seed}", code=code) for seed, code in enumerate(codes)]
+    folders.append(runs("old", 0.5, "fit.seed=3"))  # of a version that recorded neither
+    for folder, content in zip(folders[:3], ("a", "b", "a"), strict=True):
+        entry = {"stamp": content, "bytes": 9, "sha256": content}
+        record = {"code": [], "data": {"/data/test.jsonl": entry, f"/runs/{folder.name}/model.safetensors": entry}}
+        (folder / "identity.json").write_text(json.dumps(record))
+    (comparison,), lines = compare(folders)
+    assert len(comparison.rows) == 1 and lines == [
+        f"{folders[1]} and {folders[0]} were made from different data: /data/test.jsonl (other content)",
+        f"xvnli: runs made by 2 versions of the code: abc source 1 (2, such as {folders[0]}); "
+        f"abc source 2 (1, such as {folders[2]})",
+    ]
+
+
+def test_scores_over_other_languages_are_not_subtracted(runs):
+    """A mean over one target, and the spread of a single language, which is none."""
+    every = runs("every", 0.5)
+    figures = {"mean_targets": 0.3, "gap": None, "disparity": {"std": 0.0, "range": 0.0}}
+    text = shown(every, runs("one", 0.5, 'languages=["ru"]', accuracy={"ru": 0.3}, **figures))
+    first, second = table(text)
+    assert second["mean of the targets, accuracy"] == "30.0" and first["std of languages, accuracy"] == "15.0"
+    assert second["std of languages, accuracy"] == second["range of languages, accuracy"] == ""
+    (row,) = table(text, 1)
+    assert row["ru, accuracy"] == "+10.0" and {row[head] for head in row if "of" in head and "accuracy" in head} == {""}
+
+
+def test_what_is_no_result_of_fine_tuning_is_one_line(runs, tmp_path, capsys):
+    run = runs("run", 0.5)
+    for name, content, words in (
+        ("list", "[1]", "no result of a run"), ("pretraining", '{"run": "p", "steps": 8}', "no result of fine-tuning"),
+    ):  # fmt: skip
+        other = runs(name, 0.5)
+        (other / "result.json").write_text(content)
+        assert main(["compare", str(run), str(other)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {other}/result.json: {words}") and error.count("\n") == 1
+
+
 def test_mistakes_are_one_line(runs, tmp_path, capsys):
     run, bare = runs("run", 0.5), runs("bare", 0.5)
     (bare / "config.json").unlink()

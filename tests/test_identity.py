@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune.__main__ import main as finetune_main
+from pretrain.__main__ import main as pretrain_main
 from pretrain.train import run as run_pretraining
 from raylib import identity, provenance
 from raylib.data.source import Source
@@ -356,3 +357,28 @@ def test_a_run_evaluated_on_other_data_says_so_and_has_its_hash(finetune, scenes
         line = [part for part in out.splitlines() if "evaluates on other data than the run began with" in part]
         assert ["few_shot/ru/test.json (other content)" in part for part in line] == ([] if same else [True])
         assert (json.loads(result.read_text())["data_sha256"] == before) is same
+
+
+def test_an_evaluation_of_an_export_says_what_made_it(model, retrieval_set, tmp_path, capsys):
+    def evaluated(data):
+        assert pretrain_main(["evaluate", str(model), str(data), "--json", str(tmp_path / "e.json")]) == 0
+        return json.loads((tmp_path / "e.json").read_text())
+
+    result = evaluated(retrieval_set)
+    assert result["code"] == provenance.code_version() and result["libraries"]["torch"] and result["device"] and result["time"]
+    assert result["peak_memory_gb"] > 0 and result["evaluated_per_second"] > 0 and result["seconds"] > 0
+    assert result["items_skipped"] == {"de": 1, "en": 0, "zh": 0} and set(result["interval"]) == {"de", "en", "zh"}
+    assert len(result["config_sha256"]) == 64
+    copied = shutil.copytree(retrieval_set, tmp_path / retrieval_set.name)
+    assert evaluated(copied)["data_sha256"] == result["data_sha256"]
+    captions = copied / "captions.json"
+    captions.write_text(captions.read_text() + "\n")
+    assert evaluated(copied)["data_sha256"] != result["data_sha256"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "overlap"])
+def test_a_file_of_results_that_cannot_be_written_is_told_at_once(model, retrieval_set, tmp_path, capsys, command):
+    for path, words in ((tmp_path / "no" / "e.json", "No such file or directory"), (tmp_path, "Is a directory")):
+        assert pretrain_main([command, str(model), str(retrieval_set), "--json", str(path)]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith(f"error: {path}: not written ({words})") and printed.out == ""

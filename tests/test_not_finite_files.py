@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from finetune import masks
 from finetune.distillation.stored import Stored, write_stored
 from finetune.examples import Example
+from finetune.formats.gqa import read_gqa
+from finetune.formats.vqa import read_cvil
 from finetune.lexicon.distances import vector_distances
 from finetune.lexicon.vectors import read_vectors
 from finetune.model import FinetuneModel, load_backbone
@@ -304,6 +306,21 @@ def test_states_of_a_teacher_name_file_and_example(tmp_path):
         lambda: Stored(tmp_path / "s").read(["1", "3"]),
         "states-0-0.safetensors: the teacher's states of 3 are not finite",
     )
+
+
+# ---- scores of answers
+
+
+@pytest.mark.parametrize("score", ["NaN", "Infinity", '"1.0"', "true"])
+def test_scores_of_answers_name_the_item(tmp_path, score):
+    """Python's JSON reads NaN; `min(1.0, nan)` is 1.0, and so a right answer."""
+    lxmert = tmp_path / "valid.json"
+    lxmert.write_text(f'[{{"question_id": 1, "sent": "q", "img_id": "7", "label": {{"yes": 1.0, "no": {score}}}}}]')
+    refuses(lambda: list(read_gqa(lxmert)), f"{lxmert}, item 0: the score", "is no finite number")
+    (tmp_path / "answers.json").write_text('["yes", "no"]')
+    cvil = tmp_path / "val.jsonl"
+    cvil.write_text(f'{{"en": "q", "an": [0, 1], "s": [1.0, {score}], "img_id": 7, "q_id": 1}}\n')
+    refuses(lambda: list(read_cvil(cvil, "en", "answers.json")), f"{cvil}:1: the score")
 
 
 # ---- words

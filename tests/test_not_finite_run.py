@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def on_zero(rank, world, folder):
     """Faults on the last worker alone, under ZeRO-2 and DDP: the reports, and whether a run with few of them finishes."""
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
     out = []
-    for zero in (True, False) if world == 1 else (False,):
+    for zero in (True, False):
         place = folder / f"{zero}{world}"
         try:
             run(
@@ -173,7 +174,7 @@ def test_workers_and_zero_end_alike(tmp_path, world):
     results = run_workers(on_zero, world, tmp_path)
     assert all(result == results[0] for result in results)  # nobody is left waiting
     reports, counts = results[0][::2], results[0][1::2]
-    assert counts == [2] * len(reports) and len(reports) == (2 if world == 1 else 1)
+    assert counts == [2] * len(reports) and len(reports) == 2
     for text in reports:
         assert (
             "step 10: 4 steps in a row" in text
@@ -208,6 +209,31 @@ def test_zero_on_two_workers_names_the_parameter(tmp_path):
     )
 
 
+def mean_norms(rank, world):
+    """What is said of two gradients of the last worker, the others' being zero."""
+    from raylib.guard import Watch
+
+    watch = Watch(StepGuard(CPU), Engine(Faulty(Stack())), None, None)
+    first, *others = watch.engine.objective.parameters()
+    found = []
+    for largest in (2.5e19, 5e19):  # squares of more than 1.8e19 overflow float32
+        gradient = torch.zeros_like(first)
+        gradient.view(-1)[0] = largest if rank == world - 1 else 0.0
+        found.append(watch._has_finite_total_norm([gradient, *[None] * len(others)]))
+    return found
+
+
+class Engine(NamedTuple):
+    objective: nn.Module
+    device: torch.device = CPU
+
+
+def test_a_gradient_is_judged_by_the_mean_of_all_workers():
+    """Or a run would end at another step with another number of workers."""
+    assert run_workers(mean_norms, 2) == [[True, False]] * 2
+    assert run_workers(mean_norms, 1) == [[False, False]]
+
+
 def broken_at(step, factor):
     """Rates that are sound but for one step."""
     return lambda depth, number: factor if number == step else 1.0
@@ -229,6 +255,24 @@ def test_an_update_that_breaks_the_weights_leaves_the_last_good_checkpoints(tmp_
     assert (
         run(tmp_path, {}, rates=lambda depth, step: 1.0, keep=keep)["steps"] == 30
     )  # with a sound rate it goes on from there
+
+
+@pytest.mark.parametrize("save_every", [1, 4])
+@pytest.mark.parametrize("zero", [False, True])
+def test_weights_from_which_no_run_could_go_on_are_not_saved(tmp_path, save_every, zero):
+    """After step 9 weights and loss are finite, but the gradient overflows whatever the batch: every further step is skipped.
+    A checkpoint from within that row would be the only one left, and no lower rate could begin from it."""
+    with pytest.raises(NotFinite) as error:
+        run(tmp_path, {}, rates=broken_at(8, 1e10), keep=1, save_every=save_every, zero=zero, max_skipped=20)
+    assert "the update of step 9 broke the weights: of its own batch, once more, the gradient not finite" in str(error.value)
+    assert checkpoints(tmp_path) == ["step_000008"]
+    sound = run(tmp_path, {}, rates=lambda depth, step: 1.0, keep=1, zero=zero)
+    assert sound["steps"] == 30 and sound["skipped_steps"] == 0
+
+
+def test_the_report_names_a_parameter_whose_gradient_overflows_in_its_norm_alone(tmp_path):
+    with pytest.raises(NotFinite, match="first parameter hit by a norm that overflows model.embedding.weight"):
+        run(tmp_path, {}, rates=broken_at(8, 1e10), max_skipped=3, save_every=0)
 
 
 def test_weights_that_are_not_finite_are_never_registered(tmp_path):

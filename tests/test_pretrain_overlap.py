@@ -152,7 +152,7 @@ def test_overlap_mistakes_are_one_line(corpus, tmp_path, capsys):
         ([corpus, tmp_path / "none"], "neither a folder nor a .tar of images"),
         ([corpus, tmp_path / "empty"], "no image in it"),
         ([corpus, tmp_path / "broken"], "none of its 1 images decodes"),
-        ([corpus, corpus, "--json", tmp_path / "none" / "out.json"], "no such folder"),
+        ([corpus, corpus, "--json", tmp_path / "none" / "out.json"], "No such file or directory"),
         ([corpus, corpus, "--names", tmp_path / "bad.jsonl"], "not to be read as a list of images"),
         ([corpus, corpus, "--distance", 64], "give a number from 0 to 32"),
     ):

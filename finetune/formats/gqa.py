@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune.examples import Example
-from finetune.formats.stream import field, first_character, read_items
+from finetune.formats.stream import field, first_character, read_items, score_of
 from raylib.errors import UserError
 
 
@@ -22,7 +22,7 @@ def read_gqa(path: Path) -> Iterator[Example]:
             labels = field(record, "label", dict, where) if "label" in record else {}
             text, image = field(record, "sent", str, where), field(record, "img_id", str, where)
             number = field(record, "question_id", (str, int), where)
-            yield Example(str(number), (text,), (image,), {k: float(v) for k, v in labels.items()})
+            yield Example(str(number), (text,), (image,), {k: score_of(v, where) for k, v in labels.items()})
         else:
             text, image = field(record, "question", str, where), field(record, "imageId", str, where)
             answer = field(record, "answer", str, where)

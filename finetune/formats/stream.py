@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 from raylib.errors import UserError
+from raylib.finite import is_finite
 
 CHUNK = 1 << 16  # characters read at a time
 DECODER = json.JSONDecoder()
@@ -200,3 +201,14 @@ def field(record: dict, name: str, kind: type | tuple[type, ...], where: str) ->
     if not isinstance(record[name], kind):
         raise UserError(f"{where}: field '{name}' is {type(record[name]).__name__}, {record[name]!r:.60}")
     return record[name]
+
+
+def score_of(value: Any, where: str) -> float:
+    """Return an answer's score as a float.
+
+    Raises:
+        UserError: no number, or none that is finite; Python's JSON reads NaN and Infinity too.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_finite(value):
+        raise UserError(f"{where}: the score {value!r:.60} of an answer is no finite number")
+    return float(value)

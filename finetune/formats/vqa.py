@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.examples import Example
 from finetune.formats.gqa import read_answers
-from finetune.formats.stream import field, read_items, read_jsonl, read_listed
+from finetune.formats.stream import field, read_items, read_jsonl, read_listed, score_of
 from raylib.errors import UserError
 
 
@@ -68,7 +68,7 @@ def read_cvil(path: Path, language: str, answers: str, translations: str = "") -
             raise UserError(f"{where}: answers {numbers} with scores {scores} do not fit the {len(names)} answers")
         labels: dict[str, float] = {}
         for n, s in zip(numbers, scores, strict=True):
-            labels[classes[n]] = min(1.0, labels.get(classes[n], 0.0) + float(s))
+            labels[classes[n]] = min(1.0, labels.get(classes[n], 0.0) + score_of(s, where))
         number, image = field(record, "q_id", (int, str), where), field(record, "img_id", (int, str), where)
         tags = tuple(filter(None, map(str.strip, field(record, "o", str, where).split(";")))) if "o" in record else ()
         yield Example(str(number), (field(record, language, str, where),), (str(image),), labels, tags=tags)

@@ -13,6 +13,7 @@ from ray import tune
 from raylib import shared
 from raylib.checkpoint import write_atomically
 from raylib.errors import NotFinite
+from raylib.finite import require_finite_values
 from raylib.tune import space
 from raylib.tune.config import Job, SearchConfig, Searching
 from raylib.tune.fit import fitted
@@ -119,7 +120,10 @@ def _test(search: Searching, runs: dict[int, Path], resources: dict[str, float])
         if "not_finite" in figures:
             raise NotFinite(f"{runs[seed]}: its test: {figures['not_finite']}")
         write_atomically(known[seed], json.dumps(figures, allow_nan=False) + "\n")
-    return {seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in known.items()}
+    tests = {seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in known.items()}
+    for seed, figures in tests.items():  # earlier versions wrote NaN
+        require_finite_values(str(known[seed]), figures)
+    return tests
 
 
 @ray.remote
