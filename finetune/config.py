@@ -126,7 +126,7 @@ class FinetuneConfig(LaunchConfig):
 
     @property
     def trains_apart(self) -> bool:
-        """Whether each language is trained apart."""
+        """Return whether each language is trained apart."""
         return self.setting in ("few_shot", "single_language")
 
     @property
@@ -141,7 +141,7 @@ class FinetuneConfig(LaunchConfig):
 
     @property
     def called(self) -> str:
-        """What tables call the method. An image encoder that is frozen alone is not named: it knows no language. What trains
+        """Name the method for tables. An image encoder that is frozen alone is not named: it knows no language. What trains
         nothing is "as it is", whatever it would freeze."""
         named = () if self.freeze == ("vision",) or not self.trains else self.freeze
         frozen = "frozen unimodal encoders" if named == UNIMODAL else named and f"frozen {', '.join(named)}"

@@ -82,7 +82,7 @@ class MatchingObjective(nn.Module):
 
 
 def encode_vectors(model: nn.Module, part: dict, temperature: Tensor) -> Vectors:
-    """What a batch comes to. temperature: (1,), of `Vectors.contrast`."""
+    """Return the vectors of a batch. temperature: (1,), of `Vectors.contrast`."""
     texts = [Ragged(part["text"].clean, part["text"].lengths), *([part["pivot"]] if "pivot" in part else [])]
     if "states" in part:  # of a frozen image encoder that ran before, or of this step's
         dtype = next(model.parameters()).dtype

@@ -59,7 +59,7 @@ def test_split(config: FinetuneConfig, language: str) -> str:
 
 
 def split_name(config: FinetuneConfig) -> str:
-    """What results call the test split."""
+    """Name the test split for results."""
     return find_task(config).split_names.get(config.split, config.split)
 
 
@@ -106,7 +106,7 @@ def dev_sets(config: FinetuneConfig, language: str | None) -> dict[str, str]:
 
 
 def training_sets(config: FinetuneConfig, language: str | None) -> list[Reading]:
-    """What a part of a run trains on; `language` where each has a part of its own.
+    """Return what a part of a run trains on; `language` where each has a part of its own.
 
     Raises:
         UserError: the languages have no training files of their own.

@@ -243,7 +243,7 @@ def find_evaluated(path: Path | str) -> Path:
 
 
 def weights_of(path: Path | str) -> Path:
-    """What is read of the model at `path`: the file of weights alone, where it is ours, for a run's folder goes on changing."""
+    """Return what is read of the model at `path`: of ours, the file of weights alone, for a run's folder goes on changing."""
     path = Path(path)
     return path if is_foreign(path) else find_evaluated(path) / "model.safetensors"
 

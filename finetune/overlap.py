@@ -1,4 +1,4 @@
-"""What the sets of a run share: nothing, or what the task's record declares (`finetune.splits.Overlap`).
+"""Overlap of the sets of a run: nothing, or what the task's record declares (`finetune.splits.Overlap`).
 
 Before a run starts, its tests are compared with what it trains on and what chooses its checkpoint, and its dev sets with what it
 trains on, by image and by item:
@@ -49,7 +49,7 @@ class Used(NamedTuple):
 
 
 def check_overlap(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> list[dict[str, Any]]:
-    """What the sets of a run share although they are published like that.
+    """Find what the sets of a run share although they are published like that.
 
     Args:
         parts: the config of each training, by the language that it has of its own.

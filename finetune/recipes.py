@@ -146,7 +146,7 @@ def _named(config: FinetuneConfig, summary: str) -> Callable[[], FinetuneConfig]
 
 
 def _selection(config: FinetuneConfig) -> str:
-    """Which checkpoint is evaluated, in words."""
+    """Say which checkpoint is evaluated."""
     if not config.trains:
         return "nothing is trained"
     if config.select == "last":

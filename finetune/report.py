@@ -1,4 +1,4 @@
-"""What a run leaves for people: `result.json`, a Markdown table, a picture."""
+"""Results of a run for people: `result.json`, a Markdown table, a picture."""
 
 import json
 from pathlib import Path

@@ -27,7 +27,7 @@ class Split(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """What two sets of a published task share, as its files have it.
+    """Overlap of two sets of a published task, as its files have it.
 
     first, second: "test", "dev" or "train" (shots are trained on). language, other: of `first`, of `second`; None: any.
     images, items: how many at most; None: nobody has said how many, so whatever is found is told, and no error, unless it is
@@ -73,7 +73,7 @@ class Task(NamedTuple):
     split_names: Mapping[str, str] = {}
 
     def has(self, name: str, language: str) -> bool:
-        """Whether there is a split `name` in `language`."""
+        """Return whether there is a split `name` in `language`."""
         return name in self.splits or f"{name}.{language}" in self.splits
 
     def split(self, name: str, language: str) -> Split:
@@ -88,16 +88,16 @@ class Task(NamedTuple):
         return found
 
     def paths(self, folder: Path, name: str, language: str, shots: int | str = "") -> list[Path]:
-        """Where the split may lie under the data folder: the first that is there is read."""
+        """Return where the split may lie under the data folder: the first that is there is read."""
         return [folder / path for path, _ in self.split(name, language).places(language, shots)]
 
     def path(self, folder: Path, name: str, language: str, shots: int | str = "") -> Path:
-        """Where the split lies under the data folder; where it lies nowhere, where it is looked for first."""
+        """Return where the split lies under the data folder; where it lies nowhere, where it is looked for first."""
         paths = self.paths(folder, name, language, shots)
         return next((path for path in paths if path.exists()), paths[0])
 
     def source(self, name: str, language: str) -> tuple[str, ...]:
-        """What tells the items of a split in one language from those in another: its file, and what its reader is told."""
+        """Return what tells the items of a split in one language from those in another: its file, and what its reader is told."""
         split = self.split(name, language)
         return split.path.replace("{language}", language), *(v.format(language=language) for v in split.options.values())
 
@@ -116,7 +116,7 @@ class Task(NamedTuple):
         return split.read(path, **{k: v.format(language=language) for k, v in split.options.items()})
 
     def _beside(self, path: Path, places: list[tuple[str, Split]], others: list[str]) -> str:
-        """What to say of a file that is not there: where else it was looked for, and which like it are."""
+        """Return what to say of a file that is not there: where else it was looked for, and which like it are."""
         said = f", nor {', nor '.join(others)}" if others else ""
         said += "; check data=, languages=, shots="
         pattern = places[0][0].rpartition("/")[2]

@@ -218,7 +218,7 @@ def _stored_result(folder: Path) -> dict[str, Any]:
 
 
 def _so_far(model, run: Path) -> dict[str, Any]:
-    """What is known of a training that was stopped, as a finished part would have it."""
+    """Return what is known of a training that was stopped, as a finished part would have it."""
     meta = checkpoint.read_meta(checkpoint.newest(run))
     return {"finished": False, "steps": meta["step"], "seconds": sum(meta["times"].values()),
             "params": sum(p.numel() for p in model.parameters()),

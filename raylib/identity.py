@@ -82,7 +82,7 @@ def content_hash(path: Path) -> str:
 
 
 def changed(before: Mapping[str, dict], now: Mapping[str, dict]) -> list[str]:
-    """Which files of both records are not the same any more, in words."""
+    """List, in words, the files of both records that are not the same any more."""
     found = []
     for path, old in before.items():
         new = now.get(path)
@@ -117,7 +117,7 @@ def match_moved(before: Mapping[str, dict], now: Mapping[str, dict]) -> dict[str
 
 
 def came_or_went(before: Mapping[str, dict], now: Mapping[str, dict], same_code: bool) -> list[str]:
-    """Which files only one of both records has, in words. Other code may read others, but not miss what is gone."""
+    """List, in words, the files that only one of both records has. Other code may read others, but not miss what is gone."""
     moved = match_moved(before, now)
     gone = [path for path in before if path not in now and path not in moved]
     found = [f"{path} (missing)" for path in gone if not Path(path).exists()]

@@ -1,4 +1,4 @@
-"""What a number was made with: code, packages, machine. Every `result.json` holds it."""
+"""Provenance of a number: code, packages, machine. Every `result.json` holds it."""
 
 import hashlib
 import os

@@ -131,7 +131,7 @@ def matching(loss: str, weight: float):
 
 @pytest.mark.parametrize("loss", ["mse", "pivot", "image"])
 def test_terms_beside_matching_are_the_slow_ones(loss):
-    """What matching makes of the batch, and the term at the model's own temperature."""
+    """Return what matching makes of the batch, and the term at the model's own temperature."""
     objective, unified = matching(loss, 0.7)
     batch, model = aligned_batch(), unified.model
     (total, values), (before, own) = objective(batch), unified(batch)

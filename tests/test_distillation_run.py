@@ -255,7 +255,7 @@ def searched(parallel, teacher, model, tmp_path, *settings):
 
 
 def test_a_search_over_distillation_ranks_by_a_head_that_is_trained(parallel, teacher, model, tmp_path):
-    """What is told while it distils is no score; the last ones are of the second step, whose head learns."""
+    """A score that is told while it distils counts for nothing; the last ones are of the second step, whose head learns."""
     small = ["epochs=2", "strategies.distillation.epochs=1", "strategies.head_first.epochs=1"]
     job, config = searched(parallel, teacher, model, tmp_path, *small)
     job.check(config)

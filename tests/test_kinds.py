@@ -1,4 +1,4 @@
-"""What kind of backbone a trained model is stored as: every one, on every kind of task that it has, is gone on from few-shot."""
+"""The kind of backbone that a trained model is stored as: few-shot goes on from every one, on every kind of task that it has."""
 
 import json
 import shutil

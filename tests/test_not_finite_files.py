@@ -259,7 +259,7 @@ def test_states_that_are_not_finite_are_not_stored(tmp_path, dtype, value):
 
 
 def on_states(rank, world, folder):
-    """What each worker hears, of which one alone has the item that is not finite."""
+    """Return what each worker hears, of which one alone has the item that is not finite."""
     try:
         write_states(folder, ["a", "b", "c", "d"], states_of("d", NAN), 2)
     except NotFinite as e:

@@ -210,7 +210,7 @@ def test_zero_on_two_workers_names_the_parameter(tmp_path):
 
 
 def mean_norms(rank, world):
-    """What is said of two gradients of the last worker, the others' being zero."""
+    """Return what is said of two gradients of the last worker, the others' being zero."""
     from raylib.guard import Watch
 
     watch = Watch(StepGuard(CPU), Engine(Faulty(Stack())), None, None)

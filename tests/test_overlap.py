@@ -1,4 +1,4 @@
-"""What train, dev, shots and test sets share: compared before a run starts, by image and by item, on hand-made files."""
+"""Overlap of train, dev, shots and test sets: compared before a run starts, by image and by item, on hand-made files."""
 
 import json
 import shutil
@@ -147,7 +147,7 @@ def test_nlvr2s_published_overlap_is_told_and_more_of_it_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("first", ["test", "dev"])
 def test_a_record_of_nlvr2_in_its_training_file_is_an_error(tmp_path, first):
-    """How many images and statements they share by other records nobody has counted: that is told."""
+    """Images and statements that they share by other records nobody has counted: that is told."""
     settings = marvl(tmp_path, 0, 0)
     train, other = TASKS["marvl"].path(tmp_path, "train", "en"), TASKS["marvl"].path(tmp_path, first, "en")
     records = train.read_text().splitlines(keepends=True)

@@ -1,4 +1,4 @@
-"""Which files tasks are read from, against the listing of IGLUE's own repository; test sets and few-shot by its protocol."""
+"""Files that tasks are read from, against the listing of IGLUE's own repository; test sets and few-shot by its protocol."""
 
 import json
 import re

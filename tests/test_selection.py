@@ -1,4 +1,4 @@
-"""Which checkpoint is evaluated: what each recipe's paper chose by, by which score, which of several that score alike."""
+"""Selection of the checkpoint that is evaluated: by what each recipe's paper chose, by which score, which of ties."""
 
 import json
 

@@ -137,7 +137,7 @@ class Finetuning:
 
 
 def _english_chooses(config: FinetuneConfig) -> bool:
-    """Whether few-shot checkpoints are chosen by the English dev set, as IGLUE does where it has no other."""
+    """Return whether few-shot checkpoints are chosen by the English dev set, as IGLUE does where it has no other."""
     return config.setting == "few_shot" and "shots_dev" not in find_task(config).splits
 
 

@@ -42,7 +42,7 @@ class Account:
             self.kinds[frozenset(members)] += 1
 
     def count(self, extensions: Iterable[str]) -> dict[str, int]:
-        """How many samples have a member of each extension."""
+        """Count the samples that have a member of each extension."""
         return {
             name: n for name in extensions if (n := sum(c for kind, c in self.kinds.items() if name in kind))
         }
@@ -67,7 +67,7 @@ class Account:
         return plain or others
 
     def lines(self, images: Sequence[str] | None) -> list[str]:
-        """What to print of it; `images` as chosen, None for packed text."""
+        """Return what to print of it; `images` as chosen, None for packed text."""
         every, notes = sorted(set().union(*self.kinds)), Counter(self.notes)
         if images is not None:
             bare = sum(n for kind, n in self.kinds.items() if not kind & set(images))

@@ -116,7 +116,7 @@ class Sample(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """Name for errors."""
         return f"{self.shard.path}: sample {self.key}"
 
     def read(self, extension: str) -> bytes:
@@ -151,7 +151,7 @@ class Sample(NamedTuple):
         return string_key(self.read(extension)) if known < 0 else known
 
     def record(self) -> dict:
-        """What its KEY.json holds; {} if it has none, or another kind of value.
+        """Return what its KEY.json holds; {} if it has none, or another kind of value.
 
         Raises:
             BadCaption: not JSON, not UTF-8.

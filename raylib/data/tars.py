@@ -1,4 +1,4 @@
-"""What lies in a tar: the members of every sample with their offsets, and an account of everything else.
+"""Content of a tar: the members of every sample with their offsets, and an account of everything else.
 
 Tars come from many writers: WebDataset's and img2dataset's, `tar cf`, macOS. Members of a sample are joined
 by their key, wherever they lie; a link stands for what it points to; tars joined end to end are read to the
@@ -92,7 +92,7 @@ class TarScan:
         return end
 
     def _skip_zeros(self, end: int) -> int:
-        """Where the next tar begins after the end blocks at `end`: the size of the file, if there is none."""
+        """Return where the next tar begins after the end blocks at `end`: the size of the file, if there is none."""
         if end >= self.bytes:
             self.notes[UNENDED] += 1
             return self.bytes

@@ -54,8 +54,8 @@ class Searcher(OptunaSearch):
 
 
 def state_of(result: dict | None, error: bool, names: Sequence[str] = ()) -> TrialState:
-    """What became of a trial, by the last that it told: finished, stopped (PRUNED) or failed, as one is whose scores `names` are
-    not finite."""
+    """Return what became of a trial, by the last that it told: finished, stopped (PRUNED) or failed, as one is whose scores
+    `names` are not finite."""
     if error or not result or result.get("trouble"):
         return TrialState.FAIL
     if not all(math.isfinite(result[name]) for name in names if name in result):
