@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import torch
 
 from raylib import markdown
 from raylib.checkpoint import write_atomically
@@ -33,6 +34,7 @@ from raylib.data.source import Source
 from raylib.data.tars import TarScan
 from raylib.encoding import nfc
 from raylib.errors import UserError
+from raylib.provenance import provenance
 
 SIDE, LOW = 32, 8  # pixels a side that are transformed; lowest frequencies a side that are kept
 FLAT = 4.0  # standard deviation of the grey levels, of 255, below which an image is all but one colour and has no hash
@@ -248,7 +250,7 @@ def main(arguments: Sequence[str]) -> int:
     corpus, bad_corpus = hash_images(read_source(source), processes)
     result = {"corpus": str(given.corpus), "data": str(given.data), "corpus_images": len(corpus.names),
               "undecodable": {"corpus": bad_corpus, "data": bad_test}, "missing": missing,
-              **count_overlap(corpus, test, given.distance)}  # fmt: skip
+              **provenance(torch.device("cpu")), **count_overlap(corpus, test, given.distance)}  # fmt: skip
     print(table(result))
     print(f"{result['images']} test images, {result['corpus_images']} of the corpus; {bad_test} and {bad_corpus} do not decode; "
           f"{result['flat']} test images are all but one colour and are compared by bytes alone")  # fmt: skip
