@@ -91,7 +91,7 @@ class DeepSpeedEngine:
         if not dist.is_initialized():  # one process, without Ray and torchrun: DeepSpeed wants a group all the same
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            os.environ.setdefault("LOCAL_RANK", "0")
+        os.environ.setdefault("LOCAL_RANK", "0")  # Ray and torchrun set it
         self.objective, self.device, self.bf16, self.rates = objective.to(device), device, bf16, rates
         self.guard = guard or StepGuard(device)
         world = dist.get_world_size()
