@@ -155,7 +155,9 @@ def _read(folder: Path) -> tuple[Run, tuple[str, ...]]:
     if lineage.config:
         finished, skipped = result.get("finished", True), result.get("skipped_steps", 0)
         method = described(lineage.config, result["steps"], finished, folder, skipped)
-    return Run(folder, result, lineage.settings, lineage.seeds, method), lineage.unknown
+    # the split that was evaluated: earlier versions meant xGQA's testdev where the setting says "test"
+    settings = lineage.settings | {"split": result.get("split", lineage.settings.get("split"))}
+    return Run(folder, result, settings, lineage.seeds, method), lineage.unknown
 
 
 def _comparison(task: str, rows: list[Row], chosen: Path | None) -> Comparison:

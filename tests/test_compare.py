@@ -70,6 +70,14 @@ def test_two_learning_rates_are_two_rows(runs):
     }  # fmt: skip
 
 
+def test_runs_evaluated_on_different_splits_are_two_rows(runs):
+    """Of xGQA, "test" was the testdev in earlier versions: the same setting, other questions."""
+    old = runs("old", 0.5, "task=xgqa")
+    new = runs("new", 0.5, "task=xgqa", "fit.seed=1", split="few_shot_test")
+    rows = table(shown(old, new))
+    assert [row["split"] for row in rows] == ["test", "few_shot_test"] and {row["seeds"] for row in rows} == {"1 (no interval)"}
+
+
 def test_what_changes_no_number_makes_no_row(runs):
     folders = [runs("a", 0.5, "workers=1", "fit.seed=0"), runs("b", 0.6, "workers=4", "runtime=local", "fit.log_every=3",
                "curves=true", "fit.seed=1", "fit.keep=9", "method=mine")]  # fmt: skip
