@@ -178,11 +178,7 @@ def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter |
 
 def evaluate_run(folder: Path) -> dict[str, Any]:
     """Evaluate a run's model again, in this process, and write its results anew. Those of a run that was stopped say so, and
-    do not keep it from going on.
-
-    Raises:
-        UserError: data that the run has read changed since; see `raylib.identity`.
-    """
+    do not keep it from going on. Data that changed since the run read it are told, and the result has their hash."""
     config = load(FinetuneConfig, folder / "config.json")
     stored, results = _stored_result(folder), []
     now = split_name(config)
@@ -204,8 +200,8 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         if done.is_file():
             before = json.loads(done.read_text(encoding="utf-8"))
         results.append({**before, **evaluated(part, model, tokenizer, pictures, run)})
-    made_by = {**_identity(config, folder), "data_sha256": identity.combined_hash(data)}
-    result = {**stored, **report.summarise(config, results), **made_by}
+    hashes = {"config_sha256": config_hash(config), "data_sha256": identity.combined_hash(data)}
+    result = {**stored, **report.summarise(config, results), **hashes}
     result.pop("dev", None)  # of a search's run, which is tested now
     report.write(folder, result)
     return result

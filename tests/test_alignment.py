@@ -17,7 +17,7 @@ from raylib.metrics import disparity
 from raylib.objective import UnifiedObjective
 from raylib.track import read_metrics
 from tests.made import make_batch, make_model, take_rows
-from tests.test_collective import run_workers
+from tests.test_collective import assert_workers_equal_one, run_workers
 
 FILES = {
     ("", "en"): {"1.jpg": ("a dog",), "2.jpg": ("a bus",)},
@@ -112,14 +112,7 @@ def on_share(rank, world):
 
 
 def test_workers_equal_one_worker():
-    results, (values, gradients) = run_workers(on_share, 2), on_share(0, 1)
-    for name, value in values.items():
-        for rank in range(2):
-            torch.testing.assert_close(results[rank][0][name], value, rtol=1e-5, atol=1e-6)
-    for name, gradient in gradients.items():
-        if gradient is not None:
-            mean = sum(result[1][name] for result in results) / 2  # what DDP and ZeRO do
-            torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert_workers_equal_one(run_workers(on_share, 2), on_share(0, 1))
 
 
 def matching(loss: str, weight: float):
@@ -164,14 +157,7 @@ def matched_share(rank, world):
 
 
 def test_workers_equal_one_worker_with_terms_beside_matching():
-    results, (values, gradients) = run_workers(matched_share, 2), matched_share(0, 1)
-    for name, value in values.items():
-        for rank in range(2):
-            torch.testing.assert_close(results[rank][0][name], value, rtol=1e-5, atol=1e-6)
-    for name, gradient in gradients.items():
-        if gradient is not None:
-            mean = sum(result[1][name] for result in results) / 2
-            torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert_workers_equal_one(run_workers(matched_share, 2), matched_share(0, 1))
 
 
 def test_disparity_is_the_papers():

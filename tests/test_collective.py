@@ -31,6 +31,18 @@ def _start(rank, world, folder, work, arguments):
     dist.destroy_process_group()
 
 
+def assert_workers_equal_one(results, alone):
+    """Assert that (terms, gradients) of each worker, the gradients' mean, are those of one process."""
+    values, gradients = alone
+    for name, value in values.items():
+        for terms, _ in results:
+            torch.testing.assert_close(terms[name], value, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            mean = sum(own[name] for _, own in results) / len(results)  # what DDP and ZeRO do
+            torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def objective_on_share(rank, world, switches):
     out = []
     for change in switches:

@@ -26,7 +26,7 @@ from raylib.ragged import Ragged
 from raylib.sample.concepts import DATA
 from raylib.text import Prompted, Tokenizer
 from tests.made import make_batch, make_model
-from tests.test_collective import run_workers
+from tests.test_collective import assert_workers_equal_one, run_workers
 from tests.test_oscar import FEATURES, shaken
 
 LABELS = ("no", "yes")
@@ -264,14 +264,7 @@ def on_share(rank, world):
 
 def test_workers_equal_one_worker():
     """Three examples on two workers: shares of two and of one."""
-    results, (values, gradients) = run_workers(on_share, 2), on_share(0, 1)
-    for name, value in values.items():
-        for rank in range(2):
-            torch.testing.assert_close(results[rank][0][name], value, rtol=1e-5, atol=1e-6)
-    for name, gradient in gradients.items():
-        if gradient is not None:
-            mean = sum(result[1][name] for result in results) / 2
-            torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert_workers_equal_one(run_workers(on_share, 2), on_share(0, 1))
 
 
 def test_states_of_the_unified_model():
