@@ -53,6 +53,7 @@ install: .venv/.installed
 
 test: .venv/.installed
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check -q .
 	$(PYTHON) -m pytest -q -m "not drill and not slow"
 
 drills: .venv/.installed

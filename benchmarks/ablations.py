@@ -1,9 +1,11 @@
-"""Paper 2's ablations (its table 5) at the smallest size: each recipe pretrained, its zero-shot retrieval, then one task.
+"""Paper 2's ablations (its table 5) at the smallest size: each recipe pretrained, its zero-shot retrieval,
+then one task.
 
     python -m benchmarks.ablations [--seeds 1] [--folder runs/ablations] [--quick]
 
-`tiny` with all terms at weight 1, which its recipe for the ten minutes is not. What is finished in FOLDER is not made again;
-results/ablations.jsonl has every record, the table in benchmarks/README.md the newest of each recipe and seed.
+`tiny` with all terms at weight 1, which its recipe for the ten minutes is not. What is finished in FOLDER is
+not made again; results/ablations.jsonl has every record, the table in benchmarks/README.md the newest of each
+recipe and seed.
 """
 
 import argparse
@@ -16,20 +18,37 @@ from pretrain.evaluate import summary
 from raylib import markdown
 
 FILE = record.RESULTS / "ablations.jsonl"
-RECIPES = {"tiny": "all terms", "tiny_no_tlm": "without TLM", "tiny_no_xmlm": "without xMLM",
-           "tiny_no_xlc": "without cross-lingual contrast", "tiny_no_uni_arch": "without the unified architecture"}  # fmt: skip
-PRETRAIN = ("runtime=local", "workers=1", "fit.steps=300", "fit.eval_every=300", "objective.fuse_every=8",
-            "data.image_text.batch=256", "data.parallel.batch=512", "data.text.batch=64")  # fmt: skip
+RECIPES = {
+    "tiny": "all terms",
+    "tiny_no_tlm": "without TLM",
+    "tiny_no_xmlm": "without xMLM",
+    "tiny_no_xlc": "without cross-lingual contrast",
+    "tiny_no_uni_arch": "without the unified architecture",
+}
+PRETRAIN = (
+    "runtime=local",
+    "workers=1",
+    "fit.steps=300",
+    "fit.eval_every=300",
+    "objective.fuse_every=8",
+    "data.image_text.batch=256",
+    "data.parallel.batch=512",
+    "data.text.batch=64",
+)
 TERMS = ("ucl_image", "ucl_translation", "vlm", "tlm", "xmlm", "itm")
 OFF = {"tiny_no_tlm": "tlm", "tiny_no_xmlm": "xmlm", "tiny_no_xlc": "ucl_translation"}
 FINETUNE = ("epochs=3", "optim.lr=3e-4", "train_limit=3000")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("runs/ablations"))
-    parser.add_argument("--quick", action="store_true", help="one step of everything, nothing recorded: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="one step of everything, nothing recorded: does it run?"
+    )
     given = parser.parse_args(arguments)
     folder = given.folder / "quick" if given.quick else given.folder
     scenes = folder / "scenes"
@@ -47,13 +66,33 @@ def run(recipe: str, seed: int, folder: Path, scenes: Path, quick: bool) -> dict
     """Pretrain, fine-tune on entailment; what both came to."""
     name = f"{recipe}_seed{seed}"
     weights = [f"objective.weights.{term}={int(OFF.get(recipe) != term)}" for term in TERMS]
-    few, less = (["fit.steps=1", "fit.eval_every=1"], ["epochs=1", "train_limit=64", "test_limit=32"]) if quick else ([], [])
-    python("pretrain", recipe, f"name={name}", f"runs={folder}", f"fit.seed={seed}", *PRETRAIN, *weights, *few)
-    settings = [f"name={name}_xvnli", f"runs={folder}", f"model={folder / name}", f"data={scenes}", f"fit.seed={seed}"]
+    few, less = (
+        (["fit.steps=1", "fit.eval_every=1"], ["epochs=1", "train_limit=64", "test_limit=32"])
+        if quick
+        else ([], [])
+    )
+    python(
+        "pretrain", recipe, f"name={name}", f"runs={folder}", f"fit.seed={seed}", *PRETRAIN, *weights, *few
+    )
+    settings = [
+        f"name={name}_xvnli",
+        f"runs={folder}",
+        f"model={folder / name}",
+        f"data={scenes}",
+        f"fit.seed={seed}",
+    ]
     python("finetune", "scenes_xvnli", *settings, *FINETUNE, *less)
-    pretrained, task = (json.loads((folder / run / "result.json").read_text()) for run in (name, f"{name}_xvnli"))
-    return {"recipe": recipe, "seed": seed, **summary(pretrained), "seconds": pretrained["seconds"],
-            "xvnli": task["accuracy"], "xvnli_targets": task["mean_targets"]}  # fmt: skip
+    pretrained, task = (
+        json.loads((folder / run / "result.json").read_text()) for run in (name, f"{name}_xvnli")
+    )
+    return {
+        "recipe": recipe,
+        "seed": seed,
+        **summary(pretrained),
+        "seconds": pretrained["seconds"],
+        "xvnli": task["accuracy"],
+        "xvnli_targets": task["mean_targets"],
+    }
 
 
 def table() -> str:
@@ -62,8 +101,12 @@ def table() -> str:
     for recipe, what in RECIPES.items():
         lines = record.newest([line for line in record.read(FILE) if line["recipe"] == recipe], "seed")
         if lines:
-            columns = [[x["en_r1"] for x in lines], [x["others_r1"] for x in lines], [x["xvnli"]["en"] for x in lines],
-                       [x["xvnli_targets"] for x in lines]]  # fmt: skip
+            columns = [
+                [x["en_r1"] for x in lines],
+                [x["others_r1"] for x in lines],
+                [x["xvnli"]["en"] for x in lines],
+                [x["xvnli_targets"] for x in lines],
+            ]
             rows.append([what, str(len(lines)), *map(markdown.spread, columns)])
     return markdown.table(rows)
 

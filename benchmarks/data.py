@@ -1,11 +1,11 @@
 """The data path of one core beside its peers: `python -m benchmarks.data` (half a minute).
 
-Reading: our indexed shards, at random, beside `webdataset` streaming the same tars. Pictures: decode, random crop and
-(ours only) RandAugment to uint8, beside `open_clip`'s training transform re-stated in PIL and NumPy (RandomResizedCrop
-0.9-1, bicubic, float32, normalised). Text: packed ids beside `webdataset` streaming one sentence a member and tokenising.
-The variants of a row run by turns in one process; figures are medians of samples per second of processor time. Prints a
-Markdown table and appends a line to `benchmarks/results/data.jsonl`. The pictures are made here: noise of the spectrum
-of photographs.
+Reading: our indexed shards, at random, beside `webdataset` streaming the same tars. Pictures: decode, random
+crop and (ours only) RandAugment to uint8, beside `open_clip`'s training transform re-stated in PIL and NumPy
+(RandomResizedCrop 0.9-1, bicubic, float32, normalised). Text: packed ids beside `webdataset` streaming one
+sentence a member and tokenising. The variants of a row run by turns in one process; figures are medians of
+samples per second of processor time. Prints a Markdown table and appends a line to
+`benchmarks/results/data.jsonl`. The pictures are made here: noise of the spectrum of photographs.
 """
 
 import io

@@ -1,12 +1,14 @@
 """Enter finished runs into `results/`, and write the generated parts of the READMEs from there.
 
-    python -m benchmarks.record RUN              append RUN/result.json to results/runs.jsonl, copy its curve
-    python -m benchmarks.record --trial RUN ...  append settings and R@1 of each to results/trials.jsonl: the
-                                                 experiments behind the recipe `tiny`
-    python -m benchmarks.record --finetune RUN ...  append RUN/result.json of each to results/finetune.jsonl
-    python -m benchmarks.record --scenes FOLDER  append what is reached there without pictures to results/scenes.jsonl
-    python -m benchmarks.record --search RUN     append what RUN/report.md says of the best to results/searches.jsonl
-    python -m benchmarks.record                  only write the READMEs again from what is recorded
+python -m benchmarks.record RUN              append RUN/result.json to results/runs.jsonl, copy its curve
+python -m benchmarks.record --trial RUN ...  append settings and R@1 of each to results/trials.jsonl: the
+                                             experiments behind the recipe `tiny`
+python -m benchmarks.record --finetune RUN ...  append RUN/result.json of each to results/finetune.jsonl
+python -m benchmarks.record --scenes FOLDER  append what is reached there without pictures to
+                                             results/scenes.jsonl
+python -m benchmarks.record --search RUN     append what RUN/report.md says of the best to
+                                             results/searches.jsonl
+python -m benchmarks.record                  only write the READMEs again from what is recorded
 """
 
 import argparse
@@ -28,7 +30,9 @@ CURVE = RESULTS / "sample_curve.png"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", nargs="*", type=Path, help="folder of a finished run")
     parser.add_argument("--trial", action="store_true", help="RUN is an experiment of other settings")
     parser.add_argument("--finetune", action="store_true", help="RUN is a fine-tuning run")
@@ -58,14 +62,21 @@ def main(arguments: list[str] | None = None) -> None:
     found = [line["found"] for line in read(RESULTS / "searches.jsonl")[-1:]]
     write_parts(ROOT / "README.md", search="\n\n".join([*found, search.table(read(search.FILE))]))
     saved = unfreezing.table(read(unfreezing.FILE)[-1]["seconds"])
-    write_parts(ROOT / "benchmarks" / "README.md", trials=trials(), ablations=ablations.table(), unfreezing=saved)
+    write_parts(
+        ROOT / "benchmarks" / "README.md", trials=trials(), ablations=ablations.table(), unfreezing=saved
+    )
 
 
 def write_parts(path: Path, **parts: str) -> None:
     """Replace what stands between the markers of each part."""
     text = path.read_text(encoding="utf-8")
     for name, part in parts.items():
-        text = re.sub(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, p=part: f"{m[1]}{p}\n{m[2]}", text, flags=re.S)
+        text = re.sub(
+            f"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+            lambda m, p=part: f"{m[1]}{p}\n{m[2]}",
+            text,
+            flags=re.S,
+        )
     path.write_text(text, encoding="utf-8")
 
 
@@ -81,8 +92,18 @@ def searched(folder: Path) -> dict:
 def trial(run: Path, result: dict) -> dict:
     """An experiment: its settings, what it scored."""
     settings = flatten(json.loads((run / "config.json").read_text(encoding="utf-8")))
-    kept = {k: v for k, v in settings.items() if k.startswith(("objective", "model", "data", "optim", "fit.steps"))}
-    return {"name": result["run"], "git": result["git"], "settings": kept, "seconds": result["seconds"], **summary(result)}
+    kept = {
+        k: v
+        for k, v in settings.items()
+        if k.startswith(("objective", "model", "data", "optim", "fit.steps"))
+    }
+    return {
+        "name": result["run"],
+        "git": result["git"],
+        "settings": kept,
+        "seconds": result["seconds"],
+        **summary(result),
+    }
 
 
 def flatten(value: dict, prefix: str = "") -> dict:
@@ -110,31 +131,45 @@ def reading(run: dict) -> str:
     values, chance = summary(run), run["retrieval"]["en"]["chance_r1"]
     losses = ", ".join(f"{k} {v:.2f}" for k, v in run["losses"].items() if k != "grad_norm")
     return (
-        f"R@1 is the mean of both directions; chance is {100 * chance:.2f} %. English: {values['en_r1'] / chance:.0f} times "
-        f"chance; mean of the other languages: {values['others_r1'] / chance:.0f} times. The {run['workers']} workers did "
-        f"{run['steps']} steps ({'bf16 autocast' if run['bf16'] else 'float32'}, {run['samples_per_second']:.0f} samples/s) "
-        f"and spent {report.spent(run)}. Last losses: {losses}. {spread(run)}"
+        f"R@1 is the mean of both directions; chance is {100 * chance:.2f} %. English: "
+        f"{values['en_r1'] / chance:.0f} times chance; mean of the other languages: "
+        f"{values['others_r1'] / chance:.0f} times. The {run['workers']} workers did {run['steps']} steps "
+        f"({'bf16 autocast' if run['bf16'] else 'float32'}, {run['samples_per_second']:.0f} samples/s) and "
+        f"spent {report.spent(run)}. Last losses: {losses}. {spread(run)}"
     )
 
 
 def spread(run: dict) -> str:
-    """The same recipe with other seeds: what was recorded with as many steps of as many samples, newest of each seed."""
-    seeds = {r["seed"]: summary(r) for r in read(RESULTS / "runs.jsonl") if "seed" in r and r["steps"] == run["steps"]}
+    """The same recipe with other seeds: what was recorded with as many steps of as many samples, newest of
+    each seed."""
+    seeds = {
+        r["seed"]: summary(r)
+        for r in read(RESULTS / "runs.jsonl")
+        if "seed" in r and r["steps"] == run["steps"]
+    }
     if len(seeds) < 2:
         return "One run, one seed: no spread was measured."
     names = {"en_r1": "English", "others_r1": "others", "heldout_r1": "held-out concepts, all languages"}
-    scores = [f"{name} {', '.join(f'{100 * s[key]:.1f}' for s in seeds.values())} %" for key, name in names.items()]
+    scores = [
+        f"{name} {', '.join(f'{100 * s[key]:.1f}' for s in seeds.values())} %" for key, name in names.items()
+    ]
     return f"R@1 by seed ({', '.join(map(str, seeds))}): {'; '.join(scores)}."
 
 
 def speed() -> str:
     """The newest figures of each size of the step benchmark, and of the data benchmark."""
-    lines = [step_table(line) for line in sorted(newest(read(RESULTS / "step.jsonl"), "size"), key=lambda line: line["size"])]
+    lines = [
+        step_table(line)
+        for line in sorted(newest(read(RESULTS / "step.jsonl"), "size"), key=lambda line: line["size"])
+    ]
     rates = read(RESULTS / "data.jsonl")[-1]["samples_per_second"]
     rows = ["| reading, samples/s a core | peer | ours | ratio |", "|---|---:|---:|---:|"]
     for what, figures in rates.items():
         (peer, slow), *ours = figures.items()
-        rows += [f"| {what}, {mine} | {peer}: {slow:,.0f} | {fast:,.0f} | {fast / slow:.1f}x |" for mine, fast in ours]
+        rows += [
+            f"| {what}, {mine} | {peer}: {slow:,.0f} | {fast:,.0f} | {fast / slow:.1f}x |"
+            for mine, fast in ours
+        ]
     return "\n\n".join([*lines, "\n".join(rows)])
 
 
@@ -151,7 +186,9 @@ def newest(records: list[dict], *keys: str) -> list[dict]:
 
 def read(path: Path) -> list[dict]:
     """Records of a results file; none if it is not there."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    )
 
 
 if __name__ == "__main__":

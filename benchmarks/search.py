@@ -1,12 +1,14 @@
-"""What a search is worth: TPE with early stopping beside the paper's grid and random search, on paper 4's own grid.
+"""What a search is worth: TPE with early stopping beside the paper's grid and random search, on paper 4's own
+grid.
 
     python -m benchmarks.search MODEL DATA [--seeds 8] [--folder runs/search_benchmark]
 
-Paper 4 tries five weights of the alignment times three learning rates on XTD, 15 runs; all of them are ten times as large here,
-where vectors are short and the model is small. The same is asked of emoji scenes
-(recipe `transfer_routine3_lora`, German, 50 captions, 20 epochs), scored on the German development set. All see the same
-ranges and seeds, two trials at a time. Compute is counted in epochs, which cost the same in every trial here, whatever else the
-machine does. MODEL: a run or an export, DATA: emoji scenes; for the README, runs/sample_model and runs/scenes of `make search`.
+Paper 4 tries five weights of the alignment times three learning rates on XTD, 15 runs; all of them are ten
+times as large here, where vectors are short and the model is small. The same is asked of emoji scenes (recipe
+`transfer_routine3_lora`, German, 50 captions, 20 epochs), scored on the German development set. All see the
+same ranges and seeds, two trials at a time. Compute is counted in epochs, which cost the same in every trial
+here, whatever else the machine does. MODEL: a run or an export, DATA: emoji scenes; for the README,
+runs/sample_model and runs/scenes of `make search`.
 """
 
 import argparse
@@ -26,11 +28,12 @@ from raylib.tune.space import Float, Space
 
 FILE = record.RESULTS / "search.jsonl"
 SPACE = Space(
-    "paper 4's grid of weight and learning rate", "transfer_routine3_lora",
+    "paper 4's grid of weight and learning rate",
+    "transfer_routine3_lora",
     {"strategies.alignment.weight": Float(0.01, 100, log=True), "optim.lr": Float(3e-4, 3e-3, log=True)},
     published=({"strategies.alignment.weight": 10.0, "optim.lr": 1e-3},),
     grid={"strategies.alignment.weight": (0.01, 0.1, 1.0, 10.0, 100.0), "optim.lr": (3e-4, 1e-3, 3e-3)},
-)  # fmt: skip
+)
 CONTESTANTS = {  # three times as many trials as the grid has, most of them stopped
     "paper's grid": ("search=grid", "stop=none"),
     "random search": ("search=random", "stop=none", "trials=15"),
@@ -42,7 +45,9 @@ GOAL = "target_dev"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--seeds", type=int, default=8)
@@ -58,20 +63,37 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def search(given: argparse.Namespace, seed: int, name: str, settings: Sequence[str]) -> dict:
-    """Run one contestant: {"rows": its trials in the order of their start, "early": how their early scores rank as the last}."""
+    """Run one contestant: {"rows": its trials in the order of their start, "early": how their early scores
+    rank as the last}."""
     from finetune.recipes import RECIPES
     from raylib.tune import early, sweep
     from tune_spaces.jobs import Finetuning
 
     called = f"{''.join(c for c in name if c.isalnum())}_seed{seed}"
-    own = [f"name={called}", f"runs={given.folder}", "select=target_dev", "seeds=0", "concurrent=2", f"seed={seed}"]
+    own = [
+        f"name={called}",
+        f"runs={given.folder}",
+        "select=target_dev",
+        "seeds=0",
+        "concurrent=2",
+        f"seed={seed}",
+    ]
     config = override(SearchConfig(recipe=SPACE.recipe), [*own, *settings])
-    recipe = [f"model={given.model}", f"data={given.data}", 'languages=["de"]', f"fit.seed={seed}", "fit.bf16=false",
-              "fit.loader_workers=0", "test_limit=150"]  # fmt: skip
+    recipe = [
+        f"model={given.model}",
+        f"data={given.data}",
+        'languages=["de"]',
+        f"fit.seed={seed}",
+        "fit.bf16=false",
+        "fit.loader_workers=0",
+        "test_limit=150",
+    ]
     folder = sweep.run(config, "paper4", SPACE, Finetuning(), override(RECIPES[SPACE.recipe](), recipe))
     rows = trials(folder)
     last = {row["trial"]: row["score"] for row in rows if row["state"] == "finished"}
-    told = early.agreements(folder / "trials", last, GOAL, 1, config.reduction) if config.stop == "none" else []
+    told = (
+        early.agreements(folder / "trials", last, GOAL, 1, config.reduction) if config.stop == "none" else []
+    )
     return {"rows": rows, "early": [[a.age, a.rho] for a in told]}
 
 
@@ -80,15 +102,24 @@ def trials(folder: Path) -> list[dict]:
     import csv
 
     with open(folder / "trials.csv", encoding="utf-8") as file:
-        return [{"trial": row["trial"], "state": row["state"],
-                 "score": float(row[GOAL]) if row[GOAL] else None, "epoch": float(row["epoch"]),
-                 "seconds": float(row["seconds"]), "start": float(row["start_seconds"]) if row["start_seconds"] else None,
-                 "weight": float(row["strategies.alignment.weight"]), "lr": float(row["optim.lr"])}
-                for row in csv.DictReader(file)]  # fmt: skip
+        return [
+            {
+                "trial": row["trial"],
+                "state": row["state"],
+                "score": float(row[GOAL]) if row[GOAL] else None,
+                "epoch": float(row["epoch"]),
+                "seconds": float(row["seconds"]),
+                "start": float(row["start_seconds"]) if row["start_seconds"] else None,
+                "weight": float(row["strategies.alignment.weight"]),
+                "lr": float(row["optim.lr"]),
+            }
+            for row in csv.DictReader(file)
+        ]
 
 
 def best_within(rows: Sequence[dict], budget: float) -> tuple[float | None, int]:
-    """(best score of the trials that finished, how many trials there were) in the first `budget` epochs of trials."""
+    """(best score of the trials that finished, how many trials there were) in the first `budget` epochs of
+    trials."""
     spent, best, count = 0.0, None, 0
     for row in rows:
         spent += row["epoch"]
@@ -111,7 +142,8 @@ def epochs_to(rows: Sequence[dict], score: float) -> float:
 
 
 def grid_noise(grids: Sequence[Sequence[dict]]) -> float:
-    """Standard deviation of what is left of scores (seeds x settings) without a setting's mean and a seed's; 0 of one seed."""
+    """Standard deviation of what is left of scores (seeds x settings) without a setting's mean and a seed's;
+    0 of one seed."""
     points = [{(row["weight"], row["lr"]): row["score"] for row in rows} for rows in grids]
     scores = np.array([[point[key] for key in sorted(points[0])] for point in points])
     left = scores - scores.mean(0) - scores.mean(1, keepdims=True) + scores.mean()
@@ -123,12 +155,23 @@ def table(lines: Sequence[dict]) -> str:
     """A row a contestant, over the seeds that all of them have."""
     lines = record.newest(lines, "seed", "contestant")
     by = {(line["seed"], line["contestant"]): line["rows"] for line in lines}
-    seeds = [seed for seed in sorted({line["seed"] for line in lines}) if all((seed, name) in by for name in CONTESTANTS)]
+    seeds = [
+        seed
+        for seed in sorted({line["seed"] for line in lines})
+        if all((seed, name) in by for name in CONTESTANTS)
+    ]
     if not seeds:
         return "Not measured yet."
-    head = ["", "trials for the grid's epochs", "trials a core-hour", "best German mean recall, %",
-            "grid's best reached after, of its epochs", "within its noise", "first start in a process, s",
-            "later starts, s"]  # fmt: skip
+    head = [
+        "",
+        "trials for the grid's epochs",
+        "trials a core-hour",
+        "best German mean recall, %",
+        "grid's best reached after, of its epochs",
+        "within its noise",
+        "first start in a process, s",
+        "later starts, s",
+    ]
     out, noise = [head], grid_noise([by[seed, "paper's grid"] for seed in seeds])
     for name in CONTESTANTS:
         counts, rates, bests, shares, near, first, later = [], [], [], [], [], [], []
@@ -144,15 +187,32 @@ def table(lines: Sequence[dict]) -> str:
             bests.append(best)
             first += [row["start"] for row in rows[:2] if row["start"]]  # two at a time
             later += [row["start"] for row in rows[2:] if row["start"]]
-        reached = [f"{_share(statistics.median(found))} ({', '.join(map(_share, found))})" for found in (shares, near)]
-        out.append([name, f"{statistics.fmean(counts):.0f}", f"{statistics.fmean(rates):.0f}", markdown.spread(bests),
-                    *reached, f"{statistics.median(first):.1f}", f"{statistics.median(later):.1f}"])  # fmt: skip
+        reached = [
+            f"{_share(statistics.median(found))} ({', '.join(map(_share, found))})"
+            for found in (shares, near)
+        ]
+        out.append(
+            [
+                name,
+                f"{statistics.fmean(counts):.0f}",
+                f"{statistics.fmean(rates):.0f}",
+                markdown.spread(bests),
+                *reached,
+                f"{statistics.median(first):.1f}",
+                f"{statistics.median(later):.1f}",
+            ]
+        )
     early = [(f"after {age}", statistics.median(rhos)) for age, rhos in _early(lines, seeds).items()]
-    told = (f"Seeds {', '.join(map(str, seeds))}: mean ± std, or the median and each. Noise: {100 * noise:.2f} points, the "
-            "standard deviation of a grid setting's score over seeds, less what a seed adds to all settings.")  # fmt: skip
+    told = (
+        f"Seeds {', '.join(map(str, seeds))}: mean ± std, or the median and each. Noise: {100 * noise:.2f} "
+        "points, the standard deviation of a grid setting's score over seeds, less what a seed adds to all "
+        "settings."
+    )
     if early:
-        told += (" Rank correlation of a score with the last, median of the searches that stop nothing: "
-                 f"{', '.join(f'{rho:.2f} {when}' for when, rho in early)} epochs.")  # fmt: skip
+        told += (
+            " Rank correlation of a score with the last, median of the searches that stop nothing: "
+            f"{', '.join(f'{rho:.2f} {when}' for when, rho in early)} epochs."
+        )
     return f"{markdown.table(out)}\n\n{told}"
 
 
@@ -161,7 +221,8 @@ def _share(share: float) -> str:
 
 
 def _early(lines: Sequence[dict], seeds: Sequence[int]) -> dict[int, list[float]]:
-    """{epoch: Spearman's rho of the scores after it with the last ones, of every search that stopped nothing}."""
+    """{epoch: Spearman's rho of the scores after it with the last ones, of every search that stopped
+    nothing}."""
     found: dict[int, list[float]] = {}
     for line in lines:
         for age, rho in line["early"] if line["seed"] in seeds else ():

@@ -1,13 +1,14 @@
-"""One step (forward and backward) of `UnifiedObjective` beside its plain padded twin: `python -m benchmarks.step`.
+"""One step (forward and backward) of `UnifiedObjective` beside its plain padded twin: `python -m
+benchmarks.step`.
 
-Losses and gradients are compared first. Then CPU-seconds: float32, one thread, the variants by turns, medians (other work
-on the machine stretches the clock, hardly the CPU-seconds). Then the peak of resident memory above the model, each in a
-process of its own. Prints a Markdown table of ratios and appends every figure as one JSON line to
-`benchmarks/results/step.jsonl`.
+Losses and gradients are compared first. Then CPU-seconds: float32, one thread, the variants by turns, medians
+(other work on the machine stretches the clock, hardly the CPU-seconds). Then the peak of resident memory
+above the model, each in a process of its own. Prints a Markdown table of ratios and appends every figure as
+one JSON line to `benchmarks/results/step.jsonl`.
 
-With `--device cuda` (bf16 autocast, the paper's micro-batch of one GPU) it also says what share of the GPU's own
-measured matmul peak the step reaches, and leaves out the twin that computes all positions: its logits need over 60 GB.
-That part has not been run: the machine this was written on has no GPU.
+With `--device cuda` (bf16 autocast, the paper's micro-batch of one GPU) it also says what share of the GPU's
+own measured matmul peak the step reaches, and leaves out the twin that computes all positions: its logits
+need over 60 GB. That part has not been run: the machine this was written on has no GPU.
 """
 
 import argparse
@@ -45,7 +46,8 @@ RESULTS = Path(__file__).parent / "results" / "step.jsonl"
 
 
 def draw_lengths(n: int, mean: float, longest: int, generator: torch.Generator, other: Tensor | None = None):
-    """(n,) lengths of this mean, log-normal, cut at `longest`; close to those of `other`, its translations, if given.
+    """(n,) lengths of this mean, log-normal, cut at `longest`; close to those of `other`, its translations,
+    if given.
 
     They are evenly spaced quantiles in random order, so that four sentences are spread like four thousand.
     """
@@ -75,14 +77,18 @@ def make_sentences(lengths: Tensor, vocabulary: int, generator: torch.Generator)
     ids[ends - lengths] = 0
     chosen = (torch.rand(tokens, generator=generator) < 0.15) & inner
     masked = torch.where(chosen, 4, ids)
-    return Sentences(ids, masked, lengths, chosen.nonzero().squeeze(1), ids[chosen], torch.arange(len(lengths)))
+    return Sentences(
+        ids, masked, lengths, chosen.nonzero().squeeze(1), ids[chosen], torch.arange(len(lengths))
+    )
 
 
 def make_batch(config: ModelConfig, counts: tuple[int, int, int], seed: int = 0) -> dict:
     """A batch with the length statistics of `MEANS`."""
     g = torch.Generator().manual_seed(seed)
     pairs, translations, mono = counts
-    lengths = {name: draw_lengths(n, MEANS[name], LENGTHS[name], g) for name, n in zip(MEANS, counts, strict=True)}
+    lengths = {
+        name: draw_lengths(n, MEANS[name], LENGTHS[name], g) for name, n in zip(MEANS, counts, strict=True)
+    }
     translated = draw_lengths(translations, MEANS["parallel"], LENGTHS["parallel"], g, lengths["parallel"])
     size, v = config.image_size, config.vocabulary
     return {
@@ -131,15 +137,18 @@ class Bench:
             torch.cuda.synchronize()
 
     def deviation(self, variants: list[str]) -> dict[str, float]:
-        """How far the others' terms and gradients are from the first's: the largest relative error of a term, and of a
-        parameter's gradient (norm of the difference by norm)."""
+        """How far the others' terms and gradients are from the first's: the largest relative error of a term,
+        and of a parameter's gradient (norm of the difference by norm)."""
         _, ours = self.step(variants[0])
         gradients = {name: p.grad for name, p in self.model.named_parameters()}
         far = {"terms": 0.0, "gradients": 0.0}
         for variant in variants[1:]:
             _, terms = self.step(variant)
             far["terms"] = max(far["terms"], *(float(abs(ours[k] / terms[k] - 1)) for k in terms))
-            errors = [float((gradients[n] - p.grad).norm() / p.grad.norm()) for n, p in self.model.named_parameters()]
+            errors = [
+                float((gradients[n] - p.grad).norm() / p.grad.norm())
+                for n, p in self.model.named_parameters()
+            ]
             far["gradients"] = max(far["gradients"], *errors)
         return far
 
@@ -152,7 +161,8 @@ class Bench:
         return seconds
 
     def peak(self, variant: str) -> float:
-        """GB that one step holds at most above the model. On the CPU: resident memory, in a fresh process (Linux)."""
+        """GB that one step holds at most above the model. On the CPU: resident memory, in a fresh process
+        (Linux)."""
         if self.device.type == "cuda":
             self.model.zero_grad(set_to_none=True)
             torch.cuda.reset_peak_memory_stats()
@@ -200,10 +210,16 @@ def measure(size: str, device: str, repeats: int) -> dict:
     deviation = bench.deviation(variants)
     seconds = bench.times(variants, repeats)
     out = {
-        "size": size, "device": device, "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(), "batch": bench.counts, "deviation": deviation, "seconds": seconds,
+        "size": size,
+        "device": device,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "batch": bench.counts,
+        "deviation": deviation,
+        "seconds": seconds,
         "peak_gb": peaks or {v: bench.peak(v) for v in variants},
-    }  # fmt: skip
+    }
     if device == "cuda":
         out["gpu"] = {"name": torch.cuda.get_device_name(), **bench.share_of_peak(median(seconds["ours"]))}
     return out
@@ -214,24 +230,31 @@ def table(figures: dict) -> str:
     seconds = {v: median(s) for v, s in figures["seconds"].items()}
     peaks, (pairs, translations, mono) = figures["peak_gb"], figures["batch"]
     lines = [
-        f"The model of `{figures['size']}` on a {figures['device']}: {pairs} pairs, {translations} translations, {mono} texts. "
-        f"The twin differs by at most {figures['deviation']['terms']:.0e} in a loss, "
-        f"{figures['deviation']['gradients']:.0e} in a gradient.",
+        f"The model of `{figures['size']}` on a {figures['device']}: {pairs} pairs, {translations} "
+        f"translations, {mono} texts. The twin differs by at most {figures['deviation']['terms']:.0e} in a "
+        f"loss, {figures['deviation']['gradients']:.0e} in a gradient.",
         "",
         "| step | seconds | time | peak GB above the model | memory |",
         "|-|-|-|-|-|",
     ]
     for variant, s in seconds.items():
         time_ratio, memory_ratio = s / seconds["ours"], peaks[variant] / peaks["ours"]
-        lines.append(f"| {variant} | {s:.3g} | {time_ratio:.2f}x | {peaks[variant]:.2f} | {memory_ratio:.2f}x |")
+        lines.append(
+            f"| {variant} | {s:.3g} | {time_ratio:.2f}x | {peaks[variant]:.2f} | {memory_ratio:.2f}x |"
+        )
     if "gpu" in figures:
         gpu = figures["gpu"]
-        lines += ["", f"{gpu['tflops']:.0f} TFLOP/s, {gpu['share']:.0%} of {gpu['peak_tflops']:.0f} on {gpu['name']}"]
+        lines += [
+            "",
+            f"{gpu['tflops']:.0f} TFLOP/s, {gpu['share']:.0%} of {gpu['peak_tflops']:.0f} on {gpu['name']}",
+        ]
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=MODELS, action="append", help="tiny, base; both when not given")
     parser.add_argument("--quick", action="store_true", help="one repeat, nothing recorded")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

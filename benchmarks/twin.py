@@ -1,7 +1,8 @@
-"""The step's plain padded twin, in the manner of ALBEF's and mVLP's public code: the peer of `benchmarks.step`.
+"""The step's plain padded twin, in the manner of ALBEF's and mVLP's public code: the peer of
+`benchmarks.step`.
 
-It shares the `UnifiedModel`'s parameters and takes the objective's batch, and its losses and gradients are those of
-`UnifiedObjective` with the default config and dropout 0. What it does the plain way:
+It shares the `UnifiedModel`'s parameters and takes the objective's batch, and its losses and gradients are
+those of `UnifiedObjective` with the default config and dropout 0. What it does the plain way:
   * every stream is padded to its maximum length, and each pass of it is a call of its own;
   * the positives of ITM are a pass of their own (the masked captions with their pictures again);
   * keys and values of the pictures are projected again for each pass that sees them;
@@ -37,7 +38,9 @@ class Rows(NamedTuple):
 class PaddedTwin(nn.Module):
     """`forward(batch)` -> (total loss, {term: value}), as `UnifiedObjective` on one worker."""
 
-    def __init__(self, model: UnifiedModel, head: Literal["masked", "all"] = "masked", lengths: dict = LENGTHS):
+    def __init__(
+        self, model: UnifiedModel, head: Literal["masked", "all"] = "masked", lengths: dict = LENGTHS
+    ):
         super().__init__()
         self.model, self.head, self.lengths = model, head, lengths
 
@@ -77,7 +80,9 @@ class PaddedTwin(nn.Module):
         masked = [self._encode(side, "masked", width) for side in sides]
         vectors = [F.normalize(self.model.text_projection(rows.states[:, 0]), dim=-1) for rows in clean]
         contrast, _ = self._contrast(*vectors, _equal(sides[0].text_id) | _equal(sides[1].text_id))
-        tlm = sum(self._masked_language(self._fuse(masked[i], clean[1 - i]), sides[i], width) for i in range(2))
+        tlm = sum(
+            self._masked_language(self._fuse(masked[i], clean[1 - i]), sides[i], width) for i in range(2)
+        )
         return {"ucl_translation": contrast, "tlm": tlm}
 
     def _contrast(self, left: Tensor, right: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +107,11 @@ class PaddedTwin(nn.Module):
         mean, deviation = vision.pixels
         pixels = (images.to(vision.cls.dtype).permute(0, 3, 1, 2) - mean) / deviation
         kernel = vision.patch_embedding.weight.view(-1, vision.patch, vision.patch, 3).permute(0, 3, 1, 2)
-        patches = F.conv2d(pixels, kernel, vision.patch_embedding.bias, stride=vision.patch).flatten(2).transpose(1, 2)
+        patches = (
+            F.conv2d(pixels, kernel, vision.patch_embedding.bias, stride=vision.patch)
+            .flatten(2)
+            .transpose(1, 2)
+        )
         x = torch.cat([vision.cls.expand(len(images), 1, -1), patches], 1) + vision.position
         for block in vision.blocks:
             inner = block.attention_norm(x)

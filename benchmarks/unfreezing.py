@@ -1,9 +1,11 @@
-"""What scheduled unfreezing saves in its early epochs: seconds of a fine-tuning step by how many layers are trained.
+"""What scheduled unfreezing saves in its early epochs: seconds of a fine-tuning step by how many layers are
+trained.
 
     python -m benchmarks.unfreezing [--steps 12]
 
-Embeddings and head are always trained (paper 1), so gradients of activations flow through the frozen layers all the same: what
-is saved is the gradients of their weights, and their share of AdamW. Peer: full fine-tuning, in the same process.
+Embeddings and head are always trained (paper 1), so gradients of activations flow through the frozen layers
+all the same: what is saved is the gradients of their weights, and their share of AdamW. Peer: full
+fine-tuning, in the same process.
 """
 
 import argparse
@@ -27,7 +29,9 @@ FILE = record.RESULTS / "unfreezing.jsonl"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=12, help="timed steps of each variant")
     steps = parser.parse_args(arguments).steps
     torch.set_num_threads(1)
@@ -46,11 +50,17 @@ def measure(sizes, trained: int, steps: int) -> float:
     def rates(depth: int | None, step: int) -> float:
         return float(depth in (None, 0) or depth > model.depths - trained)
 
-    engine = TorchEngine(ClassificationObjective(model, "ce"), OptimConfig(), torch.device("cpu"), False, None, rates)
+    engine = TorchEngine(
+        ClassificationObjective(model, "ce"), OptimConfig(), torch.device("cpu"), False, None, rates
+    )
     lengths = torch.randint(TOKENS - 5, TOKENS + 6, (BATCH,))
     states = Ragged(torch.randn(BATCH * STATES, sizes.width), torch.full((BATCH,), STATES))
-    part = {"index": torch.arange(BATCH), "text": Ragged(torch.randint(5, PIECES, (int(lengths.sum()),)), lengths),
-            "states": states, "answer": torch.randint(0, LABELS, (BATCH,))}  # fmt: skip
+    part = {
+        "index": torch.arange(BATCH),
+        "text": Ragged(torch.randint(5, PIECES, (int(lengths.sum()),)), lengths),
+        "states": states,
+        "answer": torch.randint(0, LABELS, (BATCH,)),
+    }
     spent = []
     for step in range(steps + 2):
         start = time.process_time()

@@ -29,7 +29,9 @@ def main(arguments: Sequence[str]) -> int:
     action.add_argument("--dashboard-port", type=int, default=8265, help="its address (%(default)s)")
     given = parser.parse_args(own)
     if not job:
-        raise UserError("no command; give one after --, such as: python -m cluster run -- python -m pretrain tiny")
+        raise UserError(
+            "no command; give one after --, such as: python -m cluster run -- python -m pretrain tiny"
+        )
     return run(job, given.cpus, given.gpus, given.dashboard_port)
 
 

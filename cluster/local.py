@@ -1,7 +1,8 @@
 """A local Ray cluster for one job.
 
 1. `check_machine`: Ray, the dashboard's port, shared memory.
-2. `_start`: `ray start --head` as a child, on 127.0.0.1, with a token of its own, everything it writes in one folder.
+2. `_start`: `ray start --head` as a child, on 127.0.0.1, with a token of its own, everything it writes in one
+   folder.
 3. `_submit`: `ray job submit`, as to any other cluster; the job's log is followed, its exit code returned.
 4. `_stop`: the job, then the processes that came from here, by their ids, and the folder.
 """
@@ -51,7 +52,9 @@ class Cluster(NamedTuple):
     def ask(self, path: str, method: str = "GET"):
         """A reply of the job server (REST), parsed. Raises `OSError` if there is none, or a refusal."""
         token = Path(self.env["RAY_AUTH_TOKEN_PATH"]).read_text(encoding="ascii")
-        request = urllib.request.Request(self.url + path, method=method, headers={"Authorization": f"Bearer {token}"})
+        request = urllib.request.Request(
+            self.url + path, method=method, headers={"Authorization": f"Bearer {token}"}
+        )
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with direct.open(request, timeout=10) as reply:
             return json.load(reply)
@@ -65,14 +68,16 @@ class Cluster(NamedTuple):
 def run(command: list[str], cpus: int, gpus: int, port: int) -> int:
     """Run `command` as a job on a cluster that lives only as long; returns its exit code.
 
-    For a process of its own: at the end, every process that descends from the calling one is stopped. `port` is that of
-    the dashboard, which also is the job server.
+    For a process of its own: at the end, every process that descends from the calling one is stopped. `port`
+    is that of the dashboard, which also is the job server.
 
     Raises:
         UserError: the machine lacks something, or the cluster did not come up.
     """
     check_machine(port)
-    folder = Path(tempfile.mkdtemp(prefix="polyglance-", dir="/tmp"))  # short: a socket's path has 107 characters
+    folder = Path(
+        tempfile.mkdtemp(prefix="polyglance-", dir="/tmp")
+    )  # short: a socket's path has 107 characters
     cluster = None
     try:
         for number in SIGNALS:
@@ -80,10 +85,16 @@ def run(command: list[str], cpus: int, gpus: int, port: int) -> int:
         _adopt_orphans()
         cluster = _start(folder, cpus, gpus, port)
         _await(cluster)
-        print(f"cluster up; dashboard {cluster.url} (token: {cluster.env['RAY_AUTH_TOKEN_PATH']})", flush=True)
+        print(
+            f"cluster up; dashboard {cluster.url} (token: {cluster.env['RAY_AUTH_TOKEN_PATH']})", flush=True
+        )
         return _submit(cluster, command)
     except Interrupted as stopped:
-        print(f"{signal.Signals(stopped.args[0]).name}: stopping the job and the cluster", file=sys.stderr, flush=True)
+        print(
+            f"{signal.Signals(stopped.args[0]).name}: stopping the job and the cluster",
+            file=sys.stderr,
+            flush=True,
+        )
         return 128 + stopped.args[0]
     finally:
         for number in SIGNALS:
@@ -110,13 +121,15 @@ def check_machine(port: int) -> None:
     free = shutil.disk_usage("/dev/shm").free if os.path.ismount("/dev/shm") else 0
     if free < SHARED_MEMORY and sys.platform.startswith("linux"):
         raise UserError(
-            f"/dev/shm has {free // 10**6} MB free, the cluster needs {SHARED_MEMORY // 10**6}; delete files there, "
-            "enlarge it (docker run --shm-size=1g), or train without Ray: python -m pretrain tiny runtime=local"
+            f"/dev/shm has {free // 10**6} MB free, the cluster needs {SHARED_MEMORY // 10**6}; delete files "
+            "there, enlarge it (docker run --shm-size=1g), or train without Ray: python -m pretrain tiny "
+            "runtime=local"
         )
 
 
 def compose_submission(url: str, command: list[str]) -> list[str]:
-    """The `ray job submit` line, run in the checkout: what it uploads is the checkout without what git ignores.
+    """The `ray job submit` line, run in the checkout: what it uploads is the checkout without what git
+    ignores.
 
     A job's working directory is a copy without history, so it is told where runs go and which commit it is.
     """
@@ -137,28 +150,48 @@ def _start(folder: Path, cpus: int, gpus: int, port: int) -> Cluster:
     skipped = ("RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN")  # of another cluster
     local = f"{os.environ.get('no_proxy', '')},127.0.0.1,localhost".lstrip(",")
     env = {k: v for k, v in os.environ.items() if k not in skipped} | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",  # the job's `python`
-        "RAY_ADDRESS": f"127.0.0.1:{gcs}",  # some of Ray's actors else look for any cluster of this machine
+        # the job's `python`
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        # some of Ray's actors else look for any cluster of this machine
+        "RAY_ADDRESS": f"127.0.0.1:{gcs}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # 15 by default, for machines that have something better to do
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # its job has ended: nothing to move elsewhere
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # "one machine": every server then listens on 127.0.0.1 alone
+        # "one machine": every server then listens on 127.0.0.1 alone
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "PYTHONUNBUFFERED": "1",
         "no_proxy": local,
         "NO_PROXY": local,
     }
     command = [
-        "ray", "start", "--head", "--block", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={port}", "--node-ip-address=127.0.0.1", f"--port={gcs}",
-        "--dashboard-agent-listen-port=0", f"--ray-client-server-port={_free_port()}", f"--temp-dir={folder}/ray",
-        f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--object-store-memory={STORE}",
-    ]  # fmt: skip
+        "ray",
+        "start",
+        "--head",
+        "--block",
+        "--include-dashboard=true",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={port}",
+        "--node-ip-address=127.0.0.1",
+        f"--port={gcs}",
+        "--dashboard-agent-listen-port=0",
+        f"--ray-client-server-port={_free_port()}",
+        f"--temp-dir={folder}/ray",
+        f"--num-cpus={cpus}",
+        f"--num-gpus={gpus}",
+        f"--object-store-memory={STORE}",
+    ]
     with open(folder / "start.log", "wb") as log:
         # a session of its own: Ctrl-C reaches this process alone, which stops job and cluster in order
         head = subprocess.Popen(
-            command, cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with_parent
+            command,
+            cwd=folder,
+            env=env,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
     return Cluster(head, f"http://127.0.0.1:{port}", env, folder)
 
@@ -182,7 +215,9 @@ def _submit(cluster: Cluster, command: list[str]) -> int:
     follower = subprocess.Popen(submission, cwd=ROOT, env=cluster.env, start_new_session=True)
     while follower.poll() is None and cluster.head.poll() is None:
         time.sleep(0.3)
-    while (job := _find(cluster)) and job["status"] not in ENDED:  # the log's follower may have lost its connection
+    while (job := _find(cluster)) and job[
+        "status"
+    ] not in ENDED:  # the log's follower may have lost its connection
         time.sleep(1)
     if job is None:  # it was not accepted
         return follower.returncode or 1

@@ -4,12 +4,13 @@
     python -m finetune --config FILE [path=value ...]
     python -m finetune evaluate RUN
     python -m finetune compare RUN RUN ... [--baseline RUN] [--csv FILE] [--latex FILE]
-    python -m finetune analyse RUN [--limit 200] [--pictures 3] [--layer last] [--words en=dog de=Hund] [--item ID]
+    python -m finetune analyse RUN [--limit 200] [--pictures 3] [--layer last] [--words en=dog de=Hund]
+                                [--item ID]
     python -m finetune translate TASK MODEL data=FOLDER languages='["de"]' [split=train way=to_en ...]
 
-Papers, in the names of recipes: P0 Nooralahzadeh and Sennrich 2023 (prior, sparse, code-mixing), P1 Reinhardt et al. 2024
-(unfreezing), P2 Li et al. 2023 (pretraining), P3 cViL (distillation), P4 translation-based alignment, IGLUE Bugliarello et al.
-2022.
+Papers, in the names of recipes: P0 Nooralahzadeh and Sennrich 2023 (prior, sparse, code-mixing), P1 Reinhardt
+et al. 2024 (unfreezing), P2 Li et al. 2023 (pretraining), P3 cViL (distillation), P4 translation-based
+alignment, IGLUE Bugliarello et al. 2022.
 """
 
 import argparse
@@ -35,14 +36,18 @@ def _train(arguments: Sequence[str]) -> int:
     from finetune.recipes import RECIPES
     from finetune.train import run
 
-    return train(arguments, "finetune", __doc__, RECIPES, FinetuneConfig, run, "model=MODEL data=FOLDER runtime=local")
+    return train(
+        arguments, "finetune", __doc__, RECIPES, FinetuneConfig, run, "model=MODEL data=FOLDER runtime=local"
+    )
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
     from finetune.report import table
     from finetune.train import evaluate_run
 
-    parser = argparse.ArgumentParser(prog="python -m finetune evaluate", description="Evaluate a run's model again.")
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune evaluate", description="Evaluate a run's model again."
+    )
     parser.add_argument("run", type=Path, help="a run that has been trained")
     print(table(evaluate_run(parser.parse_args(arguments).run)))
     return 0
@@ -52,12 +57,15 @@ def _compare(arguments: Sequence[str]) -> int:
     from finetune import compare, comparison_tables
 
     parser = argparse.ArgumentParser(
-        prog="python -m finetune compare", description=compare.__doc__,
+        prog="python -m finetune compare",
+        description=compare.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("runs", type=Path, nargs="+", help="finished runs")
     parser.add_argument("--baseline", type=Path, metavar="RUN", help="the row to subtract (the first one)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write a line for each row and score, unrounded")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="also write a line for each row and score, unrounded"
+    )
     parser.add_argument("--latex", type=Path, metavar="FILE", help="also write the tables as LaTeX")
     given = parser.parse_args(arguments)
     check_output(given.csv)
@@ -75,13 +83,23 @@ def _analyse(arguments: Sequence[str]) -> int:
     from finetune.analysis.run import Options, analyse
     from finetune.analysis.words import parse_words
 
-    parser = argparse.ArgumentParser(prog="python -m finetune analyse", description="Every figure of a run, into RUN/analysis.")
+    parser = argparse.ArgumentParser(
+        prog="python -m finetune analyse", description="Every figure of a run, into RUN/analysis."
+    )
     parser.add_argument("run", type=Path, help="a finished run")
-    parser.add_argument("--limit", type=_positive, default=200, help="parallel test items that are compared (200)")
+    parser.add_argument(
+        "--limit", type=_positive, default=200, help="parallel test items that are compared (200)"
+    )
     parser.add_argument("--pictures", type=_positive, default=3, help="pictures whose attention is drawn (3)")
-    parser.add_argument("--layer", default="last", help="unified layer whose attention is drawn: last, mean, or 1, 2, ...")
-    parser.add_argument("--words", nargs="+", default=[], metavar="LANGUAGE=WORD", help="what attention is drawn of")
-    parser.add_argument("--item", metavar="ID", help="the test item that attention is drawn of (of retrieval: the picture)")
+    parser.add_argument(
+        "--layer", default="last", help="unified layer whose attention is drawn: last, mean, or 1, 2, ..."
+    )
+    parser.add_argument(
+        "--words", nargs="+", default=[], metavar="LANGUAGE=WORD", help="what attention is drawn of"
+    )
+    parser.add_argument(
+        "--item", metavar="ID", help="the test item that attention is drawn of (of retrieval: the picture)"
+    )
     given = parser.parse_args(arguments)
     options = Options(given.limit, given.pictures, given.layer, parse_words(given.words), given.item)
     print(analyse(given.run, options))
@@ -92,11 +110,15 @@ def _translate(arguments: Sequence[str]) -> int:
     from finetune import translate
 
     parser = argparse.ArgumentParser(
-        prog="python -m finetune translate", description=translate.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m finetune translate",
+        description=translate.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", help="whose captions are translated")
     parser.add_argument("model", type=Path, help="folder of a translation model, as transformers saves it")
-    parser.add_argument("settings", nargs="*", metavar="path=value", help="such as data=FOLDER split=shots way=from_en")
+    parser.add_argument(
+        "settings", nargs="*", metavar="path=value", help="such as data=FOLDER split=shots way=from_en"
+    )
     given = parser.parse_args(arguments)
     translate.translate(given.task, given.model, override(translate.TranslateConfig(), given.settings))
     return 0

@@ -1,7 +1,9 @@
-"""Training batches: `batches[step]` is one worker's part of the global batch, a pure function of (seed, step).
+"""Training batches: `batches[step]` is one worker's part of the global batch, a pure function of (seed,
+step).
 
-An epoch is a permutation of the examples drawn from (seed, epoch); what does not fill a last batch waits for the next
-epoch, or is a smaller batch (`keep_last`). What is drawn for an example is drawn from (seed, epoch, its number).
+An epoch is a permutation of the examples drawn from (seed, epoch); what does not fill a last batch waits for
+the next epoch, or is a smaller batch (`keep_last`). What is drawn for an example is drawn from (seed, epoch,
+its number).
 """
 
 from collections.abc import Callable, Sequence
@@ -28,18 +30,29 @@ class _Epochs(Dataset):
     """Which examples a step takes."""
 
     def __init__(
-        self, examples: Sequence, batch: int, seed: int, rank: int, world: int, change: Change | None, keep_last: bool
-    ):  # fmt: skip
+        self,
+        examples: Sequence,
+        batch: int,
+        seed: int,
+        rank: int,
+        world: int,
+        change: Change | None,
+        keep_last: bool,
+    ):
         if not examples:
             raise UserError("no examples to train on; check data= and the counts above")
         self.examples, self.seed, self.rank, self.world, self.change = examples, seed, rank, world, change
         self.batch = min(batch, len(examples))
         if self.batch < world:
-            raise UserError(f"{len(examples)} examples are fewer than workers={world}; set workers={len(examples)}")
+            raise UserError(
+                f"{len(examples)} examples are fewer than workers={world}; set workers={len(examples)}"
+            )
         left = len(examples) % self.batch if keep_last else 0
         if 0 < left < world:
-            raise UserError(f"the last batch of an epoch has {left} examples, fewer than workers={world}; set workers={left}, or "
-                            "last_batch=drop")  # fmt: skip
+            raise UserError(
+                f"the last batch of an epoch has {left} examples, fewer than workers={world}; set "
+                f"workers={left}, or last_batch=drop"
+            )
         self.steps = len(examples) // self.batch + (left > 0)  # of an epoch
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
@@ -53,20 +66,33 @@ class _Epochs(Dataset):
         return epoch, index, self._order[1][place * self.batch + index]
 
     def chosen(self, epoch: int, numbers: np.ndarray) -> list:
-        """The examples `numbers`, as methods change them in this epoch: drawn from (seed, epoch, the example's id)."""
+        """The examples `numbers`, as methods change them in this epoch: drawn from (seed, epoch, the
+        example's id)."""
         examples = [self.examples[i] for i in numbers]
         return [self.change(e, self.seed, epoch, e.id) for e in examples] if self.change else examples
 
 
 class ExampleBatches(_Epochs):
-    """Batches of a classification task: {"step", "samples", "examples": {"index", "text": Ragged ids, what grounds it
-    (`FinetuneModel.forward`), "answer" (b,) class with the highest score, "scores" (b, labels) if `soft`}}."""
+    """Batches of a classification task: {"step", "samples", "examples": {"index", "text": Ragged ids, what
+    grounds it (`FinetuneModel.forward`), "answer" (b,) class with the highest score, "scores" (b, labels) if
+    `soft`}}."""
 
     def __init__(
-        self, examples: Sequence[Example], labels: Sequence[str], pictures: Pictures | None, tokenizer: Tokenizer, length: int,
-        soft: bool, batch: int, seed: int, rank: int = 0, world: int = 1, change: Change | None = None, more: More | None = None,
+        self,
+        examples: Sequence[Example],
+        labels: Sequence[str],
+        pictures: Pictures | None,
+        tokenizer: Tokenizer,
+        length: int,
+        soft: bool,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        change: Change | None = None,
+        more: More | None = None,
         keep_last: bool = False,
-    ):  # fmt: skip
+    ):
         super().__init__(examples, batch, seed, rank, world, change, keep_last)
         self.more = more
         self.pictures, self.tokenizer, self.length, self.soft = pictures, tokenizer, length, soft
@@ -96,13 +122,20 @@ class ExampleBatches(_Epochs):
 
 
 def read_inputs(
-    examples: Sequence[Example], pictures: Pictures | None, tokenizer: Tokenizer, length: int, draws: np.ndarray | None = None
+    examples: Sequence[Example],
+    pictures: Pictures | None,
+    tokenizer: Tokenizer,
+    length: int,
+    draws: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """The model's inputs: {"text": Ragged ids, and "premise", "images", "states" or "regions", with "tags" if it reads them}."""
+    """The model's inputs: {"text": Ragged ids, and "premise", "images", "states" or "regions", with "tags" if
+    it reads them}."""
     return encode_inputs(examples, see(examples, pictures, draws), tokenizer, length)
 
 
-def see(examples: Sequence[Example], pictures: Pictures | None, draws: np.ndarray | None = None) -> dict[str, Any]:
+def see(
+    examples: Sequence[Example], pictures: Pictures | None, draws: np.ndarray | None = None
+) -> dict[str, Any]:
     """What grounds the texts, as `pictures` read it; nothing where that is a premise."""
     names = [name for e in examples for name in e.images]
     if not names:
@@ -110,28 +143,38 @@ def see(examples: Sequence[Example], pictures: Pictures | None, draws: np.ndarra
     return pictures.read(names) if draws is None else pictures.read(names, draws)
 
 
-def encode_inputs(examples: Sequence[Example], seen: dict[str, Any], tokenizer: Tokenizer, length: int) -> dict[str, Any]:
+def encode_inputs(
+    examples: Sequence[Example], seen: dict[str, Any], tokenizer: Tokenizer, length: int
+) -> dict[str, Any]:
     """The model's inputs, from what `see` returns; the names of objects become tokens."""
     texts = [e.texts[-1] for e in examples]
     if not seen:
         premises = [e.texts[0] for e in examples]
-        return {part: encode_texts(rows, tokenizer, length) for part, rows in (("text", texts), ("premise", premises))}
+        return {
+            part: encode_texts(rows, tokenizer, length)
+            for part, rows in (("text", texts), ("premise", premises))
+        }
     if "tags" not in seen:
         return {"text": encode_texts(texts, tokenizer, length), **seen}
     return seen | encode_tagged(texts, tags_of(examples, seen["tags"]), tokenizer, length)
 
 
 def tags_of(examples: Sequence[Example], kept: Sequence[tuple[str, ...]]) -> list[str]:
-    """Of each picture of the examples, the tags as one text: those of the annotations, or else the store's (`kept`)."""
+    """Of each picture of the examples, the tags as one text: those of the annotations, or else the store's
+    (`kept`)."""
     own = [e.tags for e in examples for _ in e.images]
     return [" ".join(tags or stored) for tags, stored in zip(own, kept, strict=True)]
 
 
-def encode_tagged(texts: Sequence[str], tags: Sequence[str], tokenizer: Tokenizer, length: int) -> dict[str, Ragged]:
-    """{"text", "tags"}: rows CLS words SEP and tags SEP. Both together have `length` tokens at most: the longer one is cut, the
-    tags where they are equal (BERT's sentence pairs, and so OSCAR's). A picture without tags has none, no SEP either.
+def encode_tagged(
+    texts: Sequence[str], tags: Sequence[str], tokenizer: Tokenizer, length: int
+) -> dict[str, Ragged]:
+    """{"text", "tags"}: rows CLS words SEP and tags SEP. Both together have `length` tokens at most: the
+    longer one is cut, the tags where they are equal (BERT's sentence pairs, and so OSCAR's). A picture
+    without tags has none, no SEP either.
 
-    texts: n. tags: c times as many, those of text i at i c ... ; of two pictures (c = 2) the longest tags count.
+    texts: n. tags: c times as many, those of text i at i c ... ; of two pictures (c = 2) the longest tags
+    count.
     """
     words, names = tokenizer.encode(texts), getattr(tokenizer, "plain", tokenizer).encode(tags)
     each = len(tags) // len(texts)
@@ -163,13 +206,23 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Rag
 
 
 class CaptionBatches(_Epochs):
-    """Batches of a retrieval task, an example being a picture and one of its captions, as `UnifiedObjective` takes them:
-    {"step", "samples", "image_text": {"index", "images" or "states", "image_id", "text", "draws", "pivot" if any}}."""
+    """Batches of a retrieval task, an example being a picture and one of its captions, as `UnifiedObjective`
+    takes them: {"step", "samples", "image_text": {"index", "images" or "states", "image_id", "text", "draws",
+    "pivot" if any}}."""
 
     def __init__(
-        self, examples: Sequence[Captioned], pictures: Pixels | Encoded, tokenizer: Tokenizer, length: int, batch: int, seed: int,
-        rank: int = 0, world: int = 1, change: Change | None = None, keep_last: bool = False,
-    ):  # fmt: skip
+        self,
+        examples: Sequence[Captioned],
+        pictures: Pixels | Encoded,
+        tokenizer: Tokenizer,
+        length: int,
+        batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        change: Change | None = None,
+        keep_last: bool = False,
+    ):
         pairs = [Captioned(e.image, (caption,)) for e in examples for caption in e.captions]
         super().__init__(pairs, batch, seed, rank, world, change, keep_last)
         self.pictures, self.tokenizer, self.length = pictures, tokenizer, length

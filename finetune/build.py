@@ -14,7 +14,7 @@ from finetune.data import (
     training_captions,
     training_texts,
     wordnet_of,
-)  # fmt: skip
+)
 from finetune.decoder import encode_answers
 from finetune.model import FinetuneModel, freeze, load_backbone, load_finetuned, resize, tokenizer_at
 from finetune.strategies import Context, Methods
@@ -25,8 +25,8 @@ from raylib.text import Tokenizer
 
 
 def build_model(config: FinetuneConfig) -> FinetuneModel | UnifiedModel:
-    """The model that training starts from: pretrained with a new head, which the seed decides, or, where a setting goes on
-    from it, fine-tuned."""
+    """The model that training starts from: pretrained with a new head, which the seed decides, or, where a
+    setting goes on from it, fine-tuned."""
     torch.manual_seed(int(hash64(config.fit.seed, "head")) >> 1)
     task = find_task(config)
     if task.kind == "retrieval":
@@ -42,8 +42,15 @@ def build_model(config: FinetuneConfig) -> FinetuneModel | UnifiedModel:
         else:
             backbone = load_backbone(config.model, config.backbone, config.vision)
             if not hasattr(backbone, "ground"):
-                raise UserError(f"task={config.task}: {backbone.kind} reads texts and pictures apart; it retrieves, no more")
-            answers = encode_answers(labels, Tokenizer.load(tokenizer_of(config))) if config.head == "decoder" else None
+                raise UserError(
+                    f"task={config.task}: {backbone.kind} reads texts and pictures apart; it retrieves, no "
+                    "more"
+                )
+            answers = (
+                encode_answers(labels, Tokenizer.load(tokenizer_of(config)))
+                if config.head == "decoder"
+                else None
+            )
             more = (_region_width(config), answers, config.decoder)
             model = FinetuneModel(backbone, labels, task.pictures, config.head_dropout, *more)
     backbone = backbone_of(model)
@@ -51,7 +58,10 @@ def build_model(config: FinetuneConfig) -> FinetuneModel | UnifiedModel:
         _see_regions(config, backbone)
     elif config.image_size and config.image_size != backbone.config.image_size:
         if not isinstance(backbone, UnifiedModel):
-            raise UserError(f"image_size={config.image_size}: {backbone.kind}'s image tower has {backbone.config.image_size}")
+            raise UserError(
+                f"image_size={config.image_size}: {backbone.kind}'s image tower has "
+                f"{backbone.config.image_size}"
+            )
         resize(backbone, config.image_size)
     freeze(backbone, config.freeze)
     return model
@@ -64,7 +74,9 @@ def _ready_to_retrieve(config: FinetuneConfig, model: torch.nn.Module) -> None:
         UserError: a model without a match head, and matching is asked for.
     """
     if config.matching and not (hasattr(model, "match_head") or hasattr(model, "see_regions")):
-        raise UserError(f"task={config.task}: {model.kind} has no head that matches pairs; set matching=false")
+        raise UserError(
+            f"task={config.task}: {model.kind} has no head that matches pairs; set matching=false"
+        )
     if not config.matching:
         for part in ("fusion", "match_head", "masked_head", "temperature"):
             if hasattr(model, part):
@@ -80,13 +92,23 @@ def build_methods(config: FinetuneConfig, say=print) -> Methods:
     answers = find_task(config).kind != "retrieval"
     labels = labels_of(config) if answers else ()
     cache = Path(config.runs).absolute() / "cache"  # named by content: other runs read it too
-    context = Context(Path(config.data), wordnet_of(config), languages_of(config), labels, tokenizer_of(config), cache, say,
-                      training_captions(config), *training_texts(config))  # fmt: skip
+    context = Context(
+        Path(config.data),
+        wordnet_of(config),
+        languages_of(config),
+        labels,
+        tokenizer_of(config),
+        cache,
+        say,
+        training_captions(config),
+        *training_texts(config),
+    )
     return Methods(config.strategies, context)
 
 
 def build_adapted(config: FinetuneConfig) -> tuple[FinetuneModel | UnifiedModel, Tokenizer]:
-    """The model as training changed it, to be filled with what a run of `config` has learnt, and how it reads texts."""
+    """The model as training changed it, to be filled with what a run of `config` has learnt, and how it reads
+    texts."""
     model, methods = build_model(config), build_methods(config, lambda *_: None)
     methods.adapt(model)
     return model, methods.reads(Tokenizer.load(tokenizer_of(config)), model)
@@ -113,22 +135,30 @@ def open_pictures_for(config: FinetuneConfig, model: FinetuneModel | UnifiedMode
     """What grounds the task's texts, as the model takes it; None where nothing does."""
     backbone = backbone_of(model)
     size = getattr(backbone.config, "image_size", 0)
-    return open_seen(config, size, "tags" in getattr(backbone, "parts", ())) if needs_pictures(config) else None
+    return (
+        open_seen(config, size, "tags" in getattr(backbone, "parts", ())) if needs_pictures(config) else None
+    )
 
 
 def _see_regions(config: FinetuneConfig, backbone: torch.nn.Module) -> None:
     """Make a backbone that sees regions ready for those of the task.
 
     Raises:
-        UserError: the task is retrieval, or about pictures and there are no regions; they are not as wide as the model's.
+        UserError: the task is retrieval, or about pictures and there are no regions; they are not as wide as
+            the model's.
     """
     if find_task(config).kind == "retrieval":
-        raise UserError(f"task={config.task}: retrieval encodes texts and pictures apart; {backbone.kind} reads them together")
+        raise UserError(
+            f"task={config.task}: retrieval encodes texts and pictures apart; {backbone.kind} reads them "
+            "together"
+        )
     if not needs_pictures(config):
         return
     if not config.regions:
-        raise UserError(f"regions= is missing: {backbone.kind} sees region features, not pictures; give an LMDB folder, a .h5, a "
-                        ".tsv or a folder of .npz or .npy files")  # fmt: skip
+        raise UserError(
+            f"regions= is missing: {backbone.kind} sees region features, not pictures; give an LMDB folder, "
+            "a .h5, a .tsv or a folder of .npz or .npy files"
+        )
     backbone.see_regions(_region_width(config))
 
 
@@ -136,7 +166,9 @@ def _region_width(config: FinetuneConfig) -> int | None:
     if not config.regions:
         return None
     firsts = (example for split in ("train", config.split) for example in read_split(config, split, "en", 1))
-    image = next((example.images[0] for example in firsts if example.images), None)  # SNLI trains on sentences alone
+    image = next(
+        (example.images[0] for example in firsts if example.images), None
+    )  # SNLI trains on sentences alone
     if image is None:
         raise UserError(f"{config.task}: its texts are about no pictures; leave regions= out")
     return open_seen(config, 0).store.read(image).features.shape[1]

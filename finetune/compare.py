@@ -1,13 +1,16 @@
-"""Runs side by side: a row for runs that differ in seeds alone, a column for each setting in which rows differ.
+"""Runs side by side: a row for runs that differ in seeds alone, a column for each setting in which rows
+differ.
 
-    mean ± h      over the seeds of a row; h is half of the 95 % confidence interval of the mean by Student's t:
+    mean ± h      over the seeds of a row; h is half of the 95 % confidence interval of the mean by Student's
+    t:
                   t(0.975, n - 1) s / sqrt(n), s the sample standard deviation. One seed has no interval.
     difference    between two rows: the mean of their differences seed by seed, over the seeds that both have,
                   and the interval of that mean. What a seed decides in both (order of the data, a new head)
                   cancels out.
 
-Runs are in one row if their settings are equal but for the seeds, and so are those of the runs that they go on
-from (`finetune.lineage`). A run with the settings and seeds of an earlier one repeats it: named and left out.
+Runs are in one row if their settings are equal but for the seeds, and so are those of the runs that they go
+on from (`finetune.lineage`). A run with the settings and seeds of an earlier one repeats it: named and left
+out.
 """
 
 from collections.abc import Callable, Sequence
@@ -84,7 +87,8 @@ class Comparison(NamedTuple):
 
     def difference(self, row: Row, score: str) -> Estimate | None:
         """The mean of the paired differences from the baseline; None if no pair has the score, or if it is of
-        other languages in both: a mean over hard ones is not below that over easy ones by what was trained."""
+        other languages in both: a mean over hard ones is not below that over easy ones by what was
+        trained."""
         value = self.scores[score]
         pairs = self.pairs(row)
         if score in self.aggregates:
@@ -100,8 +104,8 @@ def compare(folders: Sequence[Path], baseline: Path | None = None) -> tuple[list
     baseline: a run whose row is the baseline of its task; where none is given, the first row is.
 
     Returns:
-        (comparisons, lines to tell: runs that repeat others, runs made from other data or by other code than the first
-        one of their task, stored settings that this version has not).
+        (comparisons, lines to tell: runs that repeat others, runs made from other data or by other code than
+        the first one of their task, stored settings that this version has not).
     Raises:
         UserError: a folder is no finished run, or a trial that was never tested; `baseline` is not among
         `folders`.
@@ -140,7 +144,9 @@ def _made_differently(runs: Sequence[Run]) -> list[str]:
     data = identity.read(first.folder)["data"]
     for run in runs:
         if different := identity.changed(data, identity.read(run.folder)["data"]):
-            lines.append(f"{run.folder} and {first.folder} were made from different data: {', '.join(different[:3])}")
+            lines.append(
+                f"{run.folder} and {first.folder} were made from different data: {', '.join(different[:3])}"
+            )
         if code := run.result.get("code"):  # earlier versions did not record it
             versions.setdefault(code, []).append(run.folder)
     if len(versions) > 1:

@@ -49,8 +49,24 @@ def write_csv(comparisons: Sequence[Comparison], path: Path) -> None:
     settings = list(dict.fromkeys(column for comparison in comparisons for column in comparison.columns))
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
-    out.writerow(["task", "method", *settings, "runs", "seeds", "score", "mean", "low", "high", "baseline",
-                  "seeds in common", "difference", "difference low", "difference high"])  # fmt: skip
+    out.writerow(
+        [
+            "task",
+            "method",
+            *settings,
+            "runs",
+            "seeds",
+            "score",
+            "mean",
+            "low",
+            "high",
+            "baseline",
+            "seeds in common",
+            "difference",
+            "difference low",
+            "difference high",
+        ]
+    )
     for comparison in comparisons:
         for row in comparison.rows:
             own = dict(zip(comparison.columns, _settings(comparison, row)[1:], strict=True))
@@ -137,9 +153,11 @@ def _value(row: Row, path: str) -> Any:
 
 def _trained(row: Row) -> str:
     """Share of the parameters that were trained; of small modules without heads, as paper 4 counts."""
-    shares = {run.result.get("share", run.result["trainable"] / run.result["params"])
-              for run in row.runs
-              if run.result["steps"] > run.result.get("skipped_steps", 0) and run.result.get("params")}  # fmt: skip
+    shares = {
+        run.result.get("share", run.result["trainable"] / run.result["params"])
+        for run in row.runs
+        if run.result["steps"] > run.result.get("skipped_steps", 0) and run.result.get("params")
+    }
     return " ".join(f"{100 * share:.2f}" for share in sorted(shares))
 
 

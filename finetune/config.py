@@ -20,35 +20,41 @@ UNIMODAL: tuple[Part, ...] = ("embeddings", "text", "vision")  # everything befo
 class FinetuneConfig(LaunchConfig):
     """One task, one setting.
 
-    model: an export, a run, or an XLM-R or BERT folder; for few-shot and translate-test the run of an English fine-tuning.
-    vision: a ViT folder, with a text-only `model`.
-    data: the folder that holds the official annotation files as IGLUE's repository does.
-    images, regions: where the pictures, or region features in their place, lie; default: `data`/images.tar or /images.
-    wordnet: a folder like nltk_data/corpora/wordnet, for synonyms among answers and the linguistic prior; default:
+    model: an export, a run, or an XLM-R or BERT folder; for few-shot and translate-test the run of an English
+    fine-tuning. vision: a ViT folder, with a text-only `model`. data: the folder that holds the official
+    annotation files as IGLUE's repository does. images, regions: where the pictures, or region features in
+    their place, lie; default: `data`/images.tar or /images. wordnet: a folder like nltk_data/corpora/wordnet,
+    for synonyms among answers and the linguistic prior; default:
         `data`/wordnet. Without one, results have no "synonym_accuracy" and "confusions".
-    setting: zero_shot trains on English; few_shot goes on from `model` with each language's shots; single_language and
-        all_language train on the languages' own files, one by one or together; translate_test evaluates `model`, untrained,
-        on translations into English; untrained evaluates it as it is.
-    split: "test". Of xGQA there is "testdev" too, all 12,578 questions of GQA's testdev, for runs that see none of the 2,912 that
-        are in few-shot files; "test" are the other 9,666, which every paper reports, and "few_shot_test" is another name for
-        them (runs of before meant the testdev by "test"). shots: which few-shot file.
+    setting: zero_shot trains on English; few_shot goes on from `model` with each language's shots;
+        single_language and all_language train on the languages' own files, one by one or together;
+        translate_test evaluates `model`, untrained, on translations into English; untrained evaluates it as
+        it is.
+    split: "test". Of xGQA there is "testdev" too, all 12,578 questions of GQA's testdev, for runs that see
+        none of the 2,912 that are in few-shot files; "test" are the other 9,666, which every paper reports,
+        and "few_shot_test" is another name for them (runs of before meant the testdev by "test"). shots:
+        which few-shot file.
     languages: what is evaluated; () is all of the task's.
-    answers: keep so many most frequent answers of the training file; None: the task's answer file, or all there are.
-    strategies: fine-tuning methods (`finetune.strategies`); `strategies.prior.alpha=4` turns one on. method: what tables call
+    answers: keep so many most frequent answers of the training file; None: the task's answer file, or all
+    there are. strategies: fine-tuning methods (`finetune.strategies`); `strategies.prior.alpha=4` turns one
+    on. method: what tables call
         the run; "": by its methods.
     backbone: what a `model` that is not ours becomes (`raylib.backbones`).
-    head: a classifier, or a decoder that spells the answers of an open set and ranks them as `decoder` says (CCLM).
-    freeze: parts that never train. encoded: with a frozen image encoder and no augmentation, encode every picture once.
-    matching: retrieval trains and ranks pairs by the match head too, and `candidates` is the K of its two stages (0 ranks every
+    head: a classifier, or a decoder that spells the answers of an open set and ranks them as `decoder` says
+    (CCLM). freeze: parts that never train. encoded: with a frozen image encoder and no augmentation, encode
+    every picture once. matching: retrieval trains and ranks pairs by the match head too, and `candidates` is
+    the K of its two stages (0 ranks every
         pair). Without, by image-text contrast alone, at `temperature` (paper 4's tau).
-    last_batch: "keep" trains on what is left of an epoch as a smaller batch (IGLUE); "drop" leaves it to another epoch.
-    select: which checkpoint is evaluated: the best on the English dev set (few-shot: the language's own, where the task has
-        one), or the last. select_metric: by which score of retrieval; select_ties: which of checkpoints that score alike.
-    curves: evaluate the test set in every language after every epoch too; it chooses nothing (`analyse` draws it).
-    tests: evaluate the test sets at the end. A trial of a search does not: its result is what the dev sets say.
-    dev_languages: whose own dev sets are scored after each epoch too; they choose nothing within the run.
-    train_limit, test_limit: use the first so many items; None: all.
-    verify: hash all of the run's files at every start; otherwise sizes and times of change come first, and the content of images
+    last_batch: "keep" trains on what is left of an epoch as a smaller batch (IGLUE); "drop" leaves it to
+    another epoch. select: which checkpoint is evaluated: the best on the English dev set (few-shot: the
+    language's own, where the task has
+        one), or the last. select_metric: by which score of retrieval; select_ties: which of checkpoints that
+            score alike.
+    curves: evaluate the test set in every language after every epoch too; it chooses nothing (`analyse` draws
+    it). tests: evaluate the test sets at the end. A trial of a search does not: its result is what the dev
+    sets say. dev_languages: whose own dev sets are scored after each epoch too; they choose nothing within
+    the run. train_limit, test_limit: use the first so many items; None: all. verify: hash all of the run's
+    files at every start; otherwise sizes and times of change come first, and the content of images
         and region features is not looked at (`raylib.identity`).
     """
 
@@ -98,23 +104,40 @@ class FinetuneConfig(LaunchConfig):
     def _fits(self) -> "FinetuneConfig":
         sparse = self.strategies.sparse
         if sparse and not sparse.mask and sparse.epochs > self.epochs:
-            raise ValueError(f"strategies.sparse.epochs={sparse.epochs}: a round is cut out of a run of epochs={self.epochs}")
+            raise ValueError(
+                f"strategies.sparse.epochs={sparse.epochs}: a round is cut out of a run of "
+                f"epochs={self.epochs}"
+            )
         tuned = [name for name, method in chosen(self.strategies).items() if isinstance(method, Tuning)]
         if sparse and tuned:
-            raise ValueError(f"strategies.sparse prunes what strategies.{tuned[0]} freezes; leave one of them out")
+            raise ValueError(
+                f"strategies.sparse prunes what strategies.{tuned[0]} freezes; leave one of them out"
+            )
         if {"adapter", "compacter"} <= set(tuned):
-            raise ValueError("strategies.adapter and strategies.compacter want the same places; leave one of them out")
+            raise ValueError(
+                "strategies.adapter and strategies.compacter want the same places; leave one of them out"
+            )
         if self.augment and self.encoded and "vision" in self.freeze:
             raise ValueError("augment needs encoded=false: pictures that are encoded once cannot change")
         taught = self.strategies.distillation
         if taught and self.head == "decoder":
             raise ValueError("strategies.distillation is for classifiers; leave out head=decoder")
         if taught and taught.epochs and sparse:
-            raise ValueError("strategies.distillation.epochs and strategies.sparse both train before the run itself; leave one "
-                             "of them out")  # fmt: skip
-        if taught and not taught.task and not taught.epochs and taught.classifier == "new" and self.select == "best":
-            raise ValueError("strategies.distillation.task=0 trains no head that could choose the best checkpoint; set "
-                             "select=last, or strategies.distillation.classifier=teacher")  # fmt: skip
+            raise ValueError(
+                "strategies.distillation.epochs and strategies.sparse both train before the run itself; "
+                "leave one of them out"
+            )
+        if (
+            taught
+            and not taught.task
+            and not taught.epochs
+            and taught.classifier == "new"
+            and self.select == "best"
+        ):
+            raise ValueError(
+                "strategies.distillation.task=0 trains no head that could choose the best checkpoint; set "
+                "select=last, or strategies.distillation.classifier=teacher"
+            )
         if self.head == "decoder" and self.loss == "bce":
             raise ValueError("head=decoder has a loss of its own, over tokens; leave out loss=bce")
         return self
@@ -141,8 +164,8 @@ class FinetuneConfig(LaunchConfig):
 
     @property
     def called(self) -> str:
-        """Name the method for tables. An image encoder that is frozen alone is not named: it knows no language. What trains
-        nothing is "as it is", whatever it would freeze."""
+        """Name the method for tables. An image encoder that is frozen alone is not named: it knows no
+        language. What trains nothing is "as it is", whatever it would freeze."""
         named = () if self.freeze == ("vision",) or not self.trains else self.freeze
         frozen = "frozen unimodal encoders" if named == UNIMODAL else named and f"frozen {', '.join(named)}"
         usual = None if self.trains else "as it is"

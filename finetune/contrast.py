@@ -1,4 +1,5 @@
-"""Image-text contrast of a model that encodes texts and pictures apart (paper 4, section 3.1), and what methods add to it."""
+"""Image-text contrast of a model that encodes texts and pictures apart (paper 4, section 3.1), and what
+methods add to it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,8 +17,9 @@ Contrast = Callable[[Tensor, Tensor], Tensor]
 
 
 class Vectors(NamedTuple):
-    """What a batch came to: vectors (b, e) of pictures, texts and, where there are any, the texts' pivots, of any length; and
-    `contrast(queries (b, e), keys (b, e))`, InfoNCE of cosines summed over the rows, with the keys of all workers."""
+    """What a batch came to: vectors (b, e) of pictures, texts and, where there are any, the texts' pivots, of
+    any length; and `contrast(queries (b, e), keys (b, e))`, InfoNCE of cosines summed over the rows, with the
+    keys of all workers."""
 
     picture: Tensor
     text: Tensor
@@ -26,8 +28,8 @@ class Vectors(NamedTuple):
 
 
 class ContrastObjective(nn.Module):
-    """`forward(batch)` -> (this worker's share of L_i2t + L_t2i + sum of weighted terms (equation 9), {"i2t", "t2i" and terms by
-    name: means over the global batch, unweighted}). The public code halves the first two.
+    """`forward(batch)` -> (this worker's share of L_i2t + L_t2i + sum of weighted terms (equation 9), {"i2t",
+    "t2i" and terms by name: means over the global batch, unweighted}). The public code halves the first two.
 
     Pairs of one picture are no negatives of each other, nor are equal texts.
     """
@@ -40,8 +42,13 @@ class ContrastObjective(nn.Module):
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         part = batch["image_text"]
-        vectors = encode_vectors(self.model, part, torch.tensor([self.temperature], device=part["image_id"].device))
-        sums = [vectors.contrast(vectors.picture, vectors.text), vectors.contrast(vectors.text, vectors.picture)]
+        vectors = encode_vectors(
+            self.model, part, torch.tensor([self.temperature], device=part["image_id"].device)
+        )
+        sums = [
+            vectors.contrast(vectors.picture, vectors.text),
+            vectors.contrast(vectors.text, vectors.picture),
+        ]
         sums = torch.stack([*sums, *(term.values(vectors, part).sum() for term in self.terms.values())])
         shares = sums / total(torch.tensor(float(len(vectors.text)), device=sums.device))
         weights = torch.tensor([1.0, 1.0, *(term.weight for term in self.terms.values())], device=sums.device)
@@ -50,11 +57,12 @@ class ContrastObjective(nn.Module):
 
 
 class MatchingObjective(nn.Module):
-    """As `UnifiedObjective`, which it holds, of contrast and matching, and terms of methods beside: `forward(batch)` -> (this
-    worker's share of the sum, {its terms, and the methods' by name: means over the global batch, unweighted}).
+    """As `UnifiedObjective`, which it holds, of contrast and matching, and terms of methods beside:
+    `forward(batch)` -> (this worker's share of the sum, {its terms, and the methods' by name: means over the
+    global batch, unweighted}).
 
-    Images are encoded once for both. Texts are encoded again, with their pivots: what `UnifiedObjective` makes of them are unit
-    vectors, and terms are about vectors of any length.
+    Images are encoded once for both. Texts are encoded again, with their pivots: what `UnifiedObjective`
+    makes of them are unit vectors, and terms are about vectors of any length.
     """
 
     def __init__(self, unified: UnifiedObjective, terms: dict[str, Term]):
@@ -71,7 +79,8 @@ class MatchingObjective(nn.Module):
             with torch.set_grad_enabled(self.unified.config.train_vision and torch.is_grad_enabled()):
                 part = {**part, "states": self.model.encode_images(part["images"])}
         loss, values = self.unified({**batch, "image_text": part})
-        # without gradient: what clamps the temperature asks all terms together, once a step (`raylib.collective.clamp`)
+        # without gradient: what clamps the temperature asks all terms together, once a step
+        # (`raylib.collective.clamp`)
         temperature = self.model.temperature.detach().clamp(*self.unified.config.temperature)
         vectors = encode_vectors(self.model, part, temperature)
         sums = torch.stack([term.values(vectors, part).sum() for term in self.terms.values()])
@@ -97,7 +106,9 @@ def encode_vectors(model: nn.Module, part: dict, temperature: Tensor) -> Vectors
 def _contrast(part: dict, temperature: Tensor) -> Contrast:
     """Rows of the global batch in one order on any number of workers."""
     index = part["index"].to(part["image_id"].device)
-    everywhere, pictures, texts = gather(torch.stack([index, part["image_id"], part["text"].text_id], 1)).unbind(1)
+    everywhere, pictures, texts = gather(
+        torch.stack([index, part["image_id"], part["text"].text_id], 1)
+    ).unbind(1)
     everywhere, order = everywhere.sort()
     positive = torch.searchsorted(everywhere, index.contiguous())
     same = (part["image_id"][:, None] == pictures[order]) | (part["text"].text_id[:, None] == texts[order])

@@ -1,11 +1,14 @@
 """Trainings that come before a run's own, in folders below it.
 
-Iterative magnitude pruning (paper 0, Algorithm 1): train, prune, rewind, again. Each round is a training of its own in
-RUN/round_N, cut short after some epochs of the run's own schedule; RUN/masks/round_N.safetensors is what it leaves.
+Iterative magnitude pruning (paper 0, Algorithm 1): train, prune, rewind, again. Each round is a training of
+its own in RUN/round_N, cut short after some epochs of the run's own schedule; RUN/masks/round_N.safetensors
+is what it leaves.
 
-A round whose mask is there is not done again, one that was interrupted goes on: so the cycle resumes wherever it stopped.
+A round whose mask is there is not done again, one that was interrupted goes on: so the cycle resumes wherever
+it stopped.
 
-Distillation with `epochs` (paper 3): the student is distilled in RUN/distilled, the run goes on from it on answers alone.
+Distillation with `epochs` (paper 3): the student is distilled in RUN/distilled, the run goes on from it on
+answers alone.
 """
 
 import json
@@ -32,19 +35,30 @@ def find_mask(
 
     Returns:
         (the config of the training that follows: with the mask, and code-mixed where that is asked for,
-        {"finished", "seconds", "steps" and "skipped_steps" of all rounds, "sparsity": of the prunable weights and of the whole
-        model}).
+        {"finished", "seconds", "steps" and "skipped_steps" of all rounds, "sparsity": of the prunable weights
+        and of the whole model}).
     """
     sparse, mixing = config.strategies.sparse, config.strategies.code_mixing
-    spent, mask_file = {"seconds": 0.0, "steps": 0, "skipped_steps": 0}, Path(sparse.mask) if sparse.mask else None
+    spent, mask_file = (
+        {"seconds": 0.0, "steps": 0, "skipped_steps": 0},
+        Path(sparse.mask) if sparse.mask else None,
+    )
     for number in range(1, sparse.rounds + 1) if mask_file is None else ():
         part = _with(config, None, mixing and mixing.stages in ("rounds", "both"))
-        part = part.model_copy(update={"name": f"round_{number}", "runs": str(run_folder(config)), "resume": "newest"})
+        part = part.model_copy(
+            update={"name": f"round_{number}", "runs": str(run_folder(config)), "resume": "newest"}
+        )
         coming = run_folder(config) / "masks" / f"round_{number}.safetensors"
-        start = None if sparse.rewind == "initial" or number == 1 else checkpoint.newest(Path(part.runs) / f"round_{number - 1}")
+        start = (
+            None
+            if sparse.rewind == "initial" or number == 1
+            else checkpoint.newest(Path(part.runs) / f"round_{number - 1}")
+        )
         told = reporter and reporter.after((number - 1) * sparse.epochs)
         result = _round(Work(language, sparse.epochs, start), part, mask_file, told)
-        spent = {name: value + result.get(name, 0) for name, value in spent.items()}  # an older part.json has no skipped_steps
+        spent = {
+            name: value + result.get(name, 0) for name, value in spent.items()
+        }  # an older part.json has no skipped_steps
         if not result["finished"]:
             return part, {**result, **spent}
         if leads(config) and not coming.is_file():
@@ -63,16 +77,27 @@ def distil_first(
     """The training that `strategies.distillation.epochs` asks for.
 
     Returns:
-        (the config of the training that follows, {"finished", "seconds", "steps", "skipped_steps"}, the checkpoint that it
-        starts from).
+        (the config of the training that follows, {"finished", "seconds", "steps", "skipped_steps"}, the
+        checkpoint that it starts from).
     """
     taught = config.strategies.distillation
-    left_out = ["head_first", *([] if taught.task else ["prior"])]  # they are the answers', which this one does not train on
+    left_out = [
+        "head_first",
+        *([] if taught.task else ["prior"]),
+    ]  # they are the answers', which this one does not train on
     only = {"distillation": taught.model_copy(update={"epochs": None}), **dict.fromkeys(left_out)}
-    changed = {"strategies": config.strategies.model_copy(update=only), "epochs": taught.epochs, "select": "last",
-               "name": "distilled", "runs": str(run_folder(config)), "resume": "newest"}  # fmt: skip
+    changed = {
+        "strategies": config.strategies.model_copy(update=only),
+        "epochs": taught.epochs,
+        "select": "last",
+        "name": "distilled",
+        "runs": str(run_folder(config)),
+        "resume": "newest",
+    }
     part = config.model_copy(update=changed)
-    result = _train_once(Work(language, taught.epochs), part, part, reporter and reporter.after(0, taught.epochs))
+    result = _train_once(
+        Work(language, taught.epochs), part, part, reporter and reporter.after(0, taught.epochs)
+    )
     ready = after_distillation(config)
     spent = {name: result.get(name, 0) for name in ("finished", "seconds", "steps", "skipped_steps")}
     return ready, spent, checkpoint.newest(run_folder(part))
@@ -83,7 +108,9 @@ def after_distillation(config: FinetuneConfig) -> FinetuneConfig:
     taught = config.strategies.distillation
     if not taught or not taught.epochs:
         return config
-    return config.model_copy(update={"strategies": config.strategies.model_copy(update={"distillation": None})})
+    return config.model_copy(
+        update={"strategies": config.strategies.model_copy(update={"distillation": None})}
+    )
 
 
 def _with(config: FinetuneConfig, mask: Path | None, mixed: bool) -> FinetuneConfig:
@@ -99,7 +126,9 @@ def _round(work: Work, part: FinetuneConfig, mask: Path | None, reporter: Report
     return _train_once(work, part, _with(part, mask, True), reporter)
 
 
-def _train_once(work: Work, part: FinetuneConfig, launched: FinetuneConfig, reporter: Reporter | None) -> dict[str, Any]:
+def _train_once(
+    work: Work, part: FinetuneConfig, launched: FinetuneConfig, reporter: Reporter | None
+) -> dict[str, Any]:
     """Train in the folder of `part`, or say what that came to before."""
     done = run_folder(part) / "part.json"
     if done.is_file():

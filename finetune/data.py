@@ -64,14 +64,16 @@ def split_name(config: FinetuneConfig) -> str:
 
 
 def dev_split(config: FinetuneConfig, language: str) -> str:
-    """The split that is the dev set of `language`: one of its own, or, of English, "dev". Where a model is tested on translations
-    into English, so is this one.
+    """The split that is the dev set of `language`: one of its own, or, of English, "dev". Where a model is
+    tested on translations into English, so is this one.
 
     Raises:
         UserError: the task has none in that language, or no translation of it.
     """
     task, name = find_task(config), None
-    if task.has("dev", language) and (language == "en" or task.source("dev", language) != task.source("dev", "en")):
+    if task.has("dev", language) and (
+        language == "en" or task.source("dev", language) != task.source("dev", "en")
+    ):
         name = "dev"
     elif language != "en":
         name = next((name for name in ("target_dev", "shots_dev") if name in task.splits), None)
@@ -80,16 +82,20 @@ def dev_split(config: FinetuneConfig, language: str) -> str:
     if test_split(config, language).startswith("translated"):
         name += "_to_en"
         if name not in task.splits:
-            raise UserError(f"{config.task} has no development set in '{language}' in translation, which routine 3 is judged by")
+            raise UserError(
+                f"{config.task} has no development set in '{language}' in translation, which routine 3 is "
+                "judged by"
+            )
     return name
 
 
 def dev_sets(config: FinetuneConfig, language: str | None) -> dict[str, str]:
     """{language: split} of the dev sets that a part of a run is scored on.
 
-    The first chooses the checkpoint: it is English, but the language's own where there is a training for each and the task
-    has one (IGLUE's protocol for few-shot xGQA, paper 4's). With select=last nothing is looked at, but in a search, where
-    English says something of all languages, or is all that is looked at. Then those of `dev_languages`.
+    The first chooses the checkpoint: it is English, but the language's own where there is a training for each
+    and the task has one (IGLUE's protocol for few-shot xGQA, paper 4's). With select=last nothing is looked
+    at, but in a search, where English says something of all languages, or is all that is looked at. Then
+    those of `dev_languages`.
     """
     task, sets = find_task(config), {}
     split = {"few_shot": "shots_dev", "single_language": "dev"}.get(config.setting)
@@ -120,7 +126,10 @@ def training_sets(config: FinetuneConfig, language: str | None) -> list[Reading]
     own = {task.source("train", code) for code in wanted}
     english = task.source("train", "en") if "en" in task.languages else None
     if len(own) < len(readings) or (language not in (None, "en") and english in own):
-        raise UserError(f"{config.task}: its training file is English only; setting={config.setting} has nothing to train on")
+        raise UserError(
+            f"{config.task}: its training file is English only; setting={config.setting} has nothing to "
+            "train on"
+        )
     return readings
 
 
@@ -130,28 +139,38 @@ def training_examples(config: FinetuneConfig, language: str | None) -> list:
 
 
 def training_captions(config: FinetuneConfig) -> Callable[[str, str], dict[str, tuple[str, ...]]] | None:
-    """`captions` of a `Context`: reads what a retrieval run trains on, in any language, or translations of it; None where
-    English alone is trained on."""
+    """`captions` of a `Context`: reads what a retrieval run trains on, in any language, or translations of
+    it; None where English alone is trained on."""
     split = {"few_shot": "shots", "single_language": "train", "all_language": "train"}.get(config.setting)
     if find_task(config).kind != "retrieval" or split is None:
         return None
 
     def read(made: str, language: str) -> dict[str, tuple[str, ...]]:
-        items = read_split(config, f"{split}{made}", language, config.train_limit if split == "train" else None)
+        items = read_split(
+            config, f"{split}{made}", language, config.train_limit if split == "train" else None
+        )
         return {item.image: item.captions for item in merge(read_whole(items))}
 
     return read
 
 
 def training_texts(config: FinetuneConfig) -> tuple[dict[str, Reading], Reading | tuple]:
-    """`training` and `english` of a `Context`: what a classification run trains on in each language, and the same in English."""
-    split = {"zero_shot": "train", "few_shot": "shots", "single_language": "train", "all_language": "train"}.get(config.setting)
+    """`training` and `english` of a `Context`: what a classification run trains on in each language, and the
+    same in English."""
+    split = {
+        "zero_shot": "train",
+        "few_shot": "shots",
+        "single_language": "train",
+        "all_language": "train",
+    }.get(config.setting)
     if find_task(config).kind == "retrieval" or split is None:
         return {}, ()
     languages = ("en",) if config.setting == "zero_shot" else languages_of(config)
     limit = config.train_limit if split == "train" else None
     chosen = [code for code in languages if config.setting != "few_shot" or code != "en"]
-    return {code: read_split(config, split, code, limit) for code in chosen}, read_split(config, split, "en", limit)
+    return {code: read_split(config, split, code, limit) for code in chosen}, read_split(
+        config, split, "en", limit
+    )
 
 
 def wordnet_of(config: FinetuneConfig) -> Path:
@@ -161,7 +180,8 @@ def wordnet_of(config: FinetuneConfig) -> Path:
 
 @cache
 def labels_of(config: FinetuneConfig) -> tuple[str, ...]:
-    """The classes: the task's own, its answer file's, or the most frequent answers of the English training file.
+    """The classes: the task's own, its answer file's, or the most frequent answers of the English training
+    file.
 
     Raises:
         UserError: no answer anywhere.
@@ -178,11 +198,14 @@ def labels_of(config: FinetuneConfig) -> tuple[str, ...]:
         counts.update(example.labels)
     if not counts:
         raise UserError(f"{config.data}: no answers in the training file of {config.task}")
-    return tuple(answer for answer, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: config.answers])
+    return tuple(
+        answer for answer, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: config.answers]
+    )
 
 
 def with_known_answers(examples: list[Example], labels: tuple[str, ...]) -> tuple[list[Example], int]:
-    """(examples of which an answer is among `labels`, how many are not): these train nothing, and are counted."""
+    """(examples of which an answer is among `labels`, how many are not): these train nothing, and are
+    counted."""
     known = frozenset(labels)
     kept = [e for e in examples if not known.isdisjoint(e.labels)]
     return kept, len(examples) - len(kept)

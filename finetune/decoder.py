@@ -1,10 +1,13 @@
-"""The head that spells an answer token by token (ALBEF, CCLM): a decoder over the states of the grounded question. It
-ranks the answers of a list by their probability, and so chooses among classes as a classifier does.
+"""The head that spells an answer token by token (ALBEF, CCLM): a decoder over the states of the grounded
+question. It ranks the answers of a list by their probability, and so chooses among classes as a classifier
+does.
 
-Its layers start as copies of the unified encoder's, their self-attention causal, their cross-attention to the question. Its
-embedding, and its way to the vocabulary, are the backbone's: `embedding`, `masked_head`, the word embedding.
+Its layers start as copies of the unified encoder's, their self-attention causal, their cross-attention to the
+question. Its embedding, and its way to the vocabulary, are the backbone's: `embedding`, `masked_head`, the
+word embedding.
 
-Shape legend: b questions, C answers (labels), k candidates of a question, T tokens in all, d width, V vocabulary.
+Shape legend: b questions, C answers (labels), k candidates of a question, T tokens in all, d width, V
+vocabulary.
 """
 
 import copy
@@ -30,7 +33,8 @@ class DecoderConfig(Config):
     """How answers are ranked.
 
     candidates: so many answers, those with the likeliest first token, are scored whole (CCLM: 128).
-    count_first_twice: add the first token's log-probability once more, as the public code does; its paper does not say so.
+    count_first_twice: add the first token's log-probability once more, as the public code does; its paper
+    does not say so.
     """
 
     candidates: PositiveInt = 128
@@ -38,50 +42,68 @@ class DecoderConfig(Config):
 
 
 def encode_answers(labels: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """`<s> ids </s>` of each label. Labels with equal ids are named in a warning: the first of them is always preferred."""
+    """`<s> ids </s>` of each label. Labels with equal ids are named in a warning: the first of them is always
+    preferred."""
     answers = [[tokenizer.cls, *ids.tolist(), tokenizer.sep] for ids in tokenizer.encode(labels)]
     seen: dict[tuple[int, ...], str] = {}
     for label, ids in zip(labels, answers, strict=True):
         other = seen.setdefault(tuple(ids), label)
         if other != label:
-            log.warning("answers '%s' and '%s' are the same tokens; the second is never predicted", other, label)
+            log.warning(
+                "answers '%s' and '%s' are the same tokens; the second is never predicted", other, label
+            )
     return answers
 
 
 class AnswerDecoder(nn.Module):
-    """A causal stack over `answers` (token ids of each label, specials included). `backbone` is passed to each call: its
-    parameters are its own."""
+    """A causal stack over `answers` (token ids of each label, specials included). `backbone` is passed to
+    each call: its parameters are its own."""
 
     def __init__(self, backbone: nn.Module, answers: Sequence[Sequence[int]], config: DecoderConfig):
         """Raises UserError: a backbone without cross-attention, an answer longer than its positions."""
         super().__init__()
         if not hasattr(backbone, "fusion") or not backbone.fusion.cross:
-            raise UserError(f"head=decoder: backbone {backbone.kind} has no layers with cross-attention; set backbone=cclm")
+            raise UserError(
+                f"head=decoder: backbone {backbone.kind} has no layers with cross-attention; set "
+                "backbone=cclm"
+            )
         longest = max(map(len, answers)) - 1
         if longest > backbone.config.positions:
-            raise UserError(f"head=decoder: an answer has {longest} tokens, the model {backbone.config.positions} positions")
+            raise UserError(
+                f"head=decoder: an answer has {longest} tokens, the model {backbone.config.positions} "
+                "positions"
+            )
         self.config = config
         self.layers = copy.deepcopy(backbone.fusion)
         self.layers.causal = True
         # the tokens that are read, <s> first, and those that are to be predicted, </s> last
-        self.lengths = torch.tensor([len(ids) - 1 for ids in answers])  # on the CPU, as all lengths (`raylib.ragged`)
+        self.lengths = torch.tensor(
+            [len(ids) - 1 for ids in answers]
+        )  # on the CPU, as all lengths (`raylib.ragged`)
         for name, part in (("given", slice(None, -1)), ("wanted", slice(1, None))):
             ids = torch.tensor([token for ids in answers for token in ids[part]])
             self.register_buffer(name, ids, persistent=False)  # the model's config.json keeps them
 
     def loss(self, backbone: nn.Module, question: Ragged, scores: Tensor) -> Tensor:
-        """-log p of every answer with a score, summed over tokens, answers and questions, each answer weighted by its score.
+        """-log p of every answer with a score, summed over tokens, answers and questions, each answer
+        weighted by its score.
 
         Args:
             question: states (T, d) of b grounded questions. scores: (b, C), 0 where an answer is wrong.
         """
-        rows, answers = (index.cpu() for index in scores.nonzero(as_tuple=True))  # waits for a GPU, once a step
+        rows, answers = (
+            index.cpu() for index in scores.nonzero(as_tuple=True)
+        )  # waits for a GPU, once a step
         states = self._states(backbone, question, rows, answers)
         lengths = self.lengths[answers]
-        weights = scores[scores != 0].repeat_interleave(lengths.to(scores.device), output_size=int(lengths.sum()))
+        weights = scores[scores != 0].repeat_interleave(
+            lengths.to(scores.device), output_size=int(lengths.sum())
+        )
         wanted = Ragged(self.wanted, self.lengths).take(answers).values
         hidden = backbone.masked_head(states)
-        return masked_language(hidden, backbone.embedding.word.weight, backbone.masked_head.bias, wanted, weights)[0]
+        return masked_language(
+            hidden, backbone.embedding.word.weight, backbone.masked_head.bias, wanted, weights
+        )[0]
 
     def rank(self, backbone: nn.Module, question: Ragged) -> Tensor:
         """log p of each of the k candidates of each question, at its label; -inf at all others.
@@ -97,7 +119,9 @@ class AnswerDecoder(nn.Module):
         k = candidates.shape[1]
         chosen, rows = candidates.flatten().cpu(), torch.arange(b).repeat_interleave(k)
         states, lengths = self._states(backbone, question, rows, chosen), self.lengths[chosen]
-        later = (~first_tokens(lengths)).nonzero().squeeze(1).to(states.device)  # the first token's is known already
+        later = (
+            (~first_tokens(lengths)).nonzero().squeeze(1).to(states.device)
+        )  # the first token's is known already
         wanted = Ragged(self.wanted, self.lengths).take(chosen).values
         logs = _log_probabilities(backbone, states.index_select(0, later), wanted.index_select(0, later))
         # into a table with a row for each candidate: sums in an order of their own, on a GPU too
@@ -107,7 +131,8 @@ class AnswerDecoder(nn.Module):
         return first.new_full((b, answers), -torch.inf).scatter(1, candidates, whole)
 
     def _states(self, backbone: nn.Module, question: Ragged, rows: Tensor, answers: Tensor) -> Tensor:
-        """States (T, d) of the given tokens of `answers` (n,), each after the question in its place of `rows` (n,)."""
+        """States (T, d) of the given tokens of `answers` (n,), each after the question in its place of `rows`
+        (n,)."""
         text = Ragged(self.given, self.lengths).take(answers)
         return self.layers(text.with_values(backbone.embedding(text)), condition=Condition(question, rows))
 
@@ -115,15 +140,21 @@ class AnswerDecoder(nn.Module):
         """log p of the first token of each answer: (b, C)."""
         b = len(question.lengths)
         start = Ragged(self.given[:1].expand(b), torch.ones(b, dtype=torch.int64))
-        states = self.layers(start.with_values(backbone.embedding(start)), condition=Condition(question, torch.arange(b)))
+        states = self.layers(
+            start.with_values(backbone.embedding(start)), condition=Condition(question, torch.arange(b))
+        )
         tokens = self.wanted.index_select(0, (self.lengths.cumsum(0) - self.lengths).to(self.wanted.device))
-        return torch.cat([_vocabulary(backbone, part).index_select(1, tokens) for part in states.split(HEAD_ROWS)])
+        return torch.cat(
+            [_vocabulary(backbone, part).index_select(1, tokens) for part in states.split(HEAD_ROWS)]
+        )
 
 
 def _log_probabilities(backbone: nn.Module, states: Tensor, wanted: Tensor) -> Tensor:
     """log p of the token `wanted` (T,) after each state (T, d), for `HEAD_ROWS` at a time: (T,)."""
     parts = zip(states.split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True)
-    return torch.cat([_vocabulary(backbone, part).gather(1, tokens[:, None]).squeeze(1) for part, tokens in parts])
+    return torch.cat(
+        [_vocabulary(backbone, part).gather(1, tokens[:, None]).squeeze(1) for part, tokens in parts]
+    )
 
 
 def _vocabulary(backbone: nn.Module, states: Tensor) -> Tensor:

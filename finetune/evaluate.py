@@ -1,9 +1,9 @@
 """Predictions of a classification task, streamed: memory does not grow with their number.
 
-    1. All pictures are encoded once, by all workers, into a file of states (`raylib.data.states`).
-    2. Examples are read as a stream and cut into batches; worker r predicts every world-th batch, so that each batch is
-       the same whatever the number of workers, and appends what it predicts to a file of its own.
-    3. The workers' files become one, in the order of the examples; `metrics.score` reads that.
+1. All pictures are encoded once, by all workers, into a file of states (`raylib.data.states`).
+2. Examples are read as a stream and cut into batches; worker r predicts every world-th batch, so that each
+   batch is the same whatever the number of workers, and appends what it predicts to a file of its own.
+3. The workers' files become one, in the order of the examples; `metrics.score` reads that.
 """
 
 import contextlib
@@ -32,10 +32,16 @@ BATCH = 64  # examples predicted at a time
 
 
 def predict(
-    model: FinetuneModel, examples: Iterable[Example], pictures: Pictures | None, tokenizer: Tokenizer, length: int, out: Path,
+    model: FinetuneModel,
+    examples: Iterable[Example],
+    pictures: Pictures | None,
+    tokenizer: Tokenizer,
+    length: int,
+    out: Path,
     bf16: bool = False,
 ) -> int:
-    """Write {"id", "prediction", "labels", "kind", "images"} of every example into `out`, one line each; every worker calls it.
+    """Write {"id", "prediction", "labels", "kind", "images"} of every example into `out`, one line each;
+    every worker calls it.
 
     `out` must lie where all workers can write. Returns how many there are.
 
@@ -60,8 +66,13 @@ def predict(
                 break
             chosen = chosen.tolist()
             for example, label in zip(chunk, chosen, strict=True):
-                line = {"id": example.id, "prediction": model.labels[label], "labels": dict(example.labels),
-                        "kind": example.kind, "images": list(example.images)}  # fmt: skip
+                line = {
+                    "id": example.id,
+                    "prediction": model.labels[label],
+                    "labels": dict(example.labels),
+                    "kind": example.kind,
+                    "images": list(example.images),
+                }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             count += len(chunk)
     if bad:
@@ -79,13 +90,21 @@ def predict(
 
 
 def evaluate(
-    model: FinetuneModel, sets: dict[str, Sequence[Example] | Iterable], pictures: Pictures | None, tokenizer: Tokenizer,
-    length: int, folder: Path, bleu: str | None = None, bf16: bool = False, seed: int = 0,
+    model: FinetuneModel,
+    sets: dict[str, Sequence[Example] | Iterable],
+    pictures: Pictures | None,
+    tokenizer: Tokenizer,
+    length: int,
+    folder: Path,
+    bleu: str | None = None,
+    bf16: bool = False,
+    seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """{language: `metrics.score` of its examples}; predictions go to `folder`/LANGUAGE.jsonl. All workers return the same.
+    """{language: `metrics.score` of its examples}; predictions go to `folder`/LANGUAGE.jsonl. All workers
+    return the same.
 
-    sets: {language: examples that can be gone through twice, for their pictures and for their texts}. seed: the bootstrap's
-        draws are seeded by it and the language.
+    sets: {language: examples that can be gone through twice, for their pictures and for their texts}. seed:
+        the bootstrap's draws are seeded by it and the language.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -94,7 +113,9 @@ def evaluate(
             remove_states(scratch)  # what a killed evaluation has left is another model's
             stack.callback(remove_states, scratch)
             names = (name for examples in sets.values() for example in examples for name in example.images)
-            pictures = Encoded(encode_pictures(model.backbone, pictures, names, scratch, bf16), pictures.store)
+            pictures = Encoded(
+                encode_pictures(model.backbone, pictures, names, scratch, bf16), pictures.store
+            )
         results = {}
         for language, examples in sets.items():
             out = folder / f"{language}.jsonl"

@@ -7,14 +7,14 @@ from typing import NamedTuple
 class Example(NamedTuple):
     """One item of a classification task.
 
-    `texts`: (question,), (hypothesis,), (statement,), or (premise, hypothesis) where the premise is a sentence.
-    `images`: ids in the picture store; none (sentence pairs), one, or two (left, right).
-    `labels`: {answer: score in (0, 1]}; a prediction scores what it finds here, else 0. Empty: the file has no answer.
-    `kind`: what results are broken down by ("verify", "query", ...), or "".
-    `tags`: what a detector calls the objects of the picture, in English.
-    `pivot`: what a teacher of another language reads in the text's place; `aligned`: words that both have, as (first
-    character, end) in the text and in the pivot (`finetune.distillation`).
-    `sources`: the addresses of the images, where the file has them: two ids may be one image (`finetune.overlap`).
+    `texts`: (question,), (hypothesis,), (statement,), or (premise, hypothesis) where the premise is a
+    sentence. `images`: ids in the picture store; none (sentence pairs), one, or two (left, right). `labels`:
+    {answer: score in (0, 1]}; a prediction scores what it finds here, else 0. Empty: the file has no answer.
+    `kind`: what results are broken down by ("verify", "query", ...), or "". `tags`: what a detector calls the
+    objects of the picture, in English. `pivot`: what a teacher of another language reads in the text's place;
+    `aligned`: words that both have, as (first character, end) in the text and in the pivot
+    (`finetune.distillation`). `sources`: the addresses of the images, where the file has them: two ids may be
+    one image (`finetune.overlap`).
     """
 
     id: str
@@ -33,8 +33,8 @@ class Example(NamedTuple):
 
 
 class Captioned(NamedTuple):
-    """One picture of a retrieval task with its captions in one language; `pivots`: what each of these is to be aligned with;
-    `source`: the image's address, where the file has it."""
+    """One picture of a retrieval task with its captions in one language; `pivots`: what each of these is to
+    be aligned with; `source`: the image's address, where the file has it."""
 
     image: str
     captions: tuple[str, ...]

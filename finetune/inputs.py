@@ -13,11 +13,13 @@ from raylib.identity import DataFile
 
 
 def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> list[DataFile]:
-    """Return the annotation files, answers, dictionaries, vectors, weights and tokenizer that a run of these parts reads, and its
-    images or region features, which are too large to be hashed at a first start."""
+    """Return the annotation files, answers, dictionaries, vectors, weights and tokenizer that a run of these
+    parts reads, and its images or region features, which are too large to be hashed at a first start."""
     task, data = find_task(config), Path(config.data)
     files = [file for used in sets_of(parts) for file in _files_of(used.reading)]
-    files += [file for file in (data / name for name in task.answers) if file.is_file()][:1]  # the first that is there is read
+    files += [file for file in (data / name for name in task.answers) if file.is_file()][
+        :1
+    ]  # the first that is there is read
     if task.kind == "answers" and wordnet_of(config).is_dir():
         files.append(wordnet_of(config))
     for method in chosen(config.strategies).values():
@@ -47,4 +49,9 @@ def _translations(config: FinetuneConfig) -> list[Path]:
     splits = [name for name in (f"{trained}_to_en", f"{trained}_from_en") if name in task.splits]
     if not config.strategies.alignment:
         return []
-    return [read_split(config, name, code).path for name in splits for code in languages_of(config) if code != "en"]
+    return [
+        read_split(config, name, code).path
+        for name in splits
+        for code in languages_of(config)
+        if code != "en"
+    ]

@@ -52,13 +52,17 @@ def read_lineage(run: Path) -> Lineage:
 
 
 def runs_behind(config: FinetuneConfig) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(folder, stored settings) of every run that `config` goes on from or is taught or pruned by, of those before it, and so
-    on; each once."""
+    """(folder, stored settings) of every run that `config` goes on from or is taught or pruned by, of those
+    before it, and so on; each once."""
     waiting, passed = [(None, config.model_dump(mode="json"))], set()
     for folder, values in waiting:  # grows while it is gone through
         for path in FROM_RUNS:
             value = _nested(values, path.split("."))
-            before = _run_at(_locate(value, folder, values.get("runs"))) if isinstance(value, str) and value else None
+            before = (
+                _run_at(_locate(value, folder, values.get("runs")))
+                if isinstance(value, str) and value
+                else None
+            )
             if before and before not in passed:  # of pretraining, `model` are sizes
                 passed.add(before)
                 waiting.append((before, _read(before)))
@@ -75,8 +79,8 @@ def _nested(values: Any, path: list[str]) -> Any:
 def described(
     config: FinetuneConfig, steps: int, finished: bool, run: Path | None = None, skipped: int = 0
 ) -> str:
-    """Name the method of a run with a result, and how far its training got: without a step that was not skipped,
-    it got nowhere."""
+    """Name the method of a run with a result, and how far its training got: without a step that was not
+    skipped, it got nowhere."""
     if config.trains and steps <= skipped:
         return f"{UNTRAINED} ({f'all {steps} steps skipped' if skipped else 'no step recorded'})"
     return method_of(config, run) + ("" if finished else f" (stopped at step {steps})")
@@ -187,4 +191,3 @@ def _cut(values: dict[str, Any], place: tuple[str | int, ...]) -> tuple[tuple[st
             return tuple(path), node.pop(name)
         node = node[name]
     return None
-

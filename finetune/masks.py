@@ -1,4 +1,5 @@
-"""Pruning masks: which weights of a model are kept. Made by global magnitude, kept in files, applied to a model.
+"""Pruning masks: which weights of a model are kept. Made by global magnitude, kept in files, applied to a
+model.
 
 A mask is {parameter name: bool tensor, True where the weight is kept}.
 """
@@ -19,7 +20,8 @@ Mask = dict[str, Tensor]
 
 
 def prune(weights: dict[str, Tensor], mask: Mask | None, rate: float) -> Mask:
-    """The mask without the smallest `rate` of the weights that are left, over all matrices at once (Algorithm 1 of paper 0).
+    """The mask without the smallest `rate` of the weights that are left, over all matrices at once (Algorithm
+    1 of paper 0).
 
     Args:
         weights: by name; those that may be pruned. mask: of an earlier round, or None: all are left.
@@ -30,8 +32,12 @@ def prune(weights: dict[str, Tensor], mask: Mask | None, rate: float) -> Mask:
     """
     for name, w in weights.items():
         require_finite(f"weights of {name}", w)
-    kept = {name: np.ones(w.shape, bool) if mask is None else mask[name].numpy() for name, w in weights.items()}
-    sizes = np.concatenate([w.detach().float().abs().cpu().numpy()[kept[name]] for name, w in weights.items()])
+    kept = {
+        name: np.ones(w.shape, bool) if mask is None else mask[name].numpy() for name, w in weights.items()
+    }
+    sizes = np.concatenate(
+        [w.detach().float().abs().cpu().numpy()[kept[name]] for name, w in weights.items()]
+    )
     going = round(rate * len(sizes))
     left = np.ones(len(sizes), bool)
     if going:
@@ -56,16 +62,20 @@ def sparsity(mask: Mask, parameters: int) -> dict[str, float]:
 def apply(model: nn.Module, mask: Mask, where: str) -> None:
     """Set what is pruned to zero, and keep it there: its gradient is zero from now on.
 
-    A weight of zero with gradients of zero has moments of zero, and weight decay leaves it at zero too: so no optimizer
-    moves it, not even ZeRO's own copy of the weights, and nothing has to be done after a step.
+    A weight of zero with gradients of zero has moments of zero, and weight decay leaves it at zero too: so no
+    optimizer moves it, not even ZeRO's own copy of the weights, and nothing has to be done after a step.
 
     Raises:
         UserError: the mask is another model's; `where` says which file.
     """
     parameters = dict(model.named_parameters())
-    wrong = [name for name, kept in mask.items() if name not in parameters or parameters[name].shape != kept.shape]
+    wrong = [
+        name for name, kept in mask.items() if name not in parameters or parameters[name].shape != kept.shape
+    ]
     if wrong:
-        raise UserError(f"{where}: the mask of another model ({len(wrong)} tensors do not fit, such as {wrong[0]})")
+        raise UserError(
+            f"{where}: the mask of another model ({len(wrong)} tensors do not fit, such as {wrong[0]})"
+        )
     for name, kept in mask.items():
         parameter, kept = parameters[name], kept.to(parameters[name].device)
         with torch.no_grad():
@@ -93,7 +103,13 @@ def read(path: Path | str) -> Mask:
     try:
         with safe_open(path, "pt") as file:
             shapes = json.loads(file.metadata()["shapes"])
-            return {name: torch.from_numpy(np.unpackbits(file.get_tensor(name).numpy(), count=int(np.prod(shape))))
-                    .bool().view(shape) for name, shape in shapes.items()}  # fmt: skip
+            return {
+                name: torch.from_numpy(
+                    np.unpackbits(file.get_tensor(name).numpy(), count=int(np.prod(shape)))
+                )
+                .bool()
+                .view(shape)
+                for name, shape in shapes.items()
+            }
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e:
         raise UserError(f"{path}: no pruning mask is read there ({e}); give a file of RUN/masks") from None

@@ -1,4 +1,5 @@
-"""Scores of predictions, streamed. A line of their file is {"id", "prediction", "labels", "kind", "images"}."""
+"""Scores of predictions, streamed. A line of their file is {"id", "prediction", "labels", "kind",
+"images"}."""
 
 import json
 import math
@@ -22,7 +23,9 @@ def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def score(
-    predictions: Iterable[dict[str, Any]], labels: frozenset[str], bleu: str | None = None,
+    predictions: Iterable[dict[str, Any]],
+    labels: frozenset[str],
+    bleu: str | None = None,
     key: tuple[Key, ...] = (),
 ) -> dict[str, Any]:
     """Accuracy over the examples that have a label: the mean of what each prediction scores in its labels.
@@ -32,8 +35,9 @@ def score(
         {kind: examples}, "unlabelled": left out of it, "unknown_answers": none of whose answers are among
         `labels`: these count as wrong, "bleu": where asked for}.
 
-    The bootstrap, seeded by `key`, draws images with all of their questions, which are not independent (xGQA asks
-    12,578 of 398 images). Items about two images are drawn with those about the same two, items about none alone.
+    The bootstrap, seeded by `key`, draws images with all of their questions, which are not independent (xGQA
+    asks 12,578 of 398 images). Items about two images are drawn with those about the same two, items about
+    none alone.
     """
     gained: Counter[str] = Counter()  # in millionths: integers add up to the same in any order
     seen: Counter[str] = Counter()
@@ -65,9 +69,11 @@ def score(
 
 
 class Bleu:
-    """Corpus BLEU-4 (Papineni et al. 2002), a sentence at a time: NLTK's clipped counts and brevity penalty, summed.
+    """Corpus BLEU-4 (Papineni et al. 2002), a sentence at a time: NLTK's clipped counts and brevity penalty,
+    summed.
 
-    language: "ja" is cut into words by MeCab (`fugashi`, `unidic-lite`), "zh" into characters, others at white space.
+    language: "ja" is cut into words by MeCab (`fugashi`, `unidic-lite`), "zh" into characters, others at
+    white space.
     """
 
     def __init__(self, language: str):
@@ -93,7 +99,9 @@ class Bleu:
 
         if not all(self.hits):
             return 0.0
-        mean = sum(math.log(hits / count) for hits, count in zip(self.hits, self.counts, strict=True)) / ORDERS
+        mean = (
+            sum(math.log(hits / count) for hits, count in zip(self.hits, self.counts, strict=True)) / ORDERS
+        )
         return brevity_penalty(self.reference_length, self.length) * math.exp(mean)
 
 
@@ -105,6 +113,8 @@ def _cutter(language: str) -> Callable[[str], list[str]]:
     try:
         import fugashi
     except ImportError:
-        raise UserError("BLEU of Japanese needs fugashi and unidic-lite; `pip install fugashi unidic-lite`") from None
+        raise UserError(
+            "BLEU of Japanese needs fugashi and unidic-lite; `pip install fugashi unidic-lite`"
+        ) from None
     tagger = fugashi.Tagger()
     return lambda text: [word.surface for word in tagger(text)]

@@ -1,8 +1,8 @@
 """A pretrained model with the head of a classification task.
 
-A text is grounded in what it is about, picture or premise, by the unified encoder's cross-attention; its CLS state goes to
-the head. Two pictures ground it twice, and the head sees both states side by side (paper 2, appendix B.2.3). A head that
-spells answers (`finetune.decoder`) sees the states of all tokens.
+A text is grounded in what it is about, picture or premise, by the unified encoder's cross-attention; its CLS
+state goes to the head. Two pictures ground it twice, and the head sees both states side by side (paper 2,
+appendix B.2.3). A head that spells answers (`finetune.decoder`) sees the states of all tokens.
 """
 
 import json
@@ -31,7 +31,8 @@ PRETRAINING_ONLY = ("masked_head", "match_head", "image_projection", "text_proje
 
 
 class Classifier(nn.Module):
-    """Two layers with GELU and layer norm between them, the hidden one twice the model's width (VOLTA's classifier)."""
+    """Two layers with GELU and layer norm between them, the hidden one twice the model's width (VOLTA's
+    classifier)."""
 
     def __init__(self, inputs: int, width: int, labels: int, dropout: float):
         super().__init__()
@@ -63,39 +64,61 @@ class Regions(nn.Module):
 
     def forward(self, features: Tensor, locations: Tensor) -> Tensor:
         """(R, f), (R, 7) -> (R, d)."""
-        return self.norm(self.feature_norm(self.feature(features)) + self.location_norm(self.location(locations)))
+        return self.norm(
+            self.feature_norm(self.feature(features)) + self.location_norm(self.location(locations))
+        )
 
 
 class FinetuneModel(nn.Module):
-    """`backbone` and a head over `labels`. `pictures`: how many ground a text at once (a premise counts as one);
-    `regions`: the width of region features, if these take the place of pictures; `answers`: token ids of the labels, for a
-    head that spells them (`spells`), and ranks them as `decoder` says."""
+    """`backbone` and a head over `labels`. `pictures`: how many ground a text at once (a premise counts as
+    one); `regions`: the width of region features, if these take the place of pictures; `answers`: token ids
+    of the labels, for a head that spells them (`spells`), and ranks them as `decoder` says."""
 
     def __init__(
-        self, backbone: nn.Module, labels: tuple[str, ...], pictures: int, dropout: float, regions: int | None = None,
-        answers: Sequence[Sequence[int]] | None = None, decoder: DecoderConfig | None = None,
-    ):  # fmt: skip
+        self,
+        backbone: nn.Module,
+        labels: tuple[str, ...],
+        pictures: int,
+        dropout: float,
+        regions: int | None = None,
+        answers: Sequence[Sequence[int]] | None = None,
+        decoder: DecoderConfig | None = None,
+    ):
         super().__init__()
-        self.backbone, self.labels, self.pictures, self.spells = backbone, labels, pictures, answers is not None
-        self.description = {"labels": list(labels), "pictures": pictures, "head_dropout": dropout, "regions": regions}
+        self.backbone, self.labels, self.pictures, self.spells = (
+            backbone,
+            labels,
+            pictures,
+            answers is not None,
+        )
+        self.description = {
+            "labels": list(labels),
+            "pictures": pictures,
+            "head_dropout": dropout,
+            "regions": regions,
+        }
         if self.spells:
             decoder = decoder or DecoderConfig()
             self.description |= {"answers": [list(ids) for ids in answers], "decoder": decoder.model_dump()}
             self.head = AnswerDecoder(backbone, answers, decoder)
         else:
             self.head = Classifier(pictures * backbone.width, backbone.width, len(labels), dropout)
-        self.regions = Regions(regions, backbone.width) if regions and not hasattr(backbone, "embed_regions") else None
+        self.regions = (
+            Regions(regions, backbone.width) if regions and not hasattr(backbone, "embed_regions") else None
+        )
         for part in PRETRAINING_ONLY:  # they would get no gradient, but decay all the same under ZeRO
             if hasattr(backbone, part):
                 getattr(backbone, part).requires_grad_(self.spells and part == "masked_head")
 
     def forward(self, batch: dict) -> Tensor:
-        """Logits (b, labels) of {"text": Ragged ids (b rows)} and what grounds it, of which row i's are rows i c ... i c +
-        c - 1: "images" uint8 (b c, H, W, 3), "states" Ragged (of a ViT that ran before), "regions" Ragged (f + 7 wide), with
-        "tags" Ragged ids where the backbone reads them, or "premise" Ragged ids. Of a decoder: log-probabilities, -inf at
-        labels that are no candidates."""
+        """Logits (b, labels) of {"text": Ragged ids (b rows)} and what grounds it, of which row i's are rows
+        i c ... i c + c - 1: "images" uint8 (b c, H, W, 3), "states" Ragged (of a ViT that ran before),
+        "regions" Ragged (f + 7 wide), with "tags" Ragged ids where the backbone reads them, or "premise"
+        Ragged ids. Of a decoder: log-probabilities, -inf at labels that are no candidates."""
         if self.spells:
-            return self.head.rank(self.backbone, self.backbone.ground_tokens(batch["text"], self.condition(batch)))
+            return self.head.rank(
+                self.backbone, self.backbone.ground_tokens(batch["text"], self.condition(batch))
+            )
         return self.head(self.ground(batch["text"], self.condition(batch)))
 
     def answer_loss(self, batch: dict) -> Tensor:
@@ -124,14 +147,17 @@ class FinetuneModel(nn.Module):
         return self.backbone.ground(text, condition, self.pictures).view(len(text.lengths), -1)
 
     def states(self, batch: dict, layers: Sequence[int], empty: bool = False) -> tuple[list[Ragged], Places]:
-        """States of all tokens of each text in the one picture that grounds it, after some of the layers (`raylib.backbones`).
-        `empty`: of a backbone whose rows hold regions, and of a slot without one."""
+        """States of all tokens of each text in the one picture that grounds it, after some of the layers
+        (`raylib.backbones`). `empty`: of a backbone whose rows hold regions, and of a slot without one."""
         more = {"empty": True} if empty else {}
         return self.backbone.states(batch["text"], self.condition(batch), layers, **more)
 
     def answer(self, last: Ragged) -> Tensor:
-        """Logits (b, labels) from the states after the last layer: as `forward`, where one picture grounds a text."""
-        return self.head(self.backbone.pooled(last.values.index_select(0, last.starts.to(last.values.device))))
+        """Logits (b, labels) from the states after the last layer: as `forward`, where one picture grounds a
+        text."""
+        return self.head(
+            self.backbone.pooled(last.values.index_select(0, last.starts.to(last.values.device)))
+        )
 
     @property
     def depths(self) -> int:
@@ -143,7 +169,9 @@ class FinetuneModel(nn.Module):
 
     def depth_of(self, name: str) -> int | None:
         """As the backbone's `depth_of`; None for the head and regions."""
-        return self.backbone.depth_of(name.removeprefix("backbone.")) if name.startswith("backbone.") else None
+        return (
+            self.backbone.depth_of(name.removeprefix("backbone.")) if name.startswith("backbone.") else None
+        )
 
     def prunable(self) -> list[str]:
         """Names of the matrices that pruning may take: the backbone's, never the head's."""
@@ -151,8 +179,13 @@ class FinetuneModel(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""
-        description = {"model_type": "polyglance-finetuned", **self.description, "backbone": self.backbone.kind,
-                       "sizes": self.backbone.config.model_dump(), "tuning": tuning.described(self)}  # fmt: skip
+        description = {
+            "model_type": "polyglance-finetuned",
+            **self.description,
+            "backbone": self.backbone.kind,
+            "sizes": self.backbone.config.model_dump(),
+            "tuning": tuning.described(self),
+        }
         write_model(self, description, folder)
 
     @classmethod
@@ -161,16 +194,22 @@ class FinetuneModel(nn.Module):
         values = read_description(folder)
         backbone = rebuild(values["backbone"], values["sizes"], str(folder / "config.json"))
         model = cls(
-            backbone, tuple(values["labels"]), values["pictures"], values["head_dropout"], values["regions"],
-            values.get("answers"), build(DecoderConfig, values.get("decoder", {}), str(folder / "config.json")),
-        )  # fmt: skip
+            backbone,
+            tuple(values["labels"]),
+            values["pictures"],
+            values["head_dropout"],
+            values["regions"],
+            values.get("answers"),
+            build(DecoderConfig, values.get("decoder", {}), str(folder / "config.json")),
+        )
         tuning.restore(model, values.get("tuning", {}))
         return fill(model, folder)
 
 
 def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = None) -> nn.Module:
-    """The pretrained model that `path` means: an export, a run, a fine-tuned model (its head is left out), or a folder of
-    weights that the backbone `kind` can start from (`raylib.backbones`), whose image encoder is `vision`, or random.
+    """The pretrained model that `path` means: an export, a run, a fine-tuned model (its head is left out), or
+    a folder of weights that the backbone `kind` can start from (`raylib.backbones`), whose image encoder is
+    `vision`, or random.
 
     Raises:
         UserError: none of these, or weights that do not fit.
@@ -181,7 +220,9 @@ def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = 
     description = read_description(folder)
     there = _kind(description, Path(path), folder)
     if kind not in ("unified", there):
-        raise UserError(f"{path} is a model of ours on the backbone {there}; backbone={kind} needs weights of that kind")
+        raise UserError(
+            f"{path} is a model of ours on the backbone {there}; backbone={kind} needs weights of that kind"
+        )
     if vision:
         raise UserError(f"{path} has an image encoder; leave vision={vision} out")
     if description["model_type"] == "polyglance-finetuned":
@@ -190,8 +231,8 @@ def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = 
 
 
 def _kind(description: dict, path: Path, folder: Path) -> str:
-    """The backbone of the model in `folder`, one of the run `path`. Retrieval runs of CCLM once stored theirs as unified: what
-    they are is in the run's settings."""
+    """The backbone of the model in `folder`, one of the run `path`. Retrieval runs of CCLM once stored theirs
+    as unified: what they are is in the run's settings."""
     kind = description.get("backbone", description["model_type"].removeprefix("polyglance-"))
     if kind == "unified" and "backbone" not in description:
         for place in (path, folder.parent, folder.parent.parent):
@@ -224,8 +265,8 @@ def tokenizer_at(path: Path | str) -> Path:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether weights that are not ours lie at `path`: a file, a folder with another program's config.json, or one with files
-    of weights as PyTorch writes them."""
+    """Whether weights that are not ours lie at `path`: a file, a folder with another program's config.json,
+    or one with files of weights as PyTorch writes them."""
     if not path.is_dir():
         return path.is_file()
     stored = read_description(path).get("model_type") if (path / "config.json").is_file() else None
@@ -243,7 +284,8 @@ def find_evaluated(path: Path | str) -> Path:
 
 
 def weights_of(path: Path | str) -> Path:
-    """Return what is read of the model at `path`: of ours, the file of weights alone, for a run's folder goes on changing."""
+    """Return what is read of the model at `path`: of ours, the file of weights alone, for a run's folder goes
+    on changing."""
     path = Path(path)
     return path if is_foreign(path) else find_evaluated(path) / "model.safetensors"
 
@@ -257,8 +299,8 @@ def read_description(folder: Path) -> dict:
 
 
 def resize(unified: UnifiedModel, image_size: int) -> None:
-    """Give the image encoder another resolution; its position embeddings, or a Swin's biases, are interpolated (paper 2,
-    appendix B.2.2).
+    """Give the image encoder another resolution; its position embeddings, or a Swin's biases, are
+    interpolated (paper 2, appendix B.2.2).
 
     Raises:
         UserError: not a multiple of the patch, or of a patch of a Swin's last stage.
@@ -271,7 +313,12 @@ def resize(unified: UnifiedModel, image_size: int) -> None:
         unified.config = config.model_copy(update={"image_size": image_size})
 
 
-FREEZABLE = {"embeddings": "embedding", "text": "text", "vision": "vision", "fusion": "fusion"}  # as a backbone calls it
+FREEZABLE = {
+    "embeddings": "embedding",
+    "text": "text",
+    "vision": "vision",
+    "fusion": "fusion",
+}  # as a backbone calls it
 
 
 def freeze(backbone: nn.Module, parts: tuple[str, ...]) -> None:

@@ -17,11 +17,11 @@ def task_loss(logits: Tensor, part: dict, loss: str) -> Tensor:
 
 
 class ClassificationObjective(nn.Module):
-    """`forward(batch)` -> (this worker's share of the loss, {"task", and by name the terms of methods: means over the global
-    batch, unweighted}).
+    """`forward(batch)` -> (this worker's share of the loss, {"task", and by name the terms of methods: means
+    over the global batch, unweighted}).
 
-    loss: "ce", cross-entropy against the answer with the highest score; "bce", binary cross-entropy against all scores,
-    summed over the labels (IGLUE's, which multiplies the mean by their number).
+    loss: "ce", cross-entropy against the answer with the highest score; "bce", binary cross-entropy against
+    all scores, summed over the labels (IGLUE's, which multiplies the mean by their number).
     """
 
     partial = True  # the unified encoder's cross-attention or the image encoder may have no part in a task
@@ -43,8 +43,8 @@ class ClassificationObjective(nn.Module):
 
 
 class AnswerObjective(nn.Module):
-    """As `ClassificationObjective`, of a model whose head spells answers: the mean over questions of -log p of their answers,
-    each weighted by its score."""
+    """As `ClassificationObjective`, of a model whose head spells answers: the mean over questions of -log p
+    of their answers, each weighted by its score."""
 
     partial = True
 

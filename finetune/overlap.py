@@ -1,19 +1,20 @@
 """Overlap of the sets of a run: nothing, or what the task's record declares (`finetune.splits.Overlap`).
 
-Before a run starts, its tests are compared with what it trains on and what chooses its checkpoint, and its dev sets with what it
-trains on, by image and by item:
+Before a run starts, its tests are compared with what it trains on and what chooses its checkpoint, and its
+dev sets with what it trains on, by image and by item:
 
     image   its address, where the annotations have one, or its name, however it is written (`image_name`)
-    item    a text about its images, or the same number about the same images, which one question has in all languages. Of
-            NLVR2 the text alone (`Task.item`), where the file has addresses, as its own has: emoji scenes repeat their templates.
-            Of SNLI and XVNLI the number counts whatever the images are: a pair of sentences keeps it where an image takes the
-            place of the first
+    item    a text about its images, or the same number about the same images, which one question has in all
+    languages. Of
+            NLVR2 the text alone (`Task.item`), where the file has addresses, as its own has: emoji scenes
+            repeat their templates. Of SNLI and XVNLI the number counts whatever the images are: a pair of
+            sentences keeps it where an image takes the place of the first
 
-Of a declared overlap that nobody has counted, one record (a number) in both sets is an error still: no publication trains on
-its test set.
+Of a declared overlap that nobody has counted, one record (a number) in both sets is an error still: no
+publication trains on its test set.
 
-Tests and dev sets are held in memory; what is trained on streams by, once. What was found is kept in RUNS/cache where that took
-longer than a second: by name, size and time of change of the files.
+Tests and dev sets are held in memory; what is trained on streams by, once. What was found is kept in
+RUNS/cache where that took longer than a second: by name, size and time of change of the files.
 """
 
 import hashlib
@@ -54,8 +55,8 @@ def check_overlap(config: FinetuneConfig, parts: Mapping[str | None, FinetuneCon
     Args:
         parts: the config of each training, by the language that it has of its own.
     Returns:
-        [{"first", "second": {"split", "language", "file"}, "images", "items": how many of the first's are in the second,
-        "declared": why}].
+        [{"first", "second": {"split", "language", "file"}, "images", "items": how many of the first's are in
+        the second, "declared": why}].
     Raises:
         UserError: sets share more than the task's record declares.
     """
@@ -67,8 +68,15 @@ def check_overlap(config: FinetuneConfig, parts: Mapping[str | None, FinetuneCon
         why = _declared(task, first, second, one)
         if why is None:
             raise UserError(_told(first, second, one))
-        declared.append({"first": _described(config, first), "second": _described(config, second), "images": one["images"],
-                         "items": one["items"], "declared": why})  # fmt: skip
+        declared.append(
+            {
+                "first": _described(config, first),
+                "second": _described(config, second),
+                "images": one["images"],
+                "items": one["items"],
+                "declared": why,
+            }
+        )
     return declared
 
 
@@ -76,7 +84,10 @@ def sets_of(parts: Mapping[str | None, FinetuneConfig]) -> list[Used]:
     """Every set that the parts of a run use, once."""
     places: dict[tuple, tuple[Used, set]] = {}
     for language, config in parts.items():
-        used = [("test", read_split(config, test_split(config, code), code, config.test_limit)) for code in languages_of(config)]
+        used = [
+            ("test", read_split(config, test_split(config, code), code, config.test_limit))
+            for code in languages_of(config)
+        ]
         dev = dev_sets(config, language).items()
         used += [("dev", read_split(config, split, code, config.test_limit)) for code, split in dev]
         used += [("train", reading) for reading in training_sets(config, language)] if config.trains else []
@@ -87,9 +98,9 @@ def sets_of(parts: Mapping[str | None, FinetuneConfig]) -> list[Used]:
 
 
 def compare(task: Task, sets: list[Used]) -> list[dict[str, Any]]:
-    """[{"first", "second": places in `sets`, "images", "items": how many different ones of the first are in the second,
-    "records": of these items, how many have the same number, "such_as" and "image": one of each}] of all that are
-    compared and share any."""
+    """[{"first", "second": places in `sets`, "images", "items": how many different ones of the first are in
+    the second, "records": of these items, how many have the same number, "such_as" and "image": one of each}]
+    of all that are compared and share any."""
     images: dict[str, list[tuple[int, str]]] = defaultdict(list)  # a name, an address -> (set, the image)
     items: dict[tuple, list[tuple[int, tuple]]] = defaultdict(list)
     for number, used in enumerate(sets):
@@ -103,13 +114,23 @@ def compare(task: Task, sets: list[Used]) -> list[dict[str, Any]]:
                         items[each].append((number, key))
     shared: dict[tuple[int, int], tuple[dict, dict, set]] = defaultdict(lambda: ({}, {}, set()))
     for second, used in enumerate(sets):
-        firsts = {n for n, other in enumerate(sets) if (other.role, used.role) in COMPARED and other.parts & used.parts}
+        firsts = {
+            n
+            for n, other in enumerate(sets)
+            if (other.role, used.role) in COMPARED and other.parts & used.parts
+        }
         if not firsts:
             continue
-        new: set[tuple] = set()  # images that are in no set before: most of what is trained on, met again and again
+        new: set[tuple] = (
+            set()
+        )  # images that are in no set before: most of what is trained on, met again and again
         for item in used.reading:
             named = _named(item)
-            known = [] if new.issuperset(named) else [n for _, names in _images(item, task.mscoco) for n in names if n in images]
+            known = (
+                []
+                if new.issuperset(named)
+                else [n for _, names in _images(item, task.mscoco) for n in names if n in images]
+            )
             if not known:
                 new.update(named)
                 if named and task.item == "grounded":
@@ -122,18 +143,30 @@ def compare(task: Task, sets: list[Used]) -> list[dict[str, Any]]:
                 for each in (key, *others):
                     for first, own in items.get(each, ()):
                         if first in firsts:
-                            shared[first, second][1].setdefault(own, item.id if isinstance(item, Example) else key[0])
+                            shared[first, second][1].setdefault(
+                                own, item.id if isinstance(item, Example) else key[0]
+                            )
                             if each in others:
                                 shared[first, second][2].add(own)
-    return [{"first": first, "second": second, "images": len(pictures), "items": len(found), "records": len(records),
-             "image": next(iter(pictures.values()), ""), "such_as": next(iter(found.values()), "")}
-            for (first, second), (pictures, found, records) in sorted(shared.items(), key=lambda entry: entry[0])]  # fmt: skip
+    return [
+        {
+            "first": first,
+            "second": second,
+            "images": len(pictures),
+            "items": len(found),
+            "records": len(records),
+            "image": next(iter(pictures.values()), ""),
+            "such_as": next(iter(found.values()), ""),
+        }
+        for (first, second), (pictures, found, records) in sorted(shared.items(), key=lambda entry: entry[0])
+    ]
 
 
 @lru_cache(1 << 18)
 def image_name(name: str, mscoco: bool = False) -> str:
-    """An image's name without folder, ending, case and form of Unicode: "COCO_val2014_000000391895.jpg" is "000000391895", and so
-    is "391895" among images of MSCOCO. MaRVL's keep their language, in whose folder other ones have the same names."""
+    """An image's name without folder, ending, case and form of Unicode: "COCO_val2014_000000391895.jpg" is
+    "000000391895", and so is "391895" among images of MSCOCO. MaRVL's keep their language, in whose folder
+    other ones have the same names."""
     base = unicodedata.normalize("NFC", stem(name)).casefold()
     if mscoco and base.isdecimal():
         base = base.zfill(12)
@@ -150,12 +183,15 @@ def _named(item: Example | Captioned) -> list[tuple[str, str]]:
 
 def _images(item: Example | Captioned, mscoco: bool) -> list[tuple[str, tuple[str, ...]]]:
     """(what tells the image from others, all that it may be known by) of each image."""
-    return [(source or image_name(name, mscoco), tuple(filter(None, (image_name(name, mscoco), source))))
-            for name, source in _named(item)]  # fmt: skip
+    return [
+        (source or image_name(name, mscoco), tuple(filter(None, (image_name(name, mscoco), source))))
+        for name, source in _named(item)
+    ]
 
 
 def _items(item: Example | Captioned, task: Task) -> Iterator[tuple[tuple, tuple[tuple, ...]]]:
-    """(what tells an item from others, what else it may be known by); of a picture with captions each is one."""
+    """(what tells an item from others, what else it may be known by); of a picture with captions each is
+    one."""
     about = tuple(image for image, _ in _images(item, task.mscoco))
     if isinstance(item, Captioned):
         for caption in item.captions:
@@ -175,8 +211,12 @@ def _declared(task: Task, first: Used, second: Used, found: dict) -> str | None:
     """Why the sets may share what they do; None: they may not."""
 
     def fits(o: Overlap) -> bool:
-        languages = all(code in (None, used.reading.language) for code, used in ((o.language, first), (o.other, second)))
-        counts = all(most is None or found[name] <= most for name, most in (("images", o.images), ("items", o.items)))
+        languages = all(
+            code in (None, used.reading.language) for code, used in ((o.language, first), (o.other, second))
+        )
+        counts = all(
+            most is None or found[name] <= most for name, most in (("images", o.images), ("items", o.items))
+        )
         uncounted = o.items is None and found["records"]
         return (o.first, o.second) == (first.role, second.role) and languages and counts and not uncounted
 
@@ -188,14 +228,19 @@ def _told(first: Used, second: Used, found: dict) -> str:
     what += [f"{found['items']} items"] if found["items"] else []
     example = f"item {found['such_as']!r}" if found["items"] else f"image {found['image']!r}"
     names = [f"{used.reading.path} ({USES[used.role]})" for used in (first, second)]
-    return (f"{' and '.join(names)} share {' and '.join(what)}, such as {example}; what is {USES[first.role]} must be new: "
-            "check data=, split=, shots=")  # fmt: skip
+    return (
+        f"{' and '.join(names)} share {' and '.join(what)}, such as {example}; what is {USES[first.role]} "
+        "must be new: check data=, split=, shots="
+    )
 
 
 def _described(config: FinetuneConfig, used: Used) -> dict[str, str]:
     data, path = Path(config.data), used.reading.path
-    return {"split": used.reading.split, "language": used.reading.language,
-            "file": str(path.relative_to(data) if path.is_relative_to(data) else path)}  # fmt: skip
+    return {
+        "split": used.reading.split,
+        "language": used.reading.language,
+        "file": str(path.relative_to(data) if path.is_relative_to(data) else path),
+    }
 
 
 def _kept(cache: Path, task: Task, sets: list[Used]) -> list[dict[str, Any]]:
@@ -205,8 +250,17 @@ def _kept(cache: Path, task: Task, sets: list[Used]) -> list[dict[str, Any]]:
         reading = used.reading
         split = reading.task.split(reading.split, reading.language)
         beside = [reading.path.parent / name for value in split.options.values() for name in value.split("|")]
-        facts.append((used.role, sorted(map(str, used.parts)), reading.split, reading.language, reading.limit,
-                      stamp(reading.path), *(stamp(path) for path in beside if path.is_file())))  # fmt: skip
+        facts.append(
+            (
+                used.role,
+                sorted(map(str, used.parts)),
+                reading.split,
+                reading.language,
+                reading.limit,
+                stamp(reading.path),
+                *(stamp(path) for path in beside if path.is_file()),
+            )
+        )
     file = cache / f"overlap-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,5 @@
-"""What grounds a text, as it enters a batch: pixels, states of an image encoder that ran before, or region features."""
+"""What grounds a text, as it enters a batch: pixels, states of an image encoder that ran before, or region
+features."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -35,7 +36,11 @@ class Pixels:
         images = np.empty((len(names), self.size, self.size, 3), np.uint8)
         for i, name in enumerate(names):
             picture = self.store.read(name)
-            images[i] = resize(picture, self.size) if draws is None else augment(picture, self.size, self.config, draws[i])
+            images[i] = (
+                resize(picture, self.size)
+                if draws is None
+                else augment(picture, self.size, self.config, draws[i])
+            )
         return {"images": torch.from_numpy(images)}
 
 
@@ -54,7 +59,8 @@ class Encoded:
 
 
 class RegionFeatures:
-    """Detector features with their locations side by side. `tagged`: the model reads tags of the objects too."""
+    """Detector features with their locations side by side. `tagged`: the model reads tags of the objects
+    too."""
 
     draws = 0
 
@@ -80,8 +86,8 @@ Pictures = Pixels | Encoded | RegionFeatures
 def encode_pictures(
     model: UnifiedModel, pixels: Pixels, names: Iterable[str], folder: Path, bf16: bool = False
 ) -> States:
-    """All workers together: states of the pictures `names` after `model`'s image encoder, kept in `folder`; in float16 if
-    they were made in bf16, which is no finer."""
+    """All workers together: states of the pictures `names` after `model`'s image encoder, kept in `folder`;
+    in float16 if they were made in bf16, which is no finer."""
     device = next(model.parameters()).device
 
     def encode(chunk: Sequence[str]) -> Ragged:
@@ -92,6 +98,8 @@ def encode_pictures(
     training = model.training
     model.eval()
     with torch.inference_mode():
-        states = write_states(folder, sorted(set(names)), encode, ENCODED, torch.float16 if bf16 else torch.float32)
+        states = write_states(
+            folder, sorted(set(names)), encode, ENCODED, torch.float16 if bf16 else torch.float32
+        )
     model.train(training)
     return states

@@ -1,12 +1,15 @@
-"""Recipes: functions that return a config, one for each row that a paper published. `python -m finetune --help` lists them.
+"""Recipes: functions that return a config, one for each row that a paper published. `python -m finetune
+--help` lists them.
 
-P0 is Nooralahzadeh and Sennrich 2023, P1 Reinhardt et al. 2024, P2 Li et al. 2023 (`UNIMODAL`: its frozen modules, tables 7
-and 8), P3 is cViL, P4 translation-based alignment with small modules; IGLUE is Bugliarello et al. 2022.
+P0 is Nooralahzadeh and Sennrich 2023, P1 Reinhardt et al. 2024, P2 Li et al. 2023 (`UNIMODAL`: its frozen
+modules, tables 7 and 8), P3 is cViL, P4 translation-based alignment with small modules; IGLUE is Bugliarello
+et al. 2022.
 
-Which checkpoint is evaluated is what each chose by (`select`, `select_metric`, `select_ties`), and the last words of a
-recipe's line: P1 the last; IGLUE, and P0 after it, the best on the dev set, the first of ties; P2 likewise, in retrieval by
-R@1 (its code's `save_metric`), but the last of FM-IQA, which has no dev set; P3 the best accuracy (there every 500 steps, here
-every epoch), but the last of step 1, which has none; P4 the best R@1, the last of ties.
+Which checkpoint is evaluated is what each chose by (`select`, `select_metric`, `select_ties`), and the last
+words of a recipe's line: P1 the last; IGLUE, and P0 after it, the best on the dev set, the first of ties; P2
+likewise, in retrieval by R@1 (its code's `save_metric`), but the last of FM-IQA, which has no dev set; P3 the
+best accuracy (there every 500 steps, here every epoch), but the last of step 1, which has none; P4 the best
+R@1, the last of ties.
 """
 
 from collections.abc import Callable
@@ -25,78 +28,159 @@ P4 = OptimConfig(weight_decay=0.0, warmup=0.0, decay="cosine")  # Adam (appendix
 SCENES = ("en", "ar", "bn", "de", "es", "fr", "id", "ko", "pt", "ru", "zh")
 
 
-def _p2(name: str, where: str, task: str, lr: float, batch: int, epochs: int, length: int, candidates: int = 0, **more):
+def _p2(
+    name: str,
+    where: str,
+    task: str,
+    lr: float,
+    batch: int,
+    epochs: int,
+    length: int,
+    candidates: int = 0,
+    **more,
+):
     """A row of P2's tables 7 and 8: 384 pixels, batch over all workers."""
     config = FinetuneConfig(
-        name=name, task=task, batch=batch, epochs=epochs, length=length, candidates=candidates, image_size=384, workers=8,
-        optim=P2.model_copy(update={"lr": lr}), select_metric="recall_at_1", **more,
-    )  # fmt: skip
+        name=name,
+        task=task,
+        batch=batch,
+        epochs=epochs,
+        length=length,
+        candidates=candidates,
+        image_size=384,
+        workers=8,
+        optim=P2.model_copy(update={"lr": lr}),
+        select_metric="recall_at_1",
+        **more,
+    )
     return _named(config, f"P2 {where}: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
 
 
 def _iglue(name: str, task: str, lr: float, batch: int, epochs: int, length: int, schedule: int = 20, **more):
     """`schedule`: epochs that the learning rate is laid out for (`optim_train_epochs`)."""
     config = FinetuneConfig(
-        name=name, task=task, batch=batch, epochs=epochs, length=length, workers=4, last_batch="keep",
-        optim=IGLUE.model_copy(update={"lr": lr, "horizon": schedule / epochs}), **more,
-    )  # fmt: skip
+        name=name,
+        task=task,
+        batch=batch,
+        epochs=epochs,
+        length=length,
+        workers=4,
+        last_batch="keep",
+        optim=IGLUE.model_copy(update={"lr": lr, "horizon": schedule / epochs}),
+        **more,
+    )
     return _named(config, f"IGLUE's protocol: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
 
 
 def _iglue_few_shot(task: str, shots: int | str, length: int, **more):
-    """From the English checkpoint, a model for each language and number of shots; its middle learning rate, of which it tries
-    three. Its code has smaller batches of fewer shots: xGQA 8, 16, 32 of 1, 5, 10; XVNLI 2, 16, 32 of these; MaRVL 2, 4, 8,
-    16, 32 of 1, 2, 4, 10, 10x2; xFlickrCO 1, 2, 4, 8, 16 of 1, 5, 10, 25, 50. Set batch=."""
+    """From the English checkpoint, a model for each language and number of shots; its middle learning rate,
+    of which it tries three. Its code has smaller batches of fewer shots: xGQA 8, 16, 32 of 1, 5, 10; XVNLI 2,
+    16, 32 of these; MaRVL 2, 4, 8, 16, 32 of 1, 2, 4, 10, 10x2; xFlickrCO 1, 2, 4, 8, 16 of 1, 5, 10, 25, 50.
+    Set batch=."""
     config = FinetuneConfig(
-        name=f"iglue_few_shot_{task}", task=task, setting="few_shot", shots=shots, batch=64, epochs=20, length=length, workers=1,
-        last_batch="keep", optim=IGLUE.model_copy(update={"lr": FEW_SHOT_RATES[1]}), **more,
-    )  # fmt: skip
+        name=f"iglue_few_shot_{task}",
+        task=task,
+        setting="few_shot",
+        shots=shots,
+        batch=64,
+        epochs=20,
+        length=length,
+        workers=1,
+        last_batch="keep",
+        optim=IGLUE.model_copy(update={"lr": FEW_SHOT_RATES[1]}),
+        **more,
+    )
     return _named(config, f"IGLUE's few-shot protocol: {task}, shots={shots}; give model=RUN of iglue_{task}")
 
 
 def _p0(model: str, row: str, strategies: dict, **more):
     """A row of P0's table 1: xGQA by IGLUE's protocol, cross-entropy."""
     config = FinetuneConfig(
-        name=f"p0_{model}_{row}", task="xgqa", backbone=model, batch=256, epochs=5, length=40, workers=4,
-        optim=IGLUE.model_copy(update={"lr": 4e-5, "horizon": 4.0}), last_batch="keep", strategies=strategies, **more,
-    )  # fmt: skip
+        name=f"p0_{model}_{row}",
+        task="xgqa",
+        backbone=model,
+        batch=256,
+        epochs=5,
+        length=40,
+        workers=4,
+        optim=IGLUE.model_copy(update={"lr": 4e-5, "horizon": 4.0}),
+        last_batch="keep",
+        strategies=strategies,
+        **more,
+    )
     return _named(config, f"P0 table 1, {model.upper()}: {config.called}")
 
 
 def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1", **more):
-    """A row of P1's tables 1 and 2, figure 5: the last epoch is evaluated. CCLM's image encoder learns at the rate of the
-    rest here (3e-5), at 2e-5 there."""
+    """A row of P1's tables 1 and 2, figure 5: the last epoch is evaluated. CCLM's image encoder learns at the
+    rate of the rest here (3e-5), at 2e-5 there."""
     lr = {"uc2": 4e-5 if task == "xgqa" else 2e-5, "cclm": 3e-5}[model]
     batch = {"xgqa": 256, "xflickrco": 128, "xvnli": 128 if model == "uc2" else 144}[task]
-    seen = {"image_size": 384, "head": "decoder" if task == "xgqa" else "classifier"} if model == "cclm" else {}
-    usual = {"batch": batch, "epochs": 5 if task == "xgqa" else 10, "workers": 4, "optim": P1.model_copy(update={"lr": lr})}
+    seen = (
+        {"image_size": 384, "head": "decoder" if task == "xgqa" else "classifier"} if model == "cclm" else {}
+    )
+    usual = {
+        "batch": batch,
+        "epochs": 5 if task == "xgqa" else 10,
+        "workers": 4,
+        "optim": P1.model_copy(update={"lr": lr}),
+    }
     config = FinetuneConfig(
-        name=f"p1_{model}_{row}_{task}", task=task, backbone=model, length=40 if task == "xgqa" else 80, candidates=128,
-        select="last", strategies=strategies, **seen, **{**usual, **more},
-    )  # fmt: skip
+        name=f"p1_{model}_{row}_{task}",
+        task=task,
+        backbone=model,
+        length=40 if task == "xgqa" else 80,
+        candidates=128,
+        select="last",
+        strategies=strategies,
+        **seen,
+        **{**usual, **more},
+    )
     return _named(config, f"P1 {where}, {model.upper()}, {task}: {config.called}")
 
 
 def _p3(row: str, what: str, strategies: dict, **more):
-    """cViL: VQA v2's questions in each language, the student an mBERT with regions and tags; give model= and regions=, and of
-    rows with distillation strategies.distillation.teacher=, an Oscar+ fine-tuned on VQA v2."""
+    """cViL: VQA v2's questions in each language, the student an mBERT with regions and tags; give model= and
+    regions=, and of rows with distillation strategies.distillation.teacher=, an Oscar+ fine-tuned on VQA
+    v2."""
     config = FinetuneConfig(
-        name=f"p3_{row}", task="cvil_vqa", backbone="oscar", languages=("hi", "ja"), setting="single_language", batch=128,
-        length=128, head_dropout=0.3, loss="bce", workers=4, strategies=strategies, **{"epochs": 10, "optim": P3, **more},
-    )  # fmt: skip
+        name=f"p3_{row}",
+        task="cvil_vqa",
+        backbone="oscar",
+        languages=("hi", "ja"),
+        setting="single_language",
+        batch=128,
+        length=128,
+        head_dropout=0.3,
+        loss="bce",
+        workers=4,
+        strategies=strategies,
+        **{"epochs": 10, "optim": P3, **more},
+    )
     return _named(config, f"P3 {what}")
 
 
 def _p4(task: str, row: str, strategies: dict, **more):
-    """A row of P4's tables 1 to 5 with M-CLIP: give model= its folder, vision= its CLIP's. One of three learning rates of its
-    grid; its XTD runs try all of them, and lambda from 0.001 to 10."""
+    """A row of P4's tables 1 to 5 with M-CLIP: give model= its folder, vision= its CLIP's. One of three
+    learning rates of its grid; its XTD runs try all of them, and lambda from 0.001 to 10."""
     few = task == "xtd_few"
     tuned = any(name in strategies for name in ("lora", "adapter", "compacter", "soft_prompt"))
     config = FinetuneConfig(
-        name=f"p4_{task}_{row}", task=task, backbone="mclip", freeze=("vision",), matching=False, setting="single_language",
-        batch=10 if few else 48, epochs=40 if few else 15, length=77, strategies=strategies,
-        optim=P4.model_copy(update={"lr": 1e-4 if tuned else 3e-6}), select_metric="recall_at_1", select_ties="last", **more,
-    )  # fmt: skip
+        name=f"p4_{task}_{row}",
+        task=task,
+        backbone="mclip",
+        freeze=("vision",),
+        matching=False,
+        setting="single_language",
+        batch=10 if few else 48,
+        epochs=40 if few else 15,
+        length=77,
+        strategies=strategies,
+        optim=P4.model_copy(update={"lr": 1e-4 if tuned else 3e-6}),
+        select_metric="recall_at_1",
+        select_ties="last",
+        **more,
+    )
     return _named(config, f"P4, {task}: {config.called}")
 
 
@@ -105,35 +189,69 @@ def _scenes(task: str, **more):
     base = {"epochs": 6, "batch": 64, "lr": 5e-4, "length": 40}
     given = {**base, **more}
     config = FinetuneConfig(
-        name=f"scenes_{task}", task=task, workers=1, runtime="local", epochs=given["epochs"], batch=given["batch"],
-        length=given["length"], image_size=64, candidates=16, optim=OptimConfig(lr=given["lr"], weight_decay=0.05, warmup=0.1),
-        languages=given.get("languages", ()), freeze=given.get("freeze", ()),
-        data="runs/scenes", model="runs/sample_model",
-    )  # fmt: skip
+        name=f"scenes_{task}",
+        task=task,
+        workers=1,
+        runtime="local",
+        epochs=given["epochs"],
+        batch=given["batch"],
+        length=given["length"],
+        image_size=64,
+        candidates=16,
+        optim=OptimConfig(lr=given["lr"], weight_decay=0.05, warmup=0.1),
+        languages=given.get("languages", ()),
+        freeze=given.get("freeze", ()),
+        data="runs/scenes",
+        model="runs/sample_model",
+    )
     return _named(config, f"emoji scenes as {task}, on 2 CPU cores: {config.called}")
 
 
 def _transfer(row: str, strategies: dict, **more):
-    """P4's framework on emoji scenes, on two CPU cores: 50 captions a language, a set of weights for each; the paper's steps are
-    twice as many. lambda is the largest of its grid: vectors are shorter here than CLIP's, and so are their squared distances."""
+    """P4's framework on emoji scenes, on two CPU cores: 50 captions a language, a set of weights for each;
+    the paper's steps are twice as many. lambda is the largest of its grid: vectors are shorter here than
+    CLIP's, and so are their squared distances."""
     tuned = any(name in strategies for name in ("lora", "adapter", "compacter", "soft_prompt"))
     config = FinetuneConfig(
-        name=f"transfer_{row}", task="xflickrco", workers=1, runtime="local", freeze=("vision",), matching=False, epochs=20,
-        batch=10, length=40, shots=50, languages=("de", "id", "ru", "zh"), select="last", temperature=0.05,
-        optim=P4.model_copy(update={"lr": 1e-3 if tuned else 1e-5}), strategies=strategies, data="runs/scenes",
-        model="runs/sample_model", **{"setting": "few_shot", **more},
-    )  # fmt: skip
+        name=f"transfer_{row}",
+        task="xflickrco",
+        workers=1,
+        runtime="local",
+        freeze=("vision",),
+        matching=False,
+        epochs=20,
+        batch=10,
+        length=40,
+        shots=50,
+        languages=("de", "id", "ru", "zh"),
+        select="last",
+        temperature=0.05,
+        optim=P4.model_copy(update={"lr": 1e-3 if tuned else 1e-5}),
+        strategies=strategies,
+        data="runs/scenes",
+        model="runs/sample_model",
+        **{"setting": "few_shot", **more},
+    )
     return _named(config, f"emoji scenes, P4: {config.setting}, {config.called}")
 
 
 def _taught(row: str, **more):
-    """cViL on emoji scenes, on two CPU cores: an English teacher, and students of two languages on its training questions,
-    translated, with it and without."""
+    """cViL on emoji scenes, on two CPU cores: an English teacher, and students of two languages on its
+    training questions, translated, with it and without."""
     config = FinetuneConfig(
-        name=f"transfer_{row}", workers=1, runtime="local", freeze=("vision",), epochs=2, batch=64, length=40, image_size=64,
-        optim=OptimConfig(lr=3e-4, weight_decay=0.05, warmup=0.1), data="runs/scenes", model="runs/sample_model",
+        name=f"transfer_{row}",
+        workers=1,
+        runtime="local",
+        freeze=("vision",),
+        epochs=2,
+        batch=64,
+        length=40,
+        image_size=64,
+        optim=OptimConfig(lr=3e-4, weight_decay=0.05, warmup=0.1),
+        data="runs/scenes",
+        model="runs/sample_model",
         **{"task": "xgqa_translated", "languages": ("de", "ru"), **more},
-    )  # fmt: skip
+    )
     return _named(config, f"emoji scenes, P3: {config.task}, {config.setting}, {config.called}")
 
 
@@ -157,7 +275,8 @@ def _selection(config: FinetuneConfig) -> str:
     return f"best {by} on the dev set, {config.select_ties} of ties"
 
 
-# P0's table 1: the rows of each model. d1 = d2 = 0.8, k = 10, alpha = 10, 10 % of what remains after each of 5 epochs
+# P0's table 1: the rows of each model. d1 = d2 = 0.8, k = 10, alpha = 10, 10 % of what remains after each of
+# 5 epochs
 P0_ROWS = {
     "baseline": {},
     "prior_wn": {"prior": {"source": "wordnet"}},
@@ -169,7 +288,11 @@ P0_ROWS = {
 TAUGHT = {"teacher": "oscar_vqa", "backbone": "oscar"}
 P3_ROWS = (
     ("kd", "step 1: distillation", {}),
-    ("kd_without_cls", "table 3: step 1 without the classification token", {"tokens": ("image", "tags", "mixed")}),
+    (
+        "kd_without_cls",
+        "table 3: step 1 without the classification token",
+        {"tokens": ("image", "tags", "mixed")},
+    ),
     ("kd_without_mixed", "table 3: step 1 without code-mixed words", {"tokens": ("cls", "image", "tags")}),
     ("kd_without_image", "table 3: step 1 without image tokens", {"tokens": ("cls", "tags", "mixed")}),
     ("kd_without_tags", "table 3: step 1 without object tags", {"tokens": ("cls", "image", "mixed")}),
@@ -190,36 +313,86 @@ P4_ROWS = {
     "soft_prompt": {"alignment": {"weight": 0.0}, "soft_prompt": {}},
     "framework": {"alignment": {}, "lora": {}},  # with Adapter on all of Multi30K
 }
-# the teacher's states beside the answers; pictures have no tokens of their own in this model's rows. At lambda 1 the squared
-# distances of states are a hundredth of the answers' loss, and nothing is gained (the German development set, seed 0, told)
-SCENES_TAUGHT = {"teacher": "runs/sample_transfer_teacher", "tokens": ("cls",), "task": 1.0, "weights": (100.0,),
-                 "classifier": "teacher"}  # fmt: skip
+# the teacher's states beside the answers; pictures have no tokens of their own in this model's rows. At
+# lambda 1 the squared distances of states are a hundredth of the answers' loss, and nothing is gained (the
+# German development set, seed 0, told)
+SCENES_TAUGHT = {
+    "teacher": "runs/sample_transfer_teacher",
+    "tokens": ("cls",),
+    "task": 1.0,
+    "weights": (100.0,),
+    "classifier": "teacher",
+}
 TRANSFER_ROWS = {
     **{row: P4_ROWS[row] for row in ("full", "mt", "lora", "adapter", "compacter", "soft_prompt")},
-    **{f"routine{routine}_lora": {"alignment": {"routine": routine, "weight": 10.0}, "lora": {}} for routine in (1, 2, 3)},
-    **{f"routine3_{module}": {"alignment": {"weight": 10.0}, module: {}} for module in ("adapter", "compacter", "soft_prompt")},
+    **{
+        f"routine{routine}_lora": {"alignment": {"routine": routine, "weight": 10.0}, "lora": {}}
+        for routine in (1, 2, 3)
+    },
+    **{
+        f"routine3_{module}": {"alignment": {"weight": 10.0}, module: {}}
+        for module in ("adapter", "compacter", "soft_prompt")
+    },
 }
 P1_ROWS = {"standard": {}, "suf": {"unfreezing": {"layers": 3}}}
 P1_TASKS = {"uc2": ("xgqa", "xvnli"), "cclm": ("xgqa", "xvnli", "xflickrco")}
 
 RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
-    **{f"p0_{model}_{row}": _p0(model, row, strategies) for model in ("uc2", "m3p") for row, strategies in P0_ROWS.items()},
-    **{f"p1_{model}_{row}_{task}": _p1(model, row, task, strategies)
-       for model, tasks in P1_TASKS.items() for task in tasks for row, strategies in P1_ROWS.items()},
-    "p1_uc2_few_shot_xgqa": _p1(  # "following the few-shot setup in IGLUE", but for what all of P1's rows have
-        "uc2", "few_shot", "xgqa", {}, "table 3: give model=RUN of p1_uc2_suf_xgqa or _standard_", setting="few_shot", shots=48,
-        batch=64, epochs=20, last_batch="keep", workers=1, optim=P1.model_copy(update={"lr": FEW_SHOT_RATES[1]})),
+    **{
+        f"p0_{model}_{row}": _p0(model, row, strategies)
+        for model in ("uc2", "m3p")
+        for row, strategies in P0_ROWS.items()
+    },
+    **{
+        f"p1_{model}_{row}_{task}": _p1(model, row, task, strategies)
+        for model, tasks in P1_TASKS.items()
+        for task in tasks
+        for row, strategies in P1_ROWS.items()
+    },
+    # "following the few-shot setup in IGLUE", but for what all of P1's rows have
+    "p1_uc2_few_shot_xgqa": _p1(
+        "uc2",
+        "few_shot",
+        "xgqa",
+        {},
+        "table 3: give model=RUN of p1_uc2_suf_xgqa or _standard_",
+        setting="few_shot",
+        shots=48,
+        batch=64,
+        epochs=20,
+        last_batch="keep",
+        workers=1,
+        optim=P1.model_copy(update={"lr": FEW_SHOT_RATES[1]}),
+    ),
     "p1_cclm_top_xgqa": _p1("cclm", "top", "xgqa", {"top_layers": {}}, "table 2"),
-    **{f"p1_cclm_decay{100 * factor:.0f}_xgqa": _p1("cclm", f"decay{100 * factor:.0f}", "xgqa",
-                                                   {"layer_decay": {"factor": factor}}, "figure 5")
-       for factor in (0.98, 0.95, 0.88, 0.75)},
-    **{f"p3_{row}": _p3(row, what, {"distillation": {**TAUGHT, **change}}, select="last") for row, what, change in P3_ROWS},
+    **{
+        f"p1_cclm_decay{100 * factor:.0f}_xgqa": _p1(
+            "cclm", f"decay{100 * factor:.0f}", "xgqa", {"layer_decay": {"factor": factor}}, "figure 5"
+        )
+        for factor in (0.98, 0.95, 0.88, 0.75)
+    },
+    **{
+        f"p3_{row}": _p3(row, what, {"distillation": {**TAUGHT, **change}}, select="last")
+        for row, what, change in P3_ROWS
+    },
     "p3_aug": _p3("aug", "step 1, the other variant: training on translated questions", {}),
-    "p3_classify": _p3("classify", "step 2: the classifier alone for 5 epochs, then all layers; give model=RUN of step 1",
-                       {"head_first": {}}, epochs=20),
-    "p3_kd_classify": _p3("kd_classify", "steps 1 and 2 in one run", {"distillation": {**TAUGHT, "epochs": 10}, "head_first": {}},
-                          epochs=20),
-    **{f"p4_{task}_{row}": _p4(task, row, strategies) for task in ("xtd_few", "multi30k") for row, strategies in P4_ROWS.items()},
+    "p3_classify": _p3(
+        "classify",
+        "step 2: the classifier alone for 5 epochs, then all layers; give model=RUN of step 1",
+        {"head_first": {}},
+        epochs=20,
+    ),
+    "p3_kd_classify": _p3(
+        "kd_classify",
+        "steps 1 and 2 in one run",
+        {"distillation": {**TAUGHT, "epochs": 10}, "head_first": {}},
+        epochs=20,
+    ),
+    **{
+        f"p4_{task}_{row}": _p4(task, row, strategies)
+        for task in ("xtd_few", "multi30k")
+        for row, strategies in P4_ROWS.items()
+    },
     "p2_xvnli": _p2("p2_xvnli", "table 7", "xvnli", 2e-5, 512, 10, 40, freeze=UNIMODAL),
     "p2_xgqa": _p2("p2_xgqa", "table 7", "xgqa", 3e-5, 512, 10, 40, freeze=UNIMODAL),
     "p2_xflickrco": _p2("p2_xflickrco", "table 7", "xflickrco", 2e-5, 96, 10, 50, candidates=16),
@@ -247,7 +420,9 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     **{f"transfer_{row}": _transfer(row, strategies) for row, strategies in TRANSFER_ROWS.items()},
     "transfer_teacher": _taught("teacher", task="xgqa", languages=("en", "de", "ru")),
     "transfer_student": _taught("student", setting="single_language"),
-    "transfer_distilled": _taught("distilled", setting="single_language", strategies={"distillation": SCENES_TAUGHT}),
+    "transfer_distilled": _taught(
+        "distilled", setting="single_language", strategies={"distillation": SCENES_TAUGHT}
+    ),
     "transfer_zero_shot": _transfer("zero_shot", {}, setting="untrained"),
     "transfer_zero_shot_mt": _transfer("zero_shot_mt", {}, setting="translate_test"),
-}  # fmt: skip
+}

@@ -20,10 +20,11 @@ RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in RANKS)
 
 
 def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """`result.json`: what the parts of a run came to. `accuracy` (or the recalls under `retrieval`) by language, their
-    mean over the targets, the gap from English to it, and accuracy by question type; `disparity` over languages of accuracy,
-    or of `recall_at_1`, the mean of both ways (paper 4); `interval`, [low, high] of each language's score by a
-    bootstrap over images (`raylib.intervals`): what other test images would change, and not other seeds."""
+    """`result.json`: what the parts of a run came to. `accuracy` (or the recalls under `retrieval`) by
+    language, their mean over the targets, the gap from English to it, and accuracy by question type;
+    `disparity` over languages of accuracy, or of `recall_at_1`, the mean of both ways (paper 4); `interval`,
+    [low, high] of each language's score by a bootstrap over images (`raylib.intervals`): what other test
+    images would change, and not other seeds."""
     figures = {code: dict(values) for part in parts for code, values in part["languages"].items()}
     intervals = {code: values.pop("interval", None) for code, values in figures.items()}
     retrieval = find_task(config).kind == "retrieval"
@@ -35,10 +36,18 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
     skipped = sum(part.get("skipped_steps", 0) for part in parts)
     finished = all(part.get("finished", True) for part in parts)
     result = {
-        "run": config.name, "task": config.task, "setting": config.setting, "split": split_name(config),
-        "method": described(config, steps, finished, skipped=skipped), "finished": finished,
-        "seed": config.fit.seed, "model": config.model, "params": first.get("params"), "trainable": first.get("trainable"),
-        "sparsity": sparsity.get("whole", 0.0), "sparsity_prunable": sparsity.get("prunable", 0.0),
+        "run": config.name,
+        "task": config.task,
+        "setting": config.setting,
+        "split": split_name(config),
+        "method": described(config, steps, finished, skipped=skipped),
+        "finished": finished,
+        "seed": config.fit.seed,
+        "model": config.model,
+        "params": first.get("params"),
+        "trainable": first.get("trainable"),
+        "sparsity": sparsity.get("whole", 0.0),
+        "sparsity_prunable": sparsity.get("prunable", 0.0),
         **{name: first[name] for name in ("share", "share_with_heads") if name in first},
         "steps": steps,
         "skipped_steps": skipped,
@@ -48,10 +57,12 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
         "mean_targets": mean(targets) if targets else None,
         "gap": scores["en"] - mean(targets) if targets and "en" in scores else None,
         "by_type": {code: values["by_type"] for code, values in figures.items() if values.get("by_type")},
-        "items_skipped": {"train": sum(part.get("unknown_training_answers", 0) for part in parts),
-                          **{code: values.get("unlabelled", 0) for code, values in figures.items()}},
+        "items_skipped": {
+            "train": sum(part.get("unknown_training_answers", 0) for part in parts),
+            **{code: values.get("unlabelled", 0) for code, values in figures.items()},
+        },
         **_made_by(parts),
-    }  # fmt: skip
+    }
     first_hits = {code: recall_at_1(values) for code, values in figures.items()} if retrieval else scores
     if retrieval:
         result["recall_at_1"] = first_hits
@@ -59,9 +70,15 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
     if not retrieval:
         kept = ("n", "predictions", "unlabelled", "unknown_answers")
         result["counts"] = {code: {name: values[name] for name in kept} for code, values in figures.items()}
-        result["coverage"] = {code: 1 - c["unknown_answers"] / c["n"] for code, c in result["counts"].items() if c["n"]}
+        result["coverage"] = {
+            code: 1 - c["unknown_answers"] / c["n"] for code, c in result["counts"].items() if c["n"]
+        }
         result["unknown_training_answers"] = sum(part.get("unknown_training_answers", 0) for part in parts)
-        synonyms = {code: values["synonym_accuracy"] for code, values in figures.items() if "synonym_accuracy" in values}
+        synonyms = {
+            code: values["synonym_accuracy"]
+            for code, values in figures.items()
+            if "synonym_accuracy" in values
+        }
         if synonyms:
             result["synonym_accuracy"] = synonyms
             result["confusions"] = {code: figures[code]["confusions"] for code in synonyms}
@@ -71,33 +88,45 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
 
 
 def of_dev_sets(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """`result.json` of a run that leaves the test sets alone: "dev", the score of each language's dev set, of all parts that
-    looked at it the mean; "interval" of those that one part alone looked at (`summarise`)."""
+    """`result.json` of a run that leaves the test sets alone: "dev", the score of each language's dev set, of
+    all parts that looked at it the mean; "interval" of those that one part alone looked at (`summarise`)."""
     seen = {code for part in parts for code in part["dev"]}
     first = parts[0]
-    intervals = {code: [part.get("interval", {}).get(code) for part in parts if code in part["dev"]]
-                 for code in sorted(seen)}  # fmt: skip
+    intervals = {
+        code: [part.get("interval", {}).get(code) for part in parts if code in part["dev"]]
+        for code in sorted(seen)
+    }
     return {
-        "run": config.name, "task": config.task, "setting": config.setting, "method": method_of(config),
+        "run": config.name,
+        "task": config.task,
+        "setting": config.setting,
+        "method": method_of(config),
         "seed": config.fit.seed,
-        "params": first.get("params"), "trainable": first.get("trainable"),
-        "steps": sum(part.get("steps", 0) for part in parts), "seconds": sum(part.get("seconds", 0.0) for part in parts),
+        "params": first.get("params"),
+        "trainable": first.get("trainable"),
+        "steps": sum(part.get("steps", 0) for part in parts),
+        "seconds": sum(part.get("seconds", 0.0) for part in parts),
         "skipped_steps": sum(part.get("skipped_steps", 0) for part in parts),
-        "dev": {code: mean([part["dev"][code] for part in parts if code in part["dev"]]) for code in sorted(seen)},
+        "dev": {
+            code: mean([part["dev"][code] for part in parts if code in part["dev"]]) for code in sorted(seen)
+        },
         "interval": {code: found[0] for code, found in intervals.items() if len(found) == 1},
         "items_skipped": {"train": sum(part.get("unknown_training_answers", 0) for part in parts)},
         **_made_by(parts),
-    }  # fmt: skip
+    }
 
 
 def _made_by(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return {"code", "libraries", "device", "time", "peak_memory_gb", "samples_per_second" of training, "evaluated_per_second"}
-    of all parts, as far as they tell: those of earlier versions do not."""
+    """Return {"code", "libraries", "device", "time", "peak_memory_gb", "samples_per_second" of training,
+    "evaluated_per_second"} of all parts, as far as they tell: those of earlier versions do not."""
     names = ("code", "libraries", "device", "time")
     made_by = {name: parts[-1][name] for name in names if name in parts[-1]}
     if memory := [part["peak_memory_gb"] for part in parts if "peak_memory_gb" in part]:
         made_by["peak_memory_gb"] = max(memory)
-    for rate, spent in (("samples_per_second", _training_seconds), ("evaluated_per_second", _evaluation_seconds)):
+    for rate, spent in (
+        ("samples_per_second", _training_seconds),
+        ("evaluated_per_second", _evaluation_seconds),
+    ):
         rates = [(part[rate], spent(part)) for part in parts if rate in part]
         if whole := sum(seconds for _, seconds in rates):
             made_by[rate] = sum(value * seconds for value, seconds in rates) / whole
@@ -120,12 +149,17 @@ def scores_of(result: dict[str, Any]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: a line a language, in %; the mean of the targets, the gap to English, and what was counted."""
+    """Markdown: a line a language, in %; the mean of the targets, the gap to English, and what was
+    counted."""
     kinds = sorted({kind for by in result["by_type"].values() for kind in by})
     columns = list(RECALLS) if "retrieval" in result else kinds
     intervals = result.get("interval", {})
-    head = ["language", "mean recall" if "retrieval" in result else "accuracy", "95 % interval",
-            *(c.replace("_r", " R@") for c in columns)]  # fmt: skip
+    head = [
+        "language",
+        "mean recall" if "retrieval" in result else "accuracy",
+        "95 % interval",
+        *(c.replace("_r", " R@") for c in columns),
+    ]
     details = result.get("retrieval") or result["by_type"]
     rows = [head]
     for code, score in scores_of(result).items():
@@ -140,7 +174,10 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _notes(result: dict[str, Any]) -> str:
-    notes = [f"{result['task']} ({result['split']} split), {result['setting']}, {result['method']}, seed {result['seed']}"]
+    notes = [
+        f"{result['task']} ({result['split']} split), {result['setting']}, {result['method']}, seed "
+        f"{result['seed']}"
+    ]
     if result["gap"] is not None:
         notes.append(f"gap to English {percent(result['gap'])}")
     for name, what in (("unlabelled", "without a label"), ("unknown_answers", "whose answers are no class")):
@@ -150,7 +187,9 @@ def _notes(result: dict[str, Any]) -> str:
     if skipped := result.get("skipped_steps"):
         notes.append(f"{skipped} of {result['steps']} steps skipped, whose loss or gradient was not finite")
     if result.get("unknown_training_answers"):
-        notes.append(f"training examples left out, whose answers are no class: {result['unknown_training_answers']}")
+        notes.append(
+            f"training examples left out, whose answers are no class: {result['unknown_training_answers']}"
+        )
     return "; ".join(notes)
 
 
@@ -163,7 +202,9 @@ def write(run: Path, result: dict[str, Any]) -> None:
     require_finite_values(f"{run}/result.json", result)
     draw(result, run / "result.png")
     (run / "result.md").write_text(table(result) + "\n", encoding="utf-8")
-    write_atomically(run / "result.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomically(
+        run / "result.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -175,9 +216,19 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     scores = scores_of(result)
     figure, axes = pyplot.subplots(figsize=(1.5 + 0.6 * len(scores), 3.6), layout="constrained")
-    axes.bar(list(scores), [100 * s for s in scores.values()], color=["tab:orange" if c == "en" else "tab:blue" for c in scores])
+    axes.bar(
+        list(scores),
+        [100 * s for s in scores.values()],
+        color=["tab:orange" if c == "en" else "tab:blue" for c in scores],
+    )
     if result["mean_targets"] is not None:
-        axes.axhline(100 * result["mean_targets"], color="black", linewidth=1, linestyle="--", label="mean of the targets")
+        axes.axhline(
+            100 * result["mean_targets"],
+            color="black",
+            linewidth=1,
+            linestyle="--",
+            label="mean of the targets",
+        )
         axes.legend(fontsize=8)
     what = "mean recall" if "retrieval" in result else "accuracy"
     axes.set(ylabel=f"{what}, %", ylim=(0, 100), title=f"{result['task']}: {result['method']}")
@@ -186,7 +237,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def draw_curve(run: Path) -> None:
-    """`curve.png`: each loss, and the score on held-out English that chooses the checkpoint, over the steps of `run`."""
+    """`curve.png`: each loss, and the score on held-out English that chooses the checkpoint, over the steps
+    of `run`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -194,7 +246,9 @@ def draw_curve(run: Path) -> None:
 
     records = read_metrics(run)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    losses = sorted({key for record in records for key in record if key.startswith("loss/")} - {"loss/grad_norm"})
+    losses = sorted(
+        {key for record in records for key in record if key.startswith("loss/")} - {"loss/grad_norm"}
+    )
     for axes, key, scale in [*((left, loss, 1) for loss in losses), (right, "eval/score", 100)]:
         points = [(r["step"], scale * r[key]) for r in records if key in r]
         if points:

@@ -1,7 +1,7 @@
-"""Two-stage retrieval (paper 2, appendix B.2.3; ALBEF): the unimodal encoders choose K candidates of each query, the ITM
-head ranks them, by the difference of its two logits (from 17 on, their softmax in float32 is 1.0 for all). Every
-picture and every sentence is encoded once, so the cost grows with N + N K and not with N^2. Of models without that
-head, or runs with `matching=false`, the first stage is all.
+"""Two-stage retrieval (paper 2, appendix B.2.3; ALBEF): the unimodal encoders choose K candidates of each
+query, the ITM head ranks them, by the difference of its two logits (from 17 on, their softmax in float32 is
+1.0 for all). Every picture and every sentence is encoded once, so the cost grows with N + N K and not with
+N^2. Of models without that head, or runs with `matching=false`, the first stage is all.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,34 +30,52 @@ SENTENCES, PAIRS = 256, 512  # encoded, or ranked, at a time
 
 
 def retrieve(
-    model: nn.Module, items: Sequence[Captioned], pictures: Pixels | Encoded, tokenizer: Tokenizer, length: int,
-    candidates: int | None, folder: Path, bf16: bool = False, key: tuple[Key, ...] = (),
+    model: nn.Module,
+    items: Sequence[Captioned],
+    pictures: Pixels | Encoded,
+    tokenizer: Tokenizer,
+    length: int,
+    candidates: int | None,
+    folder: Path,
+    bf16: bool = False,
+    key: tuple[Key, ...] = (),
 ) -> dict[str, Any]:
     """Recall of one language's pictures and captions both ways; all workers together, all return the same.
 
     candidates: K; 0 ranks every pair; None ranks none: the cosine decides.
     folder: for states, gone afterwards; all workers must see it. key: seeds the bootstrap's draws.
     Returns:
-        {"i2t_r1" ... "t2i_r10", "mean_recall", "interval": its 95 % bootstrap interval over images, "recall_at_1_interval":
-        that of `recall_at_1`, "n": pictures, "captions", "chance_r1", "pairs": how many were ranked}.
+        {"i2t_r1" ... "t2i_r10", "mean_recall", "interval": its 95 % bootstrap interval over images,
+        "recall_at_1_interval": that of `recall_at_1`, "n": pictures, "captions", "chance_r1", "pairs": how
+        many were ranked}.
     Raises:
         NotFinite: embeddings, or scores of the match head, are not finite.
     """
     remove_states(folder)  # states that a killed evaluation has left are another model's
     try:
-        ranker = _Ranker(model, items, pictures, tokenizer, length, folder, bf16, ranks=candidates is not None)
+        ranker = _Ranker(
+            model, items, pictures, tokenizer, length, folder, bf16, ranks=candidates is not None
+        )
         i2t, i2t_pairs = ranker.hits(ranker.image_vectors, ranker.text_vectors, candidates, image_asks=True)
         t2i, t2i_pairs = ranker.hits(ranker.text_vectors, ranker.image_vectors, candidates, image_asks=False)
     finally:
         remove_states(folder)
     ways = (("i2t", i2t), ("t2i", t2i))
     figures = {f"{way}_r{k}": value for way, hits in ways for k, value in mean_hits(hits).items()}
-    interval, first = (recall_interval(*hits, ranker.owner, "bootstrap", *key)
-                       for hits in ((i2t.mean(1), t2i.mean(1)), (i2t[:, 0], t2i[:, 0])))  # fmt: skip
+    interval, first = (
+        recall_interval(*hits, ranker.owner, "bootstrap", *key)
+        for hits in ((i2t.mean(1), t2i.mean(1)), (i2t[:, 0], t2i[:, 0]))
+    )
     return {
-        **figures, "mean_recall": mean(figures.values()), "interval": interval, "recall_at_1_interval": first, "n": len(items),
-        "captions": len(ranker.owner), "chance_r1": 1 / len(items), "pairs": i2t_pairs + t2i_pairs,
-    }  # fmt: skip
+        **figures,
+        "mean_recall": mean(figures.values()),
+        "interval": interval,
+        "recall_at_1_interval": first,
+        "n": len(items),
+        "captions": len(ranker.owner),
+        "chance_r1": 1 / len(items),
+        "pairs": i2t_pairs + t2i_pairs,
+    }
 
 
 def recall_at_1(figures: dict[str, Any]) -> float:
@@ -68,7 +86,9 @@ def recall_at_1(figures: dict[str, Any]) -> float:
 class _Ranker:
     """Unit vectors of all pictures and captions; where the match head `ranks`, their states too."""
 
-    def __init__(self, model, items, pictures, tokenizer: Tokenizer, length: int, folder: Path, bf16: bool, ranks: bool):
+    def __init__(
+        self, model, items, pictures, tokenizer: Tokenizer, length: int, folder: Path, bf16: bool, ranks: bool
+    ):
         self.model, self.bf16, self.device = model.eval(), bf16, next(model.parameters()).device
         self.names = [item.image for item in items]
         texts = [caption for item in items for caption in item.captions]
@@ -98,7 +118,9 @@ class _Ranker:
             return model.embed_text(states.values[states.starts])
 
         with torch.inference_mode():
-            self.image_vectors = _vectors(self.names, lambda names: model.embed_pictures(self._states(self.images, names)))
+            self.image_vectors = _vectors(
+                self.names, lambda names: model.embed_pictures(self._states(self.images, names))
+            )
             if ranks:
                 self.texts: States = write_states(folder / "texts", self.keys, encode, SENTENCES)
             self.text_vectors = _vectors(self.keys, embed_states if ranks else embed_sentences)
@@ -108,8 +130,9 @@ class _Ranker:
     def hits(
         self, queries: Tensor, keys: Tensor, candidates: int | None, image_asks: bool
     ) -> tuple[Tensor, int]:
-        """(chance of each query to hit within each of RANKS, float64 (n, 3); pairs ranked). A worker takes every
-        world-th chunk of queries: chunks, and so all numbers, are the same whatever the number of workers."""
+        """(chance of each query to hit within each of RANKS, float64 (n, 3); pairs ranked). A worker takes
+        every world-th chunk of queries: chunks, and so all numbers, are the same whatever the number of
+        workers."""
         count = 0 if candidates is None else min(candidates or len(keys), len(keys))
         hits, finite = torch.zeros(len(queries), len(RANKS), dtype=torch.float64), True
         order = torch.from_numpy(permutation(len(keys), "candidates"))
@@ -123,7 +146,11 @@ class _Ranker:
                 # two levels: candidates by the match head, and after all of these the others, by similarity
                 first = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
                 scores = scores.scatter(1, chosen, match)
-            own = self.owner[None] == chunk[:, None] if image_asks else torch.arange(len(keys))[None] == self.owner[chunk, None]
+            own = (
+                self.owner[None] == chunk[:, None]
+                if image_asks
+                else torch.arange(len(keys))[None] == self.owner[chunk, None]
+            )
             hits[chunk] = hit_chances(scores, own, first)
         raise_together(None if finite else "scores of the match head: not finite (NaN or infinite)")
         if world_size() > 1:  # every row is one worker's, and 0 on the others: their sum is exact
@@ -155,7 +182,9 @@ class _Ranker:
 
 def _vectors(names: Sequence[str], embed: Callable[[Sequence[str]], Tensor]) -> Tensor:
     """Unit vectors (n, e) of all `names`, some at a time."""
-    parts = [embed(names[start : start + SENTENCES]).float().cpu() for start in range(0, len(names), SENTENCES)]
+    parts = [
+        embed(names[start : start + SENTENCES]).float().cpu() for start in range(0, len(names), SENTENCES)
+    ]
     return F.normalize(torch.cat(parts), dim=1)
 
 

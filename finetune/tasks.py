@@ -1,9 +1,11 @@
-"""Tasks as records: which files under the data folder, which reader, which classes. A new task is one more record.
+"""Tasks as records: which files under the data folder, which reader, which classes. A new task is one more
+record.
 
-Paths are those of the IGLUE repository's `datasets/` folder where it has the task (a test holds them against its listing), else
-those of the task's own publication; {language} and {shots} are filled in. A split named "test.en" is read in place of "test" in
-that language. "target_dev" is a development set in a target language, for searches that may look at one: IGLUE's English ones,
-machine-translated; emoji scenes have them written. Splits `*_to_en` and `*_from_en` are made by `finetune.translate`.
+Paths are those of the IGLUE repository's `datasets/` folder where it has the task (a test holds them against
+its listing), else those of the task's own publication; {language} and {shots} are filled in. A split named
+"test.en" is read in place of "test" in that language. "target_dev" is a development set in a target language,
+for searches that may look at one: IGLUE's English ones, machine-translated; emoji scenes have them written.
+Splits `*_to_en` and `*_from_en` are made by `finetune.translate`.
 """
 
 from collections.abc import Mapping
@@ -12,14 +14,24 @@ from finetune.formats import captions, gqa, nli, pairs, vqa
 from finetune.splits import Overlap, Split, Task
 
 XGQA_LANGUAGES = ("en", "bn", "de", "id", "ko", "pt", "ru", "zh")
-GQA_ANSWERS = ("gqa/annotations/trainval_label2ans.json", "gqa/annotations/trainval_ans2label.pkl",
-               "gqa/annotations/trainval_label2ans.pkl", "gqa/cache/trainval_ans2label.pkl")  # fmt: skip
+GQA_ANSWERS = (
+    "gqa/annotations/trainval_label2ans.json",
+    "gqa/annotations/trainval_ans2label.pkl",
+    "gqa/annotations/trainval_label2ans.pkl",
+    "gqa/cache/trainval_ans2label.pkl",
+)
 OWN = {"language": "{language}"}  # for a reader that wants to know
-GQA_TRAIN = Split("gqa/annotations/train.json.zip", gqa.read_gqa,
-                  others=(Split("gqa/annotations/train_balanced_questions.json", gqa.read_gqa),))  # LXMERT's form; GQA's own
+GQA_TRAIN = Split(
+    "gqa/annotations/train.json.zip",
+    gqa.read_gqa,
+    others=(Split("gqa/annotations/train_balanced_questions.json", gqa.read_gqa),),
+)  # LXMERT's form; GQA's own
 XGQA_TEST = Split("xGQA/annotations/few_shot/{language}/test.json", gqa.read_gqa)
-NLVR2_TEST = Split("nlvr2/annotations/test.jsonl", pairs.read_nlvr2,
-                   others=(Split("nlvr2/annotations/test1.jsonl", pairs.read_nlvr2),))  # as NLVR2's authors call it
+NLVR2_TEST = Split(
+    "nlvr2/annotations/test.jsonl",
+    pairs.read_nlvr2,
+    others=(Split("nlvr2/annotations/test1.jsonl", pairs.read_nlvr2),),
+)  # as NLVR2's authors call it
 NLI_LANGUAGES = ("en", "ar", "es", "fr", "ru")
 NLI_LABELS = ("contradiction", "neutral", "entailment")  # IGLUE's order; CCLM's public code has another
 
@@ -29,8 +41,11 @@ def _xvnli(train: Mapping[str, Split]) -> dict[str, Split]:
         "dev": Split("XVNLI/annotations/en/dev.jsonl", nli.read_xvnli),
         "test": Split("XVNLI/annotations/{language}/test.jsonl", nli.read_xvnli),
         "shots": Split("XVNLI/annotations/{language}/train_{shots}.jsonl", nli.read_xvnli),
-        "target_dev": Split("XVNLI/annotations/en/dev-{language}_gmt.jsonl", nli.read_xvnli,
-                            others=(Split("XVNLI/annotations/{language}/dev.jsonl", nli.read_xvnli),)),
+        "target_dev": Split(
+            "XVNLI/annotations/en/dev-{language}_gmt.jsonl",
+            nli.read_xvnli,
+            others=(Split("XVNLI/annotations/{language}/dev.jsonl", nli.read_xvnli),),
+        ),
         "translated": Split("XVNLI/annotations_machine-translate/{language}/test.jsonl", nli.read_xvnli),
     }
     return {**shared, **train}
@@ -53,7 +68,9 @@ def _xtd_few() -> dict[str, Split]:
 
     def translated(name: str, way: str) -> Split:
         images = f"../{XTD_IMAGES}|../XTD10/{XTD_IMAGES}"
-        return Split(f"xtd/translated_{way}_en/{{language}}.txt", captions.read_xtd, {"images": images, "part": name})
+        return Split(
+            f"xtd/translated_{way}_en/{{language}}.txt", captions.read_xtd, {"images": images, "part": name}
+        )
 
     return {
         **{name: _xtd(captions.read_xtd, part=name) for name in captions.XTD_PARTS},
@@ -73,17 +90,27 @@ TASKS: dict[str, Task] = {
         split_names={"test": "few_shot_test"},
         splits={
             "train": GQA_TRAIN,
-            "dev": Split("gqa/annotations/valid.json", gqa.read_gqa,
-                         others=(Split("gqa/annotations/val_balanced_questions.json", gqa.read_gqa),)),
-            # IGLUE, paper 0 and CCLM test on these 9,666 questions, zero-shot too; the testdev's other 2,912 are shots and dev
+            "dev": Split(
+                "gqa/annotations/valid.json",
+                gqa.read_gqa,
+                others=(Split("gqa/annotations/val_balanced_questions.json", gqa.read_gqa),),
+            ),
+            # IGLUE, paper 0 and CCLM test on these 9,666 questions, zero-shot too; the testdev's other 2,912
+            # are shots and dev
             "test": XGQA_TEST,
             "few_shot_test": XGQA_TEST,
-            "testdev": Split("xGQA/annotations/zero_shot/testdev_balanced_questions_{language}.json", gqa.read_gqa),
+            "testdev": Split(
+                "xGQA/annotations/zero_shot/testdev_balanced_questions_{language}.json", gqa.read_gqa
+            ),
             "shots": Split("xGQA/annotations/few_shot/{language}/train_{shots}.json", gqa.read_gqa),
             "shots_dev": Split("xGQA/annotations/few_shot/{language}/dev.json", gqa.read_gqa),
-            "translated": Split("xGQA/annotations_machine-translate/few_shot/{language}/test.json", gqa.read_gqa),
+            "translated": Split(
+                "xGQA/annotations_machine-translate/few_shot/{language}/test.json", gqa.read_gqa
+            ),
             "translated_testdev": Split(
-                "xGQA/annotations_machine-translate/zero_shot/testdev_balanced_questions_{language}.json", gqa.read_gqa),
+                "xGQA/annotations_machine-translate/zero_shot/testdev_balanced_questions_{language}.json",
+                gqa.read_gqa,
+            ),
         },
     ),
     "xgqa_translated": Task(
@@ -93,7 +120,9 @@ TASKS: dict[str, Task] = {
         answers=GQA_ANSWERS,
         split_names={"test": "few_shot_test"},
         splits={
-            "train": Split("xGQA/annotations_translate-train/{language}/train_balanced_questions.json", gqa.read_gqa),
+            "train": Split(
+                "xGQA/annotations_translate-train/{language}/train_balanced_questions.json", gqa.read_gqa
+            ),
             "train.en": GQA_TRAIN,
             "dev": Split("xGQA/annotations/few_shot/{language}/dev.json", gqa.read_gqa),
             "test": XGQA_TEST,
@@ -113,23 +142,44 @@ TASKS: dict[str, Task] = {
         labels=NLI_LABELS,
         languages=NLI_LANGUAGES,
         splits={
-            "train": Split("XNLI-MT-1.0/multinli/multinli.train.en.tsv", nli.read_multinli,
-                           others=(Split("XNLI/multinli.train.en.tsv", nli.read_multinli),)),
-            **{part: Split(f"XNLI-1.0/xnli.{part}.tsv", nli.read_xnli, OWN,
-                           others=(Split(f"XNLI/xnli.{part}.tsv", nli.read_xnli, OWN),)) for part in ("dev", "test")},
+            "train": Split(
+                "XNLI-MT-1.0/multinli/multinli.train.en.tsv",
+                nli.read_multinli,
+                others=(Split("XNLI/multinli.train.en.tsv", nli.read_multinli),),
+            ),
+            **{
+                part: Split(
+                    f"XNLI-1.0/xnli.{part}.tsv",
+                    nli.read_xnli,
+                    OWN,
+                    others=(Split(f"XNLI/xnli.{part}.tsv", nli.read_xnli, OWN),),
+                )
+                for part in ("dev", "test")
+            },
         },
     ),
     "snli_xvnli": Task(
-        summary="trained on SNLI's sentence pairs, tested on XVNLI's pictures: transfer across languages and modes",
+        summary="trained on SNLI's sentence pairs, tested on XVNLI's pictures: transfer across languages and "
+        "modes",
         kind="labels",
         labels=NLI_LABELS,
         languages=NLI_LANGUAGES,
         item="number",  # XVNLI's pairs are SNLI's, whose premise an image stands for
-        overlaps=(Overlap("dev", "train", None, None, "SNLI keeps captions apart, of which some may have the same words"),),
-        splits=_xvnli({
-            part: Split(f"snli_1.0/snli_1.0_{part}.jsonl", nli.read_snli,
-                        others=(Split(f"SNLI/snli_1.0_{part}.jsonl", nli.read_snli),)) for part in ("train", "dev")
-        }),
+        overlaps=(
+            Overlap(
+                "dev", "train", None, None, "SNLI keeps captions apart, of which some may have the same words"
+            ),
+        ),
+        splits=_xvnli(
+            {
+                part: Split(
+                    f"snli_1.0/snli_1.0_{part}.jsonl",
+                    nli.read_snli,
+                    others=(Split(f"SNLI/snli_1.0_{part}.jsonl", nli.read_snli),),
+                )
+                for part in ("train", "dev")
+            }
+        ),
     ),
     "marvl": Task(
         summary="is the statement true of two pictures; NLVR2 in English, MaRVL in 5 more languages",
@@ -139,11 +189,35 @@ TASKS: dict[str, Task] = {
         languages=("en", "id", "sw", "ta", "tr", "zh"),
         item="text",
         overlaps=(
-            Overlap("test", "dev", 45, 25, "NLVR2's test and dev, counted in IGLUE's files: image addresses, statements", "en"),
-            *(Overlap(first, "train", None, None, "NLVR2's authors keep sets of images apart, not images or statements", code,
-                      "en") for first, code in (("test", "en"), ("dev", None))),
-            Overlap("test", "train", 7, 0, "MaRVL's Chinese shots (5 images of 10, 7 of 10x2), counted in IGLUE's files",
-                    "zh", "zh"),
+            Overlap(
+                "test",
+                "dev",
+                45,
+                25,
+                "NLVR2's test and dev, counted in IGLUE's files: image addresses, statements",
+                "en",
+            ),
+            *(
+                Overlap(
+                    first,
+                    "train",
+                    None,
+                    None,
+                    "NLVR2's authors keep sets of images apart, not images or statements",
+                    code,
+                    "en",
+                )
+                for first, code in (("test", "en"), ("dev", None))
+            ),
+            Overlap(
+                "test",
+                "train",
+                7,
+                0,
+                "MaRVL's Chinese shots (5 images of 10, 7 of 10x2), counted in IGLUE's files",
+                "zh",
+                "zh",
+            ),
         ),
         splits={
             "train": Split("nlvr2/annotations/train.jsonl", pairs.read_nlvr2),
@@ -151,9 +225,14 @@ TASKS: dict[str, Task] = {
             "target_dev": Split("nlvr2/annotations/dev-{language}_gmt.jsonl", pairs.read_nlvr2),
             "test": Split("marvl/zero_shot/annotations/marvl-{language}.jsonl", pairs.read_marvl, OWN),
             "test.en": NLVR2_TEST,
-            "shots": Split("marvl/few_shot/annotations/marvl-{language}_train{shots}.jsonl", pairs.read_marvl, OWN),
-            "translated": Split("marvl/zero_shot/annotations_machine-translate/marvl-{language}_gmt.jsonl", pairs.read_marvl,
-                                OWN),
+            "shots": Split(
+                "marvl/few_shot/annotations/marvl-{language}_train{shots}.jsonl", pairs.read_marvl, OWN
+            ),
+            "translated": Split(
+                "marvl/zero_shot/annotations_machine-translate/marvl-{language}_gmt.jsonl",
+                pairs.read_marvl,
+                OWN,
+            ),
             "translated.en": NLVR2_TEST,
         },
     ),
@@ -164,18 +243,32 @@ TASKS: dict[str, Task] = {
         splits={
             "train": Split("flickr30k/annotations/train_ann.jsonl", captions.read_flickr),
             "dev": Split("flickr30k/annotations/valid_ann.jsonl", captions.read_flickr),
-            "test": Split("xFlickrCO/annotations/{language}/test.jsonl", captions.read_flickr, {"empty": "keep"}),
+            "test": Split(
+                "xFlickrCO/annotations/{language}/test.jsonl", captions.read_flickr, {"empty": "keep"}
+            ),
             "shots": Split("xFlickrCO/annotations/{language}/train_{shots}.jsonl", captions.read_flickr),
-            "target_dev": Split("flickr30k/annotations_machine-translate/valid-{language}_gmt.jsonl", captions.read_flickr,
-                                {"sentences": "first"},  # IGLUE translated the first of five, and left the others in English
-                                others=(Split("xFlickrCO/annotations/{language}/dev.jsonl", captions.read_flickr),)),
-            "target_dev_to_en": Split("xFlickrCO/annotations_machine-translate/{language}/dev_gmt.jsonl", captions.read_flickr),
-            "translated": Split("xFlickrCO/annotations_machine-translate/{language}/test_gmt.jsonl", captions.read_flickr,
-                                {"empty": "keep"}),
-            "shots_to_en": Split("xFlickrCO/annotations_machine-translate/{language}/train_{shots}_gmt.jsonl",
-                                 captions.read_flickr),
-            "shots_from_en": Split("xFlickrCO/annotations_machine-translate/{language}/train_{shots}_from_en.jsonl",
-                                   captions.read_flickr),
+            "target_dev": Split(
+                "flickr30k/annotations_machine-translate/valid-{language}_gmt.jsonl",
+                captions.read_flickr,
+                {"sentences": "first"},  # IGLUE translated the first of five, and left the others in English
+                others=(Split("xFlickrCO/annotations/{language}/dev.jsonl", captions.read_flickr),),
+            ),
+            "target_dev_to_en": Split(
+                "xFlickrCO/annotations_machine-translate/{language}/dev_gmt.jsonl", captions.read_flickr
+            ),
+            "translated": Split(
+                "xFlickrCO/annotations_machine-translate/{language}/test_gmt.jsonl",
+                captions.read_flickr,
+                {"empty": "keep"},
+            ),
+            "shots_to_en": Split(
+                "xFlickrCO/annotations_machine-translate/{language}/train_{shots}_gmt.jsonl",
+                captions.read_flickr,
+            ),
+            "shots_from_en": Split(
+                "xFlickrCO/annotations_machine-translate/{language}/train_{shots}_from_en.jsonl",
+                captions.read_flickr,
+            ),
         },
     ),
     "wit": Task(
@@ -184,25 +277,42 @@ TASKS: dict[str, Task] = {
         languages=("en", "ar", "bg", "da", "el", "et", "id", "ja", "ko", "tr", "vi"),
         splits={
             "train": Split("wit/annotations/train_en.jsonl.zip", captions.read_wit),
-            "dev": Split("wit/annotations/val_en.jsonl", captions.read_wit,
-                         others=(Split("wit/annotations/valid_en.jsonl", captions.read_wit),)),
+            "dev": Split(
+                "wit/annotations/val_en.jsonl",
+                captions.read_wit,
+                others=(Split("wit/annotations/valid_en.jsonl", captions.read_wit),),
+            ),
             "test": Split("wit/annotations/test_{language}.jsonl", captions.read_wit),
-            "translated": Split("wit/annotations_machine-translate/test_{language}_gmt.jsonl", captions.read_wit),
+            "translated": Split(
+                "wit/annotations_machine-translate/test_{language}_gmt.jsonl", captions.read_wit
+            ),
         },
     ),
     "multi30k": Task(
-        summary="image-text retrieval on Flickr30K's pictures; captions written in English, translated into three languages",
+        summary="image-text retrieval on Flickr30K's pictures; captions written in English, translated into "
+        "three languages",
         kind="retrieval",
         languages=("en", "de", "fr", "cs"),
         splits={
-            split: Split(f"multi30k/data/task1/raw/{part}.{{language}}.gz", captions.read_multi30k,
-                         {"images": f"../image_splits/{part}.txt"})
+            split: Split(
+                f"multi30k/data/task1/raw/{part}.{{language}}.gz",
+                captions.read_multi30k,
+                {"images": f"../image_splits/{part}.txt"},
+            )
             for split, part in (("train", "train"), ("dev", "val"), ("test", "test_2016_flickr"))
-        } | {
-            split: Split(f"multi30k/translated_{way}_en/{part}.{{language}}", captions.read_multi30k,
-                         {"images": f"../data/task1/image_splits/{part}.txt"})
-            for split, way, part in (("train_to_en", "to", "train"), ("train_from_en", "from", "train"),
-                                     ("dev_to_en", "to", "val"), ("translated", "to", "test_2016_flickr"))
+        }
+        | {
+            split: Split(
+                f"multi30k/translated_{way}_en/{part}.{{language}}",
+                captions.read_multi30k,
+                {"images": f"../data/task1/image_splits/{part}.txt"},
+            )
+            for split, way, part in (
+                ("train_to_en", "to", "train"),
+                ("train_from_en", "from", "train"),
+                ("dev_to_en", "to", "val"),
+                ("translated", "to", "test_2016_flickr"),
+            )
         },
     ),
     "coco": Task(
@@ -211,33 +321,60 @@ TASKS: dict[str, Task] = {
         languages=("en", "ja", "zh"),
         mscoco=True,
         overlaps=tuple(
-            Overlap(first, second, None, 0, "COCO-CN draws its splits from all of MSCOCO, not as Karpathy does", *languages)
+            Overlap(
+                first,
+                second,
+                None,
+                0,
+                "COCO-CN draws its splits from all of MSCOCO, not as Karpathy does",
+                *languages,
+            )
             for first, second in (("test", "train"), ("test", "dev"), ("dev", "train"))
             for languages in (("zh", "en"), ("zh", "ja"), ("en", "zh"), ("ja", "zh"))
         ),
-        splits={name: split for part, other in (("train", "train"), ("dev", "val"), ("test", "test")) for name, split in {
-            f"{part}.en": Split("coco/dataset_coco.json", captions.read_karpathy, {"split": other}),
-            f"{part}.ja": Split(f"coco/stair_captions_v1.2_{'train' if part == 'train' else 'val'}.json", captions.read_coco,
-                                {"images": "dataset_coco.json", "split": other,
-                                 "more": "stair_captions_v1.2_val.json" if part == "train" else ""}),
-            f"{part}.zh": Split("coco-cn/imageid.human-written-caption.txt", captions.read_coco_cn,
-                                {"images": f"coco-cn_{other}.txt"}),
-        }.items()},
+        splits={
+            name: split
+            for part, other in (("train", "train"), ("dev", "val"), ("test", "test"))
+            for name, split in {
+                f"{part}.en": Split("coco/dataset_coco.json", captions.read_karpathy, {"split": other}),
+                f"{part}.ja": Split(
+                    f"coco/stair_captions_v1.2_{'train' if part == 'train' else 'val'}.json",
+                    captions.read_coco,
+                    {
+                        "images": "dataset_coco.json",
+                        "split": other,
+                        "more": "stair_captions_v1.2_val.json" if part == "train" else "",
+                    },
+                ),
+                f"{part}.zh": Split(
+                    "coco-cn/imageid.human-written-caption.txt",
+                    captions.read_coco_cn,
+                    {"images": f"coco-cn_{other}.txt"},
+                ),
+            }.items()
+        },
     ),
     "xtd": Task(
-        summary="image-text retrieval on 1,000 of MSCOCO's pictures in 11 languages; trained on MSCOCO in English",
+        summary="image-text retrieval on 1,000 of MSCOCO's pictures in 11 languages; trained on MSCOCO in "
+        "English",
         kind="retrieval",
         languages=("en", "de", "es", "fr", "it", "jp", "ko", "pl", "ru", "tr", "zh"),
         mscoco=True,
         splits={
-            # 946 of XTD's images are among those that Karpathy trains on, 26 in his dev set: they are left out of both
-            "train": Split("coco/dataset_coco.json", captions.read_karpathy, {"split": "train", "without": XTD_LEFT_OUT}),
-            "dev": Split("coco/dataset_coco.json", captions.read_karpathy, {"split": "val", "without": XTD_LEFT_OUT}),
+            # 946 of XTD's images are among those that Karpathy trains on, 26 in his dev set: they are left
+            # out of both
+            "train": Split(
+                "coco/dataset_coco.json", captions.read_karpathy, {"split": "train", "without": XTD_LEFT_OUT}
+            ),
+            "dev": Split(
+                "coco/dataset_coco.json", captions.read_karpathy, {"split": "val", "without": XTD_LEFT_OUT}
+            ),
             "test": _xtd(captions.read_multi30k),
         },
     ),
     "xtd_few": Task(
-        summary="image-text retrieval on XTD: 50 of its pictures to train on, 50 to choose by, 900 to test (paper 4)",
+        summary="image-text retrieval on XTD: 50 of its pictures to train on, 50 to choose by, 900 to test "
+        "(paper 4)",
         kind="retrieval",
         languages=("en", "de", "es", "fr", "it", "jp", "ko", "pl", "ru", "tr", "zh"),
         mscoco=True,
@@ -267,10 +404,16 @@ TASKS: dict[str, Task] = {
         languages=("en",),
         mscoco=True,
         splits={
-            "train": Split("vqa/v2_OpenEnded_mscoco_train2014_questions.json", vqa.read_vqa_v2,
-                           {"annotations": "v2_mscoco_train2014_annotations.json"}),
-            "test": Split("vqa/v2_OpenEnded_mscoco_val2014_questions.json", vqa.read_vqa_v2,
-                          {"annotations": "v2_mscoco_val2014_annotations.json"}),
+            "train": Split(
+                "vqa/v2_OpenEnded_mscoco_train2014_questions.json",
+                vqa.read_vqa_v2,
+                {"annotations": "v2_mscoco_train2014_annotations.json"},
+            ),
+            "test": Split(
+                "vqa/v2_OpenEnded_mscoco_val2014_questions.json",
+                vqa.read_vqa_v2,
+                {"annotations": "v2_mscoco_val2014_annotations.json"},
+            ),
         },
     ),
     "cvil_vqa": Task(
@@ -280,8 +423,10 @@ TASKS: dict[str, Task] = {
         answers=("cvil/answers.json",),
         mscoco=True,
         splits={
-            part: Split(f"cvil/{part}.jsonl", vqa.read_cvil, {"language": "{language}", "answers": "answers.json"})
+            part: Split(
+                f"cvil/{part}.jsonl", vqa.read_cvil, {"language": "{language}", "answers": "answers.json"}
+            )
             for part in ("train", "dev", "test")
         },
     ),
-}  # fmt: skip
+}

@@ -1,4 +1,5 @@
-"""A fine-tuning run: train (in each part that its setting asks for), evaluate every language, leave the results."""
+"""A fine-tuning run: train (in each part that its setting asks for), evaluate every language, leave the
+results."""
 
 import json
 import shutil
@@ -9,7 +10,16 @@ from finetune import report
 from finetune.build import build_adapted, build_methods, open_pictures_for, tokenizer_of
 from finetune.config import FinetuneConfig
 from finetune.cycles import after_distillation, distil_first, find_mask
-from finetune.data import dev_sets, dev_split, find_task, languages_of, read_split, split_name, test_split, wordnet_of
+from finetune.data import (
+    dev_sets,
+    dev_split,
+    find_task,
+    languages_of,
+    read_split,
+    split_name,
+    test_split,
+    wordnet_of,
+)
 from finetune.inputs import run_files
 from finetune.lexicon.wordnet import WordNet
 from finetune.lineage import method_of, runs_behind
@@ -27,8 +37,8 @@ from raylib.tune.reporter import Reporter
 
 
 def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Run `config` where it says, or say that it is complete. Returns the result, and prints its table; a search's `reporter` is
-    told of each epoch.
+    """Run `config` where it says, or say that it is complete. Returns the result, and prints its table; a
+    search's `reporter` is told of each epoch.
 
     Raises:
         UserError: whatever is wrong with settings, data or a model, before any worker starts where possible.
@@ -36,8 +46,10 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
     overlap = check(config)
     folder, say = run_folder(config), print if leads(config) else silent
     for one in overlap:
-        say(f"published overlap: {one['first']['file']} shares {one['images']} images and {one['items']} items with "
-            f"{one['second']['file']} ({one['declared']})")  # fmt: skip
+        say(
+            f"published overlap: {one['first']['file']} shares {one['images']} images and {one['items']} "
+            f"items with {one['second']['file']} ({one['declared']})"
+        )
     if leads(config):
         open_run(config, files_of(config), config.verify)
     stored = _stored_result(folder)
@@ -46,17 +58,26 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
         return stored
     parts = _parts(config)
     say(f"run '{config.name}' in {folder}: {config.task}, {config.setting}, {method_of(config)}", flush=True)
-    if config.trains and config.select == "best" and not all(dev_sets(part, language) for part, language in parts):
+    if (
+        config.trains
+        and config.select == "best"
+        and not all(dev_sets(part, language) for part, language in parts)
+    ):
         say(f"{config.task} has no dev set that could choose a checkpoint: the last epoch's is evaluated")
     epochs = epochs_of(config)
-    results = [_run_part(part, language, reporter and reporter.after(i * epochs)) for i, (part, language) in enumerate(parts)]
+    results = [
+        _run_part(part, language, reporter and reporter.after(i * epochs))
+        for i, (part, language) in enumerate(parts)
+    ]
     if any(not result["finished"] for result in results):
         say("stopped before the end; the same command goes on from there")
         return results[-1]
     if not config.tests:
         result = {**report.of_dev_sets(config, results), **_identity(config, folder), "overlap": overlap}
         require_finite_values(f"{folder}/result.json", result)
-        checkpoint.write_atomically(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+        checkpoint.write_atomically(
+            folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n"
+        )
         return result
     result = {**report.summarise(config, results), **_identity(config, folder), "overlap": overlap}
     if leads(config):
@@ -78,7 +99,8 @@ def _identity(config: FinetuneConfig, folder: Path) -> dict[str, str | None]:
 
 
 def check(config: FinetuneConfig) -> list[dict[str, Any]]:
-    """Find mistakes before anything starts. Returns what the sets of the run share, as published (`finetune.overlap`)."""
+    """Find mistakes before anything starts. Returns what the sets of the run share, as published
+    (`finetune.overlap`)."""
     task = find_task(config)
     for name in ("model", "data"):
         if not getattr(config, name):
@@ -86,7 +108,9 @@ def check(config: FinetuneConfig) -> list[dict[str, Any]]:
     if config.head == "decoder" and task.kind != "answers":
         raise UserError(f"head=decoder spells answers of an open set; {config.task} has none")
     if config.regions and task.kind == "retrieval":
-        raise UserError("retrieval wants pictures: the model's image encoder makes the vectors that are compared")
+        raise UserError(
+            "retrieval wants pictures: the model's image encoder makes the vectors that are compared"
+        )
     if config.split == "testdev":
         _check_testdev(config)
     for language in languages_of(config):
@@ -100,18 +124,29 @@ def check(config: FinetuneConfig) -> list[dict[str, Any]]:
         if not next(iter(reading), None):
             raise UserError(f"{reading.path}: empty")
     if not config.trains and chosen(config.strategies).keys() - {"hard_prompt"}:
-        raise UserError(f"strategies change training, and setting={config.setting} trains nothing; leave them out")
-    aligned = config.strategies.alignment and config.strategies.alignment.routine == 3  # on translations into English
+        raise UserError(
+            f"strategies change training, and setting={config.setting} trains nothing; leave them out"
+        )
+    aligned = (
+        config.strategies.alignment and config.strategies.alignment.routine == 3
+    )  # on translations into English
     if config.setting != "zero_shot" and config.strategies.code_mixing and not aligned:
-        raise UserError(f"strategies.code_mixing mixes English texts; setting={config.setting} trains on others")
+        raise UserError(
+            f"strategies.code_mixing mixes English texts; setting={config.setting} trains on others"
+        )
     if config.trains_apart and config.resume != "newest":
-        raise UserError(f"resume={config.resume}: setting={config.setting} trains a part for each language; resume=newest alone")
+        raise UserError(
+            f"resume={config.resume}: setting={config.setting} trains a part for each language; "
+            "resume=newest alone"
+        )
     if config.wordnet and not Path(config.wordnet).is_dir():
         raise UserError(f"wordnet={config.wordnet}: no such folder")
     if task.kind == "answers" and wordnet_of(config).is_dir():
         WordNet(wordnet_of(config))
     check_strategies(config, task, build_methods(config, silent))
-    return check_overlap(config, {language: part for part, language in _parts(config)}) if leads(config) else []
+    return (
+        check_overlap(config, {language: part for part, language in _parts(config)}) if leads(config) else []
+    )
 
 
 def _check_testdev(config: FinetuneConfig) -> None:
@@ -122,10 +157,14 @@ def _check_testdev(config: FinetuneConfig) -> None:
     """
     read_split(config, "testdev", "en", 1)  # another task has no such split
     for name, values in [("this run", config.model_dump(mode="json")), *runs_behind(config)]:
-        few_shot = values.get("task") == "xgqa" and (values.get("setting") == "few_shot" or values.get("dev_languages"))
+        few_shot = values.get("task") == "xgqa" and (
+            values.get("setting") == "few_shot" or values.get("dev_languages")
+        )
         if few_shot or values.get("task") == "xgqa_translated":  # whose dev sets are the few-shot ones
-            raise UserError(f"split=testdev holds every question of the few-shot files, and {name} trains on some or is chosen "
-                            "by some; leave split= out: few_shot/LANGUAGE/test.json has none of them")  # fmt: skip
+            raise UserError(
+                f"split=testdev holds every question of the few-shot files, and {name} trains on some or is "
+                "chosen by some; leave split= out: few_shot/LANGUAGE/test.json has none of them"
+            )
 
 
 def _parts(config: FinetuneConfig) -> list[tuple[FinetuneConfig, str | None]]:
@@ -133,8 +172,13 @@ def _parts(config: FinetuneConfig) -> list[tuple[FinetuneConfig, str | None]]:
     if not config.trains_apart:
         return [(config, None)]
     targets = [code for code in languages_of(config) if config.setting == "single_language" or code != "en"]
-    return [(config.model_copy(update={"name": code, "runs": str(run_folder(config)), "languages": (code,)}), code)
-            for code in targets]  # fmt: skip
+    return [
+        (
+            config.model_copy(update={"name": code, "runs": str(run_folder(config)), "languages": (code,)}),
+            code,
+        )
+        for code in targets
+    ]
 
 
 def _english(config: FinetuneConfig) -> str:
@@ -168,7 +212,9 @@ def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter |
         return before
     reporter = reporter and reporter.after(epochs_of(config) - config.epochs)
     result = launch(Work(language, start=start), ready, folder, reporter)
-    result |= {name: before.get(name, 0) + result.get(name, 0) for name in ("seconds", "steps", "skipped_steps")}
+    result |= {
+        name: before.get(name, 0) + result.get(name, 0) for name in ("seconds", "steps", "skipped_steps")
+    }
     result |= {"sparsity": before.get("sparsity")}
     if result["finished"] and leads(config):
         require_finite_values(str(done), result)
@@ -177,14 +223,18 @@ def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter |
 
 
 def evaluate_run(folder: Path) -> dict[str, Any]:
-    """Evaluate a run's model again, in this process, and write its results anew. Those of a run that was stopped say so, and
-    do not keep it from going on. Data that changed since the run read it are told, and the result has their hash."""
+    """Evaluate a run's model again, in this process, and write its results anew. Those of a run that was
+    stopped say so, and do not keep it from going on. Data that changed since the run read it are told, and
+    the result has their hash."""
     config = load(FinetuneConfig, folder / "config.json")
     stored, results = _stored_result(folder), []
     now = split_name(config)
     then = stored.get("split", now)
-    print(f"evaluates '{config.name}' on the {now} split, such as {read_split(config, config.split, _english(config)).path}"
-          + (f"; its result was of what was then called '{then}'" if then != now else ""))  # fmt: skip
+    print(
+        f"evaluates '{config.name}' on the {now} split, such as "
+        f"{read_split(config, config.split, _english(config)).path}"
+        + (f"; its result was of what was then called '{then}'" if then != now else "")
+    )
     data, different = identity.compare(folder, files_of(config), config.verify)
     if different:
         print(f"note: evaluates on other data than the run began with: {', '.join(different)}", flush=True)
@@ -216,6 +266,10 @@ def _stored_result(folder: Path) -> dict[str, Any]:
 def _so_far(model, run: Path) -> dict[str, Any]:
     """Return what is known of a training that was stopped, as a finished part would have it."""
     meta = checkpoint.read_meta(checkpoint.newest(run))
-    return {"finished": False, "steps": meta["step"], "seconds": sum(meta["times"].values()),
-            "params": sum(p.numel() for p in model.parameters()),
-            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}  # fmt: skip
+    return {
+        "finished": False,
+        "steps": meta["step"],
+        "seconds": sum(meta["times"].values()),
+        "params": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }

@@ -1,9 +1,11 @@
-"""Captions translated in advance by a translation model's folder (paper 4, section 4), for alignment and translate-test.
+"""Captions translated in advance by a translation model's folder (paper 4, section 4), for alignment and
+translate-test.
 
-    python -m finetune translate TASK MODEL data=FOLDER languages='["de"]' [split=shots shots=50 way=to_en ...]
+    python -m finetune translate TASK MODEL data=FOLDER languages='["de"]' [split=shots shots=50
+                                  way=to_en ...]
 
-Whole files are translated, line by line, and written where the task's records look for them: `*_to_en`, `*_from_en`, and of a
-test `translated`. What is done so far lies in FILE.partial, and is not done again.
+Whole files are translated, line by line, and written where the task's records look for them: `*_to_en`,
+`*_from_en`, and of a test `translated`. What is done so far lies in FILE.partial, and is not done again.
 """
 
 import json
@@ -27,7 +29,8 @@ CAPTIONS = ("sentences", "caption_reference_description")  # fields of JSON line
 class TranslateConfig(Config):
     """What is translated: the `split` of these `languages`, into English or from it.
 
-    codes: what the model calls a language, where it wants to be told (NLLB, mBART, M2M-100): {"de": "deu_Latn", ...}.
+    codes: what the model calls a language, where it wants to be told (NLLB, mBART, M2M-100): {"de":
+    "deu_Latn", ...}.
     """
 
     data: str = ""
@@ -41,7 +44,9 @@ class TranslateConfig(Config):
     length: PositiveInt = 128
 
 
-def translate(task_name: str, model: Path, config: TranslateConfig, say: Callable[[str], None] = print) -> list[Path]:
+def translate(
+    task_name: str, model: Path, config: TranslateConfig, say: Callable[[str], None] = print
+) -> list[Path]:
     """Make the files; returns them. One that is there is left as it is.
 
     Raises:
@@ -52,14 +57,18 @@ def translate(task_name: str, model: Path, config: TranslateConfig, say: Callabl
         raise UserError("data= is missing: give the folder of the task's annotations")
     if not config.languages:
         raise UserError("""languages= is missing: give those to translate, such as languages='["de","ru"]'""")
-    made_split = "translated" if (config.split, config.way) == ("test", "to_en") else f"{config.split}_{config.way}"
+    made_split = (
+        "translated" if (config.split, config.way) == ("test", "to_en") else f"{config.split}_{config.way}"
+    )
     jobs = []
     for language in config.languages:
         spoken = language if config.way == "to_en" else "en"
         source = task.path(Path(config.data), config.split, spoken, config.shots)
         made = task.path(Path(config.data), made_split, language, config.shots)
         if not source.is_file():
-            raise UserError(f"{source}: no such file ({config.split} in '{spoken}'); check data=, languages=, shots=")
+            raise UserError(
+                f"{source}: no such file ({config.split} in '{spoken}'); check data=, languages=, shots="
+            )
         jobs.append((language, source, made))
     engine, done = None, []
     for language, source, made in jobs:
@@ -73,7 +82,9 @@ def translate(task_name: str, model: Path, config: TranslateConfig, say: Callabl
     return done
 
 
-def _translate_file(engine: "_Engine", source: Path, made: Path, ways: tuple[str, str], say: Callable[[str], None]) -> None:
+def _translate_file(
+    engine: "_Engine", source: Path, made: Path, ways: tuple[str, str], say: Callable[[str], None]
+) -> None:
     records = list(_records(source))
     texts = [text for record in records for text in _texts(record)]
     partial = made.with_name(f"{made.name}.partial")
@@ -115,7 +126,9 @@ def _with_texts(record: dict[str, Any] | str, texts: list[str]) -> str:
     if isinstance(record, str):
         return texts[0]
     field = _field(record)
-    return json.dumps({**record, field: texts if isinstance(record[field], list) else texts[0]}, ensure_ascii=False)
+    return json.dumps(
+        {**record, field: texts if isinstance(record[field], list) else texts[0]}, ensure_ascii=False
+    )
 
 
 def _field(record: dict[str, Any]) -> str:
@@ -134,9 +147,13 @@ class _Engine:
             raise UserError(f"{folder}: no such folder; give a translation model's, as transformers saves it")
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True).eval()
+            self.model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+                folder, local_files_only=True
+            ).eval()
         except (OSError, ValueError, KeyError) as e:
-            raise UserError(f"{folder}: no translation model is read there ({' '.join(str(e).split())[:200]})") from None
+            raise UserError(
+                f"{folder}: no translation model is read there ({' '.join(str(e).split())[:200]})"
+            ) from None
         require_finite_file(folder, self.model.state_dict())
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.config = config
@@ -150,8 +167,14 @@ class _Engine:
                 raise UserError(f"""codes= says nothing of '{missing[0]}'; give what the model calls it""")
             self.tokenizer.src_lang = codes[source]
             options["forced_bos_token_id"] = self.tokenizer.convert_tokens_to_ids(codes[target])
-        inputs = self.tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=self.config.length)
+        inputs = self.tokenizer(
+            list(texts), return_tensors="pt", padding=True, truncation=True, max_length=self.config.length
+        )
         inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         with torch.inference_mode():
-            made = self.model.generate(**inputs, num_beams=self.config.beams, max_new_tokens=self.config.length, **options)
-        return [" ".join(text.split()) for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)]
+            made = self.model.generate(
+                **inputs, num_beams=self.config.beams, max_new_tokens=self.config.length, **options
+            )
+        return [
+            " ".join(text.split()) for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        ]

@@ -21,7 +21,7 @@ from finetune.data import (
     training_examples,
     with_known_answers,
     wordnet_of,
-)  # fmt: skip
+)
 from finetune.distillation.setup import distil
 from finetune.evaluate import evaluate
 from finetune.lexicon.confusions import confusions
@@ -44,15 +44,18 @@ from raylib.runtime import Runtime
 from raylib.text import Tokenizer
 
 RETRIEVAL = ObjectiveConfig(  # image-text contrast and matching on whole sentences
-    weights=Weights(ucl_translation=0, vlm=0, tlm=0, xmlm=0), ucl_text="clean", itm_text="clean", temperature=(0.001, 10.0)
+    weights=Weights(ucl_translation=0, vlm=0, tlm=0, xmlm=0),
+    ucl_text="clean",
+    itm_text="clean",
+    temperature=(0.001, 10.0),
 )
 
 
 class Work:
     """`work(runtime, config)` on a worker; an object, so that it can be sent there.
 
-    language: of a part that has one language of its own. epochs: stop after so many, and evaluate nothing (a pruning round).
-    start: a checkpoint whose weights training starts from in place of the model's.
+    language: of a part that has one language of its own. epochs: stop after so many, and evaluate nothing (a
+    pruning round). start: a checkpoint whose weights training starts from in place of the model's.
     """
 
     def __init__(self, language: str | None = None, epochs: int | None = None, start: Path | None = None):
@@ -90,7 +93,9 @@ class Work:
                 return {**result, **counts, "dev": _scores(found), "interval": _intervals(found), **made_by}
         return {**result, **counts, **evaluated(config, model, tokenizer, pictures, runtime.run)}
 
-    def _train(self, runtime: Runtime, config: FinetuneConfig, model, methods, tokenizer: Tokenizer, pictures) -> dict:
+    def _train(
+        self, runtime: Runtime, config: FinetuneConfig, model, methods, tokenizer: Tokenizer, pictures
+    ) -> dict:
         task, fit_config = find_task(config), config.fit
         examples, unknown = training_examples(config, self.language), 0
         if task.kind != "retrieval":
@@ -99,15 +104,21 @@ class Work:
         if shared.store():
             seen = [*examples, *(item for items in dev.values() for item in items)]
             getattr(tokenizer, "plain", tokenizer).remember([text for item in seen for text in item.texts])
-        home = Path(config.runs).absolute() if self.epochs or self.language else runtime.run  # rounds and parts share pictures
+        home = (
+            Path(config.runs).absolute() if self.epochs or self.language else runtime.run
+        )  # rounds and parts share pictures
         if shared.store():
             home = shared.store().folder  # and so do trials
-        pictures = encoded(config, model, pictures, [*examples, *(item for items in dev.values() for item in items)], home)
+        pictures = encoded(
+            config, model, pictures, [*examples, *(item for items in dev.values() for item in items)], home
+        )
         place = (tokenizer, config.length)
         order = (config.batch, fit_config.seed, runtime.rank, runtime.world, methods.draws())
         terms = methods.terms(model)
         if task.kind == "retrieval":
-            batches = CaptionBatches(examples, pictures, *place, *order, keep_last=config.last_batch == "keep")
+            batches = CaptionBatches(
+                examples, pictures, *place, *order, keep_last=config.last_batch == "keep"
+            )
             if config.matching:
                 retrieval = RETRIEVAL.model_copy(update={"train_vision": "vision" not in config.freeze})
                 objective = UnifiedObjective(model, retrieval, config.length)
@@ -117,19 +128,39 @@ class Work:
         else:
             soft = model.spells or config.loss == "bce"
             if model.spells and terms:
-                raise UserError(f"strategies: {', '.join(terms)} needs a classifier's logits; head=decoder has none")
-            more, objective = None, AnswerObjective(model) if model.spells else ClassificationObjective(model, config.loss, terms)
+                raise UserError(
+                    f"strategies: {', '.join(terms)} needs a classifier's logits; head=decoder has none"
+                )
+            more, objective = (
+                None,
+                AnswerObjective(model)
+                if model.spells
+                else ClassificationObjective(model, config.loss, terms),
+            )
             if method := methods.all.get("distillation"):
                 more, objective = distil(config, method, model, tokenizer, pictures, examples, terms, home)
-            batches = ExampleBatches(examples, model.labels, pictures, *place, soft, *order, more, config.last_batch == "keep")
-        steps = {"steps": config.epochs * batches.steps, "eval_every": batches.steps, "save_every": batches.steps}
+            batches = ExampleBatches(
+                examples, model.labels, pictures, *place, soft, *order, more, config.last_batch == "keep"
+            )
+        steps = {
+            "steps": config.epochs * batches.steps,
+            "eval_every": batches.steps,
+            "save_every": batches.steps,
+        }
         end = (self.epochs or config.epochs) * batches.steps
-        fit_config = fit_config.model_copy(update={**steps, "stop_after": min(end, fit_config.stop_after or end)})
+        fit_config = fit_config.model_copy(
+            update={**steps, "stop_after": min(end, fit_config.stop_after or end)}
+        )
         validate = _Validation(config, tokenizer, pictures, dev, runtime, self.epochs is None)
         rates = methods.rates(model.depths, batches.steps, config.epochs)
         describe = {"run": config.name, "ties": config.select_ties}
         result = fit(objective, batches, runtime, fit_config, config.optim, validate, describe, rates)
-        return {**result, "finished": result["steps"] == end, "examples": len(examples), "unknown_training_answers": unknown}
+        return {
+            **result,
+            "finished": result["steps"] == end,
+            "examples": len(examples),
+            "unknown_training_answers": unknown,
+        }
 
 
 def silent(*parts, **options) -> None:
@@ -137,9 +168,18 @@ def silent(*parts, **options) -> None:
 
 
 class _Validation:
-    """Scores after each epoch: of the dev sets, of which the first chooses the checkpoint; with `curves` of the tests too."""
+    """Scores after each epoch: of the dev sets, of which the first chooses the checkpoint; with `curves` of
+    the tests too."""
 
-    def __init__(self, config: FinetuneConfig, tokenizer, pictures, dev: dict[str, list], runtime: Runtime, curves: bool):
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        tokenizer,
+        pictures,
+        dev: dict[str, list],
+        runtime: Runtime,
+        curves: bool,
+    ):
         self.config, self.tokenizer, self.pictures, self.dev = config, tokenizer, pictures, dev
         self.folder, self.curves = runtime.run / "dev", curves and config.curves
         self.bf16 = config.fit.uses_bf16(runtime.device)
@@ -150,10 +190,19 @@ class _Validation:
         config, place = self.config, (self.pictures, self.tokenizer, self.config.length)
         if find_task(config).kind == "retrieval":
             place = (*place, config.ranked, self.folder / "states", self.bf16)
-            figures = {code: retrieve(model, items, *place, (config.fit.seed, code)) for code, items in self.dev.items()}
+            figures = {
+                code: retrieve(model, items, *place, (config.fit.seed, code))
+                for code, items in self.dev.items()
+            }
             first_hits = config.select_metric == "recall_at_1"
-            scores = {code: recall_at_1(values) if first_hits else values["mean_recall"] for code, values in figures.items()}
-            intervals = {code: values["recall_at_1_interval" if first_hits else "interval"] for code, values in figures.items()}
+            scores = {
+                code: recall_at_1(values) if first_hits else values["mean_recall"]
+                for code, values in figures.items()
+            }
+            intervals = {
+                code: values["recall_at_1_interval" if first_hits else "interval"]
+                for code, values in figures.items()
+            }
         else:
             place = (*place, self.folder, None, self.bf16, config.fit.seed)
             figures = evaluate(model, self.dev, *place) if self.dev else {}
@@ -161,8 +210,12 @@ class _Validation:
             intervals = {code: values["interval"] for code, values in figures.items()}
         values = {f"dev/{code}": score for code, score in scores.items()}
         if not config.tests:  # the dev sets are the run's result
-            values |= {f"interval/{code}/{end}": value for code, interval in intervals.items() if interval
-                       for end, value in zip(("low", "high"), interval, strict=True)}  # fmt: skip
+            values |= {
+                f"interval/{code}/{end}": value
+                for code, interval in intervals.items()
+                if interval
+                for end, value in zip(("low", "high"), interval, strict=True)
+            }
         if scores and config.select == "best":
             values["score"] = next(iter(scores.values()))
         if self.curves:
@@ -188,15 +241,26 @@ def _intervals(evaluation: dict[str, float]) -> dict[str, list[float]]:
 def _dev(config: FinetuneConfig, language: str | None) -> dict[str, list]:
     """{language: items} of `dev_sets`."""
     sets = dev_sets(config, language)
-    read = {code: read_whole(read_split(config, name, code, config.test_limit)) for code, name in sets.items()}
-    return {code: merge(items) for code, items in read.items()} if find_task(config).kind == "retrieval" else read
+    read = {
+        code: read_whole(read_split(config, name, code, config.test_limit)) for code, name in sets.items()
+    }
+    return (
+        {code: merge(items) for code, items in read.items()}
+        if find_task(config).kind == "retrieval"
+        else read
+    )
 
 
-def encoded(config: FinetuneConfig, model, pictures: Pictures | None, items: list, run: Path) -> Pictures | None:
-    """`pictures`, encoded once and for all if the image encoder never changes; kept for other runs with the same one."""
+def encoded(
+    config: FinetuneConfig, model, pictures: Pictures | None, items: list, run: Path
+) -> Pictures | None:
+    """`pictures`, encoded once and for all if the image encoder never changes; kept for other runs with the
+    same one."""
     if not (isinstance(pictures, Pixels) and config.encoded and "vision" in config.freeze):
         return pictures
-    names = sorted({name for item in items for name in ([item.image] if hasattr(item, "image") else item.images)})
+    names = sorted(
+        {name for item in items for name in ([item.image] if hasattr(item, "image") else item.images)}
+    )
     backbone = backbone_of(model)
     bf16 = config.fit.uses_bf16(next(backbone.parameters()).device)
     facts = (pictures.size, str(pictures.store.path), names, bf16)
@@ -204,39 +268,64 @@ def encoded(config: FinetuneConfig, model, pictures: Pictures | None, items: lis
     return Encoded(encode_pictures(backbone, pictures, names, folder, bf16), pictures.store)
 
 
-def evaluate_model(config: FinetuneConfig, model, tokenizer: Tokenizer, pictures, run: Path) -> dict[str, dict[str, Any]]:
+def evaluate_model(
+    config: FinetuneConfig, model, tokenizer: Tokenizer, pictures, run: Path
+) -> dict[str, dict[str, Any]]:
     """{language: figures} of the languages of this run, from the model as it is."""
     task = find_task(config)
-    sets = {code: read_split(config, test_split(config, code), code, config.test_limit) for code in languages_of(config)}
+    sets = {
+        code: read_split(config, test_split(config, code), code, config.test_limit)
+        for code in languages_of(config)
+    }
     bf16 = config.fit.uses_bf16(next(model.parameters()).device)
     if task.kind == "retrieval":
         place = (pictures, tokenizer, config.length, config.ranked)
-        return {code: retrieve(model, merge(list(items)), *place, run / "predictions" / f".{code}", bf16,
-                               (config.fit.seed, code)) for code, items in sets.items()}  # fmt: skip
-    return evaluate(model, sets, pictures, tokenizer, config.length, run / "predictions", task.bleu, bf16, config.fit.seed)
+        return {
+            code: retrieve(
+                model,
+                merge(list(items)),
+                *place,
+                run / "predictions" / f".{code}",
+                bf16,
+                (config.fit.seed, code),
+            )
+            for code, items in sets.items()
+        }
+    return evaluate(
+        model, sets, pictures, tokenizer, config.length, run / "predictions", task.bleu, bf16, config.fit.seed
+    )
 
 
 def evaluated(config: FinetuneConfig, model, tokenizer: Tokenizer, pictures, run: Path) -> dict[str, Any]:
-    """Return {"languages": {code: figures}} of `evaluate_model`, and "evaluation_seconds", "evaluated_per_second" (questions or
-    captions), "peak_memory_gb", `raylib.provenance`."""
+    """Return {"languages": {code: figures}} of `evaluate_model`, and "evaluation_seconds",
+    "evaluated_per_second" (questions or captions), "peak_memory_gb", `raylib.provenance`."""
     began, device = time.perf_counter(), next(model.parameters()).device
     figures = evaluate_model(config, model, tokenizer, pictures, run)
     seconds = time.perf_counter() - began
     items = sum(values.get("captions", values["n"]) for values in figures.values())
-    return {"languages": with_confusions(config, figures, run), "evaluation_seconds": seconds,
-            "evaluated_per_second": items / seconds, "peak_memory_gb": peak_memory(device), **provenance(device)}  # fmt: skip
+    return {
+        "languages": with_confusions(config, figures, run),
+        "evaluation_seconds": seconds,
+        "evaluated_per_second": items / seconds,
+        "peak_memory_gb": peak_memory(device),
+        **provenance(device),
+    }
 
 
 def with_confusions(config: FinetuneConfig, figures: dict[str, dict], run: Path) -> dict[str, dict]:
-    """Figures of an open set of answers with "synonym_accuracy" and "confusions" of each language (paper 0, tables 2 and 3),
-    from the predictions of `run`, if there is a WordNet."""
+    """Figures of an open set of answers with "synonym_accuracy" and "confusions" of each language (paper 0,
+    tables 2 and 3), from the predictions of `run`, if there is a WordNet."""
     folder = wordnet_of(config)
     if find_task(config).kind != "answers" or not folder.is_dir():
         return figures
     wordnet, added = WordNet(folder), {}
     for code, values in figures.items():
         found = confusions(read_predictions(run / "predictions" / f"{code}.jsonl"), wordnet)
-        added[code] = {**values, "synonym_accuracy": found["accuracy_with_synonyms"], "confusions": found["confused"]}
+        added[code] = {
+            **values,
+            "synonym_accuracy": found["accuracy_with_synonyms"],
+            "confusions": found["confused"],
+        }
     return added
 
 

@@ -1,10 +1,10 @@
 """Command line of pretraining.
 
-    python -m pretrain RECIPE [path=value ...] [--print-config]
-    python -m pretrain --config FILE [path=value ...]
-    python -m pretrain evaluate MODEL DATA [--json FILE]
-    python -m pretrain export RUN DIR
-    python -m pretrain overlap CORPUS DATA [--names FILE ...] [--distance 6] [--json FILE]
+python -m pretrain RECIPE [path=value ...] [--print-config]
+python -m pretrain --config FILE [path=value ...]
+python -m pretrain evaluate MODEL DATA [--json FILE]
+python -m pretrain export RUN DIR
+python -m pretrain overlap CORPUS DATA [--names FILE ...] [--distance 6] [--json FILE]
 """
 
 import argparse
@@ -36,7 +36,9 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from pretrain.evaluate import evaluate_folder
     from pretrain.report import table, write_result
 
-    parser = argparse.ArgumentParser(prog="python -m pretrain evaluate", description="Zero-shot retrieval, per language.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain evaluate", description="Zero-shot retrieval, per language."
+    )
     parser.add_argument("model", help="an exported model, a run or a checkpoint")
     parser.add_argument("data", help="shards, or a folder with pictures and captions.json")
     parser.add_argument("--json", type=Path, help="also write the figures into this file")
@@ -52,7 +54,9 @@ def _evaluate(arguments: Sequence[str]) -> int:
 def _export(arguments: Sequence[str]) -> int:
     from pretrain.export import export
 
-    parser = argparse.ArgumentParser(prog="python -m pretrain export", description="Write one safetensors model folder.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain export", description="Write one safetensors model folder."
+    )
     parser.add_argument("run", help="a run or one of its checkpoints")
     parser.add_argument("dir", help="a new folder")
     given = parser.parse_args(arguments)

@@ -3,11 +3,12 @@
 
     1. `Lanes` says which samples a step takes; this worker serves every world-th lane.
     2. `Source` reads them: pictures and captions, or packed ids.
-    3. Pictures are decoded and augmented, captions tokenised, sentences get specials and masks. Whatever is drawn
-       is drawn from (seed, step, index in the global batch).
+    3. Pictures are decoded and augmented, captions tokenised, sentences get specials and masks. Whatever is
+       drawn is drawn from (seed, step, index in the global batch).
 
-A sample that cannot be used (a picture that does not decode, a caption that is empty or not UTF-8) is replaced by
-another one of its lane, drawn from the same keys; it is counted and logged, and too many of them are an error.
+A sample that cannot be used (a picture that does not decode, a caption that is empty or not UTF-8) is
+replaced by another one of its lane, drawn from the same keys; it is counted and logged, and too many of them
+are an error.
 """
 
 import logging
@@ -33,7 +34,8 @@ log = logging.getLogger(__name__)
 
 
 class StreamConfig(Config):
-    """One source: `folder` (or a URL, see `raylib.data.fetch`), samples a step over all workers, tokens a sentence.
+    """One source: `folder` (or a URL, see `raylib.data.fetch`), samples a step over all workers, tokens a
+    sentence.
 
     `languages`: those to use, () for all; `alpha`, `lanes`, `block`: see `raylib.data.lanes`.
     """
@@ -50,8 +52,9 @@ class StreamConfig(Config):
 class DataConfig(Config):
     """What a run reads. A stream with batch 0 is left out.
 
-    retrieval: the evaluation set; cache: where remote shards are kept; bad_limit: share of unusable samples allowed.
-    verify: compare the content of every shard with its manifest, and with what the run began with, at every start; otherwise
+    retrieval: the evaluation set; cache: where remote shards are kept; bad_limit: share of unusable samples
+    allowed. verify: compare the content of every shard with its manifest, and with what the run began with,
+    at every start; otherwise
         sizes and times of change come first (`raylib.identity`).
     """
 
@@ -69,16 +72,20 @@ class DataConfig(Config):
 
 
 class StepBatches(Dataset):
-    """Map-style dataset of steps; give it to a DataLoader with `batch_size=None` and `sampler=range(first, last)`.
+    """Map-style dataset of steps; give it to a DataLoader with `batch_size=None` and `sampler=range(first,
+    last)`.
 
-    `image_id` is a sample's identity, the hash of its images (`raylib.data.samples`): pairs of one are no negatives.
+    `image_id` is a sample's identity, the hash of its images (`raylib.data.samples`): pairs of one are no
+    negatives.
 
     A batch is {"step", "samples": of all streams and workers, "bad": samples replaced here,
-    "image_text": {"index" (b,), "images" uint8 (b, H, W, 3), "image_id" (b,), "text": Sentences, "draws" (b, 2)},
-    "parallel": {"index", "source": Sentences (English), "target": Sentences}, "text": {"index", "text": Sentences}}.
+    "image_text": {"index" (b,), "images" uint8 (b, H, W, 3), "image_id" (b,), "text": Sentences, "draws" (b,
+    2)}, "parallel": {"index", "source": Sentences (English), "target": Sentences}, "text": {"index", "text":
+    Sentences}}.
 
-    Raises UserError: what `Source`, `Lanes` and `Tokenizer` find wrong, a stream without a folder, a language without
-    data, workers that do not divide the lanes or lanes that do not divide the batch, no stream at all.
+    Raises UserError: what `Source`, `Lanes` and `Tokenizer` find wrong, a stream without a folder, a language
+    without data, workers that do not divide the lanes or lanes that do not divide the batch, no stream at
+    all.
     """
 
     def __init__(self, config: DataConfig, image_size: int, seed: int, rank: int = 0, world: int = 1):
@@ -90,7 +97,9 @@ class StepBatches(Dataset):
             if not stream.batch:
                 continue
             if not stream.folder:
-                raise UserError(f"data.{name}: batch is {stream.batch} but there is no folder; set data.{name}.folder")
+                raise UserError(
+                    f"data.{name}: batch is {stream.batch} but there is no folder; set data.{name}.folder"
+                )
             parts = (name, config, stream, tokenizer, seed, rank, world)
             made = _Pairs(image_size, *parts) if name == "image_text" else _Packed(*parts)
             self.streams[name] = made
@@ -112,9 +121,12 @@ class StepBatches(Dataset):
 
 
 class _Stream:
-    """What all streams share: a source, its order, and the places of the global batch that this worker fills."""
+    """What all streams share: a source, its order, and the places of the global batch that this worker
+    fills."""
 
-    def __init__(self, name, config: DataConfig, stream: StreamConfig, tokenizer: Tokenizer, seed, rank, world):
+    def __init__(
+        self, name, config: DataConfig, stream: StreamConfig, tokenizer: Tokenizer, seed, rank, world
+    ):
         self.name, self.config, self.stream, self.tokenizer, self.seed = name, config, stream, tokenizer, seed
         self.source = Source(stream.folder, name, tokenizer.sha256, config.cache)
         sizes = self.source.sizes()
@@ -122,8 +134,12 @@ class _Stream:
         for language in wanted:
             if language not in sizes:
                 has = ", ".join(sorted(sizes))
-                raise UserError(f"{stream.folder}: no data in language {language!r} for data.{name}; it has: {has}")
-        self.lanes = Lanes({k: sizes[k] for k in wanted}, name, seed, stream.lanes, stream.alpha, stream.block)
+                raise UserError(
+                    f"{stream.folder}: no data in language {language!r} for data.{name}; it has: {has}"
+                )
+        self.lanes = Lanes(
+            {k: sizes[k] for k in wanted}, name, seed, stream.lanes, stream.alpha, stream.block
+        )
         self.places = step_draws(stream.lanes, stream.batch, rank, world)
         self.share = stream.batch // stream.lanes
         self.index = np.array([index for index, _, _ in self.places])
@@ -176,11 +192,15 @@ class _Pairs(_Stream):
             "images": torch.from_numpy(images),
             "image_id": torch.tensor(identities),
             "text": self.sentences(self.tokenizer.encode(captions), step),
-            "draws": torch.from_numpy((np.floor(negatives * 2**24) * 2**-24).astype(np.float32)),  # float32 below 1
+            "draws": torch.from_numpy(
+                (np.floor(negatives * 2**24) * 2**-24).astype(np.float32)
+            ),  # float32 below 1
             "bad": self.bad - bad,
         }
 
-    def _sample(self, step: int, i: int, lane: int, draw: int, pick: np.ndarray) -> tuple[int, np.ndarray, str]:
+    def _sample(
+        self, step: int, i: int, lane: int, draw: int, pick: np.ndarray
+    ) -> tuple[int, np.ndarray, str]:
         """(identity, picture, caption) of one place in the batch, from the first usable sample."""
         language, number = self.lanes.draw(lane, step * self.share + draw)
         keys = (self.seed, step, self.name)
@@ -194,7 +214,9 @@ class _Pairs(_Stream):
             first, last = self.lanes.span(lane, language)
             number = first + int(integers(last - first, *keys, "replace", int(self.index[i]), attempt))
             pick = uniform(*keys, "pick", int(self.index[i]), attempt, np.arange(2))
-        raise UserError(f"{self.stream.folder}: {ATTEMPTS} unusable samples one after another, the last: {sample.key}")
+        raise UserError(
+            f"{self.stream.folder}: {ATTEMPTS} unusable samples one after another, the last: {sample.key}"
+        )
 
     def _parts(self, sample: Sample, pick_picture: float, pick_caption: float) -> tuple[int, np.ndarray, str]:
         """Identity of a sample, one of its pictures (H, W, 3), one of its captions."""
@@ -206,7 +228,8 @@ class _Pairs(_Stream):
         except BadCaption as error:
             raise BadCaption(sample.describe(error)) from error
         caption = captions[int(pick_caption * len(captions))]
-        # encoding one by one costs 20 times a batch: asked only of what may be nothing but invisible characters
+        # encoding one by one costs 20 times a batch: asked only of what may be nothing but invisible
+        # characters
         if not any(map(str.isalnum, caption)) and not len(self.tokenizer.encode([caption])[0]):
             raise BadCaption(sample.describe(f"a caption without a token, {caption!r}"))
         picture = pictures[int(pick_picture * len(pictures))]

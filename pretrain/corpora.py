@@ -1,6 +1,7 @@
 """Corpora -> the sources that training reads. `formats` has the formats of the files.
 
-    python -m pretrain.corpora OUT --tokenizer FILE --image-text FILE ... --parallel de=FILE ... --text de=FILE ...
+    python -m pretrain.corpora OUT --tokenizer FILE --image-text FILE ... --parallel de=FILE ...
+                               --text de=FILE ...
 
 Everything streams. Each file's good and bad samples are counted, one log line a file.
 """
@@ -29,7 +30,8 @@ BATCH = 4096  # sentences tokenised at a time
 
 
 class ImageText(NamedTuple):
-    """A picture in one or more drawings, {extension: bytes}, with {language: captions} and what else its JSON tells."""
+    """A picture in one or more drawings, {extension: bytes}, with {language: captions} and what else its JSON
+    tells."""
 
     key: str
     pictures: dict[str, bytes]
@@ -54,8 +56,11 @@ def write_packed(folder: Path, kind: str, tokenizer: Tokenizer, rows: Mapping[st
             writer.write_rows(language, encoded if kind == "parallel" else (ids for (ids,) in encoded))
 
 
-def encode(texts: Iterable[tuple[str, ...]], tokenizer: Tokenizer, tally: Tally) -> Iterator[tuple[np.ndarray, ...]]:
-    """Ids of (sentence,) or (English, other). A side without any token (zero-width characters alone) is a bad sample."""
+def encode(
+    texts: Iterable[tuple[str, ...]], tokenizer: Tokenizer, tally: Tally
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Ids of (sentence,) or (English, other). A side without any token (zero-width characters alone) is a bad
+    sample."""
     texts = iter(texts)
     while batch := list(itertools.islice(texts, BATCH)):
         for row in zip(*(tokenizer.encode(side) for side in zip(*batch, strict=True)), strict=True):
@@ -75,15 +80,16 @@ def prepare(
     image_size: int | None = None,
     limit: float = LIMIT,
 ) -> None:
-    """Write `out`/image_text, `out`/parallel, `out`/text (those that are asked for) and a copy of the tokenizer.
+    """Write `out`/image_text, `out`/parallel, `out`/text (those that are asked for) and a copy of the
+    tokenizer.
 
     Args:
         parallel, text: {language: files}.
-        image_size: pictures whose shorter side is longer (pixels) are shrunk to it; None keeps the files' bytes.
-        limit: share of bad samples in a file that is still normal.
+        image_size: pictures whose shorter side is longer (pixels) are shrunk to it; None keeps the files'
+        bytes. limit: share of bad samples in a file that is still normal.
 
-    Raises UserError: unreadable or cut file, unknown format, too many bad samples, no samples; nothing to read; a
-    language that cannot name a shard.
+    Raises UserError: unreadable or cut file, unknown format, too many bad samples, no samples; nothing to
+    read; a language that cannot name a shard.
     """
     _check_languages(parallel or {}, text or {})
     image_text = list(image_text)
@@ -96,7 +102,9 @@ def prepare(
         shutil.copyfile(model.path, copy)
     if image_text:
         found = _samples(image_text, limit, lambda path, tally: read_image_text(path, tally, image_size))
-        items = (ImageText(f"{row:09d}", pictures, {"en": texts}) for row, (pictures, texts) in enumerate(found))
+        items = (
+            ImageText(f"{row:09d}", pictures, {"en": texts}) for row, (pictures, texts) in enumerate(found)
+        )
         write_image_text(out / "image_text", items)
     for kind, files, read in (("parallel", parallel, read_pairs), ("text", text, read_text)):
         if files:
@@ -107,7 +115,9 @@ def prepare(
 def _check_languages(parallel: Mapping, text: Mapping) -> None:
     for language in (*parallel, *text):
         if not is_language_code(language):
-            raise UserError(f"language {language!r}: wanted a code like 'de' or 'zh-Hans', it names the shards")
+            raise UserError(
+                f"language {language!r}: wanted a code like 'de' or 'zh-Hans', it names the shards"
+            )
     if "en" in parallel:
         raise UserError("parallel files are English and another language: name the other one, not 'en'")
 
@@ -119,20 +129,28 @@ def _samples(files: Iterable[Path | str], limit: float, read: Callable[[Path, Ta
         tally.close()
 
 
-def _rows(files: Iterable[Path | str], limit: float, read: Callable, language: str, tokenizer: Tokenizer) -> Iterator:
+def _rows(
+    files: Iterable[Path | str], limit: float, read: Callable, language: str, tokenizer: Tokenizer
+) -> Iterator:
     return _samples(files, limit, lambda path, tally: encode(read(path, tally, language), tokenizer, tally))
 
 
 @command()
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pretrain.corpora", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.corpora", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--tokenizer", required=True, help="SentencePiece model or tokenizer.json, or its folder")
+    parser.add_argument(
+        "--tokenizer", required=True, help="SentencePiece model or tokenizer.json, or its folder"
+    )
     parser.add_argument("--image-text", nargs="+", action="extend", default=[], metavar="FILE")
     for stream in ("--parallel", "--text"):
         parser.add_argument(stream, nargs="+", action="extend", default=[], metavar="LANGUAGE=FILE")
     parser.add_argument("--image-size", type=int, help="shrink pictures to this shorter side, in pixels")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="share of bad samples that is still normal")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, help="share of bad samples that is still normal"
+    )
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     streams: dict[str, dict[str, list[str]]] = {"parallel": {}, "text": {}}
@@ -142,7 +160,14 @@ def main(arguments: Sequence[str]) -> int:
             if not found:
                 parser.error(f"--{stream} {pair}: wanted LANGUAGE=FILE")
             files.setdefault(language, []).append(path)
-    prepare(given.out, given.tokenizer, given.image_text, **streams, image_size=given.image_size, limit=given.limit)
+    prepare(
+        given.out,
+        given.tokenizer,
+        given.image_text,
+        **streams,
+        image_size=given.image_size,
+        limit=given.limit,
+    )
     return 0
 
 

@@ -49,7 +49,9 @@ class Retrieval:
             raise UserError(f"{folder}: no pictures to retrieve")
         self.pictures = torch.from_numpy(np.stack(pictures))
         self.heldout = torch.tensor(heldout)
-        self.owners = {language: torch.tensor([owner for owner, _ in rows]) for language, rows in texts.items()}
+        self.owners = {
+            language: torch.tensor([owner for owner, _ in rows]) for language, rows in texts.items()
+        }
         self.ids = {language: self._ids([text for _, text in rows]) for language, rows in texts.items()}
 
     def without_captions(self) -> dict[str, int]:
@@ -61,9 +63,10 @@ class Retrieval:
         return [torch.tensor([t.cls, *ids[: self.length - 2].tolist(), t.sep]) for ids in t.encode(texts)]
 
     def __call__(self, model: UnifiedModel) -> dict[str, Any]:
-        """{"retrieval": {language: figures}, "heldout": the same of held-out concepts alone, "interval": {language:
-        [low, high]}, the 95 % bootstrap interval over images of R@1 (mean of both ways)}; the figures are `chance_r1`,
-        `i2t_r1` ... `t2i_r10`, `n` pictures. Workers share the encoding; all return the same.
+        """{"retrieval": {language: figures}, "heldout": the same of held-out concepts alone, "interval":
+        {language: [low, high]}, the 95 % bootstrap interval over images of R@1 (mean of both ways)}; the
+        figures are `chance_r1`, `i2t_r1` ... `t2i_r10`, `n` pictures. Workers share the encoding; all return
+        the same.
 
         Raises:
             NotFinite: embeddings of the images, or of a language's sentences, are not finite.
@@ -79,7 +82,9 @@ class Retrieval:
         texts = {language: encode_sentences(model, self.ids[language], device) for language in mine}
         bad = [language for language, embeddings in texts.items() if not is_finite(embeddings)]
         raise_together(f"text embeddings in {', '.join(bad)}: not finite (NaN or infinite)" if bad else None)
-        scored = _exchange({language: self._score(language, embeddings, images) for language, embeddings in texts.items()})
+        scored = _exchange(
+            {language: self._score(language, embeddings, images) for language, embeddings in texts.items()}
+        )
         heldout = {language: held for language in sorted(scored) if (held := scored[language][1])}
         retrieval, interval = ({language: scored[language][i] for language in sorted(scored)} for i in (0, 2))
         return {"retrieval": retrieval, "heldout": heldout, "interval": interval}
@@ -87,8 +92,8 @@ class Retrieval:
     def _score(
         self, language: str, texts: Tensor, images: Tensor
     ) -> tuple[dict, dict | None, list[float] | None]:
-        """Figures of one language: of all its pictures; of those held out (as queries, among all candidates); and
-        the interval of the first, seeded by the language alone, so that an export has the run's."""
+        """Figures of one language: of all its pictures; of those held out (as queries, among all candidates);
+        and the interval of the first, seeded by the language alone, so that an export has the run's."""
         owner = self.owners[language]
         captioned = owner.unique()
         # a picture is asked with all of its captions, so what is held out are rows of these
@@ -110,8 +115,9 @@ def _figures(i2t: Tensor, t2i: Tensor, candidates: int) -> dict[str, float]:
 
 
 def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
-    """Scores of a model folder, run or checkpoint on the retrieval set `data` (see `Retrieval`), with what made them: hashes of
-    the model's config.json and of weights, tokenizer and set, seconds, captions a second, peak memory, `raylib.provenance`."""
+    """Scores of a model folder, run or checkpoint on the retrieval set `data` (see `Retrieval`), with what
+    made them: hashes of the model's config.json and of weights, tokenizer and set, seconds, captions a
+    second, peak memory, `raylib.provenance`."""
     began, folder = time.perf_counter(), find_model(model)
     unified = UnifiedModel.from_pretrained(folder).eval()
     unified.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -121,13 +127,21 @@ def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
     with torch.inference_mode():
         scores = retrieval(unified)
     end, device = time.perf_counter(), next(unified.parameters()).device
-    files = identity.record(map(DataFile, (folder / "model.safetensors", find_tokenizer(folder), Path(data))), {})
+    files = identity.record(
+        map(DataFile, (folder / "model.safetensors", find_tokenizer(folder), Path(data))), {}
+    )
     return {
-        "model": str(model), "data": str(data), "config_sha256": identity.content_hash(folder / "config.json"),
-        "data_sha256": identity.combined_hash(files), **provenance(device), "seconds": end - began,
+        "model": str(model),
+        "data": str(data),
+        "config_sha256": identity.content_hash(folder / "config.json"),
+        "data_sha256": identity.combined_hash(files),
+        **provenance(device),
+        "seconds": end - began,
         "evaluated_per_second": sum(map(len, retrieval.ids.values())) / (end - start),
-        "peak_memory_gb": peak_memory(device), "items_skipped": retrieval.without_captions(), **scores,
-    }  # fmt: skip
+        "peak_memory_gb": peak_memory(device),
+        "items_skipped": retrieval.without_captions(),
+        **scores,
+    }
 
 
 def encode_pictures(model: UnifiedModel, pictures: Tensor, device: torch.device) -> Tensor:
@@ -135,7 +149,9 @@ def encode_pictures(model: UnifiedModel, pictures: Tensor, device: torch.device)
     parts = []
     for part in pictures.split(IMAGES):
         images = model.encode_images(part.to(device))
-        parts.append(model.embed_images(images.values.index_select(0, images.starts.to(device))).float().cpu())
+        parts.append(
+            model.embed_images(images.values.index_select(0, images.starts.to(device))).float().cpu()
+        )
     return torch.cat(parts)
 
 
@@ -151,8 +167,8 @@ def encode_sentences(model: UnifiedModel, ids: list[Tensor], device: torch.devic
 
 
 def summary(table: dict[str, Any]) -> dict[str, float]:
-    """R@1 (mean of both directions) of English, of the mean of the other languages, of held-out concepts; "score",
-    the mean over all languages, decides which checkpoint is the best."""
+    """R@1 (mean of both directions) of English, of the mean of the other languages, of held-out concepts;
+    "score", the mean over all languages, decides which checkpoint is the best."""
     values = {language: r1(figures) for language, figures in table["retrieval"].items()}
     others = [value for language, value in values.items() if language != "en"]
     out = {"score": mean(values.values())}

@@ -12,7 +12,8 @@ def export(run: Path | str, to: Path | str) -> Path:
     """Write the model of `run` (or of one of its checkpoints) and its tokenizer into `to`.
 
     Raises:
-        UserError: no checkpoint there, a damaged one, one with weights that are not finite, or `to` is not empty.
+        UserError: no checkpoint there, a damaged one, one with weights that are not finite, or `to` is not
+            empty.
     """
     source, to = find_model(run), Path(to)
     if to.is_dir() and any(to.iterdir()):

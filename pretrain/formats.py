@@ -1,15 +1,18 @@
 """The field's formats, read as streams: pictures with captions, sentence pairs, text.
 
   image-text   .json   ALBEF's list [{"image": path, "caption": text or list}, ...]
-               .jsonl  CCLM's lines {"binary": base64 or path, "caption": text, list or {language: text or list}}
-               Paths are relative to the file. Captions are English; of a {language: ...} only "en" is taken. They may
-               be called otherwise: see `raylib.data.samples`.
-  parallel     WikiMatrix's lines margin<TAB>source<TAB>target, those below the margin left out; or plain lines
-               English<TAB>other. A name like "WikiMatrix.de-en.tsv.gz" says which column is English, else the first is.
+               .jsonl  CCLM's lines {"binary": base64 or path, "caption": text, list or {language: text or
+               list}} Paths are relative to the file. Captions are English; of a {language: ...} only "en" is
+               taken. They may be called otherwise: see `raylib.data.samples`.
+  parallel     WikiMatrix's lines margin<TAB>source<TAB>target, those below the margin left out; or plain
+  lines
+               English<TAB>other. A name like "WikiMatrix.de-en.tsv.gz" says which column is English, else the
+               first is.
   text         CC-100's: a paragraph a line (one sample each), blank lines between documents.
 
-Text files may end in .gz or .xz. A bad sample (a picture that is missing or does not decode, an empty caption, text
-that is not UTF-8) is skipped and counted by a `Tally`: one in a hundred is normal in millions, more is an error.
+Text files may end in .gz or .xz. A bad sample (a picture that is missing or does not decode, an empty
+caption, text that is not UTF-8) is skipped and counted by a `Tally`: one in a hundred is normal in millions,
+more is an error.
 """
 
 import gzip
@@ -42,7 +45,8 @@ class BadSample(Exception):
 
 
 class Tally:
-    """Counts the good and the bad samples of one file. `close` raises UserError when more than `limit` were bad."""
+    """Counts the good and the bad samples of one file. `close` raises UserError when more than `limit` were
+    bad."""
 
     def __init__(self, path: Path | str, limit: float = LIMIT):
         self.path, self.limit, self.good, self.bad = path, limit, 0, Counter()
@@ -63,11 +67,15 @@ class Tally:
         log.info(line)
 
 
-def read_image_text(path: Path, tally: Tally, size: int | None = None) -> Iterator[tuple[dict[str, bytes], list[str]]]:
+def read_image_text(
+    path: Path, tally: Tally, size: int | None = None
+) -> Iterator[tuple[dict[str, bytes], list[str]]]:
     """({extension: picture}, English captions) of every good record of an ALBEF list or a CCLM file."""
     readers = {".json": (read_json_list, "image"), ".jsonl": (read_json_lines, "binary")}
     if path.suffix not in readers:
-        raise UserError(f"{path}: not an image-text file; .json (ALBEF's list) and .jsonl (CCLM's lines) are read")
+        raise UserError(
+            f"{path}: not an image-text file; .json (ALBEF's list) and .jsonl (CCLM's lines) are read"
+        )
     read, field = readers[path.suffix]
     for record in read(path, tally):
         try:
@@ -81,7 +89,8 @@ def read_image_text(path: Path, tally: Tally, size: int | None = None) -> Iterat
 
 
 def read_pairs(path: Path, tally: Tally, language: str, margin: float = MARGIN) -> Iterator[tuple[str, str]]:
-    """(English, `language`) of every good line. The first line's columns, three (with a margin) or two, are the rule."""
+    """(English, `language`) of every good line. The first line's columns, three (with a margin) or two, are
+    the rule."""
     named = re.search(r"(?:^|[._])([a-z]{2,3})-([a-z]{2,3})\.tsv(?:\.gz|\.xz)?$", path.name)
     codes = named.groups() if named and "en" in named.groups() else ("en", language)
     if set(codes) != {"en", language}:
@@ -190,7 +199,8 @@ def _load(picture, folder: Path) -> bytes:
 
 
 def _shrink(data: bytes, size: int | None) -> dict[str, bytes]:
-    """{extension: bytes} of a picture that decodes; as JPEG where it is too large, or no JPEG, PNG or WebP."""
+    """{extension: bytes} of a picture that decodes; as JPEG where it is too large, or no JPEG, PNG or
+    WebP."""
     try:
         image = decode(data)
     except BadPicture:

@@ -1,10 +1,12 @@
-"""Test images that are in a pretraining corpus: by their bytes, and by a perceptual hash that survives another encoding or size.
+"""Test images that are in a pretraining corpus: by their bytes, and by a perceptual hash that survives
+another encoding or size.
 
     python -m pretrain overlap CORPUS DATA [--names FILE ...] [--distance 6] [--json FILE]
 
-CORPUS is a folder of image-text shards, or a corpus that holds one as `image_text`. DATA is a folder of images, a tar of them, a
-retrieval set with `captions.json`, or shards. `--names` keeps those images of DATA that annotation files name (IGLUE's .jsonl and
-.json files, or one name a line), where DATA holds training images too; names without an image are counted.
+CORPUS is a folder of image-text shards, or a corpus that holds one as `image_text`. DATA is a folder of
+images, a tar of them, a retrieval set with `captions.json`, or shards. `--names` keeps those images of DATA
+that annotation files name (IGLUE's .jsonl and .json files, or one name a line), where DATA holds training
+images too; names without an image are counted.
 """
 
 import argparse
@@ -37,16 +39,20 @@ from raylib.errors import UserError
 from raylib.provenance import provenance
 
 SIDE, LOW = 32, 8  # pixels a side that are transformed; lowest frequencies a side that are kept
-FLAT = 4.0  # standard deviation of the grey levels, of 255, below which an image is all but one colour and has no hash
+# standard deviation of the grey levels, of 255, below which an image is all but one colour and has no hash
+FLAT = 4.0
 CHUNK = 512  # images hashed at a time by a process
 # where annotations name images
 FIELDS = re.compile(r"^(img_path|img_id|image|imageId|image_id|left_img|right_img|Flikr30kID|wit_ix)$")
-PAIR = re.compile(r"^(\w+-\d+-\d+)-\d+$")  # an identifier of NLVR2, whose images are called by its first three parts
+PAIR = re.compile(
+    r"^(\w+-\d+-\d+)-\d+$"
+)  # an identifier of NLVR2, whose images are called by its first three parts
 COCO = re.compile(r"^coco_[a-z]+\d{4}_(?=\d{12}$)")  # of 2014; the number is the name of 2017
 
 
 class Hashes(NamedTuple):
-    """Of n images: names, hashes of the bytes (n,) uint64, perceptual hashes (n,) uint64; `flat` (n,) have none."""
+    """Of n images: names, hashes of the bytes (n,) uint64, perceptual hashes (n,) uint64; `flat` (n,) have
+    none."""
 
     names: list[str]
     content: np.ndarray
@@ -57,10 +63,12 @@ class Hashes(NamedTuple):
 def perceptual_hash(image: np.ndarray) -> tuple[int, bool]:
     """(64 bits, whether the image is flat) of an image, uint8 RGB (H, W, 3).
 
-    The pHash of Zauner (2010): grey, 32 x 32 pixels, the 8 x 8 lowest frequencies of its cosine transform, each a bit: above
-    their median or not. The first of them is the highest bit.
+    The pHash of Zauner (2010): grey, 32 x 32 pixels, the 8 x 8 lowest frequencies of its cosine transform,
+    each a bit: above their median or not. The first of them is the highest bit.
     """
-    grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
+    grey = cv2.resize(
+        cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (SIDE, SIDE), interpolation=cv2.INTER_AREA
+    ).astype(np.float32)
     low = cv2.dct(grey)[:LOW, :LOW].ravel()
     bits = np.packbits(low > np.median(low))
     return int.from_bytes(bits.tobytes(), "big"), float(grey.std()) < FLAT
@@ -70,8 +78,9 @@ def count_overlap(corpus: Hashes, test: Hashes, distance: int) -> dict[str, Any]
     """Count the test images that are in `corpus`.
 
     Returns:
-        {"images", "flat": of them, "same_bytes", "by_distance": {bits that differ from the nearest image of the corpus, up to
-        `distance`: images}, "pairs": [{"test", "corpus", "distance", "same_bytes"}]}, of each image its nearest alone.
+        {"images", "flat": of them, "same_bytes", "by_distance": {bits that differ from the nearest image of
+        the corpus, up to `distance`: images}, "pairs": [{"test", "corpus", "distance", "same_bytes"}]}, of
+        each image its nearest alone.
     """
     known = {int(value): i for i, value in enumerate(corpus.content)}
     candidates = np.flatnonzero(~corpus.flat)
@@ -86,10 +95,17 @@ def count_overlap(corpus: Hashes, test: Hashes, distance: int) -> dict[str, Any]
             nearest = int(apart.argmin())
             if apart[nearest] <= distance:
                 found = corpus.names[candidates[nearest]]
-                pairs.append({"test": name, "corpus": found, "distance": int(apart[nearest]), "same_bytes": False})
+                pairs.append(
+                    {"test": name, "corpus": found, "distance": int(apart[nearest]), "same_bytes": False}
+                )
                 distances[int(apart[nearest])] += 1
-    return {"images": len(test.names), "flat": int(test.flat.sum()), "same_bytes": sum(p["same_bytes"] for p in pairs),
-            "by_distance": {bits: distances[bits] for bits in range(distance + 1)}, "pairs": pairs}  # fmt: skip
+    return {
+        "images": len(test.names),
+        "flat": int(test.flat.sum()),
+        "same_bytes": sum(p["same_bytes"] for p in pairs),
+        "by_distance": {bits: distances[bits] for bits in range(distance + 1)},
+        "pairs": pairs,
+    }
 
 
 def hash_images(images: Iterable[tuple[str, bytes]], processes: int) -> tuple[Hashes, int]:
@@ -160,7 +176,9 @@ def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
         raise UserError(f"{path}: neither a folder nor a .tar of images")
 
 
-def _keep(images: Iterable[tuple[str, bytes]], names: set[str], found: set[str]) -> Iterator[tuple[str, bytes]]:
+def _keep(
+    images: Iterable[tuple[str, bytes]], names: set[str], found: set[str]
+) -> Iterator[tuple[str, bytes]]:
     """Yield the images that `names` names, all if it is empty; adds what they are called to `found`."""
     for name, data in images:
         stem = _stem(name)
@@ -175,8 +193,8 @@ def _is_image(name: str) -> bool:
 
 
 def read_names(path: Path) -> set[str]:
-    """Names of images, as `_stem` has them, in an annotation file: of JSON, the values of the fields that name images;
-    of another file, its lines.
+    """Names of images, as `_stem` has them, in an annotation file: of JSON, the values of the fields that
+    name images; of another file, its lines.
 
     Raises:
         UserError: not to be read, or no name in it.
@@ -188,9 +206,15 @@ def read_names(path: Path) -> set[str]:
             records = [json.loads(line) for line in text.splitlines() if line.strip()]
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: not to be read as a list of images ({e})") from None
-    names = set(_named(records)) if records is not None else {line.strip() for line in text.splitlines() if line.strip()}
+    names = (
+        set(_named(records))
+        if records is not None
+        else {line.strip() for line in text.splitlines() if line.strip()}
+    )
     if not names:
-        raise UserError(f"{path}: no names of images in it; fields like img_path, imageId and left_img are looked for")
+        raise UserError(
+            f"{path}: no names of images in it; fields like img_path, imageId and left_img are looked for"
+        )
     return {_stem(name) for name in names}
 
 
@@ -209,7 +233,8 @@ def _named(value: Any) -> Iterator[str]:
 
 
 def _stem(name: str) -> str:
-    """Return a name without folder, ending, case, form of Unicode and what MSCOCO's names of 2014 begin with."""
+    """Return a name without folder, ending, case, form of Unicode and what MSCOCO's names of 2014 begin
+    with."""
     base = nfc(os.path.basename(name))
     return COCO.sub("", (base.rsplit(".", 1)[0] if _is_image(base) else base).casefold())
 
@@ -220,18 +245,26 @@ def table(result: dict[str, Any]) -> str:
     rows.append(["the same bytes", str(result["same_bytes"]), markdown.percent(result["same_bytes"] / whole)])
     for bits, count in result["by_distance"].items():
         seen += count
-        rows.append([f"perceptual hash at most {bits} of 64 bits away", str(seen), markdown.percent(seen / whole)])
+        rows.append(
+            [f"perceptual hash at most {bits} of 64 bits away", str(seen), markdown.percent(seen / whole)]
+        )
     return markdown.table(rows)
 
 
 def main(arguments: Sequence[str]) -> int:
     """`python -m pretrain overlap`."""
     parser = argparse.ArgumentParser(
-        prog="python -m pretrain overlap", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m pretrain overlap",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("corpus", type=Path, help="image-text shards, or a corpus with a folder image_text")
-    parser.add_argument("data", type=Path, help="a folder or a tar of test images, a retrieval set, or shards")
-    parser.add_argument("--names", type=Path, nargs="+", default=[], help="annotation files: only images that they name")
+    parser.add_argument(
+        "data", type=Path, help="a folder or a tar of test images, a retrieval set, or shards"
+    )
+    parser.add_argument(
+        "--names", type=Path, nargs="+", default=[], help="annotation files: only images that they name"
+    )
     parser.add_argument("--distance", type=int, default=6, help="bits of 64 that may differ (default 6)")
     parser.add_argument("--json", type=Path, help="write all figures, and each pair, into this file")
     given = parser.parse_args(arguments)
@@ -248,15 +281,26 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"{given.data}: {why}{' that --names names' if names and not bad_test else ''}")
     missing = sorted(names - found)
     corpus, bad_corpus = hash_images(read_source(source), processes)
-    result = {"corpus": str(given.corpus), "data": str(given.data), "corpus_images": len(corpus.names),
-              "undecodable": {"corpus": bad_corpus, "data": bad_test}, "missing": missing,
-              **provenance(torch.device("cpu")), **count_overlap(corpus, test, given.distance)}  # fmt: skip
+    result = {
+        "corpus": str(given.corpus),
+        "data": str(given.data),
+        "corpus_images": len(corpus.names),
+        "undecodable": {"corpus": bad_corpus, "data": bad_test},
+        "missing": missing,
+        **provenance(torch.device("cpu")),
+        **count_overlap(corpus, test, given.distance),
+    }
     print(table(result))
-    print(f"{result['images']} test images, {result['corpus_images']} of the corpus; {bad_test} and {bad_corpus} do not decode; "
-          f"{result['flat']} test images are all but one colour and are compared by bytes alone")  # fmt: skip
+    print(
+        f"{result['images']} test images, {result['corpus_images']} of the corpus; {bad_test} and "
+        f"{bad_corpus} do not decode; {result['flat']} test images are all but one colour and are compared "
+        "by bytes alone"
+    )
     if missing:
-        print(f"{len(missing)} of {len(names)} images that --names names are not in {given.data} and are not counted, such as "
-              f"{missing[0]}")  # fmt: skip
+        print(
+            f"{len(missing)} of {len(names)} images that --names names are not in {given.data} and are not "
+            f"counted, such as {missing[0]}"
+        )
     for pair in result["pairs"][:5]:
         apart = "same bytes" if pair["same_bytes"] else f"{pair['distance']} bits"
         print(f"  {pair['test']} = {pair['corpus']} ({apart})")

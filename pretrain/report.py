@@ -17,7 +17,14 @@ COLUMNS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 def table(scores: dict[str, Any]) -> str:
     """Markdown: recall in % by language, both ways; means, held-out concepts, chance."""
     languages = scores["retrieval"]
-    head = ["language", "R@1", "x chance", *(c.replace("_r", " R@") for c in COLUMNS), "pictures", "chance R@1"]
+    head = [
+        "language",
+        "R@1",
+        "x chance",
+        *(c.replace("_r", " R@") for c in COLUMNS),
+        "pictures",
+        "chance R@1",
+    ]
     rows = [head, *(_row(language, [languages[language]]) for language in _english_first(languages))]
     others = [figures for language, figures in languages.items() if language != "en"]
     if len(others) > 1:
@@ -73,7 +80,9 @@ def draw_curve(run: Path) -> Path:
             right.plot(*zip(*points, strict=True), label=label, marker=".")
     if right.lines:
         right.legend(fontsize=8)
-    right.set(xlabel="step", ylabel="R@1, %", title="zero-shot retrieval, mean of both directions", ylim=(0, None))
+    right.set(
+        xlabel="step", ylabel="R@1, %", title="zero-shot retrieval, mean of both directions", ylim=(0, None)
+    )
     figure.savefig(run / "curve.png", dpi=120)
     pyplot.close(figure)
     return run / "curve.png"

@@ -1,4 +1,5 @@
-"""The sample corpus: what `raylib.sample` holds, as the folder of shards that training and evaluation read."""
+"""The sample corpus: what `raylib.sample` holds, as the folder of shards that training and evaluation
+read."""
 
 import hashlib
 import shutil
@@ -19,14 +20,15 @@ SHARD = 256  # samples of an image_text shard
 def sample_corpus(cache: Path | str, tokenizer: Path | None = None, scenes: bool = False) -> Path:
     """The folder of the sample under `cache`, built in some seconds if it is not there yet:
 
-        image_text/      Noto and Twemoji drawings, two of each training concept; captions: English name, keywords
-        parallel/        English and 21 languages: names, keywords, Declaration of Human Rights; packed
-        text/            22 languages, the same texts; packed
-        retrieval/       Fluent drawings of all concepts, names in 22 languages, {"heldout": true or false}
-        tokenizer.model  or `sentencepiece.bpe.model`, as `tokenizer` is called: the sample's own, unless it is given
+        image_text/      Noto and Twemoji drawings, two of each training concept; captions: English name,
+        keywords parallel/        English and 21 languages: names, keywords, Declaration of Human Rights;
+        packed text/            22 languages, the same texts; packed retrieval/       Fluent drawings of all
+        concepts, names in 22 languages, {"heldout": true or false} tokenizer.model  or
+        `sentencepiece.bpe.model`, as `tokenizer` is called: the sample's own, unless it is given
 
-    With `scenes`, image_text holds pictures of one to four concepts with English captions that say what is where.
-    The folder's name tells its content, and it appears whole: processes that build it at once all return the same.
+    With `scenes`, image_text holds pictures of one to four concepts with English captions that say what is
+    where. The folder's name tells its content, and it appears whole: processes that build it at once all
+    return the same.
     """
     cache, tokenizer = Path(cache), Path(tokenizer or DATA / "tokenizer.model")
     folder = cache / f"{'scenes' if scenes else 'sample'}-{_fingerprint(tokenizer)}"
@@ -63,10 +65,14 @@ def _build(folder: Path, tokenizer_file: Path, scenes: bool) -> None:
     corpora.write_image_text(folder / "retrieval", unseen_pictures(unseen), language="mul", max_samples=SHARD)
     tally = formats.Tally(DATA, limit=0.0)
     pairs = {
-        code: corpora.encode(concepts.training_pairs(code), tokenizer, tally) for code in LANGUAGES if code != "en"
+        code: corpora.encode(concepts.training_pairs(code), tokenizer, tally)
+        for code in LANGUAGES
+        if code != "en"
     }
     corpora.write_packed(folder / "parallel", "parallel", tokenizer, pairs)
-    sentences = {code: corpora.encode(zip(concepts.training_sentences(code)), tokenizer, tally) for code in LANGUAGES}
+    sentences = {
+        code: corpora.encode(zip(concepts.training_sentences(code)), tokenizer, tally) for code in LANGUAGES
+    }
     corpora.write_packed(folder / "text", "text", tokenizer, sentences)
     tally.close()
 
@@ -82,7 +88,10 @@ def training_pictures() -> Iterator[corpora.ImageText]:
 
 
 def unseen_pictures(drawings: dict[str, bytes]) -> Iterator[corpora.ImageText]:
-    """A concept each: its drawing by the unseen vendor, its name in every language (keywords would be ambiguous)."""
+    """A concept each: its drawing by the unseen vendor, its name in every language (keywords would be
+    ambiguous)."""
     for key, picture in drawings.items():
         captions = {language: [concepts.read_captions(language)[key].name] for language in LANGUAGES}
-        yield corpora.ImageText(key, {"png": picture}, captions, {"key": key, "heldout": concepts.is_held_out(key)})
+        yield corpora.ImageText(
+            key, {"png": picture}, captions, {"key": key, "heldout": concepts.is_held_out(key)}
+        )

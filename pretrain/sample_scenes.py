@@ -18,12 +18,36 @@ COUNT, SIZE = 24_000, 64  # pictures; pixels a side
 # of each thing before it is placed: two vendors draw each, and a third is to be recognised
 VARIED = AugmentConfig(scale=(0.7, 1.0), magnitude=4)
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-ABSTRACT = ("face", "hand", "button", "sign", "clock", "arrow", "square", "circle", "symbol", "mark", "person", "man", "woman",
-            "people", "o’clock", "moon", "heart", "finger", "input", "cat with", "japanese", "squared", "triangle")  # fmt: skip
+ABSTRACT = (
+    "face",
+    "hand",
+    "button",
+    "sign",
+    "clock",
+    "arrow",
+    "square",
+    "circle",
+    "symbol",
+    "mark",
+    "person",
+    "man",
+    "woman",
+    "people",
+    "o’clock",
+    "moon",
+    "heart",
+    "finger",
+    "input",
+    "cat with",
+    "japanese",
+    "squared",
+    "triangle",
+)
 
 
 def plain_concepts() -> dict[str, str]:
-    """Key -> English name of the training concepts that are called by one or two words and are things, not signs."""
+    """Key -> English name of the training concepts that are called by one or two words and are things, not
+    signs."""
     return {
         key: caption.name
         for key, caption in training_captions("en").items()
@@ -36,13 +60,21 @@ def training_scenes() -> Iterator[ImageText]:
     names = plain_concepts()
     keys = list(names)
     for i in range(COUNT):
-        count = max(1, int(integers(8, "scene", i, "count")) - 3)  # one in five of eight: what a thing is called comes first
-        chosen = [keys[k] for k in dict.fromkeys(integers(len(keys), "scene", i, "keys", np.arange(count)).tolist())]
-        drawings = decode_drawings(TRAINING_VENDORS[int(integers(len(TRAINING_VENDORS), "scene", i, "vendor"))])
+        count = max(
+            1, int(integers(8, "scene", i, "count")) - 3
+        )  # one in five of eight: what a thing is called comes first
+        chosen = [
+            keys[k] for k in dict.fromkeys(integers(len(keys), "scene", i, "keys", np.arange(count)).tolist())
+        ]
+        drawings = decode_drawings(
+            TRAINING_VENDORS[int(integers(len(TRAINING_VENDORS), "scene", i, "vendor"))]
+        )
         placed = place(chosen, SIZE, "scene", i)
         draws = uniform("scene", i, "varied", np.arange(len(chosen))[:, None], np.arange(VARIED.draws))
         varied = {key: augment(drawings[key], SIZE, VARIED, d) for key, d in zip(chosen, draws, strict=True)}
-        yield ImageText(f"scene{i:05d}", {"webp": _picture(placed, varied)}, {"en": _captions(placed, names, i)})
+        yield ImageText(
+            f"scene{i:05d}", {"webp": _picture(placed, varied)}, {"en": _captions(placed, names, i)}
+        )
 
 
 def unseen_scenes() -> dict[str, bytes]:
@@ -57,8 +89,9 @@ def _picture(placed: list[Placed], drawings: Mapping[str, np.ndarray]) -> bytes:
 
 
 def _captions(placed: list[Placed], names: dict[str, str], i: int) -> list[str]:
-    """All things by name; all with their places; and their sizes, or how two of them stand to each other. Of one thing
-    alone only its name: places and sizes are told apart long before things are, and would be all that is learnt."""
+    """All things by name; all with their places; and their sizes, or how two of them stand to each other. Of
+    one thing alone only its name: places and sizes are told apart long before things are, and would be all
+    that is learnt."""
     if len(placed) == 1:
         return [names[placed[0].key]]
     order = [placed[k] for k in permutation(len(placed), "scene", i, "order")]

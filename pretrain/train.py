@@ -29,12 +29,17 @@ from raylib.tune.reporter import Reporter
 
 
 class InitConfig(Config):
-    """What to start from; None starts from scratch. `text` and `vision` are folders in Hugging Face format."""
+    """What to start from; None starts from scratch. `text` and `vision` are folders in Hugging Face
+    format."""
 
     text: str | None = None  # XLM-R or BERT
-    layers: tuple[int, ...] | None = None  # of `text`, for text, then unified layers; None: its first, then its last
+    layers: tuple[int, ...] | None = (
+        None  # of `text`, for text, then unified layers; None: its first, then its last
+    )
     vision: str | None = None  # ViT
-    model: str | None = None  # an export or a run of ours: all weights, for a further stage with a schedule of its own
+    model: str | None = (
+        None  # an export or a run of ours: all weights, for a further stage with a schedule of its own
+    )
 
     @model_validator(mode="after")
     def _one(self) -> "InitConfig":
@@ -46,7 +51,8 @@ class InitConfig(Config):
 class PretrainConfig(LaunchConfig):
     """Everything that a pretraining run depends on."""
 
-    # a folder with image_text, parallel, text, retrieval, tokenizer.model; or the embedded "sample", or "scenes" of it
+    # a folder with image_text, parallel, text, retrieval, tokenizer.model; or the embedded "sample", or
+    # "scenes" of it
     corpus: str = "sample"
     model: ModelConfig
     init: InitConfig = InitConfig()
@@ -59,21 +65,27 @@ class PretrainConfig(LaunchConfig):
     def _fits(self) -> "PretrainConfig":
         longest = max(self.data.image_text.length, self.data.parallel.length, self.data.text.length)
         if longest > self.model.positions:
-            raise ValueError(f"model.positions={self.model.positions} is less than the longest data length {longest}")
+            raise ValueError(
+                f"model.positions={self.model.positions} is less than the longest data length {longest}"
+            )
         for name in ("image_text", "parallel"):
             stream = getattr(self.data, name)
             share, every = stream.batch // stream.lanes, self.objective.fuse_every
             if share % every:
-                raise ValueError(f"objective.fuse_every={every} must divide the {share} samples of data.{name} from each lane")
+                raise ValueError(
+                    f"objective.fuse_every={every} must divide the {share} samples of data.{name} from each "
+                    "lane"
+                )
         return self
 
 
 def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
-    """Run `config` where it says, or say that it is complete. Prints the table, where the time went, and the files; a search's
-    `reporter` is told of each checkpoint.
+    """Run `config` where it says, or say that it is complete. Prints the table, where the time went, and the
+    files; a search's `reporter` is told of each checkpoint.
 
     Raises:
-        UserError: whatever is wrong with settings, data or a checkpoint, before any worker starts where possible.
+        UserError: whatever is wrong with settings, data or a checkpoint, before any worker starts where
+            possible.
     """
     data = resolve_data(config)
     batches = StepBatches(data, config.model.image_size, config.fit.seed, 0, config.workers)
@@ -100,8 +112,13 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
 
 
 def files_of(data: DataConfig, batches: StepBatches) -> list[DataFile]:
-    """Return the files that a run reads: manifests and shards of every stream, the tokenizer, the retrieval set."""
-    return [*batches.files(), DataFile(Path(data.tokenizer)), *([DataFile(Path(data.retrieval))] if data.retrieval else [])]
+    """Return the files that a run reads: manifests and shards of every stream, the tokenizer, the retrieval
+    set."""
+    return [
+        *batches.files(),
+        DataFile(Path(data.tokenizer)),
+        *([DataFile(Path(data.retrieval))] if data.retrieval else []),
+    ]
 
 
 def _silent(*parts, **options) -> None:
@@ -109,12 +126,14 @@ def _silent(*parts, **options) -> None:
 
 
 def resolve_data(config: PretrainConfig) -> DataConfig:
-    """`config.data` with every folder that is not given taken from `config.corpus`, and the tokenizer from there or, for
-    the embedded corpora, from `init`."""
+    """`config.data` with every folder that is not given taken from `config.corpus`, and the tokenizer from
+    there or, for the embedded corpora, from `init`."""
     data, changes = config.data, {}
     if config.corpus in ("sample", "scenes"):
         tokenizer = data.tokenizer or _initial_tokenizer(config.init)
-        corpus = sample_corpus(Path(config.runs).absolute() / "cache", tokenizer, scenes=config.corpus == "scenes")
+        corpus = sample_corpus(
+            Path(config.runs).absolute() / "cache", tokenizer, scenes=config.corpus == "scenes"
+        )
     else:
         corpus = Path(config.corpus).absolute()
     for name in ("image_text", "parallel", "text"):
@@ -141,7 +160,10 @@ def with_vocabulary(config: PretrainConfig, data: DataConfig) -> PretrainConfig:
     """
     size = Tokenizer.load(data.tokenizer).vocabulary
     if config.model.vocabulary not in (0, size):
-        raise UserError(f"{data.tokenizer} has {size} pieces, the model {config.model.vocabulary}; set model.vocabulary={size}")
+        raise UserError(
+            f"{data.tokenizer} has {size} pieces, the model {config.model.vocabulary}; set "
+            f"model.vocabulary={size}"
+        )
     return config.model_copy(update={"model": config.model.model_copy(update={"vocabulary": size})})
 
 
@@ -149,7 +171,8 @@ def build_model(config: PretrainConfig) -> UnifiedModel:
     """The model at step 0: seeded, then filled from `init`.
 
     Raises:
-        UserError: a folder of `init` is missing or does not fit; `init.model` has other sizes (they are named).
+        UserError: a folder of `init` is missing or does not fit; `init.model` has other sizes (they are
+            named).
     """
     torch.manual_seed(int(hash64(config.fit.seed, "model")) >> 1)
     model = UnifiedModel(config.model)
@@ -163,8 +186,8 @@ def build_model(config: PretrainConfig) -> UnifiedModel:
 
 
 def _continue(model: UnifiedModel, folder: str) -> None:
-    """All weights of an export or a run into `model`. Pictures may get another resolution; and what was an encoder of whole
-    pictures may become one of windows as large."""
+    """All weights of an export or a run into `model`. Pictures may get another resolution; and what was an
+    encoder of whole pictures may become one of windows as large."""
     before = UnifiedModel.from_pretrained(find_model(folder))
     ours, theirs = model.config.model_dump(), before.config.model_dump()
     windowed = theirs["vision_window"] is None and ours["vision_window"] == theirs["image_size"]
@@ -184,7 +207,9 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     """Train on this worker; worker 0 writes `result.json` and the curve. Returns the result."""
     data = resolve_data(config)
     batches = StepBatches(data, config.model.image_size, config.fit.seed, runtime.rank, runtime.world)
-    objective = UnifiedObjective(build_model(config), config.objective.on(batches.streams), data.image_text.length)
+    objective = UnifiedObjective(
+        build_model(config), config.objective.on(batches.streams), data.image_text.length
+    )
     retrieval, tables = None, []
     if data.retrieval:
         tokenizer = Tokenizer.load(data.tokenizer)
@@ -202,11 +227,27 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
         with torch.inference_mode():
             evaluate(objective.model)
     scores = tables[-1] if tables else {"retrieval": {}, "heldout": {}, "interval": {}}
-    made_by = {"git": commit(), "config_sha256": config_hash(config), "data_sha256": identity.data_hash(runtime.run)}
-    skipped = {"items_skipped": {"train": result.pop("samples_replaced"), **(retrieval.without_captions() if retrieval else {})}}
-    result = {"run": config.name, "seed": config.fit.seed, **result, **skipped, **made_by, **provenance(runtime.device), **scores}
+    made_by = {
+        "git": commit(),
+        "config_sha256": config_hash(config),
+        "data_sha256": identity.data_hash(runtime.run),
+    }
+    skipped = {
+        "items_skipped": {
+            "train": result.pop("samples_replaced"),
+            **(retrieval.without_captions() if retrieval else {}),
+        }
+    }
+    result = {
+        "run": config.name,
+        "seed": config.fit.seed,
+        **result,
+        **skipped,
+        **made_by,
+        **provenance(runtime.device),
+        **scores,
+    }
     if runtime.rank == 0 and result["finished"]:
         report.draw_curve(runtime.run)
         report.write_result(runtime.run / "result.json", result)
     return result
-

@@ -7,8 +7,9 @@
         ...                    the engine's own files, one shard a worker
     runs/NAME/best/            the checkpoint with the best score so far (hard links, where the disk allows)
 
-A checkpoint exists once it is *registered*: in Ray Train's snapshot, or in `registry.json` without Ray. A folder that is
-not registered is a leftover of a crash: it is ignored, and overwritten when its step comes again.
+A checkpoint exists once it is *registered*: in Ray Train's snapshot, or in `registry.json` without Ray. A
+folder that is not registered is a leftover of a crash: it is ignored, and overwritten when its step comes
+again.
 """
 
 import hashlib
@@ -99,8 +100,9 @@ def register(run: Path, name: str, keep: int) -> None:
 
 
 def keep_best(run: Path, name: str) -> None:
-    """Make `best/` this checkpoint if its score is the highest so far; as high as `best/`'s only if its meta data say "ties":
-    "last". One that is there, but not finite, as earlier versions kept it, gives way, and a line says so.
+    """Make `best/` this checkpoint if its score is the highest so far; as high as `best/`'s only if its meta
+    data say "ties": "last". One that is there, but not finite, as earlier versions kept it, gives way, and a
+    line says so.
 
     Raises:
         NotFinite: the score of this checkpoint.
@@ -111,7 +113,9 @@ def keep_best(run: Path, name: str) -> None:
     if score is None:
         return
     if not is_finite(score):
-        raise NotFinite(f"{source}/meta.json: score {score} is not finite (NaN or infinite), and cannot become {best}")
+        raise NotFinite(
+            f"{source}/meta.json: score {score} is not finite (NaN or infinite), and cannot become {best}"
+        )
     if best.is_dir():
         if bad := _not_finite_of(best):
             print(f"{best}: {bad} is not finite (NaN or infinite); {name} takes its place", flush=True)
@@ -144,7 +148,8 @@ def _link(source: str, to: str) -> None:
 
 
 def rewind(run: Path, name: str) -> Path:
-    """Set all checkpoints aside and let the run go on from `name` ("step_000050" or "best"). Nothing is deleted.
+    """Set all checkpoints aside and let the run go on from `name` ("step_000050" or "best"). Nothing is
+    deleted.
 
     Raises:
         UserError: there is no such checkpoint (names those there are); it is not whole.

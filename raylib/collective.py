@@ -1,7 +1,7 @@
 """What crosses workers inside a step. With one process every function is the identity.
 
-Convention: each worker's loss is its own share times the number of workers, so that the engines' averaging of gradients
-(DDP, ZeRO) gives the gradient of the loss over the global batch.
+Convention: each worker's loss is its own share times the number of workers, so that the engines' averaging of
+gradients (DDP, ZeRO) gives the gradient of the loss over the global batch.
 """
 
 import torch
@@ -19,8 +19,8 @@ def world_size() -> int:
 
 
 def raise_together(error: str | None, kind: type[UserError] = NotFinite) -> None:
-    """Raise on every worker, as a `kind`, the `error` that one of them has found, so that none waits for another in vain. All
-    workers call it; without an error on any, nothing happens."""
+    """Raise on every worker, as a `kind`, the `error` that one of them has found, so that none waits for
+    another in vain. All workers call it; without an error on any, nothing happens."""
     errors = [error]
     if world_size() > 1:
         errors = [None] * world_size()
@@ -38,8 +38,8 @@ def total(x: Tensor) -> Tensor:
 
 
 def gather(x: Tensor) -> Tensor:
-    """(b, ...) on each worker -> (W b, ...) in rank order, with gradient: each worker gets back the sum of what all
-    workers' losses owe to its rows."""
+    """(b, ...) on each worker -> (W b, ...) in rank order, with gradient: each worker gets back the sum of
+    what all workers' losses owe to its rows."""
     return _Gather.apply(x) if world_size() > 1 else x
 
 
@@ -52,7 +52,9 @@ def gather_ragged(x: Ragged, width: int) -> Ragged:
     valid = columns < x.lengths[:, None]
     index = (x.starts[rows, None] + torch.where(valid, columns, 0)).to(x.values.device)
     lengths = gather(x.lengths.to(x.values.device)).cpu()
-    padded = gather(F.embedding(index, x.values))  # the gradient of plain indexing adds up in no fixed order on threads
+    padded = gather(
+        F.embedding(index, x.values)
+    )  # the gradient of plain indexing adds up in no fixed order on threads
     kept = (columns < lengths[:, None]).flatten().nonzero().squeeze(1)
     return Ragged(padded.flatten(0, 1).index_select(0, kept.to(padded.device)), lengths)
 
@@ -67,14 +69,16 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)  # gloo has no reduce_scatter; the gathered states are small beside the gradients
+        dist.all_reduce(
+            grad
+        )  # gloo has no reduce_scatter; the gathered states are small beside the gradients
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def clamp(x: Tensor, low: float, high: float) -> Tensor:
-    """A parameter within [low, high]. Outside, the gradient passes only if a step along it leads back in: clamping the
-    parameter itself would be undone by ZeRO's own copy of it. What a step does is asked of all workers' gradients
-    together, and so of all terms together: call it once a step."""
+    """A parameter within [low, high]. Outside, the gradient passes only if a step along it leads back in:
+    clamping the parameter itself would be undone by ZeRO's own copy of it. What a step does is asked of all
+    workers' gradients together, and so of all terms together: call it once a step."""
     return _Clamp.apply(x, low, high)
 
 
@@ -88,5 +92,7 @@ class _Clamp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (x,), whole = ctx.saved_tensors, total(grad)
-        outward = ((x <= ctx.low) & (whole > 0)) | ((x >= ctx.high) & (whole < 0))  # a step goes against the gradient
+        outward = ((x <= ctx.low) & (whole > 0)) | (
+            (x >= ctx.high) & (whole < 0)
+        )  # a step goes against the gradient
         return grad.masked_fill(outward, 0.0), None, None

@@ -17,8 +17,9 @@ Main = Callable[[Sequence[str]], int]
 
 
 def command(interrupted: str = "") -> Callable[[Main], Callable[..., int]]:
-    """Makes `main(arguments)` an entry point: without arguments it takes the process's. A `UserError`, or a full disk, is one
-    line on stderr and exit code 2; Ctrl-C is one and exit code 130. `interrupted`: what to say of starting again."""
+    """Makes `main(arguments)` an entry point: without arguments it takes the process's. A `UserError`, or a
+    full disk, is one line on stderr and exit code 2; Ctrl-C is one and exit code 130. `interrupted`: what to
+    say of starting again."""
 
     def entry_point(main: Main) -> Callable[..., int]:
         @functools.wraps(main)
@@ -53,11 +54,16 @@ def check_output(path: Path | None) -> None:
 
 
 def train(
-    arguments: Sequence[str], room: str, doc: str, recipes: Mapping[str, Callable[[], C]], kind: type[C],
-    run: Callable[[C], Any], such: str,
+    arguments: Sequence[str],
+    room: str,
+    doc: str,
+    recipes: Mapping[str, Callable[[], C]],
+    kind: type[C],
+    run: Callable[[C], Any],
+    such: str,
 ) -> int:
-    """`python -m ROOM RECIPE [path=value ...]`, or `--config FILE`: run the config that they make. `doc`: of its --help;
-    `such`: an example of settings."""
+    """`python -m ROOM RECIPE [path=value ...]`, or `--config FILE`: run the config that they make. `doc`: of
+    its --help; `such`: an example of settings."""
     lines = "\n".join(f"  {name:20s} {recipe.__doc__}" for name, recipe in recipes.items())
     parser = argparse.ArgumentParser(
         prog=f"python -m {room}",
@@ -66,7 +72,9 @@ def train(
     )
     parser.add_argument("recipe", nargs="?", help="a recipe's name")
     parser.add_argument("settings", nargs="*", metavar="path=value", help=f"such as {such}")
-    parser.add_argument("--config", help="start from a stored config.json, or a YAML file, instead of a recipe")
+    parser.add_argument(
+        "--config", help="start from a stored config.json, or a YAML file, instead of a recipe"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     given = parser.parse_intermixed_args(arguments)
     if given.config:

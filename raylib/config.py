@@ -1,7 +1,7 @@
 """Configs: frozen pydantic models, changed only by dotted paths.
 
-One mechanism serves the command line (`optim.lr=1e-3`), search spaces and tests. An unknown path or a bad value is one
-line that says where and names the near matches.
+One mechanism serves the command line (`optim.lr=1e-3`), search spaces and tests. An unknown path or a bad
+value is one line that says where and names the near matches.
 """
 
 import difflib
@@ -27,10 +27,12 @@ C = TypeVar("C", bound=Config)
 
 
 def override(config: C, assignments: list[str]) -> C:
-    """A copy of `config` with each "path=value" applied. Values are JSON (`3`, `true`, `null`, `[0.5, 1]`), else text.
+    """A copy of `config` with each "path=value" applied. Values are JSON (`3`, `true`, `null`, `[0.5, 1]`),
+    else text.
 
     Raises:
-        UserError: not of the form path=value, unknown path (names the near matches), or a value of the wrong kind.
+        UserError: not of the form path=value, unknown path (names the near matches), or a value of the wrong
+            kind.
     """
     values = {}
     for assignment in assignments:
@@ -54,7 +56,9 @@ def change(config: C, changes: Mapping[str, Any], where: str = "settings") -> C:
         *parents, name = path.split(".")
         node = values
         for parent in parents:
-            node[parent] = node[parent] if node.get(parent) is not None else {}  # a part that was off is on now
+            node[parent] = (
+                node[parent] if node.get(parent) is not None else {}
+            )  # a part that was off is on now
             node = node[parent]
         node[name] = value
     return build(type(config), values, where)
@@ -115,8 +119,11 @@ def paths(cls: type[Config]) -> list[str]:
 
 def without(values: dict[str, Any], paths: Set[str], prefix: str = "") -> dict[str, Any]:
     """Return a copy of plain settings without the values at dotted `paths`."""
-    return {name: without(value, paths, f"{prefix}{name}.") if isinstance(value, dict) else value
-            for name, value in values.items() if prefix + name not in paths}  # fmt: skip
+    return {
+        name: without(value, paths, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in values.items()
+        if prefix + name not in paths
+    }
 
 
 def choose(name: str, choices: dict[str, Any], what: str) -> Any:
@@ -127,10 +134,12 @@ def choose(name: str, choices: dict[str, Any], what: str) -> Any:
 
 
 def near(name: str, known: list[str]) -> str:
-    """"; did you mean ...?" of what is known and like `name`; nothing where nothing is."""
+    """ "; did you mean ...?" of what is known and like `name`; nothing where nothing is."""
     tail = {k.rsplit(".", 1)[-1]: k for k in known}
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    close += [tail[t] for t in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(tail), n=2, cutoff=0.7)]
+    close += [
+        tail[t] for t in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(tail), n=2, cutoff=0.7)
+    ]
     close = list(dict.fromkeys(close))
     return f"; did you mean {' or '.join(close[:3])}?" if close else ""
 

@@ -6,7 +6,8 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake in the input, told in one line: what, where, what to do. Entry points print it and exit with 2."""
+    """A mistake in the input, told in one line: what, where, what to do. Entry points print it and exit with
+    2."""
 
 
 class NotFinite(UserError):
@@ -30,4 +31,7 @@ def disk_is_full(error: OSError) -> UserError:
     if error.errno != errno.ENOSPC:
         raise error
     where = f" for {error.filename}" if error.filename else ""
-    return UserError(f"no space left on the disk{where}; free some and start again: a run goes on from its newest checkpoint")
+    return UserError(
+        f"no space left on the disk{where}; free some and start again: a run goes on from its newest "
+        "checkpoint"
+    )

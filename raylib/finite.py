@@ -1,7 +1,8 @@
-"""Finite or refused: a number that is not finite is never compared, kept as best, reported, exported or loaded.
+"""Finite or refused: a number that is not finite is never compared, kept as best, reported, exported or
+loaded.
 
-Readers of files raise a plain `UserError` that names file and tensor; training and evaluation raise `NotFinite`, which a
-search takes for the end of a trial and not for a mistake in its settings.
+Readers of files raise a plain `UserError` that names file and tensor; training and evaluation raise
+`NotFinite`, which a search takes for the end of a trial and not for a mistake in its settings.
 """
 
 import math
@@ -20,8 +21,8 @@ def is_finite(value: Tensor | np.ndarray | float) -> bool:
     """Return whether every element of `value` is finite; integers always are."""
     if isinstance(value, int | float):
         return math.isfinite(value)
-    # A sum is finite only if every element is. It reads the elements once and stores nothing; the exact test, which
-    # allocates a mask, is needed only where the sum itself overflowed.
+    # A sum is finite only if every element is. It reads the elements once and stores nothing; the exact test,
+    # which allocates a mask, is needed only where the sum itself overflowed.
     if isinstance(value, np.ndarray | np.generic):
         if value.dtype.kind not in "fc":
             return True
@@ -56,7 +57,9 @@ def require_finite_file(path: Path | str, tensors: Mapping[str, Tensor | np.ndar
     """Raise `UserError` naming the file and the first tensor read from it that is not finite."""
     for name, tensor in tensors.items():
         if not is_finite(tensor):
-            raise UserError(f"{path}: tensor {name} is not finite (NaN or infinite); take an older or undamaged copy")
+            raise UserError(
+                f"{path}: tensor {name} is not finite (NaN or infinite); take an older or undamaged copy"
+            )
 
 
 def _not_finite(value: Any, name: str):

@@ -1,10 +1,10 @@
 """Steps whose loss or gradient is not finite: both engines skip them alike, and too many of them end the run.
 
-    1. `check_loss`: a loss or term that is not finite makes the loss NaN, and so the gradients of all workers.
-    2. The engine leaves weights and optimizer state as they are, to the bit, where the gradient's norm is not
-       finite.
-    3. `count`: how many steps were skipped stays on the device, so that no step waits for it.
-    4. `Watch` reads it before anything is logged, evaluated or saved.
+1. `check_loss`: a loss or term that is not finite makes the loss NaN, and so the gradients of all workers.
+2. The engine leaves weights and optimizer state as they are, to the bit, where the gradient's norm is not
+   finite.
+3. `count`: how many steps were skipped stays on the device, so that no step waits for it.
+4. `Watch` reads it before anything is logged, evaluated or saved.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +21,16 @@ from raylib.finite import is_finite
 
 
 class StepGuard:
-    """Counts skipped steps on `device`. After more than `limit` in a row every further step is skipped too: the
-    weights stay those at which the run ended, whenever that is read.
+    """Counts skipped steps on `device`. After more than `limit` in a row every further step is skipped too:
+    the weights stay those at which the run ended, whenever that is read.
 
     skipped, in_a_row: what an earlier start of the run had counted.
     """
 
     def __init__(self, device: torch.device, limit: int = 10, skipped: int = 0, in_a_row: int = 0):
         self.device, self.limit = device, limit
-        # steps skipped in all, and in a row; the last that was not, and the one at which a row became too long
+        # steps skipped in all, and in a row; the last that was not, and the one at which a row became too
+        # long
         counts = (skipped, in_a_row, -1, -1)
         self.skipped, self.in_a_row, self.applied, self.end = (torch.tensor(n, device=device) for n in counts)
         self.names: tuple[str, ...] = ()
@@ -45,8 +46,8 @@ class StepGuard:
         return loss * torch.where(self.finite.all(), 1.0, torch.nan).to(loss.dtype)
 
     def count(self, step: int, norm: Tensor) -> Tensor:
-        """Count `step`, whose gradient has this norm. Returns 1.0 where its update must be skipped, else 0.0, as a
-        tensor on the device."""
+        """Count `step`, whose gradient has this norm. Returns 1.0 where its update must be skipped, else 0.0,
+        as a tensor on the device."""
         skip, running = ~norm.to(self.device, non_blocking=True).isfinite(), self.end < 0
         self.skipped = self.skipped + skip
         self.in_a_row = (self.in_a_row + 1) * skip
@@ -58,8 +59,8 @@ class StepGuard:
         return skip.float()
 
     def read(self) -> tuple[int, int, int, int]:
-        """Wait for the device: (steps skipped in all, in a row, the last step applied, the step that ended the
-        run); -1 where there is no such step."""
+        """Wait for the device: (steps skipped in all, in a row, the last step applied, the step that ended
+        the run); -1 where there is no such step."""
         return tuple(torch.stack([self.skipped, self.in_a_row, self.applied, self.end]).tolist())
 
     def terms_at_end(self) -> list[str]:
@@ -112,9 +113,9 @@ class Watch:
         """Check, on all workers together, that the weights after `done` steps may be evaluated and kept.
 
         Raises:
-            NotFinite: a weight or the optimizer's state is not finite (it is named); or the batch of the last step
-                that was not skipped, which had a finite loss and gradient before its update, has them no more:
-                weights may be finite, and broken.
+            NotFinite: a weight or the optimizer's state is not finite (it is named); or the batch of the last
+                step that was not skipped, which had a finite loss and gradient before its update, has them no
+                more: weights may be finite, and broken.
         """
         found = self.engine.find_not_finite()
         raise_together(found and f"step {done}: {found} is not finite; {self.advice()}")
@@ -122,13 +123,15 @@ class Watch:
             self.engine.objective.zero_grad(set_to_none=True)  # the last step's gradients make room for these
             loss, terms = self._forward(self.applied)
             bad = [name for name, value in {"loss": loss, **terms}.items() if not is_finite(value)]
-            # weights of a finite loss whose gradient overflows would be good to evaluate, but no run could go on
-            # from them. The backward pass gathers: no worker may leave it out.
+            # weights of a finite loss whose gradient overflows would be good to evaluate, but no run could go
+            # on from them. The backward pass gathers: no worker may leave it out.
             gradients = self._gradients(loss)
             if not self._has_finite_total_norm(gradients) and not bad:
                 bad = ["the gradient"]
             broken = f"the update of step {self.applied + 1} broke the weights: of its own batch, once more, "
-            raise_together(f"step {done}: {broken}{', '.join(bad)} not finite; {self.advice()}" if bad else None)
+            raise_together(
+                f"step {done}: {broken}{', '.join(bad)} not finite; {self.advice()}" if bad else None
+            )
 
     def advice(self) -> str:
         """Return what to do about a run that ended."""
@@ -141,9 +144,9 @@ class Watch:
             return self.engine.objective(batch)
 
     def _first_parameter(self, step: int) -> str:
-        """Name the first parameter whose gradient in `step` is not finite on any worker, or whose gradient alone has
-        a norm that overflows. It is computed anew, outside of the engine, since ZeRO has let go of its own; the
-        weights are still those of the step."""
+        """Name the first parameter whose gradient in `step` is not finite on any worker, or whose gradient
+        alone has a norm that overflows. It is computed anew, outside of the engine, since ZeRO has let go of
+        its own; the weights are still those of the step."""
         names = [name for name, p in self.engine.objective.named_parameters() if p.requires_grad]
         try:
             gradients = self._gradients(self._forward(step)[0])
@@ -153,23 +156,29 @@ class Watch:
             hit = _on_any_worker([g is not None and not check(g) for g in gradients], self.engine.device)
             if any(hit):
                 return f"first parameter hit{kind} {names[hit.index(True)]} ({sum(hit)} of {len(names)})"
-        return "all parameters' own gradients are finite"  # a term alone is at fault, or the norm of all of them
+        return (
+            "all parameters' own gradients are finite"  # a term alone is at fault, or the norm of all of them
+        )
 
     def _gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradient of `loss` for each trainable parameter, None of one that it does not depend on, in the order of
-        the parameters. Nothing is left in their `grad`, which belongs to the engine."""
+        """Gradient of `loss` for each trainable parameter, None of one that it does not depend on, in the
+        order of the parameters. Nothing is left in their `grad`, which belongs to the engine."""
         parameters = [p for p in self.engine.objective.parameters() if p.requires_grad]
         return torch.autograd.grad(loss, parameters, allow_unused=True)
 
     def _has_finite_total_norm(self, gradients: Sequence[Tensor | None]) -> bool:
-        """Return whether the mean of all workers' gradients has a finite norm, as the step's clipping reckons it."""
+        """Return whether the mean of all workers' gradients has a finite norm, as the step's clipping reckons
+        it."""
         own = is_finite(nn.utils.get_total_norm([g for g in gradients if g is not None]))
         if not any(_on_any_worker([not own], self.engine.device)) or world_size() == 1:
             return own
-        # A worker's own gradient is larger than the mean of all, up to as many times as there are workers: only the
-        # mean ends a run at the same step whatever their number.
+        # A worker's own gradient is larger than the mean of all, up to as many times as there are workers:
+        # only the mean ends a run at the same step whatever their number.
         parameters = [p for p in self.engine.objective.parameters() if p.requires_grad]
-        means = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(parameters, gradients, strict=True)]
+        means = [
+            torch.zeros_like(p) if g is None else g.clone()
+            for p, g in zip(parameters, gradients, strict=True)
+        ]
         for mean in means:
             dist.all_reduce(mean.div_(world_size()))
         return is_finite(nn.utils.get_total_norm(means))

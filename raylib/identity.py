@@ -1,13 +1,15 @@
 """A run's data and code, as they were when it began: RUN/identity.json.
 
     {"code": [the version that the run began with, each later one that went on with it],
-     "data": {PATH: {"stamp": hash of names, sizes and times of change, "bytes": ..., "sha256": content or null}, ...}}
+     "data": {PATH: {"stamp": hash of names, sizes and times of change, "bytes": ..., "sha256": content or
+     null}, ...}}
 
-A start compares what is there with what was recorded. Sizes and times come first, for they cost nothing; where a time differs
-and the size does not (a copy, a fresh checkout), the content is hashed and decides. `verify` hashes everything at every start.
-Data that changed is refused: a run that goes on with other data is no run of either. So is a file that came or went, where the
-code that reads them is the same: an optional one (a WordNet, a list of answers) changes what a run trains. A file that lies
-elsewhere now (a relative path, read from another folder) is the same if its name and content are. Code that changed is told.
+A start compares what is there with what was recorded. Sizes and times come first, for they cost nothing;
+where a time differs and the size does not (a copy, a fresh checkout), the content is hashed and decides.
+`verify` hashes everything at every start. Data that changed is refused: a run that goes on with other data is
+no run of either. So is a file that came or went, where the code that reads them is the same: an optional one
+(a WordNet, a list of answers) changes what a run trains. A file that lies elsewhere now (a relative path,
+read from another folder) is the same if its name and content are. Code that changed is told.
 """
 
 import hashlib
@@ -28,9 +30,9 @@ FILE = "identity.json"
 class DataFile(NamedTuple):
     """A file, or a folder of files, that a run reads.
 
-    sha256: of its content, where something else knows it (a shard's manifest). large: too large to be hashed at a first start
-    (shards, image archives, feature stores): its size and time are its identity, unless `verify` is asked for. address: of what
-    was fetched, whose path is a place in a cache.
+    sha256: of its content, where something else knows it (a shard's manifest). large: too large to be hashed
+    at a first start (shards, image archives, feature stores): its size and time are its identity, unless
+    `verify` is asked for. address: of what was fetched, whose path is a place in a cache.
     """
 
     path: Path
@@ -44,9 +46,11 @@ class DataFile(NamedTuple):
         return self.address or str(self.path.absolute())
 
 
-def record(files: Iterable[DataFile], before: Mapping[str, dict], verify: bool = False) -> dict[str, dict[str, Any]]:
-    """{path: {"stamp", "bytes", "sha256"}} of `files` as they are now; `before` is an earlier record, whose hashes are taken over
-    where sizes and times are the same.
+def record(
+    files: Iterable[DataFile], before: Mapping[str, dict], verify: bool = False
+) -> dict[str, dict[str, Any]]:
+    """{path: {"stamp", "bytes", "sha256"}} of `files` as they are now; `before` is an earlier record, whose
+    hashes are taken over where sizes and times are the same.
 
     Raises:
         UserError: a file is missing; with `verify`, its content is not what its manifest says.
@@ -63,11 +67,15 @@ def record(files: Iterable[DataFile], before: Mapping[str, dict], verify: bool =
         if old and old["stamp"] == entry["stamp"] and not verify:
             sha256 = old["sha256"]
         elif verify or (old is None and file.sha256 is None and not file.large) or (old and old["sha256"]):
-            sha256 = shared("sha256", stamp(file.path), partial(content_hash, file.path))  # once for all trials of a search
+            sha256 = shared(
+                "sha256", stamp(file.path), partial(content_hash, file.path)
+            )  # once for all trials of a search
         else:
             sha256 = file.sha256
         if verify and file.sha256 and sha256 != file.sha256:
-            raise UserError(f"{path}: its SHA-256 is not its manifest's; fetch it anew, or index the folder anew")
+            raise UserError(
+                f"{path}: its SHA-256 is not its manifest's; fetch it anew, or index the folder anew"
+            )
         entries[path] = entry | {"sha256": sha256}
     return entries
 
@@ -99,7 +107,8 @@ def changed(before: Mapping[str, dict], now: Mapping[str, dict]) -> list[str]:
 
 
 def match_moved(before: Mapping[str, dict], now: Mapping[str, dict]) -> dict[str, str]:
-    """{old path: new path} of files that lie elsewhere now, with the same name and content (of large ones, size)."""
+    """{old path: new path} of files that lie elsewhere now, with the same name and content (of large ones,
+    size)."""
     new: dict[str, list[str]] = {}  # by base name: thousands of shards may have moved
     for path in now:
         if path not in before:
@@ -109,7 +118,11 @@ def match_moved(before: Mapping[str, dict], now: Mapping[str, dict]) -> dict[str
         if path in now:
             continue
         others = new.get(Path(path).name, [])
-        same = (other for other in others if not changed({path: old}, {path: now[other] | {"stamp": old["stamp"]}}))
+        same = (
+            other
+            for other in others
+            if not changed({path: old}, {path: now[other] | {"stamp": old["stamp"]}})
+        )
         if other := next(same, None):
             moved[path] = other
             others.remove(other)
@@ -117,7 +130,8 @@ def match_moved(before: Mapping[str, dict], now: Mapping[str, dict]) -> dict[str
 
 
 def came_or_went(before: Mapping[str, dict], now: Mapping[str, dict], same_code: bool) -> list[str]:
-    """List, in words, the files that only one of both records has. Other code may read others, but not miss what is gone."""
+    """List, in words, the files that only one of both records has. Other code may read others, but not miss
+    what is gone."""
     moved = match_moved(before, now)
     gone = [path for path in before if path not in now and path not in moved]
     found = [f"{path} (missing)" for path in gone if not Path(path).exists()]
@@ -143,8 +157,8 @@ def compare(run: Path, files: Iterable[DataFile], verify: bool = False) -> tuple
 
 
 def settle(run: Path, files: Iterable[DataFile], verify: bool = False) -> list[str]:
-    """Record the data and the code that `run` goes on with, after comparing both with what it began with. Returns what people
-    should be told.
+    """Record the data and the code that `run` goes on with, after comparing both with what it began with.
+    Returns what people should be told.
 
     Raises:
         UserError: data changed (the first files are named); see `record`.
@@ -153,13 +167,19 @@ def settle(run: Path, files: Iterable[DataFile], verify: bool = False) -> list[s
     data, different = compare(run, files, verify)
     if different:
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-        raise UserError(f"{run}: the data changed since this run began: {', '.join(different[:3])}{more}; restore it, or give "
-                        f"another name= to begin a run with what is there now")  # fmt: skip
+        raise UserError(
+            f"{run}: the data changed since this run began: {', '.join(different[:3])}{more}; restore it, or "
+            "give another name= to begin a run with what is there now"
+        )
     if stored["code"] and code not in stored["code"]:
         notes.append(f"note: this run began with code {stored['code'][0]} and goes on with {code}")
-    if unknown := [path for path, old in stored["data"].items() if verify and path in data and not old["sha256"]]:
-        notes.append(f"note: the content of {len(unknown)} files, such as {unknown[0]}, was not hashed when this run began, and "
-                     "is from now on")  # fmt: skip
+    if unknown := [
+        path for path, old in stored["data"].items() if verify and path in data and not old["sha256"]
+    ]:
+        notes.append(
+            f"note: the content of {len(unknown)} files, such as {unknown[0]}, was not hashed when this run "
+            "began, and is from now on"
+        )
     codes = stored["code"] if code in stored["code"] else [*stored["code"], code]
     moved = match_moved(stored["data"], data)
     kept = {path: entry for path, entry in stored["data"].items() if path not in moved}
@@ -184,7 +204,7 @@ def data_hash(run: Path) -> str | None:
 
 
 def combined_hash(data: Mapping[str, dict]) -> str | None:
-    """One hash over a record: the same on another machine, for it holds base names and contents (of large files, sizes). None:
-    of an empty one."""
+    """One hash over a record: the same on another machine, for it holds base names and contents (of large
+    files, sizes). None: of an empty one."""
     parts = sorted(f"{Path(path).name} {entry['sha256'] or entry['bytes']}" for path, entry in data.items())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else None

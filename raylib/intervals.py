@@ -73,9 +73,9 @@ def recall_interval(i2t: Any, t2i: Any, owner: Any, *key: Key) -> list[float] | 
 
 
 class ItemClusters:
-    """Scores of a stream of items by cluster (image), in memory that does not grow with it: a hash of its name
-    puts a cluster into one of `BUCKETS`. Clusters that share one are drawn together; as they are independent,
-    that leaves the interval about as wide as it was."""
+    """Scores of a stream of items by cluster (image), in memory that does not grow with it: a hash of its
+    name puts a cluster into one of `BUCKETS`. Clusters that share one are drawn together; as they are
+    independent, that leaves the interval about as wide as it was."""
 
     BUCKETS = 2**16
 

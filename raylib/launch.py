@@ -21,7 +21,8 @@ SETTINGS = {  # of Ray, by environment variables
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every print comes twice
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # noisy
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a trial are what they are everywhere
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a stopped trial's loaders may end before its process is given to the next
+    # a stopped trial's loaders may end before its process is given to the next
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
     "TUNE_GLOBAL_CHECKPOINT_S": "0.2",  # or ten seconds of a search are lost with its driver
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a checkpoint of a pruning round has no score
 }
@@ -40,10 +41,30 @@ class LaunchConfig(Config):
 
 
 # what may change between the parts of one run
-CHANGEABLE = ("runs", "runtime", "workers", "gpu", "max_failures", "resume", "fit.stop_after", "fit.log_every", "fit.eval_every",
-              "fit.save_every", "fit.keep", "fit.loader_workers", "fit.track", "fit.zero", "fit.max_skipped", "data.cache",
-              "data.verify", "verify")  # fmt: skip
-VERIFY = {"data.verify", "verify"}  # of these, those that ask for the content of all data: pretraining's, fine-tuning's
+CHANGEABLE = (
+    "runs",
+    "runtime",
+    "workers",
+    "gpu",
+    "max_failures",
+    "resume",
+    "fit.stop_after",
+    "fit.log_every",
+    "fit.eval_every",
+    "fit.save_every",
+    "fit.keep",
+    "fit.loader_workers",
+    "fit.track",
+    "fit.zero",
+    "fit.max_skipped",
+    "data.cache",
+    "data.verify",
+    "verify",
+)
+VERIFY = {
+    "data.verify",
+    "verify",
+}  # of these, those that ask for the content of all data: pretraining's, fine-tuning's
 
 
 def run_folder(config: LaunchConfig) -> Path:
@@ -57,25 +78,33 @@ def leads(config: LaunchConfig) -> bool:
 
 
 def config_hash(config: LaunchConfig) -> str:
-    """Return the SHA-256 of the settings that numbers depend on: all but `name` and those that may change within a run."""
+    """Return the SHA-256 of the settings that numbers depend on: all but `name` and those that may change
+    within a run."""
     values = without(config.model_dump(mode="json"), {"name", *CHANGEABLE})
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool = False) -> None:
-    """Make the run's folder, store its config, compare its data, `files`, with what it began with, apply `resume`.
+    """Make the run's folder, store its config, compare its data, `files`, with what it began with, apply
+    `resume`.
 
     Raises:
-        UserError: the folder belongs to a run of other settings (they are named); its data changed (`raylib.identity`); a
-            checkpoint to resume from is missing or not whole.
+        UserError: the folder belongs to a run of other settings (they are named); its data changed
+            (`raylib.identity`); a checkpoint to resume from is missing or not whole.
     """
     run = run_folder(config)
     (run / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
     stored = run / "config.json"
     if stored.is_file():
-        changed = [p for p in _differences(_stored_values(stored, type(config)), json.loads(dump(config))) if p not in CHANGEABLE]
+        changed = [
+            p
+            for p in _differences(_stored_values(stored, type(config)), json.loads(dump(config)))
+            if p not in CHANGEABLE
+        ]
         if changed:
-            raise UserError(f"{run} holds a run with other settings ({', '.join(changed)}); give this one another name=")
+            raise UserError(
+                f"{run} holds a run with other settings ({', '.join(changed)}); give this one another name="
+            )
     for note in identity.settle(run, files, verify):
         print(note, flush=True)
     checkpoint.write_atomically(stored, dump(config) + "\n")
@@ -94,9 +123,11 @@ def _stored_values(path: Path, kind: type[LaunchConfig]) -> dict:
         return values
 
 
-def launch(main: Callable[[Runtime, Any], dict], config: Any, run: Path, reporter: Reporter | None = None) -> dict:
-    """`main(runtime, config)` on every worker; returns what worker 0 returned. In a trial of a search, `reporter` tells it of
-    every checkpoint.
+def launch(
+    main: Callable[[Runtime, Any], dict], config: Any, run: Path, reporter: Reporter | None = None
+) -> dict:
+    """`main(runtime, config)` on every worker; returns what worker 0 returned. In a trial of a search,
+    `reporter` tells it of every checkpoint.
 
     Raises:
         UserError: raised by `main` on any worker, in one line.
@@ -118,7 +149,10 @@ def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -
     gpu = resources.get("GPU", 0) > 0 if config.gpu is None else config.gpu
     have = int(resources.get("GPU" if gpu else "CPU", 0))
     if have < config.workers:
-        raise UserError(f"workers={config.workers}, but the cluster has {have} {'GPUs' if gpu else 'CPUs'}; set workers={have}")
+        raise UserError(
+            f"workers={config.workers}, but the cluster has {have} {'GPUs' if gpu else 'CPUs'}; set "
+            f"workers={have}"
+        )
     failure = run / "failure.json"
     failure.unlink(missing_ok=True)
     trainer = TorchTrainer(
@@ -157,11 +191,16 @@ def connect() -> bool:
     try:
         import ray
     except ImportError:
-        raise UserError("ray is not installed; install the pinned requirements, or run with runtime=local") from None
+        raise UserError(
+            "ray is not installed; install the pinned requirements, or run with runtime=local"
+        ) from None
     if ray.is_initialized():
         return False
-    ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True,
-             runtime_env={"env_vars": {k: os.environ[k] for k in SETTINGS}})  # fmt: skip
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS", "local"),
+        log_to_driver=True,
+        runtime_env={"env_vars": {k: os.environ[k] for k in SETTINGS}},
+    )
     return True
 
 
@@ -175,7 +214,9 @@ def _work(parts: dict) -> dict:
     try:
         return parts["main"](OnRay(run), parts["config"])
     except UserError as e:
-        checkpoint.write_atomically(failure, json.dumps({"error": str(e), "not_finite": isinstance(e, NotFinite)}))
+        checkpoint.write_atomically(
+            failure, json.dumps({"error": str(e), "not_finite": isinstance(e, NotFinite)})
+        )
         raise
 
 

@@ -1,4 +1,5 @@
-"""The only training loop. Everything random in it derives from (seed, step, ...); its whole state is the step."""
+"""The only training loop. Everything random in it derives from (seed, step, ...); its whole state is the
+step."""
 
 import json
 import resource
@@ -38,13 +39,16 @@ class FitConfig(Config):
     eval_every: NonNegativeInt = 0
     save_every: NonNegativeInt = 0
     keep: PositiveInt = 2
-    # a step whose loss or gradient is not finite changes nothing; more such steps in a row than this end the run
+    # a step whose loss or gradient is not finite changes nothing; more such steps in a row than this end the
+    # run
     max_skipped: NonNegativeInt = 10
     bf16: bool | None = None  # autocast; None: where the hardware multiplies bf16
     zero: bool | None = None  # DeepSpeed ZeRO-2; None: on Ray
     loader_workers: NonNegativeInt = 1
     track: tuple[Backend, ...] = ()
-    stop_after: PositiveInt | None = None  # stop at this step, as an interruption would; the run stays unfinished
+    stop_after: PositiveInt | None = (
+        None  # stop at this step, as an interruption would; the run stays unfinished
+    )
 
     def uses_bf16(self, device: torch.device) -> bool:
         """What `bf16` comes to on `device`."""
@@ -78,17 +82,17 @@ def fit(
     """Train `objective` from the run's newest checkpoint, or from the start, to `config.steps`.
 
     Args:
-        objective: `forward(batch)` -> (loss, {term: mean over the global batch}); `.model` is what is exported.
-        batches: `batches[step]` is this worker's part of the global batch of `step`.
-        evaluate: called by every worker; `{"score": ..., name: value}`, the highest score is the best checkpoint.
-        describe: what `meta.json` should say besides.
-        rates: factor of the learning rate of each depth in each step; then `objective.model` has `depth_of(name)`.
+        objective: `forward(batch)` -> (loss, {term: mean over the global batch}); `.model` is what is
+        exported. batches: `batches[step]` is this worker's part of the global batch of `step`. evaluate:
+        called by every worker; `{"score": ..., name: value}`, the highest score is the best checkpoint.
+        describe: what `meta.json` should say besides. rates: factor of the learning rate of each depth in
+        each step; then `objective.model` has `depth_of(name)`.
     Returns:
         {"steps", "seconds", "times", "losses", "evaluation", "skipped_steps", "samples_replaced": by others
         of their lane, since they could not be used, "peak_memory_gb", "samples_per_second", ...}.
     Raises:
-        NotFinite: more steps in a row were skipped than `config.max_skipped`; weights, or scores, that are not finite. Nothing
-            is saved of them.
+        NotFinite: more steps in a row were skipped than `config.max_skipped`; weights, or scores, that are
+            not finite. Nothing is saved of them.
     """
     clock, start = Clock({}), runtime.newest()
     meta = checkpoint.read_meta(start) if start else {"step": 0, "times": {}}
@@ -96,12 +100,18 @@ def fit(
     on_gpu = runtime.device.type == "cuda"
     bf16 = config.uses_bf16(runtime.device)
     zero = type(runtime).__name__ == "OnRay" if config.zero is None else config.zero
-    guard = StepGuard(runtime.device, config.max_skipped, meta.get("skipped_steps", 0), meta.get("skipped_in_a_row", 0))
-    engine = (DeepSpeedEngine if zero else TorchEngine)(objective, optim, runtime.device, bf16, start, rates, guard)
+    guard = StepGuard(
+        runtime.device, config.max_skipped, meta.get("skipped_steps", 0), meta.get("skipped_in_a_row", 0)
+    )
+    engine = (DeepSpeedEngine if zero else TorchEngine)(
+        objective, optim, runtime.device, bf16, start, rates, guard
+    )
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
     tracker = Tracker(runtime.run, config.track, first) if runtime.rank == 0 else None
     meta_of_run = {**describe, "workers": runtime.world, "engine": engine.name}
-    saver = _Saver(runtime, engine, objective, meta_of_run, clock, config.steps, meta.get("samples_replaced", 0))
+    saver = _Saver(
+        runtime, engine, objective, meta_of_run, clock, config.steps, meta.get("samples_replaced", 0)
+    )
     losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
     replay = _Replay(objective, batches, config, runtime)
     watch = Watch(guard, engine, replay, start)
@@ -119,7 +129,8 @@ def fit(
         logs = done % config.log_every == 0 or done == last
         evaluates = _due(done, config.eval_every, config.steps)
         saves = _due(done, config.save_every, config.steps) or done == last
-        # a GPU works ahead of the host, which would wait here; on the CPU nothing waits, and DeepSpeed has waited in its step
+        # a GPU works ahead of the host, which would wait here; on the CPU nothing waits, and DeepSpeed has
+        # waited in its step
         if logs or evaluates or saves or zero or not on_gpu:
             watch.read()
         if logs:
@@ -140,15 +151,25 @@ def fit(
     if tracker:
         tracker.close()
     return {
-        "steps": last, "finished": last == config.steps, "workers": runtime.world, "engine": engine.name,
-        "bf16": bf16, "seconds": sum(clock.spent.values()), "times": clock.spent, "losses": losses, "evaluation": evaluation,
-        "skipped_steps": watch.skipped, "samples_replaced": saver.replaced_by_all,
-        "peak_memory_gb": peak_memory(runtime.device), "samples_per_second": progress.overall(last, clock),
-    }  # fmt: skip
+        "steps": last,
+        "finished": last == config.steps,
+        "workers": runtime.world,
+        "engine": engine.name,
+        "bf16": bf16,
+        "seconds": sum(clock.spent.values()),
+        "times": clock.spent,
+        "losses": losses,
+        "evaluation": evaluation,
+        "skipped_steps": watch.skipped,
+        "samples_replaced": saver.replaced_by_all,
+        "peak_memory_gb": peak_memory(runtime.device),
+        "samples_per_second": progress.overall(last, clock),
+    }
 
 
 class _Replay:
-    """Steps to be gone through again: `replay(step)` is this worker's batch of `step`, dropout seeded as it was."""
+    """Steps to be gone through again: `replay(step)` is this worker's batch of `step`, dropout seeded as it
+    was."""
 
     def __init__(self, objective: nn.Module, batches: Dataset, config: FitConfig, runtime: Runtime):
         self.objective, self.batches, self.config, self.runtime = objective, batches, config, runtime
@@ -172,9 +193,22 @@ class _Saver:
     """Writes a checkpoint: this worker's engine shard; from worker 0 the model and `meta.json` too."""
 
     def __init__(
-        self, runtime: Runtime, engine, objective: nn.Module, describe: dict, clock: Clock, steps: int, replaced: int
-    ):  # fmt: skip
-        self.runtime, self.engine, self.objective, self.describe, self.clock = runtime, engine, objective, describe, clock
+        self,
+        runtime: Runtime,
+        engine,
+        objective: nn.Module,
+        describe: dict,
+        clock: Clock,
+        steps: int,
+        replaced: int,
+    ):
+        self.runtime, self.engine, self.objective, self.describe, self.clock = (
+            runtime,
+            engine,
+            objective,
+            describe,
+            clock,
+        )
         self.steps, self.ready = steps, 0.0  # when the first batch was there, by the clock on the wall
         # samples that others took the place of: on all workers, up to the last save; on this one since then
         self.replaced_by_all, self.replaced = replaced, 0
@@ -184,18 +218,40 @@ class _Saver:
         score = evaluation.get("score")
         self.replaced_by_all += int(total(torch.tensor(self.replaced, device=self.runtime.device)))
         self.replaced = 0
-        counts = {"skipped_steps": watch.skipped, "skipped_in_a_row": watch.in_a_row, "samples_replaced": self.replaced_by_all}
-        meta = {**self.describe, "step": step, "score": score, "losses": losses, "evaluation": evaluation, **counts}
+        counts = {
+            "skipped_steps": watch.skipped,
+            "skipped_in_a_row": watch.in_a_row,
+            "samples_replaced": self.replaced_by_all,
+        }
+        meta = {
+            **self.describe,
+            "step": step,
+            "score": score,
+            "losses": losses,
+            "evaluation": evaluation,
+            **counts,
+        }
 
         def write(folder: Path) -> None:
             self.engine.save(folder, self.runtime.rank)
             if self.runtime.rank == 0:
                 self.objective.model.save(folder)
                 meta["times"] = self.clock.spent
-                (folder / "meta.json").write_text(json.dumps(meta, indent=1, allow_nan=False), encoding="utf-8")
+                (folder / "meta.json").write_text(
+                    json.dumps(meta, indent=1, allow_nan=False), encoding="utf-8"
+                )
 
-        self.runtime.save(step, write, {"step": step, "steps": self.steps, "ready": self.ready, **evaluation,
-                                        **{f"loss/{k}": v for k, v in losses.items()}})  # fmt: skip
+        self.runtime.save(
+            step,
+            write,
+            {
+                "step": step,
+                "steps": self.steps,
+                "ready": self.ready,
+                **evaluation,
+                **{f"loss/{k}": v for k, v in losses.items()},
+            },
+        )
         self.clock.lap("checkpoint")
         return self.runtime.run / checkpoint.FOLDER / checkpoint.step_name(step)
 
@@ -209,8 +265,9 @@ class _Progress:
         self.last_step = first
 
     def log(self, step: int, lr: float, losses: dict[str, float], skipped: int, batch: dict) -> None:
-        """Log step `step`: its losses, how many steps have been skipped so far, samples of all workers a second since the last
-        line. JSON has no NaN: a loss that is not finite is in the printed line alone."""
+        """Log step `step`: its losses, how many steps have been skipped so far, samples of all workers a
+        second since the last line. JSON has no NaN: a loss that is not finite is in the printed line
+        alone."""
         now = time.perf_counter()
         self.samples = batch.get("samples", 0)
         rate = (step - self.last_step) * self.samples / (now - self.last)
@@ -218,12 +275,16 @@ class _Progress:
         finite = {f"loss/{k}": v for k, v in finite_values(losses).items()}
         self.tracker.log(step, {"lr": lr, **finite, "skipped": skipped, "samples_per_second": rate})
         left = (now - self.began) / (step - self.first) * (self.steps - step)
-        line = " ".join(f"{k} {v:.3f}" for k, v in losses.items()) + (f"  skipped {skipped}" if skipped else "")
+        line = " ".join(f"{k} {v:.3f}" for k, v in losses.items()) + (
+            f"  skipped {skipped}" if skipped else ""
+        )
         print(f"step {step}/{self.steps}  {line}  {rate:.0f} samples/s  ETA {_minutes(left)}", flush=True)
 
     def log_evaluation(self, step: int, scores: dict[str, float]) -> None:
         self.tracker.log(step, {f"eval/{k}": v for k, v in scores.items()})
-        print(f"step {step}/{self.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True)
+        print(
+            f"step {step}/{self.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True
+        )
 
     def overall(self, step: int, clock: Clock) -> float:
         spent = clock.spent.get("step", 0.0) + clock.spent.get("data", 0.0)
@@ -231,7 +292,8 @@ class _Progress:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch's tensors on `device`, but for those that plan the step, which stay on the CPU (`raylib.ragged`)."""
+    """A batch's tensors on `device`, but for those that plan the step, which stay on the CPU
+    (`raylib.ragged`)."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
@@ -245,7 +307,9 @@ def _due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
 
-def _step(engine: TorchEngine | DeepSpeedEngine, batch: dict, step: int, lr: float, runtime: Runtime) -> dict[str, Tensor]:
+def _step(
+    engine: TorchEngine | DeepSpeedEngine, batch: dict, step: int, lr: float, runtime: Runtime
+) -> dict[str, Tensor]:
     """As `engine.step`; says what to do where memory runs out."""
     try:
         return engine.step(batch, step, lr)
@@ -255,7 +319,9 @@ def _step(engine: TorchEngine | DeepSpeedEngine, batch: dict, step: int, lr: flo
         raise
 
 
-def _evaluate(objective: nn.Module, evaluate: Callable, clock: Clock, done: int, watch: Watch) -> dict[str, float]:
+def _evaluate(
+    objective: nn.Module, evaluate: Callable, clock: Clock, done: int, watch: Watch
+) -> dict[str, float]:
     """The scores after `done` steps.
 
     Raises:
@@ -273,8 +339,11 @@ def _evaluate(objective: nn.Module, evaluate: Callable, clock: Clock, done: int,
 
 
 def _does_not_fit(step: int, batch: dict, runtime: Runtime) -> UserError:
-    """What to do when memory runs out. Splitting the batch is no way out: it would change the contrastive negatives."""
-    sizes = ", ".join(f"{name} {len(part['index'])}" for name, part in batch.items() if isinstance(part, dict))
+    """What to do when memory runs out. Splitting the batch is no way out: it would change the contrastive
+    negatives."""
+    sizes = ", ".join(
+        f"{name} {len(part['index'])}" for name, part in batch.items() if isinstance(part, dict)
+    )
     return UserError(
         f"step {step}: a worker's part of the batch ({sizes}) does not fit the memory of {runtime.device}; "
         f"give it more than workers={runtime.world}, or lower data.*.batch, or take a smaller model"
@@ -282,8 +351,8 @@ def _does_not_fit(step: int, batch: dict, runtime: Runtime) -> UserError:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16 faster than float32. Of CPUs: with AMX, and AMD's with AVX-512 BF16; Intel's
-    without AMX run these instructions at half the rate of float32 (`benchmarks/README.md`)."""
+    """Whether the hardware multiplies bf16 faster than float32. Of CPUs: with AMX, and AMD's with AVX-512
+    BF16; Intel's without AMX run these instructions at half the rate of float32 (`benchmarks/README.md`)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     by_amd = cpu_info("vendor_id") == "AuthenticAMD"

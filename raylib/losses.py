@@ -1,6 +1,7 @@
 """Pure tensor functions. Losses are *sums* over local rows: the caller divides by the count over all workers.
 
-Shape legend: b local rows, B rows of the global batch, e embedding width, m masked positions, d width, V vocabulary.
+Shape legend: b local rows, B rows of the global batch, e embedding width, m masked positions, d width, V
+vocabulary.
 """
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 HEAD_ROWS = 256  # rows of the vocabulary head at a time; PyTorch's automatic choice is 10 x slower on a CPU
 
 
-def contrastive(queries: Tensor, keys: Tensor, positive: Tensor, excluded: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+def contrastive(
+    queries: Tensor, keys: Tensor, positive: Tensor, excluded: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
     """InfoNCE in one direction, summed (paper 2, equation 1). In float32, also under autocast.
 
     Args:
@@ -22,17 +25,21 @@ def contrastive(queries: Tensor, keys: Tensor, positive: Tensor, excluded: Tenso
         (sum of the losses, logits (b, B) without gradient).
     """
     with torch.autocast(queries.device.type, enabled=False):
-        # scaled and masked where they are made: at (b, B), every further pass over the logits costs as much as this one
+        # scaled and masked where they are made: at (b, B), every further pass over the logits costs as much
+        # as this one
         logits = torch.addmm(excluded, queries.to(excluded.dtype) / temperature, keys.to(excluded.dtype).T)
         return F.cross_entropy(logits, positive, reduction="sum"), logits.detach()
 
 
-def masked_language(states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def masked_language(
+    states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy over the vocabulary at masked positions (paper 2, equation 2).
 
-    Logits exist for `HEAD_ROWS` positions at a time, and once: their gradient is taken in the same breath, so that memory
-    does not grow with the number of positions and nothing is computed again. (`F.linear_cross_entropy` does so too, but
-    weighs all positions alike: a call for each term, each with a gradient as large as the vocabulary.)
+    Logits exist for `HEAD_ROWS` positions at a time, and once: their gradient is taken in the same breath, so
+    that memory does not grow with the number of positions and nothing is computed again.
+    (`F.linear_cross_entropy` does so too, but weighs all positions alike: a call for each term, each with a
+    gradient as large as the vocabulary.)
 
     Args:
         states: (m, d). weight: (V, d). bias: (V,). labels: (m,). scale: (m,) what each position counts.
@@ -86,10 +93,13 @@ def hard_negatives(similarity: Tensor, forbidden: Tensor, draws: Tensor) -> tupl
         forbidden: (b, B) True at the positive and at every false negative.
         draws: (b,) uniform in [0, 1), one a row: equal draws give equal negatives on any number of workers.
     Returns:
-        (index (b,), exists (b,)). Where all keys are forbidden there is no negative: index 0, exists False. Scores
-        that are NaN or infinite count as the lowest, so that a diverging model fails in its loss and not in here.
+        (index (b,), exists (b,)). Where all keys are forbidden there is no negative: index 0, exists False.
+        Scores that are NaN or infinite count as the lowest, so that a diverging model fails in its loss and
+        not in here.
     """
-    scores = similarity.float().nan_to_num(nan=-1e4, posinf=1e4, neginf=-1e4).masked_fill(forbidden, -torch.inf)
+    scores = (
+        similarity.float().nan_to_num(nan=-1e4, posinf=1e4, neginf=-1e4).masked_fill(forbidden, -torch.inf)
+    )
     exists = ~forbidden.all(1)
     chances = scores.masked_fill(~exists[:, None], 0.0).softmax(1).masked_fill(forbidden, 0.0).cumsum(1)
     wanted = draws[:, None].to(chances) * chances[:, -1:]

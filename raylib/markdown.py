@@ -28,4 +28,6 @@ def spread(shares: Iterable[float | None]) -> str:
     known = [share for share in shares if share is not None]
     if not known:
         return ""
-    return percent(statistics.fmean(known)) + (f" ± {percent(statistics.stdev(known))}" if len(known) > 1 else "")
+    return percent(statistics.fmean(known)) + (
+        f" ± {percent(statistics.stdev(known))}" if len(known) > 1 else ""
+    )

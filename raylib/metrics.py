@@ -48,8 +48,8 @@ def mean_hits(hits: Tensor) -> dict[int, float]:
 
 
 def hit_chances(scores: Tensor, own: Tensor, first: Tensor | None = None) -> Tensor:
-    """Chance that one of a query's own keys is among its first {1, 5, 10}, the highest score first and keys of
-    equal score in random order: (q, 3) in float64. A model whose scores are all equal so reaches chance.
+    """Chance that one of a query's own keys is among its first {1, 5, 10}, the highest score first and keys
+    of equal score in random order: (q, 3) in float64. A model whose scores are all equal so reaches chance.
 
     Of o own and f other keys that tie for the best own place, with r places left before the cut, none of the
     own keys is within the cut with probability C(f, r) / C(f + o, r) = prod_{i < r} (f - i) / (f + o - i).

@@ -3,13 +3,14 @@
 The step's journey:
 1. every sentence of every stream goes through the text encoder in one call, every picture through the ViT;
 2. CLS states become unit vectors; those of all workers are the candidates of UCL and of the hard negatives;
-3. image-text rows (masked captions with their picture, with a wrong picture, wrong captions with the picture) go
-   through the unified encoder in one call: the first third serves both VLM and the positives of ITM;
-4. translation pairs, each side grounded in the other, go through it in a second call (TLM), mono text in a third (xMLM);
+3. image-text rows (masked captions with their picture, with a wrong picture, wrong captions with the picture)
+   go through the unified encoder in one call: the first third serves both VLM and the positives of ITM;
+4. translation pairs, each side grounded in the other, go through it in a second call (TLM), mono text in a
+   third (xMLM);
 5. the masked positions of all of them go through the vocabulary head in one call.
 
-Terms are sums over local rows, divided by counts over all workers and multiplied by the number of workers (see
-`raylib.collective`): a mean over the global batch, never a mean of means.
+Terms are sums over local rows, divided by counts over all workers and multiplied by the number of workers
+(see `raylib.collective`): a mean over the global batch, never a mean of means.
 """
 
 from collections.abc import Iterable
@@ -40,7 +41,11 @@ class Weights(Config):
     itm: NonNegativeFloat = 1.0
 
 
-STREAM_TERMS = {"image_text": ("ucl_image", "vlm", "itm"), "parallel": ("ucl_translation", "tlm"), "text": ("xmlm",)}
+STREAM_TERMS = {
+    "image_text": ("ucl_image", "vlm", "itm"),
+    "parallel": ("ucl_translation", "tlm"),
+    "text": ("xmlm",),
+}
 
 
 class ObjectiveConfig(Config):
@@ -52,10 +57,14 @@ class ObjectiveConfig(Config):
     tlm_source: Literal["clean", "masked"] = "clean"
     directions: Literal["sum", "mean"] = "sum"
     train_vision: bool = True
-    train_embeddings: bool = True  # those of words, which a small corpus would pull away from all words that it lacks
+    train_embeddings: bool = (
+        True  # those of words, which a small corpus would pull away from all words that it lacks
+    )
     frozen_text_layers: NonNegativeInt = 0  # the lowest ones of the text encoder, for the same reason
     temperature: tuple[float, float] = (0.001, 0.5)
-    fuse_every: PositiveInt = 1  # VLM, ITM and TLM see the pairs whose index is a multiple of it; UCL sees them all
+    fuse_every: PositiveInt = (
+        1  # VLM, ITM and TLM see the pairs whose index is a multiple of it; UCL sees them all
+    )
 
     def on(self, streams: Iterable[str]) -> "ObjectiveConfig":
         """The same objective where only these streams are: the terms of the others weigh 0."""
@@ -64,7 +73,8 @@ class ObjectiveConfig(Config):
 
 
 class UnifiedObjective(nn.Module):
-    """`forward(batch)` -> (total loss of this worker to call backward on, {term: its mean over the global batch})."""
+    """`forward(batch)` -> (total loss of this worker to call backward on, {term: its mean over the global
+    batch})."""
 
     def __init__(self, model: UnifiedModel, config: ObjectiveConfig, caption_length: int = 35):
         """`caption_length`: no caption of any worker is longer, in tokens."""
@@ -93,7 +103,9 @@ class UnifiedObjective(nn.Module):
         if (parallel := batch.get("parallel")) and (w.ucl_translation or w.tlm):
             pair = [Side(parallel[name], parallel["index"], c.fuse_every) for name in ("source", "target")]
             for side in pair:
-                side.plan(c.ucl_text if w.ucl_translation else None, {"masked", c.tlm_source} if w.tlm else set())
+                side.plan(
+                    c.ucl_text if w.ucl_translation else None, {"masked", c.tlm_source} if w.tlm else set()
+                )
         if "text" in batch and w.xmlm:
             mono = Side(batch["text"]["text"], batch["text"]["index"], 1)
             mono.plan(None, {"masked"})
@@ -121,7 +133,9 @@ class UnifiedObjective(nn.Module):
                     passes.append(p)
         if not passes:
             return
-        states = self.model.encode_text(concatenate([p.ids for p in passes]), torch.cat([p.read for p in passes]))
+        states = self.model.encode_text(
+            concatenate([p.ids for p in passes]), torch.cat([p.read for p in passes])
+        )
         for p, part in zip(passes, states.split([int(p.read.sum()) for p in passes]), strict=True):
             p.states = part
 
@@ -133,7 +147,9 @@ class UnifiedObjective(nn.Module):
     def _image_text(self, batch: dict, caption: Side, temperature: Tensor) -> list:
         c, w = self.config, self.config.weights
         if "states" in batch:  # of a frozen image encoder that ran before
-            images = batch["states"].with_values(batch["states"].values.to(self.model.match_head.weight.dtype))
+            images = batch["states"].with_values(
+                batch["states"].values.to(self.model.match_head.weight.dtype)
+            )
         else:
             with torch.set_grad_enabled(c.train_vision and torch.is_grad_enabled()):
                 images = self.model.encode_images(batch["images"])
@@ -150,16 +166,23 @@ class UnifiedObjective(nn.Module):
 
     def _contrastive(self, name, temperature, left, right, index, left_id, right_id) -> tuple[list, "_Drawn"]:
         """UCL both ways; and what hard negatives are drawn by."""
-        # the global batch in one order on any number of workers; few calls, since each waits for the slowest worker
-        everywhere, left_ids, right_ids = gather(torch.stack([index.to(left.device), left_id, right_id], 1)).unbind(1)
+        # the global batch in one order on any number of workers; few calls, since each waits for the slowest
+        # worker
+        everywhere, left_ids, right_ids = gather(
+            torch.stack([index.to(left.device), left_id, right_id], 1)
+        ).unbind(1)
         everywhere, order = everywhere.sort()
         both = gather(torch.cat([left, right], 1)).index_select(0, order)
         all_left, all_right = both.split([left.shape[1], right.shape[1]], 1)
-        index = index.to(left.device).contiguous()  # a worker's share is every W-th row: searchsorted would warn
+        index = index.to(
+            left.device
+        ).contiguous()  # a worker's share is every W-th row: searchsorted would warn
         positive = torch.searchsorted(everywhere, index)
         same = (left_id[:, None] == left_ids[order]) | (right_id[:, None] == right_ids[order])
         own = torch.zeros_like(same).scatter_(1, positive[:, None], True)
-        excluded = torch.zeros(same.shape, dtype=temperature.dtype, device=same.device).masked_fill_(same & ~own, -torch.inf)
+        excluded = torch.zeros(same.shape, dtype=temperature.dtype, device=same.device).masked_fill_(
+            same & ~own, -torch.inf
+        )
         left_loss, by_left = contrastive(left, all_right, positive, excluded, temperature)
         right_loss, by_right = contrastive(right, all_left, positive, excluded, temperature)
         parts = [_Part(name, left_loss, len(left)), _Part(name, right_loss, len(left))]
@@ -174,7 +197,9 @@ class UnifiedObjective(nn.Module):
         texts, reads, rows = [], [], []
         if w.itm:
             positive = caption.rows(c.itm_text)
-            seen, own, wrong_image, wrong_text, exists = self._negatives(draws, positive, caption, seen, drawn)
+            seen, own, wrong_image, wrong_text, exists = self._negatives(
+                draws, positive, caption, seen, drawn
+            )
         if w.vlm or shared:
             read = caption.few.predicted() if w.vlm else torch.zeros_like(cls)
             texts, reads, rows = [caption.rows("masked")], [read | cls if shared else read], [own]
@@ -199,17 +224,22 @@ class UnifiedObjective(nn.Module):
     def _negatives(self, draws: Tensor, positive: Ragged, caption: Side, images: Ragged, drawn: "_Drawn"):
         """Hard negatives among the fused pairs of the global batch, both ways.
 
-        Returns: the pictures that this worker needs, once each; for its b rows the picture of their own and a wrong
-        one (rows among those pictures), a wrong caption each; and (2, b) whether [wrong picture, wrong caption] exists.
+        Returns: the pictures that this worker needs, once each; for its b rows the picture of their own and a
+        wrong one (rows among those pictures), a wrong caption each; and (2, b) whether [wrong picture, wrong
+        caption] exists.
         """
         device, tokens = positive.values.device, int(images.lengths[0])
-        by_image, by_text, forbidden, index, everywhere = drawn.among(caption.fused.to(device), self.config.fuse_every)
+        by_image, by_text, forbidden, index, everywhere = drawn.among(
+            caption.fused.to(device), self.config.fuse_every
+        )
         draws = draws.index_select(0, caption.fused.to(device))
         wrong_text, text_exists = hard_negatives(by_image, forbidden, draws[:, 0])
         wrong_image, image_exists = hard_negatives(by_text, forbidden, draws[:, 1])
         place, order = torch.searchsorted(everywhere, index), gather(index).argsort()
         # the one wait for the device in a step: the wrong captions' lengths decide how attention runs
-        *chosen, order = torch.cat([wrong_text, wrong_image, place, order]).cpu().split([len(place)] * 3 + [len(order)])
+        *chosen, order = (
+            torch.cat([wrong_text, wrong_image, place, order]).cpu().split([len(place)] * 3 + [len(order)])
+        )
         wrong_text, wrong_image, place = chosen
         every_text = gather_ragged(positive, self.caption_length)
         every_image = Ragged(gather(images.values), torch.full((len(order),), tokens))
@@ -238,29 +268,44 @@ class UnifiedObjective(nn.Module):
         """Local parts -> this worker's share of the loss, and the terms of the global batch."""
         weights, device = self.config.weights.model_dump(), self.model.temperature.device
         averaged = ("ucl_image", "ucl_translation", "tlm") if self.config.directions == "mean" else ()
-        counts = total(torch.stack([torch.as_tensor(part.count, dtype=torch.float32, device=device) for part in parts]))
-        scales = [(0.5 if part.term in averaged else 1.0) / n for part, n in zip(parts, counts.clamp(min=1), strict=True)]
+        counts = total(
+            torch.stack([torch.as_tensor(part.count, dtype=torch.float32, device=device) for part in parts])
+        )
+        scales = [
+            (0.5 if part.term in averaged else 1.0) / n
+            for part, n in zip(parts, counts.clamp(min=1), strict=True)
+        ]
         shares = {part.term: 0.0 for part in parts}
         for part, scale in zip(parts, scales, strict=True):
             if part.labels is None:
                 shares[part.term] = shares[part.term] + scale * part.value
-        masked = [(part, scale.expand(part.count)) for part, scale in zip(parts, scales, strict=True) if part.labels is not None]
+        masked = [
+            (part, scale.expand(part.count))
+            for part, scale in zip(parts, scales, strict=True)
+            if part.labels is not None
+        ]
         loss = sum(weights[term] * share for term, share in shares.items())
-        if masked:  # all of them at once: the vocabulary is the largest matrix to read, and to write a gradient for
+        if (
+            masked
+        ):  # all of them at once: the vocabulary is the largest matrix to read, and to write a gradient for
             head, word = self.model.masked_head, self.model.embedding.word
-            states, labels = (torch.cat([getattr(part, name) for part, _ in masked]) for name in ("value", "labels"))
+            states, labels = (
+                torch.cat([getattr(part, name) for part, _ in masked]) for name in ("value", "labels")
+            )
             scale = torch.cat([weights[part.term] * scale for part, scale in masked])
             value, losses = masked_language(head(states), word.weight, head.bias, labels, scale)
             loss = loss + value
-            for (part, scale), each in zip(masked, losses.split([part.count for part, _ in masked]), strict=True):
+            for (part, scale), each in zip(
+                masked, losses.split([part.count for part, _ in masked]), strict=True
+            ):
                 shares[part.term] = shares[part.term] + (scale * each).sum()
         terms = total(torch.stack([share.detach().float() for share in shares.values()]))
         return loss * world_size(), dict(zip(shares, terms.unbind(), strict=True))
 
 
 class _Part(NamedTuple):
-    """A part of a term: the sum over `count` local rows; or, with `labels` (m,), the states (m, d) of masked positions, of
-    which the vocabulary head makes the sum. Several parts of one term add up."""
+    """A part of a term: the sum over `count` local rows; or, with `labels` (m,), the states (m, d) of masked
+    positions, of which the vocabulary head makes the sum. Several parts of one term add up."""
 
     term: str
     value: Tensor
@@ -269,8 +314,9 @@ class _Part(NamedTuple):
 
 
 class _Drawn(NamedTuple):
-    """What hard negatives are drawn by: similarities (b, B) of local pictures to all captions and of local captions to
-    all pictures, over the temperature; `forbidden` (b, B); index in the global batch of the rows (b,), columns (B,)."""
+    """What hard negatives are drawn by: similarities (b, B) of local pictures to all captions and of local
+    captions to all pictures, over the temperature; `forbidden` (b, B); index in the global batch of the rows
+    (b,), columns (B,)."""
 
     by_image: Tensor
     by_text: Tensor
@@ -283,5 +329,8 @@ class _Drawn(NamedTuple):
         if every == 1:
             return self
         columns = (self.everywhere % every == 0).nonzero().squeeze(1)
-        tables = [t.index_select(0, rows).index_select(1, columns) for t in (self.by_image, self.by_text, self.forbidden)]
+        tables = [
+            t.index_select(0, rows).index_select(1, columns)
+            for t in (self.by_image, self.by_text, self.forbidden)
+        ]
         return _Drawn(*tables, self.index[rows], self.everywhere[columns])

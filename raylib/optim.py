@@ -12,9 +12,9 @@ from raylib.config import Config
 
 
 class OptimConfig(Config):
-    """AdamW; warm-up over a share of the steps from 0 to `lr`, then decay to 0, linear (paper 2, section 4.1) or along half a
-    cosine (paper 4). `horizon`: the schedule is laid out for so many times the steps that are trained (IGLUE's: 20 epochs,
-    of which xGQA trains 5)."""
+    """AdamW; warm-up over a share of the steps from 0 to `lr`, then decay to 0, linear (paper 2, section 4.1)
+    or along half a cosine (paper 4). `horizon`: the schedule is laid out for so many times the steps that are
+    trained (IGLUE's: 20 epochs, of which xGQA trains 5)."""
 
     lr: PositiveFloat = 1e-4
     warmup: float = Field(0.1, ge=0, le=1)
@@ -52,7 +52,8 @@ def build_optimizer(groups: Iterable[dict], config: OptimConfig) -> torch.optim.
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Rate of step `step` (from 0) of `steps`: step / warm-up while warming up, then falling to 0 after the schedule's last."""
+    """Rate of step `step` (from 0) of `steps`: step / warm-up while warming up, then falling to 0 after the
+    schedule's last."""
     steps = round(steps * config.horizon)
     warmup = round(steps * config.warmup)
     if step < warmup:

@@ -1,4 +1,5 @@
-"""A stream's sentences on their way through the text encoder: which texts go in, which of their states are read."""
+"""A stream's sentences on their way through the text encoder: which texts go in, which of their states are
+read."""
 
 from collections.abc import Callable
 
@@ -50,14 +51,18 @@ class Side:
     def rows(self, name: str) -> Ragged:
         """States of the fused sentences, clean or masked."""
         states = self.passes[name]
-        return states.rows(self.fused if len(states.ids.lengths) > len(self.fused) else torch.arange(len(self.fused)))
+        return states.rows(
+            self.fused if len(states.ids.lengths) > len(self.fused) else torch.arange(len(self.fused))
+        )
 
 
 class KnownTexts:
-    """CLS states of sentences after a text encoder that never changes, each computed once; no more than `LIMIT`.
+    """CLS states of sentences after a text encoder that never changes, each computed once; no more than
+    `LIMIT`.
 
-    A state is computed among the sentences of its first batch. A resumed run meets it first in another one, where sums of
-    floats may come out otherwise in the last bits: it is the same run to rounding, not to the bit.
+    A state is computed among the sentences of its first batch. A resumed run meets it first in another one,
+    where sums of floats may come out otherwise in the last bits: it is the same run to rounding, not to the
+    bit.
     """
 
     LIMIT = 2**17
@@ -67,7 +72,8 @@ class KnownTexts:
         self.states: Tensor | None = None
 
     def cls(self, texts: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        """(n, d) states of the sentences `texts` (n,), of equal ids where equal; `encode(rows)` makes those of new ones."""
+        """(n, d) states of the sentences `texts` (n,), of equal ids where equal; `encode(rows)` makes those
+        of new ones."""
         ids = texts.tolist()
         first = {text: row for row, text in reversed(list(enumerate(ids)))}
         new = [row for text, row in first.items() if text not in self.place]
@@ -76,7 +82,9 @@ class KnownTexts:
         if new:
             self._add(encode(torch.tensor(new)))
             self.place |= {ids[row]: len(self.place) + i for i, row in enumerate(new)}
-        return self.states.index_select(0, torch.tensor([self.place[text] for text in ids], device=self.states.device))
+        return self.states.index_select(
+            0, torch.tensor([self.place[text] for text in ids], device=self.states.device)
+        )
 
     def _add(self, made: Tensor) -> None:
         """Put states behind those that are there; when there is no room, twice the room is made."""
@@ -87,4 +95,3 @@ class KnownTexts:
                 room[:used] = self.states[:used]
             self.states = room
         self.states[used : used + len(made)] = made
-

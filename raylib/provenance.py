@@ -13,13 +13,26 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("raylib", "pretrain", "finetune", "tune_spaces", "cluster")  # whose source is the code version
-LIBRARIES = ("torch", "transformers", "deepspeed", "ray", "optuna", "webdataset", "numpy", "opencv-python-headless", "tokenizers",
-             "sentencepiece", "safetensors", "peft")  # fmt: skip
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "ray",
+    "optuna",
+    "webdataset",
+    "numpy",
+    "opencv-python-headless",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "peft",
+)
 
 
 @cache
 def code_version() -> str:
-    """Return "COMMIT source HASH": the commit, where there is one, and a hash of the source, which shows a changed checkout."""
+    """Return "COMMIT source HASH": the commit, where there is one, and a hash of the source, which shows a
+    changed checkout."""
     digest = hashlib.sha256()
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):

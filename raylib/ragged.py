@@ -1,8 +1,8 @@
 """Sequences of unequal length, end to end, without padding.
 
-A batch of sentences is one flat tensor and a vector of lengths. Every per-token operation (embeddings, projections,
-feed-forward, heads) runs on the flat tensor; attention alone sees rows, and runs once for all rows with equally many
-keys (`Plan`), so that keys are never padded and nothing is masked.
+A batch of sentences is one flat tensor and a vector of lengths. Every per-token operation (embeddings,
+projections, feed-forward, heads) runs on the flat tensor; attention alone sees rows, and runs once for all
+rows with equally many keys (`Plan`), so that keys are never padded and nothing is masked.
 
 Lengths, and every index made from them, live on the CPU, so that planning never waits for a GPU.
 
@@ -43,8 +43,9 @@ class Ragged(NamedTuple):
 
 
 class Sentences(NamedTuple):
-    """A stream's sentences: clean and masked ids (T,) over the same `lengths` (n,); the flat `positions` (m,), rising
-    and on the CPU, whose original ids `labels` (m,) are to be predicted; `text_id` (n,), equal for equal texts."""
+    """A stream's sentences: clean and masked ids (T,) over the same `lengths` (n,); the flat `positions`
+    (m,), rising and on the CPU, whose original ids `labels` (m,) are to be predicted; `text_id` (n,), equal
+    for equal texts."""
 
     clean: Tensor
     masked: Tensor
@@ -80,9 +81,10 @@ class Sentences(NamedTuple):
 class Plan(NamedTuple):
     """How attention runs over n ragged rows of ascending length.
 
-    `runs`: (rows, queries of the longest, keys) of each run of rows with equally many keys. `cells` (P,): the query token
-    in each cell of the padded queries (any token where a cell is empty); `place` (R,): the cell of each query token.
-    Both are None where nothing is padded or moved. `causal`: every token asks, and sees itself and what is before it.
+    `runs`: (rows, queries of the longest, keys) of each run of rows with equally many keys. `cells` (P,): the
+    query token in each cell of the padded queries (any token where a cell is empty); `place` (R,): the cell
+    of each query token. Both are None where nothing is padded or moved. `causal`: every token asks, and sees
+    itself and what is before it.
     """
 
     runs: list[tuple[int, int, int]]

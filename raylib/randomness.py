@@ -1,8 +1,8 @@
 """Randomness without state: every draw is a hash of its keys.
 
-`uniform(seed, step, index, "flip")` gives the same number on any worker, in any order and after any resume. Keys are
-integers, strings (a purpose, a source's name) or integer arrays, which broadcast together: one call draws for a whole
-batch. The hash chains the finaliser of splitmix64 (Steele, Lea, Flood 2014) over the keys.
+`uniform(seed, step, index, "flip")` gives the same number on any worker, in any order and after any resume.
+Keys are integers, strings (a purpose, a source's name) or integer arrays, which broadcast together: one call
+draws for a whole batch. The hash chains the finaliser of splitmix64 (Steele, Lea, Flood 2014) over the keys.
 """
 
 import hashlib

@@ -17,8 +17,8 @@ from raylib import checkpoint
 
 
 class Local:
-    """One process on one device; or, under torchrun, one of several that talk through gloo or NCCL. `report(metrics, checkpoint)`
-    is told of each checkpoint."""
+    """One process on one device; or, under torchrun, one of several that talk through gloo or NCCL.
+    `report(metrics, checkpoint)` is told of each checkpoint."""
 
     def __init__(self, run: Path, keep: int, report: Callable[[dict, Path], None] | None = None):
         self.run, self.keep, self.report = run, keep, report
@@ -33,7 +33,8 @@ class Local:
         return checkpoint.newest(self.run)
 
     def save(self, step: int, write: Callable[[Path], None], metrics: dict) -> None:
-        """Every worker calls `write(folder)` with an empty folder of its own; together they become one checkpoint."""
+        """Every worker calls `write(folder)` with an empty folder of its own; together they become one
+        checkpoint."""
         name = checkpoint.step_name(step)
         partial = self.run / checkpoint.FOLDER / f".{name}.partial"
         if self.rank == 0:
@@ -44,7 +45,9 @@ class Local:
         own.mkdir()
         write(own)
         checkpoint.seal(own, self.rank)
-        for path in [path for path in own.rglob("*") if path.is_file()]:  # of ZeRO, all workers have files in one folder
+        for path in [
+            path for path in own.rglob("*") if path.is_file()
+        ]:  # of ZeRO, all workers have files in one folder
             place = partial / path.relative_to(own)
             place.parent.mkdir(parents=True, exist_ok=True)
             path.rename(place)
@@ -66,7 +69,8 @@ class Local:
 
 
 class OnRay:
-    """A Ray Train worker. Ray owns the process group and moves every worker's files into one registered checkpoint."""
+    """A Ray Train worker. Ray owns the process group and moves every worker's files into one registered
+    checkpoint."""
 
     def __init__(self, run: Path):
         from ray import train
@@ -78,7 +82,8 @@ class OnRay:
         self.device = get_device()
 
     def newest(self) -> Path | None:
-        """Ray's newest registered checkpoint, which after a worker's death is newer than what the run began with."""
+        """Ray's newest registered checkpoint, which after a worker's death is newer than what the run began
+        with."""
         from ray import train
 
         registered = train.get_checkpoint()
@@ -92,7 +97,9 @@ class OnRay:
         with tempfile.TemporaryDirectory(prefix="polyglance-") as folder:
             write(Path(folder))
             checkpoint.seal(Path(folder), self.rank)
-            train.report(metrics, checkpoint=train.Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+            train.report(
+                metrics, checkpoint=train.Checkpoint.from_directory(folder), checkpoint_dir_name=name
+            )
         if self.rank == 0:
             checkpoint.keep_best(self.run, name)
 

@@ -1,7 +1,7 @@
 """Things that many trials of a search read and none changes: parsed files, tokens, matrices.
 
-`shared(what, facts, make)` is `make()`; in a search the first that asks makes it, and the others get the same from a store
-(`raylib.tune.shelf`: Ray's object store). What is asked for must follow from `facts` alone.
+`shared(what, facts, make)` is `make()`; in a search the first that asks makes it, and the others get the same
+from a store (`raylib.tune.shelf`: Ray's object store). What is asked for must follow from `facts` alone.
 """
 
 import hashlib
@@ -35,7 +35,8 @@ def store() -> Store | None:
 
 
 def shared(what: str, facts: tuple, make: Callable[[], T]) -> T:
-    """`make()`, or what it was for another trial that asked for `what` with the same `facts` (told apart by their `repr`)."""
+    """`make()`, or what it was for another trial that asked for `what` with the same `facts` (told apart by
+    their `repr`)."""
     if _store is None:
         return make()
     return _store.fetch(f"{what}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}", make)
@@ -45,7 +46,9 @@ def stamp(path: str | Path) -> tuple:
     """What tells a file, or a folder of files, from what it was before: names, sizes and times of change."""
     path = Path(path).absolute()
     files = [path] if path.exists() else []
-    if path.is_dir():  # readers follow links to folders, which `rglob` does not; whoever reads an LMDB writes its lock.mdb
+    if (
+        path.is_dir()
+    ):  # readers follow links to folders, which `rglob` does not; whoever reads an LMDB writes its lock.mdb
         below = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
         files = sorted(p for p in below if p.is_file() and p.name != "lock.mdb")
     return str(path), *((str(f.relative_to(path)), (s := f.stat()).st_size, s.st_mtime_ns) for f in files)

@@ -2,8 +2,9 @@
 
 `Tokenizer.load` reads
   * our SentencePiece models (`<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` 4, a control symbol);
-  * XLM-R's kind (`sentencepiece.bpe.model`: `<unk>` 0, `<s>` 1, `</s>` 2 in the file), whose ids move to fairseq's:
-    `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, piece i at i + 1, `<mask>` last (250,001 at full size);
+  * XLM-R's kind (`sentencepiece.bpe.model`: `<unk>` 0, `<s>` 1, `</s>` 2 in the file), whose ids move to
+    fairseq's: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, piece i at i + 1, `<mask>` last (250,001 at full
+    size);
   * any `tokenizer.json` with the usual special tokens, through `tokenizers` (six times slower).
 """
 
@@ -22,7 +23,11 @@ from raylib.ragged import Sentences
 from raylib.randomness import hash64, integers, uniform
 from raylib.shared import shared
 
-FILES = ("sentencepiece.bpe.model", "tokenizer.model", "tokenizer.json")  # what is looked for in a folder, in order
+FILES = (
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "tokenizer.json",
+)  # what is looked for in a folder, in order
 SPECIALS = {
     "cls": ("<s>", "[CLS]", "<|startoftext|>"),
     "pad": ("<pad>", "[PAD]", "<|endoftext|>"),
@@ -33,20 +38,24 @@ SPECIALS = {
 
 
 class Tokenizer:
-    """Text to ids. `cls`, `sep`, `pad`, `mask`, `unk`: special ids; `sha256`: of the file; `ordinary`: all other ids."""
+    """Text to ids. `cls`, `sep`, `pad`, `mask`, `unk`: special ids; `sha256`: of the file; `ordinary`: all
+    other ids."""
 
     def __init__(self, path: Path, encode, vocabulary: int, specials: dict[str, int], piece):
         self.path, self._encode, self.vocabulary, self._piece = path, encode, vocabulary, piece
         self._known: dict[str, np.ndarray] = {}
         self.sha256 = sha256_of(path)
-        self.cls, self.sep, self.pad, self.mask, self.unk = (specials[n] for n in ("cls", "sep", "pad", "mask", "unk"))
+        self.cls, self.sep, self.pad, self.mask, self.unk = (
+            specials[n] for n in ("cls", "sep", "pad", "mask", "unk")
+        )
         self.ordinary = np.setdiff1d(np.arange(vocabulary), list(specials.values()))
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
         """A tokenizer from its file, or from the model folder that holds it.
 
-        Raises UserError: no such file, none in the folder, neither of the kinds above, a special token is missing.
+        Raises UserError: no such file, none in the folder, neither of the kinds above, a special token is
+        missing.
         """
         path = Path(path)
         if path.is_dir():
@@ -65,7 +74,8 @@ class Tokenizer:
         return [self._known[text] if text in self._known else next(rows) for text in texts]
 
     def remember(self, texts: Sequence[str]) -> None:
-        """Encode these texts now, or take what another trial of a search has made of them (`raylib.shared`)."""
+        """Encode these texts now, or take what another trial of a search has made of them
+        (`raylib.shared`)."""
         texts = sorted(set(texts))
 
         def make() -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +87,8 @@ class Tokenizer:
         self._known = dict(zip(texts, np.split(values, ends[:-1]), strict=True))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The sub-words behind ids, those that begin a word with ▁ before them: alike for all kinds of tokenizers."""
+        """The sub-words behind ids, those that begin a word with ▁ before them: alike for all kinds of
+        tokenizers."""
         return [self._piece(int(i)) for i in ids]
 
     def __reduce__(self):
@@ -85,7 +96,8 @@ class Tokenizer:
 
 
 class Prompted(Tokenizer):
-    """A tokenizer that puts a prompt before every text: `words`, or, where a model has embeddings of its own for it, `ids`."""
+    """A tokenizer that puts a prompt before every text: `words`, or, where a model has embeddings of its own
+    for it, `ids`."""
 
     def __init__(self, tokenizer: Tokenizer, words: str = "", ids: tuple[int, ...] = ()):
         self.__dict__.update(tokenizer.__dict__)
@@ -119,19 +131,23 @@ def _load_sentencepiece(path: Path):
     if places == (1, -1, 2, 0) and mask == 0:
 
         def encode(texts: list[str]) -> list[list[int]]:
-            return [[piece + 1 if piece else 3 for piece in ids] for ids in model.encode(texts, num_threads=1)]
+            return [
+                [piece + 1 if piece else 3 for piece in ids] for ids in model.encode(texts, num_threads=1)
+            ]
 
         specials = {"cls": 0, "pad": 1, "sep": 2, "unk": 3, "mask": size + 1}
         known = dict(zip(specials.values(), specials, strict=True))
         return encode, size + 2, specials, lambda i: known[i] if i in known else model.id_to_piece(i - 1)
     raise UserError(
-        f"{path}: <s>, <pad>, </s>, <unk>, <mask> have ids {(*places, mask)}; known are ours (0, 1, 2, 3, 4) and "
-        "XLM-R's (1, none, 2, 0, none): convert it to a tokenizer.json"
+        f"{path}: <s>, <pad>, </s>, <unk>, <mask> have ids {(*places, mask)}; known are ours (0, 1, 2, 3, 4) "
+        "and XLM-R's (1, none, 2, 0, none): convert it to a tokenizer.json"
     )
 
 
 def _load_json(path: Path):
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader workers
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # its threads do not survive the fork of loader workers
     import tokenizers
 
     try:
@@ -151,7 +167,9 @@ def _load_json(path: Path):
         return [encoding.ids for encoding in model.encode_batch(texts, add_special_tokens=False)]
 
     vocabulary = model.get_vocab()
-    parts = any(token.startswith("##") for token in vocabulary)  # WordPiece marks what goes on, others what begins
+    parts = any(
+        token.startswith("##") for token in vocabulary
+    )  # WordPiece marks what goes on, others what begins
 
     def piece(i: int) -> str:
         token = model.id_to_token(i)
@@ -184,11 +202,14 @@ def add_specials(rows: Sequence[np.ndarray], tokenizer: Tokenizer, length: int) 
     return Tokens(values, lengths)
 
 
-def mask_tokens(tokens: Tokens, index: np.ndarray, tokenizer: Tokenizer, keys: tuple, probability=0.15) -> Sentences:
+def mask_tokens(
+    tokens: Tokens, index: np.ndarray, tokenizer: Tokenizer, keys: tuple, probability=0.15
+) -> Sentences:
     """Choose tokens to predict and hide them (BERT; Devlin et al. 2019, section 3.1).
 
-    Each token that is no special is chosen with `probability`; a chosen one becomes `<mask>` (80 %), a random ordinary
-    id (10 %) or stays (10 %). Draws come from (*keys, index of the sentence in the global batch, place in it).
+    Each token that is no special is chosen with `probability`; a chosen one becomes `<mask>` (80 %), a random
+    ordinary id (10 %) or stays (10 %). Draws come from (*keys, index of the sentence in the global batch,
+    place in it).
     """
     values, lengths = tokens
     starts = np.cumsum(lengths) - lengths

@@ -13,8 +13,8 @@ MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow":
 
 
 class Tracker:
-    """Appends one line a record. A resumed run drops the lines of steps that it will do again, and of others what is not finite,
-    which earlier versions wrote as NaN: JSON has no such word."""
+    """Appends one line a record. A resumed run drops the lines of steps that it will do again, and of others
+    what is not finite, which earlier versions wrote as NaN: JSON has no such word."""
 
     def __init__(self, run: Path, backends: tuple[Backend, ...], start: int):
         self.path, self.name = run / "metrics.jsonl", run.name
@@ -55,7 +55,9 @@ def _open(name: str, run: Path):
     try:
         module = importlib.import_module(MODULES[name])
     except ImportError:
-        raise UserError(f"track: '{name}' is not installed; `pip install {name}`, or leave it out of track") from None
+        raise UserError(
+            f"track: '{name}' is not installed; `pip install {name}`, or leave it out of track"
+        ) from None
     if name == "tensorboard":
         return module.SummaryWriter(run / "tensorboard")
     if name == "wandb":

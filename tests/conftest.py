@@ -11,11 +11,26 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MINI = [
-    "model.width=32", "model.heads=2", "model.feedforward=64", "model.text_layers=1", "model.vision_layers=1",
-    "model.image_size=16", "model.patch=8", "data.image_text.batch=16", "data.parallel.batch=16", "data.text.batch=8",
-    "objective.fuse_every=2", "fit.steps=6", "fit.log_every=1", "fit.save_every=2", "fit.eval_every=0", "fit.keep=9",
-    "fit.bf16=false", "fit.loader_workers=0", "optim.lr=0.01",
-]  # fmt: skip
+    "model.width=32",
+    "model.heads=2",
+    "model.feedforward=64",
+    "model.text_layers=1",
+    "model.vision_layers=1",
+    "model.image_size=16",
+    "model.patch=8",
+    "data.image_text.batch=16",
+    "data.parallel.batch=16",
+    "data.text.batch=8",
+    "objective.fuse_every=2",
+    "fit.steps=6",
+    "fit.log_every=1",
+    "fit.save_every=2",
+    "fit.eval_every=0",
+    "fit.keep=9",
+    "fit.bf16=false",
+    "fit.loader_workers=0",
+    "optim.lr=0.01",
+]
 
 QUICK = ["batch=16", "image_size=16", "fit.bf16=false", "fit.loader_workers=0", "fit.log_every=1"]
 
@@ -47,8 +62,8 @@ def retrieval_set(tmp_path_factory):
 
 @pytest.fixture
 def mini(tmp_path, corpus, retrieval_set):
-    """`mini(*settings)` -> a config of a few steps, float32, dropout 0, in this test's own folder; of `tiny`, or of one of
-    its variants."""
+    """`mini(*settings)` -> a config of a few steps, float32, dropout 0, in this test's own folder; of `tiny`,
+    or of one of its variants."""
     from pretrain.recipes import RECIPES
     from raylib.config import override
 
@@ -84,10 +99,18 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def finetune(tmp_path, model, scenes, capsys):
-    """`finetune(recipe, *settings)` -> (exit code, what was printed), of a few steps in this test's own folder."""
+    """`finetune(recipe, *settings)` -> (exit code, what was printed), of a few steps in this test's own
+    folder."""
     from finetune.__main__ import main
 
-    own = [f"model={model}", f"data={scenes}", f"runs={tmp_path}", "epochs=2", 'languages=["en","ru"]', *QUICK]
+    own = [
+        f"model={model}",
+        f"data={scenes}",
+        f"runs={tmp_path}",
+        "epochs=2",
+        'languages=["en","ru"]',
+        *QUICK,
+    ]
 
     def run(recipe, *settings):
         code = main([recipe, *own, *settings])

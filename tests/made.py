@@ -6,9 +6,19 @@ from raylib.model.unified import ModelConfig, UnifiedModel
 from raylib.ragged import Sentences
 
 SMALL = ModelConfig(
-    vocabulary=60, width=16, heads=2, feedforward=24, text_layers=2, fusion_layers=2, vision_layers=2,
-    image_size=16, patch=8, positions=16, embedding=8, dropout=0.0,
-)  # fmt: skip
+    vocabulary=60,
+    width=16,
+    heads=2,
+    feedforward=24,
+    text_layers=2,
+    fusion_layers=2,
+    vision_layers=2,
+    image_size=16,
+    patch=8,
+    positions=16,
+    embedding=8,
+    dropout=0.0,
+)
 
 
 def make_model(seed: int = 0, dtype=torch.float64, **changes) -> UnifiedModel:
@@ -75,10 +85,13 @@ def take_sentences(sentences: Sentences, rows) -> Sentences:
         wanted += [label for _, label in masked]
         offset += len(clean)
     return Sentences(
-        torch.cat([c for c, _, _ in chosen]), torch.cat([m for _, m, _ in chosen]), sentences.lengths[list(rows)],
-        torch.tensor(positions, dtype=torch.int64), torch.tensor(wanted, dtype=torch.int64),
+        torch.cat([c for c, _, _ in chosen]),
+        torch.cat([m for _, m, _ in chosen]),
+        sentences.lengths[list(rows)],
+        torch.tensor(positions, dtype=torch.int64),
+        torch.tensor(wanted, dtype=torch.int64),
         sentences.text_id[list(rows)],
-    )  # fmt: skip
+    )
 
 
 def take_rows(batch: dict, rank: int, world: int) -> dict:

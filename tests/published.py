@@ -1,5 +1,5 @@
-"""Tiny checkpoints under the names that published single-stream models have, and what those models compute: padded, slow and
-from the published parts, with token types and padding's positions as they are there."""
+"""Tiny checkpoints under the names that published single-stream models have, and what those models compute:
+padded, slow and from the published parts, with token types and padding's positions as they are there."""
 
 import json
 import math
@@ -11,9 +11,16 @@ WORDS, WIDTH, HEADS, FEEDFORWARD, LAYERS, POSITIONS, FEATURES = 40, 16, 2, 24, 2
 PADDING = {"uc2": 1, "m3p": 1, "xuniter": 1, "muniter": 0}
 POOLED = {"uc2": WIDTH, "m3p": WIDTH, "xuniter": 20, "muniter": 20}
 TYPES = {"uc2": 2, "muniter": 2, "xuniter": 1, "m3p": 0}
-LAYER = {"query": (WIDTH, WIDTH), "key": (WIDTH, WIDTH), "value": (WIDTH, WIDTH), "attended": (WIDTH, WIDTH),
-         "attention_norm": (WIDTH,), "intermediate": (FEEDFORWARD, WIDTH), "output": (WIDTH, FEEDFORWARD),
-         "output_norm": (WIDTH,)}  # fmt: skip
+LAYER = {
+    "query": (WIDTH, WIDTH),
+    "key": (WIDTH, WIDTH),
+    "value": (WIDTH, WIDTH),
+    "attended": (WIDTH, WIDTH),
+    "attention_norm": (WIDTH,),
+    "intermediate": (FEEDFORWARD, WIDTH),
+    "output": (WIDTH, FEEDFORWARD),
+    "output_norm": (WIDTH,),
+}
 
 
 def make_parts(kind: str) -> dict[str, torch.Tensor]:
@@ -23,8 +30,13 @@ def make_parts(kind: str) -> dict[str, torch.Tensor]:
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64) * 0.4
 
-    shapes = {"norm": (WIDTH,), "feature": (WIDTH, FEATURES), "location": (WIDTH, 7 if kind == "uc2" else 5),
-              "region_norm": (WIDTH,), "pooler": (POOLED[kind], WIDTH)}  # fmt: skip
+    shapes = {
+        "norm": (WIDTH,),
+        "feature": (WIDTH, FEATURES),
+        "location": (WIDTH, 7 if kind == "uc2" else 5),
+        "region_norm": (WIDTH,),
+        "pooler": (POOLED[kind], WIDTH),
+    }
     if kind != "m3p":
         shapes |= {"feature_norm": (WIDTH,), "location_norm": (WIDTH,)}
     if kind in ("xuniter", "muniter"):
@@ -43,8 +55,14 @@ def make_parts(kind: str) -> dict[str, torch.Tensor]:
 
 def rename(parts: dict, names: dict[str, str], layer: dict[str, str]) -> dict:
     """`parts` under other names; those of a layer i with i, a = 2 i and f = 2 i + 1 put in."""
-    names = {**names, **{f"{i}.{part}": name.format(i=i, a=2 * i, f=2 * i + 1) for part, name in layer.items()
-                         for i in range(LAYERS)}}  # fmt: skip
+    names = {
+        **names,
+        **{
+            f"{i}.{part}": name.format(i=i, a=2 * i, f=2 * i + 1)
+            for part, name in layer.items()
+            for i in range(LAYERS)
+        },
+    }
     found = {}
     for name, value in parts.items():
         part, end = name.rsplit(".", 1) if name.endswith((".weight", ".bias")) else (name, "weight")
@@ -57,34 +75,64 @@ def extra(names: dict[str, tuple[int, ...]]) -> dict:
 
 
 BERT_LAYER = {
-    "query": "encoder.layer.{i}.attention.self.query", "key": "encoder.layer.{i}.attention.self.key",
-    "value": "encoder.layer.{i}.attention.self.value", "attended": "encoder.layer.{i}.attention.output.dense",
-    "attention_norm": "encoder.layer.{i}.attention.output.LayerNorm", "intermediate": "encoder.layer.{i}.intermediate.dense",
-    "output": "encoder.layer.{i}.output.dense", "output_norm": "encoder.layer.{i}.output.LayerNorm",
-}  # fmt: skip
+    "query": "encoder.layer.{i}.attention.self.query",
+    "key": "encoder.layer.{i}.attention.self.key",
+    "value": "encoder.layer.{i}.attention.self.value",
+    "attended": "encoder.layer.{i}.attention.output.dense",
+    "attention_norm": "encoder.layer.{i}.attention.output.LayerNorm",
+    "intermediate": "encoder.layer.{i}.intermediate.dense",
+    "output": "encoder.layer.{i}.output.dense",
+    "output_norm": "encoder.layer.{i}.output.LayerNorm",
+}
 VOLTA_LAYER = {
-    "query": "encoder.layer.{a}.attention_self.query", "key": "encoder.layer.{a}.attention_self.key",
-    "value": "encoder.layer.{a}.attention_self.value", "attended": "encoder.layer.{a}.attention_output.dense",
-    "attention_norm": "encoder.layer.{a}.attention_output.LayerNorm", "intermediate": "encoder.layer.{f}.intermediate.dense",
-    "output": "encoder.layer.{f}.output.dense", "output_norm": "encoder.layer.{f}.output.LayerNorm",
-}  # fmt: skip
+    "query": "encoder.layer.{a}.attention_self.query",
+    "key": "encoder.layer.{a}.attention_self.key",
+    "value": "encoder.layer.{a}.attention_self.value",
+    "attended": "encoder.layer.{a}.attention_output.dense",
+    "attention_norm": "encoder.layer.{a}.attention_output.LayerNorm",
+    "intermediate": "encoder.layer.{f}.intermediate.dense",
+    "output": "encoder.layer.{f}.output.dense",
+    "output_norm": "encoder.layer.{f}.output.LayerNorm",
+}
 
 
 def as_uc2(parts: dict) -> dict:
     """UC2's own: a bare dict, with the heads of its pretraining."""
     e, i = "roberta.embeddings", "roberta.img_embeddings"
-    names = {"word": f"{e}.word_embeddings", "position": f"{e}.position_embeddings", "type": f"{e}.new_token_type_embeddings",
-             "norm": f"{e}.LayerNorm", "feature": f"{i}.img_linear", "location": f"{i}.pos_linear",
-             "feature_norm": f"{i}.img_layer_norm", "location_norm": f"{i}.pos_layer_norm", "region_norm": f"{i}.LayerNorm",
-             "pooler": "roberta.pooler.dense"}  # fmt: skip
-    heads = {"roberta.img_embeddings.mask_embedding.weight": (2, FEATURES), "cls.bias": (WORDS,),
-             "cls.dense.weight": (WIDTH, WIDTH), "cls.dense.bias": (WIDTH,), "cls.layer_norm.weight": (WIDTH,),
-             "cls.layer_norm.bias": (WIDTH,), "cls.decoder.weight": (WORDS, WIDTH), "cls.decoder.bias": (WORDS,),
-             "vis_cls.bias": (9,), "vis_cls.dense.weight": (WIDTH, WIDTH), "vis_cls.decoder.weight": (9, WIDTH),
-             "feat_regress.weight": (WIDTH, FEATURES), "feat_regress.bias": (FEATURES,),
-             "feat_regress.net.0.weight": (WIDTH, WIDTH), "feat_regress.net.2.weight": (WIDTH,),
-             "region_classifier.net.0.weight": (WIDTH, WIDTH), "region_classifier.net.2.weight": (WIDTH,),
-             "region_classifier.net.3.weight": (9, WIDTH), "itm_output.weight": (2, WIDTH), "itm_output.bias": (2,)}  # fmt: skip
+    names = {
+        "word": f"{e}.word_embeddings",
+        "position": f"{e}.position_embeddings",
+        "type": f"{e}.new_token_type_embeddings",
+        "norm": f"{e}.LayerNorm",
+        "feature": f"{i}.img_linear",
+        "location": f"{i}.pos_linear",
+        "feature_norm": f"{i}.img_layer_norm",
+        "location_norm": f"{i}.pos_layer_norm",
+        "region_norm": f"{i}.LayerNorm",
+        "pooler": "roberta.pooler.dense",
+    }
+    heads = {
+        "roberta.img_embeddings.mask_embedding.weight": (2, FEATURES),
+        "cls.bias": (WORDS,),
+        "cls.dense.weight": (WIDTH, WIDTH),
+        "cls.dense.bias": (WIDTH,),
+        "cls.layer_norm.weight": (WIDTH,),
+        "cls.layer_norm.bias": (WIDTH,),
+        "cls.decoder.weight": (WORDS, WIDTH),
+        "cls.decoder.bias": (WORDS,),
+        "vis_cls.bias": (9,),
+        "vis_cls.dense.weight": (WIDTH, WIDTH),
+        "vis_cls.decoder.weight": (9, WIDTH),
+        "feat_regress.weight": (WIDTH, FEATURES),
+        "feat_regress.bias": (FEATURES,),
+        "feat_regress.net.0.weight": (WIDTH, WIDTH),
+        "feat_regress.net.2.weight": (WIDTH,),
+        "region_classifier.net.0.weight": (WIDTH, WIDTH),
+        "region_classifier.net.2.weight": (WIDTH,),
+        "region_classifier.net.3.weight": (9, WIDTH),
+        "itm_output.weight": (2, WIDTH),
+        "itm_output.bias": (2,),
+    }
     return rename(parts, names, {k: f"roberta.{v}" for k, v in BERT_LAYER.items()}) | extra(heads)
 
 
@@ -92,11 +140,20 @@ def as_volta(parts: dict, kind: str) -> dict:
     """VOLTA's, where what text and regions share has two names; with the heads of pretraining and a task."""
     e = "bert.embeddings"
     own = "new_token_type_embeddings" if kind == "uc2" else "token_type_embeddings"
-    names = {"word": f"{e}.word_embeddings", "position": f"{e}.position_embeddings", "type": f"{e}.{own}",
-             "region_type": f"{e}.image_token_type_embeddings", "norm": f"{e}.LayerNorm", "feature": f"{e}.image_embeddings",
-             "location": f"{e}.image_location_embeddings", "feature_norm": f"{e}.image_layer_norm",
-             "location_norm": f"{e}.image_location_layer_norm", "region_norm": f"{e}.v_LayerNorm",
-             "pooler": "bert.t_pooler.dense", "region_pooler": "bert.v_pooler.dense"}  # fmt: skip
+    names = {
+        "word": f"{e}.word_embeddings",
+        "position": f"{e}.position_embeddings",
+        "type": f"{e}.{own}",
+        "region_type": f"{e}.image_token_type_embeddings",
+        "norm": f"{e}.LayerNorm",
+        "feature": f"{e}.image_embeddings",
+        "location": f"{e}.image_location_embeddings",
+        "feature_norm": f"{e}.image_layer_norm",
+        "location_norm": f"{e}.image_location_layer_norm",
+        "region_norm": f"{e}.v_LayerNorm",
+        "pooler": "bert.t_pooler.dense",
+        "region_pooler": "bert.v_pooler.dense",
+    }
     weights = rename(parts, names, {k: f"bert.{v}" for k, v in VOLTA_LAYER.items()})
     for name in list(weights):
         *at, part, end = name.split(".")
@@ -104,21 +161,40 @@ def as_volta(parts: dict, kind: str) -> dict:
             weights[".".join([*at, f"v_{part}", end])] = weights[name]
     if kind in ("uc2", "muniter"):
         weights[f"{e}.image_token_type_embeddings.weight"] = parts["type"]
-    heads = {"cls.predictions.bias": (WORDS,), "cls.predictions.transform.dense.weight": (WIDTH, WIDTH),
-             "cls.predictions.decoder.weight": (WORDS, WIDTH), "cls.bi_seq_relationship.weight": (2, POOLED[kind]),
-             "cls.imagePredictions.transform.dense.weight": (WIDTH, WIDTH), "clfs_dict.TASK15.logit_fc.0.weight": (WIDTH, WIDTH),
-             "clfs_dict.TASK15.logit_fc.2.weight": (WIDTH,), "clfs_dict.TASK15.logit_fc.3.weight": (9, WIDTH)}  # fmt: skip
+    heads = {
+        "cls.predictions.bias": (WORDS,),
+        "cls.predictions.transform.dense.weight": (WIDTH, WIDTH),
+        "cls.predictions.decoder.weight": (WORDS, WIDTH),
+        "cls.bi_seq_relationship.weight": (2, POOLED[kind]),
+        "cls.imagePredictions.transform.dense.weight": (WIDTH, WIDTH),
+        "clfs_dict.TASK15.logit_fc.0.weight": (WIDTH, WIDTH),
+        "clfs_dict.TASK15.logit_fc.2.weight": (WIDTH,),
+        "clfs_dict.TASK15.logit_fc.3.weight": (9, WIDTH),
+    }
     return weights | extra(heads)
 
 
 def as_m3p(parts: dict, at: str = "module.") -> dict:
     """M3P's own names after `at`, with all that it has and fine-tuning does not use."""
-    layer = {"query": "attentions.{i}.q_lin", "key": "attentions.{i}.k_lin", "value": "attentions.{i}.v_lin",
-             "attended": "attentions.{i}.out_lin", "attention_norm": "layer_norm1.{i}", "intermediate": "ffns.{i}.lin1",
-             "output": "ffns.{i}.lin2", "output_norm": "layer_norm2.{i}"}  # fmt: skip
-    names = {"word": "embeddings", "position": "position_embeddings", "norm": "layer_norm_emb",
-             "feature": "image_embeddings.image_embeddings", "location": "image_embeddings.image_location_embeddings",
-             "region_norm": "image_embeddings.LayerNorm", "pooler": "pooled_layer.dense"}  # fmt: skip
+    layer = {
+        "query": "attentions.{i}.q_lin",
+        "key": "attentions.{i}.k_lin",
+        "value": "attentions.{i}.v_lin",
+        "attended": "attentions.{i}.out_lin",
+        "attention_norm": "layer_norm1.{i}",
+        "intermediate": "ffns.{i}.lin1",
+        "output": "ffns.{i}.lin2",
+        "output_norm": "layer_norm2.{i}",
+    }
+    names = {
+        "word": "embeddings",
+        "position": "position_embeddings",
+        "norm": "layer_norm_emb",
+        "feature": "image_embeddings.image_embeddings",
+        "location": "image_embeddings.image_location_embeddings",
+        "region_norm": "image_embeddings.LayerNorm",
+        "pooler": "pooled_layer.dense",
+    }
     square = (WIDTH, WIDTH)
     rest = {
         "cross_lang_embeddings.weight": (3, WIDTH),
@@ -140,7 +216,9 @@ def as_m3p(parts: dict, at: str = "module.") -> dict:
     rest |= {f"layer_norm15.{i}.weight": (WIDTH,) for i in range(LAYERS)}
     weights = {f"{at}{name}": value for name, value in (rename(parts, names, layer) | extra(rest)).items()}
     return (
-        weights if at == "module." else weights | extra({"bert.pooler.dense.weight": square, "bert.pooler.dense.bias": (WIDTH,)})
+        weights
+        if at == "module."
+        else weights | extra({"bert.pooler.dense.weight": square, "bert.pooler.dense.bias": (WIDTH,)})
     )
 
 
@@ -152,8 +230,11 @@ def write(folder, weights, heads=HEADS):
     return folder / "weights.bin"
 
 
-def slow(kind: str, parts: dict, texts: list, regions: list, activation=torch.tanh, eps=1e-12, embedding_eps=1e-12):
-    """Pooled states (n, pooled) of texts (ids) and regions (R, f + 7), all rows padded to the longest and masked."""
+def slow(
+    kind: str, parts: dict, texts: list, regions: list, activation=torch.tanh, eps=1e-12, embedding_eps=1e-12
+):
+    """Pooled states (n, pooled) of texts (ids) and regions (R, f + 7), all rows padded to the longest and
+    masked."""
     p = parts
     most, longest = max(map(len, regions)), max(map(len, texts))
     padding, lengths = PADDING[kind], [len(text) for text in texts]
@@ -166,7 +247,10 @@ def slow(kind: str, parts: dict, texts: list, regions: list, activation=torch.ta
 
     def norm(x, name, eps=embedding_eps):
         spread = ((x - x.mean(-1, keepdim=True)) ** 2).mean(-1, keepdim=True)
-        return p[f"{name}.weight"] * (x - x.mean(-1, keepdim=True)) / torch.sqrt(spread + eps) + p[f"{name}.bias"]
+        return (
+            p[f"{name}.weight"] * (x - x.mean(-1, keepdim=True)) / torch.sqrt(spread + eps)
+            + p[f"{name}.bias"]
+        )
 
     pictures = []
     for rows in regions:
@@ -182,7 +266,9 @@ def slow(kind: str, parts: dict, texts: list, regions: list, activation=torch.ta
             embedded = linear(features, "feature") + linear(where, "location")
         else:
             kinds = p["region_type"][0] if kind == "xuniter" else p["type"][1]
-            parts_of = norm(linear(features, "feature"), "feature_norm") + norm(linear(where, "location"), "location_norm")
+            parts_of = norm(linear(features, "feature"), "feature_norm") + norm(
+                linear(where, "location"), "location_norm"
+            )
             embedded = parts_of + kinds
         pictures.append(norm(embedded, "region_norm"))
     most = max(map(len, pictures))
@@ -195,16 +281,24 @@ def slow(kind: str, parts: dict, texts: list, regions: list, activation=torch.ta
             seen[row, : len(whole)] = True
     else:
         there = (ids != padding).long() if kind != "muniter" else torch.ones_like(ids)
-        places = there.cumsum(1) * there + padding if kind != "muniter" else torch.arange(longest).expand_as(ids)
+        places = (
+            there.cumsum(1) * there + padding if kind != "muniter" else torch.arange(longest).expand_as(ids)
+        )
         x[:, :longest] = norm(p["word"][ids] + p["position"][places] + p["type"][0], "norm")
         for row, picture in enumerate(pictures):
             x[row, longest : longest + len(picture)] = picture
             seen[row, : lengths[row]] = seen[row, longest : longest + len(picture)] = True
     hidden = torch.where(seen, 0.0, -math.inf)[:, None, None]
     for i in range(LAYERS):
-        q, k, v = (linear(x, f"{i}.{n}").unflatten(2, (HEADS, -1)).transpose(1, 2) for n in ("query", "key", "value"))
+        q, k, v = (
+            linear(x, f"{i}.{n}").unflatten(2, (HEADS, -1)).transpose(1, 2) for n in ("query", "key", "value")
+        )
         weights = (q @ k.transpose(2, 3) / math.sqrt(WIDTH // HEADS) + hidden).softmax(-1)
-        x = norm(x + linear((weights @ v).transpose(1, 2).flatten(2), f"{i}.attended"), f"{i}.attention_norm", eps)
+        x = norm(
+            x + linear((weights @ v).transpose(1, 2).flatten(2), f"{i}.attended"), f"{i}.attention_norm", eps
+        )
         x = norm(x + linear(F.gelu(linear(x, f"{i}.intermediate")), f"{i}.output"), f"{i}.output_norm", eps)
     pooled = activation(linear(x[:, 0], "pooler"))
-    return pooled * activation(linear(x[:, longest], "region_pooler")) if "region_pooler.weight" in p else pooled
+    return (
+        pooled * activation(linear(x[:, longest], "region_pooler")) if "region_pooler.weight" in p else pooled
+    )

@@ -1,4 +1,5 @@
-"""The objective once more, slow and obvious: float64, one sentence at a time, no padding, no sharing of passes.
+"""The objective once more, slow and obvious: float64, one sentence at a time, no padding, no sharing of
+passes.
 
 It uses the model's parameters and nothing else of the model's code.
 """
@@ -29,7 +30,9 @@ def norm(layer, x):
 
 def feed(block, x):
     return F.linear(
-        F.gelu(F.linear(x, block.intermediate.weight, block.intermediate.bias)), block.output.weight, block.output.bias
+        F.gelu(F.linear(x, block.intermediate.weight, block.intermediate.bias)),
+        block.output.weight,
+        block.output.bias,
     )
 
 
@@ -103,12 +106,17 @@ def unit(layer, cls):
 
 
 def infonce(left, right, left_id, right_id, temperature):
-    """Sum of both directions, each a mean over pairs; equal content is no negative. Also the (n, n) similarities."""
+    """Sum of both directions, each a mean over pairs; equal content is no negative. Also the (n, n)
+    similarities."""
     n, losses = len(left), []
-    scores = torch.stack([torch.stack([left[i] @ right[j] / temperature for j in range(n)]) for i in range(n)])
+    scores = torch.stack(
+        [torch.stack([left[i] @ right[j] / temperature for j in range(n)]) for i in range(n)]
+    )
     for table in (scores, scores.T):
         for i in range(n):
-            others = [j for j in range(n) if j == i or (left_id[i] != left_id[j] and right_id[i] != right_id[j])]
+            others = [
+                j for j in range(n) if j == i or (left_id[i] != left_id[j] and right_id[i] != right_id[j])
+            ]
             losses.append(table[i, others].logsumexp(0) - table[i, i])
     return torch.stack(losses).sum() / n, scores
 
@@ -142,7 +150,9 @@ def slow_terms(model, batch, config):
         loss, scores = infonce(left, right, image_id, text_id, temperature)
         terms["ucl_image"] = half * loss
         fused = [i for i, place in enumerate(part["index"].tolist()) if place % config.fuse_every == 0]
-        terms["vlm"] = masked_loss(model, [(fused_states(model, masked[i], images[i]), rows[i][2]) for i in fused])
+        terms["vlm"] = masked_loss(
+            model, [(fused_states(model, masked[i], images[i]), rows[i][2]) for i in fused]
+        )
         seen = clean if config.itm_text == "clean" else masked
         terms["itm"] = matching(model, seen, images, scores, part, text_id, fused)
     if "parallel" in batch:
@@ -157,12 +167,16 @@ def slow_terms(model, batch, config):
         index = batch["parallel"]["index"].tolist()
         fused = [i for i, place in enumerate(index) if place % config.fuse_every == 0]
         terms["tlm"] = half * sum(
-            masked_loss(model, [(fused_states(model, masked[a][i], seen[1 - a][i]), sides[a][i][2]) for i in fused])
+            masked_loss(
+                model, [(fused_states(model, masked[a][i], seen[1 - a][i]), sides[a][i][2]) for i in fused]
+            )
             for a in (0, 1)
         )
     if "text" in batch:
         rows = sentences(batch["text"]["text"])
-        terms["xmlm"] = masked_loss(model, [(fused_states(model, text_states(model, r[1])), r[2]) for r in rows])
+        terms["xmlm"] = masked_loss(
+            model, [(fused_states(model, text_states(model, r[1])), r[2]) for r in rows]
+        )
     return terms
 
 

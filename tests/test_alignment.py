@@ -1,4 +1,5 @@
-"""Translation-based alignment (paper 4): what each routine compares, the losses against slow loops, workers, whole runs."""
+"""Translation-based alignment (paper 4): what each routine compares, the losses against slow loops, workers,
+whole runs."""
 
 import json
 import math
@@ -31,14 +32,21 @@ def context(files=FILES, languages=("en", "de")) -> Context:
     return Context(None, None, languages, (), None, None, print, lambda made, language: files[made, language])
 
 
-@pytest.mark.parametrize(("routine", "shown", "pivot"), [
-    (1, "ein Hund", "a dog"), (2, "ein Hund", "ein Köter"), (3, "a hound", "a dog"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("routine", "shown", "pivot"),
+    [
+        (1, "ein Hund", "a dog"),
+        (2, "ein Hund", "ein Köter"),
+        (3, "a hound", "a dog"),
+    ],
+)
 def test_routines_on_a_hand_made_example(routine, shown, pivot):
     method = TranslationAlignment(routine=routine).prepare(context())
     changed = method.example(Captioned("1.jpg", ("ein Hund",)))
     assert changed == Captioned("1.jpg", (shown,), (pivot,))
-    assert method.example(Captioned("2.jpg", ("a bus",))) == Captioned("2.jpg", ("a bus",), ("a bus",))  # its own pivot
+    assert method.example(Captioned("2.jpg", ("a bus",))) == Captioned(
+        "2.jpg", ("a bus",), ("a bus",)
+    )  # its own pivot
 
 
 def test_independent_captions_take_the_english_ones_in_turn():
@@ -52,7 +60,9 @@ def test_mistakes():
     with pytest.raises(UserError, match="translations from 'de' into English: 2 for the 1 captions of 1.jpg"):
         TranslationAlignment(routine=3).prepare(context(short))
     with pytest.raises(UserError, match="no English caption of 1 pictures, such as 2.jpg"):
-        TranslationAlignment(routine=1).prepare(context({**FILES, ("", "en"): {"1.jpg": ("a dog",)}}, ("de",)))
+        TranslationAlignment(routine=1).prepare(
+            context({**FILES, ("", "en"): {"1.jpg": ("a dog",)}}, ("de",))
+        )
     with pytest.raises(UserError, match="needs a retrieval task"):
         TranslationAlignment().prepare(context()._replace(captions=None))
 
@@ -61,6 +71,7 @@ def slow_contrast(queries, keys, temperature: float, excluded=()) -> float:
     """Equations 1, 2 and 8 in plain loops. `excluded`: pairs (i, j) that are no negatives."""
     loss = 0.0
     for i, query in enumerate(queries):
+
         def cosine(j, query=query):
             return float(query @ keys[j] / (query.norm() * keys[j].norm())) / temperature
 
@@ -74,7 +85,12 @@ def aligned_batch() -> dict:
     part = make_batch(3, 6)["image_text"]
     part["image_id"][4] = part["image_id"][1]
     pivot = make_batch(5, 6)["image_text"]["text"]
-    return {"image_text": {**part, "pivot": type(make_model().encode_images(part["images"]))(pivot.clean, pivot.lengths)}}
+    return {
+        "image_text": {
+            **part,
+            "pivot": type(make_model().encode_images(part["images"]))(pivot.clean, pivot.lengths),
+        }
+    }
 
 
 @pytest.mark.parametrize("loss", ["mse", "pivot", "image"])
@@ -88,13 +104,18 @@ def test_losses_are_the_slow_ones(loss):
         text = model.embed_sentences(type(part["pivot"])(part["text"].clean, part["text"].lengths)).float()
         pivot = model.embed_sentences(part["pivot"]).float()
     one_picture = {(1, 4), (4, 1)}
-    expected = {"i2t": slow_contrast(picture, text, 0.5, one_picture), "t2i": slow_contrast(text, picture, 0.5, one_picture)}
+    expected = {
+        "i2t": slow_contrast(picture, text, 0.5, one_picture),
+        "t2i": slow_contrast(text, picture, 0.5, one_picture),
+    }
     if loss == "mse":
         expected["alignment"] = sum(float(d) ** 2 for row in (text - pivot) for d in row) / text.numel()
     else:
         expected["alignment"] = slow_contrast(pivot, text if loss == "pivot" else picture, 0.5, one_picture)
     assert {k: float(v) for k, v in values.items()} == pytest.approx(expected, rel=1e-5)
-    assert float(total) == pytest.approx(expected["i2t"] + expected["t2i"] + weight * expected["alignment"], rel=1e-5)
+    assert float(total) == pytest.approx(
+        expected["i2t"] + expected["t2i"] + weight * expected["alignment"], rel=1e-5
+    )
 
 
 def on_share(rank, world):
@@ -138,7 +159,9 @@ def test_terms_beside_matching_are_the_slow_ones(loss):
     else:
         expected = slow_contrast(pivot, text if loss == "pivot" else picture, tau, {(1, 4), (4, 1)})
     assert float(values["alignment"]) == pytest.approx(expected, rel=1e-5)
-    assert {name: float(values[name]) for name in own} == pytest.approx({name: float(v) for name, v in own.items()}, rel=1e-9)
+    assert {name: float(values[name]) for name in own} == pytest.approx(
+        {name: float(v) for name, v in own.items()}, rel=1e-9
+    )
     assert float(total) == pytest.approx(float(before) + 0.7 * expected, rel=1e-5)
     total.backward()
     alone = torch.autograd.grad(unified(batch)[0], model.text_projection.weight)[0]
@@ -173,7 +196,11 @@ def test_xtd_is_split_into_fifty_fifty_and_the_rest(tmp_path):
     for path, word in ((tmp_path / "xtd" / "test_1kcaptions_de.txt", "Bild"), (folder / "de.txt", "picture")):
         path.write_text("".join(f"{word} {i}\n" for i in range(1000)))
     task = TASKS["xtd_few"]
-    parts = {name: list(task.read(task.path(tmp_path, name, "de"), name, "de")) for name in task.splits if "from" not in name}
+    parts = {
+        name: list(task.read(task.path(tmp_path, name, "de"), name, "de"))
+        for name in task.splits
+        if "from" not in name
+    }
     assert [len(parts[name]) for name in ("train", "dev", "test")] == [50, 50, 900]
     assert len({item.image for name in ("train", "dev", "test") for item in parts[name]}) == 1000
     assert [item.image for item in parts["train"]] == [item.image for item in parts["train_to_en"]]
@@ -186,21 +213,31 @@ FEW = ["setting=few_shot", "shots=5", "matching=false", "batch=5", "temperature=
 
 
 def test_a_small_model_a_language_end_to_end(finetune, tmp_path):
-    """Routine 3 with LoRA and code-mixing: a set of small weights for the target, results on translations, resumed to the bit."""
+    """Routine 3 with LoRA and code-mixing: a set of small weights for the target, results on translations,
+    resumed to the bit."""
     settings = [*FEW, "strategies.alignment={}", "strategies.lora.rank=2", "select=last"]
-    code, printed = finetune("scenes_xflickrco", "name=aligned", *settings, "strategies.code_mixing.probability=0.5")
+    code, printed = finetune(
+        "scenes_xflickrco", "name=aligned", *settings, "strategies.code_mixing.probability=0.5"
+    )
     assert code == 0, printed
     found = json.loads((tmp_path / "aligned" / "result.json").read_text())
     called = "alignment (routine 3, loss mse, weight 1.0) + code mixing (probability 0.5) + lora (rank 2)"
     assert found["method"] == called
     assert set(found["recall_at_1"]) == {"ru"} and found["disparity"] == {"std": 0.0, "range": 0.0}
-    assert found["retrieval"]["ru"]["pairs"] == 0 and (tmp_path / "aligned" / "ru" / "tuned.safetensors").is_file()
+    assert (
+        found["retrieval"]["ru"]["pairs"] == 0
+        and (tmp_path / "aligned" / "ru" / "tuned.safetensors").is_file()
+    )
     losses = {key for line in read_metrics(tmp_path / "aligned" / "ru") for key in line}
     assert {"loss/i2t", "loss/t2i", "loss/alignment"} <= losses
     for stop in (["fit.stop_after=1"], []):
-        code, printed = finetune("scenes_xflickrco", "name=parts", *settings, "strategies.code_mixing.probability=0.5", *stop)
+        code, printed = finetune(
+            "scenes_xflickrco", "name=parts", *settings, "strategies.code_mixing.probability=0.5", *stop
+        )
         assert code == 0, printed
-    whole, parts = ((tmp_path / name / "ru" / "tuned.safetensors").read_bytes() for name in ("aligned", "parts"))
+    whole, parts = (
+        (tmp_path / name / "ru" / "tuned.safetensors").read_bytes() for name in ("aligned", "parts")
+    )
     assert whole == parts
 
 
@@ -209,16 +246,23 @@ def test_a_model_is_evaluated_as_it_is(finetune, tmp_path):
     for setting in ("untrained", "translate_test"):
         code, printed = finetune("scenes_xflickrco", f"name={setting}", f"setting={setting}", *settings)
         assert code == 0, printed
-    found = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("untrained", "translate_test")]
+    found = [
+        json.loads((tmp_path / name / "result.json").read_text()) for name in ("untrained", "translate_test")
+    ]
     assert found[0]["recall_at_1"]["en"] == found[1]["recall_at_1"]["en"] and found[0]["steps"] == 0
-    assert found[0]["disparity"]["range"] == pytest.approx(abs(found[0]["recall_at_1"]["en"] - found[0]["recall_at_1"]["ru"]))
+    assert found[0]["disparity"]["range"] == pytest.approx(
+        abs(found[0]["recall_at_1"]["en"] - found[0]["recall_at_1"]["ru"])
+    )
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    (["strategies.alignment={}"], "setting=few_shot, single_language or all_language"),
-    ([*FEW, "strategies.alignment={}", "shots=7"], "train_7.jsonl: no such file"),
-    (["setting=untrained", "strategies.lora={}"], "setting=untrained trains nothing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["strategies.alignment={}"], "setting=few_shot, single_language or all_language"),
+        ([*FEW, "strategies.alignment={}", "shots=7"], "train_7.jsonl: no such file"),
+        (["setting=untrained", "strategies.lora={}"], "setting=untrained trains nothing"),
+    ],
+)
 def test_mistakes_are_one_line(finetune, settings, words):
     code, printed = finetune("scenes_xflickrco", "name=wrong", *settings)
     assert code == 2 and words in printed and printed.strip().splitlines()[-1].startswith("error: ")

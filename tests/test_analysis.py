@@ -44,8 +44,18 @@ def train(tmp_path_factory, model, scenes):
     runs = tmp_path_factory.mktemp("runs")
 
     def run(task, name, *settings):
-        own = [f"model={model}", f"data={scenes}", f"runs={runs}", f"name={name}", "epochs=2", "batch=16", "image_size=16",
-               "fit.bf16=false", "fit.loader_workers=0", "test_limit=30"]  # fmt: skip
+        own = [
+            f"model={model}",
+            f"data={scenes}",
+            f"runs={runs}",
+            f"name={name}",
+            "epochs=2",
+            "batch=16",
+            "image_size=16",
+            "fit.bf16=false",
+            "fit.loader_workers=0",
+            "test_limit=30",
+        ]
         assert main([f"scenes_{task}", *own, *settings]) == 0
         return runs / name
 
@@ -70,7 +80,10 @@ class Regions:
 
     def read(self, names):
         lengths = torch.tensor([2 + int(name) for name in names])
-        values = [torch.rand(n, 13, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in lengths.tolist()]
+        values = [
+            torch.rand(n, 13, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+            for n in lengths.tolist()
+        ]
         return {"regions": Ragged(torch.cat(values), lengths)}
 
 
@@ -79,13 +92,20 @@ def parallel_of(texts):
     return Parallel(("en", "de", "ru"), items, len(items), dict.fromkeys(("en", "de", "ru"), 0))
 
 
-TEXTS = [("Is there a dog?", "Gibt es einen Hund?", "Есть ли собака?"), ("cat", "Katze", "Есть ли кошка или хлеб?"),
-         ("Which is larger?", "Was ist größer, Apfel oder Brot?", "Что?"), ("bread", "Brot", "хлеб")]  # fmt: skip
+TEXTS = [
+    ("Is there a dog?", "Gibt es einen Hund?", "Есть ли собака?"),
+    ("cat", "Katze", "Есть ли кошка или хлеб?"),
+    ("Which is larger?", "Was ist größer, Apfel oder Brot?", "Что?"),
+    ("bread", "Brot", "хлеб"),
+]
 
 
 @pytest.mark.parametrize(
     ("build", "pictures"),
-    [(lambda: make_model(vocabulary=12000, positions=64), Drawings()), (lambda: SingleStream(tiny("uc2")).double(), Regions())],
+    [
+        (lambda: make_model(vocabulary=12000, positions=64), Drawings()),
+        (lambda: SingleStream(tiny("uc2")).double(), Regions()),
+    ],
     ids=["unified", "uc2"],
 )
 def test_states_are_those_that_the_head_reads(tokenizer, build, pictures):
@@ -93,7 +113,9 @@ def test_states_are_those_that_the_head_reads(tokenizer, build, pictures):
     model = FinetuneModel(backbone, ("no", "yes"), 1, 0.1).double().eval()
     model.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     got = parallel_states(model, parallel_of(TEXTS), pictures, tokenizer, 12)
-    assert got.shape == (3, 4, backbone.width) and has_cross_attention(backbone) == isinstance(pictures, Drawings)
+    assert got.shape == (3, 4, backbone.width) and has_cross_attention(backbone) == isinstance(
+        pictures, Drawings
+    )
     for i, row in enumerate(TEXTS):
         for j, text in enumerate(row):
             model({"text": encode_texts([text], tokenizer, 12), **pictures.read([str(i)])})
@@ -123,16 +145,26 @@ def test_similarity_is_the_slow_loop_and_its_control_has_no_parallel_pair():
         for b in range(3):
             pairs = [float(states[a, i].double() @ states[b, i].double()) for i in range(5)]
             assert matrix[a, b] == pytest.approx(np.mean(pairs))
-            others += [float(states[a, i].double() @ states[b, j].double()) for i in range(5) for j in range(5) if i != j]
+            others += [
+                float(states[a, i].double() @ states[b, j].double())
+                for i in range(5)
+                for j in range(5)
+                if i != j
+            ]
     assert unpaired == pytest.approx(np.mean(others))
-    together = torch.eye(5)[None].repeat(3, 1, 1)  # the same in each language, nothing in common between items
+    together = torch.eye(5)[None].repeat(
+        3, 1, 1
+    )  # the same in each language, nothing in common between items
     matrix, unpaired = compare(together)
     assert np.allclose(matrix, 1) and unpaired == pytest.approx(0, abs=1e-12)
     assert compare(states[:, :1])[1] is None
 
 
 def test_correlation_is_numpys():
-    near, scores = {"de": 0.9, "ko": 0.2, "ru": 0.5, "zh": 0.3}, {"en": 0.9, "de": 0.7, "ko": 0.1, "ru": 0.6, "zh": 0.4}
+    near, scores = (
+        {"de": 0.9, "ko": 0.2, "ru": 0.5, "zh": 0.3},
+        {"en": 0.9, "de": 0.7, "ko": 0.1, "ru": 0.6, "zh": 0.4},
+    )
     expected = np.corrcoef([near[c] for c in near], [scores[c] for c in near])[0, 1]
     assert correlate(near, scores) == pytest.approx(expected)
     assert correlate({"de": 0.9, "ko": 0.2}, scores) is None  # a line fits any two
@@ -140,7 +172,9 @@ def test_correlation_is_numpys():
     states = F.normalize(torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(1)), dim=-1)
     values = describe(parallel_of(TEXTS), states, {"en": 0.9, "de": 0.5, "ru": 0.4})
     assert values["to_english"] == {"de": values["similarity"][0][1], "ru": values["similarity"][0][2]}
-    assert values["mean"] == pytest.approx(np.mean([values["similarity"][i][j] for i in range(3) for j in range(3) if i != j]))
+    assert values["mean"] == pytest.approx(
+        np.mean([values["similarity"][i][j] for i in range(3) for j in range(3) if i != j])
+    )
 
 
 def test_attention_weights_give_the_modules_output():
@@ -154,10 +188,16 @@ def test_attention_weights_give_the_modules_output():
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 18, 2, dtype=torch.float64))
     assert not any(block.cross_attention._forward_pre_hooks for block in backbone.fusion.blocks)
     with torch.inference_mode():
-        for row, start in zip(range(4), text.starts.tolist(), strict=True):  # one text at a time, its outputs noted
+        for row, start in zip(
+            range(4), text.starts.tolist(), strict=True
+        ):  # one text at a time, its outputs noted
             one, outputs = text.take(torch.tensor([row])), []
-            handles = [block.cross_attention.register_forward_hook(lambda _, inputs, out, to=outputs: to.append((inputs, out)))
-                       for block in backbone.fusion.blocks]  # fmt: skip
+            handles = [
+                block.cross_attention.register_forward_hook(
+                    lambda _, inputs, out, to=outputs: to.append((inputs, out))
+                )
+                for block in backbone.fusion.blocks
+            ]
             states = one.with_values(backbone.encode_text(one))
             backbone.fuse(states, condition=Condition(picture, torch.zeros(1, dtype=torch.int64)))
             for handle in handles:
@@ -174,8 +214,12 @@ def test_maps_are_means_and_quadrants_add_up():
     text = Ragged(torch.zeros(9), torch.tensor([5, 4]))
     found = word_maps(weights, text, [[1, 2], [3]])
     assert found.shape == (2, 3, 10)
-    assert np.allclose(found[0, 1], weights[1, 1:3].mean((0, 1))) and np.allclose(found[1, 2], weights[2, 8].mean(0))
-    assert np.array_equal(choose_layer(found, "last"), found[:, 2]) and np.array_equal(choose_layer(found, "1"), found[:, 0])
+    assert np.allclose(found[0, 1], weights[1, 1:3].mean((0, 1))) and np.allclose(
+        found[1, 2], weights[2, 8].mean(0)
+    )
+    assert np.array_equal(choose_layer(found, "last"), found[:, 2]) and np.array_equal(
+        choose_layer(found, "1"), found[:, 0]
+    )
     assert np.allclose(choose_layer(found, "mean"), found.mean(1))
     grid = to_grid(found[0, 0])
     assert grid.shape == (3, 3) and grid.sum() == pytest.approx(1)
@@ -185,10 +229,18 @@ def test_maps_are_means_and_quadrants_add_up():
     assert shares[1] == pytest.approx(grid[0, 2] + grid[0, 1] / 2 + grid[1, 2] / 2 + grid[1, 1] / 4)
     even = np.arange(16.0).reshape(1, 4, 4) / 120
     halves = (slice(0, 2), slice(2, 4))
-    assert np.allclose(quadrants(even)[0], [even[0, rows, columns].sum() for rows in halves for columns in halves])
+    assert np.allclose(
+        quadrants(even)[0], [even[0, rows, columns].sum() for rows in halves for columns in halves]
+    )
 
 
-SENTENCES = ["Is there a hot  dog?", "그림에 개가 있나요?", "图片里有熊猫吗？", "ছবিতে কি কুকুর আছে?", "Groß: Äpfel"]
+SENTENCES = [
+    "Is there a hot  dog?",
+    "그림에 개가 있나요?",
+    "图片里有熊猫吗？",
+    "ছবিতে কি কুকুর আছে?",
+    "Groß: Äpfel",
+]
 
 
 @pytest.mark.parametrize("text", SENTENCES)
@@ -235,15 +287,26 @@ def test_curves_of_written_records(tmp_path):
     epochs = [(0.5, 0.3, 0.1, 0.6, 0.4), (0.7, 0.2, 0.3, 0.8, 0.2)]
     lines = [{"step": 1, "loss/task": 3.0}]
     for i, (en, de, ko, verify, query) in enumerate(epochs):
-        values = {"en": en, "de": de, "ko": ko, "en/verify": 1.0, "de/verify": verify, "ko/verify": verify - 0.2}
+        values = {
+            "en": en,
+            "de": de,
+            "ko": ko,
+            "en/verify": 1.0,
+            "de/verify": verify,
+            "ko/verify": verify - 0.2,
+        }
         recorded = {f"eval/test/{name}": value for name, value in {**values, "ko/query": query}.items()}
         lines.append({"step": 10 * (i + 1), "eval/score": 0.1, **recorded})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     values = curves.read_curves([tmp_path])
     assert values["score"] == {"en": [0.5, 0.7], "de": [0.3, 0.2], "ko": [0.1, 0.3]}
-    assert values["by_type_mean"]["verify"] == pytest.approx([0.5, 0.7]) and values["by_type_mean"]["query"] == [0.4, 0.2]
+    assert values["by_type_mean"]["verify"] == pytest.approx([0.5, 0.7]) and values["by_type_mean"][
+        "query"
+    ] == [0.4, 0.2]
     curves.draw(values, "a run", "accuracy", tmp_path / "curves")
-    assert (tmp_path / "curves.png").stat().st_size > 5000 and json.loads((tmp_path / "curves.json").read_text()) == values
+    assert (tmp_path / "curves.png").stat().st_size > 5000 and json.loads(
+        (tmp_path / "curves.json").read_text()
+    ) == values
     assert "| de | 30.0 | 30.0 (1.) | 20.0 |" in curves.summary(values)
     with pytest.raises(Inapplicable, match="curves=true"):
         curves.read_curves([tmp_path / "elsewhere"])
@@ -287,23 +350,36 @@ def test_a_run_is_analysed(train, scenes, capsys, recwarn):
     assert values["similarity"]["languages"] == codes and values["similarity"]["items"] == 20
     result = json.loads((run / "result.json").read_text())
     assert values["similarity"]["score"] == result["accuracy"]
-    assert {code: len(points) for code, points in values["curves"]["score"].items()} == dict.fromkeys(codes, 2)
+    assert {code: len(points) for code, points in values["curves"]["score"].items()} == dict.fromkeys(
+        codes, 2
+    )
     assert set(values["curves"]["by_type_mean"]) == {"verify", "query", "choose", "logical", "compare"}
     for code in codes:
         assert values["confusions"][code]["accuracy"] == result["accuracy"][code]
         assert values["confusions"][code]["accuracy_with_synonyms"] >= result["accuracy"][code]
     seen = values["attention"]
-    assert set(seen["own_quadrant"]) == set(codes) and all(0 < share < 1 for share in seen["own_quadrant"].values())
-    truth = {r["id"]: r["objects"] for r in map(json.loads, (scenes / "scenes.jsonl").read_text().splitlines())}
+    assert set(seen["own_quadrant"]) == set(codes) and all(
+        0 < share < 1 for share in seen["own_quadrant"].values()
+    )
+    truth = {
+        r["id"]: r["objects"] for r in map(json.loads, (scenes / "scenes.jsonl").read_text().splitlines())
+    }
     for record in seen["drawn"]:
         named = next(o["label"] for o in truth[record["image"]] if o["quadrant"] == record["quadrant"])
         assert record["word"] == {code: say(named, code) for code in codes}
         assert all(np.sum(grid) == pytest.approx(1) for grid in record["map"].values())
     item = seen["drawn"][0]
     words = [f"{code}={item['word'][code]}" for code in ("en", "ru")]
-    assert main(["analyse", str(run), "--limit", "20", "--item", item["id"], "--layer", "mean", "--words", *words]) == 0
+    assert (
+        main(
+            ["analyse", str(run), "--limit", "20", "--item", item["id"], "--layer", "mean", "--words", *words]
+        )
+        == 0
+    )
     chosen = json.loads((run / "analysis" / "attention.json").read_text())
-    assert chosen["items"] == 1 and chosen["layer"] == "mean" and set(chosen["drawn"][0]["map"]) == {"en", "ru"}
+    assert (
+        chosen["items"] == 1 and chosen["layer"] == "mean" and set(chosen["drawn"][0]["map"]) == {"en", "ru"}
+    )
     assert "own_quadrant" not in chosen  # of words that are given, nobody knows what they name
 
 
@@ -312,7 +388,11 @@ def test_retrieval_and_a_run_without_curves(train, capsys):
     assert main(["analyse", str(run), "--limit", "20"]) == 0
     printed = capsys.readouterr().out
     assert "curves=true" in printed and "xflickrco are no open set" in printed
-    assert {p.name for p in (run / "analysis").glob("*.png")} == {"similarity.png", "attention.png", "tsne.png"}
+    assert {p.name for p in (run / "analysis").glob("*.png")} == {
+        "similarity.png",
+        "attention.png",
+        "tsne.png",
+    }
     values = json.loads((run / "analysis" / "similarity.json").read_text())
     assert values["pearson"] is None and set(values["to_english"]) == {"de", "ru"}  # a line fits any two
 
@@ -331,8 +411,15 @@ def test_a_model_a_language(train, capsys):
     shots = ("setting=few_shot", "shots=5", 'languages=["de","ru"]', "batch=4", f"model={english}")
     run = train("xgqa", "shots", "curves=true", *shots)
     assert main(["analyse", str(run)]) == 0
-    assert capsys.readouterr().out.count("Not made: compares languages within one model; setting=few_shot trains one") == 3
-    values = {name: json.loads((run / "analysis" / f"{name}.json").read_text()) for name in ("curves", "confusions")}
+    assert (
+        capsys.readouterr().out.count(
+            "Not made: compares languages within one model; setting=few_shot trains one"
+        )
+        == 3
+    )
+    values = {
+        name: json.loads((run / "analysis" / f"{name}.json").read_text()) for name in ("curves", "confusions")
+    }
     assert {code: len(points) for code, points in values["curves"]["score"].items()} == {"de": 2, "ru": 2}
     accuracy = json.loads((run / "result.json").read_text())["accuracy"]
     assert {code: found["accuracy"] for code, found in values["confusions"].items()} == accuracy
@@ -391,14 +478,17 @@ def test_shares_against_a_loop(tokenizer, scenes):
     for code in codes:
         shares = [values["own_quadrant"][code] for values in alone]
         assert together["own_quadrant"][code] == pytest.approx(np.mean(shares))
-        assert together["standard_error"][code] == pytest.approx(np.std(shares, ddof=1) / math.sqrt(len(shares)))
+        assert together["standard_error"][code] == pytest.approx(
+            np.std(shares, ddof=1) / math.sqrt(len(shares))
+        )
         assert together["own_by_layer"][code][-1] == pytest.approx(together["own_quadrant"][code])
     assert len({r["image"] for r in together["drawn"]}) == len(together["drawn"]) == 2
     assert all(record["text"]["ko"] == texts[record["id"]] for record in together["drawn"])
 
 
 def test_windows_come_back_in_their_places():
-    """Four windows of 2 x 2 patches behind the mean, their CLS states and then the patches, window after window."""
+    """Four windows of 2 x 2 patches behind the mean, their CLS states and then the patches, window after
+    window."""
     raster = np.arange(16.0).reshape(4, 4)
     windows = [raster[top : top + 2, left : left + 2].ravel() for top in (0, 2) for left in (0, 2)]
     weights = np.concatenate([[99.0], np.full(4, 77.0), *windows])

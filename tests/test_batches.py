@@ -40,7 +40,9 @@ def caption(number):
 
 
 def record(number):
-    return json.dumps({"captions": {"en": [caption(number), f"a {caption(number)}"], "de": "ein Bild"}}).encode()
+    return json.dumps(
+        {"captions": {"en": [caption(number), f"a {caption(number)}"], "de": "ein Bild"}}
+    ).encode()
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +51,17 @@ def root(tmp_path_factory):
     corpus = root / "corpus.txt"
     corpus.write_text("\n".join(" ".join(WORDS) + " a" for _ in range(50)))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(root / "tokenizer"), vocab_size=60, hard_vocab_limit=False, minloglevel=2,
-        bos_id=0, pad_id=1, eos_id=2, unk_id=3, control_symbols=["<mask>"],
-    )  # fmt: skip
+        input=str(corpus),
+        model_prefix=str(root / "tokenizer"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        bos_id=0,
+        pad_id=1,
+        eos_id=2,
+        unk_id=3,
+        control_symbols=["<mask>"],
+    )
     tokenizer = Tokenizer.load(root / "tokenizer.model")
     with ShardWriter(root / "image_text", "image_text", max_samples=9) as writer:
         for number in range(PICTURES):
@@ -67,7 +77,9 @@ def root(tmp_path_factory):
         with ShardWriter(root / kind, kind, tokenizer, max_samples=70) as writer:
             for language, count in ROWS.items():
                 rows = [sentence(number) for number in range(count)]
-                writer.write_rows(language, [(row, row[::-1]) for row in rows] if kind == "parallel" else rows)
+                writer.write_rows(
+                    language, [(row, row[::-1]) for row in rows] if kind == "parallel" else rows
+                )
     return root
 
 
@@ -104,7 +116,8 @@ def content(*batches):
         for name in ("image_text", "parallel", "text"):
             stream = batch.get(name, {})
             columns = [
-                rows_of(v) if hasattr(v, "_fields") else [x.numpy().tobytes() for x in v] for v in stream.values()
+                rows_of(v) if hasattr(v, "_fields") else [x.numpy().tobytes() for x in v]
+                for v in stream.values()
             ]
             for row, index in enumerate(stream.get("index", torch.empty(0)).tolist()):
                 assert (name, index) not in found
@@ -248,16 +261,18 @@ def test_pack_and_unpack(root):
         (["text.lanes=3", "text.batch=21"], "2 workers do not divide 3 lanes"),
         (["text.batch=22"], "4 lanes do not divide a batch of 22"),
         (["text.lanes=12", "text.batch=24"], "12 lanes but 11 samples of language 'bn'"),
-        (["text.languages=[\"de\", \"sw\"]"], "no data in language 'sw'"),
+        (['text.languages=["de", "sw"]'], "no data in language 'sw'"),
         (["caption_language=fr"], "no data in language 'fr'"),
         (["text.folder=null"], "no folder"),
         (["text.folder={root}/parallel"], "'parallel' where 'text' is needed"),
         (["tokenizer={root}/none"], "no such tokenizer"),
         (["text.batch=0", "parallel.batch=0", "image_text.batch=0"], "every stream has batch 0"),
     ],
-)  # fmt: skip
+)
 def test_bad_settings_are_told_in_one_line(root, assignments, words):
-    config = override(configure(root), [assignment.replace("{root}", str(root)) for assignment in assignments])
+    config = override(
+        configure(root), [assignment.replace("{root}", str(root)) for assignment in assignments]
+    )
     with pytest.raises(UserError, match=words) as error:
         StepBatches(config, 16, 1, 0, 2)
     assert "\n" not in str(error.value)
@@ -294,7 +309,9 @@ def test_an_unusable_sample_is_replaced_counted_and_logged(root, tmp_path, name,
     with caplog.at_level(logging.WARNING):
         loaded = [batches[step] for step in steps]
     assert sum(batch["bad"] for batch in loaded) >= 3  # one epoch is 5 steps
-    assert 1 <= len([r for r in caplog.records if "k20" in r.getMessage()]) <= 2  # told once a member, not each time
+    assert (
+        1 <= len([r for r in caplog.records if "k20" in r.getMessage()]) <= 2
+    )  # told once a member, not each time
     again = [content(*(StepBatches(config, 16, 1, rank, 2)[step] for rank in range(2))) for step in steps]
     assert again == [content(batch) for batch in loaded]
     unusable = batches.streams["image_text"].source.sample("en", 20).identity
@@ -324,7 +341,9 @@ def test_foreign_tars_with_plain_captions(root, tmp_path, beside):
 
     with webdataset.TarWriter(str(tmp_path / "en-0.tar"), encoder=False) as writer:
         for number in range(8):
-            writer.write({"__key__": f"{number}", "txt": caption(number).encode(), "png": png(number, 1), **beside})
+            writer.write(
+                {"__key__": f"{number}", "txt": caption(number).encode(), "png": png(number, 1), **beside}
+            )
     index_folder(tmp_path, "image_text")
     batch = make(root, image_text=StreamConfig(folder=str(tmp_path), batch=8, lanes=4))[0]
     assert len(set(batch["image_text"]["image_id"].tolist())) == 8

@@ -15,7 +15,9 @@ def test_tables_are_generated_from_what_was_recorded(tmp_path, monkeypatch):
     record.main([])
     for name in files:
         text = (tmp_path / name).read_text(encoding="utf-8")
-        assert text == (record.RESULTS.parent.parent / name).read_text(encoding="utf-8"), f"python -m benchmarks.record: {name}"
+        assert text == (record.RESULTS.parent.parent / name).read_text(encoding="utf-8"), (
+            f"python -m benchmarks.record: {name}"
+        )
         assert "Not measured yet" not in text
 
 

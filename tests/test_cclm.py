@@ -40,7 +40,9 @@ def swin_config(**changes) -> ModelConfig:
 
 
 def pictures(n=3, size=16):
-    return torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    return torch.randint(
+        0, 256, (n, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
+    )
 
 
 @pytest.mark.parametrize("width", [32, 48])
@@ -64,7 +66,9 @@ def test_another_resolution_has_other_windows_and_interpolated_biases():
     resize(model, 16)
     assert fingerprint(model.vision) == mark
     resize(model, 24)  # windows of 6 and no longer 4
-    assert model.config.image_size == 24 and model.encode_images(pictures(size=24)).lengths.tolist() == [37] * 3
+    assert (
+        model.config.image_size == 24 and model.encode_images(pictures(size=24)).lengths.tolist() == [37] * 3
+    )
     for name, value in model.vision.state_dict().items():
         if name.endswith("bias_table"):
             assert len(before[name]) == 7**2 and len(value) == 11**2
@@ -115,7 +119,8 @@ def count(model) -> dict[str, int]:
 
 
 def block(d: int, f: int, cross: bool) -> int:
-    """Parameters of a layer: attentions (4 d^2 + 4 d) with their norms, feed-forward (2 d f + f + d) with its norm."""
+    """Parameters of a layer: attentions (4 d^2 + 4 d) with their norms, feed-forward (2 d f + f + d) with its
+    norm."""
     return (2 if cross else 1) * (4 * d * d + 4 * d + 2 * d) + 2 * d * f + f + d + 2 * d
 
 
@@ -130,7 +135,11 @@ def test_base_sizes(name, d, f, text):
     assert parts["embedding"] == (250002 + backbone.sizes["base"].positions) * d + 2 * d
     if name == "cclm":
         # ViT-B/16 at 224: patches, CLS and 14 x 14 positions, 12 layers, a norm
-        assert parts["vision"] == 16 * 16 * 3 * d + d + d + 197 * d + 12 * block(d, f, False) + 2 * d == 85_798_656
+        assert (
+            parts["vision"]
+            == 16 * 16 * 3 * d + d + d + 197 * d + 12 * block(d, f, False) + 2 * d
+            == 85_798_656
+        )
         assert parts["text"] + parts["fusion"] == 141_765_120 and sum(parts.values()) == 421_197_461
     else:
         # Swin-B (Liu et al., table 7: 88 M, of which the classifier of 1000 classes is 1.0 M)

@@ -1,4 +1,5 @@
-"""Loading CCLM: synthetic checkpoints with the published names of tensors, and folders of text and image encoders."""
+"""Loading CCLM: synthetic checkpoints with the published names of tensors, and folders of text and image
+encoders."""
 
 import re
 
@@ -19,17 +20,28 @@ def text_layer(at: str, cross: bool, seen: int = D) -> dict:
     for name, inputs in {"attention": D, **({"crossattention": seen} if cross else {})}.items():
         for part in ("self.query", "self.key", "self.value", "output.dense"):
             width = inputs if part in ("self.key", "self.value") else D
-            tensors |= {f"{at}.{name}.{part}.weight": torch.randn(D, width), f"{at}.{name}.{part}.bias": torch.randn(D)}
+            tensors |= {
+                f"{at}.{name}.{part}.weight": torch.randn(D, width),
+                f"{at}.{name}.{part}.bias": torch.randn(D),
+            }
         tensors |= {f"{at}.{name}.output.LayerNorm.{part}": torch.randn(D) for part in ("weight", "bias")}
-    tensors |= {f"{at}.intermediate.dense.weight": torch.randn(F_, D), f"{at}.intermediate.dense.bias": torch.randn(F_)}
+    tensors |= {
+        f"{at}.intermediate.dense.weight": torch.randn(F_, D),
+        f"{at}.intermediate.dense.bias": torch.randn(F_),
+    }
     tensors |= {f"{at}.output.dense.weight": torch.randn(D, F_), f"{at}.output.dense.bias": torch.randn(D)}
     return tensors | {f"{at}.output.LayerNorm.{part}": torch.randn(D) for part in ("weight", "bias")}
 
 
 def embeddings(at: str) -> dict:
-    return {f"{at}.word_embeddings.weight": torch.randn(VOCABULARY, D), f"{at}.token_type_embeddings.weight": torch.randn(1, D),
-            f"{at}.position_embeddings.weight": torch.randn(PLACES, D), f"{at}.position_ids": torch.arange(PLACES)[None],
-            f"{at}.LayerNorm.weight": torch.randn(D), f"{at}.LayerNorm.bias": torch.randn(D)}  # fmt: skip
+    return {
+        f"{at}.word_embeddings.weight": torch.randn(VOCABULARY, D),
+        f"{at}.token_type_embeddings.weight": torch.randn(1, D),
+        f"{at}.position_embeddings.weight": torch.randn(PLACES, D),
+        f"{at}.position_ids": torch.arange(PLACES)[None],
+        f"{at}.LayerNorm.weight": torch.randn(D),
+        f"{at}.LayerNorm.bias": torch.randn(D),
+    }
 
 
 def prediction(at: str, word: torch.Tensor) -> dict:
@@ -57,13 +69,21 @@ def microsofts(swin: SwinModel) -> dict:
             continue
         if "q_proj" in name:
             value = torch.cat([weights[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
-        for theirs, ours in (("encoder.", ""), ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
-                             ("embeddings.norm", "patch_embed.norm"), ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
-                             ("attention.q_proj", "attn.qkv"), ("attention.o_proj", "attn.proj"),
-                             ("attention.relative_position_bias.", "attn.")):  # fmt: skip
+        for theirs, ours in (
+            ("encoder.", ""),
+            ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+            ("embeddings.norm", "patch_embed.norm"),
+            ("layernorm_before", "norm1"),
+            ("layernorm_after", "norm2"),
+            ("attention.q_proj", "attn.qkv"),
+            ("attention.o_proj", "attn.proj"),
+            ("attention.relative_position_bias.", "attn."),
+        ):
             name = name.replace(theirs, ours)
         tensors["vision_encoder." + re.sub("^layernorm", "norm", name)] = value
-    tensors["vision_encoder.layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16, dtype=torch.int64)
+    tensors["vision_encoder.layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(
+        16, 16, dtype=torch.int64
+    )
     return tensors | {"vision_encoder.layers.0.blocks.1.attn_mask": torch.zeros(4, 16, 16)}
 
 
@@ -79,15 +99,21 @@ def cclm_file(path, swin, prefix="bert."):
     for n in range(12):
         tensors |= text_layer(f"{at}encoder.layer.{n}", n >= 6)
     if prefix:
-        tensors |= prediction("text_encoder.cls.predictions", tensors[f"{at}embeddings.word_embeddings.weight"])
+        tensors |= prediction(
+            "text_encoder.cls.predictions", tensors[f"{at}embeddings.word_embeddings.weight"]
+        )
     torch.save({"model": tensors}, path)
     return tensors
 
 
 def same_block(block, tensors, at, cross):
-    for attention, name in [(block.attention, "attention")] + ([(block.cross_attention, "crossattention")] if cross else []):
+    for attention, name in [(block.attention, "attention")] + (
+        [(block.cross_attention, "crossattention")] if cross else []
+    ):
         keys = torch.cat([tensors[f"{at}.{name}.self.{part}.weight"] for part in ("key", "value")])
-        assert attention.key_value.weight.equal(keys) and attention.query.bias.equal(tensors[f"{at}.{name}.self.query.bias"])
+        assert attention.key_value.weight.equal(keys) and attention.query.bias.equal(
+            tensors[f"{at}.{name}.self.query.bias"]
+        )
         assert attention.output.weight.equal(tensors[f"{at}.{name}.output.dense.weight"])
     if cross:
         assert block.cross_norm.weight.equal(tensors[f"{at}.crossattention.output.LayerNorm.weight"])
@@ -100,17 +126,27 @@ def test_the_first_cclms_file(tmp_path, prefix, caplog):
     tensors = cclm_file(tmp_path / "cclm.th", peer, prefix)
     model = load_backbone(tmp_path / "cclm.th", "cclm_swin").eval()
     config = model.config
-    assert (config.text_layers, config.fusion_layers, config.width, config.heads, config.image_size) == (6, 6, D, 2, 16)
+    assert (config.text_layers, config.fusion_layers, config.width, config.heads, config.image_size) == (
+        6,
+        6,
+        D,
+        2,
+        16,
+    )
     for n, ours in enumerate([*model.text.blocks, *model.fusion.blocks]):
         same_block(ours, tensors, f"text_encoder.{prefix}encoder.layer.{n}", n >= 6)
     at = f"text_encoder.{prefix}embeddings"
     places = tensors[f"{at}.position_embeddings.weight"] + tensors[f"{at}.token_type_embeddings.weight"]
     assert model.embedding.position.weight.equal(places)  # a BERT: texts start at its first row
-    assert model.temperature.item() == pytest.approx(0.05) and model.image_projection.bias.equal(tensors["vision_proj.bias"])
+    assert model.temperature.item() == pytest.approx(0.05) and model.image_projection.bias.equal(
+        tensors["vision_proj.bias"]
+    )
     mean, deviation = (torch.tensor(CLIP[name]).view(3, 1, 1) for name in ("pixel_mean", "pixel_std"))
     wanted = peer((pictures().permute(0, 3, 1, 2) - mean) / deviation).last_hidden_state
     torch.testing.assert_close(model.encode_images(pictures()).values.view(3, 17, D)[:, 1:], wanted)
-    assert "its matching head has two layers" in caplog.text and ("no masked-language head" in caplog.text) == (not prefix)
+    assert "its matching head has two layers" in caplog.text and (
+        "no masked-language head" in caplog.text
+    ) == (not prefix)
     with pytest.raises(UserError, match="its image encoder is a Swin; set backbone=cclm_swin"):
         load_backbone(tmp_path / "cclm.th", "cclm")
 
@@ -128,10 +164,22 @@ def x2vlm_file(path, vision: dict):
 
 
 def timms_vit(layers=2) -> dict:
-    tensors = {"cls_token": torch.randn(1, 1, D), "pos_embed": torch.randn(1, 5, D), "norm.weight": torch.randn(D),
-               "patch_embed.proj.weight": torch.randn(D, 3, 8, 8), "patch_embed.proj.bias": torch.randn(D),
-               "norm.bias": torch.randn(D)}  # fmt: skip
-    sizes = {"norm1": (D,), "attn.qkv": (3 * D, D), "attn.proj": (D, D), "norm2": (D,), "mlp.fc1": (F_, D), "mlp.fc2": (D, F_)}
+    tensors = {
+        "cls_token": torch.randn(1, 1, D),
+        "pos_embed": torch.randn(1, 5, D),
+        "norm.weight": torch.randn(D),
+        "patch_embed.proj.weight": torch.randn(D, 3, 8, 8),
+        "patch_embed.proj.bias": torch.randn(D),
+        "norm.bias": torch.randn(D),
+    }
+    sizes = {
+        "norm1": (D,),
+        "attn.qkv": (3 * D, D),
+        "attn.proj": (D, D),
+        "norm2": (D,),
+        "mlp.fc1": (F_, D),
+        "mlp.fc2": (D, F_),
+    }
     for n in range(layers):
         tensors |= {f"blocks.{n}.{name}.weight": torch.randn(size) for name, size in sizes.items()}
         tensors |= {f"blocks.{n}.{name}.bias": torch.randn(size[0]) for name, size in sizes.items()}
@@ -152,7 +200,9 @@ def test_x2vlms_file(tmp_path, caplog):
     assert model.masked_head.norm.weight.equal(tensors["mlm_head.predictions.transform.LayerNorm.weight"])
     assert "vocabulary of its own" in caplog.text
     vit = model.vision.blocks[1].attention
-    assert torch.cat([vit.query.weight, vit.key_value.weight]).equal(tensors["vision_encoder.blocks.1.attn.qkv.weight"])
+    assert torch.cat([vit.query.weight, vit.key_value.weight]).equal(
+        tensors["vision_encoder.blocks.1.attn.qkv.weight"]
+    )
     assert model.vision.position.equal(tensors["vision_encoder.pos_embed"][0])
 
 
@@ -161,8 +211,17 @@ def test_beit_is_refused_and_another_image_encoder_takes_its_place(tmp_path):
     x2vlm_file(tmp_path / "cclm.th", beit)
     with pytest.raises(UserError, match=r"BEiT-2.*vision_encoder\.blocks\.0\.gamma_1.*vision=VIT_FOLDER"):
         load_backbone(tmp_path / "cclm.th", "cclm")
-    vit = ViTModel(ViTConfig(hidden_size=D, num_hidden_layers=1, num_attention_heads=2, intermediate_size=F_, image_size=16,
-                             patch_size=4), add_pooling_layer=False)  # fmt: skip
+    vit = ViTModel(
+        ViTConfig(
+            hidden_size=D,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=F_,
+            image_size=16,
+            patch_size=4,
+        ),
+        add_pooling_layer=False,
+    )
     vit.save_pretrained(tmp_path / "vit")
     model = load_backbone(tmp_path / "cclm.th", "cclm", str(tmp_path / "vit"))
     assert (model.config.vision_layers, model.config.patch, model.config.pixel_mean) == (1, 4, 127.5)
@@ -177,7 +236,11 @@ def test_what_is_missing_left_over_or_no_checkpoint_is_named(tmp_path):
     torch.save({"model": tensors}, tmp_path / "odd.th")
     with pytest.raises(UserError) as e:
         load_backbone(tmp_path / "odd.th", "cclm")
-    for words in ("missing encoder.layer.15.output.dense.bias", "unused adapter", "vision_proj.bias is (3,), wanted (8,)"):
+    for words in (
+        "missing encoder.layer.15.output.dense.bias",
+        "unused adapter",
+        "vision_proj.bias is (3,), wanted (8,)",
+    ):
         assert words in str(e.value)
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "other.th")
     with pytest.raises(UserError, match="give a published CCLM checkpoint"):
@@ -188,8 +251,14 @@ def test_what_is_missing_left_over_or_no_checkpoint_is_named(tmp_path):
 
 
 def text_folder(path, layers):
-    config = XLMRobertaConfig(vocab_size=60, hidden_size=16, num_attention_heads=2, intermediate_size=24,
-                              num_hidden_layers=layers, max_position_embeddings=20)  # fmt: skip
+    config = XLMRobertaConfig(
+        vocab_size=60,
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        max_position_embeddings=20,
+    )
     peer = shaken(XLMRobertaForMaskedLM(config))
     peer.save_pretrained(path)
     return peer.roberta.encoder.layer
@@ -206,9 +275,21 @@ def text_folder(path, layers):
 )
 def test_text_folders_and_the_layers_they_give(tmp_path, kind, layers, taken):
     theirs = text_folder(tmp_path / "text", layers)
-    peer = swin_model() if kind == "cclm_swin" else ViTModel(
-        ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8),
-        add_pooling_layer=False)  # fmt: skip
+    peer = (
+        swin_model()
+        if kind == "cclm_swin"
+        else ViTModel(
+            ViTConfig(
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=24,
+                image_size=16,
+                patch_size=8,
+            ),
+            add_pooling_layer=False,
+        )
+    )
     peer.save_pretrained(tmp_path / "vision")
     model = load_backbone(tmp_path / "text", kind, str(tmp_path / "vision")).eval()
     blocks = [*model.text.blocks, *model.fusion.blocks]
@@ -218,14 +299,18 @@ def test_text_folders_and_the_layers_they_give(tmp_path, kind, layers, taken):
     for ours, number in zip(model.fusion.blocks, taken[-6:], strict=True):
         assert ours.cross_attention.query.weight.equal(theirs[number].attention.self.query.weight)
     if kind == "cclm_swin":
-        assert all(value.equal(peer.state_dict()[name]) for name, value in model.vision.swin.state_dict().items())
+        assert all(
+            value.equal(peer.state_dict()[name]) for name, value in model.vision.swin.state_dict().items()
+        )
 
 
 def test_other_text_folders_are_refused(tmp_path):
     text_folder(tmp_path / "few", 6)
     with pytest.raises(UserError, match="6 layers; give a text encoder of 12, or of 18 or more"):
         load_backbone(tmp_path / "few", "cclm")
-    with pytest.raises(UserError, match="6 layers; give a text encoder of 24, of which every other is taken, or of 12"):
+    with pytest.raises(
+        UserError, match="6 layers; give a text encoder of 24, of which every other is taken, or of 12"
+    ):
         load_backbone(tmp_path / "few", "cclm_swin")
     text_folder(tmp_path / "twelve", 12)
     swin_model(window=2).save_pretrained(tmp_path / "swin")

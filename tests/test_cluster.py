@@ -36,9 +36,14 @@ def start(command: list[str], runs: Path) -> subprocess.Popen:
     """`python -m cluster run` with `command`, its output in one pipe."""
     arguments = [sys.executable, "-m", "cluster", "run", "--dashboard-port", str(free_port()), "--", *command]
     return subprocess.Popen(
-        arguments, cwd=ROOT, env={**os.environ, "POLYGLANCE_RUNS": str(runs)}, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        arguments,
+        cwd=ROOT,
+        env={**os.environ, "POLYGLANCE_RUNS": str(runs)},
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def find_token(output: str) -> Path:
@@ -102,8 +107,13 @@ def test_the_exit_code_is_the_job_s(ends, code, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_job_then_the_cluster(number, tmp_path):
     # a child that ignores SIGTERM, in a session of its own
-    child = "import signal, time; signal.signal(15, signal.SIG_IGN); print('running', flush=True); time.sleep(600)"
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
+    child = (
+        "import signal, time; signal.signal(15, signal.SIG_IGN); print('running', flush=True); "
+        "time.sleep(600)"
+    )
+    parent = (
+        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
+    )
     lines = []
     with start(["python", "-c", parent], tmp_path) as process:
         for line in process.stdout:
@@ -150,7 +160,9 @@ def test_what_a_machine_lacks_is_told(monkeypatch):
         local.check_machine(0)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(67_108_864, 0, 67_108_864))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(67_108_864, 0, 67_108_864)
+    )
     with pytest.raises(UserError, match=r"^/dev/shm has 67 MB free, the cluster needs 300; .*--shm-size=1g"):
         local.check_machine(free_port())
     monkeypatch.setattr(os.path, "ismount", lambda path: False)
@@ -230,7 +242,8 @@ def test_the_slurm_script(started, code, tmp_path):
         "srun": 'while [ "$1" != ray ]; do shift; done; exec "$@"',
         "ray": 'printf "%s\\n" "$@" >ray.txt; cp "$RAY_AUTH_TOKEN_PATH" token.txt; [ -e fail ] && exit 0; '
         'while [ "$1" != -- ]; do shift; done; shift; exec "$@"',
-        "python": 'if [ "$1" = -c ]; then exec python3 "$@"; fi; echo "$RAY_ADDRESS" "$@" >python.txt; exit 5',
+        "python": 'if [ "$1" = -c ]; then exec python3 "$@"; fi; '
+        'echo "$RAY_ADDRESS" "$@" >python.txt; exit 5',
     }
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/activate").write_text(f"PATH={tmp_path}/.venv/bin:$PATH\n")
@@ -240,7 +253,13 @@ def test_the_slurm_script(started, code, tmp_path):
         tool.chmod(0o755)
     if not started:
         (tmp_path / "fail").touch()
-    job = {"SUBMIT_DIR": tmp_path, "JOB_ID": 1, "JOB_NUM_NODES": 2, "JOB_NODELIST": "node-[a-b]", "CPUS_ON_NODE": 4}
+    job = {
+        "SUBMIT_DIR": tmp_path,
+        "JOB_ID": 1,
+        "JOB_NUM_NODES": 2,
+        "JOB_NODELIST": "node-[a-b]",
+        "CPUS_ON_NODE": 4,
+    }
     env = {k: v for k, v in os.environ.items() if k != "POLYGLANCE_RUNS"}
     env |= {f"SLURM_{name}": str(value) for name, value in job.items()}
     done = subprocess.run(["bash", script, "base", "corpus=/a b"], env=env, capture_output=True, text=True)
@@ -272,4 +291,6 @@ def test_make_run_submits_the_tiny_recipe():
     made = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     command = " ".join(made.stdout.replace("\\\n", " ").split("exec ")[-1].split())
-    assert command.endswith(" -m cluster run --cpus 2 --gpus 0 --dashboard-port 9 -- python -m pretrain tiny name=a fit.steps=3")
+    assert command.endswith(
+        " -m cluster run --cpus 2 --gpus 0 --dashboard-port 9 -- python -m pretrain tiny name=a fit.steps=3"
+    )

@@ -1,4 +1,5 @@
-"""Two and three workers (gloo) on a split batch give the loss and the gradients of one worker on the whole."""
+"""Two and three workers (gloo) on a split batch give the loss and the gradients of one worker on the
+whole."""
 
 import os
 import tempfile
@@ -47,7 +48,9 @@ def objective_on_share(rank, world, switches):
     out = []
     for change in switches:
         model = make_model()
-        loss, terms = UnifiedObjective(model, ObjectiveConfig(**change))(take_rows(make_batch(8, *SIZES), rank, world))
+        loss, terms = UnifiedObjective(model, ObjectiveConfig(**change))(
+            take_rows(make_batch(8, *SIZES), rank, world)
+        )
         loss.backward()
         out.append((terms, {k: p.grad for k, p in model.named_parameters()}))
     return out
@@ -56,9 +59,12 @@ def objective_on_share(rank, world, switches):
 @pytest.mark.parametrize("world", [2, 3])
 def test_workers_equal_one_worker(world):
     switches = [
-        {}, {"fuse_every": 2 if world == 3 else 3}, {"itm_text": "clean", "ucl_text": "masked", "directions": "mean"},
-        {"temperature": (0.1, 0.5)}, {"temperature": (0.001, 0.01)},  # it is 0.07: outside, on either side
-    ]  # fmt: skip
+        {},
+        {"fuse_every": 2 if world == 3 else 3},
+        {"itm_text": "clean", "ucl_text": "masked", "directions": "mean"},
+        {"temperature": (0.1, 0.5)},
+        {"temperature": (0.001, 0.01)},  # it is 0.07: outside, on either side
+    ]
     results = run_workers(objective_on_share, world, switches)
     for i, change in enumerate(switches):
         model = make_model()
@@ -70,7 +76,9 @@ def test_workers_equal_one_worker(world):
         for name, parameter in model.named_parameters():
             grads = [results[rank][i][1][name] for rank in range(world)]
             mean = sum(g for g in grads if g is not None) / world  # what DDP and ZeRO do
-            torch.testing.assert_close(mean, parameter.grad, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                mean, parameter.grad, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def pieces(rank, world):

@@ -12,11 +12,15 @@ from raylib.errors import UserError
     ("trouble", "code", "said"),
     [
         (UserError("a.json: no such file"), 2, "error: a.json: no such file\n"),
-        (OSError(errno.ENOSPC, "full", "a.bin"), 2, "error: no space left on the disk for a.bin; free some and start again: "
-         "a run goes on from its newest checkpoint\n"),
+        (
+            OSError(errno.ENOSPC, "full", "a.bin"),
+            2,
+            "error: no space left on the disk for a.bin; free some and start again: "
+            "a run goes on from its newest checkpoint\n",
+        ),
         (KeyboardInterrupt(), 130, f"interrupted; {GOES_ON}\n"),
     ],
-)  # fmt: skip
+)
 def test_what_stops_a_command_is_one_line(trouble, code, said, capsys):
     @command(GOES_ON)
     def main(arguments):
@@ -27,7 +31,10 @@ def test_what_stops_a_command_is_one_line(trouble, code, said, capsys):
 
 def test_a_command_takes_the_arguments_of_its_process(monkeypatch):
     monkeypatch.setattr("sys.argv", ["program", "7"])
-    assert command()(lambda arguments: int(arguments[0]))() == 7 and command()(lambda arguments: int(arguments[0]))(["3"]) == 3
+    assert (
+        command()(lambda arguments: int(arguments[0]))() == 7
+        and command()(lambda arguments: int(arguments[0]))(["3"]) == 3
+    )
 
 
 def test_other_trouble_is_not_swallowed():

@@ -24,15 +24,31 @@ def runs(tmp_path):
     """`runs(name, score, *settings)` -> the folder of a finished run, as training leaves it."""
 
     def write(name: str, score: float, *settings: str, **changes):
-        config = override(FinetuneConfig(task="xvnli", model=str(tmp_path / "export"), data="data"),
-                          [f"name={name}", f"runs={tmp_path}", *settings])  # fmt: skip
+        config = override(
+            FinetuneConfig(task="xvnli", model=str(tmp_path / "export"), data="data"),
+            [f"name={name}", f"runs={tmp_path}", *settings],
+        )
         scores = {"en": score, "de": score - 0.1, "ru": score - 0.3}
         result = {
-            "run": name, "task": config.task, "setting": config.setting, "split": "test", "method": "as recorded",
-            "seed": config.fit.seed, "model": config.model, "params": 100, "trainable": 90, "finished": True,
-            "steps": 8 if config.trains else 0, "seconds": 1.0, "accuracy": scores, "mean_targets": score - 0.2, "gap": 0.2,
-            "by_type": {}, "disparity": {"std": 0.15, "range": 0.3}, **changes,
-        }  # fmt: skip
+            "run": name,
+            "task": config.task,
+            "setting": config.setting,
+            "split": "test",
+            "method": "as recorded",
+            "seed": config.fit.seed,
+            "model": config.model,
+            "params": 100,
+            "trainable": 90,
+            "finished": True,
+            "steps": 8 if config.trains else 0,
+            "seconds": 1.0,
+            "accuracy": scores,
+            "mean_targets": score - 0.2,
+            "gap": 0.2,
+            "by_type": {},
+            "disparity": {"std": 0.15, "range": 0.3},
+            **changes,
+        }
         if config.task == "xflickrco":
             result["retrieval"] = {
                 code: {"mean_recall": value} for code, value in result.pop("accuracy").items()
@@ -60,14 +76,26 @@ def shown(*folders, **options) -> str:
 
 
 def test_two_learning_rates_are_two_rows(runs):
-    folders = [runs(f"lr{lr}_seed{seed}", 0.5 + lr + seed / 100, f"optim.lr={lr}", f"fit.seed={seed}")
-               for lr in (1e-3, 1e-4) for seed in (0, 1, 2)]  # fmt: skip
+    folders = [
+        runs(f"lr{lr}_seed{seed}", 0.5 + lr + seed / 100, f"optim.lr={lr}", f"fit.seed={seed}")
+        for lr in (1e-3, 1e-4)
+        for seed in (0, 1, 2)
+    ]
     rows = table(shown(*folders))
     assert [(row["optim.lr"], row["seeds"]) for row in rows] == [("0.001", "3"), ("0.0001", "3")]
     assert set(rows[0]) == {
-        "method", "optim.lr", "seeds", "en, accuracy", "de, accuracy", "ru, accuracy", "mean of the targets, accuracy",
-        "gap, accuracy", "std of languages, accuracy", "range of languages, accuracy", "trained, % of parameters",
-    }  # fmt: skip
+        "method",
+        "optim.lr",
+        "seeds",
+        "en, accuracy",
+        "de, accuracy",
+        "ru, accuracy",
+        "mean of the targets, accuracy",
+        "gap, accuracy",
+        "std of languages, accuracy",
+        "range of languages, accuracy",
+        "trained, % of parameters",
+    }
 
 
 def test_runs_evaluated_on_different_splits_are_two_rows(runs):
@@ -75,12 +103,26 @@ def test_runs_evaluated_on_different_splits_are_two_rows(runs):
     old = runs("old", 0.5, "task=xgqa")
     new = runs("new", 0.5, "task=xgqa", "fit.seed=1", split="few_shot_test")
     rows = table(shown(old, new))
-    assert [row["split"] for row in rows] == ["test", "few_shot_test"] and {row["seeds"] for row in rows} == {"1 (no interval)"}
+    assert [row["split"] for row in rows] == ["test", "few_shot_test"] and {row["seeds"] for row in rows} == {
+        "1 (no interval)"
+    }
 
 
 def test_what_changes_no_number_makes_no_row(runs):
-    folders = [runs("a", 0.5, "workers=1", "fit.seed=0"), runs("b", 0.6, "workers=4", "runtime=local", "fit.log_every=3",
-               "curves=true", "fit.seed=1", "fit.keep=9", "method=mine")]  # fmt: skip
+    folders = [
+        runs("a", 0.5, "workers=1", "fit.seed=0"),
+        runs(
+            "b",
+            0.6,
+            "workers=4",
+            "runtime=local",
+            "fit.log_every=3",
+            "curves=true",
+            "fit.seed=1",
+            "fit.keep=9",
+            "method=mine",
+        ),
+    ]
     (row, other) = table(shown(*folders))  # by its name alone
     assert (row["method"], other["method"]) == ("full fine-tuning", "mine") and "workers" not in row
     (row,) = table(shown(folders[0], runs("c", 0.6, "workers=3", "max_failures=1", "fit.seed=1")))
@@ -180,8 +222,17 @@ def test_a_chain_of_three_and_a_teacher(runs, tmp_path):
             json.dumps({"name": f"pre{seed}", "fit": {"seed": seed, "steps": 9}, "corpus": "x"})
         )
         english = runs(f"en{seed}", 0.5, f"model={pretrained}", f"fit.seed={seed}")
-        folders.append(runs(f"few{seed}", 0.5, f"model={english}", "setting=few_shot", f"fit.seed={seed}",
-                            f"strategies.distillation.teacher={english}", "select=last"))  # fmt: skip
+        folders.append(
+            runs(
+                f"few{seed}",
+                0.5,
+                f"model={english}",
+                "setting=few_shot",
+                f"fit.seed={seed}",
+                f"strategies.distillation.teacher={english}",
+                "select=last",
+            )
+        )
     lineage = read_lineage(folders[1])
     assert lineage.seeds == (1, 1, 1, 1, 1) and lineage.settings["model"]["model"] == {
         "fit": {"steps": 9},
@@ -207,8 +258,10 @@ def test_runs_that_moved_are_found_beside_each_other(runs, tmp_path):
 
 
 def test_parts_that_are_on_in_some_rows(runs):
-    baseline, weak, strong = (runs(f"r{i}", 0.5, *settings) for i, settings in enumerate(
-        ([], ["strategies.prior.alpha=4"], ["strategies.prior.alpha=10"])))  # fmt: skip
+    baseline, weak, strong = (
+        runs(f"r{i}", 0.5, *settings)
+        for i, settings in enumerate(([], ["strategies.prior.alpha=4"], ["strategies.prior.alpha=10"]))
+    )
     rows = table(shown(baseline, weak, strong))
     assert [row["strategies.prior.alpha"] for row in rows] == [
         "",
@@ -275,11 +328,13 @@ def test_an_untrained_model_is_no_fine_tuning(runs, tmp_path):
     english = runs("en", 0.5, "strategies.layer_decay={}")
     export = str(tmp_path / "export")
     for setting, model, name in (
-        ("untrained", export, "as it is"), ("translate_test", export, "as it is"),
+        ("untrained", export, "as it is"),
+        ("translate_test", export, "as it is"),
         ("translate_test", english, "layer decay (factor 0.88)"),
         ("untrained", english, "as it is, after layer decay (factor 0.88)"),
-        ("few_shot", english, "full fine-tuning"), ("zero_shot", export, "full fine-tuning"),
-    ):  # fmt: skip
+        ("few_shot", english, "full fine-tuning"),
+        ("zero_shot", export, "full fine-tuning"),
+    ):
         config = FinetuneConfig(task="xvnli", model=str(model), setting=setting)
         assert method_of(config) == name
         assert setting not in ("untrained", "translate_test") or config.called == "as it is"
@@ -287,10 +342,20 @@ def test_an_untrained_model_is_no_fine_tuning(runs, tmp_path):
     assert frozen.called == "as it is"
     prompted = override(frozen, ['strategies.hard_prompt.words="a photo of"'])
     assert prompted.called.startswith("as it is + hard prompt")
-    rows = table(shown(runs("plain", 0.5), runs("raw", 0.4, "setting=untrained"), runs("stopped", 0.3, steps=3, finished=False),
-                       runs("none", 0.2, steps=0)))  # fmt: skip
-    assert [row["method"] for row in rows] == ["full fine-tuning", "as it is", "full fine-tuning (stopped at step 3)",
-                                               "as it is (no step recorded)"]  # fmt: skip
+    rows = table(
+        shown(
+            runs("plain", 0.5),
+            runs("raw", 0.4, "setting=untrained"),
+            runs("stopped", 0.3, steps=3, finished=False),
+            runs("none", 0.2, steps=0),
+        )
+    )
+    assert [row["method"] for row in rows] == [
+        "full fine-tuning",
+        "as it is",
+        "full fine-tuning (stopped at step 3)",
+        "as it is (no step recorded)",
+    ]
     assert [row["trained, % of parameters"] for row in rows] == ["90.00", "", "90.00", ""]
     assert rows[1]["seeds"] == "none (nothing trained)"
 
@@ -359,7 +424,10 @@ def test_runs_from_other_data_or_by_other_code_are_told(runs):
     folders.append(runs("old", 0.5, "fit.seed=3"))  # of a version that recorded neither
     for folder, content in zip(folders[:3], ("a", "b", "a"), strict=True):
         entry = {"stamp": content, "bytes": 9, "sha256": content}
-        record = {"code": [], "data": {"/data/test.jsonl": entry, f"/runs/{folder.name}/model.safetensors": entry}}
+        record = {
+            "code": [],
+            "data": {"/data/test.jsonl": entry, f"/runs/{folder.name}/model.safetensors": entry},
+        }
         (folder / "identity.json").write_text(json.dumps(record))
     (comparison,), lines = compare(folders)
     assert len(comparison.rows) == 1 and lines == [
@@ -378,14 +446,17 @@ def test_scores_over_other_languages_are_not_subtracted(runs):
     assert second["mean of the targets, accuracy"] == "30.0" and first["std of languages, accuracy"] == "15.0"
     assert second["std of languages, accuracy"] == second["range of languages, accuracy"] == ""
     (row,) = table(text, 1)
-    assert row["ru, accuracy"] == "+10.0" and {row[head] for head in row if "of" in head and "accuracy" in head} == {""}
+    assert row["ru, accuracy"] == "+10.0" and {
+        row[head] for head in row if "of" in head and "accuracy" in head
+    } == {""}
 
 
 def test_what_is_no_result_of_fine_tuning_is_one_line(runs, tmp_path, capsys):
     run = runs("run", 0.5)
     for name, content, words in (
-        ("list", "[1]", "no result of a run"), ("pretraining", '{"run": "p", "steps": 8}', "no result of fine-tuning"),
-    ):  # fmt: skip
+        ("list", "[1]", "no result of a run"),
+        ("pretraining", '{"run": "p", "steps": 8}', "no result of fine-tuning"),
+    ):
         other = runs(name, 0.5)
         (other / "result.json").write_text(content)
         assert main(["compare", str(run), str(other)]) == 2
@@ -397,11 +468,12 @@ def test_mistakes_are_one_line(runs, tmp_path, capsys):
     run, bare = runs("run", 0.5), runs("bare", 0.5)
     (bare / "config.json").unlink()
     for arguments, words in (
-        ([run, tmp_path / "nothing"], "result.json: not read"), ([run, bare], f"{bare}/config.json: no settings of a run"),
+        ([run, tmp_path / "nothing"], "result.json: not read"),
+        ([run, bare], f"{bare}/config.json: no settings of a run"),
         ([run, "--baseline", tmp_path / "rum"], "not among the runs that are compared; did you mean"),
         ([run, "--csv", tmp_path / "no" / "file"], "not written (No such file or directory)"),
         ([run, "--latex", tmp_path], "not written (Is a directory)"),
-    ):  # fmt: skip
+    ):
         assert main(["compare", *map(str, arguments)]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1

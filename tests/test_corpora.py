@@ -34,13 +34,18 @@ def texts(source: Source, language: str) -> list[tuple[str, ...]]:
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER))
     return [
-        tuple(model.decode(side.tolist()) for side in source.row(language, n)) for n in range(source.size(language))
+        tuple(model.decode(side.tolist()) for side in source.row(language, n))
+        for n in range(source.size(language))
     ]
 
 
 def test_albef_list(tmp_path):
     (tmp_path / "images").mkdir()
-    for name, data in {"a.png": picture(), "b.jpg": picture("jpg"), "cut.jpg": b"\xff\xd8\xff\xe0 no jpeg"}.items():
+    for name, data in {
+        "a.png": picture(),
+        "b.jpg": picture("jpg"),
+        "cut.jpg": b"\xff\xd8\xff\xe0 no jpeg",
+    }.items():
         (tmp_path / "images" / name).write_bytes(data)
     records = [
         {"image": "images/a.png", "caption": "a  dog\n"},
@@ -114,7 +119,9 @@ def test_pictures_are_shrunk_and_kept_otherwise(tmp_path):
     (tmp_path / "small.png").write_bytes(picture(height=20, width=30))
     (tmp_path / "other.bmp").write_bytes(picture("bmp"))
     path = tmp_path / "x.json"
-    path.write_text(json.dumps([{"image": n, "caption": "x"} for n in ("large.png", "small.png", "other.bmp")]))
+    path.write_text(
+        json.dumps([{"image": n, "caption": "x"} for n in ("large.png", "small.png", "other.bmp")])
+    )
     large, small, other = (pictures for pictures, _ in read_image_text(path, loose(path), size=20))
     assert decode(large["jpg"]).shape == (20, 50, 3)
     assert small == {"png": picture(height=20, width=30)}
@@ -123,7 +130,13 @@ def test_pictures_are_shrunk_and_kept_otherwise(tmp_path):
 
 def test_wikimatrix(tmp_path):
     path = tmp_path / "WikiMatrix.de-en.tsv.gz"
-    lines = ["1.2\tein Hund\ta dog", "1.04\teine Katze\ta cat", "1.0399\tein Fisch\ta bird", "high\tein\ta", "1.3\tnur"]
+    lines = [
+        "1.2\tein Hund\ta dog",
+        "1.04\teine Katze\ta cat",
+        "1.0399\tein Fisch\ta bird",
+        "high\tein\ta",
+        "1.3\tnur",
+    ]
     path.write_bytes(gzip.compress("\n".join([*lines, "1.1\t\tempty"]).encode() + b"\n1.1\t\xff\tx\n"))
     tally = loose(path)
     assert list(read_pairs(path, tally, "de")) == [("a dog", "ein Hund"), ("a cat", "eine Katze")]
@@ -176,7 +189,9 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 def corpus(tmp_path):
     (tmp_path / "a.png").write_bytes(picture())
-    (tmp_path / "albef.json").write_text(json.dumps([{"image": "a.png", "caption": ["a dog", "an animal"]}] * 2))
+    (tmp_path / "albef.json").write_text(
+        json.dumps([{"image": "a.png", "caption": ["a dog", "an animal"]}] * 2)
+    )
     (tmp_path / "cclm.jsonl").write_text(json.dumps({"binary": "a.png", "caption": "a cat"}))
     (tmp_path / "de.tsv").write_text("a dog\tein Hund\na cat\teine Katze\n")
     (tmp_path / "bn.tsv").write_text("bicycle\tবাইসাইকেল\n", encoding="utf-8")
@@ -196,7 +211,11 @@ def test_the_command_writes_sources_that_training_reads(tmp_path, caplog):
     pairs = Source(out / "parallel", "parallel", sha256, verify=True)
     assert texts(pairs, "de") == [("a dog", "ein Hund"), ("a cat", "eine Katze")]
     assert texts(pairs, "bn") == [("bicycle", "বাইসাইকেল")]
-    assert texts(Source(out / "text", "text", sha256), "de") == [("ein Hund",), ("eine Katze",), ("ein Haus",)]
+    assert texts(Source(out / "text", "text", sha256), "de") == [
+        ("ein Hund",),
+        ("eine Katze",),
+        ("ein Haus",),
+    ]
     images = Source(out / "image_text", "image_text", verify=True)
     samples = [images.sample("en", n) for n in range(3)]
     assert list(images.groups) == ["en"] and len({sample.key for sample in samples}) == 3
@@ -223,7 +242,10 @@ def test_too_many_bad_samples_are_an_error_and_nothing_is_left_behind(tmp_path, 
     path.write_text("\n".join(lines[1:]))
     assert main([str(tmp_path / "no"), "--tokenizer", str(TOKENIZER), "--parallel", f"de={path}"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and "98 samples, 1 skipped, 1 empty sentences; that is more than 1.0%" in error
+    assert (
+        error.startswith("error: ")
+        and "98 samples, 1 skipped, 1 empty sentences; that is more than 1.0%" in error
+    )
     assert not list((tmp_path / "no" / "parallel").iterdir())
     path.write_text("\n")
     with pytest.raises(UserError, match="no sample in it"):

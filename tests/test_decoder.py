@@ -34,16 +34,23 @@ def spelling(config=None, dtype=torch.float64) -> FinetuneModel:
 
 def asked(scores=None) -> dict:
     g = torch.Generator().manual_seed(6)
-    batch = {"text": Ragged(torch.randint(5, 60, (9,), generator=g), torch.tensor([5, 1, 3])), "images": pictures(3)}
+    batch = {
+        "text": Ragged(torch.randint(5, 60, (9,), generator=g), torch.tensor([5, 1, 3])),
+        "images": pictures(3),
+    }
     return batch if scores is None else batch | {"scores": scores}
 
 
 def slow_logs(model, question, tokens):
     """log p over the vocabulary after each of `tokens`, one position at a time: (n, V)."""
     b = model.backbone
-    x = reference.norm(b.embedding.norm, b.embedding.word.weight[tokens] + b.embedding.position.weight[: len(tokens)])
+    x = reference.norm(
+        b.embedding.norm, b.embedding.word.weight[tokens] + b.embedding.position.weight[: len(tokens)]
+    )
     for layer in model.head.layers.blocks:
-        seen = torch.cat([reference.attend(layer.attention, x[t : t + 1], x[: t + 1]) for t in range(len(tokens))])
+        seen = torch.cat(
+            [reference.attend(layer.attention, x[t : t + 1], x[: t + 1]) for t in range(len(tokens))]
+        )
         x = reference.norm(layer.attention_norm, x + seen)
         x = reference.norm(layer.cross_norm, x + reference.attend(layer.cross_attention, x, question))
         x = reference.norm(layer.output_norm, x + reference.feed(layer, x))
@@ -55,10 +62,15 @@ def slow_logs(model, question, tokens):
 def slow_table(model, batch):
     """(b, C) log p of the whole answer, and of its first token."""
     u, whole, first = model.backbone, [], []
-    for text, image in zip(batch["text"].values.split(batch["text"].lengths.tolist()), batch["images"], strict=True):
+    for text, image in zip(
+        batch["text"].values.split(batch["text"].lengths.tolist()), batch["images"], strict=True
+    ):
         question = reference.fused_states(u, reference.text_states(u, text), reference.image_states(u, image))
         logs = [slow_logs(model, question, torch.tensor(ids[:-1])) for ids in ANSWERS]
-        each = [[table[t, token] for t, token in enumerate(ids[1:])] for table, ids in zip(logs, ANSWERS, strict=True)]
+        each = [
+            [table[t, token] for t, token in enumerate(ids[1:])]
+            for table, ids in zip(logs, ANSWERS, strict=True)
+        ]
         whole.append(torch.stack([torch.stack(values).sum() for values in each]))
         first.append(torch.stack([values[0] for values in each]))
     return torch.stack(whole), torch.stack(first)
@@ -77,7 +89,9 @@ def test_the_decoder_starts_as_the_fusion_layers():
 
 
 def test_loss_against_the_slow_reference():
-    scores = torch.tensor([[1, 0, 0.3, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0.6, 0, 0, 0.9, 0]], dtype=torch.float64)
+    scores = torch.tensor(
+        [[1, 0, 0.3, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0.6, 0, 0, 0.9, 0]], dtype=torch.float64
+    )
     model, slow = spelling(), spelling()
     loss, terms = AnswerObjective(model)({"examples": asked(scores)})
     wanted = -(scores * slow_table(slow, asked())[0]).sum() / 3
@@ -99,7 +113,9 @@ def test_ranking_all_answers_is_scoring_each(twice):
     whole, first = slow_table(model, asked())
     with torch.inference_mode():
         torch.testing.assert_close(model(asked()), whole + first if twice else whole)
-        torch.testing.assert_close(spelling(DecoderConfig(candidates=99, count_first_twice=twice))(asked()), model(asked()))
+        torch.testing.assert_close(
+            spelling(DecoderConfig(candidates=99, count_first_twice=twice))(asked()), model(asked())
+        )
 
 
 def test_only_answers_with_a_likely_first_token_are_scored():
@@ -146,8 +162,16 @@ def test_what_cannot_spell_is_refused(caplog):
     assert "answers 'red' and 'red ' are the same tokens" in caplog.text
 
 
-RUN = ["scenes_xgqa", "batch=16", "image_size=16", "fit.bf16=false", "fit.loader_workers=0", "fit.log_every=1", "epochs=2",
-       'languages=["en","ru"]']  # fmt: skip
+RUN = [
+    "scenes_xgqa",
+    "batch=16",
+    "image_size=16",
+    "fit.bf16=false",
+    "fit.loader_workers=0",
+    "fit.log_every=1",
+    "epochs=2",
+    'languages=["en","ru"]',
+]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +186,12 @@ def export(tmp_path_factory):
 
 def test_a_run_with_a_decoder(tmp_path, export, scenes, capsys):
     own = [f"model={export}", f"data={scenes}", f"runs={tmp_path}"]
-    settings = ["head=decoder", "decoder.candidates=20", "strategies.unfreezing.layers=2", 'freeze=["vision"]']
+    settings = [
+        "head=decoder",
+        "decoder.candidates=20",
+        "strategies.unfreezing.layers=2",
+        'freeze=["vision"]',
+    ]
     code = main([*RUN, *own, *settings, "name=spelt"])
     printed = "".join(capsys.readouterr())
     assert code == 0, printed
@@ -175,7 +204,9 @@ def test_a_run_with_a_decoder(tmp_path, export, scenes, capsys):
     assert json.loads((tmp_path / "spelt/result.json").read_text())["accuracy"] == result["accuracy"]
     assert (tmp_path / "spelt/predictions/en.jsonl").read_text() == predictions
     few = [*RUN, *own, "setting=few_shot", f"model={tmp_path / 'spelt'}", 'languages=["ru"]', "epochs=1"]
-    assert main([*few, "name=few"]) == 2 and "its head is a decoder; set head=decoder" in capsys.readouterr().err
+    assert (
+        main([*few, "name=few"]) == 2 and "its head is a decoder; set head=decoder" in capsys.readouterr().err
+    )
     assert main([*few, "name=spelt_on", "head=decoder"]) == 0
     model = FinetuneModel.from_pretrained(tmp_path / "spelt/best")
     assert model.spells and model.head.config.candidates == 20 and model.backbone.config.swin
@@ -191,6 +222,8 @@ def test_a_run_with_a_decoder(tmp_path, export, scenes, capsys):
     ],
 )
 def test_mistakes_with_a_decoder(tmp_path, export, scenes, capsys, settings, words):
-    code = main([*RUN, f"model={export}", f"data={scenes}", f"runs={tmp_path}", "name=bad", "head=decoder", *settings])
+    code = main(
+        [*RUN, f"model={export}", f"data={scenes}", f"runs={tmp_path}", "name=bad", "head=decoder", *settings]
+    )
     printed = "".join(capsys.readouterr()).strip().splitlines()[-1]
     assert code == 2 and printed.startswith("error: ") and words in printed, printed

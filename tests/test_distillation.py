@@ -1,4 +1,5 @@
-"""Distillation across languages (paper 3): every term against slow loops, states of both backbones, layers, answers."""
+"""Distillation across languages (paper 3): every term against slow loops, states of both backbones, layers,
+answers."""
 
 import json
 import pickle
@@ -36,8 +37,29 @@ SIZES = TINY.model_copy(update={"layers": 3, "dropout": 0.0})
 @pytest.fixture(scope="module")
 def wordpiece(tmp_path_factory):
     """A tokenizer as BERT's, which knows some words whole and cuts others."""
-    words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "dog", "cat", "polar", "bear", "play", "##ing", "what", "is", "the",
-             "##s", "?", "a", "red", "b", "##all", "##ear"]  # fmt: skip
+    words = [
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[PAD]",
+        "[MASK]",
+        "dog",
+        "cat",
+        "polar",
+        "bear",
+        "play",
+        "##ing",
+        "what",
+        "is",
+        "the",
+        "##s",
+        "?",
+        "a",
+        "red",
+        "b",
+        "##all",
+        "##ear",
+    ]
     model = tokenizers.models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
     made = tokenizers.Tokenizer(model)
     made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
@@ -51,10 +73,25 @@ def ours() -> Tokenizer:
 
 
 def made_examples() -> list[Example]:
-    """Three questions in a made-up language with English words in them: tags of two, one of them nearly without regions."""
-    first = Example("1", ("quid est dog ?",), ("a",), {}, tags=("dog", "polar bear", "zzyx"), pivot="what is the dog?",
-                    aligned=(((9, 12), (12, 15)),))  # fmt: skip
-    second = Example("2", ("cat et play",), ("b",), {}, pivot="a cat playing", aligned=(((0, 3), (2, 5)), ((7, 11), (6, 13))))
+    """Three questions in a made-up language with English words in them: tags of two, one of them nearly
+    without regions."""
+    first = Example(
+        "1",
+        ("quid est dog ?",),
+        ("a",),
+        {},
+        tags=("dog", "polar bear", "zzyx"),
+        pivot="what is the dog?",
+        aligned=(((9, 12), (12, 15)),),
+    )
+    second = Example(
+        "2",
+        ("cat et play",),
+        ("b",),
+        {},
+        pivot="a cat playing",
+        aligned=(((0, 3), (2, 5)), ((7, 11), (6, 13))),
+    )
     third = Example("3", ("a a a",), ("c",), {}, tags=("red ball",), pivot="is a red ball", aligned=())
     return [first, second, third]
 
@@ -90,8 +127,9 @@ def made_lesson(tokenizer, terms=TERMS, layers=None, slots=0, public=False, rows
 
 
 def slow_parts(objective, batch, teacher, tokenizer, slots=0):
-    """For each example and layer, in plain loops over texts: {"cls", "image", "tags", "mixed": [(student, teacher) of tokens
-    that match], "t", "n": (tokens of tags, of words) of both}. No positions but those counted here."""
+    """For each example and layer, in plain loops over texts: {"cls", "image", "tags", "mixed": [(student,
+    teacher) of tokens that match], "t", "n": (tokens of tags, of words) of both}. No positions but those
+    counted here."""
     part, found = batch["examples"], []
     student_rows, _ = objective.model.states(part, tuple(objective.layers), slots > 0)
     teacher_rows, _ = teacher.states({**part, **part["teacher"]}, tuple(objective.layers), slots > 0)
@@ -101,23 +139,31 @@ def slow_parts(objective, batch, teacher, tokenizer, slots=0):
         tags = " ".join(e.tags)
         mine_tags, theirs_tags = (t.encode([tags])[0] if tags else [] for t in (mine_tok, tokenizer))
         regions = int(part["regions"].lengths[i])
-        sizes = [(len(text) + 2, len(tag) + bool(tags), regions, int(slots > 0))
-                 for text, tag in ((mine_text, mine_tags), (theirs_text, theirs_tags))]  # fmt: skip
+        sizes = [
+            (len(text) + 2, len(tag) + bool(tags), regions, int(slots > 0))
+            for text, tag in ((mine_text, mine_tags), (theirs_text, theirs_tags))
+        ]
         per_layer = []
         for a, b in zip(student_rows, teacher_rows, strict=True):
             row, other = (rows.take(torch.tensor([i])).values for rows in (a, b))
             assert [len(row), len(other)] == [sum(s) for s in sizes]
             heads = [s[0] + s[1] for s in sizes]
-            values = {"cls": [(row[0], other[0])],
-                      "image": [(row[heads[0] + r], other[heads[1] + r]) for r in range(regions)],
-                      "empty": [(row[-1], other[-1])] * max(0, slots - regions)}  # fmt: skip
+            values = {
+                "cls": [(row[0], other[0])],
+                "image": [(row[heads[0] + r], other[heads[1] + r]) for r in range(regions)],
+                "empty": [(row[-1], other[-1])] * max(0, slots - regions),
+            }
             same = slow_matches(tags, tags, words_at(tags), words_at(tags), mine_tok, tokenizer, False)
             values["tags"] = [(row[sizes[0][0] + s], other[sizes[1][0] + t]) for s, t in same]
             if tags:
-                values["tags"].append((row[sizes[0][0] + len(mine_tags)], other[sizes[1][0] + len(theirs_tags)]))
+                values["tags"].append(
+                    (row[sizes[0][0] + len(mine_tags)], other[sizes[1][0] + len(theirs_tags)])
+                )
             words = [w for w, _ in e.aligned], [w for _, w in e.aligned]
-            values["mixed"] = [(row[1 + s], other[1 + t])
-                               for s, t in slow_matches(e.texts[-1], e.pivot, *words, mine_tok, tokenizer, True)]  # fmt: skip
+            values["mixed"] = [
+                (row[1 + s], other[1 + t])
+                for s, t in slow_matches(e.texts[-1], e.pivot, *words, mine_tok, tokenizer, True)
+            ]
             per_layer.append(values)
         found.append((per_layer, [s[1] for s in sizes], [s[0] - 2 for s in sizes]))
     return found
@@ -147,7 +193,9 @@ def mse(pair) -> float:
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["one tokenizer", "two tokenizers"])
-@pytest.mark.parametrize("term", [("cls",), ("image",), ("tags",), ("mixed",), ("cls", "image", "tags", "mixed")])
+@pytest.mark.parametrize(
+    "term", [("cls",), ("image",), ("tags",), ("mixed",), ("cls", "image", "tags", "mixed")]
+)
 @pytest.mark.parametrize("slots", [0, 5])
 def test_terms_are_the_slow_ones(wordpiece, term, own, slots):
     """Equations 2 to 6: p regions, t x t' tokens of tags, n x n' of words, lambda_m."""
@@ -166,7 +214,9 @@ def test_terms_are_the_slow_ones(wordpiece, term, own, slots):
                 pairs = values_of[name] + (values_of["empty"] if name == "image" else [])
                 wanted[name] += sum(weight * mse(pair) / each[name] for pair in pairs) / len(parts)
     assert {k: float(v) for k, v in values.items()} == pytest.approx(wanted, rel=1e-4)
-    assert float(loss) == pytest.approx(sum(wanted.values()), rel=1e-4) and all(v > 0 for v in wanted.values())
+    assert float(loss) == pytest.approx(sum(wanted.values()), rel=1e-4) and all(
+        v > 0 for v in wanted.values()
+    )
 
 
 @pytest.mark.parametrize("slots", [0, 5])
@@ -180,16 +230,24 @@ def test_the_public_codes_single_mean(wordpiece, slots):
     for m, weight in enumerate((1.0, 0.25)):
         pairs = [pair for per_layer, _, _ in parts for rows in per_layer[m].values() for pair in rows]
         wanted += weight * sum(map(mse, pairs)) / len(pairs)
-    assert float(loss) == pytest.approx(wanted, rel=1e-4) and float(sum(values.values())) == pytest.approx(wanted, rel=1e-4)
+    assert float(loss) == pytest.approx(wanted, rel=1e-4) and float(sum(values.values())) == pytest.approx(
+        wanted, rel=1e-4
+    )
 
 
 def test_what_matches_between_two_tokenizers(wordpiece):
-    tokens = matching_tokens(("what playing dogs", words_at("what playing dogs"), wordpiece),
-                             ("playing playing dog", words_at("playing playing dog"), wordpiece))  # fmt: skip
+    tokens = matching_tokens(
+        ("what playing dogs", words_at("what playing dogs"), wordpiece),
+        ("playing playing dog", words_at("playing playing dog"), wordpiece),
+    )
     assert tokens == [(1, 2), (2, 3), (3, 4)]  # play, ing, dog: word by word
     whole = matching_tokens(("dogs", [(0, 4)], wordpiece), ("dog", [(0, 3)], wordpiece), whole=True)
     assert whole == []
-    assert token_spans("what is the dog?", [(12, 15), (15, 16), (13, 15)], wordpiece) == [(3, 4), (4, 5), None]
+    assert token_spans("what is the dog?", [(12, 15), (15, 16), (13, 15)], wordpiece) == [
+        (3, 4),
+        (4, 5),
+        None,
+    ]
     assert wordpiece.pieces(wordpiece.encode(["playing"])[0]) == ["▁play", "ing"]
     assert ours().pieces(ours().encode(["dog"])[0])[0].startswith("▁")
 
@@ -197,7 +255,9 @@ def test_what_matches_between_two_tokenizers(wordpiece):
 def test_a_cut_text_loses_its_matches_not_its_places():
     """Where length cuts question and tags, what is gone is compared with nothing."""
     for term in ("tags", "mixed"):
-        whole, *cut = (made_lesson(ours(), length=n)[1]["examples"]["pairs"][term].student for n in (40, 8, 5))
+        whole, *cut = (
+            made_lesson(ours(), length=n)[1]["examples"]["pairs"][term].student for n in (40, 8, 5)
+        )
         assert len(whole) > len(cut[-1]) and len(cut[0]) >= len(cut[-1])
 
 
@@ -210,7 +270,9 @@ def test_a_prompt_moves_the_students_words():
     parts = ("text", "tags", "regions")
     made = Inputs(Side(prompted, parts), Side(ours(), parts), 40, TERMS)(examples, seen, part)["pairs"]
     before = plain["examples"]
-    rows = Ragged(torch.arange(3), before["text"].lengths + before["tags"].lengths + before["regions"].lengths)
+    rows = Ragged(
+        torch.arange(3), before["text"].lengths + before["tags"].lengths + before["regions"].lengths
+    )
     row_of = torch.arange(3).repeat_interleave(rows.lengths)
     for term in ("tags", "mixed"):
         was = before["pairs"][term]
@@ -220,6 +282,7 @@ def test_a_prompt_moves_the_students_words():
 
 def on_store(rank, world, folder):
     """States that are the numbers of the examples; three examples at a time."""
+
     def states(chunk):
         lengths = [1 + int(e.id) % 3 for e in chunk]
         rows = [torch.full((2, n, 4), float(e.id)) for e, n in zip(chunk, lengths, strict=True)]
@@ -235,8 +298,11 @@ def on_store(rank, world, folder):
 def test_states_are_stored_by_all_workers(tmp_path, world):
     folder = tmp_path / "states"
     names = on_store(0, 1, folder) if world == 1 else run_workers(on_store, 2, folder)[0]
-    wanted = [f"{kind}-{rank}{'-0.safetensors' if kind == 'states' else '.json'}" for kind in ("index", "states")
-              for rank in range(world)]  # fmt: skip
+    wanted = [
+        f"{kind}-{rank}{'-0.safetensors' if kind == 'states' else '.json'}"
+        for kind in ("index", "states")
+        for rank in range(world)
+    ]
     assert names == wanted and not list(tmp_path.glob(".*"))
     again = pickle.loads(pickle.dumps(Stored(folder)))
     assert again.read(["3"]).flatten().unique().tolist() == [3]
@@ -273,8 +339,12 @@ def test_states_of_the_unified_model():
     text = Ragged(part["text"].clean, part["text"].lengths)
     pictures = model.encode_images(part["images"])
     states, places = model.states(text, pictures, [1, 2, 4])
-    assert places.text.lengths.equal(text.lengths) and places.text.values.equal(torch.arange(len(text.values)))
-    assert not places.tags.lengths.any() and not places.regions.lengths.any() and places.cls.equal(text.starts)
+    assert places.text.lengths.equal(text.lengths) and places.text.values.equal(
+        torch.arange(len(text.values))
+    )
+    assert (
+        not places.tags.lengths.any() and not places.regions.lengths.any() and places.cls.equal(text.starts)
+    )
     torch.testing.assert_close(model.pooled(states[-1].values[places.cls]), model.ground(text, pictures))
     torch.testing.assert_close(states[-1].values, model.ground_tokens(text, pictures).values)
     torch.testing.assert_close(states[1].values, model.encode_text(text))
@@ -288,19 +358,32 @@ def test_states_of_the_unified_model():
         make_model(fusion="entangled").states(text, pictures, [1])
 
 
-@pytest.mark.parametrize(("settings", "student", "teacher", "wanted"), [
-    ({}, 12, 12, ({3: 1.0, 6: 1.0, 9: 1.0, 12: 1.0}, (3, 6, 9, 12))),
-    ({}, 4, 4, ({3: 1.0, 4: 1.0}, (3, 4))),
-    ({}, 9, 9, ({3: 1.0, 6: 1.0, 9: 1.0}, (3, 6, 9))),
-    ({"layers": (1, 2), "teacher_layers": (6, 12), "weights": (1, 0.5)}, 2, 12, ({1: 1.0, 2: 0.5}, (6, 12))),
-    ({"weights": (100.0,)}, 4, 4, ({3: 100.0, 4: 100.0}, (3, 4))),
-    ({}, 6, 12, "the student has 6 layers, the teacher 12; say which go together"),
-    ({"layers": (6,)}, 6, 12, "the student has 6 layers, the teacher 12; say which go together"),
-    ({"layers": (2, 1)}, 4, 4, r"layers=\[2, 1\]: the model has layers 1 to 4"),
-    ({"layers": (1, 5)}, 4, 4, r"layers=\[1, 5\]: the model has layers 1 to 4"),
-    ({"layers": (1, 2), "teacher_layers": (1, 13)}, 4, 12, r"teacher_layers=\[1, 13\]: the model has layers 1 to 12"),
-    ({"weights": (1.0, 1.0, 1.0)}, 4, 4, "weights: 3 values for 2 layers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "student", "teacher", "wanted"),
+    [
+        ({}, 12, 12, ({3: 1.0, 6: 1.0, 9: 1.0, 12: 1.0}, (3, 6, 9, 12))),
+        ({}, 4, 4, ({3: 1.0, 4: 1.0}, (3, 4))),
+        ({}, 9, 9, ({3: 1.0, 6: 1.0, 9: 1.0}, (3, 6, 9))),
+        (
+            {"layers": (1, 2), "teacher_layers": (6, 12), "weights": (1, 0.5)},
+            2,
+            12,
+            ({1: 1.0, 2: 0.5}, (6, 12)),
+        ),
+        ({"weights": (100.0,)}, 4, 4, ({3: 100.0, 4: 100.0}, (3, 4))),
+        ({}, 6, 12, "the student has 6 layers, the teacher 12; say which go together"),
+        ({"layers": (6,)}, 6, 12, "the student has 6 layers, the teacher 12; say which go together"),
+        ({"layers": (2, 1)}, 4, 4, r"layers=\[2, 1\]: the model has layers 1 to 4"),
+        ({"layers": (1, 5)}, 4, 4, r"layers=\[1, 5\]: the model has layers 1 to 4"),
+        (
+            {"layers": (1, 2), "teacher_layers": (1, 13)},
+            4,
+            12,
+            r"teacher_layers=\[1, 13\]: the model has layers 1 to 12",
+        ),
+        ({"weights": (1.0, 1.0, 1.0)}, 4, 4, "weights: 3 values for 2 layers"),
+    ],
+)
 def test_layers(settings, student, teacher, wanted):
     method = Distillation(teacher="x", **settings)
     if isinstance(wanted, str):
@@ -317,11 +400,21 @@ def test_models_that_do_not_go_together():
 
     oscar, unified = Oscar(TINY), make_model()
     for student, teacher, settings, words in (
-        (unified, unified, {}, "tokens: unified has no tokens of pictures in its rows, which 'image' compares; leave 'image'"),
+        (
+            unified,
+            unified,
+            {},
+            "tokens: unified has no tokens of pictures in its rows, which 'image' compares; leave 'image'",
+        ),
         (unified, unified, {"tokens": ("cls", "tags")}, "unified has no object tags"),
         (unified, unified, {"tokens": ("cls",), "slots": 50}, "unified has no slots of regions"),
         (oscar, unified, {}, "oscar's rows are of text, tags, regions, the teacher's, unified's, of text"),
-        (oscar, Oscar(TINY.model_copy(update={"width": 64})), {}, "the teacher's states are 64 wide, the student's 32"),
+        (
+            oscar,
+            Oscar(TINY.model_copy(update={"width": 64})),
+            {},
+            "the teacher's states are 64 wide, the student's 32",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             check_models(Distillation(teacher="x", **settings), model(student), model(teacher))
@@ -331,10 +424,18 @@ def test_models_that_do_not_go_together():
 
 
 def test_answers_with_one_translation_are_one_class(tmp_path):
-    """"up" and "above" are one word in Hindi; what both score together counts, 1 at most."""
+    """ "up" and "above" are one word in Hindi; what both score together counts, 1 at most."""
     (tmp_path / "answers.json").write_text(json.dumps(["up", "above", "cat"]))
     (tmp_path / "answers.hi.json").write_text(json.dumps(["ऊपर", "ऊपर", "बिल्ली"]))
-    line = {"en": "where?", "hi": "कहाँ?", "img_id": 1, "q_id": 2, "an": [0, 1, 2], "s": [0.6, 0.3, 0.3], "o": "dog; polar bear;"}
+    line = {
+        "en": "where?",
+        "hi": "कहाँ?",
+        "img_id": 1,
+        "q_id": 2,
+        "an": [0, 1, 2],
+        "s": [0.6, 0.3, 0.3],
+        "o": "dog; polar bear;",
+    }
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(line) + "\n" + json.dumps({**line, "s": [0.9, 0.6, 0.3]}) + "\n")
     found = list(read_cvil(path, "hi", "answers.json", "answers.hi.json"))

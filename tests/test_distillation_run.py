@@ -1,4 +1,5 @@
-"""Distillation from the command line: what a student learns, resumed, with other methods, in two steps; OSCAR; mistakes."""
+"""Distillation from the command line: what a student learns, resumed, with other methods, in two steps;
+OSCAR; mistakes."""
 
 import itertools
 import json
@@ -30,17 +31,26 @@ from tune_spaces.spaces import SPACES
 
 @pytest.fixture(scope="session")
 def parallel(scenes, tmp_path_factory):
-    """Questions of the scenes in English and Russian, as cViL has them: 30 to train on, 15 to choose by, 15 to test."""
+    """Questions of the scenes in English and Russian, as cViL has them: 30 to train on, 15 to choose by, 15
+    to test."""
     folder = tmp_path_factory.mktemp("parallel")
     answers = json.loads((scenes / "gqa/annotations/trainval_label2ans.json").read_text())
-    files = [json.loads((scenes / f"xGQA/annotations/few_shot/{code}/test.json").read_text())
-             for code in ("en", "ru")]  # fmt: skip
+    files = [
+        json.loads((scenes / f"xGQA/annotations/few_shot/{code}/test.json").read_text())
+        for code in ("en", "ru")
+    ]
     (folder / "cvil").mkdir()
     (folder / "cvil/answers.json").write_text(json.dumps(answers))
     lines = []
     for key, item in files[0].items():
         texts = {"en": item["question"], "ru": files[1][key]["question"]}
-        record = {"q_id": key, "img_id": item["imageId"], **texts, "an": [answers.index(item["answer"])], "s": [1.0]}
+        record = {
+            "q_id": key,
+            "img_id": item["imageId"],
+            **texts,
+            "an": [answers.index(item["answer"])],
+            "s": [1.0],
+        }
         lines.append(json.dumps(record) + "\n")
     for name, rows in (("train", lines[:30]), ("dev", lines[30:45]), ("test", lines[45:])):
         (folder / f"cvil/{name}.jsonl").write_text("".join(rows))
@@ -53,16 +63,40 @@ def parallel(scenes, tmp_path_factory):
 def teacher(parallel, model, tmp_path_factory):
     """An English model of these questions."""
     runs = tmp_path_factory.mktemp("teacher")
-    assert main(["scenes_xgqa", "task=cvil_vqa", "name=english", f"model={model}", f"data={parallel}", f"runs={runs}",
-                 "epochs=1", 'languages=["en"]', "batch=10", "optim.lr=0.01", 'freeze=["vision"]', *QUICK[1:]]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "scenes_xgqa",
+                "task=cvil_vqa",
+                "name=english",
+                f"model={model}",
+                f"data={parallel}",
+                f"runs={runs}",
+                "epochs=1",
+                'languages=["en"]',
+                "batch=10",
+                "optim.lr=0.01",
+                'freeze=["vision"]',
+                *QUICK[1:],
+            ]
+        )
+        == 0
+    )
     return runs / "english"
 
 
 @pytest.fixture
 def distil(finetune, parallel, teacher):
     """`distil(*settings)`: a student of Russian."""
-    fixed = ["task=cvil_vqa", f"data={parallel}", 'languages=["ru"]', "setting=single_language", "batch=10",
-             f"strategies.distillation.teacher={teacher}", "select=last"]  # fmt: skip
+    fixed = [
+        "task=cvil_vqa",
+        f"data={parallel}",
+        'languages=["ru"]',
+        "setting=single_language",
+        "batch=10",
+        f"strategies.distillation.teacher={teacher}",
+        "select=last",
+    ]
     return lambda *settings: finetune("scenes_xgqa", *fixed, *settings)
 
 
@@ -92,13 +126,18 @@ def test_stored_states_give_the_same_losses(distil, tmp_path, frozen):
     """Made once into safetensors shards, read back; a resumed run reads the same ones."""
     runs = {}
     for name, stops in (("live", [[]]), ("stored", [[]]), ("parts", [["fit.stop_after=4"], []])):
-        chosen = [f"strategies.distillation.states={'live' if name == 'live' else 'stored'}", f"freeze={json.dumps(frozen)}"]
+        chosen = [
+            f"strategies.distillation.states={'live' if name == 'live' else 'stored'}",
+            f"freeze={json.dumps(frozen)}",
+        ]
         for stop in stops:
             code, printed = distil(f"name={name}", CLS, *chosen, *stop)
             assert code == 0, printed
         runs[name] = [line["loss/cls"] for line in read_metrics(tmp_path / name / "ru") if "loss/cls" in line]
     assert runs["live"] == pytest.approx(runs["stored"], rel=1e-5) and len(runs["live"]) == 6
-    assert all(value.equal(weights(tmp_path / "parts")[key]) for key, value in weights(tmp_path / "stored").items())
+    assert all(
+        value.equal(weights(tmp_path / "parts")[key]) for key, value in weights(tmp_path / "stored").items()
+    )
     (folder,) = (tmp_path / "stored" / "teacher").iterdir()
     assert list(folder.glob("states-0-*.safetensors"))
 
@@ -120,26 +159,44 @@ def test_the_teachers_head_serves_the_student(distil, teacher, tmp_path):
 def test_with_the_answers_beside_it_and_all_other_methods(distil, tmp_path):
     """Everything that is no tuning at once, in English; resumed."""
     names = [name for name in ANSWERS if name not in ("lora", "adapter", "compacter", "soft_prompt")]
-    chosen = [CLS, "strategies.distillation.task=1", "setting=zero_shot", 'languages=["en","ru"]',
-              *(setting for name in names for setting in SETTINGS[name])]  # fmt: skip
+    chosen = [
+        CLS,
+        "strategies.distillation.task=1",
+        "setting=zero_shot",
+        'languages=["en","ru"]',
+        *(setting for name in names for setting in SETTINGS[name]),
+    ]
     for name, stops in (("whole", [[]]), ("parts", [["fit.stop_after=4"], []])):
         for stop in stops:
             code, printed = distil(f"name={name}", *chosen, *stop)
             assert code == 0, printed
-    whole, parts = (load_file(tmp_path / name / "checkpoints/step_000006/model.safetensors") for name in ("whole", "parts"))
+    whole, parts = (
+        load_file(tmp_path / name / "checkpoints/step_000006/model.safetensors")
+        for name in ("whole", "parts")
+    )
     assert all(value.equal(parts[key]) for key, value in whole.items())
-    assert {"loss/cls", "loss/task", "loss/prior"} <= {key for line in read_metrics(tmp_path / "whole") for key in line}
+    assert {"loss/cls", "loss/task", "loss/prior"} <= {
+        key for line in read_metrics(tmp_path / "whole") for key in line
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERS)
 def test_with_each_other_method(distil, tmp_path, name):
-    chosen = [CLS, "strategies.distillation.task=1", "setting=zero_shot", 'languages=["en","ru"]', *SETTINGS[name]]
+    chosen = [
+        CLS,
+        "strategies.distillation.task=1",
+        "setting=zero_shot",
+        'languages=["en","ru"]',
+        *SETTINGS[name],
+    ]
     for run, stops in (("whole", [[]]), ("parts", [["fit.stop_after=4"], []])):
         for stop in stops:
             code, printed = distil(f"name={run}", *chosen, *stop)
             assert code == 0, printed
-    whole, parts = (load_file(tmp_path / run / "checkpoints/step_000006/model.safetensors") for run in ("whole", "parts"))
+    whole, parts = (
+        load_file(tmp_path / run / "checkpoints/step_000006/model.safetensors") for run in ("whole", "parts")
+    )
     assert all(value.equal(parts[key]) for key, value in whole.items())
 
 
@@ -163,7 +220,9 @@ def tagged(parallel, tmp_path):
     links = (" ".join(f"{i}-{i}" for i in range(min(map(len, pair)))) for pair in pairs)
     (data / "alignments/ru.align").write_text("".join(f"{line}\n" for line in links))
     torch.manual_seed(0)
-    FinetuneModel(Oscar(TINY.model_copy(update={"layers": 4})), ("?",), 1, 0.1, TINY.features).save(tmp_path / "oscar")
+    FinetuneModel(Oscar(TINY.model_copy(update={"layers": 4})), ("?",), 1, 0.1, TINY.features).save(
+        tmp_path / "oscar"
+    )
     shutil.copy2(DATA / "tokenizer.model", tmp_path / "oscar")
     return data
 
@@ -171,12 +230,25 @@ def tagged(parallel, tmp_path):
 @pytest.mark.parametrize("normalise", ["paper", "public"])
 def test_a_small_oscar_with_all_terms(finetune, tagged, tmp_path, normalise):
     """Words, tags, regions, slots without one: live, stored and resumed."""
-    fixed = ["task=cvil_vqa", f"data={tagged}", f"regions={tagged}/regions.tsv", f"model={tmp_path / 'oscar'}", "image_size=null",
-             "batch=10", "optim.lr=0.003", "setting=single_language"]  # fmt: skip
+    fixed = [
+        "task=cvil_vqa",
+        f"data={tagged}",
+        f"regions={tagged}/regions.tsv",
+        f"model={tmp_path / 'oscar'}",
+        "image_size=null",
+        "batch=10",
+        "optim.lr=0.003",
+        "setting=single_language",
+    ]
     code, printed = finetune("scenes_xgqa", "name=english", *fixed, 'languages=["en"]')
     assert code == 0, printed
-    settings = [*fixed, 'languages=["ru"]', "select=last", f"strategies.distillation.teacher={tmp_path / 'english' / 'en'}",
-                f"strategies.distillation.normalise={normalise}"]  # fmt: skip
+    settings = [
+        *fixed,
+        'languages=["ru"]',
+        "select=last",
+        f"strategies.distillation.teacher={tmp_path / 'english' / 'en'}",
+        f"strategies.distillation.normalise={normalise}",
+    ]
     if normalise == "public":
         settings.append("strategies.distillation.slots=5")
     runs, stored = {}, "strategies.distillation.states=stored"
@@ -188,37 +260,70 @@ def test_a_small_oscar_with_all_terms(finetune, tagged, tmp_path, normalise):
     for term in ("cls", "image", "tags", "mixed"):
         live, read = ([line[f"loss/{term}"] for line in runs[name]] for name in ("live", "stored"))
         assert live == pytest.approx(read, rel=1e-3) and live[0] > 0
-    assert all(value.equal(weights(tmp_path / "parts")[key]) for key, value in weights(tmp_path / "live").items())
+    assert all(
+        value.equal(weights(tmp_path / "parts")[key]) for key, value in weights(tmp_path / "live").items()
+    )
 
 
 def test_two_steps_of_training(finetune, distil, parallel, tmp_path):
-    """Distilled, then on the answers: the classifier alone for an epoch, then all layers; the best checkpoint by validation. The
-    variant without distillation is the second step by itself, on translations."""
+    """Distilled, then on the answers: the classifier alone for an epoch, then all layers; the best checkpoint
+    by validation. The variant without distillation is the second step by itself, on translations."""
     code, printed = distil("name=first", CLS, 'freeze=["vision"]')
     assert code == 0, printed
-    second = ["task=cvil_vqa", f"data={parallel}", 'languages=["ru"]', "setting=single_language", "batch=10", "epochs=3",
-              f"model={tmp_path / 'first' / 'ru'}", "strategies.head_first.epochs=1", "answers=5", "fit.keep=9"]  # fmt: skip
+    second = [
+        "task=cvil_vqa",
+        f"data={parallel}",
+        'languages=["ru"]',
+        "setting=single_language",
+        "batch=10",
+        "epochs=3",
+        f"model={tmp_path / 'first' / 'ru'}",
+        "strategies.head_first.epochs=1",
+        "answers=5",
+        "fit.keep=9",
+    ]
     code, printed = finetune("scenes_xgqa", "name=second", *second, 'freeze=["vision"]')
     assert code == 0, printed
-    first, after, last = weights(tmp_path / "first"), *(load_file(
-        tmp_path / "second" / "ru" / "checkpoints" / f"step_{step:06d}" / "model.safetensors") for step in steps(tmp_path))
-    layers = [name for name in first if name.startswith(("backbone.text.", "backbone.fusion.", "backbone.embedding."))]
-    assert all(first[name].equal(after[name]) for name in layers) and not all(first[name].equal(last[name]) for name in layers)
+    first, after, last = (
+        weights(tmp_path / "first"),
+        *(
+            load_file(tmp_path / "second" / "ru" / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
+            for step in steps(tmp_path)
+        ),
+    )
+    layers = [
+        name
+        for name in first
+        if name.startswith(("backbone.text.", "backbone.fusion.", "backbone.embedding."))
+    ]
+    assert all(first[name].equal(after[name]) for name in layers) and not all(
+        first[name].equal(last[name]) for name in layers
+    )
     found = json.loads((tmp_path / "second" / "result.json").read_text())
     counts = found["counts"]["ru"]
-    assert found["coverage"]["ru"] == pytest.approx(1 - counts["unknown_answers"] / counts["n"]) and found["coverage"]["ru"] < 1
+    assert (
+        found["coverage"]["ru"] == pytest.approx(1 - counts["unknown_answers"] / counts["n"])
+        and found["coverage"]["ru"] < 1
+    )
     assert found["unknown_training_answers"] > 0 and found["method"] == "head first (epochs 1)"
     assert (tmp_path / "second" / "ru" / "best").is_dir()
     code, printed = finetune("scenes_xgqa", "name=bad", *second)
     assert code == 2 and 'set freeze=["vision"]' in printed
 
 
-BOTH = [CLS, "strategies.distillation.epochs=2", "strategies.head_first.epochs=1", 'freeze=["vision"]', "epochs=3", "select=best"]
+BOTH = [
+    CLS,
+    "strategies.distillation.epochs=2",
+    "strategies.head_first.epochs=1",
+    'freeze=["vision"]',
+    "epochs=3",
+    "select=best",
+]
 
 
 def test_both_steps_in_one_run(distil, tmp_path):
-    """RUN/distilled is the first step's run to the bit; the run's own training begins with its layers, and stands still in all
-    but the head at first; also where either was interrupted."""
+    """RUN/distilled is the first step's run to the bit; the run's own training begins with its layers, and
+    stands still in all but the head at first; also where either was interrupted."""
     code, printed = distil("name=whole", *BOTH, "fit.keep=9")
     assert code == 0, printed
     assert distil("name=first", CLS, 'freeze=["vision"]', "epochs=2")[0] == 0
@@ -229,11 +334,20 @@ def test_both_steps_in_one_run(distil, tmp_path):
     def at(folder, step):
         return load_file(tmp_path / folder / f"checkpoints/step_{step:06d}/model.safetensors")
 
-    first, distilled, head_only, last = at("first/ru", 6), at("whole/ru/distilled", 6), at("whole/ru", 3), at("whole/ru", 9)
+    first, distilled, head_only, last = (
+        at("first/ru", 6),
+        at("whole/ru/distilled", 6),
+        at("whole/ru", 3),
+        at("whole/ru", 9),
+    )
     assert all(value.equal(distilled[name]) for name, value in first.items())
     changed = {name for name, value in distilled.items() if not value.equal(head_only[name])}
     assert changed and all(name.startswith("head.") for name in changed)
-    assert any(not value.equal(last[name]) for name, value in head_only.items() if name.startswith("backbone.fusion."))
+    assert any(
+        not value.equal(last[name])
+        for name, value in head_only.items()
+        if name.startswith("backbone.fusion.")
+    )
     assert all(value.equal(at("parts/ru", 9)[name]) for name, value in last.items())
     found = json.loads((tmp_path / "whole" / "result.json").read_text())
     assert found["steps"] == 2 * 3 + 3 * 3 and (tmp_path / "whole/ru/distilled/part.json").is_file()
@@ -244,30 +358,59 @@ def test_both_steps_in_one_run(distil, tmp_path):
 
 def searched(parallel, teacher, model, tmp_path, *settings):
     """(job, the config of a trial of the space `distillation`'s recipe, made small)."""
-    own = [f"model={model}", f"data={parallel}", f"runs={tmp_path}", 'languages=["ru"]', "batch=10", "length=40", "name=trial",
-           "backbone=unified", "runtime=local", "workers=1", "image_size=16", "fit.loader_workers=0", "fit.bf16=false",
-           "head_dropout=0.1", f"strategies.distillation.teacher={teacher}", "strategies.distillation.backbone=unified", CLS,
-           'freeze=["vision"]', *settings]  # fmt: skip
+    own = [
+        f"model={model}",
+        f"data={parallel}",
+        f"runs={tmp_path}",
+        'languages=["ru"]',
+        "batch=10",
+        "length=40",
+        "name=trial",
+        "backbone=unified",
+        "runtime=local",
+        "workers=1",
+        "image_size=16",
+        "fit.loader_workers=0",
+        "fit.bf16=false",
+        "head_dropout=0.1",
+        f"strategies.distillation.teacher={teacher}",
+        "strategies.distillation.backbone=unified",
+        CLS,
+        'freeze=["vision"]',
+        *settings,
+    ]
     recipe = SPACES["distillation"].recipe
     job = Finetuning()
-    config = override(RECIPES[recipe if "task" not in settings else "p3_kd"](), [s for s in own if s != "task"])
+    config = override(
+        RECIPES[recipe if "task" not in settings else "p3_kd"](), [s for s in own if s != "task"]
+    )
     return job, job.searched(config, "target_dev")
 
 
 def test_a_search_over_distillation_ranks_by_a_head_that_is_trained(parallel, teacher, model, tmp_path):
-    """A score that is told while it distils counts for nothing; the last ones are of the second step, whose head learns."""
+    """A score that is told while it distils counts for nothing; the last ones are of the second step, whose
+    head learns."""
     small = ["epochs=2", "strategies.distillation.epochs=1", "strategies.head_first.epochs=1"]
     job, config = searched(parallel, teacher, model, tmp_path, *small)
     job.check(config)
     assert (job.epochs(config), job.rounds(config), job.settled(config)) == (3, 1, 3)
     told = []
-    scores = job.run(config, Telling(lambda metrics, before: told.append((before, *job.told(config, metrics)))))
+    scores = job.run(
+        config, Telling(lambda metrics, before: told.append((before, *job.told(config, metrics))))
+    )
     assert [(before + done, list(found)) for before, done, found in told] == [
-        (1, []), (2, ["target_dev", "dev/ru"]), (3, ["target_dev", "dev/ru"])]  # fmt: skip
-    assert scores["target_dev"] == scores["dev/ru"] == max(found["target_dev"] for _, _, found in told if found)
+        (1, []),
+        (2, ["target_dev", "dev/ru"]),
+        (3, ["target_dev", "dev/ru"]),
+    ]
+    assert (
+        scores["target_dev"] == scores["dev/ru"] == max(found["target_dev"] for _, _, found in told if found)
+    )
     run = tmp_path / "trial" / "ru"
-    heads = [load_file(path / "model.safetensors")["head.output.weight"] for path in (
-        run / "distilled/checkpoints/step_000003", run / "checkpoints/step_000003", run / "best")]  # fmt: skip
+    heads = [
+        load_file(path / "model.safetensors")["head.output.weight"]
+        for path in (run / "distilled/checkpoints/step_000003", run / "checkpoints/step_000003", run / "best")
+    ]
     torch.manual_seed(int(hash64(0, "head")) >> 1)
     assert heads[0].equal(build_model(config).head.output.weight)  # as the seed drew it
     assert not heads[1].equal(heads[0]) and not heads[2].equal(heads[0])
@@ -295,34 +438,49 @@ def test_a_search_that_would_rank_by_a_random_head_is_refused(parallel, teacher,
 
 def steps(runs) -> tuple[int, int]:
     """The first and the last checkpoint: after an epoch, and at the end."""
-    found = sorted(int(path.name.removeprefix("step_")) for path in (runs / "second" / "ru" / "checkpoints").glob("step_*"))
+    found = sorted(
+        int(path.name.removeprefix("step_"))
+        for path in (runs / "second" / "ru" / "checkpoints").glob("step_*")
+    )
     return found[0], found[-1]
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ([], "no such file; word alignments are made with"),
-    (['strategies.distillation.tokens=["cls","image"]'], "unified has no tokens of pictures in its rows"),
-    (['strategies.distillation.tokens=["cls","cls"]'], "name each once"),
-    ([CLS, "strategies.distillation.teacher=none"], "teacher=none: no such model"),
-    ([CLS, "strategies.distillation.layers=[9]"], "layers=[9]: the model has layers 1 to 4"),
-    ([CLS, "strategies.prior.k=3"], "strategies.distillation.task=0: prior is of the classifier"),
-    ([CLS, "head=decoder"], "strategies.distillation is for classifiers"),
-    ([CLS, "image_size=32"], "the teacher sees pictures of 16 pixels, the student of 32"),
-    ([CLS, "answers=5", "strategies.distillation.classifier=teacher"], "the teacher's answers"),
-    (['strategies.distillation.tokens=["mixed"]', "setting=zero_shot"], "training reads English alone"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ([], "no such file; word alignments are made with"),
+        (['strategies.distillation.tokens=["cls","image"]'], "unified has no tokens of pictures in its rows"),
+        (['strategies.distillation.tokens=["cls","cls"]'], "name each once"),
+        ([CLS, "strategies.distillation.teacher=none"], "teacher=none: no such model"),
+        ([CLS, "strategies.distillation.layers=[9]"], "layers=[9]: the model has layers 1 to 4"),
+        ([CLS, "strategies.prior.k=3"], "strategies.distillation.task=0: prior is of the classifier"),
+        ([CLS, "head=decoder"], "strategies.distillation is for classifiers"),
+        ([CLS, "image_size=32"], "the teacher sees pictures of 16 pixels, the student of 32"),
+        ([CLS, "answers=5", "strategies.distillation.classifier=teacher"], "the teacher's answers"),
+        (['strategies.distillation.tokens=["mixed"]', "setting=zero_shot"], "training reads English alone"),
+    ],
+)
 def test_mistakes_are_one_line(distil, settings, words):
     code, printed = distil("name=wrong", *settings)
     assert code == 2 and words in printed and printed.strip().splitlines()[-1].startswith("error: ")
 
 
 def test_few_labelled_questions_beside_the_teacher(finetune, tmp_path):
-    """xGQA's few-shot files are parallel: a student goes on from English, its answers and the teacher's states together."""
+    """xGQA's few-shot files are parallel: a student goes on from English, its answers and the teacher's
+    states together."""
     code, printed = finetune("scenes_xgqa", "name=english", "epochs=1")
     assert code == 0, printed
     english = tmp_path / "english"
-    code, printed = finetune("scenes_xgqa", "name=few", f"model={english}", "setting=few_shot", CLS, "batch=5",
-                             f"strategies.distillation.teacher={english}", "strategies.distillation.task=1")  # fmt: skip
+    code, printed = finetune(
+        "scenes_xgqa",
+        "name=few",
+        f"model={english}",
+        "setting=few_shot",
+        CLS,
+        "batch=5",
+        f"strategies.distillation.teacher={english}",
+        "strategies.distillation.task=1",
+    )
     assert code == 0, printed
     losses = {key for line in read_metrics(tmp_path / "few" / "ru") for key in line}
     assert {"loss/cls", "loss/task"} <= losses

@@ -32,7 +32,9 @@ from tests.test_collective import run_workers
 TOKENIZER = DATA / "tokenizer.model"
 
 
-def small_model(labels=("no", "yes", "maybe"), pictures=1, regions=None, dtype=torch.float32) -> FinetuneModel:
+def small_model(
+    labels=("no", "yes", "maybe"), pictures=1, regions=None, dtype=torch.float32
+) -> FinetuneModel:
     unified = make_model(vocabulary=12000, positions=64, dtype=torch.float32)
     return FinetuneModel(unified, labels, pictures, 0.0, regions).to(dtype).eval()
 
@@ -63,7 +65,10 @@ def test_grounding_against_the_slow_reference(scenes):
     u = model.backbone
     for row, text in enumerate(ids.values.split([5, 4])):
         states = reference.text_states(u, text)
-        cls = [reference.fused_states(u, states, reference.image_states(u, images[2 * row + side]))[0] for side in range(2)]
+        cls = [
+            reference.fused_states(u, states, reference.image_states(u, images[2 * row + side]))[0]
+            for side in range(2)
+        ]
         torch.testing.assert_close(logits[row], model.head(torch.cat(cls)[None])[0])
 
 
@@ -72,7 +77,9 @@ def test_a_premise_grounds_like_a_translation(scenes):
     ids, premise = (Ragged(torch.randint(5, 12000, (7,)), torch.tensor(n)) for n in ([3, 4], [5, 2]))
     logits = model({"text": ids, "premise": premise})
     u = model.backbone
-    for row, (text, other) in enumerate(zip(ids.values.split([3, 4]), premise.values.split([5, 2]), strict=True)):
+    for row, (text, other) in enumerate(
+        zip(ids.values.split([3, 4]), premise.values.split([5, 2]), strict=True)
+    ):
         state = reference.fused_states(u, reference.text_states(u, text), reference.text_states(u, other))[0]
         torch.testing.assert_close(logits[row], model.head(state[None])[0])
 
@@ -81,8 +88,12 @@ def test_a_premise_grounds_like_a_translation(scenes):
 def test_the_loss_by_hand(loss):
     model = small_model(dtype=torch.float64)
     premise = Ragged(torch.arange(5, 11), torch.tensor([4, 2]))
-    part = {"text": Ragged(torch.randint(5, 12000, (6,)), torch.tensor([3, 3])), "premise": premise,
-            "answer": torch.tensor([2, 0]), "scores": torch.tensor([[0, 0.3, 1], [0.6, 0, 0]])}  # fmt: skip
+    part = {
+        "text": Ragged(torch.randint(5, 12000, (6,)), torch.tensor([3, 3])),
+        "premise": premise,
+        "answer": torch.tensor([2, 0]),
+        "scores": torch.tensor([[0, 0.3, 1], [0.6, 0, 0]]),
+    }
     value, terms = ClassificationObjective(model, loss)({"examples": part})
     logits, wanted = model(part), 0.0
     for row in range(2):
@@ -92,7 +103,9 @@ def test_the_loss_by_hand(loss):
             for label in range(3):
                 p, y = float(torch.sigmoid(logits[row, label])), float(part["scores"][row, label])
                 wanted -= (y * np.log(p) + (1 - y) * np.log(1 - p)) / 2
-    assert float(value.detach()) == pytest.approx(wanted, rel=1e-5) and float(terms["task"]) == pytest.approx(wanted, rel=1e-5)
+    assert float(value.detach()) == pytest.approx(wanted, rel=1e-5) and float(terms["task"]) == pytest.approx(
+        wanted, rel=1e-5
+    )
 
 
 def test_score_by_hand():
@@ -105,17 +118,31 @@ def test_score_by_hand():
     ]
     result = score(lines, frozenset({"cat", "dog", "yes", "no"}))
     assert result["accuracy"] == pytest.approx(1.3 / 4) and result["n"] == 4
-    assert result["by_type"] == {"query": pytest.approx(0.65), "verify": 0.0} and result["n_by_type"] == {"query": 2, "verify": 2}
+    assert result["by_type"] == {"query": pytest.approx(0.65), "verify": 0.0} and result["n_by_type"] == {
+        "query": 2,
+        "verify": 2,
+    }
     assert result["unlabelled"] == 1 and result["unknown_answers"] == 1
 
 
 def test_the_interval_draws_pictures_with_all_of_their_questions():
     """Ten questions each of 40 pictures, of which 20 are answered: 40 independent draws, and not 400."""
-    lines = [{"id": f"{i}.{j}", "prediction": "yes", "labels": {"yes" if i % 2 else "no": 1.0}, "kind": "", "images": [f"{i}"]}
-             for i in range(40) for j in range(10)]  # fmt: skip
+    lines = [
+        {
+            "id": f"{i}.{j}",
+            "prediction": "yes",
+            "labels": {"yes" if i % 2 else "no": 1.0},
+            "kind": "",
+            "images": [f"{i}"],
+        }
+        for i in range(40)
+        for j in range(10)
+    ]
     low, high = score(lines, frozenset({"yes", "no"}))["interval"]
     assert high - low == pytest.approx(2 * 1.96 * (0.25 / 40) ** 0.5, rel=0.15)
-    alone = [{name: value for name, value in line.items() if name != "images"} for line in lines]  # of an earlier version
+    alone = [
+        {name: value for name, value in line.items() if name != "images"} for line in lines
+    ]  # of an earlier version
     few, many = score(alone, frozenset({"yes", "no"}))["interval"]
     assert many - few == pytest.approx(2 * 1.96 * (0.25 / 400) ** 0.5, rel=0.15)
     assert score(lines[::-1], frozenset({"yes", "no"}))["interval"] == [low, high]
@@ -126,12 +153,16 @@ def test_the_interval_draws_pictures_with_all_of_their_questions():
 def test_bleu_is_nltks():
     from nltk.translate.bleu_score import corpus_bleu
 
-    pairs = [("the cat sat on the mat today", ["the cat sat on a mat", "a cat is on the mat today"]),
-             ("two dogs run in the park", ["two dogs run in a park now"])]  # fmt: skip
+    pairs = [
+        ("the cat sat on the mat today", ["the cat sat on a mat", "a cat is on the mat today"]),
+        ("two dogs run in the park", ["two dogs run in a park now"]),
+    ]
     bleu = Bleu("en")
     for sentence, references in pairs:
         bleu.add(sentence, references)
-    wanted = corpus_bleu([[r.split() for r in references] for _, references in pairs], [s.split() for s, _ in pairs])
+    wanted = corpus_bleu(
+        [[r.split() for r in references] for _, references in pairs], [s.split() for s, _ in pairs]
+    )
     assert bleu.value() == pytest.approx(wanted) and 0 < wanted < 1
     assert Bleu("ja").cut("猫が窓の外を見ている") == ["猫", "が", "窓", "の", "外", "を", "見", "て", "いる"]
     assert Bleu("zh").cut("猫 在看") == ["猫", "在", "看"]
@@ -216,14 +247,18 @@ def collapsed():
 @pytest.mark.parametrize("candidates", [None, 0, 7])
 def test_a_collapsed_retriever_scores_chance(scenes, tmp_path, candidates):
     items = captions(scenes)[:20]
-    found = retrieve(collapsed(), items, pixels(scenes), Tokenizer.load(TOKENIZER), 40, candidates, tmp_path / "states")
+    found = retrieve(
+        collapsed(), items, pixels(scenes), Tokenizer.load(TOKENIZER), 40, candidates, tmp_path / "states"
+    )
     assert all(found[f"{way}_r{k}"] == pytest.approx(k / 20) for way in ("i2t", "t2i") for k in (1, 5, 10))
 
 
 def test_the_interval_of_a_recall_is_that_of_its_images(scenes, tmp_path):
     model, tokenizer, items = retriever(), Tokenizer.load(TOKENIZER), captions(scenes)
-    found = [retrieve(model, items, pixels(scenes), tokenizer, 40, None, tmp_path / "states", key=key)
-             for key in ((0, "en"), (0, "en"), (1, "en"))]  # fmt: skip
+    found = [
+        retrieve(model, items, pixels(scenes), tokenizer, 40, None, tmp_path / "states", key=key)
+        for key in ((0, "en"), (0, "en"), (1, "en"))
+    ]
     (low, high), score = found[0]["interval"], found[0]["mean_recall"]
     assert low < score < high and found[0] == found[1] and found[0]["interval"] != found[2]["interval"]
 
@@ -240,8 +275,10 @@ def evaluate_share(rank, world, scenes, folder):
     model = small_model(labels=gqa.read_answers(scenes / "gqa/annotations/trainval_label2ans.json"))
     sets = {code: questions(scenes, code) * 4 for code in ("en", "ko")}
     scores = evaluate(model, sets, pixels(scenes), tokenizer, 40, folder)
-    found = [retrieve(model, captions(scenes)[:50], pixels(scenes), tokenizer, 40, 5, folder / "states")
-             for model in (retriever(), collapsed())]  # fmt: skip
+    found = [
+        retrieve(model, captions(scenes)[:50], pixels(scenes), tokenizer, 40, 5, folder / "states")
+        for model in (retriever(), collapsed())
+    ]
     return scores, found  # of the second, hits are fractions
 
 
@@ -252,7 +289,9 @@ def test_any_number_of_workers_gives_the_same_numbers(scenes, tmp_path):
         for result in run_workers(evaluate_share, world, scenes, tmp_path / str(world)):
             assert result == alone
         for code in ("en", "ko"):
-            assert (tmp_path / str(world) / f"{code}.jsonl").read_bytes() == (tmp_path / "1" / f"{code}.jsonl").read_bytes()
+            assert (tmp_path / str(world) / f"{code}.jsonl").read_bytes() == (
+                tmp_path / "1" / f"{code}.jsonl"
+            ).read_bytes()
         assert sorted(p.name for p in (tmp_path / str(world)).iterdir()) == ["en.jsonl", "ko.jsonl"]
 
 
@@ -263,24 +302,38 @@ def test_predictions_are_those_of_the_model_one_by_one(scenes, tmp_path):
         ids = torch.tensor([tokenizer.cls, *tokenizer.encode([example.texts[0]])[0].tolist(), tokenizer.sep])
         inputs = {"text": Ragged(ids, torch.tensor([len(ids)])), **pixels(scenes).read(example.images)}
         wanted = model.labels[int(model(inputs).argmax())]
-        assert json.loads(line) == {"id": example.id, "prediction": wanted, "labels": dict(example.labels),
-                                    "kind": example.kind, "images": list(example.images)}  # fmt: skip
+        assert json.loads(line) == {
+            "id": example.id,
+            "prediction": wanted,
+            "labels": dict(example.labels),
+            "kind": example.kind,
+            "images": list(example.images),
+        }
 
 
 def test_encoded_pictures_equal_pictures(scenes, tmp_path):
     model, tokenizer, examples = small_model(), Tokenizer.load(TOKENIZER), questions(scenes)
     names = [e.images[0] for e in examples]
-    states = Encoded(encode_pictures(model.backbone, pixels(scenes), names, tmp_path / "states"), pixels(scenes).store)
+    states = Encoded(
+        encode_pictures(model.backbone, pixels(scenes), names, tmp_path / "states"), pixels(scenes).store
+    )
     both = (pixels(scenes), states)
-    batches = [ExampleBatches(examples, model.labels, p, tokenizer, 40, False, 8, 0)[3]["examples"] for p in both]
-    assert batches[0]["text"].values.equal(batches[1]["text"].values) and batches[0]["answer"].equal(batches[1]["answer"])
+    batches = [
+        ExampleBatches(examples, model.labels, p, tokenizer, 40, False, 8, 0)[3]["examples"] for p in both
+    ]
+    assert batches[0]["text"].values.equal(batches[1]["text"].values) and batches[0]["answer"].equal(
+        batches[1]["answer"]
+    )
     torch.testing.assert_close(model(batches[0]), model(batches[1]), rtol=1e-5, atol=1e-6)
 
 
 def test_an_epoch_takes_every_example_once_whatever_the_workers(scenes):
     tokenizer, examples = Tokenizer.load(TOKENIZER), questions(scenes)
     whole = ExampleBatches(examples, ("no", "yes"), pixels(scenes), tokenizer, 40, False, 12, seed=3)
-    parts = [ExampleBatches(examples, ("no", "yes"), pixels(scenes), tokenizer, 40, False, 12, 3, rank, 2) for rank in (0, 1)]
+    parts = [
+        ExampleBatches(examples, ("no", "yes"), pixels(scenes), tokenizer, 40, False, 12, 3, rank, 2)
+        for rank in (0, 1)
+    ]
     for epoch in (0, 1):
         taken = [n for place in range(whole.steps) for n in whole.places(epoch * whole.steps + place)[2]]
         assert sorted(taken) == list(range(60))
@@ -288,7 +341,9 @@ def test_an_epoch_takes_every_example_once_whatever_the_workers(scenes):
     one, two = whole[4]["examples"], [p[4]["examples"] for p in parts]
     for rank in (0, 1):
         assert two[rank]["index"].tolist() == list(range(rank, 12, 2))
-        assert two[rank]["images"].equal(one["images"][rank::2]) and two[rank]["answer"].equal(one["answer"][rank::2])
+        assert two[rank]["images"].equal(one["images"][rank::2]) and two[rank]["answer"].equal(
+            one["answer"][rank::2]
+        )
 
 
 def test_caption_batches_pair_a_picture_with_each_caption(scenes):
@@ -306,7 +361,15 @@ def test_caption_batches_tell_images_apart_by_their_bytes(tmp_path, encoded):
     for name, shade in files.items():
         (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(tmp_path / "p" / name), np.full((16, 16, 3), shade, np.uint8))
-    names = ["COCO_val2014_000000000042.png", "000000000042", "images/000000000042.png", "copy", "a/7", "a/7.png", "b/7.png"]
+    names = [
+        "COCO_val2014_000000000042.png",
+        "000000000042",
+        "images/000000000042.png",
+        "copy",
+        "a/7",
+        "a/7.png",
+        "b/7.png",
+    ]
     pictures = Pixels(open_pictures(tmp_path / "p"), 16)
     if encoded:
         pictures = Encoded(encode_pictures(retriever(), pictures, names, tmp_path / "states"), pictures.store)
@@ -318,17 +381,24 @@ def test_caption_batches_tell_images_apart_by_their_bytes(tmp_path, encoded):
 
 
 def test_unknown_answers_are_counted_and_lines_of_one_picture_merged():
-    examples = [Example(str(i), ("q",), ("i",), labels) for i, labels in enumerate(({"yes": 1.0}, {"blue": 1.0}, {}))]
+    examples = [
+        Example(str(i), ("q",), ("i",), labels) for i, labels in enumerate(({"yes": 1.0}, {"blue": 1.0}, {}))
+    ]
     assert with_known_answers(examples, ("yes", "no")) == ([examples[0]], 2)
     assert merge([Captioned("a", ("x",)), Captioned("b", ("y",)), Captioned("a", ("z",))]) == [
-        Captioned("a", ("x", "z")), Captioned("b", ("y",))
-    ]  # fmt: skip
+        Captioned("a", ("x", "z")),
+        Captioned("b", ("y",)),
+    ]
 
 
 def test_freezing_and_resolution(scenes):
     model = small_model()
     freeze(model.backbone, ("embeddings", "text", "vision"))
-    trainable = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad and name.startswith("backbone")}
+    trainable = {
+        name.split(".")[1]
+        for name, p in model.named_parameters()
+        if p.requires_grad and name.startswith("backbone")
+    }
     assert trainable == {"fusion"}
     resize(model.backbone, 32)
     assert model.backbone.encode_images(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).values.shape[0] == 17

@@ -23,7 +23,14 @@ from raylib.sample.concepts import DATA
 from raylib.track import read_metrics
 from tests.test_stores import b64, write_lmdb
 
-QUICK = ["batch=16", "image_size=16", "epochs=1", 'languages=["en","ru"]', "fit.bf16=false", "fit.loader_workers=0"]
+QUICK = [
+    "batch=16",
+    "image_size=16",
+    "epochs=1",
+    'languages=["en","ru"]',
+    "fit.bf16=false",
+    "fit.loader_workers=0",
+]
 WIDTH = 6  # of region features
 
 
@@ -53,20 +60,31 @@ def regions_of(scenes: Path, task: str, more=()) -> dict[str, dict]:
     """Made-up detections for every picture of a task, two to five each, by id; `more`: of further splits."""
     config = override(RECIPES[f"scenes_{task}"](), [f"data={scenes}"])
     places = [("train", "en"), ("dev", "en"), ("test", "en"), ("test", "ru"), *more]
-    names = sorted({image for place in places for example in read_split(config, *place) for image in example.images})
+    names = sorted(
+        {image for place in places for example in read_split(config, *place) for image in example.images}
+    )
     made = {}
     for i, name in enumerate(names):
         draw, count = np.random.default_rng(i), 2 + i % 4
         corners = draw.uniform(0, 30, (count, 2))
-        made[name] = {"features": draw.normal(size=(count, WIDTH)).astype(np.float32), "img_h": 64, "img_w": 64,
-                      "boxes": np.concatenate([corners, corners + 20], 1).astype(np.float32)}  # fmt: skip
+        made[name] = {
+            "features": draw.normal(size=(count, WIDTH)).astype(np.float32),
+            "img_h": 64,
+            "img_w": 64,
+            "boxes": np.concatenate([corners, corners + 20], 1).astype(np.float32),
+        }
     return made
 
 
 def write_regions(folder: Path, kind: str, records: dict[str, dict]) -> Path:
     if kind == "lmdb":
-        encoded = {name: {**r, "features": b64(r["features"]), "boxes": b64(r["boxes"])} for name, r in records.items()}
-        return write_lmdb(folder / "regions", {name: pickle.dumps(record) for name, record in encoded.items()})
+        encoded = {
+            name: {**r, "features": b64(r["features"]), "boxes": b64(r["boxes"])}
+            for name, r in records.items()
+        }
+        return write_lmdb(
+            folder / "regions", {name: pickle.dumps(record) for name, record in encoded.items()}
+        )
     if kind == "h5":
         import h5py
 
@@ -83,9 +101,13 @@ def write_regions(folder: Path, kind: str, records: dict[str, dict]) -> Path:
 @pytest.mark.parametrize(("task", "kind"), [("xgqa", "lmdb"), ("xvnli", "h5"), ("marvl", "npz")])
 def test_a_run_on_region_features(finetune, tmp_path, scenes, task, kind):
     path = write_regions(tmp_path, kind, {Path(name).name: r for name, r in regions_of(scenes, task).items()})
-    found, printed = finetune(f"scenes_{task}", f"regions={path}", "epochs=2", "images=/nowhere", "fit.loader_workers=1")
+    found, printed = finetune(
+        f"scenes_{task}", f"regions={path}", "epochs=2", "images=/nowhere", "fit.loader_workers=1"
+    )
     assert found, printed
-    assert set(found["accuracy"]) == {"en", "ru"} and all(c["predictions"] == c["n"] > 0 for c in found["counts"].values())
+    assert set(found["accuracy"]) == {"en", "ru"} and all(
+        c["predictions"] == c["n"] > 0 for c in found["counts"].values()
+    )
     weights = load_file(next((tmp_path / "run" / "best").glob("model.safetensors")))
     assert weights["regions.feature.weight"].shape[1] == WIDTH
     before = found["accuracy"]
@@ -100,7 +122,11 @@ def test_regions_reach_the_model_as_they_are_stored(tmp_path, scenes):
     read = open_seen(config, 0).read(names)["regions"]
     assert read.lengths.tolist() == [len(records[name]["boxes"]) for name in names]
     assert np.allclose(read.values[:, :WIDTH], np.concatenate([records[name]["features"] for name in names]))
-    assert np.allclose(read.values[:, WIDTH:][:, :4] * 64, np.concatenate([records[name]["boxes"] for name in names]), atol=1e-4)
+    assert np.allclose(
+        read.values[:, WIDTH:][:, :4] * 64,
+        np.concatenate([records[name]["boxes"] for name in names]),
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -115,7 +141,9 @@ def test_a_picture_without_regions_is_named(finetune, tmp_path, scenes, split):
 
 
 def test_retrieval_wants_pictures(finetune, tmp_path, scenes):
-    _, printed = finetune("scenes_xflickrco", f"regions={write_regions(tmp_path, 'npz', regions_of(scenes, 'xvnli'))}")
+    _, printed = finetune(
+        "scenes_xflickrco", f"regions={write_regions(tmp_path, 'npz', regions_of(scenes, 'xvnli'))}"
+    )
     assert "retrieval wants pictures" in error(printed)
 
 
@@ -123,8 +151,12 @@ def text_folder(folder: Path, kind: str) -> Path:
     """A tiny XLM-R or BERT in Hugging Face format, four layers, with the sample's tokenizer."""
     from transformers import BertConfig, BertForMaskedLM, XLMRobertaConfig, XLMRobertaForMaskedLM
 
-    config, peer = (XLMRobertaConfig, XLMRobertaForMaskedLM) if kind == "xlmr" else (BertConfig, BertForMaskedLM)
-    sizes = dict(vocab_size=12000, hidden_size=16, num_attention_heads=2, intermediate_size=24, num_hidden_layers=4)
+    config, peer = (
+        (XLMRobertaConfig, XLMRobertaForMaskedLM) if kind == "xlmr" else (BertConfig, BertForMaskedLM)
+    )
+    sizes = dict(
+        vocab_size=12000, hidden_size=16, num_attention_heads=2, intermediate_size=24, num_hidden_layers=4
+    )
     peer(config(**sizes, max_position_embeddings=66)).save_pretrained(folder)
     shutil.copy2(DATA / "tokenizer.model", folder)
     return folder
@@ -139,13 +171,20 @@ def vision_folder(folder: Path, layers: int = 2, patch: int = 16) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("kind", "task", "layers", "patch"), [("xlmr", "xvnli", 2, 16), ("bert", "xflickrco", 5, 8)])
+@pytest.mark.parametrize(
+    ("kind", "task", "layers", "patch"), [("xlmr", "xvnli", 2, 16), ("bert", "xflickrco", 5, 8)]
+)
 def test_a_run_from_hugging_face_folders(finetune, tmp_path, kind, task, layers, patch):
     text, vision = text_folder(tmp_path / "text", kind), vision_folder(tmp_path / "vision", layers, patch)
-    found, printed = finetune(f"scenes_{task}", f"model={text}", f"vision={vision}", "image_size=32", 'freeze=["vision"]')
+    found, printed = finetune(
+        f"scenes_{task}", f"model={text}", f"vision={vision}", "image_size=32", 'freeze=["vision"]'
+    )
     assert found, printed
     assert set(found.get("accuracy") or found["retrieval"]) == {"en", "ru"}
-    ours, theirs = load_file(tmp_path / "run" / "best" / "model.safetensors"), load_file(vision / "model.safetensors")
+    ours, theirs = (
+        load_file(tmp_path / "run" / "best" / "model.safetensors"),
+        load_file(vision / "model.safetensors"),
+    )
     kernels = [value for name, value in ours.items() if name.endswith("vision.patch_embedding.bias")]
     assert kernels[0].equal(theirs["embeddings.patch_embeddings.projection.bias"])  # frozen: as it was read
     assert main(["evaluate", str(tmp_path / "run")]) == 0
@@ -164,7 +203,9 @@ def test_an_unmatched_key_of_a_hugging_face_folder_is_named(finetune, tmp_path, 
     name = next(n for n in weights if n.endswith("layer.1.output.dense.bias"))
     weights["encoder.adapter.weight"] = weights.pop(name)
     save_file(weights, file, {"format": "pt"})
-    _, printed = finetune("scenes_xvnli", f"model={folders['text']}", f"vision={folders['vision']}", "image_size=32")
+    _, printed = finetune(
+        "scenes_xvnli", f"model={folders['text']}", f"vision={folders['vision']}", "image_size=32"
+    )
     line = error(printed)
     assert str(folders[which]) in line and "unused encoder.adapter.weight" in line
     assert f"missing {name.removeprefix('roberta.')}" in line
@@ -184,8 +225,13 @@ def test_settings_that_go_on_from_english(finetune, tmp_path, task, shots):
     found, printed = finetune(f"scenes_{task}")
     assert found, printed
     (tmp_path / "run").rename(tmp_path / "english")
-    for setting, more in (("translate_test", ()), ("few_shot", (f"shots={shots}", "batch=4", 'languages=["de","ru"]'))):
-        found, printed = finetune(f"scenes_{task}", f"model={tmp_path / 'english'}", f"setting={setting}", *more)
+    for setting, more in (
+        ("translate_test", ()),
+        ("few_shot", (f"shots={shots}", "batch=4", 'languages=["de","ru"]')),
+    ):
+        found, printed = finetune(
+            f"scenes_{task}", f"model={tmp_path / 'english'}", f"setting={setting}", *more
+        )
         assert found, printed
         before = found.get("accuracy") or found["retrieval"]
         assert set(before) == ({"de", "ru"} if more else {"en", "ru"}) and (found["steps"] > 0) == bool(more)
@@ -196,25 +242,46 @@ def test_settings_that_go_on_from_english(finetune, tmp_path, task, shots):
 
 
 def _listen() -> None:
-    """Ctrl-C counts, even if these tests run in the background of a shell, where it is ignored and inherited so."""
+    """Ctrl-C counts, even if these tests run in the background of a shell, where it is ignored and inherited
+    so."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_control_c_is_one_line_and_the_same_command_goes_on(tmp_path, model, scenes):
     """Ctrl-C reaches every process of the terminal's group, loaders too."""
-    settings = [f"model={model}", f"data={scenes}", f"runs={tmp_path}", "name=run", *QUICK, "epochs=8", "fit.log_every=1"]
+    settings = [
+        f"model={model}",
+        f"data={scenes}",
+        f"runs={tmp_path}",
+        "name=run",
+        *QUICK,
+        "epochs=8",
+        "fit.log_every=1",
+    ]
     command = [sys.executable, "-m", "finetune", "scenes_xvnli", *settings, "fit.loader_workers=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    begun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-                             start_new_session=True, preexec_fn=_listen)  # fmt: skip
+    begun = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=_listen,
+    )
     deadline = time.monotonic() + 120
     while not (begun.poll() is not None or checkpoint.newest(tmp_path / "run")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(begun.pid, signal.SIGINT)
     printed, complaint = begun.communicate(timeout=60)
-    assert begun.returncode in (130, -signal.SIGINT), complaint  # to a shell both are 130; Python may choose the second
-    assert complaint.strip().splitlines()[-1] == "interrupted; the same command resumes from the newest checkpoint"
+    assert begun.returncode in (130, -signal.SIGINT), (
+        complaint
+    )  # to a shell both are 130; Python may choose the second
+    assert (
+        complaint.strip().splitlines()[-1]
+        == "interrupted; the same command resumes from the newest checkpoint"
+    )
     assert "Traceback" not in printed + complaint and not (tmp_path / "run" / "result.json").exists()
     with pytest.raises(ProcessLookupError):
         os.killpg(begun.pid, 0)  # nothing of it is left

@@ -1,4 +1,5 @@
-"""Fine-tuning runs from the command line, on the miniature IGLUE: what they leave, resume, settings, mistakes."""
+"""Fine-tuning runs from the command line, on the miniature IGLUE: what they leave, resume, settings,
+mistakes."""
 
 import errno
 import json
@@ -22,7 +23,19 @@ from raylib.track import read_metrics
 from tests.conftest import QUICK
 from tests.made import make_model
 
-FIELDS = {"run", "task", "method", "seed", "model", "params", "trainable", "sparsity", "mean_targets", "gap", "by_type"}
+FIELDS = {
+    "run",
+    "task",
+    "method",
+    "seed",
+    "model",
+    "params",
+    "trainable",
+    "sparsity",
+    "mean_targets",
+    "gap",
+    "by_type",
+}
 
 
 def result(tmp_path, name):
@@ -42,7 +55,10 @@ def test_a_run_leaves_what_it_promises(finetune, tmp_path, task):
         assert set(found["by_type"]["ru"]) == {"verify", "query", "choose", "logical", "compare"}
     assert all((tmp_path / "first" / name).stat().st_size > 5000 for name in ("result.png", "curve.png"))
     recorded = {key for line in read_metrics(tmp_path / "first") for key in line}
-    assert {"loss/itm" if task == "xflickrco" else "loss/task", "eval/score"} <= recorded  # what the curve shows
+    assert {
+        "loss/itm" if task == "xflickrco" else "loss/task",
+        "eval/score",
+    } <= recorded  # what the curve shows
     assert "is complete" in finetune(f"scenes_{task}", "name=first")[1]
     before = scores
     assert main(["evaluate", str(tmp_path / "first")]) == 0
@@ -53,9 +69,16 @@ def test_a_run_leaves_what_it_promises(finetune, tmp_path, task):
 def test_an_interrupted_run_is_the_same_run(finetune, tmp_path):
     finetune("scenes_xvnli", "name=whole", "select=last")
     code, printed = finetune("scenes_xvnli", "name=parts", "select=last", "fit.stop_after=4")
-    assert code == 0 and "stopped before the end" in printed and not (tmp_path / "parts" / "result.json").exists()
+    assert (
+        code == 0
+        and "stopped before the end" in printed
+        and not (tmp_path / "parts" / "result.json").exists()
+    )
     finetune("scenes_xvnli", "name=parts", "select=last")
-    weights = [load_file(tmp_path / name / "checkpoints" / "step_000006" / "model.safetensors") for name in ("whole", "parts")]
+    weights = [
+        load_file(tmp_path / name / "checkpoints" / "step_000006" / "model.safetensors")
+        for name in ("whole", "parts")
+    ]
     assert all(value.equal(weights[1][key]) for key, value in weights[0].items())
     records = [read_metrics(tmp_path / name) for name in ("whole", "parts")]
     losses = [[(r["step"], r["loss/task"]) for r in lines if "loss/task" in r] for lines in records]
@@ -65,13 +88,29 @@ def test_an_interrupted_run_is_the_same_run(finetune, tmp_path):
 
 def test_few_shot_and_translate_test_go_on_from_english(finetune, tmp_path):
     finetune("scenes_xvnli", "name=english")
-    code, printed = finetune("scenes_xvnli", "name=few", "setting=few_shot", "shots=5", f"model={tmp_path / 'english'}",
-                             'languages=["ar","ru"]', "batch=4")  # fmt: skip
+    code, printed = finetune(
+        "scenes_xvnli",
+        "name=few",
+        "setting=few_shot",
+        "shots=5",
+        f"model={tmp_path / 'english'}",
+        'languages=["ar","ru"]',
+        "batch=4",
+    )
     assert code == 0, printed
-    assert set(result(tmp_path, "few")["accuracy"]) == {"ar", "ru"} and (tmp_path / "few" / "ar" / "part.json").is_file()
-    code, printed = finetune("scenes_xvnli", "name=translated", "setting=translate_test", f"model={tmp_path / 'english'}")
+    assert (
+        set(result(tmp_path, "few")["accuracy"]) == {"ar", "ru"}
+        and (tmp_path / "few" / "ar" / "part.json").is_file()
+    )
+    code, printed = finetune(
+        "scenes_xvnli", "name=translated", "setting=translate_test", f"model={tmp_path / 'english'}"
+    )
     found = result(tmp_path, "translated")
-    assert code == 0 and found["steps"] == 0 and found["accuracy"]["en"] == result(tmp_path, "english")["accuracy"]["en"]
+    assert (
+        code == 0
+        and found["steps"] == 0
+        and found["accuracy"]["en"] == result(tmp_path, "english")["accuracy"]["en"]
+    )
 
 
 def test_frozen_encoders_stay_and_are_encoded_once(finetune, tmp_path, model):
@@ -82,7 +121,11 @@ def test_frozen_encoders_stay_and_are_encoded_once(finetune, tmp_path, model):
     for name, value in before.items():
         if name.startswith(("embedding.", "text.", "vision.")):
             assert value.equal(after[f"backbone.{name}"])
-    assert any(not value.equal(after[f"backbone.{name}"]) for name, value in before.items() if name.startswith("fusion."))
+    assert any(
+        not value.equal(after[f"backbone.{name}"])
+        for name, value in before.items()
+        if name.startswith("fusion.")
+    )
     assert list((tmp_path / "frozen" / "encoded").iterdir())
 
 
@@ -92,7 +135,9 @@ def test_compare_puts_seeds_together(finetune, tmp_path, capsys):
     assert main(["compare", str(tmp_path / "seed0"), str(tmp_path / "seed1")]) == 0
     row = capsys.readouterr().out.strip().splitlines()[-1]
     values = [result(tmp_path, f"seed{seed}")["accuracy"]["en"] for seed in (0, 1)]
-    half = 12.7062 * abs(values[0] - values[1]) / 2  # t of one degree of freedom; the deviation of two is |a - b| / sqrt 2
+    half = (
+        12.7062 * abs(values[0] - values[1]) / 2
+    )  # t of one degree of freedom; the deviation of two is |a - b| / sqrt 2
     assert f"| 2 | {50 * sum(values):.1f} ± {100 * half:.1f} |" in row
 
 
@@ -101,7 +146,9 @@ def test_a_stopped_run_that_is_evaluated_says_so_and_goes_on(finetune, tmp_path,
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     assert "full fine-tuning (stopped at step 4)" in capsys.readouterr().out
     stopped = result(tmp_path, "run")
-    assert (stopped["finished"], stopped["steps"]) == (False, 4) and 0 < stopped["trainable"] <= stopped["params"]
+    assert (stopped["finished"], stopped["steps"]) == (False, 4) and 0 < stopped["trainable"] <= stopped[
+        "params"
+    ]
     assert main(["compare", str(tmp_path / "run")]) == 0
     assert "| full fine-tuning (stopped at step 4) |" in capsys.readouterr().out
     code, printed = finetune("scenes_xvnli", "name=run", "select=last")
@@ -119,32 +166,62 @@ def test_every_language_has_an_interval(finetune, tmp_path, task):
     assert code == 0 and set(found["interval"]) == {"en", "ru"}
     for language, (low, high) in found["interval"].items():
         assert 0 <= low <= scores[language] <= high <= 1 and low < high
-        assert f"| {language} | {100 * scores[language]:.1f} | [{100 * low:.1f}, {100 * high:.1f}] |" in printed
-    assert main(["evaluate", str(tmp_path / "run")]) == 0 and result(tmp_path, "run")["interval"] == found["interval"]
+        assert (
+            f"| {language} | {100 * scores[language]:.1f} | [{100 * low:.1f}, {100 * high:.1f}] |" in printed
+        )
+    assert (
+        main(["evaluate", str(tmp_path / "run")]) == 0
+        and result(tmp_path, "run")["interval"] == found["interval"]
+    )
     finetune(f"scenes_{task}", "name=untested", "epochs=1", "tests=false")
     ((language, (low, high)),) = result(tmp_path, "untested")["interval"].items()
     assert language == "en" and low <= result(tmp_path, "untested")["dev"]["en"] <= high
 
 
 def test_torchrun_and_one_process_agree(tmp_path, scenes):
-    make_model(vocabulary=12000, positions=64).float().save(tmp_path / "model")  # no dropout: it differs between workers
+    make_model(vocabulary=12000, positions=64).float().save(
+        tmp_path / "model"
+    )  # no dropout: it differs between workers
     shutil.copy2(DATA / "tokenizer.model", tmp_path / "model")
-    settings = ["scenes_marvl", f"model={tmp_path / 'model'}", f"data={scenes}", f"runs={tmp_path}", "epochs=1", *QUICK,
-                "head_dropout=0", "select=last", 'languages=["en"]']  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "finetune"]
+    settings = [
+        "scenes_marvl",
+        f"model={tmp_path / 'model'}",
+        f"data={scenes}",
+        f"runs={tmp_path}",
+        "epochs=1",
+        *QUICK,
+        "head_dropout=0",
+        "select=last",
+        'languages=["en"]',
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "finetune",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *settings, "name=two"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("| en |") == 1  # one process speaks
     assert main([*settings, "name=one"]) == 0
-    losses = [[r["loss/task"] for r in read_metrics(tmp_path / name) if "loss/task" in r] for name in ("one", "two")]
+    losses = [
+        [r["loss/task"] for r in read_metrics(tmp_path / name) if "loss/task" in r] for name in ("one", "two")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
 
 
 def test_on_ray_with_zero(finetune, tmp_path):
     code, printed = finetune("scenes_xvnli", "name=ray", "runtime=ray", "workers=2", "epochs=1")
     assert code == 0, printed
-    assert json.loads((tmp_path / "ray" / "checkpoints" / "step_000003" / "meta.json").read_text())["engine"] == "deepspeed"
+    assert (
+        json.loads((tmp_path / "ray" / "checkpoints" / "step_000003" / "meta.json").read_text())["engine"]
+        == "deepspeed"
+    )
     assert set(result(tmp_path, "ray")["accuracy"]) == {"en", "ru"}
 
 
@@ -188,7 +265,12 @@ def test_every_recipe_builds(name, model, scenes):
     assert config.task in TASKS and RECIPES[name].__doc__
     if config.continues and config.task in ("xgqa", "xvnli", "marvl"):  # from a run of another recipe
         config = override(config, ["setting=zero_shot"])
-    if config.task in ("xgqa", "xvnli", "marvl", "xflickrco"):  # the files of the others are not among the scenes
+    if config.task in (
+        "xgqa",
+        "xvnli",
+        "marvl",
+        "xflickrco",
+    ):  # the files of the others are not among the scenes
         assert next(iter(read_split(config, "train", "en"))) and build_model(config)
         wanted = {"xgqa": 2 + len(labels()), "xvnli": 3, "marvl": 2}
         assert config.task == "xflickrco" or len(labels_of(config)) == wanted[config.task]

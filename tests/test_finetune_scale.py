@@ -19,7 +19,8 @@ GROWTH = 8.0  # MB; 90,000 more predictions as Python objects would be 60 at the
 
 
 def memory(name: str) -> float:
-    """MB that this process has (`VmRSS`) or had at most (`VmHWM`): the kernel's own count, that of this program alone."""
+    """MB that this process has (`VmRSS`) or had at most (`VmHWM`): the kernel's own count, that of this
+    program alone."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
@@ -29,8 +30,12 @@ def write_questions(path: Path, scenes: Path, count: int) -> Path:
     with open(path, "w", encoding="utf-8") as file:
         for i, example in enumerate(itertools.islice(itertools.cycle(questions(scenes)), count)):
             (answer,) = example.labels
-            record = {"question": example.texts[0], "answer": answer, "imageId": example.images[0],
-                      "types": {"structural": example.kind}}  # fmt: skip
+            record = {
+                "question": example.texts[0],
+                "answer": answer,
+                "imageId": example.images[0],
+                "types": {"structural": example.kind},
+            }
             file.write(("{" if i == 0 else ",\n") + f'"{i}": ' + json.dumps(record))
         file.write("}")
     return path
@@ -51,7 +56,10 @@ def test_100_000_predictions_take_the_memory_of_10_000(scenes, tmp_path):
     ((_, small),) = run_workers(evaluate_file, 1, scenes, few, tmp_path / "few")
     ((figures, large),) = run_workers(evaluate_file, 1, scenes, many, tmp_path / "many")
     shared = run_workers(evaluate_file, 2, scenes, many, tmp_path / "shared")
-    print(f"above the start: {small:.1f} MB for {FEW}, {large:.1f} for {MANY}, {[round(m, 1) for _, m in shared]} for two")
+    print(
+        f"above the start: {small:.1f} MB for {FEW}, {large:.1f} for {MANY}, "
+        f"{[round(m, 1) for _, m in shared]} for two"
+    )
     assert figures["n"] == figures["predictions"] == MANY
     assert large - small < GROWTH and all(peak - small < GROWTH for _, peak in shared)
     assert all(found == figures for found, _ in shared)

@@ -1,4 +1,5 @@
-"""Tasks that the emoji scenes do not stand for: a run from start to end on a tiny set in each one's official format."""
+"""Tasks that the emoji scenes do not stand for: a run from start to end on a tiny set in each one's official
+format."""
 
 import json
 
@@ -8,12 +9,28 @@ from finetune.__main__ import main
 from finetune.tasks import TASKS
 from tests import official
 
-QUICK = ["runtime=local", "batch=8", "epochs=1", "image_size=16", "candidates=3", "fit.bf16=false", "fit.loader_workers=0"]
+QUICK = [
+    "runtime=local",
+    "batch=8",
+    "epochs=1",
+    "image_size=16",
+    "candidates=3",
+    "fit.bf16=false",
+    "fit.loader_workers=0",
+]
 SPLIT = official.SPLITS
 RUNS = {  # task -> recipe; those that no paper of ours has a row for borrow a like one's
-    "multi30k": "p2_multi30k", "coco": "p2_coco", "xtd": "p2_coco", "wit": "p2_wit", "vqa_v2": "iglue_xgqa",
-    "cvil_vqa": "iglue_xgqa", "ja_vqa": "p2_ja_vqa", "fm_iqa": "p2_fm_iqa", "xnli": "p2_xnli", "snli_xvnli": "p2_snli_xvnli",
-}  # fmt: skip
+    "multi30k": "p2_multi30k",
+    "coco": "p2_coco",
+    "xtd": "p2_coco",
+    "wit": "p2_wit",
+    "vqa_v2": "iglue_xgqa",
+    "cvil_vqa": "iglue_xgqa",
+    "ja_vqa": "p2_ja_vqa",
+    "fm_iqa": "p2_fm_iqa",
+    "xnli": "p2_xnli",
+    "snli_xvnli": "p2_snli_xvnli",
+}
 
 
 @pytest.fixture
@@ -38,7 +55,9 @@ def test_a_run_on_the_official_format(finetune, task):
     assert found, printed
     languages, retrieval = TASKS[task].languages, TASKS[task].kind == "retrieval"
     scores = found["retrieval"] if retrieval else found["accuracy"]
-    assert tuple(scores) == languages and found["steps"] == (4 if task in ("coco", "xtd") else 2)  # two captions a picture
+    assert tuple(scores) == languages and found["steps"] == (
+        4 if task in ("coco", "xtd") else 2
+    )  # two captions a picture
     if retrieval:
         assert all(figures["n"] == SPLIT["test"] and figures["i2t_r10"] == 1.0 for figures in scores.values())
     else:

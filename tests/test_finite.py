@@ -29,6 +29,10 @@ def test_errors_name_what_is_not_finite():
     with pytest.raises(NotFinite, match="image embeddings: not finite"):
         require_finite("image embeddings", torch.tensor([0.0, float("nan")]))
     with pytest.raises(NotFinite, match=r"result: languages.de.r1, losses\[1\] not finite"):
-        require_finite_values("result", {"languages": {"de": {"r1": float("nan")}}, "losses": [1.0, float("inf")], "n": 3})
+        require_finite_values(
+            "result", {"languages": {"de": {"r1": float("nan")}}, "losses": [1.0, float("inf")], "n": 3}
+        )
     with pytest.raises(UserError, match="model.safetensors: tensor head.weight is not finite"):
-        require_finite_file("model.safetensors", {"a": torch.zeros(2), "head.weight": torch.tensor([float("inf")])})
+        require_finite_file(
+            "model.safetensors", {"a": torch.zeros(2), "head.weight": torch.tensor([float("inf")])}
+        )

@@ -23,32 +23,76 @@ def write(path, value):
     return path
 
 
-GQA = {"02": {"question": "Is it?", "answer": "yes", "imageId": "n16", "isBalanced": True, "types": {"structural": "verify"}}}
-XVNLI = {"gold_label": "neutral", "sentence1": "A man.", "sentence2": "Ein Mann.", "captionID": "1.jpg#0", "pairID": "1.jpg#0r1n",
-         "Flikr30kID": "1"}  # fmt: skip
-MARVL = {"concept": "1-Angsa", "language": "id", "caption": "Dua.", "left_img": "1-5.jpg", "right_img": "1-6.jpg",
-         "chapter": "Animal", "id": "id-0", "label": False}  # fmt: skip
+GQA = {
+    "02": {
+        "question": "Is it?",
+        "answer": "yes",
+        "imageId": "n16",
+        "isBalanced": True,
+        "types": {"structural": "verify"},
+    }
+}
+XVNLI = {
+    "gold_label": "neutral",
+    "sentence1": "A man.",
+    "sentence2": "Ein Mann.",
+    "captionID": "1.jpg#0",
+    "pairID": "1.jpg#0r1n",
+    "Flikr30kID": "1",
+}
+MARVL = {
+    "concept": "1-Angsa",
+    "language": "id",
+    "caption": "Dua.",
+    "left_img": "1-5.jpg",
+    "right_img": "1-6.jpg",
+    "chapter": "Animal",
+    "id": "id-0",
+    "label": False,
+}
 NLVR2 = {"sentence": "Two dogs.", "identifier": "dev-850-0-1", "label": "True"}
 FLICKR = {"sentences": ["a", "b"], "id": "7", "img_path": "7.jpg"}
-WIT = {"wit_ix": 12, "caption_reference_description": "A church", "image_url": "u", "page_url": "p", "language": "et"}
+WIT = {
+    "wit_ix": 12,
+    "caption_reference_description": "A church",
+    "image_url": "u",
+    "page_url": "p",
+    "language": "et",
+}
 
 
 def test_gqa_in_both_forms(tmp_path):
-    assert list(gqa.read_gqa(write(tmp_path / "a.json", GQA))) == [Example("02", ("Is it?",), ("n16",), {"yes": 1.0}, "verify")]
-    listed = [{"img_id": "n1", "label": {"cat": 1, "dog": 0.3}, "question_id": 5, "sent": "What?"}, {"img_id": "n2",
-              "question_id": 6, "sent": "Who?"}]  # fmt: skip
+    assert list(gqa.read_gqa(write(tmp_path / "a.json", GQA))) == [
+        Example("02", ("Is it?",), ("n16",), {"yes": 1.0}, "verify")
+    ]
+    listed = [
+        {"img_id": "n1", "label": {"cat": 1, "dog": 0.3}, "question_id": 5, "sent": "What?"},
+        {"img_id": "n2", "question_id": 6, "sent": "Who?"},
+    ]
     found = list(gqa.read_gqa(write(tmp_path / "b.json", listed)))
-    assert found == [Example("5", ("What?",), ("n1",), {"cat": 1.0, "dog": 0.3}), Example("6", ("Who?",), ("n2",), {})]
+    assert found == [
+        Example("5", ("What?",), ("n1",), {"cat": 1.0, "dog": 0.3}),
+        Example("6", ("Who?",), ("n2",), {}),
+    ]
 
 
 def test_nli(tmp_path):
     found = list(nli.read_xvnli(lines(tmp_path / "x.jsonl", XVNLI, {**XVNLI, "gold_label": "-"})))
-    assert found[0] == Example("1.jpg#0r1n", ("Ein Mann.",), ("1",), {"neutral": 1.0}) and found[1].labels == {}
+    assert (
+        found[0] == Example("1.jpg#0r1n", ("Ein Mann.",), ("1",), {"neutral": 1.0}) and found[1].labels == {}
+    )
     snli = {"gold_label": "entailment", "sentence1": "A", "sentence2": "B", "pairID": "p"}
-    assert list(nli.read_snli(lines(tmp_path / "s.jsonl", snli))) == [Example("p", ("A", "B"), (), {"entailment": 1.0})]
-    table = "language\tgold_label\tsentence1\tsentence2\tpairID\nar\tneutral\tA\tB\t1\nde\tcontradiction\tC\tD\t2\n"
+    assert list(nli.read_snli(lines(tmp_path / "s.jsonl", snli))) == [
+        Example("p", ("A", "B"), (), {"entailment": 1.0})
+    ]
+    table = (
+        "language\tgold_label\tsentence1\tsentence2\tpairID\n"
+        "ar\tneutral\tA\tB\t1\nde\tcontradiction\tC\tD\t2\n"
+    )
     (tmp_path / "xnli.tsv").write_text(table)
-    assert list(nli.read_xnli(tmp_path / "xnli.tsv", "de")) == [Example("2", ("C", "D"), (), {"contradiction": 1.0})]
+    assert list(nli.read_xnli(tmp_path / "xnli.tsv", "de")) == [
+        Example("2", ("C", "D"), (), {"contradiction": 1.0})
+    ]
     with pytest.raises(UserError, match="no row in language 'sw'"):
         list(nli.read_xnli(tmp_path / "xnli.tsv", "sw"))
     (tmp_path / "multi.tsv").write_text("premise\thypo\tlabel\nA\tB\tcontradictory\n")
@@ -66,15 +110,27 @@ def test_pairs(tmp_path):
 
 def test_captions(tmp_path):
     assert list(captions.read_flickr(lines(tmp_path / "f.jsonl", FLICKR))) == [Captioned("7.jpg", ("a", "b"))]
-    assert list(captions.read_wit(lines(tmp_path / "w.jsonl", WIT))) == [Captioned("12", ("A church",), source="u")]
+    assert list(captions.read_wit(lines(tmp_path / "w.jsonl", WIT))) == [
+        Captioned("12", ("A church",), source="u")
+    ]
 
 
 READERS = [
-    (gqa.read_gqa, "a.json", {"02": GQA["02"]}), (nli.read_xvnli, "x.jsonl", XVNLI), (pairs.read_marvl, "m.jsonl", MARVL),
-    (pairs.read_nlvr2, "n.jsonl", NLVR2), (captions.read_flickr, "f.jsonl", FLICKR), (captions.read_wit, "w.jsonl", WIT),
-]  # fmt: skip
-NEEDED = {"a.json": "imageId", "x.jsonl": "gold_label", "m.jsonl": "left_img", "n.jsonl": "identifier", "f.jsonl": "img_path",
-          "w.jsonl": "caption_reference_description"}  # fmt: skip
+    (gqa.read_gqa, "a.json", {"02": GQA["02"]}),
+    (nli.read_xvnli, "x.jsonl", XVNLI),
+    (pairs.read_marvl, "m.jsonl", MARVL),
+    (pairs.read_nlvr2, "n.jsonl", NLVR2),
+    (captions.read_flickr, "f.jsonl", FLICKR),
+    (captions.read_wit, "w.jsonl", WIT),
+]
+NEEDED = {
+    "a.json": "imageId",
+    "x.jsonl": "gold_label",
+    "m.jsonl": "left_img",
+    "n.jsonl": "identifier",
+    "f.jsonl": "img_path",
+    "w.jsonl": "caption_reference_description",
+}
 
 
 @pytest.mark.parametrize(("read", "name", "record"), READERS)
@@ -117,8 +173,13 @@ def test_streaming_equals_loading(tmp_path, monkeypatch):
 
 def test_a_list_inside_an_object(tmp_path, monkeypatch):
     monkeypatch.setattr("finetune.formats.stream.CHUNK", 5)
-    path = write(tmp_path / "o.json", {"a": [9], "x": {"b": [8]}, "b": [{"n": 1}, {"n": 22}], "c": [], "d": 3})
-    assert [(w.rpartition(", ")[2], r) for w, r in read_listed(path, "b")] == [("b[0]", {"n": 1}), ("b[1]", {"n": 22})]
+    path = write(
+        tmp_path / "o.json", {"a": [9], "x": {"b": [8]}, "b": [{"n": 1}, {"n": 22}], "c": [], "d": 3}
+    )
+    assert [(w.rpartition(", ")[2], r) for w, r in read_listed(path, "b")] == [
+        ("b[0]", {"n": 1}),
+        ("b[1]", {"n": 22}),
+    ]
     assert list(read_listed(path, "c")) == []
     for name, words in (("e", "no list 'e'"), ("d", "after key 'd': wanted a list")):
         with pytest.raises(UserError, match=f"o.json: .*{words}"):
@@ -134,7 +195,9 @@ def test_vqa_streams_and_bears_another_order(tmp_path):
     count = 20_000
     people = [{"answer": "yes", "answer_id": i} for i in range(10)]
     questions = [{"question_id": i, "image_id": i, "question": "What is it?"} for i in range(count)]
-    answers = [{"question_id": i, "image_id": i, "answers": people, "answer_type": "other"} for i in range(count)]
+    answers = [
+        {"question_id": i, "image_id": i, "answers": people, "answer_type": "other"} for i in range(count)
+    ]
     write(tmp_path / "q.json", {"info": {}, "questions": questions})
     write(tmp_path / "a.json", {"info": {}, "annotations": answers})
     write(tmp_path / "b.json", {"info": {}, "annotations": answers[::-1]})
@@ -143,7 +206,9 @@ def test_vqa_streams_and_bears_another_order(tmp_path):
     ids = [example.id for example in vqa.read_vqa_v2(tmp_path / "q.json", "a.json")]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert ids == [str(i) for i in range(count)] and peak < 5e6  # the ids themselves are 1.2 MB; the files 14 MB of text
+    assert (
+        ids == [str(i) for i in range(count)] and peak < 5e6
+    )  # the ids themselves are 1.2 MB; the files 14 MB of text
     assert [example.id for example in vqa.read_vqa_v2(tmp_path / "q.json", "b.json")] == ids
 
 
@@ -183,7 +248,9 @@ def test_a_pickle_that_runs_something_is_refused(tmp_path, monkeypatch):
 
 def test_labels_in_another_order_are_both_named():
     nli.check_labels(nli.LABELS, list(nli.LABELS), "x")
-    with pytest.raises(UserError, match="config.json: the same labels in another order.*contradiction, entailment, neutral"):
+    with pytest.raises(
+        UserError, match="config.json: the same labels in another order.*contradiction, entailment, neutral"
+    ):
         nli.check_labels(nli.LABELS, ("contradiction", "entailment", "neutral"), "config.json")
 
 
@@ -204,32 +271,53 @@ def test_multi30k_pairs_lines_with_pictures(tmp_path):
 
 
 def test_coco_in_three_languages(tmp_path):
-    images = [{"filename": f"COCO_val2014_00000000000{i}.jpg", "split": split, "sentences": [{"raw": f"{x} {i}"} for x in "ab"]}
-              for i, split in ((1, "test"), (2, "restval"), (3, "test"))]  # fmt: skip
+    images = [
+        {
+            "filename": f"COCO_val2014_00000000000{i}.jpg",
+            "split": split,
+            "sentences": [{"raw": f"{x} {i}"} for x in "ab"],
+        }
+        for i, split in ((1, "test"), (2, "restval"), (3, "test"))
+    ]
     write(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
     assert [i.image[-5] for i in captions.read_karpathy(tmp_path / "dataset_coco.json", "test")] == ["1", "3"]
     train = list(captions.read_karpathy(tmp_path / "dataset_coco.json", "train"))
     assert train == [Captioned("COCO_val2014_000000000002.jpg", ("a 2", "b 2"))]
-    stair = {"images": [{"id": i, "file_name": f"COCO_val2014_00000000000{i}.jpg"} for i in (1, 2)],
-             "annotations": [{"image_id": 1, "caption": "x"}, {"image_id": 2, "caption": "y"}, {"image_id": 1, "caption": "z"}]}
+    stair = {
+        "images": [{"id": i, "file_name": f"COCO_val2014_00000000000{i}.jpg"} for i in (1, 2)],
+        "annotations": [
+            {"image_id": 1, "caption": "x"},
+            {"image_id": 2, "caption": "y"},
+            {"image_id": 1, "caption": "z"},
+        ],
+    }
     found = list(captions.read_coco(write(tmp_path / "stair.json", stair), "dataset_coco.json", "test"))
     assert found == [Captioned("COCO_val2014_000000000001.jpg", ("x", "z"))]
     (tmp_path / "cn.txt").write_text("COCO_val2014_1#0\tA\nCOCO_val2014_2#0\tB\nCOCO_val2014_1#1\tC\n")
     (tmp_path / "test.txt").write_text("COCO_val2014_1\n")
-    assert list(captions.read_coco_cn(tmp_path / "cn.txt", "test.txt")) == [Captioned("COCO_val2014_1", ("A", "C"))]
+    assert list(captions.read_coco_cn(tmp_path / "cn.txt", "test.txt")) == [
+        Captioned("COCO_val2014_1", ("A", "C"))
+    ]
 
 
 def test_free_answers(tmp_path):
     write(tmp_path / "q.json", {"questions": [{"question_id": 10, "image_id": 1, "question": "What?"}]})
     people = [{"answer": "cat"}] * 7 + [{"answer": "dog"}] * 2 + [{"answer": "cow"}]
-    write(tmp_path / "a.json", {"annotations": [{"question_id": 10, "image_id": 1, "answers": people, "answer_type": "other"}]})
+    write(
+        tmp_path / "a.json",
+        {"annotations": [{"question_id": 10, "image_id": 1, "answers": people, "answer_type": "other"}]},
+    )
     (found,) = vqa.read_vqa_v2(tmp_path / "q.json", "a.json")
-    assert found == Example("10", ("What?",), ("000000000001",), {"cat": 1.0, "dog": 2 / 3, "cow": 1 / 3}, "other")
+    assert found == Example(
+        "10", ("What?",), ("000000000001",), {"cat": 1.0, "dog": 2 / 3, "cow": 1 / 3}, "other"
+    )
     write(tmp_path / "none.json", {"annotations": []})
     with pytest.raises(UserError, match="question 10 has no annotation"):
         list(vqa.read_vqa_v2(tmp_path / "q.json", "none.json"))
     ja = [{"id": 5, "qas": [{"qa_id": 7, "question": "何?", "answer": "猫"}]}]
-    assert list(vqa.read_ja_vqa(write(tmp_path / "ja.json", ja))) == [Example("7", ("何?",), ("5",), {"猫": 1.0})]
+    assert list(vqa.read_ja_vqa(write(tmp_path / "ja.json", ja))) == [
+        Example("7", ("何?",), ("5",), {"猫": 1.0})
+    ]
     fm = {"train": [{"question_id": 3, "image_id": 4, "Question": "什么?", "Answer": "猫"}], "val": []}
     assert list(vqa.read_fm_iqa(write(tmp_path / "fm.json", fm), "train")) == [
         Example("3", ("什么?",), ("000000000004",), {"猫": 1.0})

@@ -1,4 +1,5 @@
-"""Which room may import which (README, Architecture): read from the source, not from what happens to be loaded."""
+"""Which room may import which (README, Architecture): read from the source, not from what happens to be
+loaded."""
 
 import ast
 from pathlib import Path
@@ -9,7 +10,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {room: {"raylib", room} for room in ("raylib", "pretrain", "finetune", "cluster")}
 ALLOWED["tune_spaces"] = {"raylib", "pretrain", "finetune", "tune_spaces"}
 ROOMS = {"raylib", "pretrain", "finetune", "tune_spaces", "cluster", "benchmarks", "tests"}
-HEAVY = {"ray": {"raylib/runtime.py", "raylib/launch.py", "raylib/tune/reporter.py"}, "deepspeed": {"raylib/engine.py"}}
+HEAVY = {
+    "ray": {"raylib/runtime.py", "raylib/launch.py", "raylib/tune/reporter.py"},
+    "deepspeed": {"raylib/engine.py"},
+}
 
 
 def imports(path: Path) -> set[tuple[str, bool]]:

@@ -37,7 +37,9 @@ def test_identity_other_content_of_the_same_size_is_refused(run, tmp_path):
     shard = write(tmp_path / "data/en-000000.tar", b"a" * 100, 1)
     assert settle(run, [DataFile(shard)]) == []
     write(shard, b"b" * 100, 2)
-    with pytest.raises(UserError, match="data changed since this run began: .*en-000000.tar .other content.; restore it"):
+    with pytest.raises(
+        UserError, match="data changed since this run began: .*en-000000.tar .other content.; restore it"
+    ):
         settle(run, [DataFile(shard)])
     write(shard, b"a" * 100, 3)  # restored: the content decides, not the time
     assert settle(run, [DataFile(shard)]) == []
@@ -120,7 +122,9 @@ def test_identity_of_files_that_moved_is_name_and_content(run, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path / "b")
     assert settle(run, files) == [] and data_hash(run) == before
     monkeypatch.chdir(tmp_path / "c")
-    with pytest.raises(UserError, match="b/data/train.json .not read any more., .*c/data/train.json .not read before"):
+    with pytest.raises(
+        UserError, match="b/data/train.json .not read any more., .*c/data/train.json .not read before"
+    ):
         settle(run, files)
 
 
@@ -183,7 +187,10 @@ def test_data_hash_is_the_same_in_another_folder_and_for_other_times(tmp_path):
         hashes.append(data_hash(run))
     assert hashes[0] == hashes[1] and len(hashes[0]) == 64
     (tmp_path / "c").mkdir()
-    settle(tmp_path / "c", [DataFile(write(tmp_path / "c/data" / name, b"[]", 1)) for name in ("train.json", "test.json")])
+    settle(
+        tmp_path / "c",
+        [DataFile(write(tmp_path / "c/data" / name, b"[]", 1)) for name in ("train.json", "test.json")],
+    )
     assert data_hash(tmp_path / "c") not in hashes
     assert data_hash(tmp_path) is None
 
@@ -199,7 +206,10 @@ def test_provenance_names_code_libraries_device_and_time():
     import torch
 
     made = provenance.provenance(torch.device("cpu"))
-    assert made["libraries"]["torch"] == torch.__version__.partition("+")[0] or made["libraries"]["torch"] == torch.__version__
+    assert (
+        made["libraries"]["torch"] == torch.__version__.partition("+")[0]
+        or made["libraries"]["torch"] == torch.__version__
+    )
     assert "source" in made["code"] and made["device"] and made["time"].endswith("+00:00")
 
 
@@ -266,7 +276,9 @@ def test_resume_with_the_same_data_copied_goes_on_and_result_says_what_made_it(s
     assert result["code"] == provenance.code_version() and result["device"] and result["time"]
     assert result["data_sha256"] == data_hash(folder) and result["config_sha256"] == config_hash(config)
     assert result["samples_per_second"] > 0 and result["peak_memory_gb"] > 0 and result["libraries"]["torch"]
-    assert result["config_sha256"] == config_hash(config.model_copy(update={"name": "other", "runs": "elsewhere"}))
+    assert result["config_sha256"] == config_hash(
+        config.model_copy(update={"name": "other", "runs": "elsewhere"})
+    )
     assert result["config_sha256"] != config_hash(config.model_copy(update={"corpus": "other"}))
 
 
@@ -280,14 +292,17 @@ def test_a_run_whose_config_lacks_a_newer_setting_goes_on(stopped):
     run_pretraining(config)
 
 
-@pytest.mark.parametrize(("recipe", "settings", "file"), [
-    ("scenes_xgqa", (), "gqa/annotations/valid.json"),
-    ("scenes_xgqa", (), "xGQA/annotations/few_shot/ru/test.json"),
-    ("scenes_xgqa", (), "gqa/annotations/trainval_label2ans.json"),
-    ("scenes_xgqa", ("strategies.prior.alpha=1",), "vectors.txt"),
-    ("scenes_xgqa", ("strategies.code_mixing.probability=0.5",), "dictionaries/ru2.txt"),
-    ("scenes_xflickrco", (), "flickr30k/annotations/valid_ann.jsonl"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("recipe", "settings", "file"),
+    [
+        ("scenes_xgqa", (), "gqa/annotations/valid.json"),
+        ("scenes_xgqa", (), "xGQA/annotations/few_shot/ru/test.json"),
+        ("scenes_xgqa", (), "gqa/annotations/trainval_label2ans.json"),
+        ("scenes_xgqa", ("strategies.prior.alpha=1",), "vectors.txt"),
+        ("scenes_xgqa", ("strategies.code_mixing.probability=0.5",), "dictionaries/ru2.txt"),
+        ("scenes_xflickrco", (), "flickr30k/annotations/valid_ann.jsonl"),
+    ],
+)
 def test_fine_tuning_with_a_changed_file_is_refused(finetune, scenes, tmp_path, recipe, settings, file):
     data = tmp_path / "data"
     shutil.copytree(scenes, data)
@@ -297,26 +312,51 @@ def test_fine_tuning_with_a_changed_file_is_refused(finetune, scenes, tmp_path, 
     with open(data / file, "ab") as changed:
         changed.write(b"cat 0 0\n" if file == "vectors.txt" else b" \n")
     code, out = finetune(*first)
-    assert code == 2 and "the data changed since this run began" in out and str(data / file.partition("/")[0]) in out
+    assert (
+        code == 2
+        and "the data changed since this run began" in out
+        and str(data / file.partition("/")[0]) in out
+    )
 
 
 def test_fine_tuning_result_says_what_made_it(finetune, tmp_path):
     code, _ = finetune("scenes_xgqa")
     folder = tmp_path / "scenes_xgqa"
     result = json.loads((folder / "result.json").read_text())
-    assert code == 0 and result["code"] == provenance.code_version() and result["device"] and result["libraries"]["torch"]
+    assert (
+        code == 0
+        and result["code"] == provenance.code_version()
+        and result["device"]
+        and result["libraries"]["torch"]
+    )
     assert result["data_sha256"] == data_hash(folder) and len(result["config_sha256"]) == 64
-    assert result["peak_memory_gb"] > 0 and result["samples_per_second"] > 0 and result["evaluated_per_second"] > 0
+    assert (
+        result["peak_memory_gb"] > 0
+        and result["samples_per_second"] > 0
+        and result["evaluated_per_second"] > 0
+    )
     assert result["items_skipped"] == {"train": 0, "en": 0, "ru": 0} and result["skipped_steps"] == 0
 
 
-@pytest.mark.parametrize(("settings", "file"), [
-    ((), "tokenizer.model"),
-    ((), "model.safetensors"),
-    (("strategies.distillation.teacher={copy}", 'strategies.distillation.tokens=["cls"]', "select=last"), "model.safetensors"),
-    (("wordnet={copy}/wordnet",), "wordnet"),
-])  # fmt: skip
-def test_fine_tuning_with_a_changed_model_teacher_or_wordnet_is_refused(finetune, scenes, model, tmp_path, settings, file):
+@pytest.mark.parametrize(
+    ("settings", "file"),
+    [
+        ((), "tokenizer.model"),
+        ((), "model.safetensors"),
+        (
+            (
+                "strategies.distillation.teacher={copy}",
+                'strategies.distillation.tokens=["cls"]',
+                "select=last",
+            ),
+            "model.safetensors",
+        ),
+        (("wordnet={copy}/wordnet",), "wordnet"),
+    ],
+)
+def test_fine_tuning_with_a_changed_model_teacher_or_wordnet_is_refused(
+    finetune, scenes, model, tmp_path, settings, file
+):
     copy = tmp_path / "copy"
     shutil.copytree(model, copy)
     shutil.copytree(scenes / "wordnet", copy / "wordnet")
@@ -328,7 +368,11 @@ def test_fine_tuning_with_a_changed_model_teacher_or_wordnet_is_refused(finetune
     data[-1] ^= 1
     changed.write_bytes(data)
     code, out = finetune("scenes_xgqa", *first)
-    assert code == 2 and "the data changed since this run began" in out and f"{copy / file} (other content)" in out
+    assert (
+        code == 2
+        and "the data changed since this run began" in out
+        and f"{copy / file} (other content)" in out
+    )
 
 
 def test_fine_tuning_with_an_optional_file_that_came_or_went_is_refused(finetune, scenes, tmp_path):
@@ -354,7 +398,9 @@ def test_a_run_evaluated_on_other_data_says_so_and_has_its_hash(finetune, scenes
             changed.write(content)
         assert finetune_main(["evaluate", str(result.parent)]) == 0
         out = capsys.readouterr().out
-        line = [part for part in out.splitlines() if "evaluates on other data than the run began with" in part]
+        line = [
+            part for part in out.splitlines() if "evaluates on other data than the run began with" in part
+        ]
         assert ["few_shot/ru/test.json (other content)" in part for part in line] == ([] if same else [True])
         assert (json.loads(result.read_text())["data_sha256"] == before) is same
 
@@ -365,9 +411,18 @@ def test_an_evaluation_of_an_export_says_what_made_it(model, retrieval_set, tmp_
         return json.loads((tmp_path / "e.json").read_text())
 
     result = evaluated(retrieval_set)
-    assert result["code"] == provenance.code_version() and result["libraries"]["torch"] and result["device"] and result["time"]
+    assert (
+        result["code"] == provenance.code_version()
+        and result["libraries"]["torch"]
+        and result["device"]
+        and result["time"]
+    )
     assert result["peak_memory_gb"] > 0 and result["evaluated_per_second"] > 0 and result["seconds"] > 0
-    assert result["items_skipped"] == {"de": 1, "en": 0, "zh": 0} and set(result["interval"]) == {"de", "en", "zh"}
+    assert result["items_skipped"] == {"de": 1, "en": 0, "zh": 0} and set(result["interval"]) == {
+        "de",
+        "en",
+        "zh",
+    }
     assert len(result["config_sha256"]) == 64
     copied = shutil.copytree(retrieval_set, tmp_path / retrieval_set.name)
     assert evaluated(copied)["data_sha256"] == result["data_sha256"]
@@ -377,8 +432,13 @@ def test_an_evaluation_of_an_export_says_what_made_it(model, retrieval_set, tmp_
 
 
 @pytest.mark.parametrize("command", ["evaluate", "overlap"])
-def test_a_file_of_results_that_cannot_be_written_is_told_at_once(model, retrieval_set, tmp_path, capsys, command):
-    for path, words in ((tmp_path / "no" / "e.json", "No such file or directory"), (tmp_path, "Is a directory")):
+def test_a_file_of_results_that_cannot_be_written_is_told_at_once(
+    model, retrieval_set, tmp_path, capsys, command
+):
+    for path, words in (
+        (tmp_path / "no" / "e.json", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+    ):
         assert pretrain_main([command, str(model), str(retrieval_set), "--json", str(path)]) == 2
         printed = capsys.readouterr()
         assert printed.err.startswith(f"error: {path}: not written ({words})") and printed.out == ""

@@ -61,7 +61,9 @@ def test_decode_jpegs_and_16_bits():
     for kind in ("RGB", "L", "CMYK"):
         image = Image.fromarray(photo).convert(kind)
         data = encode(image, "JPEG", quality=95, exif=exif)
-        expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(
+            int
+        )
         got = decode(data)
         assert got.shape == (30, 40, 3) and np.abs(got - expected).max() <= 6
     deep = encode(Image.fromarray(ALPHA.astype(np.uint16) * 257))
@@ -78,7 +80,9 @@ def test_bad_pictures():
 def test_resize_is_near_pil():
     for shape, size in [((50, 70), 32), ((20, 24), 48)]:
         picture = smooth_picture(*shape)
-        expected = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+        expected = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC)).astype(
+            int
+        )
         assert np.abs(resize(picture, size) - expected).max() <= 4
     assert resize(RGB[:20, :20], 20) is not RGB and (resize(RGB[:20, :20], 20) == RGB[:20, :20]).all()
 
@@ -97,7 +101,9 @@ def test_nothing_asked_nothing_done():
     assert (cut == 127).all(-1).sum() == 25 and ((cut == square) | (cut == 127)).all()
 
 
-@pytest.mark.parametrize(("shape", "size"), [((60, 60), 40), ((64, 90), 48), ((300, 280), 64), ((20, 30), 50)])
+@pytest.mark.parametrize(
+    ("shape", "size"), [((60, 60), 40), ((64, 90), 48), ((300, 280), 64), ((20, 30), 50)]
+)
 def test_crop_is_near_pil(shape, size):
     """Random draws: the same box cut and resized by PIL."""
     picture = smooth_picture(*shape)
@@ -139,7 +145,9 @@ def test_warps_are_near_pil(strength):
             expected = image.transform(
                 (size, size), Image.Transform.AFFINE, affine[name], bilinear, fillcolor=(255,) * 3
             )
-            inside = Image.new("L", (size, size), 255).transform((size, size), Image.Transform.AFFINE, affine[name])
+            inside = Image.new("L", (size, size), 255).transform(
+                (size, size), Image.Transform.AFFINE, affine[name]
+            )
         core = cv2.erode(np.asarray(inside), np.ones((5, 5))) == 255
         got = only(name, strength, picture, size)
         assert core.sum() > 500 and np.abs(got - np.asarray(expected).astype(int))[core].max() <= 4
@@ -196,7 +204,11 @@ def test_the_same_draws_give_the_same_picture():
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [({"choices": ["spin"]}, "spin"), ({"scale": [1, 0.5]}, "smaller one first"), ({"magnitude": 11}, "magnitude")],
+    [
+        ({"choices": ["spin"]}, "spin"),
+        ({"scale": [1, 0.5]}, "smaller one first"),
+        ({"magnitude": 11}, "magnitude"),
+    ],
 )
 def test_bad_configs(values, words):
     with pytest.raises(UserError, match=words):

@@ -60,8 +60,10 @@ def test_the_bootstrap_is_the_slow_loops():
 
 def test_the_bootstrap_of_three_clusters_is_that_of_all_their_samples():
     gained, counts = np.array([[0], [1], [3]]), np.array([[2], [2], [4]])
-    every = [sum(int(gained[i, 0]) for i in drawn) / sum(int(counts[i, 0]) for i in drawn)
-             for drawn in itertools.product(range(3), repeat=3)]  # fmt: skip
+    every = [
+        sum(int(gained[i, 0]) for i in drawn) / sum(int(counts[i, 0]) for i in drawn)
+        for drawn in itertools.product(range(3), repeat=3)
+    ]
     wanted = np.quantile(every, (0.025, 0.975), method="inverted_cdf")
     assert bootstrap(MILLION * gained, counts, 0) == pytest.approx(wanted)
 

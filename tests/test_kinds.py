@@ -1,4 +1,5 @@
-"""The kind of backbone that a trained model is stored as: few-shot goes on from every one, on every kind of task that it has."""
+"""The kind of backbone that a trained model is stored as: few-shot goes on from every one, on every kind of
+task that it has."""
 
 import json
 import shutil
@@ -47,9 +48,17 @@ def stored(folder):
 
 def gone_on_from(finetune, tmp_path, task, settings, kind):
     """Train a step of English, then of Russian from there; how both are stored."""
-    code, printed = finetune(f"scenes_{task}", "name=english", *settings, "train_limit=16", "epochs=1", "test_limit=8")
+    code, printed = finetune(
+        f"scenes_{task}", "name=english", *settings, "train_limit=16", "epochs=1", "test_limit=8"
+    )
     assert code == 0, printed
-    more = [f"model={tmp_path / 'english'}", f"backbone={kind}", "setting=few_shot", f"shots={SHOTS[task]}", "batch=3"]
+    more = [
+        f"model={tmp_path / 'english'}",
+        f"backbone={kind}",
+        "setting=few_shot",
+        f"shots={SHOTS[task]}",
+        "batch=3",
+    ]
     few = ["epochs=1", 'languages=["ru"]', "test_limit=8"]
     code, printed = finetune(f"scenes_{task}", "name=few", *settings, *more, *few)
     assert code == 0, printed
@@ -82,14 +91,24 @@ def test_few_shot_goes_on_from_models_on_regions(finetune, tmp_path, scenes, sta
 @pytest.mark.parametrize("kind", ["cclm", "cclm_swin"])
 def test_retrieval_runs_that_stored_another_kind_are_gone_on_from(finetune, tmp_path, start, kind):
     """Before, CCLM's were stored as unified models; what they are is in the run's settings."""
-    settings = ["candidates=3", f"model={start(kind)}", f"backbone={kind}", "train_limit=16", "epochs=1", "test_limit=8"]
+    settings = [
+        "candidates=3",
+        f"model={start(kind)}",
+        f"backbone={kind}",
+        "train_limit=16",
+        "epochs=1",
+        "test_limit=8",
+    ]
     assert finetune("scenes_xflickrco", "name=english", *settings)[0] == 0
     for path in (tmp_path / "english").rglob("config.json"):
         path.write_text(path.read_text().replace(f'"polyglance-{kind}"', '"polyglance-unified"'))
     more = [f"model={tmp_path / 'english'}", "setting=few_shot", "shots=5", "batch=5", 'languages=["ru"]']
     code, printed = finetune("scenes_xflickrco", "name=few", *settings, *more)
     assert code == 0 and stored(tmp_path / "few/ru") == f"polyglance-{kind}", printed
-    assert load_backbone(tmp_path / "english").kind == kind and load_backbone(tmp_path / "english/best").kind == kind
+    assert (
+        load_backbone(tmp_path / "english").kind == kind
+        and load_backbone(tmp_path / "english/best").kind == kind
+    )
     other = "cclm" if kind == "cclm_swin" else "cclm_swin"
     code, printed = finetune("scenes_xflickrco", "name=other", *settings, *more, f"backbone={other}")
     assert code == 2 and f"is a model of ours on the backbone {kind}" in printed

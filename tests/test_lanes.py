@@ -119,7 +119,9 @@ def test_locate_and_shards_of():
             assert {shard for shard in shards if SIZES[language][shard]} == seen[lane][language]
 
 
-@pytest.mark.parametrize("shares", [[1.0], [0.5, 0.25, 0.25], [0.9989, 0.0001, 0.001], [1 / 7] * 7, [0.3, 0.7]])
+@pytest.mark.parametrize(
+    "shares", [[1.0], [0.5, 0.25, 0.25], [0.9989, 0.0001, 0.001], [1 / 7] * 7, [0.3, 0.7]]
+)
 def test_apportion(shares):
     counts = apportion(np.array(shares), 100)
     assert counts.sum() == 100 and counts.min() >= 1

@@ -57,7 +57,8 @@ def test_relations_by_hand(wordnet, truth, predicted, relation):
 
 
 def test_relatives_against_all_pairs_by_name(wordnet):
-    """The paper's definition, with NLTK's own objects: names of lemmas, in both directions, of all pairs one by one."""
+    """The paper's definition, with NLTK's own objects: names of lemmas, in both directions, of all pairs one
+    by one."""
     reader = wordnet._reader
     names = [*LABELS, "zebras", "Dog", "glorp", "cats"]
 
@@ -68,7 +69,10 @@ def test_relatives_against_all_pairs_by_name(wordnet):
         return {lemma.replace("_", " ").lower() for synset in found for lemma in synset.lemma_names()}
 
     def bases(name):  # what a label is called in WordNet: itself, and what it may be an inflected form of
-        return {name.lower(), *(form.replace("_", " ") for form in reader._morphy(name.lower().replace(" ", "_"), "n"))}
+        return {
+            name.lower(),
+            *(form.replace("_", " ") for form in reader._morphy(name.lower().replace(" ", "_"), "n")),
+        }
 
     relatives = wordnet.relatives(names)
     for i, true in enumerate(names):
@@ -81,7 +85,9 @@ def test_relatives_against_all_pairs_by_name(wordnet):
             named = bases(other)
             expected = NONE
             for relation, found in ((SYNONYM, own), (HYPERNYM, above), (HYPONYM, below)):
-                if expected == NONE and (named & lemmas(found) or (relation == SYNONYM and true.lower() == other.lower())):
+                if expected == NONE and (
+                    named & lemmas(found) or (relation == SYNONYM and true.lower() == other.lower())
+                ):
                     expected = relation
             got = SYNONYM if j in relatives.synonyms[i] else HYPERNYM if j in relatives.hypernyms[i] else NONE
             got = HYPONYM if j in relatives.hyponyms[i] else got
@@ -94,8 +100,12 @@ def test_hyphens_are_tried_after_underscores(tmp_path):
     folder = tmp_path / "wordnet"
     shutil.copytree(WORDNET, folder)
     header = "".join(line for line in (folder / "data.noun").open(encoding="utf-8") if line.startswith(" "))
-    (folder / "data.noun").write_text(f"{header}{len(header):08d} 06 n 02 T-shirt 0 jersey 0 000 | a shirt  \n")
-    (folder / "index.noun").write_text("".join(f"{word} n 1 0 1 0 {len(header):08d}  \n" for word in ("jersey", "t-shirt")))
+    (folder / "data.noun").write_text(
+        f"{header}{len(header):08d} 06 n 02 T-shirt 0 jersey 0 000 | a shirt  \n"
+    )
+    (folder / "index.noun").write_text(
+        "".join(f"{word} n 1 0 1 0 {len(header):08d}  \n" for word in ("jersey", "t-shirt"))
+    )
     wordnet = WordNet(folder)
     assert wordnet.relation("t shirt", "jersey") == wordnet.relation("jersey", "T-Shirt") == SYNONYM
 
@@ -120,7 +130,10 @@ def test_wordnet_with_other_line_ends(tmp_path):
     shutil.copytree(WORDNET, tmp_path / "wordnet")
     data = tmp_path / "wordnet/data.noun"
     data.write_bytes(data.read_bytes().replace(b"\n", b"\r\n"))
-    with pytest.raises(UserError, match="'dog' leads nowhere"), pytest.warns(UserWarning, match="No WordNet synset"):
+    with (
+        pytest.raises(UserError, match="'dog' leads nowhere"),
+        pytest.warns(UserWarning, match="No WordNet synset"),
+    ):
         WordNet(tmp_path / "wordnet").relation("dog", "cat")
 
 
@@ -150,9 +163,12 @@ def test_shipped_wordnet_is_whole(wordnet):
 
 
 def test_shipped_wordnet_and_relations_agree(wordnet, scenes):
-    """All relations among the labels are those of `relations.json`, but that WordNet calls a big cat "cat" too."""
+    """All relations among the labels are those of `relations.json`, but that WordNet calls a big cat "cat"
+    too."""
     relations = json.loads((scenes / "relations.json").read_text(encoding="utf-8"))
-    expected = {(name, other): SYNONYM for name, record in relations.items() for other in (name, *record["synonyms"])}
+    expected = {
+        (name, other): SYNONYM for name, record in relations.items() for other in (name, *record["synonyms"])
+    }
     above = [(name, other) for name, record in relations.items() for other in record["hypernyms"]]
     above += [("tiger", "cat"), ("lion", "cat"), ("leopard", "cat")]
     expected |= {pair: HYPERNYM for pair in above} | {pair[::-1]: HYPONYM for pair in above}
@@ -170,7 +186,12 @@ def test_scenes_come_with_wordnet_and_vectors(scenes):
 
 # ---- vectors
 
-ROWS = {"the": [0.5, -1.0, 2.0], "dog": [1.0, 0.25, -0.125], "New York": [9.0, 9.0, 9.0], "Hund": [0.0, 1.0, 0.0]}
+ROWS = {
+    "the": [0.5, -1.0, 2.0],
+    "dog": [1.0, 0.25, -0.125],
+    "New York": [9.0, 9.0, 9.0],
+    "Hund": [0.0, 1.0, 0.0],
+}
 
 
 def text_lines(rows):
@@ -186,7 +207,10 @@ def write_vectors(folder, kind):
     elif kind in ("binary", "binary_lines"):  # the C tool puts a line end after each vector, gensim none
         end = b"\n" if kind == "binary_lines" else b""
         rows = {word.replace(" ", "_"): row for word, row in ROWS.items()}
-        path.write_bytes(b"4 3\n" + b"".join(w.encode() + b" " + np.array(r, "<f4").tobytes() + end for w, r in rows.items()))
+        path.write_bytes(
+            b"4 3\n"
+            + b"".join(w.encode() + b" " + np.array(r, "<f4").tobytes() + end for w, r in rows.items())
+        )
     else:
         np.save(path.with_suffix(".npy"), np.array(list(ROWS.values()), np.float32))
         path.with_suffix(".txt").write_text("".join(f"{word}\n" for word in ROWS))
@@ -201,7 +225,9 @@ def test_every_format_reads_the_same(tmp_path, kind):
     assert {word: row.tolist() for word, row in found.items()} == {"the": ROWS["the"], "dog": ROWS["dog"]}
     assert all(row.dtype == np.float32 for row in found.values())
     rows, unknown = label_vectors(path, ["The dog", "glorp", "Hund_dog", "dog glorp"])
-    assert np.allclose(rows, [[0.75, -0.375, 0.9375], [0, 0, 0], [0.5, 0.625, -0.0625], [1, 0.25, -0.125]]) and unknown == [1]
+    assert np.allclose(
+        rows, [[0.75, -0.375, 0.9375], [0, 0, 0], [0.5, 0.625, -0.0625], [1, 0.25, -0.125]]
+    ) and unknown == [1]
 
 
 def test_bad_vectors_are_one_line(tmp_path):
@@ -318,7 +344,8 @@ def test_linguistic_prior_against_loops(k):
 
 
 def test_linguistic_prior_by_hand():
-    """p = (1/2, 1/4, 1/8, 1/8); the two most probable labels are 0 and 1: not made to sum to 1, predicted label first."""
+    """p = (1/2, 1/4, 1/8, 1/8); the two most probable labels are 0 and 1: not made to sum to 1, predicted
+    label first."""
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()[None]
     distance = torch.tensor([[0, 0.8, 1, 1], [0.4, 0, 1, 1], [1, 1, 0, 1], [1, 1, 1, 0]])
     assert linguistic_prior(logits, torch.tensor([0]), distance, 2).item() == pytest.approx(0.25 * 0.4)
@@ -335,13 +362,20 @@ def test_muse_lines(tmp_path):
     path = tmp_path / "de2.txt"
     path.write_text(
         "\ufeffDog Hund\ncat\tKatze\ncat\tKater\r\ncat Katze\npolar bear\tEisbär\nglass\tGlas\tein Glas\n"
-        "is es ist\n  owl \t  Eule  \nPOLAR  BEAR CUB\tEisbärjunges\n" + "x y\n" * 5, encoding="utf-8",
-    )  # fmt: skip
+        "is es ist\n  owl \t  Eule  \nPOLAR  BEAR CUB\tEisbärjunges\n" + "x y\n" * 5,
+        encoding="utf-8",
+    )
     read = read_dictionary(path, "de")
     assert read.entries == {
-        "dog": ("Hund",), "cat": ("Katze", "Kater"), "polar bear": ("Eisbär",), "glass": ("Glas", "ein Glas"),
-        "is": ("es ist",), "owl": ("Eule",), "polar bear cub": ("Eisbärjunges",), "x": ("y",),
-    }  # fmt: skip
+        "dog": ("Hund",),
+        "cat": ("Katze", "Kater"),
+        "polar bear": ("Eisbär",),
+        "glass": ("Glas", "ein Glas"),
+        "is": ("es ist",),
+        "owl": ("Eule",),
+        "polar bear cub": ("Eisbärjunges",),
+        "x": ("y",),
+    }
     assert (read.longest, read.lines, read.odd) == (3, 14, 0)
 
 
@@ -425,7 +459,9 @@ def test_shares_and_translations_are_as_asked():
     mixed = [mix(words, {"de": DE}, 0.5, 0.6, 7, 0, f"item{i}") for i in range(n)]
     touched = [text for text in mixed if text != words]
     assert len(touched) / n == pytest.approx(0.5 * (1 - 0.4**4), abs=0.03)
-    assert sum("Eisbär" in text for text in mixed) / n == pytest.approx(0.3, abs=0.03)  # an entry of two words is one word
+    assert sum("Eisbär" in text for text in mixed) / n == pytest.approx(
+        0.3, abs=0.03
+    )  # an entry of two words is one word
     assert not any("polar Bär" in text for text in mixed)
     articles = Counter(text.split()[0] for text in touched)
     assert all(articles[article] / n == pytest.approx(0.1, abs=0.02) for article in ("der", "die", "das"))
@@ -460,9 +496,16 @@ def test_epochs_differ_and_processes_agree():
     keys = [(0, epoch, "item7") for epoch in range(6)]
     mixed = [mix(text, {"ru": RU, "de": DE}, 1.0, 0.9, *key) for key in keys]
     assert len(set(mixed)) == 6
-    assert mixed == [mix(text, {"de": DE, "ru": RU}, 1.0, 0.9, *key) for key in keys]  # in any order of the languages
-    code = "from tests.test_lexicon import *; print(mix('the dog the dog the dog the dog', {'de': DE}, 1.0, 0.9, 0, 1, 'item7'))"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert mixed == [
+        mix(text, {"de": DE, "ru": RU}, 1.0, 0.9, *key) for key in keys
+    ]  # in any order of the languages
+    code = (
+        "from tests.test_lexicon import *; print(mix('the dog the dog the dog the dog', {'de': DE}, 1.0, "
+        "0.9, 0, 1, 'item7'))"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert other == mix(text, {"de": DE}, 1.0, 0.9, 0, 1, "item7")
 
 
@@ -476,23 +519,42 @@ def predictions(*pairs):
 
 
 def test_confusions_by_hand(wordnet):
-    found = confusions(predictions(
-        *[("dog", "dog")] * 4, *[("purse", "handbag")] * 2, *[("dog", "poodle")] * 3, ("poodle", "dog"), *[("cat", "guitar")] * 4,
-        ("yes", "no"), ("zebra", "zebras"), ({}, "dog"), ({"purse": 0.3, "dog": 0.6}, "handbag"),
-        ({"purse": 0.3, "handbag": 1.0}, "purse"), ({"purse": 0.9, "handbag": 0.6}, "handbag"),
-    ), wordnet)  # fmt: skip
+    found = confusions(
+        predictions(
+            *[("dog", "dog")] * 4,
+            *[("purse", "handbag")] * 2,
+            *[("dog", "poodle")] * 3,
+            ("poodle", "dog"),
+            *[("cat", "guitar")] * 4,
+            ("yes", "no"),
+            ("zebra", "zebras"),
+            ({}, "dog"),
+            ({"purse": 0.3, "dog": 0.6}, "handbag"),
+            ({"purse": 0.3, "handbag": 1.0}, "purse"),
+            ({"purse": 0.9, "handbag": 0.6}, "handbag"),
+        ),
+        wordnet,
+    )
     assert found["n"] == 19
     assert found["accuracy"] == pytest.approx((4 + 0.3 + 0.6) / 19, abs=1e-6)
     assert found["accuracy_with_synonyms"] == pytest.approx((4 + 2 + 1 + 0.3 + 1.0 + 0.9) / 19, abs=1e-6)
     assert found["wrong"] == {"hpo": 3, "hyp": 1, "none": 6, "syn": 3}
     assert [(p["label"], p["prediction"], p["relation"], p["count"]) for p in found["confused"]] == [
-        ("cat", "guitar", "none", 4), ("dog", "poodle", "hpo", 3), ("purse", "handbag", "syn", 2),
-        ("dog", "handbag", "none", 1), ("poodle", "dog", "hyp", 1),
-    ]  # fmt: skip
+        ("cat", "guitar", "none", 4),
+        ("dog", "poodle", "hpo", 3),
+        ("purse", "handbag", "syn", 2),
+        ("dog", "handbag", "none", 1),
+        ("poodle", "dog", "hyp", 1),
+    ]
     assert [p["label"] for p in found["confused_related"]] == ["dog", "purse", "poodle", "zebra"]
 
 
 def test_confusions_of_nothing(wordnet):
     assert confusions([], wordnet) == {
-        "n": 0, "accuracy": 0.0, "accuracy_with_synonyms": 0.0, "wrong": {}, "confused": [], "confused_related": [],
-    }  # fmt: skip
+        "n": 0,
+        "accuracy": 0.0,
+        "accuracy_with_synonyms": 0.0,
+        "wrong": {},
+        "confused": [],
+        "confused_related": [],
+    }

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, ViTConfig, ViTModel, XLMRobertaConfig, XLMRobertaForMaskedLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    ViTConfig,
+    ViTModel,
+    XLMRobertaConfig,
+    XLMRobertaForMaskedLM,
+)
 
 from raylib.errors import UserError
 from raylib.model.load import load_text, load_vision, text_config
@@ -20,7 +27,9 @@ def peer_text(kind, layers, positions):
         (XLMRobertaConfig, XLMRobertaForMaskedLM) if kind == "xlmr" else (BertConfig, BertForMaskedLM)
     )
     eps = SMALL.eps
-    peer = model(config(**SIZES, num_hidden_layers=layers, max_position_embeddings=positions, layer_norm_eps=eps)).eval()
+    peer = model(
+        config(**SIZES, num_hidden_layers=layers, max_position_embeddings=positions, layer_norm_eps=eps)
+    ).eval()
     with torch.no_grad():
         for p in peer.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -59,7 +68,9 @@ def test_first_and_last_layers_and_cross_attention_copied(tmp_path):
     model = UnifiedModel(SMALL)
     load_text(model, tmp_path)
     layers = peer.roberta.encoder.layer
-    for block, layer in zip([*model.text.blocks, *model.fusion.blocks], [*layers[:2], *layers[4:]], strict=True):
+    for block, layer in zip(
+        [*model.text.blocks, *model.fusion.blocks], [*layers[:2], *layers[4:]], strict=True
+    ):
         torch.testing.assert_close(block.attention.query.weight, layer.attention.self.query.weight)
     for block in model.fusion.blocks:
         for name, parameter in block.cross_attention.named_parameters():
@@ -70,8 +81,14 @@ def test_first_and_last_layers_and_cross_attention_copied(tmp_path):
 @pytest.mark.parametrize("size", [16, 32])
 def test_vision_equals_transformers_and_interpolates(tmp_path, size):
     torch.manual_seed(2)
-    config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=16,
-                       patch_size=8)  # fmt: skip
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=16,
+        patch_size=8,
+    )
     peer = ViTModel(config).eval()
     with torch.no_grad():
         for p in peer.parameters():
@@ -178,14 +195,27 @@ def test_part_of_a_masked_language_head_is_an_error(tmp_path):
 def test_sizes_come_from_config_json(tmp_path, kind, positions):
     peer_text(kind, 5, positions).save_pretrained(tmp_path)
     config = text_config(tmp_path)
-    assert (config.vocabulary, config.width, config.heads, config.feedforward, config.positions) == (60, 16, 2, 24, 18)
-    assert (config.text_layers, config.fusion_layers, config.vision_layers, config.eps) == (2, 3, 2, SMALL.eps)
+    assert (config.vocabulary, config.width, config.heads, config.feedforward, config.positions) == (
+        60,
+        16,
+        2,
+        24,
+        18,
+    )
+    assert (config.text_layers, config.fusion_layers, config.vision_layers, config.eps) == (
+        2,
+        3,
+        2,
+        SMALL.eps,
+    )
     load_text(UnifiedModel(config), tmp_path)
 
 
 def test_sizes_of_another_kind_of_folder(tmp_path):
     ViTConfig().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"config\.json: no max_position_embeddings, vocab_size; give an XLM-R or BERT"):
+    with pytest.raises(
+        UserError, match=r"config\.json: no max_position_embeddings, vocab_size; give an XLM-R or BERT"
+    ):
         text_config(tmp_path)
 
 

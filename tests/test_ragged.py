@@ -32,7 +32,9 @@ def test_a_plan_puts_every_query_beside_its_row(seed, shuffled):
     assert [s for n, _, s in plan.runs for _ in range(n)] == keys.tolist()
     owner = torch.arange(20).repeat_interleave(queries)  # the row of the i-th query
     names = torch.arange(count) if tokens is None else tokens
-    cells = [(row, q) for row, q in zip(range(20), [q for n, q, _ in plan.runs for _ in range(n)], strict=True)]
+    cells = [
+        (row, q) for row, q in zip(range(20), [q for n, q, _ in plan.runs for _ in range(n)], strict=True)
+    ]
     rows = torch.tensor([row for row, q in cells for _ in range(q)])
     assert plan.cells[plan.place].tolist() == list(range(count))
     assert rows[plan.place[names]].tolist() == owner.tolist()

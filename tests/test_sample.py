@@ -49,18 +49,22 @@ def rows(corpus: Path, kind: str) -> dict[str, set[tuple[tuple[int, ...], ...]]]
     source = Source(corpus / kind, kind=kind, tokenizer=tokenizer.sha256, verify=True)
     return {
         language: {
-            tuple(tuple(side.tolist()) for side in source.row(language, n)) for n in range(source.size(language))
+            tuple(tuple(side.tolist()) for side in source.row(language, n))
+            for n in range(source.size(language))
         }
         for language in source.groups
     }
 
 
 def test_no_image_text_pair_of_training_is_in_another_language(corpus, records):
-    """The premise of the whole project: English is the only language that ever meets a picture in training."""
+    """The premise of the whole project: English is the only language that ever meets a picture in
+    training."""
     manifest = json.loads((corpus / "image_text" / MANIFEST).read_text())
     assert {shard["language"] for shard in manifest["shards"]} == {"en"}
     with gzip.open(DATA / "captions" / "en.tsv.gz", "rt", encoding="utf-8") as file:
-        english = {key: (name, words.rstrip("\n").split("|")) for key, name, words in (x.split("\t") for x in file)}
+        english = {
+            key: (name, words.rstrip("\n").split("|")) for key, name, words in (x.split("\t") for x in file)
+        }
     names = {name.casefold() for key, (name, _) in english.items() if concepts.is_held_out(key)}
     for key, (record, _) in records.items():
         name, words = english[key]
@@ -93,11 +97,17 @@ def test_held_out_concepts_are_neither_in_pairs_nor_in_text(corpus):
         seen = {row[0] for row in text[language]} | {pair[1] for pair in parallel.get(language, ())}
         assert len(seen) > 2000
         unseen_ids = tokenizer.encode(unseen)
-        unknown = [tokenizer.unk in ids for ids in unseen_ids]  # two texts may share ids only where ids are lossy
-        assert not [t for t, ids, u in zip(unseen, unseen_ids, unknown, strict=True) if not u and tuple(ids) in seen]
+        unknown = [
+            tokenizer.unk in ids for ids in unseen_ids
+        ]  # two texts may share ids only where ids are lossy
+        assert not [
+            t for t, ids, u in zip(unseen, unseen_ids, unknown, strict=True) if not u and tuple(ids) in seen
+        ]
         names = {caption.name.casefold() for caption in held_out}
         words = {
-            word.casefold() for caption in concepts.training_captions(language).values() for word in caption.keywords
+            word.casefold()
+            for caption in concepts.training_captions(language).values()
+            for word in caption.keywords
         }
         assert not names & words
 
@@ -108,7 +118,10 @@ def test_pairs_are_english_and_the_other_language(corpus):
     first, second = map(tuple, tokenizer.encode(["bicycle", "Fahrrad"]))
     assert (first, second) in found and (second, first) not in found
     english, german = concepts.training_captions("en")["1f6b2"], concepts.training_captions("de")["1f6b2"]
-    assert tuple(map(tuple, tokenizer.encode([", ".join(english.keywords), ", ".join(german.keywords)]))) in found
+    assert (
+        tuple(map(tuple, tokenizer.encode([", ".join(english.keywords), ", ".join(german.keywords)])))
+        in found
+    )
 
 
 def test_retrieval_has_every_drawing_of_the_unseen_vendor(corpus):
@@ -137,12 +150,16 @@ def test_a_build_that_loses_the_race_returns_the_winner(tmp_path, monkeypatch):
     assert [path.name for path in winner.iterdir()] == ["theirs"] and list(tmp_path.iterdir()) == [winner]
 
 
-def test_two_processes_build_the_same_bytes_at_once_and_later_calls_build_nothing(corpus, tmp_path, monkeypatch):
+def test_two_processes_build_the_same_bytes_at_once_and_later_calls_build_nothing(
+    corpus, tmp_path, monkeypatch
+):
     with multiprocessing.get_context("fork").Pool(2) as pool:
         first, second = pool.map(sample_corpus, [tmp_path, tmp_path])
     assert first == second and list(tmp_path.iterdir()) == [first] and first.name == corpus.name
     files = {path.relative_to(first): sha256_of(path) for path in first.rglob("*") if path.is_file()}
-    assert files == {path.relative_to(corpus): sha256_of(path) for path in corpus.rglob("*") if path.is_file()}
+    assert files == {
+        path.relative_to(corpus): sha256_of(path) for path in corpus.rglob("*") if path.is_file()
+    }
     monkeypatch.setattr(sample, "_build", None)
     assert sample_corpus(tmp_path) == first
 
@@ -150,7 +167,9 @@ def test_two_processes_build_the_same_bytes_at_once_and_later_calls_build_nothin
 def test_tokenizer_keeps_names_short_and_known():
     tokenizer = Tokenizer.load(DATA / "tokenizer.model")
     assert (tokenizer.cls, tokenizer.pad, tokenizer.sep, tokenizer.unk, tokenizer.mask) == (0, 1, 2, 3, 4)
-    ids = tokenizer.encode([c.name for language in LANGUAGES for c in concepts.read_captions(language).values()])
+    ids = tokenizer.encode(
+        [c.name for language in LANGUAGES for c in concepts.read_captions(language).values()]
+    )
     assert np.mean([len(row) for row in ids]) < 5.5
     assert np.mean(np.concatenate(ids) == tokenizer.unk) < 0.001
 
@@ -168,7 +187,10 @@ def test_text_is_nfc_and_every_language_is_whole():
 
 
 def test_parts_that_do_not_match_are_aligned_as_a_whole():
-    assert concepts.align(["a" * 100, "b" * 40], ["c" * 90, "d" * 45]) == [("a" * 100, "c" * 90), ("b" * 40, "d" * 45)]
+    assert concepts.align(["a" * 100, "b" * 40], ["c" * 90, "d" * 45]) == [
+        ("a" * 100, "c" * 90),
+        ("b" * 40, "d" * 45),
+    ]
     assert concepts.align(["a", "b"], ["c"]) == [("a b", "c")]
     shifted = ["a" * 50, "b" * 300, "c" * 50], ["d" * 300, "e" * 50, "f" * 50]
     assert concepts.align(*shifted) == [tuple(map(" ".join, shifted))]
@@ -178,7 +200,10 @@ def test_parts_that_do_not_match_are_aligned_as_a_whole():
 
 def test_data_is_small_and_its_licences_are_beside_it():
     files = [path for path in DATA.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 9_500_000 and max(p.stat().st_size for p in files) < 4_000_000
+    assert (
+        sum(path.stat().st_size for path in files) < 9_500_000
+        and max(p.stat().st_size for p in files) < 4_000_000
+    )
     readme = (DATA / "README.md").read_text()
     for name, words in {
         "Apache-2.0.txt": "Apache License",
@@ -188,7 +213,12 @@ def test_data_is_small_and_its_licences_are_beside_it():
         "Unicode-3.0.txt": "UNICODE LICENSE V3",
     }.items():
         assert words in (DATA / "LICENSES" / name).read_text() and f"LICENSES/{name}" in readme
-    assert {path.name for path in DATA.iterdir() if path.is_dir()} == {"LICENSES", "captions", "pictures", "udhr"}
+    assert {path.name for path in DATA.iterdir() if path.is_dir()} == {
+        "LICENSES",
+        "captions",
+        "pictures",
+        "udhr",
+    }
     for package in packages.PACKAGES.values():
         name, _, version = package.rpartition("@")
         assert f"`{name}`" in readme and version in readme
@@ -212,11 +242,15 @@ def test_choosing_concepts_and_reading_icons():
     listed = packages.list_concepts(
         json.dumps(
             [
-                emoji("2764-FE0F"), emoji("00A9-FE0F"), emoji("1F468-200D-1F373"), emoji("1F1E9-1F1EA", "Flags"),
-                emoji("1F3FB", "Component"), emoji("0023-FE0F-20E3", "Symbols", "keycap"),
+                emoji("2764-FE0F"),
+                emoji("00A9-FE0F"),
+                emoji("1F468-200D-1F373"),
+                emoji("1F1E9-1F1EA", "Flags"),
+                emoji("1F3FB", "Component"),
+                emoji("0023-FE0F-20E3", "Symbols", "keycap"),
             ]
         ).encode()
-    )  # fmt: skip
+    )
     assert list(listed) == ["00a9", "2764"]
     icons = {
         "width": 32,
@@ -250,7 +284,8 @@ def test_a_package_is_unpacked_by_pattern(tmp_path, monkeypatch):
             archive.addfile(member, io.BytesIO(data))
     npm = tmp_path / "npm"
     npm.write_text(
-        '#!/bin/sh\n[ "$3" = good@1 ] || { echo "npm error 404 $3" >&2; exit 1; }\ncp ready.tgz good-1.tgz\necho good-1.tgz\n'
+        '#!/bin/sh\n[ "$3" = good@1 ] || { echo "npm error 404 $3" >&2; exit 1; }\n'
+        "cp ready.tgz good-1.tgz\necho good-1.tgz\n"
     )
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{Path(shutil.which('cp')).parent}")
@@ -261,5 +296,6 @@ def test_a_package_is_unpacked_by_pattern(tmp_path, monkeypatch):
 
 def test_captions_are_read_as_written():
     assert concepts.read_captions("en")["1f6b2"] == Caption(
-        "bicycle", ("bicycle", "bike", "class", "cycle", "cycling", "cyclist", "gang", "ride", "spin", "spinning")
+        "bicycle",
+        ("bicycle", "bike", "class", "cycle", "cycling", "cyclist", "gang", "ride", "spin", "spinning"),
     )

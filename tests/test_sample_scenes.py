@@ -24,7 +24,9 @@ COUNT = 60
 def corpus(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample_scenes, "COUNT", COUNT)
-        patch.setattr(sample_scenes, "VARIED", AugmentConfig(scale=(1, 1), ratio=(1, 1), operations=0))  # to know them by
+        patch.setattr(
+            sample_scenes, "VARIED", AugmentConfig(scale=(1, 1), ratio=(1, 1), operations=0)
+        )  # to know them by
         return sample_corpus(tmp_path_factory.mktemp("cache"), scenes=True)
 
 
@@ -45,7 +47,8 @@ def test_captions_of_a_scene_written_by_hand():
 
 
 def test_what_is_said_to_be_there_is_there(corpus):
-    """Of the things that a caption names, the one that it places in a quadrant is the one whose drawing fits there."""
+    """Of the things that a caption names, the one that it places in a quadrant is the one whose drawing fits
+    there."""
     keys = {name: key for key, name in sample_scenes.plain_concepts().items()}
     source = Source(corpus / "image_text", kind="image_text", verify=True)
     assert source.size("en") == COUNT
@@ -58,7 +61,9 @@ def test_what_is_said_to_be_there_is_there(corpus):
             assert not is_held_out(keys[captions[0]])
             continue
         several += 1
-        said = [re.fullmatch(r"(.*) (top|bottom) (left|right)", part).groups() for part in captions[1].split(", ")]
+        said = [
+            re.fullmatch(r"(.*) (top|bottom) (left|right)", part).groups() for part in captions[1].split(", ")
+        ]
         assert not any(is_held_out(keys[name]) for name, *_ in said)
         quadrants = {2 * (row == "bottom") + (column == "right"): keys[name] for name, row, column in said}
         assert len(quadrants) == len(said)
@@ -102,7 +107,9 @@ def test_only_english_meets_pictures_and_pairs_are_those_of_the_sample(corpus, t
     plain = sample_corpus(tmp_path_factory.mktemp("plain"))
     for part in ("parallel", "text"):
         ours, theirs = (json.loads((folder / part / MANIFEST).read_text()) for folder in (corpus, plain))
-        assert [shard["sha256"] for shard in ours["shards"]] == [shard["sha256"] for shard in theirs["shards"]]
+        assert [shard["sha256"] for shard in ours["shards"]] == [
+            shard["sha256"] for shard in theirs["shards"]
+        ]
 
 
 def test_unseen_pictures_hold_one_drawing_of_the_unseen_vendor():

@@ -38,9 +38,16 @@ def img2dataset(folder, numbers, name="00000.tar"):
     for key, number in enumerate(numbers):
         data, caption = image(number), f"a photograph of thing {number}"
         facts = {
-            "url": f"https://example.org/{number}.jpg", "caption": caption, "key": f"{key:09d}", "status": "success",
-            "error_message": None, "width": 8, "height": 8, "exif": "{}", "sha256": hashlib.sha256(data).hexdigest(),
-        }  # fmt: skip
+            "url": f"https://example.org/{number}.jpg",
+            "caption": caption,
+            "key": f"{key:09d}",
+            "status": "success",
+            "error_message": None,
+            "width": 8,
+            "height": 8,
+            "exif": "{}",
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
         for extension, content in (
             ("jpg", data),
             ("json", json.dumps(facts, indent=4).encode()),
@@ -118,7 +125,9 @@ def test_a_shard_of_the_same_size_that_was_not_indexed_is_refused(tmp_path):
     size = (tmp_path / "00000.tar").stat().st_size
     img2dataset(tmp_path, range(4, 8))
     assert (tmp_path / "00000.tar").stat().st_size == size
-    with pytest.raises(UserError, match="00000.tar: sample 0+[0-3]: its jpg is not what was indexed; fetch the shard anew"):
+    with pytest.raises(
+        UserError, match="00000.tar: sample 0+[0-3]: its jpg is not what was indexed; fetch the shard anew"
+    ):
         read_batch(tmp_path)
     with pytest.raises(UserError, match="is not what was indexed"):
         list(read_retrieval(tmp_path))
@@ -223,7 +232,11 @@ def test_images_are_those_that_nobody_has_to_ask_for_or_those_asked_for(tmp_path
     [
         (("jpg", "png"), None, "sample k has several images, jpg, png; .*--images jpg"),
         (("jpg", "input.jpg"), None, "several images"),
-        (("a.png", "b.png"), None, r"no member is plainly the image; .*--images a.png b.png \(a key ends at the first dot"),
+        (
+            ("a.png", "b.png"),
+            None,
+            r"no member is plainly the image; .*--images a.png b.png \(a key ends at the first dot",
+        ),
         (("jpg",), ["png"], "no member ends in .png; there are: jpg, txt"),
     ],
 )
@@ -250,10 +263,16 @@ def test_a_sample_without_an_image_is_named_with_its_members(tmp_path):
 
 
 LANGUAGES = [
-    ("00000.tar", None, "en"), ("cc3m-train-0000.tar", None, "en"), ("0.tar", None, "en"), ("wit-000.tar", None, "en"),
-    ("my-data-000.tar", None, "en"), ("de-000017.tar", None, "de"), ("zh-Hans-3.tar", None, "zh-Hans"),
-    ("00000.tar", "de", "de"), ("en-0.tar", "ru", "ru"),
-]  # fmt: skip
+    ("00000.tar", None, "en"),
+    ("cc3m-train-0000.tar", None, "en"),
+    ("0.tar", None, "en"),
+    ("wit-000.tar", None, "en"),
+    ("my-data-000.tar", None, "en"),
+    ("de-000017.tar", None, "de"),
+    ("zh-Hans-3.tar", None, "zh-Hans"),
+    ("00000.tar", "de", "de"),
+    ("en-0.tar", "ru", "ru"),
+]
 
 
 @pytest.mark.parametrize(("name", "given", "language"), LANGUAGES)
@@ -307,8 +326,14 @@ def test_foreign_text_is_not_packed_text(tmp_path):
 
 def test_the_index_command_prints_what_it_found(tmp_path, capsys):
     img2dataset(tmp_path, range(5))
-    extra = [("d", b""), ("._000.jpg", b"x"), ("9.json", b'{"status": "failed_to_download"}'), ("8.jpg", image(1)),
-             ("7.seg.png", b"x"), ("8.txt", b"x")]  # fmt: skip
+    extra = [
+        ("d", b""),
+        ("._000.jpg", b"x"),
+        ("9.json", b'{"status": "failed_to_download"}'),
+        ("8.jpg", image(1)),
+        ("7.seg.png", b"x"),
+        ("8.txt", b"x"),
+    ]
     pack(tmp_path / "00001.tar", extra)
     assert main([str(tmp_path), "image_text"]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -352,8 +377,15 @@ def test_tars_of_img2dataset_train_and_evaluate(mini, tmp_path, capsys):
 def test_base64_is_read_in_all_its_variants():
     data = bytes(range(256)) + b"\xfb\xff\xfe"
     plain = base64.b64encode(data)
-    for text in (plain, plain.decode(), base64.encodebytes(data), base64.urlsafe_b64encode(data), plain.rstrip(b"="),
-                 plain.replace(b"A", b"\r\nA", 3), b" " + plain):  # fmt: skip
+    for text in (
+        plain,
+        plain.decode(),
+        base64.encodebytes(data),
+        base64.urlsafe_b64encode(data),
+        plain.rstrip(b"="),
+        plain.replace(b"A", b"\r\nA", 3),
+        b" " + plain,
+    ):
         assert decode_base64(text) == data
     for text in ("images/none.jpg", "a b!", "abcde", "ü", "QQ==QQ=="):
         with pytest.raises(ValueError, match="base64|Excess|padd|character"):

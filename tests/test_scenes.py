@@ -49,7 +49,11 @@ def test_names_go_into_sentences(language, template, names, text):
 
 
 def test_every_template_and_category_is_there_in_every_language():
-    for texts in (*templates()["templates"].values(), *templates()["positions"].values(), *categories().values()):
+    for texts in (
+        *templates()["templates"].values(),
+        *templates()["positions"].values(),
+        *categories().values(),
+    ):
         assert texts if isinstance(texts, list) else set(texts) == set(LANGUAGES)
     assert all(len(phrases) == 4 for phrases in templates()["positions"].values())
 
@@ -63,16 +67,27 @@ def test_labels_are_drawn_in_training_and_named_everywhere():
 
 
 def test_relations_by_hand():
-    assert {"dog", "poodle"} <= related("poodle") and "poodle" in related("dog") and "cat" not in related("dog")
+    assert (
+        {"dog", "poodle"} <= related("poodle") and "poodle" in related("dog") and "cat" not in related("dog")
+    )
     assert {"purse", "handbag", "clutch bag"} <= related("purse")  # a synonym, and what is below both
 
 
 def test_answers_follow_from_the_scenes(scenes, truth):
     """Each question again, by what its English sentence says."""
-    items = json.loads((scenes / "xGQA/annotations/zero_shot/testdev_balanced_questions_en.json").read_text(encoding="utf-8"))
+    items = json.loads(
+        (scenes / "xGQA/annotations/zero_shot/testdev_balanced_questions_en.json").read_text(encoding="utf-8")
+    )
     assert len(items) == 60 + 20  # the test's, and those of the few-shot files
-    items |= {item["question_id"]: {"question": item["sent"], "answer": next(iter(item["label"])), "imageId": item["img_id"],
-                                    "types": {"structural": ""}} for item in read_zip(scenes / "gqa/annotations/train.json.zip")}
+    items |= {
+        item["question_id"]: {
+            "question": item["sent"],
+            "answer": next(iter(item["label"])),
+            "imageId": item["img_id"],
+            "types": {"structural": ""},
+        }
+        for item in read_zip(scenes / "gqa/annotations/train.json.zip")
+    }
     assert len(items) == 140
     kinds = Counter()
     for item in items.values():
@@ -116,7 +131,9 @@ def test_entailment_follows_from_the_scenes(scenes, truth):
             assert record["gold_label"] == "neutral"
             continue
         named, denied = text.rstrip(".").split(": ")[1], "does not" in text
-        true = named in there or any(named in map(lambda c: say(c, "en"), labels()[name].categories) for name in there)
+        true = named in there or any(
+            named in map(lambda c: say(c, "en"), labels()[name].categories) for name in there
+        )
         if named in labels() and not true and any(name in labels()[named].ancestors for name in there):
             assert record["gold_label"] == "neutral"  # a poodle, where a dog is
         else:
@@ -131,7 +148,12 @@ def test_two_image_statements_follow_from_the_scenes(scenes, truth):
             named = record["sentence"].rstrip(".").split(": ")[1]
             true = named in left and named in right
         else:
-            first, second = record["sentence"].removeprefix("The left picture shows ").rstrip(".").split(", the right one ")
+            first, second = (
+                record["sentence"]
+                .removeprefix("The left picture shows ")
+                .rstrip(".")
+                .split(", the right one ")
+            )
             true = first in left and second in right
         assert record["label"] == str(true)
 
@@ -143,7 +165,9 @@ def test_test_pictures_are_by_another_hand(scenes):
 
 def test_languages_are_parallel_and_answers_english(scenes):
     folder = scenes / "xGQA/annotations/zero_shot"
-    sets = {code: json.loads((folder / f"testdev_balanced_questions_{code}.json").read_text()) for code in XGQA}
+    sets = {
+        code: json.loads((folder / f"testdev_balanced_questions_{code}.json").read_text()) for code in XGQA
+    }
     for code, items in sets.items():
         assert {q: (i["answer"], i["imageId"]) for q, i in items.items()} == {
             q: (i["answer"], i["imageId"]) for q, i in sets["en"].items()
@@ -154,7 +178,10 @@ def test_languages_are_parallel_and_answers_english(scenes):
 def test_labels_are_balanced(scenes):
     golds = Counter(r["gold_label"] for r in read_lines(scenes / "XVNLI/annotations/en/test.jsonl"))
     assert golds == {"entailment": 20, "neutral": 20, "contradiction": 20}
-    assert Counter(r["label"] for r in read_lines(scenes / "nlvr2/annotations/test.jsonl")) == {"True": 30, "False": 30}
+    assert Counter(r["label"] for r in read_lines(scenes / "nlvr2/annotations/test.jsonl")) == {
+        "True": 30,
+        "False": 30,
+    }
 
 
 def test_translations_are_english_and_imperfect(scenes):
@@ -176,7 +203,11 @@ def test_cutting_wordnet_and_vectors_again(tmp_path):
     """The small ones are cut further: offsets, pointers and senses hold, vectors stay the same to the bit."""
     cut_wordnet(DATA / "wordnet", tmp_path / "wordnet", ["poodle.n.01"], ["yes"])
     wordnet = WordNet(tmp_path / "wordnet")
-    assert wordnet.relation("poodle dog", "dog") == "hyp" and wordnet.synsets("yes") and not wordnet.synsets("cat")
+    assert (
+        wordnet.relation("poodle dog", "dog") == "hyp"
+        and wordnet.synsets("yes")
+        and not wordnet.synsets("cat")
+    )
     for synset in wordnet._reader.all_synsets():
         assert {path[0].name() for path in synset.hypernym_paths()} == {"entity.n.01"}
         assert all(synset in other.hyponyms() for other in synset.hypernyms())

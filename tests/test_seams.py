@@ -1,4 +1,5 @@
-"""Every method on every kind of task: it changes what is trained, or is refused before anything starts; never dropped."""
+"""Every method on every kind of task: it changes what is trained, or is refused before anything starts; never
+dropped."""
 
 import pytest
 from safetensors.torch import load_file
@@ -15,10 +16,18 @@ KINDS = {
     "matching": ["scenes_xflickrco"],
     "contrast": ["scenes_xflickrco", "matching=false"],
 }
-FEW = ["setting=few_shot", "shots=5", 'languages=["ru"]', "batch=5"]  # alignment draws other languages to English
+FEW = [
+    "setting=few_shot",
+    "shots=5",
+    'languages=["ru"]',
+    "batch=5",
+]  # alignment draws other languages to English
 MORE = {"head_first": ['freeze=["vision"]'], "alignment": FEW}  # what a method needs that is none itself
-OWN = {**SETTINGS, "alignment": ["strategies.alignment={}"],
-       "distillation": ['strategies.distillation.tokens=["cls"]', "strategies.distillation.task=1"]}  # fmt: skip
+OWN = {
+    **SETTINGS,
+    "alignment": ["strategies.alignment={}"],
+    "distillation": ['strategies.distillation.tokens=["cls"]', "strategies.distillation.task=1"],
+}
 REFUSED = {
     ("prior", "decoder"): "needs a classifier's logits",
     ("prior", "two images"): "has a vector for none of the 2 labels",  # "True" and "False"
@@ -28,6 +37,7 @@ REFUSED = {
     ("distillation", "two images"): "is about one picture",
     **{("alignment", kind): "needs a retrieval task" for kind in ("classifier", "decoder", "two images")},
 }
+
 
 def weights(folder):
     newest = max(path for path in folder.rglob("model.safetensors") if path.parent.name.startswith("step_"))
@@ -46,8 +56,23 @@ def teacher(model, scenes, tmp_path_factory):
     from tests.conftest import QUICK as SMALL
 
     runs = tmp_path_factory.mktemp("teacher")
-    assert main(["scenes_xgqa", "name=english", f"model={model}", f"data={scenes}", f"runs={runs}", "epochs=1", *SMALL, *QUICK,
-                 'languages=["en"]', "optim.lr=0.01"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "scenes_xgqa",
+                "name=english",
+                f"model={model}",
+                f"data={scenes}",
+                f"runs={runs}",
+                "epochs=1",
+                *SMALL,
+                *QUICK,
+                'languages=["en"]',
+                "optim.lr=0.01",
+            ]
+        )
+        == 0
+    )
     return runs / "english"
 
 
@@ -70,7 +95,9 @@ def test_a_method_has_an_effect_or_is_refused(finetune, tmp_path, bases, teacher
         assert finetune(recipe, "name=base", *QUICK, *more)[0] == 0
         bases[key] = weights(tmp_path / "base")
     trained, base = weights(tmp_path / "run"), bases[key]
-    assert trained.keys() != base.keys() or any(not value.equal(base[part]) for part, value in trained.items())
+    assert trained.keys() != base.keys() or any(
+        not value.equal(base[part]) for part, value in trained.items()
+    )
 
 
 @pytest.mark.parametrize("loss", ["mse", "pivot", "image"])
@@ -78,8 +105,14 @@ def test_alignment_is_trained_beside_matching(finetune, tmp_path, loss):
     """The term is told in the log, and its weight decides what is learnt."""
     found = {}
     for weight in (0.0, 0.5, 5.0):
-        code, printed = finetune("scenes_xflickrco", f"name=w{weight}", *QUICK, *FEW, f"strategies.alignment.loss={loss}",
-                                 f"strategies.alignment.weight={weight}")  # fmt: skip
+        code, printed = finetune(
+            "scenes_xflickrco",
+            f"name=w{weight}",
+            *QUICK,
+            *FEW,
+            f"strategies.alignment.loss={loss}",
+            f"strategies.alignment.weight={weight}",
+        )
         assert code == 0, printed
         found[weight] = weights(tmp_path / f"w{weight}")
         losses = {key for line in read_metrics(tmp_path / f"w{weight}" / "ru") for key in line}
@@ -88,11 +121,21 @@ def test_alignment_is_trained_beside_matching(finetune, tmp_path, loss):
         assert not found[one]["text_projection.weight"].equal(found[other]["text_projection.weight"])
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    (["strategies.code_mixing.stages=rounds"], "this run looks for none"),
-    (["strategies.code_mixing.stages=rounds", "strategies.sparse.mask=none"], "this run looks for none"),
-    (["strategies.distillation.epochs=1", "strategies.distillation.teacher=T", "strategies.sparse.rounds=1"], "leave one of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["strategies.code_mixing.stages=rounds"], "this run looks for none"),
+        (["strategies.code_mixing.stages=rounds", "strategies.sparse.mask=none"], "this run looks for none"),
+        (
+            [
+                "strategies.distillation.epochs=1",
+                "strategies.distillation.teacher=T",
+                "strategies.sparse.rounds=1",
+            ],
+            "leave one of",
+        ),
+    ],
+)
 def test_stages_that_a_run_has_not_are_refused(finetune, settings, words):
     code, printed = finetune("scenes_xgqa", "name=wrong", *settings)
     assert code == 2 and words in printed and printed.strip().count("\n") == 0

@@ -24,9 +24,23 @@ from raylib.tune.told import read_told
 from tune_spaces.jobs import Finetuning
 
 ROOT = Path(__file__).resolve().parent.parent
-LR = Space("learning rate", "scenes_xvnli", {"optim.lr": Float(1e-5, 1e-2, log=True)}, published=({"optim.lr": 5e-4},))
-SMALL = ("epochs=3", 'languages=["en","ru"]', "test_limit=12", "train_limit=60", "image_size=16", "batch=30", "fit.bf16=false",
-         "fit.loader_workers=0", "fit.log_every=1")  # fmt: skip
+LR = Space(
+    "learning rate",
+    "scenes_xvnli",
+    {"optim.lr": Float(1e-5, 1e-2, log=True)},
+    published=({"optim.lr": 5e-4},),
+)
+SMALL = (
+    "epochs=3",
+    'languages=["en","ru"]',
+    "test_limit=12",
+    "train_limit=60",
+    "image_size=16",
+    "batch=30",
+    "fit.bf16=false",
+    "fit.loader_workers=0",
+    "fit.log_every=1",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,8 +52,14 @@ def cluster():
 
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    ray.init(address="local", num_cpus=2, include_dashboard=True, dashboard_port=0, object_store_memory=10**8,
-             runtime_env={"env_vars": SETTINGS})  # fmt: skip
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=True,
+        dashboard_port=0,
+        object_store_memory=10**8,
+        runtime_env={"env_vars": SETTINGS},
+    )
     yield
     ray.shutdown()
 
@@ -50,7 +70,10 @@ def search(tmp_path, model, scenes):
     from raylib.tune import sweep
 
     def run(space, *settings, job=None, recipe=(), task="scenes_xvnli"):
-        config = override(SearchConfig(recipe=task, name="search", runs=str(tmp_path), trials=3, seeds=0, top=2), list(settings))
+        config = override(
+            SearchConfig(recipe=task, name="search", runs=str(tmp_path), trials=3, seeds=0, top=2),
+            list(settings),
+        )
         base = override(RECIPES[task](), [f"model={model}", f"data={scenes}", *SMALL, *recipe])
         return sweep.run(config, "lr", space, job or Finetuning(), base)
 
@@ -71,17 +94,28 @@ def test_a_search_ends_with_a_config_that_runs_and_a_report(search, tmp_path, ca
     for row in rows:
         assert (row["state"] == "finished") == (float(row["epoch"]) == 3.0)
     report = (folder / "report.md").read_text(encoding="utf-8")
-    for words in ("# Search of `lr` over", "English development set alone", "published", "Stopping saved", "test, targets"):
+    for words in (
+        "# Search of `lr` over",
+        "English development set alone",
+        "published",
+        "Stopping saved",
+        "test, targets",
+    ):
         assert words in report, words
     for picture in ("history.png", "slices.png"):
         assert picture in report and (folder / picture).stat().st_size > 5000
     assert not list((folder / "trials").glob("*/checkpoints"))  # most of its bytes
-    assert all(fit.is_whole(folder / "tune" / copy) for copy in (".", fit.KEPT))  # all that Tune has written can be read
+    assert all(
+        fit.is_whole(folder / "tune" / copy) for copy in (".", fit.KEPT)
+    )  # all that Tune has written can be read
     for run in (folder / "trials").iterdir():  # no test set was looked at in the search
         assert not (run / "predictions").exists()
     tested = sorted(path.parent.name for path in (folder / "finals").glob("*/test.json"))
     names, settings = json.loads((folder / "finals" / "settings.json").read_text())
-    assert "published" in names and len(tested) in (2, 4)  # the winner and the published setting, two seeds each
+    assert "published" in names and len(tested) in (
+        2,
+        4,
+    )  # the winner and the published setting, two seeds each
     best = load(type(RECIPES["scenes_xvnli"]()), folder / "best.yaml")
     assert best.tests and best.optim.lr in [setting["optim.lr"] for setting in settings]
     assert finetune_main(["--config", str(folder / "best.yaml")]) == 0
@@ -100,7 +134,9 @@ def test_a_search_does_not_go_on_with_other_data(search, scenes, tmp_path):
     (folder / "report.md").unlink()  # as if it had been killed before it was written
     with open(data / "XVNLI/annotations/en/dev.jsonl", "a", encoding="utf-8") as file:
         file.write("\n")
-    with pytest.raises(UserError, match="data changed since this run began: .*XVNLI/annotations/en/dev.jsonl .other content"):
+    with pytest.raises(
+        UserError, match="data changed since this run began: .*XVNLI/annotations/en/dev.jsonl .other content"
+    ):
         search(LR, "trials=1", "stop=none", **first)
 
 
@@ -133,12 +169,24 @@ class Deadly(Finetuning):
 
 
 def test_trials_that_die_are_tried_again_then_failed_and_the_rest_go_on(search):
-    choices = Space("", "", {"optim.lr": Choice(0.25, 0.125, 1e-3, 0.5, 1e30)}, grid={"optim.lr": (0.25, 0.125, 0.5, 1e-3, 1e30)})
+    choices = Space(
+        "",
+        "",
+        {"optim.lr": Choice(0.25, 0.125, 1e-3, 0.5, 1e30)},
+        grid={"optim.lr": (0.25, 0.125, 0.5, 1e-3, 1e30)},
+    )
     folder = search(choices, "search=grid", "max_failures=1", "stop=none", job=Deadly())
     rows = {float(row["optim.lr"]): row for row in trials(folder)}
     assert {lr: row["state"] for lr, row in rows.items()} == {
-        0.25: "failed", 0.125: "failed", 0.5: "finished", 1e-3: "finished", 1e30: "failed"}  # fmt: skip
-    assert "as a bug would" in rows[0.125]["error"] and "test_search.py" in rows[0.125]["error"]  # the traceback
+        0.25: "failed",
+        0.125: "failed",
+        0.5: "finished",
+        1e-3: "finished",
+        1e30: "failed",
+    }
+    assert (
+        "as a bug would" in rows[0.125]["error"] and "test_search.py" in rows[0.125]["error"]
+    )  # the traceback
     assert "not finite" in rows[1e30]["error"]  # a NaN ends its trial
     assert "## Failed" in (folder / "report.md").read_text(encoding="utf-8")
     for study in _studies(folder):
@@ -150,7 +198,10 @@ def _studies(folder):
     from optuna.storages.journal import JournalFileBackend
 
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / "optuna.journal")))
-    return [optuna.load_study(study_name=s.study_name, storage=storage) for s in optuna.get_all_study_summaries(storage)]
+    return [
+        optuna.load_study(study_name=s.study_name, storage=storage)
+        for s in optuna.get_all_study_summaries(storage)
+    ]
 
 
 def test_what_trials_share_is_made_once(tmp_path):
@@ -186,16 +237,32 @@ def test_stopped_trials_are_pruned_in_optuna(search):
 @pytest.mark.parametrize(
     ("settings", "recipe", "words"),
     [
-        (("metric=dev/ru",), (), "metric=dev/ru: no run reports that; with select=english_dev there are english_dev"),
+        (
+            ("metric=dev/ru",),
+            (),
+            "metric=dev/ru: no run reports that; with select=english_dev there are english_dev",
+        ),
         (("search=grid",), (), "space 'lr' has no grid"),
         (("cpus_per_trial=5",), (), "cpus_per_trial=5, but no node of the cluster has more than 2 CPUs"),
-        (("grace=3",), (), "stop=asha: a trial is judged after grace=3 epochs, and has 3; set stop=none, or more epochs="),
+        (
+            ("grace=3",),
+            (),
+            "stop=asha: a trial is judged after grace=3 epochs, and has 3; set stop=none, or more epochs=",
+        ),
         (("search=pbt",), ("strategies.sparse.rounds=2",), "search=pbt: a trial must be one training"),
-        (("search=pbt", "select=target_dev"), ("setting=few_shot", "languages=[\"ru\",\"de\"]"), "must be one training"),
+        (
+            ("search=pbt", "select=target_dev"),
+            ("setting=few_shot", 'languages=["ru","de"]'),
+            "must be one training",
+        ),
         (("workers=4",), (), "workers=4, but the cluster has 2 CPUs"),
         ((), ("setting=untrained",), "trains nothing that could be searched"),
         ((), ("setting=single_language",), "set select=target_dev"),
-        ((), ("strategies.unfreezing.layers=9",), "strategies.unfreezing.layers=9, but the model has 4 layers"),
+        (
+            (),
+            ("strategies.unfreezing.layers=9",),
+            "strategies.unfreezing.layers=9, but the model has 4 layers",
+        ),
         (("metric=english_dev", "select=target_dev"), (), "metric=english_dev: no run reports that"),
     ],
 )
@@ -221,7 +288,9 @@ def test_a_population_changes_knobs_in_mid_run(search):
     assert {row["state"] for row in trials(folder)} == {"finished"}
     moved = [path for path in (folder / "tune").glob("pbt_policy_*.txt") if path.read_text()]
     assert moved  # some member went on from another's checkpoint
-    assert not list((folder / "tune").glob("*/checkpoint_*")) and not list((folder / "trials").glob("*/checkpoints"))
+    assert not list((folder / "tune").glob("*/checkpoint_*")) and not list(
+        (folder / "trials").glob("*/checkpoints")
+    )
 
 
 @pytest.mark.slow
@@ -238,7 +307,11 @@ def test_pretraining_is_searched_the_same_way(mini, tmp_path, capsys):
     from raylib.tune import sweep
     from tune_spaces.jobs import Pretraining
 
-    mix = Space("", "", {"data.text.alpha": Float(0, 1), "objective": OneOf(both={}, plain={"objective.weights.itm": 0.0})})
+    mix = Space(
+        "",
+        "",
+        {"data.text.alpha": Float(0, 1), "objective": OneOf(both={}, plain={"objective.weights.itm": 0.0})},
+    )
     base = mini("fit.steps=4", "fit.eval_every=2")
     config = SearchConfig(recipe="tiny", name="mix", runs=str(tmp_path), trials=2, seeds=1, top=1)
     folder = sweep.run(config, "mix", mix, Pretraining(), base)
@@ -248,19 +321,37 @@ def test_pretraining_is_searched_the_same_way(mini, tmp_path, capsys):
 
 @pytest.mark.drill
 def test_a_killed_driver_loses_nothing(tmp_path, model, scenes):
-    """SIGKILL in mid-sweep, then the same command: finished trials stay as they were, the one under way goes on from its
-    checkpoint, the searcher knows what it knew, and the number of trials is what was asked for."""
-    command = [sys.executable, "-m", "tune_spaces", "layer_decay", "recipe=scenes_xvnli", "name=killed", f"runs={tmp_path}",
-               f"model={model}", f"data={scenes}", "trials=5", "concurrent=1", "seeds=0", "stop=none", *SMALL,
-               "epochs=8"]  # fmt: skip
+    """SIGKILL in mid-sweep, then the same command: finished trials stay as they were, the one under way goes
+    on from its checkpoint, the searcher knows what it knew, and the number of trials is what was asked
+    for."""
+    command = [
+        sys.executable,
+        "-m",
+        "tune_spaces",
+        "layer_decay",
+        "recipe=scenes_xvnli",
+        "name=killed",
+        f"runs={tmp_path}",
+        f"model={model}",
+        f"data={scenes}",
+        "trials=5",
+        "concurrent=1",
+        "seeds=0",
+        "stop=none",
+        *SMALL,
+        "epochs=8",
+    ]
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     folder = tmp_path / "killed"
     first = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     deadline = time.time() + 240
     while time.time() < deadline:  # until one is finished and a second has a checkpoint
         done = [path.parent for path in folder.glob("trials/*/result.json")]
-        going = [path.parents[1] for path in folder.glob("trials/*/checkpoints/registry.json")
-                 if path.parents[1] not in done and json.loads(path.read_text())[-1] >= "step_000006"]  # fmt: skip
+        going = [
+            path.parents[1]
+            for path in folder.glob("trials/*/checkpoints/registry.json")
+            if path.parents[1] not in done and json.loads(path.read_text())[-1] >= "step_000006"
+        ]
         if done and going:
             break
         time.sleep(0.1)
@@ -278,9 +369,12 @@ def test_a_killed_driver_loses_nothing(tmp_path, model, scenes):
     went_on = [r["step"] for r in read_metrics(going[0]) if "lr" in r]
     assert went_on == sorted(set(went_on)) and steps in went_on
     epochs = [line["epoch"] for line in read_told(going[0]) if not line["finished"]]
-    assert epochs == sorted(set(epochs)) == list(range(1, 9))  # none was trained twice, which one that starts anew would
+    assert (
+        epochs == sorted(set(epochs)) == list(range(1, 9))
+    )  # none was trained twice, which one that starts anew would
     assert len({row["strategies.layer_decay.factor"] for row in rows}) == 5  # none was proposed twice
     (study,) = _studies(folder)
     assert len(study.trials) == 5 and {trial.state.name for trial in study.trials} == {"COMPLETE"}
     assert {trial.params["strategies.layer_decay.factor"] for trial in study.trials} == {
-        float(row["strategies.layer_decay.factor"]) for row in rows}  # fmt: skip
+        float(row["strategies.layer_decay.factor"]) for row in rows
+    }

@@ -1,4 +1,5 @@
-"""What a search is made of, without a cluster: who is stopped, what Optuna is told, what the report reckons."""
+"""What a search is made of, without a cluster: who is stopped, what Optuna is told, what the report
+reckons."""
 
 import json
 import pickle
@@ -42,7 +43,9 @@ class Member(Trial):
     def __init__(self, name: str):
         super().__init__(name)
         self.experiment_tag, self.config, self.checkpoint = name, {"optim.lr": 5e-4}, f"checkpoint of {name}"
-        self.run_metadata = SimpleNamespace(checkpoint_manager=SimpleNamespace(checkpoint_config=tune.CheckpointConfig()))
+        self.run_metadata = SimpleNamespace(
+            checkpoint_manager=SimpleNamespace(checkpoint_config=tune.CheckpointConfig())
+        )
 
     def is_finished(self) -> bool:
         return False
@@ -59,24 +62,35 @@ def told(age: int, score: float, judged: bool = True) -> dict:
 
 def test_asha_stops_who_is_behind_at_a_rung_and_judges_none_too_early(tmp_path):
     trials = [Trial(str(i)) for i in range(5)]
-    rule, controller = scheduler("asha", "score", grace=1, reduction=2.0, longest=9, runs=tmp_path), Controller(trials)
+    rule, controller = (
+        scheduler("asha", "score", grace=1, reduction=2.0, longest=9, runs=tmp_path),
+        Controller(trials),
+    )
     for trial in trials:
         rule.on_trial_add(controller, trial)
     assert isinstance(rule, Asha)
     assert rule.on_trial_result(controller, trials[0], told(1, 0.5)) == CONTINUE
     assert rule.on_trial_result(controller, trials[1], told(1, 0.4)) == STOP
-    assert rule.on_trial_result(controller, trials[2], told(1, 0.1, judged=False)) == CONTINUE  # its layers are frozen yet
+    assert (
+        rule.on_trial_result(controller, trials[2], told(1, 0.1, judged=False)) == CONTINUE
+    )  # its layers are frozen yet
     assert rule.on_trial_result(controller, trials[2], told(2, 0.1, judged=False)) == CONTINUE
     assert rule.on_trial_result(controller, trials[3], told(1, 0.6)) == CONTINUE
     assert rule.on_trial_result(controller, trials[0], told(2, 0.7)) == CONTINUE
-    assert rule.on_trial_result(controller, trials[2], told(3, 0.2)) == STOP  # now it is what it will be, and at the rung of 2
-    assert rule.on_trial_result(controller, trials[4], {"age": 0, "judged": True}) == CONTINUE  # a pruning round has no score
+    assert (
+        rule.on_trial_result(controller, trials[2], told(3, 0.2)) == STOP
+    )  # now it is what it will be, and at the rung of 2
+    assert (
+        rule.on_trial_result(controller, trials[4], {"age": 0, "judged": True}) == CONTINUE
+    )  # a pruning round has no score
 
 
 @pytest.mark.parametrize("stop", ["asha", "median"])
 @pytest.mark.parametrize("restarted", [True, False])
 def test_what_trials_had_scored_is_known_after_a_restart(tmp_path, stop, restarted, monkeypatch):
-    before = [Trial(str(i)) for i in range(4)]  # some of them ended, one goes on: it has been at its first rung
+    before = [
+        Trial(str(i)) for i in range(4)
+    ]  # some of them ended, one goes on: it has been at its first rung
     for trial in before:
         (tmp_path / trial.trial_id).mkdir()
         for age, score in ((1, 0.8), (2, 0.9)):
@@ -92,7 +106,9 @@ def test_what_trials_had_scored_is_known_after_a_restart(tmp_path, stop, restart
     monkeypatch.setattr(schedulers, "STARTED", time.time() if restarted else 0.0)
     assert rule.on_trial_result(controller, fresh, told(1, 0.3)) == (STOP if restarted else CONTINUE)
     if restarted and stop == "asha":
-        assert rule.on_trial_result(controller, before[0], told(2, 0.1)) == CONTINUE  # this rung it has passed
+        assert (
+            rule.on_trial_result(controller, before[0], told(2, 0.1)) == CONTINUE
+        )  # this rung it has passed
 
 
 def test_stages_that_mean_something_else_are_not_judged():
@@ -107,7 +123,9 @@ def test_stages_that_mean_something_else_are_not_judged():
     assert job.settled(config("strategies.unfreezing.layers=3")) == 3  # 3, 6, then all 8 layers are trained
     sparse = config("strategies.sparse.rounds=4", "strategies.sparse.epochs=2")
     assert (job.settled(sparse), job.epochs(sparse), job.rounds(sparse)) == (9, 14, 8)
-    both = config("strategies.sparse.rounds=4", "strategies.sparse.epochs=2", "strategies.unfreezing.layers=4")
+    both = config(
+        "strategies.sparse.rounds=4", "strategies.sparse.epochs=2", "strategies.unfreezing.layers=4"
+    )
     assert job.settled(both) == 10
     assert job.settled(config("strategies.head_first.epochs=2")) == 3
     few = config("setting=few_shot", 'languages=["en","de","ru"]')
@@ -117,12 +135,18 @@ def test_stages_that_mean_something_else_are_not_judged():
 def test_what_becomes_of_a_trial():
     assert state_of({"finished": True}, False) == TrialState.COMPLETE
     assert state_of({"finished": False}, False) == TrialState.PRUNED
-    for result, error in (({"finished": True}, True), (None, False), ({"finished": False, "trouble": "not finite"}, False)):
+    for result, error in (
+        ({"finished": True}, True),
+        (None, False),
+        ({"finished": False, "trouble": "not finite"}, False),
+    ):
         assert state_of(result, error) == TrialState.FAIL
 
 
 def test_the_searcher_proposes_what_is_published_first_and_tells_optuna_the_truth(tmp_path):
-    chosen = Space("", "", {"x": Float(0, 1), "way": OneOf(a={}, b={"n": Int(1, 3)})}, ({"x": 0.25, "way": "b", "n": 2},))
+    chosen = Space(
+        "", "", {"x": Float(0, 1), "way": OneOf(a={}, b={"n": Int(1, 3)})}, ({"x": 0.25, "way": "b", "n": 2},)
+    )
     for search in ("tpe", "nsga2", "random", "cmaes"):
         goals = ("one", "two") if search == "nsga2" else ("one",)
         found = searcher(search, chosen, goals, 0, 8, tmp_path, search)
@@ -134,10 +158,15 @@ def test_the_searcher_proposes_what_is_published_first_and_tells_optuna_the_trut
         one.suggest(name)
         one.on_trial_result(name, {"one": 0.5, "epoch": 1})
     one.on_trial_complete("finished", {"one": 0.75, "epoch": 2, "finished": True})
-    one.on_trial_complete("stopped", {"one": 0.625, "epoch": 3, "finished": False})  # Tune tells no more of this epoch
+    one.on_trial_complete(
+        "stopped", {"one": 0.625, "epoch": 3, "finished": False}
+    )  # Tune tells no more of this epoch
     one.on_trial_complete("crashed", {"one": 0.5, "epoch": 1, "finished": False}, error=True)
     assert [(t.state, t.value) for t in one._ot_study.trials] == [
-        (TrialState.COMPLETE, 0.75), (TrialState.PRUNED, 0.625), (TrialState.FAIL, None)]  # fmt: skip
+        (TrialState.COMPLETE, 0.75),
+        (TrialState.PRUNED, 0.625),
+        (TrialState.FAIL, None),
+    ]
     assert one._ot_study.trials[1].intermediate_values == {1: 0.5, 3: 0.625}
     one.suggest("lost")
     state = tmp_path / "searcher.pkl"
@@ -155,13 +184,19 @@ def test_the_searcher_proposes_what_is_published_first_and_tells_optuna_the_trut
 
 
 def test_populations_stay_within_their_ranges_and_refuse_what_cannot_change(tmp_path):
-    knobs = {"optim.lr": Float(1e-4, 1e-3, log=True), "strategies.prior.k": Int(2, 10), "way": Choice("a", "b")}
+    knobs = {
+        "optim.lr": Float(1e-4, 1e-3, log=True),
+        "strategies.prior.k": Int(2, 10),
+        "way": Choice("a", "b"),
+    }
     moved = Within(knobs)({"optim.lr": 1.2e-3, "strategies.prior.k": 1, "way": "b"})
     assert moved == {"optim.lr": 1e-3, "strategies.prior.k": 2, "way": "b"}
     check_changeable({**knobs, "batch": 32}, ("optim.lr", "strategies.prior.k", "way"))
     rule = population({**knobs, "batch": 32}, "one", 1, 0, tmp_path)
     assert set(rule._hyperparam_mutations) == set(knobs)  # what is always the same moves nowhere
-    assert rule.on_trial_result(Controller([]), None, {"epoch": 4, "epochs": 4}) == CONTINUE  # it is at its end
+    assert (
+        rule.on_trial_result(Controller([]), None, {"epoch": 4, "epochs": 4}) == CONTINUE
+    )  # it is at its end
     with pytest.raises(UserError, match="batch cannot change in mid-run"):
         check_changeable({"batch": Choice(15, 30)}, ("optim.lr",))
     with pytest.raises(UserError, match="way cannot change in mid-run"):
@@ -173,7 +208,10 @@ def test_a_population_knows_its_ranks_after_a_restart(tmp_path, monkeypatch):
     for i, member in enumerate(members):
         (tmp_path / member.trial_id).mkdir()
         tell(tmp_path / member.trial_id, {"epoch": 3.0, "epochs": 9, "score": i / 10})
-    rule, controller = population({"optim.lr": Float(1e-4, 1e-3)}, "score", 2, 0, tmp_path), Controller(members)
+    rule, controller = (
+        population({"optim.lr": Float(1e-4, 1e-3)}, "score", 2, 0, tmp_path),
+        Controller(members),
+    )
     controller.search_alg = None
     for member in members:
         rule.on_trial_add(controller, member)
@@ -181,15 +219,30 @@ def test_a_population_knows_its_ranks_after_a_restart(tmp_path, monkeypatch):
     rule._exploit = lambda controller, trial, other: taken.append((trial, other))
     monkeypatch.setattr(schedulers, "STARTED", time.time())
     # the interval of two epochs is counted from the last multiple of it, not from the restart
-    assert rule.on_trial_result(controller, members[0], {"epoch": 3.5, "epochs": 9, "score": 0.0}) == CONTINUE and not taken
+    assert (
+        rule.on_trial_result(controller, members[0], {"epoch": 3.5, "epochs": 9, "score": 0.0}) == CONTINUE
+        and not taken
+    )
     rule.on_trial_result(controller, members[0], {"epoch": 4.0, "epochs": 9, "score": 0.0})
     assert taken == [(members[0], members[3])]  # the worst takes the best's checkpoint, which it knows of
 
 
 def rows(values, state="finished"):
     """Trials whose score is x, whatever y is; half of them chose the alternative that has z."""
-    return [Row(str(i), state, {"x": x, "y": y, "way": "a" if i % 2 else "b", **({"z": z} if i % 2 else {})},
-                {"one": x}, 4, 4, 10, 1, None) for i, (x, y, z) in enumerate(values)]  # fmt: skip
+    return [
+        Row(
+            str(i),
+            state,
+            {"x": x, "y": y, "way": "a" if i % 2 else "b", **({"z": z} if i % 2 else {})},
+            {"one": x},
+            4,
+            4,
+            10,
+            1,
+            None,
+        )
+        for i, (x, y, z) in enumerate(values)
+    ]
 
 
 def test_importance_finds_the_knob_that_decides():
@@ -197,22 +250,34 @@ def test_importance_finds_the_knob_that_decides():
 
     dice = random.Random(0)
     knobs = {"x": Float(0, 1), "y": Float(0, 1), "way": OneOf(a={"z": Float(0, 1)}, b={})}
-    found = figures.importances(knobs, rows([(dice.random(), dice.random(), dice.random()) for _ in range(60)]), "one", 0)
+    found = figures.importances(
+        knobs, rows([(dice.random(), dice.random(), dice.random()) for _ in range(60)]), "one", 0
+    )
     assert found["x"] > 0.9 and found["y"] < 0.05 and found["way"] < 0.05
     assert found["z (way=a)"] < 0.3
-    same = [row._replace(scores={"one": 0.5}) for row in rows([(0.1, 0.2, 0.3), (0.5, 0.6, 0.7), (0.2, 0.9, 0.1), (0.3, 0.3, 0)])]
+    same = [
+        row._replace(scores={"one": 0.5})
+        for row in rows([(0.1, 0.2, 0.3), (0.5, 0.6, 0.7), (0.2, 0.9, 0.1), (0.3, 0.3, 0)])
+    ]
     assert figures.importances(knobs, same, "one", 0) == {}  # nothing to explain
 
 
 def test_the_cost_is_what_was_trained_and_what_was_not():
     done = [Row("0", "finished", {}, {"one": 0.5}, 8, 8, 3600, 1, None)] * 2
-    stopped = [Row("1", "stopped", {}, {"one": 0.2}, 2, 8, 900, 1, None)]  # at its speed the other 6 would take 2700 s
+    stopped = [
+        Row("1", "stopped", {}, {"one": 0.2}, 2, 8, 900, 1, None)
+    ]  # at its speed the other 6 would take 2700 s
     told = report.cost([*done, *stopped])
-    assert "| trained | 3 | 18 | 2.2 h |" in told and "| 1 | 6 | 45.0 min |" in told and "25 % of the epochs" in told
+    assert (
+        "| trained | 3 | 18 | 2.2 h |" in told
+        and "| 1 | 6 | 45.0 min |" in told
+        and "25 % of the epochs" in told
+    )
 
 
 def test_a_search_says_whether_early_scores_tell_the_last(tmp_path):
-    # after one epoch the trials rank the wrong way round, after three the right way; a pruning round is no score
+    # after one epoch the trials rank the wrong way round, after three the right way; a pruning round is no
+    # score
     finals = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
     for i, last in enumerate(finals):
         (tmp_path / str(i)).mkdir()
@@ -222,7 +287,10 @@ def test_a_search_says_whether_early_scores_tell_the_last(tmp_path):
     last = {str(i): score for i, score in enumerate(finals)}
     found = early.agreements(tmp_path, last, "one", 1, 3.0)
     assert found == [(1, pytest.approx(-1), 8), (3, pytest.approx(1), 8)]
-    assert [a.age for a in early.agreements(tmp_path, last, "one", 2, 2.0)] == [1, 4]  # after two epochs all scored alike
+    assert [a.age for a in early.agreements(tmp_path, last, "one", 2, 2.0)] == [
+        1,
+        4,
+    ]  # after two epochs all scored alike
     assert "| 1 | -1.00 | 8 |" in early.told(found, 1) and "try `grace=3`" in early.told(found, 1)
     assert "try" not in early.told(found, 3) and "try" not in early.told(found, None)
     assert "try `stop=none`" in early.told(found[:1], 1)
@@ -230,7 +298,11 @@ def test_a_search_says_whether_early_scores_tell_the_last(tmp_path):
     assert "try" not in early.told(early.agreements(tmp_path, some, "one", 1, 3.0), 1)  # too few to go by
     few = dict(list(last.items())[:3])
     alike = dict.fromkeys(last, 0.5)
-    assert early.agreements(tmp_path, few, "one", 1, 3.0) == early.agreements(tmp_path, alike, "one", 1, 3.0) == []
+    assert (
+        early.agreements(tmp_path, few, "one", 1, 3.0)
+        == early.agreements(tmp_path, alike, "one", 1, 3.0)
+        == []
+    )
     assert early.told([], 1) == ""
 
 
@@ -241,10 +313,23 @@ def test_a_trial_of_several_languages_stands_where_its_part_does():
     config = override(RECIPES["scenes_xgqa"](), [*own, "strategies.unfreezing.layers=4"])
     # each language's layers thaw anew: its first epoch is not judged
     assert [standing(job, config, e) for e in (1, 2, 4, 5, 6, 8)] == [
-        (1, False), (2, True), (4, True), (5, False), (6, True), (8, True)]  # fmt: skip
+        (1, False),
+        (2, True),
+        (4, True),
+        (5, False),
+        (6, True),
+        (8, True),
+    ]
     sparse = override(RECIPES["scenes_xgqa"](), [*own, "strategies.sparse.rounds=2"])
     assert [standing(job, sparse, e) for e in (1, 2, 3, 6, 7, 8, 9)] == [
-        (0, False), (0, False), (1, True), (4, True), (4, False), (4, False), (5, True)]  # fmt: skip
+        (0, False),
+        (0, False),
+        (1, True),
+        (4, True),
+        (4, False),
+        (4, False),
+        (5, True),
+    ]
     assert trained(job, sparse) == 8 and trained(job, config) == 8
 
 
@@ -287,13 +372,21 @@ def test_finals_that_fail_do_not_win_and_are_told():
 def test_the_verdict_compares_seed_by_seed():
     config = SearchConfig(recipe="r")
     scores = {seed: {"english_dev": 0.5 + 0.1 * seed} for seed in (1, 2, 3)}
-    best = Final("1", {"x": 1}, {s: {"english_dev": v["english_dev"] + 0.05 + 0.001 * s} for s, v in scores.items()},
-                 {s: {"English": 0.4, "targets": 0.3 + 0.1 * s} for s in scores}, 0)  # fmt: skip
+    best = Final(
+        "1",
+        {"x": 1},
+        {s: {"english_dev": v["english_dev"] + 0.05 + 0.001 * s} for s, v in scores.items()},
+        {s: {"English": 0.4, "targets": 0.3 + 0.1 * s} for s in scores},
+        0,
+    )
     published = Final("published", {"x": 2}, scores, {s: {"English": 0.4, "targets": 0.3} for s in scores}, 0)
     told = report._verdict(config, [best, published])
     # differences 0.051, 0.052, 0.053: their spread is far below that of the seeds
     half = 100 * 4.302653 * statistics.stdev([0.051, 0.052, 0.053]) / 3**0.5
-    assert f"english_dev, which it was chosen by: the best beats the published setting, by 5.2 points ± {half:.1f}" in told
+    assert (
+        "english_dev, which it was chosen by: the best beats the published setting, by 5.2 points ± "
+        f"{half:.1f}" in told
+    )
     assert "targets, test sets: no difference that 3 seeds could show, 20.0 points" in told
     assert "does not beat it" in report._verdict(config, [published])
 

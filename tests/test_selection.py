@@ -1,4 +1,5 @@
-"""Selection of the checkpoint that is evaluated: by what each recipe's paper chose, by which score, which of ties."""
+"""Selection of the checkpoint that is evaluated: by what each recipe's paper chose, by which score, which of
+ties."""
 
 import json
 
@@ -53,7 +54,9 @@ def test_every_recipe_says_what_it_chooses_by():
     assert all(RECIPES[name].__doc__.endswith("]") for name in RECIPES)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name]().trains and RECIPES[name]().select == "best"])
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if RECIPES[name]().trains and RECIPES[name]().select == "best"]
+)
 def test_a_recipe_that_says_best_has_a_dev_set_of_each_part(name):
     config = RECIPES[name]()
     for language in languages_of(config) if config.trains_apart else [None]:
@@ -66,15 +69,31 @@ def test_dev_sets_whose_names_have_a_language_choose(tmp_path, model):
     config = RECIPES["p2_coco"]()
     assert dev_sets(config, None) == {"en": "dev"} and dev_split(config, "zh") == "dev"
     apart = config.model_copy(update={"setting": "single_language"})
-    assert [dev_sets(apart, code) for code in ("en", "ja", "zh")] == [{"en": "dev"}, {"ja": "dev"}, {"zh": "dev"}]
+    assert [dev_sets(apart, code) for code in ("en", "ja", "zh")] == [
+        {"en": "dev"},
+        {"ja": "dev"},
+        {"zh": "dev"},
+    ]
 
 
 def test_a_run_without_a_dev_set_says_that_the_last_epoch_is_evaluated(tmp_path, model, capsys):
     official.fm_iqa(tmp_path / "data")
-    settings = ["p2_fm_iqa", "runtime=local", "workers=1", "backbone=unified", f"model={model}", f"data={tmp_path / 'data'}",
-                f"runs={tmp_path}", *QUICK, "epochs=1"]  # fmt: skip
+    settings = [
+        "p2_fm_iqa",
+        "runtime=local",
+        "workers=1",
+        "backbone=unified",
+        f"model={model}",
+        f"data={tmp_path / 'data'}",
+        f"runs={tmp_path}",
+        *QUICK,
+        "epochs=1",
+    ]
     assert main(settings) == 0
-    assert "fm_iqa has no dev set that could choose a checkpoint: the last epoch's is evaluated" in capsys.readouterr().out
+    assert (
+        "fm_iqa has no dev set that could choose a checkpoint: the last epoch's is evaluated"
+        in capsys.readouterr().out
+    )
 
 
 def keep(run, scores, ties):
@@ -82,14 +101,23 @@ def keep(run, scores, ties):
     for step, score in enumerate(scores, 1):
         folder = run / checkpoint.FOLDER / checkpoint.step_name(step)
         folder.mkdir(parents=True)
-        (folder / "meta.json").write_text(json.dumps({"step": step, "score": score, "skipped_steps": 0, **ties}))
+        (folder / "meta.json").write_text(
+            json.dumps({"step": step, "score": score, "skipped_steps": 0, **ties})
+        )
         checkpoint.keep_best(run, folder.name)
     return checkpoint.read_meta(run / checkpoint.BEST)["step"]
 
 
-@pytest.mark.parametrize(("scores", "first", "last"), [
-    ((0.5, 0.5, 0.5), 1, 3), ((0.2, 0.5, 0.5, 0.4), 2, 3), ((0.5, 0.4, 0.6), 3, 3), ((0.6, None, 0.5), 1, 1), ((0.0, 0.0), 1, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("scores", "first", "last"),
+    [
+        ((0.5, 0.5, 0.5), 1, 3),
+        ((0.2, 0.5, 0.5, 0.4), 2, 3),
+        ((0.5, 0.4, 0.6), 3, 3),
+        ((0.6, None, 0.5), 1, 1),
+        ((0.0, 0.0), 1, 2),
+    ],
+)
 def test_of_ties_the_first_or_the_last_is_kept(tmp_path, scores, first, last):
     assert keep(tmp_path / "none", scores, {}) == first  # checkpoints of before say nothing of ties
     assert keep(tmp_path / "first", scores, {"ties": "first"}) == first
@@ -99,7 +127,9 @@ def test_of_ties_the_first_or_the_last_is_kept(tmp_path, scores, first, last):
 def test_a_run_keeps_the_last_of_ties(finetune, tmp_path):
     """At a rate of nothing every epoch scores alike."""
     for ties, step in (("first", 3), ("last", 9)):
-        code, printed = finetune("scenes_xvnli", f"name={ties}", "optim.lr=1e-30", "epochs=3", f"select_ties={ties}")
+        code, printed = finetune(
+            "scenes_xvnli", f"name={ties}", "optim.lr=1e-30", "epochs=3", f"select_ties={ties}"
+        )
         assert code == 0 and checkpoint.read_meta(tmp_path / ties / "best")["step"] == step, printed
 
 
@@ -113,7 +143,10 @@ def test_retrieval_is_chosen_by_the_score_that_is_asked_for(finetune, tmp_path, 
     config = load(FinetuneConfig, tmp_path / "recall_at_1" / "config.json")
     model = UnifiedModel.from_pretrained(tmp_path / "recall_at_1" / "best").eval()
     tokenizer = Tokenizer.load(tokenizer_at(config.model))
-    items, pictures = merge(list(read_split(config, "dev", "en"))), Pixels(open_pictures(scenes / "images.tar"), 16)
+    items, pictures = (
+        merge(list(read_split(config, "dev", "en"))),
+        Pixels(open_pictures(scenes / "images.tar"), 16),
+    )
     figures = retrieve(model, items, pictures, tokenizer, config.length, None, tmp_path / "states")
     assert found["recall_at_1"]["score"] == pytest.approx((figures["i2t_r1"] + figures["t2i_r1"]) / 2)
     assert found["mean_recall"]["score"] == pytest.approx(figures["mean_recall"])

@@ -24,7 +24,10 @@ class IdsBelow:
 
 
 def members_of(number):
-    return {"json": json.dumps({"captions": {"en": [f"thing {number}"]}}).encode(), "a.png": bytes([number]) * number}
+    return {
+        "json": json.dumps({"captions": {"en": [f"thing {number}"]}}).encode(),
+        "a.png": bytes([number]) * number,
+    }
 
 
 @pytest.fixture
@@ -64,19 +67,34 @@ def test_webdataset_reads_our_shards(pictures):
 def test_we_read_shards_of_webdataset(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "en-7.tar"), encoder=False) as writer:
         for number in range(6):
-            writer.write({"__key__": f"long/{'x' * 90}/v1-{number}", "PNG": b"p" * 600, "txt": b"t", "cls.v2": b"2"})
+            writer.write(
+                {"__key__": f"long/{'x' * 90}/v1-{number}", "PNG": b"p" * 600, "txt": b"t", "cls.v2": b"2"}
+            )
     manifest = index_folder(tmp_path, "image_text")
     assert manifest["shards"][0]["samples"] == 6 and manifest["shards"][0]["language"] == "en"
     sample = Source(tmp_path, verify=True).sample("en", 5)
     peer = list(webdataset.WebDataset(str(tmp_path / "en-7.tar"), shardshuffle=False))[5]
     assert sample.key == peer["__key__"]
-    assert {name: sample.read(name) for name in sample.members} == {k: v for k, v in peer.items() if k[0] != "_"}
+    assert {name: sample.read(name) for name in sample.members} == {
+        k: v for k, v in peer.items() if k[0] != "_"
+    }
 
 
 def test_indexing_groups_as_webdataset_does(tmp_path):
-    """Dots, folders, meta members, members without an extension. One key in two places is one sample here alone."""
+    """Dots, folders, meta members, members without an extension. One key in two places is one sample here
+    alone."""
     path = tmp_path / "en.tar"
-    names = ["a/b.c/x.png", "__meta__/y.txt", "a/b.c/x.v1.txt", "README", "k.txt", "z.txt", "k.png", "ü.txt", "__m__"]
+    names = [
+        "a/b.c/x.png",
+        "__meta__/y.txt",
+        "a/b.c/x.v1.txt",
+        "README",
+        "k.txt",
+        "z.txt",
+        "k.png",
+        "ü.txt",
+        "__m__",
+    ]
     with tarfile.open(path, "w") as tar:
         folder = tarfile.TarInfo("a.folder")
         folder.type = tarfile.DIRTYPE
@@ -85,7 +103,10 @@ def test_indexing_groups_as_webdataset_does(tmp_path):
             member = tarfile.TarInfo(name)
             member.size = len(name)
             tar.addfile(member, io.BytesIO(name.encode()[: len(name)]))
-    peer = [(s["__key__"], {k for k in s if k[0] != "_"}) for s in webdataset.WebDataset(str(path), shardshuffle=False)]
+    peer = [
+        (s["__key__"], {k for k in s if k[0] != "_"})
+        for s in webdataset.WebDataset(str(path), shardshuffle=False)
+    ]
     assert [peer.pop(i) for i in (3, 1)] == [("k", {"png"}), ("k", {"txt"})]
     found = {key: set(members) for key, members, _ in index_shard(path)["samples"]}
     assert list(found.items()) == [peer[0], ("k", {"txt", "png"}), *peer[1:]]
@@ -101,7 +122,13 @@ def test_packed_rows_come_back(tmp_path, kind, sides, vocabulary):
             writer.write_rows(language, rows[language][5:])
     source = Source(tmp_path, kind, tokenizer=f"hash-{vocabulary}", verify=True)
     assert {language: source.size(language) for language in rows} == {"de": BLOCK_ROWS + 50, "ru": 7}
-    for language, number in [("de", 0), ("de", BLOCK_ROWS - 1), ("de", BLOCK_ROWS), ("de", BLOCK_ROWS + 49), ("ru", 6)]:
+    for language, number in [
+        ("de", 0),
+        ("de", BLOCK_ROWS - 1),
+        ("de", BLOCK_ROWS),
+        ("de", BLOCK_ROWS + 49),
+        ("ru", 6),
+    ]:
         got = source.row(language, number)
         expected = rows[language][number] if sides == 2 else [rows[language][number]]
         assert [ids.tolist() for ids in got] == [ids.tolist() for ids in expected]
@@ -110,14 +137,21 @@ def test_packed_rows_come_back(tmp_path, kind, sides, vocabulary):
 
 def test_a_failed_writer_leaves_the_old_source(pictures):
     before = {path.name: path.read_bytes() for path in pictures.iterdir()}
-    with pytest.raises(RuntimeError, match="stop"), ShardWriter(pictures, "image_text", max_samples=2) as writer:
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        ShardWriter(pictures, "image_text", max_samples=2) as writer,
+    ):
         for number in range(5):
             writer.write(f"new{number}", members_of(number))
         raise RuntimeError("stop")
     assert {path.name: path.read_bytes() for path in pictures.iterdir()} == before
     with ShardWriter(pictures, "image_text") as writer:
         writer.write("new", members_of(3))
-    assert {path.name for path in pictures.iterdir()} == {"manifest.json", "en-000000.tar", "en-000000.index.json"}
+    assert {path.name for path in pictures.iterdir()} == {
+        "manifest.json",
+        "en-000000.tar",
+        "en-000000.index.json",
+    }
 
 
 def test_the_same_input_makes_the_same_bytes(tmp_path):
@@ -146,7 +180,10 @@ def test_bad_writes(tmp_path):
             with pytest.raises(ValueError, match="non-empty"):
                 writer.write_rows("de", [row])
         writer.write_rows("de", [([5], [6])])
-    with pytest.raises(ValueError, match="outside"), ShardWriter(tmp_path / "u", "text", IdsBelow(60)) as writer:
+    with (
+        pytest.raises(ValueError, match="outside"),
+        ShardWriter(tmp_path / "u", "text", IdsBelow(60)) as writer,
+    ):
         writer.write_rows("de", [[5, 60]])
     assert not (tmp_path / "u/manifest.json").exists()
 
@@ -241,7 +278,9 @@ def test_command(pictures):
     done = subprocess.run([*command, pictures, "image_text"], capture_output=True, text=True, check=True)
     assert "4 shards, 10 samples" in done.stdout and not done.stderr
     assert len(Source(pictures, verify=True)) == 10
-    failed = subprocess.run([*command, pictures / "none", "image_text"], capture_output=True, text=True, check=False)
+    failed = subprocess.run(
+        [*command, pictures / "none", "image_text"], capture_output=True, text=True, check=False
+    )
     assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
 
 
@@ -265,7 +304,9 @@ def test_remote_sources(pictures, tmp_path, scheme):
     shard.unlink()
     with pytest.raises(UserError, match="could not fetch|exit status"):
         source.sample("en", 0)
-    assert not [path for path in folder.iterdir() if "en-000000" in path.name and not path.name.endswith(".lock")]
+    assert not [
+        path for path in folder.iterdir() if "en-000000" in path.name and not path.name.endswith(".lock")
+    ]
 
 
 def test_bad_bases(tmp_path, monkeypatch):
@@ -284,7 +325,9 @@ def test_bad_bases(tmp_path, monkeypatch):
 
 def test_processes_may_fetch_at_once(pictures, tmp_path):
     base, log = f"pipe:echo x >> {tmp_path}/log; sleep 0.1; cat {pictures}/{{name}}", tmp_path / "log"
-    entry = next(s for s in json.loads((pictures / "manifest.json").read_text())["shards"] if s["language"] == "de")
+    entry = next(
+        s for s in json.loads((pictures / "manifest.json").read_text())["shards"] if s["language"] == "de"
+    )
     arguments = [base, entry["name"], str(tmp_path), entry["bytes"], entry["sha256"]]
     code = f"from raylib.data.fetch import fetch; fetch(*{arguments!r})"
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
@@ -299,4 +342,6 @@ def test_a_source_written_anew_is_fetched_anew(tmp_path):
     for word in (b"old", b"new"):
         with ShardWriter(tmp_path / "source", "image_text") as writer:
             writer.write("k", {"txt": word})
-        assert Source(f"file://{tmp_path}/source", cache=tmp_path / "cache").sample("en", 0).read("txt") == word
+        assert (
+            Source(f"file://{tmp_path}/source", cache=tmp_path / "cache").sample("en", 0).read("txt") == word
+        )

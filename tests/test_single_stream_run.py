@@ -18,8 +18,16 @@ def finetune(tmp_path, scenes, capsys):
     """`finetune(task, *settings)` -> (result.json or None, what was printed)."""
 
     def run(task, *settings):
-        own = [f"data={scenes}", f"runs={tmp_path}", "name=run", "batch=16", "epochs=2", 'languages=["en","ru"]',
-               "fit.bf16=false", "fit.loader_workers=0"]  # fmt: skip
+        own = [
+            f"data={scenes}",
+            f"runs={tmp_path}",
+            "name=run",
+            "batch=16",
+            "epochs=2",
+            'languages=["en","ru"]',
+            "fit.bf16=false",
+            "fit.loader_workers=0",
+        ]
         code = main([f"scenes_{task}", *own, *settings])
         captured = capsys.readouterr()
         result = json.loads((tmp_path / "run" / "result.json").read_text()) if code == 0 else None
@@ -28,8 +36,10 @@ def finetune(tmp_path, scenes, capsys):
     return run
 
 
-@pytest.mark.parametrize(("backbone", "kind", "store", "task"), [
-    ("uc2", "xlmr", "lmdb", "xgqa"), ("muniter", "bert", "h5", "marvl"), ("m3p", "xlmr", "npz", "xvnli")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("backbone", "kind", "store", "task"),
+    [("uc2", "xlmr", "lmdb", "xgqa"), ("muniter", "bert", "h5", "marvl"), ("m3p", "xlmr", "npz", "xvnli")],
+)
 def test_a_run_from_a_text_folder(finetune, tmp_path, scenes, backbone, kind, store, task):
     """Trained, evaluated, read again and gone on from."""
     text = text_folder(tmp_path / "text", kind)
@@ -39,7 +49,9 @@ def test_a_run_from_a_text_folder(finetune, tmp_path, scenes, backbone, kind, st
     assert found, printed
     assert set(found["accuracy"]) == {"en", "ru"} and found["trainable"] < found["params"]
     weights = load_file(tmp_path / "run" / "best" / "model.safetensors")
-    assert weights["backbone.regions.feature.weight"].shape[1] == 6 and not any(name.startswith("regions.") for name in weights)
+    assert weights["backbone.regions.feature.weight"].shape[1] == 6 and not any(
+        name.startswith("regions.") for name in weights
+    )
     word = load_file(text / "model.safetensors")
     word = next(value for name, value in word.items() if name.endswith("word_embeddings.weight"))
     assert weights["backbone.embedding.word.weight"].equal(word)  # frozen: as it was read
@@ -48,24 +60,35 @@ def test_a_run_from_a_text_folder(finetune, tmp_path, scenes, backbone, kind, st
 
 
 def test_a_run_from_published_weights_and_its_methods(finetune, tmp_path, scenes):
-    """UC2's own file with a tokenizer beside it; in bf16, pruned by one round, and unfrozen layer by layer."""
+    """UC2's own file with a tokenizer beside it; in bf16, pruned by one round, and unfrozen layer by
+    layer."""
     parts = published.make_parts("uc2")
     parts["word"], parts["position"] = torch.randn(12000, published.WIDTH), torch.randn(66, published.WIDTH)
     file = published.write(tmp_path / "uc2", {k: v.float() for k, v in published.as_uc2(parts).items()})
     shutil.copy2(DATA / "tokenizer.model", file.parent)
     path = write_regions(tmp_path, "npz", regions_of(scenes, "xgqa"))
-    found, printed = finetune("xgqa", f"model={file}", "backbone=uc2", f"regions={path}", "strategies.sparse.rounds=1",
-                              "strategies.unfreezing.layers=1", "fit.bf16=true")  # fmt: skip
+    found, printed = finetune(
+        "xgqa",
+        f"model={file}",
+        "backbone=uc2",
+        f"regions={path}",
+        "strategies.sparse.rounds=1",
+        "strategies.unfreezing.layers=1",
+        "fit.bf16=true",
+    )
     assert found, printed
     assert found["sparsity_prunable"] == pytest.approx(0.1, abs=1e-3)
 
 
-@pytest.mark.parametrize(("task", "settings", "words"), [
-    ("xgqa", [], "regions= is missing: uc2 sees region features, not pictures"),
-    ("xflickrco", [], "retrieval encodes texts and pictures apart; uc2 reads them together"),
-    ("xgqa", ['freeze=["vision"]'], "uc2 has no part 'vision'; it has: embeddings"),
-    ("xgqa", ["vision=/nowhere"], "vision= is for backbones with an image encoder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "settings", "words"),
+    [
+        ("xgqa", [], "regions= is missing: uc2 sees region features, not pictures"),
+        ("xflickrco", [], "retrieval encodes texts and pictures apart; uc2 reads them together"),
+        ("xgqa", ['freeze=["vision"]'], "uc2 has no part 'vision'; it has: embeddings"),
+        ("xgqa", ["vision=/nowhere"], "vision= is for backbones with an image encoder"),
+    ],
+)
 def test_mistakes_are_one_line(finetune, tmp_path, scenes, task, settings, words):
     text = text_folder(tmp_path / "text", "xlmr")
     if settings:

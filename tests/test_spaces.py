@@ -1,4 +1,5 @@
-"""Spaces without Ray: what they hold, how they become settings of a config, what is refused before any trial."""
+"""Spaces without Ray: what they hold, how they become settings of a config, what is refused before any
+trial."""
 
 import itertools
 import math
@@ -33,23 +34,39 @@ class Whole(Config):
 
 KNOBS = {
     "lr": Float(0.1, 10, log=True),
-    "how": OneOf(none={}, small={"inner.rate": Float(0, 1), "inner.size": 4}, large={"inner.rate": Float(2, 3), "more": OneOf(
-        a={}, b={"inner.size": Int(5, 6)})}),
+    "how": OneOf(
+        none={},
+        small={"inner.rate": Float(0, 1), "inner.size": 4},
+        large={"inner.rate": Float(2, 3), "more": OneOf(a={}, b={"inner.size": Int(5, 6)})},
+    ),
     "parts": Each(2, Choice(0.5, 1.5)),
-}  # fmt: skip
+}
 
 
 def test_alternatives_have_knobs_of_their_own():
     setting = {"lr": 1.0, "how": "small", "inner.rate@small": 0.25, "parts[0]": 0.5, "parts[1]": 1.5}
     assert space.read(KNOBS, setting) == {"lr": 1.0, "inner.rate": 0.25, "inner.size": 4, "parts": [0.5, 1.5]}
-    other = {"lr": 1.0, "how": "large", "inner.rate@large": 2.5, "more": "b", "inner.size": 6, "parts[0]": 0.5, "parts[1]": 0.5}
-    assert change(Whole(), space.read(KNOBS, other)) == Whole(lr=1, inner=Inner(rate=2.5, size=6), parts=(0.5, 0.5))
+    other = {
+        "lr": 1.0,
+        "how": "large",
+        "inner.rate@large": 2.5,
+        "more": "b",
+        "inner.size": 6,
+        "parts[0]": 0.5,
+        "parts[1]": 0.5,
+    }
+    assert change(Whole(), space.read(KNOBS, other)) == Whole(
+        lr=1, inner=Inner(rate=2.5, size=6), parts=(0.5, 0.5)
+    )
 
 
 def test_all_combinations_of_alternatives_are_gone_through():
     assert sorted(tuple(sorted(a.items())) for a in space.alternatives(KNOBS)) == [
-        (("how", "large"), ("more", "a")), (("how", "large"), ("more", "b")), (("how", "none"),), (("how", "small"),),
-    ]  # fmt: skip
+        (("how", "large"), ("more", "a")),
+        (("how", "large"), ("more", "b")),
+        (("how", "none"),),
+        (("how", "small"),),
+    ]
 
 
 def test_corners_reach_every_end_of_every_knob():
@@ -57,7 +74,12 @@ def test_corners_reach_every_end_of_every_knob():
     for _, values in space.corners(KNOBS):
         for path, value in values.items():
             reached.setdefault(path, set()).update(value if isinstance(value, list) else [value])
-    assert reached == {"lr": {0.1, 10}, "inner.rate": {0, 1, 2, 3}, "inner.size": {4, 5, 6}, "parts": {0.5, 1.5}}
+    assert reached == {
+        "lr": {0.1, 10},
+        "inner.rate": {0, 1, 2, 3},
+        "inner.size": {4, 5, 6},
+        "parts": {0.5, 1.5},
+    }
 
 
 @pytest.mark.parametrize(
@@ -65,8 +87,14 @@ def test_corners_reach_every_end_of_every_knob():
     [
         ({"lr": 1.0, "how": "none", "parts[0]": 0.5}, "says nothing of parts[1]"),
         ({"lr": 11.0, "how": "none", "parts[0]": 0.5, "parts[1]": 0.5}, "lr=11.0 is not in 0.1 to 10"),
-        ({"lr": 1.0, "how": "none", "more": "a", "parts[0]": 0.5, "parts[1]": 0.5}, "more, which is no knob beside"),
-        ({"lr": 1.0, "how": "odd", "parts[0]": 0.5, "parts[1]": 0.5}, "how=odd is not in one of none, small, large"),
+        (
+            {"lr": 1.0, "how": "none", "more": "a", "parts[0]": 0.5, "parts[1]": 0.5},
+            "more, which is no knob beside",
+        ),
+        (
+            {"lr": 1.0, "how": "odd", "parts[0]": 0.5, "parts[1]": 0.5},
+            "how=odd is not in one of none, small, large",
+        ),
     ],
 )
 def test_settings_outside_of_the_space_are_refused(setting, words):
@@ -85,7 +113,11 @@ def test_settings_outside_of_the_space_are_refused(setting, words):
         ({"lr": Float(2, 1)}, {}, "lr: 2 to 1 is empty"),
         ({"lr": Choice()}, {}, "is empty"),
         ({"lr": Float(0, 1, log=True)}, {}, "no logarithm everywhere"),
-        ({"lr": Float(0, 1)}, {"published": ({"lr": 2.0},)}, "its published settings: lr=2.0 is not in 0 to 1"),
+        (
+            {"lr": Float(0, 1)},
+            {"published": ({"lr": 2.0},)},
+            "its published settings: lr=2.0 is not in 0 to 1",
+        ),
         ({"lr": Float(0, 1)}, {"grid": {"lr": (0.5, 4.0)}}, "lr=4.0 is not in 0 to 1"),
     ],
 )
@@ -104,14 +136,19 @@ def test_every_path_of_every_space_resolves_against_its_recipe(name):
         change(base, space.read(chosen.knobs, setting))
 
 
-@pytest.mark.parametrize("name", sorted(set(SPACES) - {"alignment", "best_of_all", "best_of_scenes", "sparse"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(SPACES) - {"alignment", "best_of_all", "best_of_scenes", "sparse"})
+)
 def test_what_is_published_is_what_the_recipe_does(name):
     chosen = SPACES[name]
     base = {**FINETUNE, **PRETRAIN}[chosen.recipe]()
     settled = space.read(chosen.knobs, chosen.published[0])
     changed = change(base, settled)
     for path in settled:
-        usual = {"strategies.distillation.layers": (3, 6, 9, 12), "strategies.distillation.weights": (1, 1, 1, 1)}.get(path)
+        usual = {
+            "strategies.distillation.layers": (3, 6, 9, 12),
+            "strategies.distillation.weights": (1, 1, 1, 1),
+        }.get(path)
         assert _at(changed, path) == (usual if _at(base, path) is None else _at(base, path)), path
 
 
@@ -150,7 +187,11 @@ def test_a_space_of_ones_own_is_a_file(tmp_path, capsys):
     assert name == "mine" and chosen.knobs == {"optim.lr": Float(1e-5, 1e-3, log=True)}
     assert main([str(own)]) == 0 and "optim.lr: 1e-05 to 0.001, log-uniform" in capsys.readouterr().out
     own.write_text("SPAC = {}\n")
-    for given, words in ((str(own), "defines no SPACE"), (f"{own}.py", "no such file"), ("prio", "did you mean prior")):
+    for given, words in (
+        (str(own), "defines no SPACE"),
+        (f"{own}.py", "no such file"),
+        ("prio", "did you mean prior"),
+    ):
         with pytest.raises(UserError, match=words):
             open_space(given)
 
@@ -170,13 +211,24 @@ def test_intervals_and_fronts_against_slow_references():
     from raylib.tune.sweep import Row
 
     mean, half = t_interval([0.1, 0.4, 0.7])
-    assert math.isclose(mean, 0.4) and math.isclose(half, 4.302653 * 0.3 / 3**0.5, rel_tol=1e-6)  # t of 2 degrees of freedom
+    assert math.isclose(mean, 0.4) and math.isclose(
+        half, 4.302653 * 0.3 / 3**0.5, rel_tol=1e-6
+    )  # t of 2 degrees of freedom
     assert t_interval([0.3]) == (0.3, None)
     points = [(1, 5), (2, 4), (2, 3), (3, 3), (3, 3), (0, 6), (1, 4)]
-    rows = [Row(str(i), "finished", {}, {"a": a, "b": b}, 1, 1, 1, None, None) for i, (a, b) in enumerate(points)]
+    rows = [
+        Row(str(i), "finished", {}, {"a": a, "b": b}, 1, 1, 1, None, None) for i, (a, b) in enumerate(points)
+    ]
     kept = {int(row.id) for row in front(rows, ("a", "b"))}
-    assert kept == {i for i, (a, b) in enumerate(points)
-                    if not any((c >= a and d >= b) and (c, d) != (a, b) for c, d in points)} == {0, 1, 3, 4, 5}  # fmt: skip
+    assert (
+        kept
+        == {
+            i
+            for i, (a, b) in enumerate(points)
+            if not any((c >= a and d >= b) and (c, d) != (a, b) for c, d in points)
+        }
+        == {0, 1, 3, 4, 5}
+    )
 
 
 def test_help_lists_every_space():

@@ -69,17 +69,31 @@ def test_bad_picture_stores_are_named(folder, tmp_path):
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 def test_layouts_of_official_pictures(tmp_path, kind):
-    """MaRVL's names come again in each language, NLVR2's lie two folders deep, MSCOCO's are names or numbers."""
-    files = {"id/images/1-Angsa/1-5.jpg": 1, "zh/images/1-Tian/1-5.jpg": 2, "zh/images/1-Tian/1-6.jpg": 3,
-             "images/train/12/train-7-0-img0.png": 4, "val2014/COCO_val2014_000000000042.jpg": 5}  # fmt: skip
+    """MaRVL's names come again in each language, NLVR2's lie two folders deep, MSCOCO's are names or
+    numbers."""
+    files = {
+        "id/images/1-Angsa/1-5.jpg": 1,
+        "zh/images/1-Tian/1-5.jpg": 2,
+        "zh/images/1-Tian/1-6.jpg": 3,
+        "images/train/12/train-7-0-img0.png": 4,
+        "val2014/COCO_val2014_000000000042.jpg": 5,
+    }
     for name, shade in files.items():
         (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(tmp_path / "p" / name), np.full((4, 4, 3), shade * 10, np.uint8))
     store = open_pictures(tmp_path / "p" if kind == "folder" else packed(tmp_path / "p", tmp_path / "p.tar"))
-    wanted = {"id/1-5.jpg": 1, "zh/1-5.jpg": 2, "zh/1-6.jpg": 3, "train-7-0-img0": 4, "000000000042": 5,
-              "COCO_val2014_000000000042.jpg": 5}  # fmt: skip
+    wanted = {
+        "id/1-5.jpg": 1,
+        "zh/1-5.jpg": 2,
+        "zh/1-6.jpg": 3,
+        "train-7-0-img0": 4,
+        "000000000042": 5,
+        "COCO_val2014_000000000042.jpg": 5,
+    }
     assert {name: round(store.read(name).mean() / 10) for name in wanted} == wanted
-    with pytest.raises(UserError, match=r"2 pictures called '1-5.jpg': .*1-(Angsa|Tian)/1-5.jpg, .*; leave one"):
+    with pytest.raises(
+        UserError, match=r"2 pictures called '1-5.jpg': .*1-(Angsa|Tian)/1-5.jpg, .*; leave one"
+    ):
         store.read("1-5.jpg")
     for missing in ("id/1-6.jpg", "sw/1-5.jpg"):  # another language's are not these
         with pytest.raises(UserError, match=f"no picture '{missing}'"):
@@ -113,8 +127,11 @@ def test_a_tar_of_pictures_that_is_damaged_or_compressed_is_refused(folder, tmp_
     data = packed(folder, tmp_path / "p.tar").read_bytes()
     with tarfile.open(tmp_path / "p.tar") as tar:
         last = tar.getmembers()[-1].offset
-    faults = {"damaged": data[:last] + b"?" * 512 + data[last + 512 :], "damaged or truncated": data[: last + 600],
-              "no uncompressed tar": gzip.compress(data)}  # fmt: skip
+    faults = {
+        "damaged": data[:last] + b"?" * 512 + data[last + 512 :],
+        "damaged or truncated": data[: last + 600],
+        "no uncompressed tar": gzip.compress(data),
+    }
     for words, content in faults.items():
         (tmp_path / "p.tar").write_bytes(content)
         with pytest.raises(UserError, match=f"p.tar: {words}"):
@@ -140,7 +157,10 @@ def write_lmdb(path, values):
 
 def write_store(kind, tmp_path):
     if kind == "lmdb":
-        values = {"7": pickle.dumps(record()), "8": pickle.dumps(record(boxes=b64(BOXES), img_h=np.int64(20)))}
+        values = {
+            "7": pickle.dumps(record()),
+            "8": pickle.dumps(record(boxes=b64(BOXES), img_h=np.int64(20))),
+        }
         return write_lmdb(tmp_path / "lmdb", {**values, "keys": pickle.dumps([b"7", b"8"])})
     if kind == "h5":
         import h5py
@@ -152,7 +172,9 @@ def write_store(kind, tmp_path):
         return tmp_path / "r.h5"
     if kind == "tsv":
         row = [20, 40, "x", "x", "x", "x", 2, b64(BOXES).decode(), b64(FEATURES).decode()]
-        (tmp_path / "r.tsv").write_text("".join("\t".join(map(str, [name, *row])) + "\n" for name in ("7", "8")))
+        (tmp_path / "r.tsv").write_text(
+            "".join("\t".join(map(str, [name, *row])) + "\n" for name in ("7", "8"))
+        )
         return tmp_path / "r.tsv"
     if kind == "flat.h5":
         return write_flat_h5(tmp_path / "flat.h5", wh=[[40, 20], [40, 20]])
@@ -161,8 +183,14 @@ def write_store(kind, tmp_path):
         if kind == "npz":
             np.savez(tmp_path / kind / f"{name}.npz", features=FEATURES, boxes=BOXES, img_h=20, img_w=40)
         elif kind == "npy":
-            info = {"bbox": BOXES, "num_boxes": 2, "objects": np.zeros(2, np.int64), "image_width": 40, "image_height": 20,
-                    "cls_prob": np.ones((2, 5), np.float32)}  # fmt: skip
+            info = {
+                "bbox": BOXES,
+                "num_boxes": 2,
+                "objects": np.zeros(2, np.int64),
+                "image_width": 40,
+                "image_height": 20,
+                "cls_prob": np.ones((2, 5), np.float32),
+            }
             np.save(tmp_path / kind / f"{name}.npy", FEATURES)
             np.save(tmp_path / kind / f"{name}_info.npy", info)
     return tmp_path / kind
@@ -182,7 +210,9 @@ def test_regions_match_across_normal_forms(tmp_path, kind, stored):
             for key, value in {"features": FEATURES, "boxes": BOXES, "img_h": 20, "img_w": 40}.items():
                 file[f"{name}/{key}"] = value
     elif kind == "tsv":
-        path.write_text("\t".join(map(str, [name, 20, 40, *"xxxx", 2, b64(BOXES).decode(), b64(FEATURES).decode()])))
+        path.write_text(
+            "\t".join(map(str, [name, 20, 40, *"xxxx", 2, b64(BOXES).decode(), b64(FEATURES).decode()]))
+        )
     elif kind == "npz":
         path.mkdir()
         np.savez(path / f"{name}.npz", features=FEATURES, boxes=BOXES, img_h=20, img_w=40)
@@ -201,7 +231,20 @@ def test_regions_in_wrapped_or_url_safe_base64_are_read(tmp_path, encode):
     store = open_regions(write_lmdb(tmp_path / "lmdb", {"7": pickle.dumps(record(features=text))}))
     assert (store.read("7").features == features).all()
     (tmp_path / "r.tsv").write_text(
-        "\t".join(map(str, ["7", 20, 40, *"xxxx", 2, b64(BOXES).decode(), encode(features.tobytes()).decode().replace("\n", "")]))
+        "\t".join(
+            map(
+                str,
+                [
+                    "7",
+                    20,
+                    40,
+                    *"xxxx",
+                    2,
+                    b64(BOXES).decode(),
+                    encode(features.tobytes()).decode().replace("\n", ""),
+                ],
+            )
+        )
     )
     assert (open_regions(tmp_path / "r.tsv").read("7").features == features).all()
     oscar = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
@@ -210,7 +253,9 @@ def test_regions_in_wrapped_or_url_safe_base64_are_read(tmp_path, encode):
 
 
 def test_regions_in_broken_base64_are_named(tmp_path):
-    store = open_regions(write_lmdb(tmp_path / "lmdb", {"7": pickle.dumps(record(features=b64(FEATURES)[:-3] + b"!"))}))
+    store = open_regions(
+        write_lmdb(tmp_path / "lmdb", {"7": pickle.dumps(record(features=b64(FEATURES)[:-3] + b"!"))})
+    )
     with pytest.raises(UserError, match="lmdb, 7, features: no base64 of float32"):
         store.read("7")
 
@@ -261,7 +306,11 @@ def test_a_flat_h5_that_does_not_fit_is_named(tmp_path):
 
 def test_a_folder_of_stores_has_what_each_has(tmp_path):
     """VOLTA's for MaRVL: names come again in every language; NLVR2's are of no language."""
-    shades = {"marvl-id_boxes36.lmdb": {"1-5": 1}, "marvl-zh_boxes36.lmdb": {"1-5": 2, "1-6": 3}, "nlvr2_boxes36.lmdb": {"t": 4}}
+    shades = {
+        "marvl-id_boxes36.lmdb": {"1-5": 1},
+        "marvl-zh_boxes36.lmdb": {"1-5": 2, "1-6": 3},
+        "nlvr2_boxes36.lmdb": {"t": 4},
+    }
     (tmp_path / "r").mkdir()
     for folder, names in shades.items():
         values = {name: pickle.dumps(record(features=FEATURES * 0 + shade)) for name, shade in names.items()}
@@ -269,7 +318,9 @@ def test_a_folder_of_stores_has_what_each_has(tmp_path):
     store = open_regions(tmp_path / "r")
     wanted = {"id/1-5.jpg": 1, "zh/1-5.jpg": 2, "zh/1-6.jpg": 3, "t": 4}
     assert {name: int(store.read(name).features[0, 0]) for name in wanted} == wanted
-    with pytest.raises(UserError, match="regions of '1-5.jpg' in marvl-id_boxes36.lmdb and in marvl-zh_boxes36.lmdb"):
+    with pytest.raises(
+        UserError, match="regions of '1-5.jpg' in marvl-id_boxes36.lmdb and in marvl-zh_boxes36.lmdb"
+    ):
         store.read("1-5.jpg")
     for other in ("id/1-6.jpg", "sw/1-5.jpg"):  # another language's are not these
         with pytest.raises(UserError, match=f"no regions of picture '{other}'"):
@@ -280,8 +331,12 @@ def test_a_folder_of_stores_has_what_each_has(tmp_path):
 
 def test_uc2s_npz_has_boxes_as_shares(tmp_path):
     (tmp_path / "npz").mkdir()
-    shares = np.concatenate([BOXES / [40, 20, 40, 20], np.zeros((2, 3))], 1).astype(np.float16)  # width, height, area: not read
-    np.savez(tmp_path / "npz" / "7.npz", features=FEATURES.astype(np.float16), norm_bb=shares, conf=np.ones(2))
+    shares = np.concatenate([BOXES / [40, 20, 40, 20], np.zeros((2, 3))], 1).astype(
+        np.float16
+    )  # width, height, area: not read
+    np.savez(
+        tmp_path / "npz" / "7.npz", features=FEATURES.astype(np.float16), norm_bb=shares, conf=np.ones(2)
+    )
     regions = open_regions(tmp_path / "npz").read("7")
     where = locations(regions.boxes, regions.height, regions.width, 7)
     assert (regions.features == FEATURES).all() and np.allclose(where, locations(BOXES, 20, 40, 7), atol=1e-3)
@@ -301,8 +356,11 @@ class Evil:
 
 def test_bad_regions_are_named_and_nothing_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    values = {"evil": pickle.dumps({"features": Evil()}), "odd": pickle.dumps(record(features=b64(FEATURES[0][:1]))),
-              "less": pickle.dumps({"features": 1})}  # fmt: skip
+    values = {
+        "evil": pickle.dumps({"features": Evil()}),
+        "odd": pickle.dumps(record(features=b64(FEATURES[0][:1]))),
+        "less": pickle.dumps({"features": 1}),
+    }
     store = open_regions(write_lmdb(tmp_path / "lmdb", values))
     with pytest.raises(UserError, match="evil: not read .*posix.system"):
         store.read("evil")

@@ -1,4 +1,5 @@
-"""Fine-tuning methods: layer rates, masks and terms against slow references; engines agree; any two compose and resume."""
+"""Fine-tuning methods: layer rates, masks and terms against slow references; engines agree; any two compose
+and resume."""
 
 import math
 import os
@@ -81,7 +82,8 @@ def train(engine_class, methods, steps, rank=0, world=1, mask=None, start=None, 
 
 
 def slow_reference(scale, steps, mask=None) -> dict:
-    """The same by hand: an optimizer for each parameter, made anew when it thaws, and a zeroed weight after each step."""
+    """The same by hand: an optimizer for each parameter, made anew when it thaws, and a zeroed weight after
+    each step."""
     model, optimizers = Stack(), {}
     for name, p in model.named_parameters():
         if mask and name in mask:
@@ -97,7 +99,9 @@ def slow_reference(scale, steps, mask=None) -> dict:
                 continue
             if name not in optimizers:
                 decay = OPTIM.weight_decay if p.ndim >= 2 else 0.0
-                optimizers[name] = torch.optim.AdamW([p], betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=decay)
+                optimizers[name] = torch.optim.AdamW(
+                    [p], betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=decay
+                )
             optimizers[name].param_groups[0]["lr"] = OPTIM.lr * factor
             p.grad = gradient
             optimizers[name].step()
@@ -116,12 +120,16 @@ CASES = {
     "decay": {"layer_decay": {"factor": 0.5}},
     "both": {"unfreezing": {"layers": 2}, "layer_decay": {"factor": 0.8}},
 }
-MASK = {f"layers.{i}.weight": torch.rand(6, 6, generator=torch.Generator().manual_seed(i)) > 0.4 for i in range(4)}
+MASK = {
+    f"layers.{i}.weight": torch.rand(6, 6, generator=torch.Generator().manual_seed(i)) > 0.4 for i in range(4)
+}
 
 
 def close(found: dict, wanted: dict) -> None:
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -148,8 +156,11 @@ def zero_and_resume(rank, world, folder):
 
 def torch_workers(rank, world):
     """Every case in plain PyTorch under DDP."""
-    return {(case, mask is None): train(TorchEngine, methods_of(**chosen), 8, rank, world, mask)
-            for case, chosen in CASES.items() for mask in (None, MASK)}  # fmt: skip
+    return {
+        (case, mask is None): train(TorchEngine, methods_of(**chosen), 8, rank, world, mask)
+        for case, chosen in CASES.items()
+        for mask in (None, MASK)
+    }
 
 
 def test_two_workers_in_plain_torch_equal_the_reference():
@@ -173,14 +184,22 @@ def test_zero_2_equals_the_reference_also_after_a_resume_in_mid_phase(world, tmp
 def test_the_bottom_three_of_18_layers_are_never_trained_in_5_epochs():
     """Paper 1: 3 layers an epoch of CCLM's 18, 5 epochs of xGQA."""
     method, steps = ScheduledUnfreezing(layers=3), 10
-    trained = {depth: [method.lr_scale(depth, 18, Progress(e * steps, 5 * steps, e, 5)) for e in range(5)] for depth in range(19)}
+    trained = {
+        depth: [method.lr_scale(depth, 18, Progress(e * steps, 5 * steps, e, 5)) for e in range(5)]
+        for depth in range(19)
+    }
     assert [depth for depth, scales in trained.items() if not any(scales)] == [1, 2, 3]
-    assert trained[18] == trained[16] == trained[0] == [1] * 5 and trained[15] == [0, 1, 1, 1, 1] and trained[4] == [0] * 4 + [1]
+    assert (
+        trained[18] == trained[16] == trained[0] == [1] * 5
+        and trained[15] == [0, 1, 1, 1, 1]
+        and trained[4] == [0] * 4 + [1]
+    )
     assert method.lr_scale(None, 18, Progress(0, 50, 0, 5)) == 1
 
 
 def test_layer_decay_is_the_papers():
-    """l d^(N - i): of 18 layers the bottom one has 70 % of the top one's rate at d = 0.98, 0.5 to 0.8 % at 0.75."""
+    """l d^(N - i): of 18 layers the bottom one has 70 % of the top one's rate at d = 0.98, 0.5 to 0.8 % at
+    0.75."""
     now = Progress(0, 1, 0, 1)
     for factor in (0.98, 0.95, 0.88, 0.75):
         rates = [LayerDecay(factor=factor).lr_scale(i, 18, now) for i in range(19)]
@@ -194,7 +213,10 @@ def test_depths_of_the_unified_model():
     model = make_model()
     depths = {model.depth_of(name) for name, _ in model.named_parameters()}
     assert depths == {None, 0, 1, 2, 3, 4} and model.depths == 4 and model.fusion_depths == 2
-    assert model.depth_of("text.blocks.0.output.weight") == 1 and model.depth_of("fusion.blocks.1.output.weight") == 4
+    assert (
+        model.depth_of("text.blocks.0.output.weight") == 1
+        and model.depth_of("fusion.blocks.1.output.weight") == 4
+    )
     assert model.depth_of("vision.cls") is None and model.depth_of("embedding.word.weight") == 0
     groups = parameter_groups(model, 0.1, model.depth_of)
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
@@ -240,7 +262,10 @@ def test_mask_files(tmp_path):
     masks.write(mask, tmp_path / "masks" / "m.safetensors")
     read = masks.read(tmp_path / "masks" / "m.safetensors")
     assert read.keys() == mask.keys() and all(read[name].equal(kept) for name, kept in mask.items())
-    with pytest.raises(UserError, match=r"m\.safetensors: the mask of another model \(2 tensors do not fit, such as a\.weight\)"):
+    with pytest.raises(
+        UserError,
+        match=r"m\.safetensors: the mask of another model \(2 tensors do not fit, such as a\.weight\)",
+    ):
         masks.apply(Stack(), read, str(tmp_path / "m.safetensors"))
     (tmp_path / "no").write_text("mask")
     for name in ("no", "none"):
@@ -260,10 +285,19 @@ def test_terms_come_together_once():
 
 
 def test_the_prior_on_distances_made_by_hand(tmp_path):
-    """d(dog, poodle) and the rest from the vectors' angles; the term is the mean over the k most probable answers."""
+    """d(dog, poodle) and the rest from the vectors' angles; the term is the mean over the k most probable
+    answers."""
     (tmp_path / "vectors.txt").write_text("dog 1 0\npoodle 1 1\nbus 0 1\n")
     said = []
-    context = Context(tmp_path, tmp_path, ("en",), ("dog", "poodle", "bus", "unheard"), None, tmp_path / "cache", said.append)
+    context = Context(
+        tmp_path,
+        tmp_path,
+        ("en",),
+        ("dog", "poodle", "bus", "unheard"),
+        None,
+        tmp_path / "cache",
+        said.append,
+    )
     prior = LinguisticPrior(k=2, alpha=3).prepare(context)
     assert "unheard" in said[0]
     logits, answer = torch.tensor([[1.0, 2.0, 0.0, -1.0], [0.0, 0.0, 5.0, 4.0]]), torch.tensor([0, 2])
@@ -271,6 +305,8 @@ def test_the_prior_on_distances_made_by_hand(tmp_path):
     p = logits.softmax(1)
     near = 1 - math.sqrt(0.5)
     wanted = [float(p[0, 1]) * near, float(p[1, 3]) * 1.0]
-    assert term.weight == 3 and term.values(logits, {"answer": answer}).tolist() == pytest.approx(wanted, abs=1e-6)
+    assert term.weight == 3 and term.values(logits, {"answer": answer}).tolist() == pytest.approx(
+        wanted, abs=1e-6
+    )
     with pytest.raises(UserError, match=r"prior.k=10, but there are 4 answers"):
         LinguisticPrior().prepare(context)

@@ -33,12 +33,19 @@ SETTINGS = {
     "hard_prompt": ["strategies.hard_prompt.words=a photo of"],
 }
 CALLED = {
-    "prior": "prior (vectors, k 3)", "sparse": "sparse (rate 0.2, rounds 2)", "code_mixing": "code mixing (stages both)",
-    "head_first": "head first (epochs 1)", "unfreezing": "unfreezing (layers 2)",
-    "layer_decay": "layer decay (factor 0.7)", "top_layers": "top layers (layers 3)",
-    "lora": "lora (rank 2)", "adapter": "adapter (bottleneck 4)", "compacter": "compacter (n 2, reduction 4)",
-    "soft_prompt": "soft prompt (words a)", "hard_prompt": "hard prompt (words a photo of)",
-}  # fmt: skip
+    "prior": "prior (vectors, k 3)",
+    "sparse": "sparse (rate 0.2, rounds 2)",
+    "code_mixing": "code mixing (stages both)",
+    "head_first": "head first (epochs 1)",
+    "unfreezing": "unfreezing (layers 2)",
+    "layer_decay": "layer decay (factor 0.7)",
+    "top_layers": "top layers (layers 3)",
+    "lora": "lora (rank 2)",
+    "adapter": "adapter (bottleneck 4)",
+    "compacter": "compacter (n 2, reduction 4)",
+    "soft_prompt": "soft prompt (words a)",
+    "hard_prompt": "hard prompt (words a photo of)",
+}
 TUNING = ("lora", "adapter", "compacter", "soft_prompt")
 # pruning what stands still, or two bottlenecks in one place, makes no sense, and is refused
 REFUSED = {*(("sparse", name) for name in TUNING), ("adapter", "compacter")}
@@ -57,8 +64,8 @@ def weights(folder, step: int = 6) -> dict[str, torch.Tensor]:
 
 
 def same_run(finetune, tmp_path, names):
-    """A run of these methods, whole and interrupted: the same weights. A round has 3 steps, the training after it 6: stopping
-    at 2 is in the first round, at 4 in the last training, after all rounds."""
+    """A run of these methods, whole and interrupted: the same weights. A round has 3 steps, the training
+    after it 6: stopping at 2 is in the first round, at 4 in the last training, after all rounds."""
     stops = (2, 4) if "sparse" in names else (4,)
     chosen = ["select=last", *(setting for name in names for setting in SETTINGS[name])]
     code, printed = finetune("scenes_xgqa", "name=whole", *chosen)
@@ -71,7 +78,12 @@ def same_run(finetune, tmp_path, names):
     assert all(value.equal(parts[key]) for key, value in whole.items())
     found = json.loads((tmp_path / "parts" / "result.json").read_text())
     assert found["method"] == " + ".join(CALLED[name] for name in ANSWERS if name in names)
-    assert found["accuracy"].keys() == found["synonym_accuracy"].keys() == found["confusions"].keys() == {"en", "ru"}
+    assert (
+        found["accuracy"].keys()
+        == found["synonym_accuracy"].keys()
+        == found["confusions"].keys()
+        == {"en", "ru"}
+    )
     return found
 
 
@@ -83,19 +95,24 @@ def test_all_methods_at_once_and_resumed(finetune, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [p for p in itertools.combinations(ANSWERS, 2) if p not in REFUSED], ids="+".join)
+@pytest.mark.parametrize(
+    "names", [p for p in itertools.combinations(ANSWERS, 2) if p not in REFUSED], ids="+".join
+)
 def test_any_two_methods_compose_and_resume(finetune, tmp_path, names):
     same_run(finetune, tmp_path, names)
 
 
 def test_tuned_weights_are_a_file_of_their_own(finetune, tmp_path):
-    """LoRA, resumed in mid-phase of unfreezing; RUN/tuned.safetensors gives a fresh model the run's weights; another run goes
-    on from the model."""
+    """LoRA, resumed in mid-phase of unfreezing; RUN/tuned.safetensors gives a fresh model the run's weights;
+    another run goes on from the model."""
     found = same_run(finetune, tmp_path, ["unfreezing", "lora"])
     run = tmp_path / "whole"
     assert 0 < found["share"] < found["share_with_heads"] < 1 and found["trainable"] < 0.5 * found["params"]
     small = run / "tuned.safetensors"
-    assert small.stat().st_size < 0.3 * (run / "checkpoints" / "step_000006" / "model.safetensors").stat().st_size
+    assert (
+        small.stat().st_size
+        < 0.3 * (run / "checkpoints" / "step_000006" / "model.safetensors").stat().st_size
+    )
     model, _ = build_adapted(load(FinetuneConfig, run / "config.json"))
     tuning.read(model, small)
     trained = weights(run)
@@ -105,12 +122,15 @@ def test_tuned_weights_are_a_file_of_their_own(finetune, tmp_path):
     assert main(["evaluate", str(run)]) == 0 and (run / "predictions" / "ru.jsonl").read_text() == before
     code, printed = finetune("scenes_xgqa", "name=more", f"model={run}", "strategies.lora.rank=2", "epochs=1")
     assert code == 0, printed
-    code, printed = finetune("scenes_xgqa", "name=other", f"model={run}", "strategies.lora.rank=3", "epochs=1")
+    code, printed = finetune(
+        "scenes_xgqa", "name=other", f"model={run}", "strategies.lora.rank=3", "epochs=1"
+    )
     assert code == 2 and "give the same settings" in printed
 
 
 def test_sparse_fine_tuning_rewinds_and_keeps_what_is_pruned_at_zero(finetune, tmp_path):
-    """Two rounds of 20 %; the survivors begin at the pretrained weights, what is gone stays zero; code-mixed at the end."""
+    """Two rounds of 20 %; the survivors begin at the pretrained weights, what is gone stays zero; code-mixed
+    at the end."""
     settings = ["select=last", *SETTINGS["sparse"], "epochs=1"]
     assert finetune("scenes_xgqa", "name=sparse", *settings)[0] == 0
     first, last = (masks.read(tmp_path / "sparse" / "masks" / f"round_{n}.safetensors") for n in (1, 2))
@@ -132,11 +152,17 @@ def test_sparse_fine_tuning_rewinds_and_keeps_what_is_pruned_at_zero(finetune, t
 
 
 def test_without_rewinding_rounds_go_on_from_trained_weights(finetune, tmp_path):
-    """The public code's rewinding, which is none: another mask after the second round, the same after the first."""
+    """The public code's rewinding, which is none: another mask after the second round, the same after the
+    first."""
     settings = ["select=last", *SETTINGS["sparse"], "epochs=1"]
     for rewind in ("initial", "none"):
-        assert finetune("scenes_xgqa", f"name={rewind}", f"strategies.sparse.rewind={rewind}", *settings)[0] == 0
-    found = [[masks.read(tmp_path / name / "masks" / f"round_{n}.safetensors") for n in (1, 2)] for name in ("initial", "none")]
+        assert (
+            finetune("scenes_xgqa", f"name={rewind}", f"strategies.sparse.rewind={rewind}", *settings)[0] == 0
+        )
+    found = [
+        [masks.read(tmp_path / name / "masks" / f"round_{n}.safetensors") for n in (1, 2)]
+        for name in ("initial", "none")
+    ]
     assert all(kept.equal(found[1][0][name]) for name, kept in found[0][0].items())
     assert any(not kept.equal(found[1][1][name]) for name, kept in found[0][1].items())
     start = weights(tmp_path / "none" / "round_1", 3)
@@ -147,7 +173,10 @@ def test_without_rewinding_rounds_go_on_from_trained_weights(finetune, tmp_path)
 def test_retrieval_takes_what_needs_no_answers(finetune, tmp_path):
     chosen = SETTINGS["code_mixing"] + SETTINGS["unfreezing"] + SETTINGS["layer_decay"]
     code, printed = finetune("scenes_xflickrco", "name=mixed", *chosen)
-    assert code == 0 and "code mixing (stages both) + unfreezing (layers 2) + layer decay (factor 0.7)" in printed
+    assert (
+        code == 0
+        and "code mixing (stages both) + unfreezing (layers 2) + layer decay (factor 0.7)" in printed
+    )
     code, printed = finetune("scenes_xflickrco", "name=prior", "strategies.prior.k=3")
     assert code == 2 and "strategies.prior: this task has no answers" in printed
 
@@ -158,34 +187,44 @@ def test_retrieval_takes_what_needs_no_answers(finetune, tmp_path):
         (["strategies.prior.k=1000"], "strategies.prior.k=1000, but there are"),
         (["strategies.prior.alfa=1"], "did you mean strategies.prior.alpha"),
         (["strategies.unfreezing.layers=5"], "strategies.unfreezing.layers=5, but the model has 4 layers"),
-        (["strategies.code_mixing.languages=[\"xx\"]"], "xx"),
+        (['strategies.code_mixing.languages=["xx"]'], "xx"),
         (["strategies.sparse.mask=none"], "none: no pruning mask is read there"),
-        (["strategies.sparse.epochs=3"], "strategies.sparse.epochs=3: a round is cut out of a run of epochs=2"),
+        (
+            ["strategies.sparse.epochs=3"],
+            "strategies.sparse.epochs=3: a round is cut out of a run of epochs=2",
+        ),
         (["strategies.prior.k=3", "setting=translate_test"], "setting=translate_test trains nothing"),
         (["strategies.code_mixing={}", "setting=few_shot"], "strategies.code_mixing mixes English texts"),
         (["setting=few_shot", "resume=best"], "resume=newest alone"),
         (["wordnet=none"], "wordnet=none: no such folder"),
         (["backbone=uc2"], "is a model of ours on the backbone unified"),
         (["strategies.prior.vectors=none.txt"], "none.txt: no such file"),
-        (["strategies.sparse.rounds=2", "strategies.lora={}"], "strategies.sparse prunes what strategies.lora freezes"),
+        (
+            ["strategies.sparse.rounds=2", "strategies.lora={}"],
+            "strategies.sparse prunes what strategies.lora freezes",
+        ),
         (["strategies.adapter={}", "strategies.compacter={}"], "want the same places"),
         (["strategies.compacter.n=3", "strategies.compacter.reduction=4"], "no multiple of n 3"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_line(finetune, settings, words):
     code, printed = finetune("scenes_xgqa", "name=wrong", *settings)
     assert code == 2 and words in printed and printed.strip().splitlines()[-1].startswith("error: ")
 
 
 def test_dictionaries_are_there_for_every_language(scenes):
-    assert {path.name for path in (scenes / "dictionaries").iterdir()} == {f"{code}2.txt" for code in LANGUAGES if code != "en"}
+    assert {path.name for path in (scenes / "dictionaries").iterdir()} == {
+        f"{code}2.txt" for code in LANGUAGES if code != "en"
+    }
 
 
 def test_a_run_that_moves_goes_on_in_mid_cycle(finetune, tmp_path):
     """Stopped in the second round, which has a mask, in a folder that is then called otherwise."""
     chosen = ["select=last", *SETTINGS["sparse"], "name=moved"]
     assert finetune("scenes_xgqa", *chosen, "fit.stop_after=2")[0] == 0
-    assert finetune("scenes_xgqa", *chosen, f"runs={tmp_path}", "fit.stop_after=3")[0] == 0  # to the end of both rounds
+    assert (
+        finetune("scenes_xgqa", *chosen, f"runs={tmp_path}", "fit.stop_after=3")[0] == 0
+    )  # to the end of both rounds
     shutil.rmtree(tmp_path / "moved" / "checkpoints")
     (tmp_path / "moved" / "round_2" / "part.json").unlink()
     (tmp_path / "elsewhere").mkdir()

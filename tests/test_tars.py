@@ -81,8 +81,17 @@ def test_scan_joins_members_that_lie_apart(folder, tmp_path):
     assert Source(tmp_path, verify=True).sample("en", 7).key in files_of(folder)
 
 
-@pytest.mark.parametrize("arguments", [(".",), ("-b", "1", "."), ("-b", "127", "."), ("--format=pax", "."),
-                                       ("--format=v7", "."), ("--format=oldgnu", ".")])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (".",),
+        ("-b", "1", "."),
+        ("-b", "127", "."),
+        ("--format=pax", "."),
+        ("--format=v7", "."),
+        ("--format=oldgnu", "."),
+    ],
+)
 def test_scan_reads_gnu_tars_of_a_folder(folder, tmp_path, arguments):
     path = gnu_tar(folder, tmp_path / "0.tar", *arguments)
     assert contents(path) == files_of(folder)
@@ -111,14 +120,27 @@ def test_scan_tells_what_it_skips(tmp_path):
     special, directory = tarfile.TarInfo("pipe.jpg"), tarfile.TarInfo("d.jpg")
     special.type, directory.type = tarfile.FIFOTYPE, tarfile.DIRTYPE
     members = [
-        directory, special, ("d/1.jpg", b"jpeg"), ("d/._1.jpg", b"Mac OS X"), ("d/1.txt", b"a dog"), (".DS_Store", b"x"),
-        ("README", b"x"), ("ends.", b"x"), ("__meta__/info.json", b"{}"), ("d/2.jpg", b""), ("d/2.txt", b"a cat"),
-    ]  # fmt: skip
+        directory,
+        special,
+        ("d/1.jpg", b"jpeg"),
+        ("d/._1.jpg", b"Mac OS X"),
+        ("d/1.txt", b"a dog"),
+        (".DS_Store", b"x"),
+        ("README", b"x"),
+        ("ends.", b"x"),
+        ("__meta__/info.json", b"{}"),
+        ("d/2.jpg", b""),
+        ("d/2.txt", b"a cat"),
+    ]
     scan = TarScan(pack(tmp_path / "0.tar", members))
     assert list(scan.samples) == ["d/1", "d/2"] and set(scan.samples["d/1"]) == {"jpg", "txt"}
     assert scan.skipped == {
-        "directories": 1, "special files": 1, "hidden files": 2, "files without an extension": 2, "__meta__ members": 1,
-    }  # fmt: skip
+        "directories": 1,
+        "special files": 1,
+        "hidden files": 2,
+        "files without an extension": 2,
+        "__meta__ members": 1,
+    }
     assert scan.notes == {"members of zero bytes": 1}
     assert scan.skipped.total() + sum(map(len, scan.samples.values())) == len(members)
 

@@ -124,7 +124,9 @@ def test_masking_shares_and_labels(ours):
     tokenizer = Tokenizer.load(ours)
     tokens = random_tokens(4000)
     out = mask_tokens(tokens, np.arange(4000), tokenizer, (1, 2, "text"))
-    clean, masked, positions, labels = (getattr(out, n).numpy() for n in ("clean", "masked", "positions", "labels"))
+    clean, masked, positions, labels = (
+        getattr(out, n).numpy() for n in ("clean", "masked", "positions", "labels")
+    )
     ordinary = np.isin(clean, tokenizer.ordinary)
     assert (clean == tokens.values).all() and ordinary[positions].all()
     assert (labels == clean[positions]).all() and (np.delete(masked == clean, positions)).all()
@@ -143,7 +145,9 @@ def test_masking_depends_on_the_sentence_alone(ours):
     whole = mask_tokens(tokens, np.arange(50), tokenizer, (1, 2, "text")).masked.numpy()
     rows, ends = np.split(tokens.values, np.cumsum(tokens.lengths))[:-1], np.cumsum(tokens.lengths)
     for i in (49, 3, 20):
-        one = mask_tokens(Tokens(rows[i], tokens.lengths[i : i + 1]), np.array([i]), tokenizer, (1, 2, "text"))
+        one = mask_tokens(
+            Tokens(rows[i], tokens.lengths[i : i + 1]), np.array([i]), tokenizer, (1, 2, "text")
+        )
         assert (one.masked.numpy() == whole[ends[i] - len(rows[i]) : ends[i]]).all()
     other = mask_tokens(tokens, np.arange(50), tokenizer, (1, 3, "text")).masked.numpy()
     assert (other != whole).any()

@@ -19,30 +19,45 @@ def translator(tmp_path_factory):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     folder = tmp_path_factory.mktemp("translator")
-    words = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", "de", "en", *"abcdefghijklmnopqrstuvwxyz"])}
+    words = {
+        w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", "de", "en", *"abcdefghijklmnopqrstuvwxyz"])
+    }
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    transformers.T5ForConditionalGeneration(transformers.T5Config(
-        vocab_size=len(words), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0,
-    )).save_pretrained(folder)  # fmt: skip
+    transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=len(words),
+            d_model=16,
+            d_kv=8,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+            decoder_start_token_id=0,
+        )
+    ).save_pretrained(folder)
     return folder
 
 
 def test_json_lines_and_plain_lines(translator, tmp_path):
-    """What a task reads as translations: the same records, the same number of captions; of a test, where translate-test looks."""
+    """What a task reads as translations: the same records, the same number of captions; of a test, where
+    translate-test looks."""
     shots = tmp_path / "xFlickrCO" / "annotations" / "de"
     shots.mkdir(parents=True)
-    lines = [{"sentences": ["ein hund", "noch ein hund"], "id": "0", "img_path": "0.jpg"},
-             {"sentences": ["ein bus"], "id": "1", "img_path": "1.jpg"}]  # fmt: skip
+    lines = [
+        {"sentences": ["ein hund", "noch ein hund"], "id": "0", "img_path": "0.jpg"},
+        {"sentences": ["ein bus"], "id": "1", "img_path": "1.jpg"},
+    ]
     for name in ("train_2.jsonl", "test.jsonl"):
         (shots / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     task = TASKS["xflickrco"]
     for split, made in (("shots", "shots_to_en"), ("test", "translated")):
-        config = TranslateConfig(data=str(tmp_path), languages=("de",), split=split, shots=2, beams=1, length=8, batch=2)
+        config = TranslateConfig(
+            data=str(tmp_path), languages=("de",), split=split, shots=2, beams=1, length=8, batch=2
+        )
         said = []
         files = translate("xflickrco", translator, config, said.append)
         assert files == [task.path(tmp_path, made, "de", 2)] and "3 of 3" in said[-1]
@@ -72,16 +87,24 @@ def test_what_is_done_is_not_done_again(translator, tmp_path):
     said = []
     (made,) = translate("xtd_few", translator, config, said.append)
     lines = made.read_text().splitlines()
-    assert lines[0] == "from before" and len(lines) == 3 and len(said) == 2 and not list(made.parent.glob("*.partial"))
+    assert (
+        lines[0] == "from before"
+        and len(lines) == 3
+        and len(said) == 2
+        and not list(made.parent.glob("*.partial"))
+    )
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["xtd_fev", "MODEL"], "unknown task 'xtd_fev'"),
-    (["xtd_few", "MODEL"], "data= is missing"),
-    (["xtd_few", "MODEL", "data=none"], "languages= is missing"),
-    (["xtd_few", "MODEL", "data=none", 'languages=["de"]'], "test_1kcaptions_de.txt: no such file"),
-    (["xgqa", "MODEL", "data=none", 'languages=["de"]'], "this task has no split 'train_to_en'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["xtd_fev", "MODEL"], "unknown task 'xtd_fev'"),
+        (["xtd_few", "MODEL"], "data= is missing"),
+        (["xtd_few", "MODEL", "data=none"], "languages= is missing"),
+        (["xtd_few", "MODEL", "data=none", 'languages=["de"]'], "test_1kcaptions_de.txt: no such file"),
+        (["xgqa", "MODEL", "data=none", 'languages=["de"]'], "this task has no split 'train_to_en'"),
+    ],
+)
 def test_mistakes_are_one_line(arguments, words, translator, capsys):
     assert main(["translate", *(a.replace("MODEL", str(translator)) for a in arguments)]) == 2
     said = capsys.readouterr().err

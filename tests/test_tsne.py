@@ -1,4 +1,5 @@
-"""Words and regions in one picture: where objects stand, their states and what is near what, against slow references."""
+"""Words and regions in one picture: where objects stand, their states and what is near what, against slow
+references."""
 
 import csv
 import json
@@ -32,7 +33,11 @@ from raylib.text import Tokenizer
 from tests.made import make_model
 
 CODES = ("en", "de")
-TEXTS = [("Is there a dog?", "Gibt es einen Hund?"), ("cat", "Katze"), ("Is the dog brown?", "Ist der Hund braun?")]
+TEXTS = [
+    ("Is there a dog?", "Gibt es einen Hund?"),
+    ("cat", "Katze"),
+    ("Is the dog brown?", "Ist der Hund braun?"),
+]
 WORDS = [{"en": "dog", "de": "Hund"}, {"en": "cat", "de": "Katze"}, {"en": "dog", "de": "Hund"}]
 TAGS = ["dog", "cat"]
 
@@ -46,7 +51,9 @@ class Drawings:
     """Random pictures by name."""
 
     def read(self, names):
-        every = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        every = torch.randint(
+            0, 256, (3, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        )
         return {"images": every[[int(name) for name in names]]}
 
 
@@ -71,11 +78,14 @@ def blocks_of(encoder, row):
 
 
 def slow_cross(model, text, picture, weights):
-    """What is added to a word that has one thing to look at, which is so its whole attention: the first word here."""
+    """What is added to a word that has one thing to look at, which is so its whole attention: the first word
+    here."""
     unified = model.backbone.ground_tokens(text, picture).values
     attention = model.backbone.fusion.blocks[-1].cross_attention
     region = (torch.from_numpy(weights).float()[:, None] * picture.values).sum(0, keepdim=True)
-    added = attention(torch.randn(1, region.shape[1]), attention.key_value(region), Plan([(1, 1, 1)], None, None))
+    added = attention(
+        torch.randn(1, region.shape[1]), attention.key_value(region), Plan([(1, 1, 1)], None, None)
+    )
     return unified, added[0]
 
 
@@ -92,11 +102,15 @@ def slow_row(model, text, picture, weights):
         if backbone.config.number_regions:
             row = backbone.embedding.place(Ragged(row, torch.tensor([len(row)])))
         row = blocks_of(backbone.encoder, row)
-        words, regions = row.split(numbers) if backbone.config.first == "text" else reversed(row.split(numbers[::-1]))
+        words, regions = (
+            row.split(numbers) if backbone.config.first == "text" else reversed(row.split(numbers[::-1]))
+        )
         regions = regions[1:] if backbone.config.whole_picture else regions
     else:
         words = backbone.encode_text(text)
-        words, regions = blocks_of(backbone.fusion, torch.cat([words, picture.values])).split([len(words), len(picture.values)])
+        words, regions = blocks_of(backbone.fusion, torch.cat([words, picture.values])).split(
+            [len(words), len(picture.values)]
+        )
     return words, sum(share * state for share, state in zip(weights.tolist(), regions, strict=True))
 
 
@@ -121,7 +135,10 @@ def test_states_are_the_slow_ones(tokenizer, name):
     model = FinetuneModel(backbone, ("no", "yes"), 1, 0.0, None if seen else 6).eval()
     pictures = Drawings() if seen else RegionFeatures(Store(TAGS), tagged=name == "oscar")
     sizes, draw = {"0": 5 if seen else 2, "1": 5 if seen else 3}, np.random.default_rng(1)
-    where = {image: {label: draw.dirichlet(np.ones(n)) for label in ("cat", "dog", "tree")} for image, n in sizes.items()}
+    where = {
+        image: {label: draw.dirichlet(np.ones(n)) for label in ("cat", "dog", "tree")}
+        for image, n in sizes.items()
+    }
     items = [tuple(Example(f"q{i}", (text,), ("0", "1"), {}) for text in row) for i, row in enumerate(TEXTS)]
     chosen = [Named(row, str(i % 2), "cat" if i == 1 else "dog", WORDS[i]) for i, row in enumerate(items)]
     points, states = collect(model, chosen, where, CODES, pictures, tokenizer, 12)
@@ -135,13 +152,19 @@ def test_states_are_the_slow_ones(tokenizer, name):
                 read |= {"tags": encode_tagged(TEXTS[i][:1], [" ".join(TAGS)], tokenizer, 12)["tags"]}
             pieces = tokenizer.pieces(text.values)
             spoken = item.words[code]
-            at = next([k for k in range(a, b)] for a in range(1, len(pieces)) for b in range(a + 1, len(pieces))
-                      if "".join(pieces[a:b]).strip("▁?") == spoken)  # fmt: skip
+            at = next(
+                [k for k in range(a, b)]
+                for a in range(1, len(pieces))
+                for b in range(a + 1, len(pieces))
+                if "".join(pieces[a:b]).strip("▁?") == spoken
+            )
             with torch.inference_mode():
                 for label in ("cat", "dog"):
                     words, region = slow(model, text, model.condition(read), where[item.image][label])
                     point = Point(item.label, code, f"q{i}", item.image)
-                    torch.testing.assert_close(torch.from_numpy(got[point]), words[at].mean(0), atol=1e-5, rtol=1e-4)
+                    torch.testing.assert_close(
+                        torch.from_numpy(got[point]), words[at].mean(0), atol=1e-5, rtol=1e-4
+                    )
                     if i < 2 and code == "en":
                         point = Point(label, "", item.image, item.image)
                         torch.testing.assert_close(torch.from_numpy(got[point]), region, atol=1e-5, rtol=1e-4)
@@ -155,13 +178,17 @@ def test_a_word_behind_the_length_is_left_out(tokenizer):
     assert points == [Point("dog", "en", "q", "0"), Point("dog", "", "0", "0")]
 
 
-@pytest.mark.parametrize(("windows", "changes"), [(0, {}), (4, {"patch": 4, "vision_window": 8})], ids=["whole", "windows"])
+@pytest.mark.parametrize(
+    ("windows", "changes"), [(0, {}), (4, {"patch": 4, "vision_window": 8})], ids=["whole", "windows"]
+)
 def test_boxes_cover_patches_pixel_by_pixel(scenes, windows, changes):
     config = override(RECIPES["scenes_xgqa"](), [f"data={scenes}"])
     backbone, pictures = make_model(**changes).float(), open_seen(config, 16)
     parallel = read_parallel(config, CODES, 12)
     where = find_boxes(parallel, scenes / "scenes.jsonl", pictures, backbone)
-    truth = {r["id"]: r["objects"] for r in map(json.loads, (scenes / "scenes.jsonl").read_text().splitlines())}
+    truth = {
+        r["id"]: r["objects"] for r in map(json.loads, (scenes / "scenes.jsonl").read_text().splitlines())
+    }
     assert where.keys() == {row[0].images[0] for row in parallel.items}
     side = 4 if windows else 2  # patches in a row
     raster = [(i, j) for i in range(side) for j in range(side)]
@@ -173,7 +200,9 @@ def test_boxes_cover_patches_pixel_by_pixel(scenes, windows, changes):
             inside[o["top"] : o["top"] + o["size"], o["left"] : o["left"] + o["size"]] = 1
             step = 64 // side
             counts = [inside[i * step : (i + 1) * step, j * step : (j + 1) * step].sum() for i, j in raster]
-            np.testing.assert_allclose(found[o["label"]], np.array([0] * (1 + windows) + counts) / o["size"] ** 2)
+            np.testing.assert_allclose(
+                found[o["label"]], np.array([0] * (1 + windows) + counts) / o["size"] ** 2
+            )
     cells = find_patches(backbone, torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
     assert cover(cells, 0, 0, 1)[1 + windows :] == pytest.approx(1 / side**2)
 
@@ -198,27 +227,43 @@ def test_objects_are_chosen_by_pictures_and_in_turn():
     parallel = Parallel(("en",), rows, len(rows), {"en": 0})
     found = [n.item[0].id for n in choose(parallel, where, 6)]
     assert found == ["dog0", "cat0", "tiger0", "dog1", "cat1", "tiger1"]  # a horse is in one picture alone
-    with pytest.raises(Inapplicable, match="the 8 parallel items do not name two objects in two pictures each"):
+    with pytest.raises(
+        Inapplicable, match="the 8 parallel items do not name two objects in two pictures each"
+    ):
         choose(parallel._replace(items=[row for row in rows if row[0].id[0] in "dh"]), where, 6)
 
 
 def test_nearest_is_the_slow_loop():
     draw = np.random.default_rng(0)
-    points = [Point(str(draw.choice(["a", "b", "c"])), str(draw.choice(["", "en", "de"])), f"q{i}", str(draw.integers(9)))
-              for i in range(60)]  # fmt: skip
+    points = [
+        Point(
+            str(draw.choice(["a", "b", "c"])),
+            str(draw.choice(["", "en", "de"])),
+            f"q{i}",
+            str(draw.integers(9)),
+        )
+        for i in range(60)
+    ]
     states = draw.normal(size=(60, 5)).astype(np.float32) * draw.uniform(0.1, 9, (60, 1))
     hits, chances = {"all": [], "en": [], "de": []}, {"all": [], "en": [], "de": []}
     for p, x in zip(points, states, strict=True):
         if p.language:
-            others = [(q, y) for q, y in zip(points, states, strict=True) if not q.language and q.image != p.image]
-            best, _ = max(others, key=lambda other: float(x @ other[1] / np.linalg.norm(x) / np.linalg.norm(other[1])))
+            others = [
+                (q, y) for q, y in zip(points, states, strict=True) if not q.language and q.image != p.image
+            ]
+            best, _ = max(
+                others, key=lambda other: float(x @ other[1] / np.linalg.norm(x) / np.linalg.norm(other[1]))
+            )
             for code in ("all", p.language):
                 hits[code].append(best.label == p.label)
                 chances[code].append(np.mean([q.label == p.label for q, _ in others]))
     found = nearest(points, states)
     assert found.keys() == hits.keys() and len(hits["all"]) > 30
     for code, values in found.items():
-        assert values == {"share": pytest.approx(np.mean(hits[code])), "chance": pytest.approx(np.mean(chances[code]))}
+        assert values == {
+            "share": pytest.approx(np.mean(hits[code])),
+            "chance": pytest.approx(np.mean(chances[code])),
+        }
     ideal = np.array([np.eye(3)["abc".index(p.label)] for p in points])
     assert nearest(points, ideal)["all"]["share"] == 1 > nearest(points, ideal)["all"]["chance"]
 
@@ -251,7 +296,10 @@ def test_a_run_is_drawn_and_again_the_same(finetune, scenes, tmp_path, capsys):
     files = {name: (run / f"analysis/tsne.{name}").read_bytes() for name in ("png", "csv", "json")}
     values, points = json.loads(files["json"]), read_points(run)
     assert len(files["png"]) > 5000 and len(points) == values["words"] + values["regions"] > 8
-    assert list(points[0]) == ["class", "kind", "language", "item", "x", "y"] and set(values["classes"]) >= {"tiger", "banjo"}
+    assert list(points[0]) == ["class", "kind", "language", "item", "x", "y"] and set(values["classes"]) >= {
+        "tiger",
+        "banjo",
+    }
     assert {(p["kind"], p["language"]) for p in points} == {("word", "en"), ("word", "ru"), ("region", "")}
     assert all(p["class"] in values["classes"] and np.isfinite(float(p["x"])) for p in points)
     assert sum(p["kind"] == "word" for p in points) == values["words"]
@@ -260,7 +308,9 @@ def test_a_run_is_drawn_and_again_the_same(finetune, scenes, tmp_path, capsys):
     assert section(run) in printed
     assert files == {name: (run / f"analysis/tsne.{name}").read_bytes() for name in files}
     (tmp_path / "data/scenes.jsonl").unlink()
-    with pytest.raises(Inapplicable, match=r"nothing says where in a picture an object stands: .*scenes.jsonl is not there"):
+    with pytest.raises(
+        Inapplicable, match=r"nothing says where in a picture an object stands: .*scenes.jsonl is not there"
+    ):
         section(run)
 
 
@@ -269,12 +319,26 @@ def test_a_run_on_regions_with_names(finetune, scenes, tmp_path):
     (tmp_path / "regions").mkdir()
     for scene in map(json.loads, (scenes / "scenes.jsonl").read_text().splitlines()):
         things, draw = scene["objects"], np.random.default_rng(len(scene["id"]))
-        corners = np.array([(o["left"], o["top"], o["left"] + o["size"], o["top"] + o["size"]) for o in things])
-        np.savez(tmp_path / f"regions/{scene['id']}.npz", features=draw.normal(size=(len(things), 6)), boxes=corners, img_h=64,
-                 img_w=64, tags=[o["label"] for o in things])  # fmt: skip
+        corners = np.array(
+            [(o["left"], o["top"], o["left"] + o["size"], o["top"] + o["size"]) for o in things]
+        )
+        np.savez(
+            tmp_path / f"regions/{scene['id']}.npz",
+            features=draw.normal(size=(len(things), 6)),
+            boxes=corners,
+            img_h=64,
+            img_w=64,
+            tags=[o["label"] for o in things],
+        )
     FinetuneModel(SingleStream(tiny("uc2")), ("?",), 1, 0.1, 6).save(tmp_path / "uc2")
     shutil.copy2(DATA / "tokenizer.model", tmp_path / "uc2")
-    fixed = (f"model={tmp_path / 'uc2'}", f"regions={tmp_path / 'regions'}", "image_size=null", "epochs=1", "name=run")
+    fixed = (
+        f"model={tmp_path / 'uc2'}",
+        f"regions={tmp_path / 'regions'}",
+        "image_size=null",
+        "epochs=1",
+        "name=run",
+    )
     code, printed = finetune("scenes_xgqa", *fixed)
     assert code == 0, printed
     (tmp_path / "run/analysis").mkdir()
@@ -285,7 +349,9 @@ def test_a_run_on_regions_with_names(finetune, scenes, tmp_path):
             record = dict(arrays)
         del record["tags"]
         np.savez(path, **record)
-    with pytest.raises(Inapplicable, match="nothing says where in a picture an object stands: its regions have no name each"):
+    with pytest.raises(
+        Inapplicable, match="nothing says where in a picture an object stands: its regions have no name each"
+    ):
         section(tmp_path / "run")
 
 
@@ -293,5 +359,7 @@ def test_texts_and_pictures_apart_are_a_line(scenes, tokenizer):
     config = override(RECIPES["scenes_xflickrco"](), [f"data={scenes}"])
     model = torch.nn.Module()
     model.kind, model.config = "mclip", ClipConfig(clip={"vision_config": {}})
-    with pytest.raises(Inapplicable, match="backbone 'mclip' reads no text of xflickrco together with a picture"):
+    with pytest.raises(
+        Inapplicable, match="backbone 'mclip' reads no text of xflickrco together with a picture"
+    ):
         _words_and_regions(Opened(scenes, config, {}, model, tokenizer, False, Options()))

@@ -1,4 +1,5 @@
-"""Parameter-efficient tuning (paper 4) against explicit matrices, the paper's shares, and itself after a round trip."""
+"""Parameter-efficient tuning (paper 4) against explicit matrices, the paper's shares, and itself after a
+round trip."""
 
 import json
 import os
@@ -37,7 +38,9 @@ def make_tuned(*methods) -> FinetuneModel:
 
 def make_batch() -> dict:
     text = Ragged(torch.tensor([0, 9, 8, 2, 0, 7, 2]), torch.tensor([4, 3]))
-    states = torch.randn(6, make_tuned().backbone.width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    states = torch.randn(
+        6, make_tuned().backbone.width, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     return {"text": text, "states": Ragged(states, torch.tensor([3, 3]))}
 
 
@@ -81,7 +84,8 @@ def test_adapter_is_the_explicit_bottleneck():
 
 
 def test_lora_is_the_explicit_sum_and_merges():
-    """W + (alpha / r) B A in the query map and the value half; keys stay as they were; merged, the outputs are the same."""
+    """W + (alpha / r) B A in the query map and the value half; keys stay as they were; merged, the outputs
+    are the same."""
     plain, model = make_tuned(), make_tuned(Lora(rank=2, alpha=6))
     shake(model)
     logits = model(make_batch())
@@ -94,14 +98,19 @@ def test_lora_is_the_explicit_sum_and_merges():
     tuning.merge(model)
     torch.testing.assert_close(layer.query.weight, before.query.weight + deltas["query"])
     torch.testing.assert_close(layer.key_value.weight[:width], before.key_value.weight[:width])
-    torch.testing.assert_close(layer.key_value.weight[width:], before.key_value.weight[width:] + deltas["value"])
+    torch.testing.assert_close(
+        layer.key_value.weight[width:], before.key_value.weight[width:] + deltas["value"]
+    )
     torch.testing.assert_close(model(make_batch()), logits)
-    assert tuning.described(model) == {} and [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert tuning.described(model) == {} and [n for n, _ in model.named_parameters()] == [
+        n for n, _ in plain.named_parameters()
+    ]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_trained(name):
-    """The small modules, the norms of the blocks, the head; nothing else, and `projection` decides about the map."""
+    """The small modules, the norms of the blocks, the head; nothing else, and `projection` decides about the
+    map."""
     model = make_tuned(METHODS[name])
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     for parameter in trained:
@@ -112,15 +121,32 @@ def test_what_is_trained(name):
     for projection in (True, False):
         dual = make_model()
         METHODS[name].model_copy(update={"projection": projection}).adapt(dual)
-        assert dual.text_projection.weight.requires_grad == projection and not dual.image_projection.weight.requires_grad
+        assert (
+            dual.text_projection.weight.requires_grad == projection
+            and not dual.image_projection.weight.requires_grad
+        )
 
 
-@pytest.mark.parametrize(("method", "percent", "paper"), [
-    (Lora(rank=8), 0.158, 0.16), (Adapter(bottleneck=24), 0.449, 0.45), (Compacter(n=4, reduction=16), 0.046, 0.05),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "percent", "paper"),
+    [
+        (Lora(rank=8), 0.158, 0.16),
+        (Adapter(bottleneck=24), 0.449, 0.45),
+        (Compacter(n=4, reduction=16), 0.046, 0.05),
+    ],
+)
 def test_shares_of_the_paper(method, percent, paper):
-    """Of XLM-R-large (M-CLIP's text encoder), counted without the projection: within 0.01 points of paper 4's."""
-    sizes = ModelConfig(width=1024, heads=16, feedforward=4096, text_layers=24, fusion_layers=0, vision_layers=1, positions=514)
+    """Of XLM-R-large (M-CLIP's text encoder), counted without the projection: within 0.01 points of paper
+    4's."""
+    sizes = ModelConfig(
+        width=1024,
+        heads=16,
+        feedforward=4096,
+        text_layers=24,
+        fusion_layers=0,
+        vision_layers=1,
+        positions=514,
+    )
     with torch.device("meta"):
         model = UnifiedModel(sizes)
         method.adapt(model)
@@ -131,7 +157,8 @@ def test_shares_of_the_paper(method, percent, paper):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_small_weights_are_swapped(name, tmp_path):
-    """Two languages' files, read into one model in turn, each give what their own model gives; files are small."""
+    """Two languages' files, read into one model in turn, each give what their own model gives; files are
+    small."""
     languages = {}
     for seed, code in enumerate(("de", "ru")):
         model = make_tuned(METHODS[name])
@@ -166,7 +193,11 @@ def test_a_saved_model_comes_back(methods, tmp_path):
 def test_a_prompt_is_read_after_the_first_token(model):
     tokenizer = Tokenizer.load(model)
     words = tokenizer.encode(["a photo of"])[0].tolist()
-    assert Prompted(tokenizer, ids=(70, 71)).encode(["a dog"])[0].tolist() == [70, 71, *tokenizer.encode(["a dog"])[0]]
+    assert Prompted(tokenizer, ids=(70, 71)).encode(["a dog"])[0].tolist() == [
+        70,
+        71,
+        *tokenizer.encode(["a dog"])[0],
+    ]
     prompted = HardPrompt().reads(tokenizer, None)
     assert prompted.encode(["dog"])[0].tolist() == tokenizer.encode(["a photo of dog"])[0].tolist()
     small = UnifiedModel.from_pretrained(model)
@@ -213,17 +244,28 @@ def test_every_backbone_takes_them():
 TUNED = (Lora(rank=2), Adapter(bottleneck=3), Compacter(n=2, reduction=4))
 
 
-def train_tuned(engine_class, method, rank=0, world=1, start=None, first=0, folder=None) -> dict[str, torch.Tensor]:
-    """Four steps of a tuned classifier, two of its four layers unfrozen from the second epoch on: the weights that change."""
+def train_tuned(
+    engine_class, method, rank=0, world=1, start=None, first=0, folder=None
+) -> dict[str, torch.Tensor]:
+    """Four steps of a tuned classifier, two of its four layers unfrozen from the second epoch on: the weights
+    that change."""
     model = make_tuned(method).float()
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    rates = Methods(build(StrategiesConfig, {"unfreezing": {"layers": 2}}, "here"), Context(*[None] * 7, print)).rates(4, 2, 2)
+    rates = Methods(
+        build(StrategiesConfig, {"unfreezing": {"layers": 2}}, "here"), Context(*[None] * 7, print)
+    ).rates(4, 2, 2)
     optim = OptimConfig(lr=0.01, weight_decay=0.1, clip=1e9)
-    engine = engine_class(ClassificationObjective(model, "ce"), optim, torch.device("cpu"), False, start, rates)
+    engine = engine_class(
+        ClassificationObjective(model, "ce"), optim, torch.device("cpu"), False, start, rates
+    )
     rows = torch.arange(rank, 2, world)
     for step in range(first, 4 if folder is None else 3):
         batch = make_batch()
-        part = {"text": batch["text"].take(rows), "states": batch["states"].take(rows), "answer": torch.tensor([0, 1])[rows]}
+        part = {
+            "text": batch["text"].take(rows),
+            "states": batch["states"].take(rows),
+            "answer": torch.tensor([0, 1])[rows],
+        }
         engine.step({"examples": part}, step, optim.lr)
     if folder:
         folder.mkdir(exist_ok=True)

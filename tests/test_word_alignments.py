@@ -1,4 +1,5 @@
-"""Words that translate each other: Pharaoh files, contextual code-mixing, awesome-align against slow loops, whole runs."""
+"""Words that translate each other: Pharaoh files, contextual code-mixing, awesome-align against slow loops,
+whole runs."""
 
 import json
 import math
@@ -25,7 +26,10 @@ def ours() -> Tokenizer:
 
 
 def test_pharaoh_links():
-    assert read_links("0-0 2-1  1-2", 3, 3, "f:1") == [(0, 0), (2, 1), (1, 2)] and read_links("", 3, 3, "f:1") == []
+    assert (
+        read_links("0-0 2-1  1-2", 3, 3, "f:1") == [(0, 0), (2, 1), (1, 2)]
+        and read_links("", 3, 3, "f:1") == []
+    )
     for line, words in (
         ("0-3", "f:1: link 0-3 is out of range: there are 2 words and 3 English ones"),
         ("2-0", "f:1: link 2-0 is out of range"),
@@ -40,8 +44,16 @@ def test_pharaoh_links():
 
 def test_words_in_their_text():
     assert locate(["was", "ist", "das", "?"], "was  ist das?", "f:1") == [(0, 3), (5, 8), (9, 12), (12, 13)]
-    assert locate(["これ", "は", "犬", "です", "か"], "これは犬ですか", "f:1") == [(0, 2), (2, 3), (3, 4), (4, 6), (6, 7)]
-    with pytest.raises(UserError, match="f:1: the words 'was das' are not those of the example, 'was ist das'"):
+    assert locate(["これ", "は", "犬", "です", "か"], "これは犬ですか", "f:1") == [
+        (0, 2),
+        (2, 3),
+        (3, 4),
+        (4, 6),
+        (6, 7),
+    ]
+    with pytest.raises(
+        UserError, match="f:1: the words 'was das' are not those of the example, 'was ist das'"
+    ):
         locate(["was", "das"], "was ist das", "f:1")
 
 
@@ -85,14 +97,21 @@ def test_words_that_tokenizers_cut_differently_are_left_out(tmp_path, wordpiece)
     assert sum(map(len, mixed.values())) < sum(map(len, found.values()))
 
 
-@pytest.mark.parametrize(("text", "align", "words"), [
-    (TEXT, "0-0\n", "de.align: 1 lines for 2 training examples in 'de'"),
-    (TEXT, "0-0\n0-7\n", "de.align:2: link 0-7 is out of range: there are 2 words and 2 English ones"),
-    (TEXT, "0-0\nx\n", "de.align:2: 'x' is no link of two words"),
-    ("a b\n", "\n", "de.text: 1 lines for 2"),
-    (TEXT.replace(" ||| a ball", " a ball"), "0-0\n\n", r"de.text:2: wanted words \|\|\| English words"),
-    (TEXT.replace("Ball", "Boll"), "0-0\n\n", "de.text:2: the words 'ein Boll' are not those of the example, 'ein Ball'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "align", "words"),
+    [
+        (TEXT, "0-0\n", "de.align: 1 lines for 2 training examples in 'de'"),
+        (TEXT, "0-0\n0-7\n", "de.align:2: link 0-7 is out of range: there are 2 words and 2 English ones"),
+        (TEXT, "0-0\nx\n", "de.align:2: 'x' is no link of two words"),
+        ("a b\n", "\n", "de.text: 1 lines for 2"),
+        (TEXT.replace(" ||| a ball", " a ball"), "0-0\n\n", r"de.text:2: wanted words \|\|\| English words"),
+        (
+            TEXT.replace("Ball", "Boll"),
+            "0-0\n\n",
+            "de.text:2: the words 'ein Boll' are not those of the example, 'ein Ball'",
+        ),
+    ],
+)
 def test_files_that_do_not_fit_are_named(tmp_path, text, align, words):
     with pytest.raises(UserError, match=words) as e:
         read_alignments(write(tmp_path, text, align), "de", EXAMPLES, (ours(), ours()))
@@ -151,8 +170,14 @@ def encoder(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=12000, hidden_size=16, num_attention_heads=2, intermediate_size=24, num_hidden_layers=3,
-                        max_position_embeddings=40)  # fmt: skip
+    config = BertConfig(
+        vocab_size=12000,
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        max_position_embeddings=40,
+    )
     model = BertModel(config)
     with torch.no_grad():
         for p in model.parameters():
@@ -164,8 +189,12 @@ def encoder(tmp_path_factory):
 
 def test_words_are_aligned_if_any_of_their_subwords_are(encoder):
     """A batch of unequal lengths, beside each pair by itself, in loops over sub-words."""
-    pairs = [(["der", "Elefant", "schläft"], ["the", "elephant", "sleeps", "."]), (["a"], ["a"]), ([], ["a"]),
-             (["x"] * 90, ["x"])]  # fmt: skip
+    pairs = [
+        (["der", "Elefant", "schläft"], ["the", "elephant", "sleeps", "."]),
+        (["a"], ["a"]),
+        ([], ["a"]),
+        (["x"] * 90, ["x"]),
+    ]
     aligner = Aligner(encoder, layer=2, threshold=0.05)
     found = aligner.align(pairs)
     tokenizer, model = ours(), BertModel.from_pretrained(encoder).eval()
@@ -190,7 +219,8 @@ MIXED = 'strategies.distillation.tokens=["cls","mixed"]'
 
 
 def test_a_student_of_mixed_questions(distil, parallel, encoder, tmp_path, capsys):  # noqa: F811
-    """Alignments are made by the command, words are mixed anew each epoch, a run stopped in its middle is the same."""
+    """Alignments are made by the command, words are mixed anew each epoch, a run stopped in its middle is the
+    same."""
     out = ["--out", str(tmp_path / "alignments"), "--layer", "2", "--threshold", "0.05"]
     assert align_main([str(encoder), str(parallel), "--languages", "ru", *out]) == 0
     assert "ru: " in capsys.readouterr().out
@@ -198,16 +228,24 @@ def test_a_student_of_mixed_questions(distil, parallel, encoder, tmp_path, capsy
     texts = (tmp_path / "alignments" / "ru.text").read_text().splitlines()
     assert len(lines) == len(texts) == 30
     # random weights align nothing; a diagonal serves the run
-    diagonal = [" ".join(f"{i}-{i}" for i in range(min(len(side.split()) for side in text.split(" ||| ")))) for text in texts]
+    diagonal = [
+        " ".join(f"{i}-{i}" for i in range(min(len(side.split()) for side in text.split(" ||| "))))
+        for text in texts
+    ]
     (tmp_path / "alignments" / "ru.align").write_text("".join(f"{line}\n" for line in diagonal))
     settings = [MIXED, f"strategies.distillation.alignments={tmp_path / 'alignments'}"]
     for name, stops in (("whole", [[]]), ("parts", [["fit.stop_after=4"], []])):
         for stop in stops:
             code, printed = distil(f"name={name}", *settings, *stop)
             assert code == 0, printed
-    whole, parts = (load_file(tmp_path / name / "ru/checkpoints/step_000006/model.safetensors") for name in ("whole", "parts"))
+    whole, parts = (
+        load_file(tmp_path / name / "ru/checkpoints/step_000006/model.safetensors")
+        for name in ("whole", "parts")
+    )
     assert all(value.equal(parts[key]) for key, value in whole.items())
-    assert all(line["loss/mixed"] > 0 for line in read_metrics(tmp_path / "whole" / "ru") if "loss/mixed" in line)
+    assert all(
+        line["loss/mixed"] > 0 for line in read_metrics(tmp_path / "whole" / "ru") if "loss/mixed" in line
+    )
     bad = [*diagonal[:-1], "99-0"]
     (tmp_path / "alignments" / "ru.align").write_text("".join(f"{line}\n" for line in bad))
     code, printed = distil("name=wrong", *settings)

@@ -1,11 +1,12 @@
 """Command line of searches.
 
-    python -m tune_spaces SPACE recipe=RECIPE [trials=20 gpus_per_trial=0.25 select=english_dev path=value ...]
+    python -m tune_spaces SPACE recipe=RECIPE [trials=20 gpus_per_trial=0.25 select=english_dev
+                                 path=value ...]
     python -m tune_spaces SPACE                what the space holds, and its published settings
 
-SPACE is one of those below, or a Python file of yours that defines SPACE, a dict or a `raylib.tune.space.Space`. Settings are
-the search's (`raylib/tune/config.py`), or else the recipe's, by their paths; where both have one of a name, `recipe.select=last`
-is the recipe's.
+SPACE is one of those below, or a Python file of yours that defines SPACE, a dict or a
+`raylib.tune.space.Space`. Settings are the search's (`raylib/tune/config.py`), or else the recipe's, by their
+paths; where both have one of a name, `recipe.select=last` is the recipe's.
 """
 
 import argparse
@@ -26,14 +27,18 @@ from tune_spaces.spaces import SPACES
 @command("the same command goes on")
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
-    lines = "\n".join(f"  {name:14s} {space.summary} (recipe={space.recipe})" for name, space in SPACES.items())
+    lines = "\n".join(
+        f"  {name:14s} {space.summary} (recipe={space.recipe})" for name, space in SPACES.items()
+    )
     parser = argparse.ArgumentParser(
         prog="python -m tune_spaces",
         description=f"{__doc__}\nspaces:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("space", nargs="?", help="a space's name, or a Python file")
-    parser.add_argument("settings", nargs="*", metavar="name=value", help="such as recipe=scenes_xgqa trials=30 model=MODEL")
+    parser.add_argument(
+        "settings", nargs="*", metavar="name=value", help="such as recipe=scenes_xgqa trials=30 model=MODEL"
+    )
     given = parser.parse_args(arguments)
     if not given.space:
         parser.print_help()
@@ -41,7 +46,11 @@ def main(arguments: Sequence[str]) -> int:
     name, space = open_space(given.space)
     if not given.settings:
         print(f"{name}: {space.summary}\n\n{described(space.knobs)}")
-        print("\n".join(["", *(f"published: {setting}" for setting in space.published), f"grid: {dict(space.grid)}"]))
+        print(
+            "\n".join(
+                ["", *(f"published: {setting}" for setting in space.published), f"grid: {dict(space.grid)}"]
+            )
+        )
         return 0
     from raylib.tune import sweep  # Ray takes seconds to come
     from tune_spaces.jobs import find
@@ -49,7 +58,9 @@ def main(arguments: Sequence[str]) -> int:
     search, rest = parse(given.settings, space.recipe)
     job, base = find(search.recipe)
     for setting in rest:
-        if (path := setting.partition("=")[0]) not in (known := [*SearchConfig.model_fields, *paths(type(base))]):
+        if (path := setting.partition("=")[0]) not in (
+            known := [*SearchConfig.model_fields, *paths(type(base))]
+        ):
             raise UserError(f"unknown setting '{path}'{near(path, known)}")
     base = override(base, rest)
     if not search.name:
@@ -77,7 +88,8 @@ def open_space(given: str) -> tuple[str, Space]:
 
 
 def parse(settings: list[str], recipe: str) -> tuple[SearchConfig, list[str]]:
-    """(the search's settings, those that are the recipe's), of assignments; `recipe`: what is searched if they name none.
+    """(the search's settings, those that are the recipe's), of assignments; `recipe`: what is searched if
+    they name none.
 
     Raises:
         UserError: not of the form name=value; a search setting of the wrong kind; no recipe.

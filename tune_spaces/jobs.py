@@ -34,14 +34,23 @@ from raylib.tune.reporter import Reporter
 
 
 class Finetuning:
-    """Searches over fine-tuning. A score is the accuracy, or the recall that `select_metric` says, of the model that the run
-    leaves."""
+    """Searches over fine-tuning. A score is the accuracy, or the recall that `select_metric` says, of the
+    model that the run leaves."""
 
     command = "finetune"
     longer = "more epochs="
-    changeable = ("optim.lr", "optim.weight_decay", "optim.clip", "strategies.prior.alpha", "strategies.prior.k",
-                  "strategies.code_mixing.ratio", "strategies.code_mixing.probability", "strategies.layer_decay.factor",
-                  "strategies.alignment.weight", "head_dropout")  # fmt: skip
+    changeable = (
+        "optim.lr",
+        "optim.weight_decay",
+        "optim.clip",
+        "strategies.prior.alpha",
+        "strategies.prior.k",
+        "strategies.code_mixing.ratio",
+        "strategies.code_mixing.probability",
+        "strategies.layer_decay.factor",
+        "strategies.alignment.weight",
+        "head_dropout",
+    )
 
     def __init__(self):
         self.depths: dict[str, int] = {}  # of each model
@@ -54,9 +63,13 @@ class Finetuning:
             if not getattr(config, name):
                 raise UserError(f"{name}= is missing: give a folder")
         if select != "target_dev" and config.trains_apart and not _english_chooses(config):
-            raise UserError(f"setting={config.setting} trains each language apart, and English says little of that; "
-                            "set select=target_dev")  # fmt: skip
-        targets = tuple(code for code in languages_of(config) if code != "en") if select != "english_dev" else ()
+            raise UserError(
+                f"setting={config.setting} trains each language apart, and English says little of that; "
+                "set select=target_dev"
+            )
+        targets = (
+            tuple(code for code in languages_of(config) if code != "en") if select != "english_dev" else ()
+        )
         if select != "target_dev":
             dev_split(config, "en")
         return config.model_copy(update={"tests": False, "dev_languages": targets, "curves": False})
@@ -67,7 +80,9 @@ class Finetuning:
     def looked(self, select: Select) -> str:
         return {
             "english_dev": "the English development set alone, so other languages have chosen nothing",
-            "target_dev": "**the target languages' development sets**, so nothing here is zero-shot selection",
+            "target_dev": (
+                "**the target languages' development sets**, so nothing here is zero-shot selection"
+            ),
             "both": "the English **and the target languages'** development sets, as two goals",
         }[select]
 
@@ -79,7 +94,9 @@ class Finetuning:
         check(config)
         for code in config.dev_languages:
             dev_split(config, code)
-        bare = config.model_copy(update={"strategies": type(config.strategies)(), "optim": type(config.optim)()})
+        bare = config.model_copy(
+            update={"strategies": type(config.strategies)(), "optim": type(config.optim)()}
+        )
         if self.built is None or self.built[0] != dump(bare):
             self.built = dump(bare), build_model(bare)
         model = self.built[1]
@@ -103,7 +120,8 @@ class Finetuning:
         return epochs_of(config)
 
     def settled(self, config: FinetuneConfig) -> int:
-        """Rounds that find a mask come first; then frozen layers thaw, some an epoch, or a head is trained before the rest."""
+        """Rounds that find a mask come first; then frozen layers thaw, some an epoch, or a head is trained
+        before the rest."""
         strategies, epochs = config.strategies, 1
         if strategies.unfreezing:
             epochs = math.ceil(self.depths[config.model] / strategies.unfreezing.layers)
@@ -137,7 +155,8 @@ class Finetuning:
 
 
 def _english_chooses(config: FinetuneConfig) -> bool:
-    """Return whether few-shot checkpoints are chosen by the English dev set, as IGLUE does where it has no other."""
+    """Return whether few-shot checkpoints are chosen by the English dev set, as IGLUE does where it has no
+    other."""
     return config.setting == "few_shot" and "shots_dev" not in find_task(config).splits
 
 
@@ -146,15 +165,20 @@ def _check_head(config: FinetuneConfig, before: torch.nn.Module, adapted: torch.
     if config.continues or not isinstance(adapted, FinetuneModel):
         return
     random = {name: p for name, p in before.head.named_parameters()}
-    if all(not p.requires_grad and p.equal(random.get(name, p[:0])) for name, p in adapted.head.named_parameters()):
-        raise UserError("nothing trains the head, which trials are ranked by: it is random; train it in the same run, as recipe "
-                        "p3_kd_classify does (strategies.distillation.epochs=), or start from a trained one "
-                        "(strategies.distillation.classifier=teacher)")  # fmt: skip
+    if all(
+        not p.requires_grad and p.equal(random.get(name, p[:0]))
+        for name, p in adapted.head.named_parameters()
+    ):
+        raise UserError(
+            "nothing trains the head, which trials are ranked by: it is random; train it in the same run, as "
+            "recipe p3_kd_classify does (strategies.distillation.epochs=), or start from a trained one "
+            "(strategies.distillation.classifier=teacher)"
+        )
 
 
 class Pretraining:
-    """Searches over pretraining. A score is recall@1 of zero-shot retrieval on the corpus's retrieval set; there is no other to
-    test on."""
+    """Searches over pretraining. A score is recall@1 of zero-shot retrieval on the corpus's retrieval set;
+    there is no other to test on."""
 
     command = "pretrain"
     longer = "a smaller fit.eval_every="
@@ -164,14 +188,24 @@ class Pretraining:
         if not (config.data.retrieval or resolve_data(config).retrieval):
             raise UserError(f"corpus={config.corpus} has no retrieval set to choose by; set data.retrieval=")
         every = config.fit.eval_every or config.fit.steps
-        return config.model_copy(update={"fit": config.fit.model_copy(update={"eval_every": every, "save_every": every})})
+        return config.model_copy(
+            update={"fit": config.fit.model_copy(update={"eval_every": every, "save_every": every})}
+        )
 
     def ready(self, config: PretrainConfig) -> PretrainConfig:
         return config
 
     def looked(self, select: Select) -> str:
-        part = {"english_dev": "English", "target_dev": "all languages but English", "both": "English and the others, two goals"}
-        return f"{part[select]}, of the retrieval set **that results of pretraining are told of too**: there is no other"
+        part = {
+            "english_dev": "English",
+            "target_dev": "all languages but English",
+            "both": "English and the others, two goals",
+        }
+        return (
+            f"{part[select]}, of the retrieval set **that results of pretraining are told of too**: "
+            "there "
+            "is no other"
+        )
 
     def metrics(self, config: PretrainConfig, select: Select) -> tuple[str, ...]:
         return GOALS[select]
@@ -216,7 +250,11 @@ class Pretraining:
 
 
 def _recalls(values: dict[str, float]) -> dict[str, float]:
-    return {ours: values[name] for ours, name in (("english_dev", "en_r1"), ("target_dev", "others_r1")) if name in values}
+    return {
+        ours: values[name]
+        for ours, name in (("english_dev", "en_r1"), ("target_dev", "others_r1"))
+        if name in values
+    }
 
 
 def find(recipe: str) -> tuple[Job, LaunchConfig]:

@@ -1,7 +1,8 @@
-"""Spaces by name: what is worth turning of each method, around what the papers published. A space of your own is a file alike.
+"""Spaces by name: what is worth turning of each method, around what the papers published. A space of your own
+is a file alike.
 
-P0 is Nooralahzadeh and Sennrich 2023, P1 Reinhardt et al. 2024, P2 Li et al. 2023, P3 cViL, P4 translation-based alignment.
-Grids are the papers', where they print one.
+P0 is Nooralahzadeh and Sennrich 2023, P1 Reinhardt et al. 2024, P2 Li et al. 2023, P3 cViL, P4
+translation-based alignment. Grids are the papers', where they print one.
 """
 
 from finetune.config import UNIMODAL
@@ -12,7 +13,6 @@ SMALL = Float(3e-5, 3e-4, log=True)  # P4's learning rates of small modules, and
 WHOLE = Float(1e-6, 1e-5, log=True)
 
 
-
 def _best_of_all(recipe: str, summary: str, layers: int) -> Space:
     """Methods that go together; `layers`: at most so many are unfrozen in an epoch."""
     return Space(
@@ -20,22 +20,53 @@ def _best_of_all(recipe: str, summary: str, layers: int) -> Space:
         recipe,
         {
             "frozen": OneOf(no={}, encoders={"freeze": UNIMODAL}),
-            "prior": OneOf(no={}, yes={"strategies.prior.alpha": Float(1, 100, log=True),
-                                       "strategies.prior.k": Int(2, 50, log=True)}),
+            "prior": OneOf(
+                no={},
+                yes={
+                    "strategies.prior.alpha": Float(1, 100, log=True),
+                    "strategies.prior.k": Int(2, 50, log=True),
+                },
+            ),
             "code_mixing": OneOf(no={}, yes={"strategies.code_mixing.probability": Float(0.05, 1)}),
-            "sparse": OneOf(no={}, yes={"strategies.sparse.rate": Float(0.05, 0.5), "strategies.sparse.rounds": Int(1, 5)}),
-            "layers": OneOf(all={}, unfreezing={"strategies.unfreezing.layers": Int(1, layers)},
-                            decay={"strategies.layer_decay.factor": Float(0.5, 1.0)}),
+            "sparse": OneOf(
+                no={}, yes={"strategies.sparse.rate": Float(0.05, 0.5), "strategies.sparse.rounds": Int(1, 5)}
+            ),
+            "layers": OneOf(
+                all={},
+                unfreezing={"strategies.unfreezing.layers": Int(1, layers)},
+                decay={"strategies.layer_decay.factor": Float(0.5, 1.0)},
+            ),
         },
         published=(
-            {"frozen": "no", "prior": "yes", "strategies.prior.alpha": 10.0, "strategies.prior.k": 10,
-             "code_mixing": "yes", "strategies.code_mixing.probability": 0.9, "sparse": "yes", "strategies.sparse.rate": 0.1,
-             "strategies.sparse.rounds": 5, "layers": "all"},  # P0's best
-            {"frozen": "encoders", "prior": "no", "code_mixing": "no", "sparse": "no", "layers": "all"},  # P2's
-            {"frozen": "no", "prior": "no", "code_mixing": "no", "sparse": "no", "layers": "unfreezing",
-             "strategies.unfreezing.layers": min(3, layers)},  # P1's
+            {
+                "frozen": "no",
+                "prior": "yes",
+                "strategies.prior.alpha": 10.0,
+                "strategies.prior.k": 10,
+                "code_mixing": "yes",
+                "strategies.code_mixing.probability": 0.9,
+                "sparse": "yes",
+                "strategies.sparse.rate": 0.1,
+                "strategies.sparse.rounds": 5,
+                "layers": "all",
+            },  # P0's best
+            {
+                "frozen": "encoders",
+                "prior": "no",
+                "code_mixing": "no",
+                "sparse": "no",
+                "layers": "all",
+            },  # P2's
+            {
+                "frozen": "no",
+                "prior": "no",
+                "code_mixing": "no",
+                "sparse": "no",
+                "layers": "unfreezing",
+                "strategies.unfreezing.layers": min(3, layers),
+            },  # P1's
         ),
-    )  # fmt: skip
+    )
 
 
 SPACES: dict[str, Space] = {
@@ -56,8 +87,13 @@ SPACES: dict[str, Space] = {
         },
         published=(
             {"strategies.prior.alpha": 10.0, "strategies.prior.k": 10, "source": "vectors"},
-            {"strategies.prior.alpha": 10.0, "strategies.prior.k": 10, "source": "wordnet",
-             "strategies.prior.d1": 0.8, "strategies.prior.d2": 0.8},
+            {
+                "strategies.prior.alpha": 10.0,
+                "strategies.prior.k": 10,
+                "source": "wordnet",
+                "strategies.prior.d1": 0.8,
+                "strategies.prior.d2": 0.8,
+            },
         ),
         grid={"strategies.prior.alpha": (1.0, 5.0, 10.0, 50.0), "strategies.prior.k": (5, 10, 20)},
     ),
@@ -69,7 +105,9 @@ SPACES: dict[str, Space] = {
             "strategies.sparse.epochs": Int(1, 3),
             "strategies.sparse.rounds": Int(1, 5),
         },
-        published=({"strategies.sparse.rate": 0.1, "strategies.sparse.epochs": 1, "strategies.sparse.rounds": 5},),
+        published=(
+            {"strategies.sparse.rate": 0.1, "strategies.sparse.epochs": 1, "strategies.sparse.rounds": 5},
+        ),
         grid={"strategies.sparse.rate": (0.1, 0.2, 0.3), "strategies.sparse.epochs": (1, 2)},
     ),
     "code_mixing": Space(
@@ -94,7 +132,8 @@ SPACES: dict[str, Space] = {
         grid={"strategies.layer_decay.factor": (0.98, 0.95, 0.88, 0.75)},
     ),
     "alignment": Space(
-        "alignment through translations (P4): weight, routine, loss, and what is tuned, each with a rate that fits it",
+        "alignment through translations (P4): weight, routine, loss, and what is tuned, each with a rate "
+        "that fits it",
         "p4_xtd_few_framework",
         {
             "strategies.alignment.weight": Float(0.001, 10, log=True),
@@ -103,19 +142,45 @@ SPACES: dict[str, Space] = {
             "tuned": OneOf(
                 full={"strategies.lora": None, "optim.lr": WHOLE},
                 lora={"strategies.lora.rank": Int(2, 64, log=True), "optim.lr": SMALL},
-                adapter={"strategies.lora": None, "strategies.adapter.bottleneck": Int(8, 128, log=True), "optim.lr": SMALL},
-                compacter={"strategies.lora": None, "strategies.compacter.reduction": Choice(8, 16, 32), "optim.lr": SMALL},
-                soft_prompt={"strategies.lora": None, "strategies.soft_prompt.words": "",
-                             "strategies.soft_prompt.tokens": Int(2, 32), "optim.lr": SMALL},
+                adapter={
+                    "strategies.lora": None,
+                    "strategies.adapter.bottleneck": Int(8, 128, log=True),
+                    "optim.lr": SMALL,
+                },
+                compacter={
+                    "strategies.lora": None,
+                    "strategies.compacter.reduction": Choice(8, 16, 32),
+                    "optim.lr": SMALL,
+                },
+                soft_prompt={
+                    "strategies.lora": None,
+                    "strategies.soft_prompt.words": "",
+                    "strategies.soft_prompt.tokens": Int(2, 32),
+                    "optim.lr": SMALL,
+                },
             ),
         },
         published=(
-            {"strategies.alignment.weight": 1.0, "strategies.alignment.routine": 3, "strategies.alignment.loss": "mse",
-             "tuned": "lora", "strategies.lora.rank": 8, "optim.lr@lora": 1e-4},
-            {"strategies.alignment.weight": 1.0, "strategies.alignment.routine": 3, "strategies.alignment.loss": "mse",
-             "tuned": "full", "optim.lr@full": 3e-6},
+            {
+                "strategies.alignment.weight": 1.0,
+                "strategies.alignment.routine": 3,
+                "strategies.alignment.loss": "mse",
+                "tuned": "lora",
+                "strategies.lora.rank": 8,
+                "optim.lr@lora": 1e-4,
+            },
+            {
+                "strategies.alignment.weight": 1.0,
+                "strategies.alignment.routine": 3,
+                "strategies.alignment.loss": "mse",
+                "tuned": "full",
+                "optim.lr@full": 3e-6,
+            },
         ),
-        grid={"strategies.alignment.weight": (0.001, 0.01, 0.1, 1.0, 10.0), "optim.lr@lora": (3e-5, 1e-4, 3e-4)},
+        grid={
+            "strategies.alignment.weight": (0.001, 0.01, 0.1, 1.0, 10.0),
+            "optim.lr@lora": (3e-5, 1e-4, 3e-4),
+        },
     ),
     "distillation": Space(
         "distillation (P3): weight of each layer's states, which layers, how many words are mixed in",
@@ -123,30 +188,45 @@ SPACES: dict[str, Space] = {
         {
             "strategies.distillation.share": Float(0.05, 0.5),
             "layers": OneOf(
-                quarters={"strategies.distillation.layers": (3, 6, 9, 12),
-                          "strategies.distillation.weights": Each(4, Float(0.1, 10, log=True))},
-                halves={"strategies.distillation.layers": (6, 12),
-                        "strategies.distillation.weights": Each(2, Float(0.1, 10, log=True))},
-                last={"strategies.distillation.layers": (12,),
-                      "strategies.distillation.weights": Each(1, Float(0.1, 10, log=True))},
+                quarters={
+                    "strategies.distillation.layers": (3, 6, 9, 12),
+                    "strategies.distillation.weights": Each(4, Float(0.1, 10, log=True)),
+                },
+                halves={
+                    "strategies.distillation.layers": (6, 12),
+                    "strategies.distillation.weights": Each(2, Float(0.1, 10, log=True)),
+                },
+                last={
+                    "strategies.distillation.layers": (12,),
+                    "strategies.distillation.weights": Each(1, Float(0.1, 10, log=True)),
+                },
             ),
         },
         published=(
-            {"strategies.distillation.share": 0.15, "layers": "quarters",
-             **{f"strategies.distillation.weights@quarters[{i}]": 1.0 for i in range(4)}},
-            {"strategies.distillation.share": 0.15, "layers": "last", "strategies.distillation.weights@last[0]": 1.0},
+            {
+                "strategies.distillation.share": 0.15,
+                "layers": "quarters",
+                **{f"strategies.distillation.weights@quarters[{i}]": 1.0 for i in range(4)},
+            },
+            {
+                "strategies.distillation.share": 0.15,
+                "layers": "last",
+                "strategies.distillation.weights@last[0]": 1.0,
+            },
         ),
         grid={"strategies.distillation.share": (0.1, 0.15, 0.3)},
     ),
     "few_shot": Space(
-        "few-shot by IGLUE's protocol: its learning rates; of one language and number of shots, as it chooses them",
+        "few-shot by IGLUE's protocol: its learning rates; of one language and number of shots, as it "
+        "chooses them",
         "iglue_few_shot_xvnli",
         {"optim.lr": Choice(*FEW_SHOT_RATES)},
         published=({"optim.lr": FEW_SHOT_RATES[1]},),
         grid={"optim.lr": FEW_SHOT_RATES},
     ),
     "pretrain_mix": Space(
-        "pretraining's mixture (P2): how far rare languages are raised, how many samples of each stream a step has",
+        "pretraining's mixture (P2): how far rare languages are raised, how many samples of each stream a "
+        "step has",
         "tiny",
         {
             "data.text.alpha": Float(0, 1),
@@ -155,10 +235,17 @@ SPACES: dict[str, Space] = {
             "data.parallel.batch": Choice(256, 512, 1024),
             "data.text.batch": Choice(16, 32, 64, 128),
         },
-        published=({"data.text.alpha": 0.3, "data.parallel.alpha": 0.3, "data.image_text.batch": 512,
-                    "data.parallel.batch": 1024, "data.text.batch": 32},),
+        published=(
+            {
+                "data.text.alpha": 0.3,
+                "data.parallel.alpha": 0.3,
+                "data.image_text.batch": 512,
+                "data.parallel.batch": 1024,
+                "data.text.batch": 32,
+            },
+        ),
         grid={"data.text.alpha": (0.3, 0.5, 0.7, 1.0), "data.parallel.alpha": (0.3, 0.5, 0.7, 1.0)},
     ),
     "best_of_all": _best_of_all("p0_uc2_baseline", "which methods together, and how much of each", 6),
     "best_of_scenes": _best_of_all("scenes_xgqa", "the same for models of two layers, as `make run`'s", 2),
-}  # fmt: skip
+}

@@ -1,9 +1,10 @@
 """Where in a picture a word looks: weights of the unified encoder's cross-attention (paper 2, figure 3).
 
-The fused kernel keeps its weights to itself. `look` runs the model as it is, notes what goes into each cross-attention
-(`raylib.model.attention`) and multiplies queries and keys once more.
+The fused kernel keeps its weights to itself. `look` runs the model as it is, notes what goes into each
+cross-attention (`raylib.model.attention`) and multiplies queries and keys once more.
 
-Shape legend: l unified layers, T tokens, R queries, h heads, e = d / h, S keys of a picture (CLS, then patches), g x g patches.
+Shape legend: l unified layers, T tokens, R queries, h heads, e = d / h, S keys of a picture (CLS, then
+patches), g x g patches.
 """
 
 import math
@@ -21,7 +22,8 @@ from raylib.ragged import Plan, Ragged
 
 
 def weights_of(attention: Attention, x: Tensor, key_value: Tensor, plan: Plan) -> Tensor:
-    """What `attention(x, key_value, plan)` weighs its values by: (R, h, S), float32 or finer. All rows have S keys."""
+    """What `attention(x, key_value, plan)` weighs its values by: (R, h, S), float32 or finer. All rows have S
+    keys."""
     (n, q, s), *others = plan.runs
     assert not others and not plan.causal, "rows with different numbers of keys"
     h, e = attention.heads, x.shape[1] // attention.heads
@@ -65,15 +67,24 @@ def has_cross_attention(backbone: nn.Module) -> bool:
 
 
 def word_maps(weights: Tensor, text: Ragged, words: Sequence[list[int]]) -> np.ndarray:
-    """Attention of a word in each of n texts: `weights` (l, T, h, S), `words[i]` the word's tokens in row i -> (n, l, S), mean
-    over tokens and heads."""
+    """Attention of a word in each of n texts: `weights` (l, T, h, S), `words[i]` the word's tokens in row i
+    -> (n, l, S), mean over tokens and heads."""
     starts = text.starts.tolist()
-    return torch.stack([weights[:, [start + t for t in word]].mean((1, 2))
-                        for start, word in zip(starts, words, strict=True)]).double().numpy()  # fmt: skip
+    return (
+        torch.stack(
+            [
+                weights[:, [start + t for t in word]].mean((1, 2))
+                for start, word in zip(starts, words, strict=True)
+            ]
+        )
+        .double()
+        .numpy()
+    )
 
 
 def choose_layer(maps: np.ndarray, layer: str) -> np.ndarray:
-    """(n, l, S) -> (n, S): of the "last" layer, the "mean" over all, or the one with this number (1 is the lowest).
+    """(n, l, S) -> (n, S): of the "last" layer, the "mean" over all, or the one with this number (1 is the
+    lowest).
 
     Raises:
         UserError: none of these.
@@ -88,8 +99,8 @@ def choose_layer(maps: np.ndarray, layer: str) -> np.ndarray:
 
 
 def to_grid(weights: np.ndarray, windows: int = 0) -> np.ndarray:
-    """(..., S) -> (..., g, g): shares of the attention on patches, the CLS left out; they add up to 1. With `windows`, their
-    CLS states come next, and patches window after window (`raylib.model.vision`)."""
+    """(..., S) -> (..., g, g): shares of the attention on patches, the CLS left out; they add up to 1. With
+    `windows`, their CLS states come next, and patches window after window (`raylib.model.vision`)."""
     patches = weights[..., 1 + windows :]
     side = math.isqrt(patches.shape[-1])
     assert side * side == patches.shape[-1], "a picture's patches are a square"
@@ -102,8 +113,8 @@ def to_grid(weights: np.ndarray, windows: int = 0) -> np.ndarray:
 
 
 def quadrants(grid: np.ndarray) -> np.ndarray:
-    """(..., g, g) -> (..., 4): what falls into top left, top right, bottom left, bottom right; patches on a middle line, where g
-    is odd, fall into both sides alike."""
+    """(..., g, g) -> (..., 4): what falls into top left, top right, bottom left, bottom right; patches on a
+    middle line, where g is odd, fall into both sides alike."""
     g = grid.shape[-1]
     fine = grid.repeat(2, -1).repeat(2, -2) / 4
     return fine.reshape(*grid.shape[:-2], 2, g, 2, g).sum((-3, -1)).reshape(*grid.shape[:-2], 4)

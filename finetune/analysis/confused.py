@@ -1,4 +1,5 @@
-"""Accuracy with synonyms counted right, and the labels that are taken for each other (paper 0, section 6, tables 2 and 3)."""
+"""Accuracy with synonyms counted right, and the labels that are taken for each other (paper 0, section 6,
+tables 2 and 3)."""
 
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,29 @@ def summary(values: dict[str, Any]) -> str:
     """Markdown: paper 0's tables 2 and 3."""
     kinds = (SYNONYM, HYPERNYM, HYPONYM, NONE)
     first = [["language", "accuracy", "with synonyms", "more", *(f"wrong: {kind}" for kind in kinds)]]
-    second = [["language", f"{PAIRS} most confused related labels: label:prediction (relation) count", f"{PAIRS} of all"]]
+    second = [
+        [
+            "language",
+            f"{PAIRS} most confused related labels: label:prediction (relation) count",
+            f"{PAIRS} of all",
+        ]
+    ]
     for code, found in values.items():
         strict, kind = found["accuracy"], found["accuracy_with_synonyms"]
-        first.append([code, percent(strict), percent(kind), f"+{percent(kind - strict)}",
-                      *(str(found["wrong"].get(relation, 0)) for relation in kinds)])  # fmt: skip
+        first.append(
+            [
+                code,
+                percent(strict),
+                percent(kind),
+                f"+{percent(kind - strict)}",
+                *(str(found["wrong"].get(relation, 0)) for relation in kinds),
+            ]
+        )
         second.append([code, _pairs(found["confused_related"]), _pairs(found["confused"])])
     return f"{table(first)}\n\n{table(second, words=3)}"
 
 
 def _pairs(pairs: list[dict[str, Any]]) -> str:
-    return "; ".join(f"{p['label']}:{p['prediction']} ({p['relation']}) {p['count']}" for p in pairs) or "none"
+    return (
+        "; ".join(f"{p['label']}:{p['prediction']} ({p['relation']}) {p['count']}" for p in pairs) or "none"
+    )

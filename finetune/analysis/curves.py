@@ -1,4 +1,5 @@
-"""Scores after each epoch, by language and by question type (paper 1, figures 2 and 3), of a run with `curves=true`."""
+"""Scores after each epoch, by language and by question type (paper 1, figures 2 and 3), of a run with
+`curves=true`."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,8 +15,8 @@ PREFIX = "eval/test/"  # what `finetune.worker` records with `curves`: LANGUAGE,
 
 
 def read_curves(folders: Sequence[Path]) -> dict[str, Any]:
-    """{"score": {language: a value an epoch}, "by_type": {type: {language: ...}}, "by_type_mean": {type: mean over the
-    targets}}, from metrics.jsonl of each of the folders of a run.
+    """{"score": {language: a value an epoch}, "by_type": {type: {language: ...}}, "by_type_mean": {type: mean
+    over the targets}}, from metrics.jsonl of each of the folders of a run.
 
     Raises:
         Inapplicable: nothing was recorded.
@@ -30,18 +31,30 @@ def read_curves(folders: Sequence[Path]) -> dict[str, Any]:
                     (kinds[kind][code] if kind else scores[code]).append(value)
     if not scores:
         raise Inapplicable("nothing was recorded after each epoch; train with curves=true")
-    means = {kind: [mean(values) for values in zip(*(v for code, v in by.items() if code != "en"), strict=True)]
-             for kind, by in sorted(kinds.items())}  # fmt: skip
-    return {"score": dict(scores), "by_type": {kind: dict(by) for kind, by in sorted(kinds.items())},
-            "by_type_mean": {kind: values for kind, values in means.items() if values}}  # fmt: skip
+    means = {
+        kind: [mean(values) for values in zip(*(v for code, v in by.items() if code != "en"), strict=True)]
+        for kind, by in sorted(kinds.items())
+    }
+    return {
+        "score": dict(scores),
+        "by_type": {kind: dict(by) for kind, by in sorted(kinds.items())},
+        "by_type_mean": {kind: values for kind, values in means.items() if values},
+    }
 
 
 def draw(values: dict[str, Any], called: str, measure: str, path: Path) -> None:
-    """Left a line a language, English and the mean of the targets apart; right, where there are types, a line a type."""
+    """Left a line a language, English and the mean of the targets apart; right, where there are types, a line
+    a type."""
     pyplot = open_pyplot()
     scores, kinds = values["score"], values["by_type_mean"]
-    figure, axes = pyplot.subplots(1, 1 + bool(kinds), figsize=(5.2 * (1 + bool(kinds)), 3.9), layout="constrained", sharey=True,
-                                   squeeze=False)  # fmt: skip
+    figure, axes = pyplot.subplots(
+        1,
+        1 + bool(kinds),
+        figsize=(5.2 * (1 + bool(kinds)), 3.9),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
     figure.suptitle(f"{called}: test set after each epoch", fontsize=10)
     targets = [code for code in scores if code != "en"]
     colours = pyplot.get_cmap("tab10" if len(targets) <= 10 else "tab20")
@@ -53,7 +66,10 @@ def draw(values: dict[str, Any], called: str, measure: str, path: Path) -> None:
     _lines(axes[0, 0], lines, "by language")
     axes[0, 0].set_ylabel(f"{measure}, %")
     if kinds:
-        styled = {kind: (points, {"color": colours(i), "linewidth": 1.5}) for i, (kind, points) in enumerate(kinds.items())}
+        styled = {
+            kind: (points, {"color": colours(i), "linewidth": 1.5})
+            for i, (kind, points) in enumerate(kinds.items())
+        }
         _lines(axes[0, 1], styled, "by question type, mean of the targets")
     save(figure, values, path)
 
@@ -63,7 +79,9 @@ def summary(values: dict[str, Any]) -> str:
     rows = [["language", "first epoch", "best epoch", "last epoch"]]
     for code, points in values["score"].items():
         best = max(points)
-        rows.append([code, percent(points[0]), f"{percent(best)} ({points.index(best) + 1}.)", percent(points[-1])])
+        rows.append(
+            [code, percent(points[0]), f"{percent(best)} ({points.index(best) + 1}.)", percent(points[-1])]
+        )
     return table(rows)
 
 

@@ -1,4 +1,5 @@
-"""What the figures of an analysis share: how they are written, which text the fonts of this machine can draw."""
+"""What the figures of an analysis share: how they are written, which text the fonts of this machine can
+draw."""
 
 import json
 from collections.abc import Iterable
@@ -36,18 +37,28 @@ def save(figure, values: dict[str, Any], path: Path) -> None:
     require_finite_values(f"{path}.json", values)
     figure.savefig(path.with_suffix(".png"), dpi=130)
     open_pyplot().close(figure)
-    write_atomically(path.with_suffix(".json"), json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomically(
+        path.with_suffix(".json"), json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def find_fonts(texts: Iterable[str]) -> tuple[list[str], set[str]]:
-    """(font families that draw `texts` between them, best first; those of the texts that no font here can draw)."""
+    """(font families that draw `texts` between them, best first; those of the texts that no font here can
+    draw)."""
     from matplotlib import font_manager
 
     texts = set(texts)
-    missing = {ord(c) for text in texts for c in text if not c.isspace()} - _characters(font_manager.findfont(FONT))
+    missing = {ord(c) for text in texts for c in text if not c.isspace()} - _characters(
+        font_manager.findfont(FONT)
+    )
     families = [FONT]
     for font in font_manager.fontManager.ttflist:
-        if missing and font.style == "normal" and not font.name.startswith(BOXES) and missing & _characters(font.fname):
+        if (
+            missing
+            and font.style == "normal"
+            and not font.name.startswith(BOXES)
+            and missing & _characters(font.fname)
+        ):
             families.append(font.name)
             missing -= _characters(font.fname)
     return families, {text for text in texts if any(ord(c) in missing for c in text)}

@@ -1,4 +1,5 @@
-"""The attention of a word over test pictures, in several languages: measured on emoji scenes, drawn for a few pictures."""
+"""The attention of a word over test pictures, in several languages: measured on emoji scenes, drawn for a few
+pictures."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,8 @@ CHANCE = 0.25  # of the attention, on a quadrant
 
 
 class Look(NamedTuple):
-    """A word of an item in each language, the picture that it is sought in, and, where it is known, what it names there."""
+    """A word of an item in each language, the picture that it is sought in, and, where it is known, what it
+    names there."""
 
     item: tuple[Example, ...]
     image: str
@@ -42,22 +44,31 @@ def looks_of_words(parallel: Parallel, words: Mapping[str, str]) -> list[Look]:
     Raises:
         UserError: none has them all.
     """
-    found = [Look(row, row[0].images[0], words, None, ()) for row in parallel.items
-             if all(find_word(words[code], e.texts[-1]) for code, e in zip(parallel.languages, row, strict=True))]  # fmt: skip
+    found = [
+        Look(row, row[0].images[0], words, None, ())
+        for row in parallel.items
+        if all(find_word(words[code], e.texts[-1]) for code, e in zip(parallel.languages, row, strict=True))
+    ]
     if not found:
         given = " ".join(f"{code}={word}" for code, word in words.items())
-        raise UserError(f"--words {given}: in none of {len(parallel.items)} parallel items; give one that has them with --item")
+        raise UserError(
+            f"--words {given}: in none of {len(parallel.items)} parallel items; give one that has them with "
+            "--item"
+        )
     return found
 
 
 def looks_of_scenes(parallel: Parallel, path: Path) -> list[Look]:
-    """The items of emoji scenes that name something in their picture, in every language. path: of scenes.jsonl.
+    """The items of emoji scenes that name something in their picture, in every language. path: of
+    scenes.jsonl.
 
     Raises:
         Inapplicable: there are none; no ground truth.
     """
     if not path.is_file():
-        raise Inapplicable("give a word in several languages with --words en=dog de=Hund, and maybe the item with --item ID")
+        raise Inapplicable(
+            "give a word in several languages with --words en=dog de=Hund, and maybe the item with --item ID"
+        )
     scenes = read_scenes(path, {stem(name) for row in parallel.items for name in row[0].images})
     found = []
     for row in parallel.items:
@@ -68,29 +79,39 @@ def looks_of_scenes(parallel: Parallel, path: Path) -> list[Look]:
                 found.append(Look(row, image, named[1], named[0], others))
                 break
     if not found:
-        raise Inapplicable(f"none of {len(parallel.items)} parallel items names a thing of its picture in every language")
+        raise Inapplicable(
+            f"none of {len(parallel.items)} parallel items names a thing of its picture in every language"
+        )
     return found
 
 
 def measure(
-    backbone: UnifiedModel, looks: Sequence[Look], languages: Sequence[str], pictures: Pixels, tokenizer: Tokenizer, length: int,
-    layer: str, drawn: int,
-) -> dict[str, Any]:  # fmt: skip
+    backbone: UnifiedModel,
+    looks: Sequence[Look],
+    languages: Sequence[str],
+    pictures: Pixels,
+    tokenizer: Tokenizer,
+    length: int,
+    layer: str,
+    drawn: int,
+) -> dict[str, Any]:
     """The numbers of the figure.
 
     Returns:
-        {"layer", "items", "on_patches": the attention that is not on the picture's CLS, "drawn": the first `drawn` different
-        pictures, [{"id", "image", "word", "text", "map": {language: (g, g)}}]}; where it is known what the words name, also
-        shares of the attention on patches, means over items: {"own_quadrant", "standard_error", "other_things": a quadrant
-        with another thing in it, "own_by_layer", "chance"}.
+        {"layer", "items", "on_patches": the attention that is not on the picture's CLS, "drawn": the first
+        `drawn` different pictures, [{"id", "image", "word", "text", "map": {language: (g, g)}}]}; where it is
+        known what the words name, also shares of the attention on patches, means over items: {"own_quadrant",
+        "standard_error", "other_things": a quadrant with another thing in it, "own_by_layer", "chance"}.
     """
     device, place = next(backbone.parameters()).device, getattr(backbone.vision, "place", None)
     windows = 0 if place is None else len(place)
     shown, own, other, by_layer, patches = {}, [], [], [], []
     for item in looks:
         texts = [e.texts[-1] for e in item.item]
-        places = [find_tokens(tokenizer, text, find_word(item.words[code], text), length)
-                  for code, text in zip(languages, texts, strict=True)]  # fmt: skip
+        places = [
+            find_tokens(tokenizer, text, find_word(item.words[code], text), length)
+            for code, text in zip(languages, texts, strict=True)
+        ]
         if not all(places):
             continue  # cut off behind `length` tokens
         with torch.inference_mode():
@@ -110,13 +131,24 @@ def measure(
         if item.image not in shown and len(shown) < drawn:
             shown[item.image] = _record(item, languages, grids)
     if not patches:
-        raise UserError(f"the word is behind the first {length} tokens of its sentence, which the model does not see")
-    values = {"layer": layer, "items": len(patches), "drawn": list(shown.values()), "on_patches": _means(patches, languages)}
+        raise UserError(
+            f"the word is behind the first {length} tokens of its sentence, which the model does not see"
+        )
+    values = {
+        "layer": layer,
+        "items": len(patches),
+        "drawn": list(shown.values()),
+        "on_patches": _means(patches, languages),
+    }
     if own:
         error = np.std(own, 0, ddof=1) / len(own) ** 0.5 if len(own) > 1 else np.full(len(languages), np.nan)
-        values |= {"chance": CHANCE, "own_quadrant": _means(own, languages), "own_by_layer": _means(by_layer, languages),
-                   "standard_error": {c: float(e) for c, e in zip(languages, error, strict=True) if not np.isnan(e)},
-                   "other_things": _means(other, languages) if other else {}}  # fmt: skip
+        values |= {
+            "chance": CHANCE,
+            "own_quadrant": _means(own, languages),
+            "own_by_layer": _means(by_layer, languages),
+            "standard_error": {c: float(e) for c, e in zip(languages, error, strict=True) if not np.isnan(e)},
+            "other_things": _means(other, languages) if other else {},
+        }
     return values
 
 
@@ -125,9 +157,13 @@ def _means(rows: Sequence[np.ndarray], languages: Sequence[str]) -> dict[str, An
 
 
 def _record(item: Look, languages: Sequence[str], grids: np.ndarray) -> dict[str, Any]:
-    record = {"id": item.item[0].id, "image": item.image, "word": dict(item.words),
-              "text": {code: e.texts[-1] for code, e in zip(languages, item.item, strict=True)},
-              "map": dict(zip(languages, grids.tolist(), strict=True))}  # fmt: skip
+    record = {
+        "id": item.item[0].id,
+        "image": item.image,
+        "word": dict(item.words),
+        "text": {code: e.texts[-1] for code, e in zip(languages, item.item, strict=True)},
+        "map": dict(zip(languages, grids.tolist(), strict=True)),
+    }
     if item.thing:
         shares = quadrants(grids)[:, item.thing.quadrant].tolist()
         record |= {"quadrant": item.thing.quadrant, "share": dict(zip(languages, shares, strict=True))}
@@ -138,7 +174,9 @@ def summary(values: dict[str, Any]) -> str:
     """Markdown: shares of the attention, where it is known what the words name."""
     if "own_quadrant" not in values:
         return []
-    rows = [["language", "on the quadrant of what is named, %", "± standard error", "on one of another thing, %"]]
+    rows = [
+        ["language", "on the quadrant of what is named, %", "± standard error", "on one of another thing, %"]
+    ]
     for code, share in values["own_quadrant"].items():
         error, other = values["standard_error"].get(code), values["other_things"].get(code)
         rows.append([code, percent(share), percent(error), percent(other)])
@@ -146,21 +184,28 @@ def summary(values: dict[str, Any]) -> str:
 
 
 def draw(values: dict[str, Any], pictures: Pixels, called: str, path: Path) -> set[str]:
-    """A row a picture, a column a language: the attention over the picture, from none (as it is) to its greatest (red).
+    """A row a picture, a column a language: the attention over the picture, from none (as it is) to its
+    greatest (red).
 
     Returns:
         The languages whose words no font here can draw: their captions are the language's code alone.
     """
     pyplot = open_pyplot()
     languages = list(values["drawn"][0]["word"])
-    captions = {text for record in values["drawn"] for text in (*record["word"].values(), *record["text"].values())}
+    captions = {
+        text for record in values["drawn"] for text in (*record["word"].values(), *record["text"].values())
+    }
     families, undrawable = find_fonts(captions)
     rows, columns = len(values["drawn"]), len(languages) + 1
-    figure, axes = pyplot.subplots(rows, columns, figsize=(1.75 * columns, 0.6 + 2.45 * rows), layout="constrained",
-                                   squeeze=False)  # fmt: skip
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(1.75 * columns, 0.6 + 2.45 * rows), layout="constrained", squeeze=False
+    )
     framed = "; %: share in the framed quadrant" if "own_quadrant" in values else ""
-    figure.suptitle(f"{called}: attention of a word to the picture, unified layer: {values['layer']}\n"
-                    f"darkest red: the greatest of each map{framed}", fontsize=9)  # fmt: skip
+    figure.suptitle(
+        f"{called}: attention of a word to the picture, unified layer: {values['layer']}\n"
+        f"darkest red: the greatest of each map{framed}",
+        fontsize=9,
+    )
     hidden = set()
     for row, record in zip(axes, values["drawn"], strict=True):
         picture = pictures.store.read(record["image"])
@@ -171,7 +216,9 @@ def draw(values: dict[str, Any], pictures: Pixels, called: str, path: Path) -> s
         if "quadrant" in record:
             down, right = divmod(record["quadrant"], 2)
             height, width = picture.shape[0] / 2, picture.shape[1] / 2
-            frame = pyplot.Rectangle((right * width, down * height), width, height, fill=False, linestyle="--", linewidth=1.5)
+            frame = pyplot.Rectangle(
+                (right * width, down * height), width, height, fill=False, linestyle="--", linewidth=1.5
+            )
             row[0].add_patch(frame)
         row[0].set_title(record["image"], fontsize=8)
         for cell, code in zip(row[1:], languages, strict=True):

@@ -1,7 +1,7 @@
 """Where objects stand in pictures, and the items that name them.
 
-Of emoji scenes an object's states are those of the patches that its box covers, each by how much of it. Of region features they
-are the regions that are called so, where each of a picture's regions has a name.
+Of emoji scenes an object's states are those of the patches that its box covers, each by how much of it. Of
+region features they are the regions that are called so, where each of a picture's regions has a name.
 
 Shape legend: S states of a picture: regions, or CLS states, then M patches, g x g.
 """
@@ -28,7 +28,9 @@ from finetune.stores.pictures import stem
 POOL = 20  # parallel items among which one is chosen: few name the same objects
 CLASSES = 6  # whose colours are told apart
 
-Where = Mapping[str, Mapping[str, np.ndarray]]  # {picture: {object: weights (S,) of the picture's states, 1 in all}}
+Where = Mapping[
+    str, Mapping[str, np.ndarray]
+]  # {picture: {object: weights (S,) of the picture's states, 1 in all}}
 
 
 class Named(NamedTuple):
@@ -47,7 +49,9 @@ def find_boxes(parallel: Parallel, path: Path, pictures: Pixels, backbone: nn.Mo
         Inapplicable: there is none.
     """
     if not path.is_file():
-        raise Inapplicable(f"nothing says where in a picture an object stands: {path} is not there, as with emoji scenes")
+        raise Inapplicable(
+            f"nothing says where in a picture an object stands: {path} is not there, as with emoji scenes"
+        )
     with open(path, encoding="utf-8") as file:
         scenes = {scene["id"]: scene["objects"] for scene in map(json.loads, file)}
     images = [image for row in parallel.items for image in row[0].images if stem(image) in scenes]
@@ -55,14 +59,17 @@ def find_boxes(parallel: Parallel, path: Path, pictures: Pixels, backbone: nn.Mo
     found = {}
     for image in dict.fromkeys(images):
         side = pictures.store.read(image).shape[0]
-        boxes = {o["label"]: [o[name] / side for name in ("left", "top", "size")] for o in scenes[stem(image)]}
+        boxes = {
+            o["label"]: [o[name] / side for name in ("left", "top", "size")] for o in scenes[stem(image)]
+        }
         found[image] = {label: cover(cells, *box) for label, box in boxes.items()}
     return found
 
 
 @torch.inference_mode()
 def find_patches(backbone: nn.Module, picture: Tensor) -> np.ndarray:
-    """(S, g, g): the place of the patch that each state is of, as a 1; a CLS has none. picture: any, (1, H, W, 3)."""
+    """(S, g, g): the place of the patch that each state is of, as a 1; a CLS has none. picture: any, (1, H,
+    W, 3)."""
     states = len(backbone.encode_images(picture.to(next(backbone.parameters()).device)).values)
     place = getattr(backbone.vision, "place", None)
     windows = 0 if place is None else len(place)
@@ -70,9 +77,13 @@ def find_patches(backbone: nn.Module, picture: Tensor) -> np.ndarray:
 
 
 def cover(cells: np.ndarray, left: float, top: float, size: float) -> np.ndarray:
-    """How much of each patch a square box covers: (S, g, g) -> (S,), 1 in all. The box is in shares of the picture's side."""
+    """How much of each patch a square box covers: (S, g, g) -> (S,), 1 in all. The box is in shares of the
+    picture's side."""
     edges = np.linspace(0, 1, cells.shape[-1] + 1)
-    rows, columns = (np.clip(np.minimum(edges[1:], low + size) - np.maximum(edges[:-1], low), 0, None) for low in (top, left))
+    rows, columns = (
+        np.clip(np.minimum(edges[1:], low + size) - np.maximum(edges[:-1], low), 0, None)
+        for low in (top, left)
+    )
     covered = (cells * np.outer(rows, columns)).sum((1, 2))
     return covered / covered.sum()
 
@@ -84,13 +95,17 @@ def find_regions(parallel: Parallel, pictures: RegionFeatures) -> Where:
         Inapplicable: no picture has a name for each of its regions.
     """
     found = {}
-    for example, image in {image: (row[0], image) for row in parallel.items for image in row[0].images}.values():
+    for example, image in {
+        image: (row[0], image) for row in parallel.items for image in row[0].images
+    }.values():
         regions = pictures.store.read(image)
         for names in (example.tags, regions.tags):
             if len(names) == len(regions.boxes):
                 found[image] = {name: np.equal(names, name) / names.count(name) for name in names}
     if not found:
-        raise Inapplicable("nothing says where in a picture an object stands: its regions have no name each (tags)")
+        raise Inapplicable(
+            "nothing says where in a picture an object stands: its regions have no name each (tags)"
+        )
     return found
 
 
@@ -103,12 +118,17 @@ def choose(parallel: Parallel, where: Where, limit: int) -> list[Named]:
     named, pictures, nth = [], defaultdict(set), Counter()
     for row in parallel.items:
         for image in row[0].images:
-            things = [Thing(label, 0) for label in where.get(image, ()) if label in labels()]  # named in every language
+            things = [
+                Thing(label, 0) for label in where.get(image, ()) if label in labels()
+            ]  # named in every language
             if found := name_in(row, parallel.languages, things):
                 named.append(Named(row, image, found[0].label, found[1]))
                 pictures[found[0].label].add(image)
                 break
-    often = sorted((label for label in pictures if len(pictures[label]) > 1), key=lambda label: (-len(pictures[label]), label))
+    often = sorted(
+        (label for label in pictures if len(pictures[label]) > 1),
+        key=lambda label: (-len(pictures[label]), label),
+    )
     turns = []
     for item in named:
         if item.label in often[:CLASSES]:
@@ -116,5 +136,7 @@ def choose(parallel: Parallel, where: Where, limit: int) -> list[Named]:
             nth[item.label] += 1
     chosen = [item for _, item in sorted(turns, key=lambda turn: turn[0])[:limit]]
     if len({item.label for item in chosen}) < 2 or len({item.image for item in chosen}) < 2:
-        raise Inapplicable(f"the {len(parallel.items)} parallel items do not name two objects in two pictures each")
+        raise Inapplicable(
+            f"the {len(parallel.items)} parallel items do not name two objects in two pictures each"
+        )
     return chosen

@@ -10,8 +10,8 @@ from raylib.randomness import string_key
 
 
 class Parallel(NamedTuple):
-    """`items`: a few, each in every one of `languages`; `found`: how many there are; `left_out`: of each language, how many
-    of its items are not in all."""
+    """`items`: a few, each in every one of `languages`; `found`: how many there are; `left_out`: of each
+    language, how many of its items are not in all."""
 
     languages: tuple[str, ...]
     items: list[tuple[Example, ...]]
@@ -19,11 +19,14 @@ class Parallel(NamedTuple):
     left_out: dict[str, int]
 
 
-def read_parallel(config: FinetuneConfig, languages: Sequence[str], limit: int, wanted: str | None = None) -> Parallel:
-    """Up to `limit` of the test items that are in all `languages`, drawn by a hash of their ids: the same each time.
+def read_parallel(
+    config: FinetuneConfig, languages: Sequence[str], limit: int, wanted: str | None = None
+) -> Parallel:
+    """Up to `limit` of the test items that are in all `languages`, drawn by a hash of their ids: the same
+    each time.
 
-    Of retrieval, an item is a picture with its first caption in each language, and its id is the picture's. `wanted`: the id
-    of the only item that counts. Memory grows with `limit`, and by an integer an item.
+    Of retrieval, an item is a picture with its first caption in each language, and its id is the picture's.
+    `wanted`: the id of the only item that counts. Memory grows with `limit`, and by an integer an item.
     """
     counts, common = {}, None
     for code in languages:

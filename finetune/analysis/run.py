@@ -1,5 +1,5 @@
-"""`analyse`: every figure of a finished run, into RUN/analysis, and a summary in Markdown. A figure that cannot be made of this
-run is a line that says why."""
+"""`analyse`: every figure of a finished run, into RUN/analysis, and a summary in Markdown. A figure that
+cannot be made of this run is a line that says why."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,8 +29,8 @@ ONE_EACH = ("few_shot", "single_language")  # settings with a model for each lan
 
 
 class Options(NamedTuple):
-    """limit: parallel items that are compared. pictures: how many are drawn. layer: "last", "mean" or a number. words, item: what
-    attention is drawn of; by default what emoji scenes name."""
+    """limit: parallel items that are compared. pictures: how many are drawn. layer: "last", "mean" or a
+    number. words, item: what attention is drawn of; by default what emoji scenes name."""
 
     limit: int = 200
     pictures: int = 3
@@ -40,7 +40,8 @@ class Options(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A finished run: its folder, config and result, and what it evaluates with; `model` is None if each language has its own."""
+    """A finished run: its folder, config and result, and what it evaluates with; `model` is None if each
+    language has its own."""
 
     folder: Path
     config: FinetuneConfig
@@ -70,7 +71,9 @@ class Opened(NamedTuple):
 
     def one_model(self) -> FinetuneModel | UnifiedModel:
         if self.model is None:
-            raise Inapplicable(f"compares languages within one model; setting={self.config.setting} trains one for each")
+            raise Inapplicable(
+                f"compares languages within one model; setting={self.config.setting} trains one for each"
+            )
         return self.model
 
 
@@ -83,9 +86,12 @@ def analyse(folder: Path, options: Options) -> str:
     opened = _open(folder, options)
     opened.out.mkdir(exist_ok=True)
     sections: dict[str, Callable[[Opened], list[str]]] = {
-        "Similarity": _similarity, "Learning curves": _curves, "Confusions": _confusions, "Attention": _attention,
+        "Similarity": _similarity,
+        "Learning curves": _curves,
+        "Confusions": _confusions,
+        "Attention": _attention,
         "Words and regions": _words_and_regions,
-    }  # fmt: skip
+    }
     lines = [f"# Analysis of {opened.called}"]
     for title, section in sections.items():
         try:
@@ -119,20 +125,31 @@ def _similarity(opened: Opened) -> list[str]:
         raise Inapplicable("there is one language")
     parallel = read_parallel(config, codes, opened.options.limit)
     if not parallel.items:
-        raise Inapplicable(f"no test item is in all of {', '.join(codes)}: they are not translations of each other")
+        raise Inapplicable(
+            f"no test item is in all of {', '.join(codes)}: they are not translations of each other"
+        )
     pictures = open_pictures_for(config, model) if isinstance(model, FinetuneModel) else None
-    states = similarity.parallel_states(model, parallel, pictures, opened.tokenizer, config.length, opened.bf16)
+    states = similarity.parallel_states(
+        model, parallel, pictures, opened.tokenizer, config.length, opened.bf16
+    )
     values = similarity.describe(parallel, states, scores_of(opened.result))
     what = "CLS" if isinstance(model, FinetuneModel) else "caption"
     similarity.draw(values, opened.called, opened.measure, what, opened.out / "similarity")
     left = ", ".join(f"{code} {n}" for code, n in parallel.left_out.items() if n)
     rows = [["language", "similarity to English", opened.measure]]
-    rows += [[code, percent(near), percent(values["score"][code])] for code, near in values["to_english"].items()]
+    rows += [
+        [code, percent(near), percent(values["score"][code])] for code, near in values["to_english"].items()
+    ]
     unpaired = "" if values["unpaired"] is None else f", of unpaired ones {100 * values['unpaired']:.1f}"
-    pearson = "" if values["pearson"] is None else f"; Pearson's r with {opened.measure} over languages {values['pearson']:.2f}"
+    pearson = (
+        ""
+        if values["pearson"] is None
+        else f"; Pearson's r with {opened.measure} over languages {values['pearson']:.2f}"
+    )
     return [
-        f"Mean cosine × 100 of parallel items ({what} states) in two languages {100 * values['mean']:.1f}{unpaired}{pearson}. "
-        f"{values['items']} of the {parallel.found} items that are in all languages; items that are not: {left or 'none'}.",
+        f"Mean cosine × 100 of parallel items ({what} states) in two languages "
+        f"{100 * values['mean']:.1f}{unpaired}{pearson}. {values['items']} of the {parallel.found} items "
+        f"that are in all languages; items that are not: {left or 'none'}.",
         *(["", table(rows)] if values["to_english"] else []),
     ]
 
@@ -164,17 +181,38 @@ def _attention(opened: Opened) -> list[str]:
     parallel = read_parallel(config, codes, options.limit, options.item)
     if not parallel.items:
         if options.item:
-            raise UserError(f"--item {options.item}: no test item of this id in all of {', '.join(codes)}; see RUN/predictions")
-        raise Inapplicable(f"no test item is in all of {', '.join(codes)}: they are not translations of each other")
-    looks = (maps.looks_of_words(parallel, options.words) if options.words
-             else maps.looks_of_scenes(parallel, Path(config.data) / "scenes.jsonl"))  # fmt: skip
-    values = maps.measure(backbone, looks, codes, pictures, opened.tokenizer, config.length, options.layer, options.pictures)
+            raise UserError(
+                f"--item {options.item}: no test item of this id in all of {', '.join(codes)}; see "
+                "RUN/predictions"
+            )
+        raise Inapplicable(
+            f"no test item is in all of {', '.join(codes)}: they are not translations of each other"
+        )
+    looks = (
+        maps.looks_of_words(parallel, options.words)
+        if options.words
+        else maps.looks_of_scenes(parallel, Path(config.data) / "scenes.jsonl")
+    )
+    values = maps.measure(
+        backbone, looks, codes, pictures, opened.tokenizer, config.length, options.layer, options.pictures
+    )
     hidden = maps.draw(values, pictures, opened.called, opened.out / "attention")
-    lines = [f"Where a word looks, unified layer: {options.layer}; mean over its tokens and heads, over {values['items']} items."]
+    lines = [
+        f"Where a word looks, unified layer: {options.layer}; mean over its tokens and heads, over "
+        f"{values['items']} items."
+    ]
     if hidden:
-        lines[0] += f" Captions in {', '.join(sorted(hidden))} are the code alone: no font here draws them (Noto's would)."
+        lines[0] += (
+            f" Captions in {', '.join(sorted(hidden))} are the code alone: no font here draws them (Noto's "
+            "would)."
+        )
     if "own_quadrant" in values:
-        lines += ["", maps.summary(values), "", "A quadrant's share of the attention on patches by chance: 25 %."]
+        lines += [
+            "",
+            maps.summary(values),
+            "",
+            "A quadrant's share of the attention on patches by chance: 25 %.",
+        ]
     return lines
 
 
@@ -182,10 +220,14 @@ def _words_and_regions(opened: Opened) -> list[str]:
     config, model, codes = opened.config, opened.one_model(), languages_of(opened.config)
     backbone, pictures = backbone_of(model), open_pictures_for(config, model)
     if pictures is None or not hasattr(backbone, "ground"):
-        raise Inapplicable(f"backbone '{backbone.kind}' reads no text of {config.task} together with a picture")
+        raise Inapplicable(
+            f"backbone '{backbone.kind}' reads no text of {config.task} together with a picture"
+        )
     parallel = read_parallel(config, codes, objects.POOL * opened.options.limit)
     if not parallel.items:
-        raise Inapplicable(f"no test item is in all of {', '.join(codes)}: they are not translations of each other")
+        raise Inapplicable(
+            f"no test item is in all of {', '.join(codes)}: they are not translations of each other"
+        )
     if isinstance(pictures, Pixels):
         where = objects.find_boxes(parallel, Path(config.data) / "scenes.jsonl", pictures, backbone)
     else:

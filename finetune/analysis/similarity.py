@@ -1,7 +1,7 @@
 """How near the states of parallel items are between languages (paper 1, section 5.1, figure 4).
 
-The state is the one that the head reads: [CLS] after the unified encoder (a decoder reads the other tokens too). Of retrieval,
-the unit vector of a caption.
+The state is the one that the head reads: [CLS] after the unified encoder (a decoder reads the other tokens
+too). Of retrieval, the unit vector of a caption.
 
 Shape legend: L languages, n items, D width of a state.
 """
@@ -30,22 +30,31 @@ BATCH = 16  # items in every language at a time
 
 @torch.inference_mode()
 def parallel_states(
-    model: FinetuneModel | UnifiedModel, parallel: Parallel, pictures: Pictures | None, tokenizer: Tokenizer, length: int,
+    model: FinetuneModel | UnifiedModel,
+    parallel: Parallel,
+    pictures: Pictures | None,
+    tokenizer: Tokenizer,
+    length: int,
     bf16: bool = False,
-) -> Tensor:  # fmt: skip
-    """Unit vectors (L, n, D) of the items, float32 on the CPU. A picture is encoded once for all languages."""
+) -> Tensor:
+    """Unit vectors (L, n, D) of the items, float32 on the CPU. A picture is encoded once for all
+    languages."""
     device, columns = next(model.parameters()).device, [[] for _ in parallel.languages]
     for start in range(0, len(parallel.items), BATCH):
         rows, condition = parallel.items[start : start + BATCH], None
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             for place, column in enumerate(columns):
                 examples = [row[place] for row in rows]
-                text = to_device({"text": encode_texts([e.texts[-1] for e in examples], tokenizer, length)}, device)["text"]
+                text = to_device(
+                    {"text": encode_texts([e.texts[-1] for e in examples], tokenizer, length)}, device
+                )["text"]
                 if not isinstance(model, FinetuneModel):
                     states = model.embed_sentences(text)
                 else:
                     if condition is None or not examples[0].images:  # a premise is another in each language
-                        condition = model.condition(to_device(read_inputs(examples, pictures, tokenizer, length), device))
+                        condition = model.condition(
+                            to_device(read_inputs(examples, pictures, tokenizer, length), device)
+                        )
                     states = model.ground(text, condition)
                 column.append(F.normalize(states.float(), dim=-1).cpu())
     for code, column in zip(parallel.languages, columns, strict=True):
@@ -54,8 +63,8 @@ def parallel_states(
 
 
 def compare(states: Tensor) -> tuple[np.ndarray, float | None]:
-    """Of unit vectors (L, n, D): (mean cosine of parallel items (L, L), mean cosine of all pairs of different items, over all
-    languages; None where there is but one item)."""
+    """Of unit vectors (L, n, D): (mean cosine of parallel items (L, L), mean cosine of all pairs of different
+    items, over all languages; None where there is but one item)."""
     states = states.double()
     languages, n, _ = states.shape
     matrix = torch.einsum("aid,bid->ab", states, states) / n
@@ -67,8 +76,8 @@ def compare(states: Tensor) -> tuple[np.ndarray, float | None]:
 
 
 def correlate(near: dict[str, float], scores: dict[str, float]) -> float | None:
-    """Pearson's r over languages between similarity to English and score; None of fewer than three, or where either is the
-    same in all."""
+    """Pearson's r over languages between similarity to English and score; None of fewer than three, or where
+    either is the same in all."""
     both = [(near[code], scores[code]) for code in near if code in scores]
     x, y = np.array(both, float).reshape(-1, 2).T
     if len(both) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
@@ -81,18 +90,29 @@ def describe(parallel: Parallel, states: Tensor, scores: dict[str, float]) -> di
     codes = parallel.languages
     matrix, unpaired = compare(states)
     english = codes.index("en") if "en" in codes else None
-    near = {} if english is None else {code: float(matrix[english, i]) for i, code in enumerate(codes) if i != english}
+    near = (
+        {}
+        if english is None
+        else {code: float(matrix[english, i]) for i, code in enumerate(codes) if i != english}
+    )
     off = matrix[~np.eye(len(codes), dtype=bool)]
     return {
-        "languages": list(codes), "items": len(parallel.items), "in_all_languages": parallel.found,
-        "not_in_all": parallel.left_out, "similarity": matrix.tolist(), "mean": float(off.mean()), "unpaired": unpaired,
-        "to_english": near, "score": {code: scores[code] for code in codes if code in scores},
+        "languages": list(codes),
+        "items": len(parallel.items),
+        "in_all_languages": parallel.found,
+        "not_in_all": parallel.left_out,
+        "similarity": matrix.tolist(),
+        "mean": float(off.mean()),
+        "unpaired": unpaired,
+        "to_english": near,
+        "score": {code: scores[code] for code in codes if code in scores},
         "pearson": correlate(near, scores),
-    }  # fmt: skip
+    }
 
 
 def draw(values: dict[str, Any], called: str, measure: str, what: str, path: Path) -> None:
-    """A heat map, and beside it the score of each language over its similarity to English. `what` is similar."""
+    """A heat map, and beside it the score of each language over its similarity to English. `what` is
+    similar."""
     pyplot = open_pyplot()
     codes, near = values["languages"], values["to_english"]
     side = max(3.6, 1.6 + 0.45 * len(codes))
@@ -101,12 +121,19 @@ def draw(values: dict[str, Any], called: str, measure: str, what: str, path: Pat
     _heat(left, 100 * np.array(values["similarity"]), codes)
     unpaired = "" if values["unpaired"] is None else f"; unpaired {100 * values['unpaired']:.1f}"
     left.set_title(f"{what} similarity, cosine × 100\nmean {100 * values['mean']:.1f}{unpaired}", fontsize=9)
-    points = {code: (100 * near[code], 100 * values["score"][code]) for code in near if code in values["score"]}
+    points = {
+        code: (100 * near[code], 100 * values["score"][code]) for code in near if code in values["score"]
+    }
     for i, (code, (x, y)) in enumerate(sorted(points.items(), key=lambda point: point[1])):
         right.scatter(x, y, color="tab:blue", s=18)
-        right.annotate(code, (x, y), (3, 3 if i % 2 else -10), textcoords="offset points", fontsize=8)  # neighbours apart
+        right.annotate(
+            code, (x, y), (3, 3 if i % 2 else -10), textcoords="offset points", fontsize=8
+        )  # neighbours apart
     found = "not defined" if values["pearson"] is None else f"{values['pearson']:.2f}"
-    right.set_title(f"similarity and zero-shot transfer\nPearson's r over {_count(points, 'language')}: {found}", fontsize=9)
+    right.set_title(
+        f"similarity and zero-shot transfer\nPearson's r over {_count(points, 'language')}: {found}",
+        fontsize=9,
+    )
     right.set(xlabel=f"{what} similarity to English, cosine × 100", ylabel=f"{measure}, %")
     right.margins(0.12)
     save(figure, values, path)
@@ -127,4 +154,12 @@ def _heat(axes, cells: np.ndarray, codes: Sequence[str]) -> None:
     for (row, column), value in np.ndenumerate(shown):
         if row != column:
             dark = value < low + 0.6 * max(high - low, 1)
-            axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+            axes.text(
+                column,
+                row,
+                f"{value:.1f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if dark else "black",
+            )

@@ -1,12 +1,15 @@
-"""Words and regions of a few objects in one picture: a point a state, like ones near each other (paper 3, figure 3).
+"""Words and regions of a few objects in one picture: a point a state, like ones near each other (paper 3,
+figure 3).
 
-A word names an object of its item's picture, in each language: the mean of its tokens' states after the last layer. A region is
-where such an object stands (`objects`): the mean of the picture's states there, by their weights.
+A word names an object of its item's picture, in each language: the mean of its tokens' states after the last
+layer. A region is where such an object stands (`objects`): the mean of the picture's states there, by their
+weights.
 
-In single-stream backbones, and with fusion=entangled, pictures pass the last layer in one row with words; a region is taken from
-the row of the first language. With cross-attention they do not: texts alone have unified states. A region is then what the last
-unified layer's cross-attention adds to a word that looks there alone, that is the image encoder's state, mapped to values and by
-the output. In that sum the two are comparable; before it they share no space.
+In single-stream backbones, and with fusion=entangled, pictures pass the last layer in one row with words; a
+region is taken from the row of the first language. With cross-attention they do not: texts alone have unified
+states. A region is then what the last unified layer's cross-attention adds to a word that looks there alone,
+that is the image encoder's state, mapped to values and by the output. In that sum the two are comparable;
+before it they share no space.
 
 Shape legend: T tokens, S states of a picture, p words, r regions, d width.
 """
@@ -51,10 +54,16 @@ class Point(NamedTuple):
 
 @torch.inference_mode()
 def collect(
-    model: FinetuneModel | UnifiedModel, chosen: Sequence[Named], where: Where, languages: Sequence[str],
-    pictures: Pixels | RegionFeatures, tokenizer: Tokenizer, length: int,
-) -> tuple[list[Point], np.ndarray]:  # fmt: skip
-    """Words, and once a picture regions, of the objects that `chosen` name: (points, their states (p + r, d), float32)."""
+    model: FinetuneModel | UnifiedModel,
+    chosen: Sequence[Named],
+    where: Where,
+    languages: Sequence[str],
+    pictures: Pixels | RegionFeatures,
+    tokenizer: Tokenizer,
+    length: int,
+) -> tuple[list[Point], np.ndarray]:
+    """Words, and once a picture regions, of the objects that `chosen` name: (points, their states (p + r, d),
+    float32)."""
     backbone, device = getattr(model, "backbone", model), next(model.parameters()).device
     classes, seen, found = {item.label for item in chosen}, set(), []
     text_first = getattr(backbone.config, "first", "text") == "text"
@@ -62,16 +71,26 @@ def collect(
         batch, condition = chosen[start : start + BATCH], None
         for place, code in enumerate(languages):
             examples = [item.item[place]._replace(images=(item.image,)) for item in batch]
-            text = to_device({"text": encode_texts([e.texts[-1] for e in examples], tokenizer, length)}, device)["text"]
+            text = to_device(
+                {"text": encode_texts([e.texts[-1] for e in examples], tokenizer, length)}, device
+            )["text"]
             if condition is None:
                 inputs = to_device(read_inputs(examples, pictures, tokenizer, length), device)
-                condition = model.condition(inputs) if isinstance(model, FinetuneModel) else model.encode_images(inputs["images"])
+                condition = (
+                    model.condition(inputs)
+                    if isinstance(model, FinetuneModel)
+                    else model.encode_images(inputs["images"])
+                )
             rows = meet(backbone, text, condition)
             states = rows.values.float().cpu().split(rows.lengths.tolist())
-            for item, example, own, tokens in zip(batch, examples, states, text.lengths.tolist(), strict=True):
+            for item, example, own, tokens in zip(
+                batch, examples, states, text.lengths.tolist(), strict=True
+            ):
                 span = find_word(item.words[code], example.texts[-1])
                 words = own[:tokens] if text_first else own[-tokens:]
-                if at := find_tokens(tokenizer, example.texts[-1], span, length):  # else cut off behind `length` tokens
+                if at := find_tokens(
+                    tokenizer, example.texts[-1], span, length
+                ):  # else cut off behind `length` tokens
                     found.append((Point(item.label, code, example.id, item.image), words[at].mean(0)))
                 if item.image not in seen:
                     seen.add(item.image)
@@ -85,8 +104,9 @@ def collect(
 
 
 def meet(backbone: nn.Module, text: Ragged, condition: Ragged) -> Ragged:
-    """Rows (T + S, d) of each text's states and its picture's, after the last layer; S is one more where the backbone adds a
-    region of the whole picture, and oscar's tags are between. text: ids. condition: a row for each, as of `ground`."""
+    """Rows (T + S, d) of each text's states and its picture's, after the last layer; S is one more where the
+    backbone adds a region of the whole picture, and oscar's tags are between. text: ids. condition: a row for
+    each, as of `ground`."""
     if has_cross_attention(backbone):
         last = backbone.fusion.blocks[-1].cross_attention
         seen = condition.with_values(last.output(last.key_value(condition.values).chunk(2, 1)[1]))
@@ -102,21 +122,28 @@ def meet(backbone: nn.Module, text: Ragged, condition: Ragged) -> Ragged:
 
 
 def nearest(points: Sequence[Point], states: np.ndarray) -> dict[str, dict[str, float]]:
-    """How often a word's nearest region, by cosine of `states` (p + r, d), is of its class. Regions of its own picture, which it
-    has seen, do not count.
+    """How often a word's nearest region, by cosine of `states` (p + r, d), is of its class. Regions of its
+    own picture, which it has seen, do not count.
 
     Returns:
         {language, or "all": {"share": of the words, "chance": were any region as near as any other}}.
     """
     units = states / np.linalg.norm(states, axis=1, keepdims=True)
-    label, language, image = (np.array([getattr(p, name) for p in points]) for name in ("label", "language", "image"))
+    label, language, image = (
+        np.array([getattr(p, name) for p in points]) for name in ("label", "language", "image")
+    )
     word, region = np.flatnonzero(language != ""), np.flatnonzero(language == "")
     others = image[word, None] != image[region]  # (p, r)
     own = (label[word, None] == label[region]) & others
     best = np.where(others, units[word] @ units[region].T, -np.inf).argmax(1)
     hit, chance = own[np.arange(len(word)), best], own.sum(1) / others.sum(1)
-    rows = {"all": word >= 0} | {code: language[word] == code for code in dict.fromkeys(language[word].tolist())}
-    return {code: {"share": float(hit[row].mean()), "chance": float(chance[row].mean())} for code, row in rows.items()}
+    rows = {"all": word >= 0} | {
+        code: language[word] == code for code in dict.fromkeys(language[word].tolist())
+    }
+    return {
+        code: {"share": float(hit[row].mean()), "chance": float(chance[row].mean())}
+        for code, row in rows.items()
+    }
 
 
 def spread(states: np.ndarray) -> np.ndarray:
@@ -130,7 +157,9 @@ def spread(states: np.ndarray) -> np.ndarray:
     except UserError as e:
         raise Inapplicable(str(e)) from None  # the other figures do without
     perplexity = min(30.0, (len(states) - 1) / 3)  # neighbours that a point is to keep: fewer than there are
-    return manifold.TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=0).fit_transform(states)
+    return manifold.TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=0).fit_transform(
+        states
+    )
 
 
 def draw(points: Sequence[Point], states: np.ndarray, called: str, path: Path) -> dict[str, Any]:
@@ -146,8 +175,10 @@ def draw(points: Sequence[Point], states: np.ndarray, called: str, path: Path) -
     pyplot = open_pyplot()
     figure, axes = pyplot.subplots(figsize=(8.6, 6.2), layout="constrained")
     colours = dict(zip(classes, pyplot.get_cmap("Dark2").colors, strict=False))
-    looks = {code: {"marker": marker, "s": 26, "alpha": 0.6, "linewidth": 0}
-             for code, marker in zip((code for code in near if code != "all"), cycle(MARKERS), strict=False)}  # fmt: skip
+    looks = {
+        code: {"marker": marker, "s": 26, "alpha": 0.6, "linewidth": 0}
+        for code, marker in zip((code for code in near if code != "all"), cycle(MARKERS), strict=False)
+    }
     looks[""] = {"marker": "*", "s": 60, "edgecolor": "black", "linewidth": 0.5}
     for code, look in looks.items():
         for label, colour in colours.items():
@@ -155,11 +186,17 @@ def draw(points: Sequence[Point], states: np.ndarray, called: str, path: Path) -
             axes.scatter(*flat[at].T, color=colour, **look)
     axes.set(xticks=[], yticks=[])
     named = {label: axes.scatter([], [], color=colour, s=50) for label, colour in colours.items()}
-    named |= {f"word, {code}" if code else "region": axes.scatter([], [], color="grey", **look) for code, look in looks.items()}
+    named |= {
+        f"word, {code}" if code else "region": axes.scatter([], [], color="grey", **look)
+        for code, look in looks.items()
+    }
     figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize=9, frameon=False)
     share, chance = (percent(near["all"][name]) for name in ("share", "chance"))
-    axes.set_title(f"{called}: words and regions, t-SNE\n"
-                   f"nearest region of another picture is of the word's class: {share} % (by chance {chance} %)", fontsize=10)
+    axes.set_title(
+        f"{called}: words and regions, t-SNE\n"
+        f"nearest region of another picture is of the word's class: {share} % (by chance {chance} %)",
+        fontsize=10,
+    )
     save(figure, values, path)
     return values
 
@@ -167,13 +204,20 @@ def draw(points: Sequence[Point], states: np.ndarray, called: str, path: Path) -
 def summary(values: dict[str, Any], backbone: nn.Module) -> list[str]:
     """Markdown: the numbers, and of which states they are."""
     rows = [["language", "nearest region is of the word's class, %", "by chance, %"]]
-    rows += [[code, percent(one["share"]), percent(one["chance"])] for code, one in values["nearest_region"].items()]
+    rows += [
+        [code, percent(one["share"]), percent(one["chance"])]
+        for code, one in values["nearest_region"].items()
+    ]
     which = "States of both after the last layer, which they pass in one row"
     if has_cross_attention(backbone):
-        which = ("States of words after the last unified layer; of regions, which do not pass it, what its cross-attention adds "
-                 "to a word that looks there alone")  # fmt: skip
+        which = (
+            "States of words after the last unified layer; of regions, which do not pass it, what its "
+            "cross-attention adds to a word that looks there alone"
+        )
     return [
-        f"{values['words']} words of {', '.join(values['classes'])}; {values['regions']} regions. {which}. Nearest by cosine of "
-        "these states, not in the figure, among regions of other pictures than the word's own.",
-        "", table(rows),
-    ]  # fmt: skip
+        f"{values['words']} words of {', '.join(values['classes'])}; {values['regions']} regions. {which}. "
+        "Nearest by cosine of these states, not in the figure, among regions of other pictures than the "
+        "word's own.",
+        "",
+        table(rows),
+    ]

@@ -1,6 +1,7 @@
 """Words in sentences: the tokens that a word is cut into, and what to look for where nothing is said.
 
-A word is found by its letters. `spans` says which letters each token stands for; both kinds of tokenizer files tell.
+A word is found by its letters. `spans` says which letters each token stands for; both kinds of tokenizer
+files tell.
 """
 
 import json
@@ -17,7 +18,8 @@ from raylib.text import Tokenizer
 
 
 class Thing(NamedTuple):
-    """Something in a picture of the emoji scenes: its English name and its quadrant (0 top left ... 3 bottom right)."""
+    """Something in a picture of the emoji scenes: its English name and its quadrant (0 top left ... 3 bottom
+    right)."""
 
     label: str
     quadrant: int
@@ -47,8 +49,8 @@ def _load(path: Path):
 
 
 def find_tokens(tokenizer: Tokenizer, text: str, span: tuple[int, int], length: int) -> list[int]:
-    """Tokens, counted with <s> as `add_specials` puts it and a prompt before the text, that stand for any letter of text[span];
-    those cut off by `length` are not among them."""
+    """Tokens, counted with <s> as `add_specials` puts it and a prompt before the text, that stand for any
+    letter of text[span]; those cut off by `length` are not among them."""
     start, end = span
     plain = getattr(tokenizer, "plain", tokenizer)
     prompt = len(tokenizer.encode([text])[0]) - len(plain.encode([text])[0])
@@ -57,7 +59,8 @@ def find_tokens(tokenizer: Tokenizer, text: str, span: tuple[int, int], length: 
 
 
 def find_word(word: str, text: str) -> tuple[int, int] | None:
-    """Where the word first is in the text, in any case: as a word of its own, or else as part of one (Korean's particles)."""
+    """Where the word first is in the text, in any case: as a word of its own, or else as part of one
+    (Korean's particles)."""
     bounds = (rf"(?<!\w){re.escape(word)}(?!\w)", re.escape(word))
     return next((found.span() for bound in bounds if (found := re.search(bound, text, re.IGNORECASE))), None)
 
@@ -76,26 +79,35 @@ def read_scenes(path: Path, images: set[str]) -> dict[str, list[Thing]]:
                 if record["id"] in images:
                     found[record["id"]] = [Thing(o["label"], o["quadrant"]) for o in record["objects"]]
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}, line {number}: no scene; write the folder again with finetune.scenes") from None
+                raise UserError(
+                    f"{path}, line {number}: no scene; write the folder again with finetune.scenes"
+                ) from None
     return found
 
 
-def name_in(row: Sequence[Example], languages: Sequence[str], things: Sequence[Thing]) -> tuple[Thing, dict[str, str]] | None:
-    """(the first of `things` that the item names in every language, its name in each); None where there is none.
+def name_in(
+    row: Sequence[Example], languages: Sequence[str], things: Sequence[Thing]
+) -> tuple[Thing, dict[str, str]] | None:
+    """(the first of `things` that the item names in every language, its name in each); None where there is
+    none.
 
     A name must come once: what is cut out of another name (Chinese has the cat in the panda) does not count.
     """
     english = row[languages.index("en")].texts[-1] if "en" in languages else None
     for thing in things:
         words = {code: say(thing.label, code) for code in languages}
-        once = all(e.texts[-1].casefold().count(words[code].casefold()) == 1 for code, e in zip(languages, row, strict=True))
+        once = all(
+            e.texts[-1].casefold().count(words[code].casefold()) == 1
+            for code, e in zip(languages, row, strict=True)
+        )
         if once and (english is None or _is_whole(thing.label, english)):
             return thing, words
     return None
 
 
 def _is_whole(label: str, text: str) -> bool:
-    """Whether the English text means the label itself, and not a longer one that holds its name (a hot dog is no dog)."""
+    """Whether the English text means the label itself, and not a longer one that holds its name (a hot dog is
+    no dog)."""
     longer = (other for other in labels() if label in other and other != label)
     whole = rf"(?<!\w){re.escape(label)}(?!\w)"
     return bool(re.search(whole, text, re.IGNORECASE)) and not any(other in text for other in longer)
@@ -109,5 +121,7 @@ def parse_words(given: Sequence[str]) -> Mapping[str, str]:
     """
     words = dict(item.partition("=")[::2] for item in given)
     if len(words) < len(given) or not all(code and word for code, word in words.items()):
-        raise UserError(f"--words {' '.join(given)}: give each language once with its word, as in --words en=dog de=Hund")
+        raise UserError(
+            f"--words {' '.join(given)}: give each language once with its word, as in --words en=dog de=Hund"
+        )
     return words

@@ -1,4 +1,5 @@
-"""`python -m finetune.distillation ENCODER DATA --languages ru de`: word alignments of training texts with English ones."""
+"""`python -m finetune.distillation ENCODER DATA --languages ru de`: word alignments of training texts with
+English ones."""
 
 import argparse
 import sys
@@ -23,16 +24,27 @@ def write_alignments(aligner: Aligner, task: str, data: Path, language: str, out
         UserError: no such files; an example without English.
     """
     record = choose(task, TASKS, "task")
-    read = {code: list(record.read(record.path(data, "train", code), "train", code)) for code in ("en", language)}
+    read = {
+        code: list(record.read(record.path(data, "train", code), "train", code)) for code in ("en", language)
+    }
     english = {e.id: e.texts[-1] for e in read["en"]}
     missing = [e.id for e in read[language] if e.id not in english]
     if missing:
-        raise UserError(f"{task}: {len(missing)} training examples in '{language}' have no English one, such as {missing[0]}")
+        raise UserError(
+            f"{task}: {len(missing)} training examples in '{language}' have no English one, such as "
+            f"{missing[0]}"
+        )
     pairs = [(cut_words(e.texts[-1]), cut_words(english[e.id])) for e in read[language]]
-    links = [row for start in range(0, len(pairs), BATCH) for row in aligner.align(pairs[start : start + BATCH])]
+    links = [
+        row for start in range(0, len(pairs), BATCH) for row in aligner.align(pairs[start : start + BATCH])
+    ]
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / f"{language}.text", "".join(f"{' '.join(a)}{PARTED}{' '.join(b)}\n" for a, b in pairs))
-    write_atomically(out / f"{language}.align", "".join(" ".join(f"{i}-{j}" for i, j in row) + "\n" for row in links))
+    write_atomically(
+        out / f"{language}.text", "".join(f"{' '.join(a)}{PARTED}{' '.join(b)}\n" for a, b in pairs)
+    )
+    write_atomically(
+        out / f"{language}.align", "".join(" ".join(f"{i}-{j}" for i, j in row) + "\n" for row in links)
+    )
     return sum(map(len, links))
 
 
@@ -40,12 +52,16 @@ def write_alignments(aligner: Aligner, task: str, data: Path, language: str, out
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
     parser = argparse.ArgumentParser(prog="python -m finetune.distillation", description=__doc__)
-    parser.add_argument("encoder", type=Path, help="folder of a multilingual encoder of transformers, such as mBERT")
+    parser.add_argument(
+        "encoder", type=Path, help="folder of a multilingual encoder of transformers, such as mBERT"
+    )
     parser.add_argument("data", type=Path, help="the data folder of fine-tuning")
     parser.add_argument("--task", default="cvil_vqa")
     parser.add_argument("--languages", nargs="+", required=True)
     parser.add_argument("--out", type=Path, help="default: DATA/alignments")
-    parser.add_argument("--layer", type=int, default=8, help="whose states are compared (default: 8, of mBERT's 12)")
+    parser.add_argument(
+        "--layer", type=int, default=8, help="whose states are compared (default: 8, of mBERT's 12)"
+    )
     parser.add_argument("--threshold", type=float, default=1e-3)
     a = parser.parse_args(arguments)
     aligner = Aligner(a.encoder, a.layer, a.threshold)

@@ -1,9 +1,11 @@
-"""Words that translate each other, found by a multilingual encoder (awesome-align, Dou and Neubig 2021): sub-words whose states
-pick each other out, in both directions.
+"""Words that translate each other, found by a multilingual encoder (awesome-align, Dou and Neubig 2021):
+sub-words whose states pick each other out, in both directions.
 
-    P[i, j] = softmax_j(x_i y_j), Q[i, j] = softmax_i(x_i y_j); i and j are aligned if both are above the threshold
+    P[i, j] = softmax_j(x_i y_j), Q[i, j] = softmax_i(x_i y_j); i and j are aligned if both are above the
+    threshold
 
-Words are aligned if any of their sub-words are. The states are those of a middle layer (the paper: the 8th of mBERT's 12).
+Words are aligned if any of their sub-words are. The states are those of a middle layer (the paper: the 8th of
+mBERT's 12).
 """
 
 import unicodedata
@@ -49,17 +51,26 @@ class Aligner:
 
     @torch.inference_mode()
     def _encode(self, sentences: Sequence[Sequence[str]]) -> list[tuple[Tensor, list[int]]]:
-        """For each sentence the states of its sub-words (T, d), without specials, and the word that each belongs to."""
+        """For each sentence the states of its sub-words (T, d), without specials, and the word that each
+        belongs to."""
         t, rows, owners = self.tokenizer, [], []
         for words in sentences:
             cut = t.encode(list(words)) if words else []
             owner = np.repeat(np.arange(len(cut)), [len(ids) for ids in cut])[: self.most - 2]
-            rows.append([t.cls, *np.concatenate([*cut, np.empty(0, np.int64)])[: self.most - 2].astype(int).tolist(), t.sep])
+            rows.append(
+                [
+                    t.cls,
+                    *np.concatenate([*cut, np.empty(0, np.int64)])[: self.most - 2].astype(int).tolist(),
+                    t.sep,
+                ]
+            )
             owners.append(owner.tolist())
         longest = max(map(len, rows))
         ids = torch.tensor([row + [t.pad] * (longest - len(row)) for row in rows], device=self.device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.device)
-        states = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[self.layer]
+        states = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[
+            self.layer
+        ]
         return [(states[i, 1 : 1 + len(owner)].float(), owner) for i, owner in enumerate(owners)]
 
 
@@ -72,7 +83,8 @@ def align_subwords(states: Tensor, others: Tensor, threshold: float) -> Tensor:
 
 
 def cut_words(text: str) -> list[str]:
-    """The words of a text, in any language: letters with their marks, numbers; each sign and each ideograph by itself."""
+    """The words of a text, in any language: letters with their marks, numbers; each sign and each ideograph
+    by itself."""
     words, going_on = [], False
     for character in text:
         kind = unicodedata.category(character)[0]

@@ -1,7 +1,8 @@
 """Word alignments between training texts and their English ones, from files as aligners read and write them.
 
-    FOLDER/LANGUAGE.text     a line an example, in the order of the training file: words ||| English words
-    FOLDER/LANGUAGE.align    a line each, in Pharaoh's format: 0-0 1-2 3-1, word i of the first, word j of the second, from 0
+FOLDER/LANGUAGE.text     a line an example, in the order of the training file: words ||| English words
+FOLDER/LANGUAGE.align    a line each, in Pharaoh's format: 0-0 1-2 3-1, word i of the first, word j of the
+second, from 0
 """
 
 import functools
@@ -20,36 +21,49 @@ Alignments = dict[tuple[str, str], tuple[Link, ...]]  # (id, text) -> words that
 
 
 def read_alignments(
-    folder: Path, language: str, examples: Iterable[tuple[str, str, str]], tokenizers: tuple[Tokenizer, Tokenizer]
+    folder: Path,
+    language: str,
+    examples: Iterable[tuple[str, str, str]],
+    tokenizers: tuple[Tokenizer, Tokenizer],
 ) -> Alignments:
-    """What the files of a language say about the training examples (id, text, English text): links of one word to one, whose
-    English word both tokenizers, the student's and the teacher's, cut into the same sub-words (paper 3, section IV-C).
+    """What the files of a language say about the training examples (id, text, English text): links of one
+    word to one, whose English word both tokenizers, the student's and the teacher's, cut into the same
+    sub-words (paper 3, section IV-C).
 
     Raises:
-        UserError: no such files, more or fewer lines than examples, words that are not the example's, links that are no numbers
-            or out of range; names file and line.
+        UserError: no such files, more or fewer lines than examples, words that are not the example's, links
+            that are no numbers or out of range; names file and line.
     """
     files = [folder / f"{language}.{kind}" for kind in ("text", "align")]
     lines = [list(_read(file)) for file in files]
     examples, same = list(examples), _same_pieces(tokenizers)
     for file, found in zip(files, lines, strict=True):
         if len(found) != len(examples):
-            raise UserError(f"{file}: {len(found)} lines for {len(examples)} training examples in '{language}'")
+            raise UserError(
+                f"{file}: {len(found)} lines for {len(examples)} training examples in '{language}'"
+            )
     found: Alignments = {}
     for number, ((key, text, english), words, links) in enumerate(zip(examples, *lines, strict=True), 1):
         sides = words.split(PARTED)
         if len(sides) != 2:
             raise UserError(f"{files[0]}:{number}: wanted words{PARTED}English words")
-        spans = [locate(side.split(), whole, f"{files[0]}:{number}") for side, whole in zip(sides, (text, english), strict=True)]
+        spans = [
+            locate(side.split(), whole, f"{files[0]}:{number}")
+            for side, whole in zip(sides, (text, english), strict=True)
+        ]
         pairs = read_links(links, *map(len, spans), f"{files[1]}:{number}")
-        found[key, text] = tuple((spans[0][i], spans[1][j]) for i, j in one_to_one(pairs) if same(english[slice(*spans[1][j])]))
+        found[key, text] = tuple(
+            (spans[0][i], spans[1][j]) for i, j in one_to_one(pairs) if same(english[slice(*spans[1][j])])
+        )
     return found
 
 
 def _read(file: Path) -> Iterable[str]:
     """All lines: one without a link is empty."""
     if not file.is_file():
-        raise UserError(f"{file}: no such file; word alignments are made with `python -m finetune.distillation`")
+        raise UserError(
+            f"{file}: no such file; word alignments are made with `python -m finetune.distillation`"
+        )
     next(iter(read_lines(file)), None)  # says so if it is no text
     return file.read_text(encoding="utf-8").splitlines()
 
@@ -67,7 +81,9 @@ def read_links(line: str, words: int, others: int, where: str) -> list[tuple[int
             raise UserError(f"{where}: '{link}' is no link of two words, such as 0-1")
         pairs.append((int(first), int(second)))
         if pairs[-1][0] >= words or pairs[-1][1] >= others:
-            raise UserError(f"{where}: link {link} is out of range: there are {words} words and {others} English ones")
+            raise UserError(
+                f"{where}: link {link} is out of range: there are {words} words and {others} English ones"
+            )
     return pairs
 
 

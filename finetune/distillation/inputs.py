@@ -1,4 +1,5 @@
-"""What a batch holds for distillation, made where batches are read: the teacher's texts, and the tokens that go together."""
+"""What a batch holds for distillation, made where batches are read: the teacher's texts, and the tokens that
+go together."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,29 +29,49 @@ class Side:
 
     def places(self, inputs: dict, empty: bool) -> Places:
         """Where everything is in rows of `inputs`."""
-        lengths = [inputs[part].lengths if part in self.parts and part in inputs else torch.zeros_like(inputs["text"].lengths)
-                   for part in ("text", "tags", "regions")]  # fmt: skip
+        lengths = [
+            inputs[part].lengths
+            if part in self.parts and part in inputs
+            else torch.zeros_like(inputs["text"].lengths)
+            for part in ("text", "tags", "regions")
+        ]
         return find_places(*lengths, empty)
 
 
 class Inputs:
-    """`inputs(examples, seen, part)` -> {"teacher": its "text" and "tags", or the "stored" states of both (L, T', d), "pairs":
-    {term: `Pairs`}}, of examples that have a `pivot`."""
+    """`inputs(examples, seen, part)` -> {"teacher": its "text" and "tags", or the "stored" states of both (L,
+    T', d), "pairs": {term: `Pairs`}}, of examples that have a `pivot`."""
 
-    def __init__(self, student: Side, teacher: Side, length: int, terms: Sequence[str], slots: int = 0, public: bool = False,
-                 stored: Stored | None = None):  # fmt: skip
+    def __init__(
+        self,
+        student: Side,
+        teacher: Side,
+        length: int,
+        terms: Sequence[str],
+        slots: int = 0,
+        public: bool = False,
+        stored: Stored | None = None,
+    ):
         self.student, self.teacher, self.length, self.terms = student, teacher, length, tuple(terms)
         self.slots, self.public, self.stored = slots, public, stored
 
-    def __call__(self, examples: Sequence[Example], seen: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    def __call__(
+        self, examples: Sequence[Example], seen: dict[str, Any], part: dict[str, Any]
+    ) -> dict[str, Any]:
         """seen: of the pictures of `examples` (`finetune.batches.see`). part: what the student reads."""
         pivots = [e._replace(texts=(e.pivot,)) for e in examples]
         theirs = encode_inputs(pivots, seen, self.teacher.tokenizer, self.length)
-        places = self.student.places(part, self.slots > 0), self.teacher.places({**seen, **theirs}, self.slots > 0)
+        places = (
+            self.student.places(part, self.slots > 0),
+            self.teacher.places({**seen, **theirs}, self.slots > 0),
+        )
         pairs = {term: getattr(self, f"_{term}")(examples, seen, *places) for term in self.terms}
         if self.stored:
             return {"teacher": {"stored": self.stored.read([e.id for e in examples])}, "pairs": pairs}
-        return {"teacher": {name: theirs[name] for name in ("text", "tags") if name in theirs}, "pairs": pairs}
+        return {
+            "teacher": {name: theirs[name] for name in ("text", "tags") if name in theirs},
+            "pairs": pairs,
+        }
 
     def _cls(self, examples, seen, student: Places, teacher: Places) -> Pairs:
         return cls_pairs(student, teacher)
@@ -74,7 +95,10 @@ class Inputs:
         for i, e in enumerate(examples):
             words = ([word for word, _ in e.aligned], [word for _, word in e.aligned])
             sides = [(e.texts[-1], words[0], self.student.plain), (e.pivot, words[1], self.teacher.plain)]
-            shifts = [1 + self.student.prompt(e.texts[-1]), 1 + self.teacher.prompt(e.pivot)]  # behind the CLS
+            shifts = [
+                1 + self.student.prompt(e.texts[-1]),
+                1 + self.teacher.prompt(e.pivot),
+            ]  # behind the CLS
             sizes = [int(side.text.lengths[i]) - 1 for side in (student, teacher)]  # before the SEP
             found = [(a + shifts[0], b + shifts[1]) for a, b in matching_tokens(*sides, whole=True)]
             matches.append([(a, b) for a, b in found if a < sizes[0] and b < sizes[1]])

@@ -10,7 +10,8 @@ Span = tuple[int, int]  # first, end
 
 
 def token_spans(text: str, words: Sequence[Span], tokenizer: Tokenizer) -> list[Span | None]:
-    """The tokens of the words that lie at these characters of `text`; None where a word does not begin and end as tokens do."""
+    """The tokens of the words that lie at these characters of `text`; None where a word does not begin and
+    end as tokens do."""
     ends = sorted({place for word in words for place in word} | {len(text)})
     rows = dict(zip(ends, tokenizer.encode([text[:end].rstrip() for end in ends]), strict=True))
     whole = rows[len(text)]
@@ -30,10 +31,12 @@ def words_at(text: str) -> list[Span]:
 
 
 def matching_tokens(
-    student: tuple[str, Sequence[Span], Tokenizer], teacher: tuple[str, Sequence[Span], Tokenizer], whole: bool = False
+    student: tuple[str, Sequence[Span], Tokenizer],
+    teacher: tuple[str, Sequence[Span], Tokenizer],
+    whole: bool = False,
 ) -> list[Span]:
-    """Pairs of tokens, of the student's text and of the teacher's, that are equal sub-words of words that belong together: word
-    by word, each with the next equal one of the other.
+    """Pairs of tokens, of the student's text and of the teacher's, that are equal sub-words of words that
+    belong together: word by word, each with the next equal one of the other.
 
     Args:
         student, teacher: text, its words (word i of one belongs to word i of the other), tokenizer.

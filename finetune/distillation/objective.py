@@ -15,24 +15,33 @@ from raylib.collective import total, world_size
 
 
 class DistillationObjective(nn.Module):
-    """`forward(batch)` -> (this worker's share of the loss, {by name, its terms: means over the global batch}).
+    """`forward(batch)` -> (this worker's share of the loss, {by name, its terms: means over the global
+    batch}).
 
-        L = sum_m lambda_m (cls + image + tags + mixed) (paper 3, equation 6) + task_weight (task + weighted terms of methods)
+        L = sum_m lambda_m (cls + image + tags + mixed) (paper 3, equation 6) + task_weight (task + weighted
+        terms of methods)
 
-    One forward of the student gives its states after `layers` and its logits; with task_weight 0, as in the paper, its head has
-    no part in it.
+    One forward of the student gives its states after `layers` and its logits; with task_weight 0, as in the
+    paper, its head has no part in it.
 
-    layers: {layer of the student: lambda_m}, rising. The m-th is compared with the m-th of the teacher's states, which the batch
-        holds ("stored"), or `teacher` makes. public: one mean over all pairs (`finetune.distillation.terms`). empty: rows have a
-        slot without a region.
+    layers: {layer of the student: lambda_m}, rising. The m-th is compared with the m-th of the teacher's
+        states, which the batch holds ("stored"), or `teacher` makes. public: one mean over all pairs
+        (`finetune.distillation.terms`). empty: rows have a slot without a region.
     """
 
     partial = True
 
     def __init__(
-        self, model: FinetuneModel, teacher: Teacher | None, layers: Mapping[int, float], loss: str, task_weight: float,
-        terms: dict[str, Term] | None = None, public: bool = False, empty: bool = False,
-    ):  # fmt: skip
+        self,
+        model: FinetuneModel,
+        teacher: Teacher | None,
+        layers: Mapping[int, float],
+        loss: str,
+        task_weight: float,
+        terms: dict[str, Term] | None = None,
+        public: bool = False,
+        empty: bool = False,
+    ):
         super().__init__()
         self.model, self.layers, self.loss, self.terms = model, dict(layers), loss, terms or {}
         self.task_weight, self.public, self.empty = task_weight, public, empty
@@ -46,14 +55,21 @@ class DistillationObjective(nn.Module):
         states, _ = self.model.states(part, read, self.empty)
         rows = total(torch.tensor(float(len(part["text"].lengths)), device=theirs.device))
         size = total(count(part["pairs"])) if self.public else rows
-        learned = [sum(weight * distance(states[m].values, theirs[m], pairs) for m, weight in enumerate(self.layers.values()))
-                   for pairs in part["pairs"].values()]  # fmt: skip
+        learned = [
+            sum(
+                weight * distance(states[m].values, theirs[m], pairs)
+                for m, weight in enumerate(self.layers.values())
+            )
+            for pairs in part["pairs"].values()
+        ]
         shares, weights = [torch.stack(learned) / size], [1.0] * len(learned)
         if self.task_weight:
             logits = self.model.answer(states[-1]).float()
             values = [term.values(logits, part).sum() for term in self.terms.values()]
             shares.append(torch.stack([task_loss(logits, part, self.loss), *values]) / rows)
-            weights += [self.task_weight * weight for weight in (1.0, *(term.weight for term in self.terms.values()))]
+            weights += [
+                self.task_weight * weight for weight in (1.0, *(term.weight for term in self.terms.values()))
+            ]
         shares = torch.cat(shares)
         names = (*part["pairs"], *(("task", *self.terms) if self.task_weight else ()))
         loss = (torch.tensor(weights, device=shares.device) * shares).sum()
@@ -63,5 +79,3 @@ class DistillationObjective(nn.Module):
         """The teacher's states (L, T', d), of the same pictures."""
         teacher = part["teacher"]
         return teacher["stored"] if "stored" in teacher else self._teacher[0].states({**part, **teacher})
-
-

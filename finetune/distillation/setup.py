@@ -27,8 +27,14 @@ WHERE = "strategies.distillation"
 
 
 def distil(
-    config: FinetuneConfig, method: Distillation, model: FinetuneModel, tokenizer: Tokenizer, pictures: seen_as.Pictures,
-    examples: Sequence[Example], terms: dict[str, Term], home: Path,
+    config: FinetuneConfig,
+    method: Distillation,
+    model: FinetuneModel,
+    tokenizer: Tokenizer,
+    pictures: seen_as.Pictures,
+    examples: Sequence[Example],
+    terms: dict[str, Term],
+    home: Path,
 ) -> tuple[Inputs, DistillationObjective]:
     """What batches hold besides, and the objective.
 
@@ -37,20 +43,30 @@ def distil(
         UserError: teacher, student, task and settings do not go together.
     """
     device = next(model.parameters()).device
-    teacher = load_teacher(method.teacher, method.backbone, model.labels, model.description["regions"]).to(device)
+    teacher = load_teacher(method.teacher, method.backbone, model.labels, model.description["regions"]).to(
+        device
+    )
     check_models(method, model, teacher)
     _check_pictures(method, model, teacher, pictures, examples)
     if terms and not method.task:
-        raise UserError(f"{WHERE}.task=0: {', '.join(terms)} is of the classifier, which learns nothing; set {WHERE}.task=1")
+        raise UserError(
+            f"{WHERE}.task=0: {', '.join(terms)} is of the classifier, which learns nothing; set "
+            f"{WHERE}.task=1"
+        )
     layers, taught = chosen_layers(method, model.depths, teacher.depths)
     beside = Teacher(teacher, taught, method.slots > 0)
-    sides = (Side(tokenizer, model.backbone.parts), Side(Tokenizer.load(tokenizer_at(method.teacher)), teacher.backbone.parts))
+    sides = (
+        Side(tokenizer, model.backbone.parts),
+        Side(Tokenizer.load(tokenizer_at(method.teacher)), teacher.backbone.parts),
+    )
     public = method.normalise == "public"
     stored = None
     if method.states == "stored":
         stored, beside = _store(config, method, beside, sides[1], pictures, examples, home), None
     inputs = Inputs(*sides, config.length, method.tokens, method.slots, public, stored)
-    objective = DistillationObjective(model, beside, layers, config.loss, method.task, terms, public, method.slots > 0)
+    objective = DistillationObjective(
+        model, beside, layers, config.loss, method.task, terms, public, method.slots > 0
+    )
     return inputs, objective
 
 
@@ -58,43 +74,69 @@ def check_models(method: Distillation, student: FinetuneModel, teacher: Finetune
     """Raises UserError: states of the two cannot be compared."""
     for model in (student, teacher):
         if not hasattr(model.backbone, "states"):
-            raise UserError(f"{WHERE}: the backbone {model.backbone.kind} does not tell its states; unified, cclm and oscar do")
+            raise UserError(
+                f"{WHERE}: the backbone {model.backbone.kind} does not tell its states; unified, cclm and "
+                "oscar do"
+            )
     mine, theirs = student.backbone, teacher.backbone
     if mine.parts != theirs.parts:
-        raise UserError(f"{WHERE}: {mine.kind}'s rows are of {', '.join(mine.parts)}, the teacher's, {theirs.kind}'s, of "
-                        f"{', '.join(theirs.parts)}; take a teacher of the same kind")  # fmt: skip
+        raise UserError(
+            f"{WHERE}: {mine.kind}'s rows are of {', '.join(mine.parts)}, the teacher's, {theirs.kind}'s, of "
+            f"{', '.join(theirs.parts)}; take a teacher of the same kind"
+        )
     if mine.width != theirs.width:
-        raise UserError(f"{WHERE}: the teacher's states are {theirs.width} wide, the student's {mine.width}; they must be equal")
+        raise UserError(
+            f"{WHERE}: the teacher's states are {theirs.width} wide, the student's {mine.width}; they must "
+            "be equal"
+        )
     for name, part, what in (("image", "regions", "tokens of pictures"), ("tags", "tags", "object tags")):
         if name in method.tokens and part not in mine.parts:
-            raise UserError(f"{WHERE}.tokens: {mine.kind} has no {what} in its rows, which '{name}' compares; leave '{name}' out")
+            raise UserError(
+                f"{WHERE}.tokens: {mine.kind} has no {what} in its rows, which '{name}' compares; leave "
+                f"'{name}' out"
+            )
     if method.slots and "regions" not in mine.parts:
         raise UserError(f"{WHERE}.slots={method.slots}: {mine.kind} has no slots of regions; leave it out")
 
 
-def _check_pictures(method, model: FinetuneModel, teacher: FinetuneModel, pictures, examples: Sequence[Example]) -> None:
+def _check_pictures(
+    method, model: FinetuneModel, teacher: FinetuneModel, pictures, examples: Sequence[Example]
+) -> None:
     if model.pictures != 1 or not examples[0].images:
         raise UserError(f"{WHERE}: teacher and student must be about one picture; this task's texts are not")
     if "soft_prompt" in getattr(teacher.backbone, "tuning", {}):
-        raise UserError(f"{WHERE}.teacher={method.teacher}: it was trained with a soft prompt, which texts would lack")
+        raise UserError(
+            f"{WHERE}.teacher={method.teacher}: it was trained with a soft prompt, which texts would lack"
+        )
     sizes = [getattr(m.backbone.config, "image_size", None) for m in (model, teacher)]
     if sizes[0] != sizes[1]:
-        raise UserError(f"{WHERE}: the teacher sees pictures of {sizes[1]} pixels, the student of {sizes[0]}; set "
-                        f"image_size={sizes[1]}")  # fmt: skip
+        raise UserError(
+            f"{WHERE}: the teacher sees pictures of {sizes[1]} pixels, the student of {sizes[0]}; set "
+            f"image_size={sizes[1]}"
+        )
     if isinstance(pictures, seen_as.Encoded):
         made = [fingerprint(m.backbone.vision) for m in (model, teacher)]
         if made[0] != made[1]:
-            raise UserError(f"{WHERE}: the frozen image encoder is not the teacher's, so pictures cannot be encoded once for "
-                            "both; set encoded=false")  # fmt: skip
+            raise UserError(
+                f"{WHERE}: the frozen image encoder is not the teacher's, so pictures cannot be encoded once "
+                "for both; set encoded=false"
+            )
 
 
 def _store(
-    config: FinetuneConfig, method: Distillation, teacher: Teacher, side: Side, pictures: seen_as.Pictures,
-    examples: Sequence[Example], home: Path,
+    config: FinetuneConfig,
+    method: Distillation,
+    teacher: Teacher,
+    side: Side,
+    pictures: seen_as.Pictures,
+    examples: Sequence[Example],
+    home: Path,
 ) -> Stored:
     """The teacher's states of all examples, made beforehand."""
     if pictures.draws:
-        raise UserError(f"{WHERE}.states=stored: augmented pictures differ each time; set augment=null, or states=live")
+        raise UserError(
+            f"{WHERE}.states=stored: augmented pictures differ each time; set augment=null, or states=live"
+        )
     device = next(teacher.model.parameters()).device
     bf16 = config.fit.uses_bf16(device)
 
@@ -107,6 +149,15 @@ def _store(
             return teacher.states(to_device(inputs, device)), lengths.tolist()
 
     texts = [(e.id, method.pivot(e), e.images, e.tags) for e in examples]
-    facts = (teacher.layers, teacher.empty, config.length, side.tokenizer.sha256, bf16, texts, config.regions, config.images)
+    facts = (
+        teacher.layers,
+        teacher.empty,
+        config.length,
+        side.tokenizer.sha256,
+        bf16,
+        texts,
+        config.regions,
+        config.images,
+    )
     folder = home / "teacher" / fingerprint(teacher.model, *facts)
     return write_stored(folder, examples, states, BATCH, torch.float16 if bf16 else torch.float32)

@@ -1,7 +1,8 @@
-"""A teacher's states on disk: made once, by all workers together, as safetensors shards, and read back by example.
+"""A teacher's states on disk: made once, by all workers together, as safetensors shards, and read back by
+example.
 
-    FOLDER/states-WORKER-NUMBER.safetensors   "states" (T', L, d), rows of some examples end to end
-    FOLDER/index-WORKER.json                  {id: [number, first token, tokens]}
+FOLDER/states-WORKER-NUMBER.safetensors   "states" (T', L, d), rows of some examples end to end
+FOLDER/index-WORKER.json                  {id: [number, first token, tokens]}
 """
 
 import json
@@ -22,7 +23,8 @@ TOKENS = 2**16  # of a shard, about
 
 
 class Stored:
-    """The folder that `write_stored` made. May be sent to loader processes: shards are opened where they are first read."""
+    """The folder that `write_stored` made. May be sent to loader processes: shards are opened where they are
+    first read."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -47,7 +49,9 @@ class Stored:
         if not is_finite(values):
             bad = next(name for name, part in zip(ids, parts, strict=True) if not is_finite(part))
             file, advice = self.folder / self.rows[bad][0], f"delete {self.folder}, they are made again"
-            raise UserError(f"{file}: the teacher's states of {bad} are not finite (NaN or infinite); {advice}")
+            raise UserError(
+                f"{file}: the teacher's states of {bad} are not finite (NaN or infinite); {advice}"
+            )
         return values.transpose(0, 1).contiguous()
 
     def _read(self, shard: str, first: int, tokens: int) -> Tensor:
@@ -57,17 +61,22 @@ class Stored:
 
 
 def write_stored(
-    folder: Path, examples: Sequence[Example], states: Callable[[Sequence[Example]], tuple[Tensor, list[int]]], batch: int,
+    folder: Path,
+    examples: Sequence[Example],
+    states: Callable[[Sequence[Example]], tuple[Tensor, list[int]]],
+    batch: int,
     dtype: torch.dtype = torch.float32,
 ) -> Stored:
-    """All workers together: `states(examples)` -> ((L, T', d), tokens of each row) of all `examples`, `batch` at a time, one of
-    each id. The folder appears whole: one that is there already is taken as it is.
+    """All workers together: `states(examples)` -> ((L, T', d), tokens of each row) of all `examples`, `batch`
+    at a time, one of each id. The folder appears whole: one that is there already is taken as it is.
 
     Raises:
         NotFinite: states of an example are not finite, or too large for `dtype`.
     """
     unique = list({e.id: e for e in examples}.values())
-    write_whole(folder, lambda out, rank, world: _Shards(out, rank, dtype).write(unique[rank::world], states, batch))
+    write_whole(
+        folder, lambda out, rank, world: _Shards(out, rank, dtype).write(unique[rank::world], states, batch)
+    )
     return Stored(folder)
 
 
@@ -86,7 +95,9 @@ class _Shards:
             made = made.transpose(0, 1).to(self.dtype).cpu()
             for example, part in zip(chunk, made.split(lengths), strict=True):
                 if not is_finite(part):
-                    raise NotFinite(f"the teacher's states of {example.id}: not finite (NaN or infinite) in {self.dtype}")
+                    raise NotFinite(
+                        f"the teacher's states of {example.id}: not finite (NaN or infinite) in {self.dtype}"
+                    )
             for example, length in zip(chunk, lengths, strict=True):
                 self.index[example.id] = self.number, self.tokens, length
                 self.tokens += length

@@ -13,18 +13,21 @@ from raylib.errors import UserError
 def read_flickr(path: Path, sentences: str = "all", empty: str = "") -> Iterator[Captioned]:
     """JSON lines {sentences, id, img_path}: Flickr30K and xFlickrCO as IGLUE has them.
 
-    sentences: "first", where the others are in another language. empty: "keep" captions without a word, which are in IGLUE's
-        German and Indonesian tests, one in each; else they are an error.
+    sentences: "first", where the others are in another language. empty: "keep" captions without a word, which
+        are in IGLUE's German and Indonesian tests, one in each; else they are an error.
     """
     for where, record in read_jsonl(path):
         texts = field(record, "sentences", list, where)
         if not texts or not all(isinstance(s, str) and (s.strip() or empty == "keep") for s in texts):
             raise UserError(f"{where}: field 'sentences' must hold captions, and no empty one")
-        yield Captioned(field(record, "img_path", str, where), tuple(texts[:1] if sentences == "first" else texts))
+        yield Captioned(
+            field(record, "img_path", str, where), tuple(texts[:1] if sentences == "first" else texts)
+        )
 
 
 def read_wit(path: Path) -> Iterator[Captioned]:
-    """JSON lines {wit_ix, caption_reference_description}: WIT as IGLUE has it; pictures are called by their wit_ix."""
+    """JSON lines {wit_ix, caption_reference_description}: WIT as IGLUE has it; pictures are called by their
+    wit_ix."""
     for where, record in read_jsonl(path):
         caption = field(record, "caption_reference_description", str, where)
         address = field(record, "image_url", str, where) if "image_url" in record else ""
@@ -32,8 +35,9 @@ def read_wit(path: Path) -> Iterator[Captioned]:
 
 
 def read_multi30k(path: Path, images: str) -> Iterator[Captioned]:
-    """A caption a line; `images`, a path from the captions' folder ("A|B": B where A is not there), has the file name of each
-    line's picture. Multi30K's task 1; its task 2 is five such files, joined by writing "?" in place of their number."""
+    """A caption a line; `images`, a path from the captions' folder ("A|B": B where A is not there), has the
+    file name of each line's picture. Multi30K's task 1; its task 2 is five such files, joined by writing "?"
+    in place of their number."""
     paths = sorted(path.parent.glob(path.name)) if "?" in path.name else [path]
     if not paths:
         raise UserError(f"{path}: no such files")
@@ -51,19 +55,22 @@ XTD_PARTS = {"train": slice(0, 50), "dev": slice(50, 100), "test": slice(100, No
 
 
 def read_xtd(path: Path, images: str, part: str) -> Iterator[Captioned]:
-    """As `read_multi30k`, but only the pictures of a part: the first 50, the next 50 or the others in the order that paper 4's
-    public code draws (`torch.randperm` after seed 42)."""
+    """As `read_multi30k`, but only the pictures of a part: the first 50, the next 50 or the others in the
+    order that paper 4's public code draws (`torch.randperm` after seed 42)."""
     items = list(read_multi30k(path, images))
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(42)).tolist()
     yield from (items[i] for i in order[XTD_PARTS[part]])
 
 
 def read_karpathy(path: Path, split: str, without: str = "") -> Iterator[Captioned]:
-    """Karpathy's dataset_coco.json: {images: [{filename, split, sentences: [{raw}]}]}; "restval" trains. without: a list of file
-    names, a path as `images` of `read_multi30k`: images that are left out."""
+    """Karpathy's dataset_coco.json: {images: [{filename, split, sentences: [{raw}]}]}; "restval" trains.
+    without: a list of file names, a path as `images` of `read_multi30k`: images that are left out."""
     left_out = {Path(line).name for _, line in read_lines(_beside(path, without))} if without else set()
     for where, record in read_listed(path, "images"):
-        part, name = field(record, "split", str, where).replace("restval", "train"), field(record, "filename", str, where)
+        part, name = (
+            field(record, "split", str, where).replace("restval", "train"),
+            field(record, "filename", str, where),
+        )
         if part == split and name not in left_out:
             texts = [field(s, "raw", str, where) for s in field(record, "sentences", list, where)]
             yield Captioned(name, tuple(texts))
@@ -76,13 +83,15 @@ def _beside(path: Path, names: str) -> Path:
 
 
 def read_coco(path: Path, images: str, split: str, more: str = "") -> Iterator[Captioned]:
-    """COCO's form (STAIR): {images: [{id, file_name}], annotations: [{image_id, caption}]}; only pictures that Karpathy's
-    file `images` has in `split`. `more`: a second such file, as `images` a path from this one's folder: what Karpathy trains
-    on comes from two."""
+    """COCO's form (STAIR): {images: [{id, file_name}], annotations: [{image_id, caption}]}; only pictures
+    that Karpathy's file `images` has in `split`. `more`: a second such file, as `images` a path from this
+    one's folder: what Karpathy trains on comes from two."""
     wanted = {Path(item.image).stem for item in read_karpathy(path.parent / images, split)}
     captions: dict[str, list[str]] = {}
     for file in [path, *([path.parent / more] if more else [])]:
-        names = {field(r, "id", int, w): field(r, "file_name", str, w) for w, r in read_listed(file, "images")}
+        names = {
+            field(r, "id", int, w): field(r, "file_name", str, w) for w, r in read_listed(file, "images")
+        }
         for where, record in read_listed(file, "annotations"):
             number = field(record, "image_id", int, where)
             if number not in names:

@@ -11,8 +11,8 @@ from raylib.errors import UserError
 
 
 def read_gqa(path: Path) -> Iterator[Example]:
-    """{question id: {question, answer, imageId, types: {structural}}}, or [{question_id, sent, img_id, label: {answer:
-    score}}]."""
+    """{question id: {question, answer, imageId, types: {structural}}}, or [{question_id, sent, img_id, label:
+    {answer: score}}]."""
     listed = first_character(path) == "["
     for key, record in read_items(path):
         where = f"{path}, {'item' if listed else 'question'} {key}"
@@ -31,10 +31,12 @@ def read_gqa(path: Path) -> Iterator[Example]:
 
 
 def read_answers(path: Path) -> tuple[str, ...]:
-    """The answer set in its order, from a JSON list, a JSON object {answer: number}, or the official pickles of either.
+    """The answer set in its order, from a JSON list, a JSON object {answer: number}, or the official pickles
+    of either.
 
     Raises:
-        UserError: none of these; numbers that are not 0 ... n - 1; a pickle that holds more than plain values.
+        UserError: none of these; numbers that are not 0 ... n - 1; a pickle that holds more than plain
+            values.
     """
     try:
         with open(path, "rb") as file:
@@ -45,7 +47,11 @@ def read_answers(path: Path) -> tuple[str, ...]:
         if sorted(values.values()) != list(range(len(values))):
             raise UserError(f"{path}: the answers' numbers are not 0 ... {len(values) - 1}")
         values = sorted(values, key=values.get)
-    if not isinstance(values, list) or not all(isinstance(v, str) for v in values) or len(set(values)) < len(values):
+    if (
+        not isinstance(values, list)
+        or not all(isinstance(v, str) for v in values)
+        or len(set(values)) < len(values)
+    ):
         raise UserError(f"{path}: wanted a list of different answers, or an object of answers and numbers")
     return tuple(values)
 

@@ -28,7 +28,8 @@ def read_snli(path: Path) -> Iterator[Example]:
 
 
 def read_xnli(path: Path, language: str) -> Iterator[Example]:
-    """The rows of one language of XNLI's tab-separated file: language, gold_label, sentence1, sentence2, pairID."""
+    """The rows of one language of XNLI's tab-separated file: language, gold_label, sentence1, sentence2,
+    pairID."""
     found = False
     for where, row in _table(path):
         if field(row, "language", str, where) == language:

@@ -9,8 +9,8 @@ from raylib.errors import UserError
 
 
 def read_nlvr2(path: Path) -> Iterator[Example]:
-    """JSON lines {sentence, identifier, label, left_url, right_url}; identifier "dev-12-0-1" has the pictures dev-12-0-img0 and
-    -img1. The addresses tell which of these are one picture, and may be missing."""
+    """JSON lines {sentence, identifier, label, left_url, right_url}; identifier "dev-12-0-1" has the pictures
+    dev-12-0-img0 and -img1. The addresses tell which of these are one picture, and may be missing."""
     for where, record in read_jsonl(path):
         sentence, identifier = field(record, "sentence", str, where), field(record, "identifier", str, where)
         if identifier.count("-") != 3:
@@ -18,12 +18,19 @@ def read_nlvr2(path: Path) -> Iterator[Example]:
         stem = identifier.rsplit("-", 1)[0]
         label = _label(field(record, "label", (str, bool), where), where)
         urls = tuple(field(record, side, str, where) for side in ("left_url", "right_url") if side in record)
-        yield Example(identifier, (sentence,), (f"{stem}-img0", f"{stem}-img1"), label, sources=urls if len(urls) == 2 else ())
+        yield Example(
+            identifier,
+            (sentence,),
+            (f"{stem}-img0", f"{stem}-img1"),
+            label,
+            sources=urls if len(urls) == 2 else (),
+        )
 
 
 def read_marvl(path: Path, language: str = "") -> Iterator[Example]:
-    """JSON lines {caption, left_img, right_img, id, chapter, label}; broken down by chapter. Pictures of several languages
-    have the same names: with `language`, each is looked for in the folder of this language."""
+    """JSON lines {caption, left_img, right_img, id, chapter, label}; broken down by chapter. Pictures of
+    several languages have the same names: with `language`, each is looked for in the folder of this
+    language."""
     for where, record in read_jsonl(path):
         names = (field(record, side, str, where) for side in ("left_img", "right_img"))
         images = tuple(f"{language}/{name}" if language else name for name in names)

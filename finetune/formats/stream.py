@@ -1,5 +1,5 @@
-"""JSON files an item at a time: memory does not grow with the file. Names ending in .gz are decompressed; of a .zip, its one
-JSON file is read as it lies."""
+"""JSON files an item at a time: memory does not grow with the file. Names ending in .gz are decompressed; of
+a .zip, its one JSON file is read as it lies."""
 
 import gzip
 import io
@@ -34,7 +34,11 @@ def _open_member(path: Path) -> TextIO:
     """The one JSON file in a zip; what macOS adds (`__MACOSX/._NAME`) is no member."""
     with zipfile.ZipFile(path) as archive:  # a member that is open keeps the file open
         members = [name for name in archive.namelist() if name.lower().endswith((".json", ".jsonl"))]
-        members = [name for name in members if not any(p == "__MACOSX" or p.startswith(".") for p in PurePosixPath(name).parts)]
+        members = [
+            name
+            for name in members
+            if not any(p == "__MACOSX" or p.startswith(".") for p in PurePosixPath(name).parts)
+        ]
         if len(members) != 1:
             found = f"{len(members)} JSON files ({', '.join(members[:4])})" if members else "no JSON file"
             raise UserError(f"{path}: {found} in it; one is wanted: unzip it beside, or leave one in")
@@ -46,7 +50,8 @@ def _open_member(path: Path) -> TextIO:
 
 @contextmanager
 def opened(path: Path) -> Iterator[TextIO]:
-    """`open_text`, and what is wrong with the file, now or while it is read, as a `UserError` that names it."""
+    """`open_text`, and what is wrong with the file, now or while it is read, as a `UserError` that names
+    it."""
     try:
         with open_text(path) as file:
             yield file
@@ -85,8 +90,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def read_items(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each member of the one JSON object or array in a file, as it is read; `where` names the key, or
-    the place in the array.
+    """(where, value) of each member of the one JSON object or array in a file, as it is read; `where` names
+    the key, or the place in the array.
 
     Raises:
         UserError: neither, or broken; says after which member.
@@ -126,8 +131,8 @@ class _Items:
         self.entered = False  # the member that was asked for
 
     def read(self, inside: str | None = None) -> Iterator[tuple[str, Any]]:
-        """Members of the object or array that begins here; `inside`: those of the array that is this member of the object,
-        and nothing after it."""
+        """Members of the object or array that begins here; `inside`: those of the array that is this member
+        of the object, and nothing after it."""
         kind = self._next()
         if kind not in ("{", "["):
             raise self._broken("wanted a JSON object or array")
@@ -156,7 +161,9 @@ class _Items:
                 raise self._broken(f"wanted ',' or '{end}'")
 
     def _more(self) -> bool:
-        chunk = self.file.read(max(CHUNK, len(self.text) - self.at))  # doubles, so that a long value costs linear time
+        chunk = self.file.read(
+            max(CHUNK, len(self.text) - self.at)
+        )  # doubles, so that a long value costs linear time
         self.text, self.at = self.text[self.at :] + chunk, 0
         return bool(chunk)
 

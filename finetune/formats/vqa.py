@@ -12,10 +12,11 @@ from raylib.errors import UserError
 
 
 def read_vqa_v2(path: Path, annotations: str) -> Iterator[Example]:
-    """VQA v2's questions {questions: [{question_id, image_id, question}]} with `annotations`, a path from their folder.
+    """VQA v2's questions {questions: [{question_id, image_id, question}]} with `annotations`, a path from
+    their folder.
 
-    An answer that n of ten people gave scores min(1, n / 3): the common form of VQA's measure, without its average over
-    the ten subsets of nine.
+    An answer that n of ten people gave scores min(1, n / 3): the common form of VQA's measure, without its
+    average over the ten subsets of nine.
     """
     given, waiting = read_listed(path.parent / annotations, "annotations"), {}
     for where, record in read_listed(path, "questions"):
@@ -23,8 +24,13 @@ def read_vqa_v2(path: Path, annotations: str) -> Iterator[Example]:
         while number not in waiting:  # both files are in the same order as they come: nothing waits long
             there, found = next(given, (where, None))
             if found is None:
-                raise UserError(f"{where}: question {number} has no annotation in {path.parent / annotations}")
-            waiting[field(found, "question_id", int, there)] = _scores(found, there), found.get("answer_type", "")
+                raise UserError(
+                    f"{where}: question {number} has no annotation in {path.parent / annotations}"
+                )
+            waiting[field(found, "question_id", int, there)] = (
+                _scores(found, there),
+                found.get("answer_type", ""),
+            )
         scores, kind = waiting.pop(number)
         yield Example(str(number), (field(record, "question", str, where),), (f"{image:012d}",), scores, kind)
 
@@ -35,7 +41,8 @@ def _scores(annotation: dict, where: str) -> dict[str, float]:
 
 
 def read_ja_vqa(path: Path) -> Iterator[Example]:
-    """[{id: image, qas: [{qa_id, question, answer}]}]: Japanese VQA on Visual Genome, and Visual Genome itself."""
+    """[{id: image, qas: [{qa_id, question, answer}]}]: Japanese VQA on Visual Genome, and Visual Genome
+    itself."""
     for key, record in read_items(path):
         where = f"{path}, item {key}"
         image = str(field(record, "id", int, where))
@@ -50,27 +57,36 @@ def read_fm_iqa(path: Path, split: str) -> Iterator[Example]:
     for where, record in read_listed(path, split):
         image, number = field(record, "image_id", int, where), field(record, "question_id", int, where)
         answer = field(record, "Answer", str, where)
-        yield Example(str(number), (field(record, "Question", str, where),), (f"{image:012d}",), {answer: 1.0})
+        yield Example(
+            str(number), (field(record, "Question", str, where),), (f"{image:012d}",), {answer: 1.0}
+        )
 
 
 def read_cvil(path: Path, language: str, answers: str, translations: str = "") -> Iterator[Example]:
-    """JSON lines {en, hi, ja, an: answer numbers, s: scores, img_id, q_id, o: tags of the picture, joined by ";"}; the numbers
-    are places in `answers`.
+    """JSON lines {en, hi, ja, an: answer numbers, s: scores, img_id, q_id, o: tags of the picture, joined by
+    ";"}; the numbers are places in `answers`.
 
-    translations: a JSON list, what each of these is in the language of the classes. Answers with one translation are one
-        class then (cViL's Hindi: 2,912 of 3,129), which scores what they score together, 1 at most.
+    translations: a JSON list, what each of these is in the language of the classes. Answers with one
+        translation are one class then (cViL's Hindi: 2,912 of 3,129), which scores what they score together,
+        1 at most.
     """
     names = read_answers(path.parent / answers)
     classes = _translated(path.parent / translations, names) if translations else names
     for where, record in read_jsonl(path):
         numbers, scores = field(record, "an", list, where), field(record, "s", list, where)
         if len(numbers) != len(scores) or any(not 0 <= n < len(names) for n in numbers):
-            raise UserError(f"{where}: answers {numbers} with scores {scores} do not fit the {len(names)} answers")
+            raise UserError(
+                f"{where}: answers {numbers} with scores {scores} do not fit the {len(names)} answers"
+            )
         labels: dict[str, float] = {}
         for n, s in zip(numbers, scores, strict=True):
             labels[classes[n]] = min(1.0, labels.get(classes[n], 0.0) + score_of(s, where))
         number, image = field(record, "q_id", (int, str), where), field(record, "img_id", (int, str), where)
-        tags = tuple(filter(None, map(str.strip, field(record, "o", str, where).split(";")))) if "o" in record else ()
+        tags = (
+            tuple(filter(None, map(str.strip, field(record, "o", str, where).split(";"))))
+            if "o" in record
+            else ()
+        )
         yield Example(str(number), (field(record, language, str, where),), (str(image),), labels, tags=tags)
 
 
@@ -80,6 +96,10 @@ def _translated(path: Path, names: tuple[str, ...]) -> list[str]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: not to be read as JSON ({e})") from None
-    if not isinstance(values, list) or len(values) != len(names) or not all(isinstance(v, str) for v in values):
+    if (
+        not isinstance(values, list)
+        or len(values) != len(names)
+        or not all(isinstance(v, str) for v in values)
+    ):
         raise UserError(f"{path}: wanted a list of {len(names)} translations, one for each answer")
     return values

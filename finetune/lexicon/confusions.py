@@ -1,4 +1,5 @@
-"""Which answers a model takes for which (paper 0, section 6: tables 2 and 3), from its predictions as they stream by."""
+"""Which answers a model takes for which (paper 0, section 6: tables 2 and 3), from its predictions as they
+stream by."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -14,13 +15,15 @@ def confusions(predictions: Iterable[dict[str, Any]], wordnet: WordNet, pairs: i
     """Of the predictions in one language; memory grows with the different pairs of labels alone.
 
     Args:
-        predictions: {"id", "prediction", "labels", "kind"} each, as `finetune.metrics.read_predictions` yields them. The
-            true label is the answer with the highest score; an example without answers is left out, as in `metrics.score`.
+        predictions: {"id", "prediction", "labels", "kind"} each, as `finetune.metrics.read_predictions`
+            yields them. The true label is the answer with the highest score; an example without answers is
+            left out, as in `metrics.score`.
     Returns:
-        {"n": examples, "accuracy": as `metrics.score` has it, "accuracy_with_synonyms": a synonym of an answer scores as
-        that answer does (table 2), "wrong": {relation: wrong predictions that are this to the true label}, "confused": the
-        most frequent pairs of true label and wrong prediction, "confused_related": of those with a relation (table 3)};
-        a pair: {"label", "prediction", "relation": "syn", "hyp", "hpo" or "none", "count"}, equal counts by alphabet.
+        {"n": examples, "accuracy": as `metrics.score` has it, "accuracy_with_synonyms": a synonym of an
+        answer scores as that answer does (table 2), "wrong": {relation: wrong predictions that are this to
+        the true label}, "confused": the most frequent pairs of true label and wrong prediction,
+        "confused_related": of those with a relation (table 3)}; a pair: {"label", "prediction", "relation":
+        "syn", "hyp", "hpo" or "none", "count"}, equal counts by alphabet.
     """
     n = strict = kind = 0  # scores in millionths: integers add up to the same in any order
     wrong: Counter[tuple[str, str]] = Counter()
@@ -33,11 +36,20 @@ def confusions(predictions: Iterable[dict[str, Any]], wordnet: WordNet, pairs: i
         strict += round(MILLION * score)
         if not score:
             wrong[max(answers, key=answers.get), prediction] += 1
-        synonyms = (value for answer, value in answers.items() if wordnet.relation(answer, prediction) == SYNONYM)
+        synonyms = (
+            value for answer, value in answers.items() if wordnet.relation(answer, prediction) == SYNONYM
+        )
         kind += round(MILLION * max(score, *synonyms, 0.0))
     order = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))
-    found = [{"label": label, "prediction": prediction, "relation": wordnet.relation(label, prediction), "count": count}
-             for (label, prediction), count in order]  # fmt: skip
+    found = [
+        {
+            "label": label,
+            "prediction": prediction,
+            "relation": wordnet.relation(label, prediction),
+            "count": count,
+        }
+        for (label, prediction), count in order
+    ]
     relations: Counter[str] = Counter()
     for pair in found:
         relations[pair["relation"]] += pair["count"]

@@ -1,8 +1,8 @@
 """Bilingual dictionaries from English as MUSE publishes them: a file a language, a pair of words a line.
 
-`word<tab>translation` or `word translation`, both in one file too. In a line with a tab, both may be of several words, and
-further fields are further translations; in one without, the first word is the source and the rest its translation. A word
-that comes in several lines has several translations.
+`word<tab>translation` or `word translation`, both in one file too. In a line with a tab, both may be of
+several words, and further fields are further translations; in one without, the first word is the source and
+the rest its translation. A word that comes in several lines has several translations.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ MOST_ODD = 0.1  # of the lines: above that, the file is something else
 
 
 class Dictionary(NamedTuple):
-    """`entries`: {English in lower case, words one space apart: its translations, each once, in the file's order}."""
+    """`entries`: {English in lower case, words one space apart: its translations, each once, in the file's
+    order}."""
 
     language: str
     entries: dict[str, tuple[str, ...]]
@@ -26,8 +27,8 @@ class Dictionary(NamedTuple):
 
 
 def open_dictionaries(folder: Path, languages: Sequence[str]) -> tuple[dict[str, Dictionary], str]:
-    """({language: its dictionary}, a line to print: words of each, lines left out), from `folder`/LANGUAGE2.txt or
-    en-LANGUAGE.txt.
+    """({language: its dictionary}, a line to print: words of each, lines left out), from
+    `folder`/LANGUAGE2.txt or en-LANGUAGE.txt.
 
     Raises:
         UserError: no language, a language has no file (lists those that have), or as `read_dictionary`.
@@ -39,9 +40,13 @@ def open_dictionaries(folder: Path, languages: Sequence[str]) -> tuple[dict[str,
         files = [folder / name.format(language) for name in NAMES]
         file = next(filter(Path.is_file, files), None)
         if file is None:
-            there = sorted({p.name.removesuffix("2.txt") for p in folder.glob("*2.txt")}
-                           | {p.stem.removeprefix("en-") for p in folder.glob("en-*.txt")})  # fmt: skip
-            raise UserError(f"{folder}: no dictionary '{files[0].name}'; there are: {', '.join(there) or 'none'}")
+            there = sorted(
+                {p.name.removesuffix("2.txt") for p in folder.glob("*2.txt")}
+                | {p.stem.removeprefix("en-") for p in folder.glob("en-*.txt")}
+            )
+            raise UserError(
+                f"{folder}: no dictionary '{files[0].name}'; there are: {', '.join(there) or 'none'}"
+            )
         found[language] = read_dictionary(file, language)
     words = ", ".join(f"{language} {len(dictionary.entries)}" for language, dictionary in found.items())
     odd, lines = (sum(column) for column in zip(*((d.odd, d.lines) for d in found.values()), strict=True))
@@ -68,7 +73,9 @@ def read_dictionary(path: Path, language: str) -> Dictionary:
         where = f"line {first_odd} is the first of {odd} (of {number}) that are" if odd else "not one line is"
         raise UserError(f"{path}: {where} no 'word translation'; give a dictionary like MUSE's")
     longest = max(source.count(" ") + 1 for source in entries)
-    return Dictionary(language, {source: tuple(found) for source, found in entries.items()}, longest, number, odd)
+    return Dictionary(
+        language, {source: tuple(found) for source, found in entries.items()}, longest, number, odd
+    )
 
 
 def _pair(line: bytes) -> tuple[str, list[str]]:

@@ -1,7 +1,9 @@
-"""How far answer labels are from each other (paper 0, section 3): `distance[c, y]` = d(y_c, y*), predicted c, true y.
+"""How far answer labels are from each other (paper 0, section 3): `distance[c, y]` = d(y_c, y*), predicted c,
+true y.
 
-A matrix is made once and kept under the hash of all that it depends on: the labels and their order, d1 and d2, every byte of
-the source files (a file that changed under its old name, size and date is noticed; 1 GB takes about a second).
+A matrix is made once and kept under the hash of all that it depends on: the labels and their order, d1 and
+d2, every byte of the source files (a file that changed under its old name, size and date is noticed; 1 GB
+takes about a second).
 """
 
 import hashlib
@@ -34,18 +36,20 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         named = ", ".join(self.unknown[:5]) + (", ..." if len(self.unknown) > 5 else "")
-        return f"{len(self.unknown)} of {self.labels} labels have no {self.what}" + (f": {named}" if named else "")
+        return f"{len(self.unknown)} of {self.labels} labels have no {self.what}" + (
+            f": {named}" if named else ""
+        )
 
 
 def wordnet_distances(
     labels: Sequence[str], folder: Path, hyponym: float, hypernym: float, cache: Path | None = None
 ) -> tuple[Tensor, Report]:
-    """0 where the labels are the same or synonyms; d1 (`hyponym`) where the predicted one is a hyponym of the true one; d2
-    (`hypernym`) where it is a hypernym; else 1. A label without synset is at 1 from all others.
+    """0 where the labels are the same or synonyms; d1 (`hyponym`) where the predicted one is a hyponym of the
+    true one; d2 (`hypernym`) where it is a hypernym; else 1. A label without synset is at 1 from all others.
 
     Args:
-        labels: C different strings. folder: WordNet's files. hyponym, hypernym: d1, d2, between 0 and 1; 0.8 in the paper.
-        cache: a folder, made where there is none; None keeps nothing.
+        labels: C different strings. folder: WordNet's files. hyponym, hypernym: d1, d2, between 0 and 1; 0.8
+        in the paper. cache: a folder, made where there is none; None keeps nothing.
     Returns:
         (float32 (C, C); not symmetric where d1 is not d2, labels without synset).
 
@@ -54,7 +58,9 @@ def wordnet_distances(
     """
     folder = Path(folder)
     if not (0 < hyponym < 1 and 0 < hypernym < 1):
-        raise UserError(f"distances of hyponyms and hypernyms are {hyponym} and {hypernym}; both must lie between 0 and 1")
+        raise UserError(
+            f"distances of hyponyms and hypernyms are {hyponym} and {hypernym}; both must lie between 0 and 1"
+        )
 
     def compute() -> tuple[Tensor, list[int]]:
         wordnet = WordNet(folder)
@@ -69,8 +75,8 @@ def wordnet_distances(
 
 
 def vector_distances(labels: Sequence[str], path: Path, cache: Path | None = None) -> tuple[Tensor, Report]:
-    """1 - cosine of the labels' vectors, from 0 to 2 (cosines below 0 stay what they are). A label without a vector is at 1
-    from all others, at 0 from itself.
+    """1 - cosine of the labels' vectors, from 0 to 2 (cosines below 0 stay what they are). A label without a
+    vector is at 1 from all others, at 0 from itself.
 
     Args:
         labels: C different strings. path: vectors in a format of `finetune.lexicon.vectors`.
@@ -95,11 +101,19 @@ def vector_distances(labels: Sequence[str], path: Path, cache: Path | None = Non
 
 
 def _cached(
-    labels: Sequence[str], what: str, numbers: list[float], sources: list[Path], cache: Path | None,
+    labels: Sequence[str],
+    what: str,
+    numbers: list[float],
+    sources: list[Path],
+    cache: Path | None,
     compute: Callable[[], tuple[Tensor, list[int]]],
-) -> tuple[Tensor, Report]:  # fmt: skip
+) -> tuple[Tensor, Report]:
     """What `compute` returns, from the cache if it is there."""
-    twice = sorted({label for label in labels if labels.count(label) > 1}) if len(set(labels)) < len(labels) else []
+    twice = (
+        sorted({label for label in labels if labels.count(label) > 1})
+        if len(set(labels)) < len(labels)
+        else []
+    )
     if twice:
         raise UserError(f"the label '{twice[0]}' comes twice; each class needs a name of its own")
     if cache is None or not all(map(Path.is_file, sources)):  # `compute` says what is missing
@@ -115,7 +129,9 @@ def _cached(
     except SafetensorError as e:
         raise UserError(f"{file}: damaged ({e}); delete it, and it is made again") from None
     if not is_finite(distance):
-        raise UserError(f"{file}: tensor distance is not finite (NaN or infinite); delete it, and it is made again")
+        raise UserError(
+            f"{file}: tensor distance is not finite (NaN or infinite); delete it, and it is made again"
+        )
     return distance, Report(what, tuple(labels[i] for i in unknown), len(labels))
 
 

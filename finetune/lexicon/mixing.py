@@ -1,4 +1,5 @@
-"""Code-mixing (CoSDA, Qin et al. 2020; paper 0): words of a sentence become translations into languages drawn per word."""
+"""Code-mixing (CoSDA, Qin et al. 2020; paper 0): words of a sentence become translations into languages drawn
+per word."""
 
 import unicodedata
 from collections.abc import Mapping
@@ -12,13 +13,16 @@ from raylib.randomness import Key, uniform
 SENTENCE, REPLACE, LANGUAGE, TRANSLATION = range(4)  # what is drawn
 
 
-def mix(text: str, dictionaries: Mapping[str, Dictionary], ratio: float, probability: float, *keys: Key) -> str:
+def mix(
+    text: str, dictionaries: Mapping[str, Dictionary], ratio: float, probability: float, *keys: Key
+) -> str:
     """`text` with words replaced, as the keys draw it: with (seed, epoch, example), each epoch mixes anew.
 
-    With probability `ratio` the sentence is mixed at all. Then, from left to right: a language is drawn first, and the word
-    is looked up in its dictionary, in any case and without the punctuation around it; where an entry of several words starts
-    here, the longest counts as the word. With `probability` it is replaced, by one of its translations; a word that the drawn
-    language lacks stays (paper 0's public code does so too). Punctuation stays where it is, spaces become single ones.
+    With probability `ratio` the sentence is mixed at all. Then, from left to right: a language is drawn
+    first, and the word is looked up in its dictionary, in any case and without the punctuation around it;
+    where an entry of several words starts here, the longest counts as the word. With `probability` it is
+    replaced, by one of its translations; a word that the drawn language lacks stays (paper 0's public code
+    does so too). Punctuation stays where it is, spaces become single ones.
 
     Args:
         dictionaries: at least one. ratio, probability: 1 and 0.9 in paper 0's public code.

@@ -1,4 +1,5 @@
-"""Word vectors from the files that they are published in; of a file of gigabytes only the wanted words are kept.
+"""Word vectors from the files that they are published in; of a file of gigabytes only the wanted words are
+kept.
 
     NAME.npy            (words, d) with the words in NAME.txt beside it, one a line
     GloVe text          `word x1 ... xd` a line
@@ -27,7 +28,8 @@ def words_of(label: str) -> list[str]:
 
 
 def label_vectors(path: Path, labels: Sequence[str]) -> tuple[np.ndarray, list[int]]:
-    """A vector for each label: the mean over those of its words that have one, as written or else in lower case.
+    """A vector for each label: the mean over those of its words that have one, as written or else in lower
+    case.
 
     Returns:
         (float32 (C, d), positions of the labels none of whose words has a vector: zeros).
@@ -40,7 +42,9 @@ def label_vectors(path: Path, labels: Sequence[str]) -> tuple[np.ndarray, list[i
     forms = [[word if word in vectors else word.lower() for word in words] for words in spelt]
     found = [[vectors[form] for form in row if form in vectors] for row in forms]
     if not any(found):
-        raise UserError(f"{path}: has a vector for none of the {len(labels)} labels; are these English word vectors?")
+        raise UserError(
+            f"{path}: has a vector for none of the {len(labels)} labels; are these English word vectors?"
+        )
     width = len(next(filter(None, found))[0])
     means = [np.mean(rows, 0) if rows else np.zeros(width) for rows in found]
     return np.stack(means).astype(np.float32), [i for i, rows in enumerate(found) if not rows]
@@ -50,12 +54,15 @@ def read_vectors(path: Path, words: Iterable[str]) -> dict[str, np.ndarray]:
     """{word: float32 (d,)} of those of `words` that the file has; of a word that comes twice, the first.
 
     Raises:
-        UserError: no such file, in none of the formats, cut off, or a wanted line that is not d finite numbers.
+        UserError: no such file, in none of the formats, cut off, or a wanted line that is not d finite
+            numbers.
     """
     vectors = _read_vectors(Path(path), {word.encode(): word for word in words})
     for word, vector in vectors.items():
         if not is_finite(vector):
-            raise UserError(f"{path}: the vector of '{word}' is not finite (NaN or infinite); copy the file again")
+            raise UserError(
+                f"{path}: the vector of '{word}' is not finite (NaN or infinite); copy the file again"
+            )
     return vectors
 
 
@@ -71,7 +78,10 @@ def _read_vectors(path: Path, wanted: dict[bytes, str]) -> dict[str, np.ndarray]
         return _read_binary(path, wanted, int(header[1]), int(header[2]), len(first))
     width = int(header[2]) if header else len(first.split()) - 1
     if width < 1 or not (header or _is_text(first, width)):
-        raise UserError(f"{path}: its first line is neither 'words dimensions' nor a word and numbers; not GloVe's or word2vec's")
+        raise UserError(
+            f"{path}: its first line is neither 'words dimensions' nor a word and numbers; not GloVe's or "
+            "word2vec's"
+        )
     return _read_text(path, wanted, width)
 
 
@@ -90,7 +100,9 @@ def _read_array(path: Path, wanted: dict[bytes, str]) -> dict[str, np.ndarray]:
             if word is not None and rows.ndim == 2 and count <= len(rows):
                 found.setdefault(word, rows[count - 1].astype(np.float32))
     if rows.ndim != 2 or count != len(rows):
-        raise UserError(f"{path}: an array of shape {rows.shape}, with {count} words in {names}; one row a word is needed")
+        raise UserError(
+            f"{path}: an array of shape {rows.shape}, with {count} words in {names}; one row a word is needed"
+        )
     return found
 
 
@@ -112,7 +124,10 @@ def _read_text(path: Path, wanted: dict[bytes, str], width: int) -> dict[str, np
                 continue  # a word with a space in it, or the header
             values = _numbers(fields[1:])
             if values is None or len(values) != width:
-                raise UserError(f"{path}: line {number}: '{word}' is not followed by {width} numbers; is the file cut off?")
+                raise UserError(
+                    f"{path}: line {number}: '{word}' is not followed by {width} numbers; is the file cut "
+                    "off?"
+                )
             found[word] = values
     return found
 
@@ -125,7 +140,9 @@ def _numbers(fields: list[bytes]) -> np.ndarray | None:
         return None
 
 
-def _read_binary(path: Path, wanted: dict[bytes, str], count: int, width: int, position: int) -> dict[str, np.ndarray]:
+def _read_binary(
+    path: Path, wanted: dict[bytes, str], count: int, width: int, position: int
+) -> dict[str, np.ndarray]:
     found = {}
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for row in range(count):

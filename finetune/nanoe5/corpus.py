@@ -11,11 +11,17 @@ from raylib.errors import UserError
 from raylib.sample.concepts import LANGUAGES, read_captions, read_declaration, split_sentences
 
 SAMPLE = "sample"
-KINDS = (".txt", ".tsv", ".json", ".jsonl")  # what is read of a folder, also with .gz behind, or JSON in a .zip
+KINDS = (
+    ".txt",
+    ".tsv",
+    ".json",
+    ".jsonl",
+)  # what is read of a folder, also with .gz behind, or JSON in a .zip
 
 
 def read_corpus(sources: list[str]) -> set[str]:
-    """All texts of `sources`: "sample", files (.json, .jsonl: every string in them; others: lines), folders of such files.
+    """All texts of `sources`: "sample", files (.json, .jsonl: every string in them; others: lines), folders
+    of such files.
 
     Raises:
         UserError: no such file, nothing readable in a folder, no UTF-8, or no JSON (file and line).
@@ -50,7 +56,9 @@ def _files(source: Path) -> list[Path]:
         raise UserError(f"trim={source}: no such file or folder; '{SAMPLE}' means the texts of the sample")
     files = sorted(path for path in source.rglob("*") if path.is_file() and _kind(path) in KINDS)
     if not files:
-        raise UserError(f"trim={source}: no file in this folder ends in {', '.join(KINDS)} (or these with .gz)")
+        raise UserError(
+            f"trim={source}: no file in this folder ends in {', '.join(KINDS)} (or these with .gz)"
+        )
     return files
 
 

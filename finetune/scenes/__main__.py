@@ -1,7 +1,7 @@
 """Emoji scenes: a miniature IGLUE.
 
-    python -m finetune.scenes OUT [train=3000 dev=300 test=1000 size=64 seed=0]
-    python -m finetune.scenes balance OUT      how well questions alone, and pictures alone, predict the answers
+python -m finetune.scenes OUT [train=3000 dev=300 test=1000 size=64 seed=0]
+python -m finetune.scenes balance OUT      how well questions alone, and pictures alone, predict the answers
 """
 
 import argparse
@@ -26,7 +26,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _make(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m finetune.scenes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m finetune.scenes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", type=Path, help="a new or empty folder")
     parser.add_argument("settings", nargs="*", metavar="name=value", help="such as train=300 test=100")

@@ -1,8 +1,8 @@
 """How far one comes without looking at both: a model of the text alone, and one of the picture alone.
 
-Both are multinomial logistic regressions, trained on the English training set and scored on the English test set: over the
-words and word pairs of the text, or over what is known of the picture, namely which things are in it, where and how large
-(better than any image encoder could know it).
+Both are multinomial logistic regressions, trained on the English training set and scored on the English test
+set: over the words and word pairs of the text, or over what is known of the picture, namely which things are
+in it, where and how large (better than any image encoder could know it).
 """
 
 import itertools
@@ -22,12 +22,18 @@ STEPS, RATE, DECAY = 400, 0.05, 1e-3
 
 
 def measure(folder: Path) -> dict[str, dict[str, float]]:
-    """{task: {"majority", "text", "picture"}}: accuracy of the majority class, of the text alone, of the picture alone."""
-    scenes = {s["id"]: s for s in map(json.loads, (folder / "scenes.jsonl").read_text(encoding="utf-8").splitlines())}
+    """{task: {"majority", "text", "picture"}}: accuracy of the majority class, of the text alone, of the
+    picture alone."""
+    scenes = {
+        s["id"]: s
+        for s in map(json.loads, (folder / "scenes.jsonl").read_text(encoding="utf-8").splitlines())
+    }
     found = {}
     for name in ("xgqa", "xvnli", "marvl"):
         task = TASKS[name]
-        train, test = (list(task.read(task.path(folder, split, "en"), split, "en")) for split in ("train", "test"))
+        train, test = (
+            list(task.read(task.path(folder, split, "en"), split, "en")) for split in ("train", "test")
+        )
         answers = [max(e.labels, key=e.labels.get) for e in train]
         best = Counter(answers).most_common(1)[0][0]
         found[name] = {

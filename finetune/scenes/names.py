@@ -1,8 +1,8 @@
 """Labels, their relations and their names; sentences from templates in eleven languages.
 
-`data/labels.json`: a label with its emoji, its WordNet 3.0 synset (checked by hand), English synonyms from that synset,
-direct hypernyms and all ancestors among the labels. `data/categories.json`: what labels are, translated by hand.
-`data/templates.json`: sentences into which names go in citation form.
+`data/labels.json`: a label with its emoji, its WordNet 3.0 synset (checked by hand), English synonyms from
+that synset, direct hypernyms and all ancestors among the labels. `data/categories.json`: what labels are,
+translated by hand. `data/templates.json`: sentences into which names go in citation form.
 """
 
 import json
@@ -41,13 +41,15 @@ class Label(NamedTuple):
 def labels() -> dict[str, Label]:
     """Name -> label."""
     records = json.loads((DATA / "labels.json").read_text(encoding="utf-8"))
-    return {r["name"]: Label(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in records}
+    return {
+        r["name"]: Label(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in records
+    }
 
 
 @cache
 def related(name: str) -> frozenset[str]:
-    """Labels that must not be called absent from a picture with `name`: itself, synonyms, hypernyms and hyponyms among
-    the labels, and those that some language calls by the same name."""
+    """Labels that must not be called absent from a picture with `name`: itself, synonyms, hypernyms and
+    hyponyms among the labels, and those that some language calls by the same name."""
     own, found = labels()[name], {name, *labels()[name].ancestors}
     for other in labels().values():
         same = any(say(other.name, language) == say(name, language) for language in LANGUAGES)
@@ -81,14 +83,19 @@ def say(name: str, language: str) -> str:
     return read_captions(language)[labels()[name].key].name
 
 
-def sentence(template: str, language: str, slots: Mapping[str, str] | None = None, position: int | None = None) -> str:
-    """The template in `language`; `slots`: {"A": word, "B": word}, words already in that language; `position`: quadrant."""
+def sentence(
+    template: str, language: str, slots: Mapping[str, str] | None = None, position: int | None = None
+) -> str:
+    """The template in `language`; `slots`: {"A": word, "B": word}, words already in that language;
+    `position`: quadrant."""
     slots = dict(slots or {})
     filled = dict(slots)
     if position is not None:
         filled["P"] = templates()["positions"][language][position]
     if language == "ko":
-        filled |= {slot + suffix: _particle(word, suffix) for slot, word in slots.items() for suffix in PARTICLES}
+        filled |= {
+            slot + suffix: _particle(word, suffix) for slot, word in slots.items() for suffix in PARTICLES
+        }
     if language == "es" and "B" in slots:
         filled["o"] = "u" if slots["B"].lower().startswith(("o", "ho", "ó", "hó")) else "o"
     return templates()["templates"][template][language].format(**filled)

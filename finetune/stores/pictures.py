@@ -22,9 +22,9 @@ Place = tuple[str, str, int, int]  # (path in the store, file, offset, bytes); b
 
 
 class PictureStore:
-    """Pictures by id. An id may end like a file name or not, and MSCOCO's may be a name or its number. Folders in an id count
-    where pictures of several folders have one name, as MaRVL's of several languages do. May be sent to, and forked into,
-    other processes."""
+    """Pictures by id. An id may end like a file name or not, and MSCOCO's may be a name or its number.
+    Folders in an id count where pictures of several folders have one name, as MaRVL's of several languages
+    do. May be sent to, and forked into, other processes."""
 
     def __init__(self, path: Path, places: dict[str, list[Place]]):
         """places: {id without folder and ending: where pictures of this name are}."""
@@ -45,7 +45,8 @@ class PictureStore:
         return decode(self._bytes(name), f"{self.path}, {name}")
 
     def identity(self, name: str) -> int:
-        """63-bit hash of the encoded bytes, as of a sample in shards: one image may have several ids, and lie in several files.
+        """63-bit hash of the encoded bytes, as of a sample in shards: one image may have several ids, and lie
+        in several files.
 
         Raises:
             UserError: no such id, or several.
@@ -59,7 +60,10 @@ class PictureStore:
         if not there:
             raise UserError(f"{self.path}: no picture '{name}'; check images=")
         if len(there) > 1:
-            raise UserError(f"{self.path}: {len(there)} pictures called '{name}': {', '.join(p for p, *_ in there)}; leave one")
+            raise UserError(
+                f"{self.path}: {len(there)} pictures called '{name}': {', '.join(p for p, *_ in there)}; "
+                "leave one"
+            )
         ((_, file, offset, size),) = there
         return Path(file).read_bytes() if size < 0 else os.pread(self._tar(file), size, offset)
 
@@ -70,7 +74,9 @@ class PictureStore:
         return [place for place in there if may_hold(name, folders_of(place[0]))]
 
     def _tar(self, file: str) -> int:
-        if self._opened is None or self._opened[0] != os.getpid():  # a descriptor shared with a parent would be closed by it
+        if (
+            self._opened is None or self._opened[0] != os.getpid()
+        ):  # a descriptor shared with a parent would be closed by it
             self._opened = (os.getpid(), os.open(file, os.O_RDONLY))
         return self._opened[1]
 
@@ -82,8 +88,8 @@ def open_pictures(path: Path | str) -> PictureStore:
     """The pictures of a folder and all that is below it, or of a tar.
 
     Raises:
-        UserError: neither; a tar that is damaged, or compressed; no picture in it; two pictures of one id in one folder
-            (both are named).
+        UserError: neither; a tar that is damaged, or compressed; no picture in it; two pictures of one id in
+            one folder (both are named).
     """
     path = Path(path)
     if path.is_dir():
@@ -99,7 +105,9 @@ def open_pictures(path: Path | str) -> PictureStore:
             for other, *_ in others:
                 if nfc(os.path.dirname(other)) == nfc(os.path.dirname(place[0])):
                     names = sorted((other, place[0]))
-                    raise UserError(f"{path}: two pictures called '{stem(other)}': {' and '.join(names)}; leave one")
+                    raise UserError(
+                        f"{path}: two pictures called '{stem(other)}': {' and '.join(names)}; leave one"
+                    )
             others.append(place)
     if not places:
         raise UserError(f"{path}: no pictures ({', '.join(SUFFIXES)}) in it")
@@ -126,14 +134,14 @@ def folders_of(name: str) -> set[str]:
 
 
 def may_hold(name: str, words: set[str]) -> bool:
-    """Whether a picture may be where `words` are in the path: MaRVL's pictures have the same names in each language, and the
-    one that is there must not be another language's."""
+    """Whether a picture may be where `words` are in the path: MaRVL's pictures have the same names in each
+    language, and the one that is there must not be another language's."""
     return not folders_of(name) & MARVL or words & MARVL <= folders_of(name)
 
 
 def stem(name: str) -> str:
-    """A picture's name without folder, picture ending and what MSCOCO's names of 2014 begin with, in NFC: macOS stores
-    names in NFD, annotations have them in either."""
+    """A picture's name without folder, picture ending and what MSCOCO's names of 2014 begin with, in NFC:
+    macOS stores names in NFD, annotations have them in either."""
     base = os.path.basename(nfc(name))
     stripped, suffix = os.path.splitext(base)
     return COCO.sub("", stripped if suffix.lower() in SUFFIXES else base)

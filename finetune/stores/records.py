@@ -1,5 +1,5 @@
-"""What region stores keep of a picture, made into arrays. Pickles are read by an unpickler that admits plain values and
-arrays only."""
+"""What region stores keep of a picture, made into arrays. Pickles are read by an unpickler that admits plain
+values and arrays only."""
 
 import io
 import pickle
@@ -13,8 +13,8 @@ from raylib.finite import is_finite
 
 
 class Regions(NamedTuple):
-    """One picture's regions: features (R, f), boxes (R, 4) as x1, y1, x2, y2 in pixels, the picture's size, and what the
-    detector calls what it sees, if that was kept."""
+    """One picture's regions: features (R, f), boxes (R, 4) as x1, y1, x2, y2 in pixels, the picture's size,
+    and what the detector calls what it sees, if that was kept."""
 
     features: np.ndarray
     boxes: np.ndarray
@@ -24,11 +24,12 @@ class Regions(NamedTuple):
 
 
 def to_regions(record: dict, where: str) -> Regions:
-    """{"features", "boxes", "img_h", "img_w", and perhaps "tags": a list of names, ...} as `Regions`; arrays may be base64 of
-    float32.
+    """{"features", "boxes", "img_h", "img_w", and perhaps "tags": a list of names, ...} as `Regions`; arrays
+    may be base64 of float32.
 
     Raises:
-        UserError: one of them is missing, or not finite; features and boxes do not fit each other; an image without size.
+        UserError: one of them is missing, or not finite; features and boxes do not fit each other; an image
+            without size.
     """
     missing = [key for key in ("features", "boxes", "img_h", "img_w") if key not in record]
     if missing:
@@ -42,9 +43,13 @@ def to_regions(record: dict, where: str) -> Regions:
     height, width = float(record["img_h"]), float(record["img_w"])
     for name, value in (("features", features), ("boxes", boxes), ("img_h", height), ("img_w", width)):
         if not is_finite(value):
-            raise UserError(f"{where}: {name} not finite (NaN or infinite); extract the regions of this image again")
+            raise UserError(
+                f"{where}: {name} not finite (NaN or infinite); extract the regions of this image again"
+            )
     if height <= 0 or width <= 0:
-        raise UserError(f"{where}: img_h {height:g}, img_w {width:g}: an image has a size, by which boxes are divided")
+        raise UserError(
+            f"{where}: img_h {height:g}, img_w {width:g}: an image has a size, by which boxes are divided"
+        )
     tags = tuple(tag.decode() if isinstance(tag, bytes) else str(tag) for tag in record.get("tags", ()))
     return Regions(features.reshape(len(boxes), -1), boxes, height, width, tags)
 
@@ -84,10 +89,16 @@ class _Arrays(pickle.Unpickler):
     ADMITTED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
         (f"numpy.{core}.{module}", name)
         for core in ("core", "_core")
-        for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
+        for module, name in (
+            ("multiarray", "_reconstruct"),
+            ("multiarray", "scalar"),
+            ("numeric", "_frombuffer"),
+        )
     }
 
     def find_class(self, module: str, name: str):
         if (module, name) not in self.ADMITTED:
-            raise pickle.UnpicklingError(f"it wants {module}.{name}, and only plain values and arrays are read")
+            raise pickle.UnpicklingError(
+                f"it wants {module}.{name}, and only plain values and arrays are read"
+            )
         return super().find_class(module, name)

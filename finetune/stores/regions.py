@@ -1,8 +1,8 @@
-"""Features of detected regions by picture id: VOLTA's LMDB, H5 (a group a picture, or M3P's flat arrays), LXMERT's or OSCAR's
-TSV, or a folder of .npz (UC2's too) or of X101's .npy files.
+"""Features of detected regions by picture id: VOLTA's LMDB, H5 (a group a picture, or M3P's flat arrays),
+LXMERT's or OSCAR's TSV, or a folder of .npz (UC2's too) or of X101's .npy files.
 
-An id is looked for as it is, then without folder and picture ending, in each normal form of Unicode: files disagree on
-whether ".jpg" belongs to it.
+An id is looked for as it is, then without folder and picture ending, in each normal form of Unicode: files
+disagree on whether ".jpg" belongs to it.
 """
 
 import io
@@ -30,7 +30,8 @@ class RegionStore(Protocol):
 
 
 def locations(boxes: np.ndarray, height: float, width: float, numbers: int) -> np.ndarray:
-    """(R, 5): x1, y1, x2, y2 and area, as shares of the picture; (R, 7), UC2's: x1, y1, x2, y2, width, height, area."""
+    """(R, 5): x1, y1, x2, y2 and area, as shares of the picture; (R, 7), UC2's: x1, y1, x2, y2, width,
+    height, area."""
     x1, y1, x2, y2 = (boxes / [width, height, width, height]).T
     wide, high = x2 - x1, y2 - y1
     columns = [x1, y1, x2, y2, wide * high] if numbers == 5 else [x1, y1, x2, y2, wide, high, wide * high]
@@ -38,8 +39,8 @@ def locations(boxes: np.ndarray, height: float, width: float, numbers: int) -> n
 
 
 def open_regions(path: Path | str) -> RegionStore:
-    """The regions at `path`: an LMDB folder, a .h5, a .tsv, a folder of .npz files or of .npy files with _info.npy, or a
-    folder of several of these.
+    """The regions at `path`: an LMDB folder, a .h5, a .tsv, a folder of .npz files or of .npy files with
+    _info.npy, or a folder of several of these.
 
     Raises:
         UserError: none of these; a flat .h5 whose arrays do not fit each other.
@@ -50,8 +51,10 @@ def open_regions(path: Path | str) -> RegionStore:
     stores = [store for child in sorted(path.iterdir()) if (store := _open(child))] if path.is_dir() else []
     if stores:
         return _Several(path, stores)
-    raise UserError(f"{path}: no region features; an LMDB folder, .h5, .tsv, a folder of .npz or _info.npy files is read, or "
-                    "a folder of these")  # fmt: skip
+    raise UserError(
+        f"{path}: no region features; an LMDB folder, .h5, .tsv, a folder of .npz or _info.npy files is "
+        "read, or a folder of these"
+    )
 
 
 def _open(path: Path) -> "_Store | None":
@@ -68,7 +71,8 @@ def _open(path: Path) -> "_Store | None":
 
 
 class _Store:
-    """Looks a picture up under the names that it may have. Formats differ in `_find(key)`: what is kept of it, or None."""
+    """Looks a picture up under the names that it may have. Formats differ in `_find(key)`: what is kept of
+    it, or None."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -95,8 +99,8 @@ class _Store:
 
 
 class _Several(_Store):
-    """Stores side by side, as VOLTA has one for NLVR2 and one for each language of MaRVL. Where several know a picture's name,
-    the one that is called like the language in the picture's folder has it."""
+    """Stores side by side, as VOLTA has one for NLVR2 and one for each language of MaRVL. Where several know
+    a picture's name, the one that is called like the language in the picture's folder has it."""
 
     def __init__(self, path: Path, stores: list[_Store]):
         super().__init__(path)
@@ -107,7 +111,10 @@ class _Several(_Store):
         if len(found) > 1:
             found = [(path, regions) for path, regions in found if folders_of(name) & _words(path)] or found
         if len(found) > 1:
-            raise UserError(f"{self.path}: regions of '{name}' in {' and in '.join(path.name for path, _ in found)}; leave one")
+            raise UserError(
+                f"{self.path}: regions of '{name}' in {' and in '.join(path.name for path, _ in found)}; "
+                "leave one"
+            )
         return found[0][1] if found else None
 
 
@@ -134,7 +141,9 @@ class _H5(_Store):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self._handle: tuple[int, Any] | None = None  # (process, open file): an H5 file does not survive a fork
+        self._handle: tuple[int, Any] | None = (
+            None  # (process, open file): an H5 file does not survive a fork
+        )
 
     def handle(self) -> Any:
         import h5py
@@ -154,11 +163,11 @@ class _H5(_Store):
 
 
 class _FlatH5(_H5):
-    """M3P's: row i of the datasets image_id, features (N, R, f), bbox (or boxes), wh and, where pictures have fewer than R
-    regions, num_boxes is picture i.
+    """M3P's: row i of the datasets image_id, features (N, R, f), bbox (or boxes), wh and, where pictures have
+    fewer than R regions, num_boxes is picture i.
 
-    M3P reads `wh` as height and width. Here the file's own boxes decide, which must lie inside their pictures; where they
-    fit both ways the name is believed.
+    M3P reads `wh` as height and width. Here the file's own boxes decide, which must lie inside their
+    pictures; where they fit both ways the name is believed.
     """
 
     CHECKED = 1000  # pictures whose boxes decide
@@ -172,16 +181,23 @@ class _FlatH5(_H5):
             raise UserError(f"{path}: no {', '.join(missing)}; it has {', '.join(sorted(file))}")
         ids = [i.decode() if isinstance(i, bytes) else str(i) for i in file["image_id"][()]]
         if any(len(file[name]) != len(ids) for name in ("features", boxes, "wh")):
-            raise UserError(f"{path}: {len(ids)} values of image_id, but other datasets have more or fewer rows")
+            raise UserError(
+                f"{path}: {len(ids)} values of image_id, but other datasets have more or fewer rows"
+            )
         self.rows, self.boxes = {stem(name): row for row, name in enumerate(ids)}, boxes
         reach = file[boxes][: self.CHECKED].reshape(-1, file[boxes].shape[1], 4)[..., 2:].max(1)
         sizes = file["wh"][: self.CHECKED].reshape(-1, 2)
         finite = np.isfinite(reach).all(1) & np.isfinite(sizes).all(1)
         if not finite.all():
-            raise UserError(f"{path}, {ids[int(np.argmin(finite))]}: {boxes} or wh not finite (NaN or infinite)")
+            raise UserError(
+                f"{path}, {ids[int(np.argmin(finite))]}: {boxes} or wh not finite (NaN or infinite)"
+            )
         orders = [order for order in ((0, 1), (1, 0)) if (reach <= sizes[:, order] + 1).all()]
         if not orders:
-            raise UserError(f"{path}: boxes lie outside their pictures, whether wh is width and height or the other way round")
+            raise UserError(
+                f"{path}: boxes lie outside their pictures, whether wh is width and height or the other way "
+                "round"
+            )
         self.order = orders[0]
 
     def _find(self, key: str) -> dict | None:
@@ -190,13 +206,17 @@ class _FlatH5(_H5):
             return None
         count = int(np.ravel(file["num_boxes"][row])[0]) if "num_boxes" in file else None
         width, height = np.ravel(file["wh"][row])[list(self.order)]
-        return {"features": file["features"][row][:count], "boxes": file[self.boxes][row][:count], "img_h": height,
-                "img_w": width}  # fmt: skip
+        return {
+            "features": file["features"][row][:count],
+            "boxes": file[self.boxes][row][:count],
+            "img_h": height,
+            "img_w": width,
+        }
 
 
 class _Npz(_Store):
-    """ID.npz with the arrays features, boxes, img_h, img_w; UC2's have norm_bb, whose first four columns are shares of the
-    picture."""
+    """ID.npz with the arrays features, boxes, img_h, img_w; UC2's have norm_bb, whose first four columns are
+    shares of the picture."""
 
     def _find(self, key: str) -> dict | None:
         file = self.path / f"{key}.npz"
@@ -213,7 +233,8 @@ class _Npz(_Store):
 
 
 class _Npy(_Store):
-    """X101's: ID.npy, the features; ID_info.npy, a pickled dict {bbox, image_height, image_width, num_boxes, ...}."""
+    """X101's: ID.npy, the features; ID_info.npy, a pickled dict {bbox, image_height, image_width, num_boxes,
+    ...}."""
 
     def _find(self, key: str) -> dict | None:
         file, info = self.path / f"{key}.npy", self.path / f"{key}_info.npy"
@@ -231,11 +252,22 @@ class _Npy(_Store):
 
 
 class _Tsv(_Store):
-    """LXMERT's: a line a picture; columns are found by number, arrays are base64 of float32. OSCAR's (VinVL) have three: id,
-    number of regions, and for each its features, box, width and height, the last six as shares of the picture."""
+    """LXMERT's: a line a picture; columns are found by number, arrays are base64 of float32. OSCAR's (VinVL)
+    have three: id, number of regions, and for each its features, box, width and height, the last six as
+    shares of the picture."""
 
-    COLUMNS = ("img_id", "img_h", "img_w", "objects_id", "objects_conf", "attrs_id", "attrs_conf", "num_boxes", "boxes",
-               "features")  # fmt: skip
+    COLUMNS = (
+        "img_id",
+        "img_h",
+        "img_w",
+        "objects_id",
+        "objects_conf",
+        "attrs_id",
+        "attrs_conf",
+        "num_boxes",
+        "boxes",
+        "features",
+    )
     OSCAR = 3
 
     def __init__(self, path: Path):
@@ -256,7 +288,10 @@ class _Tsv(_Store):
         if len(cells) == self.OSCAR:
             return _of_oscar(cells, f"{self.path}, {key}")
         if len(cells) != len(self.COLUMNS):
-            raise UserError(f"{self.path}, {key}: {len(cells)} columns, wanted {len(self.COLUMNS)}, or OSCAR's {self.OSCAR}")
+            raise UserError(
+                f"{self.path}, {key}: {len(cells)} columns, wanted {len(self.COLUMNS)}, or OSCAR's "
+                f"{self.OSCAR}"
+            )
         return dict(zip(self.COLUMNS, cells, strict=True))
 
 
@@ -270,7 +305,8 @@ def _of_oscar(cells: list[str], where: str) -> dict:
 
 
 def _environment(path: Path) -> Any:
-    """The one LMDB environment of a process and a folder: LMDB refuses a second, and one that was open before a fork."""
+    """The one LMDB environment of a process and a folder: LMDB refuses a second, and one that was open before
+    a fork."""
     import lmdb
 
     process, environment = _ENVIRONMENTS.get(path, (None, None))

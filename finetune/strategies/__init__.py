@@ -40,7 +40,9 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 # a config with a field for each: `strategies.prior.alpha=4` turns a method on, null off
 StrategiesConfig = create_model(
-    "StrategiesConfig", __base__=Config, **{name: (method | None, None) for name, method in STRATEGIES.items()}
+    "StrategiesConfig",
+    __base__=Config,
+    **{name: (method | None, None) for name, method in STRATEGIES.items()},
 )
 
 
@@ -103,7 +105,10 @@ class Methods:
         for name, method in self.all.items():
             for term, value in method.terms(model).items():
                 if term in terms:
-                    raise UserError(f"strategies.{name}: another method has a term '{term}' already; leave one of them out")
+                    raise UserError(
+                        f"strategies.{name}: another method has a term '{term}' already; leave one of them "
+                        "out"
+                    )
                 terms[term] = value
         return terms
 
@@ -113,27 +118,49 @@ class Methods:
 
     def using(self, seam: str) -> list[str]:
         """Names of the methods that do something at this seam: "example", "adapt", "lr_scale" or "terms"."""
-        return [name for name, method in self.all.items() if getattr(type(method), seam) is not getattr(Strategy, seam)]
+        return [
+            name
+            for name, method in self.all.items()
+            if getattr(type(method), seam) is not getattr(Strategy, seam)
+        ]
 
 
 def check_strategies(config: Config, task: Task, methods: Methods) -> None:
     """Refuse methods of a fine-tuning `config` that would have no effect, or none on what is asked for.
 
     Raises:
-        UserError: a term of the loss where the head has no logits, or learns nothing; stages of a training that it has not.
+        UserError: a term of the loss where the head has no logits, or learns nothing; stages of a training
+            that it has not.
     """
     s, terms = config.strategies, methods.using("terms")
     if config.head == "decoder" and terms:
         raise UserError(f"strategies: {', '.join(terms)} needs a classifier's logits; head=decoder has none")
     if s.distillation and not s.distillation.task and not s.distillation.epochs and terms:
-        raise UserError(f"strategies.distillation.task=0: {', '.join(terms)} is of the classifier, which learns nothing; set "
-                        "strategies.distillation.task=1")  # fmt: skip
+        raise UserError(
+            f"strategies.distillation.task=0: {', '.join(terms)} is of the classifier, which learns nothing; "
+            "set strategies.distillation.task=1"
+        )
     if s.distillation and task.pictures != 1:
-        raise UserError(f"strategies.distillation is about one picture, and texts of {config.task} are about {task.pictures}")
+        raise UserError(
+            f"strategies.distillation is about one picture, and texts of {config.task} are about "
+            f"{task.pictures}"
+        )
     if s.code_mixing and s.code_mixing.stages == "rounds" and (not s.sparse or s.sparse.mask):
-        raise UserError("strategies.code_mixing.stages=rounds mixes while a mask is looked for, and this run looks for none; "
-                        "leave it out, or set strategies.sparse.rate=")  # fmt: skip
+        raise UserError(
+            "strategies.code_mixing.stages=rounds mixes while a mask is looked for, and this run looks for "
+            "none; leave it out, or set strategies.sparse.rate="
+        )
 
 
-__all__ = ["STRATEGIES", "Context", "Methods", "Progress", "StrategiesConfig", "Strategy", "Term", "check_strategies", "chosen",
-           "method_name"]  # fmt: skip
+__all__ = [
+    "STRATEGIES",
+    "Context",
+    "Methods",
+    "Progress",
+    "StrategiesConfig",
+    "Strategy",
+    "Term",
+    "check_strategies",
+    "chosen",
+    "method_name",
+]

@@ -1,5 +1,5 @@
-"""Translation-based alignment (paper 4, section 3.1): the text of a target language is drawn to what English says of the same
-picture, the pivot.
+"""Translation-based alignment (paper 4, section 3.1): the text of a target language is drawn to what English
+says of the same picture, the pivot.
 
 | routine | trained on and compared with pictures | pivot | in a test |
 | --- | --- | --- | --- |
@@ -22,9 +22,10 @@ from raylib.randomness import Key
 
 
 class TranslationAlignment(Strategy):
-    """`weight`: lambda of equation 9; 0 with routine 3 trains on translations alone, the paper's "MT". `loss`: how text and pivot
-    are drawn together, the mean squared error of their vectors, not of unit length (equation 7), contrast of text and pivot
-    (equation 8), or of pivot and picture. Translations are files made before: the task's splits `*_to_en` and `*_from_en`."""
+    """`weight`: lambda of equation 9; 0 with routine 3 trains on translations alone, the paper's "MT".
+    `loss`: how text and pivot are drawn together, the mean squared error of their vectors, not of unit length
+    (equation 7), contrast of text and pivot (equation 8), or of pivot and picture. Translations are files
+    made before: the task's splits `*_to_en` and `*_from_en`."""
 
     shown = ("routine", "loss", "weight")
 
@@ -37,11 +38,14 @@ class TranslationAlignment(Strategy):
         """Find the pivot of every training caption.
 
         Raises:
-            UserError: training reads no language but English; a picture without English; translations of another number.
+            UserError: training reads no language but English; a picture without English; translations of
+                another number.
         """
         if context.captions is None:
-            raise UserError("strategies.alignment draws captions of other languages to English ones: it needs a retrieval task "
-                            "and setting=few_shot, single_language or all_language")  # fmt: skip
+            raise UserError(
+                "strategies.alignment draws captions of other languages to English ones: it needs a "
+                "retrieval task and setting=few_shot, single_language or all_language"
+            )
         ready = self.model_copy()
         ready._pairs = {}
         for language in context.languages:
@@ -63,9 +67,14 @@ class TranslationAlignment(Strategy):
             _same_number(shown, own, f"translations from '{language}' into English")
         missing = [image for image in own if image not in pivots]
         if missing:
-            raise UserError(f"strategies.alignment: no English caption of {len(missing)} pictures, such as {missing[0]}")
-        return {(image, text): (shown[image][i], pivots[image][i % len(pivots[image])])
-                for image, texts in own.items() for i, text in enumerate(texts)}  # fmt: skip
+            raise UserError(
+                f"strategies.alignment: no English caption of {len(missing)} pictures, such as {missing[0]}"
+            )
+        return {
+            (image, text): (shown[image][i], pivots[image][i % len(pivots[image])])
+            for image, texts in own.items()
+            for i, text in enumerate(texts)
+        }
 
     def example(self, example: Example | Captioned, *key: Key) -> Captioned:
         text, pivot = self._pairs[example.image, example.captions[0]]
@@ -84,5 +93,7 @@ def _same_number(made: dict[str, tuple[str, ...]], source: dict[str, tuple[str, 
     """Raises UserError where a picture has another number of translations than of captions."""
     for image, texts in source.items():
         if len(made.get(image, ())) != len(texts):
-            raise UserError(f"strategies.alignment: {what}: {len(made.get(image, ()))} for the {len(texts)} captions of {image}; "
-                            "make them anew (python -m finetune translate)")  # fmt: skip
+            raise UserError(
+                f"strategies.alignment: {what}: {len(made.get(image, ()))} for the {len(texts)} captions of "
+                f"{image}; make them anew (python -m finetune translate)"
+            )

@@ -22,11 +22,12 @@ class Progress(NamedTuple):
 
 
 class Context(NamedTuple):
-    """The run that a strategy takes part in: the `data` folder, the `wordnet` one, the task's `languages`, the answers
-    (`labels`), the model's `tokenizer` file, a folder to `cache` in, `say`, which tells people, and `captions(made, language)`,
-    {picture: its training captions}: made "", the captions themselves, "_to_en" or "_from_en", translations of them. None: none
-    are trained on but English ones. `training`: the examples that are trained on, by language, and `english`, the same in
-    English; of tasks that have answers."""
+    """The run that a strategy takes part in: the `data` folder, the `wordnet` one, the task's `languages`,
+    the answers (`labels`), the model's `tokenizer` file, a folder to `cache` in, `say`, which tells people,
+    and `captions(made, language)`, {picture: its training captions}: made "", the captions themselves,
+    "_to_en" or "_from_en", translations of them. None: none are trained on but English ones. `training`: the
+    examples that are trained on, by language, and `english`, the same in English; of tasks that have
+    answers."""
 
     data: Path
     wordnet: Path
@@ -41,29 +42,36 @@ class Context(NamedTuple):
 
 
 class Term(NamedTuple):
-    """A term of the loss: `weight` times the batch's mean of `values(what the model made, part of the batch)`, which are (b,), or
-    their sum. What is made are a classifier's logits (b, C), or `finetune.contrast.Vectors` of pictures and texts."""
+    """A term of the loss: `weight` times the batch's mean of `values(what the model made, part of the
+    batch)`, which are (b,), or their sum. What is made are a classifier's logits (b, C), or
+    `finetune.contrast.Vectors` of pictures and texts."""
 
     weight: float
     values: Callable[[Any, dict], Tensor]
 
 
 class Strategy(Config):
-    """A method that changes nothing: each of these does where a method overrides it. They compose without knowing of each
-    other: examples and tokenizers one after the other, `adapt` in order, rates by product, terms side by side."""
+    """A method that changes nothing: each of these does where a method overrides it. They compose without
+    knowing of each other: examples and tokenizers one after the other, `adapt` in order, rates by product,
+    terms side by side."""
 
     shown: ClassVar[tuple[str, ...]] = ()  # settings that tables always tell
     hidden: ClassVar[tuple[str, ...]] = ()  # those that they never tell: files
 
     def called(self, name: str) -> str:
-        """What tables call the method, which is `name` in the registry, with the settings that are not the usual ones."""
-        told = [field for field, info in type(self).model_fields.items() if field not in self.hidden
-                and (field in self.shown or getattr(self, field) != info.default)]  # fmt: skip
+        """What tables call the method, which is `name` in the registry, with the settings that are not the
+        usual ones."""
+        told = [
+            field
+            for field, info in type(self).model_fields.items()
+            if field not in self.hidden and (field in self.shown or getattr(self, field) != info.default)
+        ]
         values = [f"{field} {_worded(getattr(self, field))}".replace("source ", "") for field in told]
         return name.replace("_", " ") + (f" ({', '.join(values)})" if values else "")
 
     def files(self, data: Path) -> tuple[Path, ...]:
-        """Return the files that the method reads, of those in the `data` folder and those that its settings name."""
+        """Return the files that the method reads, of those in the `data` folder and those that its settings
+        name."""
         return ()
 
     def prepare(self, context: Context) -> "Strategy":
@@ -75,18 +83,21 @@ class Strategy(Config):
         return self
 
     def example(self, example: Example | Captioned, *key: Key) -> Example | Captioned:
-        """A training example as this method shows it; whatever is drawn is drawn from `key` (seed, epoch, its id)."""
+        """A training example as this method shows it; whatever is drawn is drawn from `key` (seed, epoch, its
+        id)."""
         return example
 
     def reads(self, tokenizer: Tokenizer, model: nn.Module) -> Tokenizer:
-        """How the model, adapted, reads its texts, in training and evaluation: the tokenizer, with a prompt perhaps."""
+        """How the model, adapted, reads its texts, in training and evaluation: the tokenizer, with a prompt
+        perhaps."""
         return tokenizer
 
     def adapt(self, model: nn.Module) -> None:
         """Change the model before training: masks, permanent freezes."""
 
     def lr_scale(self, depth: int | None, depths: int, progress: Progress) -> float:
-        """Factor of the learning rate of the parameters at `depth` (`raylib.backbones`) of `depths`; 0 freezes them."""
+        """Factor of the learning rate of the parameters at `depth` (`raylib.backbones`) of `depths`; 0
+        freezes them."""
         return 1.0
 
     def terms(self, model: nn.Module) -> dict[str, Term]:

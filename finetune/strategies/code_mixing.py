@@ -1,4 +1,5 @@
-"""Code-mixing (CoSDA, Qin et al. 2020; paper 0): words of English training texts become words of other languages."""
+"""Code-mixing (CoSDA, Qin et al. 2020; paper 0): words of English training texts become words of other
+languages."""
 
 from pathlib import Path
 from typing import Literal
@@ -14,10 +15,10 @@ from raylib.shared import shared, stamp
 
 
 class CodeMixing(Strategy):
-    """`dictionaries`: folder of MUSE files, default: `dictionaries` in the data folder; `languages`: which, default: the
-    targets. A text is mixed with probability `ratio`, then each of its words with `probability` (the paper's public code: 1,
-    0.9). `stages`: with sparse fine-tuning, in the rounds that find the mask, in the training after them, or in both (paper 0
-    found the rounds harmful)."""
+    """`dictionaries`: folder of MUSE files, default: `dictionaries` in the data folder; `languages`: which,
+    default: the targets. A text is mixed with probability `ratio`, then each of its words with `probability`
+    (the paper's public code: 1, 0.9). `stages`: with sparse fine-tuning, in the rounds that find the mask, in
+    the training after them, or in both (paper 0 found the rounds harmful)."""
 
     hidden = ("dictionaries",)
 
@@ -39,7 +40,9 @@ class CodeMixing(Strategy):
         """
         languages = self.languages or tuple(code for code in context.languages if code != "en")
         (folder,) = self.files(context.data)
-        opened, report = shared("dictionaries", (stamp(folder), languages), lambda: open_dictionaries(folder, languages))
+        opened, report = shared(
+            "dictionaries", (stamp(folder), languages), lambda: open_dictionaries(folder, languages)
+        )
         context.say(f"strategies.code_mixing: {report}")
         ready = self.model_copy()
         ready._opened = opened
@@ -47,4 +50,6 @@ class CodeMixing(Strategy):
 
     def example(self, example: Example | Captioned, *key: Key) -> Example | Captioned:
         """Every text of the example, each from draws of its own."""
-        return example.map_texts(lambda text, i: mix(text, self._opened, self.ratio, self.probability, *key, "mix", i))
+        return example.map_texts(
+            lambda text, i: mix(text, self._opened, self.ratio, self.probability, *key, "mix", i)
+        )

@@ -8,8 +8,9 @@ from raylib.errors import UserError
 
 
 class HeadFirst(Strategy):
-    """In the first `epochs` the classifier, and with it the pooler of a backbone that has one, is all that trains; then
-    everything at `factor` times the rate (the paper: 1e-4, then 5e-5). The schedule of the rate goes on through both."""
+    """In the first `epochs` the classifier, and with it the pooler of a backbone that has one, is all that
+    trains; then everything at `factor` times the rate (the paper: 1e-4, then 5e-5). The schedule of the rate
+    goes on through both."""
 
     shown = ("epochs",)
 
@@ -20,8 +21,11 @@ class HeadFirst(Strategy):
         """Raises UserError: an image encoder would train with the classifier: it is outside of the layers."""
         vision = getattr(getattr(model, "backbone", model), "vision", None)
         if vision is not None and any(p.requires_grad for p in vision.parameters()):
-            raise UserError('strategies.head_first trains the classifier first, and the image encoder would train with it; set '
-                            'freeze=["vision"]')  # fmt: skip
+            raise UserError(
+                "strategies.head_first trains the classifier first, and the image encoder would train with "
+                "it; set "
+                'freeze=["vision"]'
+            )
 
     def lr_scale(self, depth: int | None, depths: int, progress: Progress) -> float:
         """0 in all layers at first; 1 for what is outside of them, the head; then `factor`."""

@@ -17,8 +17,9 @@ from raylib.shared import shared, stamp
 
 
 class LinguisticPrior(Strategy):
-    """Defaults are paper 0's. `source`: where distances come from, the run's `wordnet=` or `vectors`, a GloVe or word2vec
-    file; default: `vectors.txt` in the data folder. `d1`, `d2`: distance of a hyponym, of a hypernym of the answer."""
+    """Defaults are paper 0's. `source`: where distances come from, the run's `wordnet=` or `vectors`, a GloVe
+    or word2vec file; default: `vectors.txt` in the data folder. `d1`, `d2`: distance of a hyponym, of a
+    hypernym of the answer."""
 
     shown = ("source",)
     hidden = ("vectors",)
@@ -35,7 +36,8 @@ class LinguisticPrior(Strategy):
         return (Path(self.vectors or data / "vectors.txt"),) if self.source == "vectors" else ()
 
     def prepare(self, context: Context) -> "LinguisticPrior":
-        """Build the label x label matrix, or read it from the cache; says which labels have no place in the source.
+        """Build the label x label matrix, or read it from the cache; says which labels have no place in the
+        source.
 
         Raises:
             UserError: a task without answers; k larger than their number; what the source finds wrong.
@@ -43,13 +45,21 @@ class LinguisticPrior(Strategy):
         if not context.labels:
             raise UserError("strategies.prior: this task has no answers to tell apart; leave it out")
         if self.k > len(context.labels):
-            raise UserError(f"strategies.prior.k={self.k}, but there are {len(context.labels)} answers; give at most so many")
+            raise UserError(
+                f"strategies.prior.k={self.k}, but there are {len(context.labels)} answers; give at most so "
+                "many"
+            )
         if self.source == "wordnet":
-            distances, report = wordnet_distances(context.labels, context.wordnet, self.d1, self.d2, context.cache)
+            distances, report = wordnet_distances(
+                context.labels, context.wordnet, self.d1, self.d2, context.cache
+            )
         else:
             (file,) = self.files(context.data)
-            distances, report = shared("distances", (context.labels, stamp(file)), lambda: vector_distances(
-                context.labels, file, context.cache))  # fmt: skip
+            distances, report = shared(
+                "distances",
+                (context.labels, stamp(file)),
+                lambda: vector_distances(context.labels, file, context.cache),
+            )
         context.say(f"strategies.prior: {report}")
         ready = self.model_copy()
         ready._distances = distances
@@ -58,4 +68,8 @@ class LinguisticPrior(Strategy):
     def terms(self, model: nn.Module) -> dict[str, Term]:
         device = next(model.parameters()).device
         distances = self._distances.to(device)
-        return {"prior": Term(self.alpha, lambda logits, part: linguistic_prior(logits, part["answer"], distances, self.k))}
+        return {
+            "prior": Term(
+                self.alpha, lambda logits, part: linguistic_prior(logits, part["answer"], distances, self.k)
+            )
+        }

@@ -1,4 +1,5 @@
-"""Methods that decide how fast each layer learns: scheduled unfreezing, layer-wise decay, top layers only (paper 1).
+"""Methods that decide how fast each layer learns: scheduled unfreezing, layer-wise decay, top layers only
+(paper 1).
 
 All of them spare what is outside of the stack of layers that a text passes: heads and image encoder.
 """
@@ -11,8 +12,8 @@ from raylib.errors import UserError
 
 
 class ScheduledUnfreezing(Strategy):
-    """`layers` more layers an epoch are trained, top down, beginning with so many; embeddings, head and image encoder from
-    the start (paper 1, section 3)."""
+    """`layers` more layers an epoch are trained, top down, beginning with so many; embeddings, head and image
+    encoder from the start (paper 1, section 3)."""
 
     shown = ("layers",)
 
@@ -28,7 +29,8 @@ class ScheduledUnfreezing(Strategy):
 
 
 class LayerDecay(Strategy):
-    """The rate of layer i of N, bottom up, is lr `factor`^(N - i) (paper 1, section 5.2). The embeddings are layer 0."""
+    """The rate of layer i of N, bottom up, is lr `factor`^(N - i) (paper 1, section 5.2). The embeddings are
+    layer 0."""
 
     shown = ("factor",)
 
@@ -40,8 +42,9 @@ class LayerDecay(Strategy):
 
 
 class TopLayers(Strategy):
-    """Only the top `layers` layers, heads and image encoder are trained; None: those in which text meets picture (paper 1,
-    "CM only"). Embeddings and lower layers are frozen for good, so nothing flows back through them either."""
+    """Only the top `layers` layers, heads and image encoder are trained; None: those in which text meets
+    picture (paper 1, "CM only"). Embeddings and lower layers are frozen for good, so nothing flows back
+    through them either."""
 
     layers: PositiveInt | None = None
 
@@ -49,11 +52,15 @@ class TopLayers(Strategy):
         """Take the parameters below out of training.
 
         Raises:
-            UserError: more layers than there are; a backbone in which text meets the picture in every layer, and no number.
+            UserError: more layers than there are; a backbone in which text meets the picture in every layer,
+                and no number.
         """
         top = self.layers or getattr(model, "fusion_depths", 0)
         if not top:
-            raise UserError("strategies.top_layers.layers is missing: this backbone has no layers of text alone; give a number")
+            raise UserError(
+                "strategies.top_layers.layers is missing: this backbone has no layers of text alone; give a "
+                "number"
+            )
         _check(top, model.depths, "strategies.top_layers.layers")
         for name, parameter in model.named_parameters():
             depth = model.depth_of(name)

@@ -14,9 +14,9 @@ from finetune.strategies.base import Strategy
 
 
 class SparseFineTuning(Strategy):
-    """Defaults are paper 0's. `rate`: share of the weights left that goes after each of `rounds` trainings of `epochs`;
-    `rewind`: what the next round starts from, "initial" as the paper says, or "none", the trained weights, as its public code
-    does without meaning to; `mask`: a file of masks, and no rounds."""
+    """Defaults are paper 0's. `rate`: share of the weights left that goes after each of `rounds` trainings of
+    `epochs`; `rewind`: what the next round starts from, "initial" as the paper says, or "none", the trained
+    weights, as its public code does without meaning to; `mask`: a file of masks, and no rounds."""
 
     hidden = ("mask",)
 

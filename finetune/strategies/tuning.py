@@ -1,7 +1,7 @@
 """Parameter-efficient tuning and prompts (paper 4, section 3.2). The modules are in `raylib.model.tuning`.
 
-Those with modules freeze all of the model but these, the layer norms of the blocks and the heads; two of them compose. Their
-weights are few and kept apart, in RUN/tuned.safetensors.
+Those with modules freeze all of the model but these, the layer norms of the blocks and the heads; two of them
+compose. Their weights are few and kept apart, in RUN/tuned.safetensors.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ from raylib.text import Prompted, Tokenizer
 
 
 class Tuning(Strategy):
-    """What is common to them. `projection`: also tune the map from a text's state to where it meets pictures, as the paper
-    does; its public code froze it without meaning to."""
+    """What is common to them. `projection`: also tune the map from a text's state to where it meets pictures,
+    as the paper does; its public code froze it without meaning to."""
 
     name: ClassVar[str]
 
@@ -38,12 +38,16 @@ class Tuning(Strategy):
         if there is None:
             tuning.put(model, self.name, wanted)
         elif there != wanted:
-            raise UserError(f"strategies.{self.name}: the model was tuned with {there}, not {wanted}; give the same settings")
+            raise UserError(
+                f"strategies.{self.name}: the model was tuned with {there}, not {wanted}; give the same "
+                "settings"
+            )
         tuning.freeze_the_rest(model, self.projection)
 
 
 class Lora(Tuning):
-    """Low-rank changes of the query and value maps of self-attention: W + (`alpha` / `rank`) B A (equation 12)."""
+    """Low-rank changes of the query and value maps of self-attention: W + (`alpha` / `rank`) B A (equation
+    12)."""
 
     name = "lora"
     shown = ("rank",)
@@ -62,8 +66,8 @@ class Adapter(Tuning):
 
 
 class Compacter(Tuning):
-    """Adapters whose matrices are sums of `n` Kronecker products of rank `rank` (equation 11); the bottleneck is the width over
-    `reduction`."""
+    """Adapters whose matrices are sums of `n` Kronecker products of rank `rank` (equation 11); the bottleneck
+    is the width over `reduction`."""
 
     name = "compacter"
 
@@ -73,8 +77,8 @@ class Compacter(Tuning):
 
 
 class SoftPrompt(Tuning):
-    """Trainable tokens after a text's first: as many as `words` has, from whose embeddings they start, or `tokens` random ones
-    where it is empty. They count in `length=`."""
+    """Trainable tokens after a text's first: as many as `words` has, from whose embeddings they start, or
+    `tokens` random ones where it is empty. They count in `length=`."""
 
     name = "soft_prompt"
 
@@ -84,7 +88,9 @@ class SoftPrompt(Tuning):
 
     def prepare(self, context: Context) -> "SoftPrompt":
         ready = self.model_copy()
-        ready._start = tuple(Tokenizer.load(context.tokenizer).encode([self.words])[0].tolist()) if self.words else ()
+        ready._start = (
+            tuple(Tokenizer.load(context.tokenizer).encode([self.words])[0].tolist()) if self.words else ()
+        )
         return ready
 
     def modules(self) -> Mapping[str, Any]:
@@ -92,12 +98,15 @@ class SoftPrompt(Tuning):
 
     def reads(self, tokenizer: Tokenizer, model: nn.Module) -> Tokenizer:
         words = tuning.text_embedding(model).word
-        return Prompted(tokenizer, ids=tuple(range(words.num_embeddings, words.num_embeddings + len(words.prompt))))
+        return Prompted(
+            tokenizer, ids=tuple(range(words.num_embeddings, words.num_embeddings + len(words.prompt)))
+        )
 
 
 class HardPrompt(Strategy):
-    """`words` before every text, in training and in evaluation, whatever its language (paper 4: English ones serve best). They
-    count in `length=`. Nothing is frozen, nothing added: alone with `setting=untrained` it is the paper's zero-shot row."""
+    """`words` before every text, in training and in evaluation, whatever its language (paper 4: English ones
+    serve best). They count in `length=`. Nothing is frozen, nothing added: alone with `setting=untrained` it
+    is the paper's zero-shot row."""
 
     shown = ("words",)
 

@@ -1,6 +1,7 @@
 """CCLM as a backbone: the unified model with more layers of text, or with a Swin (paper 1 fine-tunes it).
 
-It starts from a published file (`raylib.backbones.cclm_load`), or from a text encoder's folder as CCLM itself did.
+It starts from a published file (`raylib.backbones.cclm_load`), or from a text encoder's folder as CCLM itself
+did.
 """
 
 import json
@@ -31,11 +32,13 @@ class CclmSwin(UnifiedModel):
 
 
 def load_cclm(path: Path, vision: Path | None) -> Cclm:
-    """From a published X2-VLM CCLM file, or from an XLM-R or BERT folder: its first 12 layers, then its last 6, which serve
-    twice where it has fewer than 18. `vision`: a ViT folder; None: the file's own image encoder, or a random ViT-B/16.
+    """From a published X2-VLM CCLM file, or from an XLM-R or BERT folder: its first 12 layers, then its last
+    6, which serve twice where it has fewer than 18. `vision`: a ViT folder; None: the file's own image
+    encoder, or a random ViT-B/16.
 
     Raises:
-        UserError: fewer than 12 layers; an image encoder that is no ViT; tensors missing, left over or of another shape.
+        UserError: fewer than 12 layers; an image encoder that is no ViT; tensors missing, left over or of
+            another shape.
     """
     if path.is_file():
         file = read_published(path)
@@ -47,7 +50,9 @@ def load_cclm(path: Path, vision: Path | None) -> Cclm:
         own = text_config(path)
         layers = own.text_layers + own.fusion_layers
         if layers < 12:
-            raise UserError(f"{path}: {layers} layers; give a text encoder of 12, or of 18 or more, or a published file")
+            raise UserError(
+                f"{path}: {layers} layers; give a text encoder of 12, or of 18 or more, or a published file"
+            )
         seen = _vit(vision) if vision else {"vision_layers": 12, "image_size": 224}
         model = Cclm(_changed(own, path, text_layers=12, fusion_layers=6, **seen))
         load_text(model, path, layers=(*range(12), *range(layers - 6, layers)))
@@ -57,11 +62,12 @@ def load_cclm(path: Path, vision: Path | None) -> Cclm:
 
 
 def load_cclm_swin(path: Path, vision: Path | None) -> CclmSwin:
-    """From a published CCLM file, or from an XLM-R or BERT folder: every other one of 24 layers, as CCLM did, or all 12.
-    `vision`: a Swin folder; None: the file's own image encoder, or a random Swin-B.
+    """From a published CCLM file, or from an XLM-R or BERT folder: every other one of 24 layers, as CCLM did,
+    or all 12. `vision`: a Swin folder; None: the file's own image encoder, or a random Swin-B.
 
     Raises:
-        UserError: another number of layers; an image encoder that is no Swin; tensors missing, left over or of another shape.
+        UserError: another number of layers; an image encoder that is no Swin; tensors missing, left over or
+            of another shape.
     """
     if path.is_file():
         file = read_published(path)
@@ -73,7 +79,9 @@ def load_cclm_swin(path: Path, vision: Path | None) -> CclmSwin:
         own = text_config(path)
         layers = own.text_layers + own.fusion_layers
         if layers not in (12, 24):
-            raise UserError(f"{path}: {layers} layers; give a text encoder of 24, of which every other is taken, or of 12")
+            raise UserError(
+                f"{path}: {layers} layers; give a text encoder of 24, of which every other is taken, or of 12"
+            )
         seen = _swin(vision) if vision else {"swin": {}, "patch": 4, "image_size": 224, **IMAGENET}
         model = CclmSwin(_changed(own, path, text_layers=6, fusion_layers=6, **seen))
         load_text(model, path, layers=tuple(range(layers // 12 - 1, layers, layers // 12)))
@@ -88,9 +96,17 @@ def _changed(config: ModelConfig, path: Path, **changes) -> ModelConfig:
 
 def _vit(folder: Path) -> dict:
     """Sizes of a ViT folder."""
-    layers, width, patch, size = _description(folder, "num_hidden_layers", "hidden_size", "patch_size", "image_size")
-    return {"vision_layers": layers, "vision_width": width, "patch": patch, "image_size": size,
-            "pixel_mean": 127.5, "pixel_std": 127.5}  # fmt: skip
+    layers, width, patch, size = _description(
+        folder, "num_hidden_layers", "hidden_size", "patch_size", "image_size"
+    )
+    return {
+        "vision_layers": layers,
+        "vision_width": width,
+        "patch": patch,
+        "image_size": size,
+        "pixel_mean": 127.5,
+        "pixel_std": 127.5,
+    }
 
 
 def _swin(folder: Path) -> dict:
@@ -102,9 +118,16 @@ def _swin(folder: Path) -> dict:
     names = ("embed_dim", "depths", "num_heads", "patch_size", "image_size", "window_size")
     width, layers, heads, patch, size, window = _description(folder, *names)
     if window != size // (patch * 2 ** (len(layers) - 1)):
-        raise UserError(f"{folder}/config.json: windows of {window} patches at {size} pixels; give a Swin whose windows are as "
-                        "wide as its last stage's grid, as 7 at 224 or 12 at 384 pixels")  # fmt: skip
-    return {"swin": {"width": width, "layers": layers, "heads": heads}, "patch": patch, "image_size": size, **IMAGENET}
+        raise UserError(
+            f"{folder}/config.json: windows of {window} patches at {size} pixels; give a Swin whose windows "
+            "are as wide as its last stage's grid, as 7 at 224 or 12 at 384 pixels"
+        )
+    return {
+        "swin": {"width": width, "layers": layers, "heads": heads},
+        "patch": patch,
+        "image_size": size,
+        **IMAGENET,
+    }
 
 
 def _description(folder: Path, *names: str) -> list:
@@ -113,4 +136,6 @@ def _description(folder: Path, *names: str) -> list:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return [config[name] for name in names]
     except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{folder}/config.json: no {', '.join(names)} ({e}); give an image encoder's folder") from None
+        raise UserError(
+            f"{folder}/config.json: no {', '.join(names)} ({e}); give an image encoder's folder"
+        ) from None

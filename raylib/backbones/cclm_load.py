@@ -1,10 +1,14 @@
-"""Published checkpoints of CCLM (Zeng et al., 2022) and of its successor on X2-VLM: one file, {"model": {name: tensor}}.
+"""Published checkpoints of CCLM (Zeng et al., 2022) and of its successor on X2-VLM: one file, {"model":
+{name: tensor}}.
 
-    CCLM         `vision_encoder` a Swin; `text_encoder.(bert.)encoder.layer.0-11`, the upper six with `crossattention`;
+    CCLM         `vision_encoder` a Swin; `text_encoder.(bert.)encoder.layer.0-11`, the upper six with
+    `crossattention`;
                  `text_encoder.cls.predictions`
-    X2-VLM CCLM  `text_encoder.(roberta.)encoder.layer.0-11`, `cross_encoder.encoder.layer.0-5`, `mlm_head.predictions`; its
+    X2-VLM CCLM  `text_encoder.(roberta.)encoder.layer.0-11`, `cross_encoder.encoder.layer.0-5`,
+    `mlm_head.predictions`; its
                  image encoder is BEiT-2, which our ViT cannot hold: another must take its place
-Both have `{vision,text}_proj` and `temp`. Our matching head is a linear map, so that their `itm_head` stays out, and is named.
+Both have `{vision,text}_proj` and `temp`. Our matching head is a linear map, so that their `itm_head` stays
+out, and is named.
 """
 
 import logging
@@ -29,7 +33,12 @@ CLIP = {  # the colours that CCLM was trained with
     "pixel_mean": (255 * 0.48145466, 255 * 0.4578275, 255 * 0.40821073),
     "pixel_std": (255 * 0.26862954, 255 * 0.26130258, 255 * 0.27577711),
 }
-UNUSED_TEXT = [r"(itm|bbox)_head\.", r"embeddings\.position_ids$", r"pooler\.", r"cls\.predictions\.decoder\."]
+UNUSED_TEXT = [
+    r"(itm|bbox)_head\.",
+    r"embeddings\.position_ids$",
+    r"pooler\.",
+    r"cls\.predictions\.decoder\.",
+]
 UNUSED_SWIN = [r".*\.relative_position_index$", r".*\.attn_mask$"]  # follow from the sizes
 BEIT = r"gamma_[12]$|[qv]_bias$|relative_position_bias_table$"
 VIT_NAMES = {  # timm's ViT -> the one of `transformers`
@@ -53,16 +62,18 @@ SWIN_NAMES = {  # Microsoft's Swin -> the one of `transformers`
     r"\.norm2\.": ".layernorm_after.",
     r"\.attn\.proj\.": ".attention.o_proj.",
     r"\.attn\.(q|k|v)[a-z]+\.": r".attention.\1_proj.",
-    r"\.attn\.relative_position_bias_table$": ".attention.relative_position_bias.relative_position_bias_table",
+    r"\.attn\.relative_position_bias_table$": (
+        ".attention.relative_position_bias.relative_position_bias_table"
+    ),
 }
 
 log = logging.getLogger(__name__)
 
 
 class Published(NamedTuple):
-    """A file's tensors. `text`: names as in Hugging Face folders, the cross layers as the last ones, heads and projections
-    too. `vision`: without `vision_encoder.`, attention's `qkv` cut in three. `first`: row of the position embeddings that a
-    text starts at."""
+    """A file's tensors. `text`: names as in Hugging Face folders, the cross layers as the last ones, heads
+    and projections too. `vision`: without `vision_encoder.`, attention's `qkv` cut in three. `first`: row of
+    the position embeddings that a text starts at."""
 
     path: Path
     text: dict[str, Tensor]
@@ -83,11 +94,18 @@ def read_published(path: Path) -> Published:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as e:
-        raise UserError(f"{path}: no checkpoint of tensors ({' '.join(str(e).split())[:200]}); give a published file") from None
+        raise UserError(
+            f"{path}: no checkpoint of tensors ({' '.join(str(e).split())[:200]}); give a published file"
+        ) from None
     weights = stored.get("model", stored) if isinstance(stored, dict) else {}
-    layers = [int(m[1]) for k in weights if (m := re.match(r"text_encoder\.(?:\w+\.)?encoder\.layer\.(\d+)\.", k))]
+    layers = [
+        int(m[1]) for k in weights if (m := re.match(r"text_encoder\.(?:\w+\.)?encoder\.layer\.(\d+)\.", k))
+    ]
     if not layers:
-        raise UserError(f"{path}: no text_encoder.encoder.layer; give a published CCLM checkpoint, or an XLM-R or BERT folder")
+        raise UserError(
+            f"{path}: no text_encoder.encoder.layer; give a published CCLM checkpoint, or an XLM-R or BERT "
+            "folder"
+        )
     require_finite_file(path, weights)
     text, vision, above = {}, {}, 1 + max(layers)
     for name, value in weights.items():
@@ -101,8 +119,13 @@ def read_published(path: Path) -> Published:
             continue
         name = re.sub(r"^text_encoder\.(bert\.|roberta\.)?", "", name)
         name = re.sub(r"^mlm_head\.", "cls.", name)
-        text[re.sub(r"^cross_encoder\.encoder\.layer\.(\d+)", lambda m: f"encoder.layer.{above + int(m[1])}", name)] = value
-    # X2-VLM's text encoder is a RoBERTa, whose texts start behind the padding; CCLM's is a BERT with XLM-R's tensors
+        text[
+            re.sub(
+                r"^cross_encoder\.encoder\.layer\.(\d+)", lambda m: f"encoder.layer.{above + int(m[1])}", name
+            )
+        ] = value
+    # X2-VLM's text encoder is a RoBERTa, whose texts start behind the padding; CCLM's is a BERT with XLM-R's
+    # tensors
     return Published(path, text, vision, 2 if any(k.startswith("cross_encoder.") for k in weights) else 0)
 
 
@@ -116,7 +139,9 @@ def published_sizes(file: Published, seen: dict) -> ModelConfig:
     taken = Taken(file.text, file.path)
     vocabulary, width = taken("embeddings.word_embeddings.weight").shape
     if width % HEAD:
-        raise UserError(f"{file.path}: {width} wide, no multiple of a head's {HEAD}; give a published CCLM checkpoint")
+        raise UserError(
+            f"{file.path}: {width} wide, no multiple of a head's {HEAD}; give a published CCLM checkpoint"
+        )
     sizes = {
         "vocabulary": vocabulary,
         "width": width,
@@ -140,12 +165,15 @@ def vit_sizes(file: Published) -> dict:
     beit = [name for name in file.vision if re.search(BEIT, name)]
     if beit:
         raise UserError(
-            f"{file.path}: its image encoder is BEiT-2, whose relative positions and layer scale (vision_encoder.{beit[0]}, ...) "
-            "our ViT does not have; give another in its place: vision=VIT_FOLDER"
+            f"{file.path}: its image encoder is BEiT-2, whose relative positions and layer scale "
+            f"(vision_encoder.{beit[0]}, ...) our ViT does not have; give another in its place: "
+            "vision=VIT_FOLDER"
         )
     layers = {m[1] for name in file.vision if (m := re.match(r"blocks\.(\d+)\.", name))}
     if not layers:
-        raise UserError(f"{file.path}: no vision_encoder.blocks, so no ViT; give one in its place: vision=VIT_FOLDER")
+        raise UserError(
+            f"{file.path}: no vision_encoder.blocks, so no ViT; give one in its place: vision=VIT_FOLDER"
+        )
     taken = Taken(file.vision, file.path)
     width, _, patch, _ = taken("patch_embed.proj.weight").shape
     side = round((taken("pos_embed").shape[1] - 1) ** 0.5)
@@ -160,8 +188,11 @@ def swin_sizes(file: Published) -> dict:
             stages.setdefault(int(m[1]), []).append(value)
     tables = [stages[number] for number in sorted(stages)]
     width, _, patch, _ = Taken(file.vision, file.path)("patch_embed.proj.weight").shape
-    swin = build(SwinSizes, {"width": width, "layers": [len(t) for t in tables], "heads": [t[0].shape[1] for t in tables]},
-                 str(file.path))  # fmt: skip
+    swin = build(
+        SwinSizes,
+        {"width": width, "layers": [len(t) for t in tables], "heads": [t[0].shape[1] for t in tables]},
+        str(file.path),
+    )
     window = (round(len(tables[-1][0]) ** 0.5) + 1) // 2
     return {"swin": swin.model_dump(), "patch": patch, "image_size": window * patch * swin.merges}
 
@@ -186,7 +217,9 @@ def fill(model: UnifiedModel, file: Published, own_vision: bool) -> None:
         taken.finish(UNUSED_SWIN if file.is_swin else [])
     decoder = file.text.get("cls.predictions.decoder.weight")
     if decoder is not None and not torch.equal(decoder, file.text["embeddings.word_embeddings.weight"]):
-        log.warning("%s: its masked-language head has a vocabulary of its own; ours is the word embedding", file.path)
+        log.warning(
+            "%s: its masked-language head has a vocabulary of its own; ours is the word embedding", file.path
+        )
     if any(name.startswith("itm_head.") for name in file.text):
         log.warning("%s: its matching head has two layers; ours has one, and stays as initialised", file.path)
 

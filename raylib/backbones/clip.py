@@ -1,6 +1,8 @@
-"""CLIP (Radford et al. 2021), both towers from `transformers`: what paper 4 compares with, English alone or with translations.
+"""CLIP (Radford et al. 2021), both towers from `transformers`: what paper 4 compares with, English alone or
+with translations.
 
-It reads texts and pictures apart, so it retrieves (`matching=false`). Its layers are not ours: small modules do not go in.
+It reads texts and pictures apart, so it retrieves (`matching=false`). Its layers are not ours: small modules
+do not go in.
 """
 
 import json
@@ -44,7 +46,8 @@ class Clip(nn.Module):
 
     @property
     def vision(self) -> nn.Module:
-        """What makes a picture's vector, which `freeze=["vision"]` means: the image tower and its projection."""
+        """What makes a picture's vector, which `freeze=["vision"]` means: the image tower and its
+        projection."""
         return nn.ModuleList([self.towers.vision_model, self.towers.visual_projection])
 
     def encode_images(self, images: Tensor) -> Ragged:
@@ -77,7 +80,8 @@ class Clip(nn.Module):
         return self.towers.config.text_config.num_hidden_layers
 
     def depth_of(self, name: str) -> int | None:
-        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the embeddings, None outside (image tower, projections)."""
+        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the embeddings, None outside (image tower,
+        projections)."""
         parts = name.split(".")
         if parts[:2] != ["towers", "text_model"]:
             return None
@@ -107,14 +111,24 @@ def clip_sizes(tiny: bool = False) -> dict:
     """config.json of ViT-L/14, or of a CLIP for tests."""
     if tiny:
         stack = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-        return {"projection_dim": 16, "text_config": {**stack, "vocab_size": 12000},
-                "vision_config": {**stack, "image_size": 16, "patch_size": 8}}  # fmt: skip
+        return {
+            "projection_dim": 16,
+            "text_config": {**stack, "vocab_size": 12000},
+            "vision_config": {**stack, "image_size": 16, "patch_size": 8},
+        }
     return {
         "projection_dim": 768,
-        "text_config": dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
-        "vision_config": dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                              patch_size=14),
-    }  # fmt: skip
+        "text_config": dict(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+        ),
+        "vision_config": dict(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            patch_size=14,
+        ),
+    }
 
 
 def load_clip(path: Path, vision: Path | None) -> Clip:
@@ -127,7 +141,9 @@ def load_clip(path: Path, vision: Path | None) -> Clip:
         raise UserError(f"vision={vision}: CLIP brings its own image tower; leave it out")
     weights, described = read_folder(path)
     if described.get("model_type") != "clip":
-        raise UserError(f"{path}: its config.json is of '{described.get('model_type')}', not of clip; give a CLIP folder")
+        raise UserError(
+            f"{path}: its config.json is of '{described.get('model_type')}', not of clip; give a CLIP folder"
+        )
     model = Clip(ClipConfig(clip=described))
     own = {name: value for name, value in weights.items() if not name.endswith("position_ids")}
     try:

@@ -1,6 +1,8 @@
-"""Multilingual-CLIP (Carlsson et al. 2022; paper 4): XLM-R's mean state, mapped to where CLIP's image tower puts pictures.
+"""Multilingual-CLIP (Carlsson et al. 2022; paper 4): XLM-R's mean state, mapped to where CLIP's image tower
+puts pictures.
 
-It reads texts and pictures apart, so it retrieves (`matching=false`) and has no head of any other task to stand under.
+It reads texts and pictures apart, so it retrieves (`matching=false`) and has no head of any other task to
+stand under.
 """
 
 import json
@@ -69,9 +71,12 @@ class MClip(nn.Module):
         self.vision = _make_tower(sizes)
 
     def encode_images(self, images: Tensor) -> Ragged:
-        """uint8 (b, H, W, 3) -> b rows of one vector each (b, e): what the tower's projection makes of its CLS state."""
+        """uint8 (b, H, W, 3) -> b rows of one vector each (b, e): what the tower's projection makes of its
+        CLS state."""
         pixels = normalise(images, PIXELS, self.text_projection.weight.dtype).permute(0, 3, 1, 2)
-        return Ragged(self.vision(pixel_values=pixels).image_embeds, torch.ones(len(images), dtype=torch.int64))
+        return Ragged(
+            self.vision(pixel_values=pixels).image_embeds, torch.ones(len(images), dtype=torch.int64)
+        )
 
     def embed_pictures(self, states: Ragged) -> Tensor:
         """What `encode_images` made of n pictures -> vectors (n, e), of any length."""
@@ -97,7 +102,8 @@ class MClip(nn.Module):
         return self.config.text_layers
 
     def depth_of(self, name: str) -> int | None:
-        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the embeddings, None outside (image tower, projection)."""
+        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the embeddings, None outside (image tower,
+        projection)."""
         part, _, rest = name.partition(".")
         if part == "embedding":
             return 0
@@ -109,7 +115,11 @@ class MClip(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""
-        description = {"model_type": "polyglance-mclip", **self.config.model_dump(), "tuning": described(self)}
+        description = {
+            "model_type": "polyglance-mclip",
+            **self.config.model_dump(),
+            "tuning": described(self),
+        }
         write_model(self, description, folder)
 
     @classmethod
@@ -128,13 +138,18 @@ class MClip(nn.Module):
 
 
 def load_mclip(path: Path, vision: Path | None) -> MClip:
-    """From a Multilingual-CLIP folder (`transformer.*`, `LinearTransformation`) and, as `vision`, the folder of its CLIP.
+    """From a Multilingual-CLIP folder (`transformer.*`, `LinearTransformation`) and, as `vision`, the folder
+    of its CLIP.
 
     Raises:
-        UserError: no such folders; towers that map into spaces of different widths; tensors missing or left over.
+        UserError: no such folders; towers that map into spaces of different widths; tensors missing or left
+            over.
     """
     if vision is None:
-        raise UserError(f"{path}: its image tower comes from a folder of its own; set vision=FOLDER of the CLIP it was made for")
+        raise UserError(
+            f"{path}: its image tower comes from a folder of its own; set vision=FOLDER of the CLIP it was "
+            "made for"
+        )
     tower = _load_tower(vision)
     weights, _ = read_folder(path)
     weights = {name.removeprefix("transformer."): value for name, value in weights.items()}
@@ -142,15 +157,23 @@ def load_mclip(path: Path, vision: Path | None) -> MClip:
     words, mapped = taken("embeddings.word_embeddings.weight"), taken("LinearTransformation.weight")
     projection, sizes = tower.config.projection_dim, tower.config.to_dict()
     if mapped.shape[0] != projection:
-        raise UserError(f"{path} maps texts to {mapped.shape[0]} numbers, {vision} pictures to {projection}; "
-                        "give the CLIP that it was made for")  # fmt: skip
+        raise UserError(
+            f"{path} maps texts to {mapped.shape[0]} numbers, {vision} pictures to {projection}; "
+            "give the CLIP that it was made for"
+        )
     layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.layer."))
     positions = taken("embeddings.position_embeddings.weight")[FIRST:]
     config = MClipConfig(
-        vocabulary=len(words), width=words.shape[1], heads=words.shape[1] // 64, text_layers=layers, positions=len(positions),
-        feedforward=len(taken("encoder.layer.0.intermediate.dense.bias")), embedding=projection,
-        image_size=tower.config.image_size, image=ClipImageSizes(**{k: sizes[k] for k in ClipImageSizes.model_fields}),
-    )  # fmt: skip
+        vocabulary=len(words),
+        width=words.shape[1],
+        heads=words.shape[1] // 64,
+        text_layers=layers,
+        positions=len(positions),
+        feedforward=len(taken("encoder.layer.0.intermediate.dense.bias")),
+        embedding=projection,
+        image_size=tower.config.image_size,
+        image=ClipImageSizes(**{k: sizes[k] for k in ClipImageSizes.model_fields}),
+    )
     model = MClip(config)
     with torch.no_grad():
         taken.copy(model.embedding.word.weight, "embeddings.word_embeddings.weight")
@@ -174,9 +197,15 @@ def _load_tower(folder: Path) -> nn.Module:
     """The image half of a CLIP folder; what is of its text half is left out."""
     weights, described = read_folder(folder)
     seen = described.get("vision_config", described)
-    width = described.get("projection_dim", seen.get("projection_dim", 512))  # 512: CLIP's, if its config.json says nothing
+    width = described.get(
+        "projection_dim", seen.get("projection_dim", 512)
+    )  # 512: CLIP's, if its config.json says nothing
     tower = _make_tower({**seen, "projection_dim": width})
-    own = {name: value for name, value in weights.items() if name.startswith(("vision_model.", "visual_projection."))}
+    own = {
+        name: value
+        for name, value in weights.items()
+        if name.startswith(("vision_model.", "visual_projection."))
+    }
     own.pop("vision_model.embeddings.position_ids", None)
     try:
         tower.load_state_dict(own)

@@ -1,10 +1,12 @@
 """`oscar` from a folder in Hugging Face format. Every tensor is used, or is named as expected to be unused.
 
-    OSCAR, OSCAR+     `bert.img_embedding`, `bert.LayerNorm` where config.json says so, and BERT's names; heads are left out
-    BERT, XLM-R, ...  the text's part, and the pooler if there is one; what embeds regions is new, and without a layer norm, as in
+    OSCAR, OSCAR+     `bert.img_embedding`, `bert.LayerNorm` where config.json says so, and BERT's names;
+    heads are left out BERT, XLM-R, ...  the text's part, and the pooler if there is one; what embeds regions
+    is new, and without a layer norm, as in
                       the public code of paper 3 (cViL), whose student starts from multilingual BERT
 
-The token type of texts becomes part of the positions (`TaggedEmbedding`). XLM-R has one type: tags are then of the same.
+The token type of texts becomes part of the positions (`TaggedEmbedding`). XLM-R has one type: tags are then
+of the same.
 """
 
 import pickle
@@ -34,12 +36,14 @@ def load_oscar(path: Path | str, vision: Path | None = None) -> Oscar:
     """The model from the folder at `path`.
 
     Raises:
-        UserError: no config.json or no weights there, or a file that holds other things than tensors; sizes or tensors missing,
-            tensors left over or of another shape (they are listed).
+        UserError: no config.json or no weights there, or a file that holds other things than tensors; sizes
+            or tensors missing, tensors left over or of another shape (they are listed).
     """
     path = Path(path)
     if vision:
-        raise UserError("vision= is for backbones with an image encoder; oscar sees region features, set regions= instead")
+        raise UserError(
+            "vision= is for backbones with an image encoder; oscar sees region features, set regions= instead"
+        )
     weights, described = _read(path)
     # only old folders, OSCAR's among them, do not say whose they are: BERT's
     first = first_position(described) if "model_type" in described else 0
@@ -56,7 +60,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         weights, described = read_folder(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise UserError(f"{path}: weights not read ({str(e).splitlines()[0]}); only tensors and plain values are") from None
+        raise UserError(
+            f"{path}: weights not read ({str(e).splitlines()[0]}); only tensors and plain values are"
+        ) from None
     for pattern, name in NAMES.items():
         weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
     return weights, described
@@ -70,7 +76,9 @@ def _sizes(weights: dict[str, Tensor], described: dict, first: int, path: Path) 
     """
     missing = {*SIZES.values(), "num_hidden_layers", "max_position_embeddings"} - described.keys()
     if missing:
-        raise UserError(f"{path}/config.json: no {', '.join(sorted(missing))}; give an OSCAR, BERT or XLM-R folder")
+        raise UserError(
+            f"{path}/config.json: no {', '.join(sorted(missing))}; give an OSCAR, BERT or XLM-R folder"
+        )
     sizes = {ours: described[theirs] for ours, theirs in SIZES.items()} | {
         "layers": described["num_hidden_layers"],
         "positions": described["max_position_embeddings"] - first,

@@ -1,15 +1,16 @@
 """Single-stream models: one stack of self-attention over a text's tokens and a picture's regions, as one row.
 
-UC2 (Zhou et al. 2021), M3P (Ni et al. 2021), and mUNITER and xUNITER (Liu et al. 2021, through VOLTA) differ in how a row is
-laid out and embedded, and in what is read from it; each difference is a field of `SingleStreamConfig`, its values for each
-of them are in `LAYOUTS`.
+UC2 (Zhou et al. 2021), M3P (Ni et al. 2021), and mUNITER and xUNITER (Liu et al. 2021, through VOLTA) differ
+in how a row is laid out and embedded, and in what is read from it; each difference is a field of
+`SingleStreamConfig`, its values for each of them are in `LAYOUTS`.
 
     text-first row     CLS, words, SEP, regions      the CLS is read
-    regions-first row  regions, CLS, words, SEP      the first region is read (M3P: its pooler takes the row's first token)
-    "product"          as text-first, with a region of the whole picture before the others; CLS and it are read
+    regions-first row  regions, CLS, words, SEP      the first region is read (M3P: its pooler takes the row's
+    first token) "product"          as text-first, with a region of the whole picture before the others; CLS
+    and it are read
 
-Token types are constants of a text and of a picture. Those of texts are folded into the positions, those of regions into the
-layer norm before which they are added (`raylib.backbones.single_stream_load`).
+Token types are constants of a text and of a picture. Those of texts are folded into the positions, those of
+regions into the layer norm before which they are added (`raylib.backbones.single_stream_load`).
 """
 
 from typing import Literal
@@ -26,7 +27,8 @@ from raylib.model.attention import initialise
 from raylib.model.encoder import Encoder, TextEmbedding
 from raylib.ragged import Ragged, first_tokens, join_rows
 
-PLACE = 7  # numbers that come with a region's features: x1, y1, x2, y2, width, height, area, as shares of the picture
+# numbers that come with a region's features: x1, y1, x2, y2, width, height, area, as shares of the picture
+PLACE = 7
 CHOSEN = {5: (0, 1, 2, 3, 6), 7: (0, 1, 2, 3, 4, 5, 6)}  # those that a layout takes
 WHOLE = (0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0)  # of the whole picture
 
@@ -80,11 +82,18 @@ _VOLTA = {"locations": 5, "whole_picture": True, "pooler": "product", "pooled": 
 
 LAYOUTS: dict[str, SingleStreamConfig] = {
     "uc2": SingleStreamConfig(embedding_eps=1e-5),
-    "m3p": SingleStreamConfig(layout="m3p", positions=514, locations=5, unit_length=True, first="regions", number_regions=True,
-                              part_norms=False),
+    "m3p": SingleStreamConfig(
+        layout="m3p",
+        positions=514,
+        locations=5,
+        unit_length=True,
+        first="regions",
+        number_regions=True,
+        part_norms=False,
+    ),
     "muniter": SingleStreamConfig(layout="muniter", vocabulary=119547, **_VOLTA),
     "xuniter": SingleStreamConfig(layout="xuniter", **_VOLTA),
-}  # fmt: skip
+}
 
 
 def tiny(layout: str) -> SingleStreamConfig:
@@ -147,16 +156,17 @@ class SingleStream(Stack):
         return self.config.pooled or self.config.width
 
     def embed_regions(self, regions: Ragged) -> Ragged:
-        """Features and locations (R, f + 7) of each picture -> their embeddings (R', d), one more a picture if the layout has a
-        region of the whole one."""
+        """Features and locations (R, f + 7) of each picture -> their embeddings (R', d), one more a picture
+        if the layout has a region of the whole one."""
         if self.config.whole_picture:
             regions = join_rows(_whole_pictures(regions), regions)
         features, locations = regions.values.split([regions.values.shape[1] - PLACE, PLACE], 1)
         return regions.with_values(self.regions(features, locations))
 
     def encode_text(self, ids: Ragged, read: Tensor | None = None) -> Tensor:
-        """Ids (T,) -> embedded tokens (T, d), or those in `read`: a premise as it enters the row, in the place of regions. In
-        this stack a text meets what grounds it in every layer, so nothing of it is encoded before."""
+        """Ids (T,) -> embedded tokens (T, d), or those in `read`: a premise as it enters the row, in the
+        place of regions. In this stack a text meets what grounds it in every layer, so nothing of it is
+        encoded before."""
         words = self.embedding.word(ids.values)
         states = words if self.config.number_regions else self.embedding.place(ids.with_values(words))
         return states if read is None else states[read.to(states.device)]
@@ -165,7 +175,8 @@ class SingleStream(Stack):
         """Pooled states of texts and what grounds them.
 
         Args:
-            text: ids, b rows. condition: embedded regions or premises, b x times rows: row i's are i times ... .
+            text: ids, b rows. condition: embedded regions or premises, b x times rows: row i's are i times
+                ... .
         Returns:
             (b times, width).
         Raises:
@@ -197,11 +208,15 @@ class SingleStream(Stack):
         longest = max(lengths.tolist(), default=0)
         if longest > self.config.positions:
             counted = "tokens and regions" if self.config.number_regions else "tokens"
-            raise UserError(f"a row of {longest} {counted}, but {self.kind} has {self.config.positions} positions; lower length=")
+            raise UserError(
+                f"a row of {longest} {counted}, but {self.kind} has {self.config.positions} positions; lower "
+                "length="
+            )
 
 
 def _whole_pictures(regions: Ragged) -> Ragged:
-    """A region for each picture (n, f + 7): the mean of its features, at the location of the whole picture."""
+    """A region for each picture (n, f + 7): the mean of its features, at the location of the whole
+    picture."""
     values, lengths = regions
     row = torch.arange(len(lengths)).repeat_interleave(lengths).to(values.device, non_blocking=True)
     sums = values.new_zeros(len(lengths), values.shape[1]).index_add_(0, row, values)

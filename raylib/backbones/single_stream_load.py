@@ -5,10 +5,11 @@
     VOLTA's       UC2, mUNITER, xUNITER and M3P's body: layer N is `bert.encoder.layer.{2N}` and `.{2N + 1}`
     XLM-R, BERT   a folder in Hugging Face format: the text's part; embeddings of regions and poolers are new
 
-The first three are a file, or a folder with one file of weights; a `config.json` beside it may say how many attention heads
-there are (the tensors do not; without it they are 64 wide, as in every published model).
+The first three are a file, or a folder with one file of weights; a `config.json` beside it may say how many
+attention heads there are (the tensors do not; without it they are 64 wide, as in every published model).
 
-Token types become part of what they are added to: a text's of its positions, a region's of the norm of its location.
+Token types become part of what they are added to: a text's of its positions, a region's of the norm of its
+location.
 """
 
 import json
@@ -38,12 +39,15 @@ def load_single_stream(layout: str, path: Path | str, vision: Path | None = None
     """The model `layout` from the weights at `path`.
 
     Raises:
-        UserError: no weights there, or of none of the formats above, or not of this layout; tensors missing, left over or of
-            another shape (they are listed).
+        UserError: no weights there, or of none of the formats above, or not of this layout; tensors missing,
+            left over or of another shape (they are listed).
     """
     path = Path(path)
     if vision:
-        raise UserError(f"vision= is for backbones with an image encoder; {layout} sees region features, set regions= instead")
+        raise UserError(
+            f"vision= is for backbones with an image encoder; {layout} sees region features, set regions= "
+            "instead"
+        )
     weights, described = read_weights(path)
     weights, names, changes = _find_format(weights, layout, described, path)
     config = _sizes(weights, names, LAYOUTS[layout].model_copy(update=changes), described, path)
@@ -69,8 +73,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
         return read_folder(path)[0], described
     files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in ENDINGS)
     if len(files) != 1:
-        found = f"{len(files)} files of weights: {', '.join(f.name for f in files)}" if files else "no weights"
-        raise UserError(f"{path}: {found}; give one file ({', '.join(ENDINGS)}), or an XLM-R or BERT folder with its config.json")
+        found = (
+            f"{len(files)} files of weights: {', '.join(f.name for f in files)}" if files else "no weights"
+        )
+        raise UserError(
+            f"{path}: {found}; give one file ({', '.join(ENDINGS)}), or an XLM-R or BERT folder with its "
+            "config.json"
+        )
     weights = _read_file(files[0])
     require_finite_file(files[0], weights)
     return weights, described
@@ -82,17 +91,27 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise UserError(f"{file}: not read ({str(e).splitlines()[0]}); only tensors and plain values are: if it is a checkpoint "
-                        "with other objects, save its weights alone") from None  # fmt: skip
+        raise UserError(
+            f"{file}: not read ({str(e).splitlines()[0]}); only tensors and plain values are: if it is a "
+            "checkpoint with other objects, save its weights alone"
+        ) from None
     for key in ("model", "model_state_dict"):  # M3P's, VOLTA's checkpoints with their optimizer
         if isinstance(weights, dict) and isinstance(weights.get(key), dict):
             weights = weights[key]
-    if not isinstance(weights, dict) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{file}: no state dict, which has names and tensors alone; save the model's weights alone")
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(value, Tensor) for value in weights.values())
+    ):
+        raise UserError(
+            f"{file}: no state dict, which has names and tensors alone; save the model's weights alone"
+        )
     return weights
 
 
-def _find_format(weights: dict[str, Tensor], layout: str, described: dict, path: Path) -> tuple[dict[str, Tensor], Names, dict]:
+def _find_format(
+    weights: dict[str, Tensor], layout: str, described: dict, path: Path
+) -> tuple[dict[str, Tensor], Names, dict]:
     """(weights, what their format calls things, what of the layout differs in it).
 
     Raises:
@@ -100,15 +119,19 @@ def _find_format(weights: dict[str, Tensor], layout: str, described: dict, path:
     """
     if "roberta.img_embeddings.img_linear.weight" in weights:
         found, names, changes = "uc2", UC2, {}
-    elif own := next((p for p in ("module.", "bert.encoder.") if f"{p}attentions.0.q_lin.weight" in weights), None):
+    elif own := next(
+        (p for p in ("module.", "bert.encoder.") if f"{p}attentions.0.q_lin.weight" in weights), None
+    ):
         found, names, changes = "m3p", m3p_names(own), {}
     elif "bert.embeddings.image_embeddings.weight" in weights:
         found, names, changes = _volta_layout(weights), volta_names(layout), AS_IN_VOLTA.get(layout, {})
     else:
         weights = {re.sub(r"^(roberta|bert|model)\.", "", k): v for k, v in weights.items()}
         if "embeddings.word_embeddings.weight" not in weights:
-            raise UserError(f"{path}: neither UC2's, M3P's nor VOLTA's names, nor those of an XLM-R or BERT folder "
-                            f"({', '.join(list(weights)[:3])}, ...)")  # fmt: skip
+            raise UserError(
+                f"{path}: neither UC2's, M3P's nor VOLTA's names, nor those of an XLM-R or BERT folder "
+                f"({', '.join(list(weights)[:3])}, ...)"
+            )
         return weights, text_names(first_position(described)), {"features": None}
     if found != layout:
         raise UserError(f"{path}: weights of {found}; set backbone={found}")
@@ -128,19 +151,30 @@ def _volta_layout(weights: dict[str, Tensor]) -> str:
 
 
 def _mend_m3p(weights: dict[str, Tensor]) -> None:
-    """VOLTA's map of M3P (`m3p.json`) sends the last layer's attention output, its weight alone, to `layer.11`, not 22."""
+    """VOLTA's map of M3P (`m3p.json`) sends the last layer's attention output, its weight alone, to
+    `layer.11`, not 22."""
     name = "bert.encoder.layer.{}.attention_output.dense.weight"
-    last = sum(bool(re.fullmatch(r"bert\.encoder\.layer\.\d+\.attention_self\.query\.weight", key)) for key in weights) - 1
+    last = (
+        sum(
+            bool(re.fullmatch(r"bert\.encoder\.layer\.\d+\.attention_self\.query\.weight", key))
+            for key in weights
+        )
+        - 1
+    )
     if name.format(2 * last) not in weights and name.format(last) in weights:
         weights[name.format(2 * last)] = weights.pop(name.format(last))
 
 
-def _sizes(weights: dict[str, Tensor], names: Names, base: SingleStreamConfig, described: dict, path: Path) -> SingleStreamConfig:
+def _sizes(
+    weights: dict[str, Tensor], names: Names, base: SingleStreamConfig, described: dict, path: Path
+) -> SingleStreamConfig:
     """The sizes of the model in `weights`."""
     if not names.feature:
         missing = {*SIZES.values(), "num_hidden_layers", "max_position_embeddings"} - described.keys()
         if missing:
-            raise UserError(f"{path}/config.json: no {', '.join(sorted(missing))}; give an XLM-R or BERT folder")
+            raise UserError(
+                f"{path}/config.json: no {', '.join(sorted(missing))}; give an XLM-R or BERT folder"
+            )
         sizes = {ours: described[theirs] for ours, theirs in SIZES.items()} | {
             "layers": described["num_hidden_layers"],
             "positions": described["max_position_embeddings"] - names.first,
@@ -159,10 +193,19 @@ def _sizes(weights: dict[str, Tensor], names: Names, base: SingleStreamConfig, d
     layers = sum(bool(re.fullmatch(pattern, key)) for key in weights)
     heads = described.get("num_attention_heads", described.get("n_heads"))
     if heads is None and width % HEAD:
-        raise UserError(f"{path}: how many attention heads? put a config.json with num_attention_heads beside it")
-    sizes = {"vocabulary": vocabulary, "width": width, "heads": heads or width // HEAD, "layers": layers,
-             "feedforward": shape(part_of(names.intermediate, 0))[0], "features": shape(names.feature)[1],
-             "positions": shape(names.position)[0] - names.first, "pooled": shape(names.pooler)[0]}  # fmt: skip
+        raise UserError(
+            f"{path}: how many attention heads? put a config.json with num_attention_heads beside it"
+        )
+    sizes = {
+        "vocabulary": vocabulary,
+        "width": width,
+        "heads": heads or width // HEAD,
+        "layers": layers,
+        "feedforward": shape(part_of(names.intermediate, 0))[0],
+        "features": shape(names.feature)[1],
+        "positions": shape(names.position)[0] - names.first,
+        "pooled": shape(names.pooler)[0],
+    }
     return build(SingleStreamConfig, {**base.model_dump(), **sizes}, str(path))
 
 

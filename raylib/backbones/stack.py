@@ -9,8 +9,8 @@ from raylib.model.attention import initialise
 
 
 class Stack(nn.Module):
-    """Has an `embedding` of texts, `regions` that embeds pictures, or None, an `encoder`, and `poolers` by name; `config` has
-    its sizes. `region_embedding`: the class of `regions`, made from a config."""
+    """Has an `embedding` of texts, `regions` that embeds pictures, or None, an `encoder`, and `poolers` by
+    name; `config` has its sizes. `region_embedding`: the class of `regions`, made from a config."""
 
     kind: str
     fusion_depths = 0
@@ -22,7 +22,8 @@ class Stack(nn.Module):
         return self.config.layers
 
     def depth_of(self, name: str) -> int | None:
-        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the embeddings of text and regions, None for poolers."""
+        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the embeddings of text and regions, None
+        for poolers."""
         part, _, rest = name.partition(".")
         if part in ("embedding", "regions"):
             return 0
@@ -31,7 +32,9 @@ class Stack(nn.Module):
     def prunable(self) -> list[str]:
         """Names of the matrices of the stack and its poolers (paper 0 counts the pooler in)."""
         parts = ("encoder", *self.poolers)
-        return [name for name, p in self.named_parameters() if name.partition(".")[0] in parts and p.ndim == 2]
+        return [
+            name for name, p in self.named_parameters() if name.partition(".")[0] in parts and p.ndim == 2
+        ]
 
     def see_regions(self, features: int) -> None:
         """Make the model take region features so wide; what embeds them is new if it has seen none yet.
@@ -41,7 +44,14 @@ class Stack(nn.Module):
         """
         if self.regions is None:
             self.config = self.config.model_copy(update={"features": features})
-            self.regions = self.region_embedding(self.config).apply(initialise).to(self.pooler.weight).train(self.training)
+            self.regions = (
+                self.region_embedding(self.config)
+                .apply(initialise)
+                .to(self.pooler.weight)
+                .train(self.training)
+            )
         if features != self.config.features:
-            raise UserError(f"the region features are {features} wide, this {self.kind} was trained on {self.config.features}; "
-                            "set regions= to features of its detector")  # fmt: skip
+            raise UserError(
+                f"the region features are {features} wide, this {self.kind} was trained on "
+                f"{self.config.features}; set regions= to features of its detector"
+            )

@@ -15,8 +15,8 @@ class Account:
     """Counts over all tars of a folder.
 
     Args:
-        listed: extensions of the images that the user asks for; None takes the plain ones ("jpg", "input.jpg"),
-            of which a sample may have one.
+        listed: extensions of the images that the user asks for; None takes the plain ones ("jpg",
+            "input.jpg"), of which a sample may have one.
     """
 
     def __init__(self, listed: Sequence[str] | None = None):

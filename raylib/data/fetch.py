@@ -1,8 +1,8 @@
 """Bring files of a source to this machine.
 
-A source's base is a local folder, a URL that `fsspec` knows (`s3://`, `gs://`, `https://`, ...), or `pipe:COMMAND`,
-where `{name}` in the command stands for the file and its standard output is the file's content. A manifest never says
-where to fetch from, so a command runs only if the user wrote it as the base.
+A source's base is a local folder, a URL that `fsspec` knows (`s3://`, `gs://`, `https://`, ...), or
+`pipe:COMMAND`, where `{name}` in the command stands for the file and its standard output is the file's
+content. A manifest never says where to fetch from, so a command runs only if the user wrote it as the base.
 """
 
 import fcntl
@@ -32,8 +32,9 @@ def cache_folder(base: str, cache: str | Path | None) -> Path:
 def fetch(base: str, name: str, cache=None, size: int | None = None, sha256: str | None = None) -> Path:
     """Local path of file `name` of `base`.
 
-    A local file is given as it stands. A remote one is downloaded under a temporary name, checked and renamed; several
-    processes may ask for it at once, one downloads. Without `sha256` it is fetched anew at every call.
+    A local file is given as it stands. A remote one is downloaded under a temporary name, checked and
+    renamed; several processes may ask for it at once, one downloads. Without `sha256` it is fetched anew at
+    every call.
 
     Raises:
         UserError: missing file, missing package for the URL's scheme, failed command, or other size or hash.
@@ -45,7 +46,8 @@ def fetch(base: str, name: str, cache=None, size: int | None = None, sha256: str
         return path
     folder = cache_folder(base, cache)
     folder.mkdir(parents=True, exist_ok=True)
-    # a shard written anew often has its old size (tars are padded): only the hash tells which one is in the cache
+    # a shard written anew often has its old size (tars are padded): only the hash tells which one is in the
+    # cache
     path = folder / (f"{sha256[:16]}-{name}" if sha256 else name)
     with open(folder / f".{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -63,7 +65,9 @@ def fetch(base: str, name: str, cache=None, size: int | None = None, sha256: str
 
 def _check(what: str, path: Path, size: int | None, sha256: str | None) -> None:
     if size is not None and path.stat().st_size != size:
-        raise UserError(f"{what}: {path.stat().st_size} bytes came, the manifest says {size}; upload the source anew")
+        raise UserError(
+            f"{what}: {path.stat().st_size} bytes came, the manifest says {size}; upload the source anew"
+        )
     if sha256:
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:

@@ -1,8 +1,9 @@
 """Pictures: decoding, the evaluation transform, augmentation. uint8 in, uint8 out, RGB, (H, W, 3).
 
-Augmentation is RandAugment (Cubuk et al. 2020) on a random resized crop, built for speed: crop, flip, rotation, shears
-and shifts are one affine warp, tone operations are look-up tables. It is not pixel-identical to PIL's: pixels that a
-rotation brings into view are the picture's own where it has some, white elsewhere. All chance comes in as `draws`.
+Augmentation is RandAugment (Cubuk et al. 2020) on a random resized crop, built for speed: crop, flip,
+rotation, shears and shifts are one affine warp, tone operations are look-up tables. It is not pixel-identical
+to PIL's: pixels that a rotation brings into view are the picture's own where it has some, white elsewhere.
+All chance comes in as `draws`.
 """
 
 import math
@@ -15,7 +16,9 @@ from raylib.config import Config
 from raylib.errors import UserError
 
 cv2.setNumThreads(1)  # workers are processes; threads in each would only get in each other's way
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what does not decode is told by name, once
+cv2.utils.logging.setLogLevel(
+    cv2.utils.logging.LOG_LEVEL_SILENT
+)  # what does not decode is told by name, once
 
 WHITE = (255, 255, 255)
 
@@ -25,8 +28,8 @@ class BadPicture(UserError):
 
 
 class AugmentConfig(Config):
-    """scale: share of the area that a crop keeps, (least, most); ratio: its aspect, (least, most), log-uniform.
-    operations: how many of `choices` are applied; magnitude: 0..10, the most an operation does.
+    """scale: share of the area that a crop keeps, (least, most); ratio: its aspect, (least, most),
+    log-uniform. operations: how many of `choices` are applied; magnitude: 0..10, the most an operation does.
     flip, grayscale, cutout: probabilities. Flips are off by default: captions say left and right."""
 
     scale: tuple[float, float] = (0.2, 1.0)
@@ -34,9 +37,17 @@ class AugmentConfig(Config):
     operations: int = Field(2, ge=0)
     magnitude: float = Field(7.0, ge=0, le=10)
     choices: tuple[str, ...] = (
-        "identity", "autocontrast", "equalize", "brightness", "sharpness",
-        "shear_x", "shear_y", "translate_x", "translate_y", "rotate",
-    )  # fmt: skip
+        "identity",
+        "autocontrast",
+        "equalize",
+        "brightness",
+        "sharpness",
+        "shear_x",
+        "shear_y",
+        "translate_x",
+        "translate_y",
+        "rotate",
+    )
     flip: float = Field(0.0, ge=0, le=1)
     grayscale: float = Field(0.0, ge=0, le=1)
     cutout: float = Field(0.0, ge=0, le=1)
@@ -128,7 +139,9 @@ def _matrix(image: np.ndarray, config: AugmentConfig, draws: list[float], chosen
     side = math.sqrt(area * width * height)
     crop_width, crop_height = min(width, side * math.sqrt(aspect)), min(height, side / math.sqrt(aspect))
     left, top = (width - crop_width) * draws[2], (height - crop_height) * draws[3]
-    matrix = np.array([[crop_width, 0, left + crop_width / 2], [0, crop_height, top + crop_height / 2], [0, 0, 1]])
+    matrix = np.array(
+        [[crop_width, 0, left + crop_width / 2], [0, crop_height, top + crop_height / 2], [0, 0, 1]]
+    )
     for name, strength in chosen:
         if name in WARPS:
             matrix = matrix @ np.array([*WARPS[name](strength), [0, 0, 1]], dtype=float)
@@ -138,7 +151,8 @@ def _matrix(image: np.ndarray, config: AugmentConfig, draws: list[float], chosen
 
 
 def _warp(image: np.ndarray, size: int, matrix: np.ndarray) -> np.ndarray:
-    """Sample `image` at matrix @ (u, v, 1) for every output pixel; shrunk by areas first where it would alias."""
+    """Sample `image` at matrix @ (u, v, 1) for every output pixel; shrunk by areas first where it would
+    alias."""
     shrink = int(min(np.hypot(*matrix[:, 0]), np.hypot(*matrix[:, 1])) / size)
     if shrink > 1:
         height, width = image.shape[:2]
@@ -149,7 +163,9 @@ def _warp(image: np.ndarray, size: int, matrix: np.ndarray) -> np.ndarray:
     offset = matrix[:, 2] + linear.sum(1) * (0.5 - size / 2) - 0.5
     affine = np.column_stack([linear, offset])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(image, affine, (size, size), flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=WHITE)
+    return cv2.warpAffine(
+        image, affine, (size, size), flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=WHITE
+    )
 
 
 def _rotate(strength: float):

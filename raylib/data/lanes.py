@@ -1,10 +1,11 @@
 """The order of samples: the global batch is a pure function of (seed, step), whatever the number of workers.
 
-A source is cut into a fixed number of *lanes*: lane l owns the slice [l N / L, (l + 1) N / L) of each language's
-samples. A lane draws its languages in periods of PERIOD draws, in which each language has its exact share
-(q proportional to p^alpha, at least once), shuffled. Within a language the lane runs through epochs: its blocks (cut
-at shard borders and at every `block` samples of a shard) in an order permuted anew, samples permuted inside each
-block, so that reading stays local. Any position is found directly; only the current block's order is kept.
+A source is cut into a fixed number of *lanes*: lane l owns the slice [l N / L, (l + 1) N / L) of each
+language's samples. A lane draws its languages in periods of PERIOD draws, in which each language has its
+exact share (q proportional to p^alpha, at least once), shuffled. Within a language the lane runs through
+epochs: its blocks (cut at shard borders and at every `block` samples of a shard) in an order permuted anew,
+samples permuted inside each block, so that reading stays local. Any position is found directly; only the
+current block's order is kept.
 
 Every step takes the same count of draws from each lane: see `step_draws`.
 """
@@ -26,13 +27,16 @@ class Lanes:
     Args:
         sizes: samples of every shard, by language (`Source.sizes()`).
         name: of the stream; with `seed` it determines every order.
-        lanes: number of lanes L; block: samples that are shuffled together; alpha: 1 draws languages by their size,
+        lanes: number of lanes L; block: samples that are shuffled together; alpha: 1 draws languages by their
+        size,
             0 draws them evenly.
 
     Raises UserError: more lanes than samples of a language, more languages than PERIOD.
     """
 
-    def __init__(self, sizes: dict[str, list[int]], name: str, seed: int, lanes: int, alpha=0.3, block: int = 4096):
+    def __init__(
+        self, sizes: dict[str, list[int]], name: str, seed: int, lanes: int, alpha=0.3, block: int = 4096
+    ):
         self.languages = sorted(sizes)
         self.name, self.seed, self.lanes, self.block = name, seed, lanes, block
         self.borders = {language: np.cumsum([0] + list(sizes[language])) for language in self.languages}
@@ -41,7 +45,9 @@ class Lanes:
             raise UserError(f"{name}: the source has no language")
         for language, total in zip(self.languages, totals, strict=True):
             if total < lanes:
-                raise UserError(f"{name}: {lanes} lanes but {total} samples of language {language!r}; set fewer lanes")
+                raise UserError(
+                    f"{name}: {lanes} lanes but {total} samples of language {language!r}; set fewer lanes"
+                )
         self.counts = apportion(totals**alpha / (totals**alpha).sum(), PERIOD, name)
         self._forget()
 
@@ -69,7 +75,9 @@ class Lanes:
         for language in self.languages:
             first, last = self.span(lane, language)
             borders = self.borders[language]
-            found[language] = range(int(borders.searchsorted(first, "right")) - 1, int(borders.searchsorted(last)))
+            found[language] = range(
+                int(borders.searchsorted(first, "right")) - 1, int(borders.searchsorted(last))
+            )
         return found
 
     def draw(self, lane: int, position: int) -> tuple[str, int]:
@@ -77,7 +85,9 @@ class Lanes:
         period, offset = divmod(position, PERIOD)
         languages, earlier = self._mix(lane, period)
         k = languages[offset]
-        return self.languages[k], self._find(lane, self.languages[k], period * int(self.counts[k]) + earlier[offset])
+        return self.languages[k], self._find(
+            lane, self.languages[k], period * int(self.counts[k]) + earlier[offset]
+        )
 
     def locate(self, lane: int, position: int) -> tuple[str, int, int]:
         """(language, number of the shard in its language, row in the shard) at a position of a lane."""
@@ -86,7 +96,8 @@ class Lanes:
         return language, shard, number - int(self.borders[language][shard])
 
     def _mix(self, lane: int, period: int) -> tuple[list[int], list[int]]:
-        """Of each draw in a period: its language, and how often that language was drawn earlier in the period."""
+        """Of each draw in a period: its language, and how often that language was drawn earlier in the
+        period."""
         if (mix := self._mixes.get((lane, period))) is None:
             languages = np.repeat(np.arange(len(self.counts)), self.counts)
             languages = languages[permutation(PERIOD, self.seed, self.name, "languages", lane, period)]
@@ -125,7 +136,9 @@ class Lanes:
         if (cuts := self._blocks.get((lane, language))) is None:
             first, last = self.span(lane, language)
             borders = self.borders[language]
-            inner = [np.arange(a, b, self.block) for a, b in itertools.pairwise(borders) if a < last and b > first]
+            inner = [
+                np.arange(a, b, self.block) for a, b in itertools.pairwise(borders) if a < last and b > first
+            ]
             cuts = np.unique(np.concatenate([*inner, [first, last]]).clip(first, last))
             self._blocks[lane, language] = cuts
         return cuts
@@ -145,14 +158,20 @@ def apportion(shares: np.ndarray, total: int, name: str = "source") -> np.ndarra
 
 
 def step_draws(lanes: int, batch: int, rank: int = 0, world: int = 1) -> list[tuple[int, int, int]]:
-    """What a rank serves of every step: (index in the global batch, lane, draw), where `draw` counts within the step.
+    """What a rank serves of every step: (index in the global batch, lane, draw), where `draw` counts within
+    the step.
 
-    Rank r of W serves lanes r, r + W, ...; in step s a lane's draw j lies at position s * (batch / lanes) + j and gets
-    index lane * (batch / lanes) + j. Raises UserError if the world does not divide the lanes, or these the batch.
+    Rank r of W serves lanes r, r + W, ...; in step s a lane's draw j lies at position s * (batch / lanes) + j
+    and gets index lane * (batch / lanes) + j. Raises UserError if the world does not divide the lanes, or
+    these the batch.
     """
     if lanes < 1 or lanes % world:
-        raise UserError(f"{world} workers do not divide {lanes} lanes; set lanes to a multiple of the workers")
+        raise UserError(
+            f"{world} workers do not divide {lanes} lanes; set lanes to a multiple of the workers"
+        )
     if batch % lanes:
-        raise UserError(f"{lanes} lanes do not divide a batch of {batch}; set a batch that is a multiple of the lanes")
+        raise UserError(
+            f"{lanes} lanes do not divide a batch of {batch}; set a batch that is a multiple of the lanes"
+        )
     share = batch // lanes
     return [(lane * share + draw, lane, draw) for lane in range(rank, lanes, world) for draw in range(share)]

@@ -25,7 +25,8 @@ NUMBERED = re.compile(r"([a-z]{2,3}(?:-[A-Z][a-z]{3})?(?:-[A-Z]{2})?(?:_[a-z]{3}
 
 
 def is_language_code(word: str) -> bool:
-    """True for what may be a language's code, "en" or "zh-Hans"; not for "00000", "cc3m", "train", "English"."""
+    """True for what may be a language's code, "en" or "zh-Hans"; not for "00000", "cc3m", "train",
+    "English"."""
     return CODE.fullmatch(word) is not None
 
 

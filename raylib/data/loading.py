@@ -1,7 +1,8 @@
 """Batches from loader processes, in order.
 
-A batch is dicts and named tuples of tensors, three dozen of them. torch hands each over as a file of shared memory of
-its own (9 ms a batch in the training process, as long as building it took); here it travels as one tensor (2 ms).
+A batch is dicts and named tuples of tensors, three dozen of them. torch hands each over as a file of shared
+memory of its own (9 ms a batch in the training process, as long as building it took); here it travels as one
+tensor (2 ms).
 """
 
 import math
@@ -27,7 +28,8 @@ def load_batches(batches: Dataset, first: int, last: int, workers: int, pin: boo
     Batches travel through shared memory; `batches.batch_bytes`, if there is one, says how large one is.
 
     Raises:
-        UserError: no shared memory, or too little; and, as one line, what a loader process raised as a UserError.
+        UserError: no shared memory, or too little; and, as one line, what a loader process raised as a
+            UserError.
     """
     if workers:
         _check_shared_memory(workers * PREFETCH * getattr(batches, "batch_bytes", 0))
@@ -40,8 +42,9 @@ def load_batches(batches: Dataset, first: int, last: int, workers: int, pin: boo
 
 
 def _one_ahead(items: Iterable) -> Iterator:
-    """`items`, the next one fetched by a thread while the last is used: to hand over a file of shared memory, torch shakes
-    hands with the process that made it, which takes some milliseconds where all cores are busy."""
+    """`items`, the next one fetched by a thread while the last is used: to hand over a file of shared memory,
+    torch shakes hands with the process that made it, which takes some milliseconds where all cores are
+    busy."""
     source, end = iter(items), object()
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, source, end)
@@ -51,7 +54,8 @@ def _one_ahead(items: Iterable) -> Iterator:
 
 
 class _Packing(Dataset):
-    """Batches as one tensor each; a user's error as a value, since torch would wrap it in the worker's traceback."""
+    """Batches as one tensor each; a user's error as a value, since torch would wrap it in the worker's
+    traceback."""
 
     def __init__(self, batches: Dataset):
         self.batches = batches
@@ -125,10 +129,12 @@ def _check_shared_memory(wanted: int) -> None:
     try:
         space = os.statvfs(SHARED_MEMORY)
     except OSError:
-        raise UserError(f"no shared memory at {SHARED_MEMORY} for loader processes; set fit.loader_workers=0") from None
+        raise UserError(
+            f"no shared memory at {SHARED_MEMORY} for loader processes; set fit.loader_workers=0"
+        ) from None
     free = space.f_bavail * space.f_frsize
     if free < wanted:
         raise UserError(
-            f"{SHARED_MEMORY} has {free >> 20} MB free, loader processes need {wanted >> 20}; set fit.loader_workers=0 "
-            "or give the container more (docker run --shm-size)"
+            f"{SHARED_MEMORY} has {free >> 20} MB free, loader processes need {wanted >> 20}; set "
+            "fit.loader_workers=0 or give the container more (docker run --shm-size)"
         )

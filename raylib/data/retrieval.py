@@ -1,4 +1,5 @@
-"""Retrieval sets: pictures with captions in several languages, from shards or from a folder with `captions.json`."""
+"""Retrieval sets: pictures with captions in several languages, from shards or from a folder with
+`captions.json`."""
 
 import json
 from collections.abc import Iterator
@@ -14,8 +15,8 @@ from raylib.errors import UserError
 
 
 class Item(NamedTuple):
-    """A picture (of several drawings the first, by extension): its name, its bytes, {language: captions}, and whether its
-    concept was held out of training."""
+    """A picture (of several drawings the first, by extension): its name, its bytes, {language: captions}, and
+    whether its concept was held out of training."""
 
     name: str
     picture: bytes
@@ -81,13 +82,17 @@ def _clean(captions: dict[str, Any], where: str) -> dict[str, list[str]]:
     out = {}
     for language, texts in captions.items():
         if not is_language_code(language):
-            raise UserError(f"{where}: captions in {language!r}, which is no language code such as 'de' or 'zh-Hans'")
+            raise UserError(
+                f"{where}: captions in {language!r}, which is no language code such as 'de' or 'zh-Hans'"
+            )
         try:
             out[language] = clean_captions(texts)
             if not isinstance(texts, str) and len(out[language]) < len(texts):
                 raise EmptyCaption
         except EmptyCaption:
-            raise UserError(f"{where}: an empty caption in {language!r}; leave the language out instead") from None
+            raise UserError(
+                f"{where}: an empty caption in {language!r}; leave the language out instead"
+            ) from None
         except BadCaption as error:
             raise UserError(f"{where}: {error} in {language!r}") from error
     return out

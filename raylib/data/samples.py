@@ -8,7 +8,8 @@ Captions, the first of these that a sample has:
 
     KEY.json       an object with `captions`, else `caption`, else `text`: a string, a list of them, or
                    {language: either}
-    KEY.txt        a caption a line, as CLIP_benchmark writes them (img2dataset's KEY.txt repeats the one of its
+    KEY.txt        a caption a line, as CLIP_benchmark writes them (img2dataset's KEY.txt repeats the one of
+    its
                    KEY.json); or KEY.outputs.txt, KEY.output.txt
 
 What does not say its language is in the shard's. Text is UTF-8, with or without a byte order mark. Blank
@@ -37,7 +38,8 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadCaption(Exception):
-    """A sample, or one of its languages, has no usable caption; the message, a noun, says what it has instead."""
+    """A sample, or one of its languages, has no usable caption; the message, a noun, says what it has
+    instead."""
 
 
 class EmptyCaption(BadCaption):
@@ -70,8 +72,9 @@ def has_captions(extensions: Iterable[str]) -> bool:
 
 
 def parse_captions(record: Any, language: str | None) -> dict[str, Any]:
-    """{language: string or list} of a JSON record, not cleaned yet; {} if it has no captions. `language` (None:
-    unknown) is that of captions which do not say theirs. A language whose captions are null has none."""
+    """{language: string or list} of a JSON record, not cleaned yet; {} if it has no captions. `language`
+    (None: unknown) is that of captions which do not say theirs. A language whose captions are null has
+    none."""
     value = (
         next((v for v in map(record.get, FIELDS) if v is not None), None)
         if isinstance(record, dict)
@@ -123,14 +126,17 @@ class Sample(NamedTuple):
         """Content of a member.
 
         Raises:
-            UserError: an image whose bytes are not those that were indexed: another shard of the same size took its place.
+            UserError: an image whose bytes are not those that were indexed: another shard of the same size
+                took its place.
         """
         offset, size, known = self.members[extension]
         data = self.shard.pread(offset, size)
-        # a hash costs 4 % of decoding, so it is only asked for where times say that the shard may not be the one indexed
+        # a hash costs 4 % of decoding, so it is only asked for where times say that the shard may not be the
+        # one indexed
         if self.shard.check and known >= 0 and string_key(data) != known:
             raise UserError(
-                f"{self.name}: its {extension} is not what was indexed; fetch the shard anew, or index its folder anew"
+                f"{self.name}: its {extension} is not what was indexed; fetch the shard anew, or index its "
+                "folder anew"
             )
         return data
 

@@ -2,19 +2,22 @@
 
 A *source* is a folder:
 
-    manifest.json          {"format": 1, "kind": KIND, "tokenizer": sha256 or null, "shards": [{"name", "language",
+    manifest.json          {"format": 1, "kind": KIND, "tokenizer": sha256 or null, "shards": [{"name",
+    "language",
                            "samples", "bytes", "sha256"}, ...], "images": [extensions that are images, ...]}
-    en-000000.tar          the members of one sample lie together: KEY.json, KEY.png, ... (any WebDataset reader's input)
-    en-000000.index.json   {"format": 2, "bytes": size of the tar, "samples": [[KEY, {extension: [offset, size, hash of
+    en-000000.tar          the members of one sample lie together: KEY.json, KEY.png, ... (any WebDataset
+    reader's input) en-000000.index.json   {"format": 2, "bytes": size of the tar, "samples": [[KEY,
+    {extension: [offset, size, hash of
                            an image's bytes]}, rows], ...]}
 
-Kinds: `image_text` (a member of captions, one or more pictures), `text` and `parallel` (packed, pre-tokenised: one
-"sample" of the tar is a block of up to BLOCK_ROWS sentences or sentence pairs: KEY.ids.npy, all ids end to end, and
-KEY.ends.npy (rows, sides), running ends). `samples` in the manifest counts what training draws: pictures, or rows.
+Kinds: `image_text` (a member of captions, one or more pictures), `text` and `parallel` (packed,
+pre-tokenised: one "sample" of the tar is a block of up to BLOCK_ROWS sentences or sentence pairs:
+KEY.ids.npy, all ids end to end, and KEY.ends.npy (rows, sides), running ends). `samples` in the manifest
+counts what training draws: pictures, or rows.
 
-Everything is written under a temporary name and renamed, the manifest last. `python -m raylib.data.shards FOLDER KIND`
-makes the indices and the manifest for anybody's tars (`tars` says what it takes); an index of before there were hashes is
-still read. `raylib.data.source` reads all this.
+Everything is written under a temporary name and renamed, the manifest last. `python -m raylib.data.shards
+FOLDER KIND` makes the indices and the manifest for anybody's tars (`tars` says what it takes); an index of
+before there were hashes is still read. `raylib.data.source` reads all this.
 """
 
 import argparse
@@ -61,8 +64,8 @@ def write_json(path: Path, value, compact: bool = False) -> None:
 
 
 def index_shard(path: Path | str) -> dict:
-    """Offsets of all members of a tar, by sample: what its index file holds, but for the hashes of images. Reads headers
-    only. Raises UserError as `TarScan` does."""
+    """Offsets of all members of a tar, by sample: what its index file holds, but for the hashes of images.
+    Reads headers only. Raises UserError as `TarScan` does."""
     return _index(TarScan(path, hashes=False))
 
 
@@ -97,14 +100,14 @@ def index_folder(
     """Index every tar of a folder and write its manifest: makes a source out of anybody's tars.
 
     Args:
-        language: of all shards. None takes it from their names where these begin with a known code (`languages`); other
-            shards of image_text are English.
+        language: of all shards. None takes it from their names where these begin with a known code
+            (`languages`); other shards of image_text are English.
         images: extensions of the members that are images (`samples`); None: those that nobody has to ask for.
         account: what was found is added to it.
 
     Raises:
-        UserError: no such folder, no tar in it, one that cannot be indexed (`TarScan`); a language that is no code, or a
-            name that tells none; images that are not there, or several of which one is meant.
+        UserError: no such folder, no tar in it, one that cannot be indexed (`TarScan`); a language that is no
+            code, or a name that tells none; images that are not there, or several of which one is meant.
     """
     folder, account = Path(folder), account or Account(images)
     check_kind(kind)
@@ -125,7 +128,10 @@ def index_folder(
         shards.append(describe(path.name, name, index, scan.sha256))
     if not shards:
         packed = len([*folder.glob("*.tar.*"), *folder.glob("*.tgz")])
-        raise UserError(f"{folder}: no .tar file here" + (f", but {packed} compressed ones: unpack them" if packed else ""))
+        raise UserError(
+            f"{folder}: no .tar file here"
+            + (f", but {packed} compressed ones: unpack them" if packed else "")
+        )
     manifest = {"format": 1, "kind": kind, "tokenizer": tokenizer, "shards": shards}
     if kind == "image_text":
         manifest["images"] = account.choose_images(folder)
@@ -145,8 +151,8 @@ def _check_members(scan: TarScan, kind: str) -> None:
     for key, members in scan.samples.items():
         if kind != "image_text" and not members.keys() >= {"ids.npy", "ends.npy"}:
             raise UserError(
-                f"{scan.path}: sample {key} holds {', '.join(sorted(members))}, and shards of kind {kind!r} packed ids "
-                "(ids.npy, ends.npy), which `python -m pretrain.corpora` writes"
+                f"{scan.path}: sample {key} holds {', '.join(sorted(members))}, and shards of kind {kind!r} "
+                "packed ids (ids.npy, ends.npy), which `python -m pretrain.corpora` writes"
             )
 
 
@@ -178,10 +184,13 @@ class ShardWriter:
         tokenizer: what made the ids (`.sha256`, `.vocabulary`); needed for packed kinds.
         max_samples, max_bytes: a shard is closed once it holds that many samples (rows) or bytes.
 
-    A source that stood in the folder before is replaced: its shards and manifest go when the new ones are in place.
+    A source that stood in the folder before is replaced: its shards and manifest go when the new ones are in
+    place.
     """
 
-    def __init__(self, folder, kind: str, tokenizer=None, max_samples: int | None = None, max_bytes: int = 1 << 30):
+    def __init__(
+        self, folder, kind: str, tokenizer=None, max_samples: int | None = None, max_bytes: int = 1 << 30
+    ):
         check_kind(kind)
         self.folder, self.kind, self.tokenizer, self.sides = Path(folder), kind, tokenizer, KINDS[kind]
         self.packed = kind != "image_text"
@@ -201,7 +210,8 @@ class ShardWriter:
         return self
 
     def write(self, key: str, members: dict[str, bytes], language: str = "en") -> None:
-        """Append one sample: members by extension ("json", "noto.png"). Keys have no dot in their base name."""
+        """Append one sample: members by extension ("json", "noto.png"). Keys have no dot in their base
+        name."""
         name = key.rsplit("/", 1)[-1]
         if not name or "." in name or META.match(key):
             raise ValueError(f"key {key!r}: a sample's key is not empty, has no dot, is not __like_this__")
@@ -221,13 +231,16 @@ class ShardWriter:
     def write_rows(self, language: str, rows) -> None:
         """Append sentences (kind text: arrays of ids) or pairs (kind parallel: (English ids, other ids)).
 
-        Ids without specials, untruncated. Raises ValueError for an empty side or an id outside the vocabulary.
+        Ids without specials, untruncated. Raises ValueError for an empty side or an id outside the
+        vocabulary.
         """
         pending = self.pending.setdefault(language, [])
         for row in rows:
             sides = [np.asarray(side) for side in (row if self.sides == 2 else (row,))]
             if len(sides) != self.sides or any(side.ndim != 1 or not side.size for side in sides):
-                raise ValueError(f"a row of kind {self.kind!r} is {self.sides} non-empty list(s) of ids, got {row!r}")
+                raise ValueError(
+                    f"a row of kind {self.kind!r} is {self.sides} non-empty list(s) of ids, got {row!r}"
+                )
             pending.append(sides)
             if len(pending) == min(BLOCK_ROWS, self.max_samples):
                 self._flush(language)
@@ -237,7 +250,9 @@ class ShardWriter:
         self.pending[language].clear()
         ids = np.concatenate(sides)
         if ids.min() < 0 or ids.max() >= self.tokenizer.vocabulary:
-            raise ValueError(f"{language}: id {ids.min()} or {ids.max()} is outside 0..{self.tokenizer.vocabulary - 1}")
+            raise ValueError(
+                f"{language}: id {ids.min()} or {ids.max()} is outside 0..{self.tokenizer.vocabulary - 1}"
+            )
         ids = ids.astype(np.uint16 if self.tokenizer.vocabulary < 65536 else np.uint32)
         ends = np.cumsum([side.size for side in sides]).astype(np.uint32).reshape(-1, self.sides)
         self.write(f"{self.blocks:08d}", {"ids.npy": to_npy(ids), "ends.npy": to_npy(ends)}, language)
@@ -315,8 +330,12 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m raylib.data.shards", description="Index anybody's tars.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("kind", help=" or ".join(KINDS))
-    parser.add_argument("--language", help="code of all shards; else what their names begin with, or en for image_text")
-    parser.add_argument("--images", nargs="+", metavar="EXTENSION", help="members that are images, such as jpg or noto.png")
+    parser.add_argument(
+        "--language", help="code of all shards; else what their names begin with, or en for image_text"
+    )
+    parser.add_argument(
+        "--images", nargs="+", metavar="EXTENSION", help="members that are images, such as jpg or noto.png"
+    )
     given = parser.parse_args(arguments)
     account = Account(given.images)
     manifest = index_folder(given.folder, given.kind, language=given.language, account=account)

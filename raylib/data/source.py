@@ -1,7 +1,8 @@
-"""Reading a source (`shards` has the format) at random: pictures by `os.pread`, packed ids through a memory map.
+"""Reading a source (`shards` has the format) at random: pictures by `os.pread`, packed ids through a memory
+map.
 
-Opening reads the manifest alone and checks the files' sizes; a shard is fetched, opened and its count checked when
-its first sample is read. So a `Source` costs nothing to send to another process.
+Opening reads the manifest alone and checks the files' sizes; a shard is fetched, opened and its count checked
+when its first sample is read. So a `Source` costs nothing to send to another process.
 """
 
 import io
@@ -55,11 +56,13 @@ class Source:
         cache: where shards of a remote base are kept.
         verify: read everything now: hashes, offsets, counts.
 
-    Raises UserError: no manifest, missing shard, shard of another size (truncated) or hash, another count of samples,
-    another kind or tokenizer, no samples in a language, a language that is no code.
+    Raises UserError: no manifest, missing shard, shard of another size (truncated) or hash, another count of
+    samples, another kind or tokenizer, no samples in a language, a language that is no code.
     """
 
-    def __init__(self, base, kind: str | None = None, tokenizer: str | None = None, cache=None, verify: bool = False):
+    def __init__(
+        self, base, kind: str | None = None, tokenizer: str | None = None, cache=None, verify: bool = False
+    ):
         self.base, self.cache = str(base), cache
         manifest = self._manifest(kind)
         self.kind = manifest["kind"]
@@ -78,13 +81,15 @@ class Source:
             self.groups.setdefault(shard.language, []).append(shard)
         if unknown := [language for language in self.groups if not is_language_code(language)]:
             raise UserError(
-                f"{base}: its manifest takes {', '.join(unknown[:3])} for languages, which are no language codes; "
-                f"make it anew: {index_command(base, self.kind)} --language CODE"
+                f"{base}: its manifest takes {', '.join(unknown[:3])} for languages, which are no language "
+                f"codes; make it anew: {index_command(base, self.kind)} --language CODE"
             )
         for language, shards in self.groups.items():
             if not sum(shard.samples for shard in shards):
                 raise UserError(f"{base}: language {language!r} has no samples")
-        self.starts = {lang: np.cumsum([0] + [s.samples for s in group]) for lang, group in self.groups.items()}
+        self.starts = {
+            lang: np.cumsum([0] + [s.samples for s in group]) for lang, group in self.groups.items()
+        }
         self._opened: OrderedDict[str, Shard] = OrderedDict()
         if not is_remote(self.base):
             self._check_files(verify)
@@ -95,12 +100,15 @@ class Source:
         except UserError as error:
             if is_remote(self.base):
                 raise
-            raise UserError(f"{error}; for a folder of tars, `{index_command(self.base, kind or 'KIND')}` makes one") from None
+            raise UserError(
+                f"{error}; for a folder of tars, `{index_command(self.base, kind or 'KIND')}` makes one"
+            ) from None
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             if manifest["format"] != 1 or manifest["kind"] not in KINDS or not manifest["shards"]:
                 raise ValueError(
-                    f"format {manifest['format']}, kind {manifest['kind']!r}, {len(manifest['shards'])} shards"
+                    f"format {manifest['format']}, kind {manifest['kind']!r}, {len(manifest['shards'])} "
+                    "shards"
                 )
             if not isinstance(manifest.get("images", []), list):
                 raise ValueError(f"images {manifest['images']!r}, wanted a list")
@@ -114,14 +122,17 @@ class Source:
             if not path.is_file():
                 raise UserError(f"{path}: this shard is in the manifest but not here")
             if path.stat().st_size != shard.bytes:
-                raise UserError(f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}; fetch it anew")
+                raise UserError(
+                    f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}; fetch it anew"
+                )
             if verify:
                 if sha256_of(path) != shard.sha256:
                     raise UserError(f"{path}: its SHA-256 is not the manifest's; fetch it anew")
                 self._open(shard, index_shard(path))
 
     def files(self) -> list[DataFile]:
-        """Return the files that are part of a run's identity: the manifest, and the shards, if they are here and not fetched."""
+        """Return the files that are part of a run's identity: the manifest, and the shards, if they are here
+        and not fetched."""
         manifest = DataFile(fetch(self.base, MANIFEST, self.cache))
         if is_remote(self.base):  # a shard is compared with the manifest when it is fetched
             return [manifest._replace(address=f"{self.base.rstrip('/')}/{MANIFEST}")]
@@ -145,7 +156,8 @@ class Source:
         return shard.sample(row, language)
 
     def row(self, language: str, number: int) -> list[np.ndarray]:
-        """Row `number` of a packed source: one array of ids (uint16 or uint32, a view of the file) per side."""
+        """Row `number` of a packed source: one array of ids (uint16 or uint32, a view of the file) per
+        side."""
         shard, row = self._locate(language, number)
         return shard.row(row, self.sides)
 
@@ -166,8 +178,12 @@ class Source:
             index = _read_index(path)
         rows = sum(sample[2] for sample in index["samples"])
         if index["bytes"] != entry.bytes or rows != entry.samples:
-            raise UserError(f"{path}: {rows} samples, the manifest says {entry.samples}; index the folder anew")
-        shard = self._opened[entry.name] = Shard(path, index, self.kind != "image_text", self.images, _is_younger(path))
+            raise UserError(
+                f"{path}: {rows} samples, the manifest says {entry.samples}; index the folder anew"
+            )
+        shard = self._opened[entry.name] = Shard(
+            path, index, self.kind != "image_text", self.images, _is_younger(path)
+        )
         if len(self._opened) > max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):
             self._opened.popitem(last=False)
         return shard
@@ -177,7 +193,8 @@ class Source:
 
 
 def _is_younger(path: Path) -> bool:
-    """Return whether a shard was written after its index: by a copy, or because another one of the same size took its place."""
+    """Return whether a shard was written after its index: by a copy, or because another one of the same size
+    took its place."""
     index = index_path(path)
     return index.exists() and path.stat().st_mtime_ns >= index.stat().st_mtime_ns
 
@@ -192,14 +209,23 @@ def _read_index(path: Path) -> dict:
             raise ValueError(f"format {index['format']}")
         return {"bytes": index["bytes"], "samples": index["samples"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index_path(path)}: no index of this format ({error}); index the folder anew") from error
+        raise UserError(
+            f"{index_path(path)}: no index of this format ({error}); index the folder anew"
+        ) from error
 
 
 class Shard:
-    """One open shard; `images`: extensions that are images (`samples`); `check`: compare each image that is read with the hash in
-    the index. Offsets are kept in arrays: about 100 bytes a sample."""
+    """One open shard; `images`: extensions that are images (`samples`); `check`: compare each image that is
+    read with the hash in the index. Offsets are kept in arrays: about 100 bytes a sample."""
 
-    def __init__(self, path: Path, index: dict, packed: bool, images: tuple[str, ...] | None = None, check: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        index: dict,
+        packed: bool,
+        images: tuple[str, ...] | None = None,
+        check: bool = False,
+    ):
         self.path, self.images, self.check, samples = path, images, check, index["samples"]
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the shard
         if packed:
@@ -213,7 +239,9 @@ class Shard:
         self.extensions = sorted({extension for sample in samples for extension in sample[1]})
         codes = {extension: code for code, extension in enumerate(self.extensions)}
         self.firsts = np.cumsum([0] + [len(sample[1]) for sample in samples])
-        places = [(codes[extension], *place, -1) for sample in samples for extension, place in sample[1].items()]
+        places = [
+            (codes[extension], *place, -1) for sample in samples for extension, place in sample[1].items()
+        ]
         self.places = np.array([place[:4] for place in places], np.int64)
 
     def __del__(self):
@@ -223,12 +251,16 @@ class Shard:
     def pread(self, offset: int, size: int) -> bytes:
         data = os.pread(self.file.fileno(), size, offset)
         if len(data) != size:
-            raise UserError(f"{self.path}: {len(data)} bytes at {offset} where {size} should be; fetch it anew")
+            raise UserError(
+                f"{self.path}: {len(data)} bytes at {offset} where {size} should be; fetch it anew"
+            )
         return data
 
     def sample(self, row: int, language: str) -> Sample:
         places = self.places[self.firsts[row] : self.firsts[row + 1]].tolist()
-        return Sample(self.keys[row], {self.extensions[code]: tuple(place) for code, *place in places}, self, language)
+        return Sample(
+            self.keys[row], {self.extensions[code]: tuple(place) for code, *place in places}, self, language
+        )
 
     def row(self, row: int, sides: int) -> list[np.ndarray]:
         block = int(self.starts.searchsorted(row, "right")) - 1
@@ -241,7 +273,9 @@ class Shard:
         ids, ends = (self._array(*self.members[block][name]) for name in ("ids.npy", "ends.npy"))
         cuts = np.concatenate([np.zeros(1, np.uint32), ends.reshape(-1)])
         if ends.shape[1:] != (sides,) or cuts[-1] != len(ids) or (cuts[1:] <= cuts[:-1]).any():
-            raise UserError(f"{self.path}: block {block} is damaged, its ends do not fit its ids; pack it anew")
+            raise UserError(
+                f"{self.path}: block {block} is damaged, its ends do not fit its ids; pack it anew"
+            )
         self.blocks[block] = ids, cuts
         return ids, cuts
 

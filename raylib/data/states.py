@@ -23,7 +23,8 @@ from raylib.ragged import Ragged
 
 
 class States:
-    """The folder that `write_states` made. May be sent to loader processes: files are mapped where they are first read."""
+    """The folder that `write_states` made. May be sent to loader processes: files are mapped where they are
+    first read."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -48,22 +49,31 @@ class States:
         values = torch.from_numpy(np.concatenate(parts))
         if not is_finite(values):
             bad = next(name for name, part in zip(names, parts, strict=True) if not is_finite(part))
-            file, advice = self.folder / f"states-{self.rows[bad][0]}.bin", f"delete {self.folder}, they are made again"
+            file, advice = (
+                self.folder / f"states-{self.rows[bad][0]}.bin",
+                f"delete {self.folder}, they are made again",
+            )
             raise UserError(f"{file}: states of {bad} are not finite (NaN or infinite); {advice}")
         return Ragged(values, torch.tensor([len(part) for part in parts]))
 
     def _read(self, worker: int, first: int, tokens: int) -> np.ndarray:
         if worker not in self._maps:
             *shape, dtype = self.shapes[worker]
-            self._maps[worker] = np.memmap(self.folder / f"states-{worker}.bin", dtype, "r", shape=tuple(shape))
+            self._maps[worker] = np.memmap(
+                self.folder / f"states-{worker}.bin", dtype, "r", shape=tuple(shape)
+            )
         return self._maps[worker][first : first + tokens]
 
 
 def write_states(
-    folder: Path, names: Sequence[str], encode: Callable[[Sequence[str]], Ragged], batch: int, dtype: torch.dtype = torch.float32
+    folder: Path,
+    names: Sequence[str],
+    encode: Callable[[Sequence[str]], Ragged],
+    batch: int,
+    dtype: torch.dtype = torch.float32,
 ) -> States:
-    """`encode` all items `names` (unique), `batch` at a time, into `folder`; every worker does its share, and all wait
-    for all. The folder appears whole: one that is there already is taken as it is.
+    """`encode` all items `names` (unique), `batch` at a time, into `folder`; every worker does its share, and
+    all wait for all. The folder appears whole: one that is there already is taken as it is.
 
     Args:
         encode: items -> their states (T, d) on any device.
@@ -72,13 +82,15 @@ def write_states(
     Raises:
         NotFinite: states of an item are not finite, or too large for `dtype`.
     """
-    write_whole(folder, lambda out, rank, world: _write_share(out, rank, names[rank::world], encode, batch, dtype))
+    write_whole(
+        folder, lambda out, rank, world: _write_share(out, rank, names[rank::world], encode, batch, dtype)
+    )
     return States(folder)
 
 
 def write_whole(folder: Path, write: Callable[[Path, int, int], None]) -> None:
-    """Every worker does its share, `write(out, rank, world)`, and all wait for all. The folder appears whole: one that is there
-    already is taken as it is; while another run is at it, it is waited for.
+    """Every worker does its share, `write(out, rank, world)`, and all wait for all. The folder appears whole:
+    one that is there already is taken as it is; while another run is at it, it is waited for.
 
     Raises:
         NotFinite: on all workers, what `write` raised on one of them; the folder is not there then.
@@ -149,7 +161,9 @@ def _write_share(folder: Path, worker: int, names, encode, batch: int, dtype: to
             if not is_finite(values):
                 rows_of = zip(chunk, values.split(states.lengths.tolist()), strict=True)
                 bad = next(name for name, row in rows_of if not is_finite(row))
-                raise NotFinite(f"states of {bad}: not finite (NaN or infinite) in {str(dtype).removeprefix('torch.')}")
+                raise NotFinite(
+                    f"states of {bad}: not finite (NaN or infinite) in {str(dtype).removeprefix('torch.')}"
+                )
             width = values.shape[1]
             for name, length in zip(chunk, states.lengths.tolist(), strict=True):
                 rows[name] = (tokens, length)

@@ -35,21 +35,24 @@ class TarScan:
         hashes: also hash the file and every image in it; else only headers are read.
 
     Attributes:
-        samples: {key: {extension: place}} in the order in which keys first occur. As in WebDataset, the key is
-            what stands before the first dot of a file's name, folders included, the extension (lower case) what
-            follows.
+        samples: {key: {extension: place}} in the order in which keys first occur. As in WebDataset, the key
+            is what stands before the first dot of a file's name, folders included, the extension (lower case)
+            what follows.
         files: {name: place} of every file, also of those that belong to no sample, and of links.
         skipped, notes: how many members were left out, and what else is worth telling; by plural nouns.
         bytes, sha256: of the file; without `hashes`, the second is "".
 
     Raises:
-        UserError: no file; no uncompressed tar; truncated; damaged; a member that cannot be indexed, or occurs twice.
+        UserError: no file; no uncompressed tar; truncated; damaged; a member that cannot be indexed, or
+            occurs twice.
     """
 
     def __init__(self, path: Path | str, hashes: bool = True):
         self.path, self.hashes = Path(path), hashes
         if not self.path.is_file():
-            raise UserError(f"{path}: no file, but a folder, or a link to nothing; take it away or give its files")
+            raise UserError(
+                f"{path}: no file, but a folder, or a link to nothing; take it away or give its files"
+            )
         self.bytes = self.path.stat().st_size
         self.samples: dict[str, dict[str, Place]] = {}
         self.skipped, self.notes = Counter(), Counter()
@@ -92,7 +95,8 @@ class TarScan:
         return end
 
     def _skip_zeros(self, end: int) -> int:
-        """Return where the next tar begins after the end blocks at `end`: the size of the file, if there is none."""
+        """Return where the next tar begins after the end blocks at `end`: the size of the file, if there is
+        none."""
         if end >= self.bytes:
             self.notes[UNENDED] += 1
             return self.bytes
@@ -165,8 +169,8 @@ class TarScan:
         members = self.samples[key]
         if extension in members:
             raise UserError(
-                f"{self.path}: member {name!r} occurs twice, at bytes {members[extension][0]} and {place[0]}; "
-                "each sample needs a key of its own, write the tar anew"
+                f"{self.path}: member {name!r} occurs twice, at bytes {members[extension][0]} and "
+                f"{place[0]}; each sample needs a key of its own, write the tar anew"
             )
         members[extension] = place
         if not place[1]:
@@ -203,8 +207,8 @@ class TarScan:
                 target, steps = self._symlinks[target], steps + 1
             if target not in self.files:
                 raise UserError(
-                    f"{self.path}: member {name!r} is a symbolic link to {target!r}, which is no file of this "
-                    "tar; write it anew with --dereference"
+                    f"{self.path}: member {name!r} is a symbolic link to {target!r}, which is no file of "
+                    "this tar; write it anew with --dereference"
                 )
             self.files[name] = self.files[target]
             self._put(name, key, extension, self.files[name])

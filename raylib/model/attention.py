@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from raylib.ragged import Plan, Ragged, plan_attention
 
-# cuDNN, PyTorch's first choice on Hopper, builds a graph for each new shape, and packed batches bring new lengths in
-# every step: on an H100 a step of `base` took 38 s with it and 0.54 s without (benchmarks/results/gpu.jsonl). The setting
-# is the process's, so it holds for evaluation and for the encoders of `transformers` too.
+# cuDNN, PyTorch's first choice on Hopper, builds a graph for each new shape, and packed batches bring new
+# lengths in every step: on an H100 a step of `base` took 38 s with it and 0.54 s without
+# (benchmarks/results/gpu.jsonl). The setting is the process's, so it holds for evaluation and for the
+# encoders of `transformers` too.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class Attention(nn.Module):
-    """Multi-head attention. Keys and values are projected by `key_value`, apart from the call, so that a condition
-    that many rows attend to is projected once."""
+    """Multi-head attention. Keys and values are projected by `key_value`, apart from the call, so that a
+    condition that many rows attend to is projected once."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -33,7 +34,8 @@ class Attention(nn.Module):
         d, h = x.shape[1], self.heads
         queries = self.query(x)
         if x.device.type == "cpu" and queries.dtype == torch.bfloat16:
-            # PyTorch's CPU kernel takes ten times as long backward in bf16 as in float32 (`benchmarks/README.md`)
+            # PyTorch's CPU kernel takes ten times as long backward in bf16 as in float32
+            # (`benchmarks/README.md`)
             queries, key_value = queries.float(), key_value.float()
         if plan.cells is not None:
             queries = queries.index_select(0, plan.cells)
@@ -45,15 +47,17 @@ class Attention(nn.Module):
                 if q:
                     mine = mine.view(n, q, h, d // h).transpose(1, 2)
                     keys, values = theirs.view(n, s, 2, h, d // h).permute(2, 0, 3, 1, 4)
-                    run = F.scaled_dot_product_attention(mine, keys, values, dropout_p=dropout, is_causal=plan.causal)
+                    run = F.scaled_dot_product_attention(
+                        mine, keys, values, dropout_p=dropout, is_causal=plan.causal
+                    )
                     out.append(run.transpose(1, 2).reshape(n * q, d))
         out = torch.cat(out)
         return self.output(out if plan.place is None else out.index_select(0, plan.place))
 
 
 class Block(nn.Module):
-    """Self-attention, pluggable cross-attention, feed-forward; layer norm after each residual, as in BERT and XLM-R
-    (paper 2, figure 2)."""
+    """Self-attention, pluggable cross-attention, feed-forward; layer norm after each residual, as in BERT and
+    XLM-R (paper 2, figure 2)."""
 
     def __init__(self, width: int, heads: int, feedforward: int, dropout: float, eps: float, cross: bool):
         super().__init__()
@@ -67,8 +71,11 @@ class Block(nn.Module):
         self.output_norm = nn.LayerNorm(width, eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, plan: Plan, condition: tuple[Tensor, Plan] | None = None, read: Tensor | None = None) -> Tensor:
-        """x (T, d) -> (T, d), or (R, d) at the tokens `read` (R,) alone, which are then those that `plan` has as queries.
+    def forward(
+        self, x: Tensor, plan: Plan, condition: tuple[Tensor, Plan] | None = None, read: Tensor | None = None
+    ) -> Tensor:
+        """x (T, d) -> (T, d), or (R, d) at the tokens `read` (R,) alone, which are then those that `plan` has
+        as queries.
 
         `condition` is (projected keys and values (C, 2d), plan); None skips the cross-attention.
         """
@@ -82,10 +89,14 @@ class Block(nn.Module):
         order = rows.lengths.argsort(stable=True)
         sorted_rows, place = rows.take(order), order.to(x.device)
         plan = plan_attention(sorted_rows.lengths, torch.ones_like(order), x.device)
-        made = self._finish(x.index_select(0, place), self.attention.key_value(sorted_rows.values), plan, None)
+        made = self._finish(
+            x.index_select(0, place), self.attention.key_value(sorted_rows.values), plan, None
+        )
         return made.index_select(0, place.argsort())
 
-    def _finish(self, x: Tensor, key_value: Tensor, plan: Plan, condition: tuple[Tensor, Plan] | None) -> Tensor:
+    def _finish(
+        self, x: Tensor, key_value: Tensor, plan: Plan, condition: tuple[Tensor, Plan] | None
+    ) -> Tensor:
         """Tokens that ask (R, d) and what self-attention sees -> (R, d)."""
         x = self.attention_norm(x + self.dropout(self.attention(x, key_value, plan)))
         if condition is not None:
@@ -95,9 +106,10 @@ class Block(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """Normal weights of variance 1 / inputs, zero biases; embeddings of half that deviation, since they are also the
-    decoder of the masked-language head. Use with `Module.apply`. At width 768 this is near BERT's 0.02; at `tiny`'s
-    width 0.02 would all but close the residual branches, and learning takes three times as long (README)."""
+    """Normal weights of variance 1 / inputs, zero biases; embeddings of half that deviation, since they are
+    also the decoder of the masked-language head. Use with `Module.apply`. At width 768 this is near BERT's
+    0.02; at `tiny`'s width 0.02 would all but close the residual branches, and learning takes three times as
+    long (README)."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
         if module.bias is not None:

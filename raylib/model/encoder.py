@@ -11,21 +11,22 @@ from raylib.errors import UserError
 from raylib.model.attention import Block
 from raylib.ragged import Plan, Ragged, join_rows, plan_attention
 
-# On a CPU, rows run in chunks whose widest activation is so many floats: larger ones leave the cache, and malloc maps
-# and unmaps them page by page.
+# On a CPU, rows run in chunks whose widest activation is so many floats: larger ones leave the cache, and
+# malloc maps and unmaps them page by page.
 CHUNK = 2**23
 
 
 class Condition(NamedTuple):
-    """What rows attend to: `states` of images or sentences, and for each text row the state row (n,) it sees (CPU)."""
+    """What rows attend to: `states` of images or sentences, and for each text row the state row (n,) it sees
+    (CPU)."""
 
     states: Ragged
     rows: Tensor
 
 
 class TextEmbedding(nn.Module):
-    """Word and position embeddings, layer norm. Token types, where a checkpoint has them, are folded into the positions
-    (`raylib.model.load`): every text here is of type 0."""
+    """Word and position embeddings, layer norm. Token types, where a checkpoint has them, are folded into the
+    positions (`raylib.model.load`): every text here is of type 0."""
 
     def __init__(self, vocabulary: int, positions: int, width: int, dropout: float, eps: float):
         super().__init__()
@@ -49,16 +50,20 @@ class Encoder(nn.Module):
     """A stack of `Block`s over ragged rows.
 
     With `cross` the blocks attend to the condition by layers of their own; without (the paper's ablation "w/o
-    uni-arch") a condition is appended to the row and one self-attention sees both. With `causal` (set on a copy by
-    `finetune.decoder`) a token sees nothing of its row that comes after it, and all tokens are read.
+    uni-arch") a condition is appended to the row and one self-attention sees both. With `causal` (set on a
+    copy by `finetune.decoder`) a token sees nothing of its row that comes after it, and all tokens are read.
     """
 
     causal = False
 
-    def __init__(self, layers: int, width: int, heads: int, feedforward: int, dropout: float, eps: float, cross: bool):
+    def __init__(
+        self, layers: int, width: int, heads: int, feedforward: int, dropout: float, eps: float, cross: bool
+    ):
         super().__init__()
         self.cross = cross
-        self.blocks = nn.ModuleList(Block(width, heads, feedforward, dropout, eps, cross) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, feedforward, dropout, eps, cross) for _ in range(layers)
+        )
 
     def forward(self, text: Ragged, read: Tensor | None = None, condition: Condition | None = None) -> Tensor:
         """States after the last block.
@@ -76,7 +81,9 @@ class Encoder(nn.Module):
         device = text.values.device
         assert read is None or not self.causal, "a causal mask lines up with all queries alone"
         read = torch.ones(len(text.values), dtype=torch.bool) if read is None else read
-        projected = [b.cross_attention.key_value(condition.states.values) for b in self.blocks] if condition else []
+        projected = (
+            [b.cross_attention.key_value(condition.states.values) for b in self.blocks] if condition else []
+        )
         outputs, places = [], []
         for rows in self._chunks(text.lengths, device):
             tokens = text.tokens(rows)
@@ -109,12 +116,17 @@ class Encoder(nn.Module):
         chunk = (lengths[rows].cumsum(0) - 1) // size
         return list(rows.split(chunk.unique_consecutive(return_counts=True)[1].tolist()))
 
-    def _run(self, text: Ragged, read: Tensor, condition: Condition | None, projected: list[Tensor]) -> Tensor:
-        """All blocks over rows of ascending length -> (R, d). `projected`: the condition's keys and values, by block."""
+    def _run(
+        self, text: Ragged, read: Tensor, condition: Condition | None, projected: list[Tensor]
+    ) -> Tensor:
+        """All blocks over rows of ascending length -> (R, d). `projected`: the condition's keys and values,
+        by block."""
         device, x, lengths = text.values.device, text.values, text.lengths
         whole = bool(read.all())
         columns = None if whole else read.nonzero().squeeze(1).to(device, non_blocking=True)
-        counts = lengths if whole else read.cumsum(0)[lengths.cumsum(0) - 1].diff(prepend=lengths.new_zeros(1))
+        counts = (
+            lengths if whole else read.cumsum(0)[lengths.cumsum(0) - 1].diff(prepend=lengths.new_zeros(1))
+        )
         # queries of the first layers, of the last: which may be the same, or the only one
         asked = [counts] if whole or len(self.blocks) == 1 else [lengths, counts]
         plans = [plan_attention(lengths, n, device)._replace(causal=self.causal) for n in asked]
@@ -133,19 +145,23 @@ class Encoder(nn.Module):
 def check_layers(layers: Sequence[int], model: nn.Module) -> None:
     """Raises UserError: `layers` are not some of the layers of `model`, rising."""
     if not layers or any(low >= high for low, high in pairwise([0, *layers, model.depths + 1])):
-        raise UserError(f"layers {list(layers)}: {model.kind} has layers 1 to {model.depths}; name some, each once, rising")
+        raise UserError(
+            f"layers {list(layers)}: {model.kind} has layers 1 to {model.depths}; name some, each once, "
+            "rising"
+        )
 
 
 def _order(condition: Condition) -> tuple[Tensor, Tensor]:
-    """The condition's rows that are seen, by ascending length (m,), and for each text row its place among them (n,)."""
+    """The condition's rows that are seen, by ascending length (m,), and for each text row its place among
+    them (n,)."""
     seen, place = condition.rows.unique(return_inverse=True)
     order = condition.states.lengths[seen].argsort(stable=True)
     return seen[order], order.argsort()[place]
 
 
 def _plan_cross(keys: Tensor, rows: Tensor, counts: Tensor, device: torch.device) -> Plan:
-    """Plan for condition rows with so many `keys` (m,): all text rows that see one of them ask together. `rows` (n,): the
-    condition row that each text row sees; `counts` (n,): its queries."""
+    """Plan for condition rows with so many `keys` (m,): all text rows that see one of them ask together.
+    `rows` (n,): the condition row that each text row sees; `counts` (n,): its queries."""
     queries = torch.zeros_like(keys).index_add_(0, rows, counts)
     tokens = Ragged(rows, counts).tokens(rows.argsort(stable=True))
     return plan_attention(keys, queries, device, tokens)

@@ -23,7 +23,9 @@ def find_model(path: Path | str) -> Path:
         if newest is None:
             raise UserError(f"{path}: this run has no checkpoint yet")
         return newest
-    raise UserError(f"{path}: neither a model folder nor a run; give runs/NAME, or a folder written by export")
+    raise UserError(
+        f"{path}: neither a model folder nor a run; give runs/NAME, or a folder written by export"
+    )
 
 
 def find_tokenizer(model: Path) -> Path:
@@ -44,7 +46,9 @@ def write_model(model: nn.Module, description: dict[str, Any], folder: Path) -> 
     weights = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
     require_finite_file(folder / "model.safetensors", weights)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     save_file(weights, folder / "model.safetensors")
 
 
@@ -58,7 +62,9 @@ def fill(model: nn.Module, folder: Path) -> nn.Module:
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
-        raise UserError(f"{folder}/model.safetensors does not fit the model: {' '.join(str(e).split())}") from None
+        raise UserError(
+            f"{folder}/model.safetensors does not fit the model: {' '.join(str(e).split())}"
+        ) from None
     return model
 
 

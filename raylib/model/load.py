@@ -1,9 +1,11 @@
-"""Initialise a unified model from XLM-R, BERT, ViT or Swin folders in Hugging Face format (paper 2, section 4.1).
+"""Initialise a unified model from XLM-R, BERT, ViT or Swin folders in Hugging Face format (paper 2, section
+4.1).
 
-The first N_L text layers become the text encoder, the last N_C the unified encoder (or those that are asked for); its
-cross-attention starts as a copy of the self-attention of its layer. The masked-language head comes from `lm_head`
-(XLM-R) or `cls.predictions` (BERT), and stays as initialised where a checkpoint has neither. Every tensor of the
-checkpoint is used, or is named as expected to be unused; anything else is an error that lists it.
+The first N_L text layers become the text encoder, the last N_C the unified encoder (or those that are asked
+for); its cross-attention starts as a copy of the self-attention of its layer. The masked-language head comes
+from `lm_head` (XLM-R) or `cls.predictions` (BERT), and stays as initialised where a checkpoint has neither.
+Every tensor of the checkpoint is used, or is named as expected to be unused; anything else is an error that
+lists it.
 """
 
 import json
@@ -23,7 +25,13 @@ from raylib.model.taken import Taken
 from raylib.model.unified import ModelConfig, UnifiedModel
 from raylib.model.vision import interpolate
 
-UNUSED_TEXT = [r"pooler\.", r"embeddings\.position_ids", r"cls\.seq_relationship\.", r"classifier\.", r"qa_outputs\."]
+UNUSED_TEXT = [
+    r"pooler\.",
+    r"embeddings\.position_ids",
+    r"cls\.seq_relationship\.",
+    r"classifier\.",
+    r"qa_outputs\.",
+]
 TIED = [r"lm_head\.decoder\.(weight|bias)", r"cls\.predictions\.decoder\.(weight|bias)"]
 UNUSED_VISION = [r"pooler\.", r"classifier\."]
 SIZES = {  # ours -> those of config.json
@@ -39,8 +47,8 @@ log = logging.getLogger(__name__)
 
 
 def text_config(folder: Path | str, vision: Path | str | None = None) -> ModelConfig:
-    """Sizes of a unified model for an XLM-R or BERT folder: the first half of its layers text, the second fusion, and an
-    image encoder like the ViT folder `vision`, or, without one, as deep as the text encoder.
+    """Sizes of a unified model for an XLM-R or BERT folder: the first half of its layers text, the second
+    fusion, and an image encoder like the ViT folder `vision`, or, without one, as deep as the text encoder.
 
     Raises:
         UserError: no config.json, or one without these sizes; a ViT of another width or other heads.
@@ -48,7 +56,9 @@ def text_config(folder: Path | str, vision: Path | str | None = None) -> ModelCo
     config = _read_config(Path(folder))
     missing = {*SIZES.values(), "num_hidden_layers", "max_position_embeddings"} - config.keys()
     if missing:
-        raise UserError(f"{folder}/config.json: no {', '.join(sorted(missing))}; give an XLM-R or BERT folder")
+        raise UserError(
+            f"{folder}/config.json: no {', '.join(sorted(missing))}; give an XLM-R or BERT folder"
+        )
     layers = config["num_hidden_layers"]
     sizes = {ours: config[theirs] for ours, theirs in SIZES.items()} | {
         "positions": config["max_position_embeddings"] - first_position(config),
@@ -62,19 +72,25 @@ def text_config(folder: Path | str, vision: Path | str | None = None) -> ModelCo
             raise UserError(f"{vision}/config.json: no {', '.join(sorted(missing))}; give a ViT folder")
         theirs, ours = (seen["hidden_size"], seen["num_attention_heads"]), (sizes["width"], sizes["heads"])
         if theirs != ours:
-            raise UserError(f"{vision}: width and heads {theirs}, those of {folder} are {ours}; give a ViT of the same")
+            raise UserError(
+                f"{vision}: width and heads {theirs}, those of {folder} are {ours}; give a ViT of the same"
+            )
         sizes |= {name: seen[their] for name, their in VISION_SIZES.items()}
     return build(ModelConfig, sizes, f"{folder}/config.json")
 
 
 def load_text(
-    model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] = (), layers: tuple[int, ...] | None = None
+    model: UnifiedModel,
+    folder: Path | str,
+    unused: tuple[str, ...] = (),
+    layers: tuple[int, ...] | None = None,
 ) -> None:
     """Fill the text path of `model` from an XLM-R- or BERT-like checkpoint folder.
 
     Args:
         unused: regular expressions of further checkpoint keys that may stay unused.
-        layers: of the checkpoint, from 0: one for each text layer, then one for each layer of the unified encoder; a layer
+        layers: of the checkpoint, from 0: one for each text layer, then one for each layer of the unified
+        encoder; a layer
             may serve twice. None: the first ones, then the last ones.
     Raises:
         UserError: no weights in the folder; tensors missing, left over or of another shape (they are listed).
@@ -88,7 +104,9 @@ def load_text(
     layers = _choose_layers(model.config, there, folder) if layers is None else layers
     blocks = len(model.text.blocks) + len(model.fusion.blocks)
     if len(layers) != blocks or not all(0 <= layer < there for layer in layers):
-        raise UserError(f"{folder}: layers {list(layers)} of its {there}; {blocks} from 0 to {there - 1} are wanted")
+        raise UserError(
+            f"{folder}: layers {list(layers)} of its {there}; {blocks} from 0 to {there - 1} are wanted"
+        )
     copy_text(taken, model, first_position(config), layers)
     others = [rf"encoder\.layer\.{layer}\." for layer in range(there) if layer not in layers]
     taken.finish([*UNUSED_TEXT, *others, *TIED, *unused])
@@ -98,8 +116,9 @@ def copy_text(taken: Taken, model: UnifiedModel, first: int, layers: tuple[int, 
     """The text path from tensors `embeddings.*`, `encoder.layer.N.*` and those of a masked-language head.
 
     Args:
-        first: row of the position embeddings that a sentence starts at. layers: as in `load_text`; where one has a
-            `crossattention`, that of the unified encoder is a copy of it, and not of its self-attention.
+        first: row of the position embeddings that a sentence starts at. layers: as in `load_text`; where one
+            has a `crossattention`, that of the unified encoder is a copy of it, and not of its
+            self-attention.
     """
     with torch.no_grad():
         taken.copy(model.embedding.word.weight, "embeddings.word_embeddings.weight")
@@ -107,8 +126,10 @@ def copy_text(taken: Taken, model: UnifiedModel, first: int, layers: tuple[int, 
         token_type = taken("embeddings.token_type_embeddings.weight")[0]
         place = model.embedding.position.weight
         if len(positions) < len(place):
-            raise UserError(f"{taken.folder}: {len(positions)} positions, the model wants {len(place)}; "
-                            f"set model.positions={len(positions)}")  # fmt: skip
+            raise UserError(
+                f"{taken.folder}: {len(positions)} positions, the model wants {len(place)}; "
+                f"set model.positions={len(positions)}"
+            )
         place.copy_(positions[: len(place)] + token_type)
         taken.copy_layer(model.embedding.norm, "embeddings.LayerNorm")
         for block, layer in zip([*model.text.blocks, *model.fusion.blocks], layers, strict=True):
@@ -120,13 +141,16 @@ def _choose_layers(config: ModelConfig, there: int, folder: Path | str) -> tuple
     """The first layers of `there` for the text encoder, the last for the unified one."""
     text, fusion = config.text_layers, config.fusion_layers
     if there < text + fusion:
-        raise UserError(f"{folder}: {there} layers, the model wants {text + fusion}; set model.text_layers and fusion_layers")
+        raise UserError(
+            f"{folder}: {there} layers, the model wants {text + fusion}; set model.text_layers and "
+            "fusion_layers"
+        )
     return (*range(text), *range(there - fusion, there))
 
 
 def load_vision(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] = ()) -> None:
-    """Fill the image encoder of `model` from a ViT checkpoint folder, or a Swin one; position embeddings are interpolated
-    (bicubic) to the model's resolution. Arguments and errors as in `load_text`."""
+    """Fill the image encoder of `model` from a ViT checkpoint folder, or a Swin one; position embeddings are
+    interpolated (bicubic) to the model's resolution. Arguments and errors as in `load_text`."""
     if model.config.swin:
         _load_swin(model, folder, unused)
         return
@@ -145,7 +169,9 @@ def copy_vision(taken: Taken, model: UnifiedModel) -> None:
     vision = model.vision
     with torch.no_grad():
         vision.cls.copy_(taken("embeddings.cls_token").view(-1))
-        vision.position.copy_(interpolate(taken("embeddings.position_embeddings")[0], len(vision.position) - 1))
+        vision.position.copy_(
+            interpolate(taken("embeddings.position_embeddings")[0], len(vision.position) - 1)
+        )
         kernel = taken("embeddings.patch_embeddings.projection.weight")  # (d, 3, P, P) -> (d, P, P, 3)
         vision.patch_embedding.weight.copy_(kernel.permute(0, 2, 3, 1).reshape(len(kernel), -1))
         taken.copy(vision.patch_embedding.bias, "embeddings.patch_embeddings.projection.bias")
@@ -176,8 +202,8 @@ def _load_swin(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...])
 
 
 def copy_swin(taken: Taken, model: UnifiedModel) -> None:
-    """The image encoder, a Swin, from tensors named as in `transformers`; biases of relative positions are interpolated to
-    the model's windows."""
+    """The image encoder, a Swin, from tensors named as in `transformers`; biases of relative positions are
+    interpolated to the model's windows."""
     with torch.no_grad():
         for name, value in model.vision.swin.state_dict().items():
             if name.endswith("relative_position_bias_table") and name in taken.weights:
@@ -186,8 +212,8 @@ def copy_swin(taken: Taken, model: UnifiedModel) -> None:
 
 
 def load_encoders(folder: Path | str, vision: Path | str | None = None) -> UnifiedModel:
-    """A unified model as large as the XLM-R or BERT folder, filled from it; its image encoder is `vision`, a ViT folder, or
-    random."""
+    """A unified model as large as the XLM-R or BERT folder, filled from it; its image encoder is `vision`, a
+    ViT folder, or random."""
     model = UnifiedModel(text_config(folder, vision))
     load_text(model, folder)
     if vision:
@@ -196,8 +222,8 @@ def load_encoders(folder: Path | str, vision: Path | str | None = None) -> Unifi
 
 
 def copy_block(taken: Taken, block: nn.Module, layer: int) -> None:
-    """A block from the tensors `encoder.layer.LAYER.*`; its cross-attention, where the checkpoint has none, from that of self-
-    attention."""
+    """A block from the tensors `encoder.layer.LAYER.*`; its cross-attention, where the checkpoint has none,
+    from that of self- attention."""
     at = f"encoder.layer.{layer}"
     attentions = [(block.attention, block.attention_norm, "attention")]
     if hasattr(block, "cross_attention"):
@@ -218,7 +244,9 @@ def _copy_masked_head(taken: Taken, model: UnifiedModel) -> None:
     elif any(name.startswith("cls.predictions.") for name in taken.weights):
         lm, transform, norm = "cls.predictions", "cls.predictions.transform", "LayerNorm"
     else:
-        log.warning("%s: no masked-language head (lm_head or cls.predictions); it stays as initialised", taken.folder)
+        log.warning(
+            "%s: no masked-language head (lm_head or cls.predictions); it stays as initialised", taken.folder
+        )
         return
     taken.copy_layer(head.dense, f"{transform}.dense")
     taken.copy_layer(head.norm, f"{transform}.{norm}")

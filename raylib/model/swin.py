@@ -1,4 +1,5 @@
-"""Swin (Liu et al., 2021) from `transformers` as image encoder: attention in windows, patches merged from stage to stage.
+"""Swin (Liu et al., 2021) from `transformers` as image encoder: attention in windows, patches merged from
+stage to stage.
 
 Shape legend: b images, M patches of the last stage, d width.
 """
@@ -29,7 +30,9 @@ class SwinSizes(Config):
             raise ValueError(f"layers {self.layers} and heads {self.heads} do not speak of the same stages")
         for stage, heads in enumerate(self.heads):
             if self.width * 2**stage % heads:
-                raise ValueError(f"stage {stage} is {self.width * 2**stage} wide, no multiple of its {heads} heads")
+                raise ValueError(
+                    f"stage {stage} is {self.width * 2**stage} wide, no multiple of its {heads} heads"
+                )
         return self
 
     @property
@@ -39,13 +42,16 @@ class SwinSizes(Config):
 
 
 class SwinEncoder(nn.Module):
-    """Pixels to the states of M = (size / patch / merges)^2 patches, behind their mean in the place of a CLS state (CCLM).
+    """Pixels to the states of M = (size / patch / merges)^2 patches, behind their mean in the place of a CLS
+    state (CCLM).
 
-    A window is as wide as the last stage's grid, as in every published Swin: 7 patches at 224 pixels, 12 at 384.
+    A window is as wide as the last stage's grid, as in every published Swin: 7 patches at 224 pixels, 12 at
+    384.
     """
 
     def __init__(self, sizes: SwinSizes, size: int, patch: int, dropout: float, out: int, pixels: Pixels):
-        """`dropout`: the rate of stochastic depth. `out`: the width that others want. `pixels`: as in `VisionEncoder`."""
+        """`dropout`: the rate of stochastic depth. `out`: the width that others want. `pixels`: as in
+        `VisionEncoder`."""
         super().__init__()
         self.sizes, self.patch, self.dropout, self.pixels = sizes, patch, dropout, pixels
         self.swin = self._build(size)
@@ -60,7 +66,8 @@ class SwinEncoder(nn.Module):
         return states if self.output is None else self.output(states)
 
     def resize(self, size: int) -> None:
-        """Another resolution, a multiple of patch x merges: other windows, the biases of relative positions interpolated."""
+        """Another resolution, a multiple of patch x merges: other windows, the biases of relative positions
+        interpolated."""
         weights = self.swin.state_dict()
         fresh = self._build(size).to(weights["layernorm.weight"])
         for name, value in fresh.state_dict().items():
@@ -73,18 +80,28 @@ class SwinEncoder(nn.Module):
         try:
             from transformers import SwinConfig, SwinModel
         except ImportError as e:
-            raise UserError(f"a Swin image encoder wants transformers ({e}); pip install transformers==5.23.0") from e
+            raise UserError(
+                f"a Swin image encoder wants transformers ({e}); pip install transformers==5.23.0"
+            ) from e
         config = SwinConfig(
-            image_size=size, patch_size=self.patch, embed_dim=self.sizes.width, depths=list(self.sizes.layers),
-            num_heads=list(self.sizes.heads), window_size=size // (self.patch * self.sizes.merges), drop_path_rate=self.dropout,
-        )  # fmt: skip
+            image_size=size,
+            patch_size=self.patch,
+            embed_dim=self.sizes.width,
+            depths=list(self.sizes.layers),
+            num_heads=list(self.sizes.heads),
+            window_size=size // (self.patch * self.sizes.merges),
+            drop_path_rate=self.dropout,
+        )
         return SwinModel(config, add_pooling_layer=False)
 
 
 def interpolate_bias(table: Tensor, rows: int) -> Tensor:
-    """Biases ((2 w - 1)^2, heads) by relative position in a window w wide -> (rows, heads) for another window, bicubic."""
+    """Biases ((2 w - 1)^2, heads) by relative position in a window w wide -> (rows, heads) for another
+    window, bicubic."""
     old, new = round(len(table) ** 0.5), round(rows**0.5)
     if old == new:
         return table
-    grid = F.interpolate(table.T.reshape(1, -1, old, old), size=(new, new), mode="bicubic", align_corners=False)
+    grid = F.interpolate(
+        table.T.reshape(1, -1, old, old), size=(new, new), mode="bicubic", align_corners=False
+    )
     return grid.flatten(2)[0].T.contiguous()

@@ -1,4 +1,5 @@
-"""Which tensors of a checkpoint a model has taken: none may be left over, missing or of another shape unnoticed."""
+"""Which tensors of a checkpoint a model has taken: none may be left over, missing or of another shape
+unnoticed."""
 
 import re
 

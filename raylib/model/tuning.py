@@ -1,11 +1,12 @@
-"""Parameter-efficient tuning (paper 4, section 3.2): small modules inside the layers that a text passes, trained with their
-layer norms and the heads while the rest stands still.
+"""Parameter-efficient tuning (paper 4, section 3.2): small modules inside the layers that a text passes,
+trained with their layer norms and the heads while the rest stands still.
 
-A backbone's `tuning` says what was put into it, {method: settings}; `save` of a model writes it down, and `restore` builds the
-same again. The small weights are files of their own, one a language: `write` and `read` take nothing else of the model.
+A backbone's `tuning` says what was put into it, {method: settings}; `save` of a model writes it down, and
+`restore` builds the same again. The small weights are files of their own, one a language: `write` and `read`
+take nothing else of the model.
 
-Every module keeps the name of what it takes the place of, so layers are found as before; LoRA's alone, which are peft's, have
-`base_layer` in theirs.
+Every module keeps the name of what it takes the place of, so layers are found as before; LoRA's alone, which
+are peft's, have `base_layer` in theirs.
 """
 
 import json
@@ -27,7 +28,8 @@ NORMS = ("attention_norm", "cross_norm", "output_norm")  # of a block: tuned wit
 
 
 class Adapter(nn.Module):
-    """O = x + f(x W_down) W_up (equation 10), f the GELU's tanh form; weights from N(0, 0.01), as OpenDelta has them."""
+    """O = x + f(x W_down) W_up (equation 10), f the GELU's tanh form; weights from N(0, 0.01), as OpenDelta
+    has them."""
 
     def __init__(self, width: int, bottleneck: int):
         super().__init__()
@@ -42,8 +44,8 @@ class Adapter(nn.Module):
 
 
 class LowRankKronecker(nn.Module):
-    """A linear map whose matrix is sum_i A_i (x) (s_i t_i), i = 1 ... n (equation 11). The A_i belong to all such layers of a
-    model together, and are held by it (`put_compacter`)."""
+    """A linear map whose matrix is sum_i A_i (x) (s_i t_i), i = 1 ... n (equation 11). The A_i belong to all
+    such layers of a model together, and are held by it (`put_compacter`)."""
 
     def __init__(self, inputs: int, outputs: int, rule: nn.Parameter, rank: int):
         """rule: A, (n, n, n); n must divide `inputs` and `outputs`."""
@@ -82,7 +84,8 @@ class Compacter(nn.Module):
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear layer with a small module behind it: before the residual and the layer norm (Houlsby et al. 2019)."""
+    """A linear layer with a small module behind it: before the residual and the layer norm (Houlsby et al.
+    2019)."""
 
     def __init__(self, linear: nn.Linear, adapter: nn.Module):
         super().__init__(linear.in_features, linear.out_features, device="meta")
@@ -101,7 +104,10 @@ class PromptedEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         last = self.num_embeddings - 1
-        words, prompt = super().forward(ids.clamp(max=last)), F.embedding((ids - last - 1).clamp(min=0), self.prompt)
+        words, prompt = (
+            super().forward(ids.clamp(max=last)),
+            F.embedding((ids - last - 1).clamp(min=0), self.prompt),
+        )
         return torch.where((ids > last)[..., None], prompt, words)
 
 
@@ -112,23 +118,32 @@ class KeyValue(nn.Module):
         super().__init__()
         width = joint.in_features
         self.key, self.value = (nn.Linear(width, width, device="meta") for _ in range(2))
-        for half, weight, bias in zip((self.key, self.value), joint.weight.chunk(2), joint.bias.chunk(2), strict=True):
-            half.weight, half.bias = (nn.Parameter(p.detach().clone(), joint.weight.requires_grad) for p in (weight, bias))
+        for half, weight, bias in zip(
+            (self.key, self.value), joint.weight.chunk(2), joint.bias.chunk(2), strict=True
+        ):
+            half.weight, half.bias = (
+                nn.Parameter(p.detach().clone(), joint.weight.requires_grad) for p in (weight, bias)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.key(x), self.value(x)], 1)
 
 
 def put_lora(model: nn.Module, rank: int = 8, alpha: float = 16.0) -> None:
-    """W + (alpha / rank) B A in the query and value maps of self-attention (equation 12; Hu et al. 2021), through peft."""
+    """W + (alpha / rank) B A in the query and value maps of self-attention (equation 12; Hu et al. 2021),
+    through peft."""
     peft = needed("peft", "transfer")
     targets, trainable = [], [p for p in model.parameters() if p.requires_grad]
     for name, block in _blocks(model):
         if not isinstance(block.attention.key_value, KeyValue):
             block.attention.key_value = KeyValue(block.attention.key_value)
         targets += [f"{name}.attention.query", f"{name}.attention.key_value.value"]
-    peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets), model)
-    for parameter in trainable:  # peft has frozen all but its own; what else stands still is decided elsewhere
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets), model
+    )
+    for (
+        parameter
+    ) in trainable:  # peft has frozen all but its own; what else stands still is decided elsewhere
         parameter.requires_grad_(True)
 
 
@@ -141,34 +156,47 @@ def put_compacter(model: nn.Module, n: int = 4, reduction: int = 16, rank: int =
     """A `Compacter` in the same places, its bottleneck 1 / `reduction` of the width."""
     width = next(block.attention.query.in_features for _, block in _blocks(model))
     if width % reduction or (width // reduction) % n:
-        raise UserError(f"strategies.compacter: width {width} / reduction {reduction} is no multiple of n {n}; choose others")
+        raise UserError(
+            f"strategies.compacter: width {width} / reduction {reduction} is no multiple of n {n}; choose "
+            "others"
+        )
     model.kronecker = nn.Parameter(torch.randn(n, n, n) * 0.01)
     _behind_outputs(model, lambda width: Compacter(width, width // reduction, model.kronecker, rank))
 
 
 def put_soft_prompt(model: nn.Module, start: Sequence[int] = (), tokens: int = 20) -> None:
-    """Trainable tokens: those of the ids `start` to begin with, or else so many from N(0, 0.02). Their ids come after the
-    vocabulary's."""
+    """Trainable tokens: those of the ids `start` to begin with, or else so many from N(0, 0.02). Their ids
+    come after the vocabulary's."""
     embedding = text_embedding(model)
     words = embedding.word
-    prompt = words.weight[list(start)].detach().clone() if start else 0.02 * torch.randn(tokens, words.embedding_dim)
+    prompt = (
+        words.weight[list(start)].detach().clone()
+        if start
+        else 0.02 * torch.randn(tokens, words.embedding_dim)
+    )
     embedding.word = PromptedEmbedding(words, prompt)
 
 
 PUT: dict[str, Callable[..., None]] = {
-    "lora": put_lora, "adapter": put_adapter, "compacter": put_compacter, "soft_prompt": put_soft_prompt,
-}  # fmt: skip
+    "lora": put_lora,
+    "adapter": put_adapter,
+    "compacter": put_compacter,
+    "soft_prompt": put_soft_prompt,
+}
 
 
 def put(model: nn.Module, method: str, settings: Mapping[str, Any]) -> None:
-    """Put `method` into the model, and note it in its backbone's `tuning`. New modules start where the model is.
+    """Put `method` into the model, and note it in its backbone's `tuning`. New modules start where the model
+    is.
 
     Raises:
         UserError: a backbone whose layers are not ours (CLIP).
     """
     backbone = _backbone(model)
     if not _blocks(backbone):
-        raise UserError(f"strategies.{method}: {backbone.kind} has no layers of ours to put it into; leave it out")
+        raise UserError(
+            f"strategies.{method}: {backbone.kind} has no layers of ours to put it into; leave it out"
+        )
     weight = next(backbone.parameters())
     PUT[method](backbone, **settings)
     backbone.to(weight)
@@ -193,8 +221,9 @@ def is_small(name: str) -> bool:
 
 
 def freeze_the_rest(model: nn.Module, projection: bool = True) -> None:
-    """Take out of training all but the small modules, the layer norms of the blocks, and the heads; without `projection` also
-    the map from a text's state to where it meets pictures. What was out of training stays out."""
+    """Take out of training all but the small modules, the layer norms of the blocks, and the heads; without
+    `projection` also the map from a text's state to where it meets pictures. What was out of training stays
+    out."""
     for name, parameter in model.named_parameters():
         if not (is_small(name) or _stays(model, name, projection)):
             parameter.requires_grad_(False)
@@ -209,7 +238,8 @@ def _stays(model: nn.Module, name: str, projection: bool) -> bool:
 
 
 def shares(model: nn.Module) -> tuple[float, float]:
-    """Trainable parameters as a share of the text encoder's own: (without what lies outside of its layers, with it)."""
+    """Trainable parameters as a share of the text encoder's own: (without what lies outside of its layers,
+    with it)."""
     whole = tuned = head = 0
     for name, parameter in model.named_parameters():
         inside = model.depth_of(name) is not None or is_small(name)
@@ -249,8 +279,8 @@ def write(model: nn.Module, names: Collection[str], path: Path) -> None:
 
 
 def read(model: nn.Module, path: Path) -> None:
-    """Give the model the small weights of `path`, made for the same model with the same methods put in; others that it has
-    trained in the same places are gone.
+    """Give the model the small weights of `path`, made for the same model with the same methods put in;
+    others that it has trained in the same places are gone.
 
     Raises:
         UserError: no such file, no file of ours, other methods or sizes, or a tensor that is not finite.
@@ -260,13 +290,24 @@ def read(model: nn.Module, path: Path) -> None:
             described_there = json.loads((file.metadata() or {}).get("tuning", "null"))
             small = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as e:
-        raise UserError(f"{path}: no weights of a tuned language ({e}); give the tuned.safetensors of a run") from None
+        raise UserError(
+            f"{path}: no weights of a tuned language ({e}); give the tuned.safetensors of a run"
+        ) from None
     if described_there != json.loads(json.dumps(described(model))):
-        raise UserError(f"{path}: tuned with {described_there}, this model has {described(model)}; put the same methods in first")
+        raise UserError(
+            f"{path}: tuned with {described_there}, this model has {described(model)}; put the same methods "
+            "in first"
+        )
     parameters = dict(model.named_parameters())
-    wrong = [name for name, value in small.items() if name not in parameters or parameters[name].shape != value.shape]
+    wrong = [
+        name
+        for name, value in small.items()
+        if name not in parameters or parameters[name].shape != value.shape
+    ]
     if wrong:
-        raise UserError(f"{path}: weights of another model ({len(wrong)} tensors do not fit, such as {wrong[0]})")
+        raise UserError(
+            f"{path}: weights of another model ({len(wrong)} tensors do not fit, such as {wrong[0]})"
+        )
     require_finite_file(path, small)
     with torch.no_grad():
         for name, value in small.items():

@@ -1,7 +1,7 @@
 """The unified model of paper 2 (section 3.2, figure 2): image encoder, text encoder, unified encoder.
 
-Three routes share the unified encoder: unpaired text skips the cross-attention, image-text pairs attend to the image,
-translation pairs attend to the other sentence.
+Three routes share the unified encoder: unpaired text skips the cross-attention, image-text pairs attend to
+the image, translation pairs attend to the other sentence.
 """
 
 import json
@@ -25,11 +25,16 @@ from raylib.model.tuning import described, restore
 from raylib.model.vision import VisionEncoder
 from raylib.ragged import Ragged, first_tokens
 
-KINDS = ("unified", "cclm", "cclm_swin")  # a folder's: CCLM's differ in nothing but sizes (`raylib.backbones.cclm`)
+KINDS = (
+    "unified",
+    "cclm",
+    "cclm_swin",
+)  # a folder's: CCLM's differ in nothing but sizes (`raylib.backbones.cclm`)
 
 
 class ModelConfig(Config):
-    """Sizes of a unified model. The defaults are the paper's `base`: 12 image, 6 text and 6 unified layers."""
+    """Sizes of a unified model. The defaults are the paper's `base`: 12 image, 6 text and 6 unified
+    layers."""
 
     vocabulary: int = 250002  # 0: the tokenizer's (`pretrain`)
     width: int = 768
@@ -38,8 +43,12 @@ class ModelConfig(Config):
     text_layers: int = 6
     fusion_layers: int = 6
     vision_layers: int = 12
-    vision_width: int | None = None  # None: as the text; else its heads are as wide, and a linear map leads up to `width`
-    vision_window: int | None = None  # pixels of windows that never see each other (`raylib.model.vision`); None: one
+    vision_width: int | None = (
+        None  # None: as the text; else its heads are as wide, and a linear map leads up to `width`
+    )
+    vision_window: int | None = (
+        None  # pixels of windows that never see each other (`raylib.model.vision`); None: one
+    )
     image_size: int = 256
     patch: int = 16
     positions: int = 512
@@ -47,31 +56,44 @@ class ModelConfig(Config):
     dropout: float = 0.1
     eps: float = 1e-12
     temperature: float = 0.07
-    pixel_mean: float | tuple[float, float, float] = 127.5  # what is subtracted from a pixel's 0..255, for all colours or each
+    pixel_mean: float | tuple[float, float, float] = (
+        127.5  # what is subtracted from a pixel's 0..255, for all colours or each
+    )
     pixel_std: float | tuple[float, float, float] = 127.5  # what it is then divided by
     fusion: Literal["cross", "entangled"] = "cross"
-    swin: SwinSizes | None = None  # of a Swin in the ViT's place, which vision_layers and vision_width say nothing about
+    swin: SwinSizes | None = (
+        None  # of a Swin in the ViT's place, which vision_layers and vision_width say nothing about
+    )
 
     @model_validator(mode="after")
     def _divisible(self) -> "ModelConfig":
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.vision_width and self.vision_width % (self.width // self.heads):
-            raise ValueError(f"vision_width {self.vision_width} is not a multiple of a head's {self.width // self.heads}")
+            raise ValueError(
+                f"vision_width {self.vision_width} is not a multiple of a head's {self.width // self.heads}"
+            )
         if self.image_size % self.stride:
-            raise ValueError(f"image_size {self.image_size} is no multiple of the {self.stride} pixels of a last patch or window")
+            raise ValueError(
+                f"image_size {self.image_size} is no multiple of the {self.stride} pixels of a last patch or "
+                "window"
+            )
         if self.vision_window and (self.swin or self.vision_window % self.patch):
-            raise ValueError(f"vision_window {self.vision_window} is for a ViT, and a multiple of its patch {self.patch}")
+            raise ValueError(
+                f"vision_window {self.vision_window} is for a ViT, and a multiple of its patch {self.patch}"
+            )
         return self
 
     @property
     def stride(self) -> int:
-        """Pixels that a patch is wide, for a Swin one of its last stage, or a window: pictures are a multiple of it."""
+        """Pixels that a patch is wide, for a Swin one of its last stage, or a window: pictures are a multiple
+        of it."""
         return self.vision_window or self.patch * (self.swin.merges if self.swin else 1)
 
 
 class MaskedLanguageHead(nn.Module):
-    """Transform of a masked token's state before the vocabulary; the decoder is the word embedding (XLM-R's `lm_head`)."""
+    """Transform of a masked token's state before the vocabulary; the decoder is the word embedding (XLM-R's
+    `lm_head`)."""
 
     def __init__(self, width: int, vocabulary: int, eps: float):
         super().__init__()
@@ -85,8 +107,8 @@ class MaskedLanguageHead(nn.Module):
 
 
 class UnifiedModel(nn.Module):
-    """Image, text and unified encoder with their heads. Every text goes in and comes out ragged (`raylib.ragged`).
-    A backbone of fine-tuning (`raylib.backbones`)."""
+    """Image, text and unified encoder with their heads. Every text goes in and comes out ragged
+    (`raylib.ragged`). A backbone of fine-tuning (`raylib.backbones`)."""
 
     kind = "unified"
     parts = ("text",)  # of a row: pictures are attended to from outside
@@ -101,7 +123,9 @@ class UnifiedModel(nn.Module):
         if c.swin:
             self.vision = SwinEncoder(c.swin, c.image_size, c.patch, **seen)
         else:
-            self.vision = VisionEncoder(c.image_size, c.patch, c.vision_layers, **sizes, **seen, window=c.vision_window)
+            self.vision = VisionEncoder(
+                c.image_size, c.patch, c.vision_layers, **sizes, **seen, window=c.vision_window
+            )
         self.embedding = TextEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.eps)
         self.text = Encoder(c.text_layers, **stack, eps=c.eps, cross=False)
         self.fusion = Encoder(c.fusion_layers, **stack, eps=c.eps, cross=c.fusion == "cross")
@@ -109,7 +133,9 @@ class UnifiedModel(nn.Module):
         self.text_projection = nn.Linear(c.width, c.embedding)
         self.masked_head = MaskedLanguageHead(c.width, c.vocabulary, c.eps)
         self.match_head = nn.Linear(c.width, 2)
-        self.temperature = nn.Parameter(torch.full((1,), c.temperature))  # DeepSpeed broadcasts no 0-d parameter
+        self.temperature = nn.Parameter(
+            torch.full((1,), c.temperature)
+        )  # DeepSpeed broadcasts no 0-d parameter
         self.apply(initialise)
 
     def encode_images(self, images: Tensor) -> Ragged:
@@ -122,7 +148,8 @@ class UnifiedModel(nn.Module):
         return self.text(ids.with_values(self.embedding(ids)), read)
 
     def fuse(self, text: Ragged, read: Tensor | None = None, condition: Condition | None = None) -> Tensor:
-        """Unimodal text states (T, d) -> unified states of the read tokens (R, d), grounded in `condition`."""
+        """Unimodal text states (T, d) -> unified states of the read tokens (R, d), grounded in
+        `condition`."""
         return self.fusion(text, read, condition)
 
     def embed_images(self, cls: Tensor) -> Tensor:
@@ -156,7 +183,8 @@ class UnifiedModel(nn.Module):
         return self.config.fusion_layers
 
     def depth_of(self, name: str) -> int | None:
-        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the text embeddings, None outside (ViT, heads)."""
+        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the text embeddings, None outside (ViT,
+        heads)."""
         part, _, rest = name.partition(".")
         if part == "embedding":
             return 0
@@ -172,7 +200,8 @@ class UnifiedModel(nn.Module):
         """CLS states of texts in what grounds them.
 
         Args:
-            text: ids, b rows. condition: states of what they attend to, b x times rows: row i's are i times ... .
+            text: ids, b rows. condition: states of what they attend to, b x times rows: row i's are i times
+                ... .
         Returns:
             (b times, d).
         """
@@ -183,7 +212,8 @@ class UnifiedModel(nn.Module):
         return self.fuse(states, first_tokens(states.lengths), seen)
 
     def ground_tokens(self, text: Ragged, condition: Ragged) -> Ragged:
-        """As `ground`, with row i of `condition` for row i of `text`, but states of all tokens: rows as `text`'s."""
+        """As `ground`, with row i of `condition` for row i of `text`, but states of all tokens: rows as
+        `text`'s."""
         seen = Condition(condition, torch.arange(len(condition.lengths)))
         return text.with_values(self.fuse(text.with_values(self.encode_text(text)), condition=seen))
 
@@ -199,13 +229,18 @@ class UnifiedModel(nn.Module):
         """
         check_layers(layers, self)
         if not self.fusion.cross:
-            raise UserError("fusion=entangled puts pictures into the rows of the top layers alone; states need fusion=cross")
+            raise UserError(
+                "fusion=entangled puts pictures into the rows of the top layers alone; states need "
+                "fusion=cross"
+            )
         below = self.config.text_layers
         low = [layer for layer in layers if layer <= below]
         rows = text.with_values(self.embedding(text))
         found = self.text.after(rows, sorted({*low, below}) if below else [])
         seen = Condition(condition, torch.arange(len(condition.lengths)))
-        high = self.fusion.after(found[-1] if found else rows, [layer - below for layer in layers if layer > below], seen)
+        high = self.fusion.after(
+            found[-1] if found else rows, [layer - below for layer in layers if layer > below], seen
+        )
         nothing = torch.zeros_like(text.lengths)
         return [*found[: len(low)], *high], find_places(text.lengths, nothing, nothing)
 
@@ -230,10 +265,14 @@ class UnifiedModel(nn.Module):
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
-                raise UserError(f"{folder}: no {name}; give a folder written by `python -m pretrain export RUN DIR`")
+                raise UserError(
+                    f"{folder}: no {name}; give a folder written by `python -m pretrain export RUN DIR`"
+                )
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if values.pop("model_type", None) not in [f"polyglance-{kind}" for kind in KINDS]:
-            raise UserError(f"{folder}: not a Polyglance model; give a folder written by `python -m pretrain export`")
+            raise UserError(
+                f"{folder}: not a Polyglance model; give a folder written by `python -m pretrain export`"
+            )
         tuned = values.pop("tuning", {})
         model = cls(build(ModelConfig, values, str(folder / "config.json")))
         restore(model, tuned)

@@ -9,12 +9,17 @@ from torch import Tensor, nn
 from raylib.model.attention import Attention
 from raylib.ragged import Plan
 
-Pixels = tuple[float | tuple[float, float, float], float | tuple[float, float, float]]  # (mean, deviation), or one a colour
+Pixels = tuple[
+    float | tuple[float, float, float], float | tuple[float, float, float]
+]  # (mean, deviation), or one a colour
 
 
 def normalise(images: Tensor, pixels: Pixels, dtype: torch.dtype) -> Tensor:
     """uint8 images (..., 3) -> what is left of them less the mean, over the deviation."""
-    mean, deviation = (v if isinstance(v, float | int) else torch.tensor(v, dtype=dtype, device=images.device) for v in pixels)
+    mean, deviation = (
+        v if isinstance(v, float | int) else torch.tensor(v, dtype=dtype, device=images.device)
+        for v in pixels
+    )
     return (images.to(dtype) - mean) / deviation
 
 
@@ -42,35 +47,56 @@ class VisionBlock(nn.Module):
 class VisionEncoder(nn.Module):
     """Pixels to M = (size / patch)^2 patch states behind one CLS state.
 
-    With `window`, the picture is cut into n windows of so many pixels, which never see each other: each has the CLS state and
-    the positions of a picture of its own, and a learned place among them. The states are then the mean of the windows' CLS
-    states, these n themselves, and the patches, window after window. An encoder of single drawings so reads a scene of them.
+    With `window`, the picture is cut into n windows of so many pixels, which never see each other: each has
+    the CLS state and the positions of a picture of its own, and a learned place among them. The states are
+    then the mean of the windows' CLS states, these n themselves, and the patches, window after window. An
+    encoder of single drawings so reads a scene of them.
     """
 
     def __init__(
-        self, size: int, patch: int, layers: int, width: int, heads: int, feedforward: int, dropout: float,
-        out: int, pixels: Pixels = (127.5, 127.5), window: int | None = None,
-    ):  # fmt: skip
-        """`out`: the width that others want. `pixels`: (mean, deviation) of 0..255 pixel values, of all colours or of each."""
+        self,
+        size: int,
+        patch: int,
+        layers: int,
+        width: int,
+        heads: int,
+        feedforward: int,
+        dropout: float,
+        out: int,
+        pixels: Pixels = (127.5, 127.5),
+        window: int | None = None,
+    ):
+        """`out`: the width that others want. `pixels`: (mean, deviation) of 0..255 pixel values, of all
+        colours or of each."""
         super().__init__()
         self.patch, self.pixels, self.window = patch, pixels, window
         self.patch_embedding = nn.Linear(3 * patch * patch, width)
         self.cls = nn.Parameter(torch.zeros(width))
         self.position = nn.Parameter(torch.randn(1 + ((window or size) // patch) ** 2, width) * 0.02)
         self.place = nn.Parameter(torch.zeros((size // window) ** 2, width)) if window else None
-        self.blocks = nn.ModuleList(VisionBlock(width, heads, feedforward, dropout, 1e-12) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            VisionBlock(width, heads, feedforward, dropout, 1e-12) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(width, 1e-12)
         self.output = nn.Linear(width, out) if out != width else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 images (b, H, W, 3) -> (b, M + 1, out), or (b, 1 + n + M, out). Normalised here, on the device."""
+        """uint8 images (b, H, W, 3) -> (b, M + 1, out), or (b, 1 + n + M, out). Normalised here, on the
+        device."""
         b, height, _, _ = images.shape
         p, side = self.patch, self.window or height
         pixels = normalise(images, self.pixels, self.cls.dtype)
-        windows = pixels.view(b, height // side, side, -1, side, 3).transpose(2, 3).reshape(-1, side // p, p, side // p, p, 3)
+        windows = (
+            pixels.view(b, height // side, side, -1, side, 3)
+            .transpose(2, 3)
+            .reshape(-1, side // p, p, side // p, p, 3)
+        )
         patches = windows.transpose(2, 3).reshape(len(windows), -1, 3 * p * p)
-        x = torch.cat([self.cls.expand(len(patches), 1, -1), self.patch_embedding(patches)], 1) + self.position
+        x = (
+            torch.cat([self.cls.expand(len(patches), 1, -1), self.patch_embedding(patches)], 1)
+            + self.position
+        )
         if self.place is not None:
             x = x + self.place.repeat(b, 1)[:, None]
         x = self.dropout(x)

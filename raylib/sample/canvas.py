@@ -14,8 +14,8 @@ LARGE, SMALL = 0.94, 0.6  # shares of a quadrant's side
 
 
 class Placed(NamedTuple):
-    """A concept's drawing on the canvas: its key, its top left corner and its side in pixels, its quadrant (0 top left,
-    1 top right, 2 bottom left, 3 bottom right) and whether it is drawn large."""
+    """A concept's drawing on the canvas: its key, its top left corner and its side in pixels, its quadrant (0
+    top left, 1 top right, 2 bottom left, 3 bottom right) and whether it is drawn large."""
 
     key: str
     left: int
@@ -26,7 +26,8 @@ class Placed(NamedTuple):
 
 
 def place(keys: Sequence[str], size: int, *seeds: Key) -> list[Placed]:
-    """Places for up to four concepts in different quadrants of a picture of `size` pixels, drawn from `seeds`."""
+    """Places for up to four concepts in different quadrants of a picture of `size` pixels, drawn from
+    `seeds`."""
     cell = size // 2
     quadrants = permutation(4, *seeds, "quadrant")
     placed = []

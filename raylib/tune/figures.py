@@ -1,4 +1,5 @@
-"""Pictures of a search: how it went, which knob mattered, how the score follows each, what two goals cost each other."""
+"""Pictures of a search: how it went, which knob mattered, how the score follows each, what two goals cost
+each other."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from raylib.tune import space
 FEWEST = 4  # finished trials, below which a forest learns nothing of importance
 
 
-def draw(folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[str], seed: int) -> list[tuple[str, str]]:
+def draw(
+    folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[str], seed: int
+) -> list[tuple[str, str]]:
     """[(file in `folder`, title)]."""
     import matplotlib
 
@@ -24,8 +27,9 @@ def draw(folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[str],
 
 
 def importances(knobs: space.Knobs, rows: Sequence, goal: str, seed: int) -> dict[str, float]:
-    """{knob: share of the variance of `goal` that it explains (functional ANOVA)}, of finished trials. The knobs that every one
-    has are told apart from each other; those of an alternative among the trials that chose it, which is said in the name."""
+    """{knob: share of the variance of `goal` that it explains (functional ANOVA)}, of finished trials. The
+    knobs that every one has are told apart from each other; those of an alternative among the trials that
+    chose it, which is said in the name."""
     finished = [row for row in rows if row.state == "finished"]
     found: dict[str, float] = {}
     told: set[str] = set()
@@ -35,8 +39,14 @@ def importances(knobs: space.Knobs, rows: Sequence, goal: str, seed: int) -> dic
         if len(members) < FEWEST or not set(varied) - told or len({row.scores[goal] for row in members}) == 1:
             continue
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
-        shares = optuna.importance.get_param_importances(_study(knobs, members, goal), evaluator=evaluator, params=varied)
-        found |= {f"{name} ({fixed})" if fixed else name: share for name, share in shares.items() if name not in told}
+        shares = optuna.importance.get_param_importances(
+            _study(knobs, members, goal), evaluator=evaluator, params=varied
+        )
+        found |= {
+            f"{name} ({fixed})" if fixed else name: share
+            for name, share in shares.items()
+            if name not in told
+        }
         told |= set(varied)
     return found
 
@@ -57,7 +67,9 @@ def _study(knobs: space.Knobs, rows: Sequence, goal: str) -> optuna.Study:
     for row in rows:
         drawn = optuna.trial.FixedTrial(row.setting)
         space.Suggest(knobs)(drawn)
-        made = optuna.trial.create_trial(params=dict(row.setting), distributions=drawn.distributions, value=row.scores[goal])
+        made = optuna.trial.create_trial(
+            params=dict(row.setting), distributions=drawn.distributions, value=row.scores[goal]
+        )
         study.add_trial(made)
     return study
 
@@ -66,7 +78,9 @@ def _history(folder: Path, rows: Sequence, goals: Sequence[str]) -> tuple[str, s
     """Score of each trial as it was started, and the best of those that finished so far."""
     from matplotlib import pyplot
 
-    figure, many = pyplot.subplots(1, len(goals), figsize=(6.5 * len(goals), 3.6), layout="constrained", squeeze=False)
+    figure, many = pyplot.subplots(
+        1, len(goals), figsize=(6.5 * len(goals), 3.6), layout="constrained", squeeze=False
+    )
     for axes, goal in zip(many[0], goals, strict=True):
         best, line = float("-inf"), []
         for number, row in enumerate(rows, 1):
@@ -75,7 +89,11 @@ def _history(folder: Path, rows: Sequence, goals: Sequence[str]) -> tuple[str, s
             if best > float("-inf"):
                 line.append((number, 100 * best))
         for state, colour in (("finished", "tab:blue"), ("stopped", "tab:gray")):
-            points = [(i, 100 * row.scores[goal]) for i, row in enumerate(rows, 1) if row.state == state and goal in row.scores]
+            points = [
+                (i, 100 * row.scores[goal])
+                for i, row in enumerate(rows, 1)
+                if row.state == state and goal in row.scores
+            ]
             if points:
                 marker = "o" if state == "finished" else "x"
                 axes.scatter(*zip(*points, strict=True), color=colour, marker=marker, s=22, label=state)
@@ -94,16 +112,24 @@ def _slices(folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[st
     names = [name for name in named if any(name in row.setting for row in rows)]
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
-    figure, many = pyplot.subplots(lines, columns, figsize=(3.1 * columns, 2.7 * lines), layout="constrained", squeeze=False,
-                                   sharey=True)  # fmt: skip
+    figure, many = pyplot.subplots(
+        lines, columns, figsize=(3.1 * columns, 2.7 * lines), layout="constrained", squeeze=False, sharey=True
+    )
     for axes, name in zip(many.flat, names, strict=False):
         for state, colour in (("stopped", "tab:gray"), ("finished", "tab:blue")):
-            having = [row for row in rows if row.state == state and name in row.setting and goals[0] in row.scores]
+            having = [
+                row for row in rows if row.state == state and name in row.setting and goals[0] in row.scores
+            ]
             values = [row.setting[name] for row in having]
             if any(not isinstance(v, int | float) or isinstance(v, bool) for v in values):
                 values = [str(v) for v in values]
-            axes.scatter(values, [100 * row.scores[goals[0]] for row in having], color=colour, s=16,
-                         marker="o" if state == "finished" else "x")  # fmt: skip
+            axes.scatter(
+                values,
+                [100 * row.scores[goals[0]] for row in having],
+                color=colour,
+                s=16,
+                marker="o" if state == "finished" else "x",
+            )
         if getattr(named[name], "log", False):
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
@@ -117,19 +143,31 @@ def _slices(folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[st
     return _saved(figure, folder, "slices.png", "score against each knob; crosses were stopped")
 
 
-def _importances(folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[str], seed: int) -> list[tuple[str, str]]:
+def _importances(
+    folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[str], seed: int
+) -> list[tuple[str, str]]:
     """Importance of each knob for each goal; no picture where all trials scored the same."""
     from matplotlib import pyplot
 
     shares = {goal: importances(knobs, rows, goal, seed) for goal in goals}
     if not any(shares.values()):
         return []
-    names = sorted({name for of in shares.values() for name in of}, key=lambda n: max(of.get(n, 0) for of in shares.values()))
-    figure, axes = pyplot.subplots(figsize=(7, 0.8 + 0.35 * max(1, len(names)) * len(goals)), layout="constrained")
+    names = sorted(
+        {name for of in shares.values() for name in of},
+        key=lambda n: max(of.get(n, 0) for of in shares.values()),
+    )
+    figure, axes = pyplot.subplots(
+        figsize=(7, 0.8 + 0.35 * max(1, len(names)) * len(goals)), layout="constrained"
+    )
     for k, (goal, of) in enumerate(shares.items()):
-        axes.barh([i + k * 0.4 for i in range(len(names))], [of.get(n, 0) for n in names], height=0.4, label=goal)
-    axes.set_yticks([i + 0.2 * (len(goals) - 1) for i in range(len(names))],
-                    [n.removeprefix("strategies.") for n in names], fontsize=8)  # fmt: skip
+        axes.barh(
+            [i + k * 0.4 for i in range(len(names))], [of.get(n, 0) for n in names], height=0.4, label=goal
+        )
+    axes.set_yticks(
+        [i + 0.2 * (len(goals) - 1) for i in range(len(names))],
+        [n.removeprefix("strategies.") for n in names],
+        fontsize=8,
+    )
     axes.set(xlabel="share of the variance that it explains", xlim=(0, 1))
     if len(goals) > 1:
         axes.legend(fontsize=8)

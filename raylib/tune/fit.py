@@ -1,7 +1,8 @@
 """Runs Tune in a folder so that the same start goes on after anything.
 
-Tune copies its state there in place, several times a second. A driver that is killed meanwhile leaves half a file, and from that
-Tune would, with no more than a line in its log, begin a search of one trial: so the state is kept twice.
+Tune copies its state there in place, several times a second. A driver that is killed meanwhile leaves half a
+file, and from that Tune would, with no more than a line in its log, begin a search of one trial: so the state
+is kept twice.
 """
 
 import json
@@ -15,14 +16,23 @@ from ray import tune
 
 from raylib.tune.trial import tidy
 
-KINDS = ("experiment_state-*.json", "tuner.pkl", "basic-variant-state-*.json", "search_gen_state-*.json",
-         "searcher-state-*.pkl")  # fmt: skip
+KINDS = (
+    "experiment_state-*.json",
+    "tuner.pkl",
+    "basic-variant-state-*.json",
+    "search_gen_state-*.json",
+    "searcher-state-*.pkl",
+)
 KEPT = ".kept"  # folder of the copy
 EVERY = 2.0  # seconds between copies
 
 
 def fitted(
-    folder: Path, trainable: Callable, tuning: Callable[[], tune.TuneConfig], param_space: dict | None, failures: int,
+    folder: Path,
+    trainable: Callable,
+    tuning: Callable[[], tune.TuneConfig],
+    param_space: dict | None,
+    failures: int,
     trials: int,
 ) -> tune.ResultGrid:
     """Run Tune in `folder`, or go on where it was; `tuning` is asked for at the first start alone.

@@ -9,9 +9,9 @@ Shape = Callable[[dict[str, Any], int], dict[str, Any]]
 
 
 class Reporter:
-    """`reporter(metrics, checkpoint)` tells Tune `shape(metrics, before)`: of a training in the trial's own process. One by Ray
-    Train, inside the trial, has `callback()` in its `RunConfig`. `keep`: Tune keeps the checkpoints too (population-based
-    training copies them from trial to trial)."""
+    """`reporter(metrics, checkpoint)` tells Tune `shape(metrics, before)`: of a training in the trial's own
+    process. One by Ray Train, inside the trial, has `callback()` in its `RunConfig`. `keep`: Tune keeps the
+    checkpoints too (population-based training copies them from trial to trial)."""
 
     def __init__(self, shape: Shape, keep: bool = False, before: int = 0, epochs: int | None = None):
         self.shape, self.keep, self.before, self.epochs = shape, keep, before, epochs
@@ -23,8 +23,8 @@ class Reporter:
         tune.report(self.shape(self._known(metrics), self.before), checkpoint=kept)
 
     def after(self, epochs: int, own: int | None = None) -> "Reporter":
-        """The reporter of the training that follows so many more epochs of the same trial, and has `own` epochs itself; None: as
-        many as the trial's config says."""
+        """The reporter of the training that follows so many more epochs of the same trial, and has `own`
+        epochs itself; None: as many as the trial's config says."""
         return Reporter(self.shape, self.keep, self.before + epochs, own)
 
     def _known(self, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Which trials go on: Tune's own rules, asked only where a trial may be judged.
 
-A trial says so itself (`judged`): not while its method is still under way to what it is (layers frozen yet, a mask not found),
-and not after its last epoch. Its age is in epochs, without those of pruning rounds: a round's model is not the trial's. What
-trials had scored is read back when a search goes on after its driver died.
+A trial says so itself (`judged`): not while its method is still under way to what it is (layers frozen yet, a
+mask not found), and not after its last epoch. Its age is in epochs, without those of pruning rounds: a
+round's model is not the trial's. What trials had scored is read back when a search goes on after its driver
+died.
 """
 
 import math
@@ -13,18 +14,25 @@ from pathlib import Path
 import numpy as np
 from ray import tune
 from ray.tune.experiment.trial import Trial
-from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, PopulationBasedTraining, TrialScheduler
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
 
 from raylib.errors import UserError
 from raylib.tune.space import Choice, Distribution, Each, Int, Knobs, OneOf, Setting
 from raylib.tune.told import read_told
 
-STARTED = time.time()  # of this driver: what trials told before is remembered, what they tell from now on comes by itself
+STARTED = (
+    time.time()
+)  # of this driver: what trials told before is remembered, what they tell from now on comes by itself
 
 
 class _Fair:
-    """Asks the rule beside it about results that count alone, and tells it first what trials had told an earlier driver.
-    `runs`: where the trials' folders are."""
+    """Asks the rule beside it about results that count alone, and tells it first what trials had told an
+    earlier driver. `runs`: where the trials' folders are."""
 
     runs: Path
     remembered = False
@@ -35,7 +43,11 @@ class _Fair:
             for known in controller.get_trials():
                 told = read_told(self.runs / known.trial_id)
                 self.remember(known, [r for r in told if r["at"] < STARTED and self.counts(r)])
-        return super().on_trial_result(controller, trial, result) if self.counts(result) else TrialScheduler.CONTINUE
+        return (
+            super().on_trial_result(controller, trial, result)
+            if self.counts(result)
+            else TrialScheduler.CONTINUE
+        )
 
     def counts(self, result: dict) -> bool:
         """Whether a trial may be judged by `result`."""
@@ -48,7 +60,9 @@ class Asha(_Fair, AsyncHyperBandScheduler):
     def remember(self, trial: Trial, results: list[dict]) -> None:
         """Enter what a trial had scored before a restart."""
         for result in results:
-            self._brackets[0].on_result(trial, result[self._time_attr], self._metric_op * result[self._metric])
+            self._brackets[0].on_result(
+                trial, result[self._time_attr], self._metric_op * result[self._metric]
+            )
 
     def on_trial_complete(self, controller, trial: Trial, result: dict) -> None:
         """Nothing more: the last result is of the best checkpoint, not of the last epoch."""
@@ -59,7 +73,8 @@ class Median(_Fair, MedianStoppingRule):
     """Median stopping (Golovin et al. 2017) over epochs."""
 
     def on_trial_complete(self, controller, trial: Trial, result: dict) -> None:
-        """Nothing more: the last result of a stopped trial is entered already, that of a finished one is of its best epoch."""
+        """Nothing more: the last result of a stopped trial is entered already, that of a finished one is of
+        its best epoch."""
 
     def remember(self, trial: Trial, results: list[dict]) -> None:
         """Enter what a trial had scored before a restart."""
@@ -71,7 +86,8 @@ class Population(_Fair, PopulationBasedTraining):
     """Population-based training (Jaderberg et al. 2017)."""
 
     def counts(self, result: dict) -> bool:
-        """Members that are at their end change no more: nothing would be trained with what they changed to."""
+        """Members that are at their end change no more: nothing would be trained with what they changed
+        to."""
         return result["epoch"] < result["epochs"] and math.isfinite(result.get(self._metric, math.nan))
 
     def remember(self, trial: Trial, results: list[dict]) -> None:
@@ -79,12 +95,17 @@ class Population(_Fair, PopulationBasedTraining):
         if results:
             state, last = self._trial_state[trial], results[-1]
             self._save_trial_state(state, last["epoch"], last, trial)
-            state.last_perturbation_time = last["epoch"] // self._perturbation_interval * self._perturbation_interval
+            state.last_perturbation_time = (
+                last["epoch"] // self._perturbation_interval * self._perturbation_interval
+            )
             state.last_checkpoint = trial.checkpoint
 
 
-def scheduler(stop: str, metric: str, grace: int, reduction: float, longest: int, runs: Path) -> TrialScheduler | None:
-    """The rule called `stop`; None for "none". longest: more epochs than any trial has. runs: where the trials' folders are."""
+def scheduler(
+    stop: str, metric: str, grace: int, reduction: float, longest: int, runs: Path
+) -> TrialScheduler | None:
+    """The rule called `stop`; None for "none". longest: more epochs than any trial has. runs: where the
+    trials' folders are."""
     if stop == "none":
         return None
     common = {"time_attr": "age", "metric": metric, "mode": "max", "grace_period": grace}
@@ -97,14 +118,21 @@ def scheduler(stop: str, metric: str, grace: int, reduction: float, longest: int
 
 
 class Within:
-    """Sets what a mutation has moved out of its range back to the end; an object, so that a search can be kept in a file."""
+    """Sets what a mutation has moved out of its range back to the end; an object, so that a search can be
+    kept in a file."""
 
     def __init__(self, knobs: Knobs):
         self.knobs = knobs
 
     def __call__(self, setting: Setting) -> Setting:
-        return {**setting, **{path: min(max(setting[path], knob.low), knob.high)
-                              for path, knob in self.knobs.items() if not isinstance(knob, Choice)}}  # fmt: skip
+        return {
+            **setting,
+            **{
+                path: min(max(setting[path], knob.low), knob.high)
+                for path, knob in self.knobs.items()
+                if not isinstance(knob, Choice)
+            },
+        }
 
 
 def check_changeable(knobs: Knobs, changeable: tuple[str, ...]) -> None:
@@ -113,22 +141,32 @@ def check_changeable(knobs: Knobs, changeable: tuple[str, ...]) -> None:
     Raises:
         UserError: one cannot.
     """
-    fixed = [path for path, knob in knobs.items()
-             if isinstance(knob, OneOf | Each) or (isinstance(knob, Distribution) and path not in changeable)]  # fmt: skip
+    fixed = [
+        path
+        for path, knob in knobs.items()
+        if isinstance(knob, OneOf | Each) or (isinstance(knob, Distribution) and path not in changeable)
+    ]
     if fixed:
-        raise UserError(f"search=pbt: {', '.join(fixed)} cannot change in mid-run; what can: {', '.join(changeable)}")
+        raise UserError(
+            f"search=pbt: {', '.join(fixed)} cannot change in mid-run; what can: {', '.join(changeable)}"
+        )
 
 
 def population(knobs: Knobs, metric: str, every: int, seed: int, runs: Path) -> Population:
-    """A population: every so many epochs the worst quarter goes on from the best quarter's checkpoints, with settings moved a
-    fifth up or down or drawn anew. runs: where the trials' folders are."""
+    """A population: every so many epochs the worst quarter goes on from the best quarter's checkpoints, with
+    settings moved a fifth up or down or drawn anew. runs: where the trials' folders are."""
     knobs = {path: knob for path, knob in knobs.items() if isinstance(knob, Distribution)}
     random.seed(seed)  # Tune's mutations are drawn from these two
     np.random.seed(seed)
     rule = Population(
-        time_attr="epoch", metric=metric, mode="max", perturbation_interval=every, require_attrs=False,
-        hyperparam_mutations={path: _domain(knob) for path, knob in knobs.items()}, custom_explore_fn=Within(knobs),
-    )  # fmt: skip
+        time_attr="epoch",
+        metric=metric,
+        mode="max",
+        perturbation_interval=every,
+        require_attrs=False,
+        hyperparam_mutations={path: _domain(knob) for path, knob in knobs.items()},
+        custom_explore_fn=Within(knobs),
+    )
     rule.runs = runs
     return rule
 

@@ -8,7 +8,9 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-_here: dict[tuple[str, str], Any] = {}  # what this process had from a shelf: its next trial need not unpack it again
+_here: dict[
+    tuple[str, str], Any
+] = {}  # what this process had from a shelf: its next trial need not unpack it again
 
 
 @ray.remote(num_cpus=0)
@@ -26,7 +28,8 @@ class _Shelf:
 
 
 class Shelf:
-    """A `raylib.shared.Store` for as long as the search runs, on its driver's node; it travels to trials as a handle."""
+    """A `raylib.shared.Store` for as long as the search runs, on its driver's node; it travels to trials as a
+    handle."""
 
     def __init__(self, folder: Path):
         self.folder = folder

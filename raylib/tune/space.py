@@ -1,10 +1,13 @@
-"""Search spaces: dicts from a dotted config path to a distribution, to a plain value, or from a name to alternatives.
+"""Search spaces: dicts from a dotted config path to a distribution, to a plain value, or from a name to
+alternatives.
 
     {"strategies.prior.alpha": Float(1, 100, log=True),
      "strategies.prior.source": Choice("vectors", "wordnet"),
-     "module": OneOf(lora={"strategies.lora.rank": Int(1, 64, log=True)}, soft_prompt={"strategies.soft_prompt.tokens": 20})}
+     "module": OneOf(lora={"strategies.lora.rank": Int(1, 64, log=True)},
+     soft_prompt={"strategies.soft_prompt.tokens": 20})}
 
-The knobs of an alternative are there only in trials that chose it. A *setting* is what a trial chose, knob by knob.
+The knobs of an alternative are there only in trials that chose it. A *setting* is what a trial chose, knob by
+knob.
 """
 
 import itertools
@@ -27,7 +30,9 @@ class Float(NamedTuple):
         return trial.suggest_float(name, self.low, self.high, log=self.log)
 
     def holds(self, value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
+        return (
+            isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
+        )
 
     @property
     def ends(self) -> tuple:
@@ -77,7 +82,8 @@ class Each(NamedTuple):
 
 
 class OneOf:
-    """Alternatives by name, each a dict as the space itself is: with knobs of its own, plain values, or nothing."""
+    """Alternatives by name, each a dict as the space itself is: with knobs of its own, plain values, or
+    nothing."""
 
     def __init__(self, **branches: dict[str, Any]):
         self.branches = branches
@@ -95,8 +101,8 @@ Chooser = Callable[[str, Distribution], Any]
 
 
 class Space(NamedTuple):
-    """`recipe`: that it was written for. `published`: settings of the papers, tried first. `grid`: the papers' grid, values of
-    each knob."""
+    """`recipe`: that it was written for. `published`: settings of the papers, tried first. `grid`: the
+    papers' grid, values of each knob."""
 
     summary: str
     recipe: str
@@ -107,12 +113,15 @@ class Space(NamedTuple):
     def points(self) -> list[Setting]:
         """Every setting of the grid; knobs that it leaves alone are as first published."""
         rest = self.published[0] if self.published else {}
-        return [{**rest, **dict(zip(self.grid, values, strict=True))} for values in itertools.product(*self.grid.values())]
+        return [
+            {**rest, **dict(zip(self.grid, values, strict=True))}
+            for values in itertools.product(*self.grid.values())
+        ]
 
 
 def settle(knobs: Knobs, choose: Chooser) -> dict[str, Any]:
-    """{config path: value} of what `choose` chooses. A knob is called by its path; where several alternatives have one of the
-    same path, by `path@alternative`, for they may differ in range."""
+    """{config path: value} of what `choose` chooses. A knob is called by its path; where several alternatives
+    have one of the same path, by `path@alternative`, for they may differ in range."""
     counts = Counter(path for path, _, _ in _leaves(knobs))
 
     def walk(part: Knobs, branch: str) -> dict[str, Any]:
@@ -123,8 +132,11 @@ def settle(knobs: Knobs, choose: Chooser) -> dict[str, Any]:
                 settled |= walk(knob.branches[chosen], chosen)
             elif isinstance(knob, Distribution | Each):
                 name = path if counts[path] == 1 else f"{path}@{branch}"
-                settled[path] = [choose(f"{name}[{i}]", knob.of) for i in range(knob.count)] if isinstance(knob, Each) else \
-                    choose(name, knob)  # fmt: skip
+                settled[path] = (
+                    [choose(f"{name}[{i}]", knob.of) for i in range(knob.count)]
+                    if isinstance(knob, Each)
+                    else choose(name, knob)
+                )
             else:
                 settled[path] = knob
         return settled
@@ -150,12 +162,15 @@ def read(knobs: Knobs, setting: Setting) -> dict[str, Any]:
 
     settled = settle(knobs, choose)
     if left := set(setting) - used:
-        raise UserError(f"the setting {setting} has {', '.join(sorted(left))}, which is no knob beside its others")
+        raise UserError(
+            f"the setting {setting} has {', '.join(sorted(left))}, which is no knob beside its others"
+        )
     return settled
 
 
 class Suggest:
-    """A space as Optuna's define-by-run function; an object, so that a searcher's state can be kept in a file."""
+    """A space as Optuna's define-by-run function; an object, so that a searcher's state can be kept in a
+    file."""
 
     def __init__(self, knobs: Knobs):
         self.knobs = knobs
@@ -166,15 +181,19 @@ class Suggest:
 
 def alternatives(knobs: Knobs) -> Iterator[dict[str, str]]:
     """Every combination of alternatives, {name of a `OneOf`: what it chooses}."""
-    options = [[{name: branch, **inner} for branch, part in knob.branches.items() for inner in alternatives(part)]
-               for name, knob in knobs.items() if isinstance(knob, OneOf)]  # fmt: skip
+    options = [
+        [{name: branch, **inner} for branch, part in knob.branches.items() for inner in alternatives(part)]
+        for name, knob in knobs.items()
+        if isinstance(knob, OneOf)
+    ]
     for combination in itertools.product(*options):
         yield {name: branch for part in combination for name, branch in part.items()}
 
 
 def corners(knobs: Knobs) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(which, {config path: value}) of the settings that a space can be judged by: in each combination of alternatives, each
-    knob at each of its ends, with all others at their low ones, and all at their high ones."""
+    """(which, {config path: value}) of the settings that a space can be judged by: in each combination of
+    alternatives, each knob at each of its ends, with all others at their low ones, and all at their high
+    ones."""
     for fixed in alternatives(knobs):
         names: dict[str, Distribution] = {}
 
@@ -188,16 +207,23 @@ def corners(knobs: Knobs) -> Iterator[tuple[str, dict[str, Any]]]:
         for one in (name for name in names if name not in fixed):
             for end in names[one].ends[1:]:
                 told = ", ".join(filter(None, (where, f"{one}={end}")))
-                yield told, settle(knobs, lambda name, knob, one=one, end=end, fixed=fixed: (
-                    end if name == one else fixed.get(name, knob.ends[0])))  # fmt: skip
+                yield (
+                    told,
+                    settle(
+                        knobs,
+                        lambda name, knob, one=one, end=end, fixed=fixed: (
+                            end if name == one else fixed.get(name, knob.ends[0])
+                        ),
+                    ),
+                )
 
 
 def check(name: str, space: Space, base: Config) -> None:
     """Find what would fail in some trial before any starts.
 
     Raises:
-        UserError: no knob; a path that the recipe's config does not have; a value that it refuses; ends the wrong way round; a
-            published setting or a grid that is not in the space.
+        UserError: no knob; a path that the recipe's config does not have; a value that it refuses; ends the
+            wrong way round; a published setting or a grid that is not in the space.
     """
     leaves = list(_leaves(space.knobs))
     if not leaves and not any(isinstance(knob, OneOf) for knob in space.knobs.values()):

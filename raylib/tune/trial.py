@@ -1,4 +1,5 @@
-"""A trial: the ordinary run of a config in a folder of its own, which goes on from its newest checkpoint when started again."""
+"""A trial: the ordinary run of a config in a folder of its own, which goes on from its newest checkpoint when
+started again."""
 
 import contextlib
 import gc
@@ -33,7 +34,8 @@ def trial(setting: space.Setting, search: Searching) -> None:
 
 
 def final(chosen: dict[str, Any], search: Searching, settings: list[space.Setting | None]) -> None:
-    """Tune's function of the last stage: one of the best settings, on a fresh seed. None is the recipe as it is."""
+    """Tune's function of the last stage: one of the best settings, on a fresh seed. None is the recipe as it
+    is."""
     which, seed = chosen["setting"], chosen["seed"]
     config = configured(search, settings[which], "finals", f"setting{which}_seed{seed}")
     run(search, change(config, {"fit.seed": seed}), False)
@@ -46,9 +48,10 @@ def configured(search: Searching, setting: space.Setting | None, part: str, name
 
 
 def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
-    """Run `config` and tell Tune after each checkpoint {"epoch", "epochs", "age" without pruning rounds, "judged", "spent"
-    seconds of all its starts, "start_seconds" to its first batch, "finished", scores, losses}; and, last, the scores of the model
-    that the run leaves. What is not finite (a loss, weights, a score) ends the trial, as "trouble"."""
+    """Run `config` and tell Tune after each checkpoint {"epoch", "epochs", "age" without pruning rounds,
+    "judged", "spent" seconds of all its starts, "start_seconds" to its first batch, "finished", scores,
+    losses}; and, last, the scores of the model that the run leaves. What is not finite (a loss, weights, a
+    score) ends the trial, as "trouble"."""
     job, folder, began = search.job, run_folder(config), time.time()
     shared.use(search.shelf)
     total = job.epochs(config) * job.parts(config)
@@ -57,12 +60,20 @@ def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
     spent = earlier[-1]["spent"] if earlier else 0.0
 
     def told(epoch: float, **values: Any) -> dict[str, Any]:
-        common = {"epoch": epoch, "epochs": total, "judged": False, "finished": False, "spent": spent + time.time() - began}
+        common = {
+            "epoch": epoch,
+            "epochs": total,
+            "judged": False,
+            "finished": False,
+            "spent": spent + time.time() - began,
+        }
         tell(folder, {**common, **values})
         return {**common, **values}
 
     def shape(metrics: dict[str, Any], before: int) -> dict[str, Any]:
-        done, scores = job.told(config, metrics)  # in another process, where Ray Train trains: what is known is in the file
+        done, scores = job.told(
+            config, metrics
+        )  # in another process, where Ray Train trains: what is known is in the file
         start = _first_start(folder) or {"start_seconds": metrics["ready"] - began}
         losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
         age, settled = standing(job, config, before + done)
@@ -94,8 +105,8 @@ def trained(job: Job, config: LaunchConfig) -> int:
 
 
 def standing(job: Job, config: LaunchConfig, epoch: float) -> tuple[float, bool]:
-    """After `epoch` epochs of a trial: how many of them trained the model, pruning rounds left out, and whether its method is
-    what it will be in the part that is under way."""
+    """After `epoch` epochs of a trial: how many of them trained the model, pruning rounds left out, and
+    whether its method is what it will be in the part that is under way."""
     length, rounds = job.epochs(config), job.rounds(config)
     part = max(0, math.ceil(epoch / length) - 1)
     inside = epoch - part * length
