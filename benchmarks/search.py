@@ -23,8 +23,8 @@ import numpy as np
 from benchmarks import record
 from raylib import markdown
 from raylib.config import override
-from raylib.tune.config import SearchConfig
-from raylib.tune.space import Float, Space
+from raylib.search.config import SearchConfig
+from raylib.search.space import Float, Space
 
 FILE = record.RESULTS / "search.jsonl"
 SPACE = Space(
@@ -66,7 +66,8 @@ def search(given: argparse.Namespace, seed: int, name: str, settings: Sequence[s
     """Run one contestant: {"rows": its trials in the order of their start, "early": how their early scores
     rank as the last}."""
     from finetune.recipes import RECIPES
-    from raylib.tune import early, sweep
+    from raylib.search import early_stopping as early
+    from raylib.search import search as sweep
     from tune_spaces.jobs import Finetuning
 
     called = f"{''.join(c for c in name if c.isalnum())}_seed{seed}"

@@ -27,9 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.twin import LENGTHS, PaddedTwin
 from pretrain.recipes import base, tiny
 from raylib.loop import to_device
-from raylib.model.unified import ModelConfig, UnifiedModel
-from raylib.objective import ObjectiveConfig, UnifiedObjective
-from raylib.ragged import Sentences
+from raylib.models.unified import ModelConfig, UnifiedModel
+from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
+from raylib.packed import Sentences
 
 MODELS = {"tiny": tiny().model, "base": base().model}
 # pairs, translations, mono sentences a step: the paper's proportion 1 : 4 : 4

@@ -20,9 +20,9 @@ from finetune.objective import ClassificationObjective
 from pretrain.recipes import emoji_e5_scenes
 from raylib import markdown
 from raylib.engine import TorchEngine
-from raylib.model.unified import UnifiedModel
+from raylib.models.unified import UnifiedModel
 from raylib.optim import OptimConfig
-from raylib.ragged import Ragged
+from raylib.packed import Ragged
 
 BATCH, TOKENS, STATES, LABELS, PIECES = 64, 15, 21, 152, 52_399  # those of scenes_xgqa
 FILE = record.RESULTS / "unfreezing.jsonl"

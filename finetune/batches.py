@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from finetune.examples import Captioned, Example
 from finetune.pictures import Encoded, Pictures, Pixels
 from raylib.errors import UserError
-from raylib.ragged import Ragged, Sentences
+from raylib.packed import Ragged, Sentences
 from raylib.randomness import permutation, uniform
 from raylib.text import Tokenizer, add_specials, text_ids
 

@@ -19,7 +19,7 @@ from finetune.decoder import encode_answers
 from finetune.model import FinetuneModel, freeze, load_backbone, load_finetuned, resize, tokenizer_at
 from finetune.strategies import Context, Methods
 from raylib.errors import UserError
-from raylib.model.unified import UnifiedModel
+from raylib.models.unified import UnifiedModel
 from raylib.randomness import hash64
 from raylib.text import Tokenizer
 

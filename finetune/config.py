@@ -39,7 +39,7 @@ class FinetuneConfig(LaunchConfig):
     there are. strategies: fine-tuning methods (`finetune.strategies`); `strategies.prior.alpha=4` turns one
     on. method: what tables call
         the run; "": by its methods.
-    backbone: what a `model` that is not ours becomes (`raylib.backbones`).
+    backbone: what a `model` that is not ours becomes (`raylib.models.base`).
     head: a classifier, or a decoder that spells the answers of an open set and ranks them as `decoder` says
     (CCLM). freeze: parts that never train. encoded: with a frozen image encoder and no augmentation, encode
     every picture once. matching: retrieval trains and ranks pairs by the match head too, and `candidates` is

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from finetune.strategies.base import Term
-from raylib.collective import gather, total, world_size
-from raylib.losses import contrastive
-from raylib.objective import UnifiedObjective
-from raylib.ragged import Ragged, concatenate
+from raylib.distributed import gather, total, world_size
+from raylib.objectives.losses import contrastive
+from raylib.objectives.pretraining import UnifiedObjective
+from raylib.packed import Ragged, concatenate
 
 Contrast = Callable[[Tensor, Tensor], Tensor]
 
@@ -80,7 +80,7 @@ class MatchingObjective(nn.Module):
                 part = {**part, "states": self.model.encode_images(part["images"])}
         loss, values = self.unified({**batch, "image_text": part})
         # without gradient: what clamps the temperature asks all terms together, once a step
-        # (`raylib.collective.clamp`)
+        # (`raylib.distributed.clamp`)
         temperature = self.model.temperature.detach().clamp(*self.unified.config.temperature)
         vectors = encode_vectors(self.model, part, temperature)
         sums = torch.stack([term.values(vectors, part).sum() for term in self.terms.values()])

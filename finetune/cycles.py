@@ -22,10 +22,10 @@ from finetune.build import build_model
 from finetune.config import FinetuneConfig
 from finetune.worker import Work
 from raylib import checkpoint
-from raylib.collective import world_size
+from raylib.distributed import world_size
 from raylib.launch import launch, leads, open_run, run_folder
-from raylib.model.folder import read_weights
-from raylib.tune.reporter import Reporter
+from raylib.models.folder import read_weights
+from raylib.search.reporter import Reporter
 
 
 def find_mask(

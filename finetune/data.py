@@ -13,9 +13,9 @@ from finetune.pictures import Pixels, RegionFeatures
 from finetune.splits import Task
 from finetune.stores import open_pictures, open_regions
 from finetune.tasks import TASKS
+from raylib.cache import shared, stamp
 from raylib.config import choose
 from raylib.errors import UserError
-from raylib.shared import shared, stamp
 
 
 class Reading:

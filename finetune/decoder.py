@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from raylib.config import Config
 from raylib.errors import UserError
-from raylib.losses import HEAD_ROWS, masked_language
-from raylib.model.encoder import Condition
-from raylib.ragged import Ragged, first_tokens
+from raylib.models.encoder import Condition
+from raylib.objectives.losses import HEAD_ROWS, masked_language
+from raylib.packed import Ragged, first_tokens
 from raylib.text import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class AnswerDecoder(nn.Module):
         # the tokens that are read, <s> first, and those that are to be predicted, </s> last
         self.lengths = torch.tensor(
             [len(ids) - 1 for ids in answers]
-        )  # on the CPU, as all lengths (`raylib.ragged`)
+        )  # on the CPU, as all lengths (`raylib.packed`)
         for name, part in (("given", slice(None, -1)), ("wanted", slice(1, None))):
             ids = torch.tensor([token for ids in answers for token in ids[part]])
             self.register_buffer(name, ids, persistent=False)  # the model's config.json keeps them

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from finetune.model import FinetuneModel
 from finetune.strategies.base import Term
-from raylib.collective import total, world_size
+from raylib.distributed import total, world_size
 
 
 def task_loss(logits: Tensor, part: dict, loss: str) -> Tensor:

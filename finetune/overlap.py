@@ -32,9 +32,9 @@ from finetune.data import Reading, dev_sets, find_task, languages_of, read_split
 from finetune.examples import Captioned, Example
 from finetune.splits import Overlap, Task
 from finetune.stores.pictures import MARVL, folders_of, stem
+from raylib.cache import stamp
 from raylib.checkpoint import write_atomically
 from raylib.errors import UserError
-from raylib.shared import stamp
 
 RULE = 2  # of what counts as the same: another number makes nothing of what is kept
 COMPARED = (("test", "train"), ("test", "dev"), ("dev", "train"))

@@ -12,8 +12,8 @@ from finetune.model import LOCATIONS
 from finetune.stores import PictureStore, RegionStore, locations
 from raylib.data.images import AugmentConfig, augment, resize
 from raylib.data.states import States, write_states
-from raylib.model.unified import UnifiedModel
-from raylib.ragged import Ragged
+from raylib.models.unified import UnifiedModel
+from raylib.packed import Ragged
 
 ENCODED = 64  # pictures through the image encoder at a time
 

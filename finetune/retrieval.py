@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from finetune.batches import encode_texts
 from finetune.examples import Captioned
 from finetune.pictures import Encoded, Pixels, encode_pictures
-from raylib.collective import raise_together, world_size
 from raylib.data.states import States, remove_states, write_states
+from raylib.distributed import raise_together, world_size
 from raylib.finite import is_finite, require_finite
 from raylib.intervals import recall_interval
 from raylib.metrics import RANKS, hit_chances, mean, mean_hits, nearest_keys
-from raylib.model.encoder import Condition
-from raylib.ragged import Ragged, first_tokens
+from raylib.models.encoder import Condition
+from raylib.packed import Ragged, first_tokens
 from raylib.randomness import Key, permutation
 from raylib.text import Tokenizer
 

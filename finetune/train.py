@@ -33,7 +33,7 @@ from raylib.errors import UserError
 from raylib.finite import require_finite_values
 from raylib.identity import DataFile
 from raylib.launch import config_hash, launch, leads, open_run, run_folder
-from raylib.tune.reporter import Reporter
+from raylib.search.reporter import Reporter
 
 
 def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, Any]:

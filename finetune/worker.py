@@ -31,14 +31,15 @@ from finetune.model import fill
 from finetune.objective import AnswerObjective, ClassificationObjective
 from finetune.pictures import Encoded, Pictures, Pixels, encode_pictures
 from finetune.retrieval import recall_at_1, retrieve
-from raylib import checkpoint, shared
-from raylib.collective import world_size
+from raylib import cache as shared
+from raylib import checkpoint
 from raylib.data.states import fingerprint
+from raylib.distributed import world_size
 from raylib.errors import UserError
 from raylib.finite import require_finite_values
 from raylib.loop import fit, peak_memory
-from raylib.model import tuning
-from raylib.objective import ObjectiveConfig, UnifiedObjective, Weights
+from raylib.models import peft as tuning
+from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective, Weights
 from raylib.provenance import provenance
 from raylib.runtime import Runtime
 from raylib.text import Tokenizer

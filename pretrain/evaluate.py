@@ -10,19 +10,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raylib import identity
-from raylib.collective import raise_together, world_size
 from raylib.data.images import decode, resize
 from raylib.data.retrieval import read_retrieval
+from raylib.distributed import raise_together, world_size
 from raylib.errors import UserError
 from raylib.finite import is_finite, require_finite
 from raylib.identity import DataFile
 from raylib.intervals import recall_interval
 from raylib.loop import peak_memory
 from raylib.metrics import RANKS, mean, mean_hits, recall_hits
-from raylib.model.folder import find_model, find_tokenizer
-from raylib.model.unified import UnifiedModel
+from raylib.models.folder import find_model, find_tokenizer
+from raylib.models.unified import UnifiedModel
+from raylib.packed import Ragged, first_tokens
 from raylib.provenance import provenance
-from raylib.ragged import Ragged, first_tokens
 from raylib.text import Tokenizer
 
 IMAGES, SENTENCES = 64, 1024  # encoded at a time

@@ -8,8 +8,8 @@ from pretrain.train import InitConfig, PretrainConfig
 from raylib.config import override
 from raylib.data.images import AugmentConfig
 from raylib.loop import FitConfig
-from raylib.model.unified import ModelConfig
-from raylib.objective import ObjectiveConfig, Weights
+from raylib.models.unified import ModelConfig
+from raylib.objectives.pretraining import ObjectiveConfig, Weights
 from raylib.optim import OptimConfig
 
 

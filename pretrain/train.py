@@ -16,16 +16,16 @@ from raylib.errors import UserError
 from raylib.identity import DataFile
 from raylib.launch import LaunchConfig, config_hash, launch, leads, open_run, run_folder
 from raylib.loop import FitConfig, fit
-from raylib.model.folder import find_model, find_tokenizer
-from raylib.model.load import load_text, load_vision
-from raylib.model.unified import ModelConfig, UnifiedModel
-from raylib.objective import ObjectiveConfig, UnifiedObjective
+from raylib.models.folder import find_model, find_tokenizer
+from raylib.models.hf_weights import load_text, load_vision
+from raylib.models.unified import ModelConfig, UnifiedModel
+from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 from raylib.optim import OptimConfig
 from raylib.provenance import commit, provenance
 from raylib.randomness import hash64
 from raylib.runtime import Runtime
+from raylib.search.reporter import Reporter
 from raylib.text import Tokenizer
-from raylib.tune.reporter import Reporter
 
 
 class InitConfig(Config):

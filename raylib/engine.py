@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raylib.collective import raise_together
+from raylib.distributed import raise_together
 from raylib.errors import UserError
 from raylib.finite import is_finite
 from raylib.guard import StepGuard

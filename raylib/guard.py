@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raylib.collective import raise_together, world_size
+from raylib.distributed import raise_together, world_size
 from raylib.errors import NotFinite
 from raylib.finite import is_finite
 

@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from raylib.cache import shared, stamp
 from raylib.checkpoint import write_atomically
 from raylib.errors import UserError
 from raylib.provenance import code_version
-from raylib.shared import shared, stamp
 
 FILE = "identity.json"
 

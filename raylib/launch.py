@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from raylib import checkpoint, identity, shared
+from raylib import cache as shared
+from raylib import checkpoint, identity
 from raylib.config import Config, build, dump, without
 from raylib.errors import NotFinite, UserError
 from raylib.identity import DataFile
 from raylib.runtime import Local, OnRay, Runtime
-from raylib.tune.reporter import Reporter
+from raylib.search.reporter import Reporter
 
 SETTINGS = {  # of Ray, by environment variables
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # Train's run page needs it

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from raylib import checkpoint
-from raylib.collective import total
 from raylib.config import Config
 from raylib.data.loading import load_batches
+from raylib.distributed import total
 from raylib.engine import DeepSpeedEngine, TorchEngine
 from raylib.errors import NotFinite, UserError
 from raylib.finite import finite_values, require_finite_values
@@ -293,7 +293,7 @@ class _Progress:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch's tensors on `device`, but for those that plan the step, which stay on the CPU
-    (`raylib.ragged`)."""
+    (`raylib.packed`)."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from raylib.cache import shared
 from raylib.data.shards import sha256_of
 from raylib.errors import UserError
-from raylib.ragged import Sentences
+from raylib.packed import Sentences
 from raylib.randomness import hash64, integers, uniform
-from raylib.shared import shared
 
 FILES = (
     "sentencepiece.bpe.model",
@@ -75,7 +75,7 @@ class Tokenizer:
 
     def remember(self, texts: Sequence[str]) -> None:
         """Encode these texts now, or take what another trial of a search has made of them
-        (`raylib.shared`)."""
+        (`raylib.cache`)."""
         texts = sorted(set(texts))
 
         def make() -> tuple[np.ndarray, np.ndarray]:

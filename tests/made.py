@@ -2,8 +2,8 @@
 
 import torch
 
-from raylib.model.unified import ModelConfig, UnifiedModel
-from raylib.ragged import Sentences
+from raylib.models.unified import ModelConfig, UnifiedModel
+from raylib.packed import Sentences
 
 SMALL = ModelConfig(
     vocabulary=60,

@@ -15,7 +15,7 @@ from finetune.tasks import TASKS
 from finetune.worker import RETRIEVAL
 from raylib.errors import UserError
 from raylib.metrics import disparity
-from raylib.objective import UnifiedObjective
+from raylib.objectives.pretraining import UnifiedObjective
 from raylib.track import read_metrics
 from tests.made import make_batch, make_model, take_rows
 from tests.test_collective import assert_workers_equal_one, run_workers

@@ -23,11 +23,11 @@ from finetune.examples import Example
 from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES
 from finetune.scenes.names import say
-from raylib.backbones import BACKBONES
-from raylib.backbones.single_stream import SingleStream, tiny
 from raylib.config import override
-from raylib.model.encoder import Condition
-from raylib.ragged import Ragged
+from raylib.models.base import BACKBONES
+from raylib.models.encoder import Condition
+from raylib.models.single_stream import SingleStream, tiny
+from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from raylib.text import Prompted, Tokenizer
 from tests.made import SMALL, make_model

@@ -7,7 +7,7 @@ import sys
 def test_cudnn_attention_is_off_wherever_attention_runs():
     """It builds a graph for every new shape, which is seconds a step with packed batches
     (benchmarks/results/gpu.jsonl)."""
-    code = "import raylib.model.attention, torch; print(torch.backends.cuda.cudnn_sdp_enabled())"
+    code = "import raylib.models.attention, torch; print(torch.backends.cuda.cudnn_sdp_enabled())"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
     )

@@ -8,13 +8,13 @@ import torch
 from transformers import SwinConfig, SwinModel
 
 from finetune.model import FinetuneModel, resize
-from raylib.backbones import BACKBONES
-from raylib.backbones.cclm_load import CLIP
 from raylib.data.states import fingerprint
 from raylib.errors import UserError
-from raylib.model.swin import SwinSizes, interpolate_bias
-from raylib.model.unified import ModelConfig, UnifiedModel
-from raylib.ragged import Ragged
+from raylib.models.base import BACKBONES
+from raylib.models.cclm_weights import CLIP
+from raylib.models.swin import SwinSizes, interpolate_bias
+from raylib.models.unified import ModelConfig, UnifiedModel
+from raylib.packed import Ragged
 from tests.made import SMALL, make_model
 
 SWIN = dict(embed_dim=16, depths=[2, 2], num_heads=[2, 4], patch_size=2)  # pictures: multiples of 4

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from raylib.collective import gather, gather_ragged, total
-from raylib.objective import ObjectiveConfig, UnifiedObjective
-from raylib.ragged import Ragged
+from raylib.distributed import gather, gather_ragged, total
+from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
+from raylib.packed import Ragged
 from tests.made import make_batch, make_model, take_rows
 
 SIZES = (6, 6, 6)  # pairs, translations, mono: multiples of 2 and 3

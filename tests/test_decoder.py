@@ -11,8 +11,8 @@ from finetune.decoder import DecoderConfig, encode_answers
 from finetune.model import FinetuneModel
 from finetune.objective import AnswerObjective
 from raylib.errors import UserError
-from raylib.model.unified import UnifiedModel
-from raylib.ragged import Ragged
+from raylib.models.unified import UnifiedModel
+from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
 from raylib.track import read_metrics

@@ -20,10 +20,10 @@ from finetune.examples import Example
 from finetune.formats.vqa import read_cvil
 from finetune.model import FinetuneModel
 from finetune.strategies.distillation import Distillation, chosen_layers
-from raylib.backbones.oscar import TINY, Oscar
 from raylib.errors import UserError
-from raylib.model.places import find_places
-from raylib.ragged import Ragged
+from raylib.models.oscar import TINY, Oscar
+from raylib.models.token_segments import find_places
+from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from raylib.text import Prompted, Tokenizer
 from tests.made import make_batch, make_model

@@ -15,13 +15,13 @@ from finetune.build import build_model
 from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES
 from finetune.strategies import STRATEGIES
-from raylib.backbones.oscar import PLACE, TINY, Oscar
 from raylib.config import override
 from raylib.errors import UserError
+from raylib.models.oscar import PLACE, TINY, Oscar
 from raylib.randomness import hash64
 from raylib.sample.concepts import DATA
+from raylib.search.reporter import Reporter
 from raylib.track import read_metrics
-from raylib.tune.reporter import Reporter
 from tests.conftest import QUICK
 from tests.test_oscar import write_oscar_tsv
 from tests.test_strategies_run import ANSWERS, REFUSED, SETTINGS

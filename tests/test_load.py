@@ -12,10 +12,10 @@ from transformers import (
 )
 
 from raylib.errors import UserError
-from raylib.model.load import load_text, load_vision, text_config
-from raylib.model.unified import UnifiedModel
-from raylib.model.vision import interpolate
-from raylib.ragged import Ragged
+from raylib.models.hf_weights import load_text, load_vision, text_config
+from raylib.models.unified import UnifiedModel
+from raylib.models.vision import interpolate
+from raylib.packed import Ragged
 from tests.made import SMALL
 
 SIZES = dict(vocab_size=60, hidden_size=16, num_attention_heads=2, intermediate_size=24)

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raylib.collective import clamp
-from raylib.losses import HEAD_ROWS, contrastive, hard_negatives, masked_language
+from raylib.distributed import clamp
+from raylib.objectives.losses import HEAD_ROWS, contrastive, hard_negatives, masked_language
 
 
 def test_contrastive_excludes_equal_content():

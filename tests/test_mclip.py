@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from finetune.__main__ import main
-from raylib.backbones import BACKBONES
-from raylib.backbones.clip import Clip, load_clip
-from raylib.backbones.mclip import MClip, MClipConfig, load_mclip
 from raylib.errors import UserError
-from raylib.ragged import Ragged
+from raylib.models.base import BACKBONES
+from raylib.models.clip import Clip, load_clip
+from raylib.models.mclip import MClip, MClipConfig, load_mclip
+from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from tests.conftest import QUICK
 

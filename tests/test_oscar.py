@@ -20,12 +20,12 @@ from finetune.model import FinetuneModel, freeze, load_backbone
 from finetune.pictures import RegionFeatures
 from finetune.stores import open_regions
 from finetune.stores.records import to_regions
-from raylib.backbones import BACKBONES, rebuild
-from raylib.backbones.oscar import TINY, Oscar, OscarConfig, Seen
-from raylib.backbones.oscar_load import load_oscar
 from raylib.errors import UserError
-from raylib.model.places import find_places
-from raylib.ragged import Ragged
+from raylib.models.base import BACKBONES, rebuild
+from raylib.models.oscar import TINY, Oscar, OscarConfig, Seen
+from raylib.models.oscar_weights import load_oscar
+from raylib.models.token_segments import find_places
+from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
 from tests.published import BERT_LAYER, FEATURES, FEEDFORWARD, HEADS, LAYER, LAYERS, POSITIONS, WIDTH, WORDS

@@ -17,7 +17,7 @@ from pretrain.train import PretrainConfig, build_model, run
 from raylib import checkpoint
 from raylib.config import override, save
 from raylib.errors import UserError
-from raylib.model.unified import UnifiedModel
+from raylib.models.unified import UnifiedModel
 from raylib.track import read_metrics
 
 LOCAL = ("runtime=local", "workers=1")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from raylib.ragged import Plan, Ragged, concatenate, first_tokens, join_rows, plan_attention
+from raylib.packed import Plan, Ragged, concatenate, first_tokens, join_rows, plan_attention
 
 
 def rows_of(ragged):

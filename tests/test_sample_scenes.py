@@ -12,7 +12,7 @@ from pretrain.train import resolve_data, with_vocabulary
 from raylib.data.images import AugmentConfig, decode, resize
 from raylib.data.shards import MANIFEST
 from raylib.data.source import Source
-from raylib.model.unified import UnifiedModel
+from raylib.models.unified import UnifiedModel
 from raylib.sample.canvas import Placed, decode_drawings, place
 from raylib.sample.concepts import DATA, TRAINING_VENDORS, is_held_out
 from raylib.text import Tokenizer

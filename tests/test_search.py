@@ -16,11 +16,11 @@ from finetune.__main__ import main as finetune_main
 from finetune.recipes import RECIPES
 from raylib.config import load, override
 from raylib.errors import UserError
+from raylib.search import tuner as fit
+from raylib.search.config import SearchConfig
+from raylib.search.space import Choice, Float, OneOf, Space
+from raylib.search.trial_log import read_told
 from raylib.track import read_metrics
-from raylib.tune import fit
-from raylib.tune.config import SearchConfig
-from raylib.tune.space import Choice, Float, OneOf, Space
-from raylib.tune.told import read_told
 from tune_spaces.jobs import Finetuning
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ def cluster():
 @pytest.fixture
 def search(tmp_path, model, scenes):
     """`search(space, *search settings, job=, recipe=)` -> the folder of a finished search."""
-    from raylib.tune import sweep
+    from raylib.search import search as sweep
 
     def run(space, *settings, job=None, recipe=(), task="scenes_xvnli"):
         config = override(
@@ -207,7 +207,7 @@ def _studies(folder):
 def test_what_trials_share_is_made_once(tmp_path):
     import ray
 
-    from raylib.tune.shelf import Shelf
+    from raylib.search.object_cache import Shelf
 
     shelf = Shelf(tmp_path)
 
@@ -304,7 +304,7 @@ def test_a_trial_may_train_on_workers_of_its_own_under_zero(search):
 
 @pytest.mark.slow
 def test_pretraining_is_searched_the_same_way(mini, tmp_path, capsys):
-    from raylib.tune import sweep
+    from raylib.search import search as sweep
     from tune_spaces.jobs import Pretraining
 
     mix = Space(

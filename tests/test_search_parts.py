@@ -16,15 +16,17 @@ from ray.tune.schedulers import TrialScheduler
 from finetune.recipes import RECIPES
 from raylib.config import override
 from raylib.errors import UserError
-from raylib.tune import early, figures, fit, report, schedulers, space
-from raylib.tune.config import SearchConfig
-from raylib.tune.finals import Final
-from raylib.tune.schedulers import Asha, Median, Within, check_changeable, population, scheduler
-from raylib.tune.searcher import searcher, state_of
-from raylib.tune.space import Choice, Float, Int, OneOf, Space
-from raylib.tune.sweep import Row
-from raylib.tune.told import tell
-from raylib.tune.trial import standing, trained
+from raylib.search import early_stopping as early
+from raylib.search import figures, report, schedulers, space
+from raylib.search import tuner as fit
+from raylib.search.config import SearchConfig
+from raylib.search.final_runs import Final
+from raylib.search.optuna import searcher, state_of
+from raylib.search.schedulers import Asha, Median, Within, check_changeable, population, scheduler
+from raylib.search.search import Row
+from raylib.search.space import Choice, Float, Int, OneOf, Space
+from raylib.search.trial import standing, trained
+from raylib.search.trial_log import tell
 from tune_spaces.jobs import Finetuning
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP

@@ -15,7 +15,7 @@ from finetune.retrieval import retrieve
 from finetune.stores import open_pictures
 from raylib import checkpoint
 from raylib.config import load
-from raylib.model.unified import UnifiedModel
+from raylib.models.unified import UnifiedModel
 from raylib.text import Tokenizer
 from tests import official
 from tests.conftest import QUICK

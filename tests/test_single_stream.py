@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from finetune.model import FinetuneModel, freeze, load_backbone
-from raylib.backbones import BACKBONES, SINGLE_STREAMS, rebuild
-from raylib.backbones.single_stream import LAYOUTS, SingleStream, tiny
-from raylib.backbones.single_stream_load import load_single_stream
 from raylib.errors import UserError
-from raylib.ragged import Ragged
+from raylib.models.base import BACKBONES, SINGLE_STREAMS, rebuild
+from raylib.models.single_stream import LAYOUTS, SingleStream, tiny
+from raylib.models.single_stream_weights import load_single_stream
+from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from tests import published
 from tests.published import FEATURES, WORDS, write

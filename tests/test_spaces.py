@@ -13,8 +13,8 @@ from finetune.recipes import RECIPES as FINETUNE
 from pretrain.recipes import RECIPES as PRETRAIN
 from raylib.config import Config, change
 from raylib.errors import UserError
-from raylib.tune import space
-from raylib.tune.space import Choice, Each, Float, Int, OneOf, Space
+from raylib.search import space
+from raylib.search.space import Choice, Each, Float, Int, OneOf, Space
 from tune_spaces.__main__ import main, open_space, parse
 from tune_spaces.spaces import SPACES
 
@@ -182,7 +182,9 @@ def test_the_grid_is_a_product_on_top_of_what_is_published():
 
 def test_a_space_of_ones_own_is_a_file(tmp_path, capsys):
     own = tmp_path / "mine.py"
-    own.write_text('from raylib.tune.space import Float\nSPACE = {"optim.lr": Float(1e-5, 1e-3, log=True)}\n')
+    own.write_text(
+        'from raylib.search.space import Float\nSPACE = {"optim.lr": Float(1e-5, 1e-3, log=True)}\n'
+    )
     name, chosen = open_space(str(own))
     assert name == "mine" and chosen.knobs == {"optim.lr": Float(1e-5, 1e-3, log=True)}
     assert main([str(own)]) == 0 and "optim.lr: 1e-05 to 0.001, log-uniform" in capsys.readouterr().out
@@ -207,8 +209,8 @@ def test_settings_go_to_the_search_or_to_the_recipe():
 
 def test_intervals_and_fronts_against_slow_references():
     from raylib.intervals import t_interval
-    from raylib.tune.finals import front
-    from raylib.tune.sweep import Row
+    from raylib.search.final_runs import front
+    from raylib.search.search import Row
 
     mean, half = t_interval([0.1, 0.4, 0.7])
     assert math.isclose(mean, 0.4) and math.isclose(

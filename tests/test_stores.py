@@ -17,7 +17,7 @@ import torch
 from finetune.stores import locations, open_pictures, open_regions
 from raylib.data.states import write_states
 from raylib.errors import UserError
-from raylib.ragged import Ragged
+from raylib.packed import Ragged
 
 PICTURE = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
 FEATURES = np.arange(6, dtype=np.float32).reshape(2, 3)

@@ -14,7 +14,7 @@ from finetune.build import build_adapted
 from finetune.config import FinetuneConfig
 from finetune.strategies import STRATEGIES
 from raylib.config import load
-from raylib.model import tuning
+from raylib.models import peft as tuning
 from raylib.sample.concepts import LANGUAGES
 from raylib.track import read_metrics
 

@@ -23,11 +23,11 @@ from finetune.model import FinetuneModel
 from finetune.pictures import RegionFeatures
 from finetune.recipes import RECIPES
 from finetune.stores import Regions
-from raylib.backbones.clip import ClipConfig
-from raylib.backbones.oscar import TINY, Oscar
-from raylib.backbones.single_stream import SingleStream, tiny
 from raylib.config import override
-from raylib.ragged import Plan, Ragged
+from raylib.models.clip import ClipConfig
+from raylib.models.oscar import TINY, Oscar
+from raylib.models.single_stream import SingleStream, tiny
+from raylib.packed import Plan, Ragged
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
 from tests.made import make_model

@@ -12,15 +12,15 @@ from finetune.model import FinetuneModel
 from finetune.objective import ClassificationObjective
 from finetune.strategies import Context, Methods, StrategiesConfig
 from finetune.strategies.tuning import Adapter, Compacter, HardPrompt, Lora, SoftPrompt
-from raylib.backbones import BACKBONES
 from raylib.config import build
 from raylib.engine import DeepSpeedEngine, TorchEngine
 from raylib.errors import UserError
-from raylib.model import tuning
-from raylib.model.attention import Block
-from raylib.model.unified import ModelConfig, UnifiedModel
+from raylib.models import peft as tuning
+from raylib.models.attention import Block
+from raylib.models.base import BACKBONES
+from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.optim import OptimConfig
-from raylib.ragged import Ragged
+from raylib.packed import Ragged
 from raylib.text import Prompted, Tokenizer
 from tests.made import make_model
 from tests.test_collective import run_workers

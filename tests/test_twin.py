@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.twin import PaddedTwin
-from raylib.objective import ObjectiveConfig, UnifiedObjective
+from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 from tests.made import make_batch, make_model
 
 LENGTHS = {"image_text": 12, "parallel": 14, "text": 16}

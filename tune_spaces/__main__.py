@@ -5,8 +5,8 @@
     python -m tune_spaces SPACE                what the space holds, and its published settings
 
 SPACE is one of those below, or a Python file of yours that defines SPACE, a dict or a
-`raylib.tune.space.Space`. Settings are the search's (`raylib/tune/config.py`), or else the recipe's, by their
-paths; where both have one of a name, `recipe.select=last` is the recipe's.
+`raylib.search.space.Space`. Settings are the search's (`raylib/search/config.py`), or else the recipe's, by
+their paths; where both have one of a name, `recipe.select=last` is the recipe's.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from pathlib import Path
 from raylib.command import command
 from raylib.config import choose, near, override, paths
 from raylib.errors import UserError
-from raylib.tune.config import SearchConfig
-from raylib.tune.space import Space, described
+from raylib.search.config import SearchConfig
+from raylib.search.space import Space, described
 from tune_spaces.spaces import SPACES
 
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
             )
         )
         return 0
-    from raylib.tune import sweep  # Ray takes seconds to come
+    from raylib.search import search as sweep
     from tune_spaces.jobs import find
 
     search, rest = parse(given.settings, space.recipe)

@@ -1,4 +1,4 @@
-"""What a search may do with each stage: a fine-tuning run, a pretraining run (`raylib.tune.config.Job`)."""
+"""What a search may do with each stage: a fine-tuning run, a pretraining run (`raylib.search.config.Job`)."""
 
 import copy
 import json
@@ -29,8 +29,8 @@ from raylib.errors import UserError
 from raylib.identity import DataFile
 from raylib.launch import LaunchConfig, run_folder
 from raylib.metrics import mean
-from raylib.tune.config import GOALS, Job, Select
-from raylib.tune.reporter import Reporter
+from raylib.search.config import GOALS, Job, Select
+from raylib.search.reporter import Reporter
 
 
 class Finetuning:

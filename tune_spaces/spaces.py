@@ -7,7 +7,7 @@ translation-based alignment. Grids are the papers', where they print one.
 
 from finetune.config import UNIMODAL
 from finetune.recipes import FEW_SHOT_RATES
-from raylib.tune.space import Choice, Each, Float, Int, OneOf, Space
+from raylib.search.space import Choice, Each, Float, Int, OneOf, Space
 
 SMALL = Float(3e-5, 3e-4, log=True)  # P4's learning rates of small modules, and of all weights
 WHOLE = Float(1e-6, 1e-5, log=True)

@@ -1,7 +1,7 @@
 """Where in a picture a word looks: weights of the unified encoder's cross-attention (paper 2, figure 3).
 
 The fused kernel keeps its weights to itself. `look` runs the model as it is, notes what goes into each
-cross-attention (`raylib.model.attention`) and multiplies queries and keys once more.
+cross-attention (`raylib.models.attention`) and multiplies queries and keys once more.
 
 Shape legend: l unified layers, T tokens, R queries, h heads, e = d / h, S keys of a picture (CLS, then
 patches), g x g patches.
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from raylib.errors import UserError
-from raylib.model.attention import Attention
-from raylib.model.encoder import Condition
-from raylib.model.unified import UnifiedModel
-from raylib.ragged import Plan, Ragged
+from raylib.models.attention import Attention
+from raylib.models.encoder import Condition
+from raylib.models.unified import UnifiedModel
+from raylib.packed import Plan, Ragged
 
 
 def weights_of(attention: Attention, x: Tensor, key_value: Tensor, plan: Plan) -> Tensor:
@@ -100,7 +100,7 @@ def choose_layer(maps: np.ndarray, layer: str) -> np.ndarray:
 
 def to_grid(weights: np.ndarray, windows: int = 0) -> np.ndarray:
     """(..., S) -> (..., g, g): shares of the attention on patches, the CLS left out; they add up to 1. With
-    `windows`, their CLS states come next, and patches window after window (`raylib.model.vision`)."""
+    `windows`, their CLS states come next, and patches window after window (`raylib.models.vision`)."""
     patches = weights[..., 1 + windows :]
     side = math.isqrt(patches.shape[-1])
     assert side * side == patches.shape[-1], "a picture's patches are a square"

@@ -20,8 +20,8 @@ from finetune.stores.pictures import stem
 from raylib.errors import UserError
 from raylib.finite import require_finite
 from raylib.markdown import percent, table
-from raylib.model.unified import UnifiedModel
-from raylib.ragged import Ragged
+from raylib.models.unified import UnifiedModel
+from raylib.packed import Ragged
 from raylib.text import Tokenizer
 
 CHANCE = 0.25  # of the attention, on a quadrant

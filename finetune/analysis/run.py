@@ -22,7 +22,7 @@ from raylib import checkpoint
 from raylib.config import load
 from raylib.errors import UserError
 from raylib.markdown import percent, table
-from raylib.model.unified import UnifiedModel
+from raylib.models.unified import UnifiedModel
 from raylib.text import Tokenizer
 
 ONE_EACH = ("few_shot", "single_language")  # settings with a model for each language

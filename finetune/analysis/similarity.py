@@ -22,7 +22,7 @@ from finetune.model import FinetuneModel
 from finetune.pictures import Pictures
 from raylib.finite import require_finite
 from raylib.loop import to_device
-from raylib.model.unified import UnifiedModel
+from raylib.models.unified import UnifiedModel
 from raylib.text import Tokenizer
 
 BATCH = 16  # items in every language at a time

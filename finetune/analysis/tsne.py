@@ -35,8 +35,8 @@ from raylib.errors import UserError, needed
 from raylib.finite import require_finite
 from raylib.loop import to_device
 from raylib.markdown import percent, table
-from raylib.model.unified import UnifiedModel
-from raylib.ragged import Ragged, join_rows
+from raylib.models.unified import UnifiedModel
+from raylib.packed import Ragged, join_rows
 from raylib.text import Tokenizer
 
 BATCH = 16  # items in every language at a time

@@ -11,7 +11,7 @@ from finetune.distillation.terms import distance
 from finetune.model import FinetuneModel
 from finetune.objective import task_loss
 from finetune.strategies.base import Term
-from raylib.collective import total, world_size
+from raylib.distributed import total, world_size
 
 
 class DistillationObjective(nn.Module):

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from raylib.model.places import Places
-from raylib.ragged import Ragged
+from raylib.models.token_segments import Places
+from raylib.packed import Ragged
 
 TERMS = ("cls", "image", "tags", "mixed")
 

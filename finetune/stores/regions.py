@@ -15,9 +15,9 @@ import numpy as np
 
 from finetune.stores.pictures import folders_of, may_hold, stem
 from finetune.stores.records import Regions, floats_of_base64, to_regions, unpickle
-from raylib.backbones.oscar import PLACE
 from raylib.encoding import spellings
 from raylib.errors import UserError
+from raylib.models.oscar import PLACE
 
 X101 = {"bbox": "boxes", "image_height": "img_h", "image_width": "img_w"}  # its names -> those of the others
 _ENVIRONMENTS: dict[Path, tuple[int, Any]] = {}  # LMDB folder -> (process that opened it, environment)

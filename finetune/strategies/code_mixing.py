@@ -10,8 +10,8 @@ from finetune.examples import Captioned, Example
 from finetune.lexicon.dictionaries import open_dictionaries
 from finetune.lexicon.mixing import mix
 from finetune.strategies.base import Context, Strategy
+from raylib.cache import shared, stamp
 from raylib.randomness import Key
-from raylib.shared import shared, stamp
 
 
 class CodeMixing(Strategy):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from finetune.lexicon.distances import vector_distances, wordnet_distances
 from finetune.losses import linguistic_prior
 from finetune.strategies.base import Context, Strategy, Term
+from raylib.cache import shared, stamp
 from raylib.errors import UserError
-from raylib.shared import shared, stamp
 
 
 class LinguisticPrior(Strategy):

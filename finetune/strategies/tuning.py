@@ -1,4 +1,4 @@
-"""Parameter-efficient tuning and prompts (paper 4, section 3.2). The modules are in `raylib.model.tuning`.
+"""Parameter-efficient tuning and prompts (paper 4, section 3.2). The modules are in `raylib.models.peft`.
 
 Those with modules freeze all of the model but these, the layer norms of the blocks and the heads; two of them
 compose. Their weights are few and kept apart, in RUN/tuned.safetensors.
@@ -12,7 +12,7 @@ from torch import nn
 
 from finetune.strategies.base import Context, Strategy
 from raylib.errors import UserError
-from raylib.model import tuning
+from raylib.models import peft as tuning
 from raylib.text import Prompted, Tokenizer
 
 

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raylib.collective import raise_together, world_size
+from raylib.distributed import raise_together, world_size
 from raylib.errors import NotFinite, UserError
 from raylib.finite import is_finite
-from raylib.ragged import Ragged
+from raylib.packed import Ragged
 
 
 class States:

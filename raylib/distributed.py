@@ -1,0 +1,98 @@
+"""What crosses workers inside a step. With one process every function is the identity.
+
+Convention: each worker's loss is its own share times the number of workers, so that the engines' averaging of
+gradients (DDP, ZeRO) gives the gradient of the loss over the global batch.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from raylib.errors import NotFinite, UserError
+from raylib.packed import Ragged
+
+
+def world_size() -> int:
+    """Workers in the default process group; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def raise_together(error: str | None, kind: type[UserError] = NotFinite) -> None:
+    """Raise on every worker, as a `kind`, the `error` that one of them has found, so that none waits for
+    another in vain. All workers call it; without an error on any, nothing happens."""
+    errors = [error]
+    if world_size() > 1:
+        errors = [None] * world_size()
+        dist.all_gather_object(errors, error)
+    if found := next(filter(None, errors), None):
+        raise kind(found)
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum of `x` over all workers, without gradient."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def gather(x: Tensor) -> Tensor:
+    """(b, ...) on each worker -> (W b, ...) in rank order, with gradient: each worker gets back the sum of
+    what all workers' losses owe to its rows."""
+    return _Gather.apply(x) if world_size() > 1 else x
+
+
+def gather_ragged(x: Ragged, width: int) -> Ragged:
+    """All workers' rows in rank order, with gradient. No row is longer than `width` tokens on any worker."""
+    if world_size() == 1:
+        return x
+    rows = torch.arange(len(x.lengths))
+    columns = torch.arange(width)
+    valid = columns < x.lengths[:, None]
+    index = (x.starts[rows, None] + torch.where(valid, columns, 0)).to(x.values.device)
+    lengths = gather(x.lengths.to(x.values.device)).cpu()
+    padded = gather(
+        F.embedding(index, x.values)
+    )  # the gradient of plain indexing adds up in no fixed order on threads
+    kept = (columns < lengths[:, None]).flatten().nonzero().squeeze(1)
+    return Ragged(padded.flatten(0, 1).index_select(0, kept.to(padded.device)), lengths)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(out, x.contiguous())
+        return torch.cat(out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(
+            grad
+        )  # gloo has no reduce_scatter; the gathered states are small beside the gradients
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """A parameter within [low, high]. Outside, the gradient passes only if a step along it leads back in:
+    clamping the parameter itself would be undone by ZeRO's own copy of it. What a step does is asked of all
+    workers' gradients together, and so of all terms together: call it once a step."""
+    return _Clamp.apply(x, low, high)
+
+
+class _Clamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.low, ctx.high = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x,), whole = ctx.saved_tensors, total(grad)
+        outward = ((x <= ctx.low) & (whole > 0)) | (
+            (x >= ctx.high) & (whole < 0)
+        )  # a step goes against the gradient
+        return grad.masked_fill(outward, 0.0), None, None

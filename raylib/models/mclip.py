@@ -1,0 +1,214 @@
+"""Multilingual-CLIP (Carlsson et al. 2022; paper 4): XLM-R's mean state, mapped to where CLIP's image tower
+puts pictures.
+
+It reads texts and pictures apart, so it retrieves (`matching=false`) and has no head of any other task to
+stand under.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from raylib.config import Config, build
+from raylib.errors import UserError, needed
+from raylib.models.attention import initialise
+from raylib.models.cclm_weights import CLIP
+from raylib.models.encoder import Encoder, TextEmbedding
+from raylib.models.folder import fill, write_model
+from raylib.models.hf_weights import copy_block, read_folder
+from raylib.models.peft import described, restore
+from raylib.models.vision import normalise
+from raylib.models.weight_mapper import Taken
+from raylib.packed import Ragged
+
+FIRST = 2  # row of XLM-R's position embeddings that a text starts at
+PIXELS = CLIP["pixel_mean"], CLIP["pixel_std"]
+
+
+class ClipImageSizes(Config):
+    """Of CLIP's image tower. The defaults are ViT-L/14's."""
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    patch_size: int = 14
+    hidden_act: str = "quick_gelu"
+
+
+class MClipConfig(Config):
+    """The defaults are XLM-R-large and ViT-L/14, paper 4's base model."""
+
+    vocabulary: int = 250002
+    width: int = 1024
+    heads: int = 16
+    feedforward: int = 4096
+    text_layers: int = 24
+    positions: int = 512
+    embedding: int = 768
+    image_size: int = 224
+    image: ClipImageSizes = ClipImageSizes()
+    dropout: float = 0.1
+    eps: float = 1e-5
+
+
+class MClip(nn.Module):
+    """Text tower and image tower. A backbone of fine-tuning (`raylib.models.base`)."""
+
+    kind = "mclip"
+    fusion_depths = 0
+
+    def __init__(self, config: MClipConfig):
+        super().__init__()
+        c = self.config = config
+        self.embedding = TextEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.eps)
+        self.text = Encoder(c.text_layers, c.width, c.heads, c.feedforward, c.dropout, c.eps, cross=False)
+        self.text_projection = nn.Linear(c.width, c.embedding)
+        self.apply(initialise)
+        sizes = {**c.image.model_dump(), "image_size": c.image_size, "projection_dim": c.embedding}
+        self.vision = _make_tower(sizes)
+
+    def encode_images(self, images: Tensor) -> Ragged:
+        """uint8 (b, H, W, 3) -> b rows of one vector each (b, e): what the tower's projection makes of its
+        CLS state."""
+        pixels = normalise(images, PIXELS, self.text_projection.weight.dtype).permute(0, 3, 1, 2)
+        return Ragged(
+            self.vision(pixel_values=pixels).image_embeds, torch.ones(len(images), dtype=torch.int64)
+        )
+
+    def embed_pictures(self, states: Ragged) -> Tensor:
+        """What `encode_images` made of n pictures -> vectors (n, e), of any length."""
+        return states.values
+
+    def encode_text(self, ids: Ragged, read: Tensor | None = None) -> Tensor:
+        """Ids (T,) -> states (T, d), or (R, d) of the tokens in `read` (T,)."""
+        return self.text(ids.with_values(self.embedding(ids)), read)
+
+    def embed_sentences(self, ids: Ragged) -> Tensor:
+        """Ids of n texts -> vectors (n, e), of any length: the mean over all tokens, specials too, mapped."""
+        states = self.encode_text(ids)
+        row = torch.arange(len(ids.lengths)).repeat_interleave(ids.lengths).to(states.device)
+        sums = states.new_zeros(len(ids.lengths), states.shape[1]).index_add(0, row, states)
+        return self.text_projection(sums / ids.lengths.to(states.device)[:, None])
+
+    @property
+    def width(self) -> int:
+        return self.config.width
+
+    @property
+    def depths(self) -> int:
+        return self.config.text_layers
+
+    def depth_of(self, name: str) -> int | None:
+        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the embeddings, None outside (image tower,
+        projection)."""
+        part, _, rest = name.partition(".")
+        if part == "embedding":
+            return 0
+        return int(rest.split(".")[1]) + 1 if part == "text" else None
+
+    def prunable(self) -> list[str]:
+        """Names of the matrices of the text layers."""
+        return [name for name, p in self.named_parameters() if (self.depth_of(name) or 0) > 0 and p.ndim == 2]
+
+    def save(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors`."""
+        description = {
+            "model_type": "polyglance-mclip",
+            **self.config.model_dump(),
+            "tuning": described(self),
+        }
+        write_model(self, description, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "MClip":
+        """The model that `save` wrote into `folder`.
+
+        Raises:
+            UserError: weights that do not fit the config.
+        """
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        del values["model_type"]
+        tuned = values.pop("tuning", {})
+        model = cls(build(MClipConfig, values, str(folder / "config.json")))
+        restore(model, tuned)
+        return fill(model, folder)
+
+
+def load_mclip(path: Path, vision: Path | None) -> MClip:
+    """From a Multilingual-CLIP folder (`transformer.*`, `LinearTransformation`) and, as `vision`, the folder
+    of its CLIP.
+
+    Raises:
+        UserError: no such folders; towers that map into spaces of different widths; tensors missing or left
+            over.
+    """
+    if vision is None:
+        raise UserError(
+            f"{path}: its image tower comes from a folder of its own; set vision=FOLDER of the CLIP it was "
+            "made for"
+        )
+    tower = _load_tower(vision)
+    weights, _ = read_folder(path)
+    weights = {name.removeprefix("transformer."): value for name, value in weights.items()}
+    taken = Taken(weights, path)
+    words, mapped = taken("embeddings.word_embeddings.weight"), taken("LinearTransformation.weight")
+    projection, sizes = tower.config.projection_dim, tower.config.to_dict()
+    if mapped.shape[0] != projection:
+        raise UserError(
+            f"{path} maps texts to {mapped.shape[0]} numbers, {vision} pictures to {projection}; "
+            "give the CLIP that it was made for"
+        )
+    layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.layer."))
+    positions = taken("embeddings.position_embeddings.weight")[FIRST:]
+    config = MClipConfig(
+        vocabulary=len(words),
+        width=words.shape[1],
+        heads=words.shape[1] // 64,
+        text_layers=layers,
+        positions=len(positions),
+        feedforward=len(taken("encoder.layer.0.intermediate.dense.bias")),
+        embedding=projection,
+        image_size=tower.config.image_size,
+        image=ClipImageSizes(**{k: sizes[k] for k in ClipImageSizes.model_fields}),
+    )
+    model = MClip(config)
+    with torch.no_grad():
+        taken.copy(model.embedding.word.weight, "embeddings.word_embeddings.weight")
+        model.embedding.position.weight.copy_(positions + taken("embeddings.token_type_embeddings.weight")[0])
+        taken.copy_layer(model.embedding.norm, "embeddings.LayerNorm")
+        for layer, block in enumerate(model.text.blocks):
+            copy_block(taken, block, layer)
+        taken.copy_layer(model.text_projection, "LinearTransformation")
+    taken.finish([r"pooler\.", r"embeddings\.position_ids"])
+    model.vision = tower
+    return model
+
+
+def _make_tower(sizes: dict) -> nn.Module:
+    """CLIP's image tower with its projection, as its vision_config says."""
+    transformers = needed("transformers", "transfer")
+    return transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**sizes))
+
+
+def _load_tower(folder: Path) -> nn.Module:
+    """The image half of a CLIP folder; what is of its text half is left out."""
+    weights, described = read_folder(folder)
+    seen = described.get("vision_config", described)
+    width = described.get(
+        "projection_dim", seen.get("projection_dim", 512)
+    )  # 512: CLIP's, if its config.json says nothing
+    tower = _make_tower({**seen, "projection_dim": width})
+    own = {
+        name: value
+        for name, value in weights.items()
+        if name.startswith(("vision_model.", "visual_projection."))
+    }
+    own.pop("vision_model.embeddings.position_ids", None)
+    try:
+        tower.load_state_dict(own)
+    except RuntimeError as e:
+        raise UserError(f"{folder}: no image tower of CLIP ({' '.join(str(e).split())[:300]})") from None
+    return tower

@@ -1,0 +1,337 @@
+"""Parameter-efficient tuning (paper 4, section 3.2): small modules inside the layers that a text passes,
+trained with their layer norms and the heads while the rest stands still.
+
+A backbone's `tuning` says what was put into it, {method: settings}; `save` of a model writes it down, and
+`restore` builds the same again. The small weights are files of their own, one a language: `write` and `read`
+take nothing else of the model.
+
+Every module keeps the name of what it takes the place of, so layers are found as before; LoRA's alone, which
+are peft's, have `base_layer` in theirs.
+"""
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from raylib.errors import UserError, needed
+from raylib.finite import require_finite_file
+from raylib.models.attention import Block
+
+NORMS = ("attention_norm", "cross_norm", "output_norm")  # of a block: tuned with every method
+
+
+class Adapter(nn.Module):
+    """O = x + f(x W_down) W_up (equation 10), f the GELU's tanh form; weights from N(0, 0.01), as OpenDelta
+    has them."""
+
+    def __init__(self, width: int, bottleneck: int):
+        super().__init__()
+        self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
+        for layer in (self.down, self.up):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, d) -> (T, d)."""
+        return x + self.up(F.gelu(self.down(x), approximate="tanh"))
+
+
+class LowRankKronecker(nn.Module):
+    """A linear map whose matrix is sum_i A_i (x) (s_i t_i), i = 1 ... n (equation 11). The A_i belong to all
+    such layers of a model together, and are held by it (`put_compacter`)."""
+
+    def __init__(self, inputs: int, outputs: int, rule: nn.Parameter, rank: int):
+        """rule: A, (n, n, n); n must divide `inputs` and `outputs`."""
+        super().__init__()
+        n = len(rule)
+        self._rule = [rule]  # in a list, so that it is no parameter of this layer as well
+        self.left = nn.Parameter(torch.empty(n, inputs // n, rank))
+        self.right = nn.Parameter(torch.empty(n, rank, outputs // n))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        for factor in (self.left, self.right):
+            for part in factor:
+                nn.init.xavier_uniform_(part)
+
+    def matrix(self) -> Tensor:
+        """W, (inputs, outputs)."""
+        rule = self._rule[0]
+        product = torch.einsum("iab,icd->acbd", rule, self.left @ self.right)
+        return product.reshape(rule.shape[1] * self.left.shape[1], rule.shape[2] * self.right.shape[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, inputs) -> (T, outputs)."""
+        return x @ self.matrix() + self.bias
+
+
+class Compacter(nn.Module):
+    """An `Adapter` whose two matrices are sums of Kronecker products (Karimi Mahabadi et al. 2021)."""
+
+    def __init__(self, width: int, bottleneck: int, rule: nn.Parameter, rank: int):
+        super().__init__()
+        self.down = LowRankKronecker(width, bottleneck, rule, rank)
+        self.up = LowRankKronecker(bottleneck, width, rule, rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, d) -> (T, d)."""
+        return x + self.up(F.gelu(self.down(x), approximate="tanh"))
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer with a small module behind it: before the residual and the layer norm (Houlsby et al.
+    2019)."""
+
+    def __init__(self, linear: nn.Linear, adapter: nn.Module):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias, self.adapter = linear.weight, linear.bias, adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adapter(super().forward(x))
+
+
+class PromptedEmbedding(nn.Embedding):
+    """Word embeddings, and behind them those of a prompt: id V + i is its i-th token (Lester et al. 2021)."""
+
+    def __init__(self, words: nn.Embedding, prompt: Tensor):
+        super().__init__(*words.weight.shape, device="meta")
+        self.weight, self.prompt = words.weight, nn.Parameter(prompt)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        last = self.num_embeddings - 1
+        words, prompt = (
+            super().forward(ids.clamp(max=last)),
+            F.embedding((ids - last - 1).clamp(min=0), self.prompt),
+        )
+        return torch.where((ids > last)[..., None], prompt, words)
+
+
+class KeyValue(nn.Module):
+    """The two halves of an attention's `key_value` as layers of their own."""
+
+    def __init__(self, joint: nn.Linear):
+        super().__init__()
+        width = joint.in_features
+        self.key, self.value = (nn.Linear(width, width, device="meta") for _ in range(2))
+        for half, weight, bias in zip(
+            (self.key, self.value), joint.weight.chunk(2), joint.bias.chunk(2), strict=True
+        ):
+            half.weight, half.bias = (
+                nn.Parameter(p.detach().clone(), joint.weight.requires_grad) for p in (weight, bias)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.key(x), self.value(x)], 1)
+
+
+def put_lora(model: nn.Module, rank: int = 8, alpha: float = 16.0) -> None:
+    """W + (alpha / rank) B A in the query and value maps of self-attention (equation 12; Hu et al. 2021),
+    through peft."""
+    peft = needed("peft", "transfer")
+    targets, trainable = [], [p for p in model.parameters() if p.requires_grad]
+    for name, block in _blocks(model):
+        if not isinstance(block.attention.key_value, KeyValue):
+            block.attention.key_value = KeyValue(block.attention.key_value)
+        targets += [f"{name}.attention.query", f"{name}.attention.key_value.value"]
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets), model
+    )
+    for (
+        parameter
+    ) in trainable:  # peft has frozen all but its own; what else stands still is decided elsewhere
+        parameter.requires_grad_(True)
+
+
+def put_adapter(model: nn.Module, bottleneck: int = 24) -> None:
+    """An `Adapter` after the output of attention and of the feed-forward layers of every block."""
+    _behind_outputs(model, lambda width: Adapter(width, bottleneck))
+
+
+def put_compacter(model: nn.Module, n: int = 4, reduction: int = 16, rank: int = 1) -> None:
+    """A `Compacter` in the same places, its bottleneck 1 / `reduction` of the width."""
+    width = next(block.attention.query.in_features for _, block in _blocks(model))
+    if width % reduction or (width // reduction) % n:
+        raise UserError(
+            f"strategies.compacter: width {width} / reduction {reduction} is no multiple of n {n}; choose "
+            "others"
+        )
+    model.kronecker = nn.Parameter(torch.randn(n, n, n) * 0.01)
+    _behind_outputs(model, lambda width: Compacter(width, width // reduction, model.kronecker, rank))
+
+
+def put_soft_prompt(model: nn.Module, start: Sequence[int] = (), tokens: int = 20) -> None:
+    """Trainable tokens: those of the ids `start` to begin with, or else so many from N(0, 0.02). Their ids
+    come after the vocabulary's."""
+    embedding = text_embedding(model)
+    words = embedding.word
+    prompt = (
+        words.weight[list(start)].detach().clone()
+        if start
+        else 0.02 * torch.randn(tokens, words.embedding_dim)
+    )
+    embedding.word = PromptedEmbedding(words, prompt)
+
+
+PUT: dict[str, Callable[..., None]] = {
+    "lora": put_lora,
+    "adapter": put_adapter,
+    "compacter": put_compacter,
+    "soft_prompt": put_soft_prompt,
+}
+
+
+def put(model: nn.Module, method: str, settings: Mapping[str, Any]) -> None:
+    """Put `method` into the model, and note it in its backbone's `tuning`. New modules start where the model
+    is.
+
+    Raises:
+        UserError: a backbone whose layers are not ours (CLIP).
+    """
+    backbone = _backbone(model)
+    if not _blocks(backbone):
+        raise UserError(
+            f"strategies.{method}: {backbone.kind} has no layers of ours to put it into; leave it out"
+        )
+    weight = next(backbone.parameters())
+    PUT[method](backbone, **settings)
+    backbone.to(weight)
+    backbone.tuning = {**described(model), method: dict(settings)}
+
+
+def described(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What was put into the model: {method: settings}."""
+    return getattr(_backbone(model), "tuning", {})
+
+
+def restore(model: nn.Module, description: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put in what a stored model's `described` says, so that its weights fit."""
+    for method, settings in description.items():
+        put(model, method, settings)
+
+
+def is_small(name: str) -> bool:
+    """Whether the parameter is one of those that tuning has put in."""
+    parts = name.split(".")
+    return parts[-1] in ("prompt", "kronecker") or any(p == "adapter" or p.startswith("lora_") for p in parts)
+
+
+def freeze_the_rest(model: nn.Module, projection: bool = True) -> None:
+    """Take out of training all but the small modules, the layer norms of the blocks, and the heads; without
+    `projection` also the map from a text's state to where it meets pictures. What was out of training stays
+    out."""
+    for name, parameter in model.named_parameters():
+        if not (is_small(name) or _stays(model, name, projection)):
+            parameter.requires_grad_(False)
+
+
+def _stays(model: nn.Module, name: str, projection: bool) -> bool:
+    if model.depth_of(name) is not None:
+        return any(part in NORMS for part in name.split("."))
+    if "text_projection" in name:
+        return projection
+    return not any(part in ("vision", "image_projection") for part in name.split("."))
+
+
+def shares(model: nn.Module) -> tuple[float, float]:
+    """Trainable parameters as a share of the text encoder's own: (without what lies outside of its layers,
+    with it)."""
+    whole = tuned = head = 0
+    for name, parameter in model.named_parameters():
+        inside = model.depth_of(name) is not None or is_small(name)
+        whole += parameter.numel() * (inside and not is_small(name))
+        tuned += parameter.numel() * (inside and parameter.requires_grad)
+        head += parameter.numel() * (not inside and parameter.requires_grad)
+    return tuned / whole, (tuned + head) / whole
+
+
+def merge(model: nn.Module) -> None:
+    """Add LoRA's product to the weights; its modules are gone, the outputs are the same."""
+    lora = needed("peft.tuners.lora", "transfer")
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, lora.LoraLayer)]:
+        layer.merge()
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer.get_base_layer())
+    for _, block in _blocks(model):
+        halves = block.attention.key_value
+        if isinstance(halves, KeyValue):
+            width = halves.key.in_features
+            joint = nn.Linear(width, 2 * width, device="meta")
+            for part in ("weight", "bias"):
+                both = torch.cat([getattr(halves.key, part), getattr(halves.value, part)]).detach()
+                setattr(joint, part, nn.Parameter(both))
+            block.attention.key_value = joint
+    left = {method: settings for method, settings in described(model).items() if method != "lora"}
+    _backbone(model).tuning = left
+
+
+def write(model: nn.Module, names: Collection[str], path: Path) -> None:
+    """The parameters `names`, those that were trained, with what was put in, as a safetensors file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters() if name in names}
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(small, partial, {"tuning": json.dumps(described(model))})
+    partial.replace(path)
+
+
+def read(model: nn.Module, path: Path) -> None:
+    """Give the model the small weights of `path`, made for the same model with the same methods put in;
+    others that it has trained in the same places are gone.
+
+    Raises:
+        UserError: no such file, no file of ours, other methods or sizes, or a tensor that is not finite.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            described_there = json.loads((file.metadata() or {}).get("tuning", "null"))
+            small = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as e:
+        raise UserError(
+            f"{path}: no weights of a tuned language ({e}); give the tuned.safetensors of a run"
+        ) from None
+    if described_there != json.loads(json.dumps(described(model))):
+        raise UserError(
+            f"{path}: tuned with {described_there}, this model has {described(model)}; put the same methods "
+            "in first"
+        )
+    parameters = dict(model.named_parameters())
+    wrong = [
+        name
+        for name, value in small.items()
+        if name not in parameters or parameters[name].shape != value.shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{path}: weights of another model ({len(wrong)} tensors do not fit, such as {wrong[0]})"
+        )
+    require_finite_file(path, small)
+    with torch.no_grad():
+        for name, value in small.items():
+            parameters[name].copy_(value)
+
+
+def _blocks(model: nn.Module) -> list[tuple[str, Block]]:
+    """The layers that a text passes, by name."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, Block)]
+
+
+def _behind_outputs(model: nn.Module, make: Callable[[int], nn.Module]) -> None:
+    for _, block in _blocks(model):
+        for parent in (block.attention, block):
+            if isinstance(parent.output, AdaptedLinear):
+                raise UserError("adapter and compacter want the same places; a model takes one of them")
+            parent.output = AdaptedLinear(parent.output, make(parent.output.out_features))
+
+
+def text_embedding(model: nn.Module) -> nn.Module:
+    """The embeddings that a text enters by."""
+    return _backbone(model).embedding
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    """What a task's head stands on, or the model itself."""
+    return getattr(model, "backbone", model)

@@ -1,0 +1,279 @@
+"""The unified model of paper 2 (section 3.2, figure 2): image encoder, text encoder, unified encoder.
+
+Three routes share the unified encoder: unpaired text skips the cross-attention, image-text pairs attend to
+the image, translation pairs attend to the other sentence.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from raylib.config import Config, build
+from raylib.errors import UserError
+from raylib.models.attention import initialise
+from raylib.models.encoder import Condition, Encoder, TextEmbedding, check_layers
+from raylib.models.folder import fill, write_model
+from raylib.models.peft import described, restore
+from raylib.models.swin import SwinEncoder, SwinSizes
+from raylib.models.token_segments import Places, find_places
+from raylib.models.vision import VisionEncoder
+from raylib.packed import Ragged, first_tokens
+
+KINDS = (
+    "unified",
+    "cclm",
+    "cclm_swin",
+)  # a folder's: CCLM's differ in nothing but sizes (`raylib.models.cclm`)
+
+
+class ModelConfig(Config):
+    """Sizes of a unified model. The defaults are the paper's `base`: 12 image, 6 text and 6 unified
+    layers."""
+
+    vocabulary: int = 250002  # 0: the tokenizer's (`pretrain`)
+    width: int = 768
+    heads: int = 12
+    feedforward: int = 3072
+    text_layers: int = 6
+    fusion_layers: int = 6
+    vision_layers: int = 12
+    vision_width: int | None = (
+        None  # None: as the text; else its heads are as wide, and a linear map leads up to `width`
+    )
+    vision_window: int | None = (
+        None  # pixels of windows that never see each other (`raylib.models.vision`); None: one
+    )
+    image_size: int = 256
+    patch: int = 16
+    positions: int = 512
+    embedding: int = 256
+    dropout: float = 0.1
+    eps: float = 1e-12
+    temperature: float = 0.07
+    pixel_mean: float | tuple[float, float, float] = (
+        127.5  # what is subtracted from a pixel's 0..255, for all colours or each
+    )
+    pixel_std: float | tuple[float, float, float] = 127.5  # what it is then divided by
+    fusion: Literal["cross", "entangled"] = "cross"
+    swin: SwinSizes | None = (
+        None  # of a Swin in the ViT's place, which vision_layers and vision_width say nothing about
+    )
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "ModelConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.vision_width and self.vision_width % (self.width // self.heads):
+            raise ValueError(
+                f"vision_width {self.vision_width} is not a multiple of a head's {self.width // self.heads}"
+            )
+        if self.image_size % self.stride:
+            raise ValueError(
+                f"image_size {self.image_size} is no multiple of the {self.stride} pixels of a last patch or "
+                "window"
+            )
+        if self.vision_window and (self.swin or self.vision_window % self.patch):
+            raise ValueError(
+                f"vision_window {self.vision_window} is for a ViT, and a multiple of its patch {self.patch}"
+            )
+        return self
+
+    @property
+    def stride(self) -> int:
+        """Pixels that a patch is wide, for a Swin one of its last stage, or a window: pictures are a multiple
+        of it."""
+        return self.vision_window or self.patch * (self.swin.merges if self.swin else 1)
+
+
+class MaskedLanguageHead(nn.Module):
+    """Transform of a masked token's state before the vocabulary; the decoder is the word embedding (XLM-R's
+    `lm_head`)."""
+
+    def __init__(self, width: int, vocabulary: int, eps: float):
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(m, d) -> (m, d), to be multiplied by the word embedding."""
+        return self.norm(F.gelu(self.dense(states)))
+
+
+class UnifiedModel(nn.Module):
+    """Image, text and unified encoder with their heads. Every text goes in and comes out ragged
+    (`raylib.packed`). A backbone of fine-tuning (`raylib.models.base`)."""
+
+    kind = "unified"
+    parts = ("text",)  # of a row: pictures are attended to from outside
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = self.config = config
+        stack = dict(width=c.width, heads=c.heads, feedforward=c.feedforward, dropout=c.dropout)
+        share = (c.vision_width or c.width) / c.width
+        sizes = {name: round(share * stack[name]) for name in ("width", "heads", "feedforward")}
+        seen = {"dropout": c.dropout, "out": c.width, "pixels": (c.pixel_mean, c.pixel_std)}
+        if c.swin:
+            self.vision = SwinEncoder(c.swin, c.image_size, c.patch, **seen)
+        else:
+            self.vision = VisionEncoder(
+                c.image_size, c.patch, c.vision_layers, **sizes, **seen, window=c.vision_window
+            )
+        self.embedding = TextEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.eps)
+        self.text = Encoder(c.text_layers, **stack, eps=c.eps, cross=False)
+        self.fusion = Encoder(c.fusion_layers, **stack, eps=c.eps, cross=c.fusion == "cross")
+        self.image_projection = nn.Linear(c.width, c.embedding)
+        self.text_projection = nn.Linear(c.width, c.embedding)
+        self.masked_head = MaskedLanguageHead(c.width, c.vocabulary, c.eps)
+        self.match_head = nn.Linear(c.width, 2)
+        self.temperature = nn.Parameter(
+            torch.full((1,), c.temperature)
+        )  # DeepSpeed broadcasts no 0-d parameter
+        self.apply(initialise)
+
+    def encode_images(self, images: Tensor) -> Ragged:
+        """uint8 (b, H, W, 3) -> b rows of states, CLS first."""
+        states = self.vision(images)
+        return Ragged(states.flatten(0, 1), torch.full((len(states),), states.shape[1]))
+
+    def encode_text(self, ids: Ragged, read: Tensor | None = None) -> Tensor:
+        """Ids (T,) -> unimodal states (T, d), or (R, d) of the tokens in `read` (T,)."""
+        return self.text(ids.with_values(self.embedding(ids)), read)
+
+    def fuse(self, text: Ragged, read: Tensor | None = None, condition: Condition | None = None) -> Tensor:
+        """Unimodal text states (T, d) -> unified states of the read tokens (R, d), grounded in
+        `condition`."""
+        return self.fusion(text, read, condition)
+
+    def embed_images(self, cls: Tensor) -> Tensor:
+        """Image CLS states (b, d) -> unit vectors (b, e)."""
+        return F.normalize(self.image_projection(cls), dim=-1)
+
+    def embed_text(self, cls: Tensor) -> Tensor:
+        """Text CLS states (n, d) -> unit vectors (n, e)."""
+        return F.normalize(self.text_projection(cls), dim=-1)
+
+    def embed_pictures(self, states: Ragged) -> Tensor:
+        """States of n pictures -> vectors (n, e), of any length."""
+        return self.image_projection(states.values.index_select(0, states.starts.to(states.values.device)))
+
+    def embed_sentences(self, ids: Ragged) -> Tensor:
+        """Ids of n texts -> vectors (n, e), of any length."""
+        return self.text_projection(self.encode_text(ids, first_tokens(ids.lengths)))
+
+    @property
+    def width(self) -> int:
+        return self.config.width
+
+    @property
+    def depths(self) -> int:
+        """Layers that a text passes: those of the text encoder, then the unified ones."""
+        return self.config.text_layers + self.config.fusion_layers
+
+    @property
+    def fusion_depths(self) -> int:
+        """How many of them, the top ones, attend to pictures."""
+        return self.config.fusion_layers
+
+    def depth_of(self, name: str) -> int | None:
+        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the text embeddings, None outside (ViT,
+        heads)."""
+        part, _, rest = name.partition(".")
+        if part == "embedding":
+            return 0
+        if part not in ("text", "fusion"):
+            return None
+        return int(rest.split(".")[1]) + 1 + (self.config.text_layers if part == "fusion" else 0)
+
+    def prunable(self) -> list[str]:
+        """Names of the matrices of the text and unified layers."""
+        return [name for name, p in self.named_parameters() if (self.depth_of(name) or 0) > 0 and p.ndim == 2]
+
+    def ground(self, text: Ragged, condition: Ragged, times: int = 1) -> Tensor:
+        """CLS states of texts in what grounds them.
+
+        Args:
+            text: ids, b rows. condition: states of what they attend to, b x times rows: row i's are i times
+                ... .
+        Returns:
+            (b times, d).
+        """
+        states = text.with_values(self.encode_text(text))
+        if times > 1:
+            states = states.take(torch.arange(len(text.lengths)).repeat_interleave(times))
+        seen = Condition(condition, torch.arange(len(condition.lengths)))
+        return self.fuse(states, first_tokens(states.lengths), seen)
+
+    def ground_tokens(self, text: Ragged, condition: Ragged) -> Ragged:
+        """As `ground`, with row i of `condition` for row i of `text`, but states of all tokens: rows as
+        `text`'s."""
+        seen = Condition(condition, torch.arange(len(condition.lengths)))
+        return text.with_values(self.fuse(text.with_values(self.encode_text(text)), condition=seen))
+
+    def states(self, text: Ragged, condition: Ragged, layers: Sequence[int]) -> tuple[list[Ragged], Places]:
+        """States of all tokens after some of the layers: those of the text encoder, then the unified ones.
+
+        Args:
+            text: ids, n rows. condition: as of `ground_tokens`. layers: rising, the lowest is 1.
+        Returns:
+            For each of `layers` rows as `text`'s (T, d); which tokens are what: all are of the text.
+        Raises:
+            UserError: no such layers; a model in which pictures are part of the rows.
+        """
+        check_layers(layers, self)
+        if not self.fusion.cross:
+            raise UserError(
+                "fusion=entangled puts pictures into the rows of the top layers alone; states need "
+                "fusion=cross"
+            )
+        below = self.config.text_layers
+        low = [layer for layer in layers if layer <= below]
+        rows = text.with_values(self.embedding(text))
+        found = self.text.after(rows, sorted({*low, below}) if below else [])
+        seen = Condition(condition, torch.arange(len(condition.lengths)))
+        high = self.fusion.after(
+            found[-1] if found else rows, [layer - below for layer in layers if layer > below], seen
+        )
+        nothing = torch.zeros_like(text.lengths)
+        return [*found[: len(low)], *high], find_places(text.lengths, nothing, nothing)
+
+    def pooled(self, cls: Tensor) -> Tensor:
+        """CLS states after the last layer are what `ground` returns."""
+        return cls
+
+    def save(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors`."""
+        description = {"model_type": f"polyglance-{self.kind}", **self.config.model_dump()}
+        if described(self):
+            description["tuning"] = described(self)
+        write_model(self, description, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> "UnifiedModel":
+        """The model that `save` (or `python -m pretrain export`) wrote into `folder`.
+
+        Raises:
+            UserError: no such folder, another kind of model, or weights that do not fit the config.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"{folder}: no {name}; give a folder written by `python -m pretrain export RUN DIR`"
+                )
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if values.pop("model_type", None) not in [f"polyglance-{kind}" for kind in KINDS]:
+            raise UserError(
+                f"{folder}: not a Polyglance model; give a folder written by `python -m pretrain export`"
+            )
+        tuned = values.pop("tuning", {})
+        model = cls(build(ModelConfig, values, str(folder / "config.json")))
+        restore(model, tuned)
+        return fill(model, folder)
