@@ -89,7 +89,7 @@ def scenes(tmp_path_factory):
 def model(tmp_path_factory):
     """A small random model, exported."""
     from raylib.sample.concepts import DATA
-    from tests.made import make_model
+    from tests.factories import make_model
 
     folder = tmp_path_factory.mktemp("model") / "export"
     make_model(vocabulary=12000, positions=64, dropout=0.1).float().save(folder)

@@ -17,7 +17,7 @@ from raylib.errors import UserError
 from raylib.metrics import disparity
 from raylib.objectives.pretraining import UnifiedObjective
 from raylib.track import read_metrics
-from tests.made import make_batch, make_model, take_rows
+from tests.factories import make_batch, make_model, take_rows
 from tests.test_collective import assert_workers_equal_one, run_workers
 
 FILES = {

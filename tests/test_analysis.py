@@ -30,7 +30,7 @@ from raylib.models.single_stream import SingleStream, tiny
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from raylib.text import Prompted, Tokenizer
-from tests.made import SMALL, make_model
+from tests.factories import SMALL, make_model
 
 
 @pytest.fixture(scope="module")

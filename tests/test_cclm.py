@@ -15,7 +15,7 @@ from raylib.models.cclm_weights import CLIP
 from raylib.models.swin import SwinSizes, interpolate_bias
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.packed import Ragged
-from tests.made import SMALL, make_model
+from tests.factories import SMALL, make_model
 
 SWIN = dict(embed_dim=16, depths=[2, 2], num_heads=[2, 4], patch_size=2)  # pictures: multiples of 4
 

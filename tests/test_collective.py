@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from raylib.distributed import gather, gather_ragged, total
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 from raylib.packed import Ragged
-from tests.made import make_batch, make_model, take_rows
+from tests.factories import make_batch, make_model, take_rows
 
 SIZES = (6, 6, 6)  # pairs, translations, mono: multiples of 2 and 3
 

@@ -17,7 +17,7 @@ from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
 from raylib.track import read_metrics
 from tests import reference
-from tests.made import make_model
+from tests.factories import make_model
 from tests.test_cclm import pictures, swin_config
 
 ANSWERS = [[0, 7, 2], [0, 7, 9, 2], [0, 11, 12, 13, 2], [0, 14, 2], [0, 11, 2], [0, 7, 30, 2]]

@@ -26,7 +26,7 @@ from raylib.models.token_segments import find_places
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from raylib.text import Prompted, Tokenizer
-from tests.made import make_batch, make_model
+from tests.factories import make_batch, make_model
 from tests.test_collective import assert_workers_equal_one, run_workers
 from tests.test_oscar import FEATURES, shaken
 

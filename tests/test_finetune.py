@@ -26,7 +26,7 @@ from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
 from tests import reference
-from tests.made import make_model
+from tests.factories import make_model
 from tests.test_collective import run_workers
 
 TOKENIZER = DATA / "tokenizer.model"

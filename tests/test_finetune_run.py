@@ -21,7 +21,7 @@ from raylib.config import override
 from raylib.sample.concepts import DATA
 from raylib.track import read_metrics
 from tests.conftest import QUICK
-from tests.made import make_model
+from tests.factories import make_model
 
 FIELDS = {
     "run",

@@ -16,7 +16,7 @@ from raylib.models.hf_weights import load_text, load_vision, text_config
 from raylib.models.unified import UnifiedModel
 from raylib.models.vision import interpolate
 from raylib.packed import Ragged
-from tests.made import SMALL
+from tests.factories import SMALL
 
 SIZES = dict(vocab_size=60, hidden_size=16, num_attention_heads=2, intermediate_size=24)
 

@@ -30,7 +30,7 @@ from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from tests import published, test_cclm_load, test_load, test_mclip, test_oscar, test_stores
-from tests.made import SMALL, make_model
+from tests.factories import SMALL, make_model
 from tests.test_collective import run_workers
 from tests.test_single_stream import FORMATS
 

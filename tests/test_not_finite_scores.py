@@ -23,7 +23,7 @@ from raylib.errors import NotFinite, UserError
 from raylib.metrics import recalls
 from raylib.text import Tokenizer
 from raylib.track import Tracker, read_metrics
-from tests.made import make_model
+from tests.factories import make_model
 from tests.test_collective import run_workers
 from tests.test_decoder import ANSWERS
 from tests.test_finetune import TOKENIZER, captions, pixels, questions, retriever, small_model

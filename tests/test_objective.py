@@ -5,7 +5,7 @@ import torch
 
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective, Weights
 from raylib.objectives.streams import KnownTexts
-from tests.made import make_batch, make_model
+from tests.factories import make_batch, make_model
 from tests.reference import slow_terms
 
 TERMS = list(Weights.model_fields)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from raylib.optim import OptimConfig, build_optimizer, learning_rate, parameter_groups
-from tests.made import make_model
+from tests.factories import make_model
 
 
 def test_schedule_of_the_paper():

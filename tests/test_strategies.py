@@ -17,7 +17,7 @@ from raylib.config import build
 from raylib.engine import DeepSpeedEngine, TorchEngine
 from raylib.errors import UserError
 from raylib.optim import OptimConfig, parameter_groups
-from tests.made import make_model
+from tests.factories import make_model
 from tests.test_collective import run_workers
 
 OPTIM = OptimConfig(lr=0.02, weight_decay=0.1, warmup=0.0, clip=1e9)

@@ -30,7 +30,7 @@ from raylib.models.single_stream import SingleStream, tiny
 from raylib.packed import Plan, Ragged
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
-from tests.made import make_model
+from tests.factories import make_model
 
 CODES = ("en", "de")
 TEXTS = [

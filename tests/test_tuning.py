@@ -22,7 +22,7 @@ from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.optim import OptimConfig
 from raylib.packed import Ragged
 from raylib.text import Prompted, Tokenizer
-from tests.made import make_model
+from tests.factories import make_model
 from tests.test_collective import run_workers
 
 METHODS = {"lora": Lora(rank=2), "adapter": Adapter(bottleneck=3), "compacter": Compacter(n=2, reduction=4)}

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.twin import PaddedTwin
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
-from tests.made import make_batch, make_model
+from tests.factories import make_batch, make_model
 
 LENGTHS = {"image_text": 12, "parallel": 14, "text": 16}
 
