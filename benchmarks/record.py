@@ -23,6 +23,7 @@ from finetune.scenes.balance import measure
 from pretrain import report
 from pretrain.evaluate import summary
 from raylib import markdown
+from raylib.renames import rename_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -91,7 +92,8 @@ def searched(folder: Path) -> dict:
 
 def trial(run: Path, result: dict) -> dict:
     """An experiment: its settings, what it scored."""
-    settings = flatten(json.loads((run / "config.json").read_text(encoding="utf-8")))
+    stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    settings = flatten(rename_settings("pretrain", stored))
     kept = {
         k: v
         for k, v in settings.items()

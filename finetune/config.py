@@ -58,6 +58,8 @@ class FinetuneConfig(LaunchConfig):
         and region features is not looked at (`raylib.identity`).
     """
 
+    stored_as = "finetune"
+
     task: str
     model: str = ""
     vision: str | None = None

@@ -11,6 +11,7 @@ from finetune.config import FinetuneConfig
 from raylib.config import without
 from raylib.errors import UserError
 from raylib.launch import CHANGEABLE
+from raylib.renames import rename_settings
 
 # names of a run, what is only looked at, and the seed, which is kept apart
 NO_SETTING = frozenset({"name", "method", "curves", "tests", "fit.seed", *CHANGEABLE})
@@ -131,7 +132,9 @@ def _read(folder: Path) -> dict[str, Any] | None:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return values if isinstance(values, dict) and isinstance(values.get("fit"), dict) else None
+    if not isinstance(values, dict) or not isinstance(values.get("fit"), dict):
+        return None
+    return rename_settings("finetune" if "task" in values else "pretrain", values)
 
 
 def _locate(path: str, run: Path | None, runs: str | None) -> Path:

@@ -25,6 +25,7 @@ from raylib.models.folder import fill, find_model, find_tokenizer, write_model
 from raylib.models.token_segments import Places
 from raylib.models.unified import KINDS, UnifiedModel
 from raylib.packed import Ragged
+from raylib.renames import model_kind, rename_settings
 
 LOCATIONS = 7  # numbers that say where a region is (UC2)
 PRETRAINING_ONLY = ("masked_head", "match_head", "image_projection", "text_projection", "temperature")
@@ -293,9 +294,11 @@ def weights_of(path: Path | str) -> Path:
 def read_description(folder: Path) -> dict:
     """A model folder's config.json."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"{folder}/config.json: not to be read as JSON ({e})") from None
+    # a run keeps its settings where a model keeps its description
+    return rename_settings("finetune" if "fit" in values else model_kind(values), values)
 
 
 def resize(unified: UnifiedModel, image_size: int) -> None:

@@ -51,6 +51,8 @@ class InitConfig(Config):
 class PretrainConfig(LaunchConfig):
     """Everything that a pretraining run depends on."""
 
+    stored_as = "pretrain"
+
     # a folder with image_text, parallel, text, retrieval, tokenizer.model; or the embedded "sample", or
     # "scenes" of it
     corpus: str = "sample"

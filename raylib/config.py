@@ -9,18 +9,20 @@ import json
 from collections.abc import Mapping, Set
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raylib.errors import UserError
+from raylib.renames import rename_settings
 
 
 class Config(BaseModel):
     """Base of every config: frozen; an unknown field, and a number that is not finite, is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    stored_as: ClassVar[str] = ""  # the kind in `raylib.renames` by which stored ones are read
 
 
 C = TypeVar("C", bound=Config)
@@ -92,7 +94,7 @@ def load(cls: type[C], path: Path) -> C:
         raise UserError(f"{path}: not a {kind} config file ({' '.join(str(e).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a {kind} config file (it has no settings)")
-    return build(cls, values, str(path))
+    return build(cls, rename_settings(cls.stored_as, values), str(path))
 
 
 def save(config: Config, path: Path) -> None:

@@ -14,6 +14,7 @@ from raylib import checkpoint, identity
 from raylib.config import Config, build, dump, without
 from raylib.errors import NotFinite, UserError
 from raylib.identity import DataFile
+from raylib.renames import rename_settings
 from raylib.runtime import Local, OnRay, Runtime
 from raylib.search.reporter import Reporter
 
@@ -117,7 +118,7 @@ def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool 
 
 def _stored_values(path: Path, kind: type[LaunchConfig]) -> dict:
     """The settings in `path`; those that it lacks, since they are newer than the run, at their defaults."""
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = rename_settings(kind.stored_as, json.loads(path.read_text(encoding="utf-8")))
     try:
         return json.loads(dump(build(kind, values, str(path))))
     except UserError:  # a setting that is no more: it is a difference, and named as one

@@ -54,6 +54,7 @@ from raylib.models.single_stream import LAYOUTS, SingleStream, tiny
 from raylib.models.single_stream_weights import load_single_stream
 from raylib.models.swin import SwinSizes
 from raylib.models.unified import ModelConfig, UnifiedModel
+from raylib.renames import rename_settings
 
 
 class Backbone(NamedTuple):
@@ -209,4 +210,4 @@ def rebuild(kind: str, sizes: dict, where: str) -> nn.Module:
         UserError: no such backbone, or sizes that it does not have; `where` says which file.
     """
     backbone = choose(kind, BACKBONES, "backbone")
-    return backbone.build(build(type(backbone.sizes["base"]), sizes, where))
+    return backbone.build(build(type(backbone.sizes["base"]), rename_settings(kind, sizes), where))

@@ -18,6 +18,7 @@ from raylib.models.folder import fill, write_model
 from raylib.models.hf_weights import read_folder
 from raylib.models.vision import normalise
 from raylib.packed import Ragged
+from raylib.renames import rename_settings
 
 PIXELS = CLIP["pixel_mean"], CLIP["pixel_std"]
 
@@ -101,7 +102,7 @@ class Clip(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path) -> "Clip":
         """The model that `save` wrote into `folder`."""
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = rename_settings("clip", json.loads((folder / "config.json").read_text(encoding="utf-8")))
         del values["model_type"]
         model = cls(build(ClipConfig, values, str(folder / "config.json")))
         return fill(model, folder)

@@ -22,6 +22,7 @@ from raylib.models.peft import described, restore
 from raylib.models.vision import normalise
 from raylib.models.weight_mapper import Taken
 from raylib.packed import Ragged
+from raylib.renames import rename_settings
 
 FIRST = 2  # row of XLM-R's position embeddings that a text starts at
 PIXELS = CLIP["pixel_mean"], CLIP["pixel_std"]
@@ -129,7 +130,7 @@ class MClip(nn.Module):
         Raises:
             UserError: weights that do not fit the config.
         """
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = rename_settings("mclip", json.loads((folder / "config.json").read_text(encoding="utf-8")))
         del values["model_type"]
         tuned = values.pop("tuning", {})
         model = cls(build(MClipConfig, values, str(folder / "config.json")))

@@ -24,6 +24,7 @@ from raylib.models.swin import SwinEncoder, SwinSizes
 from raylib.models.token_segments import Places, find_places
 from raylib.models.vision import VisionEncoder
 from raylib.packed import Ragged, first_tokens
+from raylib.renames import model_kind, rename_settings
 
 KINDS = (
     "unified",
@@ -269,6 +270,7 @@ class UnifiedModel(nn.Module):
                     f"{folder}: no {name}; give a folder written by `python -m pretrain export RUN DIR`"
                 )
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = rename_settings(model_kind(values), values)
         if values.pop("model_type", None) not in [f"polyglance-{kind}" for kind in KINDS]:
             raise UserError(
                 f"{folder}: not a Polyglance model; give a folder written by `python -m pretrain export`"

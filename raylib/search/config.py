@@ -33,6 +33,8 @@ class SearchConfig(Config):
     again. seed: of the searcher; the trials all have the recipe's.
     """
 
+    stored_as = "search"
+
     recipe: str
     name: str = Field("", pattern=r"^[\w.-]*$")
     runs: str = "runs"

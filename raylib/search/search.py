@@ -27,6 +27,7 @@ from raylib.config import build, change, dump, without
 from raylib.errors import UserError
 from raylib.finite import finite_values
 from raylib.launch import VERIFY, LaunchConfig, connect
+from raylib.renames import rename_settings
 from raylib.search import final_runs as finals
 from raylib.search import report, space
 from raylib.search.config import Job, SearchConfig, Searching
@@ -326,7 +327,9 @@ def _compare(folder: Path, question: dict[str, Any], recipe: type[LaunchConfig])
     if not path.is_file():
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    before["recipe"] = json.loads(dump(build(recipe, before["recipe"], str(path))))
+    before["search"] = rename_settings(SearchConfig.stored_as, before["search"])
+    stored = rename_settings(recipe.stored_as, before["recipe"])
+    before["recipe"] = json.loads(dump(build(recipe, stored, str(path))))
     now = question | {"recipe": without(question["recipe"], VERIFY)}
     before["recipe"] = without(before["recipe"], VERIFY)
     changed = [

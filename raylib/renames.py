@@ -1,0 +1,67 @@
+"""Settings that have been renamed since a config was stored: one table, and the function through which every
+reader of a stored config passes its values.
+
+A renamed setting is one line here. On the command line the old name is unknown, and the error names near ones.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+# old dotted path -> new dotted path, by the kind of the stored config, in the order in which they are applied:
+# a part that has moved as a whole comes before the settings in it.
+#   pretrain, finetune, search   the config.json of a run, a --config file, search.json
+#   finetuned                    the config.json of a fine-tuned model's folder, but for its backbone's sizes
+#   unified, cclm, mclip, ...    the sizes of a backbone of `raylib.models.base.BACKBONES`, wherever stored but
+#                                in a pretraining run's config.json: there they are `model.X` of pretrain
+RENAMED: dict[str, dict[str, str]] = {
+    "pretrain": {},
+    "finetune": {},
+    "search": {},
+    "finetuned": {},
+}
+
+
+def rename_settings(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the stored settings `values` by the names that they have now.
+
+    A path that leads through a list means each of its elements. A setting that already has its new name
+    keeps its value.
+    """
+    renamed = _copy(values)
+    for old, new in RENAMED.get(kind, {}).items():
+        _move(renamed, old.split("."), new.split("."))
+    return renamed
+
+
+def model_kind(description: dict[str, Any]) -> str:
+    """Return the kind of a model folder's config.json; another program's is no key of `RENAMED`."""
+    return str(description.get("model_type", "")).removeprefix("polyglance-")
+
+
+def _copy(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {name: _copy(value) for name, value in node.items()}
+    return [_copy(value) for value in node] if isinstance(node, list) else node
+
+
+def _move(values: dict[str, Any], old: list[str], new: list[str]) -> None:
+    # what both paths begin with stays: below it, either may lead through a list
+    if len(old) > 1 and len(new) > 1 and old[0] == new[0]:
+        for node in _nodes(values.get(old[0])):
+            _move(node, old[1:], new[1:])
+        return
+    parents = [values]
+    for name in old[:-1]:
+        parents = [below for node in parents for below in _nodes(node.get(name))]
+    for parent in parents:
+        if old[-1] in parent:
+            value, target = parent.pop(old[-1]), values
+            for name in new[:-1]:
+                # a part that was off (None) is on now
+                target[name] = target = target[name] if isinstance(target.get(name), dict) else {}
+            target.setdefault(new[-1], value)
+
+
+def _nodes(value: Any) -> Iterator[dict[str, Any]]:
+    """The settings in a part: one of a nested config, one an element of a list, none of anything else."""
+    yield from (node for node in (value if isinstance(value, list) else [value]) if isinstance(node, dict))

@@ -1,0 +1,67 @@
+import json
+
+import pytest
+
+from raylib import renames
+from raylib.config import Config, load
+from raylib.models.base import BACKBONES, rebuild
+from raylib.renames import rename_settings
+
+
+@pytest.fixture
+def table(monkeypatch):
+    table = {
+        "finetune": {
+            "curves": "eval_each_epoch",
+            "strategies.lora.r": "strategies.lora.rank",
+            "methods": "strategies",
+            "data.sources.file": "data.sources.path",
+            "horizon": "optim.schedule.epochs",
+        }
+    }
+    monkeypatch.setattr(renames, "RENAMED", table)
+
+
+def test_rename_settings_moves_nested_paths_and_elements_of_lists(table):
+    stored = {
+        "curves": True,
+        "strategies": {"lora": {"r": 4}, "prior": None},
+        "data": {"sources": [{"file": "a"}, {"file": "b", "weight": 1}]},
+        "horizon": 3,
+        "optim": {"lr": 1, "schedule": None},
+    }
+    before = json.dumps(stored)
+    assert rename_settings("finetune", stored) == {
+        "eval_each_epoch": True,
+        "strategies": {"lora": {"rank": 4}, "prior": None},
+        "data": {"sources": [{"path": "a"}, {"path": "b", "weight": 1}]},
+        "optim": {"lr": 1, "schedule": {"epochs": 3}},
+    }
+    assert json.dumps(stored) == before, "the stored values themselves are left alone"
+    assert rename_settings("pretrain", stored) == stored
+
+
+def test_rename_settings_leaves_what_is_off_or_has_its_new_name(table):
+    assert rename_settings("finetune", {"strategies": {"lora": None}}) == {"strategies": {"lora": None}}
+    assert rename_settings("finetune", {"methods": {"lora": None}}) == {"strategies": {"lora": None}}
+    assert rename_settings("finetune", {"curves": True, "eval_each_epoch": False}) == {
+        "eval_each_epoch": False
+    }
+
+
+def test_load_reads_a_stored_config_by_its_old_names(table, tmp_path):
+    class Renamed(Config):
+        stored_as = "finetune"
+        eval_each_epoch: bool
+
+    (tmp_path / "config.json").write_text('{"curves": true}')
+    (tmp_path / "config.yaml").write_text("curves: true")
+    assert load(Renamed, tmp_path / "config.json") == load(Renamed, tmp_path / "config.yaml")
+    assert load(Renamed, tmp_path / "config.json").eval_each_epoch
+
+
+def test_rebuild_reads_sizes_by_their_old_names(monkeypatch):
+    monkeypatch.setattr(renames, "RENAMED", {"unified": {"breadth": "width"}})
+    sizes = BACKBONES["unified"].sizes["tiny"].model_dump()
+    sizes["breadth"] = sizes.pop("width")
+    assert rebuild("unified", sizes, "config.json").config == BACKBONES["unified"].sizes["tiny"]
