@@ -1,18 +1,18 @@
 """Settings that have been renamed since a config was stored: one table, and the function through which every
 reader of a stored config passes its values.
 
-A renamed setting is one line here. On the command line the old name is unknown, and the error names near ones.
+A renamed setting is one line here. On the command line the old name is unknown, the error names near ones.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-# old dotted path -> new dotted path, by the kind of the stored config, in the order in which they are applied:
+# old dotted path -> new dotted path, by the kind of the stored config, in the order of application:
 # a part that has moved as a whole comes before the settings in it.
 #   pretrain, finetune, search   the config.json of a run, a --config file, search.json
 #   finetuned                    the config.json of a fine-tuned model's folder, but for its backbone's sizes
-#   unified, cclm, mclip, ...    the sizes of a backbone of `raylib.models.base.BACKBONES`, wherever stored but
-#                                in a pretraining run's config.json: there they are `model.X` of pretrain
+#   unified, cclm, mclip, ...    the sizes of a backbone of `raylib.models.base.BACKBONES`, wherever stored,
+#                                but for a pretraining run's config.json: there they are `model.X` of pretrain
 RENAMED: dict[str, dict[str, str]] = {
     "pretrain": {},
     "finetune": {},
