@@ -13,7 +13,7 @@ from finetune.pictures import Pixels, RegionFeatures
 from finetune.splits import Task
 from finetune.stores import open_pictures, open_regions
 from finetune.tasks import TASKS
-from raylib.cache import shared, stamp
+from raylib.cache import cached, file_fingerprint
 from raylib.config import choose
 from raylib.errors import UserError
 
@@ -30,8 +30,8 @@ class Reading:
 
 def read_whole(reading: Reading) -> list[Example] | list[Captioned]:
     """All items of a split; in a search they are parsed once."""
-    facts = (reading.split, reading.language, reading.limit, stamp(reading.path))
-    return shared("items", facts, lambda: list(reading))
+    facts = (reading.split, reading.language, reading.limit, file_fingerprint(reading.path))
+    return cached("items", facts, lambda: list(reading))
 
 
 def find_task(config: FinetuneConfig) -> Task:

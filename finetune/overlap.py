@@ -32,7 +32,7 @@ from finetune.data import Reading, dev_sets, find_task, languages_of, read_split
 from finetune.examples import Captioned, Example
 from finetune.splits import Overlap, Task
 from finetune.stores.pictures import MARVL, folders_of, stem
-from raylib.cache import stamp
+from raylib.cache import file_fingerprint
 from raylib.checkpoint import write_atomically
 from raylib.errors import UserError
 
@@ -257,8 +257,8 @@ def _kept(cache: Path, task: Task, sets: list[Used]) -> list[dict[str, Any]]:
                 reading.split,
                 reading.language,
                 reading.limit,
-                stamp(reading.path),
-                *(stamp(path) for path in beside if path.is_file()),
+                file_fingerprint(reading.path),
+                *(file_fingerprint(path) for path in beside if path.is_file()),
             )
         )
     file = cache / f"overlap-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"

@@ -31,8 +31,7 @@ from finetune.model import fill
 from finetune.objective import AnswerObjective, ClassificationObjective
 from finetune.pictures import Encoded, Pictures, Pixels, encode_pictures
 from finetune.retrieval import recall_at_1, retrieve
-from raylib import cache as shared
-from raylib import checkpoint
+from raylib import cache, checkpoint
 from raylib.data.states import fingerprint
 from raylib.distributed import world_size
 from raylib.errors import UserError
@@ -102,14 +101,14 @@ class Work:
         if task.kind != "retrieval":
             examples, unknown = with_known_answers(examples, model.labels)
         dev = {} if self.epochs else _dev(config, self.language)
-        if shared.store():
+        if cache.get_cache():
             seen = [*examples, *(item for items in dev.values() for item in items)]
             getattr(tokenizer, "plain", tokenizer).remember([text for item in seen for text in item.texts])
         home = (
             Path(config.runs).absolute() if self.epochs or self.language else runtime.run
         )  # rounds and parts share pictures
-        if shared.store():
-            home = shared.store().folder  # and so do trials
+        if cache.get_cache():
+            home = cache.get_cache().folder  # and so do trials
         pictures = encoded(
             config, model, pictures, [*examples, *(item for items in dev.values() for item in items)], home
         )

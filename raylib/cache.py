@@ -1,8 +1,7 @@
-"""Things that many trials of a search read and none changes: parsed files, tokens, matrices.
+"""Objects that many trials of a search read and none changes: parsed files, tokens, matrices.
 
-`shared(what, facts, make)` is `make()`; in a search the first that asks makes it, and the others get the same
-from a store (`raylib.search.object_cache`: Ray's object store). What is asked for must follow from `facts`
-alone.
+`cached(name, key, fn)` is `fn()`. In a search, the first trial that asks calls `fn`, and the others get the
+same object from an `ObjectCache` (`raylib.search.cache`: Ray's object store).
 """
 
 import hashlib
@@ -14,42 +13,44 @@ from typing import Any, Protocol, TypeVar
 T = TypeVar("T")
 
 
-class Store(Protocol):
-    folder: Path  # of the search: where files lie that its trials share
+class ObjectCache(Protocol):
+    """An object store that the trials of one search share."""
 
-    def fetch(self, key: str, make: Callable[[], Any]) -> Any:
-        """What is kept under `key`, or else what `make` makes, kept from then on."""
+    folder: Path  # of the search, for files that its trials share
 
-
-_store: Store | None = None
-
-
-def use(store: Store | None) -> None:
-    """From now on `shared` in this process keeps things in `store`; None: it makes them each time."""
-    global _store
-    _store = store
+    def get_or_create(self, key: str, fn: Callable[[], Any]) -> Any:
+        """Return the object stored under `key`; if there is none, store `fn()` and return it."""
 
 
-def store() -> Store | None:
-    """What `shared` in this process keeps things in."""
-    return _store
+_cache: ObjectCache | None = None
 
 
-def shared(what: str, facts: tuple, make: Callable[[], T]) -> T:
-    """`make()`, or what it was for another trial that asked for `what` with the same `facts` (told apart by
-    their `repr`)."""
-    if _store is None:
-        return make()
-    return _store.fetch(f"{what}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}", make)
+def set_cache(cache: ObjectCache | None) -> None:
+    """Let `cached` in this process keep objects in `cache`; None: nowhere."""
+    global _cache
+    _cache = cache
 
 
-def stamp(path: str | Path) -> tuple:
-    """What tells a file, or a folder of files, from what it was before: names, sizes and times of change."""
+def get_cache() -> ObjectCache | None:
+    """Return the cache that `cached` in this process keeps objects in."""
+    return _cache
+
+
+def cached(name: str, key: tuple, fn: Callable[[], T]) -> T:
+    """Return `fn()`, or the object that another trial got for the same `name` and `key`. The object must
+    follow from `key` alone; keys are equal if their `repr` is."""
+    if _cache is None:
+        return fn()
+    return _cache.get_or_create(f"{name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}", fn)
+
+
+def file_fingerprint(path: str | Path) -> tuple:
+    """Return (absolute path, (name, size, time of change) of the file or of each file of the folder)."""
     path = Path(path).absolute()
     files = [path] if path.exists() else []
-    if (
-        path.is_dir()
-    ):  # readers follow links to folders, which `rglob` does not; whoever reads an LMDB writes its lock.mdb
+    if path.is_dir():
+        # `os.walk`, because readers follow links to folders and `rglob` does not. lock.mdb is left out,
+        # because opening an LMDB for reading writes it.
         below = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
         files = sorted(p for p in below if p.is_file() and p.name != "lock.mdb")
     return str(path), *((str(f.relative_to(path)), (s := f.stat()).st_size, s.st_mtime_ns) for f in files)

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raylib.cache import shared, stamp
+from raylib.cache import cached, file_fingerprint
 from raylib.checkpoint import write_atomically
 from raylib.errors import UserError
 from raylib.provenance import code_version
@@ -60,15 +60,15 @@ def record(
         path = file.name
         if not file.path.exists():
             raise UserError(f"{path}: this file of the run's data is missing; restore it")
-        names_sizes_times = stamp(file.path)[1:]
+        names_sizes_times = file_fingerprint(file.path)[1:]
         size = sum(bytes_ for _, bytes_, _ in names_sizes_times)
         entry = {"stamp": hashlib.sha256(repr(names_sizes_times).encode()).hexdigest()[:24], "bytes": size}
         old = before.get(path)
         if old and old["stamp"] == entry["stamp"] and not verify:
             sha256 = old["sha256"]
         elif verify or (old is None and file.sha256 is None and not file.large) or (old and old["sha256"]):
-            sha256 = shared(
-                "sha256", stamp(file.path), partial(content_hash, file.path)
+            sha256 = cached(
+                "sha256", file_fingerprint(file.path), partial(content_hash, file.path)
             )  # once for all trials of a search
         else:
             sha256 = file.sha256
@@ -83,7 +83,7 @@ def record(
 def content_hash(path: Path) -> str:
     """SHA-256 of a file; of a folder, over the names and hashes of its files."""
     if path.is_dir():
-        parts = "".join(f"{name} {content_hash(path / name)}\n" for name, _, _ in stamp(path)[1:])
+        parts = "".join(f"{name} {content_hash(path / name)}\n" for name, _, _ in file_fingerprint(path)[1:])
         return hashlib.sha256(parts.encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from raylib import cache as shared
-from raylib import checkpoint, identity
+from raylib import cache, checkpoint, identity
 from raylib.config import Config, build, dump, without
 from raylib.errors import NotFinite, UserError
 from raylib.identity import DataFile
@@ -159,7 +158,12 @@ def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -
     failure.unlink(missing_ok=True)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"main": main, "config": config, "run": str(run), "store": shared.store()},
+        train_loop_config={
+            "main": main,
+            "config": config,
+            "run": str(run),
+            "object_cache": cache.get_cache(),
+        },
         scaling_config=train.ScalingConfig(num_workers=config.workers, use_gpu=gpu),
         run_config=train.RunConfig(
             name=checkpoint.FOLDER,
@@ -212,7 +216,7 @@ def _work(parts: dict) -> dict:
     failure = run / "failure.json"
     if failure.is_file():
         return json.loads(failure.read_text(encoding="utf-8"))
-    shared.use(parts["store"])
+    cache.set_cache(parts["object_cache"])
     try:
         return parts["main"](OnRay(run), parts["config"])
     except UserError as e:

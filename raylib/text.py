@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from raylib.cache import shared
+from raylib.cache import cached
 from raylib.data.shards import sha256_of
 from raylib.errors import UserError
 from raylib.packed import Sentences
@@ -83,7 +83,7 @@ class Tokenizer:
             return np.concatenate([np.empty(0, np.int64), *rows]), np.cumsum([len(row) for row in rows])
 
         digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-        values, ends = shared("tokens", (self.sha256, digest), make)
+        values, ends = cached("tokens", (self.sha256, digest), make)
         self._known = dict(zip(texts, np.split(values, ends[:-1]), strict=True))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:

@@ -207,20 +207,20 @@ def _studies(folder):
 def test_what_trials_share_is_made_once(tmp_path):
     import ray
 
-    from raylib.search.object_cache import Shelf
+    from raylib.search.cache import RayObjectCache
 
-    shelf = Shelf(tmp_path)
+    cache = RayObjectCache(tmp_path)
 
     @ray.remote(num_cpus=0)
-    def trial(shelf):
+    def trial(cache):
         made = []
-        value = shelf.fetch("what", lambda: made.append(1) or list(range(5)))
-        return made, value, shelf.fetch("what", lambda: made.append(1)) is value
+        value = cache.get_or_create("what", lambda: made.append(1) or list(range(5)))
+        return made, value, cache.get_or_create("what", lambda: made.append(1)) is value
 
-    first, second = ray.get(trial.remote(shelf)), ray.get(trial.remote(shelf))
+    first, second = ray.get(trial.remote(cache)), ray.get(trial.remote(cache))
     assert sorted([first, second]) == [([], [0, 1, 2, 3, 4], True), ([1], [0, 1, 2, 3, 4], True)]
-    ray.kill(shelf.actor)  # as with its node
-    assert ray.get(trial.remote(shelf))[1:] == ([0, 1, 2, 3, 4], True)
+    ray.kill(cache.actor)  # as with its node
+    assert ray.get(trial.remote(cache))[1:] == ([0, 1, 2, 3, 4], True)
 
 
 def test_stopped_trials_are_pruned_in_optuna(search):

@@ -10,7 +10,7 @@ from finetune.examples import Captioned, Example
 from finetune.lexicon.dictionaries import open_dictionaries
 from finetune.lexicon.mixing import mix
 from finetune.strategies.base import Context, Strategy
-from raylib.cache import shared, stamp
+from raylib.cache import cached, file_fingerprint
 from raylib.randomness import Key
 
 
@@ -40,8 +40,10 @@ class CodeMixing(Strategy):
         """
         languages = self.languages or tuple(code for code in context.languages if code != "en")
         (folder,) = self.files(context.data)
-        opened, report = shared(
-            "dictionaries", (stamp(folder), languages), lambda: open_dictionaries(folder, languages)
+        opened, report = cached(
+            "dictionaries",
+            (file_fingerprint(folder), languages),
+            lambda: open_dictionaries(folder, languages),
         )
         context.say(f"strategies.code_mixing: {report}")
         ready = self.model_copy()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finetune.lexicon.distances import vector_distances, wordnet_distances
 from finetune.losses import linguistic_prior
 from finetune.strategies.base import Context, Strategy, Term
-from raylib.cache import shared, stamp
+from raylib.cache import cached, file_fingerprint
 from raylib.errors import UserError
 
 
@@ -55,9 +55,9 @@ class LinguisticPrior(Strategy):
             )
         else:
             (file,) = self.files(context.data)
-            distances, report = shared(
+            distances, report = cached(
                 "distances",
-                (context.labels, stamp(file)),
+                (context.labels, file_fingerprint(file)),
                 lambda: vector_distances(context.labels, file, context.cache),
             )
         context.say(f"strategies.prior: {report}")

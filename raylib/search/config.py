@@ -140,12 +140,12 @@ class Job(Protocol):
 
 
 class Searching(NamedTuple):
-    """A search that is under way, as every trial of it knows it. keep: Tune keeps checkpoints too; shelf:
-    what trials share."""
+    """A search that is under way, as every trial of it knows it. keep: Tune keeps checkpoints too;
+    object_cache: what trials share."""
 
     job: Job
     knobs: Any
     base: LaunchConfig
     folder: str
     keep: bool
-    shelf: Any
+    object_cache: Any

@@ -11,7 +11,7 @@ import ray
 from optuna.trial import TrialState
 from ray import tune
 
-from raylib import cache as shared
+from raylib import cache
 from raylib.checkpoint import write_atomically
 from raylib.errors import NotFinite
 from raylib.finite import require_finite_values
@@ -141,7 +141,7 @@ def _test(
     """{seed: test figures} of some runs, each evaluated once, where a GPU is if they need one."""
     known = {seed: run / "test.json" for seed, run in runs.items()}
     tasks = {
-        seed: _tested.options(**resources).remote(search.job, str(runs[seed]), search.shelf)
+        seed: _tested.options(**resources).remote(search.job, str(runs[seed]), search.object_cache)
         for seed, path in known.items()
         if not path.is_file()
     }
@@ -157,9 +157,9 @@ def _test(
 
 
 @ray.remote
-def _tested(job: Job, folder: str, store: shared.Store) -> dict[str, Any]:
+def _tested(job: Job, folder: str, store: cache.ObjectCache) -> dict[str, Any]:
     """The run's test figures; or {"not_finite": what}, since Ray would wrap the error in a traceback."""
-    shared.use(store)
+    cache.set_cache(store)
     try:
         return job.test(folder)
     except NotFinite as e:

@@ -30,8 +30,8 @@ from raylib.launch import VERIFY, LaunchConfig, connect
 from raylib.renames import rename_settings
 from raylib.search import final_runs as finals
 from raylib.search import report, space
+from raylib.search.cache import RayObjectCache
 from raylib.search.config import Job, SearchConfig, Searching
-from raylib.search.object_cache import Shelf
 from raylib.search.optuna import JOURNAL, searcher, state_of
 from raylib.search.schedulers import check_changeable, population, scheduler
 from raylib.search.trial import tidy, trained, trial
@@ -89,7 +89,9 @@ def run(config: SearchConfig, name: str, chosen: space.Space, job: Job, base: La
         for note in identity.settle(folder, dict.fromkeys(files), job.verifies(base)):
             print(note, flush=True)
         write_atomically(folder / "search.json", json.dumps(question, indent=1) + "\n")
-        search = Searching(job, chosen.knobs, base, str(folder), config.search == "pbt", Shelf(folder))
+        search = Searching(
+            job, chosen.knobs, base, str(folder), config.search == "pbt", RayObjectCache(folder)
+        )
         rows = _trials(config, chosen, search, resources)
         report.write_trials(folder, chosen.knobs, rows)
         if not any(row.state == "finished" for row in rows):

@@ -11,8 +11,7 @@ from typing import Any
 
 from ray import tune
 
-from raylib import cache as shared
-from raylib import checkpoint
+from raylib import cache, checkpoint
 from raylib.config import change
 from raylib.errors import NotFinite
 from raylib.finite import require_finite_values
@@ -54,7 +53,7 @@ def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
     losses}; and, last, the scores of the model that the run leaves. What is not finite (a loss, weights, a
     score) ends the trial, as "trouble"."""
     job, folder, began = search.job, run_folder(config), time.time()
-    shared.use(search.shelf)
+    cache.set_cache(search.object_cache)
     total = job.epochs(config) * job.parts(config)
     folder.mkdir(parents=True, exist_ok=True)
     earlier = read_told(folder)
