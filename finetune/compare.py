@@ -2,8 +2,7 @@
 differ.
 
     mean ± h      over the seeds of a row; h is half of the 95 % confidence interval of the mean by Student's
-    t:
-                  t(0.975, n - 1) s / sqrt(n), s the sample standard deviation. One seed has no interval.
+                  t: t(0.975, n - 1) s / sqrt(n), s the sample standard deviation. One seed has no interval.
     difference    between two rows: the mean of their differences seed by seed, over the seeds that both have,
                   and the interval of that mean. What a seed decides in both (order of the data, a new head)
                   cancels out.

@@ -5,10 +5,9 @@ dev sets with what it trains on, by image and by item:
 
     image   its address, where the annotations have one, or its name, however it is written (`image_name`)
     item    a text about its images, or the same number about the same images, which one question has in all
-    languages. Of
-            NLVR2 the text alone (`Task.item`), where the file has addresses, as its own has: emoji scenes
-            repeat their templates. Of SNLI and XVNLI the number counts whatever the images are: a pair of
-            sentences keeps it where an image takes the place of the first
+            languages. Of NLVR2 the text alone (`Task.item`), where the file has addresses, as its own has:
+            emoji scenes repeat their templates. Of SNLI and XVNLI the number counts whatever the images are:
+            a pair of sentences keeps it where an image takes the place of the first
 
 Of a declared overlap that nobody has counted, one record (a number) in both sets is an error still: no
 publication trains on its test set.

@@ -1,13 +1,12 @@
 """The field's formats, read as streams: pictures with captions, sentence pairs, text.
 
-  image-text   .json   ALBEF's list [{"image": path, "caption": text or list}, ...]
-               .jsonl  CCLM's lines {"binary": base64 or path, "caption": text, list or {language: text or
-               list}} Paths are relative to the file. Captions are English; of a {language: ...} only "en" is
-               taken. They may be called otherwise: see `raylib.data.samples`.
+  image-text   .json   ALBEF's list [{"image": path, "caption": text or list}, ...] .jsonl  CCLM's lines
+               {"binary": base64 or path, "caption": text, list or {language: text or list}} Paths are
+               relative to the file. Captions are English; of a {language: ...} only "en" is taken. They may
+               be called otherwise: see `raylib.data.samples`.
   parallel     WikiMatrix's lines margin<TAB>source<TAB>target, those below the margin left out; or plain
-  lines
-               English<TAB>other. A name like "WikiMatrix.de-en.tsv.gz" says which column is English, else the
-               first is.
+               lines English<TAB>other. A name like "WikiMatrix.de-en.tsv.gz" says which column is English,
+               else the first is.
   text         CC-100's: a paragraph a line (one sample each), blank lines between documents.
 
 Text files may end in .gz or .xz. A bad sample (a picture that is missing or does not decode, an empty

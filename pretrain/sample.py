@@ -21,10 +21,12 @@ def sample_corpus(cache: Path | str, tokenizer: Path | None = None, scenes: bool
     """The folder of the sample under `cache`, built in some seconds if it is not there yet:
 
         image_text/      Noto and Twemoji drawings, two of each training concept; captions: English name,
-        keywords parallel/        English and 21 languages: names, keywords, Declaration of Human Rights;
-        packed text/            22 languages, the same texts; packed retrieval/       Fluent drawings of all
-        concepts, names in 22 languages, {"heldout": true or false} tokenizer.model  or
-        `sentencepiece.bpe.model`, as `tokenizer` is called: the sample's own, unless it is given
+                         keywords
+        parallel/        English and 21 languages: names, keywords, Declaration of Human Rights; packed
+        text/            22 languages, the same texts; packed
+        retrieval/       Fluent drawings of all concepts, names in 22 languages, {"heldout": true or false}
+        tokenizer.model  or `sentencepiece.bpe.model`, as `tokenizer` is called: the sample's own, unless it
+                         is given
 
     With `scenes`, image_text holds pictures of one to four concepts with English captions that say what is
     where. The folder's name tells its content, and it appears whole: processes that build it at once all

@@ -2,7 +2,7 @@
 
 FOLDER/LANGUAGE.text     a line an example, in the order of the training file: words ||| English words
 FOLDER/LANGUAGE.align    a line each, in Pharaoh's format: 0-0 1-2 3-1, word i of the first, word j of the
-second, from 0
+                         second, from 0
 """
 
 import functools

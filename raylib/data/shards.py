@@ -3,12 +3,12 @@
 A *source* is a folder:
 
     manifest.json          {"format": 1, "kind": KIND, "tokenizer": sha256 or null, "shards": [{"name",
-    "language",
-                           "samples", "bytes", "sha256"}, ...], "images": [extensions that are images, ...]}
+                           "language", "samples", "bytes", "sha256"}, ...], "images": [extensions that are
+                           images, ...]}
     en-000000.tar          the members of one sample lie together: KEY.json, KEY.png, ... (any WebDataset
-    reader's input) en-000000.index.json   {"format": 2, "bytes": size of the tar, "samples": [[KEY,
-    {extension: [offset, size, hash of
-                           an image's bytes]}, rows], ...]}
+                           reader's input)
+    en-000000.index.json   {"format": 2, "bytes": size of the tar, "samples": [[KEY, {extension: [offset,
+                           size, hash of an image's bytes]}, rows], ...]}
 
 Kinds: `image_text` (a member of captions, one or more pictures), `text` and `parallel` (packed,
 pre-tokenised: one "sample" of the tar is a block of up to BLOCK_ROWS sentences or sentence pairs:

@@ -2,11 +2,10 @@
 {name: tensor}}.
 
     CCLM         `vision_encoder` a Swin; `text_encoder.(bert.)encoder.layer.0-11`, the upper six with
-    `crossattention`;
-                 `text_encoder.cls.predictions`
+                 `crossattention`; `text_encoder.cls.predictions`
     X2-VLM CCLM  `text_encoder.(roberta.)encoder.layer.0-11`, `cross_encoder.encoder.layer.0-5`,
-    `mlm_head.predictions`; its
-                 image encoder is BEiT-2, which our ViT cannot hold: another must take its place
+                 `mlm_head.predictions`; its image encoder is BEiT-2, which our ViT cannot hold: another must
+                 take its place
 Both have `{vision,text}_proj` and `temp`. Our matching head is a linear map, so that their `itm_head` stays
 out, and is named.
 """

@@ -1,9 +1,10 @@
 """`oscar` from a folder in Hugging Face format. Every tensor is used, or is named as expected to be unused.
 
     OSCAR, OSCAR+     `bert.img_embedding`, `bert.LayerNorm` where config.json says so, and BERT's names;
-    heads are left out BERT, XLM-R, ...  the text's part, and the pooler if there is one; what embeds regions
-    is new, and without a layer norm, as in
-                      the public code of paper 3 (cViL), whose student starts from multilingual BERT
+                      heads are left out
+    BERT, XLM-R, ...  the text's part, and the pooler if there is one; what embeds regions is new, and without
+                      a layer norm, as in the public code of paper 3 (cViL), whose student starts from
+                      multilingual BERT
 
 The token type of texts becomes part of the positions (`TaggedEmbedding`). XLM-R has one type: tags are then
 of the same.

@@ -6,8 +6,9 @@ in how a row is laid out and embedded, and in what is read from it; each differe
 
     text-first row     CLS, words, SEP, regions      the CLS is read
     regions-first row  regions, CLS, words, SEP      the first region is read (M3P: its pooler takes the row's
-    first token) "product"          as text-first, with a region of the whole picture before the others; CLS
-    and it are read
+                       first token)
+    "product"          as text-first, with a region of the whole picture before the others; CLS and it are
+                       read
 
 Token types are constants of a text and of a picture. Those of texts are folded into the positions, those of
 regions into the layer norm before which they are added (`raylib.models.single_stream_weights`).

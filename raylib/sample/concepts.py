@@ -1,9 +1,10 @@
 """What is committed in `data/`, read back: pictures, captions and the Declaration of Human Rights.
 
     pictures/VENDOR.zip      KEY.png, 64 x 64, 256 colours, on white; fluent holds every concept, the others
-    training ones captions/LANGUAGE.tsv.gz a concept a line: key, CLDR name, CLDR keywords joined by "|"
+                             training ones
+    captions/LANGUAGE.tsv.gz a concept a line: key, CLDR name, CLDR keywords joined by "|"
     udhr/LANGUAGE.txt.gz     a paragraph a line, a blank line between sections, the sections in the same order
-    everywhere
+                             everywhere
 
 A *concept* is one emoji; its key is its code points, "1f600", joined by "-" and without U+FE0F. A tenth of
 the concepts is held out: no picture and no sentence of training names them.
