@@ -5,10 +5,16 @@ value is one line that says where and names the near matches.
 """
 
 import difflib
+import hashlib
+import importlib.util
+import inspect
 import json
+import sys
+import traceback
 from collections.abc import Mapping, Set
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
@@ -26,6 +32,7 @@ class Config(BaseModel):
 
 
 C = TypeVar("C", bound=Config)
+T = TypeVar("T")
 
 
 def override(config: C, assignments: list[str]) -> C:
@@ -144,6 +151,73 @@ def near(name: str, known: list[str]) -> str:
     ]
     close = list(dict.fromkeys(close))
     return f"; did you mean {' or '.join(close[:3])}?" if close else ""
+
+
+def load_user_file(path: Path | str) -> ModuleType:
+    """The module that a Python file of the user's makes. Files of equal content are one module, wherever they
+    lie, so that a class and its copy beside a stored model are the same class.
+
+    Raises:
+        UserError: there is no such file, or it fails when it runs; the line that failed is named.
+    """
+    path = Path(path)
+    try:
+        source = path.read_bytes()
+    except OSError:
+        raise UserError(f"{path}: no such file") from None
+    name = f"polyglance_user_{path.stem}_{hashlib.sha256(source).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path}: no Python file; its name must end with .py")
+    # dataclasses and pydantic look the module of a class up while the file still runs
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        del sys.modules[name]
+        line = e.lineno if isinstance(e, SyntaxError) else _line_in(e, path)
+        message = e.msg if isinstance(e, SyntaxError) else " ".join(str(e).split())
+        raise UserError(f"{path}:{line}: {type(e).__name__}: {message}") from e
+    return module
+
+
+def load_user_class(path: Path | str, base: type[T], name: str | None = None) -> type[T]:
+    """The one class derived from `base` that a Python file of the user's defines, or the one called `name`.
+
+    Raises:
+        UserError: as of `load_user_file`; it defines no such class, or several and `name` does not say which.
+    """
+    module = load_user_file(path)
+    classes = {
+        key: value
+        for key, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, base) and value.__module__ == module.__name__
+    }
+    if name is not None:
+        if name not in classes:
+            known = f"; it has: {', '.join(classes)}" if classes else ""
+            raise UserError(f"{path}: no class {name} derived from {base.__name__}{known}")
+        chosen = classes[name]
+    else:
+        # a class that another one of the file builds on is not meant
+        last = {k: v for k, v in classes.items() if not any(v in c.__mro__[1:] for c in classes.values())}
+        if len(last) != 1:
+            what = f"several classes ({', '.join(last)})" if last else "no class"
+            hint = f"; say which: {path}:{next(iter(last))}" if last else ""
+            raise UserError(f"{path}: {what} derived from {base.__name__}{hint}")
+        chosen = next(iter(last.values()))
+    if inspect.isabstract(chosen):
+        missing = ", ".join(sorted(chosen.__abstractmethods__))
+        raise UserError(f"{path}: {chosen.__name__} has no {missing}")
+    return chosen
+
+
+def _line_in(error: Exception, path: Path) -> int | None:
+    """The last line of `path` that ran before `error`."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+    return lines[-1] if lines else None
 
 
 def _parse(text: str) -> Any:

@@ -1,6 +1,6 @@
 import pytest
 
-from raylib.config import Config, build, choose, dump, load, override, paths, save
+from raylib.config import Config, build, choose, dump, load, load_user_class, override, paths, save
 from raylib.errors import UserError
 
 
@@ -63,3 +63,49 @@ def test_choose():
 def test_build_names_the_place():
     with pytest.raises(UserError, match="here: limit: .*integer"):
         build(Outer, {"limit": "many"}, "here")
+
+
+USER_FILE = """from abc import ABC, abstractmethod
+from raylib.config import Config
+class Shape(Config, ABC):
+    @abstractmethod
+    def area(self): ...
+class Square(Shape):
+    side: int = 1
+    def area(self): return self.side**2
+"""
+
+
+def test_load_user_class_finds_the_one_class(tmp_path):
+    (tmp_path / "a").mkdir()
+    for folder in (tmp_path, tmp_path / "a"):
+        (folder / "shape.py").write_text(USER_FILE)
+    found = load_user_class(tmp_path / "shape.py", Config)
+    assert found.__name__ == "Square" and found(side=3).area() == 9
+    assert load_user_class(tmp_path / "a/shape.py", Config) is found  # a copy is the same class
+    assert load_user_class(tmp_path / "shape.py", Config, "Square") is found
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "message"),
+    [
+        (None, None, "shape.py: no such file"),
+        ("x = 1", None, "shape.py: no class derived from Config"),
+        (USER_FILE, "Cube", "shape.py: no class Cube derived from Config; it has: Shape, Square"),
+        (USER_FILE, "Shape", "shape.py: Shape has no area"),
+        (
+            USER_FILE + "class B(Config): ...",
+            None,
+            r"several classes \(Square, B\) .*say which: .*shape.py:Square",
+        ),
+        ("\nimport nowhere_at_all", None, "shape.py:2: ModuleNotFoundError: No module named"),
+        ("\n\nx = (", None, r"shape.py:3: SyntaxError: '\(' was never closed"),
+    ],
+)
+def test_load_user_class_says_in_one_line_what_is_wrong(tmp_path, source, name, message):
+    path = tmp_path / "shape.py"
+    if source is not None:
+        path.write_text(source)
+    with pytest.raises(UserError, match=message) as e:
+        load_user_class(path, Config, name)
+    assert "\n" not in str(e.value)

@@ -11,13 +11,12 @@ their paths; where both have one of a name, `recipe.select=last` is the recipe's
 
 import argparse
 import os
-import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from raylib.command import command
-from raylib.config import choose, near, override, paths
+from raylib.config import choose, load_user_file, near, override, paths
 from raylib.errors import UserError
 from raylib.search.config import SearchConfig
 from raylib.search.space import Space, described
@@ -77,9 +76,7 @@ def open_space(given: str) -> tuple[str, Space]:
     """
     if not given.endswith(".py"):
         return given, choose(given, SPACES, "space")
-    if not Path(given).is_file():
-        raise UserError(f"{given}: no such file")
-    found = runpy.run_path(given).get("SPACE")
+    found = vars(load_user_file(given)).get("SPACE")
     if isinstance(found, dict):
         found = Space(f"of {given}", "", found)
     if not isinstance(found, Space):
