@@ -40,7 +40,7 @@ def context(files=FILES, languages=("en", "de")) -> Context:
         (3, "a hound", "a dog"),
     ],
 )
-def test_routines_on_a_hand_made_example(routine, shown, pivot):
+def test_alignment_routines_pair_captions_as_worked_by_hand(routine, shown, pivot):
     method = TranslationAlignment(routine=routine).prepare(context())
     changed = method.example(Captioned("1.jpg", ("ein Hund",)))
     assert changed == Captioned("1.jpg", (shown,), (pivot,))
@@ -49,13 +49,13 @@ def test_routines_on_a_hand_made_example(routine, shown, pivot):
     )  # its own pivot
 
 
-def test_independent_captions_take_the_english_ones_in_turn():
+def test_alignment_independent_captions_take_english_ones_in_turn():
     files = {("", "en"): {"1.jpg": ("a", "b")}, ("", "de"): {"1.jpg": ("x", "y", "z")}}
     method = TranslationAlignment(routine=1).prepare(context(files, ("de",)))
     assert [method.example(Captioned("1.jpg", (t,))).pivots[0] for t in "xyz"] == ["a", "b", "a"]
 
 
-def test_mistakes():
+def test_alignment_missing_translations_or_captions_are_named():
     short = {**FILES, ("_to_en", "de"): {"1.jpg": ("a hound", "a dog"), "2.jpg": ("a coach",)}}
     with pytest.raises(UserError, match="translations from 'de' into English: 2 for the 1 captions of 1.jpg"):
         TranslationAlignment(routine=3).prepare(context(short))
@@ -94,7 +94,7 @@ def aligned_batch() -> dict:
 
 
 @pytest.mark.parametrize("loss", ["mse", "pivot", "image"])
-def test_losses_are_the_slow_ones(loss):
+def test_alignment_losses_equal_slow_loops(loss):
     model, batch, weight = make_model().eval(), aligned_batch(), 0.7
     terms = TranslationAlignment(loss=loss, weight=weight).terms(model)
     total, values = ContrastObjective(model, 0.5, terms)(batch)
@@ -132,7 +132,7 @@ def on_share(rank, world):
     return values, {k: p.grad for k, p in model.named_parameters()}
 
 
-def test_workers_equal_one_worker():
+def test_alignment_on_two_workers_equals_one():
     assert_workers_equal_one(run_workers(on_share, 2), on_share(0, 1))
 
 
@@ -144,7 +144,7 @@ def matching(loss: str, weight: float):
 
 
 @pytest.mark.parametrize("loss", ["mse", "pivot", "image"])
-def test_terms_beside_matching_are_the_slow_ones(loss):
+def test_alignment_beside_matching_equals_slow_loops(loss):
     """Return what matching makes of the batch, and the term at the model's own temperature."""
     objective, unified = matching(loss, 0.7)
     batch, model = aligned_batch(), unified.model
@@ -179,17 +179,17 @@ def matched_share(rank, world):
     return values, {k: p.grad for k, p in objective.model.named_parameters()}
 
 
-def test_workers_equal_one_worker_with_terms_beside_matching():
+def test_alignment_beside_matching_on_two_workers_equals_one():
     assert_workers_equal_one(run_workers(matched_share, 2), matched_share(0, 1))
 
 
-def test_disparity_is_the_papers():
+def test_disparity_of_published_row_is_reproduced():
     """Table 2's zero-shot row of M-CLIP: standard deviation 4.75, range 16.00."""
     row = [63.44, 59.94, 60.06, 58.90, 60.72, 51.00, 61.50, 56.11, 59.28, 59.28, 47.44]
     assert disparity(row) == {"std": pytest.approx(4.75, abs=0.005), "range": pytest.approx(16.0)}
 
 
-def test_xtd_is_split_into_fifty_fifty_and_the_rest(tmp_path):
+def test_xtd_is_split_into_fifty_train_fifty_dev_and_rest(tmp_path):
     folder = tmp_path / "xtd" / "translated_to_en"
     folder.mkdir(parents=True)
     (tmp_path / "xtd" / "test_image_names.txt").write_text("".join(f"{i}.jpg\n" for i in range(1000)))
@@ -212,7 +212,7 @@ def test_xtd_is_split_into_fifty_fifty_and_the_rest(tmp_path):
 FEW = ["setting=few_shot", "shots=5", "matching=false", "batch=5", "temperature=0.1", 'freeze=["vision"]']
 
 
-def test_a_small_model_a_language_end_to_end(finetune, tmp_path):
+def test_alignment_few_shot_with_lora_runs_end_to_end_and_resumes(finetune, tmp_path):
     """Routine 3 with LoRA and code-mixing: a set of small weights for the target, results on translations,
     resumed to the bit."""
     settings = [*FEW, "strategies.alignment={}", "strategies.lora.rank=2", "select=last"]
@@ -241,7 +241,7 @@ def test_a_small_model_a_language_end_to_end(finetune, tmp_path):
     assert whole == parts
 
 
-def test_a_model_is_evaluated_as_it_is(finetune, tmp_path):
+def test_retrieval_untrained_and_translate_test_are_evaluated(finetune, tmp_path):
     settings = ["matching=false", "strategies.hard_prompt={}"]
     for setting in ("untrained", "translate_test"):
         code, printed = finetune("scenes_xflickrco", f"name={setting}", f"setting={setting}", *settings)
@@ -263,6 +263,6 @@ def test_a_model_is_evaluated_as_it_is(finetune, tmp_path):
         (["setting=untrained", "strategies.lora={}"], "setting=untrained trains nothing"),
     ],
 )
-def test_mistakes_are_one_line(finetune, settings, words):
+def test_alignment_wrong_settings_are_one_line_errors(finetune, settings, words):
     code, printed = finetune("scenes_xflickrco", "name=wrong", *settings)
     assert code == 2 and words in printed and printed.strip().splitlines()[-1].startswith("error: ")

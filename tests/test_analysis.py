@@ -108,7 +108,7 @@ TEXTS = [
     ],
     ids=["unified", "uc2"],
 )
-def test_states_are_those_that_the_head_reads(tokenizer, build, pictures):
+def test_parallel_states_are_those_the_head_reads(tokenizer, build, pictures):
     backbone, read = build(), []
     model = FinetuneModel(backbone, ("no", "yes"), 1, 0.1).double().eval()
     model.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
@@ -128,7 +128,7 @@ def mclip():
 
 
 @pytest.mark.parametrize("build", [lambda: make_model(vocabulary=12000, positions=64), mclip])
-def test_retrieval_models_are_compared_by_the_vectors_that_they_retrieve_with(tokenizer, build):
+def test_parallel_states_of_retrieval_models_are_their_embeddings(tokenizer, build):
     model = build().eval()
     got = parallel_states(model, parallel_of(TEXTS), None, tokenizer, 12)
     for i, row in enumerate(TEXTS):
@@ -137,7 +137,7 @@ def test_retrieval_models_are_compared_by_the_vectors_that_they_retrieve_with(to
             torch.testing.assert_close(got[j, i].double(), wanted.detach(), atol=1e-6, rtol=0)
 
 
-def test_similarity_is_the_slow_loop_and_its_control_has_no_parallel_pair():
+def test_similarity_equals_slow_loop_and_control_has_no_parallel_pair():
     states = F.normalize(torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(1)), dim=-1)
     matrix, unpaired = compare(states)
     others = []
@@ -160,7 +160,7 @@ def test_similarity_is_the_slow_loop_and_its_control_has_no_parallel_pair():
     assert compare(states[:, :1])[1] is None
 
 
-def test_correlation_is_numpys():
+def test_correlation_equals_numpy():
     near, scores = (
         {"de": 0.9, "ko": 0.2, "ru": 0.5, "zh": 0.3},
         {"en": 0.9, "de": 0.7, "ko": 0.1, "ru": 0.6, "zh": 0.4},
@@ -177,7 +177,7 @@ def test_correlation_is_numpys():
     )
 
 
-def test_attention_weights_give_the_modules_output():
+def test_attention_weights_reproduce_module_output():
     backbone = make_model().eval()
     lengths = torch.tensor([7, 3, 5, 3])
     g = torch.Generator().manual_seed(3)
@@ -209,7 +209,7 @@ def test_attention_weights_give_the_modules_output():
                 torch.testing.assert_close(backbone.fusion.blocks[layer].cross_attention.output(mixed), out)
 
 
-def test_maps_are_means_and_quadrants_add_up():
+def test_attention_maps_are_means_and_quadrants_sum_to_one():
     weights = torch.rand(3, 9, 2, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     text = Ragged(torch.zeros(9), torch.tensor([5, 4]))
     found = word_maps(weights, text, [[1, 2], [3]])
@@ -244,13 +244,13 @@ SENTENCES = [
 
 
 @pytest.mark.parametrize("text", SENTENCES)
-def test_spans_are_the_letters_of_tokens(tokenizer, text):
+def test_spans_cover_the_letters_of_each_token(tokenizer, text):
     found = spans(tokenizer, text)
     assert len(found) == len(tokenizer.encode([text])[0]) and found[-1][1] == len(text)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
 
 
-def test_spans_of_a_tokenizer_json(tmp_path):
+def test_spans_work_with_tokenizer_json_and_prompts(tmp_path):
     from tokenizers import Tokenizer as Json
     from tokenizers import models, pre_tokenizers
 
@@ -266,7 +266,7 @@ def test_spans_of_a_tokenizer_json(tmp_path):
         assert shift == 3 and find_tokens(prompted, "a hund bellt", (2, 6), 40) == [5, 6]
 
 
-def test_words_are_found_whole_and_once():
+def test_find_word_matches_whole_words_once():
     assert find_word("dog", "A hotdog and a Dog.") == (15, 18) and find_word("개", "그림에 개가") == (4, 5)
     assert find_word("dog", "a cat") is None
     things = [Thing("dog", 0), Thing("hot dog", 2)]
@@ -278,12 +278,12 @@ def test_words_are_found_whole_and_once():
     assert name_in(twice, ("en", "de"), things) is None
 
 
-def test_fonts_know_what_they_draw():
+def test_fonts_report_characters_they_cannot_draw():
     families, undrawable = find_fonts(["dog", "größer", "собака", "\U0010fffd"])
     assert families[0] == "DejaVu Sans" and undrawable == {"\U0010fffd"}  # private use: in no font but boxes
 
 
-def test_curves_of_written_records(tmp_path):
+def test_curves_are_read_from_metrics_and_drawn(tmp_path):
     epochs = [(0.5, 0.3, 0.1, 0.6, 0.4), (0.7, 0.2, 0.3, 0.8, 0.2)]
     lines = [{"step": 1, "loss/task": 3.0}]
     for i, (en, de, ko, verify, query) in enumerate(epochs):
@@ -313,7 +313,7 @@ def test_curves_of_written_records(tmp_path):
 
 
 @pytest.mark.parametrize(("task", "shared"), [("xgqa", 60), ("xvnli", 60), ("xflickrco", 60), ("marvl", 0)])
-def test_items_of_scenes_are_parallel_by_id(scenes, task, shared):
+def test_read_parallel_matches_scenes_by_id(scenes, task, shared):
     config = override(RECIPES[f"scenes_{task}"](), [f"data={scenes}"])
     found = read_parallel(config, ("en", "ru"), 10)
     assert found.found == shared and len(found.items) == min(10, shared)
@@ -322,7 +322,7 @@ def test_items_of_scenes_are_parallel_by_id(scenes, task, shared):
     assert read_parallel(config, ("en", "ru"), 10) == found
 
 
-def test_items_that_lack_in_a_language_are_counted(scenes, tmp_path):
+def test_read_parallel_counts_items_missing_in_a_language(scenes, tmp_path):
     shutil.copytree(scenes / "XVNLI", tmp_path / "XVNLI")
     path = tmp_path / "XVNLI/annotations/ru/test.jsonl"
     lines = path.read_text().splitlines()
@@ -334,7 +334,7 @@ def test_items_that_lack_in_a_language_are_counted(scenes, tmp_path):
     assert other["pairID"] not in {en.id for en, _ in found.items}
 
 
-def test_a_run_is_analysed(train, scenes, capsys, recwarn):
+def test_analyse_xgqa_run_writes_every_figure(train, scenes, capsys, recwarn):
     run = train("xgqa", "whole", "curves=true", "test_limit=60")
     capsys.readouterr()
     recwarn.clear()
@@ -383,7 +383,7 @@ def test_a_run_is_analysed(train, scenes, capsys, recwarn):
     assert "own_quadrant" not in chosen  # of words that are given, nobody knows what they name
 
 
-def test_retrieval_and_a_run_without_curves(train, capsys):
+def test_analyse_retrieval_run_without_curves(train, capsys):
     run = train("xflickrco", "retrieval", 'languages=["en","de","ru"]', "epochs=1")
     assert main(["analyse", str(run), "--limit", "20"]) == 0
     printed = capsys.readouterr().out
@@ -397,7 +397,7 @@ def test_retrieval_and_a_run_without_curves(train, capsys):
     assert values["pearson"] is None and set(values["to_english"]) == {"de", "ru"}  # a line fits any two
 
 
-def test_what_cannot_be_made_is_a_line(train, tmp_path, capsys):
+def test_analyse_says_what_cannot_be_drawn(train, tmp_path, capsys):
     run = train("marvl", "pairs", 'languages=["en","ru"]', "epochs=1")
     capsys.readouterr()
     assert main(["analyse", str(run)]) == 0
@@ -406,7 +406,7 @@ def test_what_cannot_be_made_is_a_line(train, tmp_path, capsys):
     assert not list((run / "analysis").glob("*.png"))
 
 
-def test_a_model_a_language(train, capsys):
+def test_analyse_few_shot_run_has_one_model_per_language(train, capsys):
     english = train("xgqa", "short", 'languages=["en","ru"]', "epochs=1")
     shots = ("setting=few_shot", "shots=5", 'languages=["de","ru"]', "batch=4", f"model={english}")
     run = train("xgqa", "shots", "curves=true", *shots)
@@ -425,7 +425,7 @@ def test_a_model_a_language(train, capsys):
     assert {code: found["accuracy"] for code, found in values["confusions"].items()} == accuracy
 
 
-def test_without_cross_attention(train, tmp_path, capsys):
+def test_analyse_model_without_cross_attention_skips_maps(train, tmp_path, capsys):
     make_model(vocabulary=12000, positions=64, fusion="entangled").float().save(tmp_path)
     shutil.copy2(DATA / "tokenizer.model", tmp_path)
     run = train("xvnli", "entangled", f"model={tmp_path}", "epochs=1", "test_limit=60")
@@ -434,7 +434,7 @@ def test_without_cross_attention(train, tmp_path, capsys):
     assert {p.name for p in (run / "analysis").glob("*.png")} == {"similarity.png", "tsne.png"}
 
 
-def test_no_wordnet_is_a_line(train, scenes, tmp_path, capsys):
+def test_analyse_without_wordnet_says_so(train, scenes, tmp_path, capsys):
     shutil.copytree(scenes, tmp_path / "data", ignore=shutil.ignore_patterns("wordnet"))
     run = train("xgqa", "wordless", 'languages=["en","ru"]', "epochs=1", f"data={tmp_path / 'data'}")
     assert main(["analyse", str(run), "--limit", "8"]) == 0
@@ -450,7 +450,7 @@ def test_no_wordnet_is_a_line(train, scenes, tmp_path, capsys):
         (["--layer", "9"], ["--layer 9", "from 1 to 2"]),
     ],
 )
-def test_mistakes_are_one_line(train, capsys, settings, words):
+def test_analyse_wrong_arguments_are_one_line_errors(train, capsys, settings, words):
     run = train("xgqa", "short", 'languages=["en","ru"]', "epochs=1")
     capsys.readouterr()
     assert main(["analyse", str(run), "--limit", "8", *settings]) == 2
@@ -458,14 +458,14 @@ def test_mistakes_are_one_line(train, capsys, settings, words):
     assert error.startswith("error: ") and "\n" not in error and all(word in error for word in words), error
 
 
-def test_an_unfinished_run_is_one_line(tmp_path, capsys):
+def test_analyse_unfinished_run_is_one_line_error(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     assert main(["analyse", str(tmp_path)]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "give finished runs" in error and "\n" not in error
 
 
-def test_shares_against_a_loop(tokenizer, scenes):
+def test_attention_shares_of_items_equal_mean_of_each_alone(tokenizer, scenes):
     """`measure` over several items is the mean of each item by itself."""
     config = override(RECIPES["scenes_xgqa"](), [f"data={scenes}", "image_size=16"])
     backbone = make_model(vocabulary=12000, positions=64).float().eval()
@@ -486,7 +486,7 @@ def test_shares_against_a_loop(tokenizer, scenes):
     assert all(record["text"]["ko"] == texts[record["id"]] for record in together["drawn"])
 
 
-def test_windows_come_back_in_their_places():
+def test_attention_grid_restores_window_order():
     """Four windows of 2 x 2 patches behind the mean, their CLS states and then the patches, window after
     window."""
     raster = np.arange(16.0).reshape(4, 4)

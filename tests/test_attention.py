@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 
-def test_cudnn_attention_is_off_wherever_attention_runs():
+def test_attention_disables_cudnn_backend():
     """It builds a graph for every new shape, which is seconds a step with packed batches
     (benchmarks/results/gpu.jsonl)."""
     code = "import raylib.models.attention, torch; print(torch.backends.cuda.cudnn_sdp_enabled())"

@@ -132,7 +132,7 @@ def whole(root):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_global_batch_does_not_depend_on_the_workers(root, whole, world):
+def test_step_batches_do_not_depend_on_number_of_workers(root, whole, world):
     ranks = [make(root, rank=rank, world=world) for rank in range(world)]
     for step in (5, 0, 3):  # any step, in any order, of fresh objects
         parts = [rank[step] for rank in ranks]
@@ -143,17 +143,17 @@ def test_the_global_batch_does_not_depend_on_the_workers(root, whole, world):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_loaders_give_the_same_in_order(root, whole, workers):
+def test_loader_processes_give_same_batches_in_order(root, whole, workers):
     loaded = list(load_batches(make(root), 2, 6, workers))
     assert [batch["step"] for batch in loaded] == [2, 3, 4, 5]
     assert [content(batch) for batch in loaded] == whole[2:]
 
 
-def test_another_seed_another_batch(root, whole):
+def test_step_batches_differ_with_seed(root, whole):
     assert content(make(root, seed=2)[0]) != whole[0]
 
 
-def test_shapes_and_types(root):
+def test_step_batches_have_documented_shapes_and_types(root):
     batch = make(root)[0]
     pictures = batch["image_text"]
     assert pictures["images"].shape == (8, 16, 16, 3) and pictures["images"].dtype == torch.uint8
@@ -168,7 +168,7 @@ def test_shapes_and_types(root):
     assert batch["text"]["text"].lengths.max() == 9  # long ones are cut
 
 
-def test_pictures_captions_and_ids_belong_together(root):
+def test_step_batches_keep_image_caption_and_id_together(root):
     batches = make(root, augment=PLAIN)
     tokenizer = Tokenizer.load(root / "tokenizer.model")
     drawings, captions = Counter(), Counter()
@@ -186,7 +186,7 @@ def test_pictures_captions_and_ids_belong_together(root):
     assert min(drawings.values()) > 100 and min(captions.values()) > 100
 
 
-def test_two_drawings_of_one_sample_never_meet_in_an_epoch(root):
+def test_step_batches_hold_each_sample_once_per_lane_epoch(root):
     """Every lane's epoch holds each sample once, whatever its drawing."""
     batches = make(root, augment=PLAIN)
     seen = {lane: [] for lane in range(LANES)}
@@ -200,7 +200,7 @@ def test_two_drawings_of_one_sample_never_meet_in_an_epoch(root):
         assert len(epochs) > 2 and all(len(set(epoch)) == len(epoch) for epoch in epochs)
 
 
-def test_text_streams_read_each_row_once_an_epoch_and_mix_languages(root):
+def test_text_streams_read_each_row_once_per_epoch_and_mix_languages(root):
     config = configure(root, text=StreamConfig(folder=str(root / "text"), batch=64, lanes=2, length=64))
     batches = StepBatches(config, 16, seed=3)
     counts = Counter(
@@ -219,7 +219,7 @@ def test_text_streams_read_each_row_once_an_epoch_and_mix_languages(root):
     assert sum(times) == by_language["de"] and max(times) - min(times) <= 1
 
 
-def test_translations_stay_paired(root):
+def test_parallel_stream_keeps_translations_paired(root):
     for source, target in zip(
         *(rows_of(make(root)[3]["parallel"][side]) for side in ("source", "target")), strict=True
     ):
@@ -231,7 +231,7 @@ def test_translations_stay_paired(root):
     assert not torch.equal(sides["source"].positions, sides["target"].positions)  # masked by different draws
 
 
-def test_streams_and_languages_may_be_left_out(root):
+def test_streams_and_languages_can_be_omitted(root):
     off = StreamConfig()
     batches = make(root, image_text=off, parallel=off)
     assert set(batches[0]) == {"step", "samples", "bad", "text"}
@@ -239,14 +239,14 @@ def test_streams_and_languages_may_be_left_out(root):
     assert make(root, text=only).streams["text"].lanes.languages == ["ru"]
 
 
-def test_batches_travel_to_other_processes(root, whole):
+def test_step_batches_pickle_small_and_unread(root, whole):
     batches = make(root)
     batches[0]
     data = pickle.dumps(batches)
     assert len(data) < 20_000 and content(pickle.loads(data)[2]) == whole[2]
 
 
-def test_pack_and_unpack(root):
+def test_pack_and_unpack_restore_a_batch(root):
     batch = make(root)[0]
     plan, data = pack(batch)
     assert content(unpack(plan, data)) == content(batch) and data.dtype == torch.uint8
@@ -269,7 +269,7 @@ def test_pack_and_unpack(root):
         (["text.batch=0", "parallel.batch=0", "image_text.batch=0"], "every stream has batch 0"),
     ],
 )
-def test_bad_settings_are_told_in_one_line(root, assignments, words):
+def test_stream_bad_settings_are_one_line_errors(root, assignments, words):
     config = override(
         configure(root), [assignment.replace("{root}", str(root)) for assignment in assignments]
     )
@@ -302,7 +302,7 @@ def broken(root, tmp_path, members, **changes):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_an_unusable_sample_is_replaced_counted_and_logged(root, tmp_path, name, caplog):
+def test_unusable_sample_is_replaced_counted_and_logged(root, tmp_path, name, caplog):
     config = broken(root, tmp_path, BAD[name], bad_limit=0.1)
     batches = StepBatches(config, 16, 1)
     steps = range(16)
@@ -326,7 +326,7 @@ def test_too_many_unusable_samples_stop_the_run(root, tmp_path, workers):
     assert "\n" not in str(error.value)
 
 
-def test_a_source_of_nothing_usable_ends(root, tmp_path):
+def test_stream_without_usable_samples_ends(root, tmp_path):
     with ShardWriter(tmp_path, "image_text") as writer:
         for number in range(8):
             writer.write(f"k{number}", BAD["not JSON"])
@@ -336,7 +336,7 @@ def test_a_source_of_nothing_usable_ends(root, tmp_path):
 
 
 @pytest.mark.parametrize("beside", [{}, {"json": b'{"url": "https://example.org/1.png"}'}])
-def test_foreign_tars_with_plain_captions(root, tmp_path, beside):
+def test_foreign_tars_with_plain_captions_are_read(root, tmp_path, beside):
     import webdataset
 
     with webdataset.TarWriter(str(tmp_path / "en-0.tar"), encoder=False) as writer:

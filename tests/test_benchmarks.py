@@ -6,7 +6,7 @@ from benchmarks import data, record
 from raylib.text import Tokenizer
 
 
-def test_tables_are_generated_from_what_was_recorded(tmp_path, monkeypatch):
+def test_benchmark_tables_match_recorded_results(tmp_path, monkeypatch):
     files = ("README.md", "benchmarks/README.md")
     (tmp_path / "benchmarks").mkdir()
     for name in files:
@@ -21,11 +21,11 @@ def test_tables_are_generated_from_what_was_recorded(tmp_path, monkeypatch):
         assert "Not measured yet" not in text
 
 
-def test_the_newest_record_of_a_run_counts(tmp_path):
+def test_benchmark_records_newest_of_a_run_counts(tmp_path):
     record.append(tmp_path / "runs.jsonl", {"run": "a", "value": 1})
     record.append(tmp_path / "runs.jsonl", {"run": "a", "value": 2})
     assert record.newest(record.read(tmp_path / "runs.jsonl"), "run") == [{"run": "a", "value": 2}]
 
 
-def test_the_reading_benchmark_finds_its_tokenizer():
+def test_reading_benchmark_finds_its_tokenizer():
     assert Tokenizer.load(data.TOKENIZER).vocabulary > 10_000

@@ -46,7 +46,7 @@ def pictures(n=3, size=16):
 
 
 @pytest.mark.parametrize("width", [32, 48])
-def test_swin_states_are_those_of_transformers_behind_their_mean(width):
+def test_swin_states_equal_transformers_behind_their_mean(width):
     peer, model = swin_model(), UnifiedModel(swin_config(width=width, **CLIP)).eval()
     model.vision.swin.load_state_dict(peer.state_dict())
     mean, deviation = (torch.tensor(CLIP[name]).view(3, 1, 1) for name in ("pixel_mean", "pixel_std"))
@@ -59,7 +59,7 @@ def test_swin_states_are_those_of_transformers_behind_their_mean(width):
     torch.testing.assert_close(states.values.view(3, 17, width), wanted)
 
 
-def test_another_resolution_has_other_windows_and_interpolated_biases():
+def test_swin_resize_changes_windows_and_interpolates_biases():
     model = UnifiedModel(swin_config()).eval()
     shaken(model.vision)
     before, mark = {k: v.clone() for k, v in model.vision.state_dict().items()}, fingerprint(model.vision)
@@ -85,20 +85,20 @@ def test_another_resolution_has_other_windows_and_interpolated_biases():
         SwinSizes(layers=(2, 2))
 
 
-def test_without_transformers_a_swin_says_what_is_missing(monkeypatch):
+def test_swin_without_transformers_names_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match="a Swin image encoder wants transformers"):
         UnifiedModel(swin_config())
 
 
-def test_bias_interpolation():
+def test_swin_bias_interpolation_keeps_constants_and_size():
     table = torch.randn(7**2, 2)
     assert interpolate_bias(table, 49) is table
     assert interpolate_bias(table, 13**2).shape == (169, 2)
     torch.testing.assert_close(interpolate_bias(torch.full((9, 1), 0.5), 25), torch.full((25, 1), 0.5))
 
 
-def test_a_swin_model_is_saved_and_older_exports_load(tmp_path):
+def test_swin_saves_and_loads_also_older_exports(tmp_path):
     model = UnifiedModel(swin_config())
     model.save(tmp_path / "swin")
     again = UnifiedModel.from_pretrained(tmp_path / "swin")
@@ -125,7 +125,7 @@ def block(d: int, f: int, cross: bool) -> int:
 
 
 @pytest.mark.parametrize(("name", "d", "f", "text"), [("cclm", 768, 3072, 12), ("cclm_swin", 1024, 4096, 6)])
-def test_base_sizes(name, d, f, text):
+def test_cclm_base_has_published_parameter_counts(name, d, f, text):
     backbone = BACKBONES[name]
     with torch.device("meta"):
         model = backbone.build(backbone.sizes["base"])
@@ -149,7 +149,7 @@ def test_base_sizes(name, d, f, text):
 
 
 @pytest.mark.parametrize("name", ["cclm", "cclm_swin"])
-def test_tiny_runs_and_every_parameter_has_its_depth(name, tmp_path):
+def test_cclm_tiny_runs_and_gives_every_parameter_a_depth(name, tmp_path):
     backbone = BACKBONES[name]
     torch.manual_seed(0)
     model = backbone.build(backbone.sizes["tiny"]).eval()

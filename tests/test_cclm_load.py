@@ -121,7 +121,7 @@ def same_block(block, tensors, at, cross):
 
 
 @pytest.mark.parametrize("prefix", ["bert.", ""])
-def test_the_first_cclms_file(tmp_path, prefix, caplog):
+def test_cclm_checkpoint_of_first_version_loads(tmp_path, prefix, caplog):
     peer = wide_swin()
     tensors = cclm_file(tmp_path / "cclm.th", peer, prefix)
     model = load_backbone(tmp_path / "cclm.th", "cclm_swin").eval()
@@ -186,7 +186,7 @@ def timms_vit(layers=2) -> dict:
     return {f"vision_encoder.{name}": value for name, value in tensors.items()}
 
 
-def test_x2vlms_file(tmp_path, caplog):
+def test_cclm_checkpoint_of_x2vlm_loads(tmp_path, caplog):
     tensors = x2vlm_file(tmp_path / "cclm_x2vlm.th", timms_vit())
     model = load_backbone(tmp_path / "cclm_x2vlm.th", "cclm")
     assert (model.config.text_layers, model.config.fusion_layers, model.config.vision_layers) == (12, 6, 2)
@@ -206,7 +206,7 @@ def test_x2vlms_file(tmp_path, caplog):
     assert model.vision.position.equal(tensors["vision_encoder.pos_embed"][0])
 
 
-def test_beit_is_refused_and_another_image_encoder_takes_its_place(tmp_path):
+def test_cclm_beit_is_refused_unless_vision_folder_replaces_it(tmp_path):
     beit = timms_vit() | {"vision_encoder.blocks.0.gamma_1": torch.randn(D)}
     x2vlm_file(tmp_path / "cclm.th", beit)
     with pytest.raises(UserError, match=r"BEiT-2.*vision_encoder\.blocks\.0\.gamma_1.*vision=VIT_FOLDER"):
@@ -228,7 +228,7 @@ def test_beit_is_refused_and_another_image_encoder_takes_its_place(tmp_path):
     assert model.vision.norm.weight.equal(vit.layernorm.weight)
 
 
-def test_what_is_missing_left_over_or_no_checkpoint_is_named(tmp_path):
+def test_cclm_missing_unused_and_foreign_tensors_are_named(tmp_path):
     tensors = x2vlm_file(tmp_path / "odd.th", timms_vit())
     del tensors["cross_encoder.encoder.layer.3.output.dense.bias"]
     tensors["text_encoder.roberta.adapter"] = torch.zeros(2)
@@ -273,7 +273,7 @@ def text_folder(path, layers):
         ("cclm_swin", 24, [*range(1, 24, 2)]),
     ],
 )
-def test_text_folders_and_the_layers_they_give(tmp_path, kind, layers, taken):
+def test_cclm_text_folder_fills_layers_by_depth(tmp_path, kind, layers, taken):
     theirs = text_folder(tmp_path / "text", layers)
     peer = (
         swin_model()
@@ -304,7 +304,7 @@ def test_text_folders_and_the_layers_they_give(tmp_path, kind, layers, taken):
         )
 
 
-def test_other_text_folders_are_refused(tmp_path):
+def test_cclm_unfit_text_folders_are_refused(tmp_path):
     text_folder(tmp_path / "few", 6)
     with pytest.raises(UserError, match="6 layers; give a text encoder of 12, or of 18 or more"):
         load_backbone(tmp_path / "few", "cclm")

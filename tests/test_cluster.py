@@ -79,7 +79,7 @@ def ignored_run():
 
 
 @pytest.mark.usefixtures("ignored_run")
-def test_a_job_gets_the_checkout_without_what_git_ignores(tmp_path):
+def test_cluster_job_gets_checkout_without_git_ignored_files(tmp_path):
     show = "print('hello', os.environ['POLYGLANCE_RUNS'], sorted(map(str, pathlib.Path().rglob('*'))))"
     with start(["python", "-c", f"import os, pathlib; {show}"], tmp_path / "runs") as process:
         output = process.communicate(timeout=240)[0]
@@ -96,7 +96,7 @@ def test_a_job_gets_the_checkout_without_what_git_ignores(tmp_path):
 
 @pytest.mark.drill
 @pytest.mark.parametrize(("ends", "code"), [("sys.exit(7)", 7), ("os.kill(os.getpid(), 9)", 137)])
-def test_the_exit_code_is_the_job_s(ends, code, tmp_path):
+def test_cluster_run_returns_exit_code_of_job(ends, code, tmp_path):
     with start(["python", "-c", f"import os, sys; {ends}"], tmp_path) as process:
         output = process.communicate(timeout=240)[0]
     assert process.returncode == code, output
@@ -105,7 +105,7 @@ def test_the_exit_code_is_the_job_s(ends, code, tmp_path):
 
 @pytest.mark.drill
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_the_job_then_the_cluster(number, tmp_path):
+def test_cluster_signal_stops_job_then_cluster(number, tmp_path):
     # a child that ignores SIGTERM, in a session of its own
     child = (
         "import signal, time; signal.signal(15, signal.SIG_IGN); print('running', flush=True); "
@@ -129,7 +129,7 @@ def test_a_signal_stops_the_job_then_the_cluster(number, tmp_path):
 
 
 @pytest.mark.drill
-def test_the_cluster_ends_with_a_killed_launcher(tmp_path):
+def test_cluster_ends_with_killed_launcher(tmp_path):
     lines = []
     with start(["sleep", "600"], tmp_path) as process:
         for line in process.stdout:
@@ -145,7 +145,7 @@ def test_the_cluster_ends_with_a_killed_launcher(tmp_path):
     assert left == []
 
 
-def test_a_taken_port_is_one_line(capsys):
+def test_cluster_occupied_port_is_one_line_error(capsys):
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
@@ -155,7 +155,7 @@ def test_a_taken_port_is_one_line(capsys):
     assert capsys.readouterr().err == f"error: port {port}: Address already in use; {choose}\n"
 
 
-def test_what_a_machine_lacks_is_told(monkeypatch):
+def test_cluster_missing_machine_requirements_are_reported(monkeypatch):
     with pytest.raises(UserError, match="port 0: not between"):
         local.check_machine(0)
     monkeypatch.setattr(sys, "platform", "linux")
@@ -173,7 +173,7 @@ def test_what_a_machine_lacks_is_told(monkeypatch):
         local.check_machine(free_port())
 
 
-def test_a_cluster_that_does_not_come_up_keeps_its_log(tmp_path):
+def test_cluster_failed_start_keeps_its_log(tmp_path):
     (tmp_path / "ray").write_text("#!/bin/sh\necho something; echo 'no luck today'; exit 1\n")
     (tmp_path / "ray").chmod(0o755)
     (tmp_path / "python").symlink_to(sys.executable)
@@ -187,12 +187,12 @@ def test_a_cluster_that_does_not_come_up_keeps_its_log(tmp_path):
     shutil.rmtree(folder)
 
 
-def test_no_command(capsys):
+def test_cluster_run_without_command_is_an_error(capsys):
     assert main(["run"]) == 2
     assert "give one after --" in capsys.readouterr().err
 
 
-def test_the_submission_is_what_any_cluster_gets(monkeypatch):
+def test_cluster_submission_equals_plain_ray_job_submit(monkeypatch):
     monkeypatch.delenv("POLYGLANCE_RUNS", raising=False)
     command = ["python", "-m", "pretrain", "tiny", "name=a b"]
     line = local.compose_submission("http://127.0.0.1:8265", command)
@@ -208,7 +208,7 @@ def test_the_submission_is_what_any_cluster_gets(monkeypatch):
     assert json.loads(local.compose_submission("", [])[8])["env_vars"]["POLYGLANCE_RUNS"] == "/elsewhere"
 
 
-def test_the_rayjob_manifest(capsys):
+def test_cluster_rayjob_manifest_matches_project(capsys):
     spec = yaml.safe_load((ROOT / "cluster/rayjob.yaml").read_text(encoding="utf-8"))["spec"]
     python, m, module, *arguments = spec["entrypoint"].split()
     assert (python, m, module) == ("python", "-m", "pretrain")
@@ -233,7 +233,7 @@ def test_the_rayjob_manifest(capsys):
 
 
 @pytest.mark.parametrize(("started", "code"), [(True, 5), (False, 1)])
-def test_the_slurm_script(started, code, tmp_path):
+def test_cluster_slurm_script_starts_nodes_and_cleans_up(started, code, tmp_path):
     """Run with stand-ins for Slurm and Ray: what the nodes would be told, and that nothing stays."""
     script = ROOT / "cluster/slurm.sh"
     subprocess.run(["bash", "-n", script], check=True)
@@ -275,7 +275,7 @@ def test_the_slurm_script(started, code, tmp_path):
         assert "did not start" in done.stderr
 
 
-def test_every_requirement_is_pinned():
+def test_requirements_are_all_pinned():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert all(re.fullmatch(r"[\w.]+", version) for version in pins.values())
@@ -286,7 +286,7 @@ def test_every_requirement_is_pinned():
         assert pins[name.lower()] == (version or pins[name.lower()])
 
 
-def test_make_run_submits_the_tiny_recipe():
+def test_make_run_submits_tiny_recipe():
     line = ["make", "-n", "--no-print-directory", "run", "NAME=a", "PORT=9", "ARGS=fit.steps=3"]
     made = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr

@@ -57,7 +57,7 @@ def objective_on_share(rank, world, switches):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_workers_equal_one_worker(world):
+def test_objective_on_several_workers_equals_one_worker(world):
     switches = [
         {},
         {"fuse_every": 2 if world == 3 else 3},
@@ -89,7 +89,7 @@ def pieces(rank, world):
     return gathered.detach(), x.grad, total(torch.tensor(rank + 1.0)), *gather_ragged(rows, 5)
 
 
-def test_gather_and_its_gradient():
+def test_gather_returns_all_rows_with_gradient():
     first, second = run_workers(pieces, 2)
     assert first[0].tolist() == second[0].tolist() == [[0, 1], [2, 3], [10, 11], [12, 13]]
     assert first[1].tolist() == [[3, 3], [6, 6]]  # (1 + 2) x the weight of its rows

@@ -21,7 +21,7 @@ from raylib.errors import UserError
         (KeyboardInterrupt(), 130, f"interrupted; {GOES_ON}\n"),
     ],
 )
-def test_what_stops_a_command_is_one_line(trouble, code, said, capsys):
+def test_command_user_error_full_disk_and_interrupt_are_one_line(trouble, code, said, capsys):
     @command(GOES_ON)
     def main(arguments):
         raise trouble
@@ -29,7 +29,7 @@ def test_what_stops_a_command_is_one_line(trouble, code, said, capsys):
     assert main([]) == code and capsys.readouterr().err == said
 
 
-def test_a_command_takes_the_arguments_of_its_process(monkeypatch):
+def test_command_takes_arguments_of_its_process(monkeypatch):
     monkeypatch.setattr("sys.argv", ["program", "7"])
     assert (
         command()(lambda arguments: int(arguments[0]))() == 7
@@ -37,7 +37,7 @@ def test_a_command_takes_the_arguments_of_its_process(monkeypatch):
     )
 
 
-def test_other_trouble_is_not_swallowed():
+def test_command_other_exceptions_are_not_swallowed():
     @command()
     def main(arguments):
         raise PermissionError("not yours")

@@ -75,7 +75,7 @@ def shown(*folders, **options) -> str:
     return "\n\n".join([to_markdown(comparisons), *lines])
 
 
-def test_two_learning_rates_are_two_rows(runs):
+def test_compare_learning_rates_are_separate_rows(runs):
     folders = [
         runs(f"lr{lr}_seed{seed}", 0.5 + lr + seed / 100, f"optim.lr={lr}", f"fit.seed={seed}")
         for lr in (1e-3, 1e-4)
@@ -98,7 +98,7 @@ def test_two_learning_rates_are_two_rows(runs):
     }
 
 
-def test_runs_evaluated_on_different_splits_are_two_rows(runs):
+def test_compare_evaluated_splits_are_separate_rows(runs):
     """Of xGQA, "test" was the testdev in earlier versions: the same setting, other questions."""
     old = runs("old", 0.5, "task=xgqa")
     new = runs("new", 0.5, "task=xgqa", "fit.seed=1", split="few_shot_test")
@@ -108,7 +108,7 @@ def test_runs_evaluated_on_different_splits_are_two_rows(runs):
     }
 
 
-def test_what_changes_no_number_makes_no_row(runs):
+def test_compare_settings_without_effect_make_no_row(runs):
     folders = [
         runs("a", 0.5, "workers=1", "fit.seed=0"),
         runs(
@@ -129,7 +129,7 @@ def test_what_changes_no_number_makes_no_row(runs):
     assert row["seeds"] == "2"
 
 
-def test_means_and_intervals_by_hand(runs):
+def test_compare_means_and_intervals_equal_worked_example(runs):
     values = [0.50, 0.53, 0.47, 0.56]
     folders = [runs(f"seed{seed}", value, f"fit.seed={seed}") for seed, value in enumerate(values)]
     (row,) = table(shown(*folders))
@@ -139,7 +139,7 @@ def test_means_and_intervals_by_hand(runs):
     assert alone["en, accuracy"] == "50.0" and alone["seeds"] == "1 (no interval)"
 
 
-def test_differences_are_paired_by_seed(runs):
+def test_compare_differences_are_paired_by_seed(runs):
     """Seeds move both rows far more than they differ by."""
     base, gain = {0: 0.3, 1: 0.5, 2: 0.6, 3: 0.4}, {1: 0.02, 2: 0.01, 3: 0.03, 7: 0.5}
     first = [runs(f"a{seed}", value, f"fit.seed={seed}") for seed, value in base.items()]
@@ -158,7 +158,7 @@ def test_differences_are_paired_by_seed(runs):
     assert table(shown(first[1], second[0]), 1)[0]["en, accuracy"] == "+2.0"
 
 
-def test_the_same_seed_twice_is_no_second_seed(runs):
+def test_compare_repeated_seed_is_not_a_second_seed(runs):
     folders = [
         runs("a", 0.5, "fit.seed=1"),
         runs("b", 0.6, "fit.seed=1", "workers=7"),
@@ -172,7 +172,7 @@ def test_the_same_seed_twice_is_no_second_seed(runs):
     assert table(shown(*folders, runs("d", 0.1, "epochs=2"), baseline=folders[1]), 1)[0]["epochs"] == "2"
 
 
-def test_few_shot_runs_are_told_apart_by_the_runs_that_they_go_on_from(runs, tmp_path):
+def test_compare_few_shot_rows_differ_by_their_english_run(runs, tmp_path):
     folders = []
     for backbone in ("uc2", "cclm"):
         for seed in (0, 1, 2):
@@ -194,7 +194,7 @@ def test_few_shot_runs_are_told_apart_by_the_runs_that_they_go_on_from(runs, tmp
     assert not [head for head in row if head.startswith("model")]
 
 
-def test_a_seed_of_the_run_before_is_a_seed(runs):
+def test_compare_seed_of_previous_run_is_a_seed(runs):
     english = [runs(f"en{seed}", 0.5, f"fit.seed={seed}") for seed in (0, 1)]
     tests = [
         runs(f"test{i}", 0.5 + i / 10, f"model={run}", "setting=translate_test")
@@ -211,7 +211,7 @@ def test_a_seed_of_the_run_before_is_a_seed(runs):
     assert "repeats" in shown(tests[0], again)
 
 
-def test_a_chain_of_three_and_a_teacher(runs, tmp_path):
+def test_compare_follows_chain_of_three_runs_and_teacher(runs, tmp_path):
     """Pretraining, English, few-shot; the teacher is a run too. What is gone is its path, and a run in itself
     ends."""
     folders = []
@@ -246,7 +246,7 @@ def test_a_chain_of_three_and_a_teacher(runs, tmp_path):
     assert read_lineage(itself).settings["model"] == str(itself)
 
 
-def test_runs_that_moved_are_found_beside_each_other(runs, tmp_path):
+def test_compare_finds_moved_runs_beside_each_other(runs, tmp_path):
     english = runs("en", 0.5, f"runs={tmp_path}/was")
     config = json.loads((english / "config.json").read_text())
     few = runs("few", 0.5, "setting=few_shot", f"runs={tmp_path}/was", f"model={tmp_path}/was/en")
@@ -257,7 +257,7 @@ def test_runs_that_moved_are_found_beside_each_other(runs, tmp_path):
     assert read_lineage(part).settings["model"]["path"] == "checkpoints/step_000003"
 
 
-def test_parts_that_are_on_in_some_rows(runs):
+def test_compare_shows_strategies_enabled_in_some_rows(runs):
     baseline, weak, strong = (
         runs(f"r{i}", 0.5, *settings)
         for i, settings in enumerate(([], ["strategies.prior.alpha=4"], ["strategies.prior.alpha=10"]))
@@ -278,13 +278,13 @@ def test_parts_that_are_on_in_some_rows(runs):
     ]
 
 
-def test_differing_settings():
+def test_compare_columns_are_the_differing_settings():
     a, b, c = {"x": 1, "part": {"y": 1, "z": 2}}, {"x": 1, "part": {"y": 2, "z": 2}}, {"x": 1, "part": None}
     assert differing([a, a]) == [] and differing([a, b]) == ["part.y"] and differing([a, b, c]) == ["part.y"]
     assert differing([a, c]) == ["part"] and differing([a, b, {**c, "part": "else"}]) == ["part", "part.y"]
 
 
-def test_old_runs_get_the_defaults_and_unknown_settings_are_told(runs):
+def test_compare_old_runs_get_defaults_and_unknown_settings_are_reported(runs):
     old, new = runs("old", 0.5), runs("new", 0.6, "fit.seed=1")
     config = json.loads((old / "config.json").read_text())
     for missing in ("temperature", "split", "candidates"):
@@ -313,7 +313,7 @@ def test_old_runs_get_the_defaults_and_unknown_settings_are_told(runs):
     assert len(table(shown(old, new))) == 2
 
 
-def test_tasks_are_tables_of_their_own(runs):
+def test_compare_tasks_are_separate_tables(runs):
     nli, retrieval = runs("nli", 0.5), runs("retrieval", 0.3, "task=xflickrco")
     text = shown(nli, retrieval, runs("retrieval2", 0.3, "task=xflickrco", "epochs=3"))
     assert "en, accuracy" in table(text)[0]
@@ -324,7 +324,7 @@ def test_tasks_are_tables_of_their_own(runs):
     ]
 
 
-def test_an_untrained_model_is_no_fine_tuning(runs, tmp_path):
+def test_compare_untrained_model_is_named_as_it_is(runs, tmp_path):
     english = runs("en", 0.5, "strategies.layer_decay={}")
     export = str(tmp_path / "export")
     for setting, model, name in (
@@ -360,7 +360,7 @@ def test_an_untrained_model_is_no_fine_tuning(runs, tmp_path):
     assert rows[1]["seeds"] == "none (nothing trained)"
 
 
-def test_an_untrained_model_is_compared_with_every_seed(runs):
+def test_compare_untrained_model_is_compared_with_every_seed(runs):
     raw = runs("raw", 0.4, "setting=untrained")
     tuned = [runs(f"t{seed}", 0.5 + seed / 100, f"fit.seed={seed}") for seed in (0, 1, 2)]
     half = T[3] * 0.01 / 3**0.5
@@ -369,7 +369,7 @@ def test_an_untrained_model_is_compared_with_every_seed(runs):
         assert row["seeds in common"] == "3" and row["en, accuracy"] == f"{sign}11.0 ± {100 * half:.1f}"
 
 
-def test_files_for_papers_and_programs(runs, tmp_path, capsys):
+def test_compare_writes_files_for_papers_and_programs(runs, tmp_path, capsys):
     folders = [runs(f"a{seed}", 0.5 + seed / 50, f"fit.seed={seed}") for seed in (0, 1, 2)]
     folders += [
         runs(f"b{seed}", 0.6, f"fit.seed={seed}", 'strategies.hard_prompt.words="50 % _of_ R&D | #1"')
@@ -403,21 +403,21 @@ def test_files_for_papers_and_programs(runs, tmp_path, capsys):
     assert "±" not in text
 
 
-def test_latex_escapes_what_latex_reads():
+def test_compare_latex_escapes_special_characters():
     assert latex.escape(r"a\b{c}_$&%#~^<>|") == (
         r"a\textbackslash{}b\{c\}\_\$\&\%\#\textasciitilde{}\textasciicircum{}\textless{}\textgreater{}\textbar{}"
     )
     assert latex.escape("-1.2 ± 3") == r"$-$1.2 $\pm$ 3" and latex.escape("zero-shot") == "zero-shot"
 
 
-def test_a_run_whose_every_step_was_skipped_is_untrained(runs):
+def test_compare_run_with_every_step_skipped_is_untrained(runs):
     """Fewer than `fit.max_skipped` in a row end no run, and so a short one may finish without a step."""
     rows = table(shown(runs("plain", 0.5, skipped_steps=7), runs("skipped", 0.3, skipped_steps=8)))
     assert [row["method"] for row in rows] == ["full fine-tuning", "as it is (all 8 steps skipped)"]
     assert [row["trained, % of parameters"] for row in rows] == ["90.00", ""]
 
 
-def test_runs_from_other_data_or_by_other_code_are_told(runs):
+def test_compare_runs_with_other_data_or_code_are_reported(runs):
     """The same settings, and so one row: neither the content of a file nor the code is among them."""
     codes = ("abc source 1", "abc source 1", "abc source 2")
     folders = [runs(f"s{seed}", 0.5, f"fit.seed={seed}", code=code) for seed, code in enumerate(codes)]
@@ -437,7 +437,7 @@ def test_runs_from_other_data_or_by_other_code_are_told(runs):
     ]
 
 
-def test_scores_over_other_languages_are_not_subtracted(runs):
+def test_compare_scores_over_other_languages_are_not_subtracted(runs):
     """A mean over one target, and the spread of a single language, which is none."""
     every = runs("every", 0.5)
     figures = {"mean_targets": 0.3, "gap": None, "disparity": {"std": 0.0, "range": 0.0}}
@@ -451,7 +451,7 @@ def test_scores_over_other_languages_are_not_subtracted(runs):
     } == {""}
 
 
-def test_what_is_no_result_of_fine_tuning_is_one_line(runs, tmp_path, capsys):
+def test_compare_folder_without_result_is_one_line_error(runs, tmp_path, capsys):
     run = runs("run", 0.5)
     for name, content, words in (
         ("list", "[1]", "no result of a run"),
@@ -464,7 +464,7 @@ def test_what_is_no_result_of_fine_tuning_is_one_line(runs, tmp_path, capsys):
         assert error.startswith(f"error: {other}/result.json: {words}") and error.count("\n") == 1
 
 
-def test_mistakes_are_one_line(runs, tmp_path, capsys):
+def test_compare_wrong_arguments_are_one_line_errors(runs, tmp_path, capsys):
     run, bare = runs("run", 0.5), runs("bare", 0.5)
     (bare / "config.json").unlink()
     for arguments, words in (

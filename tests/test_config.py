@@ -15,7 +15,7 @@ class Outer(Config):
     limit: int | None = None
 
 
-def test_override_by_dotted_path():
+def test_override_sets_values_by_dotted_path():
     config = override(Outer(), ["inner.rate=1e-3", "name=3d", "limit=4", "inner.sizes=[5]"])
     assert config == Outer(inner=Inner(rate=1e-3, sizes=(5,)), name="3d", limit=4)
     assert override(config, ["limit=null"]).limit is None
@@ -31,14 +31,14 @@ def test_override_by_dotted_path():
         ("inner.rate.x=1", ["unknown setting"]),
     ],
 )
-def test_mistakes_are_one_line(assignment, words):
+def test_override_wrong_assignment_is_one_line_error(assignment, words):
     with pytest.raises(UserError) as e:
         override(Outer(), [assignment])
     assert all(word in str(e.value) for word in words)
     assert "\n" not in str(e.value)
 
 
-def test_files(tmp_path):
+def test_config_files_round_trip_and_report_mistakes(tmp_path):
     config = Outer(limit=7)
     save(config, tmp_path / "c.json")
     assert load(Outer, tmp_path / "c.json") == config
@@ -54,13 +54,13 @@ def test_files(tmp_path):
         load(Outer, tmp_path / "none.json")
 
 
-def test_choose():
+def test_registry_lookup_suggests_near_names():
     assert choose("a", {"a": 1}, "thing") == 1
     with pytest.raises(UserError, match="unknown thing 'tny'; did you mean tiny"):
         choose("tny", {"tiny": 1, "base": 2}, "thing")
 
 
-def test_build_names_the_place():
+def test_build_error_names_where_the_value_came_from():
     with pytest.raises(UserError, match="here: limit: .*integer"):
         build(Outer, {"limit": "many"}, "here")
 

@@ -39,7 +39,7 @@ def texts(source: Source, language: str) -> list[tuple[str, ...]]:
     ]
 
 
-def test_albef_list(tmp_path):
+def test_albef_list_is_read_and_bad_records_counted(tmp_path):
     (tmp_path / "images").mkdir()
     for name, data in {
         "a.png": picture(),
@@ -74,7 +74,7 @@ def test_albef_list(tmp_path):
     }
 
 
-def test_albef_list_is_read_in_chunks(tmp_path):
+def test_albef_list_is_streamed_in_chunks(tmp_path):
     records = [{"image": f"{n}.jpg", "caption": "x" * 997} for n in range(3 * CHUNK // 1000)]
     path = tmp_path / "cc3m.json"
     path.write_text(json.dumps(records))
@@ -87,7 +87,7 @@ def test_albef_list_is_read_in_chunks(tmp_path):
         list(read_json_list(path, loose(path)))
 
 
-def test_cclm_lines(tmp_path):
+def test_cclm_lines_are_read_and_bad_lines_counted(tmp_path):
     (tmp_path / "a.png").write_bytes(picture())
     encoded = base64.b64encode(picture("webp")).decode()
     path = tmp_path / "cc.jsonl"
@@ -114,7 +114,7 @@ def test_cclm_lines(tmp_path):
         list(read_image_text(tmp_path / "a.png", tally))
 
 
-def test_pictures_are_shrunk_and_kept_otherwise(tmp_path):
+def test_corpora_images_are_shrunk_only_if_large(tmp_path):
     (tmp_path / "large.png").write_bytes(picture(height=40, width=100))
     (tmp_path / "small.png").write_bytes(picture(height=20, width=30))
     (tmp_path / "other.bmp").write_bytes(picture("bmp"))
@@ -128,7 +128,7 @@ def test_pictures_are_shrunk_and_kept_otherwise(tmp_path):
     assert decode(other["jpg"]).shape == (20, 30, 3)
 
 
-def test_wikimatrix(tmp_path):
+def test_wikimatrix_pairs_are_filtered_by_score(tmp_path):
     path = tmp_path / "WikiMatrix.de-en.tsv.gz"
     lines = [
         "1.2\tein Hund\ta dog",
@@ -147,7 +147,7 @@ def test_wikimatrix(tmp_path):
         list(read_pairs(english_first, loose(path), "de"))
 
 
-def test_plain_pairs_and_paragraphs(tmp_path):
+def test_plain_pairs_and_paragraphs_are_read(tmp_path):
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text("a dog\tein Hund\nalone\na\tb\tc\td\n", encoding="utf-8")
     tally = loose(pairs)
@@ -174,7 +174,7 @@ def test_plain_pairs_and_paragraphs(tmp_path):
         list(read_text(tmp_path / "missing.txt", loose("missing.txt")))
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_corpora_byte_order_mark_is_ignored(tmp_path):
     """Windows writes one before UTF-8."""
     (tmp_path / "a.png").write_bytes(picture())
     (tmp_path / "de.txt").write_text("ein Hund\n", encoding="utf-8-sig")
@@ -199,7 +199,7 @@ def corpus(tmp_path):
     (tmp_path / "more.txt").write_text("ein Haus\n")
 
 
-def test_the_command_writes_sources_that_training_reads(tmp_path, caplog):
+def test_corpora_command_writes_sources_that_training_reads(tmp_path, caplog):
     corpus(tmp_path)
     out, at = tmp_path / "out", str(tmp_path)
     caplog.set_level(logging.INFO)
@@ -228,13 +228,13 @@ def test_the_command_writes_sources_that_training_reads(tmp_path, caplog):
     assert main([str(out), "--tokenizer", str(out / "tokenizer.model"), "--text", f"de={at}/de.txt"]) == 0
 
 
-def test_a_text_without_tokens_is_a_bad_sample(tmp_path):
+def test_corpora_text_without_tokens_is_a_bad_sample(tmp_path):
     (tmp_path / "de.txt").write_text("ein Hund\n\u200b\n", encoding="utf-8")
     prepare(tmp_path / "out", TOKENIZER, text={"de": [tmp_path / "de.txt"]}, limit=0.5)
     assert texts(Source(tmp_path / "out" / "text"), "de") == [("ein Hund",)]
 
 
-def test_too_many_bad_samples_are_an_error_and_nothing_is_left_behind(tmp_path, capsys):
+def test_corpora_too_many_bad_samples_is_an_error_and_leaves_nothing(tmp_path, capsys):
     lines = ["a dog\tein Hund"] * 99 + ["a cat\t"]
     path, out = tmp_path / "pairs.tsv", tmp_path / "out"
     path.write_text("\n".join(lines))
@@ -252,7 +252,7 @@ def test_too_many_bad_samples_are_an_error_and_nothing_is_left_behind(tmp_path, 
         prepare(out, TOKENIZER, text={"de": [path]})
 
 
-def test_a_corpus_that_is_mostly_bad_is_not_read_to_its_end():
+def test_corpora_mostly_bad_input_stops_early():
     tally = Tally("wrong.tsv")
     with pytest.raises(UserError, match="10001 skipped"):
         for _ in range(20_000):
@@ -269,7 +269,7 @@ def test_a_corpus_that_is_mostly_bad_is_not_read_to_its_end():
         (["--parallel", "en=x.tsv"], "name the other one"),
     ],
 )
-def test_requests_that_make_no_sense_are_one_line_errors(tmp_path, capsys, arguments, message):
+def test_corpora_wrong_requests_are_one_line_errors(tmp_path, capsys, arguments, message):
     assert main([str(tmp_path / "out"), "--tokenizer", str(TOKENIZER), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

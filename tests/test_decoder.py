@@ -76,7 +76,7 @@ def slow_table(model, batch):
     return torch.stack(whole), torch.stack(first)
 
 
-def test_the_decoder_starts_as_the_fusion_layers():
+def test_decoder_starts_as_copy_of_fusion_layers():
     model = FinetuneModel(make_model(), LABELS, 1, 0.0, answers=ANSWERS)
     for name, value in model.backbone.fusion.state_dict().items():
         assert value.equal(model.head.layers.state_dict()[name])
@@ -88,7 +88,7 @@ def test_the_decoder_starts_as_the_fusion_layers():
     assert not any(name.startswith("head") for name in model.prunable())
 
 
-def test_loss_against_the_slow_reference():
+def test_decoder_loss_equals_slow_reference():
     scores = torch.tensor(
         [[1, 0, 0.3, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0.6, 0, 0, 0.9, 0]], dtype=torch.float64
     )
@@ -108,7 +108,7 @@ def test_loss_against_the_slow_reference():
 
 
 @pytest.mark.parametrize("twice", [False, True])
-def test_ranking_all_answers_is_scoring_each(twice):
+def test_decoder_ranking_all_answers_equals_scoring_each(twice):
     model = spelling(DecoderConfig(candidates=6, count_first_twice=twice))
     whole, first = slow_table(model, asked())
     with torch.inference_mode():
@@ -118,7 +118,7 @@ def test_ranking_all_answers_is_scoring_each(twice):
         )
 
 
-def test_only_answers_with_a_likely_first_token_are_scored():
+def test_decoder_scores_only_answers_with_likely_first_token():
     whole, first = slow_table(spelling(), asked())
     with torch.inference_mode():
         scores = spelling(DecoderConfig(candidates=4))(asked())
@@ -129,7 +129,7 @@ def test_only_answers_with_a_likely_first_token_are_scored():
         assert kept[scores[row].argmax()]
 
 
-def test_a_later_token_never_changes_an_earlier_state():
+def test_decoder_is_causal():
     model = spelling()
     question = model.backbone.ground_tokens(asked()["text"], model.condition(asked()))
     rows, answers = torch.tensor([0, 2, 1]), torch.tensor([2, 1, 0])
@@ -141,7 +141,7 @@ def test_a_later_token_never_changes_an_earlier_state():
     assert moved.tolist() == [False, False, True, True] + [False] * 5
 
 
-def test_a_spelling_model_is_saved_and_loads(tmp_path):
+def test_decoder_model_saves_and_loads(tmp_path):
     model = spelling(DecoderConfig(candidates=3, count_first_twice=True), torch.float32)
     model.save(tmp_path)
     again = FinetuneModel.from_pretrained(tmp_path).eval()
@@ -150,7 +150,7 @@ def test_a_spelling_model_is_saved_and_loads(tmp_path):
     assert again.head.config == model.head.config and again.labels == LABELS
 
 
-def test_what_cannot_spell_is_refused(caplog):
+def test_decoder_refuses_models_and_answers_it_cannot_generate(caplog):
     entangled = make_model(fusion="entangled")
     with pytest.raises(UserError, match="no layers with cross-attention"):
         FinetuneModel(entangled, LABELS, 1, 0.0, answers=ANSWERS)
@@ -184,7 +184,7 @@ def export(tmp_path_factory):
     return folder
 
 
-def test_a_run_with_a_decoder(tmp_path, export, scenes, capsys):
+def test_decoder_fine_tuning_run_end_to_end(tmp_path, export, scenes, capsys):
     own = [f"model={export}", f"data={scenes}", f"runs={tmp_path}"]
     settings = [
         "head=decoder",
@@ -221,7 +221,7 @@ def test_a_run_with_a_decoder(tmp_path, export, scenes, capsys):
         (["decoder.candidates=0"], "decoder.candidates"),
     ],
 )
-def test_mistakes_with_a_decoder(tmp_path, export, scenes, capsys, settings, words):
+def test_decoder_wrong_settings_are_one_line_errors(tmp_path, export, scenes, capsys, settings, words):
     code = main(
         [*RUN, f"model={export}", f"data={scenes}", f"runs={tmp_path}", "name=bad", "head=decoder", *settings]
     )

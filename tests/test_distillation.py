@@ -197,7 +197,7 @@ def mse(pair) -> float:
     "term", [("cls",), ("image",), ("tags",), ("mixed",), ("cls", "image", "tags", "mixed")]
 )
 @pytest.mark.parametrize("slots", [0, 5])
-def test_terms_are_the_slow_ones(wordpiece, term, own, slots):
+def test_distillation_terms_equal_slow_loops(wordpiece, term, own, slots):
     """Equations 2 to 6: p regions, t x t' tokens of tags, n x n' of words, lambda_m."""
     tokenizer = ours() if own else wordpiece
     layers = {1: 0.5, 3: 2.0}
@@ -220,7 +220,7 @@ def test_terms_are_the_slow_ones(wordpiece, term, own, slots):
 
 
 @pytest.mark.parametrize("slots", [0, 5])
-def test_the_public_codes_single_mean(wordpiece, slots):
+def test_distillation_single_mean_of_public_code(wordpiece, slots):
     """One mean over all positions of the batch times the width, a layer."""
     objective, batch, teacher = made_lesson(wordpiece, layers={1: 1.0, 3: 0.25}, slots=slots, public=True)
     with torch.no_grad():
@@ -235,7 +235,7 @@ def test_the_public_codes_single_mean(wordpiece, slots):
     )
 
 
-def test_what_matches_between_two_tokenizers(wordpiece):
+def test_distillation_matches_tokens_between_two_tokenizers(wordpiece):
     tokens = matching_tokens(
         ("what playing dogs", words_at("what playing dogs"), wordpiece),
         ("playing playing dog", words_at("playing playing dog"), wordpiece),
@@ -252,7 +252,7 @@ def test_what_matches_between_two_tokenizers(wordpiece):
     assert ours().pieces(ours().encode(["dog"])[0])[0].startswith("▁")
 
 
-def test_a_cut_text_loses_its_matches_not_its_places():
+def test_distillation_truncated_text_loses_matches_but_keeps_positions():
     """Where length cuts question and tags, what is gone is compared with nothing."""
     for term in ("tags", "mixed"):
         whole, *cut = (
@@ -261,7 +261,7 @@ def test_a_cut_text_loses_its_matches_not_its_places():
         assert len(whole) > len(cut[-1]) and len(cut[0]) >= len(cut[-1])
 
 
-def test_a_prompt_moves_the_students_words():
+def test_distillation_prompt_shifts_student_positions():
     """The SEP, the tags and the aligned words are where they are behind it."""
     _, plain, _ = made_lesson(ours())
     prompted = Prompted(ours(), ids=(7, 8, 9))
@@ -295,7 +295,7 @@ def on_store(rank, world, folder):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_states_are_stored_by_all_workers(tmp_path, world):
+def test_distillation_states_are_stored_by_all_workers(tmp_path, world):
     folder = tmp_path / "states"
     names = on_store(0, 1, folder) if world == 1 else run_workers(on_store, 2, folder)[0]
     wanted = [
@@ -308,7 +308,7 @@ def test_states_are_stored_by_all_workers(tmp_path, world):
     assert again.read(["3"]).flatten().unique().tolist() == [3]
 
 
-def test_the_teacher_learns_nothing_and_does_not_drop(wordpiece):
+def test_distillation_teacher_is_frozen_and_without_dropout(wordpiece):
     objective, batch, teacher = made_lesson(wordpiece)
     objective.train()
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
@@ -328,12 +328,12 @@ def on_share(rank, world):
     return values, {k: p.grad for k, p in objective.model.named_parameters()}
 
 
-def test_workers_equal_one_worker():
+def test_distillation_on_two_workers_equals_one():
     """Three examples on two workers: shares of two and of one."""
     assert_workers_equal_one(run_workers(on_share, 2), on_share(0, 1))
 
 
-def test_states_of_the_unified_model():
+def test_unified_states_agree_with_fuse_and_text_encoder():
     """After the last layer they are what `ground` gives; after the text layers what the text encoder does."""
     model, part = make_model().eval(), make_batch(3, 6)["image_text"]
     text = Ragged(part["text"].clean, part["text"].lengths)
@@ -384,7 +384,7 @@ def test_states_of_the_unified_model():
         ({"weights": (1.0, 1.0, 1.0)}, 4, 4, "weights: 3 values for 2 layers"),
     ],
 )
-def test_layers(settings, student, teacher, wanted):
+def test_distillation_layers_are_paired_by_default_and_by_settings(settings, student, teacher, wanted):
     method = Distillation(teacher="x", **settings)
     if isinstance(wanted, str):
         with pytest.raises(UserError, match=wanted) as e:
@@ -394,7 +394,7 @@ def test_layers(settings, student, teacher, wanted):
         assert chosen_layers(method, student, teacher) == wanted
 
 
-def test_models_that_do_not_go_together():
+def test_distillation_incompatible_models_are_refused():
     def model(backbone):
         return FinetuneModel(backbone, LABELS, 1, 0.0)
 
@@ -423,7 +423,7 @@ def test_models_that_do_not_go_together():
     assert find_places(*(torch.tensor([1]),) * 3).cls.tolist() == [0]
 
 
-def test_answers_with_one_translation_are_one_class(tmp_path):
+def test_distillation_answers_with_one_translation_are_one_class(tmp_path):
     """ "up" and "above" are one word in Hindi; what both score together counts, 1 at most."""
     (tmp_path / "answers.json").write_text(json.dumps(["up", "above", "cat"]))
     (tmp_path / "answers.hi.json").write_text(json.dumps(["ऊपर", "ऊपर", "बिल्ली"]))

@@ -107,7 +107,7 @@ def weights(folder, step=6):
     return load_file(folder / "ru" / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
 
 
-def test_a_student_learns_and_resumes_to_the_bit(distil, tmp_path):
+def test_distillation_run_lowers_distance_and_resumes(distil, tmp_path):
     """The distance to the teacher falls; a run stopped in its middle is the same."""
     code, printed = distil("name=whole", CLS, "epochs=4", "optim.lr=0.003")
     assert code == 0, printed
@@ -122,7 +122,7 @@ def test_a_student_learns_and_resumes_to_the_bit(distil, tmp_path):
 
 
 @pytest.mark.parametrize("frozen", [["vision"], []], ids=["encoded once", "pixels"])
-def test_stored_states_give_the_same_losses(distil, tmp_path, frozen):
+def test_distillation_stored_states_give_same_losses(distil, tmp_path, frozen):
     """Made once into safetensors shards, read back; a resumed run reads the same ones."""
     runs = {}
     for name, stops in (("live", [[]]), ("stored", [[]]), ("parts", [["fit.stop_after=4"], []])):
@@ -142,7 +142,7 @@ def test_stored_states_give_the_same_losses(distil, tmp_path, frozen):
     assert list(folder.glob("states-0-*.safetensors"))
 
 
-def test_the_teachers_head_serves_the_student(distil, teacher, tmp_path):
+def test_distillation_teacher_head_is_copied_and_frozen(distil, teacher, tmp_path):
     """It is copied and stands still, so the dev set can choose the best checkpoint."""
     code, printed = distil("name=headed", CLS, "strategies.distillation.classifier=teacher", "select=best")
     assert code == 0, printed
@@ -156,7 +156,7 @@ def test_the_teachers_head_serves_the_student(distil, teacher, tmp_path):
     assert code == 2 and "trains no head that could choose the best checkpoint" in printed
 
 
-def test_with_the_answers_beside_it_and_all_other_methods(distil, tmp_path):
+def test_distillation_with_answers_and_all_other_strategies(distil, tmp_path):
     """Everything that is no tuning at once, in English; resumed."""
     names = [name for name in ANSWERS if name not in ("lora", "adapter", "compacter", "soft_prompt")]
     chosen = [
@@ -182,7 +182,7 @@ def test_with_the_answers_beside_it_and_all_other_methods(distil, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ANSWERS)
-def test_with_each_other_method(distil, tmp_path, name):
+def test_distillation_composes_with_each_other_strategy(distil, tmp_path, name):
     chosen = [
         CLS,
         "strategies.distillation.task=1",
@@ -228,7 +228,7 @@ def tagged(parallel, tmp_path):
 
 
 @pytest.mark.parametrize("normalise", ["paper", "public"])
-def test_a_small_oscar_with_all_terms(finetune, tagged, tmp_path, normalise):
+def test_distillation_of_small_oscar_with_all_terms(finetune, tagged, tmp_path, normalise):
     """Words, tags, regions, slots without one: live, stored and resumed."""
     fixed = [
         "task=cvil_vqa",
@@ -265,7 +265,7 @@ def test_a_small_oscar_with_all_terms(finetune, tagged, tmp_path, normalise):
     )
 
 
-def test_two_steps_of_training(finetune, distil, parallel, tmp_path):
+def test_distillation_two_stages_as_separate_runs(finetune, distil, parallel, tmp_path):
     """Distilled, then on the answers: the classifier alone for an epoch, then all layers; the best checkpoint
     by validation. The variant without distillation is the second step by itself, on translations."""
     code, printed = distil("name=first", CLS, 'freeze=["vision"]')
@@ -321,7 +321,7 @@ BOTH = [
 ]
 
 
-def test_both_steps_in_one_run(distil, tmp_path):
+def test_distillation_two_stages_in_one_run_equal_separate_runs(distil, tmp_path):
     """RUN/distilled is the first step's run to the bit; the run's own training begins with its layers, and
     stands still in all but the head at first; also where either was interrupted."""
     code, printed = distil("name=whole", *BOTH, "fit.keep=9")
@@ -387,7 +387,7 @@ def searched(parallel, teacher, model, tmp_path, *settings):
     return job, job.searched(config, "target_dev")
 
 
-def test_a_search_over_distillation_ranks_by_a_head_that_is_trained(parallel, teacher, model, tmp_path):
+def test_distillation_search_ranks_by_trained_head(parallel, teacher, model, tmp_path):
     """A score that is told while it distils counts for nothing; the last ones are of the second step, whose
     head learns."""
     small = ["epochs=2", "strategies.distillation.epochs=1", "strategies.head_first.epochs=1"]
@@ -426,7 +426,7 @@ class Telling(Reporter):
         return Telling(self.shape, self.keep, self.before + epochs, own)
 
 
-def test_a_search_that_would_rank_by_a_random_head_is_refused(parallel, teacher, model, tmp_path):
+def test_distillation_search_with_random_head_is_refused(parallel, teacher, model, tmp_path):
     job, config = searched(parallel, teacher, model, tmp_path, "task", "select=last")
     with pytest.raises(UserError, match="nothing trains the head, which trials are ranked by"):
         job.check(config)
@@ -460,12 +460,12 @@ def steps(runs) -> tuple[int, int]:
         (['strategies.distillation.tokens=["mixed"]', "setting=zero_shot"], "training reads English alone"),
     ],
 )
-def test_mistakes_are_one_line(distil, settings, words):
+def test_distillation_wrong_settings_are_one_line_errors(distil, settings, words):
     code, printed = distil("name=wrong", *settings)
     assert code == 2 and words in printed and printed.strip().splitlines()[-1].startswith("error: ")
 
 
-def test_few_labelled_questions_beside_the_teacher(finetune, tmp_path):
+def test_distillation_few_shot_goes_on_from_english_with_teacher(finetune, tmp_path):
     """xGQA's few-shot files are parallel: a student goes on from English, its answers and the teacher's
     states together."""
     code, printed = finetune("scenes_xgqa", "name=english", "epochs=1")
@@ -486,12 +486,12 @@ def test_few_labelled_questions_beside_the_teacher(finetune, tmp_path):
     assert {"loss/cls", "loss/task"} <= losses
 
 
-def test_retrieval_is_refused(finetune, teacher):
+def test_distillation_on_retrieval_is_refused(finetune, teacher):
     code, printed = finetune("scenes_xflickrco", f"strategies.distillation.teacher={teacher}", "select=last")
     assert code == 2 and "strategies.distillation wants questions with answers" in printed
 
 
-def test_it_is_registered_where_it_sees_texts_first():
+def test_distillation_is_registered_before_text_changing_strategies():
     order = list(STRATEGIES)
     assert order.index("distillation") < order.index("code_mixing")
     assert not REFUSED & set(itertools.product(["distillation"], order))

@@ -56,7 +56,7 @@ def captions(scenes, language="en") -> list[Captioned]:
     return list(split.read(scenes / split.path.format(language=language)))
 
 
-def test_grounding_against_the_slow_reference(scenes):
+def test_fuse_equals_slow_reference_for_two_images(scenes):
     """One example at a time, by loops: two pictures side by side."""
     model = small_model(pictures=2, dtype=torch.float64)
     ids = Ragged(torch.randint(5, 12000, (9,)), torch.tensor([5, 4]))
@@ -72,7 +72,7 @@ def test_grounding_against_the_slow_reference(scenes):
         torch.testing.assert_close(logits[row], model.head(torch.cat(cls)[None])[0])
 
 
-def test_a_premise_grounds_like_a_translation(scenes):
+def test_premise_is_fused_like_a_text_of_its_own(scenes):
     model = small_model(dtype=torch.float64)
     ids, premise = (Ragged(torch.randint(5, 12000, (7,)), torch.tensor(n)) for n in ([3, 4], [5, 2]))
     logits = model({"text": ids, "premise": premise})
@@ -85,7 +85,7 @@ def test_a_premise_grounds_like_a_translation(scenes):
 
 
 @pytest.mark.parametrize("loss", ["ce", "bce"])
-def test_the_loss_by_hand(loss):
+def test_classification_loss_equals_worked_example(loss):
     model = small_model(dtype=torch.float64)
     premise = Ragged(torch.arange(5, 11), torch.tensor([4, 2]))
     part = {
@@ -108,7 +108,7 @@ def test_the_loss_by_hand(loss):
     )
 
 
-def test_score_by_hand():
+def test_classification_score_equals_worked_example():
     lines = [
         {"prediction": "cat", "labels": {"cat": 1.0}, "kind": "query"},
         {"prediction": "dog", "labels": {"cat": 1.0, "dog": 0.3}, "kind": "query"},
@@ -125,7 +125,7 @@ def test_score_by_hand():
     assert result["unlabelled"] == 1 and result["unknown_answers"] == 1
 
 
-def test_the_interval_draws_pictures_with_all_of_their_questions():
+def test_classification_interval_resamples_images_with_all_questions():
     """Ten questions each of 40 pictures, of which 20 are answered: 40 independent draws, and not 400."""
     lines = [
         {
@@ -150,7 +150,7 @@ def test_the_interval_draws_pictures_with_all_of_their_questions():
     assert score(lines[:10], frozenset({"yes", "no"}))["interval"] is None  # of one picture
 
 
-def test_bleu_is_nltks():
+def test_bleu_equals_nltk():
     from nltk.translate.bleu_score import corpus_bleu
 
     pairs = [
@@ -203,7 +203,7 @@ def slow_recalls(model, items, pictures, tokenizer, candidates):
 
 
 @pytest.mark.parametrize("candidates", [0, 3, 12])
-def test_two_stage_retrieval_equals_scoring_every_pair(scenes, tmp_path, candidates):
+def test_retrieval_two_stages_equal_scoring_every_pair(scenes, tmp_path, candidates):
     model, tokenizer, seen = retriever(), Tokenizer.load(TOKENIZER), pixels(scenes)
     items = captions(scenes)[:20]
     items[3] = Captioned(items[3].image, (*items[3].captions, "another one"))
@@ -216,7 +216,7 @@ def test_two_stage_retrieval_equals_scoring_every_pair(scenes, tmp_path, candida
     assert not (tmp_path / "states").exists()
 
 
-def test_match_logits_too_large_for_a_float32_softmax_still_rank(scenes, tmp_path):
+def test_retrieval_large_match_logits_still_rank_in_float32(scenes, tmp_path):
     """From a difference of 17 the softmax is 1.0 for all: ties, which then counted as misses."""
     model, tokenizer, seen = retriever(), Tokenizer.load(TOKENIZER), pixels(scenes)
     with torch.no_grad():
@@ -245,7 +245,7 @@ def collapsed():
 
 
 @pytest.mark.parametrize("candidates", [None, 0, 7])
-def test_a_collapsed_retriever_scores_chance(scenes, tmp_path, candidates):
+def test_retrieval_collapsed_model_scores_chance(scenes, tmp_path, candidates):
     items = captions(scenes)[:20]
     found = retrieve(
         collapsed(), items, pixels(scenes), Tokenizer.load(TOKENIZER), 40, candidates, tmp_path / "states"
@@ -253,7 +253,7 @@ def test_a_collapsed_retriever_scores_chance(scenes, tmp_path, candidates):
     assert all(found[f"{way}_r{k}"] == pytest.approx(k / 20) for way in ("i2t", "t2i") for k in (1, 5, 10))
 
 
-def test_the_interval_of_a_recall_is_that_of_its_images(scenes, tmp_path):
+def test_retrieval_interval_of_recall_resamples_images(scenes, tmp_path):
     model, tokenizer, items = retriever(), Tokenizer.load(TOKENIZER), captions(scenes)
     found = [
         retrieve(model, items, pixels(scenes), tokenizer, 40, None, tmp_path / "states", key=key)
@@ -263,7 +263,7 @@ def test_the_interval_of_a_recall_is_that_of_its_images(scenes, tmp_path):
     assert low < score < high and found[0] == found[1] and found[0]["interval"] != found[2]["interval"]
 
 
-def test_logits_of_a_classifier_are_not_rounded_under_autocast():
+def test_classifier_logits_stay_float32_under_autocast():
     head = small_model(labels=tuple(map(str, range(500)))).head
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         logits = head(torch.randn(4, 16))
@@ -282,7 +282,7 @@ def evaluate_share(rank, world, scenes, folder):
     return scores, found  # of the second, hits are fractions
 
 
-def test_any_number_of_workers_gives_the_same_numbers(scenes, tmp_path):
+def test_evaluation_on_any_number_of_workers_is_equal(scenes, tmp_path):
     alone = evaluate_share(0, 1, scenes, tmp_path / "1")
     assert alone[0]["ko"]["n"] == alone[0]["ko"]["predictions"] == 240
     for world in (2, 3):
@@ -295,7 +295,7 @@ def test_any_number_of_workers_gives_the_same_numbers(scenes, tmp_path):
         assert sorted(p.name for p in (tmp_path / str(world)).iterdir()) == ["en.jsonl", "ko.jsonl"]
 
 
-def test_predictions_are_those_of_the_model_one_by_one(scenes, tmp_path):
+def test_predictions_equal_model_applied_one_by_one(scenes, tmp_path):
     model, tokenizer, examples = small_model(), Tokenizer.load(TOKENIZER), questions(scenes)[:10]
     evaluate(model, {"en": examples}, pixels(scenes), tokenizer, 40, tmp_path)
     for example, line in zip(examples, (tmp_path / "en.jsonl").read_text().splitlines(), strict=True):
@@ -311,7 +311,7 @@ def test_predictions_are_those_of_the_model_one_by_one(scenes, tmp_path):
         }
 
 
-def test_encoded_pictures_equal_pictures(scenes, tmp_path):
+def test_cached_image_states_equal_images(scenes, tmp_path):
     model, tokenizer, examples = small_model(), Tokenizer.load(TOKENIZER), questions(scenes)
     names = [e.images[0] for e in examples]
     states = Encoded(
@@ -327,7 +327,7 @@ def test_encoded_pictures_equal_pictures(scenes, tmp_path):
     torch.testing.assert_close(model(batches[0]), model(batches[1]), rtol=1e-5, atol=1e-6)
 
 
-def test_an_epoch_takes_every_example_once_whatever_the_workers(scenes):
+def test_example_batches_hold_each_example_once_for_any_workers(scenes):
     tokenizer, examples = Tokenizer.load(TOKENIZER), questions(scenes)
     whole = ExampleBatches(examples, ("no", "yes"), pixels(scenes), tokenizer, 40, False, 12, seed=3)
     parts = [
@@ -346,7 +346,7 @@ def test_an_epoch_takes_every_example_once_whatever_the_workers(scenes):
         )
 
 
-def test_caption_batches_pair_a_picture_with_each_caption(scenes):
+def test_caption_batches_pair_image_with_each_caption(scenes):
     items = [Captioned(f"ftest{i}.webp", (f"one {i}", f"two {i}")) for i in range(4)]
     batches = CaptionBatches(items, pixels(scenes), Tokenizer.load(TOKENIZER), 40, 8, 0)
     part = batches[0]["image_text"]
@@ -355,7 +355,7 @@ def test_caption_batches_pair_a_picture_with_each_caption(scenes):
 
 
 @pytest.mark.parametrize("encoded", [False, True])
-def test_caption_batches_tell_images_apart_by_their_bytes(tmp_path, encoded):
+def test_caption_batches_identify_images_by_bytes(tmp_path, encoded):
     """One image has several ids, or lies in several files; in two folders are different ones of one name."""
     files = {"val2014/COCO_val2014_000000000042.png": 1, "copy.png": 1, "a/7.png": 2, "b/7.png": 3}
     for name, shade in files.items():
@@ -380,7 +380,7 @@ def test_caption_batches_tell_images_apart_by_their_bytes(tmp_path, encoded):
     assert ids[:4] == ids[:1] * 4 and ids[4:6] == ids[4:5] * 2 and len(set(ids)) == 3
 
 
-def test_unknown_answers_are_counted_and_lines_of_one_picture_merged():
+def test_training_examples_drop_unknown_answers_and_merge_captions():
     examples = [
         Example(str(i), ("q",), ("i",), labels) for i, labels in enumerate(({"yes": 1.0}, {"blue": 1.0}, {}))
     ]
@@ -391,7 +391,7 @@ def test_unknown_answers_are_counted_and_lines_of_one_picture_merged():
     ]
 
 
-def test_freezing_and_resolution(scenes):
+def test_freeze_and_resize_of_fine_tuned_model(scenes):
     model = small_model()
     freeze(model.backbone, ("embeddings", "text", "vision"))
     trainable = {
@@ -406,7 +406,7 @@ def test_freezing_and_resolution(scenes):
         resize(model.backbone, 20)
 
 
-def test_saving_and_loading(tmp_path):
+def test_finetune_model_saves_and_loads(tmp_path):
     model = small_model(regions=6)
     model.save(tmp_path / "m")
     again = FinetuneModel.from_pretrained(tmp_path / "m")

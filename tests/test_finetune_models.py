@@ -99,7 +99,7 @@ def write_regions(folder: Path, kind: str, records: dict[str, dict]) -> Path:
 
 
 @pytest.mark.parametrize(("task", "kind"), [("xgqa", "lmdb"), ("xvnli", "h5"), ("marvl", "npz")])
-def test_a_run_on_region_features(finetune, tmp_path, scenes, task, kind):
+def test_finetune_on_region_features_runs_end_to_end(finetune, tmp_path, scenes, task, kind):
     path = write_regions(tmp_path, kind, {Path(name).name: r for name, r in regions_of(scenes, task).items()})
     found, printed = finetune(
         f"scenes_{task}", f"regions={path}", "epochs=2", "images=/nowhere", "fit.loader_workers=1"
@@ -115,7 +115,7 @@ def test_a_run_on_region_features(finetune, tmp_path, scenes, task, kind):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["accuracy"] == before
 
 
-def test_regions_reach_the_model_as_they_are_stored(tmp_path, scenes):
+def test_region_features_reach_the_model_unchanged(tmp_path, scenes):
     records = regions_of(scenes, "xvnli")
     config = override(RECIPES["scenes_xvnli"](), [f"regions={write_regions(tmp_path, 'npz', records)}"])
     names = list(records)[:3]
@@ -130,7 +130,7 @@ def test_regions_reach_the_model_as_they_are_stored(tmp_path, scenes):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_picture_without_regions_is_named(finetune, tmp_path, scenes, split):
+def test_finetune_image_without_regions_is_named(finetune, tmp_path, scenes, split):
     records = regions_of(scenes, "xvnli")
     config = override(RECIPES["scenes_xvnli"](), [f"data={scenes}"])
     gone = list(read_split(config, split, "en"))[-1].images[0]
@@ -140,7 +140,7 @@ def test_a_picture_without_regions_is_named(finetune, tmp_path, scenes, split):
     assert found is None and f"no regions of picture '{gone}'" in error(printed)
 
 
-def test_retrieval_wants_pictures(finetune, tmp_path, scenes):
+def test_retrieval_on_regions_is_refused(finetune, tmp_path, scenes):
     _, printed = finetune(
         "scenes_xflickrco", f"regions={write_regions(tmp_path, 'npz', regions_of(scenes, 'xvnli'))}"
     )
@@ -174,7 +174,7 @@ def vision_folder(folder: Path, layers: int = 2, patch: int = 16) -> Path:
 @pytest.mark.parametrize(
     ("kind", "task", "layers", "patch"), [("xlmr", "xvnli", 2, 16), ("bert", "xflickrco", 5, 8)]
 )
-def test_a_run_from_hugging_face_folders(finetune, tmp_path, kind, task, layers, patch):
+def test_finetune_from_hugging_face_folders(finetune, tmp_path, kind, task, layers, patch):
     text, vision = text_folder(tmp_path / "text", kind), vision_folder(tmp_path / "vision", layers, patch)
     found, printed = finetune(
         f"scenes_{task}", f"model={text}", f"vision={vision}", "image_size=32", 'freeze=["vision"]'
@@ -190,13 +190,13 @@ def test_a_run_from_hugging_face_folders(finetune, tmp_path, kind, task, layers,
     assert main(["evaluate", str(tmp_path / "run")]) == 0
 
 
-def test_a_hugging_face_folder_without_a_vision_folder_has_a_new_image_encoder(finetune, tmp_path):
+def test_hugging_face_folder_without_vision_gets_new_image_encoder(finetune, tmp_path):
     found, printed = finetune("scenes_xvnli", f"model={text_folder(tmp_path / 'text', 'xlmr')}")
     assert found, printed
 
 
 @pytest.mark.parametrize("which", ["text", "vision"])
-def test_an_unmatched_key_of_a_hugging_face_folder_is_named(finetune, tmp_path, which):
+def test_hugging_face_unmatched_key_is_named(finetune, tmp_path, which):
     folders = {"text": text_folder(tmp_path / "text", "xlmr"), "vision": vision_folder(tmp_path / "vision")}
     file = folders[which] / "model.safetensors"
     weights = load_file(file)
@@ -211,7 +211,7 @@ def test_an_unmatched_key_of_a_hugging_face_folder_is_named(finetune, tmp_path, 
     assert f"missing {name.removeprefix('roberta.')}" in line
 
 
-def test_a_folder_that_is_no_encoder_is_named(finetune, tmp_path):
+def test_hugging_face_folder_without_encoder_is_named(finetune, tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "config.json").write_text('{"model_type": "clip"}')
     shutil.copy2(DATA / "tokenizer.model", tmp_path / "text")
@@ -220,7 +220,7 @@ def test_a_folder_that_is_no_encoder_is_named(finetune, tmp_path):
 
 
 @pytest.mark.parametrize(("task", "shots"), [("xgqa", 5), ("marvl", 4), ("xflickrco", 5)])
-def test_settings_that_go_on_from_english(finetune, tmp_path, task, shots):
+def test_finetune_settings_that_go_on_from_english(finetune, tmp_path, task, shots):
     """As test_finetune_run has it for XVNLI; and evaluated once more, each language by its own model."""
     found, printed = finetune(f"scenes_{task}")
     assert found, printed
@@ -247,7 +247,7 @@ def _listen() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_control_c_is_one_line_and_the_same_command_goes_on(tmp_path, model, scenes):
+def test_finetune_interrupt_is_one_line_and_same_command_resumes(tmp_path, model, scenes):
     """Ctrl-C reaches every process of the terminal's group, loaders too."""
     settings = [
         f"model={model}",

@@ -43,7 +43,7 @@ def result(tmp_path, name):
 
 
 @pytest.mark.parametrize("task", ["xgqa", "xvnli", "marvl", "xflickrco"])
-def test_a_run_leaves_what_it_promises(finetune, tmp_path, task):
+def test_finetune_run_writes_documented_files(finetune, tmp_path, task):
     code, printed = finetune(f"scenes_{task}", "name=first")
     assert code == 0 and "| en |" in printed and "mean of the targets" in printed
     found = result(tmp_path, "first")
@@ -66,7 +66,7 @@ def test_a_run_leaves_what_it_promises(finetune, tmp_path, task):
     assert (again.get("accuracy") or {c: f["mean_recall"] for c, f in again["retrieval"].items()}) == before
 
 
-def test_an_interrupted_run_is_the_same_run(finetune, tmp_path):
+def test_finetune_interrupted_run_equals_uninterrupted(finetune, tmp_path):
     finetune("scenes_xvnli", "name=whole", "select=last")
     code, printed = finetune("scenes_xvnli", "name=parts", "select=last", "fit.stop_after=4")
     assert (
@@ -86,7 +86,7 @@ def test_an_interrupted_run_is_the_same_run(finetune, tmp_path):
     assert result(tmp_path, "whole")["accuracy"] == result(tmp_path, "parts")["accuracy"]
 
 
-def test_few_shot_and_translate_test_go_on_from_english(finetune, tmp_path):
+def test_finetune_few_shot_and_translate_test_go_on_from_english(finetune, tmp_path):
     finetune("scenes_xvnli", "name=english")
     code, printed = finetune(
         "scenes_xvnli",
@@ -113,7 +113,7 @@ def test_few_shot_and_translate_test_go_on_from_english(finetune, tmp_path):
     )
 
 
-def test_frozen_encoders_stay_and_are_encoded_once(finetune, tmp_path, model):
+def test_finetune_frozen_encoder_is_unchanged_and_encodes_once(finetune, tmp_path, model):
     code, printed = finetune("scenes_xgqa", "name=frozen", 'freeze=["embeddings","text","vision"]')
     assert code == 0, printed
     before = load_file(model / "model.safetensors")
@@ -129,7 +129,7 @@ def test_frozen_encoders_stay_and_are_encoded_once(finetune, tmp_path, model):
     assert list((tmp_path / "frozen" / "encoded").iterdir())
 
 
-def test_compare_puts_seeds_together(finetune, tmp_path, capsys):
+def test_finetune_compare_groups_seeds(finetune, tmp_path, capsys):
     for seed in (0, 1):
         finetune("scenes_xvnli", f"name=seed{seed}", f"fit.seed={seed}", "epochs=1")
     assert main(["compare", str(tmp_path / "seed0"), str(tmp_path / "seed1")]) == 0
@@ -141,7 +141,7 @@ def test_compare_puts_seeds_together(finetune, tmp_path, capsys):
     assert f"| 2 | {50 * sum(values):.1f} ± {100 * half:.1f} |" in row
 
 
-def test_a_stopped_run_that_is_evaluated_says_so_and_goes_on(finetune, tmp_path, capsys):
+def test_finetune_stopped_run_is_evaluated_then_resumed(finetune, tmp_path, capsys):
     finetune("scenes_xvnli", "name=run", "select=last", "fit.stop_after=4")
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     assert "full fine-tuning (stopped at step 4)" in capsys.readouterr().out
@@ -159,7 +159,7 @@ def test_a_stopped_run_that_is_evaluated_says_so_and_goes_on(finetune, tmp_path,
 
 
 @pytest.mark.parametrize("task", ["xvnli", "xflickrco"])
-def test_every_language_has_an_interval(finetune, tmp_path, task):
+def test_finetune_every_language_has_an_interval(finetune, tmp_path, task):
     code, printed = finetune(f"scenes_{task}", "name=run", "epochs=1")
     found = result(tmp_path, "run")
     scores = found.get("accuracy") or {c: f["mean_recall"] for c, f in found["retrieval"].items()}
@@ -178,7 +178,7 @@ def test_every_language_has_an_interval(finetune, tmp_path, task):
     assert language == "en" and low <= result(tmp_path, "untested")["dev"]["en"] <= high
 
 
-def test_torchrun_and_one_process_agree(tmp_path, scenes):
+def test_finetune_torchrun_equals_one_process(tmp_path, scenes):
     make_model(vocabulary=12000, positions=64).float().save(
         tmp_path / "model"
     )  # no dropout: it differs between workers
@@ -215,7 +215,7 @@ def test_torchrun_and_one_process_agree(tmp_path, scenes):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
 
 
-def test_on_ray_with_zero(finetune, tmp_path):
+def test_finetune_on_ray_with_zero(finetune, tmp_path):
     code, printed = finetune("scenes_xvnli", "name=ray", "runtime=ray", "workers=2", "epochs=1")
     assert code == 0, printed
     assert (
@@ -242,14 +242,14 @@ def test_on_ray_with_zero(finetune, tmp_path):
         (["image_size=20"], ["not a multiple of the model's patch"]),
     ],
 )
-def test_mistakes_are_one_line(finetune, settings, words):
+def test_finetune_wrong_settings_are_one_line_errors(finetune, settings, words):
     code, printed = finetune("scenes_xvnli", "name=bad", *settings)
     line = printed.strip().splitlines()[-1]
     assert code == 2 and line.startswith("error: "), printed
     assert all(word in line for word in words), line
 
 
-def test_a_missing_picture_is_named(finetune, scenes, tmp_path):
+def test_finetune_missing_image_is_named(finetune, scenes, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(scenes, folder)
     path = folder / "XVNLI/annotations/ru/test.jsonl"
@@ -259,7 +259,7 @@ def test_a_missing_picture_is_named(finetune, scenes, tmp_path):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_builds(name, model, scenes):
+def test_finetune_every_recipe_builds(name, model, scenes):
     own = ["image_size=16", "backbone=unified"]  # which the small model is
     config = override(RECIPES[name](), [f"model={model}", f"data={scenes}", *own])
     assert config.task in TASKS and RECIPES[name].__doc__
@@ -276,14 +276,14 @@ def test_every_recipe_builds(name, model, scenes):
         assert config.task == "xflickrco" or len(labels_of(config)) == wanted[config.task]
 
 
-def test_help_names_every_recipe(capsys):
+def test_finetune_help_lists_every_recipe(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in RECIPES)
 
 
-def test_a_full_disk_is_told_in_a_line_and_the_run_goes_on(finetune, tmp_path, monkeypatch):
+def test_finetune_full_disk_is_one_line_and_run_resumes(finetune, tmp_path, monkeypatch):
     """The second checkpoint finds no space; with space again, the run ends as one that had it."""
     from raylib import checkpoint
 

@@ -51,7 +51,7 @@ def evaluate_file(rank, world, scenes, file, folder):
 
 
 @pytest.mark.slow
-def test_100_000_predictions_take_the_memory_of_10_000(scenes, tmp_path):
+def test_evaluation_memory_does_not_grow_with_predictions(scenes, tmp_path):
     few, many = (write_questions(tmp_path / f"{n}.json", scenes, n) for n in (FEW, MANY))
     ((_, small),) = run_workers(evaluate_file, 1, scenes, few, tmp_path / "few")
     ((figures, large),) = run_workers(evaluate_file, 1, scenes, many, tmp_path / "many")

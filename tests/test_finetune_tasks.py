@@ -50,7 +50,7 @@ def finetune(tmp_path, model, capsys):
 
 
 @pytest.mark.parametrize("task", RUNS)
-def test_a_run_on_the_official_format(finetune, task):
+def test_task_in_official_format_runs_end_to_end(finetune, task):
     found, printed = finetune(task)
     assert found, printed
     languages, retrieval = TASKS[task].languages, TASKS[task].kind == "retrieval"
@@ -66,25 +66,25 @@ def test_a_run_on_the_official_format(finetune, task):
 
 
 @pytest.mark.parametrize(("task", "language"), [("ja_vqa", "ja"), ("fm_iqa", "zh")])
-def test_bleu_of_the_one_answer_that_there_is(finetune, task, language):
+def test_bleu_of_single_reference_answer(finetune, task, language):
     found, _ = finetune(task)
     assert found["accuracy"] == {language: 1.0} and found["bleu"] == {language: pytest.approx(1.0)}
 
 
-def test_soft_scores_of_vqa(finetune):
+def test_vqa_soft_scores_follow_the_annotators(finetune):
     """Both answers are known; "yes", of seven people, scores 1, and "no", of three, also 1."""
     found, _ = finetune("vqa_v2", "loss=bce")
     assert found["accuracy"] == {"en": 1.0} and found["by_type"] == {"en": {"yes/no": 1.0}}
 
 
 @pytest.mark.parametrize("setting", ["single_language", "all_language"])
-def test_languages_with_training_files_of_their_own(finetune, setting):
+def test_tasks_with_training_files_per_language_run(finetune, setting):
     found, printed = finetune("multi30k", f"setting={setting}", 'languages=["de","cs"]')
     assert found, printed
     assert set(found["retrieval"]) == {"de", "cs"} and found["steps"] == 4
 
 
-def test_translations_of_one_file_train_each_language(finetune):
+def test_tasks_with_all_languages_in_one_file_train_each_language(finetune):
     """cViL's lines hold all languages: `single_language` takes each one's own column."""
     found, printed = finetune("cvil_vqa", "setting=all_language")
     assert found, printed

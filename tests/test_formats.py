@@ -61,7 +61,7 @@ WIT = {
 }
 
 
-def test_gqa_in_both_forms(tmp_path):
+def test_gqa_dict_and_list_forms_are_read(tmp_path):
     assert list(gqa.read_gqa(write(tmp_path / "a.json", GQA))) == [
         Example("02", ("Is it?",), ("n16",), {"yes": 1.0}, "verify")
     ]
@@ -76,7 +76,7 @@ def test_gqa_in_both_forms(tmp_path):
     ]
 
 
-def test_nli(tmp_path):
+def test_nli_formats_are_read(tmp_path):
     found = list(nli.read_xvnli(lines(tmp_path / "x.jsonl", XVNLI, {**XVNLI, "gold_label": "-"})))
     assert (
         found[0] == Example("1.jpg#0r1n", ("Ein Mann.",), ("1",), {"neutral": 1.0}) and found[1].labels == {}
@@ -99,7 +99,7 @@ def test_nli(tmp_path):
     assert next(nli.read_multinli(tmp_path / "multi.tsv")).labels == {"contradiction": 1.0}
 
 
-def test_pairs(tmp_path):
+def test_nlvr2_and_marvl_pairs_are_read(tmp_path):
     assert list(pairs.read_nlvr2(lines(tmp_path / "n.jsonl", NLVR2))) == [
         Example("dev-850-0-1", ("Two dogs.",), ("dev-850-0-img0", "dev-850-0-img1"), {"True": 1.0})
     ]
@@ -108,7 +108,7 @@ def test_pairs(tmp_path):
     ]
 
 
-def test_captions(tmp_path):
+def test_flickr_and_wit_captions_are_read(tmp_path):
     assert list(captions.read_flickr(lines(tmp_path / "f.jsonl", FLICKR))) == [Captioned("7.jpg", ("a", "b"))]
     assert list(captions.read_wit(lines(tmp_path / "w.jsonl", WIT))) == [
         Captioned("12", ("A church",), source="u")
@@ -134,7 +134,7 @@ NEEDED = {
 
 
 @pytest.mark.parametrize(("read", "name", "record"), READERS)
-def test_a_missing_field_is_named_with_file_and_place(tmp_path, read, name, record):
+def test_readers_missing_field_is_named_with_file_and_line(tmp_path, read, name, record):
     field, path = NEEDED[name], tmp_path / name
     if name == "a.json":
         write(path, {"02": {k: v for k, v in record["02"].items() if k != field}})
@@ -145,7 +145,7 @@ def test_a_missing_field_is_named_with_file_and_place(tmp_path, read, name, reco
     assert f"'{field}'" in str(e.value) and ("02" if name == "a.json" else f"{name}:2") in str(e.value)
 
 
-def test_an_unknown_label_is_named(tmp_path):
+def test_readers_unknown_label_is_named(tmp_path):
     with pytest.raises(UserError, match=r"x.jsonl:1: unknown label 'entailed'"):
         list(nli.read_xvnli(lines(tmp_path / "x.jsonl", {**XVNLI, "gold_label": "entailed"})))
     with pytest.raises(UserError, match="neither True nor False"):
@@ -153,13 +153,13 @@ def test_an_unknown_label_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("text", ['{"1": {"a": 1}, "2": {', '{"1" 2}', "[1, 2", "3", '{"1": 2} '[:7]])
-def test_broken_json_is_one_line(tmp_path, text):
+def test_json_stream_broken_file_is_one_line_error(tmp_path, text):
     (tmp_path / "b.json").write_text(text)
     with pytest.raises(UserError, match="b.json: broken JSON after"):
         list(read_items(tmp_path / "b.json"))
 
 
-def test_streaming_equals_loading(tmp_path, monkeypatch):
+def test_json_stream_equals_json_load(tmp_path, monkeypatch):
     monkeypatch.setattr("finetune.formats.stream.CHUNK", 7)  # members across many chunks
     values = {f"k{i}": {"text": "ä" * (i % 23), "number": i * 1.5, "list": [1, [], {}]} for i in range(50)}
     (tmp_path / "o.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
@@ -171,7 +171,7 @@ def test_streaming_equals_loading(tmp_path, monkeypatch):
     assert list(read_items(tmp_path / "empty.json")) == []
 
 
-def test_a_list_inside_an_object(tmp_path, monkeypatch):
+def test_json_stream_reads_list_inside_object(tmp_path, monkeypatch):
     monkeypatch.setattr("finetune.formats.stream.CHUNK", 5)
     path = write(
         tmp_path / "o.json", {"a": [9], "x": {"b": [8]}, "b": [{"n": 1}, {"n": 22}], "c": [], "d": 3}
@@ -191,7 +191,7 @@ def test_a_list_inside_an_object(tmp_path, monkeypatch):
         list(read_listed(tmp_path / "none.json", "b"))
 
 
-def test_vqa_streams_and_bears_another_order(tmp_path):
+def test_vqa_reader_streams_and_accepts_another_order(tmp_path):
     count = 20_000
     people = [{"answer": "yes", "answer_id": i} for i in range(10)]
     questions = [{"question_id": i, "image_id": i, "question": "What is it?"} for i in range(count)]
@@ -212,7 +212,7 @@ def test_vqa_streams_and_bears_another_order(tmp_path):
     assert [example.id for example in vqa.read_vqa_v2(tmp_path / "q.json", "b.json")] == ids
 
 
-def test_memory_stays_small_whatever_the_file(tmp_path):
+def test_gqa_reader_memory_is_bounded(tmp_path):
     with open(tmp_path / "big.json", "w") as file:
         file.write("{" + ",".join(json.dumps({str(i): GQA["02"]})[1:-1] for i in range(100_000)) + "}")
     tracemalloc.start()
@@ -222,7 +222,7 @@ def test_memory_stays_small_whatever_the_file(tmp_path):
     assert count == 100_000 and peak < 3e6
 
 
-def test_answers_from_json_and_pickles(tmp_path):
+def test_answers_are_read_from_json_and_pickle(tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"no": 1, "yes": 0}))
     (tmp_path / "l.pkl").write_bytes(pickle.dumps(["yes", "no"], protocol=2))
     for path in (tmp_path / "a.pkl", tmp_path / "l.pkl", write(tmp_path / "l.json", ["yes", "no"])):
@@ -238,7 +238,7 @@ class Evil:
         return os.system, ("touch evil",)
 
 
-def test_a_pickle_that_runs_something_is_refused(tmp_path, monkeypatch):
+def test_answers_pickle_with_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps([Evil()]))
     with pytest.raises(UserError, match="only plain values are read"):
@@ -246,7 +246,7 @@ def test_a_pickle_that_runs_something_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "evil").exists()
 
 
-def test_labels_in_another_order_are_both_named():
+def test_nli_labels_in_another_order_are_both_named():
     nli.check_labels(nli.LABELS, list(nli.LABELS), "x")
     with pytest.raises(
         UserError, match="config.json: the same labels in another order.*contradiction, entailment, neutral"
@@ -254,7 +254,7 @@ def test_labels_in_another_order_are_both_named():
         nli.check_labels(nli.LABELS, ("contradiction", "entailment", "neutral"), "config.json")
 
 
-def test_multi30k_pairs_lines_with_pictures(tmp_path):
+def test_multi30k_lines_are_paired_with_images(tmp_path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits" / "val.txt").write_text("1.jpg\n2.jpg\n")
@@ -270,7 +270,7 @@ def test_multi30k_pairs_lines_with_pictures(tmp_path):
         list(captions.read_multi30k(tmp_path / "raw" / "val.1.de.gz", "../splits/val.txt"))
 
 
-def test_coco_in_three_languages(tmp_path):
+def test_coco_captions_are_read_in_three_languages(tmp_path):
     images = [
         {
             "filename": f"COCO_val2014_00000000000{i}.jpg",
@@ -300,7 +300,7 @@ def test_coco_in_three_languages(tmp_path):
     ]
 
 
-def test_free_answers(tmp_path):
+def test_vqa_free_answers_get_soft_scores(tmp_path):
     write(tmp_path / "q.json", {"questions": [{"question_id": 10, "image_id": 1, "question": "What?"}]})
     people = [{"answer": "cat"}] * 7 + [{"answer": "dog"}] * 2 + [{"answer": "cow"}]
     write(

@@ -33,7 +33,7 @@ def write(path, content: bytes, time: int | None = None):
     return path
 
 
-def test_identity_other_content_of_the_same_size_is_refused(run, tmp_path):
+def test_identity_changed_content_of_same_size_is_refused(run, tmp_path):
     shard = write(tmp_path / "data/en-000000.tar", b"a" * 100, 1)
     assert settle(run, [DataFile(shard)]) == []
     write(shard, b"b" * 100, 2)
@@ -45,7 +45,7 @@ def test_identity_other_content_of_the_same_size_is_refused(run, tmp_path):
     assert settle(run, [DataFile(shard)]) == []
 
 
-def test_identity_a_copy_with_kept_times_needs_verify(run, tmp_path):
+def test_identity_changed_content_with_old_times_needs_verify(run, tmp_path):
     shard = write(tmp_path / "shard.tar", b"a" * 100, 1)
     settle(run, [DataFile(shard)])
     write(shard, b"b" * 100, 1)
@@ -54,7 +54,7 @@ def test_identity_a_copy_with_kept_times_needs_verify(run, tmp_path):
         settle(run, [DataFile(shard)], verify=True)
 
 
-def test_identity_a_file_in_a_folder_is_changed_added_or_gone(run, tmp_path):
+def test_identity_changed_added_or_removed_file_in_folder_is_named(run, tmp_path):
     folder = tmp_path / "dictionaries"
     write(folder / "de2.txt", b"dog Hund\n", 1)
     write(folder / "ru2.txt", b"dog x\n", 1)
@@ -70,7 +70,7 @@ def test_identity_a_file_in_a_folder_is_changed_added_or_gone(run, tmp_path):
     assert settle(run, [DataFile(folder)]) == []
 
 
-def test_identity_large_files_are_not_read_but_their_size_and_time_count(run, tmp_path, monkeypatch):
+def test_identity_large_files_count_by_size_and_time(run, tmp_path, monkeypatch):
     store = write(tmp_path / "features.mdb", b"a" * 10, 1)
     monkeypatch.setattr(identity, "content_hash", lambda path: pytest.fail(f"{path} was read"))
     settle(run, [DataFile(store, large=True)])
@@ -83,7 +83,7 @@ def test_identity_large_files_are_not_read_but_their_size_and_time_count(run, tm
         settle(run, [DataFile(store, large=True)])
 
 
-def test_identity_files_behind_a_link_to_a_folder_count(run, tmp_path):
+def test_identity_files_behind_linked_folder_count(run, tmp_path):
     image = write(tmp_path / "disk/train/1.jpg", b"a", 1)
     (tmp_path / "images").mkdir()
     (tmp_path / "images/train").symlink_to(tmp_path / "disk/train")
@@ -93,7 +93,7 @@ def test_identity_files_behind_a_link_to_a_folder_count(run, tmp_path):
         settle(run, [DataFile(tmp_path / "images", large=True)])
 
 
-def test_identity_files_that_came_or_went_are_refused(run, tmp_path, monkeypatch):
+def test_identity_appeared_or_vanished_files_are_refused(run, tmp_path, monkeypatch):
     """An optional file, such as a list of answers, of which the first that is there is read."""
     first, second = (write(tmp_path / name, b"x", 1) for name in ("first.json", "second.json"))
     settle(run, [DataFile(first)])
@@ -110,7 +110,7 @@ def test_identity_files_that_came_or_went_are_refused(run, tmp_path, monkeypatch
     assert len(json.loads((run / identity.FILE).read_text())["data"]) == 2
 
 
-def test_identity_of_files_that_moved_is_name_and_content(run, tmp_path, monkeypatch):
+def test_identity_of_moved_files_is_name_and_content(run, tmp_path, monkeypatch):
     """A relative path, read from another folder: the content decides, of large files the size."""
     for folder, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         for name in ("train.json", "images.tar"):
@@ -128,7 +128,7 @@ def test_identity_of_files_that_moved_is_name_and_content(run, tmp_path, monkeyp
         settle(run, files)
 
 
-def test_identity_of_a_remote_manifest_is_its_address(run, corpus, tmp_path):
+def test_identity_of_remote_manifest_is_its_address(run, corpus, tmp_path):
     shutil.copytree(corpus / "image_text", tmp_path / "source")
     manifest = tmp_path / "source/manifest.json"
 
@@ -144,7 +144,7 @@ def test_identity_of_a_remote_manifest_is_its_address(run, corpus, tmp_path):
         settle(run, files("three"))
 
 
-def test_identity_verify_says_what_it_cannot_compare(run, tmp_path):
+def test_identity_verify_reports_what_it_cannot_compare(run, tmp_path):
     store = write(tmp_path / "images.tar", b"a" * 10, 1)
     settle(run, [DataFile(store, large=True)])
     (note,) = settle(run, [DataFile(store, large=True)], verify=True)
@@ -155,14 +155,14 @@ def test_identity_verify_says_what_it_cannot_compare(run, tmp_path):
         settle(run, [DataFile(store, large=True)], verify=True)
 
 
-def test_identity_verify_compares_with_the_manifest_too(run, tmp_path):
+def test_identity_verify_also_compares_with_manifest(run, tmp_path):
     shard = write(tmp_path / "shard.tar", b"a" * 100, 1)
     with pytest.raises(UserError, match="SHA-256 is not its manifest's"):
         settle(run, [DataFile(shard, sha256="0" * 64, large=True)], verify=True)
     settle(run, [DataFile(shard, sha256=identity.content_hash(shard), large=True)], verify=True)
 
 
-def test_identity_a_missing_file_and_a_damaged_record_are_one_line(run, tmp_path):
+def test_identity_missing_file_or_damaged_record_is_one_line_error(run, tmp_path):
     with pytest.raises(UserError, match="gone.tar: this file of the run's data is missing"):
         settle(run, [DataFile(tmp_path / "gone.tar")])
     (run / identity.FILE).write_text("{")
@@ -170,7 +170,7 @@ def test_identity_a_missing_file_and_a_damaged_record_are_one_line(run, tmp_path
         settle(run, [])
 
 
-def test_identity_changed_code_is_told_and_kept(run, monkeypatch):
+def test_identity_changed_code_is_reported_and_kept(run, monkeypatch):
     assert settle(run, []) == [] and settle(run, []) == []
     first = provenance.code_version()
     monkeypatch.setattr(identity, "code_version", lambda: "0123 source 4567")
@@ -178,7 +178,7 @@ def test_identity_changed_code_is_told_and_kept(run, monkeypatch):
     assert json.loads((run / identity.FILE).read_text())["code"] == [first, "0123 source 4567"]
 
 
-def test_data_hash_is_the_same_in_another_folder_and_for_other_times(tmp_path):
+def test_data_hash_ignores_folder_and_times(tmp_path):
     hashes = []
     for name, time in (("a", 1), ("b", 2)):
         run = tmp_path / name
@@ -195,7 +195,7 @@ def test_data_hash_is_the_same_in_another_folder_and_for_other_times(tmp_path):
     assert data_hash(tmp_path) is None
 
 
-def test_record_takes_hashes_over_and_changed_compares_what_both_have(tmp_path):
+def test_identity_record_keeps_hashes_and_compares_shared_ones(tmp_path):
     file = write(tmp_path / "a", b"1", 1)
     before = record([DataFile(file)], {})
     assert record([DataFile(file)], before) == before
@@ -231,7 +231,7 @@ def shards(folder):
     return sorted(folder.rglob("image_text/*.tar"))
 
 
-def test_resume_with_a_shard_of_other_content_is_refused(stopped):
+def test_resume_with_changed_shard_is_refused(stopped):
     corpus, build = stopped
     config = build()
     shard = shards(corpus)[0]
@@ -242,7 +242,7 @@ def test_resume_with_a_shard_of_other_content_is_refused(stopped):
         run_pretraining(config)
 
 
-def test_resume_with_other_content_and_the_old_times_is_found_by_verify(stopped):
+def test_resume_with_changed_content_and_old_times_is_found_by_verify(stopped):
     corpus, build = stopped
     config = build("data.verify=true")
     shard = shards(corpus)[0]
@@ -254,7 +254,7 @@ def test_resume_with_other_content_and_the_old_times_is_found_by_verify(stopped)
         run_pretraining(config)
 
 
-def test_resume_with_another_manifest_is_refused(stopped):
+def test_resume_with_changed_manifest_is_refused(stopped):
     corpus, build = stopped
     config = build()
     manifest = corpus / "text/manifest.json"
@@ -265,7 +265,7 @@ def test_resume_with_another_manifest_is_refused(stopped):
         run_pretraining(config)
 
 
-def test_resume_with_the_same_data_copied_goes_on_and_result_says_what_made_it(stopped):
+def test_resume_with_copied_data_goes_on_and_result_has_provenance(stopped):
     corpus, build = stopped
     config = build()
     for shard in shards(corpus):
@@ -282,7 +282,7 @@ def test_resume_with_the_same_data_copied_goes_on_and_result_says_what_made_it(s
     assert result["config_sha256"] != config_hash(config.model_copy(update={"corpus": "other"}))
 
 
-def test_a_run_whose_config_lacks_a_newer_setting_goes_on(stopped):
+def test_resume_of_config_without_newer_setting_goes_on(stopped):
     _, build = stopped
     config = build()
     stored = run_folder(config) / "config.json"
@@ -303,7 +303,7 @@ def test_a_run_whose_config_lacks_a_newer_setting_goes_on(stopped):
         ("scenes_xflickrco", (), "flickr30k/annotations/valid_ann.jsonl"),
     ],
 )
-def test_fine_tuning_with_a_changed_file_is_refused(finetune, scenes, tmp_path, recipe, settings, file):
+def test_finetune_resume_with_changed_file_is_refused(finetune, scenes, tmp_path, recipe, settings, file):
     data = tmp_path / "data"
     shutil.copytree(scenes, data)
     first = (recipe, f"data={data}", *settings)
@@ -319,7 +319,7 @@ def test_fine_tuning_with_a_changed_file_is_refused(finetune, scenes, tmp_path, 
     )
 
 
-def test_fine_tuning_result_says_what_made_it(finetune, tmp_path):
+def test_finetune_result_has_provenance(finetune, tmp_path):
     code, _ = finetune("scenes_xgqa")
     folder = tmp_path / "scenes_xgqa"
     result = json.loads((folder / "result.json").read_text())
@@ -354,7 +354,7 @@ def test_fine_tuning_result_says_what_made_it(finetune, tmp_path):
         (("wordnet={copy}/wordnet",), "wordnet"),
     ],
 )
-def test_fine_tuning_with_a_changed_model_teacher_or_wordnet_is_refused(
+def test_finetune_resume_with_changed_model_teacher_or_wordnet_is_refused(
     finetune, scenes, model, tmp_path, settings, file
 ):
     copy = tmp_path / "copy"
@@ -375,7 +375,7 @@ def test_fine_tuning_with_a_changed_model_teacher_or_wordnet_is_refused(
     )
 
 
-def test_fine_tuning_with_an_optional_file_that_came_or_went_is_refused(finetune, scenes, tmp_path):
+def test_finetune_resume_with_appeared_or_vanished_file_is_refused(finetune, scenes, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(scenes, data)
     code, _ = finetune("scenes_xgqa", f"data={data}", "fit.stop_after=1")
@@ -388,7 +388,7 @@ def test_fine_tuning_with_an_optional_file_that_came_or_went_is_refused(finetune
     assert code == 0, out
 
 
-def test_a_run_evaluated_on_other_data_says_so_and_has_its_hash(finetune, scenes, tmp_path, capsys):
+def test_evaluate_on_changed_data_says_so_and_stores_its_hash(finetune, scenes, tmp_path, capsys):
     data, result = tmp_path / "data", tmp_path / "scenes_xgqa/result.json"
     shutil.copytree(scenes, data)
     assert finetune("scenes_xgqa", f"data={data}", "epochs=1")[0] == 0
@@ -405,7 +405,7 @@ def test_a_run_evaluated_on_other_data_says_so_and_has_its_hash(finetune, scenes
         assert (json.loads(result.read_text())["data_sha256"] == before) is same
 
 
-def test_an_evaluation_of_an_export_says_what_made_it(model, retrieval_set, tmp_path, capsys):
+def test_evaluate_of_an_export_has_provenance(model, retrieval_set, tmp_path, capsys):
     def evaluated(data):
         assert pretrain_main(["evaluate", str(model), str(data), "--json", str(tmp_path / "e.json")]) == 0
         return json.loads((tmp_path / "e.json").read_text())
@@ -432,7 +432,7 @@ def test_an_evaluation_of_an_export_says_what_made_it(model, retrieval_set, tmp_
 
 
 @pytest.mark.parametrize("command", ["evaluate", "overlap"])
-def test_a_file_of_results_that_cannot_be_written_is_told_at_once(
+def test_evaluate_unwritable_results_file_is_reported_at_once(
     model, retrieval_set, tmp_path, capsys, command
 ):
     for path, words in (

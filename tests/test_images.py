@@ -48,13 +48,13 @@ ENCODED = {
 
 
 @pytest.mark.parametrize("name", ENCODED)
-def test_decode_is_pil_over_white(name):
+def test_decode_equals_pil_over_white(name):
     got = decode(ENCODED[name])
     assert got.dtype == np.uint8 and got.shape == (20, 24, 3)
     assert np.abs(got - over_white(Image.open(io.BytesIO(ENCODED[name])))).max() <= 0.5
 
 
-def test_decode_jpegs_and_16_bits():
+def test_decode_reads_jpegs_and_16_bit_images():
     exif = Image.Exif()
     exif[0x112] = 6
     photo = smooth_picture(40, 30)
@@ -70,14 +70,14 @@ def test_decode_jpegs_and_16_bits():
     assert (decode(deep) == ALPHA[..., None]).all()
 
 
-def test_bad_pictures():
+def test_decode_damaged_images_are_named():
     for data in (b"", b"abc", ENCODED["rgb"][:400], encode(PICTURE, "JPEG")[:300], b"\xff\xd8" + bytes(50)):
         with pytest.raises(BadPicture, match="en-7.tar cat: does not decode") as error:
             decode(data, "en-7.tar cat")
         assert "\n" not in str(error.value)
 
 
-def test_resize_is_near_pil():
+def test_resize_is_close_to_pil():
     for shape, size in [((50, 70), 32), ((20, 24), 48)]:
         picture = smooth_picture(*shape)
         expected = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC)).astype(
@@ -91,7 +91,7 @@ def plain(**changes):
     return AugmentConfig(**{"scale": (1, 1), "ratio": (1, 1), "operations": 0, **changes})
 
 
-def test_nothing_asked_nothing_done():
+def test_augment_without_operations_changes_nothing():
     square = RGB[:20, :20]
     assert (augment(square, 20, plain(), MIDDLE) == square).all()
     assert (augment(square, 20, plain(flip=1), MIDDLE) == square[:, ::-1]).all()
@@ -104,7 +104,7 @@ def test_nothing_asked_nothing_done():
 @pytest.mark.parametrize(
     ("shape", "size"), [((60, 60), 40), ((64, 90), 48), ((300, 280), 64), ((20, 30), 50)]
 )
-def test_crop_is_near_pil(shape, size):
+def test_random_crop_is_close_to_pil(shape, size):
     """Random draws: the same box cut and resized by PIL."""
     picture = smooth_picture(*shape)
     config = plain(scale=(0.3, 1), ratio=(0.75, 4 / 3))
@@ -125,7 +125,7 @@ def only(name, strength, picture, size):
 
 
 @pytest.mark.parametrize("strength", [-0.8, 0.6])
-def test_warps_are_near_pil(strength):
+def test_warps_are_close_to_pil(strength):
     picture, size = smooth_picture(41, 41), 41
     angle, c = 30 * strength, 20.5
     shift, shear = 0.3 * strength, 0.3 * strength
@@ -156,7 +156,7 @@ def test_warps_are_near_pil(strength):
 
 
 @pytest.mark.parametrize("strength", [-0.7, 0.5])
-def test_tones_are_near_pil(strength):
+def test_color_operations_are_close_to_pil(strength):
     picture = smooth_picture(32, 32) // 2 + 40
     image, factor = Image.fromarray(picture), 1 + 0.9 * strength
     expected = {
@@ -188,12 +188,12 @@ def test_equalize_flattens_the_histogram():
         assert np.abs(got[..., channel] - 255 * share[place].reshape(32, 32)).max() <= 1
 
 
-def test_a_flat_picture_survives_every_operation():
+def test_color_operations_accept_a_flat_image():
     for name in TONES:
         assert only(name, 1.0, np.full((8, 8, 3), 90, np.uint8), 8).shape == (8, 8, 3)
 
 
-def test_the_same_draws_give_the_same_picture():
+def test_augment_is_deterministic_in_its_draws():
     config = AugmentConfig(operations=3, choices=(*WARPS, *TONES), flip=0.5, grayscale=0.2, cutout=0.3)
     picture = smooth_picture(70, 50)
     for draws in np.random.default_rng(3).random((50, config.draws)):
@@ -210,6 +210,6 @@ def test_the_same_draws_give_the_same_picture():
         ({"magnitude": 11}, "magnitude"),
     ],
 )
-def test_bad_configs(values, words):
+def test_augment_config_mistakes_are_named(values, words):
     with pytest.raises(UserError, match=words):
         build(AugmentConfig, values, "test")

@@ -20,14 +20,14 @@ T_975 = {
 
 
 @pytest.mark.parametrize("freedom", T_975)
-def test_the_interval_over_seeds_is_a_printed_tables(freedom):
+def test_seed_interval_reproduces_a_printed_table(freedom):
     values = [0.1 * (i % 5) + 0.03 * i for i in range(freedom + 1)]
     mean, half = t_interval(values)
     assert mean == pytest.approx(statistics.fmean(values))
     assert half == pytest.approx(T_975[freedom] * statistics.stdev(values) / len(values) ** 0.5, rel=1e-4)
 
 
-def test_one_seed_has_no_interval():
+def test_seed_interval_of_one_seed_is_none():
     assert t_interval([0.3]) == (0.3, None)
 
 
@@ -42,7 +42,7 @@ def slow_bootstrap(clusters: list[list[tuple[int, int]]], resamples: int) -> lis
     return [scores[round(share * (resamples - 1))] for share in (0.025, 0.975)]
 
 
-def test_the_bootstrap_is_the_slow_loops():
+def test_bootstrap_equals_slow_loop():
     draw = random.Random(1)
     clusters = []
     for _ in range(70):
@@ -58,7 +58,7 @@ def test_the_bootstrap_is_the_slow_loops():
     assert bootstrap(MILLION * gained, counts, "other") != found
 
 
-def test_the_bootstrap_of_three_clusters_is_that_of_all_their_samples():
+def test_bootstrap_of_three_clusters_equals_all_their_samples():
     gained, counts = np.array([[0], [1], [3]]), np.array([[2], [2], [4]])
     every = [
         sum(int(gained[i, 0]) for i in drawn) / sum(int(counts[i, 0]) for i in drawn)
@@ -68,7 +68,7 @@ def test_the_bootstrap_of_three_clusters_is_that_of_all_their_samples():
     assert bootstrap(MILLION * gained, counts, 0) == pytest.approx(wanted)
 
 
-def test_a_score_without_spread_and_a_lone_cluster():
+def test_bootstrap_without_spread_or_of_one_cluster():
     right, one = np.full((50, 1), MILLION), np.ones((50, 1), np.int64)
     assert bootstrap(right, one, 0) == [1.0, 1.0]
     assert bootstrap(right[:1], one[:1], 0) is None
@@ -87,7 +87,7 @@ def simulated(draw: np.random.Generator) -> list[tuple[str, int]]:
     return out
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_bootstrap_intervals_have_nominal_coverage():
     """Over images in 95 of 100 simulated tests; over questions, as if they were independent, far more
     seldom."""
     draw, held = np.random.default_rng(3), {"images": 0, "questions": 0}
@@ -102,7 +102,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert 0.91 < held["images"] / 300 < 0.98 and held["questions"] / 300 < 0.85
 
 
-def test_intervals_of_recall_hold_the_truth_as_often_as_they_say():
+def test_bootstrap_recall_intervals_have_nominal_coverage():
     draw, held = np.random.default_rng(4), 0
     for trial in range(300):
         chance = draw.beta(2, 2, 80)  # of an image, both ways
@@ -113,7 +113,7 @@ def test_intervals_of_recall_hold_the_truth_as_often_as_they_say():
     assert 0.91 < held / 300 < 0.98
 
 
-def test_images_that_fall_into_one_bucket_leave_the_interval_as_wide(monkeypatch):
+def test_bootstrap_colliding_hash_buckets_keep_interval_width(monkeypatch):
     monkeypatch.setattr(ItemClusters, "BUCKETS", 2048)  # 400 images: 70 of them share one
     draw, many, alone = np.random.default_rng(5), ItemClusters(), []
     for image in range(400):
@@ -127,7 +127,7 @@ def test_images_that_fall_into_one_bucket_leave_the_interval_as_wide(monkeypatch
     )
 
 
-def test_a_bootstrap_of_outcomes_that_all_differ():
+def test_bootstrap_of_all_distinct_outcomes_works_in_pieces():
     """Ten thousand images, none like another: the table of resamples is cut into pieces."""
     draw = np.random.default_rng(6)
     gained = draw.integers(0, MILLION, (10_000, 1))

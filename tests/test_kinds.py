@@ -67,14 +67,14 @@ def gone_on_from(finetune, tmp_path, task, settings, kind):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_few_shot_goes_on_from_every_kind_and_task(finetune, tmp_path, start, kind, task):
+def test_few_shot_resumes_from_every_backbone_and_task(finetune, tmp_path, start, kind, task):
     settings = [*TASKS[task], f"model={start(kind)}", f"backbone={kind}"]
     as_stored = f"polyglance-{kind}" if task == "xflickrco" else kind
     assert gone_on_from(finetune, tmp_path, task, settings, kind) == (as_stored, as_stored)
 
 
 @pytest.mark.parametrize("kind", APART)
-def test_few_shot_goes_on_from_models_that_retrieve(finetune, tmp_path, start, kind):
+def test_few_shot_resumes_from_retrieval_backbones(finetune, tmp_path, start, kind):
     pytest.importorskip("transformers")
     settings = [f"model={start(kind)}", f"backbone={kind}", "matching=false", "image_size=null"]
     as_stored = f"polyglance-{kind}"
@@ -82,14 +82,14 @@ def test_few_shot_goes_on_from_models_that_retrieve(finetune, tmp_path, start, k
 
 
 @pytest.mark.parametrize("kind", ON_REGIONS)
-def test_few_shot_goes_on_from_models_on_regions(finetune, tmp_path, scenes, start, kind):
+def test_few_shot_resumes_from_region_backbones(finetune, tmp_path, scenes, start, kind):
     path = write_regions(tmp_path, "npz", regions_of(scenes, "xvnli", [("shots", "ru")]))
     settings = [f"model={start(kind)}", f"backbone={kind}", f"regions={path}", "image_size=null"]
     assert gone_on_from(finetune, tmp_path, "xvnli", settings, kind) == (kind, kind)
 
 
 @pytest.mark.parametrize("kind", ["cclm", "cclm_swin"])
-def test_retrieval_runs_that_stored_another_kind_are_gone_on_from(finetune, tmp_path, start, kind):
+def test_few_shot_resumes_from_retrieval_run_stored_as_another_kind(finetune, tmp_path, start, kind):
     """Before, CCLM's were stored as unified models; what they are is in the run's settings."""
     settings = [
         "candidates=3",
@@ -114,7 +114,7 @@ def test_retrieval_runs_that_stored_another_kind_are_gone_on_from(finetune, tmp_
     assert code == 2 and f"is a model of ours on the backbone {kind}" in printed
 
 
-def test_a_cclm_is_read_where_any_unified_model_is(start):
+def test_cclm_loads_as_any_unified_model(start):
     for kind in ENCODERS:
         assert isinstance(UnifiedModel.from_pretrained(start(kind)), UnifiedModel)
         assert load_backbone(start(kind)).kind == kind

@@ -23,7 +23,7 @@ def test_lanes_partition_every_language():
 
 
 @pytest.mark.parametrize("lane", range(3))
-def test_every_sample_once_per_epoch(lane):
+def test_lanes_draw_every_sample_once_per_epoch(lane):
     lanes = make()
     drawn = {language: [] for language in SIZES}
     for position in range(3 * PERIOD):
@@ -37,7 +37,7 @@ def test_every_sample_once_per_epoch(lane):
         assert last - first < 4 or epochs[0] != epochs[1]
 
 
-def test_languages_have_their_shares_in_every_period():
+def test_lanes_give_languages_their_shares_in_every_period():
     lanes = make()
     totals = np.array([sum(SIZES[language]) for language in sorted(SIZES)])
     shares = totals**0.3 / (totals**0.3).sum()
@@ -52,7 +52,7 @@ def test_languages_have_their_shares_in_every_period():
     assert orders[0] != orders[1] != orders[2]
 
 
-def test_against_a_slow_reference():
+def test_lanes_equal_slow_reference_at_any_position():
     """Any position, asked in any order and of a fresh object, is what plain concatenation of epochs gives."""
     from raylib.randomness import permutation
 
@@ -91,7 +91,7 @@ def test_against_a_slow_reference():
         assert lanes.draw(2, position) == make().draw(2, position) == expected[position]
 
 
-def test_reading_stays_in_one_block_at_a_time():
+def test_lanes_read_one_block_at_a_time():
     lanes = make({"en": [100, 60]}, lanes=2, block=16)
     drawn = [lanes.draw(0, position)[1] for position in range(80)]
     blocks = [number // 16 if number < 100 else 100 + (number - 100) // 16 for number in drawn]
@@ -99,13 +99,13 @@ def test_reading_stays_in_one_block_at_a_time():
     assert drawn != sorted(drawn)
 
 
-def test_other_seed_name_or_lane_other_order():
+def test_lanes_order_differs_with_seed_name_and_lane():
     order = [make().draw(0, position) for position in range(50)]
     for other in (make(seed=2), make(name="parallel")):
         assert [other.draw(0, position) for position in range(50)] != order
 
 
-def test_locate_and_shards_of():
+def test_lanes_locate_and_shards_agree():
     lanes = make(alpha=1.0)
     seen = {lane: {language: set() for language in SIZES} for lane in range(3)}
     for lane in range(3):
@@ -122,27 +122,27 @@ def test_locate_and_shards_of():
 @pytest.mark.parametrize(
     "shares", [[1.0], [0.5, 0.25, 0.25], [0.9989, 0.0001, 0.001], [1 / 7] * 7, [0.3, 0.7]]
 )
-def test_apportion(shares):
+def test_apportion_sums_to_total_and_rounds(shares):
     counts = apportion(np.array(shares), 100)
     assert counts.sum() == 100 and counts.min() >= 1
     if min(shares) * 100 >= 1:
         assert (np.abs(counts - np.array(shares) * 100) < 1).all()
 
 
-def test_extreme_shares():
+def test_apportion_keeps_rare_languages():
     sizes = {f"l{i:03}": [1 + 10 ** (i % 7)] for i in range(300)}
     counts = make(sizes, lanes=1, alpha=1.0).counts
     assert counts.sum() == PERIOD and counts.min() == 1
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_share_out_the_global_batch(world):
+def test_lanes_ranks_partition_the_global_batch(world):
     ranks = [step_draws(4, 12, rank, world) for rank in range(world)]
     assert {len(rank) for rank in ranks} == {12 // world}
     assert sorted(draw for rank in ranks for draw in rank) == [(i, i // 3, i % 3) for i in range(12)]
 
 
-def test_errors():
+def test_lanes_indivisible_settings_are_errors():
     with pytest.raises(UserError, match="10 lanes but 9 samples of language 'bn'"):
         make(lanes=10)
     with pytest.raises(UserError, match="3 workers do not divide 4 lanes"):

@@ -52,11 +52,11 @@ def wordnet():
         ("glorp", "dog", NONE),
     ],
 )
-def test_relations_by_hand(wordnet, truth, predicted, relation):
+def test_relations_equal_worked_example(wordnet, truth, predicted, relation):
     assert wordnet.relation(truth, predicted) == relation
 
 
-def test_relatives_against_all_pairs_by_name(wordnet):
+def test_wordnet_relatives_equal_nltk_over_all_pairs(wordnet):
     """The paper's definition, with NLTK's own objects: names of lemmas, in both directions, of all pairs one
     by one."""
     reader = wordnet._reader
@@ -95,7 +95,7 @@ def test_relatives_against_all_pairs_by_name(wordnet):
             assert got == expected, (true, other)
 
 
-def test_hyphens_are_tried_after_underscores(tmp_path):
+def test_wordnet_lookup_tries_underscores_then_hyphens(tmp_path):
     """A WordNet whose one noun is "t-shirt"."""
     folder = tmp_path / "wordnet"
     shutil.copytree(WORDNET, folder)
@@ -111,7 +111,7 @@ def test_hyphens_are_tried_after_underscores(tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_missing_wordnet_file_is_named(tmp_path, name):
+def test_wordnet_missing_file_is_named(tmp_path, name):
     folder = tmp_path / "wordnet"
     shutil.copytree(WORDNET, folder)
     (folder / name).unlink()
@@ -119,14 +119,14 @@ def test_missing_wordnet_file_is_named(tmp_path, name):
         WordNet(folder)
 
 
-def test_wordnet_of_something_else(tmp_path):
+def test_wordnet_other_data_is_refused(tmp_path):
     for name in FILES:
         (tmp_path / name).write_text("hello\n")
     with pytest.raises(UserError, match="not WordNet's files"):
         WordNet(tmp_path)
 
 
-def test_wordnet_with_other_line_ends(tmp_path):
+def test_wordnet_with_other_line_endings_is_read(tmp_path):
     shutil.copytree(WORDNET, tmp_path / "wordnet")
     data = tmp_path / "wordnet/data.noun"
     data.write_bytes(data.read_bytes().replace(b"\n", b"\r\n"))
@@ -137,7 +137,7 @@ def test_wordnet_with_other_line_ends(tmp_path):
         WordNet(tmp_path / "wordnet").relation("dog", "cat")
 
 
-def test_wordnet_without_nltk(monkeypatch):
+def test_wordnet_without_nltk_names_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "nltk", None)
     with pytest.raises(UserError, match="pip install nltk"):
         WordNet(WORDNET)
@@ -146,7 +146,7 @@ def test_wordnet_without_nltk(monkeypatch):
 # ---- the WordNet and the vectors that the scenes ship
 
 
-def test_shipped_wordnet_is_whole(wordnet):
+def test_wordnet_shipped_copy_is_consistent(wordnet):
     """Every line lies where its offset says, every pointer leads to a line, everything is below "entity"."""
     data = (WORDNET / "data.noun").read_bytes()
     reader, count = wordnet._reader, 0
@@ -162,7 +162,7 @@ def test_shipped_wordnet_is_whole(wordnet):
     assert "Princeton University" in (WORDNET / "data.noun").read_text(encoding="utf-8")
 
 
-def test_shipped_wordnet_and_relations_agree(wordnet, scenes):
+def test_wordnet_shipped_copy_agrees_with_relations(wordnet, scenes):
     """All relations among the labels are those of `relations.json`, but that WordNet calls a big cat "cat"
     too."""
     relations = json.loads((scenes / "relations.json").read_text(encoding="utf-8"))
@@ -177,7 +177,7 @@ def test_shipped_wordnet_and_relations_agree(wordnet, scenes):
     assert wordnet.synsets("yes") and wordnet.synsets("no") and wordnet.relation("yes", "no") == NONE
 
 
-def test_scenes_come_with_wordnet_and_vectors(scenes):
+def test_scenes_ship_wordnet_and_vectors(scenes):
     for name in ("vectors.txt", *(f"wordnet/{name}" for name in FILES)):
         assert (scenes / name).read_bytes() == (DATA / name).read_bytes()
     assert WordNet(scenes / "wordnet").relation("poodle", "dog") == HYPERNYM
@@ -219,7 +219,7 @@ def write_vectors(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["glove", "text", "binary", "binary_lines", "npy"])
-def test_every_format_reads_the_same(tmp_path, kind):
+def test_vectors_formats_read_the_same(tmp_path, kind):
     path = write_vectors(tmp_path, kind)
     found = read_vectors(path, ["dog", "the", "York", "New", "glorp", "4"])
     assert {word: row.tolist() for word, row in found.items()} == {"the": ROWS["the"], "dog": ROWS["dog"]}
@@ -230,7 +230,7 @@ def test_every_format_reads_the_same(tmp_path, kind):
     ) and unknown == [1]
 
 
-def test_bad_vectors_are_one_line(tmp_path):
+def test_vectors_bad_files_are_one_line_errors(tmp_path):
     def refuses(data: bytes, message: str, name: str = "v.txt"):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=message):
@@ -255,7 +255,7 @@ def test_bad_vectors_are_one_line(tmp_path):
 # ---- distances
 
 
-def test_wordnet_distances_against_relations(wordnet):
+def test_wordnet_distances_agree_with_relations(wordnet):
     names = (*LABELS, "glorp", "zebras")
     distance, report = wordnet_distances(names, WORDNET, 0.3, 0.6)
     value = {SYNONYM: 0.0, HYPONYM: 0.3, HYPERNYM: 0.6, NONE: 1.0}
@@ -267,7 +267,7 @@ def test_wordnet_distances_against_relations(wordnet):
     assert distance[dog, poodle] == np.float32(0.6)  # dog predicted, a hypernym of the true poodle: d2
 
 
-def test_vector_distances_against_a_loop(tmp_path):
+def test_vector_distances_equal_slow_loop(tmp_path):
     path = write_vectors(tmp_path, "glove")
     path.write_text(path.read_text() + "anti -1 -0.25 0.125\n")
     names = ["dog", "the dog", "glorp", "anti", "the", "glarp"]
@@ -285,7 +285,7 @@ def test_vector_distances_against_a_loop(tmp_path):
     assert str(report) == "2 of 6 labels have no vector: glorp, glarp"
 
 
-def test_distances_are_kept_until_anything_changes(tmp_path):
+def test_distances_are_cached_until_inputs_change(tmp_path):
     cache, folder = tmp_path / "cache", tmp_path / "wordnet"
     shutil.copytree(WORDNET, folder)
     first, report = wordnet_distances(LABELS, folder, 0.8, 0.7, cache)
@@ -310,7 +310,7 @@ def test_distances_are_kept_until_anything_changes(tmp_path):
         wordnet_distances(LABELS, WORDNET, 0.8, 0.7, cache)
 
 
-def test_bad_distances_are_one_line(tmp_path):
+def test_distances_bad_settings_are_one_line_errors(tmp_path):
     with pytest.raises(UserError, match="between 0 and 1"):
         wordnet_distances(("dog", "cat"), WORDNET, 0.0, 0.8)
     with pytest.raises(UserError, match="'dog' comes twice"):
@@ -332,7 +332,7 @@ def slow_prior(logits, answer, distance, k):
 
 
 @pytest.mark.parametrize("k", [1, 3, 7, 10])
-def test_linguistic_prior_against_loops(k):
+def test_linguistic_prior_equals_slow_loop(k):
     torch.manual_seed(0)
     logits = torch.randn(5, 7, dtype=torch.float64).requires_grad_()
     answer, distance = torch.tensor([0, 6, 3, 3, 1]), torch.rand(7, 7, dtype=torch.float64) * 2
@@ -343,7 +343,7 @@ def test_linguistic_prior_against_loops(k):
     assert torch.autograd.gradcheck(lambda x: linguistic_prior(x, answer, distance, k), logits)
 
 
-def test_linguistic_prior_by_hand():
+def test_linguistic_prior_equals_worked_example():
     """p = (1/2, 1/4, 1/8, 1/8); the two most probable labels are 0 and 1: not made to sum to 1, predicted
     label first."""
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()[None]
@@ -358,7 +358,7 @@ def test_linguistic_prior_by_hand():
 # ---- dictionaries
 
 
-def test_muse_lines(tmp_path):
+def test_muse_dictionary_lines_are_read(tmp_path):
     path = tmp_path / "de2.txt"
     path.write_text(
         "\ufeffDog Hund\ncat\tKatze\ncat\tKater\r\ncat Katze\npolar bear\tEisbär\nglass\tGlas\tein Glas\n"
@@ -379,7 +379,7 @@ def test_muse_lines(tmp_path):
     assert (read.longest, read.lines, read.odd) == (3, 14, 0)
 
 
-def test_odd_lines_are_counted_then_refused(tmp_path):
+def test_dictionary_malformed_lines_are_counted_then_refused(tmp_path):
     odd = [b"alone\n", b"\n", b"caf\xe9 Kaffee\n", b"word\t\n", b"\tWort\n"]
     good = [b"dog Hund\n"] * 45
     (tmp_path / "de2.txt").write_bytes(b"".join(good[:3] + odd + good[3:]))
@@ -394,7 +394,7 @@ def test_odd_lines_are_counted_then_refused(tmp_path):
         read_dictionary(tmp_path / "fr2.txt", "fr")
 
 
-def test_missing_dictionary_lists_those_there(tmp_path):
+def test_dictionary_missing_language_lists_available_ones(tmp_path):
     (tmp_path / "de2.txt").write_text("dog Hund\n")
     (tmp_path / "en-ru.txt").write_text("dog собака\n")
     assert set(open_dictionaries(tmp_path, ["ru", "de"])[0]) == {"de", "ru"}
@@ -406,7 +406,7 @@ def test_missing_dictionary_lists_those_there(tmp_path):
         open_dictionaries(tmp_path, [])
 
 
-def test_dictionaries_of_the_scenes(scenes):
+def test_dictionaries_of_scenes_cover_labels(scenes):
     opened, _ = open_dictionaries(scenes / "dictionaries", ["de", "zh"])
     assert opened["de"].odd == 0 and opened["de"].longest > 1
     assert opened["de"].entries["guide dog"] == ("Blindenhund",) and opened["zh"].entries["dog"] == ("狗",)
@@ -443,18 +443,18 @@ def always(text, dictionaries, *keys):
         (" ", " "),
     ],
 )
-def test_mixing_by_hand(text, mixed):
+def test_code_mixing_equals_worked_example(text, mixed):
     assert always(text, {"de": DE}) == mixed
 
 
-def test_language_is_drawn_before_the_word_is_looked_up():
+def test_code_mixing_draws_language_before_lookup():
     """Half of the bears stay although German has them: Russian was drawn, and lacks them."""
     texts = Counter(always("dog bear", {"de": DE, "ru": RU}, 5, i) for i in range(4000))
     assert set(texts) == {"Hund Bär", "Hund bear", "собака Bär", "собака bear"}
     assert all(abs(count - 1000) < 120 for count in texts.values())
 
 
-def test_shares_and_translations_are_as_asked():
+def test_code_mixing_shares_match_settings():
     words, n = "the dog the polar bear sleeps", 3000
     mixed = [mix(words, {"de": DE}, 0.5, 0.6, 7, 0, f"item{i}") for i in range(n)]
     touched = [text for text in mixed if text != words]
@@ -468,7 +468,7 @@ def test_shares_and_translations_are_as_asked():
     assert mix(words, {"de": DE}, 0.0, 1.0, 7) == mix(words, {"de": DE}, 1.0, 0.0, 7) == words
 
 
-def test_mixing_against_a_slow_reference():
+def test_code_mixing_equals_slow_reference():
     """Word by word, each draw by itself."""
     both = {"ru": RU, "de": DE}
     text = "Is the dog near the polar bear?"
@@ -491,7 +491,7 @@ def test_mixing_against_a_slow_reference():
         assert mix(text, both, 1.0, 0.7, 1, 2, item) == " ".join(expected)
 
 
-def test_epochs_differ_and_processes_agree():
+def test_code_mixing_differs_by_epoch_and_agrees_across_processes():
     text = "the dog the dog the dog the dog"
     keys = [(0, epoch, "item7") for epoch in range(6)]
     mixed = [mix(text, {"ru": RU, "de": DE}, 1.0, 0.9, *key) for key in keys]
@@ -518,7 +518,7 @@ def predictions(*pairs):
         yield {"id": str(i), "prediction": predicted, "labels": answers, "kind": ""}
 
 
-def test_confusions_by_hand(wordnet):
+def test_confusions_equal_worked_example(wordnet):
     found = confusions(
         predictions(
             *[("dog", "dog")] * 4,
@@ -549,7 +549,7 @@ def test_confusions_by_hand(wordnet):
     assert [p["label"] for p in found["confused_related"]] == ["dog", "purse", "poodle", "zebra"]
 
 
-def test_confusions_of_nothing(wordnet):
+def test_confusions_of_empty_input_are_zero(wordnet):
     assert confusions([], wordnet) == {
         "n": 0,
         "accuracy": 0.0,

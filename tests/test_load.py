@@ -42,7 +42,7 @@ def our_rows(ids):
 
 
 @pytest.mark.parametrize(("kind", "positions"), [("xlmr", 20), ("bert", 16)])
-def test_text_path_equals_transformers(tmp_path, kind, positions):
+def test_load_text_states_equal_transformers(tmp_path, kind, positions):
     peer = peer_text(kind, 4, positions)
     peer.save_pretrained(tmp_path)
     model = UnifiedModel(SMALL).eval()
@@ -62,7 +62,7 @@ def test_text_path_equals_transformers(tmp_path, kind, positions):
         start += len(row)
 
 
-def test_first_and_last_layers_and_cross_attention_copied(tmp_path):
+def test_load_text_copies_first_and_last_layers_and_cross_attention(tmp_path):
     peer = peer_text("xlmr", 6, 20)
     peer.save_pretrained(tmp_path)
     model = UnifiedModel(SMALL)
@@ -79,7 +79,7 @@ def test_first_and_last_layers_and_cross_attention_copied(tmp_path):
 
 
 @pytest.mark.parametrize("size", [16, 32])
-def test_vision_equals_transformers_and_interpolates(tmp_path, size):
+def test_load_vision_equals_transformers_and_interpolates(tmp_path, size):
     torch.manual_seed(2)
     config = ViTConfig(
         hidden_size=16,
@@ -103,14 +103,14 @@ def test_vision_equals_transformers_and_interpolates(tmp_path, size):
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
-def test_interpolation_keeps_the_cls_position():
+def test_interpolate_keeps_the_cls_position():
     positions = torch.randn(1 + 4, 3)
     assert interpolate(positions, 9).shape == (10, 3)
     torch.testing.assert_close(interpolate(positions, 9)[0], positions[0])
     assert interpolate(positions, 4) is positions
 
 
-def test_layers_may_be_chosen_and_serve_twice(tmp_path):
+def test_load_text_layers_can_be_selected_and_repeated(tmp_path):
     peer = peer_text("bert", 5, 20)
     peer.save_pretrained(tmp_path)
     model = UnifiedModel(SMALL)
@@ -124,7 +124,7 @@ def test_layers_may_be_chosen_and_serve_twice(tmp_path):
             load_text(model, tmp_path, layers=wrong)
 
 
-def test_missing_unused_and_misshapen_tensors_are_listed(tmp_path):
+def test_load_text_missing_unused_and_misshapen_tensors_are_listed(tmp_path):
     from safetensors.torch import load_file, save_file
 
     peer_text("xlmr", 4, 20).save_pretrained(tmp_path)
@@ -142,7 +142,7 @@ def test_missing_unused_and_misshapen_tensors_are_listed(tmp_path):
     assert "\n" not in message
 
 
-def test_expected_extras_are_named(tmp_path):
+def test_load_text_expected_unused_tensors_are_allowed(tmp_path):
     from safetensors.torch import load_file, save_file
 
     peer_text("xlmr", 4, 20).save_pretrained(tmp_path)
@@ -151,7 +151,7 @@ def test_expected_extras_are_named(tmp_path):
     load_text(UnifiedModel(SMALL), tmp_path, unused=(r"adapter\.",))
 
 
-def test_too_few_layers_or_positions(tmp_path):
+def test_load_text_too_few_layers_or_positions_is_an_error(tmp_path):
     peer_text("xlmr", 3, 20).save_pretrained(tmp_path / "few")
     with pytest.raises(UserError, match="3 layers, the model wants 4"):
         load_text(UnifiedModel(SMALL), tmp_path / "few")
@@ -161,7 +161,7 @@ def test_too_few_layers_or_positions(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["xlmr", "bert"])
-def test_without_masked_language_head_ours_stays_and_that_is_said(tmp_path, caplog, kind):
+def test_load_text_without_mlm_head_keeps_ours_and_says_so(tmp_path, caplog, kind):
     peer = peer_text(kind, 4, 20)
     peer.save_pretrained(tmp_path / "whole")
     peer.base_model.save_pretrained(tmp_path / "bare")
@@ -180,7 +180,7 @@ def test_without_masked_language_head_ours_stays_and_that_is_said(tmp_path, capl
             assert torch.equal(value, getattr(whole, part).state_dict()[name]), name
 
 
-def test_part_of_a_masked_language_head_is_an_error(tmp_path):
+def test_load_text_incomplete_mlm_head_is_an_error(tmp_path):
     from safetensors.torch import load_file, save_file
 
     peer_text("xlmr", 4, 20).save_pretrained(tmp_path)
@@ -192,7 +192,7 @@ def test_part_of_a_masked_language_head_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "positions"), [("xlmr", 20), ("bert", 18)])
-def test_sizes_come_from_config_json(tmp_path, kind, positions):
+def test_text_config_takes_sizes_from_config_json(tmp_path, kind, positions):
     peer_text(kind, 5, positions).save_pretrained(tmp_path)
     config = text_config(tmp_path)
     assert (config.vocabulary, config.width, config.heads, config.feedforward, config.positions) == (
@@ -211,7 +211,7 @@ def test_sizes_come_from_config_json(tmp_path, kind, positions):
     load_text(UnifiedModel(config), tmp_path)
 
 
-def test_sizes_of_another_kind_of_folder(tmp_path):
+def test_text_config_of_vision_folder_is_refused(tmp_path):
     ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(
         UserError, match=r"config\.json: no max_position_embeddings, vocab_size; give an XLM-R or BERT"
@@ -219,12 +219,12 @@ def test_sizes_of_another_kind_of_folder(tmp_path):
         text_config(tmp_path)
 
 
-def test_no_checkpoint_there(tmp_path):
+def test_load_text_missing_folder_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         load_text(UnifiedModel(SMALL), tmp_path)
 
 
-def test_saved_model_loads_again_and_wrong_folders_are_named(tmp_path):
+def test_unified_model_saves_and_loads_and_names_wrong_folders(tmp_path):
     model = UnifiedModel(SMALL)
     model.save(tmp_path)
     again = UnifiedModel.from_pretrained(tmp_path)

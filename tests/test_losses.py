@@ -6,7 +6,7 @@ from raylib.distributed import clamp
 from raylib.objectives.losses import HEAD_ROWS, contrastive, hard_negatives, masked_language
 
 
-def test_contrastive_excludes_equal_content():
+def test_contrastive_loss_excludes_equal_content():
     torch.manual_seed(0)
     queries, keys = F.normalize(torch.randn(2, 4), dim=1), F.normalize(torch.randn(5, 4), dim=1)
     positive, excluded = torch.tensor([1, 4]), torch.zeros(2, 5)
@@ -23,7 +23,7 @@ def test_contrastive_excludes_equal_content():
 
 
 @pytest.mark.parametrize("rows", [0, 1, HEAD_ROWS, 2 * HEAD_ROWS + 3])
-def test_masked_language_equals_plain_cross_entropy(rows):
+def test_masked_lm_loss_equals_plain_cross_entropy(rows):
     torch.manual_seed(0)
     inputs = [torch.randn(rows, 6), torch.randn(9, 6), torch.randn(9)]
     labels, scale = torch.randint(0, 9, (rows,)), torch.rand(rows).double()
@@ -37,7 +37,7 @@ def test_masked_language_equals_plain_cross_entropy(rows):
         torch.testing.assert_close(x.grad, y.grad)
 
 
-def test_masked_language_in_bf16_is_near():
+def test_masked_lm_loss_in_bf16_is_close():
     torch.manual_seed(0)
     inputs = [torch.randn(HEAD_ROWS + 7, 16), torch.randn(50, 16) * 0.3, torch.randn(50)]
     labels, scale = torch.randint(0, 50, (HEAD_ROWS + 7,)), torch.rand(HEAD_ROWS + 7)
@@ -64,14 +64,14 @@ def test_hard_negatives_follow_the_similarities():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_hard_negatives_survive_what_is_not_finite(bad):
+def test_hard_negatives_tolerate_non_finite_scores(bad):
     scores = torch.full((4, 4), bad)
     index, exists = hard_negatives(scores, torch.eye(4).bool(), torch.tensor([0.0, 0.3, 0.7, 0.999999]))
     assert exists.all()
     assert (index != torch.arange(4)).all()
 
 
-def test_hard_negatives_never_draw_what_is_forbidden():
+def test_hard_negatives_never_draw_excluded_pairs():
     torch.manual_seed(0)
     scores = torch.randn(500, 30) * 40  # so sharp that most chances are 0 in float32
     forbidden = torch.rand(500, 30) < 0.5
@@ -82,7 +82,7 @@ def test_hard_negatives_never_draw_what_is_forbidden():
         assert not forbidden[torch.arange(500), index][exists].any()
 
 
-def test_clamp_lets_the_parameter_come_back():
+def test_temperature_clamp_lets_the_parameter_return():
     for start, pull, moves in (
         (0.9, 0.2, True),
         (0.9, 2.0, False),

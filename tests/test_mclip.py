@@ -75,7 +75,7 @@ def folders(tmp_path_factory):
     return home / "text", home / "clip", (text, mapped, clip)
 
 
-def test_vectors_are_those_of_the_published_form(folders):
+def test_mclip_embeddings_equal_transformers(folders):
     path, vision, (text, mapped, clip) = folders
     model = load_mclip(path, vision).eval()
     ids = torch.tensor([[0, 5, 6, 7, 2], [0, 8, 2, 1, 1]])
@@ -98,7 +98,7 @@ def test_vectors_are_those_of_the_published_form(folders):
         torch.testing.assert_close(found, seen, rtol=1e-4, atol=1e-5)
 
 
-def test_a_saved_model_comes_back(folders, tmp_path):
+def test_mclip_saves_and_loads(folders, tmp_path):
     model = load_mclip(*folders[:2]).eval()
     model.save(tmp_path)
     back = MClip.from_pretrained(tmp_path).eval()
@@ -106,7 +106,7 @@ def test_a_saved_model_comes_back(folders, tmp_path):
     assert back.embed_sentences(ids).equal(model.embed_sentences(ids)) and back.config == model.config
 
 
-def test_clip_is_the_published_form_and_comes_back(folders, tmp_path):
+def test_clip_equals_transformers_and_saves(folders, tmp_path):
     """Vectors of both towers; texts of unequal length beside each other; saved and read again."""
     clip = folders[2][2]
     model = load_clip(folders[1], None).eval()
@@ -132,7 +132,7 @@ def test_clip_is_the_published_form_and_comes_back(folders, tmp_path):
         load_clip(folders[0], None)
 
 
-def test_base_has_the_published_parameters():
+def test_mclip_base_has_published_parameter_count():
     """XLM-R-large's 559,890,432 without its pooler's (1,049,600) and folded token type, the map, CLIP
     ViT-L/14's tower."""
     with torch.device("meta"):
@@ -146,7 +146,7 @@ def test_base_has_the_published_parameters():
     assert counts["vision"] == 303_966_208 and model.text_projection.weight.shape == (768, 1024)
 
 
-def test_depths_and_prunable():
+def test_mclip_depths_and_prunable_parameters():
     model = BACKBONES["mclip"].build(BACKBONES["mclip"].sizes["tiny"])
     depths = {name: model.depth_of(name) for name, _ in model.named_parameters()}
     assert depths["embedding.word.weight"] == 0 and depths["text.blocks.1.output.weight"] == 2 == model.depths
@@ -156,7 +156,7 @@ def test_depths_and_prunable():
     assert len(model.prunable()) == 2 * 5 and all(name.startswith("text.") for name in model.prunable())
 
 
-def test_mistakes(folders, tmp_path):
+def test_mclip_wrong_folders_and_settings_are_errors(folders, tmp_path):
     path, vision, _ = folders
     with pytest.raises(UserError, match="set vision=FOLDER"):
         load_mclip(path, None)
@@ -176,7 +176,7 @@ def test_mistakes(folders, tmp_path):
         load_mclip(tmp_path / "more", vision)
 
 
-def test_retrieval_end_to_end(tmp_path, scenes, capsys):
+def test_mclip_retrieval_runs_end_to_end(tmp_path, scenes, capsys):
     """From published folders: M-CLIP tuned with LoRA and aligned, its pictures encoded once, evaluated again,
     gone on from; M-CLIP and CLIP as they are, with translations; a task of another kind is refused."""
     torch.manual_seed(0)

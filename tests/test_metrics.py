@@ -6,7 +6,7 @@ import torch
 from raylib.metrics import RANKS, hit_chances, mean, nearest_keys, recall_hits, recalls
 
 
-def test_recalls_against_sorting():
+def test_recall_equals_sorting():
     torch.manual_seed(0)
     queries, keys = torch.randn(20, 8), torch.randn(45, 8)
     query_owner, key_owner = torch.arange(20), torch.arange(45) % 20
@@ -33,7 +33,7 @@ def slow_chances(scores: list[float], own: list[bool], first: list[bool]) -> lis
 
 
 @pytest.mark.parametrize("levels", [False, True])
-def test_a_tie_counts_as_its_expectation(levels):
+def test_recall_ties_count_fractionally(levels):
     """Few different scores, so that many tie, also across the cut of 1 and of 5; several own keys a query."""
     torch.manual_seed(1)
     scores = torch.randint(0, 3, (24, 7)).float()
@@ -48,14 +48,14 @@ def test_a_tie_counts_as_its_expectation(levels):
     assert 3 < ((found > 0) & (found < 1)).sum()
 
 
-def test_keys_of_the_first_level_are_ahead_whatever_the_scores():
+def test_recall_first_level_keys_rank_ahead_of_all_scores():
     scores, first = torch.tensor([[-900.0, -901.0, 0.9, 0.8]]), torch.tensor([[True, True, False, False]])
     for owner, place in enumerate((0, 1, 2, 3)):
         own = (torch.arange(4) == owner)[None]
         assert hit_chances(scores, own, first)[0, 0] == float(place == 0)
 
 
-def test_a_collapsed_model_scores_chance():
+def test_recall_of_collapsed_model_is_chance():
     same = torch.ones(30, 4)
     out = recalls(same, same, torch.arange(30), torch.arange(30))
     assert out == {k: pytest.approx(k / 30) for k in RANKS}
@@ -65,23 +65,23 @@ def test_a_collapsed_model_scores_chance():
     assert several[1] == pytest.approx(2 / 60) and several[5] == pytest.approx(1 - (55 * 54) / (60 * 59))
 
 
-def test_hits_without_ties_are_whole():
+def test_recall_hits_without_ties_are_whole_numbers():
     torch.manual_seed(0)
     hits = recall_hits(torch.randn(50, 8), torch.randn(80, 8), torch.arange(50), torch.arange(80) % 50)
     assert set(hits.unique().tolist()) == {0.0, 1.0}
 
 
-def test_a_query_without_a_key_is_never_answered():
+def test_recall_query_without_key_is_never_a_hit():
     own = torch.zeros(1, 4, dtype=torch.bool)
     assert hit_chances(torch.ones(1, 4), own).tolist() == [[0.0, 0.0, 0.0]]
 
 
-def test_candidates_that_tie_at_the_cut_come_in_one_order():
+def test_nearest_keys_break_ties_by_given_order():
     scores = torch.tensor([[3.0, 1.0, 1.0, 2.0, 1.0], [1.0] * 5, [5.0, 4.0, 3.0, 2.0, 1.0]])
     order = torch.tensor([4, 2, 0, 1, 3])
     chosen = [set(row) for row in nearest_keys(scores, 3, order).tolist()]
     assert chosen == [{0, 3, 4}, {4, 2, 0}, {0, 1, 2}]
 
 
-def test_mean_of_nothing():
+def test_mean_of_nothing_is_zero():
     assert mean([]) == 0.0

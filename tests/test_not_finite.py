@@ -112,7 +112,7 @@ def assert_skipped(found, rates):
 
 
 @pytest.mark.parametrize("rates", [None, thaw])
-def test_torch_engine_skips_steps_that_are_not_finite(rates):
+def test_torch_engine_skips_non_finite_steps(rates):
     assert_skipped(train(TorchEngine, rates=rates), rates)
 
 
@@ -123,7 +123,7 @@ def on_workers(rank, world, engine_class):
 
 @pytest.mark.parametrize("engine_class", [TorchEngine, DeepSpeedEngine])
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_fault_on_one_worker_is_skipped_by_all(engine_class, world):
+def test_engine_fault_on_one_worker_is_skipped_by_all(engine_class, world):
     for results in run_workers(on_workers, world, engine_class):
         for found, rates in zip(results, (None, thaw), strict=True):
             assert_skipped(found, rates)

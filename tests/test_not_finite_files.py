@@ -56,7 +56,7 @@ def refuses(read, *words):
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_our_own_model_folders(tmp_path, value):
+def test_non_finite_unified_model_folder_names_the_tensor(tmp_path, value):
     make_model().float().save(tmp_path)
     poison(tmp_path / "model.safetensors", "fusion.blocks.1.output.weight", value)
     named = (f"{tmp_path}/model.safetensors", "tensor fusion.blocks.1.output.weight is not finite")
@@ -64,7 +64,7 @@ def test_our_own_model_folders(tmp_path, value):
     refuses(lambda: load_backbone(tmp_path), *named)
 
 
-def test_a_fine_tuned_model(tmp_path):
+def test_non_finite_finetune_model_names_the_tensor(tmp_path):
     FinetuneModel(make_model().float(), ("no", "yes"), 1, 0.0).save(tmp_path)
     poison(tmp_path / "model.safetensors", "head.output.bias")
     refuses(
@@ -74,7 +74,7 @@ def test_a_fine_tuned_model(tmp_path):
     )
 
 
-def test_export_refuses_and_leaves_nothing(tmp_path):
+def test_non_finite_model_is_not_exported(tmp_path):
     make_model(vocabulary=12000).float().save(tmp_path / "model")
     shutil.copy2(DATA / "tokenizer.model", tmp_path / "model")
     export(tmp_path / "model", tmp_path / "good")
@@ -87,7 +87,7 @@ def test_export_refuses_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "shards"])
-def test_hugging_face_text_folders(tmp_path, file):
+def test_non_finite_hugging_face_text_folder_names_the_tensor(tmp_path, file):
     peer = test_load.peer_text("bert", 4, 16)
     peer.save_pretrained(tmp_path, **({"max_shard_size": "20KB"} if file == "shards" else {}))
     name = "bert.encoder.layer.2.attention.self.key.weight"
@@ -106,7 +106,7 @@ def test_hugging_face_text_folders(tmp_path, file):
     refuses(lambda: load_backbone(tmp_path, "uc2"), str(where), name)
 
 
-def test_vision_folders(tmp_path):
+def test_non_finite_vision_folder_names_the_tensor(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
         hidden_size=16,
@@ -134,7 +134,7 @@ def test_vision_folders(tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_single_stream_files(tmp_path, form):
+def test_non_finite_single_stream_file_names_the_tensor(tmp_path, form):
     layout, save, _ = FORMATS[form]
     path = published.write(tmp_path, save(published.make_parts(layout)))
     name = list(torch.load(path, weights_only=True).get("model", torch.load(path, weights_only=True)))[5]
@@ -142,7 +142,7 @@ def test_single_stream_files(tmp_path, form):
     refuses(lambda: load_backbone(path, layout), f"{path}: tensor {name} is not finite")
 
 
-def test_oscar_folders(tmp_path):
+def test_non_finite_oscar_folder_names_the_tensor(tmp_path):
     test_oscar.write(tmp_path, {k: v.float() for k, v in test_oscar.made_weights().items()})
     poison(tmp_path / "pytorch_model.bin", "bert.img_embedding.weight", INF)
     refuses(
@@ -151,7 +151,7 @@ def test_oscar_folders(tmp_path):
     )
 
 
-def test_cclm_files(tmp_path):
+def test_non_finite_cclm_file_names_the_tensor(tmp_path):
     test_cclm_load.cclm_file(tmp_path / "cclm.th", test_cclm_load.wide_swin())
     poison(tmp_path / "cclm.th", "vision_proj.weight")
     refuses(
@@ -167,7 +167,7 @@ def test_cclm_files(tmp_path):
         ("text", "pytorch_model.bin", "LinearTransformation.bias"),
     ],
 )
-def test_clip_and_mclip_folders(folders, tmp_path, part, file, name):
+def test_non_finite_clip_and_mclip_folders_name_the_tensor(folders, tmp_path, part, file, name):
     for kind, source in zip(("text", "clip"), folders, strict=False):
         shutil.copytree(source, tmp_path / kind)
     poison(tmp_path / part / file, name)
@@ -177,7 +177,7 @@ def test_clip_and_mclip_folders(folders, tmp_path, part, file, name):
         refuses(lambda: load_clip(tmp_path / "clip", None), *words)
 
 
-def test_small_weights_of_a_tuned_language(tmp_path):
+def test_non_finite_tuned_weights_name_the_tensor(tmp_path):
     model = make_model().float()
     tuning.put(model, "adapter", {"bottleneck": 4})
     names = [name for name, _ in model.named_parameters() if tuning.is_small(name)]
@@ -197,7 +197,7 @@ def test_small_weights_of_a_tuned_language(tmp_path):
     )
 
 
-def test_no_mask_comes_of_weights_that_are_not_finite():
+def test_non_finite_weights_give_no_pruning_mask():
     with pytest.raises(NotFinite, match="weights of b: not finite"):
         masks.prune({"a": torch.ones(3), "b": torch.tensor([1.0, NAN])}, None, 0.5)
 
@@ -207,7 +207,7 @@ def test_no_mask_comes_of_weights_that_are_not_finite():
 
 @pytest.mark.parametrize("kind", ["lmdb", "h5", "flat.h5", "tsv", "npz", "npy"])
 @pytest.mark.parametrize("what", ["features", "boxes"])
-def test_region_stores_name_the_image(tmp_path, monkeypatch, kind, what):
+def test_non_finite_region_features_name_the_image(tmp_path, monkeypatch, kind, what):
     bad = test_stores.FEATURES.copy() if what == "features" else test_stores.BOXES.copy()
     bad[1, 1] = NAN
     monkeypatch.setattr(test_stores, what.upper(), bad)
@@ -215,7 +215,7 @@ def test_region_stores_name_the_image(tmp_path, monkeypatch, kind, what):
     refuses(lambda: open_regions(path).read("8"), f"{path}, 8: {what} not finite")
 
 
-def test_a_flat_h5_whose_boxes_tell_no_order_names_the_image(tmp_path):
+def test_non_finite_boxes_of_flat_h5_name_the_image(tmp_path):
     wh = np.array([[40, 20], [NAN, 20]])
     refuses(
         lambda: open_regions(test_stores.write_flat_h5(tmp_path / "f.h5", wh=wh)),
@@ -226,14 +226,14 @@ def test_a_flat_h5_whose_boxes_tell_no_order_names_the_image(tmp_path):
 @pytest.mark.parametrize(
     ("size", "words"), [(NAN, "img_h not finite"), (0, "img_h 0, img_w 40: an image has a size")]
 )
-def test_an_image_without_size_has_no_places(tmp_path, size, words):
+def test_region_boxes_of_image_without_size_are_refused(tmp_path, size, words):
     store = open_regions(
         test_stores.write_lmdb(tmp_path / "l", {"7": pickle.dumps(test_stores.record(img_h=size))})
     )
     refuses(lambda: store.read("7"), f"{tmp_path}/l, 7: {words}")
 
 
-def test_oscars_region_files(tmp_path):
+def test_non_finite_oscar_region_features_name_the_image(tmp_path):
     rows = np.ones((2, 9), np.float32)
     rows[0, 2] = INF
     line = f"42\t2\t{test_stores.b64(rows).decode()}\n"
@@ -257,7 +257,7 @@ def states_of(bad, value):
 
 
 @pytest.mark.parametrize(("dtype", "value"), [(torch.float32, NAN), (torch.float16, 1e6)])
-def test_states_that_are_not_finite_are_not_stored(tmp_path, dtype, value):
+def test_non_finite_states_are_not_cached(tmp_path, dtype, value):
     """1e6 is finite, but not in float16, in which states of bf16 are kept."""
     with pytest.raises(NotFinite, match="states of c: not finite"):
         write_states(tmp_path / "s", ["a", "b", "c"], states_of("c", value), 2, dtype)
@@ -273,7 +273,7 @@ def on_states(rank, world, folder):
     return None
 
 
-def test_no_worker_waits_for_one_whose_states_are_not_finite(tmp_path):
+def test_non_finite_states_on_one_worker_stop_all_workers(tmp_path):
     heard = run_workers(on_states, 2, tmp_path / "s")
     assert (
         heard == ["states of d: not finite (NaN or infinite) in float32"] * 2
@@ -281,7 +281,7 @@ def test_no_worker_waits_for_one_whose_states_are_not_finite(tmp_path):
     )
 
 
-def test_stored_states_name_file_and_item(tmp_path):
+def test_non_finite_cached_states_name_file_and_item(tmp_path):
     write_states(tmp_path / "s", ["a", "b", "c"], states_of(None, NAN), 2)
     values = np.memmap(tmp_path / "s" / "states-0.bin", np.float32, "r+", shape=(6, 3))
     values[3, 1] = NAN
@@ -300,7 +300,7 @@ def teach(bad):
     return states
 
 
-def test_states_of_a_teacher_name_file_and_example(tmp_path):
+def test_non_finite_teacher_states_name_file_and_example(tmp_path):
     examples = [Example(str(i), ("a",), ("b",), {}) for i in range(4)]
     with pytest.raises(NotFinite, match="the teacher's states of 2: not finite"):
         write_stored(tmp_path / "bad", examples, teach("2"), 3)
@@ -318,7 +318,7 @@ def test_states_of_a_teacher_name_file_and_example(tmp_path):
 
 
 @pytest.mark.parametrize("score", ["NaN", "Infinity", '"1.0"', "true"])
-def test_scores_of_answers_name_the_item(tmp_path, score):
+def test_non_finite_answer_scores_name_the_item(tmp_path, score):
     """Python's JSON reads NaN; `min(1.0, nan)` is 1.0, and so a right answer."""
     lxmert = tmp_path / "valid.json"
     lxmert.write_text(
@@ -335,7 +335,7 @@ def test_scores_of_answers_name_the_item(tmp_path, score):
 
 
 @pytest.mark.parametrize("word", ["nan", "inf", "1e60"])  # the last is finite in text, not in float32
-def test_word_vectors_name_the_word(tmp_path, word):
+def test_non_finite_word_vectors_name_the_word(tmp_path, word):
     path = tmp_path / "v.txt"
     path.write_text(f"the 1 2 3\ndog 1 {word} 3\ncat 1 1 1\n")
     assert set(read_vectors(path, ["the", "cat"])) == {"the", "cat"}
@@ -352,7 +352,7 @@ def test_word_vectors_name_the_word(tmp_path, word):
     refuses(lambda: read_vectors(tmp_path / "w.npy", ["dog"]), "w.npy: the vector of 'dog' is not finite")
 
 
-def test_kept_distances_name_the_file(tmp_path):
+def test_non_finite_cached_distances_name_the_file(tmp_path):
     (tmp_path / "v.txt").write_text("dog 1 2 3\ncat 1 1 1\n")
     vector_distances(["dog", "cat"], tmp_path / "v.txt", tmp_path / "cache")
     (file,) = (tmp_path / "cache").iterdir()

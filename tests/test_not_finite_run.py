@@ -94,7 +94,7 @@ def test_skipped_steps_are_counted_in_log_meta_and_result(tmp_path, capsys):
     assert all(math.isfinite(v) for v in result["losses"].values())
 
 
-def test_a_resumed_run_keeps_both_counts(tmp_path):
+def test_skipped_steps_counts_survive_resume(tmp_path):
     faults = dict.fromkeys((2, 5, 6, 7), "gradient")
     run(tmp_path / "parts", faults, stop_after=7)
     meta = checkpoint.read_meta(tmp_path / "parts" / checkpoint.FOLDER / "step_000007")
@@ -124,7 +124,7 @@ def test_a_resumed_run_keeps_both_counts(tmp_path):
     ],
 )
 @pytest.mark.parametrize("log_every", [1, 100])
-def test_too_many_skipped_steps_end_the_run_with_one_report(tmp_path, fault, words, log_every):
+def test_skipped_steps_above_limit_end_run_with_one_report(tmp_path, fault, words, log_every):
     faults = dict.fromkeys(range(6, 30), fault)
     with pytest.raises(NotFinite) as error:
         run(tmp_path, faults, max_skipped=3, save_every=5, log_every=log_every)
@@ -137,11 +137,11 @@ def test_too_many_skipped_steps_end_the_run_with_one_report(tmp_path, fault, wor
     assert run(tmp_path, few, max_skipped=6, save_every=5)["skipped_steps"] == 6
 
 
-def test_as_many_as_allowed_do_not_end_it(tmp_path):
+def test_skipped_steps_at_limit_do_not_end_run(tmp_path):
     assert run(tmp_path, dict.fromkeys(range(6, 9), "gradient"), max_skipped=3)["skipped_steps"] == 3
 
 
-def test_after_its_end_a_run_changes_nothing_however_late_that_is_read():
+def test_skipped_steps_limit_leaves_run_unchanged_when_noticed_late():
     guard, norm = StepGuard(CPU, 2), [1.0, *[math.inf] * 3, 1.0, math.nan, 1.0]
     skips = []
     for step, value in enumerate(norm):
@@ -180,7 +180,7 @@ def on_zero(rank, world, folder):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_workers_and_zero_end_alike(tmp_path, world):
+def test_skipped_steps_limit_is_the_same_with_workers_and_zero(tmp_path, world):
     results = run_workers(on_zero, world, tmp_path)
     assert all(result == results[0] for result in results)  # nobody is left waiting
     reports, counts = results[0][::2], results[0][1::2]
@@ -210,7 +210,7 @@ def zero_report(rank, world, folder):
     return None
 
 
-def test_zero_on_two_workers_names_the_parameter(tmp_path):
+def test_skipped_steps_report_under_zero_names_the_parameter(tmp_path):
     first, second = run_workers(zero_report, 2, tmp_path)
     assert first == second and first[0] == 4
     assert (
@@ -238,7 +238,7 @@ class Engine(NamedTuple):
     device: torch.device = CPU
 
 
-def test_a_gradient_is_judged_by_the_mean_of_all_workers():
+def test_skipped_steps_are_decided_by_gradient_mean_of_all_workers():
     """Or a run would end at another step with another number of workers."""
     assert run_workers(mean_norms, 2) == [[True, False]] * 2
     assert run_workers(mean_norms, 1) == [[False, False]]
@@ -251,7 +251,7 @@ def broken_at(step, factor):
 
 @pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("save_every", [1, 4])
-def test_an_update_that_breaks_the_weights_leaves_the_last_good_checkpoints(tmp_path, keep, save_every):
+def test_checkpoint_is_not_written_after_update_that_breaks_weights(tmp_path, keep, save_every):
     """The weights are finite after step 9, but give no finite loss any more: whether the checkpoint falls due
     at once or after some skipped steps, it is not written."""
     with pytest.raises(NotFinite) as error:
@@ -281,7 +281,7 @@ def overflowing_then_sound(rank, world, folder, save_every, zero):
 
 @pytest.mark.parametrize("save_every", [1, 4])
 @pytest.mark.parametrize("zero", [False, True])
-def test_weights_from_which_no_run_could_go_on_are_not_saved(tmp_path, save_every, zero):
+def test_checkpoint_is_not_written_from_weights_without_finite_gradient(tmp_path, save_every, zero):
     """After step 9 weights and loss are finite, but the gradient overflows whatever the batch: every further
     step is skipped. A checkpoint from within that row would be the only one left, and no lower rate could
     begin from it."""
@@ -294,21 +294,21 @@ def test_weights_from_which_no_run_could_go_on_are_not_saved(tmp_path, save_ever
     assert kept == ["step_000008"] and sound == (30, 0)
 
 
-def test_the_report_names_a_parameter_whose_gradient_overflows_in_its_norm_alone(tmp_path):
+def test_skipped_steps_report_names_parameter_overflowing_in_norm(tmp_path):
     with pytest.raises(
         NotFinite, match="first parameter hit by a norm that overflows model.embedding.weight"
     ):
         run(tmp_path, {}, rates=broken_at(8, 1e10), max_skipped=3, save_every=0)
 
 
-def test_weights_that_are_not_finite_are_never_registered(tmp_path):
+def test_checkpoint_with_non_finite_weights_is_never_registered(tmp_path):
     """A rate so high that the update itself overflows."""
     with pytest.raises(NotFinite, match="step 9: embedding.weight is not finite; .*step_000008"):
         run(tmp_path, {}, rates=broken_at(8, 1e42))
     assert checkpoints(tmp_path) == ["step_000007", "step_000008"]
 
 
-def test_a_score_that_is_not_finite_ends_the_run_before_it_is_kept(tmp_path):
+def test_non_finite_score_ends_run_before_it_is_kept(tmp_path):
     scores = iter([0.5, math.nan])
     with pytest.raises(NotFinite, match="step 20: evaluation: score not finite"):
         run(tmp_path, {}, evaluate=lambda model: {"score": next(scores)}, eval_every=10, save_every=10)
@@ -327,21 +327,21 @@ def old_best(folder: Path, score: float, bad: bool) -> None:
 @pytest.mark.parametrize(
     ("score", "bad", "words"), [(math.nan, False, "its score nan"), (1.0, True, "tensor a")]
 )
-def test_a_stored_best_that_is_not_finite_gives_way(tmp_path, capsys, score, bad, words):
+def test_non_finite_stored_best_is_replaced(tmp_path, capsys, score, bad, words):
     old_best(tmp_path, score, bad)
     run(tmp_path, {}, evaluate=lambda model: {"score": 0.25}, steps=4, eval_every=4, save_every=4)
     assert checkpoint.read_meta(tmp_path / checkpoint.BEST)["score"] == 0.25
     assert f"{words} is not finite (NaN or infinite); step_000004 takes its place" in capsys.readouterr().out
 
 
-def test_a_sound_old_best_stays(tmp_path):
+def test_finite_stored_best_is_kept(tmp_path):
     old_best(tmp_path, 0.75, bad=False)
     run(tmp_path, {}, evaluate=lambda model: {"score": 0.25}, steps=4, eval_every=4, save_every=4)
     assert checkpoint.read_meta(tmp_path / checkpoint.BEST)["score"] == 0.75
 
 
 @pytest.mark.parametrize("what", ["exp_avg", "weight"])
-def test_a_checkpoint_that_is_not_finite_is_not_resumed(tmp_path, what):
+def test_non_finite_checkpoint_is_not_resumed(tmp_path, what):
     run(tmp_path, {}, stop_after=5)
     folder = tmp_path / checkpoint.FOLDER / "step_000005"
     if what == "exp_avg":
@@ -357,7 +357,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed(tmp_path, what):
         run(tmp_path, {})
 
 
-def test_no_model_that_is_not_finite_is_written(tmp_path):
+def test_non_finite_model_is_not_written(tmp_path):
     model = nn.Linear(2, 2)
     with torch.no_grad():
         model.bias[1] = -math.inf

@@ -39,7 +39,7 @@ def broken(model, name, value=NAN):
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_recalls_of_what_is_not_finite_are_refused(which):
+def test_recall_of_non_finite_scores_is_refused(which):
     vectors = [torch.eye(4), torch.eye(4)]
     vectors[which][2, 1] = NAN
     with pytest.raises(NotFinite, match=f"embeddings of {('queries', 'keys')[which]}: not finite"):
@@ -56,7 +56,7 @@ def test_recalls_of_what_is_not_finite_are_refused(which):
         ("match_head.bias", "scores of the match head: not finite"),
     ],
 )
-def test_retrieval_names_what_is_not_finite(scenes, tmp_path, name, words, candidates):
+def test_retrieval_non_finite_scores_are_named(scenes, tmp_path, name, words, candidates):
     model, items = broken(retriever(), name), captions(scenes)[:12]
     if name == "match_head.bias" and candidates is None:  # it is not asked
         assert (
@@ -70,7 +70,7 @@ def test_retrieval_names_what_is_not_finite(scenes, tmp_path, name, words, candi
         retrieve(model, items, pixels(scenes), Tokenizer.load(TOKENIZER), 40, candidates, tmp_path / "s")
 
 
-def test_states_that_a_killed_evaluation_has_left_are_not_taken(scenes, tmp_path):
+def test_cached_states_of_killed_evaluation_are_not_reused(scenes, tmp_path):
     """They are of another model, and were taken for this one's."""
     tokenizer, seen = Tokenizer.load(TOKENIZER), pixels(scenes)
     items, names = captions(scenes)[:12], [item.image for item in captions(scenes)[:12]]
@@ -124,7 +124,7 @@ def predict_one_bad(rank, world, scenes, folder, spells, bad=17):
 
 @pytest.mark.parametrize("spells", [False, True])
 @pytest.mark.parametrize("world", [1, 2])
-def test_classification_names_the_example_on_every_worker(scenes, tmp_path, spells, world):
+def test_classification_non_finite_score_names_example_on_every_worker(scenes, tmp_path, spells, world):
     heard = run_workers(predict_one_bad, world, scenes, tmp_path, spells)
     assert heard == ["scores of example q17: not finite (NaN or infinite)"] * world
     assert not (tmp_path / "p.jsonl").exists()
@@ -132,7 +132,7 @@ def test_classification_names_the_example_on_every_worker(scenes, tmp_path, spel
     assert count == there
 
 
-def test_a_decoder_that_is_not_finite_is_refused(scenes, tmp_path):
+def test_decoder_non_finite_scores_are_refused(scenes, tmp_path):
     backbone = make_model(dtype=torch.float32, vocabulary=12000, positions=64)
     model = FinetuneModel(backbone, tuple("abcdef"), 1, 0.0, answers=ANSWERS)
     examples, tokenizer = questions(scenes, "en"), Tokenizer.load(TOKENIZER)
@@ -179,14 +179,14 @@ def zero_shot(rank, world, folder, name):
         ("zh", "text embeddings in zh: not finite (NaN or infinite)"),
     ],
 )
-def test_zero_shot_retrieval_names_what_is_not_finite_on_every_worker(retrieval_set, world, name, heard):
+def test_retrieval_zero_shot_non_finite_is_named_on_every_worker(retrieval_set, world, name, heard):
     assert run_workers(zero_shot, world, retrieval_set, name) == [heard] * world
 
 
 # ---- results
 
 
-def test_results_of_what_is_not_finite_are_not_written(tmp_path):
+def test_non_finite_results_are_not_written(tmp_path):
     with pytest.raises(NotFinite, match=r"r.json: retrieval.de.i2t_r1 not finite"):
         write_result(tmp_path / "r.json", {"retrieval": {"de": {"i2t_r1": NAN}}})
     with pytest.raises(NotFinite, match=r"f.json: mean not finite"):
@@ -201,7 +201,7 @@ def test_results_of_what_is_not_finite_are_not_written(tmp_path):
     )
 
 
-def test_a_stored_result_that_is_not_finite_is_not_compared(tmp_path):
+def test_non_finite_stored_result_is_not_compared(tmp_path):
     (tmp_path / "result.json").write_text('{"accuracy": {"en": NaN}}')
     with pytest.raises(UserError, match=r"result.json: accuracy.en not finite"):
         read_result(tmp_path)
@@ -216,7 +216,7 @@ def last_line(printed):
 
 @pytest.mark.parametrize("recipe", ["scenes_xflickrco", "scenes_xvnli"])
 @pytest.mark.parametrize("select", ["best", "last"])
-def test_a_learning_rate_out_of_bounds_ends_in_one_line(finetune, tmp_path, recipe, select):
+def test_diverging_learning_rate_ends_in_one_line_error(finetune, tmp_path, recipe, select):
     code, printed = finetune(recipe, "name=nan", "optim.lr=1e30", f"select={select}", "fit.log_every=1000")
     assert code == 2 and last_line(printed).startswith("error: step "), printed
     assert "not finite" in last_line(printed) and "lower optim.lr" in last_line(printed)
@@ -230,14 +230,14 @@ def test_a_learning_rate_out_of_bounds_ends_in_one_line(finetune, tmp_path, reci
 @pytest.mark.parametrize(
     "setting", ["optim.lr=inf", "optim.lr=Infinity", "optim.eps=nan", "optim.betas=[0.9,NaN]"]
 )
-def test_a_setting_that_is_not_finite_is_refused(finetune, setting):
+def test_non_finite_setting_is_refused(finetune, setting):
     code, printed = finetune("scenes_xvnli", "name=bad", setting)
     assert code == 2 and last_line(printed).startswith(f"error: the command line: {setting.split('=')[0]}"), (
         printed
     )
 
 
-def test_more_steps_may_be_skipped_when_a_run_goes_on(finetune, tmp_path):
+def test_max_skipped_may_be_raised_on_resume(finetune, tmp_path):
     """As the report advises; and folders of runs from before the setting go on."""
     assert finetune("scenes_xvnli", "name=x", "fit.stop_after=3")[0] == 0
     stored = json.loads((tmp_path / "x" / "config.json").read_text())
@@ -256,7 +256,7 @@ def poison(folder, name=None):
     return name
 
 
-def test_nothing_is_done_with_a_model_that_is_not_finite(finetune, tmp_path, capsys):
+def test_non_finite_finetune_model_is_refused_everywhere(finetune, tmp_path, capsys):
     """As runs of earlier versions left it: complete, with a score of 100 %, and NaN in its weights."""
     assert finetune("scenes_xflickrco", "name=old")[0] == 0
     assert finetune("scenes_xvnli", "name=english")[0] == 0
@@ -286,7 +286,7 @@ def test_nothing_is_done_with_a_model_that_is_not_finite(finetune, tmp_path, cap
     assert code == 2 and "old/best/model.safetensors: tensor" in last_line(printed), printed
 
 
-def test_pretrained_weights_that_are_not_finite_go_nowhere(model, retrieval_set, tmp_path, capsys):
+def test_non_finite_pretrained_weights_are_refused_everywhere(model, retrieval_set, tmp_path, capsys):
     shutil.copytree(model, tmp_path / "model")
     poison(tmp_path / "model", "vision.cls")
     for command, other in (("evaluate", retrieval_set), ("export", tmp_path / "export")):
@@ -297,7 +297,7 @@ def test_pretrained_weights_that_are_not_finite_go_nowhere(model, retrieval_set,
         ), line
 
 
-def test_no_mask_is_found_by_rounds_that_diverge(finetune, tmp_path):
+def test_pruning_rounds_that_diverge_give_no_mask(finetune, tmp_path):
     sparse = ["strategies.sparse.rounds=2", "strategies.sparse.epochs=2"]
     code, printed = finetune(
         "scenes_xvnli", "name=sparse", *sparse, "epochs=2", "optim.lr=1e30", "fit.log_every=1000"
@@ -307,7 +307,7 @@ def test_no_mask_is_found_by_rounds_that_diverge(finetune, tmp_path):
     assert not (tmp_path / "sparse" / "masks").exists() and not (tmp_path / "sparse" / "result.json").exists()
 
 
-def test_results_count_skipped_steps(finetune, tmp_path):
+def test_finetune_result_counts_skipped_steps(finetune, tmp_path):
     sparse = ["strategies.sparse.rounds=1", "strategies.sparse.epochs=1"]
     assert finetune("scenes_xvnli", "name=sparse", *sparse, "epochs=1")[0] == 0
     assert json.loads((tmp_path / "sparse" / "result.json").read_text())["skipped_steps"] == 0

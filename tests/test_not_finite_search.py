@@ -22,7 +22,7 @@ NAN = math.nan
 
 
 @pytest.mark.parametrize("value", [NAN, math.inf])
-def test_a_trial_whose_score_is_not_finite_has_failed(value):
+def test_trial_with_non_finite_score_is_failed(value):
     finished = {"finished": True, "english_dev": 0.5, "target_dev": value, "trial_id": "t"}
     assert state_of(finished, False, ("english_dev",)) == TrialState.COMPLETE
     assert state_of(finished, False, ("english_dev", "target_dev")) == TrialState.FAIL
@@ -32,7 +32,7 @@ def test_a_trial_whose_score_is_not_finite_has_failed(value):
     assert (row.state, row.scores, row.error) == ("failed", {"english_dev": 0.5}, "target_dev not finite")
 
 
-def test_optuna_never_hears_of_it(tmp_path):
+def test_trial_with_non_finite_score_is_hidden_from_optuna(tmp_path):
     found = searcher("random", Space("", "", {"x": Float(0, 1)}), ("score",), 0, 4, tmp_path, "s")
     for name, score in (("good", 0.25), ("bad", NAN)):
         found.suggest(name)
@@ -42,7 +42,7 @@ def test_optuna_never_hears_of_it(tmp_path):
 
 
 @pytest.mark.parametrize("stop", ["asha", "median"])
-def test_no_rule_judges_by_it(tmp_path, stop):
+def test_schedulers_ignore_non_finite_scores(tmp_path, stop):
     rule = scheduler(stop, "score", grace=1, reduction=2.0, longest=9, runs=tmp_path)
     assert [rule.counts({"age": 1, "judged": True, "score": score}) for score in (0.5, NAN, math.inf)] == [
         True,
@@ -57,14 +57,14 @@ def test_no_rule_judges_by_it(tmp_path, stop):
     ]
 
 
-def test_nothing_is_told_that_is_not_finite(tmp_path):
+def test_trial_log_refuses_non_finite_scores(tmp_path):
     tell(tmp_path, {"epoch": 1.0, "score": 0.5})
     with pytest.raises(NotFinite, match=f"{tmp_path}: score not finite"):
         tell(tmp_path, {"epoch": 2.0, "score": NAN})
     assert [line["score"] for line in read_told(tmp_path)] == [0.5]
 
 
-def test_lines_of_earlier_versions_are_left_out(tmp_path):
+def test_trial_log_non_finite_lines_of_older_versions_are_skipped(tmp_path):
     """Four trials, one of which told NaN after its first epoch, as JSON of Python's."""
     for i in range(5):
         run = tmp_path / str(i)
@@ -75,7 +75,7 @@ def test_lines_of_earlier_versions_are_left_out(tmp_path):
     assert found.trials == 4 and found.rho == pytest.approx(1.0)
 
 
-def test_a_search_from_before_a_setting_goes_on(tmp_path):
+def test_search_folder_without_newer_setting_goes_on(tmp_path):
     base = RECIPES["scenes_xvnli"]()
     question = {"search": {"trials": 3}, "recipe": json.loads(dump(base))}
     before = json.loads(json.dumps(question))

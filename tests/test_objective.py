@@ -43,46 +43,46 @@ def compare(model, batch, config):
 
 @pytest.mark.parametrize("fusion", ["cross", "entangled"])
 @pytest.mark.parametrize("switches", CONFIGS.values(), ids=CONFIGS)
-def test_terms_and_gradients(switches, fusion):
+def test_objective_terms_and_gradients_equal_slow_reference(switches, fusion):
     compare(make_model(fusion=fusion), make_batch(), ObjectiveConfig(**switches))
 
 
 @pytest.mark.parametrize("left_out", TERMS)
-def test_a_term_of_weight_zero_is_left_out(left_out):
+def test_objective_term_of_weight_zero_is_omitted(left_out):
     compare(make_model(), make_batch(1), ObjectiveConfig(weights=Weights(**{left_out: 0.0})))
 
 
 @pytest.mark.parametrize("alone", TERMS)
-def test_a_term_alone(alone):
+def test_objective_computes_one_term_alone(alone):
     weights = {name: 2.0 if name == alone else 0.0 for name in TERMS}
     compare(make_model(), make_batch(2), ObjectiveConfig(weights=Weights(**weights)))
 
 
 @pytest.mark.parametrize("absent", ["image_text", "parallel", "text"])
-def test_a_stream_may_be_absent(absent):
+def test_objective_stream_may_be_absent(absent):
     batch = make_batch(3)
     del batch[absent]
     compare(make_model(), batch, ObjectiveConfig())
 
 
-def test_equal_pictures_and_captions_are_no_negatives():
+def test_objective_equal_images_and_captions_are_no_negatives():
     batch = make_batch(4, pairs=4)
     batch["image_text"]["image_id"][1] = batch["image_text"]["image_id"][0]
     batch["image_text"]["text"].text_id[3] = batch["image_text"]["text"].text_id[2]
     compare(make_model(), batch, ObjectiveConfig())
 
 
-def test_no_negative_left():
+def test_objective_without_negatives_equals_slow_reference():
     batch = make_batch(5, pairs=3)
     batch["image_text"]["image_id"][:] = 1
     compare(make_model(), batch, ObjectiveConfig())
 
 
-def test_one_row_a_stream():
+def test_objective_of_one_row_per_stream_equals_slow_reference():
     compare(make_model(), make_batch(6, 1, 1, 1), ObjectiveConfig())
 
 
-def test_nothing_masked():
+def test_objective_without_masked_tokens_equals_slow_reference():
     batch = make_batch(7)
     text = batch["text"]["text"]
     batch["text"]["text"] = text._replace(
@@ -91,7 +91,7 @@ def test_nothing_masked():
     compare(make_model(), batch, ObjectiveConfig())
 
 
-def test_frozen_vision_gets_no_gradient():
+def test_objective_frozen_vision_gets_no_gradient():
     model = make_model()
     loss, _ = UnifiedObjective(model, ObjectiveConfig(train_vision=False))(make_batch())
     loss.backward()
@@ -99,7 +99,7 @@ def test_frozen_vision_gets_no_gradient():
     assert model.image_projection.weight.grad is not None
 
 
-def test_frozen_embeddings_get_no_gradient():
+def test_objective_frozen_embeddings_get_no_gradient():
     """Also as the decoder of masked words; what they decode trains."""
     model = make_model()
     loss, _ = UnifiedObjective(model, ObjectiveConfig(train_embeddings=False))(make_batch())
@@ -108,7 +108,7 @@ def test_frozen_embeddings_get_no_gradient():
     assert all(p.grad is not None for p in model.masked_head.parameters())
 
 
-def test_frozen_text_layers_get_no_gradient():
+def test_objective_frozen_text_layers_get_no_gradient():
     """The lowest ones, as many as asked; those above them train."""
     model = make_model()
     loss, _ = UnifiedObjective(model, ObjectiveConfig(frozen_text_layers=1))(make_batch())
@@ -118,7 +118,7 @@ def test_frozen_text_layers_get_no_gradient():
     assert all(p.grad is not None for block in above for p in block.parameters())
 
 
-def test_sentences_of_a_frozen_encoder_are_encoded_once():
+def test_objective_frozen_encoder_encodes_each_sentence_once():
     """With every text layer frozen, losses and gradients are those of encoding each time, a second step
     encodes nothing new."""
     config = ObjectiveConfig(
@@ -150,7 +150,7 @@ def test_sentences_of_a_frozen_encoder_are_encoded_once():
     assert sum(calls) < sum(slow_calls) and len(slow_calls) == 2
 
 
-def test_known_texts_stay_within_their_limit():
+def test_frozen_text_cache_respects_its_limit():
     known, made = KnownTexts(), []
     known.LIMIT = 4
 
@@ -167,7 +167,7 @@ def test_known_texts_stay_within_their_limit():
     assert ask(8, 9) == [80, 90] and ask(5) == [50] and made == [2, 1, 2, 1]  # full: it starts anew
 
 
-def test_windows_of_a_picture_are_encoded_as_pictures_of_their_own():
+def test_vision_windows_are_encoded_like_images_of_their_own():
     """The states: the mean of the windows' CLS, these, then their patches; what one window shows changes no
     other."""
     whole, windowed = make_model(), make_model(image_size=32, vision_window=16)

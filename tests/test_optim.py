@@ -6,18 +6,18 @@ from raylib.optim import OptimConfig, build_optimizer, learning_rate, parameter_
 from tests.factories import make_model
 
 
-def test_schedule_of_the_paper():
+def test_lr_schedule_of_the_paper():
     config = OptimConfig(lr=1e-4)
     rates = [learning_rate(s, 240_000, config) for s in (0, 11_999, 23_999, 24_000, 131_999 + 1, 239_999)]
     assert rates == pytest.approx([1e-4 / 24_000, 5e-5, 1e-4, 1e-4, 5e-5, 1e-4 / 216_000])
 
 
-def test_schedule_without_warmup_and_of_one_step():
+def test_lr_schedule_without_warmup_and_of_one_step():
     assert learning_rate(0, 10, OptimConfig(lr=1.0, warmup=0)) == 1.0
     assert learning_rate(0, 1, OptimConfig(lr=1.0)) == 1.0
 
 
-def test_schedule_along_a_cosine_and_of_a_longer_run():
+def test_lr_schedule_cosine_and_of_longer_run():
     """Half a cosine from lr to 0 (paper 4), as PyTorch's; IGLUE's schedule of 20 epochs over a run of 5."""
     config = OptimConfig(lr=1.0, warmup=0, decay="cosine")
     layer = nn.Linear(1, 1)
@@ -33,7 +33,7 @@ def test_schedule_along_a_cosine_and_of_a_longer_run():
     )
 
 
-def test_biases_norms_and_scalars_do_not_decay_and_nothing_is_left_out():
+def test_parameter_groups_exempt_biases_norms_and_scalars_from_decay():
     model = make_model()
     model.vision.requires_grad_(False)
     decayed, plain = parameter_groups(model, 0.2)
@@ -48,7 +48,7 @@ def test_biases_norms_and_scalars_do_not_decay_and_nothing_is_left_out():
     assert together == {n for n, p in model.named_parameters() if not n.startswith("vision")}
 
 
-def test_adamw_against_the_formula():
+def test_adamw_equals_the_formula():
     torch.manual_seed(0)
     layer, config = nn.Linear(3, 2).double(), OptimConfig(lr=0.01, weight_decay=0.2)
     weight, m, v = layer.weight.detach().clone(), 0.0, 0.0

@@ -170,7 +170,7 @@ def shaken(model):
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("safe", [True, False])
-def test_published_weights_compute_what_they_did(tmp_path, double, norm, safe):
+def test_oscar_published_weights_equal_slow_reference(tmp_path, double, norm, safe):
     """Loaded, folded, without padding: the pooled CLS and the states of every part after every layer."""
     weights = made_weights(norm)
     model = load_oscar(write(tmp_path, weights, safe)).eval()
@@ -206,7 +206,7 @@ def test_published_weights_compute_what_they_did(tmp_path, double, norm, safe):
     assert len(lowest) == 1 and lowest[0].values.equal(found[0].values)
 
 
-def test_places_by_hand():
+def test_oscar_segments_equal_worked_example():
     """CLS SEP tag SEP region; CLS word SEP; CLS SEP region region."""
     places = find_places(torch.tensor([2, 3, 2]), torch.tensor([2, 0, 0]), torch.tensor([1, 0, 2]))
     assert places.cls.tolist() == [0, 5, 8]
@@ -224,7 +224,7 @@ def test_places_by_hand():
 
 @pytest.mark.parametrize("kind", ["bert", "xlmr"])
 @pytest.mark.parametrize("bare", [True, False])
-def test_a_text_folder_fills_the_text_part(tmp_path, kind, bare):
+def test_oscar_text_folder_fills_the_text_part(tmp_path, kind, bare):
     """As transformers computes it: BERT's positions from 0, tags of its second type; XLM-R's from 2, its only
     type. Regions are new."""
     peer = peer_text(kind, 3, 30)
@@ -259,7 +259,7 @@ def test_a_text_folder_fills_the_text_part(tmp_path, kind, bare):
         model.see_regions(9)
 
 
-def test_norms_as_older_folders_call_them(tmp_path):
+def test_oscar_loads_gamma_and_beta_norms(tmp_path):
     """bert-base-multilingual-uncased has gamma and beta, and OSCAR+ was trained on from such a one."""
     weights = made_weights()
     old = {
@@ -274,7 +274,7 @@ def test_norms_as_older_folders_call_them(tmp_path):
     assert all(value.equal(other.state_dict()[name]) for name, value in one.state_dict().items())
 
 
-def test_what_grounds_a_text():
+def test_oscar_fuse_uses_tags_and_image_pairs():
     model = shaken(Oscar(TINY))
     texts, tags, regions = made_rows()
     text, regions = our_rows(texts), our_rows([rows.float() for rows in regions])
@@ -299,7 +299,7 @@ def test_what_grounds_a_text():
     assert model.encode_text(premise, read).equal(states.values[read])
 
 
-def test_every_parameter_has_its_depth_and_saving_keeps_all(tmp_path):
+def test_oscar_depths_cover_all_parameters_and_save_keeps_all(tmp_path):
     model = FinetuneModel(Oscar(TINY), ("no", "yes"), 2, 0.0, 6)
     depths = {name: model.depth_of(name) for name, _ in model.named_parameters()}
     assert {name.split(".")[1] for name, depth in depths.items() if depth == 0} == {"embedding", "regions"}
@@ -324,7 +324,7 @@ def test_every_parameter_has_its_depth_and_saving_keeps_all(tmp_path):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_all_that_is_used_learns(bf16):
+def test_oscar_every_used_parameter_gets_a_gradient(bf16):
     """A classifier over two pictures a text, through a batch as it is today, without tags; then with them."""
     model = FinetuneModel(shaken(Oscar(TINY)), ("no", "yes"), 2, 0.0, FEATURES)
     texts, tags, regions = made_rows()
@@ -345,7 +345,7 @@ def linear(inputs: int, outputs: int) -> int:
     [(30522, 1e-12, 109_482_240, 111_062_016), (105879, None, 167_356_416, 168_934_656)],
     ids=["oscar+", "student"],
 )
-def test_published_sizes(vocabulary, region_eps, bert, whole):
+def test_oscar_has_published_parameter_counts(vocabulary, region_eps, bert, whole):
     """BERT-base, uncased or multilingual uncased, and the map of 2054 numbers, with OSCAR+'s layer norm or,
     as in the public code of cViL, without. Ours lacks one vector: the two token types are folded into one and
     the positions."""
@@ -372,7 +372,7 @@ def test_published_sizes(vocabulary, region_eps, bert, whole):
     assert BACKBONES["oscar"].sizes["base"] == OscarConfig() and OscarConfig().vocabulary == 30522
 
 
-def test_missing_unused_and_misshapen_tensors_are_listed(tmp_path):
+def test_oscar_missing_unused_and_misshapen_tensors_are_listed(tmp_path):
     weights = made_weights()
     del weights["bert.encoder.layer.1.attention.self.key.bias"]
     weights["bert.pooler.dense.bias"], weights["bert.code_embeddings.weight"] = torch.zeros(3), torch.zeros(2)
@@ -406,7 +406,7 @@ class Code:
         return os.mkdir, ("ran",)
 
 
-def test_other_folders_are_named(tmp_path, monkeypatch):
+def test_oscar_wrong_folders_are_named(tmp_path, monkeypatch):
     folder = write(tmp_path / "good", made_weights())
     with pytest.raises(UserError, match="vision= is for backbones with an image encoder"):
         load_oscar(folder, tmp_path)
@@ -430,7 +430,7 @@ def test_other_folders_are_named(tmp_path, monkeypatch):
         load_oscar(folder)
 
 
-def test_bad_input_is_named():
+def test_oscar_bad_input_is_named():
     model = Oscar(TINY.model_copy(update={"positions": 9}))
     texts, tags, regions = made_rows()
     text, regions = our_rows(texts), our_rows([rows.float() for rows in regions])
@@ -447,7 +447,7 @@ def test_bad_input_is_named():
         model.see_regions(7)
 
 
-def test_parts_that_may_be_frozen():
+def test_oscar_parts_can_be_frozen():
     model = Oscar(TINY)
     freeze(model, ("embeddings",))
     assert {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad} == {
@@ -467,7 +467,7 @@ def write_oscar_tsv(path, pictures):
     return path
 
 
-def test_oscars_region_files_and_tags_travel_to_the_model(tmp_path):
+def test_oscar_region_files_and_tags_reach_the_model(tmp_path):
     """A row is what the model was given by hand: features, six numbers of the place, the area; words, tags,
     regions."""
     _, _, regions = made_rows()
@@ -505,7 +505,7 @@ def test_oscars_region_files_and_tags_travel_to_the_model(tmp_path):
 @pytest.mark.parametrize(
     ("length", "kept"), [(99, (6, 4)), (12, (5, 4)), (11, (4, 4)), (10, (4, 3)), (5, (1, 1))]
 )
-def test_texts_and_tags_share_the_length(length, kept):
+def test_oscar_text_and_tags_share_the_length(length, kept):
     """As BERT cuts pairs: one token at a time off the longer, off the second of two equal ones."""
     tokenizer = Tokenizer.load(DATA / "tokenizer.model")
     tokenizer._encode = lambda texts: [[int(word) for word in text.split()] for text in texts]

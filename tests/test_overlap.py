@@ -52,7 +52,7 @@ def xgqa(data, language="de", **changes):
     return {"languages": (language,)}
 
 
-def test_sets_that_share_a_text_alone_share_nothing(tmp_path):
+def test_overlap_ignores_sets_that_share_only_texts(tmp_path):
     """ "Is it dark?" is asked about many images; the same question of each language is one item of its
     own."""
     assert compared("xgqa", tmp_path, **xgqa(tmp_path)) == []
@@ -94,7 +94,7 @@ def test_sets_that_share_a_text_alone_share_nothing(tmp_path):
         ),
     ],
 )
-def test_a_shared_question_is_an_error_that_names_both_files(tmp_path, setting, changes, words):
+def test_overlap_shared_question_is_an_error_naming_both_files(tmp_path, setting, changes, words):
     """One number about one image is one question, in whatever language."""
     with pytest.raises(UserError) as refused:
         compared("xgqa", tmp_path, setting=setting, **xgqa(tmp_path, **changes))
@@ -106,14 +106,14 @@ def test_a_shared_question_is_an_error_that_names_both_files(tmp_path, setting, 
     )
 
 
-def test_an_image_alone_is_an_overlap_too(tmp_path):
+def test_overlap_shared_image_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"share 1 images, such as image 'n3'"):
         compared(
             "xgqa", tmp_path, **xgqa(tmp_path, train=gqa((9, "Who is it?", "n3"), (1, "Is it dark?", "1")))
         )
 
 
-def test_what_a_run_does_not_use_is_not_compared(tmp_path):
+def test_overlap_unused_sets_are_not_compared(tmp_path):
     """Zero-shot sees no shots; what chooses nothing with select=last; only the first so many items of a
     limit."""
     shared = gqa((3, "Ist es dunkel?", "n3"))
@@ -140,7 +140,7 @@ def test_what_a_run_does_not_use_is_not_compared(tmp_path):
         ("zh/73-福建土楼/73-11.jpg", "zh/73-11.jpg", False),
     ],
 )
-def test_names_of_one_image(one, other, mscoco):
+def test_overlap_recognises_names_of_the_same_image(one, other, mscoco):
     assert image_name(one, mscoco) == image_name(other, mscoco)
 
 
@@ -152,7 +152,7 @@ def test_names_of_one_image(one, other, mscoco):
         ("1.jpg", "10.jpg"),
     ],
 )
-def test_names_of_two_images(one, other):
+def test_overlap_separates_names_of_different_images(one, other):
     assert image_name(one) != image_name(other)
 
 
@@ -160,7 +160,7 @@ def flickr(*images, caption="ein Hund"):
     return [{"sentences": [caption], "id": str(i), "img_path": image} for i, image in enumerate(images)]
 
 
-def test_captions_are_compared_whatever_their_form_of_unicode(tmp_path):
+def test_overlap_captions_are_compared_in_any_unicode_form(tmp_path):
     task, caption = TASKS["xflickrco"], "ein Café"
     other = unicodedata.normalize("NFD", caption)
     for name, language, records in (
@@ -194,7 +194,7 @@ def marvl(data, urls, texts, count=60):
     return {"languages": ("en",)}
 
 
-def test_nlvr2s_published_overlap_is_told_and_more_of_it_is_an_error(tmp_path):
+def test_overlap_published_in_nlvr2_is_reported_and_more_is_an_error(tmp_path):
     """45 addresses and 25 statements of IGLUE's test are in its dev set."""
     found = compared("marvl", tmp_path, **marvl(tmp_path, 45, 25))
     assert [(f["images"], f["items"], f["first"]["file"], f["second"]["file"]) for f in found] == [
@@ -210,7 +210,7 @@ def test_nlvr2s_published_overlap_is_told_and_more_of_it_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("first", ["test", "dev"])
-def test_a_record_of_nlvr2_in_its_training_file_is_an_error(tmp_path, first):
+def test_overlap_nlvr2_test_record_in_training_file_is_an_error(tmp_path, first):
     """Images and statements that they share by other records nobody has counted: that is told."""
     settings = marvl(tmp_path, 0, 0)
     train, other = TASKS["marvl"].path(tmp_path, "train", "en"), TASKS["marvl"].path(tmp_path, first, "en")
@@ -226,7 +226,7 @@ def test_a_record_of_nlvr2_in_its_training_file_is_an_error(tmp_path, first):
             assert (found["images"], found["items"], found["first"]["split"]) == (2, 1, first)
 
 
-def test_marvls_chinese_shots_share_images_with_its_test(tmp_path):
+def test_overlap_marvl_chinese_shots_share_images_with_test(tmp_path):
     """Their paths have the concept's folder, the test's have not."""
     record = {
         "concept": "73-福建土楼",
@@ -263,7 +263,7 @@ def test_marvls_chinese_shots_share_images_with_its_test(tmp_path):
                 compared("marvl", tmp_path, **settings)
 
 
-def test_xtds_images_are_left_out_of_what_it_trains_on(tmp_path):
+def test_overlap_xtd_images_are_excluded_from_training(tmp_path):
     """Of the 1,000 images of XTD, 946 are in Karpathy's training set and 26 in his dev set."""
     official.xtd(tmp_path)
     assert compared("xtd", tmp_path) == []
@@ -280,7 +280,7 @@ def test_xtds_images_are_left_out_of_what_it_trains_on(tmp_path):
         assert len(images) == left and image not in images
 
 
-def test_xtd_in_its_own_folders_is_read(tmp_path):
+def test_overlap_xtd_in_its_own_folders_is_read(tmp_path):
     official.xtd(tmp_path)
     for folder, codes in (
         ("XTD10", ("en", "es", "it", "ko", "pl", "ru", "tr", "zh")),
@@ -297,7 +297,7 @@ def test_xtd_in_its_own_folders_is_read(tmp_path):
     assert compared("xtd", tmp_path) == []
 
 
-def test_coco_cns_own_splits_are_told(tmp_path):
+def test_overlap_within_coco_cn_splits_is_reported(tmp_path):
     official.coco(tmp_path)
     (tmp_path / "coco-cn/coco-cn_test.txt").write_text(
         official.COCO.format(3) + "\n"
@@ -309,7 +309,7 @@ def test_coco_cns_own_splits_are_told(tmp_path):
 @pytest.mark.parametrize(
     "task", ["multi30k", "wit", "vqa_v2", "cvil_vqa", "fm_iqa", "ja_vqa", "xnli", "snli_xvnli", "xtd_few"]
 )
-def test_other_tasks_have_sets_of_their_own(tmp_path, task):
+def test_overlap_other_tasks_have_their_own_sets(tmp_path, task):
     getattr(official, {"xtd_few": "xtd"}.get(task, task))(tmp_path)
     if task == "xtd_few":
         (tmp_path / "xtd/test_image_names.txt").write_text(
@@ -323,7 +323,7 @@ def test_other_tasks_have_sets_of_their_own(tmp_path, task):
     assert compared(task, tmp_path, setting=own.get(task, "zero_shot")) == []
 
 
-def test_pairs_of_snli_are_xvnlis_by_their_number(tmp_path):
+def test_overlap_snli_pairs_are_matched_to_xvnli_by_number(tmp_path):
     """The test's premise is an image, and its sentence may be translated. Within SNLI words may repeat, but
     not numbers."""
     official.snli_xvnli(tmp_path)
@@ -346,7 +346,7 @@ def test_pairs_of_snli_are_xvnlis_by_their_number(tmp_path):
         compared("snli_xvnli", tmp_path)
 
 
-def test_sentence_pairs_are_items(tmp_path):
+def test_overlap_sentence_pairs_are_items(tmp_path):
     official.xnli(tmp_path)
     (path,) = [p for p in TASKS["xnli"].paths(tmp_path, "test", "en") if p.is_file()]
     train = TASKS["xnli"].path(tmp_path, "train", "en").read_text().splitlines()[1].split("\t")
@@ -356,7 +356,7 @@ def test_sentence_pairs_are_items(tmp_path):
         compared("xnli", tmp_path)
 
 
-def test_a_run_with_an_overlap_opens_no_folder(finetune, scenes, tmp_path):
+def test_overlap_stops_run_before_folder_is_opened(finetune, scenes, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(scenes, data)
     dev, test = (data / f"XVNLI/annotations/en/{name}.jsonl" for name in ("dev", "test"))
@@ -373,7 +373,7 @@ def test_a_run_with_an_overlap_opens_no_folder(finetune, scenes, tmp_path):
     assert code == 0 and json.loads((tmp_path / "last/result.json").read_text())["overlap"] == [], printed
 
 
-def test_a_published_overlap_is_in_the_result(finetune, scenes, tmp_path):
+def test_overlap_published_is_stored_in_result(finetune, scenes, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(scenes, data)
     for name in ("dev", "test"):
@@ -393,7 +393,7 @@ def test_a_published_overlap_is_in_the_result(finetune, scenes, tmp_path):
     assert found["images"] == 6 and found["second"]["split"] == "dev"
 
 
-def test_what_was_found_is_kept_until_a_file_changes(tmp_path, monkeypatch):
+def test_overlap_result_is_cached_until_a_file_changes(tmp_path, monkeypatch):
     """Files of more than a second are read once; one that changes is read again."""
     sets, clock = xgqa(tmp_path), iter(range(0, 1000, 2))
     monkeypatch.setattr(overlap.time, "perf_counter", lambda: float(next(clock)))

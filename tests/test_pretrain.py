@@ -32,7 +32,7 @@ def without_rate(records):
     return [{k: v for k, v in r.items() if k != "samples_per_second"} for r in records]
 
 
-def test_a_run_leaves_what_it_promises(mini, retrieval_set, tmp_path, capsys):
+def test_pretrain_run_writes_documented_files(mini, retrieval_set, tmp_path, capsys):
     config = mini("name=first", *LOCAL, "fit.eval_every=3", 'fit.track=["tensorboard"]')
     run(config)
     folder = tmp_path / "first"
@@ -65,7 +65,7 @@ def test_a_run_leaves_what_it_promises(mini, retrieval_set, tmp_path, capsys):
     assert all(torch.isfinite(w).all() for w in weights.values())
 
 
-def test_stop_and_go_without_ray(mini):
+def test_pretrain_stopped_run_resumes_without_ray(mini):
     whole, parts = mini("name=whole", *LOCAL), mini("name=parts", *LOCAL)
     run(whole)
     run(mini("name=parts", *LOCAL, "fit.stop_after=3"))
@@ -77,7 +77,7 @@ def test_stop_and_go_without_ray(mini):
         assert all(torch.equal(value, second[key][name]) for name, value in state.items())
 
 
-def test_a_second_stage_starts_from_a_run_or_its_export(mini, tmp_path):
+def test_pretrain_second_stage_starts_from_run_or_export(mini, tmp_path):
     first = mini("name=first", *LOCAL, "fit.steps=2")
     run(first)
     assert main(["export", str(tmp_path / "first"), str(tmp_path / "model")]) == 0
@@ -133,7 +133,7 @@ def assert_close(one, two):
 @pytest.mark.parametrize(
     "without", [(), ("data.image_text.batch=0",)]
 )  # the second leaves the image encoder unused
-def test_torchrun_equals_one_process(mini, tmp_path, without):
+def test_pretrain_torchrun_equals_one_process(mini, tmp_path, without):
     run(mini("name=one", *LOCAL, *without))
     config = mini("name=two", *LOCAL, *without)
     assert torchrun(config, tmp_path).count("| en |") == 1  # one process speaks
@@ -142,7 +142,7 @@ def test_torchrun_equals_one_process(mini, tmp_path, without):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name.startswith("tiny")])
-def test_every_variant_resumes_to_the_bit_and_on_two_workers(mini, tmp_path, recipe):
+def test_pretrain_variants_resume_bit_exactly_and_on_two_workers(mini, tmp_path, recipe):
     whole, parts, two = (mini(f"name={name}", *LOCAL, recipe=recipe) for name in ("whole", "parts", "two"))
     run(whole)
     run(mini("name=parts", *LOCAL, "fit.stop_after=3", recipe=recipe))
@@ -152,7 +152,7 @@ def test_every_variant_resumes_to_the_bit_and_on_two_workers(mini, tmp_path, rec
     assert_close(lines(whole), lines(two))
 
 
-def test_zero_in_one_process_needs_neither_ray_nor_torchrun(mini, tmp_path):
+def test_pretrain_zero_in_one_process_needs_no_launcher(mini, tmp_path):
     for more in (
         ["fit.stop_after=3"],
         [],
@@ -173,13 +173,13 @@ def test_zero_in_one_process_needs_neither_ray_nor_torchrun(mini, tmp_path):
         assert zero == pytest.approx(plain, rel=1e-4)
 
 
-def test_loader_processes_change_nothing(mini):
+def test_pretrain_loader_processes_change_nothing(mini):
     run(mini("name=none", *LOCAL))
     run(mini("name=two", *LOCAL, "fit.loader_workers=2"))
     assert without_rate(lines(mini("name=none"))) == without_rate(lines(mini("name=two")))
 
 
-def test_the_best_and_the_newest_are_kept(mini, tmp_path):
+def test_pretrain_keeps_best_and_newest_checkpoints(mini, tmp_path):
     run(mini("name=kept", *LOCAL, "fit.keep=2", "fit.save_every=1", "fit.eval_every=1"))
     assert sorted(p.name for p in (tmp_path / "kept" / "checkpoints").glob("step_*")) == [
         "step_000005",
@@ -190,7 +190,7 @@ def test_the_best_and_the_newest_are_kept(mini, tmp_path):
     assert best["score"] == max(scores.values()) == scores[best["step"]]
 
 
-def test_damaged_checkpoints_without_ray(mini, tmp_path):
+def test_pretrain_skips_damaged_checkpoints_without_ray(mini, tmp_path):
     config = mini("name=hurt", *LOCAL, "fit.stop_after=4")
     run(config)
     folder = tmp_path / "hurt"
@@ -208,14 +208,14 @@ def test_damaged_checkpoints_without_ray(mini, tmp_path):
     assert run(mini("name=hurt", *LOCAL, "resume=step_000002"))["finished"]
 
 
-def test_other_settings_want_another_name(mini):
+def test_pretrain_changed_settings_need_another_name(mini):
     run(mini("name=set", *LOCAL, "fit.stop_after=2"))
     with pytest.raises(UserError, match=r"other settings \(optim.lr\); give this one another name="):
         run(mini("name=set", *LOCAL, "optim.lr=0.5"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_builds(recipe):
+def test_pretrain_every_recipe_builds(recipe):
     config = RECIPES[recipe]()
     assert config.name == recipe
     assert RECIPES[recipe].__doc__
@@ -226,7 +226,7 @@ def test_every_recipe_builds(recipe):
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
-def test_ablations_train_without_the_term(mini, ablation):
+def test_pretrain_ablations_train_without_the_term(mini, ablation):
     weights = RECIPES[f"tiny_{ablation}"]().objective.weights
     config = mini(f"name={ablation}", *LOCAL, "fit.steps=1", "data.retrieval=null")
     objective = config.objective.model_copy(update={"weights": weights})
@@ -235,7 +235,7 @@ def test_ablations_train_without_the_term(mini, ablation):
     assert not terms & {name for name, weight in weights.model_dump().items() if weight == 0}
 
 
-def test_base_has_the_papers_size():
+def test_pretrain_base_has_published_parameter_count():
     with torch.device("meta"):
         model = UnifiedModel(RECIPES["base"]().model)
     layers = (
@@ -248,7 +248,7 @@ def test_base_has_the_papers_size():
     )
 
 
-def test_seeds_decide_the_model(mini):
+def test_pretrain_seed_determines_the_model(mini):
     first, same, other = (build_model(mini(f"fit.seed={seed}")) for seed in (1, 1, 2))
     assert torch.equal(first.embedding.word.weight, same.embedding.word.weight)
     assert not torch.equal(first.embedding.word.weight, other.embedding.word.weight)
@@ -269,7 +269,7 @@ def test_seeds_decide_the_model(mini):
         (["--config", "nowhere.json"], "nowhere.json: no such config file"),
     ],
 )
-def test_mistakes_are_one_line(arguments, words, capsys):
+def test_pretrain_wrong_settings_are_one_line_errors(arguments, words, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert words in error
@@ -287,13 +287,13 @@ def test_mistakes_are_one_line(arguments, words, capsys):
         ("workers=3", "lanes"),
     ],
 )
-def test_bad_data_is_found_before_anything_starts(mini, setting, words):
+def test_pretrain_bad_data_is_found_before_start(mini, setting, words):
     with pytest.raises(UserError, match=words) as e:
         run(mini("name=bad", "runtime=ray", setting))
     assert "\n" not in str(e.value)
 
 
-def test_a_batch_that_does_not_fit_is_told(mini, tmp_path):
+def test_pretrain_batch_too_large_for_memory_is_one_line_error(mini, tmp_path):
     """In a process whose address space ends 1 GB above what it has after its imports."""
     save(mini("name=large", *LOCAL, "data.image_text.batch=16384"), tmp_path / "large.json")
     limited = (
@@ -312,14 +312,14 @@ def test_a_batch_that_does_not_fit_is_told(mini, tmp_path):
     assert "more than workers=1" in done.stderr
 
 
-def test_print_config(capsys):
+def test_pretrain_print_config_shows_resolved_config(capsys):
     assert main(["tiny", "--print-config", "optim.lr=0.25"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["optim"]["lr"] == 0.25
     assert override(RECIPES["tiny"](), ["optim.lr=0.25"]) == PretrainConfig.model_validate(printed)
 
 
-def test_evaluate_refuses_what_is_no_retrieval_set(mini, tmp_path, capsys):
+def test_pretrain_evaluate_refuses_folder_without_retrieval_set(mini, tmp_path, capsys):
     run(mini("name=model", *LOCAL, "fit.steps=1", "data.retrieval=null"))
     folder = tmp_path / "set"
     folder.mkdir()

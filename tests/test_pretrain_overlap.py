@@ -26,7 +26,7 @@ def encode(image: np.ndarray, kind: str = ".png", *options: int) -> bytes:
     return cv2.imencode(kind, image[..., ::-1], list(options))[1].tobytes()
 
 
-def test_perceptual_hash_equals_a_slow_reference():
+def test_perceptual_hash_equals_slow_reference():
     for seed in range(5):
         image = photo(seed)
         grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA)
@@ -35,7 +35,7 @@ def test_perceptual_hash_equals_a_slow_reference():
         assert perceptual_hash(image) == (int("".join("01"[int(bit)] for bit in bits), 2), False)
 
 
-def test_perceptual_hash_survives_size_and_encoding_and_tells_images_apart():
+def test_perceptual_hash_survives_resizing_and_encoding_and_separates_images():
     hashes = np.array([perceptual_hash(photo(seed))[0] for seed in range(60)], np.uint64)
     apart = np.bitwise_count(hashes[:, None] ^ hashes[None])[np.triu_indices(60, 1)]
     assert apart.min() > 6
@@ -50,7 +50,7 @@ def test_perceptual_hash_survives_size_and_encoding_and_tells_images_apart():
     assert perceptual_hash(np.full((9, 9, 3), 200, np.uint8))[1]
 
 
-def test_count_overlap_equals_a_loop_over_all_pairs():
+def test_count_overlap_equals_loop_over_all_pairs():
     rng = np.random.default_rng(0)
     some = rng.integers(0, 2**63, 40, dtype=np.uint64)
 
@@ -114,7 +114,7 @@ def test_overlap_command_counts_bytes_and_hashes(corpus, tmp_path, capsys):
     assert "| the same bytes | 1 | 25.0 |" in capsys.readouterr().out
 
 
-def test_overlap_keeps_the_images_that_annotations_name(corpus, tmp_path, capsys):
+def test_overlap_command_keeps_images_named_by_annotations(corpus, tmp_path, capsys):
     data = tmp_path / "data.tar"
     with tarfile.open(data, "w") as tar:
         for seed in (1, 2, 70):
@@ -131,7 +131,7 @@ def test_overlap_keeps_the_images_that_annotations_name(corpus, tmp_path, capsys
     assert "2 test images, 10 of the corpus" in printed and "are not in" not in printed
 
 
-def test_overlap_tells_names_without_an_image(corpus, tmp_path, capsys):
+def test_overlap_command_reports_names_without_an_image(corpus, tmp_path, capsys):
     """A share of the images that are there would pass for a share of the test set."""
     data, names = tmp_path / "data", tmp_path / "names.txt"
     data.mkdir()
@@ -160,12 +160,12 @@ def test_overlap_tells_names_without_an_image(corpus, tmp_path, capsys):
         ("wit.jsonl", '{"wit_ix": 12, "image_url": "http://a/1.jpg"}\n', {"12"}),
     ],
 )
-def test_read_names_of_annotation_files(tmp_path, name, text, names):
+def test_read_names_reads_annotation_files(tmp_path, name, text, names):
     (tmp_path / name).write_text(text)
     assert read_names(tmp_path / name) == names
 
 
-def test_overlap_mistakes_are_one_line(corpus, tmp_path, capsys):
+def test_overlap_command_wrong_arguments_are_one_line_errors(corpus, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jsonl").write_text("{")
     (tmp_path / "broken").mkdir()
@@ -184,7 +184,7 @@ def test_overlap_mistakes_are_one_line(corpus, tmp_path, capsys):
         assert words in error and error.count("\n") == 1
 
 
-def test_read_names_refuses_a_file_without_names(tmp_path):
+def test_read_names_refuses_file_without_names(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match="no names of images"):
         read_names(tmp_path / "empty.txt")

@@ -60,7 +60,7 @@ SPLITS = [
 
 
 @pytest.mark.parametrize(("task", "split"), SPLITS)
-def test_task_records_name_files_of_iglues_tree(task, split):
+def test_tasks_name_files_of_iglue_repository(task, split):
     record, tree = TASKS[task], set(TREE)
     for language in languages_of(task, split):
         if split != "shots":
@@ -74,7 +74,7 @@ def test_task_records_name_files_of_iglues_tree(task, split):
             assert tree & {str(path) for path in record.paths(Path(), split, language, size)}
 
 
-def test_what_a_record_looks_for_first_is_iglues_own():
+def test_tasks_look_for_iglue_names_first():
     """Or that file unzipped: names that only we, or the data's authors, have come after them."""
     for task in PUBLISHED:
         for split in TASKS[task].splits.keys() - OURS - {"shots"}:
@@ -102,7 +102,7 @@ LXMERT = [
 ]
 
 
-def test_zips_are_read_as_they_lie(tmp_path):
+def test_zipped_annotations_are_read_directly(tmp_path):
     """One JSON file in it, whatever macOS has added; the same file unzipped beside is read instead."""
     task = TASKS["xgqa"]
     path = put(tmp_path / "gqa/annotations/train.json.zip", "train.json", json.dumps(LXMERT))
@@ -128,7 +128,7 @@ def test_zips_are_read_as_they_lie(tmp_path):
     assert list(nli.read_xvnli(path)) == [Example("1.jpg#0r1n", ("h",), ("1",), {"neutral": 1.0})]
 
 
-def test_zips_that_are_not_to_be_read_are_named(tmp_path):
+def test_zipped_annotations_that_are_ambiguous_or_broken_are_named(tmp_path):
     several = put(put(tmp_path / "several.json.zip", "a.json", "[]"), "b.json", "[]")
     none = put(tmp_path / "n.zip", "n.txt", "")
     for path, words in ((several, r"2 JSON files \(a.json, b.json\) in it"), (none, "no JSON file in it")):
@@ -151,7 +151,7 @@ def test_zips_that_are_not_to_be_read_are_named(tmp_path):
         list(read_jsonl(changed))
 
 
-def test_a_missing_split_names_every_place(tmp_path):
+def test_tasks_missing_split_names_every_candidate_path(tmp_path):
     task = TASKS["xgqa"]
     with pytest.raises(UserError) as refused:
         list(task.read(task.path(tmp_path, "train", "en"), "train", "en"))
@@ -159,7 +159,7 @@ def test_a_missing_split_names_every_place(tmp_path):
         assert f"gqa/annotations/{name}" in str(refused.value)
 
 
-def test_gqas_own_files_are_read_where_iglues_are_not_there(tmp_path):
+def test_gqa_original_files_are_read_without_iglue_files(tmp_path):
     path = tmp_path / "gqa/annotations/val_balanced_questions.json"
     path.parent.mkdir(parents=True)
     path.write_text(
@@ -171,7 +171,7 @@ def test_gqas_own_files_are_read_where_iglues_are_not_there(tmp_path):
     assert [e.kind for e in task.read(task.path(tmp_path, "dev", "en"), "dev", "en")] == ["verify"]
 
 
-def test_translated_dev_sets_are_target_dev_sets(tmp_path):
+def test_target_dev_uses_translated_dev_sets(tmp_path):
     """IGLUE translated the first of Flickr30K's five captions, and left the others in English."""
     path = tmp_path / "flickr30k/annotations_machine-translate/valid-ru_gmt.jsonl"
     path.parent.mkdir(parents=True)
@@ -183,7 +183,7 @@ def test_translated_dev_sets_are_target_dev_sets(tmp_path):
     assert items == [Captioned("10.jpg", ("Группа людей стоит в кузове грузовика.",))]
 
 
-def test_a_task_without_target_dev_sets_says_so():
+def test_target_dev_of_task_without_dev_sets_is_an_error():
     with pytest.raises(UserError, match="wit has no development set in 'ja'"):
         dev_split(RECIPES["iglue_wit"](), "ja")
     assert (
@@ -192,7 +192,7 @@ def test_a_task_without_target_dev_sets_says_so():
     assert dev_split(RECIPES["iglue_xgqa"](), "de") == "shots_dev"
 
 
-def test_iglues_captions_without_a_word_stay_in_its_tests(tmp_path):
+def test_iglue_empty_captions_count_in_test_and_fail_in_training(tmp_path):
     """Its German and Indonesian tests have one each; in training one is an error."""
     task, record = (
         TASKS["xflickrco"],
@@ -212,7 +212,7 @@ def test_iglues_captions_without_a_word_stay_in_its_tests(tmp_path):
                 list(read)
 
 
-def test_xgqa_is_tested_on_iglues_9666_questions():
+def test_xgqa_is_tested_on_iglue_9666_questions():
     recipes = [name for name in RECIPES if RECIPES[name]().task in ("xgqa", "xgqa_translated")]
     assert {"iglue_xgqa", "p0_uc2_baseline", "p1_uc2_suf_xgqa", "p2_xgqa", "iglue_few_shot_xgqa"} < set(
         recipes
@@ -234,7 +234,7 @@ def test_xgqa_is_tested_on_iglues_9666_questions():
         assert str(found) == f"xGQA/annotations_machine-translate/{path}"
 
 
-def test_the_testdev_is_for_runs_that_see_no_few_shot_file(finetune, tmp_path):
+def test_xgqa_testdev_is_for_runs_without_few_shot_files(finetune, tmp_path):
     """Zero-shot and translate-test, and of models that saw none; results say which split they are of."""
     code, printed = finetune("scenes_xgqa", "name=english", "epochs=1")
     found = json.loads((tmp_path / "english/result.json").read_text())
@@ -279,7 +279,7 @@ def test_the_testdev_is_for_runs_that_see_no_few_shot_file(finetune, tmp_path):
     assert code == 2 and "no split 'testdev'" in printed
 
 
-def test_evaluating_a_run_of_before_says_which_split(finetune, tmp_path, capsys):
+def test_evaluate_older_run_names_its_split(finetune, tmp_path, capsys):
     assert finetune("scenes_xgqa", "name=old", "epochs=1")[0] == 0
     path = tmp_path / "old/result.json"
     path.write_text(
@@ -305,7 +305,7 @@ def examples(count):
 
 @pytest.mark.parametrize(("count", "steps"), [(1490, 480), (27, 20), (64, 20), (65, 40)])
 @pytest.mark.parametrize("name", ["iglue_few_shot_xgqa", "p1_uc2_few_shot_xgqa"])
-def test_few_shot_xgqa_takes_iglues_steps(name, count, steps):
+def test_few_shot_xgqa_has_iglue_step_count(name, count, steps):
     """1,490 questions of 48 images in batches of 64: 24 an epoch, the last of them smaller; 20 epochs. Paper
     1 follows it."""
     config = RECIPES[name]()
@@ -323,7 +323,7 @@ def test_few_shot_xgqa_takes_iglues_steps(name, count, steps):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_last_batch_that_is_kept_takes_every_example_once(world):
+def test_example_batches_keep_last_batch_and_every_example(world):
     tokenizer = Tokenizer.load(TOKENIZER)
     parts = [
         ExampleBatches(
@@ -348,7 +348,7 @@ def test_a_last_batch_that_is_kept_takes_every_example_once(world):
 @pytest.mark.parametrize(
     ("task", "shots"), [("xgqa", 5), ("xvnli", 1), ("marvl", 2), ("xflickrco", 1), ("xflickrco", 5)]
 )
-def test_few_shot_recipes_run_from_english(finetune, tmp_path, task, shots):
+def test_few_shot_recipes_start_from_english(finetune, tmp_path, task, shots):
     """Each language from the English checkpoint, its best on the dev set that IGLUE uses."""
     assert finetune(f"scenes_{task}", "name=english", "epochs=1", "candidates=3")[0] == 0
     small = ["runtime=local", "backbone=unified", 'languages=["ru"]', "batch=4", "loss=ce", "candidates=3"]
@@ -372,19 +372,19 @@ def test_few_shot_recipes_run_from_english(finetune, tmp_path, task, shots):
         ("marvl", "xx", "this language has no few-shot file"),
     ],
 )
-def test_a_number_of_shots_that_is_not_there_names_those_that_are(scenes, task, language, words):
+def test_few_shot_unavailable_number_of_shots_names_available_ones(scenes, task, language, words):
     record = TASKS[task]
     with pytest.raises(UserError, match=words):
         list(record.read(record.path(scenes, "shots", language, 7), "shots", language))
 
 
-def test_iglues_recipes_have_its_losses():
+def test_recipes_of_iglue_have_its_losses():
     """`loss: BCEWithLogitLoss` of XVNLI, NLVR2 and GQA in its task files."""
     for task in ("xgqa", "xvnli", "marvl"):
         assert RECIPES[f"iglue_{task}"]().loss == RECIPES[f"iglue_few_shot_{task}"]().loss == "bce"
 
 
-def test_the_few_shot_space_is_iglues_grid():
+def test_few_shot_space_is_iglue_grid():
     space = SPACES["few_shot"]
     assert space.points() == [{"optim.lr": rate} for rate in (1e-4, 5e-5, 1e-5)] and FEW_SHOT_RATES == (
         1e-4,
@@ -416,7 +416,7 @@ def test_the_few_shot_space_is_iglues_grid():
         Finetuning().searched(config, "english_dev")
 
 
-def test_scenes_of_before_are_read_or_made_anew(scenes, tmp_path, finetune):
+def test_scenes_of_older_versions_are_read_or_must_be_rewritten(scenes, tmp_path, finetune):
     """Their training files had GQA's own names; a translated test that they lack is told."""
     folder = tmp_path / "old"
     shutil.copytree(scenes, folder)

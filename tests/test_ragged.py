@@ -12,7 +12,7 @@ def made(*rows):
     return Ragged(torch.tensor([v for row in rows for v in row]), torch.tensor([len(row) for row in rows]))
 
 
-def test_take_concatenate_join():
+def test_packed_select_concatenate_and_interleave():
     a, b = made([1, 2], [3], [4, 5, 6]), made([7], [8, 9], [0])
     assert rows_of(a.take(torch.tensor([2, 0, 2]))) == [[4, 5, 6], [1, 2], [4, 5, 6]]
     assert rows_of(concatenate([a, b])) == [*rows_of(a), *rows_of(b)]
@@ -22,7 +22,7 @@ def test_take_concatenate_join():
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_a_plan_puts_every_query_beside_its_row(seed, shuffled):
+def test_packed_cross_attention_puts_queries_beside_their_row(seed, shuffled):
     g = torch.Generator().manual_seed(seed)
     keys = torch.randint(1, 9, (20,), generator=g).sort().values
     queries = torch.randint(0, 4, (20,), generator=g)
@@ -40,6 +40,6 @@ def test_a_plan_puts_every_query_beside_its_row(seed, shuffled):
     assert rows[plan.place[names]].tolist() == owner.tolist()
 
 
-def test_nothing_is_moved_when_rows_ask_for_themselves():
+def test_packed_cross_attention_moves_nothing_for_own_rows():
     keys = torch.tensor([2, 2, 5])
     assert plan_attention(keys, keys, torch.device("cpu")) == Plan([(2, 2, 2), (1, 5, 5)], None, None)

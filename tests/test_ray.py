@@ -62,7 +62,7 @@ def states(config, step):
     return [torch.load(f, weights_only=False) for f in files]
 
 
-def test_stop_and_go_is_the_same_run(mini):
+def test_ray_stopped_run_resumes_bit_exactly(mini):
     whole, parts = mini("name=whole"), mini("name=parts")
     result = run(whole)
     assert result["finished"]
@@ -78,7 +78,7 @@ def test_stop_and_go_is_the_same_run(mini):
     assert run(whole) == {}  # complete: says so and does nothing
 
 
-def test_another_number_of_workers_goes_on_alike(mini):
+def test_ray_resume_with_another_number_of_workers_agrees(mini):
     runs = Path(mini().runs)
     one = mini("name=one", "workers=1")
     run(mini("name=two", "fit.stop_after=3"))
@@ -101,7 +101,7 @@ def test_another_number_of_workers_goes_on_alike(mini):
             assert got[step] == pytest.approx(wanted[step], rel=2e-4), (name, step)
 
 
-def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_been(mini):
+def test_ray_killed_worker_is_replaced_without_trace(mini):
     settings = ["fit.steps=60", "fit.save_every=10", "fit.keep=2"]
     undisturbed, killed = mini("name=undisturbed", *settings), mini("name=killed", *settings)
     run(undisturbed)
@@ -128,7 +128,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_been(min
     assert (Path(killed.runs) / "killed" / "best").is_dir()
 
 
-def test_only_whole_registered_checkpoints_count(mini):
+def test_ray_only_complete_registered_checkpoints_count(mini):
     config = mini("name=broken", "fit.stop_after=4")
     run(config)
     folder = Path(config.runs) / "broken"
@@ -151,7 +151,7 @@ def test_only_whole_registered_checkpoints_count(mini):
     assert (folder / "checkpoints.before-1" / "step_000004").is_dir()
 
 
-def test_a_users_mistake_on_a_worker_is_one_line_and_not_retried(mini, tmp_path):
+def test_ray_user_error_on_worker_is_one_line_and_not_retried(mini, tmp_path):
     config = mini("name=nan", "optim.lr=1e30", "optim.clip=1e30", "optim.warmup=0")
     with pytest.raises(UserError, match=r"step \d: .* not finite; lower optim.lr"):
         run(config)

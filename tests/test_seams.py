@@ -78,7 +78,9 @@ def teacher(model, scenes, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_method_has_an_effect_or_is_refused(finetune, tmp_path, bases, teacher, name, kind):
+def test_strategies_change_training_or_are_refused_on_every_task(
+    finetune, tmp_path, bases, teacher, name, kind
+):
     recipe, *settings = KINDS[kind]
     more = [*settings, *MORE.get(name, ())]
     own = [*OWN[name], *([f"strategies.distillation.teacher={teacher}"] if name == "distillation" else [])]
@@ -101,7 +103,7 @@ def test_a_method_has_an_effect_or_is_refused(finetune, tmp_path, bases, teacher
 
 
 @pytest.mark.parametrize("loss", ["mse", "pivot", "image"])
-def test_alignment_is_trained_beside_matching(finetune, tmp_path, loss):
+def test_alignment_beside_matching_is_logged_and_weighted(finetune, tmp_path, loss):
     """The term is told in the log, and its weight decides what is learnt."""
     found = {}
     for weight in (0.0, 0.5, 5.0):
@@ -136,6 +138,6 @@ def test_alignment_is_trained_beside_matching(finetune, tmp_path, loss):
         ),
     ],
 )
-def test_stages_that_a_run_has_not_are_refused(finetune, settings, words):
+def test_strategies_of_absent_stages_are_refused(finetune, settings, words):
     code, printed = finetune("scenes_xgqa", "name=wrong", *settings)
     assert code == 2 and words in printed and printed.strip().count("\n") == 0

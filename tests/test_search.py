@@ -86,7 +86,7 @@ def trials(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_search_ends_with_a_config_that_runs_and_a_report(search, tmp_path, capsys):
+def test_search_ends_with_runnable_config_and_report(search, tmp_path, capsys):
     folder = search(LR, "trials=4", "seeds=2", "stop=asha", "reduction=2")
     rows = trials(folder)
     assert len(rows) == 4 and rows[0]["optim.lr"] == "0.0005"  # the published setting comes first
@@ -126,7 +126,7 @@ def test_a_search_ends_with_a_config_that_runs_and_a_report(search, tmp_path, ca
         search(LR, "trials=5", "seeds=2", "stop=asha", "reduction=2")
 
 
-def test_a_search_does_not_go_on_with_other_data(search, scenes, tmp_path):
+def test_search_refuses_to_resume_with_other_data(search, scenes, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(scenes, data)
     first = {"recipe": (f"data={data}", "epochs=1")}
@@ -140,7 +140,7 @@ def test_a_search_does_not_go_on_with_other_data(search, scenes, tmp_path):
         search(LR, "trials=1", "stop=none", **first)
 
 
-def test_a_search_with_verify_compares_the_content_of_its_data(search, scenes, tmp_path):
+def test_search_with_verify_compares_data_content(search, scenes, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(scenes, data)
     first = {"recipe": (f"data={data}", "epochs=1")}
@@ -168,7 +168,7 @@ class Deadly(Finetuning):
         return super().run(config, reporter)
 
 
-def test_trials_that_die_are_tried_again_then_failed_and_the_rest_go_on(search):
+def test_search_crashed_trials_are_retried_then_failed(search):
     choices = Space(
         "",
         "",
@@ -204,7 +204,7 @@ def _studies(folder):
     ]
 
 
-def test_what_trials_share_is_made_once(tmp_path):
+def test_search_trials_share_cached_objects(tmp_path):
     import ray
 
     from raylib.search.cache import RayObjectCache
@@ -223,7 +223,7 @@ def test_what_trials_share_is_made_once(tmp_path):
     assert ray.get(trial.remote(cache))[1:] == ([0, 1, 2, 3, 4], True)
 
 
-def test_stopped_trials_are_pruned_in_optuna(search):
+def test_search_stopped_trials_are_pruned_in_optuna(search):
     folder = search(LR, "trials=6", "reduction=2", "concurrent=1")
     states = {row["state"] for row in trials(folder)}
     (study,) = _studies(folder)
@@ -266,7 +266,9 @@ def test_stopped_trials_are_pruned_in_optuna(search):
         (("metric=english_dev", "select=target_dev"), (), "metric=english_dev: no run reports that"),
     ],
 )
-def test_mistakes_are_one_line_before_any_trial(search, tmp_path, settings, recipe, words):
+def test_search_wrong_settings_are_one_line_errors_before_any_trial(
+    search, tmp_path, settings, recipe, words
+):
     with pytest.raises(UserError) as refused:
         search(LR, *settings, recipe=recipe)
     assert words in str(refused.value)
@@ -274,7 +276,7 @@ def test_mistakes_are_one_line_before_any_trial(search, tmp_path, settings, reci
 
 
 @pytest.mark.slow
-def test_two_goals_have_a_front_and_nothing_is_stopped(search):
+def test_search_with_two_goals_has_a_front_and_stops_nothing(search):
     folder = search(LR, "trials=6", "search=nsga2", "select=both", "seeds=1")
     rows = trials(folder)
     assert {row["state"] for row in rows} == {"finished"} and all(row["target_dev"] for row in rows)
@@ -283,7 +285,7 @@ def test_two_goals_have_a_front_and_nothing_is_stopped(search):
 
 
 @pytest.mark.slow
-def test_a_population_changes_knobs_in_mid_run(search):
+def test_search_population_changes_settings_during_a_run(search):
     folder = search(LR, "trials=4", "search=pbt", "seeds=0", recipe=("epochs=6",))
     assert {row["state"] for row in trials(folder)} == {"finished"}
     moved = [path for path in (folder / "tune").glob("pbt_policy_*.txt") if path.read_text()]
@@ -294,7 +296,7 @@ def test_a_population_changes_knobs_in_mid_run(search):
 
 
 @pytest.mark.slow
-def test_a_trial_may_train_on_workers_of_its_own_under_zero(search):
+def test_search_trial_trains_on_own_workers_under_zero(search):
     fast = Space("", "", {"optim.lr": Choice(1e-2, 1e-7)}, grid={"optim.lr": (1e-2, 1e-7, 1e-2)})
     folder = search(fast, "search=grid", "workers=1", "reduction=2", "concurrent=1")
     rows = trials(folder)
@@ -303,7 +305,7 @@ def test_a_trial_may_train_on_workers_of_its_own_under_zero(search):
 
 
 @pytest.mark.slow
-def test_pretraining_is_searched_the_same_way(mini, tmp_path, capsys):
+def test_search_over_pretraining(mini, tmp_path, capsys):
     from raylib.search import search as sweep
     from tune_spaces.jobs import Pretraining
 
@@ -320,7 +322,7 @@ def test_pretraining_is_searched_the_same_way(mini, tmp_path, capsys):
 
 
 @pytest.mark.drill
-def test_a_killed_driver_loses_nothing(tmp_path, model, scenes):
+def test_search_killed_driver_resumes_without_loss(tmp_path, model, scenes):
     """SIGKILL in mid-sweep, then the same command: finished trials stay as they were, the one under way goes
     on from its checkpoint, the searcher knows what it knew, and the number of trials is what was asked
     for."""

@@ -62,7 +62,7 @@ def told(age: int, score: float, judged: bool = True) -> dict:
     return {"age": age, "score": score, "judged": judged}
 
 
-def test_asha_stops_who_is_behind_at_a_rung_and_judges_none_too_early(tmp_path):
+def test_asha_stops_trials_behind_at_a_rung(tmp_path):
     trials = [Trial(str(i)) for i in range(5)]
     rule, controller = (
         scheduler("asha", "score", grace=1, reduction=2.0, longest=9, runs=tmp_path),
@@ -89,7 +89,7 @@ def test_asha_stops_who_is_behind_at_a_rung_and_judges_none_too_early(tmp_path):
 
 @pytest.mark.parametrize("stop", ["asha", "median"])
 @pytest.mark.parametrize("restarted", [True, False])
-def test_what_trials_had_scored_is_known_after_a_restart(tmp_path, stop, restarted, monkeypatch):
+def test_schedulers_restore_scores_after_restart(tmp_path, stop, restarted, monkeypatch):
     before = [
         Trial(str(i)) for i in range(4)
     ]  # some of them ended, one goes on: it has been at its first rung
@@ -113,7 +113,7 @@ def test_what_trials_had_scored_is_known_after_a_restart(tmp_path, stop, restart
         )  # this rung it has passed
 
 
-def test_stages_that_mean_something_else_are_not_judged():
+def test_schedulers_ignore_epochs_of_other_stages():
     job = Finetuning()
 
     def config(*settings):
@@ -134,7 +134,7 @@ def test_stages_that_mean_something_else_are_not_judged():
     assert (job.epochs(few), job.parts(few)) == (6, 2)
 
 
-def test_what_becomes_of_a_trial():
+def test_trial_state_follows_from_result_and_error():
     assert state_of({"finished": True}, False) == TrialState.COMPLETE
     assert state_of({"finished": False}, False) == TrialState.PRUNED
     for result, error in (
@@ -145,7 +145,7 @@ def test_what_becomes_of_a_trial():
         assert state_of(result, error) == TrialState.FAIL
 
 
-def test_the_searcher_proposes_what_is_published_first_and_tells_optuna_the_truth(tmp_path):
+def test_searcher_proposes_published_settings_first_and_reports_to_optuna(tmp_path):
     chosen = Space(
         "", "", {"x": Float(0, 1), "way": OneOf(a={}, b={"n": Int(1, 3)})}, ({"x": 0.25, "way": "b", "n": 2},)
     )
@@ -185,7 +185,7 @@ def test_the_searcher_proposes_what_is_published_first_and_tells_optuna_the_trut
     assert again.suggest("anew") == published
 
 
-def test_populations_stay_within_their_ranges_and_refuse_what_cannot_change(tmp_path):
+def test_population_stays_in_range_and_refuses_fixed_settings(tmp_path):
     knobs = {
         "optim.lr": Float(1e-4, 1e-3, log=True),
         "strategies.prior.k": Int(2, 10),
@@ -205,7 +205,7 @@ def test_populations_stay_within_their_ranges_and_refuse_what_cannot_change(tmp_
         check_changeable({"way": OneOf(a={}, b={})}, ("way",))
 
 
-def test_a_population_knows_its_ranks_after_a_restart(tmp_path, monkeypatch):
+def test_population_restores_ranks_after_restart(tmp_path, monkeypatch):
     members = [Member(str(i)) for i in range(4)]
     for i, member in enumerate(members):
         (tmp_path / member.trial_id).mkdir()
@@ -247,7 +247,7 @@ def rows(values, state="finished"):
     ]
 
 
-def test_importance_finds_the_knob_that_decides():
+def test_importance_finds_the_decisive_setting():
     import random
 
     dice = random.Random(0)
@@ -264,7 +264,7 @@ def test_importance_finds_the_knob_that_decides():
     assert figures.importances(knobs, same, "one", 0) == {}  # nothing to explain
 
 
-def test_the_cost_is_what_was_trained_and_what_was_not():
+def test_search_cost_counts_trained_and_saved_epochs():
     done = [Row("0", "finished", {}, {"one": 0.5}, 8, 8, 3600, 1, None)] * 2
     stopped = [
         Row("1", "stopped", {}, {"one": 0.2}, 2, 8, 900, 1, None)
@@ -277,7 +277,7 @@ def test_the_cost_is_what_was_trained_and_what_was_not():
     )
 
 
-def test_a_search_says_whether_early_scores_tell_the_last(tmp_path):
+def test_search_report_correlates_early_and_final_scores(tmp_path):
     # after one epoch the trials rank the wrong way round, after three the right way; a pruning round is no
     # score
     finals = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
@@ -308,7 +308,7 @@ def test_a_search_says_whether_early_scores_tell_the_last(tmp_path):
     assert early.told([], 1) == ""
 
 
-def test_a_trial_of_several_languages_stands_where_its_part_does():
+def test_effective_epoch_of_few_shot_trial_is_that_of_its_language():
     job = Finetuning()
     job.depths["M"] = 8
     own = ["model=M", "data=D", "epochs=4", "setting=few_shot", 'languages=["en","de","ru"]']
@@ -345,7 +345,7 @@ def tune_state(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tuner.pkl", "searcher-state-1.pkl", "experiment_state-1.json"])
-def test_half_a_state_gives_way_to_the_copy(tune_state, name):
+def test_tune_state_damaged_file_is_replaced_by_copy(tune_state, name):
     fit.Keep(tune_state).on_step_end(1, [])
     (tune_state / "experiment_state-2.json").write_text('{"trials": 3}')  # of a second driver
     whole = (tune_state / name).read_bytes()
@@ -356,7 +356,7 @@ def test_half_a_state_gives_way_to_the_copy(tune_state, name):
     assert json.loads(max(tune_state.glob("experiment_state-*")).read_text()) == {"trials": 2}
 
 
-def test_without_a_whole_state_there_is_none(tune_state):
+def test_tune_state_without_complete_copy_is_none(tune_state):
     assert fit.recover(tune_state)
     (tune_state / "experiment_state-1.json").write_text("")
     fit.keep(tune_state)  # what is damaged is not kept
@@ -365,13 +365,13 @@ def test_without_a_whole_state_there_is_none(tune_state):
     assert not fit.recover(tune_state) and not fit.recover(tune_state / "none")
 
 
-def test_finals_that_fail_do_not_win_and_are_told():
+def test_search_failed_final_runs_are_reported_and_do_not_win():
     best = Final("1", {"x": 1}, {}, {}, 3)
     assert "No final run finished" in report._verdict(SearchConfig(recipe="r"), [best])
     assert "seeds=0" in report._verdict(SearchConfig(recipe="r", seeds=0), [best])
 
 
-def test_the_verdict_compares_seed_by_seed():
+def test_search_final_comparison_is_paired_by_seed():
     config = SearchConfig(recipe="r")
     scores = {seed: {"english_dev": 0.5 + 0.1 * seed} for seed in (1, 2, 3)}
     best = Final(
@@ -393,7 +393,7 @@ def test_the_verdict_compares_seed_by_seed():
     assert "does not beat it" in report._verdict(config, [published])
 
 
-def test_a_study_keeps_conditional_knobs():
+def test_optuna_study_keeps_conditional_settings():
     knobs = {"way": OneOf(a={"z": Float(0, 1)}, b={}), "x": Float(0, 1), "y": Float(0, 1)}
     study = figures._study(knobs, rows([(0.1, 0.2, 0.3), (0.5, 0.6, 0.7)]), "one")
     assert [set(trial.params) for trial in study.trials] == [{"x", "y", "way"}, {"x", "y", "way", "z"}]

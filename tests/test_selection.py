@@ -37,12 +37,12 @@ CHOSEN = {  # recipe -> (select, metric, ties)
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_recipes_choose_as_their_papers_do(name):
+def test_selection_recipes_follow_their_papers(name):
     config = RECIPES[name]()
     assert (config.select, config.select_metric, config.select_ties) == CHOSEN[name]
 
 
-def test_every_recipe_says_what_it_chooses_by():
+def test_selection_is_stated_by_every_recipe():
     words = {
         "p1_uc2_suf_xgqa": "[last epoch]",
         "p4_xtd_few_full": "[best recall at 1 on the dev set, last of ties]",
@@ -57,14 +57,14 @@ def test_every_recipe_says_what_it_chooses_by():
 @pytest.mark.parametrize(
     "name", [name for name in RECIPES if RECIPES[name]().trains and RECIPES[name]().select == "best"]
 )
-def test_a_recipe_that_says_best_has_a_dev_set_of_each_part(name):
+def test_selection_best_has_a_dev_set_for_each_part(name):
     config = RECIPES[name]()
     for language in languages_of(config) if config.trains_apart else [None]:
         sets = dev_sets(config, language)
         assert bool(sets) == ("best" in RECIPES[name].__doc__) == (config.task != "fm_iqa")
 
 
-def test_dev_sets_whose_names_have_a_language_choose(tmp_path, model):
+def test_selection_uses_dev_sets_per_language(tmp_path, model):
     """Of MSCOCO, STAIR and COCO-CN: every language has its own."""
     config = RECIPES["p2_coco"]()
     assert dev_sets(config, None) == {"en": "dev"} and dev_split(config, "zh") == "dev"
@@ -76,7 +76,7 @@ def test_dev_sets_whose_names_have_a_language_choose(tmp_path, model):
     ]
 
 
-def test_a_run_without_a_dev_set_says_that_the_last_epoch_is_evaluated(tmp_path, model, capsys):
+def test_selection_without_dev_set_says_last_epoch_is_evaluated(tmp_path, model, capsys):
     official.fm_iqa(tmp_path / "data")
     settings = [
         "p2_fm_iqa",
@@ -118,13 +118,13 @@ def keep(run, scores, ties):
         ((0.0, 0.0), 1, 2),
     ],
 )
-def test_of_ties_the_first_or_the_last_is_kept(tmp_path, scores, first, last):
+def test_selection_of_ties_keeps_first_or_last(tmp_path, scores, first, last):
     assert keep(tmp_path / "none", scores, {}) == first  # checkpoints of before say nothing of ties
     assert keep(tmp_path / "first", scores, {"ties": "first"}) == first
     assert keep(tmp_path / "last", scores, {"ties": "last"}) == last
 
 
-def test_a_run_keeps_the_last_of_ties(finetune, tmp_path):
+def test_selection_run_keeps_last_of_ties(finetune, tmp_path):
     """At a rate of nothing every epoch scores alike."""
     for ties, step in (("first", 3), ("last", 9)):
         code, printed = finetune(
@@ -133,7 +133,7 @@ def test_a_run_keeps_the_last_of_ties(finetune, tmp_path):
         assert code == 0 and checkpoint.read_meta(tmp_path / ties / "best")["step"] == step, printed
 
 
-def test_retrieval_is_chosen_by_the_score_that_is_asked_for(finetune, tmp_path, scenes):
+def test_selection_of_retrieval_uses_requested_score(finetune, tmp_path, scenes):
     settings = ["epochs=1", "matching=false", 'languages=["en"]']
     found = {}
     for metric in ("mean_recall", "recall_at_1"):

@@ -45,7 +45,7 @@ def make_rows(count, sides, seed=0, high=60):
     return rows if sides == 2 else [row[0] for row in rows]
 
 
-def test_written_samples_come_back(pictures):
+def test_shards_written_samples_are_read_back(pictures):
     source = Source(pictures, "image_text", verify=True)
     assert (len(source), source.sizes()) == (10, {"de": [1], "en": [4, 4, 1]})
     for number in (8, 0, 5, 3, 4):
@@ -56,7 +56,7 @@ def test_written_samples_come_back(pictures):
     assert pickle.loads(pickle.dumps(source)).sample("en", 2).read("a.png") == b"\2\2"
 
 
-def test_webdataset_reads_our_shards(pictures):
+def test_shards_are_readable_by_webdataset(pictures):
     url = str(pictures / "en-{000000..000002}.tar")
     read = list(webdataset.WebDataset(url, shardshuffle=False))
     assert [sample["__key__"] for sample in read] == [f"sub/k{number}" for number in range(9)]
@@ -64,7 +64,7 @@ def test_webdataset_reads_our_shards(pictures):
         assert {name: data for name, data in sample.items() if name[0] != "_"} == members_of(number)
 
 
-def test_we_read_shards_of_webdataset(tmp_path):
+def test_shards_written_by_webdataset_are_readable(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "en-7.tar"), encoder=False) as writer:
         for number in range(6):
             writer.write(
@@ -80,7 +80,7 @@ def test_we_read_shards_of_webdataset(tmp_path):
     }
 
 
-def test_indexing_groups_as_webdataset_does(tmp_path):
+def test_shards_index_groups_members_as_webdataset_does(tmp_path):
     """Dots, folders, meta members, members without an extension. One key in two places is one sample here
     alone."""
     path = tmp_path / "en.tar"
@@ -114,7 +114,7 @@ def test_indexing_groups_as_webdataset_does(tmp_path):
 
 @pytest.mark.parametrize(("kind", "sides"), [("text", 1), ("parallel", 2)])
 @pytest.mark.parametrize("vocabulary", [60, 70_000])
-def test_packed_rows_come_back(tmp_path, kind, sides, vocabulary):
+def test_shards_packed_rows_are_read_back(tmp_path, kind, sides, vocabulary):
     rows = {"de": make_rows(BLOCK_ROWS + 50, sides, 1, vocabulary), "ru": make_rows(7, sides, 2, vocabulary)}
     with ShardWriter(tmp_path, kind, IdsBelow(vocabulary), max_samples=BLOCK_ROWS + 20) as writer:
         for language in rows:
@@ -135,7 +135,7 @@ def test_packed_rows_come_back(tmp_path, kind, sides, vocabulary):
         assert got[0].dtype == (np.uint16 if vocabulary < 65536 else np.uint32)
 
 
-def test_a_failed_writer_leaves_the_old_source(pictures):
+def test_shard_writer_failure_keeps_old_source(pictures):
     before = {path.name: path.read_bytes() for path in pictures.iterdir()}
     with (
         pytest.raises(RuntimeError, match="stop"),
@@ -154,14 +154,14 @@ def test_a_failed_writer_leaves_the_old_source(pictures):
     }
 
 
-def test_the_same_input_makes_the_same_bytes(tmp_path):
+def test_shard_writer_is_deterministic(tmp_path):
     for name in "ab":
         with ShardWriter(tmp_path / name, "text", IdsBelow(60)) as writer:
             writer.write_rows("de", make_rows(20, 1))
     assert (tmp_path / "a/manifest.json").read_bytes() == (tmp_path / "b/manifest.json").read_bytes()
 
 
-def test_bad_writes(tmp_path):
+def test_shard_writer_rejects_bad_samples(tmp_path):
     with ShardWriter(tmp_path, "image_text") as writer:
         for key in ("", "v1.2", "__x__", "a/"):
             with pytest.raises(ValueError, match="key"):
@@ -195,7 +195,7 @@ def edit_manifest(folder, change):
     path.write_text(json.dumps(manifest))
 
 
-def test_bad_sources_are_told_in_one_line(pictures, tmp_path):
+def test_shards_bad_source_is_one_line_error(pictures, tmp_path):
     def fails(words, base=pictures, **options):
         with pytest.raises(UserError, match=words) as error:
             source = Source(base, **options)
@@ -230,7 +230,7 @@ def test_bad_sources_are_told_in_one_line(pictures, tmp_path):
     fails("no manifest of this format")
 
 
-def test_language_without_samples_and_other_tokenizer(tmp_path):
+def test_shards_language_without_samples_or_other_tokenizer_is_refused(tmp_path):
     with ShardWriter(tmp_path, "text", IdsBelow(60)) as writer:
         writer.write_rows("de", make_rows(3, 1))
     with pytest.raises(UserError, match="another tokenizer"):
@@ -240,7 +240,7 @@ def test_language_without_samples_and_other_tokenizer(tmp_path):
         Source(tmp_path)
 
 
-def test_damaged_tars(pictures, tmp_path):
+def test_shards_damaged_tar_is_refused(pictures, tmp_path):
     whole = (pictures / "en-000000.tar").read_bytes()
     second = json.loads((pictures / "en-000000.index.json").read_text())["samples"][1][1]["json"][0]
     (tmp_path / "bad").mkdir()
@@ -261,7 +261,7 @@ def test_damaged_tars(pictures, tmp_path):
     assert not (tmp_path / "bad/manifest.json").exists()
 
 
-def test_damaged_block_of_text(tmp_path):
+def test_shards_damaged_block_of_text_is_named(tmp_path):
     with ShardWriter(tmp_path, "text", IdsBelow(60)) as writer:
         writer.write_rows("de", [[5, 6], [7]])
     shard = tmp_path / "de-000000.tar"
@@ -272,7 +272,7 @@ def test_damaged_block_of_text(tmp_path):
         Source(tmp_path).row("de", 0)
 
 
-def test_command(pictures):
+def test_shards_command_writes_manifest(pictures):
     (pictures / "manifest.json").unlink()
     command = [sys.executable, "-m", "raylib.data.shards"]
     done = subprocess.run([*command, pictures, "image_text"], capture_output=True, text=True, check=True)
@@ -285,7 +285,7 @@ def test_command(pictures):
 
 
 @pytest.mark.parametrize("scheme", ["file://{folder}", "pipe:cat '{folder}'/{{name}}"])
-def test_remote_sources(pictures, tmp_path, scheme):
+def test_shards_remote_source_is_cached(pictures, tmp_path, scheme):
     base = scheme.format(folder=pictures)
     source = Source(base, cache=tmp_path / "cache")
     assert source.sample("en", 5).read("a.png") == b"\5" * 5
@@ -309,7 +309,7 @@ def test_remote_sources(pictures, tmp_path, scheme):
     ]
 
 
-def test_bad_bases(tmp_path, monkeypatch):
+def test_shards_bad_remote_base_is_named(tmp_path, monkeypatch):
     import fsspec
 
     def missing(*_, **__):
@@ -323,7 +323,7 @@ def test_bad_bases(tmp_path, monkeypatch):
         Source("s3://bucket/folder", cache=tmp_path)
 
 
-def test_processes_may_fetch_at_once(pictures, tmp_path):
+def test_shards_concurrent_fetches_download_once(pictures, tmp_path):
     base, log = f"pipe:echo x >> {tmp_path}/log; sleep 0.1; cat {pictures}/{{name}}", tmp_path / "log"
     entry = next(
         s for s in json.loads((pictures / "manifest.json").read_text())["shards"] if s["language"] == "de"
@@ -337,7 +337,7 @@ def test_processes_may_fetch_at_once(pictures, tmp_path):
     assert cached.stat().st_size == entry["bytes"]
 
 
-def test_a_source_written_anew_is_fetched_anew(tmp_path):
+def test_shards_rewritten_source_is_fetched_again(tmp_path):
     """Tars are padded: the old shard in the cache has the size of the new one."""
     for word in (b"old", b"new"):
         with ShardWriter(tmp_path / "source", "image_text") as writer:

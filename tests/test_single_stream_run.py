@@ -40,7 +40,9 @@ def finetune(tmp_path, scenes, capsys):
     ("backbone", "kind", "store", "task"),
     [("uc2", "xlmr", "lmdb", "xgqa"), ("muniter", "bert", "h5", "marvl"), ("m3p", "xlmr", "npz", "xvnli")],
 )
-def test_a_run_from_a_text_folder(finetune, tmp_path, scenes, backbone, kind, store, task):
+def test_single_stream_from_text_folder_runs_end_to_end(
+    finetune, tmp_path, scenes, backbone, kind, store, task
+):
     """Trained, evaluated, read again and gone on from."""
     text = text_folder(tmp_path / "text", kind)
     path = write_regions(tmp_path, store, regions_of(scenes, task))
@@ -59,7 +61,7 @@ def test_a_run_from_a_text_folder(finetune, tmp_path, scenes, backbone, kind, st
     assert json.loads((tmp_path / "run" / "result.json").read_text())["accuracy"] == found["accuracy"]
 
 
-def test_a_run_from_published_weights_and_its_methods(finetune, tmp_path, scenes):
+def test_single_stream_from_published_weights_runs_with_strategies(finetune, tmp_path, scenes):
     """UC2's own file with a tokenizer beside it; in bf16, pruned by one round, and unfrozen layer by
     layer."""
     parts = published.make_parts("uc2")
@@ -89,7 +91,7 @@ def test_a_run_from_published_weights_and_its_methods(finetune, tmp_path, scenes
         ("xgqa", ["vision=/nowhere"], "vision= is for backbones with an image encoder"),
     ],
 )
-def test_mistakes_are_one_line(finetune, tmp_path, scenes, task, settings, words):
+def test_single_stream_wrong_settings_are_one_line_errors(finetune, tmp_path, scenes, task, settings, words):
     text = text_folder(tmp_path / "text", "xlmr")
     if settings:
         settings = [*settings, f"regions={write_regions(tmp_path, 'npz', regions_of(scenes, 'xgqa'))}"]

@@ -43,7 +43,7 @@ KNOBS = {
 }
 
 
-def test_alternatives_have_knobs_of_their_own():
+def test_space_alternatives_have_settings_of_their_own():
     setting = {"lr": 1.0, "how": "small", "inner.rate@small": 0.25, "parts[0]": 0.5, "parts[1]": 1.5}
     assert space.read(KNOBS, setting) == {"lr": 1.0, "inner.rate": 0.25, "inner.size": 4, "parts": [0.5, 1.5]}
     other = {
@@ -60,7 +60,7 @@ def test_alternatives_have_knobs_of_their_own():
     )
 
 
-def test_all_combinations_of_alternatives_are_gone_through():
+def test_space_enumerates_all_combinations_of_alternatives():
     assert sorted(tuple(sorted(a.items())) for a in space.alternatives(KNOBS)) == [
         (("how", "large"), ("more", "a")),
         (("how", "large"), ("more", "b")),
@@ -69,7 +69,7 @@ def test_all_combinations_of_alternatives_are_gone_through():
     ]
 
 
-def test_corners_reach_every_end_of_every_knob():
+def test_space_corners_reach_every_bound():
     reached = {}
     for _, values in space.corners(KNOBS):
         for path, value in values.items():
@@ -97,7 +97,7 @@ def test_corners_reach_every_end_of_every_knob():
         ),
     ],
 )
-def test_settings_outside_of_the_space_are_refused(setting, words):
+def test_space_settings_outside_are_refused(setting, words):
     with pytest.raises(UserError) as refused:
         space.read(KNOBS, setting)
     assert words in str(refused.value)
@@ -121,14 +121,14 @@ def test_settings_outside_of_the_space_are_refused(setting, words):
         ({"lr": Float(0, 1)}, {"grid": {"lr": (0.5, 4.0)}}, "lr=4.0 is not in 0 to 1"),
     ],
 )
-def test_spaces_that_would_fail_in_some_trial_are_refused(knobs, more, words):
+def test_space_that_would_fail_in_a_trial_is_refused(knobs, more, words):
     with pytest.raises(UserError) as refused:
         space.check("mine", Space("", "", knobs, **more), Whole())
     assert words in str(refused.value) and "'mine'" in str(refused.value)
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_every_path_of_every_space_resolves_against_its_recipe(name):
+def test_space_paths_all_resolve_against_their_recipe(name):
     chosen = SPACES[name]
     base = {**FINETUNE, **PRETRAIN}[chosen.recipe]()
     space.check(name, chosen, base)
@@ -139,7 +139,7 @@ def test_every_path_of_every_space_resolves_against_its_recipe(name):
 @pytest.mark.parametrize(
     "name", sorted(set(SPACES) - {"alignment", "best_of_all", "best_of_scenes", "sparse"})
 )
-def test_what_is_published_is_what_the_recipe_does(name):
+def test_space_published_settings_equal_the_recipe(name):
     chosen = SPACES[name]
     base = {**FINETUNE, **PRETRAIN}[chosen.recipe]()
     settled = space.read(chosen.knobs, chosen.published[0])
@@ -158,7 +158,7 @@ def _at(config, path):
     return config
 
 
-def test_optuna_draws_what_the_space_says():
+def test_space_distributions_are_what_optuna_draws():
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -174,13 +174,13 @@ def test_optuna_draws_what_the_space_says():
     assert abs(below - 0.5) < 0.1  # log-uniform about 1
 
 
-def test_the_grid_is_a_product_on_top_of_what_is_published():
+def test_space_grid_is_a_product_over_published_settings():
     knobs = {"a": Int(1, 9), "b": Int(1, 9), "c": Int(1, 9)}
     chosen = Space("", "", knobs, published=({"a": 1, "b": 2, "c": 3},), grid={"a": (4, 5), "b": (6, 7)})
     assert chosen.points() == [{"a": a, "b": b, "c": 3} for a, b in itertools.product((4, 5), (6, 7))]
 
 
-def test_a_space_of_ones_own_is_a_file(tmp_path, capsys):
+def test_space_can_be_a_user_file(tmp_path, capsys):
     own = tmp_path / "mine.py"
     own.write_text(
         'from raylib.search.space import Float\nSPACE = {"optim.lr": Float(1e-5, 1e-3, log=True)}\n'
@@ -198,7 +198,7 @@ def test_a_space_of_ones_own_is_a_file(tmp_path, capsys):
             open_space(given)
 
 
-def test_settings_go_to_the_search_or_to_the_recipe():
+def test_tune_spaces_settings_go_to_search_or_recipe():
     search, rest = parse(["recipe=scenes_xgqa", "trials=7", "epochs=3", "select=both", "optim.lr=1e-3"], "")
     assert (search.trials, search.select, rest) == (7, "both", ["epochs=3", "optim.lr=1e-3"])
     with pytest.raises(UserError, match="recipe= is missing"):
@@ -207,7 +207,7 @@ def test_settings_go_to_the_search_or_to_the_recipe():
         parse(["recipe=scenes_xgqa", "search=cmaes", "select=both"], "")
 
 
-def test_intervals_and_fronts_against_slow_references():
+def test_seed_interval_and_front_equal_slow_references():
     from raylib.intervals import t_interval
     from raylib.search.final_runs import front
     from raylib.search.search import Row
@@ -233,6 +233,6 @@ def test_intervals_and_fronts_against_slow_references():
     )
 
 
-def test_help_lists_every_space():
+def test_tune_spaces_help_lists_every_space():
     shown = subprocess.run([sys.executable, "-m", "tune_spaces"], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 2 and all(name in shown.stdout for name in SPACES)

@@ -40,7 +40,7 @@ def packed(folder, to):
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_pictures_by_id(folder, tmp_path, kind):
+def test_image_store_finds_images_by_id(folder, tmp_path, kind):
     store = open_pictures(folder if kind == "folder" else packed(folder, tmp_path / "p.tar"))
     for name in ("a", "a.png", "b.1", "b.1.png", "images/a.jpg"):
         assert store.has(name) and (store.read(name) == PICTURE).all()
@@ -53,7 +53,7 @@ def test_pictures_by_id(folder, tmp_path, kind):
         assert all((p == PICTURE).all() for p in pool.map(store.read, ["a", "b.1"] * 8))
 
 
-def test_bad_picture_stores_are_named(folder, tmp_path):
+def test_image_store_bad_files_are_named(folder, tmp_path):
     (folder / "a.jpg").write_bytes(b"x")
     with pytest.raises(UserError, match=r"two pictures called 'a': a.jpg and a.png"):
         open_pictures(folder)
@@ -68,7 +68,7 @@ def test_bad_picture_stores_are_named(folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_layouts_of_official_pictures(tmp_path, kind):
+def test_image_store_reads_official_layouts(tmp_path, kind):
     """MaRVL's names come again in each language, NLVR2's lie two folders deep, MSCOCO's are names or
     numbers."""
     files = {
@@ -102,7 +102,7 @@ def test_layouts_of_official_pictures(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 @pytest.mark.parametrize("stored", ["NFC", "NFD"])
-def test_pictures_match_across_normal_forms(tmp_path, kind, stored):
+def test_image_store_matches_any_unicode_form(tmp_path, kind, stored):
     """macOS stores names in NFD, annotations have them in either form."""
     names = [f"{folder}/\u00e9t\u00e9 \ud55c.png" for folder in ("K\u00f6ln", "K\u00f6niz")]
     for shade, name in enumerate(names):
@@ -116,14 +116,14 @@ def test_pictures_match_across_normal_forms(tmp_path, kind, stored):
         assert not store.has(asked[0].replace("t", "d"))
 
 
-def test_links_in_a_tar_of_pictures_stand_for_their_files(folder, tmp_path):
+def test_image_store_follows_links_in_a_tar(folder, tmp_path):
     os.link(folder / "a.png", folder / "b.png")
     (folder / "c.png").symlink_to("a.png")
     store = open_pictures(packed(folder, tmp_path / "p.tar"))
     assert all((store.read(name) == PICTURE).all() for name in "abc")
 
 
-def test_a_tar_of_pictures_that_is_damaged_or_compressed_is_refused(folder, tmp_path):
+def test_image_store_damaged_or_compressed_tar_is_refused(folder, tmp_path):
     data = packed(folder, tmp_path / "p.tar").read_bytes()
     with tarfile.open(tmp_path / "p.tar") as tar:
         last = tar.getmembers()[-1].offset
@@ -198,7 +198,7 @@ def write_store(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lmdb", "h5", "tsv", "npz", "flat.h5"])
 @pytest.mark.parametrize("stored", ["NFC", "NFD"])
-def test_regions_match_across_normal_forms(tmp_path, kind, stored):
+def test_region_store_matches_any_unicode_form(tmp_path, kind, stored):
     name = unicodedata.normalize(stored, "\u00e9t\u00e9 \ud55c")
     path = tmp_path / {"h5": "r.h5", "tsv": "r.tsv"}.get(kind, kind)
     if kind == "lmdb":
@@ -224,7 +224,7 @@ def test_regions_match_across_normal_forms(tmp_path, kind, stored):
 
 
 @pytest.mark.parametrize("encode", [base64.encodebytes, base64.urlsafe_b64encode])
-def test_regions_in_wrapped_or_url_safe_base64_are_read(tmp_path, encode):
+def test_region_store_reads_base64_variants(tmp_path, encode):
     features = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
     text = encode(features.tobytes())
     assert text.strip() != b64(features)
@@ -252,7 +252,7 @@ def test_regions_in_wrapped_or_url_safe_base64_are_read(tmp_path, encode):
     assert (open_regions(tmp_path / "o.tsv").read("7").features == oscar[:, :2]).all()
 
 
-def test_regions_in_broken_base64_are_named(tmp_path):
+def test_region_store_broken_base64_is_named(tmp_path):
     store = open_regions(
         write_lmdb(tmp_path / "lmdb", {"7": pickle.dumps(record(features=b64(FEATURES)[:-3] + b"!"))})
     )
@@ -274,7 +274,7 @@ def write_flat_h5(path, boxes="bbox", ids=(b"7.jpg", b"8.jpg"), **changes):
 
 
 @pytest.mark.parametrize("kind", ["lmdb", "h5", "flat.h5", "tsv", "npz", "npy"])
-def test_regions_by_id(tmp_path, kind):
+def test_region_store_finds_regions_by_id(tmp_path, kind):
     store = open_regions(write_store(kind, tmp_path))
     for name in ("7", "8"):
         regions = pickle.loads(pickle.dumps(store)).read(name)
@@ -288,13 +288,13 @@ def test_regions_by_id(tmp_path, kind):
 
 
 @pytest.mark.parametrize("wh", [[[40, 20], [40, 20]], [[20, 40], [20, 40]]])
-def test_the_boxes_of_a_flat_h5_tell_width_from_height(tmp_path, wh):
+def test_region_store_flat_h5_boxes_tell_width_from_height(tmp_path, wh):
     """M3P's reader takes `wh` as height and width; the boxes reach 40 to the right and 20 down."""
     regions = open_regions(write_flat_h5(tmp_path / "flat.h5", "boxes", wh=wh)).read("8")
     assert (regions.height, regions.width) == (20, 40) and (regions.boxes == BOXES).all()
 
 
-def test_a_flat_h5_that_does_not_fit_is_named(tmp_path):
+def test_region_store_flat_h5_that_does_not_fit_is_named(tmp_path):
     for changes, words in (
         ({"wh": [[30, 10], [30, 10]]}, "boxes lie outside their pictures"),
         ({"wh": [[40, 20]]}, "2 values of image_id"),
@@ -304,7 +304,7 @@ def test_a_flat_h5_that_does_not_fit_is_named(tmp_path):
             open_regions(write_flat_h5(tmp_path / "flat.h5", **changes))
 
 
-def test_a_folder_of_stores_has_what_each_has(tmp_path):
+def test_region_store_folder_joins_its_stores(tmp_path):
     """VOLTA's for MaRVL: names come again in every language; NLVR2's are of no language."""
     shades = {
         "marvl-id_boxes36.lmdb": {"1-5": 1},
@@ -329,7 +329,7 @@ def test_a_folder_of_stores_has_what_each_has(tmp_path):
         open_regions(tmp_path / "r" / "marvl-zh_boxes36.lmdb").read("id/1-6.jpg")
 
 
-def test_uc2s_npz_has_boxes_as_shares(tmp_path):
+def test_region_store_uc2_npz_boxes_are_relative(tmp_path):
     (tmp_path / "npz").mkdir()
     shares = np.concatenate([BOXES / [40, 20, 40, 20], np.zeros((2, 3))], 1).astype(
         np.float16
@@ -342,7 +342,7 @@ def test_uc2s_npz_has_boxes_as_shares(tmp_path):
     assert (regions.features == FEATURES).all() and np.allclose(where, locations(BOXES, 20, 40, 7), atol=1e-3)
 
 
-def test_locations_by_hand():
+def test_region_locations_equal_worked_example():
     assert np.allclose(locations(BOXES, 20, 40, 5), [[0, 0, 0.25, 1, 0.25], [0.25, 0.25, 1, 1, 0.5625]])
     assert np.allclose(locations(BOXES, 20, 40, 7)[1], [0.25, 0.25, 1, 1, 0.75, 0.75, 0.5625])
 
@@ -354,7 +354,7 @@ class Evil:
         return os.system, ("touch evil",)
 
 
-def test_bad_regions_are_named_and_nothing_runs(tmp_path, monkeypatch):
+def test_region_store_bad_records_are_named_and_no_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = {
         "evil": pickle.dumps({"features": Evil()}),
@@ -400,7 +400,7 @@ def _encode_once(folder, out):
     out.put((len(made), states.read(["b"]).values.tolist()))
 
 
-def test_of_two_runs_one_encodes_and_the_other_waits(tmp_path):
+def test_image_states_are_encoded_by_one_process_while_another_waits(tmp_path):
     """As two trials of a search."""
     context = multiprocessing.get_context("spawn")
     out = context.Queue()

@@ -134,7 +134,7 @@ def close(found: dict, wanted: dict) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["dense", "masked"])
-def test_plain_torch_equals_the_reference(case, mask):
+def test_layer_rates_in_plain_torch_equal_reference(case, mask):
     methods = methods_of(**CASES[case])
     close(train(TorchEngine, methods, 8, mask=mask), slow_reference(methods.rates(4, 2, 4), 8, mask))
 
@@ -163,14 +163,14 @@ def torch_workers(rank, world):
     }
 
 
-def test_two_workers_in_plain_torch_equal_the_reference():
+def test_layer_rates_on_two_torch_workers_equal_reference():
     for results in run_workers(torch_workers, 2):
         for (case, dense), found in results.items():
             close(found, slow_reference(methods_of(**CASES[case]).rates(4, 2, 4), 8, None if dense else MASK))
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_zero_2_equals_the_reference_also_after_a_resume_in_mid_phase(world, tmp_path):
+def test_layer_rates_under_zero_2_equal_reference_after_resume(world, tmp_path):
     for results in run_workers(zero_and_resume, world, tmp_path):
         for (case, dense), (whole, parts) in results.items():
             close(whole, slow_reference(methods_of(**CASES[case]).rates(4, 2, 4), 8, None if dense else MASK))
@@ -181,7 +181,7 @@ def test_zero_2_equals_the_reference_also_after_a_resume_in_mid_phase(world, tmp
                     assert not parts[name][~kept].any() and whole[name][kept].all()
 
 
-def test_the_bottom_three_of_18_layers_are_never_trained_in_5_epochs():
+def test_unfreezing_bottom_layers_never_train_in_five_epochs():
     """Paper 1: 3 layers an epoch of CCLM's 18, 5 epochs of xGQA."""
     method, steps = ScheduledUnfreezing(layers=3), 10
     trained = {
@@ -197,7 +197,7 @@ def test_the_bottom_three_of_18_layers_are_never_trained_in_5_epochs():
     assert method.lr_scale(None, 18, Progress(0, 50, 0, 5)) == 1
 
 
-def test_layer_decay_is_the_papers():
+def test_layer_decay_has_published_rates():
     """l d^(N - i): of 18 layers the bottom one has 70 % of the top one's rate at d = 0.98, 0.5 to 0.8 % at
     0.75."""
     now = Progress(0, 1, 0, 1)
@@ -209,7 +209,7 @@ def test_layer_decay_is_the_papers():
     assert LayerDecay().lr_scale(None, 18, now) == 1
 
 
-def test_depths_of_the_unified_model():
+def test_unified_model_depths_order_the_layers():
     model = make_model()
     depths = {model.depth_of(name) for name, _ in model.named_parameters()}
     assert depths == {None, 0, 1, 2, 3, 4} and model.depths == 4 and model.fusion_depths == 2
@@ -223,7 +223,7 @@ def test_depths_of_the_unified_model():
     assert [g["depth"] for g in groups] == [None, None, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
-def test_top_layers_freeze_what_is_below():
+def test_top_layers_freeze_everything_below():
     model = make_model()
     TopLayers().adapt(model)
     trained = {model.depth_of(name) for name, p in model.named_parameters() if p.requires_grad}
@@ -234,7 +234,7 @@ def test_top_layers_freeze_what_is_below():
         ScheduledUnfreezing(layers=9).adapt(make_model())
 
 
-def test_a_tenth_five_times_leaves_59_percent():
+def test_pruning_five_rounds_leave_59_percent():
     """Paper 0: 10 % of what remains, five times: 40.95 % sparsity. Against sorting all weights by hand."""
     g = torch.Generator().manual_seed(1)
     weights = {"a": torch.randn(100, 100, generator=g), "b": torch.randn(50, 200, generator=g)}
@@ -251,13 +251,13 @@ def test_a_tenth_five_times_leaves_59_percent():
     assert {(name, i) for name, m in mask.items() for i, kept in enumerate(m.flatten()) if kept} == wanted
 
 
-def test_of_equal_weights_exactly_the_share_goes():
+def test_pruning_of_equal_weights_removes_exact_share():
     mask = masks.prune({"a": torch.ones(4, 5)}, None, 0.25)
     assert int(mask["a"].sum()) == 15
     assert masks.prune({"a": torch.ones(4, 5)}, mask, 0.01)["a"].equal(mask["a"])
 
 
-def test_mask_files(tmp_path):
+def test_pruning_mask_files_round_trip_and_name_mistakes(tmp_path):
     mask = {"a.weight": torch.rand(7, 5) > 0.5, "b": torch.rand(3) > 0.5}
     masks.write(mask, tmp_path / "masks" / "m.safetensors")
     read = masks.read(tmp_path / "masks" / "m.safetensors")
@@ -273,7 +273,7 @@ def test_mask_files(tmp_path):
             masks.read(tmp_path / name)
 
 
-def test_terms_come_together_once():
+def test_strategy_terms_with_one_name_are_refused():
     class Other(Strategy):
         def terms(self, model):
             return {"prior": Term(1.0, lambda logits, part: logits[:, 0])}
@@ -284,7 +284,7 @@ def test_terms_come_together_once():
         methods.terms(nn.Linear(1, 1))
 
 
-def test_the_prior_on_distances_made_by_hand(tmp_path):
+def test_linguistic_prior_term_equals_worked_distances(tmp_path):
     """d(dog, poodle) and the rest from the vectors' angles; the term is the mean over the k most probable
     answers."""
     (tmp_path / "vectors.txt").write_text("dog 1 0\npoodle 1 1\nbus 0 1\n")

@@ -55,7 +55,7 @@ OWN = ("alignment", "distillation")  # they have tests of their own: test_alignm
 ANSWERS = [name for name in STRATEGIES if name not in OWN]
 
 
-def test_every_method_is_tried_here():
+def test_strategies_run_settings_cover_every_strategy():
     assert list(SETTINGS) == list(CALLED) == ANSWERS
 
 
@@ -87,7 +87,7 @@ def same_run(finetune, tmp_path, names):
     return found
 
 
-def test_all_methods_at_once_and_resumed(finetune, tmp_path):
+def test_strategies_all_at_once_resume(finetune, tmp_path):
     found = same_run(finetune, tmp_path, [name for name in ANSWERS if name not in TUNING])
     assert found["sparsity_prunable"] == pytest.approx(0.36, abs=1e-3) and 0 < found["sparsity"] < 0.36
     assert found["trainable"] < found["params"]
@@ -98,11 +98,11 @@ def test_all_methods_at_once_and_resumed(finetune, tmp_path):
 @pytest.mark.parametrize(
     "names", [p for p in itertools.combinations(ANSWERS, 2) if p not in REFUSED], ids="+".join
 )
-def test_any_two_methods_compose_and_resume(finetune, tmp_path, names):
+def test_strategies_compose_in_pairs_and_resume(finetune, tmp_path, names):
     same_run(finetune, tmp_path, names)
 
 
-def test_tuned_weights_are_a_file_of_their_own(finetune, tmp_path):
+def test_tuned_weights_restore_the_run_in_a_fresh_model(finetune, tmp_path):
     """LoRA, resumed in mid-phase of unfreezing; RUN/tuned.safetensors gives a fresh model the run's weights;
     another run goes on from the model."""
     found = same_run(finetune, tmp_path, ["unfreezing", "lora"])
@@ -128,7 +128,7 @@ def test_tuned_weights_are_a_file_of_their_own(finetune, tmp_path):
     assert code == 2 and "give the same settings" in printed
 
 
-def test_sparse_fine_tuning_rewinds_and_keeps_what_is_pruned_at_zero(finetune, tmp_path):
+def test_pruning_run_rewinds_and_keeps_pruned_weights_zero(finetune, tmp_path):
     """Two rounds of 20 %; the survivors begin at the pretrained weights, what is gone stays zero; code-mixed
     at the end."""
     settings = ["select=last", *SETTINGS["sparse"], "epochs=1"]
@@ -151,7 +151,7 @@ def test_sparse_fine_tuning_rewinds_and_keeps_what_is_pruned_at_zero(finetune, t
     assert not (tmp_path / "again" / "round_1").exists()
 
 
-def test_without_rewinding_rounds_go_on_from_trained_weights(finetune, tmp_path):
+def test_pruning_without_rewinding_goes_on_from_trained_weights(finetune, tmp_path):
     """The public code's rewinding, which is none: another mask after the second round, the same after the
     first."""
     settings = ["select=last", *SETTINGS["sparse"], "epochs=1"]
@@ -170,7 +170,7 @@ def test_without_rewinding_rounds_go_on_from_trained_weights(finetune, tmp_path)
     assert gone and start.keys() >= set(gone)
 
 
-def test_retrieval_takes_what_needs_no_answers(finetune, tmp_path):
+def test_strategies_without_answers_work_on_retrieval(finetune, tmp_path):
     chosen = SETTINGS["code_mixing"] + SETTINGS["unfreezing"] + SETTINGS["layer_decay"]
     code, printed = finetune("scenes_xflickrco", "name=mixed", *chosen)
     assert (
@@ -207,18 +207,18 @@ def test_retrieval_takes_what_needs_no_answers(finetune, tmp_path):
         (["strategies.compacter.n=3", "strategies.compacter.reduction=4"], "no multiple of n 3"),
     ],
 )
-def test_mistakes_are_one_line(finetune, settings, words):
+def test_strategies_wrong_settings_are_one_line_errors(finetune, settings, words):
     code, printed = finetune("scenes_xgqa", "name=wrong", *settings)
     assert code == 2 and words in printed and printed.strip().splitlines()[-1].startswith("error: ")
 
 
-def test_dictionaries_are_there_for_every_language(scenes):
+def test_code_mixing_dictionaries_exist_for_every_language(scenes):
     assert {path.name for path in (scenes / "dictionaries").iterdir()} == {
         f"{code}2.txt" for code in LANGUAGES if code != "en"
     }
 
 
-def test_a_run_that_moves_goes_on_in_mid_cycle(finetune, tmp_path):
+def test_pruning_moved_run_resumes_mid_cycle(finetune, tmp_path):
     """Stopped in the second round, which has a mask, in a folder that is then called otherwise."""
     chosen = ["select=last", *SETTINGS["sparse"], "name=moved"]
     assert finetune("scenes_xgqa", *chosen, "fit.stop_after=2")[0] == 0

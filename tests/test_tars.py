@@ -72,7 +72,7 @@ def files_of(folder):
     }
 
 
-def test_scan_joins_members_that_lie_apart(folder, tmp_path):
+def test_scan_tar_joins_members_that_lie_apart(folder, tmp_path):
     names = sorted(os.listdir(folder), key=lambda name: name[::-1])  # all .jpg, then all .txt
     path = gnu_tar(folder, tmp_path / "0.tar", *names)
     assert contents(path) == files_of(folder)
@@ -92,21 +92,21 @@ def test_scan_joins_members_that_lie_apart(folder, tmp_path):
         ("--format=oldgnu", "."),
     ],
 )
-def test_scan_reads_gnu_tars_of_a_folder(folder, tmp_path, arguments):
+def test_scan_tar_reads_gnu_tars_of_a_folder(folder, tmp_path, arguments):
     path = gnu_tar(folder, tmp_path / "0.tar", *arguments)
     assert contents(path) == files_of(folder)
     assert TarScan(path).skipped == {"directories": 1}
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_scan_reads_long_and_foreign_names(tmp_path, form):
+def test_scan_tar_reads_long_and_foreign_names(tmp_path, form):
     nfd, nfc = (f"{'f' * 120}/{'g' * 120}/{letter}" for letter in ("e\u0301", "\u00e9"))
     path = pack(tmp_path / "0.tar", [(f"{nfd}.JPG", b"jpeg"), (f"{nfc}.txt", b"text")], format=form)
     ((key, members),) = contents(path).items()  # one sample, although one name is NFC and one NFD
     assert key == nfc and members == {"jpg": b"jpeg", "txt": b"text"}
 
 
-def test_scan_escapes_names_that_are_not_utf8(tmp_path):
+def test_scan_tar_escapes_names_that_are_not_utf8(tmp_path):
     pack(
         tmp_path / "0.tar",
         [("caf\udce9.jpg", b"jpeg"), ("caf\udce9.txt", b"text")],
@@ -116,7 +116,7 @@ def test_scan_escapes_names_that_are_not_utf8(tmp_path):
     assert Source(tmp_path).sample("en", 0).key == r"caf\xe9"
 
 
-def test_scan_tells_what_it_skips(tmp_path):
+def test_scan_tar_reports_what_it_skips(tmp_path):
     special, directory = tarfile.TarInfo("pipe.jpg"), tarfile.TarInfo("d.jpg")
     special.type, directory.type = tarfile.FIFOTYPE, tarfile.DIRTYPE
     members = [
@@ -145,7 +145,7 @@ def test_scan_tells_what_it_skips(tmp_path):
     assert scan.skipped.total() + sum(map(len, scan.samples.values())) == len(members)
 
 
-def test_links_stand_for_their_files(folder, tmp_path):
+def test_scan_tar_resolves_links(folder, tmp_path):
     os.link(folder / "000003.jpg", folder / "100000.jpg")
     (folder / "100000.txt").symlink_to("000004.txt")
     (folder / "100001.txt").symlink_to("100000.txt")
@@ -179,7 +179,7 @@ def test_links_stand_for_their_files(folder, tmp_path):
         ([("1.jpg", b"x"), ("1.JPG", b"y")], "'1.JPG' occurs twice"),
     ],
 )
-def test_members_that_cannot_be_indexed_are_refused(tmp_path, members, words):
+def test_scan_tar_refuses_members_it_cannot_index(tmp_path, members, words):
     pack(tmp_path / "0.tar", members)
     with pytest.raises(UserError, match=f"0.tar: .*{words}") as error:
         index_folder(tmp_path, "image_text")
@@ -187,7 +187,7 @@ def test_members_that_cannot_be_indexed_are_refused(tmp_path, members, words):
 
 
 @pytest.mark.parametrize("form", ["gnu", "pax"])
-def test_sparse_files_are_refused(tmp_path, form):
+def test_scan_tar_refuses_sparse_files(tmp_path, form):
     (tmp_path / "files").mkdir()
     with open(tmp_path / "files" / "1.jpg", "wb") as file:
         file.write(b"x")
@@ -200,7 +200,7 @@ def test_sparse_files_are_refused(tmp_path, form):
         TarScan(path)
 
 
-def test_a_tar_without_end_blocks_is_whole(folder, tmp_path):
+def test_scan_tar_without_end_blocks_is_complete(folder, tmp_path):
     whole = gnu_tar(folder, tmp_path / "0.tar", *sorted(os.listdir(folder))).read_bytes()
     with tarfile.open(tmp_path / "0.tar") as tar:
         last = tar.getmembers()[-1]
@@ -216,7 +216,7 @@ def test_a_tar_without_end_blocks_is_whole(folder, tmp_path):
             TarScan(tmp_path / "0.tar")
 
 
-def test_tars_end_to_end_are_read_whole(tmp_path):
+def test_scan_tar_reads_concatenated_tars(tmp_path):
     first = pack(tmp_path / "a.tar", [("1.jpg", b"one"), ("1.txt", b"1")]).read_bytes()
     second = pack(tmp_path / "b.tar", [("2.jpg", b"two"), ("2.txt", b"2")]).read_bytes()
     both = tmp_path / "both.tar"
@@ -232,7 +232,7 @@ def test_tars_end_to_end_are_read_whole(tmp_path):
         TarScan(both)
 
 
-def test_a_header_of_zeros_is_damage(tmp_path):
+def test_scan_tar_header_of_zeros_is_damage(tmp_path):
     path = pack(tmp_path / "0.tar", [("1.jpg", b"one"), ("2.jpg", b"two"), ("3.jpg", b"three")])
     data = bytearray(path.read_bytes())
     data[1024:1536] = bytes(512)
@@ -241,7 +241,7 @@ def test_a_header_of_zeros_is_damage(tmp_path):
         TarScan(path)
 
 
-def test_what_is_called_a_tar_and_is_no_file_is_refused(tmp_path):
+def test_scan_tar_refuses_what_is_no_regular_file(tmp_path):
     path = tmp_path / "0.tar"
     path.symlink_to("nowhere")
     with pytest.raises(UserError, match="0.tar: no file, but a folder, or a link to nothing"):
@@ -252,7 +252,7 @@ def test_what_is_called_a_tar_and_is_no_file_is_refused(tmp_path):
         index_folder(tmp_path, "image_text")
 
 
-def test_one_pass_hashes_the_file_and_its_images(folder, tmp_path):
+def test_scan_tar_hashes_file_and_images_in_one_pass(folder, tmp_path):
     path = gnu_tar(folder, tmp_path / "0.tar", "--sort=name", ".")
     entry = index_folder(tmp_path, "image_text")["shards"][0]
     data = path.read_bytes()

@@ -45,7 +45,7 @@ def xlmr(tmp_path_factory):
     return train(folder, "xlmr").rename(folder / "sentencepiece.bpe.model")
 
 
-def test_our_model(ours):
+def test_tokenizer_sentencepiece_model_gives_its_ids(ours):
     tokenizer = Tokenizer.load(ours)
     model = sentencepiece.SentencePieceProcessor(model_file=str(ours))
     assert (tokenizer.cls, tokenizer.pad, tokenizer.sep, tokenizer.unk, tokenizer.mask) == (0, 1, 2, 3, 4)
@@ -57,7 +57,7 @@ def test_our_model(ours):
     assert (tokenizer.ordinary == np.arange(5, tokenizer.vocabulary)).all()
 
 
-def test_xlmr_model_gives_the_ids_of_transformers(xlmr):
+def test_tokenizer_xlmr_model_equals_transformers(xlmr):
     from transformers import XLMRobertaTokenizer
 
     tokenizer = Tokenizer.load(xlmr.parent)
@@ -73,7 +73,7 @@ def test_xlmr_model_gives_the_ids_of_transformers(xlmr):
     assert wrapped.values.tolist() == peer(texts[0])["input_ids"]
 
 
-def test_tokenizer_json_gives_the_ids_of_transformers(xlmr, tmp_path):
+def test_tokenizer_json_equals_transformers(xlmr, tmp_path):
     from transformers import XLMRobertaTokenizer
 
     peer = XLMRobertaTokenizer.from_pretrained(str(xlmr.parent))
@@ -84,7 +84,7 @@ def test_tokenizer_json_gives_the_ids_of_transformers(xlmr, tmp_path):
     assert (tokenizer.vocabulary, tokenizer.mask) == (len(peer), peer.mask_token_id)
 
 
-def test_bad_tokenizers(tmp_path, xlmr):
+def test_tokenizer_bad_files_are_named(tmp_path, xlmr):
     with pytest.raises(UserError, match="no such tokenizer"):
         Tokenizer.load(tmp_path / "missing.model")
     with pytest.raises(UserError, match="no tokenizer here"):
@@ -98,14 +98,14 @@ def test_bad_tokenizers(tmp_path, xlmr):
         Tokenizer.load(train(tmp_path, "other", bos_id=2, eos_id=1, pad_id=3))
 
 
-def test_tokenizer_travels_to_other_processes(ours):
+def test_tokenizer_pickles(ours):
     import pickle
 
     tokenizer = pickle.loads(pickle.dumps(Tokenizer.load(ours)))
     assert tokenizer.encode(["cat"])[0].size and tokenizer.mask == 4
 
 
-def test_add_specials(ours):
+def test_add_specials_truncates_and_frames_rows(ours):
     tokenizer = Tokenizer.load(ours)
     rows = [np.array([7, 8, 9, 10]), np.array([], np.uint16), np.array([11], np.uint16), np.array([5, 6, 7])]
     tokens = add_specials(rows, tokenizer, 5)
@@ -120,7 +120,7 @@ def random_tokens(count, seed=0):
     return Tokens(rng.integers(0, 40, lengths.sum()), lengths)
 
 
-def test_masking_shares_and_labels(ours):
+def test_mask_tokens_has_expected_shares_and_labels(ours):
     tokenizer = Tokenizer.load(ours)
     tokens = random_tokens(4000)
     out = mask_tokens(tokens, np.arange(4000), tokenizer, (1, 2, "text"))
@@ -138,7 +138,7 @@ def test_masking_shares_and_labels(ours):
     assert np.isin(masked[positions][~hidden], tokenizer.ordinary).all()
 
 
-def test_masking_depends_on_the_sentence_alone(ours):
+def test_mask_tokens_depends_on_the_sentence_alone(ours):
     """A sentence masked by itself, with only its index, is masked as in the whole batch."""
     tokenizer = Tokenizer.load(ours)
     tokens = random_tokens(50)
@@ -153,7 +153,7 @@ def test_masking_depends_on_the_sentence_alone(ours):
     assert (other != whole).any()
 
 
-def test_text_ids():
+def test_text_ids_identify_equal_texts():
     tokens = Tokens(np.array([0, 5, 6, 2, 0, 6, 5, 2, 0, 5, 6, 2, 0, 5, 2]), np.array([4, 4, 4, 3]))
     a, b, c, d = text_ids(tokens)
     assert a == c and len({a, b, d}) == 3 and min(a, b, d) >= 0
@@ -161,7 +161,7 @@ def test_text_ids():
     assert len(np.unique(text_ids(random_tokens(2000)))) > 1800
 
 
-def test_remembered_texts_have_the_same_ids():
+def test_tokenizer_cached_texts_have_same_ids():
     from raylib.sample.concepts import DATA
 
     tokenizer = Tokenizer.load(DATA / "tokenizer.model")

@@ -42,7 +42,7 @@ def translator(tmp_path_factory):
     return folder
 
 
-def test_json_lines_and_plain_lines(translator, tmp_path):
+def test_translate_writes_jsonl_and_plain_lines_that_tasks_read(translator, tmp_path):
     """What a task reads as translations: the same records, the same number of captions; of a test, where
     translate-test looks."""
     shots = tmp_path / "xFlickrCO" / "annotations" / "de"
@@ -77,7 +77,7 @@ def test_json_lines_and_plain_lines(translator, tmp_path):
     assert len(list(task.read(task.path(tmp_path, "train_from_en", "de"), "train_from_en", "de"))) == 2
 
 
-def test_what_is_done_is_not_done_again(translator, tmp_path):
+def test_translate_resumes_without_repeating(translator, tmp_path):
     folder = tmp_path / "xtd"
     folder.mkdir()
     (folder / "test_1kcaptions_de.txt").write_text("".join(f"bild {'abc'[i]}\n" for i in range(3)))
@@ -105,13 +105,13 @@ def test_what_is_done_is_not_done_again(translator, tmp_path):
         (["xgqa", "MODEL", "data=none", 'languages=["de"]'], "this task has no split 'train_to_en'"),
     ],
 )
-def test_mistakes_are_one_line(arguments, words, translator, capsys):
+def test_translate_wrong_arguments_are_one_line_errors(arguments, words, translator, capsys):
     assert main(["translate", *(a.replace("MODEL", str(translator)) for a in arguments)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and words in said and said.count("\n") == 1
 
 
-def test_models_that_are_none(tmp_path, capsys):
+def test_translate_unfit_models_are_refused(tmp_path, capsys):
     (tmp_path / "xtd").mkdir()
     (tmp_path / "xtd" / "test_1kcaptions_de.txt").write_text("bild\n")
     for model, words in (("none", "no such folder"), (str(tmp_path), "no translation model is read there")):

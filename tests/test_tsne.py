@@ -124,7 +124,7 @@ BACKBONES = {
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_states_are_the_slow_ones(tokenizer, name):
+def test_tsne_states_equal_slow_reference(tokenizer, name):
     """One text and one picture at a time, by hand."""
     build, slow = BACKBONES[name]
     torch.manual_seed(0)
@@ -170,7 +170,7 @@ def test_states_are_the_slow_ones(tokenizer, name):
                         torch.testing.assert_close(torch.from_numpy(got[point]), region, atol=1e-5, rtol=1e-4)
 
 
-def test_a_word_behind_the_length_is_left_out(tokenizer):
+def test_tsne_word_beyond_the_length_is_omitted(tokenizer):
     model = FinetuneModel(make_model(vocabulary=12000, positions=64).float(), ("no",), 1, 0.0).eval()
     row = tuple(Example("q", (f"{n * 'and '}dog",), ("0",), {}) for n in (0, 9))
     item = Named(row, "0", "dog", dict.fromkeys(CODES, "dog"))
@@ -181,7 +181,7 @@ def test_a_word_behind_the_length_is_left_out(tokenizer):
 @pytest.mark.parametrize(
     ("windows", "changes"), [(0, {}), (4, {"patch": 4, "vision_window": 8})], ids=["whole", "windows"]
 )
-def test_boxes_cover_patches_pixel_by_pixel(scenes, windows, changes):
+def test_tsne_boxes_cover_patches_pixel_by_pixel(scenes, windows, changes):
     config = override(RECIPES["scenes_xgqa"](), [f"data={scenes}"])
     backbone, pictures = make_model(**changes).float(), open_seen(config, 16)
     parallel = read_parallel(config, CODES, 12)
@@ -207,7 +207,7 @@ def test_boxes_cover_patches_pixel_by_pixel(scenes, windows, changes):
     assert cover(cells, 0, 0, 1)[1 + windows :] == pytest.approx(1 / side**2)
 
 
-def test_objects_are_regions_of_that_name():
+def test_tsne_objects_are_regions_of_that_name():
     row = (Example("a", ("a dog",), ("1",), {}),)
     parallel = Parallel(("en",), [row], 1, {"en": 0})
     found = find_regions(parallel, RegionFeatures(Store(("dog", "sky", "dog"))))["1"]
@@ -218,7 +218,7 @@ def test_objects_are_regions_of_that_name():
         find_regions(parallel, RegionFeatures(Store(("dog", "sky"))))  # of three regions
 
 
-def test_objects_are_chosen_by_pictures_and_in_turn():
+def test_tsne_objects_are_selected_by_images_in_turn():
     rows, where = [], {}
     for label, images in {"dog": "aaabb", "cat": "cde", "horse": "fff", "tiger": "gh"}.items():
         for i, image in enumerate(images):
@@ -233,7 +233,7 @@ def test_objects_are_chosen_by_pictures_and_in_turn():
         choose(parallel._replace(items=[row for row in rows if row[0].id[0] in "dh"]), where, 6)
 
 
-def test_nearest_is_the_slow_loop():
+def test_tsne_nearest_neighbours_equal_slow_loop():
     draw = np.random.default_rng(0)
     points = [
         Point(
@@ -268,7 +268,7 @@ def test_nearest_is_the_slow_loop():
     assert nearest(points, ideal)["all"]["share"] == 1 > nearest(points, ideal)["all"]["chance"]
 
 
-def test_few_points_are_spread_and_the_same_each_time(monkeypatch):
+def test_tsne_of_few_points_is_spread_and_deterministic(monkeypatch):
     states = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
     found = spread(states)
     assert found.shape == (5, 2) and np.isfinite(found).all() and np.array_equal(found, spread(states))
@@ -287,7 +287,7 @@ def read_points(run):
         return list(csv.DictReader(file))
 
 
-def test_a_run_is_drawn_and_again_the_same(finetune, scenes, tmp_path, capsys):
+def test_tsne_of_a_run_is_drawn_and_reproducible(finetune, scenes, tmp_path, capsys):
     shutil.copytree(scenes, tmp_path / "data")
     assert finetune("scenes_xgqa", "name=run", f"data={tmp_path / 'data'}", "epochs=1")[0] == 0
     run = tmp_path / "run"
@@ -314,7 +314,7 @@ def test_a_run_is_drawn_and_again_the_same(finetune, scenes, tmp_path, capsys):
         section(run)
 
 
-def test_a_run_on_regions_with_names(finetune, scenes, tmp_path):
+def test_tsne_of_named_regions_and_without_names(finetune, scenes, tmp_path):
     """Detections that are the truth: a region a thing, by name; then without names."""
     (tmp_path / "regions").mkdir()
     for scene in map(json.loads, (scenes / "scenes.jsonl").read_text().splitlines()):
@@ -355,7 +355,7 @@ def test_a_run_on_regions_with_names(finetune, scenes, tmp_path):
         section(tmp_path / "run")
 
 
-def test_texts_and_pictures_apart_are_a_line(scenes, tokenizer):
+def test_tsne_of_dual_encoder_says_it_does_not_apply(scenes, tokenizer):
     config = override(RECIPES["scenes_xflickrco"](), [f"data={scenes}"])
     model = torch.nn.Module()
     model.kind, model.config = "mclip", ClipConfig(clip={"vision_config": {}})

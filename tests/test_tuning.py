@@ -52,7 +52,7 @@ def shake(model) -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape, dtype=parameter.dtype))
 
 
-def test_compacter_is_the_explicit_kronecker_sum():
+def test_compacter_equals_explicit_kronecker_sum():
     torch.manual_seed(0)
     rule = torch.nn.Parameter(torch.randn(4, 4, 4))
     layer = tuning.LowRankKronecker(12, 8, rule, rank=2)
@@ -62,7 +62,7 @@ def test_compacter_is_the_explicit_kronecker_sum():
     torch.testing.assert_close(layer(x), x @ explicit + layer.bias)
 
 
-def test_compacter_shares_one_rule():
+def test_compacter_layers_share_one_rule():
     model = make_tuned(METHODS["compacter"])
     layers = [m for m in model.modules() if isinstance(m, tuning.LowRankKronecker)]
     assert len(layers) == 2 * 2 * sum(isinstance(m, Block) for m in model.modules())
@@ -71,7 +71,7 @@ def test_compacter_shares_one_rule():
     assert model.backbone.kronecker.grad.abs().sum() > 0
 
 
-def test_adapter_is_the_explicit_bottleneck():
+def test_adapter_equals_explicit_bottleneck():
     torch.manual_seed(0)
     linear, adapter = torch.nn.Linear(6, 6), tuning.Adapter(6, 2)
     shake(adapter)
@@ -83,7 +83,7 @@ def test_adapter_is_the_explicit_bottleneck():
     torch.testing.assert_close(out(x), inner + curved @ adapter.up.weight.T + adapter.up.bias)
 
 
-def test_lora_is_the_explicit_sum_and_merges():
+def test_lora_equals_explicit_sum_and_merges():
     """W + (alpha / r) B A in the query map and the value half; keys stay as they were; merged, the outputs
     are the same."""
     plain, model = make_tuned(), make_tuned(Lora(rank=2, alpha=6))
@@ -108,7 +108,7 @@ def test_lora_is_the_explicit_sum_and_merges():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_is_trained(name):
+def test_peft_trains_small_modules_norms_and_head_only(name):
     """The small modules, the norms of the blocks, the head; nothing else, and `projection` decides about the
     map."""
     model = make_tuned(METHODS[name])
@@ -135,7 +135,7 @@ def test_what_is_trained(name):
         (Compacter(n=4, reduction=16), 0.046, 0.05),
     ],
 )
-def test_shares_of_the_paper(method, percent, paper):
+def test_peft_has_published_parameter_shares(method, percent, paper):
     """Of XLM-R-large (M-CLIP's text encoder), counted without the projection: within 0.01 points of paper
     4's."""
     sizes = ModelConfig(
@@ -156,7 +156,7 @@ def test_shares_of_the_paper(method, percent, paper):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_small_weights_are_swapped(name, tmp_path):
+def test_peft_tuned_weights_can_be_swapped_per_language(name, tmp_path):
     """Two languages' files, read into one model in turn, each give what their own model gives; files are
     small."""
     languages = {}
@@ -178,7 +178,7 @@ def test_small_weights_are_swapped(name, tmp_path):
 
 
 @pytest.mark.parametrize("methods", [["lora", "adapter"], ["compacter"], ["lora", "soft_prompt"]])
-def test_a_saved_model_comes_back(methods, tmp_path):
+def test_peft_model_saves_and_loads(methods, tmp_path):
     every = {**METHODS, "soft_prompt": SoftPrompt(words="", tokens=2)}
     model = make_tuned(*(every[name] for name in methods)).float()
     shake(model)
@@ -190,7 +190,7 @@ def test_a_saved_model_comes_back(methods, tmp_path):
     assert tuning.described(back) == tuning.described(model) and set(tuning.described(back)) == set(methods)
 
 
-def test_a_prompt_is_read_after_the_first_token(model):
+def test_prompts_are_inserted_after_the_first_token(model):
     tokenizer = Tokenizer.load(model)
     words = tokenizer.encode(["a photo of"])[0].tolist()
     assert Prompted(tokenizer, ids=(70, 71)).encode(["a dog"])[0].tolist() == [
@@ -214,7 +214,7 @@ def test_a_prompt_is_read_after_the_first_token(model):
         SoftPrompt(words="", tokens=3).adapt(small)
 
 
-def test_mistakes(tmp_path):
+def test_peft_wrong_settings_and_files_are_errors(tmp_path):
     with pytest.raises(UserError, match="no multiple of n 3"):
         make_tuned(Compacter(n=3, reduction=4))
     with pytest.raises(UserError, match="a model takes one of them"):
@@ -229,7 +229,7 @@ def test_mistakes(tmp_path):
         tuning.read(FinetuneModel(model.backbone, ("a", "b", "c"), 1, 0.0), tmp_path / "a.safetensors")
 
 
-def test_every_backbone_takes_them():
+def test_peft_applies_to_every_backbone():
     for name, backbone in BACKBONES.items():
         for method in METHODS.values():
             small = backbone.build(backbone.sizes["tiny"])
@@ -286,7 +286,7 @@ def tuned_workers(rank, world, folder):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_tuned_weights_agree_between_engines_and_after_a_resume(world, tmp_path):
+def test_peft_tuned_weights_agree_between_engines_and_after_resume(world, tmp_path):
     expected = [train_tuned(TorchEngine, method) for method in TUNED]
     for results in run_workers(tuned_workers, world, tmp_path):
         for (whole, parts, plain), wanted in zip(results, expected, strict=True):

@@ -19,7 +19,7 @@ def gradients(module, model, batch):
 
 @pytest.mark.parametrize("head", ["masked", "all"])
 @pytest.mark.parametrize("twins", [False, True])
-def test_terms_and_gradients(head, twins):
+def test_twin_terms_and_gradients_equal_objective(head, twins):
     model, batch = make_model(), make_batch(8)
     if twins:  # two drawings of one concept are no negatives of each other
         batch["image_text"]["image_id"][1] = batch["image_text"]["image_id"][0]

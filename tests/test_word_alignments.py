@@ -25,7 +25,7 @@ def ours() -> Tokenizer:
     return Tokenizer.load(DATA / "tokenizer.model")
 
 
-def test_pharaoh_links():
+def test_pharaoh_links_are_read():
     assert (
         read_links("0-0 2-1  1-2", 3, 3, "f:1") == [(0, 0), (2, 1), (1, 2)]
         and read_links("", 3, 3, "f:1") == []
@@ -42,7 +42,7 @@ def test_pharaoh_links():
     assert one_to_one([(0, 0), (1, 1), (1, 2), (2, 3), (3, 3), (4, 4), (4, 4)]) == [(0, 0), (4, 4)]
 
 
-def test_words_in_their_text():
+def test_word_spans_lie_in_their_text():
     assert locate(["was", "ist", "das", "?"], "was  ist das?", "f:1") == [(0, 3), (5, 8), (9, 12), (12, 13)]
     assert locate(["これ", "は", "犬", "です", "か"], "これは犬ですか", "f:1") == [
         (0, 2),
@@ -57,7 +57,7 @@ def test_words_in_their_text():
         locate(["was", "das"], "was ist das", "f:1")
 
 
-def test_words_of_any_language_are_cut():
+def test_words_are_split_in_any_language():
     assert cut_words("What's the dog doing?") == ["What", "'", "s", "the", "dog", "doing", "?"]
     assert cut_words("यह कुत्ता है।") == ["यह", "कुत्ता", "है", "।"]  # marks stay with their letters
     assert cut_words("这是dog吗?") == ["这", "是", "dog", "吗", "?"]
@@ -75,7 +75,7 @@ EXAMPLES = [("1", "was macht der Hund?", "what does the dog do?"), ("2", "ein Ba
 TEXT = "was macht der Hund ? ||| what does the dog do ?\nein Ball ||| a ball\n"
 
 
-def test_files_of_an_aligner(tmp_path):
+def test_alignment_file_links_are_one_word_to_one(tmp_path):
     """One word to one; the English one is cut into the same sub-words by both tokenizers."""
     folder = write(tmp_path, TEXT, "0-0 1-1 1-4 2-2 3-3 4-5\n\n")
     found = read_alignments(folder, "de", EXAMPLES, (ours(), ours()))
@@ -84,7 +84,7 @@ def test_files_of_an_aligner(tmp_path):
     assert links == (((0, 3), (0, 4)), ((10, 13), (10, 13)), ((14, 18), (14, 17)), ((18, 19), (20, 21)))
 
 
-def test_words_that_tokenizers_cut_differently_are_left_out(tmp_path, wordpiece):  # noqa: F811
+def test_alignment_words_tokenized_differently_are_omitted(tmp_path, wordpiece):  # noqa: F811
     folder = write(tmp_path, TEXT, "0-0 2-2 3-3\n0-0 1-1\n")
     found = read_alignments(folder, "de", EXAMPLES, (wordpiece, wordpiece))
     assert len(found["1", "was macht der Hund?"]) == 3
@@ -112,7 +112,7 @@ def test_words_that_tokenizers_cut_differently_are_left_out(tmp_path, wordpiece)
         ),
     ],
 )
-def test_files_that_do_not_fit_are_named(tmp_path, text, align, words):
+def test_alignment_files_that_do_not_fit_are_named(tmp_path, text, align, words):
     with pytest.raises(UserError, match=words) as e:
         read_alignments(write(tmp_path, text, align), "de", EXAMPLES, (ours(), ours()))
     assert "\n" not in str(e.value)
@@ -123,7 +123,7 @@ def test_files_that_do_not_fit_are_named(tmp_path, text, align, words):
 LINKS = (((0, 3), (0, 4)), ((10, 13), (10, 13)), ((14, 18), (14, 17)))
 
 
-def test_mixing_puts_english_words_in_their_place():
+def test_contextual_code_mixing_replaces_words_in_place():
     text, english = EXAMPLES[0][1:]
     assert mix(text, english, LINKS, 1.0, 0)[0] == "what macht the dog ?"
     seen = set()
@@ -155,7 +155,7 @@ def slow_links(states, others, threshold):
 
 
 @pytest.mark.parametrize("threshold", [1e-3, 0.1, 0.4])
-def test_subwords_pick_each_other_out(threshold):
+def test_align_subwords_selects_mutual_matches(threshold):
     g = torch.Generator().manual_seed(1)
     states, others = (torch.randn(n, 8, generator=g, dtype=torch.float64) for n in (5, 7))
     found = {tuple(pair) for pair in align_subwords(states, others, threshold).nonzero().tolist()}
@@ -187,7 +187,7 @@ def encoder(tmp_path_factory):
     return folder
 
 
-def test_words_are_aligned_if_any_of_their_subwords_are(encoder):
+def test_align_words_follows_any_of_their_subwords(encoder):
     """A batch of unequal lengths, beside each pair by itself, in loops over sub-words."""
     pairs = [
         (["der", "Elefant", "schläft"], ["the", "elephant", "sleeps", "."]),
@@ -218,7 +218,7 @@ def test_words_are_aligned_if_any_of_their_subwords_are(encoder):
 MIXED = 'strategies.distillation.tokens=["cls","mixed"]'
 
 
-def test_a_student_of_mixed_questions(distil, parallel, encoder, tmp_path, capsys):  # noqa: F811
+def test_distillation_of_code_mixed_questions_runs_and_resumes(distil, parallel, encoder, tmp_path, capsys):  # noqa: F811
     """Alignments are made by the command, words are mixed anew each epoch, a run stopped in its middle is the
     same."""
     out = ["--out", str(tmp_path / "alignments"), "--layer", "2", "--threshold", "0.05"]
