@@ -73,18 +73,18 @@ def _ready_to_retrieve(config: FinetuneConfig, model: torch.nn.Module) -> None:
     Raises:
         UserError: a model without a match head, and matching is asked for.
     """
-    if config.matching and not (hasattr(model, "match_head") or hasattr(model, "see_regions")):
+    if config.use_itm_head and not (hasattr(model, "match_head") or hasattr(model, "see_regions")):
         raise UserError(
-            f"task={config.task}: {model.kind} has no head that matches pairs; set matching=false"
+            f"task={config.task}: {model.kind} has no head that matches pairs; set use_itm_head=false"
         )
-    if not config.matching:
+    if not config.use_itm_head:
         for part in ("fusion", "match_head", "masked_head", "temperature"):
             if hasattr(model, part):
                 getattr(model, part).requires_grad_(False)
 
 
-def build_methods(config: FinetuneConfig, say=print) -> Methods:
-    """The methods of `config`, ready to act; what they report goes to `say`.
+def build_methods(config: FinetuneConfig, log=print) -> Methods:
+    """The methods of `config`, ready to act; what they report goes to `log`.
 
     Raises:
         UserError: a file that one needs is missing or wrong, a setting does not fit the task.
@@ -99,7 +99,7 @@ def build_methods(config: FinetuneConfig, say=print) -> Methods:
         labels,
         tokenizer_of(config),
         cache,
-        say,
+        log,
         training_captions(config),
         *training_texts(config),
     )

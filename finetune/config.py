@@ -41,21 +41,25 @@ class FinetuneConfig(LaunchConfig):
         the run; "": by its methods.
     backbone: what a `model` that is not ours becomes (`raylib.models.base`).
     head: a classifier, or a decoder that spells the answers of an open set and ranks them as `decoder` says
-    (CCLM). freeze: parts that never train. encoded: with a frozen image encoder and no augmentation, encode
-    every picture once. matching: retrieval trains and ranks pairs by the match head too, and `candidates` is
-    the K of its two stages (0 ranks every
-        pair). Without, by image-text contrast alone, at `temperature` (paper 4's tau).
+        (CCLM).
+    freeze: parts that never train. cache_image_states: with a frozen image encoder and no augmentation,
+        encode every image once.
+    use_itm_head: retrieval trains and ranks pairs by the image-text matching head too, and `candidates` is
+        the K of its two stages (0 ranks every pair). Without, by image-text contrast alone, at `temperature`
+        (paper 4's tau).
     last_batch: "keep" trains on what is left of an epoch as a smaller batch (IGLUE); "drop" leaves it to
-    another epoch. select: which checkpoint is evaluated: the best on the English dev set (few-shot: the
-    language's own, where the task has
-        one), or the last. select_metric: by which score of retrieval; select_ties: which of checkpoints that
-            score alike.
-    curves: evaluate the test set in every language after every epoch too; it chooses nothing (`analyse` draws
-    it). tests: evaluate the test sets at the end. A trial of a search does not: its result is what the dev
-    sets say. dev_languages: whose own dev sets are scored after each epoch too; they choose nothing within
-    the run. train_limit, test_limit: use the first so many items; None: all. verify: hash all of the run's
-    files at every start; otherwise sizes and times of change come first, and the content of images
-        and region features is not looked at (`raylib.identity`).
+        another epoch.
+    select: which checkpoint is evaluated: the best on the English dev set (few-shot: the language's own,
+        where the task has one), or the last. select_metric: by which score of retrieval; select_ties: which
+        of checkpoints that score alike.
+    eval_each_epoch: evaluate the test set in every language after every epoch too; it chooses nothing
+        (`analyse` draws it).
+    run_test: evaluate the test sets at the end. A trial of a search does not: its result is what the dev
+        sets say.
+    dev_languages: whose own dev sets are scored after each epoch too; they choose nothing within the run.
+    train_limit, test_limit: use the first so many items; None: all.
+    verify: hash all of the run's files at every start; otherwise sizes and times of change come first, and
+        the content of images and region features is not looked at (`raylib.identity`).
     """
 
     stored_as = "finetune"
@@ -78,7 +82,7 @@ class FinetuneConfig(LaunchConfig):
     decoder: DecoderConfig = DecoderConfig()
     answers: PositiveInt | None = None
     freeze: tuple[Part, ...] = ()
-    encoded: bool = True
+    cache_image_states: bool = True
     image_size: PositiveInt | None = None
     augment: AugmentConfig | None = None
     batch: PositiveInt = 64
@@ -86,15 +90,15 @@ class FinetuneConfig(LaunchConfig):
     length: int = Field(40, ge=3)
     head_dropout: float = Field(0.1, ge=0, lt=1)
     loss: Literal["ce", "bce"] = "ce"
-    matching: bool = True
+    use_itm_head: bool = True
     candidates: NonNegativeInt = 16
     temperature: PositiveFloat = 0.01
     last_batch: Literal["drop", "keep"] = "drop"
     select: Literal["best", "last"] = "best"
     select_metric: Literal["mean_recall", "recall_at_1"] = "mean_recall"
     select_ties: Literal["first", "last"] = "first"
-    curves: bool = False
-    tests: bool = True
+    eval_each_epoch: bool = False
+    run_test: bool = True
     dev_languages: tuple[str, ...] = ()
     train_limit: PositiveInt | None = None
     test_limit: PositiveInt | None = None
@@ -119,8 +123,10 @@ class FinetuneConfig(LaunchConfig):
             raise ValueError(
                 "strategies.adapter and strategies.compacter want the same places; leave one of them out"
             )
-        if self.augment and self.encoded and "vision" in self.freeze:
-            raise ValueError("augment needs encoded=false: pictures that are encoded once cannot change")
+        if self.augment and self.cache_image_states and "vision" in self.freeze:
+            raise ValueError(
+                "augment needs cache_image_states=false: images that are encoded once cannot change"
+            )
         taught = self.strategies.distillation
         if taught and self.head == "decoder":
             raise ValueError("strategies.distillation is for classifiers; leave out head=decoder")
@@ -162,7 +168,7 @@ class FinetuneConfig(LaunchConfig):
     @property
     def ranked(self) -> int | None:
         """How many candidates of a query the match head ranks: None, it ranks nothing; 0, all."""
-        return self.candidates if self.matching else None
+        return self.candidates if self.use_itm_head else None
 
     @property
     def called(self) -> str:

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from finetune import masks
 from finetune.build import build_model
 from finetune.config import FinetuneConfig
-from finetune.worker import Work
+from finetune.worker import FinetuneJob
 from raylib import checkpoint
 from raylib.distributed import world_size
-from raylib.launch import launch, leads, open_run, run_folder
+from raylib.launch import is_main_process, launch, open_run, run_folder
 from raylib.models.folder import read_weights
 from raylib.search.reporter import Reporter
 
@@ -55,13 +55,13 @@ def find_mask(
             else checkpoint.newest(Path(part.runs) / f"round_{number - 1}")
         )
         told = reporter and reporter.after((number - 1) * sparse.epochs)
-        result = _round(Work(language, sparse.epochs, start), part, mask_file, told)
+        result = _round(FinetuneJob(language, sparse.epochs, start), part, mask_file, told)
         spent = {
             name: value + result.get(name, 0) for name, value in spent.items()
         }  # an older part.json has no skipped_steps
         if not result["finished"]:
             return part, {**result, **spent}
-        if leads(config) and not coming.is_file():
+        if is_main_process(config) and not coming.is_file():
             _prune(part, sparse.rate, mask_file, coming)
         if world_size() > 1:
             dist.barrier()  # the others read what the first has written
@@ -96,7 +96,7 @@ def distil_first(
     }
     part = config.model_copy(update=changed)
     result = _train_once(
-        Work(language, taught.epochs), part, part, reporter and reporter.after(0, taught.epochs)
+        FinetuneJob(language, taught.epochs), part, part, reporter and reporter.after(0, taught.epochs)
     )
     ready = after_distillation(config)
     spent = {name: result.get(name, 0) for name in ("finished", "seconds", "steps", "skipped_steps")}
@@ -121,22 +121,24 @@ def _with(config: FinetuneConfig, mask: Path | None, mixed: bool) -> FinetuneCon
     return config.model_copy(update={"strategies": strategies.model_copy(update=changed)})
 
 
-def _round(work: Work, part: FinetuneConfig, mask: Path | None, reporter: Reporter | None) -> dict[str, Any]:
+def _round(
+    job: FinetuneJob, part: FinetuneConfig, mask: Path | None, reporter: Reporter | None
+) -> dict[str, Any]:
     """Train a round under `mask`. The mask's place is no setting of the round: a run may move."""
-    return _train_once(work, part, _with(part, mask, True), reporter)
+    return _train_once(job, part, _with(part, mask, True), reporter)
 
 
 def _train_once(
-    work: Work, part: FinetuneConfig, launched: FinetuneConfig, reporter: Reporter | None
+    job: FinetuneJob, part: FinetuneConfig, launched: FinetuneConfig, reporter: Reporter | None
 ) -> dict[str, Any]:
     """Train in the folder of `part`, or say what that came to before."""
     done = run_folder(part) / "part.json"
     if done.is_file():
         return json.loads(done.read_text(encoding="utf-8"))
-    if leads(part):
+    if is_main_process(part):
         open_run(part)
-    result = launch(work, launched, run_folder(part), reporter)
-    if result["finished"] and leads(part):
+    result = launch(job, launched, run_folder(part), reporter)
+    if result["finished"] and is_main_process(part):
         checkpoint.write_atomically(done, json.dumps(result, allow_nan=False))
     return result
 

@@ -102,7 +102,9 @@ def dev_sets(config: FinetuneConfig, language: str | None) -> dict[str, str]:
     own = language is not None and split is not None and task.has(split, language)
     if own and split == "dev" and language != "en":
         own = task.source("dev", language) != task.source("dev", "en")
-    looked = config.select == "best" or (not config.tests and (language is None or not config.dev_languages))
+    looked = config.select == "best" or (
+        not config.run_test and (language is None or not config.dev_languages)
+    )
     if config.trains and looked and (own or task.has("dev", "en")):
         sets = {language: dev_split(config, language)} if own else {"en": "dev"}
     for code in config.dev_languages:

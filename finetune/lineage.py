@@ -14,7 +14,7 @@ from raylib.launch import CHANGEABLE
 from raylib.renames import rename_settings
 
 # names of a run, what is only looked at, and the seed, which is kept apart
-NO_SETTING = frozenset({"name", "method", "curves", "tests", "fit.seed", *CHANGEABLE})
+NO_SETTING = frozenset({"name", "method", "eval_each_epoch", "run_test", "fit.seed", *CHANGEABLE})
 # paths that may lead into other runs
 FROM_RUNS = ("model", "init.model", "strategies.distillation.teacher", "strategies.sparse.mask")
 UNTRAINED = "as it is"

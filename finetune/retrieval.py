@@ -1,7 +1,7 @@
 """Two-stage retrieval (paper 2, appendix B.2.3; ALBEF): the unimodal encoders choose K candidates of each
 query, the ITM head ranks them, by the difference of its two logits (from 17 on, their softmax in float32 is
 1.0 for all). Every picture and every sentence is encoded once, so the cost grows with N + N K and not with
-N^2. Of models without that head, or runs with `matching=false`, the first stage is all.
+N^2. Of models without that head, or runs with `use_itm_head=false`, the first stage is all.
 """
 
 from collections.abc import Callable, Sequence

@@ -26,53 +26,53 @@ from finetune.lineage import method_of, runs_behind
 from finetune.model import fill
 from finetune.overlap import check_overlap
 from finetune.strategies import check_strategies, chosen
-from finetune.worker import Work, evaluated, silent, trained
+from finetune.worker import FinetuneJob, evaluated, trained
 from raylib import checkpoint, identity
 from raylib.config import load
 from raylib.errors import UserError
 from raylib.finite import require_finite_values
 from raylib.identity import DataFile
-from raylib.launch import config_hash, launch, leads, open_run, run_folder
+from raylib.launch import config_hash, is_main_process, launch, no_log, open_run, run_folder
 from raylib.search.reporter import Reporter
 
 
 def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Run `config` where it says, or say that it is complete. Returns the result, and prints its table; a
+    """Run `config` where it says, or report that it is complete. Returns the result, and prints its table; a
     search's `reporter` is told of each epoch.
 
     Raises:
         UserError: whatever is wrong with settings, data or a model, before any worker starts where possible.
     """
     overlap = check(config)
-    folder, say = run_folder(config), print if leads(config) else silent
+    folder, log = run_folder(config), print if is_main_process(config) else no_log
     for one in overlap:
-        say(
+        log(
             f"published overlap: {one['first']['file']} shares {one['images']} images and {one['items']} "
             f"items with {one['second']['file']} ({one['declared']})"
         )
-    if leads(config):
+    if is_main_process(config):
         open_run(config, files_of(config), config.verify)
     stored = _stored_result(folder)
     if stored and stored.get("finished", True) and config.resume == "newest":
-        say(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
+        log(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
         return stored
     parts = _parts(config)
-    say(f"run '{config.name}' in {folder}: {config.task}, {config.setting}, {method_of(config)}", flush=True)
+    log(f"run '{config.name}' in {folder}: {config.task}, {config.setting}, {method_of(config)}", flush=True)
     if (
         config.trains
         and config.select == "best"
         and not all(dev_sets(part, language) for part, language in parts)
     ):
-        say(f"{config.task} has no dev set that could choose a checkpoint: the last epoch's is evaluated")
+        log(f"{config.task} has no dev set that could choose a checkpoint: the last epoch's is evaluated")
     epochs = epochs_of(config)
     results = [
         _run_part(part, language, reporter and reporter.after(i * epochs))
         for i, (part, language) in enumerate(parts)
     ]
     if any(not result["finished"] for result in results):
-        say("stopped before the end; the same command goes on from there")
+        log("stopped before the end; the same command goes on from there")
         return results[-1]
-    if not config.tests:
+    if not config.run_test:
         result = {**report.of_dev_sets(config, results), **_identity(config, folder), "overlap": overlap}
         require_finite_values(f"{folder}/result.json", result)
         checkpoint.write_atomically(
@@ -80,12 +80,12 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
         )
         return result
     result = {**report.summarise(config, results), **_identity(config, folder), "overlap": overlap}
-    if leads(config):
+    if is_main_process(config):
         report.write(folder, result)
         for trained in {run_folder(part) for part, _ in parts if config.trains}:
             report.draw_curve(trained)
-    say(report.table(result))
-    say(f"{folder}/result.json, result.md, result.png; curve.png beside each checkpoint", flush=True)
+    log(report.table(result))
+    log(f"{folder}/result.json, result.md, result.png; curve.png beside each checkpoint", flush=True)
     return result
 
 
@@ -143,9 +143,11 @@ def check(config: FinetuneConfig) -> list[dict[str, Any]]:
         raise UserError(f"wordnet={config.wordnet}: no such folder")
     if task.kind == "answers" and wordnet_of(config).is_dir():
         WordNet(wordnet_of(config))
-    check_strategies(config, task, build_methods(config, silent))
+    check_strategies(config, task, build_methods(config, no_log))
     return (
-        check_overlap(config, {language: part for part, language in _parts(config)}) if leads(config) else []
+        check_overlap(config, {language: part for part, language in _parts(config)})
+        if is_main_process(config)
+        else []
     )
 
 
@@ -198,7 +200,7 @@ def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter |
     done = folder / "part.json"
     if done.is_file() and config.resume == "newest":
         return json.loads(done.read_text(encoding="utf-8"))
-    if leads(config):
+    if is_main_process(config):
         if language:
             open_run(config)
         tokenizer = tokenizer_of(config)
@@ -211,12 +213,12 @@ def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter |
     if not before["finished"]:
         return before
     reporter = reporter and reporter.after(epochs_of(config) - config.epochs)
-    result = launch(Work(language, start=start), ready, folder, reporter)
+    result = launch(FinetuneJob(language, start=start), ready, folder, reporter)
     result |= {
         name: before.get(name, 0) + result.get(name, 0) for name in ("seconds", "steps", "skipped_steps")
     }
     result |= {"sparsity": before.get("sparsity")}
-    if result["finished"] and leads(config):
+    if result["finished"] and is_main_process(config):
         require_finite_values(str(done), result)
         checkpoint.write_atomically(done, json.dumps(result, ensure_ascii=False, allow_nan=False))
     return result

@@ -45,7 +45,7 @@ class TranslateConfig(Config):
 
 
 def translate(
-    task_name: str, model: Path, config: TranslateConfig, say: Callable[[str], None] = print
+    task_name: str, model: Path, config: TranslateConfig, log: Callable[[str], None] = print
 ) -> list[Path]:
     """Make the files; returns them. One that is there is left as it is.
 
@@ -73,17 +73,17 @@ def translate(
     engine, done = None, []
     for language, source, made in jobs:
         if made.is_file():
-            say(f"{made}: there already")
+            log(f"{made}: there already")
         else:
             engine = engine or _Engine(model, config)
             ways = (language, "en") if config.way == "to_en" else ("en", language)
-            _translate_file(engine, source, made, ways, say)
+            _translate_file(engine, source, made, ways, log)
         done.append(made)
     return done
 
 
 def _translate_file(
-    engine: "_Engine", source: Path, made: Path, ways: tuple[str, str], say: Callable[[str], None]
+    engine: "_Engine", source: Path, made: Path, ways: tuple[str, str], log: Callable[[str], None]
 ) -> None:
     records = list(_records(source))
     texts = [text for record in records for text in _texts(record)]
@@ -101,7 +101,7 @@ def _translate_file(
             file.flush()
             there += part
             left = f"; {empty} came out empty, and stay as they were" if empty else ""
-            say(f"{made}: {len(there)} of {len(texts)}{left}")
+            log(f"{made}: {len(there)} of {len(texts)}{left}")
     new = iter(there)
     lines = [_with_texts(record, [next(new) for _ in _texts(record)]) for record in records]
     write_atomically(made, "".join(f"{line}\n" for line in lines))

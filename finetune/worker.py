@@ -36,6 +36,7 @@ from raylib.data.states import fingerprint
 from raylib.distributed import world_size
 from raylib.errors import UserError
 from raylib.finite import require_finite_values
+from raylib.launch import no_log
 from raylib.loop import fit, peak_memory
 from raylib.models import peft as tuning
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective, Weights
@@ -51,7 +52,7 @@ RETRIEVAL = ObjectiveConfig(  # image-text contrast and matching on whole senten
 )
 
 
-class Work:
+class FinetuneJob:
     """`work(runtime, config)` on a worker; an object, so that it can be sent there.
 
     language: of a part that has one language of its own. epochs: stop after so many, and evaluate nothing (a
@@ -64,7 +65,7 @@ class Work:
     def __call__(self, runtime: Runtime, config: FinetuneConfig) -> dict[str, Any]:
         """{"languages": {code: figures}, "params", "trainable", "finished", ...}."""
         model = build_model(config).to(runtime.device)
-        methods = build_methods(config, print if runtime.rank == 0 else silent)
+        methods = build_methods(config, print if runtime.rank == 0 else no_log)
         methods.adapt(model)
         if self.start:
             fill(model, self.start)
@@ -85,7 +86,7 @@ class Work:
             fill(model, trained(config, runtime.run, runtime.newest()))
             if tuning.described(model) and runtime.rank == 0:
                 tuning.write(model, trainable.keys(), runtime.run / "tuned.safetensors")
-            if not config.tests:
+            if not config.run_test:
                 source = trained(config, runtime.run, runtime.newest())
                 found = checkpoint.read_meta(source)["evaluation"]
                 require_finite_values(f"{source}/meta.json", found)
@@ -119,7 +120,7 @@ class Work:
             batches = CaptionBatches(
                 examples, pictures, *place, *order, keep_last=config.last_batch == "keep"
             )
-            if config.matching:
+            if config.use_itm_head:
                 retrieval = RETRIEVAL.model_copy(update={"train_vision": "vision" not in config.freeze})
                 objective = UnifiedObjective(model, retrieval, config.length)
                 objective = MatchingObjective(objective, terms) if terms else objective
@@ -163,13 +164,9 @@ class Work:
         }
 
 
-def silent(*parts, **options) -> None:
-    """What workers beside the first say."""
-
-
 class _Validation:
-    """Scores after each epoch: of the dev sets, of which the first chooses the checkpoint; with `curves` of
-    the tests too."""
+    """Scores after each epoch: of the dev sets, of which the first chooses the checkpoint; with
+    `eval_each_epoch` of the test sets too."""
 
     def __init__(
         self,
@@ -181,12 +178,12 @@ class _Validation:
         curves: bool,
     ):
         self.config, self.tokenizer, self.pictures, self.dev = config, tokenizer, pictures, dev
-        self.folder, self.curves = runtime.run / "dev", curves and config.curves
+        self.folder, self.curves = runtime.run / "dev", curves and config.eval_each_epoch
         self.bf16 = config.fit.uses_bf16(runtime.device)
 
     def __call__(self, model) -> dict[str, float]:
         """{"score", "dev/LANGUAGE": accuracy, or the recall that `select_metric` says; of a run without tests
-        "interval/LANGUAGE/low", "/high"; with `curves` "test/LANGUAGE", "test/LANGUAGE/TYPE"}."""
+        "interval/LANGUAGE/low", "/high"; with `eval_each_epoch` "test/LANGUAGE", "test/LANGUAGE/TYPE"}."""
         config, place = self.config, (self.pictures, self.tokenizer, self.config.length)
         if find_task(config).kind == "retrieval":
             place = (*place, config.ranked, self.folder / "states", self.bf16)
@@ -209,7 +206,7 @@ class _Validation:
             scores = {code: values["accuracy"] for code, values in figures.items()}
             intervals = {code: values["interval"] for code, values in figures.items()}
         values = {f"dev/{code}": score for code, score in scores.items()}
-        if not config.tests:  # the dev sets are the run's result
+        if not config.run_test:  # the dev sets are the run's result
             values |= {
                 f"interval/{code}/{end}": value
                 for code, interval in intervals.items()
@@ -256,7 +253,7 @@ def encoded(
 ) -> Pictures | None:
     """`pictures`, encoded once and for all if the image encoder never changes; kept for other runs with the
     same one."""
-    if not (isinstance(pictures, Pixels) and config.encoded and "vision" in config.freeze):
+    if not (isinstance(pictures, Pixels) and config.cache_image_states and "vision" in config.freeze):
         return pictures
     names = sorted(
         {name for item in items for name in ([item.image] if hasattr(item, "image") else item.images)}

@@ -14,7 +14,7 @@ from raylib import identity
 from raylib.config import Config
 from raylib.errors import UserError
 from raylib.identity import DataFile
-from raylib.launch import LaunchConfig, config_hash, launch, leads, open_run, run_folder
+from raylib.launch import LaunchConfig, config_hash, is_main_process, launch, no_log, open_run, run_folder
 from raylib.loop import FitConfig, fit
 from raylib.models.folder import find_model, find_tokenizer
 from raylib.models.hf_weights import load_text, load_vision
@@ -82,8 +82,8 @@ class PretrainConfig(LaunchConfig):
 
 
 def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
-    """Run `config` where it says, or say that it is complete. Prints the table, where the time went, and the
-    files; a search's `reporter` is told of each checkpoint.
+    """Run `config` where it says, or report that it is complete. Prints the table, where the time went, and
+    the files; a search's `reporter` is told of each checkpoint.
 
     Raises:
         UserError: whatever is wrong with settings, data or a checkpoint, before any worker starts where
@@ -92,24 +92,24 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     data = resolve_data(config)
     batches = StepBatches(data, config.model.image_size, config.fit.seed, 0, config.workers)
     config = with_vocabulary(config, data)
-    folder, say = run_folder(config), print if leads(config) else _silent
-    if leads(config):
+    folder, log = run_folder(config), print if is_main_process(config) else no_log
+    if is_main_process(config):
         open_run(config, files_of(data, batches), data.verify)
     if (folder / "result.json").is_file() and config.resume == "newest":
-        say(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
+        log(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
         return {}
     streams = ", ".join(f"{name} {getattr(config.data, name).batch}" for name in batches.streams)
     where = f"{config.workers} workers" if config.runtime == "ray" else "runtime=local"
-    say(f"run '{config.name}' in {folder}: {config.fit.steps} steps of {streams}, {where}", flush=True)
-    if leads(config):
+    log(f"run '{config.name}' in {folder}: {config.fit.steps} steps of {streams}, {where}", flush=True)
+    if is_main_process(config):
         shutil.copy2(data.tokenizer, folder / Path(data.tokenizer).name)
     result = launch(pretrain, config, folder, reporter)
     if not result["finished"]:
-        say(f"stopped at step {result['steps']} of {config.fit.steps}; the same command goes on from there")
+        log(f"stopped at step {result['steps']} of {config.fit.steps}; the same command goes on from there")
         return result
-    say(report.table(result))
-    say(report.spent(result))
-    say(f"{folder}/result.json, curve.png; export: python -m pretrain export {folder} DIR", flush=True)
+    log(report.table(result))
+    log(report.spent(result))
+    log(f"{folder}/result.json, curve.png; export: python -m pretrain export {folder} DIR", flush=True)
     return result
 
 
@@ -121,10 +121,6 @@ def files_of(data: DataConfig, batches: StepBatches) -> list[DataFile]:
         DataFile(Path(data.tokenizer)),
         *([DataFile(Path(data.retrieval))] if data.retrieval else []),
     ]
-
-
-def _silent(*parts, **options) -> None:
-    """What workers beside the first say."""
 
 
 def resolve_data(config: PretrainConfig) -> DataConfig:

@@ -73,9 +73,13 @@ def run_folder(config: LaunchConfig) -> Path:
     return Path(config.runs).absolute() / config.name
 
 
-def leads(config: LaunchConfig) -> bool:
-    """Whether this process speaks for the run: of torchrun's processes, the first does."""
+def is_main_process(config: LaunchConfig) -> bool:
+    """Return whether this process prints and writes for the run: of torchrun's processes, the first does."""
     return config.runtime == "ray" or int(os.environ.get("RANK", 0)) == 0
+
+
+def no_log(*parts: Any, **options: Any) -> None:
+    """Print nothing: `print` of every process but the main one."""
 
 
 def config_hash(config: LaunchConfig) -> str:

@@ -209,7 +209,7 @@ def test_xtd_is_split_into_fifty_train_fifty_dev_and_rest(tmp_path):
     assert [item.image for item in parts["train"]] == [f"{i}.jpg" for i in order[:50]]
 
 
-FEW = ["setting=few_shot", "shots=5", "matching=false", "batch=5", "temperature=0.1", 'freeze=["vision"]']
+FEW = ["setting=few_shot", "shots=5", "use_itm_head=false", "batch=5", "temperature=0.1", 'freeze=["vision"]']
 
 
 def test_alignment_few_shot_with_lora_runs_end_to_end_and_resumes(finetune, tmp_path):
@@ -242,7 +242,7 @@ def test_alignment_few_shot_with_lora_runs_end_to_end_and_resumes(finetune, tmp_
 
 
 def test_retrieval_untrained_and_translate_test_are_evaluated(finetune, tmp_path):
-    settings = ["matching=false", "strategies.hard_prompt={}"]
+    settings = ["use_itm_head=false", "strategies.hard_prompt={}"]
     for setting in ("untrained", "translate_test"):
         code, printed = finetune("scenes_xflickrco", f"name={setting}", f"setting={setting}", *settings)
         assert code == 0, printed

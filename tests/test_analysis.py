@@ -308,7 +308,7 @@ def test_curves_are_read_from_metrics_and_drawn(tmp_path):
         (tmp_path / "curves.json").read_text()
     ) == values
     assert "| de | 30.0 | 30.0 (1.) | 20.0 |" in curves.summary(values)
-    with pytest.raises(Inapplicable, match="curves=true"):
+    with pytest.raises(Inapplicable, match="eval_each_epoch=true"):
         curves.read_curves([tmp_path / "elsewhere"])
 
 
@@ -335,7 +335,7 @@ def test_read_parallel_counts_items_missing_in_a_language(scenes, tmp_path):
 
 
 def test_analyse_xgqa_run_writes_every_figure(train, scenes, capsys, recwarn):
-    run = train("xgqa", "whole", "curves=true", "test_limit=60")
+    run = train("xgqa", "whole", "eval_each_epoch=true", "test_limit=60")
     capsys.readouterr()
     recwarn.clear()
     assert main(["analyse", str(run), "--limit", "20"]) == 0
@@ -387,7 +387,7 @@ def test_analyse_retrieval_run_without_curves(train, capsys):
     run = train("xflickrco", "retrieval", 'languages=["en","de","ru"]', "epochs=1")
     assert main(["analyse", str(run), "--limit", "20"]) == 0
     printed = capsys.readouterr().out
-    assert "curves=true" in printed and "xflickrco are no open set" in printed
+    assert "eval_each_epoch=true" in printed and "xflickrco are no open set" in printed
     assert {p.name for p in (run / "analysis").glob("*.png")} == {
         "similarity.png",
         "attention.png",
@@ -409,7 +409,7 @@ def test_analyse_says_what_cannot_be_drawn(train, tmp_path, capsys):
 def test_analyse_few_shot_run_has_one_model_per_language(train, capsys):
     english = train("xgqa", "short", 'languages=["en","ru"]', "epochs=1")
     shots = ("setting=few_shot", "shots=5", 'languages=["de","ru"]', "batch=4", f"model={english}")
-    run = train("xgqa", "shots", "curves=true", *shots)
+    run = train("xgqa", "shots", "eval_each_epoch=true", *shots)
     assert main(["analyse", str(run)]) == 0
     assert (
         capsys.readouterr().out.count(

@@ -117,7 +117,7 @@ def test_compare_settings_without_effect_make_no_row(runs):
             "workers=4",
             "runtime=local",
             "fit.log_every=3",
-            "curves=true",
+            "eval_each_epoch=true",
             "fit.seed=1",
             "fit.keep=9",
             "method=mine",
@@ -308,7 +308,7 @@ def test_compare_old_runs_get_defaults_and_unknown_settings_are_reported(runs):
     config["candidates"], config["strategies"]["alignment"] = (
         16,
         {"routine": 3},
-    )  # which matching=true forbids
+    )  # which use_itm_head=true forbids
     (old / "config.json").write_text(json.dumps(config))
     assert len(table(shown(old, new))) == 2
 

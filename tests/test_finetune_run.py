@@ -173,7 +173,7 @@ def test_finetune_every_language_has_an_interval(finetune, tmp_path, task):
         main(["evaluate", str(tmp_path / "run")]) == 0
         and result(tmp_path, "run")["interval"] == found["interval"]
     )
-    finetune(f"scenes_{task}", "name=untested", "epochs=1", "tests=false")
+    finetune(f"scenes_{task}", "name=untested", "epochs=1", "run_test=false")
     ((language, (low, high)),) = result(tmp_path, "untested")["interval"].items()
     assert language == "en" and low <= result(tmp_path, "untested")["dev"]["en"] <= high
 

@@ -220,7 +220,7 @@ def test_mclip_retrieval_runs_end_to_end(tmp_path, scenes, capsys):
         f"data={scenes}",
         f"runs={tmp_path}",
         *QUICK,
-        "matching=false",
+        "use_itm_head=false",
         'languages=["en","ru"]',
         'freeze=["vision"]',
     ]
@@ -258,5 +258,5 @@ def test_mclip_retrieval_runs_end_to_end(tmp_path, scenes, capsys):
             assert code == 0, printed
     code, printed = run("wrong", *mclip, recipe="scenes_xgqa")
     assert code == 2 and "mclip reads texts and pictures apart" in printed
-    code, printed = run("unmatched", *mclip, "matching=true")
-    assert code == 2 and "set matching=false" in printed
+    code, printed = run("unmatched", *mclip, "use_itm_head=true")
+    assert code == 2 and "set use_itm_head=false" in printed

@@ -14,7 +14,7 @@ KINDS = {
     "decoder": ["scenes_xgqa", "head=decoder", "decoder.candidates=9"],
     "two images": ["scenes_marvl"],
     "matching": ["scenes_xflickrco"],
-    "contrast": ["scenes_xflickrco", "matching=false"],
+    "contrast": ["scenes_xflickrco", "use_itm_head=false"],
 }
 FEW = [
     "setting=few_shot",

@@ -117,7 +117,7 @@ def test_search_ends_with_runnable_config_and_report(search, tmp_path, capsys):
         4,
     )  # the winner and the published setting, two seeds each
     best = load(type(RECIPES["scenes_xvnli"]()), folder / "best.yaml")
-    assert best.tests and best.optim.lr in [setting["optim.lr"] for setting in settings]
+    assert best.run_test and best.optim.lr in [setting["optim.lr"] for setting in settings]
     assert finetune_main(["--config", str(folder / "best.yaml")]) == 0
     assert "mean of the targets" in capsys.readouterr().out
     search(LR, "trials=4", "seeds=2", "stop=asha", "reduction=2")

@@ -134,7 +134,7 @@ def test_selection_run_keeps_last_of_ties(finetune, tmp_path):
 
 
 def test_selection_of_retrieval_uses_requested_score(finetune, tmp_path, scenes):
-    settings = ["epochs=1", "matching=false", 'languages=["en"]']
+    settings = ["epochs=1", "use_itm_head=false", 'languages=["en"]']
     found = {}
     for metric in ("mean_recall", "recall_at_1"):
         code, printed = finetune("scenes_xflickrco", f"name={metric}", f"select_metric={metric}", *settings)

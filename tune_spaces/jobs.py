@@ -17,7 +17,6 @@ from finetune.recipes import RECIPES as FINETUNE
 from finetune.report import scores_of
 from finetune.train import check, epochs_of, evaluate_run, files_of
 from finetune.train import run as finetune
-from finetune.worker import silent
 from pretrain.batches import StepBatches
 from pretrain.evaluate import summary
 from pretrain.recipes import RECIPES as PRETRAIN
@@ -27,7 +26,7 @@ from pretrain.train import run as pretrain
 from raylib.config import choose, dump
 from raylib.errors import UserError
 from raylib.identity import DataFile
-from raylib.launch import LaunchConfig, run_folder
+from raylib.launch import LaunchConfig, no_log, run_folder
 from raylib.metrics import mean
 from raylib.search.config import GOALS, Job, Select
 from raylib.search.reporter import Reporter
@@ -72,10 +71,12 @@ class Finetuning:
         )
         if select != "target_dev":
             dev_split(config, "en")
-        return config.model_copy(update={"tests": False, "dev_languages": targets, "curves": False})
+        return config.model_copy(
+            update={"run_test": False, "dev_languages": targets, "eval_each_epoch": False}
+        )
 
     def ready(self, config: FinetuneConfig) -> FinetuneConfig:
-        return config.model_copy(update={"tests": True, "dev_languages": ()})
+        return config.model_copy(update={"run_test": True, "dev_languages": ()})
 
     def looked(self, select: Select) -> str:
         return {
@@ -103,7 +104,7 @@ class Finetuning:
         self.depths[config.model] = model.depths
         last = after_distillation(config)  # the training that is judged
         adapted = copy.deepcopy(model)
-        build_methods(last, silent).adapt(adapted)
+        build_methods(last, no_log).adapt(adapted)
         _check_head(last, model, adapted)
 
     def checked(self) -> None:

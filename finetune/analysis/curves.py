@@ -1,5 +1,5 @@
 """Scores after each epoch, by language and by question type (paper 1, figures 2 and 3), of a run with
-`curves=true`."""
+`eval_each_epoch=true`."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from raylib.markdown import percent, table
 from raylib.metrics import mean
 from raylib.track import read_metrics
 
-PREFIX = "eval/test/"  # what `finetune.worker` records with `curves`: LANGUAGE, or LANGUAGE/TYPE
+PREFIX = "eval/test/"  # what `finetune.worker` records with `eval_each_epoch`: LANGUAGE, or LANGUAGE/TYPE
 
 
 def read_curves(folders: Sequence[Path]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def read_curves(folders: Sequence[Path]) -> dict[str, Any]:
                     code, _, kind = key.removeprefix(PREFIX).partition("/")
                     (kinds[kind][code] if kind else scores[code]).append(value)
     if not scores:
-        raise Inapplicable("nothing was recorded after each epoch; train with curves=true")
+        raise Inapplicable("nothing was recorded after each epoch; train with eval_each_epoch=true")
     means = {
         kind: [mean(values) for values in zip(*(v for code, v in by.items() if code != "en"), strict=True)]
         for kind, by in sorted(kinds.items())

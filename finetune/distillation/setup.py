@@ -119,7 +119,7 @@ def _check_pictures(
         if made[0] != made[1]:
             raise UserError(
                 f"{WHERE}: the frozen image encoder is not the teacher's, so pictures cannot be encoded once "
-                "for both; set encoded=false"
+                "for both; set cache_image_states=false"
             )
 
 

@@ -23,7 +23,7 @@ class Progress(NamedTuple):
 
 class Context(NamedTuple):
     """The run that a strategy takes part in: the `data` folder, the `wordnet` one, the task's `languages`,
-    the answers (`labels`), the model's `tokenizer` file, a folder to `cache` in, `say`, which tells people,
+    the answers (`labels`), the model's `tokenizer` file, a folder to `cache` in, `log`, which prints,
     and `captions(made, language)`, {picture: its training captions}: made "", the captions themselves,
     "_to_en" or "_from_en", translations of them. None: none are trained on but English ones. `training`: the
     examples that are trained on, by language, and `english`, the same in English; of tasks that have
@@ -35,7 +35,7 @@ class Context(NamedTuple):
     labels: tuple[str, ...]
     tokenizer: Path
     cache: Path
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     captions: Callable[[str, str], dict[str, tuple[str, ...]]] | None = None
     training: Mapping[str, Iterable[Example]] = {}
     english: Iterable[Example] = ()

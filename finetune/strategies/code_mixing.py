@@ -45,7 +45,7 @@ class CodeMixing(Strategy):
             (file_fingerprint(folder), languages),
             lambda: open_dictionaries(folder, languages),
         )
-        context.say(f"strategies.code_mixing: {report}")
+        context.log(f"strategies.code_mixing: {report}")
         ready = self.model_copy()
         ready._opened = opened
         return ready

@@ -60,7 +60,7 @@ class LinguisticPrior(Strategy):
                 (context.labels, file_fingerprint(file)),
                 lambda: vector_distances(context.labels, file, context.cache),
             )
-        context.say(f"strategies.prior: {report}")
+        context.log(f"strategies.prior: {report}")
         ready = self.model_copy()
         ready._distances = distances
         return ready

@@ -1,8 +1,8 @@
 """CLIP (Radford et al. 2021), both towers from `transformers`: what paper 4 compares with, English alone or
 with translations.
 
-It reads texts and pictures apart, so it retrieves (`matching=false`). Its layers are not ours: small modules
-do not go in.
+It reads texts and pictures apart, so it retrieves (`use_itm_head=false`). Its layers are not ours: small
+modules do not go in.
 """
 
 import json

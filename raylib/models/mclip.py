@@ -1,7 +1,7 @@
 """Multilingual-CLIP (Carlsson et al. 2022; paper 4): XLM-R's mean state, mapped to where CLIP's image tower
 puts pictures.
 
-It reads texts and pictures apart, so it retrieves (`matching=false`) and has no head of any other task to
+It reads texts and pictures apart, so it retrieves (`use_itm_head=false`) and has no head of any other task to
 stand under.
 """
 
