@@ -15,7 +15,12 @@ from typing import Any
 #                                but for a pretraining run's config.json: there they are `model.X` of pretrain
 RENAMED: dict[str, dict[str, str]] = {
     "pretrain": {},
-    "finetune": {},
+    "finetune": {
+        "tests": "run_test",
+        "curves": "eval_each_epoch",
+        "encoded": "cache_image_states",
+        "matching": "use_itm_head",
+    },
     "search": {},
     "finetuned": {},
 }
