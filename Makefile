@@ -43,7 +43,7 @@ search: runs/$(NAME)_model runs/scenes
 	@exec $(PYTHON) -m tune_spaces $(SPACE) $(SEARCH) name=$(NAME)_$(SPACE) model=runs/$(NAME)_model data=runs/scenes $(ARGS)
 
 runs/scenes: | .venv/.installed
-	@$(PYTHON) -m finetune.scenes $@
+	@$(PYTHON) -m raylib.sample.scenes $@
 
 runs/$(NAME)_model: | .venv/.installed
 	@[ -d runs/$(NAME) ] || { echo "error: there is no runs/$(NAME) to start from; 'make run' makes it" >&2; exit 2; }

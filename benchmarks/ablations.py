@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder = given.folder / "quick" if given.quick else given.folder
     scenes = folder / "scenes"
     if not scenes.is_dir():
-        python("finetune.scenes", scenes)
+        python("raylib.sample.scenes", scenes)
     for seed in range(given.seeds):
         for recipe in RECIPES:
             line = run(recipe, seed, folder, scenes, given.quick)

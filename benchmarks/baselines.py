@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with claimed(folder / "model.lock", wait=True):
         if not scenes.is_dir():
-            python("finetune.scenes", scenes, "train=9000")
+            python("raylib.sample.scenes", scenes, "train=9000")
         if not given.quick and not record.read(record.RESULTS / "scenes.jsonl"):
             record.main(["--scenes", str(scenes)])
         model = pretrained(folder, scenes, given.quick)

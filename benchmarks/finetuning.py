@@ -17,7 +17,7 @@ BLIND = {"majority": "(the most frequent answer)", "text": "(logistic regression
 
 def tables(records: list[dict], blind: dict[str, dict[str, float]]) -> str:
     """Markdown. A run that was recorded twice counts once, as recorded last. `blind`: what
-    `finetune.scenes.balance` measured on the same data, in English."""
+    `benchmarks.balance` measured on the same data, in English."""
     newest = {record["run"]: record for record in records if not record["run"].startswith(TRANSFER)}
     tasks: dict[str, list[dict]] = defaultdict(list)
     for record in newest.values():

@@ -17,9 +17,9 @@ import re
 import shutil
 from pathlib import Path
 
+from benchmarks.balance import measure
 from benchmarks.finetuning import tables, transfer
 from benchmarks.step import table as step_table
-from finetune.scenes.balance import measure
 from pretrain import report
 from pretrain.evaluate import summary
 from raylib import markdown

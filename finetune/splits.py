@@ -143,7 +143,7 @@ class Task(NamedTuple):
         if any((parent / "scenes.jsonl").is_file() for parent in path.parents):
             said += (
                 "; emoji scenes that were made before may lack it: make them anew (python -m "
-                "finetune.scenes OUT)"
+                "raylib.sample.scenes OUT)"
             )
         there = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
         return said + (f"; beside it are {', '.join(there)}" if there else "")

@@ -77,11 +77,10 @@ def mini(tmp_path, corpus, retrieval_set):
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
     """A small miniature IGLUE."""
-    from finetune.scenes.__main__ import make
-    from finetune.scenes.write import ScenesConfig
+    from raylib.sample.scenes.writer import ScenesConfig, write_scenes
 
     folder = tmp_path_factory.mktemp("scenes") / "scenes"
-    make(folder, ScenesConfig(train=60, dev=12, test=60, shots=5))
+    write_scenes(folder, ScenesConfig(train=60, dev=12, test=60, shots=5))
     return folder
 
 

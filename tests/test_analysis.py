@@ -22,13 +22,13 @@ from finetune.data import open_seen, read_split
 from finetune.examples import Example
 from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES
-from finetune.scenes.names import say
 from raylib.config import override
 from raylib.models.base import BACKBONES
 from raylib.models.encoder import Condition
 from raylib.models.single_stream import SingleStream, tiny
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
+from raylib.sample.scenes.labels import say
 from raylib.text import Prompted, Tokenizer
 from tests.factories import SMALL, make_model
 

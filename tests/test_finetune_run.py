@@ -15,10 +15,10 @@ from finetune.__main__ import main
 from finetune.build import build_model
 from finetune.data import labels_of, read_split
 from finetune.recipes import RECIPES
-from finetune.scenes.names import labels
 from finetune.tasks import TASKS
 from raylib.config import override
 from raylib.sample.concepts import DATA
+from raylib.sample.scenes.labels import labels
 from raylib.track import read_metrics
 from tests.conftest import QUICK
 from tests.factories import make_model

@@ -18,9 +18,9 @@ from finetune.lexicon.mixing import mix
 from finetune.lexicon.vectors import label_vectors, read_vectors
 from finetune.lexicon.wordnet import FILES, HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet
 from finetune.losses import linguistic_prior
-from finetune.scenes.names import DATA, labels
 from raylib.errors import UserError
 from raylib.randomness import uniform
+from raylib.sample.scenes.labels import DATA, labels
 
 LABELS = ("no", "yes", *labels())
 WORDNET, VECTORS = DATA / "wordnet", DATA / "vectors.txt"

@@ -4,14 +4,15 @@ import json
 import zipfile
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from finetune.lexicon.wordnet import WordNet
-from finetune.scenes.__main__ import main, make
-from finetune.scenes.names import DATA, LANGUAGES, categories, labels, related, say, sentence, templates
-from finetune.scenes.subset import cut_vectors, cut_wordnet
-from finetune.scenes.write import XGQA, ScenesConfig
 from raylib.sample.concepts import is_held_out
+from raylib.sample.scenes.__main__ import main
+from raylib.sample.scenes.labels import DATA, LANGUAGES, categories, labels, related, say, sentence, templates
+from raylib.sample.scenes.subset import cut_vectors, cut_wordnet
+from raylib.sample.scenes.writer import XGQA, ScenesConfig, write_scenes
 
 SMALL = ScenesConfig(train=60, dev=12, test=60, shots=5)
 
@@ -193,7 +194,7 @@ def test_scenes_translations_are_english_and_imperfect(scenes):
 
 
 def test_scenes_small_set_is_small_and_reproducible(scenes, tmp_path):
-    make(tmp_path / "again", SMALL)
+    write_scenes(tmp_path / "again", SMALL)
     files = {path.relative_to(scenes): path.read_bytes() for path in scenes.rglob("*") if path.is_file()}
     assert sum(map(len, files.values())) <= 3.3e6
     assert all((tmp_path / "again" / name).read_bytes() == data for name, data in files.items())
@@ -211,8 +212,11 @@ def test_scenes_cut_wordnet_and_vectors_can_be_cut_again(tmp_path):
     for synset in wordnet._reader.all_synsets():
         assert {path[0].name() for path in synset.hypernym_paths()} == {"entity.n.01"}
         assert all(synset in other.hyponyms() for other in synset.hypernyms())
-    cut_vectors(DATA / "vectors.txt", tmp_path / "vectors.txt", ["guide dog", "glorp"])
     lines = (DATA / "vectors.txt").read_text(encoding="utf-8").splitlines(keepends=True)
+    fields = [line.split() for line in lines]
+    np.save(tmp_path / "glove.npy", np.array([row[1:] for row in fields], np.float32))
+    (tmp_path / "glove.txt").write_text("".join(f"{row[0]}\n" for row in fields), encoding="utf-8")
+    cut_vectors(tmp_path / "glove.npy", tmp_path / "vectors.txt", ["guide dog", "glorp"])
     kept = [line for line in lines if line.startswith(("dog ", "guide "))]
     assert (tmp_path / "vectors.txt").read_text(encoding="utf-8") == "".join(kept) and len(kept) == 2
 

@@ -22,8 +22,8 @@ from finetune.analysis.parallel import Parallel
 from finetune.analysis.words import Thing, name_in
 from finetune.examples import Example
 from finetune.pictures import Pixels, RegionFeatures
-from finetune.scenes.names import labels
 from finetune.stores.pictures import stem
+from raylib.sample.scenes.labels import labels
 
 POOL = 20  # parallel items among which one is chosen: few name the same objects
 CLASSES = 6  # whose colours are told apart

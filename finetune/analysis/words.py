@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune.examples import Example
-from finetune.scenes.names import labels, say
 from raylib.errors import UserError
+from raylib.sample.scenes.labels import labels, say
 from raylib.text import Tokenizer
 
 
@@ -69,7 +69,7 @@ def read_scenes(path: Path, images: set[str]) -> dict[str, list[Thing]]:
     """{picture: what stands in it} of `images`, from the scenes.jsonl of emoji scenes.
 
     Raises:
-        UserError: a line that is not as `finetune.scenes` writes it.
+        UserError: a line that is not as `raylib.sample.scenes` writes it.
     """
     found = {}
     with open(path, encoding="utf-8") as file:
@@ -80,7 +80,7 @@ def read_scenes(path: Path, images: set[str]) -> dict[str, list[Thing]]:
                     found[record["id"]] = [Thing(o["label"], o["quadrant"]) for o in record["objects"]]
             except (ValueError, KeyError, TypeError):
                 raise UserError(
-                    f"{path}, line {number}: no scene; write the folder again with finetune.scenes"
+                    f"{path}, line {number}: no scene; write the folder again with raylib.sample.scenes"
                 ) from None
     return found
 

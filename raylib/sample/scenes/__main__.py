@@ -1,0 +1,32 @@
+"""Write emoji scenes, a miniature IGLUE, into a new folder:
+
+python -m raylib.sample.scenes OUT [train=3000 dev=300 test=1000 shots=100 size=64 seed=0]
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from raylib.command import command
+from raylib.config import override
+from raylib.sample.scenes.writer import ScenesConfig, write_scenes
+
+
+@command()
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m raylib.sample.scenes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", type=Path, help="a new or empty folder")
+    parser.add_argument("settings", nargs="*", metavar="name=value", help="such as train=300 test=100")
+    options = parser.parse_args(arguments)
+    print(write_scenes(options.out, override(ScenesConfig(), options.settings)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
