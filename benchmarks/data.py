@@ -27,7 +27,7 @@ from PIL import Image
 
 from raylib.data.images import AugmentConfig, augment, decode
 from raylib.data.shards import ShardWriter
-from raylib.data.source import Source
+from raylib.data.sources import Source
 from raylib.randomness import permutation, uniform
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from raylib.models.attention import Attention, Block
 from raylib.models.unified import UnifiedModel
-from raylib.objectives.losses import hard_negatives
+from raylib.objectives.contrastive import hard_negatives
 from raylib.packed import Sentences
 
 LENGTHS = {"image_text": 35, "parallel": 50, "text": 64}  # paper 2

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from finetune.strategies.base import Term
 from raylib.distributed import gather, total, world_size
-from raylib.objectives.losses import contrastive
+from raylib.objectives.contrastive import contrastive
 from raylib.objectives.pretraining import UnifiedObjective
 from raylib.packed import Ragged, concatenate
 

@@ -23,7 +23,7 @@ from raylib.config import Config
 from raylib.data.images import AugmentConfig, BadPicture, augment, decode
 from raylib.data.lanes import Lanes, step_draws
 from raylib.data.samples import BadCaption, Sample
-from raylib.data.source import Source
+from raylib.data.sources import Source
 from raylib.errors import UserError
 from raylib.identity import DataFile
 from raylib.randomness import integers, uniform

@@ -32,7 +32,7 @@ from raylib.command import check_output
 from raylib.data.images import BadPicture, decode
 from raylib.data.samples import is_image
 from raylib.data.shards import MANIFEST
-from raylib.data.source import Source
+from raylib.data.sources import Source
 from raylib.data.tars import TarScan
 from raylib.encoding import nfc
 from raylib.errors import UserError

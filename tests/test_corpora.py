@@ -11,7 +11,7 @@ import pytest
 from pretrain.corpora import main, prepare
 from pretrain.formats import CHUNK, Tally, read_image_text, read_json_list, read_pairs, read_text
 from raylib.data.images import decode
-from raylib.data.source import Source
+from raylib.data.sources import Source
 from raylib.errors import UserError
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer

@@ -11,7 +11,7 @@ from finetune.__main__ import main as finetune_main
 from pretrain.__main__ import main as pretrain_main
 from pretrain.train import run as run_pretraining
 from raylib import identity, provenance
-from raylib.data.source import Source
+from raylib.data.sources import Source
 from raylib.errors import UserError
 from raylib.identity import DataFile, changed, data_hash, record, settle
 from raylib.launch import config_hash, run_folder

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from raylib.distributed import clamp
-from raylib.objectives.losses import HEAD_ROWS, contrastive, hard_negatives, masked_language
+from raylib.objectives.contrastive import HEAD_ROWS, contrastive, hard_negatives, masked_language
 
 
 def test_contrastive_loss_excludes_equal_content():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from raylib.objectives.language import KnownTexts
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective, Weights
-from raylib.objectives.streams import KnownTexts
 from tests.factories import make_batch, make_model
 from tests.reference import slow_terms
 

@@ -15,7 +15,7 @@ from pretrain.sample import sample_corpus
 from raylib.data.images import decode
 from raylib.data.retrieval import read_retrieval
 from raylib.data.shards import MANIFEST, sha256_of
-from raylib.data.source import Source
+from raylib.data.sources import Source
 from raylib.errors import UserError
 from raylib.sample import __main__ as command
 from raylib.sample import concepts, packages

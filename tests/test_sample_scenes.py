@@ -11,7 +11,7 @@ from pretrain.sample import sample_corpus
 from pretrain.train import resolve_data, with_vocabulary
 from raylib.data.images import AugmentConfig, decode, resize
 from raylib.data.shards import MANIFEST
-from raylib.data.source import Source
+from raylib.data.sources import Source
 from raylib.models.unified import UnifiedModel
 from raylib.sample.canvas import Placed, decode_drawings, place
 from raylib.sample.concepts import DATA, TRAINING_VENDORS, is_held_out

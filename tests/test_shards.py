@@ -12,7 +12,7 @@ import webdataset
 
 from raylib.data import fetch as fetching
 from raylib.data.shards import BLOCK_ROWS, ShardWriter, index_folder, index_path, index_shard
-from raylib.data.source import Source
+from raylib.data.sources import Source
 from raylib.errors import UserError
 
 

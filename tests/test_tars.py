@@ -10,7 +10,7 @@ import tarfile
 import pytest
 
 from raylib.data.shards import index_folder, index_path, index_shard
-from raylib.data.source import Source
+from raylib.data.sources import Source
 from raylib.data.tars import TarScan
 from raylib.errors import UserError
 from raylib.randomness import string_key

@@ -26,7 +26,7 @@ from raylib.errors import UserError
 from raylib.randomness import string_key
 
 if TYPE_CHECKING:
-    from raylib.data.source import Shard
+    from raylib.data.sources import Shard
 
 IMAGE_EXTENSIONS = frozenset(
     ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")

@@ -17,7 +17,7 @@ counts what training draws: pictures, or rows.
 
 Everything is written under a temporary name and renamed, the manifest last. `python -m raylib.data.shards
 FOLDER KIND` makes the indices and the manifest for anybody's tars (`tars` says what it takes); an index of
-before there were hashes is still read. `raylib.data.source` reads all this.
+before there were hashes is still read. `raylib.data.sources` reads all this.
 """
 
 import argparse

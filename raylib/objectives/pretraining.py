@@ -25,8 +25,8 @@ from raylib.config import Config
 from raylib.distributed import clamp, gather, gather_ragged, total, world_size
 from raylib.models.encoder import Condition
 from raylib.models.unified import UnifiedModel
-from raylib.objectives.losses import contrastive, hard_negatives, masked_language
-from raylib.objectives.streams import KnownTexts, Side
+from raylib.objectives.contrastive import contrastive, hard_negatives, masked_language
+from raylib.objectives.language import KnownTexts, Side
 from raylib.packed import Ragged, concatenate, first_tokens
 
 
