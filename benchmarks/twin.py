@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raylib.models.attention import Attention, Block
+from raylib.models.layers import Attention, Block
 from raylib.models.unified import UnifiedModel
 from raylib.objectives.contrastive import hard_negatives
 from raylib.packed import Sentences

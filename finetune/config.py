@@ -39,7 +39,7 @@ class FinetuneConfig(LaunchConfig):
     there are. strategies: fine-tuning methods (`finetune.strategies`); `strategies.prior.alpha=4` turns one
     on. method: what tables call
         the run; "": by its methods.
-    backbone: what a `model` that is not ours becomes (`raylib.models.base`).
+    backbone: what a `model` that is not ours becomes (`raylib.models`).
     head: a classifier, or a decoder that spells the answers of an open set and ranks them as `decoder` says
         (CCLM).
     freeze: parts that never train. cache_image_states: with a frozen image encoder and no augmentation,

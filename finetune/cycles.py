@@ -24,7 +24,7 @@ from finetune.worker import FinetuneJob
 from raylib import checkpoint
 from raylib.distributed import world_size
 from raylib.launch import is_main_process, launch, open_run, run_folder
-from raylib.models.folder import read_weights
+from raylib.models.base import read_weights
 from raylib.search.reporter import Reporter
 
 

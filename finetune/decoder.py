@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from raylib.config import Config
 from raylib.errors import UserError
-from raylib.models.encoder import Condition
+from raylib.models.layers import Condition
 from raylib.objectives.contrastive import HEAD_ROWS, masked_language
 from raylib.packed import Ragged, first_tokens
 from raylib.text import Tokenizer

@@ -18,11 +18,10 @@ from finetune.formats.nli import check_labels
 from raylib.checkpoint import BEST
 from raylib.config import build, choose
 from raylib.errors import UserError
+from raylib.models import BACKBONES, rebuild
 from raylib.models import peft as tuning
-from raylib.models.attention import initialise
-from raylib.models.base import BACKBONES, rebuild
-from raylib.models.folder import fill, find_model, find_tokenizer, write_model
-from raylib.models.token_segments import Places
+from raylib.models.base import Places, fill, find_model, find_tokenizer, write_model
+from raylib.models.layers import initialise
 from raylib.models.unified import KINDS, UnifiedModel
 from raylib.packed import Ragged
 from raylib.renames import model_kind, rename_settings
@@ -149,7 +148,7 @@ class FinetuneModel(nn.Module):
 
     def states(self, batch: dict, layers: Sequence[int], empty: bool = False) -> tuple[list[Ragged], Places]:
         """States of all tokens of each text in the one picture that grounds it, after some of the layers
-        (`raylib.models.base`). `empty`: of a backbone whose rows hold regions, and of a slot without one."""
+        (`raylib.models`). `empty`: of a backbone whose rows hold regions, and of a slot without one."""
         more = {"empty": True} if empty else {}
         return self.backbone.states(batch["text"], self.condition(batch), layers, **more)
 
@@ -209,7 +208,7 @@ class FinetuneModel(nn.Module):
 
 def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = None) -> nn.Module:
     """The pretrained model that `path` means: an export, a run, a fine-tuned model (its head is left out), or
-    a folder of weights that the backbone `kind` can start from (`raylib.models.base`), whose image encoder is
+    a folder of weights that the backbone `kind` can start from (`raylib.models`), whose image encoder is
     `vision`, or random.
 
     Raises:

@@ -21,7 +21,7 @@ from raylib.distributed import raise_together, world_size
 from raylib.finite import is_finite, require_finite
 from raylib.intervals import recall_interval
 from raylib.metrics import RANKS, hit_chances, mean, mean_hits, nearest_keys
-from raylib.models.encoder import Condition
+from raylib.models.layers import Condition
 from raylib.packed import Ragged, first_tokens
 from raylib.randomness import Key, permutation
 from raylib.text import Tokenizer

@@ -19,7 +19,7 @@ from raylib.identity import DataFile
 from raylib.intervals import recall_interval
 from raylib.loop import peak_memory
 from raylib.metrics import RANKS, mean, mean_hits, recall_hits
-from raylib.models.folder import find_model, find_tokenizer
+from raylib.models.base import find_model, find_tokenizer
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, first_tokens
 from raylib.provenance import provenance

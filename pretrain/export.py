@@ -5,7 +5,7 @@ from pathlib import Path
 
 from raylib import checkpoint
 from raylib.errors import UserError
-from raylib.models.folder import find_model, find_tokenizer, read_weights
+from raylib.models.base import find_model, find_tokenizer, read_weights
 
 
 def export(run: Path | str, to: Path | str) -> Path:

@@ -16,7 +16,7 @@ from raylib.errors import UserError
 from raylib.identity import DataFile
 from raylib.launch import LaunchConfig, config_hash, is_main_process, launch, no_log, open_run, run_folder
 from raylib.loop import FitConfig, fit
-from raylib.models.folder import find_model, find_tokenizer
+from raylib.models.base import find_model, find_tokenizer
 from raylib.models.hf_weights import load_text, load_vision
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective

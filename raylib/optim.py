@@ -26,7 +26,7 @@ class OptimConfig(Config):
     clip: PositiveFloat = 1.0
 
 
-# factor of the learning rate at a depth (`raylib.models.base`) in a step; 0 freezes
+# factor of the learning rate at a depth (`raylib.models`) in a step; 0 freezes
 LayerRates = Callable[[int | None, int], float]
 
 

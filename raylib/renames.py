@@ -11,7 +11,7 @@ from typing import Any
 # a part that has moved as a whole comes before the settings in it.
 #   pretrain, finetune, search   the config.json of a run, a --config file, search.json
 #   finetuned                    the config.json of a fine-tuned model's folder, but for its backbone's sizes
-#   unified, cclm, mclip, ...    the sizes of a backbone of `raylib.models.base.BACKBONES`, wherever stored,
+#   unified, cclm, mclip, ...    the sizes of a backbone of `raylib.models.BACKBONES`, wherever stored,
 #                                but for a pretraining run's config.json: there they are `model.X` of pretrain
 RENAMED: dict[str, dict[str, str]] = {
     "pretrain": {},

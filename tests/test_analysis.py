@@ -23,8 +23,8 @@ from finetune.examples import Example
 from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES
 from raylib.config import override
-from raylib.models.base import BACKBONES
-from raylib.models.encoder import Condition
+from raylib.models import BACKBONES
+from raylib.models.layers import Condition
 from raylib.models.single_stream import SingleStream, tiny
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA

@@ -10,10 +10,10 @@ from transformers import SwinConfig, SwinModel
 from finetune.model import FinetuneModel, resize
 from raylib.data.states import fingerprint
 from raylib.errors import UserError
-from raylib.models.base import BACKBONES
-from raylib.models.cclm_weights import CLIP
-from raylib.models.swin import SwinSizes, interpolate_bias
+from raylib.models import BACKBONES
+from raylib.models.cclm import CLIP
 from raylib.models.unified import ModelConfig, UnifiedModel
+from raylib.models.vision import SwinSizes, interpolate_bias
 from raylib.packed import Ragged
 from tests.factories import SMALL, make_model
 

@@ -9,7 +9,7 @@ from transformers import SwinConfig, SwinModel, ViTConfig, ViTModel, XLMRobertaC
 
 from finetune.model import load_backbone
 from raylib.errors import UserError
-from raylib.models.cclm_weights import CLIP
+from raylib.models.cclm import CLIP
 from tests.test_cclm import SWIN, pictures, shaken, swin_model
 
 D, F_, VOCABULARY, PLACES = 128, 24, 60, 20  # of the synthetic checkpoints: two heads of 64

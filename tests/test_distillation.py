@@ -21,8 +21,8 @@ from finetune.formats.vqa import read_cvil
 from finetune.model import FinetuneModel
 from finetune.strategies.distillation import Distillation, chosen_layers
 from raylib.errors import UserError
+from raylib.models.base import find_places
 from raylib.models.oscar import TINY, Oscar
-from raylib.models.token_segments import find_places
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from raylib.text import Prompted, Tokenizer

@@ -21,7 +21,7 @@ from finetune.retrieval import retrieve
 from finetune.stores import open_pictures
 from finetune.tasks import TASKS
 from raylib.errors import UserError
-from raylib.models.encoder import Condition
+from raylib.models.layers import Condition
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer

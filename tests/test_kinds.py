@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetune.model import FinetuneModel, load_backbone
-from raylib.models.base import BACKBONES
+from raylib.models import BACKBONES
 from raylib.models.unified import UnifiedModel
 from raylib.sample.concepts import DATA
 from tests.test_finetune_models import regions_of, write_regions

@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 
 from finetune.__main__ import main
 from raylib.errors import UserError
-from raylib.models.base import BACKBONES
-from raylib.models.clip import Clip, load_clip
-from raylib.models.mclip import MClip, MClipConfig, load_mclip
+from raylib.models import BACKBONES
+from raylib.models.dual_encoder import Clip, MClip, MClipConfig, load_clip, load_mclip
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from tests.conftest import QUICK

@@ -23,9 +23,8 @@ from pretrain.export import export
 from raylib.data.states import States, write_states
 from raylib.errors import NotFinite, UserError
 from raylib.models import peft as tuning
-from raylib.models.clip import load_clip
+from raylib.models.dual_encoder import load_clip, load_mclip
 from raylib.models.hf_weights import load_text, load_vision
-from raylib.models.mclip import load_mclip
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA

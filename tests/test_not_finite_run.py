@@ -15,7 +15,7 @@ from raylib import checkpoint
 from raylib.errors import NotFinite
 from raylib.guard import StepGuard
 from raylib.loop import FitConfig, fit
-from raylib.models.folder import write_model
+from raylib.models.base import write_model
 from raylib.optim import OptimConfig
 from raylib.runtime import Local
 from raylib.track import read_metrics

@@ -21,10 +21,9 @@ from finetune.pictures import RegionFeatures
 from finetune.stores import open_regions
 from finetune.stores.records import to_regions
 from raylib.errors import UserError
-from raylib.models.base import BACKBONES, rebuild
-from raylib.models.oscar import TINY, Oscar, OscarConfig, Seen
-from raylib.models.oscar_weights import load_oscar
-from raylib.models.token_segments import find_places
+from raylib.models import BACKBONES, rebuild
+from raylib.models.base import find_places
+from raylib.models.oscar import TINY, Oscar, OscarConfig, Seen, load_oscar
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer

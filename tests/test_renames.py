@@ -4,7 +4,7 @@ import pytest
 
 from raylib import renames
 from raylib.config import Config, load
-from raylib.models.base import BACKBONES, rebuild
+from raylib.models import BACKBONES, rebuild
 from raylib.renames import rename_settings
 
 

@@ -9,7 +9,7 @@ import torch
 
 from finetune.model import FinetuneModel, freeze, load_backbone
 from raylib.errors import UserError
-from raylib.models.base import BACKBONES, SINGLE_STREAMS, rebuild
+from raylib.models import BACKBONES, SINGLE_STREAMS, rebuild
 from raylib.models.single_stream import LAYOUTS, SingleStream, tiny
 from raylib.models.single_stream_weights import load_single_stream
 from raylib.packed import Ragged

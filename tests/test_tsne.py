@@ -24,7 +24,7 @@ from finetune.pictures import RegionFeatures
 from finetune.recipes import RECIPES
 from finetune.stores import Regions
 from raylib.config import override
-from raylib.models.clip import ClipConfig
+from raylib.models.dual_encoder import ClipConfig
 from raylib.models.oscar import TINY, Oscar
 from raylib.models.single_stream import SingleStream, tiny
 from raylib.packed import Plan, Ragged

@@ -15,9 +15,9 @@ from finetune.strategies.tuning import Adapter, Compacter, HardPrompt, Lora, Sof
 from raylib.config import build
 from raylib.engine import DeepSpeedEngine, TorchEngine
 from raylib.errors import UserError
+from raylib.models import BACKBONES
 from raylib.models import peft as tuning
-from raylib.models.attention import Block
-from raylib.models.base import BACKBONES
+from raylib.models.layers import Block
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.optim import OptimConfig
 from raylib.packed import Ragged

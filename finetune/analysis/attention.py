@@ -1,7 +1,7 @@
 """Where in a picture a word looks: weights of the unified encoder's cross-attention (paper 2, figure 3).
 
 The fused kernel keeps its weights to itself. `look` runs the model as it is, notes what goes into each
-cross-attention (`raylib.models.attention`) and multiplies queries and keys once more.
+cross-attention (`raylib.models.layers`) and multiplies queries and keys once more.
 
 Shape legend: l unified layers, T tokens, R queries, h heads, e = d / h, S keys of a picture (CLS, then
 patches), g x g patches.
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from raylib.errors import UserError
-from raylib.models.attention import Attention
-from raylib.models.encoder import Condition
+from raylib.models.layers import Attention, Condition
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Plan, Ragged
 

@@ -12,13 +12,13 @@ from finetune.distillation.matching import matching_tokens, words_at
 from finetune.distillation.stored import Stored
 from finetune.distillation.terms import Pairs, cls_pairs, image_pairs, matched_pairs
 from finetune.examples import Example
-from raylib.models.token_segments import Places, find_places
+from raylib.models.base import Places, find_places
 from raylib.text import Tokenizer
 
 
 class Side:
     """How a student or a teacher reads: its tokenizer, and of what its rows are made
-    (`raylib.models.base`)."""
+    (`raylib.models`)."""
 
     def __init__(self, tokenizer: Tokenizer, parts: Sequence[str]):
         self.tokenizer, self.parts = tokenizer, tuple(parts)

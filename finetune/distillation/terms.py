@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from raylib.models.token_segments import Places
+from raylib.models.base import Places
 from raylib.packed import Ragged
 
 TERMS = ("cls", "image", "tags", "mixed")

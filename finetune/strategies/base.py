@@ -96,7 +96,7 @@ class Strategy(Config):
         """Change the model before training: masks, permanent freezes."""
 
     def lr_scale(self, depth: int | None, depths: int, progress: Progress) -> float:
-        """Factor of the learning rate of the parameters at `depth` (`raylib.models.base`) of `depths`; 0
+        """Factor of the learning rate of the parameters at `depth` (`raylib.models`) of `depths`; 0
         freezes them."""
         return 1.0
 

@@ -1,215 +1,110 @@
-"""Backbones: what a fine-tuning head stands on. `BACKBONES`: name -> how one is built and filled.
+"""Where a model and its tokenizer lie: in an export, a checkpoint or a run.
 
-Whatever its architecture, a backbone has
-    config                         its sizes; `save` writes them, `BACKBONES[kind].build` takes them
-    kind                           its key in `BACKBONES`
-    width                          of the states that a head gets
-    depths                         how many transformer layers a text passes, N
-    fusion_depths                  how many of them, the top ones, come after layers of text alone; 0: there
-                                   are none of these
-    depth_of(name)                 of a parameter: 1 ... N bottom up, 0 the embeddings, None what is outside
-                                   of the stack (image encoder, heads): the one order behind layer decay,
-                                   unfreezing and top layers only
-    prunable()                     names of the parameters that magnitude pruning may take: matrices of the
-                                   stack
-    encode_text(ids, read)         states of a text by itself, as a premise
-and, unless it retrieves alone
-    ground(text, condition, times) CLS states of texts in what grounds them
+Where in rows of text and of what grounds it which tokens are."""
 
-One that reads texts and pictures apart has in addition
-    encode_images(images)          states of pictures
-    embed_pictures(states), embed_sentences(ids)   vectors that are compared
-
-One with layers of cross-attention has in addition what a head that spells answers builds on
-(`finetune.decoder`)
-    ground_tokens(text, condition) as `ground`, but states of all tokens
-    embedding, fusion, masked_head of its text; those layers; a token's state on its way to the word embedding
-
-One that sees region features in place of pictures has in addition
-    see_regions(width)             how wide these will be
-    embed_regions(regions)         what grounds texts, from features and locations side by side; `oscar` takes
-                                   tags after them
-
-One that can be distilled (paper 3) has in addition
-    parts                          of what its rows are made: "text", and perhaps "tags" and "regions"
-    states(text, condition, layers)  of all tokens after these layers, and where in the rows the CLS, words,
-                                     tags and regions are
-    pooled(cls)                    what `ground` makes of the CLS states after the last layer
-"""
-
-from collections.abc import Callable, Mapping
-from functools import partial
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from raylib.config import Config, build, choose
-from raylib.models.cclm import Cclm, CclmSwin, load_cclm, load_cclm_swin
-from raylib.models.cclm_weights import CLIP
-from raylib.models.clip import Clip, ClipConfig, clip_sizes, load_clip
-from raylib.models.hf_weights import load_encoders
-from raylib.models.mclip import ClipImageSizes, MClip, MClipConfig, load_mclip
-from raylib.models.oscar import TINY, Oscar, OscarConfig
-from raylib.models.oscar_weights import load_oscar
-from raylib.models.single_stream import LAYOUTS, SingleStream, tiny
-from raylib.models.single_stream_weights import load_single_stream
-from raylib.models.swin import SwinSizes
-from raylib.models.unified import ModelConfig, UnifiedModel
-from raylib.renames import rename_settings
+from raylib import checkpoint
+from raylib.errors import UserError
+from raylib.finite import require_finite_file
+from raylib.packed import Ragged, first_tokens
+from raylib.text import FILES
 
 
-class Backbone(NamedTuple):
-    """One architecture.
-
-    sizes: "base" as published, "tiny" for tests. build: from its sizes, with random weights.
-    load: from a folder or file of weights (and a folder of the image encoder, where that comes from
-    elsewhere).
-    """
-
-    summary: str
-    sizes: Mapping[str, Config]
-    build: Callable[[Config], nn.Module]
-    load: Callable[[Path, Path | None], nn.Module]
-
-
-SINGLE_STREAMS = {
-    "uc2": "XLM-R over text and regions at 7 numbers (UC2)",
-    "m3p": "XLM-R over regions and text, numbered together (M3P)",
-    "muniter": "multilingual BERT over text, picture and regions (mUNITER)",
-    "xuniter": "XLM-R over text, picture and regions (xUNITER)",
-}
-
-BACKBONES: dict[str, Backbone] = {
-    "unified": Backbone(
-        summary="text encoder, then unified layers with pluggable cross-attention; ViT (paper 2)",
-        sizes={
-            "base": ModelConfig(),
-            "tiny": ModelConfig(
-                vocabulary=12000,
-                width=32,
-                heads=2,
-                feedforward=64,
-                text_layers=2,
-                fusion_layers=2,
-                vision_layers=1,
-                image_size=16,
-                patch=8,
-                positions=64,
-                embedding=16,
-            ),
-        },
-        build=UnifiedModel,
-        load=load_encoders,
-    ),
-    "cclm": Backbone(
-        summary="XLM-R's 12 layers, then 6 with cross-attention; ViT (CCLM on X2-VLM, paper 1)",
-        sizes={
-            "base": ModelConfig(text_layers=12, fusion_layers=6, image_size=224, eps=1e-5, **CLIP),
-            "tiny": ModelConfig(
-                vocabulary=12000,
-                width=32,
-                heads=2,
-                feedforward=64,
-                text_layers=12,
-                fusion_layers=6,
-                vision_layers=1,
-                image_size=16,
-                patch=8,
-                positions=64,
-                embedding=16,
-            ),
-        },
-        build=Cclm,
-        load=load_cclm,
-    ),
-    "cclm_swin": Backbone(
-        summary="every other layer of XLM-R-large, 6, then 6 with cross-attention; Swin (the first CCLM)",
-        sizes={
-            "base": ModelConfig(
-                width=1024,
-                heads=16,
-                feedforward=4096,
-                text_layers=6,
-                fusion_layers=6,
-                positions=514,
-                swin=SwinSizes(),
-                patch=4,
-                image_size=224,
-                eps=1e-5,
-                **CLIP,
-            ),
-            "tiny": ModelConfig(
-                vocabulary=12000,
-                width=32,
-                heads=2,
-                feedforward=64,
-                text_layers=2,
-                fusion_layers=2,
-                swin=SwinSizes(width=16, layers=(2, 2), heads=(2, 2)),
-                patch=2,
-                image_size=16,
-                positions=64,
-                embedding=16,
-            ),
-        },
-        build=CclmSwin,
-        load=load_cclm_swin,
-    ),
-    **{
-        name: Backbone(
-            summary,
-            {"base": LAYOUTS[name], "tiny": tiny(name)},
-            SingleStream,
-            partial(load_single_stream, name),
-        )
-        for name, summary in SINGLE_STREAMS.items()
-    },
-    "oscar": Backbone(
-        summary="BERT, or another encoder, over words, object tags and regions (OSCAR+, paper 3)",
-        sizes={"base": OscarConfig(), "tiny": TINY},
-        build=Oscar,
-        load=load_oscar,
-    ),
-    "mclip": Backbone(
-        summary="XLM-R's mean state beside CLIP's image tower (Multilingual-CLIP, paper 4); retrieves alone",
-        sizes={
-            "base": MClipConfig(),
-            "tiny": MClipConfig(
-                vocabulary=12000,
-                width=32,
-                heads=2,
-                feedforward=64,
-                text_layers=2,
-                positions=64,
-                embedding=16,
-                image_size=16,
-                image=ClipImageSizes(
-                    hidden_size=32,
-                    intermediate_size=64,
-                    num_hidden_layers=1,
-                    num_attention_heads=2,
-                    patch_size=8,
-                ),
-            ),
-        },
-        build=MClip,
-        load=load_mclip,
-    ),
-    "clip": Backbone(
-        summary="CLIP itself, which knows English (paper 4's baseline); retrieves alone",
-        sizes={"base": ClipConfig(clip=clip_sizes()), "tiny": ClipConfig(clip=clip_sizes(tiny=True))},
-        build=Clip,
-        load=load_clip,
-    ),
-}
+def find_model(path: Path | str) -> Path:
+    """The model folder meant by `path`: an export, a checkpoint, or a run (its newest checkpoint)."""
+    path = Path(path)
+    if (path / "model.safetensors").is_file():
+        return path
+    if (path / checkpoint.FOLDER).is_dir():
+        newest = checkpoint.newest(path)
+        if newest is None:
+            raise UserError(f"{path}: this run has no checkpoint yet")
+        return newest
+    raise UserError(
+        f"{path}: neither a model folder nor a run; give runs/NAME, or a folder written by export"
+    )
 
 
-def rebuild(kind: str, sizes: dict, where: str) -> nn.Module:
-    """The backbone `kind` of a stored description, with random weights.
+def find_tokenizer(model: Path) -> Path:
+    """The tokenizer of a model folder: beside its weights, or in the run that the checkpoint belongs to."""
+    for folder in (model, model.parent, model.parent.parent):
+        for name in FILES:
+            if (folder / name).is_file():
+                return folder / name
+    raise UserError(f"{model}: no tokenizer with this model; one of {', '.join(FILES)} is looked for")
+
+
+def write_model(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
+    """Write `config.json`, the description, and `model.safetensors`.
 
     Raises:
-        UserError: no such backbone, or sizes that it does not have; `where` says which file.
+        UserError: a weight is not finite; it is named, and nothing written.
     """
-    backbone = choose(kind, BACKBONES, "backbone")
-    return backbone.build(build(type(backbone.sizes["base"]), rename_settings(kind, sizes), where))
+    weights = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
+    require_finite_file(folder / "model.safetensors", weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(
+        json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    save_file(weights, folder / "model.safetensors")
+
+
+def fill(model: nn.Module, folder: Path) -> nn.Module:
+    """Load `folder`/model.safetensors into `model`.
+
+    Raises:
+        UserError: a key is missing, left over, of another shape or not finite; it is named.
+    """
+    weights = read_weights(folder)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        raise UserError(
+            f"{folder}/model.safetensors does not fit the model: {' '.join(str(e).split())}"
+        ) from None
+    return model
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of `folder`/model.safetensors.
+
+    Raises:
+        UserError: one is not finite; it is named.
+    """
+    weights = load_file(folder / "model.safetensors")
+    require_finite_file(folder / "model.safetensors", weights)
+    return weights
+
+
+class Places(NamedTuple):
+    """Which of the T tokens of n rows are what: positions in the flat rows, int64 on the CPU, in the order in
+    which words, tags and regions came, which is that of their own rows.
+
+    cls: (n,). text: n rows (W,), from CLS to SEP. tags: n rows (G,), their SEP last. regions: n rows (R,).
+    empty: (n,) the last tokens of the rows, if these are slots without a region; else (0,).
+    """
+
+    cls: Tensor
+    text: Ragged
+    tags: Ragged
+    regions: Ragged
+    empty: Tensor
+
+
+def find_places(text: Tensor, tags: Tensor, regions: Tensor, empty: bool = False) -> Places:
+    """The places in rows of so many tokens each: three times (n,), on the CPU. `empty`: and one more in each
+    row."""
+    lengths = torch.stack([text, tags, regions, torch.full_like(text, int(empty))], 1)
+    part = (
+        torch.arange(4).repeat(len(text)).repeat_interleave(lengths.flatten())
+    )  # (T,): 0 text, 1 tags, 2 regions, 3 empty
+    cls = first_tokens(lengths.sum(1)).nonzero().squeeze(1)
+    *rows, last = ((part == i).nonzero().squeeze(1) for i in range(4))
+    return Places(cls, *(Ragged(values, lengths[:, i]) for i, values in enumerate(rows)), last)

@@ -1,17 +1,247 @@
-"""CCLM as a backbone: the unified model with more layers of text, or with a Swin (paper 1 fine-tunes it).
+"""Published checkpoints of CCLM (Zeng et al., 2022) and of its successor on X2-VLM: one file, {"model":
+{name: tensor}}.
 
-It starts from a published file (`raylib.models.cclm_weights`), or from a text encoder's folder as CCLM itself
+    CCLM         `vision_encoder` a Swin; `text_encoder.(bert.)encoder.layer.0-11`, the upper six with
+                 `crossattention`; `text_encoder.cls.predictions`
+    X2-VLM CCLM  `text_encoder.(roberta.)encoder.layer.0-11`, `cross_encoder.encoder.layer.0-5`,
+                 `mlm_head.predictions`; its image encoder is BEiT-2, which our ViT cannot hold: another must
+                 take its place
+Both have `{vision,text}_proj` and `temp`. Our matching head is a linear map, so that their `itm_head` stays
+out, and is named.
+
+
+CCLM as a backbone: the unified model with more layers of text, or with a Swin (paper 1 fine-tunes it).
+
+It starts from a published file (`raylib.models.cclm`), or from a text encoder's folder as CCLM itself
 did.
 """
 
 import json
+import logging
+import re
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from raylib.config import build
 from raylib.errors import UserError
-from raylib.models.cclm_weights import fill, published_sizes, read_published, swin_sizes, vit_sizes
-from raylib.models.hf_weights import load_text, load_vision, text_config
+from raylib.finite import require_finite_file
+from raylib.models.hf_weights import (
+    Taken,
+    copy_swin,
+    copy_text,
+    copy_vision,
+    load_text,
+    load_vision,
+    text_config,
+)
 from raylib.models.unified import ModelConfig, UnifiedModel
+from raylib.models.vision import SwinSizes
+
+HEAD = 64  # an attention head of XLM-R and BERT is so wide
+CLIP = {  # the colours that CCLM was trained with
+    "pixel_mean": (255 * 0.48145466, 255 * 0.4578275, 255 * 0.40821073),
+    "pixel_std": (255 * 0.26862954, 255 * 0.26130258, 255 * 0.27577711),
+}
+UNUSED_TEXT = [
+    r"(itm|bbox)_head\.",
+    r"embeddings\.position_ids$",
+    r"pooler\.",
+    r"cls\.predictions\.decoder\.",
+]
+UNUSED_SWIN = [r".*\.relative_position_index$", r".*\.attn_mask$"]  # follow from the sizes
+BEIT = r"gamma_[12]$|[qv]_bias$|relative_position_bias_table$"
+VIT_NAMES = {  # timm's ViT -> the one of `transformers`
+    r"^cls_token$": "embeddings.cls_token",
+    r"^pos_embed$": "embeddings.position_embeddings",
+    r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
+    r"^norm\.": "layernorm.",
+    r"^blocks\.(\d+)\.norm1\.": r"encoder.layer.\1.layernorm_before.",
+    r"^blocks\.(\d+)\.norm2\.": r"encoder.layer.\1.layernorm_after.",
+    r"^blocks\.(\d+)\.attn\.proj\.": r"encoder.layer.\1.attention.output.dense.",
+    r"^blocks\.(\d+)\.attn\.(query|key|value)\.": r"encoder.layer.\1.attention.attention.\2.",
+    r"^blocks\.(\d+)\.mlp\.fc1\.": r"encoder.layer.\1.intermediate.dense.",
+    r"^blocks\.(\d+)\.mlp\.fc2\.": r"encoder.layer.\1.output.dense.",
+}
+SWIN_NAMES = {  # Microsoft's Swin -> the one of `transformers`
+    r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
+    r"^patch_embed\.norm\.": "embeddings.norm.",
+    r"^norm\.": "layernorm.",
+    r"^layers\.": "encoder.layers.",
+    r"\.norm1\.": ".layernorm_before.",
+    r"\.norm2\.": ".layernorm_after.",
+    r"\.attn\.proj\.": ".attention.o_proj.",
+    r"\.attn\.(q|k|v)[a-z]+\.": r".attention.\1_proj.",
+    r"\.attn\.relative_position_bias_table$": (
+        ".attention.relative_position_bias.relative_position_bias_table"
+    ),
+}
+
+log = logging.getLogger(__name__)
+
+
+class Published(NamedTuple):
+    """A file's tensors. `text`: names as in Hugging Face folders, the cross layers as the last ones, heads
+    and projections too. `vision`: without `vision_encoder.`, attention's `qkv` cut in three. `first`: row of
+    the position embeddings that a text starts at."""
+
+    path: Path
+    text: dict[str, Tensor]
+    vision: dict[str, Tensor]
+    first: int
+
+    @property
+    def is_swin(self) -> bool:
+        return any(re.match(r"layers\.\d+\.blocks\.", name) for name in self.vision)
+
+
+def read_published(path: Path) -> Published:
+    """The tensors of a file.
+
+    Raises:
+        UserError: no checkpoint of tensors, or not one of CCLM; a tensor that is not finite.
+    """
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as e:
+        raise UserError(
+            f"{path}: no checkpoint of tensors ({' '.join(str(e).split())[:200]}); give a published file"
+        ) from None
+    weights = stored.get("model", stored) if isinstance(stored, dict) else {}
+    layers = [
+        int(m[1]) for k in weights if (m := re.match(r"text_encoder\.(?:\w+\.)?encoder\.layer\.(\d+)\.", k))
+    ]
+    if not layers:
+        raise UserError(
+            f"{path}: no text_encoder.encoder.layer; give a published CCLM checkpoint, or an XLM-R or BERT "
+            "folder"
+        )
+    require_finite_file(path, weights)
+    text, vision, above = {}, {}, 1 + max(layers)
+    for name, value in weights.items():
+        if name.startswith("vision_encoder."):
+            name = name.removeprefix("vision_encoder.")
+            if ".attn.qkv." in name:
+                parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
+                vision |= {name.replace(".qkv.", f".{part}."): third for part, third in parts}
+            else:
+                vision[name] = value
+            continue
+        name = re.sub(r"^text_encoder\.(bert\.|roberta\.)?", "", name)
+        name = re.sub(r"^mlm_head\.", "cls.", name)
+        text[
+            re.sub(
+                r"^cross_encoder\.encoder\.layer\.(\d+)", lambda m: f"encoder.layer.{above + int(m[1])}", name
+            )
+        ] = value
+    # X2-VLM's text encoder is a RoBERTa, whose texts start behind the padding; CCLM's is a BERT with XLM-R's
+    # tensors
+    return Published(path, text, vision, 2 if any(k.startswith("cross_encoder.") for k in weights) else 0)
+
+
+def published_sizes(file: Published, seen: dict) -> ModelConfig:
+    """Sizes as the shapes of a file's tensors tell them. It says nothing of heads and eps, which are XLM-R's.
+
+    seen: of the image encoder (`vit_sizes`, `swin_sizes`), or of the one in its place.
+    """
+    blocks = {int(m[1]) for k in file.text if (m := re.match(r"encoder\.layer\.(\d+)\.", k))}
+    cross = {n for n in blocks if f"encoder.layer.{n}.crossattention.self.query.weight" in file.text}
+    taken = Taken(file.text, file.path)
+    vocabulary, width = taken("embeddings.word_embeddings.weight").shape
+    if width % HEAD:
+        raise UserError(
+            f"{file.path}: {width} wide, no multiple of a head's {HEAD}; give a published CCLM checkpoint"
+        )
+    sizes = {
+        "vocabulary": vocabulary,
+        "width": width,
+        "heads": width // HEAD,
+        "feedforward": len(taken("encoder.layer.0.intermediate.dense.weight")),
+        "text_layers": len(blocks) - len(cross),
+        "fusion_layers": len(cross),
+        "positions": len(taken("embeddings.position_embeddings.weight")) - file.first,
+        "embedding": len(taken("text_proj.weight")),
+        "eps": 1e-5,
+    }
+    return build(ModelConfig, {**sizes, **CLIP, **seen}, str(file.path))
+
+
+def vit_sizes(file: Published) -> dict:
+    """Of the file's own image encoder.
+
+    Raises:
+        UserError: it is BEiT-2 or another that our ViT cannot hold.
+    """
+    beit = [name for name in file.vision if re.search(BEIT, name)]
+    if beit:
+        raise UserError(
+            f"{file.path}: its image encoder is BEiT-2, whose relative positions and layer scale "
+            f"(vision_encoder.{beit[0]}, ...) our ViT does not have; give another in its place: "
+            "vision=VIT_FOLDER"
+        )
+    layers = {m[1] for name in file.vision if (m := re.match(r"blocks\.(\d+)\.", name))}
+    if not layers:
+        raise UserError(
+            f"{file.path}: no vision_encoder.blocks, so no ViT; give one in its place: vision=VIT_FOLDER"
+        )
+    taken = Taken(file.vision, file.path)
+    width, _, patch, _ = taken("patch_embed.proj.weight").shape
+    side = round((taken("pos_embed").shape[1] - 1) ** 0.5)
+    return {"vision_layers": len(layers), "vision_width": width, "patch": patch, "image_size": side * patch}
+
+
+def swin_sizes(file: Published) -> dict:
+    """Of the file's own image encoder; its resolution follows from the width of its windows."""
+    stages: dict[int, list[Tensor]] = {}
+    for name, value in file.vision.items():
+        if m := re.match(r"layers\.(\d+)\.blocks\.\d+\.attn\.relative_position_bias_table$", name):
+            stages.setdefault(int(m[1]), []).append(value)
+    tables = [stages[number] for number in sorted(stages)]
+    width, _, patch, _ = Taken(file.vision, file.path)("patch_embed.proj.weight").shape
+    swin = build(
+        SwinSizes,
+        {"width": width, "layers": [len(t) for t in tables], "heads": [t[0].shape[1] for t in tables]},
+        str(file.path),
+    )
+    window = (round(len(tables[-1][0]) ** 0.5) + 1) // 2
+    return {"swin": swin.model_dump(), "patch": patch, "image_size": window * patch * swin.merges}
+
+
+def fill(model: UnifiedModel, file: Published, own_vision: bool) -> None:
+    """All of the file into `model`, or all but its image encoder, if another takes its place.
+
+    Raises:
+        UserError: tensors missing, left over or of another shape (they are listed).
+    """
+    taken = Taken(file.text, file.path)
+    copy_text(taken, model, file.first, tuple(range(model.depths)))
+    with torch.no_grad():
+        taken.copy_layer(model.text_projection, "text_proj")
+        taken.copy_layer(model.image_projection, "vision_proj")
+        model.temperature.copy_(taken("temp").reshape(1))
+    taken.finish(UNUSED_TEXT)
+    if own_vision:
+        names = SWIN_NAMES if file.is_swin else VIT_NAMES
+        taken = Taken({_rename(name, names): value for name, value in file.vision.items()}, file.path)
+        (copy_swin if file.is_swin else copy_vision)(taken, model)
+        taken.finish(UNUSED_SWIN if file.is_swin else [])
+    decoder = file.text.get("cls.predictions.decoder.weight")
+    if decoder is not None and not torch.equal(decoder, file.text["embeddings.word_embeddings.weight"]):
+        log.warning(
+            "%s: its masked-language head has a vocabulary of its own; ours is the word embedding", file.path
+        )
+    if any(name.startswith("itm_head.") for name in file.text):
+        log.warning("%s: its matching head has two layers; ours has one, and stays as initialised", file.path)
+
+
+def _rename(name: str, patterns: dict[str, str]) -> str:
+    for pattern, new in patterns.items():
+        name = re.sub(pattern, new, name)
+    return name
+
 
 IMAGENET = {  # the colours that Swins in Hugging Face folders were trained with; ViTs there: 127.5, as ours
     "pixel_mean": (255 * 0.485, 255 * 0.456, 255 * 0.406),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from raylib.errors import UserError, needed
 from raylib.finite import require_finite_file
-from raylib.models.attention import Block
+from raylib.models.layers import Block
 
 NORMS = ("attention_norm", "cross_norm", "output_norm")  # of a block: tuned with every method
 

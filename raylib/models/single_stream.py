@@ -1,4 +1,6 @@
-"""Single-stream models: one stack of self-attention over a text's tokens and a picture's regions, as one row.
+"""What backbones share in which text and picture meet in every layer of one stack.
+
+Single-stream models: one stack of self-attention over a text's tokens and a picture's regions, as one row.
 
 UC2 (Zhou et al. 2021), M3P (Ni et al. 2021), and mUNITER and xUNITER (Liu et al. 2021, through VOLTA) differ
 in how a row is laid out and embedded, and in what is read from it; each difference is a field of
@@ -14,7 +16,7 @@ Token types are constants of a text and of a picture. Those of texts are folded 
 regions into the layer norm before which they are added (`raylib.models.single_stream_weights`).
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +25,58 @@ from torch import Tensor, nn
 
 from raylib.config import Config
 from raylib.errors import UserError
-from raylib.models.attention import initialise
-from raylib.models.encoder import Encoder, TextEmbedding
-from raylib.models.stack import Stack
+from raylib.models.layers import Encoder, TextEmbedding, initialise
 from raylib.packed import Ragged, first_tokens, join_rows
+
+
+class Stack(nn.Module):
+    """Has an `embedding` of texts, `regions` that embeds pictures, or None, an `encoder`, and `poolers` by
+    name; `config` has its sizes. `region_embedding`: the class of `regions`, made from a config."""
+
+    kind: str
+    fusion_depths = 0
+    poolers: ClassVar[tuple[str, ...]] = ("pooler",)
+    region_embedding: ClassVar[type[nn.Module]]
+
+    @property
+    def depths(self) -> int:
+        return self.config.layers
+
+    def depth_of(self, name: str) -> int | None:
+        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the embeddings of text and regions, None
+        for poolers."""
+        part, _, rest = name.partition(".")
+        if part in ("embedding", "regions"):
+            return 0
+        return int(rest.split(".")[1]) + 1 if part == "encoder" else None
+
+    def prunable(self) -> list[str]:
+        """Names of the matrices of the stack and its poolers (paper 0 counts the pooler in)."""
+        parts = ("encoder", *self.poolers)
+        return [
+            name for name, p in self.named_parameters() if name.partition(".")[0] in parts and p.ndim == 2
+        ]
+
+    def see_regions(self, features: int) -> None:
+        """Make the model take region features so wide; what embeds them is new if it has seen none yet.
+
+        Raises:
+            UserError: it has seen others.
+        """
+        if self.regions is None:
+            self.config = self.config.model_copy(update={"features": features})
+            self.regions = (
+                self.region_embedding(self.config)
+                .apply(initialise)
+                .to(self.pooler.weight)
+                .train(self.training)
+            )
+        if features != self.config.features:
+            raise UserError(
+                f"the region features are {features} wide, this {self.kind} was trained on "
+                f"{self.config.features}; set regions= to features of its detector"
+            )
+
 
 # numbers that come with a region's features: x1, y1, x2, y2, width, height, area, as shares of the picture
 PLACE = 7
@@ -37,7 +87,7 @@ WHOLE = (0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0)  # of the whole picture
 class SingleStreamConfig(Config):
     """Sizes and layout. The defaults are `base` as published, and UC2's layout.
 
-    layout: its name, which is the backbone's in `raylib.models.base`.
+    layout: its name, which is the backbone's in `raylib.models`.
     positions: of a text, or of a row with its regions where `number_regions`.
     eps, embedding_eps: of the layer norms in the stack and before it.
     features: width of region features; None: no region has been seen yet (`see_regions`).
@@ -131,7 +181,7 @@ class RegionEmbedding(nn.Module):
 
 class SingleStream(Stack):
     """Texts and the regions, or the premises, that ground them, in one stack. A backbone of fine-tuning
-    (`raylib.models.base`)."""
+    (`raylib.models`)."""
 
     poolers = ("pooler", "region_pooler")
     region_embedding = RegionEmbedding

@@ -16,13 +16,10 @@ from torch import Tensor, nn
 
 from raylib.config import Config, build
 from raylib.errors import UserError
-from raylib.models.attention import initialise
-from raylib.models.encoder import Condition, Encoder, TextEmbedding, check_layers
-from raylib.models.folder import fill, write_model
+from raylib.models.base import Places, fill, find_places, write_model
+from raylib.models.layers import Condition, Encoder, TextEmbedding, check_layers, initialise
 from raylib.models.peft import described, restore
-from raylib.models.swin import SwinEncoder, SwinSizes
-from raylib.models.token_segments import Places, find_places
-from raylib.models.vision import VisionEncoder
+from raylib.models.vision import SwinEncoder, SwinSizes, VisionEncoder
 from raylib.packed import Ragged, first_tokens
 from raylib.renames import model_kind, rename_settings
 
@@ -109,7 +106,7 @@ class MaskedLanguageHead(nn.Module):
 
 class UnifiedModel(nn.Module):
     """Image, text and unified encoder with their heads. Every text goes in and comes out ragged
-    (`raylib.packed`). A backbone of fine-tuning (`raylib.models.base`)."""
+    (`raylib.packed`). A backbone of fine-tuning (`raylib.models`)."""
 
     kind = "unified"
     parts = ("text",)  # of a row: pictures are attended to from outside

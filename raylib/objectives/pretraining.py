@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from raylib.config import Config
 from raylib.distributed import clamp, gather, gather_ragged, total, world_size
-from raylib.models.encoder import Condition
+from raylib.models.layers import Condition
 from raylib.models.unified import UnifiedModel
 from raylib.objectives.contrastive import contrastive, hard_negatives, masked_language
 from raylib.objectives.language import KnownTexts, Side
