@@ -68,7 +68,7 @@ def search(given: argparse.Namespace, seed: int, name: str, settings: Sequence[s
     from finetune.recipes import RECIPES
     from raylib.search import early_stopping as early
     from raylib.search import search as sweep
-    from tune_spaces.jobs import Finetuning
+    from tune_spaces.jobs import FinetuneSearchJob
 
     called = f"{''.join(c for c in name if c.isalnum())}_seed{seed}"
     own = [
@@ -89,7 +89,9 @@ def search(given: argparse.Namespace, seed: int, name: str, settings: Sequence[s
         "fit.loader_workers=0",
         "test_limit=150",
     ]
-    folder = sweep.run(config, "paper4", SPACE, Finetuning(), override(RECIPES[SPACE.recipe](), recipe))
+    folder = sweep.run(
+        config, "paper4", SPACE, FinetuneSearchJob(), override(RECIPES[SPACE.recipe](), recipe)
+    )
     rows = trials(folder)
     last = {row["trial"]: row["score"] for row in rows if row["state"] == "finished"}
     told = (

@@ -25,7 +25,7 @@ from raylib import checkpoint
 from raylib.distributed import world_size
 from raylib.launch import is_main_process, launch, open_run, run_folder
 from raylib.models.base import read_weights
-from raylib.search.reporter import Reporter
+from raylib.runtime import Reporter
 
 
 def find_mask(

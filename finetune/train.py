@@ -33,7 +33,7 @@ from raylib.errors import UserError
 from raylib.finite import require_finite_values
 from raylib.identity import DataFile
 from raylib.launch import config_hash, is_main_process, launch, no_log, open_run, run_folder
-from raylib.search.reporter import Reporter
+from raylib.runtime import Reporter
 
 
 def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, Any]:

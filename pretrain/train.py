@@ -23,8 +23,7 @@ from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 from raylib.optim import OptimConfig
 from raylib.provenance import commit, provenance
 from raylib.randomness import hash64
-from raylib.runtime import Runtime
-from raylib.search.reporter import Reporter
+from raylib.runtime import Reporter, Runtime
 from raylib.text import Tokenizer
 
 

@@ -1,7 +1,7 @@
 """Objects that many trials of a search read and none changes: parsed files, tokens, matrices.
 
 `cached(name, key, fn)` is `fn()`. In a search, the first trial that asks calls `fn`, and the others get the
-same object from an `ObjectCache` (`raylib.search.cache`: Ray's object store).
+same object from an `ObjectCache` (Ray's object store).
 """
 
 import hashlib

@@ -14,8 +14,7 @@ from raylib.config import Config, build, dump, without
 from raylib.errors import NotFinite, UserError
 from raylib.identity import DataFile
 from raylib.renames import rename_settings
-from raylib.runtime import Local, OnRay, Runtime
-from raylib.search.reporter import Reporter
+from raylib.runtime import Local, OnRay, Reporter, Runtime
 
 SETTINGS = {  # of Ray, by environment variables
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # Train's run page needs it
@@ -172,7 +171,7 @@ def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -
         run_config=train.RunConfig(
             name=checkpoint.FOLDER,
             storage_path=str(run),
-            callbacks=[reporter.callback()] if reporter else [],
+            callbacks=[reporter.train_callback()] if reporter else [],
             failure_config=train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=train.CheckpointConfig(num_to_keep=config.fit.keep),
             logging_config=train.LoggingConfig(log_level="WARNING"),

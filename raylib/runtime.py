@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,25 @@ import torch.distributed as dist
 from raylib import checkpoint
 
 
+class Reporter(Protocol):
+    """What a training tells of its checkpoints, to the search that it is a trial of."""
+
+    def __call__(self, metrics: dict[str, Any], checkpoint: Path) -> None:
+        """Report a checkpoint of a training in this process."""
+
+    def train_callback(self) -> Any:
+        """Return a callback for `ray.train.RunConfig`, which reports from Ray Train's controller."""
+
+    def after(self, epochs: int, num_epochs: int | None = None) -> "Reporter":
+        """Return the reporter of the training that follows `epochs` more epochs of the same trial and has
+        `num_epochs` itself; None: as many as the trial's config says."""
+
+
 class Local:
     """One process on one device; or, under torchrun, one of several that talk through gloo or NCCL.
     `report(metrics, checkpoint)` is told of each checkpoint."""
 
-    def __init__(self, run: Path, keep: int, report: Callable[[dict, Path], None] | None = None):
+    def __init__(self, run: Path, keep: int, report: Reporter | None = None):
         self.run, self.keep, self.report = run, keep, report
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = _device(int(os.environ.get("LOCAL_RANK", 0)))

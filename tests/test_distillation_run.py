@@ -20,12 +20,12 @@ from raylib.errors import UserError
 from raylib.models.oscar import PLACE, TINY, Oscar
 from raylib.randomness import hash64
 from raylib.sample.concepts import DATA
-from raylib.search.reporter import Reporter
+from raylib.search.trial import TuneReporter
 from raylib.track import read_metrics
 from tests.conftest import QUICK
 from tests.test_oscar import write_oscar_tsv
 from tests.test_strategies_run import ANSWERS, REFUSED, SETTINGS
-from tune_spaces.jobs import Finetuning
+from tune_spaces.jobs import FinetuneSearchJob
 from tune_spaces.spaces import SPACES
 
 
@@ -380,11 +380,11 @@ def searched(parallel, teacher, model, tmp_path, *settings):
         *settings,
     ]
     recipe = SPACES["distillation"].recipe
-    job = Finetuning()
+    job = FinetuneSearchJob()
     config = override(
         RECIPES[recipe if "task" not in settings else "p3_kd"](), [s for s in own if s != "task"]
     )
-    return job, job.searched(config, "target_dev")
+    return job, job.trial_config(config, "target_dev")
 
 
 def test_distillation_search_ranks_by_trained_head(parallel, teacher, model, tmp_path):
@@ -392,11 +392,12 @@ def test_distillation_search_ranks_by_trained_head(parallel, teacher, model, tmp
     head learns."""
     small = ["epochs=2", "strategies.distillation.epochs=1", "strategies.head_first.epochs=1"]
     job, config = searched(parallel, teacher, model, tmp_path, *small)
-    job.check(config)
-    assert (job.epochs(config), job.rounds(config), job.settled(config)) == (3, 1, 3)
+    job.check_config(config)
+    assert (job.epochs_per_run(config), job.pruning_epochs(config), job.warmup_epochs(config)) == (3, 1, 3)
     told = []
     scores = job.run(
-        config, Telling(lambda metrics, before: told.append((before, *job.told(config, metrics))))
+        config,
+        Recorder(lambda metrics, before: told.append((before, *job.parse_report(config, metrics))), False),
     )
     assert [(before + done, list(found)) for before, done, found in told] == [
         (1, []),
@@ -416,23 +417,23 @@ def test_distillation_search_ranks_by_trained_head(parallel, teacher, model, tmp
     assert not heads[1].equal(heads[0]) and not heads[2].equal(heads[0])
 
 
-class Telling(Reporter):
-    """Tells a function in Tune's place."""
+class Recorder(TuneReporter):
+    """Calls `to_report` without telling Tune."""
 
     def __call__(self, metrics, checkpoint):
-        self.shape(self._known(metrics), self.before)
+        self._report(metrics)
 
-    def after(self, epochs, own=None):
-        return Telling(self.shape, self.keep, self.before + epochs, own)
+    def after(self, epochs, num_epochs=None):
+        return Recorder(self.to_report, self.keep, self.epochs_before + epochs, num_epochs)
 
 
 def test_distillation_search_with_random_head_is_refused(parallel, teacher, model, tmp_path):
     job, config = searched(parallel, teacher, model, tmp_path, "task", "select=last")
     with pytest.raises(UserError, match="nothing trains the head, which trials are ranked by"):
-        job.check(config)
+        job.check_config(config)
     its_own = ["strategies.distillation.classifier=teacher", "image_size=null"]
     job, config = searched(parallel, teacher, model, tmp_path, "task", "select=last", *its_own)
-    job.check(config)  # the teacher's is no random one
+    job.check_config(config)  # the teacher's is no random one
     assert all(space.recipe != "p3_kd" for space in SPACES.values())
 
 

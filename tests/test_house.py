@@ -11,7 +11,7 @@ ALLOWED = {room: {"raylib", room} for room in ("raylib", "pretrain", "finetune",
 ALLOWED["tune_spaces"] = {"raylib", "pretrain", "finetune", "tune_spaces"}
 ROOMS = {"raylib", "pretrain", "finetune", "tune_spaces", "cluster", "benchmarks", "tests"}
 HEAVY = {
-    "ray": {"raylib/runtime.py", "raylib/launch.py", "raylib/search/reporter.py"},
+    "ray": {"raylib/runtime.py", "raylib/launch.py"},
     "deepspeed": {"raylib/engine.py"},
 }
 
@@ -37,8 +37,15 @@ def test_imports_run_one_way(room):
 def test_ray_and_deepspeed_are_imported_only_where_allowed(package):
     for room in ("raylib", "pretrain", "finetune", "tune_spaces"):
         for path in (ROOT / room).rglob("*.py"):
-            if package == "ray" and (ROOT / "raylib/search") in path.parents and path.name != "reporter.py":
+            if package == "ray" and (ROOT / "raylib/search") in path.parents:
                 continue  # imported only when a search begins
             found = [top for name, top in imports(path) if name == package]
             assert not found or str(path.relative_to(ROOT)) in HEAVY[package], path
             assert True not in found, f"{path} imports {package} before it is used"
+
+
+def test_search_is_imported_by_searches_alone():
+    for room in ("raylib", "pretrain", "finetune"):
+        for path in (ROOT / room).rglob("*.py"):
+            if (ROOT / "raylib/search") not in path.parents:
+                assert "raylib.search" not in path.read_text(encoding="utf-8"), path

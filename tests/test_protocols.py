@@ -22,7 +22,7 @@ from raylib.config import override
 from raylib.errors import UserError
 from raylib.text import Tokenizer
 from tests.test_finetune import TOKENIZER
-from tune_spaces.jobs import Finetuning
+from tune_spaces.jobs import FinetuneSearchJob
 from tune_spaces.spaces import SPACES
 
 TREE = [
@@ -399,21 +399,21 @@ def test_few_shot_space_is_iglue_grid():
             and config.optim.lr in FEW_SHOT_RATES
             and config.select == "best"
         )
-        job = Finetuning()
+        job = FinetuneSearchJob()
         if task == "xgqa":  # the target's own dev set
             with pytest.raises(UserError, match="set select=target_dev"):
-                job.searched(config, "english_dev")
-            searched = job.searched(config, "target_dev")
-            assert job.metrics(searched, "target_dev") == ("target_dev", "dev/id")
+                job.trial_config(config, "english_dev")
+            searched = job.trial_config(config, "target_dev")
+            assert job.metric_names(searched, "target_dev") == ("target_dev", "dev/id")
         else:  # the English one
-            searched = job.searched(config, "english_dev")
-            assert job.told(searched, {"step": 10, "steps": 20, "dev/en": 0.5, "score": 0.5}) == (
+            searched = job.trial_config(config, "english_dev")
+            assert job.parse_report(searched, {"step": 10, "steps": 20, "dev/en": 0.5, "score": 0.5}) == (
                 10,
                 {"english_dev": 0.5},
             )
     config = override(RECIPES["p3_aug"](), ["model=M", "data=D"])
     with pytest.raises(UserError, match="set select=target_dev"):
-        Finetuning().searched(config, "english_dev")
+        FinetuneSearchJob().trial_config(config, "english_dev")
 
 
 def test_scenes_of_older_versions_are_read_or_must_be_rewritten(scenes, tmp_path, finetune):

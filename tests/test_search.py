@@ -21,7 +21,7 @@ from raylib.search.config import SearchConfig
 from raylib.search.space import Choice, Float, OneOf, Space
 from raylib.search.trial_log import read_told
 from raylib.track import read_metrics
-from tune_spaces.jobs import Finetuning
+from tune_spaces.jobs import FinetuneSearchJob
 
 ROOT = Path(__file__).resolve().parent.parent
 LR = Space(
@@ -75,7 +75,7 @@ def search(tmp_path, model, scenes):
             list(settings),
         )
         base = override(RECIPES[task](), [f"model={model}", f"data={scenes}", *SMALL, *recipe])
-        return sweep.run(config, "lr", space, job or Finetuning(), base)
+        return sweep.run(config, "lr", space, job or FinetuneSearchJob(), base)
 
     return run
 
@@ -155,7 +155,7 @@ def test_search_with_verify_compares_data_content(search, scenes, tmp_path):
         search(LR, "trials=1", "stop=none", recipe=(*first["recipe"], "verify=true"))
 
 
-class Deadly(Finetuning):
+class Deadly(FinetuneSearchJob):
     """At one learning rate the process dies: always, or the first time."""
 
     def run(self, config, reporter):
@@ -307,7 +307,7 @@ def test_search_trial_trains_on_own_workers_under_zero(search):
 @pytest.mark.slow
 def test_search_over_pretraining(mini, tmp_path, capsys):
     from raylib.search import search as sweep
-    from tune_spaces.jobs import Pretraining
+    from tune_spaces.jobs import PretrainSearchJob
 
     mix = Space(
         "",
@@ -316,7 +316,7 @@ def test_search_over_pretraining(mini, tmp_path, capsys):
     )
     base = mini("fit.steps=4", "fit.eval_every=2")
     config = SearchConfig(recipe="tiny", name="mix", runs=str(tmp_path), trials=2, seeds=1, top=1)
-    folder = sweep.run(config, "mix", mix, Pretraining(), base)
+    folder = sweep.run(config, "mix", mix, PretrainSearchJob(), base)
     assert {row["state"] for row in trials(folder)} <= {"finished", "stopped"}
     assert "best.yaml" in capsys.readouterr().out
 

@@ -27,7 +27,7 @@ from raylib.search.search import Row
 from raylib.search.space import Choice, Float, Int, OneOf, Space
 from raylib.search.trial import standing, trained
 from raylib.search.trial_log import tell
-from tune_spaces.jobs import Finetuning
+from tune_spaces.jobs import FinetuneSearchJob
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
@@ -114,24 +114,26 @@ def test_schedulers_restore_scores_after_restart(tmp_path, stop, restarted, monk
 
 
 def test_schedulers_ignore_epochs_of_other_stages():
-    job = Finetuning()
+    job = FinetuneSearchJob()
 
     def config(*settings):
         config = override(RECIPES["scenes_xgqa"](), ["model=M", "data=D", "epochs=6", *settings])
         job.depths["M"] = 8
         return config
 
-    assert (job.settled(config()), job.epochs(config())) == (1, 6)
-    assert job.settled(config("strategies.unfreezing.layers=3")) == 3  # 3, 6, then all 8 layers are trained
+    assert (job.warmup_epochs(config()), job.epochs_per_run(config())) == (1, 6)
+    assert (
+        job.warmup_epochs(config("strategies.unfreezing.layers=3")) == 3
+    )  # 3, 6, then all 8 layers are trained
     sparse = config("strategies.sparse.rounds=4", "strategies.sparse.epochs=2")
-    assert (job.settled(sparse), job.epochs(sparse), job.rounds(sparse)) == (9, 14, 8)
+    assert (job.warmup_epochs(sparse), job.epochs_per_run(sparse), job.pruning_epochs(sparse)) == (9, 14, 8)
     both = config(
         "strategies.sparse.rounds=4", "strategies.sparse.epochs=2", "strategies.unfreezing.layers=4"
     )
-    assert job.settled(both) == 10
-    assert job.settled(config("strategies.head_first.epochs=2")) == 3
+    assert job.warmup_epochs(both) == 10
+    assert job.warmup_epochs(config("strategies.head_first.epochs=2")) == 3
     few = config("setting=few_shot", 'languages=["en","de","ru"]')
-    assert (job.epochs(few), job.parts(few)) == (6, 2)
+    assert (job.epochs_per_run(few), job.num_runs(few)) == (6, 2)
 
 
 def test_trial_state_follows_from_result_and_error():
@@ -309,7 +311,7 @@ def test_search_report_correlates_early_and_final_scores(tmp_path):
 
 
 def test_effective_epoch_of_few_shot_trial_is_that_of_its_language():
-    job = Finetuning()
+    job = FinetuneSearchJob()
     job.depths["M"] = 8
     own = ["model=M", "data=D", "epochs=4", "setting=few_shot", 'languages=["en","de","ru"]']
     config = override(RECIPES["scenes_xgqa"](), [*own, "strategies.unfreezing.layers=4"])

@@ -1,4 +1,4 @@
-"""What a search may do with each stage: a fine-tuning run, a pretraining run (`raylib.search.config.Job`)."""
+"""The stages as a search sees them: fine-tuning runs, pretraining runs (`raylib.search.config.SearchJob`)."""
 
 import copy
 import json
@@ -28,17 +28,17 @@ from raylib.errors import UserError
 from raylib.identity import DataFile
 from raylib.launch import LaunchConfig, no_log, run_folder
 from raylib.metrics import mean
-from raylib.search.config import GOALS, Job, Select
-from raylib.search.reporter import Reporter
+from raylib.runtime import Reporter
+from raylib.search.config import GOALS, SearchJob, Select
 
 
-class Finetuning:
+class FinetuneSearchJob:
     """Searches over fine-tuning. A score is the accuracy, or the recall that `select_metric` says, of the
     model that the run leaves."""
 
     command = "finetune"
-    longer = "more epochs="
-    changeable = (
+    more_epochs_hint = "more epochs="
+    mutable_paths = (
         "optim.lr",
         "optim.weight_decay",
         "optim.clip",
@@ -55,7 +55,7 @@ class Finetuning:
         self.depths: dict[str, int] = {}  # of each model
         self.built: tuple[str, Any] | None = None  # the last model without methods, and of which settings
 
-    def searched(self, config: FinetuneConfig, select: Select) -> FinetuneConfig:
+    def trial_config(self, config: FinetuneConfig, select: Select) -> FinetuneConfig:
         if not config.trains:
             raise UserError(f"setting={config.setting} trains nothing that could be searched")
         for name in ("model", "data"):
@@ -75,10 +75,10 @@ class Finetuning:
             update={"run_test": False, "dev_languages": targets, "eval_each_epoch": False}
         )
 
-    def ready(self, config: FinetuneConfig) -> FinetuneConfig:
+    def final_config(self, config: FinetuneConfig) -> FinetuneConfig:
         return config.model_copy(update={"run_test": True, "dev_languages": ()})
 
-    def looked(self, select: Select) -> str:
+    def describe_selection(self, select: Select) -> str:
         return {
             "english_dev": "the English development set alone, so other languages have chosen nothing",
             "target_dev": (
@@ -87,11 +87,11 @@ class Finetuning:
             "both": "the English **and the target languages'** development sets, as two goals",
         }[select]
 
-    def metrics(self, config: FinetuneConfig, select: Select) -> tuple[str, ...]:
+    def metric_names(self, config: FinetuneConfig, select: Select) -> tuple[str, ...]:
         own = [f"dev/{code}" for code in config.dev_languages]
         return (*([] if select == "target_dev" else ["english_dev"]), *(["target_dev"] if own else []), *own)
 
-    def check(self, config: FinetuneConfig) -> None:
+    def check_config(self, config: FinetuneConfig) -> None:
         check(config)
         for code in config.dev_languages:
             dev_split(config, code)
@@ -107,20 +107,20 @@ class Finetuning:
         build_methods(last, no_log).adapt(adapted)
         _check_head(last, model, adapted)
 
-    def checked(self) -> None:
+    def release(self) -> None:
         self.built = None
 
-    def rounds(self, config: FinetuneConfig) -> int:
+    def pruning_epochs(self, config: FinetuneConfig) -> int:
         return epochs_of(config) - config.epochs
 
-    def parts(self, config: FinetuneConfig) -> int:
+    def num_runs(self, config: FinetuneConfig) -> int:
         languages = [c for c in languages_of(config) if config.setting == "single_language" or c != "en"]
         return len(languages) if config.trains_apart else 1
 
-    def epochs(self, config: FinetuneConfig) -> int:
+    def epochs_per_run(self, config: FinetuneConfig) -> int:
         return epochs_of(config)
 
-    def settled(self, config: FinetuneConfig) -> int:
+    def warmup_epochs(self, config: FinetuneConfig) -> int:
         """Rounds that find a mask come first; then frozen layers thaw, some an epoch, or a head is trained
         before the rest."""
         strategies, epochs = config.strategies, 1
@@ -128,23 +128,23 @@ class Finetuning:
             epochs = math.ceil(self.depths[config.model] / strategies.unfreezing.layers)
         if strategies.head_first:
             epochs = max(epochs, strategies.head_first.epochs + 1)
-        return self.rounds(config) + epochs
+        return self.pruning_epochs(config) + epochs
 
-    def told(self, config: FinetuneConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
+    def parse_report(self, config: FinetuneConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
         dev = {name.removeprefix("dev/"): value for name, value in metrics.items() if name.startswith("dev/")}
         epochs = metrics.get("epochs", config.epochs)  # a training before the run's own has others
         return round(metrics["step"] / metrics["steps"] * epochs, 6), self._scores(config, dev)
 
-    def files(self, config: FinetuneConfig) -> list[DataFile]:
+    def data_files(self, config: FinetuneConfig) -> list[DataFile]:
         return files_of(config)
 
-    def verifies(self, config: FinetuneConfig) -> bool:
+    def verifies_content(self, config: FinetuneConfig) -> bool:
         return config.verify
 
     def run(self, config: FinetuneConfig, reporter: Reporter) -> dict[str, float]:
         return self._scores(config, finetune(config, reporter)["dev"])
 
-    def test(self, folder: str) -> dict[str, float]:
+    def evaluate_tests(self, folder: str) -> dict[str, float]:
         result = evaluate_run(Path(folder))
         return {"English": scores_of(result).get("en"), "targets": result["mean_targets"]}
 
@@ -177,15 +177,15 @@ def _check_head(config: FinetuneConfig, before: torch.nn.Module, adapted: torch.
         )
 
 
-class Pretraining:
+class PretrainSearchJob:
     """Searches over pretraining. A score is recall@1 of zero-shot retrieval on the corpus's retrieval set;
     there is no other to test on."""
 
     command = "pretrain"
-    longer = "a smaller fit.eval_every="
-    changeable = ("optim.lr", "optim.weight_decay", "optim.clip")
+    more_epochs_hint = "a smaller fit.eval_every="
+    mutable_paths = ("optim.lr", "optim.weight_decay", "optim.clip")
 
-    def searched(self, config: PretrainConfig, select: Select) -> PretrainConfig:
+    def trial_config(self, config: PretrainConfig, select: Select) -> PretrainConfig:
         if not (config.data.retrieval or resolve_data(config).retrieval):
             raise UserError(f"corpus={config.corpus} has no retrieval set to choose by; set data.retrieval=")
         every = config.fit.eval_every or config.fit.steps
@@ -193,10 +193,10 @@ class Pretraining:
             update={"fit": config.fit.model_copy(update={"eval_every": every, "save_every": every})}
         )
 
-    def ready(self, config: PretrainConfig) -> PretrainConfig:
+    def final_config(self, config: PretrainConfig) -> PretrainConfig:
         return config
 
-    def looked(self, select: Select) -> str:
+    def describe_selection(self, select: Select) -> str:
         part = {
             "english_dev": "English",
             "target_dev": "all languages but English",
@@ -208,45 +208,45 @@ class Pretraining:
             "is no other"
         )
 
-    def metrics(self, config: PretrainConfig, select: Select) -> tuple[str, ...]:
+    def metric_names(self, config: PretrainConfig, select: Select) -> tuple[str, ...]:
         return GOALS[select]
 
-    def check(self, config: PretrainConfig) -> None:
+    def check_config(self, config: PretrainConfig) -> None:
         data = resolve_data(config)
         StepBatches(data, config.model.image_size, config.fit.seed, 0, config.workers)
         with_vocabulary(config, data)
 
-    def checked(self) -> None:
+    def release(self) -> None:
         pass
 
-    def parts(self, config: PretrainConfig) -> int:
+    def num_runs(self, config: PretrainConfig) -> int:
         return 1
 
-    def rounds(self, config: PretrainConfig) -> int:
+    def pruning_epochs(self, config: PretrainConfig) -> int:
         return 0
 
-    def epochs(self, config: PretrainConfig) -> int:
+    def epochs_per_run(self, config: PretrainConfig) -> int:
         """Evaluations: pretraining has no epochs to judge by."""
         return math.ceil(config.fit.steps / config.fit.eval_every)
 
-    def settled(self, config: PretrainConfig) -> int:
+    def warmup_epochs(self, config: PretrainConfig) -> int:
         return 1
 
-    def told(self, config: PretrainConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
+    def parse_report(self, config: PretrainConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
         return math.ceil(metrics["step"] / config.fit.eval_every), _recalls(metrics)
 
-    def files(self, config: PretrainConfig) -> list[DataFile]:
+    def data_files(self, config: PretrainConfig) -> list[DataFile]:
         data = resolve_data(config)
         return files_of_pretraining(data, StepBatches(data, config.model.image_size, config.fit.seed))
 
-    def verifies(self, config: PretrainConfig) -> bool:
+    def verifies_content(self, config: PretrainConfig) -> bool:
         return config.data.verify
 
     def run(self, config: PretrainConfig, reporter: Reporter) -> dict[str, float]:
         pretrain(config, reporter)
         return _recalls(summary(json.loads((run_folder(config) / "result.json").read_text(encoding="utf-8"))))
 
-    def test(self, folder: str) -> dict[str, float]:
+    def evaluate_tests(self, folder: str) -> dict[str, float]:
         return {}
 
 
@@ -258,11 +258,11 @@ def _recalls(values: dict[str, float]) -> dict[str, float]:
     }
 
 
-def find(recipe: str) -> tuple[Job, LaunchConfig]:
+def find(recipe: str) -> tuple[SearchJob, LaunchConfig]:
     """The job that a recipe belongs to, and its config.
 
     Raises:
         UserError: neither stage has such a recipe.
     """
     config = choose(recipe, {**FINETUNE, **PRETRAIN}, "recipe")()
-    return (Finetuning() if isinstance(config, FinetuneConfig) else Pretraining()), config
+    return (FinetuneSearchJob() if isinstance(config, FinetuneConfig) else PretrainSearchJob()), config

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from raylib.config import Config
 from raylib.identity import DataFile
 from raylib.launch import LaunchConfig
-from raylib.search.reporter import Reporter
+from raylib.runtime import Reporter
 
 Select = Literal["english_dev", "target_dev", "both"]
 GOALS: dict[str, tuple[str, ...]] = {  # what a search may look at, and so what it can be after
@@ -78,64 +78,64 @@ class SearchConfig(Config):
         return self.stop != "none" and self.select != "both" and self.search != "pbt"
 
 
-class Job(Protocol):
+class SearchJob(Protocol):
     """What can be searched over: a stage, as its room describes it (`tune_spaces.jobs`)."""
 
     command: str  # that runs a config file
-    longer: str  # how a trial gets more epochs
-    changeable: tuple[str, ...]  # config paths that may change in mid-run
+    more_epochs_hint: str  # how a trial gets more epochs
+    mutable_paths: tuple[str, ...]  # config paths that may change in mid-run
 
-    def searched(self, config: LaunchConfig, select: Select) -> LaunchConfig:
+    def trial_config(self, config: LaunchConfig, select: Select) -> LaunchConfig:
         """`config` as a trial runs it: it looks at the dev sets of `select`, at no test set.
 
         Raises:
             UserError: there is no such dev set.
         """
 
-    def looked(self, select: Select) -> str:
+    def describe_selection(self, select: Select) -> str:
         """What is looked at, as a report says it."""
 
-    def metrics(self, config: LaunchConfig, select: Select) -> tuple[str, ...]:
+    def metric_names(self, config: LaunchConfig, select: Select) -> tuple[str, ...]:
         """What a trial of this (searched) config tells, of what may be looked at."""
 
-    def check(self, config: LaunchConfig) -> None:
+    def check_config(self, config: LaunchConfig) -> None:
         """Find mistakes of data and model before anything starts.
 
         Raises:
             UserError: there is one.
         """
 
-    def checked(self) -> None:
+    def release(self) -> None:
         """No more will be checked: let go of what that took."""
 
-    def parts(self, config: LaunchConfig) -> int:
+    def num_runs(self, config: LaunchConfig) -> int:
         """How many trainings a trial is, one after another: of each language by itself, for example."""
 
-    def epochs(self, config: LaunchConfig) -> int:
+    def epochs_per_run(self, config: LaunchConfig) -> int:
         """How many epochs a part has."""
 
-    def rounds(self, config: LaunchConfig) -> int:
+    def pruning_epochs(self, config: LaunchConfig) -> int:
         """How many of them are for something else than the model: pruning rounds."""
 
-    def settled(self, config: LaunchConfig) -> int:
+    def warmup_epochs(self, config: LaunchConfig) -> int:
         """After how many epochs of a part its method is what it will be: before, a trial is not judged."""
 
-    def told(self, config: LaunchConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
+    def parse_report(self, config: LaunchConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
         """(epochs of this training that are done, scores), of what a checkpoint reports."""
 
-    def files(self, config: LaunchConfig) -> list[DataFile]:
+    def data_files(self, config: LaunchConfig) -> list[DataFile]:
         """Return the files that a trial of this config reads."""
 
-    def verifies(self, config: LaunchConfig) -> bool:
+    def verifies_content(self, config: LaunchConfig) -> bool:
         """True if the content of these is to be compared at every start."""
 
     def run(self, config: LaunchConfig, reporter: Reporter) -> dict[str, float]:
         """Run it, or go on; the scores of the model that it leaves."""
 
-    def test(self, folder: str) -> dict[str, float]:
+    def evaluate_tests(self, folder: str) -> dict[str, float]:
         """Evaluate a finished run on the test sets: {"English", "targets"}; nothing where there are none."""
 
-    def ready(self, config: LaunchConfig) -> LaunchConfig:
+    def final_config(self, config: LaunchConfig) -> LaunchConfig:
         """A searched config as a person runs it, with tests."""
 
 
@@ -143,7 +143,7 @@ class Searching(NamedTuple):
     """A search that is under way, as every trial of it knows it. keep: Tune keeps checkpoints too;
     object_cache: what trials share."""
 
-    job: Job
+    job: SearchJob
     knobs: Any
     base: LaunchConfig
     folder: str

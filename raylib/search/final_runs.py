@@ -16,7 +16,7 @@ from raylib.checkpoint import write_atomically
 from raylib.errors import NotFinite
 from raylib.finite import require_finite_values
 from raylib.search import space
-from raylib.search.config import Job, SearchConfig, Searching
+from raylib.search.config import SearchConfig, Searching, SearchJob
 from raylib.search.optuna import state_of
 from raylib.search.trial import final, tidy
 from raylib.search.tuner import fitted
@@ -61,7 +61,7 @@ def run(
         folder / "tune", trainable, lambda: tuning, grid, config.max_failures, len(settings) * len(seeds)
     )
     metrics, scores = (
-        search.job.metrics(search.base, config.select),
+        search.job.metric_names(search.base, config.select),
         {which: {} for which in range(len(settings))},
     )
     for result in results:
@@ -157,10 +157,10 @@ def _test(
 
 
 @ray.remote
-def _tested(job: Job, folder: str, store: cache.ObjectCache) -> dict[str, Any]:
+def _tested(job: SearchJob, folder: str, store: cache.ObjectCache) -> dict[str, Any]:
     """The run's test figures; or {"not_finite": what}, since Ray would wrap the error in a traceback."""
     cache.set_cache(store)
     try:
-        return job.test(folder)
+        return job.evaluate_tests(folder)
     except NotFinite as e:
         return {"not_finite": str(e)}

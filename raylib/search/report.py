@@ -15,7 +15,7 @@ from raylib.launch import LaunchConfig
 from raylib.markdown import estimate, percent
 from raylib.search import early_stopping as early
 from raylib.search import figures, space
-from raylib.search.config import Job, SearchConfig
+from raylib.search.config import SearchConfig, SearchJob
 from raylib.search.final_runs import PUBLISHED, Final, front
 
 
@@ -48,7 +48,7 @@ def write(
     config: SearchConfig,
     name: str,
     chosen: space.Space,
-    job: Job,
+    job: SearchJob,
     base: LaunchConfig,
     folder: Path,
     rows: Sequence,
@@ -62,7 +62,7 @@ def write(
         f"# Search of `{name}` over `{config.recipe}`",
         f"{_counted(rows)}; {config.search}, "
         f"{f'stopped early by {config.stop}' if config.stops else 'nothing stopped early'}. Looked at: "
-        f"{job.looked(config.select)}. Searched for: {' and '.join(config.goals)}.",
+        f"{job.describe_selection(config.select)}. Searched for: {' and '.join(config.goals)}.",
         "## The best",
         _verdict(config, found),
         *([_finals_table(config, found)] if config.seeds else []),
@@ -90,11 +90,11 @@ def write(
 
 
 def write_best(
-    config: SearchConfig, job: Job, base: LaunchConfig, folder: Path, chosen: space.Space, best: Final
+    config: SearchConfig, job: SearchJob, base: LaunchConfig, folder: Path, chosen: space.Space, best: Final
 ) -> None:
     """The winner's whole config, which the stage's own command runs."""
     values = {} if best.setting is None else space.read(chosen.knobs, best.setting)
-    whole = job.ready(change(base, values)).model_copy(
+    whole = job.final_config(change(base, values)).model_copy(
         update={"name": f"{config.name}_best", "runs": config.runs}
     )
     goals = " and ".join(config.goals)

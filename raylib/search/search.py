@@ -31,7 +31,7 @@ from raylib.renames import rename_settings
 from raylib.search import final_runs as finals
 from raylib.search import report, space
 from raylib.search.cache import RayObjectCache
-from raylib.search.config import Job, SearchConfig, Searching
+from raylib.search.config import SearchConfig, Searching, SearchJob
 from raylib.search.optuna import JOURNAL, searcher, state_of
 from raylib.search.schedulers import check_changeable, population, scheduler
 from raylib.search.trial import tidy, trained, trial
@@ -60,7 +60,7 @@ class Row(NamedTuple):
     error: str | None
 
 
-def run(config: SearchConfig, name: str, chosen: space.Space, job: Job, base: LaunchConfig) -> Path:
+def run(config: SearchConfig, name: str, chosen: space.Space, job: SearchJob, base: LaunchConfig) -> Path:
     """Search the space called `name` over `base`, or go on where an earlier start of this search was; returns
     its folder.
 
@@ -85,8 +85,8 @@ def run(config: SearchConfig, name: str, chosen: space.Space, job: Job, base: La
         resources = _resources(config)
         folder.mkdir(parents=True, exist_ok=True)
         # trials that are to come would be compared with finished ones on other data
-        files = [file for _, values in _telling(chosen) for file in job.files(change(base, values))]
-        for note in identity.settle(folder, dict.fromkeys(files), job.verifies(base)):
+        files = [file for _, values in _telling(chosen) for file in job.data_files(change(base, values))]
+        for note in identity.settle(folder, dict.fromkeys(files), job.verifies_content(base)):
             print(note, flush=True)
         write_atomically(folder / "search.json", json.dumps(question, indent=1) + "\n")
         search = Searching(
@@ -109,7 +109,7 @@ def run(config: SearchConfig, name: str, chosen: space.Space, job: Job, base: La
 
 
 def prepared(
-    config: SearchConfig, name: str, chosen: space.Space, job: Job, base: LaunchConfig
+    config: SearchConfig, name: str, chosen: space.Space, job: SearchJob, base: LaunchConfig
 ) -> LaunchConfig:
     """The config that trials start from, all of it checked.
 
@@ -121,13 +121,13 @@ def prepared(
         if config.workers
         else {"runtime": "local", "workers": 1}
     )
-    base = job.searched(change(base, {**wanted, "name": "trial", "resume": "newest"}), config.select)
+    base = job.trial_config(change(base, {**wanted, "name": "trial", "resume": "newest"}), config.select)
     if config.search == "pbt" and "select" in type(base).model_fields:
         base = change(
             base, {"select": "last"}
         )  # a model is its member's last, after whatever settings it had
     space.check(name, chosen, base)
-    known = job.metrics(base, config.select)
+    known = job.metric_names(base, config.select)
     for goal in config.goals:
         if goal not in known:
             raise UserError(
@@ -141,25 +141,27 @@ def prepared(
         if odd:
             raise UserError(f"search=cmaes is for numbers; space '{name}' has {', '.join(odd)}: take tpe")
     if config.search == "pbt":
-        check_changeable(chosen.knobs, job.changeable)
+        check_changeable(chosen.knobs, job.mutable_paths)
     epochs = trained(job, base)
     if config.stops and config.grace >= epochs:
         raise UserError(
             f"stop={config.stop}: a trial is judged after grace={config.grace} epochs, and has {epochs}; set "
-            f"stop=none, or {job.longer}"
+            f"stop=none, or {job.more_epochs_hint}"
         )
     for told, values in _telling(chosen):
         try:
             trial_config = change(base, values)
-            if config.search == "pbt" and (job.parts(trial_config) > 1 or job.rounds(trial_config)):
+            if config.search == "pbt" and (
+                job.num_runs(trial_config) > 1 or job.pruning_epochs(trial_config)
+            ):
                 raise UserError(
                     "search=pbt: a trial must be one training, for its members take each other's "
                     "checkpoints; this one trains several languages apart, or looks for masks"
                 )
-            job.check(trial_config)
+            job.check_config(trial_config)
         except UserError as e:
             raise UserError(f"space '{name}'{f' ({told})' if told else ''}: {e}") from None
-    job.checked()
+    job.release()
     return base
 
 
@@ -200,7 +202,7 @@ def _trials(config: SearchConfig, chosen: space.Space, search: Searching, resour
         for checkpoint in (folder / "tune").glob("*/checkpoint_*"):
             shutil.rmtree(checkpoint)
         tidy(folder / "trials")
-    metrics = search.job.metrics(search.base, config.select)
+    metrics = search.job.metric_names(search.base, config.select)
     rows = [_row(result, metrics) for result in grid]
     return sorted(
         rows, key=lambda row: [line["at"] for line in read_told(folder / "trials" / row.id)[:1]] or [inf]

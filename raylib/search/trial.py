@@ -6,10 +6,12 @@ import gc
 import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
 
 from raylib import cache, checkpoint
 from raylib.config import change
@@ -17,9 +19,49 @@ from raylib.errors import NotFinite
 from raylib.finite import require_finite_values
 from raylib.launch import LaunchConfig, run_folder
 from raylib.search import space
-from raylib.search.config import Job, Searching
-from raylib.search.reporter import Reporter
+from raylib.search.config import Searching, SearchJob
 from raylib.search.trial_log import read_told, tell
+
+
+class TrainCallback(TuneReportCallback):
+    """Puts the reports of Ray Train's first worker, as `to_report` makes them, into the queue from which the
+    trial's session passes them to Tune."""
+
+    def __init__(self, to_report: Callable[[dict[str, Any]], dict[str, Any]]):
+        super().__init__()
+        self.to_report = to_report
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        self._training_actor_item_queue.put(self.to_report(metrics[0]))
+
+
+# to_report(what a checkpoint reports, epochs trained before this training) -> what Tune is told
+ToReport = Callable[[dict[str, Any], int], dict[str, Any]]
+
+
+class TuneReporter:
+    """A `raylib.runtime.Reporter` that tells Tune `to_report(metrics, epochs_before)`. `keep`: Tune keeps the
+    checkpoints too, for population-based training copies them from trial to trial."""
+
+    def __init__(
+        self, to_report: ToReport, keep: bool, epochs_before: int = 0, num_epochs: int | None = None
+    ):
+        self.to_report, self.keep = to_report, keep
+        self.epochs_before, self.num_epochs = epochs_before, num_epochs
+
+    def __call__(self, metrics: dict[str, Any], checkpoint: Path) -> None:
+        kept = tune.Checkpoint.from_directory(checkpoint) if self.keep else None
+        tune.report(self._report(metrics), checkpoint=kept)
+
+    def after(self, epochs: int, num_epochs: int | None = None) -> "TuneReporter":
+        return TuneReporter(self.to_report, self.keep, self.epochs_before + epochs, num_epochs)
+
+    def train_callback(self) -> "TrainCallback":
+        return TrainCallback(self._report)
+
+    def _report(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        epochs = {} if self.num_epochs is None else {"epochs": self.num_epochs}
+        return self.to_report({**metrics, **epochs}, self.epochs_before)
 
 
 def trial(setting: space.Setting, search: Searching) -> None:
@@ -54,7 +96,7 @@ def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
     score) ends the trial, as "trouble"."""
     job, folder, began = search.job, run_folder(config), time.time()
     cache.set_cache(search.object_cache)
-    total = job.epochs(config) * job.parts(config)
+    total = job.epochs_per_run(config) * job.num_runs(config)
     folder.mkdir(parents=True, exist_ok=True)
     earlier = read_told(folder)
     spent = earlier[-1]["spent"] if earlier else 0.0
@@ -71,7 +113,7 @@ def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
         return {**common, **values}
 
     def shape(metrics: dict[str, Any], before: int) -> dict[str, Any]:
-        done, scores = job.told(
+        done, scores = job.parse_report(
             config, metrics
         )  # in another process, where Ray Train trains: what is known is in the file
         start = _first_start(folder) or {"start_seconds": metrics["ready"] - began}
@@ -82,7 +124,7 @@ def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
 
     try:
         with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-            scores = job.run(config, Reporter(shape, keep))
+            scores = job.run(config, TuneReporter(shape, keep))
         require_finite_values(f"{folder}: scores", scores)
     except NotFinite as e:
         tune.report(told(max((line["epoch"] for line in read_told(folder)), default=0.0), trouble=str(e)))
@@ -99,18 +141,18 @@ def _first_start(run: Path) -> dict[str, float]:
     return {"start_seconds": starts[0]} if starts else {}
 
 
-def trained(job: Job, config: LaunchConfig) -> int:
+def trained(job: SearchJob, config: LaunchConfig) -> int:
     """How many epochs the model of a trial is trained, pruning rounds left out."""
-    return job.parts(config) * (job.epochs(config) - job.rounds(config))
+    return job.num_runs(config) * (job.epochs_per_run(config) - job.pruning_epochs(config))
 
 
-def standing(job: Job, config: LaunchConfig, epoch: float) -> tuple[float, bool]:
+def standing(job: SearchJob, config: LaunchConfig, epoch: float) -> tuple[float, bool]:
     """After `epoch` epochs of a trial: how many of them trained the model, pruning rounds left out, and
     whether its method is what it will be in the part that is under way."""
-    length, rounds = job.epochs(config), job.rounds(config)
+    length, rounds = job.epochs_per_run(config), job.pruning_epochs(config)
     part = max(0, math.ceil(epoch / length) - 1)
     inside = epoch - part * length
-    return part * (length - rounds) + max(0.0, inside - rounds), inside >= job.settled(config)
+    return part * (length - rounds) + max(0.0, inside - rounds), inside >= job.warmup_epochs(config)
 
 
 def tidy(run: Path) -> None:
