@@ -1,30 +1,16 @@
 """Image-text contrast of a model that encodes texts and pictures apart (paper 4, section 3.1), and what
 methods add to it."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from finetune.strategies.base import Term
+from finetune.strategies.base import Outputs, Term, term_shares
 from raylib.distributed import gather, total, world_size
 from raylib.objectives.contrastive import contrastive
 from raylib.objectives.pretraining import UnifiedObjective
 from raylib.packed import Ragged, concatenate
-
-Contrast = Callable[[Tensor, Tensor], Tensor]
-
-
-class Vectors(NamedTuple):
-    """What a batch came to: vectors (b, e) of pictures, texts and, where there are any, the texts' pivots, of
-    any length; and `contrast(queries (b, e), keys (b, e))`, InfoNCE of cosines summed over the rows, with the
-    keys of all workers."""
-
-    picture: Tensor
-    text: Tensor
-    pivot: Tensor | None
-    contrast: Contrast
 
 
 class ContrastObjective(nn.Module):
@@ -36,22 +22,19 @@ class ContrastObjective(nn.Module):
 
     partial = True  # heads of pretraining have no part in it
 
-    def __init__(self, model: nn.Module, temperature: float, terms: dict[str, Term] | None = None):
+    def __init__(self, model: nn.Module, temperature: float, terms: Mapping[str, Term] | None = None):
         super().__init__()
         self.model, self.temperature, self.terms = model, temperature, terms or {}
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         part = batch["image_text"]
-        vectors = encode_vectors(
-            self.model, part, torch.tensor([self.temperature], device=part["image_id"].device)
-        )
-        sums = [
-            vectors.contrast(vectors.picture, vectors.text),
-            vectors.contrast(vectors.text, vectors.picture),
-        ]
-        sums = torch.stack([*sums, *(term.values(vectors, part).sum() for term in self.terms.values())])
-        shares = sums / total(torch.tensor(float(len(vectors.text)), device=sums.device))
-        weights = torch.tensor([1.0, 1.0, *(term.weight for term in self.terms.values())], device=sums.device)
+        device = part["image_id"].device
+        outputs = embed(self.model, part, torch.tensor([self.temperature], device=device))
+        examples = total(torch.tensor(float(len(part["image_id"])), device=device))
+        image, text = outputs.image_embeddings, outputs.text_embeddings
+        ways = [outputs.contrast(image, text) / examples, outputs.contrast(text, image) / examples]
+        shares = torch.stack([*ways, *term_shares(self.terms.values(), outputs, part, examples)])
+        weights = torch.tensor([1.0, 1.0, *(term.weight for term in self.terms.values())], device=device)
         names = ("i2t", "t2i", *self.terms)
         return (weights * shares).sum() * world_size(), dict(zip(names, total(shares).unbind(), strict=True))
 
@@ -65,7 +48,7 @@ class MatchingObjective(nn.Module):
     makes of them are unit vectors, and terms are about vectors of any length.
     """
 
-    def __init__(self, unified: UnifiedObjective, terms: dict[str, Term]):
+    def __init__(self, unified: UnifiedObjective, terms: Mapping[str, Term]):
         super().__init__()
         self.model, self.unified, self.terms = unified.model, unified, terms
 
@@ -82,28 +65,34 @@ class MatchingObjective(nn.Module):
         # without gradient: what clamps the temperature asks all terms together, once a step
         # (`raylib.distributed.clamp`)
         temperature = self.model.temperature.detach().clamp(*self.unified.config.temperature)
-        vectors = encode_vectors(self.model, part, temperature)
-        sums = torch.stack([term.values(vectors, part).sum() for term in self.terms.values()])
-        shares = sums / total(torch.tensor(float(len(vectors.text)), device=sums.device))
-        weights = torch.tensor([term.weight for term in self.terms.values()], device=sums.device)
+        outputs = embed(self.model, part, temperature)
+        examples = total(torch.tensor(float(len(part["image_id"])), device=loss.device))
+        shares = torch.stack(term_shares(self.terms.values(), outputs, part, examples))
+        weights = torch.tensor([term.weight for term in self.terms.values()], device=loss.device)
         added = dict(zip(self.terms, total(shares).unbind(), strict=True))
         return loss + (weights * shares).sum() * world_size(), {**values, **added}
 
 
-def encode_vectors(model: nn.Module, part: dict, temperature: Tensor) -> Vectors:
-    """Return the vectors of a batch. temperature: (1,), of `Vectors.contrast`."""
+def embed(model: nn.Module, part: dict, temperature: Tensor) -> Outputs:
+    """Embeddings of a batch's images, texts and, where there are any, the texts' pivots; temperature: (1,),
+    of `Outputs.contrast`."""
     texts = [Ragged(part["text"].clean, part["text"].lengths), *([part["pivot"]] if "pivot" in part else [])]
     if "states" in part:  # of a frozen image encoder that ran before, or of this step's
         dtype = next(model.parameters()).dtype
         states = part["states"].with_values(part["states"].values.to(dtype))
     else:
         states = model.encode_images(part["images"])
-    picture = model.embed_pictures(states).float()
+    image = model.embed_pictures(states).float()
     text, *pivot = model.embed_sentences(concatenate(texts)).float().split([len(t.lengths) for t in texts])
-    return Vectors(picture, text, pivot[0] if pivot else None, _contrast(part, temperature))
+    return Outputs(
+        image_embeddings=image,
+        text_embeddings=text,
+        pivot_embeddings=pivot[0] if pivot else None,
+        contrast=_contrast(part, temperature),
+    )
 
 
-def _contrast(part: dict, temperature: Tensor) -> Contrast:
+def _contrast(part: dict, temperature: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """Rows of the global batch in one order on any number of workers."""
     index = part["index"].to(part["image_id"].device)
     everywhere, pictures, texts = gather(

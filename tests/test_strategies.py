@@ -10,7 +10,7 @@ from torch import nn
 
 from finetune import masks
 from finetune.strategies import Context, Methods, StrategiesConfig, Strategy
-from finetune.strategies.base import Progress, Term
+from finetune.strategies.base import Outputs, Progress, Term
 from finetune.strategies.prior import LinguisticPrior
 from finetune.strategies.rates import LayerDecay, ScheduledUnfreezing, TopLayers
 from raylib.config import build
@@ -276,7 +276,7 @@ def test_pruning_mask_files_round_trip_and_name_mistakes(tmp_path):
 def test_strategy_terms_with_one_name_are_refused():
     class Other(Strategy):
         def terms(self, model):
-            return {"prior": Term(1.0, lambda logits, part: logits[:, 0])}
+            return {"prior": Term(1.0, lambda outputs, part: outputs.logits[:, 0])}
 
     methods = methods_of()
     methods.all = {"first": Other(), "second": Other()}
@@ -305,8 +305,7 @@ def test_linguistic_prior_term_equals_worked_distances(tmp_path):
     p = logits.softmax(1)
     near = 1 - math.sqrt(0.5)
     wanted = [float(p[0, 1]) * near, float(p[1, 3]) * 1.0]
-    assert term.weight == 3 and term.values(logits, {"answer": answer}).tolist() == pytest.approx(
-        wanted, abs=1e-6
-    )
+    found = term.values(Outputs(logits=logits), {"answer": answer})
+    assert term.weight == 3 and found.tolist() == pytest.approx(wanted, abs=1e-6)
     with pytest.raises(UserError, match=r"prior.k=10, but there are 4 answers"):
         LinguisticPrior().prepare(context)

@@ -10,7 +10,7 @@ from finetune.distillation.teacher import Teacher
 from finetune.distillation.terms import distance
 from finetune.model import FinetuneModel
 from finetune.objective import task_loss
-from finetune.strategies.base import Term
+from finetune.strategies.base import Outputs, Term
 from raylib.distributed import total, world_size
 
 
@@ -65,7 +65,7 @@ class DistillationObjective(nn.Module):
         shares, weights = [torch.stack(learned) / size], [1.0] * len(learned)
         if self.task_weight:
             logits = self.model.answer(states[-1]).float()
-            values = [term.values(logits, part).sum() for term in self.terms.values()]
+            values = [term.values(Outputs(logits=logits), part).sum() for term in self.terms.values()]
             shares.append(torch.stack([task_loss(logits, part, self.loss), *values]) / rows)
             weights += [
                 self.task_weight * weight for weight in (1.0, *(term.weight for term in self.terms.values()))

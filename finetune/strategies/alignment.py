@@ -11,12 +11,13 @@ says of the same picture, the pivot.
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PrivateAttr
 from torch import Tensor, nn
 
 from finetune.examples import Captioned, Example
-from finetune.strategies.base import Context, Strategy, Term
+from finetune.strategies.base import Context, Outputs, Strategy, Term
 from raylib.errors import UserError
 from raylib.randomness import Key
 
@@ -81,12 +82,21 @@ class TranslationAlignment(Strategy):
         return example._replace(captions=(text,), pivots=(pivot,))
 
     def terms(self, model: nn.Module) -> dict[str, Term]:
-        return {"alignment": Term(self.weight, self._values)} if self.weight else {}
+        if not self.weight:
+            return {}
+        # contrast is a sum over the worker's rows
+        count = None if self.loss == "mse" else _rows
+        return {"alignment": Term(self.weight, self._values, count)}
 
-    def _values(self, vectors, part: dict) -> Tensor:
+    def _values(self, outputs: Outputs, part: dict) -> Tensor:
+        text, pivot = outputs.text_embeddings, outputs.pivot_embeddings
         if self.loss == "mse":
-            return F.mse_loss(vectors.text, vectors.pivot, reduction="none").mean(1)
-        return vectors.contrast(vectors.pivot, vectors.text if self.loss == "pivot" else vectors.picture)
+            return F.mse_loss(text, pivot, reduction="none").mean(1)
+        return outputs.contrast(pivot, text if self.loss == "pivot" else outputs.image_embeddings)
+
+
+def _rows(part: dict) -> Tensor:
+    return torch.tensor(float(len(part["image_id"])), device=part["image_id"].device)
 
 
 def _same_number(made: dict[str, tuple[str, ...]], source: dict[str, tuple[str, ...]], what: str) -> None:

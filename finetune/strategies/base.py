@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from finetune.examples import Captioned, Example
 from raylib.config import Config
+from raylib.distributed import total, world_size
+from raylib.packed import Ragged
 from raylib.randomness import Key
 from raylib.text import Tokenizer
 
@@ -41,13 +43,58 @@ class Context(NamedTuple):
     english: Iterable[Example] = ()
 
 
+class HiddenStates(NamedTuple):
+    """States of the model that terms read (`Outputs.states`): after these `layers`, rising; `empty`: rows
+    have a slot without a region."""
+
+    layers: tuple[int, ...]
+    empty: bool = False
+
+
+class Outputs(NamedTuple):
+    """Named results of the task's forward pass, which terms read; None where the task computes no such thing.
+
+    logits: (b, C) of a classifier. states: {layer: all tokens} of `HiddenStates`, of a classification.
+    image_embeddings, text_embeddings, pivot_embeddings: (b, e) of a retrieval, of any length.
+    contrast: `contrast(queries (b, e), keys (b, e))`, InfoNCE of cosines summed over the rows, with the keys
+        of all workers.
+    """
+
+    logits: Tensor | None = None
+    states: Mapping[int, Ragged] = {}
+    image_embeddings: Tensor | None = None
+    text_embeddings: Tensor | None = None
+    pivot_embeddings: Tensor | None = None
+    contrast: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
 class Term(NamedTuple):
-    """A term of the loss: `weight` times the batch's mean of `values(what the model made, part of the
-    batch)`, which are (b,), or their sum. What is made are a classifier's logits (b, C), or
-    `finetune.contrast.Vectors` of pictures and texts."""
+    """A term of the loss: `weight` times the mean of its values over the global batch.
+
+    values: `values(outputs, batch)` of one worker's part of the batch: (b,), one an example; or, of a
+        term that looks at the model alone, a scalar, the same on every worker.
+    count: what the sum of the values is divided by, over all workers, if not by the number of examples.
+    reads_logits: it is about the answers: computed after them, and scaled by the weight of the task's own
+    loss.
+    """
 
     weight: float
-    values: Callable[[Any, dict], Tensor]
+    values: Callable[[Outputs, dict], Tensor]
+    count: Callable[[dict], Tensor] | None = None
+    reads_logits: bool = False
+
+
+def term_shares(terms: Iterable[Term], outputs: Outputs, part: dict, examples: Tensor) -> list[Tensor]:
+    """This worker's share of each term's mean over the global batch of so many `examples`, unweighted."""
+    shares = []
+    for term in terms:
+        values = term.values(outputs, part)
+        if term.count:
+            shares.append(values.sum() / total(term.count(part)))
+        else:
+            # a scalar is of the model alone, the same on every worker: the workers' shares add up to it
+            shares.append(values / world_size() if values.ndim == 0 else values.sum() / examples)
+    return shares
 
 
 class Strategy(Config):

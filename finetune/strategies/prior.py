@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finetune.lexicon.distances import vector_distances, wordnet_distances
 from finetune.losses import linguistic_prior
-from finetune.strategies.base import Context, Strategy, Term
+from finetune.strategies.base import Context, Outputs, Strategy, Term
 from raylib.cache import cached, file_fingerprint
 from raylib.errors import UserError
 
@@ -68,8 +68,8 @@ class LinguisticPrior(Strategy):
     def terms(self, model: nn.Module) -> dict[str, Term]:
         device = next(model.parameters()).device
         distances = self._distances.to(device)
-        return {
-            "prior": Term(
-                self.alpha, lambda logits, part: linguistic_prior(logits, part["answer"], distances, self.k)
-            )
-        }
+
+        def values(outputs: Outputs, part: dict) -> Tensor:
+            return linguistic_prior(outputs.logits, part["answer"], distances, self.k)
+
+        return {"prior": Term(self.alpha, values, reads_logits=True)}
