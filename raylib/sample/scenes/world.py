@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from raylib.randomness import Key, hash64, permutation, uniform
-from raylib.sample.canvas import Placed, place
+from raylib.sample.canvas import Placement, place_concepts
 from raylib.sample.scenes.labels import categories, hyponyms, labels, related, say, sentence
 
 VENDORS = {
@@ -26,7 +26,7 @@ class Scene(NamedTuple):
 
     id: str
     vendor: str
-    objects: tuple[tuple[str, Placed], ...]  # (label, its place)
+    objects: tuple[tuple[str, Placement], ...]  # (label, its place)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,8 +85,8 @@ def make_scene(
         if not any(candidate in related(other) for other in (*chosen, *avoid)):
             chosen.append(candidate)
     chosen = dice.order(chosen)
-    placed = place([labels()[c].key for c in chosen], size, seed, split, name)
-    return Scene(name, dice.pick(VENDORS[split]), tuple(zip(chosen, placed, strict=True)))
+    placements = place_concepts([labels()[c].key for c in chosen], size, seed, split, name)
+    return Scene(name, dice.pick(VENDORS[split]), tuple(zip(chosen, placements, strict=True)))
 
 
 def absent(scene: Scene, dice: Dice, like: str | None = None) -> str:

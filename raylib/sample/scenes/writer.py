@@ -9,12 +9,11 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import cv2
 from pydantic import Field, PositiveInt
 
 from raylib.config import Config
 from raylib.errors import UserError
-from raylib.sample.canvas import decode_drawings, draw
+from raylib.sample.canvas import decode_drawings, draw_webp
 from raylib.sample.concepts import LANGUAGES as ALL_LANGUAGES
 from raylib.sample.concepts import read_captions
 from raylib.sample.scenes.labels import DATA, LANGUAGES, hyponyms, labels, related, say
@@ -69,10 +68,8 @@ class Writer:
         """A new scene; its picture is in the tar as `name`.webp. `wanted`: as in `make_scene`, and what to
         avoid."""
         scene = make_scene(name, split, self.config.size, self.config.seed, count, *wanted)
-        picture = draw([p for _, p in scene.objects], decode_drawings(scene.vendor), self.config.size)
-        data = cv2.imencode(
-            ".webp", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_WEBP_QUALITY, 90]
-        )[1].tobytes()
+        placements = [placement for _, placement in scene.objects]
+        data = draw_webp(placements, decode_drawings(scene.vendor), self.config.size)
         info = tarfile.TarInfo(f"{name}.webp")
         info.size = len(data)
         self.tar.addfile(info, io.BytesIO(data))

