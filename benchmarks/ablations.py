@@ -16,6 +16,7 @@ from benchmarks import record
 from benchmarks.baselines import python
 from pretrain.evaluate import summary
 from raylib import markdown
+from raylib.fileio import append_jsonl, read_jsonl
 
 FILE = record.RESULTS / "ablations.jsonl"
 RECIPES = {
@@ -57,8 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in range(given.seeds):
         for recipe in RECIPES:
             line = run(recipe, seed, folder, scenes, given.quick)
-            if not given.quick and line not in record.read(FILE):
-                record.append(FILE, line)
+            if not given.quick and line not in read_jsonl(FILE):
+                append_jsonl(FILE, line)
                 record.main([])
 
 
@@ -99,7 +100,7 @@ def table() -> str:
     """Markdown: a row an ablation, seeds as means."""
     rows = [["pretrained", "seeds", "R@1 English", "R@1 others", "xvnli English", "xvnli targets"]]
     for recipe, what in RECIPES.items():
-        lines = record.newest([line for line in record.read(FILE) if line["recipe"] == recipe], "seed")
+        lines = record.newest([line for line in read_jsonl(FILE) if line["recipe"] == recipe], "seed")
         if lines:
             columns = [
                 [x["en_r1"] for x in lines],

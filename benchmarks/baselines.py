@@ -14,16 +14,14 @@ processes share the work: each takes an experiment that no other is at.
 """
 
 import argparse
-import fcntl
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import record
 from benchmarks.experiments import BASELINES, METHODS, TRANSFER, Experiment
+from raylib.fileio import file_lock, read_jsonl
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,30 +40,18 @@ def main(arguments: list[str] | None = None) -> None:
     folder = given.folder / "quick" if given.quick else given.folder
     scenes = folder / "scenes"
     folder.mkdir(parents=True, exist_ok=True)
-    with claimed(folder / "model.lock", wait=True):
+    with file_lock(folder / "model.lock"):
         if not scenes.is_dir():
             python("raylib.sample.scenes", scenes, "train=9000")
-        if not given.quick and not record.read(record.RESULTS / "scenes.jsonl"):
+        if not given.quick and not read_jsonl(record.RESULTS / "scenes.jsonl"):
             record.main(["--scenes", str(scenes)])
         model = pretrained(folder, scenes, given.quick)
     for table in (BASELINES, METHODS, TRANSFER):
         for seed in range(given.seeds):
             for experiment in [e for e in table if given.only in e.name]:
-                with claimed(folder / f"{experiment.name}_seed{seed}.lock") as mine:
+                with file_lock(folder / f"{experiment.name}_seed{seed}.lock", wait=False) as mine:
                     if mine:
                         run_experiment(experiment, seed, folder, scenes, model, given.quick)
-
-
-@contextmanager
-def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone holds the lock file `path` inside the block; one that dies lets go of it."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 def pretrained(folder: Path, scenes: Path, quick: bool) -> Path:

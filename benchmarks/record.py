@@ -23,6 +23,7 @@ from benchmarks.step import table as step_table
 from pretrain import report
 from pretrain.evaluate import summary
 from raylib import markdown
+from raylib.fileio import append_jsonl, read_jsonl
 from raylib.renames import rename_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,28 +42,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--search", type=Path, help="the folder of a search that is complete")
     given = parser.parse_args(arguments)
     if given.search:
-        append(RESULTS / "searches.jsonl", searched(given.search))
+        append_jsonl(RESULTS / "searches.jsonl", searched(given.search))
     if given.scenes:
-        append(RESULTS / "scenes.jsonl", measure(given.scenes))
+        append_jsonl(RESULTS / "scenes.jsonl", measure(given.scenes))
     for run in given.run:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
         if given.finetune:
-            append(RESULTS / "finetune.jsonl", result)
+            append_jsonl(RESULTS / "finetune.jsonl", result)
         elif given.trial:
-            append(RESULTS / "trials.jsonl", trial(run, result))
+            append_jsonl(RESULTS / "trials.jsonl", trial(run, result))
         else:
-            append(RESULTS / "runs.jsonl", result)
+            append_jsonl(RESULTS / "runs.jsonl", result)
             shutil.copy2(run / "curve.png", CURVE)
-    last = read(RESULTS / "runs.jsonl")[-1]
-    blind = (read(RESULTS / "scenes.jsonl") or [{}])[-1]
-    runs = newest(read(RESULTS / "finetune.jsonl"), "run")
+    last = read_jsonl(RESULTS / "runs.jsonl")[-1]
+    blind = (read_jsonl(RESULTS / "scenes.jsonl") or [{}])[-1]
+    runs = newest(read_jsonl(RESULTS / "finetune.jsonl"), "run")
     parts = {"table": report.table(last), "reading": reading(last), "speed": speed()}
     write_parts(ROOT / "README.md", **parts, finetune=tables(runs, blind), transfer=transfer(runs))
     from benchmarks import ablations, search, unfreezing  # which record through this module
 
-    found = [line["found"] for line in read(RESULTS / "searches.jsonl")[-1:]]
-    write_parts(ROOT / "README.md", search="\n\n".join([*found, search.table(read(search.FILE))]))
-    saved = unfreezing.table(read(unfreezing.FILE)[-1]["seconds"])
+    found = [line["found"] for line in read_jsonl(RESULTS / "searches.jsonl")[-1:]]
+    write_parts(ROOT / "README.md", search="\n\n".join([*found, search.table(read_jsonl(search.FILE))]))
+    saved = unfreezing.table(read_jsonl(unfreezing.FILE)[-1]["seconds"])
     write_parts(
         ROOT / "benchmarks" / "README.md", trials=trials(), ablations=ablations.table(), unfreezing=saved
     )
@@ -118,7 +119,7 @@ def flatten(value: dict, prefix: str = "") -> dict:
 
 def trials() -> str:
     """Table of the experiments: the settings in which any two of them differ, and R@1."""
-    records = read(RESULTS / "trials.jsonl")
+    records = read_jsonl(RESULTS / "trials.jsonl")
     every = sorted({path for r in records for path in r["settings"]})
     paths = [p for p in every if len({json.dumps(r["settings"].get(p)) for r in records}) > 1]
     lines = [[*(f"`{p}`" for p in paths), "English", "mean of the others"]]
@@ -146,7 +147,7 @@ def spread(run: dict) -> str:
     each seed."""
     seeds = {
         r["seed"]: summary(r)
-        for r in read(RESULTS / "runs.jsonl")
+        for r in read_jsonl(RESULTS / "runs.jsonl")
         if "seed" in r and r["steps"] == run["steps"]
     }
     if len(seeds) < 2:
@@ -162,9 +163,9 @@ def speed() -> str:
     """The newest figures of each size of the step benchmark, and of the data benchmark."""
     lines = [
         step_table(line)
-        for line in sorted(newest(read(RESULTS / "step.jsonl"), "size"), key=lambda line: line["size"])
+        for line in sorted(newest(read_jsonl(RESULTS / "step.jsonl"), "size"), key=lambda line: line["size"])
     ]
-    rates = read(RESULTS / "data.jsonl")[-1]["samples_per_second"]
+    rates = read_jsonl(RESULTS / "data.jsonl")[-1]["samples_per_second"]
     rows = ["| reading, samples/s a core | peer | ours | ratio |", "|---|---:|---:|---:|"]
     for what, figures in rates.items():
         (peer, slow), *ours = figures.items()
@@ -175,22 +176,9 @@ def speed() -> str:
     return "\n\n".join([*lines, "\n".join(rows)])
 
 
-def append(path: Path, record: dict) -> None:
-    """Add a record to a results file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
 def newest(records: list[dict], *keys: str) -> list[dict]:
     """The last record of each that has the same values at `keys`."""
     return list({tuple(record[key] for key in keys): record for record in records}.values())
-
-
-def read(path: Path) -> list[dict]:
-    """Records of a results file; none if it is not there."""
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    )
 
 
 if __name__ == "__main__":

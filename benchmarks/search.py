@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks import record
 from raylib import markdown
 from raylib.config import override
+from raylib.fileio import append_jsonl, read_jsonl
 from raylib.search.config import SearchConfig
 from raylib.search.space import Float, Space
 
@@ -57,9 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in range(given.seeds):
         for name, settings in CONTESTANTS.items():
             line = {"seed": seed, "contestant": name, **search(given, seed, name, settings)}
-            if line not in record.read(FILE):  # a search that is complete is not made again
-                record.append(FILE, line)
-    print(table(record.read(FILE)))
+            if line not in read_jsonl(FILE):  # a search that is complete is not made again
+                append_jsonl(FILE, line)
+    print(table(read_jsonl(FILE)))
 
 
 def search(given: argparse.Namespace, seed: int, name: str, settings: Sequence[str]) -> dict:

@@ -20,6 +20,7 @@ from finetune.objective import ClassificationObjective
 from pretrain.recipes import emoji_e5_scenes
 from raylib import markdown
 from raylib.engine import TorchEngine
+from raylib.fileio import append_jsonl
 from raylib.models.unified import UnifiedModel
 from raylib.optim import OptimConfig
 from raylib.packed import Ragged
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     sizes = emoji_e5_scenes().model.model_copy(update={"vocabulary": PIECES})
     seconds = {trained: measure(sizes, trained, steps) for trained in (8, 6, 4, 2)}
-    record.append(FILE, {"threads": 1, "batch": BATCH, "seconds": seconds})
+    append_jsonl(FILE, {"threads": 1, "batch": BATCH, "seconds": seconds})
     print(table(seconds))
 
 

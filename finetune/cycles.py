@@ -23,6 +23,7 @@ from finetune.config import FinetuneConfig
 from finetune.worker import FinetuneJob
 from raylib import checkpoint
 from raylib.distributed import world_size
+from raylib.fileio import write_atomically
 from raylib.launch import is_main_process, launch, open_run, run_folder
 from raylib.models.base import read_weights
 from raylib.runtime import Reporter
@@ -139,7 +140,7 @@ def _train_once(
         open_run(part)
     result = launch(job, launched, run_folder(part), reporter)
     if result["finished"] and is_main_process(part):
-        checkpoint.write_atomically(done, json.dumps(result, allow_nan=False))
+        write_atomically(done, json.dumps(result, allow_nan=False))
     return result
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from raylib.errors import UserError
+from raylib.fileio import atomic_file
 from raylib.finite import require_finite
 
 Mask = dict[str, Tensor]
@@ -89,9 +90,8 @@ def write(mask: Mask, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     packed = {name: torch.from_numpy(np.packbits(kept.numpy())) for name, kept in mask.items()}
     shapes = {"shapes": json.dumps({name: list(kept.shape) for name, kept in mask.items()})}
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(packed, partial, shapes)
-    partial.replace(path)
+    with atomic_file(path) as temporary:
+        save_file(packed, temporary, shapes)
 
 
 def read(path: Path | str) -> Mask:

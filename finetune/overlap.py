@@ -32,8 +32,8 @@ from finetune.examples import Captioned, Example
 from finetune.splits import Overlap, Task
 from finetune.stores.pictures import MARVL, folders_of, stem
 from raylib.cache import file_fingerprint
-from raylib.checkpoint import write_atomically
 from raylib.errors import UserError
+from raylib.fileio import write_atomically
 
 RULE = 2  # of what counts as the same: another number makes nothing of what is kept
 COMPARED = (("test", "train"), ("test", "dev"), ("dev", "train"))

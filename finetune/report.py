@@ -9,8 +9,8 @@ from finetune.data import find_task, split_name
 from finetune.lineage import described, method_of
 from finetune.retrieval import recall_at_1
 from raylib import markdown
-from raylib.checkpoint import write_atomically
 from raylib.errors import UserError
+from raylib.fileio import write_atomically
 from raylib.finite import require_finite_values
 from raylib.markdown import percent
 from raylib.metrics import RANKS, disparity, mean

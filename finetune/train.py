@@ -30,6 +30,7 @@ from finetune.worker import FinetuneJob, evaluated, trained
 from raylib import checkpoint, identity
 from raylib.config import load
 from raylib.errors import UserError
+from raylib.fileio import write_atomically
 from raylib.finite import require_finite_values
 from raylib.identity import DataFile
 from raylib.launch import config_hash, is_main_process, launch, no_log, open_run, run_folder
@@ -75,9 +76,7 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
     if not config.run_test:
         result = {**report.of_dev_sets(config, results), **_identity(config, folder), "overlap": overlap}
         require_finite_values(f"{folder}/result.json", result)
-        checkpoint.write_atomically(
-            folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n"
-        )
+        write_atomically(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
         return result
     result = {**report.summarise(config, results), **_identity(config, folder), "overlap": overlap}
     if is_main_process(config):
@@ -220,7 +219,7 @@ def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter |
     result |= {"sparsity": before.get("sparsity")}
     if result["finished"] and is_main_process(config):
         require_finite_values(str(done), result)
-        checkpoint.write_atomically(done, json.dumps(result, ensure_ascii=False, allow_nan=False))
+        write_atomically(done, json.dumps(result, ensure_ascii=False, allow_nan=False))
     return result
 
 

@@ -18,9 +18,9 @@ from pydantic import Field, PositiveInt
 
 from finetune.formats.stream import read_jsonl, read_lines
 from finetune.tasks import TASKS
-from raylib.checkpoint import write_atomically
 from raylib.config import Config, choose
 from raylib.errors import UserError, needed
+from raylib.fileio import write_atomically
 from raylib.finite import require_finite_file
 
 CAPTIONS = ("sentences", "caption_reference_description")  # fields of JSON lines that hold them

@@ -28,12 +28,11 @@ import cv2
 
 from raylib.data.images import BadPicture, decode
 from raylib.data.samples import BadCaption, clean_captions, parse_captions
-from raylib.encoding import decode_base64, find_file
 from raylib.errors import UserError
+from raylib.fileio import decode_base64, find_file, stream_json
 
 MARGIN = 1.04  # WikiMatrix's usual threshold
 LIMIT = 0.01  # share of bad samples that is still normal
-CHUNK = 1 << 20  # characters of JSON read at a time
 PICTURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # first bytes -> extension
 
 log = logging.getLogger(__name__)
@@ -149,30 +148,23 @@ def read_json_lines(path: Path, tally: Tally) -> Iterator[dict]:
 
 def read_json_list(path: Path, tally: Tally) -> Iterator[dict]:
     """Records of a JSON list of objects, a chunk of the file in memory at a time."""
-    decoder, gap, rest = json.JSONDecoder(), re.compile(r"[\s,]*"), ""
     try:
-        # Bytes that are not UTF-8 become lone surrogates: they spoil their own record only.
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        # bytes that are not UTF-8 become U+FFFD, and so spoil their own record only
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             if file.read(1) != "[":
                 raise UserError(f"{path}: does not begin with '[': not ALBEF's list of records")
-            while (chunk := file.read(CHUNK)) and len(rest) < 64 * CHUNK:
-                rest += chunk
-                at = gap.match(rest).end()
-                while at < len(rest) and rest[at] != "]":
-                    try:
-                        record, at = decoder.raw_decode(rest, at)
-                    except json.JSONDecodeError:
-                        break  # the record goes on in the next chunk
-                    if isinstance(record, dict):
-                        yield record
-                    else:
-                        tally.skip("records that are no JSON object")
-                    at = gap.match(rest, at).end()
-                rest = rest[at:]
+            file.seek(0)
+            for _, record in stream_json(path, file):
+                if not isinstance(record, dict):
+                    tally.skip("records that are no JSON object")
+                elif "\ufffd" in str(record):
+                    tally.skip("captions that are not UTF-8")
+                else:
+                    yield record
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if rest.strip() != "]":
-        raise UserError(f"{path}: no JSON after {tally.good} samples, or cut off; mend or fetch it anew")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: half a surrogate pair after {tally.good} samples; mend it") from None
 
 
 def _english(record: dict) -> list[str]:

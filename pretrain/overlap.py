@@ -27,15 +27,14 @@ import numpy as np
 import torch
 
 from raylib import markdown
-from raylib.checkpoint import write_atomically
 from raylib.command import check_output
 from raylib.data.images import BadPicture, decode
 from raylib.data.samples import is_image
 from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
 from raylib.data.tars import TarScan
-from raylib.encoding import nfc
 from raylib.errors import UserError
+from raylib.fileio import nfc, write_atomically
 from raylib.provenance import provenance
 
 SIDE, LOW = 32, 8  # pixels a side that are transformed; lowest frequencies a side that are kept

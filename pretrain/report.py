@@ -6,7 +6,7 @@ from typing import Any
 
 from pretrain.evaluate import r1
 from raylib import markdown
-from raylib.checkpoint import write_atomically
+from raylib.fileio import write_atomically
 from raylib.finite import require_finite_values
 from raylib.metrics import mean
 from raylib.track import read_metrics

@@ -10,6 +10,7 @@ from pathlib import Path
 from pretrain import corpora, formats
 from raylib import text
 from raylib.data import shards, tars
+from raylib.fileio import sha256_file
 from raylib.sample import canvas, concepts
 from raylib.sample.concepts import DATA, LANGUAGES, TRAINING_VENDORS, UNSEEN_VENDOR
 from raylib.text import Tokenizer
@@ -53,7 +54,7 @@ def _fingerprint(tokenizer: Path) -> str:
     files = [path for part in ("captions", "pictures", "udhr") for path in sorted((DATA / part).iterdir())]
     modules = (canvas, concepts, corpora, shards, tars, text)
     code = [Path(module.__file__) for module in modules] + [Path(__file__)]
-    hashes = map(shards.sha256_of, [*files, tokenizer, *code])
+    hashes = map(sha256_file, [*files, tokenizer, *code])
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 

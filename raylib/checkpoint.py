@@ -12,7 +12,6 @@ folder that is not registered is a leftover of a crash: it is ignored, and overw
 again.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from raylib.errors import NotFinite, UserError
+from raylib.fileio import sha256_file, write_atomically
 from raylib.finite import is_finite
 
 FOLDER, BEST, REGISTRY, START = "checkpoints", "best", "registry.json", "start.json"
@@ -35,9 +35,7 @@ def seal(folder: Path, rank: int) -> None:
     """List size and hash of every file in `folder`, all of them written by worker `rank`."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     (folder / f"files-{rank:05d}.json").write_text(json.dumps(files, indent=1), encoding="utf-8")
 
 
@@ -59,9 +57,8 @@ def verify(folder: Path) -> dict:
                 raise UserError(f"{path}: missing from the checkpoint; {advice}")
             if path.stat().st_size != wanted["bytes"]:
                 raise UserError(f"{path}: {path.stat().st_size} bytes instead of {wanted['bytes']}; {advice}")
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != wanted["sha256"]:
-                    raise UserError(f"{path}: content changed since it was saved (sha256 differs); {advice}")
+            if sha256_file(path) != wanted["sha256"]:
+                raise UserError(f"{path}: content changed since it was saved (sha256 differs); {advice}")
     return meta
 
 
@@ -180,10 +177,3 @@ def adopt(run: Path, source: Path) -> None:
         shutil.rmtree(run / part, ignore_errors=True)
     shutil.copytree(source, run / FOLDER / name)
     register(run, name, 1)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

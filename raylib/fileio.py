@@ -21,6 +21,7 @@ import ijson
 
 from raylib.errors import UserError
 
+CHUNK = 1 << 16  # characters of JSON read at a time
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
@@ -38,8 +39,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """An empty folder in the block, renamed to `path` after it, where nothing, or an empty folder, may be. One
-    process at a time (`file_lock`)."""
+    """An empty folder in the block, renamed to `path` after it, where nothing, or an empty folder, may be.
+    Meant for one process at a time (`file_lock`)."""
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # a crash may have left one
     partial.mkdir(parents=True)
@@ -89,8 +90,8 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read all records that `append_jsonl` wrote, in order, without one that a crash cut off; none where there
-    is no file."""
+    """Read all records that `append_jsonl` wrote, in order, but for one that a crash cut off; none of a file
+    that is not there."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -101,27 +102,28 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def stream_json(path: Path, file: TextIO, member: str | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield (key, or place in the array; value) of each member of the JSON object or array in `file`, in memory
-    that does not grow with it. `member`: of the array that has this name in the object.
+    """Yield (key, or place in the array; value) of each member of the JSON object or array in `file`, in
+    memory that does not grow with it. `member`: of the array that has this name in the object.
 
     Raises:
-        UserError: neither an object nor an array, no such array, or broken JSON; names `path`, and after which
-            member.
+        UserError: neither an object nor an array, no such array, or broken JSON; names `path`, and after
+            which member.
     """
     reader, last, name = _Utf8(file), "the beginning", "item"
     if reader.first not in ("{", "["):
         raise UserError(f"{path}: broken JSON after the beginning: wanted a JSON object or array")
     try:
+        options = {"use_float": True, "buf_size": CHUNK}
         if reader.first == "{" and member is None:
-            members, name = ijson.kvitems(reader, "", use_float=True), "key"
+            members, name = ijson.kvitems(reader, "", **options), "key"
         else:
-            members = enumerate(ijson.items(reader, f"{member}.item" if member else "item", use_float=True))
+            members = enumerate(ijson.items(reader, f"{member}.item" if member else "item", **options))
         for key, value in members:
             last = f"{name} {key!r}"
             yield str(key), value
         if member is not None and last == "the beginning":  # no such array, or an empty one
             file.seek(0)
-            events = ijson.parse(_Utf8(file))
+            events = ijson.parse(_Utf8(file), buf_size=CHUNK)
             if not any((prefix, event) == (member, "start_array") for prefix, event, _ in events):
                 raise UserError(f"{path}: no list '{member}'")
     except ijson.JSONError as e:
@@ -133,11 +135,13 @@ class _Utf8:
 
     def __init__(self, file: TextIO):
         self.file, self.head = file, ""
-        while not self.head and (chunk := file.read(1 << 16)):
+        while not self.head and (chunk := file.read(CHUNK)):
             self.head = chunk.lstrip()
         self.first = self.head[:1]
 
     def read(self, size: int) -> bytes:
+        if not size:  # ijson asks so for bytes or text
+            return b""
         head, self.head = self.head, ""
         return (head or self.file.read(size)).encode()
 
@@ -150,8 +154,8 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def file_lock(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock file `path` in the block, after waiting for whoever holds it; a process that dies lets go.
-    Without `wait`, yields whether it could be had at once."""
+    """Hold the lock file `path` in the block, after waiting for whoever holds it; a process that dies lets
+    go. Without `wait`, yields whether it could be had at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
@@ -179,7 +183,7 @@ def nfc(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
-def spellings(name: str) -> tuple[str, ...]:
+def unicode_forms(name: str) -> tuple[str, ...]:
     """A name as it is, and in the other normal forms that it may be stored in."""
     if name.isascii():
         return (name,)
@@ -194,9 +198,7 @@ def find_file(folder: Path, name: str) -> Path | None:
         return None
     path = folder
     for part in PurePath(name).parts:
-        path = next(
-            (path / spelling for spelling in spellings(part) if os.path.exists(path / spelling)), None
-        )
+        path = next((path / form for form in unicode_forms(part) if os.path.exists(path / form)), None)
         if path is None:
             return None
     return path if path.is_file() else None

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylib.cache import cached, file_fingerprint
-from raylib.checkpoint import write_atomically
 from raylib.errors import UserError
+from raylib.fileio import sha256_file, write_atomically
 from raylib.provenance import code_version
 
 FILE = "identity.json"
@@ -85,8 +85,7 @@ def content_hash(path: Path) -> str:
     if path.is_dir():
         parts = "".join(f"{name} {content_hash(path / name)}\n" for name, _, _ in file_fingerprint(path)[1:])
         return hashlib.sha256(parts.encode()).hexdigest()
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_file(path)
 
 
 def changed(before: Mapping[str, dict], now: Mapping[str, dict]) -> list[str]:

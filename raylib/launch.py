@@ -12,6 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from raylib import cache, checkpoint, identity
 from raylib.config import Config, build, dump, without
 from raylib.errors import NotFinite, UserError
+from raylib.fileio import write_atomically
 from raylib.identity import DataFile
 from raylib.renames import rename_settings
 from raylib.runtime import Local, OnRay, Reporter, Runtime
@@ -111,7 +112,7 @@ def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool 
             )
     for note in identity.settle(run, files, verify):
         print(note, flush=True)
-    checkpoint.write_atomically(stored, dump(config) + "\n")
+    write_atomically(stored, dump(config) + "\n")
     if config.resume != "newest":
         checkpoint.rewind(run, config.resume)
     elif start := checkpoint.newest(run):
@@ -223,9 +224,7 @@ def _work(parts: dict) -> dict:
     try:
         return parts["main"](OnRay(run), parts["config"])
     except UserError as e:
-        checkpoint.write_atomically(
-            failure, json.dumps({"error": str(e), "not_finite": isinstance(e, NotFinite)})
-        )
+        write_atomically(failure, json.dumps({"error": str(e), "not_finite": isinstance(e, NotFinite)}))
         raise
 
 

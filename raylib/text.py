@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from raylib.cache import cached
-from raylib.data.shards import sha256_of
 from raylib.errors import UserError
+from raylib.fileio import sha256_file
 from raylib.packed import Sentences
 from raylib.randomness import hash64, integers, uniform
 
@@ -44,7 +44,7 @@ class Tokenizer:
     def __init__(self, path: Path, encode, vocabulary: int, specials: dict[str, int], piece):
         self.path, self._encode, self.vocabulary, self._piece = path, encode, vocabulary, piece
         self._known: dict[str, np.ndarray] = {}
-        self.sha256 = sha256_of(path)
+        self.sha256 = sha256_file(path)
         self.cls, self.sep, self.pad, self.mask, self.unk = (
             specials[n] for n in ("cls", "sep", "pad", "mask", "unk")
         )

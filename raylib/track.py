@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from raylib.errors import UserError
+from raylib.fileio import append_jsonl, read_jsonl
 from raylib.finite import finite_values
 
 Backend = Literal["tensorboard", "wandb", "mlflow"]
@@ -24,8 +25,7 @@ class Tracker:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Finite values at `step`; names with a slash group: "loss/itm", "retrieval/de"."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        append_jsonl(self.path, {"step": step, **values})
         for name, module in self.backends.items():
             if name == "tensorboard":
                 for key, value in values.items():
@@ -42,13 +42,7 @@ class Tracker:
 
 def read_metrics(run: Path) -> list[dict]:
     """All records of a run, in order; a last line cut off by a crash is dropped."""
-    path, records = run / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    return read_jsonl(run / "metrics.jsonl")
 
 
 def _open(name: str, run: Path):

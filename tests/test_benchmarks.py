@@ -3,6 +3,7 @@
 import shutil
 
 from benchmarks import data, record
+from raylib.fileio import append_jsonl, read_jsonl
 from raylib.text import Tokenizer
 
 
@@ -22,9 +23,9 @@ def test_benchmark_tables_match_recorded_results(tmp_path, monkeypatch):
 
 
 def test_benchmark_records_newest_of_a_run_counts(tmp_path):
-    record.append(tmp_path / "runs.jsonl", {"run": "a", "value": 1})
-    record.append(tmp_path / "runs.jsonl", {"run": "a", "value": 2})
-    assert record.newest(record.read(tmp_path / "runs.jsonl"), "run") == [{"run": "a", "value": 2}]
+    append_jsonl(tmp_path / "runs.jsonl", {"run": "a", "value": 1})
+    append_jsonl(tmp_path / "runs.jsonl", {"run": "a", "value": 2})
+    assert record.newest(read_jsonl(tmp_path / "runs.jsonl"), "run") == [{"run": "a", "value": 2}]
 
 
 def test_reading_benchmark_finds_its_tokenizer():

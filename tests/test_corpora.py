@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from pretrain.corpora import main, prepare
-from pretrain.formats import CHUNK, Tally, read_image_text, read_json_list, read_pairs, read_text
+from pretrain.formats import Tally, read_image_text, read_json_list, read_pairs, read_text
 from raylib.data.images import decode
 from raylib.data.sources import Source
 from raylib.errors import UserError
+from raylib.fileio import CHUNK
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
 
@@ -80,7 +81,7 @@ def test_albef_list_is_streamed_in_chunks(tmp_path):
     path.write_text(json.dumps(records))
     assert list(read_json_list(path, loose(path))) == records
     path.write_text(json.dumps(records)[:-500])
-    with pytest.raises(UserError, match="cut off"):
+    with pytest.raises(UserError, match="broken JSON after item .*premature EOF"):
         list(read_json_list(path, loose(path)))
     path.write_text('{"images": []}')
     with pytest.raises(UserError, match=r"does not begin with '\['"):

@@ -14,9 +14,10 @@ from pretrain import sample
 from pretrain.sample import build_sample_corpus
 from raylib.data.images import decode
 from raylib.data.retrieval import read_retrieval
-from raylib.data.shards import MANIFEST, sha256_of
+from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
 from raylib.errors import UserError
+from raylib.fileio import sha256_file
 from raylib.sample import concepts, rebuild
 from raylib.sample.concepts import DATA, LANGUAGES, Caption
 from raylib.text import Tokenizer
@@ -156,9 +157,9 @@ def test_sample_concurrent_builds_agree_and_are_reused(corpus, tmp_path, monkeyp
     with multiprocessing.get_context("fork").Pool(2) as pool:
         first, second = pool.map(build_sample_corpus, [tmp_path, tmp_path])
     assert first == second and list(tmp_path.iterdir()) == [first] and first.name == corpus.name
-    files = {path.relative_to(first): sha256_of(path) for path in first.rglob("*") if path.is_file()}
+    files = {path.relative_to(first): sha256_file(path) for path in first.rglob("*") if path.is_file()}
     assert files == {
-        path.relative_to(corpus): sha256_of(path) for path in corpus.rglob("*") if path.is_file()
+        path.relative_to(corpus): sha256_file(path) for path in corpus.rglob("*") if path.is_file()
     }
     monkeypatch.setattr(sample, "_build", None)
     assert build_sample_corpus(tmp_path) == first

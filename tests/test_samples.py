@@ -19,8 +19,8 @@ from raylib.data.retrieval import read_retrieval
 from raylib.data.samples import find_images
 from raylib.data.shards import ShardWriter, index_folder, main
 from raylib.data.sources import Source
-from raylib.encoding import decode_base64, find_file
 from raylib.errors import UserError
+from raylib.fileio import decode_base64, find_file
 from raylib.sample.concepts import DATA
 from tests.test_tars import pack
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from raylib.data.shards import sha256_of
 from raylib.errors import UserError
+from raylib.fileio import sha256_file
 from raylib.text import Tokenizer, Tokens, add_specials, mask_tokens, text_ids
 
 WORDS = [
@@ -49,7 +49,7 @@ def test_tokenizer_sentencepiece_model_gives_its_ids(ours):
     tokenizer = Tokenizer.load(ours)
     model = sentencepiece.SentencePieceProcessor(model_file=str(ours))
     assert (tokenizer.cls, tokenizer.pad, tokenizer.sep, tokenizer.unk, tokenizer.mask) == (0, 1, 2, 3, 4)
-    assert tokenizer.vocabulary == model.get_piece_size() and tokenizer.sha256 == sha256_of(ours)
+    assert tokenizer.vocabulary == model.get_piece_size() and tokenizer.sha256 == sha256_file(ours)
     texts = [*WORDS, "<mask> </s> ☃", ""]
     for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
         assert ids.dtype == np.int64 and ids.tolist() == model.encode(text)

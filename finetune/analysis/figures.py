@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from raylib.checkpoint import write_atomically
+from raylib.fileio import write_atomically
 from raylib.finite import require_finite_values
 
 FONT = "DejaVu Sans"  # comes with matplotlib

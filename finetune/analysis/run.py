@@ -21,6 +21,7 @@ from finetune.worker import trained
 from raylib import checkpoint
 from raylib.config import load
 from raylib.errors import UserError
+from raylib.fileio import write_atomically
 from raylib.markdown import percent, table
 from raylib.models.unified import UnifiedModel
 from raylib.text import Tokenizer
@@ -100,7 +101,7 @@ def analyse(folder: Path, options: Options) -> str:
             found = [f"Not made: {e}."]
         lines += ["", f"## {title}", "", *found]
     summary = "\n".join(lines)
-    checkpoint.write_atomically(opened.out / "summary.md", summary + "\n")
+    write_atomically(opened.out / "summary.md", summary + "\n")
     return f"{summary}\n\nfigures, and the numbers behind them: {opened.out}"
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from finetune.distillation.aligner import Aligner, cut_words
 from finetune.distillation.alignments import PARTED
 from finetune.tasks import TASKS
-from raylib.checkpoint import write_atomically
 from raylib.command import command
 from raylib.config import choose
 from raylib.errors import UserError
+from raylib.fileio import write_atomically
 
 BATCH = 64
 

@@ -13,10 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 from raylib.errors import UserError
+from raylib.fileio import CHUNK, stream_json
 from raylib.finite import is_finite
-
-CHUNK = 1 << 16  # characters read at a time
-DECODER = json.JSONDecoder()
 
 
 def open_text(path: Path) -> TextIO:
@@ -97,7 +95,7 @@ def read_items(path: Path) -> Iterator[tuple[str, Any]]:
         UserError: neither, or broken; says after which member.
     """
     with opened(path) as file:
-        yield from _Items(path, file).read()
+        yield from stream_json(path, file)
 
 
 def read_listed(path: Path, name: str) -> Iterator[tuple[str, dict]]:
@@ -107,11 +105,8 @@ def read_listed(path: Path, name: str) -> Iterator[tuple[str, dict]]:
         UserError: no such list, or broken; says after which member.
     """
     with opened(path) as file:
-        items = _Items(path, file)
-        for number, record in items.read(inside=name):
+        for number, record in stream_json(path, file, name):
             yield f"{path}, {name}[{number}]", record
-    if not items.entered:
-        raise UserError(f"{path}: no list '{name}'")
 
 
 def first_character(path: Path) -> str:
@@ -121,80 +116,6 @@ def first_character(path: Path) -> str:
             if chunk.strip():
                 return chunk.strip()[0]
     return ""
-
-
-class _Items:
-    """A window that moves over the text."""
-
-    def __init__(self, path: Path, file: TextIO):
-        self.path, self.file, self.text, self.at, self.last = path, file, "", 0, "the beginning"
-        self.entered = False  # the member that was asked for
-
-    def read(self, inside: str | None = None) -> Iterator[tuple[str, Any]]:
-        """Members of the object or array that begins here; `inside`: those of the array that is this member
-        of the object, and nothing after it."""
-        kind = self._next()
-        if kind not in ("{", "["):
-            raise self._broken("wanted a JSON object or array")
-        end, number = {"{": "}", "[": "]"}[kind], 0
-        if self._peek() == end:
-            return
-        while True:
-            key = self._value() if kind == "{" else number
-            if kind == "{" and self._next() != ":":
-                raise self._broken("wanted ':'")
-            self.last = f"key {key!r}" if kind == "{" else f"item {number}"
-            if inside is not None and key == inside:
-                self.entered = True
-                if self._peek() != "[":
-                    raise self._broken("wanted a list")
-                yield from self.read()
-                return
-            value = self._value()
-            if inside is None:
-                yield str(key), value
-            number += 1
-            mark = self._next()
-            if mark == end:
-                return
-            if mark != ",":
-                raise self._broken(f"wanted ',' or '{end}'")
-
-    def _more(self) -> bool:
-        chunk = self.file.read(
-            max(CHUNK, len(self.text) - self.at)
-        )  # doubles, so that a long value costs linear time
-        self.text, self.at = self.text[self.at :] + chunk, 0
-        return bool(chunk)
-
-    def _peek(self) -> str:
-        while True:
-            while self.at < len(self.text) and self.text[self.at].isspace():
-                self.at += 1
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if not self._more():
-                return ""
-
-    def _next(self) -> str:
-        mark = self._peek()
-        self.at += 1
-        return mark
-
-    def _value(self) -> Any:
-        self._peek()
-        while True:
-            try:
-                value, end = DECODER.raw_decode(self.text, self.at)
-                if end < len(self.text) or not self._more():  # a number may go on in the next chunk
-                    self.at = end
-                    return value
-            except ValueError as e:
-                if not self._more():
-                    raise self._broken(str(e)) from None
-
-    def _broken(self, why: str) -> UserError:
-        return UserError(f"{self.path}: broken JSON after {self.last}: {why}")
 
 
 def field(record: dict, name: str, kind: type | tuple[type, ...], where: str) -> Any:

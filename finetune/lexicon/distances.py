@@ -8,7 +8,6 @@ takes about a second).
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from torch import Tensor
 from finetune.lexicon.vectors import label_vectors
 from finetune.lexicon.wordnet import FILES, WordNet
 from raylib.errors import UserError
+from raylib.fileio import atomic_file, sha256_file
 from raylib.finite import is_finite
 
 VERSION = 1  # of what this file computes: older matrices are made again
@@ -119,7 +119,7 @@ def _cached(
     if cache is None or not all(map(Path.is_file, sources)):  # `compute` says what is missing
         distance, unknown = compute()
         return distance, Report(what, tuple(labels[i] for i in unknown), len(labels))
-    key = json.dumps([VERSION, what, list(labels), numbers, [_hash(source) for source in sources]])
+    key = json.dumps([VERSION, what, list(labels), numbers, [sha256_file(source) for source in sources]])
     file = Path(cache) / f"{what}-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.safetensors"
     if not file.is_file():
         _save(file, *compute())
@@ -135,14 +135,8 @@ def _cached(
     return distance, Report(what, tuple(labels[i] for i in unknown), len(labels))
 
 
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
-
-
 def _save(file: Path, distance: Tensor, unknown: list[int]) -> None:
     """Whole or not at all: workers that make the same matrix at once each rename one of their own."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.uname().nodename}.{os.getpid()}")
-    save_file({"distance": distance.contiguous()}, partial, {"unknown": json.dumps(unknown)})
-    os.replace(partial, file)
+    with atomic_file(file) as temporary:
+        save_file({"distance": distance.contiguous()}, temporary, {"unknown": json.dumps(unknown)})

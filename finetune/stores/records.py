@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raylib.encoding import decode_base64
 from raylib.errors import UserError
+from raylib.fileio import decode_base64
 from raylib.finite import is_finite
 
 

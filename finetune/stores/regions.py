@@ -15,8 +15,8 @@ import numpy as np
 
 from finetune.stores.pictures import folders_of, may_hold, stem
 from finetune.stores.records import Regions, floats_of_base64, to_regions, unpickle
-from raylib.encoding import spellings
 from raylib.errors import UserError
+from raylib.fileio import unicode_forms
 from raylib.models.oscar import PLACE
 
 X101 = {"bbox": "boxes", "image_height": "img_h", "image_width": "img_w"}  # its names -> those of the others
@@ -91,7 +91,7 @@ class _Store:
     def find(self, name: str) -> Regions | None:
         """As `read`; None if there are none."""
         if may_hold(name, _words(self.path)):
-            for key in dict.fromkeys((*spellings(name), *spellings(stem(name)))):
+            for key in dict.fromkeys((*unicode_forms(name), *unicode_forms(stem(name)))):
                 record = self._find(key)
                 if record is not None:
                     return to_regions(record, f"{self.path}, {key}")

@@ -5,7 +5,6 @@ A source's base is a local folder, a URL that `fsspec` knows (`s3://`, `gs://`, 
 content. A manifest never says where to fetch from, so a command runs only if the user wrote it as the base.
 """
 
-import fcntl
 import hashlib
 import os
 import shlex
@@ -14,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 from raylib.errors import UserError
+from raylib.fileio import atomic_file, file_lock, sha256_file
 
 CHUNK = 1 << 20
 
@@ -45,21 +45,15 @@ def fetch(base: str, name: str, cache=None, size: int | None = None, sha256: str
             raise UserError(f"{path}: no such file")
         return path
     folder = cache_folder(base, cache)
-    folder.mkdir(parents=True, exist_ok=True)
     # a shard written anew often has its old size (tars are padded): only the hash tells which one is in the
     # cache
     path = folder / (f"{sha256[:16]}-{name}" if sha256 else name)
-    with open(folder / f".{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with file_lock(folder / f".{name}.lock"):
         if sha256 and path.is_file() and path.stat().st_size == size:
             return path  # it was checked before it got this name
-        temporary = folder / f".{name}.{os.getpid()}"
-        try:
+        with atomic_file(path) as temporary:
             _download(base, name, temporary)
             _check(f"{base} {name}", temporary, size, sha256)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -68,10 +62,8 @@ def _check(what: str, path: Path, size: int | None, sha256: str | None) -> None:
         raise UserError(
             f"{what}: {path.stat().st_size} bytes came, the manifest says {size}; upload the source anew"
         )
-    if sha256:
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise UserError(f"{what}: its SHA-256 is not the manifest's; upload the source anew")
+    if sha256 and sha256_file(path) != sha256:
+        raise UserError(f"{what}: its SHA-256 is not the manifest's; upload the source anew")
 
 
 def _download(base: str, name: str, target: Path) -> None:

@@ -10,8 +10,8 @@ from raylib.data.languages import is_language_code
 from raylib.data.samples import BadCaption, EmptyCaption, clean_captions, parse_captions
 from raylib.data.shards import index_command
 from raylib.data.sources import Source
-from raylib.encoding import find_file
 from raylib.errors import UserError
+from raylib.fileio import find_file
 
 
 class Item(NamedTuple):

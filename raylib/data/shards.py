@@ -21,7 +21,6 @@ before there were hashes is still read. `raylib.data.sources` reads all this.
 """
 
 import argparse
-import hashlib
 import io
 import json
 import os
@@ -39,6 +38,7 @@ from raylib.data.account import Account
 from raylib.data.languages import is_language_code, language_of
 from raylib.data.tars import META, TarScan
 from raylib.errors import UserError
+from raylib.fileio import write_json
 
 FORMATS = (1, 2)  # of an index; the first has no hashes of images
 KINDS = {"image_text": 1, "text": 1, "parallel": 2}  # kind -> sides
@@ -48,19 +48,6 @@ MANIFEST = "manifest.json"
 
 def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name.removesuffix(".tar") + ".index.json")
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value, compact: bool = False) -> None:
-    """Write under a temporary name, then rename: readers see the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    layout = {"separators": (",", ":")} if compact else {"indent": 1}
-    temporary.write_text(json.dumps(value, ensure_ascii=False, **layout) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def index_shard(path: Path | str) -> dict:

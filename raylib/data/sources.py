@@ -28,9 +28,9 @@ from raylib.data.shards import (
     index_path,
     index_shard,
     read_npy_header,
-    sha256_of,
 )
 from raylib.errors import UserError
+from raylib.fileio import sha256_file
 from raylib.identity import DataFile
 
 HEADER = 4096  # bytes that surely hold an .npy header of ours
@@ -126,7 +126,7 @@ class Source:
                     f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}; fetch it anew"
                 )
             if verify:
-                if sha256_of(path) != shard.sha256:
+                if sha256_file(path) != shard.sha256:
                     raise UserError(f"{path}: its SHA-256 is not the manifest's; fetch it anew")
                 self._open(shard, index_shard(path))
 

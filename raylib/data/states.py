@@ -4,11 +4,10 @@ Memory stays bounded whatever the number of items: pages of the files come and g
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import nn
 
 from raylib.distributed import raise_together, world_size
 from raylib.errors import NotFinite, UserError
+from raylib.fileio import file_lock
 from raylib.finite import is_finite
 from raylib.packed import Ragged
 
@@ -97,7 +97,8 @@ def write_whole(folder: Path, write: Callable[[Path, int, int], None]) -> None:
     """
     rank = dist.get_rank() if world_size() > 1 else 0
     partial = folder.with_name(f".{folder.name}.partial")
-    with _alone(folder) if rank == 0 else contextlib.nullcontext():
+    lock = folder.with_name(f".{folder.name}.lock")
+    with file_lock(lock) if rank == 0 else contextlib.nullcontext():
         if _as_the_first_says(folder.is_dir()):
             return
         if rank == 0:
@@ -112,6 +113,7 @@ def write_whole(folder: Path, write: Callable[[Path, int, int], None]) -> None:
         raise_together(error)  # waits for all
         if rank == 0:
             partial.rename(folder)
+            lock.unlink()  # whoever waits for it finds the folder, and whoever comes later needs no lock
         _barrier()
 
 
@@ -120,18 +122,6 @@ def remove_states(folder: Path) -> None:
     _barrier()
     if world_size() == 1 or dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """No other process is in here for the same folder until that is there; one that dies lets go."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.lock")
-    with open(path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-        if folder.is_dir():  # whoever waits for the lock finds it, and needs no lock
-            path.unlink(missing_ok=True)
 
 
 def _as_the_first_says(value: bool) -> bool:

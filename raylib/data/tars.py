@@ -17,8 +17,8 @@ from collections import Counter
 from pathlib import Path
 
 from raylib.data.samples import is_image
-from raylib.encoding import nfc
 from raylib.errors import UserError
+from raylib.fileio import nfc
 from raylib.randomness import string_key
 
 BLOCK, CHUNK = 512, 1 << 20

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from raylib.errors import UserError, needed
+from raylib.fileio import atomic_file
 from raylib.finite import require_finite_file
 from raylib.models.layers import Block
 
@@ -273,9 +274,8 @@ def write(model: nn.Module, names: Collection[str], path: Path) -> None:
     """The parameters `names`, those that were trained, with what was put in, as a safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     small = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters() if name in names}
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(small, partial, {"tuning": json.dumps(described(model))})
-    partial.replace(path)
+    with atomic_file(path) as temporary:
+        save_file(small, temporary, {"tuning": json.dumps(described(model))})
 
 
 def read(model: nn.Module, path: Path) -> None:

@@ -12,8 +12,8 @@ from optuna.trial import TrialState
 from ray import tune
 
 from raylib import cache
-from raylib.checkpoint import write_atomically
 from raylib.errors import NotFinite
+from raylib.fileio import write_atomically
 from raylib.finite import require_finite_values
 from raylib.search import space
 from raylib.search.config import SearchConfig, Searching, SearchJob

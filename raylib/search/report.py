@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from raylib import markdown
-from raylib.checkpoint import write_atomically
 from raylib.config import change
+from raylib.fileio import write_atomically
 from raylib.intervals import t_interval
 from raylib.launch import LaunchConfig
 from raylib.markdown import estimate, percent

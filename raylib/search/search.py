@@ -22,9 +22,9 @@ from ray import tune
 from ray.tune.search import BasicVariantGenerator
 
 from raylib import identity
-from raylib.checkpoint import write_atomically
 from raylib.config import build, change, dump, without
 from raylib.errors import UserError
+from raylib.fileio import write_atomically
 from raylib.finite import finite_values
 from raylib.launch import VERIFY, LaunchConfig, connect
 from raylib.renames import rename_settings

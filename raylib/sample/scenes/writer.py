@@ -3,7 +3,6 @@ them)."""
 
 import io
 import json
-import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +12,7 @@ from pydantic import Field, PositiveInt
 
 from raylib.config import Config
 from raylib.errors import UserError
+from raylib.fileio import atomic_folder
 from raylib.sample.canvas import decode_drawings, draw_webp
 from raylib.sample.concepts import LANGUAGES as ALL_LANGUAGES
 from raylib.sample.concepts import read_captions
@@ -132,14 +132,8 @@ def write_scenes(out: Path, config: ScenesConfig) -> str:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: not empty; give a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    _write_tasks(partial, config)
-    if out.is_dir():
-        out.rmdir()
-    partial.rename(out)
+    with atomic_folder(out) as partial:
+        _write_tasks(partial, config)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return f"{out}: 4 tasks of {config.train} + {config.dev} + {config.test} items, {size / 1e6:.1f} MB"
 
