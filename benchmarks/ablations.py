@@ -12,13 +12,12 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import record
-from benchmarks.baselines import python
+from benchmarks.results import RESULTS, newest, run_module
 from pretrain.evaluate import summary
 from raylib import markdown
 from raylib.fileio import append_jsonl, read_jsonl
 
-FILE = record.RESULTS / "ablations.jsonl"
+FILE = RESULTS / "ablations.jsonl"
 RECIPES = {
     "tiny": "all terms",
     "tiny_no_tlm": "without TLM",
@@ -50,17 +49,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one step of everything, nothing recorded: does it run?"
     )
-    given = parser.parse_args(arguments)
-    folder = given.folder / "quick" if given.quick else given.folder
+    options = parser.parse_args(arguments)
+    folder = options.folder / "quick" if options.quick else options.folder
     scenes = folder / "scenes"
     if not scenes.is_dir():
-        python("raylib.sample.scenes", scenes)
-    for seed in range(given.seeds):
+        run_module("raylib.sample.scenes", scenes)
+    for seed in range(options.seeds):
         for recipe in RECIPES:
-            line = run(recipe, seed, folder, scenes, given.quick)
-            if not given.quick and line not in read_jsonl(FILE):
+            line = run(recipe, seed, folder, scenes, options.quick)
+            if not options.quick and line not in read_jsonl(FILE):
                 append_jsonl(FILE, line)
-                record.main([])
+                run_module("benchmarks.record")
 
 
 def run(recipe: str, seed: int, folder: Path, scenes: Path, quick: bool) -> dict:
@@ -72,7 +71,7 @@ def run(recipe: str, seed: int, folder: Path, scenes: Path, quick: bool) -> dict
         if quick
         else ([], [])
     )
-    python(
+    run_module(
         "pretrain", recipe, f"name={name}", f"runs={folder}", f"fit.seed={seed}", *PRETRAIN, *weights, *few
     )
     settings = [
@@ -82,7 +81,7 @@ def run(recipe: str, seed: int, folder: Path, scenes: Path, quick: bool) -> dict
         f"data={scenes}",
         f"fit.seed={seed}",
     ]
-    python("finetune", "scenes_xvnli", *settings, *FINETUNE, *less)
+    run_module("finetune", "scenes_xvnli", *settings, *FINETUNE, *less)
     pretrained, task = (
         json.loads((folder / run / "result.json").read_text()) for run in (name, f"{name}_xvnli")
     )
@@ -100,7 +99,7 @@ def table() -> str:
     """Markdown: a row an ablation, seeds as means."""
     rows = [["pretrained", "seeds", "R@1 English", "R@1 others", "xvnli English", "xvnli targets"]]
     for recipe, what in RECIPES.items():
-        lines = record.newest([line for line in read_jsonl(FILE) if line["recipe"] == recipe], "seed")
+        lines = newest([line for line in read_jsonl(FILE) if line["recipe"] == recipe], "seed")
         if lines:
             columns = [
                 [x["en_r1"] for x in lines],

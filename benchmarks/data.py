@@ -1,13 +1,14 @@
 """The data path of one core beside its peers: `python -m benchmarks.data` (half a minute).
 
-Reading: our indexed shards, at random, beside `webdataset` streaming the same tars. Pictures: decode, random
+Reading: our indexed shards, at random, beside `webdataset` streaming the same tars. Images: decode, random
 crop and (ours only) RandAugment to uint8, beside `open_clip`'s training transform re-stated in PIL and NumPy
 (RandomResizedCrop 0.9-1, bicubic, float32, normalised). Text: packed ids beside `webdataset` streaming one
 sentence a member and tokenising. The variants of a row run by turns in one process; figures are medians of
 samples per second of processor time. Prints a Markdown table and appends a line to
-`benchmarks/results/data.jsonl`. The pictures are made here: noise of the spectrum of photographs.
+`benchmarks/results/data.jsonl`. The images are made here: noise of the spectrum of photographs.
 """
 
+import argparse
 import io
 import json
 import math
@@ -25,14 +26,16 @@ import numpy as np
 import webdataset
 from PIL import Image
 
+from benchmarks.results import RESULTS
 from raylib.data.images import AugmentConfig, augment, decode
 from raylib.data.shards import ShardWriter
 from raylib.data.sources import Source
+from raylib.fileio import append_jsonl
 from raylib.randomness import permutation, uniform
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
 
-RESULTS = Path(__file__).parent / "results" / "data.jsonl"
+FILE = RESULTS / "data.jsonl"
 TOKENIZER = DATA / "tokenizer.model"
 SIZE = 256  # pixels a side that the model sees
 ROUNDS = 5
@@ -48,8 +51,8 @@ def make_photo(side: int, seed: int) -> bytes:
         cv2.resize(rng.normal(0, 1, (n, n, 3)), (side, side), interpolation=cv2.INTER_CUBIC) / n**0.5
         for n in (2, 4, 8, 16, 32, 64, 128)
     )
-    picture = np.clip(128 + 60 * layers, 0, 255).astype(np.uint8)
-    return cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
+    image = np.clip(128 + 60 * layers, 0, 255).astype(np.uint8)
+    return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()
 
 
 def open_clip_transform(data: bytes) -> np.ndarray:
@@ -64,7 +67,7 @@ def open_clip_transform(data: bytes) -> np.ndarray:
     return ((np.asarray(image, np.float32) / 255 - MEAN) / STD).transpose(2, 0, 1).copy()
 
 
-def write_pictures(folder: Path, side: int, distinct: int, count: int) -> Path:
+def write_images(folder: Path, side: int, distinct: int, count: int) -> Path:
     photos = [make_photo(side, seed) for seed in range(distinct)]
     with ShardWriter(folder, "image_text") as writer:
         for number in range(count):
@@ -143,14 +146,17 @@ def measure(variants: dict[str, Callable[[], int]]) -> dict[str, float]:
     return {name: median(values) for name, values in rates.items()}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(arguments)
     random.seed(0)
     tokenizer = Tokenizer.load(TOKENIZER)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        small = write_pictures(root / "288", 288, 50, 1000)
-        few = write_pictures(root / "288 few", 288, 50, 100)
-        large = write_pictures(root / "640", 640, 20, 60)
+        small = write_images(root / "288", 288, 50, 1000)
+        few = write_images(root / "288 few", 288, 50, 100)
+        large = write_images(root / "640", 640, 20, 60)
         packed, members = write_sentences(root, tokenizer, 5000)
         rows = {
             "raw bytes of 288 px JPEGs": {"webdataset": peer(small, False), "ours": ours(small, None)},
@@ -171,14 +177,12 @@ def main() -> None:
         base = next(iter(rates.values()))
         for variant, rate in rates.items():
             print(f"| {name}: {variant} | {rate:,.0f} | {rate / base:.2f}x |")
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        versions = {
-            "python": platform.python_version(),
-            "webdataset": webdataset.__version__,
-            "opencv": cv2.__version__,
-        }
-        file.write(json.dumps({"benchmark": "data", **versions, "samples_per_second": results}) + "\n")
+    versions = {
+        "python": platform.python_version(),
+        "webdataset": webdataset.__version__,
+        "opencv": cv2.__version__,
+    }
+    append_jsonl(FILE, {"benchmark": "data", **versions, "samples_per_second": results})
 
 
 if __name__ == "__main__":

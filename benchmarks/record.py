@@ -15,20 +15,25 @@ import argparse
 import json
 import re
 import shutil
+import statistics
+from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.balance import measure
-from benchmarks.finetuning import tables, transfer
-from benchmarks.step import table as step_table
+from benchmarks import ablations, balance, search, step, unfreezing
+from benchmarks.results import RESULTS, ROOT, newest
+from finetune.report import scores_of
 from pretrain import report
 from pretrain.evaluate import summary
 from raylib import markdown
 from raylib.fileio import append_jsonl, read_jsonl
+from raylib.markdown import percent, spread
 from raylib.renames import rename_settings
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-CURVE = RESULTS / "sample_curve.png"
+SETTINGS = {"zero_shot": "", "few_shot": "few-shot", "translate_test": "translate-test", "untrained": ""}
+# GQA's types of questions, by what their answers are
+KINDS = {("verify", "logical"): "yes or no", ("choose", "compare", "query"): "things"}
+TRANSFER = "transfer_"  # what runs of papers 3 and 4 are called by
+BASELINES = {"majority": "(the most frequent answer)", "text": "(logistic regression over the text alone)"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,32 +45,43 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--finetune", action="store_true", help="RUN is a fine-tuning run")
     parser.add_argument("--scenes", type=Path, help="a folder of emoji scenes")
     parser.add_argument("--search", type=Path, help="the folder of a search that is complete")
-    given = parser.parse_args(arguments)
-    if given.search:
-        append_jsonl(RESULTS / "searches.jsonl", searched(given.search))
-    if given.scenes:
-        append_jsonl(RESULTS / "scenes.jsonl", measure(given.scenes))
-    for run in given.run:
+    options = parser.parse_args(arguments)
+    if options.search:
+        append_jsonl(RESULTS / "searches.jsonl", read_search_report(options.search))
+    if options.scenes:
+        append_jsonl(RESULTS / "scenes.jsonl", balance.measure(options.scenes))
+    for run in options.run:
         result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-        if given.finetune:
+        if options.finetune:
             append_jsonl(RESULTS / "finetune.jsonl", result)
-        elif given.trial:
-            append_jsonl(RESULTS / "trials.jsonl", trial(run, result))
+        elif options.trial:
+            append_jsonl(RESULTS / "trials.jsonl", describe_trial(run, result))
         else:
             append_jsonl(RESULTS / "runs.jsonl", result)
-            shutil.copy2(run / "curve.png", CURVE)
-    last = read_jsonl(RESULTS / "runs.jsonl")[-1]
-    blind = (read_jsonl(RESULTS / "scenes.jsonl") or [{}])[-1]
-    runs = newest(read_jsonl(RESULTS / "finetune.jsonl"), "run")
-    parts = {"table": report.table(last), "reading": reading(last), "speed": speed()}
-    write_parts(ROOT / "README.md", **parts, finetune=tables(runs, blind), transfer=transfer(runs))
-    from benchmarks import ablations, search, unfreezing  # which record through this module
+            shutil.copy2(run / "curve.png", RESULTS / "sample_curve.png")
+    write_readmes(ROOT)
 
-    found = [line["found"] for line in read_jsonl(RESULTS / "searches.jsonl")[-1:]]
-    write_parts(ROOT / "README.md", search="\n\n".join([*found, search.table(read_jsonl(search.FILE))]))
-    saved = unfreezing.table(read_jsonl(unfreezing.FILE)[-1]["seconds"])
+
+def write_readmes(root: Path) -> None:
+    """Write the generated parts of README.md and benchmarks/README.md below `root` from the records."""
+    last = read_jsonl(RESULTS / "runs.jsonl")[-1]
+    baselines = (read_jsonl(RESULTS / "scenes.jsonl") or [{}])[-1]
+    runs = newest(read_jsonl(RESULTS / "finetune.jsonl"), "run")
+    searches = [line["found"] for line in read_jsonl(RESULTS / "searches.jsonl")[-1:]]
     write_parts(
-        ROOT / "benchmarks" / "README.md", trials=trials(), ablations=ablations.table(), unfreezing=saved
+        root / "README.md",
+        table=report.table(last),
+        reading=describe_run(last),
+        speed=speed_tables(),
+        finetune=finetune_tables(runs, baselines),
+        transfer=transfer_tables(runs),
+        search="\n\n".join([*searches, search.table(read_jsonl(search.FILE))]),
+    )
+    write_parts(
+        root / "benchmarks" / "README.md",
+        trials=trial_table(),
+        ablations=ablations.table(),
+        unfreezing=unfreezing.table(read_jsonl(unfreezing.FILE)[-1]["seconds"]),
     )
 
 
@@ -82,8 +98,8 @@ def write_parts(path: Path, **parts: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def searched(folder: Path) -> dict:
-    """What a search's report says of its best."""
+def read_search_report(folder: Path) -> dict:
+    """Read the part about the best from a search's report."""
     text = (folder / "report.md").read_text(encoding="utf-8")
     head = text.split("\n\n")[1]
     best = text.split("## The best\n\n")[1].split("\n\n## ")[0]
@@ -91,8 +107,8 @@ def searched(folder: Path) -> dict:
     return {"search": folder.name, "found": "\n\n".join([head, best, cost])}
 
 
-def trial(run: Path, result: dict) -> dict:
-    """An experiment: its settings, what it scored."""
+def describe_trial(run: Path, result: dict) -> dict:
+    """Describe an experiment: its settings and scores."""
     stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
     settings = flatten(rename_settings("pretrain", stored))
     kept = {
@@ -117,7 +133,7 @@ def flatten(value: dict, prefix: str = "") -> dict:
     return out
 
 
-def trials() -> str:
+def trial_table() -> str:
     """Table of the experiments: the settings in which any two of them differ, and R@1."""
     records = read_jsonl(RESULTS / "trials.jsonl")
     every = sorted({path for r in records for path in r["settings"]})
@@ -129,8 +145,8 @@ def trials() -> str:
     return markdown.table(lines)
 
 
-def reading(run: dict) -> str:
-    """What a run came to, in words."""
+def describe_run(run: dict) -> str:
+    """Describe in words what a run came to."""
     values, chance = summary(run), run["retrieval"]["en"]["chance_r1"]
     losses = ", ".join(f"{k} {v:.2f}" for k, v in run["losses"].items() if k != "grad_norm")
     return (
@@ -138,11 +154,11 @@ def reading(run: dict) -> str:
         f"{values['en_r1'] / chance:.0f} times chance; mean of the other languages: "
         f"{values['others_r1'] / chance:.0f} times. The {run['workers']} workers did {run['steps']} steps "
         f"({'bf16 autocast' if run['bf16'] else 'float32'}, {run['samples_per_second']:.0f} samples/s) and "
-        f"spent {report.spent(run)}. Last losses: {losses}. {spread(run)}"
+        f"spent {report.spent(run)}. Last losses: {losses}. {describe_seeds(run)}"
     )
 
 
-def spread(run: dict) -> str:
+def describe_seeds(run: dict) -> str:
     """The same recipe with other seeds: what was recorded with as many steps of as many samples, newest of
     each seed."""
     seeds = {
@@ -159,10 +175,10 @@ def spread(run: dict) -> str:
     return f"R@1 by seed ({', '.join(map(str, seeds))}): {'; '.join(scores)}."
 
 
-def speed() -> str:
+def speed_tables() -> str:
     """The newest figures of each size of the step benchmark, and of the data benchmark."""
     lines = [
-        step_table(line)
+        step.table(line)
         for line in sorted(newest(read_jsonl(RESULTS / "step.jsonl"), "size"), key=lambda line: line["size"])
     ]
     rates = read_jsonl(RESULTS / "data.jsonl")[-1]["samples_per_second"]
@@ -176,9 +192,130 @@ def speed() -> str:
     return "\n\n".join([*lines, "\n".join(rows)])
 
 
-def newest(records: list[dict], *keys: str) -> list[dict]:
-    """The last record of each that has the same values at `keys`."""
-    return list({tuple(record[key] for key in keys): record for record in records}.values())
+def finetune_tables(records: list[dict], baselines: dict[str, dict[str, float]]) -> str:
+    """Markdown of the runs on emoji scenes: a table a task, a row a method, seeds together. `baselines`:
+    measured by `benchmarks.balance` on the same data, in English."""
+    tasks: dict[str, list[dict]] = defaultdict(list)
+    for record in records:
+        if not record["run"].startswith(TRANSFER):
+            tasks[record["task"]].append(record)
+    tables = [_finetune_table(task, rows, baselines.get(task, {})) for task, rows in tasks.items()]
+    return "\n\n".join(tables) or "No fine-tuning run has been recorded yet."
+
+
+def transfer_tables(records: list[dict]) -> str:
+    """Markdown of papers 3 and 4's runs: retrieval by method, with how far languages are apart; then
+    distillation."""
+    records = [record for record in records if record["run"].startswith(TRANSFER)]
+    retrieval = [r for r in records if "retrieval" in r]
+    rows = [
+        [
+            "retrieval: %",
+            "seeds",
+            "mean recall",
+            "R@1",
+            "std of languages",
+            "range",
+            "weights trained",
+            "training, s",
+        ]
+    ]
+    for name, group in _by_method(retrieval).items():
+        firsts = [statistics.fmean(v for code, v in r["recall_at_1"].items() if code != "en") for r in group]
+        rows.append(
+            [
+                name,
+                str(len(group)),
+                spread(r["mean_targets"] for r in group),
+                spread(firsts),
+                spread(r["disparity"]["std"] for r in group),
+                spread(r["disparity"]["range"] for r in group),
+                f"{100 * group[0]['trainable'] / group[0]['params']:.2f}" if group[0]["seconds"] else "",
+                f"{statistics.median(r['seconds'] for r in group):.0f}" if group[0]["seconds"] else "",
+            ]
+        )
+    distilled = [r for r in records if r["task"] == "xgqa_translated"]
+    codes = sorted({code for r in distilled for code in r["accuracy"]})
+    more = [["questions: accuracy, %", "seeds", *codes, "mean", "training, s"]]
+    for name, group in _by_method(distilled).items():
+        seconds = f"{statistics.median(r['seconds'] for r in group):.0f}"
+        more.append(
+            [
+                name,
+                str(len(group)),
+                *(spread(r["accuracy"].get(code) for r in group) for code in codes),
+                spread(r["mean_targets"] for r in group),
+                seconds,
+            ]
+        )
+    tables = [markdown.table(part) for part in (rows, more) if len(part) > 1]
+    return "\n\n".join(tables) or "Not measured yet."
+
+
+def _by_method(records: list[dict]) -> dict[str, list[dict]]:
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for record in records:
+        setting = {"untrained": "as it is", "translate_test": "as it is, on translations"}.get(
+            record["setting"]
+        )
+        groups[setting or record["method"]].append(record)
+    return groups
+
+
+def _finetune_table(task: str, records: list[dict], baselines: dict[str, float]) -> str:
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for record in records:
+        setting = SETTINGS.get(record["setting"], record["setting"])
+        groups[", ".join(filter(None, (setting, record["method"])))].append(record)
+    what = "mean recall" if "retrieval" in records[0] else "accuracy"
+    head = [f"{task}: {what}, %", "seeds", "English", "mean of the targets", "gap"]
+    kinds = [
+        group
+        for group in KINDS
+        if any(set(group) & set(by) for r in records for by in r.get("by_type", {}).values())
+    ]
+    head += [f"targets, {KINDS[group]}" for group in kinds]
+    scores = [
+        (percent(_mean_of_targets(r.get("synonym_accuracy"))), percent(r["mean_targets"])) for r in records
+    ]
+    synonyms = any(kind and kind != strict for kind, strict in scores)
+    pruned = any(r["sparsity"] for r in records)
+    head += ["targets, synonyms right"] if synonyms else []
+    head += ["weights at zero, %"] if pruned else []
+    head += ["training, s"]
+    lines = [head]
+    for key, name in BASELINES.items():
+        if key in baselines:
+            lines.append([name, "", percent(baselines[key]), *[""] * (len(head) - 3)])
+    for name, group in groups.items():
+        row = [
+            name,
+            str(len({r["seed"] for r in group})),
+            spread(scores_of(r).get("en") for r in group),
+            spread(r["mean_targets"] for r in group),
+            spread(r["gap"] for r in group),
+        ]
+        row += [spread(_mean_of_kinds(r, group_of) for r in group) for group_of in kinds]
+        if synonyms:
+            row.append(spread(_mean_of_targets(r.get("synonym_accuracy")) for r in group))
+        if pruned:
+            row.append(percent(group[0]["sparsity"]) if group[0]["sparsity"] else "")
+        seconds = statistics.median(r["seconds"] for r in group)  # of wall time: some runs waited for others
+        lines.append([*row, f"{seconds:.0f}" if seconds else ""])
+    return markdown.table(lines)
+
+
+def _mean_of_kinds(record: dict, kinds: tuple[str, ...]) -> float | None:
+    """Mean over the targets, and over these types of questions."""
+    values = [
+        by[kind] for code, by in record["by_type"].items() if code != "en" for kind in kinds if kind in by
+    ]
+    return statistics.fmean(values) if values else None
+
+
+def _mean_of_targets(scores: dict[str, float] | None) -> float | None:
+    others = [score for code, score in (scores or {}).items() if code != "en"]
+    return statistics.fmean(others) if others else None
 
 
 if __name__ == "__main__":

@@ -20,14 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import record
+from benchmarks.results import RESULTS, newest
 from raylib import markdown
 from raylib.config import override
 from raylib.fileio import append_jsonl, read_jsonl
 from raylib.search.config import SearchConfig
 from raylib.search.space import Float, Space
 
-FILE = record.RESULTS / "search.jsonl"
+FILE = RESULTS / "search.jsonl"
 SPACE = Space(
     "paper 4's grid of weight and learning rate",
     "transfer_routine3_lora",
@@ -157,7 +157,7 @@ def grid_noise(grids: Sequence[Sequence[dict]]) -> float:
 
 def table(lines: Sequence[dict]) -> str:
     """A row a contestant, over the seeds that all of them have."""
-    lines = record.newest(lines, "seed", "contestant")
+    lines = newest(lines, "seed", "contestant")
     by = {(line["seed"], line["contestant"]): line["rows"] for line in lines}
     seeds = [
         seed

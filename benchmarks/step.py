@@ -12,7 +12,6 @@ need over 60 GB. That part has not been run: the machine this was written on has
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -24,8 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.results import RESULTS
 from benchmarks.twin import LENGTHS, PaddedTwin
 from pretrain.recipes import base, tiny
+from raylib.fileio import append_jsonl
 from raylib.loop import to_device
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
@@ -42,7 +43,7 @@ VARIANTS = {
     "twin, masked positions": lambda model: PaddedTwin(model, "masked"),
     "twin, all positions": lambda model: PaddedTwin(model, "all"),
 }
-RESULTS = Path(__file__).parent / "results" / "step.jsonl"
+FILE = RESULTS / "step.jsonl"
 
 
 def draw_lengths(n: int, mean: float, longest: int, generator: torch.Generator, other: Tensor | None = None):
@@ -268,9 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
         figures = measure(size, options.device, 1 if options.quick else REPEATS[size])
         print(table(figures), end="\n\n", flush=True)
         if not options.quick:
-            RESULTS.parent.mkdir(exist_ok=True)
-            with RESULTS.open("a", encoding="utf-8") as f:
-                f.write(json.dumps(figures) + "\n")
+            append_jsonl(FILE, figures)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import time
 
 import torch
 
-from benchmarks import record
+from benchmarks.results import RESULTS
 from finetune.model import FinetuneModel
 from finetune.objective import ClassificationObjective
 from pretrain.recipes import emoji_e5_scenes
@@ -26,7 +26,7 @@ from raylib.optim import OptimConfig
 from raylib.packed import Ragged
 
 BATCH, TOKENS, STATES, LABELS, PIECES = 64, 15, 21, 152, 52_399  # those of scenes_xgqa
-FILE = record.RESULTS / "unfreezing.jsonl"
+FILE = RESULTS / "unfreezing.jsonl"
 
 
 def main(arguments: list[str] | None = None) -> None:
