@@ -14,8 +14,8 @@ from pathlib import Path
 
 from benchmarks.results import RESULTS, newest, run_module
 from pretrain.evaluate import summary
-from raylib import markdown
 from raylib.fileio import append_jsonl, read_jsonl
+from raylib.tables import markdown_table, mean_and_std
 
 FILE = RESULTS / "ablations.jsonl"
 RECIPES = {
@@ -107,8 +107,8 @@ def table() -> str:
                 [x["xvnli"]["en"] for x in lines],
                 [x["xvnli_targets"] for x in lines],
             ]
-            rows.append([what, str(len(lines)), *map(markdown.spread, columns)])
-    return markdown.table(rows)
+            rows.append([what, str(len(lines)), *map(mean_and_std, columns)])
+    return markdown_table(rows)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from finetune.examples import Example
 from finetune.tasks import TASKS
-from raylib import markdown
+from raylib.tables import markdown_table, percent
 
 STEPS, RATE, DECAY = 400, 0.05, 1e-3
 
@@ -51,8 +51,8 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
 def table(measured: dict[str, dict[str, float]]) -> str:
     """Markdown: what `measure` found, in %, by task."""
     rows = [["task", "majority", "text alone", "image alone"]]
-    rows += [[task, *map(markdown.percent, figures.values())] for task, figures in measured.items()]
-    return markdown.table(rows)
+    rows += [[task, *map(percent, figures.values())] for task, figures in measured.items()]
+    return markdown_table(rows)
 
 
 def _words(text: str) -> list[str]:

@@ -24,10 +24,9 @@ from benchmarks.results import RESULTS, ROOT, newest
 from finetune.report import scores_of
 from pretrain import report
 from pretrain.evaluate import summary
-from raylib import markdown
 from raylib.fileio import append_jsonl, read_jsonl
-from raylib.markdown import percent, spread
 from raylib.renames import rename_settings
+from raylib.tables import markdown_table, mean_and_std, percent
 
 SETTINGS = {"zero_shot": "", "few_shot": "few-shot", "translate_test": "translate-test", "untrained": ""}
 # GQA's types of questions, by what their answers are
@@ -142,7 +141,7 @@ def trial_table() -> str:
     for r in records:
         values = [json.dumps(r["settings"].get(p)) for p in paths]
         lines.append([*values, f"{100 * r['en_r1']:.1f} %", f"{100 * r['others_r1']:.1f} %"])
-    return markdown.table(lines)
+    return markdown_table(lines)
 
 
 def describe_run(run: dict) -> str:
@@ -226,10 +225,10 @@ def transfer_tables(records: list[dict]) -> str:
             [
                 name,
                 str(len(group)),
-                spread(r["mean_targets"] for r in group),
-                spread(firsts),
-                spread(r["disparity"]["std"] for r in group),
-                spread(r["disparity"]["range"] for r in group),
+                mean_and_std(r["mean_targets"] for r in group),
+                mean_and_std(firsts),
+                mean_and_std(r["disparity"]["std"] for r in group),
+                mean_and_std(r["disparity"]["range"] for r in group),
                 f"{100 * group[0]['trainable'] / group[0]['params']:.2f}" if group[0]["seconds"] else "",
                 f"{statistics.median(r['seconds'] for r in group):.0f}" if group[0]["seconds"] else "",
             ]
@@ -243,12 +242,12 @@ def transfer_tables(records: list[dict]) -> str:
             [
                 name,
                 str(len(group)),
-                *(spread(r["accuracy"].get(code) for r in group) for code in codes),
-                spread(r["mean_targets"] for r in group),
+                *(mean_and_std(r["accuracy"].get(code) for r in group) for code in codes),
+                mean_and_std(r["mean_targets"] for r in group),
                 seconds,
             ]
         )
-    tables = [markdown.table(part) for part in (rows, more) if len(part) > 1]
+    tables = [markdown_table(part) for part in (rows, more) if len(part) > 1]
     return "\n\n".join(tables) or "Not measured yet."
 
 
@@ -291,18 +290,18 @@ def _finetune_table(task: str, records: list[dict], baselines: dict[str, float])
         row = [
             name,
             str(len({r["seed"] for r in group})),
-            spread(scores_of(r).get("en") for r in group),
-            spread(r["mean_targets"] for r in group),
-            spread(r["gap"] for r in group),
+            mean_and_std(scores_of(r).get("en") for r in group),
+            mean_and_std(r["mean_targets"] for r in group),
+            mean_and_std(r["gap"] for r in group),
         ]
-        row += [spread(_mean_of_kinds(r, group_of) for r in group) for group_of in kinds]
+        row += [mean_and_std(_mean_of_kinds(r, group_of) for r in group) for group_of in kinds]
         if synonyms:
-            row.append(spread(_mean_of_targets(r.get("synonym_accuracy")) for r in group))
+            row.append(mean_and_std(_mean_of_targets(r.get("synonym_accuracy")) for r in group))
         if pruned:
             row.append(percent(group[0]["sparsity"]) if group[0]["sparsity"] else "")
         seconds = statistics.median(r["seconds"] for r in group)  # of wall time: some runs waited for others
         lines.append([*row, f"{seconds:.0f}" if seconds else ""])
-    return markdown.table(lines)
+    return markdown_table(lines)
 
 
 def _mean_of_kinds(record: dict, kinds: tuple[str, ...]) -> float | None:

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.results import RESULTS, newest
-from raylib import markdown
 from raylib.config import override
 from raylib.fileio import append_jsonl, read_jsonl
 from raylib.search.config import SearchConfig
 from raylib.search.space import Float, Space
+from raylib.tables import markdown_table, mean_and_std
 
 FILE = RESULTS / "search.jsonl"
 SPACE = Space(
@@ -200,7 +200,7 @@ def table(lines: Sequence[dict]) -> str:
                 name,
                 f"{statistics.fmean(counts):.0f}",
                 f"{statistics.fmean(rates):.0f}",
-                markdown.spread(bests),
+                mean_and_std(bests),
                 *reached,
                 f"{statistics.median(first):.1f}",
                 f"{statistics.median(later):.1f}",
@@ -217,7 +217,7 @@ def table(lines: Sequence[dict]) -> str:
             " Rank correlation of a score with the last, median of the searches that stop nothing: "
             f"{', '.join(f'{rho:.2f} {when}' for when, rho in early)} epochs."
         )
-    return f"{markdown.table(out)}\n\n{told}"
+    return f"{markdown_table(out)}\n\n{told}"
 
 
 def _share(share: float) -> str:

@@ -18,12 +18,12 @@ from benchmarks.results import RESULTS
 from finetune.model import FinetuneModel
 from finetune.objective import ClassificationObjective
 from pretrain.recipes import emoji_e5_scenes
-from raylib import markdown
 from raylib.engine import TorchEngine
 from raylib.fileio import append_jsonl
 from raylib.models.unified import UnifiedModel
 from raylib.optim import OptimConfig
 from raylib.packed import Ragged
+from raylib.tables import markdown_table
 
 BATCH, TOKENS, STATES, LABELS, PIECES = 64, 15, 21, 152, 52_399  # those of scenes_xgqa
 FILE = RESULTS / "unfreezing.jsonl"
@@ -75,7 +75,7 @@ def table(seconds: dict) -> str:
     full = next(iter(seconds.values()))
     rows = [["layers trained, of 8", "CPU-seconds a step", "time"]]
     rows += [[str(trained), f"{spent:.2f}", f"{spent / full:.2f}x"] for trained, spent in seconds.items()]
-    return markdown.table(rows, words=0)
+    return markdown_table(rows, words=0)
 
 
 if __name__ == "__main__":

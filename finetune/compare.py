@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 from finetune.lineage import described, read_lineage
 from finetune.report import read_result, scores_of
 from raylib import identity
-from raylib.config import near
+from raylib.config import suggest
 from raylib.errors import UserError
-from raylib.intervals import t_interval
+from raylib.metrics import t_interval
 
 ABSENT = object()  # no such setting in a row: a part that is off, or a model that is no run
 Estimate = tuple[float, float | None]  # a mean, and half of its interval: None of one value
@@ -111,7 +111,7 @@ def compare(folders: Sequence[Path], baseline: Path | None = None) -> tuple[list
     """
     chosen = baseline and baseline.resolve()
     if chosen and chosen not in [folder.resolve() for folder in folders]:
-        close = near(str(baseline), [str(folder) for folder in folders])
+        close = suggest(str(baseline), [str(folder) for folder in folders])
         raise UserError(f"--baseline {baseline}: not among the runs that are compared{close}")
     lines: list[str] = []
     tasks: dict[tuple[str, bool], list[Row]] = {}

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 from finetune.compare import ABSENT, Comparison, Estimate, Row
 from finetune.lineage import RunSettings
-from raylib import latex, markdown
 from raylib.errors import UserError
-from raylib.markdown import estimate
+from raylib.tables import latex_table, markdown_table, mean_and_interval
 
 
 class Table(NamedTuple):
@@ -24,7 +23,7 @@ class Table(NamedTuple):
 
 def to_markdown(comparisons: Sequence[Comparison]) -> str:
     """Every table under its title."""
-    parts = [f"{title}\n\n{markdown.table(lines, words)}" for title, lines, words in _tables(comparisons)]
+    parts = [f"{title}\n\n{markdown_table(lines, words)}" for title, lines, words in _tables(comparisons)]
     return "\n\n".join(parts)
 
 
@@ -34,7 +33,7 @@ def write_latex(comparisons: Sequence[Comparison], path: Path) -> None:
     Raises:
         UserError: `path` cannot be written.
     """
-    parts = [latex.table(lines, title, words) for title, lines, words in _tables(comparisons)]
+    parts = [latex_table(lines, title, words) for title, lines, words in _tables(comparisons)]
     _write(path, "\n\n".join(parts) + "\n")
 
 
@@ -166,7 +165,7 @@ def _count(seeds: int) -> str:
 
 
 def _words(found: Estimate | None, sign: str = "") -> str:
-    return estimate(*found, sign) if found else ""
+    return mean_and_interval(*found, sign) if found else ""
 
 
 def _ends(found: Estimate | None) -> list[float | str]:

@@ -11,7 +11,6 @@ Distillation with `epochs` (paper 3): the student is distilled in RUN/distilled,
 answers alone.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from finetune.config import FinetuneConfig
 from finetune.worker import FinetuneJob
 from raylib import checkpoint
 from raylib.distributed import world_size
-from raylib.fileio import write_atomically
+from raylib.fileio import read_json, write_json
 from raylib.launch import is_main_process, launch, open_run, run_folder
 from raylib.models.base import read_weights
 from raylib.runtime import Reporter
@@ -135,12 +134,12 @@ def _train_once(
     """Train in the folder of `part`, or say what that came to before."""
     done = run_folder(part) / "part.json"
     if done.is_file():
-        return json.loads(done.read_text(encoding="utf-8"))
+        return read_json(done)
     if is_main_process(part):
         open_run(part)
     result = launch(job, launched, run_folder(part), reporter)
     if result["finished"] and is_main_process(part):
-        write_atomically(done, json.dumps(result, allow_nan=False))
+        write_json(done, result)
     return result
 
 

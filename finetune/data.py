@@ -14,7 +14,7 @@ from finetune.splits import Task
 from finetune.stores import open_pictures, open_regions
 from finetune.tasks import TASKS
 from raylib.cache import cached, file_fingerprint
-from raylib.config import choose
+from raylib.config import lookup
 from raylib.errors import UserError
 
 
@@ -36,7 +36,7 @@ def read_whole(reading: Reading) -> list[Example] | list[Captioned]:
 
 def find_task(config: FinetuneConfig) -> Task:
     """The record of `config.task`."""
-    return choose(config.task, TASKS, "task")
+    return lookup(config.task, TASKS, "task")
 
 
 def read_split(config: FinetuneConfig, split: str, language: str, limit: int | None = None) -> Reading:

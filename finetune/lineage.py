@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from finetune.config import FinetuneConfig
 from raylib.config import without
 from raylib.errors import UserError
+from raylib.fileio import read_json
 from raylib.launch import CHANGEABLE
 from raylib.renames import rename_settings
 
@@ -129,7 +130,7 @@ def _lineage(run: Path, stored: dict[str, Any], above: tuple[Path, ...]) -> Line
 def _read(folder: Path) -> dict[str, Any] | None:
     """The settings in a folder's config.json; None if it is no run's."""
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = read_json(folder / "config.json")
     except (OSError, ValueError):
         return None
     if not isinstance(values, dict) or not isinstance(values.get("fit"), dict):

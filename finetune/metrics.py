@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raylib.errors import UserError
-from raylib.intervals import MILLION, ItemClusters
+from raylib.metrics import MILLION, ItemClusters
 from raylib.randomness import Key
 
 ORDERS = 4  # n-grams of BLEU

@@ -5,7 +5,6 @@ state goes to the head. Two pictures ground it twice, and the head sees both sta
 appendix B.2.3). A head that spells answers (`finetune.decoder`) sees the states of all tokens.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from finetune.decoder import AnswerDecoder, DecoderConfig
 from finetune.formats.nli import check_labels
 from raylib.checkpoint import BEST
-from raylib.config import build, choose
+from raylib.config import build, lookup
 from raylib.errors import UserError
+from raylib.fileio import read_json
 from raylib.models import BACKBONES, rebuild
 from raylib.models import peft as tuning
 from raylib.models.base import Places, fill, find_model, find_tokenizer, write_model
@@ -215,7 +215,7 @@ def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = 
         UserError: none of these, or weights that do not fit.
     """
     if is_foreign(Path(path)):
-        return choose(kind, BACKBONES, "backbone").load(Path(path), vision and Path(vision))
+        return lookup(kind, BACKBONES, "backbone").load(Path(path), vision and Path(vision))
     folder = find_evaluated(path)
     description = read_description(folder)
     there = _kind(description, Path(path), folder)
@@ -227,7 +227,7 @@ def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = 
         raise UserError(f"{path} has an image encoder; leave vision={vision} out")
     if description["model_type"] == "polyglance-finetuned":
         return FinetuneModel.from_pretrained(folder).backbone
-    return choose(there, BACKBONES, "backbone").build.from_pretrained(folder)
+    return lookup(there, BACKBONES, "backbone").build.from_pretrained(folder)
 
 
 def _kind(description: dict, path: Path, folder: Path) -> str:
@@ -293,7 +293,7 @@ def weights_of(path: Path | str) -> Path:
 def read_description(folder: Path) -> dict:
     """A model folder's config.json."""
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = read_json(folder / "config.json")
     except (OSError, ValueError) as e:
         raise UserError(f"{folder}/config.json: not to be read as JSON ({e})") from None
     # a run keeps its settings where a model keeps its description

@@ -17,7 +17,6 @@ RUNS/cache where that took longer than a second: by name, size and time of chang
 """
 
 import hashlib
-import json
 import time
 import unicodedata
 from collections import defaultdict
@@ -33,7 +32,7 @@ from finetune.splits import Overlap, Task
 from finetune.stores.pictures import MARVL, folders_of, stem
 from raylib.cache import file_fingerprint
 from raylib.errors import UserError
-from raylib.fileio import write_atomically
+from raylib.fileio import read_json, write_json
 
 RULE = 2  # of what counts as the same: another number makes nothing of what is kept
 COMPARED = (("test", "train"), ("test", "dev"), ("dev", "train"))
@@ -262,10 +261,10 @@ def _kept(cache: Path, task: Task, sets: list[Used]) -> list[dict[str, Any]]:
         )
     file = cache / f"overlap-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
     if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     began = time.perf_counter()
     found = compare(task, sets)
     if time.perf_counter() - began > 1:
         cache.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(found, ensure_ascii=False))
+        write_json(file, found)
     return found

@@ -1,6 +1,5 @@
 """Results of a run for people: `result.json`, a Markdown table, a picture."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +7,11 @@ from finetune.config import FinetuneConfig
 from finetune.data import find_task, split_name
 from finetune.lineage import described, method_of
 from finetune.retrieval import recall_at_1
-from raylib import markdown
 from raylib.errors import UserError
-from raylib.fileio import write_atomically
+from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
-from raylib.markdown import percent
 from raylib.metrics import RANKS, disparity, mean
+from raylib.tables import markdown_table, open_pyplot, percent, save_figure
 from raylib.track import read_metrics
 
 RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in RANKS)
@@ -23,7 +21,7 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
     """`result.json`: what the parts of a run came to. `accuracy` (or the recalls under `retrieval`) by
     language, their mean over the targets, the gap from English to it, and accuracy by question type;
     `disparity` over languages of accuracy, or of `recall_at_1`, the mean of both ways (paper 4); `interval`,
-    [low, high] of each language's score by a bootstrap over images (`raylib.intervals`): what other test
+    [low, high] of each language's score by a bootstrap over images (`raylib.metrics`): what other test
     images would change, and not other seeds."""
     figures = {code: dict(values) for part in parts for code, values in part["languages"].items()}
     intervals = {code: values.pop("interval", None) for code, values in figures.items()}
@@ -170,7 +168,7 @@ def table(result: dict[str, Any]) -> str:
         others = [code for code in scores_of(result) if code != "en"]
         means = [mean(details[code][c] for code in others if c in details.get(code, {})) for c in columns]
         rows.append(["mean of the targets", percent(result["mean_targets"]), "", *map(percent, means)])
-    return "\n".join([markdown.table(rows), "", _notes(result)])
+    return "\n".join([markdown_table(rows), "", _notes(result)])
 
 
 def _notes(result: dict[str, Any]) -> str:
@@ -202,20 +200,13 @@ def write(run: Path, result: dict[str, Any]) -> None:
     require_finite_values(f"{run}/result.json", result)
     draw(result, run / "result.png")
     (run / "result.md").write_text(table(result) + "\n", encoding="utf-8")
-    write_atomically(
-        run / "result.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    write_json(run / "result.json", result)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """A bar a language, English set apart, and a line at the mean of the targets."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     scores = scores_of(result)
-    figure, axes = pyplot.subplots(figsize=(1.5 + 0.6 * len(scores), 3.6), layout="constrained")
+    figure, axes = open_pyplot().subplots(figsize=(1.5 + 0.6 * len(scores), 3.6), layout="constrained")
     axes.bar(
         list(scores),
         [100 * s for s in scores.values()],
@@ -232,20 +223,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.legend(fontsize=8)
     what = "mean recall" if "retrieval" in result else "accuracy"
     axes.set(ylabel=f"{what}, %", ylim=(0, 100), title=f"{result['task']}: {result['method']}")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def draw_curve(run: Path) -> None:
     """`curve.png`: each loss, and the score on held-out English that chooses the checkpoint, over the steps
     of `run`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     records = read_metrics(run)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, (left, right) = open_pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     losses = sorted(
         {key for record in records for key in record if key.startswith("loss/")} - {"loss/grad_norm"}
     )
@@ -257,8 +242,7 @@ def draw_curve(run: Path) -> None:
         left.legend(fontsize=8)
     left.set(xlabel="step", ylabel="loss", title="terms, means over the global batch", ylim=(0, None))
     right.set(xlabel="step", ylabel="score, %", title="development set", ylim=(0, None))
-    figure.savefig(run / "curve.png", dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, run / "curve.png")
 
 
 def read_result(run: Path) -> dict[str, Any]:
@@ -268,7 +252,7 @@ def read_result(run: Path) -> dict[str, Any]:
         UserError: not a finished run of fine-tuning, or a number in it is not finite.
     """
     try:
-        result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        result = read_json(run / "result.json")
     except (OSError, ValueError) as e:
         raise UserError(f"{run}/result.json: not read ({e}); give finished runs") from None
     if not isinstance(result, dict):

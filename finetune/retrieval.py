@@ -19,8 +19,7 @@ from finetune.pictures import Encoded, Pixels, encode_pictures
 from raylib.data.states import States, remove_states, write_states
 from raylib.distributed import raise_together, world_size
 from raylib.finite import is_finite, require_finite
-from raylib.intervals import recall_interval
-from raylib.metrics import RANKS, hit_chances, mean, mean_hits, nearest_keys
+from raylib.metrics import RANKS, hit_chances, mean, mean_hits, nearest_keys, recall_interval
 from raylib.models.layers import Condition
 from raylib.packed import Ragged, first_tokens
 from raylib.randomness import Key, permutation

@@ -1,7 +1,6 @@
 """A fine-tuning run: train (in each part that its setting asks for), evaluate every language, leave the
 results."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from finetune.worker import FinetuneJob, evaluated, trained
 from raylib import checkpoint, identity
 from raylib.config import load
 from raylib.errors import UserError
-from raylib.fileio import write_atomically
+from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
 from raylib.identity import DataFile
 from raylib.launch import config_hash, is_main_process, launch, no_log, open_run, run_folder
@@ -76,7 +75,7 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
     if not config.run_test:
         result = {**report.of_dev_sets(config, results), **_identity(config, folder), "overlap": overlap}
         require_finite_values(f"{folder}/result.json", result)
-        write_atomically(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+        write_json(folder / "result.json", result)
         return result
     result = {**report.summarise(config, results), **_identity(config, folder), "overlap": overlap}
     if is_main_process(config):
@@ -198,7 +197,7 @@ def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter |
     folder = run_folder(config)
     done = folder / "part.json"
     if done.is_file() and config.resume == "newest":
-        return json.loads(done.read_text(encoding="utf-8"))
+        return read_json(done)
     if is_main_process(config):
         if language:
             open_run(config)
@@ -219,7 +218,7 @@ def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter |
     result |= {"sparsity": before.get("sparsity")}
     if result["finished"] and is_main_process(config):
         require_finite_values(str(done), result)
-        write_atomically(done, json.dumps(result, ensure_ascii=False, allow_nan=False))
+        write_json(done, result)
     return result
 
 
@@ -249,7 +248,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         done = run / "part.json"
         before = _so_far(model, run) if config.trains and not done.is_file() else {}
         if done.is_file():
-            before = json.loads(done.read_text(encoding="utf-8"))
+            before = read_json(done)
         results.append({**before, **evaluated(part, model, tokenizer, pictures, run)})
     hashes = {"config_sha256": config_hash(config), "data_sha256": identity.combined_hash(data)}
     result = {**stored, **report.summarise(config, results), **hashes}
@@ -261,7 +260,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
 def _stored_result(folder: Path) -> dict[str, Any]:
     """The run's result.json; empty if it has none."""
     path = folder / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _so_far(model, run: Path) -> dict[str, Any]:

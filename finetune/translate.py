@@ -18,8 +18,8 @@ from pydantic import Field, PositiveInt
 
 from finetune.formats.stream import read_jsonl, read_lines
 from finetune.tasks import TASKS
-from raylib.config import Config, choose
-from raylib.errors import UserError, needed
+from raylib.config import Config, lookup
+from raylib.errors import UserError, require
 from raylib.fileio import write_atomically
 from raylib.finite import require_finite_file
 
@@ -52,7 +52,7 @@ def translate(
     Raises:
         UserError: no such task, data or model; the task has no place for such translations.
     """
-    task = choose(task_name, TASKS, "task")
+    task = lookup(task_name, TASKS, "task")
     if not config.data:
         raise UserError("data= is missing: give the folder of the task's annotations")
     if not config.languages:
@@ -142,7 +142,7 @@ class _Engine:
     """A translation model of `transformers`: an encoder and a decoder, with its own tokenizer."""
 
     def __init__(self, folder: Path, config: TranslateConfig):
-        transformers = needed("transformers", "transfer")
+        transformers = require("transformers", "transfer")
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; give a translation model's, as transformers saves it")
         try:

@@ -8,12 +8,12 @@ python -m pretrain overlap CORPUS DATA [--names FILE ...] [--distance 6] [--json
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from raylib.command import GOES_ON, check_output, command, train
+from raylib.fileio import read_json
 
 
 @command(GOES_ON)
@@ -61,7 +61,7 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument("dir", help="a new folder")
     given = parser.parse_args(arguments)
     to = export(given.run, given.dir)
-    config = json.loads((to / "config.json").read_text(encoding="utf-8"))
+    config = read_json(to / "config.json")
     print(f"{to}: {config['model_type']}, {', '.join(sorted(p.name for p in to.iterdir()))}")
     return 0
 

@@ -16,9 +16,8 @@ from raylib.distributed import raise_together, world_size
 from raylib.errors import UserError
 from raylib.finite import is_finite, require_finite
 from raylib.identity import DataFile
-from raylib.intervals import recall_interval
 from raylib.loop import peak_memory
-from raylib.metrics import RANKS, mean, mean_hits, recall_hits
+from raylib.metrics import RANKS, mean, mean_hits, recall_hits, recall_interval
 from raylib.models.base import find_model, find_tokenizer
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, first_tokens

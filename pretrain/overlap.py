@@ -26,7 +26,6 @@ import cv2
 import numpy as np
 import torch
 
-from raylib import markdown
 from raylib.command import check_output
 from raylib.data.images import BadPicture, decode
 from raylib.data.samples import is_image
@@ -34,8 +33,9 @@ from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
 from raylib.data.tars import TarScan
 from raylib.errors import UserError
-from raylib.fileio import nfc, write_atomically
+from raylib.fileio import nfc, write_json
 from raylib.provenance import provenance
+from raylib.tables import markdown_table, percent
 
 SIDE, LOW = 32, 8  # pixels a side that are transformed; lowest frequencies a side that are kept
 # standard deviation of the grey levels, of 255, below which an image is all but one colour and has no hash
@@ -241,13 +241,11 @@ def _stem(name: str) -> str:
 def table(result: dict[str, Any]) -> str:
     """Markdown: how many test images are in the corpus, by how sure that is."""
     whole, rows, seen = result["images"], [["test images in the corpus", "images", "%"]], 0
-    rows.append(["the same bytes", str(result["same_bytes"]), markdown.percent(result["same_bytes"] / whole)])
+    rows.append(["the same bytes", str(result["same_bytes"]), percent(result["same_bytes"] / whole)])
     for bits, count in result["by_distance"].items():
         seen += count
-        rows.append(
-            [f"perceptual hash at most {bits} of 64 bits away", str(seen), markdown.percent(seen / whole)]
-        )
-    return markdown.table(rows)
+        rows.append([f"perceptual hash at most {bits} of 64 bits away", str(seen), percent(seen / whole)])
+    return markdown_table(rows)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -304,6 +302,6 @@ def main(arguments: Sequence[str]) -> int:
         apart = "same bytes" if pair["same_bytes"] else f"{pair['distance']} bits"
         print(f"  {pair['test']} = {pair['corpus']} ({apart})")
     if given.json:
-        write_atomically(given.json, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_json(given.json, result)
         print(f"every pair: {given.json}")
     return 0

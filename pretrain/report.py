@@ -1,14 +1,13 @@
 """What a run leaves for people: the table, the learning curve, `result.json`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pretrain.evaluate import r1
-from raylib import markdown
-from raylib.fileio import write_atomically
+from raylib.fileio import write_json
 from raylib.finite import require_finite_values
 from raylib.metrics import mean
+from raylib.tables import markdown_table, open_pyplot, save_figure
 from raylib.track import read_metrics
 
 COLUMNS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
@@ -34,7 +33,7 @@ def table(scores: dict[str, Any]) -> str:
         rows.append(_row("held-out concepts, en", [held["en"]]))
     if held_others := [figures for language, figures in held.items() if language != "en"]:
         rows.append(_row("held-out concepts, others", held_others))
-    return markdown.table(rows)
+    return markdown_table(rows)
 
 
 def _row(name: str, figures: list[dict[str, float]]) -> list[str]:
@@ -57,13 +56,8 @@ def spent(result: dict[str, Any]) -> str:
 
 def draw_curve(run: Path) -> Path:
     """`curve.png`: losses, and R@1 with chance, over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     records = read_metrics(run)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = open_pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name in sorted({k for r in records for k in r if k.startswith("loss/")} - {"loss/grad_norm"}):
         points = [(r["step"], r[name]) for r in records if name in r]
         left.plot(*zip(*points, strict=True), label=name.removeprefix("loss/"), linewidth=1)
@@ -83,8 +77,7 @@ def draw_curve(run: Path) -> Path:
     right.set(
         xlabel="step", ylabel="R@1, %", title="zero-shot retrieval, mean of both directions", ylim=(0, None)
     )
-    figure.savefig(run / "curve.png", dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, run / "curve.png")
     return run / "curve.png"
 
 
@@ -95,4 +88,4 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
         NotFinite: a number in it is not finite.
     """
     require_finite_values(str(path), result)
-    write_atomically(path, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_json(path, result)

@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from raylib.errors import NotFinite, UserError
-from raylib.fileio import sha256_file, write_atomically
+from raylib.fileio import read_json, sha256_file, write_json
 from raylib.finite import is_finite
 
 FOLDER, BEST, REGISTRY, START = "checkpoints", "best", "registry.json", "start.json"
@@ -51,7 +51,7 @@ def verify(folder: Path) -> dict:
         listing = folder / f"files-{rank:05d}.json"
         if not listing.is_file():
             raise UserError(f"{listing}: missing, so this checkpoint is not whole; {advice}")
-        for name, wanted in json.loads(listing.read_text(encoding="utf-8")).items():
+        for name, wanted in read_json(listing).items():
             path = folder / name
             if not path.is_file():
                 raise UserError(f"{path}: missing from the checkpoint; {advice}")
@@ -65,7 +65,7 @@ def verify(folder: Path) -> dict:
 def read_meta(folder: Path) -> dict:
     """`meta.json` of a checkpoint folder."""
     try:
-        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        return read_json(folder / "meta.json")
     except FileNotFoundError:
         raise UserError(f"{folder}/meta.json: missing, so this is no whole checkpoint") from None
 
@@ -75,23 +75,23 @@ def newest(run: Path) -> Path | None:
     folder = run / FOLDER
     names = []
     if (folder / REGISTRY).is_file():
-        names += json.loads((folder / REGISTRY).read_text(encoding="utf-8"))
+        names += read_json(folder / REGISTRY)
     if (folder / SNAPSHOT).is_file():
-        latest = json.loads((folder / SNAPSHOT).read_text(encoding="utf-8"))["latest_checkpoint_result"]
+        latest = read_json(folder / SNAPSHOT)["latest_checkpoint_result"]
         names += [latest["checkpoint_dir_name"]] if latest else []
     if names:
         return folder / max(names)
     if (folder / START).is_file():
-        return run / json.loads((folder / START).read_text(encoding="utf-8"))
+        return run / read_json(folder / START)
     return None
 
 
 def register(run: Path, name: str, keep: int) -> None:
     """Without Ray: enter a folder that is now whole, drop all but the newest `keep`."""
     registry = run / FOLDER / REGISTRY
-    names = json.loads(registry.read_text(encoding="utf-8")) if registry.is_file() else []
+    names = read_json(registry) if registry.is_file() else []
     names = sorted({*names, name})
-    write_atomically(registry, json.dumps(names[-keep:]))
+    write_json(registry, names[-keep:])
     for old in names[:-keep]:
         shutil.rmtree(run / FOLDER / old)
 
@@ -162,7 +162,7 @@ def rewind(run: Path, name: str) -> Path:
     folder.rename(aside)
     folder.mkdir()
     start = chosen if name == BEST else aside / name
-    write_atomically(folder / START, json.dumps(str(start.relative_to(run))))
+    write_json(folder / START, str(start.relative_to(run)))
     return start
 
 

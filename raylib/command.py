@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raylib.config import C, choose, dump, load, override
-from raylib.errors import UserError, disk_is_full
+from raylib.config import C, dump, load, lookup, override
+from raylib.errors import UserError, disk_full_error
 
 GOES_ON = "the same command resumes from the newest checkpoint"
 
@@ -30,7 +30,7 @@ def command(interrupted: str = "") -> Callable[[Main], Callable[..., int]]:
                 print(f"error: {e}", file=sys.stderr)
                 return 2
             except OSError as e:
-                print(f"error: {disk_is_full(e)}", file=sys.stderr)
+                print(f"error: {disk_full_error(e)}", file=sys.stderr)
                 return 2
             except KeyboardInterrupt:
                 print("; ".join(filter(None, ("interrupted", interrupted))), file=sys.stderr)
@@ -81,7 +81,7 @@ def train(
         settings = [given.recipe, *given.settings] if given.recipe else given.settings
         config = load(kind, Path(given.config))
     elif given.recipe:
-        settings, config = given.settings, choose(given.recipe, recipes, "recipe")()
+        settings, config = given.settings, lookup(given.recipe, recipes, "recipe")()
     else:
         parser.print_help()
         return 2

@@ -61,7 +61,7 @@ def change(config: C, changes: Mapping[str, Any], where: str = "settings") -> C:
     values, known = config.model_dump(), paths(type(config))
     for path, value in changes.items():
         if path not in known:
-            raise UserError(f"unknown setting '{path}'{near(path, known)}")
+            raise UserError(f"unknown setting '{path}'{suggest(path, known)}")
         *parents, name = path.split(".")
         node = values
         for parent in parents:
@@ -81,7 +81,7 @@ def build(cls: type[C], values: dict[str, Any], where: str) -> C:
         first = e.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{where}: unknown setting '{path}'{near(path, paths(cls))}") from None
+            raise UserError(f"{where}: unknown setting '{path}'{suggest(path, paths(cls))}") from None
         message = first["msg"].removeprefix("Value error, ")
         got = f" (got {first['input']!r})" if path else ""
         raise UserError(f"{where}: {path + ': ' if path else ''}{message}{got}") from None
@@ -135,14 +135,14 @@ def without(values: dict[str, Any], paths: Set[str], prefix: str = "") -> dict[s
     }
 
 
-def choose(name: str, choices: dict[str, Any], what: str) -> Any:
+def lookup(name: str, choices: dict[str, Any], what: str) -> Any:
     """`choices[name]`, or a `UserError` that lists the near matches, then all of them."""
     if name in choices:
         return choices[name]
-    raise UserError(f"unknown {what} '{name}'{near(name, list(choices))}; there are: {', '.join(choices)}")
+    raise UserError(f"unknown {what} '{name}'{suggest(name, list(choices))}; there are: {', '.join(choices)}")
 
 
-def near(name: str, known: list[str]) -> str:
+def suggest(name: str, known: list[str]) -> str:
     """ "; did you mean ...?" of what is known and like `name`; nothing where nothing is."""
     tail = {k.rsplit(".", 1)[-1]: k for k in known}
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)

@@ -14,7 +14,7 @@ class NotFinite(UserError):
     """A loss that is no number any more: the same again, if the run is started again."""
 
 
-def needed(module: str, extra: str) -> Any:
+def require(module: str, extra: str) -> Any:
     """The module of a package that only some things need.
 
     Raises:
@@ -26,7 +26,7 @@ def needed(module: str, extra: str) -> Any:
         raise UserError(f"{module.split('.')[0]} is not installed: pip install -e .[{extra}]") from None
 
 
-def disk_is_full(error: OSError) -> UserError:
+def disk_full_error(error: OSError) -> UserError:
     """What to say where a run fills the disk. Any other `error` is raised again."""
     if error.errno != errno.ENOSPC:
         raise error

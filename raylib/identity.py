@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from raylib.cache import cached, file_fingerprint
 from raylib.errors import UserError
-from raylib.fileio import sha256_file, write_atomically
+from raylib.fileio import read_json, sha256_file, write_atomically
 from raylib.provenance import code_version
 
 FILE = "identity.json"
@@ -191,7 +191,7 @@ def read(run: Path) -> dict[str, Any]:
     if not (run / FILE).is_file():
         return {"code": [], "data": {}}
     try:
-        stored = json.loads((run / FILE).read_text(encoding="utf-8"))
+        stored = read_json(run / FILE)
         return {"code": list(stored["code"]), "data": dict(stored["data"])}
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{run / FILE}: not to be read ({e}); delete it to record the data anew") from None

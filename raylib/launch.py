@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from raylib import cache, checkpoint, identity
 from raylib.config import Config, build, dump, without
 from raylib.errors import NotFinite, UserError
-from raylib.fileio import write_atomically
+from raylib.fileio import read_json, write_atomically, write_json
 from raylib.identity import DataFile
 from raylib.renames import rename_settings
 from raylib.runtime import Local, OnRay, Reporter, Runtime
@@ -121,7 +121,7 @@ def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool 
 
 def _stored_values(path: Path, kind: type[LaunchConfig]) -> dict:
     """The settings in `path`; those that it lacks, since they are newer than the run, at their defaults."""
-    values = rename_settings(kind.stored_as, json.loads(path.read_text(encoding="utf-8")))
+    values = rename_settings(kind.stored_as, read_json(path))
     try:
         return json.loads(dump(build(kind, values, str(path))))
     except UserError:  # a setting that is no more: it is a difference, and named as one
@@ -219,12 +219,12 @@ def _work(parts: dict) -> dict:
     run = Path(parts["run"])
     failure = run / "failure.json"
     if failure.is_file():
-        return json.loads(failure.read_text(encoding="utf-8"))
+        return read_json(failure)
     cache.set_cache(parts["object_cache"])
     try:
         return parts["main"](OnRay(run), parts["config"])
     except UserError as e:
-        write_atomically(failure, json.dumps({"error": str(e), "not_finite": isinstance(e, NotFinite)}))
+        write_json(failure, {"error": str(e), "not_finite": isinstance(e, NotFinite)})
         raise
 
 

@@ -13,8 +13,8 @@ from finetune.compare import compare, differing
 from finetune.comparison_tables import to_markdown
 from finetune.config import FinetuneConfig
 from finetune.lineage import method_of, read_lineage
-from raylib import latex
 from raylib.config import dump, override
+from raylib.tables import escape_latex
 
 T = {2: 12.7062, 3: 4.3027, 4: 3.1824}  # Student's t at 0.975, by number of seeds, from a printed table
 
@@ -404,10 +404,10 @@ def test_compare_writes_files_for_papers_and_programs(runs, tmp_path, capsys):
 
 
 def test_compare_latex_escapes_special_characters():
-    assert latex.escape(r"a\b{c}_$&%#~^<>|") == (
+    assert escape_latex(r"a\b{c}_$&%#~^<>|") == (
         r"a\textbackslash{}b\{c\}\_\$\&\%\#\textasciitilde{}\textasciicircum{}\textless{}\textgreater{}\textbar{}"
     )
-    assert latex.escape("-1.2 ± 3") == r"$-$1.2 $\pm$ 3" and latex.escape("zero-shot") == "zero-shot"
+    assert escape_latex("-1.2 ± 3") == r"$-$1.2 $\pm$ 3" and escape_latex("zero-shot") == "zero-shot"
 
 
 def test_compare_run_with_every_step_skipped_is_untrained(runs):

@@ -1,6 +1,6 @@
 import pytest
 
-from raylib.config import Config, build, choose, dump, load, load_user_class, override, paths, save
+from raylib.config import Config, build, dump, load, load_user_class, lookup, override, paths, save
 from raylib.errors import UserError
 
 
@@ -55,9 +55,9 @@ def test_config_files_round_trip_and_report_mistakes(tmp_path):
 
 
 def test_registry_lookup_suggests_near_names():
-    assert choose("a", {"a": 1}, "thing") == 1
+    assert lookup("a", {"a": 1}, "thing") == 1
     with pytest.raises(UserError, match="unknown thing 'tny'; did you mean tiny"):
-        choose("tny", {"tiny": 1, "base": 2}, "thing")
+        lookup("tny", {"tiny": 1, "base": 2}, "thing")
 
 
 def test_build_error_names_where_the_value_came_from():

@@ -289,17 +289,17 @@ def test_finetune_full_disk_is_one_line_and_run_resumes(finetune, tmp_path, monk
 
     settings = ["epochs=3", "select=last", 'languages=["en"]']
     assert finetune("scenes_marvl", "name=whole", *settings)[0] == 0
-    write, calls = checkpoint.write_atomically, []
+    write, calls = checkpoint.write_json, []
 
     def full(path, text):
         calls.append(path)
-        if len(calls) > 2:
+        if len(calls) > 1:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         write(path, text)
 
-    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    monkeypatch.setattr(checkpoint, "write_json", full)
     code, printed = finetune("scenes_marvl", "name=full", *settings)
     assert code == 2 and "error: no space left on the disk" in printed, printed
-    monkeypatch.setattr(checkpoint, "write_atomically", write)
+    monkeypatch.setattr(checkpoint, "write_json", write)
     assert finetune("scenes_marvl", "name=full", *settings)[0] == 0
     assert result(tmp_path, "full")["accuracy"] == result(tmp_path, "whole")["accuracy"]

@@ -7,7 +7,7 @@ import statistics
 import numpy as np
 import pytest
 
-from raylib.intervals import MILLION, ItemClusters, bootstrap, recall_interval, t_interval
+from raylib.metrics import MILLION, ItemClusters, bootstrap, recall_interval, t_interval
 
 T_975 = {
     1: 12.7062,

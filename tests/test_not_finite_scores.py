@@ -21,6 +21,7 @@ from pretrain.evaluate import Retrieval
 from pretrain.report import write_result
 from raylib.errors import NotFinite, UserError
 from raylib.metrics import recalls
+from raylib.tables import open_pyplot
 from raylib.text import Tokenizer
 from raylib.track import Tracker, read_metrics
 from tests.factories import make_model
@@ -190,7 +191,7 @@ def test_non_finite_results_are_not_written(tmp_path):
     with pytest.raises(NotFinite, match=r"r.json: retrieval.de.i2t_r1 not finite"):
         write_result(tmp_path / "r.json", {"retrieval": {"de": {"i2t_r1": NAN}}})
     with pytest.raises(NotFinite, match=r"f.json: mean not finite"):
-        figures.save(figures.open_pyplot().figure(), {"mean": math.inf}, tmp_path / "f")
+        figures.save(open_pyplot().figure(), {"mean": math.inf}, tmp_path / "f")
     tracker = Tracker(tmp_path, (), 0)
     with pytest.raises(ValueError, match="JSON compliant"):
         tracker.log(1, {"loss/a": NAN})

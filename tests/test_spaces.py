@@ -208,7 +208,7 @@ def test_tune_spaces_settings_go_to_search_or_recipe():
 
 
 def test_seed_interval_and_front_equal_slow_references():
-    from raylib.intervals import t_interval
+    from raylib.metrics import t_interval
     from raylib.search.final_runs import front
     from raylib.search.search import Row
 

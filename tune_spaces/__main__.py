@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raylib.command import command
-from raylib.config import choose, load_user_file, near, override, paths
+from raylib.config import load_user_file, lookup, override, paths, suggest
 from raylib.errors import UserError
 from raylib.search.config import SearchConfig
 from raylib.search.space import Space, described
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
         if (path := setting.partition("=")[0]) not in (
             known := [*SearchConfig.model_fields, *paths(type(base))]
         ):
-            raise UserError(f"unknown setting '{path}'{near(path, known)}")
+            raise UserError(f"unknown setting '{path}'{suggest(path, known)}")
     base = override(base, rest)
     if not search.name:
         search = search.model_copy(update={"name": f"{name}_{search.recipe}"})
@@ -75,7 +75,7 @@ def open_space(given: str) -> tuple[str, Space]:
         UserError: there is no such space; a file that defines none.
     """
     if not given.endswith(".py"):
-        return given, choose(given, SPACES, "space")
+        return given, lookup(given, SPACES, "space")
     found = vars(load_user_file(given)).get("SPACE")
     if isinstance(found, dict):
         found = Space(f"of {given}", "", found)

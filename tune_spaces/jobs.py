@@ -1,7 +1,6 @@
 """The stages as a search sees them: fine-tuning runs, pretraining runs (`raylib.search.config.SearchJob`)."""
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from pretrain.recipes import RECIPES as PRETRAIN
 from pretrain.train import PretrainConfig, resolve_data, with_vocabulary
 from pretrain.train import files_of as files_of_pretraining
 from pretrain.train import run as pretrain
-from raylib.config import choose, dump
+from raylib.config import dump, lookup
 from raylib.errors import UserError
+from raylib.fileio import read_json
 from raylib.identity import DataFile
 from raylib.launch import LaunchConfig, no_log, run_folder
 from raylib.metrics import mean
@@ -244,7 +244,7 @@ class PretrainSearchJob:
 
     def run(self, config: PretrainConfig, reporter: Reporter) -> dict[str, float]:
         pretrain(config, reporter)
-        return _recalls(summary(json.loads((run_folder(config) / "result.json").read_text(encoding="utf-8"))))
+        return _recalls(summary(read_json(run_folder(config) / "result.json")))
 
     def evaluate_tests(self, folder: str) -> dict[str, float]:
         return {}
@@ -264,5 +264,5 @@ def find(recipe: str) -> tuple[SearchJob, LaunchConfig]:
     Raises:
         UserError: neither stage has such a recipe.
     """
-    config = choose(recipe, {**FINETUNE, **PRETRAIN}, "recipe")()
+    config = lookup(recipe, {**FINETUNE, **PRETRAIN}, "recipe")()
     return (FinetuneSearchJob() if isinstance(config, FinetuneConfig) else PretrainSearchJob()), config

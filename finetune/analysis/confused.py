@@ -4,11 +4,11 @@ tables 2 and 3)."""
 from pathlib import Path
 from typing import Any
 
-from finetune.analysis.figures import Inapplicable, open_pyplot, save
+from finetune.analysis.figures import Inapplicable, save
 from finetune.lexicon.confusions import PAIRS, confusions
 from finetune.lexicon.wordnet import HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet
 from finetune.metrics import read_predictions
-from raylib.markdown import percent, table
+from raylib.tables import markdown_table, open_pyplot, percent
 
 CALLED = {SYNONYM: "a synonym", HYPERNYM: "a hypernym", HYPONYM: "a hyponym", NONE: "unrelated"}
 COLOURS = {SYNONYM: "tab:green", HYPERNYM: "tab:olive", HYPONYM: "tab:cyan", NONE: "lightgray"}
@@ -68,7 +68,7 @@ def summary(values: dict[str, Any]) -> str:
             ]
         )
         second.append([code, _pairs(found["confused_related"]), _pairs(found["confused"])])
-    return f"{table(first)}\n\n{table(second, words=3)}"
+    return f"{markdown_table(first)}\n\n{markdown_table(second, words=3)}"
 
 
 def _pairs(pairs: list[dict[str, Any]]) -> str:

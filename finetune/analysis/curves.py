@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.analysis.figures import Inapplicable, open_pyplot, save
-from raylib.markdown import percent, table
+from finetune.analysis.figures import Inapplicable, save
 from raylib.metrics import mean
+from raylib.tables import markdown_table, open_pyplot, percent
 from raylib.track import read_metrics
 
 PREFIX = "eval/test/"  # what `finetune.worker` records with `eval_each_epoch`: LANGUAGE, or LANGUAGE/TYPE
@@ -82,7 +82,7 @@ def summary(values: dict[str, Any]) -> str:
         rows.append(
             [code, percent(points[0]), f"{percent(best)} ({points.index(best) + 1}.)", percent(points[-1])]
         )
-    return table(rows)
+    return markdown_table(rows)
 
 
 def _lines(axes, lines: dict[str, tuple[list[float], dict]], title: str) -> None:

@@ -1,14 +1,14 @@
 """What the figures of an analysis share: how they are written, which text the fonts of this machine can
 draw."""
 
-import json
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from raylib.fileio import write_atomically
+from raylib.fileio import write_json
 from raylib.finite import require_finite_values
+from raylib.tables import save_figure
 
 FONT = "DejaVu Sans"  # comes with matplotlib
 BOXES = "Last Resort"  # a font that has a box for every character
@@ -18,16 +18,6 @@ class Inapplicable(Exception):
     """Why a figure cannot be made of this run, in a line; the others still are."""
 
 
-def open_pyplot():
-    """matplotlib's pyplot, which opens no window."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def save(figure, values: dict[str, Any], path: Path) -> None:
     """The figure as `path`.png, the numbers behind it as `path`.json.
 
@@ -35,11 +25,8 @@ def save(figure, values: dict[str, Any], path: Path) -> None:
         NotFinite: one of them is not finite; neither is written.
     """
     require_finite_values(f"{path}.json", values)
-    figure.savefig(path.with_suffix(".png"), dpi=130)
-    open_pyplot().close(figure)
-    write_atomically(
-        path.with_suffix(".json"), json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    save_figure(figure, path.with_suffix(".png"), dpi=130)
+    write_json(path.with_suffix(".json"), values)
 
 
 def find_fonts(texts: Iterable[str]) -> tuple[list[str], set[str]]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from finetune.analysis.attention import choose_layer, look, quadrants, to_grid, word_maps
-from finetune.analysis.figures import Inapplicable, find_fonts, open_pyplot, save
+from finetune.analysis.figures import Inapplicable, find_fonts, save
 from finetune.analysis.parallel import Parallel
 from finetune.analysis.words import Thing, find_tokens, find_word, name_in, read_scenes
 from finetune.batches import encode_texts
@@ -19,9 +19,9 @@ from finetune.pictures import Pixels
 from finetune.stores.pictures import stem
 from raylib.errors import UserError
 from raylib.finite import require_finite
-from raylib.markdown import percent, table
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
+from raylib.tables import markdown_table, open_pyplot, percent
 from raylib.text import Tokenizer
 
 CHANCE = 0.25  # of the attention, on a quadrant
@@ -180,7 +180,7 @@ def summary(values: dict[str, Any]) -> str:
     for code, share in values["own_quadrant"].items():
         error, other = values["standard_error"].get(code), values["other_things"].get(code)
         rows.append([code, percent(share), percent(error), percent(other)])
-    return table(rows)
+    return markdown_table(rows)
 
 
 def draw(values: dict[str, Any], pictures: Pixels, called: str, path: Path) -> set[str]:

@@ -22,8 +22,8 @@ from raylib import checkpoint
 from raylib.config import load
 from raylib.errors import UserError
 from raylib.fileio import write_atomically
-from raylib.markdown import percent, table
 from raylib.models.unified import UnifiedModel
+from raylib.tables import markdown_table, percent
 from raylib.text import Tokenizer
 
 ONE_EACH = ("few_shot", "single_language")  # settings with a model for each language
@@ -151,7 +151,7 @@ def _similarity(opened: Opened) -> list[str]:
         f"Mean cosine × 100 of parallel items ({what} states) in two languages "
         f"{100 * values['mean']:.1f}{unpaired}{pearson}. {values['items']} of the {parallel.found} items "
         f"that are in all languages; items that are not: {left or 'none'}.",
-        *(["", table(rows)] if values["to_english"] else []),
+        *(["", markdown_table(rows)] if values["to_english"] else []),
     ]
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.analysis.figures import open_pyplot, save
+from finetune.analysis.figures import save
 from finetune.analysis.parallel import Parallel
 from finetune.batches import encode_texts, read_inputs
 from finetune.model import FinetuneModel
@@ -23,6 +23,7 @@ from finetune.pictures import Pictures
 from raylib.finite import require_finite
 from raylib.loop import to_device
 from raylib.models.unified import UnifiedModel
+from raylib.tables import open_pyplot
 from raylib.text import Tokenizer
 
 BATCH = 16  # items in every language at a time

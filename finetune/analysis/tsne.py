@@ -25,18 +25,18 @@ import torch
 from torch import nn
 
 from finetune.analysis.attention import has_cross_attention
-from finetune.analysis.figures import Inapplicable, open_pyplot, save
+from finetune.analysis.figures import Inapplicable, save
 from finetune.analysis.objects import Named, Where
 from finetune.analysis.words import find_tokens, find_word
 from finetune.batches import encode_texts, read_inputs
 from finetune.model import FinetuneModel
 from finetune.pictures import Pixels, RegionFeatures
-from raylib.errors import UserError, needed
+from raylib.errors import UserError, require
 from raylib.finite import require_finite
 from raylib.loop import to_device
-from raylib.markdown import percent, table
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, join_rows
+from raylib.tables import markdown_table, open_pyplot, percent
 from raylib.text import Tokenizer
 
 BATCH = 16  # items in every language at a time
@@ -153,7 +153,7 @@ def spread(states: np.ndarray) -> np.ndarray:
         Inapplicable: scikit-learn is not installed.
     """
     try:
-        manifold = needed("sklearn.manifold", "analysis")
+        manifold = require("sklearn.manifold", "analysis")
     except UserError as e:
         raise Inapplicable(str(e)) from None  # the other figures do without
     perplexity = min(30.0, (len(states) - 1) / 3)  # neighbours that a point is to keep: fewer than there are
@@ -219,5 +219,5 @@ def summary(values: dict[str, Any], backbone: nn.Module) -> list[str]:
         "Nearest by cosine of these states, not in the figure, among regions of other pictures than the "
         "word's own.",
         "",
-        table(rows),
+        markdown_table(rows),
     ]

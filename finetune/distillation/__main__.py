@@ -10,7 +10,7 @@ from finetune.distillation.aligner import Aligner, cut_words
 from finetune.distillation.alignments import PARTED
 from finetune.tasks import TASKS
 from raylib.command import command
-from raylib.config import choose
+from raylib.config import lookup
 from raylib.errors import UserError
 from raylib.fileio import write_atomically
 
@@ -23,7 +23,7 @@ def write_alignments(aligner: Aligner, task: str, data: Path, language: str, out
     Raises:
         UserError: no such files; an example without English.
     """
-    record = choose(task, TASKS, "task")
+    record = lookup(task, TASKS, "task")
     read = {
         code: list(record.read(record.path(data, "train", code), "train", code)) for code in ("en", language)
     }

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylib.errors import UserError, needed
+from raylib.errors import UserError, require
 from raylib.finite import require_finite_file
 from raylib.text import Tokenizer
 
@@ -28,7 +28,7 @@ class Aligner:
 
     def __init__(self, folder: Path | str, layer: int = 8, threshold: float = 1e-3, device: str = "cpu"):
         """Raises UserError: no encoder there, or no such layer, or weights that are not finite."""
-        transformers = needed("transformers", "transfer")
+        transformers = require("transformers", "transfer")
         if not (Path(folder) / "config.json").is_file():
             raise UserError(f"{folder}: no config.json; give the folder of a multilingual encoder")
         self.tokenizer = Tokenizer.load(folder)

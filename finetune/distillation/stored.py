@@ -17,6 +17,7 @@ from torch import Tensor
 from finetune.examples import Example
 from raylib.data.states import write_whole
 from raylib.errors import NotFinite, UserError
+from raylib.fileio import read_json
 from raylib.finite import is_finite
 
 TOKENS = 2**16  # of a shard, about
@@ -31,7 +32,7 @@ class Stored:
         self.rows: dict[str, tuple[str, int, int]] = {}  # id -> (shard, first token, tokens)
         for index in sorted(folder.glob("index-*.json")):
             worker = index.stem.removeprefix("index-")
-            for name, (number, *row) in json.loads(index.read_text(encoding="utf-8")).items():
+            for name, (number, *row) in read_json(index).items():
                 self.rows[name] = f"states-{worker}-{number}.safetensors", *row
         self._open: dict[str, object] = {}
 

@@ -1,6 +1,5 @@
 """Questions with free answers: VQA v2, Japanese VQA on Visual Genome, FM-IQA, and cViL's parallel lines."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from finetune.examples import Example
 from finetune.formats.gqa import read_answers
 from finetune.formats.stream import field, read_items, read_jsonl, read_listed, score_of
 from raylib.errors import UserError
+from raylib.fileio import read_json
 
 
 def read_vqa_v2(path: Path, annotations: str) -> Iterator[Example]:
@@ -93,7 +93,7 @@ def read_cvil(path: Path, language: str, answers: str, translations: str = "") -
 def _translated(path: Path, names: tuple[str, ...]) -> list[str]:
     """What each of `names` is called in `path`."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: not to be read as JSON ({e})") from None
     if (

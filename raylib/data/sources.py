@@ -30,7 +30,7 @@ from raylib.data.shards import (
     read_npy_header,
 )
 from raylib.errors import UserError
-from raylib.fileio import sha256_file
+from raylib.fileio import read_json, sha256_file
 from raylib.identity import DataFile
 
 HEADER = 4096  # bytes that surely hold an .npy header of ours
@@ -104,7 +104,7 @@ class Source:
                 f"{error}; for a folder of tars, `{index_command(self.base, kind or 'KIND')}` makes one"
             ) from None
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = read_json(path)
             if manifest["format"] != 1 or manifest["kind"] not in KINDS or not manifest["shards"]:
                 raise ValueError(
                     f"format {manifest['format']}, kind {manifest['kind']!r}, {len(manifest['shards'])} "

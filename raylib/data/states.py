@@ -17,7 +17,7 @@ from torch import nn
 
 from raylib.distributed import raise_together, world_size
 from raylib.errors import NotFinite, UserError
-from raylib.fileio import file_lock
+from raylib.fileio import file_lock, read_json
 from raylib.finite import is_finite
 from raylib.packed import Ragged
 
@@ -31,7 +31,7 @@ class States:
         self.rows: dict[str, tuple[int, int, int]] = {}  # name -> (worker that wrote it, first token, tokens)
         self.shapes: list[tuple[int, int, str]] = []  # (tokens, width, dtype) of each worker's file
         for worker in range(len(list(folder.glob("index-*.json")))):
-            index = json.loads((folder / f"index-{worker}.json").read_text(encoding="utf-8"))
+            index = read_json(folder / f"index-{worker}.json")
             self.shapes.append((index["tokens"], index["width"], index["dtype"]))
             self.rows |= {name: (worker, *row) for name, row in index["rows"].items()}
         self._maps: dict[int, np.ndarray] = {}

@@ -44,7 +44,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from raylib.config import Config, build, choose
+from raylib.config import Config, build, lookup
 from raylib.models.cclm import CLIP, Cclm, CclmSwin, load_cclm, load_cclm_swin
 from raylib.models.dual_encoder import (
     Clip,
@@ -217,5 +217,5 @@ def rebuild(kind: str, sizes: dict, where: str) -> nn.Module:
     Raises:
         UserError: no such backbone, or sizes that it does not have; `where` says which file.
     """
-    backbone = choose(kind, BACKBONES, "backbone")
+    backbone = lookup(kind, BACKBONES, "backbone")
     return backbone.build(build(type(backbone.sizes["base"]), rename_settings(kind, sizes), where))

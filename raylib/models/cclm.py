@@ -16,7 +16,6 @@ It starts from a published file (`raylib.models.cclm`), or from a text encoder's
 did.
 """
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from raylib.config import build
 from raylib.errors import UserError
+from raylib.fileio import read_json
 from raylib.finite import require_finite_file
 from raylib.models.hf_weights import (
     Taken,
@@ -363,7 +363,7 @@ def _swin(folder: Path) -> dict:
 def _description(folder: Path, *names: str) -> list:
     """Values of a folder's config.json."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         return [config[name] for name in names]
     except (OSError, ValueError, KeyError) as e:
         raise UserError(

@@ -12,14 +12,14 @@ It reads texts and pictures apart, so it retrieves (`use_itm_head=false`). Its l
 modules do not go in.
 """
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from raylib.config import Config, build
-from raylib.errors import UserError, needed
+from raylib.errors import UserError, require
+from raylib.fileio import read_json
 from raylib.models.base import fill, write_model
 from raylib.models.cclm import CLIP
 from raylib.models.hf_weights import Taken, copy_block, read_folder
@@ -135,7 +135,7 @@ class MClip(nn.Module):
         Raises:
             UserError: weights that do not fit the config.
         """
-        values = rename_settings("mclip", json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        values = rename_settings("mclip", read_json(folder / "config.json"))
         del values["model_type"]
         tuned = values.pop("tuning", {})
         model = cls(build(MClipConfig, values, str(folder / "config.json")))
@@ -195,7 +195,7 @@ def load_mclip(path: Path, vision: Path | None) -> MClip:
 
 def _make_tower(sizes: dict) -> nn.Module:
     """CLIP's image tower with its projection, as its vision_config says."""
-    transformers = needed("transformers", "transfer")
+    transformers = require("transformers", "transfer")
     return transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**sizes))
 
 
@@ -241,7 +241,7 @@ class Clip(nn.Module):
 
     def __init__(self, config: ClipConfig):
         super().__init__()
-        transformers = needed("transformers", "transfer")
+        transformers = require("transformers", "transfer")
         self.config = config
         self.towers = transformers.CLIPModel(transformers.CLIPConfig(**config.clip))
 
@@ -302,7 +302,7 @@ class Clip(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path) -> "Clip":
         """The model that `save` wrote into `folder`."""
-        values = rename_settings("clip", json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        values = rename_settings("clip", read_json(folder / "config.json"))
         del values["model_type"]
         model = cls(build(ClipConfig, values, str(folder / "config.json")))
         return fill(model, folder)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from raylib.config import build
 from raylib.errors import UserError
+from raylib.fileio import read_json
 from raylib.finite import require_finite_file
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.models.vision import interpolate, interpolate_bias
@@ -306,7 +307,7 @@ def first_position(config: dict) -> int:
 def _read_config(folder: Path) -> dict:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; give a checkpoint folder in Hugging Face format")
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return read_json(folder / "config.json")
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict]:

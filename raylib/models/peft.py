@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from raylib.errors import UserError, needed
+from raylib.errors import UserError, require
 from raylib.fileio import atomic_file
 from raylib.finite import require_finite_file
 from raylib.models.layers import Block
@@ -133,7 +133,7 @@ class KeyValue(nn.Module):
 def put_lora(model: nn.Module, rank: int = 8, alpha: float = 16.0) -> None:
     """W + (alpha / rank) B A in the query and value maps of self-attention (equation 12; Hu et al. 2021),
     through peft."""
-    peft = needed("peft", "transfer")
+    peft = require("peft", "transfer")
     targets, trainable = [], [p for p in model.parameters() if p.requires_grad]
     for name, block in _blocks(model):
         if not isinstance(block.attention.key_value, KeyValue):
@@ -252,7 +252,7 @@ def shares(model: nn.Module) -> tuple[float, float]:
 
 def merge(model: nn.Module) -> None:
     """Add LoRA's product to the weights; its modules are gone, the outputs are the same."""
-    lora = needed("peft.tuners.lora", "transfer")
+    lora = require("peft.tuners.lora", "transfer")
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, lora.LoraLayer)]:
         layer.merge()
         parent, _, last = name.rpartition(".")

@@ -12,7 +12,6 @@ Token types become part of what they are added to: a text's of its positions, a 
 location.
 """
 
-import json
 import pickle
 import re
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from raylib.config import build
 from raylib.errors import UserError
+from raylib.fileio import read_json
 from raylib.finite import require_finite_file
 from raylib.models.hf_weights import SIZES, Taken, first_position, read_folder
 from raylib.models.single_stream import LAYOUTS, SingleStream, SingleStreamConfig
@@ -68,7 +68,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     folder = path if path.is_dir() else path.parent
     described = {}
     if (folder / "config.json").is_file():
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        described = read_json(folder / "config.json")
     if path.is_dir() and described and any(next(path.glob(name), None) for name in HUGGING_FACE):
         return read_folder(path)[0], described
     files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in ENDINGS)

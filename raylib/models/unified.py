@@ -4,7 +4,6 @@ Three routes share the unified encoder: unpaired text skips the cross-attention,
 the image, translation pairs attend to the other sentence.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from raylib.config import Config, build
 from raylib.errors import UserError
+from raylib.fileio import read_json
 from raylib.models.base import Places, fill, find_places, write_model
 from raylib.models.layers import Condition, Encoder, TextEmbedding, check_layers, initialise
 from raylib.models.peft import described, restore
@@ -266,7 +266,7 @@ class UnifiedModel(nn.Module):
                 raise UserError(
                     f"{folder}: no {name}; give a folder written by `python -m pretrain export RUN DIR`"
                 )
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = read_json(folder / "config.json")
         values = rename_settings(model_kind(values), values)
         if values.pop("model_type", None) not in [f"polyglance-{kind}" for kind in KINDS]:
             raise UserError(

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from raylib import markdown
 from raylib.search.trial_log import read_told
+from raylib.tables import markdown_table
 
 FEWEST, TRUSTED = (
     4,
@@ -66,7 +66,7 @@ def told(found: Sequence[Agreement], grace: int | None) -> str:
     if not found:
         return ""
     lines = [["after epoch", "rank correlation with the last score", "trials"]]
-    text = markdown.table([*lines, *([str(a.age), f"{a.rho:.2f}", str(a.trials)] for a in found)], words=0)
+    text = markdown_table([*lines, *([str(a.age), f"{a.rho:.2f}", str(a.trials)] for a in found)], words=0)
     text += "\n\nSpearman's, of the trials that finished."
     if grace is not None:
         text += " With those that were stopped it may be more."

@@ -7,6 +7,7 @@ from pathlib import Path
 import optuna
 
 from raylib.search import space
+from raylib.tables import open_pyplot, save_figure
 
 FEWEST = 4  # finished trials, below which a forest learns nothing of importance
 
@@ -15,9 +16,6 @@ def draw(
     folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[str], seed: int
 ) -> list[tuple[str, str]]:
     """[(file in `folder`, title)]."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     made = [_history(folder, rows, goals), _slices(folder, knobs, rows, goals)]
     if len([row for row in rows if row.state == "finished"]) >= FEWEST:
         made += _importances(folder, knobs, rows, goals, seed)
@@ -76,9 +74,7 @@ def _study(knobs: space.Knobs, rows: Sequence, goal: str) -> optuna.Study:
 
 def _history(folder: Path, rows: Sequence, goals: Sequence[str]) -> tuple[str, str]:
     """Score of each trial as it was started, and the best of those that finished so far."""
-    from matplotlib import pyplot
-
-    figure, many = pyplot.subplots(
+    figure, many = open_pyplot().subplots(
         1, len(goals), figsize=(6.5 * len(goals), 3.6), layout="constrained", squeeze=False
     )
     for axes, goal in zip(many[0], goals, strict=True):
@@ -105,14 +101,13 @@ def _history(folder: Path, rows: Sequence, goals: Sequence[str]) -> tuple[str, s
 
 def _slices(folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[str]) -> tuple[str, str]:
     """Score against each knob, of the trials that have it."""
-    from matplotlib import pyplot
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     named = space.by_name(knobs)
     names = [name for name in named if any(name in row.setting for row in rows)]
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
-    figure, many = pyplot.subplots(
+    figure, many = open_pyplot().subplots(
         lines, columns, figsize=(3.1 * columns, 2.7 * lines), layout="constrained", squeeze=False, sharey=True
     )
     for axes, name in zip(many.flat, names, strict=False):
@@ -147,8 +142,6 @@ def _importances(
     folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[str], seed: int
 ) -> list[tuple[str, str]]:
     """Importance of each knob for each goal; no picture where all trials scored the same."""
-    from matplotlib import pyplot
-
     shares = {goal: importances(knobs, rows, goal, seed) for goal in goals}
     if not any(shares.values()):
         return []
@@ -156,7 +149,7 @@ def _importances(
         {name for of in shares.values() for name in of},
         key=lambda n: max(of.get(n, 0) for of in shares.values()),
     )
-    figure, axes = pyplot.subplots(
+    figure, axes = open_pyplot().subplots(
         figsize=(7, 0.8 + 0.35 * max(1, len(names)) * len(goals)), layout="constrained"
     )
     for k, (goal, of) in enumerate(shares.items()):
@@ -176,12 +169,10 @@ def _importances(
 
 def _front(folder: Path, rows: Sequence, goals: Sequence[str]) -> tuple[str, str]:
     """Both goals of every finished trial; those that none beats in both are joined."""
-    from matplotlib import pyplot
-
     from raylib.search.final_runs import front
 
     finished = [row for row in rows if row.state == "finished"]
-    figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
+    figure, axes = open_pyplot().subplots(figsize=(5, 4), layout="constrained")
     axes.scatter(*([100 * row.scores[goal] for row in finished] for goal in goals), color="tab:blue", s=22)
     best = [[100 * row.scores[goal] for goal in goals] for row in front(finished, goals)]
     axes.plot(*zip(*best, strict=True), color="tab:orange", marker="o", label="not beaten in both")
@@ -191,8 +182,5 @@ def _front(folder: Path, rows: Sequence, goals: Sequence[str]) -> tuple[str, str
 
 
 def _saved(figure, folder: Path, file: str, title: str) -> tuple[str, str]:
-    from matplotlib import pyplot
-
-    figure.savefig(folder / file, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, folder / file)
     return file, title

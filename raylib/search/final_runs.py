@@ -1,7 +1,6 @@
 """The last stage: the best settings, and the published one beside them, on fresh seeds; then the test sets,
 for the winner."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from ray import tune
 
 from raylib import cache
 from raylib.errors import NotFinite
-from raylib.fileio import write_atomically
+from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
 from raylib.search import space
 from raylib.search.config import SearchConfig, Searching, SearchJob
@@ -117,8 +116,8 @@ def _finalists(
         if PUBLISHED not in names:
             names, best = [*names, PUBLISHED], [*best, published]
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps([names, best], indent=1) + "\n")
-    names, settings = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, [names, best])
+    names, settings = read_json(path)
     return names, settings
 
 
@@ -149,8 +148,8 @@ def _test(
         figures = ray.get(task)
         if "not_finite" in figures:
             raise NotFinite(f"{runs[seed]}: its test: {figures['not_finite']}")
-        write_atomically(known[seed], json.dumps(figures, allow_nan=False) + "\n")
-    tests = {seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in known.items()}
+        write_json(known[seed], figures)
+    tests = {seed: read_json(path) for seed, path in known.items()}
     for seed, figures in tests.items():  # earlier versions wrote NaN
         require_finite_values(str(known[seed]), figures)
     return tests

@@ -12,7 +12,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
-from raylib.errors import needed
+from raylib.errors import require
 from raylib.search.space import Space, Suggest
 
 JOURNAL = "optuna.journal"  # of a study, in the search's folder
@@ -96,7 +96,7 @@ def searcher(
             seed=seed, population_size=max(4, min(50, trials // 4))
         ),
         "cmaes": lambda: (
-            needed("cmaes", "ray")
+            require("cmaes", "ray")
             and optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
         ),
     }

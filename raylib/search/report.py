@@ -7,16 +7,15 @@ from typing import Any
 
 import yaml
 
-from raylib import markdown
 from raylib.config import change
 from raylib.fileio import write_atomically
-from raylib.intervals import t_interval
 from raylib.launch import LaunchConfig
-from raylib.markdown import estimate, percent
+from raylib.metrics import t_interval
 from raylib.search import early_stopping as early
 from raylib.search import figures, space
 from raylib.search.config import SearchConfig, SearchJob
 from raylib.search.final_runs import PUBLISHED, Final, front
+from raylib.tables import markdown_table, mean_and_interval, percent
 
 
 def write_trials(folder: Path, knobs: space.Knobs, rows: Sequence) -> None:
@@ -100,7 +99,9 @@ def write_best(
     goals = " and ".join(config.goals)
     head = [f"# The best of the search {config.name}, by {goals}: python -m {job.command} --config best.yaml"]
     for goal in config.goals if best.scores else ():
-        head.append(f"# {goal} {estimate(*t_interval(best.of(goal)))} % over {len(best.scores)} seeds")
+        head.append(
+            f"# {goal} {mean_and_interval(*t_interval(best.of(goal)))} % over {len(best.scores)} seeds"
+        )
     text = yaml.safe_dump(whole.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     write_atomically(folder / "best.yaml", "\n".join(head) + "\n" + text)
 
@@ -126,9 +127,9 @@ def cost(rows: Sequence) -> str:
     stopped = [row for row in rows if row.state == "stopped"]
     left = sum(row.epochs - row.epoch for row in stopped)
     if not stopped:
-        return markdown.table(lines)
+        return markdown_table(lines)
     lines.append(["not trained, for they were stopped", str(len(stopped)), f"{left:g}", _time(saved)])
-    return markdown.table(lines) + f"\n\nStopping saved {100 * left / whole:.0f} % of the epochs."
+    return markdown_table(lines) + f"\n\nStopping saved {100 * left / whole:.0f} % of the epochs."
 
 
 def _time(seconds: float) -> str:
@@ -210,14 +211,14 @@ def _finals_table(config: SearchConfig, found: Sequence[Final]) -> str:
         name = final.name if final.name == PUBLISHED else f"trials' no. {final.name}"
         rows.append([name, f"{len(final.scores)}{failed}", *figures_of])
     return (
-        markdown.table(rows)
+        markdown_table(rows)
         + "\n\nMean ± half of the 95 % confidence interval, over seeds that the search had not seen."
     )
 
 
 def _with_interval(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
-    return estimate(*t_interval(known)) if known else ""
+    return mean_and_interval(*t_interval(known)) if known else ""
 
 
 def _assignments(chosen: space.Space, best: Final) -> str:
@@ -234,7 +235,7 @@ def _front_table(config: SearchConfig, rows: Sequence) -> str:
         [row.id, *(percent(row.scores[goal]) for goal in config.goals)]
         for row in front(finished, config.goals)
     ]
-    return markdown.table(lines)
+    return markdown_table(lines)
 
 
 def _trials_table(config: SearchConfig, rows: Sequence) -> str:
@@ -248,7 +249,7 @@ def _trials_table(config: SearchConfig, rows: Sequence) -> str:
             f"{name.removeprefix('strategies.')} {_short(value)}" for name, value in row.setting.items()
         )
         lines.append([row.id, setting, *(percent(row.scores[goal]) for goal in config.goals)])
-    return markdown.table(lines, words=2)
+    return markdown_table(lines, words=2)
 
 
 def _short(value: Any) -> str:

@@ -24,7 +24,7 @@ from ray.tune.search import BasicVariantGenerator
 from raylib import identity
 from raylib.config import build, change, dump, without
 from raylib.errors import UserError
-from raylib.fileio import write_atomically
+from raylib.fileio import read_json, write_json
 from raylib.finite import finite_values
 from raylib.launch import VERIFY, LaunchConfig, connect
 from raylib.renames import rename_settings
@@ -88,7 +88,7 @@ def run(config: SearchConfig, name: str, chosen: space.Space, job: SearchJob, ba
         files = [file for _, values in _telling(chosen) for file in job.data_files(change(base, values))]
         for note in identity.settle(folder, dict.fromkeys(files), job.verifies_content(base)):
             print(note, flush=True)
-        write_atomically(folder / "search.json", json.dumps(question, indent=1) + "\n")
+        write_json(folder / "search.json", question)
         search = Searching(
             job, chosen.knobs, base, str(folder), config.search == "pbt", RayObjectCache(folder)
         )
@@ -330,7 +330,7 @@ def _compare(folder: Path, question: dict[str, Any], recipe: type[LaunchConfig])
     path = folder / "search.json"
     if not path.is_file():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     before["search"] = rename_settings(SearchConfig.stored_as, before["search"])
     stored = rename_settings(recipe.stored_as, before["recipe"])
     before["recipe"] = json.loads(dump(build(recipe, stored, str(path))))

@@ -5,12 +5,12 @@ that synset, direct hypernyms and all ancestors among the labels. `data/categori
 translated by hand. `data/templates.json`: sentences into which names go in citation form.
 """
 
-import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from raylib.fileio import read_json
 from raylib.sample.concepts import read_captions
 
 DATA = Path(__file__).parent / "data"
@@ -40,7 +40,7 @@ class Label(NamedTuple):
 @cache
 def labels() -> dict[str, Label]:
     """Name -> label."""
-    records = json.loads((DATA / "labels.json").read_text(encoding="utf-8"))
+    records = read_json(DATA / "labels.json")
     return {
         r["name"]: Label(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in records
     }
@@ -67,13 +67,13 @@ def hyponyms(name: str) -> tuple[str, ...]:
 @cache
 def templates() -> dict:
     """{"templates": {name: {language: text}}, "positions": {language: four phrases}}."""
-    return json.loads((DATA / "templates.json").read_text(encoding="utf-8"))
+    return read_json(DATA / "templates.json")
 
 
 @cache
 def categories() -> dict[str, dict[str, str]]:
     """Category -> {language: word}."""
-    return json.loads((DATA / "categories.json").read_text(encoding="utf-8"))
+    return read_json(DATA / "categories.json")
 
 
 def say(name: str, language: str) -> str:
