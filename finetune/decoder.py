@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from raylib.config import Config
 from raylib.errors import UserError
 from raylib.models.layers import Condition
-from raylib.objectives.contrastive import HEAD_ROWS, masked_language
+from raylib.objectives.language import HEAD_ROWS, vocabulary_loss
 from raylib.packed import Ragged, first_tokens
 from raylib.text import Tokenizer
 
@@ -101,7 +101,7 @@ class AnswerDecoder(nn.Module):
         )
         wanted = Ragged(self.wanted, self.lengths).take(answers).values
         hidden = backbone.masked_head(states)
-        return masked_language(
+        return vocabulary_loss(
             hidden, backbone.embedding.word.weight, backbone.masked_head.bias, wanted, weights
         )[0]
 

@@ -29,7 +29,9 @@ class ClassificationObjective(nn.Module):
     states: which of the model's states the terms read. task_weight: 0, the head has no part in it.
     """
 
-    partial = True  # the unified encoder's cross-attention or the image encoder may have no part in a task
+    has_unused_parameters = (
+        True  # the unified encoder's cross-attention or the image encoder may have no part in a task
+    )
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class AnswerObjective(nn.Module):
     """As `ClassificationObjective`, of a model whose head spells answers: the mean over questions of -log p
     of their answers, each weighted by its score. Terms see no logits: there are none."""
 
-    partial = True
+    has_unused_parameters = True
 
     def __init__(self, model: FinetuneModel, terms: Mapping[str, Term] | None = None):
         super().__init__()

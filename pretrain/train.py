@@ -205,7 +205,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     data = resolve_data(config)
     batches = StepBatches(data, config.model.image_size, config.fit.seed, runtime.rank, runtime.world)
     objective = UnifiedObjective(
-        build_model(config), config.objective.on(batches.streams), data.image_text.length
+        build_model(config), config.objective, data.image_text.length, batches.streams
     )
     retrieval, tables = None, []
     if data.retrieval:

@@ -41,7 +41,8 @@ class TorchEngine:
         self.objective = self.module = objective.to(device)
         self.optimizer = build_optimizer(_groups(objective, config, rates), config)
         if dist.is_initialized() and dist.get_world_size() > 1:
-            unused = objective.partial or rates is not None  # layers that are frozen for now get no gradient
+            # layers that are frozen for now get no gradient either
+            unused = objective.has_unused_parameters or rates is not None
             self.module = DistributedDataParallel(self.objective, find_unused_parameters=unused)
         if start:
             self._load(start)

@@ -7,15 +7,20 @@ look alike.
 
 import base64
 import fcntl
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
 import shutil
 import unicodedata
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePath
-from typing import Any, TextIO
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, TextIO, cast
 
 import ijson
 
@@ -99,6 +104,51 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return records
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Open a UTF-8 text file; one ending in .gz is decompressed, of a .zip its one JSON file is read as it
+    lies.
+
+    Raises:
+        UserError: found wrong with the file now or while it is read: no such file, not UTF-8, not to be
+            decompressed; a .zip that holds no JSON file, or several.
+    """
+    try:
+        if path.suffix == ".zip":
+            opened = _open_member(path)
+        else:
+            opener = gzip.open if path.suffix == ".gz" else open
+            opened = cast(TextIO, opener(path, "rt", encoding="utf-8"))
+        with opened as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text ({e})") from None
+    except (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as e:
+        raise UserError(f"{path}: not to be decompressed ({e}); is it whole?") from None
+    except OSError as e:  # a folder, no right to read it, a fault of the disk
+        raise UserError(f"{path}: not to be read ({e.strerror or e})") from None
+
+
+def _open_member(path: Path) -> TextIO:
+    """The one JSON file in a zip; what macOS adds (`__MACOSX/._NAME`) is no member."""
+    with zipfile.ZipFile(path) as archive:  # a member that is open keeps the file open
+        members = [name for name in archive.namelist() if name.lower().endswith((".json", ".jsonl"))]
+        members = [
+            name
+            for name in members
+            if not any(p == "__MACOSX" or p.startswith(".") for p in PurePosixPath(name).parts)
+        ]
+        if len(members) != 1:
+            found = f"{len(members)} JSON files ({', '.join(members[:4])})" if members else "no JSON file"
+            raise UserError(f"{path}: {found} in it; one is wanted: unzip it beside, or leave one in")
+        try:
+            return io.TextIOWrapper(archive.open(members[0]), encoding="utf-8")
+        except (RuntimeError, NotImplementedError) as e:  # a password, a way of compression that Python lacks
+            raise UserError(f"{path}: not to be decompressed ({e}); unzip it beside") from None
 
 
 def stream_json(path: Path, file: TextIO, member: str | None = None) -> Iterator[tuple[str, Any]]:

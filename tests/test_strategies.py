@@ -48,7 +48,7 @@ class Stack(nn.Module):
 class Squares(nn.Module):
     """The mean square error of `model` on this worker's share of the batch."""
 
-    partial = False
+    has_unused_parameters = False
 
     def __init__(self, model: nn.Module):
         super().__init__()

@@ -29,7 +29,7 @@ class DistillationObjective(nn.Module):
         (`finetune.distillation.terms`). empty: rows have a slot without a region.
     """
 
-    partial = True
+    has_unused_parameters = True
 
     def __init__(
         self,

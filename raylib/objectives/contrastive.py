@@ -1,108 +1,163 @@
-"""Pure tensor functions. Losses are *sums* over local rows: the caller divides by the count over all workers.
+"""Contrast of pairs over the global batch: its order, which keys are no negatives, InfoNCE, hard negatives.
 
-Shape legend: b local rows, B rows of the global batch, e embedding width, m masked positions, d width, V
-vocabulary.
+Losses are *sums* over local rows: the caller divides by the count over all workers.
+
+Shape legend: b local rows, B rows of the global batch, e embedding width.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HEAD_ROWS = 256  # rows of the vocabulary head at a time; PyTorch's automatic choice is 10 x slower on a CPU
+from raylib.distributed import gather
+from raylib.packed import Ragged
 
 
-def contrastive(
-    queries: Tensor, keys: Tensor, positive: Tensor, excluded: Tensor, temperature: Tensor
+class GlobalPairs(NamedTuple):
+    """The pairs of the global batch, in one order on any number of workers.
+
+    index: (b,) position in the global batch of each local row. global_index: (B,) all positions, ascending.
+    gathered_order: (B,) what sorts gathered rows so. positive: (b,) column of each local row's own pair.
+    same_content: (b, B) True where a pair has a left or right side equal to the local row's, its own pair
+        too: those are no negatives of it.
+    """
+
+    index: Tensor
+    global_index: Tensor
+    gathered_order: Tensor
+    positive: Tensor
+    same_content: Tensor
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(b, ...) on each worker -> (B, ...) in this order, with gradient."""
+        return gather(rows).index_select(0, self.gathered_order)
+
+    def logit_mask(self, dtype: torch.dtype) -> Tensor:
+        """(b, B) to be added to logits: -inf at false negatives, else 0."""
+        mask = torch.zeros(self.same_content.shape, dtype=dtype, device=self.same_content.device)
+        mask.masked_fill_(self.same_content, -torch.inf)
+        return mask.scatter_(1, self.positive[:, None], 0.0)
+
+
+def align_pairs(index: Tensor, left_id: Tensor, right_id: Tensor) -> GlobalPairs:
+    """Order the pairs of all workers, and find those of equal content.
+
+    Args:
+        index: (b,) of each local pair in the global batch, ascending. left_id, right_id: (b,) equal for equal
+            content.
+    """
+    # a worker's share is every W-th row of a larger tensor: searchsorted would warn
+    index = index.to(left_id.device).contiguous()
+    # one gather, not three: each waits for the slowest worker
+    gathered = gather(torch.stack([index, left_id, right_id], 1))
+    unsorted, left_ids, right_ids = gathered.unbind(1)
+    # by index and not by rank, so that sums of floats come out alike on any number of workers
+    global_index, order = unsorted.sort()
+    same_content = (left_id[:, None] == left_ids[order]) | (right_id[:, None] == right_ids[order])
+    return GlobalPairs(index, global_index, order, torch.searchsorted(global_index, index), same_content)
+
+
+def info_nce(
+    queries: Tensor, keys: Tensor, positive: Tensor, logit_mask: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor]:
     """InfoNCE in one direction, summed (paper 2, equation 1). In float32, also under autocast.
 
     Args:
         queries: unit vectors (b, e). keys: unit vectors of the global batch (B, e).
         positive: (b,) the key of each query.
-        excluded: (b, B) -inf where the key is equal to the positive in content, and so no negative; else 0.
+        logit_mask: (b, B) -inf where the key is equal to the positive in content, and so no negative; else 0.
         temperature: (1,).
     Returns:
         (sum of the losses, logits (b, B) without gradient).
     """
     with torch.autocast(queries.device.type, enabled=False):
-        # scaled and masked where they are made: at (b, B), every further pass over the logits costs as much
-        # as this one
-        logits = torch.addmm(excluded, queries.to(excluded.dtype) / temperature, keys.to(excluded.dtype).T)
+        # scaled and masked in the product itself: at (b, B), each further pass over the logits costs as much
+        scaled = queries.to(logit_mask.dtype) / temperature
+        logits = torch.addmm(logit_mask, scaled, keys.to(logit_mask.dtype).T)
         return F.cross_entropy(logits, positive, reduction="sum"), logits.detach()
 
 
-def masked_language(
-    states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy over the vocabulary at masked positions (paper 2, equation 2).
+class NegativeScores(NamedTuple):
+    """Scores by which hard negatives are drawn, among pairs of a left and a right side.
 
-    Logits exist for `HEAD_ROWS` positions at a time, and once: their gradient is taken in the same breath, so
-    that memory does not grow with the number of positions and nothing is computed again.
-    (`F.linear_cross_entropy` does so too, but weighs all positions alike: a call for each term, each with a
-    gradient as large as the vocabulary.)
-
-    Args:
-        states: (m, d). weight: (V, d). bias: (V,). labels: (m,). scale: (m,) what each position counts.
-    Returns:
-        (sum of scale * loss, the losses (m,), which carry no gradient).
+    left_to_right, right_to_left: (b, B) similarities of local rows to all keys, over the temperature.
+    forbidden: (b, B) the pair itself, and false negatives. index: (b,) of the rows in the global batch;
+    global_index: (B,) of the columns, ascending.
     """
-    return _VocabularyLoss.apply(states, weight, bias, labels, scale)
+
+    left_to_right: Tensor
+    right_to_left: Tensor
+    forbidden: Tensor
+    index: Tensor
+    global_index: Tensor
+
+    def subset(self, rows: Tensor, every: int) -> "NegativeScores":
+        """The same for local `rows` and the columns whose index is a multiple of `every`."""
+        if every == 1:
+            return self
+        columns = (self.global_index % every == 0).nonzero().squeeze(1)
+        tables = (self.left_to_right, self.right_to_left, self.forbidden)
+        selected = (table.index_select(0, rows).index_select(1, columns) for table in tables)
+        return NegativeScores(*selected, self.index[rows], self.global_index[columns])
 
 
-class _VocabularyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, scale: Tensor):
-        kind = states.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        exact = torch.promote_types(dtype, torch.float32)
-        losses, for_states = scale.new_empty(len(labels)), torch.empty_like(states)
-        for_bias, for_weight = torch.zeros_like(bias), None
-        with torch.autocast(kind, enabled=False):
-            table, shift = weight.to(dtype), bias.to(dtype)
-            for first in range(0, len(labels), HEAD_ROWS):
-                rows = slice(first, first + HEAD_ROWS)
-                part, wanted, counts = states[rows].to(dtype), labels[rows, None], scale[rows, None].to(exact)
-                logs = F.log_softmax(F.linear(part, table, shift), -1, dtype=exact)
-                losses[rows] = -logs.gather(1, wanted).squeeze(1)
-                owed = logs.exp_().mul_(counts).scatter_add_(1, wanted, -counts)  # to the logits
-                for_bias += owed.sum(0)
-                owed = owed.to(dtype)
-                for_states[rows] = owed @ table
-                if for_weight is None:
-                    for_weight = (owed.T @ part).to(weight.dtype)
-                elif dtype == weight.dtype:
-                    for_weight.addmm_(owed.T, part)
-                else:
-                    for_weight += owed.T @ part
-            loss = (losses * scale).sum()
-        ctx.owed = for_states, torch.zeros_like(weight) if for_weight is None else for_weight, for_bias
-        ctx.mark_non_differentiable(losses)
-        return loss, losses
+class PairContrast(NamedTuple):
+    """InfoNCE both ways, each summed over `count` local rows, and the scores for hard negatives."""
 
-    @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        owed, ctx.owed = ctx.owed, None  # scaled where they are: a second backward is an error
-        return *(part.mul_(grad) for part in owed), None, None
+    left_to_right: Tensor
+    right_to_left: Tensor
+    count: int
+    scores: NegativeScores
 
 
-def hard_negatives(similarity: Tensor, forbidden: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+def contrast_pairs(left: Tensor, right: Tensor, pairs: GlobalPairs, temperature: Tensor) -> PairContrast:
+    """Contrast unit vectors `left` and `right` (b, e) with those of all workers."""
+    both = pairs.gather(torch.cat([left, right], 1))
+    all_left, all_right = both.split([left.shape[1], right.shape[1]], 1)
+    mask = pairs.logit_mask(temperature.dtype)
+    left_loss, left_logits = info_nce(left, all_right, pairs.positive, mask, temperature)
+    right_loss, right_logits = info_nce(right, all_left, pairs.positive, mask, temperature)
+    scores = NegativeScores(left_logits, right_logits, pairs.same_content, pairs.index, pairs.global_index)
+    return PairContrast(left_loss, right_loss, len(left), scores)
+
+
+class Negatives(NamedTuple):
+    """Hard negatives of the fused pairs of the global batch, both ways.
+
+    images: those that this worker needs, once each; own_image, wrong_image: (b,) rows of these.
+    captions, wrong_captions: states, b rows each. has_image, has_caption: (b,) whether there is a wrong one.
+    """
+
+    images: Ragged
+    own_image: Tensor
+    wrong_image: Tensor
+    captions: Ragged
+    wrong_captions: Ragged
+    has_image: Tensor
+    has_caption: Tensor
+
+
+def draw_hard_negatives(similarity: Tensor, forbidden: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """One in-batch negative a row, drawn with probability softmax(similarity) (ALBEF; paper 2, equation 3).
 
     Args:
         similarity: (b, B), divided by the temperature.
         forbidden: (b, B) True at the positive and at every false negative.
-        draws: (b,) uniform in [0, 1), one a row: equal draws give equal negatives on any number of workers.
+        uniforms: (b,) in [0, 1), one a row: equal ones give equal negatives on any number of workers.
     Returns:
-        (index (b,), exists (b,)). Where all keys are forbidden there is no negative: index 0, exists False.
+        (index (b,), valid (b,)). Where all keys are forbidden there is no negative: index 0, valid False.
         Scores that are NaN or infinite count as the lowest, so that a diverging model fails in its loss and
         not in here.
     """
-    scores = (
-        similarity.float().nan_to_num(nan=-1e4, posinf=1e4, neginf=-1e4).masked_fill(forbidden, -torch.inf)
-    )
-    exists = ~forbidden.all(1)
-    chances = scores.masked_fill(~exists[:, None], 0.0).softmax(1).masked_fill(forbidden, 0.0).cumsum(1)
-    wanted = draws[:, None].to(chances) * chances[:, -1:]
-    index = (chances <= wanted).sum(1)  # first key whose running chance passes the draw
-    last = (~forbidden * torch.arange(forbidden.shape[1], device=forbidden.device)).amax(1)
-    return torch.where(exists, torch.minimum(index, last), 0), exists
+    finite = similarity.float().nan_to_num(nan=-1e4, posinf=1e4, neginf=-1e4)
+    scores = finite.masked_fill(forbidden, -torch.inf)
+    valid = ~forbidden.all(1)
+    # a softmax over nothing but -inf would be NaN: such rows get any finite scores, and no chance at all
+    chances = scores.masked_fill(~valid[:, None], 0.0).softmax(1).masked_fill(forbidden, 0.0).cumsum(1)
+    # the draw is scaled to the last running sum, which rounding keeps from being exactly 1
+    threshold = uniforms[:, None].to(chances) * chances[:, -1:]
+    index = (chances <= threshold).sum(1)  # first key whose running chance passes the threshold
+    last_allowed = (~forbidden * torch.arange(forbidden.shape[1], device=forbidden.device)).amax(1)
+    return torch.where(valid, torch.minimum(index, last_allowed), 0), valid

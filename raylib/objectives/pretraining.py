@@ -1,336 +1,459 @@
-"""The four terms of paper 2 over one batch: L = UCL + MLM + ITM, in one forward of one module.
+"""The objective of paper 2 over one batch: L = UCL + MLM + ITM, in one forward of one module.
 
-The step's journey:
-1. every sentence of every stream goes through the text encoder in one call, every picture through the ViT;
-2. CLS states become unit vectors; those of all workers are the candidates of UCL and of the hard negatives;
-3. image-text rows (masked captions with their picture, with a wrong picture, wrong captions with the picture)
-   go through the unified encoder in one call: the first third serves both VLM and the positives of ITM;
-4. translation pairs, each side grounded in the other, go through it in a second call (TLM), mono text in a
-   third (xMLM);
-5. the masked positions of all of them go through the vocabulary head in one call.
+A batch's journey, as the file reads:
+
+1. encode: every sentence of every stream goes through the text encoder in one call (`encode_texts`), every
+   image through the image encoder;
+2. contrast: CLS states become unit vectors; those of all workers are the candidates of UCL and of the
+   negatives;
+3. negatives: each fused pair gets a wrong image and a wrong caption, hard ones of the global batch;
+4. fuse: image-text rows (masked captions with their image, captions with a wrong image, wrong captions with
+   the image) go through the unified encoder in one call, translation pairs, each side grounded in the other,
+   in a second, mono text in a third;
+5. heads: each term (`TermWeights` is the table of them) takes its part of these states;
+6. weigh: the masked positions of all terms go through the vocabulary head in one call, and sums are divided.
 
 Terms are sums over local rows, divided by counts over all workers and multiplied by the number of workers
-(see `raylib.distributed`): a mean over the global batch, never a mean of means.
+(see `raylib.distributed`): a mean over the global batch, never a mean of means. Steps are lazy: what no term
+asks for is not computed.
+
+Shape legend: b local rows, n rows of a stream, d width, e embedding width, m masked positions.
 """
 
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Collection, Set
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from raylib.config import Config
+from raylib.config import Config, choose, load_user_file
 from raylib.distributed import clamp, gather, gather_ragged, total, world_size
 from raylib.models.layers import Condition
 from raylib.models.unified import UnifiedModel
-from raylib.objectives.contrastive import contrastive, hard_negatives, masked_language
-from raylib.objectives.language import KnownTexts, Side
+from raylib.objectives.contrastive import PairContrast, align_pairs, contrast_pairs, draw_hard_negatives
+from raylib.objectives.language import FrozenTextCache, StreamEncoding, Version, vocabulary_loss
 from raylib.packed import Ragged, concatenate, first_tokens
 
-
-class Weights(Config):
-    """Weight of each term; 0 leaves it, and what only it needs, out."""
-
-    ucl_image: NonNegativeFloat = 1.0
-    ucl_translation: NonNegativeFloat = 1.0
-    vlm: NonNegativeFloat = 1.0
-    tlm: NonNegativeFloat = 1.0
-    xmlm: NonNegativeFloat = 1.0
-    itm: NonNegativeFloat = 1.0
+Stream = Literal["image_text", "parallel", "text"]
+Reads = Literal["embeddings", "masked", "matches"]
 
 
-STREAM_TERMS = {
-    "image_text": ("ucl_image", "vlm", "itm"),
-    "parallel": ("ucl_translation", "tlm"),
-    "text": ("xmlm",),
+class LossPart(NamedTuple):
+    """A part of a term: the sum over `count` local rows; or, with `labels` (m,), the states (m, d) of masked
+    positions, of which the vocabulary head makes the sum. Several parts of one term add up."""
+
+    value: Tensor
+    count: Tensor | int
+    labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term of the loss: what `term` makes of a function."""
+
+    loss: Callable[[Any], list[LossPart]]
+    stream: Stream
+    reads: tuple[Reads, ...]
+    trains: tuple[str, ...]
+    two_way: bool
+
+
+def term(
+    stream: Stream, reads: tuple[Reads, ...], trains: tuple[str, ...], two_way: bool = False
+) -> Callable[[Callable[[Any], list[LossPart]]], Term]:
+    """Make a term of a function from a stream's step (`ImageTextStep`, `TranslationStep`, `TextStep`) to the
+    parts of a loss.
+
+    Args:
+        stream: that it is about; it is left out where a batch has none.
+        reads: sentences' "embeddings"; the "masked" text after the unified encoder; right and wrong "matches"
+            of captions and images after it. Only what some term reads is computed.
+        trains: parts of the model, beside the text encoder, that it gives a gradient to (`part_of`).
+        two_way: its parts are two directions, whose mean `directions=mean` takes.
+    """
+    return lambda loss: Term(loss, stream, reads, trains, two_way)
+
+
+# ---- encode, contrast, negatives, fuse: a step of each stream
+
+
+class ImageTextStep:
+    """Images with captions, on their way. `longest`: no caption of any worker has more tokens."""
+
+    def __init__(self, objective: "UnifiedObjective", batch: dict, reads: Set[Reads], temperature: Tensor):
+        self.model, self.config, self.longest = objective.model, objective.config, objective.caption_length
+        self.batch, self.reads, self.temperature = batch, reads, temperature
+        fused: set[Version] = {"masked"} if "masked" in reads else set()
+        if "matches" in reads:
+            fused.add(self.config.itm_text)
+        # the similarities of UCL choose the hard negatives
+        embedded = self.config.ucl_text if {"embeddings", "matches"} & reads else None
+        every = self.config.fuse_every
+        self.captions = StreamEncoding(batch["text"], batch["index"], every, embedded, fused)
+        self.encodings = [self.captions]
+
+    @cached_property
+    def images(self) -> Ragged:
+        """States of the images, CLS first."""
+        if "states" in self.batch:  # of a frozen image encoder that ran before
+            states = self.batch["states"]
+            return states.with_values(states.values.to(self.model.match_head.weight.dtype))
+        with torch.set_grad_enabled(self.config.train_vision and torch.is_grad_enabled()):
+            return self.model.encode_images(self.batch["images"])
+
+    @cached_property
+    def contrast(self) -> PairContrast:
+        """Images against captions."""
+        images = self.images
+        cls = images.values.index_select(0, images.starts.to(images.values.device))
+        vectors = self.model.embed_images(cls), self.model.embed_text(self.captions.cls())
+        pairs = align_pairs(self.batch["index"], self.batch["image_id"], self.captions.full.text_id)
+        return contrast_pairs(*vectors, pairs, self.temperature)
+
+    @cached_property
+    def negatives(self) -> Negatives:
+        captions = self.captions.subset_states(self.config.itm_text)
+        images = self.images.take(self.captions.subset_rows)
+        device, image_tokens = captions.values.device, int(images.lengths[0])
+        rows = self.captions.subset_rows.to(device)
+        scores = self.contrast.scores.subset(rows, self.config.fuse_every)
+        uniforms = self.batch["draws"].index_select(0, rows)
+        wrong_caption, has_caption = draw_hard_negatives(
+            scores.left_to_right, scores.forbidden, uniforms[:, 0]
+        )
+        wrong_image, has_image = draw_hard_negatives(scores.right_to_left, scores.forbidden, uniforms[:, 1])
+        own = torch.searchsorted(scores.global_index, scores.index)
+        gathered_order = gather(scores.index).argsort()
+        # the one wait for the device in a step, all indices at once: the wrong captions' lengths decide how
+        # attention runs
+        indices = torch.cat([wrong_caption, wrong_image, own, gathered_order]).cpu()
+        n = len(own)
+        wrong_caption, wrong_image, own, gathered_order = indices.split([n, n, n, len(gathered_order)])
+        all_captions = gather_ragged(captions, self.longest)
+        all_images = Ragged(gather(images.values), torch.full((len(gathered_order),), image_tokens))
+        # an image that serves twice, as a row's own and as another's wrong one, is kept once: the unified
+        # encoder projects each to keys and values
+        needed, image_rows = torch.cat([own, wrong_image]).unique(return_inverse=True)
+        own_image, wrong_image = image_rows.split(n)
+        return Negatives(
+            all_images.take(gathered_order[needed]),
+            own_image,
+            wrong_image,
+            captions,
+            all_captions.take(gathered_order[wrong_caption]),
+            has_image,
+            has_caption,
+        )
+
+    @cached_property
+    def cls_tokens(self) -> Tensor:
+        """(T,) CLS of the fused captions."""
+        return first_tokens(self.captions.subset.lengths)
+
+    @cached_property
+    def fused(self) -> FusionCall:
+        """Captions grounded in images: "masked" and "clean" in their own, "wrong_image", "wrong_caption"."""
+        captions, positive, outputs = self.captions, self.config.itm_text, {}
+        if "masked" in self.reads:
+            outputs["masked"] = captions.subset.predicted()
+        if "matches" in self.reads:
+            negatives = self.negatives
+            images, own_image = negatives.images, negatives.own_image
+            # where ITM reads masked captions too, the pass that predicts their words is its positive pass
+            outputs[positive] = outputs.get(positive, torch.zeros_like(self.cls_tokens)) | self.cls_tokens
+        else:
+            images = self.images.take(captions.subset_rows)
+            own_image = torch.arange(len(captions.subset_rows))
+        call = FusionCall()
+        for version, mask in outputs.items():
+            call.add(version, captions.subset_states(version), mask, own_image)
+        if "matches" in self.reads:
+            call.add("wrong_image", negatives.captions, self.cls_tokens, negatives.wrong_image)
+            wrong = negatives.wrong_captions
+            call.add("wrong_caption", wrong, first_tokens(wrong.lengths), own_image)
+        return call.run(self.model, images)
+
+
+class TranslationStep:
+    """Sentences with their translations, on their way."""
+
+    def __init__(self, objective: "UnifiedObjective", batch: dict, reads: Set[Reads], temperature: Tensor):
+        self.model, self.config, self.batch = objective.model, objective.config, batch
+        self.temperature = temperature
+        fused: set[Version] = {"masked", self.config.tlm_source} if "masked" in reads else set()
+        embedded = self.config.ucl_text if "embeddings" in reads else None
+        every = self.config.fuse_every
+        self.source = StreamEncoding(batch["source"], batch["index"], every, embedded, fused)
+        self.target = StreamEncoding(batch["target"], batch["index"], every, embedded, fused)
+        self.encodings = [self.source, self.target]
+
+    @cached_property
+    def contrast(self) -> PairContrast:
+        """Sentences against translations."""
+        vectors = self.model.embed_text(self.source.cls()), self.model.embed_text(self.target.cls())
+        pairs = align_pairs(self.batch["index"], self.source.full.text_id, self.target.full.text_id)
+        return contrast_pairs(*vectors, pairs, self.temperature)
+
+    @cached_property
+    def fused(self) -> FusionCall:
+        """Masked "source" sentences grounded in target sentences, masked "target" in source sentences."""
+        call, rows = FusionCall(), torch.arange(len(self.source.subset_rows))
+        call.add("source", self.source.subset_states("masked"), self.source.subset.predicted(), rows)
+        targets, context = self.target.subset_states("masked"), self.config.tlm_source
+        call.add("target", targets, self.target.subset.predicted(), len(rows) + rows)
+        # first what the sources attend to, then what the targets do: `rows` above count so
+        seen = concatenate([self.target.subset_states(context), self.source.subset_states(context)])
+        return call.run(self.model, seen)
+
+
+class TextStep:
+    """Sentences of one language each, on their way."""
+
+    def __init__(self, objective: "UnifiedObjective", batch: dict, reads: Set[Reads], temperature: Tensor):
+        self.model, self.batch = objective.model, batch
+        fused: set[Version] = {"masked"} if "masked" in reads else set()
+        embedded = objective.config.ucl_text if "embeddings" in reads else None
+        self.sentences = StreamEncoding(batch["text"], batch["index"], 1, embedded, fused)
+        self.encodings = [self.sentences]
+
+    @cached_property
+    def predicted_states(self) -> Tensor:
+        """(m, d) of the masked positions after the unified encoder, which sees nothing else."""
+        sentences = self.sentences
+        return self.model.fuse(sentences.subset_states("masked"), sentences.subset.predicted())
+
+
+STEPS = {"image_text": ImageTextStep, "parallel": TranslationStep, "text": TextStep}
+
+
+# ---- heads: the terms
+
+
+IMAGES, SENTENCES = ("vision", "image_projection"), ("text_projection", "temperature")
+
+
+@term("image_text", reads=("embeddings",), trains=(*IMAGES, *SENTENCES), two_way=True)
+def image_contrast(step: ImageTextStep) -> list[LossPart]:
+    """UCL of images and captions: each finds the other among all (equation 1)."""
+    return _both_ways(step.contrast)
+
+
+@term("image_text", reads=("matches",), trains=("vision", "fusion", "cross", "match_head"))
+def image_text_matching(step: ImageTextStep) -> list[LossPart]:
+    """ITM: does a caption belong to an image? One right pair, two hard wrong ones (equation 3)."""
+    fused, negatives, cls = step.fused, step.negatives, step.cls_tokens
+    wrong_captions = first_tokens(negatives.wrong_captions.lengths)
+    groups = ((step.config.itm_text, cls), ("wrong_image", cls), ("wrong_caption", wrong_captions))
+    states = torch.cat([fused.states(name, tokens) for name, tokens in groups])
+    log_chances = F.log_softmax(step.model.match_head(states).float(), -1).view(len(groups), -1, 2)
+    right, wrong_image, wrong_caption = log_chances.unbind()
+    has_wrong = torch.stack([negatives.has_image, negatives.has_caption])
+    wrong = -(torch.stack([wrong_image[:, 0], wrong_caption[:, 0]]) * has_wrong).sum()
+    return [LossPart(-right[:, 1].sum(), len(right)), LossPart(wrong, has_wrong.sum())]
+
+
+@term("image_text", reads=("masked",), trains=("vision", "fusion", "cross", "masked_head"))
+def masked_captions(step: ImageTextStep) -> list[LossPart]:
+    """VLM: masked words of captions, in the light of their image (equation 2)."""
+    states = step.fused.states("masked", step.captions.subset.predicted())
+    return [LossPart(states, len(states), step.captions.subset.labels)]
+
+
+@term("parallel", reads=("embeddings",), trains=SENTENCES, two_way=True)
+def translation_contrast(step: TranslationStep) -> list[LossPart]:
+    """UCL of sentences and translations."""
+    return _both_ways(step.contrast)
+
+
+@term("parallel", reads=("masked",), trains=("fusion", "cross", "masked_head"), two_way=True)
+def masked_translations(step: TranslationStep) -> list[LossPart]:
+    """TLM: masked words of either side, in the light of the other."""
+    parts = []
+    for name, side in (("source", step.source), ("target", step.target)):
+        states = step.fused.states(name, side.subset.predicted())
+        parts.append(LossPart(states, len(states), side.subset.labels))
+    return parts
+
+
+@term("text", reads=("masked",), trains=("fusion", "masked_head"))
+def masked_text(step: TextStep) -> list[LossPart]:
+    """xMLM: masked words of plain text."""
+    states = step.predicted_states
+    return [LossPart(states, len(states), step.sentences.subset.labels)]
+
+
+def _both_ways(contrast: PairContrast) -> list[LossPart]:
+    return [LossPart(loss, contrast.count) for loss in (contrast.left_to_right, contrast.right_to_left)]
+
+
+class TermWeights(Config):
+    """The table of terms, with the weight of each; 0 leaves it, and what only it needs, out.
+
+    Their order is that in which a step computes and adds them up.
+    """
+
+    ucl_image: Annotated[NonNegativeFloat, image_contrast] = 1.0
+    itm: Annotated[NonNegativeFloat, image_text_matching] = 1.0
+    vlm: Annotated[NonNegativeFloat, masked_captions] = 1.0
+    ucl_translation: Annotated[NonNegativeFloat, translation_contrast] = 1.0
+    tlm: Annotated[NonNegativeFloat, masked_translations] = 1.0
+    xmlm: Annotated[NonNegativeFloat, masked_text] = 1.0
+
+
+TERMS: dict[str, Term] = {
+    name: entry
+    for name, field in TermWeights.model_fields.items()
+    for entry in field.metadata
+    if isinstance(entry, Term)
 }
+
+
+class UserTerm(Config):
+    """A term in a user's own file: "my_term.py:function", its function decorated with `term`."""
+
+    file: str
+    weight: NonNegativeFloat = 1.0
+
+    def load(self) -> Term:
+        """Raises UserError: no such file, no such term in it."""
+        path, _, name = self.file.rpartition(":")
+        entries = {k: v for k, v in vars(load_user_file(path)).items() if isinstance(v, Term)}
+        return choose(name, entries, f"term of {path}")
 
 
 class ObjectiveConfig(Config):
     """Defaults follow the paper's equations; the other value of each choice is what its public code does."""
 
-    weights: Weights = Weights()
-    ucl_text: Literal["clean", "masked"] = "clean"
-    itm_text: Literal["masked", "clean"] = "masked"
-    tlm_source: Literal["clean", "masked"] = "clean"
+    weights: TermWeights = TermWeights()
+    terms: dict[str, UserTerm] = Field({})  # more of them, by a name for the log
+    ucl_text: Version = "clean"
+    itm_text: Version = "masked"
+    tlm_source: Version = "clean"
     directions: Literal["sum", "mean"] = "sum"
     train_vision: bool = True
-    train_embeddings: bool = (
-        True  # those of words, which a small corpus would pull away from all words that it lacks
-    )
+    # those of words, which a small corpus would pull away from all words that it lacks
+    train_embeddings: bool = True
     frozen_text_layers: NonNegativeInt = 0  # the lowest ones of the text encoder, for the same reason
     temperature: tuple[float, float] = (0.001, 0.5)
-    fuse_every: PositiveInt = (
-        1  # VLM, ITM and TLM see the pairs whose index is a multiple of it; UCL sees them all
-    )
+    # VLM, ITM and TLM see the pairs whose index is a multiple of it; UCL sees them all
+    fuse_every: PositiveInt = 1
 
-    def on(self, streams: Iterable[str]) -> "ObjectiveConfig":
-        """The same objective where only these streams are: the terms of the others weigh 0."""
-        absent = [term for name, terms in STREAM_TERMS.items() if name not in streams for term in terms]
-        return self.model_copy(update={"weights": self.weights.model_copy(update=dict.fromkeys(absent, 0.0))})
+    def all_weights(self) -> dict[str, float]:
+        """The weight of every term, the user's own too."""
+        return {**self.weights.model_dump(), **{name: own.weight for name, own in self.terms.items()}}
 
 
 class UnifiedObjective(nn.Module):
     """`forward(batch)` -> (total loss of this worker to call backward on, {term: its mean over the global
     batch})."""
 
-    def __init__(self, model: UnifiedModel, config: ObjectiveConfig, caption_length: int = 35):
-        """`caption_length`: no caption of any worker is longer, in tokens."""
+    def __init__(
+        self,
+        model: UnifiedModel,
+        config: ObjectiveConfig,
+        caption_length: int = 35,
+        streams: Collection[str] = tuple(STEPS),
+    ):
+        """`caption_length`: no caption of any worker is longer, in tokens. `streams`: those that batches
+        have; terms of the others are left out."""
         super().__init__()
         self.model, self.config, self.caption_length = model, config, caption_length
+        self.weights = {name: weight for name, weight in config.all_weights().items() if weight}
+        terms = {**TERMS, **{name: own.load() for name, own in config.terms.items()}}
+        self.terms = {name: terms[name] for name in self.weights if terms[name].stream in streams}
         if not config.train_vision:
             model.vision.requires_grad_(False)
         if not config.train_embeddings:
             model.embedding.requires_grad_(False)
         model.text.blocks[: config.frozen_text_layers].requires_grad_(False)
-        frozen = not any(p.requires_grad for part in (model.embedding, model.text) for p in part.parameters())
-        self.known = KnownTexts() if frozen and model.config.dropout == 0 else None
+        text_parameters = (*model.embedding.parameters(), *model.text.parameters())
+        frozen = not any(p.requires_grad for p in text_parameters) and model.config.dropout == 0
+        self.frozen_texts = FrozenTextCache() if frozen else None
 
     @property
-    def partial(self) -> bool:
-        """Whether some parameters get no gradient, because a term that alone uses them is left out."""
-        return 0 in self.config.weights.model_dump().values()
+    def has_unused_parameters(self) -> bool:
+        """Whether some parameters get no gradient, because no term that uses them is on."""
+        trained = {"embedding", "text", *(part for term in self.terms.values() for part in term.trains)}
+        return any(
+            p.requires_grad and part_of(name) not in trained for name, p in self.model.named_parameters()
+        )
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        c, w = self.config, self.config.weights
-        caption, pair, mono = None, [], None
-        if (image_text := batch.get("image_text")) and (w.ucl_image or w.vlm or w.itm):
-            caption = Side(image_text["text"], image_text["index"], c.fuse_every)
-            fuse = ({"masked"} if w.vlm else set()) | ({c.itm_text} if w.itm else set())
-            caption.plan(c.ucl_text if w.ucl_image or w.itm else None, fuse)
-        if (parallel := batch.get("parallel")) and (w.ucl_translation or w.tlm):
-            pair = [Side(parallel[name], parallel["index"], c.fuse_every) for name in ("source", "target")]
-            for side in pair:
-                side.plan(
-                    c.ucl_text if w.ucl_translation else None, {"masked", c.tlm_source} if w.tlm else set()
-                )
-        if "text" in batch and w.xmlm:
-            mono = Side(batch["text"]["text"], batch["text"]["index"], 1)
-            mono.plan(None, {"masked"})
-        self._encode([side for side in (caption, *pair, mono) if side])
         exact = torch.promote_types(self.model.temperature.dtype, torch.float32)
-        temperature = clamp(self.model.temperature.to(exact), *c.temperature)
-        parts: list[_Part] = []
-        if caption:
-            parts += self._image_text(image_text, caption, temperature)
-        if pair:
-            parts += self._translation(parallel, pair, temperature)
-        if mono:
-            states = self.model.fuse(mono.rows("masked"), mono.few.predicted())
-            parts.append(_Part("xmlm", states, len(states), mono.few.labels))
+        temperature = clamp(self.model.temperature.to(exact), *self.config.temperature)
+        on = {name: entry for name, entry in self.terms.items() if entry.stream in batch}
+        steps = {}
+        for stream, make_step in STEPS.items():
+            if reads := {read for entry in on.values() if entry.stream == stream for read in entry.reads}:
+                steps[stream] = make_step(self, batch[stream], reads, temperature)
+        self._encode_texts([encoding for step in steps.values() for encoding in step.encodings])
+        parts = {name: entry.loss(steps[entry.stream]) for name, entry in on.items()}
         return self._weigh(parts)
 
-    def _encode(self, sides: list[Side]) -> None:
-        """All sentences through the text encoder at once; its last layer only where it is read."""
-        passes = []
-        for side in sides:
-            for name, p in side.passes.items():
-                if self.known and name == "clean" and p.only_cls:
-                    p.states = self.known.cls(side.all.text_id, lambda rows, p=p: self._cls(p.ids.take(rows)))
+    def _encode_texts(self, encodings: list[StreamEncoding]) -> None:
+        """All sentences through the text encoder at once; its last layer only where its output is used."""
+        calls = []
+        for encoding in encodings:
+            for version, call in encoding.calls.items():
+                # masks are drawn anew in each step, so that only clean sentences come again
+                if self.frozen_texts and version == "clean" and call.only_cls:
+                    ids = encoding.full.text_id
+                    call.states = self.frozen_texts.cls(
+                        ids, lambda rows, call=call: self._encode_cls(call.ids.take(rows))
+                    )
                 else:
-                    passes.append(p)
-        if not passes:
+                    calls.append(call)
+        if not calls:
             return
-        states = self.model.encode_text(
-            concatenate([p.ids for p in passes]), torch.cat([p.read for p in passes])
-        )
-        for p, part in zip(passes, states.split([int(p.read.sum()) for p in passes]), strict=True):
-            p.states = part
+        ids, mask = concatenate([call.ids for call in calls]), torch.cat([call.output_mask for call in calls])
+        parts = self.model.encode_text(ids, mask).split([int(call.output_mask.sum()) for call in calls])
+        for call, states in zip(calls, parts, strict=True):
+            call.states = states
 
     @torch.no_grad()
-    def _cls(self, ids: Ragged) -> Tensor:
+    def _encode_cls(self, ids: Ragged) -> Tensor:
         """CLS states (n, d) of an encoder that never changes."""
         return self.model.encode_text(ids, first_tokens(ids.lengths))
 
-    def _image_text(self, batch: dict, caption: Side, temperature: Tensor) -> list:
-        c, w = self.config, self.config.weights
-        if "states" in batch:  # of a frozen image encoder that ran before
-            images = batch["states"].with_values(
-                batch["states"].values.to(self.model.match_head.weight.dtype)
-            )
-        else:
-            with torch.set_grad_enabled(c.train_vision and torch.is_grad_enabled()):
-                images = self.model.encode_images(batch["images"])
-        parts, drawn = [], None
-        if w.ucl_image or w.itm:
-            cls = images.values.index_select(0, images.starts.to(images.values.device))
-            vectors = self.model.embed_images(cls), self.model.embed_text(caption.passes[c.ucl_text].cls())
-            ids = batch["image_id"], caption.all.text_id
-            terms, drawn = self._contrastive("ucl_image", temperature, *vectors, batch["index"], *ids)
-            parts += terms if w.ucl_image else []
-        if w.vlm or w.itm:
-            parts += self._grounded(batch["draws"], caption, images, drawn)
-        return parts
+    # ---- weigh
 
-    def _contrastive(self, name, temperature, left, right, index, left_id, right_id) -> tuple[list, "_Drawn"]:
-        """UCL both ways; and what hard negatives are drawn by."""
-        # the global batch in one order on any number of workers; few calls, since each waits for the slowest
-        # worker
-        everywhere, left_ids, right_ids = gather(
-            torch.stack([index.to(left.device), left_id, right_id], 1)
-        ).unbind(1)
-        everywhere, order = everywhere.sort()
-        both = gather(torch.cat([left, right], 1)).index_select(0, order)
-        all_left, all_right = both.split([left.shape[1], right.shape[1]], 1)
-        index = index.to(
-            left.device
-        ).contiguous()  # a worker's share is every W-th row: searchsorted would warn
-        positive = torch.searchsorted(everywhere, index)
-        same = (left_id[:, None] == left_ids[order]) | (right_id[:, None] == right_ids[order])
-        own = torch.zeros_like(same).scatter_(1, positive[:, None], True)
-        excluded = torch.zeros(same.shape, dtype=temperature.dtype, device=same.device).masked_fill_(
-            same & ~own, -torch.inf
-        )
-        left_loss, by_left = contrastive(left, all_right, positive, excluded, temperature)
-        right_loss, by_right = contrastive(right, all_left, positive, excluded, temperature)
-        parts = [_Part(name, left_loss, len(left)), _Part(name, right_loss, len(left))]
-        return parts, _Drawn(by_left, by_right, same | own, index, everywhere)
-
-    def _grounded(self, draws: Tensor, caption: Side, images: Ragged, drawn: "_Drawn | None") -> list:
-        """VLM and ITM: the fused captions through the unified encoder, grounded in pictures."""
-        c, w, b = self.config, self.config.weights, len(caption.fused)
-        own, seen = torch.arange(b), images.take(caption.fused)
-        shared = w.itm > 0 and c.itm_text == "masked"  # the VLM pass is then the positive pass of ITM
-        cls = first_tokens(caption.few.lengths)
-        texts, reads, rows = [], [], []
-        if w.itm:
-            positive = caption.rows(c.itm_text)
-            seen, own, wrong_image, wrong_text, exists = self._negatives(
-                draws, positive, caption, seen, drawn
-            )
-        if w.vlm or shared:
-            read = caption.few.predicted() if w.vlm else torch.zeros_like(cls)
-            texts, reads, rows = [caption.rows("masked")], [read | cls if shared else read], [own]
-        if w.itm:
-            if not shared:
-                texts, reads, rows = [*texts, positive], [*reads, cls], [*rows, own]
-            texts, rows = [*texts, positive, wrong_text], [*rows, wrong_image, own]
-            reads = [*reads, cls, first_tokens(wrong_text.lengths)]
-        states = self.model.fuse(concatenate(texts), torch.cat(reads), Condition(seen, torch.cat(rows)))
-        parts, device = [], states.device
-        if w.itm:
-            is_cls = first_tokens(torch.cat([t.lengths for t in texts]))[torch.cat(reads)]
-            heads = states.index_select(0, is_cls.nonzero().squeeze(1).to(device))[-3 * b :]
-            logits = F.log_softmax(self.model.match_head(heads).float(), -1)
-            wrong = -(logits[b:, 0].view(2, b) * exists).sum()
-            parts += [_Part("itm", -logits[:b, 1].sum(), b), _Part("itm", wrong, exists.sum())]
-        if w.vlm:
-            here = caption.few.predicted()[reads[0]].nonzero().squeeze(1).to(device)
-            parts.append(_Part("vlm", states.index_select(0, here), len(here), caption.few.labels))
-        return parts
-
-    def _negatives(self, draws: Tensor, positive: Ragged, caption: Side, images: Ragged, drawn: "_Drawn"):
-        """Hard negatives among the fused pairs of the global batch, both ways.
-
-        Returns: the pictures that this worker needs, once each; for its b rows the picture of their own and a
-        wrong one (rows among those pictures), a wrong caption each; and (2, b) whether [wrong picture, wrong
-        caption] exists.
-        """
-        device, tokens = positive.values.device, int(images.lengths[0])
-        by_image, by_text, forbidden, index, everywhere = drawn.among(
-            caption.fused.to(device), self.config.fuse_every
-        )
-        draws = draws.index_select(0, caption.fused.to(device))
-        wrong_text, text_exists = hard_negatives(by_image, forbidden, draws[:, 0])
-        wrong_image, image_exists = hard_negatives(by_text, forbidden, draws[:, 1])
-        place, order = torch.searchsorted(everywhere, index), gather(index).argsort()
-        # the one wait for the device in a step: the wrong captions' lengths decide how attention runs
-        *chosen, order = (
-            torch.cat([wrong_text, wrong_image, place, order]).cpu().split([len(place)] * 3 + [len(order)])
-        )
-        wrong_text, wrong_image, place = chosen
-        every_text = gather_ragged(positive, self.caption_length)
-        every_image = Ragged(gather(images.values), torch.full((len(order),), tokens))
-        needed, rows = torch.cat([place, wrong_image]).unique(return_inverse=True)
-        own, wrong = rows.split(len(place))
-        exists = torch.stack([image_exists, text_exists])
-        return every_image.take(order[needed]), own, wrong, every_text.take(order[wrong_text]), exists
-
-    def _translation(self, batch: dict, pair: list[Side], temperature: Tensor) -> list:
-        c, w, parts = self.config, self.config.weights, []
-        source, target = pair
-        if w.ucl_translation:
-            vectors = [self.model.embed_text(side.passes[c.ucl_text].cls()) for side in pair]
-            ids = [side.all.text_id for side in pair]
-            parts += self._contrastive("ucl_translation", temperature, *vectors, batch["index"], *ids)[0]
-        if w.tlm:
-            rows = concatenate([source.rows("masked"), target.rows("masked")])
-            seen = concatenate([target.rows(c.tlm_source), source.rows(c.tlm_source)])
-            read = torch.cat([side.few.predicted() for side in pair])
-            states = self.model.fuse(rows, read, Condition(seen, torch.arange(len(seen.lengths))))
-            for side, part in zip(pair, states.split([len(s.few.labels) for s in pair]), strict=True):
-                parts.append(_Part("tlm", part, len(part), side.few.labels))
-        return parts
-
-    def _weigh(self, parts: list["_Part"]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _weigh(self, parts: dict[str, list[LossPart]]) -> tuple[Tensor, dict[str, Tensor]]:
         """Local parts -> this worker's share of the loss, and the terms of the global batch."""
-        weights, device = self.config.weights.model_dump(), self.model.temperature.device
-        averaged = ("ucl_image", "ucl_translation", "tlm") if self.config.directions == "mean" else ()
-        counts = total(
-            torch.stack([torch.as_tensor(part.count, dtype=torch.float32, device=device) for part in parts])
-        )
-        scales = [
-            (0.5 if part.term in averaged else 1.0) / n
-            for part, n in zip(parts, counts.clamp(min=1), strict=True)
-        ]
-        shares = {part.term: 0.0 for part in parts}
-        for part, scale in zip(parts, scales, strict=True):
+        device = self.model.temperature.device
+        flat = [(name, part) for name, several in parts.items() for part in several]
+        # one reduction for the counts of all parts
+        counts = [torch.as_tensor(part.count, dtype=torch.float32, device=device) for _, part in flat]
+        divisors = total(torch.stack(counts)).clamp(min=1)
+        halved = {name for name in parts if self.terms[name].two_way and self.config.directions == "mean"}
+        shares: dict[str, Any] = dict.fromkeys(parts, 0.0)
+        masked = []
+        for (name, part), divisor in zip(flat, divisors, strict=True):
+            scale = (0.5 if name in halved else 1.0) / divisor
             if part.labels is None:
-                shares[part.term] = shares[part.term] + scale * part.value
-        masked = [
-            (part, scale.expand(part.count))
-            for part, scale in zip(parts, scales, strict=True)
-            if part.labels is not None
-        ]
-        loss = sum(weights[term] * share for term, share in shares.items())
-        if (
-            masked
-        ):  # all of them at once: the vocabulary is the largest matrix to read, and to write a gradient for
+                shares[name] = shares[name] + scale * part.value
+            else:
+                masked.append((name, part, scale.expand(len(part.labels))))
+        loss = sum(self.weights[name] * share for name, share in shares.items())
+        if masked:
+            # all of them at once: the vocabulary is the largest matrix to read, and to write a gradient for
             head, word = self.model.masked_head, self.model.embedding.word
-            states, labels = (
-                torch.cat([getattr(part, name) for part, _ in masked]) for name in ("value", "labels")
-            )
-            scale = torch.cat([weights[part.term] * scale for part, scale in masked])
-            value, losses = masked_language(head(states), word.weight, head.bias, labels, scale)
+            states = torch.cat([part.value for _, part, _ in masked])
+            labels = torch.cat([part.labels for _, part, _ in masked])
+            scale = torch.cat([self.weights[name] * scale for name, _, scale in masked])
+            value, losses = vocabulary_loss(head(states), word.weight, head.bias, labels, scale)
             loss = loss + value
-            for (part, scale), each in zip(
-                masked, losses.split([part.count for part, _ in masked]), strict=True
-            ):
-                shares[part.term] = shares[part.term] + (scale * each).sum()
+            each = losses.split([len(part.labels) for _, part, _ in masked])
+            for (name, _, scale), part_losses in zip(masked, each, strict=True):
+                shares[name] = shares[name] + (scale * part_losses).sum()
         terms = total(torch.stack([share.detach().float() for share in shares.values()]))
         return loss * world_size(), dict(zip(shares, terms.unbind(), strict=True))
 
 
-class _Part(NamedTuple):
-    """A part of a term: the sum over `count` local rows; or, with `labels` (m,), the states (m, d) of masked
-    positions, of which the vocabulary head makes the sum. Several parts of one term add up."""
-
-    term: str
-    value: Tensor
-    count: Tensor | int
-    labels: Tensor | None = None
-
-
-class _Drawn(NamedTuple):
-    """What hard negatives are drawn by: similarities (b, B) of local pictures to all captions and of local
-    captions to all pictures, over the temperature; `forbidden` (b, B); index in the global batch of the rows
-    (b,), columns (B,)."""
-
-    by_image: Tensor
-    by_text: Tensor
-    forbidden: Tensor
-    index: Tensor
-    everywhere: Tensor
-
-    def among(self, rows: Tensor, every: int) -> "_Drawn":
-        """The same for local `rows` and the columns whose index is a multiple of `every`."""
-        if every == 1:
-            return self
-        columns = (self.everywhere % every == 0).nonzero().squeeze(1)
-        tables = [
-            t.index_select(0, rows).index_select(1, columns)
-            for t in (self.by_image, self.by_text, self.forbidden)
-        ]
-        return _Drawn(*tables, self.index[rows], self.everywhere[columns])
+def part_of(parameter: str) -> str:
+    """The part of a `UnifiedModel` that a parameter belongs to: its first name, or "cross", what of the unified
+    encoder only grounded rows pass."""
+    return "cross" if ".cross_" in parameter else parameter.partition(".")[0]

