@@ -5,7 +5,7 @@ Losses are *sums* over local rows: the caller divides by the count over all work
 Shape legend: b local rows, B rows of the global batch, e embedding width.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from raylib.distributed import gather
 from raylib.packed import Ragged
 
 
-class GlobalPairs(NamedTuple):
+@dataclass(frozen=True)
+class GlobalPairs:
     """The pairs of the global batch, in one order on any number of workers.
 
     index: (b,) position in the global batch of each local row. global_index: (B,) all positions, ascending.
@@ -79,7 +80,8 @@ def info_nce(
         return F.cross_entropy(logits, positive, reduction="sum"), logits.detach()
 
 
-class NegativeScores(NamedTuple):
+@dataclass(frozen=True)
+class NegativeScores:
     """Scores by which hard negatives are drawn, among pairs of a left and a right side.
 
     left_to_right, right_to_left: (b, B) similarities of local rows to all keys, over the temperature.
@@ -98,12 +100,21 @@ class NegativeScores(NamedTuple):
         if every == 1:
             return self
         columns = (self.global_index % every == 0).nonzero().squeeze(1)
-        tables = (self.left_to_right, self.right_to_left, self.forbidden)
-        selected = (table.index_select(0, rows).index_select(1, columns) for table in tables)
-        return NegativeScores(*selected, self.index[rows], self.global_index[columns])
+
+        def select(table: Tensor) -> Tensor:
+            return table.index_select(0, rows).index_select(1, columns)
+
+        return NegativeScores(
+            select(self.left_to_right),
+            select(self.right_to_left),
+            select(self.forbidden),
+            self.index[rows],
+            self.global_index[columns],
+        )
 
 
-class PairContrast(NamedTuple):
+@dataclass(frozen=True)
+class PairContrast:
     """InfoNCE both ways, each summed over `count` local rows, and the scores for hard negatives."""
 
     left_to_right: Tensor
@@ -123,7 +134,8 @@ def contrast_pairs(left: Tensor, right: Tensor, pairs: GlobalPairs, temperature:
     return PairContrast(left_loss, right_loss, len(left), scores)
 
 
-class Negatives(NamedTuple):
+@dataclass(frozen=True)
+class Negatives:
     """Hard negatives of the fused pairs of the global batch, both ways.
 
     images: those that this worker needs, once each; own_image, wrong_image: (b,) rows of these.

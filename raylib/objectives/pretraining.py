@@ -20,42 +20,58 @@ asks for is not computed.
 Shape legend: b local rows, n rows of a stream, d width, e embedding width, m masked positions.
 """
 
-from collections.abc import Callable, Collection, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated, Any, Literal, NamedTuple
+from functools import cached_property, partial
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from raylib.config import Config, choose, load_user_file
 from raylib.distributed import clamp, gather, gather_ragged, total, world_size
-from raylib.models.layers import Condition
 from raylib.models.unified import UnifiedModel
-from raylib.objectives.contrastive import PairContrast, align_pairs, contrast_pairs, draw_hard_negatives
-from raylib.objectives.language import FrozenTextCache, StreamEncoding, Version, vocabulary_loss
-from raylib.packed import Ragged, concatenate, first_tokens
+from raylib.objectives.contrastive import (
+    Negatives,
+    PairContrast,
+    align_pairs,
+    contrast_pairs,
+    draw_hard_negatives,
+)
+from raylib.objectives.language import FrozenTextCache, FusionCall, StreamEncoding, Version, vocabulary_loss
+from raylib.packed import Ragged, Sentences, concatenate, first_tokens
 
 Stream = Literal["image_text", "parallel", "text"]
 Reads = Literal["embeddings", "masked", "matches"]
 
 
-class LossPart(NamedTuple):
-    """A part of a term: the sum over `count` local rows; or, with `labels` (m,), the states (m, d) of masked
-    positions, of which the vocabulary head makes the sum. Several parts of one term add up."""
+@dataclass(frozen=True)
+class LossPart:
+    """A part of a term, summed over `count` local rows. Several parts of one term add up."""
 
     value: Tensor
     count: Tensor | int
-    labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MaskedPart:
+    """A part of a term that the vocabulary head makes: states (m, d) of masked positions, their `labels`
+    (m,)."""
+
+    states: Tensor
+    labels: Tensor
+
+
+Parts = Sequence[LossPart | MaskedPart]
 
 
 @dataclass(frozen=True)
 class Term:
     """A term of the loss: what `term` makes of a function."""
 
-    loss: Callable[[Any], list[LossPart]]
+    loss: Callable[[Any], Parts]
     stream: Stream
     reads: tuple[Reads, ...]
     trains: tuple[str, ...]
@@ -64,7 +80,7 @@ class Term:
 
 def term(
     stream: Stream, reads: tuple[Reads, ...], trains: tuple[str, ...], two_way: bool = False
-) -> Callable[[Callable[[Any], list[LossPart]]], Term]:
+) -> Callable[[Callable[[Any], Parts]], Term]:
     """Make a term of a function from a stream's step (`ImageTextStep`, `TranslationStep`, `TextStep`) to the
     parts of a loss.
 
@@ -81,20 +97,31 @@ def term(
 # ---- encode, contrast, negatives, fuse: a step of each stream
 
 
-class ImageTextStep:
-    """Images with captions, on their way. `longest`: no caption of any worker has more tokens."""
+class StreamStep:
+    """A stream's part of a batch, on its way to the terms; `reads`: what these want of it."""
 
     def __init__(self, objective: "UnifiedObjective", batch: dict, reads: Set[Reads], temperature: Tensor):
         self.model, self.config, self.longest = objective.model, objective.config, objective.caption_length
         self.batch, self.reads, self.temperature = batch, reads, temperature
-        fused: set[Version] = {"masked"} if "masked" in reads else set()
-        if "matches" in reads:
+        self.encodings: list[StreamEncoding] = []
+
+    def plan(self, sentences: Sentences, fused: Set[Version], every: int) -> StreamEncoding:
+        """Sentences for the text encoder, in the versions that the terms read."""
+        # ITM reads embeddings too: similarities choose its negatives
+        embedded = self.config.ucl_text if {"embeddings", "matches"} & self.reads else None
+        self.encodings.append(StreamEncoding(sentences, self.batch["index"], every, embedded, fused))
+        return self.encodings[-1]
+
+
+class ImageTextStep(StreamStep):
+    """Images with captions."""
+
+    def __init__(self, *parts) -> None:
+        super().__init__(*parts)
+        fused: set[Version] = {"masked"} if "masked" in self.reads else set()
+        if "matches" in self.reads:
             fused.add(self.config.itm_text)
-        # the similarities of UCL choose the hard negatives
-        embedded = self.config.ucl_text if {"embeddings", "matches"} & reads else None
-        every = self.config.fuse_every
-        self.captions = StreamEncoding(batch["text"], batch["index"], every, embedded, fused)
-        self.encodings = [self.captions]
+        self.captions = self.plan(self.batch["text"], fused, self.config.fuse_every)
 
     @cached_property
     def images(self) -> Ragged:
@@ -157,7 +184,8 @@ class ImageTextStep:
     @cached_property
     def fused(self) -> FusionCall:
         """Captions grounded in images: "masked" and "clean" in their own, "wrong_image", "wrong_caption"."""
-        captions, positive, outputs = self.captions, self.config.itm_text, {}
+        captions, positive = self.captions, self.config.itm_text
+        outputs: dict[Version, Tensor] = {}
         if "masked" in self.reads:
             outputs["masked"] = captions.subset.predicted()
         if "matches" in self.reads:
@@ -170,7 +198,8 @@ class ImageTextStep:
             own_image = torch.arange(len(captions.subset_rows))
         call = FusionCall()
         for version, mask in outputs.items():
-            call.add(version, captions.subset_states(version), mask, own_image)
+            text = negatives.captions if version == "clean" else captions.subset_states(version)
+            call.add(version, text, mask, own_image)
         if "matches" in self.reads:
             call.add("wrong_image", negatives.captions, self.cls_tokens, negatives.wrong_image)
             wrong = negatives.wrong_captions
@@ -178,18 +207,14 @@ class ImageTextStep:
         return call.run(self.model, images)
 
 
-class TranslationStep:
-    """Sentences with their translations, on their way."""
+class TranslationStep(StreamStep):
+    """Sentences with their translations."""
 
-    def __init__(self, objective: "UnifiedObjective", batch: dict, reads: Set[Reads], temperature: Tensor):
-        self.model, self.config, self.batch = objective.model, objective.config, batch
-        self.temperature = temperature
-        fused: set[Version] = {"masked", self.config.tlm_source} if "masked" in reads else set()
-        embedded = self.config.ucl_text if "embeddings" in reads else None
-        every = self.config.fuse_every
-        self.source = StreamEncoding(batch["source"], batch["index"], every, embedded, fused)
-        self.target = StreamEncoding(batch["target"], batch["index"], every, embedded, fused)
-        self.encodings = [self.source, self.target]
+    def __init__(self, *parts) -> None:
+        super().__init__(*parts)
+        fused: set[Version] = {"masked", self.config.tlm_source} if "masked" in self.reads else set()
+        self.source = self.plan(self.batch["source"], fused, self.config.fuse_every)
+        self.target = self.plan(self.batch["target"], fused, self.config.fuse_every)
 
     @cached_property
     def contrast(self) -> PairContrast:
@@ -210,24 +235,25 @@ class TranslationStep:
         return call.run(self.model, seen)
 
 
-class TextStep:
-    """Sentences of one language each, on their way."""
+class TextStep(StreamStep):
+    """Sentences of one language each."""
 
-    def __init__(self, objective: "UnifiedObjective", batch: dict, reads: Set[Reads], temperature: Tensor):
-        self.model, self.batch = objective.model, batch
-        fused: set[Version] = {"masked"} if "masked" in reads else set()
-        embedded = objective.config.ucl_text if "embeddings" in reads else None
-        self.sentences = StreamEncoding(batch["text"], batch["index"], 1, embedded, fused)
-        self.encodings = [self.sentences]
+    def __init__(self, *parts) -> None:
+        super().__init__(*parts)
+        self.sentences = self.plan(self.batch["text"], {"masked"} if "masked" in self.reads else set(), 1)
 
     @cached_property
-    def predicted_states(self) -> Tensor:
+    def fused(self) -> Tensor:
         """(m, d) of the masked positions after the unified encoder, which sees nothing else."""
         sentences = self.sentences
         return self.model.fuse(sentences.subset_states("masked"), sentences.subset.predicted())
 
 
-STEPS = {"image_text": ImageTextStep, "parallel": TranslationStep, "text": TextStep}
+STEPS: dict[Stream, type[StreamStep]] = {
+    "image_text": ImageTextStep,
+    "parallel": TranslationStep,
+    "text": TextStep,
+}
 
 
 # ---- heads: the terms
@@ -237,13 +263,13 @@ IMAGES, SENTENCES = ("vision", "image_projection"), ("text_projection", "tempera
 
 
 @term("image_text", reads=("embeddings",), trains=(*IMAGES, *SENTENCES), two_way=True)
-def image_contrast(step: ImageTextStep) -> list[LossPart]:
+def image_contrast(step: ImageTextStep) -> Parts:
     """UCL of images and captions: each finds the other among all (equation 1)."""
     return _both_ways(step.contrast)
 
 
 @term("image_text", reads=("matches",), trains=("vision", "fusion", "cross", "match_head"))
-def image_text_matching(step: ImageTextStep) -> list[LossPart]:
+def image_text_matching(step: ImageTextStep) -> Parts:
     """ITM: does a caption belong to an image? One right pair, two hard wrong ones (equation 3)."""
     fused, negatives, cls = step.fused, step.negatives, step.cls_tokens
     wrong_captions = first_tokens(negatives.wrong_captions.lengths)
@@ -257,36 +283,35 @@ def image_text_matching(step: ImageTextStep) -> list[LossPart]:
 
 
 @term("image_text", reads=("masked",), trains=("vision", "fusion", "cross", "masked_head"))
-def masked_captions(step: ImageTextStep) -> list[LossPart]:
+def masked_captions(step: ImageTextStep) -> Parts:
     """VLM: masked words of captions, in the light of their image (equation 2)."""
     states = step.fused.states("masked", step.captions.subset.predicted())
-    return [LossPart(states, len(states), step.captions.subset.labels)]
+    return [MaskedPart(states, step.captions.subset.labels)]
 
 
 @term("parallel", reads=("embeddings",), trains=SENTENCES, two_way=True)
-def translation_contrast(step: TranslationStep) -> list[LossPart]:
+def translation_contrast(step: TranslationStep) -> Parts:
     """UCL of sentences and translations."""
     return _both_ways(step.contrast)
 
 
 @term("parallel", reads=("masked",), trains=("fusion", "cross", "masked_head"), two_way=True)
-def masked_translations(step: TranslationStep) -> list[LossPart]:
+def masked_translations(step: TranslationStep) -> Parts:
     """TLM: masked words of either side, in the light of the other."""
     parts = []
     for name, side in (("source", step.source), ("target", step.target)):
         states = step.fused.states(name, side.subset.predicted())
-        parts.append(LossPart(states, len(states), side.subset.labels))
+        parts.append(MaskedPart(states, side.subset.labels))
     return parts
 
 
 @term("text", reads=("masked",), trains=("fusion", "masked_head"))
-def masked_text(step: TextStep) -> list[LossPart]:
+def masked_text(step: TextStep) -> Parts:
     """xMLM: masked words of plain text."""
-    states = step.predicted_states
-    return [LossPart(states, len(states), step.sentences.subset.labels)]
+    return [MaskedPart(step.fused, step.sentences.subset.labels)]
 
 
-def _both_ways(contrast: PairContrast) -> list[LossPart]:
+def _both_ways(contrast: PairContrast) -> Parts:
     return [LossPart(loss, contrast.count) for loss in (contrast.left_to_right, contrast.right_to_left)]
 
 
@@ -401,39 +426,39 @@ class UnifiedObjective(nn.Module):
             for version, call in encoding.calls.items():
                 # masks are drawn anew in each step, so that only clean sentences come again
                 if self.frozen_texts and version == "clean" and call.only_cls:
-                    ids = encoding.full.text_id
-                    call.states = self.frozen_texts.cls(
-                        ids, lambda rows, call=call: self._encode_cls(call.ids.take(rows))
-                    )
+                    encode = partial(self._encode_cls, call.ids)
+                    call.states = self.frozen_texts.cls(encoding.full.text_id, encode)
                 else:
                     calls.append(call)
         if not calls:
             return
-        ids, mask = concatenate([call.ids for call in calls]), torch.cat([call.output_mask for call in calls])
-        parts = self.model.encode_text(ids, mask).split([int(call.output_mask.sum()) for call in calls])
-        for call, states in zip(calls, parts, strict=True):
-            call.states = states
+        ids = concatenate([call.ids for call in calls])
+        states = self.model.encode_text(ids, torch.cat([call.output_mask for call in calls]))
+        parts = states.split([int(call.output_mask.sum()) for call in calls])
+        for call, part in zip(calls, parts, strict=True):
+            call.states = part
 
     @torch.no_grad()
-    def _encode_cls(self, ids: Ragged) -> Tensor:
-        """CLS states (n, d) of an encoder that never changes."""
+    def _encode_cls(self, sentences: Ragged, rows: Tensor) -> Tensor:
+        """CLS states (n, d) of some sentences, of an encoder that never changes."""
+        ids = sentences.take(rows)
         return self.model.encode_text(ids, first_tokens(ids.lengths))
 
     # ---- weigh
 
-    def _weigh(self, parts: dict[str, list[LossPart]]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _weigh(self, parts: dict[str, Parts]) -> tuple[Tensor, dict[str, Tensor]]:
         """Local parts -> this worker's share of the loss, and the terms of the global batch."""
         device = self.model.temperature.device
         flat = [(name, part) for name, several in parts.items() for part in several]
+        counts = [part.count if isinstance(part, LossPart) else len(part.labels) for _, part in flat]
         # one reduction for the counts of all parts
-        counts = [torch.as_tensor(part.count, dtype=torch.float32, device=device) for _, part in flat]
-        divisors = total(torch.stack(counts)).clamp(min=1)
+        local = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=device) for n in counts])
         halved = {name for name in parts if self.terms[name].two_way and self.config.directions == "mean"}
         shares: dict[str, Any] = dict.fromkeys(parts, 0.0)
-        masked = []
-        for (name, part), divisor in zip(flat, divisors, strict=True):
+        masked: list[tuple[str, MaskedPart, Tensor]] = []
+        for (name, part), divisor in zip(flat, total(local).clamp(min=1), strict=True):
             scale = (0.5 if name in halved else 1.0) / divisor
-            if part.labels is None:
+            if isinstance(part, LossPart):
                 shares[name] = shares[name] + scale * part.value
             else:
                 masked.append((name, part, scale.expand(len(part.labels))))
@@ -441,7 +466,7 @@ class UnifiedObjective(nn.Module):
         if masked:
             # all of them at once: the vocabulary is the largest matrix to read, and to write a gradient for
             head, word = self.model.masked_head, self.model.embedding.word
-            states = torch.cat([part.value for _, part, _ in masked])
+            states = torch.cat([part.states for _, part, _ in masked])
             labels = torch.cat([part.labels for _, part, _ in masked])
             scale = torch.cat([self.weights[name] * scale for name, _, scale in masked])
             value, losses = vocabulary_loss(head(states), word.weight, head.bias, labels, scale)
@@ -454,6 +479,6 @@ class UnifiedObjective(nn.Module):
 
 
 def part_of(parameter: str) -> str:
-    """The part of a `UnifiedModel` that a parameter belongs to: its first name, or "cross", what of the unified
-    encoder only grounded rows pass."""
+    """The part of a `UnifiedModel` that a parameter belongs to: its first name, or "cross", which only rows
+    that are grounded in something pass."""
     return "cross" if ".cross_" in parameter else parameter.partition(".")[0]
