@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.strategies.base import Outputs, Term, term_shares
-from raylib.distributed import gather, total, world_size
-from raylib.objectives.contrastive import info_nce
+from raylib.distributed import total, world_size
+from raylib.objectives.contrastive import align_pairs, info_nce
 from raylib.objectives.pretraining import UnifiedObjective
 from raylib.packed import Ragged, concatenate
 
@@ -94,19 +94,11 @@ def embed(model: nn.Module, part: dict, temperature: Tensor) -> Outputs:
 
 def _contrast(part: dict, temperature: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """Rows of the global batch in one order on any number of workers."""
-    index = part["index"].to(part["image_id"].device)
-    everywhere, pictures, texts = gather(
-        torch.stack([index, part["image_id"], part["text"].text_id], 1)
-    ).unbind(1)
-    everywhere, order = everywhere.sort()
-    positive = torch.searchsorted(everywhere, index.contiguous())
-    same = (part["image_id"][:, None] == pictures[order]) | (part["text"].text_id[:, None] == texts[order])
-    excluded = torch.zeros(same.shape, device=same.device).masked_fill_(same, -torch.inf)
-    excluded = excluded.scatter(1, positive[:, None], 0.0)
+    pairs = align_pairs(part["index"], part["image_id"], part["text"].text_id)
 
     def contrast(queries: Tensor, keys: Tensor) -> Tensor:
         queries, keys = (nn.functional.normalize(x, dim=1) for x in (queries, keys))
-        keys = gather(keys).index_select(0, order)
-        return info_nce(queries, keys, positive, excluded.to(queries.dtype), temperature.to(queries))[0]
+        mask = pairs.logit_mask(queries.dtype)
+        return info_nce(queries, pairs.gather(keys), pairs.positive, mask, temperature.to(queries))[0]
 
     return contrast

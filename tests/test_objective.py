@@ -1,8 +1,11 @@
 """Each term, and its gradient, against the slow reference; on odd sizes, unequal lengths, every switch."""
 
+import itertools
+
 import pytest
 import torch
 
+from raylib.errors import UserError
 from raylib.objectives.language import FrozenTextCache
 from raylib.objectives.pretraining import ObjectiveConfig, TermWeights, UnifiedObjective
 from tests.factories import make_batch, make_model
@@ -191,3 +194,37 @@ def test_vision_windows_are_encoded_like_images_of_their_own():
     torch.testing.assert_close(found.values[0], norm(mean))
     windowed.vision.resize(48)
     assert windowed.vision.place.shape == (9, 16)
+
+
+@pytest.mark.parametrize("off", [c for n in range(1, len(TERMS)) for c in itertools.combinations(TERMS, n)])
+def test_objective_declares_which_parameters_no_term_trains(off):
+    model = make_model()
+    objective = UnifiedObjective(model, ObjectiveConfig(weights=TermWeights(**dict.fromkeys(off, 0.0))))
+    objective(make_batch())[0].backward()
+    unused = [name for name, p in model.named_parameters() if p.grad is None]
+    assert objective.has_unused_parameters == bool(unused), unused
+
+
+def test_objective_takes_a_term_of_a_users_file(tmp_path):
+    """Its loss adds up, weighted; of weight 0 it changes nothing, whether parameters go unused neither."""
+    (tmp_path / "my_term.py").write_text(
+        "from raylib.objectives.pretraining import LossPart, term\n\n"
+        '@term("parallel", reads=("embeddings",), trains=("text_projection",))\n'
+        "def alignment(step):\n"
+        "    apart = step.model.embed_text(step.source.cls()) - step.model.embed_text(step.target.cls())\n"
+        "    return [LossPart(apart.square().sum(), len(apart))]\n"
+    )
+    file, model, batch = f"{tmp_path}/my_term.py:alignment", make_model(), make_batch()
+    objective, off = (
+        UnifiedObjective(model, ObjectiveConfig(terms={"mine": {"file": file, "weight": weight}}))
+        for weight in (0.5, 0.0)
+    )
+    loss, terms = objective(batch)
+    plain, plain_terms = UnifiedObjective(model, ObjectiveConfig())(batch)
+    assert set(terms) - set(plain_terms) == {"mine"} and terms["mine"] > 0
+    torch.testing.assert_close(loss, plain + 0.5 * terms["mine"])
+    assert torch.equal(off(batch)[0], plain) and not off.has_unused_parameters
+    with pytest.raises(UserError, match="unknown term of .*my_term.py 'aligned'; did you mean alignment"):
+        UnifiedObjective(
+            model, ObjectiveConfig(terms={"mine": {"file": file.replace("alignment", "aligned")}})
+        )

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from raylib.config import Config, choose, load_user_file
+from raylib.config import Config, load_user_file, lookup
 from raylib.distributed import clamp, gather, gather_ragged, total, world_size
 from raylib.models.unified import UnifiedModel
 from raylib.objectives.contrastive import (
@@ -347,7 +347,7 @@ class UserTerm(Config):
         """Raises UserError: no such file, no such term in it."""
         path, _, name = self.file.rpartition(":")
         entries = {k: v for k, v in vars(load_user_file(path)).items() if isinstance(v, Term)}
-        return choose(name, entries, f"term of {path}")
+        return lookup(name, entries, f"term of {path}")
 
 
 class ObjectiveConfig(Config):
