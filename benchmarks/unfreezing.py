@@ -49,7 +49,7 @@ def measure(sizes, trained: int, steps: int) -> float:
     model.backbone.vision.requires_grad_(False)
 
     def rates(depth: int | None, step: int) -> float:
-        return float(depth in (None, 0) or depth > model.depths - trained)
+        return float(depth in (None, 0) or depth > model.num_layers - trained)
 
     engine = TorchEngine(
         ClassificationObjective(model, "ce"), OptimConfig(), torch.device("cpu"), False, None, rates

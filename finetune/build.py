@@ -41,7 +41,7 @@ def build_model(config: FinetuneConfig) -> FinetuneModel | UnifiedModel:
                 raise UserError(f"{config.model}: its head is a {there}; set head={there}")
         else:
             backbone = load_backbone(config.model, config.backbone, config.vision)
-            if not hasattr(backbone, "ground"):
+            if not hasattr(backbone, "fused_cls"):
                 raise UserError(
                     f"task={config.task}: {backbone.kind} reads texts and pictures apart; it retrieves, no "
                     "more"
@@ -54,7 +54,7 @@ def build_model(config: FinetuneConfig) -> FinetuneModel | UnifiedModel:
             more = (_region_width(config), answers, config.decoder)
             model = FinetuneModel(backbone, labels, task.pictures, config.head_dropout, *more)
     backbone = backbone_of(model)
-    if hasattr(backbone, "see_regions"):
+    if hasattr(backbone, "set_region_dim"):
         _see_regions(config, backbone)
     elif config.image_size and config.image_size != backbone.config.image_size:
         if not isinstance(backbone, UnifiedModel):
@@ -73,7 +73,7 @@ def _ready_to_retrieve(config: FinetuneConfig, model: torch.nn.Module) -> None:
     Raises:
         UserError: a model without a match head, and matching is asked for.
     """
-    if config.use_itm_head and not (hasattr(model, "match_head") or hasattr(model, "see_regions")):
+    if config.use_itm_head and not (hasattr(model, "match_head") or hasattr(model, "set_region_dim")):
         raise UserError(
             f"task={config.task}: {model.kind} has no head that matches pairs; set use_itm_head=false"
         )
@@ -136,7 +136,9 @@ def open_pictures_for(config: FinetuneConfig, model: FinetuneModel | UnifiedMode
     backbone = backbone_of(model)
     size = getattr(backbone.config, "image_size", 0)
     return (
-        open_seen(config, size, "tags" in getattr(backbone, "parts", ())) if needs_pictures(config) else None
+        open_seen(config, size, "tags" in getattr(backbone, "row_parts", ()))
+        if needs_pictures(config)
+        else None
     )
 
 
@@ -159,7 +161,7 @@ def _see_regions(config: FinetuneConfig, backbone: torch.nn.Module) -> None:
             f"regions= is missing: {backbone.kind} sees region features, not pictures; give an LMDB folder, "
             "a .h5, a .tsv or a folder of .npz or .npy files"
         )
-    backbone.see_regions(_region_width(config))
+    backbone.set_region_dim(_region_width(config))
 
 
 def _region_width(config: FinetuneConfig) -> int | None:

@@ -82,8 +82,10 @@ def embed(model: nn.Module, part: dict, temperature: Tensor) -> Outputs:
         states = part["states"].with_values(part["states"].values.to(dtype))
     else:
         states = model.encode_images(part["images"])
-    image = model.embed_pictures(states).float()
-    text, *pivot = model.embed_sentences(concatenate(texts)).float().split([len(t.lengths) for t in texts])
+    image = model.embed_images(states, normalize=False).float()
+    text, *pivot = (
+        model.embed_text(concatenate(texts), normalize=False).float().split([len(t.lengths) for t in texts])
+    )
     return Outputs(
         image_embeddings=image,
         text_embeddings=text,

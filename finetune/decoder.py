@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from raylib.config import Config
 from raylib.errors import UserError
-from raylib.models.layers import Condition
+from raylib.models.layers import Memory
 from raylib.objectives.language import HEAD_ROWS, vocabulary_loss
 from raylib.packed import Ragged, first_tokens
 from raylib.text import Tokenizer
@@ -99,7 +99,7 @@ class AnswerDecoder(nn.Module):
         weights = scores[scores != 0].repeat_interleave(
             lengths.to(scores.device), output_size=int(lengths.sum())
         )
-        wanted = Ragged(self.wanted, self.lengths).take(answers).values
+        wanted = Ragged(self.wanted, self.lengths).select_rows(answers).values
         hidden = backbone.masked_head(states)
         return vocabulary_loss(
             hidden, backbone.embedding.word.weight, backbone.masked_head.bias, wanted, weights
@@ -122,7 +122,7 @@ class AnswerDecoder(nn.Module):
         later = (
             (~first_tokens(lengths)).nonzero().squeeze(1).to(states.device)
         )  # the first token's is known already
-        wanted = Ragged(self.wanted, self.lengths).take(chosen).values
+        wanted = Ragged(self.wanted, self.lengths).select_rows(chosen).values
         logs = _log_probabilities(backbone, states.index_select(0, later), wanted.index_select(0, later))
         # into a table with a row for each candidate: sums in an order of their own, on a GPU too
         there = (torch.arange(int(lengths.max()) - 1) < (lengths - 1)[:, None]).to(states.device)
@@ -133,15 +133,15 @@ class AnswerDecoder(nn.Module):
     def _states(self, backbone: nn.Module, question: Ragged, rows: Tensor, answers: Tensor) -> Tensor:
         """States (T, d) of the given tokens of `answers` (n,), each after the question in its place of `rows`
         (n,)."""
-        text = Ragged(self.given, self.lengths).take(answers)
-        return self.layers(text.with_values(backbone.embedding(text)), condition=Condition(question, rows))
+        text = Ragged(self.given, self.lengths).select_rows(answers)
+        return self.layers(text.with_values(backbone.embedding(text)), memory=Memory(question, rows))
 
     def _first_token(self, backbone: nn.Module, question: Ragged) -> Tensor:
         """log p of the first token of each answer: (b, C)."""
         b = len(question.lengths)
         start = Ragged(self.given[:1].expand(b), torch.ones(b, dtype=torch.int64))
         states = self.layers(
-            start.with_values(backbone.embedding(start)), condition=Condition(question, torch.arange(b))
+            start.with_values(backbone.embedding(start)), memory=Memory(question, torch.arange(b))
         )
         tokens = self.wanted.index_select(0, (self.lengths.cumsum(0) - self.lengths).to(self.wanted.device))
         return torch.cat(

@@ -20,8 +20,8 @@ from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.models import BACKBONES, rebuild
 from raylib.models import peft as tuning
-from raylib.models.base import Places, fill, find_model, find_tokenizer, write_model
-from raylib.models.layers import initialise
+from raylib.models.base import TokenSegments, fill, find_model, find_tokenizer, save_model
+from raylib.models.layers import init_weights
 from raylib.models.unified import KINDS, UnifiedModel
 from raylib.packed import Ragged
 from raylib.renames import model_kind, rename_settings
@@ -40,7 +40,7 @@ class Classifier(nn.Module):
         self.norm = nn.LayerNorm(2 * width)
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(2 * width, labels)
-        self.apply(initialise)
+        self.apply(init_weights)
 
     def forward(self, states: Tensor) -> Tensor:
         """(b, inputs) -> logits (b, labels)."""
@@ -60,7 +60,7 @@ class Regions(nn.Module):
         self.location = nn.Linear(LOCATIONS, width)
         self.location_norm = nn.LayerNorm(width)
         self.norm = nn.LayerNorm(width)
-        self.apply(initialise)
+        self.apply(init_weights)
 
     def forward(self, features: Tensor, locations: Tensor) -> Tensor:
         """(R, f), (R, 7) -> (R, d)."""
@@ -117,13 +117,13 @@ class FinetuneModel(nn.Module):
         Ragged ids. Of a decoder: log-probabilities, -inf at labels that are no candidates."""
         if self.spells:
             return self.head.rank(
-                self.backbone, self.backbone.ground_tokens(batch["text"], self.condition(batch))
+                self.backbone, self.backbone.fused_states(batch["text"], self.condition(batch))
             )
-        return self.head(self.ground(batch["text"], self.condition(batch)))
+        return self.head(self.fused_cls(batch["text"], self.condition(batch)))
 
     def answer_loss(self, batch: dict) -> Tensor:
         """A decoder's loss, summed over the batch: that of `forward` with "scores" (b, labels)."""
-        question = self.backbone.ground_tokens(batch["text"], self.condition(batch))
+        question = self.backbone.fused_states(batch["text"], self.condition(batch))
         return self.head.loss(self.backbone, question, batch["scores"])
 
     def condition(self, batch: dict) -> Ragged:
@@ -142,30 +142,30 @@ class FinetuneModel(nn.Module):
             return regions.with_values(self.regions(features, locations))
         return batch["premise"].with_values(self.backbone.encode_text(batch["premise"]))
 
-    def ground(self, text: Ragged, condition: Ragged) -> Tensor:
+    def fused_cls(self, text: Ragged, condition: Ragged) -> Tensor:
         """CLS states of each text under each of its c conditions, side by side: (b, c d)."""
-        return self.backbone.ground(text, condition, self.pictures).view(len(text.lengths), -1)
+        return self.backbone.fused_cls(text, condition, self.pictures).view(len(text.lengths), -1)
 
-    def states(self, batch: dict, layers: Sequence[int], empty: bool = False) -> tuple[list[Ragged], Places]:
+    def hidden_states(
+        self, batch: dict, layers: Sequence[int], empty: bool = False
+    ) -> tuple[list[Ragged], TokenSegments]:
         """States of all tokens of each text in the one picture that grounds it, after some of the layers
         (`raylib.models`). `empty`: of a backbone whose rows hold regions, and of a slot without one."""
         more = {"empty": True} if empty else {}
-        return self.backbone.states(batch["text"], self.condition(batch), layers, **more)
+        return self.backbone.hidden_states(batch["text"], self.condition(batch), layers, **more)
 
     def answer(self, last: Ragged) -> Tensor:
         """Logits (b, labels) from the states after the last layer: as `forward`, where one picture grounds a
         text."""
-        return self.head(
-            self.backbone.pooled(last.values.index_select(0, last.starts.to(last.values.device)))
-        )
+        return self.head(self.backbone.pool(last.values.index_select(0, last.starts.to(last.values.device))))
 
     @property
-    def depths(self) -> int:
-        return self.backbone.depths
+    def num_layers(self) -> int:
+        return self.backbone.num_layers
 
     @property
-    def fusion_depths(self) -> int:
-        return self.backbone.fusion_depths
+    def num_fusion_layers(self) -> int:
+        return self.backbone.num_fusion_layers
 
     def depth_of(self, name: str) -> int | None:
         """As the backbone's `depth_of`; None for the head and regions."""
@@ -186,7 +186,7 @@ class FinetuneModel(nn.Module):
             "sizes": self.backbone.config.model_dump(),
             "tuning": tuning.described(self),
         }
-        write_model(self, description, folder)
+        save_model(self, description, folder)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "FinetuneModel":

@@ -51,10 +51,10 @@ class ClassificationObjective(nn.Module):
         part = batch["examples"]
         device = next(self.model.parameters()).device
         examples = total(torch.tensor(float(len(part["text"].lengths)), device=device))
-        outputs, last = Outputs(), self.model.depths
+        outputs, last = Outputs(), self.model.num_layers
         if self.states:
             layers = sorted({*self.states.layers, last})
-            states, _ = self.model.states(part, layers, self.states.empty)
+            states, _ = self.model.hidden_states(part, layers, self.states.empty)
             outputs = Outputs(states=dict(zip(layers, states, strict=True)))
         shares = term_shares(self.first.values(), outputs, part, examples)
         names, weights = [*self.first], [term.weight for term in self.first.values()]

@@ -20,7 +20,7 @@ from raylib.data.states import States, remove_states, write_states
 from raylib.distributed import raise_together, world_size
 from raylib.finite import is_finite, require_finite
 from raylib.metrics import RANKS, hit_chances, mean, mean_hits, nearest_keys, recall_interval
-from raylib.models.layers import Condition
+from raylib.models.layers import Memory
 from raylib.packed import Ragged, first_tokens
 from raylib.randomness import Key, permutation
 from raylib.text import Tokenizer
@@ -108,21 +108,21 @@ class _Ranker:
                 states = model.encode_text(ids)
             return ids.with_values(states.float())
 
-        def embed_sentences(keys: Sequence[str]) -> Tensor:
+        def embed_ids(keys: Sequence[str]) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                return model.embed_sentences(ids_of(keys))
+                return model.embed_text(ids_of(keys), normalize=True)
 
         def embed_states(keys: Sequence[str]) -> Tensor:
             states = self._states(self.texts, keys)
-            return model.embed_text(states.values[states.starts])
+            return model.embed_text_states(states.values[states.starts], normalize=True)
 
         with torch.inference_mode():
             self.image_vectors = _vectors(
-                self.names, lambda names: model.embed_pictures(self._states(self.images, names))
+                self.names, lambda names: model.embed_images(self._states(self.images, names), normalize=True)
             )
             if ranks:
                 self.texts: States = write_states(folder / "texts", self.keys, encode, SENTENCES)
-            self.text_vectors = _vectors(self.keys, embed_states if ranks else embed_sentences)
+            self.text_vectors = _vectors(self.keys, embed_states if ranks else embed_ids)
         require_finite("image embeddings", self.image_vectors)
         require_finite("text embeddings", self.text_vectors)
 
@@ -168,7 +168,7 @@ class _Ranker:
             condition = self._states(self.images, [self.names[i] for i in seen])
             said = self._states(self.texts, [self.keys[i] for i in texts])
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                cls = self.model.fuse(said, first_tokens(said.lengths), Condition(condition, rows))
+                cls = self.model.fuse(said, first_tokens(said.lengths), Memory(condition, rows))
             # outside of autocast: bf16 logits near 8 are 1/16 apart, and would tie
             logits = self.model.match_head(cls.float()).float()
             out.append((logits[:, 1] - logits[:, 0]).cpu())

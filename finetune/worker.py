@@ -153,7 +153,7 @@ class FinetuneJob:
             update={**steps, "stop_after": min(end, fit_config.stop_after or end)}
         )
         validate = _Validation(config, tokenizer, pictures, dev, runtime, self.epochs is None)
-        rates = methods.rates(model.depths, batches.steps, config.epochs)
+        rates = methods.rates(model.num_layers, batches.steps, config.epochs)
         describe = {"run": config.name, "ties": config.select_ties}
         result = fit(objective, batches, runtime, fit_config, config.optim, validate, describe, rates)
         return {

@@ -148,9 +148,7 @@ def encode_pictures(model: UnifiedModel, pictures: Tensor, device: torch.device)
     parts = []
     for part in pictures.split(IMAGES):
         images = model.encode_images(part.to(device))
-        parts.append(
-            model.embed_images(images.values.index_select(0, images.starts.to(device))).float().cpu()
-        )
+        parts.append(model.embed_images(images, normalize=True).float().cpu())
     return torch.cat(parts)
 
 
@@ -161,7 +159,7 @@ def encode_sentences(model: UnifiedModel, ids: list[Tensor], device: torch.devic
         chunk = ids[start : start + SENTENCES]
         lengths = torch.tensor([len(row) for row in chunk])
         cls = model.encode_text(Ragged(torch.cat(chunk).to(device), lengths), first_tokens(lengths))
-        parts.append(model.embed_text(cls).float().cpu())
+        parts.append(model.embed_text_states(cls, normalize=True).float().cpu())
     return torch.cat(parts)
 
 

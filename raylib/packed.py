@@ -30,12 +30,12 @@ class Ragged(NamedTuple):
         """The same rows over other per-token values (T, ...)."""
         return Ragged(values, self.lengths)
 
-    def take(self, rows: Tensor) -> "Ragged":
+    def select_rows(self, rows: Tensor) -> "Ragged":
         """The rows in the order of `rows` (m,), repeats allowed; T becomes the sum of their lengths."""
         lengths = self.lengths[rows]
-        return Ragged(self.values.index_select(0, self.tokens(rows).to(self.values.device)), lengths)
+        return Ragged(self.values.index_select(0, self.token_index(rows).to(self.values.device)), lengths)
 
-    def tokens(self, rows: Tensor) -> Tensor:
+    def token_index(self, rows: Tensor) -> Tensor:
         """Flat positions of the tokens of `rows`, row after row."""
         lengths = self.lengths[rows]
         first = torch.repeat_interleave(self.starts[rows] - (lengths.cumsum(0) - lengths), lengths)
@@ -54,9 +54,9 @@ class Sentences(NamedTuple):
     labels: Tensor
     text_id: Tensor
 
-    def take(self, rows: Tensor) -> "Sentences":
+    def select_rows(self, rows: Tensor) -> "Sentences":
         """The sentences of `rows` (on the CPU), in that order."""
-        tokens = Ragged(self.clean, self.lengths).tokens(rows)
+        tokens = Ragged(self.clean, self.lengths).token_index(rows)
         place = torch.full((int(self.lengths.sum()),), -1)
         place[self.positions] = torch.arange(len(self.positions))
         chosen = place[tokens]
@@ -81,15 +81,15 @@ class Sentences(NamedTuple):
 class Plan(NamedTuple):
     """How attention runs over n ragged rows of ascending length.
 
-    `runs`: (rows, queries of the longest, keys) of each run of rows with equally many keys. `cells` (P,): the
-    query token in each cell of the padded queries (any token where a cell is empty); `place` (R,): the cell
-    of each query token. Both are None where nothing is padded or moved. `causal`: every token asks, and sees
-    itself and what is before it.
+    `buckets`: (rows, queries of the longest, keys) of each bucket of rows with equally many keys. `pad_index`
+    (P,): the query token in each cell of the padded queries (any token where a cell is empty); `unpad_index`
+    (R,): the cell of each query token. Both are None where nothing is padded or moved. `causal`: every token
+    asks, and sees itself and what is before it.
     """
 
-    runs: list[tuple[int, int, int]]
-    cells: Tensor | None
-    place: Tensor | None
+    buckets: list[tuple[int, int, int]]
+    pad_index: Tensor | None
+    unpad_index: Tensor | None
     causal: bool = False
 
 
@@ -102,7 +102,7 @@ def join_rows(left: Ragged, right: Ragged) -> Ragged:
     """Row i of `left` followed by row i of `right`, as one row (n, lengths added)."""
     both = concatenate([left, right])
     pairs = torch.arange(2 * len(left.lengths)).view(2, -1).T.reshape(-1)
-    return Ragged(both.take(pairs).values, left.lengths + right.lengths)
+    return Ragged(both.select_rows(pairs).values, left.lengths + right.lengths)
 
 
 def first_tokens(lengths: Tensor) -> Tensor:
@@ -121,13 +121,13 @@ def plan_attention(keys: Tensor, queries: Tensor, device: torch.device, tokens: 
     """
     keys, rows = keys.unique_consecutive(return_counts=True)
     longest = torch.stack([run.max() for run in queries.split(rows.tolist())])
-    runs = list(zip(rows.tolist(), longest.tolist(), keys.tolist(), strict=True))
+    buckets = list(zip(rows.tolist(), longest.tolist(), keys.tolist(), strict=True))
     padded, count = longest.repeat_interleave(rows), int(queries.sum())
     if tokens is None and int(padded.sum()) == count:
-        return Plan(runs, None, None)
+        return Plan(buckets, None, None)
     tokens = torch.arange(count) if tokens is None else tokens
     shift = (padded.cumsum(0) - padded) - (queries.cumsum(0) - queries)
     cell = torch.arange(count) + shift.repeat_interleave(queries)
-    cells, place = torch.zeros(int(padded.sum()), dtype=torch.int64), torch.empty_like(cell)
-    cells[cell], place[tokens] = tokens, cell
-    return Plan(runs, cells.to(device, non_blocking=True), place.to(device, non_blocking=True))
+    pad_index, unpad_index = torch.zeros(int(padded.sum()), dtype=torch.int64), torch.empty_like(cell)
+    pad_index[cell], unpad_index[tokens] = tokens, cell
+    return Plan(buckets, pad_index.to(device, non_blocking=True), unpad_index.to(device, non_blocking=True))

@@ -18,7 +18,7 @@ from raylib.metrics import disparity
 from raylib.objectives.pretraining import UnifiedObjective
 from raylib.track import read_metrics
 from tests.factories import make_batch, make_model, take_rows
-from tests.test_collective import assert_workers_equal_one, run_workers
+from tests.workers import assert_workers_equal_one, run_workers
 
 FILES = {
     ("", "en"): {"1.jpg": ("a dog",), "2.jpg": ("a bus",)},
@@ -100,9 +100,11 @@ def test_alignment_losses_equal_slow_loops(loss):
     total, values = ContrastObjective(model, 0.5, terms)(batch)
     part = batch["image_text"]
     with torch.no_grad():
-        picture = model.embed_pictures(model.encode_images(part["images"])).float()
-        text = model.embed_sentences(type(part["pivot"])(part["text"].clean, part["text"].lengths)).float()
-        pivot = model.embed_sentences(part["pivot"]).float()
+        picture = model.embed_images(model.encode_images(part["images"]), normalize=False).float()
+        text = model.embed_text(
+            type(part["pivot"])(part["text"].clean, part["text"].lengths), normalize=False
+        ).float()
+        pivot = model.embed_text(part["pivot"], normalize=False).float()
     one_picture = {(1, 4), (4, 1)}
     expected = {
         "i2t": slow_contrast(picture, text, 0.5, one_picture),
@@ -122,7 +124,7 @@ def on_share(rank, world):
     batch = aligned_batch()
     pivots = batch["image_text"].pop("pivot")
     share = take_rows({**make_batch(3, 6), "image_text": batch["image_text"]}, rank, world)["image_text"]
-    share["pivot"] = pivots.take(torch.arange(rank, 6, world))
+    share["pivot"] = pivots.select_rows(torch.arange(rank, 6, world))
     model = make_model()
     terms = {}
     for loss in ("mse", "pivot"):
@@ -151,9 +153,11 @@ def test_alignment_beside_matching_equals_slow_loops(loss):
     (total, values), (before, own) = objective(batch), unified(batch)
     part, tau = batch["image_text"], float(model.temperature)
     with torch.no_grad():
-        picture = model.embed_pictures(model.encode_images(part["images"])).float()
-        text = model.embed_sentences(type(part["pivot"])(part["text"].clean, part["text"].lengths)).float()
-        pivot = model.embed_sentences(part["pivot"]).float()
+        picture = model.embed_images(model.encode_images(part["images"]), normalize=False).float()
+        text = model.embed_text(
+            type(part["pivot"])(part["text"].clean, part["text"].lengths), normalize=False
+        ).float()
+        pivot = model.embed_text(part["pivot"], normalize=False).float()
     if loss == "mse":
         expected = sum(float(d) ** 2 for row in (text - pivot) for d in row) / text.numel()
     else:
@@ -172,7 +176,7 @@ def matched_share(rank, world):
     batch = aligned_batch()
     pivots = batch["image_text"].pop("pivot")
     share = take_rows({**make_batch(3, 6), "image_text": batch["image_text"]}, rank, world)["image_text"]
-    share["pivot"] = pivots.take(torch.arange(rank, 6, world))
+    share["pivot"] = pivots.select_rows(torch.arange(rank, 6, world))
     objective, _ = matching("pivot", 0.7)
     loss, values = objective({"image_text": share})
     loss.backward()

@@ -24,7 +24,7 @@ from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES
 from raylib.config import override
 from raylib.models import BACKBONES
-from raylib.models.layers import Condition
+from raylib.models.layers import Memory
 from raylib.models.single_stream import SingleStream, tiny
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
@@ -133,7 +133,9 @@ def test_parallel_states_of_retrieval_models_are_their_embeddings(tokenizer, bui
     got = parallel_states(model, parallel_of(TEXTS), None, tokenizer, 12)
     for i, row in enumerate(TEXTS):
         for j, text in enumerate(row):
-            wanted = F.normalize(model.embed_sentences(encode_texts([text], tokenizer, 12))[0], dim=0)
+            wanted = F.normalize(
+                model.embed_text(encode_texts([text], tokenizer, 12), normalize=False)[0], dim=0
+            )
             torch.testing.assert_close(got[j, i].double(), wanted.detach(), atol=1e-6, rtol=0)
 
 
@@ -191,7 +193,7 @@ def test_attention_weights_reproduce_module_output():
         for row, start in zip(
             range(4), text.starts.tolist(), strict=True
         ):  # one text at a time, its outputs noted
-            one, outputs = text.take(torch.tensor([row])), []
+            one, outputs = text.select_rows(torch.tensor([row])), []
             handles = [
                 block.cross_attention.register_forward_hook(
                     lambda _, inputs, out, to=outputs: to.append((inputs, out))
@@ -199,7 +201,7 @@ def test_attention_weights_reproduce_module_output():
                 for block in backbone.fusion.blocks
             ]
             states = one.with_values(backbone.encode_text(one))
-            backbone.fuse(states, condition=Condition(picture, torch.zeros(1, dtype=torch.int64)))
+            backbone.fuse(states, memory=Memory(picture, torch.zeros(1, dtype=torch.int64)))
             for handle in handles:
                 handle.remove()
             for layer, ((_, key_value, _), out) in enumerate(outputs):

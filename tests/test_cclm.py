@@ -130,7 +130,7 @@ def test_cclm_base_has_published_parameter_counts(name, d, f, text):
     with torch.device("meta"):
         model = backbone.build(backbone.sizes["base"])
     parts = count(model)
-    assert model.kind == name and model.depths == text + 6 and model.fusion_depths == 6
+    assert model.kind == name and model.num_layers == text + 6 and model.num_fusion_layers == 6
     assert parts["text"] == text * block(d, f, False) and parts["fusion"] == 6 * block(d, f, True)
     assert parts["embedding"] == (250002 + backbone.sizes["base"].positions) * d + 2 * d
     if name == "cclm":
@@ -155,11 +155,11 @@ def test_cclm_tiny_runs_and_gives_every_parameter_a_depth(name, tmp_path):
     model = backbone.build(backbone.sizes["tiny"]).eval()
     text = Ragged(torch.randint(5, 12000, (9,)), torch.tensor([5, 4]))
     condition = model.encode_images(pictures(2))
-    cls = model.ground(text, condition)
-    whole = model.ground_tokens(text, condition)
+    cls = model.fused_cls(text, condition)
+    whole = model.fused_states(text, condition)
     torch.testing.assert_close(whole.values[[0, 5]], cls, atol=1e-5, rtol=1e-4)
     assert model.depth_of("text.blocks.0.output.weight") == 1 and model.depth_of("embedding.word.weight") == 0
-    assert model.depth_of(f"fusion.blocks.{model.fusion_depths - 1}.cross_norm.bias") == model.depths
+    assert model.depth_of(f"fusion.blocks.{model.num_fusion_layers - 1}.cross_norm.bias") == model.num_layers
     assert all(model.depth_of(n) is None for n, _ in model.named_parameters() if n.startswith("vision."))
     tuned = FinetuneModel(model, ("a", "b"), 1, 0.0).eval()
     tuned.save(tmp_path)

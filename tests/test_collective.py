@@ -1,47 +1,16 @@
 """Two and three workers (gloo) on a split batch give the loss and the gradients of one worker on the
 whole."""
 
-import os
-import tempfile
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from raylib.distributed import gather, gather_ragged, total
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 from raylib.packed import Ragged
 from tests.factories import make_batch, make_model, take_rows
+from tests.workers import run_workers
 
 SIZES = (6, 6, 6)  # pairs, translations, mono: multiples of 2 and 3
-
-
-def run_workers(work, world, *arguments):
-    """`work(rank, world, *arguments)` in `world` processes; their results in rank order."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_start, (world, folder, work, arguments), nprocs=world)
-        return [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]
-
-
-def _start(rank, world, folder, work, arguments):
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    torch.save(work(rank, world, *arguments), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def assert_workers_equal_one(results, alone):
-    """Assert that (terms, gradients) of each worker, the gradients' mean, are those of one process."""
-    values, gradients = alone
-    for name, value in values.items():
-        for terms, _ in results:
-            torch.testing.assert_close(terms[name], value, rtol=1e-5, atol=1e-6)
-    for name, gradient in gradients.items():
-        if gradient is not None:
-            mean = sum(own[name] for _, own in results) / len(results)  # what DDP and ZeRO do
-            torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def objective_on_share(rank, world, switches):

@@ -21,14 +21,14 @@ from finetune.formats.vqa import read_cvil
 from finetune.model import FinetuneModel
 from finetune.strategies.distillation import Distillation, chosen_layers
 from raylib.errors import UserError
-from raylib.models.base import find_places
+from raylib.models.base import find_segments
 from raylib.models.oscar import TINY, Oscar
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from raylib.text import Prompted, Tokenizer
 from tests.factories import make_batch, make_model
-from tests.test_collective import assert_workers_equal_one, run_workers
 from tests.test_oscar import FEATURES, shaken
+from tests.workers import assert_workers_equal_one, run_workers
 
 LABELS = ("no", "yes")
 SIZES = TINY.model_copy(update={"layers": 3, "dropout": 0.0})
@@ -113,10 +113,10 @@ def made_lesson(tokenizer, terms=TERMS, layers=None, slots=0, public=False, rows
                 p.add_(torch.randn_like(p) * 0.1)
         models.append(FinetuneModel(backbone, LABELS, 1, 0.0, FEATURES))
     student, teacher = models
-    sides = Side(ours(), student.backbone.parts), Side(tokenizer, teacher.backbone.parts)
+    sides = Side(ours(), student.backbone.row_parts), Side(tokenizer, teacher.backbone.row_parts)
     examples, regions = made_examples(), made_regions()
     chosen = list(range(3))[rows]
-    seen = {"regions": regions.take(torch.tensor(chosen)), "tags": [()] * len(chosen)}
+    seen = {"regions": regions.select_rows(torch.tensor(chosen)), "tags": [()] * len(chosen)}
     examples = [examples[i] for i in chosen]
     part = {"index": torch.tensor(chosen), **encode_inputs(examples, seen, ours(), length)}
     part |= Inputs(*sides, length, terms, slots, public)(examples, seen, part)
@@ -131,8 +131,8 @@ def slow_parts(objective, batch, teacher, tokenizer, slots=0):
     teacher) of tokens that match], "t", "n": (tokens of tags, of words) of both}. No positions but those
     counted here."""
     part, found = batch["examples"], []
-    student_rows, _ = objective.model.states(part, tuple(objective.layers), slots > 0)
-    teacher_rows, _ = teacher.states({**part, **part["teacher"]}, tuple(objective.layers), slots > 0)
+    student_rows, _ = objective.model.hidden_states(part, tuple(objective.layers), slots > 0)
+    teacher_rows, _ = teacher.hidden_states({**part, **part["teacher"]}, tuple(objective.layers), slots > 0)
     mine_tok = ours()
     for i, e in enumerate(made_examples()):
         mine_text, theirs_text = mine_tok.encode([e.texts[-1]])[0], tokenizer.encode([e.pivot])[0]
@@ -145,7 +145,7 @@ def slow_parts(objective, batch, teacher, tokenizer, slots=0):
         ]
         per_layer = []
         for a, b in zip(student_rows, teacher_rows, strict=True):
-            row, other = (rows.take(torch.tensor([i])).values for rows in (a, b))
+            row, other = (rows.select_rows(torch.tensor([i])).values for rows in (a, b))
             assert [len(row), len(other)] == [sum(s) for s in sizes]
             heads = [s[0] + s[1] for s in sizes]
             values = {
@@ -334,28 +334,29 @@ def test_distillation_on_two_workers_equals_one():
 
 
 def test_unified_states_agree_with_fuse_and_text_encoder():
-    """After the last layer they are what `ground` gives; after the text layers what the text encoder does."""
+    """After the last layer they are what `fused_cls` gives; after the text layers what the text encoder
+    does."""
     model, part = make_model().eval(), make_batch(3, 6)["image_text"]
     text = Ragged(part["text"].clean, part["text"].lengths)
     pictures = model.encode_images(part["images"])
-    states, places = model.states(text, pictures, [1, 2, 4])
+    states, places = model.hidden_states(text, pictures, [1, 2, 4])
     assert places.text.lengths.equal(text.lengths) and places.text.values.equal(
         torch.arange(len(text.values))
     )
     assert (
         not places.tags.lengths.any() and not places.regions.lengths.any() and places.cls.equal(text.starts)
     )
-    torch.testing.assert_close(model.pooled(states[-1].values[places.cls]), model.ground(text, pictures))
-    torch.testing.assert_close(states[-1].values, model.ground_tokens(text, pictures).values)
+    torch.testing.assert_close(model.pool(states[-1].values[places.cls]), model.fused_cls(text, pictures))
+    torch.testing.assert_close(states[-1].values, model.fused_states(text, pictures).values)
     torch.testing.assert_close(states[1].values, model.encode_text(text))
     first = model.text.blocks[0]
     model.text.blocks = model.text.blocks[:1]
     torch.testing.assert_close(states[0].values, model.encode_text(text))
     assert model.text.blocks[0] is first
     with pytest.raises(UserError, match="layers .5.: unified has layers 1 to 4; name some"):
-        make_model().states(text, pictures, [5])
+        make_model().hidden_states(text, pictures, [5])
     with pytest.raises(UserError, match="states need fusion=cross"):
-        make_model(fusion="entangled").states(text, pictures, [1])
+        make_model(fusion="entangled").hidden_states(text, pictures, [1])
 
 
 @pytest.mark.parametrize(
@@ -420,7 +421,7 @@ def test_distillation_incompatible_models_are_refused():
             check_models(Distillation(teacher="x", **settings), model(student), model(teacher))
     check_models(Distillation(teacher="x"), model(oscar), model(Oscar(TINY)))
     check_models(Distillation(teacher="x", tokens=("cls", "mixed")), model(unified), model(make_model()))
-    assert find_places(*(torch.tensor([1]),) * 3).cls.tolist() == [0]
+    assert find_segments(*(torch.tensor([1]),) * 3).cls.tolist() == [0]
 
 
 def test_distillation_answers_with_one_translation_are_one_class(tmp_path):

@@ -21,13 +21,13 @@ from finetune.retrieval import retrieve
 from finetune.stores import open_pictures
 from finetune.tasks import TASKS
 from raylib.errors import UserError
-from raylib.models.layers import Condition
+from raylib.models.layers import Memory
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
 from tests import reference
 from tests.factories import make_model
-from tests.test_collective import run_workers
+from tests.workers import run_workers
 
 TOKENIZER = DATA / "tokenizer.model"
 
@@ -182,9 +182,12 @@ def slow_recalls(model, items, pictures, tokenizer, candidates):
                 ids = torch.tensor([tokenizer.cls, *tokenizer.encode([caption])[0].tolist(), tokenizer.sep])
                 text = Ragged(ids, torch.tensor([len(ids)]))
                 states = text.with_values(model.encode_text(text))
-                vectors = model.embed_images(image.values[:1]), model.embed_text(states.values[:1])
+                vectors = (
+                    model.embed_images(image, normalize=True),
+                    model.embed_text_states(states.values[:1], normalize=True),
+                )
                 similar[i, t] = float((vectors[0] * vectors[1]).sum())
-                cls = model.fuse(states, None, Condition(image, torch.tensor([0])))[:1]
+                cls = model.fuse(states, None, Memory(image, torch.tensor([0])))[:1]
                 logits = model.match_head(cls)[0].double()
                 match[i, t] = float(logits[1] - logits[0])
     figures = {}

@@ -11,8 +11,8 @@ from finetune.evaluate import evaluate
 from finetune.formats import gqa
 from finetune.tasks import TASKS
 from raylib.text import Tokenizer
-from tests.test_collective import run_workers
 from tests.test_finetune import TOKENIZER, pixels, questions, small_model
+from tests.workers import run_workers
 
 FEW, MANY = 160 * 64, 100_000  # FEW fills its batches, so that the first FEW of MANY meet the same ones
 GROWTH = 8.0  # MB; 90,000 more predictions as Python objects would be 60 at the least

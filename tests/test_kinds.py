@@ -31,7 +31,7 @@ def start(tmp_path_factory):
             torch.manual_seed(0)
             model = backbone.build(backbone.sizes["tiny"])
             if kind in ON_REGIONS:  # stored with a head alone
-                model.see_regions(6)
+                model.set_region_dim(6)
                 model = FinetuneModel(model, ("?",), 1, 0.1, 6)
             model.save(folder)
             shutil.copy2(DATA / "tokenizer.model", folder)

@@ -85,7 +85,7 @@ def test_mclip_embeddings_equal_transformers(folders):
             (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         )  # M-CLIP's mean: over all real tokens
         flat = Ragged(ids[mask], mask.sum(1))
-        torch.testing.assert_close(model.embed_sentences(flat), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.embed_text(flat, normalize=False), wanted, rtol=1e-4, atol=1e-5)
         images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
         mean, std = (
             torch.tensor(v)
@@ -93,7 +93,7 @@ def test_mclip_embeddings_equal_transformers(folders):
         )
         pixels = ((images / 255 - mean) / std).permute(0, 3, 1, 2)
         seen = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
-        found = model.embed_pictures(model.encode_images(images))
+        found = model.embed_images(model.encode_images(images), normalize=False)
         torch.testing.assert_close(found, seen, rtol=1e-4, atol=1e-5)
 
 
@@ -102,7 +102,10 @@ def test_mclip_saves_and_loads(folders, tmp_path):
     model.save(tmp_path)
     back = MClip.from_pretrained(tmp_path).eval()
     ids = Ragged(torch.tensor([0, 5, 2]), torch.tensor([3]))
-    assert back.embed_sentences(ids).equal(model.embed_sentences(ids)) and back.config == model.config
+    assert (
+        back.embed_text(ids, normalize=False).equal(model.embed_text(ids, normalize=False))
+        and back.config == model.config
+    )
 
 
 def test_clip_equals_transformers_and_saves(folders, tmp_path):
@@ -115,16 +118,21 @@ def test_clip_equals_transformers_and_saves(folders, tmp_path):
     with torch.inference_mode():
         for row, ids in enumerate(texts):
             states = clip.text_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
-            found = model.embed_sentences(flat)[row]
+            found = model.embed_text(flat, normalize=False)[row]
             torch.testing.assert_close(found, clip.text_projection(states), rtol=1e-4, atol=1e-5)
-        seen = model.embed_pictures(model.encode_images(images))
+        seen = model.embed_images(model.encode_images(images), normalize=False)
         torch.testing.assert_close(
             seen, load_mclip(*folders[:2]).encode_images(images).values, rtol=1e-4, atol=1e-5
         )
         model.save(tmp_path)
-        assert Clip.from_pretrained(tmp_path).eval().embed_sentences(flat).equal(model.embed_sentences(flat))
+        assert (
+            Clip.from_pretrained(tmp_path)
+            .eval()
+            .embed_text(flat, normalize=False)
+            .equal(model.embed_text(flat, normalize=False))
+        )
     depths = {model.depth_of(name) for name, _ in model.named_parameters()}
-    assert depths == {None, 0, 1} and model.depths == 1 and len(model.prunable()) == 6
+    assert depths == {None, 0, 1} and model.num_layers == 1 and len(model.prunable()) == 6
     with pytest.raises(UserError, match="brings its own image tower"):
         load_clip(folders[1], folders[1])
     with pytest.raises(UserError, match="not of clip"):
@@ -148,7 +156,10 @@ def test_mclip_base_has_published_parameter_count():
 def test_mclip_depths_and_prunable_parameters():
     model = BACKBONES["mclip"].build(BACKBONES["mclip"].sizes["tiny"])
     depths = {name: model.depth_of(name) for name, _ in model.named_parameters()}
-    assert depths["embedding.word.weight"] == 0 and depths["text.blocks.1.output.weight"] == 2 == model.depths
+    assert (
+        depths["embedding.word.weight"] == 0
+        and depths["text.blocks.1.output.weight"] == 2 == model.num_layers
+    )
     assert depths["text_projection.weight"] is None and {
         d for n, d in depths.items() if n.startswith("vision")
     } == {None}

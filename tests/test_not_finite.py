@@ -8,8 +8,8 @@ import torch
 from raylib.engine import DeepSpeedEngine, TorchEngine
 from raylib.guard import StepGuard
 from raylib.optim import OptimConfig
-from tests.test_collective import run_workers
 from tests.test_strategies import Squares, Stack, batch_of
+from tests.workers import run_workers
 
 OPTIM = OptimConfig(lr=0.02, weight_decay=0.1, warmup=0.0, clip=0.05)
 CPU = torch.device("cpu")

@@ -30,8 +30,8 @@ from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from tests import published, test_cclm_load, test_load, test_mclip, test_oscar, test_stores
 from tests.factories import SMALL, make_model
-from tests.test_collective import run_workers
 from tests.test_single_stream import FORMATS
+from tests.workers import run_workers
 
 folders = test_mclip.folders  # a fixture
 NAN, INF = math.nan, math.inf

@@ -15,13 +15,13 @@ from raylib import checkpoint
 from raylib.errors import NotFinite
 from raylib.guard import StepGuard
 from raylib.loop import FitConfig, fit
-from raylib.models.base import write_model
+from raylib.models.base import save_model
 from raylib.optim import OptimConfig
 from raylib.runtime import Local
 from raylib.track import read_metrics
-from tests.test_collective import run_workers
 from tests.test_not_finite import CPU, Faulty, faulty_batch
 from tests.test_strategies import Stack
+from tests.workers import run_workers
 
 OPTIM = OptimConfig(lr=0.02, weight_decay=0.1, warmup=0.0, clip=0.05)
 
@@ -30,7 +30,7 @@ class Stored(Stack):
     """A stack that can be saved."""
 
     def save(self, folder: Path) -> None:
-        write_model(self, {"model_type": "stack"}, folder)
+        save_model(self, {"model_type": "stack"}, folder)
 
 
 class Batches:
@@ -362,5 +362,5 @@ def test_non_finite_model_is_not_written(tmp_path):
     with torch.no_grad():
         model.bias[1] = -math.inf
     with pytest.raises(Exception, match=r"model.safetensors: tensor bias is not finite"):
-        write_model(model, {}, tmp_path / "model")
+        save_model(model, {}, tmp_path / "model")
     assert not (tmp_path / "model").exists()

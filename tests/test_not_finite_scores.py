@@ -25,9 +25,9 @@ from raylib.tables import open_pyplot
 from raylib.text import Tokenizer
 from raylib.track import Tracker, read_metrics
 from tests.factories import make_model
-from tests.test_collective import run_workers
 from tests.test_decoder import ANSWERS
 from tests.test_finetune import TOKENIZER, captions, pixels, questions, retriever, small_model
+from tests.workers import run_workers
 
 NAN = math.nan
 

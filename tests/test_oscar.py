@@ -22,7 +22,7 @@ from finetune.stores import open_regions
 from finetune.stores.records import to_regions
 from raylib.errors import UserError
 from raylib.models import BACKBONES, rebuild
-from raylib.models.base import find_places
+from raylib.models.base import find_segments
 from raylib.models.oscar import TINY, Oscar, OscarConfig, Seen, load_oscar
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
@@ -176,8 +176,8 @@ def test_oscar_published_weights_equal_slow_reference(tmp_path, double, norm, sa
     texts, tags, regions = made_rows()
     layers, pooled, begin = slow(weights, texts, tags, regions, norm)
     seen = model.embed_regions(our_rows(regions), our_rows(tags))
-    torch.testing.assert_close(model.ground(our_rows(texts), seen), pooled, rtol=1e-9, atol=1e-12)
-    found, places = model.states(our_rows(texts), seen, (1, 2))
+    torch.testing.assert_close(model.fused_cls(our_rows(texts), seen), pooled, rtol=1e-9, atol=1e-12)
+    found, places = model.hidden_states(our_rows(texts), seen, (1, 2))
     assert len(found) == len(layers) == 2
     for mine, theirs in zip(found, layers, strict=True):
         assert mine.lengths.tolist() == [
@@ -193,27 +193,27 @@ def test_oscar_published_weights_equal_slow_reference(tmp_path, double, norm, sa
             assert place.lengths.tolist() == [len(row) for row in rows]
             torch.testing.assert_close(mine.values[place.values], torch.cat(rows), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(mine.values[places.cls], theirs[:, 0], rtol=1e-9, atol=1e-12)
-    padded, places = model.states(our_rows(texts), seen, (1, 2), empty=True)
+    padded, places = model.hidden_states(our_rows(texts), seen, (1, 2), empty=True)
     for mine, plain, theirs in zip(
         padded, found, layers, strict=True
     ):  # the reference pads to one slot more than any row has
         torch.testing.assert_close(mine.values[places.empty], theirs[:, -1], rtol=1e-9, atol=1e-12)
         assert mine.values[places.text.values].equal(
-            plain.values[find_places(*(p.lengths for p in places[1:4])).text.values]
+            plain.values[find_segments(*(p.lengths for p in places[1:4])).text.values]
         )
-    lowest = model.states(our_rows(texts), seen, [1])[0]
+    lowest = model.hidden_states(our_rows(texts), seen, [1])[0]
     assert len(lowest) == 1 and lowest[0].values.equal(found[0].values)
 
 
 def test_oscar_segments_equal_worked_example():
     """CLS SEP tag SEP region; CLS word SEP; CLS SEP region region."""
-    places = find_places(torch.tensor([2, 3, 2]), torch.tensor([2, 0, 0]), torch.tensor([1, 0, 2]))
+    places = find_segments(torch.tensor([2, 3, 2]), torch.tensor([2, 0, 0]), torch.tensor([1, 0, 2]))
     assert places.cls.tolist() == [0, 5, 8]
     assert places.text.values.tolist() == [0, 1, 5, 6, 7, 8, 9] and places.text.lengths.tolist() == [2, 3, 2]
     assert places.tags.values.tolist() == [2, 3] and places.tags.lengths.tolist() == [2, 0, 0]
     assert places.regions.values.tolist() == [4, 10, 11] and places.regions.lengths.tolist() == [1, 0, 2]
     assert places.empty.tolist() == []
-    places = find_places(torch.tensor([2, 3]), torch.tensor([2, 0]), torch.tensor([1, 0]), True)
+    places = find_segments(torch.tensor([2, 3]), torch.tensor([2, 0]), torch.tensor([1, 0]), True)
     assert (
         places.cls.tolist() == [0, 6]
         and places.empty.tolist() == [5, 9]
@@ -237,25 +237,30 @@ def test_oscar_text_folder_fills_the_text_part(tmp_path, kind, bare):
     (body if bare else peer).save_pretrained(tmp_path)
     shutil.copy2(DATA / "tokenizer.model", tmp_path)
     model = load_backbone(tmp_path, "oscar").eval()
-    assert (model.kind, model.depths, model.fusion_depths, model.config.features) == ("oscar", 3, 0, None)
+    assert (model.kind, model.num_layers, model.num_fusion_layers, model.config.features) == (
+        "oscar",
+        3,
+        0,
+        None,
+    )
     assert model.config.positions == (30 if kind == "bert" else 28)
-    model.see_regions(FEATURES)
+    model.set_region_dim(FEATURES)
     texts, tags, regions = made_rows(60)
     regions = [rows.float() for rows in regions]
     seen = model.embed_regions(our_rows(regions), our_rows(tags))
-    (last,), _ = model.states(our_rows(texts), seen, [3])
-    pooled = model.ground(our_rows(texts), seen)
+    (last,), _ = model.hidden_states(our_rows(texts), seen, [3])
+    pooled = model.fused_cls(our_rows(texts), seen)
     for i, (text, tag) in enumerate(zip(texts, tags, strict=True)):
         types = torch.tensor([0] * len(text) + [kind == "bert"] * len(tag))[None]
         x = torch.cat(
             [body.embeddings(torch.cat([text, tag])[None], types)[0], model.regions(regions[i][:, :-1])]
         )
         wanted = body.encoder(x[None]).last_hidden_state[0]
-        torch.testing.assert_close(last.take(torch.tensor([i])).values, wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(last.select_rows(torch.tensor([i])).values, wanted, atol=1e-5, rtol=0)
         if bare and kind == "bert":
             torch.testing.assert_close(pooled[i], body.pooler(wanted[None])[0], atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="9 wide, this oscar was trained on 6"):
-        model.see_regions(9)
+        model.set_region_dim(9)
 
 
 def test_oscar_loads_gamma_and_beta_norms(tmp_path):
@@ -277,22 +282,25 @@ def test_oscar_fuse_uses_tags_and_image_pairs():
     model = shaken(Oscar(TINY))
     texts, tags, regions = made_rows()
     text, regions = our_rows(texts), our_rows([rows.float() for rows in regions])
-    plain = model.ground(text, model.embed_regions(regions))
-    tagged = model.ground(text, model.embed_regions(regions, our_rows(tags)))
+    plain = model.fused_cls(text, model.embed_regions(regions))
+    tagged = model.fused_cls(text, model.embed_regions(regions, our_rows(tags)))
     same = (plain - tagged).abs().amax(1) < 1e-6
     assert same.tolist() == [False, True, True, False]  # those without tags
     # two pictures a text
-    pairs = model.embed_regions(regions.take(torch.tensor([0, 3, 1, 0, 2, 1, 3, 3])))
-    rows = [model.ground(text, Seen(*(part.take(torch.arange(i, 8, 2)) for part in pairs))) for i in (0, 1)]
+    pairs = model.embed_regions(regions.select_rows(torch.tensor([0, 3, 1, 0, 2, 1, 3, 3])))
+    rows = [
+        model.fused_cls(text, Seen(*(part.select_rows(torch.arange(i, 8, 2)) for part in pairs)))
+        for i in (0, 1)
+    ]
     torch.testing.assert_close(
-        model.ground(text, pairs, 2), torch.stack(rows, 1).flatten(0, 1), atol=1e-6, rtol=0
+        model.fused_cls(text, pairs, 2), torch.stack(rows, 1).flatten(0, 1), atol=1e-6, rtol=0
     )
     # a premise is read in the place of tags
     premise = our_rows([torch.tensor([0, 9, 2]), torch.tensor([0, 8, 7, 2]), *tags[:1], *tags[3:]])
     nothing = Ragged(regions.values[:0], torch.zeros(4, dtype=torch.int64))
     states = premise.with_values(model.encode_text(premise))
     torch.testing.assert_close(
-        model.ground(text, states), model.ground(text, model.embed_regions(nothing, premise))
+        model.fused_cls(text, states), model.fused_cls(text, model.embed_regions(nothing, premise))
     )
     read = torch.tensor([True, False] * 9)[: len(premise.values)]
     assert model.encode_text(premise, read).equal(states.values[read])
@@ -331,7 +339,7 @@ def test_oscar_every_used_parameter_gets_a_gradient(bf16):
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         assert model(batch).shape == (2, 2)
         seen = model.backbone.embed_regions(batch["regions"], our_rows(tags))
-        model.head(model.ground(batch["text"], seen)).square().sum().backward()
+        model.head(model.fused_cls(batch["text"], seen)).square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()] == []
 
 
@@ -433,17 +441,17 @@ def test_oscar_bad_input_is_named():
     model = Oscar(TINY.model_copy(update={"positions": 9}))
     texts, tags, regions = made_rows()
     text, regions = our_rows(texts), our_rows([rows.float() for rows in regions])
-    assert len(model.ground(text, model.embed_regions(regions))) == 4  # regions have no positions
-    for run in (model.ground, lambda *rows: model.states(*rows, [1])):
+    assert len(model.fused_cls(text, model.embed_regions(regions))) == 4  # regions have no positions
+    for run in (model.fused_cls, lambda *rows: model.hidden_states(*rows, [1])):
         with pytest.raises(
             UserError, match="a row of 11 tokens and tags, but oscar has 9 positions; lower length="
         ):
             run(text, model.embed_regions(regions, our_rows(tags)))
     for layers in ([], [0, 1], [2, 1], [1, 1], [1, 3]):
         with pytest.raises(UserError, match="oscar has layers 1 to 2; name some, each once, rising"):
-            model.states(text, model.embed_regions(regions), layers)
+            model.hidden_states(text, model.embed_regions(regions), layers)
     with pytest.raises(UserError, match="7 wide, this oscar was trained on 6"):
-        model.see_regions(7)
+        model.set_region_dim(7)
 
 
 def test_oscar_parts_can_be_frozen():
@@ -486,7 +494,7 @@ def test_oscar_region_files_and_tags_reach_the_model(tmp_path):
     assert inputs["tags"].values.tolist() == [*tokenizer.encode(["dog polar bear"])[0], tokenizer.sep]
     model = FinetuneModel(shaken(Oscar(TINY)), ("no", "yes"), 1, 0.0, FEATURES).eval()
     seen = model.backbone.embed_regions(inputs["regions"], inputs["tags"])
-    assert model(inputs).equal(model.head(model.ground(inputs["text"], seen)))
+    assert model(inputs).equal(model.head(model.fused_cls(inputs["text"], seen)))
     assert not model(inputs)[0].allclose(model({k: v for k, v in inputs.items() if k != "tags"})[0])
     assert "tags" not in read_inputs(
         examples, RegionFeatures(store), tokenizer, 40

@@ -118,7 +118,7 @@ def test_schedulers_ignore_epochs_of_other_stages():
 
     def config(*settings):
         config = override(RECIPES["scenes_xgqa"](), ["model=M", "data=D", "epochs=6", *settings])
-        job.depths["M"] = 8
+        job.num_layers["M"] = 8
         return config
 
     assert (job.warmup_epochs(config()), job.epochs_per_run(config())) == (1, 6)
@@ -312,7 +312,7 @@ def test_search_report_correlates_early_and_final_scores(tmp_path):
 
 def test_effective_epoch_of_few_shot_trial_is_that_of_its_language():
     job = FinetuneSearchJob()
-    job.depths["M"] = 8
+    job.num_layers["M"] = 8
     own = ["model=M", "data=D", "epochs=4", "setting=few_shot", 'languages=["en","de","ru"]']
     config = override(RECIPES["scenes_xgqa"](), [*own, "strategies.unfreezing.layers=4"])
     # each language's layers thaw anew: its first epoch is not judged

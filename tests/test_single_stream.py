@@ -58,7 +58,7 @@ def made_rows(seed=0):
 
 def grounded(model, texts, regions, times):
     condition = model.embed_regions(Ragged(torch.cat(regions), torch.tensor([len(r) for r in regions])))
-    return model.ground(Ragged(torch.cat(texts), torch.tensor([len(t) for t in texts])), condition, times)
+    return model.fused_cls(Ragged(torch.cat(texts), torch.tensor([len(t) for t in texts])), condition, times)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -71,7 +71,7 @@ def test_single_stream_published_weights_equal_slow_reference(tmp_path, double, 
     texts, regions = made_rows()
     wanted = published.slow(layout, parts, [t for t in texts for _ in range(2)], regions, **given)
     torch.testing.assert_close(grounded(model, texts, regions, 2), wanted, rtol=1e-6, atol=1e-9)
-    assert (model.kind, model.width, model.depths, model.fusion_depths) == (
+    assert (model.kind, model.width, model.num_layers, model.num_fusion_layers) == (
         layout,
         published.POOLED[layout],
         2,
@@ -96,7 +96,7 @@ def test_single_stream_premise_replaces_regions(double, layout):
     """Read as one row; what stands first is read first."""
     model = SingleStream(tiny(layout)).eval()
     text, premise = (Ragged(torch.randint(5, 99, (7,)), torch.tensor(n)) for n in ([3, 4], [5, 2]))
-    pooled = model.ground(text, premise.with_values(model.encode_text(premise)))
+    pooled = model.fused_cls(text, premise.with_values(model.encode_text(premise)))
     for row, (own, other) in enumerate(
         zip(text.values.split([3, 4]), premise.values.split([5, 2]), strict=True)
     ):
@@ -223,7 +223,7 @@ def test_single_stream_text_folder_fills_the_text_part(tmp_path, layout, kind, b
     (peer.base_model if bare else peer).save_pretrained(tmp_path)
     shutil.copy2(DATA / "tokenizer.model", tmp_path)
     model = load_backbone(tmp_path, layout).eval()
-    assert (model.depths, model.config.positions, model.config.features) == (
+    assert (model.num_layers, model.config.positions, model.config.features) == (
         3,
         18 if kind == "xlmr" else 20,
         None,
@@ -235,11 +235,11 @@ def test_single_stream_text_folder_fills_the_text_part(tmp_path, layout, kind, b
         states = states.with_values(model.embedding.place(states))
     for mine, row in zip(model.encoder(states).split([3, 9, 14]), ids, strict=True):
         torch.testing.assert_close(mine, peer.base_model(row[None]).last_hidden_state[0], atol=1e-5, rtol=0)
-    model.see_regions(FEATURES)
+    model.set_region_dim(FEATURES)
     texts, regions = made_rows()
     assert grounded(model, texts, [r.float() for r in regions], 2).shape == (6, model.width)
     with pytest.raises(UserError, match=f"9 wide, this {layout} was trained on 6"):
-        model.see_regions(9)
+        model.set_region_dim(9)
 
 
 @pytest.mark.parametrize("name", FORMATS)

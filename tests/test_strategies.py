@@ -18,7 +18,7 @@ from raylib.engine import DeepSpeedEngine, TorchEngine
 from raylib.errors import UserError
 from raylib.optim import OptimConfig, parameter_groups
 from tests.factories import make_model
-from tests.test_collective import run_workers
+from tests.workers import run_workers
 
 OPTIM = OptimConfig(lr=0.02, weight_decay=0.1, warmup=0.0, clip=1e9)
 
@@ -32,7 +32,7 @@ class Stack(nn.Module):
         self.embedding = nn.Linear(width, width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
         self.head = nn.Linear(width, 1)
-        self.depths = layers
+        self.num_layers = layers
 
     def forward(self, x):
         x = self.embedding(x)
@@ -71,7 +71,7 @@ def train(engine_class, methods, steps, rank=0, world=1, mask=None, start=None, 
     if mask is not None:
         masks.apply(model, mask, "here")
     objective = Squares(model)
-    rates = methods.rates(model.depths, 2, 4)
+    rates = methods.rates(model.num_layers, 2, 4)
     engine = engine_class(objective, OPTIM, torch.device("cpu"), False, start, rates)
     for step in range(first, steps):
         engine.step(batch_of(step, rank, world), step, OPTIM.lr)
@@ -212,7 +212,7 @@ def test_layer_decay_has_published_rates():
 def test_unified_model_depths_order_the_layers():
     model = make_model()
     depths = {model.depth_of(name) for name, _ in model.named_parameters()}
-    assert depths == {None, 0, 1, 2, 3, 4} and model.depths == 4 and model.fusion_depths == 2
+    assert depths == {None, 0, 1, 2, 3, 4} and model.num_layers == 4 and model.num_fusion_layers == 2
     assert (
         model.depth_of("text.blocks.0.output.weight") == 1
         and model.depth_of("fusion.blocks.1.output.weight") == 4

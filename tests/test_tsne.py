@@ -80,7 +80,7 @@ def blocks_of(encoder, row):
 def slow_cross(model, text, picture, weights):
     """What is added to a word that has one thing to look at, which is so its whole attention: the first word
     here."""
-    unified = model.backbone.ground_tokens(text, picture).values
+    unified = model.backbone.fused_states(text, picture).values
     attention = model.backbone.fusion.blocks[-1].cross_attention
     region = (torch.from_numpy(weights).float()[:, None] * picture.values).sum(0, keepdim=True)
     added = attention(
@@ -93,7 +93,7 @@ def slow_row(model, text, picture, weights):
     """Text and picture as one row, by hand."""
     backbone = model.backbone
     if isinstance(backbone, Oscar):
-        states, places = backbone.states(text, picture, [backbone.depths])
+        states, places = backbone.hidden_states(text, picture, [backbone.num_layers])
         words, regions = (states[0].values[part.values] for part in (places.text, places.regions))
     elif isinstance(backbone, SingleStream):
         words, regions = backbone.encode_text(text), picture.values

@@ -23,7 +23,7 @@ from raylib.optim import OptimConfig
 from raylib.packed import Ragged
 from raylib.text import Prompted, Tokenizer
 from tests.factories import make_model
-from tests.test_collective import run_workers
+from tests.workers import run_workers
 
 METHODS = {"lora": Lora(rank=2), "adapter": Adapter(bottleneck=3), "compacter": Compacter(n=2, reduction=4)}
 
@@ -262,8 +262,8 @@ def train_tuned(
     for step in range(first, 4 if folder is None else 3):
         batch = make_batch()
         part = {
-            "text": batch["text"].take(rows),
-            "states": batch["states"].take(rows),
+            "text": batch["text"].select_rows(rows),
+            "states": batch["states"].select_rows(rows),
             "answer": torch.tensor([0, 1])[rows],
         }
         engine.step({"examples": part}, step, optim.lr)

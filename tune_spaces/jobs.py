@@ -52,7 +52,7 @@ class FinetuneSearchJob:
     )
 
     def __init__(self):
-        self.depths: dict[str, int] = {}  # of each model
+        self.num_layers: dict[str, int] = {}  # of each model
         self.built: tuple[str, Any] | None = None  # the last model without methods, and of which settings
 
     def trial_config(self, config: FinetuneConfig, select: Select) -> FinetuneConfig:
@@ -101,7 +101,7 @@ class FinetuneSearchJob:
         if self.built is None or self.built[0] != dump(bare):
             self.built = dump(bare), build_model(bare)
         model = self.built[1]
-        self.depths[config.model] = model.depths
+        self.num_layers[config.model] = model.num_layers
         last = after_distillation(config)  # the training that is judged
         adapted = copy.deepcopy(model)
         build_methods(last, no_log).adapt(adapted)
@@ -125,7 +125,7 @@ class FinetuneSearchJob:
         before the rest."""
         strategies, epochs = config.strategies, 1
         if strategies.unfreezing:
-            epochs = math.ceil(self.depths[config.model] / strategies.unfreezing.layers)
+            epochs = math.ceil(self.num_layers[config.model] / strategies.unfreezing.layers)
         if strategies.head_first:
             epochs = max(epochs, strategies.head_first.epochs + 1)
         return self.pruning_epochs(config) + epochs

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from raylib.errors import UserError
-from raylib.models.layers import Attention, Condition
+from raylib.models.layers import Attention, Memory
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Plan, Ragged
 
@@ -23,23 +23,23 @@ from raylib.packed import Plan, Ragged
 def weights_of(attention: Attention, x: Tensor, key_value: Tensor, plan: Plan) -> Tensor:
     """What `attention(x, key_value, plan)` weighs its values by: (R, h, S), float32 or finer. All rows have S
     keys."""
-    (n, q, s), *others = plan.runs
+    (n, q, s), *others = plan.buckets
     assert not others and not plan.causal, "rows with different numbers of keys"
     h, e = attention.heads, x.shape[1] // attention.heads
     queries = attention.query(x)
-    if plan.cells is not None:
-        queries = queries.index_select(0, plan.cells)
+    if plan.pad_index is not None:
+        queries = queries.index_select(0, plan.pad_index)
     mine = queries.view(n, q, h, e).transpose(1, 2)
     keys = key_value.view(n, s, 2, h, e)[:, :, 0].permute(0, 2, 3, 1)
     weights = (mine @ keys / math.sqrt(e)).softmax(-1).transpose(1, 2).reshape(n * q, h, s)
-    return weights if plan.place is None else weights.index_select(0, plan.place)
+    return weights if plan.unpad_index is None else weights.index_select(0, plan.unpad_index)
 
 
 @torch.inference_mode()
 def look(backbone: UnifiedModel, text: Ragged, picture: Ragged) -> Tensor:
     """Weights (l, T, h, S) of all tokens of `text` (ids, n rows) on one picture's states, on the CPU."""
     rows = text.lengths.argsort(stable=True)  # the order in which the encoder runs them
-    tokens, sorted_text = text.tokens(rows), text.take(rows)
+    tokens, sorted_text = text.token_index(rows), text.select_rows(rows)
     blocks = backbone.fusion.blocks
     noted: list[list[Tensor]] = [[] for _ in blocks]
 
@@ -52,7 +52,7 @@ def look(backbone: UnifiedModel, text: Ragged, picture: Ragged) -> Tensor:
     handles = [block.cross_attention.register_forward_pre_hook(note(i)) for i, block in enumerate(blocks)]
     try:
         states = sorted_text.with_values(backbone.encode_text(sorted_text))
-        backbone.fuse(states, condition=Condition(picture, torch.zeros(len(rows), dtype=torch.int64)))
+        backbone.fuse(states, memory=Memory(picture, torch.zeros(len(rows), dtype=torch.int64)))
     finally:
         for handle in handles:
             handle.remove()

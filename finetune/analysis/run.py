@@ -220,7 +220,7 @@ def _attention(opened: Opened) -> list[str]:
 def _words_and_regions(opened: Opened) -> list[str]:
     config, model, codes = opened.config, opened.one_model(), languages_of(opened.config)
     backbone, pictures = backbone_of(model), open_pictures_for(config, model)
-    if pictures is None or not hasattr(backbone, "ground"):
+    if pictures is None or not hasattr(backbone, "fused_cls"):
         raise Inapplicable(
             f"backbone '{backbone.kind}' reads no text of {config.task} together with a picture"
         )

@@ -50,13 +50,13 @@ def parallel_states(
                     {"text": encode_texts([e.texts[-1] for e in examples], tokenizer, length)}, device
                 )["text"]
                 if not isinstance(model, FinetuneModel):
-                    states = model.embed_sentences(text)
+                    states = model.embed_text(text, normalize=False)
                 else:
                     if condition is None or not examples[0].images:  # a premise is another in each language
                         condition = model.condition(
                             to_device(read_inputs(examples, pictures, tokenizer, length), device)
                         )
-                    states = model.ground(text, condition)
+                    states = model.fused_cls(text, condition)
                 column.append(F.normalize(states.float(), dim=-1).cpu())
     for code, column in zip(parallel.languages, columns, strict=True):
         require_finite(f"states of texts in '{code}'", torch.cat(column))

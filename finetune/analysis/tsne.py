@@ -106,17 +106,17 @@ def collect(
 def meet(backbone: nn.Module, text: Ragged, condition: Ragged) -> Ragged:
     """Rows (T + S, d) of each text's states and its picture's, after the last layer; S is one more where the
     backbone adds a region of the whole picture, and oscar's tags are between. text: ids. condition: a row for
-    each, as of `ground`."""
+    each, as of `fused_cls`."""
     if has_cross_attention(backbone):
         last = backbone.fusion.blocks[-1].cross_attention
         seen = condition.with_values(last.output(last.key_value(condition.values).chunk(2, 1)[1]))
-        return join_rows(backbone.ground_tokens(text, condition), seen)
+        return join_rows(backbone.fused_states(text, condition), seen)
     if hasattr(backbone, "fusion"):
         rows = join_rows(text.with_values(backbone.encode_text(text)), condition)
         return rows.with_values(backbone.fusion(rows))
     noted: list[Ragged] = []
     handle = backbone.encoder.register_forward_pre_hook(lambda _, inputs: noted.append(inputs[0]))
-    backbone.ground(text, condition)  # which reads the CLS alone: the layers run once more
+    backbone.fused_cls(text, condition)  # which reads the CLS alone: the layers run once more
     handle.remove()
     return noted[0].with_values(backbone.encoder(noted[0]))
 

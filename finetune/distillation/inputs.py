@@ -12,7 +12,7 @@ from finetune.distillation.matching import matching_tokens, words_at
 from finetune.distillation.stored import Stored
 from finetune.distillation.terms import Pairs, cls_pairs, image_pairs, matched_pairs
 from finetune.examples import Example
-from raylib.models.base import Places, find_places
+from raylib.models.base import TokenSegments, find_segments
 from raylib.text import Tokenizer
 
 
@@ -28,7 +28,7 @@ class Side:
         """How many tokens a prompt puts before `text`."""
         return len(self.tokenizer.encode([text])[0]) - len(self.plain.encode([text])[0])
 
-    def places(self, inputs: dict, empty: bool) -> Places:
+    def places(self, inputs: dict, empty: bool) -> TokenSegments:
         """Where everything is in rows of `inputs`."""
         lengths = [
             inputs[part].lengths
@@ -36,7 +36,7 @@ class Side:
             else torch.zeros_like(inputs["text"].lengths)
             for part in ("text", "tags", "regions")
         ]
-        return find_places(*lengths, empty)
+        return find_segments(*lengths, empty)
 
 
 class Inputs:
@@ -74,13 +74,13 @@ class Inputs:
             "pairs": pairs,
         }
 
-    def _cls(self, examples, seen, student: Places, teacher: Places) -> Pairs:
+    def _cls(self, examples, seen, student: TokenSegments, teacher: TokenSegments) -> Pairs:
         return cls_pairs(student, teacher)
 
-    def _image(self, examples, seen, student: Places, teacher: Places) -> Pairs:
+    def _image(self, examples, seen, student: TokenSegments, teacher: TokenSegments) -> Pairs:
         return image_pairs(student, teacher, self.slots, self.public)
 
-    def _tags(self, examples, seen, student: Places, teacher: Places) -> Pairs:
+    def _tags(self, examples, seen, student: TokenSegments, teacher: TokenSegments) -> Pairs:
         """Both read the same words; the SEP after them matches too, as in cViL's code."""
         matches = []
         for i, text in enumerate(tags_of(examples, seen["tags"])):
@@ -91,7 +91,7 @@ class Inputs:
             matches.append([*found, (sizes[0] - 1, sizes[1] - 1)] if text else [])
         return matched_pairs(student.tags, teacher.tags, matches, self.public)
 
-    def _mixed(self, examples, seen, student: Places, teacher: Places) -> Pairs:
+    def _mixed(self, examples, seen, student: TokenSegments, teacher: TokenSegments) -> Pairs:
         matches = []
         for i, e in enumerate(examples):
             words = ([word for word, _ in e.aligned], [word for _, word in e.aligned])

@@ -50,9 +50,9 @@ class DistillationObjective(nn.Module):
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         part = batch["examples"]
         theirs = self._taught(part)
-        last, compared = self.model.depths, list(self.layers)
+        last, compared = self.model.num_layers, list(self.layers)
         read = compared if compared[-1] == last else [*compared, last]
-        states, _ = self.model.states(part, read, self.empty)
+        states, _ = self.model.hidden_states(part, read, self.empty)
         rows = total(torch.tensor(float(len(part["text"].lengths)), device=theirs.device))
         size = total(count(part["pairs"])) if self.public else rows
         learned = [

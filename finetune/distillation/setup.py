@@ -53,11 +53,11 @@ def distil(
             f"{WHERE}.task=0: {', '.join(terms)} is of the classifier, which learns nothing; set "
             f"{WHERE}.task=1"
         )
-    layers, taught = chosen_layers(method, model.depths, teacher.depths)
+    layers, taught = chosen_layers(method, model.num_layers, teacher.num_layers)
     beside = Teacher(teacher, taught, method.slots > 0)
     sides = (
-        Side(tokenizer, model.backbone.parts),
-        Side(Tokenizer.load(tokenizer_at(method.teacher)), teacher.backbone.parts),
+        Side(tokenizer, model.backbone.row_parts),
+        Side(Tokenizer.load(tokenizer_at(method.teacher)), teacher.backbone.row_parts),
     )
     public = method.normalise == "public"
     stored = None
@@ -73,16 +73,16 @@ def distil(
 def check_models(method: Distillation, student: FinetuneModel, teacher: FinetuneModel) -> None:
     """Raises UserError: states of the two cannot be compared."""
     for model in (student, teacher):
-        if not hasattr(model.backbone, "states"):
+        if not hasattr(model.backbone, "hidden_states"):
             raise UserError(
                 f"{WHERE}: the backbone {model.backbone.kind} does not tell its states; unified, cclm and "
                 "oscar do"
             )
     mine, theirs = student.backbone, teacher.backbone
-    if mine.parts != theirs.parts:
+    if mine.row_parts != theirs.row_parts:
         raise UserError(
-            f"{WHERE}: {mine.kind}'s rows are of {', '.join(mine.parts)}, the teacher's, {theirs.kind}'s, of "
-            f"{', '.join(theirs.parts)}; take a teacher of the same kind"
+            f"{WHERE}: {mine.kind}'s rows are of {', '.join(mine.row_parts)}, the teacher's, "
+            f"{theirs.kind}'s, of {', '.join(theirs.row_parts)}; take a teacher of the same kind"
         )
     if mine.width != theirs.width:
         raise UserError(
@@ -90,12 +90,12 @@ def check_models(method: Distillation, student: FinetuneModel, teacher: Finetune
             "be equal"
         )
     for name, part, what in (("image", "regions", "tokens of pictures"), ("tags", "tags", "object tags")):
-        if name in method.tokens and part not in mine.parts:
+        if name in method.tokens and part not in mine.row_parts:
             raise UserError(
                 f"{WHERE}.tokens: {mine.kind} has no {what} in its rows, which '{name}' compares; leave "
                 f"'{name}' out"
             )
-    if method.slots and "regions" not in mine.parts:
+    if method.slots and "regions" not in mine.row_parts:
         raise UserError(f"{WHERE}.slots={method.slots}: {mine.kind} has no slots of regions; leave it out")
 
 

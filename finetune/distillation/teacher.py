@@ -20,7 +20,9 @@ class Teacher:
     def states(self, batch: dict) -> Tensor:
         """A batch of `FinetuneModel.forward` -> states of all tokens after each layer (L, T', d), as rows end
         to end."""
-        return torch.stack([rows.values for rows in self.model.states(batch, self.layers, self.empty)[0]])
+        return torch.stack(
+            [rows.values for rows in self.model.hidden_states(batch, self.layers, self.empty)[0]]
+        )
 
 
 def load_teacher(path: Path | str, kind: str, labels: tuple[str, ...], regions: int | None) -> FinetuneModel:
@@ -46,6 +48,6 @@ def load_teacher(path: Path | str, kind: str, labels: tuple[str, ...], regions: 
                 )
             return model
     backbone = load_backbone(path, kind)
-    if regions and hasattr(backbone, "see_regions"):
-        backbone.see_regions(regions)
+    if regions and hasattr(backbone, "set_region_dim"):
+        backbone.set_region_dim(regions)
     return FinetuneModel(backbone, labels, 1, 0.0, regions)

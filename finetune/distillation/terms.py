@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from raylib.models.base import Places
+from raylib.models.base import TokenSegments
 from raylib.packed import Ragged
 
 TERMS = ("cls", "image", "tags", "mixed")
@@ -48,18 +48,20 @@ def distance(student: Tensor, teacher: Tensor, pairs: Pairs) -> Tensor:
     return ((mine - theirs).square().mean(1) * pairs.weights).sum()
 
 
-def cls_pairs(student: Places, teacher: Places) -> Pairs:
+def cls_pairs(student: TokenSegments, teacher: TokenSegments) -> Pairs:
     """One pair a row, which counts 1."""
     return Pairs(student.cls, teacher.cls, torch.ones(len(student.cls)))
 
 
-def image_pairs(student: Places, teacher: Places, slots: int = 0, public: bool = False) -> Pairs:
+def image_pairs(
+    student: TokenSegments, teacher: TokenSegments, slots: int = 0, public: bool = False
+) -> Pairs:
     """The regions of each picture.
 
     Args:
         slots: 0, padding is masked; else pictures are padded to so many slots, and the empty ones are
-            averaged in, as in cViL's code: those of a row all come to one state (`Places.empty`), which
-            counts as often as there are.
+            averaged in, as in cViL's code: those of a row all come to one state (`TokenSegments.empty`),
+            which counts as often as there are.
     """
     counts = student.regions.lengths
     shares = torch.ones(len(counts)) if public else 1 / counts.clamp(min=slots or 1).float()

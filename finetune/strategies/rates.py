@@ -20,7 +20,7 @@ class ScheduledUnfreezing(Strategy):
     layers: PositiveInt = 3
 
     def adapt(self, model: nn.Module) -> None:
-        _check(self.layers, model.depths, "strategies.unfreezing.layers")
+        _check(self.layers, model.num_layers, "strategies.unfreezing.layers")
 
     def lr_scale(self, depth: int | None, depths: int, progress: Progress) -> float:
         """1 for the top layers (epoch + 1) k, embeddings and what is outside; 0 below."""
@@ -55,16 +55,16 @@ class TopLayers(Strategy):
             UserError: more layers than there are; a backbone in which text meets the picture in every layer,
                 and no number.
         """
-        top = self.layers or getattr(model, "fusion_depths", 0)
+        top = self.layers or getattr(model, "num_fusion_layers", 0)
         if not top:
             raise UserError(
                 "strategies.top_layers.layers is missing: this backbone has no layers of text alone; give a "
                 "number"
             )
-        _check(top, model.depths, "strategies.top_layers.layers")
+        _check(top, model.num_layers, "strategies.top_layers.layers")
         for name, parameter in model.named_parameters():
             depth = model.depth_of(name)
-            if depth is not None and depth <= model.depths - top:
+            if depth is not None and depth <= model.num_layers - top:
                 parameter.requires_grad_(False)
 
 

@@ -5,7 +5,8 @@ Whatever its architecture, a backbone has
     kind                           its key in `BACKBONES`
     width                          of the states that a head gets
     depths                         how many transformer layers a text passes, N
-    fusion_depths                  how many of them, the top ones, come after layers of text alone; 0: there
+    num_fusion_layers                  how many of them, the top ones, come after layers of text alone; 0:
+    there
                                    are none of these
     depth_of(name)                 of a parameter: 1 ... N bottom up, 0 the embeddings, None what is outside
                                    of the stack (image encoder, heads): the one order behind layer decay,
@@ -14,27 +15,27 @@ Whatever its architecture, a backbone has
                                    stack
     encode_text(ids, read)         states of a text by itself, as a premise
 and, unless it retrieves alone
-    ground(text, condition, times) CLS states of texts in what grounds them
+    ground(text, memory, times) CLS states of texts in what grounds them
 
 One that reads texts and pictures apart has in addition
     encode_images(images)          states of pictures
-    embed_pictures(states), embed_sentences(ids)   vectors that are compared
+    embed_images(states), embed_text(ids)   vectors that are compared
 
 One with layers of cross-attention has in addition what a head that spells answers builds on
 (`finetune.decoder`)
-    ground_tokens(text, condition) as `ground`, but states of all tokens
+    fused_states(text, memory) as `fused_cls`, but states of all tokens
     embedding, fusion, masked_head of its text; those layers; a token's state on its way to the word embedding
 
 One that sees region features in place of pictures has in addition
-    see_regions(width)             how wide these will be
+    set_region_dim(width)             how wide these will be
     embed_regions(regions)         what grounds texts, from features and locations side by side; `oscar` takes
                                    tags after them
 
 One that can be distilled (paper 3) has in addition
     parts                          of what its rows are made: "text", and perhaps "tags" and "regions"
-    states(text, condition, layers)  of all tokens after these layers, and where in the rows the CLS, words,
+    states(text, memory, layers)  of all tokens after these layers, and where in the rows the CLS, words,
                                      tags and regions are
-    pooled(cls)                    what `ground` makes of the CLS states after the last layer
+    pooled(cls)                    what `fused_cls` makes of the CLS states after the last layer
 """
 
 from collections.abc import Callable, Mapping

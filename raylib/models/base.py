@@ -41,7 +41,7 @@ def find_tokenizer(model: Path) -> Path:
     raise UserError(f"{model}: no tokenizer with this model; one of {', '.join(FILES)} is looked for")
 
 
-def write_model(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
+def save_model(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
     """Write `config.json`, the description, and `model.safetensors`.
 
     Raises:
@@ -83,7 +83,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-class Places(NamedTuple):
+class TokenSegments(NamedTuple):
     """Which of the T tokens of n rows are what: positions in the flat rows, int64 on the CPU, in the order in
     which words, tags and regions came, which is that of their own rows.
 
@@ -98,7 +98,7 @@ class Places(NamedTuple):
     empty: Tensor
 
 
-def find_places(text: Tensor, tags: Tensor, regions: Tensor, empty: bool = False) -> Places:
+def find_segments(text: Tensor, tags: Tensor, regions: Tensor, empty: bool = False) -> TokenSegments:
     """The places in rows of so many tokens each: three times (n,), on the CPU. `empty`: and one more in each
     row."""
     lengths = torch.stack([text, tags, regions, torch.full_like(text, int(empty))], 1)
@@ -107,4 +107,4 @@ def find_places(text: Tensor, tags: Tensor, regions: Tensor, empty: bool = False
     )  # (T,): 0 text, 1 tags, 2 regions, 3 empty
     cls = first_tokens(lengths.sum(1)).nonzero().squeeze(1)
     *rows, last = ((part == i).nonzero().squeeze(1) for i in range(4))
-    return Places(cls, *(Ragged(values, lengths[:, i]) for i, values in enumerate(rows)), last)
+    return TokenSegments(cls, *(Ragged(values, lengths[:, i]) for i, values in enumerate(rows)), last)

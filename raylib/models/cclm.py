@@ -30,7 +30,7 @@ from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.finite import require_finite_file
 from raylib.models.hf_weights import (
-    Taken,
+    WeightMapper,
     copy_swin,
     copy_text,
     copy_vision,
@@ -149,7 +149,7 @@ def published_sizes(file: Published, seen: dict) -> ModelConfig:
     """
     blocks = {int(m[1]) for k in file.text if (m := re.match(r"encoder\.layer\.(\d+)\.", k))}
     cross = {n for n in blocks if f"encoder.layer.{n}.crossattention.self.query.weight" in file.text}
-    taken = Taken(file.text, file.path)
+    taken = WeightMapper(file.text, file.path)
     vocabulary, width = taken("embeddings.word_embeddings.weight").shape
     if width % HEAD:
         raise UserError(
@@ -187,7 +187,7 @@ def vit_sizes(file: Published) -> dict:
         raise UserError(
             f"{file.path}: no vision_encoder.blocks, so no ViT; give one in its place: vision=VIT_FOLDER"
         )
-    taken = Taken(file.vision, file.path)
+    taken = WeightMapper(file.vision, file.path)
     width, _, patch, _ = taken("patch_embed.proj.weight").shape
     side = round((taken("pos_embed").shape[1] - 1) ** 0.5)
     return {"vision_layers": len(layers), "vision_width": width, "patch": patch, "image_size": side * patch}
@@ -200,7 +200,7 @@ def swin_sizes(file: Published) -> dict:
         if m := re.match(r"layers\.(\d+)\.blocks\.\d+\.attn\.relative_position_bias_table$", name):
             stages.setdefault(int(m[1]), []).append(value)
     tables = [stages[number] for number in sorted(stages)]
-    width, _, patch, _ = Taken(file.vision, file.path)("patch_embed.proj.weight").shape
+    width, _, patch, _ = WeightMapper(file.vision, file.path)("patch_embed.proj.weight").shape
     swin = build(
         SwinSizes,
         {"width": width, "layers": [len(t) for t in tables], "heads": [t[0].shape[1] for t in tables]},
@@ -216,18 +216,18 @@ def fill(model: UnifiedModel, file: Published, own_vision: bool) -> None:
     Raises:
         UserError: tensors missing, left over or of another shape (they are listed).
     """
-    taken = Taken(file.text, file.path)
-    copy_text(taken, model, file.first, tuple(range(model.depths)))
+    taken = WeightMapper(file.text, file.path)
+    copy_text(taken, model, file.first, tuple(range(model.num_layers)))
     with torch.no_grad():
         taken.copy_layer(model.text_projection, "text_proj")
         taken.copy_layer(model.image_projection, "vision_proj")
         model.temperature.copy_(taken("temp").reshape(1))
-    taken.finish(UNUSED_TEXT)
+    taken.assert_all_used(UNUSED_TEXT)
     if own_vision:
         names = SWIN_NAMES if file.is_swin else VIT_NAMES
-        taken = Taken({_rename(name, names): value for name, value in file.vision.items()}, file.path)
+        taken = WeightMapper({_rename(name, names): value for name, value in file.vision.items()}, file.path)
         (copy_swin if file.is_swin else copy_vision)(taken, model)
-        taken.finish(UNUSED_SWIN if file.is_swin else [])
+        taken.assert_all_used(UNUSED_SWIN if file.is_swin else [])
     decoder = file.text.get("cls.predictions.decoder.weight")
     if decoder is not None and not torch.equal(decoder, file.text["embeddings.word_embeddings.weight"]):
         log.warning(

@@ -15,15 +15,16 @@ modules do not go in.
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raylib.config import Config, build
 from raylib.errors import UserError, require
 from raylib.fileio import read_json
-from raylib.models.base import fill, write_model
+from raylib.models.base import fill, save_model
 from raylib.models.cclm import CLIP
-from raylib.models.hf_weights import Taken, copy_block, read_folder
-from raylib.models.layers import Encoder, TextEmbedding, initialise
+from raylib.models.hf_weights import WeightMapper, copy_block, read_folder
+from raylib.models.layers import Encoder, TextEmbedding, init_weights
 from raylib.models.peft import described, restore
 from raylib.models.vision import normalise
 from raylib.packed import Ragged
@@ -64,7 +65,7 @@ class MClip(nn.Module):
     """Text tower and image tower. A backbone of fine-tuning (`raylib.models`)."""
 
     kind = "mclip"
-    fusion_depths = 0
+    num_fusion_layers = 0
 
     def __init__(self, config: MClipConfig):
         super().__init__()
@@ -72,7 +73,7 @@ class MClip(nn.Module):
         self.embedding = TextEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.eps)
         self.text = Encoder(c.text_layers, c.width, c.heads, c.feedforward, c.dropout, c.eps, cross=False)
         self.text_projection = nn.Linear(c.width, c.embedding)
-        self.apply(initialise)
+        self.apply(init_weights)
         sizes = {**c.image.model_dump(), "image_size": c.image_size, "projection_dim": c.embedding}
         self.vision = _make_tower(sizes)
 
@@ -84,32 +85,34 @@ class MClip(nn.Module):
             self.vision(pixel_values=pixels).image_embeds, torch.ones(len(images), dtype=torch.int64)
         )
 
-    def embed_pictures(self, states: Ragged) -> Tensor:
-        """What `encode_images` made of n pictures -> vectors (n, e), of any length."""
-        return states.values
+    def embed_images(self, states: Ragged, *, normalize: bool) -> Tensor:
+        """What `encode_images` made of n images -> vectors (n, e), of length 1 if `normalize`."""
+        return F.normalize(states.values, dim=-1) if normalize else states.values
 
     def encode_text(self, ids: Ragged, read: Tensor | None = None) -> Tensor:
         """Ids (T,) -> states (T, d), or (R, d) of the tokens in `read` (T,)."""
         return self.text(ids.with_values(self.embedding(ids)), read)
 
-    def embed_sentences(self, ids: Ragged) -> Tensor:
-        """Ids of n texts -> vectors (n, e), of any length: the mean over all tokens, specials too, mapped."""
+    def embed_text(self, ids: Ragged, *, normalize: bool) -> Tensor:
+        """Ids of n texts -> vectors (n, e), of length 1 if `normalize`: the mean over all tokens, specials
+        too, mapped."""
         states = self.encode_text(ids)
         row = torch.arange(len(ids.lengths)).repeat_interleave(ids.lengths).to(states.device)
         sums = states.new_zeros(len(ids.lengths), states.shape[1]).index_add(0, row, states)
-        return self.text_projection(sums / ids.lengths.to(states.device)[:, None])
+        vectors = self.text_projection(sums / ids.lengths.to(states.device)[:, None])
+        return F.normalize(vectors, dim=-1) if normalize else vectors
 
     @property
     def width(self) -> int:
         return self.config.width
 
     @property
-    def depths(self) -> int:
+    def num_layers(self) -> int:
         return self.config.text_layers
 
     def depth_of(self, name: str) -> int | None:
-        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the embeddings, None outside (image tower,
-        projection)."""
+        """Of the parameter `name`: 1 ... `num_layers` bottom up, 0 for the embeddings, None outside (image
+        tower, projection)."""
         part, _, rest = name.partition(".")
         if part == "embedding":
             return 0
@@ -126,7 +129,7 @@ class MClip(nn.Module):
             **self.config.model_dump(),
             "tuning": described(self),
         }
-        write_model(self, description, folder)
+        save_model(self, description, folder)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "MClip":
@@ -159,7 +162,7 @@ def load_mclip(path: Path, vision: Path | None) -> MClip:
     tower = _load_tower(vision)
     weights, _ = read_folder(path)
     weights = {name.removeprefix("transformer."): value for name, value in weights.items()}
-    taken = Taken(weights, path)
+    taken = WeightMapper(weights, path)
     words, mapped = taken("embeddings.word_embeddings.weight"), taken("LinearTransformation.weight")
     projection, sizes = tower.config.projection_dim, tower.config.to_dict()
     if mapped.shape[0] != projection:
@@ -188,7 +191,7 @@ def load_mclip(path: Path, vision: Path | None) -> MClip:
         for layer, block in enumerate(model.text.blocks):
             copy_block(taken, block, layer)
         taken.copy_layer(model.text_projection, "LinearTransformation")
-    taken.finish([r"pooler\.", r"embeddings\.position_ids"])
+    taken.assert_all_used([r"pooler\.", r"embeddings\.position_ids"])
     model.vision = tower
     return model
 
@@ -237,7 +240,7 @@ class Clip(nn.Module):
     """A backbone of fine-tuning (`raylib.models`) that retrieves."""
 
     kind = "clip"
-    fusion_depths = 0
+    num_fusion_layers = 0
 
     def __init__(self, config: ClipConfig):
         super().__init__()
@@ -257,12 +260,13 @@ class Clip(nn.Module):
         seen = self.towers.vision_model(pixel_values=pixels).pooler_output
         return Ragged(self.towers.visual_projection(seen), torch.ones(len(images), dtype=torch.int64))
 
-    def embed_pictures(self, states: Ragged) -> Tensor:
-        """What `encode_images` made of n pictures -> vectors (n, e), of any length."""
-        return states.values
+    def embed_images(self, states: Ragged, *, normalize: bool) -> Tensor:
+        """What `encode_images` made of n images -> vectors (n, e), of length 1 if `normalize`."""
+        return F.normalize(states.values, dim=-1) if normalize else states.values
 
-    def embed_sentences(self, ids: Ragged) -> Tensor:
-        """Ids of n texts -> vectors (n, e), of any length: the state of the last token, mapped."""
+    def embed_text(self, ids: Ragged, *, normalize: bool) -> Tensor:
+        """Ids of n texts -> vectors (n, e), of length 1 if `normalize`: the state of the last token,
+        mapped."""
         rows, columns = len(ids.lengths), torch.arange(int(ids.lengths.max()))
         there = columns < ids.lengths[:, None]
         padded = ids.values.new_zeros(rows, len(columns))
@@ -270,25 +274,26 @@ class Clip(nn.Module):
         # what comes after a text is not seen by it: attention is causal
         states = self.towers.text_model(input_ids=padded).last_hidden_state
         last = states[torch.arange(rows), (ids.lengths - 1).to(states.device)]
-        return self.towers.text_projection(last)
+        vectors = self.towers.text_projection(last)
+        return F.normalize(vectors, dim=-1) if normalize else vectors
 
     @property
     def width(self) -> int:
         return self.towers.config.text_config.hidden_size
 
     @property
-    def depths(self) -> int:
+    def num_layers(self) -> int:
         return self.towers.config.text_config.num_hidden_layers
 
     def depth_of(self, name: str) -> int | None:
-        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the embeddings, None outside (image tower,
-        projections)."""
+        """Of the parameter `name`: 1 ... `num_layers` bottom up, 0 for the embeddings, None outside (image
+        tower, projections)."""
         parts = name.split(".")
         if parts[:2] != ["towers", "text_model"]:
             return None
         if parts[2] == "embeddings":
             return 0
-        return int(parts[4]) + 1 if parts[2] == "encoder" else self.depths
+        return int(parts[4]) + 1 if parts[2] == "encoder" else self.num_layers
 
     def prunable(self) -> list[str]:
         """Names of the matrices of the text layers."""
@@ -297,7 +302,7 @@ class Clip(nn.Module):
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""
         description = {"model_type": "polyglance-clip", **self.config.model_dump()}
-        write_model(self, description, folder)
+        save_model(self, description, folder)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "Clip":

@@ -28,7 +28,7 @@ from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.models.vision import interpolate, interpolate_bias
 
 
-class Taken:
+class WeightMapper:
     """A checkpoint's tensors, and which of them have been used, are missing or do not fit."""
 
     def __init__(self, weights: dict[str, Tensor], folder):
@@ -43,7 +43,8 @@ class Taken:
         return self.weights[name]
 
     def copy(self, to: Tensor, *names: str) -> None:
-        """Copy the tensors `names`, one below the other, into `to`; what is wrong is kept for `finish`."""
+        """Copy the tensors `names`, one below the other, into `to`; what is wrong is kept for
+        `assert_all_used`."""
         self.used.update(names)
         absent = [f"missing {name}" for name in names if name not in self.weights]
         if not absent:
@@ -64,7 +65,7 @@ class Taken:
             self.copy(getattr(attention.key_value, part), f"{heads}.key.{part}", f"{heads}.value.{part}")
         self.copy_layer(attention.output, output)
 
-    def finish(self, unused: list[str]) -> None:
+    def assert_all_used(self, unused: list[str]) -> None:
         left = [k for k in self.weights if k not in self.used and not any(re.match(p, k) for p in unused)]
         wrong = self.wrong + [f"unused {k}" for k in left]
         if wrong:
@@ -145,7 +146,7 @@ def load_text(
     """
     weights, config = read_folder(Path(folder))
     weights = {re.sub(r"^(roberta|bert|model)\.", "", k): v for k, v in weights.items()}
-    taken = Taken(weights, folder)
+    taken = WeightMapper(weights, folder)
     there = 1 + max(int(m[1]) for k in weights if (m := re.match(r"encoder\.layer\.(\d+)\.", k)))
     layers = _choose_layers(model.config, there, folder) if layers is None else layers
     blocks = len(model.text.blocks) + len(model.fusion.blocks)
@@ -155,10 +156,10 @@ def load_text(
         )
     copy_text(taken, model, first_position(config), layers)
     others = [rf"encoder\.layer\.{layer}\." for layer in range(there) if layer not in layers]
-    taken.finish([*UNUSED_TEXT, *others, *TIED, *unused])
+    taken.assert_all_used([*UNUSED_TEXT, *others, *TIED, *unused])
 
 
-def copy_text(taken: Taken, model: UnifiedModel, first: int, layers: tuple[int, ...]) -> None:
+def copy_text(taken: WeightMapper, model: UnifiedModel, first: int, layers: tuple[int, ...]) -> None:
     """The text path from tensors `embeddings.*`, `encoder.layer.N.*` and those of a masked-language head.
 
     Args:
@@ -205,12 +206,12 @@ def load_vision(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...]
     patch = model.vision.patch
     if config.get("patch_size", patch) != patch:
         raise UserError(f"{folder}: patch {config['patch_size']}, the model wants {patch}; set model.patch")
-    taken = Taken(weights, folder)
+    taken = WeightMapper(weights, folder)
     copy_vision(taken, model)
-    taken.finish([*UNUSED_VISION, *unused])
+    taken.assert_all_used([*UNUSED_VISION, *unused])
 
 
-def copy_vision(taken: Taken, model: UnifiedModel) -> None:
+def copy_vision(taken: WeightMapper, model: UnifiedModel) -> None:
     """The image encoder, a ViT, from tensors named as in `transformers`."""
     vision = model.vision
     with torch.no_grad():
@@ -241,13 +242,13 @@ def _load_swin(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...])
         raise UserError(f"{folder}: no Swin is read there ({' '.join(str(e).split())[:200]})") from None
     weights = {k: v for k, v in swin.state_dict().items() if k not in report["missing_keys"]}
     require_finite_file(folder, weights)
-    left = {k: torch.empty(0) for k in report["unexpected_keys"]}  # for `finish` to name
-    taken = Taken(weights | left, folder)
+    left = {k: torch.empty(0) for k in report["unexpected_keys"]}  # for `assert_all_used` to name
+    taken = WeightMapper(weights | left, folder)
     copy_swin(taken, model)
-    taken.finish([*UNUSED_VISION, *unused])
+    taken.assert_all_used([*UNUSED_VISION, *unused])
 
 
-def copy_swin(taken: Taken, model: UnifiedModel) -> None:
+def copy_swin(taken: WeightMapper, model: UnifiedModel) -> None:
     """The image encoder, a Swin, from tensors named as in `transformers`; biases of relative positions are
     interpolated to the model's windows."""
     with torch.no_grad():
@@ -267,7 +268,7 @@ def load_encoders(folder: Path | str, vision: Path | str | None = None) -> Unifi
     return model
 
 
-def copy_block(taken: Taken, block: nn.Module, layer: int) -> None:
+def copy_block(taken: WeightMapper, block: nn.Module, layer: int) -> None:
     """A block from the tensors `encoder.layer.LAYER.*`; its cross-attention, where the checkpoint has none,
     from that of self- attention."""
     at = f"encoder.layer.{layer}"
@@ -283,7 +284,7 @@ def copy_block(taken: Taken, block: nn.Module, layer: int) -> None:
     taken.copy_layer(block.output_norm, f"{at}.output.LayerNorm")
 
 
-def _copy_masked_head(taken: Taken, model: UnifiedModel) -> None:
+def _copy_masked_head(taken: WeightMapper, model: UnifiedModel) -> None:
     head = model.masked_head
     if any(name.startswith("lm_head.") for name in taken.weights):
         lm, transform, norm = "lm_head", "lm_head", "layer_norm"

@@ -27,7 +27,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 class Attention(nn.Module):
     """Multi-head attention. Keys and values are projected by `key_value`, apart from the call, so that a
-    condition that many rows attend to is projected once."""
+    memory that many rows attend to is projected once."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -44,13 +44,13 @@ class Attention(nn.Module):
             # PyTorch's CPU kernel takes ten times as long backward in bf16 as in float32
             # (`benchmarks/README.md`)
             queries, key_value = queries.float(), key_value.float()
-        if plan.cells is not None:
-            queries = queries.index_select(0, plan.cells)
+        if plan.pad_index is not None:
+            queries = queries.index_select(0, plan.pad_index)
         dropout, out = self.dropout if self.training else 0.0, []
-        asked = queries.split([n * q for n, q, _ in plan.runs])
-        seen = key_value.split([n * s for n, _, s in plan.runs])
+        asked = queries.split([n * q for n, q, _ in plan.buckets])
+        seen = key_value.split([n * s for n, _, s in plan.buckets])
         with torch.autocast(x.device.type, enabled=False):
-            for (n, q, s), mine, theirs in zip(plan.runs, asked, seen, strict=True):
+            for (n, q, s), mine, theirs in zip(plan.buckets, asked, seen, strict=True):
                 if q:
                     mine = mine.view(n, q, h, d // h).transpose(1, 2)
                     keys, values = theirs.view(n, s, 2, h, d // h).permute(2, 0, 3, 1, 4)
@@ -59,7 +59,7 @@ class Attention(nn.Module):
                     )
                     out.append(run.transpose(1, 2).reshape(n * q, d))
         out = torch.cat(out)
-        return self.output(out if plan.place is None else out.index_select(0, plan.place))
+        return self.output(out if plan.unpad_index is None else out.index_select(0, plan.unpad_index))
 
 
 class Block(nn.Module):
@@ -79,40 +79,38 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, plan: Plan, condition: tuple[Tensor, Plan] | None = None, read: Tensor | None = None
+        self, x: Tensor, plan: Plan, memory: tuple[Tensor, Plan] | None = None, read: Tensor | None = None
     ) -> Tensor:
         """x (T, d) -> (T, d), or (R, d) at the tokens `read` (R,) alone, which are then those that `plan` has
         as queries.
 
-        `condition` is (projected keys and values (C, 2d), plan); None skips the cross-attention.
+        `memory` is (projected keys and values (C, 2d), plan); None skips the cross-attention.
         """
         key_value = self.attention.key_value(x)
         if read is not None:
             x = x.index_select(0, read)
-        return self._finish(x, key_value, plan, condition)
+        return self._finish(x, key_value, plan, memory)
 
     def beside(self, x: Tensor, rows: Ragged) -> Tensor:
         """x (n, d) -> (n, d): token i attends to row i of n, and is not part of it."""
         order = rows.lengths.argsort(stable=True)
-        sorted_rows, place = rows.take(order), order.to(x.device)
+        sorted_rows, place = rows.select_rows(order), order.to(x.device)
         plan = plan_attention(sorted_rows.lengths, torch.ones_like(order), x.device)
         made = self._finish(
             x.index_select(0, place), self.attention.key_value(sorted_rows.values), plan, None
         )
         return made.index_select(0, place.argsort())
 
-    def _finish(
-        self, x: Tensor, key_value: Tensor, plan: Plan, condition: tuple[Tensor, Plan] | None
-    ) -> Tensor:
+    def _finish(self, x: Tensor, key_value: Tensor, plan: Plan, memory: tuple[Tensor, Plan] | None) -> Tensor:
         """Tokens that ask (R, d) and what self-attention sees -> (R, d)."""
         x = self.attention_norm(x + self.dropout(self.attention(x, key_value, plan)))
-        if condition is not None:
-            x = self.cross_norm(x + self.dropout(self.cross_attention(x, *condition)))
+        if memory is not None:
+            x = self.cross_norm(x + self.dropout(self.cross_attention(x, *memory)))
         hidden = self.output(F.gelu(self.intermediate(x)))
         return self.output_norm(x + self.dropout(hidden))
 
 
-def initialise(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:
     """Normal weights of variance 1 / inputs, zero biases; embeddings of half that deviation, since they are
     also the decoder of the masked-language head. Use with `Module.apply`. At width 768 this is near BERT's
     0.02; at `tiny`'s width 0.02 would all but close the residual branches, and learning takes three times as
@@ -130,7 +128,7 @@ def initialise(module: nn.Module) -> None:
 CHUNK = 2**23
 
 
-class Condition(NamedTuple):
+class Memory(NamedTuple):
     """What rows attend to: `states` of images or sentences, and for each text row the state row (n,) it sees
     (CPU)."""
 
@@ -163,8 +161,8 @@ class TextEmbedding(nn.Module):
 class Encoder(nn.Module):
     """A stack of `Block`s over ragged rows.
 
-    With `cross` the blocks attend to the condition by layers of their own; without (the paper's ablation "w/o
-    uni-arch") a condition is appended to the row and one self-attention sees both. With `causal` (set on a
+    With `cross` the blocks attend to the memory by layers of their own; without (the paper's ablation "w/o
+    uni-arch") a memory is appended to the row and one self-attention sees both. With `causal` (set on a
     copy by `finetune.decoder`) a token sees nothing of its row that comes after it, and all tokens are read.
     """
 
@@ -179,31 +177,29 @@ class Encoder(nn.Module):
             Block(width, heads, feedforward, dropout, eps, cross) for _ in range(layers)
         )
 
-    def forward(self, text: Ragged, read: Tensor | None = None, condition: Condition | None = None) -> Tensor:
+    def forward(self, text: Ragged, read: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         """States after the last block.
 
         Args:
             text: values (T, d).
             read: (T,) bool on the CPU; the last block computes these tokens alone. None: all of them.
-            condition: seen by cross-attention; None skips it.
+            memory: seen by cross-attention; None skips it.
         Returns:
             (R, d), the read tokens in flat order; (T, d) when all are read.
         """
-        if condition is not None and not self.cross:
-            text, read = _entangle(text, read, condition)
-            condition = None
+        if memory is not None and not self.cross:
+            text, read = _entangle(text, read, memory)
+            memory = None
         device = text.values.device
         assert read is None or not self.causal, "a causal mask lines up with all queries alone"
         read = torch.ones(len(text.values), dtype=torch.bool) if read is None else read
-        projected = (
-            [b.cross_attention.key_value(condition.states.values) for b in self.blocks] if condition else []
-        )
+        projected = [b.cross_attention.key_value(memory.states.values) for b in self.blocks] if memory else []
         outputs, places = [], []
         for rows in self._chunks(text.lengths, device):
-            tokens = text.tokens(rows)
+            tokens = text.token_index(rows)
             wanted = read[tokens]
             if wanted.any():
-                seen = condition and Condition(condition.states, condition.rows[rows])
+                seen = memory and Memory(memory.states, memory.rows[rows])
                 chosen = Ragged(text.values.index_select(0, tokens.to(device)), text.lengths[rows])
                 outputs.append(self._run(chosen, wanted, seen, projected))
                 places.append(tokens[wanted])
@@ -211,13 +207,13 @@ class Encoder(nn.Module):
             return text.values[:0]
         return torch.cat(outputs).index_select(0, torch.cat(places).argsort().to(device, non_blocking=True))
 
-    def after(self, text: Ragged, layers: Sequence[int], condition: Condition | None = None) -> list[Ragged]:
+    def after(self, text: Ragged, layers: Sequence[int], memory: Memory | None = None) -> list[Ragged]:
         """States of all tokens, as rows (T, d), after each of `layers`: rising, the lowest is 1."""
         found = []
         for low, high in pairwise([0, *layers]):
             part = Encoder(0, 0, 0, 0, 0.0, 0.0, self.cross)
             part.blocks = self.blocks[low:high]  # the stack's own, not copies
-            text = text.with_values(part(text, None, condition))
+            text = text.with_values(part(text, None, memory))
             found.append(text)
         return found
 
@@ -230,10 +226,8 @@ class Encoder(nn.Module):
         chunk = (lengths[rows].cumsum(0) - 1) // size
         return list(rows.split(chunk.unique_consecutive(return_counts=True)[1].tolist()))
 
-    def _run(
-        self, text: Ragged, read: Tensor, condition: Condition | None, projected: list[Tensor]
-    ) -> Tensor:
-        """All blocks over rows of ascending length -> (R, d). `projected`: the condition's keys and values,
+    def _run(self, text: Ragged, read: Tensor, memory: Memory | None, projected: list[Tensor]) -> Tensor:
+        """All blocks over rows of ascending length -> (R, d). `projected`: the memory's keys and values,
         by block."""
         device, x, lengths = text.values.device, text.values, text.lengths
         whole = bool(read.all())
@@ -244,46 +238,46 @@ class Encoder(nn.Module):
         # queries of the first layers, of the last: which may be the same, or the only one
         asked = [counts] if whole or len(self.blocks) == 1 else [lengths, counts]
         plans = [plan_attention(lengths, n, device)._replace(causal=self.causal) for n in asked]
-        if condition is not None:
-            seen, rank = _order(condition)
-            keys = condition.states.tokens(seen).to(device, non_blocking=True)
-            crosses = [_plan_cross(condition.states.lengths[seen], rank, n, device) for n in asked]
+        if memory is not None:
+            seen, rank = _order(memory)
+            keys = memory.states.token_index(seen).to(device, non_blocking=True)
+            crosses = [_plan_cross(memory.states.lengths[seen], rank, n, device) for n in asked]
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
             place = -1 if last else 0
-            cross = (projected[i].index_select(0, keys), crosses[place]) if condition is not None else None
+            cross = (projected[i].index_select(0, keys), crosses[place]) if memory is not None else None
             x = block(x, plans[place], cross, columns if last else None)
         return x
 
 
 def check_layers(layers: Sequence[int], model: nn.Module) -> None:
     """Raises UserError: `layers` are not some of the layers of `model`, rising."""
-    if not layers or any(low >= high for low, high in pairwise([0, *layers, model.depths + 1])):
+    if not layers or any(low >= high for low, high in pairwise([0, *layers, model.num_layers + 1])):
         raise UserError(
-            f"layers {list(layers)}: {model.kind} has layers 1 to {model.depths}; name some, each once, "
+            f"layers {list(layers)}: {model.kind} has layers 1 to {model.num_layers}; name some, each once, "
             "rising"
         )
 
 
-def _order(condition: Condition) -> tuple[Tensor, Tensor]:
-    """The condition's rows that are seen, by ascending length (m,), and for each text row its place among
+def _order(memory: Memory) -> tuple[Tensor, Tensor]:
+    """The memory's rows that are seen, by ascending length (m,), and for each text row its place among
     them (n,)."""
-    seen, place = condition.rows.unique(return_inverse=True)
-    order = condition.states.lengths[seen].argsort(stable=True)
+    seen, place = memory.rows.unique(return_inverse=True)
+    order = memory.states.lengths[seen].argsort(stable=True)
     return seen[order], order.argsort()[place]
 
 
 def _plan_cross(keys: Tensor, rows: Tensor, counts: Tensor, device: torch.device) -> Plan:
-    """Plan for condition rows with so many `keys` (m,): all text rows that see one of them ask together.
-    `rows` (n,): the condition row that each text row sees; `counts` (n,): its queries."""
+    """Plan for memory rows with so many `keys` (m,): all text rows that see one of them ask together.
+    `rows` (n,): the memory row that each text row sees; `counts` (n,): its queries."""
     queries = torch.zeros_like(keys).index_add_(0, rows, counts)
-    tokens = Ragged(rows, counts).tokens(rows.argsort(stable=True))
+    tokens = Ragged(rows, counts).token_index(rows.argsort(stable=True))
     return plan_attention(keys, queries, device, tokens)
 
 
-def _entangle(text: Ragged, read: Tensor | None, condition: Condition) -> tuple[Ragged, Tensor]:
-    """Each row with its condition appended; only text tokens are read."""
-    seen = condition.states.take(condition.rows)
+def _entangle(text: Ragged, read: Tensor | None, memory: Memory) -> tuple[Ragged, Tensor]:
+    """Each row with its memory appended; only text tokens are read."""
+    seen = memory.states.select_rows(memory.rows)
     read = torch.ones(len(text.values), dtype=torch.bool) if read is None else read
     unread = torch.zeros(len(seen.values), dtype=torch.bool)
     return join_rows(text, seen), join_rows(text.with_values(read), seen.with_values(unread)).values

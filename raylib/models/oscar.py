@@ -7,8 +7,8 @@ Tags are what a detector calls the objects that it sees, as text. They go on wit
 before them, and are of another token type; regions have neither. A picture without tags has none in its row,
 no separator either.
 
-Paper 3 (cViL) distils such a model into one that starts from multilingual BERT: `states` and `Places` are for
-that.
+Paper 3 (cViL) distils such a model into one that starts from multilingual BERT: `states` and `TokenSegments`
+are for that.
 
 Shape legend: n rows; W tokens of texts, G of tags, R regions, T of all these; f features of a region; d
 width.
@@ -39,9 +39,9 @@ from torch import Tensor, nn
 
 from raylib.config import Config, build
 from raylib.errors import UserError
-from raylib.models.base import Places, find_places
-from raylib.models.hf_weights import SIZES, UNUSED_TEXT, Taken, first_position, read_folder
-from raylib.models.layers import Encoder, TextEmbedding, check_layers, initialise
+from raylib.models.base import TokenSegments, find_segments
+from raylib.models.hf_weights import SIZES, UNUSED_TEXT, WeightMapper, first_position, read_folder
+from raylib.models.layers import Encoder, TextEmbedding, check_layers, init_weights
 from raylib.models.single_stream import Stack
 from raylib.packed import Ragged, first_tokens, join_rows
 
@@ -52,7 +52,7 @@ class OscarConfig(Config):
     """Sizes. The defaults are OSCAR+ `base` as published.
 
     positions: of a text and its tags. features: width of region features without their place; None: no region
-    has been seen yet (`see_regions`). eps: of the layer norms. region_eps: of the one after the map of
+    has been seen yet (`set_region_dim`). eps: of the layer norms. region_eps: of the one after the map of
     regions; None: there is none.
     """
 
@@ -119,7 +119,7 @@ class Oscar(Stack):
 
     kind = "oscar"
     region_embedding = RegionEmbedding
-    parts = ("text", "tags", "regions")  # of a row
+    row_parts = ("text", "tags", "regions")  # of a row
 
     def __init__(self, config: OscarConfig):
         super().__init__()
@@ -128,7 +128,7 @@ class Oscar(Stack):
         self.regions = RegionEmbedding(c) if c.features else None
         self.encoder = Encoder(c.layers, c.width, c.heads, c.feedforward, c.dropout, c.eps, cross=False)
         self.pooler = nn.Linear(c.width, c.width)
-        self.apply(initialise)
+        self.apply(init_weights)
 
     @property
     def width(self) -> int:
@@ -151,11 +151,11 @@ class Oscar(Stack):
         words = self.embedding.tags(ids.values)
         return words if read is None else words[read.to(words.device)]
 
-    def ground(self, text: Ragged, condition: Seen | Ragged, times: int = 1) -> Tensor:
+    def fused_cls(self, text: Ragged, memory: Seen | Ragged, times: int = 1) -> Tensor:
         """Pooled states of texts and what grounds them.
 
         Args:
-            text: ids, b rows. condition: b x times rows, row i's are i times ... : of pictures, which must
+            text: ids, b rows. memory: b x times rows, row i's are i times ... : of pictures, which must
                 keep tags and regions apart (`embed_regions`), or of premises (`encode_text`).
         Returns:
             (b times, d).
@@ -163,34 +163,34 @@ class Oscar(Stack):
             UserError: a text and its tags, or its premise, are longer than there are positions.
         """
         if times > 1:
-            text = text.take(torch.arange(len(text.lengths)).repeat_interleave(times))
-        rows = self._rows(text, condition)
-        return self.pooled(self.encoder(rows, first_tokens(rows.lengths)))
+            text = text.select_rows(torch.arange(len(text.lengths)).repeat_interleave(times))
+        rows = self._rows(text, memory)
+        return self.pool(self.encoder(rows, first_tokens(rows.lengths)))
 
-    def pooled(self, cls: Tensor) -> Tensor:
-        """CLS states after the last layer (n, d) -> what `ground` makes of them (n, d)."""
+    def pool(self, cls: Tensor) -> Tensor:
+        """CLS states after the last layer (n, d) -> what `fused_cls` makes of them (n, d)."""
         return torch.tanh(self.pooler(cls))
 
-    def states(
-        self, text: Ragged, condition: Seen | Ragged, layers: Sequence[int], empty: bool = False
-    ) -> tuple[list[Ragged], Places]:
+    def hidden_states(
+        self, text: Ragged, memory: Seen | Ragged, layers: Sequence[int], empty: bool = False
+    ) -> tuple[list[Ragged], TokenSegments]:
         """States of all tokens after some of the layers, before the pooler.
 
         Args:
-            text: ids, n rows. condition: as of `ground`, n rows. layers: rising, the lowest is 1 (paper 3: 3,
+            text: ids, n rows. memory: as of `fused_cls`, n rows. layers: rising, the lowest is 1 (paper 3: 3,
             6, 9, 12). empty: each row ends with what comes of a slot that is padded with a region of zeros,
             and that nothing attends to.
         Returns:
             For each of `layers` n rows (T, d); which of these tokens are what. So
-            `rows.values[places.regions.values]` (R, d) are regions in the order of those in `condition`, the
+            `rows.values[places.regions.values]` (R, d) are regions in the order of those in `memory`, the
             same in a teacher and a student; on a GPU the index goes there first.
         Raises:
-            UserError: no such layers; as `ground`.
+            UserError: no such layers; as `fused_cls`.
         """
         check_layers(layers, self)
-        seen, rows = _as_seen(condition), self._rows(text, condition)
+        seen, rows = _as_seen(memory), self._rows(text, memory)
         found = self._with_slots(rows, layers) if empty else self.encoder.after(rows, layers)
-        return found, find_places(text.lengths, seen.tags.lengths, seen.regions.lengths, empty)
+        return found, find_segments(text.lengths, seen.tags.lengths, seen.regions.lengths, empty)
 
     def _with_slots(self, rows: Ragged, layers: Sequence[int]) -> list[Ragged]:
         """Rows after `layers`, each with a slot without a region behind it. All such slots of a row come to
@@ -209,9 +209,9 @@ class Oscar(Stack):
                 found.append(join_rows(after, Ragged(slots, one)))
         return found
 
-    def _rows(self, text: Ragged, condition: Seen | Ragged) -> Ragged:
+    def _rows(self, text: Ragged, memory: Seen | Ragged) -> Ragged:
         """Ids (W,) and what grounds them -> rows as they enter the stack (T, d)."""
-        seen = _as_seen(condition)
+        seen = _as_seen(memory)
         words = join_rows(text.with_values(self.embedding.word(text.values)), seen.tags)
         longest = max(words.lengths.tolist(), default=0)
         if longest > self.config.positions:
@@ -222,13 +222,9 @@ class Oscar(Stack):
         return join_rows(words.with_values(self.embedding.place(words)), seen.regions)
 
 
-def _as_seen(condition: Seen | Ragged) -> Seen:
+def _as_seen(memory: Seen | Ragged) -> Seen:
     """A premise takes the place of tags, and there are no regions."""
-    return (
-        condition
-        if isinstance(condition, Seen)
-        else Seen(condition, _none_of(condition, condition.values[:0]))
-    )
+    return memory if isinstance(memory, Seen) else Seen(memory, _none_of(memory, memory.values[:0]))
 
 
 def _none_of(rows: Ragged, nothing: Tensor) -> Ragged:
@@ -262,10 +258,10 @@ def load_oscar(path: Path | str, vision: Path | None = None) -> Oscar:
     # only old folders, OSCAR's among them, do not say whose they are: BERT's
     first = first_position(described) if "model_type" in described else 0
     model = Oscar(_sizes(weights, described, first, path))
-    taken = Taken(weights, path)
+    taken = WeightMapper(weights, path)
     with torch.no_grad():
         _fill(model, taken, first)
-    taken.finish(UNUSED)
+    taken.assert_all_used(UNUSED)
     return model
 
 
@@ -306,7 +302,7 @@ def _sizes(weights: dict[str, Tensor], described: dict, first: int, path: Path) 
     return build(OscarConfig, sizes, f"{path}/config.json")
 
 
-def _fill(model: Oscar, taken: Taken, first: int) -> None:
+def _fill(model: Oscar, taken: WeightMapper, first: int) -> None:
     embedding, types = model.embedding, taken(TYPES)
     taken.weights[POSITIONS] = taken(POSITIONS)[first:] + types[0]
     taken.weights[TYPES] = types[-1] - types[0]

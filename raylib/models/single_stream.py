@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from raylib.config import Config
 from raylib.errors import UserError
-from raylib.models.layers import Encoder, TextEmbedding, initialise
+from raylib.models.layers import Encoder, TextEmbedding, init_weights
 from raylib.packed import Ragged, first_tokens, join_rows
 
 
@@ -34,17 +34,17 @@ class Stack(nn.Module):
     name; `config` has its sizes. `region_embedding`: the class of `regions`, made from a config."""
 
     kind: str
-    fusion_depths = 0
+    num_fusion_layers = 0
     poolers: ClassVar[tuple[str, ...]] = ("pooler",)
     region_embedding: ClassVar[type[nn.Module]]
 
     @property
-    def depths(self) -> int:
+    def num_layers(self) -> int:
         return self.config.layers
 
     def depth_of(self, name: str) -> int | None:
-        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the embeddings of text and regions, None
-        for poolers."""
+        """Of the parameter `name`: 1 ... `num_layers` bottom up, 0 for the embeddings of text and regions,
+        None for poolers."""
         part, _, rest = name.partition(".")
         if part in ("embedding", "regions"):
             return 0
@@ -57,7 +57,7 @@ class Stack(nn.Module):
             name for name, p in self.named_parameters() if name.partition(".")[0] in parts and p.ndim == 2
         ]
 
-    def see_regions(self, features: int) -> None:
+    def set_region_dim(self, features: int) -> None:
         """Make the model take region features so wide; what embeds them is new if it has seen none yet.
 
         Raises:
@@ -67,7 +67,7 @@ class Stack(nn.Module):
             self.config = self.config.model_copy(update={"features": features})
             self.regions = (
                 self.region_embedding(self.config)
-                .apply(initialise)
+                .apply(init_weights)
                 .to(self.pooler.weight)
                 .train(self.training)
             )
@@ -90,7 +90,7 @@ class SingleStreamConfig(Config):
     layout: its name, which is the backbone's in `raylib.models`.
     positions: of a text, or of a row with its regions where `number_regions`.
     eps, embedding_eps: of the layer norms in the stack and before it.
-    features: width of region features; None: no region has been seen yet (`see_regions`).
+    features: width of region features; None: no region has been seen yet (`set_region_dim`).
     locations: 7 numbers say where a region is, or 5, without width and height.
     unit_length: features and locations are scaled to length 1 first.
     first: what a row begins with.
@@ -195,7 +195,7 @@ class SingleStream(Stack):
         self.pooler = nn.Linear(c.width, self.width)
         if c.pooler == "product":
             self.region_pooler = nn.Linear(c.width, self.width)
-        self.apply(initialise)
+        self.apply(init_weights)
 
     @property
     def kind(self) -> str:
@@ -222,11 +222,11 @@ class SingleStream(Stack):
         states = words if self.config.number_regions else self.embedding.place(ids.with_values(words))
         return states if read is None else states[read.to(states.device)]
 
-    def ground(self, text: Ragged, condition: Ragged, times: int = 1) -> Tensor:
+    def fused_cls(self, text: Ragged, memory: Ragged, times: int = 1) -> Tensor:
         """Pooled states of texts and what grounds them.
 
         Args:
-            text: ids, b rows. condition: embedded regions or premises, b x times rows: row i's are i times
+            text: ids, b rows. memory: embedded regions or premises, b x times rows: row i's are i times
                 ... .
         Returns:
             (b times, width).
@@ -235,8 +235,8 @@ class SingleStream(Stack):
         """
         tokens = text.with_values(self.encode_text(text))
         if times > 1:
-            tokens = tokens.take(torch.arange(len(text.lengths)).repeat_interleave(times))
-        parts, read = [tokens, condition], [first_tokens(tokens.lengths), first_tokens(condition.lengths)]
+            tokens = tokens.select_rows(torch.arange(len(text.lengths)).repeat_interleave(times))
+        parts, read = [tokens, memory], [first_tokens(tokens.lengths), first_tokens(memory.lengths)]
         if self.config.first == "regions":
             parts, read = parts[::-1], read[::-1]
         if self.config.pooler == "first":

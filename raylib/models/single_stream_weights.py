@@ -24,7 +24,7 @@ from raylib.config import build
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.finite import require_finite_file
-from raylib.models.hf_weights import SIZES, Taken, first_position, read_folder
+from raylib.models.hf_weights import SIZES, WeightMapper, first_position, read_folder
 from raylib.models.single_stream import LAYOUTS, SingleStream, SingleStreamConfig
 from raylib.models.single_stream_names import UC2, Names, Type, m3p_names, part_of, text_names, volta_names
 
@@ -52,10 +52,10 @@ def load_single_stream(layout: str, path: Path | str, vision: Path | None = None
     weights, names, changes = _find_format(weights, layout, described, path)
     config = _sizes(weights, names, LAYOUTS[layout].model_copy(update=changes), described, path)
     model = SingleStream(config)
-    taken = Taken(weights, path)
+    taken = WeightMapper(weights, path)
     with torch.no_grad():
         _fill(model, taken, names)
-    taken.finish(names.unused)
+    taken.assert_all_used(names.unused)
     return model
 
 
@@ -209,7 +209,7 @@ def _sizes(
     return build(SingleStreamConfig, {**base.model_dump(), **sizes}, str(path))
 
 
-def _fill(model: SingleStream, taken: Taken, names: Names) -> None:
+def _fill(model: SingleStream, taken: WeightMapper, names: Names) -> None:
     embedding, regions = model.embedding, model.regions
     taken.copy(embedding.word.weight, f"{names.word}.weight")
     positions = taken(f"{names.position}.weight")[names.first :]
@@ -231,7 +231,7 @@ def _fill(model: SingleStream, taken: Taken, names: Names) -> None:
         taken.copy_layer(model.region_pooler, names.region_pooler)
 
 
-def _fill_block(block: nn.Module, taken: Taken, names: Names, i: int) -> None:
+def _fill_block(block: nn.Module, taken: WeightMapper, names: Names, i: int) -> None:
     attention = block.attention
     taken.copy_layer(attention.query, part_of(names.query, i))
     for part in ("weight", "bias"):
@@ -244,5 +244,5 @@ def _fill_block(block: nn.Module, taken: Taken, names: Names, i: int) -> None:
     taken.copy_layer(block.output_norm, part_of(names.output_norm, i))
 
 
-def _type_vector(taken: Taken, kind: Type | None) -> Tensor | float:
+def _type_vector(taken: WeightMapper, kind: Type | None) -> Tensor | float:
     return taken(f"{kind.name}.weight")[kind.row] if kind else 0.0

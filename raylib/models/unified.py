@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from raylib.config import Config, build
 from raylib.errors import UserError
 from raylib.fileio import read_json
-from raylib.models.base import Places, fill, find_places, write_model
-from raylib.models.layers import Condition, Encoder, TextEmbedding, check_layers, initialise
+from raylib.models.base import TokenSegments, fill, find_segments, save_model
+from raylib.models.layers import Encoder, Memory, TextEmbedding, check_layers, init_weights
 from raylib.models.peft import described, restore
 from raylib.models.vision import SwinEncoder, SwinSizes, VisionEncoder
 from raylib.packed import Ragged, first_tokens
@@ -109,7 +109,7 @@ class UnifiedModel(nn.Module):
     (`raylib.packed`). A backbone of fine-tuning (`raylib.models`)."""
 
     kind = "unified"
-    parts = ("text",)  # of a row: pictures are attended to from outside
+    row_parts = ("text",)  # of a row: pictures are attended to from outside
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -134,7 +134,7 @@ class UnifiedModel(nn.Module):
         self.temperature = nn.Parameter(
             torch.full((1,), c.temperature)
         )  # DeepSpeed broadcasts no 0-d parameter
-        self.apply(initialise)
+        self.apply(init_weights)
 
     def encode_images(self, images: Tensor) -> Ragged:
         """uint8 (b, H, W, 3) -> b rows of states, CLS first."""
@@ -145,44 +145,44 @@ class UnifiedModel(nn.Module):
         """Ids (T,) -> unimodal states (T, d), or (R, d) of the tokens in `read` (T,)."""
         return self.text(ids.with_values(self.embedding(ids)), read)
 
-    def fuse(self, text: Ragged, read: Tensor | None = None, condition: Condition | None = None) -> Tensor:
+    def fuse(self, text: Ragged, read: Tensor | None = None, memory: Memory | None = None) -> Tensor:
         """Unimodal text states (T, d) -> unified states of the read tokens (R, d), grounded in
-        `condition`."""
-        return self.fusion(text, read, condition)
+        `memory`."""
+        return self.fusion(text, read, memory)
 
-    def embed_images(self, cls: Tensor) -> Tensor:
-        """Image CLS states (b, d) -> unit vectors (b, e)."""
-        return F.normalize(self.image_projection(cls), dim=-1)
+    def embed_images(self, states: Ragged, *, normalize: bool) -> Tensor:
+        """States of n images, CLS first -> vectors (n, e), of length 1 if `normalize`."""
+        cls = states.values.index_select(0, states.starts.to(states.values.device))
+        vectors = self.image_projection(cls)
+        return F.normalize(vectors, dim=-1) if normalize else vectors
 
-    def embed_text(self, cls: Tensor) -> Tensor:
-        """Text CLS states (n, d) -> unit vectors (n, e)."""
-        return F.normalize(self.text_projection(cls), dim=-1)
+    def embed_text(self, ids: Ragged, *, normalize: bool) -> Tensor:
+        """Ids of n texts -> vectors (n, e), of length 1 if `normalize`."""
+        cls = self.encode_text(ids, first_tokens(ids.lengths))
+        return self.embed_text_states(cls, normalize=normalize)
 
-    def embed_pictures(self, states: Ragged) -> Tensor:
-        """States of n pictures -> vectors (n, e), of any length."""
-        return self.image_projection(states.values.index_select(0, states.starts.to(states.values.device)))
-
-    def embed_sentences(self, ids: Ragged) -> Tensor:
-        """Ids of n texts -> vectors (n, e), of any length."""
-        return self.text_projection(self.encode_text(ids, first_tokens(ids.lengths)))
+    def embed_text_states(self, cls: Tensor, *, normalize: bool) -> Tensor:
+        """CLS states (n, d) of n texts -> vectors (n, e), of length 1 if `normalize`."""
+        vectors = self.text_projection(cls)
+        return F.normalize(vectors, dim=-1) if normalize else vectors
 
     @property
     def width(self) -> int:
         return self.config.width
 
     @property
-    def depths(self) -> int:
+    def num_layers(self) -> int:
         """Layers that a text passes: those of the text encoder, then the unified ones."""
         return self.config.text_layers + self.config.fusion_layers
 
     @property
-    def fusion_depths(self) -> int:
+    def num_fusion_layers(self) -> int:
         """How many of them, the top ones, attend to pictures."""
         return self.config.fusion_layers
 
     def depth_of(self, name: str) -> int | None:
-        """Of the parameter `name`: 1 ... `depths` bottom up, 0 for the text embeddings, None outside (ViT,
-        heads)."""
+        """Of the parameter `name`: 1 ... `num_layers` bottom up, 0 for the text embeddings, None outside
+        (ViT, heads)."""
         part, _, rest = name.partition(".")
         if part == "embedding":
             return 0
@@ -194,32 +194,34 @@ class UnifiedModel(nn.Module):
         """Names of the matrices of the text and unified layers."""
         return [name for name, p in self.named_parameters() if (self.depth_of(name) or 0) > 0 and p.ndim == 2]
 
-    def ground(self, text: Ragged, condition: Ragged, times: int = 1) -> Tensor:
+    def fused_cls(self, text: Ragged, memory: Ragged, times: int = 1) -> Tensor:
         """CLS states of texts in what grounds them.
 
         Args:
-            text: ids, b rows. condition: states of what they attend to, b x times rows: row i's are i times
+            text: ids, b rows. memory: states of what they attend to, b x times rows: row i's are i times
                 ... .
         Returns:
             (b times, d).
         """
         states = text.with_values(self.encode_text(text))
         if times > 1:
-            states = states.take(torch.arange(len(text.lengths)).repeat_interleave(times))
-        seen = Condition(condition, torch.arange(len(condition.lengths)))
+            states = states.select_rows(torch.arange(len(text.lengths)).repeat_interleave(times))
+        seen = Memory(memory, torch.arange(len(memory.lengths)))
         return self.fuse(states, first_tokens(states.lengths), seen)
 
-    def ground_tokens(self, text: Ragged, condition: Ragged) -> Ragged:
-        """As `ground`, with row i of `condition` for row i of `text`, but states of all tokens: rows as
+    def fused_states(self, text: Ragged, memory: Ragged) -> Ragged:
+        """As `fused_cls`, with row i of `memory` for row i of `text`, but states of all tokens: rows as
         `text`'s."""
-        seen = Condition(condition, torch.arange(len(condition.lengths)))
-        return text.with_values(self.fuse(text.with_values(self.encode_text(text)), condition=seen))
+        seen = Memory(memory, torch.arange(len(memory.lengths)))
+        return text.with_values(self.fuse(text.with_values(self.encode_text(text)), memory=seen))
 
-    def states(self, text: Ragged, condition: Ragged, layers: Sequence[int]) -> tuple[list[Ragged], Places]:
+    def hidden_states(
+        self, text: Ragged, memory: Ragged, layers: Sequence[int]
+    ) -> tuple[list[Ragged], TokenSegments]:
         """States of all tokens after some of the layers: those of the text encoder, then the unified ones.
 
         Args:
-            text: ids, n rows. condition: as of `ground_tokens`. layers: rising, the lowest is 1.
+            text: ids, n rows. memory: as of `fused_states`. layers: rising, the lowest is 1.
         Returns:
             For each of `layers` rows as `text`'s (T, d); which tokens are what: all are of the text.
         Raises:
@@ -235,15 +237,15 @@ class UnifiedModel(nn.Module):
         low = [layer for layer in layers if layer <= below]
         rows = text.with_values(self.embedding(text))
         found = self.text.after(rows, sorted({*low, below}) if below else [])
-        seen = Condition(condition, torch.arange(len(condition.lengths)))
+        seen = Memory(memory, torch.arange(len(memory.lengths)))
         high = self.fusion.after(
             found[-1] if found else rows, [layer - below for layer in layers if layer > below], seen
         )
         nothing = torch.zeros_like(text.lengths)
-        return [*found[: len(low)], *high], find_places(text.lengths, nothing, nothing)
+        return [*found[: len(low)], *high], find_segments(text.lengths, nothing, nothing)
 
-    def pooled(self, cls: Tensor) -> Tensor:
-        """CLS states after the last layer are what `ground` returns."""
+    def pool(self, cls: Tensor) -> Tensor:
+        """CLS states after the last layer are what `fused_cls` returns."""
         return cls
 
     def save(self, folder: Path) -> None:
@@ -251,7 +253,7 @@ class UnifiedModel(nn.Module):
         description = {"model_type": f"polyglance-{self.kind}", **self.config.model_dump()}
         if described(self):
             description["tuning"] = described(self)
-        write_model(self, description, folder)
+        save_model(self, description, folder)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "UnifiedModel":

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raylib.models.layers import Condition
+from raylib.models.layers import Memory
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, Sentences, concatenate, first_tokens
 
@@ -28,7 +28,7 @@ class EncoderCall:
         self.ids, self.only_cls = Ragged(ids, lengths), cls and rows is None
         self.output_mask = first_tokens(lengths) if cls else torch.zeros(len(ids), dtype=torch.bool)
         if rows is not None:
-            self.output_mask[self.ids.tokens(rows)] = True
+            self.output_mask[self.ids.token_index(rows)] = True
         # the encoder's last layer computes these tokens alone: from a token to its place among them
         self.output_index = self.output_mask.cumsum(0) - 1
 
@@ -38,7 +38,7 @@ class EncoderCall:
 
     def rows(self, rows: Tensor) -> Ragged:
         """All states of `rows`, which must have been asked for."""
-        tokens = self.output_index[self.ids.tokens(rows)].to(self.states.device)
+        tokens = self.output_index[self.ids.token_index(rows)].to(self.states.device)
         return Ragged(self.states.index_select(0, tokens), self.ids.lengths[rows])
 
 
@@ -62,7 +62,7 @@ class StreamEncoding:
     ):
         self.full, self.embedded = sentences, embedded
         self.subset_rows = (index % every == 0).nonzero().squeeze(1)
-        self.subset = sentences.take(self.subset_rows) if every > 1 else sentences
+        self.subset = sentences.select_rows(self.subset_rows) if every > 1 else sentences
         self._subset_of_itself = torch.arange(len(self.subset_rows))
         self.calls: dict[Version, EncoderCall] = {}
         # in one order in every process: sums of floats depend on it
@@ -107,7 +107,7 @@ class FusionCall:
 
     def run(self, model: UnifiedModel, condition: Ragged) -> "FusionCall":
         masks = list(self.output_masks.values())
-        grounded = Condition(condition, torch.cat(self.condition_rows))
+        grounded = Memory(condition, torch.cat(self.condition_rows))
         states = model.fuse(concatenate(list(self.texts.values())), torch.cat(masks), grounded)
         parts = states.split([int(mask.sum()) for mask in masks])
         self._states = dict(zip(self.output_masks, parts, strict=True))

@@ -135,16 +135,17 @@ class ImageTextStep(StreamStep):
     @cached_property
     def contrast(self) -> PairContrast:
         """Images against captions."""
-        images = self.images
-        cls = images.values.index_select(0, images.starts.to(images.values.device))
-        vectors = self.model.embed_images(cls), self.model.embed_text(self.captions.cls())
+        vectors = (
+            self.model.embed_images(self.images, normalize=True),
+            self.model.embed_text_states(self.captions.cls(), normalize=True),
+        )
         pairs = align_pairs(self.batch["index"], self.batch["image_id"], self.captions.full.text_id)
         return contrast_pairs(*vectors, pairs, self.temperature)
 
     @cached_property
     def negatives(self) -> Negatives:
         captions = self.captions.subset_states(self.config.itm_text)
-        images = self.images.take(self.captions.subset_rows)
+        images = self.images.select_rows(self.captions.subset_rows)
         device, image_tokens = captions.values.device, int(images.lengths[0])
         rows = self.captions.subset_rows.to(device)
         scores = self.contrast.scores.subset(rows, self.config.fuse_every)
@@ -167,11 +168,11 @@ class ImageTextStep(StreamStep):
         needed, image_rows = torch.cat([own, wrong_image]).unique(return_inverse=True)
         own_image, wrong_image = image_rows.split(n)
         return Negatives(
-            all_images.take(gathered_order[needed]),
+            all_images.select_rows(gathered_order[needed]),
             own_image,
             wrong_image,
             captions,
-            all_captions.take(gathered_order[wrong_caption]),
+            all_captions.select_rows(gathered_order[wrong_caption]),
             has_image,
             has_caption,
         )
@@ -194,7 +195,7 @@ class ImageTextStep(StreamStep):
             # where ITM reads masked captions too, the pass that predicts their words is its positive pass
             outputs[positive] = outputs.get(positive, torch.zeros_like(self.cls_tokens)) | self.cls_tokens
         else:
-            images = self.images.take(captions.subset_rows)
+            images = self.images.select_rows(captions.subset_rows)
             own_image = torch.arange(len(captions.subset_rows))
         call = FusionCall()
         for version, mask in outputs.items():
@@ -219,7 +220,10 @@ class TranslationStep(StreamStep):
     @cached_property
     def contrast(self) -> PairContrast:
         """Sentences against translations."""
-        vectors = self.model.embed_text(self.source.cls()), self.model.embed_text(self.target.cls())
+        vectors = (
+            self.model.embed_text_states(self.source.cls(), normalize=True),
+            self.model.embed_text_states(self.target.cls(), normalize=True),
+        )
         pairs = align_pairs(self.batch["index"], self.source.full.text_id, self.target.full.text_id)
         return contrast_pairs(*vectors, pairs, self.temperature)
 
@@ -441,7 +445,7 @@ class UnifiedObjective(nn.Module):
     @torch.no_grad()
     def _encode_cls(self, sentences: Ragged, rows: Tensor) -> Tensor:
         """CLS states (n, d) of some sentences, of an encoder that never changes."""
-        ids = sentences.take(rows)
+        ids = sentences.select_rows(rows)
         return self.model.encode_text(ids, first_tokens(ids.lengths))
 
     # ---- weigh
