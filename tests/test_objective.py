@@ -211,7 +211,11 @@ def test_objective_takes_a_term_of_a_users_file(tmp_path):
         "from raylib.objectives.pretraining import LossPart, term\n\n"
         '@term("parallel", reads=("embeddings",), trains=("text_projection",))\n'
         "def alignment(step):\n"
-        "    apart = step.model.embed_text(step.source.cls()) - step.model.embed_text(step.target.cls())\n"
+        "    apart, other = (\n"
+        "        step.model.embed_text_states(text.cls(), normalize=True) \n"
+        "        for text in (step.source, step.target)\n"
+        "    )\n"
+        "    apart = apart - other\n"
         "    return [LossPart(apart.square().sum(), len(apart))]\n"
     )
     file, model, batch = f"{tmp_path}/my_term.py:alignment", make_model(), make_batch()
