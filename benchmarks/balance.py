@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from finetune.examples import Example
-from finetune.tasks import TASKS
+from finetune.tasks.datasets import TASKS
 from raylib.tables import markdown_table, percent
 
 STEPS, RATE, DECAY = 400, 0.05, 1e-3

@@ -7,72 +7,87 @@ its number).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from finetune.examples import Captioned, Example
-from finetune.pictures import Encoded, Pictures, Pixels
+from finetune.pictures import ImageSource, PrecomputedFeatures, VisualSource
 from raylib.errors import UserError
 from raylib.packed import Ragged, Sentences
 from raylib.randomness import permutation, uniform
 from raylib.text import Tokenizer, add_specials, text_ids
 
-# change(example, seed, epoch, id): a training example as methods show it (`finetune.strategies`)
+# change(example, seed, epoch, id): a training example as strategies show it (`finetune.strategies`)
 Change = Callable[..., Example | Captioned]
-# more(examples, what `see` returns, the batch so far): what else the batch is to hold
-More = Callable[[Sequence[Example], dict[str, Any], dict[str, Any]], dict[str, Any]]
+VisualInputs = dict[str, Any]  # what grounds the texts of a batch, as `load_visual` reads it
+# more(examples, visual inputs, the batch so far): what else the batch is to hold
+MoreInputs = Callable[[Sequence[Example], VisualInputs, dict[str, Any]], dict[str, Any]]
 
 
-class _Epochs(Dataset):
+class BatchOrder(NamedTuple):
+    """Which examples make a batch, and which of these are one worker's.
+
+    size: of the global batch. keep_last: what is left of an epoch is a smaller batch, not left out.
+    change: what strategies make of each example.
+    """
+
+    size: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+    change: Change | None = None
+    keep_last: bool = False
+
+
+class EpochBatches(Dataset):
     """Which examples a step takes."""
 
-    def __init__(
-        self,
-        examples: Sequence,
-        batch: int,
-        seed: int,
-        rank: int,
-        world: int,
-        change: Change | None,
-        keep_last: bool,
-    ):
+    def __init__(self, examples: Sequence[Any], order: BatchOrder):
+        """Raises UserError: no examples, or fewer than workers in a batch."""
         if not examples:
             raise UserError("no examples to train on; check data= and the counts above")
-        self.examples, self.seed, self.rank, self.world, self.change = examples, seed, rank, world, change
-        self.batch = min(batch, len(examples))
-        if self.batch < world:
+        self.examples, self.order, world = examples, order, order.world
+        self.size = min(order.size, len(examples))
+        if self.size < world:
             raise UserError(
                 f"{len(examples)} examples are fewer than workers={world}; set workers={len(examples)}"
             )
-        left = len(examples) % self.batch if keep_last else 0
-        if 0 < left < world:
+        last = len(examples) % self.size if order.keep_last else 0
+        if 0 < last < world:
             raise UserError(
-                f"the last batch of an epoch has {left} examples, fewer than workers={world}; set "
-                f"workers={left}, or last_batch=drop"
+                f"the last batch of an epoch has {last} examples, fewer than workers={world}; set "
+                f"workers={last}, or last_batch=drop"
             )
-        self.steps = len(examples) // self.batch + (left > 0)  # of an epoch
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self.epoch_steps = len(examples) // self.size + (last > 0)
+        self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))  # of the epoch that was read last
 
-    def places(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
+    def rows(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
         """(epoch, index in the global batch of this worker's rows, the examples that fill them)."""
-        epoch, place = divmod(step, self.steps)
-        if self._order[0] != epoch:
-            self._order = (epoch, permutation(len(self.examples), self.seed, "order", epoch))
-        size = min(self.batch, len(self.examples) - place * self.batch)
-        index = np.arange(self.rank, size, self.world)
-        return epoch, index, self._order[1][place * self.batch + index]
+        epoch, place = divmod(step, self.epoch_steps)
+        if self._permutation[0] != epoch:
+            self._permutation = epoch, permutation(len(self.examples), self.order.seed, "order", epoch)
+        size = min(self.size, len(self.examples) - place * self.size)
+        index = np.arange(self.order.rank, size, self.order.world)
+        return epoch, index, self._permutation[1][place * self.size + index]
 
-    def chosen(self, epoch: int, numbers: np.ndarray) -> list:
-        """The examples `numbers`, as methods change them in this epoch: drawn from (seed, epoch, the
+    def changed_examples(self, epoch: int, numbers: np.ndarray) -> list[Any]:
+        """The examples `numbers`, as strategies change them in this epoch: drawn from (seed, epoch, the
         example's id)."""
-        examples = [self.examples[i] for i in numbers]
-        return [self.change(e, self.seed, epoch, e.id) for e in examples] if self.change else examples
+        examples, change = [self.examples[i] for i in numbers], self.order.change
+        return [change(e, self.order.seed, epoch, e.id) for e in examples] if change else examples
+
+    def augmentation(self, visual: VisualSource | None, epoch: int, *keys: np.ndarray) -> np.ndarray | None:
+        """Uniform draws (n, d) for n images, which `keys` number; None where images are read as they are."""
+        if visual is None or not visual.num_draws:
+            return None
+        draws = uniform(self.order.seed, epoch, "augment", *keys, np.arange(visual.num_draws))
+        return draws.reshape(-1, visual.num_draws)
 
 
-class ExampleBatches(_Epochs):
+class ExampleBatches(EpochBatches):
     """Batches of a classification task: {"step", "samples", "examples": {"index", "text": Ragged ids, what
     grounds it (`FinetuneModel.forward`), "answer" (b,) class with the highest score, "scores" (b, labels) if
     `soft`}}."""
@@ -81,89 +96,83 @@ class ExampleBatches(_Epochs):
         self,
         examples: Sequence[Example],
         labels: Sequence[str],
-        pictures: Pictures | None,
+        visual: VisualSource | None,
         tokenizer: Tokenizer,
         length: int,
         soft: bool,
-        batch: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        change: Change | None = None,
-        more: More | None = None,
-        keep_last: bool = False,
+        order: BatchOrder,
+        extra: MoreInputs | None = None,
     ):
-        super().__init__(examples, batch, seed, rank, world, change, keep_last)
-        self.more = more
-        self.pictures, self.tokenizer, self.length, self.soft = pictures, tokenizer, length, soft
+        super().__init__(examples, order)
+        self.visual, self.tokenizer, self.length, self.soft, self.extra = (
+            visual,
+            tokenizer,
+            length,
+            soft,
+            extra,
+        )
         self.classes = {label: i for i, label in enumerate(labels)}
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        epoch, index, numbers = self.places(step)
-        chosen = self.chosen(epoch, numbers)
-        draws = None
-        if self.pictures and self.pictures.draws:
-            each = np.arange(len(chosen[0].images))
-            keys = (numbers[:, None, None], each[:, None], np.arange(self.pictures.draws))
-            draws = uniform(self.seed, epoch, "augment", *keys).reshape(-1, self.pictures.draws)
-        seen = see(chosen, self.pictures, draws)
-        part = {"index": torch.from_numpy(index), **encode_inputs(chosen, seen, self.tokenizer, self.length)}
-        if self.more:
-            part |= self.more(chosen, seen, part)
-        scores = torch.zeros(len(chosen), len(self.classes))
-        for row, example in enumerate(chosen):
+        epoch, index, numbers = self.rows(step)
+        examples = self.changed_examples(epoch, numbers)
+        images = np.arange(len(examples[0].images))
+        draws = self.augmentation(self.visual, epoch, numbers[:, None, None], images[:, None])
+        visual = load_visual(examples, self.visual, draws)
+        part = {
+            "index": torch.from_numpy(index),
+            **encode_inputs(examples, visual, self.tokenizer, self.length),
+        }
+        if self.extra:
+            part |= self.extra(examples, visual, part)
+        scores = torch.zeros(len(examples), len(self.classes))
+        for row, example in enumerate(examples):
             for label, score in example.labels.items():
                 if label in self.classes:
                     scores[row, self.classes[label]] = score
         part["answer"] = scores.argmax(1)
         if self.soft:
             part["scores"] = scores
-        return {"step": step, "samples": self.batch, "examples": part}
+        return {"step": step, "samples": self.size, "examples": part}
 
 
 def read_inputs(
     examples: Sequence[Example],
-    pictures: Pictures | None,
+    visual: VisualSource | None,
     tokenizer: Tokenizer,
     length: int,
-    draws: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """The model's inputs: {"text": Ragged ids, and "premise", "images", "states" or "regions", with "tags" if
-    it reads them}."""
-    return encode_inputs(examples, see(examples, pictures, draws), tokenizer, length)
+    """The model's inputs: {"text": Ragged ids, and what grounds it: "premise", "images", "states" or
+    "regions", with "tags" if it reads them; nothing with one text about no image}."""
+    return encode_inputs(examples, load_visual(examples, visual), tokenizer, length)
 
 
-def see(
-    examples: Sequence[Example], pictures: Pictures | None, draws: np.ndarray | None = None
-) -> dict[str, Any]:
-    """What grounds the texts, as `pictures` read it; nothing where that is a premise."""
+def load_visual(
+    examples: Sequence[Example], visual: VisualSource | None, draws: np.ndarray | None = None
+) -> VisualInputs:
+    """What grounds the texts, as `visual` reads it; nothing where they are about no image."""
     names = [name for e in examples for name in e.images]
-    if not names:
-        return {}
-    return pictures.read(names) if draws is None else pictures.read(names, draws)
+    return visual.read(names, draws) if names else {}
 
 
 def encode_inputs(
-    examples: Sequence[Example], seen: dict[str, Any], tokenizer: Tokenizer, length: int
+    examples: Sequence[Example], visual: VisualInputs, tokenizer: Tokenizer, length: int
 ) -> dict[str, Any]:
-    """The model's inputs, from what `see` returns; the names of objects become tokens."""
+    """The model's inputs, from what `load_visual` returns; the names of objects become tokens."""
     texts = [e.texts[-1] for e in examples]
-    if not seen:
-        premises = [e.texts[0] for e in examples]
-        return {
-            part: encode_texts(rows, tokenizer, length)
-            for part, rows in (("text", texts), ("premise", premises))
-        }
-    if "tags" not in seen:
-        return {"text": encode_texts(texts, tokenizer, length), **seen}
-    return seen | encode_tagged(texts, tags_of(examples, seen["tags"]), tokenizer, length)
+    if "tags" in visual:
+        return visual | encode_tagged(texts, tags_of(examples, visual["tags"]), tokenizer, length)
+    inputs = {"text": encode_texts(texts, tokenizer, length), **visual}
+    # of two texts about no image the first is what the second is about; one text alone is about nothing
+    if not visual and len(examples[0].texts) > 1:
+        inputs["premise"] = encode_texts([e.texts[0] for e in examples], tokenizer, length)
+    return inputs
 
 
-def tags_of(examples: Sequence[Example], kept: Sequence[tuple[str, ...]]) -> list[str]:
-    """Of each picture of the examples, the tags as one text: those of the annotations, or else the store's
-    (`kept`)."""
-    own = [e.tags for e in examples for _ in e.images]
-    return [" ".join(tags or stored) for tags, stored in zip(own, kept, strict=True)]
+def tags_of(examples: Sequence[Example], stored: Sequence[tuple[str, ...]]) -> list[str]:
+    """Of each image of the examples, the tags as one text: those of the annotations, or else the store's."""
+    annotated = [e.tags for e in examples for _ in e.images]
+    return [" ".join(tags or others) for tags, others in zip(annotated, stored, strict=True)]
 
 
 def encode_tagged(
@@ -205,48 +214,38 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Rag
     return Ragged(*map(torch.from_numpy, add_specials(tokenizer.encode(texts), tokenizer, length)))
 
 
-class CaptionBatches(_Epochs):
-    """Batches of a retrieval task, an example being a picture and one of its captions, as `UnifiedObjective`
+class CaptionBatches(EpochBatches):
+    """Batches of a retrieval task, an example being an image and one of its captions, as `UnifiedObjective`
     takes them: {"step", "samples", "image_text": {"index", "images" or "states", "image_id", "text", "draws",
     "pivot" if any}}."""
 
     def __init__(
         self,
         examples: Sequence[Captioned],
-        pictures: Pixels | Encoded,
+        visual: ImageSource | PrecomputedFeatures,
         tokenizer: Tokenizer,
         length: int,
-        batch: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        change: Change | None = None,
-        keep_last: bool = False,
+        order: BatchOrder,
     ):
-        pairs = [Captioned(e.image, (caption,)) for e in examples for caption in e.captions]
-        super().__init__(pairs, batch, seed, rank, world, change, keep_last)
-        self.pictures, self.tokenizer, self.length = pictures, tokenizer, length
+        super().__init__([Captioned(e.image, (text,)) for e in examples for text in e.captions], order)
+        self.visual, self.tokenizer, self.length = visual, tokenizer, length
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        epoch, index, numbers = self.places(step)
-        chosen = self.chosen(epoch, numbers)
-        draws = None
-        if self.pictures.draws:
-            draws = uniform(self.seed, epoch, "augment", numbers[:, None], np.arange(self.pictures.draws))
-        names = [c.image for c in chosen]
-        seen = self.pictures.read(names) if draws is None else self.pictures.read(names, draws)
-        negatives = uniform(self.seed, epoch, "negative", numbers[:, None], np.arange(2))
+        epoch, index, numbers = self.rows(step)
+        pairs = self.changed_examples(epoch, numbers)
+        names = [pair.image for pair in pairs]
+        negatives = uniform(self.order.seed, epoch, "negative", numbers[:, None], np.arange(2))
         part = {
             "index": torch.from_numpy(index),
-            **seen,
+            **self.visual.read(names, self.augmentation(self.visual, epoch, numbers[:, None])),
             # annotations may name one image in several ways: 42.jpg, COCO_val2014_000000000042
-            "image_id": torch.tensor([self.pictures.store.identity(name) for name in names]),
-            "text": _unmasked([c.captions[0] for c in chosen], self.tokenizer, self.length),
+            "image_id": torch.tensor([self.visual.store.identity(name) for name in names]),
+            "text": _unmasked([pair.captions[0] for pair in pairs], self.tokenizer, self.length),
             "draws": torch.from_numpy((np.floor(negatives * 2**24) * 2**-24).astype(np.float32)),
         }
-        if chosen[0].pivots:
-            part["pivot"] = encode_texts([c.pivots[0] for c in chosen], self.tokenizer, self.length)
-        return {"step": step, "samples": self.batch, "image_text": part}
+        if pairs[0].pivots:
+            part["pivot"] = encode_texts([pair.pivots[0] for pair in pairs], self.tokenizer, self.length)
+        return {"step": step, "samples": self.size, "image_text": part}
 
 
 def _unmasked(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Sentences:

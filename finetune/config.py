@@ -1,5 +1,6 @@
 """Everything that a fine-tuning run depends on."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -166,9 +167,15 @@ class FinetuneConfig(LaunchConfig):
         return not self.trains or self.setting == "few_shot"
 
     @property
-    def ranked(self) -> int | None:
-        """How many candidates of a query the match head ranks: None, it ranks nothing; 0, all."""
-        return self.candidates if self.use_itm_head else None
+    def wordnet_folder(self) -> Path:
+        """The WordNet folder: where relations between answers come from."""
+        return Path(self.wordnet or Path(self.data) / "wordnet")
+
+    @property
+    def images_path(self) -> Path:
+        """Where the images lie: `images`, else images.tar or images in the data folder."""
+        default = Path(self.data) / "images.tar"
+        return Path(self.images) if self.images else default if default.is_file() else default.with_suffix("")
 
     @property
     def called(self) -> str:

@@ -1,53 +1,53 @@
-"""What a run reads: examples of each language, answer sets, pictures."""
-
-import itertools
-from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import cache
-from pathlib import Path
+"""What a run reads: its task, and the split of each use in each language."""
 
 from finetune.config import FinetuneConfig
-from finetune.examples import Captioned, Example
-from finetune.formats.gqa import read_answers
-from finetune.pictures import Pixels, RegionFeatures
-from finetune.splits import Task
-from finetune.stores import open_pictures, open_regions
-from finetune.tasks import TASKS
-from raylib.cache import cached, file_fingerprint
-from raylib.config import lookup
+from finetune.tasks.base import Reading, Task
+from finetune.tasks.datasets import TASKS
+from raylib.config import load_user_class, load_user_file, lookup
 from raylib.errors import UserError
 
 
-class Reading:
-    """The items of a split in a language, read from the file each time they are gone through."""
-
-    def __init__(self, task: Task, path: Path, split: str, language: str, limit: int | None):
-        self.task, self.path, self.split, self.language, self.limit = task, path, split, language, limit
-
-    def __iter__(self) -> Iterator[Example] | Iterator[Captioned]:
-        return itertools.islice(self.task.read(self.path, self.split, self.language), self.limit)
-
-
-def read_whole(reading: Reading) -> list[Example] | list[Captioned]:
-    """All items of a split; in a search they are parsed once."""
-    facts = (reading.split, reading.language, reading.limit, file_fingerprint(reading.path))
-    return cached("items", facts, lambda: list(reading))
-
-
 def find_task(config: FinetuneConfig) -> Task:
-    """The record of `config.task`."""
-    return lookup(config.task, TASKS, "task")
+    """The task that `config.task` names, or that its file defines, with the head that `config.head` names.
+
+    Raises:
+        UserError: no such task; it cannot have that head.
+    """
+    task = load_task(config.task)
+    if config.head not in task.heads:
+        raise UserError(f"head={config.head} generates answers of an open set; {config.task} has none")
+    return task.heads[config.head]
+
+
+def load_task(name: str) -> Task:
+    """A task by its name, or from a Python file that defines one: a `Task`, or a class that is built without
+    arguments.
+
+    Raises:
+        UserError: there is no such task or file; the file defines none, or several.
+    """
+    if not name.endswith(".py"):
+        return lookup(name, TASKS, "task")
+    found = {id(value): value for value in vars(load_user_file(name)).values() if isinstance(value, Task)}
+    if len(found) > 1:
+        raise UserError(f"{name}: it defines {len(found)} tasks; leave one, or make a file for each")
+    if found:
+        return found.popitem()[1]
+    task_class = load_user_class(name, Task)
+    try:
+        return task_class()
+    except TypeError as e:
+        raise UserError(f"{name}: {task_class.__name__} cannot be built without arguments ({e})") from None
 
 
 def read_split(config: FinetuneConfig, split: str, language: str, limit: int | None = None) -> Reading:
     """A split under `config.data`."""
-    task = find_task(config)
-    return Reading(task, task.path(Path(config.data), split, language, config.shots), split, language, limit)
+    return find_task(config).read_split(config, split, language, limit)
 
 
 def languages_of(config: FinetuneConfig) -> tuple[str, ...]:
     """The languages that are evaluated."""
-    return config.languages or find_task(config).languages
+    return find_task(config).languages_of(config)
 
 
 def test_split(config: FinetuneConfig, language: str) -> str:
@@ -137,98 +137,4 @@ def training_sets(config: FinetuneConfig, language: str | None) -> list[Reading]
 
 def training_examples(config: FinetuneConfig, language: str | None) -> list:
     """The items of `training_sets`."""
-    return [example for reading in training_sets(config, language) for example in read_whole(reading)]
-
-
-def training_captions(config: FinetuneConfig) -> Callable[[str, str], dict[str, tuple[str, ...]]] | None:
-    """`captions` of a `Context`: reads what a retrieval run trains on, in any language, or translations of
-    it; None where English alone is trained on."""
-    split = {"few_shot": "shots", "single_language": "train", "all_language": "train"}.get(config.setting)
-    if find_task(config).kind != "retrieval" or split is None:
-        return None
-
-    def read(made: str, language: str) -> dict[str, tuple[str, ...]]:
-        items = read_split(
-            config, f"{split}{made}", language, config.train_limit if split == "train" else None
-        )
-        return {item.image: item.captions for item in merge(read_whole(items))}
-
-    return read
-
-
-def training_texts(config: FinetuneConfig) -> tuple[dict[str, Reading], Reading | tuple]:
-    """`training` and `english` of a `Context`: what a classification run trains on in each language, and the
-    same in English."""
-    split = {
-        "zero_shot": "train",
-        "few_shot": "shots",
-        "single_language": "train",
-        "all_language": "train",
-    }.get(config.setting)
-    if find_task(config).kind == "retrieval" or split is None:
-        return {}, ()
-    languages = ("en",) if config.setting == "zero_shot" else languages_of(config)
-    limit = config.train_limit if split == "train" else None
-    chosen = [code for code in languages if config.setting != "few_shot" or code != "en"]
-    return {code: read_split(config, split, code, limit) for code in chosen}, read_split(
-        config, split, "en", limit
-    )
-
-
-def wordnet_of(config: FinetuneConfig) -> Path:
-    """The WordNet folder: where relations between answers come from."""
-    return Path(config.wordnet or Path(config.data) / "wordnet")
-
-
-@cache
-def labels_of(config: FinetuneConfig) -> tuple[str, ...]:
-    """The classes: the task's own, its answer file's, or the most frequent answers of the English training
-    file.
-
-    Raises:
-        UserError: no answer anywhere.
-    """
-    task = find_task(config)
-    if task.labels:
-        return task.labels
-    files = [Path(config.data) / name for name in task.answers]
-    found = next((file for file in files if file.is_file()), None)
-    if found and config.answers is None:
-        return read_answers(found)
-    counts: Counter[str] = Counter()
-    for example in read_whole(read_split(config, "train", "en", config.train_limit)):
-        counts.update(example.labels)
-    if not counts:
-        raise UserError(f"{config.data}: no answers in the training file of {config.task}")
-    return tuple(
-        answer for answer, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: config.answers]
-    )
-
-
-def with_known_answers(examples: list[Example], labels: tuple[str, ...]) -> tuple[list[Example], int]:
-    """(examples of which an answer is among `labels`, how many are not): these train nothing, and are
-    counted."""
-    known = frozenset(labels)
-    kept = [e for e in examples if not known.isdisjoint(e.labels)]
-    return kept, len(examples) - len(kept)
-
-
-def merge(items: list[Captioned]) -> list[Captioned]:
-    """One item a picture: lines that speak of the same one come together."""
-    captions: dict[str, tuple[str, ...]] = {}
-    for item in items:
-        captions[item.image] = captions.get(item.image, ()) + item.captions
-    return [Captioned(image, texts) for image, texts in captions.items()]
-
-
-def open_seen(config: FinetuneConfig, size: int, tagged: bool = False) -> Pixels | RegionFeatures:
-    """The pictures, or the region features in their place; `tagged`: with the names of the objects."""
-    if config.regions:
-        return RegionFeatures(open_regions(config.regions), tagged)
-    return Pixels(open_pictures(images_of(config)), size, config.augment)
-
-
-def images_of(config: FinetuneConfig) -> Path:
-    """Return where the images of a run lie: `config.images`, else images.tar or images in the data folder."""
-    default = Path(config.data) / "images.tar"
-    return Path(config.images) if config.images else default if default.is_file() else default.with_suffix("")
+    return [example for reading in training_sets(config, language) for example in reading.load()]

@@ -21,7 +21,7 @@ from finetune.batches import read_inputs
 from finetune.examples import Example
 from finetune.metrics import read_predictions, score
 from finetune.model import FinetuneModel
-from finetune.pictures import Encoded, Pictures, Pixels, encode_pictures
+from finetune.pictures import ImageSource, PrecomputedFeatures, VisualSource, precompute_features
 from raylib.data.states import remove_states
 from raylib.distributed import raise_together, world_size
 from raylib.finite import is_finite
@@ -34,7 +34,7 @@ BATCH = 64  # examples predicted at a time
 def predict(
     model: FinetuneModel,
     examples: Iterable[Example],
-    pictures: Pictures | None,
+    pictures: VisualSource | None,
     tokenizer: Tokenizer,
     length: int,
     out: Path,
@@ -60,8 +60,8 @@ def predict(
                 scores = model(to_device(inputs, device))
             best, chosen = scores.max(1)
             # a decoder's score is -inf of what is no candidate; a maximum is NaN where any score is
-            if not is_finite(best if model.spells else scores):
-                finite = (best[:, None] if model.spells else scores).isfinite().all(1).tolist()
+            if not is_finite(best if model.is_generative else scores):
+                finite = (best[:, None] if model.is_generative else scores).isfinite().all(1).tolist()
                 bad = f"scores of example {chunk[finite.index(False)].id}: not finite (NaN or infinite)"
                 break
             chosen = chosen.tolist()
@@ -92,7 +92,7 @@ def predict(
 def evaluate(
     model: FinetuneModel,
     sets: dict[str, Sequence[Example] | Iterable],
-    pictures: Pictures | None,
+    pictures: VisualSource | None,
     tokenizer: Tokenizer,
     length: int,
     folder: Path,
@@ -108,13 +108,13 @@ def evaluate(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        if isinstance(pictures, Pixels):  # otherwise they are encoded already
+        if isinstance(pictures, ImageSource):  # otherwise they are encoded already
             scratch = folder / ".states"
             remove_states(scratch)  # what a killed evaluation has left is another model's
             stack.callback(remove_states, scratch)
             names = (name for examples in sets.values() for example in examples for name in example.images)
-            pictures = Encoded(
-                encode_pictures(model.backbone, pictures, names, scratch, bf16), pictures.store
+            pictures = PrecomputedFeatures(
+                precompute_features(model.backbone, pictures, names, scratch, bf16), pictures.store
             )
         results = {}
         for language, examples in sets.items():

@@ -42,6 +42,11 @@ class Captioned(NamedTuple):
     source: str = ""
 
     @property
+    def images(self) -> tuple[str, ...]:
+        """The one image."""
+        return (self.image,)
+
+    @property
     def id(self) -> str:
         """What draws for the pair of a picture and a caption are keyed by."""
         return "\t".join((self.image, *self.captions))

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune.build import needs_pictures, tokenizer_of
+from finetune.build import tokenizer_of
 from finetune.config import FinetuneConfig
-from finetune.data import Reading, find_task, images_of, languages_of, read_split, wordnet_of
+from finetune.data import find_task, languages_of, read_split
 from finetune.model import weights_of
 from finetune.overlap import sets_of
 from finetune.strategies import chosen
+from finetune.tasks.base import TRAINING_SPLITS, Reading
 from raylib.identity import DataFile
 
 
@@ -17,19 +18,15 @@ def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]
     parts reads, and its images or region features, which are too large to be hashed at a first start."""
     task, data = find_task(config), Path(config.data)
     files = [file for used in sets_of(parts) for file in _files_of(used.reading)]
-    files += [file for file in (data / name for name in task.answers) if file.is_file()][
-        :1
-    ]  # the first that is there is read
-    if task.kind == "answers" and wordnet_of(config).is_dir():
-        files.append(wordnet_of(config))
+    files += task.files(config) + ([Path(config.task)] if config.task.endswith(".py") else [])
     for method in chosen(config.strategies).values():
         files += method.files(data)
     files += _translations(config)
     files += [weights_of(config.model), tokenizer_of(config)]
     files += [Path(config.vision)] if config.vision else []
     large = []
-    if needs_pictures(config):
-        large = [Path(config.regions) if config.regions else images_of(config)]
+    if task.needs_images(config):
+        large = [Path(config.regions) if config.regions else config.images_path]
     # what is missing is told by its reader, who knows what it is for
     every = [*map(DataFile, dict.fromkeys(files)), *(DataFile(path, large=True) for path in large)]
     return [file for file in every if file.path.exists()]
@@ -45,7 +42,7 @@ def _files_of(reading: Reading) -> list[Path]:
 def _translations(config: FinetuneConfig) -> list[Path]:
     """Translations of what is trained on, of a task that has such splits."""
     task = find_task(config)
-    trained = {"few_shot": "shots", "single_language": "train", "all_language": "train"}.get(config.setting)
+    trained = TRAINING_SPLITS.get(config.setting)
     splits = [name for name in (f"{trained}_to_en", f"{trained}_from_en") if name in task.splits]
     if not config.strategies.alignment:
         return []

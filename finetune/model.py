@@ -70,52 +70,48 @@ class Regions(nn.Module):
 
 
 class FinetuneModel(nn.Module):
-    """`backbone` and a head over `labels`. `pictures`: how many ground a text at once (a premise counts as
+    """`backbone` and a head over `labels`. `num_images`: how many ground a text at once (a premise counts as
     one); `regions`: the width of region features, if these take the place of pictures; `answers`: token ids
-    of the labels, for a head that spells them (`spells`), and ranks them as `decoder` says."""
+    of the labels, for a head that generates them (`is_generative`), and ranks them as `decoder` says."""
 
     def __init__(
         self,
         backbone: nn.Module,
         labels: tuple[str, ...],
-        pictures: int,
+        num_images: int,
         dropout: float,
         regions: int | None = None,
         answers: Sequence[Sequence[int]] | None = None,
         decoder: DecoderConfig | None = None,
     ):
         super().__init__()
-        self.backbone, self.labels, self.pictures, self.spells = (
-            backbone,
-            labels,
-            pictures,
-            answers is not None,
-        )
+        self.backbone, self.labels, self.num_images = backbone, labels, num_images
+        self.is_generative = answers is not None
         self.description = {
             "labels": list(labels),
-            "pictures": pictures,
+            "pictures": num_images,
             "head_dropout": dropout,
             "regions": regions,
         }
-        if self.spells:
+        if self.is_generative:
             decoder = decoder or DecoderConfig()
             self.description |= {"answers": [list(ids) for ids in answers], "decoder": decoder.model_dump()}
             self.head = AnswerDecoder(backbone, answers, decoder)
         else:
-            self.head = Classifier(pictures * backbone.width, backbone.width, len(labels), dropout)
+            self.head = Classifier(num_images * backbone.width, backbone.width, len(labels), dropout)
         self.regions = (
             Regions(regions, backbone.width) if regions and not hasattr(backbone, "embed_regions") else None
         )
         for part in PRETRAINING_ONLY:  # they would get no gradient, but decay all the same under ZeRO
             if hasattr(backbone, part):
-                getattr(backbone, part).requires_grad_(self.spells and part == "masked_head")
+                getattr(backbone, part).requires_grad_(self.is_generative and part == "masked_head")
 
     def forward(self, batch: dict) -> Tensor:
         """Logits (b, labels) of {"text": Ragged ids (b rows)} and what grounds it, of which row i's are rows
         i c ... i c + c - 1: "images" uint8 (b c, H, W, 3), "states" Ragged (of a ViT that ran before),
         "regions" Ragged (f + 7 wide), with "tags" Ragged ids where the backbone reads them, or "premise"
         Ragged ids. Of a decoder: log-probabilities, -inf at labels that are no candidates."""
-        if self.spells:
+        if self.is_generative:
             return self.head.rank(
                 self.backbone, self.backbone.fused_states(batch["text"], self.condition(batch))
             )
@@ -144,7 +140,7 @@ class FinetuneModel(nn.Module):
 
     def fused_cls(self, text: Ragged, condition: Ragged) -> Tensor:
         """CLS states of each text under each of its c conditions, side by side: (b, c d)."""
-        return self.backbone.fused_cls(text, condition, self.pictures).view(len(text.lengths), -1)
+        return self.backbone.fused_cls(text, condition, self.num_images).view(len(text.lengths), -1)
 
     def hidden_states(
         self, batch: dict, layers: Sequence[int], empty: bool = False

@@ -3,31 +3,33 @@ features."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from finetune.model import LOCATIONS
-from finetune.stores import PictureStore, RegionStore, locations
+from finetune.stores import PictureStore, RegionStore, locations, open_pictures, open_regions
 from raylib.data.images import AugmentConfig, augment, resize
 from raylib.data.states import States, write_states
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
 
+if TYPE_CHECKING:
+    from finetune.config import FinetuneConfig
+
 ENCODED = 64  # pictures through the image encoder at a time
 
 
-class Pixels:
+class ImageSource:
     """Pictures of a store at `size` x `size`; in training augmented, if `config` says how."""
-
-    tagged = False
 
     def __init__(self, store: PictureStore, size: int, config: AugmentConfig | None = None):
         self.store, self.size, self.config = store, size, config
 
     @property
-    def draws(self) -> int:
+    def num_draws(self) -> int:
         """How many uniform draws the augmentation of one picture takes."""
         return self.config.draws if self.config else 0
 
@@ -44,11 +46,10 @@ class Pixels:
         return {"images": torch.from_numpy(images)}
 
 
-class Encoded:
+class PrecomputedFeatures:
     """States of pictures of a store that a frozen image encoder has made before."""
 
-    draws = 0
-    tagged = False
+    num_draws = 0
 
     def __init__(self, states: States, store: PictureStore):
         self.states, self.store = states, store
@@ -62,7 +63,7 @@ class RegionFeatures:
     """Detector features with their locations side by side. `tagged`: the model reads tags of the objects
     too."""
 
-    draws = 0
+    num_draws = 0
 
     def __init__(self, store: RegionStore, tagged: bool = False):
         self.store, self.tagged = store, tagged
@@ -80,11 +81,18 @@ class RegionFeatures:
         return rows | {"tags": tags} if self.tagged else rows
 
 
-Pictures = Pixels | Encoded | RegionFeatures
+VisualSource = ImageSource | PrecomputedFeatures | RegionFeatures
 
 
-def encode_pictures(
-    model: UnifiedModel, pixels: Pixels, names: Iterable[str], folder: Path, bf16: bool = False
+def open_visual(config: "FinetuneConfig", size: int, tagged: bool = False) -> ImageSource | RegionFeatures:
+    """The images of a run, or the region features in their place; `tagged`: with the names of the objects."""
+    if config.regions:
+        return RegionFeatures(open_regions(config.regions), tagged)
+    return ImageSource(open_pictures(config.images_path), size, config.augment)
+
+
+def precompute_features(
+    model: UnifiedModel, pixels: ImageSource, names: Iterable[str], folder: Path, bf16: bool = False
 ) -> States:
     """All workers together: states of the pictures `names` after `model`'s image encoder, kept in `folder`;
     in float16 if they were made in bf16, which is no finer."""

@@ -15,8 +15,7 @@ R@1, the last of ties.
 from collections.abc import Callable
 
 from finetune.config import UNIMODAL, FinetuneConfig
-from finetune.data import dev_sets, languages_of
-from finetune.tasks import TASKS
+from finetune.data import dev_sets, find_task, languages_of
 from raylib.optim import OptimConfig
 
 P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)
@@ -271,8 +270,7 @@ def _selection(config: FinetuneConfig) -> str:
         return "last epoch"
     if not dev_sets(config, languages_of(config)[0] if config.trains_apart else None):
         return "last epoch: there is no dev set"
-    by = config.select_metric.replace("_", " ") if TASKS[config.task].kind == "retrieval" else "accuracy"
-    return f"best {by} on the dev set, {config.select_ties} of ties"
+    return f"best {find_task(config).dev_score_name(config)} on the dev set, {config.select_ties} of ties"
 
 
 # P0's table 1: the rows of each model. d1 = d2 = 0.8, k = 10, alpha = 10, 10 % of what remains after each of

@@ -6,11 +6,10 @@ from typing import Any
 from finetune.config import FinetuneConfig
 from finetune.data import find_task, split_name
 from finetune.lineage import described, method_of
-from finetune.retrieval import recall_at_1
 from raylib.errors import UserError
 from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
-from raylib.metrics import RANKS, disparity, mean
+from raylib.metrics import RANKS, mean
 from raylib.tables import markdown_table, open_pyplot, percent, save_figure
 from raylib.track import read_metrics
 
@@ -25,15 +24,16 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
     images would change, and not other seeds."""
     figures = {code: dict(values) for part in parts for code, values in part["languages"].items()}
     intervals = {code: values.pop("interval", None) for code, values in figures.items()}
-    retrieval = find_task(config).kind == "retrieval"
-    scores = {code: values["mean_recall" if retrieval else "accuracy"] for code, values in figures.items()}
+    task = find_task(config)
+    scores = {code: task.test_score(values) for code, values in figures.items()}
     targets = [score for code, score in scores.items() if code != "en"]
     first = parts[0]
     sparsity = first.get("sparsity") or {}
     steps = sum(part.get("steps", 0) for part in parts)
     skipped = sum(part.get("skipped_steps", 0) for part in parts)
+    unknown = sum(part.get("unknown_training_answers", 0) for part in parts)
     finished = all(part.get("finished", True) for part in parts)
-    result = {
+    return {
         "run": config.name,
         "task": config.task,
         "setting": config.setting,
@@ -50,39 +50,18 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
         "steps": steps,
         "skipped_steps": skipped,
         "seconds": sum(part.get("seconds", 0.0) for part in parts),
-        "retrieval" if retrieval else "accuracy": figures if retrieval else scores,
+        **task.summarise(figures),
         "interval": intervals,
         "mean_targets": mean(targets) if targets else None,
         "gap": scores["en"] - mean(targets) if targets and "en" in scores else None,
         "by_type": {code: values["by_type"] for code, values in figures.items() if values.get("by_type")},
+        "unknown_training_answers": unknown,
         "items_skipped": {
-            "train": sum(part.get("unknown_training_answers", 0) for part in parts),
+            "train": unknown,
             **{code: values.get("unlabelled", 0) for code, values in figures.items()},
         },
         **_made_by(parts),
     }
-    first_hits = {code: recall_at_1(values) for code, values in figures.items()} if retrieval else scores
-    if retrieval:
-        result["recall_at_1"] = first_hits
-    result["disparity"] = disparity(first_hits.values())
-    if not retrieval:
-        kept = ("n", "predictions", "unlabelled", "unknown_answers")
-        result["counts"] = {code: {name: values[name] for name in kept} for code, values in figures.items()}
-        result["coverage"] = {
-            code: 1 - c["unknown_answers"] / c["n"] for code, c in result["counts"].items() if c["n"]
-        }
-        result["unknown_training_answers"] = sum(part.get("unknown_training_answers", 0) for part in parts)
-        synonyms = {
-            code: values["synonym_accuracy"]
-            for code, values in figures.items()
-            if "synonym_accuracy" in values
-        }
-        if synonyms:
-            result["synonym_accuracy"] = synonyms
-            result["confusions"] = {code: figures[code]["confusions"] for code in synonyms}
-        bleu = {code: values["bleu"] for code, values in figures.items() if "bleu" in values}
-        result |= {"bleu": bleu} if bleu else {}
-    return result
 
 
 def of_dev_sets(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from finetune.batches import encode_texts
 from finetune.examples import Captioned
-from finetune.pictures import Encoded, Pixels, encode_pictures
+from finetune.pictures import ImageSource, PrecomputedFeatures, precompute_features
 from raylib.data.states import States, remove_states, write_states
 from raylib.distributed import raise_together, world_size
 from raylib.finite import is_finite, require_finite
@@ -31,7 +31,7 @@ SENTENCES, PAIRS = 256, 512  # encoded, or ranked, at a time
 def retrieve(
     model: nn.Module,
     items: Sequence[Captioned],
-    pictures: Pixels | Encoded,
+    pictures: ImageSource | PrecomputedFeatures,
     tokenizer: Tokenizer,
     length: int,
     candidates: int | None,
@@ -93,10 +93,10 @@ class _Ranker:
         texts = [caption for item in items for caption in item.captions]
         self.owner = torch.tensor([i for i, item in enumerate(items) for _ in item.captions])
         self.keys = [str(i) for i in range(len(texts))]
-        if isinstance(pictures, Encoded):
+        if isinstance(pictures, PrecomputedFeatures):
             self.images: States = pictures.states
         else:
-            self.images = encode_pictures(model, pictures, self.names, folder / "images", bf16)
+            self.images = precompute_features(model, pictures, self.names, folder / "images", bf16)
 
         def ids_of(keys: Sequence[str]) -> Ragged:
             ids = encode_texts([texts[int(key)] for key in keys], tokenizer, length)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import report
-from finetune.build import build_adapted, build_methods, open_pictures_for, tokenizer_of
+from finetune.build import build_methods, build_pipeline, tokenizer_of
 from finetune.config import FinetuneConfig
 from finetune.cycles import after_distillation, distil_first, find_mask
 from finetune.data import (
@@ -17,15 +17,13 @@ from finetune.data import (
     read_split,
     split_name,
     test_split,
-    wordnet_of,
 )
 from finetune.inputs import run_files
-from finetune.lexicon.wordnet import WordNet
 from finetune.lineage import method_of, runs_behind
 from finetune.model import fill
 from finetune.overlap import check_overlap
 from finetune.strategies import check_strategies, chosen
-from finetune.worker import FinetuneJob, evaluated, trained
+from finetune.worker import FinetuneJob, evaluate_test_sets, find_trained
 from raylib import checkpoint, identity
 from raylib.config import load
 from raylib.errors import UserError
@@ -103,12 +101,6 @@ def check(config: FinetuneConfig) -> list[dict[str, Any]]:
     for name in ("model", "data"):
         if not getattr(config, name):
             raise UserError(f"{name}= is missing: give a folder")
-    if config.head == "decoder" and task.kind != "answers":
-        raise UserError(f"head=decoder spells answers of an open set; {config.task} has none")
-    if config.regions and task.kind == "retrieval":
-        raise UserError(
-            "retrieval wants pictures: the model's image encoder makes the vectors that are compared"
-        )
     if config.split == "testdev":
         _check_testdev(config)
     for language in languages_of(config):
@@ -139,8 +131,7 @@ def check(config: FinetuneConfig) -> list[dict[str, Any]]:
         )
     if config.wordnet and not Path(config.wordnet).is_dir():
         raise UserError(f"wordnet={config.wordnet}: no such folder")
-    if task.kind == "answers" and wordnet_of(config).is_dir():
-        WordNet(wordnet_of(config))
+    task.check(config)
     check_strategies(config, task, build_methods(config, no_log))
     return (
         check_overlap(config, {language: part for part, language in _parts(config)})
@@ -241,15 +232,14 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     for part, _ in _parts(config):
         run = run_folder(part) if part is not config else folder
         part = after_distillation(part)
-        model, tokenizer = build_adapted(part)
+        pipeline = build_pipeline(part)
         if config.trains:
-            fill(model, trained(config, run, checkpoint.newest(run)))
-        pictures = open_pictures_for(part, model)
+            fill(pipeline.model, find_trained(config, run, checkpoint.newest(run)))
         done = run / "part.json"
-        before = _so_far(model, run) if config.trains and not done.is_file() else {}
+        before = _so_far(pipeline.model, run) if config.trains and not done.is_file() else {}
         if done.is_file():
             before = read_json(done)
-        results.append({**before, **evaluated(part, model, tokenizer, pictures, run)})
+        results.append({**before, **evaluate_test_sets(pipeline, run)})
     hashes = {"config_sha256": config_hash(config), "data_sha256": identity.combined_hash(data)}
     result = {**stored, **report.summarise(config, results), **hashes}
     result.pop("dev", None)  # of a search's run, which is tested now

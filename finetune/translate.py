@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, PositiveInt
 
+from finetune.data import load_task
 from finetune.formats.stream import read_jsonl, read_lines
-from finetune.tasks import TASKS
-from raylib.config import Config, lookup
+from raylib.config import Config
 from raylib.errors import UserError, require
 from raylib.fileio import write_atomically
 from raylib.finite import require_finite_file
@@ -52,7 +52,7 @@ def translate(
     Raises:
         UserError: no such task, data or model; the task has no place for such translations.
     """
-    task = lookup(task_name, TASKS, "task")
+    task = load_task(task_name)
     if not config.data:
         raise UserError("data= is missing: give the folder of the task's annotations")
     if not config.languages:

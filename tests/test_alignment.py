@@ -11,8 +11,8 @@ from finetune.contrast import ContrastObjective, MatchingObjective
 from finetune.examples import Captioned
 from finetune.strategies import Context
 from finetune.strategies.alignment import TranslationAlignment
-from finetune.tasks import TASKS
-from finetune.worker import RETRIEVAL
+from finetune.tasks.datasets import TASKS
+from finetune.tasks.retrieval import CONTRAST_AND_ITM
 from raylib.errors import UserError
 from raylib.metrics import disparity
 from raylib.objectives.pretraining import UnifiedObjective
@@ -141,7 +141,7 @@ def test_alignment_on_two_workers_equals_one():
 def matching(loss: str, weight: float):
     """(an objective of matching with alignment beside it, the same without)."""
     model = make_model()
-    unified = UnifiedObjective(model, RETRIEVAL, 16)
+    unified = UnifiedObjective(model, CONTRAST_AND_ITM, 16)
     return MatchingObjective(unified, TranslationAlignment(loss=loss, weight=weight).terms(model)), unified
 
 

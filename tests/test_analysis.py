@@ -18,9 +18,10 @@ from finetune.analysis.parallel import Parallel, read_parallel
 from finetune.analysis.similarity import compare, correlate, describe, parallel_states
 from finetune.analysis.words import Thing, find_tokens, find_word, name_in, spans
 from finetune.batches import encode_texts
-from finetune.data import open_seen, read_split
+from finetune.data import read_split
 from finetune.examples import Example
 from finetune.model import FinetuneModel
+from finetune.pictures import open_visual
 from finetune.recipes import RECIPES
 from raylib.config import override
 from raylib.models import BACKBONES
@@ -471,7 +472,7 @@ def test_attention_shares_of_items_equal_mean_of_each_alone(tokenizer, scenes):
     """`measure` over several items is the mean of each item by itself."""
     config = override(RECIPES["scenes_xgqa"](), [f"data={scenes}", "image_size=16"])
     backbone = make_model(vocabulary=12000, positions=64).float().eval()
-    pictures, codes = open_seen(config, 16), ("en", "ko", "zh")
+    pictures, codes = open_visual(config, 16), ("en", "ko", "zh")
     looks = maps.looks_of_scenes(read_parallel(config, codes, 60), scenes / "scenes.jsonl")
     assert len(looks) > 3 and all(look_.thing.quadrant not in look_.others for look_ in looks)
     texts = {e.id: e.texts[-1] for e in read_split(config, "test", "ko")}

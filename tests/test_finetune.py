@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.batches import CaptionBatches, ExampleBatches
-from finetune.data import merge, with_known_answers
+from finetune.batches import BatchOrder, CaptionBatches, ExampleBatches
 from finetune.evaluate import evaluate
 from finetune.examples import Captioned, Example
 from finetune.formats import gqa
 from finetune.metrics import Bleu, score
 from finetune.model import FinetuneModel, freeze, resize
 from finetune.objective import ClassificationObjective
-from finetune.pictures import Encoded, Pixels, encode_pictures
+from finetune.pictures import ImageSource, PrecomputedFeatures, precompute_features
 from finetune.retrieval import retrieve
 from finetune.stores import open_pictures
-from finetune.tasks import TASKS
+from finetune.tasks.datasets import TASKS
+from finetune.tasks.retrieval import merge_captions
 from raylib.errors import UserError
 from raylib.models.layers import Memory
 from raylib.packed import Ragged
@@ -43,8 +43,8 @@ def retriever(dtype=torch.float32):
     return make_model(vocabulary=12000, positions=64, dtype=dtype).eval()
 
 
-def pixels(scenes) -> Pixels:
-    return Pixels(open_pictures(scenes / "images.tar"), 16)
+def pixels(scenes) -> ImageSource:
+    return ImageSource(open_pictures(scenes / "images.tar"), 16)
 
 
 def questions(scenes, language="en") -> list[Example]:
@@ -317,12 +317,13 @@ def test_predictions_equal_model_applied_one_by_one(scenes, tmp_path):
 def test_cached_image_states_equal_images(scenes, tmp_path):
     model, tokenizer, examples = small_model(), Tokenizer.load(TOKENIZER), questions(scenes)
     names = [e.images[0] for e in examples]
-    states = Encoded(
-        encode_pictures(model.backbone, pixels(scenes), names, tmp_path / "states"), pixels(scenes).store
+    states = PrecomputedFeatures(
+        precompute_features(model.backbone, pixels(scenes), names, tmp_path / "states"), pixels(scenes).store
     )
     both = (pixels(scenes), states)
     batches = [
-        ExampleBatches(examples, model.labels, p, tokenizer, 40, False, 8, 0)[3]["examples"] for p in both
+        ExampleBatches(examples, model.labels, p, tokenizer, 40, False, BatchOrder(8, 0))[3]["examples"]
+        for p in both
     ]
     assert batches[0]["text"].values.equal(batches[1]["text"].values) and batches[0]["answer"].equal(
         batches[1]["answer"]
@@ -332,15 +333,19 @@ def test_cached_image_states_equal_images(scenes, tmp_path):
 
 def test_example_batches_hold_each_example_once_for_any_workers(scenes):
     tokenizer, examples = Tokenizer.load(TOKENIZER), questions(scenes)
-    whole = ExampleBatches(examples, ("no", "yes"), pixels(scenes), tokenizer, 40, False, 12, seed=3)
+    whole = ExampleBatches(examples, ("no", "yes"), pixels(scenes), tokenizer, 40, False, BatchOrder(12, 3))
     parts = [
-        ExampleBatches(examples, ("no", "yes"), pixels(scenes), tokenizer, 40, False, 12, 3, rank, 2)
+        ExampleBatches(
+            examples, ("no", "yes"), pixels(scenes), tokenizer, 40, False, BatchOrder(12, 3, rank, 2)
+        )
         for rank in (0, 1)
     ]
     for epoch in (0, 1):
-        taken = [n for place in range(whole.steps) for n in whole.places(epoch * whole.steps + place)[2]]
+        taken = [
+            n for place in range(whole.epoch_steps) for n in whole.rows(epoch * whole.epoch_steps + place)[2]
+        ]
         assert sorted(taken) == list(range(60))
-    assert list(whole.places(0)[2]) != list(whole.places(whole.steps)[2])
+    assert list(whole.rows(0)[2]) != list(whole.rows(whole.epoch_steps)[2])
     one, two = whole[4]["examples"], [p[4]["examples"] for p in parts]
     for rank in (0, 1):
         assert two[rank]["index"].tolist() == list(range(rank, 12, 2))
@@ -351,9 +356,9 @@ def test_example_batches_hold_each_example_once_for_any_workers(scenes):
 
 def test_caption_batches_pair_image_with_each_caption(scenes):
     items = [Captioned(f"ftest{i}.webp", (f"one {i}", f"two {i}")) for i in range(4)]
-    batches = CaptionBatches(items, pixels(scenes), Tokenizer.load(TOKENIZER), 40, 8, 0)
+    batches = CaptionBatches(items, pixels(scenes), Tokenizer.load(TOKENIZER), 40, BatchOrder(8, 0))
     part = batches[0]["image_text"]
-    assert batches.steps == 1 and part["images"].shape == (8, 16, 16, 3)
+    assert batches.epoch_steps == 1 and part["images"].shape == (8, 16, 16, 3)
     assert len(part["image_id"].unique()) == 4 and len(part["text"].text_id.unique()) == 8
 
 
@@ -373,12 +378,14 @@ def test_caption_batches_identify_images_by_bytes(tmp_path, encoded):
         "a/7.png",
         "b/7.png",
     ]
-    pictures = Pixels(open_pictures(tmp_path / "p"), 16)
+    pictures = ImageSource(open_pictures(tmp_path / "p"), 16)
     if encoded:
-        pictures = Encoded(encode_pictures(retriever(), pictures, names, tmp_path / "states"), pictures.store)
+        pictures = PrecomputedFeatures(
+            precompute_features(retriever(), pictures, names, tmp_path / "states"), pictures.store
+        )
     items = [Captioned(name, (f"caption {i}",)) for i, name in enumerate(names)]
-    batches = CaptionBatches(items, pictures, Tokenizer.load(TOKENIZER), 40, len(items), 0)
-    order = batches.places(0)[2].tolist()
+    batches = CaptionBatches(items, pictures, Tokenizer.load(TOKENIZER), 40, BatchOrder(len(items), 0))
+    order = batches.rows(0)[2].tolist()
     ids = [batches[0]["image_text"]["image_id"].tolist()[order.index(i)] for i in range(len(names))]
     assert ids[:4] == ids[:1] * 4 and ids[4:6] == ids[4:5] * 2 and len(set(ids)) == 3
 
@@ -387,8 +394,8 @@ def test_training_examples_drop_unknown_answers_and_merge_captions():
     examples = [
         Example(str(i), ("q",), ("i",), labels) for i, labels in enumerate(({"yes": 1.0}, {"blue": 1.0}, {}))
     ]
-    assert with_known_answers(examples, ("yes", "no")) == ([examples[0]], 2)
-    assert merge([Captioned("a", ("x",)), Captioned("b", ("y",)), Captioned("a", ("z",))]) == [
+    assert TASKS["xgqa"].training_items(examples, small_model(("yes", "no"))) == ([examples[0]], 2)
+    assert merge_captions([Captioned("a", ("x",)), Captioned("b", ("y",)), Captioned("a", ("z",))]) == [
         Captioned("a", ("x", "z")),
         Captioned("b", ("y",)),
     ]

@@ -15,7 +15,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from finetune.__main__ import main
-from finetune.data import open_seen, read_split
+from finetune.data import read_split
+from finetune.pictures import open_visual
 from finetune.recipes import RECIPES
 from raylib import checkpoint
 from raylib.config import override
@@ -119,7 +120,7 @@ def test_region_features_reach_the_model_unchanged(tmp_path, scenes):
     records = regions_of(scenes, "xvnli")
     config = override(RECIPES["scenes_xvnli"](), [f"regions={write_regions(tmp_path, 'npz', records)}"])
     names = list(records)[:3]
-    read = open_seen(config, 0).read(names)["regions"]
+    read = open_visual(config, 0).read(names)["regions"]
     assert read.lengths.tolist() == [len(records[name]["boxes"]) for name in names]
     assert np.allclose(read.values[:, :WIDTH], np.concatenate([records[name]["features"] for name in names]))
     assert np.allclose(

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from finetune.__main__ import main
 from finetune.build import build_model
-from finetune.data import labels_of, read_split
+from finetune.data import find_task, read_split
 from finetune.recipes import RECIPES
-from finetune.tasks import TASKS
+from finetune.tasks.datasets import TASKS
 from raylib.config import override
 from raylib.sample.concepts import DATA
 from raylib.sample.scenes.labels import labels
@@ -273,7 +273,7 @@ def test_finetune_every_recipe_builds(name, model, scenes):
     ):  # the files of the others are not among the scenes
         assert next(iter(read_split(config, "train", "en"))) and build_model(config)
         wanted = {"xgqa": 2 + len(labels()), "xvnli": 3, "marvl": 2}
-        assert config.task == "xflickrco" or len(labels_of(config)) == wanted[config.task]
+        assert config.task == "xflickrco" or len(find_task(config).label_names(config)) == wanted[config.task]
 
 
 def test_finetune_help_lists_every_recipe(capsys):

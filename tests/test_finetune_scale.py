@@ -9,7 +9,7 @@ import pytest
 from finetune.data import Reading
 from finetune.evaluate import evaluate
 from finetune.formats import gqa
-from finetune.tasks import TASKS
+from finetune.tasks.datasets import TASKS
 from raylib.text import Tokenizer
 from tests.test_finetune import TOKENIZER, pixels, questions, small_model
 from tests.workers import run_workers

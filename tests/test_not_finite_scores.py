@@ -13,7 +13,7 @@ from finetune.analysis import figures
 from finetune.batches import encode_texts
 from finetune.evaluate import evaluate, predict
 from finetune.model import FinetuneModel
-from finetune.pictures import encode_pictures
+from finetune.pictures import precompute_features
 from finetune.report import read_result
 from finetune.retrieval import retrieve
 from pretrain.__main__ import main as pretrain_main
@@ -76,11 +76,11 @@ def test_cached_states_of_killed_evaluation_are_not_reused(scenes, tmp_path):
     tokenizer, seen = Tokenizer.load(TOKENIZER), pixels(scenes)
     items, names = captions(scenes)[:12], [item.image for item in captions(scenes)[:12]]
     other = make_model(seed=1, dtype=torch.float32, vocabulary=12000, positions=64)
-    encode_pictures(other, seen, names, tmp_path / "s" / "images")
+    precompute_features(other, seen, names, tmp_path / "s" / "images")
     found = retrieve(retriever(), items, seen, tokenizer, 40, 5, tmp_path / "s")
     assert found == retrieve(retriever(), items, seen, tokenizer, 40, 5, tmp_path / "fresh")
     examples = {"en": questions(scenes, "en")}
-    encode_pictures(
+    precompute_features(
         other, seen, [name for e in examples["en"] for name in e.images], tmp_path / "p" / ".states"
     )
     for folder in ("p", "fresh"):

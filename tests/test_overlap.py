@@ -9,9 +9,9 @@ import pytest
 
 from finetune import overlap
 from finetune.config import FinetuneConfig
-from finetune.data import merge
 from finetune.overlap import check_overlap, image_name
-from finetune.tasks import TASKS
+from finetune.tasks.datasets import TASKS
+from finetune.tasks.retrieval import merge_captions
 from finetune.train import _parts
 from raylib.errors import UserError
 from tests import official
@@ -275,7 +275,7 @@ def test_overlap_xtd_images_are_excluded_from_training(tmp_path):
     task = TASKS["xtd"]
     for split, left, image in (("train", 15, train), ("dev", 5, dev)):
         images = [
-            item.image for item in merge(list(task.read(task.path(tmp_path, split, "en"), split, "en")))
+            item.image for item in merge_captions(task.read(task.path(tmp_path, split, "en"), split, "en"))
         ]
         assert len(images) == left and image not in images
 

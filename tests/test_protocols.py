@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from finetune.__main__ import main
-from finetune.batches import CaptionBatches, ExampleBatches
+from finetune.batches import BatchOrder, CaptionBatches, ExampleBatches
 from finetune.data import dev_split
 from finetune.data import test_split as split_of_test
 from finetune.examples import Captioned, Example
 from finetune.formats import gqa, nli
 from finetune.formats.stream import read_items, read_jsonl
 from finetune.recipes import FEW_SHOT_RATES, RECIPES
-from finetune.tasks import TASKS
+from finetune.tasks.datasets import TASKS
 from raylib.config import override
 from raylib.errors import UserError
 from raylib.text import Tokenizer
@@ -318,8 +318,10 @@ def test_few_shot_xgqa_has_iglue_step_count(name, count, steps):
     )
     assert config.optim.lr in FEW_SHOT_RATES
     keep = config.last_batch == "keep"
-    batches = ExampleBatches(examples(count), ("yes",), None, None, 9, False, config.batch, 0, keep_last=keep)
-    assert config.epochs * batches.steps == steps
+    batches = ExampleBatches(
+        examples(count), ("yes",), None, None, 9, False, BatchOrder(config.batch, 0, keep_last=keep)
+    )
+    assert config.epochs * batches.epoch_steps == steps
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -327,21 +329,31 @@ def test_example_batches_keep_last_batch_and_every_example(world):
     tokenizer = Tokenizer.load(TOKENIZER)
     parts = [
         ExampleBatches(
-            examples(22), ("yes", "no"), None, tokenizer, 9, False, 8, 3, rank, world, keep_last=True
+            examples(22),
+            ("yes", "no"),
+            None,
+            tokenizer,
+            9,
+            False,
+            BatchOrder(8, 3, rank, world, keep_last=True),
         )
         for rank in range(world)
     ]
     for epoch in range(2):
-        taken = [int(n) for place in range(3) for part in parts for n in part.places(epoch * 3 + place)[2]]
-        assert parts[0].steps == 3 and sorted(taken) == list(range(22))
+        taken = [int(n) for place in range(3) for part in parts for n in part.rows(epoch * 3 + place)[2]]
+        assert parts[0].epoch_steps == 3 and sorted(taken) == list(range(22))
     assert [len(part[2]["examples"]["answer"]) for part in parts] == [6 // world] * world
-    dropped = ExampleBatches(examples(22), ("yes", "no"), None, tokenizer, 9, False, 8, 3)
-    assert dropped.steps == 2 and all(dropped.places(step)[2].tolist() for step in range(2))
+    dropped = ExampleBatches(examples(22), ("yes", "no"), None, tokenizer, 9, False, BatchOrder(8, 3))
+    assert dropped.epoch_steps == 2 and all(dropped.rows(step)[2].tolist() for step in range(2))
     with pytest.raises(
         UserError, match=r"last batch of an epoch has 1 examples, fewer than workers=2; set workers=1"
     ):
         CaptionBatches(
-            [Captioned(str(i), ("c",)) for i in range(9)], None, tokenizer, 9, 8, 0, 0, 2, keep_last=True
+            [Captioned(str(i), ("c",)) for i in range(9)],
+            None,
+            tokenizer,
+            9,
+            BatchOrder(8, 0, 0, 2, keep_last=True),
         )
 
 

@@ -7,12 +7,13 @@ import pytest
 
 from finetune.__main__ import main
 from finetune.config import FinetuneConfig
-from finetune.data import dev_sets, dev_split, languages_of, merge, read_split
+from finetune.data import dev_sets, dev_split, languages_of, read_split
 from finetune.model import tokenizer_at
-from finetune.pictures import Pixels
+from finetune.pictures import ImageSource
 from finetune.recipes import RECIPES
 from finetune.retrieval import retrieve
 from finetune.stores import open_pictures
+from finetune.tasks.retrieval import merge_captions
 from raylib import checkpoint
 from raylib.config import load
 from raylib.models.unified import UnifiedModel
@@ -144,8 +145,8 @@ def test_selection_of_retrieval_uses_requested_score(finetune, tmp_path, scenes)
     model = UnifiedModel.from_pretrained(tmp_path / "recall_at_1" / "best").eval()
     tokenizer = Tokenizer.load(tokenizer_at(config.model))
     items, pictures = (
-        merge(list(read_split(config, "dev", "en"))),
-        Pixels(open_pictures(scenes / "images.tar"), 16),
+        merge_captions(list(read_split(config, "dev", "en"))),
+        ImageSource(open_pictures(scenes / "images.tar"), 16),
     )
     figures = retrieve(model, items, pictures, tokenizer, config.length, None, tmp_path / "states")
     assert found["recall_at_1"]["score"] == pytest.approx((figures["i2t_r1"] + figures["t2i_r1"]) / 2)

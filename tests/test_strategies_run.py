@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from finetune import masks
 from finetune.__main__ import main
-from finetune.build import build_adapted
+from finetune.build import build_pipeline
 from finetune.config import FinetuneConfig
 from finetune.strategies import STRATEGIES
 from raylib.config import load
@@ -113,7 +113,7 @@ def test_tuned_weights_restore_the_run_in_a_fresh_model(finetune, tmp_path):
         small.stat().st_size
         < 0.3 * (run / "checkpoints" / "step_000006" / "model.safetensors").stat().st_size
     )
-    model, _ = build_adapted(load(FinetuneConfig, run / "config.json"))
+    model = build_pipeline(load(FinetuneConfig, run / "config.json")).model
     tuning.read(model, small)
     trained = weights(run)
     for name, value in model.state_dict().items():

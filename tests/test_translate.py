@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune.__main__ import main
-from finetune.tasks import TASKS
+from finetune.tasks.datasets import TASKS
 from finetune.translate import TranslateConfig, translate
 
 transformers = pytest.importorskip("transformers")

@@ -17,10 +17,9 @@ from finetune.analysis.parallel import Parallel, read_parallel
 from finetune.analysis.run import Opened, Options, _open, _words_and_regions
 from finetune.analysis.tsne import Point, collect, nearest, spread
 from finetune.batches import encode_tagged, encode_texts
-from finetune.data import open_seen
 from finetune.examples import Example
 from finetune.model import FinetuneModel
-from finetune.pictures import RegionFeatures
+from finetune.pictures import RegionFeatures, open_visual
 from finetune.recipes import RECIPES
 from finetune.stores import Regions
 from raylib.config import override
@@ -183,7 +182,7 @@ def test_tsne_word_beyond_the_length_is_omitted(tokenizer):
 )
 def test_tsne_boxes_cover_patches_pixel_by_pixel(scenes, windows, changes):
     config = override(RECIPES["scenes_xgqa"](), [f"data={scenes}"])
-    backbone, pictures = make_model(**changes).float(), open_seen(config, 16)
+    backbone, pictures = make_model(**changes).float(), open_visual(config, 16)
     parallel = read_parallel(config, CODES, 12)
     where = find_boxes(parallel, scenes / "scenes.jsonl", pictures, backbone)
     truth = {

@@ -15,7 +15,7 @@ from finetune.analysis.parallel import Parallel
 from finetune.analysis.words import Thing, find_tokens, find_word, name_in, read_scenes
 from finetune.batches import encode_texts
 from finetune.examples import Example
-from finetune.pictures import Pixels
+from finetune.pictures import ImageSource
 from finetune.stores.pictures import stem
 from raylib.errors import UserError
 from raylib.finite import require_finite
@@ -89,7 +89,7 @@ def measure(
     backbone: UnifiedModel,
     looks: Sequence[Look],
     languages: Sequence[str],
-    pictures: Pixels,
+    pictures: ImageSource,
     tokenizer: Tokenizer,
     length: int,
     layer: str,
@@ -183,7 +183,7 @@ def summary(values: dict[str, Any]) -> str:
     return markdown_table(rows)
 
 
-def draw(values: dict[str, Any], pictures: Pixels, called: str, path: Path) -> set[str]:
+def draw(values: dict[str, Any], pictures: ImageSource, called: str, path: Path) -> set[str]:
     """A row a picture, a column a language: the attention over the picture, from none (as it is) to its
     greatest (red).
 

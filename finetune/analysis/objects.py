@@ -21,7 +21,7 @@ from finetune.analysis.figures import Inapplicable
 from finetune.analysis.parallel import Parallel
 from finetune.analysis.words import Thing, name_in
 from finetune.examples import Example
-from finetune.pictures import Pixels, RegionFeatures
+from finetune.pictures import ImageSource, RegionFeatures
 from finetune.stores.pictures import stem
 from raylib.sample.scenes.labels import labels
 
@@ -42,7 +42,7 @@ class Named(NamedTuple):
     words: Mapping[str, str]
 
 
-def find_boxes(parallel: Parallel, path: Path, pictures: Pixels, backbone: nn.Module) -> Where:
+def find_boxes(parallel: Parallel, path: Path, pictures: ImageSource, backbone: nn.Module) -> Where:
     """Where objects stand in emoji scenes. path: of scenes.jsonl.
 
     Raises:

@@ -11,13 +11,13 @@ from finetune.analysis import confused, curves, maps, objects, similarity, tsne
 from finetune.analysis.attention import has_cross_attention
 from finetune.analysis.figures import Inapplicable
 from finetune.analysis.parallel import read_parallel
-from finetune.build import backbone_of, build_adapted, open_pictures_for, tokenizer_of
+from finetune.build import build_pipeline, open_visual_for, tokenizer_of
 from finetune.config import FinetuneConfig
-from finetune.data import find_task, languages_of, wordnet_of
+from finetune.data import find_task, languages_of
 from finetune.model import FinetuneModel, fill
-from finetune.pictures import Pixels
+from finetune.pictures import ImageSource
 from finetune.report import read_result, scores_of
-from finetune.worker import trained
+from finetune.worker import find_trained
 from raylib import checkpoint
 from raylib.config import load
 from raylib.errors import UserError
@@ -111,9 +111,9 @@ def _open(folder: Path, options: Options) -> Opened:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = None, Tokenizer.load(tokenizer_of(config))
     if config.setting not in ONE_EACH:
-        model, tokenizer = build_adapted(config)
+        _, model, tokenizer, _ = build_pipeline(config)
         if config.trains:
-            fill(model, trained(config, folder, checkpoint.newest(folder)))
+            fill(model, find_trained(config, folder, checkpoint.newest(folder)))
         model = model.to(device).eval()
     bf16 = config.fit.uses_bf16(device)
     return Opened(folder, config, result, model, tokenizer, bf16, options)
@@ -129,7 +129,7 @@ def _similarity(opened: Opened) -> list[str]:
         raise Inapplicable(
             f"no test item is in all of {', '.join(codes)}: they are not translations of each other"
         )
-    pictures = open_pictures_for(config, model) if isinstance(model, FinetuneModel) else None
+    pictures = open_visual_for(config, model) if isinstance(model, FinetuneModel) else None
     states = similarity.parallel_states(
         model, parallel, pictures, opened.tokenizer, config.length, opened.bf16
     )
@@ -162,21 +162,21 @@ def _curves(opened: Opened) -> list[str]:
 
 
 def _confusions(opened: Opened) -> list[str]:
-    if find_task(opened.config).kind != "answers":
+    if not find_task(opened.config).open_answers:
         raise Inapplicable(f"the answers of {opened.config.task} are no open set")
     files = {code: folder / "predictions" / f"{code}.jsonl" for code, folder in opened.parts.items()}
-    values = confused.count(files, wordnet_of(opened.config))
+    values = confused.count(files, opened.config.wordnet_folder)
     confused.draw(values, opened.called, opened.out / "confusions")
     return [confused.summary(values)]
 
 
 def _attention(opened: Opened) -> list[str]:
     config, options, model = opened.config, opened.options, opened.one_model()
-    backbone = backbone_of(model)
+    backbone = find_task(config).backbone_of(model)
     if not has_cross_attention(backbone):
         raise Inapplicable(f"backbone '{backbone.kind}' has no cross-attention to pictures")
-    pictures = open_pictures_for(config, model)
-    if not isinstance(pictures, Pixels):
+    pictures = open_visual_for(config, model)
+    if not isinstance(pictures, ImageSource):
         raise Inapplicable("texts are grounded in no pictures, whose patches could be drawn")
     codes = tuple(options.words) or languages_of(config)
     parallel = read_parallel(config, codes, options.limit, options.item)
@@ -219,7 +219,7 @@ def _attention(opened: Opened) -> list[str]:
 
 def _words_and_regions(opened: Opened) -> list[str]:
     config, model, codes = opened.config, opened.one_model(), languages_of(opened.config)
-    backbone, pictures = backbone_of(model), open_pictures_for(config, model)
+    backbone, pictures = find_task(config).backbone_of(model), open_visual_for(config, model)
     if pictures is None or not hasattr(backbone, "fused_cls"):
         raise Inapplicable(
             f"backbone '{backbone.kind}' reads no text of {config.task} together with a picture"
@@ -229,7 +229,7 @@ def _words_and_regions(opened: Opened) -> list[str]:
         raise Inapplicable(
             f"no test item is in all of {', '.join(codes)}: they are not translations of each other"
         )
-    if isinstance(pictures, Pixels):
+    if isinstance(pictures, ImageSource):
         where = objects.find_boxes(parallel, Path(config.data) / "scenes.jsonl", pictures, backbone)
     else:
         where = objects.find_regions(parallel, pictures)

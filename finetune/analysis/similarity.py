@@ -19,7 +19,7 @@ from finetune.analysis.figures import save
 from finetune.analysis.parallel import Parallel
 from finetune.batches import encode_texts, read_inputs
 from finetune.model import FinetuneModel
-from finetune.pictures import Pictures
+from finetune.pictures import VisualSource
 from raylib.finite import require_finite
 from raylib.loop import to_device
 from raylib.models.unified import UnifiedModel
@@ -33,7 +33,7 @@ BATCH = 16  # items in every language at a time
 def parallel_states(
     model: FinetuneModel | UnifiedModel,
     parallel: Parallel,
-    pictures: Pictures | None,
+    pictures: VisualSource | None,
     tokenizer: Tokenizer,
     length: int,
     bf16: bool = False,

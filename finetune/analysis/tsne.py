@@ -30,7 +30,7 @@ from finetune.analysis.objects import Named, Where
 from finetune.analysis.words import find_tokens, find_word
 from finetune.batches import encode_texts, read_inputs
 from finetune.model import FinetuneModel
-from finetune.pictures import Pixels, RegionFeatures
+from finetune.pictures import ImageSource, RegionFeatures
 from raylib.errors import UserError, require
 from raylib.finite import require_finite
 from raylib.loop import to_device
@@ -58,7 +58,7 @@ def collect(
     chosen: Sequence[Named],
     where: Where,
     languages: Sequence[str],
-    pictures: Pixels | RegionFeatures,
+    pictures: ImageSource | RegionFeatures,
     tokenizer: Tokenizer,
     length: int,
 ) -> tuple[list[Point], np.ndarray]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune.distillation.aligner import Aligner, cut_words
 from finetune.distillation.alignments import PARTED
-from finetune.tasks import TASKS
+from finetune.tasks.datasets import TASKS
 from raylib.command import command
 from raylib.config import lookup
 from raylib.errors import UserError

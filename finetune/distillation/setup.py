@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from finetune import pictures as seen_as
-from finetune.batches import encode_inputs, see
+from finetune.batches import encode_inputs, load_visual
 from finetune.config import FinetuneConfig
 from finetune.distillation.inputs import Inputs, Side
 from finetune.distillation.objective import DistillationObjective
@@ -31,7 +31,7 @@ def distil(
     method: Distillation,
     model: FinetuneModel,
     tokenizer: Tokenizer,
-    pictures: seen_as.Pictures,
+    pictures: seen_as.VisualSource,
     examples: Sequence[Example],
     terms: dict[str, Term],
     home: Path,
@@ -102,7 +102,7 @@ def check_models(method: Distillation, student: FinetuneModel, teacher: Finetune
 def _check_pictures(
     method, model: FinetuneModel, teacher: FinetuneModel, pictures, examples: Sequence[Example]
 ) -> None:
-    if model.pictures != 1 or not examples[0].images:
+    if model.num_images != 1 or not examples[0].images:
         raise UserError(f"{WHERE}: teacher and student must be about one picture; this task's texts are not")
     if "soft_prompt" in getattr(teacher.backbone, "tuning", {}):
         raise UserError(
@@ -114,7 +114,7 @@ def _check_pictures(
             f"{WHERE}: the teacher sees pictures of {sizes[1]} pixels, the student of {sizes[0]}; set "
             f"image_size={sizes[1]}"
         )
-    if isinstance(pictures, seen_as.Encoded):
+    if isinstance(pictures, seen_as.PrecomputedFeatures):
         made = [fingerprint(m.backbone.vision) for m in (model, teacher)]
         if made[0] != made[1]:
             raise UserError(
@@ -128,12 +128,12 @@ def _store(
     method: Distillation,
     teacher: Teacher,
     side: Side,
-    pictures: seen_as.Pictures,
+    pictures: seen_as.VisualSource,
     examples: Sequence[Example],
     home: Path,
 ) -> Stored:
     """The teacher's states of all examples, made beforehand."""
-    if pictures.draws:
+    if pictures.num_draws:
         raise UserError(
             f"{WHERE}.states=stored: augmented pictures differ each time; set augment=null, or states=live"
         )
@@ -142,7 +142,7 @@ def _store(
 
     def states(chunk: Sequence[Example]) -> tuple[Tensor, list[int]]:
         pivots = [e._replace(texts=(method.pivot(e),)) for e in chunk]
-        inputs = encode_inputs(pivots, see(pivots, pictures), side.tokenizer, config.length)
+        inputs = encode_inputs(pivots, load_visual(pivots, pictures), side.tokenizer, config.length)
         places = side.places(inputs, teacher.empty)
         lengths = places.text.lengths + places.tags.lengths + places.regions.lengths + int(teacher.empty)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

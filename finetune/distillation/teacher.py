@@ -41,7 +41,7 @@ def load_teacher(path: Path | str, kind: str, labels: tuple[str, ...], regions: 
         folder = find_evaluated(path)
         if read_description(folder)["model_type"] == "polyglance-finetuned":
             model = FinetuneModel.from_pretrained(folder)
-            if model.spells:
+            if model.is_generative:
                 raise UserError(
                     f"strategies.distillation.teacher={path}: its head is a decoder; give a run of "
                     "head=classifier"

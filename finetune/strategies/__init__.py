@@ -6,7 +6,6 @@ from pydantic import create_model
 from torch import nn
 
 from finetune.examples import Captioned, Example
-from finetune.splits import Task
 from finetune.strategies.alignment import TranslationAlignment
 from finetune.strategies.base import Context, Progress, Strategy, Term
 from finetune.strategies.code_mixing import CodeMixing
@@ -16,6 +15,7 @@ from finetune.strategies.prior import LinguisticPrior
 from finetune.strategies.rates import LayerDecay, ScheduledUnfreezing, TopLayers
 from finetune.strategies.sparse import SparseFineTuning
 from finetune.strategies.tuning import Adapter, Compacter, HardPrompt, Lora, SoftPrompt
+from finetune.tasks.base import Task
 from raylib.config import Config
 from raylib.errors import UserError
 from raylib.optim import LayerRates
@@ -140,10 +140,10 @@ def check_strategies(config: Config, task: Task, methods: Methods) -> None:
             f"strategies.distillation.task=0: {', '.join(terms)} is of the classifier, which learns nothing; "
             "set strategies.distillation.task=1"
         )
-    if s.distillation and task.pictures != 1:
+    if s.distillation and task.num_images != 1:
         raise UserError(
             f"strategies.distillation is about one picture, and texts of {config.task} are about "
-            f"{task.pictures}"
+            f"{task.num_images}"
         )
     if s.code_mixing and s.code_mixing.stages == "rounds" and (not s.sparse or s.sparse.mask):
         raise UserError(

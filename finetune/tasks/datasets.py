@@ -11,7 +11,9 @@ Splits `*_to_en` and `*_from_en` are made by `finetune.translate`.
 from collections.abc import Mapping
 
 from finetune.formats import captions, gqa, nli, pairs, vqa
-from finetune.splits import Overlap, Split, Task
+from finetune.tasks.base import Overlap, Split, Task
+from finetune.tasks.classification import Classification
+from finetune.tasks.retrieval import Retrieval
 
 XGQA_LANGUAGES = ("en", "bn", "de", "id", "ko", "pt", "ru", "zh")
 GQA_ANSWERS = (
@@ -82,9 +84,8 @@ def _xtd_few() -> dict[str, Split]:
 
 
 TASKS: dict[str, Task] = {
-    "xgqa": Task(
+    "xgqa": Classification(
         summary="questions about pictures; GQA in English, xGQA in 7 more languages",
-        kind="answers",
         languages=XGQA_LANGUAGES,
         answers=GQA_ANSWERS,
         split_names={"test": "few_shot_test"},
@@ -113,9 +114,8 @@ TASKS: dict[str, Task] = {
             ),
         },
     ),
-    "xgqa_translated": Task(
+    "xgqa_translated": Classification(
         summary="xGQA, its training questions GQA's, translated into each language (translate-train)",
-        kind="answers",
         languages=XGQA_LANGUAGES,
         answers=GQA_ANSWERS,
         split_names={"test": "few_shot_test"},
@@ -129,16 +129,14 @@ TASKS: dict[str, Task] = {
             "few_shot_test": XGQA_TEST,
         },
     ),
-    "xvnli": Task(
+    "xvnli": Classification(
         summary="does the picture entail, contradict or leave open the sentence",
-        kind="labels",
         labels=NLI_LABELS,
         languages=NLI_LANGUAGES,
         splits=_xvnli({"train": Split("XVNLI/annotations/en/train.jsonl.zip", nli.read_xvnli)}),
     ),
-    "xnli": Task(
+    "xnli": Classification(
         summary="entailment between sentences: MultiNLI in English, XNLI in the languages of XVNLI",
-        kind="labels",
         labels=NLI_LABELS,
         languages=NLI_LANGUAGES,
         splits={
@@ -158,10 +156,9 @@ TASKS: dict[str, Task] = {
             },
         },
     ),
-    "snli_xvnli": Task(
+    "snli_xvnli": Classification(
         summary="trained on SNLI's sentence pairs, tested on XVNLI's pictures: transfer across languages and "
         "modes",
-        kind="labels",
         labels=NLI_LABELS,
         languages=NLI_LANGUAGES,
         item="number",  # XVNLI's pairs are SNLI's, whose premise an image stands for
@@ -181,11 +178,10 @@ TASKS: dict[str, Task] = {
             }
         ),
     ),
-    "marvl": Task(
+    "marvl": Classification(
         summary="is the statement true of two pictures; NLVR2 in English, MaRVL in 5 more languages",
-        kind="labels",
         labels=("False", "True"),
-        pictures=2,
+        num_images=2,
         languages=("en", "id", "sw", "ta", "tr", "zh"),
         item="text",
         overlaps=(
@@ -236,9 +232,8 @@ TASKS: dict[str, Task] = {
             "translated.en": NLVR2_TEST,
         },
     ),
-    "xflickrco": Task(
+    "xflickrco": Retrieval(
         summary="image-text retrieval; Flickr30K in English, xFlickr&CO in 7 more languages",
-        kind="retrieval",
         languages=("en", "de", "es", "id", "ja", "ru", "tr", "zh"),
         splits={
             "train": Split("flickr30k/annotations/train_ann.jsonl", captions.read_flickr),
@@ -271,9 +266,8 @@ TASKS: dict[str, Task] = {
             ),
         },
     ),
-    "wit": Task(
+    "wit": Retrieval(
         summary="image-text retrieval on Wikipedia's pictures, 11 languages",
-        kind="retrieval",
         languages=("en", "ar", "bg", "da", "el", "et", "id", "ja", "ko", "tr", "vi"),
         splits={
             "train": Split("wit/annotations/train_en.jsonl.zip", captions.read_wit),
@@ -288,10 +282,9 @@ TASKS: dict[str, Task] = {
             ),
         },
     ),
-    "multi30k": Task(
+    "multi30k": Retrieval(
         summary="image-text retrieval on Flickr30K's pictures; captions written in English, translated into "
         "three languages",
-        kind="retrieval",
         languages=("en", "de", "fr", "cs"),
         splits={
             split: Split(
@@ -315,9 +308,8 @@ TASKS: dict[str, Task] = {
             )
         },
     ),
-    "coco": Task(
+    "coco": Retrieval(
         summary="image-text retrieval on MSCOCO: English, Japanese (STAIR), Chinese (COCO-CN)",
-        kind="retrieval",
         languages=("en", "ja", "zh"),
         mscoco=True,
         overlaps=tuple(
@@ -354,10 +346,9 @@ TASKS: dict[str, Task] = {
             }.items()
         },
     ),
-    "xtd": Task(
+    "xtd": Retrieval(
         summary="image-text retrieval on 1,000 of MSCOCO's pictures in 11 languages; trained on MSCOCO in "
         "English",
-        kind="retrieval",
         languages=("en", "de", "es", "fr", "it", "jp", "ko", "pl", "ru", "tr", "zh"),
         mscoco=True,
         splits={
@@ -372,24 +363,21 @@ TASKS: dict[str, Task] = {
             "test": _xtd(captions.read_multi30k),
         },
     ),
-    "xtd_few": Task(
+    "xtd_few": Retrieval(
         summary="image-text retrieval on XTD: 50 of its pictures to train on, 50 to choose by, 900 to test "
         "(paper 4)",
-        kind="retrieval",
         languages=("en", "de", "es", "fr", "it", "jp", "ko", "pl", "ru", "tr", "zh"),
         mscoco=True,
         splits=_xtd_few(),
     ),
-    "ja_vqa": Task(
+    "ja_vqa": Classification(
         summary="questions about Visual Genome's pictures in Japanese, free answers",
-        kind="answers",
         languages=("ja",),
         bleu="ja",
         splits={part: Split(f"ja_vqa/{part}.json", vqa.read_ja_vqa) for part in ("train", "dev", "test")},
     ),
-    "fm_iqa": Task(
+    "fm_iqa": Classification(
         summary="questions about MSCOCO's pictures in Chinese, free answers",
-        kind="answers",
         languages=("zh",),
         bleu="zh",
         mscoco=True,
@@ -398,9 +386,8 @@ TASKS: dict[str, Task] = {
             "test": Split("fm_iqa/FM-IQA.json", vqa.read_fm_iqa, {"split": "val"}),
         },
     ),
-    "vqa_v2": Task(
+    "vqa_v2": Classification(
         summary="VQA v2, English, soft scores",
-        kind="answers",
         languages=("en",),
         mscoco=True,
         splits={
@@ -416,9 +403,8 @@ TASKS: dict[str, Task] = {
             ),
         },
     ),
-    "cvil_vqa": Task(
+    "cvil_vqa": Classification(
         summary="VQA v2's questions in English, Hindi and Japanese, as cViL has them",
-        kind="answers",
         languages=("en", "hi", "ja"),
         answers=("cvil/answers.json",),
         mscoco=True,

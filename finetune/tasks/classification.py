@@ -1,0 +1,214 @@
+"""Tasks whose texts get a class, the best of a list: questions with answers, entailment, statements that are
+true or false. `Classification` has a classifier, `Generation` a decoder that generates the class."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from finetune.batches import BatchOrder, EpochBatches, ExampleBatches, MoreInputs
+from finetune.decoder import encode_answers
+from finetune.evaluate import evaluate
+from finetune.examples import Example
+from finetune.formats.gqa import read_answers
+from finetune.lexicon.confusions import confusions
+from finetune.lexicon.wordnet import WordNet
+from finetune.metrics import read_predictions
+from finetune.model import FinetuneModel, load_backbone, load_finetuned, tokenizer_at
+from finetune.objective import AnswerObjective, ClassificationObjective
+from finetune.strategies.base import Term
+from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Reading, Score, Task
+from raylib.errors import UserError
+from raylib.metrics import disparity
+from raylib.text import Tokenizer
+
+if TYPE_CHECKING:
+    from finetune.config import FinetuneConfig
+
+COUNTS = ("n", "predictions", "unlabelled", "unknown_answers")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Classification(Task):
+    """A classifier over the grounded text.
+
+    labels: the classes, in the order of IGLUE where it has the task; (): an open set of answers.
+    answers: where an open set lies, if it comes as a file (the first that is there is read); else it is the
+        answers of the English training file.
+    bleu: also BLEU, for answers that are sentences; "ja" cuts Japanese into words first.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"labels", "training_texts", "logits", "states"})
+    is_generative: ClassVar[bool] = False
+
+    labels: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    bleu: str | None = None
+
+    @cached_property
+    def heads(self) -> Mapping[str, Task]:
+        if not self.open_answers:
+            return {"classifier": self}
+        return {
+            "classifier": self,
+            "decoder": Generation(**{field.name: getattr(self, field.name) for field in fields(self)}),
+        }
+
+    @property
+    def open_answers(self) -> bool:
+        return not self.labels
+
+    def check(self, config: "FinetuneConfig") -> None:
+        if self._has_wordnet(config):
+            WordNet(config.wordnet_folder)
+
+    def files(self, config: "FinetuneConfig") -> list[Path]:
+        answers = [file for file in (Path(config.data) / name for name in self.answers) if file.is_file()][:1]
+        return answers + ([config.wordnet_folder] if self._has_wordnet(config) else [])
+
+    @cache  # noqa: B019 - tasks live as long as the process
+    def label_names(self, config: "FinetuneConfig") -> tuple[str, ...]:
+        """The classes: the task's own, its answer file's, or the most frequent answers of the English
+        training file.
+
+        Raises:
+            UserError: no answer anywhere.
+        """
+        if self.labels:
+            return self.labels
+        files = [file for file in (Path(config.data) / name for name in self.answers) if file.is_file()]
+        if files and config.answers is None:
+            return read_answers(files[0])
+        counts: Counter[str] = Counter()
+        for example in self.read_split(config, "train", "en", config.train_limit).load():
+            counts.update(example.labels)
+        if not counts:
+            raise UserError(f"{config.data}: no answers in the training file of {config.task}")
+        by_frequency = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        return tuple(answer for answer, _ in by_frequency[: config.answers])
+
+    def training_texts(self, config: "FinetuneConfig") -> tuple[dict[str, Reading], Reading | tuple]:
+        split = {"zero_shot": "train", **TRAINING_SPLITS}.get(config.setting)
+        if split is None:
+            return {}, ()
+        languages = ("en",) if config.setting == "zero_shot" else self.languages_of(config)
+        limit = config.train_limit if split == "train" else None
+        trained = [code for code in languages if config.setting != "few_shot" or code != "en"]
+        readings = {code: self.read_split(config, split, code, limit) for code in trained}
+        return readings, self.read_split(config, split, "en", limit)
+
+    def build_model(self, config: "FinetuneConfig") -> nn.Module:
+        labels = self.label_names(config)
+        if config.continues:
+            model = load_finetuned(config.model, labels)
+            if model.is_generative != self.is_generative:
+                head = "decoder" if model.is_generative else "classifier"
+                raise UserError(f"{config.model}: its head is a {head}; set head={head}")
+            return model
+        backbone = load_backbone(config.model, config.backbone, config.vision)
+        if not hasattr(backbone, "fused_cls"):
+            raise UserError(
+                f"task={config.task}: {backbone.kind} reads texts and images apart; it retrieves, no more"
+            )
+        return self.new_model(config, backbone, labels)
+
+    def new_model(
+        self, config: "FinetuneConfig", backbone: nn.Module, labels: tuple[str, ...]
+    ) -> FinetuneModel:
+        """`backbone` with a new head."""
+        return FinetuneModel(backbone, labels, self.num_images, config.head_dropout, self.region_dim(config))
+
+    def backbone_of(self, model: nn.Module) -> nn.Module:
+        return model.backbone
+
+    def training_items(self, items: list[Example], model: nn.Module) -> tuple[list[Example], int]:
+        """Examples of which an answer is among the classes."""
+        known = frozenset(model.labels)
+        kept = [e for e in items if not known.isdisjoint(e.labels)]
+        return kept, len(items) - len(kept)
+
+    def batches(
+        self, pipeline: Pipeline, items: list[Any], order: BatchOrder, extra: MoreInputs | None = None
+    ) -> EpochBatches:
+        config, model, tokenizer, visual = pipeline
+        soft = self.is_generative or config.loss == "bce"
+        return ExampleBatches(items, model.labels, visual, tokenizer, config.length, soft, order, extra)
+
+    def objective(self, config: "FinetuneConfig", model: nn.Module, terms: Mapping[str, Term]) -> nn.Module:
+        return ClassificationObjective(model, config.loss, terms)
+
+    def evaluate(
+        self, pipeline: Pipeline, sets: Mapping[str, Iterable[Any]], folder: Path
+    ) -> dict[str, dict[str, Any]]:
+        config, model, tokenizer, visual = pipeline
+        seed = config.fit.seed
+        return evaluate(model, sets, visual, tokenizer, config.length, folder, self.bleu, pipeline.bf16, seed)
+
+    def dev_score(self, config: "FinetuneConfig", figures: dict[str, Any]) -> Score:
+        return Score(figures["accuracy"], figures["interval"])
+
+    def dev_score_name(self, config: "FinetuneConfig") -> str:
+        return "accuracy"
+
+    def test_details(
+        self, config: "FinetuneConfig", figures: dict[str, dict], folder: Path
+    ) -> dict[str, dict]:
+        """Of an open set of answers with "synonym_accuracy" and "confusions" of each language (paper 0,
+        tables 2 and 3), if there is a WordNet."""
+        if not self._has_wordnet(config):
+            return figures
+        wordnet, detailed = WordNet(config.wordnet_folder), {}
+        for code, values in figures.items():
+            found = confusions(read_predictions(folder / f"{code}.jsonl"), wordnet)
+            synonyms = {"synonym_accuracy": found["accuracy_with_synonyms"], "confusions": found["confused"]}
+            detailed[code] = {**values, **synonyms}
+        return detailed
+
+    def test_score(self, figures: dict[str, Any]) -> float:
+        return figures["accuracy"]
+
+    def summarise(self, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        accuracy = {code: values["accuracy"] for code, values in figures.items()}
+        counts = {code: {name: values[name] for name in COUNTS} for code, values in figures.items()}
+        coverage = {code: 1 - c["unknown_answers"] / c["n"] for code, c in counts.items() if c["n"]}
+        result = {
+            "accuracy": accuracy,
+            "disparity": disparity(accuracy.values()),
+            "counts": counts,
+            "coverage": coverage,
+        }
+        for name in ("synonym_accuracy", "confusions", "bleu"):
+            if found := {code: values[name] for code, values in figures.items() if name in values}:
+                result[name] = found
+        return result
+
+    def _has_wordnet(self, config: "FinetuneConfig") -> bool:
+        return self.open_answers and config.wordnet_folder.is_dir()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Generation(Classification):
+    """Answers of an open set, generated token by token and ranked by their probability (head=decoder)."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"labels", "training_texts"})
+    is_generative: ClassVar[bool] = True
+
+    @cached_property
+    def heads(self) -> Mapping[str, Task]:
+        return {"classifier": self, "decoder": self}  # a task that is generated has no other
+
+    def new_model(
+        self, config: "FinetuneConfig", backbone: nn.Module, labels: tuple[str, ...]
+    ) -> FinetuneModel:
+        answers = encode_answers(labels, Tokenizer.load(tokenizer_at(config.model)))
+        region_dim = self.region_dim(config)
+        return FinetuneModel(
+            backbone, labels, self.num_images, config.head_dropout, region_dim, answers, config.decoder
+        )
+
+    def objective(self, config: "FinetuneConfig", model: nn.Module, terms: Mapping[str, Term]) -> nn.Module:
+        return AnswerObjective(model, terms)
