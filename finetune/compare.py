@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 from finetune.lineage import described, read_lineage
 from finetune.report import read_result, scores_of
-from raylib import identity
 from raylib.config import suggest
 from raylib.errors import UserError
 from raylib.metrics import t_interval
+from raylib.provenance import list_changed_files, read_identity
 
 ABSENT = object()  # no such setting in a row: a part that is off, or a model that is no run
 Estimate = tuple[float, float | None]  # a mean, and half of its interval: None of one value
@@ -140,9 +140,9 @@ def _made_differently(runs: Sequence[Run]) -> list[str]:
     first = runs[0]
     lines: list[str] = []
     versions: dict[str, list[Path]] = {}
-    data = identity.read(first.folder)["data"]
+    data = read_identity(first.folder)["data"]
     for run in runs:
-        if different := identity.changed(data, identity.read(run.folder)["data"]):
+        if different := list_changed_files(data, read_identity(run.folder)["data"]):
             lines.append(
                 f"{run.folder} and {first.folder} were made from different data: {', '.join(different[:3])}"
             )

@@ -60,7 +60,7 @@ class FinetuneConfig(LaunchConfig):
     dev_languages: whose own dev sets are scored after each epoch too; they choose nothing within the run.
     train_limit, test_limit: use the first so many items; None: all.
     verify: hash all of the run's files at every start; otherwise sizes and times of change come first, and
-        the content of images and region features is not looked at (`raylib.identity`).
+        the content of images and region features is not looked at (`raylib.provenance`).
     """
 
     stored_as = "finetune"

@@ -1,4 +1,4 @@
-"""Files that a fine-tuning run reads: what its identity is made of (`raylib.identity`)."""
+"""Files that a fine-tuning run reads: what its identity is made of (`raylib.provenance`)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from finetune.model import weights_of
 from finetune.overlap import sets_of
 from finetune.strategies import chosen
 from finetune.tasks.base import TRAINING_SPLITS, Reading
-from raylib.identity import DataFile
+from raylib.provenance import DataFile
 
 
 def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> list[DataFile]:

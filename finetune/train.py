@@ -24,13 +24,13 @@ from finetune.model import fill
 from finetune.overlap import check_overlap
 from finetune.strategies import check_strategies, chosen
 from finetune.worker import FinetuneJob, evaluate_test_sets, find_trained
-from raylib import checkpoint, identity
+from raylib import checkpoint
 from raylib.config import load
 from raylib.errors import UserError
 from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
-from raylib.identity import DataFile
 from raylib.launch import config_hash, is_main_process, launch, no_log, open_run, run_folder
+from raylib.provenance import DataFile, combined_hash, compare_data, data_hash
 from raylib.runtime import Reporter
 
 
@@ -91,7 +91,7 @@ def files_of(config: FinetuneConfig) -> list[DataFile]:
 
 
 def _identity(config: FinetuneConfig, folder: Path) -> dict[str, str | None]:
-    return {"config_sha256": config_hash(config), "data_sha256": identity.data_hash(folder)}
+    return {"config_sha256": config_hash(config), "data_sha256": data_hash(folder)}
 
 
 def check(config: FinetuneConfig) -> list[dict[str, Any]]:
@@ -226,7 +226,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         f"{read_split(config, config.split, _english(config)).path}"
         + (f"; its result was of what was then called '{then}'" if then != now else "")
     )
-    data, different = identity.compare(folder, files_of(config), config.verify)
+    data, different = compare_data(folder, files_of(config), config.verify)
     if different:
         print(f"note: evaluates on other data than the run began with: {', '.join(different)}", flush=True)
     for part, _ in _parts(config):
@@ -240,7 +240,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         if done.is_file():
             before = read_json(done)
         results.append({**before, **evaluate_test_sets(pipeline, run)})
-    hashes = {"config_sha256": config_hash(config), "data_sha256": identity.combined_hash(data)}
+    hashes = {"config_sha256": config_hash(config), "data_sha256": combined_hash(data)}
     result = {**stored, **report.summarise(config, results), **hashes}
     result.pop("dev", None)  # of a search's run, which is tested now
     report.write(folder, result)

@@ -16,11 +16,12 @@ from finetune.pictures import ImageSource, PrecomputedFeatures, precompute_featu
 from finetune.tasks.base import Pipeline
 from raylib import cache, checkpoint
 from raylib.data.states import fingerprint
+from raylib.device import peak_memory
 from raylib.distributed import world_size
 from raylib.errors import UserError
 from raylib.finite import require_finite_values
 from raylib.launch import no_log
-from raylib.loop import fit, peak_memory
+from raylib.loop import fit
 from raylib.models import peft
 from raylib.provenance import provenance
 from raylib.runtime import Runtime

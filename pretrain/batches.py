@@ -25,7 +25,7 @@ from raylib.data.lanes import Lanes, step_draws
 from raylib.data.samples import BadCaption, Sample
 from raylib.data.sources import Source
 from raylib.errors import UserError
-from raylib.identity import DataFile
+from raylib.provenance import DataFile
 from raylib.randomness import integers, uniform
 from raylib.text import Tokenizer, add_specials, mask_tokens
 
@@ -55,7 +55,7 @@ class DataConfig(Config):
     retrieval: the evaluation set; cache: where remote shards are kept; bad_limit: share of unusable samples
     allowed. verify: compare the content of every shard with its manifest, and with what the run began with,
     at every start; otherwise
-        sizes and times of change come first (`raylib.identity`).
+        sizes and times of change come first (`raylib.provenance`).
     """
 
     tokenizer: str

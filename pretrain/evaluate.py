@@ -9,19 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raylib import identity
 from raylib.data.images import decode, resize
 from raylib.data.retrieval import read_retrieval
+from raylib.device import peak_memory
 from raylib.distributed import raise_together, world_size
 from raylib.errors import UserError
 from raylib.finite import is_finite, require_finite
-from raylib.identity import DataFile
-from raylib.loop import peak_memory
 from raylib.metrics import RANKS, mean, mean_hits, recall_hits, recall_interval
 from raylib.models.base import find_model, find_tokenizer
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, first_tokens
-from raylib.provenance import provenance
+from raylib.provenance import DataFile, combined_hash, fingerprint_files, hash_path, provenance
 from raylib.text import Tokenizer
 
 IMAGES, SENTENCES = 64, 1024  # encoded at a time
@@ -126,14 +124,14 @@ def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
     with torch.inference_mode():
         scores = retrieval(unified)
     end, device = time.perf_counter(), next(unified.parameters()).device
-    files = identity.record(
+    files = fingerprint_files(
         map(DataFile, (folder / "model.safetensors", find_tokenizer(folder), Path(data))), {}
     )
     return {
         "model": str(model),
         "data": str(data),
-        "config_sha256": identity.content_hash(folder / "config.json"),
-        "data_sha256": identity.combined_hash(files),
+        "config_sha256": hash_path(folder / "config.json"),
+        "data_sha256": combined_hash(files),
         **provenance(device),
         "seconds": end - began,
         "evaluated_per_second": sum(map(len, retrieval.ids.values())) / (end - start),

@@ -10,10 +10,8 @@ from pretrain import report
 from pretrain.batches import DataConfig, StepBatches
 from pretrain.evaluate import Retrieval, summary
 from pretrain.sample import build_sample_corpus
-from raylib import identity
 from raylib.config import Config
 from raylib.errors import UserError
-from raylib.identity import DataFile
 from raylib.launch import LaunchConfig, config_hash, is_main_process, launch, no_log, open_run, run_folder
 from raylib.loop import FitConfig, fit
 from raylib.models.base import find_model, find_tokenizer
@@ -21,7 +19,7 @@ from raylib.models.hf_weights import load_text, load_vision
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 from raylib.optim import OptimConfig
-from raylib.provenance import commit, provenance
+from raylib.provenance import DataFile, commit, data_hash, provenance
 from raylib.randomness import hash64
 from raylib.runtime import Reporter, Runtime
 from raylib.text import Tokenizer
@@ -227,7 +225,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     made_by = {
         "git": commit(),
         "config_sha256": config_hash(config),
-        "data_sha256": identity.data_hash(runtime.run),
+        "data_sha256": data_hash(runtime.run),
     }
     skipped = {
         "items_skipped": {

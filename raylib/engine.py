@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raylib.distributed import raise_together
 from raylib.errors import UserError
-from raylib.finite import is_finite
-from raylib.guard import StepGuard
+from raylib.finite import StepGuard, is_finite
 from raylib.optim import LayerRates, OptimConfig, build_optimizer, parameter_groups
 
 

@@ -3,17 +3,27 @@ loaded.
 
 Readers of files raise a plain `UserError` that names file and tensor; training and evaluation raise
 `NotFinite`, which a search takes for the end of a trial and not for a mistake in its settings.
+
+Steps whose loss or gradient is not finite: both engines skip them alike, and too many of them end the run.
+
+1. `check_loss`: a loss or term that is not finite makes the loss NaN, and so the gradients of all workers.
+2. The engine leaves weights and optimizer state as they are, to the bit, where the gradient's norm is not
+   finite.
+3. `count`: how many steps were skipped stays on the device, so that no step waits for it.
+4. `Watch` reads it before anything is logged, evaluated or saved.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
+from raylib.distributed import raise_together, world_size
 from raylib.errors import NotFinite, UserError
 
 
@@ -71,3 +81,178 @@ def _not_finite(value: Any, name: str):
             yield from _not_finite(inner, f"{name}[{i}]")
     elif isinstance(value, float) and not math.isfinite(value):
         yield name
+
+
+class StepGuard:
+    """Counts skipped steps on `device`. After more than `limit` in a row every further step is skipped too:
+    the weights stay those at which the run ended, whenever that is read.
+
+    skipped, in_a_row: what an earlier start of the run had counted.
+    """
+
+    def __init__(self, device: torch.device, limit: int = 10, skipped: int = 0, in_a_row: int = 0):
+        self.device, self.limit = device, limit
+        # steps skipped in all, and in a row; the last that was not, and the one at which a row became too
+        # long
+        counts = (skipped, in_a_row, -1, -1)
+        self.skipped, self.in_a_row, self.applied, self.end = (torch.tensor(n, device=device) for n in counts)
+        self.names: tuple[str, ...] = ()
+        self.finite: Tensor | None = None  # (names,): of the step under way
+        self.finite_at_end: Tensor | None = None  # of the last step, or of `end`
+
+    def check_loss(self, loss: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
+        """Return `loss` to the bit, or NaN where it or one of its terms is not finite."""
+        self.names = ("loss", *terms)
+        values = [torch.as_tensor(value, device=loss.device) for value in (loss, *terms.values())]
+        self.finite = torch.stack([value.detach().reshape(()).float() for value in values]).isfinite()
+        # a factor of 1 changes neither loss nor gradient; one of NaN reaches every gradient: NaN x 0 is NaN
+        return loss * torch.where(self.finite.all(), 1.0, torch.nan).to(loss.dtype)
+
+    def count(self, step: int, norm: Tensor) -> Tensor:
+        """Count `step`, whose gradient has this norm. Returns 1.0 where its update must be skipped, else 0.0,
+        as a tensor on the device."""
+        skip, running = ~norm.to(self.device, non_blocking=True).isfinite(), self.end < 0
+        self.skipped = self.skipped + skip
+        self.in_a_row = (self.in_a_row + 1) * skip
+        last = self.finite if self.finite_at_end is None else self.finite_at_end
+        self.finite_at_end = torch.where(running, self.finite, last)
+        self.end = torch.where(running & (self.in_a_row > self.limit), step, self.end)
+        skip = skip | (self.end >= 0)
+        self.applied = torch.where(skip, self.applied, step)
+        return skip.float()
+
+    def read(self) -> tuple[int, int, int, int]:
+        """Wait for the device: (steps skipped in all, in a row, the last step applied, the step that ended
+        the run); -1 where there is no such step."""
+        return tuple(torch.stack([self.skipped, self.in_a_row, self.applied, self.end]).tolist())
+
+    def terms_at_end(self) -> list[str]:
+        """Names of the loss and terms that were not finite in the step that ended the run."""
+        return [
+            name for name, finite in zip(self.names, self.finite_at_end.tolist(), strict=True) if not finite
+        ]
+
+
+class Engine(Protocol):
+    """The part of an engine that `Watch` asks."""
+
+    objective: nn.Module
+    device: torch.device
+    bf16: bool
+
+    def find_not_finite(self) -> str | None: ...
+
+
+class Watch:
+    """Reads `guard` before anything is kept.
+
+    replay: `replay(step)` -> this worker's batch of a step, after seeding what that step's forward draws.
+    newest: the checkpoint that the run can go on from.
+    """
+
+    def __init__(self, guard: StepGuard, engine: Engine, replay: Callable[[int], dict], newest: Path | None):
+        self.guard, self.engine, self.replay, self.newest = guard, engine, replay, newest
+        self.skipped, self.in_a_row, self.applied, _ = guard.read()
+
+    def read(self) -> None:
+        """Wait for the device, and read the counts.
+
+        Raises:
+            NotFinite: too many steps in a row were skipped; names step, terms and parameter.
+        """
+        self.skipped, self.in_a_row, self.applied, end = self.guard.read()
+        if end < 0:
+            return
+        terms = self.guard.terms_at_end()
+        what = f"{', '.join(terms)} not finite" if terms else "all terms finite, the gradient is not"
+        rows = f"{self.guard.limit + 1} steps in a row skipped, more than fit.max_skipped={self.guard.limit}"
+        where = "goes on from there" if self.newest else "starts anew"
+        more = f"if it is the data, with a larger fit.max_skipped the same command {where}"
+        raise NotFinite(
+            f"step {end + 1}: {rows}: {what}; {self._first_parameter(end)}; {self.advice()}; {more}"
+        )
+
+    def require_good_weights(self, done: int) -> None:
+        """Check, on all workers together, that the weights after `done` steps may be evaluated and kept.
+
+        Raises:
+            NotFinite: a weight or the optimizer's state is not finite (it is named); or the batch of the last
+                step that was not skipped, which had a finite loss and gradient before its update, has them no
+                more: weights may be finite, and broken.
+        """
+        found = self.engine.find_not_finite()
+        raise_together(found and f"step {done}: {found} is not finite; {self.advice()}")
+        if self.applied >= 0:
+            self.engine.objective.zero_grad(set_to_none=True)  # the last step's gradients make room for these
+            loss, terms = self._forward(self.applied)
+            bad = [name for name, value in {"loss": loss, **terms}.items() if not is_finite(value)]
+            # weights of a finite loss whose gradient overflows would be good to evaluate, but no run could go
+            # on from them. The backward pass gathers: no worker may leave it out.
+            gradients = self._gradients(loss)
+            if not self._has_finite_total_norm(gradients) and not bad:
+                bad = ["the gradient"]
+            broken = f"the update of step {self.applied + 1} broke the weights: of its own batch, once more, "
+            raise_together(
+                f"step {done}: {broken}{', '.join(bad)} not finite; {self.advice()}" if bad else None
+            )
+
+    def advice(self) -> str:
+        """Return what to do about a run that ended."""
+        last = f"the last good checkpoint is {self.newest}" if self.newest else "there is no checkpoint yet"
+        return f"lower optim.lr or optim.clip, under another name=; {last}"
+
+    def _forward(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = self.replay(step)
+        with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=self.engine.bf16):
+            return self.engine.objective(batch)
+
+    def _first_parameter(self, step: int) -> str:
+        """Name the first parameter whose gradient in `step` is not finite on any worker, or whose gradient
+        alone has a norm that overflows. It is computed anew, outside of the engine, since ZeRO has let go of
+        its own; the weights are still those of the step."""
+        names = [name for name, p in self.engine.objective.named_parameters() if p.requires_grad]
+        try:
+            gradients = self._gradients(self._forward(step)[0])
+        except torch.OutOfMemoryError:
+            return "the first parameter hit is unknown, for its gradient does not fit the memory"
+        for kind, check in (("", is_finite), (" by a norm that overflows", _has_finite_norm)):
+            hit = _on_any_worker([g is not None and not check(g) for g in gradients], self.engine.device)
+            if any(hit):
+                return f"first parameter hit{kind} {names[hit.index(True)]} ({sum(hit)} of {len(names)})"
+        return (
+            "all parameters' own gradients are finite"  # a term alone is at fault, or the norm of all of them
+        )
+
+    def _gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of `loss` for each trainable parameter, None of one that it does not depend on, in the
+        order of the parameters. Nothing is left in their `grad`, which belongs to the engine."""
+        parameters = [p for p in self.engine.objective.parameters() if p.requires_grad]
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    def _has_finite_total_norm(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Return whether the mean of all workers' gradients has a finite norm, as the step's clipping reckons
+        it."""
+        own = is_finite(nn.utils.get_total_norm([g for g in gradients if g is not None]))
+        if not any(_on_any_worker([not own], self.engine.device)) or world_size() == 1:
+            return own
+        # A worker's own gradient is larger than the mean of all, up to as many times as there are workers:
+        # only the mean ends a run at the same step whatever their number.
+        parameters = [p for p in self.engine.objective.parameters() if p.requires_grad]
+        means = [
+            torch.zeros_like(p) if g is None else g.clone()
+            for p, g in zip(parameters, gradients, strict=True)
+        ]
+        for mean in means:
+            dist.all_reduce(mean.div_(world_size()))
+        return is_finite(nn.utils.get_total_norm(means))
+
+
+def _has_finite_norm(gradient: Tensor) -> bool:
+    return is_finite(gradient.norm())
+
+
+def _on_any_worker(hit: list[bool], device: torch.device) -> list[bool]:
+    flags = torch.tensor(hit, dtype=torch.int32, device=device)
+    if world_size() > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from raylib import cache, checkpoint, identity
+from raylib import cache, checkpoint
 from raylib.config import Config, build, dump, without
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json, write_atomically, write_json
-from raylib.identity import DataFile
+from raylib.provenance import DataFile, record_identity
 from raylib.renames import rename_settings
 from raylib.runtime import Local, OnRay, Reporter, Runtime
 
@@ -95,7 +95,7 @@ def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool 
 
     Raises:
         UserError: the folder belongs to a run of other settings (they are named); its data changed
-            (`raylib.identity`); a checkpoint to resume from is missing or not whole.
+            (`raylib.provenance`); a checkpoint to resume from is missing or not whole.
     """
     run = run_folder(config)
     (run / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool 
             raise UserError(
                 f"{run} holds a run with other settings ({', '.join(changed)}); give this one another name="
             )
-    for note in identity.settle(run, files, verify):
+    for note in record_identity(run, files, verify):
         print(note, flush=True)
     write_atomically(stored, dump(config) + "\n")
     if config.resume != "newest":

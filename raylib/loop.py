@@ -2,7 +2,6 @@
 step."""
 
 import json
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,18 +15,15 @@ from torch.utils.data import Dataset
 from raylib import checkpoint
 from raylib.config import Config
 from raylib.data.loading import load_batches
+from raylib.device import has_bf16, out_of_memory_error, peak_memory, to_device
 from raylib.distributed import total
 from raylib.engine import DeepSpeedEngine, TorchEngine
-from raylib.errors import NotFinite, UserError
-from raylib.finite import finite_values, require_finite_values
-from raylib.guard import StepGuard, Watch
+from raylib.errors import NotFinite
+from raylib.finite import StepGuard, Watch, finite_values, require_finite_values
 from raylib.optim import LayerRates, OptimConfig, learning_rate
-from raylib.provenance import cpu_info
 from raylib.randomness import hash64
 from raylib.runtime import Runtime
 from raylib.track import Backend, Tracker
-
-PLANNING = ("index", "lengths", "positions")
 
 
 class FitConfig(Config):
@@ -291,18 +287,6 @@ class _Progress:
         return step * self.samples / spent if spent else 0.0
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch's tensors on `device`, but for those that plan the step, which stay on the CPU
-    (`raylib.packed`)."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {k: v if k in PLANNING else to_device(v, device) for k, v in batch.items()}
-    if isinstance(batch, tuple):
-        return type(batch)(**to_device(batch._asdict(), device))
-    return batch
-
-
 def _due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
@@ -314,9 +298,7 @@ def _step(
     try:
         return engine.step(batch, step, lr)
     except RuntimeError as e:
-        if isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e):
-            raise _does_not_fit(step, batch, runtime) from e
-        raise
+        raise out_of_memory_error(e, step, batch, runtime.device, runtime.world) from e
 
 
 def _evaluate(
@@ -336,34 +318,6 @@ def _evaluate(
         raise NotFinite(f"step {done}: {e}; {watch.advice()}") from None
     clock.lap("evaluation")
     return values
-
-
-def _does_not_fit(step: int, batch: dict, runtime: Runtime) -> UserError:
-    """What to do when memory runs out. Splitting the batch is no way out: it would change the contrastive
-    negatives."""
-    sizes = ", ".join(
-        f"{name} {len(part['index'])}" for name, part in batch.items() if isinstance(part, dict)
-    )
-    return UserError(
-        f"step {step}: a worker's part of the batch ({sizes}) does not fit the memory of {runtime.device}; "
-        f"give it more than workers={runtime.world}, or lower data.*.batch, or take a smaller model"
-    )
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16 faster than float32. Of CPUs: with AMX, and AMD's with AVX-512
-    BF16; Intel's without AMX run these instructions at half the rate of float32 (`benchmarks/README.md`)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    by_amd = cpu_info("vendor_id") == "AuthenticAMD"
-    return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and by_amd)
-
-
-def peak_memory(device: torch.device) -> float:
-    """Return the peak memory of this worker: GPU memory, else resident memory, in GB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def _minutes(seconds: float) -> str:

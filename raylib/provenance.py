@@ -1,16 +1,37 @@
-"""Provenance of a number: code, packages, machine. Every `result.json` holds it."""
+"""Provenance: the data and code of a run, as they were when it began (RUN/identity.json); the code, packages
+and machine behind a number (every `result.json`).
+
+    {"code": [the version that the run began with, each later one that went on with it],
+     "data": {PATH: {"stamp": hash of names, sizes and times of change, "bytes": ..., "sha256": content or
+     null}, ...}}
+
+A start compares what is there with what was recorded. Sizes and times come first, for they cost nothing;
+where a time differs and the size does not (a copy, a fresh checkout), the content is hashed and decides.
+`verify` hashes everything at every start. Data that changed is refused: a run that goes on with other data is
+no run of either. So is a file that came or went, where the code that reads them is the same: an optional one
+(a WordNet, a list of answers) changes what a run trains. A file that lies elsewhere now (a relative path,
+read from another folder) is the same if its name and content are. Code that changed is told.
+"""
 
 import hashlib
+import json
 import os
 import subprocess
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from raylib.cache import cached, file_fingerprint
+from raylib.device import device_name
+from raylib.errors import UserError
+from raylib.fileio import read_json, sha256_file, write_atomically
+
+IDENTITY = "identity.json"
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("raylib", "pretrain", "finetune", "tune_spaces", "cluster")  # whose source is the code version
 LIBRARIES = (
@@ -27,6 +48,197 @@ LIBRARIES = (
     "safetensors",
     "peft",
 )
+
+
+class DataFile(NamedTuple):
+    """A file, or a folder of files, that a run reads.
+
+    sha256: of its content, where something else knows it (a shard's manifest). large: too large to be hashed
+    at a first start (shards, image archives, feature stores): its size and time are its identity, unless
+    `verify` is asked for. address: of what was fetched, whose path is a place in a cache.
+    """
+
+    path: Path
+    sha256: str | None = None
+    large: bool = False
+    address: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name by which starts are compared."""
+        return self.address or str(self.path.absolute())
+
+
+def fingerprint_files(
+    files: Iterable[DataFile], before: Mapping[str, dict], verify: bool = False
+) -> dict[str, dict[str, Any]]:
+    """{path: {"stamp", "bytes", "sha256"}} of `files` as they are now; `before` is an earlier record, whose
+    hashes are taken over where sizes and times are the same.
+
+    Raises:
+        UserError: a file is missing; with `verify`, its content is not what its manifest says.
+    """
+    entries = {}
+    for file in files:
+        path = file.name
+        if not file.path.exists():
+            raise UserError(f"{path}: this file of the run's data is missing; restore it")
+        names_sizes_times = file_fingerprint(file.path)[1:]
+        size = sum(bytes_ for _, bytes_, _ in names_sizes_times)
+        entry = {"stamp": hashlib.sha256(repr(names_sizes_times).encode()).hexdigest()[:24], "bytes": size}
+        old = before.get(path)
+        if old and old["stamp"] == entry["stamp"] and not verify:
+            sha256 = old["sha256"]
+        elif verify or (old is None and file.sha256 is None and not file.large) or (old and old["sha256"]):
+            sha256 = cached(
+                "sha256", file_fingerprint(file.path), partial(hash_path, file.path)
+            )  # once for all trials of a search
+        else:
+            sha256 = file.sha256
+        if verify and file.sha256 and sha256 != file.sha256:
+            raise UserError(
+                f"{path}: its SHA-256 is not its manifest's; fetch it anew, or index the folder anew"
+            )
+        entries[path] = entry | {"sha256": sha256}
+    return entries
+
+
+def hash_path(path: Path) -> str:
+    """SHA-256 of a file; of a folder, over the names and hashes of its files."""
+    if path.is_dir():
+        parts = "".join(f"{name} {hash_path(path / name)}\n" for name, _, _ in file_fingerprint(path)[1:])
+        return hashlib.sha256(parts.encode()).hexdigest()
+    return sha256_file(path)
+
+
+def list_changed_files(before: Mapping[str, dict], now: Mapping[str, dict]) -> list[str]:
+    """List, in words, the files of both records that are not the same any more."""
+    found = []
+    for path, old in before.items():
+        new = now.get(path)
+        if new is None:
+            continue
+        if old["sha256"] and new["sha256"]:
+            if old["sha256"] != new["sha256"]:
+                found.append(f"{path} (other content)")
+        elif old["bytes"] != new["bytes"]:
+            found.append(f"{path} ({new['bytes']:,} bytes, {old['bytes']:,} before)")
+        elif old["stamp"] != new["stamp"]:
+            found.append(f"{path} (changed since: its time differs)")
+    return found
+
+
+def find_moved_files(before: Mapping[str, dict], now: Mapping[str, dict]) -> dict[str, str]:
+    """{old path: new path} of files that lie elsewhere now, with the same name and content (of large ones,
+    size)."""
+    new: dict[str, list[str]] = {}  # by base name: thousands of shards may have moved
+    for path in now:
+        if path not in before:
+            new.setdefault(Path(path).name, []).append(path)
+    moved = {}
+    for path, old in before.items():
+        if path in now:
+            continue
+        others = new.get(Path(path).name, [])
+        same = (
+            other
+            for other in others
+            if not list_changed_files({path: old}, {path: now[other] | {"stamp": old["stamp"]}})
+        )
+        if other := next(same, None):
+            moved[path] = other
+            others.remove(other)
+    return moved
+
+
+def list_added_or_missing_files(
+    before: Mapping[str, dict], now: Mapping[str, dict], same_code: bool
+) -> list[str]:
+    """List, in words, the files that only one of both records has. Other code may read others, but not miss
+    what is gone."""
+    moved = find_moved_files(before, now)
+    gone = [path for path in before if path not in now and path not in moved]
+    found = [f"{path} (missing)" for path in gone if not Path(path).exists()]
+    if same_code:
+        elsewhere = set(moved.values())
+        found += [f"{path} (not read any more)" for path in gone if Path(path).exists()]
+        found += [f"{path} (not read before)" for path in now if path not in before and path not in elsewhere]
+    return found
+
+
+def compare_data(
+    run: Path, files: Iterable[DataFile], verify: bool = False
+) -> tuple[dict[str, dict], list[str]]:
+    """Return (`fingerprint_files` of the files as they are now; in words, which of them are not what `run`
+    began with).
+
+    Raises:
+        UserError: see `fingerprint_files`.
+    """
+    stored = read_identity(run)
+    before, data = stored["data"], fingerprint_files(files, stored["data"], verify)
+    different = list_changed_files(before, data)
+    if before:  # a run of before there were records has none
+        different += list_added_or_missing_files(
+            before, data, same_code=stored["code"][-1:] == [code_version()]
+        )
+    return data, different
+
+
+def record_identity(run: Path, files: Iterable[DataFile], verify: bool = False) -> list[str]:
+    """Record the data and the code that `run` goes on with, after comparing both with what it began with.
+    Returns what people should be told.
+
+    Raises:
+        UserError: data changed (the first files are named); see `fingerprint_files`.
+    """
+    stored, code, notes = read_identity(run), code_version(), []
+    data, different = compare_data(run, files, verify)
+    if different:
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise UserError(
+            f"{run}: the data changed since this run began: {', '.join(different[:3])}{more}; restore it, or "
+            "give another name= to begin a run with what is there now"
+        )
+    if stored["code"] and code not in stored["code"]:
+        notes.append(f"note: this run began with code {stored['code'][0]} and goes on with {code}")
+    if unknown := [
+        path for path, old in stored["data"].items() if verify and path in data and not old["sha256"]
+    ]:
+        notes.append(
+            f"note: the content of {len(unknown)} files, such as {unknown[0]}, was not hashed when this run "
+            "began, and is from now on"
+        )
+    codes = stored["code"] if code in stored["code"] else [*stored["code"], code]
+    moved = find_moved_files(stored["data"], data)
+    kept = {path: entry for path, entry in stored["data"].items() if path not in moved}
+    write_atomically(run / IDENTITY, json.dumps({"code": codes, "data": {**kept, **data}}, indent=1) + "\n")
+    return notes
+
+
+def read_identity(run: Path) -> dict[str, Any]:
+    """{"code": [...], "data": {...}} of a run; empty of one that has no record yet."""
+    if not (run / IDENTITY).is_file():
+        return {"code": [], "data": {}}
+    try:
+        stored = read_json(run / IDENTITY)
+        return {"code": list(stored["code"]), "data": dict(stored["data"])}
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"{run / IDENTITY}: not to be read ({e}); delete it to record the data anew"
+        ) from None
+
+
+def data_hash(run: Path) -> str | None:
+    """One hash over the data of a run, see `combined_hash`. None: nothing was recorded."""
+    return combined_hash(read_identity(run)["data"])
+
+
+def combined_hash(data: Mapping[str, dict]) -> str | None:
+    """One hash over a record: the same on another machine, for it holds base names and contents (of large
+    files, sizes). None: of an empty one."""
+    parts = sorted(f"{Path(path).name} {entry['sha256'] or entry['bytes']}" for path, entry in data.items())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else None
 
 
 @cache
@@ -68,20 +280,6 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def device_name(device: torch.device) -> str:
-    """Return "NVIDIA H100 80GB HBM3", or the model of the CPU as Linux calls it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return cpu_info("model name") or "CPU"
-
-
-def cpu_info(field: str) -> str:
-    """Return a field of the first CPU in Linux's /proc/cpuinfo, such as "vendor_id"; "" elsewhere."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 
 from raylib import checkpoint
+from raylib.device import local_device
 
 
 class Reporter(Protocol):
@@ -38,7 +38,7 @@ class Local:
     def __init__(self, run: Path, keep: int, report: Reporter | None = None):
         self.run, self.keep, self.report = run, keep, report
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = _device(int(os.environ.get("LOCAL_RANK", 0)))
+        self.device = local_device()
         if self.world > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
@@ -120,10 +120,3 @@ class OnRay:
 
 
 Runtime = Local | OnRay
-
-
-def _device(index: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)

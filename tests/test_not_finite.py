@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raylib.engine import DeepSpeedEngine, TorchEngine
-from raylib.guard import StepGuard
+from raylib.finite import StepGuard
 from raylib.optim import OptimConfig
 from tests.test_strategies import Squares, Stack, batch_of
 from tests.workers import run_workers

@@ -13,7 +13,7 @@ from torch import nn
 
 from raylib import checkpoint
 from raylib.errors import NotFinite
-from raylib.guard import StepGuard
+from raylib.finite import StepGuard
 from raylib.loop import FitConfig, fit
 from raylib.models.base import save_model
 from raylib.optim import OptimConfig
@@ -195,7 +195,7 @@ def test_skipped_steps_limit_is_the_same_with_workers_and_zero(tmp_path, world):
 def zero_report(rank, world, folder):
     """The report of ZeRO-2 whose shards are on two workers, of a fault on the last alone."""
     from raylib.engine import DeepSpeedEngine
-    from raylib.guard import Watch
+    from raylib.finite import Watch
 
     os.environ["LOCAL_RANK"] = str(rank)
     faults, guard = dict.fromkeys(range(2, 20), "gradient"), StepGuard(CPU, 2)
@@ -221,7 +221,7 @@ def test_skipped_steps_report_under_zero_names_the_parameter(tmp_path):
 
 def mean_norms(rank, world):
     """Return what is said of two gradients of the last worker, the others' being zero."""
-    from raylib.guard import Watch
+    from raylib.finite import Watch
 
     watch = Watch(StepGuard(CPU), Engine(Faulty(Stack())), None, None)
     first, *others = watch.engine.objective.parameters()

@@ -25,9 +25,9 @@ from pretrain.train import run as pretrain
 from raylib.config import dump, lookup
 from raylib.errors import UserError
 from raylib.fileio import read_json
-from raylib.identity import DataFile
 from raylib.launch import LaunchConfig, no_log, run_folder
 from raylib.metrics import mean
+from raylib.provenance import DataFile
 from raylib.runtime import Reporter
 from raylib.search.config import GOALS, SearchJob, Select
 

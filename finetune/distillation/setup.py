@@ -18,8 +18,8 @@ from finetune.model import FinetuneModel, tokenizer_at
 from finetune.strategies import Term
 from finetune.strategies.distillation import Distillation, chosen_layers
 from raylib.data.states import fingerprint
+from raylib.device import to_device
 from raylib.errors import UserError
-from raylib.loop import to_device
 from raylib.text import Tokenizer
 
 BATCH = 64  # examples whose states a teacher makes at a time, beforehand

@@ -31,7 +31,7 @@ from raylib.data.shards import (
 )
 from raylib.errors import UserError
 from raylib.fileio import read_json, sha256_file
-from raylib.identity import DataFile
+from raylib.provenance import DataFile
 
 HEADER = 4096  # bytes that surely hold an .npy header of ours
 

@@ -5,8 +5,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from raylib.config import Config
-from raylib.identity import DataFile
 from raylib.launch import LaunchConfig
+from raylib.provenance import DataFile
 from raylib.runtime import Reporter
 
 Select = Literal["english_dev", "target_dev", "both"]

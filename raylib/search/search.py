@@ -21,12 +21,12 @@ import ray
 from ray import tune
 from ray.tune.search import BasicVariantGenerator
 
-from raylib import identity
 from raylib.config import build, change, dump, without
 from raylib.errors import UserError
 from raylib.fileio import read_json, write_json
 from raylib.finite import finite_values
 from raylib.launch import VERIFY, LaunchConfig, connect
+from raylib.provenance import record_identity
 from raylib.renames import rename_settings
 from raylib.search import final_runs as finals
 from raylib.search import report, space
@@ -86,7 +86,7 @@ def run(config: SearchConfig, name: str, chosen: space.Space, job: SearchJob, ba
         folder.mkdir(parents=True, exist_ok=True)
         # trials that are to come would be compared with finished ones on other data
         files = [file for _, values in _telling(chosen) for file in job.data_files(change(base, values))]
-        for note in identity.settle(folder, dict.fromkeys(files), job.verifies_content(base)):
+        for note in record_identity(folder, dict.fromkeys(files), job.verifies_content(base)):
             print(note, flush=True)
         write_json(folder / "search.json", question)
         search = Searching(

@@ -10,11 +10,11 @@ import pytest
 from finetune.__main__ import main as finetune_main
 from pretrain.__main__ import main as pretrain_main
 from pretrain.train import run as run_pretraining
-from raylib import identity, provenance
+from raylib import provenance
 from raylib.data.sources import Source
 from raylib.errors import UserError
-from raylib.identity import DataFile, changed, data_hash, record, settle
 from raylib.launch import config_hash, run_folder
+from raylib.provenance import DataFile, data_hash, fingerprint_files, list_changed_files, record_identity
 
 
 @pytest.fixture
@@ -35,79 +35,79 @@ def write(path, content: bytes, time: int | None = None):
 
 def test_identity_changed_content_of_same_size_is_refused(run, tmp_path):
     shard = write(tmp_path / "data/en-000000.tar", b"a" * 100, 1)
-    assert settle(run, [DataFile(shard)]) == []
+    assert record_identity(run, [DataFile(shard)]) == []
     write(shard, b"b" * 100, 2)
     with pytest.raises(
         UserError, match="data changed since this run began: .*en-000000.tar .other content.; restore it"
     ):
-        settle(run, [DataFile(shard)])
+        record_identity(run, [DataFile(shard)])
     write(shard, b"a" * 100, 3)  # restored: the content decides, not the time
-    assert settle(run, [DataFile(shard)]) == []
+    assert record_identity(run, [DataFile(shard)]) == []
 
 
 def test_identity_changed_content_with_old_times_needs_verify(run, tmp_path):
     shard = write(tmp_path / "shard.tar", b"a" * 100, 1)
-    settle(run, [DataFile(shard)])
+    record_identity(run, [DataFile(shard)])
     write(shard, b"b" * 100, 1)
-    assert settle(run, [DataFile(shard)]) == []  # size and time first
+    assert record_identity(run, [DataFile(shard)]) == []  # size and time first
     with pytest.raises(UserError, match="other content"):
-        settle(run, [DataFile(shard)], verify=True)
+        record_identity(run, [DataFile(shard)], verify=True)
 
 
 def test_identity_changed_added_or_removed_file_in_folder_is_named(run, tmp_path):
     folder = tmp_path / "dictionaries"
     write(folder / "de2.txt", b"dog Hund\n", 1)
     write(folder / "ru2.txt", b"dog x\n", 1)
-    settle(run, [DataFile(folder)])
+    record_identity(run, [DataFile(folder)])
     (folder / "ru2.txt").unlink()
     with pytest.raises(UserError, match="dictionaries .other content"):
-        settle(run, [DataFile(folder)])
+        record_identity(run, [DataFile(folder)])
     write(folder / "ru2.txt", b"dog x\n", 5)
     write(folder / "zh2.txt", b"dog y\n", 1)
     with pytest.raises(UserError, match="dictionaries .other content"):
-        settle(run, [DataFile(folder)])
+        record_identity(run, [DataFile(folder)])
     (folder / "zh2.txt").unlink()
-    assert settle(run, [DataFile(folder)]) == []
+    assert record_identity(run, [DataFile(folder)]) == []
 
 
 def test_identity_large_files_count_by_size_and_time(run, tmp_path, monkeypatch):
     store = write(tmp_path / "features.mdb", b"a" * 10, 1)
-    monkeypatch.setattr(identity, "content_hash", lambda path: pytest.fail(f"{path} was read"))
-    settle(run, [DataFile(store, large=True)])
-    settle(run, [DataFile(store, large=True)])
+    monkeypatch.setattr(provenance, "hash_path", lambda path: pytest.fail(f"{path} was read"))
+    record_identity(run, [DataFile(store, large=True)])
+    record_identity(run, [DataFile(store, large=True)])
     write(store, b"b" * 10, 2)
     with pytest.raises(UserError, match="features.mdb .changed since: its time differs"):
-        settle(run, [DataFile(store, large=True)])
+        record_identity(run, [DataFile(store, large=True)])
     write(store, b"b" * 11, 2)
     with pytest.raises(UserError, match="features.mdb .11 bytes, 10 before"):
-        settle(run, [DataFile(store, large=True)])
+        record_identity(run, [DataFile(store, large=True)])
 
 
 def test_identity_files_behind_linked_folder_count(run, tmp_path):
     image = write(tmp_path / "disk/train/1.jpg", b"a", 1)
     (tmp_path / "images").mkdir()
     (tmp_path / "images/train").symlink_to(tmp_path / "disk/train")
-    settle(run, [DataFile(tmp_path / "images", large=True)])
+    record_identity(run, [DataFile(tmp_path / "images", large=True)])
     write(image, b"bb", 2)
     with pytest.raises(UserError, match="images .2 bytes, 1 before"):
-        settle(run, [DataFile(tmp_path / "images", large=True)])
+        record_identity(run, [DataFile(tmp_path / "images", large=True)])
 
 
 def test_identity_appeared_or_vanished_files_are_refused(run, tmp_path, monkeypatch):
     """An optional file, such as a list of answers, of which the first that is there is read."""
     first, second = (write(tmp_path / name, b"x", 1) for name in ("first.json", "second.json"))
-    settle(run, [DataFile(first)])
+    record_identity(run, [DataFile(first)])
     with pytest.raises(UserError, match="first.json .not read any more., .*second.json .not read before"):
-        settle(run, [DataFile(second)])
+        record_identity(run, [DataFile(second)])
     with pytest.raises(UserError, match="began: .*second.json .not read before"):
-        settle(run, [DataFile(first), DataFile(second)])
+        record_identity(run, [DataFile(first), DataFile(second)])
     first.unlink()
     with pytest.raises(UserError, match="first.json .missing"):
-        settle(run, [])
+        record_identity(run, [])
     first.write_bytes(b"x")
-    monkeypatch.setattr(identity, "code_version", lambda: "0123 source 4567")  # which reads other files
-    assert len(settle(run, [DataFile(second)])) == 1
-    assert len(json.loads((run / identity.FILE).read_text())["data"]) == 2
+    monkeypatch.setattr(provenance, "code_version", lambda: "0123 source 4567")  # which reads other files
+    assert len(record_identity(run, [DataFile(second)])) == 1
+    assert len(json.loads((run / provenance.IDENTITY).read_text())["data"]) == 2
 
 
 def test_identity_of_moved_files_is_name_and_content(run, tmp_path, monkeypatch):
@@ -117,15 +117,15 @@ def test_identity_of_moved_files_is_name_and_content(run, tmp_path, monkeypatch)
             write(tmp_path / folder / "data" / name, content)
     files = [DataFile(Path("data/train.json")), DataFile(Path("data/images.tar"), large=True)]
     monkeypatch.chdir(tmp_path / "a")
-    settle(run, files)
+    record_identity(run, files)
     before = data_hash(run)
     monkeypatch.chdir(tmp_path / "b")
-    assert settle(run, files) == [] and data_hash(run) == before
+    assert record_identity(run, files) == [] and data_hash(run) == before
     monkeypatch.chdir(tmp_path / "c")
     with pytest.raises(
         UserError, match="b/data/train.json .not read any more., .*c/data/train.json .not read before"
     ):
-        settle(run, files)
+        record_identity(run, files)
 
 
 def test_identity_of_remote_manifest_is_its_address(run, corpus, tmp_path):
@@ -135,47 +135,49 @@ def test_identity_of_remote_manifest_is_its_address(run, corpus, tmp_path):
     def files(cache):
         return Source(f"file://{tmp_path}/source", cache=tmp_path / cache).files()
 
-    settle(run, files("one"))
-    assert settle(run, files("two")) == []
+    record_identity(run, files("one"))
+    assert record_identity(run, files("two")) == []
     values = json.loads(manifest.read_text())
     values["shards"].pop()
     manifest.write_text(json.dumps(values))
     with pytest.raises(UserError, match="file://.*/source/manifest.json .other content"):
-        settle(run, files("three"))
+        record_identity(run, files("three"))
 
 
 def test_identity_verify_reports_what_it_cannot_compare(run, tmp_path):
     store = write(tmp_path / "images.tar", b"a" * 10, 1)
-    settle(run, [DataFile(store, large=True)])
-    (note,) = settle(run, [DataFile(store, large=True)], verify=True)
+    record_identity(run, [DataFile(store, large=True)])
+    (note,) = record_identity(run, [DataFile(store, large=True)], verify=True)
     assert "the content of 1 files" in note and str(store) in note
-    assert settle(run, [DataFile(store, large=True)], verify=True) == []
+    assert record_identity(run, [DataFile(store, large=True)], verify=True) == []
     write(store, b"b" * 10, 1)
     with pytest.raises(UserError, match="images.tar .other content"):
-        settle(run, [DataFile(store, large=True)], verify=True)
+        record_identity(run, [DataFile(store, large=True)], verify=True)
 
 
 def test_identity_verify_also_compares_with_manifest(run, tmp_path):
     shard = write(tmp_path / "shard.tar", b"a" * 100, 1)
     with pytest.raises(UserError, match="SHA-256 is not its manifest's"):
-        settle(run, [DataFile(shard, sha256="0" * 64, large=True)], verify=True)
-    settle(run, [DataFile(shard, sha256=identity.content_hash(shard), large=True)], verify=True)
+        record_identity(run, [DataFile(shard, sha256="0" * 64, large=True)], verify=True)
+    record_identity(run, [DataFile(shard, sha256=provenance.hash_path(shard), large=True)], verify=True)
 
 
 def test_identity_missing_file_or_damaged_record_is_one_line_error(run, tmp_path):
     with pytest.raises(UserError, match="gone.tar: this file of the run's data is missing"):
-        settle(run, [DataFile(tmp_path / "gone.tar")])
-    (run / identity.FILE).write_text("{")
+        record_identity(run, [DataFile(tmp_path / "gone.tar")])
+    (run / provenance.IDENTITY).write_text("{")
     with pytest.raises(UserError, match="identity.json: not to be read"):
-        settle(run, [])
+        record_identity(run, [])
 
 
 def test_identity_changed_code_is_reported_and_kept(run, monkeypatch):
-    assert settle(run, []) == [] and settle(run, []) == []
+    assert record_identity(run, []) == [] and record_identity(run, []) == []
     first = provenance.code_version()
-    monkeypatch.setattr(identity, "code_version", lambda: "0123 source 4567")
-    assert settle(run, []) == [f"note: this run began with code {first} and goes on with 0123 source 4567"]
-    assert json.loads((run / identity.FILE).read_text())["code"] == [first, "0123 source 4567"]
+    monkeypatch.setattr(provenance, "code_version", lambda: "0123 source 4567")
+    assert record_identity(run, []) == [
+        f"note: this run began with code {first} and goes on with 0123 source 4567"
+    ]
+    assert json.loads((run / provenance.IDENTITY).read_text())["code"] == [first, "0123 source 4567"]
 
 
 def test_data_hash_ignores_folder_and_times(tmp_path):
@@ -183,11 +185,11 @@ def test_data_hash_ignores_folder_and_times(tmp_path):
     for name, time in (("a", 1), ("b", 2)):
         run = tmp_path / name
         settle_file = write(run / "data/train.json", b"[]", time)
-        settle(run, [DataFile(settle_file)])
+        record_identity(run, [DataFile(settle_file)])
         hashes.append(data_hash(run))
     assert hashes[0] == hashes[1] and len(hashes[0]) == 64
     (tmp_path / "c").mkdir()
-    settle(
+    record_identity(
         tmp_path / "c",
         [DataFile(write(tmp_path / "c/data" / name, b"[]", 1)) for name in ("train.json", "test.json")],
     )
@@ -197,9 +199,9 @@ def test_data_hash_ignores_folder_and_times(tmp_path):
 
 def test_identity_record_keeps_hashes_and_compares_shared_ones(tmp_path):
     file = write(tmp_path / "a", b"1", 1)
-    before = record([DataFile(file)], {})
-    assert record([DataFile(file)], before) == before
-    assert changed(before, {}) == [] and changed({}, before) == []
+    before = fingerprint_files([DataFile(file)], {})
+    assert fingerprint_files([DataFile(file)], before) == before
+    assert list_changed_files(before, {}) == [] and list_changed_files({}, before) == []
 
 
 def test_provenance_names_code_libraries_device_and_time():
