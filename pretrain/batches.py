@@ -21,13 +21,12 @@ from torch.utils.data import Dataset
 
 from raylib.config import Config
 from raylib.data.images import AugmentConfig, BadPicture, augment, decode
-from raylib.data.lanes import Lanes, step_draws
-from raylib.data.samples import BadCaption, Sample
-from raylib.data.sources import Source
+from raylib.data.loading import Lanes, step_draws
+from raylib.data.sources import Sample, Source
 from raylib.errors import UserError
 from raylib.provenance import DataFile
 from raylib.randomness import integers, uniform
-from raylib.text import Tokenizer, add_specials, mask_tokens
+from raylib.text import BadCaption, Tokenizer, add_specials, mask_tokens
 
 ATTEMPTS = 20  # replacements in a row, after which the source is called unusable
 log = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ class StreamConfig(Config):
     """One source: `folder` (or a URL, see `raylib.data.fetch`), samples a step over all workers, tokens a
     sentence.
 
-    `languages`: those to use, () for all; `alpha`, `lanes`, `block`: see `raylib.data.lanes`.
+    `languages`: those to use, () for all; `alpha`, `lanes`, `block`: see `raylib.data.loading`.
     """
 
     folder: str | None = None
@@ -75,7 +74,7 @@ class StepBatches(Dataset):
     """Map-style dataset of steps; give it to a DataLoader with `batch_size=None` and `sampler=range(first,
     last)`.
 
-    `image_id` is a sample's identity, the hash of its images (`raylib.data.samples`): pairs of one are no
+    `image_id` is a sample's identity, the hash of its images (`raylib.data.sources`): pairs of one are no
     negatives.
 
     A batch is {"step", "samples": of all streams and workers, "bad": samples replaced here,

@@ -21,10 +21,9 @@ import numpy as np
 
 from pretrain.formats import LIMIT, Tally, read_image_text, read_pairs, read_text
 from raylib.command import command
-from raylib.data.languages import is_language_code
 from raylib.data.shards import ShardWriter
 from raylib.errors import UserError
-from raylib.text import Tokenizer
+from raylib.text import Tokenizer, is_language_code
 
 BATCH = 4096  # sentences tokenised at a time
 

@@ -3,7 +3,7 @@
   image-text   .json   ALBEF's list [{"image": path, "caption": text or list}, ...] .jsonl  CCLM's lines
                {"binary": base64 or path, "caption": text, list or {language: text or list}} Paths are
                relative to the file. Captions are English; of a {language: ...} only "en" is taken. They may
-               be called otherwise: see `raylib.data.samples`.
+               be called otherwise: see `raylib.data.sources`.
   parallel     WikiMatrix's lines margin<TAB>source<TAB>target, those below the margin left out; or plain
                lines English<TAB>other. A name like "WikiMatrix.de-en.tsv.gz" says which column is English,
                else the first is.
@@ -27,9 +27,9 @@ from pathlib import Path
 import cv2
 
 from raylib.data.images import BadPicture, decode
-from raylib.data.samples import BadCaption, clean_captions, parse_captions
 from raylib.errors import UserError
 from raylib.fileio import decode_base64, find_file, stream_json
+from raylib.text import BadCaption, clean_captions, parse_captions
 
 MARGIN = 1.04  # WikiMatrix's usual threshold
 LIMIT = 0.01  # share of bad samples that is still normal

@@ -27,8 +27,7 @@ import numpy as np
 import torch
 
 from raylib.command import check_output
-from raylib.data.images import BadPicture, decode
-from raylib.data.samples import is_image
+from raylib.data.images import BadPicture, decode, is_image
 from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
 from raylib.data.tars import TarScan

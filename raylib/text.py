@@ -1,4 +1,4 @@
-"""Text: tokenizers behind one face, sentences with their specials, and masking.
+"""Text: tokenizers behind one face, sentences with their specials, masking; language codes; captions.
 
 `Tokenizer.load` reads
   * our SentencePiece models (`<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, `<mask>` 4, a control symbol);
@@ -6,13 +6,19 @@
     fairseq's: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3, piece i at i + 1, `<mask>` last (250,001 at full
     size);
   * any `tokenizer.json` with the usual special tokens, through `tokenizers` (six times slower).
+
+A language code is two or three letters, perhaps with a script, a region or a variant: "de", "zh-Hans",
+"pt-BR", "bn_rom". Whoever names a language may name any such code. Guessing is another matter:
+"cc3m-train-0000.tar" or "wit-000.tar" (Wintu, by ISO 639-3) name data sets, so a name is believed only if it
+begins with one of `KNOWN_CODES`.
 """
 
 import hashlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -236,3 +242,86 @@ def text_ids(tokens: Tokens) -> np.ndarray:
     place = np.arange(len(values)) - np.repeat(starts, lengths)
     sums = np.add.reduceat(hash64(values, place), starts)
     return (hash64(sums, lengths) >> np.uint64(1)).astype(np.int64)
+
+
+CODE = re.compile(r"[a-z]{2,3}(?:[-_][A-Za-z0-9]{2,8})*")
+# ISO 639-1; of the three-letter codes, those of large corpora that are no common word or data set: "mul" is
+# many languages
+CODES = (
+    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de "
+    "dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id "
+    "ie ig ii ik io is it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu "
+    "lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu "
+    "rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st su sv sw ta te tg th ti tk tl tn to tr "
+    "ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu arz ast ceb ckb fil nds nso yue mul"
+)
+KNOWN_CODES = frozenset(CODES.split())
+# ShardWriter's own names, "zh-Hans-000017.tar"
+NUMBERED = re.compile(r"([a-z]{2,3}(?:-[A-Z][a-z]{3})?(?:-[A-Z]{2})?(?:_[a-z]{3})?)-\d+\.tar")
+
+
+def is_language_code(word: str) -> bool:
+    """True for what may be a language's code, "en" or "zh-Hans"; not for "00000", "cc3m", "train",
+    "English"."""
+    return CODE.fullmatch(word) is not None
+
+
+def language_of(name: str, loose: bool) -> str | None:
+    """The language that the name of a shard says: that of LANGUAGE-NUMBER.tar; if `loose`, also what stands
+    before the first "-" of any other name, or the whole name. None if that is no known code."""
+    if (numbered := NUMBERED.fullmatch(name)) and re.split("[-_]", numbered[1])[0] in KNOWN_CODES:
+        return numbered[1]
+    first = name.removesuffix(".tar").split("-")[0]
+    return first if loose and first in KNOWN_CODES else None
+
+
+CAPTION_MEMBERS = ("txt", "outputs.txt", "output.txt")
+CAPTION_FIELDS = ("captions", "caption", "text")
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class BadCaption(Exception):
+    """A sample, or one of its languages, has no usable caption; the message, a noun, says what it has
+    instead."""
+
+
+class EmptyCaption(BadCaption):
+    """There are captions, but nothing in them."""
+
+
+def parse_captions(record: Any, language: str | None) -> dict[str, Any]:
+    """{language: string or list} of a JSON record, not cleaned yet; {} if it has no captions. `language`
+    (None: unknown) is that of captions which do not say theirs. A language whose captions are null has
+    none."""
+    value = (
+        next((v for v in map(record.get, CAPTION_FIELDS) if v is not None), None)
+        if isinstance(record, dict)
+        else None
+    )
+    if isinstance(value, dict) or value is None:
+        return {code: captions for code, captions in (value or {}).items() if captions is not None}
+    if language is None:
+        raise BadCaption("captions that do not say their language")
+    return {language: value}
+
+
+def clean_captions(captions: Any) -> list[str]:
+    """Captions of one language, a string or a list of them, without blank ones and surplus white space.
+
+    Raises:
+        EmptyCaption: nothing but blanks.
+        BadCaption: not text, or half a surrogate pair, which is not UTF-8.
+    """
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise BadCaption("captions that are no text")
+    if any(map(SURROGATE.search, captions)):
+        raise BadCaption("captions that are not UTF-8")
+    if cleaned := [text for text in (" ".join(caption.split()) for caption in captions) if text]:
+        return cleaned
+    raise EmptyCaption("empty captions")
+
+
+def has_captions(extensions: Iterable[str]) -> bool:
+    """True if there is a member that may hold captions."""
+    return any(extension in ("json", *CAPTION_MEMBERS) for extension in extensions)

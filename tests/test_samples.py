@@ -15,8 +15,8 @@ from pretrain.__main__ import main as pretrain
 from pretrain.batches import DataConfig, StepBatches, StreamConfig
 from pretrain.formats import Tally, read_image_text
 from pretrain.train import run
+from raylib.data.images import find_images
 from raylib.data.retrieval import read_retrieval
-from raylib.data.samples import find_images
 from raylib.data.shards import ShardWriter, index_folder, main
 from raylib.data.sources import Source
 from raylib.errors import UserError

@@ -1,2 +1,2 @@
-"""From shards to batches: the on-disk format (`shards`), reading it (`source`), bringing it here (`fetch`),
-the order of samples (`lanes`), pictures (`images`), loader processes (`loading`)."""
+"""From shards to batches: the on-disk format (`shards`, `tars`), reading it (`sources`), bringing it here
+(`fetch`), images (`images`), the order of samples and loader processes (`loading`)."""

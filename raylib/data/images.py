@@ -6,6 +6,7 @@ to PIL's: pixels that a rotation brings into view are the picture's own where it
 All chance comes in as `draws`.
 """
 
+import functools
 import math
 
 import cv2
@@ -15,6 +16,9 @@ from pydantic import Field, field_validator
 from raylib.config import Config
 from raylib.errors import UserError
 
+IMAGE_EXTENSIONS = frozenset(
+    ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
+)
 cv2.setNumThreads(1)  # workers are processes; threads in each would only get in each other's way
 cv2.utils.logging.setLogLevel(
     cv2.utils.logging.LOG_LEVEL_SILENT
@@ -259,3 +263,23 @@ TONES = {
     "hue": _hue,
     "blur": _blur,
 }
+
+
+def is_image(extension: str) -> bool:
+    """True if a member of this extension ("jpg", "seg.png") is an image file."""
+    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+
+
+def is_plain_image(extension: str) -> bool:
+    """True if it is one that nobody has to ask for: "jpg", "input.jpg"."""
+    return extension.removeprefix("input.") in IMAGE_EXTENSIONS
+
+
+@functools.lru_cache(1024)  # the same few kinds of samples, millions of times
+def find_images(extensions: tuple[str, ...], listed: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Extensions of a sample's images, sorted: those of `listed`. A manifest of before there was such a list
+    (None) stands for the plain ones, or, where a sample has none, for whatever is an image file."""
+    if listed is not None:
+        return tuple(sorted(extension for extension in extensions if extension in listed))
+    images = tuple(sorted(filter(is_image, extensions)))
+    return tuple(filter(is_plain_image, images)) or images

@@ -1,21 +1,192 @@
-"""Batches from loader processes, in order.
+"""Which samples a step takes, in which order, and how its batch reaches the training process.
+
+The global batch is a pure function of (seed, step), whatever the number of workers. A source is cut into a
+fixed number of *lanes*: lane l owns the slice [l N / L, (l + 1) N / L) of each language's samples. A lane
+draws its languages in periods of PERIOD draws, in which each language has its exact share (q proportional to
+p^alpha, at least once), shuffled. Within a language the lane runs through epochs: its blocks (cut at shard
+borders and at every `block` samples of a shard) in an order permuted anew, samples permuted inside each
+block, so that reading stays local. Any position is found directly; only the current block's order is kept.
+Every step takes the same count of draws from each lane: see `step_draws`.
 
 A batch is dicts and named tuples of tensors, three dozen of them. torch hands each over as a file of shared
 memory of its own (9 ms a batch in the training process, as long as building it took); here it travels as one
 tensor (2 ms).
 """
 
+import itertools
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from raylib.errors import UserError
+from raylib.randomness import permutation
+
+PERIOD = 1024
+
+
+class Lanes:
+    """Orders one source.
+
+    Args:
+        sizes: samples of every shard, by language (`Source.sizes()`).
+        name: of the stream; with `seed` it determines every order.
+        lanes: number of lanes L; block: samples that are shuffled together; alpha: 1 draws languages by their
+        size,
+            0 draws them evenly.
+
+    Raises UserError: more lanes than samples of a language, more languages than PERIOD.
+    """
+
+    def __init__(
+        self, sizes: dict[str, list[int]], name: str, seed: int, lanes: int, alpha=0.3, block: int = 4096
+    ):
+        self.languages = sorted(sizes)
+        self.name, self.seed, self.lanes, self.block = name, seed, lanes, block
+        self.borders = {language: np.cumsum([0] + list(sizes[language])) for language in self.languages}
+        totals = np.array([self.borders[language][-1] for language in self.languages])
+        if not len(totals):
+            raise UserError(f"{name}: the source has no language")
+        for language, total in zip(self.languages, totals, strict=True):
+            if total < lanes:
+                raise UserError(
+                    f"{name}: {lanes} lanes but {total} samples of language {language!r}; set fewer lanes"
+                )
+        self.counts = apportion(totals**alpha / (totals**alpha).sum(), PERIOD, name)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start with empty caches; nothing else ever changes."""
+        self._mixes: OrderedDict[tuple[int, int], tuple[list, list]] = OrderedDict()
+        self._orders: dict[tuple[int, str], tuple[int, int, np.ndarray]] = {}
+        self._blocks: dict[tuple[int, str], np.ndarray] = {}
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name[0] != "_"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def span(self, lane: int, language: str) -> tuple[int, int]:
+        """The lane's slice [first, last) of a language's samples."""
+        total = int(self.borders[language][-1])
+        return lane * total // self.lanes, (lane + 1) * total // self.lanes
+
+    def shards_of(self, lane: int) -> dict[str, range]:
+        """Numbers of the shards that hold the lane's samples, by language."""
+        found = {}
+        for language in self.languages:
+            first, last = self.span(lane, language)
+            borders = self.borders[language]
+            found[language] = range(
+                int(borders.searchsorted(first, "right")) - 1, int(borders.searchsorted(last))
+            )
+        return found
+
+    def draw(self, lane: int, position: int) -> tuple[str, int]:
+        """(language, number of the sample in its language) at a position >= 0 of a lane."""
+        period, offset = divmod(position, PERIOD)
+        languages, earlier = self._mix(lane, period)
+        k = languages[offset]
+        return self.languages[k], self._find(
+            lane, self.languages[k], period * int(self.counts[k]) + earlier[offset]
+        )
+
+    def locate(self, lane: int, position: int) -> tuple[str, int, int]:
+        """(language, number of the shard in its language, row in the shard) at a position of a lane."""
+        language, number = self.draw(lane, position)
+        shard = int(self.borders[language].searchsorted(number, "right")) - 1
+        return language, shard, number - int(self.borders[language][shard])
+
+    def _mix(self, lane: int, period: int) -> tuple[list[int], list[int]]:
+        """Of each draw in a period: its language, and how often that language was drawn earlier in the
+        period."""
+        if (mix := self._mixes.get((lane, period))) is None:
+            languages = np.repeat(np.arange(len(self.counts)), self.counts)
+            languages = languages[permutation(PERIOD, self.seed, self.name, "languages", lane, period)]
+            earlier = np.empty(PERIOD, np.int64)
+            firsts = np.cumsum(self.counts) - self.counts
+            by_language = np.argsort(languages, kind="stable")
+            earlier[by_language] = np.arange(PERIOD) - np.repeat(firsts, self.counts)
+            mix = self._mixes[lane, period] = languages.tolist(), earlier.tolist()
+            if len(self._mixes) > 2 * self.lanes:
+                self._mixes.popitem(last=False)
+        return mix
+
+    def _find(self, lane: int, language: str, position: int) -> int:
+        """Sample number at a position of a lane's run through one language."""
+        start, stop, order = self._orders.get((lane, language), (0, 0, None))
+        if not start <= position < stop:
+            start, order = self._order(lane, language, position)
+            self._orders[lane, language] = start, start + len(order), order
+        return int(order[position - start])
+
+    def _order(self, lane: int, language: str, position: int) -> tuple[int, np.ndarray]:
+        """The block around a position: where it starts, and its sample numbers in their order."""
+        cuts = self._cuts(lane, language)
+        epoch, offset = divmod(position, int(cuts[-1] - cuts[0]))
+        keys = (self.seed, self.name, "samples", lane, language, epoch)
+        blocks = permutation(len(cuts) - 1, *keys)
+        ends = np.cumsum((cuts[1:] - cuts[:-1])[blocks])
+        place = int(ends.searchsorted(offset, "right"))
+        block = int(blocks[place])
+        size = int(cuts[block + 1] - cuts[block])
+        order = (cuts[block] + permutation(size, *keys, block)).astype(np.uint32)
+        return position - offset + int(ends[place]) - size, order
+
+    def _cuts(self, lane: int, language: str) -> np.ndarray:
+        """Borders of a lane's blocks in a language, ascending sample numbers, both ends included."""
+        if (cuts := self._blocks.get((lane, language))) is None:
+            first, last = self.span(lane, language)
+            borders = self.borders[language]
+            inner = [
+                np.arange(a, b, self.block) for a, b in itertools.pairwise(borders) if a < last and b > first
+            ]
+            cuts = np.unique(np.concatenate([*inner, [first, last]]).clip(first, last))
+            self._blocks[lane, language] = cuts
+        return cuts
+
+
+def apportion(shares: np.ndarray, total: int, name: str = "source") -> np.ndarray:
+    """Whole numbers >= 1 that sum to `total`, nearest to total * shares (largest remainders)."""
+    if len(shares) > total:
+        raise UserError(f"{name}: {len(shares)} languages, more than {total} cannot be mixed; merge some")
+    quota = shares * total
+    counts = np.maximum(np.floor(quota), 1).astype(np.int64)
+    while counts.sum() != total:
+        over = counts.sum() > total
+        remainder = np.where(counts > 1, quota - counts, np.inf) if over else quota - counts
+        counts[remainder.argmin() if over else remainder.argmax()] += -1 if over else 1
+    return counts
+
+
+def step_draws(lanes: int, batch: int, rank: int = 0, world: int = 1) -> list[tuple[int, int, int]]:
+    """What a rank serves of every step: (index in the global batch, lane, draw), where `draw` counts within
+    the step.
+
+    Rank r of W serves lanes r, r + W, ...; in step s a lane's draw j lies at position s * (batch / lanes) + j
+    and gets index lane * (batch / lanes) + j. Raises UserError if the world does not divide the lanes, or
+    these the batch.
+    """
+    if lanes < 1 or lanes % world:
+        raise UserError(
+            f"{world} workers do not divide {lanes} lanes; set lanes to a multiple of the workers"
+        )
+    if batch % lanes:
+        raise UserError(
+            f"{lanes} lanes do not divide a batch of {batch}; set a batch that is a multiple of the lanes"
+        )
+    share = batch // lanes
+    return [(lane * share + draw, lane, draw) for lane in range(rank, lanes, world) for draw in range(share)]
+
 
 SHARED_MEMORY = "/dev/shm"
 PREFETCH = 4  # batches that each loader process works ahead

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raylib.data.languages import is_language_code
-from raylib.data.samples import BadCaption, EmptyCaption, clean_captions, parse_captions
 from raylib.data.shards import index_command
 from raylib.data.sources import Source
 from raylib.errors import UserError
 from raylib.fileio import find_file
+from raylib.text import BadCaption, EmptyCaption, clean_captions, is_language_code, parse_captions
 
 
 class Item(NamedTuple):

@@ -34,11 +34,10 @@ from typing import Self
 import numpy as np
 
 from raylib.command import command
-from raylib.data.account import Account
-from raylib.data.languages import is_language_code, language_of
-from raylib.data.tars import META, TarScan
+from raylib.data.tars import META, Account, TarScan
 from raylib.errors import UserError
 from raylib.fileio import write_json
+from raylib.text import is_language_code, language_of
 
 FORMATS = (1, 2)  # of an index; the first has no hashes of images
 KINDS = {"image_text": 1, "text": 1, "parallel": 2}  # kind -> sides

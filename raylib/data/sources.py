@@ -1,8 +1,24 @@
-"""Reading a source (`shards` has the format) at random: pictures by `os.pread`, packed ids through a memory
-map.
+"""Reading a source (`shards` has the format) at random: images by `os.pread`, packed ids through a
+memory map.
 
 Opening reads the manifest alone and checks the files' sizes; a shard is fetched, opened and its count checked
 when its first sample is read. So a `Source` costs nothing to send to another process.
+
+A `Sample` has, for training, evaluation and corpora alike:
+
+Image: the member whose extension is that of an image file, KEY.jpg, or KEY.input.jpg beside a
+KEY.outputs.txt. Of others, such as KEY.seg.png, none is an image unless the source's manifest lists its
+extension ("images": ["noto.png", ...]); of several that it lists, each is a drawing of the same thing.
+
+Captions, the first of these that a sample has:
+
+    KEY.json       an object with `captions`, else `caption`, else `text`: a string, a list of them, or
+                   {language: either}
+    KEY.txt        a caption a line, as CLIP_benchmark writes them (img2dataset's KEY.txt repeats the one of
+                   its KEY.json); or KEY.outputs.txt, KEY.output.txt
+
+What does not say its language is in the shard's. Text is UTF-8, with or without a byte order mark. Blank
+captions are left out; where nothing is left, the sample is unusable.
 """
 
 import io
@@ -11,15 +27,15 @@ import json
 import mmap
 import os
 import resource
+import struct
 from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from raylib.data.fetch import fetch, is_remote
-from raylib.data.languages import is_language_code
-from raylib.data.samples import Sample
+from raylib.data.images import find_images
 from raylib.data.shards import (
     FORMATS,
     KINDS,
@@ -32,6 +48,8 @@ from raylib.data.shards import (
 from raylib.errors import UserError
 from raylib.fileio import read_json, sha256_file
 from raylib.provenance import DataFile
+from raylib.randomness import string_key
+from raylib.text import CAPTION_MEMBERS, BadCaption, clean_captions, is_language_code, parse_captions
 
 HEADER = 4096  # bytes that surely hold an .npy header of ours
 
@@ -44,6 +62,178 @@ class ShardEntry(NamedTuple):
     samples: int
     bytes: int
     sha256: str
+
+
+class Sample(NamedTuple):
+    """One sample of an image_text source.
+
+    Attributes:
+        members: {extension: (offset, bytes, hash of an image or -1 if it is not known)} in its shard.
+        language: of its shard; "mul" for none in particular.
+    """
+
+    key: str
+    members: dict[str, tuple[int, int, int]]
+    shard: "Shard"
+    language: str
+
+    @property
+    def name(self) -> str:
+        """Name for errors."""
+        return f"{self.shard.path}: sample {self.key}"
+
+    def read(self, extension: str) -> bytes:
+        """Content of a member.
+
+        Raises:
+            UserError: an image whose bytes are not those that were indexed: another shard of the same size
+                took its place.
+        """
+        offset, size, known = self.members[extension]
+        data = self.shard.pread(offset, size)
+        # a hash costs 4 % of decoding, so it is only asked for where times say that the shard may not be the
+        # one indexed
+        if self.shard.check and known >= 0 and string_key(data) != known:
+            raise UserError(
+                f"{self.name}: its {extension} is not what was indexed; fetch the shard anew, or index its "
+                "folder anew"
+            )
+        return data
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Extensions of its images, sorted."""
+        return find_images(tuple(self.members), self.shard.images)
+
+    @property
+    def identity(self) -> int:
+        """63-bit hash of its images' encoded bytes, the same wherever and under whatever key they lie; of
+        several drawings, of them together. Keys are no identity: img2dataset's begin anew in each shard."""
+        hashes = sorted(map(self._hash, self.images))
+        return hashes[0] if len(hashes) == 1 else string_key(struct.pack(f"<{len(hashes)}q", *hashes))
+
+    def _hash(self, extension: str) -> int:
+        known = self.members[extension][2]
+        return string_key(self.read(extension)) if known < 0 else known
+
+    def record(self) -> dict:
+        """Return what its KEY.json holds; {} if it has none, or another kind of value.
+
+        Raises:
+            BadCaption: not JSON, not UTF-8.
+        """
+        if "json" not in self.members:
+            return {}
+        try:
+            record = json.loads(self.read("json").decode("utf-8-sig"))
+        except ValueError as error:
+            raise BadCaption(f"a .json that is no UTF-8 JSON ({str(error).splitlines()[0]})") from error
+        return record if isinstance(record, dict) else {}
+
+    def captions(self) -> dict[str, Any]:
+        """{language: captions}, not cleaned yet.
+
+        Raises:
+            BadCaption: no captions, captions without a language, or not UTF-8.
+        """
+        language = None if self.language == "mul" else self.language
+        if captions := parse_captions(self.record(), language):
+            return captions
+        for name in CAPTION_MEMBERS:
+            if name in self.members:
+                try:
+                    lines = self.read(name).decode("utf-8-sig").split("\n")
+                except UnicodeDecodeError as error:
+                    raise BadCaption(f"a .{name} that is not UTF-8 ({error.reason})") from error
+                return parse_captions({"captions": [line for line in lines if line.strip()]}, language)
+        raise BadCaption("no captions")
+
+    def captions_in(self, language: str) -> list[str]:
+        """Captions of one language, cleaned.
+
+        Raises:
+            BadCaption: it has none.
+        """
+        captions = self.captions()
+        if language not in captions:
+            raise BadCaption(f"no {language!r} captions, but {', '.join(captions)}")
+        return clean_captions(captions[language])
+
+    def describe(self, fault: object) -> str:
+        """One line on what is wrong with it: "SHARD: sample KEY has FAULT; its members: json, seg.png"."""
+        return f"{self.name} has {fault}; its members: {', '.join(sorted(self.members))}"
+
+
+class Shard:
+    """One open shard; `images`: extensions that are images (`samples`); `check`: compare each image that is
+    read with the hash in the index. Offsets are kept in arrays: about 100 bytes a sample."""
+
+    def __init__(
+        self,
+        path: Path,
+        index: dict,
+        packed: bool,
+        images: tuple[str, ...] | None = None,
+        check: bool = False,
+    ):
+        self.path, self.images, self.check, samples = path, images, check, index["samples"]
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the shard
+        if packed:
+            self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.members = [sample[1] for sample in samples]
+            self.starts = np.cumsum([0] + [sample[2] for sample in samples])
+            self.blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+            self.file.close()
+            return
+        self.keys = [sample[0] for sample in samples]
+        self.extensions = sorted({extension for sample in samples for extension in sample[1]})
+        codes = {extension: code for code, extension in enumerate(self.extensions)}
+        self.firsts = np.cumsum([0] + [len(sample[1]) for sample in samples])
+        places = [
+            (codes[extension], *place, -1) for sample in samples for extension, place in sample[1].items()
+        ]
+        self.places = np.array([place[:4] for place in places], np.int64)
+
+    def __del__(self):
+        if hasattr(self, "file"):
+            self.file.close()
+
+    def pread(self, offset: int, size: int) -> bytes:
+        data = os.pread(self.file.fileno(), size, offset)
+        if len(data) != size:
+            raise UserError(
+                f"{self.path}: {len(data)} bytes at {offset} where {size} should be; fetch it anew"
+            )
+        return data
+
+    def sample(self, row: int, language: str) -> Sample:
+        places = self.places[self.firsts[row] : self.firsts[row + 1]].tolist()
+        return Sample(
+            self.keys[row], {self.extensions[code]: tuple(place) for code, *place in places}, self, language
+        )
+
+    def row(self, row: int, sides: int) -> list[np.ndarray]:
+        block = int(self.starts.searchsorted(row, "right")) - 1
+        ids, ends = self.blocks.get(block) or self._read_block(block, sides)
+        first = (row - int(self.starts[block])) * sides
+        cuts = ends[first : first + sides + 1].tolist()
+        return [ids[low:high] for low, high in itertools.pairwise(cuts)]
+
+    def _read_block(self, block: int, sides: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, ends = (self._array(*self.members[block][name]) for name in ("ids.npy", "ends.npy"))
+        cuts = np.concatenate([np.zeros(1, np.uint32), ends.reshape(-1)])
+        if ends.shape[1:] != (sides,) or cuts[-1] != len(ids) or (cuts[1:] <= cuts[:-1]).any():
+            raise UserError(
+                f"{self.path}: block {block} is damaged, its ends do not fit its ids; pack it anew"
+            )
+        self.blocks[block] = ids, cuts
+        return ids, cuts
+
+    def _array(self, offset: int, size: int) -> np.ndarray:
+        header = io.BytesIO(self.map[offset : offset + min(size, HEADER)])
+        shape, dtype = read_npy_header(header)
+        flat = np.frombuffer(self.map, dtype, int(np.prod(shape)), offset + header.tell())
+        return flat.reshape(shape)
 
 
 class Source:
@@ -161,7 +351,7 @@ class Source:
         shard, row = self._locate(language, number)
         return shard.row(row, self.sides)
 
-    def _locate(self, language: str, number: int) -> tuple["Shard", int]:
+    def _locate(self, language: str, number: int) -> tuple[Shard, int]:
         starts = self.starts[language]
         place = int(starts.searchsorted(number, "right")) - 1
         entry = self.groups[language][place]
@@ -172,7 +362,7 @@ class Source:
             self._opened.move_to_end(entry.name)
         return shard, number - int(starts[place])
 
-    def _open(self, entry: ShardEntry, index: dict | None = None) -> "Shard":
+    def _open(self, entry: ShardEntry, index: dict | None = None) -> Shard:
         path = fetch(self.base, entry.name, self.cache, entry.bytes, entry.sha256)
         if index is None:
             index = _read_index(path)
@@ -212,75 +402,3 @@ def _read_index(path: Path) -> dict:
         raise UserError(
             f"{index_path(path)}: no index of this format ({error}); index the folder anew"
         ) from error
-
-
-class Shard:
-    """One open shard; `images`: extensions that are images (`samples`); `check`: compare each image that is
-    read with the hash in the index. Offsets are kept in arrays: about 100 bytes a sample."""
-
-    def __init__(
-        self,
-        path: Path,
-        index: dict,
-        packed: bool,
-        images: tuple[str, ...] | None = None,
-        check: bool = False,
-    ):
-        self.path, self.images, self.check, samples = path, images, check, index["samples"]
-        self.file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the shard
-        if packed:
-            self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.members = [sample[1] for sample in samples]
-            self.starts = np.cumsum([0] + [sample[2] for sample in samples])
-            self.blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-            self.file.close()
-            return
-        self.keys = [sample[0] for sample in samples]
-        self.extensions = sorted({extension for sample in samples for extension in sample[1]})
-        codes = {extension: code for code, extension in enumerate(self.extensions)}
-        self.firsts = np.cumsum([0] + [len(sample[1]) for sample in samples])
-        places = [
-            (codes[extension], *place, -1) for sample in samples for extension, place in sample[1].items()
-        ]
-        self.places = np.array([place[:4] for place in places], np.int64)
-
-    def __del__(self):
-        if hasattr(self, "file"):
-            self.file.close()
-
-    def pread(self, offset: int, size: int) -> bytes:
-        data = os.pread(self.file.fileno(), size, offset)
-        if len(data) != size:
-            raise UserError(
-                f"{self.path}: {len(data)} bytes at {offset} where {size} should be; fetch it anew"
-            )
-        return data
-
-    def sample(self, row: int, language: str) -> Sample:
-        places = self.places[self.firsts[row] : self.firsts[row + 1]].tolist()
-        return Sample(
-            self.keys[row], {self.extensions[code]: tuple(place) for code, *place in places}, self, language
-        )
-
-    def row(self, row: int, sides: int) -> list[np.ndarray]:
-        block = int(self.starts.searchsorted(row, "right")) - 1
-        ids, ends = self.blocks.get(block) or self._read_block(block, sides)
-        first = (row - int(self.starts[block])) * sides
-        cuts = ends[first : first + sides + 1].tolist()
-        return [ids[low:high] for low, high in itertools.pairwise(cuts)]
-
-    def _read_block(self, block: int, sides: int) -> tuple[np.ndarray, np.ndarray]:
-        ids, ends = (self._array(*self.members[block][name]) for name in ("ids.npy", "ends.npy"))
-        cuts = np.concatenate([np.zeros(1, np.uint32), ends.reshape(-1)])
-        if ends.shape[1:] != (sides,) or cuts[-1] != len(ids) or (cuts[1:] <= cuts[:-1]).any():
-            raise UserError(
-                f"{self.path}: block {block} is damaged, its ends do not fit its ids; pack it anew"
-            )
-        self.blocks[block] = ids, cuts
-        return ids, cuts
-
-    def _array(self, offset: int, size: int) -> np.ndarray:
-        header = io.BytesIO(self.map[offset : offset + min(size, HEADER)])
-        shape, dtype = read_npy_header(header)
-        flat = np.frombuffer(self.map, dtype, int(np.prod(shape)), offset + header.tell())
-        return flat.reshape(shape)
