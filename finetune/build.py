@@ -1,5 +1,6 @@
-"""The model that a run trains, its tokenizer, its methods."""
+"""The model that a run trains, its tokenizer, its strategies."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from finetune.config import FinetuneConfig
 from finetune.data import find_task
 from finetune.model import freeze, resize, tokenizer_at
 from finetune.pictures import VisualSource, open_visual
-from finetune.strategies import Context, Methods
+from finetune.strategies import Context, Strategies
 from finetune.tasks.base import Pipeline, Task
 from raylib.errors import UserError
 from raylib.launch import no_log
@@ -36,8 +37,8 @@ def build_model(config: FinetuneConfig) -> torch.nn.Module:
     return model
 
 
-def build_methods(config: FinetuneConfig, log=print) -> Methods:
-    """The methods of `config`, ready to act; what they report goes to `log`.
+def build_strategies(config: FinetuneConfig, log: Callable[..., None] = print) -> Strategies:
+    """The strategies of `config`, built; what they report goes to `log`.
 
     Raises:
         UserError: a file that one needs is missing or wrong, a setting does not fit the task.
@@ -54,15 +55,15 @@ def build_methods(config: FinetuneConfig, log=print) -> Methods:
         task.training_captions(config),
         *task.training_texts(config),
     )
-    return Methods(config.strategies, context)
+    return Strategies(config.strategies, context)
 
 
 def build_pipeline(config: FinetuneConfig) -> Pipeline:
     """The model as training changed it, to be filled with what a run of `config` has learnt, and how it reads
     texts and images."""
-    model, methods = build_model(config), build_methods(config, no_log)
-    methods.adapt(model)
-    tokenizer = methods.reads(Tokenizer.load(tokenizer_of(config)), model)
+    model, strategies = build_model(config), build_strategies(config, no_log)
+    strategies.adapt(model)
+    tokenizer = strategies.wrap_tokenizer(Tokenizer.load(tokenizer_of(config)), model)
     return Pipeline(config, model, tokenizer, open_visual_for(config, model))
 
 

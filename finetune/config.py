@@ -6,8 +6,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from finetune.decoder import DecoderConfig
-from finetune.strategies import StrategiesConfig, chosen, method_name
-from finetune.strategies.tuning import Tuning
+from finetune.strategies import StrategiesConfig
 from raylib.data.images import AugmentConfig
 from raylib.launch import LaunchConfig
 from raylib.loop import FitConfig
@@ -109,43 +108,9 @@ class FinetuneConfig(LaunchConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "FinetuneConfig":
-        sparse = self.strategies.sparse
-        if sparse and not sparse.mask and sparse.epochs > self.epochs:
-            raise ValueError(
-                f"strategies.sparse.epochs={sparse.epochs}: a round is cut out of a run of "
-                f"epochs={self.epochs}"
-            )
-        tuned = [name for name, method in chosen(self.strategies).items() if isinstance(method, Tuning)]
-        if sparse and tuned:
-            raise ValueError(
-                f"strategies.sparse prunes what strategies.{tuned[0]} freezes; leave one of them out"
-            )
-        if {"adapter", "compacter"} <= set(tuned):
-            raise ValueError(
-                "strategies.adapter and strategies.compacter want the same places; leave one of them out"
-            )
         if self.augment and self.cache_image_states and "vision" in self.freeze:
             raise ValueError(
                 "augment needs cache_image_states=false: images that are encoded once cannot change"
-            )
-        taught = self.strategies.distillation
-        if taught and self.head == "decoder":
-            raise ValueError("strategies.distillation is for classifiers; leave out head=decoder")
-        if taught and taught.epochs and sparse:
-            raise ValueError(
-                "strategies.distillation.epochs and strategies.sparse both train before the run itself; "
-                "leave one of them out"
-            )
-        if (
-            taught
-            and not taught.task
-            and not taught.epochs
-            and taught.classifier == "new"
-            and self.select == "best"
-        ):
-            raise ValueError(
-                "strategies.distillation.task=0 trains no head that could choose the best checkpoint; set "
-                "select=last, or strategies.distillation.classifier=teacher"
             )
         if self.head == "decoder" and self.loss == "bce":
             raise ValueError("head=decoder has a loss of its own, over tokens; leave out loss=bce")
@@ -178,11 +143,11 @@ class FinetuneConfig(LaunchConfig):
         return Path(self.images) if self.images else default if default.is_file() else default.with_suffix("")
 
     @property
-    def called(self) -> str:
+    def display_name(self) -> str:
         """Name the method for tables. An image encoder that is frozen alone is not named: it knows no
         language. What trains nothing is "as it is", whatever it would freeze."""
         named = () if self.freeze == ("vision",) or not self.trains else self.freeze
         frozen = "frozen unimodal encoders" if named == UNIMODAL else named and f"frozen {', '.join(named)}"
         usual = None if self.trains else "as it is"
-        parts = filter(None, (usual, frozen, method_name(self.strategies)))
+        parts = filter(None, (usual, frozen, self.strategies.display_name()))
         return self.method or " + ".join(parts) or "full fine-tuning"

@@ -52,8 +52,8 @@ def languages_of(config: FinetuneConfig) -> tuple[str, ...]:
 
 def test_split(config: FinetuneConfig, language: str) -> str:
     """The split that results in `language` come from; English has no translation."""
-    alignment = config.strategies.alignment
-    if language == "en" or not (config.setting == "translate_test" or (alignment and alignment.routine == 3)):
+    translated = any(found.tests_translations for found in config.strategies.active().values())
+    if language == "en" or not (config.setting == "translate_test" or translated):
         return config.split
     return "translated_testdev" if config.split == "testdev" else "translated"
 
@@ -83,8 +83,8 @@ def dev_split(config: FinetuneConfig, language: str) -> str:
         name += "_to_en"
         if name not in task.splits:
             raise UserError(
-                f"{config.task} has no development set in '{language}' in translation, which routine 3 is "
-                "judged by"
+                f"{config.task} has no development set in '{language}' in translation, and the run is "
+                "tested on translations"
             )
     return name
 

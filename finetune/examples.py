@@ -13,8 +13,8 @@ class Example(NamedTuple):
     `kind`: what results are broken down by ("verify", "query", ...), or "". `tags`: what a detector calls the
     objects of the picture, in English. `pivot`: what a teacher of another language reads in the text's place;
     `aligned`: words that both have, as (first character, end) in the text and in the pivot
-    (`finetune.distillation`). `sources`: the addresses of the images, where the file has them: two ids may be
-    one image (`finetune.overlap`).
+    (`finetune.strategies.distillation`). `sources`: the addresses of the images, where the file has them: two
+    ids may be one image (`finetune.overlap`).
     """
 
     id: str

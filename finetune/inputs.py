@@ -8,7 +8,6 @@ from finetune.config import FinetuneConfig
 from finetune.data import find_task, languages_of, read_split
 from finetune.model import weights_of
 from finetune.overlap import sets_of
-from finetune.strategies import chosen
 from finetune.tasks.base import TRAINING_SPLITS, Reading
 from raylib.provenance import DataFile
 
@@ -19,8 +18,8 @@ def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]
     task, data = find_task(config), Path(config.data)
     files = [file for used in sets_of(parts) for file in _files_of(used.reading)]
     files += task.files(config) + ([Path(config.task)] if config.task.endswith(".py") else [])
-    for method in chosen(config.strategies).values():
-        files += method.files(data)
+    for strategy in config.strategies.active().values():
+        files += strategy.files(data)
     files += _translations(config)
     files += [weights_of(config.model), tokenizer_of(config)]
     files += [Path(config.vision)] if config.vision else []
@@ -43,9 +42,8 @@ def _translations(config: FinetuneConfig) -> list[Path]:
     """Translations of what is trained on, of a task that has such splits."""
     task = find_task(config)
     trained = TRAINING_SPLITS.get(config.setting)
-    splits = [name for name in (f"{trained}_to_en", f"{trained}_from_en") if name in task.splits]
-    if not config.strategies.alignment:
-        return []
+    ways = dict.fromkeys(way for found in config.strategies.active().values() for way in found.translations)
+    splits = [f"{trained}{way}" for way in ways if f"{trained}{way}" in task.splits]
     return [
         read_split(config, name, code).path
         for name in splits

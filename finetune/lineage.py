@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from finetune.config import FinetuneConfig
+from finetune.strategies import STRATEGIES
 from raylib.config import without
 from raylib.errors import UserError
 from raylib.fileio import read_json
@@ -17,7 +18,11 @@ from raylib.renames import rename_settings
 # names of a run, what is only looked at, and the seed, which is kept apart
 NO_SETTING = frozenset({"name", "method", "eval_each_epoch", "run_test", "fit.seed", *CHANGEABLE})
 # paths that may lead into other runs
-FROM_RUNS = ("model", "init.model", "strategies.distillation.teacher", "strategies.sparse.mask")
+FROM_RUNS = (
+    "model",
+    "init.model",
+    *(f"strategies.{name}.{field}" for name, kind in STRATEGIES.items() for field in kind.run_fields),
+)
 UNTRAINED = "as it is"
 
 
@@ -92,15 +97,15 @@ def method_of(config: FinetuneConfig, run: Path | None = None) -> str:
     """Name the method of a run, whose folder is `run`, for tables. Where nothing is trained, the method is
     that of the run which the model comes from, and "as it is" if it comes from none."""
     if config.method or config.trains:
-        return config.called
+        return config.display_name
     source = _run_at(_locate(config.model, run, config.runs))
     before = source and _fill(source, _read(source))[0]
     if not before:
-        return config.called
+        return config.display_name
     method = method_of(before, source)
     if config.setting == "translate_test":
-        return config.called.replace(UNTRAINED, method, 1)
-    return config.called if method == UNTRAINED else f"{config.called}, after {method}"
+        return config.display_name.replace(UNTRAINED, method, 1)
+    return config.display_name if method == UNTRAINED else f"{config.display_name}, after {method}"
 
 
 def _lineage(run: Path, stored: dict[str, Any], above: tuple[Path, ...]) -> Lineage:

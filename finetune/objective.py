@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.model import FinetuneModel
-from finetune.strategies.base import HiddenStates, Outputs, Term, term_shares
+from finetune.strategies.base import LossTerms, Outputs, Term, term_shares
 from raylib.distributed import total, world_size
 
 
@@ -26,26 +26,19 @@ class ClassificationObjective(nn.Module):
 
     loss: "ce", cross-entropy against the answer with the highest score; "bce", binary cross-entropy against
         all scores, summed over the labels (IGLUE's, which multiplies the mean by their number).
-    states: which of the model's states the terms read. task_weight: 0, the head has no part in it.
+    added: the terms, which of the model's states they read, and the task's weight.
     """
 
-    has_unused_parameters = (
-        True  # the unified encoder's cross-attention or the image encoder may have no part in a task
-    )
+    # the unified encoder's cross-attention or the image encoder may have no part in a task
+    has_unused_parameters = True
 
-    def __init__(
-        self,
-        model: FinetuneModel,
-        loss: str,
-        terms: Mapping[str, Term] | None = None,
-        states: HiddenStates | None = None,
-        task_weight: float = 1.0,
-    ):
+    def __init__(self, model: FinetuneModel, loss: str, added: LossTerms | None = None):
         super().__init__()
-        self.model, self.loss, self.states, self.task_weight = model, loss, states, task_weight
+        terms, self.states, self.task_weight = added or LossTerms()
+        self.model, self.loss = model, loss
         # what reads no logits comes first: gradients add up in the order in which this is computed
-        self.first = {name: term for name, term in (terms or {}).items() if not term.reads_logits}
-        self.second = {name: term for name, term in (terms or {}).items() if term.reads_logits}
+        self.first = {name: term for name, term in terms.items() if not term.reads_logits}
+        self.second = {name: term for name, term in terms.items() if term.reads_logits}
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         part = batch["examples"]

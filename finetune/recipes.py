@@ -107,7 +107,7 @@ def _p0(model: str, row: str, strategies: dict, **more):
         strategies=strategies,
         **more,
     )
-    return _named(config, f"P0 table 1, {model.upper()}: {config.called}")
+    return _named(config, f"P0 table 1, {model.upper()}: {config.display_name}")
 
 
 def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1", **more):
@@ -135,7 +135,7 @@ def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1
         **seen,
         **{**usual, **more},
     )
-    return _named(config, f"P1 {where}, {model.upper()}, {task}: {config.called}")
+    return _named(config, f"P1 {where}, {model.upper()}, {task}: {config.display_name}")
 
 
 def _p3(row: str, what: str, strategies: dict, **more):
@@ -180,7 +180,7 @@ def _p4(task: str, row: str, strategies: dict, **more):
         select_ties="last",
         **more,
     )
-    return _named(config, f"P4, {task}: {config.called}")
+    return _named(config, f"P4, {task}: {config.display_name}")
 
 
 def _scenes(task: str, **more):
@@ -203,7 +203,7 @@ def _scenes(task: str, **more):
         data="runs/scenes",
         model="runs/sample_model",
     )
-    return _named(config, f"emoji scenes as {task}, on 2 CPU cores: {config.called}")
+    return _named(config, f"emoji scenes as {task}, on 2 CPU cores: {config.display_name}")
 
 
 def _transfer(row: str, strategies: dict, **more):
@@ -231,7 +231,7 @@ def _transfer(row: str, strategies: dict, **more):
         model="runs/sample_model",
         **{"setting": "few_shot", **more},
     )
-    return _named(config, f"emoji scenes, P4: {config.setting}, {config.called}")
+    return _named(config, f"emoji scenes, P4: {config.setting}, {config.display_name}")
 
 
 def _taught(row: str, **more):
@@ -251,7 +251,7 @@ def _taught(row: str, **more):
         model="runs/sample_model",
         **{"task": "xgqa_translated", "languages": ("de", "ru"), **more},
     )
-    return _named(config, f"emoji scenes, P3: {config.task}, {config.setting}, {config.called}")
+    return _named(config, f"emoji scenes, P3: {config.task}, {config.setting}, {config.display_name}")
 
 
 def _named(config: FinetuneConfig, summary: str) -> Callable[[], FinetuneConfig]:

@@ -2,13 +2,13 @@
 results."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune import report
-from finetune.build import build_methods, build_pipeline, tokenizer_of
+from finetune.build import build_model, build_pipeline, build_strategies, tokenizer_of
 from finetune.config import FinetuneConfig
-from finetune.cycles import after_distillation, distil_first, find_mask
 from finetune.data import (
     dev_sets,
     dev_split,
@@ -22,7 +22,8 @@ from finetune.inputs import run_files
 from finetune.lineage import method_of, runs_behind
 from finetune.model import fill
 from finetune.overlap import check_overlap
-from finetune.strategies import check_strategies, chosen
+from finetune.strategies import Need, check_strategies
+from finetune.strategies.base import Stage, StageRun
 from finetune.worker import FinetuneJob, evaluate_test_sets, find_trained
 from raylib import checkpoint
 from raylib.config import load
@@ -113,17 +114,6 @@ def check(config: FinetuneConfig) -> list[dict[str, Any]]:
             next(iter(read_split(config, "shots", language, 1)), None)
         if not next(iter(reading), None):
             raise UserError(f"{reading.path}: empty")
-    if not config.trains and chosen(config.strategies).keys() - {"hard_prompt"}:
-        raise UserError(
-            f"strategies change training, and setting={config.setting} trains nothing; leave them out"
-        )
-    aligned = (
-        config.strategies.alignment and config.strategies.alignment.routine == 3
-    )  # on translations into English
-    if config.setting != "zero_shot" and config.strategies.code_mixing and not aligned:
-        raise UserError(
-            f"strategies.code_mixing mixes English texts; setting={config.setting} trains on others"
-        )
     if config.trains_apart and config.resume != "newest":
         raise UserError(
             f"resume={config.resume}: setting={config.setting} trains a part for each language; "
@@ -132,12 +122,22 @@ def check(config: FinetuneConfig) -> list[dict[str, Any]]:
     if config.wordnet and not Path(config.wordnet).is_dir():
         raise UserError(f"wordnet={config.wordnet}: no such folder")
     task.check(config)
-    check_strategies(config, task, build_methods(config, no_log))
+    check_strategies(config, offered_needs(config), config.trains)
+    build_strategies(config, no_log)
     return (
         check_overlap(config, {language: part for part, language in _parts(config)})
         if is_main_process(config)
         else []
     )
+
+
+def offered_needs(config: FinetuneConfig) -> frozenset[Need]:
+    """Return what a run of `config` has by itself of what strategies may need."""
+    task = find_task(config)
+    offered = {*task.provides, "dense_weights"}
+    if config.setting == "zero_shot":  # on English alone
+        offered = offered - {"captions"} | {"english_texts"}
+    return frozenset(offered | ({"one_image"} if task.num_images == 1 else set()))
 
 
 def _check_testdev(config: FinetuneConfig) -> None:
@@ -178,10 +178,13 @@ def _english(config: FinetuneConfig) -> str:
 
 
 def epochs_of(config: FinetuneConfig) -> int:
-    """Epochs that a part of a run trains, with those that come before: of pruning rounds, of distillation."""
-    sparse, taught = config.strategies.sparse, config.strategies.distillation
-    before = sparse.rounds * sparse.epochs if sparse and not sparse.mask else 0
-    return config.epochs + before + (taught.epochs or 0 if taught else 0)
+    """Epochs that a part of a run trains, with those of the stages that come before."""
+    return config.epochs + sum(found.stage_epochs for found in config.strategies.active().values())
+
+
+def final_training(config: FinetuneConfig) -> FinetuneConfig:
+    """Return the config of a run's own training, without the stages that come before it."""
+    return config.model_copy(update={"strategies": config.strategies.during("run")})
 
 
 def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter | None) -> dict[str, Any]:
@@ -194,11 +197,7 @@ def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter |
             open_run(config)
         tokenizer = tokenizer_of(config)
         shutil.copy2(tokenizer, folder / tokenizer.name)  # so that the run is a model for others
-    ready, start, before = config, None, {"finished": True, "seconds": 0.0, "steps": 0}
-    if config.strategies.sparse and config.trains:
-        ready, before = find_mask(config, language, reporter)
-    elif after_distillation(config) is not config:
-        ready, before, start = distil_first(config, language, reporter)
+    ready, start, before = run_stages(config, language, reporter)
     if not before["finished"]:
         return before
     reporter = reporter and reporter.after(epochs_of(config) - config.epochs)
@@ -209,6 +208,73 @@ def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter |
     result |= {"sparsity": before.get("sparsity")}
     if result["finished"] and is_main_process(config):
         require_finite_values(str(done), result)
+        write_json(done, result)
+    return result
+
+
+class _StoppedEarly(Exception):
+    """A stage was stopped before its end, with this result."""
+
+
+def run_stages(
+    config: FinetuneConfig, language: str | None, reporter: Reporter | None
+) -> tuple[FinetuneConfig, Path | None, dict[str, Any]]:
+    """Train what comes before a run's own training: the stages of its strategies, in folders below its own.
+
+    Returns:
+        (the config of the run's own training, the checkpoint that it starts from, {"finished", "seconds",
+        "steps" and "skipped_steps" of all stages, and what their strategies tell}).
+    """
+    folder, epochs, figures = run_folder(config), 0, {}
+    spent = {"seconds": 0.0, "steps": 0, "skipped_steps": 0}
+    ready, start = final_training(config), None
+    for name, strategy in config.strategies.active().items() if config.trains else ():
+
+        def train(stage: Stage, name: str = name) -> Path | None:
+            nonlocal epochs
+            own = {"name": stage.name, "runs": str(folder), "resume": "newest"}
+            during = config.strategies.during(stage.purpose)
+            part = config.model_copy(update={"strategies": during, **stage.settings, **own})
+            job = FinetuneJob(language, stage.epochs, stage.start)
+            told = reporter and reporter.after(epochs, stage.settings.get("epochs"))
+            # `own` is no setting of the folder: its files may move with the run
+            result = _train_once(job, part, _with_settings(part, name, stage.own), told)
+            for key, value in spent.items():  # an older part.json has no skipped_steps
+                spent[key] = value + result.get(key, 0)
+            if not result["finished"]:
+                raise _StoppedEarly(result)
+            epochs += stage.epochs
+            return checkpoint.newest(run_folder(part))
+
+        run = StageRun(folder, is_main_process(config), lambda: build_model(config), train)
+        try:
+            prepared = strategy.stages_before(run)
+        except _StoppedEarly as stopped:
+            return ready, None, {**stopped.args[0], **spent}
+        ready, start = _with_settings(ready, name, prepared.own), prepared.start or start
+        figures |= prepared.result
+    return ready, start, {"finished": True, **spent, **figures}
+
+
+def _with_settings(config: FinetuneConfig, name: str, settings: Mapping[str, Any]) -> FinetuneConfig:
+    """`config` with other `settings` of its strategy `name`."""
+    if not settings:
+        return config
+    changed = {name: config.strategies.active()[name].model_copy(update=dict(settings))}
+    return config.model_copy(update={"strategies": config.strategies.model_copy(update=changed)})
+
+
+def _train_once(
+    job: FinetuneJob, part: FinetuneConfig, launched: FinetuneConfig, reporter: Reporter | None
+) -> dict[str, Any]:
+    """Train in the folder of `part`, or return what that came to before."""
+    done = run_folder(part) / "part.json"
+    if done.is_file():
+        return read_json(done)
+    if is_main_process(part):
+        open_run(part)
+    result = launch(job, launched, run_folder(part), reporter)
+    if result["finished"] and is_main_process(part):
         write_json(done, result)
     return result
 
@@ -231,7 +297,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         print(f"note: evaluates on other data than the run began with: {', '.join(different)}", flush=True)
     for part, _ in _parts(config):
         run = run_folder(part) if part is not config else folder
-        part = after_distillation(part)
+        part = final_training(part)
         pipeline = build_pipeline(part)
         if config.trains:
             fill(pipeline.model, find_trained(config, run, checkpoint.newest(run)))

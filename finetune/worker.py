@@ -7,12 +7,12 @@ from typing import Any
 import torch.distributed as dist
 
 from finetune.batches import BatchOrder
-from finetune.build import build_methods, build_model, open_visual_for, tokenizer_of
+from finetune.build import build_model, build_strategies, open_visual_for, tokenizer_of
 from finetune.config import FinetuneConfig
 from finetune.data import dev_sets, find_task, languages_of, read_split, test_split, training_examples
-from finetune.distillation.setup import distil
 from finetune.model import fill
 from finetune.pictures import ImageSource, PrecomputedFeatures, precompute_features
+from finetune.strategies import Strategies, TrainingSetup
 from finetune.tasks.base import Pipeline
 from raylib import cache, checkpoint
 from raylib.data.states import fingerprint
@@ -41,11 +41,11 @@ class FinetuneJob:
     def __call__(self, runtime: Runtime, config: FinetuneConfig) -> dict[str, Any]:
         """{"languages": {code: figures}, "params", "trainable", "finished", ...}."""
         model = build_model(config).to(runtime.device)
-        methods = build_methods(config, print if runtime.rank == 0 else no_log)
-        methods.adapt(model)
+        strategies = build_strategies(config, print if runtime.rank == 0 else no_log)
+        strategies.adapt(model)
         if self.start:
             fill(model, self.start)
-        tokenizer = methods.reads(Tokenizer.load(tokenizer_of(config)), model)
+        tokenizer = strategies.wrap_tokenizer(Tokenizer.load(tokenizer_of(config)), model)
         pipeline = Pipeline(config, model, tokenizer, open_visual_for(config, model))
         trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
         counts = {"params": sum(p.numel() for p in model.parameters()), "trainable": sum(trainable.values())}
@@ -54,7 +54,7 @@ class FinetuneJob:
         if not config.trains:
             result = {"finished": True, "steps": 0, "seconds": 0.0}
         else:
-            result = self._train(runtime, pipeline, methods)
+            result = self._train(runtime, pipeline, strategies)
             if not result["finished"] or self.epochs:
                 return result
             if world_size() > 1:
@@ -67,7 +67,7 @@ class FinetuneJob:
                 return {**result, **counts, **dev_result(source), **_made_by(runtime.device)}
         return {**result, **counts, **evaluate_test_sets(pipeline, runtime.run)}
 
-    def _train(self, runtime: Runtime, pipeline: Pipeline, methods) -> dict[str, Any]:
+    def _train(self, runtime: Runtime, pipeline: Pipeline, strategies: Strategies) -> dict[str, Any]:
         config, model, tokenizer, _ = pipeline
         task, fit_config = find_task(config), config.fit
         examples, unknown = task.training_items(training_examples(config, self.language), model)
@@ -79,21 +79,18 @@ class FinetuneJob:
             getattr(tokenizer, "plain", tokenizer).remember([text for item in every for text in item.texts])
             home = shared.folder
         pipeline = cache_image_states(pipeline, every, home)
-        terms, extra = methods.terms(model), None
-        objective = task.objective(config, model, terms)
-        if method := methods.all.get("distillation"):
-            extra, objective = distil(
-                config, method, model, tokenizer, pipeline.visual, examples, terms, home
-            )
+        images = (config.regions, config.images)
+        strategies.begin(TrainingSetup(pipeline, examples, home, images))
+        objective = task.objective(config, model, strategies.loss_terms(model))
         order = BatchOrder(
             config.batch,
             fit_config.seed,
             runtime.rank,
             runtime.world,
-            methods.draws(),
+            strategies.example_change(),
             config.last_batch == "keep",
         )
-        batches = task.batches(pipeline, examples, order, extra)
+        batches = task.batches(pipeline, examples, order, strategies.batch_inputs())
         steps = batches.epoch_steps
         end = (self.epochs or config.epochs) * steps
         stop_after = min(end, fit_config.stop_after or end)
@@ -106,7 +103,7 @@ class FinetuneJob:
             }
         )
         validate = _Validation(pipeline, dev, runtime.run, config.eval_each_epoch and self.epochs is None)
-        rates = methods.rates(model.num_layers, steps, config.epochs)
+        rates = strategies.layer_rates(model.num_layers, steps, config.epochs)
         describe = {"run": config.name, "ties": config.select_ties}
         result = fit(objective, batches, runtime, fit_config, config.optim, validate, describe, rates)
         return {

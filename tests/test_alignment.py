@@ -10,7 +10,7 @@ import torch
 from finetune.contrast import ContrastObjective, MatchingObjective
 from finetune.examples import Captioned
 from finetune.strategies import Context
-from finetune.strategies.alignment import TranslationAlignment
+from finetune.strategies.alignment import TranslationAlignment, TranslationAlignmentConfig
 from finetune.tasks.datasets import TASKS
 from finetune.tasks.retrieval import CONTRAST_AND_ITM
 from raylib.errors import UserError
@@ -41,7 +41,7 @@ def context(files=FILES, languages=("en", "de")) -> Context:
     ],
 )
 def test_alignment_routines_pair_captions_as_worked_by_hand(routine, shown, pivot):
-    method = TranslationAlignment(routine=routine).prepare(context())
+    method = TranslationAlignmentConfig(routine=routine).build(context())
     changed = method.example(Captioned("1.jpg", ("ein Hund",)))
     assert changed == Captioned("1.jpg", (shown,), (pivot,))
     assert method.example(Captioned("2.jpg", ("a bus",))) == Captioned(
@@ -51,20 +51,22 @@ def test_alignment_routines_pair_captions_as_worked_by_hand(routine, shown, pivo
 
 def test_alignment_independent_captions_take_english_ones_in_turn():
     files = {("", "en"): {"1.jpg": ("a", "b")}, ("", "de"): {"1.jpg": ("x", "y", "z")}}
-    method = TranslationAlignment(routine=1).prepare(context(files, ("de",)))
+    method = TranslationAlignmentConfig(routine=1).build(context(files, ("de",)))
     assert [method.example(Captioned("1.jpg", (t,))).pivots[0] for t in "xyz"] == ["a", "b", "a"]
 
 
 def test_alignment_missing_translations_or_captions_are_named():
     short = {**FILES, ("_to_en", "de"): {"1.jpg": ("a hound", "a dog"), "2.jpg": ("a coach",)}}
     with pytest.raises(UserError, match="translations from 'de' into English: 2 for the 1 captions of 1.jpg"):
-        TranslationAlignment(routine=3).prepare(context(short))
-    with pytest.raises(UserError, match="no English caption of 1 pictures, such as 2.jpg"):
-        TranslationAlignment(routine=1).prepare(
+        TranslationAlignmentConfig(routine=3).build(context(short))
+    with pytest.raises(UserError, match="no English caption of 1 images, such as 2.jpg"):
+        TranslationAlignmentConfig(routine=1).build(
             context({**FILES, ("", "en"): {"1.jpg": ("a dog",)}}, ("de",))
         )
-    with pytest.raises(UserError, match="needs a retrieval task"):
-        TranslationAlignment().prepare(context()._replace(captions=None))
+
+
+def aligned(loss: str, weight: float = 1.0) -> TranslationAlignment:
+    return TranslationAlignment({}, loss, weight)
 
 
 def slow_contrast(queries, keys, temperature: float, excluded=()) -> float:
@@ -96,7 +98,7 @@ def aligned_batch() -> dict:
 @pytest.mark.parametrize("loss", ["mse", "pivot", "image"])
 def test_alignment_losses_equal_slow_loops(loss):
     model, batch, weight = make_model().eval(), aligned_batch(), 0.7
-    terms = TranslationAlignment(loss=loss, weight=weight).terms(model)
+    terms = aligned(loss=loss, weight=weight).terms(model)
     total, values = ContrastObjective(model, 0.5, terms)(batch)
     part = batch["image_text"]
     with torch.no_grad():
@@ -128,7 +130,7 @@ def on_share(rank, world):
     model = make_model()
     terms = {}
     for loss in ("mse", "pivot"):
-        terms |= {loss: TranslationAlignment(loss=loss).terms(model)["alignment"]}
+        terms |= {loss: aligned(loss=loss).terms(model)["alignment"]}
     loss, values = ContrastObjective(model, 0.5, terms)({"image_text": share})
     loss.backward()
     return values, {k: p.grad for k, p in model.named_parameters()}
@@ -142,7 +144,7 @@ def matching(loss: str, weight: float):
     """(an objective of matching with alignment beside it, the same without)."""
     model = make_model()
     unified = UnifiedObjective(model, CONTRAST_AND_ITM, 16)
-    return MatchingObjective(unified, TranslationAlignment(loss=loss, weight=weight).terms(model)), unified
+    return MatchingObjective(unified, aligned(loss=loss, weight=weight).terms(model)), unified
 
 
 @pytest.mark.parametrize("loss", ["mse", "pivot", "image"])

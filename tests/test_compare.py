@@ -337,11 +337,11 @@ def test_compare_untrained_model_is_named_as_it_is(runs, tmp_path):
     ):
         config = FinetuneConfig(task="xvnli", model=str(model), setting=setting)
         assert method_of(config) == name
-        assert setting not in ("untrained", "translate_test") or config.called == "as it is"
+        assert setting not in ("untrained", "translate_test") or config.display_name == "as it is"
     frozen = FinetuneConfig(task="xvnli", setting="untrained", freeze=("embeddings", "text", "vision"))
-    assert frozen.called == "as it is"
+    assert frozen.display_name == "as it is"
     prompted = override(frozen, ['strategies.hard_prompt.words="a photo of"'])
-    assert prompted.called.startswith("as it is + hard prompt")
+    assert prompted.display_name.startswith("as it is + hard prompt")
     rows = table(
         shown(
             runs("plain", 0.5),

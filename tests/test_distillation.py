@@ -9,17 +9,26 @@ import tokenizers
 import torch
 
 from finetune.batches import encode_inputs
-from finetune.distillation.inputs import Inputs, Side
-from finetune.distillation.matching import matching_tokens, token_spans, words_at
-from finetune.distillation.objective import DistillationObjective
-from finetune.distillation.setup import check_models
-from finetune.distillation.stored import Stored, write_stored
-from finetune.distillation.teacher import Teacher
-from finetune.distillation.terms import TERMS
 from finetune.examples import Example
 from finetune.formats.vqa import read_cvil
 from finetune.model import FinetuneModel
-from finetune.strategies.distillation import Distillation, chosen_layers
+from finetune.objective import ClassificationObjective
+from finetune.strategies.base import LossTerms
+from finetune.strategies.distillation.pairs import (
+    TOKEN_KINDS,
+    RowTokenizer,
+    TeacherInputs,
+    matching_tokens,
+    token_spans,
+    word_spans,
+)
+from finetune.strategies.distillation.strategy import (
+    Distillation,
+    DistillationConfig,
+    check_models,
+    compared_layers,
+)
+from finetune.strategies.distillation.teacher import StoredStates, Teacher, store_states
 from raylib.errors import UserError
 from raylib.models.base import find_segments
 from raylib.models.oscar import TINY, Oscar
@@ -101,7 +110,9 @@ def made_regions(counts=(4, 1, 2)) -> Ragged:
     return Ragged(torch.rand(sum(counts), FEATURES + 7, generator=g), torch.tensor(counts))
 
 
-def made_lesson(tokenizer, terms=TERMS, layers=None, slots=0, public=False, rows=slice(None), length=40):
+def made_lesson(
+    tokenizer, terms=TOKEN_KINDS, layers=None, slots=0, public=False, rows=slice(None), length=40
+):
     """(objective, batch, teacher) of a small student and a small teacher, whose tokenizers may differ."""
     models = []
     for seed, words in ((1, 12000), (2, max(tokenizer.vocabulary, 30))):
@@ -113,16 +124,24 @@ def made_lesson(tokenizer, terms=TERMS, layers=None, slots=0, public=False, rows
                 p.add_(torch.randn_like(p) * 0.1)
         models.append(FinetuneModel(backbone, LABELS, 1, 0.0, FEATURES))
     student, teacher = models
-    sides = Side(ours(), student.backbone.row_parts), Side(tokenizer, teacher.backbone.row_parts)
+    sides = (
+        RowTokenizer(ours(), student.backbone.row_parts),
+        RowTokenizer(tokenizer, teacher.backbone.row_parts),
+    )
     examples, regions = made_examples(), made_regions()
     chosen = list(range(3))[rows]
     seen = {"regions": regions.select_rows(torch.tensor(chosen)), "tags": [()] * len(chosen)}
     examples = [examples[i] for i in chosen]
     part = {"index": torch.tensor(chosen), **encode_inputs(examples, seen, ours(), length)}
-    part |= Inputs(*sides, length, terms, slots, public)(examples, seen, part)
+    part |= TeacherInputs(*sides, length, terms, slots, public)(examples, seen, part)
     layers = layers or {1: 1.0, 3: 1.0}
     beside = Teacher(teacher, tuple(layers), slots > 0)
-    objective = DistillationObjective(student, beside, layers, "ce", 0.0, None, public, slots > 0)
+    settings = {"tokens": terms, "slots": slots, "normalise": "public" if public else "paper"}
+    strategy = Distillation(DistillationConfig(teacher="x", **settings), {}, {})
+    strategy.compare(layers, beside)
+    objective = ClassificationObjective(
+        student, "ce", LossTerms(strategy.terms(student), strategy.hidden_states, 0.0)
+    )
     return objective.eval(), {"examples": part}, teacher
 
 
@@ -131,8 +150,8 @@ def slow_parts(objective, batch, teacher, tokenizer, slots=0):
     teacher) of tokens that match], "t", "n": (tokens of tags, of words) of both}. No positions but those
     counted here."""
     part, found = batch["examples"], []
-    student_rows, _ = objective.model.hidden_states(part, tuple(objective.layers), slots > 0)
-    teacher_rows, _ = teacher.hidden_states({**part, **part["teacher"]}, tuple(objective.layers), slots > 0)
+    student_rows, _ = objective.model.hidden_states(part, objective.states.layers, slots > 0)
+    teacher_rows, _ = teacher.hidden_states({**part, **part["teacher"]}, objective.states.layers, slots > 0)
     mine_tok = ours()
     for i, e in enumerate(made_examples()):
         mine_text, theirs_text = mine_tok.encode([e.texts[-1]])[0], tokenizer.encode([e.pivot])[0]
@@ -153,7 +172,7 @@ def slow_parts(objective, batch, teacher, tokenizer, slots=0):
                 "image": [(row[heads[0] + r], other[heads[1] + r]) for r in range(regions)],
                 "empty": [(row[-1], other[-1])] * max(0, slots - regions),
             }
-            same = slow_matches(tags, tags, words_at(tags), words_at(tags), mine_tok, tokenizer, False)
+            same = slow_matches(tags, tags, word_spans(tags), word_spans(tags), mine_tok, tokenizer, False)
             values["tags"] = [(row[sizes[0][0] + s], other[sizes[1][0] + t]) for s, t in same]
             if tags:
                 values["tags"].append(
@@ -237,8 +256,8 @@ def test_distillation_single_mean_of_public_code(wordpiece, slots):
 
 def test_distillation_matches_tokens_between_two_tokenizers(wordpiece):
     tokens = matching_tokens(
-        ("what playing dogs", words_at("what playing dogs"), wordpiece),
-        ("playing playing dog", words_at("playing playing dog"), wordpiece),
+        ("what playing dogs", word_spans("what playing dogs"), wordpiece),
+        ("playing playing dog", word_spans("playing playing dog"), wordpiece),
     )
     assert tokens == [(1, 2), (2, 3), (3, 4)]  # play, ing, dog: word by word
     whole = matching_tokens(("dogs", [(0, 4)], wordpiece), ("dog", [(0, 3)], wordpiece), whole=True)
@@ -268,7 +287,8 @@ def test_distillation_prompt_shifts_student_positions():
     examples, seen = made_examples(), {"regions": made_regions(), "tags": [()] * 3}
     part = encode_inputs(examples, seen, prompted, 40)
     parts = ("text", "tags", "regions")
-    made = Inputs(Side(prompted, parts), Side(ours(), parts), 40, TERMS)(examples, seen, part)["pairs"]
+    sides = RowTokenizer(prompted, parts), RowTokenizer(ours(), parts)
+    made = TeacherInputs(*sides, 40, TOKEN_KINDS)(examples, seen, part)["pairs"]
     before = plain["examples"]
     rows = Ragged(
         torch.arange(3), before["text"].lengths + before["tags"].lengths + before["regions"].lengths
@@ -289,7 +309,7 @@ def on_store(rank, world, folder):
         return torch.cat(rows, 1), lengths
 
     examples = [Example(str(i % 7), ("a",), ("b",), {}) for i in range(10)]
-    made = write_stored(folder, examples, states, 3).read(["5", "0", "6"])
+    made = store_states(folder, examples, states, 3).read(["5", "0", "6"])
     assert made.shape == (2, 3 + 1 + 1, 4) and made[0, :, 0].tolist() == [5, 5, 5, 0, 6]
     return sorted(path.name for path in folder.iterdir())
 
@@ -304,7 +324,7 @@ def test_distillation_states_are_stored_by_all_workers(tmp_path, world):
         for rank in range(world)
     ]
     assert names == wanted and not list(tmp_path.glob(".*"))
-    again = pickle.loads(pickle.dumps(Stored(folder)))
+    again = pickle.loads(pickle.dumps(StoredStates(folder)))
     assert again.read(["3"]).flatten().unique().tolist() == [3]
 
 
@@ -386,13 +406,13 @@ def test_unified_states_agree_with_fuse_and_text_encoder():
     ],
 )
 def test_distillation_layers_are_paired_by_default_and_by_settings(settings, student, teacher, wanted):
-    method = Distillation(teacher="x", **settings)
+    method = DistillationConfig(teacher="x", **settings)
     if isinstance(wanted, str):
         with pytest.raises(UserError, match=wanted) as e:
-            chosen_layers(method, student, teacher)
+            compared_layers(method, student, teacher)
         assert "\n" not in str(e.value)
     else:
-        assert chosen_layers(method, student, teacher) == wanted
+        assert compared_layers(method, student, teacher) == wanted
 
 
 def test_distillation_incompatible_models_are_refused():
@@ -405,7 +425,7 @@ def test_distillation_incompatible_models_are_refused():
             unified,
             unified,
             {},
-            "tokens: unified has no tokens of pictures in its rows, which 'image' compares; leave 'image'",
+            "tokens: unified has no tokens of images in its rows, which 'image' compares; leave 'image'",
         ),
         (unified, unified, {"tokens": ("cls", "tags")}, "unified has no object tags"),
         (unified, unified, {"tokens": ("cls",), "slots": 50}, "unified has no slots of regions"),
@@ -418,9 +438,11 @@ def test_distillation_incompatible_models_are_refused():
         ),
     ):
         with pytest.raises(UserError, match=words):
-            check_models(Distillation(teacher="x", **settings), model(student), model(teacher))
-    check_models(Distillation(teacher="x"), model(oscar), model(Oscar(TINY)))
-    check_models(Distillation(teacher="x", tokens=("cls", "mixed")), model(unified), model(make_model()))
+            check_models(DistillationConfig(teacher="x", **settings), model(student), model(teacher))
+    check_models(DistillationConfig(teacher="x"), model(oscar), model(Oscar(TINY)))
+    check_models(
+        DistillationConfig(teacher="x", tokens=("cls", "mixed")), model(unified), model(make_model())
+    )
     assert find_segments(*(torch.tensor([1]),) * 3).cls.tolist() == [0]
 
 

@@ -450,13 +450,16 @@ def steps(runs) -> tuple[int, int]:
     ("settings", "words"),
     [
         ([], "no such file; word alignments are made with"),
-        (['strategies.distillation.tokens=["cls","image"]'], "unified has no tokens of pictures in its rows"),
+        (['strategies.distillation.tokens=["cls","image"]'], "unified has no tokens of images in its rows"),
         (['strategies.distillation.tokens=["cls","cls"]'], "name each once"),
         ([CLS, "strategies.distillation.teacher=none"], "teacher=none: no such model"),
         ([CLS, "strategies.distillation.layers=[9]"], "layers=[9]: the model has layers 1 to 4"),
-        ([CLS, "strategies.prior.k=3"], "strategies.distillation.task=0: prior is of the classifier"),
-        ([CLS, "head=decoder"], "strategies.distillation is for classifiers"),
-        ([CLS, "image_size=32"], "the teacher sees pictures of 16 pixels, the student of 32"),
+        (
+            [CLS, "strategies.prior.k=3"],
+            "which strategies.distillation takes away; set strategies.distillation.task=1",
+        ),
+        ([CLS, "head=decoder"], "strategies.distillation needs a classifier (head=classifier)"),
+        ([CLS, "image_size=32"], "the teacher sees images of 16 pixels, the student of 32"),
         ([CLS, "answers=5", "strategies.distillation.classifier=teacher"], "the teacher's answers"),
         (['strategies.distillation.tokens=["mixed"]', "setting=zero_shot"], "training reads English alone"),
     ],
@@ -489,7 +492,7 @@ def test_distillation_few_shot_goes_on_from_english_with_teacher(finetune, tmp_p
 
 def test_distillation_on_retrieval_is_refused(finetune, teacher):
     code, printed = finetune("scenes_xflickrco", f"strategies.distillation.teacher={teacher}", "select=last")
-    assert code == 2 and "strategies.distillation wants questions with answers" in printed
+    assert code == 2 and "strategies.distillation needs a task with answers" in printed
 
 
 def test_distillation_is_registered_before_text_changing_strategies():

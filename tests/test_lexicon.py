@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.lexicon.confusions import confusions
-from finetune.lexicon.dictionaries import Dictionary, open_dictionaries, read_dictionary
-from finetune.lexicon.distances import vector_distances, wordnet_distances
-from finetune.lexicon.mixing import mix
-from finetune.lexicon.vectors import label_vectors, read_vectors
-from finetune.lexicon.wordnet import FILES, HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet
-from finetune.losses import linguistic_prior
+from finetune.strategies.code_mixing import Dictionary, mix_text, open_dictionaries, read_dictionary
+from finetune.strategies.label_distances import vector_distances, wordnet_distances
+from finetune.strategies.prior import linguistic_prior
+from finetune.strategies.word_vectors import label_vectors, read_vectors
+from finetune.strategies.wordnet import FILES, HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet, confusions
 from raylib.errors import UserError
 from raylib.randomness import uniform
 from raylib.sample.scenes.labels import DATA, labels
@@ -425,7 +423,7 @@ RU = dictionary("ru", dog=("собака",))
 
 
 def always(text, dictionaries, *keys):
-    return mix(text, dictionaries, 1.0, 1.0, *(keys or (0,)))
+    return mix_text(text, dictionaries, 1.0, 1.0, *(keys or (0,)))
 
 
 @pytest.mark.parametrize(
@@ -456,7 +454,7 @@ def test_code_mixing_draws_language_before_lookup():
 
 def test_code_mixing_shares_match_settings():
     words, n = "the dog the polar bear sleeps", 3000
-    mixed = [mix(words, {"de": DE}, 0.5, 0.6, 7, 0, f"item{i}") for i in range(n)]
+    mixed = [mix_text(words, {"de": DE}, 0.5, 0.6, 7, 0, f"item{i}") for i in range(n)]
     touched = [text for text in mixed if text != words]
     assert len(touched) / n == pytest.approx(0.5 * (1 - 0.4**4), abs=0.03)
     assert sum("Eisbär" in text for text in mixed) / n == pytest.approx(
@@ -465,7 +463,7 @@ def test_code_mixing_shares_match_settings():
     assert not any("polar Bär" in text for text in mixed)
     articles = Counter(text.split()[0] for text in touched)
     assert all(articles[article] / n == pytest.approx(0.1, abs=0.02) for article in ("der", "die", "das"))
-    assert mix(words, {"de": DE}, 0.0, 1.0, 7) == mix(words, {"de": DE}, 1.0, 0.0, 7) == words
+    assert mix_text(words, {"de": DE}, 0.0, 1.0, 7) == mix_text(words, {"de": DE}, 1.0, 0.0, 7) == words
 
 
 def test_code_mixing_equals_slow_reference():
@@ -488,25 +486,25 @@ def test_code_mixing_equals_slow_reference():
             else:
                 expected += words[i : i + count]
             i += count
-        assert mix(text, both, 1.0, 0.7, 1, 2, item) == " ".join(expected)
+        assert mix_text(text, both, 1.0, 0.7, 1, 2, item) == " ".join(expected)
 
 
 def test_code_mixing_differs_by_epoch_and_agrees_across_processes():
     text = "the dog the dog the dog the dog"
     keys = [(0, epoch, "item7") for epoch in range(6)]
-    mixed = [mix(text, {"ru": RU, "de": DE}, 1.0, 0.9, *key) for key in keys]
+    mixed = [mix_text(text, {"ru": RU, "de": DE}, 1.0, 0.9, *key) for key in keys]
     assert len(set(mixed)) == 6
     assert mixed == [
-        mix(text, {"de": DE, "ru": RU}, 1.0, 0.9, *key) for key in keys
+        mix_text(text, {"de": DE, "ru": RU}, 1.0, 0.9, *key) for key in keys
     ]  # in any order of the languages
     code = (
-        "from tests.test_lexicon import *; print(mix('the dog the dog the dog the dog', {'de': DE}, 1.0, "
-        "0.9, 0, 1, 'item7'))"
+        "from tests.test_lexicon import *; "
+        "print(mix_text('the dog the dog the dog the dog', {'de': DE}, 1.0, 0.9, 0, 1, 'item7'))"
     )
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.strip()
-    assert other == mix(text, {"de": DE}, 1.0, 0.9, 0, 1, "item7")
+    assert other == mix_text(text, {"de": DE}, 1.0, 0.9, 0, 1, "item7")
 
 
 # ---- confusions

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune import masks
-from finetune.distillation.stored import Stored, write_stored
 from finetune.examples import Example
 from finetune.formats.gqa import read_gqa
 from finetune.formats.vqa import read_cvil
-from finetune.lexicon.distances import vector_distances
-from finetune.lexicon.vectors import read_vectors
 from finetune.model import FinetuneModel, load_backbone
 from finetune.stores import open_regions
+from finetune.strategies.distillation.teacher import StoredStates, store_states
+from finetune.strategies.label_distances import vector_distances
+from finetune.strategies.pruning import prune_mask
+from finetune.strategies.word_vectors import read_vectors
 from pretrain.export import export
 from raylib.data.states import States, write_states
 from raylib.errors import NotFinite, UserError
@@ -198,7 +198,7 @@ def test_non_finite_tuned_weights_name_the_tensor(tmp_path):
 
 def test_non_finite_weights_give_no_pruning_mask():
     with pytest.raises(NotFinite, match="weights of b: not finite"):
-        masks.prune({"a": torch.ones(3), "b": torch.tensor([1.0, NAN])}, None, 0.5)
+        prune_mask({"a": torch.ones(3), "b": torch.tensor([1.0, NAN])}, None, 0.5)
 
 
 # ---- features of regions
@@ -302,13 +302,13 @@ def teach(bad):
 def test_non_finite_teacher_states_name_file_and_example(tmp_path):
     examples = [Example(str(i), ("a",), ("b",), {}) for i in range(4)]
     with pytest.raises(NotFinite, match="the teacher's states of 2: not finite"):
-        write_stored(tmp_path / "bad", examples, teach("2"), 3)
+        store_states(tmp_path / "bad", examples, teach("2"), 3)
     assert not (tmp_path / "bad").exists()
-    write_stored(tmp_path / "s", examples, teach(None), 3)
+    store_states(tmp_path / "s", examples, teach(None), 3)
     poison(tmp_path / "s" / "states-0-0.safetensors", "states")
-    assert Stored(tmp_path / "s").read(["0", "1"]).shape == (2, 2, 4)
+    assert StoredStates(tmp_path / "s").read(["0", "1"]).shape == (2, 2, 4)
     refuses(
-        lambda: Stored(tmp_path / "s").read(["1", "3"]),
+        lambda: StoredStates(tmp_path / "s").read(["1", "3"]),
         "states-0-0.safetensors: the teacher's states of 3 are not finite",
     )
 

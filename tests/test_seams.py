@@ -31,10 +31,10 @@ OWN = {
 REFUSED = {
     ("prior", "decoder"): "needs a classifier's logits",
     ("prior", "two images"): "has a vector for none of the 2 labels",  # "True" and "False"
-    **{("prior", kind): "this task has no answers" for kind in ("matching", "contrast")},
-    **{("distillation", kind): "wants questions with answers" for kind in ("matching", "contrast")},
-    ("distillation", "decoder"): "is for classifiers",
-    ("distillation", "two images"): "is about one picture",
+    **{("prior", kind): "needs a task with answers" for kind in ("matching", "contrast")},
+    **{("distillation", kind): "needs a task with answers" for kind in ("matching", "contrast")},
+    ("distillation", "decoder"): "needs a classifier (head=classifier)",
+    ("distillation", "two images"): "needs texts about one image",
     **{("alignment", kind): "needs a retrieval task" for kind in ("classifier", "decoder", "two images")},
 }
 
@@ -126,8 +126,11 @@ def test_alignment_beside_matching_is_logged_and_weighted(finetune, tmp_path, lo
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["strategies.code_mixing.stages=rounds"], "this run looks for none"),
-        (["strategies.code_mixing.stages=rounds", "strategies.sparse.mask=none"], "this run looks for none"),
+        (["strategies.code_mixing.stages=rounds"], "needs rounds that look for a pruning mask"),
+        (
+            ["strategies.code_mixing.stages=rounds", "strategies.sparse.mask=none"],
+            "needs rounds that look for a pruning mask",
+        ),
         (
             [
                 "strategies.distillation.epochs=1",

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from finetune import masks
-from finetune.strategies import Context, Methods, StrategiesConfig, Strategy
+from finetune.strategies import Context, Strategies, StrategiesConfig, Strategy
 from finetune.strategies.base import Outputs, Progress, Term
-from finetune.strategies.prior import LinguisticPrior
-from finetune.strategies.rates import LayerDecay, ScheduledUnfreezing, TopLayers
+from finetune.strategies.learning_rates import LayerDecay, ScheduledUnfreezing, TopLayers
+from finetune.strategies.prior import LinguisticPriorConfig
+from finetune.strategies.pruning import apply_mask, prune_mask, read_mask, sparsity, write_mask
 from raylib.config import build
 from raylib.engine import DeepSpeedEngine, TorchEngine
 from raylib.errors import UserError
@@ -69,9 +69,9 @@ def train(engine_class, methods, steps, rank=0, world=1, mask=None, start=None, 
     """`steps` steps in epochs of 2 at a constant rate; returns the weights. Saves into `folder`."""
     model = Stack()
     if mask is not None:
-        masks.apply(model, mask, "here")
+        apply_mask(model, mask, "here")
     objective = Squares(model)
-    rates = methods.rates(model.num_layers, 2, 4)
+    rates = methods.layer_rates(model.num_layers, 2, 4)
     engine = engine_class(objective, OPTIM, torch.device("cpu"), False, start, rates)
     for step in range(first, steps):
         engine.step(batch_of(step, rank, world), step, OPTIM.lr)
@@ -110,9 +110,9 @@ def slow_reference(scale, steps, mask=None) -> dict:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def methods_of(**chosen) -> Methods:
+def methods_of(**chosen) -> Strategies:
     context = Context(None, None, ("en", "de"), ("yes", "no"), None, None, print)
-    return Methods(build(StrategiesConfig, chosen, "here"), context)
+    return Strategies(build(StrategiesConfig, chosen, "here"), context)
 
 
 CASES = {
@@ -136,7 +136,7 @@ def close(found: dict, wanted: dict) -> None:
 @pytest.mark.parametrize("mask", [None, MASK], ids=["dense", "masked"])
 def test_layer_rates_in_plain_torch_equal_reference(case, mask):
     methods = methods_of(**CASES[case])
-    close(train(TorchEngine, methods, 8, mask=mask), slow_reference(methods.rates(4, 2, 4), 8, mask))
+    close(train(TorchEngine, methods, 8, mask=mask), slow_reference(methods.layer_rates(4, 2, 4), 8, mask))
 
 
 def zero_and_resume(rank, world, folder):
@@ -166,14 +166,20 @@ def torch_workers(rank, world):
 def test_layer_rates_on_two_torch_workers_equal_reference():
     for results in run_workers(torch_workers, 2):
         for (case, dense), found in results.items():
-            close(found, slow_reference(methods_of(**CASES[case]).rates(4, 2, 4), 8, None if dense else MASK))
+            close(
+                found,
+                slow_reference(methods_of(**CASES[case]).layer_rates(4, 2, 4), 8, None if dense else MASK),
+            )
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_layer_rates_under_zero_2_equal_reference_after_resume(world, tmp_path):
     for results in run_workers(zero_and_resume, world, tmp_path):
         for (case, dense), (whole, parts) in results.items():
-            close(whole, slow_reference(methods_of(**CASES[case]).rates(4, 2, 4), 8, None if dense else MASK))
+            close(
+                whole,
+                slow_reference(methods_of(**CASES[case]).layer_rates(4, 2, 4), 8, None if dense else MASK),
+            )
             for name, value in whole.items():
                 assert value.equal(parts[name]), (case, dense, name)
             if not dense:
@@ -206,7 +212,7 @@ def test_layer_decay_has_published_rates():
         assert rates == pytest.approx([factor ** (18 - i) for i in range(19)]) and rates[18] == 1
     assert LayerDecay(factor=0.98).lr_scale(1, 18, now) == pytest.approx(0.709, abs=1e-3)
     assert LayerDecay(factor=0.75).lr_scale(1, 18, now) == pytest.approx(0.0075, abs=1e-4)
-    assert LayerDecay().lr_scale(None, 18, now) == 1
+    assert LayerDecay(0.88).lr_scale(None, 18, now) == 1
 
 
 def test_unified_model_depths_order_the_layers():
@@ -240,8 +246,8 @@ def test_pruning_five_rounds_leave_59_percent():
     weights = {"a": torch.randn(100, 100, generator=g), "b": torch.randn(50, 200, generator=g)}
     mask = None
     for _ in range(5):
-        mask = masks.prune(weights, mask, 0.1)
-    found = masks.sparsity(mask, 40_000)
+        mask = prune_mask(weights, mask, 0.1)
+    found = sparsity(mask, 40_000)
     assert found == {"prunable": pytest.approx(0.4095, abs=1e-4), "whole": pytest.approx(0.20476, abs=1e-4)}
     every = sorted((abs(float(w)), name, i) for name, m in weights.items() for i, w in enumerate(m.flatten()))
     left = 20_000
@@ -252,25 +258,25 @@ def test_pruning_five_rounds_leave_59_percent():
 
 
 def test_pruning_of_equal_weights_removes_exact_share():
-    mask = masks.prune({"a": torch.ones(4, 5)}, None, 0.25)
+    mask = prune_mask({"a": torch.ones(4, 5)}, None, 0.25)
     assert int(mask["a"].sum()) == 15
-    assert masks.prune({"a": torch.ones(4, 5)}, mask, 0.01)["a"].equal(mask["a"])
+    assert prune_mask({"a": torch.ones(4, 5)}, mask, 0.01)["a"].equal(mask["a"])
 
 
 def test_pruning_mask_files_round_trip_and_name_mistakes(tmp_path):
     mask = {"a.weight": torch.rand(7, 5) > 0.5, "b": torch.rand(3) > 0.5}
-    masks.write(mask, tmp_path / "masks" / "m.safetensors")
-    read = masks.read(tmp_path / "masks" / "m.safetensors")
+    write_mask(mask, tmp_path / "masks" / "m.safetensors")
+    read = read_mask(tmp_path / "masks" / "m.safetensors")
     assert read.keys() == mask.keys() and all(read[name].equal(kept) for name, kept in mask.items())
     with pytest.raises(
         UserError,
         match=r"m\.safetensors: the mask of another model \(2 tensors do not fit, such as a\.weight\)",
     ):
-        masks.apply(Stack(), read, str(tmp_path / "m.safetensors"))
+        apply_mask(Stack(), read, str(tmp_path / "m.safetensors"))
     (tmp_path / "no").write_text("mask")
     for name in ("no", "none"):
         with pytest.raises(UserError, match="no pruning mask is read there"):
-            masks.read(tmp_path / name)
+            read_mask(tmp_path / name)
 
 
 def test_strategy_terms_with_one_name_are_refused():
@@ -278,10 +284,10 @@ def test_strategy_terms_with_one_name_are_refused():
         def terms(self, model):
             return {"prior": Term(1.0, lambda outputs, part: outputs.logits[:, 0])}
 
-    methods = methods_of()
-    methods.all = {"first": Other(), "second": Other()}
-    with pytest.raises(UserError, match=r"strategies.second: another method has a term 'prior' already"):
-        methods.terms(nn.Linear(1, 1))
+    methods = methods_of(layer_decay={}, unfreezing={})
+    methods.built = {"unfreezing": Other(), "layer_decay": Other()}
+    with pytest.raises(UserError, match="strategies.layer_decay: another strategy has a term 'prior'"):
+        methods.loss_terms(nn.Linear(1, 1))
 
 
 def test_linguistic_prior_term_equals_worked_distances(tmp_path):
@@ -298,7 +304,7 @@ def test_linguistic_prior_term_equals_worked_distances(tmp_path):
         tmp_path / "cache",
         said.append,
     )
-    prior = LinguisticPrior(k=2, alpha=3).prepare(context)
+    prior = LinguisticPriorConfig(k=2, alpha=3).build(context)
     assert "unheard" in said[0]
     logits, answer = torch.tensor([[1.0, 2.0, 0.0, -1.0], [0.0, 0.0, 5.0, 4.0]]), torch.tensor([0, 2])
     term = prior.terms(nn.Linear(1, 1))["prior"]
@@ -308,4 +314,4 @@ def test_linguistic_prior_term_equals_worked_distances(tmp_path):
     found = term.values(Outputs(logits=logits), {"answer": answer})
     assert term.weight == 3 and found.tolist() == pytest.approx(wanted, abs=1e-6)
     with pytest.raises(UserError, match=r"prior.k=10, but there are 4 answers"):
-        LinguisticPrior().prepare(context)
+        LinguisticPriorConfig().build(context)

@@ -1,4 +1,4 @@
-"""Methods from the command line: what they leave, in pairs and resumed, sparse cycles, mistakes."""
+"""Strategies from the command line: what they leave, in pairs and resumed, sparse cycles, mistakes."""
 
 import itertools
 import json
@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import masks
 from finetune.__main__ import main
 from finetune.build import build_pipeline
 from finetune.config import FinetuneConfig
 from finetune.strategies import STRATEGIES
+from finetune.strategies.pruning import prune_mask, read_mask, sparsity
 from raylib.config import load
 from raylib.models import peft as tuning
 from raylib.sample.concepts import LANGUAGES
@@ -133,8 +133,8 @@ def test_pruning_run_rewinds_and_keeps_pruned_weights_zero(finetune, tmp_path):
     at the end."""
     settings = ["select=last", *SETTINGS["sparse"], "epochs=1"]
     assert finetune("scenes_xgqa", "name=sparse", *settings)[0] == 0
-    first, last = (masks.read(tmp_path / "sparse" / "masks" / f"round_{n}.safetensors") for n in (1, 2))
-    assert masks.sparsity(first, 1000)["prunable"] == pytest.approx(0.2, abs=1e-3)
+    first, last = (read_mask(tmp_path / "sparse" / "masks" / f"round_{n}.safetensors") for n in (1, 2))
+    assert sparsity(first, 1000)["prunable"] == pytest.approx(0.2, abs=1e-3)
     for name, kept in last.items():
         assert not (kept & ~first[name]).any()  # what is gone does not come back
     trained = weights(tmp_path / "sparse", 3)
@@ -142,7 +142,7 @@ def test_pruning_run_rewinds_and_keeps_pruned_weights_zero(finetune, tmp_path):
     assert all(not trained[name][~kept].any() for name, kept in last.items())
     # a mask by hand, from the weights that the first round left
     after = weights(tmp_path / "sparse" / "round_1", 3)
-    by_hand = masks.prune({name: after[name] for name in first}, None, 0.2)
+    by_hand = prune_mask({name: after[name] for name in first}, None, 0.2)
     assert all(by_hand[name].equal(kept) for name, kept in first.items())
     # the mask serves another run, without rounds; the same seed gives the same run
     mask = f"strategies.sparse.mask={tmp_path}/sparse/masks/round_2.safetensors"
@@ -160,7 +160,7 @@ def test_pruning_without_rewinding_goes_on_from_trained_weights(finetune, tmp_pa
             finetune("scenes_xgqa", f"name={rewind}", f"strategies.sparse.rewind={rewind}", *settings)[0] == 0
         )
     found = [
-        [masks.read(tmp_path / name / "masks" / f"round_{n}.safetensors") for n in (1, 2)]
+        [read_mask(tmp_path / name / "masks" / f"round_{n}.safetensors") for n in (1, 2)]
         for name in ("initial", "none")
     ]
     assert all(kept.equal(found[1][0][name]) for name, kept in found[0][0].items())
@@ -178,7 +178,7 @@ def test_strategies_without_answers_work_on_retrieval(finetune, tmp_path):
         and "code mixing (stages both) + unfreezing (layers 2) + layer decay (factor 0.7)" in printed
     )
     code, printed = finetune("scenes_xflickrco", "name=prior", "strategies.prior.k=3")
-    assert code == 2 and "strategies.prior: this task has no answers" in printed
+    assert code == 2 and "strategies.prior needs a task with answers" in printed
 
 
 @pytest.mark.parametrize(
@@ -194,14 +194,17 @@ def test_strategies_without_answers_work_on_retrieval(finetune, tmp_path):
             "strategies.sparse.epochs=3: a round is cut out of a run of epochs=2",
         ),
         (["strategies.prior.k=3", "setting=translate_test"], "setting=translate_test trains nothing"),
-        (["strategies.code_mixing={}", "setting=few_shot"], "strategies.code_mixing mixes English texts"),
+        (
+            ["strategies.code_mixing={}", "setting=few_shot"],
+            "strategies.code_mixing needs English training texts",
+        ),
         (["setting=few_shot", "resume=best"], "resume=newest alone"),
         (["wordnet=none"], "wordnet=none: no such folder"),
         (["backbone=uc2"], "is a model of ours on the backbone unified"),
         (["strategies.prior.vectors=none.txt"], "none.txt: no such file"),
         (
             ["strategies.sparse.rounds=2", "strategies.lora={}"],
-            "strategies.sparse prunes what strategies.lora freezes",
+            "strategies.sparse needs all weights of the model in training, which strategies.lora takes away",
         ),
         (["strategies.adapter={}", "strategies.compacter={}"], "want the same places"),
         (["strategies.compacter.n=3", "strategies.compacter.reduction=4"], "no multiple of n 3"),

@@ -10,8 +10,8 @@ from safetensors import safe_open
 
 from finetune.model import FinetuneModel
 from finetune.objective import ClassificationObjective
-from finetune.strategies import Context, Methods, StrategiesConfig
-from finetune.strategies.tuning import Adapter, Compacter, HardPrompt, Lora, SoftPrompt
+from finetune.strategies import Context, Strategies, StrategiesConfig
+from finetune.strategies.peft import AdapterConfig, CompacterConfig, HardPrompt, LoraConfig, SoftPromptConfig
 from raylib.config import build
 from raylib.engine import DeepSpeedEngine, TorchEngine
 from raylib.errors import UserError
@@ -25,14 +25,19 @@ from raylib.text import Prompted, Tokenizer
 from tests.factories import make_model
 from tests.workers import run_workers
 
-METHODS = {"lora": Lora(rank=2), "adapter": Adapter(bottleneck=3), "compacter": Compacter(n=2, reduction=4)}
+METHODS = {
+    "lora": LoraConfig(rank=2),
+    "adapter": AdapterConfig(bottleneck=3),
+    "compacter": CompacterConfig(n=2, reduction=4),
+}
+CONTEXT = Context(*[None] * 6, print)
 
 
 def make_tuned(*methods) -> FinetuneModel:
     torch.manual_seed(0)
     model = FinetuneModel(make_model(dropout=0.0), ("no", "yes"), 1, 0.0).double()
     for method in methods:
-        method.adapt(model)
+        method.build(CONTEXT).adapt(model)
     return model.eval()
 
 
@@ -86,7 +91,7 @@ def test_adapter_equals_explicit_bottleneck():
 def test_lora_equals_explicit_sum_and_merges():
     """W + (alpha / r) B A in the query map and the value half; keys stay as they were; merged, the outputs
     are the same."""
-    plain, model = make_tuned(), make_tuned(Lora(rank=2, alpha=6))
+    plain, model = make_tuned(), make_tuned(LoraConfig(rank=2, alpha=6))
     shake(model)
     logits = model(make_batch())
     layer = model.backbone.text.blocks[0].attention
@@ -120,7 +125,7 @@ def test_peft_trains_small_modules_norms_and_head_only(name):
     assert "backbone.text.blocks.0.output_norm.weight" in trained
     for projection in (True, False):
         dual = make_model()
-        METHODS[name].model_copy(update={"projection": projection}).adapt(dual)
+        METHODS[name].model_copy(update={"projection": projection}).build(CONTEXT).adapt(dual)
         assert (
             dual.text_projection.weight.requires_grad == projection
             and not dual.image_projection.weight.requires_grad
@@ -130,9 +135,9 @@ def test_peft_trains_small_modules_norms_and_head_only(name):
 @pytest.mark.parametrize(
     ("method", "percent", "paper"),
     [
-        (Lora(rank=8), 0.158, 0.16),
-        (Adapter(bottleneck=24), 0.449, 0.45),
-        (Compacter(n=4, reduction=16), 0.046, 0.05),
+        (LoraConfig(rank=8), 0.158, 0.16),
+        (AdapterConfig(bottleneck=24), 0.449, 0.45),
+        (CompacterConfig(n=4, reduction=16), 0.046, 0.05),
     ],
 )
 def test_peft_has_published_parameter_shares(method, percent, paper):
@@ -149,7 +154,7 @@ def test_peft_has_published_parameter_shares(method, percent, paper):
     )
     with torch.device("meta"):
         model = UnifiedModel(sizes)
-        method.adapt(model)
+        method.build(CONTEXT).adapt(model)
     share, with_head = tuning.shares(model)
     assert 100 * share == pytest.approx(percent, abs=0.0006) and 100 * share == pytest.approx(paper, abs=0.01)
     assert with_head > share
@@ -179,7 +184,7 @@ def test_peft_tuned_weights_can_be_swapped_per_language(name, tmp_path):
 
 @pytest.mark.parametrize("methods", [["lora", "adapter"], ["compacter"], ["lora", "soft_prompt"]])
 def test_peft_model_saves_and_loads(methods, tmp_path):
-    every = {**METHODS, "soft_prompt": SoftPrompt(words="", tokens=2)}
+    every = {**METHODS, "soft_prompt": SoftPromptConfig(words="", tokens=2)}
     model = make_tuned(*(every[name] for name in methods)).float()
     shake(model)
     model.save(tmp_path)
@@ -198,25 +203,24 @@ def test_prompts_are_inserted_after_the_first_token(model):
         71,
         *tokenizer.encode(["a dog"])[0],
     ]
-    prompted = HardPrompt().reads(tokenizer, None)
+    prompted = HardPrompt("a photo of").wrap_tokenizer(tokenizer, None)
     assert prompted.encode(["dog"])[0].tolist() == tokenizer.encode(["a photo of dog"])[0].tolist()
     small = UnifiedModel.from_pretrained(model)
-    method = SoftPrompt().model_copy()
-    method._start = tuple(words)
-    method.adapt(small)
-    soft = method.reads(tokenizer, small)
+    prompt = SoftPromptConfig().build(CONTEXT._replace(tokenizer=model))
+    prompt.adapt(small)
+    soft = prompt.wrap_tokenizer(tokenizer, small)
     before = small.embedding.word.num_embeddings
     assert soft.encode(["dog"])[0].tolist()[: len(words)] == list(range(before, before + len(words)))
     ids = torch.tensor([0, before, before + 1, 5])
     expected = small.embedding.word.weight[torch.tensor([0, words[0], words[1], 5])]
     torch.testing.assert_close(small.embedding.word(ids), expected)
     with pytest.raises(UserError, match="give the same settings"):
-        SoftPrompt(words="", tokens=3).adapt(small)
+        SoftPromptConfig(words="", tokens=3).build(CONTEXT).adapt(small)
 
 
 def test_peft_wrong_settings_and_files_are_errors(tmp_path):
     with pytest.raises(UserError, match="no multiple of n 3"):
-        make_tuned(Compacter(n=3, reduction=4))
+        make_tuned(CompacterConfig(n=3, reduction=4))
     with pytest.raises(UserError, match="a model takes one of them"):
         make_tuned(METHODS["adapter"], METHODS["compacter"])
     model = make_tuned(METHODS["lora"])
@@ -235,13 +239,13 @@ def test_peft_applies_to_every_backbone():
             small = backbone.build(backbone.sizes["tiny"])
             if name == "clip":
                 with pytest.raises(UserError, match="no layers of ours"):
-                    method.adapt(small)
+                    method.build(CONTEXT).adapt(small)
                 continue
-            method.adapt(small)
+            method.build(CONTEXT).adapt(small)
             assert any(tuning.is_small(n) for n, _ in small.named_parameters()), name
 
 
-TUNED = (Lora(rank=2), Adapter(bottleneck=3), Compacter(n=2, reduction=4))
+TUNED = (LoraConfig(rank=2), AdapterConfig(bottleneck=3), CompacterConfig(n=2, reduction=4))
 
 
 def train_tuned(
@@ -251,9 +255,9 @@ def train_tuned(
     that change."""
     model = make_tuned(method).float()
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    rates = Methods(
-        build(StrategiesConfig, {"unfreezing": {"layers": 2}}, "here"), Context(*[None] * 7, print)
-    ).rates(4, 2, 2)
+    rates = Strategies(build(StrategiesConfig, {"unfreezing": {"layers": 2}}, "here"), CONTEXT).layer_rates(
+        4, 2, 2
+    )
     optim = OptimConfig(lr=0.01, weight_decay=0.1, clip=1e9)
     engine = engine_class(
         ClassificationObjective(model, "ce"), optim, torch.device("cpu"), False, start, rates

@@ -9,10 +9,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
-from finetune.distillation.__main__ import main as align_main
-from finetune.distillation.aligner import Aligner, align_subwords, cut_words
-from finetune.distillation.alignments import locate, one_to_one, read_alignments, read_links
-from finetune.distillation.mixing import mix
+from finetune.strategies.distillation.__main__ import main as align_main
+from finetune.strategies.distillation.word_alignments import (
+    WordAligner,
+    align_subwords,
+    locate_words,
+    mix_aligned,
+    one_to_one_links,
+    parse_links,
+    read_alignments,
+    split_words,
+)
 from raylib.errors import UserError
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
@@ -27,8 +34,8 @@ def ours() -> Tokenizer:
 
 def test_pharaoh_links_are_read():
     assert (
-        read_links("0-0 2-1  1-2", 3, 3, "f:1") == [(0, 0), (2, 1), (1, 2)]
-        and read_links("", 3, 3, "f:1") == []
+        parse_links("0-0 2-1  1-2", 3, 3, "f:1") == [(0, 0), (2, 1), (1, 2)]
+        and parse_links("", 3, 3, "f:1") == []
     )
     for line, words in (
         ("0-3", "f:1: link 0-3 is out of range: there are 2 words and 3 English ones"),
@@ -38,13 +45,18 @@ def test_pharaoh_links_are_read():
         ("1-", "f:1: '1-' is no link"),
     ):
         with pytest.raises(UserError, match=words):
-            read_links(line, 2, 3, "f:1")
-    assert one_to_one([(0, 0), (1, 1), (1, 2), (2, 3), (3, 3), (4, 4), (4, 4)]) == [(0, 0), (4, 4)]
+            parse_links(line, 2, 3, "f:1")
+    assert one_to_one_links([(0, 0), (1, 1), (1, 2), (2, 3), (3, 3), (4, 4), (4, 4)]) == [(0, 0), (4, 4)]
 
 
 def test_word_spans_lie_in_their_text():
-    assert locate(["was", "ist", "das", "?"], "was  ist das?", "f:1") == [(0, 3), (5, 8), (9, 12), (12, 13)]
-    assert locate(["これ", "は", "犬", "です", "か"], "これは犬ですか", "f:1") == [
+    assert locate_words(["was", "ist", "das", "?"], "was  ist das?", "f:1") == [
+        (0, 3),
+        (5, 8),
+        (9, 12),
+        (12, 13),
+    ]
+    assert locate_words(["これ", "は", "犬", "です", "か"], "これは犬ですか", "f:1") == [
         (0, 2),
         (2, 3),
         (3, 4),
@@ -54,14 +66,14 @@ def test_word_spans_lie_in_their_text():
     with pytest.raises(
         UserError, match="f:1: the words 'was das' are not those of the example, 'was ist das'"
     ):
-        locate(["was", "das"], "was ist das", "f:1")
+        locate_words(["was", "das"], "was ist das", "f:1")
 
 
 def test_words_are_split_in_any_language():
-    assert cut_words("What's the dog doing?") == ["What", "'", "s", "the", "dog", "doing", "?"]
-    assert cut_words("यह कुत्ता है।") == ["यह", "कुत्ता", "है", "।"]  # marks stay with their letters
-    assert cut_words("这是dog吗?") == ["这", "是", "dog", "吗", "?"]
-    assert cut_words("これは犬") == list("これは犬") and cut_words("  ") == []
+    assert split_words("What's the dog doing?") == ["What", "'", "s", "the", "dog", "doing", "?"]
+    assert split_words("यह कुत्ता है।") == ["यह", "कुत्ता", "है", "।"]  # marks stay with their letters
+    assert split_words("这是dog吗?") == ["这", "是", "dog", "吗", "?"]
+    assert split_words("これは犬") == list("これは犬") and split_words("  ") == []
 
 
 def write(folder, text, align, language="de"):
@@ -125,19 +137,19 @@ LINKS = (((0, 3), (0, 4)), ((10, 13), (10, 13)), ((14, 18), (14, 17)))
 
 def test_contextual_code_mixing_replaces_words_in_place():
     text, english = EXAMPLES[0][1:]
-    assert mix(text, english, LINKS, 1.0, 0)[0] == "what macht the dog ?"
+    assert mix_aligned(text, english, LINKS, 1.0, 0)[0] == "what macht the dog ?"
     seen = set()
     for epoch in range(30):
-        mixed, aligned = mix(text, english, LINKS, 0.15, 0, epoch, "1")
+        mixed, aligned = mix_aligned(text, english, LINKS, 0.15, 0, epoch, "1")
         assert len(aligned) == 1  # 15 % of four words, but at least one
         for (first, end), (start, stop) in aligned:
             assert mixed[first:end] == english[start:stop] in ("what", "the", "dog")
-        assert mix(text, english, LINKS, 0.15, 0, epoch, "1") == (mixed, aligned)
+        assert mix_aligned(text, english, LINKS, 0.15, 0, epoch, "1") == (mixed, aligned)
         seen.add(mixed)
     assert seen == {"what macht der Hund?", "was macht the Hund?", "was macht der dog ?"}
-    assert len(mix(text, english, LINKS, 0.5, 0)[1]) == 2
+    assert len(mix_aligned(text, english, LINKS, 0.5, 0)[1]) == 2
     # where no spaces are written, the English word gets some, so that it is cut by itself
-    mixed, aligned = mix("これは犬ですか", "is this a dog", (((3, 4), (10, 13)),), 0.15, 0)
+    mixed, aligned = mix_aligned("これは犬ですか", "is this a dog", (((3, 4), (10, 13)),), 0.15, 0)
     assert mixed == "これは dog ですか" and aligned == (((4, 7), (10, 13)),)
 
 
@@ -195,7 +207,7 @@ def test_align_words_follows_any_of_their_subwords(encoder):
         ([], ["a"]),
         (["x"] * 90, ["x"]),
     ]
-    aligner = Aligner(encoder, layer=2, threshold=0.05)
+    aligner = WordAligner(encoder, layer=2, threshold=0.05)
     found = aligner.align(pairs)
     tokenizer, model = ours(), BertModel.from_pretrained(encoder).eval()
     for pair, links in zip(pairs[:3], found[:3], strict=True):
@@ -210,9 +222,9 @@ def test_align_words_follows_any_of_their_subwords(encoder):
         assert set(links) == {(sides[0][1][i], sides[1][1][j]) for i, j in slow}
     assert found[1] == [(0, 0)] and found[2] == [] and found[0]
     with pytest.raises(UserError, match="layer=4, but it has layers 1 to 3"):
-        Aligner(encoder, layer=4)
+        WordAligner(encoder, layer=4)
     with pytest.raises(UserError, match="no config.json; give the folder of a multilingual encoder"):
-        Aligner(encoder / "none")
+        WordAligner(encoder / "none")
 
 
 MIXED = 'strategies.distillation.tokens=["cls","mixed"]'

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from finetune.build import build_methods, build_model
+from finetune.build import build_model, build_strategies
 from finetune.config import FinetuneConfig
-from finetune.cycles import after_distillation
 from finetune.data import dev_split, find_task, languages_of
 from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES as FINETUNE
 from finetune.report import scores_of
-from finetune.train import check, epochs_of, evaluate_run, files_of
+from finetune.strategies import STRATEGIES
+from finetune.train import check, epochs_of, evaluate_run, files_of, final_training
 from finetune.train import run as finetune
 from pretrain.batches import StepBatches
 from pretrain.evaluate import summary
@@ -42,12 +42,7 @@ class FinetuneSearchJob:
         "optim.lr",
         "optim.weight_decay",
         "optim.clip",
-        "strategies.prior.alpha",
-        "strategies.prior.k",
-        "strategies.code_mixing.ratio",
-        "strategies.code_mixing.probability",
-        "strategies.layer_decay.factor",
-        "strategies.alignment.weight",
+        *(f"strategies.{name}.{field}" for name, kind in STRATEGIES.items() for field in kind.mutable_fields),
         "head_dropout",
     )
 
@@ -102,9 +97,9 @@ class FinetuneSearchJob:
             self.built = dump(bare), build_model(bare)
         model = self.built[1]
         self.num_layers[config.model] = model.num_layers
-        last = after_distillation(config)  # the training that is judged
+        last = final_training(config)  # the training that is judged
         adapted = copy.deepcopy(model)
-        build_methods(last, no_log).adapt(adapted)
+        build_strategies(last, no_log).adapt(adapted)
         _check_head(last, model, adapted)
 
     def release(self) -> None:
@@ -121,14 +116,11 @@ class FinetuneSearchJob:
         return epochs_of(config)
 
     def warmup_epochs(self, config: FinetuneConfig) -> int:
-        """Rounds that find a mask come first; then frozen layers thaw, some an epoch, or a head is trained
+        """Stages before the run's own training come first; then frozen layers thaw, or a head is trained
         before the rest."""
-        strategies, epochs = config.strategies, 1
-        if strategies.unfreezing:
-            epochs = math.ceil(self.num_layers[config.model] / strategies.unfreezing.layers)
-        if strategies.head_first:
-            epochs = max(epochs, strategies.head_first.epochs + 1)
-        return self.pruning_epochs(config) + epochs
+        depths = self.num_layers[config.model]
+        waits = [found.warmup_epochs(depths) for found in config.strategies.active().values()]
+        return self.pruning_epochs(config) + max([1, *waits])
 
     def parse_report(self, config: FinetuneConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
         dev = {name.removeprefix("dev/"): value for name, value in metrics.items() if name.startswith("dev/")}
@@ -172,8 +164,7 @@ def _check_head(config: FinetuneConfig, before: torch.nn.Module, adapted: torch.
     ):
         raise UserError(
             "nothing trains the head, which trials are ranked by: it is random; train it in the same run, as "
-            "recipe p3_kd_classify does (strategies.distillation.epochs=), or start from a trained one "
-            "(strategies.distillation.classifier=teacher)"
+            "recipe p3_kd_classify does, or start from a trained one"
         )
 
 

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.analysis.figures import Inapplicable, save
-from finetune.lexicon.confusions import PAIRS, confusions
-from finetune.lexicon.wordnet import HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet
 from finetune.metrics import read_predictions
+from finetune.strategies.wordnet import HYPERNYM, HYPONYM, NONE, PAIRS, SYNONYM, WordNet, confusions
 from raylib.tables import markdown_table, open_pyplot, percent
 
 CALLED = {SYNONYM: "a synonym", HYPERNYM: "a hypernym", HYPONYM: "a hyponym", NONE: "unrelated"}

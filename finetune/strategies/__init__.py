@@ -1,166 +1,241 @@
-"""Fine-tuning methods by name, and how those that a run asks for act together."""
+"""Fine-tuning strategies by name, and how those of a run act together."""
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
-from pydantic import create_model
 from torch import nn
 
-from finetune.examples import Captioned, Example
-from finetune.strategies.alignment import TranslationAlignment
-from finetune.strategies.base import Context, Progress, Strategy, Term
-from finetune.strategies.code_mixing import CodeMixing
-from finetune.strategies.distillation import Distillation
-from finetune.strategies.head_first import HeadFirst
-from finetune.strategies.prior import LinguisticPrior
-from finetune.strategies.rates import LayerDecay, ScheduledUnfreezing, TopLayers
-from finetune.strategies.sparse import SparseFineTuning
-from finetune.strategies.tuning import Adapter, Compacter, HardPrompt, Lora, SoftPrompt
-from finetune.tasks.base import Task
+from finetune.strategies.alignment import TranslationAlignmentConfig
+from finetune.strategies.base import (
+    NEEDS,
+    Context,
+    HiddenStates,
+    LossTerms,
+    MoreInputs,
+    Need,
+    Progress,
+    Purpose,
+    Strategy,
+    StrategyConfig,
+    Term,
+    TrainingSetup,
+)
+from finetune.strategies.code_mixing import CodeMixingConfig
+from finetune.strategies.distillation.strategy import DistillationConfig
+from finetune.strategies.learning_rates import (
+    HeadFirstConfig,
+    LayerDecayConfig,
+    TopLayersConfig,
+    UnfreezingConfig,
+)
+from finetune.strategies.peft import (
+    AdapterConfig,
+    CompacterConfig,
+    HardPromptConfig,
+    LoraConfig,
+    SoftPromptConfig,
+)
+from finetune.strategies.prior import LinguisticPriorConfig
+from finetune.strategies.pruning import SparseConfig
 from raylib.config import Config
 from raylib.errors import UserError
 from raylib.optim import LayerRates
 from raylib.randomness import Key
 from raylib.text import Tokenizer
 
-STRATEGIES: dict[str, type[Strategy]] = {
-    "prior": LinguisticPrior,
-    "sparse": SparseFineTuning,
-    "alignment": TranslationAlignment,
-    "distillation": Distillation,
-    "code_mixing": CodeMixing,
-    "head_first": HeadFirst,
-    "unfreezing": ScheduledUnfreezing,
-    "layer_decay": LayerDecay,
-    "top_layers": TopLayers,
-    "lora": Lora,
-    "adapter": Adapter,
-    "compacter": Compacter,
-    "soft_prompt": SoftPrompt,
-    "hard_prompt": HardPrompt,
+
+class StrategiesConfig(Config):
+    """The strategies of a run: `strategies.prior.alpha=4` turns one on, null off. Their order is that in
+    which they act. A new one is a line here."""
+
+    prior: LinguisticPriorConfig | None = None
+    sparse: SparseConfig | None = None
+    alignment: TranslationAlignmentConfig | None = None
+    distillation: DistillationConfig | None = None
+    code_mixing: CodeMixingConfig | None = None
+    head_first: HeadFirstConfig | None = None
+    unfreezing: UnfreezingConfig | None = None
+    layer_decay: LayerDecayConfig | None = None
+    top_layers: TopLayersConfig | None = None
+    lora: LoraConfig | None = None
+    adapter: AdapterConfig | None = None
+    compacter: CompacterConfig | None = None
+    soft_prompt: SoftPromptConfig | None = None
+    hard_prompt: HardPromptConfig | None = None
+
+    def active(self) -> dict[str, StrategyConfig]:
+        """The strategies that are on, by name, in order."""
+        return {name: found for name in STRATEGIES if (found := getattr(self, name)) is not None}
+
+    def display_name(self) -> str:
+        """Return what a table calls these strategies together; "" for none."""
+        return " + ".join(found.display_name(name) for name, found in self.active().items())
+
+    def during(self, purpose: Purpose) -> "StrategiesConfig":
+        """The strategies of a training for `purpose`: those that take part, and find what they need."""
+        part = {name: found.during(purpose) for name, found in self.active().items()}
+        removed = {need for found in part.values() if found for need in found.removes()}
+        kept = {name: found for name, found in part.items() if found and not found.required() & removed}
+        return self.model_copy(update={name: kept.get(name) for name in part})
+
+
+STRATEGIES: dict[str, type[StrategyConfig]] = {
+    name: get_args(field.annotation)[0] for name, field in StrategiesConfig.model_fields.items()
 }
-# a config with a field for each: `strategies.prior.alpha=4` turns a method on, null off
-StrategiesConfig = create_model(
-    "StrategiesConfig",
-    __base__=Config,
-    **{name: (method | None, None) for name, method in STRATEGIES.items()},
-)
 
 
-def chosen(config: Config) -> dict[str, Strategy]:
-    """The methods that are on, by name, in the registry's order."""
-    return {name: method for name in STRATEGIES if (method := getattr(config, name)) is not None}
+def check_strategies(run: Any, offered: frozenset[Need], trains: bool) -> None:
+    """Refuse strategies of `run` (`finetune.config.FinetuneConfig`) that would have no effect: one that is
+    asked for is never dropped.
+
+    offered: what the run has by itself. trains: whether it trains anything.
+    Raises:
+        UserError: something that a strategy needs is not there, or another strategy takes it away; two want
+            the same place; a setting of the run does not fit.
+    """
+    active = run.strategies.active()
+    for name, found in active.items():
+        if not trains and not found.acts_untrained:
+            raise UserError(
+                f"strategies.{name} changes training, and setting={run.setting} trains nothing; leave it out"
+            )
+        found.check_run(run)
+    offered = offered.union(*(found.provides() for found in active.values()))
+    removed = {need: (name, why) for name, found in active.items() for need, why in found.removes().items()}
+    for name, found in active.items():
+        for need in sorted(found.required()):
+            if need not in offered:
+                raise UserError(
+                    f"strategies.{name} needs {NEEDS[need]}; task={run.task}, setting={run.setting}, "
+                    f"head={run.head} has none; leave it out"
+                )
+            if need in removed:
+                other, advice = removed[need]
+                raise UserError(
+                    f"strategies.{name} needs {NEEDS[need]}, which strategies.{other} takes away; "
+                    f"{advice or 'leave one of them out'}"
+                )
+    # each of these only one strategy can have
+    wanted = [(found.place, name) for name, found in active.items() if found.place]
+    wanted += [
+        ("to train before the run itself", name) for name, found in active.items() if found.stage_epochs
+    ]
+    for place, name in wanted:
+        if (other := dict(wanted)[place]) != name:
+            raise UserError(
+                f"strategies.{name} and strategies.{other} both want {place}; leave one of them out"
+            )
 
 
-def method_name(config: Config) -> str:
-    """What a table calls these methods together; "" for none."""
-    return " + ".join(method.called(name) for name, method in chosen(config).items())
+class Strategies:
+    """The strategies of a training, built, as one: what training and evaluation ask of them."""
 
+    def __init__(self, config: StrategiesConfig, context: Context):
+        """Raises UserError: what a strategy's `build` finds wrong."""
+        self.configs = config.active()
+        self.built: dict[str, Strategy] = {name: found.build(context) for name, found in self.configs.items()}
 
-class Methods:
-    """The methods of a run, ready, as one: what training and evaluation ask of them."""
-
-    def __init__(self, config: Config, context: Context):
-        """Raises UserError: what a method's `prepare` finds wrong."""
-        self.all = {name: method.prepare(context) for name, method in chosen(config).items()}
-
-    def example(self, example: Example | Captioned, *key: Key) -> Example | Captioned:
-        """A training example as all methods show it, one after the other."""
-        for method in self.all.values():
-            example = method.example(example, *key)
+    def example(self, example: Any, *key: Key) -> Any:
+        """A training example as all strategies show it, one after the other."""
+        for strategy in self.built.values():
+            example = strategy.example(example, *key)
         return example
 
-    def adapt(self, model: nn.Module) -> None:
-        """Every method's change of the model, in order."""
-        for method in self.all.values():
-            method.adapt(model)
+    def example_change(self) -> Callable[..., Any] | None:
+        """`example`, or None where no strategy changes examples."""
+        return self.example if self.using("example") else None
 
-    def reads(self, tokenizer: Tokenizer, model: nn.Module) -> Tokenizer:
-        """The tokenizer with every method's prompt; `model` is adapted."""
-        for method in self.all.values():
-            tokenizer = method.reads(tokenizer, model)
+    def adapt(self, model: nn.Module) -> None:
+        """Every strategy's change of the model, in order."""
+        for strategy in self.built.values():
+            strategy.adapt(model)
+
+    def wrap_tokenizer(self, tokenizer: Tokenizer, model: nn.Module) -> Tokenizer:
+        """The tokenizer with every strategy's prompt; `model` is adapted."""
+        for strategy in self.built.values():
+            tokenizer = strategy.wrap_tokenizer(tokenizer, model)
         return tokenizer
 
-    def rates(self, depths: int, epoch_steps: int, epochs: int) -> LayerRates | None:
-        """The product of the factors, as a function of depth and step; None where no method has any."""
-        asking = [self.all[name] for name in self.using("lr_scale")]
-        if not asking:
+    def begin(self, setup: TrainingSetup) -> None:
+        """Prepare what needs the model itself."""
+        for strategy in self.built.values():
+            strategy.begin(setup)
+
+    def batch_inputs(self) -> MoreInputs | None:
+        """What strategies add to a batch, as one function; None where none adds anything."""
+        found = [more for strategy in self.built.values() if (more := strategy.batch_inputs())]
+        return functools.partial(_all_inputs, found) if found else None
+
+    def layer_rates(self, depths: int, epoch_steps: int, epochs: int) -> LayerRates | None:
+        """The product of the factors, as a function of depth and step; None where no strategy has any."""
+        scaling = [self.built[name] for name in self.using("lr_scale")]
+        if not scaling:
             return None
 
         def rate(depth: int | None, step: int) -> float:
             progress = Progress(step, epoch_steps * epochs, step // epoch_steps, epochs)
             product = 1.0
-            for method in asking:
-                product *= method.lr_scale(depth, depths, progress)
+            for strategy in scaling:
+                product *= strategy.lr_scale(depth, depths, progress)
             return product
 
         return rate
 
-    def terms(self, model: nn.Module) -> dict[str, Term]:
-        """All terms side by side.
+    def loss_terms(self, model: nn.Module) -> LossTerms:
+        """All terms side by side, all states that they read, and the product of what the task's own loss
+        counts.
 
         Raises:
-            UserError: two methods call theirs the same.
+            UserError: two strategies call their terms the same.
         """
         terms: dict[str, Term] = {}
-        for name, method in self.all.items():
-            for term, value in method.terms(model).items():
-                if term in terms:
+        for name, strategy in self.built.items():
+            reads_logits = "logits" in self.configs[name].required()
+            for label, term in strategy.terms(model).items():
+                if label in terms:
                     raise UserError(
-                        f"strategies.{name}: another method has a term '{term}' already; leave one of them "
-                        "out"
+                        f"strategies.{name}: another strategy has a term '{label}' already; leave one of "
+                        "them out"
                     )
-                terms[term] = value
-        return terms
-
-    def draws(self) -> Callable | None:
-        """`example`, or None where no method changes examples."""
-        return self.example if self.using("example") else None
+                terms[label] = term._replace(reads_logits=reads_logits)
+        states = [s.hidden_states for s in self.built.values() if s.hidden_states]
+        layers = tuple(sorted({layer for each in states for layer in each.layers}))
+        return LossTerms(
+            terms,
+            HiddenStates(layers, any(each.empty for each in states)) if states else None,
+            math.prod(strategy.task_weight for strategy in self.built.values()),
+        )
 
     def using(self, seam: str) -> list[str]:
-        """Names of the methods that do something at this seam: "example", "adapt", "lr_scale" or "terms"."""
+        """Names of the strategies that do something at this seam, a method of `Strategy`."""
         return [
             name
-            for name, method in self.all.items()
-            if getattr(type(method), seam) is not getattr(Strategy, seam)
+            for name, strategy in self.built.items()
+            if getattr(type(strategy), seam) is not getattr(Strategy, seam)
         ]
 
 
-def check_strategies(config: Config, task: Task, methods: Methods) -> None:
-    """Refuse methods of a fine-tuning `config` that would have no effect, or none on what is asked for.
-
-    Raises:
-        UserError: a term of the loss where the head has no logits, or learns nothing; stages of a training
-            that it has not.
-    """
-    s, terms = config.strategies, methods.using("terms")
-    if config.head == "decoder" and terms:
-        raise UserError(f"strategies: {', '.join(terms)} needs a classifier's logits; head=decoder has none")
-    if s.distillation and not s.distillation.task and not s.distillation.epochs and terms:
-        raise UserError(
-            f"strategies.distillation.task=0: {', '.join(terms)} is of the classifier, which learns nothing; "
-            "set strategies.distillation.task=1"
-        )
-    if s.distillation and task.num_images != 1:
-        raise UserError(
-            f"strategies.distillation is about one picture, and texts of {config.task} are about "
-            f"{task.num_images}"
-        )
-    if s.code_mixing and s.code_mixing.stages == "rounds" and (not s.sparse or s.sparse.mask):
-        raise UserError(
-            "strategies.code_mixing.stages=rounds mixes while a mask is looked for, and this run looks for "
-            "none; leave it out, or set strategies.sparse.rate="
-        )
+def _all_inputs(found: list[MoreInputs], *arguments: Any) -> dict[str, Any]:
+    added: Mapping[str, Any] = {}
+    for more in found:
+        added = {**added, **more(*arguments)}
+    return dict(added)
 
 
 __all__ = [
+    "NEEDS",
     "STRATEGIES",
     "Context",
-    "Methods",
+    "HiddenStates",
+    "Need",
     "Progress",
+    "Strategies",
     "StrategiesConfig",
     "Strategy",
+    "StrategyConfig",
     "Term",
+    "TrainingSetup",
     "check_strategies",
-    "chosen",
-    "method_name",
 ]

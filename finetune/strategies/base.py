@@ -1,17 +1,62 @@
-"""What a fine-tuning method is: a frozen config with functions for the seams of training."""
+"""A fine-tuning strategy: `StrategyConfig`, its frozen settings, and `Strategy`, what these build for one
+training.
 
-from collections.abc import Callable, Iterable, Mapping
+The settings say what a strategy needs and what it does to a run as a whole; the built strategy holds tables
+and tensors and acts at the seams of training, each of which composes without knowing of the others:
+
+| seam | composes by |
+| --- | --- |
+| `example` | one after the other, in the registry's order |
+| `adapt` | one after the other |
+| `wrap_tokenizer` | one after the other |
+| `lr_scale` | product |
+| `batch_inputs` | all of them, by name |
+| `terms` | side by side; a name twice is an error |
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from finetune.examples import Captioned, Example
+from finetune.examples import Example
 from raylib.config import Config
 from raylib.distributed import total, world_size
 from raylib.packed import Ragged
 from raylib.randomness import Key
 from raylib.text import Tokenizer
+
+# What a strategy may need of a run, as error lines name it: `check_strategies` is the one place that asks.
+Need = Literal[
+    "labels",
+    "training_texts",
+    "captions",
+    "logits",
+    "states",
+    "embeddings",
+    "one_image",
+    "english_texts",
+    "dense_weights",
+    "pruning_rounds",
+]
+NEEDS: dict[Need, str] = {
+    "labels": "a task with answers or labels",
+    "training_texts": "labelled training texts",
+    "logits": "a classifier's logits that are trained",
+    "states": "the hidden states of a classifier (head=classifier)",
+    "embeddings": "the embeddings of a retrieval task",
+    "one_image": "texts about one image each",
+    "captions": "a retrieval task and captions of other languages (setting=few_shot, single_language or "
+    "all_language)",
+    "english_texts": "English training texts",
+    "dense_weights": "all weights of the model in training",
+    "pruning_rounds": "rounds that look for a pruning mask",
+}
+# What a training is for: finding a mask, drawing states to a teacher's, or the run itself.
+Purpose = Literal["pruning", "states", "run"]
+MoreInputs = Callable[[Sequence[Any], dict[str, Any], dict[str, Any]], dict[str, Any]]
 
 
 class Progress(NamedTuple):
@@ -24,12 +69,14 @@ class Progress(NamedTuple):
 
 
 class Context(NamedTuple):
-    """The run that a strategy takes part in: the `data` folder, the `wordnet` one, the task's `languages`,
-    the answers (`labels`), the model's `tokenizer` file, a folder to `cache` in, `log`, which prints,
-    and `captions(made, language)`, {picture: its training captions}: made "", the captions themselves,
-    "_to_en" or "_from_en", translations of them. None: none are trained on but English ones. `training`: the
-    examples that are trained on, by language, and `english`, the same in English; of tasks that have
-    answers."""
+    """The run that a strategy is built for.
+
+    data, wordnet: folders. languages: of the task. labels: its answers, () of retrieval. tokenizer: the
+        model's file. cache: a folder for what is named by content. log: tells people.
+    captions: `captions(way, language)` -> {image: its training captions}; way "", the captions themselves,
+        "_to_en" or "_from_en", translations of them. None: only English ones are trained on.
+    training, english: of tasks with answers, what is trained on by language, and the same in English.
+    """
 
     data: Path
     wordnet: Path
@@ -41,6 +88,17 @@ class Context(NamedTuple):
     captions: Callable[[str, str], dict[str, tuple[str, ...]]] | None = None
     training: Mapping[str, Iterable[Example]] = {}
     english: Iterable[Example] = ()
+
+
+class TrainingSetup(NamedTuple):
+    """A training that is about to begin: its `pipeline` (`finetune.tasks.base.Pipeline`, with the adapted
+    model) and training `examples`, a `folder` for what is computed beforehand, and the paths that `images`
+    come from."""
+
+    pipeline: Any
+    examples: Sequence[Any]
+    folder: Path
+    images: tuple[str | None, ...]
 
 
 class HiddenStates(NamedTuple):
@@ -75,13 +133,22 @@ class Term(NamedTuple):
         term that looks at the model alone, a scalar, the same on every worker.
     count: what the sum of the values is divided by, over all workers, if not by the number of examples.
     reads_logits: it is about the answers: computed after them, and scaled by the weight of the task's own
-    loss.
+        loss. Set of strategies that need "logits".
     """
 
     weight: float
     values: Callable[[Outputs, dict], Tensor]
     count: Callable[[dict], Tensor] | None = None
     reads_logits: bool = False
+
+
+class LossTerms(NamedTuple):
+    """What strategies add to a loss: `terms` by name, the states that these read, and what the task's own
+    loss counts beside them (0: its head has no part in training)."""
+
+    terms: Mapping[str, Term] = {}
+    hidden_states: HiddenStates | None = None
+    task_weight: float = 1.0
 
 
 def term_shares(terms: Iterable[Term], outputs: Outputs, part: dict, examples: Tensor) -> list[Tensor]:
@@ -97,60 +164,159 @@ def term_shares(terms: Iterable[Term], outputs: Outputs, part: dict, examples: T
     return shares
 
 
-class Strategy(Config):
-    """A method that changes nothing: each of these does where a method overrides it. They compose without
-    knowing of each other: examples and tokenizers one after the other, `adapt` in order, rates by product,
-    terms side by side."""
+class Strategy:
+    """A strategy that changes nothing: each of these does where a strategy overrides it."""
 
-    shown: ClassVar[tuple[str, ...]] = ()  # settings that tables always tell
-    hidden: ClassVar[tuple[str, ...]] = ()  # those that they never tell: files
+    # what the objective computes for the terms, and what the task's own loss counts beside them
+    hidden_states: HiddenStates | None = None
+    task_weight: float = 1.0
 
-    def called(self, name: str) -> str:
-        """What tables call the method, which is `name` in the registry, with the settings that are not the
-        usual ones."""
-        told = [
-            field
-            for field, info in type(self).model_fields.items()
-            if field not in self.hidden and (field in self.shown or getattr(self, field) != info.default)
-        ]
-        values = [f"{field} {_worded(getattr(self, field))}".replace("source ", "") for field in told]
-        return name.replace("_", " ") + (f" ({', '.join(values)})" if values else "")
+    def example(self, example: Any, *key: Key) -> Any:
+        """Return a training example (`Example` or `Captioned`) as this strategy shows it; whatever is drawn
+        is drawn from `key` (seed, epoch, its id)."""
+        return example
 
-    def files(self, data: Path) -> tuple[Path, ...]:
-        """Return the files that the method reads, of those in the `data` folder and those that its settings
-        name."""
-        return ()
+    def adapt(self, model: nn.Module) -> None:
+        """Change the model before training: masks, new modules, permanent freezes."""
 
-    def prepare(self, context: Context) -> "Strategy":
-        """Read what the method needs, before anything starts. Returns the method, ready.
+    def wrap_tokenizer(self, tokenizer: Tokenizer, model: nn.Module) -> Tokenizer:
+        """Return the tokenizer by which the adapted model reads, in training and evaluation: with a prompt
+        perhaps."""
+        return tokenizer
+
+    def begin(self, setup: TrainingSetup) -> None:
+        """Prepare what needs the model itself, in every training process: a teacher, its states."""
+
+    def batch_inputs(self) -> MoreInputs | None:
+        """Return `inputs(examples, visual inputs, batch)` -> what else a batch of examples holds, by name;
+        it is sent to loader processes."""
+        return None
+
+    def lr_scale(self, depth: int | None, depths: int, progress: Progress) -> float:
+        """Return the factor of the learning rate of the parameters at `depth` (`raylib.models`) of `depths`;
+        0 freezes them."""
+        return 1.0
+
+    def terms(self, model: nn.Module) -> dict[str, Term]:
+        """Return what is added to the loss, by name; called after `begin`."""
+        return {}
+
+
+class Stage(NamedTuple):
+    """A training that comes before the run's own, in RUN/`name`.
+
+    epochs: it stops after so many. start: the checkpoint whose weights it starts from, if not the model's.
+    settings: of the run, in this training. own: of the strategy, in this training; not stored with it, for
+        they name files of the run, which may move.
+    """
+
+    name: str
+    purpose: Purpose
+    epochs: int
+    start: Path | None = None
+    settings: Mapping[str, Any] = {}
+    own: Mapping[str, Any] = {}
+
+
+class Prepared(NamedTuple):
+    """What the stages leave to the run's own training: the strategy's `own` settings in it, the checkpoint
+    that it starts from, and what the result tells of it."""
+
+    own: Mapping[str, Any] = {}
+    start: Path | None = None
+    result: Mapping[str, Any] = {}
+
+
+class StageRun(NamedTuple):
+    """The run whose stages a strategy makes. `train(stage)` trains one, unless that is done already, and
+    returns the checkpoint that it left."""
+
+    folder: Path
+    is_main_process: bool
+    build_model: Callable[[], Any]
+    train: Callable[[Stage], Path | None]
+
+
+class StrategyConfig(Config):
+    """Settings of a strategy. What a class declares about itself is here, so that no other code asks for a
+    strategy by its name."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    place: ClassVar[str] = ""  # what of the model only one strategy can take
+    acts_untrained: ClassVar[bool] = False  # also where a setting trains nothing: a prompt
+    display_fields: ClassVar[tuple[str, ...]] = ()  # settings that tables always show
+    hidden_fields: ClassVar[tuple[str, ...]] = ()  # those that they never show: files
+    mutable_fields: ClassVar[tuple[str, ...]] = ()  # a search may change them within a trial
+    run_fields: ClassVar[tuple[str, ...]] = ()  # paths that may lead into other runs
+    translations: ClassVar[
+        tuple[str, ...]
+    ] = ()  # "_to_en", "_from_en": of the training captions, read as files
+
+    @abstractmethod
+    def build(self, context: Context) -> Strategy:
+        """Read what the strategy needs, once, before anything starts.
 
         Raises:
             UserError: a file is missing or wrong, a setting does not fit.
         """
-        return self
 
-    def example(self, example: Example | Captioned, *key: Key) -> Example | Captioned:
-        """A training example as this method shows it; whatever is drawn is drawn from `key` (seed, epoch, its
-        id)."""
-        return example
+    def required(self) -> frozenset[Need]:
+        """What these settings need of a run: `needs`, and more of some settings."""
+        return self.needs
 
-    def reads(self, tokenizer: Tokenizer, model: nn.Module) -> Tokenizer:
-        """How the model, adapted, reads its texts, in training and evaluation: the tokenizer, with a prompt
-        perhaps."""
-        return tokenizer
+    def provides(self) -> frozenset[Need]:
+        """What others find in a run through this strategy."""
+        return frozenset()
 
-    def adapt(self, model: nn.Module) -> None:
-        """Change the model before training: masks, permanent freezes."""
-
-    def lr_scale(self, depth: int | None, depths: int, progress: Progress) -> float:
-        """Factor of the learning rate of the parameters at `depth` (`raylib.models`) of `depths`; 0
-        freezes them."""
-        return 1.0
-
-    def terms(self, model: nn.Module) -> dict[str, Term]:
-        """What is added to the loss, by name."""
+    def removes(self) -> Mapping[Need, str]:
+        """What others do not find in a run any more, each with advice, or ""."""
         return {}
 
+    def check_run(self, run: Any) -> None:
+        """Raises UserError: settings of the run (`finetune.config.FinetuneConfig`) that do not fit these."""
 
-def _worded(value: object) -> str:
+    @property
+    def tests_translations(self) -> bool:
+        """Whether the run is tested on translations into English."""
+        return False
+
+    def files(self, data: Path) -> tuple[Path, ...]:
+        """Return the files that are read, of those in the `data` folder and those that settings name."""
+        return ()
+
+    def display_name(self, name: str) -> str:
+        """Return what tables call the strategy, which is `name` in the registry, with the settings that are
+        not the usual ones."""
+        fields = [
+            field
+            for field, info in type(self).model_fields.items()
+            if field not in self.hidden_fields
+            and (field in self.display_fields or getattr(self, field) != info.default)
+        ]
+        values = [
+            f"{field} {_display_value(getattr(self, field))}".replace("source ", "") for field in fields
+        ]
+        return name.replace("_", " ") + (f" ({', '.join(values)})" if values else "")
+
+    def during(self, purpose: Purpose) -> "StrategyConfig | None":
+        """Return the settings in a training for `purpose`; None: it takes no part."""
+        return self
+
+    def stages_before(self, run: StageRun) -> Prepared:
+        """Make what trainings before the run's own leave to it. A run that goes on passes here again, and
+        stages that are done are not trained again: so they must be the same each time."""
+        return Prepared()
+
+    @property
+    def stage_epochs(self) -> int:
+        """Epochs of all `stages_before`."""
+        return 0
+
+    def warmup_epochs(self, depths: int) -> int:
+        """Return after how many epochs of the run's own training a score says something: all that is to be
+        trained has been, of a model with so many layers."""
+        return 1
+
+
+def _display_value(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

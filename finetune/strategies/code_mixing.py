@@ -1,57 +1,213 @@
-"""Code-mixing (CoSDA, Qin et al. 2020; paper 0): words of English training texts become words of other
-languages."""
+"""Code-mixing (CoSDA, Qin et al. 2020; paper 0): words of English training texts become translations into
+languages drawn per word.
 
+Dictionaries are bilingual, from English, as MUSE publishes them: a file a language, a pair of words a line,
+`word<tab>translation` or `word translation`, both in one file too. In a line with a tab, both may be of
+several words, and further fields are further translations; in one without, the first word is the source and
+the rest its translation. A word that comes in several lines has several translations.
+"""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, PrivateAttr
+import numpy as np
+from pydantic import Field
 
-from finetune.examples import Captioned, Example
-from finetune.lexicon.dictionaries import open_dictionaries
-from finetune.lexicon.mixing import mix
-from finetune.strategies.base import Context, Strategy
+from finetune.strategies.base import Context, Need, Purpose, Strategy, StrategyConfig
 from raylib.cache import cached, file_fingerprint
-from raylib.randomness import Key
+from raylib.errors import UserError
+from raylib.randomness import Key, uniform
+
+MOST_ODD = 0.1  # of the lines: above that, the file is something else
+NAMES = ("{}2.txt", "en-{}.txt")  # paper 0's public code, MUSE itself
+SENTENCE, REPLACE, LANGUAGE, TRANSLATION = range(4)  # what is drawn
 
 
-class CodeMixing(Strategy):
+class CodeMixingConfig(StrategyConfig):
     """`dictionaries`: folder of MUSE files, default: `dictionaries` in the data folder; `languages`: which,
     default: the targets. A text is mixed with probability `ratio`, then each of its words with `probability`
     (the paper's public code: 1, 0.9). `stages`: with sparse fine-tuning, in the rounds that find the mask, in
     the training after them, or in both (paper 0 found the rounds harmful)."""
 
-    hidden = ("dictionaries",)
+    needs = frozenset({"english_texts"})
+    hidden_fields = ("dictionaries",)
+    mutable_fields = ("ratio", "probability")
 
     stages: Literal["last", "rounds", "both"] = "last"
     dictionaries: str | None = None
     languages: tuple[str, ...] = ()
     ratio: float = Field(1.0, ge=0, le=1)
     probability: float = Field(0.9, ge=0, le=1)
-    _opened: object = PrivateAttr(None)
+
+    def required(self) -> frozenset[Need]:
+        return self.needs | ({"pruning_rounds"} if self.stages == "rounds" else set())
+
+    def during(self, purpose: Purpose) -> "CodeMixingConfig | None":
+        left_out = "last" if purpose == "pruning" else "rounds"
+        return None if self.stages == left_out else self
 
     def files(self, data: Path) -> tuple[Path, ...]:
         return (Path(self.dictionaries or data / "dictionaries"),)
 
-    def prepare(self, context: Context) -> "CodeMixing":
-        """Read the dictionaries; says how many lines of them were odd.
+    def build(self, context: Context) -> "CodeMixing":
+        """Read the dictionaries; logs how many lines of them were odd.
 
         Raises:
             UserError: a language without a dictionary, a file that is no dictionary.
         """
         languages = self.languages or tuple(code for code in context.languages if code != "en")
         (folder,) = self.files(context.data)
-        opened, report = cached(
+        dictionaries, report = cached(
             "dictionaries",
             (file_fingerprint(folder), languages),
             lambda: open_dictionaries(folder, languages),
         )
         context.log(f"strategies.code_mixing: {report}")
-        ready = self.model_copy()
-        ready._opened = opened
-        return ready
+        return CodeMixing(dictionaries, self.ratio, self.probability)
 
-    def example(self, example: Example | Captioned, *key: Key) -> Example | Captioned:
+
+class CodeMixing(Strategy):
+    """Texts mixed by `dictionaries`, with these probabilities of a text and of a word."""
+
+    def __init__(self, dictionaries: "Mapping[str, Dictionary]", ratio: float, probability: float):
+        self.dictionaries, self.ratio, self.probability = dictionaries, ratio, probability
+
+    def example(self, example: Any, *key: Key) -> Any:
         """Every text of the example, each from draws of its own."""
         return example.map_texts(
-            lambda text, i: mix(text, self._opened, self.ratio, self.probability, *key, "mix", i)
+            lambda text, i: mix_text(text, self.dictionaries, self.ratio, self.probability, *key, "mix", i)
         )
+
+
+class Dictionary(NamedTuple):
+    """`entries`: {English in lower case, words one space apart: its translations, each once, in the file's
+    order}."""
+
+    language: str
+    entries: dict[str, tuple[str, ...]]
+    longest: int  # words of the longest source
+    lines: int
+    odd: int  # lines without a translation, empty or not UTF-8: left out
+
+
+def open_dictionaries(folder: Path, languages: Sequence[str]) -> tuple[dict[str, Dictionary], str]:
+    """({language: its dictionary}, a line to print: words of each, lines left out), from
+    `folder`/LANGUAGE2.txt or en-LANGUAGE.txt.
+
+    Raises:
+        UserError: no language, a language has no file (lists those that have), or as `read_dictionary`.
+    """
+    if not languages:
+        raise UserError(f"{folder}: no language to open a dictionary of; name at least one")
+    folder, found = Path(folder), {}
+    for language in languages:
+        files = [folder / name.format(language) for name in NAMES]
+        file = next(filter(Path.is_file, files), None)
+        if file is None:
+            there = sorted(
+                {p.name.removesuffix("2.txt") for p in folder.glob("*2.txt")}
+                | {p.stem.removeprefix("en-") for p in folder.glob("en-*.txt")}
+            )
+            raise UserError(
+                f"{folder}: no dictionary '{files[0].name}'; there are: {', '.join(there) or 'none'}"
+            )
+        found[language] = read_dictionary(file, language)
+    words = ", ".join(f"{language} {len(dictionary.entries)}" for language, dictionary in found.items())
+    odd, lines = (sum(column) for column in zip(*((d.odd, d.lines) for d in found.values()), strict=True))
+    return found, f"English words with translations: {words}; {odd} of {lines} lines left out"
+
+
+def read_dictionary(path: Path, language: str) -> Dictionary:
+    """One file.
+
+    Raises:
+        UserError: more than a tenth of the lines are odd (names the first), or no line holds a pair.
+    """
+    entries: dict[str, dict[str, None]] = {}
+    number = odd = first_odd = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            source, translations = _pair(line)
+            if not translations:
+                odd += 1
+                first_odd = first_odd or number
+                continue
+            entries.setdefault(source, {}).update(dict.fromkeys(translations))
+    if odd > MOST_ODD * number or not entries:
+        where = f"line {first_odd} is the first of {odd} (of {number}) that are" if odd else "not one line is"
+        raise UserError(f"{path}: {where} no 'word translation'; give a dictionary like MUSE's")
+    longest = max(source.count(" ") + 1 for source in entries)
+    return Dictionary(
+        language, {source: tuple(found) for source, found in entries.items()}, longest, number, odd
+    )
+
+
+def _pair(line: bytes) -> tuple[str, list[str]]:
+    """(source, its translations); no translations: an odd line."""
+    try:
+        text = line.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return "", []
+    fields = text.split("\t") if "\t" in text.strip() else text.split(None, 1)
+    source, *translations = (" ".join(field.split()) for field in fields) if fields else ("",)
+    return source.lower(), [translation for translation in translations if translation] if source else []
+
+
+def mix_text(
+    text: str, dictionaries: Mapping[str, Dictionary], ratio: float, probability: float, *keys: Key
+) -> str:
+    """`text` with words replaced, as the keys draw it: with (seed, epoch, example), each epoch mixes anew.
+
+    With probability `ratio` the sentence is mixed at all. Then, from left to right: a language is drawn
+    first, and the word is looked up in its dictionary, in any case and without the punctuation around it;
+    where an entry of several words starts here, the longest counts as the word. With `probability` it is
+    replaced, by one of its translations; a word that the drawn language lacks stays (paper 0's public code
+    does so too). Punctuation stays where it is, spaces become single ones.
+
+    Args:
+        dictionaries: at least one. ratio, probability: 1 and 0.9 in paper 0's public code.
+    """
+    words = text.split()
+    draws = uniform(*keys, np.arange(4)[:, None], np.arange(max(len(words), 1))).tolist()
+    if not words or draws[SENTENCE][0] >= ratio:
+        return text
+    languages = sorted(dictionaries)
+    mixed, i = [], 0
+    while i < len(words):
+        dictionary = dictionaries[languages[int(draws[LANGUAGE][i] * len(languages))]]
+        count, translations = _find(words, i, dictionary)
+        if translations and draws[REPLACE][i] < probability:
+            before, after = _parts(words[i])[0], _parts(words[i + count - 1])[2]
+            mixed.append(before + translations[int(draws[TRANSLATION][i] * len(translations))] + after)
+        else:
+            mixed += words[i : i + count]
+        i += count
+    return " ".join(mixed)
+
+
+def _find(words: list[str], start: int, dictionary: Dictionary) -> tuple[int, tuple[str, ...]]:
+    """(how many words the longest entry at `start` has, its translations); (1, ()) where there is none."""
+    source, best = "", (1, ())
+    for count in range(1, min(dictionary.longest, len(words) - start) + 1):
+        before, word, after = _parts(words[start + count - 1])
+        if count > 1 and before:
+            break  # "polar, bear" and "polar (bear)" are not the polar bear
+        source = f"{source} {word}" if count > 1 else word
+        if source in dictionary.entries:
+            best = count, dictionary.entries[source]
+        if after:
+            break
+    return best
+
+
+@lru_cache(2**16)
+def _parts(word: str) -> tuple[str, str, str]:
+    """(punctuation before, the word in lower case, punctuation after)."""
+    marks = [unicodedata.category(character)[0] in "PS" for character in word]
+    if all(marks):
+        return word, "", ""
+    start, end = marks.index(False), len(word) - marks[::-1].index(False)
+    return word[:start], word[start:end].lower(), word[end:]

@@ -17,7 +17,7 @@ from torch import nn
 from finetune.batches import BatchOrder, EpochBatches, MoreInputs
 from finetune.examples import Captioned, Example
 from finetune.pictures import VisualSource, open_visual
-from finetune.strategies.base import Term
+from finetune.strategies.base import LossTerms
 from raylib.cache import cached, file_fingerprint
 from raylib.errors import UserError
 from raylib.text import Tokenizer
@@ -215,7 +215,7 @@ class Task(ABC):
         """Training batches, of which each worker makes its part."""
 
     @abstractmethod
-    def objective(self, config: "FinetuneConfig", model: nn.Module, terms: Mapping[str, Term]) -> nn.Module:
+    def objective(self, config: "FinetuneConfig", model: nn.Module, added: LossTerms) -> nn.Module:
         """The loss of a batch with the strategies' terms: `forward(batch)` -> (this worker's share of the
         loss, {by name, its terms: means over the global batch}).
 

@@ -15,12 +15,11 @@ from finetune.decoder import encode_answers
 from finetune.evaluate import evaluate
 from finetune.examples import Example
 from finetune.formats.gqa import read_answers
-from finetune.lexicon.confusions import confusions
-from finetune.lexicon.wordnet import WordNet
 from finetune.metrics import read_predictions
 from finetune.model import FinetuneModel, load_backbone, load_finetuned, tokenizer_at
 from finetune.objective import AnswerObjective, ClassificationObjective
-from finetune.strategies.base import Term
+from finetune.strategies.base import LossTerms
+from finetune.strategies.wordnet import WordNet, confusions
 from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Reading, Score, Task
 from raylib.errors import UserError
 from raylib.metrics import disparity
@@ -138,8 +137,8 @@ class Classification(Task):
         soft = self.is_generative or config.loss == "bce"
         return ExampleBatches(items, model.labels, visual, tokenizer, config.length, soft, order, extra)
 
-    def objective(self, config: "FinetuneConfig", model: nn.Module, terms: Mapping[str, Term]) -> nn.Module:
-        return ClassificationObjective(model, config.loss, terms)
+    def objective(self, config: "FinetuneConfig", model: nn.Module, added: LossTerms) -> nn.Module:
+        return ClassificationObjective(model, config.loss, added)
 
     def evaluate(
         self, pipeline: Pipeline, sets: Mapping[str, Iterable[Any]], folder: Path
@@ -210,5 +209,5 @@ class Generation(Classification):
             backbone, labels, self.num_images, config.head_dropout, region_dim, answers, config.decoder
         )
 
-    def objective(self, config: "FinetuneConfig", model: nn.Module, terms: Mapping[str, Term]) -> nn.Module:
-        return AnswerObjective(model, terms)
+    def objective(self, config: "FinetuneConfig", model: nn.Module, added: LossTerms) -> nn.Module:
+        return AnswerObjective(model, added.terms)

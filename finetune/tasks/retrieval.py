@@ -12,7 +12,7 @@ from finetune.contrast import ContrastObjective, MatchingObjective
 from finetune.examples import Captioned
 from finetune.model import load_backbone
 from finetune.retrieval import recall_at_1, retrieve
-from finetune.strategies.base import Term
+from finetune.strategies.base import LossTerms
 from finetune.tasks.base import TRAINING_SPLITS, Captions, Pipeline, Score, Task
 from raylib.errors import UserError
 from raylib.metrics import disparity
@@ -85,12 +85,12 @@ class Retrieval(Task):
     ) -> EpochBatches:
         return CaptionBatches(items, pipeline.visual, pipeline.tokenizer, pipeline.config.length, order)
 
-    def objective(self, config: "FinetuneConfig", model: nn.Module, terms: Mapping[str, Term]) -> nn.Module:
+    def objective(self, config: "FinetuneConfig", model: nn.Module, added: LossTerms) -> nn.Module:
         if not config.use_itm_head:
-            return ContrastObjective(model, config.temperature, terms)
+            return ContrastObjective(model, config.temperature, added.terms)
         pretraining = CONTRAST_AND_ITM.model_copy(update={"train_vision": "vision" not in config.freeze})
         objective = UnifiedObjective(model, pretraining, config.length)
-        return MatchingObjective(objective, terms) if terms else objective
+        return MatchingObjective(objective, added.terms) if added.terms else objective
 
     def evaluate(
         self, pipeline: Pipeline, sets: Mapping[str, Iterable[Any]], folder: Path

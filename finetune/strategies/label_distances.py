@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.lexicon.vectors import label_vectors
-from finetune.lexicon.wordnet import FILES, WordNet
+from finetune.strategies.word_vectors import label_vectors
+from finetune.strategies.wordnet import FILES, WordNet
 from raylib.errors import UserError
 from raylib.fileio import atomic_file, sha256_file
 from raylib.finite import is_finite
@@ -27,7 +27,7 @@ from raylib.finite import is_finite
 VERSION = 1  # of what this file computes: older matrices are made again
 
 
-class Report(NamedTuple):
+class UnknownLabels(NamedTuple):
     """Which labels the source does not know; `print` it."""
 
     what: str  # "synset", "vector"
@@ -43,7 +43,7 @@ class Report(NamedTuple):
 
 def wordnet_distances(
     labels: Sequence[str], folder: Path, hyponym: float, hypernym: float, cache: Path | None = None
-) -> tuple[Tensor, Report]:
+) -> tuple[Tensor, UnknownLabels]:
     """0 where the labels are the same or synonyms; d1 (`hyponym`) where the predicted one is a hyponym of the
     true one; d2 (`hypernym`) where it is a hypernym; else 1. A label without synset is at 1 from all others.
 
@@ -74,12 +74,14 @@ def wordnet_distances(
     return _cached(labels, "synset", [hyponym, hypernym], [folder / name for name in FILES], cache, compute)
 
 
-def vector_distances(labels: Sequence[str], path: Path, cache: Path | None = None) -> tuple[Tensor, Report]:
+def vector_distances(
+    labels: Sequence[str], path: Path, cache: Path | None = None
+) -> tuple[Tensor, UnknownLabels]:
     """1 - cosine of the labels' vectors, from 0 to 2 (cosines below 0 stay what they are). A label without a
     vector is at 1 from all others, at 0 from itself.
 
     Args:
-        labels: C different strings. path: vectors in a format of `finetune.lexicon.vectors`.
+        labels: C different strings. path: vectors in a format of `finetune.strategies.word_vectors`.
         cache: a folder, made where there is none; None keeps nothing.
     Returns:
         (float32 (C, C), symmetric, labels without a vector).
@@ -107,7 +109,7 @@ def _cached(
     sources: list[Path],
     cache: Path | None,
     compute: Callable[[], tuple[Tensor, list[int]]],
-) -> tuple[Tensor, Report]:
+) -> tuple[Tensor, UnknownLabels]:
     """What `compute` returns, from the cache if it is there."""
     twice = (
         sorted({label for label in labels if labels.count(label) > 1})
@@ -118,7 +120,7 @@ def _cached(
         raise UserError(f"the label '{twice[0]}' comes twice; each class needs a name of its own")
     if cache is None or not all(map(Path.is_file, sources)):  # `compute` says what is missing
         distance, unknown = compute()
-        return distance, Report(what, tuple(labels[i] for i in unknown), len(labels))
+        return distance, UnknownLabels(what, tuple(labels[i] for i in unknown), len(labels))
     key = json.dumps([VERSION, what, list(labels), numbers, [sha256_file(source) for source in sources]])
     file = Path(cache) / f"{what}-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.safetensors"
     if not file.is_file():
@@ -132,7 +134,7 @@ def _cached(
         raise UserError(
             f"{file}: tensor distance is not finite (NaN or infinite); delete it, and it is made again"
         )
-    return distance, Report(what, tuple(labels[i] for i in unknown), len(labels))
+    return distance, UnknownLabels(what, tuple(labels[i] for i in unknown), len(labels))
 
 
 def _save(file: Path, distance: Tensor, unknown: list[int]) -> None:

@@ -22,7 +22,7 @@ from raylib.finite import is_finite
 PEEK = 2**16  # bytes: more than the longest line that text vectors have
 
 
-def words_of(label: str) -> list[str]:
+def label_words(label: str) -> list[str]:
     """The words of a label: "living room" and "living_room" are two."""
     return [word for word in re.split(r"[\s_]+", label) if word]
 
@@ -37,7 +37,7 @@ def label_vectors(path: Path, labels: Sequence[str]) -> tuple[np.ndarray, list[i
     Raises:
         UserError: as `read_vectors`; no label has a vector.
     """
-    spelt = [words_of(label) for label in labels]
+    spelt = [label_words(label) for label in labels]
     vectors = read_vectors(path, {form for words in spelt for word in words for form in (word, word.lower())})
     forms = [[word if word in vectors else word.lower() for word in words] for words in spelt]
     found = [[vectors[form] for form in row if form in vectors] for row in forms]

@@ -1,13 +1,12 @@
-"""`python -m finetune.distillation ENCODER DATA --languages ru de`: word alignments of training texts with
-English ones."""
+"""`python -m finetune.strategies.distillation ENCODER DATA --languages ru de`: word alignments of training
+texts with English ones."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.distillation.aligner import Aligner, cut_words
-from finetune.distillation.alignments import PARTED
+from finetune.strategies.distillation.word_alignments import SEPARATOR, WordAligner, split_words
 from finetune.tasks.datasets import TASKS
 from raylib.command import command
 from raylib.config import lookup
@@ -17,7 +16,7 @@ from raylib.fileio import write_atomically
 BATCH = 64
 
 
-def write_alignments(aligner: Aligner, task: str, data: Path, language: str, out: Path) -> int:
+def write_alignments(aligner: WordAligner, task: str, data: Path, language: str, out: Path) -> int:
     """Write `out`/LANGUAGE.text and .align of a task's training examples. Returns how many links there are.
 
     Raises:
@@ -34,13 +33,13 @@ def write_alignments(aligner: Aligner, task: str, data: Path, language: str, out
             f"{task}: {len(missing)} training examples in '{language}' have no English one, such as "
             f"{missing[0]}"
         )
-    pairs = [(cut_words(e.texts[-1]), cut_words(english[e.id])) for e in read[language]]
+    pairs = [(split_words(e.texts[-1]), split_words(english[e.id])) for e in read[language]]
     links = [
         row for start in range(0, len(pairs), BATCH) for row in aligner.align(pairs[start : start + BATCH])
     ]
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(
-        out / f"{language}.text", "".join(f"{' '.join(a)}{PARTED}{' '.join(b)}\n" for a, b in pairs)
+        out / f"{language}.text", "".join(f"{' '.join(a)}{SEPARATOR}{' '.join(b)}\n" for a, b in pairs)
     )
     write_atomically(
         out / f"{language}.align", "".join(" ".join(f"{i}-{j}" for i, j in row) + "\n" for row in links)
@@ -51,7 +50,7 @@ def write_alignments(aligner: Aligner, task: str, data: Path, language: str, out
 @command()
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
-    parser = argparse.ArgumentParser(prog="python -m finetune.distillation", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m finetune.strategies.distillation", description=__doc__)
     parser.add_argument(
         "encoder", type=Path, help="folder of a multilingual encoder of transformers, such as mBERT"
     )
@@ -64,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--threshold", type=float, default=1e-3)
     a = parser.parse_args(arguments)
-    aligner = Aligner(a.encoder, a.layer, a.threshold)
+    aligner = WordAligner(a.encoder, a.layer, a.threshold)
     for language in a.languages:
         found = write_alignments(aligner, a.task, a.data, language, a.out or a.data / "alignments")
         print(f"{language}: {found} links")

@@ -1,5 +1,5 @@
-"""A teacher's states on disk: made once, by all workers together, as safetensors shards, and read back by
-example.
+"""The English model that a student learns from: read, never trained, and no part of what is saved. Its
+states may be made once, by all workers together, as safetensors shards, and read back by example.
 
 FOLDER/states-WORKER-NUMBER.safetensors   "states" (T', L, d), rows of some examples end to end
 FOLDER/index-WORKER.json                  {id: [number, first token, tokens]}
@@ -15,16 +15,62 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.examples import Example
+from finetune.model import FinetuneModel, find_evaluated, is_foreign, load_backbone, read_description
 from raylib.data.states import write_whole
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json
 from raylib.finite import is_finite
 
+
+class Teacher:
+    """`model` after `layers`, in evaluation mode and without gradient. No `nn.Module`: nothing may put it
+    among the parts of what it teaches."""
+
+    def __init__(self, model: FinetuneModel, layers: tuple[int, ...], empty: bool = False):
+        self.model, self.layers, self.empty = model.eval().requires_grad_(False), layers, empty
+
+    @torch.no_grad()
+    def states(self, batch: dict) -> Tensor:
+        """A batch of `FinetuneModel.forward` -> states of all tokens after each layer (L, T', d), as rows end
+        to end."""
+        return torch.stack(
+            [rows.values for rows in self.model.hidden_states(batch, self.layers, self.empty)[0]]
+        )
+
+
+def load_teacher(path: Path | str, kind: str, regions: int | None) -> FinetuneModel:
+    """The model at `path`: a run of fine-tuning, with its head, or else a backbone of `kind`, whose head says
+    nothing.
+
+    regions: the width of the region features that it will see.
+    Raises:
+        UserError: no model there.
+    """
+    if not Path(path).exists():
+        raise UserError(
+            f"strategies.distillation.teacher={path}: no such model; give the run of an English fine-tuning"
+        )
+    if not is_foreign(Path(path)):
+        folder = find_evaluated(path)
+        if read_description(folder)["model_type"] == "polyglance-finetuned":
+            model = FinetuneModel.from_pretrained(folder)
+            if model.is_generative:
+                raise UserError(
+                    f"strategies.distillation.teacher={path}: its head is a decoder; give a run of "
+                    "head=classifier"
+                )
+            return model
+    backbone = load_backbone(path, kind)
+    if regions and hasattr(backbone, "set_region_dim"):
+        backbone.set_region_dim(regions)
+    return FinetuneModel(backbone, ("?",), 1, 0.0, regions)  # a head that nothing reads
+
+
 TOKENS = 2**16  # of a shard, about
 
 
-class Stored:
-    """The folder that `write_stored` made. May be sent to loader processes: shards are opened where they are
+class StoredStates:
+    """The folder that `store_states` made. May be sent to loader processes: shards are opened where they are
     first read."""
 
     def __init__(self, folder: Path):
@@ -61,13 +107,13 @@ class Stored:
         return self._open[shard][first : first + tokens]
 
 
-def write_stored(
+def store_states(
     folder: Path,
     examples: Sequence[Example],
     states: Callable[[Sequence[Example]], tuple[Tensor, list[int]]],
     batch: int,
     dtype: torch.dtype = torch.float32,
-) -> Stored:
+) -> StoredStates:
     """All workers together: `states(examples)` -> ((L, T', d), tokens of each row) of all `examples`, `batch`
     at a time, one of each id. The folder appears whole: one that is there already is taken as it is.
 
@@ -76,12 +122,13 @@ def write_stored(
     """
     unique = list({e.id: e for e in examples}.values())
     write_whole(
-        folder, lambda out, rank, world: _Shards(out, rank, dtype).write(unique[rank::world], states, batch)
+        folder,
+        lambda out, rank, world: _StateShards(out, rank, dtype).write(unique[rank::world], states, batch),
     )
-    return Stored(folder)
+    return StoredStates(folder)
 
 
-class _Shards:
+class _StateShards:
     """What one worker writes."""
 
     def __init__(self, folder: Path, worker: int, dtype: torch.dtype):

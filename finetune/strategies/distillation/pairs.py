@@ -1,0 +1,253 @@
+"""Which tokens of student and teacher are compared, and what each pair counts (paper 3, equations 2 to 6);
+what a batch holds for that, made where batches are read.
+
+Every term is the sum of weight x MSE(state of the student, state of the teacher) over its pairs, divided by
+the number of examples of the global batch:
+
+| term | pairs | weight (`public`: 1) |
+| --- | --- | --- |
+| cls (equation 2) | both CLS | 1 |
+| image (3) | each region | 1 / p, p regions |
+| tags (4) | sub-words of tags that match | 1 / (t t') of tokens; the paper's t^2, where tokenizers agree |
+| mixed (5) | sub-words of aligned words that match | 1 / (n n'), n and n' tokens of words |
+
+With `public` (cViL's code) they are one mean over the pairs of all terms and examples: regions outweigh
+everything else.
+
+Shape legend: P pairs; T, T' tokens of student and teacher; n rows; d width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.batches import encode_inputs, tags_of
+from finetune.examples import Example
+from finetune.strategies.distillation.teacher import StoredStates
+from finetune.strategies.distillation.word_alignments import Span
+from raylib.models.base import TokenSegments, find_segments
+from raylib.packed import Ragged
+from raylib.text import Tokenizer
+
+
+def token_spans(text: str, words: Sequence[Span], tokenizer: Tokenizer) -> list[Span | None]:
+    """The tokens of the words that lie at these characters of `text`; None where a word does not begin and
+    end as tokens do."""
+    ends = sorted({place for word in words for place in word} | {len(text)})
+    rows = dict(zip(ends, tokenizer.encode([text[:end].rstrip() for end in ends]), strict=True))
+    whole = rows[len(text)]
+    counts = {end: len(row) if np.array_equal(row, whole[: len(row)]) else None for end, row in rows.items()}
+    spans = [(counts[first], counts[end]) for first, end in words]
+    return [None if None in span or span[0] >= span[1] else span for span in spans]
+
+
+def word_spans(text: str) -> list[Span]:
+    """Where the words of a text are that white space parts."""
+    found, at = [], 0
+    for word in text.split():
+        first = text.index(word, at)
+        at = first + len(word)
+        found.append((first, at))
+    return found
+
+
+def matching_tokens(
+    student: tuple[str, Sequence[Span], Tokenizer],
+    teacher: tuple[str, Sequence[Span], Tokenizer],
+    whole: bool = False,
+) -> list[Span]:
+    """Pairs of tokens, of the student's text and of the teacher's, that are equal sub-words of words
+    that belong together: word by word, each with the next equal one of the other.
+
+    Args:
+        student, teacher: text, its words (word i of one belongs to word i of the other), tokenizer.
+        whole: a word counts only if all its sub-words match.
+    """
+    pairs = []
+    ids = [tokenizer.encode([text])[0] for text, _, tokenizer in (student, teacher)]
+    spans = [token_spans(*side) for side in (student, teacher)]
+    for mine, theirs in zip(*spans, strict=True):
+        if mine and theirs:
+            parts = [student[2].pieces(ids[0][slice(*mine)]), teacher[2].pieces(ids[1][slice(*theirs)])]
+            if parts[0] == parts[1] or not whole:
+                pairs += [(mine[0] + i, theirs[0] + j) for i, j in _greedy(*parts)]
+    return pairs
+
+
+def _greedy(left: Sequence[str], right: Sequence[str]) -> list[Span]:
+    """TokenSegments of equal parts, from left to right, none of them twice."""
+    pairs, first = [], 0
+    for i, part in enumerate(left):
+        if part in right[first:]:
+            first = right.index(part, first) + 1
+            pairs.append((i, first - 1))
+    return pairs
+
+
+TOKEN_KINDS = ("cls", "image", "tags", "mixed")
+
+
+class TokenPairs(NamedTuple):
+    """Flat positions of tokens (P,) in the student's and in the teacher's rows, and what each pair counts
+    (P,)."""
+
+    student: Tensor
+    teacher: Tensor
+    weights: Tensor
+
+
+def pair_distance(student: Tensor, teacher: Tensor, pairs: TokenPairs) -> Tensor:
+    """Sum over the pairs of weight x mean squared error, in float32.
+
+    Args:
+        student: (T, d). teacher: (T', d), which gets no gradient.
+    """
+    mine = student.index_select(0, pairs.student).float()
+    theirs = teacher.detach().index_select(0, pairs.teacher).float()
+    return ((mine - theirs).square().mean(1) * pairs.weights).sum()
+
+
+def cls_pairs(student: TokenSegments, teacher: TokenSegments) -> TokenPairs:
+    """One pair a row, which counts 1."""
+    return TokenPairs(student.cls, teacher.cls, torch.ones(len(student.cls)))
+
+
+def image_pairs(
+    student: TokenSegments, teacher: TokenSegments, slots: int = 0, public: bool = False
+) -> TokenPairs:
+    """The regions of each picture.
+
+    Args:
+        slots: 0, padding is masked; else pictures are padded to so many slots, and the empty ones are
+            averaged in, as in cViL's code: those of a row all come to one state (`TokenSegments.empty`),
+            which counts as often as there are.
+    """
+    counts = student.regions.lengths
+    shares = torch.ones(len(counts)) if public else 1 / counts.clamp(min=slots or 1).float()
+    pairs = TokenPairs(student.regions.values, teacher.regions.values, shares.repeat_interleave(counts))
+    if not slots:
+        return pairs
+    empty = TokenPairs(student.empty, teacher.empty, shares * (slots - counts).clamp(min=0))
+    return TokenPairs(*(torch.cat(both) for both in zip(pairs, empty, strict=True)))
+
+
+def matched_pairs(
+    student: Ragged,
+    teacher: Ragged,
+    matches: Sequence[Sequence[tuple[int, int]]],
+    public: bool = False,
+    specials: int = 0,
+) -> TokenPairs:
+    """Tokens that match: the ones of A in equation 4, of B in equation 5.
+
+    Args:
+        student, teacher: places of n rows of tags, or of texts. matches: of each row, pairs of places in the
+        row. specials: tokens of a row that are no words, and do not count in n.
+    """
+    rows = torch.tensor([i for i, row in enumerate(matches) for _ in row], dtype=torch.int64)
+    mine, theirs = (
+        torch.tensor([pair for row in matches for pair in row], dtype=torch.int64).view(-1, 2).unbind(1)
+    )
+    sizes = (student.lengths - specials) * (teacher.lengths - specials)
+    weights = torch.ones(len(rows)) if public else 1 / sizes[rows].float()
+    return TokenPairs(
+        student.values[student.starts[rows] + mine], teacher.values[teacher.starts[rows] + theirs], weights
+    )
+
+
+class RowTokenizer:
+    """How a student or a teacher reads: its tokenizer, and of what its rows are made
+    (`raylib.models`)."""
+
+    def __init__(self, tokenizer: Tokenizer, parts: Sequence[str]):
+        self.tokenizer, self.parts = tokenizer, tuple(parts)
+        self.plain = getattr(tokenizer, "plain", tokenizer)  # without a prompt
+
+    def prompt(self, text: str) -> int:
+        """How many tokens a prompt puts before `text`."""
+        return len(self.tokenizer.encode([text])[0]) - len(self.plain.encode([text])[0])
+
+    def places(self, inputs: dict, empty: bool) -> TokenSegments:
+        """Where everything is in rows of `inputs`."""
+        lengths = [
+            inputs[part].lengths
+            if part in self.parts and part in inputs
+            else torch.zeros_like(inputs["text"].lengths)
+            for part in ("text", "tags", "regions")
+        ]
+        return find_segments(*lengths, empty)
+
+
+class TeacherInputs:
+    """`inputs(examples, seen, part)` -> {"teacher": its "text" and "tags", or the "stored" states of both (L,
+    T', d), "pairs": {term: `TokenPairs`}}, of examples that have a `pivot`."""
+
+    def __init__(
+        self,
+        student: RowTokenizer,
+        teacher: RowTokenizer,
+        length: int,
+        terms: Sequence[str],
+        slots: int = 0,
+        public: bool = False,
+        stored: StoredStates | None = None,
+    ):
+        self.student, self.teacher, self.length, self.terms = student, teacher, length, tuple(terms)
+        self.slots, self.public, self.stored = slots, public, stored
+
+    def __call__(
+        self, examples: Sequence[Example], seen: dict[str, Any], part: dict[str, Any]
+    ) -> dict[str, Any]:
+        """seen: of the pictures of `examples` (`finetune.batches.see`). part: what the student reads."""
+        pivots = [e._replace(texts=(e.pivot,)) for e in examples]
+        theirs = encode_inputs(pivots, seen, self.teacher.tokenizer, self.length)
+        places = (
+            self.student.places(part, self.slots > 0),
+            self.teacher.places({**seen, **theirs}, self.slots > 0),
+        )
+        pairs = {term: getattr(self, f"_{term}")(examples, seen, *places) for term in self.terms}
+        if self.stored:
+            return {"teacher": {"stored": self.stored.read([e.id for e in examples])}, "pairs": pairs}
+        return {
+            "teacher": {name: theirs[name] for name in ("text", "tags") if name in theirs},
+            "pairs": pairs,
+        }
+
+    def _cls(self, examples, seen, student: TokenSegments, teacher: TokenSegments) -> TokenPairs:
+        return cls_pairs(student, teacher)
+
+    def _image(self, examples, seen, student: TokenSegments, teacher: TokenSegments) -> TokenPairs:
+        return image_pairs(student, teacher, self.slots, self.public)
+
+    def _tags(self, examples, seen, student: TokenSegments, teacher: TokenSegments) -> TokenPairs:
+        """Both read the same words; the SEP after them matches too, as in cViL's code."""
+        matches = []
+        for i, text in enumerate(tags_of(examples, seen["tags"])):
+            sizes = [int(side.tags.lengths[i]) for side in (student, teacher)]
+            words = word_spans(text)
+            found = matching_tokens(*((text, words, side.plain) for side in (self.student, self.teacher)))
+            found = [(a, b) for a, b in found if a < sizes[0] - 1 and b < sizes[1] - 1]
+            matches.append([*found, (sizes[0] - 1, sizes[1] - 1)] if text else [])
+        return matched_pairs(student.tags, teacher.tags, matches, self.public)
+
+    def _mixed(self, examples, seen, student: TokenSegments, teacher: TokenSegments) -> TokenPairs:
+        matches = []
+        for i, e in enumerate(examples):
+            words = ([word for word, _ in e.aligned], [word for _, word in e.aligned])
+            sides = [(e.texts[-1], words[0], self.student.plain), (e.pivot, words[1], self.teacher.plain)]
+            shifts = [
+                1 + self.student.prompt(e.texts[-1]),
+                1 + self.teacher.prompt(e.pivot),
+            ]  # behind the CLS
+            sizes = [int(side.text.lengths[i]) - 1 for side in (student, teacher)]  # before the SEP
+            found = [(a + shifts[0], b + shifts[1]) for a, b in matching_tokens(*sides, whole=True)]
+            matches.append([(a, b) for a, b in found if a < sizes[0] and b < sizes[1]])
+        return matched_pairs(student.text, teacher.text, matches, self.public, specials=2)
+
+
+def pair_weight(pairs: dict[str, TokenPairs]) -> Tensor:
+    """What all pairs of a batch count together."""
+    return torch.stack([each.weights.sum() for each in pairs.values()]).sum()

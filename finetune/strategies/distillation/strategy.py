@@ -1,0 +1,412 @@
+"""Distillation across languages (cViL, paper 3): its settings, and what they build for a training."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from finetune.batches import encode_inputs, load_visual
+from finetune.examples import Example
+from finetune.model import FinetuneModel, tokenizer_at, weights_of
+from finetune.pictures import PrecomputedFeatures
+from finetune.strategies.base import (
+    Context,
+    HiddenStates,
+    Need,
+    Outputs,
+    Prepared,
+    Purpose,
+    Stage,
+    StageRun,
+    Strategy,
+    StrategyConfig,
+    Term,
+    TrainingSetup,
+)
+from finetune.strategies.distillation.pairs import RowTokenizer, TeacherInputs, pair_distance, pair_weight
+from finetune.strategies.distillation.teacher import StoredStates, Teacher, load_teacher, store_states
+from finetune.strategies.distillation.word_alignments import Alignments, mix_aligned, read_alignments
+from raylib.data.states import fingerprint
+from raylib.device import to_device
+from raylib.errors import UserError
+from raylib.randomness import Key
+from raylib.text import Tokenizer
+
+BATCH = 64  # examples whose states a teacher makes at a time, beforehand
+WHERE = "strategies.distillation"
+
+
+class DistillationConfig(StrategyConfig):
+    """Defaults are the paper's.
+
+    teacher: the run of an English fine-tuning, or weights that `backbone` can start from.
+    tokens: whose states are compared; "mixed": of English words that take the place of `share` of the words,
+    by the word
+        `alignments`, a folder of LANGUAGE.text and LANGUAGE.align (default: `alignments` in the data folder).
+    layers: of the student, default 3, 6, 9 and the last; teacher_layers: which of the teacher's each is
+        compared with, default the same; weights: lambda_m, default 1; one alone is every layer's.
+    normalise: as equations 2 to 6, or as the public code, one mean over everything. slots: pictures are
+        padded to so many regions, and the empty ones are averaged in (the public code: 50); 0: they are
+        masked.
+    task: what the answers count beside it. classifier: the student's is new, or starts as the teacher's.
+    states: the teacher runs beside the student, or its states are stored before.
+    epochs: distil for so many epochs in a training of its own, RUN/distilled, which the run's goes on from,
+    on answers alone
+        (the paper's two steps in one run); None: the run itself distils.
+    """
+
+    needs = frozenset({"labels", "one_image", "states", "training_texts"})
+    display_fields = ("tokens",)
+    hidden_fields = ("teacher", "backbone", "alignments", "states")
+    run_fields = ("teacher",)
+
+    teacher: str
+    backbone: str = "unified"
+    tokens: tuple[Literal["cls", "image", "tags", "mixed"], ...] = Field(
+        ("cls", "image", "tags", "mixed"), min_length=1
+    )
+    layers: tuple[PositiveInt, ...] | None = None
+    teacher_layers: tuple[PositiveInt, ...] | None = None
+    weights: tuple[NonNegativeFloat, ...] | None = None
+    normalise: Literal["paper", "public"] = "paper"
+    slots: NonNegativeInt = 0
+    task: NonNegativeFloat = 0.0
+    classifier: Literal["new", "teacher"] = "new"
+    states: Literal["live", "stored"] = "live"
+    epochs: PositiveInt | None = None
+    alignments: str | None = None
+    share: float = Field(0.15, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DistillationConfig":
+        if len(set(self.tokens)) < len(self.tokens):
+            raise ValueError(f"tokens {list(self.tokens)}: name each once")
+        return self
+
+    def removes(self) -> Mapping[Need, str]:
+        return {} if self.task or self.epochs else {"logits": f"set {WHERE}.task=1"}
+
+    def check_run(self, run: Any) -> None:
+        if "logits" in self.removes() and self.classifier == "new" and run.select == "best":
+            raise UserError(
+                f"{WHERE}.task=0 trains no head that could choose the best checkpoint; set select=last, or "
+                f"{WHERE}.classifier=teacher"
+            )
+
+    def files(self, data: Path) -> tuple[Path, ...]:
+        # a teacher that is missing is an error of `load_teacher`
+        weights = [weights_of(self.teacher)] if Path(self.teacher).exists() else []
+        return (*([self._alignments_in(data)] if "mixed" in self.tokens else []), *weights)
+
+    def _alignments_in(self, data: Path) -> Path:
+        return Path(self.alignments or data / "alignments")
+
+    def during(self, purpose: Purpose) -> "DistillationConfig | None":
+        """With `epochs` it is a training of its own, and no part of the run's."""
+        if purpose == "states":
+            return self.model_copy(update={"epochs": None})
+        return None if self.epochs else self
+
+    @property
+    def stage_epochs(self) -> int:
+        return self.epochs or 0
+
+    def stages_before(self, run: StageRun) -> Prepared:
+        """The student is distilled first; the run goes on from it, on answers alone."""
+        if not self.epochs:
+            return Prepared()
+        settings = {"epochs": self.epochs, "select": "last"}
+        return Prepared(start=run.train(Stage("distilled", "states", self.epochs, settings=settings)))
+
+    def build(self, context: Context) -> "Distillation":
+        """Read the English text of every training example, and the word alignments.
+
+        Raises:
+            UserError: examples without English; alignments that do not fit the examples.
+        """
+        pivots = {e.id: e.texts[-1] for e in context.english}
+        for language, examples in context.training.items():
+            missing = [e.id for e in examples if e.id not in pivots]
+            if missing:
+                raise UserError(
+                    f"{WHERE}: {len(missing)} training examples in '{language}' have no English one, such as "
+                    f"{missing[0]}"
+                )
+        alignments = self._read_alignments(context, pivots) if "mixed" in self.tokens else {}
+        return Distillation(self, pivots, alignments)
+
+    def _read_alignments(self, context: Context, pivots: Mapping[str, str]) -> Alignments:
+        if set(context.training) <= {"en"}:
+            raise UserError(
+                f"{WHERE}.tokens: 'mixed' puts English words into texts of another language, and training "
+                "reads English alone; leave it out, or set setting=single_language"
+            )
+        folder = self._alignments_in(context.data)
+        both = Tokenizer.load(context.tokenizer), Tokenizer.load(tokenizer_at(self.teacher))
+        found: Alignments = {}
+        for language, examples in context.training.items():
+            if language != "en":
+                texts = ((e.id, e.texts[-1], pivots[e.id]) for e in examples)
+                found |= read_alignments(folder, language, texts, both)
+        return found
+
+
+class Distillation(Strategy):
+    """The student's states beside the teacher's.
+
+        L = sum_m lambda_m (cls + image + tags + mixed) (paper 3, equation 6) + task (the task's loss)
+
+    pivots: {id: the English text that the teacher reads}. alignments: words that may be mixed.
+    """
+
+    def __init__(self, config: DistillationConfig, pivots: Mapping[str, str], alignments: Alignments):
+        self.config, self.pivots, self.alignments = config, pivots, alignments
+        self.task_weight = config.task
+        self.inputs: TeacherInputs | None = None
+        self.weights: tuple[float, ...] = ()  # lambda of each compared layer
+        self._model: FinetuneModel | None = None
+        self._teacher: Teacher | None = None
+        self._states: tuple[dict, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Loader processes change examples, and need no teacher."""
+        return {**self.__dict__, "_model": None, "_teacher": None, "_states": None}
+
+    def example(self, example: Example, *key: Key) -> Example:
+        """The example with its English text; English words take the place of some of its own, anew each
+        epoch."""
+        example = example._replace(pivot=self.pivots[example.id])
+        links = self.alignments.get((example.id, example.texts[-1]))
+        if not links:
+            return example
+        share = self.config.share
+        text, aligned = mix_aligned(example.texts[-1], example.pivot, links, share, *key, "mixed")
+        return example._replace(texts=(*example.texts[:-1], text), aligned=aligned)
+
+    def adapt(self, model: Any) -> None:
+        """Give the student the teacher's head; without a task, take the head out of training: it would decay
+        under ZeRO.
+
+        Raises:
+            UserError: the teacher's answers are others.
+        """
+        pooler = getattr(model.backbone, "pooler", None)
+        if self.config.classifier == "teacher":
+            teacher = self._load(model)
+            if teacher.labels != model.labels or teacher.backbone.width != model.backbone.width:
+                raise UserError(
+                    f"{WHERE}.classifier=teacher: the teacher's answers ({len(teacher.labels)}) are not this "
+                    f"task's ({len(model.labels)}), or its width is another; set classifier=new"
+                )
+            model.head.load_state_dict(teacher.head.state_dict())
+            if pooler is not None:
+                pooler.load_state_dict(teacher.backbone.pooler.state_dict())
+        if not self.config.task:
+            for part in filter(None, (model.head, pooler)):
+                part.requires_grad_(False)
+
+    def _load(self, model: FinetuneModel) -> FinetuneModel:
+        """The teacher's model, read once."""
+        if self._model is None:
+            config = self.config
+            self._model = load_teacher(config.teacher, config.backbone, model.description["regions"])
+        return self._model
+
+    def begin(self, setup: TrainingSetup) -> None:
+        """Set the teacher beside the student, or compute its states.
+
+        Raises:
+            UserError: teacher, student, task and settings do not go together.
+        """
+        config, pipeline = self.config, setup.pipeline
+        model = pipeline.model
+        teacher = self._load(model).to(next(model.parameters()).device)
+        check_models(config, model, teacher)
+        _check_images(config, model, teacher, pipeline.visual, setup.examples)
+        layers, compared = compared_layers(config, model.num_layers, teacher.num_layers)
+        beside = Teacher(teacher, compared, config.slots > 0)
+        self.compare(layers, beside)
+        reads = RowTokenizer(Tokenizer.load(tokenizer_at(config.teacher)), teacher.backbone.row_parts)
+        stored = None
+        if config.states == "stored":
+            stored, self._teacher = self._store(beside, reads, setup), None
+        self.inputs = TeacherInputs(
+            RowTokenizer(pipeline.tokenizer, model.backbone.row_parts),
+            reads,
+            pipeline.config.length,
+            config.tokens,
+            config.slots,
+            config.normalise == "public",
+            stored,
+        )
+
+    def compare(self, layers: Mapping[int, float], teacher: Teacher) -> None:
+        """Compare states after `layers` of the student, {layer: lambda}, with those of `teacher`."""
+        self.hidden_states = HiddenStates(tuple(layers), self.config.slots > 0)
+        self.weights, self._teacher = tuple(layers.values()), teacher
+
+    def batch_inputs(self) -> TeacherInputs | None:
+        return self.inputs
+
+    def terms(self, model: nn.Module) -> dict[str, Term]:
+        """One term for each of `tokens`, of all compared layers."""
+        assert self.hidden_states is not None
+        layers = self.hidden_states.layers
+        # the public code takes one mean over the pairs of all terms; the paper one over examples
+        count = _pairs if self.config.normalise == "public" else _examples
+
+        def distance(tokens: str) -> Term:
+            def values(outputs: Outputs, part: dict) -> Tensor:
+                theirs, pairs = self._teacher_states(part), part["pairs"][tokens]
+                return sum(
+                    weight * pair_distance(outputs.states[layer].values, theirs[m], pairs)
+                    for m, (layer, weight) in enumerate(zip(layers, self.weights, strict=True))
+                )
+
+            return Term(1.0, values, count)
+
+        return {tokens: distance(tokens) for tokens in self.config.tokens}
+
+    def _teacher_states(self, part: dict) -> Tensor:
+        """The teacher's states (L, T', d) of the same images, computed once a batch for all terms."""
+        teacher = part["teacher"]
+        if "stored" in teacher:
+            return teacher["stored"]
+        if self._states is None or self._states[0] is not part:
+            assert self._teacher is not None
+            self._states = part, self._teacher.states({**part, **teacher})
+        return self._states[1]
+
+    def _store(self, teacher: Teacher, reads: RowTokenizer, setup: TrainingSetup) -> StoredStates:
+        """The teacher's states of all examples, made beforehand."""
+        pipeline = setup.pipeline
+        length, visual, bf16 = pipeline.config.length, pipeline.visual, pipeline.bf16
+        if visual.num_draws:
+            raise UserError(
+                f"{WHERE}.states=stored: augmented images differ each time; set augment=null, or states=live"
+            )
+        device = next(teacher.model.parameters()).device
+
+        def states(chunk: Sequence[Example]) -> tuple[Tensor, list[int]]:
+            pivots = [e._replace(texts=(self.pivots[e.id],)) for e in chunk]
+            inputs = encode_inputs(pivots, load_visual(pivots, visual), reads.tokenizer, length)
+            places = reads.places(inputs, teacher.empty)
+            lengths = places.text.lengths + places.tags.lengths + places.regions.lengths + int(teacher.empty)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                return teacher.states(to_device(inputs, device)), lengths.tolist()
+
+        # the folder is named by all that the states depend on: other parts, runs and trials read it too
+        facts = (
+            teacher.layers,
+            teacher.empty,
+            length,
+            reads.tokenizer.sha256,
+            bf16,
+            [(e.id, self.pivots[e.id], e.images, e.tags) for e in setup.examples],
+            *setup.images,
+        )
+        folder = setup.folder / "teacher" / fingerprint(teacher.model, *facts)
+        dtype = torch.float16 if bf16 else torch.float32
+        return store_states(folder, setup.examples, states, BATCH, dtype)
+
+
+def _pairs(part: dict) -> Tensor:
+    return pair_weight(part["pairs"])
+
+
+def _examples(part: dict) -> Tensor:
+    weights = next(iter(part["pairs"].values())).weights
+    return weights.new_tensor(float(len(part["text"].lengths)))
+
+
+def compared_layers(
+    config: DistillationConfig, student: int, teacher: int
+) -> tuple[dict[int, float], tuple[int, ...]]:
+    """({layer of the student: lambda}, the teacher's layers that they are compared with), of models with so
+    many layers.
+
+    Raises:
+        UserError: models of different depth and no map; layers that are not there or not rising; lists of
+            different length.
+    """
+    if student != teacher and not (config.layers and config.teacher_layers):
+        raise UserError(
+            f"{WHERE}: the student has {student} layers, the teacher {teacher}; say which go together with "
+            f"{WHERE}.layers= and {WHERE}.teacher_layers="
+        )
+    mine = config.layers or tuple(sorted({layer for layer in (3, 6, 9, student) if layer <= student}))
+    theirs, weights = config.teacher_layers or mine, config.weights or (1.0,)
+    weights = weights * len(mine) if len(weights) == 1 else weights
+    for name, values in (("teacher_layers", theirs), ("weights", weights)):
+        if len(values) != len(mine):
+            raise UserError(
+                f"{WHERE}.{name}: {len(values)} values for {len(mine)} layers, {list(mine)}; give one for "
+                "each"
+            )
+    for name, values, depth in (("layers", mine, student), ("teacher_layers", theirs, teacher)):
+        if list(values) != sorted(set(values)) or values[-1] > depth:
+            raise UserError(
+                f"{WHERE}.{name}={list(values)}: the model has layers 1 to {depth}; name some, each once, "
+                "rising"
+            )
+    return dict(zip(mine, weights, strict=True)), theirs
+
+
+def check_models(config: DistillationConfig, student: FinetuneModel, teacher: FinetuneModel) -> None:
+    """Raises UserError: states of the two cannot be compared."""
+    for model in (student, teacher):
+        if not hasattr(model.backbone, "hidden_states"):
+            raise UserError(
+                f"{WHERE}: the backbone {model.backbone.kind} does not tell its states; unified, cclm and "
+                "oscar do"
+            )
+    mine, theirs = student.backbone, teacher.backbone
+    if mine.row_parts != theirs.row_parts:
+        raise UserError(
+            f"{WHERE}: {mine.kind}'s rows are of {', '.join(mine.row_parts)}, the teacher's, "
+            f"{theirs.kind}'s, of {', '.join(theirs.row_parts)}; take a teacher of the same kind"
+        )
+    if mine.width != theirs.width:
+        raise UserError(
+            f"{WHERE}: the teacher's states are {theirs.width} wide, the student's {mine.width}; they must "
+            "be equal"
+        )
+    for name, part, what in (("image", "regions", "tokens of images"), ("tags", "tags", "object tags")):
+        if name in config.tokens and part not in mine.row_parts:
+            raise UserError(
+                f"{WHERE}.tokens: {mine.kind} has no {what} in its rows, which '{name}' compares; leave "
+                f"'{name}' out"
+            )
+    if config.slots and "regions" not in mine.row_parts:
+        raise UserError(f"{WHERE}.slots={config.slots}: {mine.kind} has no slots of regions; leave it out")
+
+
+def _check_images(
+    config: DistillationConfig,
+    model: FinetuneModel,
+    teacher: FinetuneModel,
+    images: Any,
+    examples: Sequence[Example],
+) -> None:
+    if model.num_images != 1 or not examples[0].images:
+        raise UserError(f"{WHERE}: teacher and student must be about one image; this task's texts are not")
+    if "soft_prompt" in getattr(teacher.backbone, "tuning", {}):
+        raise UserError(
+            f"{WHERE}.teacher={config.teacher}: it was trained with a soft prompt, which texts would lack"
+        )
+    sizes = [getattr(m.backbone.config, "image_size", None) for m in (model, teacher)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"{WHERE}: the teacher sees images of {sizes[1]} pixels, the student of {sizes[0]}; set "
+            f"image_size={sizes[1]}"
+        )
+    if isinstance(images, PrecomputedFeatures):
+        made = [fingerprint(m.backbone.vision) for m in (model, teacher)]
+        if made[0] != made[1]:
+            raise UserError(
+                f"{WHERE}: the frozen image encoder is not the teacher's, so images cannot be encoded once "
+                "for both; set cache_image_states=false"
+            )

@@ -1,0 +1,206 @@
+"""Sparse fine-tuning (paper 0, Algorithm 1): find the weights that a task needs, rewind, train them alone.
+
+Iterative magnitude pruning: train, prune, rewind, again. Each round is a training of its own in RUN/round_N,
+cut short after some epochs of the run's own schedule; RUN/masks/round_N.safetensors is what it leaves. A
+round whose mask is there is not done again, one that was interrupted goes on: so the cycle resumes wherever
+it stopped.
+
+A mask is {parameter name: bool tensor, True where the weight is kept}.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pydantic import Field, PositiveInt
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from finetune.strategies.base import (
+    Context,
+    Need,
+    Prepared,
+    Stage,
+    StageRun,
+    Strategy,
+    StrategyConfig,
+)
+from raylib.distributed import world_size
+from raylib.errors import UserError
+from raylib.fileio import atomic_file
+from raylib.finite import require_finite
+from raylib.models.base import read_weights
+
+Mask = dict[str, Tensor]
+
+
+class SparseConfig(StrategyConfig):
+    """Defaults are paper 0's. `rate`: share of the weights left that goes after each of `rounds` trainings of
+    `epochs`; `rewind`: what the next round starts from, "initial" as the paper says, or "none", the trained
+    weights, as its public code does without meaning to; `mask`: a file of masks, and no rounds."""
+
+    needs = frozenset({"dense_weights"})
+    hidden_fields = ("mask",)
+    run_fields = ("mask",)
+
+    rate: float = Field(0.1, gt=0, lt=1)
+    rounds: PositiveInt = 5
+    epochs: PositiveInt = 1
+    rewind: Literal["initial", "none"] = "initial"
+    mask: str | None = None
+
+    def provides(self) -> frozenset[Need]:
+        return frozenset() if self.mask else frozenset({"pruning_rounds"})
+
+    def check_run(self, run: Any) -> None:
+        if not self.mask and self.epochs > run.epochs:
+            raise UserError(
+                f"strategies.sparse.epochs={self.epochs}: a round is cut out of a run of epochs={run.epochs}"
+            )
+
+    def files(self, data: Path) -> tuple[Path, ...]:
+        return (Path(self.mask),) if self.mask else ()
+
+    def build(self, context: Context) -> "Masked":
+        """Read the mask, if there is one yet.
+
+        Raises:
+            UserError: no mask in that file.
+        """
+        return Masked(read_mask(self.mask) if self.mask else {}, str(self.mask))
+
+    @property
+    def stage_epochs(self) -> int:
+        return 0 if self.mask else self.rounds * self.epochs
+
+    def stages_before(self, run: StageRun) -> Prepared:
+        """The rounds that find the mask."""
+        mask, trained = Path(self.mask) if self.mask else None, None
+        for number in range(1, self.rounds + 1) if mask is None else ():
+            # Algorithm 1 rewinds: each round begins at the pretrained weights again, under the last mask
+            start = None if self.rewind == "initial" else trained
+            own = {"mask": mask and str(mask)}
+            trained = run.train(Stage(f"round_{number}", "pruning", self.epochs, start, own=own))
+            left = run.folder / "masks" / f"round_{number}.safetensors"
+            if run.is_main_process and not left.is_file():
+                weights = read_weights(trained)
+                prunable = {name: weights[name] for name in run.build_model().prunable()}
+                write_mask(prune_mask(prunable, mask and read_mask(mask), self.rate), left)
+            if world_size() > 1:
+                dist.barrier()  # the others read what the first has written
+            mask = left
+        parameters = sum(p.numel() for p in run.build_model().parameters())
+        return Prepared({"mask": str(mask)}, result={"sparsity": sparsity(read_mask(mask), parameters)})
+
+
+class Masked(Strategy):
+    """A model under a mask; `where` says which file it comes from."""
+
+    def __init__(self, mask: Mask, where: str):
+        self.mask, self.where = mask, where
+
+    def adapt(self, model: nn.Module) -> None:
+        """Raises UserError: the mask is another model's."""
+        apply_mask(model, self.mask, self.where)
+
+
+def prune_mask(weights: Mapping[str, Tensor], mask: Mask | None, rate: float) -> Mask:
+    """The mask without the smallest `rate` of the weights that are left, over all matrices at once (Algorithm
+    1 of paper 0).
+
+    Args:
+        weights: by name; those that may be pruned. mask: of an earlier round, or None: all are left.
+    Exactly round(rate x left) weights go; of equal ones, the first in order.
+
+    Raises:
+        NotFinite: a weight, which has no magnitude then.
+    """
+    for name, w in weights.items():
+        require_finite(f"weights of {name}", w)
+    kept = {
+        name: np.ones(w.shape, bool) if mask is None else mask[name].numpy() for name, w in weights.items()
+    }
+    # one threshold over all matrices: what a layer loses depends on how small its weights are
+    sizes = np.concatenate(
+        [w.detach().float().abs().cpu().numpy()[kept[name]] for name, w in weights.items()]
+    )
+    going = round(rate * len(sizes))
+    left = np.ones(len(sizes), bool)
+    if going:
+        threshold = np.partition(sizes, going - 1)[going - 1]
+        left[sizes < threshold] = False
+        # of weights as small as the threshold, so many that the share is exact
+        left[np.flatnonzero(sizes == threshold)[: going - int((~left).sum())]] = False
+    pruned, first = {}, 0
+    for name, where in kept.items():
+        there = where.copy()
+        count = int(where.sum())
+        there[where] = left[first : first + count]
+        pruned[name], first = torch.from_numpy(there), first + count
+    return pruned
+
+
+def sparsity(mask: Mask, parameters: int) -> dict[str, float]:
+    """{"prunable": share of the mask's weights that are gone, "whole": share of all `parameters`}."""
+    gone = sum(int((~kept).sum()) for kept in mask.values())
+    return {"prunable": gone / sum(kept.numel() for kept in mask.values()), "whole": gone / parameters}
+
+
+def apply_mask(model: nn.Module, mask: Mask, where: str) -> None:
+    """Set what is pruned to zero, and keep it there: its gradient is zero from now on.
+
+    A weight of zero with gradients of zero has moments of zero, and weight decay leaves it at zero too: so no
+    optimizer moves it, not even ZeRO's own copy of the weights, and nothing has to be done after a step.
+
+    Raises:
+        UserError: the mask is another model's; `where` says which file.
+    """
+    parameters = dict(model.named_parameters())
+    wrong = [
+        name for name, kept in mask.items() if name not in parameters or parameters[name].shape != kept.shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{where}: the mask of another model ({len(wrong)} tensors do not fit, such as {wrong[0]})"
+        )
+    for name, kept in mask.items():
+        parameter, kept = parameters[name], kept.to(parameters[name].device)
+        with torch.no_grad():
+            parameter.mul_(kept)
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient, kept=kept: gradient * kept)
+
+
+def write_mask(mask: Mask, path: Path) -> None:
+    """A safetensors file, eight weights a byte; it appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    packed = {name: torch.from_numpy(np.packbits(kept.numpy())) for name, kept in mask.items()}
+    shapes = {"shapes": json.dumps({name: list(kept.shape) for name, kept in mask.items()})}
+    with atomic_file(path) as temporary:
+        save_file(packed, temporary, shapes)
+
+
+def read_mask(path: Path | str) -> Mask:
+    """The mask that `write_mask` wrote.
+
+    Raises:
+        UserError: no such file, or no mask.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = json.loads(file.metadata()["shapes"])
+            return {
+                name: torch.from_numpy(
+                    np.unpackbits(file.get_tensor(name).numpy(), count=int(np.prod(shape)))
+                )
+                .bool()
+                .view(shape)
+                for name, shape in shapes.items()
+            }
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e:
+        raise UserError(f"{path}: no pruning mask is read there ({e}); give a file of RUN/masks") from None
