@@ -18,7 +18,7 @@ from finetune.recipes import RECIPES
 from finetune.tasks.datasets import TASKS
 from raylib.config import override
 from raylib.sample.concepts import DATA
-from raylib.sample.scenes.labels import labels
+from raylib.sample.scenes.labels import read_labels
 from raylib.track import read_metrics
 from tests.conftest import QUICK
 from tests.factories import make_model
@@ -272,7 +272,7 @@ def test_finetune_every_recipe_builds(name, model, scenes):
         "xflickrco",
     ):  # the files of the others are not among the scenes
         assert next(iter(read_split(config, "train", "en"))) and build_model(config)
-        wanted = {"xgqa": 2 + len(labels()), "xvnli": 3, "marvl": 2}
+        wanted = {"xgqa": 2 + len(read_labels()), "xvnli": 3, "marvl": 2}
         assert config.task == "xflickrco" or len(find_task(config).label_names(config)) == wanted[config.task]
 
 

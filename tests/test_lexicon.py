@@ -18,9 +18,9 @@ from finetune.strategies.word_vectors import label_vectors, read_vectors
 from finetune.strategies.wordnet import FILES, HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet, confusions
 from raylib.errors import UserError
 from raylib.randomness import uniform
-from raylib.sample.scenes.labels import DATA, labels
+from raylib.sample.scenes.labels import DATA, read_labels
 
-LABELS = ("no", "yes", *labels())
+LABELS = ("no", "yes", *read_labels())
 WORDNET, VECTORS = DATA / "wordnet", DATA / "vectors.txt"
 
 

@@ -10,7 +10,16 @@ import pytest
 from finetune.strategies.wordnet import WordNet
 from raylib.sample.concepts import is_held_out
 from raylib.sample.scenes.__main__ import main
-from raylib.sample.scenes.labels import DATA, LANGUAGES, categories, labels, related, say, sentence, templates
+from raylib.sample.scenes.labels import (
+    DATA,
+    LANGUAGES,
+    fill_template,
+    read_categories,
+    read_labels,
+    read_templates,
+    related_labels,
+    say,
+)
 from raylib.sample.scenes.subset import cut_vectors, cut_wordnet
 from raylib.sample.scenes.writer import XGQA, ScenesConfig, write_scenes
 
@@ -46,22 +55,22 @@ def truth(scenes):
 )
 def test_scenes_names_fit_into_sentences(language, template, names, text):
     slots = dict(zip("AB", (say(name, language) for name in names), strict=False))
-    assert sentence(template, language, slots) == text
+    assert fill_template(template, language, slots) == text
 
 
 def test_scenes_templates_and_categories_exist_in_every_language():
     for texts in (
-        *templates()["templates"].values(),
-        *templates()["positions"].values(),
-        *categories().values(),
+        *read_templates()["templates"].values(),
+        *read_templates()["positions"].values(),
+        *read_categories().values(),
     ):
         assert texts if isinstance(texts, list) else set(texts) == set(LANGUAGES)
-    assert all(len(phrases) == 4 for phrases in templates()["positions"].values())
+    assert all(len(phrases) == 4 for phrases in read_templates()["positions"].values())
 
 
 def test_scenes_labels_are_drawn_in_training_and_named_everywhere():
-    assert len(labels()) >= 140
-    for label in labels().values():
+    assert len(read_labels()) >= 140
+    for label in read_labels().values():
         assert not is_held_out(label.key)
         assert set(label.ancestors) >= set(label.hypernyms)
         assert all(say(label.name, language) for language in LANGUAGES)
@@ -69,9 +78,11 @@ def test_scenes_labels_are_drawn_in_training_and_named_everywhere():
 
 def test_scenes_relations_equal_worked_example():
     assert (
-        {"dog", "poodle"} <= related("poodle") and "poodle" in related("dog") and "cat" not in related("dog")
+        {"dog", "poodle"} <= related_labels("poodle")
+        and "poodle" in related_labels("dog")
+        and "cat" not in related_labels("dog")
     )
-    assert {"purse", "handbag", "clutch bag"} <= related("purse")  # a synonym, and what is below both
+    assert {"purse", "handbag", "clutch bag"} <= related_labels("purse")  # a synonym, and what is below both
 
 
 def test_scenes_answers_follow_from_the_scenes(scenes, truth):
@@ -107,7 +118,9 @@ def test_scenes_answers_follow_from_the_scenes(scenes, truth):
             one, other = named.split(" or ")
             assert answer == (one if there[one]["size"] > there[other]["size"] else other)
         elif text.startswith("What is at the"):
-            quadrant = templates()["positions"]["en"].index(text.removeprefix("What is at the ").rstrip("?"))
+            quadrant = read_templates()["positions"]["en"].index(
+                text.removeprefix("What is at the ").rstrip("?")
+            )
             assert there[answer]["quadrant"] == quadrant
         else:
             left = there[text.split("“")[1].split("”")[0]]
@@ -122,7 +135,7 @@ def test_scenes_relations_never_mention_absent_objects(scenes, truth):
     for item in asked:
         named = item["sent"].rstrip("?").split(": ")[1].split(" or ")
         for absent in set(named) - set(truth[item["img_id"]]):
-            assert not any(absent in related(name) for name in truth[item["img_id"]])
+            assert not any(absent in related_labels(name) for name in truth[item["img_id"]])
 
 
 def test_scenes_entailment_follows_from_the_scenes(scenes, truth):
@@ -133,9 +146,13 @@ def test_scenes_entailment_follows_from_the_scenes(scenes, truth):
             continue
         named, denied = text.rstrip(".").split(": ")[1], "does not" in text
         true = named in there or any(
-            named in map(lambda c: say(c, "en"), labels()[name].categories) for name in there
+            named in map(lambda c: say(c, "en"), read_labels()[name].categories) for name in there
         )
-        if named in labels() and not true and any(name in labels()[named].ancestors for name in there):
+        if (
+            named in read_labels()
+            and not true
+            and any(name in read_labels()[named].ancestors for name in there)
+        ):
             assert record["gold_label"] == "neutral"  # a poodle, where a dog is
         else:
             assert record["gold_label"] == ("entailment" if true != denied else "contradiction")

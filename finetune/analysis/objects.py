@@ -23,7 +23,7 @@ from finetune.analysis.words import Thing, name_in
 from finetune.examples import Example
 from finetune.pictures import ImageSource, RegionFeatures
 from finetune.stores.pictures import stem
-from raylib.sample.scenes.labels import labels
+from raylib.sample.scenes.labels import read_labels
 
 POOL = 20  # parallel items among which one is chosen: few name the same objects
 CLASSES = 6  # whose colours are told apart
@@ -119,7 +119,7 @@ def choose(parallel: Parallel, where: Where, limit: int) -> list[Named]:
     for row in parallel.items:
         for image in row[0].images:
             things = [
-                Thing(label, 0) for label in where.get(image, ()) if label in labels()
+                Thing(label, 0) for label in where.get(image, ()) if label in read_labels()
             ]  # named in every language
             if found := name_in(row, parallel.languages, things):
                 named.append(Named(row, image, found[0].label, found[1]))

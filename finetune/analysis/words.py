@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from finetune.examples import Example
 from raylib.errors import UserError
-from raylib.sample.scenes.labels import labels, say
+from raylib.sample.scenes.labels import read_labels, say
 from raylib.text import Tokenizer
 
 
@@ -108,7 +108,7 @@ def name_in(
 def _is_whole(label: str, text: str) -> bool:
     """Whether the English text means the label itself, and not a longer one that holds its name (a hot dog is
     no dog)."""
-    longer = (other for other in labels() if label in other and other != label)
+    longer = (other for other in read_labels() if label in other and other != label)
     whole = rf"(?<!\w){re.escape(label)}(?!\w)"
     return bool(re.search(whole, text, re.IGNORECASE)) and not any(other in text for other in longer)
 

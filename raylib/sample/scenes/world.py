@@ -1,16 +1,24 @@
-"""Scenes and what can be asked and said of them. Everything is drawn from (seed, split, kind, number).
+"""Make scenes and what can be asked and said of them. Everything is drawn from (seed, split, kind, number).
 
 A *statement* is a template with its names, in no language yet: the same one is written down in all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from raylib.randomness import Key, hash64, permutation, uniform
 from raylib.sample.canvas import Placement, place_concepts
-from raylib.sample.scenes.labels import categories, hyponyms, labels, related, say, sentence
+from raylib.sample.concepts import read_captions
+from raylib.sample.scenes.labels import (
+    fill_template,
+    hyponyms,
+    read_categories,
+    read_labels,
+    related_labels,
+    say,
+)
 
 VENDORS = {
     "train": ("noto", "twemoji"),
@@ -22,7 +30,7 @@ QUESTIONS = ("verify", "query", "choose", "logical", "compare")
 
 
 class Scene(NamedTuple):
-    """A picture: its id, whose drawings it shows, what stands where."""
+    """An image: its id, whose drawings it shows, what stands where."""
 
     id: str
     vendor: str
@@ -45,7 +53,10 @@ class Statement(NamedTuple):
     def text(self, language: str, say=say) -> str:
         """The statement in `language`; `say` names a label or category in it."""
         slots = dict(zip("AB", (say(name, language) for name in self.names), strict=False))
-        return sentence(self.template, language, slots, self.position)
+        return fill_template(self.template, language, slots, self.position)
+
+
+Wording = Callable[[Statement], str]
 
 
 class Dice:
@@ -74,36 +85,36 @@ def make_scene(
     size: int,
     seed: int,
     count: int,
-    wanted: Sequence[str] = (),
+    required: Sequence[str] = (),
     avoid: Sequence[str] = (),
 ) -> Scene:
-    """A scene of `count` things, none related to another or, but for those `wanted`, to any in `avoid`."""
+    """A scene of `count` things, none related to another or, but for those `required`, to any in `avoid`."""
     dice = Dice(seed, split, name)
-    chosen = list(wanted)
-    while len(chosen) < count:
-        candidate = dice.pick(list(labels()))
-        if not any(candidate in related(other) for other in (*chosen, *avoid)):
-            chosen.append(candidate)
-    chosen = dice.order(chosen)
-    placements = place_concepts([labels()[c].key for c in chosen], size, seed, split, name)
-    return Scene(name, dice.pick(VENDORS[split]), tuple(zip(chosen, placements, strict=True)))
+    things = list(required)
+    while len(things) < count:
+        candidate = dice.pick(list(read_labels()))
+        if not any(candidate in related_labels(other) for other in (*things, *avoid)):
+            things.append(candidate)
+    things = dice.order(things)
+    placements = place_concepts([read_labels()[thing].key for thing in things], size, seed, split, name)
+    return Scene(name, dice.pick(VENDORS[split]), tuple(zip(things, placements, strict=True)))
 
 
-def absent(scene: Scene, dice: Dice, like: str | None = None) -> str:
+def pick_absent(scene: Scene, dice: Dice, like: str | None = None) -> str:
     """A label that is not in the scene and related to nothing in it; half of the time of the category of
     `like`."""
-    pool = [name for name in labels() if not any(name in related(other) for other in scene.names)]
+    pool = [name for name in read_labels() if not any(name in related_labels(other) for other in scene.names)]
     if like and dice.uniform() < 0.5:
-        pool = [name for name in pool if labels()[name].category == labels()[like].category] or pool
+        pool = [name for name in pool if read_labels()[name].category == read_labels()[like].category] or pool
     return dice.pick(pool)
 
 
-def ask(scene: Scene, kind: str, dice: Dice) -> Statement | None:
+def ask_question(scene: Scene, kind: str, dice: Dice) -> Statement | None:
     """A question of one of GQA's structural types; None where the scene allows none (nothing to compare,
     say)."""
     names = dice.order(scene.names)
     yes = dice.uniform() < 0.5
-    other = absent(scene, dice, names[0])
+    other = pick_absent(scene, dice, names[0])
     if kind == "verify":
         return Statement("verify", (names[0] if yes else other,), "yes" if yes else "no", kind)
     if kind == "choose":
@@ -134,12 +145,12 @@ def _logical(scene: Scene, names: list[str], other: str, yes: bool, dice: Dice) 
     if yes:
         return Statement("or", tuple(dice.order([names[0], other])), answer, "logical")
     another = other
-    while another in related(other):
-        another = absent(scene, dice)
+    while another in related_labels(other):
+        another = pick_absent(scene, dice)
     return Statement("or", tuple(dice.order([other, another])), answer, "logical")
 
 
-def claim(scene: Scene, relation: str, dice: Dice) -> Statement:
+def make_claim(scene: Scene, relation: str, dice: Dice) -> Statement:
     """A hypothesis about the scene: "entailment", "contradiction" or "neutral".
 
     True and false claims are made of affirmations and negations evenly, some of them of categories. A neutral
@@ -158,24 +169,30 @@ def claim(scene: Scene, relation: str, dice: Dice) -> Statement:
         return Statement("s_neutral", (names[0],), relation)
     present = (relation == "entailment") == positive
     if dice.uniform() < 0.1:
-        there = {c for name in scene.names for c in labels()[name].categories}
-        pool = sorted(there) if present else sorted(set(categories()) - there)
+        shown = {c for name in scene.names for c in read_labels()[name].categories}
+        pool = sorted(shown) if present else sorted(set(read_categories()) - shown)
         if pool:
             return Statement("s_has" if positive else "s_not", (dice.pick(pool),), relation)
     pool = (
-        names if present else [n for n in labels() if not any(n in related(other) for other in scene.names)]
+        names
+        if present
+        else [n for n in read_labels() if not any(n in related_labels(other) for other in scene.names)]
     )
-    low = [name for name in pool if labels()[name].ancestors]
+    low = [name for name in pool if read_labels()[name].ancestors]
     name = dice.pick(low if low and dice.uniform() < 0.9 else pool)
     return Statement("s_has" if positive else "s_not", (name,), relation)
 
 
 def compare_pair(left: Scene, right: Scene, true: bool, dice: Dice) -> Statement:
-    """A statement about two pictures that share something; a false one is nearly true."""
+    """A statement about two images that share something; a false one is nearly true."""
     answer = str(true)
     shared = [name for name in left.names if name in right.names]
-    only_left = [name for name in left.names if not any(name in related(other) for other in right.names)]
-    only_right = [name for name in right.names if not any(name in related(other) for other in left.names)]
+    only_left = [
+        name for name in left.names if not any(name in related_labels(other) for other in right.names)
+    ]
+    only_right = [
+        name for name in right.names if not any(name in related_labels(other) for other in left.names)
+    ]
     if dice.uniform() < 0.5:
         return Statement(
             "two_both", (dice.pick(shared) if true else dice.pick(only_left + only_right),), answer
@@ -184,11 +201,49 @@ def compare_pair(left: Scene, right: Scene, true: bool, dice: Dice) -> Statement
     return Statement("two_lr", pair if true else pair[::-1], answer)
 
 
-def describe(scene: Scene, dice: Dice) -> Statement:
+def make_caption(scene: Scene, dice: Dice) -> Statement:
     """A caption: two of the things."""
     return Statement("cap2", tuple(dice.order(scene.names)[:2]), "")
 
 
-def numbers(count: int, *keys: Key) -> np.ndarray:
-    """`count` draws in {2, 3, 4}: how many things a scene has."""
-    return 2 + (hash64(*keys, np.arange(count)) % np.uint64(3)).astype(int)
+def draw_counts(num_scenes: int, *keys: Key) -> list[int]:
+    """Draw the number of things in each scene: 2, 3 or 4."""
+    return (2 + hash64(*keys, np.arange(num_scenes)) % np.uint64(3)).astype(int).tolist()
+
+
+def pick_above_and_below(dice: Dice) -> tuple[str, str]:
+    """Pick a label that has others below it, and an unrelated one that is below another."""
+    above = dice.pick([name for name in read_labels() if hyponyms(name)])
+    below = [name for name, label in read_labels().items() if label.ancestors]
+    return above, dice.pick([name for name in below if name not in related_labels(above)])
+
+
+def in_language(language: str) -> Wording:
+    """Word statements in `language`."""
+    return lambda statement: statement.text(language)
+
+
+def to_english(language: str, seed: int) -> Wording:
+    """Word statements in English as an imperfect translator from `language` does: half of the labels that
+    have a synonym always get one. What it makes of a sentence depends on the sentence alone."""
+
+    def name(label: str, _: str) -> str:
+        synonyms = read_labels()[label].synonyms if label in read_labels() else ()
+        dice = Dice(seed, "translator", language, label)
+        return dice.pick(synonyms) if synonyms and dice.uniform() < 0.5 else say(label, "en")
+
+    return lambda statement: statement.text("en", name)
+
+
+def from_english(language: str, seed: int) -> Wording:
+    """Word statements in `language` as an imperfect translator from English does: half of the labels get a
+    keyword of CLDR's in place of the name, always the same."""
+
+    def name(label: str, _: str) -> str:
+        usual = say(label, language)
+        keywords = read_captions(language)[read_labels()[label].key].keywords
+        others = [word for word in keywords if word != usual]
+        dice = Dice(seed, "translator into", language, label)
+        return dice.pick(others) if others and dice.uniform() < 0.5 else usual
+
+    return lambda statement: statement.text(language, name)
