@@ -122,8 +122,8 @@ class FinetuneModel(nn.Module):
         question = self.backbone.fused_states(batch["text"], self.condition(batch))
         return self.head.loss(self.backbone, question, batch["scores"])
 
-    def condition(self, batch: dict) -> Ragged:
-        """What texts of the batch attend to, as states."""
+    def condition(self, batch: dict) -> Ragged | None:
+        """What texts of the batch attend to, as states; None: they are about nothing."""
         if "states" in batch:
             return batch["states"].with_values(batch["states"].values.to(next(self.head.parameters()).dtype))
         if "images" in batch:
@@ -136,7 +136,9 @@ class FinetuneModel(nn.Module):
                 return self.backbone.embed_regions(regions)
             features, locations = regions.values.split([regions.values.shape[1] - LOCATIONS, LOCATIONS], 1)
             return regions.with_values(self.regions(features, locations))
-        return batch["premise"].with_values(self.backbone.encode_text(batch["premise"]))
+        if "premise" in batch:
+            return batch["premise"].with_values(self.backbone.encode_text(batch["premise"]))
+        return None
 
     def fused_cls(self, text: Ragged, condition: Ragged) -> Tensor:
         """CLS states of each text under each of its c conditions, side by side: (b, c d)."""

@@ -151,12 +151,13 @@ class Oscar(Stack):
         words = self.embedding.tags(ids.values)
         return words if read is None else words[read.to(words.device)]
 
-    def fused_cls(self, text: Ragged, memory: Seen | Ragged, times: int = 1) -> Tensor:
+    def fused_cls(self, text: Ragged, memory: Seen | Ragged | None, times: int = 1) -> Tensor:
         """Pooled states of texts and what grounds them.
 
         Args:
             text: ids, b rows. memory: b x times rows, row i's are i times ... : of pictures, which must
-                keep tags and regions apart (`embed_regions`), or of premises (`encode_text`).
+                keep tags and regions apart (`embed_regions`), or of premises (`encode_text`). None:
+                nothing; the rows hold the texts alone.
         Returns:
             (b times, d).
         Raises:
@@ -164,6 +165,8 @@ class Oscar(Stack):
         """
         if times > 1:
             text = text.select_rows(torch.arange(len(text.lengths)).repeat_interleave(times))
+        if memory is None:
+            memory = _none_of(text, self.embedding.word(text.values[:0]))
         rows = self._rows(text, memory)
         return self.pool(self.encoder(rows, first_tokens(rows.lengths)))
 

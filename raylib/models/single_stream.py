@@ -222,12 +222,12 @@ class SingleStream(Stack):
         states = words if self.config.number_regions else self.embedding.place(ids.with_values(words))
         return states if read is None else states[read.to(states.device)]
 
-    def fused_cls(self, text: Ragged, memory: Ragged, times: int = 1) -> Tensor:
+    def fused_cls(self, text: Ragged, memory: Ragged | None, times: int = 1) -> Tensor:
         """Pooled states of texts and what grounds them.
 
         Args:
             text: ids, b rows. memory: embedded regions or premises, b x times rows: row i's are i times
-                ... .
+                ... . None: the row holds the text alone.
         Returns:
             (b times, width).
         Raises:
@@ -236,6 +236,12 @@ class SingleStream(Stack):
         tokens = text.with_values(self.encode_text(text))
         if times > 1:
             tokens = tokens.select_rows(torch.arange(len(text.lengths)).repeat_interleave(times))
+        if memory is None:
+            self._check_length(tokens.lengths)
+            rows = self.embedding.place(tokens) if self.config.number_regions else tokens.values
+            return self._activate(
+                self.pooler(self.encoder(tokens.with_values(rows), first_tokens(tokens.lengths)))
+            )
         parts, read = [tokens, memory], [first_tokens(tokens.lengths), first_tokens(memory.lengths)]
         if self.config.first == "regions":
             parts, read = parts[::-1], read[::-1]
@@ -250,10 +256,12 @@ class SingleStream(Stack):
 
     def _pool(self, states: Tensor) -> Tensor:
         """The read states (n, d), or (2n, d), two a row -> (n, width)."""
-        activate = torch.tanh if self.config.activation == "tanh" else torch.relu
         if self.config.pooler == "first":
-            return activate(self.pooler(states))
-        return activate(self.pooler(states[::2])) * activate(self.region_pooler(states[1::2]))
+            return self._activate(self.pooler(states))
+        return self._activate(self.pooler(states[::2])) * self._activate(self.region_pooler(states[1::2]))
+
+    def _activate(self, states: Tensor) -> Tensor:
+        return torch.tanh(states) if self.config.activation == "tanh" else torch.relu(states)
 
     def _check_length(self, lengths: Tensor) -> None:
         longest = max(lengths.tolist(), default=0)

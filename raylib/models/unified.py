@@ -104,6 +104,11 @@ class MaskedLanguageHead(nn.Module):
         return self.norm(F.gelu(self.dense(states)))
 
 
+def _row_by_row(states: Ragged | None) -> Memory | None:
+    """What row i of the text attends to: row i of `states`."""
+    return None if states is None else Memory(states, torch.arange(len(states.lengths)))
+
+
 class UnifiedModel(nn.Module):
     """Image, text and unified encoder with their heads. Every text goes in and comes out ragged
     (`raylib.packed`). A backbone of fine-tuning (`raylib.models`)."""
@@ -194,26 +199,25 @@ class UnifiedModel(nn.Module):
         """Names of the matrices of the text and unified layers."""
         return [name for name, p in self.named_parameters() if (self.depth_of(name) or 0) > 0 and p.ndim == 2]
 
-    def fused_cls(self, text: Ragged, memory: Ragged, times: int = 1) -> Tensor:
+    def fused_cls(self, text: Ragged, memory: Ragged | None, times: int = 1) -> Tensor:
         """CLS states of texts in what grounds them.
 
         Args:
             text: ids, b rows. memory: states of what they attend to, b x times rows: row i's are i times
-                ... .
+                ... . None: nothing; the unified layers read the text alone.
         Returns:
             (b times, d).
         """
         states = text.with_values(self.encode_text(text))
         if times > 1:
             states = states.select_rows(torch.arange(len(text.lengths)).repeat_interleave(times))
-        seen = Memory(memory, torch.arange(len(memory.lengths)))
-        return self.fuse(states, first_tokens(states.lengths), seen)
+        return self.fuse(states, first_tokens(states.lengths), _row_by_row(memory))
 
-    def fused_states(self, text: Ragged, memory: Ragged) -> Ragged:
+    def fused_states(self, text: Ragged, memory: Ragged | None) -> Ragged:
         """As `fused_cls`, with row i of `memory` for row i of `text`, but states of all tokens: rows as
         `text`'s."""
-        seen = Memory(memory, torch.arange(len(memory.lengths)))
-        return text.with_values(self.fuse(text.with_values(self.encode_text(text)), memory=seen))
+        states = text.with_values(self.encode_text(text))
+        return text.with_values(self.fuse(states, memory=_row_by_row(memory)))
 
     def hidden_states(
         self, text: Ragged, memory: Ragged, layers: Sequence[int]
