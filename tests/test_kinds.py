@@ -75,7 +75,6 @@ def test_few_shot_resumes_from_every_backbone_and_task(finetune, tmp_path, start
 
 @pytest.mark.parametrize("kind", APART)
 def test_few_shot_resumes_from_retrieval_backbones(finetune, tmp_path, start, kind):
-    pytest.importorskip("transformers")
     settings = [f"model={start(kind)}", f"backbone={kind}", "use_itm_head=false", "image_size=null"]
     as_stored = f"polyglance-{kind}"
     assert gone_on_from(finetune, tmp_path, "xflickrco", settings, kind) == (as_stored, as_stored)

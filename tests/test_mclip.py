@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from finetune.__main__ import main
@@ -15,8 +16,6 @@ from raylib.models.dual_encoder import Clip, MClip, MClipConfig, load_clip, load
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from tests.conftest import QUICK
-
-transformers = pytest.importorskip("transformers")
 
 TOWER = dict(
     hidden_size=32,

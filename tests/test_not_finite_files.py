@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from finetune.examples import Example
@@ -106,7 +107,6 @@ def test_non_finite_hugging_face_text_folder_names_the_tensor(tmp_path, file):
 
 
 def test_non_finite_vision_folder_names_the_tensor(tmp_path):
-    transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
         hidden_size=16,
         num_hidden_layers=2,

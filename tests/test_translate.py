@@ -5,12 +5,11 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from finetune.__main__ import main
 from finetune.tasks.datasets import TASKS
 from finetune.translate import TranslateConfig, translate
-
-transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
