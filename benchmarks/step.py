@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.results import RESULTS
 from benchmarks.twin import LENGTHS, PaddedTwin
 from pretrain.recipes import base, tiny
-from raylib.device import to_device
+from raylib.data.loading import to_device
 from raylib.fileio import append_jsonl
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective

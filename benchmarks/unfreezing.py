@@ -18,10 +18,9 @@ from benchmarks.results import RESULTS
 from finetune.model import FinetuneModel
 from finetune.objective import ClassificationObjective
 from pretrain.recipes import emoji_e5_scenes
-from raylib.engine import TorchEngine
+from raylib.engine import OptimConfig, TorchEngine
 from raylib.fileio import append_jsonl
 from raylib.models.unified import UnifiedModel
-from raylib.optim import OptimConfig
 from raylib.packed import Ragged
 from raylib.tables import markdown_table
 

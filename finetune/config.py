@@ -8,9 +8,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from finetune.decoder import DecoderConfig
 from finetune.strategies import StrategiesConfig
 from raylib.data.images import AugmentConfig
+from raylib.engine import OptimConfig
 from raylib.launch import LaunchConfig
 from raylib.loop import FitConfig
-from raylib.optim import OptimConfig
 
 Setting = Literal["zero_shot", "few_shot", "single_language", "all_language", "translate_test", "untrained"]
 Part = Literal["embeddings", "text", "vision", "fusion"]

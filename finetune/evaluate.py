@@ -22,8 +22,8 @@ from finetune.examples import Example
 from finetune.metrics import read_predictions, score
 from finetune.model import FinetuneModel
 from finetune.pictures import ImageSource, PrecomputedFeatures, VisualSource, precompute_features
+from raylib.data.loading import to_device
 from raylib.data.states import remove_states
-from raylib.device import to_device
 from raylib.distributed import raise_together, world_size
 from raylib.finite import is_finite
 from raylib.text import Tokenizer

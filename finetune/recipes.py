@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from finetune.config import UNIMODAL, FinetuneConfig
 from finetune.data import dev_sets, find_task, languages_of
-from raylib.optim import OptimConfig
+from raylib.engine import OptimConfig
 
 P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)
 IGLUE = OptimConfig(weight_decay=1e-4, warmup=0.1, eps=1e-6)
@@ -65,7 +65,7 @@ def _iglue(name: str, task: str, lr: float, batch: int, epochs: int, length: int
         length=length,
         workers=4,
         last_batch="keep",
-        optim=IGLUE.model_copy(update={"lr": lr, "horizon": schedule / epochs}),
+        optim=IGLUE.model_copy(update={"lr": lr, "schedule_factor": schedule / epochs}),
         **more,
     )
     return _named(config, f"IGLUE's protocol: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
@@ -102,7 +102,7 @@ def _p0(model: str, row: str, strategies: dict, **more):
         epochs=5,
         length=40,
         workers=4,
-        optim=IGLUE.model_copy(update={"lr": 4e-5, "horizon": 4.0}),
+        optim=IGLUE.model_copy(update={"lr": 4e-5, "schedule_factor": 4.0}),
         last_batch="keep",
         strategies=strategies,
         **more,

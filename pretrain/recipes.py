@@ -7,10 +7,10 @@ from pretrain.batches import DataConfig, StreamConfig
 from pretrain.train import InitConfig, PretrainConfig
 from raylib.config import override
 from raylib.data.images import AugmentConfig
+from raylib.engine import OptimConfig
 from raylib.loop import FitConfig
 from raylib.models.unified import ModelConfig
 from raylib.objectives.pretraining import ObjectiveConfig, TermWeights
-from raylib.optim import OptimConfig
 
 
 def tiny() -> PretrainConfig:

@@ -11,6 +11,7 @@ from pretrain.batches import DataConfig, StepBatches
 from pretrain.evaluate import Retrieval, summary
 from pretrain.sample import build_sample_corpus
 from raylib.config import Config
+from raylib.engine import OptimConfig
 from raylib.errors import UserError
 from raylib.launch import LaunchConfig, config_hash, is_main_process, launch, no_log, open_run, run_folder
 from raylib.loop import FitConfig, fit
@@ -18,7 +19,6 @@ from raylib.models.base import find_model, find_tokenizer
 from raylib.models.hf_weights import load_text, load_vision
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
-from raylib.optim import OptimConfig
 from raylib.provenance import DataFile, commit, data_hash, provenance
 from raylib.randomness import hash64
 from raylib.runtime import Reporter, Runtime

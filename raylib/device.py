@@ -1,18 +1,12 @@
-"""The device of a worker: which one, what it can, its memory, what moves to it."""
+"""The device of a worker: which one it is, what it can, its memory."""
 
 import os
 import resource
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from raylib.errors import UserError
-
-# tensors of a batch by which the host plans the step (`raylib.packed`): reading them on a GPU would make the
-# host wait for it
-CPU_KEYS = ("index", "lengths", "positions")
 
 
 def local_device() -> torch.device:
@@ -22,17 +16,6 @@ def local_device() -> torch.device:
     index = int(os.environ.get("LOCAL_RANK", 0))  # torchrun sets it
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a batch whose tensors are on `device`, but for those of `CPU_KEYS`."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {k: v if k in CPU_KEYS else to_device(v, device) for k, v in batch.items()}
-    if isinstance(batch, tuple):
-        return type(batch)(**to_device(batch._asdict(), device))
-    return batch
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -1,230 +1,80 @@
-"""Two engines, one face: `step`, `save`, `load`. `TorchEngine` is plain PyTorch (DDP with several processes),
-`DeepSpeedEngine` shards optimizer state and gradients over the workers (ZeRO-2)."""
+"""AdamW, its rates, and the two engines that step it. `TorchEngine` is plain PyTorch (DDP with several
+processes), `DeepSpeedEngine` shards optimizer state and gradients over the workers (ZeRO-2)."""
 
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raylib.distributed import raise_together
+from raylib.config import Config
+from raylib.distributed import raise_together, world_size
 from raylib.errors import UserError
 from raylib.finite import StepGuard, is_finite
-from raylib.optim import LayerRates, OptimConfig, build_optimizer, parameter_groups
 
 
-class TorchEngine:
-    """AdamW on full gradients; bf16 autocast where asked, float32 weights."""
+class OptimConfig(Config):
+    """AdamW; warm-up over a share of the steps from 0 to `lr`, then decay to 0, linear (paper 2, section 4.1)
+    or along half a cosine (paper 4). `schedule_factor`: the schedule is laid out for so many times
+    the steps that are trained (IGLUE's: 20 epochs, of which xGQA trains 5)."""
 
-    name = "torch"
-
-    def __init__(
-        self,
-        objective: nn.Module,
-        config: OptimConfig,
-        device: torch.device,
-        bf16: bool,
-        start: Path | None,
-        rates: LayerRates | None = None,
-        guard: StepGuard | None = None,
-    ):
-        self.config, self.device, self.bf16, self.rates = config, device, bf16, rates
-        self.guard = guard or StepGuard(device)
-        self.objective = self.module = objective.to(device)
-        self.optimizer = build_optimizer(_groups(objective, config, rates), config)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            # layers that are frozen for now get no gradient either
-            unused = objective.has_unused_parameters or rates is not None
-            self.module = DistributedDataParallel(self.objective, find_unused_parameters=unused)
-        if start:
-            self._load(start)
-
-    def step(self, batch: dict, step: int, lr: float) -> dict[str, Tensor]:
-        """One optimizer step, `step` of the run; skipped where loss, a term or the gradient's norm is not
-        finite. Returns the terms of the global batch and the norm, as tensors on the device."""
-        for group in self.optimizer.param_groups:
-            if set_rate(group, group["params"], self.rates, step, lr):
-                for parameter in group["params"]:
-                    self.optimizer.state.pop(parameter, None)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss, terms = self.module(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.guard.check_loss(loss, terms).backward()
-        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.clip)
-        # as GradScaler does it: where `found_inf` is 1, fused AdamW changes nothing, not even its count of
-        # steps, and no host has to wait for the device to know
-        self.optimizer.found_inf = self.guard.count(step, norm)
-        self.optimizer.step()
-        return {**terms, "grad_norm": norm}
-
-    def find_not_finite(self) -> str | None:
-        """Name the first weight, or tensor of the optimizer, that is not finite on this worker."""
-        names = {p: name for name, p in self.objective.named_parameters()}
-        state = {
-            f"the optimizer's {key} of {names[p]}": value
-            for p, values in self.optimizer.state.items()
-            for key, value in values.items()
-        }
-        return _first_not_finite(self.objective.model.state_dict() | state)
-
-    def save(self, folder: Path, rank: int) -> None:
-        """Worker 0 writes: without ZeRO the others hold the same. The weights are in `model.safetensors`
-        (`fit`)."""
-        if rank == 0:
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-
-    def _load(self, folder: Path) -> None:
-        if not (folder / "optimizer.pt").is_file():
-            raise UserError(
-                f"{folder}: saved by DeepSpeed; resume with runtime=ray, or start a new run from its export"
-            )
-        self.objective.model.load_state_dict(load_file(folder / "model.safetensors", device=str(self.device)))
-        self.optimizer.load_state_dict(
-            torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
-        )
-        _require_finite(self, folder)
+    lr: PositiveFloat = 1e-4
+    warmup: float = Field(0.1, ge=0, le=1)
+    decay: Literal["linear", "cosine"] = "linear"
+    schedule_factor: float = Field(1.0, ge=1)
+    weight_decay: NonNegativeFloat = 0.2
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    clip: PositiveFloat = 1.0
 
 
-class DeepSpeedEngine:
-    """ZeRO stage 2. A checkpoint from another number of workers is converted (universal checkpoint) while
-    loading."""
-
-    name = "deepspeed"
-
-    def __init__(
-        self,
-        objective: nn.Module,
-        config: OptimConfig,
-        device: torch.device,
-        bf16: bool,
-        start: Path | None,
-        rates: LayerRates | None = None,
-        guard: StepGuard | None = None,
-    ):
-        deepspeed = _import_deepspeed(device)
-        if (
-            not dist.is_initialized()
-        ):  # one process, without Ray and torchrun: DeepSpeed wants a group all the same
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        os.environ.setdefault("LOCAL_RANK", "0")  # Ray and torchrun set it
-        self.objective, self.device, self.bf16, self.rates = objective.to(device), device, bf16, rates
-        self.guard = guard or StepGuard(device)
-        world = dist.get_world_size()
-        convert = bool(start) and _saved_world(start) != world
-        settings = {
-            "train_micro_batch_size_per_gpu": 1,  # unused: the objective divides by global counts itself
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": config.clip,
-            "zero_optimization": {"stage": 2},
-            "zero_allow_untested_optimizer": True,
-            "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
-            "steps_per_print": 10**9,
-            "checkpoint": {"load_universal": convert},
-        }
-        groups = _groups(objective, config, rates)
-        self.members = [list(group["params"]) for group in groups]  # ZeRO puts flat shards in their place
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.objective,
-            optimizer=build_optimizer(groups, config),
-            config=settings,
-            dist_init_required=False,
-        )
-        if start:
-            self._load(start, convert)
-
-    def step(self, batch: dict, step: int, lr: float) -> dict[str, Tensor]:
-        """As `TorchEngine.step`."""
-        for i, (group, members) in enumerate(zip(self.optimizer.param_groups, self.members, strict=True)):
-            if set_rate(group, members, self.rates, step, lr):
-                # its moments are zero, but Adam has counted the frozen steps
-                for value in self.optimizer.optimizer.state[
-                    self.optimizer.single_partition_of_fp32_groups[i]
-                ].values():
-                    if isinstance(value, Tensor):
-                        value.zero_()
-        loss, terms = self.engine(batch)
-        self.engine.backward(self.guard.check_loss(loss, terms))
-        # float32 weights: nothing changes where the norm is not finite; it says infinite then
-        self.engine.step()
-        norm = torch.as_tensor(self.engine.get_global_grad_norm())
-        self.guard.count(step, norm)
-        return {**terms, "grad_norm": norm}
-
-    def find_not_finite(self) -> str | None:
-        """As `TorchEngine.find_not_finite`, of this worker's shards."""
-        inner, shards = self.optimizer.optimizer, self.optimizer.single_partition_of_fp32_groups
-        state = {
-            f"the optimizer's {key} of group {i}": value
-            for i, shard in enumerate(shards)
-            for key, value in inner.state.get(shard, {}).items()
-        }
-        return _first_not_finite(self.objective.model.state_dict() | state)
-
-    def save(self, folder: Path, rank: int) -> None:
-        """Every worker writes its own optimizer shard; worker 0 the module too."""
-        # the client state is what the conversion to another number of workers asks for
-        self.engine.save_checkpoint(str(folder), tag="zero", client_state={"universal_checkpoint_info": {}})
-
-    def _load(self, folder: Path, convert: bool) -> None:
-        if not (folder / "zero").is_dir():
-            raise UserError(f"{folder}: saved without DeepSpeed; resume with runtime=local")
-        if not convert:
-            self.engine.load_checkpoint(str(folder), tag="zero")
-            _require_finite(self, folder)
-            return
-        # every worker converts for itself: a shared place would need a lock, and a change of workers is rare
-        with tempfile.TemporaryDirectory(prefix="polyglance-universal-") as scratch:
-            universal = Path(scratch) / "zero_universal"
-            command = [
-                sys.executable,
-                "-m",
-                "deepspeed.checkpoint.ds_to_universal",
-                "--input_folder",
-                folder / "zero",
-                "--output_folder",
-                universal,
-                "--num_extract_workers",
-                "1",
-                "--num_merge_workers",
-                "1",
-            ]
-            done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(
-                    f"converting {folder} to {dist.get_world_size()} workers failed:\n{done.stderr[-2000:]}"
-                )
-            (Path(scratch) / "latest_universal").write_text("zero_universal")
-            self.engine.load_checkpoint(scratch)
-        dist.barrier()
-        _require_finite(self, folder)
+# factor of the learning rate at a depth (`raylib.models.base`) in a step; 0 freezes
+LayerRates = Callable[[int | None, int], float]
 
 
-def _first_not_finite(tensors: dict) -> str | None:
-    return next(
-        (name for name, value in tensors.items() if isinstance(value, Tensor) and not is_finite(value)), None
-    )
+def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
+    """Return the rate of step `step` (from 0) of `steps`: step / warm-up while warming up, then falling to 0
+    after the schedule's last."""
+    steps = round(steps * config.schedule_factor)
+    warmup = round(steps * config.warmup)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    remaining = (steps - step) / max(1, steps - warmup)
+    return config.lr * (remaining if config.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * remaining))
 
 
-def _require_finite(engine: "TorchEngine | DeepSpeedEngine", folder: Path) -> None:
-    """Refuse a checkpoint, on all workers together, whose weights or optimizer state are not finite on
-    one."""
-    found = engine.find_not_finite()
-    advice = "go on from an older checkpoint with resume=step_NNNNNN"
-    raise_together(found and f"{folder}: {found} is not finite (NaN or infinite); {advice}", UserError)
+def parameter_groups(
+    module: nn.Module, weight_decay: float, depth_of: Callable[[str], int | None] | None = None
+) -> list[dict]:
+    """Return the trainable parameters in groups: matrices decay, biases, norms and scalars do not. Every one
+    is in one group.
+
+    depth_of: of a parameter's name; then each depth has groups of its own, which carry it as "depth".
+    """
+    groups: dict[tuple, dict] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            depth, decays = depth_of(name) if depth_of else None, parameter.ndim >= 2
+            group = {"params": [], "weight_decay": weight_decay if decays else 0.0, "depth": depth}
+            groups.setdefault((-1 if depth is None else depth, not decays), group)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
 
 
-def _groups(objective: nn.Module, config: OptimConfig, rates: LayerRates | None) -> list[dict]:
-    """AdamW groups of the trainable parameters; with `rates` one or two a depth."""
-    depth_of = rates and (lambda name: objective.model.depth_of(name.removeprefix("model.")))
-    return parameter_groups(objective, config.weight_decay, depth_of)
+def build_optimizer(groups: Iterable[dict], config: OptimConfig) -> torch.optim.AdamW:
+    """Return a fused AdamW: a sixth of the time of the foreach one."""
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_rate(
@@ -245,11 +95,214 @@ def set_rate(
     return bool(rates and factor > 0 and step > 0 and rates(group["depth"], step - 1) == 0)
 
 
+class Engine(ABC):
+    """An objective and the optimizer that steps it, in float32 weights; bf16 autocast where `bf16` says so.
+
+    Args:
+        objective: `forward(batch)` -> (loss, {term: value}), a share of the global batch's each; `.model` is
+            what is saved, `.has_unused_parameters` what DDP must know.
+        start: the checkpoint to go on from.
+        rates: factor of the learning rate of each depth in each step.
+    """
+
+    name: str
+    optimizer: Any
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        config: OptimConfig,
+        device: torch.device,
+        bf16: bool,
+        start: Path | None,
+        rates: LayerRates | None = None,
+        guard: StepGuard | None = None,
+    ):
+        self.objective, self.config, self.device, self.bf16 = objective.to(device), config, device, bf16
+        self.rates, self.guard = rates, guard or StepGuard(device)
+        self._build(start)
+        if start:
+            self._load(start)
+            # on all workers together: a fault on one must not leave the others waiting
+            found = self.find_not_finite()
+            advice = "go on from an older checkpoint with resume=step_NNNNNN"
+            raise_together(found and f"{start}: {found} is not finite (NaN or infinite); {advice}", UserError)
+
+    @abstractmethod
+    def step(self, batch: dict, step: int, lr: float) -> dict[str, Tensor]:
+        """Take one optimizer step, `step` of the run; skipped where loss, a term or the gradient's norm is
+        not finite. Returns the terms of the global batch and the norm, as tensors on the device."""
+
+    @abstractmethod
+    def save(self, folder: Path, rank: int) -> None:
+        """Write this worker's part of the optimizer's state. `fit` writes the model."""
+
+    def find_not_finite(self) -> str | None:
+        """Name the first weight, or tensor of the optimizer, that is not finite on this worker."""
+        tensors = self.objective.model.state_dict() | self._named_state()
+        return next((name for name, x in tensors.items() if isinstance(x, Tensor) and not is_finite(x)), None)
+
+    @abstractmethod
+    def _build(self, start: Path | None) -> None: ...
+
+    @abstractmethod
+    def _load(self, folder: Path) -> None: ...
+
+    @abstractmethod
+    def _named_state(self) -> dict[str, Any]: ...
+
+    def _groups(self) -> list[dict]:
+        """AdamW groups of the trainable parameters; with `rates` one or two a depth."""
+        model = self.objective.model
+        depth_of = (lambda name: model.depth_of(name.removeprefix("model."))) if self.rates else None
+        return parameter_groups(self.objective, self.config.weight_decay, depth_of)
+
+
+class TorchEngine(Engine):
+    """AdamW on full gradients."""
+
+    name = "torch"
+
+    def step(self, batch: dict, step: int, lr: float) -> dict[str, Tensor]:
+        for group in self.optimizer.param_groups:
+            if set_rate(group, group["params"], self.rates, step, lr):
+                for parameter in group["params"]:
+                    self.optimizer.state.pop(parameter, None)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss, terms = self.module(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.guard.check_loss(loss, terms).backward()
+        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.clip)
+        # as GradScaler does it: where `found_inf` is 1, fused AdamW changes nothing, not even its count of
+        # steps, and no host has to wait for the device to know
+        self.optimizer.found_inf = self.guard.count(step, norm)
+        self.optimizer.step()
+        return {**terms, "grad_norm": norm}
+
+    def save(self, folder: Path, rank: int) -> None:
+        if rank == 0:  # the others hold the same
+            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+
+    def _build(self, start: Path | None) -> None:
+        self.module = self.objective
+        self.optimizer = build_optimizer(self._groups(), self.config)
+        if world_size() > 1:
+            # layers that are frozen for now get no gradient either
+            unused = self.objective.has_unused_parameters or self.rates is not None
+            self.module = DistributedDataParallel(self.objective, find_unused_parameters=unused)
+
+    def _load(self, folder: Path) -> None:
+        if not (folder / "optimizer.pt").is_file():
+            raise UserError(
+                f"{folder}: saved by DeepSpeed; resume with runtime=ray, or start a new run from its export"
+            )
+        self.objective.model.load_state_dict(load_file(folder / "model.safetensors", device=str(self.device)))
+        state = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
+        self.optimizer.load_state_dict(state)
+
+    def _named_state(self) -> dict[str, Any]:
+        names = {p: name for name, p in self.objective.named_parameters()}
+        return {
+            f"the optimizer's {key} of {names[p]}": value
+            for p, values in self.optimizer.state.items()
+            for key, value in values.items()
+        }
+
+
+class DeepSpeedEngine(Engine):
+    """ZeRO stage 2. A checkpoint from another number of workers is converted (universal checkpoint) while
+    loading."""
+
+    name = "deepspeed"
+
+    def step(self, batch: dict, step: int, lr: float) -> dict[str, Tensor]:
+        for i, (group, members) in enumerate(zip(self.optimizer.param_groups, self.members, strict=True)):
+            if set_rate(group, members, self.rates, step, lr):
+                # its moments are zero, but Adam has counted the frozen steps
+                shard = self.optimizer.single_partition_of_fp32_groups[i]
+                for value in self.optimizer.optimizer.state[shard].values():
+                    if isinstance(value, Tensor):
+                        value.zero_()
+        loss, terms = self.engine(batch)
+        self.engine.backward(self.guard.check_loss(loss, terms))
+        # float32 weights: nothing changes where the norm is not finite; it says infinite then
+        self.engine.step()
+        norm = torch.as_tensor(self.engine.get_global_grad_norm())
+        self.guard.count(step, norm)
+        return {**terms, "grad_norm": norm}
+
+    def save(self, folder: Path, rank: int) -> None:
+        # the client state is what the conversion to another number of workers asks for
+        self.engine.save_checkpoint(str(folder), tag="zero", client_state={"universal_checkpoint_info": {}})
+
+    def _build(self, start: Path | None) -> None:
+        deepspeed = _import_deepspeed(self.device)
+        if not dist.is_initialized():  # one process, without Ray and torchrun: it wants a group all the same
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")  # Ray and torchrun set it
+        # ZeRO's shards lie in files of (worker, part); another number of workers cuts them elsewhere, which
+        # DeepSpeed must know before it is built
+        self.convert = start is not None and _saved_world(start) != world_size()
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,  # unused: the objective divides by global counts itself
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": self.config.clip,
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+            "torch_autocast": {"enabled": self.bf16, "dtype": "bfloat16"},
+            "steps_per_print": 10**9,
+            "checkpoint": {"load_universal": self.convert},
+        }
+        groups = self._groups()
+        self.members = [list(group["params"]) for group in groups]  # ZeRO puts flat shards in their place
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=self.objective,
+            optimizer=build_optimizer(groups, self.config),
+            config=settings,
+            dist_init_required=False,
+        )
+
+    def _load(self, folder: Path) -> None:
+        if not (folder / "zero").is_dir():
+            raise UserError(f"{folder}: saved without DeepSpeed; resume with runtime=local")
+        if not self.convert:
+            self.engine.load_checkpoint(str(folder), tag="zero")
+            return
+        # every worker converts for itself: a shared place would need a lock, and a change of workers is rare
+        with tempfile.TemporaryDirectory(prefix="polyglance-universal-") as scratch:
+            arguments = {
+                "--input_folder": str(folder / "zero"),
+                "--output_folder": f"{scratch}/zero_universal",
+                "--num_extract_workers": "1",
+                "--num_merge_workers": "1",
+            }
+            command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+            command += [part for pair in arguments.items() for part in pair]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(
+                    f"converting {folder} to {world_size()} workers failed:\n{done.stderr[-2000:]}"
+                )
+            Path(scratch, "latest_universal").write_text("zero_universal")
+            self.engine.load_checkpoint(scratch)
+        dist.barrier()
+
+    def _named_state(self) -> dict[str, Any]:
+        inner, shards = self.optimizer.optimizer, self.optimizer.single_partition_of_fp32_groups
+        return {
+            f"the optimizer's {key} of group {i}": value
+            for i, shard in enumerate(shards)
+            for key, value in inner.state.get(shard, {}).items()
+        }
+
+
 def _saved_world(folder: Path) -> int:
+    """Return how many workers wrote a checkpoint of ZeRO."""
     return len(list((folder / "zero").glob("*zero_pp_rank_*_optim_states.pt")))
 
 
-def _import_deepspeed(device: torch.device):
+def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:

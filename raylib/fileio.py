@@ -248,7 +248,8 @@ def find_file(folder: Path, name: str) -> Path | None:
         return None
     path = folder
     for part in PurePath(name).parts:
-        path = next((path / form for form in unicode_forms(part) if os.path.exists(path / form)), None)
-        if path is None:
+        forms = (path / form for form in unicode_forms(part))
+        if (below := next(filter(os.path.exists, forms), None)) is None:
             return None
+        path = below
     return path if path.is_file() else None

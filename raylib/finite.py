@@ -10,13 +10,13 @@ Steps whose loss or gradient is not finite: both engines skip them alike, and to
 2. The engine leaves weights and optimizer state as they are, to the bit, where the gradient's norm is not
    finite.
 3. `count`: how many steps were skipped stays on the device, so that no step waits for it.
-4. `Watch` reads it before anything is logged, evaluated or saved.
+4. `StepMonitor` reads it before anything is logged, evaluated or saved.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -83,6 +83,16 @@ def _not_finite(value: Any, name: str):
         yield name
 
 
+class StepCounts(NamedTuple):
+    """Steps skipped in all, and in a row; the last one that was not, and the one that ended the run, both
+    counted from 0; -1 where there is no such step."""
+
+    skipped: int
+    in_a_row: int
+    last_applied: int
+    end_step: int
+
+
 class StepGuard:
     """Counts skipped steps on `device`. After more than `limit` in a row every further step is skipped too:
     the weights stay those at which the run ended, whenever that is read.
@@ -92,13 +102,12 @@ class StepGuard:
 
     def __init__(self, device: torch.device, limit: int = 10, skipped: int = 0, in_a_row: int = 0):
         self.device, self.limit = device, limit
-        # steps skipped in all, and in a row; the last that was not, and the one at which a row became too
-        # long
-        counts = (skipped, in_a_row, -1, -1)
-        self.skipped, self.in_a_row, self.applied, self.end = (torch.tensor(n, device=device) for n in counts)
+        # `StepCounts`, kept on the device: to read them each step would make the host wait for it
+        counts = (torch.tensor(n, device=device) for n in (skipped, in_a_row, -1, -1))
+        self.skipped, self.in_a_row, self.last_applied, self.end_step = counts
         self.names: tuple[str, ...] = ()
-        self.finite: Tensor | None = None  # (names,): of the step under way
-        self.finite_at_end: Tensor | None = None  # of the last step, or of `end`
+        self.finite = torch.empty(0, dtype=torch.bool)  # (names,): of the step under way
+        self.finite_at_end: Tensor | None = None  # of the last step, or of `end_step`
 
     def check_loss(self, loss: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
         """Return `loss` to the bit, or NaN where it or one of its terms is not finite."""
@@ -111,30 +120,33 @@ class StepGuard:
     def count(self, step: int, norm: Tensor) -> Tensor:
         """Count `step`, whose gradient has this norm. Returns 1.0 where its update must be skipped, else 0.0,
         as a tensor on the device."""
-        skip, running = ~norm.to(self.device, non_blocking=True).isfinite(), self.end < 0
+        # everything here is tensors and `where`, not Python's `if`: a branch would wait for the device
+        skip, running = ~norm.to(self.device, non_blocking=True).isfinite(), self.end_step < 0
         self.skipped = self.skipped + skip
         self.in_a_row = (self.in_a_row + 1) * skip
         last = self.finite if self.finite_at_end is None else self.finite_at_end
         self.finite_at_end = torch.where(running, self.finite, last)
-        self.end = torch.where(running & (self.in_a_row > self.limit), step, self.end)
-        skip = skip | (self.end >= 0)
-        self.applied = torch.where(skip, self.applied, step)
+        self.end_step = torch.where(running & (self.in_a_row > self.limit), step, self.end_step)
+        # once a row is too long, nothing is applied any more: when the host reads of it, some steps later on
+        # a GPU, the weights are still those at which the run ended
+        skip = skip | (self.end_step >= 0)
+        self.last_applied = torch.where(skip, self.last_applied, step)
         return skip.float()
 
-    def read(self) -> tuple[int, int, int, int]:
-        """Wait for the device: (steps skipped in all, in a row, the last step applied, the step that ended
-        the run); -1 where there is no such step."""
-        return tuple(torch.stack([self.skipped, self.in_a_row, self.applied, self.end]).tolist())
+    def read_counts(self) -> StepCounts:
+        """Wait for the device, and return its counts."""
+        counts = (self.skipped, self.in_a_row, self.last_applied, self.end_step)
+        return StepCounts(*torch.stack(counts).tolist())
 
-    def terms_at_end(self) -> list[str]:
-        """Names of the loss and terms that were not finite in the step that ended the run."""
-        return [
-            name for name, finite in zip(self.names, self.finite_at_end.tolist(), strict=True) if not finite
-        ]
+    def nonfinite_terms_at_end(self) -> list[str]:
+        """Name the loss and terms that were not finite in the step that ended the run."""
+        assert self.finite_at_end is not None, "no step has been counted"
+        flags = zip(self.names, self.finite_at_end.tolist(), strict=True)
+        return [name for name, finite in flags if not finite]
 
 
-class Engine(Protocol):
-    """The part of an engine that `Watch` asks."""
+class GuardedEngine(Protocol):
+    """The part of an engine (`raylib.engine`) that `StepMonitor` needs."""
 
     objective: nn.Module
     device: torch.device
@@ -143,16 +155,22 @@ class Engine(Protocol):
     def find_not_finite(self) -> str | None: ...
 
 
-class Watch:
+class StepMonitor:
     """Reads `guard` before anything is kept.
 
     replay: `replay(step)` -> this worker's batch of a step, after seeding what that step's forward draws.
-    newest: the checkpoint that the run can go on from.
+    last_checkpoint: the checkpoint that the run can go on from.
     """
 
-    def __init__(self, guard: StepGuard, engine: Engine, replay: Callable[[int], dict], newest: Path | None):
-        self.guard, self.engine, self.replay, self.newest = guard, engine, replay, newest
-        self.skipped, self.in_a_row, self.applied, _ = guard.read()
+    def __init__(
+        self,
+        guard: StepGuard,
+        engine: GuardedEngine,
+        replay: Callable[[int], dict],
+        last_checkpoint: Path | None,
+    ):
+        self.guard, self.engine, self.replay, self.last_checkpoint = guard, engine, replay, last_checkpoint
+        self.counts = guard.read_counts()
 
     def read(self) -> None:
         """Wait for the device, and read the counts.
@@ -160,19 +178,20 @@ class Watch:
         Raises:
             NotFinite: too many steps in a row were skipped; names step, terms and parameter.
         """
-        self.skipped, self.in_a_row, self.applied, end = self.guard.read()
+        self.counts = self.guard.read_counts()
+        end = self.counts.end_step
         if end < 0:
             return
-        terms = self.guard.terms_at_end()
+        terms = self.guard.nonfinite_terms_at_end()
         what = f"{', '.join(terms)} not finite" if terms else "all terms finite, the gradient is not"
         rows = f"{self.guard.limit + 1} steps in a row skipped, more than fit.max_skipped={self.guard.limit}"
-        where = "goes on from there" if self.newest else "starts anew"
+        where = "goes on from there" if self.last_checkpoint else "starts anew"
         more = f"if it is the data, with a larger fit.max_skipped the same command {where}"
         raise NotFinite(
             f"step {end + 1}: {rows}: {what}; {self._first_parameter(end)}; {self.advice()}; {more}"
         )
 
-    def require_good_weights(self, done: int) -> None:
+    def require_usable_weights(self, done: int) -> None:
         """Check, on all workers together, that the weights after `done` steps may be evaluated and kept.
 
         Raises:
@@ -182,23 +201,25 @@ class Watch:
         """
         found = self.engine.find_not_finite()
         raise_together(found and f"step {done}: {found} is not finite; {self.advice()}")
-        if self.applied >= 0:
+        # Finite weights may be broken all the same: an update that overflows a product gives them no finite
+        # loss any more. The batch of the last update tells, for before it its loss and gradient were finite.
+        if self.counts.last_applied >= 0:
             self.engine.objective.zero_grad(set_to_none=True)  # the last step's gradients make room for these
-            loss, terms = self._forward(self.applied)
+            loss, terms = self._forward(self.counts.last_applied)
             bad = [name for name, value in {"loss": loss, **terms}.items() if not is_finite(value)]
             # weights of a finite loss whose gradient overflows would be good to evaluate, but no run could go
             # on from them. The backward pass gathers: no worker may leave it out.
             gradients = self._gradients(loss)
             if not self._has_finite_total_norm(gradients) and not bad:
                 bad = ["the gradient"]
-            broken = f"the update of step {self.applied + 1} broke the weights: of its own batch, once more, "
-            raise_together(
-                f"step {done}: {broken}{', '.join(bad)} not finite; {self.advice()}" if bad else None
-            )
+            update = f"the update of step {self.counts.last_applied + 1} broke the weights"
+            line = f"{update}: of its own batch, once more, {', '.join(bad)} not finite; {self.advice()}"
+            raise_together(f"step {done}: {line}" if bad else None)
 
     def advice(self) -> str:
         """Return what to do about a run that ended."""
-        last = f"the last good checkpoint is {self.newest}" if self.newest else "there is no checkpoint yet"
+        path = self.last_checkpoint
+        last = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
         return f"lower optim.lr or optim.clip, under another name=; {last}"
 
     def _forward(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:

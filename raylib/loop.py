@@ -1,7 +1,6 @@
 """The only training loop. Everything random in it derives from (seed, step, ...); its whole state is the
 step."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,21 +8,21 @@ from typing import Any
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from raylib import checkpoint
 from raylib.config import Config
-from raylib.data.loading import load_batches
-from raylib.device import has_bf16, out_of_memory_error, peak_memory, to_device
+from raylib.data.loading import load_batches, to_device
+from raylib.device import has_bf16, out_of_memory_error, peak_memory
 from raylib.distributed import total
-from raylib.engine import DeepSpeedEngine, TorchEngine
+from raylib.engine import DeepSpeedEngine, Engine, LayerRates, OptimConfig, TorchEngine, learning_rate
 from raylib.errors import NotFinite
-from raylib.finite import StepGuard, Watch, finite_values, require_finite_values
-from raylib.optim import LayerRates, OptimConfig, learning_rate
+from raylib.fileio import write_json
+from raylib.finite import StepGuard, StepMonitor, finite_values, require_finite_values
 from raylib.randomness import hash64
 from raylib.runtime import Runtime
-from raylib.track import Backend, Tracker
+from raylib.track import Backend, Progress, Tracker
 
 
 class FitConfig(Config):
@@ -42,26 +41,24 @@ class FitConfig(Config):
     zero: bool | None = None  # DeepSpeed ZeRO-2; None: on Ray
     loader_workers: NonNegativeInt = 1
     track: tuple[Backend, ...] = ()
-    stop_after: PositiveInt | None = (
-        None  # stop at this step, as an interruption would; the run stays unfinished
-    )
+    stop_after: PositiveInt | None = None  # stop here, as an interruption would; the run stays unfinished
 
     def uses_bf16(self, device: torch.device) -> bool:
-        """What `bf16` comes to on `device`."""
+        """Return whether steps on `device` are in bf16."""
         return has_bf16(device) if self.bf16 is None else self.bf16
 
 
 class Clock:
     """Seconds by activity: start, data, step, evaluation, checkpoint."""
 
-    def __init__(self, spent: dict[str, float]):
-        self.spent = dict(spent)
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
         self.last = time.perf_counter()
 
     def lap(self, activity: str) -> None:
         """Book the time since the last lap."""
         now = time.perf_counter()
-        self.spent[activity] = self.spent.get(activity, 0.0) + now - self.last
+        self.seconds[activity] = self.seconds.get(activity, 0.0) + now - self.last
         self.last = now
 
 
@@ -79,10 +76,13 @@ def fit(
 
     Args:
         objective: `forward(batch)` -> (loss, {term: mean over the global batch}); `.model` is what is
-        exported. batches: `batches[step]` is this worker's part of the global batch of `step`. evaluate:
-        called by every worker; `{"score": ..., name: value}`, the highest score is the best checkpoint.
-        describe: what `meta.json` should say besides. rates: factor of the learning rate of each depth in
-        each step; then `objective.model` has `depth_of(name)`.
+            exported.
+        batches: `batches[step]` is this worker's part of the global batch of `step`.
+        evaluate: called by every worker; `{"score": ..., name: value}`, the highest score is the best
+            checkpoint.
+        describe: what `meta.json` should say besides.
+        rates: factor of the learning rate of each depth in each step; then `objective.model` has
+            `depth_of(name)`.
     Returns:
         {"steps", "seconds", "times", "losses", "evaluation", "skipped_steps", "samples_replaced": by others
         of their lane, since they could not be used, "peak_memory_gb", "samples_per_second", ...}.
@@ -90,60 +90,59 @@ def fit(
         NotFinite: more steps in a row were skipped than `config.max_skipped`; weights, or scores, that are
             not finite. Nothing is saved of them.
     """
-    clock, start = Clock({}), runtime.newest()
-    meta = checkpoint.read_meta(start) if start else {"step": 0, "times": {}}
-    clock.spent = dict(meta["times"])
-    on_gpu = runtime.device.type == "cuda"
-    bf16 = config.uses_bf16(runtime.device)
-    zero = type(runtime).__name__ == "OnRay" if config.zero is None else config.zero
+    clock, start = Clock(), runtime.newest()
+    meta: dict[str, Any] = checkpoint.read_meta(start) if start else {"step": 0, "times": {}}
+    clock.seconds |= meta["times"]
+    on_gpu, bf16 = runtime.device.type == "cuda", config.uses_bf16(runtime.device)
     guard = StepGuard(
         runtime.device, config.max_skipped, meta.get("skipped_steps", 0), meta.get("skipped_in_a_row", 0)
     )
+    zero = runtime.zero if config.zero is None else config.zero
     engine = (DeepSpeedEngine if zero else TorchEngine)(
         objective, optim, runtime.device, bf16, start, rates, guard
     )
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
     tracker = Tracker(runtime.run, config.track, first) if runtime.rank == 0 else None
+    progress = Progress(config.steps, first, tracker)
     meta_of_run = {**describe, "workers": runtime.world, "engine": engine.name}
-    saver = _Saver(
-        runtime, engine, objective, meta_of_run, clock, config.steps, meta.get("samples_replaced", 0)
-    )
+    saver = _Saver(runtime, engine, meta_of_run, clock, config.steps, meta.get("samples_replaced", 0))
     losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
     replay = _Replay(objective, batches, config, runtime)
-    watch = Watch(guard, engine, replay, start)
+    monitor = StepMonitor(guard, engine, replay, start)
     stream = load_batches(batches, first, last, config.loader_workers, pin=on_gpu)
-    progress = _Progress(config.steps, first, tracker)
     for step in range(first, last):
         batch = to_device(next(stream), runtime.device)
-        saver.replaced += batch.get("bad", 0)
+        saver.num_replaced += batch.get("bad", 0)
         clock.lap("data" if step > first else "start")  # the first batch waits for the loaders' own start
         if step == first:
             saver.ready = time.time()
         replay.start(step, batch)
-        lr = learning_rate(step, config.steps, optim)
-        terms, done = _step(engine, batch, step, lr, runtime), step + 1
+        lr, done = learning_rate(step, config.steps, optim), step + 1
+        try:
+            terms = engine.step(batch, step, lr)
+        except RuntimeError as e:
+            raise out_of_memory_error(e, step, batch, runtime.device, runtime.world) from e
         logs = done % config.log_every == 0 or done == last
-        evaluates = _due(done, config.eval_every, config.steps)
-        saves = _due(done, config.save_every, config.steps) or done == last
+        evaluates = _is_due(done, config.eval_every, config.steps)
+        saves = _is_due(done, config.save_every, config.steps) or done == last
         # a GPU works ahead of the host, which would wait here; on the CPU nothing waits, and DeepSpeed has
         # waited in its step
         if logs or evaluates or saves or zero or not on_gpu:
-            watch.read()
+            monitor.read()
         if logs:
             values = {k: float(v) for k, v in terms.items()}
             losses = values if values == finite_values(values) else losses
             clock.lap("step")
-            if tracker:
-                progress.log(done, lr, values, watch.skipped, batch)
+            progress.log(done, lr, values, monitor.counts.skipped, batch)
         clock.lap("step")
+        # weights are looked at before they are evaluated or kept, never after
         if evaluates or saves:
-            watch.require_good_weights(done)
+            monitor.require_usable_weights(done)
         if evaluates:
-            evaluation = _evaluate(objective, evaluate, clock, done, watch)
-            if tracker:
-                progress.log_evaluation(done, evaluation)
+            evaluation = _evaluate(objective, evaluate, clock, done, monitor)
+            progress.log_evaluation(done, evaluation)
         if saves:
-            watch.newest = saver.save(done, losses, evaluation, watch)
+            monitor.last_checkpoint = saver.save(done, losses, evaluation, monitor)
     if tracker:
         tracker.close()
     return {
@@ -152,14 +151,14 @@ def fit(
         "workers": runtime.world,
         "engine": engine.name,
         "bf16": bf16,
-        "seconds": sum(clock.spent.values()),
-        "times": clock.spent,
+        "seconds": sum(clock.seconds.values()),
+        "times": clock.seconds,
         "losses": losses,
         "evaluation": evaluation,
-        "skipped_steps": watch.skipped,
-        "samples_replaced": saver.replaced_by_all,
+        "skipped_steps": monitor.counts.skipped,
+        "samples_replaced": saver.total_replaced,
         "peak_memory_gb": peak_memory(runtime.device),
-        "samples_per_second": progress.overall(last, clock),
+        "samples_per_second": progress.mean_rate(last, clock.seconds),
     }
 
 
@@ -178,131 +177,57 @@ class _Replay:
         self.objective.train()
 
     def __call__(self, step: int) -> dict:
-        if self.last is None or self.last[0] != step:
-            self.start(step, to_device(self.batches[step], self.runtime.device))
-        else:
-            self.start(*self.last)
-        return self.last[1]
+        under_way, batch = self.last or (None, {})
+        if under_way != step:
+            batch = to_device(self.batches[step], self.runtime.device)
+        self.start(step, batch)
+        return batch
 
 
 class _Saver:
     """Writes a checkpoint: this worker's engine shard; from worker 0 the model and `meta.json` too."""
 
     def __init__(
-        self,
-        runtime: Runtime,
-        engine,
-        objective: nn.Module,
-        describe: dict,
-        clock: Clock,
-        steps: int,
-        replaced: int,
+        self, runtime: Runtime, engine: Engine, describe: dict, clock: Clock, steps: int, total_replaced: int
     ):
-        self.runtime, self.engine, self.objective, self.describe, self.clock = (
-            runtime,
-            engine,
-            objective,
-            describe,
-            clock,
-        )
+        self.runtime, self.engine, self.describe, self.clock = runtime, engine, describe, clock
         self.steps, self.ready = steps, 0.0  # when the first batch was there, by the clock on the wall
         # samples that others took the place of: on all workers, up to the last save; on this one since then
-        self.replaced_by_all, self.replaced = replaced, 0
+        self.total_replaced, self.num_replaced = total_replaced, 0
 
-    def save(self, step: int, losses: dict, evaluation: dict, watch: Watch) -> Path:
-        """Save what is left after `step` steps; returns where it will be."""
-        score = evaluation.get("score")
-        self.replaced_by_all += int(total(torch.tensor(self.replaced, device=self.runtime.device)))
-        self.replaced = 0
-        counts = {
-            "skipped_steps": watch.skipped,
-            "skipped_in_a_row": watch.in_a_row,
-            "samples_replaced": self.replaced_by_all,
-        }
+    def save(self, step: int, losses: dict, evaluation: dict, monitor: StepMonitor) -> Path:
+        """Save what `step` steps came to; returns where it will be."""
+        self.total_replaced += int(total(torch.tensor(self.num_replaced, device=self.runtime.device)))
+        self.num_replaced = 0
         meta = {
             **self.describe,
             "step": step,
-            "score": score,
+            "score": evaluation.get("score"),
             "losses": losses,
             "evaluation": evaluation,
-            **counts,
+            "skipped_steps": monitor.counts.skipped,
+            "skipped_in_a_row": monitor.counts.in_a_row,
+            "samples_replaced": self.total_replaced,
         }
 
         def write(folder: Path) -> None:
             self.engine.save(folder, self.runtime.rank)
             if self.runtime.rank == 0:
-                self.objective.model.save(folder)
-                meta["times"] = self.clock.spent
-                (folder / "meta.json").write_text(
-                    json.dumps(meta, indent=1, allow_nan=False), encoding="utf-8"
-                )
+                self.engine.objective.model.save(folder)
+                write_json(folder / "meta.json", meta | {"times": self.clock.seconds})
 
-        self.runtime.save(
-            step,
-            write,
-            {
-                "step": step,
-                "steps": self.steps,
-                "ready": self.ready,
-                **evaluation,
-                **{f"loss/{k}": v for k, v in losses.items()},
-            },
-        )
+        report = {"step": step, "steps": self.steps, "ready": self.ready, **evaluation}
+        self.runtime.save(step, write, report | {f"loss/{k}": v for k, v in losses.items()})
         self.clock.lap("checkpoint")
         return self.runtime.run / checkpoint.FOLDER / checkpoint.step_name(step)
 
 
-class _Progress:
-    """Figures for the tracker, and the live line: step, losses, samples a second, time left."""
-
-    def __init__(self, steps: int, first: int, tracker: Tracker | None):
-        self.steps, self.first, self.tracker, self.samples = steps, first, tracker, 0
-        self.began = self.last = time.perf_counter()
-        self.last_step = first
-
-    def log(self, step: int, lr: float, losses: dict[str, float], skipped: int, batch: dict) -> None:
-        """Log step `step`: its losses, how many steps have been skipped so far, samples of all workers a
-        second since the last line. JSON has no NaN: a loss that is not finite is in the printed line
-        alone."""
-        now = time.perf_counter()
-        self.samples = batch.get("samples", 0)
-        rate = (step - self.last_step) * self.samples / (now - self.last)
-        self.last, self.last_step = now, step
-        finite = {f"loss/{k}": v for k, v in finite_values(losses).items()}
-        self.tracker.log(step, {"lr": lr, **finite, "skipped": skipped, "samples_per_second": rate})
-        left = (now - self.began) / (step - self.first) * (self.steps - step)
-        line = " ".join(f"{k} {v:.3f}" for k, v in losses.items()) + (
-            f"  skipped {skipped}" if skipped else ""
-        )
-        print(f"step {step}/{self.steps}  {line}  {rate:.0f} samples/s  ETA {_minutes(left)}", flush=True)
-
-    def log_evaluation(self, step: int, scores: dict[str, float]) -> None:
-        self.tracker.log(step, {f"eval/{k}": v for k, v in scores.items()})
-        print(
-            f"step {step}/{self.steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True
-        )
-
-    def overall(self, step: int, clock: Clock) -> float:
-        spent = clock.spent.get("step", 0.0) + clock.spent.get("data", 0.0)
-        return step * self.samples / spent if spent else 0.0
-
-
-def _due(done: int, every: int, steps: int) -> bool:
+def _is_due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
 
-def _step(
-    engine: TorchEngine | DeepSpeedEngine, batch: dict, step: int, lr: float, runtime: Runtime
-) -> dict[str, Tensor]:
-    """As `engine.step`; says what to do where memory runs out."""
-    try:
-        return engine.step(batch, step, lr)
-    except RuntimeError as e:
-        raise out_of_memory_error(e, step, batch, runtime.device, runtime.world) from e
-
-
 def _evaluate(
-    objective: nn.Module, evaluate: Callable, clock: Clock, done: int, watch: Watch
+    objective: nn.Module, evaluate: Callable, clock: Clock, done: int, monitor: StepMonitor
 ) -> dict[str, float]:
     """The scores after `done` steps.
 
@@ -315,10 +240,6 @@ def _evaluate(
             values = evaluate(objective.model)
         require_finite_values("evaluation", values)
     except NotFinite as e:
-        raise NotFinite(f"step {done}: {e}; {watch.advice()}") from None
+        raise NotFinite(f"step {done}: {e}; {monitor.advice()}") from None
     clock.lap("evaluation")
     return values
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -14,12 +14,15 @@ from typing import Any
 #   unified, cclm, mclip, ...    the sizes of a backbone of `raylib.models.BACKBONES`, wherever stored,
 #                                but for a pretraining run's config.json: there they are `model.X` of pretrain
 RENAMED: dict[str, dict[str, str]] = {
-    "pretrain": {},
+    "pretrain": {
+        "optim.horizon": "optim.schedule_factor",
+    },
     "finetune": {
         "tests": "run_test",
         "curves": "eval_each_epoch",
         "encoded": "cache_image_states",
         "matching": "use_itm_head",
+        "optim.horizon": "optim.schedule_factor",
     },
     "search": {},
     "finetuned": {},

@@ -35,6 +35,8 @@ class Local:
     """One process on one device; or, under torchrun, one of several that talk through gloo or NCCL.
     `report(metrics, checkpoint)` is told of each checkpoint."""
 
+    zero = False  # DeepSpeed's ZeRO-2, unless `fit.zero` says otherwise
+
     def __init__(self, run: Path, keep: int, report: Reporter | None = None):
         self.run, self.keep, self.report = run, keep, report
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -86,6 +88,8 @@ class Local:
 class OnRay:
     """A Ray Train worker. Ray owns the process group and moves every worker's files into one registered
     checkpoint."""
+
+    zero = True
 
     def __init__(self, run: Path):
         from ray import train

@@ -5,9 +5,8 @@ import os
 import pytest
 import torch
 
-from raylib.engine import DeepSpeedEngine, TorchEngine
+from raylib.engine import DeepSpeedEngine, OptimConfig, TorchEngine
 from raylib.finite import StepGuard
-from raylib.optim import OptimConfig
 from tests.test_strategies import Squares, Stack, batch_of
 from tests.workers import run_workers
 
@@ -63,7 +62,7 @@ def train(engine_class, rank=0, world=1, rates=None):
             after = snapshot(engine)
             untouched[step] = all(after[k].equal(v) for k, v in before.items())
     weights = {name: p.detach().clone() for name, p in objective.model.named_parameters()}
-    return weights, guard.read()[0], untouched, engine.find_not_finite()
+    return weights, guard.read_counts()[0], untouched, engine.find_not_finite()
 
 
 def snapshot(engine):

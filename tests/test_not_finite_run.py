@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raylib import checkpoint
+from raylib.engine import OptimConfig
 from raylib.errors import NotFinite
 from raylib.finite import StepGuard
 from raylib.loop import FitConfig, fit
 from raylib.models.base import save_model
-from raylib.optim import OptimConfig
 from raylib.runtime import Local
 from raylib.track import read_metrics
 from tests.test_not_finite import CPU, Faulty, faulty_batch
@@ -150,7 +150,7 @@ def test_skipped_steps_limit_leaves_run_unchanged_when_noticed_late():
         )
         skips.append(float(guard.count(step, torch.tensor(value))))
     assert skips == [0, 1, 1, 1, 1, 1, 1]
-    assert guard.read() == (4, 0, 0, 3) and guard.terms_at_end() == ["a"]
+    assert guard.read_counts() == (4, 0, 0, 3) and guard.nonfinite_terms_at_end() == ["a"]
 
 
 def on_zero(rank, world, folder):
@@ -195,16 +195,16 @@ def test_skipped_steps_limit_is_the_same_with_workers_and_zero(tmp_path, world):
 def zero_report(rank, world, folder):
     """The report of ZeRO-2 whose shards are on two workers, of a fault on the last alone."""
     from raylib.engine import DeepSpeedEngine
-    from raylib.finite import Watch
+    from raylib.finite import StepMonitor
 
     os.environ["LOCAL_RANK"] = str(rank)
     faults, guard = dict.fromkeys(range(2, 20), "gradient"), StepGuard(CPU, 2)
     engine = DeepSpeedEngine(Faulty(Stack()), OPTIM, CPU, False, None, None, guard)
-    watch = Watch(guard, engine, lambda step: faulty_batch(step, rank, world, faults), None)
+    monitor = StepMonitor(guard, engine, lambda step: faulty_batch(step, rank, world, faults), None)
     for step in range(10):
         engine.step(faulty_batch(step, rank, world, faults), step, OPTIM.lr)
         try:
-            watch.read()
+            monitor.read()
         except NotFinite as e:
             return step, str(e)
     return None
@@ -221,15 +221,15 @@ def test_skipped_steps_report_under_zero_names_the_parameter(tmp_path):
 
 def mean_norms(rank, world):
     """Return what is said of two gradients of the last worker, the others' being zero."""
-    from raylib.finite import Watch
+    from raylib.finite import StepMonitor
 
-    watch = Watch(StepGuard(CPU), Engine(Faulty(Stack())), None, None)
-    first, *others = watch.engine.objective.parameters()
+    monitor = StepMonitor(StepGuard(CPU), Engine(Faulty(Stack())), None, None)
+    first, *others = monitor.engine.objective.parameters()
     found = []
     for largest in (2.5e19, 5e19):  # squares of more than 1.8e19 overflow float32
         gradient = torch.zeros_like(first)
         gradient.view(-1)[0] = largest if rank == world - 1 else 0.0
-        found.append(watch._has_finite_total_norm([gradient, *[None] * len(others)]))
+        found.append(monitor._has_finite_total_norm([gradient, *[None] * len(others)]))
     return found
 
 

@@ -314,7 +314,7 @@ def test_few_shot_xgqa_has_iglue_step_count(name, count, steps):
         config.shots == 48
         and config.optim.weight_decay == decay
         and config.optim.warmup == 0.1
-        and config.optim.horizon == 1
+        and config.optim.schedule_factor == 1
     )
     assert config.optim.lr in FEW_SHOT_RATES
     keep = config.last_batch == "keep"

@@ -14,9 +14,8 @@ from finetune.strategies.learning_rates import LayerDecay, ScheduledUnfreezing, 
 from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.strategies.pruning import apply_mask, prune_mask, read_mask, sparsity, write_mask
 from raylib.config import build
-from raylib.engine import DeepSpeedEngine, TorchEngine
+from raylib.engine import DeepSpeedEngine, OptimConfig, TorchEngine, parameter_groups
 from raylib.errors import UserError
-from raylib.optim import OptimConfig, parameter_groups
 from tests.factories import make_model
 from tests.workers import run_workers
 

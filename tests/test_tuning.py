@@ -13,13 +13,12 @@ from finetune.objective import ClassificationObjective
 from finetune.strategies import Context, Strategies, StrategiesConfig
 from finetune.strategies.peft import AdapterConfig, CompacterConfig, HardPrompt, LoraConfig, SoftPromptConfig
 from raylib.config import build
-from raylib.engine import DeepSpeedEngine, TorchEngine
+from raylib.engine import DeepSpeedEngine, OptimConfig, TorchEngine
 from raylib.errors import UserError
 from raylib.models import BACKBONES
 from raylib.models import peft as tuning
 from raylib.models.layers import Block
 from raylib.models.unified import ModelConfig, UnifiedModel
-from raylib.optim import OptimConfig
 from raylib.packed import Ragged
 from raylib.text import Prompted, Tokenizer
 from tests.factories import make_model

@@ -20,7 +20,7 @@ from finetune.analysis.parallel import Parallel
 from finetune.batches import encode_texts, read_inputs
 from finetune.model import FinetuneModel
 from finetune.pictures import VisualSource
-from raylib.device import to_device
+from raylib.data.loading import to_device
 from raylib.finite import require_finite
 from raylib.models.unified import UnifiedModel
 from raylib.tables import open_pyplot

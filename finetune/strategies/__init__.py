@@ -40,8 +40,8 @@ from finetune.strategies.peft import (
 from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.strategies.pruning import SparseConfig
 from raylib.config import Config
+from raylib.engine import LayerRates
 from raylib.errors import UserError
-from raylib.optim import LayerRates
 from raylib.randomness import Key
 from raylib.text import Tokenizer
 

@@ -191,6 +191,9 @@ def step_draws(lanes: int, batch: int, rank: int = 0, world: int = 1) -> list[tu
 SHARED_MEMORY = "/dev/shm"
 PREFETCH = 4  # batches that each loader process works ahead
 ALIGN = 64
+# tensors of a batch by which the host plans the step (`raylib.packed`): reading them on a GPU would make the
+# host wait for it
+CPU_KEYS = ("index", "lengths", "positions")
 
 
 def load_batches(batches: Dataset, first: int, last: int, workers: int, pin: bool = False) -> Iterator[Any]:
@@ -294,6 +297,17 @@ def _map(tree: Any, leaf: type, change) -> Any:
         values = [_map(value, leaf, change) for value in tree]
         return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
     return tree
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch whose tensors are on `device`, but for those of `CPU_KEYS`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {k: v if k in CPU_KEYS else to_device(v, device) for k, v in batch.items()}
+    if isinstance(batch, tuple):
+        return type(batch)(**to_device(batch._asdict(), device))
+    return batch
 
 
 def _check_shared_memory(wanted: int) -> None:

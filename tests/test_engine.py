@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from raylib.optim import OptimConfig, build_optimizer, learning_rate, parameter_groups
+from raylib.engine import OptimConfig, build_optimizer, learning_rate, parameter_groups
 from tests.factories import make_model
 
 
@@ -27,7 +27,7 @@ def test_lr_schedule_cosine_and_of_longer_run():
         assert learning_rate(step, 10, config) == pytest.approx(peer.get_last_lr()[0])
         optimizer.step()
         peer.step()
-    iglue = OptimConfig(lr=4e-5, warmup=0.1, horizon=4)
+    iglue = OptimConfig(lr=4e-5, warmup=0.1, schedule_factor=4)
     assert [learning_rate(s, 500, iglue) for s in (0, 199, 499)] == pytest.approx(
         [4e-5 / 200, 4e-5, 4e-5 * 1501 / 1800]
     )
