@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.decoder import AnswerDecoder, DecoderConfig
-from finetune.formats.nli import check_labels
+from finetune.formats.answers import check_labels
 from raylib.checkpoint import BEST
 from raylib.config import build, lookup
 from raylib.errors import UserError

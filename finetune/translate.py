@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, PositiveInt
 
 from finetune.data import load_task
-from finetune.formats.stream import read_jsonl, read_lines
+from finetune.formats.stream import stream_jsonl, stream_lines
 from raylib.config import Config
 from raylib.errors import UserError, require
 from raylib.fileio import write_atomically
@@ -110,7 +110,7 @@ def _translate_file(
 
 def _records(path: Path) -> Iterator[dict[str, Any] | str]:
     """JSON lines as objects, other files as lines."""
-    read = read_jsonl if ".jsonl" in path.suffixes else read_lines  # or in a .gz, a .zip
+    read = stream_jsonl if ".jsonl" in path.suffixes else stream_lines  # or in a .gz, a .zip
     return (record for _, record in read(path))
 
 

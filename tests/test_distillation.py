@@ -10,7 +10,7 @@ import torch
 
 from finetune.batches import encode_inputs
 from finetune.examples import Example
-from finetune.formats.vqa import read_cvil
+from finetune.formats.answers import read_cvil
 from finetune.model import FinetuneModel
 from finetune.objective import ClassificationObjective
 from finetune.strategies.base import LossTerms

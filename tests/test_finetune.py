@@ -11,7 +11,7 @@ import torch
 from finetune.batches import BatchOrder, CaptionBatches, ExampleBatches
 from finetune.evaluate import evaluate
 from finetune.examples import Captioned, Example
-from finetune.formats import gqa
+from finetune.formats import answers
 from finetune.metrics import Bleu, score
 from finetune.model import FinetuneModel, freeze, resize
 from finetune.objective import ClassificationObjective
@@ -48,7 +48,7 @@ def pixels(scenes) -> ImageSource:
 
 
 def questions(scenes, language="en") -> list[Example]:
-    return list(gqa.read_gqa(scenes / f"xGQA/annotations/few_shot/{language}/test.json"))
+    return list(answers.read_gqa(scenes / f"xGQA/annotations/few_shot/{language}/test.json"))
 
 
 def captions(scenes, language="en") -> list[Captioned]:
@@ -275,7 +275,7 @@ def test_classifier_logits_stay_float32_under_autocast():
 
 def evaluate_share(rank, world, scenes, folder):
     tokenizer = Tokenizer.load(TOKENIZER)
-    model = small_model(labels=gqa.read_answers(scenes / "gqa/annotations/trainval_label2ans.json"))
+    model = small_model(labels=answers.read_answers(scenes / "gqa/annotations/trainval_label2ans.json"))
     sets = {code: questions(scenes, code) * 4 for code in ("en", "ko")}
     scores = evaluate(model, sets, pixels(scenes), tokenizer, 40, folder)
     found = [

@@ -8,7 +8,7 @@ import pytest
 
 from finetune.data import Reading
 from finetune.evaluate import evaluate
-from finetune.formats import gqa
+from finetune.formats import answers
 from finetune.tasks.datasets import TASKS
 from raylib.text import Tokenizer
 from tests.test_finetune import TOKENIZER, pixels, questions, small_model
@@ -43,7 +43,7 @@ def write_questions(path: Path, scenes: Path, count: int) -> Path:
 
 def evaluate_file(rank, world, scenes, file, folder):
     """(figures, MB by which this worker's peak lies above what it had before)."""
-    model = small_model(labels=gqa.read_answers(scenes / "gqa/annotations/trainval_label2ans.json"))
+    model = small_model(labels=answers.read_answers(scenes / "gqa/annotations/trainval_label2ans.json"))
     seen, tokenizer = pixels(scenes), Tokenizer.load(TOKENIZER)
     reading = Reading(TASKS["xgqa"], file, "test", "en", None)
     before = memory("VmRSS")

@@ -8,8 +8,8 @@ import tracemalloc
 import pytest
 
 from finetune.examples import Captioned, Example
-from finetune.formats import captions, gqa, nli, pairs, vqa
-from finetune.formats.stream import read_items, read_listed
+from finetune.formats import answers, captions
+from finetune.formats.stream import stream_list, stream_members
 from raylib.errors import UserError
 
 
@@ -62,14 +62,14 @@ WIT = {
 
 
 def test_gqa_dict_and_list_forms_are_read(tmp_path):
-    assert list(gqa.read_gqa(write(tmp_path / "a.json", GQA))) == [
+    assert list(answers.read_gqa(write(tmp_path / "a.json", GQA))) == [
         Example("02", ("Is it?",), ("n16",), {"yes": 1.0}, "verify")
     ]
     listed = [
         {"img_id": "n1", "label": {"cat": 1, "dog": 0.3}, "question_id": 5, "sent": "What?"},
         {"img_id": "n2", "question_id": 6, "sent": "Who?"},
     ]
-    found = list(gqa.read_gqa(write(tmp_path / "b.json", listed)))
+    found = list(answers.read_gqa(write(tmp_path / "b.json", listed)))
     assert found == [
         Example("5", ("What?",), ("n1",), {"cat": 1.0, "dog": 0.3}),
         Example("6", ("Who?",), ("n2",), {}),
@@ -77,12 +77,12 @@ def test_gqa_dict_and_list_forms_are_read(tmp_path):
 
 
 def test_nli_formats_are_read(tmp_path):
-    found = list(nli.read_xvnli(lines(tmp_path / "x.jsonl", XVNLI, {**XVNLI, "gold_label": "-"})))
+    found = list(answers.read_xvnli(lines(tmp_path / "x.jsonl", XVNLI, {**XVNLI, "gold_label": "-"})))
     assert (
         found[0] == Example("1.jpg#0r1n", ("Ein Mann.",), ("1",), {"neutral": 1.0}) and found[1].labels == {}
     )
     snli = {"gold_label": "entailment", "sentence1": "A", "sentence2": "B", "pairID": "p"}
-    assert list(nli.read_snli(lines(tmp_path / "s.jsonl", snli))) == [
+    assert list(answers.read_snli(lines(tmp_path / "s.jsonl", snli))) == [
         Example("p", ("A", "B"), (), {"entailment": 1.0})
     ]
     table = (
@@ -90,20 +90,20 @@ def test_nli_formats_are_read(tmp_path):
         "ar\tneutral\tA\tB\t1\nde\tcontradiction\tC\tD\t2\n"
     )
     (tmp_path / "xnli.tsv").write_text(table)
-    assert list(nli.read_xnli(tmp_path / "xnli.tsv", "de")) == [
+    assert list(answers.read_xnli(tmp_path / "xnli.tsv", "de")) == [
         Example("2", ("C", "D"), (), {"contradiction": 1.0})
     ]
     with pytest.raises(UserError, match="no row in language 'sw'"):
-        list(nli.read_xnli(tmp_path / "xnli.tsv", "sw"))
+        list(answers.read_xnli(tmp_path / "xnli.tsv", "sw"))
     (tmp_path / "multi.tsv").write_text("premise\thypo\tlabel\nA\tB\tcontradictory\n")
-    assert next(nli.read_multinli(tmp_path / "multi.tsv")).labels == {"contradiction": 1.0}
+    assert next(answers.read_multinli(tmp_path / "multi.tsv")).labels == {"contradiction": 1.0}
 
 
 def test_nlvr2_and_marvl_pairs_are_read(tmp_path):
-    assert list(pairs.read_nlvr2(lines(tmp_path / "n.jsonl", NLVR2))) == [
+    assert list(answers.read_nlvr2(lines(tmp_path / "n.jsonl", NLVR2))) == [
         Example("dev-850-0-1", ("Two dogs.",), ("dev-850-0-img0", "dev-850-0-img1"), {"True": 1.0})
     ]
-    assert list(pairs.read_marvl(lines(tmp_path / "m.jsonl", MARVL), "id")) == [
+    assert list(answers.read_marvl(lines(tmp_path / "m.jsonl", MARVL), "id")) == [
         Example("id-0", ("Dua.",), ("id/1-5.jpg", "id/1-6.jpg"), {"False": 1.0}, "Animal")
     ]
 
@@ -116,10 +116,10 @@ def test_flickr_and_wit_captions_are_read(tmp_path):
 
 
 READERS = [
-    (gqa.read_gqa, "a.json", {"02": GQA["02"]}),
-    (nli.read_xvnli, "x.jsonl", XVNLI),
-    (pairs.read_marvl, "m.jsonl", MARVL),
-    (pairs.read_nlvr2, "n.jsonl", NLVR2),
+    (answers.read_gqa, "a.json", {"02": GQA["02"]}),
+    (answers.read_xvnli, "x.jsonl", XVNLI),
+    (answers.read_marvl, "m.jsonl", MARVL),
+    (answers.read_nlvr2, "n.jsonl", NLVR2),
     (captions.read_flickr, "f.jsonl", FLICKR),
     (captions.read_wit, "w.jsonl", WIT),
 ]
@@ -147,28 +147,28 @@ def test_readers_missing_field_is_named_with_file_and_line(tmp_path, read, name,
 
 def test_readers_unknown_label_is_named(tmp_path):
     with pytest.raises(UserError, match=r"x.jsonl:1: unknown label 'entailed'"):
-        list(nli.read_xvnli(lines(tmp_path / "x.jsonl", {**XVNLI, "gold_label": "entailed"})))
+        list(answers.read_xvnli(lines(tmp_path / "x.jsonl", {**XVNLI, "gold_label": "entailed"})))
     with pytest.raises(UserError, match="neither True nor False"):
-        list(pairs.read_nlvr2(lines(tmp_path / "n.jsonl", {**NLVR2, "label": "maybe"})))
+        list(answers.read_nlvr2(lines(tmp_path / "n.jsonl", {**NLVR2, "label": "maybe"})))
 
 
 @pytest.mark.parametrize("text", ['{"1": {"a": 1}, "2": {', '{"1" 2}', "[1, 2", "3", '{"1": 2} '[:7]])
 def test_json_stream_broken_file_is_one_line_error(tmp_path, text):
     (tmp_path / "b.json").write_text(text)
     with pytest.raises(UserError, match="b.json: broken JSON after"):
-        list(read_items(tmp_path / "b.json"))
+        list(stream_members(tmp_path / "b.json"))
 
 
 def test_json_stream_equals_json_load(tmp_path, monkeypatch):
     monkeypatch.setattr("raylib.fileio.CHUNK", 7)  # members across many chunks
     values = {f"k{i}": {"text": "ä" * (i % 23), "number": i * 1.5, "list": [1, [], {}]} for i in range(50)}
     (tmp_path / "o.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
-    assert dict(read_items(tmp_path / "o.json")) == values
+    assert dict(stream_members(tmp_path / "o.json")) == values
     with gzip.open(tmp_path / "l.json.gz", "wt") as file:
         json.dump([1, 22, 333, 4444444444], file)
-    assert [v for _, v in read_items(tmp_path / "l.json.gz")] == [1, 22, 333, 4444444444]
+    assert [v for _, v in stream_members(tmp_path / "l.json.gz")] == [1, 22, 333, 4444444444]
     write(tmp_path / "empty.json", {})
-    assert list(read_items(tmp_path / "empty.json")) == []
+    assert list(stream_members(tmp_path / "empty.json")) == []
 
 
 def test_json_stream_reads_list_inside_object(tmp_path, monkeypatch):
@@ -176,47 +176,47 @@ def test_json_stream_reads_list_inside_object(tmp_path, monkeypatch):
     path = write(
         tmp_path / "o.json", {"a": [9], "x": {"b": [8]}, "b": [{"n": 1}, {"n": 22}], "c": [], "d": 3}
     )
-    assert [(w.rpartition(", ")[2], r) for w, r in read_listed(path, "b")] == [
+    assert [(w.rpartition(", ")[2], r) for w, r in stream_list(path, "b")] == [
         ("b[0]", {"n": 1}),
         ("b[1]", {"n": 22}),
     ]
-    assert list(read_listed(path, "c")) == []
+    assert list(stream_list(path, "c")) == []
     for name, words in (("e", "no list 'e'"), ("d", "no list 'd'")):
         with pytest.raises(UserError, match=f"o.json: .*{words}"):
-            list(read_listed(path, name))
+            list(stream_list(path, name))
     path.write_text('{"b": [{"n": 1}, {"n": ')
     with pytest.raises(UserError, match="broken JSON after item 0"):
-        list(read_listed(path, "b"))
+        list(stream_list(path, "b"))
     with pytest.raises(UserError, match="none.json: no such file"):
-        list(read_listed(tmp_path / "none.json", "b"))
+        list(stream_list(tmp_path / "none.json", "b"))
 
 
 def test_vqa_reader_streams_and_accepts_another_order(tmp_path):
     count = 20_000
     people = [{"answer": "yes", "answer_id": i} for i in range(10)]
     questions = [{"question_id": i, "image_id": i, "question": "What is it?"} for i in range(count)]
-    answers = [
+    annotations = [
         {"question_id": i, "image_id": i, "answers": people, "answer_type": "other"} for i in range(count)
     ]
     write(tmp_path / "q.json", {"info": {}, "questions": questions})
-    write(tmp_path / "a.json", {"info": {}, "annotations": answers})
-    write(tmp_path / "b.json", {"info": {}, "annotations": answers[::-1]})
-    del questions, answers
+    write(tmp_path / "a.json", {"info": {}, "annotations": annotations})
+    write(tmp_path / "b.json", {"info": {}, "annotations": annotations[::-1]})
+    del questions, annotations
     tracemalloc.start()
-    ids = [example.id for example in vqa.read_vqa_v2(tmp_path / "q.json", "a.json")]
+    ids = [example.id for example in answers.read_vqa_v2(tmp_path / "q.json", "a.json")]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (
         ids == [str(i) for i in range(count)] and peak < 5e6
     )  # the ids themselves are 1.2 MB; the files 14 MB of text
-    assert [example.id for example in vqa.read_vqa_v2(tmp_path / "q.json", "b.json")] == ids
+    assert [example.id for example in answers.read_vqa_v2(tmp_path / "q.json", "b.json")] == ids
 
 
 def test_gqa_reader_memory_is_bounded(tmp_path):
     with open(tmp_path / "big.json", "w") as file:
         file.write("{" + ",".join(json.dumps({str(i): GQA["02"]})[1:-1] for i in range(100_000)) + "}")
     tracemalloc.start()
-    count = sum(1 for _ in gqa.read_gqa(tmp_path / "big.json"))
+    count = sum(1 for _ in answers.read_gqa(tmp_path / "big.json"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 100_000 and peak < 3e6
@@ -226,9 +226,9 @@ def test_answers_are_read_from_json_and_pickle(tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"no": 1, "yes": 0}))
     (tmp_path / "l.pkl").write_bytes(pickle.dumps(["yes", "no"], protocol=2))
     for path in (tmp_path / "a.pkl", tmp_path / "l.pkl", write(tmp_path / "l.json", ["yes", "no"])):
-        assert gqa.read_answers(path) == ("yes", "no")
+        assert answers.read_answers(path) == ("yes", "no")
     with pytest.raises(UserError, match=r"not 0 ... 1"):
-        gqa.read_answers(write(tmp_path / "bad.json", {"yes": 0, "no": 2}))
+        answers.read_answers(write(tmp_path / "bad.json", {"yes": 0, "no": 2}))
 
 
 class Evil:
@@ -242,16 +242,16 @@ def test_answers_pickle_with_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps([Evil()]))
     with pytest.raises(UserError, match="only plain values are read"):
-        gqa.read_answers(tmp_path / "evil.pkl")
+        answers.read_answers(tmp_path / "evil.pkl")
     assert not (tmp_path / "evil").exists()
 
 
 def test_nli_labels_in_another_order_are_both_named():
-    nli.check_labels(nli.LABELS, list(nli.LABELS), "x")
+    answers.check_labels(answers.LABELS, list(answers.LABELS), "x")
     with pytest.raises(
         UserError, match="config.json: the same labels in another order.*contradiction, entailment, neutral"
     ):
-        nli.check_labels(nli.LABELS, ("contradiction", "entailment", "neutral"), "config.json")
+        answers.check_labels(answers.LABELS, ("contradiction", "entailment", "neutral"), "config.json")
 
 
 def test_multi30k_lines_are_paired_with_images(tmp_path):
@@ -307,24 +307,24 @@ def test_vqa_free_answers_get_soft_scores(tmp_path):
         tmp_path / "a.json",
         {"annotations": [{"question_id": 10, "image_id": 1, "answers": people, "answer_type": "other"}]},
     )
-    (found,) = vqa.read_vqa_v2(tmp_path / "q.json", "a.json")
+    (found,) = answers.read_vqa_v2(tmp_path / "q.json", "a.json")
     assert found == Example(
         "10", ("What?",), ("000000000001",), {"cat": 1.0, "dog": 2 / 3, "cow": 1 / 3}, "other"
     )
     write(tmp_path / "none.json", {"annotations": []})
     with pytest.raises(UserError, match="question 10 has no annotation"):
-        list(vqa.read_vqa_v2(tmp_path / "q.json", "none.json"))
+        list(answers.read_vqa_v2(tmp_path / "q.json", "none.json"))
     ja = [{"id": 5, "qas": [{"qa_id": 7, "question": "何?", "answer": "猫"}]}]
-    assert list(vqa.read_ja_vqa(write(tmp_path / "ja.json", ja))) == [
+    assert list(answers.read_ja_vqa(write(tmp_path / "ja.json", ja))) == [
         Example("7", ("何?",), ("5",), {"猫": 1.0})
     ]
     fm = {"train": [{"question_id": 3, "image_id": 4, "Question": "什么?", "Answer": "猫"}], "val": []}
-    assert list(vqa.read_fm_iqa(write(tmp_path / "fm.json", fm), "train")) == [
+    assert list(answers.read_fm_iqa(write(tmp_path / "fm.json", fm), "train")) == [
         Example("3", ("什么?",), ("000000000004",), {"猫": 1.0})
     ]
     write(tmp_path / "answers.json", ["yes", "cat"])
     line = {"en": "What?", "hi": "H", "ja": "J", "an": [1], "s": [0.9], "img_id": 4, "q_id": 6}
     path = lines(tmp_path / "c.jsonl", line)
-    assert list(vqa.read_cvil(path, "hi", "answers.json")) == [Example("6", ("H",), ("4",), {"cat": 0.9})]
+    assert list(answers.read_cvil(path, "hi", "answers.json")) == [Example("6", ("H",), ("4",), {"cat": 0.9})]
     with pytest.raises(UserError, match=r"c.jsonl:1: answers \[2\]"):
-        list(vqa.read_cvil(lines(path, {**line, "an": [2]}), "hi", "answers.json"))
+        list(answers.read_cvil(lines(path, {**line, "an": [2]}), "hi", "answers.json"))

@@ -12,8 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from finetune.examples import Example
-from finetune.formats.gqa import read_gqa
-from finetune.formats.vqa import read_cvil
+from finetune.formats.answers import read_cvil, read_gqa
 from finetune.model import FinetuneModel, load_backbone
 from finetune.stores import open_regions
 from finetune.strategies.distillation.teacher import StoredStates, store_states

@@ -14,8 +14,8 @@ from finetune.batches import BatchOrder, CaptionBatches, ExampleBatches
 from finetune.data import dev_split
 from finetune.data import test_split as split_of_test
 from finetune.examples import Captioned, Example
-from finetune.formats import gqa, nli
-from finetune.formats.stream import read_items, read_jsonl
+from finetune.formats import answers
+from finetune.formats.stream import stream_jsonl, stream_members
 from finetune.recipes import FEW_SHOT_RATES, RECIPES
 from finetune.tasks.datasets import TASKS
 from raylib.config import override
@@ -125,7 +125,7 @@ def test_zipped_annotations_are_read_directly(tmp_path):
         "Flikr30kID": "1",
     }
     path = put(tmp_path / "XVNLI/annotations/en/train.jsonl.zip", "data/train.jsonl", json.dumps(line) + "\n")
-    assert list(nli.read_xvnli(path)) == [Example("1.jpg#0r1n", ("h",), ("1",), {"neutral": 1.0})]
+    assert list(answers.read_xvnli(path)) == [Example("1.jpg#0r1n", ("h",), ("1",), {"neutral": 1.0})]
 
 
 def test_zipped_annotations_that_are_ambiguous_or_broken_are_named(tmp_path):
@@ -133,14 +133,14 @@ def test_zipped_annotations_that_are_ambiguous_or_broken_are_named(tmp_path):
     none = put(tmp_path / "n.zip", "n.txt", "")
     for path, words in ((several, r"2 JSON files \(a.json, b.json\) in it"), (none, "no JSON file in it")):
         with pytest.raises(UserError, match=words):
-            list(read_items(path))
+            list(stream_members(path))
     broken = tmp_path / "broken.json.zip"
     broken.write_bytes(b"PK no zip")
     with pytest.raises(UserError, match=r"broken\.json\.zip: not to be decompressed"):
-        list(gqa.read_gqa(broken))
+        list(answers.read_gqa(broken))
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(UserError, match=r"folder\.json: not to be read \(Is a directory\)"):
-        list(read_items(tmp_path / "folder.json"))
+        list(stream_members(tmp_path / "folder.json"))
     changed = tmp_path / "changed.jsonl.zip"
     with zipfile.ZipFile(
         changed, "w"
@@ -148,7 +148,7 @@ def test_zipped_annotations_that_are_ambiguous_or_broken_are_named(tmp_path):
         archive.writestr("changed.jsonl", '{"n": 1}\n')
     changed.write_bytes(changed.read_bytes().replace(b'{"n": 1}', b'{"n": 2}'))
     with pytest.raises(UserError, match=r"changed\.jsonl\.zip: not to be decompressed"):
-        list(read_jsonl(changed))
+        list(stream_jsonl(changed))
 
 
 def test_tasks_missing_split_names_every_candidate_path(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from finetune.examples import Captioned
-from finetune.formats.stream import field, read_jsonl, read_lines, read_listed
+from finetune.formats.stream import get_field, stream_jsonl, stream_lines, stream_list
 from raylib.errors import UserError
 
 
@@ -16,22 +16,22 @@ def read_flickr(path: Path, sentences: str = "all", empty: str = "") -> Iterator
     sentences: "first", where the others are in another language. empty: "keep" captions without a word, which
         are in IGLUE's German and Indonesian tests, one in each; else they are an error.
     """
-    for where, record in read_jsonl(path):
-        texts = field(record, "sentences", list, where)
+    for where, record in stream_jsonl(path):
+        texts = get_field(record, "sentences", list, where)
         if not texts or not all(isinstance(s, str) and (s.strip() or empty == "keep") for s in texts):
             raise UserError(f"{where}: field 'sentences' must hold captions, and no empty one")
         yield Captioned(
-            field(record, "img_path", str, where), tuple(texts[:1] if sentences == "first" else texts)
+            get_field(record, "img_path", str, where), tuple(texts[:1] if sentences == "first" else texts)
         )
 
 
 def read_wit(path: Path) -> Iterator[Captioned]:
     """JSON lines {wit_ix, caption_reference_description}: WIT as IGLUE has it; pictures are called by their
     wit_ix."""
-    for where, record in read_jsonl(path):
-        caption = field(record, "caption_reference_description", str, where)
-        address = field(record, "image_url", str, where) if "image_url" in record else ""
-        yield Captioned(str(field(record, "wit_ix", (str, int), where)), (caption,), source=address)
+    for where, record in stream_jsonl(path):
+        caption = get_field(record, "caption_reference_description", str, where)
+        address = get_field(record, "image_url", str, where) if "image_url" in record else ""
+        yield Captioned(str(get_field(record, "wit_ix", (str, int), where)), (caption,), source=address)
 
 
 def read_multi30k(path: Path, images: str) -> Iterator[Captioned]:
@@ -42,8 +42,8 @@ def read_multi30k(path: Path, images: str) -> Iterator[Captioned]:
     if not paths:
         raise UserError(f"{path}: no such files")
     listed = _beside(path, images)
-    names = [line for _, line in read_lines(listed)]
-    columns = [[line for _, line in read_lines(p)] for p in paths]
+    names = [line for _, line in stream_lines(listed)]
+    columns = [[line for _, line in stream_lines(p)] for p in paths]
     for p, column in zip(paths, columns, strict=True):
         if len(column) != len(names):
             raise UserError(f"{p}: {len(column)} captions for the {len(names)} pictures of {listed}")
@@ -65,14 +65,14 @@ def read_xtd(path: Path, images: str, part: str) -> Iterator[Captioned]:
 def read_karpathy(path: Path, split: str, without: str = "") -> Iterator[Captioned]:
     """Karpathy's dataset_coco.json: {images: [{filename, split, sentences: [{raw}]}]}; "restval" trains.
     without: a list of file names, a path as `images` of `read_multi30k`: images that are left out."""
-    left_out = {Path(line).name for _, line in read_lines(_beside(path, without))} if without else set()
-    for where, record in read_listed(path, "images"):
+    left_out = {Path(line).name for _, line in stream_lines(_beside(path, without))} if without else set()
+    for where, record in stream_list(path, "images"):
         part, name = (
-            field(record, "split", str, where).replace("restval", "train"),
-            field(record, "filename", str, where),
+            get_field(record, "split", str, where).replace("restval", "train"),
+            get_field(record, "filename", str, where),
         )
         if part == split and name not in left_out:
-            texts = [field(s, "raw", str, where) for s in field(record, "sentences", list, where)]
+            texts = [get_field(s, "raw", str, where) for s in get_field(record, "sentences", list, where)]
             yield Captioned(name, tuple(texts))
 
 
@@ -90,23 +90,24 @@ def read_coco(path: Path, images: str, split: str, more: str = "") -> Iterator[C
     captions: dict[str, list[str]] = {}
     for file in [path, *([path.parent / more] if more else [])]:
         names = {
-            field(r, "id", int, w): field(r, "file_name", str, w) for w, r in read_listed(file, "images")
+            get_field(r, "id", int, w): get_field(r, "file_name", str, w)
+            for w, r in stream_list(file, "images")
         }
-        for where, record in read_listed(file, "annotations"):
-            number = field(record, "image_id", int, where)
+        for where, record in stream_list(file, "annotations"):
+            number = get_field(record, "image_id", int, where)
             if number not in names:
                 raise UserError(f"{where}: image_id {number} is not among the images")
             if Path(names[number]).stem in wanted:
-                captions.setdefault(names[number], []).append(field(record, "caption", str, where))
+                captions.setdefault(names[number], []).append(get_field(record, "caption", str, where))
     for name, texts in captions.items():
         yield Captioned(name, tuple(texts))
 
 
 def read_coco_cn(path: Path, images: str) -> Iterator[Captioned]:
     """COCO-CN: "COCO_val2014_000000042196#0<TAB>caption" a line; only pictures that the list `images` has."""
-    wanted = {line for _, line in read_lines(path.parent / images)}
+    wanted = {line for _, line in stream_lines(path.parent / images)}
     captions: dict[str, list[str]] = {}
-    for where, line in read_lines(path):
+    for where, line in stream_lines(path):
         key, tab, text = line.partition("\t")
         name = key.partition("#")[0]
         if not tab or not text.strip():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.examples import Captioned, Example
-from finetune.formats.stream import field, read_jsonl, score_of
+from finetune.formats.stream import get_field, parse_score, stream_jsonl
 from raylib.errors import UserError
 
 
@@ -31,15 +31,15 @@ def read_examples(
         id: field that tells items apart and is the same in all languages; "": the number of the line.
         kind: field that results are broken down by.
     """
-    for number, (where, record) in enumerate(read_jsonl(path), 1):
-        texts = [field(record, name, str, where) for name in (premise, text) if name]
+    for number, (where, record) in enumerate(stream_jsonl(path), 1):
+        texts = [get_field(record, name, str, where) for name in (premise, text) if name]
         images: list[str] = []
         for name in image.split("|") if image else ():
-            value = field(record, name, (str, int, list), where)
+            value = get_field(record, name, (str, int, list), where)
             images += map(str, value if isinstance(value, list) else [value])
         labels = _labels(record[label], f"{where}: field '{label}'") if label in record else {}
-        item_id = str(field(record, id, (str, int), where)) if id else str(number)
-        item_kind = str(field(record, kind, (str, int), where)) if kind else ""
+        item_id = str(get_field(record, id, (str, int), where)) if id else str(number)
+        item_kind = str(get_field(record, kind, (str, int), where)) if kind else ""
         yield Example(item_id, tuple(texts), tuple(images), labels, item_kind)
 
 
@@ -49,17 +49,17 @@ def read_captions(path: Path, image: str = "image", text: str = "caption") -> It
     Args:
         image, text: fields of the image's name, and of its caption or a list of captions.
     """
-    for where, record in read_jsonl(path):
-        captions = field(record, text, (str, list), where)
+    for where, record in stream_jsonl(path):
+        captions = get_field(record, text, (str, list), where)
         captions = captions if isinstance(captions, list) else [captions]
         if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
             raise UserError(f"{where}: field '{text}' wants a caption, or a list of them")
-        yield Captioned(str(field(record, image, (str, int), where)), tuple(captions))
+        yield Captioned(str(get_field(record, image, (str, int), where)), tuple(captions))
 
 
 def _labels(value: Any, where: str) -> dict[str, float]:
     if isinstance(value, dict):
-        return {str(answer): score_of(score, where) for answer, score in value.items()}
+        return {str(answer): parse_score(score, where) for answer, score in value.items()}
     answers = value if isinstance(value, list) else [value]
     wrong = next((a for a in answers if not isinstance(a, str | int)), None)
     if wrong is not None:

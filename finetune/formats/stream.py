@@ -11,7 +11,7 @@ from raylib.fileio import CHUNK, open_text, stream_json
 from raylib.finite import is_finite
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+def stream_lines(path: Path) -> Iterator[tuple[str, str]]:
     """("path:line", text) of every line that is not empty.
 
     Raises:
@@ -23,9 +23,9 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
                 yield f"{path}:{number}", line.rstrip("\r\n")
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+def stream_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     """("path:line", record) of a file with a JSON object a line."""
-    for where, line in read_lines(path):
+    for where, line in stream_lines(path):
         try:
             record = json.loads(line)
         except ValueError as e:
@@ -35,7 +35,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
         yield where, record
 
 
-def read_items(path: Path) -> Iterator[tuple[str, Any]]:
+def stream_members(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, value) of each member of the one JSON object or array in a file, as it is read; `where` names
     the key, or the place in the array.
 
@@ -46,7 +46,7 @@ def read_items(path: Path) -> Iterator[tuple[str, Any]]:
         yield from stream_json(path, file)
 
 
-def read_listed(path: Path, name: str) -> Iterator[tuple[str, dict]]:
+def stream_list(path: Path, name: str) -> Iterator[tuple[str, dict]]:
     """(where, record) of the list `name` in the JSON object of a file, as it is read.
 
     Raises:
@@ -66,7 +66,7 @@ def first_character(path: Path) -> str:
     return ""
 
 
-def field(record: dict, name: str, kind: type | tuple[type, ...], where: str) -> Any:
+def get_field(record: dict, name: str, kind: type | tuple[type, ...], where: str) -> Any:
     """`record[name]`.
 
     Raises:
@@ -79,7 +79,7 @@ def field(record: dict, name: str, kind: type | tuple[type, ...], where: str) ->
     return record[name]
 
 
-def score_of(value: Any, where: str) -> float:
+def parse_score(value: Any, where: str) -> float:
     """Return an answer's score as a float.
 
     Raises:

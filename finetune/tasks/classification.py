@@ -14,7 +14,7 @@ from finetune.batches import BatchOrder, EpochBatches, ExampleBatches, MoreInput
 from finetune.decoder import encode_answers
 from finetune.evaluate import evaluate
 from finetune.examples import Example
-from finetune.formats.gqa import read_answers
+from finetune.formats.answers import read_answers
 from finetune.metrics import read_predictions
 from finetune.model import FinetuneModel, load_backbone, load_finetuned, tokenizer_at
 from finetune.objective import AnswerObjective, ClassificationObjective

@@ -10,7 +10,7 @@ Splits `*_to_en` and `*_from_en` are made by `finetune.translate`.
 
 from collections.abc import Mapping
 
-from finetune.formats import captions, gqa, nli, pairs, vqa
+from finetune.formats import answers, captions
 from finetune.tasks.base import Overlap, Split, Task
 from finetune.tasks.classification import Classification
 from finetune.tasks.retrieval import Retrieval
@@ -25,14 +25,14 @@ GQA_ANSWERS = (
 OWN = {"language": "{language}"}  # for a reader that wants to know
 GQA_TRAIN = Split(
     "gqa/annotations/train.json.zip",
-    gqa.read_gqa,
-    others=(Split("gqa/annotations/train_balanced_questions.json", gqa.read_gqa),),
+    answers.read_gqa,
+    others=(Split("gqa/annotations/train_balanced_questions.json", answers.read_gqa),),
 )  # LXMERT's form; GQA's own
-XGQA_TEST = Split("xGQA/annotations/few_shot/{language}/test.json", gqa.read_gqa)
+XGQA_TEST = Split("xGQA/annotations/few_shot/{language}/test.json", answers.read_gqa)
 NLVR2_TEST = Split(
     "nlvr2/annotations/test.jsonl",
-    pairs.read_nlvr2,
-    others=(Split("nlvr2/annotations/test1.jsonl", pairs.read_nlvr2),),
+    answers.read_nlvr2,
+    others=(Split("nlvr2/annotations/test1.jsonl", answers.read_nlvr2),),
 )  # as NLVR2's authors call it
 NLI_LANGUAGES = ("en", "ar", "es", "fr", "ru")
 NLI_LABELS = ("contradiction", "neutral", "entailment")  # IGLUE's order; CCLM's public code has another
@@ -40,15 +40,15 @@ NLI_LABELS = ("contradiction", "neutral", "entailment")  # IGLUE's order; CCLM's
 
 def _xvnli(train: Mapping[str, Split]) -> dict[str, Split]:
     shared = {
-        "dev": Split("XVNLI/annotations/en/dev.jsonl", nli.read_xvnli),
-        "test": Split("XVNLI/annotations/{language}/test.jsonl", nli.read_xvnli),
-        "shots": Split("XVNLI/annotations/{language}/train_{shots}.jsonl", nli.read_xvnli),
+        "dev": Split("XVNLI/annotations/en/dev.jsonl", answers.read_xvnli),
+        "test": Split("XVNLI/annotations/{language}/test.jsonl", answers.read_xvnli),
+        "shots": Split("XVNLI/annotations/{language}/train_{shots}.jsonl", answers.read_xvnli),
         "target_dev": Split(
             "XVNLI/annotations/en/dev-{language}_gmt.jsonl",
-            nli.read_xvnli,
-            others=(Split("XVNLI/annotations/{language}/dev.jsonl", nli.read_xvnli),),
+            answers.read_xvnli,
+            others=(Split("XVNLI/annotations/{language}/dev.jsonl", answers.read_xvnli),),
         ),
-        "translated": Split("XVNLI/annotations_machine-translate/{language}/test.jsonl", nli.read_xvnli),
+        "translated": Split("XVNLI/annotations_machine-translate/{language}/test.jsonl", answers.read_xvnli),
     }
     return {**shared, **train}
 
@@ -93,24 +93,24 @@ TASKS: dict[str, Task] = {
             "train": GQA_TRAIN,
             "dev": Split(
                 "gqa/annotations/valid.json",
-                gqa.read_gqa,
-                others=(Split("gqa/annotations/val_balanced_questions.json", gqa.read_gqa),),
+                answers.read_gqa,
+                others=(Split("gqa/annotations/val_balanced_questions.json", answers.read_gqa),),
             ),
             # IGLUE, paper 0 and CCLM test on these 9,666 questions, zero-shot too; the testdev's other 2,912
             # are shots and dev
             "test": XGQA_TEST,
             "few_shot_test": XGQA_TEST,
             "testdev": Split(
-                "xGQA/annotations/zero_shot/testdev_balanced_questions_{language}.json", gqa.read_gqa
+                "xGQA/annotations/zero_shot/testdev_balanced_questions_{language}.json", answers.read_gqa
             ),
-            "shots": Split("xGQA/annotations/few_shot/{language}/train_{shots}.json", gqa.read_gqa),
-            "shots_dev": Split("xGQA/annotations/few_shot/{language}/dev.json", gqa.read_gqa),
+            "shots": Split("xGQA/annotations/few_shot/{language}/train_{shots}.json", answers.read_gqa),
+            "shots_dev": Split("xGQA/annotations/few_shot/{language}/dev.json", answers.read_gqa),
             "translated": Split(
-                "xGQA/annotations_machine-translate/few_shot/{language}/test.json", gqa.read_gqa
+                "xGQA/annotations_machine-translate/few_shot/{language}/test.json", answers.read_gqa
             ),
             "translated_testdev": Split(
                 "xGQA/annotations_machine-translate/zero_shot/testdev_balanced_questions_{language}.json",
-                gqa.read_gqa,
+                answers.read_gqa,
             ),
         },
     ),
@@ -121,10 +121,11 @@ TASKS: dict[str, Task] = {
         split_names={"test": "few_shot_test"},
         splits={
             "train": Split(
-                "xGQA/annotations_translate-train/{language}/train_balanced_questions.json", gqa.read_gqa
+                "xGQA/annotations_translate-train/{language}/train_balanced_questions.json",
+                answers.read_gqa,
             ),
             "train.en": GQA_TRAIN,
-            "dev": Split("xGQA/annotations/few_shot/{language}/dev.json", gqa.read_gqa),
+            "dev": Split("xGQA/annotations/few_shot/{language}/dev.json", answers.read_gqa),
             "test": XGQA_TEST,
             "few_shot_test": XGQA_TEST,
         },
@@ -133,7 +134,7 @@ TASKS: dict[str, Task] = {
         summary="does the picture entail, contradict or leave open the sentence",
         labels=NLI_LABELS,
         languages=NLI_LANGUAGES,
-        splits=_xvnli({"train": Split("XVNLI/annotations/en/train.jsonl.zip", nli.read_xvnli)}),
+        splits=_xvnli({"train": Split("XVNLI/annotations/en/train.jsonl.zip", answers.read_xvnli)}),
     ),
     "xnli": Classification(
         summary="entailment between sentences: MultiNLI in English, XNLI in the languages of XVNLI",
@@ -142,15 +143,15 @@ TASKS: dict[str, Task] = {
         splits={
             "train": Split(
                 "XNLI-MT-1.0/multinli/multinli.train.en.tsv",
-                nli.read_multinli,
-                others=(Split("XNLI/multinli.train.en.tsv", nli.read_multinli),),
+                answers.read_multinli,
+                others=(Split("XNLI/multinli.train.en.tsv", answers.read_multinli),),
             ),
             **{
                 part: Split(
                     f"XNLI-1.0/xnli.{part}.tsv",
-                    nli.read_xnli,
+                    answers.read_xnli,
                     OWN,
-                    others=(Split(f"XNLI/xnli.{part}.tsv", nli.read_xnli, OWN),),
+                    others=(Split(f"XNLI/xnli.{part}.tsv", answers.read_xnli, OWN),),
                 )
                 for part in ("dev", "test")
             },
@@ -171,8 +172,8 @@ TASKS: dict[str, Task] = {
             {
                 part: Split(
                     f"snli_1.0/snli_1.0_{part}.jsonl",
-                    nli.read_snli,
-                    others=(Split(f"SNLI/snli_1.0_{part}.jsonl", nli.read_snli),),
+                    answers.read_snli,
+                    others=(Split(f"SNLI/snli_1.0_{part}.jsonl", answers.read_snli),),
                 )
                 for part in ("train", "dev")
             }
@@ -216,17 +217,17 @@ TASKS: dict[str, Task] = {
             ),
         ),
         splits={
-            "train": Split("nlvr2/annotations/train.jsonl", pairs.read_nlvr2),
-            "dev": Split("nlvr2/annotations/dev.jsonl", pairs.read_nlvr2),
-            "target_dev": Split("nlvr2/annotations/dev-{language}_gmt.jsonl", pairs.read_nlvr2),
-            "test": Split("marvl/zero_shot/annotations/marvl-{language}.jsonl", pairs.read_marvl, OWN),
+            "train": Split("nlvr2/annotations/train.jsonl", answers.read_nlvr2),
+            "dev": Split("nlvr2/annotations/dev.jsonl", answers.read_nlvr2),
+            "target_dev": Split("nlvr2/annotations/dev-{language}_gmt.jsonl", answers.read_nlvr2),
+            "test": Split("marvl/zero_shot/annotations/marvl-{language}.jsonl", answers.read_marvl, OWN),
             "test.en": NLVR2_TEST,
             "shots": Split(
-                "marvl/few_shot/annotations/marvl-{language}_train{shots}.jsonl", pairs.read_marvl, OWN
+                "marvl/few_shot/annotations/marvl-{language}_train{shots}.jsonl", answers.read_marvl, OWN
             ),
             "translated": Split(
                 "marvl/zero_shot/annotations_machine-translate/marvl-{language}_gmt.jsonl",
-                pairs.read_marvl,
+                answers.read_marvl,
                 OWN,
             ),
             "translated.en": NLVR2_TEST,
@@ -374,7 +375,7 @@ TASKS: dict[str, Task] = {
         summary="questions about Visual Genome's pictures in Japanese, free answers",
         languages=("ja",),
         bleu="ja",
-        splits={part: Split(f"ja_vqa/{part}.json", vqa.read_ja_vqa) for part in ("train", "dev", "test")},
+        splits={part: Split(f"ja_vqa/{part}.json", answers.read_ja_vqa) for part in ("train", "dev", "test")},
     ),
     "fm_iqa": Classification(
         summary="questions about MSCOCO's pictures in Chinese, free answers",
@@ -382,8 +383,8 @@ TASKS: dict[str, Task] = {
         bleu="zh",
         mscoco=True,
         splits={
-            "train": Split("fm_iqa/FM-IQA.json", vqa.read_fm_iqa, {"split": "train"}),
-            "test": Split("fm_iqa/FM-IQA.json", vqa.read_fm_iqa, {"split": "val"}),
+            "train": Split("fm_iqa/FM-IQA.json", answers.read_fm_iqa, {"split": "train"}),
+            "test": Split("fm_iqa/FM-IQA.json", answers.read_fm_iqa, {"split": "val"}),
         },
     ),
     "vqa_v2": Classification(
@@ -393,12 +394,12 @@ TASKS: dict[str, Task] = {
         splits={
             "train": Split(
                 "vqa/v2_OpenEnded_mscoco_train2014_questions.json",
-                vqa.read_vqa_v2,
+                answers.read_vqa_v2,
                 {"annotations": "v2_mscoco_train2014_annotations.json"},
             ),
             "test": Split(
                 "vqa/v2_OpenEnded_mscoco_val2014_questions.json",
-                vqa.read_vqa_v2,
+                answers.read_vqa_v2,
                 {"annotations": "v2_mscoco_val2014_annotations.json"},
             ),
         },
@@ -410,7 +411,9 @@ TASKS: dict[str, Task] = {
         mscoco=True,
         splits={
             part: Split(
-                f"cvil/{part}.jsonl", vqa.read_cvil, {"language": "{language}", "answers": "answers.json"}
+                f"cvil/{part}.jsonl",
+                answers.read_cvil,
+                {"language": "{language}", "answers": "answers.json"},
             )
             for part in ("train", "dev", "test")
         },

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.formats.stream import read_lines
+from finetune.formats.stream import stream_lines
 from raylib.errors import UserError, require
 from raylib.finite import require_finite_file
 from raylib.randomness import Key, uniform
@@ -162,7 +162,7 @@ def _read(file: Path) -> Iterable[str]:
             f"{file}: no such file; word alignments are made with "
             "`python -m finetune.strategies.distillation`"
         )
-    next(iter(read_lines(file)), None)  # says so if it is no text
+    next(iter(stream_lines(file)), None)  # says so if it is no text
     return file.read_text(encoding="utf-8").splitlines()
 
 

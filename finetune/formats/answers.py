@@ -1,0 +1,315 @@
+"""Read texts with an answer: questions about images, statements about one image, two or a sentence.
+
+1. Questions: GQA and xGQA, in the official form and in LXMERT's, which VQA v2 uses too; VQA v2, Japanese
+   VQA on Visual Genome, FM-IQA, and cViL's parallel lines.
+2. Entailment: XVNLI, SNLI, MultiNLI, XNLI. Two images: NLVR2, MaRVL.
+3. The answer set, and whether two agree.
+"""
+
+import json
+import pickle
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from finetune.examples import Example
+from finetune.formats.stream import (
+    first_character,
+    get_field,
+    parse_score,
+    stream_jsonl,
+    stream_lines,
+    stream_list,
+    stream_members,
+)
+from raylib.errors import UserError
+from raylib.fileio import read_json
+
+LABELS = ("contradiction", "neutral", "entailment")
+UNLABELLED = "-"  # annotators did not agree
+
+
+def read_gqa(path: Path) -> Iterator[Example]:
+    """{question id: {question, answer, imageId, types: {structural}}}, or [{question_id, sent, img_id, label:
+    {answer: score}}]."""
+    listed = first_character(path) == "["
+    for key, record in stream_members(path):
+        where = f"{path}, {'item' if listed else 'question'} {key}"
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: wanted an object, found {type(record).__name__}")
+        if listed:
+            labels = get_field(record, "label", dict, where) if "label" in record else {}
+            text, image = get_field(record, "sent", str, where), get_field(record, "img_id", str, where)
+            number = get_field(record, "question_id", (str, int), where)
+            yield Example(
+                str(number), (text,), (image,), {k: parse_score(v, where) for k, v in labels.items()}
+            )
+        else:
+            text, image = get_field(record, "question", str, where), get_field(record, "imageId", str, where)
+            answer = get_field(record, "answer", str, where)
+            kind = record.get("types", {}).get("structural") or ""
+            yield Example(key, (text,), (image,), {answer: 1.0}, kind)
+
+
+def read_vqa_v2(path: Path, annotations: str) -> Iterator[Example]:
+    """VQA v2's questions {questions: [{question_id, image_id, question}]} with `annotations`, a path from
+    their folder.
+
+    An answer that n of ten people gave scores min(1, n / 3): the common form of VQA's measure, without its
+    average over the ten subsets of nine.
+    """
+    given, waiting = stream_list(path.parent / annotations, "annotations"), {}
+    for where, record in stream_list(path, "questions"):
+        number, image = (
+            get_field(record, "question_id", int, where),
+            get_field(record, "image_id", int, where),
+        )
+        while number not in waiting:  # both files are in the same order as they come: nothing waits long
+            there, found = next(given, (where, None))
+            if found is None:
+                raise UserError(
+                    f"{where}: question {number} has no annotation in {path.parent / annotations}"
+                )
+            waiting[get_field(found, "question_id", int, there)] = (
+                _scores(found, there),
+                found.get("answer_type", ""),
+            )
+        scores, kind = waiting.pop(number)
+        yield Example(
+            str(number), (get_field(record, "question", str, where),), (f"{image:012d}",), scores, kind
+        )
+
+
+def _scores(annotation: dict, where: str) -> dict[str, float]:
+    counts = Counter(
+        get_field(a, "answer", str, where) for a in get_field(annotation, "answers", list, where)
+    )
+    return {answer: min(1.0, n / 3) for answer, n in counts.items()}
+
+
+def read_ja_vqa(path: Path) -> Iterator[Example]:
+    """[{id: image, qas: [{qa_id, question, answer}]}]: Japanese VQA on Visual Genome, and Visual Genome
+    itself."""
+    for key, record in stream_members(path):
+        where = f"{path}, item {key}"
+        image = str(get_field(record, "id", int, where))
+        for qa in get_field(record, "qas", list, where):
+            answer = get_field(qa, "answer", str, where)
+            number = str(get_field(qa, "qa_id", int, where))
+            yield Example(number, (get_field(qa, "question", str, where),), (image,), {answer: 1.0})
+
+
+def read_fm_iqa(path: Path, split: str) -> Iterator[Example]:
+    """{split: [{question_id, image_id, Question, Answer}]}."""
+    for where, record in stream_list(path, split):
+        image, number = (
+            get_field(record, "image_id", int, where),
+            get_field(record, "question_id", int, where),
+        )
+        answer = get_field(record, "Answer", str, where)
+        yield Example(
+            str(number), (get_field(record, "Question", str, where),), (f"{image:012d}",), {answer: 1.0}
+        )
+
+
+def read_cvil(path: Path, language: str, answers: str, translations: str = "") -> Iterator[Example]:
+    """JSON lines {en, hi, ja, an: answer numbers, s: scores, img_id, q_id, o: tags of the picture, joined by
+    ";"}; the numbers are places in `answers`.
+
+    translations: a JSON list, what each of these is in the language of the classes. Answers with one
+        translation are one class then (cViL's Hindi: 2,912 of 3,129), which scores what they score together,
+        1 at most.
+    """
+    names = read_answers(path.parent / answers)
+    classes = _translated(path.parent / translations, names) if translations else names
+    for where, record in stream_jsonl(path):
+        numbers, scores = get_field(record, "an", list, where), get_field(record, "s", list, where)
+        if len(numbers) != len(scores) or any(not 0 <= n < len(names) for n in numbers):
+            raise UserError(
+                f"{where}: answers {numbers} with scores {scores} do not fit the {len(names)} answers"
+            )
+        labels: dict[str, float] = {}
+        for n, s in zip(numbers, scores, strict=True):
+            labels[classes[n]] = min(1.0, labels.get(classes[n], 0.0) + parse_score(s, where))
+        number, image = (
+            get_field(record, "q_id", (int, str), where),
+            get_field(record, "img_id", (int, str), where),
+        )
+        tags = (
+            tuple(filter(None, map(str.strip, get_field(record, "o", str, where).split(";"))))
+            if "o" in record
+            else ()
+        )
+        yield Example(
+            str(number), (get_field(record, language, str, where),), (str(image),), labels, tags=tags
+        )
+
+
+def _translated(path: Path, names: tuple[str, ...]) -> list[str]:
+    """What each of `names` is called in `path`."""
+    try:
+        values = read_json(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not to be read as JSON ({e})") from None
+    if (
+        not isinstance(values, list)
+        or len(values) != len(names)
+        or not all(isinstance(v, str) for v in values)
+    ):
+        raise UserError(f"{path}: wanted a list of {len(names)} translations, one for each answer")
+    return values
+
+
+def read_xvnli(path: Path) -> Iterator[Example]:
+    """JSON lines {gold_label, sentence2, pairID, Flikr30kID [sic]}: the picture is the premise."""
+    for where, record in stream_jsonl(path):
+        image = get_field(record, "Flikr30kID", str, where)
+        hypothesis, number = (
+            get_field(record, "sentence2", str, where),
+            get_field(record, "pairID", str, where),
+        )
+        yield Example(
+            number, (hypothesis,), (image,), _relation(get_field(record, "gold_label", str, where), where)
+        )
+
+
+def read_snli(path: Path) -> Iterator[Example]:
+    """JSON lines {gold_label, sentence1, sentence2, pairID}: SNLI and MultiNLI."""
+    for where, record in stream_jsonl(path):
+        texts = get_field(record, "sentence1", str, where), get_field(record, "sentence2", str, where)
+        label = _relation(get_field(record, "gold_label", str, where), where)
+        yield Example(str(get_field(record, "pairID", (str, int), where)), texts, (), label)
+
+
+def read_xnli(path: Path, language: str) -> Iterator[Example]:
+    """The rows of one language of XNLI's tab-separated file: language, gold_label, sentence1, sentence2,
+    pairID."""
+    found = False
+    for where, row in _table(path):
+        if get_field(row, "language", str, where) == language:
+            found = True
+            texts = get_field(row, "sentence1", str, where), get_field(row, "sentence2", str, where)
+            label = _relation(get_field(row, "gold_label", str, where), where)
+            yield Example(get_field(row, "pairID", str, where), texts, (), label)
+    if not found:
+        raise UserError(f"{path}: no row in language '{language}'")
+
+
+def read_multinli(path: Path) -> Iterator[Example]:
+    """XNLI's training file: a header, then premise, hypo, label; "contradictory" is a contradiction."""
+    for number, (where, row) in enumerate(_table(path)):
+        texts = get_field(row, "premise", str, where), get_field(row, "hypo", str, where)
+        label = get_field(row, "label", str, where).replace("contradictory", "contradiction")
+        yield Example(str(number), texts, (), _relation(label, where))
+
+
+def _relation(label: str, where: str) -> dict[str, float]:
+    if label == UNLABELLED:
+        return {}
+    if label not in LABELS:
+        raise UserError(f"{where}: unknown label '{label}'; there are: {', '.join(LABELS)}, and '-' for none")
+    return {label: 1.0}
+
+
+def _table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Rows of a tab-separated file by the names in its first line."""
+    names: list[str] = []
+    for where, line in stream_lines(path):
+        cells = line.split("\t")
+        if not names:
+            names = cells
+        elif len(cells) != len(names):
+            raise UserError(f"{where}: {len(cells)} cells under a header of {len(names)}")
+        else:
+            yield where, dict(zip(names, cells, strict=True))
+
+
+def read_nlvr2(path: Path) -> Iterator[Example]:
+    """JSON lines {sentence, identifier, label, left_url, right_url}; identifier "dev-12-0-1" has the pictures
+    dev-12-0-img0 and -img1. The addresses tell which of these are one picture, and may be missing."""
+    for where, record in stream_jsonl(path):
+        sentence, identifier = (
+            get_field(record, "sentence", str, where),
+            get_field(record, "identifier", str, where),
+        )
+        if identifier.count("-") != 3:
+            raise UserError(f"{where}: identifier {identifier!r} is not split-set-pair-sentence")
+        stem = identifier.rsplit("-", 1)[0]
+        label = _truth(get_field(record, "label", (str, bool), where), where)
+        urls = tuple(
+            get_field(record, side, str, where) for side in ("left_url", "right_url") if side in record
+        )
+        yield Example(
+            identifier,
+            (sentence,),
+            (f"{stem}-img0", f"{stem}-img1"),
+            label,
+            sources=urls if len(urls) == 2 else (),
+        )
+
+
+def read_marvl(path: Path, language: str = "") -> Iterator[Example]:
+    """JSON lines {caption, left_img, right_img, id, chapter, label}; broken down by chapter. Pictures of
+    several languages have the same names: with `language`, each is looked for in the folder of this
+    language."""
+    for where, record in stream_jsonl(path):
+        names = (get_field(record, side, str, where) for side in ("left_img", "right_img"))
+        images = tuple(f"{language}/{name}" if language else name for name in names)
+        caption, number = get_field(record, "caption", str, where), get_field(record, "id", (str, int), where)
+        label = _truth(get_field(record, "label", (str, bool), where), where)
+        yield Example(str(number), (caption,), images, label, record.get("chapter") or "")
+
+
+def _truth(label: str | bool, where: str) -> dict[str, float]:
+    name = str(label).capitalize()
+    if name not in ("True", "False"):
+        raise UserError(f"{where}: label {label!r} is neither True nor False")
+    return {name: 1.0}
+
+
+def read_answers(path: Path) -> tuple[str, ...]:
+    """The answer set in its order, from a JSON list, a JSON object {answer: number}, or the official pickles
+    of either.
+
+    Raises:
+        UserError: none of these; numbers that are not 0 ... n - 1; a pickle that holds more than plain
+            values.
+    """
+    try:
+        with open(path, "rb") as file:
+            values = _PlainUnpickler(file).load() if path.suffix == ".pkl" else json.load(file)
+    except (ValueError, pickle.UnpicklingError, EOFError) as e:
+        raise UserError(f"{path}: no answer list ({e})") from None
+    if isinstance(values, dict):
+        if sorted(values.values()) != list(range(len(values))):
+            raise UserError(f"{path}: the answers' numbers are not 0 ... {len(values) - 1}")
+        values = sorted(values, key=values.get)
+    if (
+        not isinstance(values, list)
+        or not all(isinstance(v, str) for v in values)
+        or len(set(values)) < len(values)
+    ):
+        raise UserError(f"{path}: wanted a list of different answers, or an object of answers and numbers")
+    return tuple(values)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Admits lists, dicts, strings and numbers: nothing that could run."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it wants {module}.{name}, and only plain values are read")
+
+
+def check_labels(ours: Sequence[str], theirs: Sequence[str], where: str) -> None:
+    """Classes are compared by name: public code numbers entailment 1 or 2.
+
+    Raises:
+        UserError: other labels, or another order; both are named.
+    """
+    if tuple(ours) != tuple(theirs):
+        what = "the same labels in another order" if sorted(ours) == sorted(theirs) else "other labels"
+        raise UserError(f"{where}: {what}: [{_some(theirs)}] there, [{_some(ours)}] in this task")
+
+
+def _some(labels: Sequence[str]) -> str:
+    return ", ".join(labels) if len(labels) <= 6 else f"{', '.join(labels[:5])}, ... ({len(labels)})"
