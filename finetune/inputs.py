@@ -18,8 +18,7 @@ def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]
     task, data = find_task(config), Path(config.data)
     files = [file for used in sets_of(parts) for file in _files_of(used.reading)]
     files += task.files(config) + ([Path(config.task)] if config.task.endswith(".py") else [])
-    for strategy in config.strategies.active().values():
-        files += strategy.files(data)
+    files += config.strategies.files(data)
     files += _translations(config)
     files += [weights_of(config.model), tokenizer_of(config)]
     files += [Path(config.vision)] if config.vision else []

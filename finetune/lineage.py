@@ -173,6 +173,8 @@ def _fill(run: Path, stored: dict[str, Any]) -> tuple[FinetuneConfig | None, dic
                 line = f"{run}: {e.errors()[0]['msg']}; its settings are compared as they were stored"
                 return None, stored, (line,)
             removed += found
+        except UserError as e:  # the file of a strategy of the user's own is gone
+            return None, stored, (f"{run}: {e}; its settings are compared as they were stored",)
         else:
             break
     settings = config.model_dump(mode="json")

@@ -60,14 +60,15 @@ def change(config: C, changes: Mapping[str, Any], where: str = "settings") -> C:
     """
     values, known = config.model_dump(), paths(type(config))
     for path, value in changes.items():
-        if path not in known:
+        if not is_setting(type(config), path):
             raise UserError(f"unknown setting '{path}'{suggest(path, known)}")
         *parents, name = path.split(".")
         node = values
         for parent in parents:
-            node[parent] = (
-                node[parent] if node.get(parent) is not None else {}
-            )  # a part that was off is on now
+            if isinstance(node.get(parent), str):  # a user's class by its file, which gets settings now
+                node[parent] = {"file": node[parent]}
+            # a part that was off is on now
+            node[parent] = node[parent] if node.get(parent) is not None else {}
             node = node[parent]
         node[name] = value
     return build(type(config), values, where)
@@ -124,6 +125,21 @@ def paths(cls: type[Config]) -> list[str]:
             if isinstance(part, type) and issubclass(part, Config):
                 found += [f"{name}.{inner}" for inner in paths(part)]
     return found
+
+
+def is_setting(cls: type[Config], path: str) -> bool:
+    """Whether a config of this class can have the setting at a dotted path: one of `paths`, or one of a class
+    in a user's own file, in a part that takes these (`extra="allow"`)."""
+    if path in paths(cls):
+        return True
+    name, _, rest = path.partition(".")
+    field = cls.model_fields.get(name)
+    if field is None:
+        return cls.model_config.get("extra") == "allow"
+    parts = get_args(field.annotation) or (field.annotation,)
+    return any(
+        isinstance(part, type) and issubclass(part, Config) and is_setting(part, rest) for part in parts
+    )
 
 
 def without(values: dict[str, Any], paths: Set[str], prefix: str = "") -> dict[str, Any]:

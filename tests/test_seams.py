@@ -1,10 +1,16 @@
 """Every method on every kind of task: it changes what is trained, or is refused before anything starts; never
 dropped."""
 
+import json
+import pickle
+
 import pytest
 from safetensors.torch import load_file
 
+from finetune.__main__ import main
+from finetune.config import FinetuneConfig
 from finetune.strategies import STRATEGIES
+from raylib.config import load
 from raylib.track import read_metrics
 from tests.test_strategies_run import SETTINGS
 
@@ -143,4 +149,91 @@ def test_alignment_beside_matching_is_logged_and_weighted(finetune, tmp_path, lo
 )
 def test_strategies_of_absent_stages_are_refused(finetune, settings, words):
     code, printed = finetune("scenes_xgqa", "name=wrong", *settings)
+    assert code == 2 and words in printed and printed.strip().count("\n") == 0
+
+
+L2_SP = '''"""L2-SP (Li et al. 2018): weights stay near those that training starts from."""
+
+from torch import nn
+
+from finetune.strategies import Context, Strategy, StrategyConfig, Term
+
+
+class L2SPConfig(StrategyConfig):
+    weight: float = 0.01
+
+    def build(self, context: Context) -> "L2SP":
+        return L2SP(self.weight)
+
+
+class L2SP(Strategy):
+    def __init__(self, weight: float):
+        self.weight = weight
+
+    def terms(self, model: nn.Module) -> dict[str, Term]:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        start = {name: p.detach().clone() for name, p in trained.items()}
+
+        def distance(outputs, batch):
+            return sum((p - start[name]).square().sum() for name, p in trained.items())
+
+        return {"l2_sp": Term(self.weight, distance)}
+'''
+
+
+@pytest.fixture
+def l2_sp(tmp_path):
+    (tmp_path / "my_strategy.py").write_text(L2_SP)
+    return f"strategies.my={tmp_path}/my_strategy.py"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_user_strategy_trains_on_every_kind_of_task(finetune, tmp_path, l2_sp, kind):
+    """The same term, more of it: the weights stay nearer to where they began."""
+    recipe, *settings = KINDS[kind]
+    moved = {}
+    for weight in (0.0, 100.0):
+        own = [l2_sp, f"strategies.my.weight={weight}", "epochs=4"]
+        code, printed = finetune(recipe, f"name=w{weight}", *QUICK, *settings, *own)
+        assert code == 0, printed
+        lines = [line["loss/l2_sp"] for line in read_metrics(tmp_path / f"w{weight}") if "loss/l2_sp" in line]
+        moved[weight] = lines[-1]
+    assert 0 < moved[100.0] < moved[0.0]
+
+
+def test_user_strategy_is_stored_resumed_evaluated_and_part_of_identity(finetune, tmp_path, l2_sp, capsys):
+    settings = [*QUICK, l2_sp, "strategies.my.weight=0.5", "strategies.unfreezing.layers=2"]
+    assert finetune("scenes_xgqa", "name=whole", *settings)[0] == 0
+    code, printed = finetune("scenes_xgqa", "name=parts", *settings, "fit.stop_after=1")
+    assert code == 0 and "stopped before the end" in printed
+    assert finetune("scenes_xgqa", "name=parts", *settings)[0] == 0
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(value.equal(parts[name]) for name, value in whole.items())
+    assert json.loads((tmp_path / "whole" / "result.json").read_text())["method"] == (
+        "unfreezing (layers 2) + my (weight 0.5)"
+    )
+    config = load(FinetuneConfig, tmp_path / "whole" / "config.json")
+    assert pickle.loads(pickle.dumps(config)) == config  # as Ray sends it to workers
+    assert main(["evaluate", str(tmp_path / "whole")]) == 0
+    file = tmp_path / "my_strategy.py"
+    file.write_text(L2_SP.replace("start[name]", "0"))
+    code, printed = finetune("scenes_xgqa", "name=parts", *settings)
+    assert code == 2 and "my_strategy.py" in printed
+    file.unlink()
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "whole")]) == 2
+    assert capsys.readouterr().err.strip().endswith("my_strategy.py: no such file")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("strategies.my=my_strategy.txt", "unknown setting 'strategies.my'"),
+        ("strategies.my=FILE:Prior", "no class Prior derived from StrategyConfig; it has: L2SPConfig"),
+        ('strategies.my={"file": "FILE", "wieght": 1}', "did you mean weight"),
+    ],
+)
+def test_user_strategy_mistakes_are_one_line(finetune, tmp_path, l2_sp, setting, words):
+    file = l2_sp.partition("=")[2]
+    code, printed = finetune("scenes_xgqa", "name=wrong", setting.replace("FILE", file))
     assert code == 2 and words in printed and printed.strip().count("\n") == 0

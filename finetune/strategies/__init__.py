@@ -3,8 +3,11 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
+from pydantic import BeforeValidator, ConfigDict, Field, model_serializer
+from pydantic_core import PydanticCustomError
 from torch import nn
 
 from finetune.strategies.alignment import TranslationAlignmentConfig
@@ -39,16 +42,44 @@ from finetune.strategies.peft import (
 )
 from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.strategies.pruning import SparseConfig
-from raylib.config import Config
+from raylib.config import Config, build, load_user_class
 from raylib.engine import LayerRates
 from raylib.errors import UserError
 from raylib.randomness import Key
 from raylib.text import Tokenizer
 
 
+def _load_user_config(value: Any) -> StrategyConfig | None:
+    """The settings of a strategy in a user's own file, from "FILE.py:CLASS" or {"file": that, its settings}.
+
+    Raises:
+        UserError: as of `raylib.config.load_user_class`, or settings that the class has not.
+    """
+    if value is None or isinstance(value, StrategyConfig):
+        return value
+    settings = {"file": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else {}
+    where = str(settings.pop("file", ""))
+    path, _, class_name = where.partition(":")
+    if not path.endswith(".py"):
+        raise PydanticCustomError("extra_forbidden", "no strategy of this name")
+    user_class = load_user_class(path, StrategyConfig, class_name or None)
+    config = build(user_class, settings, where)
+    config._user_class = where
+    return config
+
+
 class StrategiesConfig(Config):
     """The strategies of a run: `strategies.prior.alpha=4` turns one on, null off. Their order is that in
-    which they act. A new one is a line here."""
+    which they act. A new one is a line here.
+
+    One in a user's own file is named by it, under any other name: `strategies.my=my_strategy.py`, or
+    `my_strategy.py:Class`, and then `strategies.my.weight=0.2`. It acts after the others.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Annotated[StrategyConfig | None, BeforeValidator(_load_user_config)]] = (
+        Field(init=False)
+    )
 
     prior: LinguisticPriorConfig | None = None
     sparse: SparseConfig | None = None
@@ -65,9 +96,27 @@ class StrategiesConfig(Config):
     soft_prompt: SoftPromptConfig | None = None
     hard_prompt: HardPromptConfig | None = None
 
+    @model_serializer(mode="wrap")
+    def _with_files(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        own = {name: found for name, found in (self.model_extra or {}).items() if found is not None}
+        stored = {name: {"file": found._user_class, **found.model_dump()} for name, found in own.items()}
+        return {name: value for name, value in handler(self).items() if name in STRATEGIES} | stored
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a worker loads a user's file itself: its classes have no module that could be imported there
+        return StrategiesConfig.model_validate, (self.model_dump(),)
+
     def active(self) -> dict[str, StrategyConfig]:
         """The strategies that are on, by name, in order."""
-        return {name: found for name in STRATEGIES if (found := getattr(self, name)) is not None}
+        every = {**{name: getattr(self, name) for name in STRATEGIES}, **(self.model_extra or {})}
+        return {name: found for name, found in every.items() if found is not None}
+
+    def files(self, data: Path) -> list[Path]:
+        """Return the files that the strategies read, of those in the `data` folder and those that settings
+        name, and the files of users' own."""
+        found = self.active().values()
+        own = [Path(each._user_class.partition(":")[0]) for each in found if each._user_class]
+        return [file for each in found for file in each.files(data)] + own
 
     def display_name(self) -> str:
         """Return what a table calls these strategies together; "" for none."""

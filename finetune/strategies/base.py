@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from finetune.examples import Example
@@ -240,6 +241,9 @@ class StageRun(NamedTuple):
 class StrategyConfig(Config):
     """Settings of a strategy. What a class declares about itself is here, so that no other code asks for a
     strategy by its name."""
+
+    # of a class in a user's own file, where that is: FILE.py or FILE.py:CLASS
+    _user_class: str | None = PrivateAttr(None)
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     place: ClassVar[str] = ""  # what of the model only one strategy can take
