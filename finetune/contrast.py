@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.strategies.base import Outputs, Term, term_shares
-from raylib.distributed import total, world_size
+from raylib.distributed import all_reduce, world_size
 from raylib.objectives.contrastive import align_pairs, info_nce
 from raylib.objectives.pretraining import UnifiedObjective
 from raylib.packed import Ragged, concatenate
@@ -30,13 +30,15 @@ class ContrastObjective(nn.Module):
         part = batch["image_text"]
         device = part["image_id"].device
         outputs = embed(self.model, part, torch.tensor([self.temperature], device=device))
-        examples = total(torch.tensor(float(len(part["image_id"])), device=device))
+        examples = all_reduce(torch.tensor(float(len(part["image_id"])), device=device))
         image, text = outputs.image_embeddings, outputs.text_embeddings
         ways = [outputs.contrast(image, text) / examples, outputs.contrast(text, image) / examples]
         shares = torch.stack([*ways, *term_shares(self.terms.values(), outputs, part, examples)])
         weights = torch.tensor([1.0, 1.0, *(term.weight for term in self.terms.values())], device=device)
         names = ("i2t", "t2i", *self.terms)
-        return (weights * shares).sum() * world_size(), dict(zip(names, total(shares).unbind(), strict=True))
+        return (weights * shares).sum() * world_size(), dict(
+            zip(names, all_reduce(shares).unbind(), strict=True)
+        )
 
 
 class MatchingObjective(nn.Module):
@@ -63,13 +65,13 @@ class MatchingObjective(nn.Module):
                 part = {**part, "states": self.model.encode_images(part["images"])}
         loss, values = self.unified({**batch, "image_text": part})
         # without gradient: what clamps the temperature asks all terms together, once a step
-        # (`raylib.distributed.clamp`)
+        # (`raylib.distributed.clamp_parameter`)
         temperature = self.model.temperature.detach().clamp(*self.unified.config.temperature)
         outputs = embed(self.model, part, temperature)
-        examples = total(torch.tensor(float(len(part["image_id"])), device=loss.device))
+        examples = all_reduce(torch.tensor(float(len(part["image_id"])), device=loss.device))
         shares = torch.stack(term_shares(self.terms.values(), outputs, part, examples))
         weights = torch.tensor([term.weight for term in self.terms.values()], device=loss.device)
-        added = dict(zip(self.terms, total(shares).unbind(), strict=True))
+        added = dict(zip(self.terms, all_reduce(shares).unbind(), strict=True))
         return loss + (weights * shares).sum() * world_size(), {**values, **added}
 
 

@@ -24,7 +24,7 @@ from finetune.model import FinetuneModel
 from finetune.pictures import ImageSource, PrecomputedFeatures, VisualSource, precompute_features
 from raylib.data.loading import to_device
 from raylib.data.states import remove_states
-from raylib.distributed import raise_together, world_size
+from raylib.distributed import raise_on_all_workers, world_size
 from raylib.finite import is_finite
 from raylib.text import Tokenizer
 
@@ -77,7 +77,7 @@ def predict(
             count += len(chunk)
     if bad:
         part.unlink()
-    raise_together(bad)
+    raise_on_all_workers(bad)
     if world > 1:
         counts = [None] * world
         dist.all_gather_object(counts, count)  # waits for all

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from finetune.config import FinetuneConfig
 from finetune.strategies import STRATEGIES
-from raylib.config import without
+from raylib.config import without_settings
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.launch import CHANGEABLE
@@ -112,7 +112,7 @@ def _lineage(run: Path, stored: dict[str, Any], above: tuple[Path, ...]) -> Line
     config, values, unknown = _fill(run, stored)
     seed = values["fit"].get("seed")
     seeds = (seed,) if seed is not None and (config is None or config.trains) else ()
-    settings, visited = without(values, NO_SETTING), (*above, run.resolve())
+    settings, visited = without_settings(values, NO_SETTING), (*above, run.resolve())
     for path in FROM_RUNS:
         *parents, name = path.split(".")
         node = _nested(settings, parents)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from finetune.decoder import AnswerDecoder, DecoderConfig
 from finetune.formats.answers import check_labels
 from raylib.checkpoint import BEST
-from raylib.config import build, lookup
+from raylib.config import lookup, validate
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.models import BACKBONES, rebuild
@@ -198,7 +198,7 @@ class FinetuneModel(nn.Module):
             values["head_dropout"],
             values["regions"],
             values.get("answers"),
-            build(DecoderConfig, values.get("decoder", {}), str(folder / "config.json")),
+            validate(DecoderConfig, values.get("decoder", {}), str(folder / "config.json")),
         )
         tuning.restore(model, values.get("tuning", {}))
         return fill(model, folder)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from finetune.model import FinetuneModel
 from finetune.strategies.base import LossTerms, Outputs, Term, term_shares
-from raylib.distributed import total, world_size
+from raylib.distributed import all_reduce, world_size
 
 
 def task_loss(logits: Tensor, part: dict, loss: str) -> Tensor:
@@ -43,7 +43,7 @@ class ClassificationObjective(nn.Module):
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         part = batch["examples"]
         device = next(self.model.parameters()).device
-        examples = total(torch.tensor(float(len(part["text"].lengths)), device=device))
+        examples = all_reduce(torch.tensor(float(len(part["text"].lengths)), device=device))
         outputs, last = Outputs(), self.model.num_layers
         if self.states:
             layers = sorted({*self.states.layers, last})
@@ -61,7 +61,7 @@ class ClassificationObjective(nn.Module):
             weights += [self.task_weight * w for w in (1.0, *(t.weight for t in self.second.values()))]
         stacked = torch.stack(shares)
         loss = (torch.tensor(weights, device=device) * stacked).sum()
-        return loss * world_size(), dict(zip(names, total(stacked).unbind(), strict=True))
+        return loss * world_size(), dict(zip(names, all_reduce(stacked).unbind(), strict=True))
 
 
 class AnswerObjective(nn.Module):
@@ -77,9 +77,11 @@ class AnswerObjective(nn.Module):
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         part = batch["examples"]
         value = self.model.answer_loss(part)
-        examples = total(torch.tensor(float(len(part["scores"])), device=value.device))
+        examples = all_reduce(torch.tensor(float(len(part["scores"])), device=value.device))
         shares = [value / examples, *term_shares(self.terms.values(), Outputs(), part, examples)]
         stacked = torch.stack(shares)
         weights = torch.tensor([1.0, *(term.weight for term in self.terms.values())], device=value.device)
         loss = (weights * stacked).sum()
-        return loss * world_size(), dict(zip(("task", *self.terms), total(stacked).unbind(), strict=True))
+        return loss * world_size(), dict(
+            zip(("task", *self.terms), all_reduce(stacked).unbind(), strict=True)
+        )

@@ -9,7 +9,7 @@ from finetune.lineage import described, method_of
 from raylib.errors import UserError
 from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
-from raylib.metrics import RANKS, mean
+from raylib.metrics import RANKS, mean_or_zero
 from raylib.tables import markdown_table, open_pyplot, percent, save_figure
 from raylib.track import read_metrics
 
@@ -52,8 +52,8 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
         "seconds": sum(part.get("seconds", 0.0) for part in parts),
         **task.summarise(figures),
         "interval": intervals,
-        "mean_targets": mean(targets) if targets else None,
-        "gap": scores["en"] - mean(targets) if targets and "en" in scores else None,
+        "mean_targets": mean_or_zero(targets) if targets else None,
+        "gap": scores["en"] - mean_or_zero(targets) if targets and "en" in scores else None,
         "by_type": {code: values["by_type"] for code, values in figures.items() if values.get("by_type")},
         "unknown_training_answers": unknown,
         "items_skipped": {
@@ -85,7 +85,8 @@ def of_dev_sets(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str
         "seconds": sum(part.get("seconds", 0.0) for part in parts),
         "skipped_steps": sum(part.get("skipped_steps", 0) for part in parts),
         "dev": {
-            code: mean([part["dev"][code] for part in parts if code in part["dev"]]) for code in sorted(seen)
+            code: mean_or_zero([part["dev"][code] for part in parts if code in part["dev"]])
+            for code in sorted(seen)
         },
         "interval": {code: found[0] for code, found in intervals.items() if len(found) == 1},
         "items_skipped": {"train": sum(part.get("unknown_training_answers", 0) for part in parts)},
@@ -145,7 +146,9 @@ def table(result: dict[str, Any]) -> str:
         rows.append([code, percent(score), ends and f"[{ends}]", *more])
     if result["mean_targets"] is not None:
         others = [code for code in scores_of(result) if code != "en"]
-        means = [mean(details[code][c] for code in others if c in details.get(code, {})) for c in columns]
+        means = [
+            mean_or_zero(details[code][c] for code in others if c in details.get(code, {})) for c in columns
+        ]
         rows.append(["mean of the targets", percent(result["mean_targets"]), "", *map(percent, means)])
     return "\n".join([markdown_table(rows), "", _notes(result)])
 

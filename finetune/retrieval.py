@@ -17,9 +17,9 @@ from finetune.batches import encode_texts
 from finetune.examples import Captioned
 from finetune.pictures import ImageSource, PrecomputedFeatures, precompute_features
 from raylib.data.states import States, remove_states, write_states
-from raylib.distributed import raise_together, world_size
+from raylib.distributed import raise_on_all_workers, world_size
 from raylib.finite import is_finite, require_finite
-from raylib.metrics import RANKS, hit_chances, mean, mean_hits, nearest_keys, recall_interval
+from raylib.metrics import RANKS, hit_chances, mean_hits, mean_or_zero, nearest_keys, recall_interval
 from raylib.models.layers import Memory
 from raylib.packed import Ragged, first_tokens
 from raylib.randomness import Key, permutation
@@ -67,7 +67,7 @@ def retrieve(
     )
     return {
         **figures,
-        "mean_recall": mean(figures.values()),
+        "mean_recall": mean_or_zero(figures.values()),
         "interval": interval,
         "recall_at_1_interval": first,
         "n": len(items),
@@ -79,7 +79,7 @@ def retrieve(
 
 def recall_at_1(figures: dict[str, Any]) -> float:
     """The mean of both ways, of what `retrieve` returns."""
-    return mean((figures["i2t_r1"], figures["t2i_r1"]))
+    return mean_or_zero((figures["i2t_r1"], figures["t2i_r1"]))
 
 
 class _Ranker:
@@ -151,7 +151,7 @@ class _Ranker:
                 else torch.arange(len(keys))[None] == self.owner[chunk, None]
             )
             hits[chunk] = hit_chances(scores, own, first)
-        raise_together(None if finite else "scores of the match head: not finite (NaN or infinite)")
+        raise_on_all_workers(None if finite else "scores of the match head: not finite (NaN or infinite)")
         if world_size() > 1:  # every row is one worker's, and 0 on the others: their sum is exact
             hits = hits.to(self.device)
             dist.all_reduce(hits)

@@ -26,7 +26,7 @@ from finetune.strategies import Need, check_strategies
 from finetune.strategies.base import Stage, StageRun
 from finetune.worker import FinetuneJob, evaluate_test_sets, find_trained
 from raylib import checkpoint
-from raylib.config import load
+from raylib.config import load_config
 from raylib.errors import UserError
 from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
@@ -244,7 +244,7 @@ def run_stages(
             if not result["finished"]:
                 raise _StoppedEarly(result)
             epochs += stage.epochs
-            return checkpoint.newest(run_folder(part))
+            return checkpoint.find_newest(run_folder(part))
 
         run = StageRun(folder, is_main_process(config), lambda: build_model(config), train)
         try:
@@ -283,7 +283,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     """Evaluate a run's model again, in this process, and write its results anew. Those of a run that was
     stopped say so, and do not keep it from going on. Data that changed since the run read it are told, and
     the result has their hash."""
-    config = load(FinetuneConfig, folder / "config.json")
+    config = load_config(FinetuneConfig, folder / "config.json")
     stored, results = _stored_result(folder), []
     now = split_name(config)
     then = stored.get("split", now)
@@ -300,7 +300,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         part = final_training(part)
         pipeline = build_pipeline(part)
         if config.trains:
-            fill(pipeline.model, find_trained(config, run, checkpoint.newest(run)))
+            fill(pipeline.model, find_trained(config, run, checkpoint.find_newest(run)))
         done = run / "part.json"
         before = _so_far(pipeline.model, run) if config.trains and not done.is_file() else {}
         if done.is_file():
@@ -321,7 +321,7 @@ def _stored_result(folder: Path) -> dict[str, Any]:
 
 def _so_far(model, run: Path) -> dict[str, Any]:
     """Return what is known of a training that was stopped, as a finished part would have it."""
-    meta = checkpoint.read_meta(checkpoint.newest(run))
+    meta = checkpoint.read_meta(checkpoint.find_newest(run))
     return {
         "finished": False,
         "steps": meta["step"],

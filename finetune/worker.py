@@ -59,7 +59,7 @@ class FinetuneJob:
                 return result
             if world_size() > 1:
                 dist.barrier()
-            source = find_trained(config, runtime.run, runtime.newest())
+            source = find_trained(config, runtime.run, runtime.find_newest())
             fill(model, source)
             if peft.described(model) and runtime.rank == 0:
                 peft.write(model, trainable.keys(), runtime.run / "tuned.safetensors")

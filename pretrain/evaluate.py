@@ -12,10 +12,10 @@ from torch import Tensor
 from raylib.data.images import decode, resize
 from raylib.data.retrieval import read_retrieval
 from raylib.device import peak_memory
-from raylib.distributed import raise_together, world_size
+from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import UserError
 from raylib.finite import is_finite, require_finite
-from raylib.metrics import RANKS, mean, mean_hits, recall_hits, recall_interval
+from raylib.metrics import RANKS, mean_hits, mean_or_zero, recall_hits, recall_interval
 from raylib.models.base import find_model, find_tokenizer
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, first_tokens
@@ -78,7 +78,9 @@ class Retrieval:
         require_finite("image embeddings", images)  # on all workers
         texts = {language: encode_sentences(model, self.ids[language], device) for language in mine}
         bad = [language for language, embeddings in texts.items() if not is_finite(embeddings)]
-        raise_together(f"text embeddings in {', '.join(bad)}: not finite (NaN or infinite)" if bad else None)
+        raise_on_all_workers(
+            f"text embeddings in {', '.join(bad)}: not finite (NaN or infinite)" if bad else None
+        )
         scored = _exchange(
             {language: self._score(language, embeddings, images) for language, embeddings in texts.items()}
         )
@@ -166,13 +168,13 @@ def summary(table: dict[str, Any]) -> dict[str, float]:
     "score", the mean over all languages, decides which checkpoint is the best."""
     values = {language: r1(figures) for language, figures in table["retrieval"].items()}
     others = [value for language, value in values.items() if language != "en"]
-    out = {"score": mean(values.values())}
+    out = {"score": mean_or_zero(values.values())}
     if "en" in values:
         out["en_r1"] = values["en"]
     if others:
-        out["others_r1"] = mean(others)
+        out["others_r1"] = mean_or_zero(others)
     if table["heldout"]:
-        out["heldout_r1"] = mean(r1(figures) for figures in table["heldout"].values())
+        out["heldout_r1"] = mean_or_zero(r1(figures) for figures in table["heldout"].values())
     return out
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from pretrain.evaluate import r1
 from raylib.fileio import write_json
 from raylib.finite import require_finite_values
-from raylib.metrics import mean
+from raylib.metrics import mean_or_zero
 from raylib.tables import markdown_table, open_pyplot, save_figure
 from raylib.track import read_metrics
 
@@ -37,9 +37,9 @@ def table(scores: dict[str, Any]) -> str:
 
 
 def _row(name: str, figures: list[dict[str, float]]) -> list[str]:
-    both, chance = mean(r1(f) for f in figures), mean(f["chance_r1"] for f in figures)
-    values = [f"{100 * mean(f[c] for f in figures):.1f}" for c in COLUMNS]
-    asked = f"{mean(f['n'] for f in figures):.0f}"
+    both, chance = mean_or_zero(r1(f) for f in figures), mean_or_zero(f["chance_r1"] for f in figures)
+    values = [f"{100 * mean_or_zero(f[c] for f in figures):.1f}" for c in COLUMNS]
+    asked = f"{mean_or_zero(f['n'] for f in figures):.0f}"
     return [name, f"{100 * both:.1f}", f"{both / chance:.0f}", *values, asked, f"{100 * chance:.2f}"]
 
 

@@ -31,7 +31,7 @@ def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def seal(folder: Path, rank: int) -> None:
+def write_file_list(folder: Path, rank: int) -> None:
     """List size and hash of every file in `folder`, all of them written by worker `rank`."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -70,7 +70,7 @@ def read_meta(folder: Path) -> dict:
         raise UserError(f"{folder}/meta.json: missing, so this is no whole checkpoint") from None
 
 
-def newest(run: Path) -> Path | None:
+def find_newest(run: Path) -> Path | None:
     """The newest registered checkpoint of a run, else the one it was told to start from, else None."""
     folder = run / FOLDER
     names = []
@@ -166,7 +166,7 @@ def rewind(run: Path, name: str) -> Path:
     return start
 
 
-def adopt(run: Path, source: Path) -> None:
+def copy_from(run: Path, source: Path) -> None:
     """Make `source`, a checkpoint of another run, the one that `run` goes on from; what `run` had is gone.
 
     Raises:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raylib.config import C, dump, load, lookup, override
+from raylib.config import ConfigT, dump_config, load_config, lookup, override
 from raylib.errors import UserError, disk_full_error
 
 GOES_ON = "the same command resumes from the newest checkpoint"
@@ -57,9 +57,9 @@ def train(
     arguments: Sequence[str],
     room: str,
     doc: str,
-    recipes: Mapping[str, Callable[[], C]],
-    kind: type[C],
-    run: Callable[[C], Any],
+    recipes: Mapping[str, Callable[[], ConfigT]],
+    kind: type[ConfigT],
+    run: Callable[[ConfigT], Any],
     such: str,
 ) -> int:
     """`python -m ROOM RECIPE [path=value ...]`, or `--config FILE`: run the config that they make. `doc`: of
@@ -79,7 +79,7 @@ def train(
     given = parser.parse_intermixed_args(arguments)
     if given.config:
         settings = [given.recipe, *given.settings] if given.recipe else given.settings
-        config = load(kind, Path(given.config))
+        config = load_config(kind, Path(given.config))
     elif given.recipe:
         settings, config = given.settings, lookup(given.recipe, recipes, "recipe")()
     else:
@@ -89,7 +89,7 @@ def train(
         config = override(config, [f"runs={os.environ['POLYGLANCE_RUNS']}"])
     config = override(config, settings)
     if given.print_config:
-        print(dump(config))
+        print(dump_config(config))
     else:
         run(config)
     return 0

@@ -31,11 +31,11 @@ class Config(BaseModel):
     stored_as: ClassVar[str] = ""  # the kind in `raylib.renames` by which stored ones are read
 
 
-C = TypeVar("C", bound=Config)
+ConfigT = TypeVar("ConfigT", bound=Config)
 T = TypeVar("T")
 
 
-def override(config: C, assignments: list[str]) -> C:
+def override(config: ConfigT, assignments: list[str]) -> ConfigT:
     """A copy of `config` with each "path=value" applied. Values are JSON (`3`, `true`, `null`, `[0.5, 1]`),
     else text.
 
@@ -49,16 +49,16 @@ def override(config: C, assignments: list[str]) -> C:
         if not equals:
             raise UserError(f"'{assignment}' is not of the form path=value, such as optim.lr=1e-3")
         values[path] = _parse(text)
-    return change(config, values, "the command line")
+    return change_settings(config, values, "the command line")
 
 
-def change(config: C, changes: Mapping[str, Any], where: str = "settings") -> C:
+def change_settings(config: ConfigT, changes: Mapping[str, Any], where: str = "settings") -> ConfigT:
     """A copy of `config` with the value of each dotted path in place.
 
     Raises:
         UserError: as of `override`, told of `where`.
     """
-    values, known = config.model_dump(), paths(type(config))
+    values, known = config.model_dump(), setting_paths(type(config))
     for path, value in changes.items():
         if not is_setting(type(config), path):
             raise UserError(f"unknown setting '{path}'{suggest(path, known)}")
@@ -71,10 +71,10 @@ def change(config: C, changes: Mapping[str, Any], where: str = "settings") -> C:
             node[parent] = node[parent] if node.get(parent) is not None else {}
             node = node[parent]
         node[name] = value
-    return build(type(config), values, where)
+    return validate(type(config), values, where)
 
 
-def build(cls: type[C], values: dict[str, Any], where: str) -> C:
+def validate(cls: type[ConfigT], values: dict[str, Any], where: str) -> ConfigT:
     """`cls` from plain values; what pydantic finds wrong becomes one `UserError` line."""
     try:
         return cls.model_validate(values)
@@ -82,14 +82,14 @@ def build(cls: type[C], values: dict[str, Any], where: str) -> C:
         first = e.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise UserError(f"{where}: unknown setting '{path}'{suggest(path, paths(cls))}") from None
+            raise UserError(f"{where}: unknown setting '{path}'{suggest(path, setting_paths(cls))}") from None
         message = first["msg"].removeprefix("Value error, ")
         got = f" (got {first['input']!r})" if path else ""
         raise UserError(f"{where}: {path + ': ' if path else ''}{message}{got}") from None
 
 
-def load(cls: type[C], path: Path) -> C:
-    """A config from the JSON file that `save` wrote, or from a YAML one."""
+def load_config(cls: type[ConfigT], path: Path) -> ConfigT:
+    """A config from the JSON file that `save_config` wrote, or from a YAML one."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -102,35 +102,35 @@ def load(cls: type[C], path: Path) -> C:
         raise UserError(f"{path}: not a {kind} config file ({' '.join(str(e).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a {kind} config file (it has no settings)")
-    return build(cls, rename_settings(cls.stored_as, values), str(path))
+    return validate(cls, rename_settings(cls.stored_as, values), str(path))
 
 
-def save(config: Config, path: Path) -> None:
+def save_config(config: Config, path: Path) -> None:
     """Write `config` as JSON."""
-    Path(path).write_text(dump(config) + "\n", encoding="utf-8")
+    Path(path).write_text(dump_config(config) + "\n", encoding="utf-8")
 
 
-def dump(config: Config) -> str:
+def dump_config(config: Config) -> str:
     """`config` as readable JSON, every default resolved."""
     return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False)
 
 
 @cache
-def paths(cls: type[Config]) -> list[str]:
+def setting_paths(cls: type[Config]) -> list[str]:
     """Every dotted path that a config of this class can have, those of parts that may be off too."""
     found = []
     for name, field in cls.model_fields.items():
         found.append(name)
         for part in get_args(field.annotation) or (field.annotation,):
             if isinstance(part, type) and issubclass(part, Config):
-                found += [f"{name}.{inner}" for inner in paths(part)]
+                found += [f"{name}.{inner}" for inner in setting_paths(part)]
     return found
 
 
 def is_setting(cls: type[Config], path: str) -> bool:
-    """Whether a config of this class can have the setting at a dotted path: one of `paths`, or one of a class
+    """Whether a config of this class can have the setting at a dotted path: of `setting_paths`, or of a class
     in a user's own file, in a part that takes these (`extra="allow"`)."""
-    if path in paths(cls):
+    if path in setting_paths(cls):
         return True
     name, _, rest = path.partition(".")
     field = cls.model_fields.get(name)
@@ -142,10 +142,10 @@ def is_setting(cls: type[Config], path: str) -> bool:
     )
 
 
-def without(values: dict[str, Any], paths: Set[str], prefix: str = "") -> dict[str, Any]:
+def without_settings(values: dict[str, Any], paths: Set[str], prefix: str = "") -> dict[str, Any]:
     """Return a copy of plain settings without the values at dotted `paths`."""
     return {
-        name: without(value, paths, f"{prefix}{name}.") if isinstance(value, dict) else value
+        name: without_settings(value, paths, f"{prefix}{name}.") if isinstance(value, dict) else value
         for name, value in values.items()
         if prefix + name not in paths
     }

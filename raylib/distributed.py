@@ -4,6 +4,8 @@ Convention: each worker's loss is its own share times the number of workers, so 
 gradients (DDP, ZeRO) gives the gradient of the loss over the global batch.
 """
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -12,13 +14,15 @@ from torch import Tensor
 from raylib.errors import NotFinite, UserError
 from raylib.packed import Ragged
 
+T = TypeVar("T")
+
 
 def world_size() -> int:
     """Workers in the default process group; 1 without one."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def raise_together(error: str | None, kind: type[UserError] = NotFinite) -> None:
+def raise_on_all_workers(error: str | None, kind: type[UserError] = NotFinite) -> None:
     """Raise on every worker, as a `kind`, the `error` that one of them has found, so that none waits for
     another in vain. All workers call it; without an error on any, nothing happens."""
     errors = [error]
@@ -29,7 +33,15 @@ def raise_together(error: str | None, kind: type[UserError] = NotFinite) -> None
         raise kind(found)
 
 
-def total(x: Tensor) -> Tensor:
+def broadcast_from_rank0(value: T) -> T:
+    """Return, on every worker, the value that worker 0 has. All workers call it."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def all_reduce(x: Tensor) -> Tensor:
     """Sum of `x` over all workers, without gradient."""
     x = x.detach().clone()
     if world_size() > 1:
@@ -37,7 +49,7 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-def gather(x: Tensor) -> Tensor:
+def all_gather(x: Tensor) -> Tensor:
     """(b, ...) on each worker -> (W b, ...) in rank order, with gradient: each worker gets back the sum of
     what all workers' losses owe to its rows."""
     return _Gather.apply(x) if world_size() > 1 else x
@@ -51,8 +63,8 @@ def gather_ragged(x: Ragged, width: int) -> Ragged:
     columns = torch.arange(width)
     valid = columns < x.lengths[:, None]
     index = (x.starts[rows, None] + torch.where(valid, columns, 0)).to(x.values.device)
-    lengths = gather(x.lengths.to(x.values.device)).cpu()
-    padded = gather(
+    lengths = all_gather(x.lengths.to(x.values.device)).cpu()
+    padded = all_gather(
         F.embedding(index, x.values)
     )  # the gradient of plain indexing adds up in no fixed order on threads
     kept = (columns < lengths[:, None]).flatten().nonzero().squeeze(1)
@@ -75,7 +87,7 @@ class _Gather(torch.autograd.Function):
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def clamp(x: Tensor, low: float, high: float) -> Tensor:
+def clamp_parameter(x: Tensor, low: float, high: float) -> Tensor:
     """A parameter within [low, high]. Outside, the gradient passes only if a step along it leads back in:
     clamping the parameter itself would be undone by ZeRO's own copy of it. What a step does is asked of all
     workers' gradients together, and so of all terms together: call it once a step."""
@@ -91,7 +103,7 @@ class _Clamp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (x,), whole = ctx.saved_tensors, total(grad)
+        (x,), whole = ctx.saved_tensors, all_reduce(grad)
         outward = ((x <= ctx.low) & (whole > 0)) | (
             (x >= ctx.high) & (whole < 0)
         )  # a step goes against the gradient

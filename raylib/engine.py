@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raylib.config import Config
-from raylib.distributed import raise_together, world_size
+from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import UserError
 from raylib.finite import StepGuard, is_finite
 
@@ -126,7 +126,9 @@ class Engine(ABC):
             # on all workers together: a fault on one must not leave the others waiting
             found = self.find_not_finite()
             advice = "go on from an older checkpoint with resume=step_NNNNNN"
-            raise_together(found and f"{start}: {found} is not finite (NaN or infinite); {advice}", UserError)
+            raise_on_all_workers(
+                found and f"{start}: {found} is not finite (NaN or infinite); {advice}", UserError
+            )
 
     @abstractmethod
     def step(self, batch: dict, step: int, lr: float) -> dict[str, Tensor]:

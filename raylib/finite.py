@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raylib.distributed import raise_together, world_size
+from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import NotFinite, UserError
 
 
@@ -200,7 +200,7 @@ class StepMonitor:
                 more: weights may be finite, and broken.
         """
         found = self.engine.find_not_finite()
-        raise_together(found and f"step {done}: {found} is not finite; {self.advice()}")
+        raise_on_all_workers(found and f"step {done}: {found} is not finite; {self.advice()}")
         # Finite weights may be broken all the same: an update that overflows a product gives them no finite
         # loss any more. The batch of the last update tells, for before it its loss and gradient were finite.
         if self.counts.last_applied >= 0:
@@ -214,7 +214,7 @@ class StepMonitor:
                 bad = ["the gradient"]
             update = f"the update of step {self.counts.last_applied + 1} broke the weights"
             line = f"{update}: of its own batch, once more, {', '.join(bad)} not finite; {self.advice()}"
-            raise_together(f"step {done}: {line}" if bad else None)
+            raise_on_all_workers(f"step {done}: {line}" if bad else None)
 
     def advice(self) -> str:
         """Return what to do about a run that ended."""

@@ -10,12 +10,12 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from raylib import cache, checkpoint
-from raylib.config import Config, build, dump, without
+from raylib.config import Config, dump_config, validate, without_settings
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json, write_atomically, write_json
 from raylib.provenance import DataFile, record_identity
 from raylib.renames import rename_settings
-from raylib.runtime import Local, OnRay, Reporter, Runtime
+from raylib.runtime import LocalRuntime, RayRuntime, Reporter, Runtime
 
 SETTINGS = {  # of Ray, by environment variables
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # Train's run page needs it
@@ -85,7 +85,7 @@ def no_log(*parts: Any, **options: Any) -> None:
 def config_hash(config: LaunchConfig) -> str:
     """Return the SHA-256 of the settings that numbers depend on: all but `name` and those that may change
     within a run."""
-    values = without(config.model_dump(mode="json"), {"name", *CHANGEABLE})
+    values = without_settings(config.model_dump(mode="json"), {"name", *CHANGEABLE})
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -103,7 +103,7 @@ def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool 
     if stored.is_file():
         changed = [
             p
-            for p in _differences(_stored_values(stored, type(config)), json.loads(dump(config)))
+            for p in _differences(_stored_values(stored, type(config)), json.loads(dump_config(config)))
             if p not in CHANGEABLE
         ]
         if changed:
@@ -112,10 +112,10 @@ def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool 
             )
     for note in record_identity(run, files, verify):
         print(note, flush=True)
-    write_atomically(stored, dump(config) + "\n")
+    write_atomically(stored, dump_config(config) + "\n")
     if config.resume != "newest":
         checkpoint.rewind(run, config.resume)
-    elif start := checkpoint.newest(run):
+    elif start := checkpoint.find_newest(run):
         checkpoint.verify(start)
 
 
@@ -123,7 +123,7 @@ def _stored_values(path: Path, kind: type[LaunchConfig]) -> dict:
     """The settings in `path`; those that it lacks, since they are newer than the run, at their defaults."""
     values = rename_settings(kind.stored_as, read_json(path))
     try:
-        return json.loads(dump(build(kind, values, str(path))))
+        return json.loads(dump_config(validate(kind, values, str(path))))
     except UserError:  # a setting that is no more: it is a difference, and named as one
         return values
 
@@ -138,7 +138,7 @@ def launch(
         UserError: raised by `main` on any worker, in one line.
     """
     if config.runtime == "local":
-        runtime = Local(run, config.fit.keep, reporter)
+        runtime = LocalRuntime(run, config.fit.keep, reporter)
         runtime.barrier()  # the others come here while the first still opens the run
         return main(runtime, config)
     return _on_ray(main, config, run, reporter)
@@ -222,7 +222,7 @@ def _work(parts: dict) -> dict:
         return read_json(failure)
     cache.set_cache(parts["object_cache"])
     try:
-        return parts["main"](OnRay(run), parts["config"])
+        return parts["main"](RayRuntime(run), parts["config"])
     except UserError as e:
         write_json(failure, {"error": str(e), "not_finite": isinstance(e, NotFinite)})
         raise

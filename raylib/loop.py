@@ -15,7 +15,7 @@ from raylib import checkpoint
 from raylib.config import Config
 from raylib.data.loading import load_batches, to_device
 from raylib.device import has_bf16, out_of_memory_error, peak_memory
-from raylib.distributed import total
+from raylib.distributed import all_reduce
 from raylib.engine import DeepSpeedEngine, Engine, LayerRates, OptimConfig, TorchEngine, learning_rate
 from raylib.errors import NotFinite
 from raylib.fileio import write_json
@@ -90,7 +90,7 @@ def fit(
         NotFinite: more steps in a row were skipped than `config.max_skipped`; weights, or scores, that are
             not finite. Nothing is saved of them.
     """
-    clock, start = Clock(), runtime.newest()
+    clock, start = Clock(), runtime.find_newest()
     meta: dict[str, Any] = checkpoint.read_meta(start) if start else {"step": 0, "times": {}}
     clock.seconds |= meta["times"]
     on_gpu, bf16 = runtime.device.type == "cuda", config.uses_bf16(runtime.device)
@@ -197,7 +197,7 @@ class _Saver:
 
     def save(self, step: int, losses: dict, evaluation: dict, monitor: StepMonitor) -> Path:
         """Save what `step` steps came to; returns where it will be."""
-        self.total_replaced += int(total(torch.tensor(self.num_replaced, device=self.runtime.device)))
+        self.total_replaced += int(all_reduce(torch.tensor(self.num_replaced, device=self.runtime.device)))
         self.num_replaced = 0
         meta = {
             **self.describe,

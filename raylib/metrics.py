@@ -19,7 +19,7 @@ MILLION = 10**6  # scores are summed in millionths: integers add up to the same 
 ELEMENTS = 2**18  # of a table of resamples at a time
 
 
-def recalls(
+def recall_at_k(
     queries: Tensor, keys: Tensor, query_owner: Tensor, key_owner: Tensor, chunk: int = 1024
 ) -> dict[int, float]:
     """Recall@{1, 5, 10}: the share of queries with a key of their own among the first k by inner product, as
@@ -107,7 +107,7 @@ def disparity(scores: Iterable[float]) -> dict[str, float]:
     return {"std": statistics.stdev(scores) if len(scores) > 1 else 0.0, "range": max(scores) - min(scores)}
 
 
-def mean(values: Iterable[float]) -> float:
+def mean_or_zero(values: Iterable[float]) -> float:
     """Arithmetic mean; 0 for nothing."""
     values = list(values)
     return sum(values) / len(values) if values else 0.0
@@ -126,7 +126,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), float(stats.t.ppf(0.975, len(values) - 1) * error)
 
 
-def bootstrap(gained: np.ndarray, counts: np.ndarray, *key: Key) -> list[float] | None:
+def bootstrap_interval(gained: np.ndarray, counts: np.ndarray, *key: Key) -> list[float] | None:
     """[low, high], the 2.5 and 97.5 % points of a score over `RESAMPLES` samples of its clusters, drawn with
     replacement by a generator seeded with `key` (percentile bootstrap). None of fewer than two clusters. A
     score without spread, such as 0 or 100 %, has an interval of no width: its sample knows no other outcome.
@@ -156,7 +156,8 @@ def bootstrap(gained: np.ndarray, counts: np.ndarray, *key: Key) -> list[float] 
 
 
 def recall_interval(i2t: Any, t2i: Any, owner: Any, *key: Key) -> list[float] | None:
-    """`bootstrap` over images of the mean of both ways' recall: an image is drawn with all of its captions.
+    """Return `bootstrap_interval` over images of the mean of both ways' recall: an image is drawn with all of
+    its captions.
 
     Args:
         i2t, t2i: (n,), (c,), hits of the images and of the captions, in [0, 1].
@@ -168,7 +169,7 @@ def recall_interval(i2t: Any, t2i: Any, owner: Any, *key: Key) -> list[float] | 
     gained[:, 0] = np.rint(MILLION * i2t)
     np.add.at(gained[:, 1], owner, np.rint(MILLION * t2i).astype(np.int64))
     counts[:, 1] = np.bincount(owner, minlength=len(i2t))
-    return bootstrap(gained, counts, *key)
+    return bootstrap_interval(gained, counts, *key)
 
 
 class ItemClusters:
@@ -188,5 +189,5 @@ class ItemClusters:
         self.counts[bucket, 0] += 1
 
     def interval(self, *key: Key) -> list[float] | None:
-        """`bootstrap` of the mean over all items."""
-        return bootstrap(self.gained, self.counts, *key)
+        """`bootstrap_interval` of the mean over all items."""
+        return bootstrap_interval(self.gained, self.counts, *key)

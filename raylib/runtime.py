@@ -1,4 +1,5 @@
-"""Where a training loop runs: `Local` (this process, or one of torchrun's) or `OnRay` (a Ray Train worker).
+"""Runtimes of the training loop: `LocalRuntime` (this process, or one of torchrun's) and `RayRuntime` (a Ray
+Train worker).
 
 Both tell the loop who it is and register its checkpoints. No other module that a loop sees knows about Ray.
 """
@@ -31,7 +32,7 @@ class Reporter(Protocol):
         `num_epochs` itself; None: as many as the trial's config says."""
 
 
-class Local:
+class LocalRuntime:
     """One process on one device; or, under torchrun, one of several that talk through gloo or NCCL.
     `report(metrics, checkpoint)` is told of each checkpoint."""
 
@@ -45,9 +46,9 @@ class Local:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
 
-    def newest(self) -> Path | None:
+    def find_newest(self) -> Path | None:
         """The checkpoint to go on from."""
-        return checkpoint.newest(self.run)
+        return checkpoint.find_newest(self.run)
 
     def save(self, step: int, write: Callable[[Path], None], metrics: dict) -> None:
         """Every worker calls `write(folder)` with an empty folder of its own; together they become one
@@ -61,7 +62,7 @@ class Local:
         own = partial / f".worker-{self.rank}"
         own.mkdir()
         write(own)
-        checkpoint.seal(own, self.rank)
+        checkpoint.write_file_list(own, self.rank)
         for path in [
             path for path in own.rglob("*") if path.is_file()
         ]:  # of ZeRO, all workers have files in one folder
@@ -85,7 +86,7 @@ class Local:
             dist.barrier()
 
 
-class OnRay:
+class RayRuntime:
     """A Ray Train worker. Ray owns the process group and moves every worker's files into one registered
     checkpoint."""
 
@@ -100,13 +101,13 @@ class OnRay:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
 
-    def newest(self) -> Path | None:
+    def find_newest(self) -> Path | None:
         """Ray's newest registered checkpoint, which after a worker's death is newer than what the run began
         with."""
         from ray import train
 
         registered = train.get_checkpoint()
-        return Path(registered.path) if registered else checkpoint.newest(self.run)
+        return Path(registered.path) if registered else checkpoint.find_newest(self.run)
 
     def save(self, step: int, write: Callable[[Path], None], metrics: dict) -> None:
         """As `Local.save`. Retention of the newest is Ray's (`CheckpointConfig.num_to_keep`)."""
@@ -115,7 +116,7 @@ class OnRay:
         name = checkpoint.step_name(step)
         with tempfile.TemporaryDirectory(prefix="polyglance-") as folder:
             write(Path(folder))
-            checkpoint.seal(Path(folder), self.rank)
+            checkpoint.write_file_list(Path(folder), self.rank)
             train.report(
                 metrics, checkpoint=train.Checkpoint.from_directory(folder), checkpoint_dir_name=name
             )
@@ -123,4 +124,4 @@ class OnRay:
             checkpoint.keep_best(self.run, name)
 
 
-Runtime = Local | OnRay
+Runtime = LocalRuntime | RayRuntime

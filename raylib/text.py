@@ -29,7 +29,7 @@ from raylib.fileio import sha256_file
 from raylib.packed import Sentences
 from raylib.randomness import hash64, integers, uniform
 
-FILES = (
+TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
     "tokenizer.json",
@@ -65,9 +65,11 @@ class Tokenizer:
         """
         path = Path(path)
         if path.is_dir():
-            found = [path / name for name in FILES if (path / name).is_file()]
+            found = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
             if not found:
-                raise UserError(f"{path}: no tokenizer here; one of {', '.join(FILES)} is looked for")
+                raise UserError(
+                    f"{path}: no tokenizer here; one of {', '.join(TOKENIZER_FILES)} is looked for"
+                )
             path = found[0]
         if not path.is_file():
             raise UserError(f"{path}: no such tokenizer file")
@@ -101,7 +103,7 @@ class Tokenizer:
         return Tokenizer.load, (self.path,)
 
 
-class Prompted(Tokenizer):
+class PromptedTokenizer(Tokenizer):
     """A tokenizer that puts a prompt before every text: `words`, or, where a model has embeddings of its own
     for it, `ids`."""
 
@@ -114,7 +116,7 @@ class Prompted(Tokenizer):
         return [np.concatenate([np.asarray(self.ids, np.int64), row]) for row in rows]
 
     def __reduce__(self):
-        return Prompted, (self.plain, self.words, self.ids)
+        return PromptedTokenizer, (self.plain, self.words, self.ids)
 
 
 def _load_sentencepiece(path: Path):

@@ -30,7 +30,7 @@ from raylib.models.single_stream import SingleStream, tiny
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from raylib.sample.scenes.labels import say
-from raylib.text import Prompted, Tokenizer
+from raylib.text import PromptedTokenizer, Tokenizer
 from tests.factories import SMALL, make_model
 
 
@@ -264,7 +264,7 @@ def test_spans_work_with_tokenizer_json_and_prompts(tmp_path):
     made = Tokenizer.load(tmp_path)
     assert find_tokens(made, "a hund bellt", find_word("Hund", "a hund bellt"), 40) == [2, 3]
     assert find_tokens(made, "a hund bellt", (2, 6), 4) == [2]  # <s> a hun </s>
-    for prompted in (Prompted(made, words="a hund"), Prompted(made, ids=(7, 8, 9))):
+    for prompted in (PromptedTokenizer(made, words="a hund"), PromptedTokenizer(made, ids=(7, 8, 9))):
         shift = len(prompted.encode(["a hund bellt"])[0]) - len(made.encode(["a hund bellt"])[0])
         assert shift == 3 and find_tokens(prompted, "a hund bellt", (2, 6), 40) == [5, 6]
 

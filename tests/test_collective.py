@@ -4,7 +4,7 @@ whole."""
 import pytest
 import torch
 
-from raylib.distributed import gather, gather_ragged, total
+from raylib.distributed import all_gather, all_reduce, gather_ragged
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 from raylib.packed import Ragged
 from tests.factories import make_batch, make_model, take_rows
@@ -52,10 +52,10 @@ def test_objective_on_several_workers_equals_one_worker(world):
 
 def pieces(rank, world):
     x = (torch.arange(4.0).view(2, 2) + 10 * rank).requires_grad_()
-    gathered = gather(x)
+    gathered = all_gather(x)
     (gathered * torch.arange(1.0, 1 + 2 * world)[:, None] * (rank + 1)).sum().backward()
     rows = Ragged((torch.arange(3.0 + rank) + 100 * rank)[:, None], torch.tensor([1, 2 + rank]))
-    return gathered.detach(), x.grad, total(torch.tensor(rank + 1.0)), *gather_ragged(rows, 5)
+    return gathered.detach(), x.grad, all_reduce(torch.tensor(rank + 1.0)), *gather_ragged(rows, 5)
 
 
 def test_gather_returns_all_rows_with_gradient():

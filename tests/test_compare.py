@@ -13,7 +13,7 @@ from finetune.compare import compare, differing
 from finetune.comparison_tables import to_markdown
 from finetune.config import FinetuneConfig
 from finetune.lineage import method_of, read_lineage
-from raylib.config import dump, override
+from raylib.config import dump_config, override
 from raylib.tables import escape_latex
 
 T = {2: 12.7062, 3: 4.3027, 4: 3.1824}  # Student's t at 0.975, by number of seeds, from a printed table
@@ -55,7 +55,7 @@ def runs(tmp_path):
             }
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "config.json").write_text(dump(config))
+        (folder / "config.json").write_text(dump_config(config))
         (folder / "result.json").write_text(json.dumps(result))
         return folder
 

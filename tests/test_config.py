@@ -1,6 +1,16 @@
 import pytest
 
-from raylib.config import Config, build, dump, load, load_user_class, lookup, override, paths, save
+from raylib.config import (
+    Config,
+    dump_config,
+    load_config,
+    load_user_class,
+    lookup,
+    override,
+    save_config,
+    setting_paths,
+    validate,
+)
 from raylib.errors import UserError
 
 
@@ -40,18 +50,18 @@ def test_override_wrong_assignment_is_one_line_error(assignment, words):
 
 def test_config_files_round_trip_and_report_mistakes(tmp_path):
     config = Outer(limit=7)
-    save(config, tmp_path / "c.json")
-    assert load(Outer, tmp_path / "c.json") == config
-    assert '"limit": 7' in dump(config)
-    assert paths(type(config)) == ["inner", "inner.rate", "inner.sizes", "name", "limit"]
+    save_config(config, tmp_path / "c.json")
+    assert load_config(Outer, tmp_path / "c.json") == config
+    assert '"limit": 7' in dump_config(config)
+    assert setting_paths(type(config)) == ["inner", "inner.rate", "inner.sizes", "name", "limit"]
     (tmp_path / "bad.json").write_text('{"nme": 1}')
     with pytest.raises(UserError, match=r"bad\.json: unknown setting 'nme'; did you mean name"):
-        load(Outer, tmp_path / "bad.json")
+        load_config(Outer, tmp_path / "bad.json")
     (tmp_path / "torn.json").write_text('{"na')
     with pytest.raises(UserError, match="not a JSON config file"):
-        load(Outer, tmp_path / "torn.json")
+        load_config(Outer, tmp_path / "torn.json")
     with pytest.raises(UserError, match="no such config file"):
-        load(Outer, tmp_path / "none.json")
+        load_config(Outer, tmp_path / "none.json")
 
 
 def test_registry_lookup_suggests_near_names():
@@ -62,7 +72,7 @@ def test_registry_lookup_suggests_near_names():
 
 def test_build_error_names_where_the_value_came_from():
     with pytest.raises(UserError, match="here: limit: .*integer"):
-        build(Outer, {"limit": "many"}, "here")
+        validate(Outer, {"limit": "many"}, "here")
 
 
 USER_FILE = """from abc import ABC, abstractmethod

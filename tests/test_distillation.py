@@ -34,7 +34,7 @@ from raylib.models.base import find_segments
 from raylib.models.oscar import TINY, Oscar
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
-from raylib.text import Prompted, Tokenizer
+from raylib.text import PromptedTokenizer, Tokenizer
 from tests.factories import make_batch, make_model
 from tests.test_oscar import FEATURES, shaken
 from tests.workers import assert_workers_equal_one, run_workers
@@ -283,7 +283,7 @@ def test_distillation_truncated_text_loses_matches_but_keeps_positions():
 def test_distillation_prompt_shifts_student_positions():
     """The SEP, the tags and the aligned words are where they are behind it."""
     _, plain, _ = made_lesson(ours())
-    prompted = Prompted(ours(), ids=(7, 8, 9))
+    prompted = PromptedTokenizer(ours(), ids=(7, 8, 9))
     examples, seen = made_examples(), {"regions": made_regions(), "tags": [()] * 3}
     part = encode_inputs(examples, seen, prompted, 40)
     parts = ("text", "tags", "regions")

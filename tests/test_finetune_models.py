@@ -271,7 +271,7 @@ def test_finetune_interrupt_is_one_line_and_same_command_resumes(tmp_path, model
         preexec_fn=_listen,
     )
     deadline = time.monotonic() + 120
-    while not (begun.poll() is not None or checkpoint.newest(tmp_path / "run")):
+    while not (begun.poll() is not None or checkpoint.find_newest(tmp_path / "run")):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(begun.pid, signal.SIGINT)
@@ -286,7 +286,7 @@ def test_finetune_interrupt_is_one_line_and_same_command_resumes(tmp_path, model
     assert "Traceback" not in printed + complaint and not (tmp_path / "run" / "result.json").exists()
     with pytest.raises(ProcessLookupError):
         os.killpg(begun.pid, 0)  # nothing of it is left
-    reached = checkpoint.read_meta(checkpoint.newest(tmp_path / "run"))["step"]
+    reached = checkpoint.read_meta(checkpoint.find_newest(tmp_path / "run"))["step"]
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.returncode == 0, again.stderr[-2000:]
     assert (tmp_path / "run" / "result.json").is_file() and 0 < reached < 24

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from raylib.config import build
+from raylib.config import validate
 from raylib.data.images import FIXED_DRAWS, TONES, WARPS, AugmentConfig, BadPicture, augment, decode, resize
 from raylib.errors import UserError
 
@@ -212,4 +212,4 @@ def test_augment_is_deterministic_in_its_draws():
 )
 def test_augment_config_mistakes_are_named(values, words):
     with pytest.raises(UserError, match=words):
-        build(AugmentConfig, values, "test")
+        validate(AugmentConfig, values, "test")

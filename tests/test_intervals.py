@@ -7,7 +7,7 @@ import statistics
 import numpy as np
 import pytest
 
-from raylib.metrics import MILLION, ItemClusters, bootstrap, recall_interval, t_interval
+from raylib.metrics import MILLION, ItemClusters, bootstrap_interval, recall_interval, t_interval
 
 T_975 = {
     1: 12.7062,
@@ -49,13 +49,13 @@ def test_bootstrap_equals_slow_loop():
         items = draw.randint(1, 6)
         clusters.append([(draw.randint(0, 1), 1), (draw.randint(0, items), items)])
     gained, counts = (np.array([[part[i] for part in cluster] for cluster in clusters]) for i in (0, 1))
-    found = bootstrap(MILLION * gained, counts, "test")
+    found = bootstrap_interval(MILLION * gained, counts, "test")
     assert found == pytest.approx(slow_bootstrap(clusters, 6000), abs=0.012)  # 8 points wide
     order = np.random.default_rng(0).permutation(70)
     assert (
-        bootstrap(MILLION * gained[order], counts[order], "test") == found
+        bootstrap_interval(MILLION * gained[order], counts[order], "test") == found
     )  # whatever the order, and so the workers
-    assert bootstrap(MILLION * gained, counts, "other") != found
+    assert bootstrap_interval(MILLION * gained, counts, "other") != found
 
 
 def test_bootstrap_of_three_clusters_equals_all_their_samples():
@@ -65,15 +65,15 @@ def test_bootstrap_of_three_clusters_equals_all_their_samples():
         for drawn in itertools.product(range(3), repeat=3)
     ]
     wanted = np.quantile(every, (0.025, 0.975), method="inverted_cdf")
-    assert bootstrap(MILLION * gained, counts, 0) == pytest.approx(wanted)
+    assert bootstrap_interval(MILLION * gained, counts, 0) == pytest.approx(wanted)
 
 
 def test_bootstrap_without_spread_or_of_one_cluster():
     right, one = np.full((50, 1), MILLION), np.ones((50, 1), np.int64)
-    assert bootstrap(right, one, 0) == [1.0, 1.0]
-    assert bootstrap(right[:1], one[:1], 0) is None
+    assert bootstrap_interval(right, one, 0) == [1.0, 1.0]
+    assert bootstrap_interval(right[:1], one[:1], 0) is None
     assert (
-        bootstrap(np.vstack([right[:1], 0 * right]), np.vstack([one[:1], 0 * one]), 0) is None
+        bootstrap_interval(np.vstack([right[:1], 0 * right]), np.vstack([one[:1], 0 * one]), 0) is None
     )  # clusters without items
 
 
@@ -120,7 +120,7 @@ def test_bootstrap_colliding_hash_buckets_keep_interval_width(monkeypatch):
         right = int(draw.integers(0, 2))
         many.add([f"image{image}"], MILLION * right)
         alone.append(right)
-    exact = bootstrap(MILLION * np.array(alone)[:, None], np.ones((400, 1), np.int64), 0)
+    exact = bootstrap_interval(MILLION * np.array(alone)[:, None], np.ones((400, 1), np.int64), 0)
     found = many.interval(0)
     assert np.diff(found) == pytest.approx(np.diff(exact), rel=0.15) and found == pytest.approx(
         exact, abs=0.02
@@ -131,7 +131,7 @@ def test_bootstrap_of_all_distinct_outcomes_works_in_pieces():
     """Ten thousand images, none like another: the table of resamples is cut into pieces."""
     draw = np.random.default_rng(6)
     gained = draw.integers(0, MILLION, (10_000, 1))
-    low, high = bootstrap(gained, np.ones_like(gained), 0)
+    low, high = bootstrap_interval(gained, np.ones_like(gained), 0)
     half = 1.96 * gained.std() / MILLION / 100
     assert (low, high) == pytest.approx(
         (gained.mean() / MILLION - half, gained.mean() / MILLION + half), abs=0.0006

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raylib.distributed import clamp
+from raylib.distributed import clamp_parameter
 from raylib.objectives.contrastive import draw_hard_negatives, info_nce
 from raylib.objectives.language import HEAD_ROWS, vocabulary_loss
 
@@ -92,6 +92,6 @@ def test_temperature_clamp_lets_the_parameter_return():
         (0.1, 0.2, True),
     ):
         x = torch.tensor(start, requires_grad=True)
-        ((clamp(x, 0.001, 0.5) - pull) ** 2).backward()
+        ((clamp_parameter(x, 0.001, 0.5) - pull) ** 2).backward()
         assert bool(x.grad != 0) == moves
-        assert 0.001 <= float(clamp(x.detach(), 0.001, 0.5)) <= 0.5
+        assert 0.001 <= float(clamp_parameter(x.detach(), 0.001, 0.5)) <= 0.5

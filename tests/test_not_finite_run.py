@@ -17,7 +17,7 @@ from raylib.errors import NotFinite
 from raylib.finite import StepGuard
 from raylib.loop import FitConfig, fit
 from raylib.models.base import save_model
-from raylib.runtime import Local
+from raylib.runtime import LocalRuntime
 from raylib.track import read_metrics
 from tests.test_not_finite import CPU, Faulty, faulty_batch
 from tests.test_strategies import Stack
@@ -62,7 +62,7 @@ def run(folder, faults, optim=OPTIM, evaluate=lambda model: {}, rank=0, world=1,
     return fit(
         objective,
         Batches(faults, rank, world),
-        Local(folder, config.keep),
+        LocalRuntime(folder, config.keep),
         config,
         optim,
         evaluate,

@@ -20,7 +20,7 @@ from pretrain.__main__ import main as pretrain_main
 from pretrain.evaluate import Retrieval
 from pretrain.report import write_result
 from raylib.errors import NotFinite, UserError
-from raylib.metrics import recalls
+from raylib.metrics import recall_at_k
 from raylib.tables import open_pyplot
 from raylib.text import Tokenizer
 from raylib.track import Tracker, read_metrics
@@ -44,7 +44,7 @@ def test_recall_of_non_finite_scores_is_refused(which):
     vectors = [torch.eye(4), torch.eye(4)]
     vectors[which][2, 1] = NAN
     with pytest.raises(NotFinite, match=f"embeddings of {('queries', 'keys')[which]}: not finite"):
-        recalls(*vectors, torch.arange(4), torch.arange(4))
+        recall_at_k(*vectors, torch.arange(4), torch.arange(4))
 
 
 @pytest.mark.parametrize("candidates", [None, 5])

@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 
 from finetune.recipes import RECIPES
-from raylib.config import dump
+from raylib.config import dump_config
 from raylib.errors import NotFinite, UserError
 from raylib.search import early_stopping as early
 from raylib.search import schedulers
@@ -77,7 +77,7 @@ def test_trial_log_non_finite_lines_of_older_versions_are_skipped(tmp_path):
 
 def test_search_folder_without_newer_setting_goes_on(tmp_path):
     base = RECIPES["scenes_xvnli"]()
-    question = {"search": {"trials": 3}, "recipe": json.loads(dump(base))}
+    question = {"search": {"trials": 3}, "recipe": json.loads(dump_config(base))}
     before = json.loads(json.dumps(question))
     del before["recipe"]["fit"]["max_skipped"]
     (tmp_path / "search.json").write_text(json.dumps(before))

@@ -15,7 +15,7 @@ from pretrain.evaluate import r1
 from pretrain.recipes import ABLATIONS, RECIPES
 from pretrain.train import PretrainConfig, build_model, run
 from raylib import checkpoint
-from raylib.config import override, save
+from raylib.config import override, save_config
 from raylib.errors import UserError
 from raylib.models.unified import UnifiedModel
 from raylib.track import read_metrics
@@ -106,7 +106,7 @@ def test_pretrain_second_stage_starts_from_run_or_export(mini, tmp_path):
 
 def torchrun(config, tmp_path) -> str:
     """Run `config` in two processes; what they print."""
-    save(config, tmp_path / "two.json")
+    save_config(config, tmp_path / "two.json")
     command = [
         sys.executable,
         "-m",
@@ -157,7 +157,7 @@ def test_pretrain_zero_in_one_process_needs_no_launcher(mini, tmp_path):
         ["fit.stop_after=3"],
         [],
     ):  # a process of its own, as on a command line; it resumes its own checkpoint
-        save(mini("name=zero", *LOCAL, "fit.zero=true", *more), tmp_path / "zero.json")
+        save_config(mini("name=zero", *LOCAL, "fit.zero=true", *more), tmp_path / "zero.json")
         command = [sys.executable, "-m", "pretrain", "--config", str(tmp_path / "zero.json")]
         assert subprocess.run(command, cwd=Path(__file__).parent.parent).returncode == 0
     run(mini("name=plain", *LOCAL))
@@ -204,7 +204,7 @@ def test_pretrain_skips_damaged_checkpoints_without_ray(mini, tmp_path):
     with pytest.raises(UserError, match="files-00000.json: missing"):
         run(mini("name=hurt", *LOCAL))
     shutil.copytree(folder / "checkpoints" / "step_000002", folder / "checkpoints" / "step_000005")
-    assert checkpoint.newest(folder).name == "step_000004"
+    assert checkpoint.find_newest(folder).name == "step_000004"
     assert run(mini("name=hurt", *LOCAL, "resume=step_000002"))["finished"]
 
 
@@ -295,7 +295,7 @@ def test_pretrain_bad_data_is_found_before_start(mini, setting, words):
 
 def test_pretrain_batch_too_large_for_memory_is_one_line_error(mini, tmp_path):
     """In a process whose address space ends 1 GB above what it has after its imports."""
-    save(mini("name=large", *LOCAL, "data.image_text.batch=16384"), tmp_path / "large.json")
+    save_config(mini("name=large", *LOCAL, "data.image_text.batch=16384"), tmp_path / "large.json")
     limited = (
         "import resource, sys, pretrain.train; from pathlib import Path; from pretrain.__main__ import main; "
         "pages = int(Path('/proc/self/statm').read_text().split()[0]); limit = pages * "

@@ -109,7 +109,7 @@ def test_ray_killed_worker_is_replaced_without_trace(mini):
 
     def kill():
         folder = Path(killed.runs) / "killed"
-        while not (checkpoint.newest(folder) and len(read_metrics(folder)) >= 25):
+        while not (checkpoint.find_newest(folder) and len(read_metrics(folder)) >= 25):
             time.sleep(0.02)
         own = psutil.Process().children(recursive=True)
         workers = [p for p in own if "RayTrainWorker" in " ".join(p.cmdline())]
@@ -134,7 +134,7 @@ def test_ray_only_complete_registered_checkpoints_count(mini):
     folder = Path(config.runs) / "broken"
     leftover = folder / "checkpoints" / "step_000005"
     shutil.copytree(folder / "checkpoints" / "step_000004", leftover)
-    assert checkpoint.newest(folder).name == "step_000004"  # not registered, so it is not there
+    assert checkpoint.find_newest(folder).name == "step_000004"  # not registered, so it is not there
     newest = folder / "checkpoints" / "step_000004"
     shard = next((newest / "zero").glob("*rank_1*optim_states.pt"))
     data = shard.read_bytes()

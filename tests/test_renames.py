@@ -3,7 +3,7 @@ import json
 import pytest
 
 from raylib import renames
-from raylib.config import Config, load
+from raylib.config import Config, load_config
 from raylib.models import BACKBONES, rebuild
 from raylib.renames import rename_settings
 
@@ -56,8 +56,8 @@ def test_load_reads_a_stored_config_by_its_old_names(table, tmp_path):
 
     (tmp_path / "config.json").write_text('{"curves": true}')
     (tmp_path / "config.yaml").write_text("curves: true")
-    assert load(Renamed, tmp_path / "config.json") == load(Renamed, tmp_path / "config.yaml")
-    assert load(Renamed, tmp_path / "config.json").eval_each_epoch
+    assert load_config(Renamed, tmp_path / "config.json") == load_config(Renamed, tmp_path / "config.yaml")
+    assert load_config(Renamed, tmp_path / "config.json").eval_each_epoch
 
 
 def test_rebuild_reads_sizes_by_their_old_names(monkeypatch):

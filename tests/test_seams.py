@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from finetune.__main__ import main
 from finetune.config import FinetuneConfig
 from finetune.strategies import STRATEGIES
-from raylib.config import load
+from raylib.config import load_config
 from raylib.track import read_metrics
 from tests.test_strategies_run import SETTINGS
 
@@ -212,7 +212,7 @@ def test_user_strategy_is_stored_resumed_evaluated_and_part_of_identity(finetune
     assert json.loads((tmp_path / "whole" / "result.json").read_text())["method"] == (
         "unfreezing (layers 2) + my (weight 0.5)"
     )
-    config = load(FinetuneConfig, tmp_path / "whole" / "config.json")
+    config = load_config(FinetuneConfig, tmp_path / "whole" / "config.json")
     assert pickle.loads(pickle.dumps(config)) == config  # as Ray sends it to workers
     assert main(["evaluate", str(tmp_path / "whole")]) == 0
     file = tmp_path / "my_strategy.py"

@@ -14,7 +14,7 @@ import pytest
 
 from finetune.__main__ import main as finetune_main
 from finetune.recipes import RECIPES
-from raylib.config import load, override
+from raylib.config import load_config, override
 from raylib.errors import UserError
 from raylib.search import tuner as fit
 from raylib.search.config import SearchConfig
@@ -116,7 +116,7 @@ def test_search_ends_with_runnable_config_and_report(search, tmp_path, capsys):
         2,
         4,
     )  # the winner and the published setting, two seeds each
-    best = load(type(RECIPES["scenes_xvnli"]()), folder / "best.yaml")
+    best = load_config(type(RECIPES["scenes_xvnli"]()), folder / "best.yaml")
     assert best.run_test and best.optim.lr in [setting["optim.lr"] for setting in settings]
     assert finetune_main(["--config", str(folder / "best.yaml")]) == 0
     assert "mean of the targets" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from finetune.retrieval import retrieve
 from finetune.stores import open_pictures
 from finetune.tasks.retrieval import merge_captions
 from raylib import checkpoint
-from raylib.config import load
+from raylib.config import load_config
 from raylib.models.unified import UnifiedModel
 from raylib.text import Tokenizer
 from tests import official
@@ -141,7 +141,7 @@ def test_selection_of_retrieval_uses_requested_score(finetune, tmp_path, scenes)
         code, printed = finetune("scenes_xflickrco", f"name={metric}", f"select_metric={metric}", *settings)
         assert code == 0, printed
         found[metric] = checkpoint.read_meta(tmp_path / metric / "best")
-    config = load(FinetuneConfig, tmp_path / "recall_at_1" / "config.json")
+    config = load_config(FinetuneConfig, tmp_path / "recall_at_1" / "config.json")
     model = UnifiedModel.from_pretrained(tmp_path / "recall_at_1" / "best").eval()
     tokenizer = Tokenizer.load(tokenizer_at(config.model))
     items, pictures = (

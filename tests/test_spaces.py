@@ -11,7 +11,7 @@ import pytest
 
 from finetune.recipes import RECIPES as FINETUNE
 from pretrain.recipes import RECIPES as PRETRAIN
-from raylib.config import Config, change
+from raylib.config import Config, change_settings
 from raylib.errors import UserError
 from raylib.search import space
 from raylib.search.space import Choice, Each, Float, Int, OneOf, Space
@@ -55,7 +55,7 @@ def test_space_alternatives_have_settings_of_their_own():
         "parts[0]": 0.5,
         "parts[1]": 0.5,
     }
-    assert change(Whole(), space.read(KNOBS, other)) == Whole(
+    assert change_settings(Whole(), space.read(KNOBS, other)) == Whole(
         lr=1, inner=Inner(rate=2.5, size=6), parts=(0.5, 0.5)
     )
 
@@ -133,7 +133,7 @@ def test_space_paths_all_resolve_against_their_recipe(name):
     base = {**FINETUNE, **PRETRAIN}[chosen.recipe]()
     space.check(name, chosen, base)
     for setting in chosen.published:  # the papers' settings are those that their recipes have
-        change(base, space.read(chosen.knobs, setting))
+        change_settings(base, space.read(chosen.knobs, setting))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_space_published_settings_equal_the_recipe(name):
     chosen = SPACES[name]
     base = {**FINETUNE, **PRETRAIN}[chosen.recipe]()
     settled = space.read(chosen.knobs, chosen.published[0])
-    changed = change(base, settled)
+    changed = change_settings(base, settled)
     for path in settled:
         usual = {
             "strategies.distillation.layers": (3, 6, 9, 12),

@@ -13,7 +13,7 @@ from finetune.strategies.base import Outputs, Progress, Term
 from finetune.strategies.learning_rates import LayerDecay, ScheduledUnfreezing, TopLayers
 from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.strategies.pruning import apply_mask, prune_mask, read_mask, sparsity, write_mask
-from raylib.config import build
+from raylib.config import validate
 from raylib.engine import DeepSpeedEngine, OptimConfig, TorchEngine, parameter_groups
 from raylib.errors import UserError
 from tests.factories import make_model
@@ -111,7 +111,7 @@ def slow_reference(scale, steps, mask=None) -> dict:
 
 def methods_of(**chosen) -> Strategies:
     context = Context(None, None, ("en", "de"), ("yes", "no"), None, None, print)
-    return Strategies(build(StrategiesConfig, chosen, "here"), context)
+    return Strategies(validate(StrategiesConfig, chosen, "here"), context)
 
 
 CASES = {

@@ -13,7 +13,7 @@ from finetune.build import build_pipeline
 from finetune.config import FinetuneConfig
 from finetune.strategies import STRATEGIES
 from finetune.strategies.pruning import prune_mask, read_mask, sparsity
-from raylib.config import load
+from raylib.config import load_config
 from raylib.models import peft as tuning
 from raylib.sample.concepts import LANGUAGES
 from raylib.track import read_metrics
@@ -113,7 +113,7 @@ def test_tuned_weights_restore_the_run_in_a_fresh_model(finetune, tmp_path):
         small.stat().st_size
         < 0.3 * (run / "checkpoints" / "step_000006" / "model.safetensors").stat().st_size
     )
-    model = build_pipeline(load(FinetuneConfig, run / "config.json")).model
+    model = build_pipeline(load_config(FinetuneConfig, run / "config.json")).model
     tuning.read(model, small)
     trained = weights(run)
     for name, value in model.state_dict().items():

@@ -12,7 +12,7 @@ from finetune.model import FinetuneModel
 from finetune.objective import ClassificationObjective
 from finetune.strategies import Context, Strategies, StrategiesConfig
 from finetune.strategies.peft import AdapterConfig, CompacterConfig, HardPrompt, LoraConfig, SoftPromptConfig
-from raylib.config import build
+from raylib.config import validate
 from raylib.engine import DeepSpeedEngine, OptimConfig, TorchEngine
 from raylib.errors import UserError
 from raylib.models import BACKBONES
@@ -20,7 +20,7 @@ from raylib.models import peft as tuning
 from raylib.models.layers import Block
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.packed import Ragged
-from raylib.text import Prompted, Tokenizer
+from raylib.text import PromptedTokenizer, Tokenizer
 from tests.factories import make_model
 from tests.workers import run_workers
 
@@ -197,7 +197,7 @@ def test_peft_model_saves_and_loads(methods, tmp_path):
 def test_prompts_are_inserted_after_the_first_token(model):
     tokenizer = Tokenizer.load(model)
     words = tokenizer.encode(["a photo of"])[0].tolist()
-    assert Prompted(tokenizer, ids=(70, 71)).encode(["a dog"])[0].tolist() == [
+    assert PromptedTokenizer(tokenizer, ids=(70, 71)).encode(["a dog"])[0].tolist() == [
         70,
         71,
         *tokenizer.encode(["a dog"])[0],
@@ -254,9 +254,9 @@ def train_tuned(
     that change."""
     model = make_tuned(method).float()
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    rates = Strategies(build(StrategiesConfig, {"unfreezing": {"layers": 2}}, "here"), CONTEXT).layer_rates(
-        4, 2, 2
-    )
+    rates = Strategies(
+        validate(StrategiesConfig, {"unfreezing": {"layers": 2}}, "here"), CONTEXT
+    ).layer_rates(4, 2, 2)
     optim = OptimConfig(lr=0.01, weight_decay=0.1, clip=1e9)
     engine = engine_class(
         ClassificationObjective(model, "ce"), optim, torch.device("cpu"), False, start, rates

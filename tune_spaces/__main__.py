@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raylib.command import command
-from raylib.config import is_setting, load_user_file, lookup, override, paths, suggest
+from raylib.config import is_setting, load_user_file, lookup, override, setting_paths, suggest
 from raylib.errors import UserError
 from raylib.search.config import SearchConfig
 from raylib.search.space import Space, described
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     search, rest = parse(given.settings, space.recipe)
     job, base = find(search.recipe)
     for setting in rest:
-        path, known = setting.partition("=")[0], [*SearchConfig.model_fields, *paths(type(base))]
+        path, known = setting.partition("=")[0], [*SearchConfig.model_fields, *setting_paths(type(base))]
         if not is_setting(type(base), path):
             raise UserError(f"unknown setting '{path}'{suggest(path, known)}")
     base = override(base, rest)

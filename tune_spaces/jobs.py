@@ -22,11 +22,11 @@ from pretrain.recipes import RECIPES as PRETRAIN
 from pretrain.train import PretrainConfig, resolve_data, with_vocabulary
 from pretrain.train import files_of as files_of_pretraining
 from pretrain.train import run as pretrain
-from raylib.config import dump, lookup
+from raylib.config import dump_config, lookup
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.launch import LaunchConfig, no_log, run_folder
-from raylib.metrics import mean
+from raylib.metrics import mean_or_zero
 from raylib.provenance import DataFile
 from raylib.runtime import Reporter
 from raylib.search.config import GOALS, SearchJob, Select
@@ -93,8 +93,8 @@ class FinetuneSearchJob:
         bare = config.model_copy(
             update={"strategies": type(config.strategies)(), "optim": type(config.optim)()}
         )
-        if self.built is None or self.built[0] != dump(bare):
-            self.built = dump(bare), build_model(bare)
+        if self.built is None or self.built[0] != dump_config(bare):
+            self.built = dump_config(bare), build_model(bare)
         model = self.built[1]
         self.num_layers[config.model] = model.num_layers
         last = final_training(config)  # the training that is judged
@@ -144,7 +144,7 @@ class FinetuneSearchJob:
         own = {f"dev/{code}": dev[code] for code in config.dev_languages if code in dev}
         english = "en" in dev and (not config.trains_apart or _english_chooses(config))
         english = {"english_dev": dev["en"]} if english else {}
-        return english | ({"target_dev": mean(own.values())} if own else {}) | own
+        return english | ({"target_dev": mean_or_zero(own.values())} if own else {}) | own
 
 
 def _english_chooses(config: FinetuneConfig) -> bool:

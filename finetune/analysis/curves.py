@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.analysis.figures import Inapplicable, save
-from raylib.metrics import mean
+from raylib.metrics import mean_or_zero
 from raylib.tables import markdown_table, open_pyplot, percent
 from raylib.track import read_metrics
 
@@ -32,7 +32,10 @@ def read_curves(folders: Sequence[Path]) -> dict[str, Any]:
     if not scores:
         raise Inapplicable("nothing was recorded after each epoch; train with eval_each_epoch=true")
     means = {
-        kind: [mean(values) for values in zip(*(v for code, v in by.items() if code != "en"), strict=True)]
+        kind: [
+            mean_or_zero(values)
+            for values in zip(*(v for code, v in by.items() if code != "en"), strict=True)
+        ]
         for kind, by in sorted(kinds.items())
     }
     return {
@@ -61,7 +64,7 @@ def draw(values: dict[str, Any], called: str, measure: str, path: Path) -> None:
     lines = {"en": (scores["en"], {"color": "black", "linewidth": 2})} if "en" in scores else {}
     lines |= {code: (scores[code], {"color": colours(i), "linewidth": 1}) for i, code in enumerate(targets)}
     if len(targets) > 1:
-        average = [mean(each) for each in zip(*(scores[code] for code in targets), strict=True)]
+        average = [mean_or_zero(each) for each in zip(*(scores[code] for code in targets), strict=True)]
         lines["mean of\nthe targets"] = average, {"color": "gray", "linewidth": 2, "linestyle": "--"}
     _lines(axes[0, 0], lines, "by language")
     axes[0, 0].set_ylabel(f"{measure}, %")

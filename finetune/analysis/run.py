@@ -19,7 +19,7 @@ from finetune.pictures import ImageSource
 from finetune.report import read_result, scores_of
 from finetune.worker import find_trained
 from raylib import checkpoint
-from raylib.config import load
+from raylib.config import load_config
 from raylib.errors import UserError
 from raylib.fileio import write_atomically
 from raylib.models.unified import UnifiedModel
@@ -107,13 +107,13 @@ def analyse(folder: Path, options: Options) -> str:
 
 def _open(folder: Path, options: Options) -> Opened:
     result = read_result(folder)
-    config = load(FinetuneConfig, folder / "config.json")
+    config = load_config(FinetuneConfig, folder / "config.json")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = None, Tokenizer.load(tokenizer_of(config))
     if config.setting not in ONE_EACH:
         _, model, tokenizer, _ = build_pipeline(config)
         if config.trains:
-            fill(model, find_trained(config, folder, checkpoint.newest(folder)))
+            fill(model, find_trained(config, folder, checkpoint.find_newest(folder)))
         model = model.to(device).eval()
     bf16 = config.fit.uses_bf16(device)
     return Opened(folder, config, result, model, tokenizer, bf16, options)

@@ -42,7 +42,7 @@ from finetune.strategies.peft import (
 )
 from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.strategies.pruning import SparseConfig
-from raylib.config import Config, build, load_user_class
+from raylib.config import Config, load_user_class, validate
 from raylib.engine import LayerRates
 from raylib.errors import UserError
 from raylib.randomness import Key
@@ -63,7 +63,7 @@ def _load_user_config(value: Any) -> StrategyConfig | None:
     if not path.endswith(".py"):
         raise PydanticCustomError("extra_forbidden", "no strategy of this name")
     user_class = load_user_class(path, StrategyConfig, class_name or None)
-    config = build(user_class, settings, where)
+    config = validate(user_class, settings, where)
     config._user_class = where
     return config
 
@@ -182,7 +182,7 @@ class Strategies:
     """The strategies of a training, built, as one: what training and evaluation ask of them."""
 
     def __init__(self, config: StrategiesConfig, context: Context):
-        """Raises UserError: what a strategy's `build` finds wrong."""
+        """Raises UserError: what a strategy's `validate` finds wrong."""
         self.configs = config.active()
         self.built: dict[str, Strategy] = {name: found.build(context) for name, found in self.configs.items()}
 

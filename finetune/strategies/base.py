@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from finetune.examples import Example
 from raylib.config import Config
-from raylib.distributed import total, world_size
+from raylib.distributed import all_reduce, world_size
 from raylib.packed import Ragged
 from raylib.randomness import Key
 from raylib.text import Tokenizer
@@ -158,7 +158,7 @@ def term_shares(terms: Iterable[Term], outputs: Outputs, part: dict, examples: T
     for term in terms:
         values = term.values(outputs, part)
         if term.count:
-            shares.append(values.sum() / total(term.count(part)))
+            shares.append(values.sum() / all_reduce(term.count(part)))
         else:
             # a scalar is of the model alone, the same on every worker: the workers' shares add up to it
             shares.append(values / world_size() if values.ndim == 0 else values.sum() / examples)

@@ -13,7 +13,7 @@ from torch import nn
 from finetune.strategies.base import Context, Need, Strategy, StrategyConfig
 from raylib.errors import UserError
 from raylib.models import peft
-from raylib.text import Prompted, Tokenizer
+from raylib.text import PromptedTokenizer, Tokenizer
 
 
 class PeftConfig(StrategyConfig):
@@ -122,7 +122,7 @@ class SoftPrompt(PeftModules):
     def wrap_tokenizer(self, tokenizer: Tokenizer, model: nn.Module) -> Tokenizer:
         words = peft.text_embedding(model).word
         first = words.num_embeddings
-        return Prompted(tokenizer, ids=tuple(range(first, first + len(words.prompt))))
+        return PromptedTokenizer(tokenizer, ids=tuple(range(first, first + len(words.prompt))))
 
 
 class HardPrompt(Strategy):
@@ -132,4 +132,4 @@ class HardPrompt(Strategy):
         self.words = words
 
     def wrap_tokenizer(self, tokenizer: Tokenizer, model: nn.Module) -> Tokenizer:
-        return Prompted(tokenizer, words=self.words)
+        return PromptedTokenizer(tokenizer, words=self.words)

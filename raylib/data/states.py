@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raylib.distributed import raise_together, world_size
+from raylib.distributed import broadcast_from_rank0, raise_on_all_workers, world_size
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import file_lock, read_json
 from raylib.finite import is_finite
@@ -99,7 +99,7 @@ def write_whole(folder: Path, write: Callable[[Path, int, int], None]) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     lock = folder.with_name(f".{folder.name}.lock")
     with file_lock(lock) if rank == 0 else contextlib.nullcontext():
-        if _as_the_first_says(folder.is_dir()):
+        if broadcast_from_rank0(folder.is_dir()):
             return
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -110,7 +110,7 @@ def write_whole(folder: Path, write: Callable[[Path, int, int], None]) -> None:
             write(partial, rank, world_size())
         except NotFinite as e:
             error = str(e)
-        raise_together(error)  # waits for all
+        raise_on_all_workers(error)  # waits for all
         if rank == 0:
             partial.rename(folder)
             lock.unlink()  # whoever waits for it finds the folder, and whoever comes later needs no lock
@@ -122,14 +122,6 @@ def remove_states(folder: Path) -> None:
     _barrier()
     if world_size() == 1 or dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _as_the_first_says(value: bool) -> bool:
-    """The value that worker 0 has."""
-    told = [value]
-    if world_size() > 1:
-        dist.broadcast_object_list(told, 0)
-    return told[0]
 
 
 def fingerprint(module: nn.Module, *facts) -> str:

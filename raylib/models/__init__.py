@@ -45,7 +45,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from raylib.config import Config, build, lookup
+from raylib.config import Config, lookup, validate
 from raylib.models.cclm import CLIP, Cclm, CclmSwin, load_cclm, load_cclm_swin
 from raylib.models.dual_encoder import (
     Clip,
@@ -219,4 +219,4 @@ def rebuild(kind: str, sizes: dict, where: str) -> nn.Module:
         UserError: no such backbone, or sizes that it does not have; `where` says which file.
     """
     backbone = lookup(kind, BACKBONES, "backbone")
-    return backbone.build(build(type(backbone.sizes["base"]), rename_settings(kind, sizes), where))
+    return backbone.build(validate(type(backbone.sizes["base"]), rename_settings(kind, sizes), where))

@@ -14,7 +14,7 @@ from raylib import checkpoint
 from raylib.errors import UserError
 from raylib.finite import require_finite_file
 from raylib.packed import Ragged, first_tokens
-from raylib.text import FILES
+from raylib.text import TOKENIZER_FILES
 
 
 def find_model(path: Path | str) -> Path:
@@ -23,7 +23,7 @@ def find_model(path: Path | str) -> Path:
     if (path / "model.safetensors").is_file():
         return path
     if (path / checkpoint.FOLDER).is_dir():
-        newest = checkpoint.newest(path)
+        newest = checkpoint.find_newest(path)
         if newest is None:
             raise UserError(f"{path}: this run has no checkpoint yet")
         return newest
@@ -35,10 +35,12 @@ def find_model(path: Path | str) -> Path:
 def find_tokenizer(model: Path) -> Path:
     """The tokenizer of a model folder: beside its weights, or in the run that the checkpoint belongs to."""
     for folder in (model, model.parent, model.parent.parent):
-        for name in FILES:
+        for name in TOKENIZER_FILES:
             if (folder / name).is_file():
                 return folder / name
-    raise UserError(f"{model}: no tokenizer with this model; one of {', '.join(FILES)} is looked for")
+    raise UserError(
+        f"{model}: no tokenizer with this model; one of {', '.join(TOKENIZER_FILES)} is looked for"
+    )
 
 
 def save_model(model: nn.Module, description: dict[str, Any], folder: Path) -> None:

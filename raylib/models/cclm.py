@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from raylib.config import build
+from raylib.config import validate
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.finite import require_finite_file
@@ -166,7 +166,7 @@ def published_sizes(file: Published, seen: dict) -> ModelConfig:
         "embedding": len(taken("text_proj.weight")),
         "eps": 1e-5,
     }
-    return build(ModelConfig, {**sizes, **CLIP, **seen}, str(file.path))
+    return validate(ModelConfig, {**sizes, **CLIP, **seen}, str(file.path))
 
 
 def vit_sizes(file: Published) -> dict:
@@ -201,7 +201,7 @@ def swin_sizes(file: Published) -> dict:
             stages.setdefault(int(m[1]), []).append(value)
     tables = [stages[number] for number in sorted(stages)]
     width, _, patch, _ = WeightMapper(file.vision, file.path)("patch_embed.proj.weight").shape
-    swin = build(
+    swin = validate(
         SwinSizes,
         {"width": width, "layers": [len(t) for t in tables], "heads": [t[0].shape[1] for t in tables]},
         str(file.path),
@@ -321,7 +321,7 @@ def load_cclm_swin(path: Path, vision: Path | None) -> CclmSwin:
 
 
 def _changed(config: ModelConfig, path: Path, **changes) -> ModelConfig:
-    return build(ModelConfig, {**config.model_dump(), **changes}, str(path))
+    return validate(ModelConfig, {**config.model_dump(), **changes}, str(path))
 
 
 def _vit(folder: Path) -> dict:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raylib.config import Config, build
+from raylib.config import Config, validate
 from raylib.errors import UserError, require
 from raylib.fileio import read_json
 from raylib.models.base import fill, save_model
@@ -141,7 +141,7 @@ class MClip(nn.Module):
         values = rename_settings("mclip", read_json(folder / "config.json"))
         del values["model_type"]
         tuned = values.pop("tuning", {})
-        model = cls(build(MClipConfig, values, str(folder / "config.json")))
+        model = cls(validate(MClipConfig, values, str(folder / "config.json")))
         restore(model, tuned)
         return fill(model, folder)
 
@@ -309,7 +309,7 @@ class Clip(nn.Module):
         """The model that `save` wrote into `folder`."""
         values = rename_settings("clip", read_json(folder / "config.json"))
         del values["model_type"]
-        model = cls(build(ClipConfig, values, str(folder / "config.json")))
+        model = cls(validate(ClipConfig, values, str(folder / "config.json")))
         return fill(model, folder)
 
 

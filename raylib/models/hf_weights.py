@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raylib.config import build
+from raylib.config import validate
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.finite import require_finite_file
@@ -123,7 +123,7 @@ def text_config(folder: Path | str, vision: Path | str | None = None) -> ModelCo
                 f"{vision}: width and heads {theirs}, those of {folder} are {ours}; give a ViT of the same"
             )
         sizes |= {name: seen[their] for name, their in VISION_SIZES.items()}
-    return build(ModelConfig, sizes, f"{folder}/config.json")
+    return validate(ModelConfig, sizes, f"{folder}/config.json")
 
 
 def load_text(

@@ -37,7 +37,7 @@ import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
-from raylib.config import Config, build
+from raylib.config import Config, validate
 from raylib.errors import UserError
 from raylib.models.base import TokenSegments, find_segments
 from raylib.models.hf_weights import SIZES, UNUSED_TEXT, WeightMapper, first_position, read_folder
@@ -302,7 +302,7 @@ def _sizes(weights: dict[str, Tensor], described: dict, first: int, path: Path) 
         sizes["features"] = weights[REGIONS].shape[-1] - PLACE
     if described.get("use_img_layernorm"):
         sizes["region_eps"] = described.get("img_layer_norm_eps", 1e-12)
-    return build(OscarConfig, sizes, f"{path}/config.json")
+    return validate(OscarConfig, sizes, f"{path}/config.json")
 
 
 def _fill(model: Oscar, taken: WeightMapper, first: int) -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raylib.config import build
+from raylib.config import validate
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.finite import require_finite_file
@@ -181,7 +181,7 @@ def _sizes(
             "embedding_eps": described["layer_norm_eps"],
             "pooled": None,
         }
-        return build(SingleStreamConfig, {**base.model_dump(), **sizes}, f"{path}/config.json")
+        return validate(SingleStreamConfig, {**base.model_dump(), **sizes}, f"{path}/config.json")
 
     def shape(name: str) -> tuple[int, ...]:
         if f"{name}.weight" not in weights:
@@ -206,7 +206,7 @@ def _sizes(
         "positions": shape(names.position)[0] - names.first,
         "pooled": shape(names.pooler)[0],
     }
-    return build(SingleStreamConfig, {**base.model_dump(), **sizes}, str(path))
+    return validate(SingleStreamConfig, {**base.model_dump(), **sizes}, str(path))
 
 
 def _fill(model: SingleStream, taken: WeightMapper, names: Names) -> None:

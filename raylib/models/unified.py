@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from raylib.config import Config, build
+from raylib.config import Config, validate
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.models.base import TokenSegments, fill, find_segments, save_model
@@ -279,6 +279,6 @@ class UnifiedModel(nn.Module):
                 f"{folder}: not a Polyglance model; give a folder written by `python -m pretrain export`"
             )
         tuned = values.pop("tuning", {})
-        model = cls(build(ModelConfig, values, str(folder / "config.json")))
+        model = cls(validate(ModelConfig, values, str(folder / "config.json")))
         restore(model, tuned)
         return fill(model, folder)

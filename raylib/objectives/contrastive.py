@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raylib.distributed import gather
+from raylib.distributed import all_gather
 from raylib.packed import Ragged
 
 
@@ -33,7 +33,7 @@ class GlobalPairs:
 
     def gather(self, rows: Tensor) -> Tensor:
         """(b, ...) on each worker -> (B, ...) in this order, with gradient."""
-        return gather(rows).index_select(0, self.gathered_order)
+        return all_gather(rows).index_select(0, self.gathered_order)
 
     def logit_mask(self, dtype: torch.dtype) -> Tensor:
         """(b, B) to be added to logits: -inf at false negatives, else 0."""
@@ -52,7 +52,7 @@ def align_pairs(index: Tensor, left_id: Tensor, right_id: Tensor) -> GlobalPairs
     # a worker's share is every W-th row of a larger tensor: searchsorted would warn
     index = index.to(left_id.device).contiguous()
     # one gather, not three: each waits for the slowest worker
-    gathered = gather(torch.stack([index, left_id, right_id], 1))
+    gathered = all_gather(torch.stack([index, left_id, right_id], 1))
     unsorted, left_ids, right_ids = gathered.unbind(1)
     # by index and not by rank, so that sums of floats come out alike on any number of workers
     global_index, order = unsorted.sort()

@@ -31,7 +31,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from raylib.config import Config, load_user_file, lookup
-from raylib.distributed import clamp, gather, gather_ragged, total, world_size
+from raylib.distributed import all_gather, all_reduce, clamp_parameter, gather_ragged, world_size
 from raylib.models.unified import UnifiedModel
 from raylib.objectives.contrastive import (
     Negatives,
@@ -155,14 +155,14 @@ class ImageTextStep(StreamStep):
         )
         wrong_image, has_image = draw_hard_negatives(scores.right_to_left, scores.forbidden, uniforms[:, 1])
         own = torch.searchsorted(scores.global_index, scores.index)
-        gathered_order = gather(scores.index).argsort()
+        gathered_order = all_gather(scores.index).argsort()
         # the one wait for the device in a step, all indices at once: the wrong captions' lengths decide how
         # attention runs
         indices = torch.cat([wrong_caption, wrong_image, own, gathered_order]).cpu()
         n = len(own)
         wrong_caption, wrong_image, own, gathered_order = indices.split([n, n, n, len(gathered_order)])
         all_captions = gather_ragged(captions, self.longest)
-        all_images = Ragged(gather(images.values), torch.full((len(gathered_order),), image_tokens))
+        all_images = Ragged(all_gather(images.values), torch.full((len(gathered_order),), image_tokens))
         # an image that serves twice, as a row's own and as another's wrong one, is kept once: the unified
         # encoder projects each to keys and values
         needed, image_rows = torch.cat([own, wrong_image]).unique(return_inverse=True)
@@ -413,7 +413,7 @@ class UnifiedObjective(nn.Module):
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         exact = torch.promote_types(self.model.temperature.dtype, torch.float32)
-        temperature = clamp(self.model.temperature.to(exact), *self.config.temperature)
+        temperature = clamp_parameter(self.model.temperature.to(exact), *self.config.temperature)
         on = {name: entry for name, entry in self.terms.items() if entry.stream in batch}
         steps = {}
         for stream, make_step in STEPS.items():
@@ -460,7 +460,7 @@ class UnifiedObjective(nn.Module):
         halved = {name for name in parts if self.terms[name].two_way and self.config.directions == "mean"}
         shares: dict[str, Any] = dict.fromkeys(parts, 0.0)
         masked: list[tuple[str, MaskedPart, Tensor]] = []
-        for (name, part), divisor in zip(flat, total(local).clamp(min=1), strict=True):
+        for (name, part), divisor in zip(flat, all_reduce(local).clamp(min=1), strict=True):
             scale = (0.5 if name in halved else 1.0) / divisor
             if isinstance(part, LossPart):
                 shares[name] = shares[name] + scale * part.value
@@ -478,7 +478,7 @@ class UnifiedObjective(nn.Module):
             each = losses.split([len(part.labels) for _, part, _ in masked])
             for (name, _, scale), part_losses in zip(masked, each, strict=True):
                 shares[name] = shares[name] + (scale * part_losses).sum()
-        terms = total(torch.stack([share.detach().float() for share in shares.values()]))
+        terms = all_reduce(torch.stack([share.detach().float() for share in shares.values()]))
         return loss * world_size(), dict(zip(shares, terms.unbind(), strict=True))
 
 

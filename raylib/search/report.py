@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from raylib.config import change
+from raylib.config import change_settings
 from raylib.fileio import write_atomically
 from raylib.launch import LaunchConfig
 from raylib.metrics import t_interval
@@ -93,7 +93,7 @@ def write_best(
 ) -> None:
     """The winner's whole config, which the stage's own command runs."""
     values = {} if best.setting is None else space.read(chosen.knobs, best.setting)
-    whole = job.final_config(change(base, values)).model_copy(
+    whole = job.final_config(change_settings(base, values)).model_copy(
         update={"name": f"{config.name}_best", "runs": config.runs}
     )
     goals = " and ".join(config.goals)

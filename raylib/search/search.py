@@ -21,7 +21,7 @@ import ray
 from ray import tune
 from ray.tune.search import BasicVariantGenerator
 
-from raylib.config import build, change, dump, without
+from raylib.config import change_settings, dump_config, validate, without_settings
 from raylib.errors import UserError
 from raylib.fileio import read_json, write_json
 from raylib.finite import finite_values
@@ -69,11 +69,14 @@ def run(config: SearchConfig, name: str, chosen: space.Space, job: SearchJob, ba
         finished. KeyboardInterrupt: it was interrupted; the same command goes on.
     """
     folder = Path(config.runs).absolute() / config.name
-    asked = {**json.loads(dump(config)), "runs": str(folder.parent)}  # where Tune's files say that it is
+    asked = {
+        **json.loads(dump_config(config)),
+        "runs": str(folder.parent),
+    }  # where Tune's files say that it is
     question = {
         "space": {"name": name, "knobs": space.described(chosen.knobs)},
         "search": asked,
-        "recipe": json.loads(dump(base)),
+        "recipe": json.loads(dump_config(base)),
     }
     _compare(folder, question, type(base))
     if (folder / "report.md").is_file():
@@ -85,7 +88,9 @@ def run(config: SearchConfig, name: str, chosen: space.Space, job: SearchJob, ba
         resources = _resources(config)
         folder.mkdir(parents=True, exist_ok=True)
         # trials that are to come would be compared with finished ones on other data
-        files = [file for _, values in _telling(chosen) for file in job.data_files(change(base, values))]
+        files = [
+            file for _, values in _telling(chosen) for file in job.data_files(change_settings(base, values))
+        ]
         for note in record_identity(folder, dict.fromkeys(files), job.verifies_content(base)):
             print(note, flush=True)
         write_json(folder / "search.json", question)
@@ -121,9 +126,11 @@ def prepared(
         if config.workers
         else {"runtime": "local", "workers": 1}
     )
-    base = job.trial_config(change(base, {**wanted, "name": "trial", "resume": "newest"}), config.select)
+    base = job.trial_config(
+        change_settings(base, {**wanted, "name": "trial", "resume": "newest"}), config.select
+    )
     if config.search == "pbt" and "select" in type(base).model_fields:
-        base = change(
+        base = change_settings(
             base, {"select": "last"}
         )  # a model is its member's last, after whatever settings it had
     space.check(name, chosen, base)
@@ -150,7 +157,7 @@ def prepared(
         )
     for told, values in _telling(chosen):
         try:
-            trial_config = change(base, values)
+            trial_config = change_settings(base, values)
             if config.search == "pbt" and (
                 job.num_runs(trial_config) > 1 or job.pruning_epochs(trial_config)
             ):
@@ -333,9 +340,9 @@ def _compare(folder: Path, question: dict[str, Any], recipe: type[LaunchConfig])
     before = read_json(path)
     before["search"] = rename_settings(SearchConfig.stored_as, before["search"])
     stored = rename_settings(recipe.stored_as, before["recipe"])
-    before["recipe"] = json.loads(dump(build(recipe, stored, str(path))))
-    now = question | {"recipe": without(question["recipe"], VERIFY)}
-    before["recipe"] = without(before["recipe"], VERIFY)
+    before["recipe"] = json.loads(dump_config(validate(recipe, stored, str(path))))
+    now = question | {"recipe": without_settings(question["recipe"], VERIFY)}
+    before["recipe"] = without_settings(before["recipe"], VERIFY)
     changed = [
         f"{part}.{key}"
         for part in now

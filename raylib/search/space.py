@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from raylib.config import Config, change
+from raylib.config import Config, change_settings
 from raylib.errors import UserError
 
 
@@ -235,7 +235,7 @@ def check(name: str, space: Space, base: Config) -> None:
             raise UserError(f"space '{name}': {path}: {_told(knob)} has no logarithm everywhere")
     for told, values in corners(space.knobs):
         try:
-            change(base, values)
+            change_settings(base, values)
         except UserError as e:
             raise UserError(f"space '{name}'{f' ({told})' if told else ''}: {e}") from None
     for setting in (*space.published, *(space.points() if space.grid else ())):

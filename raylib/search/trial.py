@@ -14,7 +14,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from raylib import cache, checkpoint
-from raylib.config import change
+from raylib.config import change_settings
 from raylib.errors import NotFinite
 from raylib.finite import require_finite_values
 from raylib.launch import LaunchConfig, run_folder
@@ -80,12 +80,12 @@ def final(chosen: dict[str, Any], search: Searching, settings: list[space.Settin
     is."""
     which, seed = chosen["setting"], chosen["seed"]
     config = configured(search, settings[which], "finals", f"setting{which}_seed{seed}")
-    run(search, change(config, {"fit.seed": seed}), False)
+    run(search, change_settings(config, {"fit.seed": seed}), False)
 
 
 def configured(search: Searching, setting: space.Setting | None, part: str, name: str) -> LaunchConfig:
     """The config of a setting, in a folder of the search's."""
-    config = change(search.base, {} if setting is None else space.read(search.knobs, setting))
+    config = change_settings(search.base, {} if setting is None else space.read(search.knobs, setting))
     return config.model_copy(update={"runs": str(Path(search.folder) / part), "name": name})
 
 
@@ -131,7 +131,7 @@ def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
         return
     finally:
         gc.collect()
-    kept = tune.Checkpoint.from_directory(checkpoint.newest(folder)) if keep else None
+    kept = tune.Checkpoint.from_directory(checkpoint.find_newest(folder)) if keep else None
     tune.report(told(total, finished=True, **_first_start(folder), **scores), checkpoint=kept)
 
 
@@ -169,4 +169,4 @@ def _go_on_from(config: LaunchConfig, folder: Path) -> None:
     for name in ("result.json", "part.json"):
         (run / name).unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
-    checkpoint.adopt(run, folder)
+    checkpoint.copy_from(run, folder)
