@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from finetune.examples import Captioned, Example
-from finetune.pictures import ImageSource, PrecomputedFeatures, VisualSource
+from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource
 from raylib.errors import UserError
 from raylib.packed import Ragged, Sentences
 from raylib.randomness import permutation, uniform

@@ -8,7 +8,7 @@ import torch
 from finetune.config import FinetuneConfig
 from finetune.data import find_task
 from finetune.model import freeze, resize, tokenizer_at
-from finetune.pictures import VisualSource, open_visual
+from finetune.stores.images import VisualSource, open_visual
 from finetune.strategies import Context, Strategies
 from finetune.tasks.base import Pipeline, Task
 from raylib.errors import UserError

@@ -21,7 +21,7 @@ from finetune.batches import read_inputs
 from finetune.examples import Example
 from finetune.metrics import read_predictions, score
 from finetune.model import FinetuneModel
-from finetune.pictures import ImageSource, PrecomputedFeatures, VisualSource, precompute_features
+from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource, precompute_features
 from raylib.data.loading import to_device
 from raylib.data.states import remove_states
 from raylib.distributed import raise_on_all_workers, world_size

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from finetune.batches import encode_texts
 from finetune.examples import Captioned
-from finetune.pictures import ImageSource, PrecomputedFeatures, precompute_features
+from finetune.stores.images import ImageSource, PrecomputedFeatures, precompute_features
 from raylib.data.states import States, remove_states, write_states
 from raylib.distributed import raise_on_all_workers, world_size
 from raylib.finite import is_finite, require_finite

@@ -11,7 +11,7 @@ from finetune.build import build_model, build_strategies, open_visual_for, token
 from finetune.config import FinetuneConfig
 from finetune.data import dev_sets, find_task, languages_of, read_split, test_split, training_examples
 from finetune.model import fill
-from finetune.pictures import ImageSource, PrecomputedFeatures, precompute_features
+from finetune.stores.images import ImageSource, PrecomputedFeatures, precompute_features
 from finetune.strategies import Strategies, TrainingSetup
 from finetune.tasks.base import Pipeline
 from raylib import cache, checkpoint

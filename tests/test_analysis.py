@@ -21,8 +21,8 @@ from finetune.batches import encode_texts
 from finetune.data import read_split
 from finetune.examples import Example
 from finetune.model import FinetuneModel
-from finetune.pictures import open_visual
 from finetune.recipes import RECIPES
+from finetune.stores.images import open_visual
 from raylib.config import override
 from raylib.models import BACKBONES
 from raylib.models.layers import Memory

@@ -15,9 +15,8 @@ from finetune.formats import answers
 from finetune.metrics import Bleu, score
 from finetune.model import FinetuneModel, freeze, resize
 from finetune.objective import ClassificationObjective
-from finetune.pictures import ImageSource, PrecomputedFeatures, precompute_features
 from finetune.retrieval import retrieve
-from finetune.stores import open_pictures
+from finetune.stores.images import ImageSource, PrecomputedFeatures, open_images, precompute_features
 from finetune.tasks.datasets import TASKS
 from finetune.tasks.retrieval import merge_captions
 from raylib.errors import UserError
@@ -44,7 +43,7 @@ def retriever(dtype=torch.float32):
 
 
 def pixels(scenes) -> ImageSource:
-    return ImageSource(open_pictures(scenes / "images.tar"), 16)
+    return ImageSource(open_images(scenes / "images.tar"), 16)
 
 
 def questions(scenes, language="en") -> list[Example]:
@@ -378,7 +377,7 @@ def test_caption_batches_identify_images_by_bytes(tmp_path, encoded):
         "a/7.png",
         "b/7.png",
     ]
-    pictures = ImageSource(open_pictures(tmp_path / "p"), 16)
+    pictures = ImageSource(open_images(tmp_path / "p"), 16)
     if encoded:
         pictures = PrecomputedFeatures(
             precompute_features(retriever(), pictures, names, tmp_path / "states"), pictures.store

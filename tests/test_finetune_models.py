@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from finetune.__main__ import main
 from finetune.data import read_split
-from finetune.pictures import open_visual
 from finetune.recipes import RECIPES
+from finetune.stores.images import open_visual
 from raylib import checkpoint
 from raylib.config import override
 from raylib.sample.concepts import DATA
@@ -138,7 +138,7 @@ def test_finetune_image_without_regions_is_named(finetune, tmp_path, scenes, spl
     del records[gone]
     path = write_regions(tmp_path, "lmdb", records)
     found, printed = finetune("scenes_xvnli", f"regions={path}", "fit.loader_workers=1")
-    assert found is None and f"no regions of picture '{gone}'" in error(printed)
+    assert found is None and f"no regions of image '{gone}'" in error(printed)
 
 
 def test_retrieval_on_regions_is_refused(finetune, tmp_path, scenes):

@@ -255,7 +255,7 @@ def test_finetune_missing_image_is_named(finetune, scenes, tmp_path):
     path = folder / "XVNLI/annotations/ru/test.jsonl"
     path.write_text(path.read_text().replace('"Flikr30kID": "ntest3"', '"Flikr30kID": "gone"'))
     code, printed = finetune("scenes_xvnli", f"data={folder}", "name=gone", "epochs=1")
-    assert code == 2 and "no picture 'gone'" in printed.splitlines()[-1]
+    assert code == 2 and "no image 'gone'" in printed.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", RECIPES)

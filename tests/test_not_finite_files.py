@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from finetune.examples import Example
 from finetune.formats.answers import read_cvil, read_gqa
 from finetune.model import FinetuneModel, load_backbone
-from finetune.stores import open_regions
+from finetune.stores.regions import open_regions
 from finetune.strategies.distillation.teacher import StoredStates, store_states
 from finetune.strategies.label_distances import vector_distances
 from finetune.strategies.pruning import prune_mask

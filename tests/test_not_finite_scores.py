@@ -13,9 +13,9 @@ from finetune.analysis import figures
 from finetune.batches import encode_texts
 from finetune.evaluate import evaluate, predict
 from finetune.model import FinetuneModel
-from finetune.pictures import precompute_features
 from finetune.report import read_result
 from finetune.retrieval import retrieve
+from finetune.stores.images import precompute_features
 from pretrain.__main__ import main as pretrain_main
 from pretrain.evaluate import Retrieval
 from pretrain.report import write_result

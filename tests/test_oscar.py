@@ -17,9 +17,9 @@ from transformers import BertConfig, BertModel
 from finetune.batches import encode_tagged, read_inputs
 from finetune.examples import Example
 from finetune.model import FinetuneModel, freeze, load_backbone
-from finetune.pictures import RegionFeatures
-from finetune.stores import open_regions
+from finetune.stores.images import RegionFeatures
 from finetune.stores.records import to_regions
+from finetune.stores.regions import open_regions
 from raylib.errors import UserError
 from raylib.models import BACKBONES, rebuild
 from raylib.models.base import find_segments
@@ -486,7 +486,7 @@ def test_oscar_region_files_and_tags_reach_the_model(tmp_path):
         Example("a", ("a dog",), ("7",), {}, tags=("dog", "polar bear")),
         Example("b", ("two cats",), ("8",), {}),
     ]
-    inputs = read_inputs(examples, RegionFeatures(store, tagged=True), tokenizer, 40)
+    inputs = read_inputs(examples, RegionFeatures(store, has_tags=True), tokenizer, 40)
     assert inputs["regions"].lengths.tolist() == [4, 2] and inputs["tags"].lengths[1] == 0
     torch.testing.assert_close(
         inputs["regions"].values[:, :-1].double(), torch.cat(regions[:2])[:, :-1], rtol=0, atol=1e-6

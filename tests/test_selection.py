@@ -9,10 +9,9 @@ from finetune.__main__ import main
 from finetune.config import FinetuneConfig
 from finetune.data import dev_sets, dev_split, languages_of, read_split
 from finetune.model import tokenizer_at
-from finetune.pictures import ImageSource
 from finetune.recipes import RECIPES
 from finetune.retrieval import retrieve
-from finetune.stores import open_pictures
+from finetune.stores.images import ImageSource, open_images
 from finetune.tasks.retrieval import merge_captions
 from raylib import checkpoint
 from raylib.config import load_config
@@ -146,7 +145,7 @@ def test_selection_of_retrieval_uses_requested_score(finetune, tmp_path, scenes)
     tokenizer = Tokenizer.load(tokenizer_at(config.model))
     items, pictures = (
         merge_captions(list(read_split(config, "dev", "en"))),
-        ImageSource(open_pictures(scenes / "images.tar"), 16),
+        ImageSource(open_images(scenes / "images.tar"), 16),
     )
     figures = retrieve(model, items, pictures, tokenizer, config.length, None, tmp_path / "states")
     assert found["recall_at_1"]["score"] == pytest.approx((figures["i2t_r1"] + figures["t2i_r1"]) / 2)

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.stores import locations, open_pictures, open_regions
+from finetune.stores.images import open_images
+from finetune.stores.records import normalise_boxes
+from finetune.stores.regions import open_regions
 from raylib.data.states import write_states
 from raylib.errors import UserError
 from raylib.packed import Ragged
@@ -41,11 +43,11 @@ def packed(folder, to):
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
 def test_image_store_finds_images_by_id(folder, tmp_path, kind):
-    store = open_pictures(folder if kind == "folder" else packed(folder, tmp_path / "p.tar"))
+    store = open_images(folder if kind == "folder" else packed(folder, tmp_path / "p.tar"))
     for name in ("a", "a.png", "b.1", "b.1.png", "images/a.jpg"):
         assert store.has(name) and (store.read(name) == PICTURE).all()
     assert not store.has("c")
-    with pytest.raises(UserError, match=r"no picture 'c.jpg'"):
+    with pytest.raises(UserError, match=r"no image 'c.jpg'"):
         store.read("c.jpg")
     again = pickle.loads(pickle.dumps(store))
     assert (again.read("a") == PICTURE).all()
@@ -55,16 +57,16 @@ def test_image_store_finds_images_by_id(folder, tmp_path, kind):
 
 def test_image_store_bad_files_are_named(folder, tmp_path):
     (folder / "a.jpg").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"two pictures called 'a': a.jpg and a.png"):
-        open_pictures(folder)
+    with pytest.raises(UserError, match=r"two images called 'a': a.jpg and a.png"):
+        open_images(folder)
     (folder / "a.jpg").rename(folder / "z.jpg")
     with pytest.raises(UserError, match=r"z: does not decode"):
-        open_pictures(folder).read("z")
+        open_images(folder).read("z")
     with pytest.raises(UserError, match="neither a folder nor a .tar"):
-        open_pictures(tmp_path / "nothing")
+        open_images(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no pictures"):
-        open_pictures(tmp_path / "empty")
+    with pytest.raises(UserError, match="no images"):
+        open_images(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
@@ -81,7 +83,7 @@ def test_image_store_reads_official_layouts(tmp_path, kind):
     for name, shade in files.items():
         (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(tmp_path / "p" / name), np.full((4, 4, 3), shade * 10, np.uint8))
-    store = open_pictures(tmp_path / "p" if kind == "folder" else packed(tmp_path / "p", tmp_path / "p.tar"))
+    store = open_images(tmp_path / "p" if kind == "folder" else packed(tmp_path / "p", tmp_path / "p.tar"))
     wanted = {
         "id/1-5.jpg": 1,
         "zh/1-5.jpg": 2,
@@ -92,11 +94,11 @@ def test_image_store_reads_official_layouts(tmp_path, kind):
     }
     assert {name: round(store.read(name).mean() / 10) for name in wanted} == wanted
     with pytest.raises(
-        UserError, match=r"2 pictures called '1-5.jpg': .*1-(Angsa|Tian)/1-5.jpg, .*; leave one"
+        UserError, match=r"2 images called '1-5.jpg': .*1-(Angsa|Tian)/1-5.jpg, .*; leave one"
     ):
         store.read("1-5.jpg")
     for missing in ("id/1-6.jpg", "sw/1-5.jpg"):  # another language's are not these
-        with pytest.raises(UserError, match=f"no picture '{missing}'"):
+        with pytest.raises(UserError, match=f"no image '{missing}'"):
             store.read(missing)
 
 
@@ -109,7 +111,7 @@ def test_image_store_matches_any_unicode_form(tmp_path, kind, stored):
         path = tmp_path / "p" / unicodedata.normalize(stored, name)
         path.parent.mkdir(parents=True)
         cv2.imwrite(str(path), np.full((4, 4, 3), shade, np.uint8))
-    store = open_pictures(tmp_path / "p" if kind == "folder" else packed(tmp_path / "p", tmp_path / "p.tar"))
+    store = open_images(tmp_path / "p" if kind == "folder" else packed(tmp_path / "p", tmp_path / "p.tar"))
     for form in ("NFC", "NFD"):
         asked = [unicodedata.normalize(form, name) for name in names]
         assert [int(store.read(name).mean()) for name in asked] == [0, 1]
@@ -119,7 +121,7 @@ def test_image_store_matches_any_unicode_form(tmp_path, kind, stored):
 def test_image_store_follows_links_in_a_tar(folder, tmp_path):
     os.link(folder / "a.png", folder / "b.png")
     (folder / "c.png").symlink_to("a.png")
-    store = open_pictures(packed(folder, tmp_path / "p.tar"))
+    store = open_images(packed(folder, tmp_path / "p.tar"))
     assert all((store.read(name) == PICTURE).all() for name in "abc")
 
 
@@ -135,7 +137,7 @@ def test_image_store_damaged_or_compressed_tar_is_refused(folder, tmp_path):
     for words, content in faults.items():
         (tmp_path / "p.tar").write_bytes(content)
         with pytest.raises(UserError, match=f"p.tar: {words}"):
-            open_pictures(tmp_path / "p.tar")
+            open_images(tmp_path / "p.tar")
 
 
 def b64(array):
@@ -281,7 +283,7 @@ def test_region_store_finds_regions_by_id(tmp_path, kind):
         assert (regions.features == FEATURES).all() and (regions.boxes == BOXES).all()
         assert (regions.height, regions.width) == (20, 40)
         assert store.read(f"{name}.jpg").boxes.shape == (2, 4)  # as other files call it
-    with pytest.raises(UserError, match="no regions of picture '9'"):
+    with pytest.raises(UserError, match="no regions of image '9'"):
         store.read("9")
     with multiprocessing.get_context("fork").Pool(2) as pool:  # after the parent has opened it
         assert all((r.features == FEATURES).all() for r in pool.map(store.read, ["7", "8"] * 8))
@@ -296,7 +298,7 @@ def test_region_store_flat_h5_boxes_tell_width_from_height(tmp_path, wh):
 
 def test_region_store_flat_h5_that_does_not_fit_is_named(tmp_path):
     for changes, words in (
-        ({"wh": [[30, 10], [30, 10]]}, "boxes lie outside their pictures"),
+        ({"wh": [[30, 10], [30, 10]]}, "boxes lie outside their images"),
         ({"wh": [[40, 20]]}, "2 values of image_id"),
         ({"sizes": [[40, 20]]}, "no wh; it has bbox, features, image_id"),
     ):
@@ -323,9 +325,9 @@ def test_region_store_folder_joins_its_stores(tmp_path):
     ):
         store.read("1-5.jpg")
     for other in ("id/1-6.jpg", "sw/1-5.jpg"):  # another language's are not these
-        with pytest.raises(UserError, match=f"no regions of picture '{other}'"):
+        with pytest.raises(UserError, match=f"no regions of image '{other}'"):
             store.read(other)
-    with pytest.raises(UserError, match="no regions of picture 'id/1-6.jpg'"):
+    with pytest.raises(UserError, match="no regions of image 'id/1-6.jpg'"):
         open_regions(tmp_path / "r" / "marvl-zh_boxes36.lmdb").read("id/1-6.jpg")
 
 
@@ -338,13 +340,14 @@ def test_region_store_uc2_npz_boxes_are_relative(tmp_path):
         tmp_path / "npz" / "7.npz", features=FEATURES.astype(np.float16), norm_bb=shares, conf=np.ones(2)
     )
     regions = open_regions(tmp_path / "npz").read("7")
-    where = locations(regions.boxes, regions.height, regions.width, 7)
-    assert (regions.features == FEATURES).all() and np.allclose(where, locations(BOXES, 20, 40, 7), atol=1e-3)
+    where = normalise_boxes(regions.boxes, regions.height, regions.width)
+    assert (regions.features == FEATURES).all() and np.allclose(
+        where, normalise_boxes(BOXES, 20, 40), atol=1e-3
+    )
 
 
 def test_region_locations_equal_worked_example():
-    assert np.allclose(locations(BOXES, 20, 40, 5), [[0, 0, 0.25, 1, 0.25], [0.25, 0.25, 1, 1, 0.5625]])
-    assert np.allclose(locations(BOXES, 20, 40, 7)[1], [0.25, 0.25, 1, 1, 0.75, 0.75, 0.5625])
+    assert np.allclose(normalise_boxes(BOXES, 20, 40)[1], [0.25, 0.25, 1, 1, 0.75, 0.75, 0.5625])
 
 
 class Evil:

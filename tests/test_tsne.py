@@ -19,9 +19,9 @@ from finetune.analysis.tsne import Point, collect, nearest, spread
 from finetune.batches import encode_tagged, encode_texts
 from finetune.examples import Example
 from finetune.model import FinetuneModel
-from finetune.pictures import RegionFeatures, open_visual
 from finetune.recipes import RECIPES
-from finetune.stores import Regions
+from finetune.stores.images import RegionFeatures, open_visual
+from finetune.stores.records import Regions
 from raylib.config import override
 from raylib.models.dual_encoder import ClipConfig
 from raylib.models.oscar import TINY, Oscar
@@ -132,7 +132,7 @@ def test_tsne_states_equal_slow_reference(tokenizer, name):
         parameter.data += 0.1 * torch.randn_like(parameter)
     seen = name in ("unified", "entangled")
     model = FinetuneModel(backbone, ("no", "yes"), 1, 0.0, None if seen else 6).eval()
-    pictures = Drawings() if seen else RegionFeatures(Store(TAGS), tagged=name == "oscar")
+    pictures = Drawings() if seen else RegionFeatures(Store(TAGS), has_tags=name == "oscar")
     sizes, draw = {"0": 5 if seen else 2, "1": 5 if seen else 3}, np.random.default_rng(1)
     where = {
         image: {label: draw.dirichlet(np.ones(n)) for label in ("cat", "dog", "tree")}

@@ -15,8 +15,8 @@ from finetune.analysis.parallel import Parallel
 from finetune.analysis.words import Thing, find_tokens, find_word, name_in, read_scenes
 from finetune.batches import encode_texts
 from finetune.examples import Example
-from finetune.pictures import ImageSource
-from finetune.stores.pictures import stem
+from finetune.stores.images import ImageSource
+from finetune.stores.records import stem
 from raylib.errors import UserError
 from raylib.finite import require_finite
 from raylib.models.unified import UnifiedModel

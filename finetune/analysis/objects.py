@@ -21,8 +21,8 @@ from finetune.analysis.figures import Inapplicable
 from finetune.analysis.parallel import Parallel
 from finetune.analysis.words import Thing, name_in
 from finetune.examples import Example
-from finetune.pictures import ImageSource, RegionFeatures
-from finetune.stores.pictures import stem
+from finetune.stores.images import ImageSource, RegionFeatures
+from finetune.stores.records import stem
 from raylib.sample.scenes.labels import read_labels
 
 POOL = 20  # parallel items among which one is chosen: few name the same objects

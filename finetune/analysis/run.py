@@ -15,8 +15,8 @@ from finetune.build import build_pipeline, open_visual_for, tokenizer_of
 from finetune.config import FinetuneConfig
 from finetune.data import find_task, languages_of
 from finetune.model import FinetuneModel, fill
-from finetune.pictures import ImageSource
 from finetune.report import read_result, scores_of
+from finetune.stores.images import ImageSource
 from finetune.worker import find_trained
 from raylib import checkpoint
 from raylib.config import load_config

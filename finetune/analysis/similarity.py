@@ -19,7 +19,7 @@ from finetune.analysis.figures import save
 from finetune.analysis.parallel import Parallel
 from finetune.batches import encode_texts, read_inputs
 from finetune.model import FinetuneModel
-from finetune.pictures import VisualSource
+from finetune.stores.images import VisualSource
 from raylib.data.loading import to_device
 from raylib.finite import require_finite
 from raylib.models.unified import UnifiedModel

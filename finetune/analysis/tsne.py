@@ -30,7 +30,7 @@ from finetune.analysis.objects import Named, Where
 from finetune.analysis.words import find_tokens, find_word
 from finetune.batches import encode_texts, read_inputs
 from finetune.model import FinetuneModel
-from finetune.pictures import ImageSource, RegionFeatures
+from finetune.stores.images import ImageSource, RegionFeatures
 from raylib.data.loading import to_device
 from raylib.errors import UserError, require
 from raylib.finite import require_finite

@@ -283,7 +283,7 @@ def read_answers(path: Path) -> tuple[str, ...]:
     if isinstance(values, dict):
         if sorted(values.values()) != list(range(len(values))):
             raise UserError(f"{path}: the answers' numbers are not 0 ... {len(values) - 1}")
-        values = sorted(values, key=values.get)
+        values = sorted(values, key=lambda answer: values[answer])
     if (
         not isinstance(values, list)
         or not all(isinstance(v, str) for v in values)

@@ -1,20 +1,28 @@
-"""What region stores keep of a picture, made into arrays. Pickles are read by an unpickler that admits plain
-values and arrays only."""
+"""Names of images as stores compare them, and records of region features made into arrays. Pickles are read
+by an unpickler that admits plain values and arrays only."""
 
 import io
+import os
 import pickle
+import re
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from raylib.errors import UserError
-from raylib.fileio import decode_base64
+from raylib.fileio import decode_base64, nfc
 from raylib.finite import is_finite
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# what MSCOCO's names of 2014 have before the number that they share with those of 2017
+COCO = re.compile(r"^COCO_[a-z]+\d{4}_(?=\d{12}$)", re.IGNORECASE)
+MARVL = {"id", "sw", "ta", "tr", "zh"}  # languages whose images have the same names
 
 
 class Regions(NamedTuple):
-    """One picture's regions: features (R, f), boxes (R, 4) as x1, y1, x2, y2 in pixels, the picture's size,
-    and what the detector calls what it sees, if that was kept."""
+    """One image's regions: features (R, f), boxes (R, 4) as x1, y1, x2, y2 in pixels, the image's size, and
+    the detector's names of what it sees, if these were kept."""
 
     features: np.ndarray
     boxes: np.ndarray
@@ -23,9 +31,36 @@ class Regions(NamedTuple):
     tags: tuple[str, ...] = ()
 
 
+def folders_of(name: str) -> set[str]:
+    """The folders that an id, or a path, names."""
+    return {*PurePosixPath(nfc(name)).parts[:-1]}
+
+
+def may_hold(name: str, words: set[str]) -> bool:
+    """Tell whether an image may be where `words` are in the path: MaRVL's images have the same names in each
+    language, and the one that is there must not be another language's."""
+    return not folders_of(name) & MARVL or words & MARVL <= folders_of(name)
+
+
+def stem(name: str) -> str:
+    """An image's name without folder, image ending and what MSCOCO's names of 2014 begin with, in NFC:
+    macOS stores names in NFD, annotations have them in either."""
+    base = os.path.basename(nfc(name))
+    stripped, suffix = os.path.splitext(base)
+    return COCO.sub("", stripped if suffix.lower() in SUFFIXES else base)
+
+
+def normalise_boxes(boxes: np.ndarray, height: float, width: float) -> np.ndarray:
+    """(R, 7): x1, y1, x2, y2, width, height and area, as shares of the image (UC2)."""
+    x1, y1, x2, y2 = (boxes / [width, height, width, height]).T
+    box_width, box_height = x2 - x1, y2 - y1
+    columns = [x1, y1, x2, y2, box_width, box_height, box_width * box_height]
+    return np.stack(columns, 1).astype(np.float32)
+
+
 def to_regions(record: dict, where: str) -> Regions:
-    """{"features", "boxes", "img_h", "img_w", and perhaps "tags": a list of names, ...} as `Regions`; arrays
-    may be base64 of float32.
+    """Make {"features", "boxes", "img_h", "img_w", and perhaps "tags": a list of names, ...} as `Regions`;
+    arrays may be base64 of float32.
 
     Raises:
         UserError: one of them is missing, or not finite; features and boxes do not fit each other; an image
@@ -55,12 +90,12 @@ def to_regions(record: dict, where: str) -> Regions:
 
 
 def _array(value, where: str) -> np.ndarray:
-    """An array, or base64 of float32."""
-    return floats_of_base64(value, where) if isinstance(value, str | bytes) else np.asarray(value, np.float32)
+    """Make an array of one, or of base64 of float32."""
+    return decode_floats(value, where) if isinstance(value, str | bytes) else np.asarray(value, np.float32)
 
 
-def floats_of_base64(value: str | bytes, where: str) -> np.ndarray:
-    """float32 numbers in base64.
+def decode_floats(value: str | bytes, where: str) -> np.ndarray:
+    """Decode float32 numbers in base64.
 
     Raises:
         UserError: not base64, or of something else.
@@ -72,18 +107,18 @@ def floats_of_base64(value: str | bytes, where: str) -> np.ndarray:
 
 
 def unpickle(stream: io.BufferedIOBase, where: str) -> Any:
-    """The value pickled in `stream`.
+    """Load the value pickled in `stream`.
 
     Raises:
         UserError: no pickle, or one that wants more than plain values and arrays.
     """
     try:
-        return _Arrays(stream).load()
+        return _PlainUnpickler(stream).load()
     except Exception as e:  # what bytes that are no pickle raise is not specified
         raise UserError(f"{where}: not read ({e})") from None
 
 
-class _Arrays(pickle.Unpickler):
+class _PlainUnpickler(pickle.Unpickler):
     """Admits plain values and NumPy arrays, nothing else that could run."""
 
     ADMITTED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {

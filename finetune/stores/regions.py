@@ -1,41 +1,52 @@
-"""Features of detected regions by picture id: VOLTA's LMDB, H5 (a group a picture, or M3P's flat arrays),
+"""Features of detected regions by image id: VOLTA's LMDB, H5 (a group an image, or M3P's flat arrays),
 LXMERT's or OSCAR's TSV, or a folder of .npz (UC2's too) or of X101's .npy files.
 
-An id is looked for as it is, then without folder and picture ending, in each normal form of Unicode: files
+An id is looked for as it is, then without folder and image ending, in each normal form of Unicode: files
 disagree on whether ".jpg" belongs to it.
 """
 
 import io
 import os
 import re
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from finetune.stores.pictures import folders_of, may_hold, stem
-from finetune.stores.records import Regions, floats_of_base64, to_regions, unpickle
+from finetune.stores.records import Regions, decode_floats, folders_of, may_hold, stem, to_regions, unpickle
 from raylib.errors import UserError
 from raylib.fileio import unicode_forms
-from raylib.models.oscar import PLACE
 
+OSCAR_BOX_DIM = 6  # x1, y1, x2, y2, width, height behind each region's features
 X101 = {"bbox": "boxes", "image_height": "img_h", "image_width": "img_w"}  # its names -> those of the others
 _ENVIRONMENTS: dict[Path, tuple[int, Any]] = {}  # LMDB folder -> (process that opened it, environment)
 
 
-class RegionStore(Protocol):
-    """Regions by picture id."""
+class RegionStore(ABC):
+    """Regions by image id."""
 
-    def read(self, name: str) -> Regions: ...
+    def __init__(self, path: Path):
+        self.path = path
 
+    @abstractmethod
+    def find(self, name: str) -> Regions | None:
+        """Return the regions of the image `name`; None if there are none.
 
-def locations(boxes: np.ndarray, height: float, width: float, numbers: int) -> np.ndarray:
-    """(R, 5): x1, y1, x2, y2 and area, as shares of the picture; (R, 7), UC2's: x1, y1, x2, y2, width,
-    height, area."""
-    x1, y1, x2, y2 = (boxes / [width, height, width, height]).T
-    wide, high = x2 - x1, y2 - y1
-    columns = [x1, y1, x2, y2, wide * high] if numbers == 5 else [x1, y1, x2, y2, wide, high, wide * high]
-    return np.stack(columns, 1).astype(np.float32)
+        Raises:
+            UserError: they are broken; names file and image.
+        """
+
+    def read(self, name: str) -> Regions:
+        """Return the regions of the image `name`.
+
+        Raises:
+            UserError: there are none, or they are broken.
+        """
+        regions = self.find(name)
+        if regions is None:
+            raise UserError(f"{self.path}: no regions of image '{name}'; check regions=")
+        return regions
 
 
 def open_regions(path: Path | str) -> RegionStore:
@@ -57,7 +68,7 @@ def open_regions(path: Path | str) -> RegionStore:
     )
 
 
-def _open(path: Path) -> "_Store | None":
+def _open(path: Path) -> RegionStore | None:
     if (path / "data.mdb").is_file():
         return _Lmdb(path)
     if path.suffix in (".h5", ".hdf5") and path.is_file():
@@ -70,39 +81,27 @@ def _open(path: Path) -> "_Store | None":
     return None
 
 
-class _Store:
-    """Looks a picture up under the names that it may have. Formats differ in `_find(key)`: what is kept of
-    it, or None."""
+class _KeyedStore(RegionStore):
+    """Looks an image up under the names that it may have. Formats differ in `lookup`."""
 
-    def __init__(self, path: Path):
-        self.path = path
-
-    def read(self, name: str) -> Regions:
-        """The regions of the picture `name`.
-
-        Raises:
-            UserError: there are none, or they are broken; names file and picture.
-        """
-        found = self.find(name)
-        if found is None:
-            raise UserError(f"{self.path}: no regions of picture '{name}'; check regions=")
-        return found
+    @abstractmethod
+    def lookup(self, key: str) -> dict[str, Any] | None:
+        """Return the record kept under exactly this name, or None."""
 
     def find(self, name: str) -> Regions | None:
-        """As `read`; None if there are none."""
         if may_hold(name, _words(self.path)):
             for key in dict.fromkeys((*unicode_forms(name), *unicode_forms(stem(name)))):
-                record = self._find(key)
+                record = self.lookup(key)
                 if record is not None:
                     return to_regions(record, f"{self.path}, {key}")
         return None
 
 
-class _Several(_Store):
+class _Several(RegionStore):
     """Stores side by side, as VOLTA has one for NLVR2 and one for each language of MaRVL. Where several know
-    a picture's name, the one that is called like the language in the picture's folder has it."""
+    an image's name, the one that is called like the language in the image's folder has it."""
 
-    def __init__(self, path: Path, stores: list[_Store]):
+    def __init__(self, path: Path, stores: list[RegionStore]):
         super().__init__(path)
         self.stores = stores
 
@@ -123,21 +122,21 @@ def _words(path: Path) -> set[str]:
     return {*re.split(r"[^a-z0-9]+", path.stem)}
 
 
-class _Lmdb(_Store):
-    """VOLTA's: key, the picture's id; value, a pickled dict {features, boxes, img_h, img_w, num_boxes}."""
+class _Lmdb(_KeyedStore):
+    """VOLTA's: key, the image's id; value, a pickled dict {features, boxes, img_h, img_w, num_boxes}."""
 
     def __init__(self, path: Path):
         super().__init__(path)
         self.folder = path.resolve()
 
-    def _find(self, key: str) -> dict | None:
+    def lookup(self, key: str) -> dict | None:
         with _environment(self.folder).begin() as transaction:
             value = transaction.get(key.encode())
         return None if value is None else unpickle(io.BytesIO(value), f"{self.path}, {key}")
 
 
-class _H5(_Store):
-    """A group a picture, with the datasets features, boxes, img_h, img_w."""
+class _H5(_KeyedStore):
+    """A group an image, with the datasets features, boxes, img_h, img_w."""
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -155,7 +154,7 @@ class _H5(_Store):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_handle": None}
 
-    def _find(self, key: str) -> dict | None:
+    def lookup(self, key: str) -> dict | None:
         if key not in self.handle():
             return None
         group = self.handle()[key]
@@ -163,14 +162,14 @@ class _H5(_Store):
 
 
 class _FlatH5(_H5):
-    """M3P's: row i of the datasets image_id, features (N, R, f), bbox (or boxes), wh and, where pictures have
-    fewer than R regions, num_boxes is picture i.
+    """M3P's: row i of the datasets image_id, features (N, R, f), bbox (or boxes), wh and, where images have
+    fewer than R regions, num_boxes is image i.
 
     M3P reads `wh` as height and width. Here the file's own boxes decide, which must lie inside their
-    pictures; where they fit both ways the name is believed.
+    images; where they fit both ways the name is believed.
     """
 
-    CHECKED = 1000  # pictures whose boxes decide
+    CHECKED = 1000  # images whose boxes decide
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -195,12 +194,12 @@ class _FlatH5(_H5):
         orders = [order for order in ((0, 1), (1, 0)) if (reach <= sizes[:, order] + 1).all()]
         if not orders:
             raise UserError(
-                f"{path}: boxes lie outside their pictures, whether wh is width and height or the other way "
+                f"{path}: boxes lie outside their images, whether wh is width and height or the other way "
                 "round"
             )
         self.order = orders[0]
 
-    def _find(self, key: str) -> dict | None:
+    def lookup(self, key: str) -> dict | None:
         row, file = self.rows.get(key), self.handle()
         if row is None:
             return None
@@ -214,11 +213,11 @@ class _FlatH5(_H5):
         }
 
 
-class _Npz(_Store):
+class _Npz(_KeyedStore):
     """ID.npz with the arrays features, boxes, img_h, img_w; UC2's have norm_bb, whose first four columns are
-    shares of the picture."""
+    shares of the image."""
 
-    def _find(self, key: str) -> dict | None:
+    def lookup(self, key: str) -> dict | None:
         file = self.path / f"{key}.npz"
         if not file.is_file():
             return None
@@ -232,11 +231,11 @@ class _Npz(_Store):
         return record
 
 
-class _Npy(_Store):
+class _Npy(_KeyedStore):
     """X101's: ID.npy, the features; ID_info.npy, a pickled dict {bbox, image_height, image_width, num_boxes,
     ...}."""
 
-    def _find(self, key: str) -> dict | None:
+    def lookup(self, key: str) -> dict | None:
         file, info = self.path / f"{key}.npy", self.path / f"{key}_info.npy"
         if not file.is_file():
             return None
@@ -251,10 +250,10 @@ class _Npy(_Store):
         return {"features": features, **{X101.get(name, name): value for name, value in record.items()}}
 
 
-class _Tsv(_Store):
-    """LXMERT's: a line a picture; columns are found by number, arrays are base64 of float32. OSCAR's (VinVL)
+class _Tsv(_KeyedStore):
+    """LXMERT's: a line an image; columns are found by number, arrays are base64 of float32. OSCAR's (VinVL)
     have three: id, number of regions, and for each its features, box, width and height, the last six as
-    shares of the picture."""
+    shares of the image."""
 
     COLUMNS = (
         "img_id",
@@ -279,7 +278,7 @@ class _Tsv(_Store):
                 self.offsets[stem(line.split(b"\t", 1)[0].decode())] = offset
                 offset += len(line)
 
-    def _find(self, key: str) -> dict | None:
+    def lookup(self, key: str) -> dict | None:
         if key not in self.offsets:
             return None
         with open(self.path, "rb") as file:
@@ -297,11 +296,16 @@ class _Tsv(_Store):
 
 def _of_oscar(cells: list[str], where: str) -> dict:
     """A line of OSCAR's, as `to_regions` takes it."""
-    values, count = floats_of_base64(cells[2], where), int(cells[1])
-    if count < 1 or len(values) % count or len(values) // count <= PLACE:
+    values, count = decode_floats(cells[2], where), int(cells[1])
+    if count < 1 or len(values) % count or len(values) // count <= OSCAR_BOX_DIM:
         raise UserError(f"{where}: {len(values)} values for {count} regions")
     rows = values.reshape(count, -1)
-    return {"features": rows[:, :-PLACE], "boxes": rows[:, -PLACE:][:, :4], "img_h": 1.0, "img_w": 1.0}
+    return {
+        "features": rows[:, :-OSCAR_BOX_DIM],
+        "boxes": rows[:, -OSCAR_BOX_DIM:][:, :4],
+        "img_h": 1.0,
+        "img_w": 1.0,
+    }
 
 
 def _environment(path: Path) -> Any:

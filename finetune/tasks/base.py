@@ -16,7 +16,7 @@ from torch import nn
 
 from finetune.batches import BatchOrder, EpochBatches, MoreInputs
 from finetune.examples import Captioned, Example
-from finetune.pictures import VisualSource, open_visual
+from finetune.stores.images import VisualSource, open_visual
 from finetune.strategies.base import LossTerms
 from raylib.cache import cached, file_fingerprint
 from raylib.errors import UserError

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from finetune.batches import encode_inputs, load_visual
 from finetune.examples import Example
 from finetune.model import FinetuneModel, tokenizer_at, weights_of
-from finetune.pictures import PrecomputedFeatures
+from finetune.stores.images import PrecomputedFeatures
 from finetune.strategies.base import (
     Context,
     HiddenStates,

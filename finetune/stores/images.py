@@ -1,0 +1,227 @@
+"""Images by id, in a folder or a tar; and what a text is about as it enters a batch: images, states of an
+image encoder that ran before, or region features."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from finetune.stores.records import SUFFIXES, folders_of, may_hold, normalise_boxes, stem
+from finetune.stores.regions import RegionStore, open_regions
+from raylib.data.images import AugmentConfig, augment, decode, resize
+from raylib.data.states import States, write_states
+from raylib.data.tars import TarScan
+from raylib.errors import UserError
+from raylib.fileio import nfc
+from raylib.packed import Ragged
+from raylib.randomness import string_key
+
+if TYPE_CHECKING:
+    from finetune.config import FinetuneConfig
+    from raylib.models.unified import UnifiedModel
+
+CHUNK = 64  # images through the image encoder at a time
+
+
+class ImageFile(NamedTuple):
+    """Position of an image's bytes: its path in the store, the file, the offset in it and the size; -1 for a
+    whole file."""
+
+    path: str
+    file: str
+    offset: int = 0
+    size: int = -1
+
+
+class ImageStore:
+    """Images by id. An id may end like a file name or not, and MSCOCO's may be a name or its number.
+    Folders in an id count where images of several folders have one name, as MaRVL's of several languages
+    do. May be sent to, and forked into, other processes."""
+
+    def __init__(self, path: Path, files: dict[str, list[ImageFile]]):
+        """files: {id without folder and ending: images of this name}."""
+        self.path, self.files = path, files
+        self._opened: tuple[int, int] | None = None  # (process, descriptor) of the tar
+        self._identities: dict[str, int] = {}
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is an image of this id."""
+        return bool(self._find(name))
+
+    def read(self, name: str) -> np.ndarray:
+        """Read the image, uint8 RGB (H, W, 3).
+
+        Raises:
+            UserError: no such id, or several (they are named); a file that does not decode.
+        """
+        return decode(self._bytes(name), f"{self.path}, {name}")
+
+    def identity(self, name: str) -> int:
+        """63-bit hash of the encoded bytes, as of a sample in shards: one image may have several ids, and lie
+        in several files.
+
+        Raises:
+            UserError: no such id, or several.
+        """
+        if name not in self._identities:
+            self._identities[name] = string_key(self._bytes(name))
+        return self._identities[name]
+
+    def _bytes(self, name: str) -> bytes:
+        found = self._find(name)
+        if not found:
+            raise UserError(f"{self.path}: no image '{name}'; check images=")
+        if len(found) > 1:
+            raise UserError(
+                f"{self.path}: {len(found)} images called '{name}': {', '.join(f.path for f in found)}; "
+                "leave one"
+            )
+        (image,) = found
+        if image.size < 0:
+            return Path(image.file).read_bytes()
+        return os.pread(self._tar(image.file), image.size, image.offset)
+
+    def _find(self, name: str) -> list[ImageFile]:
+        found, folders = self.files.get(stem(name), []), folders_of(name)
+        if len(found) > 1:
+            return [image for image in found if folders <= folders_of(image.path)]
+        return [image for image in found if may_hold(name, folders_of(image.path))]
+
+    def _tar(self, file: str) -> int:
+        # a descriptor shared with a parent would be closed by it
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), os.open(file, os.O_RDONLY))
+        return self._opened[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+
+def open_images(path: Path | str) -> ImageStore:
+    """Open the images of a folder and all that is below it, or of a tar.
+
+    Raises:
+        UserError: neither; a tar that is damaged, or compressed; no image in it; two images of one id in
+            one folder (both are named).
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = _list_folder(path)
+    elif path.suffix == ".tar" and path.is_file():
+        members = TarScan(path, hashes=False).files.items()
+        found = (ImageFile(name, str(path), offset, size) for name, (offset, size) in members)
+    else:
+        raise UserError(f"{path}: neither a folder nor a .tar of images; give it with images=")
+    files: dict[str, list[ImageFile]] = {}
+    for image in found:
+        if image.path.lower().endswith(SUFFIXES):
+            others = files.setdefault(stem(image.path), [])
+            for other in others:
+                if nfc(os.path.dirname(other.path)) == nfc(os.path.dirname(image.path)):
+                    names = " and ".join(sorted((other.path, image.path)))
+                    raise UserError(f"{path}: two images called '{stem(other.path)}': {names}; leave one")
+            others.append(image)
+    if not files:
+        raise UserError(f"{path}: no images ({', '.join(SUFFIXES)}) in it")
+    return ImageStore(path, files)
+
+
+def _list_folder(path: Path) -> Iterator[ImageFile]:
+    """Every file below `path`."""
+    for folder, _, files in os.walk(path, followlinks=True):
+        for file in files:
+            whole = os.path.join(folder, file)
+            yield ImageFile(os.path.relpath(whole, path), whole)
+
+
+class ImageSource:
+    """Images of a store at `size` x `size`; in training augmented, if `config` says how."""
+
+    def __init__(self, store: ImageStore, size: int, config: AugmentConfig | None = None):
+        self.store, self.size, self.config = store, size, config
+
+    @property
+    def num_draws(self) -> int:
+        """Number of uniform draws that the augmentation of one image takes."""
+        return self.config.draws if self.config else 0
+
+    def read(self, names: Sequence[str], draws: np.ndarray | None = None) -> dict[str, Any]:
+        """Read {"images": uint8 (n, size, size, 3)}; `draws` (n, d): augment by them."""
+        images = np.empty((len(names), self.size, self.size, 3), np.uint8)
+        for i, name in enumerate(names):
+            image = self.store.read(name)
+            if draws is None or self.config is None:
+                images[i] = resize(image, self.size)
+            else:
+                images[i] = augment(image, self.size, self.config, draws[i])
+        return {"images": torch.from_numpy(images)}
+
+
+class PrecomputedFeatures:
+    """States of a store's images that a frozen image encoder has made before."""
+
+    num_draws = 0
+
+    def __init__(self, states: States, store: ImageStore):
+        self.states, self.store = states, store
+
+    def read(self, names: Sequence[str], draws: None = None) -> dict[str, Any]:
+        """Read {"states": n rows (T, d)}."""
+        return {"states": self.states.read(names)}
+
+
+class RegionFeatures:
+    """Detector features with their boxes side by side. `has_tags`: the model reads tags of the objects
+    too."""
+
+    num_draws = 0
+
+    def __init__(self, store: RegionStore, has_tags: bool = False):
+        self.store, self.has_tags = store, has_tags
+
+    def read(self, names: Sequence[str], draws: None = None) -> dict[str, Any]:
+        """Read {"regions": n rows (R, f + 7)}; if `has_tags`, with "tags": the names of each image's
+        objects."""
+        parts, tags = [], []
+        for name in names:
+            regions = self.store.read(name)
+            tags.append(regions.tags)
+            boxes = normalise_boxes(regions.boxes, regions.height, regions.width)
+            parts.append(np.concatenate([regions.features, boxes], 1))
+        lengths = torch.tensor([len(part) for part in parts])
+        rows = {"regions": Ragged(torch.from_numpy(np.concatenate(parts).astype(np.float32)), lengths)}
+        return rows | {"tags": tags} if self.has_tags else rows
+
+
+VisualSource = ImageSource | PrecomputedFeatures | RegionFeatures
+
+
+def open_visual(config: "FinetuneConfig", size: int, has_tags: bool = False) -> ImageSource | RegionFeatures:
+    """Open the images of a run, or the region features in their place; `has_tags`: with the names of the
+    objects."""
+    if config.regions:
+        return RegionFeatures(open_regions(config.regions), has_tags)
+    return ImageSource(open_images(config.images_path), size, config.augment)
+
+
+def precompute_features(
+    model: "UnifiedModel", source: ImageSource, names: Iterable[str], folder: Path, bf16: bool = False
+) -> States:
+    """All workers together: states of the images `names` after `model`'s image encoder, kept in `folder`;
+    in float16 if they were made in bf16, which is no finer."""
+    device = next(model.parameters()).device
+
+    def encode(chunk: Sequence[str]) -> Ragged:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            states = model.encode_images(source.read(chunk)["images"].to(device))
+        return states.with_values(states.values.float())
+
+    training, dtype = model.training, torch.float16 if bf16 else torch.float32
+    model.eval()
+    with torch.inference_mode():
+        states = write_states(folder, sorted(set(names)), encode, CHUNK, dtype)
+    model.train(training)
+    return states
