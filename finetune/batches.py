@@ -226,18 +226,20 @@ class CaptionBatches(EpochBatches):
         tokenizer: Tokenizer,
         length: int,
         order: BatchOrder,
+        extra: MoreInputs | None = None,
     ):
         super().__init__([Captioned(e.image, (text,)) for e in examples for text in e.captions], order)
-        self.visual, self.tokenizer, self.length = visual, tokenizer, length
+        self.visual, self.tokenizer, self.length, self.extra = visual, tokenizer, length, extra
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         epoch, index, numbers = self.rows(step)
         pairs = self.changed_examples(epoch, numbers)
         names = [pair.image for pair in pairs]
         negatives = uniform(self.order.seed, epoch, "negative", numbers[:, None], np.arange(2))
+        visual = self.visual.read(names, self.augmentation(self.visual, epoch, numbers[:, None]))
         part = {
             "index": torch.from_numpy(index),
-            **self.visual.read(names, self.augmentation(self.visual, epoch, numbers[:, None])),
+            **visual,
             # annotations may name one image in several ways: 42.jpg, COCO_val2014_000000000042
             "image_id": torch.tensor([self.visual.store.identity(name) for name in names]),
             "text": _unmasked([pair.captions[0] for pair in pairs], self.tokenizer, self.length),
@@ -245,6 +247,8 @@ class CaptionBatches(EpochBatches):
         }
         if pairs[0].pivots:
             part["pivot"] = encode_texts([pair.pivots[0] for pair in pairs], self.tokenizer, self.length)
+        if self.extra:
+            part |= self.extra(pairs, visual, part)
         return {"step": step, "samples": self.size, "image_text": part}
 
 

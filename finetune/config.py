@@ -14,34 +14,34 @@ from raylib.loop import FitConfig
 
 Setting = Literal["zero_shot", "few_shot", "single_language", "all_language", "translate_test", "untrained"]
 Part = Literal["embeddings", "text", "vision", "fusion"]
-UNIMODAL: tuple[Part, ...] = ("embeddings", "text", "vision")  # everything before text and picture meet
+UNIMODAL: tuple[Part, ...] = ("embeddings", "text", "vision")  # everything before text and image meet
 
 
 class FinetuneConfig(LaunchConfig):
     """One task, one setting.
 
     model: an export, a run, or an XLM-R or BERT folder; for few-shot and translate-test the run of an English
-    fine-tuning. vision: a ViT folder, with a text-only `model`. data: the folder that holds the official
-    annotation files as IGLUE's repository does. images, regions: where the pictures, or region features in
-    their place, lie; default: `data`/images.tar or /images. wordnet: a folder like nltk_data/corpora/wordnet,
-    for synonyms among answers and the linguistic prior; default:
-        `data`/wordnet. Without one, results have no "synonym_accuracy" and "confusions".
+        fine-tuning. vision: a ViT folder, with a text-only `model`.
+    data: the folder that holds the official annotation files as IGLUE's repository does. images, regions:
+        where the images, or region features in their place, lie; default: `data`/images.tar or /images.
+    wordnet: a folder like nltk_data/corpora/wordnet, for synonyms among answers and the linguistic prior;
+        default: `data`/wordnet. Without one, results have no "synonym_accuracy" and "confusions".
     setting: zero_shot trains on English; few_shot goes on from `model` with each language's shots;
         single_language and all_language train on the languages' own files, one by one or together;
         translate_test evaluates `model`, untrained, on translations into English; untrained evaluates it as
         it is.
     split: "test". Of xGQA there is "testdev" too, all 12,578 questions of GQA's testdev, for runs that see
         none of the 2,912 that are in few-shot files; "test" are the other 9,666, which every paper reports,
-        and "few_shot_test" is another name for them (runs of before meant the testdev by "test"). shots:
-        which few-shot file.
-    languages: what is evaluated; () is all of the task's.
+        and "few_shot_test" is another name for them (runs of before meant the testdev by "test").
+    shots: which few-shot file.
+    languages: those that are evaluated; () is all of the task's.
     answers: keep so many most frequent answers of the training file; None: the task's answer file, or all
-    there are. strategies: fine-tuning methods (`finetune.strategies`); `strategies.prior.alpha=4` turns one
-    on. method: what tables call
-        the run; "": by its methods.
+        there are.
+    strategies: fine-tuning strategies (`finetune.strategies`); `strategies.prior.alpha=4` turns one on.
+    method: the name of the run in tables; "": that of its strategies.
     backbone: what a `model` that is not ours becomes (`raylib.models`).
-    head: a classifier, or a decoder that spells the answers of an open set and ranks them as `decoder` says
-        (CCLM).
+    head: a classifier, or a decoder that generates the answers of an open set and ranks them as `decoder`
+        says (CCLM).
     freeze: parts that never train. cache_image_states: with a frozen image encoder and no augmentation,
         encode every image once.
     use_itm_head: retrieval trains and ranks pairs by the image-text matching head too, and `candidates` is
@@ -107,7 +107,7 @@ class FinetuneConfig(LaunchConfig):
     fit: FitConfig = FitConfig()
 
     @model_validator(mode="after")
-    def _fits(self) -> "FinetuneConfig":
+    def _check_settings(self) -> "FinetuneConfig":
         if self.augment and self.cache_image_states and "vision" in self.freeze:
             raise ValueError(
                 "augment needs cache_image_states=false: images that are encoded once cannot change"

@@ -237,3 +237,41 @@ def test_user_strategy_mistakes_are_one_line(finetune, tmp_path, l2_sp, setting,
     file = l2_sp.partition("=")[2]
     code, printed = finetune("scenes_xgqa", "name=wrong", setting.replace("FILE", file))
     assert code == 2 and words in printed and printed.strip().count("\n") == 0
+
+
+EXTRA = """from finetune.strategies import Strategy, StrategyConfig, Term
+
+
+class Extra(StrategyConfig):
+    def build(self, context):
+        return Doubled()
+
+
+class Doubled(Strategy):
+    def batch_inputs(self):
+        return count_rows
+
+    def terms(self, model):
+        return {"rows": Term(1.0, lambda outputs, batch: batch["row"])}
+
+
+def count_rows(examples, visual, batch):
+    return {"row": batch["index"] * 0.0 + len(examples)}
+"""
+
+
+@pytest.mark.parametrize("kind", ["classifier", "contrast"])
+def test_user_strategy_adds_to_batches_of_every_task(finetune, tmp_path, kind):
+    (tmp_path / "extra.py").write_text(EXTRA)
+    recipe, *settings = KINDS[kind]
+    code, printed = finetune(recipe, *QUICK, *settings, f"strategies.my={tmp_path}/extra.py", "name=run")
+    assert code == 0, printed
+    assert {line["loss/rows"] for line in read_metrics(tmp_path / "run") if "loss/rows" in line} == {16.0}
+
+
+def test_strategy_that_asks_for_states_must_need_them(finetune, tmp_path):
+    (tmp_path / "extra.py").write_text(
+        EXTRA.replace("def batch_inputs", "task_weight = 0.5\n\n    def batch_inputs")
+    )
+    code, printed = finetune("scenes_xflickrco", *QUICK, f"strategies.my={tmp_path}/extra.py", "name=run")
+    assert code == 2 and 'it must need "states"' in printed

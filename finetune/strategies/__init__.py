@@ -241,14 +241,17 @@ class Strategies:
         """
         terms: dict[str, Term] = {}
         for name, strategy in self.built.items():
-            reads_logits = "logits" in self.configs[name].required()
+            needs = self.configs[name].required()
+            if "states" not in needs and (strategy.hidden_states or strategy.task_weight != 1.0):
+                # elsewhere nothing would read them: a seam that is not used is an error, never dropped
+                raise UserError(f'strategies.{name} sets hidden_states or task_weight: it must need "states"')
             for label, term in strategy.terms(model).items():
                 if label in terms:
                     raise UserError(
                         f"strategies.{name}: another strategy has a term '{label}' already; leave one of "
                         "them out"
                     )
-                terms[label] = term._replace(reads_logits=reads_logits)
+                terms[label] = term._replace(reads_logits="logits" in needs)
         states = [s.hidden_states for s in self.built.values() if s.hidden_states]
         layers = tuple(sorted({layer for each in states for layer in each.layers}))
         return LossTerms(

@@ -83,7 +83,9 @@ class Retrieval(Task):
     def batches(
         self, pipeline: Pipeline, items: list[Any], order: BatchOrder, extra: MoreInputs | None = None
     ) -> EpochBatches:
-        return CaptionBatches(items, pipeline.visual, pipeline.tokenizer, pipeline.config.length, order)
+        return CaptionBatches(
+            items, pipeline.visual, pipeline.tokenizer, pipeline.config.length, order, extra
+        )
 
     def objective(self, config: "FinetuneConfig", model: nn.Module, added: LossTerms) -> nn.Module:
         if not config.use_itm_head:
