@@ -15,7 +15,7 @@ CPUS ?= 2
 GPUS ?= 0
 PORT ?= 8265
 SPACE ?= best_of_scenes
-SEARCH ?= recipe=scenes_xgqa trials=16 train_limit=3000 epochs=4 test_limit=300 top=2
+SEARCH ?= recipe=scenes_xgqa num_trials=16 train_limit=3000 epochs=4 test_limit=300 num_finalists=2
 TASKS ?= xgqa xvnli xflickrco marvl
 TRANSFER ?= zero_shot zero_shot_mt full mt lora adapter compacter soft_prompt routine1_lora routine2_lora routine3_lora \
 	routine3_adapter routine3_compacter routine3_soft_prompt \

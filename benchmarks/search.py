@@ -36,11 +36,11 @@ SPACE = Space(
     grid={"strategies.alignment.weight": (0.01, 0.1, 1.0, 10.0, 100.0), "optim.lr": (3e-4, 1e-3, 3e-3)},
 )
 CONTESTANTS = {  # three times as many trials as the grid has, most of them stopped
-    "paper's grid": ("search=grid", "stop=none"),
-    "random search": ("search=random", "stop=none", "trials=15"),
-    "TPE, ASHA": ("search=tpe", "stop=asha", "trials=45"),
-    "TPE, ASHA from epoch 3": ("search=tpe", "stop=asha", "grace=3", "trials=45"),
-    "TPE, nothing stopped": ("search=tpe", "stop=none", "trials=15"),
+    "paper's grid": ("algorithm=grid", "early_stopping=none"),
+    "random search": ("algorithm=random", "early_stopping=none", "num_trials=15"),
+    "TPE, ASHA": ("algorithm=tpe", "early_stopping=asha", "num_trials=45"),
+    "TPE, ASHA from epoch 3": ("algorithm=tpe", "early_stopping=asha", "min_epochs=3", "num_trials=45"),
+    "TPE, nothing stopped": ("algorithm=tpe", "early_stopping=none", "num_trials=15"),
 }
 GOAL = "target_dev"
 
@@ -67,21 +67,21 @@ def search(given: argparse.Namespace, seed: int, name: str, settings: Sequence[s
     """Run one contestant: {"rows": its trials in the order of their start, "early": how their early scores
     rank as the last}."""
     from finetune.recipes import RECIPES
-    from raylib.search import early_stopping as early
-    from raylib.search import search as sweep
+    from raylib.search.schedulers import rank_agreements
+    from raylib.search.search import run_search
     from tune_spaces.jobs import FinetuneSearchJob
 
-    called = f"{''.join(c for c in name if c.isalnum())}_seed{seed}"
-    own = [
-        f"name={called}",
+    search_name = f"{''.join(c for c in name if c.isalnum())}_seed{seed}"
+    search_settings = [
+        f"name={search_name}",
         f"runs={given.folder}",
-        "select=target_dev",
-        "seeds=0",
-        "concurrent=2",
+        "dev_sets=target_dev",
+        "final_seeds=0",
+        "max_concurrent=2",
         f"seed={seed}",
     ]
-    config = override(SearchConfig(recipe=SPACE.recipe), [*own, *settings])
-    recipe = [
+    config = override(SearchConfig(recipe=SPACE.recipe), [*search_settings, *settings])
+    recipe_settings = [
         f"model={given.model}",
         f"data={given.data}",
         'languages=["de"]',
@@ -90,15 +90,14 @@ def search(given: argparse.Namespace, seed: int, name: str, settings: Sequence[s
         "fit.loader_workers=0",
         "test_limit=150",
     ]
-    folder = sweep.run(
-        config, "paper4", SPACE, FinetuneSearchJob(), override(RECIPES[SPACE.recipe](), recipe)
-    )
+    base = override(RECIPES[SPACE.recipe](), recipe_settings)
+    folder = run_search(config, "paper4", SPACE, FinetuneSearchJob(), base)
     rows = trials(folder)
     last = {row["trial"]: row["score"] for row in rows if row["state"] == "finished"}
-    told = (
-        early.agreements(folder / "trials", last, GOAL, 1, config.reduction) if config.stop == "none" else []
-    )
-    return {"rows": rows, "early": [[a.age, a.rho] for a in told]}
+    if config.early_stopping != "none":
+        return {"rows": rows, "early": []}
+    agreements = rank_agreements(folder / "trials", last, GOAL, 1, config.reduction_factor)
+    return {"rows": rows, "early": [[a.epoch, a.rho] for a in agreements]}
 
 
 def trials(folder: Path) -> list[dict]:

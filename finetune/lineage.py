@@ -1,15 +1,12 @@
 """Settings of a run and of the runs that it goes on from, without those that change no number; its method."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
 from finetune.config import FinetuneConfig
 from finetune.strategies import STRATEGIES
-from raylib.config import without_settings
+from raylib.config import read_stored_settings, without_settings
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.launch import CHANGEABLE
@@ -163,42 +160,11 @@ def _fill(run: Path, stored: dict[str, Any]) -> tuple[FinetuneConfig | None, dic
     """(config, settings, unknown) of a `Lineage`, from what the config.json of `run` holds."""
     if "task" not in stored:  # pretraining, whose defaults are not known here
         return None, stored, ()
-    values, removed, lines = json.loads(json.dumps(stored)), [], []
-    while True:
-        try:
-            config = FinetuneConfig.model_validate(values)
-        except ValidationError as e:
-            found = [path for error in e.errors() if (path := _cut(values, error["loc"]))]
-            if not found:
-                line = f"{run}: {e.errors()[0]['msg']}; its settings are compared as they were stored"
-                return None, stored, (line,)
-            removed += found
-        except UserError as e:  # the file of a strategy of the user's own is gone
-            return None, stored, (f"{run}: {e}; its settings are compared as they were stored",)
-        else:
-            break
-    settings = config.model_dump(mode="json")
-    for path, value in removed:
-        where = f"{run}: setting {'.'.join(path)}"
-        lines.append(f"{where} is none of this version; it is compared as it was stored")
-        node = settings
-        for parent in path[:-1]:
-            node[parent] = node[parent] if isinstance(node.get(parent), dict) else {}
-            node = node[parent]
-        node[path[-1]] = value
-    return config, settings, tuple(lines)
-
-
-def _cut(values: dict[str, Any], place: tuple[str | int, ...]) -> tuple[tuple[str, ...], Any] | None:
-    """Take the value at `place`, as pydantic names it, out of `values`. Returns (its path, the value); None
-    if there is none, or none any more."""
-    node, path = values, []
-    for i, name in enumerate(place):
-        if name not in node:
-            return None
-        path.append(name)
-        # what follows a value names an alternative of its type, or a place in a list
-        if i == len(place) - 1 or not isinstance(node[name], dict):
-            return tuple(path), node.pop(name)
-        node = node[name]
-    return None
+    settings = read_stored_settings(FinetuneConfig, stored)
+    lines = [
+        f"{run}: setting {path} is none of this version; it is compared as it was stored"
+        for path in settings.unknown
+    ]
+    if settings.config is None:
+        lines = [f"{run}: {settings.problem}; its settings are compared as they were stored"]
+    return settings.config, settings.values, tuple(lines)

@@ -4,6 +4,7 @@ One mechanism serves the command line (`optim.lr=1e-3`), search spaces and tests
 value is one line that says where and names the near matches.
 """
 
+import copy
 import difflib
 import hashlib
 import importlib.util
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Set
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, NamedTuple, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -142,6 +143,68 @@ def is_setting(cls: type[Config], path: str) -> bool:
     )
 
 
+class StoredSettings(NamedTuple):
+    """values: by the names of today, with defaults for what was not stored. config: the same as an object;
+    None if they are no config of this version for the reason in `problem`: the values are as stored then.
+    unknown: paths of stored settings that this version lacks; they stay among the values."""
+
+    values: dict[str, Any]
+    config: Any
+    unknown: tuple[str, ...] = ()
+    problem: str = ""
+
+
+def read_stored_settings(cls: type[Config], stored: dict[str, Any]) -> StoredSettings:
+    """Read plain settings that an earlier version may have stored."""
+    renamed = rename_settings(cls.stored_as, stored)
+    values, unknown = copy.deepcopy(renamed), []
+    while True:
+        try:
+            config = cls.model_validate(values)
+            break
+        except ValidationError as e:
+            cut = [found for error in e.errors() if (found := _cut(values, error["loc"]))]
+            if not cut:
+                return StoredSettings(renamed, None, (), e.errors()[0]["msg"])
+            unknown += cut
+        except UserError as e:  # the file of a class of the user's own is gone
+            return StoredSettings(renamed, None, (), str(e))
+    filled = config.model_dump(mode="json")
+    for path, value in unknown:
+        node = filled
+        for parent in path[:-1]:
+            node[parent] = node[parent] if isinstance(node.get(parent), dict) else {}
+            node = node[parent]
+        node[path[-1]] = value
+    return StoredSettings(filled, config, tuple(".".join(path) for path, _ in unknown))
+
+
+def _cut(values: dict[str, Any], loc: tuple[str | int, ...]) -> tuple[tuple[str, ...], Any] | None:
+    """Take the value at `loc`, as pydantic names it, out of `values`. Returns (its path, the value); None if
+    there is none, or none any more."""
+    node, path = values, []
+    for i, name in enumerate(loc):
+        if name not in node:
+            return None
+        path.append(str(name))
+        # what follows a value names an alternative of its type, or a place in a list
+        if i == len(loc) - 1 or not isinstance(node[name], dict):
+            return tuple(path), node.pop(name)
+        node = node[name]
+    return None
+
+
+def differing_paths(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """Return the dotted paths at which two plain configs differ."""
+    if not isinstance(a, dict) or not isinstance(b, dict):
+        return [] if a == b else [prefix.rstrip(".")]
+    return [
+        path
+        for name in sorted({*a, *b})
+        for path in differing_paths(a.get(name), b.get(name), f"{prefix}{name}.")
+    ]
+
+
 def without_settings(values: dict[str, Any], paths: Set[str], prefix: str = "") -> dict[str, Any]:
     """Return a copy of plain settings without the values at dotted `paths`."""
     return {
@@ -151,7 +214,7 @@ def without_settings(values: dict[str, Any], paths: Set[str], prefix: str = "") 
     }
 
 
-def lookup(name: str, choices: dict[str, Any], what: str) -> Any:
+def lookup(name: str, choices: Mapping[str, Any], what: str) -> Any:
     """`choices[name]`, or a `UserError` that lists the near matches, then all of them."""
     if name in choices:
         return choices[name]
@@ -225,7 +288,7 @@ def load_user_class(path: Path | str, base: type[T], name: str | None = None) ->
             raise UserError(f"{path}: {what} derived from {base.__name__}{hint}")
         chosen = next(iter(last.values()))
     if inspect.isabstract(chosen):
-        missing = ", ".join(sorted(chosen.__abstractmethods__))
+        missing = ", ".join(sorted(chosen.__abstractmethods__))  # type: ignore[attr-defined]
         raise UserError(f"{path}: {chosen.__name__} has no {missing}")
     return chosen
 

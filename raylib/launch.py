@@ -10,11 +10,10 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from raylib import cache, checkpoint
-from raylib.config import Config, dump_config, validate, without_settings
+from raylib.config import Config, differing_paths, dump_config, read_stored_settings, without_settings
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json, write_atomically, write_json
 from raylib.provenance import DataFile, record_identity
-from raylib.renames import rename_settings
 from raylib.runtime import LocalRuntime, RayRuntime, Reporter, Runtime
 
 SETTINGS = {  # of Ray, by environment variables
@@ -32,7 +31,7 @@ SETTINGS = {  # of Ray, by environment variables
 class LaunchConfig(Config):
     """Where a run lives and what it runs on."""
 
-    name: str = Field("run", pattern=r"^[\w.-]+$")
+    name: str = Field(default="run", pattern=r"^[\w.-]+$")
     runs: str = "runs"
     runtime: Literal["ray", "local"] = "ray"
     workers: PositiveInt = 2
@@ -101,11 +100,8 @@ def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool 
     (run / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
     stored = run / "config.json"
     if stored.is_file():
-        changed = [
-            p
-            for p in _differences(_stored_values(stored, type(config)), json.loads(dump_config(config)))
-            if p not in CHANGEABLE
-        ]
+        before = read_stored_settings(type(config), read_json(stored)).values
+        changed = [p for p in differing_paths(before, config.model_dump(mode="json")) if p not in CHANGEABLE]
         if changed:
             raise UserError(
                 f"{run} holds a run with other settings ({', '.join(changed)}); give this one another name="
@@ -117,15 +113,6 @@ def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool 
         checkpoint.rewind(run, config.resume)
     elif start := checkpoint.find_newest(run):
         checkpoint.verify(start)
-
-
-def _stored_values(path: Path, kind: type[LaunchConfig]) -> dict:
-    """The settings in `path`; those that it lacks, since they are newer than the run, at their defaults."""
-    values = rename_settings(kind.stored_as, read_json(path))
-    try:
-        return json.loads(dump_config(validate(kind, values, str(path))))
-    except UserError:  # a setting that is no more: it is a difference, and named as one
-        return values
 
 
 def launch(
@@ -160,8 +147,9 @@ def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -
         )
     failure = run / "failure.json"
     failure.unlink(missing_ok=True)
+    # Ray's type hints are those of Train's first version, its objects those of the second
     trainer = TorchTrainer(
-        _work,
+        _work,  # type: ignore[arg-type]
         train_loop_config={
             "main": main,
             "config": config,
@@ -175,11 +163,11 @@ def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -
             callbacks=[reporter.train_callback()] if reporter else [],
             failure_config=train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=train.CheckpointConfig(num_to_keep=config.fit.keep),
-            logging_config=train.LoggingConfig(log_level="WARNING"),
+            logging_config=train.LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
         ),
     )
     try:
-        result = trainer.fit().return_value
+        result = trainer.fit().return_value  # type: ignore[attr-defined]
     except SystemExit:  # Train takes Ctrl-C itself: it aborts the run, and then ends the program with code 1
         raise KeyboardInterrupt from None
     finally:
@@ -226,13 +214,3 @@ def _work(parts: dict) -> dict:
     except UserError as e:
         write_json(failure, {"error": str(e), "not_finite": isinstance(e, NotFinite)})
         raise
-
-
-def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """Dotted paths at which two plain configs differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        found = []
-        for name in sorted({*a, *b}):
-            found += _differences(a.get(name), b.get(name), f"{prefix}{name}.")
-        return found
-    return [] if a == b else [prefix.rstrip(".")]

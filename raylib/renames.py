@@ -24,8 +24,38 @@ RENAMED: dict[str, dict[str, str]] = {
         "matching": "use_itm_head",
         "optim.horizon": "optim.schedule_factor",
     },
-    "search": {},
+    "search": {
+        "trials": "num_trials",
+        "search": "algorithm",
+        "stop": "early_stopping",
+        "select": "dev_sets",
+        "workers": "workers_per_trial",
+        "concurrent": "max_concurrent",
+        "grace": "min_epochs",
+        "reduction": "reduction_factor",
+        "perturb": "perturb_every",
+        "top": "num_finalists",
+        "seeds": "final_seeds",
+    },
     "finetuned": {},
+}
+
+# what Ray Tune has pickled of a search -> what it is now; read where an interrupted search goes on
+PICKLED = {
+    "raylib.tune.searcher.Searcher": "raylib.search.optuna.OptunaSearcher",
+    "raylib.tune.space.Suggest": "raylib.search.space.DefineByRun",
+    "raylib.tune.space.Float": "raylib.search.space.Float",
+    "raylib.tune.space.Int": "raylib.search.space.Int",
+    "raylib.tune.space.Choice": "raylib.search.space.Choice",
+    "raylib.tune.space.Each": "raylib.search.space.Each",
+    "raylib.tune.space.OneOf": "raylib.search.space.OneOf",
+    "raylib.tune.schedulers.Asha": "raylib.search.schedulers.Asha",
+    "raylib.tune.schedulers.Median": "raylib.search.schedulers.Median",
+    "raylib.tune.schedulers.Population": "raylib.search.schedulers.Population",
+    "raylib.tune.schedulers.Within": "raylib.search.schedulers.ClampToSpace",
+    "raylib.tune.sweep.named": "raylib.search.search.trial_name",
+    "raylib.tune.fit.Tidy": "raylib.search.optuna.DropStoppedCheckpoints",
+    "raylib.tune.fit.Keep": "raylib.search.optuna.BackUpState",
 }
 
 

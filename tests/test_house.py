@@ -48,4 +48,5 @@ def test_search_is_imported_by_searches_alone():
     for room in ("raylib", "pretrain", "finetune"):
         for path in (ROOT / room).rglob("*.py"):
             if (ROOT / "raylib/search") not in path.parents:
-                assert "raylib.search" not in path.read_text(encoding="utf-8"), path
+                text = path.read_text(encoding="utf-8")
+                assert "import raylib.search" not in text and "from raylib.search" not in text, path

@@ -10,13 +10,12 @@ from optuna.trial import TrialState
 from finetune.recipes import RECIPES
 from raylib.config import dump_config
 from raylib.errors import NotFinite, UserError
-from raylib.search import early_stopping as early
-from raylib.search import schedulers
-from raylib.search.optuna import searcher, state_of
-from raylib.search.schedulers import Population, scheduler
-from raylib.search.search import _compare, _row
+from raylib.search.config import SearchConfig
+from raylib.search.optuna import build_searcher, trial_state
+from raylib.search.schedulers import Population, build_population, build_scheduler, rank_agreements
+from raylib.search.search import check_fingerprint, trial_result
 from raylib.search.space import Float, Space
-from raylib.search.trial_log import read_told, tell
+from raylib.search.trial import append_report, read_reports
 
 NAN = math.nan
 
@@ -24,16 +23,17 @@ NAN = math.nan
 @pytest.mark.parametrize("value", [NAN, math.inf])
 def test_trial_with_non_finite_score_is_failed(value):
     finished = {"finished": True, "english_dev": 0.5, "target_dev": value, "trial_id": "t"}
-    assert state_of(finished, False, ("english_dev",)) == TrialState.COMPLETE
-    assert state_of(finished, False, ("english_dev", "target_dev")) == TrialState.FAIL
-    row = _row(
+    assert trial_state(finished, False, ("english_dev",)) == TrialState.COMPLETE
+    assert trial_state(finished, False, ("english_dev", "target_dev")) == TrialState.FAIL
+    row = trial_result(
         SimpleNamespace(metrics=finished, error=None, config={}, path="t"), ("english_dev", "target_dev")
     )
     assert (row.state, row.scores, row.error) == ("failed", {"english_dev": 0.5}, "target_dev not finite")
 
 
 def test_trial_with_non_finite_score_is_hidden_from_optuna(tmp_path):
-    found = searcher("random", Space("", "", {"x": Float(0, 1)}), ("score",), 0, 4, tmp_path, "s")
+    config = SearchConfig(recipe="", name="s", algorithm="random", metric="score")
+    found = build_searcher(config, Space("", "", {"x": Float(0, 1)}), 4, tmp_path)
     for name, score in (("good", 0.25), ("bad", NAN)):
         found.suggest(name)
         found.on_trial_complete(name, {"finished": True, "score": score})
@@ -43,25 +43,27 @@ def test_trial_with_non_finite_score_is_hidden_from_optuna(tmp_path):
 
 @pytest.mark.parametrize("stop", ["asha", "median"])
 def test_schedulers_ignore_non_finite_scores(tmp_path, stop):
-    rule = scheduler(stop, "score", grace=1, reduction=2.0, longest=9, runs=tmp_path)
-    assert [rule.counts({"age": 1, "judged": True, "score": score}) for score in (0.5, NAN, math.inf)] == [
+    rule = build_scheduler(stop, "score", min_epochs=1, reduction_factor=2.0, max_epochs=9, runs=tmp_path)
+    assert [
+        rule.is_comparable({"age": 1, "judged": True, "score": score}) for score in (0.5, NAN, math.inf)
+    ] == [
         True,
         False,
         False,
     ]
-    population = schedulers.population({"optim.lr": Float(0, 1)}, "score", 1, 0, tmp_path)
+    population = build_population({"optim.lr": Float(0, 1)}, "score", 1, 0, tmp_path)
     assert isinstance(population, Population)
-    assert [population.counts({"epoch": 1, "epochs": 2, "score": score}) for score in (0.5, NAN)] == [
+    assert [population.is_comparable({"epoch": 1, "epochs": 2, "score": score}) for score in (0.5, NAN)] == [
         True,
         False,
     ]
 
 
 def test_trial_log_refuses_non_finite_scores(tmp_path):
-    tell(tmp_path, {"epoch": 1.0, "score": 0.5})
+    append_report(tmp_path, {"epoch": 1.0, "score": 0.5})
     with pytest.raises(NotFinite, match=f"{tmp_path}: score not finite"):
-        tell(tmp_path, {"epoch": 2.0, "score": NAN})
-    assert [line["score"] for line in read_told(tmp_path)] == [0.5]
+        append_report(tmp_path, {"epoch": 2.0, "score": NAN})
+    assert [line["score"] for line in read_reports(tmp_path)] == [0.5]
 
 
 def test_trial_log_non_finite_lines_of_older_versions_are_skipped(tmp_path):
@@ -71,18 +73,19 @@ def test_trial_log_non_finite_lines_of_older_versions_are_skipped(tmp_path):
         run.mkdir()
         score = "NaN" if i == 4 else 0.1 * i
         (run / "told.jsonl").write_text(f'{{"age": 1, "judged": true, "score": {score}}}\n')
-    (found,) = early.agreements(tmp_path, {str(i): 0.1 * i for i in range(5)}, "score", 1, 3.0)
-    assert found.trials == 4 and found.rho == pytest.approx(1.0)
+    (found,) = rank_agreements(tmp_path, {str(i): 0.1 * i for i in range(5)}, "score", 1, 3.0)
+    assert found.num_trials == 4 and found.rho == pytest.approx(1.0)
 
 
 def test_search_folder_without_newer_setting_goes_on(tmp_path):
-    base = RECIPES["scenes_xvnli"]()
-    question = {"search": {"trials": 3}, "recipe": json.loads(dump_config(base))}
-    before = json.loads(json.dumps(question))
-    del before["recipe"]["fit"]["max_skipped"]
-    (tmp_path / "search.json").write_text(json.dumps(before))
-    _compare(tmp_path, question, type(base))
-    before["recipe"]["fit"]["seed"] = 7
-    (tmp_path / "search.json").write_text(json.dumps(before))
-    with pytest.raises(UserError, match=r"other settings \(recipe.fit\)"):
-        _compare(tmp_path, question, type(base))
+    base, config = RECIPES["scenes_xvnli"](), SearchConfig(recipe="scenes_xvnli", num_trials=3)
+    fingerprint = {"search": json.loads(dump_config(config)), "recipe": json.loads(dump_config(base))}
+    stored = json.loads(json.dumps(fingerprint))
+    del stored["recipe"]["fit"]["max_skipped"]
+    stored["search"]["trials"] = stored["search"].pop("num_trials")  # its name in November 2026
+    (tmp_path / "search.json").write_text(json.dumps(stored))
+    check_fingerprint(tmp_path, fingerprint, type(base))
+    stored["recipe"]["fit"]["seed"] = 7
+    (tmp_path / "search.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"other settings \(recipe.fit.seed\)"):
+        check_fingerprint(tmp_path, fingerprint, type(base))

@@ -413,7 +413,7 @@ def test_few_shot_space_is_iglue_grid():
         )
         job = FinetuneSearchJob()
         if task == "xgqa":  # the target's own dev set
-            with pytest.raises(UserError, match="set select=target_dev"):
+            with pytest.raises(UserError, match="set dev_sets=target_dev"):
                 job.trial_config(config, "english_dev")
             searched = job.trial_config(config, "target_dev")
             assert job.metric_names(searched, "target_dev") == ("target_dev", "dev/id")
@@ -424,7 +424,7 @@ def test_few_shot_space_is_iglue_grid():
                 {"english_dev": 0.5},
             )
     config = override(RECIPES["p3_aug"](), ["model=M", "data=D"])
-    with pytest.raises(UserError, match="set select=target_dev"):
+    with pytest.raises(UserError, match="set dev_sets=target_dev"):
         FinetuneSearchJob().trial_config(config, "english_dev")
 
 

@@ -16,10 +16,10 @@ from finetune.__main__ import main as finetune_main
 from finetune.recipes import RECIPES
 from raylib.config import load_config, override
 from raylib.errors import UserError
-from raylib.search import tuner as fit
+from raylib.search import optuna as tuner
 from raylib.search.config import SearchConfig
 from raylib.search.space import Choice, Float, OneOf, Space
-from raylib.search.trial_log import read_told
+from raylib.search.trial import read_reports
 from raylib.track import read_metrics
 from tune_spaces.jobs import FinetuneSearchJob
 
@@ -67,15 +67,17 @@ def cluster():
 @pytest.fixture
 def search(tmp_path, model, scenes):
     """`search(space, *search settings, job=, recipe=)` -> the folder of a finished search."""
-    from raylib.search import search as sweep
+    from raylib.search.search import run_search
 
     def run(space, *settings, job=None, recipe=(), task="scenes_xvnli"):
         config = override(
-            SearchConfig(recipe=task, name="search", runs=str(tmp_path), trials=3, seeds=0, top=2),
+            SearchConfig(
+                recipe=task, name="search", runs=str(tmp_path), num_trials=3, final_seeds=0, num_finalists=2
+            ),
             list(settings),
         )
         base = override(RECIPES[task](), [f"model={model}", f"data={scenes}", *SMALL, *recipe])
-        return sweep.run(config, "lr", space, job or FinetuneSearchJob(), base)
+        return run_search(config, "lr", space, job or FinetuneSearchJob(), base)
 
     return run
 
@@ -87,7 +89,7 @@ def trials(folder: Path) -> list[dict[str, str]]:
 
 
 def test_search_ends_with_runnable_config_and_report(search, tmp_path, capsys):
-    folder = search(LR, "trials=4", "seeds=2", "stop=asha", "reduction=2")
+    folder = search(LR, "num_trials=4", "final_seeds=2", "early_stopping=asha", "reduction_factor=2")
     rows = trials(folder)
     assert len(rows) == 4 and rows[0]["optim.lr"] == "0.0005"  # the published setting comes first
     assert {row["state"] for row in rows} <= {"finished", "stopped"}
@@ -102,11 +104,11 @@ def test_search_ends_with_runnable_config_and_report(search, tmp_path, capsys):
         "test, targets",
     ):
         assert words in report, words
-    for picture in ("history.png", "slices.png"):
-        assert picture in report and (folder / picture).stat().st_size > 5000
+    for figure in ("history.png", "curves.png", "slices.png"):
+        assert figure in report and (folder / figure).stat().st_size > 5000
     assert not list((folder / "trials").glob("*/checkpoints"))  # most of its bytes
     assert all(
-        fit.is_whole(folder / "tune" / copy) for copy in (".", fit.KEPT)
+        tuner.is_readable(folder / "tune" / copy) for copy in (".", tuner.BACKUP)
     )  # all that Tune has written can be read
     for run in (folder / "trials").iterdir():  # no test set was looked at in the search
         assert not (run / "predictions").exists()
@@ -120,31 +122,34 @@ def test_search_ends_with_runnable_config_and_report(search, tmp_path, capsys):
     assert best.run_test and best.optim.lr in [setting["optim.lr"] for setting in settings]
     assert finetune_main(["--config", str(folder / "best.yaml")]) == 0
     assert "mean of the targets" in capsys.readouterr().out
-    search(LR, "trials=4", "seeds=2", "stop=asha", "reduction=2")
+    search(LR, "num_trials=4", "final_seeds=2", "early_stopping=asha", "reduction_factor=2")
     assert "is complete" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"other settings \(search.trials\); give this one another name"):
-        search(LR, "trials=5", "seeds=2", "stop=asha", "reduction=2")
+    (folder / "report.md").unlink()  # as if it had been killed before it was written
+    search(LR, "num_trials=4", "final_seeds=2", "early_stopping=asha", "reduction_factor=2")
+    assert (folder / "report.md").read_text(encoding="utf-8") == report
+    with pytest.raises(UserError, match=r"other settings \(search.num_trials\); give this one another name"):
+        search(LR, "num_trials=5", "final_seeds=2", "early_stopping=asha", "reduction_factor=2")
 
 
 def test_search_refuses_to_resume_with_other_data(search, scenes, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(scenes, data)
     first = {"recipe": (f"data={data}", "epochs=1")}
-    folder = search(LR, "trials=1", "stop=none", **first)
+    folder = search(LR, "num_trials=1", "early_stopping=none", **first)
     (folder / "report.md").unlink()  # as if it had been killed before it was written
     with open(data / "XVNLI/annotations/en/dev.jsonl", "a", encoding="utf-8") as file:
         file.write("\n")
     with pytest.raises(
         UserError, match="data changed since this run began: .*XVNLI/annotations/en/dev.jsonl .other content"
     ):
-        search(LR, "trials=1", "stop=none", **first)
+        search(LR, "num_trials=1", "early_stopping=none", **first)
 
 
 def test_search_with_verify_compares_data_content(search, scenes, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(scenes, data)
     first = {"recipe": (f"data={data}", "epochs=1")}
-    folder = search(LR, "trials=1", "stop=none", **first)
+    folder = search(LR, "num_trials=1", "early_stopping=none", **first)
     (folder / "report.md").unlink()
     dev = data / "XVNLI/annotations/en/dev.jsonl"
     time, content = dev.stat().st_mtime_ns, dev.read_text(encoding="utf-8")
@@ -152,7 +157,7 @@ def test_search_with_verify_compares_data_content(search, scenes, tmp_path):
     assert len(dev.read_bytes()) == len(content.encode()) and dev.read_text(encoding="utf-8") != content
     os.utime(dev, ns=(time, time))  # as a copy with kept times
     with pytest.raises(UserError, match="XVNLI/annotations/en/dev.jsonl .other content"):
-        search(LR, "trials=1", "stop=none", recipe=(*first["recipe"], "verify=true"))
+        search(LR, "num_trials=1", "early_stopping=none", recipe=(*first["recipe"], "verify=true"))
 
 
 class Deadly(FinetuneSearchJob):
@@ -175,7 +180,7 @@ def test_search_crashed_trials_are_retried_then_failed(search):
         {"optim.lr": Choice(0.25, 0.125, 1e-3, 0.5, 1e30)},
         grid={"optim.lr": (0.25, 0.125, 0.5, 1e-3, 1e30)},
     )
-    folder = search(choices, "search=grid", "max_failures=1", "stop=none", job=Deadly())
+    folder = search(choices, "algorithm=grid", "max_failures=1", "early_stopping=none", job=Deadly())
     rows = {float(row["optim.lr"]): row for row in trials(folder)}
     assert {lr: row["state"] for lr, row in rows.items()} == {
         0.25: "failed",
@@ -224,7 +229,7 @@ def test_search_trials_share_cached_objects(tmp_path):
 
 
 def test_search_stopped_trials_are_pruned_in_optuna(search):
-    folder = search(LR, "trials=6", "reduction=2", "concurrent=1")
+    folder = search(LR, "num_trials=6", "reduction_factor=2", "max_concurrent=1")
     states = {row["state"] for row in trials(folder)}
     (study,) = _studies(folder)
     told = {"finished": "COMPLETE", "stopped": "PRUNED", "failed": "FAIL"}
@@ -240,30 +245,30 @@ def test_search_stopped_trials_are_pruned_in_optuna(search):
         (
             ("metric=dev/ru",),
             (),
-            "metric=dev/ru: no run reports that; with select=english_dev there are english_dev",
+            "metric=dev/ru: no run reports that; with dev_sets=english_dev there are english_dev",
         ),
-        (("search=grid",), (), "space 'lr' has no grid"),
+        (("algorithm=grid",), (), "space 'lr' has no grid"),
         (("cpus_per_trial=5",), (), "cpus_per_trial=5, but no node of the cluster has more than 2 CPUs"),
         (
-            ("grace=3",),
+            ("min_epochs=3",),
             (),
-            "stop=asha: a trial is judged after grace=3 epochs, and has 3; set stop=none, or more epochs=",
+            "compared after min_epochs=3 epochs, and have 3; set early_stopping=none, or more epochs=",
         ),
-        (("search=pbt",), ("strategies.sparse.rounds=2",), "search=pbt: a trial must be one training"),
+        (("algorithm=pbt",), ("strategies.sparse.rounds=2",), "algorithm=pbt: a trial must be one training"),
         (
-            ("search=pbt", "select=target_dev"),
+            ("algorithm=pbt", "dev_sets=target_dev"),
             ("setting=few_shot", 'languages=["ru","de"]'),
             "must be one training",
         ),
-        (("workers=4",), (), "workers=4, but the cluster has 2 CPUs"),
+        (("workers_per_trial=4",), (), "workers_per_trial=4, but the cluster has 2 CPUs"),
         ((), ("setting=untrained",), "trains nothing that could be searched"),
-        ((), ("setting=single_language",), "set select=target_dev"),
+        ((), ("setting=single_language",), "set dev_sets=target_dev"),
         (
             (),
             ("strategies.unfreezing.layers=9",),
             "strategies.unfreezing.layers=9, but the model has 4 layers",
         ),
-        (("metric=english_dev", "select=target_dev"), (), "metric=english_dev: no run reports that"),
+        (("metric=english_dev", "dev_sets=target_dev"), (), "metric=english_dev: no run reports that"),
     ],
 )
 def test_search_wrong_settings_are_one_line_errors_before_any_trial(
@@ -277,7 +282,7 @@ def test_search_wrong_settings_are_one_line_errors_before_any_trial(
 
 @pytest.mark.slow
 def test_search_with_two_goals_has_a_front_and_stops_nothing(search):
-    folder = search(LR, "trials=6", "search=nsga2", "select=both", "seeds=1")
+    folder = search(LR, "num_trials=6", "algorithm=nsga2", "dev_sets=both", "final_seeds=1")
     rows = trials(folder)
     assert {row["state"] for row in rows} == {"finished"} and all(row["target_dev"] for row in rows)
     report = (folder / "report.md").read_text(encoding="utf-8")
@@ -286,7 +291,7 @@ def test_search_with_two_goals_has_a_front_and_stops_nothing(search):
 
 @pytest.mark.slow
 def test_search_population_changes_settings_during_a_run(search):
-    folder = search(LR, "trials=4", "search=pbt", "seeds=0", recipe=("epochs=6",))
+    folder = search(LR, "num_trials=4", "algorithm=pbt", "final_seeds=0", recipe=("epochs=6",))
     assert {row["state"] for row in trials(folder)} == {"finished"}
     moved = [path for path in (folder / "tune").glob("pbt_policy_*.txt") if path.read_text()]
     assert moved  # some member went on from another's checkpoint
@@ -298,7 +303,7 @@ def test_search_population_changes_settings_during_a_run(search):
 @pytest.mark.slow
 def test_search_trial_trains_on_own_workers_under_zero(search):
     fast = Space("", "", {"optim.lr": Choice(1e-2, 1e-7)}, grid={"optim.lr": (1e-2, 1e-7, 1e-2)})
-    folder = search(fast, "search=grid", "workers=1", "reduction=2", "concurrent=1")
+    folder = search(fast, "algorithm=grid", "workers_per_trial=1", "reduction_factor=2", "max_concurrent=1")
     rows = trials(folder)
     assert len(rows) == 3 and {row["state"] for row in rows} <= {"finished", "stopped"}
     assert all(row["start_seconds"] for row in rows)
@@ -306,7 +311,7 @@ def test_search_trial_trains_on_own_workers_under_zero(search):
 
 @pytest.mark.slow
 def test_search_over_pretraining(mini, tmp_path, capsys):
-    from raylib.search import search as sweep
+    from raylib.search.search import run_search
     from tune_spaces.jobs import PretrainSearchJob
 
     mix = Space(
@@ -315,8 +320,10 @@ def test_search_over_pretraining(mini, tmp_path, capsys):
         {"data.text.alpha": Float(0, 1), "objective": OneOf(both={}, plain={"objective.weights.itm": 0.0})},
     )
     base = mini("fit.steps=4", "fit.eval_every=2")
-    config = SearchConfig(recipe="tiny", name="mix", runs=str(tmp_path), trials=2, seeds=1, top=1)
-    folder = sweep.run(config, "mix", mix, PretrainSearchJob(), base)
+    config = SearchConfig(
+        recipe="tiny", name="mix", runs=str(tmp_path), num_trials=2, final_seeds=1, num_finalists=1
+    )
+    folder = run_search(config, "mix", mix, PretrainSearchJob(), base)
     assert {row["state"] for row in trials(folder)} <= {"finished", "stopped"}
     assert "best.yaml" in capsys.readouterr().out
 
@@ -336,10 +343,10 @@ def test_search_killed_driver_resumes_without_loss(tmp_path, model, scenes):
         f"runs={tmp_path}",
         f"model={model}",
         f"data={scenes}",
-        "trials=5",
-        "concurrent=1",
-        "seeds=0",
-        "stop=none",
+        "num_trials=5",
+        "max_concurrent=1",
+        "final_seeds=0",
+        "early_stopping=none",
         *SMALL,
         "epochs=8",
     ]
@@ -370,7 +377,7 @@ def test_search_killed_driver_resumes_without_loss(tmp_path, model, scenes):
     assert {name: (folder / "trials" / name / "result.json").read_bytes() for name in before} == before
     went_on = [r["step"] for r in read_metrics(going[0]) if "lr" in r]
     assert went_on == sorted(set(went_on)) and steps in went_on
-    epochs = [line["epoch"] for line in read_told(going[0]) if not line["finished"]]
+    epochs = [line["epoch"] for line in read_reports(going[0]) if not line["finished"]]
     assert (
         epochs == sorted(set(epochs)) == list(range(1, 9))
     )  # none was trained twice, which one that starts anew would

@@ -16,17 +16,23 @@ from ray.tune.schedulers import TrialScheduler
 from finetune.recipes import RECIPES
 from raylib.config import override
 from raylib.errors import UserError
-from raylib.search import early_stopping as early
 from raylib.search import figures, report, schedulers, space
-from raylib.search import tuner as fit
+from raylib.search import optuna as tuner
 from raylib.search.config import SearchConfig
-from raylib.search.final_runs import Final
-from raylib.search.optuna import searcher, state_of
-from raylib.search.schedulers import Asha, Median, Within, check_changeable, population, scheduler
-from raylib.search.search import Row
+from raylib.search.final_runs import Finalist
+from raylib.search.optuna import build_searcher, trial_state
+from raylib.search.schedulers import (
+    Asha,
+    ClampToSpace,
+    Median,
+    build_population,
+    build_scheduler,
+    check_mutable,
+    describe_agreements,
+    rank_agreements,
+)
 from raylib.search.space import Choice, Float, Int, OneOf, Space
-from raylib.search.trial import standing, trained
-from raylib.search.trial_log import tell
+from raylib.search.trial import TrialResult, append_report, model_epochs, trial_progress
 from tune_spaces.jobs import FinetuneSearchJob
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
@@ -65,7 +71,7 @@ def told(age: int, score: float, judged: bool = True) -> dict:
 def test_asha_stops_trials_behind_at_a_rung(tmp_path):
     trials = [Trial(str(i)) for i in range(5)]
     rule, controller = (
-        scheduler("asha", "score", grace=1, reduction=2.0, longest=9, runs=tmp_path),
+        build_scheduler("asha", "score", min_epochs=1, reduction_factor=2.0, max_epochs=9, runs=tmp_path),
         Controller(trials),
     )
     for trial in trials:
@@ -96,16 +102,16 @@ def test_schedulers_restore_scores_after_restart(tmp_path, stop, restarted, monk
     for trial in before:
         (tmp_path / trial.trial_id).mkdir()
         for age, score in ((1, 0.8), (2, 0.9)):
-            tell(tmp_path / trial.trial_id, told(age, score))
+            append_report(tmp_path / trial.trial_id, told(age, score))
         with open(tmp_path / trial.trial_id / "told.jsonl", "a") as file:
             file.write('{"ag')  # cut off
     fresh = Trial("fresh")
-    rule, controller = scheduler(stop, "score", 1, 2.0, 9, tmp_path), Controller([*before, fresh])
+    rule, controller = build_scheduler(stop, "score", 1, 2.0, 9, tmp_path), Controller([*before, fresh])
     for trial in (*before, fresh):
         rule.on_trial_add(controller, trial)
     assert isinstance(rule, Asha | Median)
     # what this driver's own trials tell comes to the rule by itself
-    monkeypatch.setattr(schedulers, "STARTED", time.time() if restarted else 0.0)
+    monkeypatch.setattr(schedulers, "DRIVER_START", time.time() if restarted else 0.0)
     assert rule.on_trial_result(controller, fresh, told(1, 0.3)) == (STOP if restarted else CONTINUE)
     if restarted and stop == "asha":
         assert (
@@ -137,27 +143,31 @@ def test_schedulers_ignore_epochs_of_other_stages():
 
 
 def test_trial_state_follows_from_result_and_error():
-    assert state_of({"finished": True}, False) == TrialState.COMPLETE
-    assert state_of({"finished": False}, False) == TrialState.PRUNED
+    assert trial_state({"finished": True}, False) == TrialState.COMPLETE
+    assert trial_state({"finished": False}, False) == TrialState.PRUNED
     for result, error in (
         ({"finished": True}, True),
         (None, False),
         ({"finished": False, "trouble": "not finite"}, False),
     ):
-        assert state_of(result, error) == TrialState.FAIL
+        assert trial_state(result, error) == TrialState.FAIL
 
 
 def test_searcher_proposes_published_settings_first_and_reports_to_optuna(tmp_path):
     chosen = Space(
         "", "", {"x": Float(0, 1), "way": OneOf(a={}, b={"n": Int(1, 3)})}, ({"x": 0.25, "way": "b", "n": 2},)
     )
-    for search in ("tpe", "nsga2", "random", "cmaes"):
-        goals = ("one", "two") if search == "nsga2" else ("one",)
-        found = searcher(search, chosen, goals, 0, 8, tmp_path, search)
+
+    def build(name, algorithm="tpe", **settings):
+        config = SearchConfig(recipe="", name=name, algorithm=algorithm, **(settings or {"metric": "one"}))
+        return build_searcher(config, chosen, 8, tmp_path)
+
+    for algorithm in ("tpe", "nsga2", "random", "cmaes"):
+        found = build(algorithm, algorithm, **({"dev_sets": "both"} if algorithm == "nsga2" else {}))
         first = found.suggest("first")
-        assert (first == {"x": 0.25, "way": "b", "n": 2}) == (search != "random")
-        space.read(chosen.knobs, found.suggest("second"))
-    one = searcher("tpe", chosen, ("one",), 0, 8, tmp_path, "truth")
+        assert (first == {"x": 0.25, "way": "b", "n": 2}) == (algorithm != "random")
+        space.config_changes(chosen.knobs, found.suggest("second"))
+    one = build("truth")
     for name in ("finished", "stopped", "crashed"):
         one.suggest(name)
         one.on_trial_result(name, {"one": 0.5, "epoch": 1})
@@ -176,13 +186,13 @@ def test_searcher_proposes_published_settings_first_and_reports_to_optuna(tmp_pa
     state = tmp_path / "searcher.pkl"
     one._ot_trials.pop("lost")  # as Tune's state is, when it dies before it saves
     one.save(str(state))
-    again = searcher("tpe", chosen, ("one",), 0, 8, tmp_path, "again")
+    again = build("again")
     again.restore(str(state))
     assert again._ot_study.trials[3].state == TrialState.FAIL
-    first = searcher("tpe", chosen, ("one",), 0, 8, tmp_path, "first")
+    first = build("first")
     first.save(str(state))
     published = first.suggest("lost before Tune has saved it")
-    again = searcher("tpe", chosen, ("one",), 0, 8, tmp_path, "once more")
+    again = build("once_more")
     again.restore(str(state))
     assert again.suggest("anew") == published
 
@@ -193,27 +203,27 @@ def test_population_stays_in_range_and_refuses_fixed_settings(tmp_path):
         "strategies.prior.k": Int(2, 10),
         "way": Choice("a", "b"),
     }
-    moved = Within(knobs)({"optim.lr": 1.2e-3, "strategies.prior.k": 1, "way": "b"})
+    moved = ClampToSpace(knobs)({"optim.lr": 1.2e-3, "strategies.prior.k": 1, "way": "b"})
     assert moved == {"optim.lr": 1e-3, "strategies.prior.k": 2, "way": "b"}
-    check_changeable({**knobs, "batch": 32}, ("optim.lr", "strategies.prior.k", "way"))
-    rule = population({**knobs, "batch": 32}, "one", 1, 0, tmp_path)
+    check_mutable({**knobs, "batch": 32}, ("optim.lr", "strategies.prior.k", "way"))
+    rule = build_population({**knobs, "batch": 32}, "one", 1, 0, tmp_path)
     assert set(rule._hyperparam_mutations) == set(knobs)  # what is always the same moves nowhere
     assert (
         rule.on_trial_result(Controller([]), None, {"epoch": 4, "epochs": 4}) == CONTINUE
     )  # it is at its end
     with pytest.raises(UserError, match="batch cannot change in mid-run"):
-        check_changeable({"batch": Choice(15, 30)}, ("optim.lr",))
+        check_mutable({"batch": Choice(15, 30)}, ("optim.lr",))
     with pytest.raises(UserError, match="way cannot change in mid-run"):
-        check_changeable({"way": OneOf(a={}, b={})}, ("way",))
+        check_mutable({"way": OneOf(a={}, b={})}, ("way",))
 
 
 def test_population_restores_ranks_after_restart(tmp_path, monkeypatch):
     members = [Member(str(i)) for i in range(4)]
     for i, member in enumerate(members):
         (tmp_path / member.trial_id).mkdir()
-        tell(tmp_path / member.trial_id, {"epoch": 3.0, "epochs": 9, "score": i / 10})
+        append_report(tmp_path / member.trial_id, {"epoch": 3.0, "epochs": 9, "score": i / 10})
     rule, controller = (
-        population({"optim.lr": Float(1e-4, 1e-3)}, "score", 2, 0, tmp_path),
+        build_population({"optim.lr": Float(1e-4, 1e-3)}, "score", 2, 0, tmp_path),
         Controller(members),
     )
     controller.search_alg = None
@@ -221,7 +231,7 @@ def test_population_restores_ranks_after_restart(tmp_path, monkeypatch):
         rule.on_trial_add(controller, member)
     taken = []
     rule._exploit = lambda controller, trial, other: taken.append((trial, other))
-    monkeypatch.setattr(schedulers, "STARTED", time.time())
+    monkeypatch.setattr(schedulers, "DRIVER_START", time.time())
     # the interval of two epochs is counted from the last multiple of it, not from the restart
     assert (
         rule.on_trial_result(controller, members[0], {"epoch": 3.5, "epochs": 9, "score": 0.0}) == CONTINUE
@@ -234,7 +244,7 @@ def test_population_restores_ranks_after_restart(tmp_path, monkeypatch):
 def rows(values, state="finished"):
     """Trials whose score is x, whatever y is; half of them chose the alternative that has z."""
     return [
-        Row(
+        TrialResult(
             str(i),
             state,
             {"x": x, "y": y, "way": "a" if i % 2 else "b", **({"z": z} if i % 2 else {})},
@@ -267,11 +277,11 @@ def test_importance_finds_the_decisive_setting():
 
 
 def test_search_cost_counts_trained_and_saved_epochs():
-    done = [Row("0", "finished", {}, {"one": 0.5}, 8, 8, 3600, 1, None)] * 2
+    done = [TrialResult("0", "finished", {}, {"one": 0.5}, 8, 8, 3600, 1, None)] * 2
     stopped = [
-        Row("1", "stopped", {}, {"one": 0.2}, 2, 8, 900, 1, None)
+        TrialResult("1", "stopped", {}, {"one": 0.2}, 2, 8, 900, 1, None)
     ]  # at its speed the other 6 would take 2700 s
-    told = report.cost([*done, *stopped])
+    told = report.cost_table([*done, *stopped])
     assert (
         "| trained | 3 | 18 | 2.2 h |" in told
         and "| 1 | 6 | 45.0 min |" in told
@@ -286,28 +296,30 @@ def test_search_report_correlates_early_and_final_scores(tmp_path):
     for i, last in enumerate(finals):
         (tmp_path / str(i)).mkdir()
         for age, score in ((1, 1 - last), (2, 0.5), (3, last / 2), (4, last)):
-            tell(tmp_path / str(i), {**told(age, score), "one": score})
-        tell(tmp_path / str(i), {**told(1, 0.9, judged=False), "one": 0.9})
+            append_report(tmp_path / str(i), {**told(age, score), "one": score})
+        append_report(tmp_path / str(i), {**told(1, 0.9, judged=False), "one": 0.9})
     last = {str(i): score for i, score in enumerate(finals)}
-    found = early.agreements(tmp_path, last, "one", 1, 3.0)
+    found = rank_agreements(tmp_path, last, "one", 1, 3.0)
     assert found == [(1, pytest.approx(-1), 8), (3, pytest.approx(1), 8)]
-    assert [a.age for a in early.agreements(tmp_path, last, "one", 2, 2.0)] == [
+    assert [a.epoch for a in rank_agreements(tmp_path, last, "one", 2, 2.0)] == [
         1,
         4,
     ]  # after two epochs all scored alike
-    assert "| 1 | -1.00 | 8 |" in early.told(found, 1) and "try `grace=3`" in early.told(found, 1)
-    assert "try" not in early.told(found, 3) and "try" not in early.told(found, None)
-    assert "try `stop=none`" in early.told(found[:1], 1)
+    assert "| 1 | -1.00 | 8 |" in describe_agreements(
+        found, 1
+    ) and "try `min_epochs=3`" in describe_agreements(found, 1)
+    assert "try" not in describe_agreements(found, 3) and "try" not in describe_agreements(found, None)
+    assert "try `early_stopping=none`" in describe_agreements(found[:1], 1)
     some = dict(list(last.items())[:4])
-    assert "try" not in early.told(early.agreements(tmp_path, some, "one", 1, 3.0), 1)  # too few to go by
+    assert "try" not in describe_agreements(
+        rank_agreements(tmp_path, some, "one", 1, 3.0), 1
+    )  # too few to go by
     few = dict(list(last.items())[:3])
     alike = dict.fromkeys(last, 0.5)
     assert (
-        early.agreements(tmp_path, few, "one", 1, 3.0)
-        == early.agreements(tmp_path, alike, "one", 1, 3.0)
-        == []
+        rank_agreements(tmp_path, few, "one", 1, 3.0) == rank_agreements(tmp_path, alike, "one", 1, 3.0) == []
     )
-    assert early.told([], 1) == ""
+    assert describe_agreements([], 1) == ""
 
 
 def test_effective_epoch_of_few_shot_trial_is_that_of_its_language():
@@ -316,7 +328,7 @@ def test_effective_epoch_of_few_shot_trial_is_that_of_its_language():
     own = ["model=M", "data=D", "epochs=4", "setting=few_shot", 'languages=["en","de","ru"]']
     config = override(RECIPES["scenes_xgqa"](), [*own, "strategies.unfreezing.layers=4"])
     # each language's layers thaw anew: its first epoch is not judged
-    assert [standing(job, config, e) for e in (1, 2, 4, 5, 6, 8)] == [
+    assert [trial_progress(job, config, e) for e in (1, 2, 4, 5, 6, 8)] == [
         (1, False),
         (2, True),
         (4, True),
@@ -325,7 +337,7 @@ def test_effective_epoch_of_few_shot_trial_is_that_of_its_language():
         (8, True),
     ]
     sparse = override(RECIPES["scenes_xgqa"](), [*own, "strategies.sparse.rounds=2"])
-    assert [standing(job, sparse, e) for e in (1, 2, 3, 6, 7, 8, 9)] == [
+    assert [trial_progress(job, sparse, e) for e in (1, 2, 3, 6, 7, 8, 9)] == [
         (0, False),
         (0, False),
         (1, True),
@@ -334,7 +346,20 @@ def test_effective_epoch_of_few_shot_trial_is_that_of_its_language():
         (4, False),
         (5, True),
     ]
-    assert trained(job, sparse) == 8 and trained(job, config) == 8
+    assert model_epochs(job, sparse) == 8 and model_epochs(job, config) == 8
+
+
+@pytest.mark.parametrize(
+    ("metrics", "ended"),
+    [
+        ({"done": True}, True),
+        ({"done": False, "finished": True}, True),
+        ({"finished": False}, False),
+        (None, False),
+    ],
+)
+def test_trial_has_ended_by_its_last_report_if_tune_lost_the_end(metrics, ended):
+    assert tuner.has_ended(SimpleNamespace(metrics=metrics, error=None)) == ended
 
 
 @pytest.fixture
@@ -348,43 +373,49 @@ def tune_state(tmp_path):
 
 @pytest.mark.parametrize("name", ["tuner.pkl", "searcher-state-1.pkl", "experiment_state-1.json"])
 def test_tune_state_damaged_file_is_replaced_by_copy(tune_state, name):
-    fit.Keep(tune_state).on_step_end(1, [])
+    tuner.BackUpState(tune_state).on_step_end(1, [])
     (tune_state / "experiment_state-2.json").write_text('{"trials": 3}')  # of a second driver
     whole = (tune_state / name).read_bytes()
     cut = tune_state / name.replace("state-1.json", "state-2.json")
     cut.write_bytes(cut.read_bytes()[:-5])
-    assert not fit.is_whole(tune_state) and fit.recover(tune_state) and fit.is_whole(tune_state)
+    assert (
+        not tuner.is_readable(tune_state)
+        and tuner.restore_state(tune_state)
+        and tuner.is_readable(tune_state)
+    )
     assert (tune_state / name).read_bytes() == whole
     assert json.loads(max(tune_state.glob("experiment_state-*")).read_text()) == {"trials": 2}
 
 
 def test_tune_state_without_complete_copy_is_none(tune_state):
-    assert fit.recover(tune_state)
+    assert tuner.restore_state(tune_state)
     (tune_state / "experiment_state-1.json").write_text("")
-    fit.keep(tune_state)  # what is damaged is not kept
-    assert not (tune_state / fit.KEPT).exists() and not fit.recover(tune_state)
+    tuner.back_up_state(tune_state)  # what is damaged is not kept
+    assert not (tune_state / tuner.BACKUP).exists() and not tuner.restore_state(tune_state)
     (tune_state / "experiment_state-1.json").unlink()  # killed before Tune wrote it first
-    assert not fit.recover(tune_state) and not fit.recover(tune_state / "none")
+    assert not tuner.restore_state(tune_state) and not tuner.restore_state(tune_state / "none")
 
 
 def test_search_failed_final_runs_are_reported_and_do_not_win():
-    best = Final("1", {"x": 1}, {}, {}, 3)
-    assert "No final run finished" in report._verdict(SearchConfig(recipe="r"), [best])
-    assert "seeds=0" in report._verdict(SearchConfig(recipe="r", seeds=0), [best])
+    best = Finalist("1", {"x": 1}, {}, {}, 3)
+    assert "No final run finished" in report.verdict(SearchConfig(recipe="r"), [best])
+    assert "final_seeds=0" in report.verdict(SearchConfig(recipe="r", final_seeds=0), [best])
 
 
 def test_search_final_comparison_is_paired_by_seed():
     config = SearchConfig(recipe="r")
     scores = {seed: {"english_dev": 0.5 + 0.1 * seed} for seed in (1, 2, 3)}
-    best = Final(
+    best = Finalist(
         "1",
         {"x": 1},
         {s: {"english_dev": v["english_dev"] + 0.05 + 0.001 * s} for s, v in scores.items()},
         {s: {"English": 0.4, "targets": 0.3 + 0.1 * s} for s in scores},
         0,
     )
-    published = Final("published", {"x": 2}, scores, {s: {"English": 0.4, "targets": 0.3} for s in scores}, 0)
-    told = report._verdict(config, [best, published])
+    published = Finalist(
+        "published", {"x": 2}, scores, {s: {"English": 0.4, "targets": 0.3} for s in scores}, 0
+    )
+    told = report.verdict(config, [best, published])
     # differences 0.051, 0.052, 0.053: their spread is far below that of the seeds
     half = 100 * 4.302653 * statistics.stdev([0.051, 0.052, 0.053]) / 3**0.5
     assert (
@@ -392,11 +423,11 @@ def test_search_final_comparison_is_paired_by_seed():
         f"{half:.1f}" in told
     )
     assert "targets, test sets: no difference that 3 seeds could show, 20.0 points" in told
-    assert "does not beat it" in report._verdict(config, [published])
+    assert "does not beat it" in report.verdict(config, [published])
 
 
 def test_optuna_study_keeps_conditional_settings():
     knobs = {"way": OneOf(a={"z": Float(0, 1)}, b={}), "x": Float(0, 1), "y": Float(0, 1)}
-    study = figures._study(knobs, rows([(0.1, 0.2, 0.3), (0.5, 0.6, 0.7)]), "one")
+    study = figures.to_study(knobs, rows([(0.1, 0.2, 0.3), (0.5, 0.6, 0.7)]), ["one"])
     assert [set(trial.params) for trial in study.trials] == [{"x", "y", "way"}, {"x", "y", "way", "z"}]
     assert isinstance(study, optuna.Study)

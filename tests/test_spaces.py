@@ -45,7 +45,12 @@ KNOBS = {
 
 def test_space_alternatives_have_settings_of_their_own():
     setting = {"lr": 1.0, "how": "small", "inner.rate@small": 0.25, "parts[0]": 0.5, "parts[1]": 1.5}
-    assert space.read(KNOBS, setting) == {"lr": 1.0, "inner.rate": 0.25, "inner.size": 4, "parts": [0.5, 1.5]}
+    assert space.config_changes(KNOBS, setting) == {
+        "lr": 1.0,
+        "inner.rate": 0.25,
+        "inner.size": 4,
+        "parts": [0.5, 1.5],
+    }
     other = {
         "lr": 1.0,
         "how": "large",
@@ -55,7 +60,7 @@ def test_space_alternatives_have_settings_of_their_own():
         "parts[0]": 0.5,
         "parts[1]": 0.5,
     }
-    assert change_settings(Whole(), space.read(KNOBS, other)) == Whole(
+    assert change_settings(Whole(), space.config_changes(KNOBS, other)) == Whole(
         lr=1, inner=Inner(rate=2.5, size=6), parts=(0.5, 0.5)
     )
 
@@ -99,7 +104,7 @@ def test_space_corners_reach_every_bound():
 )
 def test_space_settings_outside_are_refused(setting, words):
     with pytest.raises(UserError) as refused:
-        space.read(KNOBS, setting)
+        space.config_changes(KNOBS, setting)
     assert words in str(refused.value)
 
 
@@ -123,7 +128,7 @@ def test_space_settings_outside_are_refused(setting, words):
 )
 def test_space_that_would_fail_in_a_trial_is_refused(knobs, more, words):
     with pytest.raises(UserError) as refused:
-        space.check("mine", Space("", "", knobs, **more), Whole())
+        space.check_space("mine", Space("", "", knobs, **more), Whole())
     assert words in str(refused.value) and "'mine'" in str(refused.value)
 
 
@@ -131,9 +136,9 @@ def test_space_that_would_fail_in_a_trial_is_refused(knobs, more, words):
 def test_space_paths_all_resolve_against_their_recipe(name):
     chosen = SPACES[name]
     base = {**FINETUNE, **PRETRAIN}[chosen.recipe]()
-    space.check(name, chosen, base)
+    space.check_space(name, chosen, base)
     for setting in chosen.published:  # the papers' settings are those that their recipes have
-        change_settings(base, space.read(chosen.knobs, setting))
+        change_settings(base, space.config_changes(chosen.knobs, setting))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +147,7 @@ def test_space_paths_all_resolve_against_their_recipe(name):
 def test_space_published_settings_equal_the_recipe(name):
     chosen = SPACES[name]
     base = {**FINETUNE, **PRETRAIN}[chosen.recipe]()
-    settled = space.read(chosen.knobs, chosen.published[0])
+    settled = space.config_changes(chosen.knobs, chosen.published[0])
     changed = change_settings(base, settled)
     for path in settled:
         usual = {
@@ -166,9 +171,9 @@ def test_space_distributions_are_what_optuna_draws():
     drawn = []
     for _ in range(300):
         trial = study.ask()
-        space.Suggest(KNOBS)(trial)
+        space.DefineByRun(KNOBS)(trial)
         drawn.append(trial.params)
-        space.read(KNOBS, trial.params)  # in the space, with nothing more
+        space.config_changes(KNOBS, trial.params)  # in the space, with nothing more
     assert {p["how"] for p in drawn} == {"none", "small", "large"}
     below = sum(p["lr"] < 1 for p in drawn) / len(drawn)
     assert abs(below - 0.5) < 0.1  # log-uniform about 1
@@ -177,7 +182,7 @@ def test_space_distributions_are_what_optuna_draws():
 def test_space_grid_is_a_product_over_published_settings():
     knobs = {"a": Int(1, 9), "b": Int(1, 9), "c": Int(1, 9)}
     chosen = Space("", "", knobs, published=({"a": 1, "b": 2, "c": 3},), grid={"a": (4, 5), "b": (6, 7)})
-    assert chosen.points() == [{"a": a, "b": b, "c": 3} for a, b in itertools.product((4, 5), (6, 7))]
+    assert chosen.grid_settings() == [{"a": a, "b": b, "c": 3} for a, b in itertools.product((4, 5), (6, 7))]
 
 
 def test_space_can_be_a_user_file(tmp_path, capsys):
@@ -199,18 +204,20 @@ def test_space_can_be_a_user_file(tmp_path, capsys):
 
 
 def test_tune_spaces_settings_go_to_search_or_recipe():
-    search, rest = parse(["recipe=scenes_xgqa", "trials=7", "epochs=3", "select=both", "optim.lr=1e-3"], "")
-    assert (search.trials, search.select, rest) == (7, "both", ["epochs=3", "optim.lr=1e-3"])
+    search, rest = parse(
+        ["recipe=scenes_xgqa", "num_trials=7", "epochs=3", "dev_sets=both", "optim.lr=1e-3"], ""
+    )
+    assert (search.num_trials, search.dev_sets, rest) == (7, "both", ["epochs=3", "optim.lr=1e-3"])
     with pytest.raises(UserError, match="recipe= is missing"):
-        parse(["trials=7"], "")
+        parse(["num_trials=7"], "")
     with pytest.raises(UserError, match="has two: take tpe"):
-        parse(["recipe=scenes_xgqa", "search=cmaes", "select=both"], "")
+        parse(["recipe=scenes_xgqa", "algorithm=cmaes", "dev_sets=both"], "")
 
 
 def test_seed_interval_and_front_equal_slow_references():
     from raylib.metrics import t_interval
-    from raylib.search.final_runs import front
-    from raylib.search.search import Row
+    from raylib.search.final_runs import pareto_front
+    from raylib.search.trial import TrialResult
 
     mean, half = t_interval([0.1, 0.4, 0.7])
     assert math.isclose(mean, 0.4) and math.isclose(
@@ -219,9 +226,10 @@ def test_seed_interval_and_front_equal_slow_references():
     assert t_interval([0.3]) == (0.3, None)
     points = [(1, 5), (2, 4), (2, 3), (3, 3), (3, 3), (0, 6), (1, 4)]
     rows = [
-        Row(str(i), "finished", {}, {"a": a, "b": b}, 1, 1, 1, None, None) for i, (a, b) in enumerate(points)
+        TrialResult(str(i), "finished", {}, {"a": a, "b": b}, 1, 1, 1, None, None)
+        for i, (a, b) in enumerate(points)
     ]
-    kept = {int(row.id) for row in front(rows, ("a", "b"))}
+    kept = {int(row.id) for row in pareto_front(rows, ("a", "b"))}
     assert (
         kept
         == {

@@ -1,6 +1,6 @@
 """Command line of searches.
 
-    python -m tune_spaces SPACE recipe=RECIPE [trials=20 gpus_per_trial=0.25 select=english_dev
+    python -m tune_spaces SPACE recipe=RECIPE [num_trials=20 gpus_per_trial=0.25 dev_sets=english_dev
                                  path=value ...]
     python -m tune_spaces SPACE                what the space holds, and its published settings
 
@@ -19,7 +19,7 @@ from raylib.command import command
 from raylib.config import is_setting, load_user_file, lookup, override, setting_paths, suggest
 from raylib.errors import UserError
 from raylib.search.config import SearchConfig
-from raylib.search.space import Space, described
+from raylib.search.space import Space, describe_knobs
 from tune_spaces.spaces import SPACES
 
 
@@ -36,7 +36,10 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("space", nargs="?", help="a space's name, or a Python file")
     parser.add_argument(
-        "settings", nargs="*", metavar="name=value", help="such as recipe=scenes_xgqa trials=30 model=MODEL"
+        "settings",
+        nargs="*",
+        metavar="name=value",
+        help="such as recipe=scenes_xgqa num_trials=30 model=MODEL",
     )
     given = parser.parse_args(arguments)
     if not given.space:
@@ -44,14 +47,14 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     name, space = open_space(given.space)
     if not given.settings:
-        print(f"{name}: {space.summary}\n\n{described(space.knobs)}")
+        print(f"{name}: {space.summary}\n\n{describe_knobs(space.knobs)}")
         print(
             "\n".join(
                 ["", *(f"published: {setting}" for setting in space.published), f"grid: {dict(space.grid)}"]
             )
         )
         return 0
-    from raylib.search import search as sweep
+    from raylib.search.search import run_search
     from tune_spaces.jobs import find
 
     search, rest = parse(given.settings, space.recipe)
@@ -63,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     base = override(base, rest)
     if not search.name:
         search = search.model_copy(update={"name": f"{name}_{search.recipe}"})
-    sweep.run(search, name, space, job, base)
+    run_search(search, name, space, job, base)
     return 0
 
 

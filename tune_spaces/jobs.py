@@ -29,7 +29,7 @@ from raylib.launch import LaunchConfig, no_log, run_folder
 from raylib.metrics import mean_or_zero
 from raylib.provenance import DataFile
 from raylib.runtime import Reporter
-from raylib.search.config import GOALS, SearchJob, Select
+from raylib.search.config import GOALS, DevSets, SearchJob
 
 
 class FinetuneSearchJob:
@@ -38,7 +38,7 @@ class FinetuneSearchJob:
 
     command = "finetune"
     more_epochs_hint = "more epochs="
-    mutable_paths = (
+    mutable_paths: tuple[str, ...] = (
         "optim.lr",
         "optim.weight_decay",
         "optim.clip",
@@ -50,21 +50,21 @@ class FinetuneSearchJob:
         self.num_layers: dict[str, int] = {}  # of each model
         self.built: tuple[str, Any] | None = None  # the last model without methods, and of which settings
 
-    def trial_config(self, config: FinetuneConfig, select: Select) -> FinetuneConfig:
+    def trial_config(self, config: FinetuneConfig, dev_sets: DevSets) -> FinetuneConfig:
         if not config.trains:
             raise UserError(f"setting={config.setting} trains nothing that could be searched")
         for name in ("model", "data"):
             if not getattr(config, name):
                 raise UserError(f"{name}= is missing: give a folder")
-        if select != "target_dev" and config.trains_apart and not _english_chooses(config):
+        if dev_sets != "target_dev" and config.trains_apart and not _english_chooses(config):
             raise UserError(
                 f"setting={config.setting} trains each language apart, and English says little of that; "
-                "set select=target_dev"
+                "set dev_sets=target_dev"
             )
         targets = (
-            tuple(code for code in languages_of(config) if code != "en") if select != "english_dev" else ()
+            tuple(code for code in languages_of(config) if code != "en") if dev_sets != "english_dev" else ()
         )
-        if select != "target_dev":
+        if dev_sets != "target_dev":
             dev_split(config, "en")
         return config.model_copy(
             update={"run_test": False, "dev_languages": targets, "eval_each_epoch": False}
@@ -73,18 +73,22 @@ class FinetuneSearchJob:
     def final_config(self, config: FinetuneConfig) -> FinetuneConfig:
         return config.model_copy(update={"run_test": True, "dev_languages": ()})
 
-    def describe_selection(self, select: Select) -> str:
+    def describe_selection(self, dev_sets: DevSets) -> str:
         return {
             "english_dev": "the English development set alone, so other languages have chosen nothing",
             "target_dev": (
                 "**the target languages' development sets**, so nothing here is zero-shot selection"
             ),
             "both": "the English **and the target languages'** development sets, as two goals",
-        }[select]
+        }[dev_sets]
 
-    def metric_names(self, config: FinetuneConfig, select: Select) -> tuple[str, ...]:
+    def metric_names(self, config: FinetuneConfig, dev_sets: DevSets) -> tuple[str, ...]:
         own = [f"dev/{code}" for code in config.dev_languages]
-        return (*([] if select == "target_dev" else ["english_dev"]), *(["target_dev"] if own else []), *own)
+        return (
+            *([] if dev_sets == "target_dev" else ["english_dev"]),
+            *(["target_dev"] if own else []),
+            *own,
+        )
 
     def check_config(self, config: FinetuneConfig) -> None:
         check(config)
@@ -141,10 +145,13 @@ class FinetuneSearchJob:
         return {"English": scores_of(result).get("en"), "targets": result["mean_targets"]}
 
     def _scores(self, config: FinetuneConfig, dev: dict[str, float]) -> dict[str, float]:
-        own = {f"dev/{code}": dev[code] for code in config.dev_languages if code in dev}
-        english = "en" in dev and (not config.trains_apart or _english_chooses(config))
-        english = {"english_dev": dev["en"]} if english else {}
-        return english | ({"target_dev": mean_or_zero(own.values())} if own else {}) | own
+        scores = {}
+        if "en" in dev and (not config.trains_apart or _english_chooses(config)):
+            scores["english_dev"] = dev["en"]
+        targets = {f"dev/{code}": dev[code] for code in config.dev_languages if code in dev}
+        if targets:
+            scores["target_dev"] = mean_or_zero(targets.values())
+        return scores | targets
 
 
 def _english_chooses(config: FinetuneConfig) -> bool:
@@ -154,10 +161,14 @@ def _english_chooses(config: FinetuneConfig) -> bool:
 
 
 def _check_head(config: FinetuneConfig, before: torch.nn.Module, adapted: torch.nn.Module) -> None:
-    """Raises UserError: trials would be ranked by a head that is random, and stays so."""
-    if config.continues or not isinstance(adapted, FinetuneModel):
+    """Check that something trains the head of the `adapted` model, or has: `before` is as the seed drew it.
+
+    Raises:
+        UserError: trials would be ranked by a head that is random, and stays so.
+    """
+    if config.continues or not (isinstance(before, FinetuneModel) and isinstance(adapted, FinetuneModel)):
         return
-    random = {name: p for name, p in before.head.named_parameters()}
+    random = dict(before.head.named_parameters())
     if all(
         not p.requires_grad and p.equal(random.get(name, p[:0]))
         for name, p in adapted.head.named_parameters()
@@ -174,9 +185,9 @@ class PretrainSearchJob:
 
     command = "pretrain"
     more_epochs_hint = "a smaller fit.eval_every="
-    mutable_paths = ("optim.lr", "optim.weight_decay", "optim.clip")
+    mutable_paths: tuple[str, ...] = ("optim.lr", "optim.weight_decay", "optim.clip")
 
-    def trial_config(self, config: PretrainConfig, select: Select) -> PretrainConfig:
+    def trial_config(self, config: PretrainConfig, dev_sets: DevSets) -> PretrainConfig:
         if not (config.data.retrieval or resolve_data(config).retrieval):
             raise UserError(f"corpus={config.corpus} has no retrieval set to choose by; set data.retrieval=")
         every = config.fit.eval_every or config.fit.steps
@@ -187,20 +198,20 @@ class PretrainSearchJob:
     def final_config(self, config: PretrainConfig) -> PretrainConfig:
         return config
 
-    def describe_selection(self, select: Select) -> str:
+    def describe_selection(self, dev_sets: DevSets) -> str:
         part = {
             "english_dev": "English",
             "target_dev": "all languages but English",
             "both": "English and the others, two goals",
         }
         return (
-            f"{part[select]}, of the retrieval set **that results of pretraining are told of too**: "
+            f"{part[dev_sets]}, of the retrieval set **that results of pretraining are told of too**: "
             "there "
             "is no other"
         )
 
-    def metric_names(self, config: PretrainConfig, select: Select) -> tuple[str, ...]:
-        return GOALS[select]
+    def metric_names(self, config: PretrainConfig, dev_sets: DevSets) -> tuple[str, ...]:
+        return GOALS[dev_sets]
 
     def check_config(self, config: PretrainConfig) -> None:
         data = resolve_data(config)

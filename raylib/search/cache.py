@@ -34,7 +34,8 @@ class RayObjectCache:
     def __init__(self, folder: Path):
         self.folder = folder
         driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self.actor = _ReferenceTable.options(scheduling_strategy=driver_node).remote()
+        table: Any = _ReferenceTable  # a class of Ray's since its decorator
+        self.actor = table.options(scheduling_strategy=driver_node).remote()
 
     def get_or_create(self, key: str, fn: Callable[[], Any]) -> Any:
         """Return the object stored under `key`; if there is none, store `fn()` and return it."""

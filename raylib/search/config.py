@@ -1,16 +1,19 @@
-"""What a search depends on, beside the recipe and the space."""
+"""Settings of a search beside its recipe and its space, and the stage that it searches over."""
 
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from raylib.cache import ObjectCache
 from raylib.config import Config
-from raylib.launch import LaunchConfig
 from raylib.provenance import DataFile
 from raylib.runtime import Reporter
+from raylib.search.space import Space
 
-Select = Literal["english_dev", "target_dev", "both"]
-GOALS: dict[str, tuple[str, ...]] = {  # what a search may look at, and so what it can be after
+DevSets = Literal["english_dev", "target_dev", "both"]
+# the metrics that a search may maximise, by the dev sets that it may look at
+GOALS: dict[str, tuple[str, ...]] = {
     "english_dev": ("english_dev",),
     "target_dev": ("target_dev",),
     "both": ("english_dev", "target_dev"),
@@ -18,87 +21,92 @@ GOALS: dict[str, tuple[str, ...]] = {  # what a search may look at, and so what 
 
 
 class SearchConfig(Config):
-    """recipe: what the trials run. name, runs: the search lives in `runs`/`name`; "" is called by space and
-    recipe. trials: how many settings. search: tpe, nsga2, cmaes and random are Optuna's; grid goes through
-    the space's grid; pbt is
-        population-based training of `trials` members, who change every `perturb` epochs.
-    stop: asha stops trials that are behind others after `grace`, `grace` x `reduction`, ... epochs; median
-        those below the median. With two goals nothing is stopped.
-    select: which dev sets may be looked at: English ones (true zero-shot), the target languages', or both as
-    two goals. metric: what is searched for, if not what `select` says: a dev set it may look at, "dev/de".
-    workers: None trains in the trial's process; a number trains with so many workers of Ray Train under
-    ZeRO-2. gpus_per_trial, cpus_per_trial: of a trial in its own process; None: a whole GPU, if the cluster
-    has any. concurrent: trials at a time; None: as many as fit. top, seeds: the best so many settings, and
-    the published one, are run on so many fresh seeds. max_failures: how often a trial that crashes is tried
-    again. seed: of the searcher; the trials all have the recipe's.
+    """recipe: of the trials. name, runs: the search lives in `runs`/`name`; "" is called by space and recipe.
+    num_trials: number of settings. algorithm: tpe, nsga2, cmaes and random are Optuna's; grid goes through
+        the space's grid; pbt is population-based training of `num_trials` members, who change every
+        `perturb_every` epochs.
+    early_stopping: asha stops trials that are behind others after `min_epochs`, `min_epochs` x
+        `reduction_factor`, ... epochs; median those below the median. With two goals nothing is stopped.
+    dev_sets: which may be looked at: English ones (true zero-shot), the target languages', or both as two
+        goals. metric: the goal, if not that of `dev_sets`: one of these dev sets, "dev/de".
+    workers_per_trial: None trains in the trial's process; a number trains with so many workers of Ray Train
+        under ZeRO-2. gpus_per_trial, cpus_per_trial: of a trial in its own process; None: a whole GPU, if the
+        cluster has any. max_concurrent: trials at a time; None: as many as fit.
+    num_finalists, final_seeds: the best so many settings, and the published one, are run on so many fresh
+        seeds. max_failures: how often a trial that crashes is tried again. seed: of the algorithm; the trials
+        all have the recipe's.
     """
 
     stored_as = "search"
-
     recipe: str
-    name: str = Field("", pattern=r"^[\w.-]*$")
+    name: str = Field(default="", pattern=r"^[\w.-]*$")
     runs: str = "runs"
-    trials: PositiveInt = 20
-    search: Literal["tpe", "random", "grid", "nsga2", "cmaes", "pbt"] = "tpe"
-    stop: Literal["asha", "median", "none"] = "asha"
-    select: Select = "english_dev"
+    num_trials: PositiveInt = 20
+    algorithm: Literal["tpe", "random", "grid", "nsga2", "cmaes", "pbt"] = "tpe"
+    early_stopping: Literal["asha", "median", "none"] = "asha"
+    dev_sets: DevSets = "english_dev"
     metric: str | None = None
-    workers: PositiveInt | None = None
+    workers_per_trial: PositiveInt | None = None
     gpus_per_trial: NonNegativeFloat | None = None
     cpus_per_trial: PositiveFloat = 1.0
-    concurrent: PositiveInt | None = None
-    grace: PositiveInt = 1
-    reduction: float = Field(3.0, gt=1)
-    perturb: PositiveInt = 1
-    top: PositiveInt = 3
-    seeds: NonNegativeInt = 3
+    max_concurrent: PositiveInt | None = None
+    min_epochs: PositiveInt = 1
+    reduction_factor: float = Field(default=3.0, gt=1)
+    perturb_every: PositiveInt = 1
+    num_finalists: PositiveInt = 3
+    final_seeds: NonNegativeInt = 3
     max_failures: NonNegativeInt = 1
     seed: int = 0
 
     @model_validator(mode="after")
-    def _fits(self) -> "SearchConfig":
-        if self.select == "both" and self.search in ("cmaes", "pbt"):
-            raise ValueError(f"search={self.search} has one goal; select=both has two: take tpe or nsga2")
-        if self.select == "both" and self.metric:
-            raise ValueError("select=both has its two goals; leave metric out")
-        if self.search == "nsga2" and self.select != "both":
-            raise ValueError("search=nsga2 is for two goals: set select=both, or take tpe")
-        if self.search == "pbt" and self.workers:
-            raise ValueError("search=pbt trains in the trial's process; leave workers out")
+    def _check_combinations(self) -> "SearchConfig":
+        if self.dev_sets == "both" and self.algorithm in ("cmaes", "pbt"):
+            raise ValueError(
+                f"algorithm={self.algorithm} has one goal; dev_sets=both has two: take tpe or nsga2"
+            )
+        if self.dev_sets == "both" and self.metric:
+            raise ValueError("dev_sets=both has its two goals; leave metric out")
+        if self.algorithm == "nsga2" and self.dev_sets != "both":
+            raise ValueError("algorithm=nsga2 is for two goals: set dev_sets=both, or take tpe")
+        if self.algorithm == "pbt" and self.workers_per_trial:
+            raise ValueError("algorithm=pbt trains in the trial's process; leave workers_per_trial out")
         return self
 
     @property
     def goals(self) -> tuple[str, ...]:
-        """What is searched for: the first of two is what a table is ordered by."""
-        return (self.metric,) if self.metric else GOALS[self.select]
+        """The metrics to maximise; a table is ordered by the first of two."""
+        return (self.metric,) if self.metric else GOALS[self.dev_sets]
 
     @property
-    def stops(self) -> bool:
-        """Whether trials may be stopped before their end."""
-        return self.stop != "none" and self.select != "both" and self.search != "pbt"
+    def stops_trials(self) -> bool:
+        """True if trials may be stopped before their end."""
+        return self.early_stopping != "none" and self.dev_sets != "both" and self.algorithm != "pbt"
 
 
 class SearchJob(Protocol):
-    """What can be searched over: a stage, as its room describes it (`tune_spaces.jobs`)."""
+    """A stage of training as a search sees it; each stage has one in `tune_spaces.jobs`."""
 
     command: str  # that runs a config file
     more_epochs_hint: str  # how a trial gets more epochs
     mutable_paths: tuple[str, ...]  # config paths that may change in mid-run
 
-    def trial_config(self, config: LaunchConfig, select: Select) -> LaunchConfig:
-        """`config` as a trial runs it: it looks at the dev sets of `select`, at no test set.
+    def trial_config(self, config: Any, dev_sets: DevSets) -> Any:
+        """Return `config` as a trial runs it: it looks at `dev_sets`, at no test set.
 
         Raises:
             UserError: there is no such dev set.
         """
 
-    def describe_selection(self, select: Select) -> str:
-        """What is looked at, as a report says it."""
+    def final_config(self, config: Any) -> Any:
+        """Return a trial's config as a person runs it, with tests."""
 
-    def metric_names(self, config: LaunchConfig, select: Select) -> tuple[str, ...]:
-        """What a trial of this (searched) config tells, of what may be looked at."""
+    def describe_selection(self, dev_sets: DevSets) -> str:
+        """Say for a report which data choose among trials."""
 
-    def check_config(self, config: LaunchConfig) -> None:
+    def metric_names(self, config: Any, dev_sets: DevSets) -> tuple[str, ...]:
+        """Return the names of the scores that a trial with this config reports."""
+
+    def check_config(self, config: Any) -> None:
         """Find mistakes of data and model before anything starts.
 
         Raises:
@@ -106,46 +114,58 @@ class SearchJob(Protocol):
         """
 
     def release(self) -> None:
-        """No more will be checked: let go of what that took."""
+        """Free the memory that `check_config` took: no more configs will be checked."""
 
-    def num_runs(self, config: LaunchConfig) -> int:
-        """How many trainings a trial is, one after another: of each language by itself, for example."""
+    def num_runs(self, config: Any) -> int:
+        """Return how many trainings a trial is, one after another: of each language by itself, for
+        example."""
 
-    def epochs_per_run(self, config: LaunchConfig) -> int:
-        """How many epochs a part has."""
+    def epochs_per_run(self, config: Any) -> int:
+        """Return how many epochs each of them has."""
 
-    def pruning_epochs(self, config: LaunchConfig) -> int:
-        """How many of them are for something else than the model: pruning rounds."""
+    def pruning_epochs(self, config: Any) -> int:
+        """Return how many of these are pruning rounds, whose model is not the trial's."""
 
-    def warmup_epochs(self, config: LaunchConfig) -> int:
-        """After how many epochs of a part its method is what it will be: before, a trial is not judged."""
+    def warmup_epochs(self, config: Any) -> int:
+        """Return after how many epochs of a run its method is complete: earlier scores compare nothing."""
 
-    def parse_report(self, config: LaunchConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
-        """(epochs of this training that are done, scores), of what a checkpoint reports."""
+    def parse_report(self, config: Any, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
+        """Return (epochs of this training that are done, {name: score}) of what a checkpoint reports."""
 
-    def data_files(self, config: LaunchConfig) -> list[DataFile]:
+    def data_files(self, config: Any) -> list[DataFile]:
         """Return the files that a trial of this config reads."""
 
-    def verifies_content(self, config: LaunchConfig) -> bool:
-        """True if the content of these is to be compared at every start."""
+    def verifies_content(self, config: Any) -> bool:
+        """Return whether the content of these is to be compared at every start."""
 
-    def run(self, config: LaunchConfig, reporter: Reporter) -> dict[str, float]:
-        """Run it, or go on; the scores of the model that it leaves."""
+    def run(self, config: Any, reporter: Reporter) -> dict[str, float]:
+        """Run it, or go on; return the scores of the model that it leaves."""
 
     def evaluate_tests(self, folder: str) -> dict[str, float]:
-        """Evaluate a finished run on the test sets: {"English", "targets"}; nothing where there are none."""
-
-    def final_config(self, config: LaunchConfig) -> LaunchConfig:
-        """A searched config as a person runs it, with tests."""
+        """Evaluate a finished run on the test sets: {"English", "targets"}; {} if there are none."""
 
 
-class Searching(NamedTuple):
-    """A search that is under way, as every trial of it knows it. keep: Tune keeps checkpoints too;
-    object_cache: what trials share."""
+class SearchContext(NamedTuple):
+    """A search that is under way, as each of its trials gets it. `base`: the config of the stage that
+    settings change; `folder`: of the search, absolute."""
 
+    config: SearchConfig
+    space_name: str
+    space: Space
     job: SearchJob
-    knobs: Any
-    base: LaunchConfig
-    folder: str
-    keep: bool
-    object_cache: Any
+    base: Any
+    folder: Path
+    object_cache: ObjectCache
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """True if Tune keeps checkpoints too: members of a population go on from each other's."""
+        return self.config.algorithm == "pbt"
+
+
+class Resources(NamedTuple):
+    """`trial`: Tune's for a trial; `test`: Ray's options for evaluating a run; `max_concurrent` trials."""
+
+    trial: dict[str, float]
+    test: dict[str, float]
+    max_concurrent: int | None

@@ -1,186 +1,152 @@
-"""Pictures of a search: how it went, which knob mattered, how the score follows each, what two goals cost
-each other."""
+"""Figures of a search: its history, learning curves, scores against each knob, the trade-off of two goals and
+the importance of each knob. Optuna draws all but the last, from studies made of the trials, whatever
+algorithm they came from."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import optuna
+from optuna.trial import FixedTrial, TrialState, create_trial
+from optuna.visualization import matplotlib as plots
 
-from raylib.search import space
+from raylib.search.config import SearchContext
+from raylib.search.schedulers import learning_curve
+from raylib.search.space import DefineByRun, Knobs, alternatives, knobs_by_name
+from raylib.search.trial import TrialResult
 from raylib.tables import open_pyplot, save_figure
 
-FEWEST = 4  # finished trials, below which a forest learns nothing of importance
+MIN_TRIALS = 4  # finished trials, below which a forest learns nothing of importance
+SLICES_PER_FIGURE = 4
+MAX_CURVES_NAMED = 20  # as many colours has Optuna's figure of learning curves
 
 
-def draw(
-    folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[str], seed: int
-) -> list[tuple[str, str]]:
-    """[(file in `folder`, title)]."""
-    made = [_history(folder, rows, goals), _slices(folder, knobs, rows, goals)]
-    if len([row for row in rows if row.state == "finished"]) >= FEWEST:
-        made += _importances(folder, knobs, rows, goals, seed)
-    if len(goals) > 1:
-        made.append(_front(folder, rows, goals))
-    return made
+def draw_figures(context: SearchContext, results: Sequence[TrialResult]) -> list[tuple[str, str]]:
+    """Draw a search's figures into its folder; return [(file, title)]."""
+    pyplot = open_pyplot()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    goals, knobs, seed = context.config.goals, context.space.knobs, context.config.seed
+    finished = [result for result in results if result.state == "finished"]
+    figures: list[tuple[str, str]] = []
+
+    def save(axes: Any, file: str, title: str) -> None:
+        save_figure(axes.figure, context.folder / file)
+        figures.append((file, title))
+
+    # Optuna warns that its figures are experimental, sets a style for the whole process, and draws legends
+    # beyond the edge of its figures, which are cut off there unless "tight" says otherwise
+    with warnings.catch_warnings(), pyplot.style.context({"savefig.bbox": "tight"}):
+        warnings.simplefilter("ignore")
+        for i, goal in enumerate(goals):
+            study = to_study(knobs, results, [goal])
+            axes = plots.plot_optimization_history(study, target_name=f"{goal}, %")
+            save(axes, f"history{i + 1 if i else ''}.png", f"history of {goal}")
+        study = to_study(knobs, results, goals[:1], context.folder / "trials")
+        if any(trial.intermediate_values for trial in study.trials):
+            axes = plots.plot_intermediate_values(study)
+            axes.set(xlabel="epoch", ylabel=f"{goals[0]}, %")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            legend = axes.get_legend()
+            if legend and len(study.trials) > MAX_CURVES_NAMED:
+                legend.remove()
+            save(axes, "curves.png", "score after each epoch, of the trials that were stopped too")
+        names = [name for name in knobs_by_name(knobs) if any(name in r.setting for r in finished)]
+        # one figure of all knobs would be as wide as they are many
+        for i in range(0, len(names), SLICES_PER_FIGURE):
+            some = names[i : i + SLICES_PER_FIGURE]
+            slices: Any = plots.plot_slice(study, some, target_name=f"{goals[0]}, %")
+            for axes in np.atleast_1d(slices):
+                axes.set_xlabel(axes.get_xlabel().removeprefix("strategies."), fontsize=8)
+                axes.tick_params(axis="x", which="both", labelrotation=60, labelsize=7)
+                # Optuna colours the points of each knob by the range of its own trials, whatever the bar says
+                for points in axes.collections:
+                    points.set_clim(0, max(1, len(study.trials) - 1))
+            number = i // SLICES_PER_FIGURE + 1 if i else ""
+            save(np.atleast_1d(slices)[0], f"slices{number}.png", "score against each knob")
+        if len(goals) > 1:
+            study = to_study(knobs, results, goals)
+            axes = plots.plot_pareto_front(study, target_names=[f"{goal}, %" for goal in goals])
+            save(axes, "front.png", "Pareto front")
+        shares = {goal: importances(knobs, finished, goal, seed) for goal in goals}
+        if any(shares.values()):
+            save(_importance_bars(shares), "importance.png", "importance of each knob")
+    return figures
 
 
-def importances(knobs: space.Knobs, rows: Sequence, goal: str, seed: int) -> dict[str, float]:
-    """{knob: share of the variance of `goal` that it explains (functional ANOVA)}, of finished trials. The
-    knobs that every one has are told apart from each other; those of an alternative among the trials that
-    chose it, which is said in the name."""
-    finished = [row for row in rows if row.state == "finished"]
-    found: dict[str, float] = {}
-    told: set[str] = set()
-    for fixed, members in _groups(knobs, finished).items():
-        names = [name for name in members[0].setting if all(name in row.setting for row in members)]
-        varied = [name for name in names if len({str(row.setting[name]) for row in members}) > 1]
-        if len(members) < FEWEST or not set(varied) - told or len({row.scores[goal] for row in members}) == 1:
+def to_study(
+    knobs: Knobs, results: Sequence[TrialResult], goals: Sequence[str], runs: Path | None = None
+) -> optuna.Study:
+    """Return the trials that finished, and, of one goal, those that were stopped, as a study of Optuna's with
+    scores in %. `runs`: the folder of the trials' folders, if intermediate values are needed."""
+    study = optuna.create_study(directions=["maximize"] * len(goals))
+    for result in results:
+        if result.state == "failed" or (result.state == "stopped" and len(goals) > 1):
             continue
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
-        shares = optuna.importance.get_param_importances(
-            _study(knobs, members, goal), evaluator=evaluator, params=varied
+        drawn = FixedTrial(result.setting)
+        DefineByRun(knobs)(drawn)
+        curve = learning_curve(runs / result.id, goals[0], prunable_only=False) if runs else {}
+        study.add_trial(
+            create_trial(
+                state=TrialState.COMPLETE if result.state == "finished" else TrialState.PRUNED,
+                params=dict(result.setting),
+                distributions=drawn.distributions,
+                values=[100 * result.scores[goal] for goal in goals if goal in result.scores] or None,
+                intermediate_values={epoch: 100 * score for epoch, score in curve.items()},
+            )
         )
-        found |= {
-            f"{name} ({fixed})" if fixed else name: share
-            for name, share in shares.items()
-            if name not in told
-        }
-        told |= set(varied)
-    return found
-
-
-def _groups(knobs: space.Knobs, rows: Sequence) -> dict[str, list]:
-    """All trials, then those of each alternative, by what they chose."""
-    groups: dict[str, list] = {"": list(rows)}
-    for name in dict.fromkeys(name for fixed in space.alternatives(knobs) for name in fixed):
-        for row in rows:
-            if name in row.setting:
-                groups.setdefault(f"{name}={row.setting[name]}", []).append(row)
-    return {fixed: members for fixed, members in groups.items() if members}
-
-
-def _study(knobs: space.Knobs, rows: Sequence, goal: str) -> optuna.Study:
-    """Trials as a study of Optuna's, whatever searcher they came from."""
-    study = optuna.create_study(direction="maximize")
-    for row in rows:
-        drawn = optuna.trial.FixedTrial(row.setting)
-        space.Suggest(knobs)(drawn)
-        made = optuna.trial.create_trial(
-            params=dict(row.setting), distributions=drawn.distributions, value=row.scores[goal]
-        )
-        study.add_trial(made)
     return study
 
 
-def _history(folder: Path, rows: Sequence, goals: Sequence[str]) -> tuple[str, str]:
-    """Score of each trial as it was started, and the best of those that finished so far."""
-    figure, many = open_pyplot().subplots(
-        1, len(goals), figsize=(6.5 * len(goals), 3.6), layout="constrained", squeeze=False
-    )
-    for axes, goal in zip(many[0], goals, strict=True):
-        best, line = float("-inf"), []
-        for number, row in enumerate(rows, 1):
-            if row.state == "finished":
-                best = max(best, row.scores[goal])
-            if best > float("-inf"):
-                line.append((number, 100 * best))
-        for state, colour in (("finished", "tab:blue"), ("stopped", "tab:gray")):
-            points = [
-                (i, 100 * row.scores[goal])
-                for i, row in enumerate(rows, 1)
-                if row.state == state and goal in row.scores
-            ]
-            if points:
-                marker = "o" if state == "finished" else "x"
-                axes.scatter(*zip(*points, strict=True), color=colour, marker=marker, s=22, label=state)
-        axes.step(*zip(*line, strict=True), where="post", color="tab:orange", label="best so far")
-        axes.set(xlabel="trial", ylabel=f"{goal}, %")
-        axes.legend(fontsize=8)
-    return _saved(figure, folder, "history.png", "history")
+# Optuna's `plot_param_importances` leaves out the knobs of alternatives with functional ANOVA: it takes those
+# alone that every trial has. PED-ANOVA, its default, takes them all, but says little of so few trials as a
+# search has: it gives a knob that alone decides a share of 0.65 with 16 trials, where functional ANOVA gives
+# 0.97.
 
 
-def _slices(folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[str]) -> tuple[str, str]:
-    """Score against each knob, of the trials that have it."""
-    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
-
-    named = space.by_name(knobs)
-    names = [name for name in named if any(name in row.setting for row in rows)]
-    columns = min(4, len(names))
-    lines = -(-len(names) // columns)
-    figure, many = open_pyplot().subplots(
-        lines, columns, figsize=(3.1 * columns, 2.7 * lines), layout="constrained", squeeze=False, sharey=True
-    )
-    for axes, name in zip(many.flat, names, strict=False):
-        for state, colour in (("stopped", "tab:gray"), ("finished", "tab:blue")):
-            having = [
-                row for row in rows if row.state == state and name in row.setting and goals[0] in row.scores
-            ]
-            values = [row.setting[name] for row in having]
-            if any(not isinstance(v, int | float) or isinstance(v, bool) for v in values):
-                values = [str(v) for v in values]
-            axes.scatter(
-                values,
-                [100 * row.scores[goals[0]] for row in having],
-                color=colour,
-                s=16,
-                marker="o" if state == "finished" else "x",
-            )
-        if getattr(named[name], "log", False):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
-            axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel(name.removeprefix("strategies."), fontsize=8)
-        axes.tick_params(labelsize=7)
-    for axes in list(many.flat)[len(names) :]:
-        axes.set_axis_off()
-    figure.supylabel(f"{goals[0]}, %", fontsize=9)
-    return _saved(figure, folder, "slices.png", "score against each knob; crosses were stopped")
-
-
-def _importances(
-    folder: Path, knobs: space.Knobs, rows: Sequence, goals: Sequence[str], seed: int
-) -> list[tuple[str, str]]:
-    """Importance of each knob for each goal; no picture where all trials scored the same."""
-    shares = {goal: importances(knobs, rows, goal, seed) for goal in goals}
-    if not any(shares.values()):
-        return []
-    names = sorted(
-        {name for of in shares.values() for name in of},
-        key=lambda n: max(of.get(n, 0) for of in shares.values()),
-    )
-    figure, axes = open_pyplot().subplots(
-        figsize=(7, 0.8 + 0.35 * max(1, len(names)) * len(goals)), layout="constrained"
-    )
-    for k, (goal, of) in enumerate(shares.items()):
-        axes.barh(
-            [i + k * 0.4 for i in range(len(names))], [of.get(n, 0) for n in names], height=0.4, label=goal
+def importances(knobs: Knobs, finished: Sequence[TrialResult], goal: str, seed: int) -> dict[str, float]:
+    """Return {knob: share of the variance of `goal` that it explains (functional ANOVA)}. The knobs that
+    every trial has are told apart from each other; those of an alternative among the trials that chose it,
+    which is said in the name."""
+    shares: dict[str, float] = {}
+    explained: set[str] = set()
+    for alternative, members in _groups(knobs, finished).items():
+        names = [name for name in members[0].setting if all(name in r.setting for r in members)]
+        varied = [name for name in names if len({str(r.setting[name]) for r in members}) > 1]
+        scores = {result.scores[goal] for result in members}
+        if len(members) < MIN_TRIALS or not set(varied) - explained or len(scores) == 1:
+            continue
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
+        of_group = optuna.importance.get_param_importances(
+            to_study(knobs, members, [goal]), evaluator=evaluator, params=varied
         )
-    axes.set_yticks(
-        [i + 0.2 * (len(goals) - 1) for i in range(len(names))],
-        [n.removeprefix("strategies.") for n in names],
-        fontsize=8,
-    )
+        for name in [name for name in of_group if name not in explained]:
+            shares[f"{name} ({alternative})" if alternative else name] = of_group[name]
+        explained |= set(varied)
+    return shares
+
+
+def _groups(knobs: Knobs, finished: Sequence[TrialResult]) -> dict[str, list[TrialResult]]:
+    """Return all trials as group "", then those of each alternative, {"name=alternative": trials}."""
+    groups: dict[str, list[TrialResult]] = {"": list(finished)} if finished else {}
+    for name in dict.fromkeys(name for fixed in alternatives(knobs) for name in fixed):
+        for result in finished:
+            if name in result.setting:
+                groups.setdefault(f"{name}={result.setting[name]}", []).append(result)
+    return groups
+
+
+def _importance_bars(shares: dict[str, dict[str, float]]) -> Any:
+    """Return axes with a bar for each knob and goal."""
+    names = dict.fromkeys(name for of_goal in shares.values() for name in of_goal)
+    ordered = sorted(names, key=lambda name: max(of_goal.get(name, 0) for of_goal in shares.values()))
+    _, axes = open_pyplot().subplots(figsize=(7, 0.8 + 0.35 * len(ordered) * len(shares)))
+    for i, (goal, of_goal) in enumerate(shares.items()):
+        positions = [k + 0.4 * i for k in range(len(ordered))]
+        axes.barh(positions, [of_goal.get(name, 0) for name in ordered], height=0.4, label=goal)
+    labels = [name.removeprefix("strategies.") for name in ordered]
+    axes.set_yticks([k + 0.2 * (len(shares) - 1) for k in range(len(ordered))], labels, fontsize=8)
     axes.set(xlabel="share of the variance that it explains", xlim=(0, 1))
-    if len(goals) > 1:
-        axes.legend(fontsize=8)
-    return [_saved(figure, folder, "importance.png", "importance of each knob")]
-
-
-def _front(folder: Path, rows: Sequence, goals: Sequence[str]) -> tuple[str, str]:
-    """Both goals of every finished trial; those that none beats in both are joined."""
-    from raylib.search.final_runs import front
-
-    finished = [row for row in rows if row.state == "finished"]
-    figure, axes = open_pyplot().subplots(figsize=(5, 4), layout="constrained")
-    axes.scatter(*([100 * row.scores[goal] for row in finished] for goal in goals), color="tab:blue", s=22)
-    best = [[100 * row.scores[goal] for goal in goals] for row in front(finished, goals)]
-    axes.plot(*zip(*best, strict=True), color="tab:orange", marker="o", label="not beaten in both")
-    axes.set(xlabel=f"{goals[0]}, %", ylabel=f"{goals[1]}, %")
     axes.legend(fontsize=8)
-    return _saved(figure, folder, "front.png", "Pareto front")
-
-
-def _saved(figure, folder: Path, file: str, title: str) -> tuple[str, str]:
-    save_figure(figure, folder / file)
-    return file, title
+    return axes

@@ -14,109 +14,112 @@ from raylib import cache
 from raylib.errors import NotFinite
 from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
-from raylib.search import space
-from raylib.search.config import SearchConfig, Searching, SearchJob
-from raylib.search.optuna import state_of
-from raylib.search.trial import final, tidy
-from raylib.search.tuner import fitted
+from raylib.search.config import Resources, SearchContext, SearchJob
+from raylib.search.optuna import run_tuner, trial_state
+from raylib.search.space import Setting
+from raylib.search.trial import TrialResult, drop_checkpoints, final
 
 PUBLISHED = "published"
 
 
-class Final(NamedTuple):
+class Finalist(NamedTuple):
     """A setting on every fresh seed. name: its rank among the trials, or "published"; setting: None is the
-    recipe as it is. scores, tests: {seed: {figure: value}} of the runs that finished; failed: how many did
-    not."""
+    recipe as it is. dev, test: {seed: {name: score}} of the runs that finished; num_failed: the others."""
 
     name: str
-    setting: space.Setting | None
-    scores: dict[int, dict[str, float]]
-    tests: dict[int, dict[str, float]]
-    failed: int
+    setting: Setting | None
+    dev: dict[int, dict[str, float]]
+    test: dict[int, dict[str, float]]
+    num_failed: int
 
-    def of(self, figure: str) -> list[float]:
-        """The values of one figure, seed by seed."""
-        return [
-            values[figure] for values in (*self.scores.values(), *self.tests.values()) if figure in values
-        ]
+    def scores(self, name: str) -> dict[int, float]:
+        """Return {seed: score} of the seeds that have this score, of the dev sets or of the test sets."""
+        of_seeds = {seed: {**self.dev[seed], **self.test.get(seed, {})} for seed in self.dev}
+        return {seed: scores[name] for seed, scores in of_seeds.items() if scores.get(name) is not None}
 
 
-def run(
-    config: SearchConfig, chosen: space.Space, search: Searching, rows: Sequence, resources: dict[str, Any]
-) -> list[Final]:
-    """The finalists, best first: those that finished on more seeds, then by the mean of the goals. The winner
-    and the published setting are tested."""
-    folder = Path(search.folder) / "finals"
-    names, settings = _finalists(config, chosen, rows, folder)
-    if not config.seeds:
-        return [Final(name, setting, {}, {}, 0) for name, setting in zip(names, settings, strict=True)]
-    seeds = [search.base.fit.seed + 1 + i for i in range(config.seeds)]
+def run_finalists(
+    context: SearchContext, results: Sequence[TrialResult], resources: Resources
+) -> list[Finalist]:
+    """Run the finalists; return them best first: those that finished on more seeds, then by the mean of the
+    goals. The winner and the published setting are tested."""
+    config, folder = context.config, context.folder / "finals"
+    names, settings = _choose_finalists(context, results, folder)
+    if not config.final_seeds:
+        return [Finalist(name, setting, {}, {}, 0) for name, setting in zip(names, settings, strict=True)]
+    seeds = [context.base.fit.seed + 1 + i for i in range(config.final_seeds)]
     grid = {"setting": tune.grid_search(list(range(len(settings)))), "seed": tune.grid_search(seeds)}
     trainable = tune.with_resources(
-        tune.with_parameters(final, search=search, settings=settings), resources["trial"]
+        tune.with_parameters(final, context=context, settings=settings), resources.trial
     )
-    tuning = tune.TuneConfig(reuse_actors=not config.workers, max_concurrent_trials=resources["concurrent"])
-    results = fitted(
-        folder / "tune", trainable, lambda: tuning, grid, config.max_failures, len(settings) * len(seeds)
+    tune_config = tune.TuneConfig(
+        reuse_actors=not config.workers_per_trial, max_concurrent_trials=resources.max_concurrent
     )
-    metrics, scores = (
-        search.job.metric_names(search.base, config.select),
-        {which: {} for which in range(len(settings))},
+    runs = run_tuner(
+        folder / "tune", trainable, lambda: tune_config, len(settings) * len(seeds), config.max_failures, grid
     )
-    for result in results:
-        if state_of(result.metrics, result.error is not None, metrics) == TrialState.COMPLETE:
-            told = {name: result.metrics[name] for name in metrics if name in result.metrics}
-            scores[result.config["setting"]][result.config["seed"]] = told
-    found = [
-        Final(name, setting, scores[i], {}, len(seeds) - len(scores[i]))
-        for i, (name, setting) in enumerate(zip(names, settings, strict=True))
+    metrics = context.job.metric_names(context.base, config.dev_sets)
+    dev: list[dict[int, dict[str, float]]] = [{} for _ in settings]
+    for run in runs:
+        report, chosen = run.metrics or {}, run.config or {}
+        if trial_state(report, run.error is not None, metrics) == TrialState.COMPLETE:
+            scores = {name: report[name] for name in metrics if name in report}
+            dev[chosen["setting"]][chosen["seed"]] = scores
+    finalists = [
+        Finalist(name, setting, scores, {}, len(seeds) - len(scores))
+        for name, setting, scores in zip(names, settings, dev, strict=True)
     ]
     order = sorted(
-        range(len(found)), key=lambda i: (found[i].failed, -_mean_of_goals(found[i], config.goals))
+        range(len(finalists)), key=lambda i: (len(seeds) - len(dev[i]), -_mean_score(dev[i], config.goals))
     )
     tested = {order[0], names.index(PUBLISHED) if PUBLISHED in names else order[0]}
-    for which in sorted(tested):
-        runs = {seed: folder / f"setting{which}_seed{seed}" for seed in found[which].scores}
-        found[which] = found[which]._replace(tests=_test(search, runs, resources["test"]))
-    for which in set(order) - {order[0]}:
-        for run_folder in folder.glob(f"setting{which}_seed*"):
-            tidy(run_folder)
-    return [found[i] for i in order]
+    for i in sorted(tested):
+        folders = {seed: folder / f"setting{i}_seed{seed}" for seed in dev[i]}
+        finalists[i] = finalists[i]._replace(test=_evaluate_tests(context, folders, resources.test))
+    for i in order[1:]:
+        for run_folder in folder.glob(f"setting{i}_seed*"):
+            drop_checkpoints(run_folder)
+    return [finalists[i] for i in order]
 
 
-def front(rows: Sequence, goals: Sequence[str]) -> list:
-    """The rows that no other is at least as good as in every goal and better in one; best in the first goal
-    first."""
+def pareto_front(results: Sequence[TrialResult], goals: Sequence[str]) -> list[TrialResult]:
+    """Return the results that no other is at least as good as in every goal and better in one; best in the
+    first goal first."""
 
-    def beaten(row) -> bool:
-        mine = [row.scores[g] for g in goals]
+    def scores(result: TrialResult) -> list[float]:
+        return [result.scores[goal] for goal in goals]
+
+    def is_beaten(result: TrialResult) -> bool:
+        own = scores(result)
         return any(
-            all(o >= m for o, m in zip(other, mine, strict=True)) and other != mine
-            for other in ([r.scores[g] for g in goals] for r in rows)
+            other != own and all(o >= s for o, s in zip(other, own, strict=True))
+            for other in map(scores, results)
         )
 
-    return sorted((row for row in rows if not beaten(row)), key=lambda row: -row.scores[goals[0]])
+    front = [result for result in results if not is_beaten(result)]
+    return sorted(front, key=lambda result: -result.scores[goals[0]])
 
 
-def _finalists(
-    config: SearchConfig, chosen: space.Space, rows: Sequence, folder: Path
-) -> tuple[list[str], list]:
-    """(names, settings): decided once, then read from the file, so that a second start has the same."""
-    path = folder / "settings.json"
+def _choose_finalists(
+    context: SearchContext, results: Sequence[TrialResult], folder: Path
+) -> tuple[list[str], list[Setting | None]]:
+    """Return (names, settings): decided once, then read from the file, so that a second start has the
+    same."""
+    path, goals = folder / "settings.json", context.config.goals
     if not path.is_file():
-        finished = [row for row in rows if row.state == "finished"]
-        unbeaten = front(finished, config.goals)  # of one goal: the best
-        ranked = sorted(finished, key=lambda row: (row not in unbeaten, -_mean(row.scores, config.goals)))
-        best: list[space.Setting] = []
-        for row in ranked:
-            if row.setting not in best and len(best) < config.top:
-                best.append(row.setting)
-        published = chosen.published[0] if chosen.published else None
-        names = [PUBLISHED if setting == published else str(i + 1) for i, setting in enumerate(best)]
+        finished = [result for result in results if result.state == "finished"]
+        front = pareto_front(finished, goals)  # of one goal: the best
+        ranked = sorted(finished, key=lambda result: (result not in front, -_mean(result.scores, goals)))
+        settings: list[Setting | None] = []
+        for result in ranked:
+            if result.setting not in settings and len(settings) < context.config.num_finalists:
+                settings.append(result.setting)
+        published = context.space.published[0] if context.space.published else None
+        names = [PUBLISHED if setting == published else str(i + 1) for i, setting in enumerate(settings)]
         if PUBLISHED not in names:
-            names, best = [*names, PUBLISHED], [*best, published]
+            names, settings = [*names, PUBLISHED], [*settings, published]
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, [names, best])
+        write_json(path, [names, settings])
     names, settings = read_json(path)
     return names, settings
 
@@ -125,40 +128,39 @@ def _mean(scores: dict[str, float], goals: Sequence[str]) -> float:
     return statistics.fmean(scores[goal] for goal in goals)
 
 
-def _mean_of_goals(candidate: Final, goals: Sequence[str]) -> float:
-    """Over seeds, of the mean of the goals; below all where no run finished."""
-    return (
-        statistics.fmean(_mean(s, goals) for s in candidate.scores.values())
-        if candidate.scores
-        else float("-inf")
-    )
+def _mean_score(dev: dict[int, dict[str, float]], goals: Sequence[str]) -> float:
+    """Return the mean over seeds of the mean of the goals; less than any where no run finished."""
+    return statistics.fmean(_mean(scores, goals) for scores in dev.values()) if dev else float("-inf")
 
 
-def _test(
-    search: Searching, runs: dict[int, Path], resources: dict[str, float]
+def _evaluate_tests(
+    context: SearchContext, runs: dict[int, Path], resources: dict[str, float]
 ) -> dict[int, dict[str, float]]:
-    """{seed: test figures} of some runs, each evaluated once, where a GPU is if they need one."""
-    known = {seed: run / "test.json" for seed, run in runs.items()}
+    """Return {seed: test scores} of some runs, each evaluated once, where a GPU is if they need one."""
+    paths = {seed: run / "test.json" for seed, run in runs.items()}
     tasks = {
-        seed: _tested.options(**resources).remote(search.job, str(runs[seed]), search.object_cache)
-        for seed, path in known.items()
+        seed: _evaluate_remotely.options(**resources).remote(
+            context.job, str(runs[seed]), context.object_cache
+        )
+        for seed, path in paths.items()
         if not path.is_file()
     }
     for seed, task in tasks.items():
-        figures = ray.get(task)
-        if "not_finite" in figures:
-            raise NotFinite(f"{runs[seed]}: its test: {figures['not_finite']}")
-        write_json(known[seed], figures)
-    tests = {seed: read_json(path) for seed, path in known.items()}
-    for seed, figures in tests.items():  # earlier versions wrote NaN
-        require_finite_values(str(known[seed]), figures)
+        scores = ray.get(task)
+        if "not_finite" in scores:
+            raise NotFinite(f"{runs[seed]}: its test: {scores['not_finite']}")
+        write_json(paths[seed], scores)
+    tests = {seed: read_json(path) for seed, path in paths.items()}
+    for seed, scores in tests.items():  # earlier versions wrote NaN
+        require_finite_values(str(paths[seed]), scores)
     return tests
 
 
 @ray.remote
-def _tested(job: SearchJob, folder: str, store: cache.ObjectCache) -> dict[str, Any]:
-    """The run's test figures; or {"not_finite": what}, since Ray would wrap the error in a traceback."""
-    cache.set_cache(store)
+def _evaluate_remotely(job: SearchJob, folder: str, object_cache: cache.ObjectCache) -> dict[str, Any]:
+    """Return the run's test scores; or {"not_finite": message}, since Ray would wrap the error in a
+    traceback."""
+    cache.set_cache(object_cache)
     try:
         return job.evaluate_tests(folder)
     except NotFinite as e:

@@ -1,31 +1,58 @@
-"""Optuna under Ray Tune, told the truth: which trials were stopped, which failed, and how far each was when
-it scored."""
+"""Optuna under Ray Tune, and Tune run in a folder so that the same start goes on after anything.
+
+Tune copies its state there in place, several times a second. A driver that is killed meanwhile leaves half a
+file, and from that Tune would, with no more than a line in its log, begin a search of one trial: so the state
+is kept twice.
+"""
 
 import contextlib
+import io
+import json
 import math
+import pickle
+import re
+import shutil
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from ray import cloudpickle, tune
 from ray.tune.search.optuna import OptunaSearch
 
 from raylib.errors import require
-from raylib.search.space import Space, Suggest
+from raylib.renames import PICKLED
+from raylib.search.config import SearchConfig
+from raylib.search.space import DefineByRun, Space
+from raylib.search.trial import drop_checkpoints
 
 JOURNAL = "optuna.journal"  # of a study, in the search's folder
+STATE_FILES = (
+    "experiment_state-*.json",
+    "tuner.pkl",
+    "basic-variant-state-*.json",
+    "search_gen_state-*.json",
+    "searcher-state-*.pkl",
+)
+BACKUP = ".kept"  # folder of the copy
+BACKUP_SECONDS = 2.0  # between copies
 
 
-class Searcher(OptunaSearch):
+class OptunaSearcher(OptunaSearch):
     """`OptunaSearch` tells Optuna of a trial that was stopped, or that crashed, as of one that finished with
     its last value. Here a stopped one counts as pruned, with its score of each epoch; a failed one as
     failed."""
 
+    _metric: Any  # a goal, or a list of two
+    _ot_study: Any
+
     def restore(self, checkpoint_path: str) -> None:
-        """Go on from what was saved last. Trials that Optuna knows, but Tune died before it could save, are
-        failed; a published setting, or one of a grid, is proposed again."""
+        """Go on from the state that was saved last. Trials that Optuna knows, but Tune died before it could
+        save, are failed; a published setting, or one of a grid, is proposed again."""
         super().restore(checkpoint_path)
         known = {trial.number for trial in self._ot_trials.values()}
         for lost in self._ot_study.get_trials(states=(TrialState.RUNNING,)):
@@ -35,38 +62,33 @@ class Searcher(OptunaSearch):
                     self._ot_study.enqueue_trial(given)
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
-        if (
-            isinstance(self._metric, str)
-            and trial_id not in self._completed_trials
-            and not result.get("finished")
-        ):
-            value = result.get(self._metric)
-            if value is not None and math.isfinite(value):
-                with (
-                    warnings.catch_warnings(),
-                    contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError),
-                ):
-                    warnings.simplefilter("ignore")  # after a restart things are told again
-                    self._ot_trials[trial_id].report(value, int(result["epoch"]))
+        # two goals have no intermediate values; the last report repeats the best checkpoint's score
+        if isinstance(self._metric, list) or trial_id in self._completed_trials or result.get("finished"):
+            return
+        value = result.get(self._metric)
+        if value is None or not math.isfinite(value):
+            return
+        with warnings.catch_warnings(), contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            warnings.simplefilter("ignore")  # after a restart reports come again
+            self._ot_trials[trial_id].report(value, int(result["epoch"]))
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if trial_id in self._completed_trials:
             return
         names = self._metric if isinstance(self._metric, list) else [self._metric]
-        state, values = state_of(result, error, names), None
-        if state == TrialState.PRUNED:
-            self.on_trial_result(
-                trial_id, result
-            )  # Tune does not tell the searcher of the epoch that a trial was stopped at
-        if state == TrialState.COMPLETE:
+        state, values = trial_state(result, error, names), None
+        if state == TrialState.PRUNED and result:
+            # Tune does not pass on the report at which a trial was stopped
+            self.on_trial_result(trial_id, result)
+        if state == TrialState.COMPLETE and result:
             values = [result[name] for name in names]
         self._ot_study.tell(self._ot_trials[trial_id], values, state=state, skip_if_finished=True)
         self._completed_trials.add(trial_id)
 
 
-def state_of(result: dict | None, error: bool, names: Sequence[str] = ()) -> TrialState:
-    """Return what became of a trial, by the last that it told: finished, stopped (PRUNED) or failed, as one
-    is whose scores `names` are not finite."""
+def trial_state(result: dict | None, error: bool, names: Sequence[str] = ()) -> TrialState:
+    """Return the state of a trial by its last report: finished, stopped (PRUNED) or failed, as one is whose
+    scores `names` are not finite."""
     if error or not result or result.get("trouble"):
         return TrialState.FAIL
     if not all(math.isfinite(result[name]) for name in names if name in result):
@@ -74,38 +96,177 @@ def state_of(result: dict | None, error: bool, names: Sequence[str] = ()) -> Tri
     return TrialState.COMPLETE if result.get("finished") else TrialState.PRUNED
 
 
-def searcher(
-    search: str, space: Space, goals: tuple[str, ...], seed: int, trials: int, folder: Path, name: str
-) -> Searcher:
-    """The searcher called `search` over a space, its study called `name` in `folder`/optuna.journal
-    (`optuna-dashboard` reads it); published settings, or the grid, first."""
+def build_searcher(config: SearchConfig, space: Space, num_trials: int, folder: Path) -> OptunaSearcher:
+    """Return the searcher of `config` over a space, its study in `folder`/optuna.journal (`optuna-dashboard`
+    reads it); published settings, or the grid, come first."""
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    samplers = {
+    samplers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
         # fewer than the usual ten random trials where there are few in all
         "tpe": lambda: optuna.samplers.TPESampler(
-            seed=seed,
+            seed=config.seed,
             multivariate=True,
             group=True,
             constant_liar=True,
-            n_startup_trials=max(3, min(10, trials // 8)),
+            n_startup_trials=max(3, min(10, num_trials // 8)),
         ),
-        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-        "grid": lambda: optuna.samplers.RandomSampler(seed=seed),  # every trial is enqueued
+        "random": lambda: optuna.samplers.RandomSampler(seed=config.seed),
+        "grid": lambda: optuna.samplers.RandomSampler(seed=config.seed),  # every trial is enqueued
         "nsga2": lambda: optuna.samplers.NSGAIISampler(
-            seed=seed, population_size=max(4, min(50, trials // 4))
+            seed=config.seed, population_size=max(4, min(50, num_trials // 4))
         ),
         "cmaes": lambda: (
             require("cmaes", "ray")
-            and optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+            and optuna.samplers.CmaEsSampler(seed=config.seed, warn_independent_sampling=False)
         ),
     }
-    return Searcher(
-        space=Suggest(space.knobs),
-        metric=list(goals) if len(goals) > 1 else goals[0],
-        mode=["max"] * len(goals) if len(goals) > 1 else "max",
-        points_to_evaluate={"grid": space.points(), "random": []}.get(search, list(space.published)),
-        sampler=samplers[search](),
-        study_name=name,
+    first = {"grid": space.grid_settings(), "random": []}
+    two_goals = len(config.goals) > 1
+    return OptunaSearcher(
+        space=DefineByRun(space.knobs),
+        metric=list(config.goals) if two_goals else config.goals[0],
+        mode=["max"] * len(config.goals) if two_goals else "max",
+        points_to_evaluate=first.get(config.algorithm, list(space.published)),
+        sampler=samplers[config.algorithm](),
+        study_name=config.name,
         storage=optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
     )
+
+
+def run_tuner(
+    folder: Path,
+    trainable: Callable,
+    make_tune_config: Callable[[], tune.TuneConfig],
+    num_trials: int,
+    max_failures: int,
+    param_space: dict | None = None,
+) -> list[tune.Result]:
+    """Run Tune in `folder`, or go on where it was; `make_tune_config` is called at the first start alone.
+
+    Raises:
+        KeyboardInterrupt: fewer than `num_trials` trials ended: Tune itself returns as if all was well.
+    """
+    if restore_state(folder):
+        tuner = tune.Tuner.restore(str(folder), trainable, resume_unfinished=True)
+    else:
+        tune_config = make_tune_config()  # which may refuse to begin: the folder stays as it is then
+        shutil.rmtree(folder, ignore_errors=True)
+        tuner = tune.Tuner(
+            trainable,
+            param_space=param_space,
+            tune_config=tune_config,
+            run_config=tune.RunConfig(
+                name=folder.name,
+                storage_path=str(folder.parent),
+                failure_config=tune.FailureConfig(max_failures=max_failures),
+                callbacks=[DropStoppedCheckpoints(folder.parent / "trials"), BackUpState(folder)],
+            ),
+        )
+    grid = tuner.fit()
+    results = [grid[i] for i in range(len(grid))]
+    if len(results) < num_trials or not all(map(has_ended, results)):
+        raise KeyboardInterrupt
+    return results
+
+
+def has_ended(result: tune.Result) -> bool:
+    """Return whether a trial has ended; one that was interrupted is left as it is."""
+    # Tune's stored state may lack the "done" of a trial that returned by itself: it is set after the last
+    # report
+    last = result.metrics or {}
+    return result.error is not None or any(last.get(key) for key in ("done", "finished", "trouble"))
+
+
+class DropStoppedCheckpoints(tune.Callback):
+    """Drops the checkpoints of trials that were stopped: nobody goes on from them."""
+
+    def __init__(self, runs: Path):
+        self.runs = runs
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        if not (trial.last_result or {}).get("finished"):
+            drop_checkpoints(self.runs / trial.trial_id)
+
+
+class BackUpState(tune.Callback):
+    """Copies the state of the search in `folder` from time to time, when it can be read."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.last = folder, 0.0
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        if time.monotonic() - self.last >= BACKUP_SECONDS:
+            self.last = time.monotonic()
+            back_up_state(self.folder)
+
+
+def back_up_state(folder: Path) -> None:
+    """Copy the state in `folder`, unless Tune is writing it just now."""
+    files = newest_state_files(folder)
+    before = [path.stat().st_mtime_ns for path in files]
+    fresh = folder / f"{BACKUP}.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    for path in files:
+        shutil.copy2(path, fresh)
+    if is_readable(fresh) and [path.stat().st_mtime_ns for path in newest_state_files(folder)] == before:
+        shutil.rmtree(folder / BACKUP, ignore_errors=True)
+        fresh.rename(folder / BACKUP)
+
+
+def restore_state(folder: Path) -> bool:
+    """Return whether there is a state to go on from in `folder`; a damaged one gives way to the copy."""
+    # the last of these: killed between the two moves of a copy
+    for copy in (folder, folder / BACKUP, folder / f"{BACKUP}.new"):
+        if is_readable(copy) or (_rename_pickled(copy) and is_readable(copy)):
+            for path in newest_state_files(folder) if copy != folder else ():
+                path.unlink()
+            for path in newest_state_files(copy) if copy != folder else ():
+                shutil.copy2(path, folder)
+            return True
+    return False
+
+
+def is_readable(folder: Path) -> bool:
+    """Return whether all files of the state in `folder` can be read."""
+    files = newest_state_files(folder)
+    if not {"tuner.pkl", "experiment_state"} <= {path.name.partition("-")[0] for path in files}:
+        return False
+    try:
+        for path in files:  # all but the first are pickles, some of them by the name of .json
+            (json if path.name.startswith("experiment_state") else pickle).loads(path.read_bytes())
+    except Exception:  # whatever half a pickle makes of itself
+        return False
+    return True
+
+
+def newest_state_files(folder: Path) -> list[Path]:
+    """Return the files that Tune would read: of each kind the one of the last driver."""
+    return [max(found) for kind in STATE_FILES if (found := list(folder.glob(kind)))]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads what earlier versions of this code pickled, by the names of today."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" in PICKLED:
+            module, name = PICKLED[f"{module}.{name}"].rsplit(".", 1)
+        return super().find_class(module, name)
+
+
+def _rename_pickled(folder: Path) -> bool:
+    """Write the state in `folder` anew, by the names of today; False if it cannot be read by these either."""
+    try:
+        renamed = {path: _renamed(path.read_bytes()) for path in newest_state_files(folder)}
+    except Exception:  # as in `is_readable`
+        return False
+    for path, data in renamed.items():
+        path.write_bytes(data)
+    return True
+
+
+def _renamed(data: bytes) -> bytes:
+    if data.startswith(b"{"):  # Tune's JSON, which holds pickles as hexadecimal text
+        pickled = rb"8005[0-9a-f]*" + b"raylib.".hex().encode() + rb"[0-9a-f]*"
+        return re.sub(pickled, lambda m: _renamed(bytes.fromhex(m[0].decode())).hex().encode(), data)
+    return cloudpickle.dumps(_Unpickler(io.BytesIO(data)).load())

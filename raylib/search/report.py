@@ -1,153 +1,132 @@
-"""What a search leaves for people: trials.csv, best.yaml, report.md and its pictures."""
+"""Results of a search for people: trials.csv, best.yaml, report.md and its figures."""
 
 import csv
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from raylib.config import change_settings
 from raylib.fileio import write_atomically
-from raylib.launch import LaunchConfig
 from raylib.metrics import t_interval
-from raylib.search import early_stopping as early
-from raylib.search import figures, space
-from raylib.search.config import SearchConfig, SearchJob
-from raylib.search.final_runs import PUBLISHED, Final, front
+from raylib.search.config import SearchConfig, SearchContext
+from raylib.search.figures import draw_figures
+from raylib.search.final_runs import PUBLISHED, Finalist, pareto_front
+from raylib.search.schedulers import describe_agreements, rank_agreements
+from raylib.search.space import config_changes, knobs_by_name
+from raylib.search.trial import TrialResult
 from raylib.tables import markdown_table, mean_and_interval, percent
 
+TESTS = ("English", "targets")  # scores on test sets
 
-def write_trials(folder: Path, knobs: space.Knobs, rows: Sequence) -> None:
-    """Every trial into trials.csv: what became of it, its setting, its scores."""
-    names = list(space.by_name(knobs))
-    scores = list(dict.fromkeys(name for row in rows for name in row.scores))
-    with open(folder / "trials.csv", "w", encoding="utf-8", newline="") as file:
+
+def write_trials(context: SearchContext, results: Sequence[TrialResult]) -> None:
+    """Write every trial into trials.csv: its state, setting and scores."""
+    names = list(knobs_by_name(context.space.knobs))
+    scores = list(dict.fromkeys(name for result in results for name in result.scores))
+    with open(context.folder / "trials.csv", "w", encoding="utf-8", newline="") as file:
         out = csv.writer(file)
         out.writerow(
             ["trial", "state", *names, *scores, "epoch", "epochs", "seconds", "start_seconds", "error"]
         )
-        for row in rows:
-            out.writerow(
-                [
-                    row.id,
-                    row.state,
-                    *(row.setting.get(n, "") for n in names),
-                    *(row.scores.get(n, "") for n in scores),
-                    row.epoch,
-                    row.epochs,
-                    f"{row.seconds:.1f}",
-                    row.start_seconds or "",
-                    row.error or "",
-                ]
-            )
+        for r in results:
+            values = [*(r.setting.get(n, "") for n in names), *(r.scores.get(n, "") for n in scores)]
+            times = [r.epoch, r.epochs, f"{r.seconds:.1f}", r.start_seconds or ""]
+            out.writerow([r.id, r.state, *values, *times, r.error or ""])
 
 
-def write(
-    config: SearchConfig,
-    name: str,
-    chosen: space.Space,
-    job: SearchJob,
-    base: LaunchConfig,
-    folder: Path,
-    rows: Sequence,
-    found: Sequence[Final],
+def write_report(
+    context: SearchContext, results: Sequence[TrialResult], finalists: Sequence[Finalist]
 ) -> None:
-    """best.yaml, the pictures, and, last, report.md."""
-    write_best(config, job, base, folder, chosen, found[0])
-    early_scores = "" if config.search == "pbt" else _early_scores(config, folder, rows)
-    pictures = figures.draw(folder, chosen.knobs, rows, config.goals, config.seed)
+    """Write best.yaml, the figures, and, last, report.md, which says that the search is complete."""
+    config, best = context.config, finalists[0]
+    write_best(context, best)
+    agreement = "" if config.algorithm == "pbt" else _early_agreement(context, results)
+    figures = draw_figures(context, results)
+    stopping = f"stopped early by {config.early_stopping}" if config.stops_trials else "nothing stopped early"
     parts = [
-        f"# Search of `{name}` over `{config.recipe}`",
-        f"{_counted(rows)}; {config.search}, "
-        f"{f'stopped early by {config.stop}' if config.stops else 'nothing stopped early'}. Looked at: "
-        f"{job.describe_selection(config.select)}. Searched for: {' and '.join(config.goals)}.",
+        f"# Search of `{context.space_name}` over `{config.recipe}`",
+        f"{_state_counts(results)}; {config.algorithm}, {stopping}. Looked at: "
+        f"{context.job.describe_selection(config.dev_sets)}. Searched for: {' and '.join(config.goals)}.",
         "## The best",
-        _verdict(config, found),
-        *([_finals_table(config, found)] if config.seeds else []),
-        _assignments(chosen, found[0]),
-        *(
-            ["## Best of each goal against the other", _front_table(config, rows)]
-            if len(config.goals) > 1
-            else []
-        ),
-        "## What it cost",
-        cost(rows),
-        *(["## What early scores tell", early_scores] if early_scores else []),
-        "## Trials",
-        _trials_table(config, rows),
-        "All of them, with every knob: trials.csv.",
-        *(f"![{title}]({file})" for file, title in pictures),
+        verdict(config, finalists),
+        *([_finalists_table(config, finalists)] if config.final_seeds else []),
+        _assignments(context, best),
     ]
-    failed = [row for row in rows if row.state == "failed"]
+    if len(config.goals) > 1:
+        parts += ["## Best of each goal against the other", _front_table(config, results)]
+    parts += ["## What it cost", cost_table(results)]
+    if agreement:
+        parts += ["## What early scores tell", agreement]
+    parts += ["## Trials", _trials_table(config, results), "All of them, with every knob: trials.csv."]
+    parts += [f"![{title}]({file})" for file, title in figures]
+    failed = [result for result in results if result.state == "failed"]
     if failed:
-        parts += [
-            "## Failed",
-            *(f"- {row.id}: {(row.error or 'no word').splitlines()[-1]}" for row in failed),
+        errors = [
+            f"- {result.id}: {(result.error or 'no error message').splitlines()[-1]}" for result in failed
         ]
-    write_atomically(folder / "report.md", "\n\n".join(parts) + "\n")
+        parts += ["## Failed", *errors]
+    write_atomically(context.folder / "report.md", "\n\n".join(parts) + "\n")
 
 
-def write_best(
-    config: SearchConfig, job: SearchJob, base: LaunchConfig, folder: Path, chosen: space.Space, best: Final
-) -> None:
-    """The winner's whole config, which the stage's own command runs."""
-    values = {} if best.setting is None else space.read(chosen.knobs, best.setting)
-    whole = job.final_config(change_settings(base, values)).model_copy(
+def write_best(context: SearchContext, best: Finalist) -> None:
+    """Write the winner's whole config, which the stage's own command runs."""
+    config, job = context.config, context.job
+    changes = {} if best.setting is None else config_changes(context.space.knobs, best.setting)
+    whole = job.final_config(change_settings(context.base, changes)).model_copy(
         update={"name": f"{config.name}_best", "runs": config.runs}
     )
     goals = " and ".join(config.goals)
     head = [f"# The best of the search {config.name}, by {goals}: python -m {job.command} --config best.yaml"]
-    for goal in config.goals if best.scores else ():
-        head.append(
-            f"# {goal} {mean_and_interval(*t_interval(best.of(goal)))} % over {len(best.scores)} seeds"
-        )
+    for goal in config.goals if best.dev else ():
+        score = mean_and_interval(*t_interval(list(best.scores(goal).values())))
+        head.append(f"# {goal} {score} % over {len(best.dev)} seeds")
     text = yaml.safe_dump(whole.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    write_atomically(folder / "best.yaml", "\n".join(head) + "\n" + text)
+    write_atomically(context.folder / "best.yaml", "\n".join(head) + "\n" + text)
 
 
-def _early_scores(config: SearchConfig, folder: Path, rows: Sequence) -> str:
-    last = {row.id: row.scores[config.goals[0]] for row in rows if row.state == "finished"}
-    found = early.agreements(folder / "trials", last, config.goals[0], config.grace, config.reduction)
-    return early.told(found, config.grace if any(row.state == "stopped" for row in rows) else None)
+def _early_agreement(context: SearchContext, results: Sequence[TrialResult]) -> str:
+    config, goal = context.config, context.config.goals[0]
+    last = {result.id: result.scores[goal] for result in results if result.state == "finished"}
+    agreements = rank_agreements(
+        context.folder / "trials", last, goal, config.min_epochs, config.reduction_factor
+    )
+    has_stopped = any(result.state == "stopped" for result in results)
+    return describe_agreements(agreements, config.min_epochs if has_stopped else None)
 
 
-def cost(rows: Sequence) -> str:
-    """Seconds and epochs that trials had, and what the stopped ones did not have; theirs are counted at their
-    own speed."""
-    spent, saved = sum(row.seconds for row in rows), 0.0
-    for row in rows:
-        if row.state == "stopped" and row.epoch:
-            saved += row.seconds / row.epoch * (row.epochs - row.epoch)
-    trained, whole = sum(row.epoch for row in rows), sum(row.epochs for row in rows if row.state != "failed")
-    lines = [
-        ["", "trials", "epochs", "time of trials"],
-        ["trained", str(len(rows)), f"{trained:g}", _time(spent)],
-    ]
-    stopped = [row for row in rows if row.state == "stopped"]
-    left = sum(row.epochs - row.epoch for row in stopped)
+def cost_table(results: Sequence[TrialResult]) -> str:
+    """Return seconds and epochs that trials had, and those that stopping saved, at each trial's own speed."""
+    stopped = [result for result in results if result.state == "stopped"]
+    seconds, epochs = sum(r.seconds for r in results), sum(r.epoch for r in results)
+    lines = [["", "trials", "epochs", "time of trials"]]
+    lines.append(["trained", str(len(results)), f"{epochs:g}", _format_time(seconds)])
     if not stopped:
         return markdown_table(lines)
-    lines.append(["not trained, for they were stopped", str(len(stopped)), f"{left:g}", _time(saved)])
-    return markdown_table(lines) + f"\n\nStopping saved {100 * left / whole:.0f} % of the epochs."
+    saved_seconds = sum(r.seconds / r.epoch * (r.epochs - r.epoch) for r in stopped if r.epoch)
+    saved = sum(r.epochs - r.epoch for r in stopped)
+    planned = sum(r.epochs for r in results if r.state != "failed")
+    label = "not trained, for they were stopped"
+    lines.append([label, str(len(stopped)), f"{saved:g}", _format_time(saved_seconds)])
+    return markdown_table(lines) + f"\n\nStopping saved {100 * saved / planned:.0f} % of the epochs."
 
 
-def _time(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
-def _counted(rows: Sequence) -> str:
-    counts = {state: sum(row.state == state for row in rows) for state in ("finished", "stopped", "failed")}
-    return f"{len(rows)} trials: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+def _state_counts(results: Sequence[TrialResult]) -> str:
+    counts = {s: sum(result.state == s for result in results) for s in ("finished", "stopped", "failed")}
+    return f"{len(results)} trials: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n)
 
 
-def _verdict(config: SearchConfig, found: Sequence[Final]) -> str:
-    """Whether the best beats the published setting, on the dev sets that were searched and on the tests that
-    were not."""
-    best, published = found[0], next((f for f in found if f.name == PUBLISHED), None)
-    if not config.seeds:
-        return "By one run each (seeds=0): no interval, and nothing tested."
-    if not best.scores:
+def verdict(config: SearchConfig, finalists: Sequence[Finalist]) -> str:
+    """Say whether the best beats the published setting, on the dev sets that were searched and on the tests
+    that were not."""
+    best, published = finalists[0], next((f for f in finalists if f.name == PUBLISHED), None)
+    if not config.final_seeds:
+        return "By one run each (final_seeds=0): no interval, and nothing tested."
+    if not best.dev:
         return (
             "**No final run finished on any fresh seed**: the best is the trials' first, by one run, and "
             "nothing was tested."
@@ -155,16 +134,13 @@ def _verdict(config: SearchConfig, found: Sequence[Final]) -> str:
     if published is None or best is published:
         return "The published setting is the best found: the search does not beat it."
     lines = []
-    for figure in ("targets", "English", *config.goals):
-        pairs = _paired(best, published, figure)
-        if not pairs:
+    for name in ("targets", "English", *config.goals):
+        ours, published_scores = best.scores(name), published.scores(name)
+        seeds = sorted(ours.keys() & published_scores.keys())
+        if not seeds:
             continue
-        mean, half = t_interval(pairs)
-        where = (
-            f"{figure}, test sets"
-            if figure in ("English", "targets")
-            else f"{figure}, which it was chosen by"
-        )
+        mean, half = t_interval([ours[seed] - published_scores[seed] for seed in seeds])
+        where = f"{name}, test sets" if name in TESTS else f"{name}, which it was chosen by"
         if half is None:
             lines.append(f"- {where}: {percent(mean)} points on the one seed: no interval")
         elif abs(mean) > half:
@@ -175,82 +151,54 @@ def _verdict(config: SearchConfig, found: Sequence[Final]) -> str:
             )
         else:
             lines.append(
-                f"- {where}: no difference that {len(pairs)} seeds could show, {percent(mean)} points ± "
+                f"- {where}: no difference that {len(seeds)} seeds could show, {percent(mean)} points ± "
                 f"{percent(half)}"
             )
     return "Seed by seed, with 95 % confidence intervals:\n\n" + "\n".join(lines)
 
 
-def _paired(one: Final, other: Final, figure: str) -> list[float]:
-    """Differences of a figure on the seeds that both have."""
-
-    def of(final: Final) -> dict[int, float]:
-        both = {
-            seed: {**final.scores.get(seed, {}), **final.tests.get(seed, {})}
-            for seed in {*final.scores, *final.tests}
-        }
-        return {seed: values[figure] for seed, values in both.items() if values.get(figure) is not None}
-
-    mine, theirs = of(one), of(other)
-    return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
-
-
-def _finals_table(config: SearchConfig, found: Sequence[Final]) -> str:
-    tests = [name for name in ("English", "targets") if any(f.of(name) for f in found)]
-    rows = [
-        [
-            "setting",
-            "seeds",
-            *(f"{goal}, %" for goal in config.goals),
-            *(f"test, {name}, %" for name in tests),
-        ]
-    ]
-    for final in found:
-        figures_of = [_with_interval(final.of(name)) for name in (*config.goals, *tests)]
-        failed = f" ({final.failed} failed)" if final.failed else ""
-        name = final.name if final.name == PUBLISHED else f"trials' no. {final.name}"
-        rows.append([name, f"{len(final.scores)}{failed}", *figures_of])
+def _finalists_table(config: SearchConfig, finalists: Sequence[Finalist]) -> str:
+    tests = [name for name in TESTS if any(finalist.scores(name) for finalist in finalists)]
+    rows = [["setting", "seeds", *(f"{goal}, %" for goal in config.goals), *(f"test, {t}, %" for t in tests)]]
+    for finalist in finalists:
+        scores = [list(finalist.scores(name).values()) for name in (*config.goals, *tests)]
+        failed = f" ({finalist.num_failed} failed)" if finalist.num_failed else ""
+        name = finalist.name if finalist.name == PUBLISHED else f"trials' no. {finalist.name}"
+        estimates = [mean_and_interval(*t_interval(values)) if values else "" for values in scores]
+        rows.append([name, f"{len(finalist.dev)}{failed}", *estimates])
     return (
         markdown_table(rows)
         + "\n\nMean ± half of the 95 % confidence interval, over seeds that the search had not seen."
     )
 
 
-def _with_interval(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return mean_and_interval(*t_interval(known)) if known else ""
-
-
-def _assignments(chosen: space.Space, best: Final) -> str:
+def _assignments(context: SearchContext, best: Finalist) -> str:
     if best.setting is None:
         return "It is the recipe as it is."
-    settled = space.read(chosen.knobs, best.setting)
-    return "Its settings: " + ", ".join(f"`{path}={_short(value)}`" for path, value in settled.items())
+    changes = config_changes(context.space.knobs, best.setting)
+    return "Its settings: " + ", ".join(f"`{path}={_format(value)}`" for path, value in changes.items())
 
 
-def _front_table(config: SearchConfig, rows: Sequence) -> str:
-    finished = [row for row in rows if row.state == "finished"]
+def _front_table(config: SearchConfig, results: Sequence[TrialResult]) -> str:
+    finished = [result for result in results if result.state == "finished"]
     lines = [["trial", *(f"{goal}, %" for goal in config.goals)]]
-    lines += [
-        [row.id, *(percent(row.scores[goal]) for goal in config.goals)]
-        for row in front(finished, config.goals)
-    ]
+    for result in pareto_front(finished, config.goals):
+        lines.append([result.id, *(percent(result.scores[goal]) for goal in config.goals)])
     return markdown_table(lines)
 
 
-def _trials_table(config: SearchConfig, rows: Sequence) -> str:
-    """The ten best that finished."""
-    finished = sorted(
-        (row for row in rows if row.state == "finished"), key=lambda row: -row.scores[config.goals[0]]
-    )[:10]
+def _trials_table(config: SearchConfig, results: Sequence[TrialResult]) -> str:
+    """Return the ten best that finished."""
+    finished = [result for result in results if result.state == "finished"]
+    best = sorted(finished, key=lambda result: -result.scores[config.goals[0]])[:10]
     lines = [["trial", "setting", *(f"{goal}, %" for goal in config.goals)]]
-    for row in finished:
+    for result in best:
         setting = ", ".join(
-            f"{name.removeprefix('strategies.')} {_short(value)}" for name, value in row.setting.items()
+            f"{name.removeprefix('strategies.')} {_format(value)}" for name, value in result.setting.items()
         )
-        lines.append([row.id, setting, *(percent(row.scores[goal]) for goal in config.goals)])
+        lines.append([result.id, setting, *(percent(result.scores[goal]) for goal in config.goals)])
     return markdown_table(lines, words=2)
 
 
-def _short(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)

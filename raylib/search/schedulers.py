@@ -1,15 +1,18 @@
-"""Which trials go on: Tune's own rules, asked only where a trial may be judged.
+"""Early stopping: Tune's own rules, asked only where trials can be compared; and whether early scores rank
+trials as the last ones do.
 
-A trial says so itself (`judged`): not while its method is still under way to what it is (layers frozen yet, a
-mask not found), and not after its last epoch. Its age is in epochs, without those of pruning rounds: a
-round's model is not the trial's. What trials had scored is read back when a search goes on after its driver
-died.
+A trial says itself where it is prunable (`judged` in its reports): not while its method is incomplete (layers
+still frozen, a pruning mask not yet found), and not after its last epoch. Rules count effective epochs
+(`age`), without those of pruning rounds, whose model is not the trial's.
 """
 
+import itertools
 import math
 import random
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from ray import tune
@@ -23,120 +26,120 @@ from ray.tune.schedulers import (
 
 from raylib.errors import UserError
 from raylib.search.space import Choice, Distribution, Each, Int, Knobs, OneOf, Setting
-from raylib.search.trial_log import read_told
+from raylib.search.trial import read_reports
+from raylib.tables import markdown_table
 
-STARTED = (
-    time.time()
-)  # of this driver: what trials told before is remembered, what they tell from now on comes by itself
+DRIVER_START = time.time()
+# finished trials: for a rank correlation; for a recommendation based on it
+MIN_TRIALS, MIN_TRIALS_TO_RECOMMEND = 4, 8
+MIN_CORRELATION = 0.5  # rank correlation from which on an early score is worth stopping by
 
 
-class _Fair:
-    """Asks the rule beside it about results that count alone, and tells it first what trials had told an
-    earlier driver. `runs`: where the trials' folders are."""
+class FilterReports(TrialScheduler):
+    """Mixin before one of Tune's rules: passes on the comparable reports alone, and replays those of earlier
+    drivers first. `runs`: the folder of the trials' folders."""
 
     runs: Path
-    remembered = False
+    replayed = False
 
-    def on_trial_result(self, controller, trial: Trial, result: dict) -> str:
-        if not self.remembered:
-            self.remembered = True
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict) -> str:
+        # Tune restores trials but not what its rules knew of them: a rule that starts empty would compare the
+        # trials to come with nobody. This driver's own reports come by themselves, so they are not replayed.
+        if not self.replayed:
+            self.replayed = True
             for known in controller.get_trials():
-                told = read_told(self.runs / known.trial_id)
-                self.remember(known, [r for r in told if r["at"] < STARTED and self.counts(r)])
-        return (
-            super().on_trial_result(controller, trial, result)
-            if self.counts(result)
-            else TrialScheduler.CONTINUE
-        )
+                reports = read_reports(self.runs / known.trial_id)
+                self.replay(known, [r for r in reports if r["at"] < DRIVER_START and self.is_comparable(r)])
+        if not self.is_comparable(result):
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(controller, trial, result)
 
-    def counts(self, result: dict) -> bool:
-        """Whether a trial may be judged by `result`."""
-        return bool(result.get("judged")) and math.isfinite(result.get(self._metric, math.nan))
+    def is_comparable(self, report: dict) -> bool:
+        """Return whether a trial may be compared with others by this report."""
+        return bool(report.get("judged")) and math.isfinite(report.get(self._metric, math.nan))
+
+    def replay(self, trial: Trial, reports: list[dict]) -> None:
+        """Enter comparable reports from before a restart."""
+        raise NotImplementedError
 
 
-class Asha(_Fair, AsyncHyperBandScheduler):
-    """Asynchronous successive halving (Li et al. 2020) over epochs."""
+class Asha(FilterReports, AsyncHyperBandScheduler):
+    """Asynchronous successive halving (Li et al. 2020) over effective epochs."""
 
-    def remember(self, trial: Trial, results: list[dict]) -> None:
-        """Enter what a trial had scored before a restart."""
-        for result in results:
-            self._brackets[0].on_result(
-                trial, result[self._time_attr], self._metric_op * result[self._metric]
-            )
+    def replay(self, trial: Trial, reports: list[dict]) -> None:
+        for report in reports:
+            score = self._metric_op * report[self._metric]
+            self._brackets[0].on_result(trial, report[self._time_attr], score)
 
-    def on_trial_complete(self, controller, trial: Trial, result: dict) -> None:
-        """Nothing more: the last result is of the best checkpoint, not of the last epoch."""
+    def on_trial_complete(self, controller: Any, trial: Trial, result: dict) -> None:
+        """Enter nothing: the last report is of the best checkpoint, not of the last epoch."""
         self._trial_info.pop(trial.trial_id, None)
 
 
-class Median(_Fair, MedianStoppingRule):
-    """Median stopping (Golovin et al. 2017) over epochs."""
+class Median(FilterReports, MedianStoppingRule):
+    """Median stopping (Golovin et al. 2017) over effective epochs."""
 
-    def on_trial_complete(self, controller, trial: Trial, result: dict) -> None:
-        """Nothing more: the last result of a stopped trial is entered already, that of a finished one is of
+    def replay(self, trial: Trial, reports: list[dict]) -> None:
+        if reports:
+            self._results[trial] = reports
+
+    def on_trial_complete(self, controller: Any, trial: Trial, result: dict) -> None:
+        """Enter nothing: the last report of a stopped trial is entered already, that of a finished one is of
         its best epoch."""
 
-    def remember(self, trial: Trial, results: list[dict]) -> None:
-        """Enter what a trial had scored before a restart."""
-        if results:
-            self._results[trial] = results
 
-
-class Population(_Fair, PopulationBasedTraining):
+class Population(FilterReports, PopulationBasedTraining):
     """Population-based training (Jaderberg et al. 2017)."""
 
-    def counts(self, result: dict) -> bool:
-        """Members that are at their end change no more: nothing would be trained with what they changed
-        to."""
-        return result["epoch"] < result["epochs"] and math.isfinite(result.get(self._metric, math.nan))
+    def is_comparable(self, report: dict) -> bool:
+        """Return False for members at their end: no training would follow a change of their settings."""
+        return report["epoch"] < report["epochs"] and math.isfinite(report.get(self._metric, math.nan))
 
-    def remember(self, trial: Trial, results: list[dict]) -> None:
-        """Enter where a member was before a restart, and the checkpoint that others may take."""
-        if results:
-            state, last = self._trial_state[trial], results[-1]
+    def replay(self, trial: Trial, reports: list[dict]) -> None:
+        if reports:
+            state, last = self._trial_state[trial], reports[-1]
             self._save_trial_state(state, last["epoch"], last, trial)
+            # the interval goes on from its last multiple, not from the restart
             state.last_perturbation_time = (
                 last["epoch"] // self._perturbation_interval * self._perturbation_interval
             )
             state.last_checkpoint = trial.checkpoint
 
 
-def scheduler(
-    stop: str, metric: str, grace: int, reduction: float, longest: int, runs: Path
+def build_scheduler(
+    rule: str, metric: str, min_epochs: int, reduction_factor: float, max_epochs: int, runs: Path
 ) -> TrialScheduler | None:
-    """The rule called `stop`; None for "none". longest: more epochs than any trial has. runs: where the
-    trials' folders are."""
-    if stop == "none":
+    """Return the stopping rule asha or median; None of "none". `max_epochs`: more than any trial has; `runs`:
+    the folder of the trials' folders."""
+    if rule == "none":
         return None
-    common = {"time_attr": "age", "metric": metric, "mode": "max", "grace_period": grace}
-    if stop == "median":
-        rule = Median(**common, min_samples_required=3)
+    common: dict[str, Any] = {"time_attr": "age", "metric": metric, "mode": "max", "grace_period": min_epochs}
+    scheduler: Asha | Median
+    if rule == "median":
+        scheduler = Median(**common, min_samples_required=3)
     else:
-        rule = Asha(**common, max_t=longest, reduction_factor=reduction, stop_last_trials=False)
-    rule.runs = runs
-    return rule
+        scheduler = Asha(
+            **common, max_t=max_epochs, reduction_factor=reduction_factor, stop_last_trials=False
+        )
+    scheduler.runs = runs
+    return scheduler
 
 
-class Within:
-    """Sets what a mutation has moved out of its range back to the end; an object, so that a search can be
-    kept in a file."""
+class ClampToSpace:
+    """Moves values that a mutation has taken out of their range back to its end; an object, so that a search
+    can be kept in a file."""
 
     def __init__(self, knobs: Knobs):
         self.knobs = knobs
 
     def __call__(self, setting: Setting) -> Setting:
-        return {
-            **setting,
-            **{
-                path: min(max(setting[path], knob.low), knob.high)
-                for path, knob in self.knobs.items()
-                if not isinstance(knob, Choice)
-            },
-        }
+        ranges = {path: knob for path, knob in self.knobs.items() if not isinstance(knob, Choice)}
+        clamped = {path: min(max(setting[path], knob.low), knob.high) for path, knob in ranges.items()}
+        return {**setting, **clamped}
 
 
-def check_changeable(knobs: Knobs, changeable: tuple[str, ...]) -> None:
-    """Whether all knobs may change in mid-run, as those of a population do.
+def check_mutable(knobs: Knobs, mutable_paths: tuple[str, ...]) -> None:
+    """Check that all knobs may change in mid-run, as those of a population do.
 
     Raises:
         UserError: one cannot.
@@ -144,37 +147,106 @@ def check_changeable(knobs: Knobs, changeable: tuple[str, ...]) -> None:
     fixed = [
         path
         for path, knob in knobs.items()
-        if isinstance(knob, OneOf | Each) or (isinstance(knob, Distribution) and path not in changeable)
+        if isinstance(knob, OneOf | Each) or (isinstance(knob, Distribution) and path not in mutable_paths)
     ]
     if fixed:
         raise UserError(
-            f"search=pbt: {', '.join(fixed)} cannot change in mid-run; what can: {', '.join(changeable)}"
+            f"algorithm=pbt: {', '.join(fixed)} cannot change in mid-run; what can: "
+            f"{', '.join(mutable_paths)}"
         )
 
 
-def population(knobs: Knobs, metric: str, every: int, seed: int, runs: Path) -> Population:
-    """A population: every so many epochs the worst quarter goes on from the best quarter's checkpoints, with
-    settings moved a fifth up or down or drawn anew. runs: where the trials' folders are."""
+def build_population(knobs: Knobs, metric: str, perturb_every: int, seed: int, runs: Path) -> Population:
+    """Return a population: every so many epochs the worst quarter goes on from the best quarter's
+    checkpoints, with settings moved a fifth up or down or drawn anew. `runs`: the folder of the trials'
+    folders."""
     knobs = {path: knob for path, knob in knobs.items() if isinstance(knob, Distribution)}
     random.seed(seed)  # Tune's mutations are drawn from these two
     np.random.seed(seed)
-    rule = Population(
+    population = Population(
         time_attr="epoch",
         metric=metric,
         mode="max",
-        perturbation_interval=every,
+        perturbation_interval=perturb_every,
         require_attrs=False,
-        hyperparam_mutations={path: _domain(knob) for path, knob in knobs.items()},
-        custom_explore_fn=Within(knobs),
+        hyperparam_mutations={path: _tune_domain(knob) for path, knob in knobs.items()},
+        custom_explore_fn=ClampToSpace(knobs),
     )
-    rule.runs = runs
-    return rule
+    population.runs = runs
+    return population
 
 
-def _domain(knob: Distribution):
-    """A knob as Tune's own kind of distribution."""
+def _tune_domain(knob: Distribution) -> Any:
+    """Return a knob as Tune's own kind of distribution."""
     if isinstance(knob, Choice):
         return list(knob.values)
     if isinstance(knob, Int):
         return (tune.lograndint if knob.log else tune.randint)(knob.low, knob.high + 1)
     return (tune.loguniform if knob.log else tune.uniform)(knob.low, knob.high)
+
+
+class RankAgreement(NamedTuple):
+    """Spearman's rho, from -1 to 1, of the scores of `num_trials` trials after `epoch` effective epochs with
+    their last ones."""
+
+    epoch: int
+    rho: float
+    num_trials: int
+
+
+def rank_agreements(
+    runs: Path, last: Mapping[str, float], goal: str, min_epochs: int, reduction_factor: float
+) -> list[RankAgreement]:
+    """Return the agreements after one epoch and at ASHA's rungs; none where all trials score alike.
+
+    Args:
+        runs: the folder of the trials' folders. last: {trial: score at its end} of those that finished.
+    """
+    from scipy import stats
+
+    curves = [(learning_curve(runs / name, goal, prunable_only=True), score) for name, score in last.items()]
+    longest = max((epoch for curve, _ in curves for epoch in curve), default=0)
+    rungs = itertools.takewhile(
+        lambda epoch: epoch <= longest, (int(min_epochs * reduction_factor**k) for k in itertools.count())
+    )
+    agreements = []
+    for epoch in sorted({1, *rungs}):
+        pairs = [(curve[epoch], score) for curve, score in curves if epoch in curve]
+        early, final = zip(*pairs, strict=True) if pairs else ((), ())
+        if len(pairs) >= MIN_TRIALS and len(set(early)) > 1 and len(set(final)) > 1:
+            rho = float(stats.spearmanr(early, final).statistic)
+            agreements.append(RankAgreement(epoch, rho, len(pairs)))
+    return agreements
+
+
+def learning_curve(run: Path, goal: str, prunable_only: bool) -> dict[int, float]:
+    """Return {effective epoch: score} of a trial; `prunable_only`: where its method is complete."""
+    return {
+        int(report["age"]): report[goal]
+        for report in read_reports(run)
+        if "age" in report and math.isfinite(report.get(goal, math.nan))
+        if report.get("judged") or not prunable_only
+    }
+
+
+def describe_agreements(agreements: Sequence[RankAgreement], stopped_from: int | None) -> str:
+    """Return a table, and a recommendation if trials were stopped from the epoch `stopped_from` on by scores
+    that say little of the last; `stopped_from`: None where none was. "" of no agreement."""
+    if not agreements:
+        return ""
+    lines = [["after epoch", "rank correlation with the last score", "trials"]]
+    lines += [[str(a.epoch), f"{a.rho:.2f}", str(a.num_trials)] for a in agreements]
+    text = markdown_table(lines, words=0) + "\n\nSpearman's, of the trials that finished."
+    if stopped_from is None:
+        return text
+    text += " With those that were stopped it may be more."
+    first = next((a for a in agreements if a.epoch == stopped_from), None)
+    if first is None or first.num_trials < MIN_TRIALS_TO_RECOMMEND or first.rho >= MIN_CORRELATION:
+        return text
+    later = (a.epoch for a in agreements if a.epoch > stopped_from and a.rho >= MIN_CORRELATION)
+    epoch = next(later, None)
+    instead = f"`min_epochs={epoch}`" if epoch else "`early_stopping=none`"
+    return (
+        f"{text} **Trials were stopped from epoch {stopped_from} on, where scores tell little of the last: "
+        f"try {instead}.**"
+    )

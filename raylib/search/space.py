@@ -6,8 +6,8 @@ alternatives.
      "module": OneOf(lora={"strategies.lora.rank": Int(1, 64, log=True)},
      soft_prompt={"strategies.soft_prompt.tokens": 20})}
 
-The knobs of an alternative are there only in trials that chose it. A *setting* is what a trial chose, knob by
-knob.
+The knobs of an alternative are there only in trials that chose it. A *setting* is the choice of a trial, knob
+by knob.
 """
 
 import itertools
@@ -29,7 +29,7 @@ class Float(NamedTuple):
     def suggest(self, trial, name: str) -> float:
         return trial.suggest_float(name, self.low, self.high, log=self.log)
 
-    def holds(self, value: object) -> bool:
+    def contains(self, value: object) -> bool:
         return (
             isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
         )
@@ -49,7 +49,7 @@ class Int(NamedTuple):
     def suggest(self, trial, name: str) -> int:
         return trial.suggest_int(name, self.low, self.high, log=self.log)
 
-    def holds(self, value: object) -> bool:
+    def contains(self, value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
 
     @property
@@ -66,7 +66,7 @@ class Choice:
     def suggest(self, trial, name: str) -> Any:
         return trial.suggest_categorical(name, self.values)
 
-    def holds(self, value: object) -> bool:
+    def contains(self, value: object) -> bool:
         return any(value == v and type(value) is type(v) for v in self.values)
 
     @property
@@ -75,9 +75,9 @@ class Choice:
 
 
 class Each(NamedTuple):
-    """`count` values of one distribution, which a setting calls `path[0]`, `path[1]`, ..."""
+    """`num` values of one distribution, which a setting calls `path[0]`, `path[1]`, ..."""
 
-    count: int
+    num: int
     of: "Float | Int | Choice"
 
 
@@ -110,8 +110,10 @@ class Space(NamedTuple):
     published: tuple[Setting, ...] = ()
     grid: Mapping[str, tuple] = {}
 
-    def points(self) -> list[Setting]:
-        """Every setting of the grid; knobs that it leaves alone are as first published."""
+    def grid_settings(self) -> list[Setting]:
+        """Return every setting of the grid; knobs that it leaves alone are as first published."""
+        if not self.grid:
+            return []
         rest = self.published[0] if self.published else {}
         return [
             {**rest, **dict(zip(self.grid, values, strict=True))}
@@ -119,33 +121,30 @@ class Space(NamedTuple):
         ]
 
 
-def settle(knobs: Knobs, choose: Chooser) -> dict[str, Any]:
-    """{config path: value} of what `choose` chooses. A knob is called by its path; where several alternatives
-    have one of the same path, by `path@alternative`, for they may differ in range."""
-    counts = Counter(path for path, _, _ in _leaves(knobs))
+def resolve(knobs: Knobs, choose: Chooser) -> dict[str, Any]:
+    """Return {config path: value}, each value as `choose` chooses it. A knob's name is its path; where
+    several alternatives have one of the same path, `path@alternative`, for they may differ in range."""
+    counts = Counter(path for path, _, _ in _config_knobs(knobs))
 
     def walk(part: Knobs, branch: str) -> dict[str, Any]:
-        settled: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for path, knob in part.items():
             if isinstance(knob, OneOf):
-                chosen = choose(path, knob.choice)
-                settled |= walk(knob.branches[chosen], chosen)
-            elif isinstance(knob, Distribution | Each):
-                name = path if counts[path] == 1 else f"{path}@{branch}"
-                settled[path] = (
-                    [choose(f"{name}[{i}]", knob.of) for i in range(knob.count)]
-                    if isinstance(knob, Each)
-                    else choose(name, knob)
-                )
+                alternative = choose(path, knob.choice)
+                values |= walk(knob.branches[alternative], alternative)
+                continue
+            name = path if counts[path] == 1 else f"{path}@{branch}"
+            if isinstance(knob, Each):
+                values[path] = [choose(f"{name}[{i}]", knob.of) for i in range(knob.num)]
             else:
-                settled[path] = knob
-        return settled
+                values[path] = choose(name, knob) if isinstance(knob, Distribution) else knob
+        return values
 
     return walk(knobs, "")
 
 
-def read(knobs: Knobs, setting: Setting) -> dict[str, Any]:
-    """{config path: value} of a setting.
+def config_changes(knobs: Knobs, setting: Setting) -> dict[str, Any]:
+    """Return {config path: value} of a setting.
 
     Raises:
         UserError: a knob that the setting leaves out, has outside of its range, or that is none.
@@ -155,20 +154,20 @@ def read(knobs: Knobs, setting: Setting) -> dict[str, Any]:
     def choose(name: str, knob: Distribution) -> Any:
         if name not in setting:
             raise UserError(f"the setting {setting} says nothing of {name}")
-        if not knob.holds(setting[name]):
-            raise UserError(f"{name}={setting[name]} is not in {_told(knob)}")
+        if not knob.contains(setting[name]):
+            raise UserError(f"{name}={setting[name]} is not in {_describe(knob)}")
         used.add(name)
         return setting[name]
 
-    settled = settle(knobs, choose)
-    if left := set(setting) - used:
+    changes = resolve(knobs, choose)
+    if unused := set(setting) - used:
         raise UserError(
-            f"the setting {setting} has {', '.join(sorted(left))}, which is no knob beside its others"
+            f"the setting {setting} has {', '.join(sorted(unused))}, which is no knob beside its others"
         )
-    return settled
+    return changes
 
 
-class Suggest:
+class DefineByRun:
     """A space as Optuna's define-by-run function; an object, so that a searcher's state can be kept in a
     file."""
 
@@ -176,11 +175,11 @@ class Suggest:
         self.knobs = knobs
 
     def __call__(self, trial) -> None:
-        settle(self.knobs, lambda name, knob: knob.suggest(trial, name))
+        resolve(self.knobs, lambda name, knob: knob.suggest(trial, name))
 
 
 def alternatives(knobs: Knobs) -> Iterator[dict[str, str]]:
-    """Every combination of alternatives, {name of a `OneOf`: what it chooses}."""
+    """Yield every combination of alternatives, {name of a `OneOf`: the alternative that it chooses}."""
     options = [
         [{name: branch, **inner} for branch, part in knob.branches.items() for inner in alternatives(part)]
         for name, knob in knobs.items()
@@ -191,91 +190,86 @@ def alternatives(knobs: Knobs) -> Iterator[dict[str, str]]:
 
 
 def corners(knobs: Knobs) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(which, {config path: value}) of the settings that a space can be judged by: in each combination of
-    alternatives, each knob at each of its ends, with all others at their low ones, and all at their high
-    ones."""
+    """Yield (description, {config path: value}) of settings that a space can be judged by: in each
+    combination of alternatives, each knob at each of its ends, with all others at their low ones, and all at
+    their high ones."""
     for fixed in alternatives(knobs):
-        names: dict[str, Distribution] = {}
-
-        def low(name: str, knob: Distribution, fixed=fixed, names=names) -> Any:
-            names[name] = knob
-            return fixed.get(name, knob.ends[0])
-
         where = ", ".join(f"{name}={branch}" for name, branch in fixed.items())
-        yield where, settle(knobs, low)
-        yield where, settle(knobs, lambda name, knob, fixed=fixed: fixed.get(name, knob.ends[-1]))
-        for one in (name for name in names if name not in fixed):
-            for end in names[one].ends[1:]:
-                told = ", ".join(filter(None, (where, f"{one}={end}")))
-                yield (
-                    told,
-                    settle(
-                        knobs,
-                        lambda name, knob, one=one, end=end, fixed=fixed: (
-                            end if name == one else fixed.get(name, knob.ends[0])
-                        ),
-                    ),
-                )
+        yield where, _corner(knobs, fixed, 0)
+        yield where, _corner(knobs, fixed, -1)
+        for name, knob in _knobs_beside(knobs, fixed).items():
+            for end in knob.ends[1:] if name not in fixed else ():
+                description = ", ".join(filter(None, (where, f"{name}={end}")))
+                yield description, _corner(knobs, {**fixed, name: end}, 0)
 
 
-def check(name: str, space: Space, base: Config) -> None:
+def _corner(knobs: Knobs, fixed: Setting, end: int) -> dict[str, Any]:
+    """Return {config path: value} with every knob that is not `fixed` at its end of this index."""
+    return resolve(knobs, lambda name, knob: fixed.get(name, knob.ends[end]))
+
+
+def _knobs_beside(knobs: Knobs, fixed: Setting) -> dict[str, Distribution]:
+    """Return the knobs, by name, of settings with the alternatives `fixed`, these among them."""
+    found: dict[str, Distribution] = {}
+
+    def choose(name: str, knob: Distribution) -> Any:
+        found[name] = knob
+        return fixed.get(name, knob.ends[0])
+
+    resolve(knobs, choose)
+    return found
+
+
+def knobs_by_name(knobs: Knobs) -> dict[str, Distribution]:
+    """Return every knob by the name that settings have for it, alternatives among them."""
+    return {name: knob for fixed in alternatives(knobs) for name, knob in _knobs_beside(knobs, fixed).items()}
+
+
+def check_space(name: str, space: Space, base: Config) -> None:
     """Find what would fail in some trial before any starts.
 
     Raises:
         UserError: no knob; a path that the recipe's config does not have; a value that it refuses; ends the
             wrong way round; a published setting or a grid that is not in the space.
     """
-    leaves = list(_leaves(space.knobs))
-    if not leaves and not any(isinstance(knob, OneOf) for knob in space.knobs.values()):
+    ranges = [(path, knob) for path, knob, _ in _config_knobs(space.knobs)]
+    if not ranges and not any(isinstance(knob, OneOf) for knob in space.knobs.values()):
         raise UserError(f"space '{name}' has no knob to turn")
-    for path, knob, _ in leaves:
+    for path, knob in ranges:
         if not knob.ends or (not isinstance(knob, Choice) and knob.low > knob.high):
-            raise UserError(f"space '{name}': {path}: {_told(knob)} is empty")
+            raise UserError(f"space '{name}': {path}: {_describe(knob)} is empty")
         if not isinstance(knob, Choice) and knob.log and knob.low <= 0:
-            raise UserError(f"space '{name}': {path}: {_told(knob)} has no logarithm everywhere")
-    for told, values in corners(space.knobs):
+            raise UserError(f"space '{name}': {path}: {_describe(knob)} has no logarithm everywhere")
+    for description, changes in corners(space.knobs):
         try:
-            change_settings(base, values)
+            change_settings(base, changes)
         except UserError as e:
-            raise UserError(f"space '{name}'{f' ({told})' if told else ''}: {e}") from None
-    for setting in (*space.published, *(space.points() if space.grid else ())):
+            raise UserError(f"space '{name}'{f' ({description})' if description else ''}: {e}") from None
+    for setting in (*space.published, *space.grid_settings()):
         try:
-            read(space.knobs, setting)
+            config_changes(space.knobs, setting)
         except UserError as e:
             raise UserError(f"space '{name}', its published settings: {e}") from None
 
 
-def by_name(knobs: Knobs) -> dict[str, Distribution]:
-    """Every knob by the name that settings have for it, alternatives among them."""
-    found: dict[str, Distribution] = {}
-    for fixed in alternatives(knobs):
-
-        def choose(name: str, knob: Distribution, fixed=fixed) -> Any:
-            found.setdefault(name, knob)
-            return fixed.get(name, knob.ends[0])
-
-        settle(knobs, choose)
-    return found
-
-
-def described(knobs: Knobs, indent: str = "") -> str:
-    """The space as text, a knob a line."""
+def describe_knobs(knobs: Knobs, indent: str = "") -> str:
+    """Return the space as text, a knob a line. A search's folder keeps this text: it must not change."""
     lines = []
     for path, knob in knobs.items():
-        if isinstance(knob, OneOf):
-            lines.append(f"{indent}{path}: one of")
-            for branch, inner in knob.branches.items():
-                lines.append(f"{indent}  {branch}" + ("" if inner else ": nothing more"))
-                if inner:
-                    lines.append(described(inner, indent + "    "))
-        else:
-            lines.append(f"{indent}{path}: {_told(knob)}")
+        if not isinstance(knob, OneOf):
+            lines.append(f"{indent}{path}: {_describe(knob)}")
+            continue
+        lines.append(f"{indent}{path}: one of")
+        for branch, inner in knob.branches.items():
+            lines.append(f"{indent}  {branch}" + ("" if inner else ": nothing more"))
+            if inner:
+                lines.append(describe_knobs(inner, indent + "    "))
     return "\n".join(lines)
 
 
-def _told(knob: Any) -> str:
+def _describe(knob: Any) -> str:
     if isinstance(knob, Each):
-        return f"{knob.count} of {_told(knob.of)}"
+        return f"{knob.num} of {_describe(knob.of)}"
     if not isinstance(knob, Distribution):
         return f"always {knob}"
     if isinstance(knob, Choice):
@@ -283,11 +277,11 @@ def _told(knob: Any) -> str:
     return f"{knob.low} to {knob.high}{', log-uniform' if knob.log else ''}"
 
 
-def _leaves(knobs: Knobs, branch: str = "") -> Iterator[tuple[str, Distribution, str]]:
-    """(path, distribution, alternative that it belongs to) of every knob that is a config path."""
+def _config_knobs(knobs: Knobs, branch: str = "") -> Iterator[tuple[str, Distribution, str]]:
+    """Yield (path, distribution, alternative that it belongs to) of every knob that is a config path."""
     for path, knob in knobs.items():
         if isinstance(knob, OneOf):
             for name, inner in knob.branches.items():
-                yield from _leaves(inner, name)
+                yield from _config_knobs(inner, name)
         elif isinstance(knob, Distribution | Each):
             yield path, knob.of if isinstance(knob, Each) else knob, branch

@@ -1,5 +1,17 @@
 """A trial: the ordinary run of a config in a folder of its own, which goes on from its newest checkpoint when
-started again."""
+started again, and the log of its reports, which outlives the driver and Ray's own files.
+
+A report is what Tune is told after each checkpoint and at the end:
+
+    epoch, epochs       done, in all
+    age                 effective epochs: those of pruning rounds left out
+    judged              prunable: the scores may be compared with other trials' to stop this one or them
+    finished            False of a checkpoint; a trial whose last report says False was stopped
+    spent               seconds of all starts of this trial
+    start_seconds       to the first batch of its first start
+    NAME, loss/NAME     scores, losses
+    trouble             what is not finite: the trial has failed
+"""
 
 import contextlib
 import gc
@@ -8,7 +20,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -16,32 +28,60 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from raylib import cache, checkpoint
 from raylib.config import change_settings
 from raylib.errors import NotFinite
+from raylib.fileio import append_jsonl, read_jsonl
 from raylib.finite import require_finite_values
 from raylib.launch import LaunchConfig, run_folder
-from raylib.search import space
-from raylib.search.config import Searching, SearchJob
-from raylib.search.trial_log import read_told, tell
+from raylib.search.config import SearchContext, SearchJob
+from raylib.search.space import Setting, config_changes
+
+REPORTS = "told.jsonl"
 
 
-class TrainCallback(TuneReportCallback):
-    """Puts the reports of Ray Train's first worker, as `to_report` makes them, into the queue from which the
-    trial's session passes them to Tune."""
+class TrialResult(NamedTuple):
+    """The outcome of a trial. `state`: finished, stopped or failed; a stopped one has the scores that it was
+    stopped at. `seconds`: of its own; `start_seconds`: until its first batch."""
 
-    def __init__(self, to_report: Callable[[dict[str, Any]], dict[str, Any]]):
-        super().__init__()
-        self.to_report = to_report
+    id: str
+    state: str
+    setting: Setting
+    scores: dict[str, float]
+    epoch: float
+    epochs: float
+    seconds: float
+    start_seconds: float | None
+    error: str | None
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        self._training_actor_item_queue.put(self.to_report(metrics[0]))
+
+class Progress(NamedTuple):
+    """effective_epoch: epochs that trained the trial's model; prunable: whether its method is complete, so
+    that its scores may be compared with other trials'."""
+
+    effective_epoch: float
+    prunable: bool
 
 
-# to_report(what a checkpoint reports, epochs trained before this training) -> what Tune is told
+def append_report(run: Path, values: dict[str, Any]) -> None:
+    """Append a line to the log of a trial, with the time "at".
+
+    Raises:
+        NotFinite: a value is not finite; nothing is appended.
+    """
+    require_finite_values(str(run), values)
+    append_jsonl(run / REPORTS, {"at": time.time(), **values})
+
+
+def read_reports(run: Path) -> list[dict[str, Any]]:
+    """Return the reports of a trial, in order; one cut off by a crash is dropped."""
+    return read_jsonl(run / REPORTS)
+
+
+# to_report(metrics of a checkpoint, epochs trained before this training) -> report
 ToReport = Callable[[dict[str, Any], int], dict[str, Any]]
 
 
 class TuneReporter:
     """A `raylib.runtime.Reporter` that tells Tune `to_report(metrics, epochs_before)`. `keep`: Tune keeps the
-    checkpoints too, for population-based training copies them from trial to trial."""
+    checkpoints too. `num_epochs`: of this training; None: as the trial's config says."""
 
     def __init__(
         self, to_report: ToReport, keep: bool, epochs_before: int = 0, num_epochs: int | None = None
@@ -64,109 +104,123 @@ class TuneReporter:
         return self.to_report({**metrics, **epochs}, self.epochs_before)
 
 
-def trial(setting: space.Setting, search: Searching) -> None:
-    """Tune's function: one setting, on the recipe's seed."""
-    config = configured(search, setting, "trials", tune.get_context().get_trial_id())
-    if search.keep and (given := tune.get_checkpoint()):
+class TrainCallback(TuneReportCallback):
+    """Puts the reports of Ray Train's first worker, as `to_report` makes them, into the queue from which the
+    trial's session passes them to Tune."""
+
+    def __init__(self, to_report: Callable[[dict[str, Any]], dict[str, Any]]):
+        super().__init__()
+        self.to_report = to_report
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        self._training_actor_item_queue.put(self.to_report(metrics[0]))
+
+
+# Tune's stored state calls the next two functions by their names: restoring a search needs them as they are.
+
+
+def trial(setting: Setting, context: SearchContext) -> None:
+    """Run one setting, on the recipe's seed; Tune's trainable of a search."""
+    config = setting_config(context, setting, "trials", tune.get_context().get_trial_id())
+    if context.keeps_checkpoints and (given := tune.get_checkpoint()):
         with given.as_directory() as folder:
-            _go_on_from(config, Path(folder))
-    run(search, config, search.keep)
-    if not search.keep:
-        tidy(run_folder(config))
+            _adopt_checkpoint(config, Path(folder))
+    run_trial(context, config, context.keeps_checkpoints)
+    if not context.keeps_checkpoints:
+        drop_checkpoints(run_folder(config))
 
 
-def final(chosen: dict[str, Any], search: Searching, settings: list[space.Setting | None]) -> None:
-    """Tune's function of the last stage: one of the best settings, on a fresh seed. None is the recipe as it
-    is."""
-    which, seed = chosen["setting"], chosen["seed"]
-    config = configured(search, settings[which], "finals", f"setting{which}_seed{seed}")
-    run(search, change_settings(config, {"fit.seed": seed}), False)
+def final(chosen: dict[str, Any], context: SearchContext, settings: list[Setting | None]) -> None:
+    """Run one of the best settings, on a fresh seed; Tune's trainable of the last stage. None is the recipe
+    as it is."""
+    index, seed = chosen["setting"], chosen["seed"]
+    config = setting_config(context, settings[index], "finals", f"setting{index}_seed{seed}")
+    run_trial(context, change_settings(config, {"fit.seed": seed}), keep=False)
 
 
-def configured(search: Searching, setting: space.Setting | None, part: str, name: str) -> LaunchConfig:
-    """The config of a setting, in a folder of the search's."""
-    config = change_settings(search.base, {} if setting is None else space.read(search.knobs, setting))
-    return config.model_copy(update={"runs": str(Path(search.folder) / part), "name": name})
+def setting_config(context: SearchContext, setting: Setting | None, part: str, name: str) -> LaunchConfig:
+    """Return the config of a setting, with a run folder in this `part` of the search's folder."""
+    changes = {} if setting is None else config_changes(context.space.knobs, setting)
+    config = change_settings(context.base, changes)
+    return config.model_copy(update={"runs": str(context.folder / part), "name": name})
 
 
-def run(search: Searching, config: LaunchConfig, keep: bool) -> None:
-    """Run `config` and tell Tune after each checkpoint {"epoch", "epochs", "age" without pruning rounds,
-    "judged", "spent" seconds of all its starts, "start_seconds" to its first batch, "finished", scores,
-    losses}; and, last, the scores of the model that the run leaves. What is not finite (a loss, weights, a
-    score) ends the trial, as "trouble"."""
-    job, folder, began = search.job, run_folder(config), time.time()
-    cache.set_cache(search.object_cache)
-    total = job.epochs_per_run(config) * job.num_runs(config)
+def run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None:
+    """Run `config`, report every checkpoint and, last, the scores of the model that the run leaves. Whatever
+    is not finite (a loss, weights, a score) ends the trial, as "trouble"."""
+    job, folder, began = context.job, run_folder(config), time.time()
+    cache.set_cache(context.object_cache)
+    num_epochs = job.epochs_per_run(config) * job.num_runs(config)
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = read_told(folder)
-    spent = earlier[-1]["spent"] if earlier else 0.0
+    earlier = read_reports(folder)
+    seconds_before = earlier[-1]["spent"] if earlier else 0.0
 
-    def told(epoch: float, **values: Any) -> dict[str, Any]:
-        common = {
-            "epoch": epoch,
-            "epochs": total,
-            "judged": False,
-            "finished": False,
-            "spent": spent + time.time() - began,
-        }
-        tell(folder, {**common, **values})
+    def report(epoch: float, **values: Any) -> dict[str, Any]:
+        spent = seconds_before + time.time() - began
+        common = {"epoch": epoch, "epochs": num_epochs, "judged": False, "finished": False, "spent": spent}
+        append_report(folder, {**common, **values})
         return {**common, **values}
 
-    def shape(metrics: dict[str, Any], before: int) -> dict[str, Any]:
-        done, scores = job.parse_report(
-            config, metrics
-        )  # in another process, where Ray Train trains: what is known is in the file
-        start = _first_start(folder) or {"start_seconds": metrics["ready"] - began}
+    # Where Ray Train trains, this is called in its controller, another process than the one of the end: so
+    # what both must know is read from the log.
+    def checkpoint_report(metrics: dict[str, Any], epochs_before: int) -> dict[str, Any]:
+        done, scores = job.parse_report(config, metrics)
+        epoch = epochs_before + done
+        start = _start_seconds(folder) or {"start_seconds": metrics["ready"] - began}
         losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
-        age, settled = standing(job, config, before + done)
-        judged = settled and before + done < total and bool(scores)
-        return told(before + done, age=age, judged=judged, **start, **scores, **losses)
+        progress = trial_progress(job, config, epoch)
+        # after its last epoch nothing is left to stop
+        prunable = progress.prunable and epoch < num_epochs and bool(scores)
+        return report(epoch, age=progress.effective_epoch, judged=prunable, **start, **scores, **losses)
 
     try:
         with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-            scores = job.run(config, TuneReporter(shape, keep))
+            scores = job.run(config, TuneReporter(checkpoint_report, keep))
         require_finite_values(f"{folder}: scores", scores)
     except NotFinite as e:
-        tune.report(told(max((line["epoch"] for line in read_told(folder)), default=0.0), trouble=str(e)))
+        epoch = max((line["epoch"] for line in read_reports(folder)), default=0.0)
+        tune.report(report(epoch, trouble=str(e)))
         return
     finally:
-        gc.collect()
-    kept = tune.Checkpoint.from_directory(checkpoint.find_newest(folder)) if keep else None
-    tune.report(told(total, finished=True, **_first_start(folder), **scores), checkpoint=kept)
+        gc.collect()  # the next trial of this process needs the memory
+    newest = checkpoint.find_newest(folder) if keep else None
+    kept = tune.Checkpoint.from_directory(newest) if newest else None
+    tune.report(report(num_epochs, finished=True, **_start_seconds(folder), **scores), checkpoint=kept)
 
 
-def _first_start(run: Path) -> dict[str, float]:
-    """{"start_seconds"} of the first training of a trial; nothing before it."""
-    starts = [line["start_seconds"] for line in read_told(run) if "start_seconds" in line]
+def _start_seconds(run: Path) -> dict[str, float]:
+    """Return {"start_seconds"} of the first training of a trial; {} before it."""
+    starts = [line["start_seconds"] for line in read_reports(run) if "start_seconds" in line]
     return {"start_seconds": starts[0]} if starts else {}
 
 
-def trained(job: SearchJob, config: LaunchConfig) -> int:
-    """How many epochs the model of a trial is trained, pruning rounds left out."""
+def model_epochs(job: SearchJob, config: LaunchConfig) -> int:
+    """Return how many epochs train the model of a trial: all but those of pruning rounds."""
     return job.num_runs(config) * (job.epochs_per_run(config) - job.pruning_epochs(config))
 
 
-def standing(job: SearchJob, config: LaunchConfig, epoch: float) -> tuple[float, bool]:
-    """After `epoch` epochs of a trial: how many of them trained the model, pruning rounds left out, and
-    whether its method is what it will be in the part that is under way."""
-    length, rounds = job.epochs_per_run(config), job.pruning_epochs(config)
-    part = max(0, math.ceil(epoch / length) - 1)
-    inside = epoch - part * length
-    return part * (length - rounds) + max(0.0, inside - rounds), inside >= job.warmup_epochs(config)
+def trial_progress(job: SearchJob, config: LaunchConfig, epoch: float) -> Progress:
+    """Return where a trial stands after `epoch` epochs. Each of its runs begins with pruning rounds and with
+    epochs whose scores say little of its method, such as those with frozen layers."""
+    length, pruning = job.epochs_per_run(config), job.pruning_epochs(config)
+    runs_before = max(0, math.ceil(epoch / length) - 1)
+    epoch_of_run = epoch - runs_before * length
+    effective = runs_before * (length - pruning) + max(0.0, epoch_of_run - pruning)
+    return Progress(effective, epoch_of_run >= job.warmup_epochs(config))
 
 
-def tidy(run: Path) -> None:
-    """Drop the checkpoints of a run whose scores are all that is wanted: they are most of its bytes."""
+def drop_checkpoints(run: Path) -> None:
+    """Delete the checkpoints of a run whose scores alone are needed: they are most of its bytes."""
     for folder in [*run.rglob(checkpoint.FOLDER), *run.rglob(checkpoint.BEST)]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _go_on_from(config: LaunchConfig, folder: Path) -> None:
+def _adopt_checkpoint(config: LaunchConfig, folder: Path) -> None:
     """Take another member's checkpoint, with the settings that this one has now."""
     run = run_folder(config)
-    if (run / "config.json").is_file():
-        (run / "config.json").unlink()  # its settings have changed in mid-run: that is the point
-    for name in ("result.json", "part.json"):
-        (run / name).unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
+    # without its config, the run takes the settings that have changed in mid-run; the results are of the
+    # model that it had before
+    for name in ("config.json", "result.json", "part.json"):
+        (run / name).unlink(missing_ok=True)
     checkpoint.copy_from(run, folder)
