@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from benchmarks.results import RESULTS, newest, run_module
-from pretrain.evaluate import summary
+from pretrain.evaluate import summarize_recall
 from raylib.fileio import append_jsonl, read_jsonl
 from raylib.tables import markdown_table, mean_and_std
 
@@ -88,7 +88,7 @@ def run(recipe: str, seed: int, folder: Path, scenes: Path, quick: bool) -> dict
     return {
         "recipe": recipe,
         "seed": seed,
-        **summary(pretrained),
+        **summarize_recall(pretrained),
         "seconds": pretrained["seconds"],
         "xvnli": task["accuracy"],
         "xvnli_targets": task["mean_targets"],

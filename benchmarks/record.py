@@ -22,8 +22,8 @@ from pathlib import Path
 from benchmarks import ablations, balance, search, step, unfreezing
 from benchmarks.results import RESULTS, ROOT, newest
 from finetune.report import scores_of
-from pretrain import report
-from pretrain.evaluate import summary
+from pretrain.evaluate import recall_table, summarize_recall
+from pretrain.train import describe_times
 from raylib.fileio import append_jsonl, read_jsonl
 from raylib.renames import rename_settings
 from raylib.tables import markdown_table, mean_and_std, percent
@@ -69,7 +69,7 @@ def write_readmes(root: Path) -> None:
     searches = [line["found"] for line in read_jsonl(RESULTS / "searches.jsonl")[-1:]]
     write_parts(
         root / "README.md",
-        table=report.table(last),
+        table=recall_table(last),
         reading=describe_run(last),
         speed=speed_tables(),
         finetune=finetune_tables(runs, baselines),
@@ -120,7 +120,7 @@ def describe_trial(run: Path, result: dict) -> dict:
         "git": result["git"],
         "settings": kept,
         "seconds": result["seconds"],
-        **summary(result),
+        **summarize_recall(result),
     }
 
 
@@ -146,14 +146,14 @@ def trial_table() -> str:
 
 def describe_run(run: dict) -> str:
     """Describe in words what a run came to."""
-    values, chance = summary(run), run["retrieval"]["en"]["chance_r1"]
+    values, chance = summarize_recall(run), run["retrieval"]["en"]["chance_r1"]
     losses = ", ".join(f"{k} {v:.2f}" for k, v in run["losses"].items() if k != "grad_norm")
     return (
         f"R@1 is the mean of both directions; chance is {100 * chance:.2f} %. English: "
         f"{values['en_r1'] / chance:.0f} times chance; mean of the other languages: "
         f"{values['others_r1'] / chance:.0f} times. The {run['workers']} workers did {run['steps']} steps "
         f"({'bf16 autocast' if run['bf16'] else 'float32'}, {run['samples_per_second']:.0f} samples/s) and "
-        f"spent {report.spent(run)}. Last losses: {losses}. {describe_seeds(run)}"
+        f"spent {describe_times(run)}. Last losses: {losses}. {describe_seeds(run)}"
     )
 
 
@@ -161,7 +161,7 @@ def describe_seeds(run: dict) -> str:
     """The same recipe with other seeds: what was recorded with as many steps of as many samples, newest of
     each seed."""
     seeds = {
-        r["seed"]: summary(r)
+        r["seed"]: summarize_recall(r)
         for r in read_jsonl(RESULTS / "runs.jsonl")
         if "seed" in r and r["steps"] == run["steps"]
     }

@@ -17,9 +17,9 @@ from finetune.batches import encode_texts
 from finetune.examples import Captioned
 from finetune.stores.images import ImageSource, PrecomputedFeatures, precompute_features
 from raylib.data.states import States, remove_states, write_states
-from raylib.distributed import raise_on_all_workers, world_size
+from raylib.distributed import raise_on_all_workers, rank, world_size
 from raylib.finite import is_finite, require_finite
-from raylib.metrics import RANKS, hit_chances, mean_hits, mean_or_zero, nearest_keys, recall_interval
+from raylib.metrics import RANKS, hit_chances, mean_or_zero, nearest_keys, recall_figures, recall_interval
 from raylib.models.layers import Memory
 from raylib.packed import Ragged, first_tokens
 from raylib.randomness import Key, permutation
@@ -59,8 +59,7 @@ def retrieve(
         t2i, t2i_pairs = ranker.hits(ranker.text_vectors, ranker.image_vectors, candidates, image_asks=False)
     finally:
         remove_states(folder)
-    ways = (("i2t", i2t), ("t2i", t2i))
-    figures = {f"{way}_r{k}": value for way, hits in ways for k, value in mean_hits(hits).items()}
+    figures = recall_figures(i2t, t2i)
     interval, first = (
         recall_interval(*hits, ranker.owner, "bootstrap", *key)
         for hits in ((i2t.mean(1), t2i.mean(1)), (i2t[:, 0], t2i[:, 0]))
@@ -75,11 +74,6 @@ def retrieve(
         "chance_r1": 1 / len(items),
         "pairs": i2t_pairs + t2i_pairs,
     }
-
-
-def recall_at_1(figures: dict[str, Any]) -> float:
-    """The mean of both ways, of what `retrieve` returns."""
-    return mean_or_zero((figures["i2t_r1"], figures["t2i_r1"]))
 
 
 class _Ranker:
@@ -136,7 +130,7 @@ class _Ranker:
         hits, finite = torch.zeros(len(queries), len(RANKS), dtype=torch.float64), True
         order = torch.from_numpy(permutation(len(keys), "candidates"))
         chunks = torch.arange(len(queries)).split(max(1, PAIRS // max(1, count)))
-        for chunk in chunks[_rank() :: world_size()]:
+        for chunk in chunks[rank() :: world_size()]:
             scores, first = queries[chunk] @ keys.T, None
             if count:
                 chosen = nearest_keys(scores, count, order)
@@ -185,7 +179,3 @@ def _vectors(names: Sequence[str], embed: Callable[[Sequence[str]], Tensor]) -> 
         embed(names[start : start + SENTENCES]).float().cpu() for start in range(0, len(names), SENTENCES)
     ]
     return F.normalize(torch.cat(parts), dim=1)
-
-
-def _rank() -> int:
-    return dist.get_rank() if world_size() > 1 else 0

@@ -33,8 +33,7 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
-    from pretrain.evaluate import evaluate_folder
-    from pretrain.report import table, write_result
+    from pretrain.evaluate import evaluate_folder, recall_table, write_result
 
     parser = argparse.ArgumentParser(
         prog="python -m pretrain evaluate", description="Zero-shot retrieval, per language."
@@ -45,14 +44,14 @@ def _evaluate(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     check_output(given.json)
     result = evaluate_folder(given.model, given.data)
-    print(table(result))
+    print(recall_table(result))
     if given.json:
         write_result(given.json, result)
     return 0
 
 
 def _export(arguments: Sequence[str]) -> int:
-    from pretrain.export import export
+    from pretrain.train import export_model
 
     parser = argparse.ArgumentParser(
         prog="python -m pretrain export", description="Write one safetensors model folder."
@@ -60,7 +59,7 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument("run", help="a run or one of its checkpoints")
     parser.add_argument("dir", help="a new folder")
     given = parser.parse_args(arguments)
-    to = export(given.run, given.dir)
+    to = export_model(given.run, given.dir)
     config = read_json(to / "config.json")
     print(f"{to}: {config['model_type']}, {', '.join(sorted(p.name for p in to.iterdir()))}")
     return 0

@@ -1,59 +1,157 @@
-"""Zero-shot image-text retrieval with the unimodal encoders, per language."""
+"""Zero-shot image-text retrieval with the unimodal encoders, per language: set, scores, table."""
 
+import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from raylib.data.images import decode, resize
-from raylib.data.retrieval import read_retrieval
+from raylib.data.shards import index_command
+from raylib.data.sources import Source
 from raylib.device import peak_memory
-from raylib.distributed import raise_on_all_workers, world_size
+from raylib.distributed import gather_objects, raise_on_all_workers, rank, world_size
 from raylib.errors import UserError
-from raylib.finite import is_finite, require_finite
-from raylib.metrics import RANKS, mean_hits, mean_or_zero, recall_hits, recall_interval
+from raylib.fileio import find_file, write_json
+from raylib.finite import is_finite, require_finite, require_finite_values
+from raylib.metrics import mean_or_zero, mean_recall_at_1, recall_figures, recall_hits, recall_interval
 from raylib.models.base import find_model, find_tokenizer
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, first_tokens
 from raylib.provenance import DataFile, combined_hash, fingerprint_files, hash_path, provenance
-from raylib.text import Tokenizer
+from raylib.tables import markdown_table
+from raylib.text import (
+    BadCaption,
+    EmptyCaption,
+    Tokenizer,
+    clean_captions,
+    is_language_code,
+    parse_captions,
+)
 
 IMAGES, SENTENCES = 64, 1024  # encoded at a time
+COLUMNS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 
 
-class Retrieval:
-    """A retrieval set in memory, ready to score models: pictures resized, captions tokenised, once.
+class RetrievalItem(NamedTuple):
+    """An image (of several drawings the first, by extension): its name, its bytes, {language: captions}, and
+    whether its concept was held out of training."""
+
+    name: str
+    image: bytes
+    captions: dict[str, list[str]]
+    heldout: bool
+
+
+def read_retrieval_set(folder: Path | str) -> Iterator[RetrievalItem]:
+    """Every image of a retrieval set, in order.
+
+    Raises:
+        UserError: neither shards nor `captions.json`; a record without image or captions (it is named).
+    """
+    folder = Path(folder)
+    if (folder / "captions.json").is_file():
+        return _from_folder(folder)
+    if (folder / "manifest.json").is_file():
+        return _from_shards(folder)
+    raise UserError(
+        f"{folder}: no retrieval set; give a folder with captions.json, or shards with manifest.json "
+        f"(`{index_command(folder, 'image_text')}` makes one for tars)"
+    )
+
+
+def _from_folder(folder: Path) -> Iterator[RetrievalItem]:
+    try:
+        records = json.loads((folder / "captions.json").read_text(encoding="utf-8-sig"))
+    except ValueError as e:
+        raise UserError(f"{folder}/captions.json: not UTF-8 JSON ({e})") from None
+    for i, record in enumerate(records):
+        where = f"{folder}/captions.json, record {i}"
+        if not isinstance(record, dict) or not isinstance(record.get("image"), str):
+            raise UserError(f'{where}: wanted {{"image": PATH, "captions": {{LANGUAGE: TEXT}}}}')
+        path = find_file(folder, record["image"])
+        if path is None:
+            raise UserError(f"{where}: no image {record['image']}")
+        try:
+            captions = parse_captions(record, None)
+        except BadCaption as error:
+            raise UserError(f"{where}: {error}") from error
+        if not captions:
+            raise UserError(f"{where}: no captions")
+        yield RetrievalItem(
+            record["image"], path.read_bytes(), _clean(captions, where), bool(record.get("heldout"))
+        )
+
+
+def _from_shards(folder: Path) -> Iterator[RetrievalItem]:
+    source = Source(folder, kind="image_text")
+    for language in source.groups:
+        for number in range(source.size(language)):
+            sample = source.sample(language, number)
+            if not sample.images:
+                raise UserError(sample.describe("no image"))
+            try:
+                captions = _clean(sample.captions(), sample.name)
+                held_out = bool(sample.record().get("heldout"))
+            except BadCaption as error:
+                raise UserError(sample.describe(error)) from error
+            yield RetrievalItem(sample.key, sample.read(sample.images[0]), captions, held_out)
+
+
+def _clean(captions: dict[str, Any], where: str) -> dict[str, list[str]]:
+    """Captions of an item in every language; no blank is left out here, since each caption is a query."""
+    out = {}
+    for language, texts in captions.items():
+        if not is_language_code(language):
+            raise UserError(
+                f"{where}: captions in {language!r}, which is no language code such as 'de' or 'zh-Hans'"
+            )
+        try:
+            out[language] = clean_captions(texts)
+            if not isinstance(texts, str) and len(out[language]) < len(texts):
+                raise EmptyCaption
+        except EmptyCaption:
+            raise UserError(
+                f"{where}: an empty caption in {language!r}; leave the language out instead"
+            ) from None
+        except BadCaption as error:
+            raise UserError(f"{where}: {error} in {language!r}") from error
+    return out
+
+
+class ZeroShotRetrieval:
+    """A retrieval set in memory, ready to score models: images resized, captions tokenised, once.
 
     Args:
-        folder: shards, or pictures with `captions.json` (`raylib.data.retrieval`).
+        folder: shards, or images with `captions.json` (`read_retrieval_set`).
         size: pixels a side. length: longest sentence in tokens, specials included.
     """
 
     def __init__(self, folder: Path | str, tokenizer: Tokenizer, size: int, length: int):
         self.tokenizer, self.length = tokenizer, length
-        pictures, heldout, texts = [], [], {}
-        for item in read_retrieval(folder):
-            picture = decode(item.picture, f"{folder}: {item.name}")
+        images, heldout, texts = [], [], {}
+        for item in read_retrieval_set(folder):
+            image = decode(item.image, f"{folder}: {item.name}")
             for language, captions in item.captions.items():
-                texts.setdefault(language, []).extend((len(pictures), caption) for caption in captions)
-            pictures.append(resize(picture, size))
+                texts.setdefault(language, []).extend((len(images), caption) for caption in captions)
+            images.append(resize(image, size))
             heldout.append(item.heldout)
-        if not pictures:
-            raise UserError(f"{folder}: no pictures to retrieve")
-        self.pictures = torch.from_numpy(np.stack(pictures))
+        if not images:
+            raise UserError(f"{folder}: no images to retrieve")
+        self.images = torch.from_numpy(np.stack(images))
         self.heldout = torch.tensor(heldout)
         self.owners = {
             language: torch.tensor([owner for owner, _ in rows]) for language, rows in texts.items()
         }
         self.ids = {language: self._ids([text for _, text in rows]) for language, rows in texts.items()}
 
-    def without_captions(self) -> dict[str, int]:
-        """{language: pictures that have no caption in it, and are none of its candidates}."""
-        return {code: len(self.pictures) - len(owner.unique()) for code, owner in sorted(self.owners.items())}
+    def count_missing_captions(self) -> dict[str, int]:
+        """{language: images that have no caption in it, and are none of its candidates}."""
+        return {code: len(self.images) - len(owner.unique()) for code, owner in sorted(self.owners.items())}
 
     def _ids(self, texts: list[str]) -> list[Tensor]:
         t = self.tokenizer
@@ -62,55 +160,62 @@ class Retrieval:
     def __call__(self, model: UnifiedModel) -> dict[str, Any]:
         """{"retrieval": {language: figures}, "heldout": the same of held-out concepts alone, "interval":
         {language: [low, high]}, the 95 % bootstrap interval over images of R@1 (mean of both ways)}; the
-        figures are `chance_r1`, `i2t_r1` ... `t2i_r10`, `n` pictures. Workers share the encoding; all return
+        figures are `chance_r1`, `i2t_r1` ... `t2i_r10`, `n` images. Workers share the encoding; all return
         the same.
 
         Raises:
             NotFinite: embeddings of the images, or of a language's sentences, are not finite.
         """
-        device, size = next(model.parameters()).device, world_size()
-        rank = dist.get_rank() if size > 1 else 0
-        mine = [language for i, language in enumerate(sorted(self.ids)) if i % size == rank]
-        pictures = _exchange({rank: encode_pictures(model, self.pictures[rank::size], device)})
-        images = torch.empty(len(self.pictures), model.config.embedding)
-        for other, part in pictures.items():
-            images[other::size] = part
+        device, world = next(model.parameters()).device, world_size()
+        local_images = image_vectors(model, self.images[rank() :: world], device)
+        images = torch.empty(len(self.images), model.config.embedding)
+        for worker, vectors in enumerate(gather_objects(local_images)):
+            images[worker::world] = vectors
         require_finite("image embeddings", images)  # on all workers
-        texts = {language: encode_sentences(model, self.ids[language], device) for language in mine}
-        bad = [language for language, embeddings in texts.items() if not is_finite(embeddings)]
+        languages = sorted(self.ids)[rank() :: world]
+        texts = {language: sentence_vectors(model, self.ids[language], device) for language in languages}
+        bad = [language for language, vectors in texts.items() if not is_finite(vectors)]
         raise_on_all_workers(
             f"text embeddings in {', '.join(bad)}: not finite (NaN or infinite)" if bad else None
         )
-        scored = _exchange(
-            {language: self._score(language, embeddings, images) for language, embeddings in texts.items()}
-        )
-        heldout = {language: held for language in sorted(scored) if (held := scored[language][1])}
-        retrieval, interval = ({language: scored[language][i] for language in sorted(scored)} for i in (0, 2))
-        return {"retrieval": retrieval, "heldout": heldout, "interval": interval}
+        local = {language: self._score(language, vectors, images) for language, vectors in texts.items()}
+        union = {code: score for scores in gather_objects(local) for code, score in scores.items()}
+        scores = {language: union[language] for language in sorted(union)}
+        return {
+            "retrieval": {language: score.figures for language, score in scores.items()},
+            "heldout": {language: score.heldout for language, score in scores.items() if score.heldout},
+            "interval": {language: score.interval for language, score in scores.items()},
+        }
 
-    def _score(
-        self, language: str, texts: Tensor, images: Tensor
-    ) -> tuple[dict, dict | None, list[float] | None]:
-        """Figures of one language: of all its pictures; of those held out (as queries, among all candidates);
-        and the interval of the first, seeded by the language alone, so that an export has the run's."""
+    def _score(self, language: str, texts: Tensor, images: Tensor) -> "LanguageScore":
         owner = self.owners[language]
         captioned = owner.unique()
-        # a picture is asked with all of its captions, so what is held out are rows of these
+        # an image is asked with all of its captions, so what is held out are rows of these
         i2t = recall_hits(images[captioned], texts, captioned, owner)
         t2i = recall_hits(texts, images[captioned], owner, captioned)
-        place = torch.searchsorted(captioned, owner)
-        interval = recall_interval(i2t[:, 0], t2i[:, 0], place, "bootstrap", language)
-        everything = _figures(i2t, t2i, len(captioned))
-        held = self.heldout[captioned]
-        heldout = _figures(i2t[held], t2i[held[place]], len(captioned)) if held.any() else None
-        return everything, heldout, interval
+        row_of_image = torch.searchsorted(captioned, owner)
+        # seeded by the language alone, so that an export has the run's interval
+        interval = recall_interval(i2t[:, 0], t2i[:, 0], row_of_image, "bootstrap", language)
+        heldout = self.heldout[captioned]
+        return LanguageScore(
+            _figures(i2t, t2i, len(captioned)),
+            _figures(i2t[heldout], t2i[heldout[row_of_image]], len(captioned)) if heldout.any() else None,
+            interval,
+        )
+
+
+class LanguageScore(NamedTuple):
+    """Figures of one language: of all its images; of those held out (as queries, among all candidates); the
+    interval of the first."""
+
+    figures: dict[str, float]
+    heldout: dict[str, float] | None
+    interval: list[float] | None
 
 
 def _figures(i2t: Tensor, t2i: Tensor, candidates: int) -> dict[str, float]:
-    """Of the hits of some pictures (n, 3) and of their captions (c, 3) among all `candidates`."""
-    ways = {"i2t": mean_hits(i2t), "t2i": mean_hits(t2i)}
-    recalls = {f"{way}_r{k}": recall[k] for way, recall in ways.items() for k in RANKS}
-    return {"chance_r1": 1 / candidates, **recalls, "n": len(i2t)}
+    """Of the hits of some images (n, 3) and of their captions (c, 3) among all `candidates`."""
+    return {"chance_r1": 1 / candidates, **recall_figures(i2t, t2i), "n": len(i2t)}
 
 
 def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
@@ -121,7 +226,9 @@ def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
     unified = UnifiedModel.from_pretrained(folder).eval()
     unified.to("cuda" if torch.cuda.is_available() else "cpu")
     config = unified.config
-    retrieval = Retrieval(data, Tokenizer.load(find_tokenizer(folder)), config.image_size, config.positions)
+    retrieval = ZeroShotRetrieval(
+        data, Tokenizer.load(find_tokenizer(folder)), config.image_size, config.positions
+    )
     start = time.perf_counter()
     with torch.inference_mode():
         scores = retrieval(unified)
@@ -138,21 +245,21 @@ def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
         "seconds": end - began,
         "evaluated_per_second": sum(map(len, retrieval.ids.values())) / (end - start),
         "peak_memory_gb": peak_memory(device),
-        "items_skipped": retrieval.without_captions(),
+        "items_skipped": retrieval.count_missing_captions(),
         **scores,
     }
 
 
-def encode_pictures(model: UnifiedModel, pictures: Tensor, device: torch.device) -> Tensor:
+def image_vectors(model: UnifiedModel, images: Tensor, device: torch.device) -> Tensor:
     """uint8 (n, H, W, 3) -> unit vectors (n, e) on the CPU."""
     parts = []
-    for part in pictures.split(IMAGES):
-        images = model.encode_images(part.to(device))
-        parts.append(model.embed_images(images, normalize=True).float().cpu())
+    for part in images.split(IMAGES):
+        states = model.encode_images(part.to(device))
+        parts.append(model.embed_images(states, normalize=True).float().cpu())
     return torch.cat(parts)
 
 
-def encode_sentences(model: UnifiedModel, ids: list[Tensor], device: torch.device) -> Tensor:
+def sentence_vectors(model: UnifiedModel, ids: list[Tensor], device: torch.device) -> Tensor:
     """Sentences with specials -> unit vectors (n, e) on the CPU."""
     parts = []
     for start in range(0, len(ids), SENTENCES):
@@ -163,10 +270,10 @@ def encode_sentences(model: UnifiedModel, ids: list[Tensor], device: torch.devic
     return torch.cat(parts)
 
 
-def summary(table: dict[str, Any]) -> dict[str, float]:
+def summarize_recall(table: dict[str, Any]) -> dict[str, float]:
     """R@1 (mean of both directions) of English, of the mean of the other languages, of held-out concepts;
     "score", the mean over all languages, decides which checkpoint is the best."""
-    values = {language: r1(figures) for language, figures in table["retrieval"].items()}
+    values = {language: mean_recall_at_1(figures) for language, figures in table["retrieval"].items()}
     others = [value for language, value in values.items() if language != "en"]
     out = {"score": mean_or_zero(values.values())}
     if "en" in values:
@@ -174,19 +281,52 @@ def summary(table: dict[str, Any]) -> dict[str, float]:
     if others:
         out["others_r1"] = mean_or_zero(others)
     if table["heldout"]:
-        out["heldout_r1"] = mean_or_zero(r1(figures) for figures in table["heldout"].values())
+        out["heldout_r1"] = mean_or_zero(mean_recall_at_1(figures) for figures in table["heldout"].values())
     return out
 
 
-def r1(figures: dict[str, float]) -> float:
-    """Recall@1 without a direction: the mean of both."""
-    return (figures["i2t_r1"] + figures["t2i_r1"]) / 2
+def recall_table(scores: dict[str, Any]) -> str:
+    """Markdown: recall in % by language, both ways; means, held-out concepts, chance."""
+    languages = scores["retrieval"]
+    head = [
+        "language",
+        "R@1",
+        "x chance",
+        *(c.replace("_r", " R@") for c in COLUMNS),
+        "pictures",
+        "chance R@1",
+    ]
+    rows = [head, *(_row(language, [languages[language]]) for language in _english_first(languages))]
+    others = [figures for language, figures in languages.items() if language != "en"]
+    if len(others) > 1:
+        rows.append(_row(f"mean of the other {len(others)}" if "en" in languages else "mean", others))
+    held = scores["heldout"]
+    if "en" in held:
+        rows.append(_row("held-out concepts, en", [held["en"]]))
+    if held_others := [figures for language, figures in held.items() if language != "en"]:
+        rows.append(_row("held-out concepts, others", held_others))
+    return markdown_table(rows)
 
 
-def _exchange(own: dict) -> dict:
-    """The union of all workers' dicts."""
-    if world_size() == 1:
-        return own
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, own)
-    return {key: value for part in parts for key, value in part.items()}
+def _row(name: str, figures: list[dict[str, float]]) -> list[str]:
+    both, chance = (
+        mean_or_zero(mean_recall_at_1(f) for f in figures),
+        mean_or_zero(f["chance_r1"] for f in figures),
+    )
+    values = [f"{100 * mean_or_zero(f[c] for f in figures):.1f}" for c in COLUMNS]
+    asked = f"{mean_or_zero(f['n'] for f in figures):.0f}"
+    return [name, f"{100 * both:.1f}", f"{both / chance:.0f}", *values, asked, f"{100 * chance:.2f}"]
+
+
+def _english_first(languages: dict) -> list[str]:
+    return sorted(languages, key=lambda language: (language != "en", language))
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result as JSON, whole or not at all.
+
+    Raises:
+        NotFinite: a number in it is not finite.
+    """
+    require_finite_values(str(path), result)
+    write_json(path, result)

@@ -2,27 +2,30 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import model_validator
 
-from pretrain import report
 from pretrain.batches import DataConfig, StepBatches
-from pretrain.evaluate import Retrieval, summary
+from pretrain.evaluate import ZeroShotRetrieval, recall_table, summarize_recall, write_result
 from pretrain.sample import build_sample_corpus
+from raylib import checkpoint
 from raylib.config import Config
 from raylib.engine import OptimConfig
 from raylib.errors import UserError
 from raylib.launch import LaunchConfig, config_hash, is_main_process, launch, no_log, open_run, run_folder
 from raylib.loop import FitConfig, fit
-from raylib.models.base import find_model, find_tokenizer
+from raylib.models.base import find_model, find_tokenizer, read_weights
 from raylib.models.hf_weights import load_text, load_vision
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 from raylib.provenance import DataFile, commit, data_hash, provenance
 from raylib.randomness import hash64
 from raylib.runtime import Reporter, Runtime
+from raylib.tables import open_pyplot, save_figure
 from raylib.text import Tokenizer
+from raylib.track import read_metrics
 
 
 class InitConfig(Config):
@@ -104,8 +107,8 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     if not result["finished"]:
         log(f"stopped at step {result['steps']} of {config.fit.steps}; the same command goes on from there")
         return result
-    log(report.table(result))
-    log(report.spent(result))
+    log(recall_table(result))
+    log(describe_times(result))
     log(f"{folder}/result.json, curve.png; export: python -m pretrain export {folder} DIR", flush=True)
     return result
 
@@ -208,13 +211,15 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     retrieval, tables = None, []
     if data.retrieval:
         tokenizer = Tokenizer.load(data.tokenizer)
-        retrieval = Retrieval(data.retrieval, tokenizer, config.model.image_size, config.model.positions)
+        retrieval = ZeroShotRetrieval(
+            data.retrieval, tokenizer, config.model.image_size, config.model.positions
+        )
 
     def evaluate(model: UnifiedModel) -> dict[str, float]:
         if retrieval is None:
             return {}
         tables.append(retrieval(model))
-        return summary(tables[-1])
+        return summarize_recall(tables[-1])
 
     result = fit(objective, batches, runtime, config.fit, config.optim, evaluate, {"run": config.name})
     if result["finished"] and not tables and retrieval is not None:  # resumed after the last checkpoint
@@ -230,7 +235,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     skipped = {
         "items_skipped": {
             "train": result.pop("samples_replaced"),
-            **(retrieval.without_captions() if retrieval else {}),
+            **(retrieval.count_missing_captions() if retrieval else {}),
         }
     }
     result = {
@@ -243,6 +248,60 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
         **scores,
     }
     if runtime.rank == 0 and result["finished"]:
-        report.draw_curve(runtime.run)
-        report.write_result(runtime.run / "result.json", result)
+        plot_curve(runtime.run)
+        write_result(runtime.run / "result.json", result)
     return result
+
+
+def describe_times(result: dict[str, Any]) -> str:
+    """One line: where the time went, and the peak memory of worker 0."""
+    times, whole = result["times"], sum(result["times"].values())
+    parts = [f"{name} {seconds:.1f} s ({100 * seconds / whole:.1f} %)" for name, seconds in times.items()]
+    return f"{whole:.0f} s: {', '.join(parts)}; peak memory {result['peak_memory_gb']:.2f} GB a worker"
+
+
+def plot_curve(run: Path) -> Path:
+    """`curve.png`: losses, and R@1 with chance, over the steps."""
+    records = read_metrics(run)
+    figure, (left, right) = open_pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for name in sorted({k for r in records for k in r if k.startswith("loss/")} - {"loss/grad_norm"}):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        left.plot(*zip(*points, strict=True), label=name.removeprefix("loss/"), linewidth=1)
+    left.set(xlabel="step", ylabel="loss", title="terms, means over the global batch")
+    left.legend(fontsize=8)
+    labels = {
+        "eval/en_r1": "English",
+        "eval/others_r1": "mean of the others",
+        "eval/heldout_r1": "held-out concepts, all languages",
+    }
+    for name, label in labels.items():
+        points = [(r["step"], 100 * r[name]) for r in records if name in r]
+        if points:
+            right.plot(*zip(*points, strict=True), label=label, marker=".")
+    if right.lines:
+        right.legend(fontsize=8)
+    right.set(
+        xlabel="step", ylabel="R@1, %", title="zero-shot retrieval, mean of both directions", ylim=(0, None)
+    )
+    save_figure(figure, run / "curve.png")
+    return run / "curve.png"
+
+
+def export_model(run: Path | str, to: Path | str) -> Path:
+    """Write the model of `run` (or of one of its checkpoints) and its tokenizer into `to`.
+
+    Raises:
+        UserError: no checkpoint there, a damaged one, one with weights that are not finite, or `to` is not
+            empty.
+    """
+    source, to = find_model(run), Path(to)
+    if to.is_dir() and any(to.iterdir()):
+        raise UserError(f"{to}: not empty; give a new folder")
+    if (source / "meta.json").is_file():
+        checkpoint.verify(source)
+    read_weights(source)
+    to.mkdir(parents=True, exist_ok=True)
+    tokenizer = find_tokenizer(source)
+    for path in (source / "config.json", source / "model.safetensors", tokenizer):
+        shutil.copy2(path, to / path.name)
+    return to

@@ -4,7 +4,7 @@ Convention: each worker's loss is its own share times the number of workers, so 
 gradients (DDP, ZeRO) gives the gradient of the loss over the global batch.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,14 +22,30 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This worker's number in the default process group; 0 without one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Wait for all workers."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_objects(local: T) -> list[T]:
+    """What all workers hold, in rank order."""
+    if world_size() == 1:
+        return [local]
+    objects: list[Any] = [None] * world_size()
+    dist.all_gather_object(objects, local)
+    return objects
+
+
 def raise_on_all_workers(error: str | None, kind: type[UserError] = NotFinite) -> None:
     """Raise on every worker, as a `kind`, the `error` that one of them has found, so that none waits for
     another in vain. All workers call it; without an error on any, nothing happens."""
-    errors = [error]
-    if world_size() > 1:
-        errors = [None] * world_size()
-        dist.all_gather_object(errors, error)
-    if found := next(filter(None, errors), None):
+    if found := next(filter(None, gather_objects(error)), None):
         raise kind(found)
 
 

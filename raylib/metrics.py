@@ -2,7 +2,7 @@
 that it was measured on."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,17 @@ def mean_hits(hits: Tensor) -> dict[int, float]:
     """Recall@{1, 5, 10} from the hits (n, 3) of all queries; 0 of none."""
     sums = hits.sum(0).tolist()
     return {k: total / max(1, len(hits)) for k, total in zip(RANKS, sums, strict=True)}
+
+
+def recall_figures(i2t: Tensor, t2i: Tensor) -> dict[str, float]:
+    """{"i2t_r1", "i2t_r5", ... "t2i_r10"} from the hits (n, 3) of images and (c, 3) of captions."""
+    ways = {"i2t": mean_hits(i2t), "t2i": mean_hits(t2i)}
+    return {f"{way}_r{k}": value for way, recall in ways.items() for k, value in recall.items()}
+
+
+def mean_recall_at_1(figures: Mapping[str, float]) -> float:
+    """Recall@1 without a direction: the mean of both."""
+    return (figures["i2t_r1"] + figures["t2i_r1"]) / 2
 
 
 def hit_chances(scores: Tensor, own: Tensor, first: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from finetune.strategies.distillation.teacher import StoredStates, store_states
 from finetune.strategies.label_distances import vector_distances
 from finetune.strategies.pruning import prune_mask
 from finetune.strategies.word_vectors import read_vectors
-from pretrain.export import export
+from pretrain.train import export_model
 from raylib.data.states import States, write_states
 from raylib.errors import NotFinite, UserError
 from raylib.models import peft as tuning
@@ -76,10 +76,10 @@ def test_non_finite_finetune_model_names_the_tensor(tmp_path):
 def test_non_finite_model_is_not_exported(tmp_path):
     make_model(vocabulary=12000).float().save(tmp_path / "model")
     shutil.copy2(DATA / "tokenizer.model", tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "good")
+    export_model(tmp_path / "model", tmp_path / "good")
     poison(tmp_path / "model" / "model.safetensors", "temperature")
     refuses(
-        lambda: export(tmp_path / "model", tmp_path / "bad"),
+        lambda: export_model(tmp_path / "model", tmp_path / "bad"),
         "model/model.safetensors: tensor temperature is not finite",
     )
     assert not (tmp_path / "bad").exists()

@@ -17,8 +17,7 @@ from finetune.report import read_result
 from finetune.retrieval import retrieve
 from finetune.stores.images import precompute_features
 from pretrain.__main__ import main as pretrain_main
-from pretrain.evaluate import Retrieval
-from pretrain.report import write_result
+from pretrain.evaluate import ZeroShotRetrieval, write_result
 from raylib.errors import NotFinite, UserError
 from raylib.metrics import recall_at_k
 from raylib.tables import open_pyplot
@@ -154,7 +153,7 @@ def zero_shot(rank, world, folder, name):
     tokenizer = Tokenizer.load(TOKENIZER)
     model, retrieval = (
         make_model(dtype=torch.float32, vocabulary=12000, positions=64),
-        Retrieval(folder, tokenizer, 16, 64),
+        ZeroShotRetrieval(folder, tokenizer, 16, 64),
     )
     model.eval()
     with torch.no_grad():

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from pretrain.__main__ import main
-from pretrain.evaluate import r1
 from pretrain.recipes import ABLATIONS, RECIPES
 from pretrain.train import PretrainConfig, build_model, run
 from raylib import checkpoint
 from raylib.config import override, save_config
 from raylib.errors import UserError
+from raylib.metrics import mean_recall_at_1
 from raylib.models.unified import UnifiedModel
 from raylib.track import read_metrics
 
@@ -43,7 +43,7 @@ def test_pretrain_run_writes_documented_files(mini, retrieval_set, tmp_path, cap
     assert all(set(figures) == FIGURES for figures in result["retrieval"].values())
     assert result["retrieval"]["de"]["n"] == 19  # one picture has no German caption
     for language, (low, high) in result["interval"].items():
-        assert low <= r1(result["retrieval"][language]) <= high and low < high
+        assert low <= mean_recall_at_1(result["retrieval"][language]) <= high and low < high
     assert set(result["interval"]) == {"en", "de", "zh"}
     assert result["retrieval"]["de"]["chance_r1"] == pytest.approx(1 / 19)
     assert sum(result["times"].values()) == pytest.approx(result["seconds"])

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from pretrain import sample
+from pretrain.evaluate import read_retrieval_set
 from pretrain.sample import build_sample_corpus
 from raylib.data.images import decode
-from raylib.data.retrieval import read_retrieval
 from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
 from raylib.errors import UserError
@@ -128,13 +128,13 @@ def test_sample_pairs_are_english_and_another_language(corpus):
 
 
 def test_sample_retrieval_has_every_drawing_of_unseen_vendor(corpus):
-    items = list(read_retrieval(corpus / "retrieval"))
+    items = list(read_retrieval_set(corpus / "retrieval"))
     assert len(items) == DRAWN and sum(item.heldout for item in items) == HELD_OUT
     for item in items:
         assert set(item.captions) == set(LANGUAGES)
         assert item.captions["ko"] == [concepts.read_captions("ko")[item.name].name]
         assert item.heldout == concepts.is_held_out(item.name)
-    assert decode(items[0].picture).shape == (64, 64, 3)
+    assert decode(items[0].image).shape == (64, 64, 3)
     for language in LANGUAGES:
         assert len({item.captions[language][0] for item in items}) == DRAWN
 

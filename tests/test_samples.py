@@ -13,10 +13,10 @@ import pytest
 
 from pretrain.__main__ import main as pretrain
 from pretrain.batches import DataConfig, StepBatches, StreamConfig
+from pretrain.evaluate import read_retrieval_set
 from pretrain.formats import Tally, read_image_text
 from pretrain.train import run
 from raylib.data.images import find_images
-from raylib.data.retrieval import read_retrieval
 from raylib.data.shards import ShardWriter, index_folder, main
 from raylib.data.sources import Source
 from raylib.errors import UserError
@@ -130,7 +130,7 @@ def test_samples_reindexed_shard_of_same_size_is_refused(tmp_path):
     ):
         read_batch(tmp_path)
     with pytest.raises(UserError, match="is not what was indexed"):
-        list(read_retrieval(tmp_path))
+        list(read_retrieval_set(tmp_path))
     index_folder(tmp_path, "image_text")
     assert len(set(read_batch(tmp_path)["image_id"].tolist())) == 4
 
@@ -171,10 +171,10 @@ def test_samples_captions_agree_in_training_evaluation_and_corpora(tmp_path, mem
     assert sample.captions_in("en") == captions
     if b'""' in members.get("json", b"") or b'" "' in members.get("json", b""):
         with pytest.raises(UserError, match="an empty caption in '(de|en)'"):  # each is a query
-            list(read_retrieval(tmp_path))
+            list(read_retrieval_set(tmp_path))
     else:
-        (item,) = read_retrieval(tmp_path)
-        assert (item.captions["en"], item.picture) == (captions, image(1))
+        (item,) = read_retrieval_set(tmp_path)
+        assert (item.captions["en"], item.image) == (captions, image(1))
     if b"{" in members.get("json", b"") and b"url" not in members["json"]:
         record = json.loads(members["json"].decode("utf-8-sig")) | {"image": "a.jpg"}
         (tmp_path / "albef.json").write_text(json.dumps([record]))
@@ -259,7 +259,7 @@ def test_samples_missing_image_names_the_members(tmp_path):
     )
     index_folder(tmp_path, "image_text")
     with pytest.raises(UserError, match="sample 2 has no image; its members: json, seg.png"):
-        list(read_retrieval(tmp_path))
+        list(read_retrieval_set(tmp_path))
 
 
 LANGUAGES = [
@@ -403,7 +403,7 @@ def test_find_file_matches_any_unicode_form(tmp_path, on_disk):
         (tmp_path / "albef.json").write_text(json.dumps([{"image": asked, "caption": "x"}]))
         assert len(list(read_image_text(tmp_path / "albef.json", Tally("x")))) == 1
         (tmp_path / "captions.json").write_text(json.dumps([{"image": asked, "captions": {"en": "x"}}]))
-        assert next(read_retrieval(tmp_path)).picture == image(1)
+        assert next(read_retrieval_set(tmp_path)).image == image(1)
     assert find_file(tmp_path, "Bücher/none.jpg") is None
 
 

@@ -17,7 +17,7 @@ from finetune.strategies import STRATEGIES
 from finetune.train import check, epochs_of, evaluate_run, files_of, final_training
 from finetune.train import run as finetune
 from pretrain.batches import StepBatches
-from pretrain.evaluate import summary
+from pretrain.evaluate import summarize_recall
 from pretrain.recipes import RECIPES as PRETRAIN
 from pretrain.train import PretrainConfig, resolve_data, with_vocabulary
 from pretrain.train import files_of as files_of_pretraining
@@ -246,7 +246,7 @@ class PretrainSearchJob:
 
     def run(self, config: PretrainConfig, reporter: Reporter) -> dict[str, float]:
         pretrain(config, reporter)
-        return _recalls(summary(read_json(run_folder(config) / "result.json")))
+        return _recalls(summarize_recall(read_json(run_folder(config) / "result.json")))
 
     def evaluate_tests(self, folder: str) -> dict[str, float]:
         return {}

@@ -11,11 +11,11 @@ from finetune.batches import BatchOrder, CaptionBatches, EpochBatches, MoreInput
 from finetune.contrast import ContrastObjective, MatchingObjective
 from finetune.examples import Captioned
 from finetune.model import load_backbone
-from finetune.retrieval import recall_at_1, retrieve
+from finetune.retrieval import retrieve
 from finetune.strategies.base import LossTerms
 from finetune.tasks.base import TRAINING_SPLITS, Captions, Pipeline, Score, Task
 from raylib.errors import UserError
-from raylib.metrics import disparity
+from raylib.metrics import disparity, mean_recall_at_1
 from raylib.objectives.pretraining import ObjectiveConfig, TermWeights, UnifiedObjective
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Retrieval(Task):
 
     def dev_score(self, config: "FinetuneConfig", figures: dict[str, Any]) -> Score:
         if config.select_metric == "recall_at_1":
-            return Score(recall_at_1(figures), figures["recall_at_1_interval"])
+            return Score(mean_recall_at_1(figures), figures["recall_at_1_interval"])
         return Score(figures["mean_recall"], figures["interval"])
 
     def dev_score_name(self, config: "FinetuneConfig") -> str:
@@ -125,7 +125,7 @@ class Retrieval(Task):
         return figures["mean_recall"]
 
     def summarise(self, figures: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        recall = {code: recall_at_1(values) for code, values in figures.items()}
+        recall = {code: mean_recall_at_1(values) for code, values in figures.items()}
         return {"retrieval": figures, "recall_at_1": recall, "disparity": disparity(recall.values())}
 
 
