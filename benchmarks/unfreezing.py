@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.results import RESULTS
 from finetune.model import FinetuneModel
-from finetune.objective import ClassificationObjective
+from finetune.tasks.classification import ClassificationObjective
 from pretrain.recipes import emoji_e5_scenes
 from raylib.engine import OptimConfig, TorchEngine
 from raylib.fileio import append_jsonl

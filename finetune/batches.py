@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from finetune.examples import Captioned, Example
+from finetune.formats.examples import Captioned, Example
 from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource
 from raylib.errors import UserError
 from raylib.packed import Ragged, Sentences

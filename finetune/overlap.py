@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from finetune.config import FinetuneConfig
 from finetune.data import dev_sets, find_task, languages_of, read_split, test_split, training_sets
-from finetune.examples import Captioned, Example
+from finetune.formats.examples import Captioned, Example
 from finetune.stores.records import MARVL, folders_of, stem
 from finetune.tasks.base import Overlap, Reading, Task
 from raylib.cache import file_fingerprint

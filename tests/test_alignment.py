@@ -7,12 +7,11 @@ import math
 import pytest
 import torch
 
-from finetune.contrast import ContrastObjective, MatchingObjective
-from finetune.examples import Captioned
+from finetune.formats.examples import Captioned
 from finetune.strategies import Context
 from finetune.strategies.alignment import TranslationAlignment, TranslationAlignmentConfig
 from finetune.tasks.datasets import TASKS
-from finetune.tasks.retrieval import CONTRAST_AND_ITM
+from finetune.tasks.retrieval import CONTRAST_AND_ITM, ContrastObjective, MatchingObjective
 from raylib.errors import UserError
 from raylib.metrics import disparity
 from raylib.objectives.pretraining import UnifiedObjective

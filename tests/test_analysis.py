@@ -19,7 +19,7 @@ from finetune.analysis.similarity import compare, correlate, describe, parallel_
 from finetune.analysis.words import Thing, find_tokens, find_word, name_in, spans
 from finetune.batches import encode_texts
 from finetune.data import read_split
-from finetune.examples import Example
+from finetune.formats.examples import Example
 from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES
 from finetune.stores.images import open_visual

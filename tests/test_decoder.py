@@ -9,7 +9,7 @@ import torch
 from finetune.__main__ import main
 from finetune.decoder import DecoderConfig, encode_answers
 from finetune.model import FinetuneModel
-from finetune.objective import AnswerObjective
+from finetune.tasks.classification import AnswerObjective
 from raylib.errors import UserError
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged

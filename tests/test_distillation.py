@@ -9,10 +9,9 @@ import tokenizers
 import torch
 
 from finetune.batches import encode_inputs
-from finetune.examples import Example
 from finetune.formats.answers import read_cvil
+from finetune.formats.examples import Example
 from finetune.model import FinetuneModel
-from finetune.objective import ClassificationObjective
 from finetune.strategies.base import LossTerms
 from finetune.strategies.distillation.pairs import (
     TOKEN_KINDS,
@@ -29,6 +28,7 @@ from finetune.strategies.distillation.strategy import (
     compared_layers,
 )
 from finetune.strategies.distillation.teacher import StoredStates, Teacher, store_states
+from finetune.tasks.classification import ClassificationObjective
 from raylib.errors import UserError
 from raylib.models.base import find_segments
 from raylib.models.oscar import TINY, Oscar

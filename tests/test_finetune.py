@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from finetune.batches import BatchOrder, CaptionBatches, ExampleBatches
-from finetune.evaluate import evaluate
-from finetune.examples import Captioned, Example
 from finetune.formats import answers
-from finetune.metrics import Bleu, score
+from finetune.formats.examples import Captioned, Example
 from finetune.model import FinetuneModel, freeze, resize
-from finetune.objective import ClassificationObjective
-from finetune.retrieval import retrieve
+from finetune.predict import corpus_bleu, evaluate, score
 from finetune.stores.images import ImageSource, PrecomputedFeatures, open_images, precompute_features
+from finetune.tasks.classification import ClassificationObjective
 from finetune.tasks.datasets import TASKS
+from finetune.tasks.ranking import retrieve
 from finetune.tasks.retrieval import merge_captions
 from raylib.errors import UserError
 from raylib.models.layers import Memory
@@ -150,24 +149,28 @@ def test_classification_interval_resamples_images_with_all_questions():
 
 
 def test_bleu_equals_nltk():
-    from nltk.translate.bleu_score import corpus_bleu
+    from nltk.translate.bleu_score import corpus_bleu as nltk_bleu
 
     pairs = [
         ("the cat sat on the mat today", ["the cat sat on a mat", "a cat is on the mat today"]),
         ("two dogs run in the park", ["two dogs run in a park now"]),
     ]
-    bleu = Bleu("en")
-    for sentence, references in pairs:
-        bleu.add(sentence, references)
-    wanted = corpus_bleu(
-        [[r.split() for r in references] for _, references in pairs], [s.split() for s, _ in pairs]
+    references, sentences = [[r.split() for r in rs] for _, rs in pairs], [s.split() for s, _ in pairs]
+    value = corpus_bleu(pairs, "en")
+    assert value == pytest.approx(nltk_bleu(references, sentences)) and 0 < value < 1
+    assert corpus_bleu([("a", ["b"])], "en") == 0.0 and corpus_bleu([], "en") == 0.0
+
+
+def test_bleu_counts_words_of_japanese_and_characters_of_chinese():
+    from nltk.translate.bleu_score import corpus_bleu as nltk_bleu
+
+    words = ["猫", "が", "窓", "の", "外", "を", "見", "て", "いる"]
+    pair = ("猫が窓の外を見ている", ["犬が窓の外を見ている"])
+    assert corpus_bleu([pair], "ja") == pytest.approx(nltk_bleu([[["犬", *words[1:]]]], [words]))
+    pair = ("猫在 看窗外的鸟", ["狗在看窗外的鸟"])
+    assert corpus_bleu([pair], "zh") == pytest.approx(
+        nltk_bleu([[list("狗在看窗外的鸟")]], [list("猫在看窗外的鸟")])
     )
-    assert bleu.value() == pytest.approx(wanted) and 0 < wanted < 1
-    assert Bleu("ja").cut("猫が窓の外を見ている") == ["猫", "が", "窓", "の", "外", "を", "見", "て", "いる"]
-    assert Bleu("zh").cut("猫 在看") == ["猫", "在", "看"]
-    empty = Bleu("en")
-    empty.add("a", ["b"])
-    assert empty.value() == 0.0
 
 
 def slow_recalls(model, items, pictures, tokenizer, candidates):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from finetune.data import Reading
-from finetune.evaluate import evaluate
 from finetune.formats import answers
+from finetune.predict import evaluate
 from finetune.tasks.datasets import TASKS
 from raylib.text import Tokenizer
 from tests.test_finetune import TOKENIZER, pixels, questions, small_model

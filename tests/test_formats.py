@@ -7,8 +7,8 @@ import tracemalloc
 
 import pytest
 
-from finetune.examples import Captioned, Example
 from finetune.formats import answers, captions
+from finetune.formats.examples import Captioned, Example
 from finetune.formats.stream import stream_list, stream_members
 from raylib.errors import UserError
 

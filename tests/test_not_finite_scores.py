@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from finetune.__main__ import main
 from finetune.analysis import figures
 from finetune.batches import encode_texts
-from finetune.evaluate import evaluate, predict
 from finetune.model import FinetuneModel
+from finetune.predict import evaluate, predict
 from finetune.report import read_result
-from finetune.retrieval import retrieve
 from finetune.stores.images import precompute_features
+from finetune.tasks.ranking import retrieve
 from pretrain.__main__ import main as pretrain_main
 from pretrain.evaluate import ZeroShotRetrieval, write_result
 from raylib.errors import NotFinite, UserError

@@ -13,8 +13,8 @@ from finetune.__main__ import main
 from finetune.batches import BatchOrder, CaptionBatches, ExampleBatches
 from finetune.data import dev_split
 from finetune.data import test_split as split_of_test
-from finetune.examples import Captioned, Example
 from finetune.formats import answers
+from finetune.formats.examples import Captioned, Example
 from finetune.formats.stream import stream_jsonl, stream_members
 from finetune.recipes import FEW_SHOT_RATES, RECIPES
 from finetune.tasks.datasets import TASKS

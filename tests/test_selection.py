@@ -10,8 +10,8 @@ from finetune.config import FinetuneConfig
 from finetune.data import dev_sets, dev_split, languages_of, read_split
 from finetune.model import tokenizer_at
 from finetune.recipes import RECIPES
-from finetune.retrieval import retrieve
 from finetune.stores.images import ImageSource, open_images
+from finetune.tasks.ranking import retrieve
 from finetune.tasks.retrieval import merge_captions
 from raylib import checkpoint
 from raylib.config import load_config

@@ -12,10 +12,10 @@ from finetune.batches import BatchOrder, encode_inputs
 from finetune.build import build_model, open_visual_for
 from finetune.config import FinetuneConfig
 from finetune.data import find_task, load_task
-from finetune.examples import Captioned, Example
 from finetune.formats import jsonl
+from finetune.formats.examples import Captioned, Example
 from finetune.model import FinetuneModel
-from finetune.strategies.base import Term
+from finetune.strategies.base import LossTerms, Term
 from finetune.tasks.base import Pipeline
 from finetune.tasks.datasets import TASKS
 from raylib.errors import UserError
@@ -85,13 +85,13 @@ def test_task_from_its_files_to_its_score(name, head, model, data, tmp_path):
         },
     }
     batch = task.batches(pipeline, kept, BatchOrder(4, seed=0))[0]
-    objective = task.objective(config, pipeline.model, terms)
+    objective = task.objective(config, pipeline.model, LossTerms(terms))
     loss, values = objective(batch)
     assert terms.keys() < values.keys() and all(math.isfinite(v) for v in values.values())
     assert float(values["penalty"]) == pytest.approx(float(terms["penalty"].values(None, {})), rel=1e-4)
     loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in pipeline.model.parameters())
-    plain, _ = task.objective(config, pipeline.model, {})(batch)
+    plain, _ = task.objective(config, pipeline.model, LossTerms())(batch)
     # dropout differs between both
     assert float(loss.detach()) == pytest.approx(float(plain.detach() + 0.1 * values["penalty"]), rel=0.5)
 

@@ -17,7 +17,7 @@ from finetune.analysis.parallel import Parallel, read_parallel
 from finetune.analysis.run import Opened, Options, _open, _words_and_regions
 from finetune.analysis.tsne import Point, collect, nearest, spread
 from finetune.batches import encode_tagged, encode_texts
-from finetune.examples import Example
+from finetune.formats.examples import Example
 from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES
 from finetune.stores.images import RegionFeatures, open_visual

@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 
 from finetune.model import FinetuneModel
-from finetune.objective import ClassificationObjective
 from finetune.strategies import Context, Strategies, StrategiesConfig
 from finetune.strategies.peft import AdapterConfig, CompacterConfig, HardPrompt, LoraConfig, SoftPromptConfig
+from finetune.tasks.classification import ClassificationObjective
 from raylib.config import validate
 from raylib.engine import DeepSpeedEngine, OptimConfig, TorchEngine
 from raylib.errors import UserError

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.analysis.figures import Inapplicable, save
-from finetune.metrics import read_predictions
+from finetune.predict import read_predictions
 from finetune.strategies.wordnet import HYPERNYM, HYPONYM, NONE, PAIRS, SYNONYM, WordNet, confusions
 from raylib.tables import markdown_table, open_pyplot, percent
 

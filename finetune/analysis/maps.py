@@ -14,7 +14,7 @@ from finetune.analysis.figures import Inapplicable, find_fonts, save
 from finetune.analysis.parallel import Parallel
 from finetune.analysis.words import Thing, find_tokens, find_word, name_in, read_scenes
 from finetune.batches import encode_texts
-from finetune.examples import Example
+from finetune.formats.examples import Example
 from finetune.stores.images import ImageSource
 from finetune.stores.records import stem
 from raylib.errors import UserError

@@ -20,7 +20,7 @@ from finetune.analysis.attention import to_grid
 from finetune.analysis.figures import Inapplicable
 from finetune.analysis.parallel import Parallel
 from finetune.analysis.words import Thing, name_in
-from finetune.examples import Example
+from finetune.formats.examples import Example
 from finetune.stores.images import ImageSource, RegionFeatures
 from finetune.stores.records import stem
 from raylib.sample.scenes.labels import read_labels

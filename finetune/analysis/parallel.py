@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from finetune.config import FinetuneConfig
 from finetune.data import read_split, test_split
-from finetune.examples import Captioned, Example
+from finetune.formats.examples import Captioned, Example
 from raylib.randomness import string_key
 
 

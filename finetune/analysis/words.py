@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune.examples import Example
+from finetune.formats.examples import Example
 from raylib.errors import UserError
 from raylib.sample.scenes.labels import read_labels, say
 from raylib.text import Tokenizer

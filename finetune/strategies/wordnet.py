@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.metrics import MILLION
 from raylib.errors import UserError
+from raylib.metrics import MILLION
 
 # as in paper 0's table 3: what a prediction is to the true label
 SYNONYM, HYPERNYM, HYPONYM, NONE = "syn", "hyp", "hpo", "none"
@@ -137,7 +137,7 @@ def confusions(predictions: Iterable[dict[str, Any]], wordnet: WordNet, pairs: i
     """Of the predictions in one language; memory grows with the different pairs of labels alone.
 
     Args:
-        predictions: {"id", "prediction", "labels", "kind"} each, as `finetune.metrics.read_predictions`
+        predictions: {"id", "prediction", "labels", "kind"} each, as `finetune.predict.read_predictions`
             yields them. The true label is the answer with the highest score; an example without answers is
             left out, as in `metrics.score`.
     Returns:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from torch import nn
 
 from finetune.batches import BatchOrder, EpochBatches, MoreInputs
-from finetune.examples import Captioned, Example
+from finetune.formats.examples import Captioned, Example
 from finetune.stores.images import VisualSource, open_visual
 from finetune.strategies.base import LossTerms
 from raylib.cache import cached, file_fingerprint

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 from torch import Tensor, nn
 
 from finetune.batches import encode_inputs, load_visual
-from finetune.examples import Example
+from finetune.formats.examples import Example
 from finetune.model import FinetuneModel, tokenizer_at, weights_of
 from finetune.stores.images import PrecomputedFeatures
 from finetune.strategies.base import (

@@ -1,15 +1,17 @@
-"""Predictions of a classification task, streamed: memory does not grow with their number.
+"""Predictions of a classification task and their scores, streamed: memory does not grow with their number.
 
-1. All pictures are encoded once, by all workers, into a file of states (`raylib.data.states`).
+1. All images are encoded once, by all workers, into a file of states (`raylib.data.states`).
 2. Examples are read as a stream and cut into batches; worker r predicts every world-th batch, so that each
    batch is the same whatever the number of workers, and appends what it predicts to a file of its own.
-3. The workers' files become one, in the order of the examples; `metrics.score` reads that.
+3. The workers' files become one, in the order of the examples: lines {"id", "prediction", "labels",
+   "kind", "images"}, which `score` reads.
 """
 
 import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,16 @@ import torch
 import torch.distributed as dist
 
 from finetune.batches import read_inputs
-from finetune.examples import Example
-from finetune.metrics import read_predictions, score
+from finetune.formats.examples import Example
 from finetune.model import FinetuneModel
 from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource, precompute_features
 from raylib.data.loading import to_device
 from raylib.data.states import remove_states
 from raylib.distributed import raise_on_all_workers, world_size
+from raylib.errors import require
 from raylib.finite import is_finite
+from raylib.metrics import MILLION, ItemClusters
+from raylib.randomness import Key
 from raylib.text import Tokenizer
 
 BATCH = 64  # examples predicted at a time
@@ -100,7 +104,7 @@ def evaluate(
     bf16: bool = False,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """{language: `metrics.score` of its examples}; predictions go to `folder`/LANGUAGE.jsonl. All workers
+    """{language: `score` of its examples}; predictions go to `folder`/LANGUAGE.jsonl. All workers
     return the same.
 
     sets: {language: examples that can be gone through twice, for their pictures and for their texts}. seed:
@@ -153,3 +157,84 @@ def _merge(parts: list[Path], out: Path) -> None:
                 break
     for part in parts:
         part.unlink()
+
+
+def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a predictions file, one at a time."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def score(
+    predictions: Iterable[dict[str, Any]],
+    labels: frozenset[str],
+    bleu: str | None = None,
+    key: tuple[Key, ...] = (),
+) -> dict[str, Any]:
+    """Accuracy over the examples that have a label: the mean of what each prediction scores in its labels.
+
+    Returns:
+        {"accuracy", "interval": its 95 % bootstrap interval, "n", "by_type": {kind: accuracy}, "n_by_type":
+        {kind: examples}, "unlabelled": left out of it, "unknown_answers": none of whose answers are among
+        `labels`: these count as wrong, "bleu": where asked for}.
+
+    The bootstrap, seeded by `key`, draws images with all of their questions, which are not independent (xGQA
+    asks 12,578 of 398 images). Items about two images are drawn with those about the same two, items about
+    none alone.
+    """
+    gained: Counter[str] = Counter()  # in millionths: integers add up to the same in any order
+    seen: Counter[str] = Counter()
+    unlabelled, unknown, clusters = 0, 0, ItemClusters()
+    sentences: list[tuple[str, list[str]]] = []
+    for number, line in enumerate(predictions):
+        answers = line["labels"]
+        if not answers:
+            unlabelled += 1
+            continue
+        unknown += labels.isdisjoint(answers)
+        seen[line["kind"]] += 1
+        worth = round(MILLION * answers.get(line["prediction"], 0.0))
+        gained[line["kind"]] += worth
+        clusters.add(line.get("images") or [f"line {number}"], worth)  # earlier versions wrote no images
+        if bleu:
+            sentences.append((line["prediction"], list(answers)))
+    n = sum(seen.values())
+    result = {
+        "accuracy": sum(gained.values()) / MILLION / n if n else 0.0,
+        "interval": clusters.interval("bootstrap", *key),
+        "n": n,
+        "by_type": {kind: gained[kind] / MILLION / seen[kind] for kind in sorted(seen) if kind},
+        "n_by_type": {kind: seen[kind] for kind in sorted(seen) if kind},
+        "unlabelled": unlabelled,
+        "unknown_answers": unknown,
+    }
+    return {**result, "bleu": corpus_bleu(sentences, bleu)} if bleu else result
+
+
+def corpus_bleu(pairs: Sequence[tuple[str, Sequence[str]]], language: str) -> float:
+    """BLEU-4 in [0, 1] (Papineni et al. 2002) of (prediction, its references); without smoothing: 0 if
+    an order has no match at all.
+
+    language: "ja" is cut into words by MeCab (`fugashi`, `unidic-lite`), "zh" into characters, others at
+        white space.
+    """
+    bleu, cut = require("sacrebleu", "finetune").BLEU, _cutter(language)
+    most = max((len(references) for _, references in pairs), default=0)
+    predictions = [" ".join(cut(prediction)) for prediction, _ in pairs]
+    # a stream for each place in the lists of references, None where a list is shorter
+    streams = [
+        [" ".join(cut(references[i])) if i < len(references) else None for _, references in pairs]
+        for i in range(most)
+    ]
+    scorer = bleu(tokenize="none", smooth_method="none", force=True)
+    return scorer.corpus_score(predictions, streams).score / 100 if pairs else 0.0
+
+
+def _cutter(language: str) -> Callable[[str], list[str]]:
+    if language == "zh":
+        return lambda text: list("".join(text.split()))
+    if language != "ja":
+        return str.split
+    tagger = require("fugashi", "finetune").Tagger()
+    return lambda text: [word.surface for word in tagger(text)]
