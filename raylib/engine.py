@@ -8,9 +8,9 @@ import sys
 import tempfile
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -95,12 +95,36 @@ def set_rate(
     return bool(rates and factor > 0 and step > 0 and rates(group["depth"], step - 1) == 0)
 
 
+class TrainableModel(Protocol):
+    """The part of a model that training needs: it is saved by `save`, and has rates a depth by `depth_of`."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> Any: ...
+    def save(self, folder: Path, /) -> None: ...
+    def depth_of(self, name: str, /) -> int | None: ...
+
+
+class Objective(nn.Module, ABC):
+    """A training step as one module, which DDP and ZeRO wrap whole: an encoder called around the wrapped
+    module would miss the sync of gradients."""
+
+    model: TrainableModel
+
+    @property
+    @abstractmethod
+    def has_unused_parameters(self) -> bool:
+        """Whether some parameters get no gradient in a step, which DDP must know."""
+
+    @abstractmethod
+    def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return (this worker's share of the loss times the number of workers, {term: its value over the
+        global batch})."""
+
+
 class Engine(ABC):
     """An objective and the optimizer that steps it, in float32 weights; bf16 autocast where `bf16` says so.
 
     Args:
-        objective: `forward(batch)` -> (loss, {term: value}), a share of the global batch's each; `.model` is
-            what is saved, `.has_unused_parameters` what DDP must know.
         start: the checkpoint to go on from.
         rates: factor of the learning rate of each depth in each step.
     """
@@ -110,7 +134,7 @@ class Engine(ABC):
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         config: OptimConfig,
         device: torch.device,
         bf16: bool,
@@ -186,7 +210,7 @@ class TorchEngine(Engine):
             torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
 
     def _build(self, start: Path | None) -> None:
-        self.module = self.objective
+        self.module: nn.Module = self.objective
         self.optimizer = build_optimizer(self._groups(), self.config)
         if world_size() > 1:
             # layers that are frozen for now get no gradient either

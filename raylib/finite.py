@@ -148,10 +148,12 @@ class StepGuard:
 class GuardedEngine(Protocol):
     """The part of an engine (`raylib.engine`) that `StepMonitor` needs."""
 
-    objective: nn.Module
-    device: torch.device
-    bf16: bool
-
+    @property
+    def objective(self) -> nn.Module: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def bf16(self) -> bool: ...
     def find_not_finite(self) -> str | None: ...
 
 

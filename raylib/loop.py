@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
-from torch import nn
 from torch.utils.data import Dataset
 
 from raylib import checkpoint
@@ -16,7 +15,15 @@ from raylib.config import Config
 from raylib.data.loading import load_batches, to_device
 from raylib.device import has_bf16, out_of_memory_error, peak_memory
 from raylib.distributed import all_reduce
-from raylib.engine import DeepSpeedEngine, Engine, LayerRates, OptimConfig, TorchEngine, learning_rate
+from raylib.engine import (
+    DeepSpeedEngine,
+    Engine,
+    LayerRates,
+    Objective,
+    OptimConfig,
+    TorchEngine,
+    learning_rate,
+)
 from raylib.errors import NotFinite
 from raylib.fileio import write_json
 from raylib.finite import StepGuard, StepMonitor, finite_values, require_finite_values
@@ -63,20 +70,18 @@ class Clock:
 
 
 def fit(
-    objective: nn.Module,
+    objective: Objective,
     batches: Dataset,
     runtime: Runtime,
     config: FitConfig,
     optim: OptimConfig,
-    evaluate: Callable[[nn.Module], dict[str, float]],
+    evaluate: Callable[[Any], dict[str, float]],
     describe: dict[str, Any],
     rates: LayerRates | None = None,
 ) -> dict[str, Any]:
     """Train `objective` from the run's newest checkpoint, or from the start, to `config.steps`.
 
     Args:
-        objective: `forward(batch)` -> (loss, {term: mean over the global batch}); `.model` is what is
-            exported.
         batches: `batches[step]` is this worker's part of the global batch of `step`.
         evaluate: called by every worker; `{"score": ..., name: value}`, the highest score is the best
             checkpoint.
@@ -166,7 +171,7 @@ class _Replay:
     """Steps to be gone through again: `replay(step)` is this worker's batch of `step`, dropout seeded as it
     was."""
 
-    def __init__(self, objective: nn.Module, batches: Dataset, config: FitConfig, runtime: Runtime):
+    def __init__(self, objective: Objective, batches: Dataset, config: FitConfig, runtime: Runtime):
         self.objective, self.batches, self.config, self.runtime = objective, batches, config, runtime
         self.last: tuple[int, dict] | None = None  # the step under way, and its batch
 
@@ -227,7 +232,7 @@ def _is_due(done: int, every: int, steps: int) -> bool:
 
 
 def _evaluate(
-    objective: nn.Module, evaluate: Callable, clock: Clock, done: int, monitor: StepMonitor
+    objective: Objective, evaluate: Callable, clock: Clock, done: int, monitor: StepMonitor
 ) -> dict[str, float]:
     """The scores after `done` steps.
 

@@ -66,54 +66,57 @@ def mean_recall_at_1(figures: Mapping[str, float]) -> float:
     return (figures["i2t_r1"] + figures["t2i_r1"]) / 2
 
 
-def hit_chances(scores: Tensor, own: Tensor, first: Tensor | None = None) -> Tensor:
-    """Chance that one of a query's own keys is among its first {1, 5, 10}, the highest score first and keys
-    of equal score in random order: (q, 3) in float64. A model whose scores are all equal so reaches chance.
+def hit_chances(scores: Tensor, relevant: Tensor, first: Tensor | None = None) -> Tensor:
+    """Return the chance that one of a query's relevant keys is among its first {1, 5, 10}, the highest score
+    first and keys of equal score in random order: (q, 3) in float64. A model whose scores are all equal so
+    reaches chance.
 
-    Of o own and f other keys that tie for the best own place, with r places left before the cut, none of the
-    own keys is within the cut with probability C(f, r) / C(f + o, r) = prod_{i < r} (f - i) / (f + o - i).
+    Of m relevant and f other keys that tie for the best relevant place, with r places left before the cut,
+    none of the relevant keys is within the cut with probability
+    C(f, r) / C(f + m, r) = prod_{i < r} (f - i) / (f + m - i).
 
     Args:
-        scores: (q, m). own: bool (q, m), the right keys of each query.
-        first: bool (q, m), keys that stand before all others whatever the scores. Scores of the two levels
+        scores: (q, k). relevant: bool (q, k), the right keys of each query.
+        first: bool (q, k), keys that stand before all others whatever the scores. Scores of the two levels
             are never compared, and may be of different kinds.
     """
-    level, before = torch.ones_like(own), 0
+    level, before = torch.ones_like(relevant), relevant.new_zeros(len(relevant), dtype=torch.int64)
     if first is not None:
-        # the level on which the query's best own key stands, and how many keys stand above that level
-        level = first == (own & first).any(1, keepdim=True)
+        # the level on which the query's best relevant key stands, and how many keys stand above that level
+        level = first == (relevant & first).any(1, keepdim=True)
         before = (first & ~level).sum(1)
-    best = scores.masked_fill(~(own & level), -torch.inf).amax(1, keepdim=True)
-    ahead = before + ((scores > best) & level).sum(1)
+    best = scores.masked_fill(~(relevant & level), -torch.inf).amax(1, keepdim=True)
+    num_ahead = before + ((scores > best) & level).sum(1)
     tied = (scores == best) & level
-    mine = (tied & own).sum(1)
-    others = tied.sum(1) - mine
-    # missed[:, r]: the chance that the first r of the tied keys are all others'
-    drawn = torch.arange(max(RANKS), device=scores.device)
-    left = (others[:, None] - drawn).clamp(min=0).double()
-    shares = left / (others[:, None] + mine[:, None] - drawn).clamp(min=1)
-    shares = torch.where(mine[:, None] > 0, shares, 1.0)  # a query without a key of its own is never answered
-    missed = torch.cat([torch.ones_like(shares[:, :1]), shares.cumprod(1)], 1)
-    places = (torch.tensor(RANKS, device=scores.device) - ahead[:, None]).clamp(min=0)
-    return 1 - missed.gather(1, places)
+    num_relevant = (tied & relevant).sum(1, keepdim=True)
+    num_others = tied.sum(1, keepdim=True) - num_relevant
+    # miss[:, r]: the chance that the first r of the tied keys are all others', one factor for each of them
+    i = torch.arange(max(RANKS), device=scores.device)
+    factors = (num_others - i).clamp(min=0).double() / (num_others + num_relevant - i).clamp(min=1)
+    factors = torch.where(num_relevant > 0, factors, 1.0)  # a query without a relevant key is never answered
+    miss = torch.cat([torch.ones_like(factors[:, :1]), factors.cumprod(1)], 1)
+    places = (torch.tensor(RANKS, device=scores.device) - num_ahead[:, None]).clamp(min=0)
+    return 1 - miss.gather(1, places)
 
 
 def nearest_keys(scores: Tensor, count: int, order: Tensor) -> Tensor:
-    """Indices (q, count) of the keys with the highest `scores` (q, m); of those that tie for the last places,
-    the ones that come first in `order`, a permutation of the keys that is the same for every query and so
-    favours no query's own key."""
-    chosen = scores.topk(count, dim=1).indices
-    cut = scores.gather(1, chosen).amin(1, keepdim=True)
+    """Return the indices (q, count) of the keys with the highest `scores` (q, k); of those that tie for the
+    last places, the ones that come first in `order`, a permutation of the keys that is the same for every
+    query and so favours no query's relevant key."""
+    nearest = scores.topk(count, dim=1).indices
+    cut = scores.gather(1, nearest).amin(1, keepdim=True)
     above, tied = scores > cut, scores == cut
     places = count - above.sum(1, keepdim=True)
     if bool((tied.sum(1, keepdim=True) == places).all()):
-        return chosen
+        return nearest
+    # `topk` takes whichever of the tied keys it likes: here they come in `order`, as many as have a place
     within = torch.empty_like(tied).index_copy_(1, order, tied[:, order].cumsum(1) <= places)
     return (above | (tied & within)).nonzero()[:, 1].view(len(scores), count)
 
 
 def disparity(scores: Iterable[float]) -> dict[str, float]:
-    """How far languages are apart: sample standard deviation and range of their scores (paper 4, table 2)."""
+    """Return how far languages are apart: sample standard deviation and range of their scores (paper 4, table
+    2)."""
     scores = list(scores)
     return {"std": statistics.stdev(scores) if len(scores) > 1 else 0.0, "range": max(scores) - min(scores)}
 
@@ -155,12 +158,12 @@ def bootstrap_interval(gained: np.ndarray, counts: np.ndarray, *key: Key) -> lis
         return None
     # Clusters that score alike are one outcome: how often each outcome is drawn is multinomial, so that time
     # and memory grow with the number of different outcomes, and the order of the clusters does not matter.
-    outcomes, often = np.unique(rows, axis=0, return_counts=True)
-    draw, scores = generator(*key), []
+    outcomes, frequency = np.unique(rows, axis=0, return_counts=True)
+    rng, scores = generator(*key), []
     chunk = max(1, ELEMENTS // len(outcomes))
     for start in range(0, RESAMPLES, chunk):
-        drawn = draw.multinomial(clusters, often / clusters, size=min(chunk, RESAMPLES - start))
-        sums = drawn @ outcomes
+        size = min(chunk, RESAMPLES - start)
+        sums = rng.multinomial(clusters, frequency / clusters, size=size) @ outcomes
         scores.append((sums[:, :parts] / np.maximum(1, sums[:, parts:])).mean(1) / MILLION)
     low, high = np.quantile(np.concatenate(scores), (0.025, 0.975))
     return [float(low), float(high)]

@@ -175,13 +175,13 @@ def _load_json(path: Path):
         return [encoding.ids for encoding in model.encode_batch(texts, add_special_tokens=False)]
 
     vocabulary = model.get_vocab()
-    parts = any(
-        token.startswith("##") for token in vocabulary
-    )  # WordPiece marks what goes on, others what begins
+    # WordPiece marks what goes on within a word, others what begins one
+    is_wordpiece = any(token.startswith("##") for token in vocabulary)
 
     def piece(i: int) -> str:
         token = model.id_to_token(i)
-        if parts:
+        assert token is not None, f"id {i} is none of the vocabulary"
+        if is_wordpiece:
             return token[2:] if token.startswith("##") else "▁" + token
         return token.replace("Ġ", "▁")
 

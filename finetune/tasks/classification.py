@@ -22,6 +22,7 @@ from finetune.strategies.base import LossTerms, Outputs, Term, term_shares
 from finetune.strategies.wordnet import WordNet, confusions
 from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Reading, Score, Task
 from raylib.distributed import all_reduce, world_size
+from raylib.engine import Objective
 from raylib.errors import UserError
 from raylib.metrics import disparity
 from raylib.text import Tokenizer
@@ -221,7 +222,7 @@ def task_loss(logits: Tensor, part: dict, loss: str) -> Tensor:
     return F.cross_entropy(logits, part["answer"], reduction="sum")
 
 
-class ClassificationObjective(nn.Module):
+class ClassificationObjective(Objective):
     """`forward(batch)` -> (this worker's share of the loss, {"task", and by name the terms of strategies:
     means over the global batch, unweighted}).
 
@@ -267,7 +268,7 @@ class ClassificationObjective(nn.Module):
         return loss * world_size(), dict(zip(names, all_reduce(stacked).unbind(), strict=True))
 
 
-class AnswerObjective(nn.Module):
+class AnswerObjective(Objective):
     """As `ClassificationObjective`, of a model whose head spells answers: the mean over questions of -log p
     of their answers, each weighted by its score. Terms see no logits: there are none."""
 

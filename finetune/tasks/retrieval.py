@@ -15,6 +15,7 @@ from finetune.strategies.base import LossTerms, Outputs, Term, term_shares
 from finetune.tasks.base import TRAINING_SPLITS, Captions, Pipeline, Score, Task
 from finetune.tasks.ranking import retrieve
 from raylib.distributed import all_reduce, world_size
+from raylib.engine import Objective
 from raylib.errors import UserError
 from raylib.metrics import disparity, mean_recall_at_1
 from raylib.objectives.contrastive import align_pairs, info_nce
@@ -140,7 +141,7 @@ def merge_captions(items: Iterable[Captioned]) -> list[Captioned]:
     return [Captioned(image, texts) for image, texts in captions.items()]
 
 
-class ContrastObjective(nn.Module):
+class ContrastObjective(Objective):
     """`forward(batch)` -> (this worker's share of L_i2t + L_t2i + sum of weighted terms (equation 9), {"i2t",
     "t2i" and terms by name: means over the global batch, unweighted}). The public code halves the first two.
 
@@ -168,7 +169,7 @@ class ContrastObjective(nn.Module):
         )
 
 
-class MatchingObjective(nn.Module):
+class MatchingObjective(Objective):
     """As `UnifiedObjective`, which it holds, of contrast and matching, and terms of methods beside:
     `forward(batch)` -> (this worker's share of the sum, {its terms, and the methods' by name: means over the
     global batch, unweighted}).

@@ -28,10 +28,11 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from raylib.config import Config, load_user_file, lookup
 from raylib.distributed import all_gather, all_reduce, clamp_parameter, gather_ragged, world_size
+from raylib.engine import Objective
 from raylib.models.unified import UnifiedModel
 from raylib.objectives.contrastive import (
     Negatives,
@@ -376,7 +377,7 @@ class ObjectiveConfig(Config):
         return {**self.weights.model_dump(), **{name: own.weight for name, own in self.terms.items()}}
 
 
-class UnifiedObjective(nn.Module):
+class UnifiedObjective(Objective):
     """`forward(batch)` -> (total loss of this worker to call backward on, {term: its mean over the global
     batch})."""
 
