@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from cluster.local import run
-from raylib.command import command
+from raylib.command import entry_point
 from raylib.errors import UserError
 
 
-@command()
+@entry_point()
 def main(arguments: Sequence[str]) -> int:
     """Run a command line; returns the job's exit code."""
     own, job = list(arguments), []

@@ -18,11 +18,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raylib.command import GOES_ON, check_output, command, train
+from raylib.command import RESUME_HINT, check_writable, entry_point, run_recipe
 from raylib.config import override
 
 
-@command(GOES_ON)
+@entry_point(RESUME_HINT)
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
     commands = {"evaluate": _evaluate, "compare": _compare, "analyse": _analyse, "translate": _translate}
@@ -36,7 +36,7 @@ def _train(arguments: Sequence[str]) -> int:
     from finetune.recipes import RECIPES
     from finetune.train import run
 
-    return train(
+    return run_recipe(
         arguments, "finetune", __doc__, RECIPES, FinetuneConfig, run, "model=MODEL data=FOLDER runtime=local"
     )
 
@@ -68,8 +68,8 @@ def _compare(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--latex", type=Path, metavar="FILE", help="also write the tables as LaTeX")
     given = parser.parse_args(arguments)
-    check_output(given.csv)
-    check_output(given.latex)
+    check_writable(given.csv)
+    check_writable(given.latex)
     found, lines = compare.compare(given.runs, given.baseline)
     print("\n\n".join(filter(None, (comparison_tables.to_markdown(found), "\n".join(lines)))))
     if given.csv:

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raylib.command import GOES_ON, check_output, command, train
+from raylib.command import RESUME_HINT, check_writable, entry_point, run_recipe
 from raylib.fileio import read_json
 
 
-@command(GOES_ON)
+@entry_point(RESUME_HINT)
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
     commands = {"evaluate": _evaluate, "export": _export, "overlap": _overlap}
@@ -29,7 +29,9 @@ def _train(arguments: Sequence[str]) -> int:
     from pretrain.recipes import RECIPES
     from pretrain.train import PretrainConfig, run
 
-    return train(arguments, "pretrain", __doc__, RECIPES, PretrainConfig, run, "optim.lr=3e-4 runtime=local")
+    return run_recipe(
+        arguments, "pretrain", __doc__, RECIPES, PretrainConfig, run, "optim.lr=3e-4 runtime=local"
+    )
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
@@ -42,7 +44,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument("data", help="shards, or a folder with pictures and captions.json")
     parser.add_argument("--json", type=Path, help="also write the figures into this file")
     given = parser.parse_args(arguments)
-    check_output(given.json)
+    check_writable(given.json)
     result = evaluate_folder(given.model, given.data)
     print(recall_table(result))
     if given.json:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pretrain.formats import LIMIT, Tally, read_image_text, read_pairs, read_text
-from raylib.command import command
+from raylib.command import entry_point
 from raylib.data.shards import ShardWriter
 from raylib.errors import UserError
 from raylib.text import Tokenizer, is_language_code
@@ -134,7 +134,7 @@ def _rows(
     return _samples(files, limit, lambda path, tally: encode(read(path, tally, language), tokenizer, tally))
 
 
-@command()
+@entry_point()
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pretrain.corpora", description=__doc__.partition("\n")[0]

@@ -26,7 +26,7 @@ import cv2
 import numpy as np
 import torch
 
-from raylib.command import check_output
+from raylib.command import check_writable
 from raylib.data.images import BadPicture, decode, is_image
 from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     if not 0 <= given.distance <= 32:
         raise UserError(f"--distance {given.distance}: give a number from 0 to 32")
-    check_output(given.json)
+    check_writable(given.json)
     source = open_corpus(given.corpus)
     processes = len(os.sched_getaffinity(0))
     names = set().union(*map(read_names, given.names))

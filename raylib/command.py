@@ -1,4 +1,4 @@
-"""What command lines have in common: how a mistake of the user ends, and how a recipe becomes a run."""
+"""Command lines: how a mistake of the user ends, and how a recipe becomes a run."""
 
 import argparse
 import functools
@@ -11,37 +11,35 @@ from typing import Any
 from raylib.config import ConfigT, dump_config, load_config, lookup, override
 from raylib.errors import UserError, disk_full_error
 
-GOES_ON = "the same command resumes from the newest checkpoint"
+RESUME_HINT = "the same command resumes from the newest checkpoint"
 
 Main = Callable[[Sequence[str]], int]
 
 
-def command(interrupted: str = "") -> Callable[[Main], Callable[..., int]]:
-    """Makes `main(arguments)` an entry point: without arguments it takes the process's. A `UserError`, or a
-    full disk, is one line on stderr and exit code 2; Ctrl-C is one and exit code 130. `interrupted`: what to
-    say of starting again."""
+def entry_point(restart_hint: str = "") -> Callable[[Main], Callable[..., int]]:
+    """Make `main(arguments)` an entry point: without arguments it takes the process's. A `UserError`, or a
+    full disk, is one line on stderr and exit code 2; Ctrl-C is one, with `restart_hint`, and exit code
+    130."""
 
-    def entry_point(main: Main) -> Callable[..., int]:
+    def decorate(main: Main) -> Callable[..., int]:
         @functools.wraps(main)
         def run(arguments: Sequence[str] | None = None) -> int:
             try:
                 return main(sys.argv[1:] if arguments is None else arguments)
-            except UserError as e:
-                print(f"error: {e}", file=sys.stderr)
-                return 2
-            except OSError as e:
-                print(f"error: {disk_full_error(e)}", file=sys.stderr)
-                return 2
             except KeyboardInterrupt:
-                print("; ".join(filter(None, ("interrupted", interrupted))), file=sys.stderr)
+                print("; ".join(filter(None, ("interrupted", restart_hint))), file=sys.stderr)
                 return 130
+            except (UserError, OSError) as e:
+                # any other error of the system is a bug or a broken machine: it keeps its traceback
+                print(f"error: {disk_full_error(e) if isinstance(e, OSError) else e}", file=sys.stderr)
+                return 2
 
         return run
 
-    return entry_point
+    return decorate
 
 
-def check_output(path: Path | None) -> None:
+def check_writable(path: Path | None) -> None:
     """Check that a file which a command line names for its results can be written, before they are computed.
 
     Raises:
@@ -53,25 +51,25 @@ def check_output(path: Path | None) -> None:
         raise UserError(f"{path}: not written (No such file or directory); make its folder first")
 
 
-def train(
+def run_recipe(
     arguments: Sequence[str],
-    room: str,
+    package: str,
     doc: str,
     recipes: Mapping[str, Callable[[], ConfigT]],
     kind: type[ConfigT],
     run: Callable[[ConfigT], Any],
-    such: str,
+    example: str,
 ) -> int:
-    """`python -m ROOM RECIPE [path=value ...]`, or `--config FILE`: run the config that they make. `doc`: of
-    its --help; `such`: an example of settings."""
+    """`python -m PACKAGE RECIPE [path=value ...]`, or `--config FILE`: run the config that they make. `doc`:
+    of its --help; `example`: of settings."""
     lines = "\n".join(f"  {name:20s} {recipe.__doc__}" for name, recipe in recipes.items())
     parser = argparse.ArgumentParser(
-        prog=f"python -m {room}",
+        prog=f"python -m {package}",
         description=f"{doc}\nrecipes:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", nargs="?", help="a recipe's name")
-    parser.add_argument("settings", nargs="*", metavar="path=value", help=f"such as {such}")
+    parser.add_argument("settings", nargs="*", metavar="path=value", help=f"such as {example}")
     parser.add_argument(
         "--config", help="start from a stored config.json, or a YAML file, instead of a recipe"
     )

@@ -4,8 +4,9 @@ line of progress that is printed."""
 import importlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from raylib.errors import UserError
 from raylib.fileio import append_jsonl, read_jsonl
@@ -13,6 +14,16 @@ from raylib.finite import finite_values
 
 Backend = Literal["tensorboard", "wandb", "mlflow"]
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+LOG: dict[str, Callable[[Any, int, dict[str, float]], Any]] = {
+    "tensorboard": lambda writer, step, values: [writer.add_scalar(k, v, step) for k, v in values.items()],
+    "wandb": lambda wandb, step, values: wandb.log(values, step=step),
+    "mlflow": lambda mlflow, step, values: mlflow.log_metrics(values, step=step),
+}
+CLOSE: dict[str, Callable[[Any], Any]] = {
+    "tensorboard": lambda writer: writer.close(),
+    "wandb": lambda wandb: wandb.finish(),
+    "mlflow": lambda mlflow: mlflow.end_run(),
+}
 
 
 class Tracker:
@@ -23,23 +34,18 @@ class Tracker:
         self.path, self.name = run / "metrics.jsonl", run.name
         lines = [r for r in read_metrics(run) if r["step"] <= start] if start else []
         self.path.write_text("".join(json.dumps(finite_values(r)) + "\n" for r in lines), encoding="utf-8")
-        self.backends = {name: _open(name, run) for name in backends}
+        self.backends = {name: _open_backend(name, run) for name in backends}
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Finite values at `step`; names with a slash group: "loss/itm", "retrieval/de"."""
         append_jsonl(self.path, {"step": step, **values})
         for name, module in self.backends.items():
-            if name == "tensorboard":
-                for key, value in values.items():
-                    module.add_scalar(key, value, step)
-            elif name == "wandb":
-                module.log(values, step=step)
-            else:
-                module.log_metrics(values, step=step)
+            LOG[name](module, step, values)
 
     def close(self) -> None:
+        """Tell the backends that the run has ended."""
         for name, module in self.backends.items():
-            getattr(module, {"tensorboard": "close", "wandb": "finish", "mlflow": "end_run"}[name])()
+            CLOSE[name](module)
 
 
 class Progress:
@@ -83,11 +89,11 @@ class Progress:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """All records of a run, in order; a last line cut off by a crash is dropped."""
+    """Return all records of a run, in order; a last line cut off by a crash is dropped."""
     return read_jsonl(run / "metrics.jsonl")
 
 
-def _open(name: str, run: Path):
+def _open_backend(name: str, run: Path) -> Any:
     try:
         module = importlib.import_module(MODULES[name])
     except ImportError:

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from raylib.command import GOES_ON, command
+from raylib.command import RESUME_HINT, entry_point
 from raylib.errors import UserError
 
 
@@ -18,11 +18,11 @@ from raylib.errors import UserError
             "error: no space left on the disk for a.bin; free some and start again: "
             "a run goes on from its newest checkpoint\n",
         ),
-        (KeyboardInterrupt(), 130, f"interrupted; {GOES_ON}\n"),
+        (KeyboardInterrupt(), 130, f"interrupted; {RESUME_HINT}\n"),
     ],
 )
 def test_command_user_error_full_disk_and_interrupt_are_one_line(trouble, code, said, capsys):
-    @command(GOES_ON)
+    @entry_point(RESUME_HINT)
     def main(arguments):
         raise trouble
 
@@ -32,13 +32,13 @@ def test_command_user_error_full_disk_and_interrupt_are_one_line(trouble, code, 
 def test_command_takes_arguments_of_its_process(monkeypatch):
     monkeypatch.setattr("sys.argv", ["program", "7"])
     assert (
-        command()(lambda arguments: int(arguments[0]))() == 7
-        and command()(lambda arguments: int(arguments[0]))(["3"]) == 3
+        entry_point()(lambda arguments: int(arguments[0]))() == 7
+        and entry_point()(lambda arguments: int(arguments[0]))(["3"]) == 3
     )
 
 
 def test_command_other_exceptions_are_not_swallowed():
-    @command()
+    @entry_point()
     def main(arguments):
         raise PermissionError("not yours")
 

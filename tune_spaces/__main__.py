@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raylib.command import command
+from raylib.command import entry_point
 from raylib.config import is_setting, load_user_file, lookup, override, setting_paths, suggest
 from raylib.errors import UserError
 from raylib.search.config import SearchConfig
@@ -23,7 +23,7 @@ from raylib.search.space import Space, describe_knobs
 from tune_spaces.spaces import SPACES
 
 
-@command("the same command goes on")
+@entry_point("the same command goes on")
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
     lines = "\n".join(

@@ -33,7 +33,7 @@ from typing import Self
 
 import numpy as np
 
-from raylib.command import command
+from raylib.command import entry_point
 from raylib.data.tars import META, Account, TarScan
 from raylib.errors import UserError
 from raylib.fileio import write_json
@@ -311,7 +311,7 @@ def to_npy(array: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-@command()
+@entry_point()
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m raylib.data.shards", description="Index anybody's tars.")
     parser.add_argument("folder", type=Path)

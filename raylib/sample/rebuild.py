@@ -28,7 +28,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from raylib.command import command
+from raylib.command import entry_point
 from raylib.errors import UserError
 from raylib.sample.concepts import (
     DATA,
@@ -229,7 +229,7 @@ def rebuild() -> None:
     train_tokenizer(DATA / "tokenizer.model")
 
 
-@command()
+@entry_point()
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
     argparse.ArgumentParser(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune.strategies.distillation.word_alignments import SEPARATOR, WordAligner, split_words
 from finetune.tasks.datasets import TASKS
-from raylib.command import command
+from raylib.command import entry_point
 from raylib.config import lookup
 from raylib.errors import UserError
 from raylib.fileio import write_atomically
@@ -47,7 +47,7 @@ def write_alignments(aligner: WordAligner, task: str, data: Path, language: str,
     return sum(map(len, links))
 
 
-@command()
+@entry_point()
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
     parser = argparse.ArgumentParser(prog="python -m finetune.strategies.distillation", description=__doc__)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import save_file
 
-from raylib.command import command
+from raylib.command import entry_point
 from raylib.config import Config, override
 from raylib.errors import UserError
 from raylib.fileio import atomic_folder
@@ -90,7 +90,7 @@ def _bert_config(sizes: Sizes, vocabulary: int) -> dict:
     }
 
 
-@command()
+@entry_point()
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
     parser = argparse.ArgumentParser(

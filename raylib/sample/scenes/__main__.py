@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raylib.command import command
+from raylib.command import entry_point
 from raylib.config import override
 from raylib.sample.scenes.writer import ScenesConfig, write_scenes
 
 
-@command()
+@entry_point()
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
     parser = argparse.ArgumentParser(

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from raylib.command import command
+from raylib.command import entry_point
 from raylib.sample.scenes.labels import DATA, read_labels
 
 ANSWERS = ("yes", "no")  # beside the labels
@@ -144,7 +144,7 @@ def _entry(fields: list[str], synsets: dict, kept: set[str], moved: dict[str, st
     )
 
 
-@command()
+@entry_point()
 def main(arguments: Sequence[str]) -> int:
     """Write both into `data/`."""
     parser = argparse.ArgumentParser(
