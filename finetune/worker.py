@@ -86,7 +86,7 @@ class FinetuneJob:
             config.batch,
             fit_config.seed,
             runtime.rank,
-            runtime.world,
+            runtime.world_size,
             strategies.example_change(),
             config.last_batch == "keep",
         )

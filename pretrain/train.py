@@ -204,7 +204,7 @@ def _continue(model: UnifiedModel, folder: str) -> None:
 def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     """Train on this worker; worker 0 writes `result.json` and the curve. Returns the result."""
     data = resolve_data(config)
-    batches = StepBatches(data, config.model.image_size, config.fit.seed, runtime.rank, runtime.world)
+    batches = StepBatches(data, config.model.image_size, config.fit.seed, runtime.rank, runtime.world_size)
     objective = UnifiedObjective(
         build_model(config), config.objective, data.image_text.length, batches.streams
     )

@@ -28,6 +28,7 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's
 
 
 def step_name(step: int) -> str:
+    """Return the name of a step's checkpoint: as text, names have the order of their steps."""
     return f"step_{step:06d}"
 
 
@@ -40,7 +41,7 @@ def write_file_list(folder: Path, rank: int) -> None:
 
 
 def verify(folder: Path) -> dict:
-    """The checkpoint's meta data, after comparing every file with the lists.
+    """Compare every file of a checkpoint with the lists of its workers, and return its meta data.
 
     Raises:
         UserError: a file is missing, truncated or changed; it is named.
@@ -51,19 +52,24 @@ def verify(folder: Path) -> dict:
         listing = folder / f"files-{rank:05d}.json"
         if not listing.is_file():
             raise UserError(f"{listing}: missing, so this checkpoint is not whole; {advice}")
-        for name, wanted in read_json(listing).items():
+        for name, expected in read_json(listing).items():
             path = folder / name
             if not path.is_file():
                 raise UserError(f"{path}: missing from the checkpoint; {advice}")
-            if path.stat().st_size != wanted["bytes"]:
-                raise UserError(f"{path}: {path.stat().st_size} bytes instead of {wanted['bytes']}; {advice}")
-            if sha256_file(path) != wanted["sha256"]:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                raise UserError(f"{path}: {size} bytes instead of {expected['bytes']}; {advice}")
+            if sha256_file(path) != expected["sha256"]:
                 raise UserError(f"{path}: content changed since it was saved (sha256 differs); {advice}")
     return meta
 
 
 def read_meta(folder: Path) -> dict:
-    """`meta.json` of a checkpoint folder."""
+    """Read `meta.json` of a checkpoint folder.
+
+    Raises:
+        UserError: there is none.
+    """
     try:
         return read_json(folder / "meta.json")
     except FileNotFoundError:
@@ -71,9 +77,10 @@ def read_meta(folder: Path) -> dict:
 
 
 def find_newest(run: Path) -> Path | None:
-    """The newest registered checkpoint of a run, else the one it was told to start from, else None."""
+    """Return the newest registered checkpoint of a run, else the one that `rewind` set, else None."""
     folder = run / FOLDER
-    names = []
+    names: list[str] = []
+    # a run may have parts with and without Ray: both registers are read
     if (folder / REGISTRY).is_file():
         names += read_json(folder / REGISTRY)
     if (folder / SNAPSHOT).is_file():
@@ -87,10 +94,10 @@ def find_newest(run: Path) -> Path | None:
 
 
 def register(run: Path, name: str, keep: int) -> None:
-    """Without Ray: enter a folder that is now whole, drop all but the newest `keep`."""
+    """Enter a folder that is now whole, without Ray; drop all but the newest `keep`."""
     registry = run / FOLDER / REGISTRY
-    names = read_json(registry) if registry.is_file() else []
-    names = sorted({*names, name})
+    names = sorted({*(read_json(registry) if registry.is_file() else []), name})
+    # the registry first: a crash between the two leaves folders that nobody looks at, never names without one
     write_json(registry, names[-keep:])
     for old in names[:-keep]:
         shutil.rmtree(run / FOLDER / old)
@@ -106,7 +113,7 @@ def keep_best(run: Path, name: str) -> None:
     """
     source, best = run / FOLDER / name, run / BEST
     meta = read_meta(source)
-    score, last = meta["score"], meta.get("ties") == "last"
+    score, later_wins_ties = meta["score"], meta.get("ties") == "last"
     if score is None:
         return
     if not is_finite(score):
@@ -116,8 +123,9 @@ def keep_best(run: Path, name: str) -> None:
     if best.is_dir():
         if bad := _not_finite_of(best):
             print(f"{best}: {bad} is not finite (NaN or infinite); {name} takes its place", flush=True)
-        elif (so_far := read_meta(best)["score"]) > score or (so_far == score and not last):
+        elif (highest := read_meta(best)["score"]) > score or (highest == score and not later_wins_ties):
             return
+    # copied beside, then renamed: a crash leaves the old best, the new one or only the copy, never a half
     fresh = run / f".{BEST}.new"
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(source, fresh, copy_function=_link)
@@ -134,7 +142,8 @@ def _not_finite_of(best: Path) -> str | None:
     if "skipped_steps" in meta:  # saved by a version that keeps finite weights alone
         return None
     with safe_open(best / "model.safetensors", "pt") as file:
-        return next((f"tensor {name}" for name in file.keys() if not is_finite(file.get_tensor(name))), None)  # noqa: SIM118
+        names: list[str] = file.keys()
+        return next((f"tensor {name}" for name in names if not is_finite(file.get_tensor(name))), None)
 
 
 def _link(source: str, to: str) -> None:
@@ -152,16 +161,17 @@ def rewind(run: Path, name: str) -> Path:
         UserError: there is no such checkpoint (names those there are); it is not whole.
     """
     folder = run / FOLDER
-    chosen = run / BEST if name == BEST else folder / name
-    if not chosen.is_dir():
-        there = sorted(p.name for p in folder.glob("step_*")) + ([BEST] if (run / BEST).is_dir() else [])
-        raise UserError(f"{run}: no checkpoint '{name}'; there are: {', '.join(there) or 'none'}")
-    verify(chosen)
+    target = run / BEST if name == BEST else folder / name
+    if not target.is_dir():
+        names = sorted(p.name for p in folder.glob("step_*")) + ([BEST] if (run / BEST).is_dir() else [])
+        raise UserError(f"{run}: no checkpoint '{name}'; there are: {', '.join(names) or 'none'}")
+    verify(target)
+    # whatever is newer than the target must not be found again, and steps that come again need their names
     number = sum(1 for _ in run.glob(f"{FOLDER}.before-*")) + 1
-    aside = run / f"{FOLDER}.before-{number}"
-    folder.rename(aside)
+    old_folder = run / f"{FOLDER}.before-{number}"
+    folder.rename(old_folder)
     folder.mkdir()
-    start = chosen if name == BEST else aside / name
+    start = target if name == BEST else old_folder / name
     write_json(folder / START, str(start.relative_to(run)))
     return start
 

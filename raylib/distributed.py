@@ -1,4 +1,4 @@
-"""What crosses workers inside a step. With one process every function is the identity.
+"""Communication between workers inside a step. With one process every function is the identity.
 
 Convention: each worker's loss is its own share times the number of workers, so that the engines' averaging of
 gradients (DDP, ZeRO) gives the gradient of the loss over the global batch.
@@ -34,7 +34,7 @@ def barrier() -> None:
 
 
 def gather_objects(local: T) -> list[T]:
-    """What all workers hold, in rank order."""
+    """Return the objects of all workers, in rank order."""
     if world_size() == 1:
         return [local]
     objects: list[Any] = [None] * world_size()
@@ -58,7 +58,7 @@ def broadcast_from_rank0(value: T) -> T:
 
 
 def all_reduce(x: Tensor) -> Tensor:
-    """Sum of `x` over all workers, without gradient."""
+    """Return the sum of `x` over all workers, without gradient."""
     x = x.detach().clone()
     if world_size() > 1:
         dist.all_reduce(x)
@@ -66,13 +66,14 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """(b, ...) on each worker -> (W b, ...) in rank order, with gradient: each worker gets back the sum of
-    what all workers' losses owe to its rows."""
+    """Gather (b, ...) of each worker as (W b, ...) in rank order, with gradient: each worker gets back the sum
+    of what all workers' losses owe to its rows."""
     return _Gather.apply(x) if world_size() > 1 else x
 
 
 def gather_ragged(x: Ragged, width: int) -> Ragged:
-    """All workers' rows in rank order, with gradient. No row is longer than `width` tokens on any worker."""
+    """Gather all workers' rows in rank order, with gradient. No row is longer than `width` tokens on any
+    worker."""
     if world_size() == 1:
         return x
     rows = torch.arange(len(x.lengths))
@@ -80,9 +81,9 @@ def gather_ragged(x: Ragged, width: int) -> Ragged:
     valid = columns < x.lengths[:, None]
     index = (x.starts[rows, None] + torch.where(valid, columns, 0)).to(x.values.device)
     lengths = all_gather(x.lengths.to(x.values.device)).cpu()
-    padded = all_gather(
-        F.embedding(index, x.values)
-    )  # the gradient of plain indexing adds up in no fixed order on threads
+    # rows travel padded, since all workers must send alike. `embedding`, because the gradient of plain indexing
+    # adds up in no fixed order on threads
+    padded = all_gather(F.embedding(index, x.values))
     kept = (columns < lengths[:, None]).flatten().nonzero().squeeze(1)
     return Ragged(padded.flatten(0, 1).index_select(0, kept.to(padded.device)), lengths)
 
@@ -96,17 +97,17 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
+        # every worker's loss has used every worker's rows: what they owe to these rows lies on all of them. gloo
+        # has no reduce_scatter; the gathered states are small beside the gradients
         grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(
-            grad
-        )  # gloo has no reduce_scatter; the gathered states are small beside the gradients
+        dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def clamp_parameter(x: Tensor, low: float, high: float) -> Tensor:
-    """A parameter within [low, high]. Outside, the gradient passes only if a step along it leads back in:
-    clamping the parameter itself would be undone by ZeRO's own copy of it. What a step does is asked of all
-    workers' gradients together, and so of all terms together: call it once a step."""
+    """Clamp a parameter to [low, high]. Outside, the gradient passes only if a step along it leads back in:
+    clamping the parameter itself would be undone by ZeRO's own copy of it. Where a step leads depends on all
+    workers' gradients, and on those of all terms: call it once a step."""
     return _Clamp.apply(x, low, high)
 
 
@@ -119,8 +120,8 @@ class _Clamp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (x,), whole = ctx.saved_tensors, all_reduce(grad)
-        outward = ((x <= ctx.low) & (whole > 0)) | (
-            (x >= ctx.high) & (whole < 0)
-        )  # a step goes against the gradient
+        # this worker's share alone might point inwards while the step, which follows the sum, goes outwards
+        (x,), total = ctx.saved_tensors, all_reduce(grad)
+        # a step goes against the gradient
+        outward = ((x <= ctx.low) & (total > 0)) | ((x >= ctx.high) & (total < 0))
         return grad.masked_fill(outward, 0.0), None, None

@@ -113,7 +113,7 @@ class Objective(nn.Module, ABC):
     @property
     @abstractmethod
     def has_unused_parameters(self) -> bool:
-        """Whether some parameters get no gradient in a step, which DDP must know."""
+        """True if some parameters get no gradient in a step, which DDP must know."""
 
     @abstractmethod
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:

@@ -6,8 +6,7 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake in the input, told in one line: what, where, what to do. Entry points print it and exit with
-    2."""
+    """A mistake in the input, in one line: what, where, what to do. Entry points print it and exit with 2."""
 
 
 class NotFinite(UserError):
@@ -15,7 +14,7 @@ class NotFinite(UserError):
 
 
 def require(module: str, extra: str) -> Any:
-    """The module of a package that only some things need.
+    """Import a module of a package that only some things need.
 
     Raises:
         UserError: it is not installed; says how it is.
@@ -27,7 +26,7 @@ def require(module: str, extra: str) -> Any:
 
 
 def disk_full_error(error: OSError) -> UserError:
-    """What to say where a run fills the disk. Any other `error` is raised again."""
+    """Return the line for a run that fills the disk. Any other `error` is raised again."""
     if error.errno != errno.ENOSPC:
         raise error
     where = f" for {error.filename}" if error.filename else ""

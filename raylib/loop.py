@@ -33,7 +33,7 @@ from raylib.track import Backend, Progress, Tracker
 
 
 class FitConfig(Config):
-    """How long, how often. Intervals are in steps; 0 means only at the end."""
+    """Length of a training, and its intervals, in steps; 0 means only at the end."""
 
     steps: NonNegativeInt = 0  # fine-tuning sets it, and the intervals, from its epochs
     seed: int = 0
@@ -109,7 +109,7 @@ def fit(
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
     tracker = Tracker(runtime.run, config.track, first) if runtime.rank == 0 else None
     progress = Progress(config.steps, first, tracker)
-    meta_of_run = {**describe, "workers": runtime.world, "engine": engine.name}
+    meta_of_run = {**describe, "workers": runtime.world_size, "engine": engine.name}
     saver = _Saver(runtime, engine, meta_of_run, clock, config.steps, meta.get("samples_replaced", 0))
     losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
     replay = _Replay(objective, batches, config, runtime)
@@ -126,7 +126,7 @@ def fit(
         try:
             terms = engine.step(batch, step, lr)
         except RuntimeError as e:
-            raise out_of_memory_error(e, step, batch, runtime.device, runtime.world) from e
+            raise out_of_memory_error(e, step, batch, runtime.device, runtime.world_size) from e
         logs = done % config.log_every == 0 or done == last
         evaluates = _is_due(done, config.eval_every, config.steps)
         saves = _is_due(done, config.save_every, config.steps) or done == last
@@ -153,7 +153,7 @@ def fit(
     return {
         "steps": last,
         "finished": last == config.steps,
-        "workers": runtime.world,
+        "workers": runtime.world_size,
         "engine": engine.name,
         "bf16": bf16,
         "seconds": sum(clock.seconds.values()),

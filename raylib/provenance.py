@@ -72,8 +72,8 @@ class DataFile(NamedTuple):
 def fingerprint_files(
     files: Iterable[DataFile], before: Mapping[str, dict], verify: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """{path: {"stamp", "bytes", "sha256"}} of `files` as they are now; `before` is an earlier record, whose
-    hashes are taken over where sizes and times are the same.
+    """Return {path: {"stamp", "bytes", "sha256"}} of `files` as they are now; `before` is an earlier record,
+    whose hashes are taken over where sizes and times are the same.
 
     Raises:
         UserError: a file is missing; with `verify`, its content is not what its manifest says.
@@ -87,12 +87,14 @@ def fingerprint_files(
         size = sum(bytes_ for _, bytes_, _ in names_sizes_times)
         entry = {"stamp": hashlib.sha256(repr(names_sizes_times).encode()).hexdigest()[:24], "bytes": size}
         old = before.get(path)
+        # hashing costs a pass over the data: only where it is asked for, is cheap, or must decide whether a
+        # file of another time is the one that was hashed before
+        is_new_and_small = old is None and file.sha256 is None and not file.large
         if old and old["stamp"] == entry["stamp"] and not verify:
             sha256 = old["sha256"]
-        elif verify or (old is None and file.sha256 is None and not file.large) or (old and old["sha256"]):
-            sha256 = cached(
-                "sha256", file_fingerprint(file.path), partial(hash_path, file.path)
-            )  # once for all trials of a search
+        elif verify or is_new_and_small or (old and old["sha256"]):
+            # once for all trials of a search
+            sha256 = cached("sha256", file_fingerprint(file.path), partial(hash_path, file.path))
         else:
             sha256 = file.sha256
         if verify and file.sha256 and sha256 != file.sha256:
@@ -104,7 +106,7 @@ def fingerprint_files(
 
 
 def hash_path(path: Path) -> str:
-    """SHA-256 of a file; of a folder, over the names and hashes of its files."""
+    """Return the SHA-256 of a file; of a folder, over the names and hashes of its files."""
     if path.is_dir():
         parts = "".join(f"{name} {hash_path(path / name)}\n" for name, _, _ in file_fingerprint(path)[1:])
         return hashlib.sha256(parts.encode()).hexdigest()
@@ -129,12 +131,13 @@ def list_changed_files(before: Mapping[str, dict], now: Mapping[str, dict]) -> l
 
 
 def find_moved_files(before: Mapping[str, dict], now: Mapping[str, dict]) -> dict[str, str]:
-    """{old path: new path} of files that lie elsewhere now, with the same name and content (of large ones,
-    size)."""
+    """Return {old path: new path} of files that lie elsewhere now, with the same name and content (of large
+    ones, size)."""
     new: dict[str, list[str]] = {}  # by base name: thousands of shards may have moved
     for path in now:
         if path not in before:
             new.setdefault(Path(path).name, []).append(path)
+    # each new file answers for one old file at most, or two copies of which one is gone would go unnoticed
     moved = {}
     for path, old in before.items():
         if path in now:

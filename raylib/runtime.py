@@ -19,7 +19,7 @@ from raylib.device import local_device
 
 
 class Reporter(Protocol):
-    """What a training tells of its checkpoints, to the search that it is a trial of."""
+    """Receiver of a training's checkpoints: the search that it is a trial of."""
 
     def __call__(self, metrics: dict[str, Any], checkpoint: Path) -> None:
         """Report a checkpoint of a training in this process."""
@@ -40,36 +40,35 @@ class LocalRuntime:
 
     def __init__(self, run: Path, keep: int, report: Reporter | None = None):
         self.run, self.keep, self.report = run, keep, report
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = local_device()
-        if self.world > 1 and not dist.is_initialized():
+        if self.world_size > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
 
     def find_newest(self) -> Path | None:
-        """The checkpoint to go on from."""
+        """Return the checkpoint to go on from."""
         return checkpoint.find_newest(self.run)
 
     def save(self, step: int, write: Callable[[Path], None], metrics: dict) -> None:
-        """Every worker calls `write(folder)` with an empty folder of its own; together they become one
-        checkpoint."""
+        """Make one checkpoint of what all workers write: each calls `write` with an empty folder of its own."""
         name = checkpoint.step_name(step)
         partial = self.run / checkpoint.FOLDER / f".{name}.partial"
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.barrier()
-        own = partial / f".worker-{self.rank}"
-        own.mkdir()
-        write(own)
-        checkpoint.write_file_list(own, self.rank)
-        for path in [
-            path for path in own.rglob("*") if path.is_file()
-        ]:  # of ZeRO, all workers have files in one folder
-            place = partial / path.relative_to(own)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(place)
-        shutil.rmtree(own)
+        # each worker lists the files that it wrote, so it writes into a folder of its own first; then all of
+        # them move together, since ZeRO's workers have files in one folder
+        folder = partial / f".worker-{self.rank}"
+        folder.mkdir()
+        write(folder)
+        checkpoint.write_file_list(folder, self.rank)
+        for path in [path for path in folder.rglob("*") if path.is_file()]:
+            target = partial / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        shutil.rmtree(folder)
         self.barrier()
         if self.rank == 0:
             final = partial.with_name(name)
@@ -82,7 +81,7 @@ class LocalRuntime:
         self.barrier()
 
     def barrier(self) -> None:
-        if self.world > 1:
+        if self.world_size > 1:
             dist.barrier()
 
 
@@ -98,19 +97,19 @@ class RayRuntime:
 
         context = train.get_context()
         self.run = run
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
 
     def find_newest(self) -> Path | None:
-        """Ray's newest registered checkpoint, which after a worker's death is newer than what the run began
-        with."""
+        """Return Ray's newest registered checkpoint, which after a worker's death is newer than what the run
+        began with."""
         from ray import train
 
         registered = train.get_checkpoint()
         return Path(registered.path) if registered else checkpoint.find_newest(self.run)
 
     def save(self, step: int, write: Callable[[Path], None], metrics: dict) -> None:
-        """As `Local.save`. Retention of the newest is Ray's (`CheckpointConfig.num_to_keep`)."""
+        """As `LocalRuntime.save`. Retention of the newest is Ray's (`CheckpointConfig.num_to_keep`)."""
         from ray import train
 
         name = checkpoint.step_name(step)
