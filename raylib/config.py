@@ -129,8 +129,8 @@ def setting_paths(cls: type[Config]) -> list[str]:
 
 
 def is_setting(cls: type[Config], path: str) -> bool:
-    """Return whether a config of this class can have the setting at a dotted path: one of `setting_paths`, or of
-    a class in a user's own file, in a part that takes these (`extra="allow"`)."""
+    """Return whether a config of this class can have the setting at a dotted path: one of `setting_paths`, or
+    of a class in a user's own file, in a part that takes these (`extra="allow"`)."""
     if path in setting_paths(cls):
         return True
     name, _, rest = path.partition(".")

@@ -66,8 +66,8 @@ def all_reduce(x: Tensor) -> Tensor:
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Gather (b, ...) of each worker as (W b, ...) in rank order, with gradient: each worker gets back the sum
-    of what all workers' losses owe to its rows."""
+    """Gather (b, ...) of each worker as (W b, ...) in rank order, with gradient: each worker gets back the
+    sum of what all workers' losses owe to its rows."""
     return _Gather.apply(x) if world_size() > 1 else x
 
 
@@ -81,8 +81,8 @@ def gather_ragged(x: Ragged, width: int) -> Ragged:
     valid = columns < x.lengths[:, None]
     index = (x.starts[rows, None] + torch.where(valid, columns, 0)).to(x.values.device)
     lengths = all_gather(x.lengths.to(x.values.device)).cpu()
-    # rows travel padded, since all workers must send alike. `embedding`, because the gradient of plain indexing
-    # adds up in no fixed order on threads
+    # rows travel padded, since all workers must send alike. `embedding`, because the gradient of plain
+    # indexing adds up in no fixed order on threads
     padded = all_gather(F.embedding(index, x.values))
     kept = (columns < lengths[:, None]).flatten().nonzero().squeeze(1)
     return Ragged(padded.flatten(0, 1).index_select(0, kept.to(padded.device)), lengths)
@@ -97,8 +97,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        # every worker's loss has used every worker's rows: what they owe to these rows lies on all of them. gloo
-        # has no reduce_scatter; the gathered states are small beside the gradients
+        # every worker's loss has used every worker's rows: what they owe to these rows lies on all of them.
+        # gloo has no reduce_scatter; the gathered states are small beside the gradients
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]

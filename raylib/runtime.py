@@ -51,7 +51,8 @@ class LocalRuntime:
         return checkpoint.find_newest(self.run)
 
     def save(self, step: int, write: Callable[[Path], None], metrics: dict) -> None:
-        """Make one checkpoint of what all workers write: each calls `write` with an empty folder of its own."""
+        """Make one checkpoint of what all workers write: each calls `write` with an empty folder of its
+        own."""
         name = checkpoint.step_name(step)
         partial = self.run / checkpoint.FOLDER / f".{name}.partial"
         if self.rank == 0:
