@@ -209,15 +209,15 @@ def test_decoder_fine_tuning_run_end_to_end(tmp_path, export, scenes, capsys):
     )
     assert main([*few, "name=spelt_on", "head=decoder"]) == 0
     model = FinetuneModel.from_pretrained(tmp_path / "spelt/best")
-    assert model.spells and model.head.config.candidates == 20 and model.backbone.config.swin
+    assert model.is_generative and model.head.config.candidates == 20 and model.backbone.config.swin
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["task=xvnli"], "head=decoder spells answers of an open set; xvnli has none"),
+        (["task=xvnli"], "head=decoder generates answers of an open set; xvnli has none"),
         (["loss=bce"], "leave out loss=bce"),
-        (["strategies.prior.alpha=4"], "needs a classifier's logits; head=decoder has none"),
+        (["strategies.prior.alpha=4"], "needs a classifier's logits that are trained"),
         (["decoder.candidates=0"], "decoder.candidates"),
     ],
 )

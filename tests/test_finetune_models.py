@@ -145,7 +145,7 @@ def test_retrieval_on_regions_is_refused(finetune, tmp_path, scenes):
     _, printed = finetune(
         "scenes_xflickrco", f"regions={write_regions(tmp_path, 'npz', regions_of(scenes, 'xvnli'))}"
     )
-    assert "retrieval wants pictures" in error(printed)
+    assert "retrieval wants images" in error(printed)
 
 
 def text_folder(folder: Path, kind: str) -> Path:

@@ -91,25 +91,25 @@ class OneBad(torch.nn.Module):
     """Zeros, and one NaN for the example of one text; as a classifier, or as a decoder, whose -inf is no
     fault."""
 
-    def __init__(self, ids, spells):
+    def __init__(self, ids, is_generative):
         super().__init__()
-        self.weight, self.ids, self.spells, self.labels = (
+        self.weight, self.ids, self.is_generative, self.labels = (
             torch.nn.Parameter(torch.zeros(1)),
             ids,
-            spells,
+            is_generative,
             ("no", "yes", "so"),
         )
 
     def forward(self, batch):
         scores = torch.zeros(len(batch["text"].lengths), 3)
-        scores[:, 2] = -torch.inf if self.spells else 0
+        scores[:, 2] = -torch.inf if self.is_generative else 0
         for i, row in enumerate(batch["text"].values.split(batch["text"].lengths.tolist())):
             if self.ids is not None and row.equal(self.ids):
                 scores[i, 1] = NAN
         return scores
 
 
-def predict_one_bad(rank, world, scenes, folder, spells, bad=17):
+def predict_one_bad(rank, world, scenes, folder, is_generative, bad=17):
     """Examples in several batches, of which one alone is not finite: what each worker hears."""
     tokenizer, examples = Tokenizer.load(TOKENIZER), questions(scenes, "en") * 3
     examples = [
@@ -117,18 +117,22 @@ def predict_one_bad(rank, world, scenes, folder, spells, bad=17):
     ]
     ids = None if bad is None else encode_texts([examples[bad].texts[0]], tokenizer, 40).values
     try:
-        return predict(OneBad(ids, spells), examples, None, tokenizer, 40, folder / "p.jsonl"), len(examples)
+        return predict(OneBad(ids, is_generative), examples, None, tokenizer, 40, folder / "p.jsonl"), len(
+            examples
+        )
     except NotFinite as e:
         return str(e)
 
 
-@pytest.mark.parametrize("spells", [False, True])
+@pytest.mark.parametrize("is_generative", [False, True])
 @pytest.mark.parametrize("world", [1, 2])
-def test_classification_non_finite_score_names_example_on_every_worker(scenes, tmp_path, spells, world):
-    heard = run_workers(predict_one_bad, world, scenes, tmp_path, spells)
+def test_classification_non_finite_score_names_example_on_every_worker(
+    scenes, tmp_path, is_generative, world
+):
+    heard = run_workers(predict_one_bad, world, scenes, tmp_path, is_generative)
     assert heard == ["scores of example q17: not finite (NaN or infinite)"] * world
     assert not (tmp_path / "p.jsonl").exists()
-    count, there = predict_one_bad(0, 1, scenes, tmp_path, spells, None)
+    count, there = predict_one_bad(0, 1, scenes, tmp_path, is_generative, None)
     assert count == there
 
 
