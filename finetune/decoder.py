@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from raylib.config import Config
 from raylib.errors import UserError
 from raylib.models.layers import Memory
-from raylib.objectives.language import HEAD_ROWS, vocabulary_loss
+from raylib.models.unified import HEAD_ROWS, vocabulary_loss
 from raylib.packed import Ragged, first_tokens
 from raylib.text import Tokenizer
 

@@ -9,6 +9,7 @@ Lengths, and every index made from them, live on the CPU, so that planning never
 Shape legend: T tokens in all, n rows, R tokens that are read or ask.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,6 +97,30 @@ class Plan(NamedTuple):
 def concatenate(parts: list[Ragged]) -> Ragged:
     """All rows of `parts`, part after part."""
     return Ragged(torch.cat([part.values for part in parts]), torch.cat([part.lengths for part in parts]))
+
+
+class EncoderRows:
+    """Rows for an encoder: which tokens' states come out of it, and, once it has run, these states."""
+
+    states: Tensor  # (R, d) of the tokens in `output_mask`, in flat order
+
+    def __init__(self, rows: Ragged, output_mask: Tensor):
+        self.rows, self.output_mask = rows, output_mask
+        # from a flat position to its place among the tokens that come out
+        self._output_index = output_mask.cumsum(0) - 1
+
+    def states_at(self, positions: Tensor) -> Tensor:
+        """States at flat `positions` (k,), which must be among those that come out."""
+        return self.states.index_select(0, self._output_index[positions].to(self.states.device))
+
+
+def encode_together(groups: Sequence[EncoderRows], encode: Callable[[Ragged, Tensor], Tensor]) -> None:
+    """Send all groups through one call of an encoder: `encode(rows, output_mask)` returns states (R, d)."""
+    rows = concatenate([group.rows for group in groups])
+    states = encode(rows, torch.cat([group.output_mask for group in groups]))
+    parts = states.split([int(group.output_mask.sum()) for group in groups])
+    for group, part in zip(groups, parts, strict=True):
+        group.states = part
 
 
 def join_rows(left: Ragged, right: Ragged) -> Ragged:

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from raylib.distributed import clamp_parameter
+from raylib.models.unified import HEAD_ROWS, vocabulary_loss
 from raylib.objectives.contrastive import draw_hard_negatives, info_nce
-from raylib.objectives.language import HEAD_ROWS, vocabulary_loss
 
 
 def test_contrastive_loss_excludes_equal_content():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from raylib.errors import UserError
-from raylib.objectives.language import FrozenTextCache
 from raylib.objectives.pretraining import ObjectiveConfig, TermWeights, UnifiedObjective
+from raylib.objectives.terms import FrozenTextCache
 from tests.factories import make_batch, make_model
 from tests.reference import slow_terms
 
@@ -208,7 +208,7 @@ def test_objective_declares_which_parameters_no_term_trains(off):
 def test_objective_takes_a_term_of_a_users_file(tmp_path):
     """Its loss adds up, weighted; of weight 0 it changes nothing, whether parameters go unused neither."""
     (tmp_path / "my_term.py").write_text(
-        "from raylib.objectives.pretraining import LossPart, term\n\n"
+        "from raylib.objectives.terms import LossPart, term\n\n"
         '@term("parallel", reads=("embeddings",), trains=("text_projection",))\n'
         "def alignment(step):\n"
         "    apart, other = (\n"

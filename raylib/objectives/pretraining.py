@@ -20,8 +20,7 @@ asks for is not computed.
 Shape legend: b local rows, n rows of a stream, d width, e embedding width, m masked positions.
 """
 
-from collections.abc import Callable, Collection, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Collection, Set
 from functools import cached_property, partial
 from typing import Annotated, Any, Literal
 
@@ -30,10 +29,11 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from raylib.config import Config, load_user_file, lookup
+from raylib.config import Config
 from raylib.distributed import all_gather, all_reduce, clamp_parameter, gather_ragged, world_size
 from raylib.engine import Objective
-from raylib.models.unified import UnifiedModel
+from raylib.models.layers import Memory
+from raylib.models.unified import UnifiedModel, vocabulary_loss
 from raylib.objectives.contrastive import (
     Negatives,
     PairContrast,
@@ -41,58 +41,72 @@ from raylib.objectives.contrastive import (
     contrast_pairs,
     draw_hard_negatives,
 )
-from raylib.objectives.language import FrozenTextCache, FusionCall, StreamEncoding, Version, vocabulary_loss
-from raylib.packed import Ragged, Sentences, concatenate, first_tokens
+from raylib.objectives.terms import (
+    FrozenTextCache,
+    LossPart,
+    MaskedPart,
+    Parts,
+    Reads,
+    Stream,
+    Term,
+    UserTerm,
+    term,
+)
+from raylib.packed import EncoderRows, Ragged, Sentences, concatenate, encode_together, first_tokens
 
-Stream = Literal["image_text", "parallel", "text"]
-Reads = Literal["embeddings", "masked", "matches"]
-
-
-@dataclass(frozen=True)
-class LossPart:
-    """A part of a term, summed over `count` local rows. Several parts of one term add up."""
-
-    value: Tensor
-    count: Tensor | int
-
-
-@dataclass(frozen=True)
-class MaskedPart:
-    """A part of a term that the vocabulary head makes: states (m, d) of masked positions, their `labels`
-    (m,)."""
-
-    states: Tensor
-    labels: Tensor
+Version = Literal["clean", "masked"]  # of a sentence
 
 
-Parts = Sequence[LossPart | MaskedPart]
-
-
-@dataclass(frozen=True)
-class Term:
-    """A term of the loss: what `term` makes of a function."""
-
-    loss: Callable[[Any], Parts]
-    stream: Stream
-    reads: tuple[Reads, ...]
-    trains: tuple[str, ...]
-    two_way: bool
-
-
-def term(
-    stream: Stream, reads: tuple[Reads, ...], trains: tuple[str, ...], two_way: bool = False
-) -> Callable[[Callable[[Any], Parts]], Term]:
-    """Make a term of a function from a stream's step (`ImageTextStep`, `TranslationStep`, `TextStep`) to the
-    parts of a loss.
+class StreamEncoding:
+    """One stream's sentences: the `full` batch for contrast, a `subset` of it for the unified encoder.
 
     Args:
-        stream: that it is about; it is left out where a batch has none.
-        reads: sentences' "embeddings"; the "masked" text after the unified encoder; right and wrong "matches"
-            of captions and images after it. Only what some term reads is computed.
-        trains: parts of the model, beside the text encoder, that it gives a gradient to (`part_of`).
-        two_way: its parts are two directions, whose mean `directions=mean` takes.
+        sentences: local ones, all of them. index: (n,) in the global batch. every: the subset is the
+            sentences whose index is a multiple of it.
+        embedded: the version whose CLS states contrast reads, if any. fused: versions that the unified
+            encoder reads.
     """
-    return lambda loss: Term(loss, stream, reads, trains, two_way)
+
+    def __init__(
+        self, sentences: Sentences, index: Tensor, every: int, embedded: Version | None, fused: Set[Version]
+    ):
+        self.full, self.embedded = sentences, embedded
+        self.subset_rows = (index % every == 0).nonzero().squeeze(1)
+        self.subset = sentences.select_rows(self.subset_rows) if every > 1 else sentences
+        self.calls: dict[Version, EncoderRows] = {}
+        # in one order in every process: sums of floats depend on it
+        versions: tuple[Version, ...] = ("clean", "masked")
+        for version in versions:
+            # embedded sentences give at least their CLS, fused ones all tokens
+            if version == embedded:
+                rows = self._ids(self.full, version)
+                outputs = first_tokens(rows.lengths)
+                if version in fused:
+                    outputs[rows.token_index(self.subset_rows)] = True
+            elif version in fused:
+                rows = self._ids(self.subset, version)
+                outputs = torch.ones(len(rows.values), dtype=torch.bool)
+            else:
+                continue
+            self.calls[version] = EncoderRows(rows, outputs)
+        # masks are drawn anew in each step: only clean sentences come again, and may be remembered
+        self.only_cls = embedded == "clean" and "clean" not in fused
+
+    @staticmethod
+    def _ids(sentences: Sentences, version: Version) -> Ragged:
+        return Ragged(sentences.clean if version == "clean" else sentences.masked, sentences.lengths)
+
+    def cls(self) -> Tensor:
+        """(n, d) CLS states of all sentences, of the version that contrast reads."""
+        assert self.embedded is not None
+        call = self.calls[self.embedded]
+        return call.states_at(call.rows.starts)
+
+    def subset_states(self, version: Version) -> Ragged:
+        """States of the subset, for the unified encoder."""
+        call = self.calls[version]
+        rows = self.subset_rows if version == self.embedded else torch.arange(len(self.subset_rows))
+        return Ragged(call.states_at(call.rows.token_index(rows)), call.rows.lengths[rows])
 
 
 # ---- encode, contrast, negatives, fuse: a step of each stream
@@ -112,6 +126,11 @@ class StreamStep:
         embedded = self.config.ucl_text if {"embeddings", "matches"} & self.reads else None
         self.encodings.append(StreamEncoding(sentences, self.batch["index"], every, embedded, fused))
         return self.encodings[-1]
+
+    def fuse(self, groups: dict[str, EncoderRows], memory: Memory) -> dict[str, EncoderRows]:
+        """Groups of rows through the unified encoder in one call, grounded in `memory`."""
+        encode_together(list(groups.values()), lambda rows, mask: self.model.fuse(rows, mask, memory))
+        return groups
 
 
 class ImageTextStep(StreamStep):
@@ -184,7 +203,7 @@ class ImageTextStep(StreamStep):
         return first_tokens(self.captions.subset.lengths)
 
     @cached_property
-    def fused(self) -> FusionCall:
+    def fused(self) -> dict[str, EncoderRows]:
         """Captions grounded in images: "masked" and "clean" in their own, "wrong_image", "wrong_caption"."""
         captions, positive = self.captions, self.config.itm_text
         outputs: dict[Version, Tensor] = {}
@@ -198,15 +217,18 @@ class ImageTextStep(StreamStep):
         else:
             images = self.images.select_rows(captions.subset_rows)
             own_image = torch.arange(len(captions.subset_rows))
-        call = FusionCall()
+        groups: dict[str, EncoderRows] = {}
+        image_rows = []  # which of `images` each row of the groups attends to
         for version, mask in outputs.items():
             text = negatives.captions if version == "clean" else captions.subset_states(version)
-            call.add(version, text, mask, own_image)
+            groups[version] = EncoderRows(text, mask)
+            image_rows.append(own_image)
         if "matches" in self.reads:
-            call.add("wrong_image", negatives.captions, self.cls_tokens, negatives.wrong_image)
+            groups["wrong_image"] = EncoderRows(negatives.captions, self.cls_tokens)
             wrong = negatives.wrong_captions
-            call.add("wrong_caption", wrong, first_tokens(wrong.lengths), own_image)
-        return call.run(self.model, images)
+            groups["wrong_caption"] = EncoderRows(wrong, first_tokens(wrong.lengths))
+            image_rows += [negatives.wrong_image, own_image]
+        return self.fuse(groups, Memory(images, torch.cat(image_rows)))
 
 
 class TranslationStep(StreamStep):
@@ -229,15 +251,16 @@ class TranslationStep(StreamStep):
         return contrast_pairs(*vectors, pairs, self.temperature)
 
     @cached_property
-    def fused(self) -> FusionCall:
+    def fused(self) -> dict[str, EncoderRows]:
         """Masked "source" sentences grounded in target sentences, masked "target" in source sentences."""
-        call, rows = FusionCall(), torch.arange(len(self.source.subset_rows))
-        call.add("source", self.source.subset_states("masked"), self.source.subset.predicted(), rows)
-        targets, context = self.target.subset_states("masked"), self.config.tlm_source
-        call.add("target", targets, self.target.subset.predicted(), len(rows) + rows)
-        # first what the sources attend to, then what the targets do: `rows` above count so
-        seen = concatenate([self.target.subset_states(context), self.source.subset_states(context)])
-        return call.run(self.model, seen)
+        source, target, context = self.source, self.target, self.config.tlm_source
+        groups = {
+            "source": EncoderRows(source.subset_states("masked"), source.subset.predicted()),
+            "target": EncoderRows(target.subset_states("masked"), target.subset.predicted()),
+        }
+        # what the source sentences attend to, then what the target sentences do, in the order of `groups`
+        seen = concatenate([target.subset_states(context), source.subset_states(context)])
+        return self.fuse(groups, Memory(seen, torch.arange(len(seen.lengths))))
 
 
 class TextStep(StreamStep):
@@ -276,10 +299,9 @@ def image_contrast(step: ImageTextStep) -> Parts:
 @term("image_text", reads=("matches",), trains=("vision", "fusion", "cross", "match_head"))
 def image_text_matching(step: ImageTextStep) -> Parts:
     """ITM: does a caption belong to an image? One right pair, two hard wrong ones (equation 3)."""
-    fused, negatives, cls = step.fused, step.negatives, step.cls_tokens
-    wrong_captions = first_tokens(negatives.wrong_captions.lengths)
-    groups = ((step.config.itm_text, cls), ("wrong_image", cls), ("wrong_caption", wrong_captions))
-    states = torch.cat([fused.states(name, tokens) for name, tokens in groups])
+    fused, negatives = step.fused, step.negatives
+    groups = [fused[name] for name in (step.config.itm_text, "wrong_image", "wrong_caption")]
+    states = torch.cat([group.states_at(group.rows.starts) for group in groups])
     log_chances = F.log_softmax(step.model.match_head(states).float(), -1).view(len(groups), -1, 2)
     right, wrong_image, wrong_caption = log_chances.unbind()
     has_wrong = torch.stack([negatives.has_image, negatives.has_caption])
@@ -290,7 +312,7 @@ def image_text_matching(step: ImageTextStep) -> Parts:
 @term("image_text", reads=("masked",), trains=("vision", "fusion", "cross", "masked_head"))
 def masked_captions(step: ImageTextStep) -> Parts:
     """VLM: masked words of captions, in the light of their image (equation 2)."""
-    states = step.fused.states("masked", step.captions.subset.predicted())
+    states = step.fused["masked"].states_at(step.captions.subset.positions)
     return [MaskedPart(states, step.captions.subset.labels)]
 
 
@@ -305,7 +327,7 @@ def masked_translations(step: TranslationStep) -> Parts:
     """TLM: masked words of either side, in the light of the other."""
     parts = []
     for name, side in (("source", step.source), ("target", step.target)):
-        states = step.fused.states(name, side.subset.predicted())
+        states = step.fused[name].states_at(side.subset.positions)
         parts.append(MaskedPart(states, side.subset.labels))
     return parts
 
@@ -340,19 +362,6 @@ TERMS: dict[str, Term] = {
     for entry in field.metadata
     if isinstance(entry, Term)
 }
-
-
-class UserTerm(Config):
-    """A term in a user's own file: "my_term.py:function", its function decorated with `term`."""
-
-    file: str
-    weight: NonNegativeFloat = 1.0
-
-    def load(self) -> Term:
-        """Raises UserError: no such file, no such term in it."""
-        path, _, name = self.file.rpartition(":")
-        entries = {k: v for k, v in vars(load_user_file(path)).items() if isinstance(v, Term)}
-        return lookup(name, entries, f"term of {path}")
 
 
 class ObjectiveConfig(Config):
@@ -429,19 +438,13 @@ class UnifiedObjective(Objective):
         calls = []
         for encoding in encodings:
             for version, call in encoding.calls.items():
-                # masks are drawn anew in each step, so that only clean sentences come again
-                if self.frozen_texts and version == "clean" and call.only_cls:
-                    encode = partial(self._encode_cls, call.ids)
+                if self.frozen_texts and version == "clean" and encoding.only_cls:
+                    encode = partial(self._encode_cls, call.rows)
                     call.states = self.frozen_texts.cls(encoding.full.text_id, encode)
                 else:
                     calls.append(call)
-        if not calls:
-            return
-        ids = concatenate([call.ids for call in calls])
-        states = self.model.encode_text(ids, torch.cat([call.output_mask for call in calls]))
-        parts = states.split([int(call.output_mask.sum()) for call in calls])
-        for call, part in zip(calls, parts, strict=True):
-            call.states = part
+        if calls:
+            encode_together(calls, self.model.encode_text)
 
     @torch.no_grad()
     def _encode_cls(self, sentences: Ragged, rows: Tensor) -> Tensor:
