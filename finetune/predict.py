@@ -33,6 +33,7 @@ from raylib.randomness import Key
 from raylib.text import Tokenizer
 
 BATCH = 64  # examples predicted at a time
+ORDERS = 4  # n-grams of BLEU
 
 
 def predict(
@@ -186,7 +187,7 @@ def score(
     gained: Counter[str] = Counter()  # in millionths: integers add up to the same in any order
     seen: Counter[str] = Counter()
     unlabelled, unknown, clusters = 0, 0, ItemClusters()
-    sentences: list[tuple[str, list[str]]] = []
+    corpus = CorpusBleu(bleu) if bleu else None
     for number, line in enumerate(predictions):
         answers = line["labels"]
         if not answers:
@@ -197,8 +198,8 @@ def score(
         worth = round(MILLION * answers.get(line["prediction"], 0.0))
         gained[line["kind"]] += worth
         clusters.add(line.get("images") or [f"line {number}"], worth)  # earlier versions wrote no images
-        if bleu:
-            sentences.append((line["prediction"], list(answers)))
+        if corpus:
+            corpus.add(line["prediction"], list(answers))
     n = sum(seen.values())
     result = {
         "accuracy": sum(gained.values()) / MILLION / n if n else 0.0,
@@ -209,26 +210,41 @@ def score(
         "unlabelled": unlabelled,
         "unknown_answers": unknown,
     }
-    return {**result, "bleu": corpus_bleu(sentences, bleu)} if bleu else result
+    return {**result, "bleu": corpus.value()} if corpus else result
 
 
-def corpus_bleu(pairs: Sequence[tuple[str, Sequence[str]]], language: str) -> float:
-    """BLEU-4 in [0, 1] (Papineni et al. 2002) of (prediction, its references); without smoothing: 0 if
-    an order has no match at all.
+class CorpusBleu:
+    """BLEU-4 (Papineni et al. 2002) of predictions that come one at a time, counted by sacrebleu, without
+    smoothing.
 
     language: "ja" is cut into words by MeCab (`fugashi`, `unidic-lite`), "zh" into characters, others at
-        white space.
+    white space.
     """
-    bleu, cut = require("sacrebleu", "finetune").BLEU, _cutter(language)
-    most = max((len(references) for _, references in pairs), default=0)
-    predictions = [" ".join(cut(prediction)) for prediction, _ in pairs]
-    # a stream for each place in the lists of references, None where a list is shorter
-    streams = [
-        [" ".join(cut(references[i])) if i < len(references) else None for _, references in pairs]
-        for i in range(most)
-    ]
-    scorer = bleu(tokenize="none", smooth_method="none", force=True)
-    return scorer.corpus_score(predictions, streams).score / 100 if pairs else 0.0
+
+    def __init__(self, language: str):
+        self.bleu, self.cut = require("sacrebleu", "finetune").BLEU, _cutter(language)
+        # the words are cut here; the order that is effective for one sentence keeps sacrebleu from warning
+        self.scorer = self.bleu(tokenize="none", effective_order=True)
+        self.matches, self.totals = [0] * ORDERS, [0] * ORDERS
+        self.length = self.reference_length = 0
+
+    def add(self, prediction: str, references: Sequence[str]) -> None:
+        """Count a prediction against what would have been right."""
+        words, *right = (" ".join(self.cut(text)) for text in (prediction, *references))
+        counts = self.scorer.sentence_score(words, right)
+        self.matches = [a + b for a, b in zip(self.matches, counts.counts, strict=True)]
+        # a prediction shorter than n words counts as one n-gram without a match, as in NLTK: sacrebleu leaves
+        # it out, by which a corpus of answers of two and three words would gain a third
+        self.totals = [a + max(1, b) for a, b in zip(self.totals, counts.totals, strict=True)]
+        self.length += counts.sys_len
+        self.reference_length += counts.ref_len
+
+    def value(self) -> float:
+        """BLEU in [0, 1]; 0 if an order has no match at all."""
+        if not all(self.matches):
+            return 0.0
+        lengths = self.length, self.reference_length
+        return self.bleu.compute_bleu(self.matches, self.totals, *lengths, smooth_method="none").score / 100
 
 
 def _cutter(language: str) -> Callable[[str], list[str]]:

@@ -12,7 +12,7 @@ from finetune.batches import BatchOrder, CaptionBatches, ExampleBatches
 from finetune.formats import answers
 from finetune.formats.examples import Captioned, Example
 from finetune.model import FinetuneModel, freeze, resize
-from finetune.predict import corpus_bleu, evaluate, score
+from finetune.predict import CorpusBleu, evaluate, score
 from finetune.stores.images import ImageSource, PrecomputedFeatures, open_images, precompute_features
 from finetune.tasks.classification import ClassificationObjective
 from finetune.tasks.datasets import TASKS
@@ -148,6 +148,13 @@ def test_classification_interval_resamples_images_with_all_questions():
     assert score(lines[:10], frozenset({"yes", "no"}))["interval"] is None  # of one picture
 
 
+def corpus_bleu(pairs, language):
+    bleu = CorpusBleu(language)
+    for prediction, references in pairs:
+        bleu.add(prediction, references)
+    return bleu.value()
+
+
 def test_bleu_equals_nltk():
     from nltk.translate.bleu_score import corpus_bleu as nltk_bleu
 
@@ -159,6 +166,15 @@ def test_bleu_equals_nltk():
     value = corpus_bleu(pairs, "en")
     assert value == pytest.approx(nltk_bleu(references, sentences)) and 0 < value < 1
     assert corpus_bleu([("a", ["b"])], "en") == 0.0 and corpus_bleu([], "en") == 0.0
+    # answers of fewer than four words, and none at all, beside longer ones
+    pairs += [
+        ("a dog", ["a dog", "two dogs"]),
+        ("yes", ["no"]),
+        ("", ["a cat"]),
+        ("on a mat", ["on the mat"]),
+    ]
+    references, sentences = [[r.split() for r in rs] for _, rs in pairs], [s.split() for s, _ in pairs]
+    assert corpus_bleu(pairs, "en") == pytest.approx(nltk_bleu(references, sentences), rel=1e-12)
 
 
 def test_bleu_counts_words_of_japanese_and_characters_of_chinese():
