@@ -146,8 +146,11 @@ class FinetuneConfig(LaunchConfig):
     def display_name(self) -> str:
         """Name the method for tables. An image encoder that is frozen alone is not named: it knows no
         language. What trains nothing is "as it is", whatever it would freeze."""
-        named = () if self.freeze == ("vision",) or not self.trains else self.freeze
-        frozen = "frozen unimodal encoders" if named == UNIMODAL else named and f"frozen {', '.join(named)}"
-        usual = None if self.trains else "as it is"
-        parts = filter(None, (usual, frozen, self.strategies.display_name()))
-        return self.method or " + ".join(parts) or "full fine-tuning"
+        parts = () if self.freeze == ("vision",) or not self.trains else self.freeze
+        frozen = "frozen unimodal encoders" if parts == UNIMODAL else f"frozen {', '.join(parts)}"
+        names = [
+            "" if self.trains else "as it is",
+            frozen if parts else "",
+            self.strategies.display_name(),
+        ]
+        return self.method or " + ".join(filter(None, names)) or "full fine-tuning"

@@ -134,10 +134,13 @@ def check(config: FinetuneConfig) -> list[dict[str, Any]]:
 def offered_needs(config: FinetuneConfig) -> frozenset[Need]:
     """Return what a run of `config` has by itself of what strategies may need."""
     task = find_task(config)
-    offered = {*task.provides, "dense_weights"}
+    offered: set[Need] = {*task.provides, "dense_weights"}
     if config.setting == "zero_shot":  # on English alone
-        offered = offered - {"captions"} | {"english_texts"}
-    return frozenset(offered | ({"one_image"} if task.num_images == 1 else set()))
+        offered.discard("captions")
+        offered.add("english_texts")
+    if task.num_images == 1:
+        offered.add("one_image")
+    return frozenset(offered)
 
 
 def _check_testdev(config: FinetuneConfig) -> None:
@@ -225,12 +228,13 @@ def run_stages(
         (the config of the run's own training, the checkpoint that it starts from, {"finished", "seconds",
         "steps" and "skipped_steps" of all stages, and what their strategies tell}).
     """
-    folder, epochs, figures = run_folder(config), 0, {}
+    folder, epochs = run_folder(config), 0
+    figures: dict[str, Any] = {}
     spent = {"seconds": 0.0, "steps": 0, "skipped_steps": 0}
     ready, start = final_training(config), None
     for name, strategy in config.strategies.active().items() if config.trains else ():
 
-        def train(stage: Stage, name: str = name) -> Path | None:
+        def train(stage: Stage, name: str = name) -> Path:
             nonlocal epochs
             own = {"name": stage.name, "runs": str(folder), "resume": "newest"}
             during = config.strategies.during(stage.purpose)
@@ -244,7 +248,9 @@ def run_stages(
             if not result["finished"]:
                 raise _StoppedEarly(result)
             epochs += stage.epochs
-            return checkpoint.find_newest(run_folder(part))
+            left = checkpoint.find_newest(run_folder(part))
+            assert left is not None  # it is finished
+            return left
 
         run = StageRun(folder, is_main_process(config), lambda: build_model(config), train)
         try:

@@ -458,7 +458,7 @@ def steps(runs) -> tuple[int, int]:
             [CLS, "strategies.prior.k=3"],
             "which strategies.distillation takes away; set strategies.distillation.task=1",
         ),
-        ([CLS, "head=decoder"], "strategies.distillation needs a classifier (head=classifier)"),
+        ([CLS, "head=decoder"], "strategies.distillation needs the hidden states of a classifier"),
         ([CLS, "image_size=32"], "the teacher sees images of 16 pixels, the student of 32"),
         ([CLS, "answers=5", "strategies.distillation.classifier=teacher"], "the teacher's answers"),
         (['strategies.distillation.tokens=["mixed"]', "setting=zero_shot"], "training reads English alone"),

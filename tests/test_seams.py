@@ -39,7 +39,7 @@ REFUSED = {
     ("prior", "two images"): "has a vector for none of the 2 labels",  # "True" and "False"
     **{("prior", kind): "needs a task with answers" for kind in ("matching", "contrast")},
     **{("distillation", kind): "needs a task with answers" for kind in ("matching", "contrast")},
-    ("distillation", "decoder"): "needs a classifier (head=classifier)",
+    ("distillation", "decoder"): "needs the hidden states of a classifier",
     ("distillation", "two images"): "needs texts about one image",
     **{("alignment", kind): "needs a retrieval task" for kind in ("classifier", "decoder", "two images")},
 }

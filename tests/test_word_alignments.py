@@ -116,7 +116,11 @@ def test_alignment_words_tokenized_differently_are_omitted(tmp_path, wordpiece):
         (TEXT, "0-0\n0-7\n", "de.align:2: link 0-7 is out of range: there are 2 words and 2 English ones"),
         (TEXT, "0-0\nx\n", "de.align:2: 'x' is no link of two words"),
         ("a b\n", "\n", "de.text: 1 lines for 2"),
-        (TEXT.replace(" ||| a ball", " a ball"), "0-0\n\n", r"de.text:2: wanted words \|\|\| English words"),
+        (
+            TEXT.replace(" ||| a ball", " a ball"),
+            "0-0\n\n",
+            r"de.text:2: expected words \|\|\| English words",
+        ),
         (
             TEXT.replace("Ball", "Boll"),
             "0-0\n\n",

@@ -8,7 +8,6 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_serializer
 from pydantic_core import PydanticCustomError
-from torch import nn
 
 from finetune.strategies.alignment import TranslationAlignmentConfig
 from finetune.strategies.base import (
@@ -62,7 +61,7 @@ def _load_user_config(value: Any) -> StrategyConfig | None:
     path, _, class_name = where.partition(":")
     if not path.endswith(".py"):
         raise PydanticCustomError("extra_forbidden", "no strategy of this name")
-    user_class = load_user_class(path, StrategyConfig, class_name or None)
+    user_class = load_user_class(path, StrategyConfig, class_name or None)  # type: ignore[type-abstract]
     config = validate(user_class, settings, where)
     config._user_class = where
     return config
@@ -196,12 +195,12 @@ class Strategies:
         """`example`, or None where no strategy changes examples."""
         return self.example if self.using("example") else None
 
-    def adapt(self, model: nn.Module) -> None:
+    def adapt(self, model: Any) -> None:
         """Every strategy's change of the model, in order."""
         for strategy in self.built.values():
             strategy.adapt(model)
 
-    def wrap_tokenizer(self, tokenizer: Tokenizer, model: nn.Module) -> Tokenizer:
+    def wrap_tokenizer(self, tokenizer: Tokenizer, model: Any) -> Tokenizer:
         """The tokenizer with every strategy's prompt; `model` is adapted."""
         for strategy in self.built.values():
             tokenizer = strategy.wrap_tokenizer(tokenizer, model)
@@ -232,7 +231,7 @@ class Strategies:
 
         return rate
 
-    def loss_terms(self, model: nn.Module) -> LossTerms:
+    def loss_terms(self, model: Any) -> LossTerms:
         """All terms side by side, all states that they read, and the product of what the task's own loss
         counts.
 

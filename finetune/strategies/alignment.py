@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.formats.examples import Captioned
 from finetune.strategies.base import Context, Need, Outputs, Strategy, StrategyConfig, Term
@@ -70,12 +70,12 @@ class TranslationAlignment(Strategy):
         text, pivot = self.pivots[example.image, example.captions[0]]
         return example._replace(captions=(text,), pivots=(pivot,))
 
-    def terms(self, model: nn.Module) -> dict[str, Term]:
+    def terms(self, model: Any) -> dict[str, Term]:
         if not self.weight:
             return {}
         # contrast is a sum over the worker's rows
-        count = None if self.loss == "mse" else _rows
-        return {"alignment": Term(self.weight, self._values, count)}
+        divisor = None if self.loss == "mse" else _rows
+        return {"alignment": Term(self.weight, self._values, divisor)}
 
     def _values(self, outputs: Outputs, part: dict) -> Tensor:
         text, pivot = outputs.text_embeddings, outputs.pivot_embeddings

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import PrivateAttr
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.formats.examples import Example
 from raylib.config import Config
@@ -119,12 +119,12 @@ class Outputs(NamedTuple):
         of all workers.
     """
 
-    logits: Tensor | None = None
+    logits: Any = None
     states: Mapping[int, Ragged] = {}
-    image_embeddings: Tensor | None = None
-    text_embeddings: Tensor | None = None
-    pivot_embeddings: Tensor | None = None
-    contrast: Callable[[Tensor, Tensor], Tensor] | None = None
+    image_embeddings: Any = None
+    text_embeddings: Any = None
+    pivot_embeddings: Any = None
+    contrast: Any = None
 
 
 class Term(NamedTuple):
@@ -132,14 +132,15 @@ class Term(NamedTuple):
 
     values: `values(outputs, batch)` of one worker's part of the batch: (b,), one an example; or, of a
         term that looks at the model alone, a scalar, the same on every worker.
-    count: what the sum of the values is divided by, over all workers, if not by the number of examples.
+    divisor: `divisor(batch)`, what the sum of the values is divided by, over all workers, if not by the
+        number of examples.
     reads_logits: it is about the answers: computed after them, and scaled by the weight of the task's own
         loss. Set of strategies that need "logits".
     """
 
     weight: float
     values: Callable[[Outputs, dict], Tensor]
-    count: Callable[[dict], Tensor] | None = None
+    divisor: Callable[[dict], Tensor] | None = None
     reads_logits: bool = False
 
 
@@ -157,8 +158,8 @@ def term_shares(terms: Iterable[Term], outputs: Outputs, part: dict, examples: T
     shares = []
     for term in terms:
         values = term.values(outputs, part)
-        if term.count:
-            shares.append(values.sum() / all_reduce(term.count(part)))
+        if term.divisor:
+            shares.append(values.sum() / all_reduce(term.divisor(part)))
         else:
             # a scalar is of the model alone, the same on every worker: the workers' shares add up to it
             shares.append(values / world_size() if values.ndim == 0 else values.sum() / examples)
@@ -177,10 +178,10 @@ class Strategy:
         is drawn from `key` (seed, epoch, its id)."""
         return example
 
-    def adapt(self, model: nn.Module) -> None:
+    def adapt(self, model: Any) -> None:
         """Change the model before training: masks, new modules, permanent freezes."""
 
-    def wrap_tokenizer(self, tokenizer: Tokenizer, model: nn.Module) -> Tokenizer:
+    def wrap_tokenizer(self, tokenizer: Tokenizer, model: Any) -> Tokenizer:
         """Return the tokenizer by which the adapted model reads, in training and evaluation: with a prompt
         perhaps."""
         return tokenizer
@@ -198,7 +199,7 @@ class Strategy:
         0 freezes them."""
         return 1.0
 
-    def terms(self, model: nn.Module) -> dict[str, Term]:
+    def terms(self, model: Any) -> dict[str, Term]:
         """Return what is added to the loss, by name; called after `begin`."""
         return {}
 
@@ -235,7 +236,7 @@ class StageRun(NamedTuple):
     folder: Path
     is_main_process: bool
     build_model: Callable[[], Any]
-    train: Callable[[Stage], Path | None]
+    train: Callable[[Stage], Path]
 
 
 class StrategyConfig(Config):

@@ -190,7 +190,8 @@ def mix_text(
 
 def _find(words: list[str], start: int, dictionary: Dictionary) -> tuple[int, tuple[str, ...]]:
     """(how many words the longest entry at `start` has, its translations); (1, ()) where there is none."""
-    source, best = "", (1, ())
+    source = ""
+    best: tuple[int, tuple[str, ...]] = (1, ())
     for count in range(1, min(dictionary.longest, len(words) - start) + 1):
         before, word, after = _parts(words[start + count - 1])
         if count > 1 and before:

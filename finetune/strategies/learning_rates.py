@@ -5,9 +5,9 @@ All of them spare what is outside of the stack of layers that a text passes: hea
 """
 
 import math
+from typing import Any
 
 from pydantic import Field, PositiveInt
-from torch import nn
 
 from finetune.strategies.base import Context, Progress, Purpose, Strategy, StrategyConfig
 from raylib.errors import UserError
@@ -35,7 +35,7 @@ class ScheduledUnfreezing(Strategy):
     def __init__(self, layers: int):
         self.layers = layers
 
-    def adapt(self, model: nn.Module) -> None:
+    def adapt(self, model: Any) -> None:
         _check_layers(self.layers, model.num_layers, "strategies.unfreezing.layers")
 
     def lr_scale(self, depth: int | None, depths: int, progress: Progress) -> float:
@@ -87,7 +87,7 @@ class TopLayers(Strategy):
     def __init__(self, layers: int | None = None):
         self.layers = layers
 
-    def adapt(self, model: nn.Module) -> None:
+    def adapt(self, model: Any) -> None:
         """Take the parameters below out of training.
 
         Raises:
@@ -134,7 +134,7 @@ class HeadFirst(Strategy):
     def __init__(self, epochs: int, factor: float):
         self.epochs, self.factor = epochs, factor
 
-    def adapt(self, model: nn.Module) -> None:
+    def adapt(self, model: Any) -> None:
         """Raises UserError: an image encoder would train with the classifier: it is outside of the layers."""
         vision = getattr(getattr(model, "backbone", model), "vision", None)
         if vision is not None and any(p.requires_grad for p in vision.parameters()):

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import PositiveFloat, PositiveInt
-from torch import nn
 
 from finetune.strategies.base import Context, Need, Strategy, StrategyConfig
 from raylib.errors import UserError
@@ -99,7 +98,7 @@ class PeftModules(Strategy):
     def __init__(self, method: str, settings: Mapping[str, Any], projection: bool = True):
         self.method, self.settings, self.projection = method, dict(settings), projection
 
-    def adapt(self, model: nn.Module) -> None:
+    def adapt(self, model: Any) -> None:
         """Put the modules in, unless the model has them already, and freeze the rest.
 
         Raises:
@@ -119,7 +118,7 @@ class PeftModules(Strategy):
 class SoftPrompt(PeftModules):
     """Trainable tokens, whose ids come after the vocabulary's."""
 
-    def wrap_tokenizer(self, tokenizer: Tokenizer, model: nn.Module) -> Tokenizer:
+    def wrap_tokenizer(self, tokenizer: Tokenizer, model: Any) -> Tokenizer:
         words = peft.text_embedding(model).word
         first = words.num_embeddings
         return PromptedTokenizer(tokenizer, ids=tuple(range(first, first + len(words.prompt))))
@@ -131,5 +130,5 @@ class HardPrompt(Strategy):
     def __init__(self, words: str):
         self.words = words
 
-    def wrap_tokenizer(self, tokenizer: Tokenizer, model: nn.Module) -> Tokenizer:
+    def wrap_tokenizer(self, tokenizer: Tokenizer, model: Any) -> Tokenizer:
         return PromptedTokenizer(tokenizer, words=self.words)

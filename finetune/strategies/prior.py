@@ -4,11 +4,11 @@ L = CE + alpha sum_c p(c) d(c, y) over the k most probable labels c; d from Word
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.strategies.base import Context, Outputs, Strategy, StrategyConfig, Term
 from finetune.strategies.label_distances import vector_distances, wordnet_distances
@@ -66,7 +66,7 @@ class LinguisticPrior(Strategy):
     def __init__(self, distances: Tensor, alpha: float, k: int):
         self.distances, self.alpha, self.k = distances, alpha, k
 
-    def terms(self, model: nn.Module) -> dict[str, Term]:
+    def terms(self, model: Any) -> dict[str, Term]:
         # once on the model's device, not once a step
         distances = self.distances.to(next(model.parameters()).device)
 

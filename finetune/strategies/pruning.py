@@ -19,7 +19,7 @@ import torch.distributed as dist
 from pydantic import Field, PositiveInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.strategies.base import (
     Context,
@@ -80,22 +80,23 @@ class SparseConfig(StrategyConfig):
 
     def stages_before(self, run: StageRun) -> Prepared:
         """The rounds that find the mask."""
-        mask, trained = Path(self.mask) if self.mask else None, None
-        for number in range(1, self.rounds + 1) if mask is None else ():
+        file, trained = Path(self.mask) if self.mask else None, None
+        for number in range(1, self.rounds + 1) if file is None else ():
             # Algorithm 1 rewinds: each round begins at the pretrained weights again, under the last mask
             start = None if self.rewind == "initial" else trained
-            own = {"mask": mask and str(mask)}
+            own = {"mask": file and str(file)}
             trained = run.train(Stage(f"round_{number}", "pruning", self.epochs, start, own=own))
-            left = run.folder / "masks" / f"round_{number}.safetensors"
-            if run.is_main_process and not left.is_file():
+            pruned = run.folder / "masks" / f"round_{number}.safetensors"
+            if run.is_main_process and not pruned.is_file():
                 weights = read_weights(trained)
                 prunable = {name: weights[name] for name in run.build_model().prunable()}
-                write_mask(prune_mask(prunable, mask and read_mask(mask), self.rate), left)
+                write_mask(prune_mask(prunable, read_mask(file) if file else None, self.rate), pruned)
             if world_size() > 1:
                 dist.barrier()  # the others read what the first has written
-            mask = left
+            file = pruned
+        assert file is not None  # there is a round at least
         parameters = sum(p.numel() for p in run.build_model().parameters())
-        return Prepared({"mask": str(mask)}, result={"sparsity": sparsity(read_mask(mask), parameters)})
+        return Prepared({"mask": str(file)}, result={"sparsity": sparsity(read_mask(file), parameters)})
 
 
 class Masked(Strategy):
@@ -104,7 +105,7 @@ class Masked(Strategy):
     def __init__(self, mask: Mask, where: str):
         self.mask, self.where = mask, where
 
-    def adapt(self, model: nn.Module) -> None:
+    def adapt(self, model: Any) -> None:
         """Raises UserError: the mask is another model's."""
         apply_mask(model, self.mask, self.where)
 
@@ -151,7 +152,7 @@ def sparsity(mask: Mask, parameters: int) -> dict[str, float]:
     return {"prunable": gone / sum(kept.numel() for kept in mask.values()), "whole": gone / parameters}
 
 
-def apply_mask(model: nn.Module, mask: Mask, where: str) -> None:
+def apply_mask(model: Any, mask: Mask, where: str) -> None:
     """Set what is pruned to zero, and keep it there: its gradient is zero from now on.
 
     A weight of zero with gradients of zero has moments of zero, and weight decay leaves it at zero too: so no

@@ -93,7 +93,8 @@ def _read_array(path: Path, wanted: dict[bytes, str]) -> dict[str, np.ndarray]:
         rows = np.load(path, mmap_mode="r")
     except ValueError as e:
         raise UserError(f"{path}: not an array of numbers as NumPy saves it ({e})") from None
-    found, count = {}, 0
+    found: dict[str, np.ndarray] = {}
+    count = 0
     with open(names, "rb") as file:
         for count, line in enumerate(file, 1):
             word = wanted.get(line.rstrip(b"\r\n"))

@@ -55,8 +55,8 @@ class WordNet:
         return self._look_up(label)[0]
 
     def relation(self, truth: str, predicted: str) -> str:
-        """What `predicted` is to `truth`: the first of SYNONYM (a label is its own), HYPERNYM, HYPONYM that
-        holds; NONE."""
+        """Return what `predicted` is to `truth`: the first of SYNONYM (a label is its own), HYPERNYM, HYPONYM
+        that holds; NONE."""
         (own, above), (other, above_other) = self._look_up(truth), self._look_up(predicted)
         if truth.lower() == predicted.lower() or own & other:
             return SYNONYM
@@ -67,21 +67,23 @@ class WordNet:
     def relatives(self, labels: Sequence[str]) -> Relatives:
         """`relation` of all labels to all others, through an index of synsets: the time grows with C and not
         with C x C."""
-        holders = defaultdict(set)  # synset -> positions of the labels that it is a synset of
+        # synset, or label -> positions of the labels that it is a synset of
+        holders: defaultdict[Any, set[int]] = defaultdict(set)
         for i, label in enumerate(labels):
             for synset in self._look_up(label)[0]:
                 holders[synset].add(i)
             holders[label.lower()].add(i)
-        synonyms, above, below = [], [], [set() for _ in labels]
+        synonyms: list[set[int]] = []
+        above: list[set[int]] = []
+        below: list[set[int]] = [set() for _ in labels]
         for i, label in enumerate(labels):
             own, hypernyms = self._look_up(label)
             synonyms.append({j for key in (*own, label.lower()) for j in holders.get(key, ())} - {i})
             above.append({j for synset in hypernyms for j in holders.get(synset, ())} - {i} - synonyms[i])
             for j in above[i]:
                 below[j].add(i)
-        hyponyms = (
-            found - above[i] for i, found in enumerate(below)
-        )  # synonymy is symmetric: none is among them
+        # synonymy is symmetric: none is among them
+        hyponyms = [found - above[i] for i, found in enumerate(below)]
         return Relatives(*(tuple(map(frozenset, sets)) for sets in (synonyms, above, hyponyms)))
 
     def _look_up(self, label: str) -> tuple[Synsets, Synsets]:
@@ -89,7 +91,7 @@ class WordNet:
         label = label.lower()
         if label not in self._known:
             forms = dict.fromkeys(joiner.join(label.split()) for joiner in "_-")
-            found = next(filter(None, map(self._reader.synsets, forms)), [])
+            found: list[Any] = next(filter(None, map(self._reader.synsets, forms)), [])
             above = [hypernym for synset in found if synset for hypernym in synset.hypernyms()]
             if None in found or None in above:
                 raise UserError(
@@ -163,7 +165,7 @@ def confusions(predictions: Iterable[dict[str, Any]], wordnet: WordNet, pairs: i
         )
         kind += round(MILLION * max(score, *synonyms, 0.0))
     order = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "label": label,
             "prediction": prediction,

@@ -17,7 +17,7 @@ from torch import nn
 from finetune.batches import BatchOrder, EpochBatches, MoreInputs
 from finetune.formats.examples import Captioned, Example
 from finetune.stores.images import VisualSource, open_visual
-from finetune.strategies.base import LossTerms
+from finetune.strategies.base import LossTerms, Need
 from raylib.cache import cached, file_fingerprint
 from raylib.errors import UserError
 from raylib.text import Tokenizer
@@ -123,7 +123,7 @@ class Task(ABC):
 
     # what strategies may ask for (`finetune.strategies`): "labels", "training_texts", "captions", and of what
     # terms of the loss read "logits", "states", "embeddings"
-    provides: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[Need]] = frozenset()
 
     summary: str
     languages: tuple[str, ...]

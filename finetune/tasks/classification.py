@@ -18,7 +18,7 @@ from finetune.formats.answers import read_answers
 from finetune.formats.examples import Example
 from finetune.model import FinetuneModel, load_backbone, load_finetuned, tokenizer_at
 from finetune.predict import evaluate, read_predictions
-from finetune.strategies.base import LossTerms, Outputs, Term, term_shares
+from finetune.strategies.base import LossTerms, Need, Outputs, Term, term_shares
 from finetune.strategies.wordnet import WordNet, confusions
 from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Reading, Score, Task
 from raylib.distributed import all_reduce, world_size
@@ -43,7 +43,7 @@ class Classification(Task):
     bleu: also BLEU, for answers that are sentences; "ja" cuts Japanese into words first.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"labels", "training_texts", "logits", "states"})
+    provides: ClassVar[frozenset[Need]] = frozenset({"labels", "training_texts", "logits", "states"})
     is_generative: ClassVar[bool] = False
 
     labels: tuple[str, ...] = ()
@@ -195,7 +195,7 @@ class Classification(Task):
 class Generation(Classification):
     """Answers of an open set, generated token by token and ranked by their probability (head=decoder)."""
 
-    provides: ClassVar[frozenset[str]] = frozenset({"labels", "training_texts"})
+    provides: ClassVar[frozenset[Need]] = frozenset({"labels", "training_texts"})
     is_generative: ClassVar[bool] = True
 
     @cached_property

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from finetune.batches import BatchOrder, CaptionBatches, EpochBatches, MoreInputs
 from finetune.formats.examples import Captioned
 from finetune.model import load_backbone
-from finetune.strategies.base import LossTerms, Outputs, Term, term_shares
+from finetune.strategies.base import LossTerms, Need, Outputs, Term, term_shares
 from finetune.tasks.base import TRAINING_SPLITS, Captions, Pipeline, Score, Task
 from finetune.tasks.ranking import retrieve
 from raylib.distributed import all_reduce, world_size
@@ -37,7 +37,7 @@ CONTRAST_AND_ITM = ObjectiveConfig(  # image-text contrast and matching, on whol
 class Retrieval(Task):
     """Image-text retrieval by the backbone alone, and by its image-text matching head (`use_itm_head`)."""
 
-    provides: ClassVar[frozenset[str]] = frozenset({"captions", "embeddings"})
+    provides: ClassVar[frozenset[Need]] = frozenset({"captions", "embeddings"})
 
     def check(self, config: "FinetuneConfig") -> None:
         if config.regions:

@@ -36,22 +36,27 @@ from raylib.text import Tokenizer
 def token_spans(text: str, words: Sequence[Span], tokenizer: Tokenizer) -> list[Span | None]:
     """The tokens of the words that lie at these characters of `text`; None where a word does not begin and
     end as tokens do."""
-    ends = sorted({place for word in words for place in word} | {len(text)})
-    rows = dict(zip(ends, tokenizer.encode([text[:end].rstrip() for end in ends]), strict=True))
-    whole = rows[len(text)]
-    counts = {end: len(row) if np.array_equal(row, whole[: len(row)]) else None for end, row in rows.items()}
-    spans = [(counts[first], counts[end]) for first, end in words]
-    return [None if None in span or span[0] >= span[1] else span for span in spans]
+    # a tokenizer says nothing of characters: a word ends where a token does if the text up to there has the
+    # first tokens of the whole text
+    ends = sorted({end for word in words for end in word} | {len(text)})
+    prefixes = dict(zip(ends, tokenizer.encode([text[:end].rstrip() for end in ends]), strict=True))
+    whole = prefixes[len(text)]
+    counts = {end: len(row) for end, row in prefixes.items() if np.array_equal(row, whole[: len(row)])}
+    spans: list[Span | None] = []
+    for first, end in words:
+        span = (counts[first], counts[end]) if first in counts and end in counts else (0, 0)
+        spans.append(span if span[0] < span[1] else None)
+    return spans
 
 
 def word_spans(text: str) -> list[Span]:
-    """Where the words of a text are that white space parts."""
-    found, at = [], 0
+    """Spans of the words of a text that white space parts."""
+    spans, end = [], 0
     for word in text.split():
-        first = text.index(word, at)
-        at = first + len(word)
-        found.append((first, at))
-    return found
+        first = text.index(word, end)
+        end = first + len(word)
+        spans.append((first, end))
+    return spans
 
 
 def matching_tokens(
@@ -67,22 +72,22 @@ def matching_tokens(
         whole: a word counts only if all its sub-words match.
     """
     pairs = []
-    ids = [tokenizer.encode([text])[0] for text, _, tokenizer in (student, teacher)]
-    spans = [token_spans(*side) for side in (student, teacher)]
-    for mine, theirs in zip(*spans, strict=True):
-        if mine and theirs:
-            parts = [student[2].pieces(ids[0][slice(*mine)]), teacher[2].pieces(ids[1][slice(*theirs)])]
-            if parts[0] == parts[1] or not whole:
-                pairs += [(mine[0] + i, theirs[0] + j) for i, j in _greedy(*parts)]
+    ids = [tokenizer.encode([text])[0].tolist() for text, _, tokenizer in (student, teacher)]
+    spans = zip(token_spans(*student), token_spans(*teacher), strict=True)
+    for left, right in spans:
+        if left and right:
+            pieces = student[2].pieces(ids[0][slice(*left)]), teacher[2].pieces(ids[1][slice(*right)])
+            if pieces[0] == pieces[1] or not whole:
+                pairs += [(left[0] + i, right[0] + j) for i, j in _equal_pieces(*pieces)]
     return pairs
 
 
-def _greedy(left: Sequence[str], right: Sequence[str]) -> list[Span]:
-    """TokenSegments of equal parts, from left to right, none of them twice."""
+def _equal_pieces(left: Sequence[str], right: Sequence[str]) -> list[Span]:
+    """Pairs of places of equal pieces, from left to right, none of them twice."""
     pairs, first = [], 0
-    for i, part in enumerate(left):
-        if part in right[first:]:
-            first = right.index(part, first) + 1
+    for i, piece in enumerate(left):
+        if piece in right[first:]:
+            first = right.index(piece, first) + 1
             pairs.append((i, first - 1))
     return pairs
 
@@ -105,9 +110,9 @@ def pair_distance(student: Tensor, teacher: Tensor, pairs: TokenPairs) -> Tensor
     Args:
         student: (T, d). teacher: (T', d), which gets no gradient.
     """
-    mine = student.index_select(0, pairs.student).float()
-    theirs = teacher.detach().index_select(0, pairs.teacher).float()
-    return ((mine - theirs).square().mean(1) * pairs.weights).sum()
+    learned = student.index_select(0, pairs.student).float()
+    taught = teacher.detach().index_select(0, pairs.teacher).float()
+    return ((learned - taught).square().mean(1) * pairs.weights).sum()
 
 
 def cls_pairs(student: TokenSegments, teacher: TokenSegments) -> TokenPairs:
@@ -118,10 +123,10 @@ def cls_pairs(student: TokenSegments, teacher: TokenSegments) -> TokenPairs:
 def image_pairs(
     student: TokenSegments, teacher: TokenSegments, slots: int = 0, public: bool = False
 ) -> TokenPairs:
-    """The regions of each picture.
+    """The regions of each image.
 
     Args:
-        slots: 0, padding is masked; else pictures are padded to so many slots, and the empty ones are
+        slots: 0, padding is masked; else images are padded to so many slots, and the empty ones are
             averaged in, as in cViL's code: those of a row all come to one state (`TokenSegments.empty`),
             which counts as often as there are.
     """
@@ -148,13 +153,12 @@ def matched_pairs(
         row. specials: tokens of a row that are no words, and do not count in n.
     """
     rows = torch.tensor([i for i, row in enumerate(matches) for _ in row], dtype=torch.int64)
-    mine, theirs = (
-        torch.tensor([pair for row in matches for pair in row], dtype=torch.int64).view(-1, 2).unbind(1)
-    )
+    flat = torch.tensor([pair for row in matches for pair in row], dtype=torch.int64)
+    left, right = flat.view(-1, 2).unbind(1)
     sizes = (student.lengths - specials) * (teacher.lengths - specials)
     weights = torch.ones(len(rows)) if public else 1 / sizes[rows].float()
     return TokenPairs(
-        student.values[student.starts[rows] + mine], teacher.values[teacher.starts[rows] + theirs], weights
+        student.values[student.starts[rows] + left], teacher.values[teacher.starts[rows] + right], weights
     )
 
 
@@ -166,88 +170,87 @@ class RowTokenizer:
         self.tokenizer, self.parts = tokenizer, tuple(parts)
         self.plain = getattr(tokenizer, "plain", tokenizer)  # without a prompt
 
-    def prompt(self, text: str) -> int:
-        """How many tokens a prompt puts before `text`."""
+    def prompt_length(self, text: str) -> int:
+        """Number of tokens that a prompt puts before `text`."""
         return len(self.tokenizer.encode([text])[0]) - len(self.plain.encode([text])[0])
 
-    def places(self, inputs: dict, empty: bool) -> TokenSegments:
-        """Where everything is in rows of `inputs`."""
-        lengths = [
-            inputs[part].lengths
-            if part in self.parts and part in inputs
-            else torch.zeros_like(inputs["text"].lengths)
-            for part in ("text", "tags", "regions")
-        ]
-        return find_segments(*lengths, empty)
+    def segments(self, inputs: dict, empty: bool) -> TokenSegments:
+        """The segments of the rows of `inputs`."""
+
+        def lengths(part: str) -> Tensor:
+            found = part in self.parts and part in inputs
+            return inputs[part].lengths if found else torch.zeros_like(inputs["text"].lengths)
+
+        return find_segments(lengths("text"), lengths("tags"), lengths("regions"), empty)
 
 
 class TeacherInputs:
-    """`inputs(examples, seen, part)` -> {"teacher": its "text" and "tags", or the "stored" states of both (L,
-    T', d), "pairs": {term: `TokenPairs`}}, of examples that have a `pivot`."""
+    """`inputs(examples, visual, batch)` -> {"teacher": its "text" and "tags", or the "stored" states of both
+    (L, T', d), "pairs": {term: `TokenPairs`}}, of examples that have a `pivot`."""
 
     def __init__(
         self,
         student: RowTokenizer,
         teacher: RowTokenizer,
         length: int,
-        terms: Sequence[str],
+        kinds: Sequence[str],
         slots: int = 0,
         public: bool = False,
         stored: StoredStates | None = None,
     ):
-        self.student, self.teacher, self.length, self.terms = student, teacher, length, tuple(terms)
+        """kinds: of `TOKEN_KINDS`. slots, public: of `image_pairs`."""
+        self.student, self.teacher, self.length, self.kinds = student, teacher, length, tuple(kinds)
         self.slots, self.public, self.stored = slots, public, stored
 
     def __call__(
-        self, examples: Sequence[Example], seen: dict[str, Any], part: dict[str, Any]
+        self, examples: Sequence[Example], visual: dict[str, Any], batch: dict[str, Any]
     ) -> dict[str, Any]:
-        """seen: of the pictures of `examples` (`finetune.batches.see`). part: what the student reads."""
+        """visual: of the images of `examples` (`finetune.batches.load_visual`). batch: what the student
+        reads."""
         pivots = [e._replace(texts=(e.pivot,)) for e in examples]
-        theirs = encode_inputs(pivots, seen, self.teacher.tokenizer, self.length)
-        places = (
-            self.student.places(part, self.slots > 0),
-            self.teacher.places({**seen, **theirs}, self.slots > 0),
-        )
-        pairs = {term: getattr(self, f"_{term}")(examples, seen, *places) for term in self.terms}
+        reads = encode_inputs(pivots, visual, self.teacher.tokenizer, self.length)
+        student = self.student.segments(batch, self.slots > 0)
+        teacher = self.teacher.segments({**visual, **reads}, self.slots > 0)
+        makers = {
+            "cls": lambda: cls_pairs(student, teacher),
+            "image": lambda: image_pairs(student, teacher, self.slots, self.public),
+            "tags": lambda: self._tag_pairs(tags_of(examples, visual["tags"]), student, teacher),
+            "mixed": lambda: self._word_pairs(examples, student, teacher),
+        }
+        pairs = {kind: makers[kind]() for kind in self.kinds}
         if self.stored:
             return {"teacher": {"stored": self.stored.read([e.id for e in examples])}, "pairs": pairs}
-        return {
-            "teacher": {name: theirs[name] for name in ("text", "tags") if name in theirs},
-            "pairs": pairs,
-        }
+        # the images are the student's
+        return {"teacher": {name: reads[name] for name in ("text", "tags") if name in reads}, "pairs": pairs}
 
-    def _cls(self, examples, seen, student: TokenSegments, teacher: TokenSegments) -> TokenPairs:
-        return cls_pairs(student, teacher)
-
-    def _image(self, examples, seen, student: TokenSegments, teacher: TokenSegments) -> TokenPairs:
-        return image_pairs(student, teacher, self.slots, self.public)
-
-    def _tags(self, examples, seen, student: TokenSegments, teacher: TokenSegments) -> TokenPairs:
+    def _tag_pairs(self, tags: Sequence[str], student: TokenSegments, teacher: TokenSegments) -> TokenPairs:
         """Both read the same words; the SEP after them matches too, as in cViL's code."""
         matches = []
-        for i, text in enumerate(tags_of(examples, seen["tags"])):
+        for i, text in enumerate(tags):
             sizes = [int(side.tags.lengths[i]) for side in (student, teacher)]
             words = word_spans(text)
-            found = matching_tokens(*((text, words, side.plain) for side in (self.student, self.teacher)))
+            found = matching_tokens((text, words, self.student.plain), (text, words, self.teacher.plain))
+            # behind `length` tokens a row is cut
             found = [(a, b) for a, b in found if a < sizes[0] - 1 and b < sizes[1] - 1]
             matches.append([*found, (sizes[0] - 1, sizes[1] - 1)] if text else [])
         return matched_pairs(student.tags, teacher.tags, matches, self.public)
 
-    def _mixed(self, examples, seen, student: TokenSegments, teacher: TokenSegments) -> TokenPairs:
+    def _word_pairs(
+        self, examples: Sequence[Example], student: TokenSegments, teacher: TokenSegments
+    ) -> TokenPairs:
+        """English words that stand in the student's text, and the same in the teacher's."""
         matches = []
         for i, e in enumerate(examples):
-            words = ([word for word, _ in e.aligned], [word for _, word in e.aligned])
-            sides = [(e.texts[-1], words[0], self.student.plain), (e.pivot, words[1], self.teacher.plain)]
-            shifts = [
-                1 + self.student.prompt(e.texts[-1]),
-                1 + self.teacher.prompt(e.pivot),
-            ]  # behind the CLS
-            sizes = [int(side.text.lengths[i]) - 1 for side in (student, teacher)]  # before the SEP
-            found = [(a + shifts[0], b + shifts[1]) for a, b in matching_tokens(*sides, whole=True)]
+            mixed = e.texts[-1], [word for word, _ in e.aligned], self.student.plain
+            english = e.pivot, [word for _, word in e.aligned], self.teacher.plain
+            # words lie behind the CLS and a prompt, and before the SEP
+            shifts = 1 + self.student.prompt_length(e.texts[-1]), 1 + self.teacher.prompt_length(e.pivot)
+            sizes = [int(side.text.lengths[i]) - 1 for side in (student, teacher)]
+            found = [(a + shifts[0], b + shifts[1]) for a, b in matching_tokens(mixed, english, whole=True)]
             matches.append([(a, b) for a, b in found if a < sizes[0] and b < sizes[1]])
         return matched_pairs(student.text, teacher.text, matches, self.public, specials=2)
 
 
 def pair_weight(pairs: dict[str, TokenPairs]) -> Tensor:
-    """What all pairs of a batch count together."""
+    """Sum of what all pairs of a batch count."""
     return torch.stack([each.weights.sum() for each in pairs.values()]).sum()

@@ -1,12 +1,14 @@
 """Distillation across languages (cViL, paper 3): its settings, and what they build for a training."""
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.batches import encode_inputs, load_visual
 from finetune.formats.examples import Example
@@ -251,22 +253,23 @@ class Distillation(Strategy):
     def batch_inputs(self) -> TeacherInputs | None:
         return self.inputs
 
-    def terms(self, model: nn.Module) -> dict[str, Term]:
+    def terms(self, model: Any) -> dict[str, Term]:
         """One term for each of `tokens`, of all compared layers."""
         assert self.hidden_states is not None
         layers = self.hidden_states.layers
         # the public code takes one mean over the pairs of all terms; the paper one over examples
-        count = _pairs if self.config.normalise == "public" else _examples
+        divisor = _pairs if self.config.normalise == "public" else _examples
 
         def distance(tokens: str) -> Term:
             def values(outputs: Outputs, part: dict) -> Tensor:
-                theirs, pairs = self._teacher_states(part), part["pairs"][tokens]
-                return sum(
-                    weight * pair_distance(outputs.states[layer].values, theirs[m], pairs)
+                taught, pairs = self._teacher_states(part), part["pairs"][tokens]
+                distances = [
+                    weight * pair_distance(outputs.states[layer].values, taught[m], pairs)
                     for m, (layer, weight) in enumerate(zip(layers, self.weights, strict=True))
-                )
+                ]
+                return functools.reduce(operator.add, distances)
 
-            return Term(1.0, values, count)
+            return Term(1.0, values, divisor)
 
         return {tokens: distance(tokens) for tokens in self.config.tokens}
 
@@ -293,8 +296,10 @@ class Distillation(Strategy):
         def states(chunk: Sequence[Example]) -> tuple[Tensor, list[int]]:
             pivots = [e._replace(texts=(self.pivots[e.id],)) for e in chunk]
             inputs = encode_inputs(pivots, load_visual(pivots, visual), reads.tokenizer, length)
-            places = reads.places(inputs, teacher.empty)
-            lengths = places.text.lengths + places.tags.lengths + places.regions.lengths + int(teacher.empty)
+            segments = reads.segments(inputs, teacher.empty)
+            lengths = (
+                segments.text.lengths + segments.tags.lengths + segments.regions.lengths + int(teacher.empty)
+            )
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 return teacher.states(to_device(inputs, device)), lengths.tolist()
 

@@ -8,6 +8,7 @@ FOLDER/index-WORKER.json                  {id: [number, first token, tokens]}
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -80,7 +81,7 @@ class StoredStates:
             worker = index.stem.removeprefix("index-")
             for name, (number, *row) in read_json(index).items():
                 self.rows[name] = f"states-{worker}-{number}.safetensors", *row
-        self._open: dict[str, object] = {}
+        self._open: dict[str, Any] = {}
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}
@@ -129,19 +130,21 @@ def store_states(
 
 
 class _StateShards:
-    """What one worker writes."""
+    """The shards that one worker writes."""
 
     def __init__(self, folder: Path, worker: int, dtype: torch.dtype):
         self.folder, self.worker, self.dtype = folder, worker, dtype
         self.index: dict[str, tuple[int, int, int]] = {}
-        self.number, self.tokens, self.parts = 0, 0, []
+        self.number, self.tokens = 0, 0
+        self.parts: list[Tensor] = []
 
     def write(self, examples: Sequence[Example], states: Callable, batch: int) -> None:
         for start in range(0, len(examples), batch):
             chunk = examples[start : start + batch]
-            made, lengths = states(chunk)
-            made = made.transpose(0, 1).to(self.dtype).cpu()
-            for example, part in zip(chunk, made.split(lengths), strict=True):
+            values, lengths = states(chunk)
+            # checked as stored: what is finite in float32 may overflow in float16
+            values = values.transpose(0, 1).to(self.dtype).cpu()
+            for example, part in zip(chunk, values.split(lengths), strict=True):
                 if not is_finite(part):
                     raise NotFinite(
                         f"the teacher's states of {example.id}: not finite (NaN or infinite) in {self.dtype}"
@@ -149,7 +152,7 @@ class _StateShards:
             for example, length in zip(chunk, lengths, strict=True):
                 self.index[example.id] = self.number, self.tokens, length
                 self.tokens += length
-            self.parts.append(made)
+            self.parts.append(values)
             if self.tokens >= TOKENS:
                 self._close()
         if self.parts:

@@ -48,39 +48,33 @@ class WordAligner:
         if not 0 < layer <= depth:
             raise UserError(f"{folder}: layer={layer}, but it has layers 1 to {depth}")
         self.layer, self.threshold, self.device = layer, threshold, device
-        self.most = getattr(self.model.config, "max_position_embeddings", 512) - 2
+        self.max_tokens = self.model.config.max_position_embeddings - 4  # XLM-R has 2 unused; CLS and SEP
 
     def align(self, pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> list[list[tuple[int, int]]]:
         """The links (word, English word) of each pair of sentences, given as words."""
         sides = [self._encode([pair[side] for pair in pairs]) for side in (0, 1)]
-        found = []
+        links = []
         for (states, owners), (others, english) in zip(*sides, strict=True):
-            links = align_subwords(states, others, self.threshold).nonzero().tolist()
-            found.append(sorted({(owners[i], english[j]) for i, j in links}))
-        return found
+            subwords = align_subwords(states, others, self.threshold).nonzero().tolist()
+            links.append(sorted({(owners[i], english[j]) for i, j in subwords}))
+        return links
 
     @torch.inference_mode()
     def _encode(self, sentences: Sequence[Sequence[str]]) -> list[tuple[Tensor, list[int]]]:
         """For each sentence the states of its sub-words (T, d), without specials, and the word that each
         belongs to."""
-        t, rows, owners = self.tokenizer, [], []
+        t = self.tokenizer
+        rows: list[list[int]] = []
+        owners: list[list[int]] = []
         for words in sentences:
-            cut = t.encode(list(words)) if words else []
-            owner = np.repeat(np.arange(len(cut)), [len(ids) for ids in cut])[: self.most - 2]
-            rows.append(
-                [
-                    t.cls,
-                    *np.concatenate([*cut, np.empty(0, np.int64)])[: self.most - 2].astype(int).tolist(),
-                    t.sep,
-                ]
-            )
-            owners.append(owner.tolist())
+            subwords = [ids.tolist() for ids in t.encode(list(words))] if words else []
+            rows.append([t.cls, *[i for ids in subwords for i in ids][: self.max_tokens], t.sep])
+            owners.append([word for word, ids in enumerate(subwords) for _ in ids][: self.max_tokens])
         longest = max(map(len, rows))
         ids = torch.tensor([row + [t.pad] * (longest - len(row)) for row in rows], device=self.device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self.device)
-        states = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[
-            self.layer
-        ]
+        outputs = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        states = outputs.hidden_states[self.layer]
         return [(states[i, 1 : 1 + len(owner)].float(), owner) for i, owner in enumerate(owners)]
 
 
@@ -95,15 +89,16 @@ def align_subwords(states: Tensor, others: Tensor, threshold: float) -> Tensor:
 def split_words(text: str) -> list[str]:
     """The words of a text, in any language: letters with their marks, numbers; each sign and each ideograph
     by itself."""
-    words, going_on = [], False
+    words: list[str] = []
+    in_word = False
     for character in text:
         kind = unicodedata.category(character)[0]
-        alone = kind in "PS" or unicodedata.name(character, "").startswith(IDEOGRAPHS)
+        is_word = kind in "PS" or unicodedata.name(character, "").startswith(IDEOGRAPHS)
         if character.isspace():
-            going_on = False
-        elif alone or not going_on:
+            in_word = False
+        elif is_word or not in_word:
             words.append(character)
-            going_on = not alone
+            in_word = not is_word
         else:
             words[-1] += character
     return words
@@ -121,7 +116,7 @@ def read_alignments(
     examples: Iterable[tuple[str, str, str]],
     tokenizers: tuple[Tokenizer, Tokenizer],
 ) -> Alignments:
-    """What the files of a language say about the training examples (id, text, English text): links of one
+    """The links that the files of a language have for the training examples (id, text, English text), of one
     word to one, whose English word both tokenizers, the student's and the teacher's, cut into the same
     sub-words (paper 3, section IV-C).
 
@@ -130,32 +125,29 @@ def read_alignments(
             that are no numbers or out of range; names file and line.
     """
     files = [folder / f"{language}.{kind}" for kind in ("text", "align")]
-    lines = [list(_read(file)) for file in files]
+    lines = [_read_file(file) for file in files]
     examples, same = list(examples), _same_pieces(tokenizers)
     for file, found in zip(files, lines, strict=True):
         if len(found) != len(examples):
             raise UserError(
                 f"{file}: {len(found)} lines for {len(examples)} training examples in '{language}'"
             )
-    found: Alignments = {}
+    alignments: Alignments = {}
     for number, ((key, text, english), words, links) in enumerate(zip(examples, *lines, strict=True), 1):
         sides = words.split(SEPARATOR)
         if len(sides) != 2:
-            raise UserError(f"{files[0]}:{number}: wanted words{SEPARATOR}English words")
-        spans = [
-            locate_words(side.split(), whole, f"{files[0]}:{number}")
-            for side, whole in zip(sides, (text, english), strict=True)
-        ]
-        pairs = parse_links(links, *map(len, spans), f"{files[1]}:{number}")
-        found[key, text] = tuple(
-            (spans[0][i], spans[1][j])
-            for i, j in one_to_one_links(pairs)
-            if same(english[slice(*spans[1][j])])
-        )
-    return found
+            raise UserError(f"{files[0]}:{number}: expected words{SEPARATOR}English words")
+        # files have words, training mixes characters: each word is found in its text again
+        own = locate_words(sides[0].split(), text, f"{files[0]}:{number}")
+        others = locate_words(sides[1].split(), english, f"{files[0]}:{number}")
+        pairs = one_to_one_links(parse_links(links, len(own), len(others), f"{files[1]}:{number}"))
+        # states of a mixed word are compared token by token: both must cut it alike
+        kept = [(own[i], others[j]) for i, j in pairs if same(english[slice(*others[j])])]
+        alignments[key, text] = tuple(kept)
+    return alignments
 
 
-def _read(file: Path) -> Iterable[str]:
+def _read_file(file: Path) -> list[str]:
     """All lines: one without a link is empty."""
     if not file.is_file():
         raise UserError(
@@ -192,30 +184,30 @@ def one_to_one_links(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def locate_words(words: Sequence[str], text: str, where: str) -> list[Span]:
-    """Where the words are in the text, which they make up in this order, white space aside.
+    """Spans of the words in the text, which they make up in this order, white space aside.
 
     Raises:
         UserError: they do not.
     """
     if "".join(words) != "".join(text.split()):
         raise UserError(f"{where}: the words '{' '.join(words)}' are not those of the example, '{text}'")
-    spans, at = [], 0
+    spans, end = [], 0
     for word in words:
-        first = at = at + len(text[at:]) - len(text[at:].lstrip())
+        first = end = end + len(text[end:]) - len(text[end:].lstrip())
         for character in word:  # a word may have white space within in the text
-            at += len(text[at:]) - len(text[at:].lstrip())
-            at += len(character)
-        spans.append((first, at))
+            end += len(text[end:]) - len(text[end:].lstrip())
+            end += len(character)
+        spans.append((first, end))
     return spans
 
 
 def _same_pieces(tokenizers: tuple[Tokenizer, Tokenizer]) -> Callable[[str], bool]:
-    """Whether both tokenizers cut a word into the same sub-words."""
+    """Return a test: do both tokenizers cut a word into the same sub-words?"""
 
     @functools.cache
     def same(word: str) -> bool:
-        mine, theirs = (tokenizer.pieces(tokenizer.encode([word])[0]) for tokenizer in tokenizers)
-        return mine == theirs
+        left, right = (tokenizer.pieces(tokenizer.encode([word])[0].tolist()) for tokenizer in tokenizers)
+        return left == right
 
     return same
 
@@ -228,24 +220,25 @@ def mix_aligned(
     Args:
         links: the words that may be replaced, each once, from left to right.
         share: of the words between white space in the text; but at least one, and no more than there are
-        links (as in cViL's
-            code, which counts sub-words).
+            links (as in cViL's code, which counts sub-words).
     Returns:
-        (the text, where the English words are in it and in `english`). They stand between spaces, also where
+        (the text, spans of the English words in it and in `english`). They stand between spaces, also where
         the language writes none.
     """
     count = min(max(1, round(share * len(text.split()))), len(links))
     order = np.argsort(uniform(*keys, np.arange(len(links))), kind="stable")
-    mixed, at, placed = "", 0, []
+    mixed, position = "", 0
+    replaced: list[Link] = []
     for i in sorted(order[:count].tolist()):
-        (first, end), there = links[i]
-        mixed += text[at:first]
+        (first, end), source = links[i]
+        mixed += text[position:first]
+        # an English word is a word of its own, else its sub-words would be others
         if mixed and not mixed[-1].isspace():
             mixed += " "
         start = len(mixed)
-        mixed += english[slice(*there)]
-        placed.append(((start, len(mixed)), there))
+        mixed += english[slice(*source)]
+        replaced.append(((start, len(mixed)), source))
         if end < len(text) and not text[end].isspace():
             mixed += " "
-        at = end
-    return mixed + text[at:], tuple(placed)
+        position = end
+    return mixed + text[position:], tuple(replaced)
