@@ -133,7 +133,9 @@ class ZeroShotRetrieval:
 
     def __init__(self, folder: Path | str, tokenizer: Tokenizer, size: int, length: int):
         self.tokenizer, self.length = tokenizer, length
-        images, heldout, texts = [], [], {}
+        images: list[np.ndarray] = []
+        heldout: list[bool] = []
+        texts: dict[str, list[tuple[int, str]]] = {}
         for item in read_retrieval_set(folder):
             image = decode(item.image, f"{folder}: {item.name}")
             for language, captions in item.captions.items():

@@ -21,8 +21,9 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 
@@ -47,7 +48,8 @@ class Tally:
     bad."""
 
     def __init__(self, path: Path | str, limit: float = LIMIT):
-        self.path, self.limit, self.good, self.bad = path, limit, 0, Counter()
+        self.path, self.limit, self.good = path, limit, 0
+        self.bad: Counter[str] = Counter()
 
     def skip(self, reason: str) -> None:
         self.bad[reason] += 1
@@ -121,9 +123,9 @@ def read_text(path: Path, tally: Tally, language: str = "") -> Iterator[tuple[st
 
 def read_lines(path: Path, tally: Tally) -> Iterator[str]:
     """Lines of a UTF-8 file, also .gz and .xz, without their ends and a byte order mark."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
     try:
-        with opener(path, "rb") as file:
+        with openers.get(path.suffix, open)(path, "rb") as file:
             for number, line in enumerate(file):
                 try:
                     yield line.decode("utf-8" if number else "utf-8-sig").rstrip("\r\n")

@@ -16,7 +16,7 @@ import os
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -82,7 +82,8 @@ def count_overlap(corpus: Hashes, test: Hashes, distance: int) -> dict[str, Any]
     """
     known = {int(value): i for i, value in enumerate(corpus.content)}
     candidates = np.flatnonzero(~corpus.flat)
-    pairs, distances = [], Counter()
+    pairs: list[dict[str, Any]] = []
+    distances: Counter[int] = Counter()
     for i, name in enumerate(test.names):
         same = known.get(int(test.content[i]))
         if same is not None:
@@ -108,7 +109,8 @@ def count_overlap(corpus: Hashes, test: Hashes, distance: int) -> dict[str, Any]
 
 def hash_images(images: Iterable[tuple[str, bytes]], processes: int) -> tuple[Hashes, int]:
     """(hashes, how many images do not decode and are left out) of (name, encoded bytes), in order."""
-    images, rows, undecodable, waiting = iter(images), [], 0, deque()
+    images, rows, undecodable = iter(images), [], 0
+    waiting: deque[Future] = deque()
     # spawned, not forked: children would inherit the locks of OpenCV's and BLAS's threads
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         while True:
@@ -166,10 +168,10 @@ def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
             yield str(file.relative_to(path)), file.read_bytes()
     elif path.suffix == ".tar" and path.is_file():
         places = TarScan(path, hashes=False).files
-        with open(path, "rb") as file:
+        with open(path, "rb") as tar:
             for name, (offset, size, *_) in places.items():
                 if _is_image(name):
-                    yield name, os.pread(file.fileno(), size, offset)
+                    yield name, os.pread(tar.fileno(), size, offset)
     else:
         raise UserError(f"{path}: neither a folder nor a .tar of images")
 

@@ -2,6 +2,7 @@
 them."""
 
 from collections.abc import Callable
+from functools import partial
 
 from pretrain.batches import DataConfig, StreamConfig
 from pretrain.train import InitConfig, PretrainConfig
@@ -221,8 +222,8 @@ ABLATIONS = {  # paper 2, table 5, and the terms that it keeps
 def ablated(parent: Callable[[], PretrainConfig], weights: dict[str, float]) -> PretrainConfig:
     """`parent` with some terms' weights changed."""
     config = parent()
-    weights = TermWeights(**{**config.objective.weights.model_dump(), **weights})
-    return config.model_copy(update={"objective": config.objective.model_copy(update={"weights": weights})})
+    changed = TermWeights(**{**config.objective.weights.model_dump(), **weights})
+    return config.model_copy(update={"objective": config.objective.model_copy(update={"weights": changed})})
 
 
 def entangled(parent: Callable[[], PretrainConfig]) -> PretrainConfig:
@@ -252,11 +253,11 @@ for parent in (tiny, emoji_e5, base):
     for ablation, changed in ABLATIONS.items():
         RECIPES[f"{size}_{ablation}"] = _named(
             f"{size}_{ablation}",
-            lambda parent=parent, changed=changed: ablated(parent, changed),
+            partial(ablated, parent, changed),
             f"{size} without {', '.join(changed)}",
         )
     RECIPES[f"{size}_no_uni_arch"] = _named(
         f"{size}_no_uni_arch",
-        lambda parent=parent: entangled(parent),
+        partial(entangled, parent),
         f"{size} with one self-attention over text and condition in place of cross-attention",
     )

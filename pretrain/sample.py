@@ -18,7 +18,7 @@ from raylib.text import Tokenizer
 SHARD = 256  # samples of an image_text shard
 
 
-def build_sample_corpus(cache: Path | str, tokenizer: Path | None = None, scenes: bool = False) -> Path:
+def build_sample_corpus(cache: Path | str, tokenizer: Path | str | None = None, scenes: bool = False) -> Path:
     """The folder of the sample under `cache`, built in some seconds if it is not there yet:
 
         image_text/      Noto and Twemoji drawings, two of each training concept; captions: English name,
@@ -53,7 +53,7 @@ def _fingerprint(tokenizer: Path) -> str:
     """Hash of everything that the folder depends on: the data, and the code that turns it into shards."""
     files = [path for part in ("captions", "pictures", "udhr") for path in sorted((DATA / part).iterdir())]
     modules = (canvas, concepts, corpora, shards, tars, text)
-    code = [Path(module.__file__) for module in modules] + [Path(__file__)]
+    code = [Path(str(module.__file__)) for module in modules] + [Path(__file__)]
     hashes = map(sha256_file, [*files, tokenizer, *code])
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 

@@ -197,7 +197,7 @@ def _continue(model: UnifiedModel, folder: str) -> None:
         before.vision.resize(model.config.image_size)
     weights = before.state_dict()
     if windowed:
-        weights["vision.place"] = torch.zeros_like(model.vision.place)
+        weights["vision.place"] = torch.zeros_like(model.state_dict()["vision.place"])
     model.load_state_dict(weights)
 
 
@@ -205,9 +205,8 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     """Train on this worker; worker 0 writes `result.json` and the curve. Returns the result."""
     data = resolve_data(config)
     batches = StepBatches(data, config.model.image_size, config.fit.seed, runtime.rank, runtime.world_size)
-    objective = UnifiedObjective(
-        build_model(config), config.objective, data.image_text.length, batches.streams
-    )
+    model = build_model(config)
+    objective = UnifiedObjective(model, config.objective, data.image_text.length, batches.streams)
     retrieval, tables = None, []
     if data.retrieval:
         tokenizer = Tokenizer.load(data.tokenizer)
@@ -225,7 +224,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     if result["finished"] and not tables and retrieval is not None:  # resumed after the last checkpoint
         objective.eval()
         with torch.inference_mode():
-            evaluate(objective.model)
+            evaluate(model)
     scores = tables[-1] if tables else {"retrieval": {}, "heldout": {}, "interval": {}}
     made_by = {
         "git": commit(),

@@ -85,7 +85,9 @@ def decode(data: bytes, name: str = "picture") -> np.ndarray:
     buffer = np.frombuffer(data, np.uint8)
     jpeg = data[:2] == b"\xff\xd8"
     try:
-        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB if jpeg else cv2.IMREAD_UNCHANGED)
+        image: np.ndarray | None = cv2.imdecode(
+            buffer, cv2.IMREAD_COLOR_RGB if jpeg else cv2.IMREAD_UNCHANGED
+        )
     except cv2.error as error:
         raise BadPicture(f"{name}: does not decode ({error.err})") from error
     if image is None:
@@ -114,9 +116,9 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 FIXED_DRAWS = 9  # area, aspect, left, top, flip, grayscale, cutout, its left, its top
 
 
-def augment(image: np.ndarray, size: int, config: AugmentConfig, draws: np.ndarray) -> np.ndarray:
-    """The training transform: (H, W, 3) to (size, size, 3); `draws` are `config.draws` uniforms in [0, 1)."""
-    draws = draws.tolist()
+def augment(image: np.ndarray, size: int, config: AugmentConfig, uniforms: np.ndarray) -> np.ndarray:
+    """The training transform: (H, W, 3) to (size, size, 3); `uniforms`: `config.draws` of them, in [0, 1)."""
+    draws: list[float] = uniforms.tolist()
     chosen = []
     for k in range(FIXED_DRAWS, FIXED_DRAWS + 2 * config.operations, 2):
         name = config.choices[int(draws[k] * len(config.choices))]

@@ -123,7 +123,7 @@ class Lanes:
 
     def _find(self, lane: int, language: str, position: int) -> int:
         """Sample number at a position of a lane's run through one language."""
-        start, stop, order = self._orders.get((lane, language), (0, 0, None))
+        start, stop, order = self._orders.get((lane, language), (0, 0, np.empty(0, np.int64)))
         if not start <= position < stop:
             start, order = self._order(lane, language, position)
             self._orders[lane, language] = start, start + len(order), order
@@ -207,8 +207,14 @@ def load_batches(batches: Dataset, first: int, last: int, workers: int, pin: boo
     """
     if workers:
         _check_shared_memory(workers * PREFETCH * getattr(batches, "batch_bytes", 0))
-    options = {"num_workers": workers, "pin_memory": pin, "prefetch_factor": PREFETCH if workers else None}
-    packed = DataLoader(_Packing(batches), batch_size=None, sampler=range(first, last), **options)
+    packed = DataLoader(
+        _Packing(batches),
+        batch_size=None,
+        sampler=range(first, last),
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=PREFETCH if workers else None,
+    )
     for plan, data in _one_ahead(packed) if workers else packed:
         if isinstance(plan, UserError):
             raise plan
@@ -306,7 +312,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, dict):
         return {k: v if k in CPU_KEYS else to_device(v, device) for k, v in batch.items()}
     if isinstance(batch, tuple):
-        return type(batch)(**to_device(batch._asdict(), device))
+        named: Any = batch
+        return type(batch)(**to_device(named._asdict(), device))
     return batch
 
 

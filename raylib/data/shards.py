@@ -56,12 +56,14 @@ def index_shard(path: Path | str) -> dict:
 
 
 def _index(scan: TarScan) -> dict:
-    samples = [[key, members, 1] for key, members in scan.samples.items()]
+    samples = []
     with open(scan.path, "rb") as file:
-        for sample in samples:
-            if "ends.npy" in sample[1]:
-                file.seek(sample[1]["ends.npy"][0])
-                sample[2] = read_npy_header(file)[0][0]
+        for key, members in scan.samples.items():
+            rows = 1
+            if "ends.npy" in members:
+                file.seek(members["ends.npy"][0])
+                rows = read_npy_header(file)[0][0]
+            samples.append([key, members, rows])
     return {"format": max(FORMATS), "bytes": scan.bytes, "samples": samples}
 
 
@@ -287,7 +289,8 @@ class _Shard:
     """One tar being written under a temporary name; same input, same bytes (no times, no owners)."""
 
     def __init__(self, folder: Path, name: str, language: str):
-        self.name, self.language, self.samples, self.last = name, language, 0, None
+        self.name, self.language, self.samples = name, language, 0
+        self.last: str | None = None
         self.path = folder / f".{name}.{os.getpid()}"
         self.file = open(self.path, "wb")  # noqa: SIM115  close() closes both
         self.tar = tarfile.TarFile(fileobj=self.file, mode="w", format=tarfile.PAX_FORMAT)
@@ -325,7 +328,8 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     account = Account(given.images)
     manifest = index_folder(given.folder, given.kind, language=given.language, account=account)
-    shards, languages = manifest["shards"], Counter()
+    shards = manifest["shards"]
+    languages: Counter[str] = Counter()
     for shard in shards:
         languages[shard["language"]] += shard["samples"]
     found = ", ".join(f"{count} {language}" for language, count in languages.items())

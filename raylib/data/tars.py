@@ -58,12 +58,14 @@ class TarScan:
             )
         self.bytes = self.path.stat().st_size
         self.samples: dict[str, dict[str, Place]] = {}
-        self.skipped, self.notes = Counter(), Counter()
+        self.skipped: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
         self.files: dict[str, Place] = {}
         self._symlinks: dict[str, str] = {}
         # symbolic ones that stand for a member: name, key, extension
         self._links: list[tuple[str, str, str]] = []
-        self._key, self._apart = None, set()
+        self._key: str | None = None
+        self._apart: set[str] = set()
         self._sha256, self._hashed = hashlib.sha256(), 0
         with open(path, "rb") as self._file:
             start, tars = 0, 0
@@ -85,7 +87,7 @@ class TarScan:
                 while (member := tar.next()) is not None:
                     end = tar.offset
                     self._add(member, end)
-                    tar.members.clear()  # tarfile would keep them all
+                    tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
                 end = tar.offset
         except tarfile.TarError as error:
             if self.samples or start:
@@ -252,7 +254,8 @@ class Account:
     def __init__(self, listed: Sequence[str] | None = None):
         self.listed = sorted({extension.lower().lstrip(".") for extension in listed}) if listed else None
         self.kinds: Counter[frozenset[str]] = Counter()  # samples by the extensions that they have
-        self.skipped, self.notes = Counter(), Counter()
+        self.skipped: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
 
     def add(self, scan: TarScan) -> None:
         """Count a tar.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+from matplotlib.ticker import MaxNLocator
 from optuna.trial import FixedTrial, TrialState, create_trial
 from optuna.visualization import matplotlib as plots
 
@@ -47,7 +48,7 @@ def draw_figures(context: SearchContext, results: Sequence[TrialResult]) -> list
         if any(trial.intermediate_values for trial in study.trials):
             axes = plots.plot_intermediate_values(study)
             axes.set(xlabel="epoch", ylabel=f"{goals[0]}, %")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             legend = axes.get_legend()
             if legend and len(study.trials) > MAX_CURVES_NAMED:
                 legend.remove()
