@@ -4,7 +4,7 @@ python -m benchmarks.record RUN              append RUN/result.json to results/r
 python -m benchmarks.record --trial RUN ...  append settings and R@1 of each to results/trials.jsonl: the
                                              experiments behind the recipe `tiny`
 python -m benchmarks.record --finetune RUN ...  append RUN/result.json of each to results/finetune.jsonl
-python -m benchmarks.record --scenes FOLDER  append what is reached there without pictures to
+python -m benchmarks.record --scenes FOLDER  append what is reached there without images to
                                              results/scenes.jsonl
 python -m benchmarks.record --search RUN     append what RUN/report.md says of the best to
                                              results/searches.jsonl

@@ -4,13 +4,13 @@
 It shares the `UnifiedModel`'s parameters and takes the objective's batch, and its losses and gradients are
 those of `UnifiedObjective` with the default config and dropout 0. What it does the plain way:
   * every stream is padded to its maximum length, and each pass of it is a call of its own;
-  * the positives of ITM are a pass of their own (the masked captions with their pictures again);
-  * keys and values of the pictures are projected again for each pass that sees them;
+  * the positives of ITM are a pass of their own (the masked captions with their images again);
+  * keys and values of the images are projected again for each pass that attends to them;
   * the last layer computes all positions, also those that nobody reads;
   * attention is matmul, softmax, matmul;
   * the vocabulary head sees all masked positions at once (`head="masked"`), or all positions (`head="all"`).
 
-Shape legend: n rows, S padded length, C padded length of the condition, d width, h heads, V vocabulary.
+Shape legend: n rows, S padded length, C padded length of the memory, d width, h heads, V vocabulary.
 """
 
 from typing import Literal, NamedTuple
@@ -29,10 +29,10 @@ IGNORED = -100
 
 
 class Rows(NamedTuple):
-    """`states` (n, S, d) of padded rows and their mask `seen` (n, S), True at real tokens."""
+    """`states` (n, S, d) of padded rows and their `mask` (n, S), True at real tokens."""
 
     states: Tensor
-    seen: Tensor
+    mask: Tensor
 
 
 class PaddedTwin(nn.Module):
@@ -55,22 +55,22 @@ class PaddedTwin(nn.Module):
         text, width, b = batch["text"], self.lengths["image_text"], len(batch["images"])
         images = self._encode_images(batch["images"])
         clean, masked = self._encode(text, "clean", width), self._encode(text, "masked", width)
-        picture = F.normalize(self.model.image_projection(images[:, 0]), dim=-1)
+        image = F.normalize(self.model.image_projection(images[:, 0]), dim=-1)
         sentence = F.normalize(self.model.text_projection(clean.states[:, 0]), dim=-1)
         same = _equal(batch["image_id"]) | _equal(text.text_id)
-        contrast, scores = self._contrast(picture, sentence, same)
+        contrast, scores = self._contrast(image, sentence, same)
         terms = {"ucl_image": contrast}
 
-        seen = torch.ones(images.shape[:2], dtype=torch.bool, device=images.device)
-        terms["vlm"] = self._masked_language(self._fuse(masked, Rows(images, seen)), text, width)
+        mask = torch.ones(images.shape[:2], dtype=torch.bool, device=images.device)
+        terms["vlm"] = self._masked_language(self._fuse(masked, Rows(images, mask)), text, width)
 
         positive = self._match(masked, images)
-        wrong_text, text_exists = draw_hard_negatives(scores.detach(), same, batch["draws"][:, 0])
-        wrong_image, image_exists = draw_hard_negatives(scores.detach().T, same, batch["draws"][:, 1])
+        wrong_text, is_text_valid = draw_hard_negatives(scores.detach(), same, batch["draws"][:, 0])
+        wrong_image, is_image_valid = draw_hard_negatives(scores.detach().T, same, batch["draws"][:, 1])
         texts = Rows(*(torch.cat([part, part[wrong_text]]) for part in masked))
         negative = self._match(texts, torch.cat([images[wrong_image], images]))
-        exists = torch.cat([image_exists, text_exists])
-        wrong = (negative[:, 0] * exists).sum() / exists.sum().clamp(min=1)
+        is_valid = torch.cat([is_image_valid, is_text_valid])
+        wrong = (negative[:, 0] * is_valid).sum() / is_valid.sum().clamp(min=1)
         terms["itm"] = -positive[:, 1].sum() / b - wrong
         return terms
 
@@ -94,12 +94,12 @@ class PaddedTwin(nn.Module):
 
     def _encode(self, text: Sentences, variant: str, width: int) -> Rows:
         """The text encoder over one stream's `clean` or `masked` ids, padded to `width`."""
-        ids, seen = _pad(getattr(text, variant), text.lengths, width)
+        ids, mask = _pad(getattr(text, variant), text.lengths, width)
         e = self.model.embedding
         states = e.norm(e.word(ids) + e.position(torch.arange(width, device=ids.device)))
         for block in self.model.text.blocks:
-            states = _run(block, Rows(states, seen), None)
-        return Rows(states, seen)
+            states = _run(block, Rows(states, mask), None)
+        return Rows(states, mask)
 
     def _encode_images(self, images: Tensor) -> Tensor:
         """uint8 (b, H, W, 3) -> (b, M + 1, d)."""
@@ -119,17 +119,17 @@ class PaddedTwin(nn.Module):
             x = x + block.output(F.gelu(block.intermediate(block.output_norm(x))))
         return vision.norm(x)
 
-    def _fuse(self, text: Rows, condition: Rows | None = None) -> Tensor:
+    def _fuse(self, text: Rows, memory: Rows | None = None) -> Tensor:
         """The unified encoder, (n, S, d)."""
         states = text.states
         for block in self.model.fusion.blocks:
-            states = _run(block, Rows(states, text.seen), condition)
+            states = _run(block, Rows(states, text.mask), memory)
         return states
 
     def _match(self, text: Rows, images: Tensor) -> Tensor:
-        """Log-probabilities (n, 2) that each text does not, or does, describe its picture."""
-        seen = torch.ones(images.shape[:2], dtype=torch.bool, device=images.device)
-        cls = self._fuse(text, Rows(images, seen))[:, 0]
+        """Log-probabilities (n, 2) that each text does not, or does, describe its image."""
+        mask = torch.ones(images.shape[:2], dtype=torch.bool, device=images.device)
+        cls = self._fuse(text, Rows(images, mask))[:, 0]
         return F.log_softmax(self.model.match_head(cls), -1)
 
     def _masked_language(self, states: Tensor, text: Sentences, width: int) -> Tensor:
@@ -144,32 +144,32 @@ class PaddedTwin(nn.Module):
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
 
-def _attend(attention: Attention, x: Tensor, context: Tensor, seen: Tensor | None) -> Tensor:
-    """x (n, S, d) over context (n, C, d), of which `seen` (n, C) is real -> (n, S, d)."""
+def _attend(attention: Attention, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    """x (n, S, d) over context (n, C, d), of which `mask` (n, C) is real -> (n, S, d)."""
     n, length, d = x.shape
     shape = (n, -1, attention.heads, d // attention.heads)
     queries = attention.query(x).view(shape).transpose(1, 2)
     keys, values = (part.reshape(shape).transpose(1, 2) for part in attention.key_value(context).split(d, -1))
     scores = queries @ keys.transpose(2, 3) / shape[-1] ** 0.5
-    if seen is not None:
-        scores = scores + torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -1e4)[:, None, None]
+    if mask is not None:
+        scores = scores + torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -1e4)[:, None, None]
     out = scores.softmax(-1) @ values
     return attention.output(out.transpose(1, 2).reshape(n, length, d))
 
 
-def _run(block: Block, text: Rows, condition: Rows | None) -> Tensor:
-    x = block.attention_norm(text.states + _attend(block.attention, text.states, text.states, text.seen))
-    if condition is not None:
-        x = block.cross_norm(x + _attend(block.cross_attention, x, *condition))
+def _run(block: Block, text: Rows, memory: Rows | None) -> Tensor:
+    x = block.attention_norm(text.states + _attend(block.attention, text.states, text.states, text.mask))
+    if memory is not None:
+        x = block.cross_norm(x + _attend(block.cross_attention, x, *memory))
     return block.output_norm(x + block.output(F.gelu(block.intermediate(x))))
 
 
 def _pad(values: Tensor, lengths: Tensor, width: int, filler: int = 1) -> tuple[Tensor, Tensor]:
     """Flat values (T,) -> (n, width), and where they are real; `filler` is `<pad>`."""
-    seen = (torch.arange(width) < lengths[:, None]).to(values.device)
-    padded = torch.full(seen.shape, filler, dtype=values.dtype, device=values.device)
-    padded[seen] = values
-    return padded, seen
+    mask = (torch.arange(width) < lengths[:, None]).to(values.device)
+    padded = torch.full(mask.shape, filler, dtype=values.dtype, device=values.device)
+    padded[mask] = values
+    return padded, mask
 
 
 def _equal(ids: Tensor) -> Tensor:
