@@ -7,13 +7,13 @@ import torch
 
 from finetune.config import FinetuneConfig
 from finetune.data import find_task
-from finetune.model import freeze, resize, tokenizer_at
+from finetune.model import freeze, tokenizer_at
 from finetune.stores.images import VisualSource, open_visual
 from finetune.strategies import Context, Strategies
 from finetune.tasks.base import Pipeline, Task
 from raylib.errors import UserError
 from raylib.launch import no_log
-from raylib.models.unified import UnifiedModel
+from raylib.models.base import RegionBackbone
 from raylib.randomness import hash64
 from raylib.text import Tokenizer
 
@@ -23,16 +23,11 @@ def build_model(config: FinetuneConfig) -> torch.nn.Module:
     torch.manual_seed(int(hash64(config.fit.seed, "head")) >> 1)
     task = find_task(config)
     model = task.build_model(config)
-    backbone = task.backbone_of(model)
-    if hasattr(backbone, "set_region_dim"):
+    backbone = model.backbone
+    if isinstance(backbone, RegionBackbone):
         _set_region_dim(config, task, backbone)
-    elif config.image_size and config.image_size != backbone.config.image_size:
-        if not isinstance(backbone, UnifiedModel):
-            raise UserError(
-                f"image_size={config.image_size}: {backbone.kind}'s image tower has "
-                f"{backbone.config.image_size}"
-            )
-        resize(backbone, config.image_size)
+    elif config.image_size:
+        backbone.resize_images(config.image_size)
     freeze(backbone, config.freeze)
     return model
 
@@ -77,12 +72,11 @@ def open_visual_for(config: FinetuneConfig, model: torch.nn.Module) -> VisualSou
     task = find_task(config)
     if not task.needs_images(config):
         return None
-    backbone = task.backbone_of(model)
-    size = getattr(backbone.config, "image_size", 0)
-    return open_visual(config, size, "tags" in getattr(backbone, "row_parts", ()))
+    backbone = model.backbone
+    return open_visual(config, backbone.image_size, "tags" in backbone.row_parts)
 
 
-def _set_region_dim(config: FinetuneConfig, task: Task, backbone: torch.nn.Module) -> None:
+def _set_region_dim(config: FinetuneConfig, task: Task, backbone: RegionBackbone) -> None:
     """Make a backbone that reads region features ready for those of the task.
 
     Raises:

@@ -62,7 +62,7 @@ class AnswerDecoder(nn.Module):
     def __init__(self, backbone: nn.Module, answers: Sequence[Sequence[int]], config: DecoderConfig):
         """Raises UserError: a backbone without cross-attention, an answer longer than its positions."""
         super().__init__()
-        if not hasattr(backbone, "fusion") or not backbone.fusion.cross:
+        if not backbone.has_cross_attention:
             raise UserError(
                 f"head=decoder: backbone {backbone.kind} has no layers with cross-attention; set "
                 "backbone=cclm"

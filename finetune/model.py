@@ -15,19 +15,21 @@ from torch import Tensor, nn
 from finetune.decoder import AnswerDecoder, DecoderConfig
 from finetune.formats.answers import check_labels
 from raylib.checkpoint import BEST
-from raylib.config import lookup, validate
+from raylib.config import validate
 from raylib.errors import UserError
-from raylib.fileio import read_json
-from raylib.models import BACKBONES, rebuild
-from raylib.models import peft as tuning
-from raylib.models.base import TokenSegments, fill, find_model, find_tokenizer, save_model
+from raylib.models import find_backbone, find_model, find_tokenizer, peft, stored_backbone
+from raylib.models.base import (
+    Backbone,
+    FusionBackbone,
+    RegionBackbone,
+    load_weights,
+    read_description,
+    save_model,
+)
 from raylib.models.layers import init_weights
-from raylib.models.unified import KINDS, UnifiedModel
-from raylib.packed import Ragged
-from raylib.renames import model_kind, rename_settings
-
-LOCATIONS = 7  # numbers that say where a region is (UC2)
-PRETRAINING_ONLY = ("masked_head", "match_head", "image_projection", "text_projection", "temperature")
+from raylib.models.single_stream import RegionEmbedding
+from raylib.models.unified import UnifiedModel
+from raylib.packed import Ragged, TokenSegments
 
 
 class Classifier(nn.Module):
@@ -50,25 +52,6 @@ class Classifier(nn.Module):
             return self.output(hidden.to(self.output.weight.dtype))
 
 
-class Regions(nn.Module):
-    """Region features and their locations as states that texts can attend to (UNITER's image embedding)."""
-
-    def __init__(self, features: int, width: int):
-        super().__init__()
-        self.feature = nn.Linear(features, width)
-        self.feature_norm = nn.LayerNorm(width)
-        self.location = nn.Linear(LOCATIONS, width)
-        self.location_norm = nn.LayerNorm(width)
-        self.norm = nn.LayerNorm(width)
-        self.apply(init_weights)
-
-    def forward(self, features: Tensor, locations: Tensor) -> Tensor:
-        """(R, f), (R, 7) -> (R, d)."""
-        return self.norm(
-            self.feature_norm(self.feature(features)) + self.location_norm(self.location(locations))
-        )
-
-
 class FinetuneModel(nn.Module):
     """`backbone` and a head over `labels`. `num_images`: how many ground a text at once (a premise counts as
     one); `regions`: the width of region features, if these take the place of pictures; `answers`: token ids
@@ -76,7 +59,7 @@ class FinetuneModel(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: FusionBackbone,
         labels: tuple[str, ...],
         num_images: int,
         dropout: float,
@@ -99,12 +82,10 @@ class FinetuneModel(nn.Module):
             self.head = AnswerDecoder(backbone, answers, decoder)
         else:
             self.head = Classifier(num_images * backbone.width, backbone.width, len(labels), dropout)
-        self.regions = (
-            Regions(regions, backbone.width) if regions and not hasattr(backbone, "embed_regions") else None
-        )
-        for part in PRETRAINING_ONLY:  # they would get no gradient, but decay all the same under ZeRO
-            if hasattr(backbone, part):
-                getattr(backbone, part).requires_grad_(self.is_generative and part == "masked_head")
+        self.regions = None
+        if regions and not isinstance(backbone, RegionBackbone):
+            self.regions = RegionEmbedding(regions, backbone.width).apply(init_weights)
+        backbone.freeze_unused("generation" if self.is_generative else "classification")
 
     def forward(self, batch: dict) -> Tensor:
         """Logits (b, labels) of {"text": Ragged ids (b rows)} and what grounds it, of which row i's are rows
@@ -113,16 +94,16 @@ class FinetuneModel(nn.Module):
         Ragged ids. Of a decoder: log-probabilities, -inf at labels that are no candidates."""
         if self.is_generative:
             return self.head.rank(
-                self.backbone, self.backbone.fused_states(batch["text"], self.condition(batch))
+                self.backbone, self.backbone.fused_states(batch["text"], self.memory(batch))
             )
-        return self.head(self.fused_cls(batch["text"], self.condition(batch)))
+        return self.head(self.fused_cls(batch["text"], self.memory(batch)))
 
     def answer_loss(self, batch: dict) -> Tensor:
         """A decoder's loss, summed over the batch: that of `forward` with "scores" (b, labels)."""
-        question = self.backbone.fused_states(batch["text"], self.condition(batch))
+        question = self.backbone.fused_states(batch["text"], self.memory(batch))
         return self.head.loss(self.backbone, question, batch["scores"])
 
-    def condition(self, batch: dict) -> Ragged | None:
+    def memory(self, batch: dict) -> Ragged | None:
         """What texts of the batch attend to, as states; None: they are about nothing."""
         if "states" in batch:
             return batch["states"].with_values(batch["states"].values.to(next(self.head.parameters()).dtype))
@@ -134,23 +115,21 @@ class FinetuneModel(nn.Module):
                 return self.backbone.embed_regions(regions, batch["tags"])
             if self.regions is None:
                 return self.backbone.embed_regions(regions)
-            features, locations = regions.values.split([regions.values.shape[1] - LOCATIONS, LOCATIONS], 1)
-            return regions.with_values(self.regions(features, locations))
+            return regions.with_values(self.regions(regions.values))
         if "premise" in batch:
             return batch["premise"].with_values(self.backbone.encode_text(batch["premise"]))
         return None
 
-    def fused_cls(self, text: Ragged, condition: Ragged) -> Tensor:
-        """CLS states of each text under each of its c conditions, side by side: (b, c d)."""
-        return self.backbone.fused_cls(text, condition, self.num_images).view(len(text.lengths), -1)
+    def fused_cls(self, text: Ragged, memory: Ragged | None) -> Tensor:
+        """CLS states of each text with each of its c images, side by side: (b, c d)."""
+        return self.backbone.fused_cls(text, memory, self.num_images).view(len(text.lengths), -1)
 
     def hidden_states(
         self, batch: dict, layers: Sequence[int], empty: bool = False
     ) -> tuple[list[Ragged], TokenSegments]:
         """States of all tokens of each text in the one picture that grounds it, after some of the layers
         (`raylib.models`). `empty`: of a backbone whose rows hold regions, and of a slot without one."""
-        more = {"empty": True} if empty else {}
-        return self.backbone.hidden_states(batch["text"], self.condition(batch), layers, **more)
+        return self.backbone.hidden_states(batch["text"], self.memory(batch), layers, empty)
 
     def answer(self, last: Ragged) -> Tensor:
         """Logits (b, labels) from the states after the last layer: as `forward`, where one picture grounds a
@@ -182,15 +161,15 @@ class FinetuneModel(nn.Module):
             **self.description,
             "backbone": self.backbone.kind,
             "sizes": self.backbone.config.model_dump(),
-            "tuning": tuning.described(self),
         }
-        save_model(self, description, folder)
+        save_model(self, self.backbone, description, folder)
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> "FinetuneModel":
         """The model that `save` wrote into `folder`."""
         values = read_description(folder)
-        backbone = rebuild(values["backbone"], values["sizes"], str(folder / "config.json"))
+        kind = stored_backbone(values, folder)
+        backbone = kind.from_sizes(values["sizes"], values["backbone"], folder)
         model = cls(
             backbone,
             tuple(values["labels"]),
@@ -200,11 +179,11 @@ class FinetuneModel(nn.Module):
             values.get("answers"),
             validate(DecoderConfig, values.get("decoder", {}), str(folder / "config.json")),
         )
-        tuning.restore(model, values.get("tuning", {}))
-        return fill(model, folder)
+        peft.restore(model, values.get("tuning", {}))
+        return load_weights(model, folder)
 
 
-def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = None) -> nn.Module:
+def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = None) -> Backbone:
     """The pretrained model that `path` means: an export, a run, a fine-tuned model (its head is left out), or
     a folder of weights that the backbone `kind` can start from (`raylib.models`), whose image encoder is
     `vision`, or random.
@@ -213,19 +192,19 @@ def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = 
         UserError: none of these, or weights that do not fit.
     """
     if is_foreign(Path(path)):
-        return lookup(kind, BACKBONES, "backbone").load(Path(path), vision and Path(vision))
+        return find_backbone(kind).import_weights(Path(path), Path(vision) if vision else None)
     folder = find_evaluated(path)
     description = read_description(folder)
-    there = _kind(description, Path(path), folder)
-    if kind not in ("unified", there):
+    stored = _kind(description, Path(path), folder)
+    if kind != "unified" and find_backbone(kind).kind != stored:
         raise UserError(
-            f"{path} is a model of ours on the backbone {there}; backbone={kind} needs weights of that kind"
+            f"{path} is a model of ours on the backbone {stored}; backbone={kind} needs weights of that kind"
         )
     if vision:
         raise UserError(f"{path} has an image encoder; leave vision={vision} out")
     if description["model_type"] == "polyglance-finetuned":
         return FinetuneModel.from_pretrained(folder).backbone
-    return lookup(there, BACKBONES, "backbone").build.from_pretrained(folder)
+    return stored_backbone({**description, "backbone": stored}, folder).from_pretrained(folder)
 
 
 def _kind(description: dict, path: Path, folder: Path) -> str:
@@ -235,7 +214,7 @@ def _kind(description: dict, path: Path, folder: Path) -> str:
     if kind == "unified" and "backbone" not in description:
         for place in (path, folder.parent, folder.parent.parent):
             settings = read_description(place) if (place / "config.json").is_file() else {}
-            if settings.get("backbone") in KINDS:
+            if settings.get("backbone") in UnifiedModel.stored_kinds:
                 return settings["backbone"]
     return kind
 
@@ -288,47 +267,14 @@ def weights_of(path: Path | str) -> Path:
     return path if is_foreign(path) else find_evaluated(path) / "model.safetensors"
 
 
-def read_description(folder: Path) -> dict:
-    """A model folder's config.json."""
-    try:
-        values = read_json(folder / "config.json")
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder}/config.json: not to be read as JSON ({e})") from None
-    # a run keeps its settings where a model keeps its description
-    return rename_settings("finetune" if "fit" in values else model_kind(values), values)
-
-
-def resize(unified: UnifiedModel, image_size: int) -> None:
-    """Give the image encoder another resolution; its position embeddings, or a Swin's biases, are
-    interpolated (paper 2, appendix B.2.2).
-
-    Raises:
-        UserError: not a multiple of the patch, or of a patch of a Swin's last stage.
-    """
-    config = unified.config
-    if image_size % config.stride:
-        raise UserError(f"image_size={image_size} is not a multiple of the model's patch, {config.stride}")
-    if image_size != config.image_size:
-        unified.vision.resize(image_size)
-        unified.config = config.model_copy(update={"image_size": image_size})
-
-
-FREEZABLE = {
-    "embeddings": "embedding",
-    "text": "text",
-    "vision": "vision",
-    "fusion": "fusion",
-}  # as a backbone calls it
-
-
-def freeze(backbone: nn.Module, parts: tuple[str, ...]) -> None:
+def freeze(backbone: Backbone, parts: tuple[str, ...]) -> None:
     """Take parts of the model out of training for good: their gradients are never computed.
 
     Raises:
         UserError: this backbone has no such part.
     """
-    there = [part for part, name in FREEZABLE.items() if hasattr(backbone, name)]
+    known = backbone.freezable_parts()
     for part in parts:
-        if part not in there:
-            raise UserError(f"freeze: {backbone.kind} has no part '{part}'; it has: {', '.join(there)}")
-        getattr(backbone, FREEZABLE[part]).requires_grad_(False)
+        if part not in known:
+            raise UserError(f"freeze: {backbone.kind} has no part '{part}'; it has: {', '.join(known)}")
+        known[part].requires_grad_(False)

@@ -20,7 +20,7 @@ from finetune.data import (
 )
 from finetune.inputs import run_files
 from finetune.lineage import method_of, runs_behind
-from finetune.model import fill
+from finetune.model import load_weights
 from finetune.overlap import check_overlap
 from finetune.strategies import Need, check_strategies
 from finetune.strategies.base import Stage, StageRun
@@ -306,7 +306,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         part = final_training(part)
         pipeline = build_pipeline(part)
         if config.trains:
-            fill(pipeline.model, find_trained(config, run, checkpoint.find_newest(run)))
+            load_weights(pipeline.model, find_trained(config, run, checkpoint.find_newest(run)))
         done = run / "part.json"
         before = _so_far(pipeline.model, run) if config.trains and not done.is_file() else {}
         if done.is_file():

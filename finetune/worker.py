@@ -10,7 +10,7 @@ from finetune.batches import BatchOrder
 from finetune.build import build_model, build_strategies, open_visual_for, tokenizer_of
 from finetune.config import FinetuneConfig
 from finetune.data import dev_sets, find_task, languages_of, read_split, test_split, training_examples
-from finetune.model import fill
+from finetune.model import load_weights
 from finetune.stores.images import ImageSource, PrecomputedFeatures, precompute_features
 from finetune.strategies import Strategies, TrainingSetup
 from finetune.tasks.base import Pipeline
@@ -44,12 +44,12 @@ class FinetuneJob:
         strategies = build_strategies(config, print if runtime.rank == 0 else no_log)
         strategies.adapt(model)
         if self.start:
-            fill(model, self.start)
+            load_weights(model, self.start)
         tokenizer = strategies.wrap_tokenizer(Tokenizer.load(tokenizer_of(config)), model)
         pipeline = Pipeline(config, model, tokenizer, open_visual_for(config, model))
         trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
         counts = {"params": sum(p.numel() for p in model.parameters()), "trainable": sum(trainable.values())}
-        if peft.described(model):
+        if model.backbone.tuning:
             counts |= dict(zip(("share", "share_with_heads"), peft.shares(model), strict=True))
         if not config.trains:
             result = {"finished": True, "steps": 0, "seconds": 0.0}
@@ -60,8 +60,8 @@ class FinetuneJob:
             if world_size() > 1:
                 dist.barrier()
             source = find_trained(config, runtime.run, runtime.find_newest())
-            fill(model, source)
-            if peft.described(model) and runtime.rank == 0:
+            load_weights(model, source)
+            if model.backbone.tuning and runtime.rank == 0:
                 peft.write(model, trainable.keys(), runtime.run / "tuned.safetensors")
             if not config.run_test:
                 return {**result, **counts, **dev_result(source), **_made_by(runtime.device)}
@@ -183,9 +183,9 @@ def cache_image_states(pipeline: Pipeline, items: list, home: Path) -> Pipeline:
     if not (isinstance(visual, ImageSource) and config.cache_image_states and "vision" in config.freeze):
         return pipeline
     names = sorted({name for item in items for name in item.images})
-    backbone = find_task(config).backbone_of(model)
+    backbone = model.backbone
     key = (visual.size, str(visual.store.path), names, pipeline.bf16)
-    folder = home / "encoded" / fingerprint(backbone.vision, *key)
+    folder = home / "encoded" / fingerprint(backbone.image_encoder, *key)
     states = precompute_features(backbone, visual, names, folder, pipeline.bf16)
     return pipeline._replace(visual=PrecomputedFeatures(states, visual.store))
 

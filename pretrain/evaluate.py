@@ -19,7 +19,7 @@ from raylib.errors import UserError
 from raylib.fileio import find_file, write_json
 from raylib.finite import is_finite, require_finite, require_finite_values
 from raylib.metrics import mean_or_zero, mean_recall_at_1, recall_figures, recall_hits, recall_interval
-from raylib.models.base import find_model, find_tokenizer
+from raylib.models import find_model, find_tokenizer
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, first_tokens
 from raylib.provenance import DataFile, combined_hash, fingerprint_files, hash_path, provenance

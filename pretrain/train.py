@@ -16,7 +16,8 @@ from raylib.engine import OptimConfig
 from raylib.errors import UserError
 from raylib.launch import LaunchConfig, config_hash, is_main_process, launch, no_log, open_run, run_folder
 from raylib.loop import FitConfig, fit
-from raylib.models.base import find_model, find_tokenizer, read_weights
+from raylib.models import find_model, find_tokenizer
+from raylib.models.base import read_weights
 from raylib.models.hf_weights import load_text, load_vision
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective

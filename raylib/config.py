@@ -25,6 +25,13 @@ from raylib.errors import UserError
 from raylib.renames import rename_settings
 
 
+class UserSource(NamedTuple):
+    """A Python file of the user's: its name, and its content when it was loaded."""
+
+    name: str
+    content: bytes
+
+
 class Config(BaseModel):
     """Base of every config: frozen; an unknown field, and a number that is not finite, is an error."""
 
@@ -34,6 +41,7 @@ class Config(BaseModel):
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 T = TypeVar("T")
+_user_sources: dict[str, "UserSource"] = {}  # by module
 
 
 def override(config: ConfigT, assignments: list[str]) -> ConfigT:
@@ -252,6 +260,7 @@ def load_user_file(path: Path | str) -> ModuleType:
         raise UserError(f"{path}: no Python file; its name must end with .py")
     # dataclasses and pydantic look the module of a class up while the file still runs
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    _user_sources[name] = UserSource(path.name, source)
     try:
         spec.loader.exec_module(module)
     except Exception as e:
@@ -260,6 +269,11 @@ def load_user_file(path: Path | str) -> ModuleType:
         message = e.msg if isinstance(e, SyntaxError) else " ".join(str(e).split())
         raise UserError(f"{path}:{line}: {type(e).__name__}: {message}") from e
     return module
+
+
+def user_source(cls: type) -> UserSource | None:
+    """The user's file that defines `cls`; None: ours does."""
+    return _user_sources.get(cls.__module__)
 
 
 def load_user_class(path: Path | str, base: type[T], name: str | None = None) -> type[T]:

@@ -79,6 +79,21 @@ class Sentences(NamedTuple):
         return mask
 
 
+class TokenSegments(NamedTuple):
+    """Which of the T tokens of n rows are what: positions in the flat rows, int64 on the CPU, in the order in
+    which words, tags and regions came, which is that of their own rows.
+
+    cls: (n,). text: n rows (W,), from CLS to SEP. tags: n rows (G,), their SEP last. regions: n rows (R,).
+    empty: (n,) the last tokens of the rows, if these are slots without a region; else (0,).
+    """
+
+    cls: Tensor
+    text: Ragged
+    tags: Ragged
+    regions: Ragged
+    empty: Tensor
+
+
 class Plan(NamedTuple):
     """How attention runs over n ragged rows of ascending length.
 
@@ -135,6 +150,17 @@ def first_tokens(lengths: Tensor) -> Tensor:
     mask = torch.zeros(int(lengths.sum()), dtype=torch.bool)
     mask[lengths.cumsum(0) - lengths] = True
     return mask
+
+
+def find_segments(text: Tensor, tags: Tensor, regions: Tensor, empty: bool = False) -> TokenSegments:
+    """The segments of rows of so many tokens each: three times (n,), on the CPU. `empty`: and one more in
+    each row."""
+    lengths = torch.stack([text, tags, regions, torch.full_like(text, int(empty))], 1)
+    # (T,): 0 text, 1 tags, 2 regions, 3 empty
+    part = torch.arange(4).repeat(len(text)).repeat_interleave(lengths.flatten())
+    cls = first_tokens(lengths.sum(1)).nonzero().squeeze(1)
+    *rows, last = ((part == i).nonzero().squeeze(1) for i in range(4))
+    return TokenSegments(cls, *(Ragged(values, lengths[:, i]) for i, values in enumerate(rows)), last)
 
 
 def plan_attention(keys: Tensor, queries: Tensor, device: torch.device, tokens: Tensor | None = None) -> Plan:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from finetune.__main__ import main
 from finetune.analysis import curves, maps
-from finetune.analysis.attention import choose_layer, has_cross_attention, look, quadrants, to_grid, word_maps
+from finetune.analysis.attention import choose_layer, look, quadrants, to_grid, word_maps
 from finetune.analysis.figures import Inapplicable, find_fonts
 from finetune.analysis.parallel import Parallel, read_parallel
 from finetune.analysis.similarity import compare, correlate, describe, parallel_states
@@ -26,7 +26,7 @@ from finetune.stores.images import open_visual
 from raylib.config import override
 from raylib.models import BACKBONES
 from raylib.models.layers import Memory
-from raylib.models.single_stream import SingleStream, tiny
+from raylib.models.single_stream import UC2
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from raylib.sample.scenes.labels import say
@@ -105,7 +105,7 @@ TEXTS = [
     ("build", "pictures"),
     [
         (lambda: make_model(vocabulary=12000, positions=64), Drawings()),
-        (lambda: SingleStream(tiny("uc2")).double(), Regions()),
+        (lambda: UC2(UC2.sizes["tiny"]).double(), Regions()),
     ],
     ids=["unified", "uc2"],
 )
@@ -114,7 +114,7 @@ def test_parallel_states_are_those_the_head_reads(tokenizer, build, pictures):
     model = FinetuneModel(backbone, ("no", "yes"), 1, 0.1).double().eval()
     model.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     got = parallel_states(model, parallel_of(TEXTS), pictures, tokenizer, 12)
-    assert got.shape == (3, 4, backbone.width) and has_cross_attention(backbone) == isinstance(
+    assert got.shape == (3, 4, backbone.width) and backbone.has_cross_attention == isinstance(
         pictures, Drawings
     )
     for i, row in enumerate(TEXTS):
@@ -125,7 +125,7 @@ def test_parallel_states_are_those_the_head_reads(tokenizer, build, pictures):
 
 def mclip():
     made = BACKBONES["mclip"]
-    return made.build(made.sizes["tiny"].model_copy(update={"vocabulary": 12000})).double()
+    return made(made.sizes["tiny"].model_copy(update={"vocabulary": 12000})).double()
 
 
 @pytest.mark.parametrize("build", [lambda: make_model(vocabulary=12000, positions=64), mclip])

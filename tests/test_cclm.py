@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import SwinConfig, SwinModel
 
-from finetune.model import FinetuneModel, resize
+from finetune.model import FinetuneModel
 from raylib.data.states import fingerprint
 from raylib.errors import UserError
 from raylib.models import BACKBONES
-from raylib.models.cclm import CLIP
+from raylib.models.cclm import PIXELS
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.models.vision import SwinSizes, interpolate_bias
 from raylib.packed import Ragged
@@ -47,9 +47,9 @@ def pictures(n=3, size=16):
 
 @pytest.mark.parametrize("width", [32, 48])
 def test_swin_states_equal_transformers_behind_their_mean(width):
-    peer, model = swin_model(), UnifiedModel(swin_config(width=width, **CLIP)).eval()
+    peer, model = swin_model(), UnifiedModel(swin_config(width=width, **PIXELS)).eval()
     model.vision.swin.load_state_dict(peer.state_dict())
-    mean, deviation = (torch.tensor(CLIP[name]).view(3, 1, 1) for name in ("pixel_mean", "pixel_std"))
+    mean, deviation = (torch.tensor(PIXELS[name]).view(3, 1, 1) for name in ("pixel_mean", "pixel_std"))
     wanted = peer((pictures().permute(0, 3, 1, 2) - mean) / deviation).last_hidden_state
     wanted = torch.cat([wanted.mean(1, keepdim=True), wanted], 1)
     if width == 48:
@@ -63,9 +63,9 @@ def test_swin_resize_changes_windows_and_interpolates_biases():
     model = UnifiedModel(swin_config()).eval()
     shaken(model.vision)
     before, mark = {k: v.clone() for k, v in model.vision.state_dict().items()}, fingerprint(model.vision)
-    resize(model, 16)
+    model.resize_images(16)
     assert fingerprint(model.vision) == mark
-    resize(model, 24)  # windows of 6 and no longer 4
+    model.resize_images(24)  # windows of 6 and no longer 4
     assert (
         model.config.image_size == 24 and model.encode_images(pictures(size=24)).lengths.tolist() == [37] * 3
     )
@@ -78,7 +78,7 @@ def test_swin_resize_changes_windows_and_interpolates_biases():
             assert value.equal(before[name]), name
     assert fingerprint(model.vision) != mark
     with pytest.raises(UserError, match="image_size=26 is not a multiple of the model's patch, 4"):
-        resize(model, 26)
+        model.resize_images(26)
     with pytest.raises(ValueError, match="multiple of the 4 pixels"):
         swin_config(image_size=18)
     with pytest.raises(ValueError, match="same stages"):
@@ -128,7 +128,7 @@ def block(d: int, f: int, cross: bool) -> int:
 def test_cclm_base_has_published_parameter_counts(name, d, f, text):
     backbone = BACKBONES[name]
     with torch.device("meta"):
-        model = backbone.build(backbone.sizes["base"])
+        model = backbone(backbone.sizes["base"])
     parts = count(model)
     assert model.kind == name and model.num_layers == text + 6 and model.num_fusion_layers == 6
     assert parts["text"] == text * block(d, f, False) and parts["fusion"] == 6 * block(d, f, True)
@@ -152,7 +152,7 @@ def test_cclm_base_has_published_parameter_counts(name, d, f, text):
 def test_cclm_tiny_runs_and_gives_every_parameter_a_depth(name, tmp_path):
     backbone = BACKBONES[name]
     torch.manual_seed(0)
-    model = backbone.build(backbone.sizes["tiny"]).eval()
+    model = backbone(backbone.sizes["tiny"]).eval()
     text = Ragged(torch.randint(5, 12000, (9,)), torch.tensor([5, 4]))
     condition = model.encode_images(pictures(2))
     cls = model.fused_cls(text, condition)

@@ -131,7 +131,7 @@ def test_decoder_scores_only_answers_with_likely_first_token():
 
 def test_decoder_is_causal():
     model = spelling()
-    question = model.backbone.fused_states(asked()["text"], model.condition(asked()))
+    question = model.backbone.fused_states(asked()["text"], model.memory(asked()))
     rows, answers = torch.tensor([0, 2, 1]), torch.tensor([2, 1, 0])
     states = model.head._states(model.backbone, question, rows, answers)  # 4, 3 and 2 tokens given
     with torch.no_grad():

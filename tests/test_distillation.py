@@ -30,9 +30,8 @@ from finetune.strategies.distillation.strategy import (
 from finetune.strategies.distillation.teacher import StoredStates, Teacher, store_states
 from finetune.tasks.classification import ClassificationObjective
 from raylib.errors import UserError
-from raylib.models.base import find_segments
 from raylib.models.oscar import TINY, Oscar
-from raylib.packed import Ragged
+from raylib.packed import Ragged, find_segments
 from raylib.sample.concepts import DATA
 from raylib.text import PromptedTokenizer, Tokenizer
 from tests.factories import make_batch, make_model

@@ -17,7 +17,7 @@ from finetune.recipes import RECIPES
 from finetune.strategies import STRATEGIES
 from raylib.config import override
 from raylib.errors import UserError
-from raylib.models.oscar import PLACE, TINY, Oscar
+from raylib.models.oscar import REGION_BOX_DIM, TINY, Oscar
 from raylib.randomness import hash64
 from raylib.sample.concepts import DATA
 from raylib.search.trial import TuneReporter
@@ -210,7 +210,7 @@ def tagged(parallel, tmp_path):
         records = [json.loads(line) for line in (data / f"cvil/{split}.jsonl").read_text().splitlines()]
         for i, record in enumerate(records):
             record["o"] = "dog;polar bear" if i % 3 else ""
-            pictures[record["img_id"]] = rng.random((1 + i % 4, TINY.features + PLACE))
+            pictures[record["img_id"]] = rng.random((1 + i % 4, TINY.features + REGION_BOX_DIM))
         (data / f"cvil/{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         if split == "train":
             pairs = [(record["ru"].split(), record["en"].split()) for record in records]

@@ -11,7 +11,7 @@ import torch
 from finetune.batches import BatchOrder, CaptionBatches, ExampleBatches
 from finetune.formats import answers
 from finetune.formats.examples import Captioned, Example
-from finetune.model import FinetuneModel, freeze, resize
+from finetune.model import FinetuneModel, freeze
 from finetune.predict import CorpusBleu, evaluate, score
 from finetune.stores.images import ImageSource, PrecomputedFeatures, open_images, precompute_features
 from finetune.tasks.classification import ClassificationObjective
@@ -428,10 +428,10 @@ def test_freeze_and_resize_of_fine_tuned_model(scenes):
         if p.requires_grad and name.startswith("backbone")
     }
     assert trainable == {"fusion"}
-    resize(model.backbone, 32)
+    model.backbone.resize_images(32)
     assert model.backbone.encode_images(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).values.shape[0] == 17
     with pytest.raises(UserError, match="image_size=20 is not a multiple"):
-        resize(model.backbone, 20)
+        model.backbone.resize_images(20)
 
 
 def test_finetune_model_saves_and_loads(tmp_path):

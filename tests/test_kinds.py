@@ -29,7 +29,7 @@ def start(tmp_path_factory):
         if kind not in made:
             folder, backbone = tmp_path_factory.mktemp(kind), BACKBONES[kind]
             torch.manual_seed(0)
-            model = backbone.build(backbone.sizes["tiny"])
+            model = backbone(backbone.sizes["tiny"])
             if kind in ON_REGIONS:  # stored with a head alone
                 model.set_region_dim(6)
                 model = FinetuneModel(model, ("?",), 1, 0.1, 6)

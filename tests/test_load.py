@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from raylib.errors import UserError
-from raylib.models.hf_weights import load_text, load_vision, text_config
-from raylib.models.unified import UnifiedModel
+from raylib.models.hf_weights import load_text, load_vision, text_sizes
+from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.models.vision import interpolate
 from raylib.packed import Ragged
 from tests.factories import SMALL
@@ -192,9 +192,9 @@ def test_load_text_incomplete_mlm_head_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "positions"), [("xlmr", 20), ("bert", 18)])
-def test_text_config_takes_sizes_from_config_json(tmp_path, kind, positions):
+def test_text_sizes_takes_sizes_from_config_json(tmp_path, kind, positions):
     peer_text(kind, 5, positions).save_pretrained(tmp_path)
-    config = text_config(tmp_path)
+    config = ModelConfig(**text_sizes(tmp_path))
     assert (config.vocabulary, config.width, config.heads, config.feedforward, config.positions) == (
         60,
         16,
@@ -211,12 +211,12 @@ def test_text_config_takes_sizes_from_config_json(tmp_path, kind, positions):
     load_text(UnifiedModel(config), tmp_path)
 
 
-def test_text_config_of_vision_folder_is_refused(tmp_path):
+def test_text_sizes_of_vision_folder_is_refused(tmp_path):
     ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(
         UserError, match=r"config\.json: no max_position_embeddings, vocab_size; give an XLM-R or BERT"
     ):
-        text_config(tmp_path)
+        text_sizes(tmp_path)
 
 
 def test_load_text_missing_folder_is_named(tmp_path):

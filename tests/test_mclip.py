@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from finetune.__main__ import main
 from raylib.errors import UserError
 from raylib.models import BACKBONES
-from raylib.models.dual_encoder import Clip, MClip, MClipConfig, load_clip, load_mclip
+from raylib.models.dual_encoder import Clip, MClip, MClipConfig
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from tests.conftest import QUICK
@@ -75,7 +75,7 @@ def folders(tmp_path_factory):
 
 def test_mclip_embeddings_equal_transformers(folders):
     path, vision, (text, mapped, clip) = folders
-    model = load_mclip(path, vision).eval()
+    model = MClip.import_weights(path, vision).eval()
     ids = torch.tensor([[0, 5, 6, 7, 2], [0, 8, 2, 1, 1]])
     mask = ids != 1
     with torch.inference_mode():
@@ -97,7 +97,7 @@ def test_mclip_embeddings_equal_transformers(folders):
 
 
 def test_mclip_saves_and_loads(folders, tmp_path):
-    model = load_mclip(*folders[:2]).eval()
+    model = MClip.import_weights(*folders[:2]).eval()
     model.save(tmp_path)
     back = MClip.from_pretrained(tmp_path).eval()
     ids = Ragged(torch.tensor([0, 5, 2]), torch.tensor([3]))
@@ -110,7 +110,7 @@ def test_mclip_saves_and_loads(folders, tmp_path):
 def test_clip_equals_transformers_and_saves(folders, tmp_path):
     """Vectors of both towers; texts of unequal length beside each other; saved and read again."""
     clip = folders[2][2]
-    model = load_clip(folders[1], None).eval()
+    model = Clip.import_weights(folders[1], None).eval()
     texts = [[7, 5, 6, 39], [7, 8, 39]]
     flat = Ragged(torch.tensor([*texts[0], *texts[1]]), torch.tensor([4, 3]))
     images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
@@ -121,7 +121,7 @@ def test_clip_equals_transformers_and_saves(folders, tmp_path):
             torch.testing.assert_close(found, clip.text_projection(states), rtol=1e-4, atol=1e-5)
         seen = model.embed_images(model.encode_images(images), normalize=False)
         torch.testing.assert_close(
-            seen, load_mclip(*folders[:2]).encode_images(images).values, rtol=1e-4, atol=1e-5
+            seen, MClip.import_weights(*folders[:2]).encode_images(images).values, rtol=1e-4, atol=1e-5
         )
         model.save(tmp_path)
         assert (
@@ -133,9 +133,9 @@ def test_clip_equals_transformers_and_saves(folders, tmp_path):
     depths = {model.depth_of(name) for name, _ in model.named_parameters()}
     assert depths == {None, 0, 1} and model.num_layers == 1 and len(model.prunable()) == 6
     with pytest.raises(UserError, match="brings its own image tower"):
-        load_clip(folders[1], folders[1])
+        Clip.import_weights(folders[1], folders[1])
     with pytest.raises(UserError, match="not of clip"):
-        load_clip(folders[0], None)
+        Clip.import_weights(folders[0], None)
 
 
 def test_mclip_base_has_published_parameter_count():
@@ -153,7 +153,7 @@ def test_mclip_base_has_published_parameter_count():
 
 
 def test_mclip_depths_and_prunable_parameters():
-    model = BACKBONES["mclip"].build(BACKBONES["mclip"].sizes["tiny"])
+    model = BACKBONES["mclip"](BACKBONES["mclip"].sizes["tiny"])
     depths = {name: model.depth_of(name) for name, _ in model.named_parameters()}
     assert (
         depths["embedding.word.weight"] == 0
@@ -168,21 +168,21 @@ def test_mclip_depths_and_prunable_parameters():
 def test_mclip_wrong_folders_and_settings_are_errors(folders, tmp_path):
     path, vision, _ = folders
     with pytest.raises(UserError, match="set vision=FOLDER"):
-        load_mclip(path, None)
+        MClip.import_weights(path, None)
     with pytest.raises(UserError, match="no config.json"):
-        load_mclip(path, tmp_path)
+        MClip.import_weights(path, tmp_path)
     other = transformers.CLIPVisionModelWithProjection(
         transformers.CLIPVisionConfig(**TOWER, projection_dim=20)
     )
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="maps texts to 24 numbers"):
-        load_mclip(path, tmp_path / "other")
+        MClip.import_weights(path, tmp_path / "other")
     weights = torch.load(path / "pytorch_model.bin", weights_only=True)
     (tmp_path / "more").mkdir()
     save_file({**weights, "transformer.extra": torch.zeros(1)}, tmp_path / "more" / "model.safetensors")
     (tmp_path / "more" / "config.json").write_text((path / "config.json").read_text())
     with pytest.raises(UserError, match="unused extra"):
-        load_mclip(tmp_path / "more", vision)
+        MClip.import_weights(tmp_path / "more", vision)
 
 
 def test_mclip_retrieval_runs_end_to_end(tmp_path, scenes, capsys):
@@ -266,6 +266,6 @@ def test_mclip_retrieval_runs_end_to_end(tmp_path, scenes, capsys):
             code, printed = run(f"{name}_{setting}", *model, f"setting={setting}")
             assert code == 0, printed
     code, printed = run("wrong", *mclip, recipe="scenes_xgqa")
-    assert code == 2 and "mclip reads texts and pictures apart" in printed
+    assert code == 2 and "mclip reads texts and images apart" in printed
     code, printed = run("unmatched", *mclip, "use_itm_head=true")
     assert code == 2 and "set use_itm_head=false" in printed

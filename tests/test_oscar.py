@@ -21,10 +21,9 @@ from finetune.stores.images import RegionFeatures
 from finetune.stores.records import to_regions
 from finetune.stores.regions import open_regions
 from raylib.errors import UserError
-from raylib.models import BACKBONES, rebuild
-from raylib.models.base import find_segments
-from raylib.models.oscar import TINY, Oscar, OscarConfig, Seen, load_oscar
-from raylib.packed import Ragged
+from raylib.models import BACKBONES
+from raylib.models.oscar import TINY, Oscar, OscarConfig, TaggedRegions
+from raylib.packed import Ragged, find_segments
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
 from tests.published import BERT_LAYER, FEATURES, FEEDFORWARD, HEADS, LAYER, LAYERS, POSITIONS, WIDTH, WORDS
@@ -172,7 +171,7 @@ def shaken(model):
 def test_oscar_published_weights_equal_slow_reference(tmp_path, double, norm, safe):
     """Loaded, folded, without padding: the pooled CLS and the states of every part after every layer."""
     weights = made_weights(norm)
-    model = load_oscar(write(tmp_path, weights, safe)).eval()
+    model = Oscar.import_weights(write(tmp_path, weights, safe)).eval()
     texts, tags, regions = made_rows()
     layers, pooled, begin = slow(weights, texts, tags, regions, norm)
     seen = model.embed_regions(our_rows(regions), our_rows(tags))
@@ -271,7 +270,7 @@ def test_oscar_loads_gamma_and_beta_norms(tmp_path):
         for k, v in weights.items()
     }
     one, other = (
-        load_oscar(write(tmp_path / name, w, use_img_layernorm=1))
+        Oscar.import_weights(write(tmp_path / name, w, use_img_layernorm=1))
         for name, w in (("new", weights), ("old", old))
     )
     assert old.keys() != weights.keys()
@@ -289,7 +288,7 @@ def test_oscar_fuse_uses_tags_and_image_pairs():
     # two pictures a text
     pairs = model.embed_regions(regions.select_rows(torch.tensor([0, 3, 1, 0, 2, 1, 3, 3])))
     rows = [
-        model.fused_cls(text, Seen(*(part.select_rows(torch.arange(i, 8, 2)) for part in pairs)))
+        model.fused_cls(text, TaggedRegions(*(part.select_rows(torch.arange(i, 8, 2)) for part in pairs)))
         for i in (0, 1)
     ]
     torch.testing.assert_close(
@@ -364,9 +363,7 @@ def test_oscar_has_published_parameter_counts(vocabulary, region_eps, bert, whol
     assert bert + linear(2054, 768) + (norm if region_eps else 0) == whole
     with torch.device("meta"):
         peer = BertModel(BertConfig(vocab_size=vocabulary))
-        model = rebuild(
-            "oscar", OscarConfig(vocabulary=vocabulary, region_eps=region_eps).model_dump(), "base"
-        )
+        model = Oscar(OscarConfig(vocabulary=vocabulary, region_eps=region_eps))
     assert sum(p.numel() for p in peer.parameters()) == bert
     parameters = dict(model.named_parameters())
     assert sum(p.numel() for p in parameters.values()) + 768 == whole
@@ -384,7 +381,9 @@ def test_oscar_missing_unused_and_misshapen_tensors_are_listed(tmp_path):
     del weights["bert.encoder.layer.1.attention.self.key.bias"]
     weights["bert.pooler.dense.bias"], weights["bert.code_embeddings.weight"] = torch.zeros(3), torch.zeros(2)
     with pytest.raises(UserError) as e:
-        load_oscar(write(tmp_path, weights, use_img_layernorm=0, max_position_embeddings=POSITIONS - 1))
+        Oscar.import_weights(
+            write(tmp_path, weights, use_img_layernorm=0, max_position_embeddings=POSITIONS - 1)
+        )
     message = str(e.value)
     for part in (
         "missing encoder.layer.1.attention.self.key.bias",
@@ -399,11 +398,11 @@ def test_oscar_missing_unused_and_misshapen_tensors_are_listed(tmp_path):
     weights = made_weights()
     del weights["bert.pooler.dense.weight"], weights["bert.pooler.dense.bias"]
     with pytest.raises(UserError, match="missing pooler.dense.weight; missing pooler.dense.bias$"):
-        load_oscar(write(tmp_path, weights))
+        Oscar.import_weights(write(tmp_path, weights))
     weights = made_weights()
     del weights["bert.embeddings.token_type_embeddings.weight"]
     with pytest.raises(UserError, match="tensor 'embeddings.token_type_embeddings.weight' is missing"):
-        load_oscar(write(tmp_path, weights))
+        Oscar.import_weights(write(tmp_path, weights))
 
 
 class Code:
@@ -416,25 +415,25 @@ class Code:
 def test_oscar_wrong_folders_are_named(tmp_path, monkeypatch):
     folder = write(tmp_path / "good", made_weights())
     with pytest.raises(UserError, match="vision= is for backbones with an image encoder"):
-        load_oscar(folder, tmp_path)
+        Oscar.import_weights(folder, tmp_path)
     for path in (tmp_path / "nowhere", folder / "pytorch_model.bin"):
         with pytest.raises(UserError, match="no config.json"):
-            load_oscar(path)
+            Oscar.import_weights(path)
     monkeypatch.chdir(tmp_path)
     write(folder, {"bert.x": Code()})
     with pytest.raises(UserError, match="good: weights not read .*; only tensors and plain values are$") as e:
-        load_oscar(folder)
+        Oscar.import_weights(folder)
     assert not (tmp_path / "ran").exists() and "\n" not in str(e.value)
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match="no model.safetensors"):
-        load_oscar(folder)
+        Oscar.import_weights(folder)
     with pytest.raises(UserError, match="width 16 is not a multiple of heads 3"):
-        load_oscar(write(folder, made_weights(), num_attention_heads=3))
+        Oscar.import_weights(write(folder, made_weights(), num_attention_heads=3))
     with pytest.raises(UserError, match=r"token_type_embeddings.weight is \(16,\), wanted \(32,\)"):
-        load_oscar(write(folder, made_weights(), hidden_size=32))
+        Oscar.import_weights(write(folder, made_weights(), hidden_size=32))
     (folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match="no hidden_size, .*; give an OSCAR, BERT or XLM-R folder"):
-        load_oscar(folder)
+        Oscar.import_weights(folder)
 
 
 def test_oscar_bad_input_is_named():

@@ -1,10 +1,11 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from raylib import renames
 from raylib.config import Config, load_config
-from raylib.models import BACKBONES, rebuild
+from raylib.models import BACKBONES
 from raylib.renames import rename_settings
 
 
@@ -64,4 +65,7 @@ def test_rebuild_reads_sizes_by_their_old_names(monkeypatch):
     monkeypatch.setattr(renames, "RENAMED", {"unified": {"breadth": "width"}})
     sizes = BACKBONES["unified"].sizes["tiny"].model_dump()
     sizes["breadth"] = sizes.pop("width")
-    assert rebuild("unified", sizes, "config.json").config == BACKBONES["unified"].sizes["tiny"]
+    assert (
+        BACKBONES["unified"].from_sizes(sizes, "unified", Path("x")).config
+        == BACKBONES["unified"].sizes["tiny"]
+    )

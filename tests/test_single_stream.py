@@ -9,9 +9,8 @@ import torch
 
 from finetune.model import FinetuneModel, freeze, load_backbone
 from raylib.errors import UserError
-from raylib.models import BACKBONES, SINGLE_STREAMS, rebuild
-from raylib.models.single_stream import LAYOUTS, SingleStream, tiny
-from raylib.models.single_stream_weights import load_single_stream
+from raylib.models import BACKBONES
+from raylib.models.single_stream import LAYOUTS
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from tests import published
@@ -33,6 +32,10 @@ FORMATS = {  # layout, how its weights are written, what the layout computes wit
     "xuniter": ("xuniter", lambda parts: published.as_volta(parts, "xuniter"), {"activation": torch.relu}),
 }
 MILLION = 10**6
+
+
+def make_tiny(layout):
+    return BACKBONES[layout](BACKBONES[layout].sizes["tiny"])
 
 
 @pytest.fixture
@@ -67,7 +70,7 @@ def test_single_stream_published_weights_equal_slow_reference(tmp_path, double, 
     restatement."""
     layout, save, given = FORMATS[name]
     parts = published.make_parts(layout)
-    model = load_single_stream(layout, write(tmp_path, save(parts))).eval()
+    model = BACKBONES[layout].import_weights(write(tmp_path, save(parts))).eval()
     texts, regions = made_rows()
     wanted = published.slow(layout, parts, [t for t in texts for _ in range(2)], regions, **given)
     torch.testing.assert_close(grounded(model, texts, regions, 2), wanted, rtol=1e-6, atol=1e-9)
@@ -87,14 +90,14 @@ def test_single_stream_m3p_misplaced_weight_is_mapped(tmp_path, double):
     weights["bert.encoder.layer.1.attention_output.dense.weight"] = weights.pop(
         "bert.encoder.layer.2.attention_output.dense.weight"
     )
-    model = load_single_stream("m3p", write(tmp_path, weights))
+    model = BACKBONES["m3p"].import_weights(write(tmp_path, weights))
     assert model.encoder.blocks[1].attention.output.weight.equal(parts["1.attended.weight"])
 
 
-@pytest.mark.parametrize("layout", SINGLE_STREAMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_single_stream_premise_replaces_regions(double, layout):
     """Read as one row; what stands first is read first."""
-    model = SingleStream(tiny(layout)).eval()
+    model = make_tiny(layout).eval()
     text, premise = (Ragged(torch.randint(5, 99, (7,)), torch.tensor(n)) for n in ([3, 4], [5, 2]))
     pooled = model.fused_cls(text, premise.with_values(model.encode_text(premise)))
     for row, (own, other) in enumerate(
@@ -115,9 +118,9 @@ def test_single_stream_premise_replaces_regions(double, layout):
         torch.testing.assert_close(pooled[row], wanted)
 
 
-@pytest.mark.parametrize("layout", SINGLE_STREAMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_single_stream_depths_cover_all_parameters_and_save_keeps_all(tmp_path, layout):
-    model = FinetuneModel(SingleStream(tiny(layout)), ("no", "yes"), 2, 0.0, 6)
+    model = FinetuneModel(make_tiny(layout), ("no", "yes"), 2, 0.0, 6)
     depths = {name: model.depth_of(name) for name, _ in model.named_parameters()}
     assert {name.split(".")[1] for name, depth in depths.items() if depth == 0} == {"embedding", "regions"}
     assert {name.split(".")[1] for name, depth in depths.items() if depth} == {"encoder"}
@@ -143,7 +146,7 @@ def counted(layout: str) -> tuple[int, int]:
     """(parameters, those that may be pruned) of the base model."""
     base = LAYOUTS[layout]
     with torch.device("meta"):
-        model = rebuild(layout, base.model_dump(), "base")
+        model = BACKBONES[layout](base)
     parameters = dict(model.named_parameters())
     assert BACKBONES[layout].sizes["base"] == base
     return sum(p.numel() for p in parameters.values()), sum(
@@ -232,7 +235,7 @@ def test_single_stream_text_folder_fills_the_text_part(tmp_path, layout, kind, b
     rows = our_rows(ids)
     states = rows.with_values(model.encode_text(rows))
     if layout == "m3p":
-        states = states.with_values(model.embedding.place(states))
+        states = states.with_values(model.embedding.add_positions(states))
     for mine, row in zip(model.encoder(states).split([3, 9, 14]), ids, strict=True):
         torch.testing.assert_close(mine, peer.base_model(row[None]).last_hidden_state[0], atol=1e-5, rtol=0)
     model.set_region_dim(FEATURES)
@@ -260,7 +263,7 @@ def test_single_stream_missing_unused_and_misshapen_tensors_are_listed(tmp_path,
     del inner[attention]
     inner[pooler], inner["adapter.weight"] = torch.zeros(3), torch.zeros(2)
     with pytest.raises(UserError) as e:
-        load_single_stream(layout, write(tmp_path, weights))
+        BACKBONES[layout].import_weights(write(tmp_path, weights))
     message = str(e.value)
     assert (
         f"missing {attention}" in message
@@ -274,15 +277,15 @@ def test_single_stream_wrong_files_and_layouts_are_named(tmp_path):
     weights = published.as_uc2(published.make_parts("uc2"))
     file = write(tmp_path / "uc2", weights)
     with pytest.raises(UserError, match=r"weights of uc2; set backbone=uc2"):
-        load_single_stream("m3p", file)
+        BACKBONES["m3p"].import_weights(file)
     with pytest.raises(UserError, match="vision= is for backbones with an image encoder"):
-        load_single_stream("uc2", file, tmp_path)
+        BACKBONES["uc2"].import_weights(file, tmp_path)
     (tmp_path / "uc2" / "config.json").unlink()
     with pytest.raises(UserError, match=r"how many attention heads\?"):
-        load_single_stream("uc2", tmp_path / "uc2")
+        BACKBONES["uc2"].import_weights(tmp_path / "uc2")
     torch.save(weights, tmp_path / "uc2" / "second.pt")
     with pytest.raises(UserError, match=r"2 files of weights: second.pt, weights.bin"):
-        load_single_stream("uc2", tmp_path / "uc2")
+        BACKBONES["uc2"].import_weights(tmp_path / "uc2")
     for content, words in (
         ({"a.weight": torch.zeros(2)}, "neither UC2's, M3P's nor VOLTA's names"),
         ({"a": 1}, "no state dict"),
@@ -290,13 +293,13 @@ def test_single_stream_wrong_files_and_layouts_are_named(tmp_path):
     ):
         torch.save(content, tmp_path / "x.pt")
         with pytest.raises(UserError, match=words):
-            load_single_stream("uc2", tmp_path / "x.pt")
+            BACKBONES["uc2"].import_weights(tmp_path / "x.pt")
     with pytest.raises(UserError, match="no weights"):
-        load_single_stream("uc2", tmp_path / "nowhere")
+        BACKBONES["uc2"].import_weights(tmp_path / "nowhere")
 
 
 def test_single_stream_parts_can_be_frozen():
-    model = SingleStream(tiny("uc2"))
+    model = make_tiny("uc2")
     freeze(model, ("embeddings",))
     assert {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad} == {
         "embedding"
@@ -307,7 +310,7 @@ def test_single_stream_parts_can_be_frozen():
 
 
 def test_single_stream_row_longer_than_positions_is_named():
-    model = SingleStream(tiny("m3p").model_copy(update={"positions": 8}))
+    model = BACKBONES["m3p"](BACKBONES["m3p"].sizes["tiny"].model_copy(update={"positions": 8}))
     texts, regions = made_rows()
     with pytest.raises(
         UserError, match="a row of 11 tokens and regions, but m3p has 8 positions; lower length="

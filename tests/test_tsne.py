@@ -23,9 +23,9 @@ from finetune.recipes import RECIPES
 from finetune.stores.images import RegionFeatures, open_visual
 from finetune.stores.records import Regions
 from raylib.config import override
-from raylib.models.dual_encoder import ClipConfig
+from raylib.models.dual_encoder import MClip
 from raylib.models.oscar import TINY, Oscar
-from raylib.models.single_stream import SingleStream, tiny
+from raylib.models.single_stream import M3P, UC2, MUniter, SingleStream
 from raylib.packed import Plan, Ragged
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
@@ -99,7 +99,7 @@ def slow_row(model, text, picture, weights):
         numbers = len(words), len(regions)
         row = torch.cat([regions, words] if backbone.config.first == "regions" else [words, regions])
         if backbone.config.number_regions:
-            row = backbone.embedding.place(Ragged(row, torch.tensor([len(row)])))
+            row = backbone.embedding.add_positions(Ragged(row, torch.tensor([len(row)])))
         row = blocks_of(backbone.encoder, row)
         words, regions = (
             row.split(numbers) if backbone.config.first == "text" else reversed(row.split(numbers[::-1]))
@@ -117,7 +117,7 @@ BACKBONES = {
     "unified": (lambda: make_model(vocabulary=12000, positions=64), slow_cross),
     "unified on regions": (lambda: make_model(vocabulary=12000, positions=64), slow_cross),
     "entangled": (lambda: make_model(vocabulary=12000, positions=64, fusion="entangled"), slow_row),
-    **{name: (lambda name=name: SingleStream(tiny(name)), slow_row) for name in ("uc2", "m3p", "muniter")},
+    **{kind.kind: (lambda kind=kind: kind(kind.sizes["tiny"]), slow_row) for kind in (UC2, M3P, MUniter)},
     "oscar": (lambda: Oscar(TINY), slow_row),
 }
 
@@ -159,7 +159,7 @@ def test_tsne_states_equal_slow_reference(tokenizer, name):
             )
             with torch.inference_mode():
                 for label in ("cat", "dog"):
-                    words, region = slow(model, text, model.condition(read), where[item.image][label])
+                    words, region = slow(model, text, model.memory(read), where[item.image][label])
                     point = Point(item.label, code, f"q{i}", item.image)
                     torch.testing.assert_close(
                         torch.from_numpy(got[point]), words[at].mean(0), atol=1e-5, rtol=1e-4
@@ -329,7 +329,7 @@ def test_tsne_of_named_regions_and_without_names(finetune, scenes, tmp_path):
             img_w=64,
             tags=[o["label"] for o in things],
         )
-    FinetuneModel(SingleStream(tiny("uc2")), ("?",), 1, 0.1, 6).save(tmp_path / "uc2")
+    FinetuneModel(UC2(UC2.sizes["tiny"]), ("?",), 1, 0.1, 6).save(tmp_path / "uc2")
     shutil.copy2(DATA / "tokenizer.model", tmp_path / "uc2")
     fixed = (
         f"model={tmp_path / 'uc2'}",
@@ -356,8 +356,7 @@ def test_tsne_of_named_regions_and_without_names(finetune, scenes, tmp_path):
 
 def test_tsne_of_dual_encoder_says_it_does_not_apply(scenes, tokenizer):
     config = override(RECIPES["scenes_xflickrco"](), [f"data={scenes}"])
-    model = torch.nn.Module()
-    model.kind, model.config = "mclip", ClipConfig(clip={"vision_config": {}})
+    model = MClip(MClip.sizes["tiny"])
     with pytest.raises(
         Inapplicable, match="backbone 'mclip' reads no text of xflickrco together with a picture"
     ):

@@ -235,7 +235,7 @@ def test_peft_wrong_settings_and_files_are_errors(tmp_path):
 def test_peft_applies_to_every_backbone():
     for name, backbone in BACKBONES.items():
         for method in METHODS.values():
-            small = backbone.build(backbone.sizes["tiny"])
+            small = backbone(backbone.sizes["tiny"])
             if name == "clip":
                 with pytest.raises(UserError, match="no layers of ours"):
                     method.build(CONTEXT).adapt(small)

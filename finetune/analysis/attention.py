@@ -60,11 +60,6 @@ def look(backbone: UnifiedModel, text: Ragged, picture: Ragged) -> Tensor:
     return weights[:, tokens.argsort()]
 
 
-def has_cross_attention(backbone: nn.Module) -> bool:
-    """Whether texts attend to pictures by layers of their own."""
-    return getattr(getattr(backbone, "fusion", None), "cross", False)
-
-
 def word_maps(weights: Tensor, text: Ragged, words: Sequence[list[int]]) -> np.ndarray:
     """Attention of a word in each of n texts: `weights` (l, T, h, S), `words[i]` the word's tokens in row i
     -> (n, l, S), mean over tokens and heads."""

@@ -103,8 +103,7 @@ def measure(
         known what the words name, also shares of the attention on patches, means over items: {"own_quadrant",
         "standard_error", "other_things": a quadrant with another thing in it, "own_by_layer", "chance"}.
     """
-    device, place = next(backbone.parameters()).device, getattr(backbone.vision, "place", None)
-    windows = 0 if place is None else len(place)
+    device, windows = next(backbone.parameters()).device, backbone.num_windows
     shown, own, other, by_layer, patches = {}, [], [], [], []
     for item in looks:
         texts = [e.texts[-1] for e in item.item]

@@ -23,6 +23,7 @@ from finetune.analysis.words import Thing, name_in
 from finetune.formats.examples import Example
 from finetune.stores.images import ImageSource, RegionFeatures
 from finetune.stores.records import stem
+from raylib.models.base import Backbone
 from raylib.sample.scenes.labels import read_labels
 
 POOL = 20  # parallel items among which one is chosen: few name the same objects
@@ -67,12 +68,11 @@ def find_boxes(parallel: Parallel, path: Path, pictures: ImageSource, backbone: 
 
 
 @torch.inference_mode()
-def find_patches(backbone: nn.Module, picture: Tensor) -> np.ndarray:
+def find_patches(backbone: Backbone, picture: Tensor) -> np.ndarray:
     """(S, g, g): the place of the patch that each state is of, as a 1; a CLS has none. picture: any, (1, H,
     W, 3)."""
     states = len(backbone.encode_images(picture.to(next(backbone.parameters()).device)).values)
-    place = getattr(backbone.vision, "place", None)
-    windows = 0 if place is None else len(place)
+    windows = backbone.num_windows
     return np.pad(to_grid(np.eye(states)[1 + windows :], windows), ((1 + windows, 0), (0, 0), (0, 0)))
 
 

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import torch
 
 from finetune.analysis import confused, curves, maps, objects, similarity, tsne
-from finetune.analysis.attention import has_cross_attention
 from finetune.analysis.figures import Inapplicable
 from finetune.analysis.parallel import read_parallel
 from finetune.build import build_pipeline, open_visual_for, tokenizer_of
 from finetune.config import FinetuneConfig
 from finetune.data import find_task, languages_of
-from finetune.model import FinetuneModel, fill
+from finetune.model import FinetuneModel, load_weights
 from finetune.report import read_result, scores_of
 from finetune.stores.images import ImageSource
 from finetune.worker import find_trained
@@ -22,6 +21,7 @@ from raylib import checkpoint
 from raylib.config import load_config
 from raylib.errors import UserError
 from raylib.fileio import write_atomically
+from raylib.models.base import FusionBackbone
 from raylib.models.unified import UnifiedModel
 from raylib.tables import markdown_table, percent
 from raylib.text import Tokenizer
@@ -113,7 +113,7 @@ def _open(folder: Path, options: Options) -> Opened:
     if config.setting not in ONE_EACH:
         _, model, tokenizer, _ = build_pipeline(config)
         if config.trains:
-            fill(model, find_trained(config, folder, checkpoint.find_newest(folder)))
+            load_weights(model, find_trained(config, folder, checkpoint.find_newest(folder)))
         model = model.to(device).eval()
     bf16 = config.fit.uses_bf16(device)
     return Opened(folder, config, result, model, tokenizer, bf16, options)
@@ -172,8 +172,8 @@ def _confusions(opened: Opened) -> list[str]:
 
 def _attention(opened: Opened) -> list[str]:
     config, options, model = opened.config, opened.options, opened.one_model()
-    backbone = find_task(config).backbone_of(model)
-    if not has_cross_attention(backbone):
+    backbone = model.backbone
+    if not backbone.has_cross_attention:
         raise Inapplicable(f"backbone '{backbone.kind}' has no cross-attention to pictures")
     pictures = open_visual_for(config, model)
     if not isinstance(pictures, ImageSource):
@@ -219,8 +219,8 @@ def _attention(opened: Opened) -> list[str]:
 
 def _words_and_regions(opened: Opened) -> list[str]:
     config, model, codes = opened.config, opened.one_model(), languages_of(opened.config)
-    backbone, pictures = find_task(config).backbone_of(model), open_visual_for(config, model)
-    if pictures is None or not hasattr(backbone, "fused_cls"):
+    backbone, pictures = model.backbone, open_visual_for(config, model)
+    if pictures is None or not isinstance(backbone, FusionBackbone):
         raise Inapplicable(
             f"backbone '{backbone.kind}' reads no text of {config.task} together with a picture"
         )

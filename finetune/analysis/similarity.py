@@ -53,7 +53,7 @@ def parallel_states(
                     states = model.embed_text(text, normalize=False)
                 else:
                     if condition is None or not examples[0].images:  # a premise is another in each language
-                        condition = model.condition(
+                        condition = model.memory(
                             to_device(read_inputs(examples, pictures, tokenizer, length), device)
                         )
                     states = model.fused_cls(text, condition)

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from finetune.analysis.attention import has_cross_attention
 from finetune.analysis.figures import Inapplicable, save
 from finetune.analysis.objects import Named, Where
 from finetune.analysis.words import find_tokens, find_word
@@ -35,7 +34,6 @@ from raylib.data.loading import to_device
 from raylib.errors import UserError, require
 from raylib.finite import require_finite
 from raylib.models.unified import UnifiedModel
-from raylib.packed import Ragged, join_rows
 from raylib.tables import markdown_table, open_pyplot, percent
 from raylib.text import Tokenizer
 
@@ -64,9 +62,9 @@ def collect(
 ) -> tuple[list[Point], np.ndarray]:
     """Words, and once a picture regions, of the objects that `chosen` name: (points, their states (p + r, d),
     float32)."""
-    backbone, device = getattr(model, "backbone", model), next(model.parameters()).device
+    backbone, device = model.backbone, next(model.parameters()).device
     classes, seen, found = {item.label for item in chosen}, set(), []
-    text_first = getattr(backbone.config, "first", "text") == "text"
+    text_first = backbone.is_text_first
     for start in range(0, len(chosen), BATCH):
         batch, condition = chosen[start : start + BATCH], None
         for place, code in enumerate(languages):
@@ -77,11 +75,11 @@ def collect(
             if condition is None:
                 inputs = to_device(read_inputs(examples, pictures, tokenizer, length), device)
                 condition = (
-                    model.condition(inputs)
+                    model.memory(inputs)
                     if isinstance(model, FinetuneModel)
                     else model.encode_images(inputs["images"])
                 )
-            rows = meet(backbone, text, condition)
+            rows = backbone.joint_states(text, condition)
             states = rows.values.float().cpu().split(rows.lengths.tolist())
             for item, example, own, tokens in zip(
                 batch, examples, states, text.lengths.tolist(), strict=True
@@ -101,24 +99,6 @@ def collect(
     points, states = zip(*found, strict=True)
     require_finite("states of words and regions", torch.stack(states))
     return list(points), torch.stack(states).numpy()
-
-
-def meet(backbone: nn.Module, text: Ragged, condition: Ragged) -> Ragged:
-    """Rows (T + S, d) of each text's states and its picture's, after the last layer; S is one more where the
-    backbone adds a region of the whole picture, and oscar's tags are between. text: ids. condition: a row for
-    each, as of `fused_cls`."""
-    if has_cross_attention(backbone):
-        last = backbone.fusion.blocks[-1].cross_attention
-        seen = condition.with_values(last.output(last.key_value(condition.values).chunk(2, 1)[1]))
-        return join_rows(backbone.fused_states(text, condition), seen)
-    if hasattr(backbone, "fusion"):
-        rows = join_rows(text.with_values(backbone.encode_text(text)), condition)
-        return rows.with_values(backbone.fusion(rows))
-    noted: list[Ragged] = []
-    handle = backbone.encoder.register_forward_pre_hook(lambda _, inputs: noted.append(inputs[0]))
-    backbone.fused_cls(text, condition)  # which reads the CLS alone: the layers run once more
-    handle.remove()
-    return noted[0].with_values(backbone.encoder(noted[0]))
 
 
 def nearest(points: Sequence[Point], states: np.ndarray) -> dict[str, dict[str, float]]:
@@ -209,7 +189,7 @@ def summary(values: dict[str, Any], backbone: nn.Module) -> list[str]:
         for code, one in values["nearest_region"].items()
     ]
     which = "States of both after the last layer, which they pass in one row"
-    if has_cross_attention(backbone):
+    if backbone.has_cross_attention:
         which = (
             "States of words after the last unified layer; of regions, which do not pass it, what its "
             "cross-attention adds to a word that looks there alone"

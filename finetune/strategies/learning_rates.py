@@ -136,7 +136,7 @@ class HeadFirst(Strategy):
 
     def adapt(self, model: Any) -> None:
         """Raises UserError: an image encoder would train with the classifier: it is outside of the layers."""
-        vision = getattr(getattr(model, "backbone", model), "vision", None)
+        vision = model.backbone.image_encoder
         if vision is not None and any(p.requires_grad for p in vision.parameters()):
             raise UserError(
                 "strategies.head_first trains the classifier first, and the image encoder would train with "

@@ -201,10 +201,6 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def backbone_of(self, model: nn.Module) -> nn.Module:
-        """The pretrained part of a model that `build_model` built."""
-
-    @abstractmethod
     def training_items(self, items: list[Any], model: nn.Module) -> tuple[list[Any], int]:
         """(items that train anything, how many others there are)."""
 

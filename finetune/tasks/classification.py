@@ -25,6 +25,7 @@ from raylib.distributed import all_reduce, world_size
 from raylib.engine import Objective
 from raylib.errors import UserError
 from raylib.metrics import disparity
+from raylib.models.base import FusionBackbone
 from raylib.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -111,20 +112,17 @@ class Classification(Task):
                 raise UserError(f"{config.model}: its head is a {head}; set head={head}")
             return model
         backbone = load_backbone(config.model, config.backbone, config.vision)
-        if not hasattr(backbone, "fused_cls"):
+        if not isinstance(backbone, FusionBackbone):
             raise UserError(
                 f"task={config.task}: {backbone.kind} reads texts and images apart; it retrieves, no more"
             )
         return self.new_model(config, backbone, labels)
 
     def new_model(
-        self, config: "FinetuneConfig", backbone: nn.Module, labels: tuple[str, ...]
+        self, config: "FinetuneConfig", backbone: FusionBackbone, labels: tuple[str, ...]
     ) -> FinetuneModel:
         """`backbone` with a new head."""
         return FinetuneModel(backbone, labels, self.num_images, config.head_dropout, self.region_dim(config))
-
-    def backbone_of(self, model: nn.Module) -> nn.Module:
-        return model.backbone
 
     def training_items(self, items: list[Example], model: nn.Module) -> tuple[list[Example], int]:
         """Examples of which an answer is among the classes."""
@@ -203,7 +201,7 @@ class Generation(Classification):
         return {"classifier": self, "decoder": self}  # a task that is generated has no other
 
     def new_model(
-        self, config: "FinetuneConfig", backbone: nn.Module, labels: tuple[str, ...]
+        self, config: "FinetuneConfig", backbone: FusionBackbone, labels: tuple[str, ...]
     ) -> FinetuneModel:
         answers = encode_answers(labels, Tokenizer.load(tokenizer_at(config.model)))
         region_dim = self.region_dim(config)

@@ -18,6 +18,7 @@ from raylib.distributed import all_reduce, world_size
 from raylib.engine import Objective
 from raylib.errors import UserError
 from raylib.metrics import disparity, mean_recall_at_1
+from raylib.models.base import RetrievalBackbone
 from raylib.objectives.contrastive import align_pairs, info_nce
 from raylib.objectives.pretraining import ObjectiveConfig, TermWeights, UnifiedObjective
 from raylib.packed import Ragged, concatenate
@@ -62,23 +63,16 @@ class Retrieval(Task):
 
     def build_model(self, config: "FinetuneConfig") -> nn.Module:
         model = load_backbone(config.model, config.backbone, config.vision)
-        if hasattr(model, "set_region_dim"):
+        if not isinstance(model, RetrievalBackbone):
             raise UserError(
                 f"task={config.task}: retrieval encodes texts and images apart; {model.kind} reads them "
                 "together"
             )
-        if config.use_itm_head and not hasattr(model, "match_head"):
+        if config.use_itm_head and not model.has_match_head:
             raise UserError(
                 f"task={config.task}: {model.kind} has no head that matches pairs; set use_itm_head=false"
             )
-        if not config.use_itm_head:
-            # what the match head alone uses would decay all the same under ZeRO
-            for part in ("fusion", "match_head", "masked_head", "temperature"):
-                if hasattr(model, part):
-                    getattr(model, part).requires_grad_(False)
-        return model
-
-    def backbone_of(self, model: nn.Module) -> nn.Module:
+        model.freeze_unused("matching" if config.use_itm_head else "contrast")
         return model
 
     def training_items(self, items: list[Captioned], model: nn.Module) -> tuple[list[Captioned], int]:

@@ -1,50 +1,319 @@
-"""Where a model and its tokenizer lie: in an export, a checkpoint or a run.
+"""`Backbone`: what a fine-tuning head stands on; and how a model of ours is stored and found again.
 
-Where in rows of text and of what grounds it which tokens are."""
+A backbone derives from those of these classes that say what it can do:
+
+    RetrievalBackbone   embeds images and texts apart, as vectors that are compared
+    FusionBackbone      reads a text together with what it is about: an image, a premise
+    RegionBackbone      a `FusionBackbone` on region features in the place of images
+
+`raylib.models.BACKBONES` lists ours by kind; one in a file of the user's is named by that file
+(docs/extending.md).
+
+Shape legend: n texts, b images, T tokens, R tokens of an output mask, d width of states, e of embeddings.
+"""
 
 import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from raylib import checkpoint
+from raylib.config import Config, user_source, validate
 from raylib.errors import UserError
+from raylib.fileio import read_json
 from raylib.finite import require_finite_file
-from raylib.packed import Ragged, first_tokens
-from raylib.text import TOKENIZER_FILES
+from raylib.models import peft
+from raylib.models.vision import PixelStats, normalize_pixels
+from raylib.packed import Ragged, TokenSegments
+from raylib.renames import model_kind, rename_settings
+
+CODE = "code"  # in a stored model's config.json: the file beside it, a user's, that defines its backbone
+# what trains a backbone: a classifier, a decoder of answers, contrast alone, contrast and the match head
+Use = Literal["classification", "generation", "contrast", "matching"]
+
+M = TypeVar("M", bound=nn.Module)
 
 
-def find_model(path: Path | str) -> Path:
-    """The model folder meant by `path`: an export, a checkpoint, or a run (its newest checkpoint)."""
-    path = Path(path)
-    if (path / "model.safetensors").is_file():
-        return path
-    if (path / checkpoint.FOLDER).is_dir():
-        newest = checkpoint.find_newest(path)
-        if newest is None:
-            raise UserError(f"{path}: this run has no checkpoint yet")
-        return newest
-    raise UserError(
-        f"{path}: neither a model folder nor a run; give runs/NAME, or a folder written by export"
-    )
+class Backbone(nn.Module, ABC):
+    """A pretrained model. A class declares:
+
+    kind: what its folders say they are, and its key in `BACKBONES`. summary: a line about it.
+    config_class: of its sizes. sizes: "base" as published, "tiny" for tests.
+    embedding_names: what lies below the layers that a text passes. layer_names: the `nn.ModuleList`s of these
+        layers, bottom up. top_names: what belongs to the last layer. All of them are dotted names of modules;
+        what is under none of them (image encoder, heads) has no depth.
+    pooler_names: maps behind the last layer, if it has them.
+    row_parts: of what a row in its layers is made: "text", and perhaps "tags" and "regions"; () where
+        `FusionBackbone.hidden_states`, by which it can be distilled, are not to be had.
+    has_match_head: it can tell whether an image and a text belong together.
+    """
+
+    kind: ClassVar[str]
+    summary: ClassVar[str] = ""
+    config_class: ClassVar[type[Config]]
+    sizes: ClassVar[Mapping[str, Config]] = {}
+    stored_kinds: ClassVar[tuple[str, ...]] = ()  # kinds of folder that it can be read from, if not its own
+    embedding_names: ClassVar[tuple[str, ...]]
+    layer_names: ClassVar[tuple[str, ...]]
+    top_names: ClassVar[tuple[str, ...]] = ()
+    pooler_names: ClassVar[tuple[str, ...]] = ()
+    row_parts: ClassVar[tuple[str, ...]] = ()
+    has_match_head: ClassVar[bool] = False
+
+    config: Any
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.tuning: dict[
+            str, dict[str, Any]
+        ] = {}  # what `raylib.models.peft` has put in: {method: settings}
+
+    @classmethod
+    @abstractmethod
+    def import_weights(cls, path: Path, vision: Path | None = None) -> Self:
+        """A model with the published weights at `path`, a file or a folder; `vision`: a folder of the image
+        encoder, where that comes from elsewhere.
+
+        Raises:
+            UserError: no such weights, or weights that do not fit.
+        """
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Width of the states that a head gets."""
+
+    @property
+    def backbone(self) -> "Backbone":
+        """Itself: the pretrained part of any model is its `backbone`."""
+        return self
+
+    @property
+    def num_layers(self) -> int:
+        """How many transformer layers a text passes."""
+        return sum(len(self._layers(name)) for name in self.layer_names)
+
+    @property
+    def num_fusion_layers(self) -> int:
+        """How many of these, the top ones, come after layers of text alone; 0: there are none of these."""
+        return 0
+
+    @property
+    def image_size(self) -> int:
+        """Pixels that the images have on a side; 0: it takes no images."""
+        return 0
+
+    @property
+    def num_windows(self) -> int:
+        """How many windows of an image have a CLS state, behind the image's own; 0: there are none."""
+        return 0
+
+    @property
+    def has_cross_attention(self) -> bool:
+        """Whether texts attend to images by layers of their own, which a decoder of answers builds on."""
+        return False
+
+    def depth_of(self, name: str) -> int | None:
+        """Depth of the parameter `name`: 1 ... `num_layers` bottom up, 0 for the embeddings, None outside of
+        the layers. Layer decay, unfreezing and pruning go by it."""
+        below = 0
+        for prefix in self.layer_names:
+            if name.startswith(f"{prefix}."):
+                return below + 1 + int(name.removeprefix(f"{prefix}.").split(".")[0])
+            below += len(self._layers(prefix))
+        if name.startswith(tuple(f"{prefix}." for prefix in self.embedding_names)):
+            return 0
+        return below if name.startswith(tuple(f"{prefix}." for prefix in self.top_names)) else None
+
+    def prunable(self) -> list[str]:
+        """Names of the matrices that magnitude pruning may take: of the layers and of the poolers (paper 0
+        counts these in)."""
+        poolers = tuple(f"{name}." for name in self.pooler_names)
+        return [
+            name
+            for name, p in self.named_parameters()
+            if p.ndim == 2 and ((self.depth_of(name) or 0) > 0 or name.startswith(poolers))
+        ]
+
+    def freezable_parts(self) -> dict[str, nn.Module]:
+        """Those of the parts "embeddings", "text", "vision", "fusion" that it has, as `freeze` names them."""
+        return {}
+
+    @property
+    def image_encoder(self) -> nn.Module | None:
+        """What makes states of images; None: it takes none."""
+        return self.freezable_parts().get("vision")
+
+    def poolers(self) -> list[nn.Module]:
+        """Those of the modules `pooler_names` that it has."""
+        return [module for name, module in self.named_children() if name in self.pooler_names]
+
+    def freeze_unused(self, use: Use) -> None:
+        """Take out of training what has no part in `use`: it would get no gradient, but decay under ZeRO."""
+
+    def resize_images(self, size: int) -> None:
+        """Take images of `size` pixels.
+
+        Raises:
+            UserError: not of this size.
+        """
+        if size != self.image_size:
+            raise UserError(f"image_size={size}: {self.kind}'s image tower has {self.image_size}")
+
+    def encode_images(self, images: Tensor) -> Ragged:
+        """uint8 (b, H, W, 3) -> b rows of states.
+
+        Raises:
+            UserError: it takes no images.
+        """
+        raise UserError(f"backbone={self.kind} takes no images")
+
+    def save(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors`, from which `from_pretrained` makes it again."""
+        description = {"model_type": f"polyglance-{self.kind}", **self.config.model_dump()}
+        save_model(self, self, description, folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> Self:
+        """The model that `save` (or `python -m pretrain export`) wrote into `folder`.
+
+        Raises:
+            UserError: no such folder, another kind of model, or weights that do not fit the config.
+        """
+        folder, advice = Path(folder), "give a folder written by `python -m pretrain export RUN DIR`"
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder}: no {name}; {advice}")
+        description = read_description(folder)
+        kind = model_kind(description)
+        if kind not in (cls.stored_kinds or (cls.kind,)):
+            raise UserError(f"{folder}: not a Polyglance model of kind {cls.kind}; {advice}")
+        sizes = {k: v for k, v in description.items() if k not in ("model_type", "tuning", CODE)}
+        model = cls.from_sizes(sizes, kind, folder)
+        peft.restore(model, description.get("tuning", {}))
+        return load_weights(model, folder)
+
+    @classmethod
+    def from_sizes(cls, sizes: dict[str, Any], kind: str, folder: Path) -> Self:
+        """The model of the sizes that are stored in `folder`, under `kind`, with random weights.
+
+        Raises:
+            UserError: sizes that it does not have.
+        """
+        return cls(validate(cls.config_class, rename_settings(kind, sizes), str(folder / "config.json")))
+
+    def _layers(self, name: str) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.get_submodule(name))
 
 
-def find_tokenizer(model: Path) -> Path:
-    """The tokenizer of a model folder: beside its weights, or in the run that the checkpoint belongs to."""
-    for folder in (model, model.parent, model.parent.parent):
-        for name in TOKENIZER_FILES:
-            if (folder / name).is_file():
-                return folder / name
-    raise UserError(
-        f"{model}: no tokenizer with this model; one of {', '.join(TOKENIZER_FILES)} is looked for"
-    )
+class RetrievalBackbone(Backbone):
+    """Embeds images and texts apart."""
+
+    # subtracted from a pixel's 0..255, and what it is then divided by: for all colours, or one each
+    pixel_mean: PixelStats = 127.5
+    pixel_std: PixelStats = 127.5
+
+    @property
+    @abstractmethod
+    def image_size(self) -> int: ...
+
+    @abstractmethod
+    def encode_images(self, images: Tensor) -> Ragged: ...
+
+    @abstractmethod
+    def embed_images(self, states: Ragged, *, normalize: bool) -> Tensor:
+        """The rows of `encode_images` -> vectors (b, e), of length 1 if `normalize`."""
+
+    @abstractmethod
+    def embed_text(self, ids: Ragged, *, normalize: bool) -> Tensor:
+        """Ids of n texts -> vectors (n, e), of length 1 if `normalize`."""
+
+    def pixel_values(self, images: Tensor) -> Tensor:
+        """uint8 (b, H, W, 3) -> (b, 3, H, W), normalised as the image encoder was trained."""
+        dtype = next(self.parameters()).dtype
+        return normalize_pixels(images, self.pixel_mean, self.pixel_std, dtype).permute(0, 3, 1, 2)
 
 
-def save_model(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
-    """Write `config.json`, the description, and `model.safetensors`.
+class FusionBackbone(Backbone):
+    """Reads texts together with the memory that they are about: states of images, or of a premise."""
+
+    @property
+    def is_text_first(self) -> bool:
+        """Whether the text comes before the memory in the rows of `joint_states`."""
+        return True
+
+    @abstractmethod
+    def encode_text(self, ids: Ragged, output_mask: Tensor | None = None) -> Tensor:
+        """Ids (T,) -> states of texts by themselves, as a premise is attended to: (T, d), or (R, d) of the
+        tokens in `output_mask` (T,)."""
+
+    @abstractmethod
+    def fused_cls(self, text: Ragged, memory: Ragged | None, per_text: int = 1) -> Tensor:
+        """CLS states of texts together with what they are about.
+
+        Args:
+            text: ids, n rows. memory: n x per_text rows; those of text i are rows i per_text ... . None:
+                they are about nothing, and are read alone.
+        Returns:
+            (n per_text, d).
+        """
+
+    def hidden_states(
+        self, text: Ragged, memory: Ragged, layers: Sequence[int], empty: bool = False
+    ) -> tuple[list[Ragged], TokenSegments]:
+        """States of all tokens after some of the layers, before the pooler.
+
+        Args:
+            text: ids, n rows. memory: n rows, as of `fused_cls`. layers: rising, the lowest is 1.
+            empty: each row ends with a slot without a region; where rows have regions.
+        Returns:
+            For each of `layers` n rows (T, d); which of these tokens are what.
+        """
+        raise UserError(f"backbone={self.kind} gives no states of its layers")
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raises UserError: `layers` are not some of the layers, rising."""
+        if not layers or any(low >= high for low, high in pairwise([0, *layers, self.num_layers + 1])):
+            raise UserError(
+                f"layers {list(layers)}: {self.kind} has layers 1 to {self.num_layers}; name some, each "
+                "once, rising"
+            )
+
+    def pool(self, cls: Tensor) -> Tensor:
+        """CLS states (n, d) after the last layer -> what `fused_cls` returns."""
+        return cls
+
+    def joint_states(self, text: Ragged, memory: Ragged) -> Ragged:
+        """Rows (T + S, d) of each text's states and its memory's after the last layer; arguments as of
+        `hidden_states`."""
+        raise UserError(f"backbone={self.kind} gives no states of texts and images in one space")
+
+
+class RegionBackbone(FusionBackbone):
+    """Reads region features in the place of images."""
+
+    @abstractmethod
+    def set_region_dim(self, features: int) -> None:
+        """Make the model take region features so wide.
+
+        Raises:
+            UserError: it was trained on others.
+        """
+
+    @abstractmethod
+    def embed_regions(self, regions: Ragged, tags: Ragged | None = None) -> Any:
+        """Features and boxes (R, f + 7) of each image -> the memory of `fused_cls`. `tags`: ids of the names
+        of each image's objects, where `row_parts` has "tags"."""
+
+
+def save_model(model: nn.Module, backbone: Backbone, description: dict[str, Any], folder: Path) -> None:
+    """Write `model.safetensors` and `config.json`: the description, with what was put into the backbone, and
+    the name of the user's file that defines it, which is copied beside.
 
     Raises:
         UserError: a weight is not finite; it is named, and nothing written.
@@ -52,13 +321,28 @@ def save_model(model: nn.Module, description: dict[str, Any], folder: Path) -> N
     weights = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
     require_finite_file(folder / "model.safetensors", weights)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(
-        json.dumps(description, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    if backbone.tuning:
+        description = {**description, "tuning": backbone.tuning}
+    if source := user_source(type(backbone)):
+        # the code that ran, not what the file says by now: so the folder can be read wherever it is taken
+        (folder / source.name).write_bytes(source.content)
+        description = {**description, CODE: f"{source.name}:{type(backbone).__name__}"}
+    text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
     save_file(weights, folder / "model.safetensors")
 
 
-def fill(model: nn.Module, folder: Path) -> nn.Module:
+def read_description(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json, or a run's; settings by the names that they have now."""
+    try:
+        values = read_json(folder / "config.json")
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder}/config.json: not to be read as JSON ({e})") from None
+    # a run keeps its settings where a model keeps its description
+    return rename_settings("finetune" if "fit" in values else model_kind(values), values)
+
+
+def load_weights(model: M, folder: Path) -> M:
     """Load `folder`/model.safetensors into `model`.
 
     Raises:
@@ -83,30 +367,3 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     weights = load_file(folder / "model.safetensors")
     require_finite_file(folder / "model.safetensors", weights)
     return weights
-
-
-class TokenSegments(NamedTuple):
-    """Which of the T tokens of n rows are what: positions in the flat rows, int64 on the CPU, in the order in
-    which words, tags and regions came, which is that of their own rows.
-
-    cls: (n,). text: n rows (W,), from CLS to SEP. tags: n rows (G,), their SEP last. regions: n rows (R,).
-    empty: (n,) the last tokens of the rows, if these are slots without a region; else (0,).
-    """
-
-    cls: Tensor
-    text: Ragged
-    tags: Ragged
-    regions: Ragged
-    empty: Tensor
-
-
-def find_segments(text: Tensor, tags: Tensor, regions: Tensor, empty: bool = False) -> TokenSegments:
-    """The places in rows of so many tokens each: three times (n,), on the CPU. `empty`: and one more in each
-    row."""
-    lengths = torch.stack([text, tags, regions, torch.full_like(text, int(empty))], 1)
-    part = (
-        torch.arange(4).repeat(len(text)).repeat_interleave(lengths.flatten())
-    )  # (T,): 0 text, 1 tags, 2 regions, 3 empty
-    cls = first_tokens(lengths.sum(1)).nonzero().squeeze(1)
-    *rows, last = ((part == i).nonzero().squeeze(1) for i in range(4))
-    return TokenSegments(cls, *(Ragged(values, lengths[:, i]) for i, values in enumerate(rows)), last)

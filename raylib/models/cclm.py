@@ -1,26 +1,24 @@
-"""Published checkpoints of CCLM (Zeng et al., 2022) and of its successor on X2-VLM: one file, {"model":
-{name: tensor}}.
+"""CCLM as a backbone (paper 1 fine-tunes it): the unified model with more layers of text, or with a Swin.
+
+It starts from a published file, one of {"model": {name: tensor}}, or from a text encoder's folder as CCLM
+itself did.
 
     CCLM         `vision_encoder` a Swin; `text_encoder.(bert.)encoder.layer.0-11`, the upper six with
-                 `crossattention`; `text_encoder.cls.predictions`
+                 `crossattention`; `text_encoder.cls.predictions` (Zeng et al., 2022)
     X2-VLM CCLM  `text_encoder.(roberta.)encoder.layer.0-11`, `cross_encoder.encoder.layer.0-5`,
                  `mlm_head.predictions`; its image encoder is BEiT-2, which our ViT cannot hold: another must
                  take its place
+
 Both have `{vision,text}_proj` and `temp`. Our matching head is a linear map, so that their `itm_head` stays
 out, and is named.
-
-
-CCLM as a backbone: the unified model with more layers of text, or with a Swin (paper 1 fine-tunes it).
-
-It starts from a published file (`raylib.models.cclm`), or from a text encoder's folder as CCLM itself
-did.
 """
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -36,16 +34,15 @@ from raylib.models.hf_weights import (
     copy_vision,
     load_text,
     load_vision,
-    text_config,
+    text_sizes,
 )
-from raylib.models.unified import ModelConfig, UnifiedModel
-from raylib.models.vision import SwinSizes
+from raylib.models.unified import TINY, ModelConfig, UnifiedModel
+from raylib.models.vision import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, SwinSizes
 
+PIXELS: dict[str, Any] = {"pixel_mean": CLIP_MEAN, "pixel_std": CLIP_STD}  # that CCLM was trained with
+# that Swins in Hugging Face folders were trained with; ViTs there: 127.5, as ours
+IMAGENET = {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
 HEAD = 64  # an attention head of XLM-R and BERT is so wide
-CLIP = {  # the colours that CCLM was trained with
-    "pixel_mean": (255 * 0.48145466, 255 * 0.4578275, 255 * 0.40821073),
-    "pixel_std": (255 * 0.26862954, 255 * 0.26130258, 255 * 0.27577711),
-}
 UNUSED_TEXT = [
     r"(itm|bbox)_head\.",
     r"embeddings\.position_ids$",
@@ -142,15 +139,15 @@ def read_published(path: Path) -> Published:
     return Published(path, text, vision, 2 if any(k.startswith("cross_encoder.") for k in weights) else 0)
 
 
-def published_sizes(file: Published, seen: dict) -> ModelConfig:
+def published_sizes(file: Published, vision: dict) -> ModelConfig:
     """Sizes as the shapes of a file's tensors tell them. It says nothing of heads and eps, which are XLM-R's.
 
-    seen: of the image encoder (`vit_sizes`, `swin_sizes`), or of the one in its place.
+    vision: of the image encoder (`vit_sizes`, `swin_sizes`), or of the one in its place.
     """
     blocks = {int(m[1]) for k in file.text if (m := re.match(r"encoder\.layer\.(\d+)\.", k))}
     cross = {n for n in blocks if f"encoder.layer.{n}.crossattention.self.query.weight" in file.text}
-    taken = WeightMapper(file.text, file.path)
-    vocabulary, width = taken("embeddings.word_embeddings.weight").shape
+    mapper = WeightMapper(file.text, file.path)
+    vocabulary, width = mapper("embeddings.word_embeddings.weight").shape
     if width % HEAD:
         raise UserError(
             f"{file.path}: {width} wide, no multiple of a head's {HEAD}; give a published CCLM checkpoint"
@@ -159,14 +156,14 @@ def published_sizes(file: Published, seen: dict) -> ModelConfig:
         "vocabulary": vocabulary,
         "width": width,
         "heads": width // HEAD,
-        "feedforward": len(taken("encoder.layer.0.intermediate.dense.weight")),
+        "feedforward": len(mapper("encoder.layer.0.intermediate.dense.weight")),
         "text_layers": len(blocks) - len(cross),
         "fusion_layers": len(cross),
-        "positions": len(taken("embeddings.position_embeddings.weight")) - file.first,
-        "embedding": len(taken("text_proj.weight")),
+        "positions": len(mapper("embeddings.position_embeddings.weight")) - file.first,
+        "embedding": len(mapper("text_proj.weight")),
         "eps": 1e-5,
     }
-    return validate(ModelConfig, {**sizes, **CLIP, **seen}, str(file.path))
+    return validate(ModelConfig, {**sizes, **PIXELS, **vision}, str(file.path))
 
 
 def vit_sizes(file: Published) -> dict:
@@ -187,9 +184,9 @@ def vit_sizes(file: Published) -> dict:
         raise UserError(
             f"{file.path}: no vision_encoder.blocks, so no ViT; give one in its place: vision=VIT_FOLDER"
         )
-    taken = WeightMapper(file.vision, file.path)
-    width, _, patch, _ = taken("patch_embed.proj.weight").shape
-    side = round((taken("pos_embed").shape[1] - 1) ** 0.5)
+    mapper = WeightMapper(file.vision, file.path)
+    width, _, patch, _ = mapper("patch_embed.proj.weight").shape
+    side = round((mapper("pos_embed").shape[1] - 1) ** 0.5)
     return {"vision_layers": len(layers), "vision_width": width, "patch": patch, "image_size": side * patch}
 
 
@@ -216,18 +213,18 @@ def fill(model: UnifiedModel, file: Published, own_vision: bool) -> None:
     Raises:
         UserError: tensors missing, left over or of another shape (they are listed).
     """
-    taken = WeightMapper(file.text, file.path)
-    copy_text(taken, model, file.first, tuple(range(model.num_layers)))
+    mapper = WeightMapper(file.text, file.path)
+    copy_text(mapper, model, file.first, tuple(range(model.num_layers)))
     with torch.no_grad():
-        taken.copy_layer(model.text_projection, "text_proj")
-        taken.copy_layer(model.image_projection, "vision_proj")
-        model.temperature.copy_(taken("temp").reshape(1))
-    taken.assert_all_used(UNUSED_TEXT)
+        mapper.copy_layer(model.text_projection, "text_proj")
+        mapper.copy_layer(model.image_projection, "vision_proj")
+        model.temperature.copy_(mapper("temp").reshape(1))
+    mapper.assert_all_used(UNUSED_TEXT)
     if own_vision:
         names = SWIN_NAMES if file.is_swin else VIT_NAMES
-        taken = WeightMapper({_rename(name, names): value for name, value in file.vision.items()}, file.path)
-        (copy_swin if file.is_swin else copy_vision)(taken, model)
-        taken.assert_all_used(UNUSED_SWIN if file.is_swin else [])
+        mapper = WeightMapper({_rename(name, names): value for name, value in file.vision.items()}, file.path)
+        (copy_swin if file.is_swin else copy_vision)(mapper, model)
+        mapper.assert_all_used(UNUSED_SWIN if file.is_swin else [])
     decoder = file.text.get("cls.predictions.decoder.weight")
     if decoder is not None and not torch.equal(decoder, file.text["embeddings.word_embeddings.weight"]):
         log.warning(
@@ -243,90 +240,110 @@ def _rename(name: str, patterns: dict[str, str]) -> str:
     return name
 
 
-IMAGENET = {  # the colours that Swins in Hugging Face folders were trained with; ViTs there: 127.5, as ours
-    "pixel_mean": (255 * 0.485, 255 * 0.456, 255 * 0.406),
-    "pixel_std": (255 * 0.229, 255 * 0.224, 255 * 0.225),
-}
-
-
 class Cclm(UnifiedModel):
     """12 text layers, 6 layers with cross-attention, a ViT: CCLM on X2-VLM."""
 
     kind = "cclm"
+    summary = "XLM-R's 12 layers, then 6 with cross-attention; ViT (CCLM on X2-VLM, paper 1)"
+    sizes: ClassVar[Mapping[str, ModelConfig]] = {
+        "base": ModelConfig(text_layers=12, fusion_layers=6, image_size=224, eps=1e-5, **PIXELS),
+        "tiny": TINY.model_copy(update={"text_layers": 12, "fusion_layers": 6}),
+    }
+
+    @classmethod
+    def import_weights(cls, path: Path, vision: Path | None = None) -> Self:
+        """From a published X2-VLM CCLM file, or from an XLM-R or BERT folder: its first 12 layers, then its
+        last 6, which serve twice where it has fewer than 18. `vision`: a ViT folder; None: the file's own
+        image encoder, or a random ViT-B/16.
+
+        Raises:
+            UserError: fewer than 12 layers; an image encoder that is no ViT; tensors missing, left over or of
+                another shape.
+        """
+        if path.is_file():
+            file = read_published(path)
+            if file.is_swin and not vision:
+                raise UserError(f"{path}: its image encoder is a Swin; set backbone=cclm_swin")
+            model = cls(published_sizes(file, _vit(vision) if vision else vit_sizes(file)))
+            fill(model, file, own_vision=not vision)
+        else:
+            sizes = text_sizes(path)
+            layers = sizes["text_layers"] + sizes["fusion_layers"]
+            if layers < 12:
+                raise UserError(
+                    f"{path}: {layers} layers; give a text encoder of 12, or of 18 or more, or a published "
+                    "file"
+                )
+            sizes |= {"text_layers": 12, "fusion_layers": 6}
+            sizes |= _vit(vision) if vision else {"vision_layers": 12, "image_size": 224}
+            model = cls(validate(ModelConfig, sizes, str(path)))
+            load_text(model, path, layers=(*range(12), *range(layers - 6, layers)))
+        if vision:
+            load_vision(model, vision)
+        return model
 
 
 class CclmSwin(UnifiedModel):
     """6 text layers, 6 layers with cross-attention, a Swin: the first CCLM."""
 
     kind = "cclm_swin"
+    summary = "every other layer of XLM-R-large, 6, then 6 with cross-attention; Swin (the first CCLM)"
+    sizes: ClassVar[Mapping[str, ModelConfig]] = {
+        "base": ModelConfig(
+            width=1024,
+            heads=16,
+            feedforward=4096,
+            text_layers=6,
+            fusion_layers=6,
+            positions=514,
+            swin=SwinSizes(),
+            patch=4,
+            image_size=224,
+            eps=1e-5,
+            **PIXELS,
+        ),
+        "tiny": TINY.model_copy(
+            update={"swin": SwinSizes(width=16, layers=(2, 2), heads=(2, 2)), "patch": 2}
+        ),
+    }
 
+    @classmethod
+    def import_weights(cls, path: Path, vision: Path | None = None) -> Self:
+        """From a published CCLM file, or from an XLM-R or BERT folder: every other one of 24 layers, as CCLM
+        did, or all 12. `vision`: a Swin folder; None: the file's own image encoder, or a random Swin-B.
 
-def load_cclm(path: Path, vision: Path | None) -> Cclm:
-    """From a published X2-VLM CCLM file, or from an XLM-R or BERT folder: its first 12 layers, then its last
-    6, which serve twice where it has fewer than 18. `vision`: a ViT folder; None: the file's own image
-    encoder, or a random ViT-B/16.
-
-    Raises:
-        UserError: fewer than 12 layers; an image encoder that is no ViT; tensors missing, left over or of
-            another shape.
-    """
-    if path.is_file():
-        file = read_published(path)
-        if file.is_swin and not vision:
-            raise UserError(f"{path}: its image encoder is a Swin; set backbone=cclm_swin")
-        model = Cclm(published_sizes(file, _vit(vision) if vision else vit_sizes(file)))
-        fill(model, file, own_vision=not vision)
-    else:
-        own = text_config(path)
-        layers = own.text_layers + own.fusion_layers
-        if layers < 12:
-            raise UserError(
-                f"{path}: {layers} layers; give a text encoder of 12, or of 18 or more, or a published file"
-            )
-        seen = _vit(vision) if vision else {"vision_layers": 12, "image_size": 224}
-        model = Cclm(_changed(own, path, text_layers=12, fusion_layers=6, **seen))
-        load_text(model, path, layers=(*range(12), *range(layers - 6, layers)))
-    if vision:
-        load_vision(model, vision)
-    return model
-
-
-def load_cclm_swin(path: Path, vision: Path | None) -> CclmSwin:
-    """From a published CCLM file, or from an XLM-R or BERT folder: every other one of 24 layers, as CCLM did,
-    or all 12. `vision`: a Swin folder; None: the file's own image encoder, or a random Swin-B.
-
-    Raises:
-        UserError: another number of layers; an image encoder that is no Swin; tensors missing, left over or
-            of another shape.
-    """
-    if path.is_file():
-        file = read_published(path)
-        if not file.is_swin and not vision:
-            raise UserError(f"{path}: its image encoder is no Swin; set backbone=cclm, or vision=SWIN_FOLDER")
-        model = CclmSwin(published_sizes(file, _swin(vision) if vision else swin_sizes(file)))
-        fill(model, file, own_vision=not vision)
-    else:
-        own = text_config(path)
-        layers = own.text_layers + own.fusion_layers
-        if layers not in (12, 24):
-            raise UserError(
-                f"{path}: {layers} layers; give a text encoder of 24, of which every other is taken, or of 12"
-            )
-        seen = _swin(vision) if vision else {"swin": {}, "patch": 4, "image_size": 224, **IMAGENET}
-        model = CclmSwin(_changed(own, path, text_layers=6, fusion_layers=6, **seen))
-        load_text(model, path, layers=tuple(range(layers // 12 - 1, layers, layers // 12)))
-    if vision:
-        load_vision(model, vision)
-    return model
-
-
-def _changed(config: ModelConfig, path: Path, **changes) -> ModelConfig:
-    return validate(ModelConfig, {**config.model_dump(), **changes}, str(path))
+        Raises:
+            UserError: another number of layers; an image encoder that is no Swin; tensors missing, left over
+                or of another shape.
+        """
+        if path.is_file():
+            file = read_published(path)
+            if not file.is_swin and not vision:
+                raise UserError(
+                    f"{path}: its image encoder is no Swin; set backbone=cclm, or vision=SWIN_FOLDER"
+                )
+            model = cls(published_sizes(file, _swin(vision) if vision else swin_sizes(file)))
+            fill(model, file, own_vision=not vision)
+        else:
+            sizes = text_sizes(path)
+            layers = sizes["text_layers"] + sizes["fusion_layers"]
+            if layers not in (12, 24):
+                raise UserError(
+                    f"{path}: {layers} layers; give a text encoder of 24, of which every other is taken, or "
+                    "of 12"
+                )
+            sizes |= {"text_layers": 6, "fusion_layers": 6}
+            sizes |= _swin(vision) if vision else {"swin": {}, "patch": 4, "image_size": 224, **IMAGENET}
+            model = cls(validate(ModelConfig, sizes, str(path)))
+            load_text(model, path, layers=tuple(range(layers // 12 - 1, layers, layers // 12)))
+        if vision:
+            load_vision(model, vision)
+        return model
 
 
 def _vit(folder: Path) -> dict:
     """Sizes of a ViT folder."""
-    layers, width, patch, size = _description(
+    layers, width, patch, size = _read_sizes(
         folder, "num_hidden_layers", "hidden_size", "patch_size", "image_size"
     )
     return {
@@ -346,7 +363,7 @@ def _swin(folder: Path) -> dict:
         UserError: its windows are not as wide as the last stage's grid.
     """
     names = ("embed_dim", "depths", "num_heads", "patch_size", "image_size", "window_size")
-    width, layers, heads, patch, size, window = _description(folder, *names)
+    width, layers, heads, patch, size, window = _read_sizes(folder, *names)
     if window != size // (patch * 2 ** (len(layers) - 1)):
         raise UserError(
             f"{folder}/config.json: windows of {window} patches at {size} pixels; give a Swin whose windows "
@@ -360,7 +377,7 @@ def _swin(folder: Path) -> dict:
     }
 
 
-def _description(folder: Path, *names: str) -> list:
+def _read_sizes(folder: Path, *names: str) -> list:
     """Values of a folder's config.json."""
     try:
         config = read_json(folder / "config.json")

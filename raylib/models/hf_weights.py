@@ -1,40 +1,40 @@
-"""Which tensors of a checkpoint a model has taken: none may be left over, missing or of another shape
-unnoticed.
-
-Initialise a unified model from XLM-R, BERT, ViT or Swin folders in Hugging Face format (paper 2, section
-4.1).
+"""Weights in Hugging Face format: XLM-R, BERT, ViT or Swin folders into a unified model (paper 2, section
+4.1), and the `WeightMapper` by which every published checkpoint is read.
 
 The first N_L text layers become the text encoder, the last N_C the unified encoder (or those that are asked
 for); its cross-attention starts as a copy of the self-attention of its layer. The masked-language head comes
 from `lm_head` (XLM-R) or `cls.predictions` (BERT), and stays as initialised where a checkpoint has neither.
-Every tensor of the checkpoint is used, or is named as expected to be unused; anything else is an error that
-lists it.
 """
 
 import json
 import logging
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raylib.config import validate
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.finite import require_finite_file
-from raylib.models.unified import ModelConfig, UnifiedModel
+from raylib.models.layers import Attention, Block
 from raylib.models.vision import interpolate, interpolate_bias
+
+if TYPE_CHECKING:  # it imports this file
+    from raylib.models.unified import ModelConfig, UnifiedModel
 
 
 class WeightMapper:
-    """A checkpoint's tensors, and which of them have been used, are missing or do not fit."""
+    """A checkpoint's tensors on their way into a model. None may be missing, left over or of another shape
+    unnoticed: each one asked for counts as used, and `assert_all_used` tells what does not fit, all at
+    once."""
 
-    def __init__(self, weights: dict[str, Tensor], folder):
+    def __init__(self, weights: dict[str, Tensor], folder: Path | str):
         self.weights, self.folder = weights, folder
         self.used: set[str] = set()
-        self.wrong: list[str] = []
+        self.misfits: list[str] = []
 
     def __call__(self, name: str) -> Tensor:
         self.used.add(name)
@@ -53,23 +53,31 @@ class WeightMapper:
                 to.copy_(value)
                 return
             absent = [f"{' + '.join(names)} is {tuple(value.shape)}, wanted {tuple(to.shape)}"]
-        self.wrong += absent
+        self.misfits += absent
 
-    def copy_layer(self, layer: nn.Module, name: str) -> None:
+    def copy_layer(self, layer: nn.Linear | nn.LayerNorm, name: str) -> None:
+        """Copy `name`.weight and `name`.bias."""
         self.copy(layer.weight, f"{name}.weight")
         self.copy(layer.bias, f"{name}.bias")
 
-    def copy_attention(self, attention: nn.Module, heads: str, output: str) -> None:
-        self.copy_layer(attention.query, f"{heads}.query")
-        for part in ("weight", "bias"):
-            self.copy(getattr(attention.key_value, part), f"{heads}.key.{part}", f"{heads}.value.{part}")
+    def copy_attention(self, attention: Attention, query: str, key: str, value: str, output: str) -> None:
+        """Copy the four maps of these names."""
+        self.copy_layer(attention.query, query)
+        # ours projects keys and values at once: the weights of one below those of the other
+        joint = attention.key_value
+        self.copy(joint.weight, f"{key}.weight", f"{value}.weight")
+        self.copy(joint.bias, f"{key}.bias", f"{value}.bias")
         self.copy_layer(attention.output, output)
 
     def assert_all_used(self, unused: list[str]) -> None:
-        left = [k for k in self.weights if k not in self.used and not any(re.match(p, k) for p in unused)]
-        wrong = self.wrong + [f"unused {k}" for k in left]
-        if wrong:
-            raise UserError(f"{self.folder} does not fit the model: {'; '.join(wrong)}")
+        """Raises UserError: tensors are missing, of another shape, or neither used nor matched by one of the
+        regular expressions `unused`; all of them are listed."""
+        unexpected = (
+            k for k in self.weights if k not in self.used and not any(re.match(p, k) for p in unused)
+        )
+        misfits = self.misfits + [f"unused {k}" for k in unexpected]
+        if misfits:
+            raise UserError(f"{self.folder} does not fit the model: {'; '.join(misfits)}")
 
 
 UNUSED_TEXT = [
@@ -93,41 +101,50 @@ VISION_SIZES = {"vision_layers": "num_hidden_layers", "patch": "patch_size", "im
 log = logging.getLogger(__name__)
 
 
-def text_config(folder: Path | str, vision: Path | str | None = None) -> ModelConfig:
+def encoder_sizes(config: dict, folder: Path | str, accepts: str = "an XLM-R or BERT folder") -> dict:
+    """Our names for the sizes of a text encoder's config.json, and its "layers", "positions".
+
+    Raises:
+        UserError: it does not say them.
+    """
+    missing = {*SIZES.values(), "num_hidden_layers", "max_position_embeddings"} - config.keys()
+    if missing:
+        raise UserError(f"{folder}/config.json: no {', '.join(sorted(missing))}; give {accepts}")
+    return {ours: config[theirs] for ours, theirs in SIZES.items()} | {
+        "layers": config["num_hidden_layers"],
+        "positions": config["max_position_embeddings"] - first_position(config),
+    }
+
+
+def text_sizes(folder: Path | str, vision: Path | str | None = None) -> dict:
     """Sizes of a unified model for an XLM-R or BERT folder: the first half of its layers text, the second
     fusion, and an image encoder like the ViT folder `vision`, or, without one, as deep as the text encoder.
 
     Raises:
         UserError: no config.json, or one without these sizes; a ViT of another width or other heads.
     """
-    config = _read_config(Path(folder))
-    missing = {*SIZES.values(), "num_hidden_layers", "max_position_embeddings"} - config.keys()
-    if missing:
-        raise UserError(
-            f"{folder}/config.json: no {', '.join(sorted(missing))}; give an XLM-R or BERT folder"
-        )
-    layers = config["num_hidden_layers"]
-    sizes = {ours: config[theirs] for ours, theirs in SIZES.items()} | {
-        "positions": config["max_position_embeddings"] - first_position(config),
+    sizes = encoder_sizes(_read_config(Path(folder)), folder)
+    layers = sizes.pop("layers")
+    sizes |= {
         "text_layers": layers // 2,
         "fusion_layers": layers - layers // 2,
         "vision_layers": layers // 2,
     }
     if vision:
-        seen = _read_config(Path(vision))
-        if missing := {*VISION_SIZES.values(), "hidden_size", "num_attention_heads"} - seen.keys():
+        vit = _read_config(Path(vision))
+        if missing := {*VISION_SIZES.values(), "hidden_size", "num_attention_heads"} - vit.keys():
             raise UserError(f"{vision}/config.json: no {', '.join(sorted(missing))}; give a ViT folder")
-        theirs, ours = (seen["hidden_size"], seen["num_attention_heads"]), (sizes["width"], sizes["heads"])
+        theirs, ours = (vit["hidden_size"], vit["num_attention_heads"]), (sizes["width"], sizes["heads"])
         if theirs != ours:
             raise UserError(
                 f"{vision}: width and heads {theirs}, those of {folder} are {ours}; give a ViT of the same"
             )
-        sizes |= {name: seen[their] for name, their in VISION_SIZES.items()}
-    return validate(ModelConfig, sizes, f"{folder}/config.json")
+        sizes |= {name: vit[their] for name, their in VISION_SIZES.items()}
+    return sizes
 
 
 def load_text(
-    model: UnifiedModel,
+    model: "UnifiedModel",
     folder: Path | str,
     unused: tuple[str, ...] = (),
     layers: tuple[int, ...] | None = None,
@@ -146,20 +163,20 @@ def load_text(
     """
     weights, config = read_folder(Path(folder))
     weights = {re.sub(r"^(roberta|bert|model)\.", "", k): v for k, v in weights.items()}
-    taken = WeightMapper(weights, folder)
-    there = 1 + max(int(m[1]) for k in weights if (m := re.match(r"encoder\.layer\.(\d+)\.", k)))
-    layers = _choose_layers(model.config, there, folder) if layers is None else layers
+    mapper = WeightMapper(weights, folder)
+    stored = 1 + max(int(m[1]) for k in weights if (m := re.match(r"encoder\.layer\.(\d+)\.", k)))
+    layers = _choose_layers(model.config, stored, folder) if layers is None else layers
     blocks = len(model.text.blocks) + len(model.fusion.blocks)
-    if len(layers) != blocks or not all(0 <= layer < there for layer in layers):
+    if len(layers) != blocks or not all(0 <= layer < stored for layer in layers):
         raise UserError(
-            f"{folder}: layers {list(layers)} of its {there}; {blocks} from 0 to {there - 1} are wanted"
+            f"{folder}: layers {list(layers)} of its {stored}; {blocks} from 0 to {stored - 1} are wanted"
         )
-    copy_text(taken, model, first_position(config), layers)
-    others = [rf"encoder\.layer\.{layer}\." for layer in range(there) if layer not in layers]
-    taken.assert_all_used([*UNUSED_TEXT, *others, *TIED, *unused])
+    copy_text(mapper, model, first_position(config), layers)
+    others = [rf"encoder\.layer\.{layer}\." for layer in range(stored) if layer not in layers]
+    mapper.assert_all_used([*UNUSED_TEXT, *others, *TIED, *unused])
 
 
-def copy_text(taken: WeightMapper, model: UnifiedModel, first: int, layers: tuple[int, ...]) -> None:
+def copy_text(mapper: WeightMapper, model: "UnifiedModel", first: int, layers: tuple[int, ...]) -> None:
     """The text path from tensors `embeddings.*`, `encoder.layer.N.*` and those of a masked-language head.
 
     Args:
@@ -168,34 +185,35 @@ def copy_text(taken: WeightMapper, model: UnifiedModel, first: int, layers: tupl
             self-attention.
     """
     with torch.no_grad():
-        taken.copy(model.embedding.word.weight, "embeddings.word_embeddings.weight")
-        positions = taken("embeddings.position_embeddings.weight")[first:]
-        token_type = taken("embeddings.token_type_embeddings.weight")[0]
-        place = model.embedding.position.weight
-        if len(positions) < len(place):
+        mapper.copy(model.embedding.word.weight, "embeddings.word_embeddings.weight")
+        positions = mapper("embeddings.position_embeddings.weight")[first:]
+        token_type = mapper("embeddings.token_type_embeddings.weight")[0]
+        own = model.embedding.position.weight
+        if len(positions) < len(own):
             raise UserError(
-                f"{taken.folder}: {len(positions)} positions, the model wants {len(place)}; "
+                f"{mapper.folder}: {len(positions)} positions, the model wants {len(own)}; "
                 f"set model.positions={len(positions)}"
             )
-        place.copy_(positions[: len(place)] + token_type)
-        taken.copy_layer(model.embedding.norm, "embeddings.LayerNorm")
+        # every text is of type 0 here, so its vector may as well be part of the positions
+        own.copy_(positions[: len(own)] + token_type)
+        mapper.copy_layer(model.embedding.norm, "embeddings.LayerNorm")
         for block, layer in zip([*model.text.blocks, *model.fusion.blocks], layers, strict=True):
-            copy_block(taken, block, layer)
-        _copy_masked_head(taken, model)
+            copy_block(mapper, block, layer)
+        _copy_masked_head(mapper, model)
 
 
-def _choose_layers(config: ModelConfig, there: int, folder: Path | str) -> tuple[int, ...]:
-    """The first layers of `there` for the text encoder, the last for the unified one."""
+def _choose_layers(config: "ModelConfig", stored: int, folder: Path | str) -> tuple[int, ...]:
+    """The first of so many layers for the text encoder, the last for the unified one."""
     text, fusion = config.text_layers, config.fusion_layers
-    if there < text + fusion:
+    if stored < text + fusion:
         raise UserError(
-            f"{folder}: {there} layers, the model wants {text + fusion}; set model.text_layers and "
+            f"{folder}: {stored} layers, the model wants {text + fusion}; set model.text_layers and "
             "fusion_layers"
         )
-    return (*range(text), *range(there - fusion, there))
+    return (*range(text), *range(stored - fusion, stored))
 
 
-def load_vision(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...] = ()) -> None:
+def load_vision(model: "UnifiedModel", folder: Path | str, unused: tuple[str, ...] = ()) -> None:
     """Fill the image encoder of `model` from a ViT checkpoint folder, or a Swin one; position embeddings are
     interpolated (bicubic) to the model's resolution. Arguments and errors as in `load_text`."""
     if model.config.swin:
@@ -206,33 +224,35 @@ def load_vision(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...]
     patch = model.vision.patch
     if config.get("patch_size", patch) != patch:
         raise UserError(f"{folder}: patch {config['patch_size']}, the model wants {patch}; set model.patch")
-    taken = WeightMapper(weights, folder)
-    copy_vision(taken, model)
-    taken.assert_all_used([*UNUSED_VISION, *unused])
+    mapper = WeightMapper(weights, folder)
+    copy_vision(mapper, model)
+    mapper.assert_all_used([*UNUSED_VISION, *unused])
 
 
-def copy_vision(taken: WeightMapper, model: UnifiedModel) -> None:
+def copy_vision(mapper: WeightMapper, model: "UnifiedModel") -> None:
     """The image encoder, a ViT, from tensors named as in `transformers`."""
     vision = model.vision
     with torch.no_grad():
-        vision.cls.copy_(taken("embeddings.cls_token").view(-1))
+        vision.cls.copy_(mapper("embeddings.cls_token").view(-1))
         vision.position.copy_(
-            interpolate(taken("embeddings.position_embeddings")[0], len(vision.position) - 1)
+            interpolate(mapper("embeddings.position_embeddings")[0], len(vision.position) - 1)
         )
-        kernel = taken("embeddings.patch_embeddings.projection.weight")  # (d, 3, P, P) -> (d, P, P, 3)
+        # a convolution's kernel (d, 3, P, P) as a matrix over patches, whose pixels are (P, P, 3)
+        kernel = mapper("embeddings.patch_embeddings.projection.weight")
         vision.patch_embedding.weight.copy_(kernel.permute(0, 2, 3, 1).reshape(len(kernel), -1))
-        taken.copy(vision.patch_embedding.bias, "embeddings.patch_embeddings.projection.bias")
+        mapper.copy(vision.patch_embedding.bias, "embeddings.patch_embeddings.projection.bias")
         for i, block in enumerate(vision.blocks):
             at = f"encoder.layer.{i}"
-            taken.copy_layer(block.attention_norm, f"{at}.layernorm_before")
-            taken.copy_layer(block.output_norm, f"{at}.layernorm_after")
-            taken.copy_attention(block.attention, f"{at}.attention.attention", f"{at}.attention.output.dense")
-            taken.copy_layer(block.intermediate, f"{at}.intermediate.dense")
-            taken.copy_layer(block.output, f"{at}.output.dense")
-        taken.copy_layer(vision.norm, "layernorm")
+            mapper.copy_layer(block.attention_norm, f"{at}.layernorm_before")
+            mapper.copy_layer(block.output_norm, f"{at}.layernorm_after")
+            names = (f"{at}.attention.attention.{part}" for part in ("query", "key", "value"))
+            mapper.copy_attention(block.attention, *names, f"{at}.attention.output.dense")
+            mapper.copy_layer(block.intermediate, f"{at}.intermediate.dense")
+            mapper.copy_layer(block.output, f"{at}.output.dense")
+        mapper.copy_layer(vision.norm, "layernorm")
 
 
-def _load_swin(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...]) -> None:
+def _load_swin(model: "UnifiedModel", folder: Path | str, unused: tuple[str, ...]) -> None:
     """`transformers` itself reads the folder, since it knows older names of the tensors."""
     from transformers import SwinModel
 
@@ -242,62 +262,56 @@ def _load_swin(model: UnifiedModel, folder: Path | str, unused: tuple[str, ...])
         raise UserError(f"{folder}: no Swin is read there ({' '.join(str(e).split())[:200]})") from None
     weights = {k: v for k, v in swin.state_dict().items() if k not in report["missing_keys"]}
     require_finite_file(folder, weights)
-    left = {k: torch.empty(0) for k in report["unexpected_keys"]}  # for `assert_all_used` to name
-    taken = WeightMapper(weights | left, folder)
-    copy_swin(taken, model)
-    taken.assert_all_used([*UNUSED_VISION, *unused])
+    # for `assert_all_used` to name
+    unexpected = {k: torch.empty(0) for k in report["unexpected_keys"]}
+    mapper = WeightMapper(weights | unexpected, folder)
+    copy_swin(mapper, model)
+    mapper.assert_all_used([*UNUSED_VISION, *unused])
 
 
-def copy_swin(taken: WeightMapper, model: UnifiedModel) -> None:
+def copy_swin(mapper: WeightMapper, model: "UnifiedModel") -> None:
     """The image encoder, a Swin, from tensors named as in `transformers`; biases of relative positions are
     interpolated to the model's windows."""
     with torch.no_grad():
         for name, value in model.vision.swin.state_dict().items():
-            if name.endswith("relative_position_bias_table") and name in taken.weights:
-                taken.weights[name] = interpolate_bias(taken.weights[name], len(value))
-            taken.copy(value, name)
+            if name.endswith("relative_position_bias_table") and name in mapper.weights:
+                mapper.weights[name] = interpolate_bias(mapper.weights[name], len(value))
+            mapper.copy(value, name)
 
 
-def load_encoders(folder: Path | str, vision: Path | str | None = None) -> UnifiedModel:
-    """A unified model as large as the XLM-R or BERT folder, filled from it; its image encoder is `vision`, a
-    ViT folder, or random."""
-    model = UnifiedModel(text_config(folder, vision))
-    load_text(model, folder)
-    if vision:
-        load_vision(model, vision)
-    return model
-
-
-def copy_block(taken: WeightMapper, block: nn.Module, layer: int) -> None:
+def copy_block(mapper: WeightMapper, block: Block, layer: int) -> None:
     """A block from the tensors `encoder.layer.LAYER.*`; its cross-attention, where the checkpoint has none,
-    from that of self- attention."""
+    from that of self-attention."""
     at = f"encoder.layer.{layer}"
     attentions = [(block.attention, block.attention_norm, "attention")]
-    if hasattr(block, "cross_attention"):
-        cross = "crossattention" if f"{at}.crossattention.self.query.weight" in taken.weights else "attention"
+    if block.cross:
+        cross = (
+            "crossattention" if f"{at}.crossattention.self.query.weight" in mapper.weights else "attention"
+        )
         attentions.append((block.cross_attention, block.cross_norm, cross))
     for attention, norm, name in attentions:
-        taken.copy_attention(attention, f"{at}.{name}.self", f"{at}.{name}.output.dense")
-        taken.copy_layer(norm, f"{at}.{name}.output.LayerNorm")
-    taken.copy_layer(block.intermediate, f"{at}.intermediate.dense")
-    taken.copy_layer(block.output, f"{at}.output.dense")
-    taken.copy_layer(block.output_norm, f"{at}.output.LayerNorm")
+        parts = (f"{at}.{name}.self.{part}" for part in ("query", "key", "value"))
+        mapper.copy_attention(attention, *parts, f"{at}.{name}.output.dense")
+        mapper.copy_layer(norm, f"{at}.{name}.output.LayerNorm")
+    mapper.copy_layer(block.intermediate, f"{at}.intermediate.dense")
+    mapper.copy_layer(block.output, f"{at}.output.dense")
+    mapper.copy_layer(block.output_norm, f"{at}.output.LayerNorm")
 
 
-def _copy_masked_head(taken: WeightMapper, model: UnifiedModel) -> None:
+def _copy_masked_head(mapper: WeightMapper, model: "UnifiedModel") -> None:
     head = model.masked_head
-    if any(name.startswith("lm_head.") for name in taken.weights):
+    if any(name.startswith("lm_head.") for name in mapper.weights):
         lm, transform, norm = "lm_head", "lm_head", "layer_norm"
-    elif any(name.startswith("cls.predictions.") for name in taken.weights):
+    elif any(name.startswith("cls.predictions.") for name in mapper.weights):
         lm, transform, norm = "cls.predictions", "cls.predictions.transform", "LayerNorm"
     else:
         log.warning(
-            "%s: no masked-language head (lm_head or cls.predictions); it stays as initialised", taken.folder
+            "%s: no masked-language head (lm_head or cls.predictions); it stays as initialised", mapper.folder
         )
         return
-    taken.copy_layer(head.dense, f"{transform}.dense")
-    taken.copy_layer(head.norm, f"{transform}.{norm}")
-    taken.copy(head.bias, f"{lm}.bias")
+    mapper.copy_layer(head.dense, f"{transform}.dense")
+    mapper.copy_layer(head.norm, f"{transform}.{norm}")
+    mapper.copy(head.bias, f"{lm}.bias")
 
 
 def first_position(config: dict) -> int:

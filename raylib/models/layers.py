@@ -1,11 +1,10 @@
-"""Attention and the transformer block of the text and unified encoders.
+"""Attention, the transformer block, and stacks of blocks: the text encoder and the unified encoder.
 
-Everything is flat: tokens of all rows end to end; a `Plan` says which belong together.
+Everything is flat: tokens of all rows end to end; a `Plan` (`raylib.packed`) says which belong together.
 
-Shape legend: n rows of a run, S keys, Q queries, d width, h heads, e = d / h; T tokens, R tokens that ask.
-
-
-Text encoder and unified encoder: stacks of blocks over ragged rows."""
+Shape legend: n rows of a bucket, S keys, Q queries of each, d width, h heads, e = d / h; T tokens in all, R
+tokens of an output mask, C tokens of a memory.
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raylib.errors import UserError
 from raylib.packed import Plan, Ragged, join_rows, plan_attention
 
 # cuDNN, PyTorch's first choice on Hopper, builds a graph for each new shape, and packed batches bring new
@@ -23,6 +21,10 @@ from raylib.packed import Plan, Ragged, join_rows, plan_attention
 # (benchmarks/results/gpu.jsonl). The setting is the process's, so it holds for evaluation and for the
 # encoders of `transformers` too.
 torch.backends.cuda.enable_cudnn_sdp(False)
+
+# On a CPU, rows run in chunks whose widest activation is so many floats: larger ones leave the cache, and
+# malloc maps and unmaps them page by page.
+CHUNK = 2**23
 
 
 class Attention(nn.Module):
@@ -44,21 +46,25 @@ class Attention(nn.Module):
             # PyTorch's CPU kernel takes ten times as long backward in bf16 as in float32
             # (`benchmarks/README.md`)
             queries, key_value = queries.float(), key_value.float()
+        # within a bucket each row gets as many queries as its longest: empty cells hold some token's query,
+        # whose output is never picked up again
         if plan.pad_index is not None:
             queries = queries.index_select(0, plan.pad_index)
-        dropout, out = self.dropout if self.training else 0.0, []
-        asked = queries.split([n * q for n, q, _ in plan.buckets])
-        seen = key_value.split([n * s for n, _, s in plan.buckets])
+        bucket_queries = queries.split([n * q for n, q, _ in plan.buckets])
+        bucket_keys = key_value.split([n * s for n, _, s in plan.buckets])
+        dropout, outputs = self.dropout if self.training else 0.0, []
+        # all rows of a bucket have equally many keys, so no key is padded and there is no mask, for which
+        # the fast kernels would not run
         with torch.autocast(x.device.type, enabled=False):
-            for (n, q, s), mine, theirs in zip(plan.buckets, asked, seen, strict=True):
+            for (n, q, s), q_nqd, kv_nsd in zip(plan.buckets, bucket_queries, bucket_keys, strict=True):
                 if q:
-                    mine = mine.view(n, q, h, d // h).transpose(1, 2)
-                    keys, values = theirs.view(n, s, 2, h, d // h).permute(2, 0, 3, 1, 4)
-                    run = F.scaled_dot_product_attention(
-                        mine, keys, values, dropout_p=dropout, is_causal=plan.causal
+                    q_nhqe = q_nqd.view(n, q, h, d // h).transpose(1, 2)
+                    k_nhse, v_nhse = kv_nsd.view(n, s, 2, h, d // h).permute(2, 0, 3, 1, 4)
+                    out = F.scaled_dot_product_attention(
+                        q_nhqe, k_nhse, v_nhse, dropout_p=dropout, is_causal=plan.causal
                     )
-                    out.append(run.transpose(1, 2).reshape(n * q, d))
-        out = torch.cat(out)
+                    outputs.append(out.transpose(1, 2).reshape(n * q, d))
+        out = torch.cat(outputs)
         return self.output(out if plan.unpad_index is None else out.index_select(0, plan.unpad_index))
 
 
@@ -68,6 +74,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, feedforward: int, dropout: float, eps: float, cross: bool):
         super().__init__()
+        self.cross = cross
         self.attention = Attention(width, heads, dropout)
         self.attention_norm = nn.LayerNorm(width, eps)
         if cross:
@@ -79,30 +86,33 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, plan: Plan, memory: tuple[Tensor, Plan] | None = None, read: Tensor | None = None
+        self,
+        x: Tensor,
+        plan: Plan,
+        memory: tuple[Tensor, Plan] | None = None,
+        output_index: Tensor | None = None,
     ) -> Tensor:
-        """x (T, d) -> (T, d), or (R, d) at the tokens `read` (R,) alone, which are then those that `plan` has
-        as queries.
+        """x (T, d) -> (T, d), or (R, d) at the tokens `output_index` (R,) alone, which are then those that
+        `plan` has as queries.
 
         `memory` is (projected keys and values (C, 2d), plan); None skips the cross-attention.
         """
         key_value = self.attention.key_value(x)
-        if read is not None:
-            x = x.index_select(0, read)
-        return self._finish(x, key_value, plan, memory)
+        if output_index is not None:
+            x = x.index_select(0, output_index)
+        return self._attend(x, key_value, plan, memory)
 
-    def beside(self, x: Tensor, rows: Ragged) -> Tensor:
+    def cross_row(self, x: Tensor, rows: Ragged) -> Tensor:
         """x (n, d) -> (n, d): token i attends to row i of n, and is not part of it."""
+        # a plan wants rows by ascending length; the outputs go back into the order in which tokens came
         order = rows.lengths.argsort(stable=True)
-        sorted_rows, place = rows.select_rows(order), order.to(x.device)
+        sorted_rows, index = rows.select_rows(order), order.to(x.device)
         plan = plan_attention(sorted_rows.lengths, torch.ones_like(order), x.device)
-        made = self._finish(
-            x.index_select(0, place), self.attention.key_value(sorted_rows.values), plan, None
-        )
-        return made.index_select(0, place.argsort())
+        key_value = self.attention.key_value(sorted_rows.values)
+        return self._attend(x.index_select(0, index), key_value, plan, None).index_select(0, index.argsort())
 
-    def _finish(self, x: Tensor, key_value: Tensor, plan: Plan, memory: tuple[Tensor, Plan] | None) -> Tensor:
-        """Tokens that ask (R, d) and what self-attention sees -> (R, d)."""
+    def _attend(self, x: Tensor, key_value: Tensor, plan: Plan, memory: tuple[Tensor, Plan] | None) -> Tensor:
+        """Queries (R, d) and the keys and values of self-attention -> (R, d)."""
         x = self.attention_norm(x + self.dropout(self.attention(x, key_value, plan)))
         if memory is not None:
             x = self.cross_norm(x + self.dropout(self.cross_attention(x, *memory)))
@@ -123,14 +133,9 @@ def init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.5 * module.embedding_dim**-0.5)
 
 
-# On a CPU, rows run in chunks whose widest activation is so many floats: larger ones leave the cache, and
-# malloc maps and unmaps them page by page.
-CHUNK = 2**23
-
-
 class Memory(NamedTuple):
-    """What rows attend to: `states` of images or sentences, and for each text row the state row (n,) it sees
-    (CPU)."""
+    """What rows attend to: `states` of images or sentences, and for each text row the state row (n,) it
+    attends to (CPU)."""
 
     states: Ragged
     rows: Tensor
@@ -149,21 +154,21 @@ class TextEmbedding(nn.Module):
 
     def forward(self, ids: Ragged) -> Tensor:
         """ids (T,) -> (T, d)."""
-        return self.place(ids.with_values(self.word(ids.values)))
+        return self.add_positions(ids.with_values(self.word(ids.values)))
 
-    def place(self, words: Ragged) -> Tensor:
+    def add_positions(self, words: Ragged) -> Tensor:
         """Word embeddings (T, d) -> with their positions, normed (T, d)."""
-        place = torch.arange(len(words.values)) - torch.repeat_interleave(words.starts, words.lengths)
-        place = place.to(words.values.device, non_blocking=True)
-        return self.dropout(self.norm(words.values + self.position(place)))
+        position = torch.arange(len(words.values)) - torch.repeat_interleave(words.starts, words.lengths)
+        position = position.to(words.values.device, non_blocking=True)
+        return self.dropout(self.norm(words.values + self.position(position)))
 
 
 class Encoder(nn.Module):
-    """A stack of `Block`s over ragged rows.
+    """A stack of `Block`s over packed rows.
 
     With `cross` the blocks attend to the memory by layers of their own; without (the paper's ablation "w/o
-    uni-arch") a memory is appended to the row and one self-attention sees both. With `causal` (set on a
-    copy by `finetune.decoder`) a token sees nothing of its row that comes after it, and all tokens are read.
+    uni-arch") a memory is appended to the row and one self-attention sees both. With `causal` (set on a copy
+    by `finetune.decoder`) a token sees nothing of its row that comes after it, and all tokens are output.
     """
 
     causal = False
@@ -177,45 +182,50 @@ class Encoder(nn.Module):
             Block(width, heads, feedforward, dropout, eps, cross) for _ in range(layers)
         )
 
-    def forward(self, text: Ragged, read: Tensor | None = None, memory: Memory | None = None) -> Tensor:
+    def forward(
+        self, text: Ragged, output_mask: Tensor | None = None, memory: Memory | None = None
+    ) -> Tensor:
         """States after the last block.
 
         Args:
             text: values (T, d).
-            read: (T,) bool on the CPU; the last block computes these tokens alone. None: all of them.
+            output_mask: (T,) bool on the CPU; the last block computes these tokens alone. None: all of them.
             memory: seen by cross-attention; None skips it.
         Returns:
-            (R, d), the read tokens in flat order; (T, d) when all are read.
+            (R, d), the tokens of the mask in flat order; (T, d) without one.
         """
         if memory is not None and not self.cross:
-            text, read = _entangle(text, read, memory)
+            text, output_mask = _append_memory(text, output_mask, memory)
             memory = None
         device = text.values.device
-        assert read is None or not self.causal, "a causal mask lines up with all queries alone"
-        read = torch.ones(len(text.values), dtype=torch.bool) if read is None else read
+        assert output_mask is None or not self.causal, "a causal mask lines up with all queries alone"
+        output_mask = torch.ones(len(text.values), dtype=torch.bool) if output_mask is None else output_mask
+        # once for all chunks and all rows that attend to the same image
         projected = [b.cross_attention.key_value(memory.states.values) for b in self.blocks] if memory else []
-        outputs, places = [], []
+        outputs, tokens_of_outputs = [], []
         for rows in self._chunks(text.lengths, device):
             tokens = text.token_index(rows)
-            wanted = read[tokens]
-            if wanted.any():
-                seen = memory and Memory(memory.states, memory.rows[rows])
-                chosen = Ragged(text.values.index_select(0, tokens.to(device)), text.lengths[rows])
-                outputs.append(self._run(chosen, wanted, seen, projected))
-                places.append(tokens[wanted])
+            chunk_mask = output_mask[tokens]
+            if chunk_mask.any():
+                chunk = Ragged(text.values.index_select(0, tokens.to(device)), text.lengths[rows])
+                chunk_memory = memory and Memory(memory.states, memory.rows[rows])
+                outputs.append(self._run(chunk, chunk_mask, chunk_memory, projected))
+                tokens_of_outputs.append(tokens[chunk_mask])
         if not outputs:
             return text.values[:0]
-        return torch.cat(outputs).index_select(0, torch.cat(places).argsort().to(device, non_blocking=True))
+        # chunks took the rows by length: back into the order of the flat tokens
+        order = torch.cat(tokens_of_outputs).argsort().to(device, non_blocking=True)
+        return torch.cat(outputs).index_select(0, order)
 
-    def after(self, text: Ragged, layers: Sequence[int], memory: Memory | None = None) -> list[Ragged]:
+    def layer_states(self, text: Ragged, layers: Sequence[int], memory: Memory | None = None) -> list[Ragged]:
         """States of all tokens, as rows (T, d), after each of `layers`: rising, the lowest is 1."""
-        found = []
+        states = []
         for low, high in pairwise([0, *layers]):
             part = Encoder(0, 0, 0, 0, 0.0, 0.0, self.cross)
             part.blocks = self.blocks[low:high]  # the stack's own, not copies
             text = text.with_values(part(text, None, memory))
-            found.append(text)
-        return found
+            states.append(text)
+        return states
 
     def _chunks(self, lengths: Tensor, device: torch.device) -> list[Tensor]:
         """Rows by ascending length, in chunks that run at once."""
@@ -226,58 +236,55 @@ class Encoder(nn.Module):
         chunk = (lengths[rows].cumsum(0) - 1) // size
         return list(rows.split(chunk.unique_consecutive(return_counts=True)[1].tolist()))
 
-    def _run(self, text: Ragged, read: Tensor, memory: Memory | None, projected: list[Tensor]) -> Tensor:
-        """All blocks over rows of ascending length -> (R, d). `projected`: the memory's keys and values,
-        by block."""
+    def _run(
+        self, text: Ragged, output_mask: Tensor, memory: Memory | None, projected: list[Tensor]
+    ) -> Tensor:
+        """All blocks over rows of ascending length -> (R, d). `projected`: the memory's keys and values, by
+        block."""
         device, x, lengths = text.values.device, text.values, text.lengths
-        whole = bool(read.all())
-        columns = None if whole else read.nonzero().squeeze(1).to(device, non_blocking=True)
-        counts = (
-            lengths if whole else read.cumsum(0)[lengths.cumsum(0) - 1].diff(prepend=lengths.new_zeros(1))
-        )
-        # queries of the first layers, of the last: which may be the same, or the only one
-        asked = [counts] if whole or len(self.blocks) == 1 else [lengths, counts]
-        plans = [plan_attention(lengths, n, device)._replace(causal=self.causal) for n in asked]
+        is_whole = bool(output_mask.all())
+        output_index = None if is_whole else output_mask.nonzero().squeeze(1).to(device, non_blocking=True)
+        counts = lengths
+        if not is_whole:  # how many tokens of each row are output
+            counts = output_mask.cumsum(0)[lengths.cumsum(0) - 1].diff(prepend=lengths.new_zeros(1))
+        # All tokens are queries but in the last layer, where those of the mask alone are: so two plans serve
+        # all layers, or one where these are the same, or where the last layer is the only one.
+        queries = [counts] if is_whole or len(self.blocks) == 1 else [lengths, counts]
+        plans = [plan_attention(lengths, n, device)._replace(causal=self.causal) for n in queries]
         if memory is not None:
-            seen, rank = _order(memory)
-            keys = memory.states.token_index(seen).to(device, non_blocking=True)
-            crosses = [_plan_cross(memory.states.lengths[seen], rank, n, device) for n in asked]
+            used, rank = _used_rows(memory)
+            memory_tokens = memory.states.token_index(used).to(device, non_blocking=True)
+            cross_plans = [_plan_cross(memory.states.lengths[used], rank, n, device) for n in queries]
         for i, block in enumerate(self.blocks):
-            last = i == len(self.blocks) - 1
-            place = -1 if last else 0
-            cross = (projected[i].index_select(0, keys), crosses[place]) if memory is not None else None
-            x = block(x, plans[place], cross, columns if last else None)
+            is_last = i == len(self.blocks) - 1
+            which = -1 if is_last else 0
+            cross = None
+            if memory is not None:
+                cross = projected[i].index_select(0, memory_tokens), cross_plans[which]
+            x = block(x, plans[which], cross, output_index if is_last else None)
         return x
 
 
-def check_layers(layers: Sequence[int], model: nn.Module) -> None:
-    """Raises UserError: `layers` are not some of the layers of `model`, rising."""
-    if not layers or any(low >= high for low, high in pairwise([0, *layers, model.num_layers + 1])):
-        raise UserError(
-            f"layers {list(layers)}: {model.kind} has layers 1 to {model.num_layers}; name some, each once, "
-            "rising"
-        )
-
-
-def _order(memory: Memory) -> tuple[Tensor, Tensor]:
-    """The memory's rows that are seen, by ascending length (m,), and for each text row its place among
-    them (n,)."""
-    seen, place = memory.rows.unique(return_inverse=True)
-    order = memory.states.lengths[seen].argsort(stable=True)
-    return seen[order], order.argsort()[place]
+def _used_rows(memory: Memory) -> tuple[Tensor, Tensor]:
+    """The memory's rows that any text attends to, by ascending length (m,), and for each text row the place
+    of its own among them (n,)."""
+    used, index = memory.rows.unique(return_inverse=True)
+    order = memory.states.lengths[used].argsort(stable=True)
+    return used[order], order.argsort()[index]
 
 
 def _plan_cross(keys: Tensor, rows: Tensor, counts: Tensor, device: torch.device) -> Plan:
-    """Plan for memory rows with so many `keys` (m,): all text rows that see one of them ask together.
-    `rows` (n,): the memory row that each text row sees; `counts` (n,): its queries."""
+    """Plan for memory rows with so many `keys` (m,): the queries of all text rows that attend to one of them
+    are together. `rows` (n,): the memory row of each text row; `counts` (n,): its queries."""
     queries = torch.zeros_like(keys).index_add_(0, rows, counts)
     tokens = Ragged(rows, counts).token_index(rows.argsort(stable=True))
     return plan_attention(keys, queries, device, tokens)
 
 
-def _entangle(text: Ragged, read: Tensor | None, memory: Memory) -> tuple[Ragged, Tensor]:
-    """Each row with its memory appended; only text tokens are read."""
-    seen = memory.states.select_rows(memory.rows)
-    read = torch.ones(len(text.values), dtype=torch.bool) if read is None else read
-    unread = torch.zeros(len(seen.values), dtype=torch.bool)
-    return join_rows(text, seen), join_rows(text.with_values(read), seen.with_values(unread)).values
+def _append_memory(text: Ragged, output_mask: Tensor | None, memory: Memory) -> tuple[Ragged, Tensor]:
+    """Each row with its memory appended; only text tokens are output."""
+    appended = memory.states.select_rows(memory.rows)
+    text_mask = torch.ones(len(text.values), dtype=torch.bool) if output_mask is None else output_mask
+    no_output = torch.zeros(len(appended.values), dtype=torch.bool)
+    masks = join_rows(text.with_values(text_mask), appended.with_values(no_output))
+    return join_rows(text, appended), masks.values

@@ -206,7 +206,7 @@ def put(model: nn.Module, method: str, settings: Mapping[str, Any]) -> None:
 
 def described(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What was put into the model: {method: settings}."""
-    return getattr(_backbone(model), "tuning", {})
+    return model.backbone.tuning
 
 
 def restore(model: nn.Module, description: Mapping[str, Mapping[str, Any]]) -> None:
@@ -334,4 +334,4 @@ def text_embedding(model: nn.Module) -> nn.Module:
 
 def _backbone(model: nn.Module) -> nn.Module:
     """What a task's head stands on, or the model itself."""
-    return getattr(model, "backbone", model)
+    return model.backbone

@@ -1,61 +1,109 @@
-"""What backbones share in which text and picture meet in every layer of one stack.
-
-Single-stream models: one stack of self-attention over a text's tokens and a picture's regions, as one row.
+"""Single-stream models: one stack of self-attention over a text's tokens and an image's regions, as one row.
 
 UC2 (Zhou et al. 2021), M3P (Ni et al. 2021), and mUNITER and xUNITER (Liu et al. 2021, through VOLTA) differ
 in how a row is laid out and embedded, and in what is read from it; each difference is a field of
-`SingleStreamConfig`, its values for each of them are in `LAYOUTS`.
+`SingleStreamConfig`, its values for each of them are in `LAYOUTS`. OSCAR is in `raylib.models.oscar`.
 
     text-first row     CLS, words, SEP, regions      the CLS is read
     regions-first row  regions, CLS, words, SEP      the first region is read (M3P: its pooler takes the row's
-                       first token)
-    "product"          as text-first, with a region of the whole picture before the others; CLS and it are
-                       read
+                                                     first token)
+    "product"          as text-first, with a region of the whole image before the others; CLS and it are read
 
-Token types are constants of a text and of a picture. Those of texts are folded into the positions, those of
+Token types are constants of a text and of an image. Those of texts are folded into the positions, those of
 regions into the layer norm before which they are added (`raylib.models.single_stream_weights`).
+
+Shape legend: n texts, W tokens of texts, R regions, T tokens of rows; f features of a region, d width.
 """
 
-from typing import ClassVar, Literal
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
-from raylib.config import Config
+from raylib.config import Config, validate
 from raylib.errors import UserError
+from raylib.models.base import RegionBackbone
 from raylib.models.layers import Encoder, TextEmbedding, init_weights
+from raylib.models.single_stream_weights import read_single_stream
 from raylib.packed import Ragged, first_tokens, join_rows
 
+# Numbers behind a region's features, as readers give them: x1, y1, x2, y2, width, height, area, as shares of
+# the image. A layout takes all, or some of them.
+REGION_BOX_DIM = 7
+BOX_COLUMNS = {5: (0, 1, 2, 3, 6), 7: (0, 1, 2, 3, 4, 5, 6)}
+WHOLE_IMAGE_BOX = (0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 
-class Stack(nn.Module):
-    """Has an `embedding` of texts, `regions` that embeds pictures, or None, an `encoder`, and `poolers` by
-    name; `config` has its sizes. `region_embedding`: the class of `regions`, made from a config."""
 
-    kind: str
-    num_fusion_layers = 0
-    poolers: ClassVar[tuple[str, ...]] = ("pooler",)
-    region_embedding: ClassVar[type[nn.Module]]
+class RegionEmbedding(nn.Module):
+    """Region features and their boxes, each by a linear map, added (UNITER's image embedding).
 
-    @property
-    def num_layers(self) -> int:
-        return self.config.layers
+    box_dim: how many of the 7 numbers of a box are taken. part_norms: features and boxes have a layer norm
+    each before they are added. unit_length: both are scaled to length 1 first.
+    """
 
-    def depth_of(self, name: str) -> int | None:
-        """Of the parameter `name`: 1 ... `num_layers` bottom up, 0 for the embeddings of text and regions,
-        None for poolers."""
-        part, _, rest = name.partition(".")
-        if part in ("embedding", "regions"):
-            return 0
-        return int(rest.split(".")[1]) + 1 if part == "encoder" else None
+    def __init__(
+        self,
+        features: int,
+        width: int,
+        box_dim: int = REGION_BOX_DIM,
+        eps: float = 1e-5,
+        part_norms: bool = True,
+        unit_length: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.box_dim, self.part_norms, self.unit_length = box_dim, part_norms, unit_length
+        self.feature = nn.Linear(features, width)
+        self.location = nn.Linear(box_dim, width)
+        if part_norms:
+            self.feature_norm = nn.LayerNorm(width, eps)
+            self.location_norm = nn.LayerNorm(width, eps)
+        self.norm = nn.LayerNorm(width, eps)
+        self.dropout = nn.Dropout(dropout)
 
-    def prunable(self) -> list[str]:
-        """Names of the matrices of the stack and its poolers (paper 0 counts the pooler in)."""
-        parts = ("encoder", *self.poolers)
-        return [
-            name for name, p in self.named_parameters() if name.partition(".")[0] in parts and p.ndim == 2
-        ]
+    def forward(self, regions: Tensor) -> Tensor:
+        """Features and boxes side by side (R, f + 7) -> (R, d)."""
+        features, boxes = regions.split([regions.shape[1] - REGION_BOX_DIM, REGION_BOX_DIM], 1)
+        boxes = boxes[:, BOX_COLUMNS[self.box_dim]]
+        if self.unit_length:
+            features, boxes = F.normalize(features, dim=1), F.normalize(boxes, dim=1)
+        features, boxes = self.feature(features), self.location(boxes)
+        if self.part_norms:
+            features, boxes = self.feature_norm(features), self.location_norm(boxes)
+        return self.dropout(self.norm(features + boxes))
+
+
+class SingleStreamBackbone(RegionBackbone):
+    """Text and image meet in every layer of one stack.
+
+    It has an `embedding` of texts, `regions` that embeds regions, or None before it has seen any, an
+    `encoder`, and poolers.
+    """
+
+    embedding_names = ("embedding", "regions")
+    layer_names = ("encoder.blocks",)
+    pooler_names = ("pooler",)
+
+    embedding: TextEmbedding
+    regions: nn.Module | None
+    encoder: Encoder
+    pooler: nn.Linear
+
+    @abstractmethod
+    def region_embedding(self) -> nn.Module:
+        """What embeds regions, as the config says."""
+
+    @abstractmethod
+    def joint_rows(self, text: Ragged, memory: Any) -> Ragged:
+        """Ids (W,) and the memory of each text -> rows as they enter the stack (T, d)."""
+
+    def freezable_parts(self) -> dict[str, nn.Module]:
+        return {"embeddings": self.embedding}
 
     def set_region_dim(self, features: int) -> None:
         """Make the model take region features so wide; what embeds them is new if it has seen none yet.
@@ -65,23 +113,26 @@ class Stack(nn.Module):
         """
         if self.regions is None:
             self.config = self.config.model_copy(update={"features": features})
-            self.regions = (
-                self.region_embedding(self.config)
-                .apply(init_weights)
-                .to(self.pooler.weight)
-                .train(self.training)
-            )
+            regions = self.region_embedding().apply(init_weights)
+            self.regions = regions.to(self.pooler.weight).train(self.training)
         if features != self.config.features:
             raise UserError(
                 f"the region features are {features} wide, this {self.kind} was trained on "
                 f"{self.config.features}; set regions= to features of its detector"
             )
 
+    def joint_states(self, text: Ragged, memory: Any) -> Ragged:
+        rows = self.joint_rows(text, memory)
+        return rows.with_values(self.encoder(rows))
 
-# numbers that come with a region's features: x1, y1, x2, y2, width, height, area, as shares of the picture
-PLACE = 7
-CHOSEN = {5: (0, 1, 2, 3, 6), 7: (0, 1, 2, 3, 4, 5, 6)}  # those that a layout takes
-WHOLE = (0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0)  # of the whole picture
+    def check_positions(self, lengths: Tensor, counted: str) -> None:
+        """Raises UserError: a row is longer than there are positions. `counted`: what is numbered."""
+        longest = max(lengths.tolist(), default=0)
+        if longest > self.config.positions:
+            raise UserError(
+                f"a row of {longest} {counted}, but {self.kind} has {self.config.positions} positions; lower "
+                "length="
+            )
 
 
 class SingleStreamConfig(Config):
@@ -96,7 +147,7 @@ class SingleStreamConfig(Config):
     first: what a row begins with.
     number_regions: positions number the whole row, and its layer norm covers regions too; else texts alone.
     part_norms: features and locations have a layer norm each before they are added.
-    whole_picture: a region of the whole picture, with the mean of the features, comes before the others.
+    whole_picture: a region of the whole image, with the mean of the features, comes before the others.
     pooler: from the row's first token, or from the CLS and the first region by a pooler each, multiplied.
     pooled: width of what the poolers make; None: as `width`. activation: after each.
     """
@@ -129,7 +180,9 @@ class SingleStreamConfig(Config):
         return self
 
 
-_VOLTA = {"locations": 5, "whole_picture": True, "pooler": "product", "pooled": 1024, "activation": "relu"}
+_VOLTA: dict[str, Any] = dict(
+    locations=5, whole_picture=True, pooler="product", pooled=1024, activation="relu"
+)
 
 LAYOUTS: dict[str, SingleStreamConfig] = {
     "uc2": SingleStreamConfig(embedding_eps=1e-5),
@@ -147,138 +200,164 @@ LAYOUTS: dict[str, SingleStreamConfig] = {
 }
 
 
-def tiny(layout: str) -> SingleStreamConfig:
-    """A layout at a size for tests."""
-    sizes = dict(vocabulary=12000, width=32, heads=2, feedforward=64, layers=2, positions=64, features=6)
+def _sizes(layout: str) -> dict[str, SingleStreamConfig]:
+    """A layout as published, and at a size for tests."""
+    tiny = dict(vocabulary=12000, width=32, heads=2, feedforward=64, layers=2, positions=64, features=6)
     pooled = LAYOUTS[layout].pooled and 48  # another width than the stack's, where the published one is
-    return LAYOUTS[layout].model_copy(update={**sizes, "pooled": pooled})
+    return {
+        "base": LAYOUTS[layout],
+        "tiny": LAYOUTS[layout].model_copy(update={**tiny, "pooled": pooled}),
+    }
 
 
-class RegionEmbedding(nn.Module):
-    """Region features and their locations, each by a linear map, added."""
+class SingleStream(SingleStreamBackbone):
+    """Texts and the regions, or the premises, that they are about, in one stack, as a layout says."""
 
-    def __init__(self, config: SingleStreamConfig):
-        super().__init__()
-        c = self.config = config
-        self.feature = nn.Linear(c.features, c.width)
-        self.location = nn.Linear(c.locations, c.width)
-        if c.part_norms:
-            self.feature_norm = nn.LayerNorm(c.width, c.embedding_eps)
-            self.location_norm = nn.LayerNorm(c.width, c.embedding_eps)
-        self.norm = nn.LayerNorm(c.width, c.embedding_eps)
-        self.dropout = nn.Dropout(c.dropout)
+    config_class = SingleStreamConfig
+    pooler_names = ("pooler", "region_pooler")
 
-    def forward(self, features: Tensor, locations: Tensor) -> Tensor:
-        """(R, f), (R, 7) -> (R, d)."""
-        locations = locations[:, CHOSEN[self.config.locations]]
-        if self.config.unit_length:
-            features, locations = F.normalize(features, dim=1), F.normalize(locations, dim=1)
-        features, locations = self.feature(features), self.location(locations)
-        if self.config.part_norms:
-            features, locations = self.feature_norm(features), self.location_norm(locations)
-        return self.dropout(self.norm(features + locations))
-
-
-class SingleStream(Stack):
-    """Texts and the regions, or the premises, that ground them, in one stack. A backbone of fine-tuning
-    (`raylib.models`)."""
-
-    poolers = ("pooler", "region_pooler")
-    region_embedding = RegionEmbedding
+    config: SingleStreamConfig
 
     def __init__(self, config: SingleStreamConfig):
-        super().__init__()
-        c = self.config = config
+        super().__init__(config)
+        c = config
         self.embedding = TextEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.embedding_eps)
-        self.regions = RegionEmbedding(c) if c.features else None
+        self.regions = self.region_embedding() if c.features else None
         self.encoder = Encoder(c.layers, c.width, c.heads, c.feedforward, c.dropout, c.eps, cross=False)
         self.pooler = nn.Linear(c.width, self.width)
         if c.pooler == "product":
             self.region_pooler = nn.Linear(c.width, self.width)
         self.apply(init_weights)
 
-    @property
-    def kind(self) -> str:
-        return self.config.layout
+    @classmethod
+    def import_weights(cls, path: Path | str, vision: Path | None = None) -> Self:
+        """From published weights, or an XLM-R or BERT folder (`raylib.models.single_stream_weights`).
+
+        Raises:
+            UserError: no weights there, or of no known format, or not of this layout; tensors missing, left
+                over or of another shape (they are listed).
+        """
+        if vision:
+            raise UserError(
+                f"vision= is for backbones with an image encoder; {cls.kind} sees region features, set "
+                "regions= instead"
+            )
+        weights = read_single_stream(cls.kind, Path(path))
+        sizes = {**LAYOUTS[cls.kind].model_dump(), **weights.sizes}
+        model = cls(validate(SingleStreamConfig, sizes, weights.where))
+        weights.fill(model)
+        return model
 
     @property
     def width(self) -> int:
         """Of the pooled states."""
         return self.config.pooled or self.config.width
 
-    def embed_regions(self, regions: Ragged) -> Ragged:
-        """Features and locations (R, f + 7) of each picture -> their embeddings (R', d), one more a picture
-        if the layout has a region of the whole one."""
-        if self.config.whole_picture:
-            regions = join_rows(_whole_pictures(regions), regions)
-        features, locations = regions.values.split([regions.values.shape[1] - PLACE, PLACE], 1)
-        return regions.with_values(self.regions(features, locations))
+    @property
+    def is_text_first(self) -> bool:
+        return self.config.first == "text"
 
-    def encode_text(self, ids: Ragged, read: Tensor | None = None) -> Tensor:
-        """Ids (T,) -> embedded tokens (T, d), or those in `read`: a premise as it enters the row, in the
-        place of regions. In this stack a text meets what grounds it in every layer, so nothing of it is
+    def region_embedding(self) -> RegionEmbedding:
+        c = self.config
+        assert c.features is not None
+        return RegionEmbedding(
+            c.features, c.width, c.locations, c.embedding_eps, c.part_norms, c.unit_length, c.dropout
+        )
+
+    def embed_regions(self, regions: Ragged, tags: Ragged | None = None) -> Ragged:
+        """Features and boxes (R, f + 7) of each image -> their embeddings (R', d), one more an image if the
+        layout has a region of the whole one."""
+        assert self.regions is not None and tags is None
+        if self.config.whole_picture:
+            regions = join_rows(_whole_images(regions), regions)
+        return regions.with_values(self.regions(regions.values))
+
+    def encode_text(self, ids: Ragged, output_mask: Tensor | None = None) -> Tensor:
+        """Ids (W,) -> embedded tokens (W, d), or those in `output_mask`: a premise as it enters the row, in
+        the place of regions. In this stack a text meets its memory in every layer, so nothing of it is
         encoded before."""
         words = self.embedding.word(ids.values)
-        states = words if self.config.number_regions else self.embedding.place(ids.with_values(words))
-        return states if read is None else states[read.to(states.device)]
+        # where positions number the whole row, they wait until it is laid out (`joint_rows`)
+        if not self.config.number_regions:
+            words = self.embedding.add_positions(ids.with_values(words))
+        return words if output_mask is None else words[output_mask.to(words.device)]
 
-    def fused_cls(self, text: Ragged, memory: Ragged | None, times: int = 1) -> Tensor:
-        """Pooled states of texts and what grounds them.
+    def fused_cls(self, text: Ragged, memory: Ragged | None, per_text: int = 1) -> Tensor:
+        """Pooled states of texts and their memory, embedded regions or premises; as in the base class.
 
-        Args:
-            text: ids, b rows. memory: embedded regions or premises, b x times rows: row i's are i times
-                ... . None: the row holds the text alone.
-        Returns:
-            (b times, width).
         Raises:
             UserError: a row is longer than there are positions.
         """
         tokens = text.with_values(self.encode_text(text))
-        if times > 1:
-            tokens = tokens.select_rows(torch.arange(len(text.lengths)).repeat_interleave(times))
+        if per_text > 1:
+            tokens = tokens.select_rows(torch.arange(len(text.lengths)).repeat_interleave(per_text))
         if memory is None:
-            self._check_length(tokens.lengths)
-            rows = self.embedding.place(tokens) if self.config.number_regions else tokens.values
-            return self._activate(
-                self.pooler(self.encoder(tokens.with_values(rows), first_tokens(tokens.lengths)))
-            )
-        parts, read = [tokens, memory], [first_tokens(tokens.lengths), first_tokens(memory.lengths)]
-        if self.config.first == "regions":
-            parts, read = parts[::-1], read[::-1]
+            rows = self._add_row_positions(tokens)
+            return self._activate(self.pooler(self.encoder(rows, first_tokens(rows.lengths))))
+        # what the poolers read: the first token of a row, or the first of each of its two halves
+        masks = [part.with_values(first_tokens(part.lengths)) for part in (tokens, memory)]
+        first, second = masks if self.is_text_first else masks[::-1]
         if self.config.pooler == "first":
-            read[1] = torch.zeros_like(read[1])
-        rows = join_rows(*parts)
-        wanted = join_rows(parts[0].with_values(read[0]), parts[1].with_values(read[1])).values
-        self._check_length(rows.lengths if self.config.number_regions else tokens.lengths)
-        if self.config.number_regions:
-            rows = rows.with_values(self.embedding.place(rows))
-        return self._pool(self.encoder(rows, wanted))
+            second = second.with_values(torch.zeros_like(second.values))
+        return self.pool(self.encoder(self._lay_out(tokens, memory), join_rows(first, second).values))
 
-    def _pool(self, states: Tensor) -> Tensor:
+    def joint_rows(self, text: Ragged, memory: Ragged) -> Ragged:
+        return self._lay_out(text.with_values(self.encode_text(text)), memory)
+
+    def _lay_out(self, tokens: Ragged, memory: Ragged) -> Ragged:
+        """Embedded tokens and what each text is about -> rows as they enter the stack."""
+        if not self.config.number_regions:
+            self.check_positions(tokens.lengths, "tokens")
+        return self._add_row_positions(
+            join_rows(tokens, memory) if self.is_text_first else join_rows(memory, tokens)
+        )
+
+    def _add_row_positions(self, rows: Ragged) -> Ragged:
+        """Rows with their positions, where these number the whole row."""
+        if not self.config.number_regions:
+            return rows
+        self.check_positions(rows.lengths, "tokens and regions")
+        return rows.with_values(self.embedding.add_positions(rows))
+
+    def pool(self, cls: Tensor) -> Tensor:
         """The read states (n, d), or (2n, d), two a row -> (n, width)."""
         if self.config.pooler == "first":
-            return self._activate(self.pooler(states))
-        return self._activate(self.pooler(states[::2])) * self._activate(self.region_pooler(states[1::2]))
+            return self._activate(self.pooler(cls))
+        return self._activate(self.pooler(cls[::2])) * self._activate(self.region_pooler(cls[1::2]))
 
     def _activate(self, states: Tensor) -> Tensor:
         return torch.tanh(states) if self.config.activation == "tanh" else torch.relu(states)
 
-    def _check_length(self, lengths: Tensor) -> None:
-        longest = max(lengths.tolist(), default=0)
-        if longest > self.config.positions:
-            counted = "tokens and regions" if self.config.number_regions else "tokens"
-            raise UserError(
-                f"a row of {longest} {counted}, but {self.kind} has {self.config.positions} positions; lower "
-                "length="
-            )
+
+class UC2(SingleStream):
+    kind = "uc2"
+    summary = "XLM-R over text and regions at 7 numbers (UC2)"
+    sizes: ClassVar[Mapping[str, SingleStreamConfig]] = _sizes("uc2")
 
 
-def _whole_pictures(regions: Ragged) -> Ragged:
-    """A region for each picture (n, f + 7): the mean of its features, at the location of the whole
-    picture."""
+class M3P(SingleStream):
+    kind = "m3p"
+    summary = "XLM-R over regions and text, numbered together (M3P)"
+    sizes: ClassVar[Mapping[str, SingleStreamConfig]] = _sizes("m3p")
+
+
+class MUniter(SingleStream):
+    kind = "muniter"
+    summary = "multilingual BERT over text, image and regions (mUNITER)"
+    sizes: ClassVar[Mapping[str, SingleStreamConfig]] = _sizes("muniter")
+
+
+class XUniter(SingleStream):
+    kind = "xuniter"
+    summary = "XLM-R over text, image and regions (xUNITER)"
+    sizes: ClassVar[Mapping[str, SingleStreamConfig]] = _sizes("xuniter")
+
+
+def _whole_images(regions: Ragged) -> Ragged:
+    """A region for each image (n, f + 7): the mean of its features, in the box of the whole image."""
     values, lengths = regions
     row = torch.arange(len(lengths)).repeat_interleave(lengths).to(values.device, non_blocking=True)
     sums = values.new_zeros(len(lengths), values.shape[1]).index_add_(0, row, values)
     means = sums / lengths.to(values.device, non_blocking=True)[:, None]
-    means[:, -PLACE:] = values.new_tensor(WHOLE)
+    means[:, -REGION_BOX_DIM:] = values.new_tensor(WHOLE_IMAGE_BOX)
     return Ragged(means, torch.ones_like(lengths))

@@ -15,18 +15,21 @@ location.
 import pickle
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from raylib.config import validate
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.finite import require_finite_file
-from raylib.models.hf_weights import SIZES, WeightMapper, first_position, read_folder
-from raylib.models.single_stream import LAYOUTS, SingleStream, SingleStreamConfig
+from raylib.models.hf_weights import WeightMapper, encoder_sizes, first_position, read_folder
+from raylib.models.layers import Block
 from raylib.models.single_stream_names import UC2, Names, Type, m3p_names, part_of, text_names, volta_names
+
+if TYPE_CHECKING:  # it imports this file
+    from raylib.models.single_stream import SingleStream
 
 HEAD = 64  # width of an attention head in every published model
 ENDINGS = (".bin", ".pt", ".pth", ".tar", ".safetensors")
@@ -35,28 +38,36 @@ HUGGING_FACE = ("model.safetensors", "pytorch_model.bin", "*.index.json")  # wha
 AS_IN_VOLTA = {"uc2": {"eps": 1e-5, "activation": "relu"}}
 
 
-def load_single_stream(layout: str, path: Path | str, vision: Path | None = None) -> SingleStream:
-    """The model `layout` from the weights at `path`.
+class SingleStreamWeights(NamedTuple):
+    """A checkpoint of a layout: what its tensors say of the layout's sizes, `where` they come from, and the
+    way of the tensors into a model of these sizes."""
+
+    sizes: dict[str, Any]
+    where: str
+    mapper: WeightMapper
+    names: Names
+
+    def fill(self, model: "SingleStream") -> None:
+        """Raises UserError: tensors missing, left over or of another shape (they are listed)."""
+        with torch.no_grad():
+            _fill(model, self.mapper, self.names)
+        self.mapper.assert_all_used(self.names.unused)
+
+
+def read_single_stream(layout: str, path: Path) -> SingleStreamWeights:
+    """The weights at `path` for a model of `layout`.
 
     Raises:
-        UserError: no weights there, or of none of the formats above, or not of this layout; tensors missing,
-            left over or of another shape (they are listed).
+        UserError: no weights there, or of none of the formats above, or not of this layout.
     """
-    path = Path(path)
-    if vision:
-        raise UserError(
-            f"vision= is for backbones with an image encoder; {layout} sees region features, set regions= "
-            "instead"
-        )
-    weights, described = read_weights(path)
-    weights, names, changes = _find_format(weights, layout, described, path)
-    config = _sizes(weights, names, LAYOUTS[layout].model_copy(update=changes), described, path)
-    model = SingleStream(config)
-    taken = WeightMapper(weights, path)
-    with torch.no_grad():
-        _fill(model, taken, names)
-    taken.assert_all_used(names.unused)
-    return model
+    weights, description = read_weights(path)
+    weights, names, changes = _find_format(weights, layout, description, path)
+    if names.feature:
+        sizes, where = _sizes_of_tensors(weights, names, description, path), str(path)
+    else:
+        sizes, where = encoder_sizes(description, path), f"{path}/config.json"
+        sizes |= {"embedding_eps": sizes["eps"], "pooled": None}
+    return SingleStreamWeights({**changes, **sizes}, where, WeightMapper(weights, path), names)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -66,11 +77,11 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
         UserError: no file of weights there, several, or one that holds other things or what is not finite.
     """
     folder = path if path.is_dir() else path.parent
-    described = {}
+    description = {}
     if (folder / "config.json").is_file():
-        described = read_json(folder / "config.json")
-    if path.is_dir() and described and any(next(path.glob(name), None) for name in HUGGING_FACE):
-        return read_folder(path)[0], described
+        description = read_json(folder / "config.json")
+    if path.is_dir() and description and any(next(path.glob(name), None) for name in HUGGING_FACE):
+        return read_folder(path)[0], description
     files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in ENDINGS)
     if len(files) != 1:
         found = (
@@ -82,7 +93,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
         )
     weights = _read_file(files[0])
     require_finite_file(files[0], weights)
-    return weights, described
+    return weights, description
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
@@ -110,7 +121,7 @@ def _read_file(file: Path) -> dict[str, Tensor]:
 
 
 def _find_format(
-    weights: dict[str, Tensor], layout: str, described: dict, path: Path
+    weights: dict[str, Tensor], layout: str, description: dict, path: Path
 ) -> tuple[dict[str, Tensor], Names, dict]:
     """(weights, what their format calls things, what of the layout differs in it).
 
@@ -132,7 +143,7 @@ def _find_format(
                 f"{path}: neither UC2's, M3P's nor VOLTA's names, nor those of an XLM-R or BERT folder "
                 f"({', '.join(list(weights)[:3])}, ...)"
             )
-        return weights, text_names(first_position(described)), {"features": None}
+        return weights, text_names(first_position(description)), {"features": None}
     if found != layout:
         raise UserError(f"{path}: weights of {found}; set backbone={found}")
     if layout == "m3p" and names.query.startswith("bert.encoder.layer"):
@@ -165,23 +176,10 @@ def _mend_m3p(weights: dict[str, Tensor]) -> None:
         weights[name.format(2 * last)] = weights.pop(name.format(last))
 
 
-def _sizes(
-    weights: dict[str, Tensor], names: Names, base: SingleStreamConfig, described: dict, path: Path
-) -> SingleStreamConfig:
-    """The sizes of the model in `weights`."""
-    if not names.feature:
-        missing = {*SIZES.values(), "num_hidden_layers", "max_position_embeddings"} - described.keys()
-        if missing:
-            raise UserError(
-                f"{path}/config.json: no {', '.join(sorted(missing))}; give an XLM-R or BERT folder"
-            )
-        sizes = {ours: described[theirs] for ours, theirs in SIZES.items()} | {
-            "layers": described["num_hidden_layers"],
-            "positions": described["max_position_embeddings"] - names.first,
-            "embedding_eps": described["layer_norm_eps"],
-            "pooled": None,
-        }
-        return validate(SingleStreamConfig, {**base.model_dump(), **sizes}, f"{path}/config.json")
+def _sizes_of_tensors(
+    weights: dict[str, Tensor], names: Names, description: dict[str, Any], path: Path
+) -> dict[str, Any]:
+    """The sizes of the model in `weights`, but for those that a layout says."""
 
     def shape(name: str) -> tuple[int, ...]:
         if f"{name}.weight" not in weights:
@@ -191,12 +189,12 @@ def _sizes(
     vocabulary, width = shape(names.word)
     pattern = re.escape(names.query).replace(r"\{i\}", r"(\d+)").replace(r"\{a\}", r"(\d+)") + r"\.weight"
     layers = sum(bool(re.fullmatch(pattern, key)) for key in weights)
-    heads = described.get("num_attention_heads", described.get("n_heads"))
+    heads = description.get("num_attention_heads", description.get("n_heads"))
     if heads is None and width % HEAD:
         raise UserError(
             f"{path}: how many attention heads? put a config.json with num_attention_heads beside it"
         )
-    sizes = {
+    return {
         "vocabulary": vocabulary,
         "width": width,
         "heads": heads or width // HEAD,
@@ -206,43 +204,38 @@ def _sizes(
         "positions": shape(names.position)[0] - names.first,
         "pooled": shape(names.pooler)[0],
     }
-    return validate(SingleStreamConfig, {**base.model_dump(), **sizes}, str(path))
 
 
-def _fill(model: SingleStream, taken: WeightMapper, names: Names) -> None:
+def _fill(model: "SingleStream", mapper: WeightMapper, names: Names) -> None:
     embedding, regions = model.embedding, model.regions
-    taken.copy(embedding.word.weight, f"{names.word}.weight")
-    positions = taken(f"{names.position}.weight")[names.first :]
-    embedding.position.weight.copy_(positions + _type_vector(taken, names.text_type))
-    taken.copy_layer(embedding.norm, names.norm)
+    mapper.copy(embedding.word.weight, f"{names.word}.weight")
+    positions = mapper(f"{names.position}.weight")[names.first :]
+    embedding.position.weight.copy_(positions + _type_vector(mapper, names.text_type))
+    mapper.copy_layer(embedding.norm, names.norm)
     for i, block in enumerate(model.encoder.blocks):
-        _fill_block(block, taken, names, i)
+        _fill_block(block, mapper, names, i)
     if not names.feature:
         return
-    taken.copy_layer(regions.feature, names.feature)
-    taken.copy_layer(regions.location, names.location)
+    mapper.copy_layer(regions.feature, names.feature)
+    mapper.copy_layer(regions.location, names.location)
     if model.config.part_norms:
-        taken.copy_layer(regions.feature_norm, names.feature_norm)
-        taken.copy_layer(regions.location_norm, names.location_norm)
-        regions.location_norm.bias += _type_vector(taken, names.region_type)
-    taken.copy_layer(regions.norm, names.region_norm)
-    taken.copy_layer(model.pooler, names.pooler)
+        mapper.copy_layer(regions.feature_norm, names.feature_norm)
+        mapper.copy_layer(regions.location_norm, names.location_norm)
+        regions.location_norm.bias += _type_vector(mapper, names.region_type)
+    mapper.copy_layer(regions.norm, names.region_norm)
+    mapper.copy_layer(model.pooler, names.pooler)
     if names.region_pooler:
-        taken.copy_layer(model.region_pooler, names.region_pooler)
+        mapper.copy_layer(model.region_pooler, names.region_pooler)
 
 
-def _fill_block(block: nn.Module, taken: WeightMapper, names: Names, i: int) -> None:
-    attention = block.attention
-    taken.copy_layer(attention.query, part_of(names.query, i))
-    for part in ("weight", "bias"):
-        both = [f"{part_of(name, i)}.{part}" for name in (names.key, names.value)]
-        taken.copy(getattr(attention.key_value, part), *both)
-    taken.copy_layer(attention.output, part_of(names.attended, i))
-    taken.copy_layer(block.attention_norm, part_of(names.attention_norm, i))
-    taken.copy_layer(block.intermediate, part_of(names.intermediate, i))
-    taken.copy_layer(block.output, part_of(names.output, i))
-    taken.copy_layer(block.output_norm, part_of(names.output_norm, i))
+def _fill_block(block: Block, mapper: WeightMapper, names: Names, i: int) -> None:
+    parts = (part_of(name, i) for name in (names.query, names.key, names.value, names.attended))
+    mapper.copy_attention(block.attention, *parts)
+    mapper.copy_layer(block.attention_norm, part_of(names.attention_norm, i))
+    mapper.copy_layer(block.intermediate, part_of(names.intermediate, i))
+    mapper.copy_layer(block.output, part_of(names.output, i))
+    mapper.copy_layer(block.output_norm, part_of(names.output_norm, i))
 
 
-def _type_vector(taken: WeightMapper, kind: Type | None) -> Tensor | float:
-    return taken(f"{kind.name}.weight")[kind.row] if kind else 0.0
+def _type_vector(mapper: WeightMapper, kind: Type | None) -> Tensor | float:
+    return mapper(f"{kind.name}.weight")[kind.row] if kind else 0.0

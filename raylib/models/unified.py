@@ -4,9 +4,9 @@ Three routes share the unified encoder: unpaired text skips the cross-attention,
 the image, translation pairs attend to the other sentence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,40 +15,37 @@ from torch import Tensor, nn
 
 from raylib.config import Config, validate
 from raylib.errors import UserError
-from raylib.fileio import read_json
-from raylib.models.base import TokenSegments, fill, find_segments, save_model
-from raylib.models.layers import Encoder, Memory, TextEmbedding, check_layers, init_weights
-from raylib.models.peft import described, restore
-from raylib.models.vision import SwinEncoder, SwinSizes, VisionEncoder
-from raylib.packed import Ragged, first_tokens
-from raylib.renames import model_kind, rename_settings
-
-KINDS = (
-    "unified",
-    "cclm",
-    "cclm_swin",
-)  # a folder's: CCLM's differ in nothing but sizes (`raylib.models.cclm`)
+from raylib.models.base import FusionBackbone, RetrievalBackbone, Use
+from raylib.models.hf_weights import load_text, load_vision, text_sizes
+from raylib.models.layers import Encoder, Memory, TextEmbedding, init_weights
+from raylib.models.vision import PixelStats, SwinEncoder, SwinSizes, VisionEncoder
+from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, join_rows
 
 HEAD_ROWS = 256  # rows of the vocabulary head at a time; PyTorch's automatic choice is 10 x slower on a CPU
 
 
 class ModelConfig(Config):
-    """Sizes of a unified model. The defaults are the paper's `base`: 12 image, 6 text and 6 unified
-    layers."""
+    """Sizes of a unified model. The defaults are the paper's `base`: 12 image, 6 text and 6 unified layers.
 
-    vocabulary: int = 250002  # 0: the tokenizer's (`pretrain`)
+    vocabulary: 0 is the tokenizer's (`pretrain`).
+    vision_width: None is that of the text; else heads of images are as wide as those of texts, and a linear
+        map leads up to `width`.
+    vision_window: pixels of windows that never see each other (`raylib.models.vision`); None is one window.
+    swin: of a Swin in the ViT's place, which vision_layers and vision_width say nothing about.
+    pixel_mean, pixel_std: what is subtracted from a pixel's 0..255, for all colours or each, and what it is
+        then divided by.
+    fusion: by cross-attention, or by self-attention over text and memory in one row ("w/o uni-arch").
+    """
+
+    vocabulary: int = 250002
     width: int = 768
     heads: int = 12
     feedforward: int = 3072
     text_layers: int = 6
     fusion_layers: int = 6
     vision_layers: int = 12
-    vision_width: int | None = (
-        None  # None: as the text; else its heads are as wide, and a linear map leads up to `width`
-    )
-    vision_window: int | None = (
-        None  # pixels of windows that never see each other (`raylib.models.vision`); None: one
-    )
+    vision_width: int | None = None
+    vision_window: int | None = None
     image_size: int = 256
     patch: int = 16
     positions: int = 512
@@ -56,14 +53,10 @@ class ModelConfig(Config):
     dropout: float = 0.1
     eps: float = 1e-12
     temperature: float = 0.07
-    pixel_mean: float | tuple[float, float, float] = (
-        127.5  # what is subtracted from a pixel's 0..255, for all colours or each
-    )
-    pixel_std: float | tuple[float, float, float] = 127.5  # what it is then divided by
+    pixel_mean: PixelStats = 127.5
+    pixel_std: PixelStats = 127.5
     fusion: Literal["cross", "entangled"] = "cross"
-    swin: SwinSizes | None = (
-        None  # of a Swin in the ViT's place, which vision_layers and vision_width say nothing about
-    )
+    swin: SwinSizes | None = None
 
     @model_validator(mode="after")
     def _divisible(self) -> "ModelConfig":
@@ -86,9 +79,24 @@ class ModelConfig(Config):
 
     @property
     def stride(self) -> int:
-        """Pixels that a patch is wide, for a Swin one of its last stage, or a window: pictures are a multiple
+        """Pixels that a patch is wide, for a Swin one of its last stage, or a window: images are a multiple
         of it."""
         return self.vision_window or self.patch * (self.swin.merges if self.swin else 1)
+
+
+TINY = ModelConfig(
+    vocabulary=12000,
+    width=32,
+    heads=2,
+    feedforward=64,
+    text_layers=2,
+    fusion_layers=2,
+    vision_layers=1,
+    image_size=16,
+    patch=8,
+    positions=64,
+    embedding=16,
+)
 
 
 class MaskedLanguageHead(nn.Module):
@@ -106,30 +114,43 @@ class MaskedLanguageHead(nn.Module):
         return self.norm(F.gelu(self.dense(states)))
 
 
-def _row_by_row(states: Ragged | None) -> Memory | None:
-    """What row i of the text attends to: row i of `states`."""
-    return None if states is None else Memory(states, torch.arange(len(states.lengths)))
-
-
-class UnifiedModel(nn.Module):
-    """Image, text and unified encoder with their heads. Every text goes in and comes out ragged
-    (`raylib.packed`). A backbone of fine-tuning (`raylib.models`)."""
+class UnifiedModel(RetrievalBackbone, FusionBackbone):
+    """Image, text and unified encoder with their heads. Every text goes in and comes out packed
+    (`raylib.packed`)."""
 
     kind = "unified"
-    row_parts = ("text",)  # of a row: pictures are attended to from outside
+    summary = "text encoder, then unified layers with pluggable cross-attention; ViT (paper 2)"
+    config_class = ModelConfig
+    sizes: ClassVar[Mapping[str, ModelConfig]] = {"base": ModelConfig(), "tiny": TINY}
+    stored_kinds = (
+        "unified",
+        "cclm",
+        "cclm_swin",
+    )  # CCLM's differ in nothing but sizes (`raylib.models.cclm`)
+    embedding_names = ("embedding",)
+    layer_names = ("text.blocks", "fusion.blocks")
+    row_parts = ("text",)  # images are attended to from outside
+    has_match_head = True
+
+    config: ModelConfig
 
     def __init__(self, config: ModelConfig):
-        super().__init__()
-        c = self.config = config
-        stack = dict(width=c.width, heads=c.heads, feedforward=c.feedforward, dropout=c.dropout)
+        super().__init__(config)
+        c, self.pixel_mean, self.pixel_std = config, config.pixel_mean, config.pixel_std
+        stack: dict[str, Any] = dict(
+            width=c.width, heads=c.heads, feedforward=c.feedforward, dropout=c.dropout
+        )
         share = (c.vision_width or c.width) / c.width
         sizes = {name: round(share * stack[name]) for name in ("width", "heads", "feedforward")}
-        seen = {"dropout": c.dropout, "out": c.width, "pixels": (c.pixel_mean, c.pixel_std)}
+        vision: dict[str, Any] = dict(
+            dropout=c.dropout, out=c.width, pixel_mean=c.pixel_mean, pixel_std=c.pixel_std
+        )
+        self.vision: VisionEncoder | SwinEncoder
         if c.swin:
-            self.vision = SwinEncoder(c.swin, c.image_size, c.patch, **seen)
+            self.vision = SwinEncoder(c.swin, c.image_size, c.patch, **vision)
         else:
             self.vision = VisionEncoder(
-                c.image_size, c.patch, c.vision_layers, **sizes, **seen, window=c.vision_window
+                c.image_size, c.patch, c.vision_layers, **sizes, **vision, window=c.vision_window
             )
         self.embedding = TextEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.eps)
         self.text = Encoder(c.text_layers, **stack, eps=c.eps, cross=False)
@@ -138,24 +159,88 @@ class UnifiedModel(nn.Module):
         self.text_projection = nn.Linear(c.width, c.embedding)
         self.masked_head = MaskedLanguageHead(c.width, c.vocabulary, c.eps)
         self.match_head = nn.Linear(c.width, 2)
-        self.temperature = nn.Parameter(
-            torch.full((1,), c.temperature)
-        )  # DeepSpeed broadcasts no 0-d parameter
+        # of one element: DeepSpeed broadcasts no 0-d parameter
+        self.temperature = nn.Parameter(torch.full((1,), c.temperature))
         self.apply(init_weights)
+
+    @classmethod
+    def import_weights(cls, path: Path, vision: Path | None = None) -> Self:
+        """A model as large as the XLM-R or BERT folder at `path`, filled from it: the first half of its
+        layers text, the second fusion. `vision`: a ViT folder; None: a random image encoder as deep as the
+        text encoder.
+
+        Raises:
+            UserError: no such folders, or they do not fit.
+        """
+        model = cls(validate(ModelConfig, text_sizes(path, vision), f"{path}/config.json"))
+        load_text(model, path)
+        if vision:
+            load_vision(model, vision)
+        return model
+
+    @property
+    def width(self) -> int:
+        return self.config.width
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def num_windows(self) -> int:
+        return self.vision.num_windows
+
+    @property
+    def num_fusion_layers(self) -> int:
+        return self.config.fusion_layers
+
+    @property
+    def has_cross_attention(self) -> bool:
+        return self.fusion.cross
+
+    def freezable_parts(self) -> dict[str, nn.Module]:
+        return {"embeddings": self.embedding, "text": self.text, "vision": self.vision, "fusion": self.fusion}
+
+    def freeze_unused(self, use: Use) -> None:
+        heads = (self.masked_head, self.match_head, self.temperature)
+        projections = (self.image_projection, self.text_projection)
+        unused = {
+            "classification": (*heads, *projections),
+            "generation": (*heads[1:], *projections),
+            "contrast": (self.fusion, *heads),
+            "matching": (),
+        }[use]
+        for part in unused:
+            part.requires_grad_(False)
+        if use == "generation":  # a backbone that a classifier was trained on has it frozen
+            self.masked_head.requires_grad_(True)
+
+    def resize_images(self, size: int) -> None:
+        """Give the image encoder another resolution; its position embeddings, or a Swin's biases, are
+        interpolated (paper 2, appendix B.2.2).
+
+        Raises:
+            UserError: not a multiple of the patch, or of a patch of a Swin's last stage.
+        """
+        if size % self.config.stride:
+            raise UserError(f"image_size={size} is not a multiple of the model's patch, {self.config.stride}")
+        if size != self.image_size:
+            self.vision.resize(size)
+            self.config = self.config.model_copy(update={"image_size": size})
 
     def encode_images(self, images: Tensor) -> Ragged:
         """uint8 (b, H, W, 3) -> b rows of states, CLS first."""
         states = self.vision(images)
         return Ragged(states.flatten(0, 1), torch.full((len(states),), states.shape[1]))
 
-    def encode_text(self, ids: Ragged, read: Tensor | None = None) -> Tensor:
-        """Ids (T,) -> unimodal states (T, d), or (R, d) of the tokens in `read` (T,)."""
-        return self.text(ids.with_values(self.embedding(ids)), read)
+    def encode_text(self, ids: Ragged, output_mask: Tensor | None = None) -> Tensor:
+        """Ids (T,) -> unimodal states (T, d), or (R, d) of the tokens in `output_mask` (T,)."""
+        return self.text(ids.with_values(self.embedding(ids)), output_mask)
 
-    def fuse(self, text: Ragged, read: Tensor | None = None, memory: Memory | None = None) -> Tensor:
-        """Unimodal text states (T, d) -> unified states of the read tokens (R, d), grounded in
-        `memory`."""
-        return self.fusion(text, read, memory)
+    def fuse(self, text: Ragged, output_mask: Tensor | None = None, memory: Memory | None = None) -> Tensor:
+        """Unimodal text states (T, d) -> unified states (R, d) of the tokens in `output_mask`, which attend
+        to `memory`."""
+        return self.fusion(text, output_mask, memory)
 
     def embed_images(self, states: Ragged, *, normalize: bool) -> Tensor:
         """States of n images, CLS first -> vectors (n, e), of length 1 if `normalize`."""
@@ -164,7 +249,6 @@ class UnifiedModel(nn.Module):
         return F.normalize(vectors, dim=-1) if normalize else vectors
 
     def embed_text(self, ids: Ragged, *, normalize: bool) -> Tensor:
-        """Ids of n texts -> vectors (n, e), of length 1 if `normalize`."""
         cls = self.encode_text(ids, first_tokens(ids.lengths))
         return self.embed_text_states(cls, normalize=normalize)
 
@@ -173,46 +257,11 @@ class UnifiedModel(nn.Module):
         vectors = self.text_projection(cls)
         return F.normalize(vectors, dim=-1) if normalize else vectors
 
-    @property
-    def width(self) -> int:
-        return self.config.width
-
-    @property
-    def num_layers(self) -> int:
-        """Layers that a text passes: those of the text encoder, then the unified ones."""
-        return self.config.text_layers + self.config.fusion_layers
-
-    @property
-    def num_fusion_layers(self) -> int:
-        """How many of them, the top ones, attend to pictures."""
-        return self.config.fusion_layers
-
-    def depth_of(self, name: str) -> int | None:
-        """Of the parameter `name`: 1 ... `num_layers` bottom up, 0 for the text embeddings, None outside
-        (ViT, heads)."""
-        part, _, rest = name.partition(".")
-        if part == "embedding":
-            return 0
-        if part not in ("text", "fusion"):
-            return None
-        return int(rest.split(".")[1]) + 1 + (self.config.text_layers if part == "fusion" else 0)
-
-    def prunable(self) -> list[str]:
-        """Names of the matrices of the text and unified layers."""
-        return [name for name, p in self.named_parameters() if (self.depth_of(name) or 0) > 0 and p.ndim == 2]
-
-    def fused_cls(self, text: Ragged, memory: Ragged | None, times: int = 1) -> Tensor:
-        """CLS states of texts in what grounds them.
-
-        Args:
-            text: ids, b rows. memory: states of what they attend to, b x times rows: row i's are i times
-                ... . None: nothing; the unified layers read the text alone.
-        Returns:
-            (b times, d).
-        """
+    def fused_cls(self, text: Ragged, memory: Ragged | None, per_text: int = 1) -> Tensor:
+        # each text is encoded once, whatever the number of images that it is about
         states = text.with_values(self.encode_text(text))
-        if times > 1:
-            states = states.select_rows(torch.arange(len(text.lengths)).repeat_interleave(times))
+        if per_text > 1:
+            states = states.select_rows(torch.arange(len(text.lengths)).repeat_interleave(per_text))
         return self.fuse(states, first_tokens(states.lengths), _row_by_row(memory))
 
     def fused_states(self, text: Ragged, memory: Ragged | None) -> Ragged:
@@ -222,7 +271,7 @@ class UnifiedModel(nn.Module):
         return text.with_values(self.fuse(states, memory=_row_by_row(memory)))
 
     def hidden_states(
-        self, text: Ragged, memory: Ragged, layers: Sequence[int]
+        self, text: Ragged, memory: Ragged, layers: Sequence[int], empty: bool = False
     ) -> tuple[list[Ragged], TokenSegments]:
         """States of all tokens after some of the layers: those of the text encoder, then the unified ones.
 
@@ -231,59 +280,38 @@ class UnifiedModel(nn.Module):
         Returns:
             For each of `layers` rows as `text`'s (T, d); which tokens are what: all are of the text.
         Raises:
-            UserError: no such layers; a model in which pictures are part of the rows.
+            UserError: no such layers; a model in which images are part of the rows.
         """
-        check_layers(layers, self)
+        self.check_layers(layers)
+        assert not empty, "there are no regions, so no slots of regions"
         if not self.fusion.cross:
             raise UserError(
-                "fusion=entangled puts pictures into the rows of the top layers alone; states need "
-                "fusion=cross"
+                "fusion=entangled puts images into the rows of the top layers alone; states need fusion=cross"
             )
-        below = self.config.text_layers
-        low = [layer for layer in layers if layer <= below]
+        num_text = self.config.text_layers
+        text_layers = [layer for layer in layers if layer <= num_text]
+        fusion_layers = [layer - num_text for layer in layers if layer > num_text]
         rows = text.with_values(self.embedding(text))
-        found = self.text.after(rows, sorted({*low, below}) if below else [])
-        seen = Memory(memory, torch.arange(len(memory.lengths)))
-        high = self.fusion.after(
-            found[-1] if found else rows, [layer - below for layer in layers if layer > below], seen
-        )
-        nothing = torch.zeros_like(text.lengths)
-        return [*found[: len(low)], *high], find_segments(text.lengths, nothing, nothing)
+        # the unified layers go on from the last text layer, whether its states are wanted or not
+        states = self.text.layer_states(rows, sorted({*text_layers, num_text}) if num_text else [])
+        fused = self.fusion.layer_states(states[-1] if states else rows, fusion_layers, _row_by_row(memory))
+        none = torch.zeros_like(text.lengths)
+        return [*states[: len(text_layers)], *fused], find_segments(text.lengths, none, none)
 
-    def pool(self, cls: Tensor) -> Tensor:
-        """CLS states after the last layer are what `fused_cls` returns."""
-        return cls
+    def joint_states(self, text: Ragged, memory: Ragged) -> Ragged:
+        if not self.has_cross_attention:
+            rows = join_rows(text.with_values(self.encode_text(text)), memory)
+            return rows.with_values(self.fusion(rows))
+        # an image does not pass the unified layers: in their place stands what the last cross-attention adds
+        # to a word that attends to this patch alone
+        last = self.fusion.blocks[-1].cross_attention
+        values = last.key_value(memory.values).chunk(2, 1)[1]
+        return join_rows(self.fused_states(text, memory), memory.with_values(last.output(values)))
 
-    def save(self, folder: Path) -> None:
-        """Write `config.json` and `model.safetensors`."""
-        description = {"model_type": f"polyglance-{self.kind}", **self.config.model_dump()}
-        if described(self):
-            description["tuning"] = described(self)
-        save_model(self, description, folder)
 
-    @classmethod
-    def from_pretrained(cls, folder: Path | str) -> "UnifiedModel":
-        """The model that `save` (or `python -m pretrain export`) wrote into `folder`.
-
-        Raises:
-            UserError: no such folder, another kind of model, or weights that do not fit the config.
-        """
-        folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise UserError(
-                    f"{folder}: no {name}; give a folder written by `python -m pretrain export RUN DIR`"
-                )
-        values = read_json(folder / "config.json")
-        values = rename_settings(model_kind(values), values)
-        if values.pop("model_type", None) not in [f"polyglance-{kind}" for kind in KINDS]:
-            raise UserError(
-                f"{folder}: not a Polyglance model; give a folder written by `python -m pretrain export`"
-            )
-        tuned = values.pop("tuning", {})
-        model = cls(validate(ModelConfig, values, str(folder / "config.json")))
-        restore(model, tuned)
-        return fill(model, folder)
+def _row_by_row(states: Ragged | None) -> Memory | None:
+    """Row i of texts attends to row i of `states`, or to nothing."""
+    return None if states is None else Memory(states, torch.arange(len(states.lengths)))
 
 
 def vocabulary_loss(

@@ -18,18 +18,22 @@ from raylib.errors import UserError
 from raylib.models.layers import Attention
 from raylib.packed import Plan
 
-Pixels = tuple[
-    float | tuple[float, float, float], float | tuple[float, float, float]
-]  # (mean, deviation), or one a colour
+PixelStats = float | tuple[float, float, float]  # of a pixel's 0..255: for all colours, or one each
+
+# what published image encoders were trained with; ViTs in Hugging Face folders: 127.5 both
+CLIP_MEAN = (255 * 0.48145466, 255 * 0.4578275, 255 * 0.40821073)
+CLIP_STD = (255 * 0.26862954, 255 * 0.26130258, 255 * 0.27577711)
+IMAGENET_MEAN = (255 * 0.485, 255 * 0.456, 255 * 0.406)
+IMAGENET_STD = (255 * 0.229, 255 * 0.224, 255 * 0.225)
 
 
-def normalise(images: Tensor, pixels: Pixels, dtype: torch.dtype) -> Tensor:
-    """uint8 images (..., 3) -> what is left of them less the mean, over the deviation."""
-    mean, deviation = (
+def normalize_pixels(images: Tensor, mean: PixelStats, std: PixelStats, dtype: torch.dtype) -> Tensor:
+    """uint8 images (..., 3) -> less the mean, over the standard deviation."""
+    mean, std = (
         v if isinstance(v, float | int) else torch.tensor(v, dtype=dtype, device=images.device)
-        for v in pixels
+        for v in (mean, std)
     )
-    return (images.to(dtype) - mean) / deviation
+    return (images.to(dtype) - mean) / std
 
 
 class VisionBlock(nn.Module):
@@ -56,8 +60,8 @@ class VisionBlock(nn.Module):
 class VisionEncoder(nn.Module):
     """Pixels to M = (size / patch)^2 patch states behind one CLS state.
 
-    With `window`, the picture is cut into n windows of so many pixels, which never see each other: each has
-    the CLS state and the positions of a picture of its own, and a learned place among them. The states are
+    With `window`, the image is cut into n windows of so many pixels, which never see each other: each has
+    the CLS state and the positions of an image of its own, and a learned place among them. The states are
     then the mean of the windows' CLS states, these n themselves, and the patches, window after window. An
     encoder of single drawings so reads a scene of them.
     """
@@ -72,13 +76,14 @@ class VisionEncoder(nn.Module):
         feedforward: int,
         dropout: float,
         out: int,
-        pixels: Pixels = (127.5, 127.5),
+        pixel_mean: PixelStats = 127.5,
+        pixel_std: PixelStats = 127.5,
         window: int | None = None,
     ):
-        """`out`: the width that others want. `pixels`: (mean, deviation) of 0..255 pixel values, of all
-        colours or of each."""
+        """`out`: the width that others want. `pixel_mean`, `pixel_std`: of `normalize_pixels`."""
         super().__init__()
-        self.patch, self.pixels, self.window = patch, pixels, window
+        self.patch, self.window = patch, window
+        self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
         self.patch_embedding = nn.Linear(3 * patch * patch, width)
         self.cls = nn.Parameter(torch.zeros(width))
         self.position = nn.Parameter(torch.randn(1 + ((window or size) // patch) ** 2, width) * 0.02)
@@ -95,35 +100,40 @@ class VisionEncoder(nn.Module):
         device."""
         b, height, _, _ = images.shape
         p, side = self.patch, self.window or height
-        pixels = normalise(images, self.pixels, self.cls.dtype)
-        windows = (
-            pixels.view(b, height // side, side, -1, side, 3)
-            .transpose(2, 3)
-            .reshape(-1, side // p, p, side // p, p, 3)
-        )
+        pixels = normalize_pixels(images, self.pixel_mean, self.pixel_std, self.cls.dtype)
+        # Cut the image into its windows, row after row of them, and each window into its patches: every
+        # window is then an image of its own, so that self-attention never leaves it. Without windows there is
+        # one, the whole image.
+        grid = pixels.view(b, height // side, side, -1, side, 3).transpose(2, 3)
+        windows = grid.reshape(-1, side // p, p, side // p, p, 3)
+        # a patch is flattened as (row, column, colour): `hf_weights.copy_vision` orders a kernel so
         patches = windows.transpose(2, 3).reshape(len(windows), -1, 3 * p * p)
-        x = (
-            torch.cat([self.cls.expand(len(patches), 1, -1), self.patch_embedding(patches)], 1)
-            + self.position
-        )
+        cls = self.cls.expand(len(patches), 1, -1)
+        x = torch.cat([cls, self.patch_embedding(patches)], 1) + self.position
         if self.place is not None:
             x = x + self.place.repeat(b, 1)[:, None]
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
         if self.place is not None:
+            # back to one row an image: the mean CLS comes first, where every reader looks for the image's
             x = x.view(b, len(self.place), *x.shape[1:])
             cls = x[:, :, 0]
             x = torch.cat([cls.mean(1, keepdim=True), cls, x[:, :, 1:].flatten(1, 2)], 1)
         x = self.norm(x)
         return x if self.output is None else self.output(x)
 
+    @property
+    def num_windows(self) -> int:
+        """How many CLS states, one a window, follow the first state; 0: the image is one window."""
+        return 0 if self.place is None else len(self.place)
+
     @torch.no_grad()
     def resize(self, size: int) -> None:
-        """Take pictures of another resolution: positions, or the windows' places, are interpolated."""
+        """Take images of another resolution: positions, or the windows' places, are interpolated."""
         if self.window:
-            there = torch.cat([self.place[:1], self.place])  # in the place of a CLS
-            self.place = nn.Parameter(interpolate(there, (size // self.window) ** 2)[1:].contiguous())
+            with_cls = torch.cat([self.place[:1], self.place])  # `interpolate` leaves the first row alone
+            self.place = nn.Parameter(interpolate(with_cls, (size // self.window) ** 2)[1:].contiguous())
         else:
             self.position = nn.Parameter(interpolate(self.position, (size // self.patch) ** 2).contiguous())
 
@@ -173,11 +183,23 @@ class SwinEncoder(nn.Module):
     384.
     """
 
-    def __init__(self, sizes: SwinSizes, size: int, patch: int, dropout: float, out: int, pixels: Pixels):
-        """`dropout`: the rate of stochastic depth. `out`: the width that others want. `pixels`: as in
-        `VisionEncoder`."""
+    num_windows = 0  # that never see each other (`VisionEncoder`): Swin's own are shifted
+
+    def __init__(
+        self,
+        sizes: SwinSizes,
+        size: int,
+        patch: int,
+        dropout: float,
+        out: int,
+        pixel_mean: PixelStats,
+        pixel_std: PixelStats,
+    ):
+        """`dropout`: the rate of stochastic depth. `out`: the width that others want. `pixel_mean`,
+        `pixel_std`: of `normalize_pixels`."""
         super().__init__()
-        self.sizes, self.patch, self.dropout, self.pixels = sizes, patch, dropout, pixels
+        self.sizes, self.patch, self.dropout = sizes, patch, dropout
+        self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
         self.swin = self._build(size)
         width = sizes.width * sizes.merges
         self.output = nn.Linear(width, out) if out != width else None
@@ -185,7 +207,9 @@ class SwinEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 images (b, H, W, 3) -> (b, M + 1, out). Normalised here, on the device."""
         dtype = self.swin.layernorm.weight.dtype
-        states = self.swin(normalise(images, self.pixels, dtype).permute(0, 3, 1, 2)).last_hidden_state
+        pixels = normalize_pixels(images, self.pixel_mean, self.pixel_std, dtype)
+        states = self.swin(pixels.permute(0, 3, 1, 2)).last_hidden_state
+        # CCLM: the mean of the patches stands where a ViT has its CLS
         states = torch.cat([states.mean(1, keepdim=True), states], 1)
         return states if self.output is None else self.output(states)
 

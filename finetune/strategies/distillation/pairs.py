@@ -28,8 +28,7 @@ from finetune.batches import encode_inputs, tags_of
 from finetune.formats.examples import Example
 from finetune.strategies.distillation.teacher import StoredStates
 from finetune.strategies.distillation.word_alignments import Span
-from raylib.models.base import TokenSegments, find_segments
-from raylib.packed import Ragged
+from raylib.packed import Ragged, TokenSegments, find_segments
 from raylib.text import Tokenizer
 
 

@@ -195,7 +195,7 @@ class Distillation(Strategy):
         Raises:
             UserError: the teacher's answers are others.
         """
-        pooler = getattr(model.backbone, "pooler", None)
+        poolers = model.backbone.poolers()
         if self.config.classifier == "teacher":
             teacher = self._load(model)
             if teacher.labels != model.labels or teacher.backbone.width != model.backbone.width:
@@ -204,10 +204,10 @@ class Distillation(Strategy):
                     f"task's ({len(model.labels)}), or its width is another; set classifier=new"
                 )
             model.head.load_state_dict(teacher.head.state_dict())
-            if pooler is not None:
-                pooler.load_state_dict(teacher.backbone.pooler.state_dict())
+            for own, taught in zip(poolers, teacher.backbone.poolers(), strict=True):
+                own.load_state_dict(taught.state_dict())
         if not self.config.task:
-            for part in filter(None, (model.head, pooler)):
+            for part in (model.head, *poolers):
                 part.requires_grad_(False)
 
     def _load(self, model: FinetuneModel) -> FinetuneModel:
@@ -363,7 +363,7 @@ def compared_layers(
 def check_models(config: DistillationConfig, student: FinetuneModel, teacher: FinetuneModel) -> None:
     """Raises UserError: states of the two cannot be compared."""
     for model in (student, teacher):
-        if not hasattr(model.backbone, "hidden_states"):
+        if not model.backbone.row_parts:
             raise UserError(
                 f"{WHERE}: the backbone {model.backbone.kind} does not tell its states; unified, cclm and "
                 "oscar do"
@@ -398,18 +398,18 @@ def _check_images(
 ) -> None:
     if model.num_images != 1 or not examples[0].images:
         raise UserError(f"{WHERE}: teacher and student must be about one image; this task's texts are not")
-    if "soft_prompt" in getattr(teacher.backbone, "tuning", {}):
+    if "soft_prompt" in teacher.backbone.tuning:
         raise UserError(
             f"{WHERE}.teacher={config.teacher}: it was trained with a soft prompt, which texts would lack"
         )
-    sizes = [getattr(m.backbone.config, "image_size", None) for m in (model, teacher)]
+    sizes = [m.backbone.image_size for m in (model, teacher)]
     if sizes[0] != sizes[1]:
         raise UserError(
             f"{WHERE}: the teacher sees images of {sizes[1]} pixels, the student of {sizes[0]}; set "
             f"image_size={sizes[1]}"
         )
     if isinstance(images, PrecomputedFeatures):
-        made = [fingerprint(m.backbone.vision) for m in (model, teacher)]
+        made = [fingerprint(m.backbone.image_encoder) for m in (model, teacher)]
         if made[0] != made[1]:
             raise UserError(
                 f"{WHERE}: the frozen image encoder is not the teacher's, so images cannot be encoded once "

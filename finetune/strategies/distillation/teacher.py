@@ -21,6 +21,7 @@ from raylib.data.states import write_whole
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json
 from raylib.finite import is_finite
+from raylib.models.base import RegionBackbone
 
 
 class Teacher:
@@ -62,7 +63,7 @@ def load_teacher(path: Path | str, kind: str, regions: int | None) -> FinetuneMo
                 )
             return model
     backbone = load_backbone(path, kind)
-    if regions and hasattr(backbone, "set_region_dim"):
+    if regions and isinstance(backbone, RegionBackbone):
         backbone.set_region_dim(regions)
     return FinetuneModel(backbone, ("?",), 1, 0.0, regions)  # a head that nothing reads
 
