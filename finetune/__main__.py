@@ -6,7 +6,7 @@
     python -m finetune compare RUN RUN ... [--baseline RUN] [--csv FILE] [--latex FILE]
     python -m finetune analyse RUN [--limit 200] [--pictures 3] [--layer last] [--words en=dog de=Hund]
                                 [--item ID]
-    python -m finetune translate TASK MODEL data=FOLDER languages='["de"]' [split=train way=to_en ...]
+    python -m finetune translate TASK MODEL data=FOLDER languages='["de"]' [split=train direction=to_en ...]
 
 Papers, in the names of recipes: P0 Nooralahzadeh and Sennrich 2023 (prior, sparse, code-mixing), P1 Reinhardt
 et al. 2024 (unfreezing), P2 Li et al. 2023 (pretraining), P3 cViL (distillation), P4 translation-based
@@ -54,7 +54,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
 
 def _compare(arguments: Sequence[str]) -> int:
-    from finetune import compare, comparison_tables
+    from finetune import compare
 
     parser = argparse.ArgumentParser(
         prog="python -m finetune compare",
@@ -70,12 +70,12 @@ def _compare(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     check_writable(given.csv)
     check_writable(given.latex)
-    found, lines = compare.compare(given.runs, given.baseline)
-    print("\n\n".join(filter(None, (comparison_tables.to_markdown(found), "\n".join(lines)))))
+    found, lines = compare.compare_runs(given.runs, given.baseline)
+    print("\n\n".join(filter(None, (compare.to_markdown(found), "\n".join(lines)))))
     if given.csv:
-        comparison_tables.write_csv(found, given.csv)
+        compare.write_csv(found, given.csv)
     if given.latex:
-        comparison_tables.write_latex(found, given.latex)
+        compare.write_latex(found, given.latex)
     return 0
 
 
@@ -107,20 +107,20 @@ def _analyse(arguments: Sequence[str]) -> int:
 
 
 def _translate(arguments: Sequence[str]) -> int:
-    from finetune import translate
+    from finetune.strategies import translation
 
     parser = argparse.ArgumentParser(
         prog="python -m finetune translate",
-        description=translate.__doc__,
+        description=translation.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", help="whose captions are translated")
     parser.add_argument("model", type=Path, help="folder of a translation model, as transformers saves it")
     parser.add_argument(
-        "settings", nargs="*", metavar="path=value", help="such as data=FOLDER split=shots way=from_en"
+        "settings", nargs="*", metavar="path=value", help="such as data=FOLDER split=shots direction=from_en"
     )
     given = parser.parse_args(arguments)
-    translate.translate(given.task, given.model, override(translate.TranslateConfig(), given.settings))
+    translation.translate(given.task, given.model, override(translation.TranslateConfig(), given.settings))
     return 0
 
 

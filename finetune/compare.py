@@ -12,22 +12,26 @@ on from (`finetune.lineage`). A run with the settings and seeds of an earlier on
 out.
 """
 
+import csv
+import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.lineage import described, read_lineage
+from finetune.lineage import RunSettings, described, read_lineage
 from finetune.report import read_result, scores_of
 from raylib.config import suggest
 from raylib.errors import UserError
 from raylib.metrics import t_interval
 from raylib.provenance import list_changed_files, read_identity
+from raylib.tables import latex_table, markdown_table, mean_and_interval
 
 ABSENT = object()  # no such setting in a row: a part that is off, or a model that is no run
 Estimate = tuple[float, float | None]  # a mean, and half of its interval: None of one value
 
 
-class Run(NamedTuple):
+class ComparedRun(NamedTuple):
     """A finished run: its folder, result, settings and seeds (`finetune.lineage`), and its method's name."""
 
     folder: Path
@@ -37,15 +41,15 @@ class Run(NamedTuple):
     method: str
 
 
-class Row(NamedTuple):
+class ComparisonRow(NamedTuple):
     """Runs that differ in seeds alone."""
 
     method: str
     settings: dict[str, Any]
-    runs: list[Run]
+    runs: list[ComparedRun]
 
     @property
-    def by_seed(self) -> dict[tuple[int, ...], Run]:
+    def by_seed(self) -> dict[tuple[int, ...], ComparedRun]:
         """Runs by the seed that pairs them with another row's: their own, or all of theirs where some share
         it."""
         own = {run.seeds[:1]: run for run in self.runs}
@@ -62,19 +66,19 @@ class Comparison(NamedTuple):
 
     task: str
     metric: str
-    rows: list[Row]
+    rows: list[ComparisonRow]
     columns: list[str]
     scores: dict[str, Callable[[dict[str, Any]], float | None]]
     aggregates: frozenset[str]
-    baseline: Row
+    baseline: ComparisonRow
 
-    def mean(self, row: Row, score: str) -> Estimate | None:
+    def mean(self, row: ComparisonRow, score: str) -> Estimate | None:
         """The mean over seeds; None if no run has the score."""
         values = [self.scores[score](run.result) for run in row.runs]
         known = [value for value in values if value is not None]
         return t_interval(known) if known else None
 
-    def pairs(self, row: Row) -> list[tuple[Run, Run]]:
+    def pairs(self, row: ComparisonRow) -> list[tuple[ComparedRun, ComparedRun]]:
         """(run, the baseline's run) of each seed that both have. A run that depends on no seed, for nothing
         was trained, is a pair with each of the other row's."""
         runs, others = row.by_seed, self.baseline.by_seed
@@ -84,7 +88,7 @@ class Comparison(NamedTuple):
             return [(run, others[()]) for run in runs.values()]
         return [(run, others[seed]) for seed, run in runs.items() if seed in others]
 
-    def difference(self, row: Row, score: str) -> Estimate | None:
+    def difference(self, row: ComparisonRow, score: str) -> Estimate | None:
         """The mean of the paired differences from the baseline; None if no pair has the score, or if it is of
         other languages in both: a mean over hard ones is not below that over easy ones by what was
         trained."""
@@ -97,7 +101,7 @@ class Comparison(NamedTuple):
         return t_interval(known) if known else None
 
 
-def compare(folders: Sequence[Path], baseline: Path | None = None) -> tuple[list[Comparison], list[str]]:
+def compare_runs(folders: Sequence[Path], baseline: Path | None = None) -> tuple[list[Comparison], list[str]]:
     """Compare finished runs, task by task.
 
     baseline: a run whose row is the baseline of its task; where none is given, the first row is.
@@ -109,32 +113,32 @@ def compare(folders: Sequence[Path], baseline: Path | None = None) -> tuple[list
         UserError: a folder is no finished run, or a trial that was never tested; `baseline` is not among
         `folders`.
     """
-    chosen = baseline and baseline.resolve()
-    if chosen and chosen not in [folder.resolve() for folder in folders]:
+    baseline_folder = baseline and baseline.resolve()
+    if baseline_folder and baseline_folder not in [folder.resolve() for folder in folders]:
         close = suggest(str(baseline), [str(folder) for folder in folders])
         raise UserError(f"--baseline {baseline}: not among the runs that are compared{close}")
     lines: list[str] = []
-    tasks: dict[tuple[str, bool], list[Row]] = {}
+    tasks: dict[tuple[str, bool], list[ComparisonRow]] = {}
     for folder in folders:
-        run, unknown = _read(folder)
+        run, unknown = _read_run(folder)
         lines += [line for line in unknown if line not in lines]
         rows = tasks.setdefault((run.result["task"], "retrieval" in run.result), [])
         row = next((row for row in rows if (row.method, row.settings) == (run.method, run.settings)), None)
         if row is None:
-            rows.append(Row(run.method, run.settings, [run]))
+            rows.append(ComparisonRow(run.method, run.settings, [run]))
         elif same := next((other for other in row.runs if other.seeds == run.seeds), None):
             seed = f"seed {', '.join(map(str, run.seeds))}" if run.seeds else "nothing that a seed decides"
             lines.append(f"{folder} repeats {same.folder}: the same settings, {seed}; left out")
-            if folder.resolve() == chosen:
-                chosen = same.folder.resolve()
+            if folder.resolve() == baseline_folder:
+                baseline_folder = same.folder.resolve()
         else:
             row.runs.append(run)
     for rows in tasks.values():
-        lines += _made_differently([run for row in rows for run in row.runs])
-    return [_comparison(task, rows, chosen) for (task, _), rows in tasks.items()], lines
+        lines += _provenance_notes([run for row in rows for run in row.runs])
+    return [_compare_rows(task, rows, baseline_folder) for (task, _), rows in tasks.items()], lines
 
 
-def _made_differently(runs: Sequence[Run]) -> list[str]:
+def _provenance_notes(runs: Sequence[ComparedRun]) -> list[str]:
     """A line for each run of a task that has read other data than the first one by the same paths, and one if
     they are of several versions of the code. Settings do not tell these apart, and so neither do rows."""
     first = runs[0]
@@ -154,7 +158,7 @@ def _made_differently(runs: Sequence[Run]) -> list[str]:
     return lines
 
 
-def _read(folder: Path) -> tuple[Run, tuple[str, ...]]:
+def _read_run(folder: Path) -> tuple[ComparedRun, tuple[str, ...]]:
     result, lineage = read_result(folder), read_lineage(folder)
     method = result["method"]  # if this version cannot read the settings
     if lineage.config:
@@ -162,10 +166,10 @@ def _read(folder: Path) -> tuple[Run, tuple[str, ...]]:
         method = described(lineage.config, result["steps"], finished, folder, skipped)
     # the split that was evaluated: earlier versions meant xGQA's testdev where the setting says "test"
     settings = lineage.settings | {"split": result.get("split", lineage.settings.get("split"))}
-    return Run(folder, result, settings, lineage.seeds, method), lineage.unknown
+    return ComparedRun(folder, result, settings, lineage.seeds, method), lineage.unknown
 
 
-def _comparison(task: str, rows: list[Row], chosen: Path | None) -> Comparison:
+def _compare_rows(task: str, rows: list[ComparisonRow], baseline_folder: Path | None) -> Comparison:
     results = [run.result for row in rows for run in row.runs]
     metric, first = ("mean recall", "R@1") if "retrieval" in results[0] else ("accuracy", "accuracy")
     scores: dict[str, Callable] = {}
@@ -179,12 +183,14 @@ def _comparison(task: str, rows: list[Row], chosen: Path | None) -> Comparison:
         scores[f"{key} of languages, {first}"] = lambda result, key=key: (
             result.get("disparity", {}).get(key) if len(scores_of(result)) > 1 else None
         )
-    base = next((row for row in rows if chosen in [run.folder.resolve() for run in row.runs]), rows[0])
-    columns, aggregates = differing([row.settings for row in rows]), frozenset(list(scores)[languages:])
+    base = next(
+        (row for row in rows if baseline_folder in [run.folder.resolve() for run in row.runs]), rows[0]
+    )
+    columns, aggregates = differing_paths([row.settings for row in rows]), frozenset(list(scores)[languages:])
     return Comparison(task, metric, rows, columns, scores, aggregates, base)
 
 
-def differing(settings: Sequence[dict[str, Any]], prefix: str = "") -> list[str]:
+def differing_paths(settings: Sequence[dict[str, Any]], prefix: str = "") -> list[str]:
     """Dotted paths at which some of these nested settings differ. A part that some have and others have not
     is one path, unless those that have it differ within: then the paths within tell it."""
     found: list[str] = []
@@ -192,9 +198,170 @@ def differing(settings: Sequence[dict[str, Any]], prefix: str = "") -> list[str]
         values = [part.get(name, ABSENT) for part in settings]
         parts = [value for value in values if isinstance(value, dict)]
         others = [value for value in values if not isinstance(value, dict)]
-        within = differing(parts, f"{prefix}{name}.") if len(parts) > 1 else []
+        within = differing_paths(parts, f"{prefix}{name}.") if len(parts) > 1 else []
         if within and all(value is None or value is ABSENT for value in others):
             found += within
         elif any(value != values[0] for value in values):
             found += [prefix + name, *within]
     return found
+
+
+# ---- for people: Markdown, LaTeX, CSV
+
+CSV_COLUMNS = (
+    *("runs", "seeds", "score", "mean", "low", "high"),
+    *("baseline", "seeds in common", "difference", "difference low", "difference high"),
+)
+
+
+class ComparisonTable(NamedTuple):
+    """lines: the head first. words: how many columns hold words, before those with figures."""
+
+    title: str
+    lines: list[list[str]]
+    words: int
+
+
+def to_markdown(comparisons: Sequence[Comparison]) -> str:
+    """Every table under its title."""
+    parts = [f"{title}\n\n{markdown_table(lines, words)}" for title, lines, words in _tables(comparisons)]
+    return "\n\n".join(parts)
+
+
+def write_latex(comparisons: Sequence[Comparison], path: Path) -> None:
+    """Write every table as LaTeX that needs no package.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    parts = [latex_table(lines, title, words) for title, lines, words in _tables(comparisons)]
+    _write_text(path, "\n\n".join(parts) + "\n")
+
+
+def write_csv(comparisons: Sequence[Comparison], path: Path) -> None:
+    """Write a line for each row and score: task, method, settings, runs; then shares in [0, 1], not rounded:
+    the mean and the ends of its interval, the difference from the baseline and the ends of its interval.
+    Empty is what there is not.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    settings = list(dict.fromkeys(column for comparison in comparisons for column in comparison.columns))
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow([*("task", "method"), *settings, *CSV_COLUMNS])
+    for comparison in comparisons:
+        for row in comparison.rows:
+            own = dict(zip(comparison.columns, _setting_cells(comparison, row)[1:], strict=True))
+            cells = [own.get(column, "") for column in settings]
+            runs = " ".join(str(run.folder) for run in row.runs)
+            about = [comparison.task, row.method, *cells, runs, len(row.runs) if row.runs[0].seeds else 0]
+            other = row is not comparison.baseline
+            pairs = [comparison.baseline.runs[0].folder, len(comparison.pairs(row))] if other else ["", ""]
+            for score in comparison.scores:
+                if mean := comparison.mean(row, score):
+                    difference = comparison.difference(row, score) if other else None
+                    out.writerow([*about, score, *_ends(mean), *pairs, *_ends(difference)])
+    _write_text(path, text.getvalue())
+
+
+def _tables(comparisons: Sequence[Comparison]) -> list[ComparisonTable]:
+    """The means of each task and, where it has more rows than one, their differences."""
+    tables = []
+    for comparison in comparisons:
+        rows = comparison.rows
+        scores = [score for score in comparison.scores if any(comparison.mean(row, score) for row in rows)]
+        tables.append(_mean_table(comparison, scores))
+        if len(rows) > 1:
+            tables.append(_difference_table(comparison, scores))
+    return tables
+
+
+def _mean_table(comparison: Comparison, scores: list[str]) -> ComparisonTable:
+    """In %."""
+    lines = [["method", *comparison.columns, "seeds", *scores, "trained, % of parameters"]]
+    for row in comparison.rows:
+        seeds = _seed_count(len(row.runs)) if row.runs[0].seeds else "none (nothing trained)"
+        estimates = [_estimate(comparison.mean(row, score)) for score in scores]
+        lines.append([*_setting_cells(comparison, row), seeds, *estimates, _trained_share(row)])
+    settings, columns = comparison.rows[0].settings, comparison.columns
+    equal = [settings.get(name) for name in ("setting", "split") if name not in columns]
+    what = ", ".join([comparison.task, *map(str, equal)])
+    title = f"{what}: {comparison.metric} in %, mean ± half of its 95 % interval over seeds"
+    return ComparisonTable(title, lines, 1 + len(columns))
+
+
+def _difference_table(comparison: Comparison, scores: list[str]) -> ComparisonTable:
+    """In points of a per cent."""
+    lines = [["method", *comparison.columns, "seeds in common", *scores]]
+    for row in comparison.rows:
+        if row is not comparison.baseline:
+            estimates = [_estimate(comparison.difference(row, score), "+") for score in scores]
+            lines.append(
+                [*_setting_cells(comparison, row), _seed_count(len(comparison.pairs(row))), *estimates]
+            )
+    method, *cells = _setting_cells(comparison, comparison.baseline)
+    pairs = zip(comparison.columns, cells, strict=True)
+    base = ", ".join([method, *(f"{path} {cell}" for path, cell in pairs if cell)])
+    title = f"{comparison.task}: points above {base}, seed by seed, mean ± half of its 95 % interval"
+    return ComparisonTable(title, lines, 1 + len(comparison.columns))
+
+
+def _setting_cells(comparison: Comparison, row: ComparisonRow) -> list[str]:
+    """The method, and the settings in which rows differ."""
+    return [row.method, *(_setting_cell(comparison, row, path) for path in comparison.columns)]
+
+
+def _setting_cell(comparison: Comparison, row: ComparisonRow, path: str) -> str:
+    """A setting; of a run, where the first seed's lies; of a part that is on in some rows, "on"; "" where the
+    row has none."""
+    value = _setting_at(row, path)
+    if isinstance(value, RunSettings):
+        return value.path + (" ..." if len(row.runs) > 1 else "")
+    if isinstance(value, dict):
+        return "on"
+    if value is None:
+        parts = [other for other in comparison.rows if isinstance(_setting_at(other, path), dict)]
+        return "" if parts else "none"
+    if value is ABSENT or isinstance(value, str):
+        return "" if value is ABSENT else value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _setting_at(row: ComparisonRow, path: str) -> Any:
+    """The setting at a dotted path, or ABSENT."""
+    value: Any = row.settings
+    for name in path.split("."):
+        value = value.get(name, ABSENT) if isinstance(value, dict) else ABSENT
+    return value
+
+
+def _trained_share(row: ComparisonRow) -> str:
+    """Share of the parameters that were trained; of small modules without heads, as paper 4 counts."""
+    shares = {
+        run.result.get("share", run.result["trainable"] / run.result["params"])
+        for run in row.runs
+        if run.result["steps"] > run.result.get("skipped_steps", 0) and run.result.get("params")
+    }
+    return " ".join(f"{100 * share:.2f}" for share in sorted(shares))
+
+
+def _seed_count(seeds: int) -> str:
+    return "1 (no interval)" if seeds == 1 else str(seeds)
+
+
+def _estimate(found: Estimate | None, sign: str = "") -> str:
+    return mean_and_interval(*found, sign) if found else ""
+
+
+def _ends(found: Estimate | None) -> list[float | str]:
+    """[mean, low, high]."""
+    mean, half = found or ("", None)
+    return [mean, "", ""] if half is None else [mean, mean - half, mean + half]
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"{path}: not written ({e.strerror})") from None

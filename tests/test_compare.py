@@ -9,8 +9,7 @@ import statistics
 import pytest
 
 from finetune.__main__ import main
-from finetune.compare import compare, differing
-from finetune.comparison_tables import to_markdown
+from finetune.compare import compare_runs, differing_paths, to_markdown
 from finetune.config import FinetuneConfig
 from finetune.lineage import method_of, read_lineage
 from raylib.config import dump_config, override
@@ -71,7 +70,7 @@ def table(text: str, number: int = 0) -> list[dict[str, str]]:
 
 
 def shown(*folders, **options) -> str:
-    comparisons, lines = compare(folders, **options)
+    comparisons, lines = compare_runs(folders, **options)
     return "\n\n".join([to_markdown(comparisons), *lines])
 
 
@@ -280,8 +279,15 @@ def test_compare_shows_strategies_enabled_in_some_rows(runs):
 
 def test_compare_columns_are_the_differing_settings():
     a, b, c = {"x": 1, "part": {"y": 1, "z": 2}}, {"x": 1, "part": {"y": 2, "z": 2}}, {"x": 1, "part": None}
-    assert differing([a, a]) == [] and differing([a, b]) == ["part.y"] and differing([a, b, c]) == ["part.y"]
-    assert differing([a, c]) == ["part"] and differing([a, b, {**c, "part": "else"}]) == ["part", "part.y"]
+    assert (
+        differing_paths([a, a]) == []
+        and differing_paths([a, b]) == ["part.y"]
+        and differing_paths([a, b, c]) == ["part.y"]
+    )
+    assert differing_paths([a, c]) == ["part"] and differing_paths([a, b, {**c, "part": "else"}]) == [
+        "part",
+        "part.y",
+    ]
 
 
 def test_compare_old_runs_get_defaults_and_unknown_settings_are_reported(runs):
@@ -429,7 +435,7 @@ def test_compare_runs_with_other_data_or_code_are_reported(runs):
             "data": {"/data/test.jsonl": entry, f"/runs/{folder.name}/model.safetensors": entry},
         }
         (folder / "identity.json").write_text(json.dumps(record))
-    (comparison,), lines = compare(folders)
+    (comparison,), lines = compare_runs(folders)
     assert len(comparison.rows) == 1 and lines == [
         f"{folders[1]} and {folders[0]} were made from different data: /data/test.jsonl (other content)",
         f"xvnli: runs made by 2 versions of the code: abc source 1 (2, such as {folders[0]}); "

@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from finetune.__main__ import main
+from finetune.strategies.translation import TranslateConfig, translate
 from finetune.tasks.datasets import TASKS
-from finetune.translate import TranslateConfig, translate
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_translate_writes_jsonl_and_plain_lines_that_tasks_read(translator, tmp_
     task = TASKS["xflickrco"]
     for split, made in (("shots", "shots_to_en"), ("test", "translated")):
         config = TranslateConfig(
-            data=str(tmp_path), languages=("de",), split=split, shots=2, beams=1, length=8, batch=2
+            data=str(tmp_path), languages=("de",), split=split, shots=2, num_beams=1, length=8, batch=2
         )
         said = []
         files = translate("xflickrco", translator, config, said.append)
@@ -70,7 +70,14 @@ def test_translate_writes_jsonl_and_plain_lines_that_tasks_read(translator, tmp_
     (raw.parent / "image_splits" / "train.txt").write_text("0.jpg\n1.jpg\n")
     with gzip.open(raw / "train.en.gz", "wt") as file:
         file.write("a dog\na bus\n")
-    options = ["split=train", "way=from_en", "beams=1", "length=8", f"data={tmp_path}", 'languages=["de"]']
+    options = [
+        "split=train",
+        "direction=from_en",
+        "num_beams=1",
+        "length=8",
+        f"data={tmp_path}",
+        'languages=["de"]',
+    ]
     assert main(["translate", "multi30k", str(translator), *options]) == 0
     task = TASKS["multi30k"]
     assert len(list(task.read(task.path(tmp_path, "train_from_en", "de"), "train_from_en", "de"))) == 2
@@ -82,7 +89,7 @@ def test_translate_resumes_without_repeating(translator, tmp_path):
     (folder / "test_1kcaptions_de.txt").write_text("".join(f"bild {'abc'[i]}\n" for i in range(3)))
     (folder / "translated_to_en").mkdir()
     (folder / "translated_to_en" / "de.txt.partial").write_text("from before\n")
-    config = TranslateConfig(data=str(tmp_path), languages=("de",), beams=1, length=8, batch=1)
+    config = TranslateConfig(data=str(tmp_path), languages=("de",), num_beams=1, length=8, batch=1)
     said = []
     (made,) = translate("xtd_few", translator, config, said.append)
     lines = made.read_text().splitlines()
@@ -113,6 +120,9 @@ def test_translate_wrong_arguments_are_one_line_errors(arguments, words, transla
 def test_translate_unfit_models_are_refused(tmp_path, capsys):
     (tmp_path / "xtd").mkdir()
     (tmp_path / "xtd" / "test_1kcaptions_de.txt").write_text("bild\n")
-    for model, words in (("none", "no such folder"), (str(tmp_path), "no translation model is read there")):
+    for model, words in (
+        ("none", "no such folder"),
+        (str(tmp_path), "no translation model can be read there"),
+    ):
         assert main(["translate", "xtd_few", model, f"data={tmp_path}", 'languages=["de"]']) == 2
         assert words in capsys.readouterr().err

@@ -2,7 +2,7 @@
 translate-test.
 
     python -m finetune translate TASK MODEL data=FOLDER languages='["de"]' [split=shots shots=50
-                                  way=to_en ...]
+                                  direction=to_en ...]
 
 Whole files are translated, line by line, and written where the task's records look for them: `*_to_en`,
 `*_from_en`, and of a test `translated`. What is done so far lies in FILE.partial, and is not done again.
@@ -37,10 +37,10 @@ class TranslateConfig(Config):
     languages: tuple[str, ...] = ()
     split: Literal["train", "shots", "test"] = "train"
     shots: int | str = 5
-    way: Literal["to_en", "from_en"] = "to_en"
+    direction: Literal["to_en", "from_en"] = "to_en"
     codes: Mapping[str, str] = Field(default_factory=dict)
     batch: PositiveInt = 32
-    beams: PositiveInt = 4
+    num_beams: PositiveInt = 4
     length: PositiveInt = 128
 
 
@@ -57,54 +57,55 @@ def translate(
         raise UserError("data= is missing: give the folder of the task's annotations")
     if not config.languages:
         raise UserError("""languages= is missing: give those to translate, such as languages='["de","ru"]'""")
-    made_split = (
-        "translated" if (config.split, config.way) == ("test", "to_en") else f"{config.split}_{config.way}"
-    )
-    jobs = []
+    to_english = config.direction == "to_en"
+    target_split = f"{config.split}_{config.direction}"
+    if config.split == "test" and to_english:
+        target_split = "translated"
+    files = []
     for language in config.languages:
-        spoken = language if config.way == "to_en" else "en"
+        spoken = language if to_english else "en"
         source = task.path(Path(config.data), config.split, spoken, config.shots)
-        made = task.path(Path(config.data), made_split, language, config.shots)
+        target = task.path(Path(config.data), target_split, language, config.shots)
         if not source.is_file():
             raise UserError(
                 f"{source}: no such file ({config.split} in '{spoken}'); check data=, languages=, shots="
             )
-        jobs.append((language, source, made))
-    engine, done = None, []
-    for language, source, made in jobs:
-        if made.is_file():
-            log(f"{made}: there already")
-        else:
-            engine = engine or _Engine(model, config)
-            ways = (language, "en") if config.way == "to_en" else ("en", language)
-            _translate_file(engine, source, made, ways, log)
-        done.append(made)
-    return done
+        files.append((source, target))
+    translator = None
+    for language, (source, target) in zip(config.languages, files, strict=True):
+        if target.is_file():
+            log(f"{target}: there already")
+            continue
+        translator = translator or Translator(model, config)
+        codes = (language, "en") if to_english else ("en", language)
+        _translate_file(translator, source, target, codes, log)
+    return [target for _, target in files]
 
 
 def _translate_file(
-    engine: "_Engine", source: Path, made: Path, ways: tuple[str, str], log: Callable[[str], None]
+    translator: "Translator", source: Path, target: Path, codes: tuple[str, str], log: Callable[[str], None]
 ) -> None:
     records = list(_records(source))
     texts = [text for record in records for text in _texts(record)]
-    partial = made.with_name(f"{made.name}.partial")
-    made.parent.mkdir(parents=True, exist_ok=True)
-    there = partial.read_text(encoding="utf-8").split("\n")[:-1] if partial.is_file() else []
-    empty = 0
+    partial = target.with_name(f"{target.name}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # what an interrupted translation has left is not translated again; its last line may be cut off
+    translations = partial.read_text(encoding="utf-8").split("\n")[:-1] if partial.is_file() else []
+    num_empty = 0
     with partial.open("a", encoding="utf-8") as file:
-        while len(there) < len(texts):
-            asked = texts[len(there) : len(there) + engine.config.batch]
-            part = engine(asked, *ways)
-            empty += part.count("")
-            part = [made or text for made, text in zip(part, asked, strict=True)]
-            file.write("".join(f"{text}\n" for text in part))
+        while len(translations) < len(texts):
+            batch = texts[len(translations) : len(translations) + translator.config.batch]
+            outputs = translator(batch, *codes)
+            num_empty += outputs.count("")
+            outputs = [output or text for output, text in zip(outputs, batch, strict=True)]
+            file.write("".join(f"{text}\n" for text in outputs))
             file.flush()
-            there += part
-            left = f"; {empty} came out empty, and stay as they were" if empty else ""
-            log(f"{made}: {len(there)} of {len(texts)}{left}")
-    new = iter(there)
-    lines = [_with_texts(record, [next(new) for _ in _texts(record)]) for record in records]
-    write_atomically(made, "".join(f"{line}\n" for line in lines))
+            translations += outputs
+            empty = f"; {num_empty} came out empty, and stay as they were" if num_empty else ""
+            log(f"{target}: {len(translations)} of {len(texts)}{empty}")
+    rest = iter(translations)
+    lines = [_with_texts(record, [next(rest) for _ in _texts(record)]) for record in records]
+    write_atomically(target, "".join(f"{line}\n" for line in lines))
     partial.unlink()
 
 
@@ -138,7 +139,7 @@ def _field(record: dict[str, Any]) -> str:
     return found
 
 
-class _Engine:
+class Translator:
     """A translation model of `transformers`: an encoder and a decoder, with its own tokenizer."""
 
     def __init__(self, folder: Path, config: TranslateConfig):
@@ -152,7 +153,7 @@ class _Engine:
             ).eval()
         except (OSError, ValueError, KeyError) as e:
             raise UserError(
-                f"{folder}: no translation model is read there ({' '.join(str(e).split())[:200]})"
+                f"{folder}: no translation model can be read there ({' '.join(str(e).split())[:200]})"
             ) from None
         require_finite_file(folder, self.model.state_dict())
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -172,9 +173,10 @@ class _Engine:
         )
         inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         with torch.inference_mode():
-            made = self.model.generate(
-                **inputs, num_beams=self.config.beams, max_new_tokens=self.config.length, **options
+            output_ids = self.model.generate(
+                **inputs, num_beams=self.config.num_beams, max_new_tokens=self.config.length, **options
             )
         return [
-            " ".join(text.split()) for text in self.tokenizer.batch_decode(made, skip_special_tokens=True)
+            " ".join(text.split())
+            for text in self.tokenizer.batch_decode(output_ids, skip_special_tokens=True)
         ]
