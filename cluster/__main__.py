@@ -7,18 +7,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cluster.local import run
+from cluster.local import run_job
 from raylib.command import entry_point
 from raylib.errors import UserError
 
 
 @entry_point()
 def main(arguments: Sequence[str]) -> int:
-    """Run a command line; returns the job's exit code."""
-    own, job = list(arguments), []
-    if "--" in own:
-        split = own.index("--")
-        own, job = own[:split], own[split + 1 :]
+    """Run a command line; return the job's exit code."""
+    options, job = list(arguments), []
+    if "--" in options:
+        split = options.index("--")
+        options, job = options[:split], options[split + 1 :]
     parser = argparse.ArgumentParser(
         prog="python -m cluster", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -27,12 +27,12 @@ def main(arguments: Sequence[str]) -> int:
     action.add_argument("--cpus", type=int, default=2, help="CPUs of the cluster (%(default)s)")
     action.add_argument("--gpus", type=int, default=0, help="GPUs of the cluster (%(default)s)")
     action.add_argument("--dashboard-port", type=int, default=8265, help="its address (%(default)s)")
-    given = parser.parse_args(own)
+    given = parser.parse_args(options)
     if not job:
         raise UserError(
             "no command; give one after --, such as: python -m cluster run -- python -m pretrain tiny"
         )
-    return run(job, given.cpus, given.gpus, given.dashboard_port)
+    return run_job(job, given.cpus, given.gpus, given.dashboard_port)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """A local Ray cluster for one job.
 
 1. `check_machine`: Ray, the dashboard's port, shared memory.
-2. `_start`: `ray start --head` as a child, on 127.0.0.1, with a token of its own, everything it writes in one
-   folder.
-3. `_submit`: `ray job submit`, as to any other cluster; the job's log is followed, its exit code returned.
-4. `_stop`: the job, then the processes that came from here, by their ids, and the folder.
+2. `_start_head`: `ray start --head` as a child, on 127.0.0.1, with a token of its own, everything it writes
+   in one folder.
+3. `_submit_job`: `ray job submit`, as to any other cluster; the job's log is followed, its exit code
+   returned.
+4. `_stop_all`: the job, then the processes that came from here, by their ids, and the folder.
 """
 
 import contextlib
@@ -24,20 +25,20 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from raylib.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-STORE = 200_000_000  # bytes of Ray's object store: batches do not pass through it
-SHARED_MEMORY = 300_000_000  # bytes: the store, and the batches that loader processes hand over
-START_LIMIT, STOP_LIMIT = 120, 15  # seconds
+OBJECT_STORE_BYTES = 200_000_000  # batches do not pass through it
+SHARED_MEMORY_BYTES = 300_000_000  # the object store, and the batches that loader processes hand over
+START_SECONDS, STOP_SECONDS = 120, 15  # at most
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
-ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+FINAL_STATES = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
-class Interrupted(BaseException):
+class SignalReceived(BaseException):
     """Signal `args[0]` asked this process to end."""
 
 
@@ -49,23 +50,24 @@ class Cluster(NamedTuple):
     env: dict[str, str]  # for every process that talks to it
     folder: Path  # logs, sockets, token
 
-    def ask(self, path: str, method: str = "GET"):
-        """A reply of the job server (REST), parsed. Raises `OSError` if there is none, or a refusal."""
+    def request(self, path: str, method: str = "GET") -> Any:
+        """Return the job server's reply (REST), parsed. Raises `OSError` if there is none, or a refusal."""
         token = Path(self.env["RAY_AUTH_TOKEN_PATH"]).read_text(encoding="ascii")
-        request = urllib.request.Request(
+        http_request = urllib.request.Request(
             self.url + path, method=method, headers={"Authorization": f"Bearer {token}"}
         )
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(request, timeout=10) as reply:
+        with direct.open(http_request, timeout=10) as reply:
             return json.load(reply)
 
     def jobs(self) -> list[dict]:
-        """Records of the submitted jobs, oldest first: `submission_id`, `status`, `driver_exit_code`, ..."""
-        submitted = [job for job in self.ask("/api/jobs/") if job["submission_id"]]
+        """Return the records of the submitted jobs, oldest first: `submission_id`, `status`,
+        `driver_exit_code`, ..."""
+        submitted = [job for job in self.request("/api/jobs/") if job["submission_id"]]
         return sorted(submitted, key=lambda job: job["start_time"])
 
 
-def run(command: list[str], cpus: int, gpus: int, port: int) -> int:
+def run_job(command: list[str], cpus: int, gpus: int, port: int) -> int:
     """Run `command` as a job on a cluster that lives only as long; returns its exit code.
 
     For a process of its own: at the end, every process that descends from the calling one is stopped. `port`
@@ -82,14 +84,15 @@ def run(command: list[str], cpus: int, gpus: int, port: int) -> int:
     try:
         for number in SIGNALS:
             signal.signal(number, _interrupt)
-        _adopt_orphans()
-        cluster = _start(folder, cpus, gpus, port)
-        _await(cluster)
+        # processes whose parent dies become children of this one, so that none is lost
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)
+        cluster = _start_head(folder, cpus, gpus, port)
+        _wait_until_up(cluster)
         print(
             f"cluster up; dashboard {cluster.url} (token: {cluster.env['RAY_AUTH_TOKEN_PATH']})", flush=True
         )
-        return _submit(cluster, command)
-    except Interrupted as stopped:
+        return _submit_job(cluster, command)
+    except SignalReceived as stopped:
         print(
             f"{signal.Signals(stopped.args[0]).name}: stopping the job and the cluster",
             file=sys.stderr,
@@ -99,14 +102,18 @@ def run(command: list[str], cpus: int, gpus: int, port: int) -> int:
     finally:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half a cluster
-        _stop(cluster)
+        _stop_all(cluster)
         (folder / "token").unlink(missing_ok=True)
         if not isinstance(sys.exc_info()[1], UserError):  # which names the logs
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_machine(port: int) -> None:
-    """Raises `UserError` if a local cluster cannot start here."""
+    """Check that a local cluster can start here.
+
+    Raises:
+        UserError: it cannot.
+    """
     if importlib.util.find_spec("ray") is None:
         raise UserError(f"{sys.executable} has no ray; `make run` installs it, or train with runtime=local")
     if not 0 < port < 1 << 16:
@@ -116,19 +123,19 @@ def check_machine(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as e:
-            choose = "choose another: make run PORT=N, or --dashboard-port N"
-            raise UserError(f"port {port}: {e.strerror}; {choose}") from None
+            hint = "choose another: make run PORT=N, or --dashboard-port N"
+            raise UserError(f"port {port}: {e.strerror}; {hint}") from None
     free = shutil.disk_usage("/dev/shm").free if os.path.ismount("/dev/shm") else 0
-    if free < SHARED_MEMORY and sys.platform.startswith("linux"):
+    if free < SHARED_MEMORY_BYTES and sys.platform.startswith("linux"):
         raise UserError(
-            f"/dev/shm has {free // 10**6} MB free, the cluster needs {SHARED_MEMORY // 10**6}; delete files "
-            "there, enlarge it (docker run --shm-size=1g), or train without Ray: python -m pretrain tiny "
-            "runtime=local"
+            f"/dev/shm has {free // 10**6} MB free, the cluster needs {SHARED_MEMORY_BYTES // 10**6}; "
+            "delete files there, enlarge it (docker run --shm-size=1g), or train without Ray: "
+            "python -m pretrain tiny runtime=local"
         )
 
 
 def compose_submission(url: str, command: list[str]) -> list[str]:
-    """The `ray job submit` line, run in the checkout: what it uploads is the checkout without what git
+    """Return the `ray job submit` line, run in the checkout: what it uploads is the checkout without what git
     ignores.
 
     A job's working directory is a copy without history, so it is told where runs go and which commit it is.
@@ -142,7 +149,7 @@ def compose_submission(url: str, command: list[str]) -> list[str]:
     return ["ray", "job", "submit", *options, "--", *command]
 
 
-def _start(folder: Path, cpus: int, gpus: int, port: int) -> Cluster:
+def _start_head(folder: Path, cpus: int, gpus: int, port: int) -> Cluster:
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32), encoding="ascii")
@@ -180,7 +187,7 @@ def _start(folder: Path, cpus: int, gpus: int, port: int) -> Cluster:
         f"--temp-dir={folder}/ray",
         f"--num-cpus={cpus}",
         f"--num-gpus={gpus}",
-        f"--object-store-memory={STORE}",
+        f"--object-store-memory={OBJECT_STORE_BYTES}",
     ]
     with open(folder / "start.log", "wb") as log:
         # a session of its own: Ctrl-C reaches this process alone, which stops job and cluster in order
@@ -191,17 +198,18 @@ def _start(folder: Path, cpus: int, gpus: int, port: int) -> Cluster:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            # when this process dies, be it by SIGKILL, the head ends
+            preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
         )
     return Cluster(head, f"http://127.0.0.1:{port}", env, folder)
 
 
-def _await(cluster: Cluster) -> None:
-    limit = time.monotonic() + START_LIMIT
+def _wait_until_up(cluster: Cluster) -> None:
+    limit = time.monotonic() + START_SECONDS
     while time.monotonic() < limit and cluster.head.poll() is None:
         with contextlib.suppress(OSError):
             cluster.jobs()
-            if cluster.ask("/nodes?view=summary")["data"]["summary"]:  # whose agent starts jobs
+            if cluster.request("/nodes?view=summary")["data"]["summary"]:  # whose agent starts jobs
                 return
         time.sleep(0.3)
     log = cluster.folder / "start.log"
@@ -209,15 +217,14 @@ def _await(cluster: Cluster) -> None:
     raise UserError(f"the cluster did not come up ({last}); see {log} and {cluster.folder}/ray")
 
 
-def _submit(cluster: Cluster, command: list[str]) -> int:
+def _submit_job(cluster: Cluster, command: list[str]) -> int:
     submission = compose_submission(cluster.url, command)
     print(f"$ {shlex.join(submission)}", flush=True)
     follower = subprocess.Popen(submission, cwd=ROOT, env=cluster.env, start_new_session=True)
     while follower.poll() is None and cluster.head.poll() is None:
         time.sleep(0.3)
-    while (job := _find(cluster)) and job[
-        "status"
-    ] not in ENDED:  # the log's follower may have lost its connection
+    # the follower ends with the job, or because it lost its connection
+    while (job := _find_job(cluster)) and job["status"] not in FINAL_STATES:
         time.sleep(1)
     if job is None:  # it was not accepted
         return follower.returncode or 1
@@ -227,8 +234,8 @@ def _submit(cluster: Cluster, command: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _find(cluster: Cluster) -> dict | None:
-    """The job: the first that was submitted."""
+def _find_job(cluster: Cluster) -> dict | None:
+    """Return the job, the first that was submitted; None if there is none."""
     while cluster.head.poll() is None:
         with contextlib.suppress(OSError):  # a busy machine answers late
             return next(iter(cluster.jobs()), None)
@@ -236,20 +243,22 @@ def _find(cluster: Cluster) -> dict | None:
     raise UserError(f"the cluster ended before the job; see {cluster.folder}/start.log")
 
 
-def _stop(cluster: Cluster | None) -> None:
+def _stop_all(cluster: Cluster | None) -> None:
     import psutil
 
     if cluster and cluster.head.poll() is None:
         with contextlib.suppress(OSError):  # no job server yet, or no more
             for job in cluster.jobs():
-                if job["status"] not in ENDED:
-                    cluster.ask(f"/api/jobs/{job['submission_id']}/stop", "POST")
-            limit = time.monotonic() + STOP_LIMIT
-            while time.monotonic() < limit and any(job["status"] not in ENDED for job in cluster.jobs()):
+                if job["status"] not in FINAL_STATES:
+                    cluster.request(f"/api/jobs/{job['submission_id']}/stop", "POST")
+            limit = time.monotonic() + STOP_SECONDS
+            while any(job["status"] not in FINAL_STATES for job in cluster.jobs()):
+                if time.monotonic() > limit:
+                    break
                 time.sleep(0.2)
     for process in psutil.Process().children():
         process.terminate()  # the head ends its own children
-    limit = time.monotonic() + STOP_LIMIT
+    limit = time.monotonic() + STOP_SECONDS
     while processes := psutil.Process().children(recursive=True):
         if time.monotonic() > limit:
             for process in processes:
@@ -258,18 +267,8 @@ def _stop(cluster: Cluster | None) -> None:
         psutil.wait_procs(processes, timeout=0.2)
 
 
-def _interrupt(number: int, frame) -> None:
-    raise Interrupted(number)
-
-
-def _adopt_orphans() -> None:
-    """Processes whose parent dies become children of this one, so that none is lost."""
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
-
-
-def _end_with_parent() -> None:
-    """In the head, before exec: when the parent dies, be it by SIGKILL, end."""
-    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _interrupt(number: int, frame: Any) -> None:
+    raise SignalReceived(number)
 
 
 def _prctl(option: int, value: int) -> None:
@@ -278,7 +277,8 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _free_port() -> int:
-    """Between the ports that Ray gives its workers and those that systems give at random: it stays free."""
+    """Return a port between those that Ray gives its workers and those that systems give at random: it stays
+    free."""
     while True:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", 20_000 + secrets.randbelow(12_000)))

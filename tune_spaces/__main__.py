@@ -55,10 +55,10 @@ def main(arguments: Sequence[str]) -> int:
         )
         return 0
     from raylib.search.search import run_search
-    from tune_spaces.jobs import find
+    from tune_spaces.jobs import find_job
 
     search, rest = parse(given.settings, space.recipe)
-    job, base = find(search.recipe)
+    job, base = find_job(search.recipe)
     for setting in rest:
         path, known = setting.partition("=")[0], [*SearchConfig.model_fields, *setting_paths(type(base))]
         if not is_setting(type(base), path):

@@ -32,7 +32,7 @@ from raylib.runtime import Reporter
 from raylib.search.config import GOALS, DevSets, SearchJob
 
 
-class FinetuneSearchJob:
+class FinetuneSearchJob(SearchJob):
     """Searches over fine-tuning. A score is the accuracy, or the recall that `select_metric` says, of the
     model that the run leaves."""
 
@@ -99,7 +99,7 @@ class FinetuneSearchJob:
         )
         if self.built is None or self.built[0] != dump_config(bare):
             self.built = dump_config(bare), build_model(bare)
-        model = self.built[1]
+        model: Any = self.built[1]
         self.num_layers[config.model] = model.num_layers
         last = final_training(config)  # the training that is judged
         adapted = copy.deepcopy(model)
@@ -179,7 +179,7 @@ def _check_head(config: FinetuneConfig, before: torch.nn.Module, adapted: torch.
         )
 
 
-class PretrainSearchJob:
+class PretrainSearchJob(SearchJob):
     """Searches over pretraining. A score is recall@1 of zero-shot retrieval on the corpus's retrieval set;
     there is no other to test on."""
 
@@ -195,9 +195,6 @@ class PretrainSearchJob:
             update={"fit": config.fit.model_copy(update={"eval_every": every, "save_every": every})}
         )
 
-    def final_config(self, config: PretrainConfig) -> PretrainConfig:
-        return config
-
     def describe_selection(self, dev_sets: DevSets) -> str:
         part = {
             "english_dev": "English",
@@ -206,8 +203,7 @@ class PretrainSearchJob:
         }
         return (
             f"{part[dev_sets]}, of the retrieval set **that results of pretraining are told of too**: "
-            "there "
-            "is no other"
+            "there is no other"
         )
 
     def metric_names(self, config: PretrainConfig, dev_sets: DevSets) -> tuple[str, ...]:
@@ -218,21 +214,9 @@ class PretrainSearchJob:
         StepBatches(data, config.model.image_size, config.fit.seed, 0, config.workers)
         with_vocabulary(config, data)
 
-    def release(self) -> None:
-        pass
-
-    def num_runs(self, config: PretrainConfig) -> int:
-        return 1
-
-    def pruning_epochs(self, config: PretrainConfig) -> int:
-        return 0
-
     def epochs_per_run(self, config: PretrainConfig) -> int:
         """Evaluations: pretraining has no epochs to judge by."""
         return math.ceil(config.fit.steps / config.fit.eval_every)
-
-    def warmup_epochs(self, config: PretrainConfig) -> int:
-        return 1
 
     def parse_report(self, config: PretrainConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
         return math.ceil(metrics["step"] / config.fit.eval_every), _recalls(metrics)
@@ -248,9 +232,6 @@ class PretrainSearchJob:
         pretrain(config, reporter)
         return _recalls(summarize_recall(read_json(run_folder(config) / "result.json")))
 
-    def evaluate_tests(self, folder: str) -> dict[str, float]:
-        return {}
-
 
 def _recalls(values: dict[str, float]) -> dict[str, float]:
     return {
@@ -260,8 +241,8 @@ def _recalls(values: dict[str, float]) -> dict[str, float]:
     }
 
 
-def find(recipe: str) -> tuple[SearchJob, LaunchConfig]:
-    """The job that a recipe belongs to, and its config.
+def find_job(recipe: str) -> tuple[SearchJob, LaunchConfig]:
+    """Return the job that a recipe belongs to, and its config.
 
     Raises:
         UserError: neither stage has such a recipe.

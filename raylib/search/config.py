@@ -1,7 +1,8 @@
 """Settings of a search beside its recipe and its space, and the stage that it searches over."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -83,13 +84,15 @@ class SearchConfig(Config):
         return self.early_stopping != "none" and self.dev_sets != "both" and self.algorithm != "pbt"
 
 
-class SearchJob(Protocol):
-    """A stage of training as a search sees it; each stage has one in `tune_spaces.jobs`."""
+class SearchJob(ABC):
+    """A stage of training as a search sees it; each stage has one in `tune_spaces.jobs`. The defaults are for
+    a stage that is one training, whose method is complete from its first epoch on."""
 
     command: str  # that runs a config file
     more_epochs_hint: str  # how a trial gets more epochs
     mutable_paths: tuple[str, ...]  # config paths that may change in mid-run
 
+    @abstractmethod
     def trial_config(self, config: Any, dev_sets: DevSets) -> Any:
         """Return `config` as a trial runs it: it looks at `dev_sets`, at no test set.
 
@@ -99,13 +102,17 @@ class SearchJob(Protocol):
 
     def final_config(self, config: Any) -> Any:
         """Return a trial's config as a person runs it, with tests."""
+        return config
 
+    @abstractmethod
     def describe_selection(self, dev_sets: DevSets) -> str:
         """Say for a report which data choose among trials."""
 
+    @abstractmethod
     def metric_names(self, config: Any, dev_sets: DevSets) -> tuple[str, ...]:
         """Return the names of the scores that a trial with this config reports."""
 
+    @abstractmethod
     def check_config(self, config: Any) -> None:
         """Find mistakes of data and model before anything starts.
 
@@ -113,36 +120,44 @@ class SearchJob(Protocol):
             UserError: there is one.
         """
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027
         """Free the memory that `check_config` took: no more configs will be checked."""
 
     def num_runs(self, config: Any) -> int:
-        """Return how many trainings a trial is, one after another: of each language by itself, for
-        example."""
+        """Return how many trainings a trial is, one after another: of each language, for example."""
+        return 1
 
+    @abstractmethod
     def epochs_per_run(self, config: Any) -> int:
         """Return how many epochs each of them has."""
 
     def pruning_epochs(self, config: Any) -> int:
         """Return how many of these are pruning rounds, whose model is not the trial's."""
+        return 0
 
     def warmup_epochs(self, config: Any) -> int:
         """Return after how many epochs of a run its method is complete: earlier scores compare nothing."""
+        return 1
 
+    @abstractmethod
     def parse_report(self, config: Any, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
         """Return (epochs of this training that are done, {name: score}) of what a checkpoint reports."""
 
+    @abstractmethod
     def data_files(self, config: Any) -> list[DataFile]:
         """Return the files that a trial of this config reads."""
 
+    @abstractmethod
     def verifies_content(self, config: Any) -> bool:
         """Return whether the content of these is to be compared at every start."""
 
+    @abstractmethod
     def run(self, config: Any, reporter: Reporter) -> dict[str, float]:
         """Run it, or go on; return the scores of the model that it leaves."""
 
     def evaluate_tests(self, folder: str) -> dict[str, float]:
         """Evaluate a finished run on the test sets: {"English", "targets"}; {} if there are none."""
+        return {}
 
 
 class SearchContext(NamedTuple):

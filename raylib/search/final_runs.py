@@ -1,17 +1,18 @@
 """The last stage: the best settings, and the published one beside them, on fresh seeds; then the test sets,
 for the winner."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ray
 from optuna.trial import TrialState
 from ray import tune
+from ray.exceptions import RayTaskError
 
-from raylib import cache
-from raylib.errors import NotFinite
+from raylib.cache import ObjectCache, set_cache
 from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
 from raylib.search.config import Resources, SearchContext, SearchJob
@@ -69,9 +70,12 @@ def run_finalists(
         Finalist(name, setting, scores, {}, len(seeds) - len(scores))
         for name, setting, scores in zip(names, settings, dev, strict=True)
     ]
-    order = sorted(
-        range(len(finalists)), key=lambda i: (len(seeds) - len(dev[i]), -_mean_score(dev[i], config.goals))
-    )
+
+    def rank(i: int) -> tuple[int, float]:
+        means = [_mean(scores, config.goals) for scores in dev[i].values()]
+        return -len(dev[i]), -statistics.fmean(means or [-math.inf])
+
+    order = sorted(range(len(finalists)), key=rank)
     tested = {order[0], names.index(PUBLISHED) if PUBLISHED in names else order[0]}
     for i in sorted(tested):
         folders = {seed: folder / f"setting{i}_seed{seed}" for seed in dev[i]}
@@ -128,11 +132,6 @@ def _mean(scores: dict[str, float], goals: Sequence[str]) -> float:
     return statistics.fmean(scores[goal] for goal in goals)
 
 
-def _mean_score(dev: dict[int, dict[str, float]], goals: Sequence[str]) -> float:
-    """Return the mean over seeds of the mean of the goals; less than any where no run finished."""
-    return statistics.fmean(_mean(scores, goals) for scores in dev.values()) if dev else float("-inf")
-
-
 def _evaluate_tests(
     context: SearchContext, runs: dict[int, Path], resources: dict[str, float]
 ) -> dict[int, dict[str, float]]:
@@ -146,10 +145,10 @@ def _evaluate_tests(
         if not path.is_file()
     }
     for seed, task in tasks.items():
-        scores = ray.get(task)
-        if "not_finite" in scores:
-            raise NotFinite(f"{runs[seed]}: its test: {scores['not_finite']}")
-        write_json(paths[seed], scores)
+        try:
+            write_json(paths[seed], ray.get(task))
+        except RayTaskError as e:  # the same error with a traceback in its message
+            raise e.cause from None
     tests = {seed: read_json(path) for seed, path in paths.items()}
     for seed, scores in tests.items():  # earlier versions wrote NaN
         require_finite_values(str(paths[seed]), scores)
@@ -157,11 +156,6 @@ def _evaluate_tests(
 
 
 @ray.remote
-def _evaluate_remotely(job: SearchJob, folder: str, object_cache: cache.ObjectCache) -> dict[str, Any]:
-    """Return the run's test scores; or {"not_finite": message}, since Ray would wrap the error in a
-    traceback."""
-    cache.set_cache(object_cache)
-    try:
-        return job.evaluate_tests(folder)
-    except NotFinite as e:
-        return {"not_finite": str(e)}
+def _evaluate_remotely(job: SearchJob, folder: str, object_cache: ObjectCache) -> dict[str, float]:
+    set_cache(object_cache)
+    return job.evaluate_tests(folder)

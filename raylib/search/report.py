@@ -1,6 +1,7 @@
 """Results of a search for people: trials.csv, best.yaml, report.md and its figures."""
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,21 +45,27 @@ def write_report(
     agreement = "" if config.algorithm == "pbt" else _early_agreement(context, results)
     figures = draw_figures(context, results)
     stopping = f"stopped early by {config.early_stopping}" if config.stops_trials else "nothing stopped early"
+    counts = Counter(result.state for result in results)
+    states = ", ".join(f"{counts[s]} {s}" for s in ("finished", "stopped", "failed") if counts[s])
     parts = [
         f"# Search of `{context.space_name}` over `{config.recipe}`",
-        f"{_state_counts(results)}; {config.algorithm}, {stopping}. Looked at: "
+        f"{len(results)} trials: {states}; {config.algorithm}, {stopping}. Looked at: "
         f"{context.job.describe_selection(config.dev_sets)}. Searched for: {' and '.join(config.goals)}.",
         "## The best",
         verdict(config, finalists),
         *([_finalists_table(config, finalists)] if config.final_seeds else []),
         _assignments(context, best),
     ]
+    finished = [result for result in results if result.state == "finished"]
     if len(config.goals) > 1:
-        parts += ["## Best of each goal against the other", _front_table(config, results)]
+        front = pareto_front(finished, config.goals)
+        parts += ["## Best of each goal against the other", _results_table(config, front, settings=False)]
     parts += ["## What it cost", cost_table(results)]
     if agreement:
         parts += ["## What early scores tell", agreement]
-    parts += ["## Trials", _trials_table(config, results), "All of them, with every knob: trials.csv."]
+    ten_best = sorted(finished, key=lambda result: -result.scores[config.goals[0]])[:10]
+    parts += ["## Trials", _results_table(config, ten_best, settings=True)]
+    parts += ["All of them, with every knob: trials.csv."]
     parts += [f"![{title}]({file})" for file, title in figures]
     failed = [result for result in results if result.state == "failed"]
     if failed:
@@ -113,11 +120,6 @@ def cost_table(results: Sequence[TrialResult]) -> str:
 
 def _format_time(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
-
-
-def _state_counts(results: Sequence[TrialResult]) -> str:
-    counts = {s: sum(result.state == s for result in results) for s in ("finished", "stopped", "failed")}
-    return f"{len(results)} trials: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n)
 
 
 def verdict(config: SearchConfig, finalists: Sequence[Finalist]) -> str:
@@ -179,25 +181,14 @@ def _assignments(context: SearchContext, best: Finalist) -> str:
     return "Its settings: " + ", ".join(f"`{path}={_format(value)}`" for path, value in changes.items())
 
 
-def _front_table(config: SearchConfig, results: Sequence[TrialResult]) -> str:
-    finished = [result for result in results if result.state == "finished"]
-    lines = [["trial", *(f"{goal}, %" for goal in config.goals)]]
-    for result in pareto_front(finished, config.goals):
-        lines.append([result.id, *(percent(result.scores[goal]) for goal in config.goals)])
-    return markdown_table(lines)
-
-
-def _trials_table(config: SearchConfig, results: Sequence[TrialResult]) -> str:
-    """Return the ten best that finished."""
-    finished = [result for result in results if result.state == "finished"]
-    best = sorted(finished, key=lambda result: -result.scores[config.goals[0]])[:10]
-    lines = [["trial", "setting", *(f"{goal}, %" for goal in config.goals)]]
-    for result in best:
-        setting = ", ".join(
-            f"{name.removeprefix('strategies.')} {_format(value)}" for name, value in result.setting.items()
-        )
-        lines.append([result.id, setting, *(percent(result.scores[goal]) for goal in config.goals)])
-    return markdown_table(lines, words=2)
+def _results_table(config: SearchConfig, results: Sequence[TrialResult], settings: bool) -> str:
+    """Return a row a trial, with the goals and, if `settings`, its setting."""
+    lines = [["trial", *(["setting"] if settings else []), *(f"{goal}, %" for goal in config.goals)]]
+    for result in results:
+        pairs = [f"{name.removeprefix('strategies.')} {_format(v)}" for name, v in result.setting.items()]
+        goals = [percent(result.scores[goal]) for goal in config.goals]
+        lines.append([result.id, *([", ".join(pairs)] if settings else []), *goals])
+    return markdown_table(lines, words=1 + settings)
 
 
 def _format(value: Any) -> str:

@@ -213,12 +213,12 @@ def run_trials(context: SearchContext, resources: Resources) -> list[TrialResult
             shutil.rmtree(checkpoint)
         drop_checkpoints(folder / "trials")
     metrics = context.job.metric_names(context.base, config.dev_sets)
-    first_reports = {}
     results = [trial_result(result, metrics) for result in grid]
-    for result in results:
-        reports = read_reports(folder / "trials" / result.id)
-        first_reports[result.id] = reports[0]["at"] if reports else inf
-    return sorted(results, key=lambda result: first_reports[result.id])
+
+    def first_report(result: TrialResult) -> float:
+        return min((report["at"] for report in read_reports(folder / "trials" / result.id)), default=inf)
+
+    return sorted(results, key=first_report)
 
 
 def _reset(folder: Path) -> None:

@@ -52,7 +52,7 @@ class TrialResult(NamedTuple):
     error: str | None
 
 
-class Progress(NamedTuple):
+class TrialProgress(NamedTuple):
     """effective_epoch: epochs that trained the trial's model; prunable: whether its method is complete, so
     that its scores may be compared with other trials'."""
 
@@ -199,14 +199,14 @@ def model_epochs(job: SearchJob, config: LaunchConfig) -> int:
     return job.num_runs(config) * (job.epochs_per_run(config) - job.pruning_epochs(config))
 
 
-def trial_progress(job: SearchJob, config: LaunchConfig, epoch: float) -> Progress:
+def trial_progress(job: SearchJob, config: LaunchConfig, epoch: float) -> TrialProgress:
     """Return where a trial stands after `epoch` epochs. Each of its runs begins with pruning rounds and with
     epochs whose scores say little of its method, such as those with frozen layers."""
     length, pruning = job.epochs_per_run(config), job.pruning_epochs(config)
     runs_before = max(0, math.ceil(epoch / length) - 1)
     epoch_of_run = epoch - runs_before * length
     effective = runs_before * (length - pruning) + max(0.0, epoch_of_run - pruning)
-    return Progress(effective, epoch_of_run >= job.warmup_epochs(config))
+    return TrialProgress(effective, epoch_of_run >= job.warmup_epochs(config))
 
 
 def drop_checkpoints(run: Path) -> None:
