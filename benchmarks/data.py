@@ -27,7 +27,7 @@ import webdataset
 from PIL import Image
 
 from benchmarks.results import RESULTS
-from raylib.data.images import AugmentConfig, augment, decode
+from raylib.data.images import AugmentConfig, augment_image, decode_image
 from raylib.data.shards import ShardWriter
 from raylib.data.sources import Source
 from raylib.fileio import append_jsonl
@@ -99,12 +99,12 @@ def ours(folder: Path, config: AugmentConfig | None) -> Callable[[], int]:
     def run() -> int:
         source = Source(folder)
         order = permutation(len(source), "order")
-        draws = uniform("draws", order[:, None], np.arange(config.draws)) if config else None
+        draws = uniform("draws", order[:, None], np.arange(config.num_uniforms)) if config else None
         for number in order.tolist():
             sample = source.sample("en", number)
             data = sample.read("json"), sample.read("jpg")
             if config:
-                augment(decode(data[1]), SIZE, config, draws[number])
+                augment_image(decode_image(data[1]), SIZE, config, draws[number])
         return len(order)
 
     return run

@@ -99,7 +99,7 @@ def make_batch(config: ModelConfig, counts: tuple[int, int, int], seed: int = 0)
             "images": torch.randint(0, 256, (pairs, size, size, 3), dtype=torch.uint8, generator=g),
             "image_id": torch.arange(pairs),
             "text": make_sentences(lengths["image_text"], v, g),
-            "draws": torch.rand(pairs, 2, generator=g),
+            "negative_uniforms": torch.rand(pairs, 2, generator=g),
         },
         "parallel": {
             "index": torch.arange(translations),

@@ -65,8 +65,12 @@ class PaddedTwin(nn.Module):
         terms["vlm"] = self._masked_language(self._fuse(masked, Rows(images, mask)), text, width)
 
         positive = self._match(masked, images)
-        wrong_text, is_text_valid = draw_hard_negatives(scores.detach(), same, batch["draws"][:, 0])
-        wrong_image, is_image_valid = draw_hard_negatives(scores.detach().T, same, batch["draws"][:, 1])
+        wrong_text, is_text_valid = draw_hard_negatives(
+            scores.detach(), same, batch["negative_uniforms"][:, 0]
+        )
+        wrong_image, is_image_valid = draw_hard_negatives(
+            scores.detach().T, same, batch["negative_uniforms"][:, 1]
+        )
         texts = Rows(*(torch.cat([part, part[wrong_text]]) for part in masked))
         negative = self._match(texts, torch.cat([images[wrong_image], images]))
         is_valid = torch.cat([is_image_valid, is_text_valid])

@@ -243,7 +243,7 @@ class CaptionBatches(EpochBatches):
             # annotations may name one image in several ways: 42.jpg, COCO_val2014_000000000042
             "image_id": torch.tensor([self.visual.store.identity(name) for name in names]),
             "text": _unmasked([pair.captions[0] for pair in pairs], self.tokenizer, self.length),
-            "draws": torch.from_numpy((np.floor(negatives * 2**24) * 2**-24).astype(np.float32)),
+            "negative_uniforms": torch.from_numpy((np.floor(negatives * 2**24) * 2**-24).astype(np.float32)),
         }
         if pairs[0].pivots:
             part["pivot"] = encode_texts([pair.pivots[0] for pair in pairs], self.tokenizer, self.length)

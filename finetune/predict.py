@@ -24,7 +24,7 @@ from finetune.formats.examples import Example
 from finetune.model import FinetuneModel
 from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource, precompute_features
 from raylib.data.loading import to_device
-from raylib.data.states import remove_states
+from raylib.data.states import remove_encoder_states
 from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import require
 from raylib.finite import is_finite
@@ -115,8 +115,8 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         if isinstance(pictures, ImageSource):  # otherwise they are encoded already
             scratch = folder / ".states"
-            remove_states(scratch)  # what a killed evaluation has left is another model's
-            stack.callback(remove_states, scratch)
+            remove_encoder_states(scratch)  # what a killed evaluation has left is another model's
+            stack.callback(remove_encoder_states, scratch)
             names = (name for examples in sets.values() for example in examples for name in example.images)
             pictures = PrecomputedFeatures(
                 precompute_features(model.backbone, pictures, names, scratch, bf16), pictures.store

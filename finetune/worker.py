@@ -15,7 +15,7 @@ from finetune.stores.images import ImageSource, PrecomputedFeatures, precompute_
 from finetune.strategies import Strategies, TrainingSetup
 from finetune.tasks.base import Pipeline
 from raylib import cache, checkpoint
-from raylib.data.states import fingerprint
+from raylib.data.states import fingerprint_module
 from raylib.device import peak_memory
 from raylib.distributed import world_size
 from raylib.errors import UserError
@@ -185,7 +185,7 @@ def cache_image_states(pipeline: Pipeline, items: list, home: Path) -> Pipeline:
     names = sorted({name for item in items for name in item.images})
     backbone = model.backbone
     key = (visual.size, str(visual.store.path), names, pipeline.bf16)
-    folder = home / "encoded" / fingerprint(backbone.image_encoder, *key)
+    folder = home / "encoded" / fingerprint_module(backbone.image_encoder, *key)
     states = precompute_features(backbone, visual, names, folder, pipeline.bf16)
     return pipeline._replace(visual=PrecomputedFeatures(states, visual.store))
 

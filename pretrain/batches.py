@@ -20,8 +20,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch.utils.data import Dataset
 
 from raylib.config import Config
-from raylib.data.images import AugmentConfig, BadPicture, augment, decode
-from raylib.data.loading import Lanes, step_draws
+from raylib.data.images import AugmentConfig, BadImage, augment_image, decode_image
+from raylib.data.loading import Lanes, list_step_draws
 from raylib.data.sources import Sample, Source
 from raylib.errors import UserError
 from raylib.provenance import DataFile
@@ -139,7 +139,7 @@ class _Stream:
         self.lanes = Lanes(
             {k: sizes[k] for k in wanted}, name, seed, stream.lanes, stream.alpha, stream.block
         )
-        self.places = step_draws(stream.lanes, stream.batch, rank, world)
+        self.places = list_step_draws(stream.lanes, stream.batch, rank, world)
         self.share = stream.batch // stream.lanes
         self.index = np.array([index for index, _, _ in self.places])
         self.sample_bytes = stream.length * self.source.sides * 5 * 8  # at most
@@ -177,12 +177,12 @@ class _Pairs(_Stream):
     def read(self, step: int) -> dict[str, Any]:
         keys, rows = (self.seed, step, self.name), self.index[:, None]
         picks = uniform(*keys, "pick", rows, 0, np.arange(2))
-        draws = uniform(*keys, "augment", rows, np.arange(self.config.augment.draws))
+        draws = uniform(*keys, "augment", rows, np.arange(self.config.augment.num_uniforms))
         images = np.empty((len(rows), self.size, self.size, 3), np.uint8)
         identities, captions, bad = [], [], self.bad
         for i, (_, lane, draw) in enumerate(self.places):
             identity, picture, caption = self._sample(step, i, lane, draw, picks[i])
-            images[i] = augment(picture, self.size, self.config.augment, draws[i])
+            images[i] = augment_image(picture, self.size, self.config.augment, draws[i])
             identities.append(identity)
             captions.append(caption)
         negatives = uniform(*keys, "negative", rows, np.arange(2))
@@ -191,7 +191,7 @@ class _Pairs(_Stream):
             "images": torch.from_numpy(images),
             "image_id": torch.tensor(identities),
             "text": self.sentences(self.tokenizer.encode(captions), step),
-            "draws": torch.from_numpy(
+            "negative_uniforms": torch.from_numpy(
                 (np.floor(negatives * 2**24) * 2**-24).astype(np.float32)
             ),  # float32 below 1
             "bad": self.bad - bad,
@@ -208,7 +208,7 @@ class _Pairs(_Stream):
             self.seen += 1
             try:
                 return self._parts(sample, *pick)
-            except (BadPicture, BadCaption) as error:
+            except (BadImage, BadCaption) as error:
                 self._count(str(error))
             first, last = self.lanes.span(lane, language)
             number = first + int(integers(last - first, *keys, "replace", int(self.index[i]), attempt))
@@ -221,7 +221,7 @@ class _Pairs(_Stream):
         """Identity of a sample, one of its pictures (H, W, 3), one of its captions."""
         pictures = sample.images
         if not pictures:
-            raise BadPicture(sample.describe("no image"))
+            raise BadImage(sample.describe("no image"))
         try:
             captions = sample.captions_in(self.config.caption_language)
         except BadCaption as error:
@@ -232,7 +232,7 @@ class _Pairs(_Stream):
         if not any(map(str.isalnum, caption)) and not len(self.tokenizer.encode([caption])[0]):
             raise BadCaption(sample.describe(f"a caption without a token, {caption!r}"))
         picture = pictures[int(pick_picture * len(pictures))]
-        return sample.identity, decode(sample.read(picture), f"{sample.name}, {picture}"), caption
+        return sample.identity, decode_image(sample.read(picture), f"{sample.name}, {picture}"), caption
 
     def _count(self, message: str) -> None:
         self.bad += 1

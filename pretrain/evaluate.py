@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylib.data.images import decode, resize
+from raylib.data.images import decode_image, resize_image
 from raylib.data.shards import index_command
 from raylib.data.sources import Source
 from raylib.device import peak_memory
@@ -137,10 +137,10 @@ class ZeroShotRetrieval:
         heldout: list[bool] = []
         texts: dict[str, list[tuple[int, str]]] = {}
         for item in read_retrieval_set(folder):
-            image = decode(item.image, f"{folder}: {item.name}")
+            image = decode_image(item.image, f"{folder}: {item.name}")
             for language, captions in item.captions.items():
                 texts.setdefault(language, []).extend((len(images), caption) for caption in captions)
-            images.append(resize(image, size))
+            images.append(resize_image(image, size))
             heldout.append(item.heldout)
         if not images:
             raise UserError(f"{folder}: no images to retrieve")

@@ -27,7 +27,7 @@ from typing import Any
 
 import cv2
 
-from raylib.data.images import BadPicture, decode
+from raylib.data.images import BadImage, decode_image
 from raylib.errors import UserError
 from raylib.fileio import decode_base64, find_file, stream_json
 from raylib.text import BadCaption, clean_captions, parse_captions
@@ -195,8 +195,8 @@ def _shrink(data: bytes, size: int | None) -> dict[str, bytes]:
     """{extension: bytes} of a picture that decodes; as JPEG where it is too large, or no JPEG, PNG or
     WebP."""
     try:
-        image = decode(data)
-    except BadPicture:
+        image = decode_image(data)
+    except BadImage:
         raise BadSample("pictures that do not decode") from None
     extension = next((name for start, name in PICTURES.items() if data.startswith(start)), None)
     scale = size / min(image.shape[:2]) if size else 1.0

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from raylib.command import check_writable
-from raylib.data.images import BadPicture, decode, is_image
+from raylib.data.images import BadImage, decode_image, is_image
 from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
 from raylib.data.tars import TarScan
@@ -133,8 +133,8 @@ def _hash_chunk(images: Sequence[tuple[str, bytes]]) -> tuple[list[tuple[str, in
     rows, bad = [], 0
     for name, data in images:
         try:
-            bits, flat = perceptual_hash(decode(data, name))
-        except BadPicture:
+            bits, flat = perceptual_hash(decode_image(data, name))
+        except BadImage:
             bad += 1
             continue
         rows.append((name, int.from_bytes(blake2b(data, digest_size=8).digest(), "big"), bits, flat))

@@ -60,7 +60,7 @@ def make_batch(seed: int = 0, pairs: int = 5, translations: int = 7, mono: int =
             "images": torch.randint(0, 256, (pairs, 16, 16, 3), dtype=torch.uint8, generator=g),
             "image_id": torch.arange(pairs) + 100,
             "text": make_sentences(lengths(pairs), g),
-            "draws": torch.rand(pairs, 2, generator=g),
+            "negative_uniforms": torch.rand(pairs, 2, generator=g),
         },
         "parallel": {
             "index": torch.arange(translations),

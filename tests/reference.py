@@ -186,10 +186,10 @@ def matching(model, text, images, scores, part, text_id, fused):
     for i in fused:
         allowed = [j for j in fused if image_id[i] != image_id[j] and text_id[i] != text_id[j]]
         positives.append(-match(model, text[i], images[i])[1])
-        j = draw_negative(scores[i], allowed, part["draws"][i, 0])
+        j = draw_negative(scores[i], allowed, part["negative_uniforms"][i, 0])
         if j is not None:
             negatives.append(-match(model, text[j], images[i])[0])
-        j = draw_negative(scores[:, i], allowed, part["draws"][i, 1])
+        j = draw_negative(scores[:, i], allowed, part["negative_uniforms"][i, 1])
         if j is not None:
             negatives.append(-match(model, text[i], images[j])[0])
     return torch.stack(positives).mean() + (torch.stack(negatives).mean() if negatives else 0.0)

@@ -157,8 +157,10 @@ def test_step_batches_have_documented_shapes_and_types(root):
     batch = make(root)[0]
     pictures = batch["image_text"]
     assert pictures["images"].shape == (8, 16, 16, 3) and pictures["images"].dtype == torch.uint8
-    assert pictures["draws"].shape == (8, 2) and pictures["draws"].dtype == torch.float32
-    assert 0 <= pictures["draws"].min() and pictures["draws"].max() < 1
+    assert (
+        pictures["negative_uniforms"].shape == (8, 2) and pictures["negative_uniforms"].dtype == torch.float32
+    )
+    assert 0 <= pictures["negative_uniforms"].min() and pictures["negative_uniforms"].max() < 1
     assert pictures["image_id"].dtype == torch.int64
     for stream, side, length in [("image_text", "text", 12), ("parallel", "source", 14), ("text", "text", 9)]:
         sentences = batch[stream][side]

@@ -8,7 +8,7 @@ import torch
 from transformers import SwinConfig, SwinModel
 
 from finetune.model import FinetuneModel
-from raylib.data.states import fingerprint
+from raylib.data.states import fingerprint_module
 from raylib.errors import UserError
 from raylib.models import BACKBONES
 from raylib.models.cclm import PIXELS
@@ -62,9 +62,12 @@ def test_swin_states_equal_transformers_behind_their_mean(width):
 def test_swin_resize_changes_windows_and_interpolates_biases():
     model = UnifiedModel(swin_config()).eval()
     shaken(model.vision)
-    before, mark = {k: v.clone() for k, v in model.vision.state_dict().items()}, fingerprint(model.vision)
+    before, mark = (
+        {k: v.clone() for k, v in model.vision.state_dict().items()},
+        fingerprint_module(model.vision),
+    )
     model.resize_images(16)
-    assert fingerprint(model.vision) == mark
+    assert fingerprint_module(model.vision) == mark
     model.resize_images(24)  # windows of 6 and no longer 4
     assert (
         model.config.image_size == 24 and model.encode_images(pictures(size=24)).lengths.tolist() == [37] * 3
@@ -76,7 +79,7 @@ def test_swin_resize_changes_windows_and_interpolates_biases():
             torch.testing.assert_close(value[middle[1]], before[name][middle[0]])
         else:
             assert value.equal(before[name]), name
-    assert fingerprint(model.vision) != mark
+    assert fingerprint_module(model.vision) != mark
     with pytest.raises(UserError, match="image_size=26 is not a multiple of the model's patch, 4"):
         model.resize_images(26)
     with pytest.raises(ValueError, match="multiple of the 4 pixels"):

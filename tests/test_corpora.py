@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.corpora import main, prepare
 from pretrain.formats import Tally, read_image_text, read_json_list, read_pairs, read_text
-from raylib.data.images import decode
+from raylib.data.images import decode_image
 from raylib.data.sources import Source
 from raylib.errors import UserError
 from raylib.fileio import CHUNK
@@ -124,9 +124,9 @@ def test_corpora_images_are_shrunk_only_if_large(tmp_path):
         json.dumps([{"image": n, "caption": "x"} for n in ("large.png", "small.png", "other.bmp")])
     )
     large, small, other = (pictures for pictures, _ in read_image_text(path, loose(path), size=20))
-    assert decode(large["jpg"]).shape == (20, 50, 3)
+    assert decode_image(large["jpg"]).shape == (20, 50, 3)
     assert small == {"png": picture(height=20, width=30)}
-    assert decode(other["jpg"]).shape == (20, 30, 3)
+    assert decode_image(other["jpg"]).shape == (20, 30, 3)
 
 
 def test_wikimatrix_pairs_are_filtered_by_score(tmp_path):

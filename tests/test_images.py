@@ -6,12 +6,21 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from raylib.config import validate
-from raylib.data.images import FIXED_DRAWS, TONES, WARPS, AugmentConfig, BadPicture, augment, decode, resize
+from raylib.data.images import (
+    FIXED_UNIFORMS,
+    TONES,
+    WARPS,
+    AugmentConfig,
+    BadImage,
+    augment_image,
+    decode_image,
+    resize_image,
+)
 from raylib.errors import UserError
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
 ALPHA = np.random.default_rng(1).integers(0, 256, (20, 24), dtype=np.uint8)
-MIDDLE = np.full(FIXED_DRAWS, 0.5)
+MIDDLE = np.full(FIXED_UNIFORMS, 0.5)
 
 
 def encode(image, kind="PNG", **options):
@@ -49,7 +58,7 @@ ENCODED = {
 
 @pytest.mark.parametrize("name", ENCODED)
 def test_decode_equals_pil_over_white(name):
-    got = decode(ENCODED[name])
+    got = decode_image(ENCODED[name])
     assert got.dtype == np.uint8 and got.shape == (20, 24, 3)
     assert np.abs(got - over_white(Image.open(io.BytesIO(ENCODED[name])))).max() <= 0.5
 
@@ -64,16 +73,16 @@ def test_decode_reads_jpegs_and_16_bit_images():
         expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(
             int
         )
-        got = decode(data)
+        got = decode_image(data)
         assert got.shape == (30, 40, 3) and np.abs(got - expected).max() <= 6
     deep = encode(Image.fromarray(ALPHA.astype(np.uint16) * 257))
-    assert (decode(deep) == ALPHA[..., None]).all()
+    assert (decode_image(deep) == ALPHA[..., None]).all()
 
 
 def test_decode_damaged_images_are_named():
     for data in (b"", b"abc", ENCODED["rgb"][:400], encode(PICTURE, "JPEG")[:300], b"\xff\xd8" + bytes(50)):
-        with pytest.raises(BadPicture, match="en-7.tar cat: does not decode") as error:
-            decode(data, "en-7.tar cat")
+        with pytest.raises(BadImage, match="en-7.tar cat: does not decode") as error:
+            decode_image(data, "en-7.tar cat")
         assert "\n" not in str(error.value)
 
 
@@ -83,8 +92,11 @@ def test_resize_is_close_to_pil():
         expected = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC)).astype(
             int
         )
-        assert np.abs(resize(picture, size) - expected).max() <= 4
-    assert resize(RGB[:20, :20], 20) is not RGB and (resize(RGB[:20, :20], 20) == RGB[:20, :20]).all()
+        assert np.abs(resize_image(picture, size) - expected).max() <= 4
+    assert (
+        resize_image(RGB[:20, :20], 20) is not RGB
+        and (resize_image(RGB[:20, :20], 20) == RGB[:20, :20]).all()
+    )
 
 
 def plain(**changes):
@@ -93,11 +105,11 @@ def plain(**changes):
 
 def test_augment_without_operations_changes_nothing():
     square = RGB[:20, :20]
-    assert (augment(square, 20, plain(), MIDDLE) == square).all()
-    assert (augment(square, 20, plain(flip=1), MIDDLE) == square[:, ::-1]).all()
-    gray = augment(square, 20, plain(grayscale=1), MIDDLE)
+    assert (augment_image(square, 20, plain(), MIDDLE) == square).all()
+    assert (augment_image(square, 20, plain(flip=1), MIDDLE) == square[:, ::-1]).all()
+    gray = augment_image(square, 20, plain(grayscale=1), MIDDLE)
     assert (gray == cv2.cvtColor(square, cv2.COLOR_RGB2GRAY)[..., None]).all()
-    cut = augment(square, 20, plain(cutout=1), MIDDLE)
+    cut = augment_image(square, 20, plain(cutout=1), MIDDLE)
     assert (cut == 127).all(-1).sum() == 25 and ((cut == square) | (cut == 127)).all()
 
 
@@ -108,20 +120,20 @@ def test_random_crop_is_close_to_pil(shape, size):
     """Random draws: the same box cut and resized by PIL."""
     picture = smooth_picture(*shape)
     config = plain(scale=(0.3, 1), ratio=(0.75, 4 / 3))
-    for draws in np.random.default_rng(2).random((5, FIXED_DRAWS)):
+    for draws in np.random.default_rng(2).random((5, FIXED_UNIFORMS)):
         area = (0.3 + 0.7 * draws[0]) * shape[0] * shape[1]
         aspect = np.exp(np.log(0.75) + (np.log(4 / 3) - np.log(0.75)) * draws[1])
         width, height = min(shape[1], (area * aspect) ** 0.5), min(shape[0], (area / aspect) ** 0.5)
         left, top = (shape[1] - width) * draws[2], (shape[0] - height) * draws[3]
         box = (left, top, left + width, top + height)
         expected = Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR, box=box)
-        got = augment(picture, size, config, draws)[2:-2, 2:-2]  # at the border PIL sees no white
+        got = augment_image(picture, size, config, draws)[2:-2, 2:-2]  # at the border PIL sees no white
         assert np.abs(got - np.asarray(expected).astype(int)[2:-2, 2:-2]).max() <= 6
 
 
 def only(name, strength, picture, size):
     config = plain(operations=1, magnitude=10, choices=(name,))
-    return augment(picture, size, config, np.append(MIDDLE, [0.5, (strength + 1) / 2]))
+    return augment_image(picture, size, config, np.append(MIDDLE, [0.5, (strength + 1) / 2]))
 
 
 @pytest.mark.parametrize("strength", [-0.8, 0.6])
@@ -196,10 +208,10 @@ def test_color_operations_accept_a_flat_image():
 def test_augment_is_deterministic_in_its_draws():
     config = AugmentConfig(operations=3, choices=(*WARPS, *TONES), flip=0.5, grayscale=0.2, cutout=0.3)
     picture = smooth_picture(70, 50)
-    for draws in np.random.default_rng(3).random((50, config.draws)):
-        first = augment(picture, 32, config, draws)
+    for draws in np.random.default_rng(3).random((50, config.num_uniforms)):
+        first = augment_image(picture, 32, config, draws)
         assert first.shape == (32, 32, 3) and first.dtype == np.uint8 and first.flags["C_CONTIGUOUS"]
-        assert (first == augment(picture, 32, config, draws)).all()
+        assert (first == augment_image(picture, 32, config, draws)).all()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from raylib.data.loading import PERIOD, Lanes, apportion, step_draws
+from raylib.data.loading import PERIOD, Lanes, apportion, list_step_draws
 from raylib.errors import UserError
 
 SIZES = {"de": [7, 0, 13, 40], "bn": [9], "en": [200, 33]}
@@ -137,7 +137,7 @@ def test_apportion_keeps_rare_languages():
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_lanes_ranks_partition_the_global_batch(world):
-    ranks = [step_draws(4, 12, rank, world) for rank in range(world)]
+    ranks = [list_step_draws(4, 12, rank, world) for rank in range(world)]
     assert {len(rank) for rank in ranks} == {12 // world}
     assert sorted(draw for rank in ranks for draw in rank) == [(i, i // 3, i % 3) for i in range(12)]
 
@@ -146,9 +146,9 @@ def test_lanes_indivisible_settings_are_errors():
     with pytest.raises(UserError, match="10 lanes but 9 samples of language 'bn'"):
         make(lanes=10)
     with pytest.raises(UserError, match="3 workers do not divide 4 lanes"):
-        step_draws(4, 12, 0, 3)
+        list_step_draws(4, 12, 0, 3)
     with pytest.raises(UserError, match="4 lanes do not divide a batch of 10"):
-        step_draws(4, 10)
+        list_step_draws(4, 10)
     with pytest.raises(UserError, match="merge some"):
         make({f"l{i}": [5] for i in range(PERIOD + 1)})
     with pytest.raises(UserError, match="no language"):

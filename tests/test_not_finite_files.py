@@ -20,7 +20,7 @@ from finetune.strategies.label_distances import vector_distances
 from finetune.strategies.pruning import prune_mask
 from finetune.strategies.word_vectors import read_vectors
 from pretrain.train import export_model
-from raylib.data.states import States, write_states
+from raylib.data.states import EncoderStates, write_encoder_states
 from raylib.errors import NotFinite, UserError
 from raylib.models import peft as tuning
 from raylib.models.dual_encoder import Clip, MClip
@@ -258,14 +258,14 @@ def states_of(bad, value):
 def test_non_finite_states_are_not_cached(tmp_path, dtype, value):
     """1e6 is finite, but not in float16, in which states of bf16 are kept."""
     with pytest.raises(NotFinite, match="states of c: not finite"):
-        write_states(tmp_path / "s", ["a", "b", "c"], states_of("c", value), 2, dtype)
+        write_encoder_states(tmp_path / "s", ["a", "b", "c"], states_of("c", value), 2, dtype)
     assert not (tmp_path / "s").exists()
 
 
 def on_states(rank, world, folder):
     """Return what each worker hears, of which one alone has the item that is not finite."""
     try:
-        write_states(folder, ["a", "b", "c", "d"], states_of("d", NAN), 2)
+        write_encoder_states(folder, ["a", "b", "c", "d"], states_of("d", NAN), 2)
     except NotFinite as e:
         return str(e)
     return None
@@ -280,12 +280,14 @@ def test_non_finite_states_on_one_worker_stop_all_workers(tmp_path):
 
 
 def test_non_finite_cached_states_name_file_and_item(tmp_path):
-    write_states(tmp_path / "s", ["a", "b", "c"], states_of(None, NAN), 2)
+    write_encoder_states(tmp_path / "s", ["a", "b", "c"], states_of(None, NAN), 2)
     values = np.memmap(tmp_path / "s" / "states-0.bin", np.float32, "r+", shape=(6, 3))
     values[3, 1] = NAN
     values.flush()
-    assert len(States(tmp_path / "s").read(["a", "c"]).values) == 4
-    refuses(lambda: States(tmp_path / "s").read(["a", "b"]), "s/states-0.bin: states of b are not finite")
+    assert len(EncoderStates(tmp_path / "s").read(["a", "c"]).values) == 4
+    refuses(
+        lambda: EncoderStates(tmp_path / "s").read(["a", "b"]), "s/states-0.bin: states of b are not finite"
+    )
 
 
 def teach(bad):

@@ -13,7 +13,7 @@ import pytest
 from pretrain import sample
 from pretrain.evaluate import read_retrieval_set
 from pretrain.sample import build_sample_corpus
-from raylib.data.images import decode
+from raylib.data.images import decode_image
 from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
 from raylib.errors import UserError
@@ -81,7 +81,7 @@ def test_sample_training_has_two_drawings_per_concept(records):
     for _, pictures in records.values():
         assert set(pictures) == {"noto.png", "twemoji.png"}
         for picture in pictures.values():
-            assert decode(picture).shape == (64, 64, 3)
+            assert decode_image(picture).shape == (64, 64, 3)
 
 
 def test_sample_held_out_concepts_are_in_no_training_text(corpus):
@@ -134,7 +134,7 @@ def test_sample_retrieval_has_every_drawing_of_unseen_vendor(corpus):
         assert set(item.captions) == set(LANGUAGES)
         assert item.captions["ko"] == [concepts.read_captions("ko")[item.name].name]
         assert item.heldout == concepts.is_held_out(item.name)
-    assert decode(items[0].image).shape == (64, 64, 3)
+    assert decode_image(items[0].image).shape == (64, 64, 3)
     for language in LANGUAGES:
         assert len({item.captions[language][0] for item in items}) == DRAWN
 

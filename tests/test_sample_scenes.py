@@ -8,7 +8,7 @@ import pytest
 
 from pretrain.sample import build_sample_corpus
 from pretrain.train import resolve_data, with_vocabulary
-from raylib.data.images import AugmentConfig, decode, resize
+from raylib.data.images import AugmentConfig, decode_image, resize_image
 from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
 from raylib.models.unified import UnifiedModel
@@ -55,7 +55,7 @@ def test_sample_scenes_captions_match_what_is_drawn(corpus):
     several = 0
     for number in range(COUNT):
         sample = source.sample("en", number)
-        picture = decode(sample.read("webp")).astype(float)
+        picture = decode_image(sample.read("webp")).astype(float)
         captions = json.loads(sample.read("json"))["captions"]["en"]
         if len(captions) == 1:
             assert not is_held_out(keys[captions[0]])
@@ -83,7 +83,7 @@ def fits(cell: np.ndarray, key: str) -> float:
     errors = []
     for vendor in TRAINING_VENDORS:
         for side in (19, 30):
-            drawing = resize(decode_drawings(vendor)[key], side).astype(float)
+            drawing = resize_image(decode_drawings(vendor)[key], side).astype(float)
             for top in range(33 - side):
                 for left in range(33 - side):
                     made = np.full_like(cell, 255)
@@ -117,9 +117,9 @@ def test_sample_scenes_unseen_images_use_unseen_vendor():
     assert images.keys() == decode_drawings("fluent").keys()
     for key in list(images)[::300]:
         (placed,) = place_concepts([key], 64, "unseen", key)
-        shown = decode(images[key]).astype(float)
+        shown = decode_image(images[key]).astype(float)
         part = shown[placed.top : placed.top + placed.size, placed.left : placed.left + placed.size]
-        assert np.abs(part - resize(decode_drawings("fluent")[key], placed.size)).mean() < 12
+        assert np.abs(part - resize_image(decode_drawings("fluent")[key], placed.size)).mean() < 12
         assert np.abs(shown - 255).sum() - np.abs(part - 255).sum() < 0.05 * np.abs(shown - 255).sum()
 
 

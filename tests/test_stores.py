@@ -17,7 +17,7 @@ import torch
 from finetune.stores.images import open_images
 from finetune.stores.records import normalise_boxes
 from finetune.stores.regions import open_regions
-from raylib.data.states import write_states
+from raylib.data.states import write_encoder_states
 from raylib.errors import UserError
 from raylib.packed import Ragged
 
@@ -399,7 +399,7 @@ def _encode_once(folder, out):
         time.sleep(0.2)
         return Ragged(torch.ones(len(names), 3), torch.ones(len(names), dtype=torch.int64))
 
-    states = write_states(folder, ["a", "b"], encode, 1)
+    states = write_encoder_states(folder, ["a", "b"], encode, 1)
     out.put((len(made), states.read(["b"]).values.tolist()))
 
 

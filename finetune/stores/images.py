@@ -11,8 +11,8 @@ import torch
 
 from finetune.stores.records import SUFFIXES, folders_of, may_hold, normalise_boxes, stem
 from finetune.stores.regions import RegionStore, open_regions
-from raylib.data.images import AugmentConfig, augment, decode, resize
-from raylib.data.states import States, write_states
+from raylib.data.images import AugmentConfig, augment_image, decode_image, resize_image
+from raylib.data.states import EncoderStates, write_encoder_states
 from raylib.data.tars import TarScan
 from raylib.errors import UserError
 from raylib.fileio import nfc
@@ -57,7 +57,7 @@ class ImageStore:
         Raises:
             UserError: no such id, or several (they are named); a file that does not decode.
         """
-        return decode(self._bytes(name), f"{self.path}, {name}")
+        return decode_image(self._bytes(name), f"{self.path}, {name}")
 
     def identity(self, name: str) -> int:
         """63-bit hash of the encoded bytes, as of a sample in shards: one image may have several ids, and lie
@@ -146,7 +146,7 @@ class ImageSource:
     @property
     def num_draws(self) -> int:
         """Number of uniform draws that the augmentation of one image takes."""
-        return self.config.draws if self.config else 0
+        return self.config.num_uniforms if self.config else 0
 
     def read(self, names: Sequence[str], draws: np.ndarray | None = None) -> dict[str, Any]:
         """Read {"images": uint8 (n, size, size, 3)}; `draws` (n, d): augment by them."""
@@ -154,9 +154,9 @@ class ImageSource:
         for i, name in enumerate(names):
             image = self.store.read(name)
             if draws is None or self.config is None:
-                images[i] = resize(image, self.size)
+                images[i] = resize_image(image, self.size)
             else:
-                images[i] = augment(image, self.size, self.config, draws[i])
+                images[i] = augment_image(image, self.size, self.config, draws[i])
         return {"images": torch.from_numpy(images)}
 
 
@@ -165,7 +165,7 @@ class PrecomputedFeatures:
 
     num_draws = 0
 
-    def __init__(self, states: States, store: ImageStore):
+    def __init__(self, states: EncoderStates, store: ImageStore):
         self.states, self.store = states, store
 
     def read(self, names: Sequence[str], draws: None = None) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def open_visual(config: "FinetuneConfig", size: int, has_tags: bool = False) -> 
 
 def precompute_features(
     model: "UnifiedModel", source: ImageSource, names: Iterable[str], folder: Path, bf16: bool = False
-) -> States:
+) -> EncoderStates:
     """All workers together: states of the images `names` after `model`'s image encoder, kept in `folder`;
     in float16 if they were made in bf16, which is no finer."""
     device = next(model.parameters()).device
@@ -222,6 +222,6 @@ def precompute_features(
     training, dtype = model.training, torch.float16 if bf16 else torch.float32
     model.eval()
     with torch.inference_mode():
-        states = write_states(folder, sorted(set(names)), encode, CHUNK, dtype)
+        states = write_encoder_states(folder, sorted(set(names)), encode, CHUNK, dtype)
     model.train(training)
     return states

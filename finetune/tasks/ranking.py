@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from finetune.batches import encode_texts
 from finetune.formats.examples import Captioned
 from finetune.stores.images import ImageSource, PrecomputedFeatures, precompute_features
-from raylib.data.states import States, remove_states, write_states
+from raylib.data.states import EncoderStates, remove_encoder_states, write_encoder_states
 from raylib.distributed import raise_on_all_workers, rank, world_size
 from raylib.finite import is_finite, require_finite
 from raylib.metrics import RANKS, hit_chances, mean_or_zero, nearest_keys, recall_figures, recall_interval
@@ -50,7 +50,7 @@ def retrieve(
     Raises:
         NotFinite: embeddings, or scores of the match head, are not finite.
     """
-    remove_states(folder)  # states that a killed evaluation has left are another model's
+    remove_encoder_states(folder)  # states that a killed evaluation has left are another model's
     try:
         ranker = _Ranker(
             model, items, pictures, tokenizer, length, folder, bf16, ranks=candidates is not None
@@ -58,7 +58,7 @@ def retrieve(
         i2t, i2t_pairs = ranker.hits(ranker.image_vectors, ranker.text_vectors, candidates, image_asks=True)
         t2i, t2i_pairs = ranker.hits(ranker.text_vectors, ranker.image_vectors, candidates, image_asks=False)
     finally:
-        remove_states(folder)
+        remove_encoder_states(folder)
     figures = recall_figures(i2t, t2i)
     interval, first = (
         recall_interval(*hits, ranker.owner, "bootstrap", *key)
@@ -88,7 +88,7 @@ class _Ranker:
         self.owner = torch.tensor([i for i, item in enumerate(items) for _ in item.captions])
         self.keys = [str(i) for i in range(len(texts))]
         if isinstance(pictures, PrecomputedFeatures):
-            self.images: States = pictures.states
+            self.images: EncoderStates = pictures.states
         else:
             self.images = precompute_features(model, pictures, self.names, folder / "images", bf16)
 
@@ -115,7 +115,9 @@ class _Ranker:
                 self.names, lambda names: model.embed_images(self._states(self.images, names), normalize=True)
             )
             if ranks:
-                self.texts: States = write_states(folder / "texts", self.keys, encode, SENTENCES)
+                self.texts: EncoderStates = write_encoder_states(
+                    folder / "texts", self.keys, encode, SENTENCES
+                )
             self.text_vectors = _vectors(self.keys, embed_states if ranks else embed_ids)
         require_finite("image embeddings", self.image_vectors)
         require_finite("text embeddings", self.text_vectors)
@@ -168,7 +170,7 @@ class _Ranker:
             out.append((logits[:, 1] - logits[:, 0]).cpu())
         return torch.cat(out).view_as(chosen)
 
-    def _states(self, states: States, names: Sequence[str]) -> Ragged:
+    def _states(self, states: EncoderStates, names: Sequence[str]) -> Ragged:
         rows = states.read(names)
         return rows.with_values(rows.values.to(self.device).float())
 

@@ -1,9 +1,9 @@
-"""Pictures: decoding, the evaluation transform, augmentation. uint8 in, uint8 out, RGB, (H, W, 3).
+"""Images: decoding, the evaluation transform, augmentation. uint8 in, uint8 out, RGB, (H, W, 3).
 
 Augmentation is RandAugment (Cubuk et al. 2020) on a random resized crop, built for speed: crop, flip,
 rotation, shears and shifts are one affine warp, tone operations are look-up tables. It is not pixel-identical
-to PIL's: pixels that a rotation brings into view are the picture's own where it has some, white elsewhere.
-All chance comes in as `draws`.
+to PIL's: pixels that a rotation brings into view are the image's own where it has some, white elsewhere.
+All chance comes in as `uniforms`.
 """
 
 import functools
@@ -27,8 +27,8 @@ cv2.utils.logging.setLogLevel(
 WHITE = (255, 255, 255)
 
 
-class BadPicture(UserError):
-    """These bytes are no picture that can be decoded; the message names it."""
+class BadImage(UserError):
+    """These bytes are no image that can be decoded; the message names it."""
 
 
 class AugmentConfig(Config):
@@ -72,15 +72,15 @@ class AugmentConfig(Config):
         return value
 
     @property
-    def draws(self) -> int:
-        """How many uniform draws `augment` takes."""
-        return FIXED_DRAWS + 2 * self.operations
+    def num_uniforms(self) -> int:
+        """How many uniforms `augment_image` takes."""
+        return FIXED_UNIFORMS + 2 * self.operations
 
 
-def decode(data: bytes, name: str = "picture") -> np.ndarray:
+def decode_image(data: bytes, name: str = "image") -> np.ndarray:
     """Bytes of a JPEG, PNG or WebP to RGB uint8 (H, W, 3); transparency over white, EXIF orientation applied.
 
-    Raises BadPicture, which says `name`.
+    Raises BadImage, which says `name`.
     """
     buffer = np.frombuffer(data, np.uint8)
     jpeg = data[:2] == b"\xff\xd8"
@@ -89,9 +89,9 @@ def decode(data: bytes, name: str = "picture") -> np.ndarray:
             buffer, cv2.IMREAD_COLOR_RGB if jpeg else cv2.IMREAD_UNCHANGED
         )
     except cv2.error as error:
-        raise BadPicture(f"{name}: does not decode ({error.err})") from error
+        raise BadImage(f"{name}: does not decode ({error.err})") from error
     if image is None:
-        raise BadPicture(f"{name}: does not decode ({len(data)} bytes that are no whole JPEG, PNG or WebP)")
+        raise BadImage(f"{name}: does not decode ({len(data)} bytes that are no whole JPEG, PNG or WebP)")
     if jpeg:
         return image
     if image.dtype == np.uint16:
@@ -105,55 +105,60 @@ def decode(data: bytes, name: str = "picture") -> np.ndarray:
     return ((over + 127) // 255).astype(np.uint8)
 
 
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """The evaluation transform: the whole picture at (size, size)."""
+def resize_image(image: np.ndarray, size: int) -> np.ndarray:
+    """The evaluation transform: the whole image at (size, size)."""
     if image.shape[:2] == (size, size):
         return image
     shrinks = min(image.shape[:2]) > size
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
 
-FIXED_DRAWS = 9  # area, aspect, left, top, flip, grayscale, cutout, its left, its top
+FIXED_UNIFORMS = 9  # area, aspect, left, top, flip, grayscale, cutout, its left, its top
 
 
-def augment(image: np.ndarray, size: int, config: AugmentConfig, uniforms: np.ndarray) -> np.ndarray:
-    """The training transform: (H, W, 3) to (size, size, 3); `uniforms`: `config.draws` of them, in [0, 1)."""
-    draws: list[float] = uniforms.tolist()
-    chosen = []
-    for k in range(FIXED_DRAWS, FIXED_DRAWS + 2 * config.operations, 2):
-        name = config.choices[int(draws[k] * len(config.choices))]
-        chosen.append((name, (2 * draws[k + 1] - 1) * config.magnitude / 10))
-    image = _warp(image, size, _matrix(image, config, draws, chosen))
-    for name, strength in chosen:
+def augment_image(image: np.ndarray, size: int, config: AugmentConfig, uniforms: np.ndarray) -> np.ndarray:
+    """The training transform: (H, W, 3) to (size, size, 3). `uniforms`: in [0, 1), `config.num_uniforms`."""
+    area, aspect, left, top, flip, gray, cutout, cut_left, cut_top, *choices = uniforms.tolist()
+    operations = []
+    for choice, strength in zip(choices[::2], choices[1::2], strict=True):
+        name = config.choices[int(choice * len(config.choices))]
+        operations.append((name, (2 * strength - 1) * config.magnitude / 10))
+    # everything that moves pixels is one matrix, so that the image is interpolated once
+    matrix = _crop(image, config, area, aspect, left, top)
+    for name, strength in operations:
+        if name in WARPS:
+            matrix = matrix @ np.array([*WARPS[name](strength), [0, 0, 1]], dtype=float)
+    if flip < config.flip:
+        matrix[:, 0] *= -1
+    image = _warp(image, size, matrix[:2])
+    for name, strength in operations:
         if name in TONES:
             image = TONES[name](image, strength)
-    if draws[5] < config.grayscale:
+    if gray < config.grayscale:
         image = _saturate(image, 0.0)
-    if draws[6] < config.cutout:
+    if cutout < config.cutout:
         side = size // 4
-        left, top = (int(draw * (size - side + 1)) for draw in draws[7:9])
+        left, top = (int(uniform * (size - side + 1)) for uniform in (cut_left, cut_top))
         image[top : top + side, left : left + side] = 127
     return image
 
 
-def _matrix(image: np.ndarray, config: AugmentConfig, draws: list[float], chosen) -> np.ndarray:
-    """(2, 3): from output coordinates in [-1/2, 1/2] to pixels of the input, both from their centres."""
+def _crop(
+    image: np.ndarray, config: AugmentConfig, area: float, aspect: float, left: float, top: float
+) -> np.ndarray:
+    """(3, 3) of a random crop, from four uniforms: output coordinates in [-1/2, 1/2] to pixels of the input,
+    both from their centres."""
     height, width = image.shape[:2]
-    area = config.scale[0] + (config.scale[1] - config.scale[0]) * draws[0]
+    share = config.scale[0] + (config.scale[1] - config.scale[0]) * area
     low, high = (math.log(ratio) for ratio in config.ratio)
-    aspect = math.exp(low + (high - low) * draws[1])
-    side = math.sqrt(area * width * height)
-    crop_width, crop_height = min(width, side * math.sqrt(aspect)), min(height, side / math.sqrt(aspect))
-    left, top = (width - crop_width) * draws[2], (height - crop_height) * draws[3]
-    matrix = np.array(
+    stretch = math.sqrt(math.exp(low + (high - low) * aspect))
+    side = math.sqrt(share * width * height)
+    # a crop that is longer than the image is as long as it
+    crop_width, crop_height = min(width, side * stretch), min(height, side / stretch)
+    left, top = (width - crop_width) * left, (height - crop_height) * top
+    return np.array(
         [[crop_width, 0, left + crop_width / 2], [0, crop_height, top + crop_height / 2], [0, 0, 1]]
     )
-    for name, strength in chosen:
-        if name in WARPS:
-            matrix = matrix @ np.array([*WARPS[name](strength), [0, 0, 1]], dtype=float)
-    if draws[4] < config.flip:
-        matrix[:, 0] *= -1
-    return matrix[:2]
 
 
 def _warp(image: np.ndarray, size: int, matrix: np.ndarray) -> np.ndarray:

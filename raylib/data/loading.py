@@ -6,7 +6,7 @@ draws its languages in periods of PERIOD draws, in which each language has its e
 p^alpha, at least once), shuffled. Within a language the lane runs through epochs: its blocks (cut at shard
 borders and at every `block` samples of a shard) in an order permuted anew, samples permuted inside each
 block, so that reading stays local. Any position is found directly; only the current block's order is kept.
-Every step takes the same count of draws from each lane: see `step_draws`.
+Every step takes the same count of draws from each lane: see `list_step_draws`.
 
 A batch is dicts and named tuples of tensors, three dozen of them. torch hands each over as a file of shared
 memory of its own (9 ms a batch in the training process, as long as building it took); here it travels as one
@@ -168,7 +168,7 @@ def apportion(shares: np.ndarray, total: int, name: str = "source") -> np.ndarra
     return counts
 
 
-def step_draws(lanes: int, batch: int, rank: int = 0, world: int = 1) -> list[tuple[int, int, int]]:
+def list_step_draws(lanes: int, batch: int, rank: int = 0, world: int = 1) -> list[tuple[int, int, int]]:
     """What a rank serves of every step: (index in the global batch, lane, draw), where `draw` counts within
     the step.
 

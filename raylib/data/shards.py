@@ -10,10 +10,10 @@ A *source* is a folder:
     en-000000.index.json   {"format": 2, "bytes": size of the tar, "samples": [[KEY, {extension: [offset,
                            size, hash of an image's bytes]}, rows], ...]}
 
-Kinds: `image_text` (a member of captions, one or more pictures), `text` and `parallel` (packed,
+Kinds: `image_text` (a member of captions, one or more images), `text` and `parallel` (packed,
 pre-tokenised: one "sample" of the tar is a block of up to BLOCK_ROWS sentences or sentence pairs:
 KEY.ids.npy, all ids end to end, and KEY.ends.npy (rows, sides), running ends). `samples` in the manifest
-counts what training draws: pictures, or rows.
+counts what training draws: images, or rows.
 
 Everything is written under a temporary name and renamed, the manifest last. `python -m raylib.data.shards
 FOLDER KIND` makes the indices and the manifest for anybody's tars (`tars` says what it takes); an index of

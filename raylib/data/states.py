@@ -22,9 +22,9 @@ from raylib.finite import is_finite
 from raylib.packed import Ragged
 
 
-class States:
-    """The folder that `write_states` made. May be sent to loader processes: files are mapped where they are
-    first read."""
+class EncoderStates:
+    """The folder that `write_encoder_states` made. May be sent to loader processes: files are mapped where
+    they are first read."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -65,13 +65,13 @@ class States:
         return self._maps[worker][first : first + tokens]
 
 
-def write_states(
+def write_encoder_states(
     folder: Path,
     names: Sequence[str],
     encode: Callable[[Sequence[str]], Ragged],
     batch: int,
     dtype: torch.dtype = torch.float32,
-) -> States:
+) -> EncoderStates:
     """`encode` all items `names` (unique), `batch` at a time, into `folder`; every worker does its share, and
     all wait for all. The folder appears whole: one that is there already is taken as it is.
 
@@ -82,13 +82,13 @@ def write_states(
     Raises:
         NotFinite: states of an item are not finite, or too large for `dtype`.
     """
-    write_whole(
+    write_sharded(
         folder, lambda out, rank, world: _write_share(out, rank, names[rank::world], encode, batch, dtype)
     )
-    return States(folder)
+    return EncoderStates(folder)
 
 
-def write_whole(folder: Path, write: Callable[[Path, int, int], None]) -> None:
+def write_sharded(folder: Path, write: Callable[[Path, int, int], None]) -> None:
     """Every worker does its share, `write(out, rank, world)`, and all wait for all. The folder appears whole:
     one that is there already is taken as it is; while another run is at it, it is waited for.
 
@@ -117,14 +117,14 @@ def write_whole(folder: Path, write: Callable[[Path, int, int], None]) -> None:
         _barrier()
 
 
-def remove_states(folder: Path) -> None:
+def remove_encoder_states(folder: Path) -> None:
     """Remove states that were of use once, when no worker needs them any more."""
     _barrier()
     if world_size() == 1 or dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def fingerprint(module: nn.Module, *facts) -> str:
+def fingerprint_module(module: nn.Module, *facts) -> str:
     """A name for what `module` makes of inputs that `facts` tell: a hash of its weights and of these."""
     digest = hashlib.sha256(repr(facts).encode())
     for name, value in sorted(module.state_dict().items()):

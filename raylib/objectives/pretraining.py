@@ -169,7 +169,7 @@ class ImageTextStep(StreamStep):
         device, image_tokens = captions.values.device, int(images.lengths[0])
         rows = self.captions.subset_rows.to(device)
         scores = self.contrast.scores.subset(rows, self.config.fuse_every)
-        uniforms = self.batch["draws"].index_select(0, rows)
+        uniforms = self.batch["negative_uniforms"].index_select(0, rows)
         wrong_caption, has_caption = draw_hard_negatives(
             scores.left_to_right, scores.forbidden, uniforms[:, 0]
         )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from raylib.data.images import AugmentConfig, augment, decode, resize
+from raylib.data.images import AugmentConfig, augment_image, decode_image, resize_image
 from raylib.randomness import Key, integers, permutation, uniform
 from raylib.sample.concepts import TRAINING_VENDORS, UNSEEN_VENDOR, read_images, read_training_captions
 
@@ -67,7 +67,7 @@ def draw_webp(placements: Sequence[Placement], drawings: Mapping[str, np.ndarray
     """Draw the scene, `size` pixels a side, as a WebP file. drawings: {key: uint8 RGB (H, H, 3)}."""
     canvas = np.full((size, size, 3), 255, np.uint8)
     for p in placements:
-        canvas[p.top : p.top + p.size, p.left : p.left + p.size] = resize(drawings[p.key], p.size)
+        canvas[p.top : p.top + p.size, p.left : p.left + p.size] = resize_image(drawings[p.key], p.size)
     bgr = cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR)
     return cv2.imencode(".webp", bgr, [cv2.IMWRITE_WEBP_QUALITY, 90])[1].tobytes()
 
@@ -75,7 +75,7 @@ def draw_webp(placements: Sequence[Placement], drawings: Mapping[str, np.ndarray
 @cache
 def decode_drawings(vendor: str) -> dict[str, np.ndarray]:
     """Key -> uint8 RGB (64, 64, 3) of every concept that `vendor` draws here."""
-    return {key: decode(data, f"{vendor} {key}") for key, data in read_images(vendor).items()}
+    return {key: decode_image(data, f"{vendor} {key}") for key, data in read_images(vendor).items()}
 
 
 def read_plain_concepts() -> dict[str, str]:
@@ -102,10 +102,10 @@ def draw_training_scenes() -> Iterator[CaptionedScene]:
         drawings = decode_drawings(vendor)
         placements = place_concepts(scene_keys, SIZE, "scene", i)
         draws = uniform(
-            "scene", i, "varied", np.arange(len(scene_keys))[:, None], np.arange(AUGMENTATION.draws)
+            "scene", i, "varied", np.arange(len(scene_keys))[:, None], np.arange(AUGMENTATION.num_uniforms)
         )
         augmented = {
-            key: augment(drawings[key], SIZE, AUGMENTATION, row)
+            key: augment_image(drawings[key], SIZE, AUGMENTATION, row)
             for key, row in zip(scene_keys, draws, strict=True)
         }
         image = draw_webp(placements, augmented, SIZE)

@@ -32,7 +32,7 @@ from finetune.strategies.distillation.pairs import RowTokenizer, TeacherInputs, 
 from finetune.strategies.distillation.teacher import StoredStates, Teacher, load_teacher, store_states
 from finetune.strategies.distillation.word_alignments import Alignments, mix_aligned, read_alignments
 from raylib.data.loading import to_device
-from raylib.data.states import fingerprint
+from raylib.data.states import fingerprint_module
 from raylib.errors import UserError
 from raylib.randomness import Key
 from raylib.text import Tokenizer
@@ -313,7 +313,7 @@ class Distillation(Strategy):
             [(e.id, self.pivots[e.id], e.images, e.tags) for e in setup.examples],
             *setup.images,
         )
-        folder = setup.folder / "teacher" / fingerprint(teacher.model, *facts)
+        folder = setup.folder / "teacher" / fingerprint_module(teacher.model, *facts)
         dtype = torch.float16 if bf16 else torch.float32
         return store_states(folder, setup.examples, states, BATCH, dtype)
 
@@ -409,7 +409,7 @@ def _check_images(
             f"image_size={sizes[1]}"
         )
     if isinstance(images, PrecomputedFeatures):
-        made = [fingerprint(m.backbone.image_encoder) for m in (model, teacher)]
+        made = [fingerprint_module(m.backbone.image_encoder) for m in (model, teacher)]
         if made[0] != made[1]:
             raise UserError(
                 f"{WHERE}: the frozen image encoder is not the teacher's, so images cannot be encoded once "

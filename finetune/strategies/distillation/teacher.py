@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finetune.formats.examples import Example
 from finetune.model import FinetuneModel, find_evaluated, is_foreign, load_backbone, read_description
-from raylib.data.states import write_whole
+from raylib.data.states import write_sharded
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json
 from raylib.finite import is_finite
@@ -123,7 +123,7 @@ def store_states(
         NotFinite: states of an example are not finite, or too large for `dtype`.
     """
     unique = list({e.id: e for e in examples}.values())
-    write_whole(
+    write_sharded(
         folder,
         lambda out, rank, world: _StateShards(out, rank, dtype).write(unique[rank::world], states, batch),
     )
