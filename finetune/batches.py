@@ -152,7 +152,10 @@ def load_visual(
 ) -> VisualInputs:
     """What grounds the texts, as `visual` reads it; nothing where they are about no image."""
     names = [name for e in examples for name in e.images]
-    return visual.read(names, draws) if names else {}
+    if not names:
+        return {}
+    assert visual is not None, "texts about images, and no images"
+    return visual.read(names, draws)
 
 
 def encode_inputs(

@@ -58,7 +58,8 @@ def read_lineage(run: Path) -> Lineage:
 def runs_behind(config: FinetuneConfig) -> Iterator[tuple[Path, dict[str, Any]]]:
     """(folder, stored settings) of every run that `config` goes on from or is taught or pruned by, of those
     before it, and so on; each once."""
-    waiting, passed = [(None, config.model_dump(mode="json"))], set()
+    waiting: list[tuple[Path | None, dict[str, Any]]] = [(None, config.model_dump(mode="json"))]
+    passed = set()
     for folder, values in waiting:  # grows while it is gone through
         for path in FROM_RUNS:
             value = _nested(values, path.split("."))
@@ -69,8 +70,9 @@ def runs_behind(config: FinetuneConfig) -> Iterator[tuple[Path, dict[str, Any]]]
             )
             if before and before not in passed:  # of pretraining, `model` are sizes
                 passed.add(before)
-                waiting.append((before, _read(before)))
-                yield waiting[-1]
+                stored = _read_run(before)
+                waiting.append((before, stored))
+                yield before, stored
 
 
 def _nested(values: Any, path: list[str]) -> Any:
@@ -96,8 +98,8 @@ def method_of(config: FinetuneConfig, run: Path | None = None) -> str:
     if config.method or config.trains:
         return config.display_name
     source = _run_at(_locate(config.model, run, config.runs))
-    before = source and _fill(source, _read(source))[0]
-    if not before:
+    before = source and _fill(source, _read_run(source))[0]
+    if not source or not before:
         return config.display_name
     method = method_of(before, source)
     if config.setting == "translate_test":
@@ -108,7 +110,7 @@ def method_of(config: FinetuneConfig, run: Path | None = None) -> str:
 def _lineage(run: Path, stored: dict[str, Any], above: tuple[Path, ...]) -> Lineage:
     config, values, unknown = _fill(run, stored)
     seed = values["fit"].get("seed")
-    seeds = (seed,) if seed is not None and (config is None or config.trains) else ()
+    seeds: tuple[int, ...] = (seed,) if seed is not None and (config is None or config.trains) else ()
     settings, visited = without_settings(values, NO_SETTING), (*above, run.resolve())
     for path in FROM_RUNS:
         *parents, name = path.split(".")
@@ -120,7 +122,7 @@ def _lineage(run: Path, stored: dict[str, Any], above: tuple[Path, ...]) -> Line
         if folder is None or folder in visited:
             node[name] = str(place)
             continue
-        before = _lineage(folder, _read(folder), visited)
+        before = _lineage(folder, _read_run(folder), visited)
         # a file, or one of several checkpoints, within the run
         inside = {"path": str(place.relative_to(folder))} if place != folder else {}
         other = RunSettings(before.settings | inside)
@@ -138,6 +140,13 @@ def _read(folder: Path) -> dict[str, Any] | None:
     if not isinstance(values, dict) or not isinstance(values.get("fit"), dict):
         return None
     return rename_settings("finetune" if "task" in values else "pretrain", values)
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    """The settings of a folder that `_run_at` has found to be a run's."""
+    values = _read(folder)
+    assert values is not None, folder
+    return values
 
 
 def _locate(path: str, run: Path | None, runs: str | None) -> Path:

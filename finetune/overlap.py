@@ -243,7 +243,7 @@ def _described(config: FinetuneConfig, used: Used) -> dict[str, str]:
 
 def _kept(cache: Path, task: Task, sets: list[Used]) -> list[dict[str, Any]]:
     """`compare`, or what it found before in the same files."""
-    facts = [RULE, task.item, task.mscoco]
+    facts: list[Any] = [RULE, task.item, task.mscoco]
     for used in sets:
         reading = used.reading
         split = reading.task.split(reading.split, reading.language)

@@ -84,7 +84,7 @@ def predict(
         part.unlink()
     raise_on_all_workers(bad)
     if world > 1:
-        counts = [None] * world
+        counts: list[Any] = [None] * world
         dist.all_gather_object(counts, count)  # waits for all
         count = sum(counts)
     if rank == 0:

@@ -13,6 +13,7 @@ R@1, the last of ties.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from finetune.config import UNIMODAL, FinetuneConfig
 from finetune.data import dev_sets, find_task, languages_of
@@ -275,7 +276,7 @@ def _selection(config: FinetuneConfig) -> str:
 
 # P0's table 1: the rows of each model. d1 = d2 = 0.8, k = 10, alpha = 10, 10 % of what remains after each of
 # 5 epochs
-P0_ROWS = {
+P0_ROWS: dict[str, dict] = {
     "baseline": {},
     "prior_wn": {"prior": {"source": "wordnet"}},
     "prior_em": {"prior": {}},
@@ -284,7 +285,7 @@ P0_ROWS = {
     "prior_em_sft_cdm": {"prior": {}, "sparse": {}, "code_mixing": {}},
 }
 TAUGHT = {"teacher": "oscar_vqa", "backbone": "oscar"}
-P3_ROWS = (
+P3_ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("kd", "step 1: distillation", {}),
     (
         "kd_without_cls",
@@ -297,7 +298,7 @@ P3_ROWS = (
     ("kd_last_layer", "table 3: step 1 without intermediate layers", {"layers": (12,)}),
 )
 # P4: tables 1 and 2 (M-CLIP, + MT), 3 (routines and losses), 5 (tuning methods and the whole framework)
-P4_ROWS = {
+P4_ROWS: dict[str, dict] = {
     "full": {},
     "mt": {"alignment": {"weight": 0.0}},
     "routine1": {"alignment": {"routine": 1}},
@@ -321,7 +322,7 @@ SCENES_TAUGHT = {
     "weights": (100.0,),
     "classifier": "teacher",
 }
-TRANSFER_ROWS = {
+TRANSFER_ROWS: dict[str, dict] = {
     **{row: P4_ROWS[row] for row in ("full", "mt", "lora", "adapter", "compacter", "soft_prompt")},
     **{
         f"routine{routine}_lora": {"alignment": {"routine": routine, "weight": 10.0}, "lora": {}}
@@ -332,7 +333,7 @@ TRANSFER_ROWS = {
         for module in ("adapter", "compacter", "soft_prompt")
     },
 }
-P1_ROWS = {"standard": {}, "suf": {"unfreezing": {"layers": 3}}}
+P1_ROWS: dict[str, dict] = {"standard": {}, "suf": {"unfreezing": {"layers": 3}}}
 P1_TASKS = {"uc2": ("xgqa", "xvnli"), "cclm": ("xgqa", "xvnli", "xflickrco")}
 
 RECIPES: dict[str, Callable[[], FinetuneConfig]] = {

@@ -168,7 +168,7 @@ class PrecomputedFeatures:
     def __init__(self, states: EncoderStates, store: ImageStore):
         self.states, self.store = states, store
 
-    def read(self, names: Sequence[str], draws: None = None) -> dict[str, Any]:
+    def read(self, names: Sequence[str], draws: np.ndarray | None = None) -> dict[str, Any]:
         """Read {"states": n rows (T, d)}."""
         return {"states": self.states.read(names)}
 
@@ -182,7 +182,7 @@ class RegionFeatures:
     def __init__(self, store: RegionStore, has_tags: bool = False):
         self.store, self.has_tags = store, has_tags
 
-    def read(self, names: Sequence[str], draws: None = None) -> dict[str, Any]:
+    def read(self, names: Sequence[str], draws: np.ndarray | None = None) -> dict[str, Any]:
         """Read {"regions": n rows (R, f + 7)}; if `has_tags`, with "tags": the names of each image's
         objects."""
         parts, tags = [], []

@@ -78,7 +78,7 @@ class Reading:
     def __init__(self, task: "Task", path: Path, split: str, language: str, limit: int | None):
         self.task, self.path, self.split, self.language, self.limit = task, path, split, language, limit
 
-    def __iter__(self) -> Iterator[Example] | Iterator[Captioned]:
+    def __iter__(self) -> Iterator[Any]:
         return itertools.islice(self.task.read(self.path, self.split, self.language), self.limit)
 
     def load(self) -> list[Any]:
