@@ -3,6 +3,7 @@ import io
 import json
 import multiprocessing
 import shutil
+import tomllib
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -262,6 +263,20 @@ def test_sample_concept_selection_and_icon_reading():
     files = {"icons.json": json.dumps(icons).encode(), "chars.json": b'{"2764-fe0f": "love"}'}
     assert list(rebuild.read_fluent(files)) == ["2764"]
     assert 'viewBox="0 0 32 33"><g/></svg>' in rebuild.read_fluent(files)["2764"]
+
+
+def test_sample_files_are_package_data():
+    """A wheel has them all."""
+    root = DATA.parent.parent.parent
+    settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    packed = {
+        path
+        for package, patterns in settings["package-data"].items()
+        for pattern in patterns
+        for path in (root / package.replace(".", "/")).glob(pattern)
+    }
+    files = {path for path in DATA.parent.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert files and files <= packed
 
 
 def test_sample_rebuild_without_npm_is_one_line_error(tmp_path, monkeypatch, capsys):
