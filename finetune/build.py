@@ -1,21 +1,230 @@
-"""The model that a run trains, its tokenizer, its strategies."""
+"""From a config to what it names: its task, the splits that it reads and their files, its model, strategies
+and images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from finetune.config import FinetuneConfig
-from finetune.data import find_task
-from finetune.model import freeze, tokenizer_at
-from finetune.stores.images import VisualSource, open_visual
+from finetune.model import freeze, load_weights, tokenizer_at, weights_of
+from finetune.stores.images import (
+    ImageSource,
+    PrecomputedFeatures,
+    VisualSource,
+    open_visual,
+    precompute_features,
+)
 from finetune.strategies import Context, Strategies
-from finetune.tasks.base import Pipeline, Task
+from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Reading, Task
+from finetune.tasks.datasets import TASKS
+from raylib.cache import get_cache
+from raylib.config import load_user_class, load_user_file, lookup
+from raylib.data.states import fingerprint_module
 from raylib.errors import UserError
 from raylib.launch import no_log
 from raylib.models.base import RegionBackbone
+from raylib.provenance import DataFile
 from raylib.randomness import hash64
 from raylib.text import Tokenizer
+
+
+def find_task(config: FinetuneConfig) -> Task:
+    """The task that `config.task` names, or that its file defines, with the head that `config.head` names.
+
+    Raises:
+        UserError: no such task; it cannot have that head.
+    """
+    task = load_task(config.task)
+    if config.head not in task.heads:
+        raise UserError(f"head={config.head} generates answers of an open set; {config.task} has none")
+    return task.heads[config.head]
+
+
+def load_task(name: str) -> Task:
+    """A task by its name, or from a Python file that defines one: a `Task`, or a class that is built without
+    arguments.
+
+    Raises:
+        UserError: there is no such task or file; the file defines none, or several.
+    """
+    if not name.endswith(".py"):
+        return lookup(name, TASKS, "task")
+    found = {id(value): value for value in vars(load_user_file(name)).values() if isinstance(value, Task)}
+    if len(found) > 1:
+        raise UserError(f"{name}: it defines {len(found)} tasks; leave one, or make a file for each")
+    if found:
+        return found.popitem()[1]
+    task_class = load_user_class(name, Task)
+    try:
+        return task_class()
+    except TypeError as e:
+        raise UserError(f"{name}: {task_class.__name__} cannot be built without arguments ({e})") from None
+
+
+def read_split(config: FinetuneConfig, split: str, language: str, limit: int | None = None) -> Reading:
+    """A split under `config.data`."""
+    return find_task(config).read_split(config, split, language, limit)
+
+
+def languages_of(config: FinetuneConfig) -> tuple[str, ...]:
+    """The languages that are evaluated."""
+    return find_task(config).languages_of(config)
+
+
+def test_split(config: FinetuneConfig, language: str) -> str:
+    """The split that results in `language` come from; English has no translation."""
+    translated = any(found.tests_translations for found in config.strategies.active().values())
+    if language == "en" or not (config.setting == "translate_test" or translated):
+        return config.split
+    return "translated_testdev" if config.split == "testdev" else "translated"
+
+
+def split_name(config: FinetuneConfig) -> str:
+    """Name the test split for results."""
+    return find_task(config).split_names.get(config.split, config.split)
+
+
+def dev_split(config: FinetuneConfig, language: str) -> str:
+    """The split that is the dev set of `language`: one of its own, or, of English, "dev". Where a model is
+    tested on translations into English, so is this one.
+
+    Raises:
+        UserError: the task has none in that language, or no translation of it.
+    """
+    task, name = find_task(config), None
+    if task.has("dev", language) and (
+        language == "en" or task.source("dev", language) != task.source("dev", "en")
+    ):
+        name = "dev"
+    elif language != "en":
+        name = next((name for name in ("target_dev", "shots_dev") if name in task.splits), None)
+    if name is None:
+        raise UserError(f"{config.task} has no development set in '{language}'")
+    if test_split(config, language).startswith("translated"):
+        name += "_to_en"
+        if name not in task.splits:
+            raise UserError(
+                f"{config.task} has no development set in '{language}' in translation, and the run is "
+                "tested on translations"
+            )
+    return name
+
+
+def dev_sets(config: FinetuneConfig, language: str | None) -> dict[str, str]:
+    """{language: split} of the dev sets that a part of a run is scored on.
+
+    The first chooses the checkpoint: it is English, but the language's own where there is a training for each
+    and the task has one (IGLUE's protocol for few-shot xGQA, paper 4's). With select=last nothing is looked
+    at, but in a search, where English says something of all languages, or is all that is looked at. Then
+    those of `dev_languages`.
+    """
+    task, sets = find_task(config), {}
+    split = {"few_shot": "shots_dev", "single_language": "dev"}.get(config.setting)
+    own = language is not None and split is not None and task.has(split, language)
+    if own and split == "dev" and language != "en":
+        own = task.source("dev", language) != task.source("dev", "en")
+    looked = config.select == "best" or (
+        not config.run_test and (language is None or not config.dev_languages)
+    )
+    if config.trains and looked and (own or task.has("dev", "en")):
+        sets = {language: dev_split(config, language)} if own else {"en": "dev"}
+    for code in config.dev_languages:
+        if language in (None, code):
+            sets.setdefault(code, dev_split(config, code))
+    return sets
+
+
+def training_sets(config: FinetuneConfig, language: str | None) -> list[Reading]:
+    """Return what a part of a run trains on; `language` where each has a part of its own.
+
+    Raises:
+        UserError: the languages have no training files of their own.
+    """
+    if config.setting == "few_shot":
+        return [read_split(config, "shots", language)]
+    if config.setting == "zero_shot":
+        return [read_split(config, "train", "en", config.train_limit)]
+    wanted, task = [language] if language else languages_of(config), find_task(config)
+    readings = [read_split(config, "train", code, config.train_limit) for code in wanted]
+    own = {task.source("train", code) for code in wanted}
+    english = task.source("train", "en") if "en" in task.languages else None
+    if len(own) < len(readings) or (language not in (None, "en") and english in own):
+        raise UserError(
+            f"{config.task}: its training file is English only; setting={config.setting} has nothing to "
+            "train on"
+        )
+    return readings
+
+
+def training_examples(config: FinetuneConfig, language: str | None) -> list:
+    """The items of `training_sets`."""
+    return [example for reading in training_sets(config, language) for example in reading.load()]
+
+
+class UsedSet(NamedTuple):
+    """A set of a run: "test", "dev" or "train", in which of its parts, and what reads it."""
+
+    role: str
+    parts: frozenset[str | None]
+    reading: Reading
+
+
+def used_sets(parts: Mapping[str | None, FinetuneConfig]) -> list[UsedSet]:
+    """Every set that the parts of a run use, once."""
+    places: dict[tuple, tuple[UsedSet, set]] = {}
+    for language, config in parts.items():
+        used = [
+            ("test", read_split(config, test_split(config, code), code, config.test_limit))
+            for code in languages_of(config)
+        ]
+        dev = dev_sets(config, language).items()
+        used += [("dev", read_split(config, split, code, config.test_limit)) for code, split in dev]
+        used += [("train", reading) for reading in training_sets(config, language)] if config.trains else []
+        for role, reading in used:
+            key = (role, reading.path, reading.split, reading.language, reading.limit)
+            places.setdefault(key, (UsedSet(role, frozenset(), reading), set()))[1].add(language)
+    return [used._replace(parts=frozenset(of)) for used, of in places.values()]
+
+
+def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> list[DataFile]:
+    """Return the annotation files, answers, dictionaries, vectors, weights and tokenizer that a run of these
+    parts reads, and its images or region features, which are too large to be hashed at a first start."""
+    task, data = find_task(config), Path(config.data)
+    files = [file for used in used_sets(parts) for file in _files_of(used.reading)]
+    files += task.files(config) + ([Path(config.task)] if config.task.endswith(".py") else [])
+    files += config.strategies.files(data)
+    files += _translations(config)
+    files += [weights_of(config.model), tokenizer_of(config)]
+    files += [Path(config.vision)] if config.vision else []
+    large = []
+    if task.needs_images(config):
+        large = [Path(config.regions) if config.regions else config.images_path]
+    # what is missing is told by its reader, who knows what it is for
+    every = [*map(DataFile, dict.fromkeys(files)), *(DataFile(path, large=True) for path in large)]
+    return [file for file in every if file.path.exists()]
+
+
+def _files_of(reading: Reading) -> list[Path]:
+    """The file of a set, and those beside it that its reader is told of."""
+    options = reading.task.split(reading.split, reading.language).options.values()
+    beside = (reading.path.parent / name for value in options for name in value.split("|") if name)
+    return [path for path in (reading.path, *beside) if path.is_file()]
+
+
+def _translations(config: FinetuneConfig) -> list[Path]:
+    """Translations of what is trained on, of a task that has such splits."""
+    task = find_task(config)
+    trained = TRAINING_SPLITS.get(config.setting)
+    ways = dict.fromkeys(way for found in config.strategies.active().values() for way in found.translations)
+    splits = [f"{trained}{way}" for way in ways if f"{trained}{way}" in task.splits]
+    return [
+        read_split(config, name, code).path
+        for name in splits
+        for code in languages_of(config)
+        if code != "en"
+    ]
 
 
 def build_model(config: FinetuneConfig) -> torch.nn.Module:
@@ -32,7 +241,7 @@ def build_model(config: FinetuneConfig) -> torch.nn.Module:
     return model
 
 
-def build_strategies(config: FinetuneConfig, log: Callable[..., None] = print) -> Strategies:
+def build_strategies(config: FinetuneConfig, log: Callable[..., None] = no_log) -> Strategies:
     """The strategies of `config`, built; what they report goes to `log`.
 
     Raises:
@@ -53,13 +262,44 @@ def build_strategies(config: FinetuneConfig, log: Callable[..., None] = print) -
     return Strategies(config.strategies, context)
 
 
-def build_pipeline(config: FinetuneConfig) -> Pipeline:
-    """The model as training changed it, to be filled with what a run of `config` has learnt, and how it reads
-    texts and images."""
-    model, strategies = build_model(config), build_strategies(config, no_log)
+def build_pipeline(
+    config: FinetuneConfig,
+    strategies: Strategies,
+    device: torch.device | str = "cpu",
+    start: Path | None = None,
+) -> Pipeline:
+    """The model as training changes it, with the weights of the checkpoint `start`, and how it reads texts
+    and images."""
+    model = build_model(config).to(device)
     strategies.adapt(model)
+    if start:
+        load_weights(model, start)
     tokenizer = strategies.wrap_tokenizer(Tokenizer.load(tokenizer_of(config)), model)
     return Pipeline(config, model, tokenizer, open_visual_for(config, model))
+
+
+def cache_image_states(pipeline: Pipeline, items: list, folder: Path) -> Pipeline:
+    """The pipeline with the states of all images of `items` in the images' place, if the image encoder never
+    changes; they are kept in `folder` for other runs with the same one."""
+    config, model, _, visual = pipeline
+    if not (isinstance(visual, ImageSource) and config.cache_image_states and "vision" in config.freeze):
+        return pipeline
+    names = sorted({name for item in items for name in item.images})
+    backbone = model.backbone
+    key = (visual.size, str(visual.store.path), names, pipeline.bf16)
+    states_folder = folder / "encoded" / fingerprint_module(backbone.image_encoder, *key)
+    states = precompute_features(backbone, visual, names, states_folder, pipeline.bf16)
+    return pipeline._replace(visual=PrecomputedFeatures(states, visual.store))
+
+
+def share_with_trials(tokenizer: Tokenizer, items: list, folder: Path) -> Path:
+    """In a search, let trials share the tokens of the items' texts. Returns the folder that they share; out
+    of a search, `folder`."""
+    cache = get_cache()
+    if cache is None:
+        return folder
+    getattr(tokenizer, "plain", tokenizer).remember([text for item in items for text in item.texts])
+    return cache.folder
 
 
 def tokenizer_of(config: FinetuneConfig) -> Path:

@@ -23,28 +23,20 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from finetune.build import UsedSet, find_task, used_sets
 from finetune.config import FinetuneConfig
-from finetune.data import dev_sets, find_task, languages_of, read_split, test_split, training_sets
 from finetune.formats.examples import Captioned, Example
 from finetune.stores.records import MARVL, folders_of, stem
-from finetune.tasks.base import Overlap, Reading, Task
+from finetune.tasks.base import Overlap, Task
 from raylib.cache import file_fingerprint
 from raylib.errors import UserError
 from raylib.fileio import read_json, write_json
 
-RULE = 2  # of what counts as the same: another number makes nothing of what is kept
+RULE_VERSION = 2  # of what counts as the same: another number makes nothing of what is kept
 COMPARED = (("test", "train"), ("test", "dev"), ("dev", "train"))
 USES = {"test": "tested on", "dev": "chosen by", "train": "trained on"}
-
-
-class Used(NamedTuple):
-    """A set of a run: "test", "dev" or "train", in which of its parts, and what reads it."""
-
-    role: str
-    parts: frozenset[str | None]
-    reading: Reading
 
 
 def check_overlap(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> list[dict[str, Any]]:
@@ -58,18 +50,18 @@ def check_overlap(config: FinetuneConfig, parts: Mapping[str | None, FinetuneCon
     Raises:
         UserError: sets share more than the task's record declares.
     """
-    sets, task = sets_of(parts), find_task(config)
-    found = _kept(Path(config.runs).absolute() / "cache", task, sets)
+    sets, task = used_sets(parts), find_task(config)
+    found = _cached_overlaps(Path(config.runs).absolute() / "cache", task, sets)
     declared = []
     for one in found:
         first, second = sets[one["first"]], sets[one["second"]]
-        why = _declared(task, first, second, one)
+        why = _declared_reason(task, first, second, one)
         if why is None:
-            raise UserError(_told(first, second, one))
+            raise UserError(_overlap_message(first, second, one))
         declared.append(
             {
-                "first": _described(config, first),
-                "second": _described(config, second),
+                "first": _describe_set(config, first),
+                "second": _describe_set(config, second),
                 "images": one["images"],
                 "items": one["items"],
                 "declared": why,
@@ -78,24 +70,7 @@ def check_overlap(config: FinetuneConfig, parts: Mapping[str | None, FinetuneCon
     return declared
 
 
-def sets_of(parts: Mapping[str | None, FinetuneConfig]) -> list[Used]:
-    """Every set that the parts of a run use, once."""
-    places: dict[tuple, tuple[Used, set]] = {}
-    for language, config in parts.items():
-        used = [
-            ("test", read_split(config, test_split(config, code), code, config.test_limit))
-            for code in languages_of(config)
-        ]
-        dev = dev_sets(config, language).items()
-        used += [("dev", read_split(config, split, code, config.test_limit)) for code, split in dev]
-        used += [("train", reading) for reading in training_sets(config, language)] if config.trains else []
-        for role, reading in used:
-            key = (role, reading.path, reading.split, reading.language, reading.limit)
-            places.setdefault(key, (Used(role, frozenset(), reading), set()))[1].add(language)
-    return [used._replace(parts=frozenset(of)) for used, of in places.values()]
-
-
-def compare(task: Task, sets: list[Used]) -> list[dict[str, Any]]:
+def find_overlaps(task: Task, sets: list[UsedSet]) -> list[dict[str, Any]]:
     """[{"first", "second": places in `sets`, "images", "items": how many different ones of the first are in
     the second, "records": of these items, how many have the same number, "such_as" and "image": one of each}]
     of all that are compared and share any."""
@@ -123,17 +98,17 @@ def compare(task: Task, sets: list[Used]) -> list[dict[str, Any]]:
             set()
         )  # images that are in no set before: most of what is trained on, met again and again
         for item in used.reading:
-            named = _named(item)
-            known = (
+            named = _names_and_addresses(item)
+            names = (
                 []
                 if new.issuperset(named)
                 else [n for _, names in _images(item, task.mscoco) for n in names if n in images]
             )
-            if not known:
+            if not names:
                 new.update(named)
                 if named and task.item == "grounded":
                     continue  # what is said of another image is another item
-            for name in known:
+            for name in names:
                 for first, image in images[name]:
                     if first in firsts:
                         shared[first, second][0].setdefault(image, name)
@@ -150,13 +125,13 @@ def compare(task: Task, sets: list[Used]) -> list[dict[str, Any]]:
         {
             "first": first,
             "second": second,
-            "images": len(pictures),
+            "images": len(images),
             "items": len(found),
             "records": len(records),
-            "image": next(iter(pictures.values()), ""),
+            "image": next(iter(images.values()), ""),
             "such_as": next(iter(found.values()), ""),
         }
-        for (first, second), (pictures, found, records) in sorted(shared.items(), key=lambda entry: entry[0])
+        for (first, second), (images, found, records) in sorted(shared.items(), key=lambda entry: entry[0])
     ]
 
 
@@ -172,7 +147,7 @@ def image_name(name: str, mscoco: bool = False) -> str:
     return "/".join((*sorted(language), base))
 
 
-def _named(item: Example | Captioned) -> list[tuple[str, str]]:
+def _names_and_addresses(item: Example | Captioned) -> list[tuple[str, str]]:
     """(name, address or "") of each image."""
     if isinstance(item, Captioned):
         return [(item.image, item.source)]
@@ -183,12 +158,12 @@ def _images(item: Example | Captioned, mscoco: bool) -> list[tuple[str, tuple[st
     """(what tells the image from others, all that it may be known by) of each image."""
     return [
         (source or image_name(name, mscoco), tuple(filter(None, (image_name(name, mscoco), source))))
-        for name, source in _named(item)
+        for name, source in _names_and_addresses(item)
     ]
 
 
 def _items(item: Example | Captioned, task: Task) -> Iterator[tuple[tuple, tuple[tuple, ...]]]:
-    """(what tells an item from others, what else it may be known by); of a picture with captions each is
+    """(what tells an item from others, what else it may be known by); of an image with captions each is
     one."""
     about = tuple(image for image, _ in _images(item, task.mscoco))
     if isinstance(item, Captioned):
@@ -205,7 +180,7 @@ def _normal(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
-def _declared(task: Task, first: Used, second: Used, found: dict) -> str | None:
+def _declared_reason(task: Task, first: UsedSet, second: UsedSet, found: dict) -> str | None:
     """Why the sets may share what they do; None: they may not."""
 
     def fits(o: Overlap) -> bool:
@@ -221,7 +196,7 @@ def _declared(task: Task, first: Used, second: Used, found: dict) -> str | None:
     return next((overlap.why for overlap in task.overlaps if fits(overlap)), None)
 
 
-def _told(first: Used, second: Used, found: dict) -> str:
+def _overlap_message(first: UsedSet, second: UsedSet, found: dict) -> str:
     what = [f"{found['images']} images"] if found["images"] else []
     what += [f"{found['items']} items"] if found["items"] else []
     example = f"item {found['such_as']!r}" if found["items"] else f"image {found['image']!r}"
@@ -232,7 +207,7 @@ def _told(first: Used, second: Used, found: dict) -> str:
     )
 
 
-def _described(config: FinetuneConfig, used: Used) -> dict[str, str]:
+def _describe_set(config: FinetuneConfig, used: UsedSet) -> dict[str, str]:
     data, path = Path(config.data), used.reading.path
     return {
         "split": used.reading.split,
@@ -241,9 +216,9 @@ def _described(config: FinetuneConfig, used: Used) -> dict[str, str]:
     }
 
 
-def _kept(cache: Path, task: Task, sets: list[Used]) -> list[dict[str, Any]]:
-    """`compare`, or what it found before in the same files."""
-    facts: list[Any] = [RULE, task.item, task.mscoco]
+def _cached_overlaps(cache: Path, task: Task, sets: list[UsedSet]) -> list[dict[str, Any]]:
+    """`find_overlaps`, or what it found before in the same files."""
+    facts: list[Any] = [RULE_VERSION, task.item, task.mscoco]
     for used in sets:
         reading = used.reading
         split = reading.task.split(reading.split, reading.language)
@@ -263,7 +238,7 @@ def _kept(cache: Path, task: Task, sets: list[Used]) -> list[dict[str, Any]]:
     if file.is_file():
         return read_json(file)
     began = time.perf_counter()
-    found = compare(task, sets)
+    found = find_overlaps(task, sets)
     if time.perf_counter() - began > 1:
         cache.mkdir(parents=True, exist_ok=True)
         write_json(file, found)

@@ -15,8 +15,8 @@ R@1, the last of ties.
 from collections.abc import Callable
 from typing import Any
 
+from finetune.build import dev_sets, find_task, languages_of
 from finetune.config import UNIMODAL, FinetuneConfig
-from finetune.data import dev_sets, find_task, languages_of
 from raylib.engine import OptimConfig
 
 P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from finetune.build import find_task, split_name
 from finetune.config import FinetuneConfig
-from finetune.data import find_task, split_name
 from finetune.lineage import described, method_of
 from raylib.errors import UserError
 from raylib.fileio import read_json, write_json

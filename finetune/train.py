@@ -7,24 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from finetune import report
-from finetune.build import build_model, build_pipeline, build_strategies, tokenizer_of
-from finetune.config import FinetuneConfig
-from finetune.data import (
+from finetune.build import (
+    build_model,
+    build_pipeline,
+    build_strategies,
     dev_sets,
     dev_split,
     find_task,
     languages_of,
     read_split,
+    run_files,
     split_name,
     test_split,
+    tokenizer_of,
 )
-from finetune.inputs import run_files
+from finetune.config import FinetuneConfig
+from finetune.evaluate import find_trained, test_result
 from finetune.lineage import method_of, runs_behind
 from finetune.model import load_weights
 from finetune.overlap import check_overlap
 from finetune.strategies import Need, check_strategies
 from finetune.strategies.base import Stage, StageRun
-from finetune.worker import FinetuneJob, evaluate_test_sets, find_trained
+from finetune.worker import FinetuneJob
 from raylib import checkpoint
 from raylib.config import load_config
 from raylib.errors import UserError
@@ -123,7 +127,7 @@ def check(config: FinetuneConfig) -> list[dict[str, Any]]:
         raise UserError(f"wordnet={config.wordnet}: no such folder")
     task.check(config)
     check_strategies(config, offered_needs(config), config.trains)
-    build_strategies(config, no_log)
+    build_strategies(config)
     return (
         check_overlap(config, {language: part for part, language in _parts(config)})
         if is_main_process(config)
@@ -304,14 +308,14 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     for part, _ in _parts(config):
         run = run_folder(part) if part is not config else folder
         part = final_training(part)
-        pipeline = build_pipeline(part)
+        pipeline = build_pipeline(part, build_strategies(part))
         if config.trains:
             load_weights(pipeline.model, find_trained(config, run, checkpoint.find_newest(run)))
         done = run / "part.json"
         before = _so_far(pipeline.model, run) if config.trains and not done.is_file() else {}
         if done.is_file():
             before = read_json(done)
-        results.append({**before, **evaluate_test_sets(pipeline, run)})
+        results.append({**before, **test_result(pipeline, run)})
     hashes = {"config_sha256": config_hash(config), "data_sha256": combined_hash(data)}
     result = {**stored, **report.summarise(config, results), **hashes}
     result.pop("dev", None)  # of a search's run, which is tested now

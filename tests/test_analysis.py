@@ -18,7 +18,7 @@ from finetune.analysis.parallel import Parallel, read_parallel
 from finetune.analysis.similarity import compare, correlate, describe, parallel_states
 from finetune.analysis.words import Thing, find_tokens, find_word, name_in, spans
 from finetune.batches import encode_texts
-from finetune.data import read_split
+from finetune.build import read_split
 from finetune.formats.examples import Example
 from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES

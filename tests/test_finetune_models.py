@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from finetune.__main__ import main
-from finetune.data import read_split
+from finetune.build import read_split
 from finetune.recipes import RECIPES
 from finetune.stores.images import open_visual
 from raylib import checkpoint

@@ -12,8 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from finetune.__main__ import main
-from finetune.build import build_model
-from finetune.data import find_task, read_split
+from finetune.build import build_model, find_task, read_split
 from finetune.recipes import RECIPES
 from finetune.tasks.datasets import TASKS
 from raylib.config import override

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data import Reading
+from finetune.build import Reading
 from finetune.formats import answers
 from finetune.predict import evaluate
 from finetune.tasks.datasets import TASKS

@@ -11,8 +11,8 @@ import pytest
 
 from finetune.__main__ import main
 from finetune.batches import BatchOrder, CaptionBatches, ExampleBatches
-from finetune.data import dev_split
-from finetune.data import test_split as split_of_test
+from finetune.build import dev_split
+from finetune.build import test_split as split_of_test
 from finetune.formats import answers
 from finetune.formats.examples import Captioned, Example
 from finetune.formats.stream import stream_jsonl, stream_members

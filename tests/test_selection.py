@@ -6,8 +6,8 @@ import json
 import pytest
 
 from finetune.__main__ import main
+from finetune.build import dev_sets, dev_split, languages_of, read_split
 from finetune.config import FinetuneConfig
-from finetune.data import dev_sets, dev_split, languages_of, read_split
 from finetune.model import tokenizer_at
 from finetune.recipes import RECIPES
 from finetune.stores.images import ImageSource, open_images

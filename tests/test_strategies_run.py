@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.__main__ import main
-from finetune.build import build_pipeline
+from finetune.build import build_pipeline, build_strategies
 from finetune.config import FinetuneConfig
 from finetune.strategies import STRATEGIES
 from finetune.strategies.pruning import prune_mask, read_mask, sparsity
@@ -132,7 +132,8 @@ def test_tuned_weights_restore_the_run_in_a_fresh_model(finetune, tmp_path):
         small.stat().st_size
         < 0.3 * (run / "checkpoints" / "step_000006" / "model.safetensors").stat().st_size
     )
-    model = build_pipeline(load_config(FinetuneConfig, run / "config.json")).model
+    config = load_config(FinetuneConfig, run / "config.json")
+    model = build_pipeline(config, build_strategies(config)).model
     tuning.read(model, small)
     trained = weights(run)
     for name, value in model.state_dict().items():

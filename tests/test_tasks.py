@@ -9,9 +9,8 @@ import torch
 
 from finetune.__main__ import main
 from finetune.batches import BatchOrder, encode_inputs
-from finetune.build import build_model, open_visual_for
+from finetune.build import build_model, find_task, load_task, open_visual_for
 from finetune.config import FinetuneConfig
-from finetune.data import find_task, load_task
 from finetune.formats import jsonl
 from finetune.formats.examples import Captioned, Example
 from finetune.model import FinetuneModel

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from finetune.build import build_model, build_strategies
+from finetune.build import build_model, build_strategies, dev_split, find_task, languages_of
 from finetune.config import FinetuneConfig
-from finetune.data import dev_split, find_task, languages_of
 from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES as FINETUNE
 from finetune.report import scores_of
@@ -25,7 +24,7 @@ from pretrain.train import run as pretrain
 from raylib.config import dump_config, lookup
 from raylib.errors import UserError
 from raylib.fileio import read_json
-from raylib.launch import LaunchConfig, no_log, run_folder
+from raylib.launch import LaunchConfig, run_folder
 from raylib.metrics import mean_or_zero
 from raylib.provenance import DataFile
 from raylib.runtime import Reporter
@@ -103,7 +102,7 @@ class FinetuneSearchJob(SearchJob):
         self.num_layers[config.model] = model.num_layers
         last = final_training(config)  # the training that is judged
         adapted = copy.deepcopy(model)
-        build_strategies(last, no_log).adapt(adapted)
+        build_strategies(last).adapt(adapted)
         _check_head(last, model, adapted)
 
     def release(self) -> None:

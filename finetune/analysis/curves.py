@@ -11,7 +11,7 @@ from raylib.metrics import mean_or_zero
 from raylib.tables import markdown_table, open_pyplot, percent
 from raylib.track import read_metrics
 
-PREFIX = "eval/test/"  # what `finetune.worker` records with `eval_each_epoch`: LANGUAGE, or LANGUAGE/TYPE
+PREFIX = "eval/test/"  # what `finetune.evaluate` records with `eval_each_epoch`: LANGUAGE, or LANGUAGE/TYPE
 
 
 def read_curves(folders: Sequence[Path]) -> dict[str, Any]:

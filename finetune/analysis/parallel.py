@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from finetune.build import read_split, test_split
 from finetune.config import FinetuneConfig
-from finetune.data import read_split, test_split
 from finetune.formats.examples import Captioned, Example
 from raylib.randomness import string_key
 

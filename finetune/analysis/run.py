@@ -10,13 +10,19 @@ import torch
 from finetune.analysis import confused, curves, maps, objects, similarity, tsne
 from finetune.analysis.figures import Inapplicable
 from finetune.analysis.parallel import read_parallel
-from finetune.build import build_pipeline, open_visual_for, tokenizer_of
+from finetune.build import (
+    build_pipeline,
+    build_strategies,
+    find_task,
+    languages_of,
+    open_visual_for,
+    tokenizer_of,
+)
 from finetune.config import FinetuneConfig
-from finetune.data import find_task, languages_of
+from finetune.evaluate import find_trained
 from finetune.model import FinetuneModel, load_weights
 from finetune.report import read_result, scores_of
 from finetune.stores.images import ImageSource
-from finetune.worker import find_trained
 from raylib import checkpoint
 from raylib.config import load_config
 from raylib.errors import UserError
@@ -111,7 +117,7 @@ def _open(folder: Path, options: Options) -> Opened:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = None, Tokenizer.load(tokenizer_of(config))
     if config.setting not in ONE_EACH:
-        _, model, tokenizer, _ = build_pipeline(config)
+        _, model, tokenizer, _ = build_pipeline(config, build_strategies(config))
         if config.trains:
             load_weights(model, find_trained(config, folder, checkpoint.find_newest(folder)))
         model = model.to(device).eval()

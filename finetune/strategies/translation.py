@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, PositiveInt
 
-from finetune.data import load_task
+from finetune.build import load_task
 from finetune.formats.stream import stream_jsonl, stream_lines
 from raylib.config import Config
 from raylib.errors import UserError, require
