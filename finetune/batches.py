@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from finetune.formats.examples import Captioned, Example
 from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource
+from raylib.data.loading import StepDataset
 from raylib.errors import UserError
 from raylib.packed import Ragged, Sentences
-from raylib.randomness import permutation, uniform
+from raylib.randomness import permutation, uniform, uniform_float32
 from raylib.text import Tokenizer, add_specials, text_ids
 
 # change(example, seed, epoch, id): a training example as strategies show it (`finetune.strategies`)
@@ -42,7 +42,7 @@ class BatchOrder(NamedTuple):
     keep_last: bool = False
 
 
-class EpochBatches(Dataset):
+class EpochBatches(StepDataset):
     """Which examples a step takes."""
 
     def __init__(self, examples: Sequence[Any], order: BatchOrder):
@@ -238,7 +238,7 @@ class CaptionBatches(EpochBatches):
         epoch, index, numbers = self.rows(step)
         pairs = self.changed_examples(epoch, numbers)
         names = [pair.image for pair in pairs]
-        negatives = uniform(self.order.seed, epoch, "negative", numbers[:, None], np.arange(2))
+        negatives = uniform_float32(self.order.seed, epoch, "negative", numbers[:, None], np.arange(2))
         visual = self.visual.read(names, self.augmentation(self.visual, epoch, numbers[:, None]))
         part = {
             "index": torch.from_numpy(index),
@@ -246,7 +246,7 @@ class CaptionBatches(EpochBatches):
             # annotations may name one image in several ways: 42.jpg, COCO_val2014_000000000042
             "image_id": torch.tensor([self.visual.store.identity(name) for name in names]),
             "text": _unmasked([pair.captions[0] for pair in pairs], self.tokenizer, self.length),
-            "negative_uniforms": torch.from_numpy((np.floor(negatives * 2**24) * 2**-24).astype(np.float32)),
+            "negative_uniforms": torch.from_numpy(negatives),
         }
         if pairs[0].pivots:
             part["pivot"] = encode_texts([pair.pivots[0] for pair in pairs], self.tokenizer, self.length)

@@ -12,7 +12,6 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from finetune.batches import read_inputs
 from finetune.formats.examples import Example
 from finetune.model import FinetuneModel
 from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource, precompute_features
-from raylib.data.loading import to_device
+from raylib.data.loading import prefetch, to_device
 from raylib.data.states import remove_encoder_states
 from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import require
@@ -60,7 +59,7 @@ def predict(
     with open(part, "w", encoding="utf-8") as file, torch.inference_mode():
         mine = itertools.islice(_batched(examples, BATCH), rank, None, world)
         read = ((chunk, read_inputs(chunk, pictures, tokenizer, length)) for chunk in mine)
-        for chunk, inputs in _one_ahead(read):
+        for chunk, inputs in prefetch(read):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 scores = model(to_device(inputs, device))
             best, chosen = scores.max(1)
@@ -134,16 +133,6 @@ def _batched(items: Iterable, size: int) -> Iterator[list]:
     items = iter(items)
     while chunk := list(itertools.islice(items, size)):
         yield chunk
-
-
-def _one_ahead(items: Iterator) -> Iterator:
-    """`items`, the next one made by a thread while the last is used."""
-    end = object()
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, items, end)
-            yield item
 
 
 def _merge(parts: list[Path], out: Path) -> None:

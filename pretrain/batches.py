@@ -2,30 +2,31 @@
 (seed, step) whatever the number of workers, loader processes or restarts.
 
     1. `Lanes` says which samples a step takes; this worker serves every world-th lane.
-    2. `Source` reads them: pictures and captions, or packed ids.
-    3. Pictures are decoded and augmented, captions tokenised, sentences get specials and masks. Whatever is
+    2. `Source` reads them: images and captions, or packed ids.
+    3. Images are decoded and augmented, captions tokenised, sentences get specials and masks. Whatever is
        drawn is drawn from (seed, step, index in the global batch).
 
-A sample that cannot be used (a picture that does not decode, a caption that is empty or not UTF-8) is
+A sample that cannot be used (an image that does not decode, a caption that is empty or not UTF-8) is
 replaced by another one of its lane, drawn from the same keys; it is counted and logged, and too many of them
 are an error.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
-from torch.utils.data import Dataset
 
 from raylib.config import Config
 from raylib.data.images import AugmentConfig, BadImage, augment_image, decode_image
-from raylib.data.loading import Lanes, list_step_draws
+from raylib.data.loading import Lanes, StepDataset, list_step_draws
 from raylib.data.sources import Sample, Source
 from raylib.errors import UserError
+from raylib.packed import Sentences
 from raylib.provenance import DataFile
-from raylib.randomness import integers, uniform
+from raylib.randomness import integers, uniform, uniform_float32
 from raylib.text import BadCaption, Tokenizer, add_specials, mask_tokens
 
 ATTEMPTS = 20  # replacements in a row, after which the source is called unusable
@@ -70,7 +71,7 @@ class DataConfig(Config):
     verify: bool = False
 
 
-class StepBatches(Dataset):
+class StepBatches(StepDataset):
     """Map-style dataset of steps; give it to a DataLoader with `batch_size=None` and `sampler=range(first,
     last)`.
 
@@ -89,21 +90,22 @@ class StepBatches(Dataset):
 
     def __init__(self, config: DataConfig, image_size: int, seed: int, rank: int = 0, world: int = 1):
         tokenizer = Tokenizer.load(config.tokenizer)
-        self.streams: dict[str, _Pairs | _Packed] = {}
+        self.streams: dict[str, _ImageTextStream | _PackedStream] = {}
         self.samples = self.batch_bytes = 0
-        for name in ("image_text", "parallel", "text"):
-            stream: StreamConfig = getattr(config, name)
-            if not stream.batch:
+        settings = {"image_text": config.image_text, "parallel": config.parallel, "text": config.text}
+        for name, stream_config in settings.items():
+            if not stream_config.batch:
                 continue
-            if not stream.folder:
+            if not stream_config.folder:
                 raise UserError(
-                    f"data.{name}: batch is {stream.batch} but there is no folder; set data.{name}.folder"
+                    f"data.{name}: batch is {stream_config.batch} but there is no folder; set "
+                    f"data.{name}.folder"
                 )
-            parts = (name, config, stream, tokenizer, seed, rank, world)
-            made = _Pairs(image_size, *parts) if name == "image_text" else _Packed(*parts)
-            self.streams[name] = made
-            self.samples += stream.batch
-            self.batch_bytes += made.sample_bytes * len(made.index)
+            parts = (name, config, stream_config, tokenizer, seed, rank, world)
+            stream = _ImageTextStream(image_size, *parts) if name == "image_text" else _PackedStream(*parts)
+            self.streams[name] = stream
+            self.samples += stream_config.batch
+            self.batch_bytes += stream.sample_bytes * len(stream.global_index)
         if not self.streams:
             raise UserError("data: every stream has batch 0; set data.image_text.batch or another one")
 
@@ -120,127 +122,135 @@ class StepBatches(Dataset):
 
 
 class _Stream:
-    """What all streams share: a source, its order, and the places of the global batch that this worker
-    fills."""
+    """A source, its order, and the places of the global batch that this worker fills."""
 
     def __init__(
-        self, name, config: DataConfig, stream: StreamConfig, tokenizer: Tokenizer, seed, rank, world
+        self,
+        name: str,
+        config: DataConfig,
+        stream: StreamConfig,
+        tokenizer: Tokenizer,
+        seed: int,
+        rank: int,
+        world: int,
     ):
+        assert stream.folder is not None
         self.name, self.config, self.stream, self.tokenizer, self.seed = name, config, stream, tokenizer, seed
         self.source = Source(stream.folder, name, tokenizer.sha256, config.cache)
         sizes = self.source.sizes()
-        wanted = [config.caption_language] if name == "image_text" else stream.languages or sorted(sizes)
-        for language in wanted:
+        languages = [config.caption_language] if name == "image_text" else stream.languages or sorted(sizes)
+        for language in languages:
             if language not in sizes:
                 has = ", ".join(sorted(sizes))
                 raise UserError(
                     f"{stream.folder}: no data in language {language!r} for data.{name}; it has: {has}"
                 )
         self.lanes = Lanes(
-            {k: sizes[k] for k in wanted}, name, seed, stream.lanes, stream.alpha, stream.block
+            {code: sizes[code] for code in languages}, name, seed, stream.lanes, stream.alpha, stream.block
         )
-        self.places = list_step_draws(stream.lanes, stream.batch, rank, world)
-        self.share = stream.batch // stream.lanes
-        self.index = np.array([index for index, _, _ in self.places])
-        self.sample_bytes = stream.length * self.source.sides * 5 * 8  # at most
+        self.draws = list_step_draws(stream.lanes, stream.batch, rank, world)
+        self.draws_per_lane = stream.batch // stream.lanes
+        self.global_index = np.array([draw.global_index for draw in self.draws])
+        # at most: clean and masked ids, positions, labels, and room for the rest, in int64
+        self.sample_bytes = stream.length * self.source.sides * 5 * 8
 
-    def sentences(self, rows: list[np.ndarray], step: int, side: str = "text"):
+    def mask_sentences(self, rows: Sequence[np.ndarray], step: int, side: str = "text") -> Sentences:
         """Sentences with specials, cut and masked."""
         tokens = add_specials(rows, self.tokenizer, self.stream.length)
         keys = (self.seed, step, self.name, side)
-        return mask_tokens(tokens, self.index, self.tokenizer, keys, self.config.mask_probability)
+        return mask_tokens(tokens, self.global_index, self.tokenizer, keys, self.config.mask_probability)
 
 
-class _Packed(_Stream):
+class _PackedStream(_Stream):
     """Pre-tokenised sentences (text) or sentence pairs (parallel)."""
 
     def read(self, step: int) -> dict[str, Any]:
-        start = step * self.share
-        rows = [self.source.row(*self.lanes.draw(lane, start + draw)) for _, lane, draw in self.places]
+        start = step * self.draws_per_lane
+        rows = [self.source.row(*self.lanes.draw(d.lane, start + d.draw)) for d in self.draws]
         names = ("text",) if self.source.sides == 1 else ("source", "target")
-        sides = zip(names, zip(*rows, strict=True), strict=True)
-        return {"index": torch.from_numpy(self.index)} | {
-            name: self.sentences(side, step, name) for name, side in sides
-        }
+        batch: dict[str, Any] = {"index": torch.from_numpy(self.global_index)}
+        for name, side in zip(names, zip(*rows, strict=True), strict=True):
+            batch[name] = self.mask_sentences(side, step, name)
+        return batch
 
 
-class _Pairs(_Stream):
-    """Pictures with captions."""
+class _ImageTextStream(_Stream):
+    """Images with captions. Samples that cannot be used are counted, and told once each."""
 
     def __init__(self, size: int, *parts):
         super().__init__(*parts)
         self.size = size
         self.sample_bytes += 3 * size**2
-        self.seen = self.bad = 0  # by this process
-        self.told: set[str] = set()
+        self.num_read = self.num_bad = 0  # by this process
+        self.warnings: set[str] = set()
 
     def read(self, step: int) -> dict[str, Any]:
-        keys, rows = (self.seed, step, self.name), self.index[:, None]
+        keys, rows = (self.seed, step, self.name), self.global_index[:, None]
+        # one call for the whole batch; a replacement draws anew, from the same keys and its attempt
         picks = uniform(*keys, "pick", rows, 0, np.arange(2))
-        draws = uniform(*keys, "augment", rows, np.arange(self.config.augment.num_uniforms))
+        augmentations = uniform(*keys, "augment", rows, np.arange(self.config.augment.num_uniforms))
         images = np.empty((len(rows), self.size, self.size, 3), np.uint8)
-        identities, captions, bad = [], [], self.bad
-        for i, (_, lane, draw) in enumerate(self.places):
-            identity, picture, caption = self._sample(step, i, lane, draw, picks[i])
-            images[i] = augment_image(picture, self.size, self.config.augment, draws[i])
+        identities, captions, bad_before = [], [], self.num_bad
+        for i in range(len(rows)):
+            identity, image, caption = self._read_sample(step, i, picks[i])
+            images[i] = augment_image(image, self.size, self.config.augment, augmentations[i])
             identities.append(identity)
             captions.append(caption)
-        negatives = uniform(*keys, "negative", rows, np.arange(2))
+        negatives = uniform_float32(*keys, "negative", rows, np.arange(2))
         return {
-            "index": torch.from_numpy(self.index),
+            "index": torch.from_numpy(self.global_index),
             "images": torch.from_numpy(images),
             "image_id": torch.tensor(identities),
-            "text": self.sentences(self.tokenizer.encode(captions), step),
-            "negative_uniforms": torch.from_numpy(
-                (np.floor(negatives * 2**24) * 2**-24).astype(np.float32)
-            ),  # float32 below 1
-            "bad": self.bad - bad,
+            "text": self.mask_sentences(self.tokenizer.encode(captions), step),
+            "negative_uniforms": torch.from_numpy(negatives),
+            "bad": self.num_bad - bad_before,
         }
 
-    def _sample(
-        self, step: int, i: int, lane: int, draw: int, pick: np.ndarray
-    ) -> tuple[int, np.ndarray, str]:
-        """(identity, picture, caption) of one place in the batch, from the first usable sample."""
-        language, number = self.lanes.draw(lane, step * self.share + draw)
-        keys = (self.seed, step, self.name)
+    def _read_sample(self, step: int, row: int, pick: np.ndarray) -> tuple[int, np.ndarray, str]:
+        """(identity, image, caption) of one place in the batch, from the first usable sample."""
+        draw, keys = self.draws[row], (self.seed, step, self.name)
+        language, number = self.lanes.draw(draw.lane, step * self.draws_per_lane + draw.draw)
         for attempt in range(1, ATTEMPTS + 1):
             sample = self.source.sample(language, number)
-            self.seen += 1
+            self.num_read += 1
             try:
-                return self._parts(sample, *pick)
+                return self._decode_sample(sample, *pick)
             except (BadImage, BadCaption) as error:
-                self._count(str(error))
-            first, last = self.lanes.span(lane, language)
-            number = first + int(integers(last - first, *keys, "replace", int(self.index[i]), attempt))
-            pick = uniform(*keys, "pick", int(self.index[i]), attempt, np.arange(2))
+                self._count_bad(str(error))
+            # of the same lane, so that no worker reads another's shards
+            first, last = self.lanes.span(draw.lane, language)
+            number = first + int(integers(last - first, *keys, "replace", draw.global_index, attempt))
+            pick = uniform(*keys, "pick", draw.global_index, attempt, np.arange(2))
         raise UserError(
             f"{self.stream.folder}: {ATTEMPTS} unusable samples one after another, the last: {sample.key}"
         )
 
-    def _parts(self, sample: Sample, pick_picture: float, pick_caption: float) -> tuple[int, np.ndarray, str]:
-        """Identity of a sample, one of its pictures (H, W, 3), one of its captions."""
-        pictures = sample.images
-        if not pictures:
+    def _decode_sample(
+        self, sample: Sample, image_pick: float, caption_pick: float
+    ) -> tuple[int, np.ndarray, str]:
+        """Identity of a sample, one of its images (H, W, 3), one of its captions."""
+        if not sample.images:
             raise BadImage(sample.describe("no image"))
         try:
             captions = sample.captions_in(self.config.caption_language)
         except BadCaption as error:
             raise BadCaption(sample.describe(error)) from error
-        caption = captions[int(pick_caption * len(captions))]
+        caption = captions[int(caption_pick * len(captions))]
         # encoding one by one costs 20 times a batch: asked only of what may be nothing but invisible
         # characters
         if not any(map(str.isalnum, caption)) and not len(self.tokenizer.encode([caption])[0]):
             raise BadCaption(sample.describe(f"a caption without a token, {caption!r}"))
-        picture = pictures[int(pick_picture * len(pictures))]
-        return sample.identity, decode_image(sample.read(picture), f"{sample.name}, {picture}"), caption
+        extension = sample.images[int(image_pick * len(sample.images))]
+        image = decode_image(sample.read(extension), f"{sample.name}, {extension}")
+        return sample.identity, image, caption
 
-    def _count(self, message: str) -> None:
-        self.bad += 1
-        if message not in self.told:
-            self.told.add(message)
+    def _count_bad(self, message: str) -> None:
+        self.num_bad += 1
+        if message not in self.warnings:
+            self.warnings.add(message)
             log.warning("%s; another sample takes its place", message)
-        if self.bad > self.config.bad_limit * max(self.seen, 100):
-            share, limit = self.bad / self.seen, self.config.bad_limit
+        if self.num_bad > self.config.bad_limit * max(self.num_read, 100):
+            share, limit = self.num_bad / self.num_read, self.config.bad_limit
             raise UserError(
                 f"{share:.1%} of the samples read are unusable (data.bad_limit={limit:g}), such as {message}"
             )

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
-from torch.utils.data import Dataset
 
 from raylib import checkpoint
 from raylib.config import Config
-from raylib.data.loading import load_batches, to_device
+from raylib.data.loading import StepDataset, load_batches, to_device
 from raylib.device import has_bf16, out_of_memory_error, peak_memory
 from raylib.distributed import all_reduce
 from raylib.engine import (
@@ -71,7 +70,7 @@ class Clock:
 
 def fit(
     objective: Objective,
-    batches: Dataset,
+    batches: StepDataset,
     runtime: Runtime,
     config: FitConfig,
     optim: OptimConfig,
@@ -171,7 +170,7 @@ class _Replay:
     """Steps to be gone through again: `replay(step)` is this worker's batch of `step`, dropout seeded as it
     was."""
 
-    def __init__(self, objective: Objective, batches: Dataset, config: FitConfig, runtime: Runtime):
+    def __init__(self, objective: Objective, batches: StepDataset, config: FitConfig, runtime: Runtime):
         self.objective, self.batches, self.config, self.runtime = objective, batches, config, runtime
         self.last: tuple[int, dict] | None = None  # the step under way, and its batch
 

@@ -35,6 +35,11 @@ def uniform(*keys: Key) -> np.ndarray:
     return (hash64(*keys) >> np.uint64(11)) * 2.0**-53
 
 
+def uniform_float32(*keys: Key) -> np.ndarray:
+    """float32 in [0, 1), of the keys' broadcast shape: a float64 just below 1 would round to 1."""
+    return (np.floor(uniform(*keys) * 2**24) * 2**-24).astype(np.float32)
+
+
 def integers(high: int | np.ndarray, *keys: Key) -> np.ndarray:
     """int64 in [0, high), of the broadcast shape; `high` below 2^32, where the bias is under 2^-20."""
     return np.minimum((uniform(*keys) * high).astype(np.int64), np.asarray(high) - 1)

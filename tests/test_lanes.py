@@ -105,20 +105,6 @@ def test_lanes_order_differs_with_seed_name_and_lane():
         assert [other.draw(0, position) for position in range(50)] != order
 
 
-def test_lanes_locate_and_shards_agree():
-    lanes = make(alpha=1.0)
-    seen = {lane: {language: set() for language in SIZES} for lane in range(3)}
-    for lane in range(3):
-        for position in range(2 * PERIOD):
-            language, number = lanes.draw(lane, position)
-            found, shard, row = lanes.locate(lane, position)
-            assert found == language and 0 <= row < SIZES[language][shard]
-            assert sum(SIZES[language][:shard]) + row == number
-            seen[lane][language].add(shard)
-        for language, shards in lanes.shards_of(lane).items():
-            assert {shard for shard in shards if SIZES[language][shard]} == seen[lane][language]
-
-
 @pytest.mark.parametrize(
     "shares", [[1.0], [0.5, 0.25, 0.25], [0.9989, 0.0001, 0.001], [1 / 7] * 7, [0.3, 0.7]]
 )

@@ -19,7 +19,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from raylib.errors import UserError
 from raylib.randomness import permutation
 
+T = TypeVar("T")
 PERIOD = 1024
 
 
@@ -38,9 +39,9 @@ class Lanes:
     Args:
         sizes: samples of every shard, by language (`Source.sizes()`).
         name: of the stream; with `seed` it determines every order.
-        lanes: number of lanes L; block: samples that are shuffled together; alpha: 1 draws languages by their
-        size,
-            0 draws them evenly.
+        lanes: number of lanes L.
+        alpha: 1 draws languages by their size, 0 draws them evenly.
+        block: samples that are shuffled together.
 
     Raises UserError: more lanes than samples of a language, more languages than PERIOD.
     """
@@ -60,80 +61,66 @@ class Lanes:
                     f"{name}: {lanes} lanes but {total} samples of language {language!r}; set fewer lanes"
                 )
         self.counts = apportion(totals**alpha / (totals**alpha).sum(), PERIOD, name)
-        self._forget()
+        self._reset_caches()
 
-    def _forget(self) -> None:
+    def _reset_caches(self) -> None:
         """Start with empty caches; nothing else ever changes."""
-        self._mixes: OrderedDict[tuple[int, int], tuple[list, list]] = OrderedDict()
-        self._orders: dict[tuple[int, str], tuple[int, int, np.ndarray]] = {}
-        self._blocks: dict[tuple[int, str], np.ndarray] = {}
+        self._language_orders: OrderedDict[tuple[int, int], tuple[list, list]] = OrderedDict()
+        self._block_orders: dict[tuple[int, str], tuple[int, int, np.ndarray]] = {}
+        self._block_borders: dict[tuple[int, str], np.ndarray] = {}
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name[0] != "_"}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._forget()
+        self._reset_caches()
 
     def span(self, lane: int, language: str) -> tuple[int, int]:
         """The lane's slice [first, last) of a language's samples."""
         total = int(self.borders[language][-1])
         return lane * total // self.lanes, (lane + 1) * total // self.lanes
 
-    def shards_of(self, lane: int) -> dict[str, range]:
-        """Numbers of the shards that hold the lane's samples, by language."""
-        found = {}
-        for language in self.languages:
-            first, last = self.span(lane, language)
-            borders = self.borders[language]
-            found[language] = range(
-                int(borders.searchsorted(first, "right")) - 1, int(borders.searchsorted(last))
-            )
-        return found
-
     def draw(self, lane: int, position: int) -> tuple[str, int]:
         """(language, number of the sample in its language) at a position >= 0 of a lane."""
         period, offset = divmod(position, PERIOD)
-        languages, earlier = self._mix(lane, period)
+        languages, earlier = self._order_languages(lane, period)
         k = languages[offset]
-        return self.languages[k], self._find(
-            lane, self.languages[k], period * int(self.counts[k]) + earlier[offset]
-        )
+        # every period draws a language equally often, so its own position is found without a walk
+        own_position = period * int(self.counts[k]) + earlier[offset]
+        return self.languages[k], self._find_sample(lane, self.languages[k], own_position)
 
-    def locate(self, lane: int, position: int) -> tuple[str, int, int]:
-        """(language, number of the shard in its language, row in the shard) at a position of a lane."""
-        language, number = self.draw(lane, position)
-        shard = int(self.borders[language].searchsorted(number, "right")) - 1
-        return language, shard, number - int(self.borders[language][shard])
-
-    def _mix(self, lane: int, period: int) -> tuple[list[int], list[int]]:
+    def _order_languages(self, lane: int, period: int) -> tuple[list[int], list[int]]:
         """Of each draw in a period: its language, and how often that language was drawn earlier in the
         period."""
-        if (mix := self._mixes.get((lane, period))) is None:
+        if (order := self._language_orders.get((lane, period))) is None:
             languages = np.repeat(np.arange(len(self.counts)), self.counts)
             languages = languages[permutation(PERIOD, self.seed, self.name, "languages", lane, period)]
+            # positions sorted by language: within one, they count up from 0
             earlier = np.empty(PERIOD, np.int64)
             firsts = np.cumsum(self.counts) - self.counts
             by_language = np.argsort(languages, kind="stable")
             earlier[by_language] = np.arange(PERIOD) - np.repeat(firsts, self.counts)
-            mix = self._mixes[lane, period] = languages.tolist(), earlier.tolist()
-            if len(self._mixes) > 2 * self.lanes:
-                self._mixes.popitem(last=False)
-        return mix
+            order = self._language_orders[lane, period] = languages.tolist(), earlier.tolist()
+            if len(self._language_orders) > 2 * self.lanes:
+                self._language_orders.popitem(last=False)
+        return order
 
-    def _find(self, lane: int, language: str, position: int) -> int:
+    def _find_sample(self, lane: int, language: str, position: int) -> int:
         """Sample number at a position of a lane's run through one language."""
-        start, stop, order = self._orders.get((lane, language), (0, 0, np.empty(0, np.int64)))
+        start, stop, order = self._block_orders.get((lane, language), (0, 0, np.empty(0, np.int64)))
         if not start <= position < stop:
-            start, order = self._order(lane, language, position)
-            self._orders[lane, language] = start, start + len(order), order
+            start, order = self._order_block(lane, language, position)
+            self._block_orders[lane, language] = start, start + len(order), order
         return int(order[position - start])
 
-    def _order(self, lane: int, language: str, position: int) -> tuple[int, np.ndarray]:
+    def _order_block(self, lane: int, language: str, position: int) -> tuple[int, np.ndarray]:
         """The block around a position: where it starts, and its sample numbers in their order."""
-        cuts = self._cuts(lane, language)
+        cuts = self._cut_blocks(lane, language)
         epoch, offset = divmod(position, int(cuts[-1] - cuts[0]))
         keys = (self.seed, self.name, "samples", lane, language, epoch)
+        # blocks in this epoch's order, then the one in which the offset falls, shuffled: one block's
+        # order at a time is in memory
         blocks = permutation(len(cuts) - 1, *keys)
         ends = np.cumsum((cuts[1:] - cuts[:-1])[blocks])
         place = int(ends.searchsorted(offset, "right"))
@@ -142,16 +129,17 @@ class Lanes:
         order = (cuts[block] + permutation(size, *keys, block)).astype(np.uint32)
         return position - offset + int(ends[place]) - size, order
 
-    def _cuts(self, lane: int, language: str) -> np.ndarray:
+    def _cut_blocks(self, lane: int, language: str) -> np.ndarray:
         """Borders of a lane's blocks in a language, ascending sample numbers, both ends included."""
-        if (cuts := self._blocks.get((lane, language))) is None:
+        if (cuts := self._block_borders.get((lane, language))) is None:
             first, last = self.span(lane, language)
+            # never across the border of a shard: a block is read from one file
             borders = self.borders[language]
             inner = [
                 np.arange(a, b, self.block) for a, b in itertools.pairwise(borders) if a < last and b > first
             ]
             cuts = np.unique(np.concatenate([*inner, [first, last]]).clip(first, last))
-            self._blocks[lane, language] = cuts
+            self._block_borders[lane, language] = cuts
         return cuts
 
 
@@ -168,9 +156,16 @@ def apportion(shares: np.ndarray, total: int, name: str = "source") -> np.ndarra
     return counts
 
 
-def list_step_draws(lanes: int, batch: int, rank: int = 0, world: int = 1) -> list[tuple[int, int, int]]:
-    """What a rank serves of every step: (index in the global batch, lane, draw), where `draw` counts within
-    the step.
+class StepDraw(NamedTuple):
+    """A place in the global batch: the lane that fills it, with which of its draws in the step."""
+
+    global_index: int
+    lane: int
+    draw: int
+
+
+def list_step_draws(lanes: int, batch: int, rank: int = 0, world: int = 1) -> list[StepDraw]:
+    """The places that a rank fills in every step.
 
     Rank r of W serves lanes r, r + W, ...; in step s a lane's draw j lies at position s * (batch / lanes) + j
     and gets index lane * (batch / lanes) + j. Raises UserError if the world does not divide the lanes, or
@@ -185,7 +180,11 @@ def list_step_draws(lanes: int, batch: int, rank: int = 0, world: int = 1) -> li
             f"{lanes} lanes do not divide a batch of {batch}; set a batch that is a multiple of the lanes"
         )
     share = batch // lanes
-    return [(lane * share + draw, lane, draw) for lane in range(rank, lanes, world) for draw in range(share)]
+    return [
+        StepDraw(lane * share + draw, lane, draw)
+        for lane in range(rank, lanes, world)
+        for draw in range(share)
+    ]
 
 
 SHARED_MEMORY = "/dev/shm"
@@ -196,58 +195,66 @@ ALIGN = 64
 CPU_KEYS = ("index", "lengths", "positions")
 
 
-def load_batches(batches: Dataset, first: int, last: int, workers: int, pin: bool = False) -> Iterator[Any]:
-    """`batches[first]` ... `batches[last - 1]`, read ahead by `workers` processes (0: in this one).
+class StepDataset(Dataset):
+    """`batches[step]`: this worker's part of the global batch of a step. `batch_bytes`: the most that one
+    takes; 0 if that is not known."""
 
-    Batches travel through shared memory; `batches.batch_bytes`, if there is one, says how large one is.
+    batch_bytes = 0
+
+
+def load_batches(
+    batches: StepDataset, first: int, last: int, workers: int, pin: bool = False
+) -> Iterator[Any]:
+    """`batches[first]` ... `batches[last - 1]`, read ahead by `workers` processes (0: in this one).
 
     Raises:
         UserError: no shared memory, or too little; and, as one line, what a loader process raised as a
             UserError.
     """
     if workers:
-        _check_shared_memory(workers * PREFETCH * getattr(batches, "batch_bytes", 0))
+        _check_shared_memory(workers * PREFETCH * batches.batch_bytes)
     packed = DataLoader(
-        _Packing(batches),
+        _PackedBatches(batches),
         batch_size=None,
         sampler=range(first, last),
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=PREFETCH if workers else None,
     )
-    for plan, data in _one_ahead(packed) if workers else packed:
-        if isinstance(plan, UserError):
-            raise plan
-        yield unpack(plan, data)
+    # to hand over a file of shared memory, torch shakes hands with the process that wrote it, which takes
+    # milliseconds where all cores are busy: a thread does it meanwhile
+    for layout, data in prefetch(packed) if workers else packed:
+        if isinstance(layout, UserError):
+            raise layout
+        yield unpack_batch(layout, data)
 
 
-def _one_ahead(items: Iterable) -> Iterator:
-    """`items`, the next one fetched by a thread while the last is used: to hand over a file of shared memory,
-    torch shakes hands with the process that made it, which takes some milliseconds where all cores are
-    busy."""
-    source, end = iter(items), object()
+def prefetch(items: Iterable[T]) -> Iterator[T]:
+    """`items`, the next one fetched by a thread while the last is used."""
+    source = iter(items)
+    end: Any = object()
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, source, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, source, end)
+        future = thread.submit(next, source, end)
+        while (item := future.result()) is not end:
+            future = thread.submit(next, source, end)
             yield item
 
 
-class _Packing(Dataset):
+class _PackedBatches(Dataset):
     """Batches as one tensor each; a user's error as a value, since torch would wrap it in the worker's
     traceback."""
 
-    def __init__(self, batches: Dataset):
+    def __init__(self, batches: StepDataset):
         self.batches = batches
 
-    def __getitem__(self, step: int) -> tuple["_Plan | UserError", Tensor]:
+    def __getitem__(self, step: int) -> tuple["BatchLayout | UserError", Tensor]:
         try:
-            return pack(self.batches[step])
+            return pack_batch(self.batches[step])
         except UserError as error:
             return error, torch.empty(0)
 
 
-class _Slot(NamedTuple):
+class TensorSlot(NamedTuple):
     """Where a tensor lies in the packed bytes."""
 
     start: int
@@ -259,38 +266,40 @@ class _Slot(NamedTuple):
         return self.dtype.itemsize * math.prod(self.shape)
 
 
-class _Plan:
+class BatchLayout:
     """The batch with slots for its tensors; a class of its own, so that torch's pinning passes it by."""
 
     def __init__(self, tree: Any):
         self.tree = tree
 
 
-def pack(tree: Any) -> tuple[_Plan, Tensor]:
-    """A tree of dicts and tuples with CPU tensors as leaves -> (plan, one uint8 tensor)."""
-    slots, tensors, end = [], [], 0
+def pack_batch(tree: Any) -> tuple[BatchLayout, Tensor]:
+    """A tree of dicts and tuples with CPU tensors as leaves -> (layout, one uint8 tensor)."""
+    slots: list[TensorSlot] = []
+    tensors: list[Tensor] = []
+    end = 0
 
-    def place(tensor: Tensor) -> _Slot:
+    def reserve(tensor: Tensor) -> TensorSlot:
         nonlocal end
-        slot = _Slot(end, tensor.dtype, tuple(tensor.shape))
-        end += -(-slot.bytes // ALIGN) * ALIGN
+        slot = TensorSlot(end, tensor.dtype, tuple(tensor.shape))
+        end += -(-slot.bytes // ALIGN) * ALIGN  # a view of another dtype must begin at a multiple of its size
         slots.append(slot)
         tensors.append(tensor)
         return slot
 
-    plan = _Plan(_map(tree, Tensor, place))
+    layout = BatchLayout(_map(tree, Tensor, reserve))
     data = torch.empty(end, dtype=torch.uint8)
     for slot, tensor in zip(slots, tensors, strict=True):
-        _at(slot, data).copy_(tensor)
-    return plan, data
+        _view(slot, data).copy_(tensor)
+    return layout, data
 
 
-def unpack(plan: _Plan, data: Tensor) -> Any:
+def unpack_batch(layout: BatchLayout, data: Tensor) -> Any:
     """The tree again, its tensors views of `data`."""
-    return _map(plan.tree, _Slot, lambda slot: _at(slot, data))
+    return _map(layout.tree, TensorSlot, lambda slot: _view(slot, data))
 
 
-def _at(slot: _Slot, data: Tensor) -> Tensor:
+def _view(slot: TensorSlot, data: Tensor) -> Tensor:
     return data[slot.start : slot.start + slot.bytes].view(slot.dtype).view(slot.shape)
 
 
@@ -301,7 +310,7 @@ def _map(tree: Any, leaf: type, change) -> Any:
         return {name: _map(value, leaf, change) for name, value in tree.items()}
     if isinstance(tree, tuple):
         values = [_map(value, leaf, change) for value in tree]
-        return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
+        return tuple(values) if type(tree) is tuple else type(tree)(*values)  # a named tuple of its own kind
     return tree
 
 
