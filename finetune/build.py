@@ -24,6 +24,7 @@ from raylib.config import load_user_class, load_user_file, lookup
 from raylib.data.states import fingerprint_module
 from raylib.errors import UserError
 from raylib.launch import no_log
+from raylib.models import backbone_files
 from raylib.models.base import RegionBackbone
 from raylib.provenance import DataFile
 from raylib.randomness import hash64
@@ -194,6 +195,7 @@ def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]
     task, data = find_task(config), Path(config.data)
     files = [file for used in used_sets(parts) for file in _files_of(used.reading)]
     files += task.files(config) + ([Path(config.task)] if config.task.endswith(".py") else [])
+    files += backbone_files(config.backbone)
     files += config.strategies.files(data)
     files += _translations(config)
     files += [weights_of(config.model), tokenizer_of(config)]

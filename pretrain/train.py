@@ -16,7 +16,7 @@ from raylib.engine import OptimConfig
 from raylib.errors import UserError
 from raylib.launch import LaunchConfig, config_hash, is_main_process, launch, no_log, open_run, run_folder
 from raylib.loop import FitConfig, fit
-from raylib.models import find_model, find_tokenizer
+from raylib.models import find_model, find_tokenizer, stored_code
 from raylib.models.base import read_weights
 from raylib.models.hf_weights import load_text, load_vision
 from raylib.models.unified import ModelConfig, UnifiedModel
@@ -301,7 +301,7 @@ def export_model(run: Path | str, to: Path | str) -> Path:
         checkpoint.verify(source)
     read_weights(source)
     to.mkdir(parents=True, exist_ok=True)
-    tokenizer = find_tokenizer(source)
-    for path in (source / "config.json", source / "model.safetensors", tokenizer):
+    tokenizer, code = find_tokenizer(source), stored_code(source)
+    for path in (source / "config.json", source / "model.safetensors", tokenizer, *code):
         shutil.copy2(path, to / path.name)
     return to

@@ -7,6 +7,7 @@ command prints.
 """
 
 import re
+import runpy
 import shlex
 import sys
 from importlib import import_module
@@ -23,6 +24,9 @@ COMMANDS = ("pretrain", "finetune", "tune_spaces")
 def run(command: str) -> int:
     """Exit status of `python -m PACKAGE ...`, run in this process, or of `python FILE.py`."""
     words = shlex.split(command)
+    if words[1].endswith(".py"):
+        runpy.run_path(words[1], run_name="__main__")
+        return 0
     assert words[:2] == ["python", "-m"] and words[2] in COMMANDS, command
     return import_module(f"{words[2]}.__main__").main(words[3:])
 

@@ -6,7 +6,7 @@ from typing import Any
 from raylib import checkpoint
 from raylib.config import load_user_class, lookup
 from raylib.errors import UserError
-from raylib.models.base import CODE, Backbone
+from raylib.models.base import CODE, Backbone, read_description
 from raylib.models.cclm import Cclm, CclmSwin
 from raylib.models.dual_encoder import Clip, MClip
 from raylib.models.oscar import Oscar
@@ -35,10 +35,9 @@ def find_backbone(name: str) -> type[Backbone]:
     Raises:
         UserError: no such kind; a file without a backbone, or with one whose kind is taken.
     """
-    file, _, class_name = name.partition(".py:")
-    if not (class_name or name.endswith(".py")):
+    if not (files := backbone_files(name)):
         return lookup(name, BACKBONES, "backbone")
-    path = f"{file}.py" if class_name else name
+    path, class_name = files[0], name.partition(".py:")[2]
     found = load_user_class(path, Backbone, class_name or None)  # type: ignore[type-abstract]
     missing = [
         part for part in ("kind", "config_class", "layer_names", "embedding_names") if part not in dir(found)
@@ -48,6 +47,18 @@ def find_backbone(name: str) -> type[Backbone]:
     if found.kind in BACKBONES:
         raise UserError(f"{path}: there is a backbone of kind '{found.kind}'; give {found.__name__} another")
     return found
+
+
+def backbone_files(name: str) -> list[Path]:
+    """The user's file by which `find_backbone` knows a backbone; none of one of ours."""
+    file, _, class_name = name.partition(".py:")
+    return [Path(f"{file}.py" if class_name else name)] if class_name or name.endswith(".py") else []
+
+
+def stored_code(folder: Path) -> list[Path]:
+    """The user's file that defines the backbone of the model in `folder`; none of one of ours."""
+    code = read_description(folder).get(CODE)
+    return [folder / code.partition(":")[0]] if code else []
 
 
 def stored_backbone(description: dict[str, Any], folder: Path) -> type[Backbone]:
