@@ -1,5 +1,4 @@
-"""What a search is worth: TPE with early stopping beside the paper's grid and random search, on paper 4's own
-grid.
+"""Compare TPE with early stopping to the paper's grid and to random search, on paper 4's own grid.
 
     python -m benchmarks.search MODEL DATA [--seeds 8] [--folder runs/search_benchmark]
 
@@ -101,7 +100,7 @@ def search(given: argparse.Namespace, seed: int, name: str, settings: Sequence[s
 
 
 def trials(folder: Path) -> list[dict]:
-    """What the table needs of trials.csv."""
+    """Return the columns of trials.csv that the table needs."""
     import csv
 
     with open(folder / "trials.csv", encoding="utf-8") as file:
@@ -121,7 +120,7 @@ def trials(folder: Path) -> list[dict]:
 
 
 def best_within(rows: Sequence[dict], budget: float) -> tuple[float | None, int]:
-    """(best score of the trials that finished, how many trials there were) in the first `budget` epochs of
+    """Return (best score of the trials that finished, number of trials) in the first `budget` epochs of
     trials."""
     spent, best, count = 0.0, None, 0
     for row in rows:
@@ -135,7 +134,7 @@ def best_within(rows: Sequence[dict], budget: float) -> tuple[float | None, int]
 
 
 def epochs_to(rows: Sequence[dict], score: float) -> float:
-    """Epochs of trials until one has finished with `score` or more; infinity if none has."""
+    """Return the epochs of trials until one has finished with `score` or more; infinity if none has."""
     spent = 0.0
     for row in rows:
         spent += row["epoch"]
@@ -145,23 +144,23 @@ def epochs_to(rows: Sequence[dict], score: float) -> float:
 
 
 def grid_noise(grids: Sequence[Sequence[dict]]) -> float:
-    """Standard deviation of what is left of scores (seeds x settings) without a setting's mean and a seed's;
-    0 of one seed."""
+    """Return the standard deviation of scores (seeds x settings) less a setting's mean and a seed's; 0 of one
+    seed."""
     points = [{(row["weight"], row["lr"]): row["score"] for row in rows} for rows in grids]
     scores = np.array([[point[key] for key in sorted(points[0])] for point in points])
-    left = scores - scores.mean(0) - scores.mean(1, keepdims=True) + scores.mean()
+    residuals = scores - scores.mean(0) - scores.mean(1, keepdims=True) + scores.mean()
     free = (scores.shape[0] - 1) * (scores.shape[1] - 1)
-    return float(np.sqrt((left**2).sum() / free)) if free else 0.0
+    return float(np.sqrt((residuals**2).sum() / free)) if free else 0.0
 
 
 def table(lines: Sequence[dict]) -> str:
-    """A row a contestant, over the seeds that all of them have."""
+    """Return a table with a row a contestant, over the seeds that all of them have."""
     lines = newest(lines, "seed", "contestant")
-    by = {(line["seed"], line["contestant"]): line["rows"] for line in lines}
+    rows_of = {(line["seed"], line["contestant"]): line["rows"] for line in lines}
     seeds = [
         seed
         for seed in sorted({line["seed"] for line in lines})
-        if all((seed, name) in by for name in CONTESTANTS)
+        if all((seed, name) in rows_of for name in CONTESTANTS)
     ]
     if not seeds:
         return "Not measured yet."
@@ -175,16 +174,16 @@ def table(lines: Sequence[dict]) -> str:
         "first start in a process, s",
         "later starts, s",
     ]
-    out, noise = [head], grid_noise([by[seed, "paper's grid"] for seed in seeds])
+    out, noise = [head], grid_noise([rows_of[seed, "paper's grid"] for seed in seeds])
     for name in CONTESTANTS:
         counts, rates, bests, shares, near, first, later = [], [], [], [], [], [], []
         for seed in seeds:
-            rows, grid = by[seed, name], by[seed, "paper's grid"]
+            rows, grid = rows_of[seed, name], rows_of[seed, "paper's grid"]
             budget = sum(row["epoch"] for row in grid)
             best, count = best_within(rows, budget)
-            wanted = best_within(grid, budget)[0]
-            shares.append(epochs_to(rows, wanted) / budget)
-            near.append(epochs_to(rows, wanted - noise) / budget)
+            grid_best = best_within(grid, budget)[0]
+            shares.append(epochs_to(rows, grid_best) / budget)
+            near.append(epochs_to(rows, grid_best - noise) / budget)
             counts.append(count)
             rates.append(3600 * len(rows) / sum(row["seconds"] for row in rows))
             bests.append(best)
@@ -206,17 +205,17 @@ def table(lines: Sequence[dict]) -> str:
             ]
         )
     early = [(f"after {age}", statistics.median(rhos)) for age, rhos in _early(lines, seeds).items()]
-    told = (
+    note = (
         f"Seeds {', '.join(map(str, seeds))}: mean ± std, or the median and each. Noise: {100 * noise:.2f} "
         "points, the standard deviation of a grid setting's score over seeds, less what a seed adds to all "
         "settings."
     )
     if early:
-        told += (
+        note += (
             " Rank correlation of a score with the last, median of the searches that stop nothing: "
             f"{', '.join(f'{rho:.2f} {when}' for when, rho in early)} epochs."
         )
-    return f"{markdown_table(out)}\n\n{told}"
+    return f"{markdown_table(out)}\n\n{note}"
 
 
 def _share(share: float) -> str:
@@ -224,7 +223,7 @@ def _share(share: float) -> str:
 
 
 def _early(lines: Sequence[dict], seeds: Sequence[int]) -> dict[int, list[float]]:
-    """{epoch: Spearman's rho of the scores after it with the last ones, of every search that stopped
+    """Return {epoch: Spearman's rho of the scores after it with the last ones, of every search that stopped
     nothing}."""
     found: dict[int, list[float]] = {}
     for line in lines:

@@ -232,8 +232,8 @@ def test_search_stopped_trials_are_pruned_in_optuna(search):
     folder = search(LR, "num_trials=6", "reduction_factor=2", "max_concurrent=1")
     states = {row["state"] for row in trials(folder)}
     (study,) = _studies(folder)
-    told = {"finished": "COMPLETE", "stopped": "PRUNED", "failed": "FAIL"}
-    assert {told[state] for state in states} == {trial.state.name for trial in study.trials}
+    optuna_states = {"finished": "COMPLETE", "stopped": "PRUNED", "failed": "FAIL"}
+    assert {optuna_states[state] for state in states} == {trial.state.name for trial in study.trials}
     assert "stopped" in states
     for trial in study.trials:
         assert set(trial.intermediate_values) <= {1, 2, 3}

@@ -1,6 +1,7 @@
-"""What a search is made of, without a cluster: who is stopped, what Optuna is told, what the report
+"""What a search is made of, without a cluster: who is stopped, what Optuna is text, what the report
 reckons."""
 
+import importlib
 import json
 import pickle
 import statistics
@@ -14,6 +15,7 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from finetune.recipes import RECIPES
+from raylib import renames
 from raylib.config import override
 from raylib.errors import UserError
 from raylib.search import figures, report, schedulers, space
@@ -64,7 +66,7 @@ class Controller:
         self.get_trials = self.get_live_trials = lambda: trials
 
 
-def told(age: int, score: float, judged: bool = True) -> dict:
+def make_report(age: int, score: float, judged: bool = True) -> dict:
     return {"age": age, "score": score, "judged": judged}
 
 
@@ -77,16 +79,16 @@ def test_asha_stops_trials_behind_at_a_rung(tmp_path):
     for trial in trials:
         rule.on_trial_add(controller, trial)
     assert isinstance(rule, Asha)
-    assert rule.on_trial_result(controller, trials[0], told(1, 0.5)) == CONTINUE
-    assert rule.on_trial_result(controller, trials[1], told(1, 0.4)) == STOP
+    assert rule.on_trial_result(controller, trials[0], make_report(1, 0.5)) == CONTINUE
+    assert rule.on_trial_result(controller, trials[1], make_report(1, 0.4)) == STOP
     assert (
-        rule.on_trial_result(controller, trials[2], told(1, 0.1, judged=False)) == CONTINUE
+        rule.on_trial_result(controller, trials[2], make_report(1, 0.1, judged=False)) == CONTINUE
     )  # its layers are frozen yet
-    assert rule.on_trial_result(controller, trials[2], told(2, 0.1, judged=False)) == CONTINUE
-    assert rule.on_trial_result(controller, trials[3], told(1, 0.6)) == CONTINUE
-    assert rule.on_trial_result(controller, trials[0], told(2, 0.7)) == CONTINUE
+    assert rule.on_trial_result(controller, trials[2], make_report(2, 0.1, judged=False)) == CONTINUE
+    assert rule.on_trial_result(controller, trials[3], make_report(1, 0.6)) == CONTINUE
+    assert rule.on_trial_result(controller, trials[0], make_report(2, 0.7)) == CONTINUE
     assert (
-        rule.on_trial_result(controller, trials[2], told(3, 0.2)) == STOP
+        rule.on_trial_result(controller, trials[2], make_report(3, 0.2)) == STOP
     )  # now it is what it will be, and at the rung of 2
     assert (
         rule.on_trial_result(controller, trials[4], {"age": 0, "judged": True}) == CONTINUE
@@ -102,8 +104,8 @@ def test_schedulers_restore_scores_after_restart(tmp_path, stop, restarted, monk
     for trial in before:
         (tmp_path / trial.trial_id).mkdir()
         for age, score in ((1, 0.8), (2, 0.9)):
-            append_report(tmp_path / trial.trial_id, told(age, score))
-        with open(tmp_path / trial.trial_id / "told.jsonl", "a") as file:
+            append_report(tmp_path / trial.trial_id, make_report(age, score))
+        with open(tmp_path / trial.trial_id / "text.jsonl", "a") as file:
             file.write('{"ag')  # cut off
     fresh = Trial("fresh")
     rule, controller = build_scheduler(stop, "score", 1, 2.0, 9, tmp_path), Controller([*before, fresh])
@@ -112,10 +114,10 @@ def test_schedulers_restore_scores_after_restart(tmp_path, stop, restarted, monk
     assert isinstance(rule, Asha | Median)
     # what this driver's own trials tell comes to the rule by itself
     monkeypatch.setattr(schedulers, "DRIVER_START", time.time() if restarted else 0.0)
-    assert rule.on_trial_result(controller, fresh, told(1, 0.3)) == (STOP if restarted else CONTINUE)
+    assert rule.on_trial_result(controller, fresh, make_report(1, 0.3)) == (STOP if restarted else CONTINUE)
     if restarted and stop == "asha":
         assert (
-            rule.on_trial_result(controller, before[0], told(2, 0.1)) == CONTINUE
+            rule.on_trial_result(controller, before[0], make_report(2, 0.1)) == CONTINUE
         )  # this rung it has passed
 
 
@@ -281,11 +283,11 @@ def test_search_cost_counts_trained_and_saved_epochs():
     stopped = [
         TrialResult("1", "stopped", {}, {"one": 0.2}, 2, 8, 900, 1, None)
     ]  # at its speed the other 6 would take 2700 s
-    told = report.cost_table([*done, *stopped])
+    text = report.cost_table([*done, *stopped])
     assert (
-        "| trained | 3 | 18 | 2.2 h |" in told
-        and "| 1 | 6 | 45.0 min |" in told
-        and "25 % of the epochs" in told
+        "| trained | 3 | 18 | 2.2 h |" in text
+        and "| 1 | 6 | 45.0 min |" in text
+        and "25 % of the epochs" in text
     )
 
 
@@ -296,8 +298,8 @@ def test_search_report_correlates_early_and_final_scores(tmp_path):
     for i, last in enumerate(finals):
         (tmp_path / str(i)).mkdir()
         for age, score in ((1, 1 - last), (2, 0.5), (3, last / 2), (4, last)):
-            append_report(tmp_path / str(i), {**told(age, score), "one": score})
-        append_report(tmp_path / str(i), {**told(1, 0.9, judged=False), "one": 0.9})
+            append_report(tmp_path / str(i), {**make_report(age, score), "one": score})
+        append_report(tmp_path / str(i), {**make_report(1, 0.9, judged=False), "one": 0.9})
     last = {str(i): score for i, score in enumerate(finals)}
     found = rank_agreements(tmp_path, last, "one", 1, 3.0)
     assert found == [(1, pytest.approx(-1), 8), (3, pytest.approx(1), 8)]
@@ -371,6 +373,30 @@ def tune_state(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_tune_state_of_earlier_names_is_read_and_renamed(tune_state, damaged):
+    def pickled(name):
+        module, name = name.rsplit(".", 1)
+        return f"c{module}\n{name}\n.".encode()  # as protocol 0 refers to a class or a function
+
+    (tune_state / "tuner.pkl").write_bytes(pickled("raylib.tune.fit.Tidy"))
+    hexadecimal = b"\x80\x05" + pickled("raylib.tune.sweep.named")
+    (tune_state / "experiment_state-1.json").write_text(json.dumps({"trials": [hexadecimal.hex()]}))
+    if damaged:
+        tuner.back_up_state(tune_state)
+        (tune_state / "tuner.pkl").write_bytes(b"")
+    assert tuner.restore_state(tune_state)
+    assert pickle.loads((tune_state / "tuner.pkl").read_bytes()) is tuner.DropStoppedCheckpoints
+    (trial_name,) = json.loads((tune_state / "experiment_state-1.json").read_text())["trials"]
+    assert pickle.loads(bytes.fromhex(trial_name)).__name__ == "trial_name"
+
+
+@pytest.mark.parametrize("old", renames.PICKLED)
+def test_renamed_pickles_have_a_place_today(old):
+    module, name = renames.PICKLED[old].rsplit(".", 1)
+    assert hasattr(importlib.import_module(module), name)
+
+
 @pytest.mark.parametrize("name", ["tuner.pkl", "searcher-state-1.pkl", "experiment_state-1.json"])
 def test_tune_state_damaged_file_is_replaced_by_copy(tune_state, name):
     tuner.BackUpState(tune_state).on_step_end(1, [])
@@ -415,14 +441,14 @@ def test_search_final_comparison_is_paired_by_seed():
     published = Finalist(
         "published", {"x": 2}, scores, {s: {"English": 0.4, "targets": 0.3} for s in scores}, 0
     )
-    told = report.verdict(config, [best, published])
+    text = report.verdict(config, [best, published])
     # differences 0.051, 0.052, 0.053: their spread is far below that of the seeds
     half = 100 * 4.302653 * statistics.stdev([0.051, 0.052, 0.053]) / 3**0.5
     assert (
         "english_dev, which it was chosen by: the best beats the published setting, by 5.2 points ± "
-        f"{half:.1f}" in told
+        f"{half:.1f}" in text
     )
-    assert "targets, test sets: no difference that 3 seeds could show, 20.0 points" in told
+    assert "targets, test sets: no difference that 3 seeds could show, 20.0 points" in text
     assert "does not beat it" in report.verdict(config, [published])
 
 

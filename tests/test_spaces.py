@@ -15,7 +15,7 @@ from raylib.config import Config, change_settings
 from raylib.errors import UserError
 from raylib.search import space
 from raylib.search.space import Choice, Each, Float, Int, OneOf, Space
-from tune_spaces.__main__ import main, open_space, parse
+from tune_spaces.__main__ import main, open_space, parse_settings
 from tune_spaces.spaces import SPACES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,9 +209,9 @@ def test_tune_spaces_settings_go_to_search_or_recipe():
     )
     assert (search.num_trials, search.dev_sets, rest) == (7, "both", ["epochs=3", "optim.lr=1e-3"])
     with pytest.raises(UserError, match="recipe= is missing"):
-        parse(["num_trials=7"], "")
+        parse_settings(["num_trials=7"], "")
     with pytest.raises(UserError, match="has two: take tpe"):
-        parse(["recipe=scenes_xgqa", "algorithm=cmaes", "dev_sets=both"], "")
+        parse_settings(["recipe=scenes_xgqa", "algorithm=cmaes", "dev_sets=both"], "")
 
 
 def test_seed_interval_and_front_equal_slow_references():

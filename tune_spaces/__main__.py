@@ -47,58 +47,55 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     name, space = open_space(given.space)
     if not given.settings:
-        print(f"{name}: {space.summary}\n\n{describe_knobs(space.knobs)}")
-        print(
-            "\n".join(
-                ["", *(f"published: {setting}" for setting in space.published), f"grid: {dict(space.grid)}"]
-            )
-        )
+        published = [f"published: {setting}" for setting in space.published]
+        lines = [f"{name}: {space.summary}", "", describe_knobs(space.knobs), "", *published]
+        print("\n".join([*lines, f"grid: {dict(space.grid)}"]))
         return 0
     from raylib.search.search import run_search
     from tune_spaces.jobs import find_job
 
-    search, rest = parse(given.settings, space.recipe)
+    search, recipe_settings = parse_settings(given.settings, space.recipe)
     job, base = find_job(search.recipe)
-    for setting in rest:
+    for setting in recipe_settings:
+        # `override` would know the recipe's settings alone, and name none of the search's that may be meant
         path, known = setting.partition("=")[0], [*SearchConfig.model_fields, *setting_paths(type(base))]
         if not is_setting(type(base), path):
             raise UserError(f"unknown setting '{path}'{suggest(path, known)}")
-    base = override(base, rest)
     if not search.name:
         search = search.model_copy(update={"name": f"{name}_{search.recipe}"})
-    run_search(search, name, space, job, base)
+    run_search(search, name, space, job, override(base, recipe_settings))
     return 0
 
 
-def open_space(given: str) -> tuple[str, Space]:
-    """A space by its name, or from a file.
+def open_space(name_or_file: str) -> tuple[str, Space]:
+    """Return (name, space) of a space by its name, or from a Python file.
 
     Raises:
         UserError: there is no such space; a file that defines none.
     """
-    if not given.endswith(".py"):
-        return given, lookup(given, SPACES, "space")
-    found = vars(load_user_file(given)).get("SPACE")
-    if isinstance(found, dict):
-        found = Space(f"of {given}", "", found)
-    if not isinstance(found, Space):
-        raise UserError(f"{given}: it defines no SPACE, a dict from config path to distribution")
-    return Path(given).stem, found
+    if not name_or_file.endswith(".py"):
+        return name_or_file, lookup(name_or_file, SPACES, "space")
+    space = vars(load_user_file(name_or_file)).get("SPACE")
+    if isinstance(space, dict):
+        space = Space(f"of {name_or_file}", "", space)
+    if not isinstance(space, Space):
+        raise UserError(f"{name_or_file}: it defines no SPACE, a dict from config path to distribution")
+    return Path(name_or_file).stem, space
 
 
-def parse(settings: list[str], recipe: str) -> tuple[SearchConfig, list[str]]:
-    """(the search's settings, those that are the recipe's), of assignments; `recipe`: what is searched if
-    they name none.
+def parse_settings(settings: list[str], recipe: str) -> tuple[SearchConfig, list[str]]:
+    """Return (the search's settings, assignments that are the recipe's); `recipe`: of the trials, if the
+    settings name none.
 
     Raises:
         UserError: not of the form name=value; a search setting of the wrong kind; no recipe.
     """
-    own = [s for s in settings if s.partition("=")[0] in SearchConfig.model_fields]
-    if not recipe and not any(s.startswith("recipe=") for s in own):
+    for_search = [s for s in settings if s.partition("=")[0] in SearchConfig.model_fields]
+    if not recipe and not any(s.startswith("recipe=") for s in for_search):
         raise UserError("recipe= is missing: say what the trials run")
     runs = os.environ.get("POLYGLANCE_RUNS", "runs")  # a job's working directory is a copy that goes away
-    rest = [s.removeprefix("recipe.") for s in settings if s not in own]
-    return override(SearchConfig(recipe=recipe, runs=runs), own), rest
+    for_recipe = [s.removeprefix("recipe.") for s in settings if s not in for_search]
+    return override(SearchConfig(recipe=recipe, runs=runs), for_search), for_recipe
 
 
 if __name__ == "__main__":

@@ -82,12 +82,9 @@ class FinetuneSearchJob(SearchJob):
         }[dev_sets]
 
     def metric_names(self, config: FinetuneConfig, dev_sets: DevSets) -> tuple[str, ...]:
-        own = [f"dev/{code}" for code in config.dev_languages]
-        return (
-            *([] if dev_sets == "target_dev" else ["english_dev"]),
-            *(["target_dev"] if own else []),
-            *own,
-        )
+        english = () if dev_sets == "target_dev" else ("english_dev",)
+        targets = [f"dev/{code}" for code in config.dev_languages]
+        return (*english, *(("target_dev", *targets) if targets else ()))
 
     def check_config(self, config: FinetuneConfig) -> None:
         check(config)
@@ -122,8 +119,8 @@ class FinetuneSearchJob(SearchJob):
         """Stages before the run's own training come first; then frozen layers thaw, or a head is trained
         before the rest."""
         depths = self.num_layers[config.model]
-        waits = [found.warmup_epochs(depths) for found in config.strategies.active().values()]
-        return self.pruning_epochs(config) + max([1, *waits])
+        warmups = [strategy.warmup_epochs(depths) for strategy in config.strategies.active().values()]
+        return self.pruning_epochs(config) + max([1, *warmups])
 
     def parse_report(self, config: FinetuneConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
         dev = {name.removeprefix("dev/"): value for name, value in metrics.items() if name.startswith("dev/")}

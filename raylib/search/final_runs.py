@@ -62,10 +62,10 @@ def run_finalists(
     metrics = context.job.metric_names(context.base, config.dev_sets)
     dev: list[dict[int, dict[str, float]]] = [{} for _ in settings]
     for run in runs:
-        report, chosen = run.metrics or {}, run.config or {}
+        report, cell = run.metrics or {}, run.config or {}
         if trial_state(report, run.error is not None, metrics) == TrialState.COMPLETE:
             scores = {name: report[name] for name in metrics if name in report}
-            dev[chosen["setting"]][chosen["seed"]] = scores
+            dev[cell["setting"]][cell["seed"]] = scores
     finalists = [
         Finalist(name, setting, scores, {}, len(seeds) - len(scores))
         for name, setting, scores in zip(names, settings, dev, strict=True)
@@ -94,9 +94,9 @@ def pareto_front(results: Sequence[TrialResult], goals: Sequence[str]) -> list[T
         return [result.scores[goal] for goal in goals]
 
     def is_beaten(result: TrialResult) -> bool:
-        own = scores(result)
+        values = scores(result)
         return any(
-            other != own and all(o >= s for o, s in zip(other, own, strict=True))
+            other != values and all(o >= v for o, v in zip(other, values, strict=True))
             for other in map(scores, results)
         )
 

@@ -25,6 +25,7 @@ from ray import cloudpickle, tune
 from ray.tune.search.optuna import OptunaSearch
 
 from raylib.errors import require
+from raylib.fileio import atomic_file
 from raylib.renames import PICKLED
 from raylib.search.config import SearchConfig
 from raylib.search.space import DefineByRun, Space
@@ -40,6 +41,7 @@ STATE_FILES = (
 )
 BACKUP = ".kept"  # folder of the copy
 BACKUP_SECONDS = 2.0  # between copies
+OLD_PACKAGE = b"raylib.tune."  # which `PICKLED` renames
 
 
 class OptunaSearcher(OptunaSearch):
@@ -54,9 +56,9 @@ class OptunaSearcher(OptunaSearch):
         """Go on from the state that was saved last. Trials that Optuna knows, but Tune died before it could
         save, are failed; a published setting, or one of a grid, is proposed again."""
         super().restore(checkpoint_path)
-        known = {trial.number for trial in self._ot_trials.values()}
+        saved = {trial.number for trial in self._ot_trials.values()}
         for lost in self._ot_study.get_trials(states=(TrialState.RUNNING,)):
-            if lost.number not in known:
+            if lost.number not in saved:
                 self._ot_study.tell(lost.number, state=TrialState.FAIL)
                 if given := lost.system_attrs.get("fixed_params"):
                     self._ot_study.enqueue_trial(given)
@@ -215,14 +217,18 @@ def back_up_state(folder: Path) -> None:
 
 
 def restore_state(folder: Path) -> bool:
-    """Return whether there is a state to go on from in `folder`; a damaged one gives way to the copy."""
+    """Return whether there is a state to go on from in `folder`; a damaged one gives way to the copy. What an
+    earlier version pickled is written anew by the names of today."""
     # the last of these: killed between the two moves of a copy
     for copy in (folder, folder / BACKUP, folder / f"{BACKUP}.new"):
-        if is_readable(copy) or (_rename_pickled(copy) and is_readable(copy)):
-            for path in newest_state_files(folder) if copy != folder else ():
-                path.unlink()
-            for path in newest_state_files(copy) if copy != folder else ():
-                shutil.copy2(path, folder)
+        if is_readable(copy):
+            state = {path.name: _by_new_names(path.read_bytes()) for path in newest_state_files(copy)}
+            for path in newest_state_files(folder):
+                if path.name not in state:
+                    path.unlink()
+            for name, data in state.items():
+                with atomic_file(folder / name) as temporary:
+                    temporary.write_bytes(data)
             return True
     return False
 
@@ -234,7 +240,7 @@ def is_readable(folder: Path) -> bool:
         return False
     try:
         for path in files:  # all but the first are pickles, some of them by the name of .json
-            (json if path.name.startswith("experiment_state") else pickle).loads(path.read_bytes())
+            (json.loads if path.name.startswith("experiment_state") else _unpickle)(path.read_bytes())
     except Exception:  # whatever half a pickle makes of itself
         return False
     return True
@@ -242,7 +248,7 @@ def is_readable(folder: Path) -> bool:
 
 def newest_state_files(folder: Path) -> list[Path]:
     """Return the files that Tune would read: of each kind the one of the last driver."""
-    return [max(found) for kind in STATE_FILES if (found := list(folder.glob(kind)))]
+    return [max(paths) for kind in STATE_FILES if (paths := list(folder.glob(kind)))]
 
 
 class _Unpickler(pickle.Unpickler):
@@ -254,19 +260,13 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _rename_pickled(folder: Path) -> bool:
-    """Write the state in `folder` anew, by the names of today; False if it cannot be read by these either."""
-    try:
-        renamed = {path: _renamed(path.read_bytes()) for path in newest_state_files(folder)}
-    except Exception:  # as in `is_readable`
-        return False
-    for path, data in renamed.items():
-        path.write_bytes(data)
-    return True
+def _unpickle(data: bytes) -> Any:
+    return _Unpickler(io.BytesIO(data)).load()
 
 
-def _renamed(data: bytes) -> bytes:
+def _by_new_names(data: bytes) -> bytes:
+    old = OLD_PACKAGE.hex().encode()
     if data.startswith(b"{"):  # Tune's JSON, which holds pickles as hexadecimal text
-        pickled = rb"8005[0-9a-f]*" + b"raylib.".hex().encode() + rb"[0-9a-f]*"
-        return re.sub(pickled, lambda m: _renamed(bytes.fromhex(m[0].decode())).hex().encode(), data)
-    return cloudpickle.dumps(_Unpickler(io.BytesIO(data)).load())
+        pickled = rb"8005[0-9a-f]*" + old + rb"[0-9a-f]*"
+        return re.sub(pickled, lambda m: _by_new_names(bytes.fromhex(m[0].decode())).hex().encode(), data)
+    return cloudpickle.dumps(_unpickle(data)) if OLD_PACKAGE in data else data

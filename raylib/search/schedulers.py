@@ -47,9 +47,11 @@ class FilterReports(TrialScheduler):
         # trials to come with nobody. This driver's own reports come by themselves, so they are not replayed.
         if not self.replayed:
             self.replayed = True
-            for known in controller.get_trials():
-                reports = read_reports(self.runs / known.trial_id)
-                self.replay(known, [r for r in reports if r["at"] < DRIVER_START and self.is_comparable(r)])
+            for restored in controller.get_trials():
+                reports = read_reports(self.runs / restored.trial_id)
+                self.replay(
+                    restored, [r for r in reports if r["at"] < DRIVER_START and self.is_comparable(r)]
+                )
         if not self.is_comparable(result):
             return TrialScheduler.CONTINUE
         return super().on_trial_result(controller, trial, result)

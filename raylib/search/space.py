@@ -210,14 +210,14 @@ def _corner(knobs: Knobs, fixed: Setting, end: int) -> dict[str, Any]:
 
 def _knobs_beside(knobs: Knobs, fixed: Setting) -> dict[str, Distribution]:
     """Return the knobs, by name, of settings with the alternatives `fixed`, these among them."""
-    found: dict[str, Distribution] = {}
+    used: dict[str, Distribution] = {}
 
     def choose(name: str, knob: Distribution) -> Any:
-        found[name] = knob
+        used[name] = knob
         return fixed.get(name, knob.ends[0])
 
     resolve(knobs, choose)
-    return found
+    return used
 
 
 def knobs_by_name(knobs: Knobs) -> dict[str, Distribution]:

@@ -130,10 +130,10 @@ def trial(setting: Setting, context: SearchContext) -> None:
         drop_checkpoints(run_folder(config))
 
 
-def final(chosen: dict[str, Any], context: SearchContext, settings: list[Setting | None]) -> None:
-    """Run one of the best settings, on a fresh seed; Tune's trainable of the last stage. None is the recipe
-    as it is."""
-    index, seed = chosen["setting"], chosen["seed"]
+def final(cell: dict[str, Any], context: SearchContext, settings: list[Setting | None]) -> None:
+    """Run a cell of the grid of best settings and fresh seeds; Tune's trainable of the last stage. None is
+    the recipe as it is."""
+    index, seed = cell["setting"], cell["seed"]
     config = setting_config(context, settings[index], "finals", f"setting{index}_seed{seed}")
     run_trial(context, change_settings(config, {"fit.seed": seed}), keep=False)
 
