@@ -204,7 +204,7 @@ def test_space_can_be_a_user_file(tmp_path, capsys):
 
 
 def test_tune_spaces_settings_go_to_search_or_recipe():
-    search, rest = parse(
+    search, rest = parse_settings(
         ["recipe=scenes_xgqa", "num_trials=7", "epochs=3", "dev_sets=both", "optim.lr=1e-3"], ""
     )
     assert (search.num_trials, search.dev_sets, rest) == (7, "both", ["epochs=3", "optim.lr=1e-3"])
