@@ -70,7 +70,7 @@ class FinetuneJob:
         strategies.begin(TrainingSetup(pipeline, examples, folder, (config.regions, config.images)))
         objective = task.objective(config, model, strategies.loss_terms(model))
         change, keep_last = strategies.example_change(), config.last_batch == "keep"
-        order = BatchOrder(config.batch, config.fit.seed, runtime.rank, runtime.world, change, keep_last)
+        order = BatchOrder(config.batch, config.fit.seed, runtime.rank, runtime.world_size, change, keep_last)
         batches = task.batches(pipeline, examples, order, strategies.batch_inputs())
         epoch_steps = batches.epoch_steps
         end = (self.epochs or config.epochs) * epoch_steps

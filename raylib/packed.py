@@ -159,8 +159,14 @@ def find_segments(text: Tensor, tags: Tensor, regions: Tensor, empty: bool = Fal
     # (T,): 0 text, 1 tags, 2 regions, 3 empty
     part = torch.arange(4).repeat(len(text)).repeat_interleave(lengths.flatten())
     cls = first_tokens(lengths.sum(1)).nonzero().squeeze(1)
-    *rows, last = ((part == i).nonzero().squeeze(1) for i in range(4))
-    return TokenSegments(cls, *(Ragged(values, lengths[:, i]) for i, values in enumerate(rows)), last)
+    texts, tagged, grounding, last = ((part == i).nonzero().squeeze(1) for i in range(4))
+    return TokenSegments(
+        cls,
+        Ragged(texts, lengths[:, 0]),
+        Ragged(tagged, lengths[:, 1]),
+        Ragged(grounding, lengths[:, 2]),
+        last,
+    )
 
 
 def plan_attention(keys: Tensor, queries: Tensor, device: torch.device, tokens: Tensor | None = None) -> Plan:

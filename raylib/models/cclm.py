@@ -117,7 +117,9 @@ def read_published(path: Path) -> Published:
             "folder"
         )
     require_finite_file(path, weights)
-    text, vision, above = {}, {}, 1 + max(layers)
+    text: dict[str, Tensor] = {}
+    vision: dict[str, Tensor] = {}
+    above = 1 + max(layers)
     for name, value in weights.items():
         if name.startswith("vision_encoder."):
             name = name.removeprefix("vision_encoder.")

@@ -9,8 +9,9 @@ from `lm_head` (XLM-R) or `cls.predictions` (BERT), and stays as initialised whe
 import json
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.finite import require_finite_file
 from raylib.models.layers import Attention, Block
-from raylib.models.vision import interpolate, interpolate_bias
+from raylib.models.vision import SwinEncoder, VisionBlock, VisionEncoder, interpolate, interpolate_bias
 
 if TYPE_CHECKING:  # it imports this file
     from raylib.models.unified import ModelConfig, UnifiedModel
@@ -64,7 +65,7 @@ class WeightMapper:
         """Copy the four maps of these names."""
         self.copy_layer(attention.query, query)
         # ours projects keys and values at once: the weights of one below those of the other
-        joint = attention.key_value
+        joint = cast(nn.Linear, attention.key_value)
         self.copy(joint.weight, f"{key}.weight", f"{value}.weight")
         self.copy(joint.bias, f"{key}.bias", f"{value}.bias")
         self.copy_layer(attention.output, output)
@@ -231,7 +232,7 @@ def load_vision(model: "UnifiedModel", folder: Path | str, unused: tuple[str, ..
 
 def copy_vision(mapper: WeightMapper, model: "UnifiedModel") -> None:
     """The image encoder, a ViT, from tensors named as in `transformers`."""
-    vision = model.vision
+    vision = cast(VisionEncoder, model.vision)
     with torch.no_grad():
         vision.cls.copy_(mapper("embeddings.cls_token").view(-1))
         vision.position.copy_(
@@ -241,12 +242,12 @@ def copy_vision(mapper: WeightMapper, model: "UnifiedModel") -> None:
         kernel = mapper("embeddings.patch_embeddings.projection.weight")
         vision.patch_embedding.weight.copy_(kernel.permute(0, 2, 3, 1).reshape(len(kernel), -1))
         mapper.copy(vision.patch_embedding.bias, "embeddings.patch_embeddings.projection.bias")
-        for i, block in enumerate(vision.blocks):
+        for i, block in enumerate(cast(Iterable[VisionBlock], vision.blocks)):
             at = f"encoder.layer.{i}"
             mapper.copy_layer(block.attention_norm, f"{at}.layernorm_before")
             mapper.copy_layer(block.output_norm, f"{at}.layernorm_after")
-            names = (f"{at}.attention.attention.{part}" for part in ("query", "key", "value"))
-            mapper.copy_attention(block.attention, *names, f"{at}.attention.output.dense")
+            query, key, value = (f"{at}.attention.attention.{part}" for part in ("query", "key", "value"))
+            mapper.copy_attention(block.attention, query, key, value, f"{at}.attention.output.dense")
             mapper.copy_layer(block.intermediate, f"{at}.intermediate.dense")
             mapper.copy_layer(block.output, f"{at}.output.dense")
         mapper.copy_layer(vision.norm, "layernorm")
@@ -257,9 +258,10 @@ def _load_swin(model: "UnifiedModel", folder: Path | str, unused: tuple[str, ...
     from transformers import SwinModel
 
     try:
-        swin, report = SwinModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
+        loaded: Any = SwinModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as e:
         raise UserError(f"{folder}: no Swin is read there ({' '.join(str(e).split())[:200]})") from None
+    swin, report = loaded
     weights = {k: v for k, v in swin.state_dict().items() if k not in report["missing_keys"]}
     require_finite_file(folder, weights)
     # for `assert_all_used` to name
@@ -273,7 +275,7 @@ def copy_swin(mapper: WeightMapper, model: "UnifiedModel") -> None:
     """The image encoder, a Swin, from tensors named as in `transformers`; biases of relative positions are
     interpolated to the model's windows."""
     with torch.no_grad():
-        for name, value in model.vision.swin.state_dict().items():
+        for name, value in cast(SwinEncoder, model.vision).swin.state_dict().items():
             if name.endswith("relative_position_bias_table") and name in mapper.weights:
                 mapper.weights[name] = interpolate_bias(mapper.weights[name], len(value))
             mapper.copy(value, name)
@@ -290,8 +292,8 @@ def copy_block(mapper: WeightMapper, block: Block, layer: int) -> None:
         )
         attentions.append((block.cross_attention, block.cross_norm, cross))
     for attention, norm, name in attentions:
-        parts = (f"{at}.{name}.self.{part}" for part in ("query", "key", "value"))
-        mapper.copy_attention(attention, *parts, f"{at}.{name}.output.dense")
+        query, key, value = (f"{at}.{name}.self.{part}" for part in ("query", "key", "value"))
+        mapper.copy_attention(attention, query, key, value, f"{at}.{name}.output.dense")
         mapper.copy_layer(norm, f"{at}.{name}.output.LayerNorm")
     mapper.copy_layer(block.intermediate, f"{at}.intermediate.dense")
     mapper.copy_layer(block.output, f"{at}.output.dense")

@@ -6,9 +6,9 @@ Shape legend: n rows of a bucket, S keys, Q queries of each, d width, h heads, e
 tokens of an output mask, C tokens of a memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
+        self.key_value: nn.Module = nn.Linear(width, 2 * width)  # or what `raylib.models.peft` puts there
         self.output = nn.Linear(width, width)
 
     def forward(self, x: Tensor, key_value: Tensor, plan: Plan) -> Tensor:
@@ -163,6 +163,15 @@ class TextEmbedding(nn.Module):
         return self.dropout(self.norm(words.values + self.position(position)))
 
 
+class BlockList(nn.ModuleList):
+    """Blocks, and a type checker knows that they are."""
+
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[Block]: ...
+        def __getitem__(self, index: Any) -> Any: ...
+
+
 class Encoder(nn.Module):
     """A stack of `Block`s over packed rows.
 
@@ -178,9 +187,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.cross = cross
-        self.blocks = nn.ModuleList(
-            Block(width, heads, feedforward, dropout, eps, cross) for _ in range(layers)
-        )
+        self.blocks = BlockList(Block(width, heads, feedforward, dropout, eps, cross) for _ in range(layers))
 
     def forward(
         self, text: Ragged, output_mask: Tensor | None = None, memory: Memory | None = None

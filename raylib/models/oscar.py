@@ -135,6 +135,7 @@ class Oscar(SingleStreamBackbone):
 
     config: OscarConfig
     embedding: TaggedEmbedding
+    regions: JointRegionEmbedding | None
 
     def __init__(self, config: OscarConfig):
         super().__init__(config)
@@ -312,7 +313,7 @@ def _fill(model: Oscar, mapper: WeightMapper, first: int) -> None:
         copy_block(mapper, block, i)
     if model.regions is not None:
         mapper.copy_layer(model.regions.map, "img_embedding")
-        if model.config.region_eps is not None:
+        if isinstance(model.regions.norm, nn.LayerNorm):  # `region_eps` is given
             mapper.copy_layer(model.regions.norm, "LayerNorm")
     if model.regions is not None or "pooler.dense.weight" in mapper.weights:
         mapper.copy_layer(model.pooler, "pooler.dense")

@@ -12,7 +12,7 @@ are peft's, have `base_layer` in theirs.
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,10 @@ from torch import Tensor, nn
 from raylib.errors import UserError, require
 from raylib.fileio import atomic_file
 from raylib.finite import require_finite_file
-from raylib.models.layers import Block
+from raylib.models.layers import Block, TextEmbedding
+
+if TYPE_CHECKING:
+    from raylib.models.base import Backbone
 
 NORMS = ("attention_norm", "cross_norm", "output_norm")  # of a block: tuned with every method
 
@@ -100,7 +103,7 @@ class PromptedEmbedding(nn.Embedding):
     """Word embeddings, and behind them those of a prompt: id V + i is its i-th token (Lester et al. 2021)."""
 
     def __init__(self, words: nn.Embedding, prompt: Tensor):
-        super().__init__(*words.weight.shape, device="meta")
+        super().__init__(words.num_embeddings, words.embedding_dim, device="meta")
         self.weight, self.prompt = words.weight, nn.Parameter(prompt)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -137,7 +140,7 @@ def put_lora(model: nn.Module, rank: int = 8, alpha: float = 16.0) -> None:
     targets, trainable = [], [p for p in model.parameters() if p.requires_grad]
     for name, block in _blocks(model):
         if not isinstance(block.attention.key_value, KeyValue):
-            block.attention.key_value = KeyValue(block.attention.key_value)
+            block.attention.key_value = KeyValue(cast(nn.Linear, block.attention.key_value))
         targets += [f"{name}.attention.query", f"{name}.attention.key_value.value"]
     peft.inject_adapter_in_model(
         peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets), model
@@ -161,8 +164,9 @@ def put_compacter(model: nn.Module, n: int = 4, reduction: int = 16, rank: int =
             f"strategies.compacter: width {width} / reduction {reduction} is no multiple of n {n}; choose "
             "others"
         )
-    model.kronecker = nn.Parameter(torch.randn(n, n, n) * 0.01)
-    _behind_outputs(model, lambda width: Compacter(width, width // reduction, model.kronecker, rank))
+    kronecker = nn.Parameter(torch.randn(n, n, n) * 0.01)
+    model.register_parameter("kronecker", kronecker)
+    _behind_outputs(model, lambda width: Compacter(width, width // reduction, kronecker, rank))
 
 
 def put_soft_prompt(model: nn.Module, start: Sequence[int] = (), tokens: int = 20) -> None:
@@ -206,7 +210,7 @@ def put(model: nn.Module, method: str, settings: Mapping[str, Any]) -> None:
 
 def described(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What was put into the model: {method: settings}."""
-    return model.backbone.tuning
+    return _backbone(model).tuning
 
 
 def restore(model: nn.Module, description: Mapping[str, Mapping[str, Any]]) -> None:
@@ -230,7 +234,7 @@ def freeze_the_rest(model: nn.Module, projection: bool = True) -> None:
             parameter.requires_grad_(False)
 
 
-def _stays(model: nn.Module, name: str, projection: bool) -> bool:
+def _stays(model: Any, name: str, projection: bool) -> bool:
     if model.depth_of(name) is not None:
         return any(part in NORMS for part in name.split("."))
     if "text_projection" in name:
@@ -238,7 +242,7 @@ def _stays(model: nn.Module, name: str, projection: bool) -> bool:
     return not any(part in ("vision", "image_projection") for part in name.split("."))
 
 
-def shares(model: nn.Module) -> tuple[float, float]:
+def shares(model: Any) -> tuple[float, float]:
     """Trainable parameters as a share of the text encoder's own: (without what lies outside of its layers,
     with it)."""
     whole = tuned = head = 0
@@ -327,11 +331,11 @@ def _behind_outputs(model: nn.Module, make: Callable[[int], nn.Module]) -> None:
             parent.output = AdaptedLinear(parent.output, make(parent.output.out_features))
 
 
-def text_embedding(model: nn.Module) -> nn.Module:
-    """The embeddings that a text enters by."""
-    return _backbone(model).embedding
+def text_embedding(model: nn.Module) -> TextEmbedding:
+    """Return the embeddings that a text enters by."""
+    return cast(TextEmbedding, _backbone(model).embedding)
 
 
-def _backbone(model: nn.Module) -> nn.Module:
-    """What a task's head stands on, or the model itself."""
-    return model.backbone
+def _backbone(model: nn.Module) -> "Backbone":
+    """Return the pretrained part of a model, which may be the whole of it."""
+    return cast("Backbone", model.backbone)

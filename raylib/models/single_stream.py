@@ -87,7 +87,7 @@ class SingleStreamBackbone(RegionBackbone):
 
     embedding_names = ("embedding", "regions")
     layer_names = ("encoder.blocks",)
-    pooler_names = ("pooler",)
+    pooler_names: ClassVar[tuple[str, ...]] = ("pooler",)
 
     embedding: TextEmbedding
     regions: nn.Module | None
@@ -217,6 +217,7 @@ class SingleStream(SingleStreamBackbone):
     pooler_names = ("pooler", "region_pooler")
 
     config: SingleStreamConfig
+    regions: RegionEmbedding | None
 
     def __init__(self, config: SingleStreamConfig):
         super().__init__(config)

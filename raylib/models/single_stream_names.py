@@ -2,7 +2,7 @@
 of a model."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from raylib.models.hf_weights import TIED, UNUSED_TEXT
 
@@ -68,7 +68,7 @@ def part_of(name: str, i: int) -> str:
     return name.format(i=i, a=2 * i, f=2 * i + 1)
 
 
-def _bert_layer(prefix: str) -> dict[str, str]:
+def _bert_layer(prefix: str) -> dict[str, Any]:
     at = f"{prefix}encoder.layer.{{i}}"
     return {
         "query": f"{at}.attention.self.query",

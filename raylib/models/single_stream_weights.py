@@ -128,12 +128,13 @@ def _find_format(
     Raises:
         UserError: no known format; its weights are another layout's.
     """
+    changes: dict[str, Any] = {}
     if "roberta.img_embeddings.img_linear.weight" in weights:
-        found, names, changes = "uc2", UC2, {}
+        found, names = "uc2", UC2
     elif own := next(
         (p for p in ("module.", "bert.encoder.") if f"{p}attentions.0.q_lin.weight" in weights), None
     ):
-        found, names, changes = "m3p", m3p_names(own), {}
+        found, names = "m3p", m3p_names(own)
     elif "bert.embeddings.image_embeddings.weight" in weights:
         found, names, changes = _volta_layout(weights), volta_names(layout), AS_IN_VOLTA.get(layout, {})
     else:
@@ -216,12 +217,13 @@ def _fill(model: "SingleStream", mapper: WeightMapper, names: Names) -> None:
         _fill_block(block, mapper, names, i)
     if not names.feature:
         return
+    assert regions is not None
     mapper.copy_layer(regions.feature, names.feature)
     mapper.copy_layer(regions.location, names.location)
     if model.config.part_norms:
         mapper.copy_layer(regions.feature_norm, names.feature_norm)
         mapper.copy_layer(regions.location_norm, names.location_norm)
-        regions.location_norm.bias += _type_vector(mapper, names.region_type)
+        regions.location_norm.bias.add_(_type_vector(mapper, names.region_type))
     mapper.copy_layer(regions.norm, names.region_norm)
     mapper.copy_layer(model.pooler, names.pooler)
     if names.region_pooler:

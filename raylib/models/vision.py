@@ -29,11 +29,11 @@ IMAGENET_STD = (255 * 0.229, 255 * 0.224, 255 * 0.225)
 
 def normalize_pixels(images: Tensor, mean: PixelStats, std: PixelStats, dtype: torch.dtype) -> Tensor:
     """uint8 images (..., 3) -> less the mean, over the standard deviation."""
-    mean, std = (
+    shift, scale = (
         v if isinstance(v, float | int) else torch.tensor(v, dtype=dtype, device=images.device)
         for v in (mean, std)
     )
-    return (images.to(dtype) - mean) / std
+    return (images.to(dtype) - shift) / scale
 
 
 class VisionBlock(nn.Module):
@@ -132,6 +132,7 @@ class VisionEncoder(nn.Module):
     def resize(self, size: int) -> None:
         """Take images of another resolution: positions, or the windows' places, are interpolated."""
         if self.window:
+            assert self.place is not None
             with_cls = torch.cat([self.place[:1], self.place])  # `interpolate` leaves the first row alone
             self.place = nn.Parameter(interpolate(with_cls, (size // self.window) ** 2)[1:].contiguous())
         else:
@@ -206,7 +207,7 @@ class SwinEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 images (b, H, W, 3) -> (b, M + 1, out). Normalised here, on the device."""
-        dtype = self.swin.layernorm.weight.dtype
+        dtype = next(self.swin.parameters()).dtype
         pixels = normalize_pixels(images, self.pixel_mean, self.pixel_std, dtype)
         states = self.swin(pixels.permute(0, 3, 1, 2)).last_hidden_state
         # CCLM: the mean of the patches stands where a ViT has its CLS

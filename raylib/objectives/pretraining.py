@@ -390,6 +390,8 @@ class UnifiedObjective(Objective):
     """`forward(batch)` -> (total loss of this worker to call backward on, {term: its mean over the global
     batch})."""
 
+    model: UnifiedModel
+
     def __init__(
         self,
         model: UnifiedModel,
