@@ -1,6 +1,7 @@
 """A fine-tuning run: train (in each part that its setting asks for), evaluate every language, leave the
 results."""
 
+import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -83,8 +84,8 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
     result = {**report.summarise(config, results), **_identity(config, folder), "overlap": overlap}
     if is_main_process(config):
         report.write(folder, result)
-        for trained in {run_folder(part) for part, _ in parts if config.trains}:
-            report.draw_curve(trained)
+        for trained_folder in {run_folder(part) for part, _ in parts if config.trains}:
+            report.draw_curve(trained_folder)
     log(report.table(result))
     log(f"{folder}/result.json, result.md, result.png; curve.png beside each checkpoint", flush=True)
     return result
@@ -195,25 +196,26 @@ def final_training(config: FinetuneConfig) -> FinetuneConfig:
 
 
 def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter | None) -> dict[str, Any]:
-    folder = run_folder(config)
+    """Train and evaluate a part, after the stages of its strategies; or read what that came to before."""
+    folder, is_main = run_folder(config), is_main_process(config)
     done = folder / "part.json"
     if done.is_file() and config.resume == "newest":
         return read_json(done)
-    if is_main_process(config):
+    if is_main:
         if language:
             open_run(config)
         tokenizer = tokenizer_of(config)
         shutil.copy2(tokenizer, folder / tokenizer.name)  # so that the run is a model for others
-    ready, start, before = run_stages(config, language, reporter)
-    if not before["finished"]:
-        return before
+    stages = _Stages(config, language, reporter)
+    try:
+        last, start = stages.run()
+    except _StoppedEarly as stopped:
+        return {**stopped.args[0], **stages.spent}
     reporter = reporter and reporter.after(epochs_of(config) - config.epochs)
-    result = launch(FinetuneJob(language, start=start), ready, folder, reporter)
-    result |= {
-        name: before.get(name, 0) + result.get(name, 0) for name in ("seconds", "steps", "skipped_steps")
-    }
-    result |= {"sparsity": before.get("sparsity")}
-    if result["finished"] and is_main_process(config):
+    result = launch(FinetuneJob(language, start=start), last, folder, reporter)
+    result |= {name: before + result.get(name, 0) for name, before in stages.spent.items()}
+    result |= {"sparsity": None, **stages.figures}
+    if result["finished"] and is_main:
         require_finite_values(str(done), result)
         write_json(done, result)
     return result
@@ -223,47 +225,60 @@ class _StoppedEarly(Exception):
     """A stage was stopped before its end, with this result."""
 
 
-def run_stages(
-    config: FinetuneConfig, language: str | None, reporter: Reporter | None
-) -> tuple[FinetuneConfig, Path | None, dict[str, Any]]:
-    """Train what comes before a run's own training: the stages of its strategies, in folders below its own.
+class _Stages:
+    """The trainings before a part's own, which its strategies ask for, in folders below its own.
 
-    Returns:
-        (the config of the run's own training, the checkpoint that it starts from, {"finished", "seconds",
-        "steps" and "skipped_steps" of all stages, and what their strategies tell}).
+    spent: what all of them took. figures: what the part's result has of them.
     """
-    folder, epochs = run_folder(config), 0
-    figures: dict[str, Any] = {}
-    spent = {"seconds": 0.0, "steps": 0, "skipped_steps": 0}
-    ready, start = final_training(config), None
-    for name, strategy in config.strategies.active().items() if config.trains else ():
 
-        def train(stage: Stage, name: str = name) -> Path:
-            nonlocal epochs
-            own = {"name": stage.name, "runs": str(folder), "resume": "newest"}
-            during = config.strategies.during(stage.purpose)
-            part = config.model_copy(update={"strategies": during, **stage.settings, **own})
-            job = FinetuneJob(language, stage.epochs, stage.start)
-            told = reporter and reporter.after(epochs, stage.settings.get("epochs"))
-            # `own` is no setting of the folder: its files may move with the run
-            result = _train_once(job, part, _with_settings(part, name, stage.own), told)
-            for key, value in spent.items():  # an older part.json has no skipped_steps
-                spent[key] = value + result.get(key, 0)
-            if not result["finished"]:
-                raise _StoppedEarly(result)
-            epochs += stage.epochs
-            left = checkpoint.find_newest(run_folder(part))
-            assert left is not None  # it is finished
-            return left
+    def __init__(self, config: FinetuneConfig, language: str | None, reporter: Reporter | None):
+        self.config, self.language, self.reporter = config, language, reporter
+        self.spent: dict[str, float] = {"seconds": 0.0, "steps": 0, "skipped_steps": 0}
+        self.figures: dict[str, Any] = {}
+        self.epochs = 0
 
-        run = StageRun(folder, is_main_process(config), lambda: build_model(config), train)
-        try:
-            prepared = strategy.stages_before(run)
-        except _StoppedEarly as stopped:
-            return ready, None, {**stopped.args[0], **spent}
-        ready, start = _with_settings(ready, name, prepared.own), prepared.start or start
-        figures |= prepared.result
-    return ready, start, {"finished": True, **spent, **figures}
+    def run(self) -> tuple[FinetuneConfig, Path | None]:
+        """(the config of the part's own training, the checkpoint that it starts from).
+
+        Raises:
+            _StoppedEarly: a stage was stopped.
+        """
+        config, start = self.config, None
+        last = final_training(config)
+        folder, is_main = run_folder(config), is_main_process(config)
+        for name, strategy in config.strategies.active().items() if config.trains else ():
+            train = functools.partial(self._train, name)
+            outcome = strategy.stages_before(StageRun(folder, is_main, lambda: build_model(config), train))
+            last, start = _with_settings(last, name, outcome.strategy_settings), outcome.start or start
+            self.figures |= outcome.figures
+        return last, start
+
+    def _train(self, name: str, stage: Stage) -> Path:
+        """Train a stage of the strategy `name`, unless it is done. Returns its last checkpoint."""
+        place = {"name": stage.name, "runs": str(run_folder(self.config)), "resume": "newest"}
+        strategies = self.config.strategies.during(stage.purpose)
+        part = self.config.model_copy(update={"strategies": strategies, **stage.run_settings, **place})
+        folder, is_main = run_folder(part), is_main_process(part)
+        done = folder / "part.json"
+        if done.is_file():
+            result = read_json(done)
+        else:
+            if is_main:
+                open_run(part)
+            reporter = self.reporter and self.reporter.after(self.epochs, stage.run_settings.get("epochs"))
+            # the folder's config is without the strategy's own settings: files that they name may move
+            launched = _with_settings(part, name, stage.strategy_settings)
+            result = launch(FinetuneJob(self.language, stage.epochs, stage.start), launched, folder, reporter)
+            if result["finished"] and is_main:
+                write_json(done, result)
+        # an older part.json has no skipped_steps
+        self.spent = {key: value + result.get(key, 0) for key, value in self.spent.items()}
+        if not result["finished"]:
+            raise _StoppedEarly(result)
+        self.epochs += stage.epochs
+        newest = checkpoint.find_newest(folder)
+        assert newest is not None  # it is finished
+        return newest
 
 
 def _with_settings(config: FinetuneConfig, name: str, settings: Mapping[str, Any]) -> FinetuneConfig:
@@ -272,21 +287,6 @@ def _with_settings(config: FinetuneConfig, name: str, settings: Mapping[str, Any
         return config
     changed = {name: config.strategies.active()[name].model_copy(update=dict(settings))}
     return config.model_copy(update={"strategies": config.strategies.model_copy(update=changed)})
-
-
-def _train_once(
-    job: FinetuneJob, part: FinetuneConfig, launched: FinetuneConfig, reporter: Reporter | None
-) -> dict[str, Any]:
-    """Train in the folder of `part`, or return what that came to before."""
-    done = run_folder(part) / "part.json"
-    if done.is_file():
-        return read_json(done)
-    if is_main_process(part):
-        open_run(part)
-    result = launch(job, launched, run_folder(part), reporter)
-    if result["finished"] and is_main_process(part):
-        write_json(done, result)
-    return result
 
 
 def evaluate_run(folder: Path) -> dict[str, Any]:

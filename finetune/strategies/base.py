@@ -208,25 +208,25 @@ class Stage(NamedTuple):
     """A training that comes before the run's own, in RUN/`name`.
 
     epochs: it stops after so many. start: the checkpoint whose weights it starts from, if not the model's.
-    settings: of the run, in this training. own: of the strategy, in this training; not stored with it, for
-        they name files of the run, which may move.
+    run_settings: of the run, in this training. strategy_settings: of the strategy, in this training; not
+        stored with it, for they name files of the run, which may move.
     """
 
     name: str
     purpose: Purpose
     epochs: int
     start: Path | None = None
-    settings: Mapping[str, Any] = {}
-    own: Mapping[str, Any] = {}
+    run_settings: Mapping[str, Any] = {}
+    strategy_settings: Mapping[str, Any] = {}
 
 
-class Prepared(NamedTuple):
-    """What the stages leave to the run's own training: the strategy's `own` settings in it, the checkpoint
-    that it starts from, and what the result tells of it."""
+class StageOutcome(NamedTuple):
+    """What the stages leave to the run's own training: settings of the strategy in it, the checkpoint that it
+    starts from, and what its result tells of them."""
 
-    own: Mapping[str, Any] = {}
+    strategy_settings: Mapping[str, Any] = {}
     start: Path | None = None
-    result: Mapping[str, Any] = {}
+    figures: Mapping[str, Any] = {}
 
 
 class StageRun(NamedTuple):
@@ -307,10 +307,10 @@ class StrategyConfig(Config):
         """Return the settings in a training for `purpose`; None: it takes no part."""
         return self
 
-    def stages_before(self, run: StageRun) -> Prepared:
+    def stages_before(self, run: StageRun) -> StageOutcome:
         """Make what trainings before the run's own leave to it. A run that goes on passes here again, and
         stages that are done are not trained again: so they must be the same each time."""
-        return Prepared()
+        return StageOutcome()
 
     @property
     def stage_epochs(self) -> int:

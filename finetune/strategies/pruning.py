@@ -24,8 +24,8 @@ from torch import Tensor
 from finetune.strategies.base import (
     Context,
     Need,
-    Prepared,
     Stage,
+    StageOutcome,
     StageRun,
     Strategy,
     StrategyConfig,
@@ -78,14 +78,16 @@ class SparseConfig(StrategyConfig):
     def stage_epochs(self) -> int:
         return 0 if self.mask else self.rounds * self.epochs
 
-    def stages_before(self, run: StageRun) -> Prepared:
+    def stages_before(self, run: StageRun) -> StageOutcome:
         """The rounds that find the mask."""
         file, trained = Path(self.mask) if self.mask else None, None
         for number in range(1, self.rounds + 1) if file is None else ():
             # Algorithm 1 rewinds: each round begins at the pretrained weights again, under the last mask
             start = None if self.rewind == "initial" else trained
             own = {"mask": file and str(file)}
-            trained = run.train(Stage(f"round_{number}", "pruning", self.epochs, start, own=own))
+            trained = run.train(
+                Stage(f"round_{number}", "pruning", self.epochs, start, strategy_settings=own)
+            )
             pruned = run.folder / "masks" / f"round_{number}.safetensors"
             if run.is_main_process and not pruned.is_file():
                 weights = read_weights(trained)
@@ -96,7 +98,7 @@ class SparseConfig(StrategyConfig):
             file = pruned
         assert file is not None  # there is a round at least
         parameters = sum(p.numel() for p in run.build_model().parameters())
-        return Prepared({"mask": str(file)}, result={"sparsity": sparsity(read_mask(file), parameters)})
+        return StageOutcome({"mask": str(file)}, figures={"sparsity": sparsity(read_mask(file), parameters)})
 
 
 class Masked(Strategy):

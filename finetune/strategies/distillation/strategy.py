@@ -19,9 +19,9 @@ from finetune.strategies.base import (
     HiddenStates,
     Need,
     Outputs,
-    Prepared,
     Purpose,
     Stage,
+    StageOutcome,
     StageRun,
     Strategy,
     StrategyConfig,
@@ -116,12 +116,13 @@ class DistillationConfig(StrategyConfig):
     def stage_epochs(self) -> int:
         return self.epochs or 0
 
-    def stages_before(self, run: StageRun) -> Prepared:
+    def stages_before(self, run: StageRun) -> StageOutcome:
         """The student is distilled first; the run goes on from it, on answers alone."""
         if not self.epochs:
-            return Prepared()
+            return StageOutcome()
         settings = {"epochs": self.epochs, "select": "last"}
-        return Prepared(start=run.train(Stage("distilled", "states", self.epochs, settings=settings)))
+        stage = Stage("distilled", "states", self.epochs, run_settings=settings)
+        return StageOutcome(start=run.train(stage))
 
     def build(self, context: Context) -> "Distillation":
         """Read the English text of every training example, and the word alignments.
