@@ -4,7 +4,7 @@
     python -m finetune --config FILE [path=value ...]
     python -m finetune evaluate RUN
     python -m finetune compare RUN RUN ... [--baseline RUN] [--csv FILE] [--latex FILE]
-    python -m finetune analyse RUN [--limit 200] [--pictures 3] [--layer last] [--words en=dog de=Hund]
+    python -m finetune analyse RUN [--limit 200] [--images 3] [--layer last] [--words en=dog de=Hund]
                                 [--item ID]
     python -m finetune translate TASK MODEL data=FOLDER languages='["de"]' [split=train direction=to_en ...]
 
@@ -80,8 +80,8 @@ def _compare(arguments: Sequence[str]) -> int:
 
 
 def _analyse(arguments: Sequence[str]) -> int:
+    from finetune.analysis.parallel import parse_words
     from finetune.analysis.run import Options, analyse
-    from finetune.analysis.words import parse_words
 
     parser = argparse.ArgumentParser(
         prog="python -m finetune analyse", description="Every figure of a run, into RUN/analysis."
@@ -90,7 +90,7 @@ def _analyse(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--limit", type=_positive, default=200, help="parallel test items that are compared (200)"
     )
-    parser.add_argument("--pictures", type=_positive, default=3, help="pictures whose attention is drawn (3)")
+    parser.add_argument("--images", type=_positive, default=3, help="images whose attention is drawn (3)")
     parser.add_argument(
         "--layer", default="last", help="unified layer whose attention is drawn: last, mean, or 1, 2, ..."
     )
@@ -98,10 +98,10 @@ def _analyse(arguments: Sequence[str]) -> int:
         "--words", nargs="+", default=[], metavar="LANGUAGE=WORD", help="what attention is drawn of"
     )
     parser.add_argument(
-        "--item", metavar="ID", help="the test item that attention is drawn of (of retrieval: the picture)"
+        "--item", metavar="ID", help="the test item that attention is drawn of (of retrieval: the image)"
     )
     given = parser.parse_args(arguments)
-    options = Options(given.limit, given.pictures, given.layer, parse_words(given.words), given.item)
+    options = Options(given.limit, given.images, given.layer, parse_words(given.words), given.item)
     print(analyse(given.run, options))
     return 0
 

@@ -11,12 +11,26 @@ import torch
 import torch.nn.functional as F
 
 from finetune.__main__ import main
-from finetune.analysis import curves, maps
-from finetune.analysis.attention import choose_layer, look, quadrants, to_grid, word_maps
-from finetune.analysis.figures import Inapplicable, find_fonts
-from finetune.analysis.parallel import Parallel, read_parallel
-from finetune.analysis.similarity import compare, correlate, describe, parallel_states
-from finetune.analysis.words import Thing, find_tokens, find_word, name_in, spans
+from finetune.analysis import attention, scores
+from finetune.analysis.attention import (
+    attention_weights,
+    find_fonts,
+    quadrant_shares,
+    select_layer,
+    to_grid,
+    word_maps,
+)
+from finetune.analysis.parallel import (
+    Inapplicable,
+    Parallel,
+    SceneObject,
+    find_named,
+    find_tokens,
+    find_word,
+    read_parallel,
+    token_spans,
+)
+from finetune.analysis.similarity import compare_states, correlate, measure_similarity, parallel_states
 from finetune.batches import encode_texts
 from finetune.build import read_split
 from finetune.formats.examples import Example
@@ -142,7 +156,7 @@ def test_parallel_states_of_retrieval_models_are_their_embeddings(tokenizer, bui
 
 def test_similarity_equals_slow_loop_and_control_has_no_parallel_pair():
     states = F.normalize(torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(1)), dim=-1)
-    matrix, unpaired = compare(states)
+    matrix, unpaired = compare_states(states)
     others = []
     for a in range(3):
         for b in range(3):
@@ -158,9 +172,9 @@ def test_similarity_equals_slow_loop_and_control_has_no_parallel_pair():
     together = torch.eye(5)[None].repeat(
         3, 1, 1
     )  # the same in each language, nothing in common between items
-    matrix, unpaired = compare(together)
+    matrix, unpaired = compare_states(together)
     assert np.allclose(matrix, 1) and unpaired == pytest.approx(0, abs=1e-12)
-    assert compare(states[:, :1])[1] is None
+    assert compare_states(states[:, :1])[1] is None
 
 
 def test_correlation_equals_numpy():
@@ -173,7 +187,7 @@ def test_correlation_equals_numpy():
     assert correlate({"de": 0.9, "ko": 0.2}, scores) is None  # a line fits any two
     assert correlate(near, dict.fromkeys(near, 0.5)) is None and correlate({}, scores) is None
     states = F.normalize(torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(1)), dim=-1)
-    values = describe(parallel_of(TEXTS), states, {"en": 0.9, "de": 0.5, "ru": 0.4})
+    values = measure_similarity(parallel_of(TEXTS), states, {"en": 0.9, "de": 0.5, "ru": 0.4})
     assert values["to_english"] == {"de": values["similarity"][0][1], "ru": values["similarity"][0][2]}
     assert values["mean"] == pytest.approx(
         np.mean([values["similarity"][i][j] for i in range(3) for j in range(3) if i != j])
@@ -186,7 +200,7 @@ def test_attention_weights_reproduce_module_output():
     g = torch.Generator().manual_seed(3)
     text = Ragged(torch.randint(5, SMALL.vocabulary, (18,), generator=g), lengths)
     picture = backbone.encode_images(torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8, generator=g))
-    weights = look(backbone, text, picture)
+    weights = attention_weights(backbone, text, picture)
     assert weights.shape == (2, 18, 2, 5)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 18, 2, dtype=torch.float64))
     assert not any(block.cross_attention._forward_pre_hooks for block in backbone.fusion.blocks)
@@ -220,20 +234,20 @@ def test_attention_maps_are_means_and_quadrants_sum_to_one():
     assert np.allclose(found[0, 1], weights[1, 1:3].mean((0, 1))) and np.allclose(
         found[1, 2], weights[2, 8].mean(0)
     )
-    assert np.array_equal(choose_layer(found, "last"), found[:, 2]) and np.array_equal(
-        choose_layer(found, "1"), found[:, 0]
+    assert np.array_equal(select_layer(found, "last"), found[:, 2]) and np.array_equal(
+        select_layer(found, "1"), found[:, 0]
     )
-    assert np.allclose(choose_layer(found, "mean"), found.mean(1))
+    assert np.allclose(select_layer(found, "mean"), found.mean(1))
     grid = to_grid(found[0, 0])
     assert grid.shape == (3, 3) and grid.sum() == pytest.approx(1)
     assert grid[0, 1] == pytest.approx(found[0, 0, 2] / found[0, 0, 1:].sum())
-    shares = quadrants(grid)
+    shares = quadrant_shares(grid)
     assert shares.sum() == pytest.approx(1)
     assert shares[1] == pytest.approx(grid[0, 2] + grid[0, 1] / 2 + grid[1, 2] / 2 + grid[1, 1] / 4)
     even = np.arange(16.0).reshape(1, 4, 4) / 120
     halves = (slice(0, 2), slice(2, 4))
     assert np.allclose(
-        quadrants(even)[0], [even[0, rows, columns].sum() for rows in halves for columns in halves]
+        quadrant_shares(even)[0], [even[0, rows, columns].sum() for rows in halves for columns in halves]
     )
 
 
@@ -248,7 +262,7 @@ SENTENCES = [
 
 @pytest.mark.parametrize("text", SENTENCES)
 def test_spans_cover_the_letters_of_each_token(tokenizer, text):
-    found = spans(tokenizer, text)
+    found = token_spans(tokenizer, text)
     assert len(found) == len(tokenizer.encode([text])[0]) and found[-1][1] == len(text)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
 
@@ -272,13 +286,13 @@ def test_spans_work_with_tokenizer_json_and_prompts(tmp_path):
 def test_find_word_matches_whole_words_once():
     assert find_word("dog", "A hotdog and a Dog.") == (15, 18) and find_word("개", "그림에 개가") == (4, 5)
     assert find_word("dog", "a cat") is None
-    things = [Thing("dog", 0), Thing("hot dog", 2)]
+    things = [SceneObject("dog", 0), SceneObject("hot dog", 2)]
     text = {code: say("hot dog", code) for code in ("en", "de")}
     row = tuple(Example("q", (f"{word}?",), ("p",), {}) for word in text.values())
-    assert name_in(row, ("en", "de"), things) == (Thing("hot dog", 2), text)
-    assert name_in(row, ("en", "de"), things[:1]) is None
+    assert find_named(row, ("en", "de"), things) == (SceneObject("hot dog", 2), text)
+    assert find_named(row, ("en", "de"), things[:1]) is None
     twice = (row[0], row[1]._replace(texts=(f"{text['de']} {text['de']}",)))
-    assert name_in(twice, ("en", "de"), things) is None
+    assert find_named(twice, ("en", "de"), things) is None
 
 
 def test_fonts_report_characters_they_cannot_draw():
@@ -301,25 +315,25 @@ def test_curves_are_read_from_metrics_and_drawn(tmp_path):
         recorded = {f"eval/test/{name}": value for name, value in {**values, "ko/query": query}.items()}
         lines.append({"step": 10 * (i + 1), "eval/score": 0.1, **recorded})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    values = curves.read_curves([tmp_path])
+    values = scores.read_curves([tmp_path])
     assert values["score"] == {"en": [0.5, 0.7], "de": [0.3, 0.2], "ko": [0.1, 0.3]}
     assert values["by_type_mean"]["verify"] == pytest.approx([0.5, 0.7]) and values["by_type_mean"][
         "query"
     ] == [0.4, 0.2]
-    curves.draw(values, "a run", "accuracy", tmp_path / "curves")
+    scores.draw_curves(values, "a run", "accuracy", tmp_path / "curves")
     assert (tmp_path / "curves.png").stat().st_size > 5000 and json.loads(
         (tmp_path / "curves.json").read_text()
     ) == values
-    assert "| de | 30.0 | 30.0 (1.) | 20.0 |" in curves.summary(values)
+    assert "| de | 30.0 | 30.0 (1.) | 20.0 |" in scores.curve_table(values)
     with pytest.raises(Inapplicable, match="eval_each_epoch=true"):
-        curves.read_curves([tmp_path / "elsewhere"])
+        scores.read_curves([tmp_path / "elsewhere"])
 
 
 @pytest.mark.parametrize(("task", "shared"), [("xgqa", 60), ("xvnli", 60), ("xflickrco", 60), ("marvl", 0)])
 def test_read_parallel_matches_scenes_by_id(scenes, task, shared):
     config = override(RECIPES[f"scenes_{task}"](), [f"data={scenes}"])
     found = read_parallel(config, ("en", "ru"), 10)
-    assert found.found == shared and len(found.items) == min(10, shared)
+    assert found.num_common == shared and len(found.items) == min(10, shared)
     assert found.left_out == dict.fromkeys(("en", "ru"), 60 - shared)  # MaRVL's items have ids of their own
     assert all(en.images == ru.images and en.texts != ru.texts for en, ru in found.items)
     assert read_parallel(config, ("en", "ru"), 10) == found
@@ -333,7 +347,7 @@ def test_read_parallel_counts_items_missing_in_a_language(scenes, tmp_path):
     lines[5] = json.dumps({**other, "Flikr30kID": "another"})  # the same id, of another picture
     path.write_text("\n".join(lines[:50]) + "\n")
     found = read_parallel(override(RECIPES["scenes_xvnli"](), [f"data={tmp_path}"]), ("en", "ru"), 100)
-    assert found.found == len(found.items) == 49 and found.left_out == {"en": 11, "ru": 1}
+    assert found.num_common == len(found.items) == 49 and found.left_out == {"en": 11, "ru": 1}
     assert other["pairID"] not in {en.id for en, _ in found.items}
 
 
@@ -433,7 +447,7 @@ def test_analyse_model_without_cross_attention_skips_maps(train, tmp_path, capsy
     shutil.copy2(DATA / "tokenizer.model", tmp_path)
     run = train("xvnli", "entangled", f"model={tmp_path}", "epochs=1", "test_limit=60")
     assert main(["analyse", str(run)]) == 0
-    assert "has no cross-attention to pictures" in capsys.readouterr().out
+    assert "has no cross-attention to images" in capsys.readouterr().out
     assert {p.name for p in (run / "analysis").glob("*.png")} == {"similarity.png", "tsne.png"}
 
 
@@ -473,11 +487,14 @@ def test_attention_shares_of_items_equal_mean_of_each_alone(tokenizer, scenes):
     config = override(RECIPES["scenes_xgqa"](), [f"data={scenes}", "image_size=16"])
     backbone = make_model(vocabulary=12000, positions=64).float().eval()
     pictures, codes = open_visual(config, 16), ("en", "ko", "zh")
-    looks = maps.looks_of_scenes(read_parallel(config, codes, 60), scenes / "scenes.jsonl")
-    assert len(looks) > 3 and all(look_.thing.quadrant not in look_.others for look_ in looks)
+    looks = attention.find_scene_mentions(read_parallel(config, codes, 60), scenes / "scenes.jsonl")
+    assert len(looks) > 3 and all(look_.object.quadrant not in look_.other_quadrants for look_ in looks)
     texts = {e.id: e.texts[-1] for e in read_split(config, "test", "ko")}
-    together = maps.measure(backbone, looks, codes, pictures, tokenizer, 40, "last", 2)
-    alone = [maps.measure(backbone, [one], codes, pictures, tokenizer, 40, "last", 2) for one in looks]
+    together = attention.measure_attention(backbone, looks, codes, pictures, tokenizer, 40, "last", 2)
+    alone = [
+        attention.measure_attention(backbone, [one], codes, pictures, tokenizer, 40, "last", 2)
+        for one in looks
+    ]
     for code in codes:
         shares = [values["own_quadrant"][code] for values in alone]
         assert together["own_quadrant"][code] == pytest.approx(np.mean(shares))
@@ -496,4 +513,4 @@ def test_attention_grid_restores_window_order():
     windows = [raster[top : top + 2, left : left + 2].ravel() for top in (0, 2) for left in (0, 2)]
     weights = np.concatenate([[99.0], np.full(4, 77.0), *windows])
     np.testing.assert_allclose(to_grid(weights, 4), raster / raster.sum())
-    assert quadrants(to_grid(weights, 4)) == pytest.approx([10 / 120, 18 / 120, 42 / 120, 50 / 120])
+    assert quadrant_shares(to_grid(weights, 4)) == pytest.approx([10 / 120, 18 / 120, 42 / 120, 50 / 120])

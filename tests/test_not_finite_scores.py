@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.__main__ import main
-from finetune.analysis import figures
+from finetune.analysis.parallel import write_figure
 from finetune.batches import encode_texts
 from finetune.model import FinetuneModel
 from finetune.predict import evaluate, predict
@@ -194,7 +194,7 @@ def test_non_finite_results_are_not_written(tmp_path):
     with pytest.raises(NotFinite, match=r"r.json: retrieval.de.i2t_r1 not finite"):
         write_result(tmp_path / "r.json", {"retrieval": {"de": {"i2t_r1": NAN}}})
     with pytest.raises(NotFinite, match=r"f.json: mean not finite"):
-        figures.save(open_pyplot().figure(), {"mean": math.inf}, tmp_path / "f")
+        write_figure(open_pyplot().figure(), {"mean": math.inf}, tmp_path / "f")
     tracker = Tracker(tmp_path, (), 0)
     with pytest.raises(ValueError, match="JSON compliant"):
         tracker.log(1, {"loss/a": NAN})

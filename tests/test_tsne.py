@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from finetune.__main__ import main
-from finetune.analysis.figures import Inapplicable
-from finetune.analysis.objects import Named, choose, cover, find_boxes, find_patches, find_regions
-from finetune.analysis.parallel import Parallel, read_parallel
-from finetune.analysis.run import Opened, Options, _open, _words_and_regions
-from finetune.analysis.tsne import Point, collect, nearest, spread
+from finetune.analysis.objects import box_weights, find_boxes, find_patches, find_regions, select_mentions
+from finetune.analysis.parallel import Inapplicable, Mention, Parallel, SceneObject, read_parallel
+from finetune.analysis.run import FinishedRun, Options, open_run, words_and_regions
+from finetune.analysis.tsne import Point, collect_states, nearest_region_shares, project
 from finetune.batches import encode_tagged, encode_texts
 from finetune.formats.examples import Example
 from finetune.model import FinetuneModel
@@ -139,11 +138,14 @@ def test_tsne_states_equal_slow_reference(tokenizer, name):
         for image, n in sizes.items()
     }
     items = [tuple(Example(f"q{i}", (text,), ("0", "1"), {}) for text in row) for i, row in enumerate(TEXTS)]
-    chosen = [Named(row, str(i % 2), "cat" if i == 1 else "dog", WORDS[i]) for i, row in enumerate(items)]
-    points, states = collect(model, chosen, where, CODES, pictures, tokenizer, 12)
+    mentions = [
+        Mention(row, str(i % 2), WORDS[i], SceneObject("cat" if i == 1 else "dog"))
+        for i, row in enumerate(items)
+    ]
+    points, states = collect_states(model, mentions, where, CODES, pictures, tokenizer, 12)
     got = dict(zip(points, states, strict=True))
     assert len(points) == len(got) == 3 * 2 + 2 * 2 and states.dtype == np.float32
-    for i, item in enumerate(chosen):
+    for i, item in enumerate(mentions):
         for j, code in enumerate(CODES):
             text = encode_texts([TEXTS[i][j]], tokenizer, 12)
             read = pictures.read([item.image])
@@ -172,8 +174,8 @@ def test_tsne_states_equal_slow_reference(tokenizer, name):
 def test_tsne_word_beyond_the_length_is_omitted(tokenizer):
     model = FinetuneModel(make_model(vocabulary=12000, positions=64).float(), ("no",), 1, 0.0).eval()
     row = tuple(Example("q", (f"{n * 'and '}dog",), ("0",), {}) for n in (0, 9))
-    item = Named(row, "0", "dog", dict.fromkeys(CODES, "dog"))
-    points, _ = collect(model, [item], {"0": {"dog": np.eye(5)[2]}}, CODES, Drawings(), tokenizer, 8)
+    item = Mention(row, "0", dict.fromkeys(CODES, "dog"), SceneObject("dog"))
+    points, _ = collect_states(model, [item], {"0": {"dog": np.eye(5)[2]}}, CODES, Drawings(), tokenizer, 8)
     assert points == [Point("dog", "en", "q", "0"), Point("dog", "", "0", "0")]
 
 
@@ -203,7 +205,7 @@ def test_tsne_boxes_cover_patches_pixel_by_pixel(scenes, windows, changes):
                 found[o["label"]], np.array([0] * (1 + windows) + counts) / o["size"] ** 2
             )
     cells = find_patches(backbone, torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
-    assert cover(cells, 0, 0, 1)[1 + windows :] == pytest.approx(1 / side**2)
+    assert box_weights(cells, 0, 0, 1)[1 + windows :] == pytest.approx(1 / side**2)
 
 
 def test_tsne_objects_are_regions_of_that_name():
@@ -224,12 +226,10 @@ def test_tsne_objects_are_selected_by_images_in_turn():
             rows.append((Example(f"{label}{i}", (f"one {label} in the sky",), (image,), {}),))
             where.setdefault(image, {"sky": 1})[label] = 1  # nobody here knows what a sky is called elsewhere
     parallel = Parallel(("en",), rows, len(rows), {"en": 0})
-    found = [n.item[0].id for n in choose(parallel, where, 6)]
+    found = [n.item[0].id for n in select_mentions(parallel, where, 6)]
     assert found == ["dog0", "cat0", "tiger0", "dog1", "cat1", "tiger1"]  # a horse is in one picture alone
-    with pytest.raises(
-        Inapplicable, match="the 8 parallel items do not name two objects in two pictures each"
-    ):
-        choose(parallel._replace(items=[row for row in rows if row[0].id[0] in "dh"]), where, 6)
+    with pytest.raises(Inapplicable, match="the 8 parallel items do not name two objects in two images each"):
+        select_mentions(parallel._replace(items=[row for row in rows if row[0].id[0] in "dh"]), where, 6)
 
 
 def test_tsne_nearest_neighbours_equal_slow_loop():
@@ -256,7 +256,7 @@ def test_tsne_nearest_neighbours_equal_slow_loop():
             for code in ("all", p.language):
                 hits[code].append(best.label == p.label)
                 chances[code].append(np.mean([q.label == p.label for q, _ in others]))
-    found = nearest(points, states)
+    found = nearest_region_shares(points, states)
     assert found.keys() == hits.keys() and len(hits["all"]) > 30
     for code, values in found.items():
         assert values == {
@@ -264,21 +264,25 @@ def test_tsne_nearest_neighbours_equal_slow_loop():
             "chance": pytest.approx(np.mean(chances[code])),
         }
     ideal = np.array([np.eye(3)["abc".index(p.label)] for p in points])
-    assert nearest(points, ideal)["all"]["share"] == 1 > nearest(points, ideal)["all"]["chance"]
+    assert (
+        nearest_region_shares(points, ideal)["all"]["share"]
+        == 1
+        > nearest_region_shares(points, ideal)["all"]["chance"]
+    )
 
 
 def test_tsne_of_few_points_is_spread_and_deterministic(monkeypatch):
     states = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
-    found = spread(states)
-    assert found.shape == (5, 2) and np.isfinite(found).all() and np.array_equal(found, spread(states))
+    found = project(states)
+    assert found.shape == (5, 2) and np.isfinite(found).all() and np.array_equal(found, project(states))
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     with pytest.raises(Inapplicable, match=r"sklearn is not installed: pip install -e .\[analysis\]"):
-        spread(states)
+        project(states)
 
 
 def section(run):
     """What `analyse` says of words and regions, without the other figures."""
-    return "\n".join(_words_and_regions(_open(run, Options(limit=12))))
+    return "\n".join(words_and_regions(open_run(run, Options(limit=12))))
 
 
 def read_points(run):
@@ -308,7 +312,7 @@ def test_tsne_of_a_run_is_drawn_and_reproducible(finetune, scenes, tmp_path, cap
     assert files == {name: (run / f"analysis/tsne.{name}").read_bytes() for name in files}
     (tmp_path / "data/scenes.jsonl").unlink()
     with pytest.raises(
-        Inapplicable, match=r"nothing says where in a picture an object stands: .*scenes.jsonl is not there"
+        Inapplicable, match=r"nothing says where in an image an object stands: .*scenes.jsonl is not there"
     ):
         section(run)
 
@@ -349,7 +353,7 @@ def test_tsne_of_named_regions_and_without_names(finetune, scenes, tmp_path):
         del record["tags"]
         np.savez(path, **record)
     with pytest.raises(
-        Inapplicable, match="nothing says where in a picture an object stands: its regions have no name each"
+        Inapplicable, match="nothing says where in an image an object stands: its regions have no name each"
     ):
         section(tmp_path / "run")
 
@@ -358,6 +362,6 @@ def test_tsne_of_dual_encoder_says_it_does_not_apply(scenes, tokenizer):
     config = override(RECIPES["scenes_xflickrco"](), [f"data={scenes}"])
     model = MClip(MClip.sizes["tiny"])
     with pytest.raises(
-        Inapplicable, match="backbone 'mclip' reads no text of xflickrco together with a picture"
+        Inapplicable, match="backbone 'mclip' reads no text of xflickrco together with an image"
     ):
-        _words_and_regions(Opened(scenes, config, {}, model, tokenizer, False, Options()))
+        words_and_regions(FinishedRun(scenes, config, {}, model, tokenizer, False, Options()))

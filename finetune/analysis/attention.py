@@ -1,82 +1,100 @@
-"""Where in a picture a word looks: weights of the unified encoder's cross-attention (paper 2, figure 3).
+"""Attention of a word to an image: weights of the unified encoder's cross-attention (paper 2, figure 3),
+measured on emoji scenes in several languages, drawn for a few images.
 
-The fused kernel keeps its weights to itself. `look` runs the model as it is, notes what goes into each
-cross-attention (`raylib.models.layers`) and multiplies queries and keys once more.
+The fused kernel keeps its weights to itself. `attention_weights` runs the model as it is, records what goes
+into each cross-attention (`raylib.models.layers`) and multiplies queries and keys once more.
 
-Shape legend: l unified layers, T tokens, R queries, h heads, e = d / h, S keys of a picture (CLS, then
-patches), g x g patches.
+Shape legend: l unified layers, T tokens, R queries, h heads, e = d / h, S keys of an image (CLS, then
+patches), g x g patches, n languages.
 """
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from finetune.analysis.parallel import (
+    Inapplicable,
+    Mention,
+    Parallel,
+    find_named,
+    find_tokens,
+    find_word,
+    read_scenes,
+    write_figure,
+)
+from finetune.batches import encode_texts
+from finetune.stores.images import ImageSource
+from finetune.stores.records import stem
 from raylib.errors import UserError
+from raylib.finite import require_finite
 from raylib.models.layers import Attention, Memory
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Plan, Ragged
+from raylib.tables import markdown_table, open_pyplot, percent
+from raylib.text import Tokenizer
+
+CHANCE = 0.25  # of the attention, on a quadrant
+FONT = "DejaVu Sans"  # comes with matplotlib
+BOXES = "Last Resort"  # a font that has a box for every character
 
 
-def weights_of(attention: Attention, x: Tensor, key_value: Tensor, plan: Plan) -> Tensor:
-    """What `attention(x, key_value, plan)` weighs its values by: (R, h, S), float32 or finer. All rows have S
-    keys."""
+def layer_weights(attention: Attention, x: Tensor, key_value: Tensor, plan: Plan) -> Tensor:
+    """Compute the weights that `attention(x, key_value, plan)` gives its values: (R, h, S), float32 or finer.
+    All rows have S keys."""
     (n, q, s), *others = plan.buckets
     assert not others and not plan.causal, "rows with different numbers of keys"
     h, e = attention.heads, x.shape[1] // attention.heads
     queries = attention.query(x)
     if plan.pad_index is not None:
         queries = queries.index_select(0, plan.pad_index)
-    mine = queries.view(n, q, h, e).transpose(1, 2)
+    padded = queries.view(n, q, h, e).transpose(1, 2)
     keys = key_value.view(n, s, 2, h, e)[:, :, 0].permute(0, 2, 3, 1)
-    weights = (mine @ keys / math.sqrt(e)).softmax(-1).transpose(1, 2).reshape(n * q, h, s)
+    weights = (padded @ keys / math.sqrt(e)).softmax(-1).transpose(1, 2).reshape(n * q, h, s)
     return weights if plan.unpad_index is None else weights.index_select(0, plan.unpad_index)
 
 
 @torch.inference_mode()
-def look(backbone: UnifiedModel, text: Ragged, picture: Ragged) -> Tensor:
-    """Weights (l, T, h, S) of all tokens of `text` (ids, n rows) on one picture's states, on the CPU."""
+def attention_weights(backbone: UnifiedModel, text: Ragged, image: Ragged) -> Tensor:
+    """Compute the weights (l, T, h, S) of all tokens of `text` (ids, n rows) on one image's states, on the
+    CPU."""
     rows = text.lengths.argsort(stable=True)  # the order in which the encoder runs them
     tokens, sorted_text = text.token_index(rows), text.select_rows(rows)
     blocks = backbone.fusion.blocks
-    noted: list[list[Tensor]] = [[] for _ in blocks]
+    recorded: list[list[Tensor]] = [[] for _ in blocks]
 
-    def note(place: int):
+    def record(layer: int):
         def hook(attention: nn.Module, inputs: tuple) -> None:
-            noted[place].append(weights_of(attention, *inputs))
+            recorded[layer].append(layer_weights(attention, *inputs))
 
         return hook
 
-    handles = [block.cross_attention.register_forward_pre_hook(note(i)) for i, block in enumerate(blocks)]
+    handles = [block.cross_attention.register_forward_pre_hook(record(i)) for i, block in enumerate(blocks)]
     try:
         states = sorted_text.with_values(backbone.encode_text(sorted_text))
-        backbone.fuse(states, memory=Memory(picture, torch.zeros(len(rows), dtype=torch.int64)))
+        backbone.fuse(states, memory=Memory(image, torch.zeros(len(rows), dtype=torch.int64)))
     finally:
         for handle in handles:
             handle.remove()
-    weights = torch.stack([torch.cat(parts) for parts in noted]).cpu()
+    weights = torch.stack([torch.cat(parts) for parts in recorded]).cpu()
     return weights[:, tokens.argsort()]
 
 
 def word_maps(weights: Tensor, text: Ragged, words: Sequence[list[int]]) -> np.ndarray:
     """Attention of a word in each of n texts: `weights` (l, T, h, S), `words[i]` the word's tokens in row i
     -> (n, l, S), mean over tokens and heads."""
-    starts = text.starts.tolist()
-    return (
-        torch.stack(
-            [
-                weights[:, [start + t for t in word]].mean((1, 2))
-                for start, word in zip(starts, words, strict=True)
-            ]
-        )
-        .double()
-        .numpy()
-    )
+    pairs = zip(text.starts.tolist(), words, strict=True)
+    maps = [weights[:, [start + t for t in word]].mean((1, 2)) for start, word in pairs]
+    return torch.stack(maps).double().numpy()
 
 
-def choose_layer(maps: np.ndarray, layer: str) -> np.ndarray:
+def select_layer(maps: np.ndarray, layer: str) -> np.ndarray:
     """(n, l, S) -> (n, S): of the "last" layer, the "mean" over all, or the one with this number (1 is the
     lowest).
 
@@ -97,7 +115,7 @@ def to_grid(weights: np.ndarray, windows: int = 0) -> np.ndarray:
     `windows`, their CLS states come next, and patches window after window (`raylib.models.vision`)."""
     patches = weights[..., 1 + windows :]
     side = math.isqrt(patches.shape[-1])
-    assert side * side == patches.shape[-1], "a picture's patches are a square"
+    assert side * side == patches.shape[-1], "an image's patches are a square"
     shares = patches / patches.sum(-1, keepdims=True)
     if windows:
         across = math.isqrt(windows)
@@ -106,9 +124,236 @@ def to_grid(weights: np.ndarray, windows: int = 0) -> np.ndarray:
     return shares.reshape(*patches.shape[:-1], side, side)
 
 
-def quadrants(grid: np.ndarray) -> np.ndarray:
+def quadrant_shares(grid: np.ndarray) -> np.ndarray:
     """(..., g, g) -> (..., 4): what falls into top left, top right, bottom left, bottom right; patches on a
     middle line, where g is odd, fall into both sides alike."""
     g = grid.shape[-1]
     fine = grid.repeat(2, -1).repeat(2, -2) / 4
     return fine.reshape(*grid.shape[:-2], 2, g, 2, g).sum((-3, -1)).reshape(*grid.shape[:-2], 4)
+
+
+def find_given_words(parallel: Parallel, words: Mapping[str, str]) -> list[Mention]:
+    """Find the items whose texts have the given words.
+
+    Raises:
+        UserError: none has them all.
+    """
+    mentions = [
+        Mention(row, row[0].images[0], words)
+        for row in parallel.items
+        if all(find_word(words[code], e.texts[-1]) for code, e in zip(parallel.languages, row, strict=True))
+    ]
+    if not mentions:
+        given = " ".join(f"{code}={word}" for code, word in words.items())
+        raise UserError(
+            f"--words {given}: in none of {len(parallel.items)} parallel items; give one that has them with "
+            "--item"
+        )
+    return mentions
+
+
+def find_scene_mentions(parallel: Parallel, path: Path) -> list[Mention]:
+    """Find the items of emoji scenes that name something in their image, in every language. path: of
+    scenes.jsonl.
+
+    Raises:
+        Inapplicable: there are none; no ground truth.
+    """
+    if not path.is_file():
+        raise Inapplicable(
+            "give a word in several languages with --words en=dog de=Hund, and maybe the item with --item ID"
+        )
+    scenes = read_scenes(path, {stem(name) for row in parallel.items for name in row[0].images})
+    mentions = []
+    for row in parallel.items:
+        for image in row[0].images:
+            objects = scenes.get(stem(image), [])
+            if named := find_named(row, parallel.languages, objects):
+                others = tuple(o.quadrant for o in objects if o != named[0])
+                mentions.append(Mention(row, image, named[1], named[0], others))
+                break
+    if not mentions:
+        raise Inapplicable(
+            f"none of {len(parallel.items)} parallel items names a thing of its image in every language"
+        )
+    return mentions
+
+
+def measure_attention(
+    backbone: UnifiedModel,
+    mentions: Sequence[Mention],
+    languages: Sequence[str],
+    source: ImageSource,
+    tokenizer: Tokenizer,
+    length: int,
+    layer: str,
+    num_drawn: int,
+) -> dict[str, Any]:
+    """Measure the numbers of the figure.
+
+    Returns:
+        {"layer", "items", "on_patches": the attention that is not on the image's CLS, "drawn": the first
+        `num_drawn` different images, [{"id", "image", "word", "text", "map": {language: (g, g)}}]}; where it
+        is known what the words name, also shares of the attention on patches, means over items:
+        {"own_quadrant", "standard_error", "other_things": a quadrant with another thing in it,
+        "own_by_layer", "chance"}.
+    """
+    device, num_windows = next(backbone.parameters()).device, backbone.num_windows
+    drawn: dict[str, dict[str, Any]] = {}
+    own, other, by_layer, patches = [], [], [], []
+    for mention in mentions:
+        texts = [e.texts[-1] for e in mention.item]
+        tokens = []
+        for code, text in zip(languages, texts, strict=True):
+            span = find_word(mention.words[code], text)
+            tokens.append(find_tokens(tokenizer, text, span, length) if span else [])
+        if not all(tokens):
+            continue  # cut off behind `length` tokens
+        with torch.inference_mode():
+            image = backbone.encode_images(source.read([mention.image])["images"].to(device))
+        ids = encode_texts(texts, tokenizer, length)
+        weights = attention_weights(backbone, Ragged(ids.values.to(device), ids.lengths), image)
+        maps = word_maps(weights, ids, tokens)
+        require_finite(f"attention on {mention.image}", maps)
+        layer_maps = select_layer(maps, layer)
+        grids = to_grid(layer_maps, num_windows)
+        patches.append(layer_maps[:, 1 + num_windows :].sum(1))
+        if mention.object:
+            shares = quadrant_shares(grids)
+            own.append(shares[:, mention.object.quadrant])
+            by_layer.append(quadrant_shares(to_grid(maps, num_windows))[:, :, mention.object.quadrant])
+            if mention.other_quadrants:
+                other.append(shares[:, list(mention.other_quadrants)].mean(1))
+        if mention.image not in drawn and len(drawn) < num_drawn:
+            drawn[mention.image] = _record(mention, languages, grids)
+    if not patches:
+        raise UserError(
+            f"the word is behind the first {length} tokens of its sentence, which the model does not see"
+        )
+    values = {
+        "layer": layer,
+        "items": len(patches),
+        "drawn": list(drawn.values()),
+        "on_patches": _means(patches, languages),
+    }
+    if own:
+        error = np.std(own, 0, ddof=1) / len(own) ** 0.5 if len(own) > 1 else np.full(len(languages), np.nan)
+        values |= {
+            "chance": CHANCE,
+            "own_quadrant": _means(own, languages),
+            "own_by_layer": _means(by_layer, languages),
+            "standard_error": {c: float(e) for c, e in zip(languages, error, strict=True) if not np.isnan(e)},
+            "other_things": _means(other, languages) if other else {},
+        }
+    return values
+
+
+def _means(rows: Sequence[np.ndarray], languages: Sequence[str]) -> dict[str, Any]:
+    return dict(zip(languages, np.mean(rows, 0).tolist(), strict=True))
+
+
+def _record(mention: Mention, languages: Sequence[str], grids: np.ndarray) -> dict[str, Any]:
+    record = {
+        "id": mention.item[0].id,
+        "image": mention.image,
+        "word": dict(mention.words),
+        "text": {code: e.texts[-1] for code, e in zip(languages, mention.item, strict=True)},
+        "map": dict(zip(languages, grids.tolist(), strict=True)),
+    }
+    if mention.object:
+        shares = quadrant_shares(grids)[:, mention.object.quadrant].tolist()
+        record |= {"quadrant": mention.object.quadrant, "share": dict(zip(languages, shares, strict=True))}
+    return record
+
+
+def attention_table(values: dict[str, Any]) -> str:
+    """Markdown: shares of the attention, where it is known what the words name."""
+    rows = [
+        ["language", "on the quadrant of what is named, %", "± standard error", "on one of another thing, %"]
+    ]
+    for code, share in values["own_quadrant"].items():
+        error, other = values["standard_error"].get(code), values["other_things"].get(code)
+        rows.append([code, percent(share), percent(error), percent(other)])
+    return markdown_table(rows)
+
+
+def draw_attention(values: dict[str, Any], source: ImageSource, title: str, path: Path) -> set[str]:
+    """Draw a row an image, a column a language: the attention over the image, from none (as it is) to its
+    greatest (red).
+
+    Returns:
+        The languages whose words no font here can draw: their captions are the language's code alone.
+    """
+    pyplot = open_pyplot()
+    languages = list(values["drawn"][0]["word"])
+    captions = {
+        text for record in values["drawn"] for text in (*record["word"].values(), *record["text"].values())
+    }
+    families, undrawable = find_fonts(captions)
+    rows, columns = len(values["drawn"]), len(languages) + 1
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(1.75 * columns, 0.6 + 2.45 * rows), layout="constrained", squeeze=False
+    )
+    framed = "; %: share in the framed quadrant" if "own_quadrant" in values else ""
+    figure.suptitle(
+        f"{title}: attention of a word to the image, unified layer: {values['layer']}\n"
+        f"darkest red: the greatest of each map{framed}",
+        fontsize=9,
+    )
+    hidden: set[str] = set()
+    for row, record in zip(axes, values["drawn"], strict=True):
+        image = source.store.read(record["image"])
+        height, width = image.shape[:2]
+        box = (0, width, height, 0)
+        for cell in row:
+            cell.imshow(image, extent=box)
+            cell.set(xticks=[], yticks=[])
+        if "quadrant" in record:
+            down, right = divmod(record["quadrant"], 2)
+            corner, style = (right * width / 2, down * height / 2), {"linestyle": "--", "linewidth": 1.5}
+            row[0].add_patch(pyplot.Rectangle(corner, width / 2, height / 2, fill=False, **style))
+        row[0].set_title(record["image"], fontsize=8)
+        for cell, code in zip(row[1:], languages, strict=True):
+            grid = np.array(record["map"][code])
+            shade = pyplot.get_cmap("Reds")(np.full(grid.shape, 0.85))
+            shade[..., 3] = 0.85 * grid / grid.max()
+            cell.imshow(shade, extent=box, interpolation="bilinear")
+            word, text = record["word"][code], record["text"][code]
+            drawable = word not in undrawable and text not in undrawable
+            hidden |= set() if drawable else {code}
+            head = f"{code}, {100 * record['share'][code]:.0f} %" if "share" in record else code
+            # the word last: a number behind Arabic would change places with it
+            cell.set_title(f"{head}: {word}" if drawable else head, fontsize=8, family=families)
+            if drawable:
+                cell.set_xlabel("\n".join(textwrap.wrap(text, 24)[:4]), fontsize=6.5, family=families)
+    write_figure(figure, values, path)
+    return hidden
+
+
+def find_fonts(texts: Iterable[str]) -> tuple[list[str], set[str]]:
+    """(font families that draw `texts` between them, best first; those of the texts that no font here can
+    draw)."""
+    from matplotlib import font_manager
+
+    texts = set(texts)
+    missing = {ord(c) for text in texts for c in text if not c.isspace()} - _characters(
+        font_manager.findfont(FONT)
+    )
+    families = [FONT]
+    for font in font_manager.fontManager.ttflist:
+        if (
+            missing
+            and font.style == "normal"
+            and not font.name.startswith(BOXES)
+            and missing & _characters(font.fname)
+        ):
+            families.append(font.name)
+            missing -= _characters(font.fname)
+    return families, {text for text in texts if any(ord(c) in missing for c in text)}
+
+
+@cache
+def _characters(path: str) -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(path).get_charmap())

@@ -6,21 +6,16 @@ region features they are the regions that are called so, where each of a picture
 Shape legend: S states of a picture: regions, or CLS states, then M patches, g x g.
 """
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.analysis.attention import to_grid
-from finetune.analysis.figures import Inapplicable
-from finetune.analysis.parallel import Parallel
-from finetune.analysis.words import Thing, name_in
-from finetune.formats.examples import Example
+from finetune.analysis.parallel import Inapplicable, Mention, Parallel, SceneObject, find_named, read_scenes
 from finetune.stores.images import ImageSource, RegionFeatures
 from finetune.stores.records import stem
 from raylib.models.base import Backbone
@@ -29,56 +24,43 @@ from raylib.sample.scenes.labels import read_labels
 POOL = 20  # parallel items among which one is chosen: few name the same objects
 CLASSES = 6  # whose colours are told apart
 
-Where = Mapping[
-    str, Mapping[str, np.ndarray]
-]  # {picture: {object: weights (S,) of the picture's states, 1 in all}}
+# {image: {object: weights (S,) of the image's states, 1 in all}}
+ObjectWeights = Mapping[str, Mapping[str, np.ndarray]]
 
 
-class Named(NamedTuple):
-    """An item that names an object of its picture, by `words` in each language."""
-
-    item: tuple[Example, ...]
-    image: str
-    label: str
-    words: Mapping[str, str]
-
-
-def find_boxes(parallel: Parallel, path: Path, pictures: ImageSource, backbone: nn.Module) -> Where:
-    """Where objects stand in emoji scenes. path: of scenes.jsonl.
+def find_boxes(parallel: Parallel, path: Path, source: ImageSource, backbone: Backbone) -> ObjectWeights:
+    """Find where objects stand in emoji scenes. path: of scenes.jsonl.
 
     Raises:
         Inapplicable: there is none.
     """
-    if not path.is_file():
-        raise Inapplicable(
-            f"nothing says where in a picture an object stands: {path} is not there, as with emoji scenes"
-        )
-    with open(path, encoding="utf-8") as file:
-        scenes = {scene["id"]: scene["objects"] for scene in map(json.loads, file)}
+    scenes = read_scenes(path, {stem(image) for row in parallel.items for image in row[0].images})
     images = [image for row in parallel.items for image in row[0].images if stem(image) in scenes]
-    cells = find_patches(backbone, pictures.read(images[:1])["images"]) if images else None
-    found = {}
+    if not images:
+        return {}
+    cells = find_patches(backbone, source.read(images[:1])["images"])
+    weights = {}
     for image in dict.fromkeys(images):
-        side = pictures.store.read(image).shape[0]
-        boxes = {
-            o["label"]: [o[name] / side for name in ("left", "top", "size")] for o in scenes[stem(image)]
+        side = source.store.read(image).shape[0]
+        weights[image] = {
+            o.label: box_weights(cells, o.left / side, o.top / side, o.size / side)
+            for o in scenes[stem(image)]
         }
-        found[image] = {label: cover(cells, *box) for label, box in boxes.items()}
-    return found
+    return weights
 
 
 @torch.inference_mode()
-def find_patches(backbone: Backbone, picture: Tensor) -> np.ndarray:
-    """(S, g, g): the place of the patch that each state is of, as a 1; a CLS has none. picture: any, (1, H,
+def find_patches(backbone: Backbone, image: Tensor) -> np.ndarray:
+    """(S, g, g): the position of the patch that each state is of, as a 1; a CLS has none. image: any, (1, H,
     W, 3)."""
-    states = len(backbone.encode_images(picture.to(next(backbone.parameters()).device)).values)
+    states = len(backbone.encode_images(image.to(next(backbone.parameters()).device)).values)
     windows = backbone.num_windows
     return np.pad(to_grid(np.eye(states)[1 + windows :], windows), ((1 + windows, 0), (0, 0), (0, 0)))
 
 
-def cover(cells: np.ndarray, left: float, top: float, size: float) -> np.ndarray:
-    """How much of each patch a square box covers: (S, g, g) -> (S,), 1 in all. The box is in shares of the
-    picture's side."""
+def box_weights(cells: np.ndarray, left: float, top: float, size: float) -> np.ndarray:
+    """Weigh each state by how much of its patch a square box covers: (S, g, g) -> (S,), 1 in all. The box is
+    in shares of the image's side."""
     edges = np.linspace(0, 1, cells.shape[-1] + 1)
     rows, columns = (
         np.clip(np.minimum(edges[1:], low + size) - np.maximum(edges[:-1], low), 0, None)
@@ -88,55 +70,55 @@ def cover(cells: np.ndarray, left: float, top: float, size: float) -> np.ndarray
     return covered / covered.sum()
 
 
-def find_regions(parallel: Parallel, pictures: RegionFeatures) -> Where:
-    """Where objects stand by the names of regions: the store's tags, or else the annotation's.
+def find_regions(parallel: Parallel, source: RegionFeatures) -> ObjectWeights:
+    """Find where objects stand by the names of regions: the store's tags, or else the annotation's.
 
     Raises:
-        Inapplicable: no picture has a name for each of its regions.
+        Inapplicable: no image has a name for each of its regions.
     """
     found = {}
     for example, image in {
         image: (row[0], image) for row in parallel.items for image in row[0].images
     }.values():
-        regions = pictures.store.read(image)
+        regions = source.store.read(image)
         for names in (example.tags, regions.tags):
             if len(names) == len(regions.boxes):
                 found[image] = {name: np.equal(names, name) / names.count(name) for name in names}
     if not found:
         raise Inapplicable(
-            "nothing says where in a picture an object stands: its regions have no name each (tags)"
+            "nothing says where in an image an object stands: its regions have no name each (tags)"
         )
     return found
 
 
-def choose(parallel: Parallel, where: Where, limit: int) -> list[Named]:
-    """Up to `limit` items that name one of the few objects which are named in most pictures, in turn.
+def select_mentions(parallel: Parallel, weights: ObjectWeights, limit: int) -> list[Mention]:
+    """Select up to `limit` items that name one of the few objects which are named in most images, in turn.
 
     Raises:
-        Inapplicable: there are not two objects in two pictures each.
+        Inapplicable: there are not two objects in two images each.
     """
-    named, pictures, nth = [], defaultdict(set), Counter()
+    mentions: list[Mention] = []
+    images: defaultdict[str, set[str]] = defaultdict(set)
     for row in parallel.items:
         for image in row[0].images:
-            things = [
-                Thing(label, 0) for label in where.get(image, ()) if label in read_labels()
-            ]  # named in every language
-            if found := name_in(row, parallel.languages, things):
-                named.append(Named(row, image, found[0].label, found[1]))
-                pictures[found[0].label].add(image)
+            # a label is named in every language, other names of regions are not
+            objects = [SceneObject(label) for label in weights.get(image, ()) if label in read_labels()]
+            if named := find_named(row, parallel.languages, objects):
+                mentions.append(Mention(row, image, named[1], named[0]))
+                images[named[0].label].add(image)
                 break
-    often = sorted(
-        (label for label in pictures if len(pictures[label]) > 1),
-        key=lambda label: (-len(pictures[label]), label),
-    )
-    turns = []
-    for item in named:
-        if item.label in often[:CLASSES]:
-            turns.append((nth[item.label], item))
-            nth[item.label] += 1
-    chosen = [item for _, item in sorted(turns, key=lambda turn: turn[0])[:limit]]
-    if len({item.label for item in chosen}) < 2 or len({item.image for item in chosen}) < 2:
+    repeated = [label for label in images if len(images[label]) > 1]
+    frequent = sorted(repeated, key=lambda label: (-len(images[label]), label))[:CLASSES]
+    # the first of each object, then the second of each, ...
+    turns: list[tuple[int, Mention]] = []
+    counts: Counter[str] = Counter()
+    for mention in mentions:
+        if mention.label in frequent:
+            turns.append((counts[mention.label], mention))
+            counts[mention.label] += 1
+    selected = [mention for _, mention in sorted(turns, key=lambda turn: turn[0])[:limit]]
+    if len({m.label for m in selected}) < 2 or len({m.image for m in selected}) < 2:
         raise Inapplicable(
-            f"the {len(parallel.items)} parallel items do not name two objects in two pictures each"
+            f"the {len(parallel.items)} parallel items do not name two objects in two images each"
         )
-    return chosen
+    return selected

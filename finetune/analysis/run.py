@@ -1,15 +1,14 @@
-"""`analyse`: every figure of a finished run, into RUN/analysis, and a summary in Markdown. A figure that
-cannot be made of this run is a line that says why."""
+"""Make every figure of a finished run: `analyse` writes them into RUN/analysis, and a summary in Markdown. A
+figure that cannot be made of this run is a line that says why."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from finetune.analysis import confused, curves, maps, objects, similarity, tsne
-from finetune.analysis.figures import Inapplicable
-from finetune.analysis.parallel import read_parallel
+from finetune.analysis import attention, objects, scores, similarity, tsne
+from finetune.analysis.parallel import Inapplicable, Parallel, read_parallel
 from finetune.build import (
     build_pipeline,
     build_strategies,
@@ -36,19 +35,19 @@ ONE_EACH = ("few_shot", "single_language")  # settings with a model for each lan
 
 
 class Options(NamedTuple):
-    """limit: parallel items that are compared. pictures: how many are drawn. layer: "last", "mean" or a
-    number. words, item: what attention is drawn of; by default what emoji scenes name."""
+    """limit: parallel items that are compared. images: how many are drawn. layer: "last", "mean" or a
+    number. words, item: whose attention is drawn; by default what emoji scenes name."""
 
     limit: int = 200
-    pictures: int = 3
+    images: int = 3
     layer: str = "last"
     words: Mapping[str, str] = {}
     item: str | None = None
 
 
-class Opened(NamedTuple):
-    """A finished run: its folder, config and result, and what it evaluates with; `model` is None if each
-    language has its own."""
+class FinishedRun(NamedTuple):
+    """A run's folder, config and result, and what it evaluates with; `model` is None if each language has its
+    own."""
 
     folder: Path
     config: FinetuneConfig
@@ -60,28 +59,50 @@ class Opened(NamedTuple):
 
     @property
     def out(self) -> Path:
+        """Folder of the figures."""
         return self.folder / "analysis"
 
     @property
-    def parts(self) -> dict[str, Path]:
+    def folders(self) -> dict[str, Path]:
         """{language: the folder of the training that its results come from}."""
-        own = self.config.setting in ONE_EACH
-        return {code: self.folder / code if own else self.folder for code in scores_of(self.result)}
+        one_each = self.config.setting in ONE_EACH
+        return {code: self.folder / code if one_each else self.folder for code in scores_of(self.result)}
 
     @property
     def measure(self) -> str:
+        """Name of the scores."""
         return "mean recall" if "retrieval" in self.result else "accuracy"
 
     @property
-    def called(self) -> str:
+    def title(self) -> str:
+        """Name of the run and its task."""
         return f"{self.config.name}, {self.config.task}"
 
-    def one_model(self) -> FinetuneModel | UnifiedModel:
+    def shared_model(self) -> FinetuneModel | UnifiedModel:
+        """Return the model of all languages.
+
+        Raises:
+            Inapplicable: each has its own.
+        """
         if self.model is None:
             raise Inapplicable(
                 f"compares languages within one model; setting={self.config.setting} trains one for each"
             )
         return self.model
+
+    def read_parallel(self, languages: Sequence[str], limit: int, item: str | None = None) -> Parallel:
+        """Read test items that are in all `languages`.
+
+        Raises:
+            Inapplicable: there are none. UserError: `item` is not among them.
+        """
+        parallel = read_parallel(self.config, languages, limit, item)
+        codes = ", ".join(languages)
+        if not parallel.items and item:
+            raise UserError(f"--item {item}: no test item of this id in all of {codes}; see RUN/predictions")
+        if not parallel.items:
+            raise Inapplicable(f"no test item is in all of {codes}: they are not translations of each other")
+        return parallel
 
 
 def analyse(folder: Path, options: Options) -> str:
@@ -90,28 +111,33 @@ def analyse(folder: Path, options: Options) -> str:
     Raises:
         UserError: not a finished run; options that do not fit it.
     """
-    opened = _open(folder, options)
-    opened.out.mkdir(exist_ok=True)
-    sections: dict[str, Callable[[Opened], list[str]]] = {
+    run = open_run(folder, options)
+    run.out.mkdir(exist_ok=True)
+    sections: dict[str, Callable[[FinishedRun], list[str]]] = {
         "Similarity": _similarity,
         "Learning curves": _curves,
         "Confusions": _confusions,
         "Attention": _attention,
-        "Words and regions": _words_and_regions,
+        "Words and regions": words_and_regions,
     }
-    lines = [f"# Analysis of {opened.called}"]
+    lines = [f"# Analysis of {run.title}"]
     for title, section in sections.items():
         try:
-            found = section(opened)
+            paragraphs = section(run)
         except Inapplicable as e:
-            found = [f"Not made: {e}."]
-        lines += ["", f"## {title}", "", *found]
+            paragraphs = [f"Not made: {e}."]
+        lines += ["", f"## {title}", "", *paragraphs]
     summary = "\n".join(lines)
-    write_atomically(opened.out / "summary.md", summary + "\n")
-    return f"{summary}\n\nfigures, and the numbers behind them: {opened.out}"
+    write_atomically(run.out / "summary.md", summary + "\n")
+    return f"{summary}\n\nfigures, and the numbers behind them: {run.out}"
 
 
-def _open(folder: Path, options: Options) -> Opened:
+def open_run(folder: Path, options: Options) -> FinishedRun:
+    """Open a finished run, its model on the GPU if there is one.
+
+    Raises:
+        UserError: not a finished run.
+    """
     result = read_result(folder)
     config = load_config(FinetuneConfig, folder / "config.json")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -121,89 +147,68 @@ def _open(folder: Path, options: Options) -> Opened:
         if config.trains:
             load_weights(model, find_trained(config, folder, checkpoint.find_newest(folder)))
         model = model.to(device).eval()
-    bf16 = config.fit.uses_bf16(device)
-    return Opened(folder, config, result, model, tokenizer, bf16, options)
+    return FinishedRun(folder, config, result, model, tokenizer, config.fit.uses_bf16(device), options)
 
 
-def _similarity(opened: Opened) -> list[str]:
-    config, model = opened.config, opened.one_model()
+def _similarity(run: FinishedRun) -> list[str]:
+    config, model = run.config, run.shared_model()
     codes = languages_of(config)
     if len(codes) < 2:
         raise Inapplicable("there is one language")
-    parallel = read_parallel(config, codes, opened.options.limit)
-    if not parallel.items:
-        raise Inapplicable(
-            f"no test item is in all of {', '.join(codes)}: they are not translations of each other"
-        )
-    pictures = open_visual_for(config, model) if isinstance(model, FinetuneModel) else None
-    states = similarity.parallel_states(
-        model, parallel, pictures, opened.tokenizer, config.length, opened.bf16
-    )
-    values = similarity.describe(parallel, states, scores_of(opened.result))
-    what = "CLS" if isinstance(model, FinetuneModel) else "caption"
-    similarity.draw(values, opened.called, opened.measure, what, opened.out / "similarity")
-    left = ", ".join(f"{code} {n}" for code, n in parallel.left_out.items() if n)
-    rows = [["language", "similarity to English", opened.measure]]
-    rows += [
-        [code, percent(near), percent(values["score"][code])] for code, near in values["to_english"].items()
-    ]
-    unpaired = "" if values["unpaired"] is None else f", of unpaired ones {100 * values['unpaired']:.1f}"
-    pearson = (
-        ""
-        if values["pearson"] is None
-        else f"; Pearson's r with {opened.measure} over languages {values['pearson']:.2f}"
-    )
+    parallel = run.read_parallel(codes, run.options.limit)
+    is_tuned = isinstance(model, FinetuneModel)
+    source, kind = (open_visual_for(config, model), "CLS") if is_tuned else (None, "caption")
+    states = similarity.parallel_states(model, parallel, source, run.tokenizer, config.length, run.bf16)
+    values = similarity.measure_similarity(parallel, states, scores_of(run.result))
+    similarity.draw_similarity(values, run.title, run.measure, kind, run.out / "similarity")
+    left_out = ", ".join(f"{code} {n}" for code, n in parallel.left_out.items() if n)
+    rows = [["language", "similarity to English", run.measure]]
+    for code, cosine in values["to_english"].items():
+        rows.append([code, percent(cosine), percent(values["score"][code])])
+    unpaired, pearson = values["unpaired"], values["pearson"]
+    control = "" if unpaired is None else f", of unpaired ones {100 * unpaired:.1f}"
+    correlation = "" if pearson is None else f"; Pearson's r with {run.measure} over languages {pearson:.2f}"
     return [
-        f"Mean cosine × 100 of parallel items ({what} states) in two languages "
-        f"{100 * values['mean']:.1f}{unpaired}{pearson}. {values['items']} of the {parallel.found} items "
-        f"that are in all languages; items that are not: {left or 'none'}.",
+        f"Mean cosine × 100 of parallel items ({kind} states) in two languages "
+        f"{100 * values['mean']:.1f}{control}{correlation}. {values['items']} of the {parallel.num_common} "
+        f"items that are in all languages; items that are not: {left_out or 'none'}.",
         *(["", markdown_table(rows)] if values["to_english"] else []),
     ]
 
 
-def _curves(opened: Opened) -> list[str]:
-    values = curves.read_curves(list(dict.fromkeys(opened.parts.values())))
-    curves.draw(values, opened.called, opened.measure, opened.out / "curves")
-    return [curves.summary(values)]
+def _curves(run: FinishedRun) -> list[str]:
+    values = scores.read_curves(list(dict.fromkeys(run.folders.values())))
+    scores.draw_curves(values, run.title, run.measure, run.out / "curves")
+    return [scores.curve_table(values)]
 
 
-def _confusions(opened: Opened) -> list[str]:
-    if not find_task(opened.config).open_answers:
-        raise Inapplicable(f"the answers of {opened.config.task} are no open set")
-    files = {code: folder / "predictions" / f"{code}.jsonl" for code, folder in opened.parts.items()}
-    values = confused.count(files, opened.config.wordnet_folder)
-    confused.draw(values, opened.called, opened.out / "confusions")
-    return [confused.summary(values)]
+def _confusions(run: FinishedRun) -> list[str]:
+    if not find_task(run.config).open_answers:
+        raise Inapplicable(f"the answers of {run.config.task} are no open set")
+    files = {code: folder / "predictions" / f"{code}.jsonl" for code, folder in run.folders.items()}
+    values = scores.count_confusions(files, run.config.wordnet_folder)
+    scores.draw_confusions(values, run.title, run.out / "confusions")
+    return [scores.confusion_table(values)]
 
 
-def _attention(opened: Opened) -> list[str]:
-    config, options, model = opened.config, opened.options, opened.one_model()
+def _attention(run: FinishedRun) -> list[str]:
+    config, options, model = run.config, run.options, run.shared_model()
     backbone = model.backbone
     if not backbone.has_cross_attention:
-        raise Inapplicable(f"backbone '{backbone.kind}' has no cross-attention to pictures")
-    pictures = open_visual_for(config, model)
-    if not isinstance(pictures, ImageSource):
-        raise Inapplicable("texts are grounded in no pictures, whose patches could be drawn")
+        raise Inapplicable(f"backbone '{backbone.kind}' has no cross-attention to images")
+    source = open_visual_for(config, model)
+    if not isinstance(source, ImageSource):
+        raise Inapplicable("texts are about no images, whose patches could be drawn")
     codes = tuple(options.words) or languages_of(config)
-    parallel = read_parallel(config, codes, options.limit, options.item)
-    if not parallel.items:
-        if options.item:
-            raise UserError(
-                f"--item {options.item}: no test item of this id in all of {', '.join(codes)}; see "
-                "RUN/predictions"
-            )
-        raise Inapplicable(
-            f"no test item is in all of {', '.join(codes)}: they are not translations of each other"
-        )
-    looks = (
-        maps.looks_of_words(parallel, options.words)
-        if options.words
-        else maps.looks_of_scenes(parallel, Path(config.data) / "scenes.jsonl")
+    parallel = run.read_parallel(codes, options.limit, options.item)
+    if options.words:
+        mentions = attention.find_given_words(parallel, options.words)
+    else:
+        mentions = attention.find_scene_mentions(parallel, Path(config.data) / "scenes.jsonl")
+    values = attention.measure_attention(
+        backbone, mentions, codes, source, run.tokenizer, config.length, options.layer, options.images
     )
-    values = maps.measure(
-        backbone, looks, codes, pictures, opened.tokenizer, config.length, options.layer, options.pictures
-    )
-    hidden = maps.draw(values, pictures, opened.called, opened.out / "attention")
+    hidden = attention.draw_attention(values, source, run.title, run.out / "attention")
     lines = [
         f"Where a word looks, unified layer: {options.layer}; mean over its tokens and heads, over "
         f"{values['items']} items."
@@ -214,31 +219,26 @@ def _attention(opened: Opened) -> list[str]:
             "would)."
         )
     if "own_quadrant" in values:
-        lines += [
-            "",
-            maps.summary(values),
-            "",
-            "A quadrant's share of the attention on patches by chance: 25 %.",
-        ]
+        chance = "A quadrant's share of the attention on patches by chance: 25 %."
+        lines += ["", attention.attention_table(values), "", chance]
     return lines
 
 
-def _words_and_regions(opened: Opened) -> list[str]:
-    config, model, codes = opened.config, opened.one_model(), languages_of(opened.config)
-    backbone, pictures = model.backbone, open_visual_for(config, model)
-    if pictures is None or not isinstance(backbone, FusionBackbone):
+def words_and_regions(run: FinishedRun) -> list[str]:
+    """Draw states of words and of the regions that they name; returns a summary."""
+    config, model, codes = run.config, run.shared_model(), languages_of(run.config)
+    backbone, source = model.backbone, open_visual_for(config, model)
+    if source is None or not isinstance(backbone, FusionBackbone):
         raise Inapplicable(
-            f"backbone '{backbone.kind}' reads no text of {config.task} together with a picture"
+            f"backbone '{backbone.kind}' reads no text of {config.task} together with an image"
         )
-    parallel = read_parallel(config, codes, objects.POOL * opened.options.limit)
-    if not parallel.items:
-        raise Inapplicable(
-            f"no test item is in all of {', '.join(codes)}: they are not translations of each other"
-        )
-    if isinstance(pictures, ImageSource):
-        where = objects.find_boxes(parallel, Path(config.data) / "scenes.jsonl", pictures, backbone)
+    parallel = run.read_parallel(codes, objects.POOL * run.options.limit)
+    if isinstance(source, ImageSource):
+        weights = objects.find_boxes(parallel, Path(config.data) / "scenes.jsonl", source, backbone)
     else:
-        where = objects.find_regions(parallel, pictures)
-    chosen = objects.choose(parallel, where, opened.options.limit)
-    points, states = tsne.collect(model, chosen, where, codes, pictures, opened.tokenizer, config.length)
-    return tsne.summary(tsne.draw(points, states, opened.called, opened.out / "tsne"), backbone)
+        weights = objects.find_regions(parallel, source)
+    mentions = objects.select_mentions(parallel, weights, run.options.limit)
+    points, states = tsne.collect_states(
+        model, mentions, weights, codes, source, run.tokenizer, config.length
+    )
+    return tsne.tsne_summary(tsne.draw_tsne(points, states, run.title, run.out / "tsne"), backbone)

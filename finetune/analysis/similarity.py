@@ -1,4 +1,4 @@
-"""How near the states of parallel items are between languages (paper 1, section 5.1, figure 4).
+"""Similarity of the states of parallel items between languages (paper 1, section 5.1, figure 4).
 
 The state is the one that the head reads: [CLS] after the unified encoder (a decoder reads the other tokens
 too). Of retrieval, the unit vector of a caption.
@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.analysis.figures import save
-from finetune.analysis.parallel import Parallel
+from finetune.analysis.parallel import Parallel, write_figure
 from finetune.batches import encode_texts, read_inputs
 from finetune.model import FinetuneModel
 from finetune.stores.images import VisualSource
@@ -33,52 +32,51 @@ BATCH = 16  # items in every language at a time
 def parallel_states(
     model: FinetuneModel | UnifiedModel,
     parallel: Parallel,
-    pictures: VisualSource | None,
+    source: VisualSource | None,
     tokenizer: Tokenizer,
     length: int,
     bf16: bool = False,
 ) -> Tensor:
-    """Unit vectors (L, n, D) of the items, float32 on the CPU. A picture is encoded once for all
+    """Compute unit vectors (L, n, D) of the items, float32 on the CPU. An image is encoded once for all
     languages."""
-    device, columns = next(model.parameters()).device, [[] for _ in parallel.languages]
+    device = next(model.parameters()).device
+    columns: list[list[Tensor]] = [[] for _ in parallel.languages]
     for start in range(0, len(parallel.items), BATCH):
-        rows, condition = parallel.items[start : start + BATCH], None
+        rows, memory = parallel.items[start : start + BATCH], None
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            for place, column in enumerate(columns):
-                examples = [row[place] for row in rows]
-                text = to_device(
-                    {"text": encode_texts([e.texts[-1] for e in examples], tokenizer, length)}, device
-                )["text"]
+            for language, column in enumerate(columns):
+                examples = [row[language] for row in rows]
+                ids = encode_texts([e.texts[-1] for e in examples], tokenizer, length)
+                text = to_device({"text": ids}, device)["text"]
                 if not isinstance(model, FinetuneModel):
                     states = model.embed_text(text, normalize=False)
                 else:
-                    if condition is None or not examples[0].images:  # a premise is another in each language
-                        condition = model.memory(
-                            to_device(read_inputs(examples, pictures, tokenizer, length), device)
-                        )
-                    states = model.fused_cls(text, condition)
+                    if memory is None or not examples[0].images:  # a premise is another in each language
+                        inputs = read_inputs(examples, source, tokenizer, length)
+                        memory = model.memory(to_device(inputs, device))
+                    states = model.fused_cls(text, memory)
                 column.append(F.normalize(states.float(), dim=-1).cpu())
     for code, column in zip(parallel.languages, columns, strict=True):
         require_finite(f"states of texts in '{code}'", torch.cat(column))
     return torch.stack([torch.cat(column) for column in columns])
 
 
-def compare(states: Tensor) -> tuple[np.ndarray, float | None]:
-    """Of unit vectors (L, n, D): (mean cosine of parallel items (L, L), mean cosine of all pairs of different
-    items, over all languages; None where there is but one item)."""
+def compare_states(states: Tensor) -> tuple[np.ndarray, float | None]:
+    """Compute of unit vectors (L, n, D): (mean cosine of parallel items (L, L), mean cosine of all pairs of
+    different items, over all languages; None where there is but one item)."""
     states = states.double()
     languages, n, _ = states.shape
     matrix = torch.einsum("aid,bid->ab", states, states) / n
     if n < 2:
         return matrix.numpy(), None
     every = states.sum((0, 1)).square().sum()  # of all pairs; those of one item are taken off
-    own = states.sum(0).square().sum()
-    return matrix.numpy(), float((every - own) / (languages**2 * n * (n - 1)))
+    same_item = states.sum(0).square().sum()
+    return matrix.numpy(), float((every - same_item) / (languages**2 * n * (n - 1)))
 
 
 def correlate(near: dict[str, float], scores: dict[str, float]) -> float | None:
-    """Pearson's r over languages between similarity to English and score; None of fewer than three, or where
-    either is the same in all."""
+    """Compute Pearson's r over languages between similarity to English and score; None of fewer than three,
+    or where either is the same in all."""
     both = [(near[code], scores[code]) for code in near if code in scores]
     x, y = np.array(both, float).reshape(-1, 2).T
     if len(both) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
@@ -86,10 +84,10 @@ def correlate(near: dict[str, float], scores: dict[str, float]) -> float | None:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def describe(parallel: Parallel, states: Tensor, scores: dict[str, float]) -> dict[str, Any]:
-    """The numbers of the figure."""
+def measure_similarity(parallel: Parallel, states: Tensor, scores: dict[str, float]) -> dict[str, Any]:
+    """Compute the numbers of the figure."""
     codes = parallel.languages
-    matrix, unpaired = compare(states)
+    matrix, unpaired = compare_states(states)
     english = codes.index("en") if "en" in codes else None
     near = (
         {}
@@ -100,7 +98,7 @@ def describe(parallel: Parallel, states: Tensor, scores: dict[str, float]) -> di
     return {
         "languages": list(codes),
         "items": len(parallel.items),
-        "in_all_languages": parallel.found,
+        "in_all_languages": parallel.num_common,
         "not_in_all": parallel.left_out,
         "similarity": matrix.tolist(),
         "mean": float(off.mean()),
@@ -111,17 +109,19 @@ def describe(parallel: Parallel, states: Tensor, scores: dict[str, float]) -> di
     }
 
 
-def draw(values: dict[str, Any], called: str, measure: str, what: str, path: Path) -> None:
-    """A heat map, and beside it the score of each language over its similarity to English. `what` is
-    similar."""
+def draw_similarity(values: dict[str, Any], title: str, measure: str, states: str, path: Path) -> None:
+    """Draw a heat map, and beside it the score of each language over its similarity to English. states: kind
+    of the states that are compared."""
     pyplot = open_pyplot()
     codes, near = values["languages"], values["to_english"]
     side = max(3.6, 1.6 + 0.45 * len(codes))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(2 * side + 0.4, side), layout="constrained")
-    figure.suptitle(f"{called}: {values['items']} parallel test items", fontsize=10)
+    figure.suptitle(f"{title}: {values['items']} parallel test items", fontsize=10)
     _heat(left, 100 * np.array(values["similarity"]), codes)
     unpaired = "" if values["unpaired"] is None else f"; unpaired {100 * values['unpaired']:.1f}"
-    left.set_title(f"{what} similarity, cosine × 100\nmean {100 * values['mean']:.1f}{unpaired}", fontsize=9)
+    left.set_title(
+        f"{states} similarity, cosine × 100\nmean {100 * values['mean']:.1f}{unpaired}", fontsize=9
+    )
     points = {
         code: (100 * near[code], 100 * values["score"][code]) for code in near if code in values["score"]
     }
@@ -135,9 +135,9 @@ def draw(values: dict[str, Any], called: str, measure: str, what: str, path: Pat
         f"similarity and zero-shot transfer\nPearson's r over {_count(points, 'language')}: {found}",
         fontsize=9,
     )
-    right.set(xlabel=f"{what} similarity to English, cosine × 100", ylabel=f"{measure}, %")
+    right.set(xlabel=f"{states} similarity to English, cosine × 100", ylabel=f"{measure}, %")
     right.margins(0.12)
-    save(figure, values, path)
+    write_figure(figure, values, path)
 
 
 def _count(things: Sequence | dict, noun: str) -> str:

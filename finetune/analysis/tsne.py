@@ -22,17 +22,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
-from finetune.analysis.figures import Inapplicable, save
-from finetune.analysis.objects import Named, Where
-from finetune.analysis.words import find_tokens, find_word
+from finetune.analysis.objects import ObjectWeights
+from finetune.analysis.parallel import Inapplicable, Mention, find_tokens, find_word, write_figure
 from finetune.batches import encode_texts, read_inputs
 from finetune.model import FinetuneModel
 from finetune.stores.images import ImageSource, RegionFeatures
 from raylib.data.loading import to_device
 from raylib.errors import UserError, require
 from raylib.finite import require_finite
+from raylib.models.base import Backbone
 from raylib.models.unified import UnifiedModel
 from raylib.tables import markdown_table, open_pyplot, percent
 from raylib.text import Tokenizer
@@ -42,7 +42,7 @@ MARKERS = "os^vD<>PhdX"  # a language each
 
 
 class Point(NamedTuple):
-    """What a state is of. language: "" of a region."""
+    """A state: of which object, in which language ("" of a region), item and image."""
 
     label: str
     language: str
@@ -51,59 +51,57 @@ class Point(NamedTuple):
 
 
 @torch.inference_mode()
-def collect(
+def collect_states(
     model: FinetuneModel | UnifiedModel,
-    chosen: Sequence[Named],
-    where: Where,
+    mentions: Sequence[Mention],
+    weights: ObjectWeights,
     languages: Sequence[str],
-    pictures: ImageSource | RegionFeatures,
+    source: ImageSource | RegionFeatures,
     tokenizer: Tokenizer,
     length: int,
 ) -> tuple[list[Point], np.ndarray]:
-    """Words, and once a picture regions, of the objects that `chosen` name: (points, their states (p + r, d),
-    float32)."""
+    """Collect words, and once an image regions, of the objects that `mentions` name: (points, their states (p
+    + r, d), float32)."""
     backbone, device = model.backbone, next(model.parameters()).device
-    classes, seen, found = {item.label for item in chosen}, set(), []
-    text_first = backbone.is_text_first
-    for start in range(0, len(chosen), BATCH):
-        batch, condition = chosen[start : start + BATCH], None
-        for place, code in enumerate(languages):
-            examples = [item.item[place]._replace(images=(item.image,)) for item in batch]
-            text = to_device(
-                {"text": encode_texts([e.texts[-1] for e in examples], tokenizer, length)}, device
-            )["text"]
-            if condition is None:
-                inputs = to_device(read_inputs(examples, pictures, tokenizer, length), device)
-                condition = (
-                    model.memory(inputs)
-                    if isinstance(model, FinetuneModel)
-                    else model.encode_images(inputs["images"])
-                )
-            rows = backbone.joint_states(text, condition)
+    classes = {mention.label for mention in mentions}
+    images: set[str] = set()
+    found: list[tuple[Point, Tensor]] = []
+    for start in range(0, len(mentions), BATCH):
+        batch, memory = mentions[start : start + BATCH], None
+        for language, code in enumerate(languages):
+            examples = [mention.item[language]._replace(images=(mention.image,)) for mention in batch]
+            ids = encode_texts([e.texts[-1] for e in examples], tokenizer, length)
+            text = to_device({"text": ids}, device)["text"]
+            if memory is None:  # images are encoded once for all languages
+                inputs = to_device(read_inputs(examples, source, tokenizer, length), device)
+                is_tuned = isinstance(model, FinetuneModel)
+                memory = model.memory(inputs) if is_tuned else model.encode_images(inputs["images"])
+            rows = backbone.joint_states(text, memory)
             states = rows.values.float().cpu().split(rows.lengths.tolist())
-            for item, example, own, tokens in zip(
+            for mention, example, row, num_tokens in zip(
                 batch, examples, states, text.lengths.tolist(), strict=True
             ):
-                span = find_word(item.words[code], example.texts[-1])
-                words = own[:tokens] if text_first else own[-tokens:]
-                if at := find_tokens(
-                    tokenizer, example.texts[-1], span, length
-                ):  # else cut off behind `length` tokens
-                    found.append((Point(item.label, code, example.id, item.image), words[at].mean(0)))
-                if item.image not in seen:
-                    seen.add(item.image)
-                    for label in sorted(classes & where[item.image].keys()):
-                        share = torch.from_numpy(where[item.image][label]).float()
-                        region = own[-len(share) :] if text_first else own[: len(share)]
-                        found.append((Point(label, "", item.image, item.image), share @ region))
+                span = find_word(mention.words[code], example.texts[-1])
+                words = row[:num_tokens] if backbone.is_text_first else row[-num_tokens:]
+                tokens = find_tokens(tokenizer, example.texts[-1], span, length) if span else []
+                if tokens:  # else cut off behind `length` tokens
+                    point = Point(mention.label, code, example.id, mention.image)
+                    found.append((point, words[tokens].mean(0)))
+                if mention.image in images:
+                    continue
+                images.add(mention.image)
+                for label in sorted(classes & weights[mention.image].keys()):
+                    share = torch.from_numpy(weights[mention.image][label]).float()
+                    region = row[-len(share) :] if backbone.is_text_first else row[: len(share)]
+                    found.append((Point(label, "", mention.image, mention.image), share @ region))
     points, states = zip(*found, strict=True)
     require_finite("states of words and regions", torch.stack(states))
     return list(points), torch.stack(states).numpy()
 
 
-def nearest(points: Sequence[Point], states: np.ndarray) -> dict[str, dict[str, float]]:
-    """How often a word's nearest region, by cosine of `states` (p + r, d), is of its class. Regions of its
-    own picture, which it has seen, do not count.
+def nearest_region_shares(points: Sequence[Point], states: np.ndarray) -> dict[str, dict[str, float]]:
+    """Compute how often a word's nearest region, by cosine of `states` (p + r, d), is of its class. Regions
+    of its own image, which it has seen, do not count.
 
     Returns:
         {language, or "all": {"share": of the words, "chance": were any region as near as any other}}.
@@ -126,8 +124,8 @@ def nearest(points: Sequence[Point], states: np.ndarray) -> dict[str, dict[str, 
     }
 
 
-def spread(states: np.ndarray) -> np.ndarray:
-    """(n, d) -> (n, 2) by t-SNE over cosines, the same each time.
+def project(states: np.ndarray) -> np.ndarray:
+    """Map (n, d) to (n, 2) by t-SNE over cosines, the same each time.
 
     Raises:
         Inapplicable: scikit-learn is not installed.
@@ -142,9 +140,13 @@ def spread(states: np.ndarray) -> np.ndarray:
     )
 
 
-def draw(points: Sequence[Point], states: np.ndarray, called: str, path: Path) -> dict[str, Any]:
-    """`path`.png and, a line a point, `path`.csv. Returns the numbers, which are `path`.json too."""
-    flat, near, regions = spread(states), nearest(points, states), sum(not p.language for p in points)
+def draw_tsne(points: Sequence[Point], states: np.ndarray, title: str, path: Path) -> dict[str, Any]:
+    """Write `path`.png and, a line a point, `path`.csv. Returns the numbers, which are `path`.json too."""
+    flat, near, regions = (
+        project(states),
+        nearest_region_shares(points, states),
+        sum(not p.language for p in points),
+    )
     with open(path.with_suffix(".csv"), "w", encoding="utf-8", newline="") as file:
         lines = csv.writer(file)
         lines.writerow(("class", "kind", "language", "item", "x", "y"))
@@ -173,16 +175,16 @@ def draw(points: Sequence[Point], states: np.ndarray, called: str, path: Path) -
     figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize=9, frameon=False)
     share, chance = (percent(near["all"][name]) for name in ("share", "chance"))
     axes.set_title(
-        f"{called}: words and regions, t-SNE\n"
-        f"nearest region of another picture is of the word's class: {share} % (by chance {chance} %)",
+        f"{title}: words and regions, t-SNE\n"
+        f"nearest region of another image is of the word's class: {share} % (by chance {chance} %)",
         fontsize=10,
     )
-    save(figure, values, path)
+    write_figure(figure, values, path)
     return values
 
 
-def summary(values: dict[str, Any], backbone: nn.Module) -> list[str]:
-    """Markdown: the numbers, and of which states they are."""
+def tsne_summary(values: dict[str, Any], backbone: Backbone) -> list[str]:
+    """Markdown of the numbers, and of which states they are."""
     rows = [["language", "nearest region is of the word's class, %", "by chance, %"]]
     rows += [
         [code, percent(one["share"]), percent(one["chance"])]
@@ -196,7 +198,7 @@ def summary(values: dict[str, Any], backbone: nn.Module) -> list[str]:
         )
     return [
         f"{values['words']} words of {', '.join(values['classes'])}; {values['regions']} regions. {which}. "
-        "Nearest by cosine of these states, not in the figure, among regions of other pictures than the "
+        "Nearest by cosine of these states, not in the figure, among regions of other images than the "
         "word's own.",
         "",
         markdown_table(rows),
