@@ -54,7 +54,7 @@ install: .venv/.installed
 test: .venv/.installed
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check -q .
-	$(PYTHON) -m pytest -q -m "not drill and not slow"
+	$(PYTHON) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "not drill and not slow"
 
 drills: .venv/.installed
 	$(PYTHON) -m pytest -q -m drill

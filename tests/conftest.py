@@ -35,6 +35,15 @@ MINI = [
 QUICK = ["batch=16", "image_size=16", "fit.bf16=false", "fit.loader_workers=0", "fit.log_every=1"]
 
 
+def pytest_collection_modifyitems(items):
+    """Keep each file's tests on one worker of `pytest -n`, for their fixtures, and all clusters on one, which
+    begins with them: they take longest, and two at once would not have the cores that they count on."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("ray",))
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """The sample corpus, built once."""

@@ -23,6 +23,7 @@ from cluster.__main__ import main
 from pretrain.__main__ import main as pretrain
 from raylib.errors import UserError
 
+pytestmark = pytest.mark.xdist_group("ray")
 ROOT = Path(__file__).parent.parent
 
 

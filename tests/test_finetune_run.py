@@ -214,6 +214,7 @@ def test_finetune_torchrun_equals_one_process(tmp_path, scenes):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
 
 
+@pytest.mark.xdist_group("ray")
 def test_finetune_on_ray_with_zero(finetune, tmp_path):
     code, printed = finetune("scenes_xvnli", "name=ray", "runtime=ray", "workers=2", "epochs=1")
     assert code == 0, printed

@@ -19,6 +19,8 @@ from raylib import checkpoint
 from raylib.errors import UserError
 from raylib.track import read_metrics
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():

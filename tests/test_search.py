@@ -23,6 +23,7 @@ from raylib.search.trial import read_reports
 from raylib.track import read_metrics
 from tune_spaces.jobs import FinetuneSearchJob
 
+pytestmark = pytest.mark.xdist_group("ray")
 ROOT = Path(__file__).resolve().parent.parent
 LR = Space(
     "learning rate",
