@@ -3,6 +3,7 @@ line of progress that is printed."""
 
 import importlib
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,8 @@ def _open_backend(name: str, run: Path) -> Any:
     if name == "wandb":
         module.init(project="polyglance", name=run.name, dir=run, id=run.name, resume="allow")
         return module
-    module.set_tracking_uri((run / "mlflow").resolve().as_uri())
+    # a server where one is named; else a database, for MLflow no longer writes folders
+    here = f"sqlite:///{(run / 'mlflow.db').resolve()}"
+    module.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", here))
     module.start_run(run_name=run.name)
     return module

@@ -228,7 +228,7 @@ def test_pretrain_every_recipe_builds(recipe):
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_pretrain_ablations_train_without_the_term(mini, ablation):
     weights = RECIPES[f"tiny_{ablation}"]().objective.weights
-    config = mini(f"name={ablation}", *LOCAL, "fit.steps=1", "data.retrieval=null")
+    config = mini(f"name={ablation}", *LOCAL, "fit.steps=1")
     objective = config.objective.model_copy(update={"weights": weights})
     run(config.model_copy(update={"objective": objective}))
     terms = {k.removeprefix("loss/") for k in lines(config)[0] if k.startswith("loss/")}
@@ -320,7 +320,7 @@ def test_pretrain_print_config_shows_resolved_config(capsys):
 
 
 def test_pretrain_evaluate_refuses_folder_without_retrieval_set(mini, tmp_path, capsys):
-    run(mini("name=model", *LOCAL, "fit.steps=1", "data.retrieval=null"))
+    run(mini("name=model", *LOCAL, "fit.steps=1"))
     folder = tmp_path / "set"
     folder.mkdir()
     for text, words in (

@@ -6,15 +6,20 @@ from raylib.track import Tracker, read_metrics
 
 
 @pytest.mark.heavy
-def test_track_mlflow_has_every_metric_of_the_run(tmp_path):
+@pytest.mark.parametrize("server", [False, True])
+def test_track_mlflow_has_every_metric_of_the_run(tmp_path, monkeypatch, server):
+    """In a file of the run, or where MLFLOW_TRACKING_URI points."""
     import mlflow
 
+    if server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'server.db'}")
     run = tmp_path / "run"
     run.mkdir()
     tracker = Tracker(run, ("mlflow",), 0)
     for step in (1, 2):
         tracker.log(step, {"loss/task": 1 / step, "lr": 0.5})
     tracker.close()
+    assert (run / "mlflow.db").is_file() != server
     client = mlflow.MlflowClient()
     (found,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert found.info.run_name == "run" and found.info.status == "FINISHED"
