@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from raylib.config import Config
 from raylib.errors import UserError
 from raylib.models.layers import Memory
-from raylib.models.unified import HEAD_ROWS, vocabulary_loss
+from raylib.models.unified import HEAD_ROWS, UnifiedModel, vocabulary_loss
 from raylib.packed import Ragged, first_tokens
 from raylib.text import Tokenizer
 
@@ -59,7 +59,10 @@ class AnswerDecoder(nn.Module):
     """A causal stack over `answers` (token ids of each label, specials included). `backbone` is passed to
     each call: its parameters are its own."""
 
-    def __init__(self, backbone: nn.Module, answers: Sequence[Sequence[int]], config: DecoderConfig):
+    given: Tensor
+    wanted: Tensor
+
+    def __init__(self, backbone: UnifiedModel, answers: Sequence[Sequence[int]], config: DecoderConfig):
         """Raises UserError: a backbone without cross-attention, an answer longer than its positions."""
         super().__init__()
         if not backbone.has_cross_attention:
@@ -84,7 +87,7 @@ class AnswerDecoder(nn.Module):
             ids = torch.tensor([token for ids in answers for token in ids[part]])
             self.register_buffer(name, ids, persistent=False)  # the model's config.json keeps them
 
-    def loss(self, backbone: nn.Module, question: Ragged, scores: Tensor) -> Tensor:
+    def loss(self, backbone: UnifiedModel, question: Ragged, scores: Tensor) -> Tensor:
         """-log p of every answer with a score, summed over tokens, answers and questions, each answer
         weighted by its score.
 
@@ -105,7 +108,7 @@ class AnswerDecoder(nn.Module):
             hidden, backbone.embedding.word.weight, backbone.masked_head.bias, wanted, weights
         )[0]
 
-    def rank(self, backbone: nn.Module, question: Ragged) -> Tensor:
+    def rank(self, backbone: UnifiedModel, question: Ragged) -> Tensor:
         """log p of each of the k candidates of each question, at its label; -inf at all others.
 
         Args:
@@ -130,13 +133,13 @@ class AnswerDecoder(nn.Module):
         whole = first.gather(1, candidates) * (2 if self.config.count_first_twice else 1) + rest
         return first.new_full((b, answers), -torch.inf).scatter(1, candidates, whole)
 
-    def _states(self, backbone: nn.Module, question: Ragged, rows: Tensor, answers: Tensor) -> Tensor:
+    def _states(self, backbone: UnifiedModel, question: Ragged, rows: Tensor, answers: Tensor) -> Tensor:
         """States (T, d) of the given tokens of `answers` (n,), each after the question in its place of `rows`
         (n,)."""
         text = Ragged(self.given, self.lengths).select_rows(answers)
         return self.layers(text.with_values(backbone.embedding(text)), memory=Memory(question, rows))
 
-    def _first_token(self, backbone: nn.Module, question: Ragged) -> Tensor:
+    def _first_token(self, backbone: UnifiedModel, question: Ragged) -> Tensor:
         """log p of the first token of each answer: (b, C)."""
         b = len(question.lengths)
         start = Ragged(self.given[:1].expand(b), torch.ones(b, dtype=torch.int64))
@@ -149,7 +152,7 @@ class AnswerDecoder(nn.Module):
         )
 
 
-def _log_probabilities(backbone: nn.Module, states: Tensor, wanted: Tensor) -> Tensor:
+def _log_probabilities(backbone: UnifiedModel, states: Tensor, wanted: Tensor) -> Tensor:
     """log p of the token `wanted` (T,) after each state (T, d), for `HEAD_ROWS` at a time: (T,)."""
     parts = zip(states.split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True)
     return torch.cat(
@@ -157,7 +160,7 @@ def _log_probabilities(backbone: nn.Module, states: Tensor, wanted: Tensor) -> T
     )
 
 
-def _vocabulary(backbone: nn.Module, states: Tensor) -> Tensor:
+def _vocabulary(backbone: UnifiedModel, states: Tensor) -> Tensor:
     """States (T, d) -> log-probabilities (T, V), in float32 or better."""
     logits = F.linear(backbone.masked_head(states), backbone.embedding.word.weight, backbone.masked_head.bias)
     return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))

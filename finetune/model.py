@@ -7,6 +7,7 @@ appendix B.2.3). A head that spells answers (`finetune.decoder`) sees the states
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -70,19 +71,20 @@ class FinetuneModel(nn.Module):
         super().__init__()
         self.backbone, self.labels, self.num_images = backbone, labels, num_images
         self.is_generative = answers is not None
-        self.description = {
+        self.description: dict[str, Any] = {
             "labels": list(labels),
             "pictures": num_images,
             "head_dropout": dropout,
             "regions": regions,
         }
-        if self.is_generative:
+        self.head: Classifier | AnswerDecoder
+        if answers is not None:
             decoder = decoder or DecoderConfig()
             self.description |= {"answers": [list(ids) for ids in answers], "decoder": decoder.model_dump()}
-            self.head = AnswerDecoder(backbone, answers, decoder)
+            self.head = AnswerDecoder(cast(UnifiedModel, backbone), answers, decoder)
         else:
             self.head = Classifier(num_images * backbone.width, backbone.width, len(labels), dropout)
-        self.regions = None
+        self.regions: RegionEmbedding | None = None
         if regions and not isinstance(backbone, RegionBackbone):
             self.regions = RegionEmbedding(regions, backbone.width).apply(init_weights)
         backbone.freeze_unused("generation" if self.is_generative else "classification")
@@ -92,16 +94,19 @@ class FinetuneModel(nn.Module):
         i c ... i c + c - 1: "images" uint8 (b c, H, W, 3), "states" Ragged (of a ViT that ran before),
         "regions" Ragged (f + 7 wide), with "tags" Ragged ids where the backbone reads them, or "premise"
         Ragged ids. Of a decoder: log-probabilities, -inf at labels that are no candidates."""
-        if self.is_generative:
-            return self.head.rank(
-                self.backbone, self.backbone.fused_states(batch["text"], self.memory(batch))
-            )
+        if isinstance(self.head, AnswerDecoder):
+            return self.head.rank(*self._question(batch))
         return self.head(self.fused_cls(batch["text"], self.memory(batch)))
 
     def answer_loss(self, batch: dict) -> Tensor:
         """A decoder's loss, summed over the batch: that of `forward` with "scores" (b, labels)."""
-        question = self.backbone.fused_states(batch["text"], self.memory(batch))
-        return self.head.loss(self.backbone, question, batch["scores"])
+        assert isinstance(self.head, AnswerDecoder)
+        return self.head.loss(*self._question(batch), batch["scores"])
+
+    def _question(self, batch: dict) -> tuple[UnifiedModel, Ragged]:
+        """What a decoder reads: the backbone, and the states of the grounded questions."""
+        backbone = cast(UnifiedModel, self.backbone)  # no other has cross-attention
+        return backbone, backbone.fused_states(batch["text"], self.memory(batch))
 
     def memory(self, batch: dict) -> Ragged | None:
         """What texts of the batch attend to, as states; None: they are about nothing."""

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from torch import nn
-
 from finetune.batches import BatchOrder, EpochBatches, MoreInputs
 from finetune.formats.examples import Captioned, Example
 from finetune.stores.images import VisualSource, open_visual
 from finetune.strategies.base import LossTerms, Need
 from raylib.cache import cached, file_fingerprint
+from raylib.engine import Objective
 from raylib.errors import UserError
 from raylib.text import Tokenizer
 
@@ -92,7 +91,7 @@ class Pipeline(NamedTuple):
     it; None where nothing does."""
 
     config: "FinetuneConfig"
-    model: nn.Module
+    model: Any  # what the task's `build_model` makes: no one else needs its class
     tokenizer: Tokenizer
     visual: VisualSource | None
 
@@ -192,7 +191,7 @@ class Task(ABC):
     # ---- training
 
     @abstractmethod
-    def build_model(self, config: "FinetuneConfig") -> nn.Module:
+    def build_model(self, config: "FinetuneConfig") -> Any:
         """The model that training starts from: pretrained with a new head, or, where a setting goes on from
         it, fine-tuned. Its random weights come from the global generator, which the caller has seeded.
 
@@ -201,7 +200,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def training_items(self, items: list[Any], model: nn.Module) -> tuple[list[Any], int]:
+    def training_items(self, items: list[Any], model: Any) -> tuple[list[Any], int]:
         """(items that train anything, how many others there are)."""
 
     @abstractmethod
@@ -211,7 +210,7 @@ class Task(ABC):
         """Training batches, of which each worker makes its part."""
 
     @abstractmethod
-    def objective(self, config: "FinetuneConfig", model: nn.Module, added: LossTerms) -> nn.Module:
+    def objective(self, config: "FinetuneConfig", model: Any, added: LossTerms) -> Objective:
         """The loss of a batch with the strategies' terms: `forward(batch)` -> (this worker's share of the
         loss, {by name, its terms: means over the global batch}).
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.batches import BatchOrder, EpochBatches, ExampleBatches, MoreInputs
 from finetune.decoder import encode_answers
@@ -103,7 +103,7 @@ class Classification(Task):
         readings = {code: self.read_split(config, split, code, limit) for code in trained}
         return readings, self.read_split(config, split, "en", limit)
 
-    def build_model(self, config: "FinetuneConfig") -> nn.Module:
+    def build_model(self, config: "FinetuneConfig") -> FinetuneModel:
         labels = self.label_names(config)
         if config.continues:
             model = load_finetuned(config.model, labels)
@@ -124,7 +124,7 @@ class Classification(Task):
         """`backbone` with a new head."""
         return FinetuneModel(backbone, labels, self.num_images, config.head_dropout, self.region_dim(config))
 
-    def training_items(self, items: list[Example], model: nn.Module) -> tuple[list[Example], int]:
+    def training_items(self, items: list[Example], model: Any) -> tuple[list[Example], int]:
         """Examples of which an answer is among the classes."""
         known = frozenset(model.labels)
         kept = [e for e in items if not known.isdisjoint(e.labels)]
@@ -137,7 +137,7 @@ class Classification(Task):
         soft = self.is_generative or config.loss == "bce"
         return ExampleBatches(items, model.labels, visual, tokenizer, config.length, soft, order, extra)
 
-    def objective(self, config: "FinetuneConfig", model: nn.Module, added: LossTerms) -> nn.Module:
+    def objective(self, config: "FinetuneConfig", model: Any, added: LossTerms) -> Objective:
         return ClassificationObjective(model, config.loss, added)
 
     def evaluate(
@@ -209,7 +209,7 @@ class Generation(Classification):
             backbone, labels, self.num_images, config.head_dropout, region_dim, answers, config.decoder
         )
 
-    def objective(self, config: "FinetuneConfig", model: nn.Module, added: LossTerms) -> nn.Module:
+    def objective(self, config: "FinetuneConfig", model: Any, added: LossTerms) -> Objective:
         return AnswerObjective(model, added.terms)
 
 
@@ -233,6 +233,7 @@ class ClassificationObjective(Objective):
 
     # the unified encoder's cross-attention or the image encoder may have no part in a task
     has_unused_parameters = True
+    model: FinetuneModel
 
     def __init__(self, model: FinetuneModel, loss: str, added: LossTerms | None = None):
         super().__init__()
@@ -271,6 +272,7 @@ class AnswerObjective(Objective):
     of their answers, each weighted by its score. Terms see no logits: there are none."""
 
     has_unused_parameters = True
+    model: FinetuneModel
 
     def __init__(self, model: FinetuneModel, terms: Mapping[str, Term] | None = None):
         super().__init__()

@@ -19,6 +19,7 @@ from raylib.engine import Objective
 from raylib.errors import UserError
 from raylib.metrics import disparity, mean_recall_at_1
 from raylib.models.base import RetrievalBackbone
+from raylib.models.unified import UnifiedModel
 from raylib.objectives.contrastive import align_pairs, info_nce
 from raylib.objectives.pretraining import ObjectiveConfig, TermWeights, UnifiedObjective
 from raylib.packed import Ragged, concatenate
@@ -61,7 +62,7 @@ class Retrieval(Task):
 
         return read
 
-    def build_model(self, config: "FinetuneConfig") -> nn.Module:
+    def build_model(self, config: "FinetuneConfig") -> RetrievalBackbone:
         model = load_backbone(config.model, config.backbone, config.vision)
         if not isinstance(model, RetrievalBackbone):
             raise UserError(
@@ -75,7 +76,7 @@ class Retrieval(Task):
         model.freeze_unused("matching" if config.use_itm_head else "contrast")
         return model
 
-    def training_items(self, items: list[Captioned], model: nn.Module) -> tuple[list[Captioned], int]:
+    def training_items(self, items: list[Captioned], model: Any) -> tuple[list[Captioned], int]:
         return items, 0
 
     def batches(
@@ -85,7 +86,7 @@ class Retrieval(Task):
             items, pipeline.visual, pipeline.tokenizer, pipeline.config.length, order, extra
         )
 
-    def objective(self, config: "FinetuneConfig", model: nn.Module, added: LossTerms) -> nn.Module:
+    def objective(self, config: "FinetuneConfig", model: Any, added: LossTerms) -> Objective:
         if not config.use_itm_head:
             return ContrastObjective(model, config.temperature, added.terms)
         pretraining = CONTRAST_AND_ITM.model_copy(update={"train_vision": "vision" not in config.freeze})
@@ -143,8 +144,9 @@ class ContrastObjective(Objective):
     """
 
     has_unused_parameters = True  # heads of pretraining have no part in it
+    model: RetrievalBackbone
 
-    def __init__(self, model: nn.Module, temperature: float, terms: Mapping[str, Term] | None = None):
+    def __init__(self, model: RetrievalBackbone, temperature: float, terms: Mapping[str, Term] | None = None):
         super().__init__()
         self.model, self.temperature, self.terms = model, temperature, terms or {}
 
@@ -172,6 +174,8 @@ class MatchingObjective(Objective):
     makes of them are unit vectors, and terms are about vectors of any length.
     """
 
+    model: UnifiedModel
+
     def __init__(self, unified: UnifiedObjective, terms: Mapping[str, Term]):
         super().__init__()
         self.model, self.unified, self.terms = unified.model, unified, terms
@@ -197,7 +201,7 @@ class MatchingObjective(Objective):
         return loss + (weights * shares).sum() * world_size(), {**values, **added}
 
 
-def embed(model: nn.Module, part: dict, temperature: Tensor) -> Outputs:
+def embed(model: RetrievalBackbone, part: dict, temperature: Tensor) -> Outputs:
     """Embeddings of a batch's images, texts and, where there are any, the texts' pivots; temperature: (1,),
     of `Outputs.contrast`."""
     texts = [Ragged(part["text"].clean, part["text"].lengths), *([part["pivot"]] if "pivot" in part else [])]
