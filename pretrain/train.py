@@ -95,7 +95,7 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     config = with_vocabulary(config, data)
     folder, log = run_folder(config), print if is_main_process(config) else no_log
     if is_main_process(config):
-        open_run(config, files_of(data, batches), data.verify)
+        open_run(config, files_of(config, data, batches), data.verify)
     if (folder / "result.json").is_file() and config.resume == "newest":
         log(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
         return {}
@@ -114,13 +114,14 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     return result
 
 
-def files_of(data: DataConfig, batches: StepBatches) -> list[DataFile]:
+def files_of(config: PretrainConfig, data: DataConfig, batches: StepBatches) -> list[DataFile]:
     """Return the files that a run reads: manifests and shards of every stream, the tokenizer, the retrieval
-    set."""
+    set, terms of users' own."""
     return [
         *batches.files(),
         DataFile(Path(data.tokenizer)),
         *([DataFile(Path(data.retrieval))] if data.retrieval else []),
+        *(DataFile(Path(term.file.partition(":")[0])) for _, term in config.objective.terms.items()),
     ]
 
 

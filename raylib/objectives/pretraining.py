@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from raylib.config import Config
@@ -49,7 +49,7 @@ from raylib.objectives.terms import (
     Reads,
     Stream,
     Term,
-    UserTerm,
+    UserTerms,
     term,
 )
 from raylib.packed import EncoderRows, Ragged, Sentences, concatenate, encode_together, first_tokens
@@ -368,7 +368,7 @@ class ObjectiveConfig(Config):
     """Defaults follow the paper's equations; the other value of each choice is what its public code does."""
 
     weights: TermWeights = TermWeights()
-    terms: dict[str, UserTerm] = Field({})  # more of them, by a name for the log
+    terms: UserTerms = UserTerms()
     ucl_text: Version = "clean"
     itm_text: Version = "masked"
     tlm_source: Version = "clean"

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import NonNegativeFloat
+from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat
 from torch import Tensor
 
 from raylib.config import Config, load_user_file, lookup
+from raylib.errors import UserError
 
 Stream = Literal["image_text", "parallel", "text"]
 Reads = Literal["embeddings", "masked", "matches"]
@@ -62,16 +63,30 @@ def term(
 
 
 class UserTerm(Config):
-    """A term in a user's own file: "my_term.py:function", its function decorated with `term`."""
+    """A term in a user's own file: "my_term.py", or "my_term.py:function" where it has several."""
 
     file: str
     weight: NonNegativeFloat = 1.0
 
     def load(self) -> Term:
-        """Raises UserError: no such file, no such term in it."""
-        path, _, name = self.file.rpartition(":")
+        """Raises UserError: no such file, no such term in it, several and none is named."""
+        path, _, name = self.file.partition(":")
         entries = {k: v for k, v in vars(load_user_file(path)).items() if isinstance(v, Term)}
-        return lookup(name, entries, f"term of {path}")
+        if not name and len(entries) != 1:
+            raise UserError(f"{path}: {len(entries)} functions are terms; say which: {path}:NAME")
+        return lookup(name, entries, f"term of {path}") if name else next(iter(entries.values()))
+
+
+class UserTerms(Config):
+    """Terms in users' own files, by any name: `my=my_term.py`, `my.weight=0.5`."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[
+        str, Annotated[UserTerm, BeforeValidator(lambda v: {"file": v} if isinstance(v, str) else v)]
+    ] = Field(init=False)
+
+    def items(self) -> list[tuple[str, UserTerm]]:
+        return list(self.__pydantic_extra__.items())
 
 
 class FrozenTextCache:
