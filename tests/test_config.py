@@ -1,12 +1,15 @@
 import pytest
+from pydantic import model_validator
 
 from raylib.config import (
     Config,
+    differing_paths,
     dump_config,
     load_config,
     load_user_class,
     lookup,
     override,
+    read_stored_settings,
     save_config,
     setting_paths,
     validate,
@@ -68,6 +71,29 @@ def test_registry_lookup_suggests_near_names():
     assert lookup("a", {"a": 1}, "thing") == 1
     with pytest.raises(UserError, match="unknown thing 'tny'; did you mean tiny"):
         lookup("tny", {"tiny": 1, "base": 2}, "thing")
+
+
+def test_read_stored_settings_fills_in_defaults_and_keeps_unknown_settings():
+    stored = read_stored_settings(Outer, {"name": "y", "inner": {"rate": 0.2, "gone": {"deep": 1}}})
+    assert stored.config == Outer(name="y", inner=Inner(rate=0.2))
+    assert stored.unknown == ("inner.gone",)
+    inner = {"rate": 0.2, "sizes": [1, 2], "gone": {"deep": 1}}
+    assert stored.values == {"name": "y", "inner": inner, "limit": None}
+    assert differing_paths(stored.values, Outer().model_dump(mode="json")) == [
+        "inner.gone",
+        "inner.rate",
+        "name",
+    ]
+
+
+def test_read_stored_settings_leaves_what_is_no_config_as_it_was_stored():
+    class Whole(Outer):
+        @model_validator(mode="after")
+        def _check(self):
+            raise ValueError("never")
+
+    stored = read_stored_settings(Whole, {"name": "y"})
+    assert (stored.values, stored.config) == ({"name": "y"}, None) and "never" in stored.problem
 
 
 def test_build_error_names_where_the_value_came_from():

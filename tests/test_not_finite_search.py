@@ -10,6 +10,7 @@ from optuna.trial import TrialState
 from finetune.recipes import RECIPES
 from raylib.config import dump_config
 from raylib.errors import NotFinite, UserError
+from raylib.renames import RENAMED
 from raylib.search.config import SearchConfig
 from raylib.search.optuna import build_searcher, trial_state
 from raylib.search.schedulers import Population, build_population, build_scheduler, rank_agreements
@@ -82,7 +83,8 @@ def test_search_folder_without_newer_setting_goes_on(tmp_path):
     fingerprint = {"search": json.loads(dump_config(config)), "recipe": json.loads(dump_config(base))}
     stored = json.loads(json.dumps(fingerprint))
     del stored["recipe"]["fit"]["max_skipped"]
-    stored["search"]["trials"] = stored["search"].pop("num_trials")  # its name in November 2026
+    for old, new in RENAMED["search"].items():
+        stored["search"][old] = stored["search"].pop(new)
     (tmp_path / "search.json").write_text(json.dumps(stored))
     check_fingerprint(tmp_path, fingerprint, type(base))
     stored["recipe"]["fit"]["seed"] = 7
