@@ -9,11 +9,11 @@ from finetune.strategies import STRATEGIES
 from raylib.config import read_stored_settings, without_settings
 from raylib.errors import UserError
 from raylib.fileio import read_json
-from raylib.launch import CHANGEABLE
+from raylib.launch import MUTABLE_SETTINGS
 from raylib.renames import rename_settings
 
 # names of a run, what is only looked at, and the seed, which is kept apart
-NO_SETTING = frozenset({"name", "method", "eval_each_epoch", "run_test", "fit.seed", *CHANGEABLE})
+NO_SETTING = frozenset({"name", "method", "eval_each_epoch", "run_test", "fit.seed", *MUTABLE_SETTINGS})
 # paths that may lead into other runs
 FROM_RUNS = (
     "model",

@@ -16,7 +16,7 @@ from raylib.fileio import read_json, write_atomically, write_json
 from raylib.provenance import DataFile, record_identity
 from raylib.runtime import LocalRuntime, RayRuntime, Reporter, Runtime
 
-SETTINGS = {  # of Ray, by environment variables
+RAY_ENV = {  # environment variables of every process
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # Train's run page needs it
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every print comes twice
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # noisy
@@ -29,7 +29,7 @@ SETTINGS = {  # of Ray, by environment variables
 
 
 class LaunchConfig(Config):
-    """Where a run lives and what it runs on."""
+    """Folder and resources of a run."""
 
     name: str = Field(default="run", pattern=r"^[\w.-]+$")
     runs: str = "runs"
@@ -40,8 +40,8 @@ class LaunchConfig(Config):
     resume: str = "newest"  # or step_NNNNNN, or best: older checkpoints are set aside, never deleted
 
 
-# what may change between the parts of one run
-CHANGEABLE = (
+# settings that may change when a run goes on: no number depends on them
+MUTABLE_SETTINGS = (
     "runs",
     "runtime",
     "workers",
@@ -61,14 +61,12 @@ CHANGEABLE = (
     "data.verify",
     "verify",
 )
-VERIFY = {
-    "data.verify",
-    "verify",
-}  # of these, those that ask for the content of all data: pretraining's, fine-tuning's
+# of these, those that ask for the content of all data: pretraining's, fine-tuning's
+VERIFY_SETTINGS = {"data.verify", "verify"}
 
 
 def run_folder(config: LaunchConfig) -> Path:
-    """Where a run lives."""
+    """Return the folder of a run."""
     return Path(config.runs).absolute() / config.name
 
 
@@ -84,7 +82,7 @@ def no_log(*parts: Any, **options: Any) -> None:
 def config_hash(config: LaunchConfig) -> str:
     """Return the SHA-256 of the settings that numbers depend on: all but `name` and those that may change
     within a run."""
-    values = without_settings(config.model_dump(mode="json"), {"name", *CHANGEABLE})
+    values = without_settings(config.model_dump(mode="json"), {"name", *MUTABLE_SETTINGS})
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -101,7 +99,9 @@ def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool 
     stored = run / "config.json"
     if stored.is_file():
         before = read_stored_settings(type(config), read_json(stored)).values
-        changed = [p for p in differing_paths(before, config.model_dump(mode="json")) if p not in CHANGEABLE]
+        changed = [
+            p for p in differing_paths(before, config.model_dump(mode="json")) if p not in MUTABLE_SETTINGS
+        ]
         if changed:
             raise UserError(
                 f"{run} holds a run with other settings ({', '.join(changed)}); give this one another name="
@@ -118,8 +118,8 @@ def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool 
 def launch(
     main: Callable[[Runtime, Any], dict], config: Any, run: Path, reporter: Reporter | None = None
 ) -> dict:
-    """`main(runtime, config)` on every worker; returns what worker 0 returned. In a trial of a search,
-    `reporter` tells it of every checkpoint.
+    """Call `main(runtime, config)` on every worker; return the result of worker 0. In a trial of a search,
+    `reporter` reports every checkpoint.
 
     Raises:
         UserError: raised by `main` on any worker, in one line.
@@ -132,24 +132,24 @@ def launch(
 
 
 def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -> dict:
-    started = connect()
+    has_started = connect_to_ray()
     import ray
     from ray import train
     from ray.train.torch import TorchTrainer
 
     resources = ray.cluster_resources()
     gpu = resources.get("GPU", 0) > 0 if config.gpu is None else config.gpu
-    have = int(resources.get("GPU" if gpu else "CPU", 0))
-    if have < config.workers:
+    available = int(resources.get("GPU" if gpu else "CPU", 0))
+    if available < config.workers:
         raise UserError(
-            f"workers={config.workers}, but the cluster has {have} {'GPUs' if gpu else 'CPUs'}; set "
-            f"workers={have}"
+            f"workers={config.workers}, but the cluster has {available} {'GPUs' if gpu else 'CPUs'}; set "
+            f"workers={available}"
         )
     failure = run / "failure.json"
     failure.unlink(missing_ok=True)
     # Ray's type hints are those of Train's first version, its objects those of the second
     trainer = TorchTrainer(
-        _work,  # type: ignore[arg-type]
+        _run_worker,  # type: ignore[arg-type]
         train_loop_config={
             "main": main,
             "config": config,
@@ -171,20 +171,20 @@ def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -
     except SystemExit:  # Train takes Ctrl-C itself: it aborts the run, and then ends the program with code 1
         raise KeyboardInterrupt from None
     finally:
-        if started:
+        if has_started:
             ray.shutdown()
     if "error" in result:
         raise (NotFinite if result["not_finite"] else UserError)(result["error"])
     return result
 
 
-def connect() -> bool:
-    """Join the cluster that RAY_ADDRESS names, or start one here; whether that was needed.
+def connect_to_ray() -> bool:
+    """Join the cluster that RAY_ADDRESS names, or start one here; return whether one was started.
 
     Raises:
         UserError: Ray is not installed.
     """
-    for name, value in SETTINGS.items():
+    for name, value in RAY_ENV.items():
         os.environ.setdefault(name, value)
     try:
         import ray
@@ -197,20 +197,22 @@ def connect() -> bool:
     ray.init(
         address=os.environ.get("RAY_ADDRESS", "local"),
         log_to_driver=True,
-        runtime_env={"env_vars": {k: os.environ[k] for k in SETTINGS}},
+        runtime_env={"env_vars": {k: os.environ[k] for k in RAY_ENV}},
     )
     return True
 
 
-def _work(parts: dict) -> dict:
-    """On a worker. A user's mistake is no failure to retry: it is left for the next attempt to return."""
-    run = Path(parts["run"])
+def _run_worker(loop_config: dict[str, Any]) -> dict:
+    """Call `main` on a worker of Ray Train."""
+    run = Path(loop_config["run"])
+    # Train starts again after every exception. A user's mistake would only come again, so the first attempt
+    # leaves it in a file, and the next returns it.
     failure = run / "failure.json"
     if failure.is_file():
         return read_json(failure)
-    cache.set_cache(parts["object_cache"])
+    cache.set_cache(loop_config["object_cache"])
     try:
-        return parts["main"](RayRuntime(run), parts["config"])
+        return loop_config["main"](RayRuntime(run), loop_config["config"])
     except UserError as e:
         write_json(failure, {"error": str(e), "not_finite": isinstance(e, NotFinite)})
         raise

@@ -49,9 +49,9 @@ def cluster():
     """One cluster for all tests here."""
     import ray
 
-    from raylib.launch import SETTINGS
+    from raylib.launch import RAY_ENV
 
-    for name, value in SETTINGS.items():
+    for name, value in RAY_ENV.items():
         os.environ.setdefault(name, value)
     ray.init(
         address="local",
@@ -59,7 +59,7 @@ def cluster():
         include_dashboard=True,
         dashboard_port=0,
         object_store_memory=10**8,
-        runtime_env={"env_vars": SETTINGS},
+        runtime_env={"env_vars": RAY_ENV},
     )
     yield
     ray.shutdown()

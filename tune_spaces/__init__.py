@@ -1,1 +1,1 @@
-"""What is searched: spaces for every method, the jobs that they are searched over, the command."""
+"""Searches: spaces for every method, the stages that they are searched over, the command."""

@@ -25,7 +25,7 @@ from raylib.config import change_settings, differing_paths, dump_config, read_st
 from raylib.errors import UserError
 from raylib.fileio import read_json, write_json
 from raylib.finite import finite_values
-from raylib.launch import VERIFY, LaunchConfig, connect
+from raylib.launch import VERIFY_SETTINGS, LaunchConfig, connect_to_ray
 from raylib.provenance import record_identity
 from raylib.search import report
 from raylib.search.cache import RayObjectCache
@@ -63,7 +63,7 @@ def run_search(config: SearchConfig, name: str, space: Space, job: SearchJob, ba
         print(f"search '{config.name}' is complete: {folder}/report.md (another name= starts another search)")
         return folder
     base = prepare_base(config, name, space, job, base)
-    started = connect()
+    has_started = connect_to_ray()
     try:
         resources = plan_resources(config)
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def run_search(config: SearchConfig, name: str, space: Space, job: SearchJob, ba
         finalists = run_finalists(context, results, resources)
         report.write_report(context, results, finalists)
     finally:
-        if started:
+        if has_started:
             ray.shutdown()
     print((folder / "report.md").read_text(encoding="utf-8"))
     print(f"{folder}/report.md, trials.csv; the best: python -m {job.command} --config {folder}/best.yaml")
@@ -109,7 +109,7 @@ def check_fingerprint(folder: Path, fingerprint: dict[str, Any], recipe: type[La
     changed = [
         name
         for name in differing_paths(stored, fingerprint)
-        if name.partition(".")[2] not in {*RESOURCE_SETTINGS, *VERIFY}
+        if name.partition(".")[2] not in {*RESOURCE_SETTINGS, *VERIFY_SETTINGS}
     ]
     if changed:
         raise UserError(
