@@ -309,7 +309,8 @@ def load_user_class(path: Path | str, base: type[T], name: str | None = None) ->
 
 def _line_in(error: Exception, path: Path) -> int | None:
     """The last line of `path` that ran before `error`."""
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if Path(f.filename).resolve() == path.resolve()]
     return lines[-1] if lines else None
 
 
