@@ -3,7 +3,7 @@ and images."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -57,9 +57,10 @@ def load_task(name: str) -> Task:
         raise UserError(f"{name}: it defines {len(found)} tasks; leave one, or make a file for each")
     if found:
         return found.popitem()[1]
-    task_class = load_user_class(name, Task)
+    task_class = load_user_class(name, Task)  # type: ignore[type-abstract]  # one that is not
+    build: Callable[[], Task] = task_class
     try:
-        return task_class()
+        return build()
     except TypeError as e:
         raise UserError(f"{name}: {task_class.__name__} cannot be built without arguments ({e})") from None
 
@@ -121,16 +122,20 @@ def dev_sets(config: FinetuneConfig, language: str | None) -> dict[str, str]:
     at, but in a search, where English says something of all languages, or is all that is looked at. Then
     those of `dev_languages`.
     """
-    task, sets = find_task(config), {}
+    task = find_task(config)
+    sets: dict[str, str] = {}
     split = {"few_shot": "shots_dev", "single_language": "dev"}.get(config.setting)
-    own = language is not None and split is not None and task.has(split, language)
-    if own and split == "dev" and language != "en":
-        own = task.source("dev", language) != task.source("dev", "en")
+    own = None  # the language, if its own set chooses
+    if language is not None and split is not None and task.has(split, language):
+        is_english = split == "dev" and task.source("dev", language) == task.source("dev", "en")
+        own = None if is_english and language != "en" else language
     looked = config.select == "best" or (
         not config.run_test and (language is None or not config.dev_languages)
     )
-    if config.trains and looked and (own or task.has("dev", "en")):
-        sets = {language: dev_split(config, language)} if own else {"en": "dev"}
+    if config.trains and looked and own:
+        sets[own] = dev_split(config, own)
+    elif config.trains and looked and task.has("dev", "en"):
+        sets["en"] = "dev"
     for code in config.dev_languages:
         if language in (None, code):
             sets.setdefault(code, dev_split(config, code))
@@ -144,6 +149,7 @@ def training_sets(config: FinetuneConfig, language: str | None) -> list[Reading]
         UserError: the languages have no training files of their own.
     """
     if config.setting == "few_shot":
+        assert language is not None, "few-shot training has a part a language"
         return [read_split(config, "shots", language)]
     if config.setting == "zero_shot":
         return [read_split(config, "train", "en", config.train_limit)]
@@ -309,7 +315,7 @@ def tokenizer_of(config: FinetuneConfig) -> Path:
     return tokenizer_at(config.model)
 
 
-def open_visual_for(config: FinetuneConfig, model: torch.nn.Module) -> VisualSource | None:
+def open_visual_for(config: FinetuneConfig, model: Any) -> VisualSource | None:
     """What grounds the task's texts, as the model takes it; None where nothing does."""
     task = find_task(config)
     if not task.needs_images(config):
@@ -331,4 +337,6 @@ def _set_region_dim(config: FinetuneConfig, task: Task, backbone: RegionBackbone
             f"regions= is missing: {backbone.kind} sees region features, not images; give an LMDB folder, "
             "a .h5, a .tsv or a folder of .npz or .npy files"
         )
-    backbone.set_region_dim(task.region_dim(config))
+    dim = task.region_dim(config)
+    assert dim is not None
+    backbone.set_region_dim(dim)

@@ -323,8 +323,10 @@ def _setting_cell(comparison: Comparison, row: ComparisonRow, path: str) -> str:
     if value is None:
         parts = [other for other in comparison.rows if isinstance(_setting_at(other, path), dict)]
         return "" if parts else "none"
-    if value is ABSENT or isinstance(value, str):
-        return "" if value is ABSENT else value
+    if value is ABSENT:
+        return ""
+    if isinstance(value, str):
+        return value
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -356,7 +358,9 @@ def _estimate(found: Estimate | None, sign: str = "") -> str:
 
 def _ends(found: Estimate | None) -> list[float | str]:
     """[mean, low, high]."""
-    mean, half = found or ("", None)
+    if found is None:
+        return ["", "", ""]
+    mean, half = found
     return [mean, "", ""] if half is None else [mean, mean - half, mean + half]
 
 

@@ -116,11 +116,9 @@ class FinetuneModel(nn.Module):
             return self.backbone.encode_images(batch["images"])
         if "regions" in batch:
             regions = batch["regions"]
-            if "tags" in batch:
-                return self.backbone.embed_regions(regions, batch["tags"])
-            if self.regions is None:
-                return self.backbone.embed_regions(regions)
-            return regions.with_values(self.regions(regions.values))
+            if self.regions is not None:
+                return regions.with_values(self.regions(regions.values))
+            return cast(RegionBackbone, self.backbone).embed_regions(regions, batch.get("tags"))
         if "premise" in batch:
             return batch["premise"].with_values(self.backbone.encode_text(batch["premise"]))
         return None
@@ -134,7 +132,9 @@ class FinetuneModel(nn.Module):
     ) -> tuple[list[Ragged], TokenSegments]:
         """States of all tokens of each text in the one picture that grounds it, after some of the layers
         (`raylib.models`). `empty`: of a backbone whose rows hold regions, and of a slot without one."""
-        return self.backbone.hidden_states(batch["text"], self.memory(batch), layers, empty)
+        memory = self.memory(batch)
+        assert memory is not None, "a text about nothing has no rows with an image's"
+        return self.backbone.hidden_states(batch["text"], memory, layers, empty)
 
     def answer(self, last: Ragged) -> Tensor:
         """Logits (b, labels) from the states after the last layer: as `forward`, where one picture grounds a
@@ -174,7 +174,7 @@ class FinetuneModel(nn.Module):
         """The model that `save` wrote into `folder`."""
         values = read_description(folder)
         kind = stored_backbone(values, folder)
-        backbone = kind.from_sizes(values["sizes"], values["backbone"], folder)
+        backbone = cast(FusionBackbone, kind.from_sizes(values["sizes"], values["backbone"], folder))
         model = cls(
             backbone,
             tuple(values["labels"]),

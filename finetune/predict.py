@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def predict(
 
 def evaluate(
     model: FinetuneModel,
-    sets: dict[str, Sequence[Example] | Iterable],
+    sets: Mapping[str, Iterable[Example]],
     pictures: VisualSource | None,
     tokenizer: Tokenizer,
     length: int,

@@ -331,7 +331,9 @@ def _stored_result(folder: Path) -> dict[str, Any]:
 
 def _so_far(model, run: Path) -> dict[str, Any]:
     """Return what is known of a training that was stopped, as a finished part would have it."""
-    meta = checkpoint.read_meta(checkpoint.find_newest(run))
+    newest = checkpoint.find_newest(run)
+    assert newest is not None, "a training that has stopped has saved"
+    meta = checkpoint.read_meta(newest)
     return {
         "finished": False,
         "steps": meta["step"],

@@ -21,7 +21,6 @@ from raylib.randomness import string_key
 
 if TYPE_CHECKING:
     from finetune.config import FinetuneConfig
-    from raylib.models.unified import UnifiedModel
 
 CHUNK = 64  # images through the image encoder at a time
 
@@ -208,7 +207,7 @@ def open_visual(config: "FinetuneConfig", size: int, has_tags: bool = False) -> 
 
 
 def precompute_features(
-    model: "UnifiedModel", source: ImageSource, names: Iterable[str], folder: Path, bf16: bool = False
+    model: Any, source: ImageSource, names: Iterable[str], folder: Path, bf16: bool = False
 ) -> EncoderStates:
     """All workers together: states of the images `names` after `model`'s image encoder, kept in `folder`;
     in float16 if they were made in bf16, which is no finer."""

@@ -5,7 +5,7 @@ compose. Their weights are few and kept apart, in RUN/tuned.safetensors.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from pydantic import PositiveFloat, PositiveInt
 
@@ -119,7 +119,7 @@ class SoftPrompt(PeftModules):
     """Trainable tokens, whose ids come after the vocabulary's."""
 
     def wrap_tokenizer(self, tokenizer: Tokenizer, model: Any) -> Tokenizer:
-        words = peft.text_embedding(model).word
+        words = cast(peft.PromptedEmbedding, peft.text_embedding(model).word)
         first = words.num_embeddings
         return PromptedTokenizer(tokenizer, ids=tuple(range(first, first + len(words.prompt))))
 

@@ -10,11 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 from finetune.batches import BatchOrder, EpochBatches, MoreInputs
 from finetune.formats.examples import Captioned, Example
 from finetune.stores.images import VisualSource, open_visual
+from finetune.stores.records import Regions
 from finetune.strategies.base import LossTerms, Need
 from raylib.cache import cached, file_fingerprint
 from raylib.engine import Objective
@@ -177,7 +178,8 @@ class Task(ABC):
         image = next((item.images[0] for reading in readings for item in reading if item.images), None)
         if image is None:
             raise UserError(f"{config.task}: its texts are about no images; leave regions= out")
-        return open_visual(config, 0).store.read(image).features.shape[1]
+        regions = cast(Regions, open_visual(config, 0).store.read(image))
+        return regions.features.shape[1]
 
     def training_captions(self, config: "FinetuneConfig") -> Captions | None:
         """Read the captions that are trained on, in any language, or translations of them; None where there

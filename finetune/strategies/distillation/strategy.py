@@ -410,8 +410,9 @@ def _check_images(
             f"image_size={sizes[1]}"
         )
     if isinstance(images, PrecomputedFeatures):
-        made = [fingerprint_module(m.backbone.image_encoder) for m in (model, teacher)]
-        if made[0] != made[1]:
+        encoders = [m.backbone.image_encoder for m in (model, teacher)]
+        prints = [encoder and fingerprint_module(encoder) for encoder in encoders]
+        if prints[0] != prints[1]:
             raise UserError(
                 f"{WHERE}: the frozen image encoder is not the teacher's, so images cannot be encoded once "
                 "for both; set cache_image_states=false"

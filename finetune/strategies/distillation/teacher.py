@@ -8,7 +8,7 @@ FOLDER/index-WORKER.json                  {id: [number, first token, tokens]}
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -21,7 +21,7 @@ from raylib.data.states import write_sharded
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json
 from raylib.finite import is_finite
-from raylib.models.base import RegionBackbone
+from raylib.models.base import FusionBackbone, RegionBackbone
 
 
 class Teacher:
@@ -65,7 +65,7 @@ def load_teacher(path: Path | str, kind: str, regions: int | None) -> FinetuneMo
     backbone = load_backbone(path, kind)
     if regions and isinstance(backbone, RegionBackbone):
         backbone.set_region_dim(regions)
-    return FinetuneModel(backbone, ("?",), 1, 0.0, regions)  # a head that nothing reads
+    return FinetuneModel(cast(FusionBackbone, backbone), ("?",), 1, 0.0, regions)  # a head that nothing reads
 
 
 TOKENS = 2**16  # of a shard, about
