@@ -102,7 +102,7 @@ def find_overlaps(task: Task, sets: list[UsedSet]) -> list[dict[str, Any]]:
             names = (
                 []
                 if new.issuperset(named)
-                else [n for _, names in _images(item, task.mscoco) for n in names if n in images]
+                else [n for _, others in _images(item, task.mscoco) for n in others if n in images]
             )
             if not names:
                 new.update(named)

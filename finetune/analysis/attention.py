@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ def attention_weights(backbone: UnifiedModel, text: Ragged, image: Ragged) -> Te
 
     def record(layer: int):
         def hook(attention: nn.Module, inputs: tuple) -> None:
-            recorded[layer].append(layer_weights(attention, *inputs))
+            recorded[layer].append(layer_weights(cast(Attention, attention), *inputs))
 
         return hook
 
@@ -253,7 +253,7 @@ def _means(rows: Sequence[np.ndarray], languages: Sequence[str]) -> dict[str, An
 
 
 def _record(mention: Mention, languages: Sequence[str], grids: np.ndarray) -> dict[str, Any]:
-    record = {
+    record: dict[str, Any] = {
         "id": mention.item[0].id,
         "image": mention.image,
         "word": dict(mention.words),

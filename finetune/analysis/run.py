@@ -3,7 +3,7 @@ figure that cannot be made of this run is a line that says why."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -21,7 +21,7 @@ from finetune.config import FinetuneConfig
 from finetune.evaluate import find_trained
 from finetune.model import FinetuneModel, load_weights
 from finetune.report import read_result, scores_of
-from finetune.stores.images import ImageSource
+from finetune.stores.images import ImageSource, RegionFeatures
 from raylib import checkpoint
 from raylib.config import load_config
 from raylib.errors import UserError
@@ -206,7 +206,14 @@ def _attention(run: FinishedRun) -> list[str]:
     else:
         mentions = attention.find_scene_mentions(parallel, Path(config.data) / "scenes.jsonl")
     values = attention.measure_attention(
-        backbone, mentions, codes, source, run.tokenizer, config.length, options.layer, options.images
+        cast(UnifiedModel, backbone),
+        mentions,
+        codes,
+        source,
+        run.tokenizer,
+        config.length,
+        options.layer,
+        options.images,
     )
     hidden = attention.draw_attention(values, source, run.title, run.out / "attention")
     lines = [
@@ -228,7 +235,7 @@ def words_and_regions(run: FinishedRun) -> list[str]:
     """Draw states of words and of the regions that they name; returns a summary."""
     config, model, codes = run.config, run.shared_model(), languages_of(run.config)
     backbone, source = model.backbone, open_visual_for(config, model)
-    if source is None or not isinstance(backbone, FusionBackbone):
+    if not isinstance(source, ImageSource | RegionFeatures) or not isinstance(backbone, FusionBackbone):
         raise Inapplicable(
             f"backbone '{backbone.kind}' reads no text of {config.task} together with an image"
         )

@@ -18,7 +18,7 @@ import csv
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from finetune.stores.images import ImageSource, RegionFeatures
 from raylib.data.loading import to_device
 from raylib.errors import UserError, require
 from raylib.finite import require_finite
-from raylib.models.base import Backbone
+from raylib.models.base import Backbone, FusionBackbone
 from raylib.models.unified import UnifiedModel
 from raylib.tables import markdown_table, open_pyplot, percent
 from raylib.text import Tokenizer
@@ -74,9 +74,12 @@ def collect_states(
             text = to_device({"text": ids}, device)["text"]
             if memory is None:  # images are encoded once for all languages
                 inputs = to_device(read_inputs(examples, source, tokenizer, length), device)
-                is_tuned = isinstance(model, FinetuneModel)
-                memory = model.memory(inputs) if is_tuned else model.encode_images(inputs["images"])
-            rows = backbone.joint_states(text, memory)
+                if isinstance(model, FinetuneModel):
+                    memory = model.memory(inputs)
+                else:
+                    memory = model.encode_images(inputs["images"])
+            assert memory is not None
+            rows = cast(FusionBackbone, backbone).joint_states(text, memory)
             states = rows.values.float().cpu().split(rows.lengths.tolist())
             for mention, example, row, num_tokens in zip(
                 batch, examples, states, text.lengths.tolist(), strict=True

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from finetune.batches import BatchOrder, CaptionBatches, EpochBatches, MoreInputs
 from finetune.formats.examples import Captioned
 from finetune.model import load_backbone
+from finetune.stores.images import ImageSource, PrecomputedFeatures
 from finetune.strategies.base import LossTerms, Need, Outputs, Term, term_shares
 from finetune.tasks.base import TRAINING_SPLITS, Captions, Pipeline, Score, Task
 from finetune.tasks.ranking import retrieve
@@ -82,9 +83,8 @@ class Retrieval(Task):
     def batches(
         self, pipeline: Pipeline, items: list[Any], order: BatchOrder, extra: MoreInputs | None = None
     ) -> EpochBatches:
-        return CaptionBatches(
-            items, pipeline.visual, pipeline.tokenizer, pipeline.config.length, order, extra
-        )
+        visual = cast(ImageSource | PrecomputedFeatures, pipeline.visual)
+        return CaptionBatches(items, visual, pipeline.tokenizer, pipeline.config.length, order, extra)
 
     def objective(self, config: "FinetuneConfig", model: Any, added: LossTerms) -> Objective:
         if not config.use_itm_head:
@@ -96,7 +96,8 @@ class Retrieval(Task):
     def evaluate(
         self, pipeline: Pipeline, sets: Mapping[str, Iterable[Any]], folder: Path
     ) -> dict[str, dict[str, Any]]:
-        config, model, tokenizer, visual = pipeline
+        config, model, tokenizer, _ = pipeline
+        visual = cast(ImageSource | PrecomputedFeatures, pipeline.visual)
         return {
             code: retrieve(
                 model,
