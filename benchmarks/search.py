@@ -155,7 +155,7 @@ def grid_noise(grids: Sequence[Sequence[dict]]) -> float:
 
 def table(lines: Sequence[dict]) -> str:
     """Return a table with a row a contestant, over the seeds that all of them have."""
-    lines = newest(lines, "seed", "contestant")
+    lines = newest(list(lines), "seed", "contestant")
     rows_of = {(line["seed"], line["contestant"]): line["rows"] for line in lines}
     seeds = [
         seed
@@ -181,7 +181,7 @@ def table(lines: Sequence[dict]) -> str:
             rows, grid = rows_of[seed, name], rows_of[seed, "paper's grid"]
             budget = sum(row["epoch"] for row in grid)
             best, count = best_within(rows, budget)
-            grid_best = best_within(grid, budget)[0]
+            grid_best = max(row["score"] for row in grid if row["state"] == "finished")
             shares.append(epochs_to(rows, grid_best) / budget)
             near.append(epochs_to(rows, grid_best - noise) / budget)
             counts.append(count)

@@ -48,8 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     name, space = open_space(given.space)
     if not given.settings:
         published = [f"published: {setting}" for setting in space.published]
-        lines = [f"{name}: {space.summary}", "", describe_knobs(space.knobs), "", *published]
-        print("\n".join([*lines, f"grid: {dict(space.grid)}"]))
+        print(f"{name}: {space.summary}\n\n{describe_knobs(space.knobs)}\n")
+        print("\n".join([*published, f"grid: {dict(space.grid)}"]))
         return 0
     from raylib.search.search import run_search
     from tune_spaces.jobs import find_job

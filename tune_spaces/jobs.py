@@ -219,7 +219,7 @@ class PretrainSearchJob(SearchJob):
 
     def data_files(self, config: PretrainConfig) -> list[DataFile]:
         data = resolve_data(config)
-        return files_of_pretraining(data, StepBatches(data, config.model.image_size, config.fit.seed))
+        return files_of_pretraining(config, data, StepBatches(data, config.model.image_size, config.fit.seed))
 
     def verifies_content(self, config: PretrainConfig) -> bool:
         return config.data.verify
