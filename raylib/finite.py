@@ -6,17 +6,18 @@ Readers of files raise a plain `UserError` that names file and tensor; training 
 
 Steps whose loss or gradient is not finite: both engines skip them alike, and too many of them end the run.
 
-1. `check_loss`: a loss or term that is not finite makes the loss NaN, and so the gradients of all workers.
+1. `StepGuard.check_loss` (`raylib.engine`): a loss or term that is not finite makes the loss NaN, and so the
+   gradients of all workers.
 2. The engine leaves weights and optimizer state as they are, to the bit, where the gradient's norm is not
    finite.
-3. `count`: how many steps were skipped stays on the device, so that no step waits for it.
+3. `StepGuard.count`: how many steps were skipped stays on the device, so that no step waits for it.
 4. `StepMonitor` reads it before anything is logged, evaluated or saved.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from torch import Tensor, nn
 
 from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import NotFinite, UserError
+
+if TYPE_CHECKING:
+    from raylib.engine import StepGuard
 
 
 def is_finite(value: Tensor | np.ndarray | float) -> bool:
@@ -83,68 +87,6 @@ def _not_finite(value: Any, name: str):
         yield name
 
 
-class StepCounts(NamedTuple):
-    """Steps skipped in all, and in a row; the last one that was not, and the one that ended the run, both
-    counted from 0; -1 where there is no such step."""
-
-    skipped: int
-    in_a_row: int
-    last_applied: int
-    end_step: int
-
-
-class StepGuard:
-    """Counts skipped steps on `device`. After more than `limit` in a row every further step is skipped too:
-    the weights stay those at which the run ended, whenever that is read.
-
-    skipped, in_a_row: what an earlier start of the run had counted.
-    """
-
-    def __init__(self, device: torch.device, limit: int = 10, skipped: int = 0, in_a_row: int = 0):
-        self.device, self.limit = device, limit
-        # `StepCounts`, kept on the device: to read them each step would make the host wait for it
-        counts = (torch.tensor(n, device=device) for n in (skipped, in_a_row, -1, -1))
-        self.skipped, self.in_a_row, self.last_applied, self.end_step = counts
-        self.names: tuple[str, ...] = ()
-        self.finite = torch.empty(0, dtype=torch.bool)  # (names,): of the step under way
-        self.finite_at_end: Tensor | None = None  # of the last step, or of `end_step`
-
-    def check_loss(self, loss: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
-        """Return `loss` to the bit, or NaN where it or one of its terms is not finite."""
-        self.names = ("loss", *terms)
-        values = [torch.as_tensor(value, device=loss.device) for value in (loss, *terms.values())]
-        self.finite = torch.stack([value.detach().reshape(()).float() for value in values]).isfinite()
-        # a factor of 1 changes neither loss nor gradient; one of NaN reaches every gradient: NaN x 0 is NaN
-        return loss * torch.where(self.finite.all(), 1.0, torch.nan).to(loss.dtype)
-
-    def count(self, step: int, norm: Tensor) -> Tensor:
-        """Count `step`, whose gradient has this norm. Returns 1.0 where its update must be skipped, else 0.0,
-        as a tensor on the device."""
-        # everything here is tensors and `where`, not Python's `if`: a branch would wait for the device
-        skip, running = ~norm.to(self.device, non_blocking=True).isfinite(), self.end_step < 0
-        self.skipped = self.skipped + skip
-        self.in_a_row = (self.in_a_row + 1) * skip
-        last = self.finite if self.finite_at_end is None else self.finite_at_end
-        self.finite_at_end = torch.where(running, self.finite, last)
-        self.end_step = torch.where(running & (self.in_a_row > self.limit), step, self.end_step)
-        # once a row is too long, nothing is applied any more: when the host reads of it, some steps later on
-        # a GPU, the weights are still those at which the run ended
-        skip = skip | (self.end_step >= 0)
-        self.last_applied = torch.where(skip, self.last_applied, step)
-        return skip.float()
-
-    def read_counts(self) -> StepCounts:
-        """Wait for the device, and return its counts."""
-        counts = (self.skipped, self.in_a_row, self.last_applied, self.end_step)
-        return StepCounts(*torch.stack(counts).tolist())
-
-    def nonfinite_terms_at_end(self) -> list[str]:
-        """Name the loss and terms that were not finite in the step that ended the run."""
-        assert self.finite_at_end is not None, "no step has been counted"
-        flags = zip(self.names, self.finite_at_end.tolist(), strict=True)
-        return [name for name, finite in flags if not finite]
-
-
 class GuardedEngine(Protocol):
     """The part of an engine (`raylib.engine`) that `StepMonitor` needs."""
 
@@ -166,7 +108,7 @@ class StepMonitor:
 
     def __init__(
         self,
-        guard: StepGuard,
+        guard: "StepGuard",
         engine: GuardedEngine,
         replay: Callable[[int], dict],
         last_checkpoint: Path | None,

@@ -20,12 +20,13 @@ from raylib.engine import (
     LayerRates,
     Objective,
     OptimConfig,
+    StepGuard,
     TorchEngine,
     learning_rate,
 )
 from raylib.errors import NotFinite
 from raylib.fileio import write_json
-from raylib.finite import StepGuard, StepMonitor, finite_values, require_finite_values
+from raylib.finite import StepMonitor, finite_values, require_finite_values
 from raylib.randomness import hash64
 from raylib.runtime import Runtime
 from raylib.track import Backend, Progress, Tracker

@@ -5,8 +5,7 @@ import os
 import pytest
 import torch
 
-from raylib.engine import DeepSpeedEngine, OptimConfig, TorchEngine
-from raylib.finite import StepGuard
+from raylib.engine import DeepSpeedEngine, OptimConfig, StepGuard, TorchEngine
 from tests.test_strategies import Squares, Stack, batch_of
 from tests.workers import run_workers
 

@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raylib import checkpoint
-from raylib.engine import OptimConfig
+from raylib.engine import OptimConfig, StepGuard
 from raylib.errors import NotFinite
-from raylib.finite import StepGuard
 from raylib.loop import FitConfig, fit
 from raylib.models.base import save_model
 from raylib.runtime import LocalRuntime
