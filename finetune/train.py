@@ -187,7 +187,7 @@ def _english(config: FinetuneConfig) -> str:
 
 def epochs_of(config: FinetuneConfig) -> int:
     """Epochs that a part of a run trains, with those of the stages that come before."""
-    return config.epochs + sum(found.stage_epochs for found in config.strategies.active().values())
+    return config.epochs + sum(strategy.stage_epochs for strategy in config.strategies.active().values())
 
 
 def final_training(config: FinetuneConfig) -> FinetuneConfig:

@@ -69,7 +69,7 @@ class FinetuneJob:
         pipeline = cache_image_states(pipeline, items, folder)
         strategies.begin(TrainingSetup(pipeline, examples, folder, (config.regions, config.images)))
         objective = task.objective(config, model, strategies.loss_terms(model))
-        change, keep_last = strategies.example_change(), config.last_batch == "keep"
+        change, keep_last = strategies.example, config.last_batch == "keep"
         order = BatchOrder(config.batch, config.fit.seed, runtime.rank, runtime.world_size, change, keep_last)
         batches = task.batches(pipeline, examples, order, strategies.batch_inputs())
         epoch_steps = batches.epoch_steps

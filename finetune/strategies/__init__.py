@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -96,10 +96,12 @@ class StrategiesConfig(Config):
     hard_prompt: HardPromptConfig | None = None
 
     @model_serializer(mode="wrap")
-    def _with_files(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        own = {name: found for name, found in (self.model_extra or {}).items() if found is not None}
-        stored = {name: {"file": found._user_class, **found.model_dump()} for name, found in own.items()}
-        return {name: value for name, value in handler(self).items() if name in STRATEGIES} | stored
+    def _dump_files(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        values = {name: value for name, value in handler(self).items() if name in STRATEGIES}
+        for name, config in (self.model_extra or {}).items():
+            if config is not None:
+                values[name] = {"file": config._user_class, **config.model_dump()}
+        return values
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a worker loads a user's file itself: its classes have no module that could be imported there
@@ -108,25 +110,29 @@ class StrategiesConfig(Config):
     def active(self) -> dict[str, StrategyConfig]:
         """The strategies that are on, by name, in order."""
         every = {**{name: getattr(self, name) for name in STRATEGIES}, **(self.model_extra or {})}
-        return {name: found for name, found in every.items() if found is not None}
+        return {name: config for name, config in every.items() if config is not None}
 
     def files(self, data: Path) -> list[Path]:
         """Return the files that the strategies read, of those in the `data` folder and those that settings
         name, and the files of users' own."""
-        found = self.active().values()
-        own = [Path(each._user_class.partition(":")[0]) for each in found if each._user_class]
-        return [file for each in found for file in each.files(data)] + own
+        configs = self.active().values()
+        user_files = [Path(each._user_class.partition(":")[0]) for each in configs if each._user_class]
+        return [file for config in configs for file in config.files(data)] + user_files
 
     def display_name(self) -> str:
         """Return what a table calls these strategies together; "" for none."""
-        return " + ".join(found.display_name(name) for name, found in self.active().items())
+        return " + ".join(config.display_name(name) for name, config in self.active().items())
 
     def during(self, purpose: Purpose) -> "StrategiesConfig":
-        """The strategies of a training for `purpose`: those that take part, and find what they need."""
-        part = {name: found.during(purpose) for name, found in self.active().items()}
-        removed = {need for found in part.values() if found for need in found.removes()}
-        kept = {name: found for name, found in part.items() if found and not found.required() & removed}
-        return self.model_copy(update={name: kept.get(name) for name in part})
+        """The strategies of a training for `purpose`: those that take part, and have what they need."""
+        configs = {name: config.during(purpose) for name, config in self.active().items()}
+        removed = {need for config in configs.values() if config for need in config.removes()}
+        return self.model_copy(
+            update={
+                name: None if config is None or config.required() & removed else config
+                for name, config in configs.items()
+            }
+        )
 
 
 STRATEGIES: dict[str, type[StrategyConfig]] = {
@@ -144,16 +150,16 @@ def check_strategies(run: Any, offered: frozenset[Need], trains: bool) -> None:
             the same place; a setting of the run does not fit.
     """
     active = run.strategies.active()
-    for name, found in active.items():
-        if not trains and not found.acts_untrained:
+    for name, config in active.items():
+        if not trains and not config.acts_untrained:
             raise UserError(
                 f"strategies.{name} changes training, and setting={run.setting} trains nothing; leave it out"
             )
-        found.check_run(run)
-    offered = offered.union(*(found.provides() for found in active.values()))
-    removed = {need: (name, why) for name, found in active.items() for need, why in found.removes().items()}
-    for name, found in active.items():
-        for need in sorted(found.required()):
+        config.check_run(run)
+    offered = offered.union(*(config.provides() for config in active.values()))
+    removed = {need: (name, how) for name, config in active.items() for need, how in config.removes().items()}
+    for name, config in active.items():
+        for need in sorted(config.required()):
             if need not in offered:
                 raise UserError(
                     f"strategies.{name} needs {NEEDS[need]}; task={run.task}, setting={run.setting}, "
@@ -166,12 +172,10 @@ def check_strategies(run: Any, offered: frozenset[Need], trains: bool) -> None:
                     f"{advice or 'leave one of them out'}"
                 )
     # each of these only one strategy can have
-    wanted = [(found.place, name) for name, found in active.items() if found.place]
-    wanted += [
-        ("to train before the run itself", name) for name, found in active.items() if found.stage_epochs
-    ]
-    for place, name in wanted:
-        if (other := dict(wanted)[place]) != name:
+    places = [(config.place, name) for name, config in active.items() if config.place]
+    places += [("to train before the run itself", name) for name, c in active.items() if c.stage_epochs]
+    for place, name in places:
+        if (other := dict(places)[place]) != name:
             raise UserError(
                 f"strategies.{name} and strategies.{other} both want {place}; leave one of them out"
             )
@@ -181,19 +185,15 @@ class Strategies:
     """The strategies of a training, built, as one: what training and evaluation ask of them."""
 
     def __init__(self, config: StrategiesConfig, context: Context):
-        """Raises UserError: what a strategy's `validate` finds wrong."""
+        """Raises UserError: what a strategy's `build` finds wrong."""
         self.configs = config.active()
-        self.built: dict[str, Strategy] = {name: found.build(context) for name, found in self.configs.items()}
+        self.built: dict[str, Strategy] = {name: each.build(context) for name, each in self.configs.items()}
 
     def example(self, example: Any, *key: Key) -> Any:
         """A training example as all strategies show it, one after the other."""
         for strategy in self.built.values():
             example = strategy.example(example, *key)
         return example
-
-    def example_change(self) -> Callable[..., Any] | None:
-        """`example`, or None where no strategy changes examples."""
-        return self.example if self.using("example") else None
 
     def adapt(self, model: Any) -> None:
         """Every strategy's change of the model, in order."""
@@ -213,21 +213,18 @@ class Strategies:
 
     def batch_inputs(self) -> MoreInputs | None:
         """What strategies add to a batch, as one function; None where none adds anything."""
-        found = [more for strategy in self.built.values() if (more := strategy.batch_inputs())]
-        return functools.partial(_all_inputs, found) if found else None
+        makers = [maker for strategy in self.built.values() if (maker := strategy.batch_inputs())]
+        return functools.partial(_all_inputs, makers) if makers else None
 
-    def layer_rates(self, depths: int, epoch_steps: int, epochs: int) -> LayerRates | None:
+    def layer_rates(self, num_layers: int, epoch_steps: int, epochs: int) -> LayerRates | None:
         """The product of the factors, as a function of depth and step; None where no strategy has any."""
-        scaling = [self.built[name] for name in self.using("lr_scale")]
+        scaling = [s for s in self.built.values() if type(s).lr_scale is not Strategy.lr_scale]
         if not scaling:
             return None
 
         def rate(depth: int | None, step: int) -> float:
             progress = Progress(step, epoch_steps * epochs, step // epoch_steps, epochs)
-            product = 1.0
-            for strategy in scaling:
-                product *= strategy.lr_scale(depth, depths, progress)
-            return product
+            return math.prod(strategy.lr_scale(depth, num_layers, progress) for strategy in scaling)
 
         return rate
 
@@ -259,20 +256,9 @@ class Strategies:
             math.prod(strategy.task_weight for strategy in self.built.values()),
         )
 
-    def using(self, seam: str) -> list[str]:
-        """Names of the strategies that do something at this seam, a method of `Strategy`."""
-        return [
-            name
-            for name, strategy in self.built.items()
-            if getattr(type(strategy), seam) is not getattr(Strategy, seam)
-        ]
 
-
-def _all_inputs(found: list[MoreInputs], *arguments: Any) -> dict[str, Any]:
-    added: Mapping[str, Any] = {}
-    for more in found:
-        added = {**added, **more(*arguments)}
-    return dict(added)
+def _all_inputs(makers: list[MoreInputs], *arguments: Any) -> dict[str, Any]:
+    return {name: value for maker in makers for name, value in maker(*arguments).items()}
 
 
 __all__ = [

@@ -8,7 +8,7 @@ says of the same image, the pivot.
 | 3 | the target's caption, translated into English | the English caption | translated into English |
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -114,11 +114,13 @@ def _rows(part: dict) -> Tensor:
     return torch.tensor(float(len(part["image_id"])), device=part["image_id"].device)
 
 
-def _same_number(made: dict[str, tuple[str, ...]], source: dict[str, tuple[str, ...]], what: str) -> None:
+def _same_number(
+    translations: Mapping[str, tuple[str, ...]], source: Mapping[str, tuple[str, ...]], what: str
+) -> None:
     """Raises UserError where an image has another number of translations than of captions."""
     for image, texts in source.items():
-        if len(made.get(image, ())) != len(texts):
+        if (number := len(translations.get(image, ()))) != len(texts):
             raise UserError(
-                f"strategies.alignment: {what}: {len(made.get(image, ()))} for the {len(texts)} captions of "
-                f"{image}; make them anew (python -m finetune translate)"
+                f"strategies.alignment: {what}: {number} for the {len(texts)} captions of {image}; make them "
+                "anew (python -m finetune translate)"
             )

@@ -102,22 +102,23 @@ def open_dictionaries(folder: Path, languages: Sequence[str]) -> tuple[dict[str,
     """
     if not languages:
         raise UserError(f"{folder}: no language to open a dictionary of; name at least one")
-    folder, found = Path(folder), {}
+    folder, dictionaries = Path(folder), {}
     for language in languages:
         files = [folder / name.format(language) for name in NAMES]
         file = next(filter(Path.is_file, files), None)
         if file is None:
-            there = sorted(
+            known = sorted(
                 {p.name.removesuffix("2.txt") for p in folder.glob("*2.txt")}
                 | {p.stem.removeprefix("en-") for p in folder.glob("en-*.txt")}
             )
             raise UserError(
-                f"{folder}: no dictionary '{files[0].name}'; there are: {', '.join(there) or 'none'}"
+                f"{folder}: no dictionary '{files[0].name}'; there are: {', '.join(known) or 'none'}"
             )
-        found[language] = read_dictionary(file, language)
-    words = ", ".join(f"{language} {len(dictionary.entries)}" for language, dictionary in found.items())
-    odd, lines = (sum(column) for column in zip(*((d.odd, d.lines) for d in found.values()), strict=True))
-    return found, f"English words with translations: {words}; {odd} of {lines} lines left out"
+        dictionaries[language] = read_dictionary(file, language)
+    words = ", ".join(f"{language} {len(each.entries)}" for language, each in dictionaries.items())
+    every = dictionaries.values()
+    odd, lines = (sum(column) for column in zip(*((d.odd, d.lines) for d in every), strict=True))
+    return dictionaries, f"English words with translations: {words}; {odd} of {lines} lines left out"
 
 
 def read_dictionary(path: Path, language: str) -> Dictionary:
@@ -141,7 +142,7 @@ def read_dictionary(path: Path, language: str) -> Dictionary:
         raise UserError(f"{path}: {where} no 'word translation'; give a dictionary like MUSE's")
     longest = max(source.count(" ") + 1 for source in entries)
     return Dictionary(
-        language, {source: tuple(found) for source, found in entries.items()}, longest, number, odd
+        language, {source: tuple(each) for source, each in entries.items()}, longest, number, odd
     )
 
 

@@ -66,8 +66,8 @@ def wordnet_distances(
         wordnet = WordNet(folder)
         distance = torch.ones(len(labels), len(labels)).fill_diagonal_(0)
         relatives = wordnet.relatives(labels)
-        for value, found in zip((0.0, hypernym, hyponym), relatives, strict=True):
-            for true, predicted in enumerate(found):
+        for value, related in zip((0.0, hypernym, hyponym), relatives, strict=True):
+            for true, predicted in enumerate(related):
                 distance[sorted(predicted), true] = value
         return distance, [i for i, label in enumerate(labels) if not wordnet.synsets(label)]
 
@@ -111,13 +111,13 @@ def _cached(
     compute: Callable[[], tuple[Tensor, list[int]]],
 ) -> tuple[Tensor, UnknownLabels]:
     """What `compute` returns, from the cache if it is there."""
-    twice = (
+    repeated = (
         sorted({label for label in labels if labels.count(label) > 1})
         if len(set(labels)) < len(labels)
         else []
     )
-    if twice:
-        raise UserError(f"the label '{twice[0]}' comes twice; each class needs a name of its own")
+    if repeated:
+        raise UserError(f"the label '{repeated[0]}' comes twice; each class needs a name of its own")
     if cache is None or not all(map(Path.is_file, sources)):  # `compute` says what is missing
         distance, unknown = compute()
         return distance, UnknownLabels(what, tuple(labels[i] for i in unknown), len(labels))

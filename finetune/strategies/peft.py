@@ -104,13 +104,13 @@ class PeftModules(Strategy):
         Raises:
             UserError: sizes that the model's width does not allow; it has such modules of other sizes.
         """
-        found = peft.described(model).get(self.method)
-        if found is None:
+        existing = peft.described(model).get(self.method)
+        if existing is None:
             peft.put(model, self.method, self.settings)
-        elif found != self.settings:
+        elif existing != self.settings:
             raise UserError(
-                f"strategies.{self.method}: the model was tuned with {found}, not {self.settings}; give the "
-                "same settings"
+                f"strategies.{self.method}: the model was tuned with {existing}, not {self.settings}; give "
+                "the same settings"
             )
         peft.freeze_the_rest(model, self.projection)
 

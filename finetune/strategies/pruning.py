@@ -84,9 +84,9 @@ class SparseConfig(StrategyConfig):
         for number in range(1, self.rounds + 1) if file is None else ():
             # Algorithm 1 rewinds: each round begins at the pretrained weights again, under the last mask
             start = None if self.rewind == "initial" else trained
-            own = {"mask": file and str(file)}
+            settings = {"mask": file and str(file)}
             trained = run.train(
-                Stage(f"round_{number}", "pruning", self.epochs, start, strategy_settings=own)
+                Stage(f"round_{number}", "pruning", self.epochs, start, strategy_settings=settings)
             )
             pruned = run.folder / "masks" / f"round_{number}.safetensors"
             if run.is_main_process and not pruned.is_file():
@@ -125,33 +125,36 @@ def prune_mask(weights: Mapping[str, Tensor], mask: Mask | None, rate: float) ->
     """
     for name, w in weights.items():
         require_finite(f"weights of {name}", w)
-    kept = {
+    unpruned = {
         name: np.ones(w.shape, bool) if mask is None else mask[name].numpy() for name, w in weights.items()
     }
     # one threshold over all matrices: what a layer loses depends on how small its weights are
     sizes = np.concatenate(
-        [w.detach().float().abs().cpu().numpy()[kept[name]] for name, w in weights.items()]
+        [w.detach().float().abs().cpu().numpy()[unpruned[name]] for name, w in weights.items()]
     )
-    going = round(rate * len(sizes))
-    left = np.ones(len(sizes), bool)
-    if going:
-        threshold = np.partition(sizes, going - 1)[going - 1]
-        left[sizes < threshold] = False
+    num_pruned = round(rate * len(sizes))
+    survives = np.ones(len(sizes), bool)
+    if num_pruned:
+        threshold = np.partition(sizes, num_pruned - 1)[num_pruned - 1]
+        survives[sizes < threshold] = False
         # of weights as small as the threshold, so many that the share is exact
-        left[np.flatnonzero(sizes == threshold)[: going - int((~left).sum())]] = False
+        survives[np.flatnonzero(sizes == threshold)[: num_pruned - int((~survives).sum())]] = False
     pruned, first = {}, 0
-    for name, where in kept.items():
-        there = where.copy()
-        count = int(where.sum())
-        there[where] = left[first : first + count]
-        pruned[name], first = torch.from_numpy(there), first + count
+    for name, before in unpruned.items():
+        remaining = before.copy()
+        count = int(before.sum())
+        remaining[before] = survives[first : first + count]
+        pruned[name], first = torch.from_numpy(remaining), first + count
     return pruned
 
 
 def sparsity(mask: Mask, parameters: int) -> dict[str, float]:
     """{"prunable": share of the mask's weights that are gone, "whole": share of all `parameters`}."""
-    gone = sum(int((~kept).sum()) for kept in mask.values())
-    return {"prunable": gone / sum(kept.numel() for kept in mask.values()), "whole": gone / parameters}
+    num_pruned = sum(int((~kept).sum()) for kept in mask.values())
+    return {
+        "prunable": num_pruned / sum(kept.numel() for kept in mask.values()),
+        "whole": num_pruned / parameters,
+    }
 
 
 def apply_mask(model: Any, mask: Mask, where: str) -> None:

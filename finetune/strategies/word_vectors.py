@@ -40,14 +40,14 @@ def label_vectors(path: Path, labels: Sequence[str]) -> tuple[np.ndarray, list[i
     spelt = [label_words(label) for label in labels]
     vectors = read_vectors(path, {form for words in spelt for word in words for form in (word, word.lower())})
     forms = [[word if word in vectors else word.lower() for word in words] for words in spelt]
-    found = [[vectors[form] for form in row if form in vectors] for row in forms]
-    if not any(found):
+    rows_of = [[vectors[form] for form in row if form in vectors] for row in forms]
+    if not any(rows_of):
         raise UserError(
             f"{path}: has a vector for none of the {len(labels)} labels; are these English word vectors?"
         )
-    width = len(next(filter(None, found))[0])
-    means = [np.mean(rows, 0) if rows else np.zeros(width) for rows in found]
-    return np.stack(means).astype(np.float32), [i for i, rows in enumerate(found) if not rows]
+    width = len(next(filter(None, rows_of))[0])
+    means = [np.mean(rows, 0) if rows else np.zeros(width) for rows in rows_of]
+    return np.stack(means).astype(np.float32), [i for i, rows in enumerate(rows_of) if not rows]
 
 
 def read_vectors(path: Path, words: Iterable[str]) -> dict[str, np.ndarray]:
@@ -66,26 +66,26 @@ def read_vectors(path: Path, words: Iterable[str]) -> dict[str, np.ndarray]:
     return vectors
 
 
-def _read_vectors(path: Path, wanted: dict[bytes, str]) -> dict[str, np.ndarray]:
+def _read_vectors(path: Path, words: dict[bytes, str]) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give word vectors as GloVe or word2vec publish them")
     if path.suffix == ".npy":
-        return _read_array(path, wanted)
+        return _read_array(path, words)
     with open(path, "rb") as file:
         first, rest = file.readline(PEEK), file.readline(PEEK)
     header = re.fullmatch(rb"(\d+) (\d+)\s*", first)
     if header and not _is_text(rest, int(header[2])):
-        return _read_binary(path, wanted, int(header[1]), int(header[2]), len(first))
+        return _read_binary(path, words, int(header[1]), int(header[2]), len(first))
     width = int(header[2]) if header else len(first.split()) - 1
     if width < 1 or not (header or _is_text(first, width)):
         raise UserError(
             f"{path}: its first line is neither 'words dimensions' nor a word and numbers; not GloVe's or "
             "word2vec's"
         )
-    return _read_text(path, wanted, width)
+    return _read_text(path, words, width)
 
 
-def _read_array(path: Path, wanted: dict[bytes, str]) -> dict[str, np.ndarray]:
+def _read_array(path: Path, words: dict[bytes, str]) -> dict[str, np.ndarray]:
     names = path.with_suffix(".txt")
     if not names.is_file():
         raise UserError(f"{path}: its words are looked for in {names}, one a line; there is no such file")
@@ -93,18 +93,18 @@ def _read_array(path: Path, wanted: dict[bytes, str]) -> dict[str, np.ndarray]:
         rows = np.load(path, mmap_mode="r")
     except ValueError as e:
         raise UserError(f"{path}: not an array of numbers as NumPy saves it ({e})") from None
-    found: dict[str, np.ndarray] = {}
+    vectors: dict[str, np.ndarray] = {}
     count = 0
     with open(names, "rb") as file:
         for count, line in enumerate(file, 1):
-            word = wanted.get(line.rstrip(b"\r\n"))
+            word = words.get(line.rstrip(b"\r\n"))
             if word is not None and rows.ndim == 2 and count <= len(rows):
-                found.setdefault(word, rows[count - 1].astype(np.float32))
+                vectors.setdefault(word, rows[count - 1].astype(np.float32))
     if rows.ndim != 2 or count != len(rows):
         raise UserError(
             f"{path}: an array of shape {rows.shape}, with {count} words in {names}; one row a word is needed"
         )
-    return found
+    return vectors
 
 
 def _is_text(line: bytes, width: int) -> bool:
@@ -113,12 +113,12 @@ def _is_text(line: bytes, width: int) -> bool:
     return len(fields) > width and _numbers(fields[-width:]) is not None
 
 
-def _read_text(path: Path, wanted: dict[bytes, str], width: int) -> dict[str, np.ndarray]:
-    found = {}
+def _read_text(path: Path, words: dict[bytes, str], width: int) -> dict[str, np.ndarray]:
+    vectors = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            word = wanted.get(line[: line.find(b" ")])
-            if word is None or word in found:
+            word = words.get(line[: line.find(b" ")])
+            if word is None or word in vectors:
                 continue
             fields = line.split()
             if len(fields) > width + 1 or (number == 1 and len(fields) == 2 < width + 1):
@@ -129,8 +129,8 @@ def _read_text(path: Path, wanted: dict[bytes, str], width: int) -> dict[str, np
                     f"{path}: line {number}: '{word}' is not followed by {width} numbers; is the file cut "
                     "off?"
                 )
-            found[word] = values
-    return found
+            vectors[word] = values
+    return vectors
 
 
 def _numbers(fields: list[bytes]) -> np.ndarray | None:
@@ -142,17 +142,17 @@ def _numbers(fields: list[bytes]) -> np.ndarray | None:
 
 
 def _read_binary(
-    path: Path, wanted: dict[bytes, str], count: int, width: int, position: int
+    path: Path, words: dict[bytes, str], count: int, width: int, position: int
 ) -> dict[str, np.ndarray]:
-    found = {}
+    vectors = {}
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for row in range(count):
             space = data.find(b" ", position)
             end = space + 1 + 4 * width
             if space < 0 or end > len(data):
                 raise UserError(f"{path}: ends in the {row + 1}. of {count} vectors; copy it again")
-            word = wanted.get(data[position:space].lstrip(b"\n"))
-            if word is not None and word not in found:
-                found[word] = np.frombuffer(data[space + 1 : end], "<f4").astype(np.float32)
+            word = words.get(data[position:space].lstrip(b"\n"))
+            if word is not None and word not in vectors:
+                vectors[word] = np.frombuffer(data[space + 1 : end], "<f4").astype(np.float32)
             position = end
-    return found
+    return vectors

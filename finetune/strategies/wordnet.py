@@ -57,12 +57,12 @@ class WordNet:
     def relation(self, truth: str, predicted: str) -> str:
         """Return what `predicted` is to `truth`: the first of SYNONYM (a label is its own), HYPERNYM, HYPONYM
         that holds; NONE."""
-        (own, above), (other, above_other) = self._look_up(truth), self._look_up(predicted)
-        if truth.lower() == predicted.lower() or own & other:
+        (synsets, above), (other_synsets, above_other) = self._look_up(truth), self._look_up(predicted)
+        if truth.lower() == predicted.lower() or synsets & other_synsets:
             return SYNONYM
-        if above & other:
+        if above & other_synsets:
             return HYPERNYM
-        return HYPONYM if own & above_other else NONE
+        return HYPONYM if synsets & above_other else NONE
 
     def relatives(self, labels: Sequence[str]) -> Relatives:
         """`relation` of all labels to all others, through an index of synsets: the time grows with C and not
@@ -77,13 +77,13 @@ class WordNet:
         above: list[set[int]] = []
         below: list[set[int]] = [set() for _ in labels]
         for i, label in enumerate(labels):
-            own, hypernyms = self._look_up(label)
-            synonyms.append({j for key in (*own, label.lower()) for j in holders.get(key, ())} - {i})
+            synsets, hypernyms = self._look_up(label)
+            synonyms.append({j for key in (*synsets, label.lower()) for j in holders.get(key, ())} - {i})
             above.append({j for synset in hypernyms for j in holders.get(synset, ())} - {i} - synonyms[i])
             for j in above[i]:
                 below[j].add(i)
         # synonymy is symmetric: none is among them
-        hyponyms = [found - above[i] for i, found in enumerate(below)]
+        hyponyms = [lower - above[i] for i, lower in enumerate(below)]
         return Relatives(*(tuple(map(frozenset, sets)) for sets in (synonyms, above, hyponyms)))
 
     def _look_up(self, label: str) -> tuple[Synsets, Synsets]:
@@ -91,13 +91,13 @@ class WordNet:
         label = label.lower()
         if label not in self._known:
             forms = dict.fromkeys(joiner.join(label.split()) for joiner in "_-")
-            found: list[Any] = next(filter(None, map(self._reader.synsets, forms)), [])
-            above = [hypernym for synset in found if synset for hypernym in synset.hypernyms()]
-            if None in found or None in above:
+            synsets: list[Any] = next(filter(None, map(self._reader.synsets, forms)), [])
+            above = [hypernym for synset in synsets if synset for hypernym in synset.hypernyms()]
+            if None in synsets or None in above:
                 raise UserError(
                     f"{self.folder}: '{label}' leads nowhere in data.*: not the files that index.* belongs to"
                 )
-            self._known[label] = _keys(found), _keys(above)
+            self._known[label] = _keys(synsets), _keys(above)
         return self._known[label]
 
 
@@ -149,13 +149,13 @@ def confusions(predictions: Iterable[dict[str, Any]], wordnet: WordNet, pairs: i
         "confused_related": of those with a relation (table 3)}; a pair: {"label", "prediction", "relation":
         "syn", "hyp", "hpo" or "none", "count"}, equal counts by alphabet.
     """
-    n = strict = kind = 0  # scores in millionths: integers add up to the same in any order
+    examples = strict = with_synonyms = 0  # scores in millionths: integers add up to the same in any order
     wrong: Counter[tuple[str, str]] = Counter()
     for line in predictions:
         answers, prediction = line["labels"], line["prediction"]
         if not answers:
             continue
-        n += 1
+        examples += 1
         score = answers.get(prediction, 0.0)
         strict += round(MILLION * score)
         if not score:
@@ -163,25 +163,25 @@ def confusions(predictions: Iterable[dict[str, Any]], wordnet: WordNet, pairs: i
         synonyms = (
             value for answer, value in answers.items() if wordnet.relation(answer, prediction) == SYNONYM
         )
-        kind += round(MILLION * max(score, *synonyms, 0.0))
-    order = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))
-    found: list[dict[str, Any]] = [
+        with_synonyms += round(MILLION * max(score, *synonyms, 0.0))
+    by_count = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))
+    confused: list[dict[str, Any]] = [
         {
             "label": label,
             "prediction": prediction,
             "relation": wordnet.relation(label, prediction),
             "count": count,
         }
-        for (label, prediction), count in order
+        for (label, prediction), count in by_count
     ]
     relations: Counter[str] = Counter()
-    for pair in found:
+    for pair in confused:
         relations[pair["relation"]] += pair["count"]
     return {
-        "n": n,
-        "accuracy": strict / MILLION / n if n else 0.0,
-        "accuracy_with_synonyms": kind / MILLION / n if n else 0.0,
+        "n": examples,
+        "accuracy": strict / MILLION / examples if examples else 0.0,
+        "accuracy_with_synonyms": with_synonyms / MILLION / examples if examples else 0.0,
         "wrong": dict(sorted(relations.items())),
-        "confused": found[:pairs],
-        "confused_related": [pair for pair in found if pair["relation"] != NONE][:pairs],
+        "confused": confused[:pairs],
+        "confused_related": [pair for pair in confused if pair["relation"] != NONE][:pairs],
     }

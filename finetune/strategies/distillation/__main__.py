@@ -65,8 +65,8 @@ def main(arguments: Sequence[str]) -> int:
     a = parser.parse_args(arguments)
     aligner = WordAligner(a.encoder, a.layer, a.threshold)
     for language in a.languages:
-        found = write_alignments(aligner, a.task, a.data, language, a.out or a.data / "alignments")
-        print(f"{language}: {found} links")
+        num_links = write_alignments(aligner, a.task, a.data, language, a.out or a.data / "alignments")
+        print(f"{language}: {num_links} links")
     return 0
 
 

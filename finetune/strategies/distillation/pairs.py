@@ -177,8 +177,8 @@ class RowTokenizer:
         """The segments of the rows of `inputs`."""
 
         def lengths(part: str) -> Tensor:
-            found = part in self.parts and part in inputs
-            return inputs[part].lengths if found else torch.zeros_like(inputs["text"].lengths)
+            present = part in self.parts and part in inputs
+            return inputs[part].lengths if present else torch.zeros_like(inputs["text"].lengths)
 
         return find_segments(lengths("text"), lengths("tags"), lengths("regions"), empty)
 
@@ -228,10 +228,10 @@ class TeacherInputs:
         for i, text in enumerate(tags):
             sizes = [int(side.tags.lengths[i]) for side in (student, teacher)]
             words = word_spans(text)
-            found = matching_tokens((text, words, self.student.plain), (text, words, self.teacher.plain))
+            tokens = matching_tokens((text, words, self.student.plain), (text, words, self.teacher.plain))
             # behind `length` tokens a row is cut
-            found = [(a, b) for a, b in found if a < sizes[0] - 1 and b < sizes[1] - 1]
-            matches.append([*found, (sizes[0] - 1, sizes[1] - 1)] if text else [])
+            tokens = [(a, b) for a, b in tokens if a < sizes[0] - 1 and b < sizes[1] - 1]
+            matches.append([*tokens, (sizes[0] - 1, sizes[1] - 1)] if text else [])
         return matched_pairs(student.tags, teacher.tags, matches, self.public)
 
     def _word_pairs(
@@ -245,8 +245,8 @@ class TeacherInputs:
             # words lie behind the CLS and a prompt, and before the SEP
             shifts = 1 + self.student.prompt_length(e.texts[-1]), 1 + self.teacher.prompt_length(e.pivot)
             sizes = [int(side.text.lengths[i]) - 1 for side in (student, teacher)]
-            found = [(a + shifts[0], b + shifts[1]) for a, b in matching_tokens(mixed, english, whole=True)]
-            matches.append([(a, b) for a, b in found if a < sizes[0] and b < sizes[1]])
+            tokens = [(a + shifts[0], b + shifts[1]) for a, b in matching_tokens(mixed, english, whole=True)]
+            matches.append([(a, b) for a, b in tokens if a < sizes[0] and b < sizes[1]])
         return matched_pairs(student.text, teacher.text, matches, self.public, specials=2)
 
 

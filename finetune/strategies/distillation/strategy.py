@@ -149,12 +149,12 @@ class DistillationConfig(StrategyConfig):
             )
         folder = self._alignments_in(context.data)
         both = Tokenizer.load(context.tokenizer), Tokenizer.load(tokenizer_at(self.teacher))
-        found: Alignments = {}
+        alignments: Alignments = {}
         for language, examples in context.training.items():
             if language != "en":
                 texts = ((e.id, e.texts[-1], pivots[e.id]) for e in examples)
-                found |= read_alignments(folder, language, texts, both)
-        return found
+                alignments |= read_alignments(folder, language, texts, both)
+        return alignments
 
 
 class Distillation(Strategy):
@@ -205,14 +205,14 @@ class Distillation(Strategy):
                     f"task's ({len(model.labels)}), or its width is another; set classifier=new"
                 )
             model.head.load_state_dict(teacher.head.state_dict())
-            for own, taught in zip(poolers, teacher.backbone.poolers(), strict=True):
-                own.load_state_dict(taught.state_dict())
+            for student_pooler, teacher_pooler in zip(poolers, teacher.backbone.poolers(), strict=True):
+                student_pooler.load_state_dict(teacher_pooler.state_dict())
         if not self.config.task:
             for part in (model.head, *poolers):
                 part.requires_grad_(False)
 
-    def _load(self, model: FinetuneModel) -> FinetuneModel:
-        """The teacher's model, read once."""
+    def _load(self, model: Any) -> FinetuneModel:
+        """The teacher's model, read once, for a student `model`."""
         if self._model is None:
             config = self.config
             self._model = load_teacher(config.teacher, config.backbone, model.description["regions"])
@@ -343,74 +343,77 @@ def compared_layers(
             f"{WHERE}: the student has {student} layers, the teacher {teacher}; say which go together with "
             f"{WHERE}.layers= and {WHERE}.teacher_layers="
         )
-    mine = config.layers or tuple(sorted({layer for layer in (3, 6, 9, student) if layer <= student}))
-    theirs, weights = config.teacher_layers or mine, config.weights or (1.0,)
-    weights = weights * len(mine) if len(weights) == 1 else weights
-    for name, values in (("teacher_layers", theirs), ("weights", weights)):
-        if len(values) != len(mine):
+    usual = tuple(sorted({layer for layer in (3, 6, 9, student) if layer <= student}))
+    layers, weights = config.layers or usual, config.weights or (1.0,)
+    compared = config.teacher_layers or layers
+    weights = weights * len(layers) if len(weights) == 1 else weights
+    for name, count in (("teacher_layers", len(compared)), ("weights", len(weights))):
+        if count != len(layers):
             raise UserError(
-                f"{WHERE}.{name}: {len(values)} values for {len(mine)} layers, {list(mine)}; give one for "
-                "each"
+                f"{WHERE}.{name}: {count} values for {len(layers)} layers, {list(layers)}; give one for each"
             )
-    for name, values, depth in (("layers", mine, student), ("teacher_layers", theirs, teacher)):
-        if list(values) != sorted(set(values)) or values[-1] > depth:
+    for name, numbers, depth in (("layers", layers, student), ("teacher_layers", compared, teacher)):
+        if list(numbers) != sorted(set(numbers)) or numbers[-1] > depth:
             raise UserError(
-                f"{WHERE}.{name}={list(values)}: the model has layers 1 to {depth}; name some, each once, "
+                f"{WHERE}.{name}={list(numbers)}: the model has layers 1 to {depth}; name some, each once, "
                 "rising"
             )
-    return dict(zip(mine, weights, strict=True)), theirs
+    return dict(zip(layers, weights, strict=True)), compared
 
 
 def check_models(config: DistillationConfig, student: FinetuneModel, teacher: FinetuneModel) -> None:
     """Raises UserError: states of the two cannot be compared."""
-    for model in (student, teacher):
-        if not model.backbone.row_parts:
+    backbone, other = student.backbone, teacher.backbone
+    for each in (backbone, other):
+        if not each.row_parts:
             raise UserError(
-                f"{WHERE}: the backbone {model.backbone.kind} does not tell its states; unified, cclm and "
-                "oscar do"
+                f"{WHERE}: the backbone {each.kind} has no hidden states to compare; unified, cclm and oscar "
+                "have"
             )
-    mine, theirs = student.backbone, teacher.backbone
-    if mine.row_parts != theirs.row_parts:
+    if backbone.row_parts != other.row_parts:
         raise UserError(
-            f"{WHERE}: {mine.kind}'s rows are of {', '.join(mine.row_parts)}, the teacher's, "
-            f"{theirs.kind}'s, of {', '.join(theirs.row_parts)}; take a teacher of the same kind"
+            f"{WHERE}: {backbone.kind}'s rows are of {', '.join(backbone.row_parts)}, the teacher's, "
+            f"{other.kind}'s, of {', '.join(other.row_parts)}; take a teacher of the same kind"
         )
-    if mine.width != theirs.width:
+    if backbone.width != other.width:
         raise UserError(
-            f"{WHERE}: the teacher's states are {theirs.width} wide, the student's {mine.width}; they must "
-            "be equal"
+            f"{WHERE}: the teacher's states are {other.width} wide, the student's {backbone.width}; they "
+            "must be equal"
         )
     for name, part, what in (("image", "regions", "tokens of images"), ("tags", "tags", "object tags")):
-        if name in config.tokens and part not in mine.row_parts:
+        if name in config.tokens and part not in backbone.row_parts:
             raise UserError(
-                f"{WHERE}.tokens: {mine.kind} has no {what} in its rows, which '{name}' compares; leave "
+                f"{WHERE}.tokens: {backbone.kind} has no {what} in its rows, which '{name}' compares; leave "
                 f"'{name}' out"
             )
-    if config.slots and "regions" not in mine.row_parts:
-        raise UserError(f"{WHERE}.slots={config.slots}: {mine.kind} has no slots of regions; leave it out")
+    if config.slots and "regions" not in backbone.row_parts:
+        raise UserError(
+            f"{WHERE}.slots={config.slots}: {backbone.kind} has no slots of regions; leave it out"
+        )
 
 
 def _check_images(
     config: DistillationConfig,
-    model: FinetuneModel,
+    student: FinetuneModel,
     teacher: FinetuneModel,
     images: Any,
     examples: Sequence[Example],
 ) -> None:
-    if model.num_images != 1 or not examples[0].images:
+    """Raises UserError: the two would not read the same image."""
+    if student.num_images != 1 or not examples[0].images:
         raise UserError(f"{WHERE}: teacher and student must be about one image; this task's texts are not")
     if "soft_prompt" in teacher.backbone.tuning:
         raise UserError(
             f"{WHERE}.teacher={config.teacher}: it was trained with a soft prompt, which texts would lack"
         )
-    sizes = [m.backbone.image_size for m in (model, teacher)]
-    if sizes[0] != sizes[1]:
+    size, teacher_size = student.backbone.image_size, teacher.backbone.image_size
+    if size != teacher_size:
         raise UserError(
-            f"{WHERE}: the teacher sees images of {sizes[1]} pixels, the student of {sizes[0]}; set "
-            f"image_size={sizes[1]}"
+            f"{WHERE}: the teacher sees images of {teacher_size} pixels, the student of {size}; set "
+            f"image_size={teacher_size}"
         )
     if isinstance(images, PrecomputedFeatures):
-        encoders = [m.backbone.image_encoder for m in (model, teacher)]
+        encoders = [m.backbone.image_encoder for m in (student, teacher)]
         prints = [encoder and fingerprint_module(encoder) for encoder in encoders]
         if prints[0] != prints[1]:
             raise UserError(

@@ -63,6 +63,11 @@ def load_teacher(path: Path | str, kind: str, regions: int | None) -> FinetuneMo
                 )
             return model
     backbone = load_backbone(path, kind)
+    if not isinstance(backbone, FusionBackbone):
+        raise UserError(
+            f"strategies.distillation.teacher={path}: {backbone.kind} reads texts and images apart; give a "
+            "model that reads them together"
+        )
     if regions and isinstance(backbone, RegionBackbone):
         backbone.set_region_dim(regions)
     return FinetuneModel(cast(FusionBackbone, backbone), ("?",), 1, 0.0, regions)  # a head that nothing reads

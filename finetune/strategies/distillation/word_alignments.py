@@ -127,10 +127,10 @@ def read_alignments(
     files = [folder / f"{language}.{kind}" for kind in ("text", "align")]
     lines = [_read_file(file) for file in files]
     examples, same = list(examples), _same_pieces(tokenizers)
-    for file, found in zip(files, lines, strict=True):
-        if len(found) != len(examples):
+    for file, rows in zip(files, lines, strict=True):
+        if len(rows) != len(examples):
             raise UserError(
-                f"{file}: {len(found)} lines for {len(examples)} training examples in '{language}'"
+                f"{file}: {len(rows)} lines for {len(examples)} training examples in '{language}'"
             )
     alignments: Alignments = {}
     for number, ((key, text, english), words, links) in enumerate(zip(examples, *lines, strict=True), 1):
@@ -138,12 +138,16 @@ def read_alignments(
         if len(sides) != 2:
             raise UserError(f"{files[0]}:{number}: expected words{SEPARATOR}English words")
         # files have words, training mixes characters: each word is found in its text again
-        own = locate_words(sides[0].split(), text, f"{files[0]}:{number}")
-        others = locate_words(sides[1].split(), english, f"{files[0]}:{number}")
-        pairs = one_to_one_links(parse_links(links, len(own), len(others), f"{files[1]}:{number}"))
+        word_spans = locate_words(sides[0].split(), text, f"{files[0]}:{number}")
+        english_spans = locate_words(sides[1].split(), english, f"{files[0]}:{number}")
+        pairs = one_to_one_links(
+            parse_links(links, len(word_spans), len(english_spans), f"{files[1]}:{number}")
+        )
         # states of a mixed word are compared token by token: both must cut it alike
-        kept = [(own[i], others[j]) for i, j in pairs if same(english[slice(*others[j])])]
-        alignments[key, text] = tuple(kept)
+        replaceable = [
+            (word_spans[i], english_spans[j]) for i, j in pairs if same(english[slice(*english_spans[j])])
+        ]
+        alignments[key, text] = tuple(replaceable)
     return alignments
 
 
