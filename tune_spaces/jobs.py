@@ -47,7 +47,8 @@ class FinetuneSearchJob(SearchJob):
 
     def __init__(self):
         self.num_layers: dict[str, int] = {}  # of each model
-        self.built: tuple[str, Any] | None = None  # the last model without methods, and of which settings
+        # (settings without strategies, the model built by them), the last ones
+        self.built: tuple[str, Any] | None = None
 
     def trial_config(self, config: FinetuneConfig, dev_sets: DevSets) -> FinetuneConfig:
         if not config.trains:
@@ -93,12 +94,14 @@ class FinetuneSearchJob(SearchJob):
         bare = config.model_copy(
             update={"strategies": type(config.strategies)(), "optim": type(config.optim)()}
         )
+        # A model takes seconds to build, and a space is checked by dozens of settings, few of which change
+        # it: strategies and the optimizer never do.
         if self.built is None or self.built[0] != dump_config(bare):
             self.built = dump_config(bare), build_model(bare)
         model: Any = self.built[1]
         self.num_layers[config.model] = model.num_layers
         last = final_training(config)  # the training that is judged
-        adapted = copy.deepcopy(model)
+        adapted = copy.deepcopy(model)  # whose weights the strategies may freeze or replace
         build_strategies(last).adapt(adapted)
         _check_head(last, model, adapted)
 

@@ -54,5 +54,6 @@ class RayObjectCache:
             value = fn()
             ray.get(self.actor.put.remote(key, value))
             return value
-        except (RayActorError, ObjectLostError):  # lost with its node: every trial can make its own
+        except (RayActorError, ObjectLostError):
+            # lost with its node; whatever is cached follows from its key, so every trial can make its own
             return fn()

@@ -76,6 +76,7 @@ def run_finalists(
         return -len(dev[i]), -statistics.fmean(means or [-math.inf])
 
     order = sorted(range(len(finalists)), key=rank)
+    # Test sets choose nothing: they are looked at once the order is fixed, for the two that are compared.
     tested = {order[0], names.index(PUBLISHED) if PUBLISHED in names else order[0]}
     for i in sorted(tested):
         folders = {seed: folder / f"setting{i}_seed{seed}" for seed in dev[i]}

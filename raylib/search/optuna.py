@@ -56,6 +56,8 @@ class OptunaSearcher(OptunaSearch):
         """Go on from the state that was saved last. Trials that Optuna knows, but Tune died before it could
         save, are failed; a published setting, or one of a grid, is proposed again."""
         super().restore(checkpoint_path)
+        # The study is in its journal at once, Tune's own state only now and then: trials that were asked for
+        # in between would run for ever in the study, and never be tried again.
         saved = {trial.number for trial in self._ot_trials.values()}
         for lost in self._ot_study.get_trials(states=(TrialState.RUNNING,)):
             if lost.number not in saved:
@@ -211,6 +213,8 @@ def back_up_state(folder: Path) -> None:
     fresh.mkdir()
     for path in files:
         shutil.copy2(path, fresh)
+    # Files that can be read may still be of different moments: only if none was written meanwhile are they
+    # one state. Then the old copy goes; between the two moves, the new one still has its temporary name.
     if is_readable(fresh) and [path.stat().st_mtime_ns for path in newest_state_files(folder)] == before:
         shutil.rmtree(folder / BACKUP, ignore_errors=True)
         fresh.rename(folder / BACKUP)

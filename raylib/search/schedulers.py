@@ -56,6 +56,8 @@ class FilterReports(TrialScheduler):
             return TrialScheduler.CONTINUE
         return super().on_trial_result(controller, trial, result)
 
+    # Scores of unlike states say nothing of each other: a half-frozen model's is low whatever its settings are.
+    # And no comparison with a NaN is true, so a rule would neither stop its trial nor ever forget it.
     def is_comparable(self, report: dict) -> bool:
         """Return whether a trial may be compared with others by this report."""
         return bool(report.get("judged")) and math.isfinite(report.get(self._metric, math.nan))
@@ -116,6 +118,8 @@ def build_scheduler(
     if rule == "none":
         return None
     common: dict[str, Any] = {"time_attr": "age", "metric": metric, "mode": "max", "grace_period": min_epochs}
+    # `time_attr` is no training iteration of Tune's: a pruning round is one, too, and a trial goes on at the
+    # epoch of its checkpoint after a crash.
     scheduler: Asha | Median
     if rule == "median":
         scheduler = Median(**common, min_samples_required=3)

@@ -124,6 +124,7 @@ class Space(NamedTuple):
 def resolve(knobs: Knobs, choose: Chooser) -> dict[str, Any]:
     """Return {config path: value}, each value as `choose` chooses it. A knob's name is its path; where
     several alternatives have one of the same path, `path@alternative`, for they may differ in range."""
+    # Optuna wants one distribution a name, and the same path may have other ranges in other alternatives.
     counts = Counter(path for path, _, _ in _config_knobs(knobs))
 
     def walk(part: Knobs, branch: str) -> dict[str, Any]:
@@ -194,6 +195,8 @@ def corners(knobs: Knobs) -> Iterator[tuple[str, dict[str, Any]]]:
     combination of alternatives, each knob at each of its ends, with all others at their low ones, and all at
     their high ones."""
     for fixed in alternatives(knobs):
+        # The product of all ends would be as large as the space. A config's checks look at one setting or at
+        # two together, so each knob is moved alone, and all of them once.
         where = ", ".join(f"{name}={branch}" for name, branch in fixed.items())
         yield where, _corner(knobs, fixed, 0)
         yield where, _corner(knobs, fixed, -1)
@@ -232,6 +235,7 @@ def check_space(name: str, space: Space, base: Config) -> None:
         UserError: no knob; a path that the recipe's config does not have; a value that it refuses; ends the
             wrong way round; a published setting or a grid that is not in the space.
     """
+    # Optuna takes an empty range, and one whose logarithm does not exist, for granted until it draws from it.
     ranges = [(path, knob) for path, knob, _ in _config_knobs(space.knobs)]
     if not ranges and not any(isinstance(knob, OneOf) for knob in space.knobs.values()):
         raise UserError(f"space '{name}' has no knob to turn")
