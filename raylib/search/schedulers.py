@@ -56,8 +56,8 @@ class FilterReports(TrialScheduler):
             return TrialScheduler.CONTINUE
         return super().on_trial_result(controller, trial, result)
 
-    # Scores of unlike states say nothing of each other: a half-frozen model's is low whatever its settings are.
-    # And no comparison with a NaN is true, so a rule would neither stop its trial nor ever forget it.
+    # Scores of unlike states say nothing of each other: a half-frozen model's is low whatever its settings
+    # are. And no comparison with a NaN is true, so a rule would neither stop its trial nor ever forget it.
     def is_comparable(self, report: dict) -> bool:
         """Return whether a trial may be compared with others by this report."""
         return bool(report.get("judged")) and math.isfinite(report.get(self._metric, math.nan))
