@@ -398,7 +398,7 @@ def test_overlap_result_is_cached_until_a_file_changes(tmp_path, monkeypatch):
     sets, clock = xgqa(tmp_path), iter(range(0, 1000, 2))
     monkeypatch.setattr(overlap.time, "perf_counter", lambda: float(next(clock)))
     assert compared("xgqa", tmp_path, **sets) == [] and len(list((tmp_path / "runs/cache").iterdir())) == 1
-    monkeypatch.setattr(overlap, "compare", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(overlap, "find_overlaps", lambda *_: pytest.fail("read again"))
     assert compared("xgqa", tmp_path, **sets) == []
     monkeypatch.undo()
     xgqa(tmp_path, train=gqa((3, "Is it dark?", "n3")))
