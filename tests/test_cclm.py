@@ -12,8 +12,8 @@ from raylib.data.states import fingerprint_module
 from raylib.errors import UserError
 from raylib.models import BACKBONES
 from raylib.models.cclm import PIXELS
+from raylib.models.swin import SwinSizes, interpolate_bias
 from raylib.models.unified import ModelConfig, UnifiedModel
-from raylib.models.vision import SwinSizes, interpolate_bias
 from raylib.packed import Ragged
 from tests.factories import SMALL, make_model
 

@@ -17,9 +17,8 @@ from raylib.engine import DeepSpeedEngine, OptimConfig, TorchEngine
 from raylib.errors import UserError
 from raylib.models import BACKBONES
 from raylib.models import peft as tuning
-from raylib.models.layers import Block
 from raylib.models.unified import ModelConfig, UnifiedModel
-from raylib.packed import Ragged
+from raylib.packed import Block, Ragged
 from raylib.text import PromptedTokenizer, Tokenizer
 from tests.factories import make_model
 from tests.workers import run_workers

@@ -34,9 +34,9 @@ from finetune.stores.images import ImageSource
 from finetune.stores.records import stem
 from raylib.errors import UserError
 from raylib.finite import require_finite
-from raylib.models.layers import Attention, Memory
+from raylib.models.layers import Memory
 from raylib.models.unified import UnifiedModel
-from raylib.packed import Plan, Ragged
+from raylib.packed import Attention, Plan, Ragged
 from raylib.tables import markdown_table, open_pyplot, percent
 from raylib.text import Tokenizer
 
@@ -112,7 +112,7 @@ def select_layer(maps: np.ndarray, layer: str) -> np.ndarray:
 
 def to_grid(weights: np.ndarray, windows: int = 0) -> np.ndarray:
     """(..., S) -> (..., g, g): shares of the attention on patches, the CLS left out; they add up to 1. With
-    `windows`, their CLS states come next, and patches window after window (`raylib.models.vision`)."""
+    `windows`, their CLS states come next, and patches window after window."""
     patches = weights[..., 1 + windows :]
     side = math.isqrt(patches.shape[-1])
     assert side * side == patches.shape[-1], "an image's patches are a square"

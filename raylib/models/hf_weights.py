@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.finite import require_finite_file
-from raylib.models.layers import Attention, Block
-from raylib.models.vision import SwinEncoder, VisionBlock, VisionEncoder, interpolate, interpolate_bias
+from raylib.models.layers import VisionBlock, VisionEncoder, interpolate
+from raylib.models.swin import SwinEncoder, interpolate_bias
+from raylib.packed import Attention, Block
 
 if TYPE_CHECKING:  # it imports this file
     from raylib.models.unified import ModelConfig, UnifiedModel

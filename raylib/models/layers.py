@@ -1,11 +1,12 @@
-"""Attention, the transformer block, and stacks of blocks: the text encoder and the unified encoder.
+"""Encoders of blocks (`raylib.packed`): the text encoder, the unified encoder, and the ViT (Dosovitskiy et
+al., 2020), with layer norm before each residual, a CLS token, learned positions.
 
-Everything is flat: tokens of all rows end to end; a `Plan` (`raylib.packed`) says which belong together.
+Everything but images is flat: tokens of all rows end to end; a `Plan` says which belong together.
 
-Shape legend: n rows of a bucket, S keys, Q queries of each, d width, h heads, e = d / h; T tokens in all, R
-tokens of an output mask, C tokens of a memory.
+Shape legend: n rows, d width; T tokens in all, R tokens of an output mask; b images, M patches.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,110 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raylib.packed import Plan, Ragged, join_rows, plan_attention
-
-# cuDNN, PyTorch's first choice on Hopper, builds a graph for each new shape, and packed batches bring new
-# lengths in every step: on an H100 a step of `base` took 38 s with it and 0.54 s without
-# (benchmarks/results/gpu.jsonl). The setting is the process's, so it holds for evaluation and for the
-# encoders of `transformers` too.
-torch.backends.cuda.enable_cudnn_sdp(False)
+from raylib.packed import Attention, Block, Plan, Ragged, join_rows, plan_attention
 
 # On a CPU, rows run in chunks whose widest activation is so many floats: larger ones leave the cache, and
 # malloc maps and unmaps them page by page.
 CHUNK = 2**23
-
-
-class Attention(nn.Module):
-    """Multi-head attention. Keys and values are projected by `key_value`, apart from the call, so that a
-    memory that many rows attend to is projected once."""
-
-    def __init__(self, width: int, heads: int, dropout: float):
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query = nn.Linear(width, width)
-        self.key_value: nn.Module = nn.Linear(width, 2 * width)  # or what `raylib.models.peft` puts there
-        self.output = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, key_value: Tensor, plan: Plan) -> Tensor:
-        """x (R, d), key_value (T, 2d), each row's tokens together -> (R, d)."""
-        d, h = x.shape[1], self.heads
-        queries = self.query(x)
-        if x.device.type == "cpu" and queries.dtype == torch.bfloat16:
-            # PyTorch's CPU kernel takes ten times as long backward in bf16 as in float32
-            # (`benchmarks/README.md`)
-            queries, key_value = queries.float(), key_value.float()
-        # within a bucket each row gets as many queries as its longest: empty cells hold some token's query,
-        # whose output is never picked up again
-        if plan.pad_index is not None:
-            queries = queries.index_select(0, plan.pad_index)
-        bucket_queries = queries.split([n * q for n, q, _ in plan.buckets])
-        bucket_keys = key_value.split([n * s for n, _, s in plan.buckets])
-        dropout, outputs = self.dropout if self.training else 0.0, []
-        # all rows of a bucket have equally many keys, so no key is padded and there is no mask, for which
-        # the fast kernels would not run
-        with torch.autocast(x.device.type, enabled=False):
-            for (n, q, s), q_nqd, kv_nsd in zip(plan.buckets, bucket_queries, bucket_keys, strict=True):
-                if q:
-                    q_nhqe = q_nqd.view(n, q, h, d // h).transpose(1, 2)
-                    k_nhse, v_nhse = kv_nsd.view(n, s, 2, h, d // h).permute(2, 0, 3, 1, 4)
-                    out = F.scaled_dot_product_attention(
-                        q_nhqe, k_nhse, v_nhse, dropout_p=dropout, is_causal=plan.causal
-                    )
-                    outputs.append(out.transpose(1, 2).reshape(n * q, d))
-        out = torch.cat(outputs)
-        return self.output(out if plan.unpad_index is None else out.index_select(0, plan.unpad_index))
-
-
-class Block(nn.Module):
-    """Self-attention, pluggable cross-attention, feed-forward; layer norm after each residual, as in BERT and
-    XLM-R (paper 2, figure 2)."""
-
-    def __init__(self, width: int, heads: int, feedforward: int, dropout: float, eps: float, cross: bool):
-        super().__init__()
-        self.cross = cross
-        self.attention = Attention(width, heads, dropout)
-        self.attention_norm = nn.LayerNorm(width, eps)
-        if cross:
-            self.cross_attention = Attention(width, heads, dropout)
-            self.cross_norm = nn.LayerNorm(width, eps)
-        self.intermediate = nn.Linear(width, feedforward)
-        self.output = nn.Linear(feedforward, width)
-        self.output_norm = nn.LayerNorm(width, eps)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self,
-        x: Tensor,
-        plan: Plan,
-        memory: tuple[Tensor, Plan] | None = None,
-        output_index: Tensor | None = None,
-    ) -> Tensor:
-        """x (T, d) -> (T, d), or (R, d) at the tokens `output_index` (R,) alone, which are then those that
-        `plan` has as queries.
-
-        `memory` is (projected keys and values (C, 2d), plan); None skips the cross-attention.
-        """
-        key_value = self.attention.key_value(x)
-        if output_index is not None:
-            x = x.index_select(0, output_index)
-        return self._attend(x, key_value, plan, memory)
-
-    def cross_row(self, x: Tensor, rows: Ragged) -> Tensor:
-        """x (n, d) -> (n, d): token i attends to row i of n, and is not part of it."""
-        # a plan wants rows by ascending length; the outputs go back into the order in which tokens came
-        order = rows.lengths.argsort(stable=True)
-        sorted_rows, index = rows.select_rows(order), order.to(x.device)
-        plan = plan_attention(sorted_rows.lengths, torch.ones_like(order), x.device)
-        key_value = self.attention.key_value(sorted_rows.values)
-        return self._attend(x.index_select(0, index), key_value, plan, None).index_select(0, index.argsort())
-
-    def _attend(self, x: Tensor, key_value: Tensor, plan: Plan, memory: tuple[Tensor, Plan] | None) -> Tensor:
-        """Queries (R, d) and the keys and values of self-attention -> (R, d)."""
-        x = self.attention_norm(x + self.dropout(self.attention(x, key_value, plan)))
-        if memory is not None:
-            x = self.cross_norm(x + self.dropout(self.cross_attention(x, *memory)))
-        hidden = self.output(F.gelu(self.intermediate(x)))
-        return self.output_norm(x + self.dropout(hidden))
 
 
 def init_weights(module: nn.Module) -> None:
@@ -295,3 +197,134 @@ def _append_memory(text: Ragged, output_mask: Tensor | None, memory: Memory) -> 
     no_output = torch.zeros(len(appended.values), dtype=torch.bool)
     masks = join_rows(text.with_values(text_mask), appended.with_values(no_output))
     return join_rows(text, appended), masks.values
+
+
+PixelStats = float | tuple[float, float, float]  # of a pixel's 0..255: for all colours, or one each
+
+# what published image encoders were trained with; ViTs in Hugging Face folders: 127.5 both
+CLIP_MEAN = (255 * 0.48145466, 255 * 0.4578275, 255 * 0.40821073)
+CLIP_STD = (255 * 0.26862954, 255 * 0.26130258, 255 * 0.27577711)
+IMAGENET_MEAN = (255 * 0.485, 255 * 0.456, 255 * 0.406)
+IMAGENET_STD = (255 * 0.229, 255 * 0.224, 255 * 0.225)
+
+
+def normalize_pixels(images: Tensor, mean: PixelStats, std: PixelStats, dtype: torch.dtype) -> Tensor:
+    """uint8 images (..., 3) -> less the mean, over the standard deviation."""
+    shift, scale = (
+        v if isinstance(v, float | int) else torch.tensor(v, dtype=dtype, device=images.device)
+        for v in (mean, std)
+    )
+    return (images.to(dtype) - shift) / scale
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm self-attention and feed-forward."""
+
+    def __init__(self, width: int, heads: int, feedforward: int, dropout: float, eps: float):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, eps)
+        self.attention = Attention(width, heads, dropout)
+        self.output_norm = nn.LayerNorm(width, eps)
+        self.intermediate = nn.Linear(width, feedforward)
+        self.output = nn.Linear(feedforward, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, M + 1, d) -> (b, M + 1, d)."""
+        b, n, _ = x.shape
+        normed = self.attention_norm(x).flatten(0, 1)
+        attended = self.attention(normed, self.attention.key_value(normed), Plan([(b, n, n)], None, None))
+        x = x + self.dropout(attended.view_as(x))
+        return x + self.dropout(self.output(F.gelu(self.intermediate(self.output_norm(x)))))
+
+
+class VisionEncoder(nn.Module):
+    """Pixels to M = (size / patch)^2 patch states behind one CLS state.
+
+    With `window`, the image is cut into n windows of so many pixels, which never see each other: each has
+    the CLS state and the positions of an image of its own, and a learned place among them. The states are
+    then the mean of the windows' CLS states, these n themselves, and the patches, window after window. An
+    encoder of single drawings so reads a scene of them.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        patch: int,
+        layers: int,
+        width: int,
+        heads: int,
+        feedforward: int,
+        dropout: float,
+        out: int,
+        pixel_mean: PixelStats = 127.5,
+        pixel_std: PixelStats = 127.5,
+        window: int | None = None,
+    ):
+        """`out`: the width that others want. `pixel_mean`, `pixel_std`: of `normalize_pixels`."""
+        super().__init__()
+        self.patch, self.window = patch, window
+        self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
+        self.patch_embedding = nn.Linear(3 * patch * patch, width)
+        self.cls = nn.Parameter(torch.zeros(width))
+        self.position = nn.Parameter(torch.randn(1 + ((window or size) // patch) ** 2, width) * 0.02)
+        self.place = nn.Parameter(torch.zeros((size // window) ** 2, width)) if window else None
+        self.blocks = nn.ModuleList(
+            VisionBlock(width, heads, feedforward, dropout, 1e-12) for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width, 1e-12)
+        self.output = nn.Linear(width, out) if out != width else None
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 images (b, H, W, 3) -> (b, M + 1, out), or (b, 1 + n + M, out). Normalised here, on the
+        device."""
+        b, height, _, _ = images.shape
+        p, side = self.patch, self.window or height
+        pixels = normalize_pixels(images, self.pixel_mean, self.pixel_std, self.cls.dtype)
+        # Cut the image into its windows, row after row of them, and each window into its patches: every
+        # window is then an image of its own, so that self-attention never leaves it. Without windows there is
+        # one, the whole image.
+        grid = pixels.view(b, height // side, side, -1, side, 3).transpose(2, 3)
+        windows = grid.reshape(-1, side // p, p, side // p, p, 3)
+        # a patch is flattened as (row, column, colour): `hf_weights.copy_vision` orders a kernel so
+        patches = windows.transpose(2, 3).reshape(len(windows), -1, 3 * p * p)
+        cls = self.cls.expand(len(patches), 1, -1)
+        x = torch.cat([cls, self.patch_embedding(patches)], 1) + self.position
+        if self.place is not None:
+            x = x + self.place.repeat(b, 1)[:, None]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x)
+        if self.place is not None:
+            # back to one row an image: the mean CLS comes first, where every reader looks for the image's
+            x = x.view(b, len(self.place), *x.shape[1:])
+            cls = x[:, :, 0]
+            x = torch.cat([cls.mean(1, keepdim=True), cls, x[:, :, 1:].flatten(1, 2)], 1)
+        x = self.norm(x)
+        return x if self.output is None else self.output(x)
+
+    @property
+    def num_windows(self) -> int:
+        """How many CLS states, one a window, follow the first state; 0: the image is one window."""
+        return 0 if self.place is None else len(self.place)
+
+    @torch.no_grad()
+    def resize(self, size: int) -> None:
+        """Take images of another resolution: positions, or the windows' places, are interpolated."""
+        if self.window:
+            assert self.place is not None
+            with_cls = torch.cat([self.place[:1], self.place])  # `interpolate` leaves the first row alone
+            self.place = nn.Parameter(interpolate(with_cls, (size // self.window) ** 2)[1:].contiguous())
+        else:
+            self.position = nn.Parameter(interpolate(self.position, (size // self.patch) ** 2).contiguous())
+
+
+def interpolate(positions: Tensor, patches: int) -> Tensor:
+    """Position embeddings (1 + M, d), CLS first, on a square grid -> (1 + patches, d)."""
+    old, new = math.isqrt(len(positions) - 1), math.isqrt(patches)
+    if old == new:
+        return positions
+    grid = positions[1:].T.reshape(1, -1, old, old)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid.flatten(2)[0].T])

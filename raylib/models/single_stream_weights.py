@@ -25,8 +25,8 @@ from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.finite import require_finite_file
 from raylib.models.hf_weights import WeightMapper, encoder_sizes, first_position, read_folder
-from raylib.models.layers import Block
 from raylib.models.single_stream_names import UC2, Names, Type, m3p_names, part_of, text_names, volta_names
+from raylib.packed import Block
 
 if TYPE_CHECKING:  # it imports this file
     from raylib.models.single_stream import SingleStream

@@ -17,8 +17,8 @@ from raylib.config import Config, validate
 from raylib.errors import UserError
 from raylib.models.base import FusionBackbone, RetrievalBackbone, Use
 from raylib.models.hf_weights import load_text, load_vision, text_sizes
-from raylib.models.layers import Encoder, Memory, TextEmbedding, init_weights
-from raylib.models.vision import PixelStats, SwinEncoder, SwinSizes, VisionEncoder
+from raylib.models.layers import Encoder, Memory, PixelStats, TextEmbedding, VisionEncoder, init_weights
+from raylib.models.swin import SwinEncoder, SwinSizes
 from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, join_rows
 
 HEAD_ROWS = 256  # rows of the vocabulary head at a time; PyTorch's automatic choice is 10 x slower on a CPU
@@ -30,7 +30,7 @@ class ModelConfig(Config):
     vocabulary: 0 is the tokenizer's (`pretrain`).
     vision_width: None is that of the text; else heads of images are as wide as those of texts, and a linear
         map leads up to `width`.
-    vision_window: pixels of windows that never see each other (`raylib.models.vision`); None is one window.
+    vision_window: pixels of windows that never see each other (`raylib.models.layers`); None is one window.
     swin: of a Swin in the ViT's place, which vision_layers and vision_width say nothing about.
     pixel_mean, pixel_std: what is subtracted from a pixel's 0..255, for all colours or each, and what it is
         then divided by.

@@ -1,0 +1,121 @@
+"""Swin (Liu et al., 2021) from `transformers` as image encoder: attention in windows, patches merged from
+stage to stage.
+
+Shape legend: b images, M patches of the last stage, d width.
+"""
+
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from raylib.config import Config
+from raylib.errors import UserError
+from raylib.models.layers import PixelStats, normalize_pixels
+
+
+class SwinSizes(Config):
+    """Sizes of a Swin. The defaults are Swin-B.
+
+    width: of the first stage's states; it doubles from stage to stage. layers, heads: of each stage.
+    """
+
+    width: int = 128
+    layers: tuple[int, ...] = (2, 2, 18, 2)
+    heads: tuple[int, ...] = (4, 8, 16, 32)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SwinSizes":
+        if not self.layers or len(self.layers) != len(self.heads):
+            raise ValueError(f"layers {self.layers} and heads {self.heads} do not speak of the same stages")
+        for stage, heads in enumerate(self.heads):
+            if self.width * 2**stage % heads:
+                raise ValueError(
+                    f"stage {stage} is {self.width * 2**stage} wide, no multiple of its {heads} heads"
+                )
+        return self
+
+    @property
+    def merges(self) -> int:
+        """How many patches, in each direction, one of the last stage was made of."""
+        return 2 ** (len(self.layers) - 1)
+
+
+class SwinEncoder(nn.Module):
+    """Pixels to the states of M = (size / patch / merges)^2 patches, behind their mean in the place of a CLS
+    state (CCLM).
+
+    A window is as wide as the last stage's grid, as in every published Swin: 7 patches at 224 pixels, 12 at
+    384.
+    """
+
+    num_windows = 0  # that never see each other (`VisionEncoder`): Swin's own are shifted
+
+    def __init__(
+        self,
+        sizes: SwinSizes,
+        size: int,
+        patch: int,
+        dropout: float,
+        out: int,
+        pixel_mean: PixelStats,
+        pixel_std: PixelStats,
+    ):
+        """`dropout`: the rate of stochastic depth. `out`: the width that others want. `pixel_mean`,
+        `pixel_std`: of `normalize_pixels`."""
+        super().__init__()
+        self.sizes, self.patch, self.dropout = sizes, patch, dropout
+        self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
+        self.swin = self._build(size)
+        width = sizes.width * sizes.merges
+        self.output = nn.Linear(width, out) if out != width else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 images (b, H, W, 3) -> (b, M + 1, out). Normalised here, on the device."""
+        dtype = next(self.swin.parameters()).dtype
+        pixels = normalize_pixels(images, self.pixel_mean, self.pixel_std, dtype)
+        states = self.swin(pixels.permute(0, 3, 1, 2)).last_hidden_state
+        # CCLM: the mean of the patches stands where a ViT has its CLS
+        states = torch.cat([states.mean(1, keepdim=True), states], 1)
+        return states if self.output is None else self.output(states)
+
+    def resize(self, size: int) -> None:
+        """Another resolution, a multiple of patch x merges: other windows, the biases of relative positions
+        interpolated."""
+        weights = self.swin.state_dict()
+        fresh = self._build(size).to(weights["layernorm.weight"])
+        for name, value in fresh.state_dict().items():
+            if name.endswith("relative_position_bias_table"):
+                weights[name] = interpolate_bias(weights[name], len(value))
+        fresh.load_state_dict(weights)
+        self.swin = fresh
+
+    def _build(self, size: int) -> nn.Module:
+        try:
+            from transformers import SwinConfig, SwinModel
+        except ImportError as e:
+            raise UserError(
+                f"a Swin image encoder wants transformers ({e}); pip install transformers==5.23.0"
+            ) from e
+        config = SwinConfig(
+            image_size=size,
+            patch_size=self.patch,
+            embed_dim=self.sizes.width,
+            depths=list(self.sizes.layers),
+            num_heads=list(self.sizes.heads),
+            window_size=size // (self.patch * self.sizes.merges),
+            drop_path_rate=self.dropout,
+        )
+        return SwinModel(config, add_pooling_layer=False)
+
+
+def interpolate_bias(table: Tensor, rows: int) -> Tensor:
+    """Biases ((2 w - 1)^2, heads) by relative position in a window w wide -> (rows, heads) for another
+    window, bicubic."""
+    old, new = round(len(table) ** 0.5), round(rows**0.5)
+    if old == new:
+        return table
+    grid = F.interpolate(
+        table.T.reshape(1, -1, old, old), size=(new, new), mode="bicubic", align_corners=False
+    )
+    return grid.flatten(2)[0].T.contiguous()
