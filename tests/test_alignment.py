@@ -143,7 +143,11 @@ def matching(loss: str, weight: float):
     """(an objective of matching with alignment beside it, the same without)."""
     model = make_model()
     unified = UnifiedObjective(model, CONTRAST_AND_ITM, 16)
-    return MatchingObjective(unified, aligned(loss=loss, weight=weight).terms(model)), unified
+    config = TranslationAlignmentConfig(loss=loss, weight=weight)
+    terms = {
+        name: term._replace(reads=config.needs) for name, term in aligned(loss, weight).terms(model).items()
+    }
+    return MatchingObjective(unified, terms), unified
 
 
 @pytest.mark.parametrize("loss", ["mse", "pivot", "image"])

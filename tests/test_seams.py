@@ -275,3 +275,10 @@ def test_strategy_that_asks_for_states_must_need_them(finetune, tmp_path):
     )
     code, printed = finetune("scenes_xflickrco", *QUICK, f"strategies.my={tmp_path}/extra.py", "name=run")
     assert code == 2 and 'it must need "states"' in printed
+
+
+def test_user_strategy_with_an_unknown_need_is_refused(finetune, tmp_path):
+    needs = EXTRA.replace("    def build", '    needs = frozenset({"logit"})\n\n    def build')
+    (tmp_path / "extra.py").write_text(needs)
+    code, printed = finetune("scenes_xgqa", f"strategies.my={tmp_path}/extra.py", "name=run")
+    assert code == 2 and "'logit'; did you mean logits?" in printed and printed.strip().count("\n") == 0

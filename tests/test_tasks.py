@@ -80,7 +80,7 @@ def test_task_from_its_files_to_its_score(name, head, model, data, tmp_path):
     terms = {
         "penalty": l2_penalty(pipeline.model),
         **{
-            name: Term(0.0, lambda outputs, batch, read=read: read(outputs), reads_logits=name == "logits")
+            name: Term(0.0, lambda outputs, batch, read=read: read(outputs), reads=frozenset({name}))
             for name, read in readable.items()
         },
     }

@@ -41,7 +41,7 @@ from finetune.strategies.peft import (
 )
 from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.strategies.pruning import SparseConfig
-from raylib.config import Config, load_user_class, validate
+from raylib.config import Config, load_user_class, lookup, validate
 from raylib.engine import LayerRates
 from raylib.errors import UserError
 from raylib.randomness import Key
@@ -63,6 +63,8 @@ def _load_user_config(value: Any) -> StrategyConfig | None:
         raise PydanticCustomError("extra_forbidden", "no strategy of this name")
     user_class = load_user_class(path, StrategyConfig, class_name or None)  # type: ignore[type-abstract]
     config = validate(user_class, settings, where)
+    for need in config.required():
+        lookup(need, NEEDS, f"need in {where}")
     config._user_class = where
     return config
 
@@ -247,7 +249,7 @@ class Strategies:
                         f"strategies.{name}: another strategy has a term '{label}' already; leave one of "
                         "them out"
                     )
-                terms[label] = term._replace(reads_logits="logits" in needs)
+                terms[label] = term._replace(reads=needs)
         states = [s.hidden_states for s in self.built.values() if s.hidden_states]
         layers = tuple(sorted({layer for each in states for layer in each.layers}))
         return LossTerms(

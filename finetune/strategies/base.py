@@ -134,14 +134,14 @@ class Term(NamedTuple):
         term that looks at the model alone, a scalar, the same on every worker.
     divisor: `divisor(batch)`, what the sum of the values is divided by, over all workers, if not by the
         number of examples.
-    reads_logits: it is about the answers: computed after them, and scaled by the weight of the task's own
-        loss. Set of strategies that need "logits".
+    reads: those of "logits", "states" and "embeddings" that the values look at, set from what the strategy
+        needs. A term that reads logits is computed after them, and scaled by the task's own weight.
     """
 
     weight: float
     values: Callable[[Outputs, dict], Tensor]
     divisor: Callable[[dict], Tensor] | None = None
-    reads_logits: bool = False
+    reads: frozenset[Need] = frozenset()
 
 
 class LossTerms(NamedTuple):

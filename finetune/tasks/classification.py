@@ -240,8 +240,8 @@ class ClassificationObjective(Objective):
         terms, self.states, self.task_weight = added or LossTerms()
         self.model, self.loss = model, loss
         # what reads no logits comes first: gradients add up in the order in which this is computed
-        self.first = {name: term for name, term in terms.items() if not term.reads_logits}
-        self.second = {name: term for name, term in terms.items() if term.reads_logits}
+        self.first = {name: term for name, term in terms.items() if "logits" not in term.reads}
+        self.second = {name: term for name, term in terms.items() if "logits" in term.reads}
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         part = batch["examples"]

@@ -167,9 +167,9 @@ class ContrastObjective(Objective):
 
 
 class MatchingObjective(Objective):
-    """As `UnifiedObjective`, which it holds, of contrast and matching, and terms of methods beside:
-    `forward(batch)` -> (this worker's share of the sum, {its terms, and the methods' by name: means over the
-    global batch, unweighted}).
+    """As `UnifiedObjective`, which it holds, of contrast and matching, and terms of strategies beside:
+    `forward(batch)` -> (this worker's share of the sum, {its terms, and the strategies' by name: means over
+    the global batch, unweighted}).
 
     Images are encoded once for both. Texts are encoded again, with their pivots: what `UnifiedObjective`
     makes of them are unit vectors, and terms are about vectors of any length.
@@ -194,7 +194,9 @@ class MatchingObjective(Objective):
         # without gradient: what clamps the temperature asks all terms together, once a step
         # (`raylib.distributed.clamp`)
         temperature = self.model.temperature.detach().clamp(*self.unified.config.temperature)
-        outputs = embed(self.model, part, temperature)
+        # terms of the model alone need no second pass of the texts
+        embeds = any("embeddings" in term.reads for term in self.terms.values())
+        outputs = embed(self.model, part, temperature) if embeds else Outputs()
         examples = all_reduce(torch.tensor(float(len(part["image_id"])), device=loss.device))
         shares = torch.stack(term_shares(self.terms.values(), outputs, part, examples))
         weights = torch.tensor([term.weight for term in self.terms.values()], device=loss.device)
