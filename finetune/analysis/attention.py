@@ -13,11 +13,11 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.analysis.parallel import (
     Inapplicable,
@@ -70,8 +70,8 @@ def attention_weights(backbone: UnifiedModel, text: Ragged, image: Ragged) -> Te
     recorded: list[list[Tensor]] = [[] for _ in blocks]
 
     def record(layer: int):
-        def hook(attention: nn.Module, inputs: tuple) -> None:
-            recorded[layer].append(layer_weights(cast(Attention, attention), *inputs))
+        def hook(attention: Any, inputs: tuple) -> None:
+            recorded[layer].append(layer_weights(attention, *inputs))
 
         return hook
 
@@ -230,7 +230,7 @@ def measure_attention(
         raise UserError(
             f"the word is behind the first {length} tokens of its sentence, which the model does not see"
         )
-    values = {
+    values: dict[str, Any] = {
         "layer": layer,
         "items": len(patches),
         "drawn": list(drawn.values()),
@@ -310,8 +310,9 @@ def draw_attention(values: dict[str, Any], source: ImageSource, title: str, path
             cell.set(xticks=[], yticks=[])
         if "quadrant" in record:
             down, right = divmod(record["quadrant"], 2)
-            corner, style = (right * width / 2, down * height / 2), {"linestyle": "--", "linewidth": 1.5}
-            row[0].add_patch(pyplot.Rectangle(corner, width / 2, height / 2, fill=False, **style))
+            corner = right * width / 2, down * height / 2
+            frame = pyplot.Rectangle(corner, width / 2, height / 2, fill=False, linestyle="--", linewidth=1.5)
+            row[0].add_patch(frame)
         row[0].set_title(record["image"], fontsize=8)
         for cell, code in zip(row[1:], languages, strict=True):
             grid = np.array(record["map"][code])

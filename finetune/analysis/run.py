@@ -3,7 +3,7 @@ figure that cannot be made of this run is a line that says why."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,7 +26,7 @@ from raylib import checkpoint
 from raylib.config import load_config
 from raylib.errors import UserError
 from raylib.fileio import write_atomically
-from raylib.models.base import FusionBackbone
+from raylib.models.base import FusionBackbone, RetrievalBackbone
 from raylib.models.unified import UnifiedModel
 from raylib.tables import markdown_table, percent
 from raylib.text import Tokenizer
@@ -52,7 +52,7 @@ class FinishedRun(NamedTuple):
     folder: Path
     config: FinetuneConfig
     result: dict[str, Any]
-    model: FinetuneModel | UnifiedModel | None
+    model: FinetuneModel | RetrievalBackbone | None
     tokenizer: Tokenizer
     bf16: bool
     options: Options
@@ -78,7 +78,7 @@ class FinishedRun(NamedTuple):
         """Name of the run and its task."""
         return f"{self.config.name}, {self.config.task}"
 
-    def shared_model(self) -> FinetuneModel | UnifiedModel:
+    def shared_model(self) -> FinetuneModel | RetrievalBackbone:
         """Return the model of all languages.
 
         Raises:
@@ -141,7 +141,8 @@ def open_run(folder: Path, options: Options) -> FinishedRun:
     result = read_result(folder)
     config = load_config(FinetuneConfig, folder / "config.json")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = None, Tokenizer.load(tokenizer_of(config))
+    model: Any = None
+    tokenizer = Tokenizer.load(tokenizer_of(config))
     if config.setting not in ONE_EACH:
         _, model, tokenizer, _ = build_pipeline(config, build_strategies(config))
         if config.trains:
@@ -194,7 +195,7 @@ def _confusions(run: FinishedRun) -> list[str]:
 def _attention(run: FinishedRun) -> list[str]:
     config, options, model = run.config, run.options, run.shared_model()
     backbone = model.backbone
-    if not backbone.has_cross_attention:
+    if not (isinstance(backbone, UnifiedModel) and backbone.has_cross_attention):
         raise Inapplicable(f"backbone '{backbone.kind}' has no cross-attention to images")
     source = open_visual_for(config, model)
     if not isinstance(source, ImageSource):
@@ -206,7 +207,7 @@ def _attention(run: FinishedRun) -> list[str]:
     else:
         mentions = attention.find_scene_mentions(parallel, Path(config.data) / "scenes.jsonl")
     values = attention.measure_attention(
-        cast(UnifiedModel, backbone),
+        backbone,
         mentions,
         codes,
         source,

@@ -21,7 +21,7 @@ from finetune.model import FinetuneModel
 from finetune.stores.images import VisualSource
 from raylib.data.loading import to_device
 from raylib.finite import require_finite
-from raylib.models.unified import UnifiedModel
+from raylib.models.base import RetrievalBackbone
 from raylib.tables import open_pyplot
 from raylib.text import Tokenizer
 
@@ -30,7 +30,7 @@ BATCH = 16  # items in every language at a time
 
 @torch.inference_mode()
 def parallel_states(
-    model: FinetuneModel | UnifiedModel,
+    model: FinetuneModel | RetrievalBackbone,
     parallel: Parallel,
     source: VisualSource | None,
     tokenizer: Tokenizer,

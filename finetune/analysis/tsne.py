@@ -18,7 +18,7 @@ import csv
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +32,7 @@ from finetune.stores.images import ImageSource, RegionFeatures
 from raylib.data.loading import to_device
 from raylib.errors import UserError, require
 from raylib.finite import require_finite
-from raylib.models.base import Backbone, FusionBackbone
-from raylib.models.unified import UnifiedModel
+from raylib.models.base import Backbone, FusionBackbone, RetrievalBackbone
 from raylib.tables import markdown_table, open_pyplot, percent
 from raylib.text import Tokenizer
 
@@ -52,7 +51,7 @@ class Point(NamedTuple):
 
 @torch.inference_mode()
 def collect_states(
-    model: FinetuneModel | UnifiedModel,
+    model: FinetuneModel | RetrievalBackbone,
     mentions: Sequence[Mention],
     weights: ObjectWeights,
     languages: Sequence[str],
@@ -63,6 +62,7 @@ def collect_states(
     """Collect words, and once an image regions, of the objects that `mentions` name: (points, their states (p
     + r, d), float32)."""
     backbone, device = model.backbone, next(model.parameters()).device
+    assert isinstance(backbone, FusionBackbone), "it reads texts together with images"
     classes = {mention.label for mention in mentions}
     images: set[str] = set()
     found: list[tuple[Point, Tensor]] = []
@@ -78,8 +78,8 @@ def collect_states(
                     memory = model.memory(inputs)
                 else:
                     memory = model.encode_images(inputs["images"])
-            assert memory is not None
-            rows = cast(FusionBackbone, backbone).joint_states(text, memory)
+            assert memory is not None, "every example has an image"
+            rows = backbone.joint_states(text, memory)
             states = rows.values.float().cpu().split(rows.lengths.tolist())
             for mention, example, row, num_tokens in zip(
                 batch, examples, states, text.lengths.tolist(), strict=True
