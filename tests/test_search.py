@@ -262,7 +262,7 @@ def test_search_stopped_trials_are_pruned_in_optuna(search):
             "must be one training",
         ),
         (("workers_per_trial=4",), (), "workers_per_trial=4, but the cluster has 2 CPUs"),
-        ((), ("setting=untrained",), "trains nothing that could be searched"),
+        ((), ("setting=untrained",), "does not train: there is nothing to search"),
         ((), ("setting=single_language",), "set dev_sets=target_dev"),
         (
             (),

@@ -90,11 +90,11 @@ def test_space_corners_reach_every_bound():
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ({"lr": 1.0, "how": "none", "parts[0]": 0.5}, "says nothing of parts[1]"),
+        ({"lr": 1.0, "how": "none", "parts[0]": 0.5}, "has no value for parts[1]"),
         ({"lr": 11.0, "how": "none", "parts[0]": 0.5, "parts[1]": 0.5}, "lr=11.0 is not in 0.1 to 10"),
         (
             {"lr": 1.0, "how": "none", "more": "a", "parts[0]": 0.5, "parts[1]": 0.5},
-            "more, which is no knob beside",
+            "more, which no knob of its alternatives is called",
         ),
         (
             {"lr": 1.0, "how": "odd", "parts[0]": 0.5, "parts[1]": 0.5},
@@ -111,13 +111,13 @@ def test_space_settings_outside_are_refused(setting, words):
 @pytest.mark.parametrize(
     ("knobs", "more", "words"),
     [
-        ({}, {}, "no knob to turn"),
-        ({"lr": 3.0}, {}, "no knob to turn"),
+        ({}, {}, "has no knob: nothing in it varies"),
+        ({"lr": 3.0}, {}, "has no knob: nothing in it varies"),
         ({"lrr": Float(0, 1)}, {}, "unknown setting 'lrr'; did you mean lr?"),
         ({"inner.size": Choice("large")}, {}, "inner.size"),
         ({"lr": Float(2, 1)}, {}, "lr: 2 to 1 is empty"),
         ({"lr": Choice()}, {}, "is empty"),
-        ({"lr": Float(0, 1, log=True)}, {}, "no logarithm everywhere"),
+        ({"lr": Float(0, 1, log=True)}, {}, "needs values above 0 for log=True"),
         (
             {"lr": Float(0, 1)},
             {"published": ({"lr": 2.0},)},

@@ -92,7 +92,7 @@ def parse_settings(settings: list[str], recipe: str) -> tuple[SearchConfig, list
     """
     for_search = [s for s in settings if s.partition("=")[0] in SearchConfig.model_fields]
     if not recipe and not any(s.startswith("recipe=") for s in for_search):
-        raise UserError("recipe= is missing: say what the trials run")
+        raise UserError("recipe= is missing: the recipe that the trials run")
     runs = os.environ.get("POLYGLANCE_RUNS", "runs")  # a job's working directory is a copy that goes away
     for_recipe = [s.removeprefix("recipe.") for s in settings if s not in for_search]
     return override(SearchConfig(recipe=recipe, runs=runs), for_search), for_recipe

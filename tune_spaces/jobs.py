@@ -52,14 +52,14 @@ class FinetuneSearchJob(SearchJob):
 
     def trial_config(self, config: FinetuneConfig, dev_sets: DevSets) -> FinetuneConfig:
         if not config.trains:
-            raise UserError(f"setting={config.setting} trains nothing that could be searched")
+            raise UserError(f"setting={config.setting} does not train: there is nothing to search")
         for name in ("model", "data"):
             if not getattr(config, name):
                 raise UserError(f"{name}= is missing: give a folder")
         if dev_sets != "target_dev" and config.trains_apart and not _english_chooses(config):
             raise UserError(
-                f"setting={config.setting} trains each language apart, and English says little of that; "
-                "set dev_sets=target_dev"
+                f"setting={config.setting} trains a model for each language, of which the English development "
+                "set says little; set dev_sets=target_dev"
             )
         targets = (
             tuple(code for code in languages_of(config) if code != "en") if dev_sets != "english_dev" else ()

@@ -148,13 +148,13 @@ def config_changes(knobs: Knobs, setting: Setting) -> dict[str, Any]:
     """Return {config path: value} of a setting.
 
     Raises:
-        UserError: a knob that the setting leaves out, has outside of its range, or that is none.
+        UserError: the setting leaves a knob out, has a value outside of its range, or one of no knob.
     """
     used = set()
 
     def choose(name: str, knob: Distribution) -> Any:
         if name not in setting:
-            raise UserError(f"the setting {setting} says nothing of {name}")
+            raise UserError(f"the setting {setting} has no value for {name}")
         if not knob.contains(setting[name]):
             raise UserError(f"{name}={setting[name]} is not in {_describe(knob)}")
         used.add(name)
@@ -163,7 +163,8 @@ def config_changes(knobs: Knobs, setting: Setting) -> dict[str, Any]:
     changes = resolve(knobs, choose)
     if unused := set(setting) - used:
         raise UserError(
-            f"the setting {setting} has {', '.join(sorted(unused))}, which is no knob beside its others"
+            f"the setting {setting} has {', '.join(sorted(unused))}, which no knob of its alternatives is "
+            "called"
         )
     return changes
 
@@ -238,12 +239,12 @@ def check_space(name: str, space: Space, base: Config) -> None:
     # Optuna takes an empty range, and one whose logarithm does not exist, for granted until it draws from it.
     ranges = [(path, knob) for path, knob, _ in _config_knobs(space.knobs)]
     if not ranges and not any(isinstance(knob, OneOf) for knob in space.knobs.values()):
-        raise UserError(f"space '{name}' has no knob to turn")
+        raise UserError(f"space '{name}' has no knob: nothing in it varies")
     for path, knob in ranges:
         if not knob.ends or (not isinstance(knob, Choice) and knob.low > knob.high):
             raise UserError(f"space '{name}': {path}: {_describe(knob)} is empty")
         if not isinstance(knob, Choice) and knob.log and knob.low <= 0:
-            raise UserError(f"space '{name}': {path}: {_describe(knob)} has no logarithm everywhere")
+            raise UserError(f"space '{name}': {path}: {_describe(knob)} needs values above 0 for log=True")
     for description, changes in corners(space.knobs):
         try:
             change_settings(base, changes)
