@@ -58,8 +58,8 @@ class FinetuneSearchJob(SearchJob):
                 raise UserError(f"{name}= is missing: give a folder")
         if dev_sets != "target_dev" and config.trains_apart and not _english_chooses(config):
             raise UserError(
-                f"setting={config.setting} trains a model for each language, of which the English development "
-                "set says little; set dev_sets=target_dev"
+                f"setting={config.setting} trains a model for each language, of which English development "
+                "scores say little; set dev_sets=target_dev"
             )
         targets = (
             tuple(code for code in languages_of(config) if code != "en") if dev_sets != "english_dev" else ()
