@@ -252,41 +252,63 @@ class Cclm(UnifiedModel):
         "base": ModelConfig(text_layers=12, fusion_layers=6, image_size=224, eps=1e-5, **PIXELS),
         "tiny": TINY.model_copy(update={"text_layers": 12, "fusion_layers": 6}),
     }
+    random_vision: ClassVar[dict[str, Any]] = {"vision_layers": 12, "image_size": 224}  # ViT-B/16
 
     @classmethod
     def import_weights(cls, path: Path, vision: Path | None = None) -> Self:
-        """From a published X2-VLM CCLM file, or from an XLM-R or BERT folder: its first 12 layers, then its
-        last 6, which serve twice where it has fewer than 18. `vision`: a ViT folder; None: the file's own
-        image encoder, or a random ViT-B/16.
+        """From a published file of this CCLM, or from an XLM-R or BERT folder. `vision`: a folder of the
+        image encoder; None: the file's own, or a random one.
 
         Raises:
-            UserError: fewer than 12 layers; an image encoder that is no ViT; tensors missing, left over or of
-                another shape.
+            UserError: another number of layers; an image encoder of another kind; tensors missing, left over
+                or of another shape.
         """
+        vision_sizes = cls.folder_sizes(vision) if vision else None
         if path.is_file():
             file = read_published(path)
-            if file.is_swin and not vision:
-                raise UserError(f"{path}: its image encoder is a Swin; set backbone=cclm_swin")
-            model = cls(published_sizes(file, _vit(vision) if vision else vit_sizes(file)))
+            model = cls(published_sizes(file, vision_sizes or cls.file_sizes(file)))
             fill(model, file, own_vision=not vision)
         else:
             sizes = text_sizes(path)
-            layers = sizes["text_layers"] + sizes["fusion_layers"]
-            if layers < 12:
-                raise UserError(
-                    f"{path}: {layers} layers; give a text encoder of 12, or of 18 or more, or a published "
-                    "file"
-                )
-            sizes |= {"text_layers": 12, "fusion_layers": 6}
-            sizes |= _vit(vision) if vision else {"vision_layers": 12, "image_size": 224}
+            layers = cls.choose_layers(sizes["text_layers"] + sizes["fusion_layers"], path)
+            sizes |= {
+                "text_layers": len(layers) - 6,
+                "fusion_layers": 6,
+                **(vision_sizes or cls.random_vision),
+            }
             model = cls(validate(ModelConfig, sizes, str(path)))
-            load_text(model, path, layers=(*range(12), *range(layers - 6, layers)))
+            load_text(model, path, layers=layers)
         if vision:
             load_vision(model, vision)
         return model
 
+    @staticmethod
+    def choose_layers(count: int, path: Path) -> tuple[int, ...]:
+        """Which of a text encoder's layers serve: its first 12, then its last 6, which serve twice where it
+        has fewer than 18."""
+        if count < 12:
+            raise UserError(
+                f"{path}: {count} layers; give a text encoder of 12, or of 18 or more, or a published file"
+            )
+        return (*range(12), *range(count - 6, count))
 
-class CclmSwin(UnifiedModel):
+    @staticmethod
+    def file_sizes(file: Published) -> dict[str, Any]:
+        """Of a published file's image encoder."""
+        if file.is_swin:
+            raise UserError(f"{file.path}: its image encoder is a Swin; set backbone=cclm_swin")
+        return vit_sizes(file)
+
+    @staticmethod
+    def folder_sizes(folder: Path) -> dict[str, Any]:
+        """Of a folder's image encoder."""
+        names = ("num_hidden_layers", "hidden_size", "patch_size", "image_size")
+        layers, width, patch, size = _read_sizes(folder, *names)
+        sizes = {"vision_layers": layers, "vision_width": width, "patch": patch, "image_size": size}
+        return {**sizes, "pixel_mean": 127.5, "pixel_std": 127.5}
+
+
+class CclmSwin(Cclm):
     """6 text layers, 6 layers with cross-attention, a Swin: the first CCLM."""
 
     kind = "cclm_swin"
@@ -309,75 +331,42 @@ class CclmSwin(UnifiedModel):
             update={"swin": SwinSizes(width=16, layers=(2, 2), heads=(2, 2)), "patch": 2}
         ),
     }
-
-    @classmethod
-    def import_weights(cls, path: Path, vision: Path | None = None) -> Self:
-        """From a published CCLM file, or from an XLM-R or BERT folder: every other one of 24 layers, as CCLM
-        did, or all 12. `vision`: a Swin folder; None: the file's own image encoder, or a random Swin-B.
-
-        Raises:
-            UserError: another number of layers; an image encoder that is no Swin; tensors missing, left over
-                or of another shape.
-        """
-        if path.is_file():
-            file = read_published(path)
-            if not file.is_swin and not vision:
-                raise UserError(
-                    f"{path}: its image encoder is no Swin; set backbone=cclm, or vision=SWIN_FOLDER"
-                )
-            model = cls(published_sizes(file, _swin(vision) if vision else swin_sizes(file)))
-            fill(model, file, own_vision=not vision)
-        else:
-            sizes = text_sizes(path)
-            layers = sizes["text_layers"] + sizes["fusion_layers"]
-            if layers not in (12, 24):
-                raise UserError(
-                    f"{path}: {layers} layers; give a text encoder of 24, of which every other is taken, or "
-                    "of 12"
-                )
-            sizes |= {"text_layers": 6, "fusion_layers": 6}
-            sizes |= _swin(vision) if vision else {"swin": {}, "patch": 4, "image_size": 224, **IMAGENET}
-            model = cls(validate(ModelConfig, sizes, str(path)))
-            load_text(model, path, layers=tuple(range(layers // 12 - 1, layers, layers // 12)))
-        if vision:
-            load_vision(model, vision)
-        return model
-
-
-def _vit(folder: Path) -> dict:
-    """Sizes of a ViT folder."""
-    layers, width, patch, size = _read_sizes(
-        folder, "num_hidden_layers", "hidden_size", "patch_size", "image_size"
-    )
-    return {
-        "vision_layers": layers,
-        "vision_width": width,
-        "patch": patch,
-        "image_size": size,
-        "pixel_mean": 127.5,
-        "pixel_std": 127.5,
-    }
-
-
-def _swin(folder: Path) -> dict:
-    """Sizes of a Swin folder.
-
-    Raises:
-        UserError: its windows are not as wide as the last stage's grid.
-    """
-    names = ("embed_dim", "depths", "num_heads", "patch_size", "image_size", "window_size")
-    width, layers, heads, patch, size, window = _read_sizes(folder, *names)
-    if window != size // (patch * 2 ** (len(layers) - 1)):
-        raise UserError(
-            f"{folder}/config.json: windows of {window} patches at {size} pixels; give a Swin whose windows "
-            "are as wide as its last stage's grid, as 7 at 224 or 12 at 384 pixels"
-        )
-    return {
-        "swin": {"width": width, "layers": layers, "heads": heads},
-        "patch": patch,
-        "image_size": size,
+    random_vision: ClassVar[dict[str, Any]] = {
+        "swin": {},
+        "patch": 4,
+        "image_size": 224,
         **IMAGENET,
-    }
+    }  # Swin-B
+
+    @staticmethod
+    def choose_layers(count: int, path: Path) -> tuple[int, ...]:
+        """Every other one of 24 layers, as CCLM did, or all 12."""
+        if count not in (12, 24):
+            raise UserError(
+                f"{path}: {count} layers; give a text encoder of 24, of which every other is taken, or of 12"
+            )
+        return tuple(range(count // 12 - 1, count, count // 12))
+
+    @staticmethod
+    def file_sizes(file: Published) -> dict[str, Any]:
+        if not file.is_swin:
+            raise UserError(
+                f"{file.path}: its image encoder is no Swin; set backbone=cclm, or vision=SWIN_FOLDER"
+            )
+        return swin_sizes(file)
+
+    @staticmethod
+    def folder_sizes(folder: Path) -> dict[str, Any]:
+        names = ("embed_dim", "depths", "num_heads", "patch_size", "image_size", "window_size")
+        width, layers, heads, patch, size, window = _read_sizes(folder, *names)
+        # `SwinEncoder` has windows as wide as the last stage's grid
+        if window != size // (patch * 2 ** (len(layers) - 1)):
+            raise UserError(
+                f"{folder}/config.json: windows of {window} patches at {size} pixels; give a Swin whose "
+                "windows are as wide as its last stage's grid, as 7 at 224 or 12 at 384 pixels"
+            )
+        sizes = {"width": width, "layers": layers, "heads": heads}
+        return {"swin": sizes, "patch": patch, "image_size": size, **IMAGENET}
 
 
 def _read_sizes(folder: Path, *names: str) -> list:
