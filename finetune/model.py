@@ -184,7 +184,7 @@ class FinetuneModel(nn.Module):
             values.get("answers"),
             validate(DecoderConfig, values.get("decoder", {}), str(folder / "config.json")),
         )
-        peft.restore(model, values.get("tuning", {}))
+        peft.insert_stored(model, values.get("tuning", {}))
         return load_weights(model, folder)
 
 

@@ -42,7 +42,7 @@ class FinetuneJob:
         trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
         counts = {"params": sum(p.numel() for p in model.parameters()), "trainable": sum(trainable.values())}
         if model.backbone.tuning:
-            counts |= dict(zip(("share", "share_with_heads"), peft.shares(model), strict=True))
+            counts |= dict(zip(("share", "share_with_heads"), peft.trainable_shares(model), strict=True))
         if not config.trains:
             result: dict[str, Any] = {"finished": True, "steps": 0, "seconds": 0.0}
         else:
@@ -53,7 +53,7 @@ class FinetuneJob:
             trained = find_trained(config, runtime.run, runtime.find_newest())
             load_weights(model, trained)
             if model.backbone.tuning and runtime.rank == 0:
-                peft.write(model, trainable.keys(), runtime.run / "tuned.safetensors")
+                peft.save_tuned(model, trainable.keys(), runtime.run / "tuned.safetensors")
             if not config.run_test:
                 return {**result, **counts, **dev_result(trained, runtime.device)}
         return {**result, **counts, **test_result(pipeline, runtime.run)}

@@ -22,7 +22,7 @@ from finetune.strategies.word_vectors import read_vectors
 from pretrain.train import export_model
 from raylib.data.states import EncoderStates, write_encoder_states
 from raylib.errors import NotFinite, UserError
-from raylib.models import peft as tuning
+from raylib.models import peft
 from raylib.models.dual_encoder import Clip, MClip
 from raylib.models.hf_weights import load_text, load_vision
 from raylib.models.unified import UnifiedModel
@@ -177,10 +177,10 @@ def test_non_finite_clip_and_mclip_folders_name_the_tensor(folders, tmp_path, pa
 
 def test_non_finite_tuned_weights_name_the_tensor(tmp_path):
     model = make_model().float()
-    tuning.put(model, "adapter", {"bottleneck": 4})
-    names = [name for name, _ in model.named_parameters() if tuning.is_small(name)]
-    tuning.write(model, names, tmp_path / "tuned.safetensors")
-    tuning.read(model, tmp_path / "tuned.safetensors")
+    peft.insert(model, "adapter", {"bottleneck": 4})
+    names = [name for name, _ in model.named_parameters() if peft.is_inserted(name)]
+    peft.save_tuned(model, names, tmp_path / "tuned.safetensors")
+    peft.load_tuned(model, tmp_path / "tuned.safetensors")
     from safetensors import safe_open
 
     with safe_open(tmp_path / "tuned.safetensors", "pt") as file:
@@ -189,7 +189,7 @@ def test_non_finite_tuned_weights_name_the_tensor(tmp_path):
     weights[names[0]].view(-1)[0] = NAN
     save_file(weights, tmp_path / "tuned.safetensors", described)
     refuses(
-        lambda: tuning.read(model, tmp_path / "tuned.safetensors"),
+        lambda: peft.load_tuned(model, tmp_path / "tuned.safetensors"),
         "tuned.safetensors",
         f"tensor {names[0]} is not finite",
     )

@@ -15,7 +15,7 @@ from finetune.strategies import STRATEGIES
 from finetune.strategies.pruning import prune_mask, read_mask, sparsity
 from raylib.checkpoint import find_newest, read_meta
 from raylib.config import load_config
-from raylib.models import peft as tuning
+from raylib.models import peft
 from raylib.sample.concepts import LANGUAGES
 from raylib.track import read_metrics
 
@@ -134,7 +134,7 @@ def test_tuned_weights_restore_the_run_in_a_fresh_model(finetune, tmp_path):
     )
     config = load_config(FinetuneConfig, run / "config.json")
     model = build_pipeline(config, build_strategies(config)).model
-    tuning.read(model, small)
+    peft.load_tuned(model, small)
     trained = weights(run)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, trained[name], rtol=0, atol=0)

@@ -15,8 +15,7 @@ from finetune.tasks.classification import ClassificationObjective
 from raylib.config import validate
 from raylib.engine import DeepSpeedEngine, OptimConfig, TorchEngine
 from raylib.errors import UserError
-from raylib.models import BACKBONES
-from raylib.models import peft as tuning
+from raylib.models import BACKBONES, peft
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.packed import Block, Ragged
 from raylib.text import PromptedTokenizer, Tokenizer
@@ -58,7 +57,7 @@ def shake(model) -> None:
 def test_compacter_equals_explicit_kronecker_sum():
     torch.manual_seed(0)
     rule = torch.nn.Parameter(torch.randn(4, 4, 4))
-    layer = tuning.LowRankKronecker(12, 8, rule, rank=2)
+    layer = peft.LowRankKronecker(12, 8, rule, rank=2)
     explicit = sum(torch.kron(rule[i], layer.left[i] @ layer.right[i]) for i in range(4))
     torch.testing.assert_close(layer.matrix(), explicit)
     x = torch.randn(5, 12)
@@ -67,7 +66,7 @@ def test_compacter_equals_explicit_kronecker_sum():
 
 def test_compacter_layers_share_one_rule():
     model = make_tuned(METHODS["compacter"])
-    layers = [m for m in model.modules() if isinstance(m, tuning.LowRankKronecker)]
+    layers = [m for m in model.modules() if isinstance(m, peft.LowRankKronecker)]
     assert len(layers) == 2 * 2 * sum(isinstance(m, Block) for m in model.modules())
     assert all(layer._rule[0] is model.backbone.kronecker for layer in layers)
     model(make_batch()).sum().backward()
@@ -76,9 +75,9 @@ def test_compacter_layers_share_one_rule():
 
 def test_adapter_equals_explicit_bottleneck():
     torch.manual_seed(0)
-    linear, adapter = torch.nn.Linear(6, 6), tuning.Adapter(6, 2)
+    linear, adapter = torch.nn.Linear(6, 6), peft.Adapter(6, 2)
     shake(adapter)
-    out = tuning.AdaptedLinear(linear, adapter)
+    out = peft.AdaptedLinear(linear, adapter)
     x = torch.randn(3, 6)
     inner = x @ linear.weight.T + linear.bias
     down = inner @ adapter.down.weight.T + adapter.down.bias
@@ -98,14 +97,14 @@ def test_lora_equals_explicit_sum_and_merges():
         deltas[name] = 3 * changed.lora_B["default"].weight @ changed.lora_A["default"].weight
     width = plain.backbone.width
     before = plain.backbone.text.blocks[0].attention
-    tuning.merge(model)
+    peft.merge_lora(model)
     torch.testing.assert_close(layer.query.weight, before.query.weight + deltas["query"])
     torch.testing.assert_close(layer.key_value.weight[:width], before.key_value.weight[:width])
     torch.testing.assert_close(
         layer.key_value.weight[width:], before.key_value.weight[width:] + deltas["value"]
     )
     torch.testing.assert_close(model(make_batch()), logits)
-    assert tuning.described(model) == {} and [n for n, _ in model.named_parameters()] == [
+    assert model.backbone.tuning == {} and [n for n, _ in model.named_parameters()] == [
         n for n, _ in plain.named_parameters()
     ]
 
@@ -117,9 +116,9 @@ def test_peft_trains_small_modules_norms_and_head_only(name):
     model = make_tuned(METHODS[name])
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     for parameter in trained:
-        ours = tuning.is_small(parameter) or "norm" in parameter or parameter.startswith("head.")
+        ours = peft.is_inserted(parameter) or "norm" in parameter or parameter.startswith("head.")
         assert ours and "embedding" not in parameter and "vision" not in parameter, parameter
-    assert any(map(tuning.is_small, trained)) and "head.output.weight" in trained
+    assert any(map(peft.is_inserted, trained)) and "head.output.weight" in trained
     assert "backbone.text.blocks.0.output_norm.weight" in trained
     for projection in (True, False):
         dual = make_model()
@@ -153,7 +152,7 @@ def test_peft_has_published_parameter_shares(method, percent, paper):
     with torch.device("meta"):
         model = UnifiedModel(sizes)
         method.build(CONTEXT).adapt(model)
-    share, with_head = tuning.shares(model)
+    share, with_head = peft.trainable_shares(model)
     assert 100 * share == pytest.approx(percent, abs=0.0006) and 100 * share == pytest.approx(paper, abs=0.01)
     assert with_head > share
 
@@ -168,11 +167,11 @@ def test_peft_tuned_weights_can_be_swapped_per_language(name, tmp_path):
         torch.manual_seed(seed)
         shake(model)
         trained = [n for n, p in model.named_parameters() if p.requires_grad]
-        tuning.write(model, trained, tmp_path / f"{code}.safetensors")
+        peft.save_tuned(model, trained, tmp_path / f"{code}.safetensors")
         languages[code] = model(make_batch())
     one = make_tuned(METHODS[name])
     for code in ("de", "ru", "de"):
-        tuning.read(one, tmp_path / f"{code}.safetensors")
+        peft.load_tuned(one, tmp_path / f"{code}.safetensors")
         torch.testing.assert_close(one(make_batch()), languages[code])
     assert not torch.allclose(languages["de"], languages["ru"])
     with safe_open(tmp_path / "de.safetensors", "pt") as file:
@@ -190,7 +189,7 @@ def test_peft_model_saves_and_loads(methods, tmp_path):
     batch = make_batch()
     batch["states"] = batch["states"].with_values(batch["states"].values.float())
     torch.testing.assert_close(back(batch), model(batch), rtol=0, atol=0)
-    assert tuning.described(back) == tuning.described(model) and set(tuning.described(back)) == set(methods)
+    assert back.backbone.tuning == model.backbone.tuning and set(back.backbone.tuning) == set(methods)
 
 
 def test_prompts_are_inserted_after_the_first_token(model):
@@ -222,13 +221,13 @@ def test_peft_wrong_settings_and_files_are_errors(tmp_path):
     with pytest.raises(UserError, match="a model takes one of them"):
         make_tuned(METHODS["adapter"], METHODS["compacter"])
     model = make_tuned(METHODS["lora"])
-    tuning.write(model, ["head.output.weight"], tmp_path / "a.safetensors")
+    peft.save_tuned(model, ["head.output.weight"], tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="put the same methods in first"):
-        tuning.read(make_tuned(METHODS["adapter"]), tmp_path / "a.safetensors")
+        peft.load_tuned(make_tuned(METHODS["adapter"]), tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="no weights of a tuned language"):
-        tuning.read(model, tmp_path / "none.safetensors")
+        peft.load_tuned(model, tmp_path / "none.safetensors")
     with pytest.raises(UserError, match="weights of another model"):
-        tuning.read(FinetuneModel(model.backbone, ("a", "b", "c"), 1, 0.0), tmp_path / "a.safetensors")
+        peft.load_tuned(FinetuneModel(model.backbone, ("a", "b", "c"), 1, 0.0), tmp_path / "a.safetensors")
 
 
 def test_peft_applies_to_every_backbone():
@@ -240,7 +239,7 @@ def test_peft_applies_to_every_backbone():
                     method.build(CONTEXT).adapt(small)
                 continue
             method.build(CONTEXT).adapt(small)
-            assert any(tuning.is_small(n) for n, _ in small.named_parameters()), name
+            assert any(peft.is_inserted(n) for n, _ in small.named_parameters()), name
 
 
 TUNED = (LoraConfig(rank=2), AdapterConfig(bottleneck=3), CompacterConfig(n=2, reduction=4))

@@ -104,15 +104,15 @@ class PeftModules(Strategy):
         Raises:
             UserError: sizes that the model's width does not allow; it has such modules of other sizes.
         """
-        existing = peft.described(model).get(self.method)
+        existing = model.backbone.tuning.get(self.method)
         if existing is None:
-            peft.put(model, self.method, self.settings)
+            peft.insert(model, self.method, self.settings)
         elif existing != self.settings:
             raise UserError(
                 f"strategies.{self.method}: the model was tuned with {existing}, not {self.settings}; give "
                 "the same settings"
             )
-        peft.freeze_the_rest(model, self.projection)
+        peft.freeze_pretrained(model, self.projection)
 
 
 class SoftPrompt(PeftModules):

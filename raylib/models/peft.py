@@ -2,8 +2,8 @@
 trained with their layer norms and the heads while the rest stands still.
 
 A backbone's `tuning` says what was put into it, {method: settings}; `save` of a model writes it down, and
-`restore` builds the same again. The small weights are files of their own, one a language: `write` and `read`
-take nothing else of the model.
+`insert_stored` builds the same again. The small weights are files of their own, one a language: `save_tuned`,
+`load_tuned` take nothing else of the model.
 
 Every module keeps the name of what it takes the place of, so layers are found as before; LoRA's alone, which
 are peft's, have `base_layer` in theirs.
@@ -50,7 +50,7 @@ class Adapter(nn.Module):
 
 class LowRankKronecker(nn.Module):
     """A linear map whose matrix is sum_i A_i (x) (s_i t_i), i = 1 ... n (equation 11). The A_i belong to all
-    such layers of a model together, and are held by it (`put_compacter`)."""
+    such layers of a model together, and are held by it (`insert_compacter`)."""
 
     def __init__(self, inputs: int, outputs: int, rule: nn.Parameter, rank: int):
         """rule: A, (n, n, n); n must divide `inputs` and `outputs`."""
@@ -93,6 +93,7 @@ class AdaptedLinear(nn.Linear):
     2019)."""
 
     def __init__(self, linear: nn.Linear, adapter: nn.Module):
+        # on "meta": its own weights would only be thrown away
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias, self.adapter = linear.weight, linear.bias, adapter
 
@@ -108,6 +109,7 @@ class PromptedEmbedding(nn.Embedding):
         self.weight, self.prompt = words.weight, nn.Parameter(prompt)
 
     def forward(self, ids: Tensor) -> Tensor:
+        # both tables are read at every id, and each id keeps what its own table says: no id waits for the CPU
         last = self.num_embeddings - 1
         words, prompt = (
             super().forward(ids.clamp(max=last)),
@@ -134,30 +136,30 @@ class KeyValue(nn.Module):
         return torch.cat([self.key(x), self.value(x)], 1)
 
 
-def put_lora(model: nn.Module, rank: int = 8, alpha: float = 16.0) -> None:
+def insert_lora(model: nn.Module, rank: int = 8, alpha: float = 16.0) -> None:
     """W + (alpha / rank) B A in the query and value maps of self-attention (equation 12; Hu et al. 2021),
     through peft."""
     peft = require("peft", "transfer")
     targets, trainable = [], [p for p in model.parameters() if p.requires_grad]
     for name, block in _blocks(model):
+        # the paper changes queries and values, not keys: the map that makes keys and values at once is cut
         if not isinstance(block.attention.key_value, KeyValue):
             block.attention.key_value = KeyValue(cast(nn.Linear, block.attention.key_value))
         targets += [f"{name}.attention.query", f"{name}.attention.key_value.value"]
     peft.inject_adapter_in_model(
         peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets), model
     )
-    for (
-        parameter
-    ) in trainable:  # peft has frozen all but its own; what else stands still is decided elsewhere
+    # peft has frozen all but its own; what else stands still is decided elsewhere (`freeze_pretrained`)
+    for parameter in trainable:
         parameter.requires_grad_(True)
 
 
-def put_adapter(model: nn.Module, bottleneck: int = 24) -> None:
+def insert_adapter(model: nn.Module, bottleneck: int = 24) -> None:
     """An `Adapter` after the output of attention and of the feed-forward layers of every block."""
     _behind_outputs(model, lambda width: Adapter(width, bottleneck))
 
 
-def put_compacter(model: nn.Module, n: int = 4, reduction: int = 16, rank: int = 1) -> None:
+def insert_compacter(model: nn.Module, n: int = 4, reduction: int = 16, rank: int = 1) -> None:
     """A `Compacter` in the same places, its bottleneck 1 / `reduction` of the width."""
     width = next(block.attention.query.in_features for _, block in _blocks(model))
     if width % reduction or (width // reduction) % n:
@@ -165,12 +167,13 @@ def put_compacter(model: nn.Module, n: int = 4, reduction: int = 16, rank: int =
             f"strategies.compacter: width {width} / reduction {reduction} is no multiple of n {n}; choose "
             "others"
         )
+    # one for all layers, so it belongs to the model: a layer's own copy would be trained apart
     kronecker = nn.Parameter(torch.randn(n, n, n) * 0.01)
     model.register_parameter("kronecker", kronecker)
     _behind_outputs(model, lambda width: Compacter(width, width // reduction, kronecker, rank))
 
 
-def put_soft_prompt(model: nn.Module, start: Sequence[int] = (), tokens: int = 20) -> None:
+def insert_soft_prompt(model: nn.Module, start: Sequence[int] = (), tokens: int = 20) -> None:
     """Trainable tokens: those of the ids `start` to begin with, or else so many from N(0, 0.02). Their ids
     come after the vocabulary's."""
     embedding = text_embedding(model)
@@ -183,15 +186,15 @@ def put_soft_prompt(model: nn.Module, start: Sequence[int] = (), tokens: int = 2
     embedding.word = PromptedEmbedding(words, prompt)
 
 
-PUT: dict[str, Callable[..., None]] = {
-    "lora": put_lora,
-    "adapter": put_adapter,
-    "compacter": put_compacter,
-    "soft_prompt": put_soft_prompt,
+INSERT: dict[str, Callable[..., None]] = {
+    "lora": insert_lora,
+    "adapter": insert_adapter,
+    "compacter": insert_compacter,
+    "soft_prompt": insert_soft_prompt,
 }
 
 
-def put(model: nn.Module, method: str, settings: Mapping[str, Any]) -> None:
+def insert(model: nn.Module, method: str, settings: Mapping[str, Any]) -> None:
     """Put `method` into the model, and note it in its backbone's `tuning`. New modules start where the model
     is.
 
@@ -203,35 +206,31 @@ def put(model: nn.Module, method: str, settings: Mapping[str, Any]) -> None:
         raise UserError(
             f"strategies.{method}: {backbone.kind} has no layers of ours to put it into; leave it out"
         )
+    # new modules are made in float32 on the CPU: the first of its weights says where the model is by now
     weight = next(backbone.parameters())
-    PUT[method](backbone, **settings)
+    INSERT[method](backbone, **settings)
     backbone.to(weight)
-    backbone.tuning = {**described(model), method: dict(settings)}
+    backbone.tuning = {**backbone.tuning, method: dict(settings)}
 
 
-def described(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What was put into the model: {method: settings}."""
-    return _backbone(model).tuning
-
-
-def restore(model: nn.Module, description: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put in what a stored model's `described` says, so that its weights fit."""
+def insert_stored(model: nn.Module, description: Mapping[str, Mapping[str, Any]]) -> None:
+    """Insert what a stored model says was inserted, so that its weights fit."""
     for method, settings in description.items():
-        put(model, method, settings)
+        insert(model, method, settings)
 
 
-def is_small(name: str) -> bool:
+def is_inserted(name: str) -> bool:
     """Whether the parameter is one of those that tuning has put in."""
     parts = name.split(".")
     return parts[-1] in ("prompt", "kronecker") or any(p == "adapter" or p.startswith("lora_") for p in parts)
 
 
-def freeze_the_rest(model: nn.Module, projection: bool = True) -> None:
+def freeze_pretrained(model: nn.Module, projection: bool = True) -> None:
     """Take out of training all but the small modules, the layer norms of the blocks, and the heads; without
-    `projection` also the map from a text's state to where it meets pictures. What was out of training stays
+    `projection` also the map from a text's state to where it meets images. What was out of training stays
     out."""
     for name, parameter in model.named_parameters():
-        if not (is_small(name) or _stays(model, name, projection)):
+        if not (is_inserted(name) or _stays(model, name, projection)):
             parameter.requires_grad_(False)
 
 
@@ -243,19 +242,19 @@ def _stays(model: Any, name: str, projection: bool) -> bool:
     return not any(part in ("vision", "image_projection") for part in name.split("."))
 
 
-def shares(model: Any) -> tuple[float, float]:
+def trainable_shares(model: Any) -> tuple[float, float]:
     """Trainable parameters as a share of the text encoder's own: (without what lies outside of its layers,
     with it)."""
     whole = tuned = head = 0
     for name, parameter in model.named_parameters():
-        inside = model.depth_of(name) is not None or is_small(name)
-        whole += parameter.numel() * (inside and not is_small(name))
+        inside = model.depth_of(name) is not None or is_inserted(name)
+        whole += parameter.numel() * (inside and not is_inserted(name))
         tuned += parameter.numel() * (inside and parameter.requires_grad)
         head += parameter.numel() * (not inside and parameter.requires_grad)
     return tuned / whole, (tuned + head) / whole
 
 
-def merge(model: nn.Module) -> None:
+def merge_lora(model: nn.Module) -> None:
     """Add LoRA's product to the weights; its modules are gone, the outputs are the same."""
     lora = require("peft.tuners.lora", "transfer")
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, lora.LoraLayer)]:
@@ -265,25 +264,26 @@ def merge(model: nn.Module) -> None:
     for _, block in _blocks(model):
         halves = block.attention.key_value
         if isinstance(halves, KeyValue):
+            # back to the one map, so that a merged model has the parameters of one that was never tuned
             width = halves.key.in_features
             joint = nn.Linear(width, 2 * width, device="meta")
             for part in ("weight", "bias"):
                 both = torch.cat([getattr(halves.key, part), getattr(halves.value, part)]).detach()
                 setattr(joint, part, nn.Parameter(both))
             block.attention.key_value = joint
-    left = {method: settings for method, settings in described(model).items() if method != "lora"}
-    _backbone(model).tuning = left
+    backbone = _backbone(model)
+    backbone.tuning = {method: settings for method, settings in backbone.tuning.items() if method != "lora"}
 
 
-def write(model: nn.Module, names: Collection[str], path: Path) -> None:
+def save_tuned(model: nn.Module, names: Collection[str], path: Path) -> None:
     """The parameters `names`, those that were trained, with what was put in, as a safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     small = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters() if name in names}
     with atomic_file(path) as temporary:
-        save_file(small, temporary, {"tuning": json.dumps(described(model))})
+        save_file(small, temporary, {"tuning": json.dumps(_backbone(model).tuning)})
 
 
-def read(model: nn.Module, path: Path) -> None:
+def load_tuned(model: nn.Module, path: Path) -> None:
     """Give the model the small weights of `path`, made for the same model with the same methods put in;
     others that it has trained in the same places are gone.
 
@@ -292,16 +292,17 @@ def read(model: nn.Module, path: Path) -> None:
     """
     try:
         with safe_open(path, "pt") as file:
-            described_there = json.loads((file.metadata() or {}).get("tuning", "null"))
+            stored = json.loads((file.metadata() or {}).get("tuning", "null"))
             small = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as e:
         raise UserError(
             f"{path}: no weights of a tuned language ({e}); give the tuned.safetensors of a run"
         ) from None
-    if described_there != json.loads(json.dumps(described(model))):
+    tuning = _backbone(model).tuning
+    # by way of JSON, in which tuples are lists
+    if stored != json.loads(json.dumps(tuning)):
         raise UserError(
-            f"{path}: tuned with {described_there}, this model has {described(model)}; put the same methods "
-            "in first"
+            f"{path}: tuned with {stored}, this model has {tuning}; put the same methods in first"
         )
     parameters = dict(model.named_parameters())
     wrong = [
