@@ -4,7 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -28,8 +28,10 @@ OPTIM = OptimConfig(lr=0.02, weight_decay=0.1, warmup=0.0, clip=0.05)
 class Stored(Stack):
     """A stack that can be saved."""
 
+    tuning: ClassVar[dict] = {}
+
     def save(self, folder: Path) -> None:
-        save_model(self, {"model_type": "stack"}, folder)
+        save_model(self, self, {"model_type": "stack"}, folder)
 
 
 class Batches:
@@ -357,9 +359,9 @@ def test_non_finite_checkpoint_is_not_resumed(tmp_path, what):
 
 
 def test_non_finite_model_is_not_written(tmp_path):
-    model = nn.Linear(2, 2)
+    model = Stored()
     with torch.no_grad():
-        model.bias[1] = -math.inf
-    with pytest.raises(Exception, match=r"model.safetensors: tensor bias is not finite"):
-        save_model(model, {}, tmp_path / "model")
+        model.layers[0].bias[1] = -math.inf
+    with pytest.raises(Exception, match=r"model.safetensors: tensor layers.0.bias is not finite"):
+        save_model(model, model, {}, tmp_path / "model")
     assert not (tmp_path / "model").exists()
