@@ -1,18 +1,20 @@
 """The ways of docs/architecture.md are those that code takes: each is traced, and compared with its list."""
 
+import ast
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from finetune.worker import FinetuneJob
 from pretrain.batches import StepBatches
 from pretrain.train import run
 from raylib.engine import TorchEngine
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("raylib", "pretrain", "finetune", "tune_spaces", "cluster")
-LIMITS = {"The way of a pretraining batch": 14}
+LIMITS = {"The way of a pretraining batch": 14, "The way of a fine-tuning run": 30}
 
 
 class Tracer:
@@ -78,3 +80,33 @@ def test_architecture_lists_the_way_of_a_pretraining_batch(mini, monkeypatch):
     finally:
         tracer.stop()
     assert_way_is_listed("The way of a pretraining batch", tracer.files)
+
+
+def test_architecture_lists_the_way_of_a_fine_tuning_run(finetune, monkeypatch):
+    """From the call of the job on a worker to its result, but for the files that a step passes."""
+    tracer = Tracer()
+    call = FinetuneJob.__call__
+    monkeypatch.setattr(
+        FinetuneJob,
+        "__call__",
+        wrapped(call, lambda *args: tracer.start(), lambda *args: tracer.stop()),
+    )
+    try:
+        assert finetune("scenes_xvnli", "name=traced", "runtime=local", "epochs=1")[0] == 0
+    finally:
+        tracer.stop()
+    step = set(listed_files("The way of a pretraining batch"))
+    assert_way_is_listed("The way of a fine-tuning run", tracer.files - step)
+
+
+def test_worker_imports_at_most_twelve_modules_of_ours():
+    tree = ast.parse((ROOT / "finetune" / "worker.py").read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    modules = set()
+    for module, name in ((node.module, alias.name) for node in imports for alias in node.names):
+        if module.startswith(PACKAGES):
+            inner = (
+                ROOT / module.replace(".", "/") / f"{name}.py"
+            ).is_file()  # from raylib.models import peft
+            modules.add(f"{module}.{name}" if inner else module)
+    assert len(modules) <= 12, sorted(modules)
