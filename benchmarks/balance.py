@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from finetune.formats.examples import Example
+from finetune.formats import Example
 from finetune.tasks.datasets import TASKS
 from raylib.tables import markdown_table, percent
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from finetune.formats.examples import Captioned, Example
+from finetune.formats import Captioned, Example
 from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource
 from raylib.data.loading import StepDataset
 from raylib.errors import UserError

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from finetune.batches import read_inputs
-from finetune.formats.examples import Example
+from finetune.formats import Example
 from finetune.model import FinetuneModel
 from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource, precompute_features
 from raylib.data.loading import prefetch, to_device

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from finetune.formats.examples import Captioned
+from finetune.formats import Captioned
 from finetune.strategies import Context
 from finetune.strategies.alignment import TranslationAlignment, TranslationAlignmentConfig
 from finetune.tasks.datasets import TASKS

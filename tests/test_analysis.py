@@ -33,7 +33,7 @@ from finetune.analysis.parallel import (
 from finetune.analysis.similarity import compare_states, correlate, measure_similarity, parallel_states
 from finetune.batches import encode_texts
 from finetune.build import read_split
-from finetune.formats.examples import Example
+from finetune.formats import Example
 from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES
 from finetune.stores.images import open_visual

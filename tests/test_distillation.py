@@ -9,8 +9,8 @@ import tokenizers
 import torch
 
 from finetune.batches import encode_inputs
+from finetune.formats import Example
 from finetune.formats.answers import read_cvil
-from finetune.formats.examples import Example
 from finetune.model import FinetuneModel
 from finetune.strategies.base import LossTerms
 from finetune.strategies.distillation.pairs import (

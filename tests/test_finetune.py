@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from finetune.batches import BatchOrder, CaptionBatches, ExampleBatches
-from finetune.formats import answers
-from finetune.formats.examples import Captioned, Example
+from finetune.formats import Captioned, Example, answers
 from finetune.model import FinetuneModel, freeze
 from finetune.predict import CorpusBleu, evaluate, score
 from finetune.stores.images import ImageSource, PrecomputedFeatures, open_images, precompute_features

@@ -11,8 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from finetune.formats import Example
 from finetune.formats.answers import read_cvil, read_gqa
-from finetune.formats.examples import Example
 from finetune.model import FinetuneModel, load_backbone
 from finetune.stores.regions import open_regions
 from finetune.strategies.distillation.teacher import StoredStates, store_states

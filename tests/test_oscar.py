@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
 from finetune.batches import encode_tagged, read_inputs
-from finetune.formats.examples import Example
+from finetune.formats import Example
 from finetune.model import FinetuneModel, freeze, load_backbone
 from finetune.stores.images import RegionFeatures
 from finetune.stores.records import to_regions

@@ -11,8 +11,7 @@ from finetune.__main__ import main
 from finetune.batches import BatchOrder, encode_inputs
 from finetune.build import build_model, find_task, load_task, open_visual_for
 from finetune.config import FinetuneConfig
-from finetune.formats import jsonl
-from finetune.formats.examples import Captioned, Example
+from finetune.formats import Captioned, Example, jsonl
 from finetune.model import FinetuneModel
 from finetune.strategies.base import LossTerms, Term
 from finetune.tasks.base import Pipeline

@@ -16,7 +16,7 @@ from finetune.analysis.parallel import Inapplicable, Mention, Parallel, SceneObj
 from finetune.analysis.run import FinishedRun, Options, open_run, words_and_regions
 from finetune.analysis.tsne import Point, collect_states, nearest_region_shares, project
 from finetune.batches import encode_tagged, encode_texts
-from finetune.formats.examples import Example
+from finetune.formats import Example
 from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES
 from finetune.stores.images import RegionFeatures, open_visual

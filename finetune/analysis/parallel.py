@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from finetune.build import read_split, test_split
 from finetune.config import FinetuneConfig
-from finetune.formats.examples import Captioned, Example
+from finetune.formats import Captioned, Example
 from raylib.errors import UserError
 from raylib.fileio import write_json
 from raylib.finite import require_finite_values

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finetune.formats.examples import Example
+from finetune.formats import Example
 from finetune.formats.stream import (
     first_character,
     get_field,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.formats.examples import Captioned
+from finetune.formats import Captioned
 from finetune.formats.stream import get_field, stream_jsonl, stream_lines, stream_list
 from raylib.errors import UserError
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.formats.examples import Captioned, Example
+from finetune.formats import Captioned, Example
 from finetune.formats.stream import get_field, parse_score, stream_jsonl
 from raylib.errors import UserError
 

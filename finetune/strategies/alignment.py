@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from finetune.formats.examples import Captioned
+from finetune.formats import Captioned
 from finetune.strategies.base import Context, Need, Outputs, Strategy, StrategyConfig, Term
 from raylib.errors import UserError
 from raylib.randomness import Key

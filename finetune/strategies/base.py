@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import PrivateAttr
 from torch import Tensor
 
-from finetune.formats.examples import Example
+from finetune.formats import Example
 from raylib.config import Config
 from raylib.distributed import all_reduce, world_size
 from raylib.packed import Ragged

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 from finetune.batches import BatchOrder, EpochBatches, MoreInputs
-from finetune.formats.examples import Captioned, Example
+from finetune.formats import Captioned, Example
 from finetune.stores.images import VisualSource, open_visual
 from finetune.stores.records import Regions
 from finetune.strategies.base import LossTerms, Need

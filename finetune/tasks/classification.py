@@ -14,8 +14,8 @@ from torch import Tensor
 
 from finetune.batches import BatchOrder, EpochBatches, ExampleBatches, MoreInputs
 from finetune.decoder import encode_answers
+from finetune.formats import Example
 from finetune.formats.answers import read_answers
-from finetune.formats.examples import Example
 from finetune.model import FinetuneModel, load_backbone, load_finetuned, tokenizer_at
 from finetune.predict import evaluate, read_predictions
 from finetune.strategies.base import LossTerms, Need, Outputs, Term, term_shares

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.batches import encode_texts
-from finetune.formats.examples import Captioned
+from finetune.formats import Captioned
 from finetune.stores.images import ImageSource, PrecomputedFeatures, precompute_features
 from raylib.data.states import EncoderStates, remove_encoder_states, write_encoder_states
 from raylib.distributed import raise_on_all_workers, rank, world_size

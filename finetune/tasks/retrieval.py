@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.batches import BatchOrder, CaptionBatches, EpochBatches, MoreInputs
-from finetune.formats.examples import Captioned
+from finetune.formats import Captioned
 from finetune.model import load_backbone
 from finetune.stores.images import ImageSource, PrecomputedFeatures
 from finetune.strategies.base import LossTerms, Need, Outputs, Term, term_shares

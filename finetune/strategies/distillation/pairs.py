@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from finetune.batches import encode_inputs, tags_of
-from finetune.formats.examples import Example
+from finetune.formats import Example
 from finetune.strategies.distillation.teacher import StoredStates
 from finetune.strategies.distillation.word_alignments import Span
 from raylib.packed import Ragged, TokenSegments, find_segments

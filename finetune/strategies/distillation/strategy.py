@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model
 from torch import Tensor
 
 from finetune.batches import encode_inputs, load_visual
-from finetune.formats.examples import Example
+from finetune.formats import Example
 from finetune.model import FinetuneModel, tokenizer_at, weights_of
 from finetune.stores.images import PrecomputedFeatures
 from finetune.strategies.base import (

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.formats.examples import Example
+from finetune.formats import Example
 from finetune.model import FinetuneModel, find_evaluated, is_foreign, load_backbone, read_description
 from raylib.data.states import write_sharded
 from raylib.errors import NotFinite, UserError
