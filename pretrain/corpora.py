@@ -1,4 +1,5 @@
-"""Corpora -> the sources that training reads. `formats` has the formats of the files.
+"""Corpora -> the sources that training reads: the field's files (`formats`), or the embedded sample
+(`raylib.sample`).
 
     python -m pretrain.corpora OUT --tokenizer FILE --image-text FILE ... --parallel de=FILE ...
                                --text de=FILE ...
@@ -7,11 +8,13 @@ Everything streams. Each file's good and bad samples are counted, one log line a
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import logging
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,21 +22,27 @@ from typing import NamedTuple
 
 import numpy as np
 
+import raylib.text
 from pretrain.formats import LIMIT, Tally, read_image_text, read_pairs, read_text
 from raylib.command import entry_point
+from raylib.data import shards, tars
 from raylib.data.shards import ShardWriter
 from raylib.errors import UserError
+from raylib.fileio import sha256_file
+from raylib.sample import canvas, concepts
+from raylib.sample.concepts import DATA, LANGUAGES, TRAINING_VENDORS, UNSEEN_VENDOR
 from raylib.text import Tokenizer, is_language_code
 
+SAMPLE_SHARD = 256  # samples of an image_text shard of the embedded corpus
 BATCH = 4096  # sentences tokenised at a time
 
 
 class ImageText(NamedTuple):
-    """A picture in one or more drawings, {extension: bytes}, with {language: captions} and what else its JSON
+    """An image in one or more drawings, {extension: bytes}, with {language: captions} and what else its JSON
     tells."""
 
     key: str
-    pictures: dict[str, bytes]
+    images: dict[str, bytes]
     captions: dict[str, list[str]]
     facts: Mapping = MappingProxyType({})
 
@@ -43,19 +52,19 @@ def write_image_text(folder: Path, samples: Iterable[ImageText], language: str =
     with ShardWriter(folder, "image_text", **limits) as writer:
         for sample in samples:
             record = {"captions": sample.captions, **sample.facts}
-            members = {"json": json.dumps(record, ensure_ascii=False).encode(), **sample.pictures}
+            members = {"json": json.dumps(record, ensure_ascii=False).encode(), **sample.images}
             writer.write(sample.key, members, language)
-            writer.images.update(sample.pictures)
+            writer.images.update(sample.images)
 
 
 def write_packed(folder: Path, kind: str, tokenizer: Tokenizer, rows: Mapping[str, Iterable]) -> None:
-    """Write a text or parallel source of {language: rows of ids}, as `encode` makes them."""
+    """Write a text or parallel source of {language: rows of ids}, as `encode_rows` makes them."""
     with ShardWriter(folder, kind, tokenizer) as writer:
         for language, encoded in rows.items():
             writer.write_rows(language, encoded if kind == "parallel" else (ids for (ids,) in encoded))
 
 
-def encode(
+def encode_rows(
     texts: Iterable[tuple[str, ...]], tokenizer: Tokenizer, tally: Tally
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Ids of (sentence,) or (English, other). A side without any token (zero-width characters alone) is a bad
@@ -84,7 +93,7 @@ def prepare(
 
     Args:
         parallel, text: {language: files}.
-        image_size: pictures whose shorter side is longer (pixels) are shrunk to it; None keeps the files'
+        image_size: images whose shorter side is longer (pixels) are shrunk to it; None keeps the files'
         bytes. limit: share of bad samples in a file that is still normal.
 
     Raises UserError: unreadable or cut file, unknown format, too many bad samples, no samples; nothing to
@@ -100,14 +109,12 @@ def prepare(
     if copy.resolve() != model.path.resolve():
         shutil.copyfile(model.path, copy)
     if image_text:
-        found = _samples(image_text, limit, lambda path, tally: read_image_text(path, tally, image_size))
-        items = (
-            ImageText(f"{row:09d}", pictures, {"en": texts}) for row, (pictures, texts) in enumerate(found)
-        )
+        found = _read_files(image_text, limit, lambda path, tally: read_image_text(path, tally, image_size))
+        items = (ImageText(f"{row:09d}", images, {"en": texts}) for row, (images, texts) in enumerate(found))
         write_image_text(out / "image_text", items)
     for kind, files, read in (("parallel", parallel, read_pairs), ("text", text, read_text)):
         if files:
-            rows = {language: _rows(paths, limit, read, language, model) for language, paths in files.items()}
+            rows = {code: _encode_files(paths, limit, read, code, model) for code, paths in files.items()}
             write_packed(out / kind, kind, model, rows)
 
 
@@ -121,17 +128,101 @@ def _check_languages(parallel: Mapping, text: Mapping) -> None:
         raise UserError("parallel files are English and another language: name the other one, not 'en'")
 
 
-def _samples(files: Iterable[Path | str], limit: float, read: Callable[[Path, Tally], Iterator]) -> Iterator:
+def _read_files(
+    files: Iterable[Path | str], limit: float, read: Callable[[Path, Tally], Iterator]
+) -> Iterator:
     for path in map(Path, files):
         tally = Tally(path, limit)
         yield from read(path, tally)
         tally.close()
 
 
-def _rows(
+def _encode_files(
     files: Iterable[Path | str], limit: float, read: Callable, language: str, tokenizer: Tokenizer
 ) -> Iterator:
-    return _samples(files, limit, lambda path, tally: encode(read(path, tally, language), tokenizer, tally))
+    return _read_files(
+        files, limit, lambda path, tally: encode_rows(read(path, tally, language), tokenizer, tally)
+    )
+
+
+def build_sample_corpus(cache: Path | str, tokenizer: Path | str | None = None, scenes: bool = False) -> Path:
+    """The folder of the sample under `cache`, built in some seconds if it is not there yet:
+
+        image_text/      Noto and Twemoji drawings, two of each training concept; captions: English name,
+                         keywords
+        parallel/        English and 21 languages: names, keywords, Declaration of Human Rights; packed
+        text/            22 languages, the same texts; packed
+        retrieval/       Fluent drawings of all concepts, names in 22 languages, {"heldout": true or false}
+        tokenizer.model  or `sentencepiece.bpe.model`, as `tokenizer` is called: the sample's own, unless it
+                         is given
+
+    With `scenes`, image_text holds images of one to four concepts with English captions that say what is
+    where. The folder's name tells its content, and it appears whole: processes that build it at once all
+    return the same.
+    """
+    cache, tokenizer = Path(cache), Path(tokenizer or DATA / "tokenizer.model")
+    folder = cache / f"{'scenes' if scenes else 'sample'}-{_fingerprint(tokenizer)}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".sample-", dir=cache) as temporary:
+        corpus = Path(temporary) / "corpus"
+        _build_sample(corpus, tokenizer, scenes)
+        try:
+            corpus.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process was faster
+                raise
+    return folder
+
+
+def _fingerprint(tokenizer: Path) -> str:
+    """Hash of everything that the folder depends on: the data, and the code that turns it into shards."""
+    files = [path for part in ("captions", "pictures", "udhr") for path in sorted((DATA / part).iterdir())]
+    modules = (canvas, concepts, shards, tars, raylib.text)
+    code = [Path(str(module.__file__)) for module in modules] + [Path(__file__)]
+    hashes = map(sha256_file, [*files, tokenizer, *code])
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+
+
+def _build_sample(folder: Path, tokenizer_file: Path, scenes: bool) -> None:
+    folder.mkdir()
+    shutil.copyfile(tokenizer_file, folder / tokenizer_file.name)
+    tokenizer = Tokenizer.load(folder / tokenizer_file.name)
+    images = _captioned_scenes() if scenes else _training_images()
+    write_image_text(folder / "image_text", images, max_samples=SAMPLE_SHARD)
+    unseen = canvas.draw_unseen_scenes() if scenes else concepts.read_images(UNSEEN_VENDOR)
+    write_image_text(folder / "retrieval", _unseen_images(unseen), language="mul", max_samples=SAMPLE_SHARD)
+    tally = Tally(DATA, limit=0.0)
+    pairs = {code: concepts.list_training_pairs(code) for code in LANGUAGES if code != "en"}
+    sentences = {code: zip(concepts.list_training_sentences(code)) for code in LANGUAGES}
+    for kind, texts in (("parallel", pairs), ("text", sentences)):
+        rows = {code: encode_rows(texts[code], tokenizer, tally) for code in texts}
+        write_packed(folder / kind, kind, tokenizer, rows)
+    tally.close()
+
+
+def _training_images() -> Iterator[ImageText]:
+    """A training concept each: its drawings by the training vendors, its English captions."""
+    drawings = {vendor: concepts.read_images(vendor) for vendor in TRAINING_VENDORS}
+    for key, caption in concepts.read_training_captions("en").items():
+        texts = [caption.name, ", ".join(caption.keywords)]
+        captions = [text for text in dict.fromkeys(texts) if text]
+        images = {f"{vendor}.png": drawings[vendor][key] for vendor in TRAINING_VENDORS}
+        yield ImageText(key, images, {"en": captions})
+
+
+def _captioned_scenes() -> Iterator[ImageText]:
+    for scene in canvas.draw_training_scenes():
+        yield ImageText(scene.name, {"webp": scene.image}, {"en": scene.captions})
+
+
+def _unseen_images(drawings: dict[str, bytes]) -> Iterator[ImageText]:
+    """A concept each: its drawing by the unseen vendor, its name in every language (keywords would be
+    ambiguous)."""
+    for key, image in drawings.items():
+        captions = {language: [concepts.read_captions(language)[key].name] for language in LANGUAGES}
+        yield ImageText(key, {"png": image}, captions, {"key": key, "heldout": concepts.is_held_out(key)})
 
 
 @entry_point()
@@ -146,26 +237,26 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--image-text", nargs="+", action="extend", default=[], metavar="FILE")
     for stream in ("--parallel", "--text"):
         parser.add_argument(stream, nargs="+", action="extend", default=[], metavar="LANGUAGE=FILE")
-    parser.add_argument("--image-size", type=int, help="shrink pictures to this shorter side, in pixels")
+    parser.add_argument("--image-size", type=int, help="shrink images to this shorter side, in pixels")
     parser.add_argument(
         "--limit", type=float, default=LIMIT, help="share of bad samples that is still normal"
     )
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     streams: dict[str, dict[str, list[str]]] = {"parallel": {}, "text": {}}
     for stream, files in streams.items():
-        for pair in getattr(given, stream):
+        for pair in getattr(args, stream):
             language, found, path = pair.partition("=")
             if not found:
                 parser.error(f"--{stream} {pair}: wanted LANGUAGE=FILE")
             files.setdefault(language, []).append(path)
     prepare(
-        given.out,
-        given.tokenizer,
-        given.image_text,
+        args.out,
+        args.tokenizer,
+        args.image_text,
         **streams,
-        image_size=given.image_size,
-        limit=given.limit,
+        image_size=args.image_size,
+        limit=args.limit,
     )
     return 0
 

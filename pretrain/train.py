@@ -8,8 +8,8 @@ import torch
 from pydantic import model_validator
 
 from pretrain.batches import DataConfig, StepBatches
+from pretrain.corpora import build_sample_corpus
 from pretrain.evaluate import ZeroShotRetrieval, recall_table, summarize_recall, write_result
-from pretrain.sample import build_sample_corpus
 from raylib import checkpoint
 from raylib.config import Config
 from raylib.engine import OptimConfig

@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """The sample corpus, built once."""
-    from pretrain.sample import build_sample_corpus
+    from pretrain.corpora import build_sample_corpus
 
     return build_sample_corpus(tmp_path_factory.mktemp("cache"))
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain import sample
+from pretrain import corpora
+from pretrain.corpora import build_sample_corpus
 from pretrain.evaluate import read_retrieval_set
-from pretrain.sample import build_sample_corpus
 from raylib.data.images import decode_image
 from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
@@ -147,9 +147,9 @@ def test_sample_build_that_loses_the_race_returns_the_winner(tmp_path, monkeypat
         winner.mkdir()
         (winner / "theirs").touch()
 
-    fingerprint = sample._fingerprint(DATA / "tokenizer.model")
+    fingerprint = corpora._fingerprint(DATA / "tokenizer.model")
     winner = tmp_path / f"sample-{fingerprint}"
-    monkeypatch.setattr(sample, "_build", build)
+    monkeypatch.setattr(corpora, "_build_sample", build)
     assert build_sample_corpus(tmp_path) == winner
     assert [path.name for path in winner.iterdir()] == ["theirs"] and list(tmp_path.iterdir()) == [winner]
 
@@ -162,7 +162,7 @@ def test_sample_concurrent_builds_agree_and_are_reused(corpus, tmp_path, monkeyp
     assert files == {
         path.relative_to(corpus): sha256_file(path) for path in corpus.rglob("*") if path.is_file()
     }
-    monkeypatch.setattr(sample, "_build", None)
+    monkeypatch.setattr(corpora, "_build_sample", None)
     assert build_sample_corpus(tmp_path) == first
 
 

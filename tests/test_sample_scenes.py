@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from pretrain.sample import build_sample_corpus
+from pretrain.corpora import build_sample_corpus
 from pretrain.train import resolve_data, with_vocabulary
 from raylib.data.images import AugmentConfig, decode_image, resize_image
 from raylib.data.shards import MANIFEST

@@ -51,6 +51,6 @@ def test_wheel_holds_data_of_every_package(installed):
 
 
 def test_wheel_writes_the_sample_corpus(installed, tmp_path):
-    code = "import sys; from pretrain.sample import build_sample_corpus as b; print(b(sys.argv[1]))"
+    code = "import sys; from pretrain.corpora import build_sample_corpus as b; print(b(sys.argv[1]))"
     found = run(sys.executable, "-c", code, tmp_path / "c", cwd=tmp_path, PYTHONPATH=str(installed))
     assert (Path(found.strip()) / "image_text" / "manifest.json").is_file()
