@@ -54,13 +54,13 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def retrieval_set(tmp_path_factory):
-    """Twenty drawings with captions.json in three languages, one picture without German."""
+    """Twenty drawings with captions.json in three languages, one image without German."""
     from raylib.sample import concepts
 
     folder = tmp_path_factory.mktemp("retrieval")
     records = []
-    for i, (key, picture) in enumerate(list(concepts.read_images("fluent").items())[:20]):
-        (folder / f"{key}.png").write_bytes(picture)
+    for i, (key, image) in enumerate(list(concepts.read_images("fluent").items())[:20]):
+        (folder / f"{key}.png").write_bytes(image)
         captions = {language: concepts.read_captions(language)[key].name for language in ("en", "de", "zh")}
         if i == 3:
             del captions["de"]

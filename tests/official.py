@@ -1,5 +1,5 @@
 """Tiny data sets in the official formats of tasks that the emoji scenes do not stand for: one function a
-task, which writes annotation files and pictures below a folder. What they say is nonsense; how it is written
+task, which writes annotation files and images below a folder. What they say is nonsense; how it is written
 is not."""
 
 import gzip
@@ -11,7 +11,7 @@ import numpy as np
 
 from raylib.sample.concepts import read_captions, read_images
 
-SPLITS = {"train": 16, "dev": 6, "test": 6}  # pictures, or questions
+SPLITS = {"train": 16, "dev": 6, "test": 6}  # images, or questions
 KEYS = tuple(read_images("fluent"))
 COCO = "COCO_val2014_{:012d}"
 
@@ -21,11 +21,11 @@ def say(language: str, number: int) -> str:
     return read_captions(language)[KEYS[number]].name
 
 
-def write_pictures(folder: Path, names: list[str]) -> None:
+def write_images(folder: Path, names: list[str]) -> None:
     """JPEG files of drawings."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in zip(names, read_images("fluent").values(), strict=False):
-        cv2.imwrite(str(folder / name), cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR))
+    for name, image in zip(names, read_images("fluent").values(), strict=False):
+        cv2.imwrite(str(folder / name), cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR))
 
 
 def write_json(path: Path, value) -> None:
@@ -43,7 +43,7 @@ def write_lines(path: Path, lines) -> None:
 
 
 def numbers(split: str) -> range:
-    """Numbers of a split's pictures or questions: no two splits share one."""
+    """Numbers of a split's images or questions: no two splits share one."""
     first = sum(size for name, size in SPLITS.items() if list(SPLITS).index(name) < list(SPLITS).index(split))
     return range(first, first + SPLITS[split])
 
@@ -61,7 +61,7 @@ def multi30k(data: Path) -> None:
                 data / f"multi30k/data/task1/raw/{part}.{language}.gz",
                 [say(language, i) for i in numbers(split)],
             )
-    write_pictures(data / "images", [f"{1000 + i}.jpg" for i in EVERY])
+    write_images(data / "images", [f"{1000 + i}.jpg" for i in EVERY])
 
 
 def _karpathy(data: Path) -> None:
@@ -83,7 +83,7 @@ def _karpathy(data: Path) -> None:
         for i, part in parts.items()
     ]
     write_json(data / "coco/dataset_coco.json", {"images": images, "dataset": "coco"})
-    write_pictures(data / "images/val2014", [COCO.format(i) + ".jpg" for i in EVERY])
+    write_images(data / "images/val2014", [COCO.format(i) + ".jpg" for i in EVERY])
 
 
 def coco(data: Path) -> None:
@@ -129,7 +129,7 @@ def wit(data: Path) -> None:
                     for i in numbers(split)
                 ),
             )
-    write_pictures(data / "images", [f"{i}.jpg" for i in EVERY])
+    write_images(data / "images", [f"{i}.jpg" for i in EVERY])
 
 
 def vqa_v2(data: Path) -> None:
@@ -151,7 +151,7 @@ def vqa_v2(data: Path) -> None:
             for i in numbers(split)
         ]
         write_json(data / f"vqa/v2_mscoco_{part}_annotations.json", {**head, "annotations": annotations})
-        write_pictures(data / f"images/{part}", [f"COCO_{part}_{i:012d}.jpg" for i in numbers(split)])
+        write_images(data / f"images/{part}", [f"COCO_{part}_{i:012d}.jpg" for i in numbers(split)])
 
 
 def cvil_vqa(data: Path) -> None:
@@ -175,7 +175,7 @@ def cvil_vqa(data: Path) -> None:
                 for i in numbers(split)
             ),
         )
-    write_pictures(data / "images", [COCO.format(i) + ".jpg" for i in EVERY])
+    write_images(data / "images", [COCO.format(i) + ".jpg" for i in EVERY])
 
 
 def ja_vqa(data: Path) -> None:
@@ -187,7 +187,7 @@ def ja_vqa(data: Path) -> None:
                 for i in numbers(split)
             ],
         )
-    write_pictures(data / "images/VG_100K", [f"{i}.jpg" for i in EVERY])
+    write_images(data / "images/VG_100K", [f"{i}.jpg" for i in EVERY])
 
 
 def fm_iqa(data: Path) -> None:
@@ -201,7 +201,7 @@ def fm_iqa(data: Path) -> None:
             for part, split in (("train", "train"), ("val", "test"))
         },
     )
-    write_pictures(data / "images", [COCO.format(i) + ".jpg" for i in EVERY])
+    write_images(data / "images", [COCO.format(i) + ".jpg" for i in EVERY])
 
 
 LABELS = ("contradiction", "neutral", "entailment")
@@ -245,4 +245,4 @@ def snli_xvnli(data: Path) -> None:
             data / f"XVNLI/annotations/{language}/test.jsonl",
             (record(i, language, Flikr30kID=str(i)) for i in numbers("test")),
         )
-    write_pictures(data / "images", [f"{i}.jpg" for i in EVERY])
+    write_images(data / "images", [f"{i}.jpg" for i in EVERY])

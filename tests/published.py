@@ -252,7 +252,7 @@ def slow(
             + p[f"{name}.bias"]
         )
 
-    pictures = []
+    images = []
     for rows in regions:
         features, (x1, y1, x2, y2, w, h, area) = rows[:, :FEATURES], rows[:, FEATURES:].T
         where = torch.stack([x1, y1, x2, y2, w, h, area] if kind == "uc2" else [x1, y1, x2, y2, area], 1)
@@ -270,13 +270,13 @@ def slow(
                 linear(where, "location"), "location_norm"
             )
             embedded = parts_of + kinds
-        pictures.append(norm(embedded, "region_norm"))
-    most = max(map(len, pictures))
+        images.append(norm(embedded, "region_norm"))
+    most = max(map(len, images))
     seen = torch.zeros(len(texts), longest + most, dtype=torch.bool)
     x = torch.zeros(len(texts), longest + most, WIDTH, dtype=torch.float64)
     if kind == "m3p":
-        for row, (text, picture) in enumerate(zip(texts, pictures, strict=True)):
-            whole = torch.cat([picture, p["word"][text]])
+        for row, (text, image) in enumerate(zip(texts, images, strict=True)):
+            whole = torch.cat([image, p["word"][text]])
             x[row, : len(whole)] = norm(whole + p["position"][: len(whole)], "norm")
             seen[row, : len(whole)] = True
     else:
@@ -285,9 +285,9 @@ def slow(
             there.cumsum(1) * there + padding if kind != "muniter" else torch.arange(longest).expand_as(ids)
         )
         x[:, :longest] = norm(p["word"][ids] + p["position"][places] + p["type"][0], "norm")
-        for row, picture in enumerate(pictures):
-            x[row, longest : longest + len(picture)] = picture
-            seen[row, : lengths[row]] = seen[row, longest : longest + len(picture)] = True
+        for row, image in enumerate(images):
+            x[row, longest : longest + len(image)] = image
+            seen[row, : lengths[row]] = seen[row, longest : longest + len(image)] = True
     hidden = torch.where(seen, 0.0, -math.inf)[:, None, None]
     for i in range(LAYERS):
         q, k, v = (

@@ -82,7 +82,7 @@ def slow_contrast(queries, keys, temperature: float, excluded=()) -> float:
 
 
 def aligned_batch() -> dict:
-    """Six pairs with pivots, two of them of one picture."""
+    """Six pairs with pivots, two of them of one image."""
     part = make_batch(3, 6)["image_text"]
     part["image_id"][4] = part["image_id"][1]
     pivot = make_batch(5, 6)["image_text"]["text"]
@@ -101,20 +101,20 @@ def test_alignment_losses_equal_slow_loops(loss):
     total, values = ContrastObjective(model, 0.5, terms)(batch)
     part = batch["image_text"]
     with torch.no_grad():
-        picture = model.embed_images(model.encode_images(part["images"]), normalize=False).float()
+        image = model.embed_images(model.encode_images(part["images"]), normalize=False).float()
         text = model.embed_text(
             type(part["pivot"])(part["text"].clean, part["text"].lengths), normalize=False
         ).float()
         pivot = model.embed_text(part["pivot"], normalize=False).float()
-    one_picture = {(1, 4), (4, 1)}
+    one_image = {(1, 4), (4, 1)}
     expected = {
-        "i2t": slow_contrast(picture, text, 0.5, one_picture),
-        "t2i": slow_contrast(text, picture, 0.5, one_picture),
+        "i2t": slow_contrast(image, text, 0.5, one_image),
+        "t2i": slow_contrast(text, image, 0.5, one_image),
     }
     if loss == "mse":
         expected["alignment"] = sum(float(d) ** 2 for row in (text - pivot) for d in row) / text.numel()
     else:
-        expected["alignment"] = slow_contrast(pivot, text if loss == "pivot" else picture, 0.5, one_picture)
+        expected["alignment"] = slow_contrast(pivot, text if loss == "pivot" else image, 0.5, one_image)
     assert {k: float(v) for k, v in values.items()} == pytest.approx(expected, rel=1e-5)
     assert float(total) == pytest.approx(
         expected["i2t"] + expected["t2i"] + weight * expected["alignment"], rel=1e-5
@@ -158,7 +158,7 @@ def test_alignment_beside_matching_equals_slow_loops(loss):
     (total, values), (before, own) = objective(batch), unified(batch)
     part, tau = batch["image_text"], float(model.temperature)
     with torch.no_grad():
-        picture = model.embed_images(model.encode_images(part["images"]), normalize=False).float()
+        image = model.embed_images(model.encode_images(part["images"]), normalize=False).float()
         text = model.embed_text(
             type(part["pivot"])(part["text"].clean, part["text"].lengths), normalize=False
         ).float()
@@ -166,7 +166,7 @@ def test_alignment_beside_matching_equals_slow_loops(loss):
     if loss == "mse":
         expected = sum(float(d) ** 2 for row in (text - pivot) for d in row) / text.numel()
     else:
-        expected = slow_contrast(pivot, text if loss == "pivot" else picture, tau, {(1, 4), (4, 1)})
+        expected = slow_contrast(pivot, text if loss == "pivot" else image, tau, {(1, 4), (4, 1)})
     assert float(values["alignment"]) == pytest.approx(expected, rel=1e-5)
     assert {name: float(values[name]) for name in own} == pytest.approx(
         {name: float(v) for name, v in own.items()}, rel=1e-9

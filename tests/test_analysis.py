@@ -78,7 +78,7 @@ def train(tmp_path_factory, model, scenes):
 
 
 class Drawings:
-    """Random pictures by name."""
+    """Random images by name."""
 
     draws = 0
 
@@ -116,24 +116,24 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(
-    ("build", "pictures"),
+    ("build", "images"),
     [
         (lambda: make_model(vocabulary=12000, positions=64), Drawings()),
         (lambda: UC2(UC2.sizes["tiny"]).double(), Regions()),
     ],
     ids=["unified", "uc2"],
 )
-def test_parallel_states_are_those_the_head_reads(tokenizer, build, pictures):
+def test_parallel_states_are_those_the_head_reads(tokenizer, build, images):
     backbone, read = build(), []
     model = FinetuneModel(backbone, ("no", "yes"), 1, 0.1).double().eval()
     model.head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-    got = parallel_states(model, parallel_of(TEXTS), pictures, tokenizer, 12)
+    got = parallel_states(model, parallel_of(TEXTS), images, tokenizer, 12)
     assert got.shape == (3, 4, backbone.width) and backbone.has_cross_attention == isinstance(
-        pictures, Drawings
+        images, Drawings
     )
     for i, row in enumerate(TEXTS):
         for j, text in enumerate(row):
-            model({"text": encode_texts([text], tokenizer, 12), **pictures.read([str(i)])})
+            model({"text": encode_texts([text], tokenizer, 12), **images.read([str(i)])})
             torch.testing.assert_close(got[j, i].double(), F.normalize(read[-1][0], dim=0), atol=1e-6, rtol=0)
 
 
@@ -199,8 +199,8 @@ def test_attention_weights_reproduce_module_output():
     lengths = torch.tensor([7, 3, 5, 3])
     g = torch.Generator().manual_seed(3)
     text = Ragged(torch.randint(5, SMALL.vocabulary, (18,), generator=g), lengths)
-    picture = backbone.encode_images(torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8, generator=g))
-    weights = attention_weights(backbone, text, picture)
+    image = backbone.encode_images(torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8, generator=g))
+    weights = attention_weights(backbone, text, image)
     assert weights.shape == (2, 18, 2, 5)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 18, 2, dtype=torch.float64))
     assert not any(block.cross_attention._forward_pre_hooks for block in backbone.fusion.blocks)
@@ -216,7 +216,7 @@ def test_attention_weights_reproduce_module_output():
                 for block in backbone.fusion.blocks
             ]
             states = one.with_values(backbone.encode_text(one))
-            backbone.fuse(states, memory=Memory(picture, torch.zeros(1, dtype=torch.int64)))
+            backbone.fuse(states, memory=Memory(image, torch.zeros(1, dtype=torch.int64)))
             for handle in handles:
                 handle.remove()
             for layer, ((_, key_value, _), out) in enumerate(outputs):
@@ -344,7 +344,7 @@ def test_read_parallel_counts_items_missing_in_a_language(scenes, tmp_path):
     path = tmp_path / "XVNLI/annotations/ru/test.jsonl"
     lines = path.read_text().splitlines()
     other = json.loads(lines[5])
-    lines[5] = json.dumps({**other, "Flikr30kID": "another"})  # the same id, of another picture
+    lines[5] = json.dumps({**other, "Flikr30kID": "another"})  # the same id, of another image
     path.write_text("\n".join(lines[:50]) + "\n")
     found = read_parallel(override(RECIPES["scenes_xvnli"](), [f"data={tmp_path}"]), ("en", "ru"), 100)
     assert found.num_common == len(found.items) == 49 and found.left_out == {"en": 11, "ru": 1}
@@ -486,14 +486,13 @@ def test_attention_shares_of_items_equal_mean_of_each_alone(tokenizer, scenes):
     """`measure` over several items is the mean of each item by itself."""
     config = override(RECIPES["scenes_xgqa"](), [f"data={scenes}", "image_size=16"])
     backbone = make_model(vocabulary=12000, positions=64).float().eval()
-    pictures, codes = open_visual(config, 16), ("en", "ko", "zh")
+    images, codes = open_visual(config, 16), ("en", "ko", "zh")
     looks = attention.find_scene_mentions(read_parallel(config, codes, 60), scenes / "scenes.jsonl")
     assert len(looks) > 3 and all(look_.object.quadrant not in look_.other_quadrants for look_ in looks)
     texts = {e.id: e.texts[-1] for e in read_split(config, "test", "ko")}
-    together = attention.measure_attention(backbone, looks, codes, pictures, tokenizer, 40, "last", 2)
+    together = attention.measure_attention(backbone, looks, codes, images, tokenizer, 40, "last", 2)
     alone = [
-        attention.measure_attention(backbone, [one], codes, pictures, tokenizer, 40, "last", 2)
-        for one in looks
+        attention.measure_attention(backbone, [one], codes, images, tokenizer, 40, "last", 2) for one in looks
     ]
     for code in codes:
         shares = [values["own_quadrant"][code] for values in alone]

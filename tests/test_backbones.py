@@ -24,7 +24,7 @@ from raylib.sample.concepts import DATA
 from tests.test_finetune_models import regions_of, write_regions
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
-ENCODERS = ("unified", "cclm", "cclm_swin")  # they read pictures, and have a head that matches pairs
+ENCODERS = ("unified", "cclm", "cclm_swin")  # they read images, and have a head that matches pairs
 APART = ("mclip", "clip")
 ON_REGIONS = ("uc2", "m3p", "muniter", "xuniter", "oscar")
 TASKS = {"xgqa": [], "xvnli": [], "marvl": [], "xflickrco": ["candidates=3"]}

@@ -18,14 +18,14 @@ from raylib.errors import UserError
 from raylib.randomness import string_key
 from raylib.text import Tokenizer
 
-PICTURES, LANES = 41, 4
+IMAGES, LANES = 41, 4
 WORDS = ["red", "green", "blue", "cat", "dog", "house", "tree", "ball", "sun", "moon"]
 PLAIN = AugmentConfig(scale=(1, 1), ratio=(1, 1), operations=0)
 ROWS = {"bn": 11, "de": 300, "ru": 60}
 
 
 def png(number, drawing):
-    """A flat picture that tells its sample and its drawing."""
+    """A flat image that tells its sample and its drawing."""
     return cv2.imencode(".png", np.full((8, 8, 3), (drawing, 5 * number, 7), np.uint8))[1].tobytes()
 
 
@@ -64,7 +64,7 @@ def root(tmp_path_factory):
     )
     tokenizer = Tokenizer.load(root / "tokenizer.model")
     with ShardWriter(root / "image_text", "image_text", max_samples=9) as writer:
-        for number in range(PICTURES):
+        for number in range(IMAGES):
             members = {"json": record(number), "a.png": png(number, 1), "b.png": png(number, 2)}
             writer.write(f"k{number}", members)
     rng = np.random.default_rng(0)
@@ -155,13 +155,11 @@ def test_step_batches_differ_with_seed(root, whole):
 
 def test_step_batches_have_documented_shapes_and_types(root):
     batch = make(root)[0]
-    pictures = batch["image_text"]
-    assert pictures["images"].shape == (8, 16, 16, 3) and pictures["images"].dtype == torch.uint8
-    assert (
-        pictures["negative_uniforms"].shape == (8, 2) and pictures["negative_uniforms"].dtype == torch.float32
-    )
-    assert 0 <= pictures["negative_uniforms"].min() and pictures["negative_uniforms"].max() < 1
-    assert pictures["image_id"].dtype == torch.int64
+    images = batch["image_text"]
+    assert images["images"].shape == (8, 16, 16, 3) and images["images"].dtype == torch.uint8
+    assert images["negative_uniforms"].shape == (8, 2) and images["negative_uniforms"].dtype == torch.float32
+    assert 0 <= images["negative_uniforms"].min() and images["negative_uniforms"].max() < 1
+    assert images["image_id"].dtype == torch.int64
     for stream, side, length in [("image_text", "text", 12), ("parallel", "source", 14), ("text", "text", 9)]:
         sentences = batch[stream][side]
         assert sentences.lengths.max() <= length and len(sentences.clean) == sentences.lengths.sum()
@@ -197,7 +195,7 @@ def test_step_batches_hold_each_sample_once_per_lane_epoch(root):
         for index, image_id in zip(batch["index"].tolist(), batch["image_id"].tolist(), strict=True):
             seen[index // 2].append(image_id)
     for lane, ids in seen.items():
-        size = (lane + 1) * PICTURES // LANES - lane * PICTURES // LANES
+        size = (lane + 1) * IMAGES // LANES - lane * IMAGES // LANES
         epochs = [ids[i : i + size] for i in range(0, len(ids), size)]
         assert len(epochs) > 2 and all(len(set(epoch)) == len(epoch) for epoch in epochs)
 
@@ -295,7 +293,7 @@ BAD = {
 
 def broken(root, tmp_path, members, **changes):
     with ShardWriter(tmp_path, "image_text") as writer:
-        for number in range(PICTURES):
+        for number in range(IMAGES):
             good = {"json": record(number), "a.png": png(number, 1)}
             writer.write(f"k{number}", members if number == 20 else good)
     off = StreamConfig()

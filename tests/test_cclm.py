@@ -17,7 +17,7 @@ from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.packed import Ragged
 from tests.factories import SMALL, make_model
 
-SWIN = dict(embed_dim=16, depths=[2, 2], num_heads=[2, 4], patch_size=2)  # pictures: multiples of 4
+SWIN = dict(embed_dim=16, depths=[2, 2], num_heads=[2, 4], patch_size=2)  # images: multiples of 4
 
 
 def shaken(model):
@@ -39,7 +39,7 @@ def swin_config(**changes) -> ModelConfig:
     return ModelConfig(**{**SMALL.model_dump(), **sizes})
 
 
-def pictures(n=3, size=16):
+def images(n=3, size=16):
     return torch.randint(
         0, 256, (n, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
     )
@@ -50,11 +50,11 @@ def test_swin_states_equal_transformers_behind_their_mean(width):
     peer, model = swin_model(), UnifiedModel(swin_config(width=width, **PIXELS)).eval()
     model.vision.swin.load_state_dict(peer.state_dict())
     mean, deviation = (torch.tensor(PIXELS[name]).view(3, 1, 1) for name in ("pixel_mean", "pixel_std"))
-    wanted = peer((pictures().permute(0, 3, 1, 2) - mean) / deviation).last_hidden_state
+    wanted = peer((images().permute(0, 3, 1, 2) - mean) / deviation).last_hidden_state
     wanted = torch.cat([wanted.mean(1, keepdim=True), wanted], 1)
     if width == 48:
         wanted = wanted @ model.vision.output.weight.T + model.vision.output.bias
-    states = model.encode_images(pictures())
+    states = model.encode_images(images())
     assert states.lengths.tolist() == [1 + 16] * 3  # a grid of 4 x 4
     torch.testing.assert_close(states.values.view(3, 17, width), wanted)
 
@@ -69,9 +69,7 @@ def test_swin_resize_changes_windows_and_interpolates_biases():
     model.resize_images(16)
     assert fingerprint_module(model.vision) == mark
     model.resize_images(24)  # windows of 6 and no longer 4
-    assert (
-        model.config.image_size == 24 and model.encode_images(pictures(size=24)).lengths.tolist() == [37] * 3
-    )
+    assert model.config.image_size == 24 and model.encode_images(images(size=24)).lengths.tolist() == [37] * 3
     for name, value in model.vision.state_dict().items():
         if name.endswith("bias_table"):
             assert len(before[name]) == 7**2 and len(value) == 11**2
@@ -157,7 +155,7 @@ def test_cclm_tiny_runs_and_gives_every_parameter_a_depth(name, tmp_path):
     torch.manual_seed(0)
     model = backbone(backbone.sizes["tiny"]).eval()
     text = Ragged(torch.randint(5, 12000, (9,)), torch.tensor([5, 4]))
-    condition = model.encode_images(pictures(2))
+    condition = model.encode_images(images(2))
     cls = model.fused_cls(text, condition)
     whole = model.fused_states(text, condition)
     torch.testing.assert_close(whole.values[[0, 5]], cls, atol=1e-5, rtol=1e-4)
@@ -168,5 +166,5 @@ def test_cclm_tiny_runs_and_gives_every_parameter_a_depth(name, tmp_path):
     tuned.save(tmp_path)
     again = FinetuneModel.from_pretrained(tmp_path).eval()
     assert again.backbone.kind == name
-    inputs = {"text": text, "images": pictures(2)}
+    inputs = {"text": text, "images": images(2)}
     assert torch.equal(again(inputs), tuned(inputs))

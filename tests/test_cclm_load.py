@@ -10,7 +10,7 @@ from transformers import SwinConfig, SwinModel, ViTConfig, ViTModel, XLMRobertaC
 from finetune.model import load_backbone
 from raylib.errors import UserError
 from raylib.models.cclm import PIXELS
-from tests.test_cclm import SWIN, pictures, shaken, swin_model
+from tests.test_cclm import SWIN, images, shaken, swin_model
 
 D, F_, VOCABULARY, PLACES = 128, 24, 60, 20  # of the synthetic checkpoints: two heads of 64
 
@@ -142,8 +142,8 @@ def test_cclm_checkpoint_of_first_version_loads(tmp_path, prefix, caplog):
         tensors["vision_proj.bias"]
     )
     mean, deviation = (torch.tensor(PIXELS[name]).view(3, 1, 1) for name in ("pixel_mean", "pixel_std"))
-    wanted = peer((pictures().permute(0, 3, 1, 2) - mean) / deviation).last_hidden_state
-    torch.testing.assert_close(model.encode_images(pictures()).values.view(3, 17, D)[:, 1:], wanted)
+    wanted = peer((images().permute(0, 3, 1, 2) - mean) / deviation).last_hidden_state
+    torch.testing.assert_close(model.encode_images(images()).values.view(3, 17, D)[:, 1:], wanted)
     assert "its matching head has two layers" in caplog.text and (
         "no masked-language head" in caplog.text
     ) == (not prefix)

@@ -20,7 +20,7 @@ from raylib.text import Tokenizer
 TOKENIZER = DATA / "tokenizer.model"
 
 
-def picture(extension: str = "png", height: int = 20, width: int = 30) -> bytes:
+def image(extension: str = "png", height: int = 20, width: int = 30) -> bytes:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return cv2.imencode(f".{extension}", pixels)[1].tobytes()
 
@@ -43,8 +43,8 @@ def texts(source: Source, language: str) -> list[tuple[str, ...]]:
 def test_albef_list_is_read_and_bad_records_counted(tmp_path):
     (tmp_path / "images").mkdir()
     for name, data in {
-        "a.png": picture(),
-        "b.jpg": picture("jpg"),
+        "a.png": image(),
+        "b.jpg": image("jpg"),
         "cut.jpg": b"\xff\xd8\xff\xe0 no jpeg",
     }.items():
         (tmp_path / "images" / name).write_bytes(data)
@@ -64,7 +64,7 @@ def test_albef_list_is_read_and_bad_records_counted(tmp_path):
     path.write_bytes(text.encode("latin-1"))
     tally = loose(path)
     found = list(read_image_text(path, tally))
-    assert found == [({"png": picture()}, ["a dog"]), ({"jpg": picture("jpg")}, ["a cat", "two cats"])]
+    assert found == [({"png": image()}, ["a dog"]), ({"jpg": image("jpg")}, ["a cat", "two cats"])]
     assert tally.good == 2 and tally.bad == {
         "pictures that do not decode": 1,
         "pictures that are missing": 3,
@@ -89,8 +89,8 @@ def test_albef_list_is_streamed_in_chunks(tmp_path):
 
 
 def test_cclm_lines_are_read_and_bad_lines_counted(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture())
-    encoded = base64.b64encode(picture("webp")).decode()
+    (tmp_path / "a.png").write_bytes(image())
+    encoded = base64.b64encode(image("webp")).decode()
     path = tmp_path / "cc.jsonl"
     lines = [
         json.dumps({"binary": encoded, "caption": {"en": "a dog", "de": "ein Hund"}}),
@@ -104,7 +104,7 @@ def test_cclm_lines_are_read_and_bad_lines_counted(tmp_path):
     tally = loose(path)
     found = list(read_image_text(path, tally))
     assert [captions for _, captions in found] == [["a dog"], ["a cat"]]  # no German caption, ever
-    assert [list(pictures) for pictures, _ in found] == [["webp"], ["png"]]
+    assert [list(images) for images, _ in found] == [["webp"], ["png"]]
     assert tally.bad == {
         "records without an English caption": 1,
         "pictures that do not decode": 1,
@@ -116,16 +116,16 @@ def test_cclm_lines_are_read_and_bad_lines_counted(tmp_path):
 
 
 def test_corpora_images_are_shrunk_only_if_large(tmp_path):
-    (tmp_path / "large.png").write_bytes(picture(height=40, width=100))
-    (tmp_path / "small.png").write_bytes(picture(height=20, width=30))
-    (tmp_path / "other.bmp").write_bytes(picture("bmp"))
+    (tmp_path / "large.png").write_bytes(image(height=40, width=100))
+    (tmp_path / "small.png").write_bytes(image(height=20, width=30))
+    (tmp_path / "other.bmp").write_bytes(image("bmp"))
     path = tmp_path / "x.json"
     path.write_text(
         json.dumps([{"image": n, "caption": "x"} for n in ("large.png", "small.png", "other.bmp")])
     )
-    large, small, other = (pictures for pictures, _ in read_image_text(path, loose(path), size=20))
+    large, small, other = (images for images, _ in read_image_text(path, loose(path), size=20))
     assert decode_image(large["jpg"]).shape == (20, 50, 3)
-    assert small == {"png": picture(height=20, width=30)}
+    assert small == {"png": image(height=20, width=30)}
     assert decode_image(other["jpg"]).shape == (20, 30, 3)
 
 
@@ -177,7 +177,7 @@ def test_plain_pairs_and_paragraphs_are_read(tmp_path):
 
 def test_corpora_byte_order_mark_is_ignored(tmp_path):
     """Windows writes one before UTF-8."""
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(image())
     (tmp_path / "de.txt").write_text("ein Hund\n", encoding="utf-8-sig")
     (tmp_path / "de.tsv").write_text("a dog\tein Hund\n", encoding="utf-8-sig")
     (tmp_path / "a.json").write_text('[{"image": "a.png", "caption": "a dog"}]', encoding="utf-8-sig")
@@ -189,7 +189,7 @@ def test_corpora_byte_order_mark_is_ignored(tmp_path):
 
 
 def corpus(tmp_path):
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(image())
     (tmp_path / "albef.json").write_text(
         json.dumps([{"image": "a.png", "caption": ["a dog", "an animal"]}] * 2)
     )
@@ -222,7 +222,7 @@ def test_corpora_command_writes_sources_that_training_reads(tmp_path, caplog):
     assert list(images.groups) == ["en"] and len({sample.key for sample in samples}) == 3
     captions = [json.loads(sample.read("json"))["captions"] for sample in samples]
     assert captions == [{"en": ["a dog", "an animal"]}] * 2 + [{"en": ["a cat"]}]
-    assert samples[2].read("png") == picture()
+    assert samples[2].read("png") == image()
     assert [record.message.split(": ", 1)[1] for record in caplog.records if "albef" in record.message] == [
         "2 samples, 0 skipped"
     ]

@@ -18,7 +18,7 @@ from raylib.text import Tokenizer
 from raylib.track import read_metrics
 from tests import reference
 from tests.factories import make_model
-from tests.test_cclm import pictures, swin_config
+from tests.test_cclm import images, swin_config
 
 ANSWERS = [[0, 7, 2], [0, 7, 9, 2], [0, 11, 12, 13, 2], [0, 14, 2], [0, 11, 2], [0, 7, 30, 2]]
 LABELS = tuple("abcdef")
@@ -36,7 +36,7 @@ def asked(scores=None) -> dict:
     g = torch.Generator().manual_seed(6)
     batch = {
         "text": Ragged(torch.randint(5, 60, (9,), generator=g), torch.tensor([5, 1, 3])),
-        "images": pictures(3),
+        "images": images(3),
     }
     return batch if scores is None else batch | {"scores": scores}
 

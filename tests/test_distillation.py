@@ -357,25 +357,25 @@ def test_unified_states_agree_with_fuse_and_text_encoder():
     does."""
     model, part = make_model().eval(), make_batch(3, 6)["image_text"]
     text = Ragged(part["text"].clean, part["text"].lengths)
-    pictures = model.encode_images(part["images"])
-    states, places = model.hidden_states(text, pictures, [1, 2, 4])
+    images = model.encode_images(part["images"])
+    states, places = model.hidden_states(text, images, [1, 2, 4])
     assert places.text.lengths.equal(text.lengths) and places.text.values.equal(
         torch.arange(len(text.values))
     )
     assert (
         not places.tags.lengths.any() and not places.regions.lengths.any() and places.cls.equal(text.starts)
     )
-    torch.testing.assert_close(model.pool(states[-1].values[places.cls]), model.fused_cls(text, pictures))
-    torch.testing.assert_close(states[-1].values, model.fused_states(text, pictures).values)
+    torch.testing.assert_close(model.pool(states[-1].values[places.cls]), model.fused_cls(text, images))
+    torch.testing.assert_close(states[-1].values, model.fused_states(text, images).values)
     torch.testing.assert_close(states[1].values, model.encode_text(text))
     first = model.text.blocks[0]
     model.text.blocks = model.text.blocks[:1]
     torch.testing.assert_close(states[0].values, model.encode_text(text))
     assert model.text.blocks[0] is first
     with pytest.raises(UserError, match="layers .5.: unified has layers 1 to 4; name some"):
-        make_model().hidden_states(text, pictures, [5])
+        make_model().hidden_states(text, images, [5])
     with pytest.raises(UserError, match="states need fusion=cross"):
-        make_model(fusion="entangled").hidden_states(text, pictures, [1])
+        make_model(fusion="entangled").hidden_states(text, images, [1])
 
 
 @pytest.mark.parametrize(

@@ -202,19 +202,19 @@ def test_distillation_composes_with_each_other_strategy(distil, tmp_path, name):
 
 @pytest.fixture
 def tagged(parallel, tmp_path):
-    """The questions with tags, regions of their pictures and alignments, and a small OSCAR to start from."""
+    """The questions with tags, regions of their images and alignments, and a small OSCAR to start from."""
     data = tmp_path / "tagged"
     shutil.copytree(parallel, data)
-    rng, pictures = np.random.default_rng(0), {}
+    rng, images = np.random.default_rng(0), {}
     for split in ("train", "dev", "test"):
         records = [json.loads(line) for line in (data / f"cvil/{split}.jsonl").read_text().splitlines()]
         for i, record in enumerate(records):
             record["o"] = "dog;polar bear" if i % 3 else ""
-            pictures[record["img_id"]] = rng.random((1 + i % 4, TINY.features + REGION_BOX_DIM))
+            images[record["img_id"]] = rng.random((1 + i % 4, TINY.features + REGION_BOX_DIM))
         (data / f"cvil/{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         if split == "train":
             pairs = [(record["ru"].split(), record["en"].split()) for record in records]
-    write_oscar_tsv(data / "regions.tsv", pictures)
+    write_oscar_tsv(data / "regions.tsv", images)
     (data / "alignments").mkdir()
     (data / "alignments/ru.text").write_text("".join(f"{' '.join(a)} ||| {' '.join(b)}\n" for a, b in pairs))
     links = (" ".join(f"{i}-{i}" for i in range(min(map(len, pair)))) for pair in pairs)

@@ -30,10 +30,10 @@ TOKENIZER = DATA / "tokenizer.model"
 
 
 def small_model(
-    labels=("no", "yes", "maybe"), pictures=1, regions=None, dtype=torch.float32
+    labels=("no", "yes", "maybe"), num_images=1, regions=None, dtype=torch.float32
 ) -> FinetuneModel:
     unified = make_model(vocabulary=12000, positions=64, dtype=torch.float32)
-    return FinetuneModel(unified, labels, pictures, 0.0, regions).to(dtype).eval()
+    return FinetuneModel(unified, labels, num_images, 0.0, regions).to(dtype).eval()
 
 
 def retriever(dtype=torch.float32):
@@ -54,8 +54,8 @@ def captions(scenes, language="en") -> list[Captioned]:
 
 
 def test_fuse_equals_slow_reference_for_two_images(scenes):
-    """One example at a time, by loops: two pictures side by side."""
-    model = small_model(pictures=2, dtype=torch.float64)
+    """One example at a time, by loops: two images side by side."""
+    model = small_model(num_images=2, dtype=torch.float64)
     ids = Ragged(torch.randint(5, 12000, (9,)), torch.tensor([5, 4]))
     images = torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8)
     logits = model({"text": ids, "images": images})
@@ -123,7 +123,7 @@ def test_classification_score_equals_worked_example():
 
 
 def test_classification_interval_resamples_images_with_all_questions():
-    """Ten questions each of 40 pictures, of which 20 are answered: 40 independent draws, and not 400."""
+    """Ten questions each of 40 images, of which 20 are answered: 40 independent draws, and not 400."""
     lines = [
         {
             "id": f"{i}.{j}",
@@ -144,7 +144,7 @@ def test_classification_interval_resamples_images_with_all_questions():
     assert many - few == pytest.approx(2 * 1.96 * (0.25 / 400) ** 0.5, rel=0.15)
     assert score(lines[::-1], frozenset({"yes", "no"}))["interval"] == [low, high]
     assert score(alone, frozenset({"yes", "no"}), key=(1, "de"))["interval"] != [few, many]
-    assert score(lines[:10], frozenset({"yes", "no"}))["interval"] is None  # of one picture
+    assert score(lines[:10], frozenset({"yes", "no"}))["interval"] is None  # of one image
 
 
 def corpus_bleu(pairs, language):
@@ -188,13 +188,13 @@ def test_bleu_counts_words_of_japanese_and_characters_of_chinese():
     )
 
 
-def slow_recalls(model, items, pictures, tokenizer, candidates):
+def slow_recalls(model, items, images, tokenizer, candidates):
     """Every pair by itself, then two loops; nothing is cached."""
     texts = [(i, c) for i, item in enumerate(items) for c in item.captions]
     similar, match = np.zeros((len(items), len(texts))), np.zeros((len(items), len(texts)))
     with torch.inference_mode():
         for i, item in enumerate(items):
-            image = model.encode_images(pictures.read([item.image])["images"])
+            image = model.encode_images(images.read([item.image])["images"])
             for t, (_, caption) in enumerate(texts):
                 ids = torch.tensor([tokenizer.cls, *tokenizer.encode([caption])[0].tolist(), tokenizer.sep])
                 text = Ragged(ids, torch.tensor([len(ids)]))
@@ -255,7 +255,7 @@ def test_retrieval_large_match_logits_still_rank_in_float32(scenes, tmp_path):
 
 
 def collapsed():
-    """A retriever that finds all pictures, and all captions, the same."""
+    """A retriever that finds all images, and all captions, the same."""
     model = retriever()
     with torch.no_grad():
         for part in (model.match_head, model.image_projection, model.text_projection):
@@ -395,13 +395,13 @@ def test_caption_batches_identify_images_by_bytes(tmp_path, encoded):
         "a/7.png",
         "b/7.png",
     ]
-    pictures = ImageSource(open_images(tmp_path / "p"), 16)
+    images = ImageSource(open_images(tmp_path / "p"), 16)
     if encoded:
-        pictures = PrecomputedFeatures(
-            precompute_features(retriever(), pictures, names, tmp_path / "states"), pictures.store
+        images = PrecomputedFeatures(
+            precompute_features(retriever(), images, names, tmp_path / "states"), images.store
         )
     items = [Captioned(name, (f"caption {i}",)) for i, name in enumerate(names)]
-    batches = CaptionBatches(items, pictures, Tokenizer.load(TOKENIZER), 40, BatchOrder(len(items), 0))
+    batches = CaptionBatches(items, images, Tokenizer.load(TOKENIZER), 40, BatchOrder(len(items), 0))
     order = batches.rows(0)[2].tolist()
     ids = [batches[0]["image_text"]["image_id"].tolist()[order.index(i)] for i in range(len(names))]
     assert ids[:4] == ids[:1] * 4 and ids[4:6] == ids[4:5] * 2 and len(set(ids)) == 3

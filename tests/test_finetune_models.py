@@ -58,7 +58,7 @@ def error(printed: str) -> str:
 
 
 def regions_of(scenes: Path, task: str, more=()) -> dict[str, dict]:
-    """Made-up detections for every picture of a task, two to five each, by id; `more`: of further splits."""
+    """Made-up detections for every image of a task, two to five each, by id; `more`: of further splits."""
     config = override(RECIPES[f"scenes_{task}"](), [f"data={scenes}"])
     places = [("train", "en"), ("dev", "en"), ("test", "en"), ("test", "ru"), *more]
     names = sorted(

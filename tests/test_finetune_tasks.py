@@ -57,7 +57,7 @@ def test_task_in_official_format_runs_end_to_end(finetune, task):
     scores = found["retrieval"] if retrieval else found["accuracy"]
     assert tuple(scores) == languages and found["steps"] == (
         4 if task in ("coco", "xtd") else 2
-    )  # two captions a picture
+    )  # two captions an image
     if retrieval:
         assert all(figures["n"] == SPLIT["test"] and figures["i2t_r10"] == 1.0 for figures in scores.values())
     else:

@@ -29,8 +29,8 @@ def encode(image, kind="PNG", **options):
     return file.getvalue()
 
 
-def smooth_picture(height, width):
-    """A picture of low frequencies, on which resamplers agree."""
+def smooth_image(height, width):
+    """An image of low frequencies, on which resamplers agree."""
     y, x = np.mgrid[:height, :width] / max(height, width)
     waves = np.stack([np.sin(5 * x + y), np.cos(4 * y), np.sin(3 * (x - y))], -1)
     return (waves * 110 + 128).astype(np.uint8)
@@ -41,17 +41,17 @@ def over_white(image):
     return rgba[..., :3] * rgba[..., 3:] / 255 + 255 - rgba[..., 3:]
 
 
-PICTURE, RGBA = Image.fromarray(RGB), Image.fromarray(np.dstack([RGB, ALPHA]))
+IMAGE, RGBA = Image.fromarray(RGB), Image.fromarray(np.dstack([RGB, ALPHA]))
 ENCODED = {
-    "rgb": encode(PICTURE),
+    "rgb": encode(IMAGE),
     "rgba": encode(RGBA),
     "gray": encode(Image.fromarray(ALPHA)),
     "gray alpha": encode(Image.merge("LA", [Image.fromarray(ALPHA), Image.fromarray(ALPHA)])),
-    "palette": encode(PICTURE.quantize(16)),
-    "palette with a transparent colour": encode(PICTURE.quantize(16), transparency=3),
+    "palette": encode(IMAGE.quantize(16)),
+    "palette with a transparent colour": encode(IMAGE.quantize(16), transparency=3),
     "palette with alpha": encode(RGBA.quantize(256)),
     "bits": encode(Image.fromarray(ALPHA > 128)),
-    "webp": encode(PICTURE, "WEBP", lossless=True),
+    "webp": encode(IMAGE, "WEBP", lossless=True),
     "webp alpha": encode(RGBA, "WEBP", lossless=True, exact=True),
 }
 
@@ -66,7 +66,7 @@ def test_decode_equals_pil_over_white(name):
 def test_decode_reads_jpegs_and_16_bit_images():
     exif = Image.Exif()
     exif[0x112] = 6
-    photo = smooth_picture(40, 30)
+    photo = smooth_image(40, 30)
     for kind in ("RGB", "L", "CMYK"):
         image = Image.fromarray(photo).convert(kind)
         data = encode(image, "JPEG", quality=95, exif=exif)
@@ -80,7 +80,7 @@ def test_decode_reads_jpegs_and_16_bit_images():
 
 
 def test_decode_damaged_images_are_named():
-    for data in (b"", b"abc", ENCODED["rgb"][:400], encode(PICTURE, "JPEG")[:300], b"\xff\xd8" + bytes(50)):
+    for data in (b"", b"abc", ENCODED["rgb"][:400], encode(IMAGE, "JPEG")[:300], b"\xff\xd8" + bytes(50)):
         with pytest.raises(BadImage, match="en-7.tar cat: does not decode") as error:
             decode_image(data, "en-7.tar cat")
         assert "\n" not in str(error.value)
@@ -88,11 +88,11 @@ def test_decode_damaged_images_are_named():
 
 def test_resize_is_close_to_pil():
     for shape, size in [((50, 70), 32), ((20, 24), 48)]:
-        picture = smooth_picture(*shape)
-        expected = np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC)).astype(
+        image = smooth_image(*shape)
+        expected = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)).astype(
             int
         )
-        assert np.abs(resize_image(picture, size) - expected).max() <= 4
+        assert np.abs(resize_image(image, size) - expected).max() <= 4
     assert (
         resize_image(RGB[:20, :20], 20) is not RGB
         and (resize_image(RGB[:20, :20], 20) == RGB[:20, :20]).all()
@@ -118,7 +118,7 @@ def test_augment_without_operations_changes_nothing():
 )
 def test_random_crop_is_close_to_pil(shape, size):
     """Random draws: the same box cut and resized by PIL."""
-    picture = smooth_picture(*shape)
+    image = smooth_image(*shape)
     config = plain(scale=(0.3, 1), ratio=(0.75, 4 / 3))
     for draws in np.random.default_rng(2).random((5, FIXED_UNIFORMS)):
         area = (0.3 + 0.7 * draws[0]) * shape[0] * shape[1]
@@ -126,19 +126,19 @@ def test_random_crop_is_close_to_pil(shape, size):
         width, height = min(shape[1], (area * aspect) ** 0.5), min(shape[0], (area / aspect) ** 0.5)
         left, top = (shape[1] - width) * draws[2], (shape[0] - height) * draws[3]
         box = (left, top, left + width, top + height)
-        expected = Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR, box=box)
-        got = augment_image(picture, size, config, draws)[2:-2, 2:-2]  # at the border PIL sees no white
+        expected = Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR, box=box)
+        got = augment_image(image, size, config, draws)[2:-2, 2:-2]  # at the border PIL sees no white
         assert np.abs(got - np.asarray(expected).astype(int)[2:-2, 2:-2]).max() <= 6
 
 
-def only(name, strength, picture, size):
+def only(name, strength, image, size):
     config = plain(operations=1, magnitude=10, choices=(name,))
-    return augment_image(picture, size, config, np.append(MIDDLE, [0.5, (strength + 1) / 2]))
+    return augment_image(image, size, config, np.append(MIDDLE, [0.5, (strength + 1) / 2]))
 
 
 @pytest.mark.parametrize("strength", [-0.8, 0.6])
 def test_warps_are_close_to_pil(strength):
-    picture, size = smooth_picture(41, 41), 41
+    image, size = smooth_image(41, 41), 41
     angle, c = 30 * strength, 20.5
     shift, shear = 0.3 * strength, 0.3 * strength
     affine = {
@@ -149,19 +149,19 @@ def test_warps_are_close_to_pil(strength):
     }
     bilinear = Image.Resampling.BILINEAR
     for name in WARPS:
-        image = Image.fromarray(picture)
+        pil_image = Image.fromarray(image)
         if name == "rotate":
-            expected = image.rotate(angle, bilinear, fillcolor=(255,) * 3)
+            expected = pil_image.rotate(angle, bilinear, fillcolor=(255,) * 3)
             inside = Image.new("L", (size, size), 255).rotate(angle, bilinear)
         else:
-            expected = image.transform(
+            expected = pil_image.transform(
                 (size, size), Image.Transform.AFFINE, affine[name], bilinear, fillcolor=(255,) * 3
             )
             inside = Image.new("L", (size, size), 255).transform(
                 (size, size), Image.Transform.AFFINE, affine[name]
             )
         core = cv2.erode(np.asarray(inside), np.ones((5, 5))) == 255
-        got = only(name, strength, picture, size)
+        got = only(name, strength, image, size)
         assert core.sum() > 500 and np.abs(got - np.asarray(expected).astype(int))[core].max() <= 4
         outside = cv2.dilate(np.asarray(inside), np.ones((5, 5))) == 0
         assert (got[outside] == 255).all() and outside.any()
@@ -169,34 +169,34 @@ def test_warps_are_close_to_pil(strength):
 
 @pytest.mark.parametrize("strength", [-0.7, 0.5])
 def test_color_operations_are_close_to_pil(strength):
-    picture = smooth_picture(32, 32) // 2 + 40
-    image, factor = Image.fromarray(picture), 1 + 0.9 * strength
+    image = smooth_image(32, 32) // 2 + 40
+    pil_image, factor = Image.fromarray(image), 1 + 0.9 * strength
     expected = {
-        "brightness": ImageEnhance.Brightness(image).enhance(factor),
-        "contrast": ImageEnhance.Contrast(image).enhance(factor),
-        "saturation": ImageEnhance.Color(image).enhance(factor),
-        "posterize": ImageOps.posterize(image, 8 - round(4 * abs(strength))),
-        "solarize": ImageOps.solarize(image, 256 * (1 - abs(strength))),
-        "autocontrast": ImageOps.autocontrast(image),
-        "sharpness": ImageEnhance.Sharpness(image).enhance(factor),
+        "brightness": ImageEnhance.Brightness(pil_image).enhance(factor),
+        "contrast": ImageEnhance.Contrast(pil_image).enhance(factor),
+        "saturation": ImageEnhance.Color(pil_image).enhance(factor),
+        "posterize": ImageOps.posterize(pil_image, 8 - round(4 * abs(strength))),
+        "solarize": ImageOps.solarize(pil_image, 256 * (1 - abs(strength))),
+        "autocontrast": ImageOps.autocontrast(pil_image),
+        "sharpness": ImageEnhance.Sharpness(pil_image).enhance(factor),
     }
     for name, peer in expected.items():
-        got = only(name, strength, picture, 32)[1:-1, 1:-1].astype(int)
+        got = only(name, strength, image, 32)[1:-1, 1:-1].astype(int)
         difference = np.abs(got - np.asarray(peer)[1:-1, 1:-1])
         assert difference.max() <= 3, name
-    turned = only("hue", strength, picture, 32)
-    assert (turned.max(-1) == picture.max(-1)).all() and (turned != picture).any()
+    turned = only("hue", strength, image, 32)
+    assert (turned.max(-1) == image.max(-1)).all() and (turned != image).any()
     noise = np.random.default_rng(4).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert only("blur", strength, noise, 64).std() < noise.std() / 2
     assert set(expected) | {"hue", "blur", "equalize"} == set(TONES)
 
 
 def test_equalize_flattens_the_histogram():
-    picture = smooth_picture(32, 32) // 2 + 40
-    got = only("equalize", 0.5, picture, 32)
+    image = smooth_image(32, 32) // 2 + 40
+    got = only("equalize", 0.5, image, 32)
     for channel in range(3):
-        _, place, counts = np.unique(picture[..., channel], return_inverse=True, return_counts=True)
-        share = (np.cumsum(counts) - counts[0]) / (picture[..., 0].size - counts[0])
+        _, place, counts = np.unique(image[..., channel], return_inverse=True, return_counts=True)
+        share = (np.cumsum(counts) - counts[0]) / (image[..., 0].size - counts[0])
         assert np.abs(got[..., channel] - 255 * share[place].reshape(32, 32)).max() <= 1
 
 
@@ -207,11 +207,11 @@ def test_color_operations_accept_a_flat_image():
 
 def test_augment_is_deterministic_in_its_draws():
     config = AugmentConfig(operations=3, choices=(*WARPS, *TONES), flip=0.5, grayscale=0.2, cutout=0.3)
-    picture = smooth_picture(70, 50)
+    image = smooth_image(70, 50)
     for draws in np.random.default_rng(3).random((50, config.num_uniforms)):
-        first = augment_image(picture, 32, config, draws)
+        first = augment_image(image, 32, config, draws)
         assert first.shape == (32, 32, 3) and first.dtype == np.uint8 and first.flags["C_CONTIGUOUS"]
-        assert (first == augment_image(picture, 32, config, draws)).all()
+        assert (first == augment_image(image, 32, config, draws)).all()
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_mclip_wrong_folders_and_settings_are_errors(folders, tmp_path):
 
 
 def test_mclip_retrieval_runs_end_to_end(tmp_path, scenes, capsys):
-    """From published folders: M-CLIP tuned with LoRA and aligned, its pictures encoded once, evaluated again,
+    """From published folders: M-CLIP tuned with LoRA and aligned, its images encoded once, evaluated again,
     gone on from; M-CLIP and CLIP as they are, with translations; a task of another kind is refused."""
     torch.manual_seed(0)
     text = transformers.XLMRobertaModel(

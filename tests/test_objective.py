@@ -177,8 +177,8 @@ def test_vision_windows_are_encoded_like_images_of_their_own():
     weights = {name: value.clone() for name, value in whole.vision.state_dict().items()}
     weights["place"] = 0.1 * torch.randn(4, 16, dtype=torch.float64)
     windowed.vision.load_state_dict(weights)
-    picture = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8)
-    found = windowed.encode_images(picture)
+    image = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8)
+    found = windowed.encode_images(image)
     assert found.lengths.tolist() == [1 + 4 + 16]
     mean = 0
     for i in range(4):
@@ -187,7 +187,7 @@ def test_vision_windows_are_encoded_like_images_of_their_own():
             whole.vision.position.copy_(weights["position"] + weights["place"][i])
         norm = whole.vision.norm
         whole.vision.norm = torch.nn.Identity()
-        raw = whole.encode_images(picture[:, top : top + 16, left : left + 16]).values
+        raw = whole.encode_images(image[:, top : top + 16, left : left + 16]).values
         whole.vision.norm, mean = norm, mean + raw[0] / 4
         torch.testing.assert_close(found.values[1 + i], norm(raw[0]))
         torch.testing.assert_close(found.values[5 + 4 * i : 9 + 4 * i], norm(raw[1:]))

@@ -285,7 +285,7 @@ def test_oscar_fuse_uses_tags_and_image_pairs():
     tagged = model.fused_cls(text, model.embed_regions(regions, our_rows(tags)))
     same = (plain - tagged).abs().amax(1) < 1e-6
     assert same.tolist() == [False, True, True, False]  # those without tags
-    # two pictures a text
+    # two images a text
     pairs = model.embed_regions(regions.select_rows(torch.tensor([0, 3, 1, 0, 2, 1, 3, 3])))
     rows = [
         model.fused_cls(text, TaggedRegions(*(part.select_rows(torch.arange(i, 8, 2)) for part in pairs)))
@@ -331,7 +331,7 @@ def test_oscar_depths_cover_all_parameters_and_save_keeps_all(tmp_path):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_oscar_every_used_parameter_gets_a_gradient(bf16):
-    """A classifier over two pictures a text, through a batch as it is today, without tags; then with them."""
+    """A classifier over two images a text, through a batch as it is today, without tags; then with them."""
     model = FinetuneModel(shaken(Oscar(TINY)), ("no", "yes"), 2, 0.0, FEATURES)
     texts, tags, regions = made_rows()
     batch = {"text": our_rows(texts[:2]), "regions": our_rows([rows.float() for rows in regions])}
@@ -463,10 +463,10 @@ def test_oscar_parts_can_be_frozen():
         freeze(model, ("vision",))
 
 
-def write_oscar_tsv(path, pictures):
+def write_oscar_tsv(path, images):
     """VinVL's: id, number of regions, base64 of float32 (R, features + 6)."""
     lines = []
-    for name, rows in pictures.items():
+    for name, rows in images.items():
         x = np.asarray(rows, np.float32)
         lines.append(f"{name}\t{len(x)}\t{base64.b64encode(x.tobytes()).decode()}\n")
     path.write_text("".join(lines))

@@ -41,7 +41,7 @@ def test_pretrain_run_writes_documented_files(mini, retrieval_set, tmp_path, cap
     assert set(result["losses"]) >= {"ucl_image", "ucl_translation", "vlm", "tlm", "xmlm", "itm"}
     assert set(result["retrieval"]) == {"en", "de", "zh"}
     assert all(set(figures) == FIGURES for figures in result["retrieval"].values())
-    assert result["retrieval"]["de"]["n"] == 19  # one picture has no German caption
+    assert result["retrieval"]["de"]["n"] == 19  # one image has no German caption
     for language, (low, high) in result["interval"].items():
         assert low <= mean_recall_at_1(result["retrieval"][language]) <= high and low < high
     assert set(result["interval"]) == {"en", "de", "zh"}

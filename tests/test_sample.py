@@ -33,14 +33,14 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def records(corpus) -> dict[str, tuple[dict, dict[str, bytes]]]:
-    """Key -> (JSON, pictures) of the training source."""
+    """Key -> (JSON, images) of the training source."""
     source = Source(corpus / "image_text", kind="image_text", verify=True)
     found = {}
     for language in source.groups:
         for number in range(source.size(language)):
             sample = source.sample(language, number)
-            pictures = {name: sample.read(name) for name in sample.members if name != "json"}
-            found[sample.key] = json.loads(sample.read("json")), pictures
+            images = {name: sample.read(name) for name in sample.members if name != "json"}
+            found[sample.key] = json.loads(sample.read("json")), images
     return found
 
 
@@ -58,7 +58,7 @@ def rows(corpus: Path, kind: str) -> dict[str, set[tuple[tuple[int, ...], ...]]]
 
 
 def test_sample_training_images_have_english_text_only(corpus, records):
-    """The premise of the whole project: English is the only language that ever meets a picture in
+    """The premise of the whole project: English is the only language that ever meets an image in
     training."""
     manifest = json.loads((corpus / "image_text" / MANIFEST).read_text())
     assert {shard["language"] for shard in manifest["shards"]} == {"en"}
@@ -79,10 +79,10 @@ def test_sample_training_has_two_drawings_per_concept(records):
     keys = set(concepts.read_captions("en"))
     assert len(keys) == CONCEPTS and sum(map(concepts.is_held_out, keys)) == HELD_OUT
     assert set(records) == {key for key in keys if not concepts.is_held_out(key)}
-    for _, pictures in records.values():
-        assert set(pictures) == {"noto.png", "twemoji.png"}
-        for picture in pictures.values():
-            assert decode_image(picture).shape == (64, 64, 3)
+    for _, images in records.values():
+        assert set(images) == {"noto.png", "twemoji.png"}
+        for image in images.values():
+            assert decode_image(image).shape == (64, 64, 3)
 
 
 def test_sample_held_out_concepts_are_in_no_training_text(corpus):

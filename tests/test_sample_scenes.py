@@ -1,4 +1,4 @@
-"""Scenes for pretraining: what the captions say is what the picture shows."""
+"""Scenes for pretraining: what the captions say is what the image shows."""
 
 import json
 import re
@@ -55,7 +55,7 @@ def test_sample_scenes_captions_match_what_is_drawn(corpus):
     several = 0
     for number in range(COUNT):
         sample = source.sample("en", number)
-        picture = decode_image(sample.read("webp")).astype(float)
+        image = decode_image(sample.read("webp")).astype(float)
         captions = json.loads(sample.read("json"))["captions"]["en"]
         if len(captions) == 1:
             assert not is_held_out(keys[captions[0]])
@@ -69,7 +69,7 @@ def test_sample_scenes_captions_match_what_is_drawn(corpus):
         assert len(quadrants) == len(said)
         for quadrant in range(4):
             top, left = 32 * (quadrant // 2), 32 * (quadrant % 2)
-            cell = picture[top : top + 32, left : left + 32]
+            cell = image[top : top + 32, left : left + 32]
             if quadrant in quadrants:
                 errors = {key: fits(cell, key) for key in quadrants.values()}
                 assert min(errors, key=errors.get) == quadrants[quadrant], errors

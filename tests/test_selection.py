@@ -143,11 +143,11 @@ def test_selection_of_retrieval_uses_requested_score(finetune, tmp_path, scenes)
     config = load_config(FinetuneConfig, tmp_path / "recall_at_1" / "config.json")
     model = UnifiedModel.from_pretrained(tmp_path / "recall_at_1" / "best").eval()
     tokenizer = Tokenizer.load(tokenizer_at(config.model))
-    items, pictures = (
+    items, images = (
         merge_captions(list(read_split(config, "dev", "en"))),
         ImageSource(open_images(scenes / "images.tar"), 16),
     )
-    figures = retrieve(model, items, pictures, tokenizer, config.length, None, tmp_path / "states")
+    figures = retrieve(model, items, images, tokenizer, config.length, None, tmp_path / "states")
     assert found["recall_at_1"]["score"] == pytest.approx((figures["i2t_r1"] + figures["t2i_r1"]) / 2)
     assert found["mean_recall"]["score"] == pytest.approx(figures["mean_recall"])
     assert figures["mean_recall"] != (figures["i2t_r1"] + figures["t2i_r1"]) / 2

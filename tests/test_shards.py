@@ -31,7 +31,7 @@ def members_of(number):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     folder = tmp_path / "pictures"
     with ShardWriter(folder, "image_text", max_samples=4) as writer:
         for number in range(10):
@@ -45,8 +45,8 @@ def make_rows(count, sides, seed=0, high=60):
     return rows if sides == 2 else [row[0] for row in rows]
 
 
-def test_shards_written_samples_are_read_back(pictures):
-    source = Source(pictures, "image_text", verify=True)
+def test_shards_written_samples_are_read_back(images):
+    source = Source(images, "image_text", verify=True)
     assert (len(source), source.sizes()) == (10, {"de": [1], "en": [4, 4, 1]})
     for number in (8, 0, 5, 3, 4):
         sample = source.sample("en", number)
@@ -56,8 +56,8 @@ def test_shards_written_samples_are_read_back(pictures):
     assert pickle.loads(pickle.dumps(source)).sample("en", 2).read("a.png") == b"\2\2"
 
 
-def test_shards_are_readable_by_webdataset(pictures):
-    url = str(pictures / "en-{000000..000002}.tar")
+def test_shards_are_readable_by_webdataset(images):
+    url = str(images / "en-{000000..000002}.tar")
     read = list(webdataset.WebDataset(url, shardshuffle=False))
     assert [sample["__key__"] for sample in read] == [f"sub/k{number}" for number in range(9)]
     for number, sample in enumerate(read):
@@ -135,19 +135,19 @@ def test_shards_packed_rows_are_read_back(tmp_path, kind, sides, vocabulary):
         assert got[0].dtype == (np.uint16 if vocabulary < 65536 else np.uint32)
 
 
-def test_shard_writer_failure_keeps_old_source(pictures):
-    before = {path.name: path.read_bytes() for path in pictures.iterdir()}
+def test_shard_writer_failure_keeps_old_source(images):
+    before = {path.name: path.read_bytes() for path in images.iterdir()}
     with (
         pytest.raises(RuntimeError, match="stop"),
-        ShardWriter(pictures, "image_text", max_samples=2) as writer,
+        ShardWriter(images, "image_text", max_samples=2) as writer,
     ):
         for number in range(5):
             writer.write(f"new{number}", members_of(number))
         raise RuntimeError("stop")
-    assert {path.name: path.read_bytes() for path in pictures.iterdir()} == before
-    with ShardWriter(pictures, "image_text") as writer:
+    assert {path.name: path.read_bytes() for path in images.iterdir()} == before
+    with ShardWriter(images, "image_text") as writer:
         writer.write("new", members_of(3))
-    assert {path.name for path in pictures.iterdir()} == {
+    assert {path.name for path in images.iterdir()} == {
         "manifest.json",
         "en-000000.tar",
         "en-000000.index.json",
@@ -195,8 +195,8 @@ def edit_manifest(folder, change):
     path.write_text(json.dumps(manifest))
 
 
-def test_shards_bad_source_is_one_line_error(pictures, tmp_path):
-    def fails(words, base=pictures, **options):
+def test_shards_bad_source_is_one_line_error(images, tmp_path):
+    def fails(words, base=images, **options):
         with pytest.raises(UserError, match=words) as error:
             source = Source(base, **options)
             for number in range(9):
@@ -205,7 +205,7 @@ def test_shards_bad_source_is_one_line_error(pictures, tmp_path):
 
     fails("no such file.*makes one", tmp_path)
     fails("'image_text' where 'text' is needed", kind="text")
-    shard = pictures / "en-000001.tar"
+    shard = images / "en-000001.tar"
     whole = shard.read_bytes()
 
     shard.write_bytes(whole[:-600])
@@ -222,11 +222,11 @@ def test_shards_bad_source_is_one_line_error(pictures, tmp_path):
     index_path(shard).write_text("{}")
     fails("no index of this format")
     index_path(shard).unlink()
-    assert Source(pictures).sample("en", 7).key == "sub/k7"  # without an index, it is read from the tar
+    assert Source(images).sample("en", 7).key == "sub/k7"  # without an index, it is read from the tar
 
-    edit_manifest(pictures, lambda manifest: manifest["shards"][1].update(name="../x.tar"))
+    edit_manifest(images, lambda manifest: manifest["shards"][1].update(name="../x.tar"))
     fails("no plain file name")
-    edit_manifest(pictures, lambda manifest: manifest["shards"].clear())
+    edit_manifest(images, lambda manifest: manifest["shards"].clear())
     fails("no manifest of this format")
 
 
@@ -240,9 +240,9 @@ def test_shards_language_without_samples_or_other_tokenizer_is_refused(tmp_path)
         Source(tmp_path)
 
 
-def test_shards_damaged_tar_is_refused(pictures, tmp_path):
-    whole = (pictures / "en-000000.tar").read_bytes()
-    second = json.loads((pictures / "en-000000.index.json").read_text())["samples"][1][1]["json"][0]
+def test_shards_damaged_tar_is_refused(images, tmp_path):
+    whole = (images / "en-000000.tar").read_bytes()
+    second = json.loads((images / "en-000000.index.json").read_text())["samples"][1][1]["json"][0]
     (tmp_path / "bad").mkdir()
     path = tmp_path / "bad/en-0.tar"
     cases = {
@@ -272,30 +272,30 @@ def test_shards_damaged_block_of_text_is_named(tmp_path):
         Source(tmp_path).row("de", 0)
 
 
-def test_shards_command_writes_manifest(pictures):
-    (pictures / "manifest.json").unlink()
+def test_shards_command_writes_manifest(images):
+    (images / "manifest.json").unlink()
     command = [sys.executable, "-m", "raylib.data.shards"]
-    done = subprocess.run([*command, pictures, "image_text"], capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, images, "image_text"], capture_output=True, text=True, check=True)
     assert "4 shards, 10 samples" in done.stdout and not done.stderr
-    assert len(Source(pictures, verify=True)) == 10
+    assert len(Source(images, verify=True)) == 10
     failed = subprocess.run(
-        [*command, pictures / "none", "image_text"], capture_output=True, text=True, check=False
+        [*command, images / "none", "image_text"], capture_output=True, text=True, check=False
     )
     assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("scheme", ["file://{folder}", "pipe:cat '{folder}'/{{name}}"])
-def test_shards_remote_source_is_cached(pictures, tmp_path, scheme):
-    base = scheme.format(folder=pictures)
+def test_shards_remote_source_is_cached(images, tmp_path, scheme):
+    base = scheme.format(folder=images)
     source = Source(base, cache=tmp_path / "cache")
     assert source.sample("en", 5).read("a.png") == b"\5" * 5
     folder = fetching.cache_folder(base, tmp_path / "cache")
     cached = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
     assert len(cached) == 2 and cached[0].endswith("-en-000001.tar") and cached[1] == "manifest.json"
-    (pictures / "en-000001.tar").unlink()  # from here on it comes from the cache
+    (images / "en-000001.tar").unlink()  # from here on it comes from the cache
     assert Source(base, cache=tmp_path / "cache").sample("en", 6).key == "sub/k6"
 
-    shard = pictures / "en-000000.tar"
+    shard = images / "en-000000.tar"
     whole = shard.read_bytes()
     for content, words in [(whole[:-1], "manifest says"), (whole.replace(b"thing 1", b"thing 2"), "SHA-256")]:
         shard.write_bytes(content)
@@ -323,10 +323,10 @@ def test_shards_bad_remote_base_is_named(tmp_path, monkeypatch):
         Source("s3://bucket/folder", cache=tmp_path)
 
 
-def test_shards_concurrent_fetches_download_once(pictures, tmp_path):
-    base, log = f"pipe:echo x >> {tmp_path}/log; sleep 0.1; cat {pictures}/{{name}}", tmp_path / "log"
+def test_shards_concurrent_fetches_download_once(images, tmp_path):
+    base, log = f"pipe:echo x >> {tmp_path}/log; sleep 0.1; cat {images}/{{name}}", tmp_path / "log"
     entry = next(
-        s for s in json.loads((pictures / "manifest.json").read_text())["shards"] if s["language"] == "de"
+        s for s in json.loads((images / "manifest.json").read_text())["shards"] if s["language"] == "de"
     )
     arguments = [base, entry["name"], str(tmp_path), entry["bytes"], entry["sha256"]]
     code = f"from raylib.data.fetch import fetch; fetch(*{arguments!r})"

@@ -47,7 +47,7 @@ def double():
 
 
 def made_rows(seed=0):
-    """Three texts of unequal length, and two pictures for each of them, with unequally many regions."""
+    """Three texts of unequal length, and two images for each of them, with unequally many regions."""
     g = torch.Generator().manual_seed(seed)
     texts = [torch.randint(5, WORDS, (n,), generator=g) for n in (7, 3, 5)]
     regions = []

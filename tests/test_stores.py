@@ -1,4 +1,4 @@
-"""Pictures and region features by id, from every kind of store."""
+"""Images and region features by id, from every kind of store."""
 
 import base64
 import gzip
@@ -21,7 +21,7 @@ from raylib.data.states import write_encoder_states
 from raylib.errors import UserError
 from raylib.packed import Ragged
 
-PICTURE = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
+IMAGE = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
 FEATURES = np.arange(6, dtype=np.float32).reshape(2, 3)
 BOXES = np.array([[0, 0, 10, 20], [10, 5, 40, 20]], np.float32)
 
@@ -29,8 +29,8 @@ BOXES = np.array([[0, 0, 10, 20], [10, 5, 40, 20]], np.float32)
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "p" / "sub").mkdir(parents=True)
-    cv2.imwrite(str(tmp_path / "p" / "a.png"), PICTURE[..., ::-1])
-    cv2.imwrite(str(tmp_path / "p" / "sub" / "b.1.png"), PICTURE[..., ::-1])
+    cv2.imwrite(str(tmp_path / "p" / "a.png"), IMAGE[..., ::-1])
+    cv2.imwrite(str(tmp_path / "p" / "sub" / "b.1.png"), IMAGE[..., ::-1])
     (tmp_path / "p" / "notes.txt").write_text("no picture")
     return tmp_path / "p"
 
@@ -45,14 +45,14 @@ def packed(folder, to):
 def test_image_store_finds_images_by_id(folder, tmp_path, kind):
     store = open_images(folder if kind == "folder" else packed(folder, tmp_path / "p.tar"))
     for name in ("a", "a.png", "b.1", "b.1.png", "images/a.jpg"):
-        assert store.has(name) and (store.read(name) == PICTURE).all()
+        assert store.has(name) and (store.read(name) == IMAGE).all()
     assert not store.has("c")
     with pytest.raises(UserError, match=r"no image 'c.jpg'"):
         store.read("c.jpg")
     again = pickle.loads(pickle.dumps(store))
-    assert (again.read("a") == PICTURE).all()
+    assert (again.read("a") == IMAGE).all()
     with multiprocessing.get_context("fork").Pool(2) as pool:  # after the parent has opened it
-        assert all((p == PICTURE).all() for p in pool.map(store.read, ["a", "b.1"] * 8))
+        assert all((p == IMAGE).all() for p in pool.map(store.read, ["a", "b.1"] * 8))
 
 
 def test_image_store_bad_files_are_named(folder, tmp_path):
@@ -122,7 +122,7 @@ def test_image_store_follows_links_in_a_tar(folder, tmp_path):
     os.link(folder / "a.png", folder / "b.png")
     (folder / "c.png").symlink_to("a.png")
     store = open_images(packed(folder, tmp_path / "p.tar"))
-    assert all((store.read(name) == PICTURE).all() for name in "abc")
+    assert all((store.read(name) == IMAGE).all() for name in "abc")
 
 
 def test_image_store_damaged_or_compressed_tar_is_refused(folder, tmp_path):
@@ -263,7 +263,7 @@ def test_region_store_broken_base64_is_named(tmp_path):
 
 
 def write_flat_h5(path, boxes="bbox", ids=(b"7.jpg", b"8.jpg"), **changes):
-    """M3P's: arrays over all pictures, here three regions each, of which two are real."""
+    """M3P's: arrays over all images, here three regions each, of which two are real."""
     import h5py
 
     padded = {"features": np.pad(FEATURES, ((0, 1), (0, 0))), boxes: np.pad(BOXES, ((0, 1), (0, 0)))}

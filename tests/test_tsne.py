@@ -1,4 +1,4 @@
-"""Words and regions in one picture: where objects stand, their states and what is near what, against slow
+"""Words and regions in one image: where objects stand, their states and what is near what, against slow
 references."""
 
 import csv
@@ -46,7 +46,7 @@ def tokenizer():
 
 
 class Drawings:
-    """Random pictures by name."""
+    """Random images by name."""
 
     def read(self, names, draws=None):
         every = torch.randint(
@@ -75,26 +75,26 @@ def blocks_of(encoder, row):
     return row
 
 
-def slow_cross(model, text, picture, weights):
+def slow_cross(model, text, image, weights):
     """What is added to a word that has one thing to look at, which is so its whole attention: the first word
     here."""
-    unified = model.backbone.fused_states(text, picture).values
+    unified = model.backbone.fused_states(text, image).values
     attention = model.backbone.fusion.blocks[-1].cross_attention
-    region = (torch.from_numpy(weights).float()[:, None] * picture.values).sum(0, keepdim=True)
+    region = (torch.from_numpy(weights).float()[:, None] * image.values).sum(0, keepdim=True)
     added = attention(
         torch.randn(1, region.shape[1]), attention.key_value(region), Plan([(1, 1, 1)], None, None)
     )
     return unified, added[0]
 
 
-def slow_row(model, text, picture, weights):
-    """Text and picture as one row, by hand."""
+def slow_row(model, text, image, weights):
+    """Text and image as one row, by hand."""
     backbone = model.backbone
     if isinstance(backbone, Oscar):
-        states, places = backbone.hidden_states(text, picture, [backbone.num_layers])
+        states, places = backbone.hidden_states(text, image, [backbone.num_layers])
         words, regions = (states[0].values[part.values] for part in (places.text, places.regions))
     elif isinstance(backbone, SingleStream):
-        words, regions = backbone.encode_text(text), picture.values
+        words, regions = backbone.encode_text(text), image.values
         numbers = len(words), len(regions)
         row = torch.cat([regions, words] if backbone.config.first == "regions" else [words, regions])
         if backbone.config.number_regions:
@@ -106,8 +106,8 @@ def slow_row(model, text, picture, weights):
         regions = regions[1:] if backbone.config.whole_picture else regions
     else:
         words = backbone.encode_text(text)
-        words, regions = blocks_of(backbone.fusion, torch.cat([words, picture.values])).split(
-            [len(words), len(picture.values)]
+        words, regions = blocks_of(backbone.fusion, torch.cat([words, image.values])).split(
+            [len(words), len(image.values)]
         )
     return words, sum(share * state for share, state in zip(weights.tolist(), regions, strict=True))
 
@@ -123,7 +123,7 @@ BACKBONES = {
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_tsne_states_equal_slow_reference(tokenizer, name):
-    """One text and one picture at a time, by hand."""
+    """One text and one image at a time, by hand."""
     build, slow = BACKBONES[name]
     torch.manual_seed(0)
     backbone = build().float()
@@ -131,7 +131,7 @@ def test_tsne_states_equal_slow_reference(tokenizer, name):
         parameter.data += 0.1 * torch.randn_like(parameter)
     seen = name in ("unified", "entangled")
     model = FinetuneModel(backbone, ("no", "yes"), 1, 0.0, None if seen else 6).eval()
-    pictures = Drawings() if seen else RegionFeatures(Store(TAGS), has_tags=name == "oscar")
+    images = Drawings() if seen else RegionFeatures(Store(TAGS), has_tags=name == "oscar")
     sizes, draw = {"0": 5 if seen else 2, "1": 5 if seen else 3}, np.random.default_rng(1)
     where = {
         image: {label: draw.dirichlet(np.ones(n)) for label in ("cat", "dog", "tree")}
@@ -142,13 +142,13 @@ def test_tsne_states_equal_slow_reference(tokenizer, name):
         Mention(row, str(i % 2), WORDS[i], SceneObject("cat" if i == 1 else "dog"))
         for i, row in enumerate(items)
     ]
-    points, states = collect_states(model, mentions, where, CODES, pictures, tokenizer, 12)
+    points, states = collect_states(model, mentions, where, CODES, images, tokenizer, 12)
     got = dict(zip(points, states, strict=True))
     assert len(points) == len(got) == 3 * 2 + 2 * 2 and states.dtype == np.float32
     for i, item in enumerate(mentions):
         for j, code in enumerate(CODES):
             text = encode_texts([TEXTS[i][j]], tokenizer, 12)
-            read = pictures.read([item.image])
+            read = images.read([item.image])
             if name == "oscar":
                 read |= {"tags": encode_tagged(TEXTS[i][:1], [" ".join(TAGS)], tokenizer, 12)["tags"]}
             pieces = tokenizer.pieces(text.values)
@@ -184,9 +184,9 @@ def test_tsne_word_beyond_the_length_is_omitted(tokenizer):
 )
 def test_tsne_boxes_cover_patches_pixel_by_pixel(scenes, windows, changes):
     config = override(RECIPES["scenes_xgqa"](), [f"data={scenes}"])
-    backbone, pictures = make_model(**changes).float(), open_visual(config, 16)
+    backbone, images = make_model(**changes).float(), open_visual(config, 16)
     parallel = read_parallel(config, CODES, 12)
-    where = find_boxes(parallel, scenes / "scenes.jsonl", pictures, backbone)
+    where = find_boxes(parallel, scenes / "scenes.jsonl", images, backbone)
     truth = {
         r["id"]: r["objects"] for r in map(json.loads, (scenes / "scenes.jsonl").read_text().splitlines())
     }
@@ -227,7 +227,7 @@ def test_tsne_objects_are_selected_by_images_in_turn():
             where.setdefault(image, {"sky": 1})[label] = 1  # nobody here knows what a sky is called elsewhere
     parallel = Parallel(("en",), rows, len(rows), {"en": 0})
     found = [n.item[0].id for n in select_mentions(parallel, where, 6)]
-    assert found == ["dog0", "cat0", "tiger0", "dog1", "cat1", "tiger1"]  # a horse is in one picture alone
+    assert found == ["dog0", "cat0", "tiger0", "dog1", "cat1", "tiger1"]  # a horse is in one image alone
     with pytest.raises(Inapplicable, match="the 8 parallel items do not name two objects in two images each"):
         select_mentions(parallel._replace(items=[row for row in rows if row[0].id[0] in "dh"]), where, 6)
 
