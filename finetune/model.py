@@ -184,7 +184,8 @@ class FinetuneModel(nn.Module):
             values.get("answers"),
             validate(DecoderConfig, values.get("decoder", {}), str(folder / "config.json")),
         )
-        peft.insert_stored(model, values.get("tuning", {}))
+        if tuning := values.get("tuning"):
+            peft.insert_stored(model, tuning)
         return load_weights(model, folder)
 
 

@@ -195,7 +195,8 @@ class Backbone(nn.Module, ABC):
             raise UserError(f"{folder}: not a Polyglance model of kind {cls.kind}; {advice}")
         sizes = {k: v for k, v in description.items() if k not in ("model_type", "tuning", CODE)}
         model = cls.from_sizes(sizes, kind, folder)
-        peft.insert_stored(model, description.get("tuning", {}))
+        if tuning := description.get("tuning"):
+            peft.insert_stored(model, tuning)
         return load_weights(model, folder)
 
     @classmethod
