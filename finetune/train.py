@@ -49,10 +49,10 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
     """
     overlap = check(config)
     folder, log = run_folder(config), print if is_main_process(config) else no_log
-    for one in overlap:
+    for shared in overlap:
         log(
-            f"published overlap: {one['first']['file']} shares {one['images']} images and {one['items']} "
-            f"items with {one['second']['file']} ({one['declared']})"
+            f"published overlap: {shared['first']['file']} shares {shared['images']} images and "
+            f"{shared['items']} items with {shared['second']['file']} ({shared['declared']})"
         )
     if is_main_process(config):
         open_run(config, files_of(config), config.verify)

@@ -374,7 +374,7 @@ def test_muse_dictionary_lines_are_read(tmp_path):
         "polar bear cub": ("Eisbärjunges",),
         "x": ("y",),
     }
-    assert (read.longest, read.lines, read.odd) == (3, 14, 0)
+    assert (read.max_words, read.num_lines, read.num_odd) == (3, 14, 0)
 
 
 def test_dictionary_malformed_lines_are_counted_then_refused(tmp_path):
@@ -382,7 +382,7 @@ def test_dictionary_malformed_lines_are_counted_then_refused(tmp_path):
     good = [b"dog Hund\n"] * 45
     (tmp_path / "de2.txt").write_bytes(b"".join(good[:3] + odd + good[3:]))
     read, report = open_dictionaries(tmp_path, ["de"])
-    assert (read["de"].odd, read["de"].lines, list(read["de"].entries)) == (5, 50, ["dog"])
+    assert (read["de"].num_odd, read["de"].num_lines, list(read["de"].entries)) == (5, 50, ["dog"])
     assert report == "English words with translations: de 1; 5 of 50 lines left out"
     (tmp_path / "de2.txt").write_bytes(b"".join(good[:3] + odd + good[4:]))
     with pytest.raises(UserError, match=r"de2\.txt: line 4 is the first of 5 \(of 49\)"):
@@ -406,7 +406,7 @@ def test_dictionary_missing_language_lists_available_ones(tmp_path):
 
 def test_dictionaries_of_scenes_cover_labels(scenes):
     opened, _ = open_dictionaries(scenes / "dictionaries", ["de", "zh"])
-    assert opened["de"].odd == 0 and opened["de"].longest > 1
+    assert opened["de"].num_odd == 0 and opened["de"].max_words > 1
     assert opened["de"].entries["guide dog"] == ("Blindenhund",) and opened["zh"].entries["dog"] == ("狗",)
 
 

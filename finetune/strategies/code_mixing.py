@@ -88,9 +88,9 @@ class Dictionary(NamedTuple):
 
     language: str
     entries: dict[str, tuple[str, ...]]
-    longest: int  # words of the longest source
-    lines: int
-    odd: int  # lines without a translation, empty or not UTF-8: left out
+    max_words: int  # of a source
+    num_lines: int
+    num_odd: int  # lines without a translation, empty or not UTF-8: left out
 
 
 def open_dictionaries(folder: Path, languages: Sequence[str]) -> tuple[dict[str, Dictionary], str]:
@@ -116,8 +116,8 @@ def open_dictionaries(folder: Path, languages: Sequence[str]) -> tuple[dict[str,
             )
         dictionaries[language] = read_dictionary(file, language)
     words = ", ".join(f"{language} {len(each.entries)}" for language, each in dictionaries.items())
-    every = dictionaries.values()
-    odd, lines = (sum(column) for column in zip(*((d.odd, d.lines) for d in every), strict=True))
+    odd = sum(each.num_odd for each in dictionaries.values())
+    lines = sum(each.num_lines for each in dictionaries.values())
     return dictionaries, f"English words with translations: {words}; {odd} of {lines} lines left out"
 
 
@@ -129,9 +129,10 @@ def read_dictionary(path: Path, language: str) -> Dictionary:
     """
     entries: dict[str, dict[str, None]] = {}
     number = odd = first_odd = 0
+    # as bytes: some of MUSE's files have lines that are no UTF-8, and one of them is no reason to refuse it
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            source, translations = _pair(line)
+            source, translations = _read_pair(line)
             if not translations:
                 odd += 1
                 first_odd = first_odd or number
@@ -140,13 +141,12 @@ def read_dictionary(path: Path, language: str) -> Dictionary:
     if odd > MOST_ODD * number or not entries:
         where = f"line {first_odd} is the first of {odd} (of {number}) that are" if odd else "not one line is"
         raise UserError(f"{path}: {where} no 'word translation'; give a dictionary like MUSE's")
-    longest = max(source.count(" ") + 1 for source in entries)
-    return Dictionary(
-        language, {source: tuple(each) for source, each in entries.items()}, longest, number, odd
-    )
+    max_words = max(source.count(" ") + 1 for source in entries)
+    translations_of = {source: tuple(each) for source, each in entries.items()}
+    return Dictionary(language, translations_of, max_words, number, odd)
 
 
-def _pair(line: bytes) -> tuple[str, list[str]]:
+def _read_pair(line: bytes) -> tuple[str, list[str]]:
     """(source, its translations); no translations: an odd line."""
     try:
         text = line.decode("utf-8-sig")
@@ -172,16 +172,18 @@ def mix_text(
         dictionaries: at least one. ratio, probability: 1 and 0.9 in paper 0's public code.
     """
     words = text.split()
+    # every word has draws of its own, used or not: what one word becomes does not hang on the words before it
     draws = uniform(*keys, np.arange(4)[:, None], np.arange(max(len(words), 1))).tolist()
     if not words or draws[SENTENCE][0] >= ratio:
         return text
-    languages = sorted(dictionaries)
-    mixed, i = [], 0
+    languages = sorted(dictionaries)  # whatever the order of the setting
+    mixed: list[str] = []
+    i = 0
     while i < len(words):
         dictionary = dictionaries[languages[int(draws[LANGUAGE][i] * len(languages))]]
-        count, translations = _find(words, i, dictionary)
+        count, translations = _longest_entry(words, i, dictionary)
         if translations and draws[REPLACE][i] < probability:
-            before, after = _parts(words[i])[0], _parts(words[i + count - 1])[2]
+            before, after = _strip_marks(words[i])[0], _strip_marks(words[i + count - 1])[2]
             mixed.append(before + translations[int(draws[TRANSLATION][i] * len(translations))] + after)
         else:
             mixed += words[i : i + count]
@@ -189,12 +191,12 @@ def mix_text(
     return " ".join(mixed)
 
 
-def _find(words: list[str], start: int, dictionary: Dictionary) -> tuple[int, tuple[str, ...]]:
+def _longest_entry(words: list[str], start: int, dictionary: Dictionary) -> tuple[int, tuple[str, ...]]:
     """(how many words the longest entry at `start` has, its translations); (1, ()) where there is none."""
     source = ""
     best: tuple[int, tuple[str, ...]] = (1, ())
-    for count in range(1, min(dictionary.longest, len(words) - start) + 1):
-        before, word, after = _parts(words[start + count - 1])
+    for count in range(1, min(dictionary.max_words, len(words) - start) + 1):
+        before, word, after = _strip_marks(words[start + count - 1])
         if count > 1 and before:
             break  # "polar, bear" and "polar (bear)" are not the polar bear
         source = f"{source} {word}" if count > 1 else word
@@ -206,7 +208,7 @@ def _find(words: list[str], start: int, dictionary: Dictionary) -> tuple[int, tu
 
 
 @lru_cache(2**16)
-def _parts(word: str) -> tuple[str, str, str]:
+def _strip_marks(word: str) -> tuple[str, str, str]:
     """(punctuation before, the word in lower case, punctuation after)."""
     marks = [unicodedata.category(character)[0] in "PS" for character in word]
     if all(marks):

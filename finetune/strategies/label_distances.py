@@ -28,7 +28,7 @@ VERSION = 1  # of what this file computes: older matrices are made again
 
 
 class UnknownLabels(NamedTuple):
-    """Which labels the source does not know; `print` it."""
+    """The labels that the source does not know; `print` it."""
 
     what: str  # "synset", "vector"
     unknown: tuple[str, ...]
@@ -93,6 +93,7 @@ def vector_distances(
 
     def compute() -> tuple[Tensor, list[int]]:
         rows, unknown = label_vectors(path, labels)
+        # in float64: of two labels that are nearly alike, 1 - cosine is lost in float32's last digits
         lengths = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
         unit = rows / np.where(lengths > 0, lengths, 1)
         distance = torch.from_numpy(1 - unit @ unit.T).clamp(min=0)  # rounding makes -1e-16
@@ -110,7 +111,7 @@ def _cached(
     cache: Path | None,
     compute: Callable[[], tuple[Tensor, list[int]]],
 ) -> tuple[Tensor, UnknownLabels]:
-    """What `compute` returns, from the cache if it is there."""
+    """Return what `compute` returns, from the cache if it is there."""
     repeated = (
         sorted({label for label in labels if labels.count(label) > 1})
         if len(set(labels)) < len(labels)
@@ -118,7 +119,8 @@ def _cached(
     )
     if repeated:
         raise UserError(f"the label '{repeated[0]}' comes twice; each class needs a name of its own")
-    if cache is None or not all(map(Path.is_file, sources)):  # `compute` says what is missing
+    # what is missing is an error of `compute`
+    if cache is None or not all(map(Path.is_file, sources)):
         distance, unknown = compute()
         return distance, UnknownLabels(what, tuple(labels[i] for i in unknown), len(labels))
     key = json.dumps([VERSION, what, list(labels), numbers, [sha256_file(source) for source in sources]])

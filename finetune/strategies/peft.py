@@ -104,6 +104,7 @@ class PeftModules(Strategy):
         Raises:
             UserError: sizes that the model's width does not allow; it has such modules of other sizes.
         """
+        # a run that goes on from a tuned model trains the modules that it has
         existing = model.backbone.tuning.get(self.method)
         if existing is None:
             peft.insert(model, self.method, self.settings)

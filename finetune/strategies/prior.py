@@ -89,6 +89,7 @@ def linguistic_prior(logits: Tensor, answer: Tensor, distance: Tensor, k: int) -
     Returns:
         (b,).
     """
+    # in bf16 the k-th and the next label tie
     with torch.autocast(logits.device.type, enabled=False):
         probability, label = (
             logits.to(distance.dtype).softmax(1).topk(min(k, logits.shape[1]), sorted=False)

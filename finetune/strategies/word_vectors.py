@@ -117,6 +117,7 @@ def _read_text(path: Path, words: dict[bytes, str], width: int) -> dict[str, np.
     vectors = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            # of millions of lines a few hundred are wanted: only these are split
             word = words.get(line[: line.find(b" ")])
             if word is None or word in vectors:
                 continue
@@ -145,6 +146,7 @@ def _read_binary(
     path: Path, words: dict[bytes, str], count: int, width: int, position: int
 ) -> dict[str, np.ndarray]:
     vectors = {}
+    # mapped, and not read: of gigabytes only the rows of the words are copied
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for row in range(count):
             space = data.find(b" ", position)

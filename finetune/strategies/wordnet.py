@@ -90,6 +90,7 @@ class WordNet:
         """(a label's synsets, those directly above them)."""
         label = label.lower()
         if label not in self._known:
+            # compounds are spelt either way: living_room, x-ray
             forms = dict.fromkeys(joiner.join(label.split()) for joiner in "_-")
             synsets: list[Any] = next(filter(None, map(self._reader.synsets, forms)), [])
             above = [hypernym for synset in synsets if synset for hypernym in synset.hypernyms()]

@@ -159,6 +159,7 @@ class _StateShards:
                 self.index[example.id] = self.number, self.tokens, length
                 self.tokens += length
             self.parts.append(values)
+            # shards of a fixed number of tokens: read back by random access, written with little in memory
             if self.tokens >= TOKENS:
                 self._close()
         if self.parts:
