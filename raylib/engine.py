@@ -1,22 +1,16 @@
-"""AdamW, its rates, the guard that skips steps that are not finite, and the two engines that step it.
+"""AdamW, its rates, the guard that skips steps that are not finite, and the engine that steps it.
 
-`TorchEngine` is plain PyTorch (DDP with several processes), `DeepSpeedEngine` shards optimizer state and
-gradients over the workers (ZeRO-2).
+`TorchEngine` is plain PyTorch (DDP with several processes); that of `raylib.zero` shards optimizer state and
+gradients over the workers.
 """
 
 import math
-import os
-import subprocess
-import sys
-import tempfile
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -298,115 +292,3 @@ class TorchEngine(Engine):
             for p, values in self.optimizer.state.items()
             for key, value in values.items()
         }
-
-
-class DeepSpeedEngine(Engine):
-    """ZeRO stage 2. A checkpoint from another number of workers is converted (universal checkpoint) while
-    loading."""
-
-    name = "deepspeed"
-
-    def step(self, batch: dict, step: int, lr: float) -> dict[str, Tensor]:
-        for i, (group, members) in enumerate(zip(self.optimizer.param_groups, self.members, strict=True)):
-            if set_rate(group, members, self.rates, step, lr):
-                # its moments are zero, but Adam has counted the frozen steps
-                shard = self.optimizer.single_partition_of_fp32_groups[i]
-                for value in self.optimizer.optimizer.state[shard].values():
-                    if isinstance(value, Tensor):
-                        value.zero_()
-        loss, terms = self.engine(batch)
-        self.engine.backward(self.guard.check_loss(loss, terms))
-        # float32 weights: nothing changes where the norm is not finite; it says infinite then
-        self.engine.step()
-        norm = torch.as_tensor(self.engine.get_global_grad_norm())
-        self.guard.count(step, norm)
-        return {**terms, "grad_norm": norm}
-
-    def save(self, folder: Path, rank: int) -> None:
-        # the client state is what the conversion to another number of workers asks for
-        self.engine.save_checkpoint(str(folder), tag="zero", client_state={"universal_checkpoint_info": {}})
-
-    def _build(self, start: Path | None) -> None:
-        deepspeed = _import_deepspeed(self.device)
-        if not dist.is_initialized():  # one process, without Ray and torchrun: it wants a group all the same
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        os.environ.setdefault("LOCAL_RANK", "0")  # Ray and torchrun set it
-        # ZeRO's shards lie in files of (worker, part); another number of workers cuts them elsewhere, which
-        # DeepSpeed must know before it is built
-        self.convert = start is not None and _saved_world(start) != world_size()
-        settings = {
-            "train_micro_batch_size_per_gpu": 1,  # unused: the objective divides by global counts itself
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": self.config.clip,
-            "zero_optimization": {"stage": 2},
-            "zero_allow_untested_optimizer": True,
-            "torch_autocast": {"enabled": self.bf16, "dtype": "bfloat16"},
-            "steps_per_print": 10**9,
-            "checkpoint": {"load_universal": self.convert},
-        }
-        groups = self._groups()
-        self.members = [list(group["params"]) for group in groups]  # ZeRO puts flat shards in their place
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.objective,
-            optimizer=build_optimizer(groups, self.config),
-            config=settings,
-            dist_init_required=False,
-        )
-
-    def _load(self, folder: Path) -> None:
-        if not (folder / "zero").is_dir():
-            raise UserError(f"{folder}: saved without DeepSpeed; resume with runtime=local")
-        if not self.convert:
-            self.engine.load_checkpoint(str(folder), tag="zero")
-            return
-        # every worker converts for itself: a shared place would need a lock, and a change of workers is rare
-        with tempfile.TemporaryDirectory(prefix="polyglance-universal-") as scratch:
-            arguments = {
-                "--input_folder": str(folder / "zero"),
-                "--output_folder": f"{scratch}/zero_universal",
-                "--num_extract_workers": "1",
-                "--num_merge_workers": "1",
-            }
-            command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-            command += [part for pair in arguments.items() for part in pair]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(
-                    f"converting {folder} to {world_size()} workers failed:\n{done.stderr[-2000:]}"
-                )
-            Path(scratch, "latest_universal").write_text("zero_universal")
-            self.engine.load_checkpoint(scratch)
-        dist.barrier()
-
-    def _named_state(self) -> dict[str, Any]:
-        inner, shards = self.optimizer.optimizer, self.optimizer.single_partition_of_fp32_groups
-        return {
-            f"the optimizer's {key} of group {i}": value
-            for i, shard in enumerate(shards)
-            for key, value in inner.state.get(shard, {}).items()
-        }
-
-
-def _saved_world(folder: Path) -> int:
-    """Return how many workers wrote a checkpoint of ZeRO."""
-    return len(list((folder / "zero").glob("*zero_pp_rank_*_optim_states.pt")))
-
-
-def _import_deepspeed(device: torch.device) -> Any:
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        import deepspeed
-    except ImportError:
-        raise UserError(
-            "deepspeed is not installed; install the pinned requirements, or run with runtime=local"
-        ) from None
-    import deepspeed.ops
-
-    # DeepSpeed 0.19.8 calls what torch 2.13 has renamed, once a step
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-    if device.type == "cpu":
-        # its shared-memory extension compiles for 40 s and hangs on a stale lock; gloo serves
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed

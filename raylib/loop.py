@@ -15,7 +15,6 @@ from raylib.data.loading import StepDataset, load_batches, to_device
 from raylib.device import has_bf16, out_of_memory_error, peak_memory
 from raylib.distributed import all_reduce
 from raylib.engine import (
-    DeepSpeedEngine,
     Engine,
     LayerRates,
     Objective,
@@ -30,6 +29,7 @@ from raylib.finite import StepMonitor, finite_values, require_finite_values
 from raylib.randomness import hash64
 from raylib.runtime import Runtime
 from raylib.track import Backend, Progress, Tracker
+from raylib.zero import DeepSpeedEngine
 
 
 class FitConfig(Config):

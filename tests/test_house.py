@@ -12,7 +12,7 @@ ALLOWED["tune_spaces"] = {"raylib", "pretrain", "finetune", "tune_spaces"}
 ROOMS = {"raylib", "pretrain", "finetune", "tune_spaces", "cluster", "benchmarks", "tests"}
 HEAVY = {
     "ray": {"raylib/runtime.py", "raylib/launch.py"},
-    "deepspeed": {"raylib/engine.py"},
+    "deepspeed": {"raylib/zero.py"},
 }
 
 

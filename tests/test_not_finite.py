@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from raylib.engine import DeepSpeedEngine, OptimConfig, StepGuard, TorchEngine
+from raylib.engine import OptimConfig, StepGuard, TorchEngine
+from raylib.zero import DeepSpeedEngine
 from tests.test_strategies import Squares, Stack, batch_of
 from tests.workers import run_workers
 

@@ -14,8 +14,9 @@ from finetune.strategies.learning_rates import LayerDecay, ScheduledUnfreezing, 
 from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.strategies.pruning import apply_mask, prune_mask, read_mask, sparsity, write_mask
 from raylib.config import validate
-from raylib.engine import DeepSpeedEngine, OptimConfig, TorchEngine, parameter_groups
+from raylib.engine import OptimConfig, TorchEngine, parameter_groups
 from raylib.errors import UserError
+from raylib.zero import DeepSpeedEngine
 from tests.factories import make_model
 from tests.workers import run_workers
 

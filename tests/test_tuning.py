@@ -13,12 +13,13 @@ from finetune.strategies import Context, Strategies, StrategiesConfig
 from finetune.strategies.peft import AdapterConfig, CompacterConfig, HardPrompt, LoraConfig, SoftPromptConfig
 from finetune.tasks.classification import ClassificationObjective
 from raylib.config import validate
-from raylib.engine import DeepSpeedEngine, OptimConfig, TorchEngine
+from raylib.engine import OptimConfig, TorchEngine
 from raylib.errors import UserError
 from raylib.models import BACKBONES, peft
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.packed import Block, Ragged
 from raylib.text import PromptedTokenizer, Tokenizer
+from raylib.zero import DeepSpeedEngine
 from tests.factories import make_model
 from tests.workers import run_workers
 
