@@ -188,7 +188,7 @@ def encode_tagged(
     texts: n. tags: c times as many, those of text i at i c ... ; of two pictures (c = 2) the longest tags
     count.
     """
-    words, names = tokenizer.encode(texts), getattr(tokenizer, "plain", tokenizer).encode(tags)
+    words, names = tokenizer.encode(texts), tokenizer.without_prompt.encode(tags)
     each = len(tags) // len(texts)
     for i, row in enumerate(words):
         mine = range(i * each, (i + 1) * each)

@@ -306,7 +306,7 @@ def share_with_trials(tokenizer: Tokenizer, items: list, folder: Path) -> Path:
     cache = get_cache()
     if cache is None:
         return folder
-    getattr(tokenizer, "plain", tokenizer).remember([text for item in items for text in item.texts])
+    tokenizer.without_prompt.remember([text for item in items for text in item.texts])
     return cache.folder
 
 

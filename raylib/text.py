@@ -56,6 +56,11 @@ class Tokenizer:
         )
         self.ordinary = np.setdiff1d(np.arange(vocabulary), list(specials.values()))
 
+    @property
+    def without_prompt(self) -> "Tokenizer":
+        """The tokenizer that puts nothing before a text: itself, but of a `PromptedTokenizer`."""
+        return self
+
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
         """A tokenizer from its file, or from the model folder that holds it.
@@ -110,6 +115,10 @@ class PromptedTokenizer(Tokenizer):
     def __init__(self, tokenizer: Tokenizer, words: str = "", ids: tuple[int, ...] = ()):
         self.__dict__.update(tokenizer.__dict__)
         self.plain, self.words, self.ids = tokenizer, words, ids
+
+    @property
+    def without_prompt(self) -> Tokenizer:
+        return self.plain
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         rows = self.plain.encode([f"{self.words} {text}" for text in texts] if self.words else texts)

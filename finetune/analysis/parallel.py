@@ -143,7 +143,7 @@ def find_tokens(tokenizer: Tokenizer, text: str, span: tuple[int, int], length: 
     """Find the tokens, counted with <s> as `add_specials` puts it and a prompt before the text, that stand
     for any letter of text[span]; those cut off by `length` are not among them."""
     start, end = span
-    plain = getattr(tokenizer, "plain", tokenizer)
+    plain = tokenizer.without_prompt
     prompt = len(tokenizer.encode([text])[0]) - len(plain.encode([text])[0])
     found = [prompt + i for i, (a, b) in enumerate(token_spans(tokenizer, text)) if a < end and b > start]
     return [i + 1 for i in found if i < length - 2]

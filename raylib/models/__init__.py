@@ -44,6 +44,7 @@ def find_backbone(name: str) -> type[Backbone]:
     ]
     if missing:
         raise UserError(f"{path}: {found.__name__} does not declare {', '.join(missing)}")
+    # the kind is what a stored model is known by
     if found.kind in BACKBONES:
         raise UserError(f"{path}: there is a backbone of kind '{found.kind}'; give {found.__name__} another")
     return found
@@ -67,6 +68,7 @@ def stored_backbone(description: dict[str, Any], folder: Path) -> type[Backbone]
     Raises:
         UserError: no such backbone; the user's file that defined it is gone.
     """
+    # the code that a model was trained with lies beside it; the user's file may have changed since
     if CODE not in description:
         return lookup(description.get("backbone", model_kind(description)), BACKBONES, "backbone")
     name = str(description[CODE])

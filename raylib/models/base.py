@@ -121,6 +121,7 @@ class Backbone(nn.Module, ABC):
     def depth_of(self, name: str) -> int | None:
         """Depth of the parameter `name`: 1 ... `num_layers` bottom up, 0 for the embeddings, None outside of
         the layers. Layer decay, unfreezing and pruning go by it."""
+        # by name and not by module: small modules inside a layer (`raylib.models.peft`) have its depth
         below = 0
         for prefix in self.layer_names:
             if name.startswith(f"{prefix}."):
@@ -133,6 +134,7 @@ class Backbone(nn.Module, ABC):
     def prunable(self) -> list[str]:
         """Names of the matrices that magnitude pruning may take: of the layers and of the poolers (paper 0
         counts these in)."""
+        # vectors, which are biases and norms, stay: they are few, and models need them
         poolers = tuple(f"{name}." for name in self.pooler_names)
         return [
             name
@@ -190,11 +192,13 @@ class Backbone(nn.Module, ABC):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: no {name}; {advice}")
         description = read_description(folder)
+        # CCLM's folders are unified models too: a pretraining that goes on from one need not know
         kind = model_kind(description)
         if kind not in (cls.stored_kinds or (cls.kind,)):
             raise UserError(f"{folder}: not a Polyglance model of kind {cls.kind}; {advice}")
         sizes = {k: v for k, v in description.items() if k not in ("model_type", "tuning", CODE)}
         model = cls.from_sizes(sizes, kind, folder)
+        # what was put in has weights of its own, so it goes in before these are loaded
         if tuning := description.get("tuning"):
             peft.insert_stored(model, tuning)
         return load_weights(model, folder)
@@ -319,6 +323,7 @@ def save_model(model: nn.Module, backbone: Backbone, description: dict[str, Any]
     Raises:
         UserError: a weight is not finite; it is named, and nothing written.
     """
+    # nothing is written before all of it is known to be good: a folder is a model or it is not there
     weights = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
     require_finite_file(folder / "model.safetensors", weights)
     folder.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,9 @@ UNUSED_TEXT = [
     r"pooler\.",
     r"cls\.predictions\.decoder\.",
 ]
-UNUSED_SWIN = [r".*\.relative_position_index$", r".*\.attn_mask$"]  # follow from the sizes
+# these follow from the sizes
+UNUSED_SWIN = [r".*\.relative_position_index$", r".*\.attn_mask$"]
+# names that tell BEiT-2, which our ViT cannot hold, from a ViT
 BEIT = r"gamma_[12]$|[qv]_bias$|relative_position_bias_table$"
 VIT_NAMES = {  # timm's ViT -> the one of `transformers`
     r"^cls_token$": "embeddings.cls_token",
@@ -109,6 +111,7 @@ def read_published(path: Path) -> Published:
             f"{path}: no checkpoint of tensors ({' '.join(str(e).split())[:200]}); give a published file"
         ) from None
     weights = stored.get("model", stored) if isinstance(stored, dict) else {}
+    # the names of a text encoder's layers are what both formats have and no other file has
     layers = [
         int(m[1]) for k in weights if (m := re.match(r"text_encoder\.(?:\w+\.)?encoder\.layer\.(\d+)\.", k))
     ]
@@ -124,12 +127,14 @@ def read_published(path: Path) -> Published:
     for name, value in weights.items():
         if name.startswith("vision_encoder."):
             name = name.removeprefix("vision_encoder.")
+            # timm and Microsoft project queries, keys and values by one map, `transformers` by three
             if ".attn.qkv." in name:
                 parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
                 vision |= {name.replace(".qkv.", f".{part}."): third for part, third in parts}
             else:
                 vision[name] = value
             continue
+        # both formats by one name: BERT's, with X2-VLM's cross layers counted on from the text layers
         name = re.sub(r"^text_encoder\.(bert\.|roberta\.)?", "", name)
         name = re.sub(r"^mlm_head\.", "cls.", name)
         text[
@@ -147,6 +152,7 @@ def published_sizes(file: Published, vision: dict) -> ModelConfig:
 
     vision: of the image encoder (`vit_sizes`, `swin_sizes`), or of the one in its place.
     """
+    # a layer with cross-attention is of the unified encoder, wherever the file has it
     blocks = {int(m[1]) for k in file.text if (m := re.match(r"encoder\.layer\.(\d+)\.", k))}
     cross = {n for n in blocks if f"encoder.layer.{n}.crossattention.self.query.weight" in file.text}
     mapper = WeightMapper(file.text, file.path)
@@ -206,6 +212,7 @@ def swin_sizes(file: Published) -> dict:
         {"width": width, "layers": [len(t) for t in tables], "heads": [t[0].shape[1] for t in tables]},
         str(file.path),
     )
+    # a table has a row for each relative position in a window w wide: (2 w - 1)^2
     window = (round(len(tables[-1][0]) ** 0.5) + 1) // 2
     return {"swin": swin.model_dump(), "patch": patch, "image_size": window * patch * swin.merges}
 
@@ -228,6 +235,7 @@ def fill(model: UnifiedModel, file: Published, own_vision: bool) -> None:
         mapper = WeightMapper({_rename(name, names): value for name, value in file.vision.items()}, file.path)
         (copy_swin if file.is_swin else copy_vision)(mapper, model)
         mapper.assert_all_used(UNUSED_SWIN if file.is_swin else [])
+    # what could not be taken as it is, and is not an error, is said
     decoder = file.text.get("cls.predictions.decoder.weight")
     if decoder is not None and not torch.equal(decoder, file.text["embeddings.word_embeddings.weight"]):
         log.warning(

@@ -144,6 +144,7 @@ class MClip(DualEncoder):
                 f"{path}: its image tower comes from a folder of its own; set vision=FOLDER of the CLIP it "
                 "was made for"
             )
+        # the checkpoint has no image tower: Multilingual-CLIP trains texts towards CLIP's space
         tower = _load_tower(vision)
         weights, _ = read_folder(path)
         weights = {name.removeprefix("transformer."): value for name, value in weights.items()}
@@ -157,6 +158,7 @@ class MClip(DualEncoder):
             )
         layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.layer."))
         positions = mapper("embeddings.position_embeddings.weight")[FIRST:]
+        # its config.json names XLM-R alone: the sizes are those of the tensors
         config = MClipConfig(
             vocabulary=len(words),
             width=words.shape[1],
@@ -197,6 +199,7 @@ class MClip(DualEncoder):
     def project_text(self, ids: Ragged) -> Tensor:
         """Ids of n texts -> vectors (n, e): the mean over all tokens, specials too, mapped."""
         states = self.text(ids.with_values(self.embedding(ids)))
+        # a mean over packed rows: each token is added to the row that it is of
         row = torch.arange(len(ids.lengths)).repeat_interleave(ids.lengths).to(states.device)
         sums = states.new_zeros(len(ids.lengths), states.shape[1]).index_add(0, row, states)
         return self.text_projection(sums / ids.lengths.to(states.device)[:, None])
@@ -295,6 +298,7 @@ class Clip(DualEncoder):
 
     def project_text(self, ids: Ragged) -> Tensor:
         """Ids of n texts -> vectors (n, e): the state of the last token, mapped."""
+        # CLIP's own tower takes padded rows, as it is `transformers`'; ours take packed ones
         rows, columns = len(ids.lengths), torch.arange(int(ids.lengths.max()))
         is_token = columns < ids.lengths[:, None]
         padded = ids.values.new_zeros(rows, len(columns))
@@ -318,6 +322,7 @@ def _load_tower(folder: Path) -> Any:
     # 512: CLIP's, if its config.json says nothing
     width = description.get("projection_dim", sizes.get("projection_dim", 512))
     tower = _make_tower({**sizes, "projection_dim": width})
+    # a folder of CLIP holds both towers, one of its image tower alone has the same names
     parts = ("vision_model.", "visual_projection.")
     weights = {name: value for name, value in weights.items() if name.startswith(parts)}
     weights.pop("vision_model.embeddings.position_ids", None)

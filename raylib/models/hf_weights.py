@@ -48,6 +48,7 @@ class WeightMapper:
         """Copy the tensors `names`, one below the other, into `to`; what is wrong is kept for
         `assert_all_used`."""
         self.used.update(names)
+        # what does not fit is noted, not raised: a user who has the wrong file sees all of it at once
         absent = [f"missing {name}" for name in names if name not in self.weights]
         if not absent:
             value = torch.cat([self.weights[name] for name in names])
@@ -82,6 +83,7 @@ class WeightMapper:
             raise UserError(f"{self.folder} does not fit the model: {'; '.join(misfits)}")
 
 
+# tensors that a checkpoint may have and a model of ours does not: heads of its pretraining and its tasks
 UNUSED_TEXT = [
     r"pooler\.",
     r"embeddings\.position_ids",
@@ -89,6 +91,7 @@ UNUSED_TEXT = [
     r"classifier\.",
     r"qa_outputs\.",
 ]
+# second names of the word embedding and its bias
 TIED = [r"lm_head\.decoder\.(weight|bias)", r"cls\.predictions\.decoder\.(weight|bias)"]
 UNUSED_VISION = [r"pooler\.", r"classifier\."]
 SIZES = {  # ours -> those of config.json
@@ -218,6 +221,7 @@ def _choose_layers(config: "ModelConfig", stored: int, folder: Path | str) -> tu
 def load_vision(model: "UnifiedModel", folder: Path | str, unused: tuple[str, ...] = ()) -> None:
     """Fill the image encoder of `model` from a ViT checkpoint folder, or a Swin one; position embeddings are
     interpolated (bicubic) to the model's resolution. Arguments and errors as in `load_text`."""
+    # Swins are read by `transformers`, ViTs here: their position embeddings must be resized on the way
     if model.config.swin:
         _load_swin(model, folder, unused)
         return
@@ -286,6 +290,7 @@ def copy_block(mapper: WeightMapper, block: Block, layer: int) -> None:
     """A block from the tensors `encoder.layer.LAYER.*`; its cross-attention, where the checkpoint has none,
     from that of self-attention."""
     at = f"encoder.layer.{layer}"
+    # paper 2 starts cross-attention as a copy of the layer's self-attention; CCLM's file has its own
     attentions = [(block.attention, block.attention_norm, "attention")]
     if block.cross:
         cross = (
@@ -302,6 +307,7 @@ def copy_block(mapper: WeightMapper, block: Block, layer: int) -> None:
 
 
 def _copy_masked_head(mapper: WeightMapper, model: "UnifiedModel") -> None:
+    # one head by two names: XLM-R's and BERT's
     head = model.masked_head
     if any(name.startswith("lm_head.") for name in mapper.weights):
         lm, transform, norm = "lm_head", "lm_head", "layer_norm"
@@ -335,6 +341,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict]:
         UserError: no config.json, no weights, or a tensor that is not finite (file and tensor are named).
     """
     config = _read_config(folder)
+    # a large checkpoint lies in several files, and an index says in which
     index = next(folder.glob("*.index.json"), None)
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else None
     weights: dict[str, Tensor] = {}

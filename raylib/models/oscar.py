@@ -228,6 +228,7 @@ class Oscar(SingleStreamBackbone):
             UserError: no such layers; as `fused_cls`.
         """
         self.check_layers(layers)
+        # segments come from lengths alone: rows are laid out as words, tags, regions (`joint_rows`)
         tagged, rows = _as_tagged(memory), self.joint_rows(text, memory)
         states = self._with_slots(rows, layers) if empty else self.encoder.layer_states(rows, layers)
         return states, find_segments(text.lengths, tagged.tags.lengths, tagged.regions.lengths, empty)
@@ -292,6 +293,7 @@ def _sizes(weights: dict[str, Tensor], description: dict, first: int, path: Path
         "features": None,
         "region_eps": None,
     }
+    # a text encoder has seen no regions: what embeds them is made when a run says how wide theirs are
     if REGIONS in weights:
         sizes["features"] = weights[REGIONS].shape[-1] - REGION_BOX_DIM
     if description.get("use_img_layernorm"):

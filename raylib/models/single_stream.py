@@ -68,6 +68,7 @@ class RegionEmbedding(nn.Module):
 
     def forward(self, regions: Tensor) -> Tensor:
         """Features and boxes side by side (R, f + 7) -> (R, d)."""
+        # detectors differ in what they say of a box, so readers give all 7 numbers and a layout takes its own
         features, boxes = regions.split([regions.shape[1] - REGION_BOX_DIM, REGION_BOX_DIM], 1)
         boxes = boxes[:, BOX_COLUMNS[self.box_dim]]
         if self.unit_length:
@@ -111,6 +112,7 @@ class SingleStreamBackbone(RegionBackbone):
         Raises:
             UserError: it has seen others.
         """
+        # a model that starts from a text encoder learns the width of its regions from the first run's store
         if self.regions is None:
             self.config = self.config.model_copy(update={"features": features})
             regions = self.region_embedding().apply(init_weights)
@@ -269,6 +271,7 @@ class SingleStream(SingleStreamBackbone):
         """Features and boxes (R, f + 7) of each image -> their embeddings (R', d), one more an image if the
         layout has a region of the whole one."""
         assert self.regions is not None and tags is None
+        # VOLTA's models read the image as a whole at this region, as a text at its CLS
         if self.config.whole_picture:
             regions = join_rows(_whole_images(regions), regions)
         return regions.with_values(self.regions(regions.values))
@@ -289,6 +292,7 @@ class SingleStream(SingleStreamBackbone):
         Raises:
             UserError: a row is longer than there are positions.
         """
+        # each text is embedded once, whatever the number of images that it is about
         tokens = text.with_values(self.encode_text(text))
         if per_text > 1:
             tokens = tokens.select_rows(torch.arange(len(text.lengths)).repeat_interleave(per_text))
@@ -322,6 +326,7 @@ class SingleStream(SingleStreamBackbone):
 
     def pool(self, cls: Tensor) -> Tensor:
         """The read states (n, d), or (2n, d), two a row -> (n, width)."""
+        # "product": states come in flat order, a row's CLS before its first region
         if self.config.pooler == "first":
             return self._activate(self.pooler(cls))
         return self._activate(self.pooler(cls[::2])) * self._activate(self.region_pooler(cls[1::2]))

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from raylib.models.hf_weights import TIED, UNUSED_TEXT
 
-M3P_UNUSED = (  # of pretraining, generation and alignment; VOLTA adds no language embeddings either
+# of pretraining, generation and alignment; VOLTA adds no language embeddings either
+M3P_UNUSED = (
     "cross_lang_embeddings",
     "image_embeddings.image_distbution_embeddings",
     "refine_embeddings",
@@ -109,6 +110,7 @@ UC2 = Names(
     pooler="roberta.pooler.dense",
     **_bert_layer("roberta."),
     first=2,
+    # of masked regions, and the heads of its pretraining and tasks
     unused=[
         r"roberta\.img_embeddings\.mask_embedding\.",
         r"cls\.",
@@ -142,13 +144,16 @@ def m3p_names(prefix: str) -> Names:
         region_norm=f"{prefix}image_embeddings.LayerNorm",
         pooler=f"{prefix}pooled_layer.dense",
         first=0,
-        unused=[*unused, r"bert\.pooler\.dense\.", r"clfs_dict\."],  # VOLTA's second name of pooled_layer
+        # `bert.pooler` is VOLTA's second name of `pooled_layer`
+        unused=[*unused, r"bert\.pooler\.dense\.", r"clfs_dict\."],
     )
 
 
 def volta_names(layout: str) -> Names:
     """VOLTA's, of any of the layouts: each layer is two, attention and feed-forward."""
     at, embeddings = "bert.encoder.layer", "bert.embeddings"
+    # where the type of regions stands: UC2's table was made longer by a row, and xUNITER has one of its own,
+    # for XLM-R's has a single row
     types = {
         "uc2": ("new_token_type_embeddings", 1),
         "muniter": ("token_type_embeddings", 1),

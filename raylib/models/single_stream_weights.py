@@ -62,6 +62,7 @@ def read_single_stream(layout: str, path: Path) -> SingleStreamWeights:
     """
     weights, description = read_weights(path)
     weights, names, changes = _find_format(weights, layout, description, path)
+    # a checkpoint of regions says everything by its tensors, a text encoder's by its config.json
     if names.feature:
         sizes, where = _sizes_of_tensors(weights, names, description, path), str(path)
     else:
@@ -76,6 +77,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
     Raises:
         UserError: no file of weights there, several, or one that holds other things or what is not finite.
     """
+    # a file of weights may have its config.json beside it: heads cannot be read off the tensors
     folder = path if path.is_dir() else path.parent
     description = {}
     if (folder / "config.json").is_file():
@@ -99,6 +101,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
 def _read_file(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         return load_file(file)
+    # never unpickled: a file from elsewhere could run anything
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
@@ -128,6 +131,7 @@ def _find_format(
     Raises:
         UserError: no known format; its weights are another layout's.
     """
+    # each format is known by a tensor that no other has
     changes: dict[str, Any] = {}
     if "roberta.img_embeddings.img_linear.weight" in weights:
         found, names = "uc2", UC2
@@ -154,6 +158,7 @@ def _find_format(
 
 def _volta_layout(weights: dict[str, Tensor]) -> str:
     """Which of VOLTA's models this is, by the token types that it has."""
+    # UC2 has types of its own name, M3P has none, and BERT, in mUNITER, two where XLM-R, in xUNITER, has one
     types = {name: value for name, value in weights.items() if "token_type_embeddings" in name}
     if not types:
         return "m3p"
@@ -182,12 +187,14 @@ def _sizes_of_tensors(
 ) -> dict[str, Any]:
     """The sizes of the model in `weights`, but for those that a layout says."""
 
+    # a tensor that is missing here would otherwise be a KeyError, before anything could be listed
     def shape(name: str) -> tuple[int, ...]:
         if f"{name}.weight" not in weights:
             raise UserError(f"{path} does not fit the model: missing {name}.weight")
         return weights[f"{name}.weight"].shape
 
     vocabulary, width = shape(names.word)
+    # layers are counted by their query maps; VOLTA numbers attention and feed-forward apart, so by no number
     pattern = re.escape(names.query).replace(r"\{i\}", r"(\d+)").replace(r"\{a\}", r"(\d+)") + r"\.weight"
     layers = sum(bool(re.fullmatch(pattern, key)) for key in weights)
     heads = description.get("num_attention_heads", description.get("n_heads"))
@@ -210,12 +217,14 @@ def _sizes_of_tensors(
 def _fill(model: "SingleStream", mapper: WeightMapper, names: Names) -> None:
     embedding, regions = model.embedding, model.regions
     mapper.copy(embedding.word.weight, f"{names.word}.weight")
+    # Token types are constants: a text's goes into its positions, a region's into the bias of the norm after
+    # which it would be added. Nothing is looked up for them any more.
     positions = mapper(f"{names.position}.weight")[names.first :]
     embedding.position.weight.copy_(positions + _type_vector(mapper, names.text_type))
     mapper.copy_layer(embedding.norm, names.norm)
     for i, block in enumerate(model.encoder.blocks):
         _fill_block(block, mapper, names, i)
-    if not names.feature:
+    if not names.feature:  # a text encoder: regions and poolers stay new
         return
     assert regions is not None
     mapper.copy_layer(regions.feature, names.feature)

@@ -49,7 +49,8 @@ class SwinEncoder(nn.Module):
     384.
     """
 
-    num_windows = 0  # that never see each other (`VisionEncoder`): Swin's own are shifted
+    # of `VisionEncoder`, each with a CLS state; Swin's own are shifted from layer to layer and have none
+    num_windows = 0
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class SwinEncoder(nn.Module):
     def resize(self, size: int) -> None:
         """Another resolution, a multiple of patch x merges: other windows, the biases of relative positions
         interpolated."""
+        # the windows' width is part of the architecture: a new model takes the weights of the old one over
         weights = self.swin.state_dict()
         fresh = self._build(size).to(weights["layernorm.weight"])
         for name, value in fresh.state_dict().items():
@@ -112,6 +114,7 @@ class SwinEncoder(nn.Module):
 def interpolate_bias(table: Tensor, rows: int) -> Tensor:
     """Biases ((2 w - 1)^2, heads) by relative position in a window w wide -> (rows, heads) for another
     window, bicubic."""
+    # relative positions from -(w - 1) to w - 1 in each direction: a square image of biases, one a head
     old, new = round(len(table) ** 0.5), round(rows**0.5)
     if old == new:
         return table

@@ -140,6 +140,7 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
         stack: dict[str, Any] = dict(
             width=c.width, heads=c.heads, feedforward=c.feedforward, dropout=c.dropout
         )
+        # heads of images are as wide as those of texts, so a ViT of another width has more or fewer of them
         share = (c.vision_width or c.width) / c.width
         sizes = {name: round(share * stack[name]) for name in ("width", "heads", "feedforward")}
         vision: dict[str, Any] = dict(
@@ -202,6 +203,8 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
         return {"embeddings": self.embedding, "text": self.text, "vision": self.vision, "fusion": self.fusion}
 
     def freeze_unused(self, use: Use) -> None:
+        # by what a loss reads: a classifier the fused CLS, a decoder the way to the vocabulary, contrast the
+        # projections, matching all of them
         heads = (self.masked_head, self.match_head, self.temperature)
         projections = (self.image_projection, self.text_projection)
         unused = {
@@ -292,7 +295,8 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
         text_layers = [layer for layer in layers if layer <= num_text]
         fusion_layers = [layer - num_text for layer in layers if layer > num_text]
         rows = text.with_values(self.embedding(text))
-        # the unified layers go on from the last text layer, whether its states are wanted or not
+        # to the caller two stacks are one sequence of layers; the unified ones go on from the last layer of
+        # text, whether its states are wanted or not
         states = self.text.layer_states(rows, sorted({*text_layers, num_text}) if num_text else [])
         fused = self.fusion.layer_states(states[-1] if states else rows, fusion_layers, _row_by_row(memory))
         none = torch.zeros_like(text.lengths)

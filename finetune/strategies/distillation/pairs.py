@@ -167,7 +167,7 @@ class RowTokenizer:
 
     def __init__(self, tokenizer: Tokenizer, parts: Sequence[str]):
         self.tokenizer, self.parts = tokenizer, tuple(parts)
-        self.plain = getattr(tokenizer, "plain", tokenizer)  # without a prompt
+        self.plain = tokenizer.without_prompt  # without a prompt
 
     def prompt_length(self, text: str) -> int:
         """Number of tokens that a prompt puts before `text`."""
