@@ -48,6 +48,7 @@ def fetch(base: str, name: str, cache=None, size: int | None = None, sha256: str
     # a shard written anew often has its old size (tars are padded): only the hash tells which one is in the
     # cache
     path = folder / (f"{sha256[:16]}-{name}" if sha256 else name)
+    # loader processes of all workers on a machine ask for the same shard: one of them downloads it
     with file_lock(folder / f".{name}.lock"):
         if sha256 and path.is_file() and path.stat().st_size == size:
             return path  # it was checked before it got this name

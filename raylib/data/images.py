@@ -100,6 +100,7 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
         return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     if image.shape[2] == 3:
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    # transparency shows what lies below, and pages are white
     alpha = image[..., 3:].astype(np.uint16)
     over = image[..., 2::-1] * alpha + 255 * (255 - alpha)
     return ((over + 127) // 255).astype(np.uint8)
@@ -109,6 +110,7 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     """The evaluation transform: the whole image at (size, size)."""
     if image.shape[:2] == (size, size):
         return image
+    # areas average all pixels where it shrinks; where it grows, cubic interpolation keeps edges
     shrinks = min(image.shape[:2]) > size
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
@@ -164,6 +166,8 @@ def _crop(
 def _warp(image: np.ndarray, size: int, matrix: np.ndarray) -> np.ndarray:
     """Sample `image` at matrix @ (u, v, 1) for every output pixel; shrunk by areas first where it would
     alias."""
+    # an affine warp reads four pixels for each of its own: where it shrinks more than twofold it would skip
+    # some, and alias
     shrink = int(min(np.hypot(*matrix[:, 0]), np.hypot(*matrix[:, 1])) / size)
     if shrink > 1:
         height, width = image.shape[:2]
@@ -193,6 +197,7 @@ WARPS = {
     "translate_y": lambda strength: ([1, 0, 0], [0, 1, 0.3 * strength]),
 }
 
+# a tone operation of one pixel at a time is a table of 256 levels, looked up by OpenCV
 LEVELS = np.arange(256, dtype=np.float32)
 
 

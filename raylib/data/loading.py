@@ -52,6 +52,7 @@ class Lanes:
         self.languages = sorted(sizes)
         self.name, self.seed, self.lanes, self.block = name, seed, lanes, block
         self.borders = {language: np.cumsum([0] + list(sizes[language])) for language in self.languages}
+        # checked here: a lane without samples of a language could not serve its share of a step
         totals = np.array([self.borders[language][-1] for language in self.languages])
         if not len(totals):
             raise UserError(f"{name}: the source has no language")
@@ -149,6 +150,7 @@ def apportion(shares: np.ndarray, total: int, name: str = "source") -> np.ndarra
         raise UserError(f"{name}: {len(shares)} languages, more than {total} cannot be mixed; merge some")
     quota = shares * total
     counts = np.maximum(np.floor(quota), 1).astype(np.int64)
+    # shares below one draw were rounded up: others, the best served first, give theirs back
     while counts.sum() != total:
         over = counts.sum() > total
         remainder = np.where(counts > 1, quota - counts, np.inf) if over else quota - counts

@@ -34,7 +34,7 @@ from typing import Self
 import numpy as np
 
 from raylib.command import entry_point
-from raylib.data.tars import META, Account, TarScan
+from raylib.data.tars import META, FolderSummary, TarScan
 from raylib.errors import UserError
 from raylib.fileio import write_json
 from raylib.text import is_language_code, language_of
@@ -83,37 +83,39 @@ def index_folder(
     tokenizer: str | None = None,
     language: str | None = None,
     images: Sequence[str] | None = None,
-    account: Account | None = None,
+    summary: FolderSummary | None = None,
 ) -> dict:
     """Index every tar of a folder and write its manifest: makes a source out of anybody's tars.
 
     Args:
         language: of all shards. None takes it from their names where these begin with a known code
-            (`languages`); other shards of image_text are English.
-        images: extensions of the members that are images (`samples`); None: those that nobody has to ask for.
-        account: what was found is added to it.
+            (`raylib.text`); other shards of image_text are English.
+        images: extensions of the members that are images (`raylib.data.sources`); None: the plain ones.
+        summary: what was found is added to it.
 
     Raises:
         UserError: no such folder, no tar in it, one that cannot be indexed (`TarScan`); a language that is no
             code, or a name that tells none; images that are not there, or several of which one is meant.
     """
-    folder, account = Path(folder), account or Account(images)
+    folder, summary = Path(folder), summary or FolderSummary(images)
     check_kind(kind)
     if language is not None and not is_language_code(language):
         raise UserError(f"language {language!r}: wanted a code like 'de' or 'zh-Hans'")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     shards = []
+    # hidden ones are other writers' temporary files; macOS hides one beside each tar
     for path in sorted(path for path in folder.glob("*.tar") if not path.name.startswith(".")):
+        # the name comes first: a tar of an hour's reading is not to fail by it afterwards
         name = language or _language_of(path, kind)
         scan = TarScan(path)
         if not scan.samples:
             raise UserError(f"{path}: holds no sample")
         _check_members(scan, kind)
-        account.add(scan)
+        summary.add(scan)
         index = _index(scan)
         write_json(index_path(path), index, compact=True)
-        shards.append(describe(path.name, name, index, scan.sha256))
+        shards.append(manifest_entry(path.name, name, index, scan.sha256))
     if not shards:
         packed = len([*folder.glob("*.tar.*"), *folder.glob("*.tgz")])
         raise UserError(
@@ -122,7 +124,7 @@ def index_folder(
         )
     manifest = {"format": 1, "kind": kind, "tokenizer": tokenizer, "shards": shards}
     if kind == "image_text":
-        manifest["images"] = account.choose_images(folder)
+        manifest["images"] = summary.select_images(folder)
     write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -144,7 +146,7 @@ def _check_members(scan: TarScan, kind: str) -> None:
             )
 
 
-def describe(name: str, language: str, index: dict, sha256: str) -> dict:
+def manifest_entry(name: str, language: str, index: dict, sha256: str) -> dict:
     """A shard as the manifest lists it."""
     rows = sum(sample[2] for sample in index["samples"])
     return {"name": name, "language": language, "samples": rows, "bytes": index["bytes"], "sha256": sha256}
@@ -187,7 +189,7 @@ class ShardWriter:
         self.max_samples = max_samples or (1 << 22 if self.packed else 10_000)
         self.max_bytes = max_bytes
         self.images: set[str] = set()  # extensions that are images, for the manifest
-        self.open: dict[str, _Shard] = {}
+        self.open: dict[str, _TarWriter] = {}
         self.done: list[tuple[Path, str, str]] = []  # temporary path, final name, language
         self.pending: dict[str, list] = {}  # packed rows that wait for a full block
         self.count: dict[str, int] = {}
@@ -201,6 +203,7 @@ class ShardWriter:
         """Append one sample: members by extension ("json", "noto.png"). Keys have no dot in their base
         name."""
         name = key.rsplit("/", 1)[-1]
+        # a dot would end the key there (WebDataset), and readers skip what is __like_this__
         if not name or "." in name or META.match(key):
             raise ValueError(f"key {key!r}: a sample's key is not empty, has no dot, is not __like_this__")
         if not members:
@@ -208,7 +211,8 @@ class ShardWriter:
         shard = self.open.get(language)
         if shard is None:
             number = self.count[language] = self.count.get(language, -1) + 1
-            shard = self.open[language] = _Shard(self.folder, f"{language}-{number:06d}.tar", language)
+            shard = self.open[language] = _TarWriter(self.folder, f"{language}-{number:06d}.tar", language)
+        # WebDataset joins members of equal keys that lie together into one sample
         if shard.last == key:
             raise ValueError(f"key {key!r} twice in a row: readers would take it for one sample")
         shard.add(key, members)
@@ -241,6 +245,7 @@ class ShardWriter:
             raise ValueError(
                 f"{language}: id {ids.min()} or {ids.max()} is outside 0..{self.tokenizer.vocabulary - 1}"
             )
+        # most vocabularies of one language fit 16 bits: half the bytes to read
         ids = ids.astype(np.uint16 if self.tokenizer.vocabulary < 65536 else np.uint32)
         ends = np.cumsum([side.size for side in sides]).astype(np.uint32).reshape(-1, self.sides)
         self.write(f"{self.blocks:08d}", {"ids.npy": to_npy(ids), "ends.npy": to_npy(ends)}, language)
@@ -254,6 +259,7 @@ class ShardWriter:
             if error is None:
                 self._publish()
         finally:
+            # after an error nothing stays, after none these are empty
             for shard in self.open.values():
                 shard.close()[0].unlink()
             for temporary, _, _ in self.done:
@@ -265,16 +271,19 @@ class ShardWriter:
                 self._flush(language)
         while self.open:
             self.done.append(self.open.popitem()[1].close())
+        # new shards take their names first, then the manifest names them, and only then the old ones go: a
+        # reader that opens the folder meanwhile finds every shard of the manifest that it reads
         old = self.folder / MANIFEST
         stale = {shard["name"] for shard in json.loads(old.read_text())["shards"]} if old.exists() else set()
         shards = []
         for temporary, name, language in sorted(self.done, key=lambda item: item[1]):
             path = self.folder / name
+            # read back from the disk: what is indexed is what lies there
             scan = TarScan(temporary)
             index = _index(scan)
             os.replace(temporary, path)
             write_json(index_path(path), index, compact=True)
-            shards.append(describe(name, language, index, scan.sha256))
+            shards.append(manifest_entry(name, language, index, scan.sha256))
         sha256 = self.tokenizer.sha256 if self.tokenizer else None
         manifest = {"format": 1, "kind": self.kind, "tokenizer": sha256, "shards": shards}
         if self.images:
@@ -285,7 +294,7 @@ class ShardWriter:
             index_path(self.folder / name).unlink(missing_ok=True)
 
 
-class _Shard:
+class _TarWriter:
     """One tar being written under a temporary name; same input, same bytes (no times, no owners)."""
 
     def __init__(self, folder: Path, name: str, language: str):
@@ -299,6 +308,7 @@ class _Shard:
         self.last = key
         for extension, data in members.items():
             member = tarfile.TarInfo(f"{key}.{extension}")
+            # no time, no owner: equal samples give equal bytes, and so equal hashes
             member.size, member.mode = len(data), 0o444
             self.tar.addfile(member, io.BytesIO(data))
 
@@ -325,16 +335,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--images", nargs="+", metavar="EXTENSION", help="members that are images, such as jpg or noto.png"
     )
-    given = parser.parse_args(arguments)
-    account = Account(given.images)
-    manifest = index_folder(given.folder, given.kind, language=given.language, account=account)
+    args = parser.parse_args(arguments)
+    summary = FolderSummary(args.images)
+    manifest = index_folder(args.folder, args.kind, language=args.language, summary=summary)
     shards = manifest["shards"]
     languages: Counter[str] = Counter()
     for shard in shards:
         languages[shard["language"]] += shard["samples"]
     found = ", ".join(f"{count} {language}" for language, count in languages.items())
-    print(f"{given.folder}: {len(shards)} shards, {languages.total()} samples; by language: {found}")
-    for line in account.lines(manifest.get("images")):
+    print(f"{args.folder}: {len(shards)} shards, {languages.total()} samples; by language: {found}")
+    for line in summary.describe(manifest.get("images")):
         print(f"  {line}")
     return 0
 

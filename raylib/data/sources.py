@@ -109,6 +109,7 @@ class Sample(NamedTuple):
     def identity(self) -> int:
         """63-bit hash of its images' encoded bytes, the same wherever and under whatever key they lie; of
         several drawings, of them together. Keys are no identity: img2dataset's begin anew in each shard."""
+        # sorted: two samples of the same drawings are one, in whatever order their extensions stand
         hashes = sorted(map(self._hash, self.images))
         return hashes[0] if len(hashes) == 1 else string_key(struct.pack(f"<{len(hashes)}q", *hashes))
 
@@ -179,6 +180,7 @@ class Shard:
         self.path, self.images, self.check, samples = path, images, check, index["samples"]
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the shard
         if packed:
+            # ids are views of the file: pages come and go with the system's cache, shared by all processes
             self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
             self.members = [sample[1] for sample in samples]
             self.starts = np.cumsum([0] + [sample[2] for sample in samples])
@@ -188,6 +190,7 @@ class Shard:
         self.keys = [sample[0] for sample in samples]
         self.extensions = sorted({extension for sample in samples for extension in sample[1]})
         codes = {extension: code for code, extension in enumerate(self.extensions)}
+        # arrays, not objects: a corpus has millions of samples, of which each worker process holds the index
         self.firsts = np.cumsum([0] + [len(sample[1]) for sample in samples])
         places = [
             (codes[extension], *place, -1) for sample in samples for extension, place in sample[1].items()
@@ -215,12 +218,14 @@ class Shard:
     def row(self, row: int, sides: int) -> list[np.ndarray]:
         block = int(self.starts.searchsorted(row, "right")) - 1
         ids, ends = self.blocks.get(block) or self._read_block(block, sides)
+        # `cuts` begins with 0, so that row 0 is cut like any other
         first = (row - int(self.starts[block])) * sides
         cuts = ends[first : first + sides + 1].tolist()
         return [ids[low:high] for low, high in itertools.pairwise(cuts)]
 
     def _read_block(self, block: int, sides: int) -> tuple[np.ndarray, np.ndarray]:
         ids, ends = (self._array(*self.members[block][name]) for name in ("ids.npy", "ends.npy"))
+        # checked once a block: an end that does not rise would give one sentence another's ids
         cuts = np.concatenate([np.zeros(1, np.uint32), ends.reshape(-1)])
         if ends.shape[1:] != (sides,) or cuts[-1] != len(ids) or (cuts[1:] <= cuts[:-1]).any():
             raise UserError(
@@ -230,6 +235,7 @@ class Shard:
         return ids, cuts
 
     def _array(self, offset: int, size: int) -> np.ndarray:
+        # the array is not copied: only its header is read, to know where its elements begin
         header = io.BytesIO(self.map[offset : offset + min(size, HEADER)])
         shape, dtype = read_npy_header(header)
         flat = np.frombuffer(self.map, dtype, int(np.prod(shape)), offset + header.tell())
@@ -254,6 +260,7 @@ class Source:
         self, base, kind: str | None = None, tokenizer: str | None = None, cache=None, verify: bool = False
     ):
         self.base, self.cache = str(base), cache
+        # the manifest alone, even of a thousand shards: opening must cost nothing
         manifest = self._manifest(kind)
         self.kind = manifest["kind"]
         if kind and kind != self.kind:
@@ -266,6 +273,7 @@ class Source:
         self.groups: dict[str, list[ShardEntry]] = {}
         for fields in manifest["shards"]:
             shard = ShardEntry(**{name: fields[name] for name in ShardEntry._fields})
+            # a manifest comes from elsewhere: a name with a folder in it could lead anywhere on this machine
             if os.path.basename(shard.name) != shard.name or shard.name.startswith("."):
                 raise UserError(f"{base}: shard name {shard.name!r} in the manifest is no plain file name")
             self.groups.setdefault(shard.language, []).append(shard)
@@ -281,6 +289,7 @@ class Source:
             lang: np.cumsum([0] + [s.samples for s in group]) for lang, group in self.groups.items()
         }
         self._opened: OrderedDict[str, Shard] = OrderedDict()
+        # remote ones are checked as they are fetched, each when its first sample is read
         if not is_remote(self.base):
             self._check_files(verify)
 
@@ -324,6 +333,7 @@ class Source:
         """Return the files that are part of a run's identity: the manifest, and the shards, if they are here
         and not fetched."""
         manifest = DataFile(fetch(self.base, MANIFEST, self.cache))
+        # sizes are those of the manifest, whose hash stands for the shards
         if is_remote(self.base):  # a shard is compared with the manifest when it is fetched
             return [manifest._replace(address=f"{self.base.rstrip('/')}/{MANIFEST}")]
         shards = (shard for group in self.groups.values() for shard in group)
@@ -374,6 +384,7 @@ class Source:
         shard = self._opened[entry.name] = Shard(
             path, index, self.kind != "image_text", self.images, _is_younger(path)
         )
+        # each holds a file open; the least recently used one goes where there are many
         if len(self._opened) > max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):
             self._opened.popitem(last=False)
         return shard

@@ -45,6 +45,7 @@ class EncoderStates:
         Raises:
             UserError: those of an item are not finite; names file and item.
         """
+        # checked as a whole first, which costs one pass; item by item only to name the one at fault
         parts = [self._read(*self.rows[name]) for name in names]
         values = torch.from_numpy(np.concatenate(parts))
         if not is_finite(values):
@@ -98,6 +99,7 @@ def write_sharded(folder: Path, write: Callable[[Path, int, int], None]) -> None
     rank = dist.get_rank() if world_size() > 1 else 0
     partial = folder.with_name(f".{folder.name}.partial")
     lock = folder.with_name(f".{folder.name}.lock")
+    # one run at a time makes the folder; its other workers need no lock, for they wait for worker 0 below
     with file_lock(lock) if rank == 0 else contextlib.nullcontext():
         if broadcast_from_rank0(folder.is_dir()):
             return
@@ -105,6 +107,7 @@ def write_sharded(folder: Path, write: Callable[[Path, int, int], None]) -> None
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         _barrier()
+        # a worker that fails must reach the exchange all the same, or the others would wait for ever
         error = None
         try:
             write(partial, rank, world_size())
@@ -127,6 +130,7 @@ def remove_encoder_states(folder: Path) -> None:
 def fingerprint_module(module: nn.Module, *facts) -> str:
     """A name for what `module` makes of inputs that `facts` tell: a hash of its weights and of these."""
     digest = hashlib.sha256(repr(facts).encode())
+    # by name, whatever the order in which parameters were made; in float32, whatever they train in
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().numpy().tobytes())
@@ -139,6 +143,7 @@ def _write_share(folder: Path, worker: int, names, encode, batch: int, dtype: to
         for start in range(0, len(names), batch):
             chunk = names[start : start + batch]
             states = encode(chunk)
+            # after the conversion: float16 overflows where float32 did not
             values = states.values.to(dtype).cpu()
             if not is_finite(values):
                 rows_of = zip(chunk, values.split(states.lengths.tolist()), strict=True)

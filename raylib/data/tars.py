@@ -26,9 +26,9 @@ from raylib.text import has_captions
 BLOCK, CHUNK = 512, 1 << 20
 MAX_LISTED = 8  # extensions that a line names
 META = re.compile(r"__[^/]*__($|/)")
-Place = list[int]  # [offset, bytes], and of an image the hash of its bytes
-APART = "samples whose members lie apart, joined by their key"
-UNENDED = "tars without end blocks"
+MemberPlace = list[int]  # [offset, bytes], and of an image the hash of its bytes
+SCATTERED = "samples whose members lie apart, joined by their key"
+WITHOUT_END = "tars without end blocks"
 
 
 class TarScan:
@@ -57,25 +57,28 @@ class TarScan:
                 f"{path}: no file, but a folder, or a link to nothing; take it away or give its files"
             )
         self.bytes = self.path.stat().st_size
-        self.samples: dict[str, dict[str, Place]] = {}
+        self.samples: dict[str, dict[str, MemberPlace]] = {}
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
-        self.files: dict[str, Place] = {}
+        self.files: dict[str, MemberPlace] = {}
         self._symlinks: dict[str, str] = {}
         # symbolic ones that stand for a member: name, key, extension
         self._links: list[tuple[str, str, str]] = []
         self._key: str | None = None
-        self._apart: set[str] = set()
+        self._scattered: set[str] = set()
         self._sha256, self._hashed = hashlib.sha256(), 0
         with open(path, "rb") as self._file:
             start, tars = 0, 0
+            # `cat a.tar b.tar` is one file of two tars, of which `tarfile` would read the first
             while start < self.bytes or not tars:
                 end = self._read_tar(start)
                 start, tars = self._skip_zeros(end), tars + 1
             self._hash_until(self.bytes)
         self._follow_symlinks()
         self.sha256 = self._sha256.hexdigest() if hashes else ""
-        self.notes.update({"tars in one file, end to end": tars if tars > 1 else 0, APART: len(self._apart)})
+        self.notes.update(
+            {"tars in one file, end to end": tars if tars > 1 else 0, SCATTERED: len(self._scattered)}
+        )
         self.skipped, self.notes = +self.skipped, +self.notes
 
     def _read_tar(self, start: int) -> int:
@@ -84,9 +87,10 @@ class TarScan:
         end = start
         try:
             with tarfile.open(fileobj=self._file, mode="r:") as tar:
+                # one at a time: `tar.offset` then says where the next header lies
                 while (member := tar.next()) is not None:
                     end = tar.offset
-                    self._add(member, end)
+                    self._add_member(member, end)
                     tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
                 end = tar.offset
         except tarfile.TarError as error:
@@ -103,7 +107,7 @@ class TarScan:
         """Return where the next tar begins after the end blocks at `end`: the size of the file, if there is
         none."""
         if end >= self.bytes:
-            self.notes[UNENDED] += 1
+            self.notes[WITHOUT_END] += 1
             return self.bytes
         at = end
         self._file.seek(at)
@@ -114,6 +118,8 @@ class TarScan:
             at += len(chunk)
         else:
             return self.bytes
+        # what follows a block of zeros is another tar, which begins at a block; fewer zeros are no end, but
+        # the padding before a damaged header
         if at - end >= BLOCK:
             return end + (at - end) // BLOCK * BLOCK
         if self.bytes - end < BLOCK:
@@ -122,22 +128,24 @@ class TarScan:
             f"{self.path}: damaged, byte {end} begins neither a member nor the end; fetch or write it anew"
         )
 
-    def _add(self, member: tarfile.TarInfo, end: int) -> None:
-        name = _readable(member.name)
+    def _add_member(self, member: tarfile.TarInfo, end: int) -> None:
+        name = _printable(member.name)
         if member.isreg() and end > self.bytes:
             raise UserError(
                 f"{self.path}: truncated at byte {self.bytes}, its last member ends at {end}; "
                 "fetch or write it anew"
             )
+        # a key belongs to it even where the member cannot be read: an error names it
         key, extension = split_name(name)
         if member.issparse() and key:
             raise UserError(
                 f"{self.path}: member {name!r} is a sparse file, whose bytes do not lie together; "
                 "write the tar anew without --sparse"
             )
-        place = self._place(member, extension) if member.isreg() else None
+        place = self._locate(member, extension) if member.isreg() else None
+        # `tar cf` stores a file that has two names once, and a link for the second
         if member.islnk() and key:
-            target = _readable(member.linkname)
+            target = _printable(member.linkname)
             if target not in self.files:
                 raise UserError(
                     f"{self.path}: member {name!r} is a link to {target!r}, which does not lie before it; "
@@ -148,29 +156,30 @@ class TarScan:
         if place:
             self.files[name] = place
         if member.issym():
-            target = posixpath.join(posixpath.dirname(name), _readable(member.linkname))
+            target = posixpath.join(posixpath.dirname(name), _printable(member.linkname))
             self._symlinks[name] = posixpath.normpath(target)
         if member.isdir():
             self.skipped["directories"] += 1
         elif not key:
             self.skipped[extension] += 1
         elif member.issym():
-            self._enter(key, name)
+            self._open_sample(key, name)
             self._links.append((name, key, extension))
         elif place:
-            self._enter(key, name)
-            self._put(name, key, extension, place)
+            self._open_sample(key, name)
+            self._add_to_sample(name, key, extension, place)
         else:
             self.skipped["special files"] += 1
 
-    def _enter(self, key: str, name: str) -> None:
+    def _open_sample(self, key: str, name: str) -> None:
         """Begin the sample of a member, or go on with it."""
+        # WebDataset would make two samples of these; `tar cf` of an unsorted folder lays them apart
         if key != self._key and key in self.samples:
-            self._apart.add(key)
+            self._scattered.add(key)
         self._key = key
         self.samples.setdefault(key, {})
 
-    def _put(self, name: str, key: str, extension: str, place: Place) -> None:
+    def _add_to_sample(self, name: str, key: str, extension: str, place: MemberPlace) -> None:
         members = self.samples[key]
         if extension in members:
             raise UserError(
@@ -181,8 +190,9 @@ class TarScan:
         if not place[1]:
             self.notes["members of zero bytes"] += 1
 
-    def _place(self, member: tarfile.TarInfo, extension: str) -> Place:
+    def _locate(self, member: tarfile.TarInfo, extension: str) -> MemberPlace:
         place = [member.offset_data, member.size]
+        # the file's hash goes on over the same bytes, so that an image is read once for both
         if self.hashes and is_image(extension):
             self._hash_until(member.offset_data)
             data = self._file_bytes(member.offset_data, member.size)
@@ -207,6 +217,7 @@ class TarScan:
 
     def _follow_symlinks(self) -> None:
         for name, key, extension in self._links:
+            # a link may point to a link; a circle of them ends after as many steps as Linux takes
             target, steps = self._symlinks[name], 0
             while target in self._symlinks and steps < 40:  # as many as Linux follows
                 target, steps = self._symlinks[target], steps + 1
@@ -216,7 +227,7 @@ class TarScan:
                     "this tar; write it anew with --dereference"
                 )
             self.files[name] = self.files[target]
-            self._put(name, key, extension, self.files[name])
+            self._add_to_sample(name, key, extension, self.files[name])
             self.notes["symbolic links, which stand for their files"] += 1
 
 
@@ -233,7 +244,7 @@ def split_name(name: str) -> tuple[str, str]:
     return nfc(posixpath.join(folder, stem)), extension.lower()
 
 
-def _readable(name: str) -> str:
+def _printable(name: str) -> str:
     """A member's name without "./" before it; what is not UTF-8 in it is escaped."""
     name = name.removeprefix("./")
     return (
@@ -243,7 +254,7 @@ def _readable(name: str) -> str:
     )
 
 
-class Account:
+class FolderSummary:
     """Counts over all tars of a folder.
 
     Args:
@@ -253,7 +264,7 @@ class Account:
 
     def __init__(self, listed: Sequence[str] | None = None):
         self.listed = sorted({extension.lower().lstrip(".") for extension in listed}) if listed else None
-        self.kinds: Counter[frozenset[str]] = Counter()  # samples by the extensions that they have
+        self.extension_sets: Counter[frozenset[str]] = Counter()  # samples by the extensions that they have
         self.skipped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
 
@@ -266,32 +277,37 @@ class Account:
         self.skipped += scan.skipped
         self.notes += scan.notes
         for key, members in scan.samples.items():
+            # of a jpg and a png that nobody listed, one may be a mask of the other: not ours to guess
             images = sorted(filter(is_plain_image, members))
             if len(images) > 1 and not self.listed:
                 raise UserError(
                     f"{scan.path}: sample {key} has several images, {', '.join(images)}; say which is meant, "
                     f"such as --images {images[0]}, or list all of them where they are drawings of one thing"
                 )
-            self.kinds[frozenset(members)] += 1
+            self.extension_sets[frozenset(members)] += 1
 
     def count(self, extensions: Iterable[str]) -> dict[str, int]:
         """Count the samples that have a member of each extension."""
         return {
-            name: n for name in extensions if (n := sum(c for kind, c in self.kinds.items() if name in kind))
+            name: n
+            for name in extensions
+            if (n := sum(c for kind, c in self.extension_sets.items() if name in kind))
         }
 
-    def choose_images(self, folder: Path) -> list[str]:
+    def select_images(self, folder: Path) -> list[str]:
         """Extensions of the members that are images, sorted; errors name `folder`.
 
         Raises:
             UserError: none of what is listed is there; nothing is listed and several could be meant.
         """
-        every = sorted(set().union(*self.kinds))
+        all_extensions = sorted(set().union(*self.extension_sets))
         if self.listed:
-            if missing := [name for name in self.listed if name not in every]:
-                raise UserError(f"{folder}: no member ends in .{missing[0]}; there are: {_list(every)}")
+            if missing := [name for name in self.listed if name not in all_extensions]:
+                raise UserError(
+                    f"{folder}: no member ends in .{missing[0]}; there are: {_list(all_extensions)}"
+                )
             return self.listed
-        plain, others = list(filter(is_plain_image, every)), list(filter(is_image, every))
+        plain, others = list(filter(is_plain_image, all_extensions)), list(filter(is_image, all_extensions))
         if not plain and len(others) > 1:
             raise UserError(
                 f"{folder}: no member is plainly the image; say which are, of: --images {_list(others, ' ')} "
@@ -299,14 +315,16 @@ class Account:
             )
         return plain or others
 
-    def lines(self, images: Sequence[str] | None) -> list[str]:
+    def describe(self, images: Sequence[str] | None) -> list[str]:
         """Return what to print of it; `images` as chosen, None for packed text."""
-        every, notes = sorted(set().union(*self.kinds)), Counter(self.notes)
+        all_extensions, notes = sorted(set().union(*self.extension_sets)), Counter(self.notes)
         if images is not None:
-            bare = sum(n for kind, n in self.kinds.items() if not kind & set(images))
-            mute = sum(n for kind, n in self.kinds.items() if not has_captions(kind))
-            notes |= +Counter({"samples without an image": bare, "samples without captions": mute})
-        others = self.count(name for name in every if name not in (images or ()))
+            without_image = sum(n for kind, n in self.extension_sets.items() if not kind & set(images))
+            without_captions = sum(n for kind, n in self.extension_sets.items() if not has_captions(kind))
+            notes |= +Counter(
+                {"samples without an image": without_image, "samples without captions": without_captions}
+            )
+        others = self.count(name for name in all_extensions if name not in (images or ()))
         parts = {
             "images": self.count(images or ()),
             "other members": others,
@@ -314,9 +332,9 @@ class Account:
             "note": notes,
         }
         return [
-            f"{name}: {_list([f'{n} {what}' for what, n in found.items()])}"
-            for name, found in parts.items()
-            if found
+            f"{name}: {_list([f'{n} {noun}' for noun, n in counts.items()])}"
+            for name, counts in parts.items()
+            if counts
         ]
 
 

@@ -101,6 +101,7 @@ class FrozenTextCache:
     LIMIT = 2**17
 
     def __init__(self) -> None:
+        # ids are hashes of the tokens, equal for equal texts in whatever batch they come
         self.row_of: dict[int, int] = {}  # text id -> row of `states`
         self.states = torch.empty(0)
 
@@ -108,6 +109,7 @@ class FrozenTextCache:
         """(n, d) states of the sentences `text_ids` (n,), of equal ids where equal; `encode(rows)` computes
         those of new ones."""
         ids = text_ids.tolist()
+        # reversed, so that of equal texts the first row wins
         first_row = {text: row for row, text in reversed(list(enumerate(ids)))}
         new = [row for text, row in first_row.items() if text not in self.row_of]
         if len(self.row_of) + len(new) > self.LIMIT:
