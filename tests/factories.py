@@ -79,17 +79,17 @@ def take_sentences(sentences: Sentences, rows) -> Sentences:
         masked = [(p - start, labels[p]) for p in sentences.positions.tolist() if start <= p < start + n]
         pieces.append((sentences.clean[start : start + n], sentences.masked[start : start + n], masked))
         start += n
-    chosen, positions, wanted, offset = [pieces[i] for i in rows], [], [], 0
+    chosen, positions, expected, offset = [pieces[i] for i in rows], [], [], 0
     for clean, _, masked in chosen:
         positions += [offset + p for p, _ in masked]
-        wanted += [label for _, label in masked]
+        expected += [label for _, label in masked]
         offset += len(clean)
     return Sentences(
         torch.cat([c for c, _, _ in chosen]),
         torch.cat([m for _, m, _ in chosen]),
         sentences.lengths[list(rows)],
         torch.tensor(positions, dtype=torch.int64),
-        torch.tensor(wanted, dtype=torch.int64),
+        torch.tensor(expected, dtype=torch.int64),
         sentences.text_id[list(rows)],
     )
 

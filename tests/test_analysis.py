@@ -148,10 +148,10 @@ def test_parallel_states_of_retrieval_models_are_their_embeddings(tokenizer, bui
     got = parallel_states(model, parallel_of(TEXTS), None, tokenizer, 12)
     for i, row in enumerate(TEXTS):
         for j, text in enumerate(row):
-            wanted = F.normalize(
+            expected = F.normalize(
                 model.embed_text(encode_texts([text], tokenizer, 12), normalize=False)[0], dim=0
             )
-            torch.testing.assert_close(got[j, i].double(), wanted.detach(), atol=1e-6, rtol=0)
+            torch.testing.assert_close(got[j, i].double(), expected.detach(), atol=1e-6, rtol=0)
 
 
 def test_similarity_equals_slow_loop_and_control_has_no_parallel_pair():

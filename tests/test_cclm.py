@@ -50,13 +50,13 @@ def test_swin_states_equal_transformers_behind_their_mean(width):
     peer, model = swin_model(), UnifiedModel(swin_config(width=width, **PIXELS)).eval()
     model.vision.swin.load_state_dict(peer.state_dict())
     mean, deviation = (torch.tensor(PIXELS[name]).view(3, 1, 1) for name in ("pixel_mean", "pixel_std"))
-    wanted = peer((images().permute(0, 3, 1, 2) - mean) / deviation).last_hidden_state
-    wanted = torch.cat([wanted.mean(1, keepdim=True), wanted], 1)
+    expected = peer((images().permute(0, 3, 1, 2) - mean) / deviation).last_hidden_state
+    expected = torch.cat([expected.mean(1, keepdim=True), expected], 1)
     if width == 48:
-        wanted = wanted @ model.vision.output.weight.T + model.vision.output.bias
+        expected = expected @ model.vision.output.weight.T + model.vision.output.bias
     states = model.encode_images(images())
     assert states.lengths.tolist() == [1 + 16] * 3  # a grid of 4 x 4
-    torch.testing.assert_close(states.values.view(3, 17, width), wanted)
+    torch.testing.assert_close(states.values.view(3, 17, width), expected)
 
 
 def test_swin_resize_changes_windows_and_interpolates_biases():

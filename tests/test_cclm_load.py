@@ -69,7 +69,7 @@ def microsofts(swin: SwinModel) -> dict:
             continue
         if "q_proj" in name:
             value = torch.cat([weights[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
-        for theirs, ours in (
+        for published, ours in (
             ("encoder.", ""),
             ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
             ("embeddings.norm", "patch_embed.norm"),
@@ -79,7 +79,7 @@ def microsofts(swin: SwinModel) -> dict:
             ("attention.o_proj", "attn.proj"),
             ("attention.relative_position_bias.", "attn."),
         ):
-            name = name.replace(theirs, ours)
+            name = name.replace(published, ours)
         tensors["vision_encoder." + re.sub("^layernorm", "norm", name)] = value
     tensors["vision_encoder.layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(
         16, 16, dtype=torch.int64
@@ -142,8 +142,8 @@ def test_cclm_checkpoint_of_first_version_loads(tmp_path, prefix, caplog):
         tensors["vision_proj.bias"]
     )
     mean, deviation = (torch.tensor(PIXELS[name]).view(3, 1, 1) for name in ("pixel_mean", "pixel_std"))
-    wanted = peer((images().permute(0, 3, 1, 2) - mean) / deviation).last_hidden_state
-    torch.testing.assert_close(model.encode_images(images()).values.view(3, 17, D)[:, 1:], wanted)
+    expected = peer((images().permute(0, 3, 1, 2) - mean) / deviation).last_hidden_state
+    torch.testing.assert_close(model.encode_images(images()).values.view(3, 17, D)[:, 1:], expected)
     assert "its matching head has two layers" in caplog.text and (
         "no masked-language head" in caplog.text
     ) == (not prefix)
@@ -274,7 +274,7 @@ def text_folder(path, layers):
     ],
 )
 def test_cclm_text_folder_fills_layers_by_depth(tmp_path, kind, layers, taken):
-    theirs = text_folder(tmp_path / "text", layers)
+    peer_layers = text_folder(tmp_path / "text", layers)
     peer = (
         swin_model()
         if kind == "cclm_swin"
@@ -295,9 +295,9 @@ def test_cclm_text_folder_fills_layers_by_depth(tmp_path, kind, layers, taken):
     blocks = [*model.text.blocks, *model.fusion.blocks]
     assert len(model.text.blocks) == (12 if kind == "cclm" else 6) and len(model.fusion.blocks) == 6
     for ours, number in zip(blocks, taken, strict=True):
-        assert ours.output.weight.equal(theirs[number].output.dense.weight)
+        assert ours.output.weight.equal(peer_layers[number].output.dense.weight)
     for ours, number in zip(model.fusion.blocks, taken[-6:], strict=True):
-        assert ours.cross_attention.query.weight.equal(theirs[number].attention.self.query.weight)
+        assert ours.cross_attention.query.weight.equal(peer_layers[number].attention.self.query.weight)
     if kind == "cclm_swin":
         assert all(
             value.equal(peer.state_dict()[name]) for name, value in model.vision.swin.state_dict().items()

@@ -181,9 +181,11 @@ def test_cluster_failed_start_keeps_its_log(tmp_path):
     # `ray` is looked for beside the interpreter first
     code = "import sys; from cluster.__main__ import main; sys.executable = sys.argv[1]; main(sys.argv[2:])"
     arguments = [tmp_path / "python", "run", "--dashboard-port", str(free_port()), "--", "true"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    completed = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
     error = r"error: the cluster did not come up \(no luck today\); see (\S+)/start.log and .*\n"
-    folder = Path(re.fullmatch(error, done.stderr)[1])
+    folder = Path(re.fullmatch(error, completed.stderr)[1])
     assert [path.name for path in folder.iterdir()] == ["start.log"]
     shutil.rmtree(folder)
 
@@ -263,17 +265,19 @@ def test_cluster_slurm_script_starts_nodes_and_cleans_up(started, code, tmp_path
     }
     env = {k: v for k, v in os.environ.items() if k != "POLYGLANCE_RUNS"}
     env |= {f"SLURM_{name}": str(value) for name, value in job.items()}
-    done = subprocess.run(["bash", script, "base", "corpus=/a b"], env=env, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
+    completed = subprocess.run(
+        ["bash", script, "base", "corpus=/a b"], env=env, capture_output=True, text=True
+    )
+    assert completed.returncode == code, completed.stderr
     assert len((tmp_path / "token.txt").read_text()) == 64
     assert list((tmp_path / "runs").iterdir()) == []
-    told = (tmp_path / "ray.txt").read_text().split("\n")
-    assert told[:5] == ["symmetric-run", "--address", "node-a:6379", "--min-nodes", "2"]
+    reported = (tmp_path / "ray.txt").read_text().split("\n")
+    assert reported[:5] == ["symmetric-run", "--address", "node-a:6379", "--min-nodes", "2"]
     if started:
         command = (tmp_path / "python.txt").read_text()
         assert command == "node-a:6379 -m pretrain base workers=16 corpus=/a b\n"
     else:
-        assert "did not start" in done.stderr
+        assert "did not start" in completed.stderr
 
 
 def test_requirements_are_all_pinned():
@@ -282,8 +286,8 @@ def test_requirements_are_all_pinned():
     assert all(re.fullmatch(r"[\w.]+", version) for version in pins.values())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    for wanted in [*project["dependencies"], *extras["ray"], *extras["finetune"], *extras["dev"]]:
-        name, _, version = re.sub(r"\[.*\]", "", wanted).partition("==")
+    for expected in [*project["dependencies"], *extras["ray"], *extras["finetune"], *extras["dev"]]:
+        name, _, version = re.sub(r"\[.*\]", "", expected).partition("==")
         assert pins[name.lower()] == (version or pins[name.lower()])
 
 

@@ -94,15 +94,19 @@ def test_decoder_loss_equals_slow_reference():
     )
     model, slow = spelling(), spelling()
     loss, terms = AnswerObjective(model)({"examples": asked(scores)})
-    wanted = -(scores * slow_table(slow, asked())[0]).sum() / 3
-    torch.testing.assert_close(loss, wanted)
-    torch.testing.assert_close(terms["task"], wanted.detach())
+    expected = -(scores * slow_table(slow, asked())[0]).sum() / 3
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(terms["task"], expected.detach())
     loss.backward()
-    wanted.backward()
+    expected.backward()
     compared = 0
-    for (name, ours), (_, theirs) in zip(model.named_parameters(), slow.named_parameters(), strict=True):
-        if theirs.grad is not None and ours.requires_grad:
-            torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, ours), (_, reference_parameter) in zip(
+        model.named_parameters(), slow.named_parameters(), strict=True
+    ):
+        if reference_parameter.grad is not None and ours.requires_grad:
+            torch.testing.assert_close(
+                ours.grad, reference_parameter.grad, msg=lambda text, name=name: f"{name}: {text}"
+            )
             compared += 1
     assert compared > 60
 

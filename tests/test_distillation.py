@@ -187,12 +187,18 @@ def slow_parts(objective, batch, teacher, tokenizer, slots=0):
     return found
 
 
-def slow_matches(text, other, words, others, mine, theirs, whole):
+def slow_matches(text, other, words, others, student_tokenizer, teacher_tokenizer, whole):
     """Words are found by cutting the text at every character; only single words are looked at."""
     pairs = []
     for (a, b), (c, d) in zip(words, others, strict=True):
-        before = len(mine.encode([text[:a].strip()])[0]), len(theirs.encode([other[:c].strip()])[0])
-        left, right = (t.pieces(t.encode([w])[0]) for t, w in ((mine, text[a:b]), (theirs, other[c:d])))
+        before = (
+            len(student_tokenizer.encode([text[:a].strip()])[0]),
+            len(teacher_tokenizer.encode([other[:c].strip()])[0]),
+        )
+        left, right = (
+            t.pieces(t.encode([w])[0])
+            for t, w in ((student_tokenizer, text[a:b]), (teacher_tokenizer, other[c:d]))
+        )
         if whole and left != right:
             continue
         j = 0
@@ -223,17 +229,17 @@ def test_distillation_terms_equal_slow_loops(wordpiece, term, own, slots):
     with torch.no_grad():
         loss, values = objective(batch)
         parts = slow_parts(objective, batch, teacher, tokenizer, slots)
-    wanted = dict.fromkeys(term, 0.0)
+    expected = dict.fromkeys(term, 0.0)
     for per_layer, t, n in parts:
         for values_of, weight in zip(per_layer, layers.values(), strict=True):
             p = max(slots, len(values_of["image"]))
             each = {"cls": 1.0, "image": p, "tags": t[0] * t[1], "mixed": n[0] * n[1]}
             for name in term:
                 pairs = values_of[name] + (values_of["empty"] if name == "image" else [])
-                wanted[name] += sum(weight * mse(pair) / each[name] for pair in pairs) / len(parts)
-    assert {k: float(v) for k, v in values.items()} == pytest.approx(wanted, rel=1e-4)
-    assert float(loss) == pytest.approx(sum(wanted.values()), rel=1e-4) and all(
-        v > 0 for v in wanted.values()
+                expected[name] += sum(weight * mse(pair) / each[name] for pair in pairs) / len(parts)
+    assert {k: float(v) for k, v in values.items()} == pytest.approx(expected, rel=1e-4)
+    assert float(loss) == pytest.approx(sum(expected.values()), rel=1e-4) and all(
+        v > 0 for v in expected.values()
     )
 
 
@@ -244,12 +250,12 @@ def test_distillation_single_mean_of_public_code(wordpiece, slots):
     with torch.no_grad():
         loss, values = objective(batch)
         parts = slow_parts(objective, batch, teacher, wordpiece, slots)
-    wanted = 0.0
+    expected = 0.0
     for m, weight in enumerate((1.0, 0.25)):
         pairs = [pair for per_layer, _, _ in parts for rows in per_layer[m].values() for pair in rows]
-        wanted += weight * sum(map(mse, pairs)) / len(pairs)
-    assert float(loss) == pytest.approx(wanted, rel=1e-4) and float(sum(values.values())) == pytest.approx(
-        wanted, rel=1e-4
+        expected += weight * sum(map(mse, pairs)) / len(pairs)
+    assert float(loss) == pytest.approx(expected, rel=1e-4) and float(sum(values.values())) == pytest.approx(
+        expected, rel=1e-4
     )
 
 
@@ -317,12 +323,12 @@ def on_store(rank, world, folder):
 def test_distillation_states_are_stored_by_all_workers(tmp_path, world):
     folder = tmp_path / "states"
     names = on_store(0, 1, folder) if world == 1 else run_workers(on_store, 2, folder)[0]
-    wanted = [
+    expected = [
         f"{kind}-{rank}{'-0.safetensors' if kind == 'states' else '.json'}"
         for kind in ("index", "states")
         for rank in range(world)
     ]
-    assert names == wanted and not list(tmp_path.glob(".*"))
+    assert names == expected and not list(tmp_path.glob(".*"))
     again = pickle.loads(pickle.dumps(StoredStates(folder)))
     assert again.read(["3"]).flatten().unique().tolist() == [3]
 
@@ -379,7 +385,7 @@ def test_unified_states_agree_with_fuse_and_text_encoder():
 
 
 @pytest.mark.parametrize(
-    ("settings", "student", "teacher", "wanted"),
+    ("settings", "student", "teacher", "expected"),
     [
         ({}, 12, 12, ({3: 1.0, 6: 1.0, 9: 1.0, 12: 1.0}, (3, 6, 9, 12))),
         ({}, 4, 4, ({3: 1.0, 4: 1.0}, (3, 4))),
@@ -404,14 +410,14 @@ def test_unified_states_agree_with_fuse_and_text_encoder():
         ({"weights": (1.0, 1.0, 1.0)}, 4, 4, "weights: 3 values for 2 layers"),
     ],
 )
-def test_distillation_layers_are_paired_by_default_and_by_settings(settings, student, teacher, wanted):
+def test_distillation_layers_are_paired_by_default_and_by_settings(settings, student, teacher, expected):
     method = DistillationConfig(teacher="x", **settings)
-    if isinstance(wanted, str):
-        with pytest.raises(UserError, match=wanted) as e:
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected) as e:
             compared_layers(method, student, teacher)
         assert "\n" not in str(e.value)
     else:
-        assert compared_layers(method, student, teacher) == wanted
+        assert compared_layers(method, student, teacher) == expected
 
 
 def test_distillation_incompatible_models_are_refused():

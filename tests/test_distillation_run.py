@@ -394,18 +394,22 @@ def test_distillation_search_ranks_by_trained_head(parallel, teacher, model, tmp
     job, config = searched(parallel, teacher, model, tmp_path, *small)
     job.check_config(config)
     assert (job.epochs_per_run(config), job.pruning_epochs(config), job.warmup_epochs(config)) == (3, 1, 3)
-    told = []
+    reported = []
     scores = job.run(
         config,
-        Recorder(lambda metrics, before: told.append((before, *job.parse_report(config, metrics))), False),
+        Recorder(
+            lambda metrics, before: reported.append((before, *job.parse_report(config, metrics))), False
+        ),
     )
-    assert [(before + done, list(found)) for before, done, found in told] == [
+    assert [(before + completed, list(found)) for before, completed, found in reported] == [
         (1, []),
         (2, ["target_dev", "dev/ru"]),
         (3, ["target_dev", "dev/ru"]),
     ]
     assert (
-        scores["target_dev"] == scores["dev/ru"] == max(found["target_dev"] for _, _, found in told if found)
+        scores["target_dev"]
+        == scores["dev/ru"]
+        == max(found["target_dev"] for _, _, found in reported if found)
     )
     run = tmp_path / "trial" / "ru"
     heads = [

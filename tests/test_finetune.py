@@ -92,17 +92,17 @@ def test_classification_loss_equals_worked_example(loss):
         "scores": torch.tensor([[0, 0.3, 1], [0.6, 0, 0]]),
     }
     value, terms = ClassificationObjective(model, loss)({"examples": part})
-    logits, wanted = model(part), 0.0
+    logits, expected = model(part), 0.0
     for row in range(2):
         if loss == "ce":
-            wanted -= float((logits[row, part["answer"][row]] - logits[row].logsumexp(0)).detach()) / 2
+            expected -= float((logits[row, part["answer"][row]] - logits[row].logsumexp(0)).detach()) / 2
         else:
             for label in range(3):
                 p, y = float(torch.sigmoid(logits[row, label])), float(part["scores"][row, label])
-                wanted -= (y * np.log(p) + (1 - y) * np.log(1 - p)) / 2
-    assert float(value.detach()) == pytest.approx(wanted, rel=1e-5) and float(terms["task"]) == pytest.approx(
-        wanted, rel=1e-5
-    )
+                expected -= (y * np.log(p) + (1 - y) * np.log(1 - p)) / 2
+    assert float(value.detach()) == pytest.approx(expected, rel=1e-5) and float(
+        terms["task"]
+    ) == pytest.approx(expected, rel=1e-5)
 
 
 def test_classification_score_equals_worked_example():
@@ -228,11 +228,11 @@ def test_retrieval_two_stages_equal_scoring_every_pair(scenes, tmp_path, candida
     items = captions(scenes)[:20]
     items[3] = Captioned(items[3].image, (*items[3].captions, "another one"))
     found = retrieve(model, items, seen, tokenizer, 40, candidates, tmp_path / "states")
-    wanted = slow_recalls(model, items, seen, tokenizer, candidates)
-    assert {k: found[k] for k in wanted} == pytest.approx(wanted)
+    expected = slow_recalls(model, items, seen, tokenizer, candidates)
+    assert {k: found[k] for k in expected} == pytest.approx(expected)
     per_image, per_text = (candidates or 21), (candidates or 20)
     assert found["pairs"] == 20 * per_image + 21 * per_text  # N K, and not N^2
-    assert found["mean_recall"] == pytest.approx(np.mean(list(wanted.values())))
+    assert found["mean_recall"] == pytest.approx(np.mean(list(expected.values())))
     assert not (tmp_path / "states").exists()
 
 
@@ -246,8 +246,8 @@ def test_retrieval_large_match_logits_still_rank_in_float32(scenes, tmp_path):
     items = captions(scenes)[:20]
     for candidates in (0, 6):
         found = retrieve(model, items, seen, tokenizer, 40, candidates, tmp_path / "states")
-        wanted = slow_recalls(model, items, seen, tokenizer, candidates)
-        assert {k: found[k] for k in wanted} == pytest.approx(wanted)
+        expected = slow_recalls(model, items, seen, tokenizer, candidates)
+        assert {k: found[k] for k in expected} == pytest.approx(expected)
         assert found["mean_recall"] > 0
         with torch.no_grad():  # candidates stay ahead of all others, however unlikely the head finds them
             list(model.match_head.parameters())[-1].sub_(torch.tensor([-6000.0, 6000.0]))
@@ -321,10 +321,10 @@ def test_predictions_equal_model_applied_one_by_one(scenes, tmp_path):
     for example, line in zip(examples, (tmp_path / "en.jsonl").read_text().splitlines(), strict=True):
         ids = torch.tensor([tokenizer.cls, *tokenizer.encode([example.texts[0]])[0].tolist(), tokenizer.sep])
         inputs = {"text": Ragged(ids, torch.tensor([len(ids)])), **pixels(scenes).read(example.images)}
-        wanted = model.labels[int(model(inputs).argmax())]
+        expected = model.labels[int(model(inputs).argmax())]
         assert json.loads(line) == {
             "id": example.id,
-            "prediction": wanted,
+            "prediction": expected,
             "labels": dict(example.labels),
             "kind": example.kind,
             "images": list(example.images),

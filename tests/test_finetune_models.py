@@ -182,12 +182,14 @@ def test_finetune_from_hugging_face_folders(finetune, tmp_path, kind, task, laye
     )
     assert found, printed
     assert set(found.get("accuracy") or found["retrieval"]) == {"en", "ru"}
-    ours, theirs = (
+    ours, peer_weights = (
         load_file(tmp_path / "run" / "best" / "model.safetensors"),
         load_file(vision / "model.safetensors"),
     )
     kernels = [value for name, value in ours.items() if name.endswith("vision.patch_embedding.bias")]
-    assert kernels[0].equal(theirs["embeddings.patch_embeddings.projection.bias"])  # frozen: as it was read
+    assert kernels[0].equal(
+        peer_weights["embeddings.patch_embeddings.projection.bias"]
+    )  # frozen: as it was read
     assert main(["evaluate", str(tmp_path / "run")]) == 0
 
 

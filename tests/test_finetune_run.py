@@ -204,9 +204,11 @@ def test_finetune_torchrun_equals_one_process(tmp_path, scenes):
         "finetune",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *settings, "name=two"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("| en |") == 1  # one process speaks
+    completed = subprocess.run(
+        [*command, *settings, "name=two"], capture_output=True, text=True, env=environment
+    )
+    assert completed.returncode == 0, completed.stderr[-2000:]
+    assert completed.stdout.count("| en |") == 1  # one process speaks
     assert main([*settings, "name=one"]) == 0
     losses = [
         [r["loss/task"] for r in read_metrics(tmp_path / name) if "loss/task" in r] for name in ("one", "two")
@@ -272,8 +274,10 @@ def test_finetune_every_recipe_builds(name, model, scenes):
         "xflickrco",
     ):  # the files of the others are not among the scenes
         assert next(iter(read_split(config, "train", "en"))) and build_model(config)
-        wanted = {"xgqa": 2 + len(read_labels()), "xvnli": 3, "marvl": 2}
-        assert config.task == "xflickrco" or len(find_task(config).label_names(config)) == wanted[config.task]
+        expected = {"xgqa": 2 + len(read_labels()), "xvnli": 3, "marvl": 2}
+        assert (
+            config.task == "xflickrco" or len(find_task(config).label_names(config)) == expected[config.task]
+        )
 
 
 def test_finetune_help_lists_every_recipe(capsys):

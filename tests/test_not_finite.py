@@ -104,9 +104,9 @@ def slow_reference(rates=None):
 def assert_skipped(found, rates):
     weights, skipped, untouched, bad = found
     assert skipped == len(FAULTS) and all(untouched.values()) and len(untouched) >= 3 and bad is None
-    for name, wanted in slow_reference(rates).items():
+    for name, expected in slow_reference(rates).items():
         torch.testing.assert_close(
-            weights[name], wanted, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            weights[name], expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 

@@ -29,15 +29,15 @@ def compare(model, batch, config):
     objective = UnifiedObjective(model, config)
     loss, terms = objective(batch)
     weights = config.weights.model_dump()
-    wanted = {k: v for k, v in slow_terms(model, batch, config).items() if weights[k]}
-    assert set(terms) == set(wanted)
-    for name, value in wanted.items():
+    expected = {k: v for k, v in slow_terms(model, batch, config).items() if weights[k]}
+    assert set(terms) == set(expected)
+    for name, value in expected.items():
         torch.testing.assert_close(terms[name].double(), value.detach(), rtol=2e-6, atol=2e-6, msg=name)
-    slow = sum(weights[name] * value for name, value in wanted.items())
+    slow = sum(weights[name] * value for name, value in expected.items())
     parameters = [p for p in model.parameters() if p.requires_grad]
     ours = torch.autograd.grad(loss, parameters, allow_unused=True)
-    theirs = torch.autograd.grad(slow, parameters, allow_unused=True)
-    for (name, p), a, b in zip(model.named_parameters(), ours, theirs, strict=True):
+    slow_gradients = torch.autograd.grad(slow, parameters, allow_unused=True)
+    for (name, p), a, b in zip(model.named_parameters(), ours, slow_gradients, strict=True):
         zero = torch.zeros_like(p)
         torch.testing.assert_close(
             zero if a is None else a, zero if b is None else b, rtol=1e-4, atol=1e-6, msg=name

@@ -178,25 +178,27 @@ def test_oscar_published_weights_equal_slow_reference(tmp_path, double, norm, sa
     torch.testing.assert_close(model.fused_cls(our_rows(texts), seen), pooled, rtol=1e-9, atol=1e-12)
     found, places = model.hidden_states(our_rows(texts), seen, (1, 2))
     assert len(found) == len(layers) == 2
-    for mine, theirs in zip(found, layers, strict=True):
+    for mine, reference_states in zip(found, layers, strict=True):
         assert mine.lengths.tolist() == [
             len(a) + len(b) + len(c) for a, b, c in zip(texts, tags, regions, strict=True)
         ]
-        wanted = {
-            "text": [row[: len(text)] for row, text in zip(theirs, texts, strict=True)],
-            "tags": [row[len(a) :][: len(b)] for row, a, b in zip(theirs, texts, tags, strict=True)],
-            "regions": [row[begin:][: len(c)] for row, c in zip(theirs, regions, strict=True)],
+        expected = {
+            "text": [row[: len(text)] for row, text in zip(reference_states, texts, strict=True)],
+            "tags": [
+                row[len(a) :][: len(b)] for row, a, b in zip(reference_states, texts, tags, strict=True)
+            ],
+            "regions": [row[begin:][: len(c)] for row, c in zip(reference_states, regions, strict=True)],
         }
-        for part, rows in wanted.items():
+        for part, rows in expected.items():
             place = getattr(places, part)
             assert place.lengths.tolist() == [len(row) for row in rows]
             torch.testing.assert_close(mine.values[place.values], torch.cat(rows), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(mine.values[places.cls], theirs[:, 0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(mine.values[places.cls], reference_states[:, 0], rtol=1e-9, atol=1e-12)
     padded, places = model.hidden_states(our_rows(texts), seen, (1, 2), empty=True)
-    for mine, plain, theirs in zip(
+    for mine, plain, reference_states in zip(
         padded, found, layers, strict=True
     ):  # the reference pads to one slot more than any row has
-        torch.testing.assert_close(mine.values[places.empty], theirs[:, -1], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(mine.values[places.empty], reference_states[:, -1], rtol=1e-9, atol=1e-12)
         assert mine.values[places.text.values].equal(
             plain.values[find_segments(*(p.lengths for p in places[1:4])).text.values]
         )
@@ -254,10 +256,10 @@ def test_oscar_text_folder_fills_the_text_part(tmp_path, kind, bare):
         x = torch.cat(
             [body.embeddings(torch.cat([text, tag])[None], types)[0], model.regions(regions[i][:, :-1])]
         )
-        wanted = body.encoder(x[None]).last_hidden_state[0]
-        torch.testing.assert_close(last.select_rows(torch.tensor([i])).values, wanted, atol=1e-5, rtol=0)
+        expected = body.encoder(x[None]).last_hidden_state[0]
+        torch.testing.assert_close(last.select_rows(torch.tensor([i])).values, expected, atol=1e-5, rtol=0)
         if bare and kind == "bert":
-            torch.testing.assert_close(pooled[i], body.pooler(wanted[None])[0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(pooled[i], body.pooler(expected[None])[0], atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="9 wide, this oscar was trained on 6"):
         model.set_region_dim(9)
 

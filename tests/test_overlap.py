@@ -98,11 +98,11 @@ def test_overlap_shared_question_is_an_error_naming_both_files(tmp_path, setting
     """One number about one image is one question, in whatever language."""
     with pytest.raises(UserError) as refused:
         compared("xgqa", tmp_path, setting=setting, **xgqa(tmp_path, **changes))
-    told = str(refused.value)
+    reported = str(refused.value)
     assert (
-        all(word in told for word in words)
-        and "share 1 images and 1 items, such as item" in told
-        and "\n" not in told
+        all(word in reported for word in words)
+        and "share 1 images and 1 items, such as item" in reported
+        and "\n" not in reported
     )
 
 

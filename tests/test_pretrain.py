@@ -81,25 +81,25 @@ def test_pretrain_second_stage_starts_from_run_or_export(mini, tmp_path):
     first = mini("name=first", *LOCAL, "fit.steps=2")
     run(first)
     assert main(["export", str(tmp_path / "first"), str(tmp_path / "model")]) == 0
-    wanted = UnifiedModel.from_pretrained(tmp_path / "model").state_dict()
+    expected = UnifiedModel.from_pretrained(tmp_path / "model").state_dict()
     for start in ("first", "model"):
         made = build_model(
             mini(f"init.model={tmp_path / start}", "fit.seed=7", "model.dropout=0.1")
         ).state_dict()
-        assert made.keys() == wanted.keys() and all(torch.equal(made[k], wanted[k]) for k in wanted)
+        assert made.keys() == expected.keys() and all(torch.equal(made[k], expected[k]) for k in expected)
     with pytest.raises(UserError, match=r"model is another model: set model\.heads=2$"):
         build_model(mini(f"init.model={tmp_path / 'model'}", "model.heads=4"))
     with pytest.raises(UserError, match=r"init.model has all weights; leave init.text"):
         mini("init.model=a", "init.text=b")
     larger = build_model(mini(f"init.model={tmp_path / 'model'}", "model.image_size=32")).state_dict()
     assert larger["vision.position"].shape[0] == 1 + 16 and larger["vision.position"][0].equal(
-        wanted["vision.position"][0]
+        expected["vision.position"][0]
     )
     windows = build_model(
         mini(f"init.model={tmp_path / 'model'}", "model.image_size=32", "model.vision_window=16")
     ).state_dict()
     assert windows["vision.place"].shape[0] == 4 and not windows["vision.place"].any()
-    assert all(torch.equal(windows[k], wanted[k]) for k in wanted)
+    assert all(torch.equal(windows[k], expected[k]) for k in expected)
     with pytest.raises(UserError, match=r"is another model: set model\.vision_window=None"):
         build_model(mini(f"init.model={tmp_path / 'model'}", "model.image_size=32", "model.vision_window=8"))
 
@@ -116,11 +116,11 @@ def torchrun(config, tmp_path) -> str:
         "-m",
         "pretrain",
     ]
-    done = subprocess.run(
+    completed = subprocess.run(
         [*command, "--config", tmp_path / "two.json"], capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    assert completed.returncode == 0, completed.stderr[-2000:]
+    return completed.stdout
 
 
 def assert_close(one, two):
@@ -303,13 +303,13 @@ def test_pretrain_batch_too_large_for_memory_is_one_line_error(mini, tmp_path):
         "sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", limited, "--config", tmp_path / "large.json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stderr[-2000:]
+    completed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 2, completed.stderr[-2000:]
     assert (
         "error: step 0: a worker's part of the batch (image_text 16384, parallel 16, text 8) does not fit"
-        in done.stderr
+        in completed.stderr
     )
-    assert "more than workers=1" in done.stderr
+    assert "more than workers=1" in completed.stderr
 
 
 def test_pretrain_print_config_shows_resolved_config(capsys):

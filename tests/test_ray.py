@@ -90,7 +90,7 @@ def test_ray_resume_with_another_number_of_workers_agrees(mini):
     shutil.copytree(runs / "one", runs / "one-then-two")
     run(one)
     run(mini("name=local", "workers=1", "runtime=local"))
-    wanted = losses(mini("name=two"))
+    expected = losses(mini("name=two"))
     for name, workers in (("two-then-one", 1), ("one-then-two", 2)):
         config = mini(f"name={name}", f"workers={workers}")
         stored = (runs / name / "config.json").read_text().replace('"name": "two"', f'"name": "{name}"')
@@ -98,9 +98,9 @@ def test_ray_resume_with_another_number_of_workers_agrees(mini):
         assert run(config)["workers"] == workers
     for name in ("one", "local", "two-then-one", "one-then-two"):
         got = losses(mini(f"name={name}"))
-        assert got.keys() == wanted.keys()
-        for step in wanted:
-            assert got[step] == pytest.approx(wanted[step], rel=2e-4), (name, step)
+        assert got.keys() == expected.keys()
+        for step in expected:
+            assert got[step] == pytest.approx(expected[step], rel=2e-4), (name, step)
 
 
 def test_ray_killed_worker_is_replaced_without_trace(mini):

@@ -106,9 +106,11 @@ def test_sample_scenes_images_have_english_text_and_sample_pairs(corpus, tmp_pat
     assert {shard["language"] for shard in manifest["shards"]} == {"en"}
     plain = build_sample_corpus(tmp_path_factory.mktemp("plain"))
     for part in ("parallel", "text"):
-        ours, theirs = (json.loads((folder / part / MANIFEST).read_text()) for folder in (corpus, plain))
+        ours, plain_manifest = (
+            json.loads((folder / part / MANIFEST).read_text()) for folder in (corpus, plain)
+        )
         assert [shard["sha256"] for shard in ours["shards"]] == [
-            shard["sha256"] for shard in theirs["shards"]
+            shard["sha256"] for shard in plain_manifest["shards"]
         ]
 
 

@@ -356,19 +356,19 @@ def test_search_killed_driver_resumes_without_loss(tmp_path, model, scenes):
     first = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     deadline = time.time() + 240
     while time.time() < deadline:  # until one is finished and a second has a checkpoint
-        done = [path.parent for path in folder.glob("trials/*/result.json")]
+        completed = [path.parent for path in folder.glob("trials/*/result.json")]
         going = [
             path.parents[1]
             for path in folder.glob("trials/*/checkpoints/registry.json")
-            if path.parents[1] not in done and json.loads(path.read_text())[-1] >= "step_000006"
+            if path.parents[1] not in completed and json.loads(path.read_text())[-1] >= "step_000006"
         ]
-        if done and going:
+        if completed and going:
             break
         time.sleep(0.1)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    assert done and going
-    before = {path.name: (path / "result.json").read_bytes() for path in done}
+    assert completed and going
+    before = {path.name: (path / "result.json").read_bytes() for path in completed}
     steps = max(r["step"] for r in read_metrics(going[0]) if "lr" in r)
     time.sleep(10)  # the killed driver's cluster ends by itself
     again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)

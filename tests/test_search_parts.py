@@ -279,11 +279,11 @@ def test_importance_finds_the_decisive_setting():
 
 
 def test_search_cost_counts_trained_and_saved_epochs():
-    done = [TrialResult("0", "finished", {}, {"one": 0.5}, 8, 8, 3600, 1, None)] * 2
+    completed = [TrialResult("0", "finished", {}, {"one": 0.5}, 8, 8, 3600, 1, None)] * 2
     stopped = [
         TrialResult("1", "stopped", {}, {"one": 0.2}, 2, 8, 900, 1, None)
     ]  # at its speed the other 6 would take 2700 s
-    text = report.cost_table([*done, *stopped])
+    text = report.cost_table([*completed, *stopped])
     assert (
         "| trained | 3 | 18 | 2.2 h |" in text
         and "| 1 | 6 | 45.0 min |" in text

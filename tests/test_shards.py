@@ -275,8 +275,8 @@ def test_shards_damaged_block_of_text_is_named(tmp_path):
 def test_shards_command_writes_manifest(images):
     (images / "manifest.json").unlink()
     command = [sys.executable, "-m", "raylib.data.shards"]
-    done = subprocess.run([*command, images, "image_text"], capture_output=True, text=True, check=True)
-    assert "4 shards, 10 samples" in done.stdout and not done.stderr
+    completed = subprocess.run([*command, images, "image_text"], capture_output=True, text=True, check=True)
+    assert "4 shards, 10 samples" in completed.stdout and not completed.stderr
     assert len(Source(images, verify=True)) == 10
     failed = subprocess.run(
         [*command, images / "none", "image_text"], capture_output=True, text=True, check=False

@@ -72,8 +72,8 @@ def test_single_stream_published_weights_equal_slow_reference(tmp_path, double, 
     parts = published.make_parts(layout)
     model = BACKBONES[layout].import_weights(write(tmp_path, save(parts))).eval()
     texts, regions = made_rows()
-    wanted = published.slow(layout, parts, [t for t in texts for _ in range(2)], regions, **given)
-    torch.testing.assert_close(grounded(model, texts, regions, 2), wanted, rtol=1e-6, atol=1e-9)
+    expected = published.slow(layout, parts, [t for t in texts for _ in range(2)], regions, **given)
+    torch.testing.assert_close(grounded(model, texts, regions, 2), expected, rtol=1e-6, atol=1e-9)
     assert (model.kind, model.width, model.num_layers, model.num_fusion_layers) == (
         layout,
         published.POOLED[layout],
@@ -114,8 +114,8 @@ def test_single_stream_premise_replaces_regions(double, layout):
         states = model.encoder(whole.with_values(x))
         first, second = model.pooler(states[0]), len(own)
         product = layout in ("muniter", "xuniter")
-        wanted = first.relu() * model.region_pooler(states[second]).relu() if product else first.tanh()
-        torch.testing.assert_close(pooled[row], wanted)
+        expected = first.relu() * model.region_pooler(states[second]).relu() if product else first.tanh()
+        torch.testing.assert_close(pooled[row], expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

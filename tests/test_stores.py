@@ -84,7 +84,7 @@ def test_image_store_reads_official_layouts(tmp_path, kind):
         (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(tmp_path / "p" / name), np.full((4, 4, 3), shade * 10, np.uint8))
     store = open_images(tmp_path / "p" if kind == "folder" else packed(tmp_path / "p", tmp_path / "p.tar"))
-    wanted = {
+    expected = {
         "id/1-5.jpg": 1,
         "zh/1-5.jpg": 2,
         "zh/1-6.jpg": 3,
@@ -92,7 +92,7 @@ def test_image_store_reads_official_layouts(tmp_path, kind):
         "000000000042": 5,
         "COCO_val2014_000000000042.jpg": 5,
     }
-    assert {name: round(store.read(name).mean() / 10) for name in wanted} == wanted
+    assert {name: round(store.read(name).mean() / 10) for name in expected} == expected
     with pytest.raises(
         UserError, match=r"2 images called '1-5.jpg': .*1-(Angsa|Tian)/1-5.jpg, .*; leave one"
     ):
@@ -318,8 +318,8 @@ def test_region_store_folder_joins_its_stores(tmp_path):
         values = {name: pickle.dumps(record(features=FEATURES * 0 + shade)) for name, shade in names.items()}
         write_lmdb(tmp_path / "r" / folder, values)
     store = open_regions(tmp_path / "r")
-    wanted = {"id/1-5.jpg": 1, "zh/1-5.jpg": 2, "zh/1-6.jpg": 3, "t": 4}
-    assert {name: int(store.read(name).features[0, 0]) for name in wanted} == wanted
+    expected = {"id/1-5.jpg": 1, "zh/1-5.jpg": 2, "zh/1-6.jpg": 3, "t": 4}
+    assert {name: int(store.read(name).features[0, 0]) for name in expected} == expected
     with pytest.raises(
         UserError, match="regions of '1-5.jpg' in marvl-id_boxes36.lmdb and in marvl-zh_boxes36.lmdb"
     ):

@@ -125,8 +125,8 @@ MASK = {
 }
 
 
-def close(found: dict, wanted: dict) -> None:
-    for name, value in wanted.items():
+def close(found: dict, expected: dict) -> None:
+    for name, value in expected.items():
         torch.testing.assert_close(
             found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
@@ -253,8 +253,8 @@ def test_pruning_five_rounds_leave_59_percent():
     left = 20_000
     for _ in range(5):
         left -= round(0.1 * left)
-    wanted = {(name, i) for _, name, i in every[len(every) - left :]}
-    assert {(name, i) for name, m in mask.items() for i, kept in enumerate(m.flatten()) if kept} == wanted
+    expected = {(name, i) for _, name, i in every[len(every) - left :]}
+    assert {(name, i) for name, m in mask.items() for i, kept in enumerate(m.flatten()) if kept} == expected
 
 
 def test_pruning_of_equal_weights_removes_exact_share():
@@ -310,8 +310,8 @@ def test_linguistic_prior_term_equals_worked_distances(tmp_path):
     term = prior.terms(nn.Linear(1, 1))["prior"]
     p = logits.softmax(1)
     near = 1 - math.sqrt(0.5)
-    wanted = [float(p[0, 1]) * near, float(p[1, 3]) * 1.0]
+    expected = [float(p[0, 1]) * near, float(p[1, 3]) * 1.0]
     found = term.values(Outputs(logits=logits), {"answer": answer})
-    assert term.weight == 3 and found.tolist() == pytest.approx(wanted, abs=1e-6)
+    assert term.weight == 3 and found.tolist() == pytest.approx(expected, abs=1e-6)
     with pytest.raises(UserError, match=r"prior.k=10, but there are 4 answers"):
         LinguisticPriorConfig().build(context)

@@ -24,9 +24,9 @@ def test_twin_terms_and_gradients_equal_objective(head, twins):
     if twins:  # two drawings of one concept are no negatives of each other
         batch["image_text"]["image_id"][1] = batch["image_text"]["image_id"][0]
     terms, ours = gradients(UnifiedObjective(model, ObjectiveConfig()), model, batch)
-    twin_terms, theirs = gradients(PaddedTwin(model, head, LENGTHS), model, batch)
+    twin_terms, twin_gradients = gradients(PaddedTwin(model, head, LENGTHS), model, batch)
     assert set(terms) == set(twin_terms)
     for name, value in terms.items():
         torch.testing.assert_close(twin_terms[name].double(), value.double(), rtol=1e-6, atol=1e-6, msg=name)
     for name, gradient in ours.items():
-        torch.testing.assert_close(theirs[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(twin_gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)

@@ -15,9 +15,9 @@ pytestmark = pytest.mark.heavy
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     """Run a command that must succeed; what it printed."""
     environment = {**os.environ, "PYTHONPATH": "", **environment}
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    completed = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+    assert completed.returncode == 0, completed.stderr[-2000:]
+    return completed.stdout
 
 
 @pytest.fixture(scope="module")
