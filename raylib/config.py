@@ -222,7 +222,7 @@ def without_settings(values: dict[str, Any], paths: Set[str], prefix: str = "") 
     }
 
 
-def lookup(name: str, choices: Mapping[str, Any], what: str) -> Any:
+def lookup(name: str, choices: Mapping[Any, T], what: str) -> T:
     """`choices[name]`, or a `UserError` that lists the near matches, then all of them."""
     if name in choices:
         return choices[name]
@@ -292,7 +292,7 @@ def load_user_class(path: Path | str, base: type[T], name: str | None = None) ->
         if name not in classes:
             known = f"; it has: {', '.join(classes)}" if classes else ""
             raise UserError(f"{path}: no class {name} derived from {base.__name__}{known}")
-        chosen = classes[name]
+        found = classes[name]
     else:
         # a class that another one of the file builds on is not meant
         last = {k: v for k, v in classes.items() if not any(v in c.__mro__[1:] for c in classes.values())}
@@ -300,11 +300,11 @@ def load_user_class(path: Path | str, base: type[T], name: str | None = None) ->
             what = f"several classes ({', '.join(last)})" if last else "no class"
             hint = f"; say which: {path}:{next(iter(last))}" if last else ""
             raise UserError(f"{path}: {what} derived from {base.__name__}{hint}")
-        chosen = next(iter(last.values()))
-    if inspect.isabstract(chosen):
-        missing = ", ".join(sorted(chosen.__abstractmethods__))  # type: ignore[attr-defined]
-        raise UserError(f"{path}: {chosen.__name__} has no {missing}")
-    return chosen
+        found = next(iter(last.values()))
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))  # type: ignore[attr-defined]
+        raise UserError(f"{path}: {found.__name__} has no {missing}")
+    return found
 
 
 def _line_in(error: Exception, path: Path) -> int | None:
