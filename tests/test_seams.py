@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from finetune.__main__ import main
 from finetune.config import FinetuneConfig
 from finetune.strategies import STRATEGIES
-from raylib.config import load_config
+from raylib.config import change_settings, load_config
 from raylib.track import read_metrics
 from tests.test_strategies_run import SETTINGS
 
@@ -214,6 +214,8 @@ def test_user_strategy_is_stored_resumed_evaluated_and_part_of_identity(finetune
     )
     config = load_config(FinetuneConfig, tmp_path / "whole" / "config.json")
     assert pickle.loads(pickle.dumps(config)) == config  # as Ray sends it to workers
+    varied = change_settings(config, {"strategies.my.weight": 0.25})  # as a search does
+    assert "my (weight 0.25)" in varied.display_name
     assert main(["evaluate", str(tmp_path / "whole")]) == 0
     file = tmp_path / "my_strategy.py"
     file.write_text(L2_SP.replace("start[name]", "0"))
@@ -223,6 +225,10 @@ def test_user_strategy_is_stored_resumed_evaluated_and_part_of_identity(finetune
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "whole")]) == 2
     assert capsys.readouterr().err.strip().endswith("my_strategy.py: no such file")
+    assert main(["compare", str(tmp_path / "whole")]) == 0
+    assert "my_strategy.py: no such file; its settings are compared as they were stored" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
