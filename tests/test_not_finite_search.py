@@ -12,9 +12,9 @@ from raylib.config import dump_config
 from raylib.errors import NotFinite, UserError
 from raylib.renames import RENAMED
 from raylib.search.config import SearchConfig
-from raylib.search.optuna import build_searcher, trial_state
+from raylib.search.optuna import build_searcher, trial_result, trial_state
 from raylib.search.schedulers import Population, build_population, build_scheduler, rank_agreements
-from raylib.search.search import check_fingerprint, trial_result
+from raylib.search.search import check_fingerprint
 from raylib.search.space import Float, Space
 from raylib.search.trial import append_report, read_reports
 

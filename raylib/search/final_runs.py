@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ray
-from optuna.trial import TrialState
 from ray import tune
 from ray.exceptions import RayTaskError
 
@@ -16,7 +15,7 @@ from raylib.cache import ObjectCache, set_cache
 from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
 from raylib.search.config import Resources, SearchContext, SearchJob
-from raylib.search.optuna import run_tuner, trial_state
+from raylib.search.optuna import run_tuner
 from raylib.search.space import Setting
 from raylib.search.trial import TrialResult, drop_checkpoints, final
 
@@ -56,16 +55,14 @@ def run_finalists(
     tune_config = tune.TuneConfig(
         reuse_actors=not config.workers_per_trial, max_concurrent_trials=resources.max_concurrent
     )
-    runs = run_tuner(
-        folder / "tune", trainable, lambda: tune_config, len(settings) * len(seeds), config.max_failures, grid
-    )
     metrics = context.job.metric_names(context.base, config.dev_sets)
+    num_runs = len(settings) * len(seeds)
     dev: list[dict[int, dict[str, float]]] = [{} for _ in settings]
-    for run in runs:
-        report, cell = run.metrics or {}, run.config or {}
-        if trial_state(report, run.error is not None, metrics) == TrialState.COMPLETE:
-            scores = {name: report[name] for name in metrics if name in report}
-            dev[cell["setting"]][cell["seed"]] = scores
+    for run in run_tuner(
+        folder / "tune", trainable, lambda: tune_config, metrics, num_runs, config.max_failures, grid
+    ):
+        if run.state == "finished":
+            dev[run.setting["setting"]][run.setting["seed"]] = run.scores
     finalists = [
         Finalist(name, setting, scores, {}, len(seeds) - len(scores))
         for name, setting, scores in zip(names, settings, dev, strict=True)

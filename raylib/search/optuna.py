@@ -26,10 +26,11 @@ from ray.tune.search.optuna import OptunaSearch
 
 from raylib.errors import require
 from raylib.fileio import atomic_file
+from raylib.finite import finite_values
 from raylib.renames import PICKLED
 from raylib.search.config import SearchConfig
 from raylib.search.space import DefineByRun, Space
-from raylib.search.trial import drop_checkpoints
+from raylib.search.trial import TrialResult, drop_checkpoints
 
 JOURNAL = "optuna.journal"  # of a study, in the search's folder
 STATE_FILES = (
@@ -40,6 +41,8 @@ STATE_FILES = (
     "searcher-state-*.pkl",
 )
 BACKUP = ".kept"  # folder of the copy
+STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
+COLOURS = re.compile(r"\x1b\[\d*m")  # of Ray's tracebacks
 BACKUP_SECONDS = 2.0  # between copies
 OLD_PACKAGE = b"raylib.tune."  # which `PICKLED` renames
 
@@ -141,11 +144,13 @@ def run_tuner(
     folder: Path,
     trainable: Callable,
     make_tune_config: Callable[[], tune.TuneConfig],
+    metrics: tuple[str, ...],
     num_trials: int,
     max_failures: int,
     param_space: dict | None = None,
-) -> list[tune.Result]:
-    """Run Tune in `folder`, or go on where it was; `make_tune_config` is called at the first start alone.
+) -> list[TrialResult]:
+    """Run Tune in `folder`, or go on where it was; return the trials with their scores `metrics`.
+    `make_tune_config` is called at the first start alone.
 
     Raises:
         KeyboardInterrupt: fewer than `num_trials` trials ended: Tune itself returns as if all was well.
@@ -170,7 +175,7 @@ def run_tuner(
     results = [grid[i] for i in range(len(grid))]
     if len(results) < num_trials or not all(map(has_ended, results)):
         raise KeyboardInterrupt
-    return results
+    return [trial_result(result, metrics) for result in results]
 
 
 def has_ended(result: tune.Result) -> bool:
@@ -179,6 +184,26 @@ def has_ended(result: tune.Result) -> bool:
     # report
     last = result.metrics or {}
     return result.error is not None or any(last.get(key) for key in ("done", "finished", "trouble"))
+
+
+def trial_result(result: tune.Result, metrics: tuple[str, ...]) -> TrialResult:
+    """Return a trial's result by its last report: of a stopped one, that at which it was stopped."""
+    last = result.metrics or {}
+    scores = {m: last[m] for m in metrics if m in last}
+    finite = finite_values(scores)
+    not_finite = ", ".join(scores.keys() - finite.keys())
+    trouble = last.get("trouble") or (f"{not_finite} not finite" if not_finite else None)
+    return TrialResult(
+        id=last.get("trial_id", Path(result.path).name),
+        state=STATES[trial_state(last, result.error is not None, metrics)],
+        setting=result.config or {},
+        scores=finite,
+        epoch=last.get("epoch", 0),
+        epochs=last.get("epochs", 0),
+        seconds=last.get("spent", 0.0),
+        start_seconds=last.get("start_seconds"),
+        error=COLOURS.sub("", str(result.error)).strip() if result.error else trouble,
+    )
 
 
 class DropStoppedCheckpoints(tune.Callback):

@@ -142,20 +142,15 @@ def verdict(config: SearchConfig, finalists: Sequence[Finalist]) -> str:
         if not seeds:
             continue
         mean, half = t_interval([ours[seed] - published_scores[seed] for seed in seeds])
-        where = f"{name}, test sets" if name in TESTS else f"{name}, which it was chosen by"
+        points = f"{percent(mean)} points" + (f" ± {percent(half)}" if half is not None else "")
         if half is None:
-            lines.append(f"- {where}: {percent(mean)} points on the one seed: no interval")
+            outcome = f"{points} on the one seed: no interval"
         elif abs(mean) > half:
-            how = "beats" if mean > 0 else "is below"
-            lines.append(
-                f"- {where}: the best {how} the published setting, by {percent(mean)} points ± "
-                f"{percent(half)}"
-            )
+            outcome = f"the best {'beats' if mean > 0 else 'is below'} the published setting, by {points}"
         else:
-            lines.append(
-                f"- {where}: no difference that {len(seeds)} seeds could show, {percent(mean)} points ± "
-                f"{percent(half)}"
-            )
+            outcome = f"no difference that {len(seeds)} seeds could show, {points}"
+        where = "test sets" if name in TESTS else "which it was chosen by"
+        lines.append(f"- {name}, {where}: {outcome}")
     return "Seed by seed, with 95 % confidence intervals:\n\n" + "\n".join(lines)
 
 

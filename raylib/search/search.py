@@ -10,7 +10,6 @@ runs/NAME/
 
 import itertools
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from math import inf
@@ -24,22 +23,19 @@ from ray.tune.search import BasicVariantGenerator
 from raylib.config import change_settings, differing_paths, dump_config, read_stored_settings
 from raylib.errors import UserError
 from raylib.fileio import read_json, write_json
-from raylib.finite import finite_values
 from raylib.launch import VERIFY_SETTINGS, LaunchConfig, connect_to_ray
 from raylib.provenance import record_identity
 from raylib.search import report
 from raylib.search.cache import RayObjectCache
 from raylib.search.config import Resources, SearchConfig, SearchContext, SearchJob
 from raylib.search.final_runs import run_finalists
-from raylib.search.optuna import JOURNAL, build_searcher, run_tuner, trial_state
+from raylib.search.optuna import JOURNAL, build_searcher, run_tuner
 from raylib.search.schedulers import build_population, build_scheduler, check_mutable
 from raylib.search.space import Choice, OneOf, Space, check_space, config_changes, corners, describe_knobs
 from raylib.search.trial import TrialResult, drop_checkpoints, model_epochs, read_reports, trial
 
 # what may change when a search goes on
 RESOURCE_SETTINGS = ("gpus_per_trial", "cpus_per_trial")
-COLOURS = re.compile(r"\x1b\[\d*m")  # of Ray's tracebacks
-STATES = {"COMPLETE": "finished", "PRUNED": "stopped", "FAIL": "failed"}
 IDLE_CPUS = 0.01  # of a trial that only waits for its workers: 0 is refused
 
 
@@ -201,10 +197,11 @@ def run_trials(context: SearchContext, resources: Resources) -> list[TrialResult
     config, folder = context.config, context.folder
     trainable = tune.with_resources(tune.with_parameters(trial, context=context), resources.trial)
     num_trials = len(context.space.grid_settings()) if config.algorithm == "grid" else config.num_trials
-    grid = run_tuner(
+    results = run_tuner(
         folder / "tune",
         trainable,
         lambda: _tune_config(context, resources, num_trials),
+        context.job.metric_names(context.base, config.dev_sets),
         num_trials,
         config.max_failures,
     )
@@ -212,8 +209,6 @@ def run_trials(context: SearchContext, resources: Resources) -> list[TrialResult
         for checkpoint in (folder / "tune").glob("*/checkpoint_*"):
             shutil.rmtree(checkpoint)
         drop_checkpoints(folder / "trials")
-    metrics = context.job.metric_names(context.base, config.dev_sets)
-    results = [trial_result(result, metrics) for result in grid]
 
     def first_report(result: TrialResult) -> float:
         return min((report["at"] for report in read_reports(folder / "trials" / result.id)), default=inf)
@@ -268,26 +263,6 @@ def _tune_config(context: SearchContext, resources: Resources, num_trials: int) 
         max_concurrent_trials=resources.max_concurrent,
         trial_name_creator=trial_name,
         trial_dirname_creator=trial_name,
-    )
-
-
-def trial_result(result: tune.Result, metrics: tuple[str, ...]) -> TrialResult:
-    """Return a trial's result by its last report: of a stopped one, that at which it was stopped."""
-    last = result.metrics or {}
-    scores = {m: last[m] for m in metrics if m in last}
-    finite = finite_values(scores)
-    not_finite = ", ".join(scores.keys() - finite.keys())
-    trouble = last.get("trouble") or (f"{not_finite} not finite" if not_finite else None)
-    return TrialResult(
-        id=last.get("trial_id", Path(result.path).name),
-        state=STATES[trial_state(last, result.error is not None, metrics).name],
-        setting=result.config or {},
-        scores=finite,
-        epoch=last.get("epoch", 0),
-        epochs=last.get("epochs", 0),
-        seconds=last.get("spent", 0.0),
-        start_seconds=last.get("start_seconds"),
-        error=COLOURS.sub("", str(result.error)).strip() if result.error else trouble,
     )
 
 
