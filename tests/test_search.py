@@ -331,7 +331,7 @@ def test_search_over_pretraining(mini, tmp_path, capsys):
 
 @pytest.mark.drill
 def test_search_killed_driver_resumes_without_loss(tmp_path, model, scenes):
-    """SIGKILL in mid-sweep, then the same command: finished trials stay as they were, the one under way goes
+    """SIGKILL in mid-search, then the same command: finished trials stay as they were, the one under way goes
     on from its checkpoint, the searcher knows what it knew, and the number of trials is what was asked
     for."""
     command = [

@@ -1,7 +1,8 @@
 """Searches with Ray Tune and Optuna over any stage's settings.
 
-A space (`space`) and a job (`job`: what a stage lets be searched) become trials (`trial`), each the ordinary
-run of a config, under a searcher (`searcher`) and a scheduler (`schedulers`); `sweep` runs and restores them,
-the best settings once more on fresh seeds (`finals`); `report` says what came out. These modules import Ray,
-so they are imported when a search begins.
+`search` runs, or restores, the trials of a `space` for a stage (`config.SearchJob`). Each `trial` is the
+ordinary run of a config; `optuna` proposes settings, `schedulers` stop trials that are behind, and `cache`
+keeps what all of them read. `final_runs` runs the best settings once more on fresh seeds; `report` and
+`figures` show the results. All but `space` and `config` import Ray, so they are imported when a search
+begins.
 """
