@@ -67,15 +67,15 @@ def _compare(arguments: Sequence[str]) -> int:
         "--csv", type=Path, metavar="FILE", help="also write a line for each row and score, unrounded"
     )
     parser.add_argument("--latex", type=Path, metavar="FILE", help="also write the tables as LaTeX")
-    given = parser.parse_args(arguments)
-    check_writable(given.csv)
-    check_writable(given.latex)
-    found, lines = compare.compare_runs(given.runs, given.baseline)
+    parsed = parser.parse_args(arguments)
+    check_writable(parsed.csv)
+    check_writable(parsed.latex)
+    found, lines = compare.compare_runs(parsed.runs, parsed.baseline)
     print("\n\n".join(filter(None, (compare.to_markdown(found), "\n".join(lines)))))
-    if given.csv:
-        compare.write_csv(found, given.csv)
-    if given.latex:
-        compare.write_latex(found, given.latex)
+    if parsed.csv:
+        compare.write_csv(found, parsed.csv)
+    if parsed.latex:
+        compare.write_latex(found, parsed.latex)
     return 0
 
 
@@ -100,9 +100,9 @@ def _analyse(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--item", metavar="ID", help="the test item that attention is drawn of (of retrieval: the image)"
     )
-    given = parser.parse_args(arguments)
-    options = Options(given.limit, given.images, given.layer, parse_words(given.words), given.item)
-    print(analyse(given.run, options))
+    parsed = parser.parse_args(arguments)
+    options = Options(parsed.limit, parsed.images, parsed.layer, parse_words(parsed.words), parsed.item)
+    print(analyse(parsed.run, options))
     return 0
 
 
@@ -119,8 +119,8 @@ def _translate(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "settings", nargs="*", metavar="path=value", help="such as data=FOLDER split=shots direction=from_en"
     )
-    given = parser.parse_args(arguments)
-    translation.translate(given.task, given.model, override(translation.TranslateConfig(), given.settings))
+    parsed = parser.parse_args(arguments)
+    translation.translate(parsed.task, parsed.model, override(translation.TranslateConfig(), parsed.settings))
     return 0
 
 

@@ -28,7 +28,7 @@ MoreInputs = Callable[[Sequence[Example], VisualInputs, dict[str, Any]], dict[st
 
 
 class BatchOrder(NamedTuple):
-    """Which examples make a batch, and which of these are one worker's.
+    """The examples that make a batch, and those of them that are one worker's.
 
     size: of the global batch. keep_last: what is left of an epoch is a smaller batch, not left out.
     change: what strategies make of each example.
@@ -43,7 +43,7 @@ class BatchOrder(NamedTuple):
 
 
 class EpochBatches(StepDataset):
-    """Which examples a step takes."""
+    """The examples that each step takes."""
 
     def __init__(self, examples: Sequence[Any], order: BatchOrder):
         """Raises UserError: no examples, or fewer than workers in a batch."""
@@ -150,7 +150,7 @@ def read_inputs(
 def load_visual(
     examples: Sequence[Example], visual: VisualSource | None, draws: np.ndarray | None = None
 ) -> VisualInputs:
-    """What grounds the texts, as `visual` reads it; nothing where they are about no image."""
+    """Read what grounds the texts; nothing where they are about no image."""
     names = [name for e in examples for name in e.images]
     if not names:
         return {}
@@ -182,31 +182,31 @@ def encode_tagged(
     texts: Sequence[str], tags: Sequence[str], tokenizer: Tokenizer, length: int
 ) -> dict[str, Ragged]:
     """{"text", "tags"}: rows CLS words SEP and tags SEP. Both together have `length` tokens at most: the
-    longer one is cut, the tags where they are equal (BERT's sentence pairs, and so OSCAR's). A picture
+    longer one is cut, the tags where they are equal (BERT's sentence pairs, and so OSCAR's). An image
     without tags has none, no SEP either.
 
-    texts: n. tags: c times as many, those of text i at i c ... ; of two pictures (c = 2) the longest tags
+    texts: n. tags: c times as many, those of text i at i c ... ; of two images (c = 2) the longest tags
     count.
     """
     words, names = tokenizer.encode(texts), tokenizer.without_prompt.encode(tags)
     each = len(tags) // len(texts)
     for i, row in enumerate(words):
-        mine = range(i * each, (i + 1) * each)
-        most = max(len(names[j]) for j in mine)
+        image_rows = range(i * each, (i + 1) * each)
+        most = max(len(names[j]) for j in image_rows)
         if most:
             kept, most = _cut(len(row), most, length - 3)
             words[i] = row[:kept]
-            for j in mine:
+            for j in image_rows:
                 names[j] = names[j][:most]
-    named = [np.append(row, tokenizer.sep) if len(row) else row for row in names]
-    lengths = torch.tensor([len(row) for row in named])
-    values = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *named]))
+    tag_rows = [np.append(row, tokenizer.sep) if len(row) else row for row in names]
+    lengths = torch.tensor([len(row) for row in tag_rows])
+    values = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *tag_rows]))
     text = Ragged(*map(torch.from_numpy, add_specials(words, tokenizer, length)))
     return {"text": text, "tags": Ragged(values, lengths)}
 
 
 def _cut(first: int, second: int, room: int) -> tuple[int, int]:
-    """What is left of two lengths where there is room for so many, one taken off the longer at a time."""
+    """Return two lengths shortened to `room` together, one taken off the longer at a time."""
     while first + second > room:
         first, second = (first - 1, second) if first > second else (first, second - 1)
     return first, second

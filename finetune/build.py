@@ -125,16 +125,16 @@ def dev_sets(config: FinetuneConfig, language: str | None) -> dict[str, str]:
     task = find_task(config)
     sets: dict[str, str] = {}
     split = {"few_shot": "shots_dev", "single_language": "dev"}.get(config.setting)
-    own = None  # the language, if its own set chooses
+    own_code = None  # the language, if its own set chooses
     if language is not None and split is not None and task.has(split, language):
         is_english = split == "dev" and task.source("dev", language) == task.source("dev", "en")
-        own = None if is_english and language != "en" else language
-    looked = config.select == "best" or (
+        own_code = None if is_english and language != "en" else language
+    is_scored = config.select == "best" or (
         not config.run_test and (language is None or not config.dev_languages)
     )
-    if config.trains and looked and own:
-        sets[own] = dev_split(config, own)
-    elif config.trains and looked and task.has("dev", "en"):
+    if config.trains and is_scored and own_code:
+        sets[own_code] = dev_split(config, own_code)
+    elif config.trains and is_scored and task.has("dev", "en"):
         sets["en"] = "dev"
     for code in config.dev_languages:
         if language in (None, code):
@@ -153,11 +153,11 @@ def training_sets(config: FinetuneConfig, language: str | None) -> list[Reading]
         return [read_split(config, "shots", language)]
     if config.setting == "zero_shot":
         return [read_split(config, "train", "en", config.train_limit)]
-    wanted, task = [language] if language else languages_of(config), find_task(config)
-    readings = [read_split(config, "train", code, config.train_limit) for code in wanted]
-    own = {task.source("train", code) for code in wanted}
+    codes, task = [language] if language else languages_of(config), find_task(config)
+    readings = [read_split(config, "train", code, config.train_limit) for code in codes]
+    own_sets = {task.source("train", code) for code in codes}
     english = task.source("train", "en") if "en" in task.languages else None
-    if len(own) < len(readings) or (language not in (None, "en") and english in own):
+    if len(own_sets) < len(readings) or (language not in (None, "en") and english in own_sets):
         raise UserError(
             f"{config.task}: its training file is English only; setting={config.setting} has nothing to "
             "train on"
@@ -210,15 +210,15 @@ def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]
     if task.needs_images(config):
         large = [Path(config.regions) if config.regions else config.images_path]
     # what is missing is told by its reader, who knows what it is for
-    every = [*map(DataFile, dict.fromkeys(files)), *(DataFile(path, large=True) for path in large)]
-    return [file for file in every if file.path.exists()]
+    data_files = [*map(DataFile, dict.fromkeys(files)), *(DataFile(path, large=True) for path in large)]
+    return [file for file in data_files if file.path.exists()]
 
 
 def _files_of(reading: Reading) -> list[Path]:
     """The file of a set, and those beside it that its reader is told of."""
     options = reading.task.split(reading.split, reading.language).options.values()
-    beside = (reading.path.parent / name for value in options for name in value.split("|") if name)
-    return [path for path in (reading.path, *beside) if path.is_file()]
+    read_too = (reading.path.parent / name for value in options for name in value.split("|") if name)
+    return [path for path in (reading.path, *read_too) if path.is_file()]
 
 
 def _translations(config: FinetuneConfig) -> list[Path]:
@@ -316,7 +316,7 @@ def tokenizer_of(config: FinetuneConfig) -> Path:
 
 
 def open_visual_for(config: FinetuneConfig, model: Any) -> VisualSource | None:
-    """What grounds the task's texts, as the model takes it; None where nothing does."""
+    """Open what grounds the task's texts, as the model takes it; None where nothing does."""
     task = find_task(config)
     if not task.needs_images(config):
         return None

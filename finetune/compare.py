@@ -52,8 +52,8 @@ class ComparisonRow(NamedTuple):
     def by_seed(self) -> dict[tuple[int, ...], ComparedRun]:
         """Runs by the seed that pairs them with another row's: their own, or all of theirs where some share
         it."""
-        own = {run.seeds[:1]: run for run in self.runs}
-        return own if len(own) == len(self.runs) else {run.seeds: run for run in self.runs}
+        cells_of_row = {run.seeds[:1]: run for run in self.runs}
+        return cells_of_row if len(cells_of_row) == len(self.runs) else {run.seeds: run for run in self.runs}
 
 
 class Comparison(NamedTuple):
@@ -97,7 +97,9 @@ class Comparison(NamedTuple):
         if score in self.aggregates:
             pairs = [(a, b) for a, b in pairs if scores_of(a.result).keys() == scores_of(b.result).keys()]
         found = [(value(run.result), value(other.result)) for run, other in pairs]
-        known = [ours - theirs for ours, theirs in found if ours is not None and theirs is not None]
+        known = [
+            score - base_score for score, base_score in found if score is not None and base_score is not None
+        ]
         return t_interval(known) if known else None
 
 
@@ -252,8 +254,8 @@ def write_csv(comparisons: Sequence[Comparison], path: Path) -> None:
     out.writerow([*("task", "method"), *settings, *CSV_COLUMNS])
     for comparison in comparisons:
         for row in comparison.rows:
-            own = dict(zip(comparison.columns, _setting_cells(comparison, row)[1:], strict=True))
-            cells = [own.get(column, "") for column in settings]
+            cells_of_row = dict(zip(comparison.columns, _setting_cells(comparison, row)[1:], strict=True))
+            cells = [cells_of_row.get(column, "") for column in settings]
             runs = " ".join(str(run.folder) for run in row.runs)
             about = [comparison.task, row.method, *cells, runs, len(row.runs) if row.runs[0].seeds else 0]
             other = row is not comparison.baseline

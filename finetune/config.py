@@ -118,7 +118,7 @@ class FinetuneConfig(LaunchConfig):
 
     @property
     def trains(self) -> bool:
-        """Whether the setting trains anything."""
+        """Return whether the setting trains anything."""
         return self.setting not in ("translate_test", "untrained")
 
     @property
@@ -128,7 +128,7 @@ class FinetuneConfig(LaunchConfig):
 
     @property
     def continues(self) -> bool:
-        """Whether the setting goes on from a fine-tuned `model`."""
+        """Return whether the setting goes on from a fine-tuned `model`."""
         return not self.trains or self.setting == "few_shot"
 
     @property
@@ -138,7 +138,7 @@ class FinetuneConfig(LaunchConfig):
 
     @property
     def images_path(self) -> Path:
-        """Where the images lie: `images`, else images.tar or images in the data folder."""
+        """The images: `images`, else images.tar or images in the data folder."""
         default = Path(self.data) / "images.tar"
         return Path(self.images) if self.images else default if default.is_file() else default.with_suffix("")
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class DecoderConfig(Config):
-    """How answers are ranked.
+    """The ranking of answers.
 
     candidates: so many answers, those with the likeliest first token, are scored whole (CCLM: 128).
     count_first_twice: add the first token's log-probability once more, as the public code does; its paper
@@ -45,9 +45,9 @@ def encode_answers(labels: Sequence[str], tokenizer: Tokenizer) -> list[list[int
     """`<s> ids </s>` of each label. Labels with equal ids are named in a warning: the first of them is always
     preferred."""
     answers = [[tokenizer.cls, *ids.tolist(), tokenizer.sep] for ids in tokenizer.encode(labels)]
-    seen: dict[tuple[int, ...], str] = {}
+    first_label: dict[tuple[int, ...], str] = {}
     for label, ids in zip(labels, answers, strict=True):
-        other = seen.setdefault(tuple(ids), label)
+        other = first_label.setdefault(tuple(ids), label)
         if other != label:
             log.warning(
                 "answers '%s' and '%s' are the same tokens; the second is never predicted", other, label
@@ -59,8 +59,8 @@ class AnswerDecoder(nn.Module):
     """A causal stack over `answers` (token ids of each label, specials included). `backbone` is passed to
     each call: its parameters are its own."""
 
-    given: Tensor
-    wanted: Tensor
+    input_ids: Tensor
+    target_ids: Tensor
 
     def __init__(self, backbone: UnifiedModel, answers: Sequence[Sequence[int]], config: DecoderConfig):
         """Raises UserError: a backbone without cross-attention, an answer longer than its positions."""
@@ -83,7 +83,7 @@ class AnswerDecoder(nn.Module):
         self.lengths = torch.tensor(
             [len(ids) - 1 for ids in answers]
         )  # on the CPU, as all lengths (`raylib.packed`)
-        for name, part in (("given", slice(None, -1)), ("wanted", slice(1, None))):
+        for name, part in (("input_ids", slice(None, -1)), ("target_ids", slice(1, None))):
             ids = torch.tensor([token for ids in answers for token in ids[part]])
             self.register_buffer(name, ids, persistent=False)  # the model's config.json keeps them
 
@@ -102,10 +102,10 @@ class AnswerDecoder(nn.Module):
         weights = scores[scores != 0].repeat_interleave(
             lengths.to(scores.device), output_size=int(lengths.sum())
         )
-        wanted = Ragged(self.wanted, self.lengths).select_rows(answers).values
+        target_ids = Ragged(self.target_ids, self.lengths).select_rows(answers).values
         hidden = backbone.masked_head(states)
         return vocabulary_loss(
-            hidden, backbone.embedding.word.weight, backbone.masked_head.bias, wanted, weights
+            hidden, backbone.embedding.word.weight, backbone.masked_head.bias, target_ids, weights
         )[0]
 
     def rank(self, backbone: UnifiedModel, question: Ragged) -> Tensor:
@@ -120,41 +120,43 @@ class AnswerDecoder(nn.Module):
         first = self._first_token(backbone, question)
         candidates = first.topk(min(self.config.candidates, answers), dim=1).indices  # (b, k)
         k = candidates.shape[1]
-        chosen, rows = candidates.flatten().cpu(), torch.arange(b).repeat_interleave(k)
-        states, lengths = self._states(backbone, question, rows, chosen), self.lengths[chosen]
+        answers_index, rows = candidates.flatten().cpu(), torch.arange(b).repeat_interleave(k)
+        states, lengths = self._states(backbone, question, rows, answers_index), self.lengths[answers_index]
         later = (
             (~first_tokens(lengths)).nonzero().squeeze(1).to(states.device)
         )  # the first token's is known already
-        wanted = Ragged(self.wanted, self.lengths).select_rows(chosen).values
-        logs = _log_probabilities(backbone, states.index_select(0, later), wanted.index_select(0, later))
+        target_ids = Ragged(self.target_ids, self.lengths).select_rows(answers_index).values
+        logs = _log_probabilities(backbone, states.index_select(0, later), target_ids.index_select(0, later))
         # into a table with a row for each candidate: sums in an order of their own, on a GPU too
-        there = (torch.arange(int(lengths.max()) - 1) < (lengths - 1)[:, None]).to(states.device)
-        rest = logs.new_zeros(there.shape).masked_scatter(there, logs).sum(1).view(b, k)
+        is_later = (torch.arange(int(lengths.max()) - 1) < (lengths - 1)[:, None]).to(states.device)
+        rest = logs.new_zeros(is_later.shape).masked_scatter(is_later, logs).sum(1).view(b, k)
         whole = first.gather(1, candidates) * (2 if self.config.count_first_twice else 1) + rest
         return first.new_full((b, answers), -torch.inf).scatter(1, candidates, whole)
 
     def _states(self, backbone: UnifiedModel, question: Ragged, rows: Tensor, answers: Tensor) -> Tensor:
         """States (T, d) of the given tokens of `answers` (n,), each after the question in its place of `rows`
         (n,)."""
-        text = Ragged(self.given, self.lengths).select_rows(answers)
+        text = Ragged(self.input_ids, self.lengths).select_rows(answers)
         return self.layers(text.with_values(backbone.embedding(text)), memory=Memory(question, rows))
 
     def _first_token(self, backbone: UnifiedModel, question: Ragged) -> Tensor:
         """log p of the first token of each answer: (b, C)."""
         b = len(question.lengths)
-        start = Ragged(self.given[:1].expand(b), torch.ones(b, dtype=torch.int64))
+        start = Ragged(self.input_ids[:1].expand(b), torch.ones(b, dtype=torch.int64))
         states = self.layers(
             start.with_values(backbone.embedding(start)), memory=Memory(question, torch.arange(b))
         )
-        tokens = self.wanted.index_select(0, (self.lengths.cumsum(0) - self.lengths).to(self.wanted.device))
+        tokens = self.target_ids.index_select(
+            0, (self.lengths.cumsum(0) - self.lengths).to(self.target_ids.device)
+        )
         return torch.cat(
             [_vocabulary(backbone, part).index_select(1, tokens) for part in states.split(HEAD_ROWS)]
         )
 
 
-def _log_probabilities(backbone: UnifiedModel, states: Tensor, wanted: Tensor) -> Tensor:
+def _log_probabilities(backbone: UnifiedModel, states: Tensor, target_ids: Tensor) -> Tensor:
     """log p of the token `wanted` (T,) after each state (T, d), for `HEAD_ROWS` at a time: (T,)."""
-    parts = zip(states.split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True)
+    parts = zip(states.split(HEAD_ROWS), target_ids.split(HEAD_ROWS), strict=True)
     return torch.cat(
         [_vocabulary(backbone, part).gather(1, tokens[:, None]).squeeze(1) for part, tokens in parts]
     )

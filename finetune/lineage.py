@@ -59,20 +59,20 @@ def runs_behind(config: FinetuneConfig) -> Iterator[tuple[Path, dict[str, Any]]]
     """(folder, stored settings) of every run that `config` goes on from or is taught or pruned by, of those
     before it, and so on; each once."""
     waiting: list[tuple[Path | None, dict[str, Any]]] = [(None, config.model_dump(mode="json"))]
-    passed = set()
+    visited = set()
     for folder, values in waiting:  # grows while it is gone through
         for path in FROM_RUNS:
             value = _nested(values, path.split("."))
-            before = (
+            source_run = (
                 _run_at(_locate(value, folder, values.get("runs")))
                 if isinstance(value, str) and value
                 else None
             )
-            if before and before not in passed:  # of pretraining, `model` are sizes
-                passed.add(before)
-                stored = _read_run(before)
-                waiting.append((before, stored))
-                yield before, stored
+            if source_run and source_run not in visited:  # of pretraining, `model` are sizes
+                visited.add(source_run)
+                stored = _read_run(source_run)
+                waiting.append((source_run, stored))
+                yield source_run, stored
 
 
 def _nested(values: Any, path: list[str]) -> Any:
@@ -98,10 +98,10 @@ def method_of(config: FinetuneConfig, run: Path | None = None) -> str:
     if config.method or config.trains:
         return config.display_name
     source = _run_at(_locate(config.model, run, config.runs))
-    before = source and _fill(source, _read_run(source))[0]
-    if not source or not before:
+    source_run = source and _fill(source, _read_run(source))[0]
+    if not source or not source_run:
         return config.display_name
-    method = method_of(before, source)
+    method = method_of(source_run, source)
     if config.setting == "translate_test":
         return config.display_name.replace(UNTRAINED, method, 1)
     return config.display_name if method == UNTRAINED else f"{config.display_name}, after {method}"
@@ -117,17 +117,17 @@ def _lineage(run: Path, stored: dict[str, Any], above: tuple[Path, ...]) -> Line
         node = _nested(settings, parents)
         if not isinstance(node, dict) or not node.get(name) or not isinstance(node[name], str):
             continue
-        place = _locate(node[name], run, stored.get("runs"))
-        folder = _run_at(place)
+        location = _locate(node[name], run, stored.get("runs"))
+        folder = _run_at(location)
         if folder is None or folder in visited:
-            node[name] = str(place)
+            node[name] = str(location)
             continue
-        before = _lineage(folder, _read_run(folder), visited)
+        source_run = _lineage(folder, _read_run(folder), visited)
         # a file, or one of several checkpoints, within the run
-        inside = {"path": str(place.relative_to(folder))} if place != folder else {}
-        other = RunSettings(before.settings | inside)
+        inside = {"path": str(location.relative_to(folder))} if location != folder else {}
+        other = RunSettings(source_run.settings | inside)
         other.path, node[name] = node[name], other
-        seeds, unknown = seeds + before.seeds, unknown + before.unknown
+        seeds, unknown = seeds + source_run.seeds, unknown + source_run.unknown
     return Lineage(settings, seeds, config, unknown)
 
 
@@ -152,17 +152,17 @@ def _read_run(folder: Path) -> dict[str, Any]:
 def _locate(path: str, run: Path | None, runs: str | None) -> Path:
     """Find a `path` that is a setting of `run`: first beside the run, if that is where it was, for runs may
     have moved, and the working directory may be another. As it stands if there is nothing."""
-    places = [Path(path)]
+    candidates = [Path(path)]
     if run and runs and Path(path).is_relative_to(runs):
-        places.insert(0, run.resolve().parent / Path(path).relative_to(runs))
-    return next((place.resolve() for place in places if place.exists()), Path(path))
+        candidates.insert(0, run.resolve().parent / Path(path).relative_to(runs))
+    return next((location.resolve() for location in candidates if location.exists()), Path(path))
 
 
-def _run_at(place: Path) -> Path | None:
+def _run_at(location: Path) -> Path | None:
     """The run that `place` is, or lies in; None if there is none."""
-    if not place.exists():
+    if not location.exists():
         return None
-    return next((folder for folder in (place, *place.parents) if _read(folder)), None)
+    return next((folder for folder in (location, *location.parents) if _read(folder)), None)
 
 
 def _fill(run: Path, stored: dict[str, Any]) -> tuple[FinetuneConfig | None, dict[str, Any], tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """A pretrained model with the head of a classification task.
 
-A text is grounded in what it is about, picture or premise, by the unified encoder's cross-attention; its CLS
-state goes to the head. Two pictures ground it twice, and the head sees both states side by side (paper 2,
+A text is grounded in what it is about, image or premise, by the unified encoder's cross-attention; its CLS
+state goes to the head. Two images ground it twice, and the head sees both states side by side (paper 2,
 appendix B.2.3). A head that spells answers (`finetune.decoder`) sees the states of all tokens.
 """
 
@@ -55,7 +55,7 @@ class Classifier(nn.Module):
 
 class FinetuneModel(nn.Module):
     """`backbone` and a head over `labels`. `num_images`: how many ground a text at once (a premise counts as
-    one); `regions`: the width of region features, if these take the place of pictures; `answers`: token ids
+    one); `regions`: the width of region features, if these take the place of images; `answers`: token ids
     of the labels, for a head that generates them (`is_generative`), and ranks them as `decoder` says."""
 
     def __init__(
@@ -104,12 +104,12 @@ class FinetuneModel(nn.Module):
         return self.head.loss(*self._question(batch), batch["scores"])
 
     def _question(self, batch: dict) -> tuple[UnifiedModel, Ragged]:
-        """What a decoder reads: the backbone, and the states of the grounded questions."""
+        """Return what a decoder reads: the backbone, and the states of the grounded questions."""
         backbone = cast(UnifiedModel, self.backbone)  # no other has cross-attention
         return backbone, backbone.fused_states(batch["text"], self.memory(batch))
 
     def memory(self, batch: dict) -> Ragged | None:
-        """What texts of the batch attend to, as states; None: they are about nothing."""
+        """Return what texts of the batch attend to, as states; None: they are about nothing."""
         if "states" in batch:
             return batch["states"].with_values(batch["states"].values.to(next(self.head.parameters()).dtype))
         if "images" in batch:
@@ -130,14 +130,14 @@ class FinetuneModel(nn.Module):
     def hidden_states(
         self, batch: dict, layers: Sequence[int], empty: bool = False
     ) -> tuple[list[Ragged], TokenSegments]:
-        """States of all tokens of each text in the one picture that grounds it, after some of the layers
+        """States of all tokens of each text in the one image that grounds it, after some of the layers
         (`raylib.models`). `empty`: of a backbone whose rows hold regions, and of a slot without one."""
         memory = self.memory(batch)
         assert memory is not None, "a text about nothing has no rows with an image's"
         return self.backbone.hidden_states(batch["text"], memory, layers, empty)
 
     def answer(self, last: Ragged) -> Tensor:
-        """Logits (b, labels) from the states after the last layer: as `forward`, where one picture grounds a
+        """Logits (b, labels) from the states after the last layer: as `forward`, where one image grounds a
         text."""
         return self.head(self.backbone.pool(last.values.index_select(0, last.starts.to(last.values.device))))
 
@@ -248,8 +248,8 @@ def tokenizer_at(path: Path | str) -> Path:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether weights that are not ours lie at `path`: a file, a folder with another program's config.json,
-    or one with files of weights as PyTorch writes them."""
+    """Return whether weights that are not ours lie at `path`: a file, a folder with another program's
+    config.json, or one with files of weights as PyTorch writes them."""
     if not path.is_dir():
         return path.is_file()
     stored = read_description(path).get("model_type") if (path / "config.json").is_file() else None

@@ -38,7 +38,7 @@ ORDERS = 4  # n-grams of BLEU
 def predict(
     model: FinetuneModel,
     examples: Iterable[Example],
-    pictures: VisualSource | None,
+    visual: VisualSource | None,
     tokenizer: Tokenizer,
     length: int,
     out: Path,
@@ -57,19 +57,19 @@ def predict(
     part = out.with_name(f".{out.name}.{rank}")
     model.eval()
     with open(part, "w", encoding="utf-8") as file, torch.inference_mode():
-        mine = itertools.islice(_batched(examples, BATCH), rank, None, world)
-        read = ((chunk, read_inputs(chunk, pictures, tokenizer, length)) for chunk in mine)
+        chunks = itertools.islice(_batched(examples, BATCH), rank, None, world)
+        read = ((chunk, read_inputs(chunk, visual, tokenizer, length)) for chunk in chunks)
         for chunk, inputs in prefetch(read):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 scores = model(to_device(inputs, device))
-            best, chosen = scores.max(1)
+            best, best_class = scores.max(1)
             # a decoder's score is -inf of what is no candidate; a maximum is NaN where any score is
             if not is_finite(best if model.is_generative else scores):
                 finite = (best[:, None] if model.is_generative else scores).isfinite().all(1).tolist()
                 bad = f"scores of example {chunk[finite.index(False)].id}: not finite (NaN or infinite)"
                 break
-            chosen = chosen.tolist()
-            for example, label in zip(chunk, chosen, strict=True):
+            best_class = best_class.tolist()
+            for example, label in zip(chunk, best_class, strict=True):
                 line = {
                     "id": example.id,
                     "prediction": model.labels[label],
@@ -96,7 +96,7 @@ def predict(
 def evaluate(
     model: FinetuneModel,
     sets: Mapping[str, Iterable[Example]],
-    pictures: VisualSource | None,
+    visual: VisualSource | None,
     tokenizer: Tokenizer,
     length: int,
     folder: Path,
@@ -107,23 +107,23 @@ def evaluate(
     """{language: `score` of its examples}; predictions go to `folder`/LANGUAGE.jsonl. All workers
     return the same.
 
-    sets: {language: examples that can be gone through twice, for their pictures and for their texts}. seed:
+    sets: {language: examples that can be gone through twice, for their images and for their texts}. seed:
         the bootstrap's draws are seeded by it and the language.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        if isinstance(pictures, ImageSource):  # otherwise they are encoded already
+        if isinstance(visual, ImageSource):  # otherwise they are encoded already
             scratch = folder / ".states"
             remove_encoder_states(scratch)  # what a killed evaluation has left is another model's
             stack.callback(remove_encoder_states, scratch)
             names = (name for examples in sets.values() for example in examples for name in example.images)
-            pictures = PrecomputedFeatures(
-                precompute_features(model.backbone, pictures, names, scratch, bf16), pictures.store
+            visual = PrecomputedFeatures(
+                precompute_features(model.backbone, visual, names, scratch, bf16), visual.store
             )
         results = {}
         for language, examples in sets.items():
             out = folder / f"{language}.jsonl"
-            count = predict(model, examples, pictures, tokenizer, length, out, bf16)
+            count = predict(model, examples, visual, tokenizer, length, out, bf16)
             found = score(read_predictions(out), frozenset(model.labels), bleu, (seed, language))
             results[language] = {**found, "predictions": count}
     return results
@@ -174,7 +174,7 @@ def score(
     none alone.
     """
     gained: Counter[str] = Counter()  # in millionths: integers add up to the same in any order
-    seen: Counter[str] = Counter()
+    num_seen: Counter[str] = Counter()
     unlabelled, unknown, clusters = 0, 0, ItemClusters()
     corpus = CorpusBleu(bleu) if bleu else None
     for number, line in enumerate(predictions):
@@ -183,19 +183,19 @@ def score(
             unlabelled += 1
             continue
         unknown += labels.isdisjoint(answers)
-        seen[line["kind"]] += 1
+        num_seen[line["kind"]] += 1
         worth = round(MILLION * answers.get(line["prediction"], 0.0))
         gained[line["kind"]] += worth
         clusters.add(line.get("images") or [f"line {number}"], worth)  # earlier versions wrote no images
         if corpus:
             corpus.add(line["prediction"], list(answers))
-    n = sum(seen.values())
+    n = sum(num_seen.values())
     result = {
         "accuracy": sum(gained.values()) / MILLION / n if n else 0.0,
         "interval": clusters.interval("bootstrap", *key),
         "n": n,
-        "by_type": {kind: gained[kind] / MILLION / seen[kind] for kind in sorted(seen) if kind},
-        "n_by_type": {kind: seen[kind] for kind in sorted(seen) if kind},
+        "by_type": {kind: gained[kind] / MILLION / num_seen[kind] for kind in sorted(num_seen) if kind},
+        "n_by_type": {kind: num_seen[kind] for kind in sorted(num_seen) if kind},
         "unlabelled": unlabelled,
         "unknown_answers": unknown,
     }

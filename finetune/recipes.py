@@ -53,7 +53,7 @@ def _p2(
         select_metric="recall_at_1",
         **more,
     )
-    return _named(config, f"P2 {where}: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
+    return _recipe(config, f"P2 {where}: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
 
 
 def _iglue(name: str, task: str, lr: float, batch: int, epochs: int, length: int, schedule: int = 20, **more):
@@ -69,7 +69,7 @@ def _iglue(name: str, task: str, lr: float, batch: int, epochs: int, length: int
         optim=IGLUE.model_copy(update={"lr": lr, "schedule_factor": schedule / epochs}),
         **more,
     )
-    return _named(config, f"IGLUE's protocol: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
+    return _recipe(config, f"IGLUE's protocol: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
 
 
 def _iglue_few_shot(task: str, shots: int | str, length: int, **more):
@@ -90,7 +90,9 @@ def _iglue_few_shot(task: str, shots: int | str, length: int, **more):
         optim=IGLUE.model_copy(update={"lr": FEW_SHOT_RATES[1]}),
         **more,
     )
-    return _named(config, f"IGLUE's few-shot protocol: {task}, shots={shots}; give model=RUN of iglue_{task}")
+    return _recipe(
+        config, f"IGLUE's few-shot protocol: {task}, shots={shots}; give model=RUN of iglue_{task}"
+    )
 
 
 def _p0(model: str, row: str, strategies: dict, **more):
@@ -108,7 +110,7 @@ def _p0(model: str, row: str, strategies: dict, **more):
         strategies=strategies,
         **more,
     )
-    return _named(config, f"P0 table 1, {model.upper()}: {config.display_name}")
+    return _recipe(config, f"P0 table 1, {model.upper()}: {config.display_name}")
 
 
 def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1", **more):
@@ -116,10 +118,10 @@ def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1
     rate of the rest here (3e-5), at 2e-5 there."""
     lr = {"uc2": 4e-5 if task == "xgqa" else 2e-5, "cclm": 3e-5}[model]
     batch = {"xgqa": 256, "xflickrco": 128, "xvnli": 128 if model == "uc2" else 144}[task]
-    seen = (
+    cclm = (
         {"image_size": 384, "head": "decoder" if task == "xgqa" else "classifier"} if model == "cclm" else {}
     )
-    usual = {
+    defaults = {
         "batch": batch,
         "epochs": 5 if task == "xgqa" else 10,
         "workers": 4,
@@ -133,10 +135,10 @@ def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1
         candidates=128,
         select="last",
         strategies=strategies,
-        **seen,
-        **{**usual, **more},
+        **cclm,
+        **{**defaults, **more},
     )
-    return _named(config, f"P1 {where}, {model.upper()}, {task}: {config.display_name}")
+    return _recipe(config, f"P1 {where}, {model.upper()}, {task}: {config.display_name}")
 
 
 def _p3(row: str, what: str, strategies: dict, **more):
@@ -157,7 +159,7 @@ def _p3(row: str, what: str, strategies: dict, **more):
         strategies=strategies,
         **{"epochs": 10, "optim": P3, **more},
     )
-    return _named(config, f"P3 {what}")
+    return _recipe(config, f"P3 {what}")
 
 
 def _p4(task: str, row: str, strategies: dict, **more):
@@ -181,30 +183,30 @@ def _p4(task: str, row: str, strategies: dict, **more):
         select_ties="last",
         **more,
     )
-    return _named(config, f"P4, {task}: {config.display_name}")
+    return _recipe(config, f"P4, {task}: {config.display_name}")
 
 
 def _scenes(task: str, **more):
     """Emoji scenes in the format of `task`, on two CPU cores."""
     base = {"epochs": 6, "batch": 64, "lr": 5e-4, "length": 40}
-    given = {**base, **more}
+    settings = {**base, **more}
     config = FinetuneConfig(
         name=f"scenes_{task}",
         task=task,
         workers=1,
         runtime="local",
-        epochs=given["epochs"],
-        batch=given["batch"],
-        length=given["length"],
+        epochs=settings["epochs"],
+        batch=settings["batch"],
+        length=settings["length"],
         image_size=64,
         candidates=16,
-        optim=OptimConfig(lr=given["lr"], weight_decay=0.05, warmup=0.1),
-        languages=given.get("languages", ()),
-        freeze=given.get("freeze", ()),
+        optim=OptimConfig(lr=settings["lr"], weight_decay=0.05, warmup=0.1),
+        languages=settings.get("languages", ()),
+        freeze=settings.get("freeze", ()),
         data="runs/scenes",
         model="runs/sample_model",
     )
-    return _named(config, f"emoji scenes as {task}, on 2 CPU cores: {config.display_name}")
+    return _recipe(config, f"emoji scenes as {task}, on 2 CPU cores: {config.display_name}")
 
 
 def _transfer(row: str, strategies: dict, **more):
@@ -232,7 +234,7 @@ def _transfer(row: str, strategies: dict, **more):
         model="runs/sample_model",
         **{"setting": "few_shot", **more},
     )
-    return _named(config, f"emoji scenes, P4: {config.setting}, {config.display_name}")
+    return _recipe(config, f"emoji scenes, P4: {config.setting}, {config.display_name}")
 
 
 def _taught(row: str, **more):
@@ -252,10 +254,10 @@ def _taught(row: str, **more):
         model="runs/sample_model",
         **{"task": "xgqa_translated", "languages": ("de", "ru"), **more},
     )
-    return _named(config, f"emoji scenes, P3: {config.task}, {config.setting}, {config.display_name}")
+    return _recipe(config, f"emoji scenes, P3: {config.task}, {config.setting}, {config.display_name}")
 
 
-def _named(config: FinetuneConfig, summary: str) -> Callable[[], FinetuneConfig]:
+def _recipe(config: FinetuneConfig, summary: str) -> Callable[[], FinetuneConfig]:
     def recipe() -> FinetuneConfig:
         return config
 
@@ -312,7 +314,7 @@ P4_ROWS: dict[str, dict] = {
     "soft_prompt": {"alignment": {"weight": 0.0}, "soft_prompt": {}},
     "framework": {"alignment": {}, "lora": {}},  # with Adapter on all of Multi30K
 }
-# the teacher's states beside the answers; pictures have no tokens of their own in this model's rows. At
+# the teacher's states beside the answers; images have no tokens of their own in this model's rows. At
 # lambda 1 the squared distances of states are a hundredth of the answers' loss, and nothing is gained (the
 # German development set, seed 0, told)
 SCENES_TAUGHT = {

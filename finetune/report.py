@@ -1,4 +1,4 @@
-"""Results of a run for people: `result.json`, a Markdown table, a picture."""
+"""Results of a run for people: `result.json`, a Markdown table, a figure."""
 
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,11 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
 def of_dev_sets(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """`result.json` of a run that leaves the test sets alone: "dev", the score of each language's dev set, of
     all parts that looked at it the mean; "interval" of those that one part alone looked at (`summarise`)."""
-    seen = {code for part in parts for code in part["dev"]}
+    languages = {code for part in parts for code in part["dev"]}
     first = parts[0]
     intervals = {
         code: [part.get("interval", {}).get(code) for part in parts if code in part["dev"]]
-        for code in sorted(seen)
+        for code in sorted(languages)
     }
     return {
         "run": config.name,
@@ -86,7 +86,7 @@ def of_dev_sets(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str
         "skipped_steps": sum(part.get("skipped_steps", 0) for part in parts),
         "dev": {
             code: mean_or_zero([part["dev"][code] for part in parts if code in part["dev"]])
-            for code in sorted(seen)
+            for code in sorted(languages)
         },
         "interval": {code: found[0] for code, found in intervals.items() if len(found) == 1},
         "items_skipped": {"train": sum(part.get("unknown_training_answers", 0) for part in parts)},
@@ -145,9 +145,9 @@ def table(result: dict[str, Any]) -> str:
         more = [percent(details.get(code, {}).get(c)) for c in columns]
         rows.append([code, percent(score), ends and f"[{ends}]", *more])
     if result["mean_targets"] is not None:
-        others = [code for code in scores_of(result) if code != "en"]
+        targets = [code for code in scores_of(result) if code != "en"]
         means = [
-            mean_or_zero(details[code][c] for code in others if c in details.get(code, {})) for c in columns
+            mean_or_zero(details[code][c] for code in targets if c in details.get(code, {})) for c in columns
         ]
         rows.append(["mean of the targets", percent(result["mean_targets"]), "", *map(percent, means)])
     return "\n".join([markdown_table(rows), "", _notes(result)])

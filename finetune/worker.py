@@ -1,4 +1,4 @@
-"""What each worker of a run does: build the model, train it, evaluate it."""
+"""The job of each worker of a run: build the model, train it, evaluate it."""
 
 from pathlib import Path
 from typing import Any

@@ -139,7 +139,7 @@ def test_decoder_is_causal():
     rows, answers = torch.tensor([0, 2, 1]), torch.tensor([2, 1, 0])
     states = model.head._states(model.backbone, question, rows, answers)  # 4, 3 and 2 tokens given
     with torch.no_grad():
-        model.head.given[model.head.lengths[:2].sum() + 2] = 40  # the third token of answer 2
+        model.head.input_ids[model.head.lengths[:2].sum() + 2] = 40  # the third token of answer 2
     changed = model.head._states(model.backbone, question, rows, answers)
     moved = (states - changed).abs().amax(1) > 1e-9
     assert moved.tolist() == [False, False, True, True] + [False] * 5

@@ -1,4 +1,4 @@
-"""What a task is: where its splits lie under the data folder, and what a run asks of it.
+"""`Task`: where its splits lie under the data folder, and what a run asks of it.
 
 A run calls the methods of its task in the order in which they stand in `Task`. Whatever differs between
 classifying, generating and retrieving is a method of the task or an attribute: nothing else asks of what kind
@@ -143,7 +143,7 @@ class Task(ABC):
 
     @property
     def open_answers(self) -> bool:
-        """Whether its classes are an open set: answers of which some may mean the same."""
+        """Return whether its classes are an open set: answers of which some may mean the same."""
         return False
 
     def check(self, config: "FinetuneConfig") -> None:  # noqa: B027 - most tasks refuse nothing
@@ -158,7 +158,7 @@ class Task(ABC):
         return ()
 
     def needs_images(self, config: "FinetuneConfig") -> bool:
-        """Whether any text is about an image."""
+        """Return whether any text is about an image."""
         return any(
             item.images
             for split in ("train", config.split)
@@ -235,7 +235,7 @@ class Task(ABC):
 
     @abstractmethod
     def dev_score_name(self, config: "FinetuneConfig") -> str:
-        """What people call it."""
+        """The name of that score in tables."""
 
     def test_details(
         self, config: "FinetuneConfig", figures: dict[str, dict], folder: Path
@@ -305,34 +305,33 @@ class Task(ABC):
             UserError: no such file (all places are named); what the reader finds wrong.
         """
         places = list(self.split(name, language).places(language, "*"))
-        here = next((place for place in places if path.match(place[0])), places[0])
+        found = next((place for place in places if path.match(place[0])), places[0])
         if not path.exists():
-            others = [place for place, _ in places if place != here[0]]
+            others = [place for place, _ in places if place != found[0]]
             raise UserError(
                 f"{path}: no such file ({name} in '{language}'){self._beside(path, places, others)}"
             )
-        split = here[1]
+        split = found[1]
         return split.read(path, **{k: v.format(language=language) for k, v in split.options.items()})
 
-    def _beside(self, path: Path, places: list[tuple[str, Split]], others: list[str]) -> str:
-        """Return what to say of a file that is not there: where else it was looked for, and which like it
-        are."""
-        said = f", nor {', nor '.join(others)}" if others else ""
-        said += "; check data=, languages=, shots="
+    def _missing_file_advice(self, path: Path, places: list[tuple[str, Split]], others: list[str]) -> str:
+        """Return advice about a missing file: where else it was looked for, and which files are similar."""
+        advice = f", nor {', nor '.join(others)}" if others else ""
+        advice += "; check data=, languages=, shots="
         pattern = places[0][0].rpartition("/")[2]
         if "*" in pattern and path.parent.is_dir():
             head, _, tail = pattern.partition("*")
             sizes = [p.name.removeprefix(head).removesuffix(tail) for p in path.parent.glob(pattern)]
-            there = sorted((s for s in sizes if s[:1].isdigit()), key=lambda s: (len(s), s))
+            similar = sorted((s for s in sizes if s[:1].isdigit()), key=lambda s: (len(s), s))
             return (
-                f"{said}; shots= can be {', '.join(there)}"
-                if there
-                else f"{said}; this language has no few-shot file"
+                f"{advice}; shots= can be {', '.join(similar)}"
+                if similar
+                else f"{advice}; this language has no few-shot file"
             )
         if any((parent / "scenes.jsonl").is_file() for parent in path.parents):
-            said += (
+            advice += (
                 "; emoji scenes that were made before may lack it: make them anew (python -m "
                 "raylib.sample.scenes OUT)"
             )
-        there = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
-        return said + (f"; beside it are {', '.join(there)}" if there else "")
+        similar = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
+        return advice + (f"; beside it are {', '.join(similar)}" if similar else "")

@@ -85,7 +85,7 @@ def _xtd_few() -> dict[str, Split]:
 
 TASKS: dict[str, Task] = {
     "xgqa": Classification(
-        summary="questions about pictures; GQA in English, xGQA in 7 more languages",
+        summary="questions about images; GQA in English, xGQA in 7 more languages",
         languages=XGQA_LANGUAGES,
         answers=GQA_ANSWERS,
         split_names={"test": "few_shot_test"},
@@ -131,7 +131,7 @@ TASKS: dict[str, Task] = {
         },
     ),
     "xvnli": Classification(
-        summary="does the picture entail, contradict or leave open the sentence",
+        summary="does the image entail, contradict or leave open the sentence",
         labels=NLI_LABELS,
         languages=NLI_LANGUAGES,
         splits=_xvnli({"train": Split("XVNLI/annotations/en/train.jsonl.zip", answers.read_xvnli)}),
@@ -158,7 +158,7 @@ TASKS: dict[str, Task] = {
         },
     ),
     "snli_xvnli": Classification(
-        summary="trained on SNLI's sentence pairs, tested on XVNLI's pictures: transfer across languages and "
+        summary="trained on SNLI's sentence pairs, tested on XVNLI's images: transfer across languages and "
         "modes",
         labels=NLI_LABELS,
         languages=NLI_LANGUAGES,
@@ -180,7 +180,7 @@ TASKS: dict[str, Task] = {
         ),
     ),
     "marvl": Classification(
-        summary="is the statement true of two pictures; NLVR2 in English, MaRVL in 5 more languages",
+        summary="is the statement true of two images; NLVR2 in English, MaRVL in 5 more languages",
         labels=("False", "True"),
         num_images=2,
         languages=("en", "id", "sw", "ta", "tr", "zh"),
@@ -268,7 +268,7 @@ TASKS: dict[str, Task] = {
         },
     ),
     "wit": Retrieval(
-        summary="image-text retrieval on Wikipedia's pictures, 11 languages",
+        summary="image-text retrieval on Wikipedia's images, 11 languages",
         languages=("en", "ar", "bg", "da", "el", "et", "id", "ja", "ko", "tr", "vi"),
         splits={
             "train": Split("wit/annotations/train_en.jsonl.zip", captions.read_wit),
@@ -284,7 +284,7 @@ TASKS: dict[str, Task] = {
         },
     ),
     "multi30k": Retrieval(
-        summary="image-text retrieval on Flickr30K's pictures; captions written in English, translated into "
+        summary="image-text retrieval on Flickr30K's images; captions written in English, translated into "
         "three languages",
         languages=("en", "de", "fr", "cs"),
         splits={
@@ -348,7 +348,7 @@ TASKS: dict[str, Task] = {
         },
     ),
     "xtd": Retrieval(
-        summary="image-text retrieval on 1,000 of MSCOCO's pictures in 11 languages; trained on MSCOCO in "
+        summary="image-text retrieval on 1,000 of MSCOCO's images in 11 languages; trained on MSCOCO in "
         "English",
         languages=("en", "de", "es", "fr", "it", "jp", "ko", "pl", "ru", "tr", "zh"),
         mscoco=True,
@@ -365,20 +365,20 @@ TASKS: dict[str, Task] = {
         },
     ),
     "xtd_few": Retrieval(
-        summary="image-text retrieval on XTD: 50 of its pictures to train on, 50 to choose by, 900 to test "
+        summary="image-text retrieval on XTD: 50 of its images to train on, 50 to choose by, 900 to test "
         "(paper 4)",
         languages=("en", "de", "es", "fr", "it", "jp", "ko", "pl", "ru", "tr", "zh"),
         mscoco=True,
         splits=_xtd_few(),
     ),
     "ja_vqa": Classification(
-        summary="questions about Visual Genome's pictures in Japanese, free answers",
+        summary="questions about Visual Genome's images in Japanese, free answers",
         languages=("ja",),
         bleu="ja",
         splits={part: Split(f"ja_vqa/{part}.json", answers.read_ja_vqa) for part in ("train", "dev", "test")},
     ),
     "fm_iqa": Classification(
-        summary="questions about MSCOCO's pictures in Chinese, free answers",
+        summary="questions about MSCOCO's images in Chinese, free answers",
         languages=("zh",),
         bleu="zh",
         mscoco=True,

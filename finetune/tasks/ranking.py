@@ -1,6 +1,6 @@
 """Two-stage retrieval (paper 2, appendix B.2.3; ALBEF): the unimodal encoders choose K candidates of each
 query, the ITM head ranks them, by the difference of its two logits (from 17 on, their softmax in float32 is
-1.0 for all). Every picture and every sentence is encoded once, so the cost grows with N + N K and not with
+1.0 for all). Every image and every sentence is encoded once, so the cost grows with N + N K and not with
 N^2. Of models without that head, or runs with `use_itm_head=false`, the first stage is all.
 """
 
@@ -31,7 +31,7 @@ SENTENCES, PAIRS = 256, 512  # encoded, or ranked, at a time
 def retrieve(
     model: nn.Module,
     items: Sequence[Captioned],
-    pictures: ImageSource | PrecomputedFeatures,
+    visual: ImageSource | PrecomputedFeatures,
     tokenizer: Tokenizer,
     length: int,
     candidates: int | None,
@@ -39,22 +39,20 @@ def retrieve(
     bf16: bool = False,
     key: tuple[Key, ...] = (),
 ) -> dict[str, Any]:
-    """Recall of one language's pictures and captions both ways; all workers together, all return the same.
+    """Recall of one language's images and captions both ways; all workers together, all return the same.
 
     candidates: K; 0 ranks every pair; None ranks none: the cosine decides.
     folder: for states, gone afterwards; all workers must see it. key: seeds the bootstrap's draws.
     Returns:
         {"i2t_r1" ... "t2i_r10", "mean_recall", "interval": its 95 % bootstrap interval over images,
-        "recall_at_1_interval": that of `recall_at_1`, "n": pictures, "captions", "chance_r1", "pairs": how
+        "recall_at_1_interval": that of `recall_at_1`, "n": images, "captions", "chance_r1", "pairs": how
         many were ranked}.
     Raises:
         NotFinite: embeddings, or scores of the match head, are not finite.
     """
     remove_encoder_states(folder)  # states that a killed evaluation has left are another model's
     try:
-        ranker = _Ranker(
-            model, items, pictures, tokenizer, length, folder, bf16, ranks=candidates is not None
-        )
+        ranker = _Ranker(model, items, visual, tokenizer, length, folder, bf16, ranks=candidates is not None)
         i2t, i2t_pairs = ranker.hits(ranker.image_vectors, ranker.text_vectors, candidates, image_asks=True)
         t2i, t2i_pairs = ranker.hits(ranker.text_vectors, ranker.image_vectors, candidates, image_asks=False)
     finally:
@@ -77,20 +75,20 @@ def retrieve(
 
 
 class _Ranker:
-    """Unit vectors of all pictures and captions; where the match head `ranks`, their states too."""
+    """Unit vectors of all images and captions; where the match head `ranks`, their states too."""
 
     def __init__(
-        self, model, items, pictures, tokenizer: Tokenizer, length: int, folder: Path, bf16: bool, ranks: bool
+        self, model, items, visual, tokenizer: Tokenizer, length: int, folder: Path, bf16: bool, ranks: bool
     ):
         self.model, self.bf16, self.device = model.eval(), bf16, next(model.parameters()).device
         self.names = [item.image for item in items]
         texts = [caption for item in items for caption in item.captions]
         self.owner = torch.tensor([i for i, item in enumerate(items) for _ in item.captions])
         self.keys = [str(i) for i in range(len(texts))]
-        if isinstance(pictures, PrecomputedFeatures):
-            self.images: EncoderStates = pictures.states
+        if isinstance(visual, PrecomputedFeatures):
+            self.images: EncoderStates = visual.states
         else:
-            self.images = precompute_features(model, pictures, self.names, folder / "images", bf16)
+            self.images = precompute_features(model, visual, self.names, folder / "images", bf16)
 
         def ids_of(keys: Sequence[str]) -> Ragged:
             ids = encode_texts([texts[int(key)] for key in keys], tokenizer, length)
@@ -135,18 +133,18 @@ class _Ranker:
         for chunk in chunks[rank() :: world_size()]:
             scores, first = queries[chunk] @ keys.T, None
             if count:
-                chosen = nearest_keys(scores, count, order)
-                match = self._match(chunk, chosen, image_asks)
+                candidate_index = nearest_keys(scores, count, order)
+                match = self._match(chunk, candidate_index, image_asks)
                 finite = finite and is_finite(match)
                 # two levels: candidates by the match head, and after all of these the others, by similarity
-                first = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
-                scores = scores.scatter(1, chosen, match)
-            own = (
+                first = torch.zeros_like(scores, dtype=torch.bool).scatter(1, candidate_index, True)
+                scores = scores.scatter(1, candidate_index, match)
+            is_own = (
                 self.owner[None] == chunk[:, None]
                 if image_asks
                 else torch.arange(len(keys))[None] == self.owner[chunk, None]
             )
-            hits[chunk] = hit_chances(scores, own, first)
+            hits[chunk] = hit_chances(scores, is_own, first)
         raise_on_all_workers(None if finite else "scores of the match head: not finite (NaN or infinite)")
         if world_size() > 1:  # every row is one worker's, and 0 on the others: their sum is exact
             hits = hits.to(self.device)
@@ -154,21 +152,21 @@ class _Ranker:
         return hits.cpu(), len(queries) * count
 
     @torch.inference_mode()
-    def _match(self, queries: Tensor, chosen: Tensor, image_asks: bool) -> Tensor:
+    def _match(self, queries: Tensor, candidate_index: Tensor, image_asks: bool) -> Tensor:
         """(q, K) log of the odds that query and candidate belong together."""
-        asked = queries[:, None].expand_as(chosen)
-        image, text = (asked, chosen) if image_asks else (chosen, asked)
+        query = queries[:, None].expand_as(candidate_index)
+        image, text = (query, candidate_index) if image_asks else (candidate_index, query)
         out = []
         for images, texts in zip(image.flatten().split(PAIRS), text.flatten().split(PAIRS), strict=True):
-            seen, rows = images.unique(return_inverse=True)
-            condition = self._states(self.images, [self.names[i] for i in seen])
-            said = self._states(self.texts, [self.keys[i] for i in texts])
+            unique_images, rows = images.unique(return_inverse=True)
+            condition = self._states(self.images, [self.names[i] for i in unique_images])
+            text_states = self._states(self.texts, [self.keys[i] for i in texts])
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                cls = self.model.fuse(said, first_tokens(said.lengths), Memory(condition, rows))
+                cls = self.model.fuse(text_states, first_tokens(text_states.lengths), Memory(condition, rows))
             # outside of autocast: bf16 logits near 8 are 1/16 apart, and would tie
             logits = self.model.match_head(cls.float()).float()
             out.append((logits[:, 1] - logits[:, 0]).cpu())
-        return torch.cat(out).view_as(chosen)
+        return torch.cat(out).view_as(candidate_index)
 
     def _states(self, states: EncoderStates, names: Sequence[str]) -> Ragged:
         rows = states.read(names)

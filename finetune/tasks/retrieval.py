@@ -141,7 +141,7 @@ class ContrastObjective(Objective):
     """`forward(batch)` -> (this worker's share of L_i2t + L_t2i + sum of weighted terms (equation 9), {"i2t",
     "t2i" and terms by name: means over the global batch, unweighted}). The public code halves the first two.
 
-    Pairs of one picture are no negatives of each other, nor are equal texts.
+    Pairs of one image are no negatives of each other, nor are equal texts.
     """
 
     has_unused_parameters = True  # heads of pretraining have no part in it
