@@ -88,8 +88,8 @@ class Sentences(NamedTuple):
 
 
 class TokenSegments(NamedTuple):
-    """Which of the T tokens of n rows are what: positions in the flat rows, int64 on the CPU, in the order in
-    which words, tags and regions came, which is that of their own rows.
+    """The parts that the T tokens of n rows belong to: positions in the flat rows, int64 on the CPU, in the
+    order in which words, tags and regions came, which is that of their own rows.
 
     cls: (n,). text: n rows (W,), from CLS to SEP. tags: n rows (G,), their SEP last. regions: n rows (R,).
     empty: (n,) the last tokens of the rows, if these are slots without a region; else (0,).
@@ -103,7 +103,7 @@ class TokenSegments(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How attention runs over n ragged rows of ascending length.
+    """The way of attention over n ragged rows of ascending length.
 
     `buckets`: (rows, queries of the longest, keys) of each bucket of rows with equally many keys. `pad_index`
     (P,): the query token in each cell of the padded queries (any token where a cell is empty); `unpad_index`

@@ -95,12 +95,13 @@ class Backbone(nn.Module, ABC):
 
     @property
     def num_layers(self) -> int:
-        """How many transformer layers a text passes."""
+        """Number of transformer layers that a text passes."""
         return sum(len(self._layers(name)) for name in self.layer_names)
 
     @property
     def num_fusion_layers(self) -> int:
-        """How many of these, the top ones, come after layers of text alone; 0: there are none of these."""
+        """Number of these, the top ones, that come after layers of text alone; 0: there are no such
+        layers."""
         return 0
 
     @property
@@ -110,12 +111,12 @@ class Backbone(nn.Module, ABC):
 
     @property
     def num_windows(self) -> int:
-        """How many windows of an image have a CLS state, behind the image's own; 0: there are none."""
+        """Number of windows of an image that have a CLS state, behind the image's own."""
         return 0
 
     @property
     def has_cross_attention(self) -> bool:
-        """Whether texts attend to images by layers of their own, which a decoder of answers builds on."""
+        """True if texts attend to images by layers of their own, which a decoder of answers builds on."""
         return False
 
     def depth_of(self, name: str) -> int | None:
@@ -148,7 +149,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def image_encoder(self) -> nn.Module | None:
-        """What makes states of images; None: it takes none."""
+        """The part that makes states of images; None: it takes none."""
         return self.freezable_parts().get("vision")
 
     def poolers(self) -> list[nn.Module]:
@@ -249,7 +250,7 @@ class FusionBackbone(Backbone):
 
     @property
     def is_text_first(self) -> bool:
-        """Whether the text comes before the memory in the rows of `joint_states`."""
+        """True if the text comes before the memory in the rows of `joint_states`."""
         return True
 
     @abstractmethod

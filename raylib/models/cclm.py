@@ -292,8 +292,8 @@ class Cclm(UnifiedModel):
 
     @staticmethod
     def choose_layers(count: int, path: Path) -> tuple[int, ...]:
-        """Which of a text encoder's layers serve: its first 12, then its last 6, which serve twice where it
-        has fewer than 18."""
+        """Choose the layers of a text encoder that serve: its first 12, then its last 6, which serve twice
+        where it has fewer than 18."""
         if count < 12:
             raise UserError(
                 f"{path}: {count} layers; give a text encoder of 12, or of 18 or more, or a published file"

@@ -36,8 +36,8 @@ def init_weights(module: nn.Module) -> None:
 
 
 class Memory(NamedTuple):
-    """What rows attend to: `states` of images or sentences, and for each text row the state row (n,) it
-    attends to (CPU)."""
+    """The memory that rows attend to: `states` of images or sentences, and for each text row the state row
+    (n,) it attends to (CPU)."""
 
     states: Ragged
     rows: Tensor
@@ -306,7 +306,7 @@ class VisionEncoder(nn.Module):
 
     @property
     def num_windows(self) -> int:
-        """How many CLS states, one a window, follow the first state; 0: the image is one window."""
+        """Number of CLS states, one a window, behind the first state; 0: the image is one window."""
         return 0 if self.place is None else len(self.place)
 
     @torch.no_grad()

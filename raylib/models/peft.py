@@ -220,7 +220,7 @@ def insert_stored(model: nn.Module, description: Mapping[str, Mapping[str, Any]]
 
 
 def is_inserted(name: str) -> bool:
-    """Whether the parameter is one of those that tuning has put in."""
+    """Return whether the parameter is one of those that tuning has put in."""
     parts = name.split(".")
     return parts[-1] in ("prompt", "kronecker") or any(p == "adapter" or p.startswith("lora_") for p in parts)
 

@@ -97,7 +97,7 @@ class SingleStreamBackbone(RegionBackbone):
 
     @abstractmethod
     def region_embedding(self) -> nn.Module:
-        """What embeds regions, as the config says."""
+        """Make the module that embeds regions, as the config says."""
 
     @abstractmethod
     def joint_rows(self, text: Ragged, memory: Any) -> Ragged:

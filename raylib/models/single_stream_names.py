@@ -1,5 +1,5 @@
-"""What each format of published single-stream weights (`raylib.models.single_stream_weights`) calls the parts
-of a model."""
+"""Names of the parts of a model in each format of published single-stream weights
+(`raylib.models.single_stream_weights`)."""
 
 import re
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ class Type(NamedTuple):
 
 
 class Names(NamedTuple):
-    """What a format calls the parts of a model; "": it has none, or they are not to be used.
+    """Names of the parts of a model in a format; "": it has none, or they are not to be used.
 
     Of a layer i: `{i}` is i, `{a}` and `{f}` are VOLTA's numbers of its attention and its feed-forward.
     first: row of the position embeddings that a text starts at. unused: regular expressions of further names.

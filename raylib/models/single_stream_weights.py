@@ -157,7 +157,7 @@ def _find_format(
 
 
 def _volta_layout(weights: dict[str, Tensor]) -> str:
-    """Which of VOLTA's models this is, by the token types that it has."""
+    """Tell VOLTA's models apart by the token types that they have."""
     # UC2 has types of its own name, M3P has none, and BERT, in mUNITER, two where XLM-R, in xUNITER, has one
     types = {name: value for name, value in weights.items() if "token_type_embeddings" in name}
     if not types:

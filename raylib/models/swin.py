@@ -37,7 +37,7 @@ class SwinSizes(Config):
 
     @property
     def merges(self) -> int:
-        """How many patches, in each direction, one of the last stage was made of."""
+        """Number of patches, in each direction, that one of the last stage was made of."""
         return 2 ** (len(self.layers) - 1)
 
 
