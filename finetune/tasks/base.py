@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 from finetune.batches import BatchOrder, EpochBatches, MoreInputs
-from finetune.formats import Captioned, Example
 from finetune.stores.images import VisualSource, open_visual
 from finetune.stores.records import Regions
 from finetune.strategies.base import LossTerms, Need
@@ -298,7 +297,7 @@ class Task(ABC):
             v.format(language=language) for v in split.options.values()
         )
 
-    def read(self, path: Path, name: str, language: str) -> Iterator[Example] | Iterator[Captioned]:
+    def read(self, path: Path, name: str, language: str) -> Iterator[Any]:
         """The items of the split `name` in `language`, from `path`, one of its places.
 
         Raises:
