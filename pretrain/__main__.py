@@ -41,14 +41,14 @@ def _evaluate(arguments: Sequence[str]) -> int:
         prog="python -m pretrain evaluate", description="Zero-shot retrieval, per language."
     )
     parser.add_argument("model", help="an exported model, a run or a checkpoint")
-    parser.add_argument("data", help="shards, or a folder with pictures and captions.json")
+    parser.add_argument("data", help="shards, or a folder with images and captions.json")
     parser.add_argument("--json", type=Path, help="also write the figures into this file")
-    given = parser.parse_args(arguments)
-    check_writable(given.json)
-    result = evaluate_folder(given.model, given.data)
+    args = parser.parse_args(arguments)
+    check_writable(args.json)
+    result = evaluate_folder(args.model, args.data)
     print(recall_table(result))
-    if given.json:
-        write_result(given.json, result)
+    if args.json:
+        write_result(args.json, result)
     return 0
 
 
@@ -60,15 +60,15 @@ def _export(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("run", help="a run or one of its checkpoints")
     parser.add_argument("dir", help="a new folder")
-    given = parser.parse_args(arguments)
-    to = export_model(given.run, given.dir)
+    args = parser.parse_args(arguments)
+    to = export_model(args.run, args.dir)
     config = read_json(to / "config.json")
     print(f"{to}: {config['model_type']}, {', '.join(sorted(p.name for p in to.iterdir()))}")
     return 0
 
 
 def _overlap(arguments: Sequence[str]) -> int:
-    from pretrain.overlap import main as count
+    from pretrain.image_overlap import main as count
 
     return count(arguments)
 

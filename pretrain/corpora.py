@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 import raylib.text
-from pretrain.formats import LIMIT, Tally, read_image_text, read_pairs, read_text
+from pretrain.corpus_formats import LIMIT, Tally, read_image_text, read_pairs, read_text
 from raylib.command import entry_point
 from raylib.data import shards, tars
 from raylib.data.shards import ShardWriter
@@ -109,8 +109,10 @@ def prepare(
     if copy.resolve() != model.path.resolve():
         shutil.copyfile(model.path, copy)
     if image_text:
-        found = _read_files(image_text, limit, lambda path, tally: read_image_text(path, tally, image_size))
-        items = (ImageText(f"{row:09d}", images, {"en": texts}) for row, (images, texts) in enumerate(found))
+        records = _read_files(image_text, limit, lambda path, tally: read_image_text(path, tally, image_size))
+        items = (
+            ImageText(f"{row:09d}", images, {"en": texts}) for row, (images, texts) in enumerate(records)
+        )
         write_image_text(out / "image_text", items)
     for kind, files, read in (("parallel", parallel, read_pairs), ("text", text, read_text)):
         if files:
@@ -246,8 +248,8 @@ def main(arguments: Sequence[str]) -> int:
     streams: dict[str, dict[str, list[str]]] = {"parallel": {}, "text": {}}
     for stream, files in streams.items():
         for pair in getattr(args, stream):
-            language, found, path = pair.partition("=")
-            if not found:
+            language, equals, path = pair.partition("=")
+            if not equals:
                 parser.error(f"--{stream} {pair}: wanted LANGUAGE=FILE")
             files.setdefault(language, []).append(path)
     prepare(

@@ -316,8 +316,8 @@ def _row(name: str, figures: list[dict[str, float]]) -> list[str]:
         mean_or_zero(f["chance_r1"] for f in figures),
     )
     values = [f"{100 * mean_or_zero(f[c] for f in figures):.1f}" for c in COLUMNS]
-    asked = f"{mean_or_zero(f['n'] for f in figures):.0f}"
-    return [name, f"{100 * both:.1f}", f"{both / chance:.0f}", *values, asked, f"{100 * chance:.2f}"]
+    count = f"{mean_or_zero(f['n'] for f in figures):.0f}"
+    return [name, f"{100 * both:.1f}", f"{both / chance:.0f}", *values, count, f"{100 * chance:.2f}"]
 
 
 def _english_first(languages: dict) -> list[str]:

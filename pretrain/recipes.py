@@ -37,7 +37,7 @@ def tiny() -> PretrainConfig:
         ),
         # contrastive terms teach retrieval; the others are there, at a cost and a weight that leave it the
         # ten minutes. The temperature stays high: left alone it falls to 0.016, where a caption's
-        # translation, close as it may come, is told from the caption by more than another picture is (README
+        # translation, close as it may come, is told from the caption by more than another image is (README
         # of `benchmarks`)
         objective=ObjectiveConfig(
             fuse_every=32,
@@ -79,7 +79,7 @@ def emoji_e5() -> PretrainConfig:
                 positions=64,
                 embedding=128,
                 dropout=0.0,
-                # 17 tokens a picture leave time to see many, and few pixels leave out what only one vendor
+                # 17 tokens an image leave time to see many, and few pixels leave out what only one vendor
                 # draws
                 temperature=0.1,
                 pixel_mean=255,
@@ -151,7 +151,7 @@ def emoji_e5_names() -> PretrainConfig:
 
 
 def emoji_e5_scenes() -> PretrainConfig:
-    """the third: scenes, a window for each quadrant, text read in the light of a picture
+    """the third: scenes, a window for each quadrant, text read in the light of an image
     (init.model=SECOND)"""
     return _stage(
         "emoji_e5_scenes",

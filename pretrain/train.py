@@ -186,16 +186,16 @@ def build_model(config: PretrainConfig) -> UnifiedModel:
 
 
 def _continue(model: UnifiedModel, folder: str) -> None:
-    """All weights of an export or a run into `model`. Pictures may get another resolution; and what was an
-    encoder of whole pictures may become one of windows as large."""
+    """All weights of an export or a run into `model`. Images may get another resolution; and what was an
+    encoder of whole images may become one of windows as large."""
     before = UnifiedModel.from_pretrained(find_model(folder))
-    ours, theirs = model.config.model_dump(), before.config.model_dump()
-    windowed = theirs["vision_window"] is None and ours["vision_window"] == theirs["image_size"]
+    new, old = model.config.model_dump(), before.config.model_dump()
+    windowed = old["vision_window"] is None and new["vision_window"] == old["image_size"]
     free = ("dropout", "temperature", "image_size", *(("vision_window",) if windowed else ()))
-    differ = [f"model.{k}={theirs[k]}" for k in ours if ours[k] != theirs[k] and k not in free]
+    differ = [f"model.{k}={old[k]}" for k in new if new[k] != old[k] and k not in free]
     if differ:
         raise UserError(f"{folder} is another model: set {' '.join(differ)}")
-    if not windowed and ours["image_size"] != theirs["image_size"]:
+    if not windowed and new["image_size"] != old["image_size"]:
         before.vision.resize(model.config.image_size)
     weights = before.state_dict()
     if windowed:

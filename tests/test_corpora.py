@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pretrain.corpora import main, prepare
-from pretrain.formats import Tally, read_image_text, read_json_list, read_pairs, read_text
+from pretrain.corpus_formats import Tally, read_image_text, read_json_list, read_pairs, read_text
 from raylib.data.images import decode_image
 from raylib.data.sources import Source
 from raylib.errors import UserError
@@ -66,8 +66,8 @@ def test_albef_list_is_read_and_bad_records_counted(tmp_path):
     found = list(read_image_text(path, tally))
     assert found == [({"png": image()}, ["a dog"]), ({"jpg": image("jpg")}, ["a cat", "two cats"])]
     assert tally.good == 2 and tally.bad == {
-        "pictures that do not decode": 1,
-        "pictures that are missing": 3,
+        "images that do not decode": 1,
+        "images that are missing": 3,
         "empty captions": 1,
         "records without an English caption": 1,
         "records that are no JSON object": 1,
@@ -107,7 +107,7 @@ def test_cclm_lines_are_read_and_bad_lines_counted(tmp_path):
     assert [list(images) for images, _ in found] == [["webp"], ["png"]]
     assert tally.bad == {
         "records without an English caption": 1,
-        "pictures that do not decode": 1,
+        "images that do not decode": 1,
         "lines that are no JSON object": 1,
         "lines that are not UTF-8": 1,
     }

@@ -10,7 +10,7 @@ import pytest
 from scipy.fft import dctn
 
 from pretrain.__main__ import main
-from pretrain.overlap import Hashes, count_overlap, perceptual_hash, read_names
+from pretrain.image_overlap import ImageHashes, count_overlap, perceptual_hash, read_names
 from raylib.data.shards import main as index
 from raylib.errors import UserError
 
@@ -56,7 +56,7 @@ def test_count_overlap_equals_loop_over_all_pairs():
 
     def hashes(n, prefix):
         near = some[rng.integers(0, 40, n)] ^ np.uint64(1) << rng.integers(0, 63, n, dtype=np.uint64)
-        return Hashes(
+        return ImageHashes(
             [f"{prefix}{i}" for i in range(n)],
             rng.integers(0, 30, n).astype(np.uint64),
             near,

@@ -13,8 +13,8 @@ import pytest
 
 from pretrain.__main__ import main as pretrain
 from pretrain.batches import DataConfig, StepBatches, StreamConfig
+from pretrain.corpus_formats import Tally, read_image_text
 from pretrain.evaluate import read_retrieval_set
-from pretrain.formats import Tally, read_image_text
 from pretrain.train import run
 from raylib.data.images import find_images
 from raylib.data.shards import ShardWriter, index_folder, main

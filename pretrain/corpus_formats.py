@@ -1,4 +1,4 @@
-"""The field's formats, read as streams: pictures with captions, sentence pairs, text.
+"""The field's formats, read as streams: images with captions, sentence pairs, text.
 
   image-text   .json   ALBEF's list [{"image": path, "caption": text or list}, ...] .jsonl  CCLM's lines
                {"binary": base64 or path, "caption": text, list or {language: text or list}} Paths are
@@ -9,7 +9,7 @@
                else the first is.
   text         CC-100's: a paragraph a line (one sample each), blank lines between documents.
 
-Text files may end in .gz or .xz. A bad sample (a picture that is missing or does not decode, an empty
+Text files may end in .gz or .xz. A bad sample (an image that is missing or does not decode, an empty
 caption, text that is not UTF-8) is skipped and counted by a `Tally`: one in a hundred is normal in millions,
 more is an error.
 """
@@ -34,7 +34,7 @@ from raylib.text import BadCaption, clean_captions, parse_captions
 
 MARGIN = 1.04  # WikiMatrix's usual threshold
 LIMIT = 0.01  # share of bad samples that is still normal
-PICTURES = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # first bytes -> extension
+IMAGE_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # first bytes -> extension
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +57,12 @@ class Tally:
             self.close()
 
     def close(self) -> None:
-        bad, seen = self.bad.total(), self.good + self.bad.total()
+        bad, total = self.bad.total(), self.good + self.bad.total()
         counts = "".join(f", {count} {reason}" for reason, count in self.bad.items())
         line = f"{self.path}: {self.good} samples, {bad} skipped{counts}"
-        if bad > self.limit * seen:
+        if bad > self.limit * total:
             raise UserError(f"{line}; that is more than {self.limit:.1%}: mend the file or raise the limit")
-        if not seen:
+        if not total:
             raise UserError(f"{self.path}: no sample in it")
         log.info(line)
 
@@ -70,7 +70,7 @@ class Tally:
 def read_image_text(
     path: Path, tally: Tally, size: int | None = None
 ) -> Iterator[tuple[dict[str, bytes], list[str]]]:
-    """({extension: picture}, English captions) of every good record of an ALBEF list or a CCLM file."""
+    """({extension: image}, English captions) of every good record of an ALBEF list or a CCLM file."""
     readers = {".json": (read_json_list, "image"), ".jsonl": (read_json_lines, "binary")}
     if path.suffix not in readers:
         raise UserError(
@@ -80,12 +80,12 @@ def read_image_text(
     for record in read(path, tally):
         try:
             captions = _english(record)
-            picture = _shrink(_load(record.get(field), path.parent), size)
+            image = _shrink(_load(record.get(field), path.parent), size)
         except BadSample as error:
             tally.skip(str(error))
         else:
             tally.good += 1
-            yield picture, captions
+            yield image, captions
 
 
 def read_pairs(path: Path, tally: Tally, language: str, margin: float = MARGIN) -> Iterator[tuple[str, str]]:
@@ -95,15 +95,15 @@ def read_pairs(path: Path, tally: Tally, language: str, margin: float = MARGIN) 
     codes = named.groups() if named and "en" in named.groups() else ("en", language)
     if set(codes) != {"en", language}:
         raise UserError(f"{path}: named for {'-'.join(codes)} but given as the file of {language!r}")
-    wanted = 0
+    num_columns = 0
     for line in read_lines(path, tally):
         columns = [column.strip() for column in line.split("\t")]
-        wanted = wanted or (3 if len(columns) == 3 else 2)
-        if len(columns) != wanted:
-            tally.skip(f"lines without {wanted} columns")
+        num_columns = num_columns or (3 if len(columns) == 3 else 2)
+        if len(columns) != num_columns:
+            tally.skip(f"lines without {num_columns} columns")
             continue
         try:
-            if wanted == 3 and not float(columns.pop(0)) >= margin:
+            if num_columns == 3 and not float(columns.pop(0)) >= margin:
                 continue
         except ValueError:
             tally.skip("lines whose margin is no number")
@@ -179,26 +179,26 @@ def _english(record: dict) -> list[str]:
         raise BadSample(str(error)) from error
 
 
-def _load(picture, folder: Path) -> bytes:
-    """The bytes of a picture that is a path (relative to `folder`) or base64."""
-    if not isinstance(picture, str):
-        raise BadSample("pictures that are missing")
-    if file := find_file(folder, picture):
+def _load(image: Any, folder: Path) -> bytes:
+    """The bytes of an image that is a path (relative to `folder`) or base64."""
+    if not isinstance(image, str):
+        raise BadSample("images that are missing")
+    if file := find_file(folder, image):
         return file.read_bytes()
     try:
-        return decode_base64(picture)
+        return decode_base64(image)
     except ValueError:
-        raise BadSample("pictures that are missing") from None
+        raise BadSample("images that are missing") from None
 
 
 def _shrink(data: bytes, size: int | None) -> dict[str, bytes]:
-    """{extension: bytes} of a picture that decodes; as JPEG where it is too large, or no JPEG, PNG or
+    """{extension: bytes} of an image that decodes; as JPEG where it is too large, or no JPEG, PNG or
     WebP."""
     try:
         image = decode_image(data)
     except BadImage:
-        raise BadSample("pictures that do not decode") from None
-    extension = next((name for start, name in PICTURES.items() if data.startswith(start)), None)
+        raise BadSample("images that do not decode") from None
+    extension = next((name for start, name in IMAGE_MAGIC.items() if data.startswith(start)), None)
     scale = size / min(image.shape[:2]) if size else 1.0
     if scale < 1:
         width, height = (round(side * scale) for side in image.shape[1::-1])

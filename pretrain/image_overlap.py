@@ -48,7 +48,7 @@ PAIR = re.compile(
 COCO = re.compile(r"^coco_[a-z]+\d{4}_(?=\d{12}$)")  # of 2014; the number is the name of 2017
 
 
-class Hashes(NamedTuple):
+class ImageHashes(NamedTuple):
     """Of n images: names, hashes of the bytes (n,) uint64, perceptual hashes (n,) uint64; `flat` (n,) have
     none."""
 
@@ -72,7 +72,7 @@ def perceptual_hash(image: np.ndarray) -> tuple[int, bool]:
     return int.from_bytes(bits.tobytes(), "big"), float(grey.std()) < FLAT
 
 
-def count_overlap(corpus: Hashes, test: Hashes, distance: int) -> dict[str, Any]:
+def count_overlap(corpus: ImageHashes, test: ImageHashes, distance: int) -> dict[str, Any]:
     """Count the test images that are in `corpus`.
 
     Returns:
@@ -107,7 +107,7 @@ def count_overlap(corpus: Hashes, test: Hashes, distance: int) -> dict[str, Any]
     }
 
 
-def hash_images(images: Iterable[tuple[str, bytes]], processes: int) -> tuple[Hashes, int]:
+def hash_images(images: Iterable[tuple[str, bytes]], processes: int) -> tuple[ImageHashes, int]:
     """(hashes, how many images do not decode and are left out) of (name, encoded bytes), in order."""
     images, rows, undecodable = iter(images), [], 0
     waiting: deque[Future] = deque()
@@ -126,7 +126,7 @@ def hash_images(images: Iterable[tuple[str, bytes]], processes: int) -> tuple[Ha
                 break
     names, content, perceptual, flat = zip(*rows, strict=True) if rows else ((), (), (), ())
     arrays = np.array(content, np.uint64), np.array(perceptual, np.uint64), np.array(flat, bool)
-    return Hashes(list(names), *arrays), undecodable
+    return ImageHashes(list(names), *arrays), undecodable
 
 
 def _hash_chunk(images: Sequence[tuple[str, bytes]]) -> tuple[list[tuple[str, int, int, bool]], int]:
@@ -177,13 +177,13 @@ def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _keep(
-    images: Iterable[tuple[str, bytes]], names: set[str], found: set[str]
+    images: Iterable[tuple[str, bytes]], names: set[str], kept: set[str]
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield the images that `names` names, all if it is empty; adds what they are called to `found`."""
+    """Yield the images that `names` names, all if it is empty; adds what they are called to `kept`."""
     for name, data in images:
         stem = _stem(name)
         if not names or stem in names:
-            found.add(stem)
+            kept.add(stem)
             yield name, data
 
 
@@ -239,13 +239,13 @@ def _stem(name: str) -> str:
     return COCO.sub("", (base.rsplit(".", 1)[0] if _is_image(base) else base).casefold())
 
 
-def table(result: dict[str, Any]) -> str:
+def overlap_table(result: dict[str, Any]) -> str:
     """Markdown: how many test images are in the corpus, by how sure that is."""
-    whole, rows, seen = result["images"], [["test images in the corpus", "images", "%"]], 0
-    rows.append(["the same bytes", str(result["same_bytes"]), percent(result["same_bytes"] / whole)])
+    total, rows, within = result["images"], [["test images in the corpus", "images", "%"]], 0
+    rows.append(["the same bytes", str(result["same_bytes"]), percent(result["same_bytes"] / total)])
     for bits, count in result["by_distance"].items():
-        seen += count
-        rows.append([f"perceptual hash at most {bits} of 64 bits away", str(seen), percent(seen / whole)])
+        within += count
+        rows.append([f"perceptual hash at most {bits} of 64 bits away", str(within), percent(within / total)])
     return markdown_table(rows)
 
 
@@ -265,30 +265,30 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--distance", type=int, default=6, help="bits of 64 that may differ (default 6)")
     parser.add_argument("--json", type=Path, help="write all figures, and each pair, into this file")
-    given = parser.parse_args(arguments)
-    if not 0 <= given.distance <= 32:
-        raise UserError(f"--distance {given.distance}: give a number from 0 to 32")
-    check_writable(given.json)
-    source = open_corpus(given.corpus)
+    args = parser.parse_args(arguments)
+    if not 0 <= args.distance <= 32:
+        raise UserError(f"--distance {args.distance}: give a number from 0 to 32")
+    check_writable(args.json)
+    source = open_corpus(args.corpus)
     processes = len(os.sched_getaffinity(0))
-    names = set().union(*map(read_names, given.names))
-    found: set[str] = set()
-    test, bad_test = hash_images(_keep(read_images(given.data), names, found), processes)
+    names = set().union(*map(read_names, args.names))
+    kept: set[str] = set()
+    test, bad_test = hash_images(_keep(read_images(args.data), names, kept), processes)
     if not test.names:
         why = f"none of its {bad_test} images decodes" if bad_test else "no image in it"
-        raise UserError(f"{given.data}: {why}{' that --names names' if names and not bad_test else ''}")
-    missing = sorted(names - found)
+        raise UserError(f"{args.data}: {why}{' that --names names' if names and not bad_test else ''}")
+    missing = sorted(names - kept)
     corpus, bad_corpus = hash_images(read_source(source), processes)
     result = {
-        "corpus": str(given.corpus),
-        "data": str(given.data),
+        "corpus": str(args.corpus),
+        "data": str(args.data),
         "corpus_images": len(corpus.names),
         "undecodable": {"corpus": bad_corpus, "data": bad_test},
         "missing": missing,
         **provenance(torch.device("cpu")),
-        **count_overlap(corpus, test, given.distance),
+        **count_overlap(corpus, test, args.distance),
     }
-    print(table(result))
+    print(overlap_table(result))
     print(
         f"{result['images']} test images, {result['corpus_images']} of the corpus; {bad_test} and "
         f"{bad_corpus} do not decode; {result['flat']} test images are all but one colour and are compared "
@@ -296,13 +296,13 @@ def main(arguments: Sequence[str]) -> int:
     )
     if missing:
         print(
-            f"{len(missing)} of {len(names)} images that --names names are not in {given.data} and are not "
+            f"{len(missing)} of {len(names)} images that --names names are not in {args.data} and are not "
             f"counted, such as {missing[0]}"
         )
     for pair in result["pairs"][:5]:
         apart = "same bytes" if pair["same_bytes"] else f"{pair['distance']} bits"
         print(f"  {pair['test']} = {pair['corpus']} ({apart})")
-    if given.json:
-        write_json(given.json, result)
-        print(f"every pair: {given.json}")
+    if args.json:
+        write_json(args.json, result)
+        print(f"every pair: {args.json}")
     return 0
