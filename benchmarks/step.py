@@ -138,7 +138,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def deviation(self, variants: list[str]) -> dict[str, float]:
-        """How far the others' terms and gradients are from the first's: the largest relative error of a term,
+        """Compare the others' terms and gradients with the first's: the largest relative error of a term,
         and of a parameter's gradient (norm of the difference by norm)."""
         _, ours = self.step(variants[0])
         gradients = {name: p.grad for name, p in self.model.named_parameters()}

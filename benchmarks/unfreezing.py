@@ -1,4 +1,4 @@
-"""What scheduled unfreezing saves in its early epochs: seconds of a fine-tuning step by how many layers are
+"""Savings of scheduled unfreezing in its early epochs: seconds of a fine-tuning step by how many layers are
 trained.
 
     python -m benchmarks.unfreezing [--steps 12]

@@ -265,7 +265,7 @@ def test_multi30k_lines_are_paired_with_images(tmp_path):
     two = list(captions.read_multi30k(tmp_path / "raw" / "val.?.de.gz", "../splits/val.txt"))
     assert two == [Captioned("1.jpg", ("eins 1", "eins 2")), Captioned("2.jpg", ("zwei 1", "zwei 2"))]
     (tmp_path / "splits" / "val.txt").write_text("1.jpg\n")
-    with pytest.raises(UserError, match="2 captions for the 1 pictures"):
+    with pytest.raises(UserError, match="2 captions for the 1 images"):
         list(captions.read_multi30k(tmp_path / "raw" / "val.1.de.gz", "../splits/val.txt"))
 
 

@@ -48,6 +48,7 @@ BOXES = "Last Resort"  # a font that has a box for every character
 def layer_weights(attention: Attention, x: Tensor, key_value: Tensor, plan: Plan) -> Tensor:
     """Compute the weights that `attention(x, key_value, plan)` gives its values: (R, h, S), float32 or finer.
     All rows have S keys."""
+    # all texts look at the same image, so the plan has one bucket: n rows of q queries over s keys, padded
     (n, q, s), *others = plan.buckets
     assert not others and not plan.causal, "rows with different numbers of keys"
     h, e = attention.heads, x.shape[1] // attention.heads
@@ -64,7 +65,8 @@ def layer_weights(attention: Attention, x: Tensor, key_value: Tensor, plan: Plan
 def attention_weights(backbone: UnifiedModel, text: Ragged, image: Ragged) -> Tensor:
     """Compute the weights (l, T, h, S) of all tokens of `text` (ids, n rows) on one image's states, on the
     CPU."""
-    rows = text.lengths.argsort(stable=True)  # the order in which the encoder runs them
+    # the encoder runs rows by their lengths, so hooks see them in this order; undone by the last line
+    rows = text.lengths.argsort(stable=True)
     tokens, sorted_text = text.token_index(rows), text.select_rows(rows)
     blocks = backbone.fusion.blocks
     recorded: list[list[Tensor]] = [[] for _ in blocks]
@@ -117,6 +119,7 @@ def to_grid(weights: np.ndarray, windows: int = 0) -> np.ndarray:
     side = math.isqrt(patches.shape[-1])
     assert side * side == patches.shape[-1], "an image's patches are a square"
     shares = patches / patches.sum(-1, keepdims=True)
+    # windows are squares of patches: (across, across, side, side) -> rows of patches over the whole image
     if windows:
         across = math.isqrt(windows)
         cells = shares.reshape(*shares.shape[:-1], across, across, side // across, side // across)
@@ -128,6 +131,7 @@ def quadrant_shares(grid: np.ndarray) -> np.ndarray:
     """(..., g, g) -> (..., 4): what falls into top left, top right, bottom left, bottom right; patches on a
     middle line, where g is odd, fall into both sides alike."""
     g = grid.shape[-1]
+    # each patch as 2 x 2, so that an odd g has a middle line to cut at
     fine = grid.repeat(2, -1).repeat(2, -2) / 4
     return fine.reshape(*grid.shape[:-2], 2, g, 2, g).sum((-3, -1)).reshape(*grid.shape[:-2], 4)
 

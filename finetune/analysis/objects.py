@@ -1,9 +1,9 @@
-"""Where objects stand in pictures, and the items that name them.
+"""Find where objects stand in images, and the items that name them.
 
 Of emoji scenes an object's states are those of the patches that its box covers, each by how much of it. Of
-region features they are the regions that are called so, where each of a picture's regions has a name.
+region features they are the regions that are called so, where each of an image's regions has a name.
 
-Shape legend: S states of a picture: regions, or CLS states, then M patches, g x g.
+Shape legend: S states of an image: regions, or CLS states, then M patches, g x g.
 """
 
 from collections import Counter, defaultdict
@@ -61,6 +61,7 @@ def find_patches(backbone: Backbone, image: Tensor) -> np.ndarray:
 def box_weights(cells: np.ndarray, left: float, top: float, size: float) -> np.ndarray:
     """Weigh each state by how much of its patch a square box covers: (S, g, g) -> (S,), 1 in all. The box is
     in shares of the image's side."""
+    # the overlap of the box with each patch, by rows and by columns
     edges = np.linspace(0, 1, cells.shape[-1] + 1)
     rows, columns = (
         np.clip(np.minimum(edges[1:], low + size) - np.maximum(edges[:-1], low), 0, None)

@@ -86,6 +86,7 @@ def read_parallel(
     Of retrieval, an item is an image with its first caption in each language, and its id is the image's.
     `item_id`: the id of the only item that counts. Memory grows with `limit`, and by an integer an item.
     """
+    # two passes: the first keeps a hash an item, the second the few items that are compared
     counts: dict[str, int] = {}
     common: set[int] | None = None
     for code in languages:
@@ -122,7 +123,8 @@ def token_spans(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
     if tokenizer.path.suffix == ".json":
         return model.encode(text, add_special_tokens=False).offsets
     pieces = model.encode(text, return_type="proto").pieces
-    place = [0]  # of each byte; the library counts these
+    # SentencePiece counts bytes: the letter that each byte belongs to
+    place = [0]
     for i, letter in enumerate(text):
         place += [i] * (len(letter.encode()) - 1) + [i + 1]
     return [(place[piece.begin], place[piece.end]) for piece in pieces]
@@ -145,8 +147,8 @@ def find_tokens(tokenizer: Tokenizer, text: str, span: tuple[int, int], length: 
     start, end = span
     plain = tokenizer.without_prompt
     prompt = len(tokenizer.encode([text])[0]) - len(plain.encode([text])[0])
-    found = [prompt + i for i, (a, b) in enumerate(token_spans(tokenizer, text)) if a < end and b > start]
-    return [i + 1 for i in found if i < length - 2]
+    tokens = [prompt + i for i, (a, b) in enumerate(token_spans(tokenizer, text)) if a < end and b > start]
+    return [i + 1 for i in tokens if i < length - 2]
 
 
 def find_word(word: str, text: str) -> tuple[int, int] | None:

@@ -69,7 +69,8 @@ def compare_states(states: Tensor) -> tuple[np.ndarray, float | None]:
     matrix = torch.einsum("aid,bid->ab", states, states) / n
     if n < 2:
         return matrix.numpy(), None
-    every = states.sum((0, 1)).square().sum()  # of all pairs; those of one item are taken off
+    # the sum over all pairs is the square of the sum; pairs of one item are taken off: no (L n)^2 matrix
+    every = states.sum((0, 1)).square().sum()
     same_item = states.sum(0).square().sum()
     return matrix.numpy(), float((every - same_item) / (languages**2 * n * (n - 1)))
 
@@ -125,14 +126,15 @@ def draw_similarity(values: dict[str, Any], title: str, measure: str, states: st
     points = {
         code: (100 * near[code], 100 * values["score"][code]) for code in near if code in values["score"]
     }
+    # neighbours have their names above and below by turns
     for i, (code, (x, y)) in enumerate(sorted(points.items(), key=lambda point: point[1])):
         right.scatter(x, y, color="tab:blue", s=18)
         right.annotate(
             code, (x, y), (3, 3 if i % 2 else -10), textcoords="offset points", fontsize=8
         )  # neighbours apart
-    found = "not defined" if values["pearson"] is None else f"{values['pearson']:.2f}"
+    pearson = "not defined" if values["pearson"] is None else f"{values['pearson']:.2f}"
     right.set_title(
-        f"similarity and zero-shot transfer\nPearson's r over {_count(points, 'language')}: {found}",
+        f"similarity and zero-shot transfer\nPearson's r over {_count(points, 'language')}: {pearson}",
         fontsize=9,
     )
     right.set(xlabel=f"{states} similarity to English, cosine × 100", ylabel=f"{measure}, %")

@@ -1,17 +1,17 @@
-"""Words and regions of a few objects in one picture: a point a state, like ones near each other (paper 3,
+"""Words and regions of a few objects in one figure: a point a state, like ones near each other (paper 3,
 figure 3).
 
-A word names an object of its item's picture, in each language: the mean of its tokens' states after the last
-layer. A region is where such an object stands (`objects`): the mean of the picture's states there, by their
+A word names an object of its item's image, in each language: the mean of its tokens' states after the last
+layer. A region is where such an object stands (`objects`): the mean of the image's states there, by their
 weights.
 
-In single-stream backbones, and with fusion=entangled, pictures pass the last layer in one row with words; a
+In single-stream backbones, and with fusion=entangled, images pass the last layer in one row with words; a
 region is taken from the row of the first language. With cross-attention they do not: texts alone have unified
 states. A region is then what the last unified layer's cross-attention adds to a word that looks there alone,
 that is the image encoder's state, mapped to values and by the output. In that sum the two are comparable;
 before it they share no space.
 
-Shape legend: T tokens, S states of a picture, p words, r regions, d width.
+Shape legend: T tokens, S states of an image, p words, r regions, d width.
 """
 
 import csv
@@ -65,7 +65,7 @@ def collect_states(
     assert isinstance(backbone, FusionBackbone), "it reads texts together with images"
     classes = {mention.label for mention in mentions}
     images: set[str] = set()
-    found: list[tuple[Point, Tensor]] = []
+    pairs: list[tuple[Point, Tensor]] = []
     for start in range(0, len(mentions), BATCH):
         batch, memory = mentions[start : start + BATCH], None
         for language, code in enumerate(languages):
@@ -89,15 +89,15 @@ def collect_states(
                 tokens = find_tokens(tokenizer, example.texts[-1], span, length) if span else []
                 if tokens:  # else cut off behind `length` tokens
                     point = Point(mention.label, code, example.id, mention.image)
-                    found.append((point, words[tokens].mean(0)))
+                    pairs.append((point, words[tokens].mean(0)))
                 if mention.image in images:
                     continue
                 images.add(mention.image)
                 for label in sorted(classes & weights[mention.image].keys()):
                     share = torch.from_numpy(weights[mention.image][label]).float()
                     region = row[-len(share) :] if backbone.is_text_first else row[: len(share)]
-                    found.append((Point(label, "", mention.image, mention.image), share @ region))
-    points, states = zip(*found, strict=True)
+                    pairs.append((Point(label, "", mention.image, mention.image), share @ region))
+    points, states = zip(*pairs, strict=True)
     require_finite("states of words and regions", torch.stack(states))
     return list(points), torch.stack(states).numpy()
 
@@ -114,7 +114,8 @@ def nearest_region_shares(points: Sequence[Point], states: np.ndarray) -> dict[s
         np.array([getattr(p, name) for p in points]) for name in ("label", "language", "image")
     )
     word, region = np.flatnonzero(language != ""), np.flatnonzero(language == "")
-    others = image[word, None] != image[region]  # (p, r)
+    # (p, r): a word has seen the regions of its own image, which tell nothing of others
+    others = image[word, None] != image[region]
     own = (label[word, None] == label[region]) & others
     best = np.where(others, units[word] @ units[region].T, -np.inf).argmax(1)
     hit, chance = own[np.arange(len(word)), best], own.sum(1) / others.sum(1)
@@ -137,7 +138,8 @@ def project(states: np.ndarray) -> np.ndarray:
         manifold = require("sklearn.manifold", "analysis")
     except UserError as e:
         raise Inapplicable(str(e)) from None  # the other figures do without
-    perplexity = min(30.0, (len(states) - 1) / 3)  # neighbours that a point is to keep: fewer than there are
+    # neighbours that a point is to keep: fewer than there are points
+    perplexity = min(30.0, (len(states) - 1) / 3)
     return manifold.TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=0).fit_transform(
         states
     )

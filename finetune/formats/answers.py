@@ -32,12 +32,12 @@ UNLABELLED = "-"  # annotators did not agree
 def read_gqa(path: Path) -> Iterator[Example]:
     """{question id: {question, answer, imageId, types: {structural}}}, or [{question_id, sent, img_id, label:
     {answer: score}}]."""
-    listed = first_character(path) == "["
+    is_list = first_character(path) == "["
     for key, record in stream_members(path):
-        where = f"{path}, {'item' if listed else 'question'} {key}"
+        where = f"{path}, {'item' if is_list else 'question'} {key}"
         if not isinstance(record, dict):
             raise UserError(f"{where}: wanted an object, found {type(record).__name__}")
-        if listed:
+        if is_list:
             labels = get_field(record, "label", dict, where) if "label" in record else {}
             text, image = get_field(record, "sent", str, where), get_field(record, "img_id", str, where)
             number = get_field(record, "question_id", (str, int), where)
@@ -58,23 +58,23 @@ def read_vqa_v2(path: Path, annotations: str) -> Iterator[Example]:
     An answer that n of ten people gave scores min(1, n / 3): the common form of VQA's measure, without its
     average over the ten subsets of nine.
     """
-    given, waiting = stream_list(path.parent / annotations, "annotations"), {}
+    pending: dict[int, tuple[dict[str, float], str]] = {}  # annotations read ahead, by question
+    annotation_stream = stream_list(path.parent / annotations, "annotations")
     for where, record in stream_list(path, "questions"):
         number, image = (
             get_field(record, "question_id", int, where),
             get_field(record, "image_id", int, where),
         )
-        while number not in waiting:  # both files are in the same order as they come: nothing waits long
-            there, found = next(given, (where, None))
-            if found is None:
+        # both files are in the same order as they come: nothing is pending long
+        while number not in pending:
+            source, annotation = next(annotation_stream, (where, None))
+            if annotation is None:
                 raise UserError(
                     f"{where}: question {number} has no annotation in {path.parent / annotations}"
                 )
-            waiting[get_field(found, "question_id", int, there)] = (
-                _scores(found, there),
-                found.get("answer_type", ""),
-            )
-        scores, kind = waiting.pop(number)
+            scores, kind = _scores(annotation, source), annotation.get("answer_type", "")
+            pending[get_field(annotation, "question_id", int, source)] = (scores, kind)
+        scores, kind = pending.pop(number)
         yield Example(
             str(number), (get_field(record, "question", str, where),), (f"{image:012d}",), scores, kind
         )
@@ -113,15 +113,16 @@ def read_fm_iqa(path: Path, split: str) -> Iterator[Example]:
 
 
 def read_cvil(path: Path, language: str, answers: str, translations: str = "") -> Iterator[Example]:
-    """JSON lines {en, hi, ja, an: answer numbers, s: scores, img_id, q_id, o: tags of the picture, joined by
+    """JSON lines {en, hi, ja, an: answer numbers, s: scores, img_id, q_id, o: tags of the image, joined by
     ";"}; the numbers are places in `answers`.
 
     translations: a JSON list, what each of these is in the language of the classes. Answers with one
         translation are one class then (cViL's Hindi: 2,912 of 3,129), which scores what they score together,
         1 at most.
     """
+    # several answers with one translation become one class
     names = read_answers(path.parent / answers)
-    classes = _translated(path.parent / translations, names) if translations else names
+    classes = _translations(path.parent / translations, names) if translations else names
     for where, record in stream_jsonl(path):
         numbers, scores = get_field(record, "an", list, where), get_field(record, "s", list, where)
         if len(numbers) != len(scores) or any(not 0 <= n < len(names) for n in numbers):
@@ -145,8 +146,8 @@ def read_cvil(path: Path, language: str, answers: str, translations: str = "") -
         )
 
 
-def _translated(path: Path, names: tuple[str, ...]) -> list[str]:
-    """What each of `names` is called in `path`."""
+def _translations(path: Path, names: tuple[str, ...]) -> list[str]:
+    """Read the translations of `names`."""
     try:
         values = read_json(path)
     except (OSError, ValueError) as e:
@@ -161,7 +162,7 @@ def _translated(path: Path, names: tuple[str, ...]) -> list[str]:
 
 
 def read_xvnli(path: Path) -> Iterator[Example]:
-    """JSON lines {gold_label, sentence2, pairID, Flikr30kID [sic]}: the picture is the premise."""
+    """JSON lines {gold_label, sentence2, pairID, Flikr30kID [sic]}: the image is the premise."""
     for where, record in stream_jsonl(path):
         image = get_field(record, "Flikr30kID", str, where)
         hypothesis, number = (
@@ -225,8 +226,8 @@ def _table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def read_nlvr2(path: Path) -> Iterator[Example]:
-    """JSON lines {sentence, identifier, label, left_url, right_url}; identifier "dev-12-0-1" has the pictures
-    dev-12-0-img0 and -img1. The addresses tell which of these are one picture, and may be missing."""
+    """JSON lines {sentence, identifier, label, left_url, right_url}; identifier "dev-12-0-1" has the images
+    dev-12-0-img0 and -img1. The addresses tell which of these are one image, and may be missing."""
     for where, record in stream_jsonl(path):
         sentence, identifier = (
             get_field(record, "sentence", str, where),
@@ -249,7 +250,7 @@ def read_nlvr2(path: Path) -> Iterator[Example]:
 
 
 def read_marvl(path: Path, language: str = "") -> Iterator[Example]:
-    """JSON lines {caption, left_img, right_img, id, chapter, label}; broken down by chapter. Pictures of
+    """JSON lines {caption, left_img, right_img, id, chapter, label}; broken down by chapter. Images of
     several languages have the same names: with `language`, each is looked for in the folder of this
     language."""
     for where, record in stream_jsonl(path):
@@ -300,16 +301,19 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants {module}.{name}, and only plain values are read")
 
 
-def check_labels(ours: Sequence[str], theirs: Sequence[str], where: str) -> None:
+def check_labels(task_labels: Sequence[str], stored: Sequence[str], where: str) -> None:
     """Classes are compared by name: public code numbers entailment 1 or 2.
 
     Raises:
         UserError: other labels, or another order; both are named.
     """
-    if tuple(ours) != tuple(theirs):
-        what = "the same labels in another order" if sorted(ours) == sorted(theirs) else "other labels"
-        raise UserError(f"{where}: {what}: [{_some(theirs)}] there, [{_some(ours)}] in this task")
+    if tuple(task_labels) != tuple(stored):
+        same = sorted(task_labels) == sorted(stored)
+        difference = "the same labels in another order" if same else "other labels"
+        raise UserError(
+            f"{where}: {difference}: [{_shorten(stored)}] there, [{_shorten(task_labels)}] in this task"
+        )
 
 
-def _some(labels: Sequence[str]) -> str:
+def _shorten(labels: Sequence[str]) -> str:
     return ", ".join(labels) if len(labels) <= 6 else f"{', '.join(labels[:5])}, ... ({len(labels)})"

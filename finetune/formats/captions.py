@@ -1,4 +1,4 @@
-"""Pictures with captions."""
+"""Read images with captions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ def read_flickr(path: Path, sentences: str = "all", empty: str = "") -> Iterator
 
 
 def read_wit(path: Path) -> Iterator[Captioned]:
-    """JSON lines {wit_ix, caption_reference_description}: WIT as IGLUE has it; pictures are called by their
+    """JSON lines {wit_ix, caption_reference_description}: WIT as IGLUE has it; images are called by their
     wit_ix."""
     for where, record in stream_jsonl(path):
         caption = get_field(record, "caption_reference_description", str, where)
@@ -36,17 +36,17 @@ def read_wit(path: Path) -> Iterator[Captioned]:
 
 def read_multi30k(path: Path, images: str) -> Iterator[Captioned]:
     """A caption a line; `images`, a path from the captions' folder ("A|B": B where A is not there), has the
-    file name of each line's picture. Multi30K's task 1; its task 2 is five such files, joined by writing "?"
+    file name of each line's image. Multi30K's task 1; its task 2 is five such files, joined by writing "?"
     in place of their number."""
     paths = sorted(path.parent.glob(path.name)) if "?" in path.name else [path]
     if not paths:
         raise UserError(f"{path}: no such files")
-    listed = _beside(path, images)
-    names = [line for _, line in stream_lines(listed)]
+    name_file = _beside(path, images)
+    names = [line for _, line in stream_lines(name_file)]
     columns = [[line for _, line in stream_lines(p)] for p in paths]
     for p, column in zip(paths, columns, strict=True):
         if len(column) != len(names):
-            raise UserError(f"{p}: {len(column)} captions for the {len(names)} pictures of {listed}")
+            raise UserError(f"{p}: {len(column)} captions for the {len(names)} images of {name_file}")
     for name, *texts in zip(names, *columns, strict=True):
         yield Captioned(name, tuple(texts))
 
@@ -55,8 +55,9 @@ XTD_PARTS = {"train": slice(0, 50), "dev": slice(50, 100), "test": slice(100, No
 
 
 def read_xtd(path: Path, images: str, part: str) -> Iterator[Captioned]:
-    """As `read_multi30k`, but only the pictures of a part: the first 50, the next 50 or the others in the
+    """As `read_multi30k`, but only the images of a part: the first 50, the next 50 or the others in the
     order that paper 4's public code draws (`torch.randperm` after seed 42)."""
+    # the draw of paper 4's public code, so that its test set is ours
     items = list(read_multi30k(path, images))
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(42)).tolist()
     yield from (items[i] for i in order[XTD_PARTS[part]])
@@ -83,7 +84,7 @@ def _beside(path: Path, names: str) -> Path:
 
 
 def read_coco(path: Path, images: str, split: str, more: str = "") -> Iterator[Captioned]:
-    """COCO's form (STAIR): {images: [{id, file_name}], annotations: [{image_id, caption}]}; only pictures
+    """COCO's form (STAIR): {images: [{id, file_name}], annotations: [{image_id, caption}]}; only images
     that Karpathy's file `images` has in `split`. `more`: a second such file, as `images` a path from this
     one's folder: what Karpathy trains on comes from two."""
     wanted = {Path(item.image).stem for item in read_karpathy(path.parent / images, split)}
@@ -104,7 +105,7 @@ def read_coco(path: Path, images: str, split: str, more: str = "") -> Iterator[C
 
 
 def read_coco_cn(path: Path, images: str) -> Iterator[Captioned]:
-    """COCO-CN: "COCO_val2014_000000042196#0<TAB>caption" a line; only pictures that the list `images` has."""
+    """COCO-CN: "COCO_val2014_000000042196#0<TAB>caption" a line; only images that the list `images` has."""
     wanted = {line for _, line in stream_lines(path.parent / images)}
     captions: dict[str, list[str]] = {}
     for where, line in stream_lines(path):

@@ -114,6 +114,7 @@ def open_images(path: Path | str) -> ImageStore:
         found = (ImageFile(name, str(path), offset, size) for name, (offset, size) in members)
     else:
         raise UserError(f"{path}: neither a folder nor a .tar of images; give it with images=")
+    # names are compared without folder and ending; two in one folder could not be told apart later
     files: dict[str, list[ImageFile]] = {}
     for image in found:
         if image.path.lower().endswith(SUFFIXES):

@@ -140,9 +140,8 @@ class _H5(_KeyedStore):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self._handle: tuple[int, Any] | None = (
-            None  # (process, open file): an H5 file does not survive a fork
-        )
+        # (process, open file): an H5 file does not survive a fork
+        self._handle: tuple[int, Any] | None = None
 
     def handle(self) -> Any:
         import h5py
@@ -184,6 +183,7 @@ class _FlatH5(_H5):
                 f"{path}: {len(ids)} values of image_id, but other datasets have more or fewer rows"
             )
         self.rows, self.boxes = {stem(name): row for row, name in enumerate(ids)}, boxes
+        # the right and bottom ends of the boxes tell which of `wh` is the width
         reach = file[boxes][: self.CHECKED].reshape(-1, file[boxes].shape[1], 4)[..., 2:].max(1)
         sizes = file["wh"][: self.CHECKED].reshape(-1, 2)
         finite = np.isfinite(reach).all(1) & np.isfinite(sizes).all(1)
@@ -313,6 +313,7 @@ def _environment(path: Path) -> Any:
     a fork."""
     import lmdb
 
+    # opened again in each process: workers fork after the first has opened it
     process, environment = _ENVIRONMENTS.get(path, (None, None))
     if process != os.getpid():
         if environment is not None:
@@ -323,7 +324,7 @@ def _environment(path: Path) -> Any:
 
 
 def _is_flat(path: Path) -> bool:
-    """Whether an H5 file holds M3P's arrays over all pictures, and not a group for each."""
+    """Tell whether an H5 file holds M3P's arrays over all images, and not a group for each."""
     import h5py
 
     with h5py.File(path, "r") as file:

@@ -71,6 +71,7 @@ def read_training_captions(language: str) -> dict[str, Caption]:
         keywords = tuple(word for word in keywords if word.casefold() not in names)
         return () if frozenset(keywords) in lists else keywords
 
+    # by hash: neighbours in Unicode are alike, and a lane of training owns a slice of the order
     training = (key for key in sorted(captions, key=stable_hash) if not is_held_out(key))
     return {key: Caption(captions[key].name, trim(captions[key].keywords)) for key in training}
 
@@ -105,6 +106,8 @@ def align(left: list[str], right: list[str]) -> list[tuple[str, str]]:
     They match when there are as many on both sides and each pair's lengths stand in about the ratio of the
     whole.
     """
+    # languages differ in length, so each pair is held against the ratio of the whole; short parts vary too
+    # much
     ratio = sum(map(len, left)) / sum(map(len, right))
     if len(left) == len(right) and all(
         1 / LENGTH_RATIO < len(a) / len(b) / ratio < LENGTH_RATIO or len(a) + len(b) < 40

@@ -148,6 +148,7 @@ def write_captions(data: Path, folder: Path, keys: list[str]) -> None:
         for kind in ("annotationsDerived", "annotations")
     }
     for language in LANGUAGES:
+        # later annotations overwrite earlier ones: the base after the derived
         notes: dict[str, dict] = {}
         for kind, files in kinds.items():
             found = json.loads(files[f"{kind}/{language}/annotations.json"])[kind]["annotations"]

@@ -31,6 +31,7 @@ def make_sentencepiece(pieces: list[str], scores: np.ndarray) -> bytes:
     """Make the file `sentencepiece.bpe.model` of `pieces` (fairseq's order, specials included): `<unk> <s>
     </s>`, then the ordinary pieces, each one below the id that `raylib.text.Tokenizer` gives it."""
     kinds = pb2.ModelProto.SentencePiece
+    # a compiled normaliser can only be had from training: train on anything, then replace the pieces
     model = _train_tiny()
     del model.pieces[:]
     for piece, kind in (("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)):
@@ -48,6 +49,7 @@ def find_used_pieces(pieces: list[str], scores: np.ndarray, texts: Collection[st
     model = sentencepiece.SentencePieceProcessor(model_proto=make_sentencepiece(pieces, scores))
     # in the file a piece is one lower, an unknown one 0
     used = {number + 1 for ids in model.encode(list(texts), num_threads=1) for number in ids if number}
+    # pieces of one character spell whatever else is written in these scripts
     characters = {SPACE}.union(*(pieces[number] for number in used))
     used.update(number for number, piece in enumerate(pieces) if piece in characters)
     used.add(FIRST + int(np.argmin(scores[FIRST:-1])))

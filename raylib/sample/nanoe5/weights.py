@@ -94,6 +94,7 @@ def read_model(path: Path) -> Model:
 
 def dequantise(blocks: np.ndarray) -> np.ndarray:
     """Q4_0 blocks (..., b) -> float32 weights (..., 32 b)."""
+    # low halves of the 16 bytes are weights 0 ... 15, high halves 16 ... 31
     bits = blocks["bits"].astype(np.int8)
     quants = np.concatenate([bits & 15, (bits >> 4) & 15], -1) - np.int8(8)
     weights = quants * blocks["scale"].astype(np.float32)[..., None]
@@ -114,6 +115,7 @@ def name_tensors(model: Model, kept: np.ndarray, path: Path) -> dict[str, torch.
     for short, (name, shape) in names.items():
         values = model.tensors[short]
         quantised = values.dtype.names is not None
+        # `values` counts blocks where it is quantised
         width = WEIGHTS if quantised else 1
         if len(values) * width != np.prod(shape) or shape[-1] % width:
             raise UserError(

@@ -91,6 +91,7 @@ def fill_template(
     filled = dict(slots)
     if position is not None:
         filled["P"] = read_templates()["positions"][language][position]
+    # Korean particles depend on the word before, and "or" in Spanish on the word behind
     if language == "ko":
         filled |= {
             slot + suffix: _particle(word, suffix) for slot, word in slots.items() for suffix in PARTICLES

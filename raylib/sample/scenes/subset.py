@@ -45,23 +45,21 @@ def cut_wordnet(source: Path, out: Path, senses: Iterable[str], lemmas: Iterable
     header_index, lines = _read(source / "index.noun")
     index = {line.split(" ", 1)[0]: line.split() for line in lines}
     kept: set[str] = set()
-    wanted = [offset for lemma in lemmas for offset in _offsets(index[lemma])]
+    pending = [offset for lemma in lemmas for offset in _offsets(index[lemma])]
     for sense in senses:
         lemma, _, number = sense.rsplit(".", 2)
-        wanted.append(_offsets(index[lemma])[int(number) - 1])
-    while wanted:
-        offset = wanted.pop()
+        pending.append(_offsets(index[lemma])[int(number) - 1])
+    while pending:
+        offset = pending.pop()
         if offset not in kept:
             kept.add(offset)
-            wanted += [p[1] for p in synsets[offset][1] if p[0] in ABOVE]
-    moved, data, position = {}, [], len(header.encode())
-    for offset in sorted(
-        kept
-    ):  # offsets are eight digits before and after: lengths do not change when they do
+            pending += [p[1] for p in synsets[offset][1] if p[0] in ABOVE]
+    # offsets are eight digits before and after: lengths do not change when they do
+    moved, position = {}, len(header.encode())
+    for offset in sorted(kept):
         moved[offset] = f"{position:08d}"
         position += len(_format(synsets[offset], kept).encode())
-    for offset in sorted(kept):
-        data.append(moved[offset] + _format(synsets[offset], kept, moved)[8:])
+    data = "".join(moved[offset] + _format(synsets[offset], kept, moved)[8:] for offset in sorted(kept))
     entries = [
         _entry(fields, synsets, kept, moved)
         for fields in index.values()
@@ -70,14 +68,12 @@ def cut_wordnet(source: Path, out: Path, senses: Iterable[str], lemmas: Iterable
     known = {entry.split(" ", 1)[0] for entry in entries}
     exceptions = (source / "noun.exc").read_text(encoding="utf-8").splitlines(keepends=True)
     out.mkdir(exist_ok=True)
-    for part in PARTS:
-        noun = part == "noun"
-        _write(out / f"data.{part}", header + "".join(data if noun else ()))
-        _write(out / f"index.{part}", header_index + "".join(entries if noun else ()))
-        _write(
-            out / f"{part}.exc",
-            "".join(line for line in exceptions if noun and known.intersection(line.split()[1:])),
-        )
+    kept_exceptions = "".join(line for line in exceptions if known.intersection(line.split()[1:]))
+    for part in PARTS:  # only nouns are kept; readers want the files of the other parts of speech too
+        is_noun = part == "noun"
+        _write(out / f"data.{part}", header + (data if is_noun else ""))
+        _write(out / f"index.{part}", header_index + ("".join(entries) if is_noun else ""))
+        _write(out / f"{part}.exc", kept_exceptions if is_noun else "")
     names = enumerate(LEXICOGRAPHER.split())
     _write(out / "lexnames", "".join(f"{i:02d}\t{name}\t{PARTS[name.split('.')[0]]}\n" for i, name in names))
 

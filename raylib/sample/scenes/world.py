@@ -128,6 +128,7 @@ def ask_question(scene: Scene, kind: str, dice: Dice) -> Statement | None:
             return None
         pair = [dice.pick(large), dice.pick(small)]
         return Statement("compare", tuple(dice.order(pair)), pair[0], kind)
+    # a place, or what stands to the right of something
     rows = {p.quadrant: name for name, p in scene.objects}
     left = [q for q in (0, 2) if q in rows and q + 1 in rows]
     if left and dice.uniform() < 0.5:
@@ -144,6 +145,7 @@ def _logical(scene: Scene, names: list[str], other: str, yes: bool, dice: Dice) 
         return Statement("and", tuple(dice.order(pair)), answer, "logical")
     if yes:
         return Statement("or", tuple(dice.order([names[0], other])), answer, "logical")
+    # two absent things, not one of them twice by another name
     another = other
     while another in related_labels(other):
         another = pick_absent(scene, dice)
@@ -178,6 +180,7 @@ def make_claim(scene: Scene, relation: str, dice: Dice) -> Statement:
         if present
         else [n for n in read_labels() if not any(n in related_labels(other) for other in scene.names)]
     )
+    # most claims name something below another label, as neutral ones do: the name must not tell the relation
     low = [name for name in pool if read_labels()[name].ancestors]
     name = dice.pick(low if low and dice.uniform() < 0.9 else pool)
     return Statement("s_has" if positive else "s_not", (name,), relation)
