@@ -45,8 +45,8 @@ _user_sources: dict[str, "UserSource"] = {}  # by module
 
 
 def override(config: ConfigT, assignments: list[str]) -> ConfigT:
-    """A copy of `config` with each "path=value" applied. Values are JSON (`3`, `true`, `null`, `[0.5, 1]`),
-    else text.
+    """Return a copy of `config` with each "path=value" applied. Values are JSON (`3`, `true`, `null`, `[0.5,
+    1]`), else text.
 
     Raises:
         UserError: not of the form path=value, unknown path (names the near matches), or a value of the wrong
@@ -62,7 +62,7 @@ def override(config: ConfigT, assignments: list[str]) -> ConfigT:
 
 
 def change_settings(config: ConfigT, changes: Mapping[str, Any], where: str = "settings") -> ConfigT:
-    """A copy of `config` with the value of each dotted path in place.
+    """Return a copy of `config` with the value of each dotted path in place.
 
     Raises:
         UserError: as of `override`, told of `where`.
@@ -84,7 +84,7 @@ def change_settings(config: ConfigT, changes: Mapping[str, Any], where: str = "s
 
 
 def validate(cls: type[ConfigT], values: dict[str, Any], where: str) -> ConfigT:
-    """`cls` from plain values; what pydantic finds wrong becomes one `UserError` line."""
+    """Make a `cls` of plain values; what pydantic finds wrong becomes one `UserError` line."""
     try:
         return cls.model_validate(values)
     except ValidationError as e:
@@ -98,7 +98,7 @@ def validate(cls: type[ConfigT], values: dict[str, Any], where: str) -> ConfigT:
 
 
 def load_config(cls: type[ConfigT], path: Path) -> ConfigT:
-    """A config from the JSON file that `save_config` wrote, or from a YAML one."""
+    """Read a config from the JSON file that `save_config` wrote, or from a YAML one."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -120,13 +120,13 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def dump_config(config: Config) -> str:
-    """`config` as readable JSON, every default resolved."""
+    """Return `config` as readable JSON, every default resolved."""
     return json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False)
 
 
 @cache
 def setting_paths(cls: type[Config]) -> list[str]:
-    """Every dotted path that a config of this class can have, those of parts that may be off too."""
+    """List every dotted path that a config of this class can have, those of parts that may be off too."""
     found = []
     for name, field in cls.model_fields.items():
         found.append(name)
@@ -223,14 +223,19 @@ def without_settings(values: dict[str, Any], paths: Set[str], prefix: str = "") 
 
 
 def lookup(name: str, choices: Mapping[Any, T], what: str) -> T:
-    """`choices[name]`, or a `UserError` that lists the near matches, then all of them."""
+    """Return `choices[name]`.
+
+    Raises:
+        UserError: there is none; lists the near matches, then all of them.
+    """
     if name in choices:
         return choices[name]
     raise UserError(f"unknown {what} '{name}'{suggest(name, list(choices))}; there are: {', '.join(choices)}")
 
 
 def suggest(name: str, known: list[str]) -> str:
-    """ "; did you mean ...?" of what is known and like `name`; nothing where nothing is."""
+    """Return "; did you mean ...?" with the known names that are like `name`; "" if none is."""
+    # "lr" for "optim.lr": people know the last part of a path, and forget where it belongs
     tail = {k.rsplit(".", 1)[-1]: k for k in known}
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     close += [

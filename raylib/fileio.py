@@ -207,6 +207,7 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[bool]:
     """Hold the lock file `path` in the block, after waiting for whoever holds it; a process that dies lets
     go. Without `wait`, yields whether it could be had at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # the system lets go of the lock of a process that dies: no stale file can keep others out
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -217,7 +218,7 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def decode_base64(data: str | bytes) -> bytes:
-    """Bytes of base64, which may be wrapped into lines, URL-safe, or without its padding.
+    """Decode base64, which may be wrapped into lines, URL-safe, or without its padding.
 
     Raises:
         ValueError: a character that is none of base64's, or a length that none has. `base64.b64decode` alone
@@ -229,19 +230,20 @@ def decode_base64(data: str | bytes) -> bytes:
 
 
 def nfc(name: str) -> str:
-    """A name in the normal form by which names are compared."""
+    """Return a name in the normal form by which names are compared."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def unicode_forms(name: str) -> tuple[str, ...]:
-    """A name as it is, and in the other normal forms that it may be stored in."""
+    """Return a name as it is, and in the other normal forms that it may be stored in."""
     if name.isascii():
         return (name,)
     return tuple(dict.fromkeys((name, nfc(name), unicodedata.normalize("NFD", name))))
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """The file `name` (perhaps with folders) below `folder`, in whichever normal form the disk has it."""
+    """Find the file `name` (perhaps with folders) below `folder`, in whichever normal form the disk has
+    it."""
     if os.path.isfile(folder / name):
         return folder / name
     if name.isascii():

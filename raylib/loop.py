@@ -114,6 +114,8 @@ def fit(
     losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
     replay = _Replay(objective, batches, config, runtime)
     monitor = StepMonitor(guard, engine, replay, start)
+    # whatever a step draws or reads follows from its number: a resumed run asks for steps from `first` on,
+    # and goes through the very batches that it would have had
     stream = load_batches(batches, first, last, config.loader_workers, pin=on_gpu)
     for step in range(first, last):
         batch = to_device(next(stream), runtime.device)

@@ -212,6 +212,7 @@ def record_identity(run: Path, files: Iterable[DataFile], verify: bool = False) 
             f"note: the content of {len(unknown)} files, such as {unknown[0]}, was not hashed when this run "
             "began, and is from now on"
         )
+    # files of a start that no other start read stay recorded: the run was trained on them
     codes = stored["code"] if code in stored["code"] else [*stored["code"], code]
     moved = find_moved_files(stored["data"], data)
     kept = {path: entry for path, entry in stored["data"].items() if path not in moved}
@@ -220,7 +221,7 @@ def record_identity(run: Path, files: Iterable[DataFile], verify: bool = False) 
 
 
 def read_identity(run: Path) -> dict[str, Any]:
-    """{"code": [...], "data": {...}} of a run; empty of one that has no record yet."""
+    """Read {"code": [...], "data": {...}} of a run; empty of one that has no record yet."""
     if not (run / IDENTITY).is_file():
         return {"code": [], "data": {}}
     try:
@@ -233,13 +234,13 @@ def read_identity(run: Path) -> dict[str, Any]:
 
 
 def data_hash(run: Path) -> str | None:
-    """One hash over the data of a run, see `combined_hash`. None: nothing was recorded."""
+    """Return one hash over the data of a run, see `combined_hash`. None: nothing was recorded."""
     return combined_hash(read_identity(run)["data"])
 
 
 def combined_hash(data: Mapping[str, dict]) -> str | None:
-    """One hash over a record: the same on another machine, for it holds base names and contents (of large
-    files, sizes). None: of an empty one."""
+    """Return one hash over a record: the same on another machine, for it holds base names and contents (of
+    large files, sizes). None: of an empty one."""
     parts = sorted(f"{Path(path).name} {entry['sha256'] or entry['bytes']}" for path, entry in data.items())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else None
 

@@ -17,7 +17,9 @@ Key = int | str | np.ndarray
 
 
 def hash64(*keys: Key) -> np.ndarray:
-    """uint64 hash of the keys, of their broadcast shape. Hashes of different key tuples are independent."""
+    """Hash the keys to uint64, of their broadcast shape. Hashes of different key tuples are independent."""
+    # scalar keys come first as a rule, (seed, step, ...): they stay Python integers, which are faster than
+    # arrays of one element, until the first array comes
     state: int | np.ndarray = GOLDEN
     for key in keys:
         if isinstance(key, np.ndarray):
@@ -32,6 +34,7 @@ def hash64(*keys: Key) -> np.ndarray:
 
 def uniform(*keys: Key) -> np.ndarray:
     """float64 in [0, 1), of the keys' broadcast shape."""
+    # float64 has 53 bits: of more, some would round up to 1
     return (hash64(*keys) >> np.uint64(11)) * 2.0**-53
 
 
@@ -51,12 +54,12 @@ def permutation(count: int, *keys: Key) -> np.ndarray:
 
 
 def generator(*keys: Key) -> np.random.Generator:
-    """A NumPy generator seeded by scalar keys, where a sequential algorithm needs one."""
+    """Return a NumPy generator seeded by scalar keys, where a sequential algorithm needs one."""
     return np.random.default_rng(int(hash64(*keys)))
 
 
 def string_key(text: str | bytes) -> int:
-    """Stable 63-bit hash of a string (Python's own differs between processes)."""
+    """Return a stable 63-bit hash of a string (Python's own differs between processes)."""
     data = text.encode() if isinstance(text, str) else text
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 

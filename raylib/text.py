@@ -81,7 +81,7 @@ class Tokenizer:
         return cls(path, *(_load_json(path) if path.suffix == ".json" else _load_sentencepiece(path)))
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text (int64), without specials."""
+        """Return the ids of each text (int64), without specials."""
         new = [text for text in texts if text not in self._known] if self._known else list(texts)
         rows = iter([np.asarray(ids, np.int64) for ids in self._encode(new)])
         return [self._known[text] if text in self._known else next(rows) for text in texts]
@@ -205,7 +205,7 @@ class Tokens(NamedTuple):
 
 
 def add_specials(rows: Sequence[np.ndarray], tokenizer: Tokenizer, length: int) -> Tokens:
-    """`<s> ids </s>` for each row, cut to `length` tokens in all."""
+    """Put `<s>` and `</s>` around each row, cut to `length` tokens in all."""
     rows = [row[: length - 2] for row in rows]
     lengths = np.array([len(row) for row in rows], np.int64) + 2
     ends = np.cumsum(lengths)
@@ -236,6 +236,8 @@ def mask_tokens(
     positions = np.flatnonzero((uniform(*keys, "choose", sentence, place) < probability) & ~special)
     labels = values[positions]
     where = (sentence[positions], place[positions])
+    # drawn for every position, and used for one in ten: a draw that depended on another would not be the same
+    # on any number of workers
     fate = uniform(*keys, "fate", *where)
     other = tokenizer.ordinary[integers(len(tokenizer.ordinary), *keys, "other", *where)]
     masked = values.copy()
@@ -245,7 +247,7 @@ def mask_tokens(
 
 
 def text_ids(tokens: Tokens) -> np.ndarray:
-    """(n,) int64 >= 0: a stable hash of each sentence's ids, equal for equal sentences."""
+    """Return (n,) int64 >= 0: a stable hash of each sentence's ids, equal for equal sentences."""
     values, lengths = tokens
     if not len(lengths):
         return np.zeros(0, np.int64)
