@@ -97,9 +97,7 @@ class Comparison(NamedTuple):
         if score in self.aggregates:
             pairs = [(a, b) for a, b in pairs if scores_of(a.result).keys() == scores_of(b.result).keys()]
         found = [(value(run.result), value(other.result)) for run, other in pairs]
-        known = [
-            score - base_score for score, base_score in found if score is not None and base_score is not None
-        ]
+        known = [a - b for a, b in found if a is not None and b is not None]
         return t_interval(known) if known else None
 
 

@@ -327,10 +327,10 @@ def test_pretrain_evaluate_refuses_folder_without_retrieval_set(mini, tmp_path, 
         (None, "no retrieval set"),
         ("{", "not UTF-8 JSON"),
         ('[{"captions": {"en": "a"}}]', "record 0: wanted"),
-        ('[{"image": "none.png", "captions": {"en": "a"}}]', "record 0: no picture none.png"),
+        ('[{"image": "none.png", "captions": {"en": "a"}}]', "record 0: no image none.png"),
         ('[{"image": "captions.json", "captions": {"en": ""}}]', "an empty caption in 'en'"),
         ('[{"image": "captions.json", "captions": {"en": "a"}}]', "does not decode"),
-        ("[]", "no pictures"),
+        ("[]", "no images"),
     ):
         if text is not None:
             (folder / "captions.json").write_text(text)
