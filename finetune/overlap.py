@@ -82,7 +82,7 @@ def find_overlaps(task: Task, sets: list[UsedSet]) -> list[dict[str, Any]]:
                 for image, names in _images(item, task.mscoco):
                     for name in names:
                         images[name].append((number, image))
-                for key, others in _items(item, task):
+                for key, others, _ in _items(item, task):
                     for each in (key, *others):
                         items[each].append((number, key))
     shared: dict[tuple[int, int], tuple[dict, dict, set]] = defaultdict(lambda: ({}, {}, set()))
@@ -108,13 +108,11 @@ def find_overlaps(task: Task, sets: list[UsedSet]) -> list[dict[str, Any]]:
                 for first, image in images[name]:
                     if first in firsts:
                         shared[first, second][0].setdefault(image, name)
-            for key, others in _items(item, task):
+            for key, others, label in _items(item, task):
                 for each in (key, *others):
                     for first, own in items.get(each, ()):
                         if first in firsts:
-                            shared[first, second][1].setdefault(
-                                own, item.id if isinstance(item, Example) else key[0]
-                            )
+                            shared[first, second][1].setdefault(own, label)
                             if each in others:
                                 shared[first, second][2].add(own)
     return [
@@ -145,8 +143,6 @@ def image_name(name: str, mscoco: bool = False) -> str:
 
 def _names_and_addresses(item: Example | Captioned) -> list[tuple[str, str]]:
     """(name, address or "") of each image."""
-    if isinstance(item, Captioned):
-        return [(item.image, item.source)]
     return list(zip(item.images, item.sources or ("",) * len(item.images), strict=True))
 
 
@@ -158,18 +154,16 @@ def _images(item: Example | Captioned, mscoco: bool) -> list[tuple[str, tuple[st
     ]
 
 
-def _items(item: Example | Captioned, task: Task) -> Iterator[tuple[tuple, tuple[tuple, ...]]]:
-    """(what tells an item from others, what else it may be known by); of an image with captions each is
-    one."""
+def _items(item: Example | Captioned, task: Task) -> Iterator[tuple[tuple, tuple[tuple, ...], str]]:
+    """(what tells an item from others, what else it may be known by, what people may find it by); of an image
+    with captions each is one."""
     about = tuple(image for image, _ in _images(item, task.mscoco))
-    if isinstance(item, Captioned):
-        for caption in item.captions:
-            yield (_normal(caption), about), ()
-    else:
-        alone = task.item == "text" and item.sources
-        record = (None, item.id, () if task.item == "number" else about)
-        numbered = about or task.item == "number"  # XNLI's two files both count from 1
-        yield (*map(_normal, item.texts), () if alone else about), (record,) if numbered else ()
+    alone = task.item == "text" and item.sources
+    for texts, number in item.readings():
+        record = (None, number, () if task.item == "number" else about)
+        numbered = number and (about or task.item == "number")  # XNLI's two files both count from 1
+        key = (*map(_normal, texts), () if alone else about)
+        yield key, (record,) if numbered else (), number or texts[0]
 
 
 def _normal(text: str) -> str:

@@ -27,6 +27,10 @@ class Example(NamedTuple):
     aligned: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = ()
     sources: tuple[str, ...] = ()
 
+    def readings(self) -> list[tuple[tuple[str, ...], str]]:
+        """[(texts that are read together, the number by which files have it)]."""
+        return [(self.texts, self.id)]
+
     def map_texts(self, change: Callable[[str, int], str]) -> "Example":
         """With `change(text, its place)` of every text."""
         return self._replace(texts=tuple(change(text, i) for i, text in enumerate(self.texts)))
@@ -55,6 +59,15 @@ class Captioned(NamedTuple):
     def texts(self) -> tuple[str, ...]:
         """All of its texts."""
         return self.captions + self.pivots
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The address of the one image, where the file has it."""
+        return (self.source,) if self.source else ()
+
+    def readings(self) -> list[tuple[tuple[str, ...], str]]:
+        """[(a caption, no number)] of each."""
+        return [((caption,), "") for caption in self.captions]
 
     def map_texts(self, change: Callable[[str, int], str]) -> "Captioned":
         """With `change(caption, its place)` of every caption."""
