@@ -67,7 +67,7 @@ class FinetuneJob:
         folder = Path(config.runs).absolute() if self.epochs or self.language else runtime.run
         folder = share_with_trials(pipeline.tokenizer, items, folder)
         pipeline = cache_image_states(pipeline, items, folder)
-        strategies.begin(TrainingSetup(pipeline, examples, folder, (config.regions, config.images)))
+        strategies.begin(TrainingSetup(pipeline, examples, folder))
         objective = task.objective(config, model, strategies.loss_terms(model))
         change, keep_last = strategies.example, config.last_batch == "keep"
         order = BatchOrder(config.batch, config.fit.seed, runtime.rank, runtime.world_size, change, keep_last)

@@ -1,14 +1,16 @@
 """Fine-tuning methods: layer rates, masks and terms against slow references; engines agree; any two compose
 and resume."""
 
+import ast
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from finetune.strategies import Context, Strategies, StrategiesConfig, Strategy
+from finetune.strategies import NEEDS, STRATEGIES, Context, Strategies, StrategiesConfig, Strategy
 from finetune.strategies.base import Outputs, Progress, Term
 from finetune.strategies.learning_rates import LayerDecay, ScheduledUnfreezing, TopLayers
 from finetune.strategies.prior import LinguisticPriorConfig
@@ -315,3 +317,25 @@ def test_linguistic_prior_term_equals_worked_distances(tmp_path):
     assert term.weight == 3 and found.tolist() == pytest.approx(expected, abs=1e-6)
     with pytest.raises(UserError, match=r"prior.k=10, but there are 4 answers"):
         LinguisticPriorConfig().build(context)
+
+
+def test_strategies_are_named_in_their_own_files_alone():
+    """What runs, tasks and searches need of a strategy, it declares."""
+    root = Path(__file__).parent.parent
+    files = [root / "tune_spaces" / "jobs.py", *(root / "finetune" / "tasks").glob("*.py")]
+    files += [
+        root / "finetune" / f"{name}.py"
+        for name in ("config", "train", "worker", "build", "model", "batches")
+    ]
+    for file in files:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword | ast.arg)}
+        assert not names & STRATEGIES.keys(), file
+
+
+def test_strategies_declare_known_needs_and_own_types():
+    """Every need is one of `NEEDS`; each strategy is a field with a type of its own."""
+    assert {need for kind in STRATEGIES.values() for need in kind.needs} <= NEEDS.keys()
+    assert len(set(STRATEGIES.values())) == len(STRATEGIES) == len(StrategiesConfig.model_fields)

@@ -93,13 +93,11 @@ class Context(NamedTuple):
 
 class TrainingSetup(NamedTuple):
     """A training that is about to begin: its `pipeline` (`finetune.tasks.base.Pipeline`, with the adapted
-    model) and training `examples`, a `folder` for what is computed beforehand, and the paths that `images`
-    come from."""
+    model) and training `examples`; a `folder` for what is computed beforehand."""
 
     pipeline: Any
     examples: Sequence[Any]
     folder: Path
-    images: tuple[str | None, ...]
 
 
 class HiddenStates(NamedTuple):

@@ -312,7 +312,8 @@ class Distillation(Strategy):
             reads.tokenizer.sha256,
             bf16,
             [(e.id, self.pivots[e.id], e.images, e.tags) for e in setup.examples],
-            *setup.images,
+            pipeline.config.regions,
+            pipeline.config.images,
         )
         folder = setup.folder / "teacher" / fingerprint_module(teacher.model, *facts)
         dtype = torch.float16 if bf16 else torch.float32
