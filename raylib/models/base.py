@@ -69,9 +69,8 @@ class Backbone(nn.Module, ABC):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.tuning: dict[
-            str, dict[str, Any]
-        ] = {}  # what `raylib.models.peft` has put in: {method: settings}
+        # what `raylib.models.peft` has put in: {method: settings}
+        self.tuning: dict[str, dict[str, Any]] = {}
 
     @classmethod
     @abstractmethod

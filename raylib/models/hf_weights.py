@@ -148,19 +148,12 @@ def text_sizes(folder: Path | str, vision: Path | str | None = None) -> dict:
     return sizes
 
 
-def load_text(
-    model: "UnifiedModel",
-    folder: Path | str,
-    unused: tuple[str, ...] = (),
-    layers: tuple[int, ...] | None = None,
-) -> None:
+def load_text(model: "UnifiedModel", folder: Path | str, layers: tuple[int, ...] | None = None) -> None:
     """Fill the text path of `model` from an XLM-R- or BERT-like checkpoint folder.
 
     Args:
-        unused: regular expressions of further checkpoint keys that may stay unused.
         layers: of the checkpoint, from 0: one for each text layer, then one for each layer of the unified
-        encoder; a layer
-            may serve twice. None: the first ones, then the last ones.
+            encoder; a layer may serve twice. None: the first ones, then the last ones.
     Raises:
         UserError: no weights in the folder; tensors missing, left over or of another shape (they are listed).
 
@@ -178,7 +171,7 @@ def load_text(
         )
     copy_text(mapper, model, first_position(config), layers)
     others = [rf"encoder\.layer\.{layer}\." for layer in range(stored) if layer not in layers]
-    mapper.assert_all_used([*UNUSED_TEXT, *others, *TIED, *unused])
+    mapper.assert_all_used([*UNUSED_TEXT, *others, *TIED])
 
 
 def copy_text(mapper: WeightMapper, model: "UnifiedModel", first: int, layers: tuple[int, ...]) -> None:
@@ -218,12 +211,12 @@ def _choose_layers(config: "ModelConfig", stored: int, folder: Path | str) -> tu
     return (*range(text), *range(stored - fusion, stored))
 
 
-def load_vision(model: "UnifiedModel", folder: Path | str, unused: tuple[str, ...] = ()) -> None:
+def load_vision(model: "UnifiedModel", folder: Path | str) -> None:
     """Fill the image encoder of `model` from a ViT checkpoint folder, or a Swin one; position embeddings are
     interpolated (bicubic) to the model's resolution. Arguments and errors as in `load_text`."""
     # Swins are read by `transformers`, ViTs here: their position embeddings must be resized on the way
     if model.config.swin:
-        _load_swin(model, folder, unused)
+        _load_swin(model, folder)
         return
     weights, config = read_folder(Path(folder))
     weights = {re.sub(r"^vit\.", "", k): v for k, v in weights.items()}
@@ -232,7 +225,7 @@ def load_vision(model: "UnifiedModel", folder: Path | str, unused: tuple[str, ..
         raise UserError(f"{folder}: patch {config['patch_size']}, the model wants {patch}; set model.patch")
     mapper = WeightMapper(weights, folder)
     copy_vision(mapper, model)
-    mapper.assert_all_used([*UNUSED_VISION, *unused])
+    mapper.assert_all_used(UNUSED_VISION)
 
 
 def copy_vision(mapper: WeightMapper, model: "UnifiedModel") -> None:
@@ -258,7 +251,7 @@ def copy_vision(mapper: WeightMapper, model: "UnifiedModel") -> None:
         mapper.copy_layer(vision.norm, "layernorm")
 
 
-def _load_swin(model: "UnifiedModel", folder: Path | str, unused: tuple[str, ...]) -> None:
+def _load_swin(model: "UnifiedModel", folder: Path | str) -> None:
     """`transformers` itself reads the folder, since it knows older names of the tensors."""
     from transformers import SwinModel
 
@@ -273,7 +266,7 @@ def _load_swin(model: "UnifiedModel", folder: Path | str, unused: tuple[str, ...
     unexpected = {k: torch.empty(0) for k in report["unexpected_keys"]}
     mapper = WeightMapper(weights | unexpected, folder)
     copy_swin(mapper, model)
-    mapper.assert_all_used([*UNUSED_VISION, *unused])
+    mapper.assert_all_used(UNUSED_VISION)
 
 
 def copy_swin(mapper: WeightMapper, model: "UnifiedModel") -> None:
