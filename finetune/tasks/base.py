@@ -307,9 +307,8 @@ class Task(ABC):
         found = next((place for place in places if path.match(place[0])), places[0])
         if not path.exists():
             others = [place for place, _ in places if place != found[0]]
-            raise UserError(
-                f"{path}: no such file ({name} in '{language}'){self._beside(path, places, others)}"
-            )
+            advice = self._missing_file_advice(path, places, others)
+            raise UserError(f"{path}: no such file ({name} in '{language}'){advice}")
         split = found[1]
         return split.read(path, **{k: v.format(language=language) for k, v in split.options.items()})
 
