@@ -40,7 +40,8 @@ def _p2(
     **more,
 ):
     """A row of P2's tables 7 and 8: 384 pixels, batch over all workers."""
-    config = FinetuneConfig(
+    return _recipe(
+        f"P2 {where}: {task}, lr {lr:g}, batch {batch}, {epochs} epochs",
         name=name,
         task=task,
         batch=batch,
@@ -53,12 +54,12 @@ def _p2(
         select_metric="recall_at_1",
         **more,
     )
-    return _recipe(config, f"P2 {where}: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
 
 
 def _iglue(name: str, task: str, lr: float, batch: int, epochs: int, length: int, schedule: int = 20, **more):
     """`schedule`: epochs that the learning rate is laid out for (`optim_train_epochs`)."""
-    config = FinetuneConfig(
+    return _recipe(
+        f"IGLUE's protocol: {task}, lr {lr:g}, batch {batch}, {epochs} epochs",
         name=name,
         task=task,
         batch=batch,
@@ -69,7 +70,6 @@ def _iglue(name: str, task: str, lr: float, batch: int, epochs: int, length: int
         optim=IGLUE.model_copy(update={"lr": lr, "schedule_factor": schedule / epochs}),
         **more,
     )
-    return _recipe(config, f"IGLUE's protocol: {task}, lr {lr:g}, batch {batch}, {epochs} epochs")
 
 
 def _iglue_few_shot(task: str, shots: int | str, length: int, **more):
@@ -77,7 +77,8 @@ def _iglue_few_shot(task: str, shots: int | str, length: int, **more):
     of which it tries three. Its code has smaller batches of fewer shots: xGQA 8, 16, 32 of 1, 5, 10; XVNLI 2,
     16, 32 of these; MaRVL 2, 4, 8, 16, 32 of 1, 2, 4, 10, 10x2; xFlickrCO 1, 2, 4, 8, 16 of 1, 5, 10, 25, 50.
     Set batch=."""
-    config = FinetuneConfig(
+    return _recipe(
+        f"IGLUE's few-shot protocol: {task}, shots={shots}; give model=RUN of iglue_{task}",
         name=f"iglue_few_shot_{task}",
         task=task,
         setting="few_shot",
@@ -90,14 +91,12 @@ def _iglue_few_shot(task: str, shots: int | str, length: int, **more):
         optim=IGLUE.model_copy(update={"lr": FEW_SHOT_RATES[1]}),
         **more,
     )
-    return _recipe(
-        config, f"IGLUE's few-shot protocol: {task}, shots={shots}; give model=RUN of iglue_{task}"
-    )
 
 
 def _p0(model: str, row: str, strategies: dict, **more):
     """A row of P0's table 1: xGQA by IGLUE's protocol, cross-entropy."""
-    config = FinetuneConfig(
+    return _recipe(
+        f"P0 table 1, {model.upper()}: {{method}}",
         name=f"p0_{model}_{row}",
         task="xgqa",
         backbone=model,
@@ -110,7 +109,6 @@ def _p0(model: str, row: str, strategies: dict, **more):
         strategies=strategies,
         **more,
     )
-    return _recipe(config, f"P0 table 1, {model.upper()}: {config.display_name}")
 
 
 def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1", **more):
@@ -127,7 +125,8 @@ def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1
         "workers": 4,
         "optim": P1.model_copy(update={"lr": lr}),
     }
-    config = FinetuneConfig(
+    return _recipe(
+        f"P1 {where}, {model.upper()}, {task}: {{method}}",
         name=f"p1_{model}_{row}_{task}",
         task=task,
         backbone=model,
@@ -138,14 +137,14 @@ def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1
         **cclm,
         **{**defaults, **more},
     )
-    return _recipe(config, f"P1 {where}, {model.upper()}, {task}: {config.display_name}")
 
 
 def _p3(row: str, what: str, strategies: dict, **more):
     """cViL: VQA v2's questions in each language, the student an mBERT with regions and tags; give model= and
     regions=, and of rows with distillation strategies.distillation.teacher=, an Oscar+ fine-tuned on VQA
     v2."""
-    config = FinetuneConfig(
+    return _recipe(
+        f"P3 {what}",
         name=f"p3_{row}",
         task="cvil_vqa",
         backbone="oscar",
@@ -159,15 +158,15 @@ def _p3(row: str, what: str, strategies: dict, **more):
         strategies=strategies,
         **{"epochs": 10, "optim": P3, **more},
     )
-    return _recipe(config, f"P3 {what}")
 
 
 def _p4(task: str, row: str, strategies: dict, **more):
     """A row of P4's tables 1 to 5 with M-CLIP: give model= its folder, vision= its CLIP's. One of three
     learning rates of its grid; its XTD runs try all of them, and lambda from 0.001 to 10."""
     few = task == "xtd_few"
-    tuned = any(name in strategies for name in ("lora", "adapter", "compacter", "soft_prompt"))
-    config = FinetuneConfig(
+    has_small_modules = any(name in strategies for name in ("lora", "adapter", "compacter", "soft_prompt"))
+    return _recipe(
+        f"P4, {task}: {{method}}",
         name=f"p4_{task}_{row}",
         task=task,
         backbone="mclip",
@@ -178,43 +177,40 @@ def _p4(task: str, row: str, strategies: dict, **more):
         epochs=40 if few else 15,
         length=77,
         strategies=strategies,
-        optim=P4.model_copy(update={"lr": 1e-4 if tuned else 3e-6}),
+        optim=P4.model_copy(update={"lr": 1e-4 if has_small_modules else 3e-6}),
         select_metric="recall_at_1",
         select_ties="last",
         **more,
     )
-    return _recipe(config, f"P4, {task}: {config.display_name}")
 
 
 def _scenes(task: str, **more):
     """Emoji scenes in the format of `task`, on two CPU cores."""
-    base = {"epochs": 6, "batch": 64, "lr": 5e-4, "length": 40}
-    settings = {**base, **more}
-    config = FinetuneConfig(
+    return _recipe(
+        f"emoji scenes as {task}, on 2 CPU cores: {{method}}",
         name=f"scenes_{task}",
         task=task,
         workers=1,
         runtime="local",
-        epochs=settings["epochs"],
-        batch=settings["batch"],
-        length=settings["length"],
+        epochs=6,
+        batch=64,
+        length=40,
         image_size=64,
         candidates=16,
-        optim=OptimConfig(lr=settings["lr"], weight_decay=0.05, warmup=0.1),
-        languages=settings.get("languages", ()),
-        freeze=settings.get("freeze", ()),
+        optim=OptimConfig(lr=5e-4, weight_decay=0.05, warmup=0.1),
         data="runs/scenes",
         model="runs/sample_model",
+        **more,
     )
-    return _recipe(config, f"emoji scenes as {task}, on 2 CPU cores: {config.display_name}")
 
 
 def _transfer(row: str, strategies: dict, **more):
     """P4's framework on emoji scenes, on two CPU cores: 50 captions a language, a set of weights for each;
     the paper's steps are twice as many. lambda is the largest of its grid: vectors are shorter here than
     CLIP's, and so are their squared distances."""
-    tuned = any(name in strategies for name in ("lora", "adapter", "compacter", "soft_prompt"))
-    config = FinetuneConfig(
+    has_small_modules = any(name in strategies for name in ("lora", "adapter", "compacter", "soft_prompt"))
+    return _recipe(
+        "emoji scenes, P4: {setting}, {method}",
         name=f"transfer_{row}",
         task="xflickrco",
         workers=1,
@@ -228,19 +224,19 @@ def _transfer(row: str, strategies: dict, **more):
         languages=("de", "id", "ru", "zh"),
         select="last",
         temperature=0.05,
-        optim=P4.model_copy(update={"lr": 1e-3 if tuned else 1e-5}),
+        optim=P4.model_copy(update={"lr": 1e-3 if has_small_modules else 1e-5}),
         strategies=strategies,
         data="runs/scenes",
         model="runs/sample_model",
         **{"setting": "few_shot", **more},
     )
-    return _recipe(config, f"emoji scenes, P4: {config.setting}, {config.display_name}")
 
 
-def _taught(row: str, **more):
+def _scenes_distillation(row: str, **more):
     """cViL on emoji scenes, on two CPU cores: an English teacher, and students of two languages on its
     training questions, translated, with it and without."""
-    config = FinetuneConfig(
+    return _recipe(
+        "emoji scenes, P3: {task}, {setting}, {method}",
         name=f"transfer_{row}",
         workers=1,
         runtime="local",
@@ -254,14 +250,17 @@ def _taught(row: str, **more):
         model="runs/sample_model",
         **{"task": "xgqa_translated", "languages": ("de", "ru"), **more},
     )
-    return _recipe(config, f"emoji scenes, P3: {config.task}, {config.setting}, {config.display_name}")
 
 
-def _recipe(config: FinetuneConfig, summary: str) -> Callable[[], FinetuneConfig]:
+def _recipe(summary: str, **settings: Any) -> Callable[[], FinetuneConfig]:
+    """A recipe of these settings; {method}, {setting} and {task} in its summary are filled in."""
+    config = FinetuneConfig(**settings)
+    filled = summary.format(method=config.display_name, setting=config.setting, task=config.task)
+
     def recipe() -> FinetuneConfig:
         return config
 
-    recipe.__doc__ = f"{summary} [{_selection(config)}]"
+    recipe.__doc__ = f"{filled} [{_selection(config)}]"
     return recipe
 
 
@@ -286,7 +285,7 @@ P0_ROWS: dict[str, dict] = {
     "prior_em_cdm": {"prior": {}, "code_mixing": {}},
     "prior_em_sft_cdm": {"prior": {}, "sparse": {}, "code_mixing": {}},
 }
-TAUGHT = {"teacher": "oscar_vqa", "backbone": "oscar"}
+P3_TEACHER = {"teacher": "oscar_vqa", "backbone": "oscar"}
 P3_ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("kd", "step 1: distillation", {}),
     (
@@ -317,7 +316,7 @@ P4_ROWS: dict[str, dict] = {
 # the teacher's states beside the answers; images have no tokens of their own in this model's rows. At
 # lambda 1 the squared distances of states are a hundredth of the answers' loss, and nothing is gained (the
 # German development set, seed 0, told)
-SCENES_TAUGHT = {
+SCENES_DISTILLATION = {
     "teacher": "runs/sample_transfer_teacher",
     "tokens": ("cls",),
     "task": 1.0,
@@ -373,7 +372,7 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
         for factor in (0.98, 0.95, 0.88, 0.75)
     },
     **{
-        f"p3_{row}": _p3(row, what, {"distillation": {**TAUGHT, **change}}, select="last")
+        f"p3_{row}": _p3(row, what, {"distillation": {**P3_TEACHER, **change}}, select="last")
         for row, what, change in P3_ROWS
     },
     "p3_aug": _p3("aug", "step 1, the other variant: training on translated questions", {}),
@@ -386,7 +385,7 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "p3_kd_classify": _p3(
         "kd_classify",
         "steps 1 and 2 in one run",
-        {"distillation": {**TAUGHT, "epochs": 10}, "head_first": {}},
+        {"distillation": {**P3_TEACHER, "epochs": 10}, "head_first": {}},
         epochs=20,
     ),
     **{
@@ -419,10 +418,10 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "scenes_xflickrco": _scenes("xflickrco", languages=SCENES),
     "scenes_marvl": _scenes("marvl", languages=SCENES),
     **{f"transfer_{row}": _transfer(row, strategies) for row, strategies in TRANSFER_ROWS.items()},
-    "transfer_teacher": _taught("teacher", task="xgqa", languages=("en", "de", "ru")),
-    "transfer_student": _taught("student", setting="single_language"),
-    "transfer_distilled": _taught(
-        "distilled", setting="single_language", strategies={"distillation": SCENES_TAUGHT}
+    "transfer_teacher": _scenes_distillation("teacher", task="xgqa", languages=("en", "de", "ru")),
+    "transfer_student": _scenes_distillation("student", setting="single_language"),
+    "transfer_distilled": _scenes_distillation(
+        "distilled", setting="single_language", strategies={"distillation": SCENES_DISTILLATION}
     ),
     "transfer_zero_shot": _transfer("zero_shot", {}, setting="untrained"),
     "transfer_zero_shot_mt": _transfer("zero_shot_mt", {}, setting="translate_test"),

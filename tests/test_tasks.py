@@ -16,12 +16,14 @@ from finetune.model import FinetuneModel
 from finetune.strategies.base import LossTerms, Term
 from finetune.tasks.base import Pipeline
 from finetune.tasks.datasets import TASKS
+from raylib.config import override
 from raylib.errors import UserError
 from raylib.models import BACKBONES
 from raylib.models.base import FusionBackbone
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
 from tests import official
+from tune_spaces.jobs import find_job
 
 SCENES = ("xgqa", "xgqa_translated", "xvnli", "marvl", "xflickrco")
 HEADS = [(name, head) for name, task in TASKS.items() for head in task.heads]
@@ -233,6 +235,18 @@ def test_task_of_a_users_file_runs_resumes_and_is_evaluated(own, model, tmp_path
     assert main(["evaluate", str(tmp_path / "own")]) == 2
     error = capsys.readouterr().err.strip()
     assert "my_task.py: no such file" in error and "\n" not in error
+
+
+def test_task_of_a_users_file_is_searched(own, model, tmp_path):
+    """A search checks a trial of it, scores its dev sets, and reads its file as a part of what it is."""
+    (tmp_path / "my_task.py").write_text(CLASSIFICATION)
+    job, config = find_job("scenes_xvnli")
+    settings = [s for s in RUN[1:] if s != "freeze=[]"] + ['freeze=["vision"]']
+    paths = [f"task={tmp_path / 'my_task.py'}", f"model={model}", f"data={own}", f"runs={tmp_path}"]
+    trial = job.trial_config(override(config, [*settings, *paths]), "both")
+    job.check_config(trial)
+    assert job.metric_names(trial, "both") == ("english_dev", "target_dev", "dev/de")
+    assert tmp_path / "my_task.py" in [file.path for file in job.data_files(trial)]
 
 
 def test_task_of_a_users_file_may_be_a_class(own, tmp_path):
