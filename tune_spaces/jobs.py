@@ -21,7 +21,7 @@ from pretrain.recipes import RECIPES as PRETRAIN
 from pretrain.train import PretrainConfig, resolve_data, with_vocabulary
 from pretrain.train import files_of as files_of_pretraining
 from pretrain.train import run as pretrain
-from raylib.config import dump_config, lookup
+from raylib.config import change_settings, dump_config, lookup
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.launch import LaunchConfig, run_folder
@@ -53,8 +53,8 @@ class FinetuneSearchJob(SearchJob):
     def trial_config(self, config: FinetuneConfig, dev_sets: DevSets) -> FinetuneConfig:
         if not config.trains:
             raise UserError(f"setting={config.setting} does not train: there is nothing to search")
-        for name in ("model", "data"):
-            if not getattr(config, name):
+        for name, folder in (("model", config.model), ("data", config.data)):
+            if not folder:
                 raise UserError(f"{name}= is missing: give a folder")
         if dev_sets != "target_dev" and config.trains_apart and not _english_chooses(config):
             raise UserError(
@@ -69,6 +69,10 @@ class FinetuneSearchJob(SearchJob):
         return config.model_copy(
             update={"run_test": False, "dev_languages": targets, "eval_each_epoch": False}
         )
+
+    def population_config(self, config: FinetuneConfig) -> FinetuneConfig:
+        # its best checkpoint may be of settings that a member no longer has
+        return change_settings(config, {"select": "last"})
 
     def final_config(self, config: FinetuneConfig) -> FinetuneConfig:
         return config.model_copy(update={"run_test": True, "dev_languages": ()})

@@ -100,6 +100,10 @@ class SearchJob(ABC):
             UserError: there is no such dev set.
         """
 
+    def population_config(self, config: Any) -> Any:
+        """Return a trial's config as a member of a population runs it, whose settings change in mid-run."""
+        return config
+
     def final_config(self, config: Any) -> Any:
         """Return a trial's config as a person runs it, with tests."""
         return config

@@ -126,9 +126,8 @@ def prepare_base(
     base = job.trial_config(
         change_settings(base, {**runtime, "name": "trial", "resume": "newest"}), config.dev_sets
     )
-    if config.algorithm == "pbt" and "select" in type(base).model_fields:
-        # a member's best checkpoint may be of settings that it no longer has
-        base = change_settings(base, {"select": "last"})
+    if config.algorithm == "pbt":
+        base = job.population_config(base)
     check_space(name, space, base)
     metrics = job.metric_names(base, config.dev_sets)
     for goal in config.goals:
