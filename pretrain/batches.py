@@ -70,6 +70,10 @@ class DataConfig(Config):
     cache: str | None = None
     verify: bool = False
 
+    @property
+    def streams(self) -> dict[str, StreamConfig]:
+        return {"image_text": self.image_text, "parallel": self.parallel, "text": self.text}
+
 
 class StepBatches(StepDataset):
     """Map-style dataset of steps; give it to a DataLoader with `batch_size=None` and `sampler=range(first,
@@ -92,8 +96,7 @@ class StepBatches(StepDataset):
         tokenizer = Tokenizer.load(config.tokenizer)
         self.streams: dict[str, _ImageTextStream | _PackedStream] = {}
         self.samples = self.batch_bytes = 0
-        settings = {"image_text": config.image_text, "parallel": config.parallel, "text": config.text}
-        for name, stream_config in settings.items():
+        for name, stream_config in config.streams.items():
             if not stream_config.batch:
                 continue
             if not stream_config.folder:

@@ -66,13 +66,13 @@ class PretrainConfig(LaunchConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "PretrainConfig":
-        longest = max(self.data.image_text.length, self.data.parallel.length, self.data.text.length)
+        longest = max(stream.length for stream in self.data.streams.values())
         if longest > self.model.positions:
             raise ValueError(
                 f"model.positions={self.model.positions} is less than the longest data length {longest}"
             )
         for name in ("image_text", "parallel"):
-            stream = getattr(self.data, name)
+            stream = self.data.streams[name]
             share, every = stream.batch // stream.lanes, self.objective.fuse_every
             if share % every:
                 raise ValueError(
@@ -99,7 +99,7 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     if (folder / "result.json").is_file() and config.resume == "newest":
         log(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
         return {}
-    streams = ", ".join(f"{name} {getattr(config.data, name).batch}" for name in batches.streams)
+    streams = ", ".join(f"{name} {config.data.streams[name].batch}" for name in batches.streams)
     where = f"{config.workers} workers" if config.runtime == "ray" else "runtime=local"
     log(f"run '{config.name}' in {folder}: {config.fit.steps} steps of {streams}, {where}", flush=True)
     if is_main_process(config):
@@ -128,7 +128,8 @@ def files_of(config: PretrainConfig, data: DataConfig, batches: StepBatches) -> 
 def resolve_data(config: PretrainConfig) -> DataConfig:
     """`config.data` with every folder that is not given taken from `config.corpus`, and the tokenizer from
     there or, for the embedded corpora, from `init`."""
-    data, changes = config.data, {}
+    data = config.data
+    changes: dict[str, Any] = {}
     if config.corpus in ("sample", "scenes"):
         tokenizer = data.tokenizer or _initial_tokenizer(config.init)
         corpus = build_sample_corpus(
@@ -136,8 +137,7 @@ def resolve_data(config: PretrainConfig) -> DataConfig:
         )
     else:
         corpus = Path(config.corpus).absolute()
-    for name in ("image_text", "parallel", "text"):
-        stream = getattr(data, name)
+    for name, stream in data.streams.items():
         if stream.batch and stream.folder is None:
             changes[name] = stream.model_copy(update={"folder": str(corpus / name)})
     changes["tokenizer"] = data.tokenizer or str(find_tokenizer(corpus))

@@ -26,8 +26,7 @@ DENSE = ("raylib/objectives", "raylib/data", "raylib/packed.py")
 COMMENTS = 3  # own-line ones in 100 lines of these
 QUESTIONS = re.compile(r"(What|Where|How|Which|Whether|Whatever)\b")
 PROBES = {  # these may ask an object what it has, or of which kind it is
-    "raylib/data/sources.py": {  # a destructor after a failed start; the kind of the data in a source
-        "hasattr(self, 'file')",
+    "raylib/data/sources.py": {  # the kind of the data in a source
         "kind != self.kind",
         "self.kind != 'image_text'",
     },

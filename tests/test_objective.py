@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from raylib.config import override
 from raylib.errors import UserError
 from raylib.objectives.pretraining import ObjectiveConfig, TermWeights, UnifiedObjective
 from raylib.objectives.terms import FrozenTextCache
@@ -232,3 +233,5 @@ def test_objective_takes_a_term_of_a_users_file(tmp_path):
         UnifiedObjective(
             model, ObjectiveConfig(terms={"mine": {"file": file.replace("alignment", "aligned")}})
         )
+    with pytest.raises(UserError, match="vlm is a term already; give yours another name"):
+        override(ObjectiveConfig(), [f"terms.vlm={file}"])

@@ -23,7 +23,7 @@ def is_remote(base: str) -> bool:
 
 
 def cache_folder(base: str, cache: str | Path | None) -> Path:
-    """Where files of a remote base are kept: a folder of its own under `cache` (default: POLYGLANCE_CACHE, or
+    """Folder of a remote base's files: one of its own under `cache` (default: POLYGLANCE_CACHE, or
     ~/.cache/polyglance)."""
     root = Path(cache or os.environ.get("POLYGLANCE_CACHE") or Path.home() / ".cache" / "polyglance")
     return root / hashlib.sha256(base.encode()).hexdigest()[:16]

@@ -73,7 +73,7 @@ class AugmentConfig(Config):
 
     @property
     def num_uniforms(self) -> int:
-        """How many uniforms `augment_image` takes."""
+        """Number of uniforms that `augment_image` takes."""
         return FIXED_UNIFORMS + 2 * self.operations
 
 

@@ -1,4 +1,4 @@
-"""Which samples a step takes, in which order, and how its batch reaches the training process.
+"""The order of samples, and the way of a batch from loader processes to the training process.
 
 The global batch is a pure function of (seed, step), whatever the number of workers. A source is cut into a
 fixed number of *lanes*: lane l owns the slice [l N / L, (l + 1) N / L) of each language's samples. A lane
@@ -257,7 +257,7 @@ class _PackedBatches(Dataset):
 
 
 class TensorSlot(NamedTuple):
-    """Where a tensor lies in the packed bytes."""
+    """Place of a tensor in the packed bytes."""
 
     start: int
     dtype: torch.dtype

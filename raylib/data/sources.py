@@ -28,6 +28,7 @@ import mmap
 import os
 import resource
 import struct
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,7 +167,7 @@ class Sample(NamedTuple):
 
 
 class Shard:
-    """One open shard; `images`: extensions that are images (`samples`); `check`: compare each image that is
+    """One open shard; `images`: extensions that are images; `check`: compare each image that is
     read with the hash in the index. Offsets are kept in arrays: about 100 bytes a sample."""
 
     def __init__(
@@ -179,6 +180,7 @@ class Shard:
     ):
         self.path, self.images, self.check, samples = path, images, check, index["samples"]
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the shard
+        weakref.finalize(self, self.file.close)
         if packed:
             # ids are views of the file: pages come and go with the system's cache, shared by all processes
             self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -196,10 +198,6 @@ class Shard:
             (codes[extension], *place, -1) for sample in samples for extension, place in sample[1].items()
         ]
         self.places = np.array([place[:4] for place in places], np.int64)
-
-    def __del__(self):
-        if hasattr(self, "file"):
-            self.file.close()
 
     def pread(self, offset: int, size: int) -> bytes:
         data = os.pread(self.file.fileno(), size, offset)

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
 from torch import Tensor
 
 from raylib.config import Config
@@ -381,6 +381,13 @@ class ObjectiveConfig(Config):
     # VLM, ITM and TLM see the pairs whose index is a multiple of it; UCL sees them all
     fuse_every: PositiveInt = 1
 
+    @field_validator("terms")
+    @classmethod
+    def _has_new_names(cls, terms: UserTerms) -> UserTerms:
+        if taken := [name for name, _ in terms.items() if name in TERMS]:
+            raise ValueError(f"{taken[0]} is a term already; give yours another name")
+        return terms
+
     def all_weights(self) -> dict[str, float]:
         """The weight of every term, the user's own too."""
         return {**self.weights.model_dump(), **{name: own.weight for name, own in self.terms.items()}}
@@ -417,7 +424,7 @@ class UnifiedObjective(Objective):
 
     @property
     def has_unused_parameters(self) -> bool:
-        """Whether some parameters get no gradient, because no term that uses them is on."""
+        """True if some parameters get no gradient, because no term that uses them is on."""
         trained = {"embedding", "text", *(part for term in self.terms.values() for part in term.trains)}
         return any(
             p.requires_grad and part_of(name) not in trained for name, p in self.model.named_parameters()
