@@ -397,7 +397,9 @@ def test_recipes_of_iglue_have_its_losses():
 
 def test_few_shot_space_is_iglue_grid():
     space = SPACES["few_shot"]
-    assert space.points() == [{"optim.lr": rate} for rate in (1e-4, 5e-5, 1e-5)] and FEW_SHOT_RATES == (
+    assert space.grid_settings() == [
+        {"optim.lr": rate} for rate in (1e-4, 5e-5, 1e-5)
+    ] and FEW_SHOT_RATES == (
         1e-4,
         5e-5,
         1e-5,
