@@ -125,6 +125,7 @@ class ExampleBatches(EpochBatches):
         }
         if self.extra:
             part |= self.extra(examples, visual, part)
+        # answers that are no class score nothing: an example has at least one that is (`training_items`)
         scores = torch.zeros(len(examples), len(self.classes))
         for row, example in enumerate(examples):
             for label, score in example.labels.items():

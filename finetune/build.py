@@ -237,6 +237,7 @@ def _translations(config: FinetuneConfig) -> list[Path]:
 
 def build_model(config: FinetuneConfig) -> torch.nn.Module:
     """The model that training starts from, without the changes of strategies."""
+    # a new head, and whatever weights a folder lacks, are drawn from the run's seed, on every worker alike
     torch.manual_seed(int(hash64(config.fit.seed, "head")) >> 1)
     task = find_task(config)
     model = task.build_model(config)

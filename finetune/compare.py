@@ -119,6 +119,7 @@ def compare_runs(folders: Sequence[Path], baseline: Path | None = None) -> tuple
         raise UserError(f"--baseline {baseline}: not among the runs that are compared{close}")
     lines: list[str] = []
     tasks: dict[tuple[str, bool], list[ComparisonRow]] = {}
+    # the first run of a setting opens its row; later ones differ in seeds, or repeat one
     for folder in folders:
         run, unknown = _read_run(folder)
         lines += [line for line in unknown if line not in lines]

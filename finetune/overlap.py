@@ -85,6 +85,7 @@ def find_overlaps(task: Task, sets: list[UsedSet]) -> list[dict[str, Any]]:
                 for key, others, _ in _items(item, task):
                     for each in (key, *others):
                         items[each].append((number, key))
+    # tests and dev sets are in memory by now; what is trained on, which is large, streams by once
     shared: dict[tuple[int, int], tuple[dict, dict, set]] = defaultdict(lambda: ({}, {}, set()))
     for second, used in enumerate(sets):
         firsts = {
@@ -159,6 +160,8 @@ def _items(item: Example | Captioned, task: Task) -> Iterator[tuple[tuple, tuple
     with captions each is one."""
     about = tuple(image for image, _ in _images(item, task.mscoco))
     alone = task.item == "text" and item.sources
+    # items of two languages have other texts, but one number; texts alone tell NLVR2's statements apart only
+    # where addresses tell images apart
     for texts, number in item.readings():
         record = (None, number, () if task.item == "number" else about)
         numbered = number and (about or task.item == "number")  # XNLI's two files both count from 1

@@ -57,6 +57,7 @@ def predict(
     part = out.with_name(f".{out.name}.{rank}")
     model.eval()
     with open(part, "w", encoding="utf-8") as file, torch.inference_mode():
+        # every world-th batch, and not every world-th example: batches are the same for any world
         chunks = itertools.islice(_batched(examples, BATCH), rank, None, world)
         read = ((chunk, read_inputs(chunk, visual, tokenizer, length)) for chunk in chunks)
         for chunk, inputs in prefetch(read):
@@ -140,6 +141,7 @@ def _merge(parts: list[Path], out: Path) -> None:
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(part, encoding="utf-8")) for part in parts]
         whole = stack.enter_context(open(out, "w", encoding="utf-8"))
+        # worker r wrote batches r, r + world, ...: taking BATCH lines from each in turn restores their order
         for file in itertools.cycle(files):
             lines = list(itertools.islice(file, BATCH))
             whole.writelines(lines)

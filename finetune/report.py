@@ -101,22 +101,15 @@ def _made_by(parts: list[dict[str, Any]]) -> dict[str, Any]:
     made_by = {name: parts[-1][name] for name in names if name in parts[-1]}
     if memory := [part["peak_memory_gb"] for part in parts if "peak_memory_gb" in part]:
         made_by["peak_memory_gb"] = max(memory)
-    for rate, spent in (
-        ("samples_per_second", _training_seconds),
-        ("evaluated_per_second", _evaluation_seconds),
+    # a rate of several parts is weighed by the seconds that each took
+    for rate, seconds_of in (
+        ("samples_per_second", lambda part: sum(part["times"].get(name, 0.0) for name in ("step", "data"))),
+        ("evaluated_per_second", lambda part: part["evaluation_seconds"]),
     ):
-        rates = [(part[rate], spent(part)) for part in parts if rate in part]
+        rates = [(part[rate], seconds_of(part)) for part in parts if rate in part]
         if whole := sum(seconds for _, seconds in rates):
             made_by[rate] = sum(value * seconds for value, seconds in rates) / whole
     return made_by
-
-
-def _training_seconds(part: dict[str, Any]) -> float:
-    return part["times"].get("step", 0.0) + part["times"].get("data", 0.0)
-
-
-def _evaluation_seconds(part: dict[str, Any]) -> float:
-    return part["evaluation_seconds"]
 
 
 def scores_of(result: dict[str, Any]) -> dict[str, float]:

@@ -115,28 +115,25 @@ def _records(path: Path) -> Iterator[dict[str, Any] | str]:
     return (record for _, record in read(path))
 
 
+def _caption_field(record: dict[str, Any]) -> str:
+    found = next((name for name in CAPTIONS if name in record), None)
+    if found is None:
+        raise UserError(f"a record without captions ({' or '.join(CAPTIONS)}): {json.dumps(record)[:80]}")
+    return found
+
+
 def _texts(record: dict[str, Any] | str) -> list[str]:
-    if isinstance(record, str):
-        return [record]
-    field = _field(record)
-    return record[field] if isinstance(record[field], list) else [record[field]]
+    captions = record if isinstance(record, str) else record[_caption_field(record)]
+    return captions if isinstance(captions, list) else [captions]
 
 
 def _with_texts(record: dict[str, Any] | str, texts: list[str]) -> str:
     """The line of a record with other captions."""
     if isinstance(record, str):
         return texts[0]
-    field = _field(record)
-    return json.dumps(
-        {**record, field: texts if isinstance(record[field], list) else texts[0]}, ensure_ascii=False
-    )
-
-
-def _field(record: dict[str, Any]) -> str:
-    found = next((name for name in CAPTIONS if name in record), None)
-    if found is None:
-        raise UserError(f"a record without captions ({' or '.join(CAPTIONS)}): {json.dumps(record)[:80]}")
-    return found
+    field = _caption_field(record)
+    new = texts if isinstance(record[field], list) else texts[0]
+    return json.dumps({**record, field: new}, ensure_ascii=False)
 
 
 class Translator:

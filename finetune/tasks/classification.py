@@ -111,6 +111,7 @@ class Classification(Task):
                 head = "decoder" if model.is_generative else "classifier"
                 raise UserError(f"{config.model}: its head is a {head}; set head={head}")
             return model
+        # CLIP and M-CLIP never see a text and its image together
         backbone = load_backbone(config.model, config.backbone, config.vision)
         if not isinstance(backbone, FusionBackbone):
             raise UserError(

@@ -128,7 +128,11 @@ class _Ranker:
         workers."""
         count = 0 if candidates is None else min(candidates or len(keys), len(keys))
         hits, finite = torch.zeros(len(queries), len(RANKS), dtype=torch.float64), True
+        # ties at the K-th place are broken by a fixed order, not by the place in the file: a collapsed model
+        # would find its own captions there
         order = torch.from_numpy(permutation(len(keys), "candidates"))
+        # a chunk has about PAIRS pairs for the match head, whatever K is; its size is fixed, or scores would
+        # depend on the number of workers
         chunks = torch.arange(len(queries)).split(max(1, PAIRS // max(1, count)))
         for chunk in chunks[rank() :: world_size()]:
             scores, first = queries[chunk] @ keys.T, None
@@ -158,6 +162,7 @@ class _Ranker:
         image, text = (query, candidate_index) if image_asks else (candidate_index, query)
         out = []
         for images, texts in zip(image.flatten().split(PAIRS), text.flatten().split(PAIRS), strict=True):
+            # an image that several texts of the chunk attend to is read and projected once
             unique_images, rows = images.unique(return_inverse=True)
             condition = self._states(self.images, [self.names[i] for i in unique_images])
             text_states = self._states(self.texts, [self.keys[i] for i in texts])
