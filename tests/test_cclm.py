@@ -88,7 +88,7 @@ def test_swin_resize_changes_windows_and_interpolates_biases():
 
 def test_swin_without_transformers_names_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="a Swin image encoder wants transformers"):
+    with pytest.raises(UserError, match="transformers is not installed: pip install"):
         UnifiedModel(swin_config())
 
 

@@ -25,7 +25,7 @@ from raylib.models.swin import SwinEncoder, interpolate_bias
 from raylib.packed import Attention, Block
 
 if TYPE_CHECKING:  # it imports this file
-    from raylib.models.unified import ModelConfig, UnifiedModel
+    from raylib.models.unified import UnifiedModel
 
 
 class WeightMapper:
@@ -163,8 +163,15 @@ def load_text(model: "UnifiedModel", folder: Path | str, layers: tuple[int, ...]
     weights = {re.sub(r"^(roberta|bert|model)\.", "", k): v for k, v in weights.items()}
     mapper = WeightMapper(weights, folder)
     stored = 1 + max(int(m[1]) for k in weights if (m := re.match(r"encoder\.layer\.(\d+)\.", k)))
-    layers = _choose_layers(model.config, stored, folder) if layers is None else layers
-    blocks = len(model.text.blocks) + len(model.fusion.blocks)
+    text, fusion = len(model.text.blocks), len(model.fusion.blocks)
+    blocks = text + fusion
+    if layers is None:
+        if stored < blocks:
+            raise UserError(
+                f"{folder}: {stored} layers, the model wants {blocks}; set model.text_layers and "
+                "fusion_layers"
+            )
+        layers = (*range(text), *range(stored - fusion, stored))
     if len(layers) != blocks or not all(0 <= layer < stored for layer in layers):
         raise UserError(
             f"{folder}: layers {list(layers)} of its {stored}; {blocks} from 0 to {stored - 1} are wanted"
@@ -198,17 +205,6 @@ def copy_text(mapper: WeightMapper, model: "UnifiedModel", first: int, layers: t
         for block, layer in zip([*model.text.blocks, *model.fusion.blocks], layers, strict=True):
             copy_block(mapper, block, layer)
         _copy_masked_head(mapper, model)
-
-
-def _choose_layers(config: "ModelConfig", stored: int, folder: Path | str) -> tuple[int, ...]:
-    """The first of so many layers for the text encoder, the last for the unified one."""
-    text, fusion = config.text_layers, config.fusion_layers
-    if stored < text + fusion:
-        raise UserError(
-            f"{folder}: {stored} layers, the model wants {text + fusion}; set model.text_layers and "
-            "fusion_layers"
-        )
-    return (*range(text), *range(stored - fusion, stored))
 
 
 def load_vision(model: "UnifiedModel", folder: Path | str) -> None:

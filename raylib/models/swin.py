@@ -10,7 +10,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from raylib.config import Config
-from raylib.errors import UserError
+from raylib.errors import require
 from raylib.models.layers import PixelStats, normalize_pixels
 
 
@@ -93,13 +93,8 @@ class SwinEncoder(nn.Module):
         self.swin = fresh
 
     def _build(self, size: int) -> nn.Module:
-        try:
-            from transformers import SwinConfig, SwinModel
-        except ImportError as e:
-            raise UserError(
-                f"a Swin image encoder wants transformers ({e}); pip install transformers==5.23.0"
-            ) from e
-        config = SwinConfig(
+        transformers = require("transformers", "transfer")
+        config = transformers.SwinConfig(
             image_size=size,
             patch_size=self.patch,
             embed_dim=self.sizes.width,
@@ -108,7 +103,7 @@ class SwinEncoder(nn.Module):
             window_size=size // (self.patch * self.sizes.merges),
             drop_path_rate=self.dropout,
         )
-        return SwinModel(config, add_pooling_layer=False)
+        return transformers.SwinModel(config, add_pooling_layer=False)
 
 
 def interpolate_bias(table: Tensor, rows: int) -> Tensor:
