@@ -66,14 +66,13 @@ def run(recipe: str, seed: int, folder: Path, scenes: Path, quick: bool) -> dict
     """Pretrain, fine-tune on entailment; what both came to."""
     name = f"{recipe}_seed{seed}"
     weights = [f"objective.weights.{term}={int(OFF.get(recipe) != term)}" for term in TERMS]
-    few, less = (
+    few_steps, few_items = (
         (["fit.steps=1", "fit.eval_every=1"], ["epochs=1", "train_limit=64", "test_limit=32"])
         if quick
         else ([], [])
     )
-    run_module(
-        "pretrain", recipe, f"name={name}", f"runs={folder}", f"fit.seed={seed}", *PRETRAIN, *weights, *few
-    )
+    identity = [f"name={name}", f"runs={folder}", f"fit.seed={seed}"]
+    run_module("pretrain", recipe, *identity, *PRETRAIN, *weights, *few_steps)
     settings = [
         f"name={name}_xvnli",
         f"runs={folder}",
@@ -81,7 +80,7 @@ def run(recipe: str, seed: int, folder: Path, scenes: Path, quick: bool) -> dict
         f"data={scenes}",
         f"fit.seed={seed}",
     ]
-    run_module("finetune", "scenes_xvnli", *settings, *FINETUNE, *less)
+    run_module("finetune", "scenes_xvnli", *settings, *FINETUNE, *few_items)
     pretrained, task = (
         json.loads((folder / run / "result.json").read_text()) for run in (name, f"{name}_xvnli")
     )
@@ -98,7 +97,7 @@ def run(recipe: str, seed: int, folder: Path, scenes: Path, quick: bool) -> dict
 def table() -> str:
     """Markdown: a row an ablation, seeds as means."""
     rows = [["pretrained", "seeds", "R@1 English", "R@1 others", "xvnli English", "xvnli targets"]]
-    for recipe, what in RECIPES.items():
+    for recipe, title in RECIPES.items():
         lines = newest([line for line in read_jsonl(FILE) if line["recipe"] == recipe], "seed")
         if lines:
             columns = [
@@ -107,7 +106,7 @@ def table() -> str:
                 [x["xvnli"]["en"] for x in lines],
                 [x["xvnli_targets"] for x in lines],
             ]
-            rows.append([what, str(len(lines)), *map(mean_and_std, columns)])
+            rows.append([title, str(len(lines)), *map(mean_and_std, columns)])
     return markdown_table(rows)
 
 

@@ -32,7 +32,7 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
         s["id"]: s
         for s in map(json.loads, (folder / "scenes.jsonl").read_text(encoding="utf-8").splitlines())
     }
-    found = {}
+    accuracies = {}
     for name in ("xgqa", "xvnli", "marvl"):
         task = TASKS[name]
         train, test = (
@@ -40,16 +40,16 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
         )
         answers = [max(e.labels, key=e.labels.get) for e in train]
         best = Counter(answers).most_common(1)[0][0]
-        found[name] = {
+        accuracies[name] = {
             "majority": sum(best in e.labels for e in test) / len(test),
             "text": _accuracy(train, test, lambda e: _words(e.texts[-1])),
             "picture": _accuracy(train, test, lambda e: _facts([scenes[i] for i in e.images])),
         }
-    return found
+    return accuracies
 
 
 def table(measured: dict[str, dict[str, float]]) -> str:
-    """Markdown: what `measure` found, in %, by task."""
+    """Markdown of what `measure` returns, in %, by task."""
     rows = [["task", "majority", "text alone", "image alone"]]
     rows += [[task, *map(percent, figures.values())] for task, figures in measured.items()]
     return markdown_table(rows)
@@ -88,8 +88,8 @@ def _accuracy(train: Sequence[Example], test: Sequence[Example], features) -> fl
         F.cross_entropy(x @ weight, y).backward()
         optimizer.step()
     names = list(answers)
-    chosen = (matrix(test) @ weight).argmax(1).tolist()
-    return sum(e.labels.get(names[c], 0.0) for e, c in zip(test, chosen, strict=True)) / len(test)
+    predicted = (matrix(test) @ weight).argmax(1).tolist()
+    return sum(e.labels.get(names[c], 0.0) for e, c in zip(test, predicted, strict=True)) / len(test)
 
 
 def main(arguments: list[str] | None = None) -> None:

