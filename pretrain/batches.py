@@ -50,7 +50,7 @@ class StreamConfig(Config):
 
 
 class DataConfig(Config):
-    """What a run reads. A stream with batch 0 is left out.
+    """Data that a run reads. A stream with batch 0 is left out.
 
     retrieval: the evaluation set; cache: where remote shards are kept; bad_limit: share of unusable samples
     allowed. verify: compare the content of every shard with its manifest, and with what the run began with,

@@ -30,7 +30,7 @@ from raylib.track import read_metrics
 
 
 class InitConfig(Config):
-    """What to start from; None starts from scratch. `text` and `vision` are folders in Hugging Face
+    """Weights to start from; None starts from scratch. `text` and `vision` are folders in Hugging Face
     format."""
 
     text: str | None = None  # XLM-R or BERT
