@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat
@@ -92,20 +92,11 @@ def set_rate(
     return bool(rates and factor > 0 and step > 0 and rates(group["depth"], step - 1) == 0)
 
 
-class TrainableModel(Protocol):
-    """The part of a model that training needs: it is saved by `save`, and has rates a depth by `depth_of`."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> Any: ...
-    def save(self, folder: Path, /) -> None: ...
-    def depth_of(self, name: str, /) -> int | None: ...
-
-
 class Objective(nn.Module, ABC):
     """A training step as one module, which DDP and ZeRO wrap whole: an encoder called around the wrapped
     module would miss the sync of gradients."""
 
-    model: TrainableModel
+    model: Any  # what is trained: it can `save(folder)`, and, under rates a layer, tell `depth_of(name)`
 
     @property
     @abstractmethod

@@ -17,7 +17,7 @@ Steps whose loss or gradient is not finite: both engines skip them alike, and to
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import NotFinite, UserError
 
 if TYPE_CHECKING:
-    from raylib.engine import StepGuard
+    from raylib.engine import Engine, StepGuard
 
 
 def is_finite(value: Tensor | np.ndarray | float) -> bool:
@@ -87,18 +87,6 @@ def _not_finite(value: Any, name: str):
         yield name
 
 
-class GuardedEngine(Protocol):
-    """The part of an engine (`raylib.engine`) that `StepMonitor` needs."""
-
-    @property
-    def objective(self) -> nn.Module: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def bf16(self) -> bool: ...
-    def find_not_finite(self) -> str | None: ...
-
-
 class StepMonitor:
     """Reads `guard` before anything is kept.
 
@@ -109,7 +97,7 @@ class StepMonitor:
     def __init__(
         self,
         guard: "StepGuard",
-        engine: GuardedEngine,
+        engine: "Engine",
         replay: Callable[[int], dict],
         last_checkpoint: Path | None,
     ):

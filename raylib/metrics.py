@@ -19,14 +19,6 @@ MILLION = 10**6  # scores are summed in millionths: integers add up to the same 
 ELEMENTS = 2**18  # of a table of resamples at a time
 
 
-def recall_at_k(
-    queries: Tensor, keys: Tensor, query_owner: Tensor, key_owner: Tensor, chunk: int = 1024
-) -> dict[int, float]:
-    """Recall@{1, 5, 10}: the share of queries with a key of their own among the first k by inner product, as
-    `recall_hits` counts them."""
-    return mean_hits(recall_hits(queries, keys, query_owner, key_owner, chunk))
-
-
 def recall_hits(
     queries: Tensor, keys: Tensor, query_owner: Tensor, key_owner: Tensor, chunk: int = 1024
 ) -> Tensor:

@@ -3,14 +3,14 @@ from itertools import permutations
 import pytest
 import torch
 
-from raylib.metrics import RANKS, hit_chances, mean_or_zero, nearest_keys, recall_at_k, recall_hits
+from raylib.metrics import RANKS, hit_chances, mean_hits, mean_or_zero, nearest_keys, recall_hits
 
 
 def test_recall_equals_sorting():
     torch.manual_seed(0)
     queries, keys = torch.randn(20, 8), torch.randn(45, 8)
     query_owner, key_owner = torch.arange(20), torch.arange(45) % 20
-    out = recall_at_k(queries, keys, query_owner, key_owner, chunk=7)
+    out = mean_hits(recall_hits(queries, keys, query_owner, key_owner, chunk=7))
     for k in (1, 5, 10):
         hits = 0
         for i in range(20):
@@ -59,11 +59,10 @@ def test_recall_first_level_keys_rank_ahead_of_all_scores():
 
 def test_recall_of_collapsed_model_is_chance():
     same = torch.ones(30, 4)
-    out = recall_at_k(same, same, torch.arange(30), torch.arange(30))
+    out = mean_hits(recall_hits(same, same, torch.arange(30), torch.arange(30)))
     assert out == {k: pytest.approx(k / 30) for k in RANKS}
-    several = recall_at_k(
-        same, torch.ones(60, 4), torch.arange(30), torch.arange(60) // 2
-    )  # of 60 captions, two are right
+    # of 60 captions, two are right
+    several = mean_hits(recall_hits(same, torch.ones(60, 4), torch.arange(30), torch.arange(60) // 2))
     assert several[1] == pytest.approx(2 / 60) and several[5] == pytest.approx(1 - (55 * 54) / (60 * 59))
 
 

@@ -19,7 +19,7 @@ from finetune.tasks.ranking import retrieve
 from pretrain.__main__ import main as pretrain_main
 from pretrain.evaluate import ZeroShotRetrieval, write_result
 from raylib.errors import NotFinite, UserError
-from raylib.metrics import recall_at_k
+from raylib.metrics import recall_hits
 from raylib.tables import open_pyplot
 from raylib.text import Tokenizer
 from raylib.track import Tracker, read_metrics
@@ -43,7 +43,7 @@ def test_recall_of_non_finite_scores_is_refused(which):
     vectors = [torch.eye(4), torch.eye(4)]
     vectors[which][2, 1] = NAN
     with pytest.raises(NotFinite, match=f"embeddings of {('queries', 'keys')[which]}: not finite"):
-        recall_at_k(*vectors, torch.arange(4), torch.arange(4))
+        recall_hits(*vectors, torch.arange(4), torch.arange(4))
 
 
 @pytest.mark.parametrize("candidates", [None, 5])
