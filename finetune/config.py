@@ -112,8 +112,6 @@ class FinetuneConfig(LaunchConfig):
             raise ValueError(
                 "augment needs cache_image_states=false: images that are encoded once cannot change"
             )
-        if self.head == "decoder" and self.loss == "bce":
-            raise ValueError("head=decoder has a loss of its own, over tokens; leave out loss=bce")
         return self
 
     @property

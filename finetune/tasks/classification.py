@@ -201,6 +201,11 @@ class Generation(Classification):
     def heads(self) -> Mapping[str, Task]:
         return {"classifier": self, "decoder": self}  # a task that is generated has no other
 
+    def check(self, config: "FinetuneConfig") -> None:
+        super().check(config)
+        if config.loss == "bce":
+            raise UserError("head=decoder has a loss of its own, over tokens; leave out loss=bce")
+
     def new_model(
         self, config: "FinetuneConfig", backbone: FusionBackbone, labels: tuple[str, ...]
     ) -> FinetuneModel:
