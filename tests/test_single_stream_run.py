@@ -85,8 +85,8 @@ def test_single_stream_from_published_weights_runs_with_strategies(finetune, tmp
 @pytest.mark.parametrize(
     ("task", "settings", "words"),
     [
-        ("xgqa", [], "regions= is missing: uc2 sees region features, not pictures"),
-        ("xflickrco", [], "retrieval encodes texts and pictures apart; uc2 reads them together"),
+        ("xgqa", [], "regions= is missing: uc2 sees region features, not images"),
+        ("xflickrco", [], "retrieval encodes texts and images apart; uc2 reads them together"),
         ("xgqa", ['freeze=["vision"]'], "uc2 has no part 'vision'; it has: embeddings"),
         ("xgqa", ["vision=/nowhere"], "vision= is for backbones with an image encoder"),
     ],

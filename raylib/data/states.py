@@ -102,6 +102,8 @@ def write_sharded(folder: Path, write: Callable[[Path, int, int], None]) -> None
     # one run at a time makes the folder; its other workers need no lock, for they wait for worker 0 below
     with file_lock(lock) if rank == 0 else contextlib.nullcontext():
         if broadcast_from_rank0(folder.is_dir()):
+            if rank == 0:
+                lock.unlink(missing_ok=True)  # which waiting for it may have made anew
             return
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
