@@ -1,4 +1,4 @@
-"""The head that spells an answer token by token (ALBEF, CCLM): a decoder over the states of the grounded
+"""The head that generates an answer token by token (ALBEF, CCLM): a decoder over the states of the grounded
 question. It ranks the answers of a list by their probability, and so chooses among classes as a classifier
 does.
 

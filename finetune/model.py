@@ -2,7 +2,7 @@
 
 A text is grounded in what it is about, image or premise, by the unified encoder's cross-attention; its CLS
 state goes to the head. Two images ground it twice, and the head sees both states side by side (paper 2,
-appendix B.2.3). A head that spells answers (`finetune.decoder`) sees the states of all tokens.
+appendix B.2.3). A head that generates answers (`finetune.decoder`) sees the states of all tokens.
 """
 
 from collections.abc import Sequence
@@ -150,7 +150,7 @@ class FinetuneModel(nn.Module):
         return self.backbone.num_fusion_layers
 
     def depth_of(self, name: str) -> int | None:
-        """As the backbone's `depth_of`; None for the head and regions."""
+        """Return the depth by the backbone's `depth_of`; None for the head and regions."""
         return (
             self.backbone.depth_of(name.removeprefix("backbone.")) if name.startswith("backbone.") else None
         )
@@ -259,7 +259,7 @@ def is_foreign(path: Path) -> bool:
 
 
 def find_evaluated(path: Path | str) -> Path:
-    """As `find_model`; of a fine-tuning run, the checkpoint that its results come from."""
+    """Return the folder of `find_model`; of a fine-tuning run, the checkpoint that its results come from."""
     path = Path(path)
     if (path / BEST).is_dir() and read_description(path).get("select") == "best":
         return path / BEST

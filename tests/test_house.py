@@ -97,7 +97,7 @@ def test_format_is_rarely_skipped():
     assert sum(text.count("# fmt: " + "skip") for text in texts) <= MAX_FORMAT_SKIPS
 
 
-@pytest.mark.parametrize("room", ["raylib", "pretrain", "tune_spaces", "cluster"])
+@pytest.mark.parametrize("room", ["raylib", "pretrain", "finetune", "tune_spaces", "cluster"])
 def test_docstrings_are_statements(room):
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [

@@ -214,7 +214,7 @@ class Strategies:
             strategy.begin(setup)
 
     def batch_inputs(self) -> MoreInputs | None:
-        """What strategies add to a batch, as one function; None where none adds anything."""
+        """Return all that strategies add to a batch, as one function; None where none adds anything."""
         makers = [maker for strategy in self.built.values() if (maker := strategy.batch_inputs())]
         return functools.partial(_all_inputs, makers) if makers else None
 

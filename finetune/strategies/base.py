@@ -61,7 +61,7 @@ MoreInputs = Callable[[Sequence[Any], dict[str, Any], dict[str, Any]], dict[str,
 
 
 class Progress(NamedTuple):
-    """How far training is: `step` of `steps`, in `epoch` of `epochs` (all from 0)."""
+    """The progress of training: `step` of `steps`, in `epoch` of `epochs` (all from 0)."""
 
     step: int
     steps: int
@@ -143,7 +143,7 @@ class Term(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """What strategies add to a loss: `terms` by name, the states that these read, and what the task's own
+    """All that strategies add to a loss: `terms` by name, the states that these read, and what the task's own
     loss counts beside them (0: its head has no part in training)."""
 
     terms: Mapping[str, Term] = {}
@@ -219,8 +219,8 @@ class Stage(NamedTuple):
 
 
 class StageOutcome(NamedTuple):
-    """What the stages leave to the run's own training: settings of the strategy in it, the checkpoint that it
-    starts from, and what its result tells of them."""
+    """All that the stages leave to the run's own training: settings of the strategy in it, the checkpoint
+    that it starts from, and what its result tells of them."""
 
     strategy_settings: Mapping[str, Any] = {}
     start: Path | None = None
@@ -264,15 +264,15 @@ class StrategyConfig(Config):
         """
 
     def required(self) -> frozenset[Need]:
-        """What these settings need of a run: `needs`, and more of some settings."""
+        """Return the needs of these settings: `needs`, and more of some settings."""
         return self.needs
 
     def provides(self) -> frozenset[Need]:
-        """What others find in a run through this strategy."""
+        """Return what others find in a run through this strategy."""
         return frozenset()
 
     def removes(self) -> Mapping[Need, str]:
-        """What others do not find in a run any more, each with advice, or ""."""
+        """Return what others do not find in a run any more, each with advice, or ""."""
         return {}
 
     def check_run(self, run: Any) -> None:
@@ -280,7 +280,7 @@ class StrategyConfig(Config):
 
     @property
     def tests_translations(self) -> bool:
-        """Whether the run is tested on translations into English."""
+        """Return whether the run is tested on translations into English."""
         return False
 
     def files(self, data: Path) -> tuple[Path, ...]:

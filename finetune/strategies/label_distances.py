@@ -1,5 +1,5 @@
-"""How far answer labels are from each other (paper 0, section 3): `distance[c, y]` = d(y_c, y*), predicted c,
-true y.
+"""Distances of answer labels from each other (paper 0, section 3): `distance[c, y]` = d(y_c, y*), predicted
+c, true y.
 
 A matrix is made once and kept under the hash of all that it depends on: the labels and their order, d1 and
 d2, every byte of the source files (a file that changed under its old name, size and date is noticed; 1 GB

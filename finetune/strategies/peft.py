@@ -16,7 +16,7 @@ from raylib.text import PromptedTokenizer, Tokenizer
 
 
 class PeftConfig(StrategyConfig):
-    """What is common to those with modules. `projection`: also tune the map from a text's state to where it
+    """Settings common to those with modules. `projection`: also tune the map from a text's state to where it
     meets images, as the paper does; its public code froze it without meaning to."""
 
     method: ClassVar[str]  # as `raylib.models.peft` calls it

@@ -27,7 +27,7 @@ CAPTIONS = ("sentences", "caption_reference_description")  # fields of JSON line
 
 
 class TranslateConfig(Config):
-    """What is translated: the `split` of these `languages`, into English or from it.
+    """Settings of a translation: of the `split` of these `languages`, into English or from it.
 
     codes: what the model calls a language, where it wants to be told (NLLB, mBART, M2M-100): {"de":
     "deu_Latn", ...}.

@@ -274,8 +274,8 @@ class ClassificationObjective(Objective):
 
 
 class AnswerObjective(Objective):
-    """As `ClassificationObjective`, of a model whose head spells answers: the mean over questions of -log p
-    of their answers, each weighted by its score. Terms see no logits: there are none."""
+    """The loss of a model whose head generates answers, with the terms of strategies: the mean over questions
+    of -log p of their answers, each weighted by its score. Terms see no logits: there are none."""
 
     has_unused_parameters = True
     model: FinetuneModel

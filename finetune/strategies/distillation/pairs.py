@@ -1,5 +1,5 @@
-"""Which tokens of student and teacher are compared, and what each pair counts (paper 3, equations 2 to 6);
-what a batch holds for that, made where batches are read.
+"""Pairs of tokens of student and teacher that are compared, with the weight of each (paper 3, equations 2 to
+6); what a batch holds for that, made where batches are read.
 
 Every term is the sum of weight x MSE(state of the student, state of the teacher) over its pairs, divided by
 the number of examples of the global batch:
@@ -162,7 +162,7 @@ def matched_pairs(
 
 
 class RowTokenizer:
-    """How a student or a teacher reads: its tokenizer, and of what its rows are made
+    """The reading side of a student or a teacher: its tokenizer, and of what its rows are made
     (`raylib.models`)."""
 
     def __init__(self, tokenizer: Tokenizer, parts: Sequence[str]):
