@@ -14,7 +14,7 @@ from raylib.config import change_settings, load_config
 from raylib.track import read_metrics
 from tests.test_strategies_run import SETTINGS
 
-QUICK = ["train_limit=32", "test_limit=8", "select=last", "candidates=3", "length=24"]
+QUICK = ["epochs=1", "train_limit=32", "test_limit=8", "select=last", "candidates=3", "length=24"]
 KINDS = {
     "classifier": ["scenes_xgqa"],
     "decoder": ["scenes_xgqa", "head=decoder", "decoder.candidates=9"],
