@@ -22,11 +22,12 @@ APART = {  # these import nothing of those
     "finetune/stores": ("raylib.models", "finetune.model", "finetune.tasks"),
 }
 MAX_FORMAT_SKIPS = 20
-DENSE = ("raylib/objectives", "raylib/data", "raylib/packed.py")
+DENSE = ("raylib/models", "raylib/objectives", "raylib/data", "raylib/packed.py")
 COMMENTS = 3  # own-line ones in 100 lines of these
 QUESTIONS = re.compile(r"(What|Where|How|Which|Whether|Whatever)\b")
 PROBES = {  # these may ask an object what it has, or of which kind it is
-    "raylib/data/sources.py": {  # the kind of the data in a source
+    "raylib/data/sources.py": {  # a destructor after a failed start; the kind of the data in a source
+        "hasattr(self, 'file')",
         "kind != self.kind",
         "self.kind != 'image_text'",
     },
@@ -97,7 +98,7 @@ def test_format_is_rarely_skipped():
     assert sum(text.count("# fmt: " + "skip") for text in texts) <= MAX_FORMAT_SKIPS
 
 
-@pytest.mark.parametrize("room", ["raylib", "pretrain", "finetune", "tune_spaces", "cluster"])
+@pytest.mark.parametrize("room", PRODUCT)
 def test_docstrings_are_statements(room):
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [

@@ -67,6 +67,8 @@ class LowRankKronecker(nn.Module):
     def matrix(self) -> Tensor:
         """W, (inputs, outputs)."""
         rule = self._rule[0]
+        # the sum of kron(rule_i, left_i right_i) over i: until they are flattened, the axes of the rule stand
+        # before those of the other factor, as Kronecker's order has them
         product = torch.einsum("iab,icd->acbd", rule, self.left @ self.right)
         return product.reshape(rule.shape[1] * self.left.shape[1], rule.shape[2] * self.right.shape[2])
 
