@@ -66,13 +66,13 @@ def run(recipe: str, seed: int, folder: Path, scenes: Path, quick: bool) -> dict
     """Pretrain, fine-tune on entailment; what both came to."""
     name = f"{recipe}_seed{seed}"
     weights = [f"objective.weights.{term}={int(OFF.get(recipe) != term)}" for term in TERMS]
-    few_steps, few_items = (
+    quick_steps, quick_items = (
         (["fit.steps=1", "fit.eval_every=1"], ["epochs=1", "train_limit=64", "test_limit=32"])
         if quick
         else ([], [])
     )
     identity = [f"name={name}", f"runs={folder}", f"fit.seed={seed}"]
-    run_module("pretrain", recipe, *identity, *PRETRAIN, *weights, *few_steps)
+    run_module("pretrain", recipe, *identity, *PRETRAIN, *weights, *quick_steps)
     settings = [
         f"name={name}_xvnli",
         f"runs={folder}",
@@ -80,7 +80,7 @@ def run(recipe: str, seed: int, folder: Path, scenes: Path, quick: bool) -> dict
         f"data={scenes}",
         f"fit.seed={seed}",
     ]
-    run_module("finetune", "scenes_xvnli", *settings, *FINETUNE, *few_items)
+    run_module("finetune", "scenes_xvnli", *settings, *FINETUNE, *quick_items)
     pretrained, task = (
         json.loads((folder / run / "result.json").read_text()) for run in (name, f"{name}_xvnli")
     )

@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         small = write_images(root / "288", 288, 50, 1000)
-        small_few = write_images(root / "288 few", 288, 50, 100)
+        small_subset = write_images(root / "288 few", 288, 50, 100)
         large = write_images(root / "640", 640, 20, 60)
         packed, members = write_sentences(root, tokenizer, 5000)
         rows = {
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "ours, packed": lambda: packed_rows(packed),
             },
         }
-        for side, folder in ((288, small_few), (640, large)):
+        for side, folder in ((288, small_subset), (640, large)):
             rows[f"pictures of {side} px to {SIZE}"] = {
                 "webdataset + open_clip's transform": peer(folder, True),
                 "ours, crop": ours(folder, CROP),

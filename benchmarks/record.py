@@ -182,11 +182,11 @@ def speed_tables() -> str:
     ]
     rates = read_jsonl(RESULTS / "data.jsonl")[-1]["samples_per_second"]
     rows = ["| reading, samples/s a core | peer | ours | ratio |", "|---|---:|---:|---:|"]
-    for what, figures in rates.items():
+    for name, figures in rates.items():
         (peer, slow), *ours = figures.items()
         rows += [
-            f"| {what}, {mine} | {peer}: {slow:,.0f} | {fast:,.0f} | {fast / slow:.1f}x |"
-            for mine, fast in ours
+            f"| {name}, {variant} | {peer}: {slow:,.0f} | {fast:,.0f} | {fast / slow:.1f}x |"
+            for variant, fast in ours
         ]
     return "\n\n".join([*lines, "\n".join(rows)])
 

@@ -193,12 +193,12 @@ def encode_tagged(
     each = len(tags) // len(texts)
     for i, row in enumerate(words):
         image_rows = range(i * each, (i + 1) * each)
-        most = max(len(names[j]) for j in image_rows)
-        if most:
-            kept, most = _cut(len(row), most, length - 3)
-            words[i] = row[:kept]
+        tag_limit = max(len(names[j]) for j in image_rows)
+        if tag_limit:
+            word_limit, tag_limit = _cut(len(row), tag_limit, length - 3)
+            words[i] = row[:word_limit]
             for j in image_rows:
-                names[j] = names[j][:most]
+                names[j] = names[j][:tag_limit]
     tag_rows = [np.append(row, tokenizer.sep) if len(row) else row for row in names]
     lengths = torch.tensor([len(row) for row in tag_rows])
     values = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *tag_rows]))

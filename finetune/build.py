@@ -125,15 +125,15 @@ def dev_sets(config: FinetuneConfig, language: str | None) -> dict[str, str]:
     task = find_task(config)
     sets: dict[str, str] = {}
     split = {"few_shot": "shots_dev", "single_language": "dev"}.get(config.setting)
-    own_code = None  # the language, if its own set chooses
+    dev_language = None  # the language, if its own set chooses
     if language is not None and split is not None and task.has(split, language):
         is_english = split == "dev" and task.source("dev", language) == task.source("dev", "en")
-        own_code = None if is_english and language != "en" else language
+        dev_language = None if is_english and language != "en" else language
     is_scored = config.select == "best" or (
         not config.run_test and (language is None or not config.dev_languages)
     )
-    if config.trains and is_scored and own_code:
-        sets[own_code] = dev_split(config, own_code)
+    if config.trains and is_scored and dev_language:
+        sets[dev_language] = dev_split(config, dev_language)
     elif config.trains and is_scored and task.has("dev", "en"):
         sets["en"] = "dev"
     for code in config.dev_languages:
@@ -155,9 +155,9 @@ def training_sets(config: FinetuneConfig, language: str | None) -> list[Reading]
         return [read_split(config, "train", "en", config.train_limit)]
     codes, task = [language] if language else languages_of(config), find_task(config)
     readings = [read_split(config, "train", code, config.train_limit) for code in codes]
-    own_sets = {task.source("train", code) for code in codes}
+    sources = {task.source("train", code) for code in codes}
     english = task.source("train", "en") if "en" in task.languages else None
-    if len(own_sets) < len(readings) or (language not in (None, "en") and english in own_sets):
+    if len(sources) < len(readings) or (language not in (None, "en") and english in sources):
         raise UserError(
             f"{config.task}: its training file is English only; setting={config.setting} has nothing to "
             "train on"
@@ -217,8 +217,8 @@ def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]
 def _files_of(reading: Reading) -> list[Path]:
     """The file of a set, and those beside it that its reader is told of."""
     options = reading.task.split(reading.split, reading.language).options.values()
-    read_too = (reading.path.parent / name for value in options for name in value.split("|") if name)
-    return [path for path in (reading.path, *read_too) if path.is_file()]
+    option_files = (reading.path.parent / name for value in options for name in value.split("|") if name)
+    return [path for path in (reading.path, *option_files) if path.is_file()]
 
 
 def _translations(config: FinetuneConfig) -> list[Path]:

@@ -92,7 +92,8 @@ class AnswerDecoder(nn.Module):
         weighted by its score.
 
         Args:
-            question: states (T, d) of b grounded questions. scores: (b, C), 0 where an answer is wrong.
+            question: states (T, d) of b grounded questions.
+            scores: (b, C), 0 where an answer is wrong.
         """
         rows, answers = (
             index.cpu() for index in scores.nonzero(as_tuple=True)

@@ -74,7 +74,7 @@ def dev_result(source: Path, device: torch.device) -> dict[str, Any]:
     dev = {name.removeprefix("dev/"): value for name, value in values.items() if name.startswith("dev/")}
     ends = [name.split("/") for name in values if name.startswith("interval/")]
     intervals = {code: [values[f"interval/{code}/{end}"] for end in ("low", "high")] for _, code, _ in ends}
-    return {"dev": dev, "interval": intervals, **_made_by(device)}
+    return {"dev": dev, "interval": intervals, **_runtime_facts(device)}
 
 
 def test_result(pipeline: Pipeline, run: Path) -> dict[str, Any]:
@@ -89,11 +89,11 @@ def test_result(pipeline: Pipeline, run: Path) -> dict[str, Any]:
         "languages": task.test_details(config, figures, folder),
         "evaluation_seconds": seconds,
         "evaluated_per_second": items / seconds,
-        **_made_by(next(pipeline.model.parameters()).device),
+        **_runtime_facts(next(pipeline.model.parameters()).device),
     }
 
 
-def _made_by(device: torch.device) -> dict[str, Any]:
+def _runtime_facts(device: torch.device) -> dict[str, Any]:
     return {**provenance(device), "peak_memory_gb": peak_memory(device)}
 
 

@@ -111,11 +111,11 @@ def find_overlaps(task: Task, sets: list[UsedSet]) -> list[dict[str, Any]]:
                         shared[first, second][0].setdefault(image, name)
             for key, others, label in _items(item, task):
                 for each in (key, *others):
-                    for first, own in items.get(each, ()):
+                    for first, item_key in items.get(each, ()):
                         if first in firsts:
-                            shared[first, second][1].setdefault(own, label)
+                            shared[first, second][1].setdefault(item_key, label)
                             if each in others:
-                                shared[first, second][2].add(own)
+                                shared[first, second][2].add(item_key)
     return [
         {
             "first": first,
@@ -174,7 +174,7 @@ def _normal(text: str) -> str:
 
 
 def _declared_reason(task: Task, first: UsedSet, second: UsedSet, found: dict) -> str | None:
-    """Why the sets may share what they do; None: they may not."""
+    """Return the declared reason for what the sets share; None: they may not share it."""
 
     def fits(o: Overlap) -> bool:
         languages = all(

@@ -176,7 +176,7 @@ def score(
     none alone.
     """
     gained: Counter[str] = Counter()  # in millionths: integers add up to the same in any order
-    num_seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     unlabelled, unknown, clusters = 0, 0, ItemClusters()
     corpus = CorpusBleu(bleu) if bleu else None
     for number, line in enumerate(predictions):
@@ -185,19 +185,19 @@ def score(
             unlabelled += 1
             continue
         unknown += labels.isdisjoint(answers)
-        num_seen[line["kind"]] += 1
+        counts[line["kind"]] += 1
         worth = round(MILLION * answers.get(line["prediction"], 0.0))
         gained[line["kind"]] += worth
         clusters.add(line.get("images") or [f"line {number}"], worth)  # earlier versions wrote no images
         if corpus:
             corpus.add(line["prediction"], list(answers))
-    n = sum(num_seen.values())
+    n = sum(counts.values())
     result = {
         "accuracy": sum(gained.values()) / MILLION / n if n else 0.0,
         "interval": clusters.interval("bootstrap", *key),
         "n": n,
-        "by_type": {kind: gained[kind] / MILLION / num_seen[kind] for kind in sorted(num_seen) if kind},
-        "n_by_type": {kind: num_seen[kind] for kind in sorted(num_seen) if kind},
+        "by_type": {kind: gained[kind] / MILLION / counts[kind] for kind in sorted(counts) if kind},
+        "n_by_type": {kind: counts[kind] for kind in sorted(counts) if kind},
         "unlabelled": unlabelled,
         "unknown_answers": unknown,
     }

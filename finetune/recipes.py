@@ -163,7 +163,7 @@ def _p3(row: str, what: str, strategies: dict, **more):
 def _p4(task: str, row: str, strategies: dict, **more):
     """A row of P4's tables 1 to 5 with M-CLIP: give model= its folder, vision= its CLIP's. One of three
     learning rates of its grid; its XTD runs try all of them, and lambda from 0.001 to 10."""
-    few = task == "xtd_few"
+    is_xtd = task == "xtd_few"
     has_small_modules = any(name in strategies for name in ("lora", "adapter", "compacter", "soft_prompt"))
     return _recipe(
         f"P4, {task}: {{method}}",
@@ -173,8 +173,8 @@ def _p4(task: str, row: str, strategies: dict, **more):
         freeze=("vision",),
         use_itm_head=False,
         setting="single_language",
-        batch=10 if few else 48,
-        epochs=40 if few else 15,
+        batch=10 if is_xtd else 48,
+        epochs=40 if is_xtd else 15,
         length=77,
         strategies=strategies,
         optim=P4.model_copy(update={"lr": 1e-4 if has_small_modules else 3e-6}),

@@ -60,7 +60,7 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
             "train": unknown,
             **{code: values.get("unlabelled", 0) for code, values in figures.items()},
         },
-        **_made_by(parts),
+        **_runtime_facts(parts),
     }
 
 
@@ -90,17 +90,17 @@ def of_dev_sets(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str
         },
         "interval": {code: found[0] for code, found in intervals.items() if len(found) == 1},
         "items_skipped": {"train": sum(part.get("unknown_training_answers", 0) for part in parts)},
-        **_made_by(parts),
+        **_runtime_facts(parts),
     }
 
 
-def _made_by(parts: list[dict[str, Any]]) -> dict[str, Any]:
+def _runtime_facts(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return {"code", "libraries", "device", "time", "peak_memory_gb", "samples_per_second" of training,
     "evaluated_per_second"} of all parts, as far as they tell: those of earlier versions do not."""
     names = ("code", "libraries", "device", "time")
-    made_by = {name: parts[-1][name] for name in names if name in parts[-1]}
+    facts = {name: parts[-1][name] for name in names if name in parts[-1]}
     if memory := [part["peak_memory_gb"] for part in parts if "peak_memory_gb" in part]:
-        made_by["peak_memory_gb"] = max(memory)
+        facts["peak_memory_gb"] = max(memory)
     # a rate of several parts is weighed by the seconds that each took
     for rate, seconds_of in (
         ("samples_per_second", lambda part: sum(part["times"].get(name, 0.0) for name in ("step", "data"))),
@@ -108,8 +108,8 @@ def _made_by(parts: list[dict[str, Any]]) -> dict[str, Any]:
     ):
         rates = [(part[rate], seconds_of(part)) for part in parts if rate in part]
         if whole := sum(seconds for _, seconds in rates):
-            made_by[rate] = sum(value * seconds for value, seconds in rates) / whole
-    return made_by
+            facts[rate] = sum(value * seconds for value, seconds in rates) / whole
+    return facts
 
 
 def scores_of(result: dict[str, Any]) -> dict[str, float]:

@@ -94,7 +94,8 @@ def prepare(
     Args:
         parallel, text: {language: files}.
         image_size: images whose shorter side is longer (pixels) are shrunk to it; None keeps the files'
-        bytes. limit: share of bad samples in a file that is still normal.
+            bytes.
+        limit: share of bad samples in a file that is still normal.
 
     Raises UserError: unreadable or cut file, unknown format, too many bad samples, no samples; nothing to
     read; a language that cannot name a shard.

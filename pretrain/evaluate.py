@@ -128,7 +128,8 @@ class ZeroShotRetrieval:
 
     Args:
         folder: shards, or images with `captions.json` (`read_retrieval_set`).
-        size: pixels a side. length: longest sentence in tokens, specials included.
+        size: pixels a side.
+        length: longest sentence in tokens, specials included.
     """
 
     def __init__(self, folder: Path | str, tokenizer: Tokenizer, size: int, length: int):

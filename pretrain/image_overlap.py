@@ -177,13 +177,13 @@ def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _keep(
-    images: Iterable[tuple[str, bytes]], names: set[str], kept: set[str]
+    images: Iterable[tuple[str, bytes]], names: set[str], found_names: set[str]
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield the images that `names` names, all if it is empty; adds what they are called to `kept`."""
+    """Yield the images that `names` names, all if it is empty; adds what they are called to `found_names`."""
     for name, data in images:
         stem = _stem(name)
         if not names or stem in names:
-            kept.add(stem)
+            found_names.add(stem)
             yield name, data
 
 
@@ -272,12 +272,12 @@ def main(arguments: Sequence[str]) -> int:
     source = open_corpus(args.corpus)
     processes = len(os.sched_getaffinity(0))
     names = set().union(*map(read_names, args.names))
-    kept: set[str] = set()
-    test, bad_test = hash_images(_keep(read_images(args.data), names, kept), processes)
+    found_names: set[str] = set()
+    test, bad_test = hash_images(_keep(read_images(args.data), names, found_names), processes)
     if not test.names:
         why = f"none of its {bad_test} images decodes" if bad_test else "no image in it"
         raise UserError(f"{args.data}: {why}{' that --names names' if names and not bad_test else ''}")
-    missing = sorted(names - kept)
+    missing = sorted(names - found_names)
     corpus, bad_corpus = hash_images(read_source(source), processes)
     result = {
         "corpus": str(args.corpus),

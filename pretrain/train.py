@@ -228,7 +228,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
         with torch.inference_mode():
             evaluate(model)
     scores = tables[-1] if tables else {"retrieval": {}, "heldout": {}, "interval": {}}
-    made_by = {
+    identity = {
         "git": commit(),
         "config_sha256": config_hash(config),
         "data_sha256": data_hash(runtime.run),
@@ -244,7 +244,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
         "seed": config.fit.seed,
         **result,
         **skipped,
-        **made_by,
+        **identity,
         **provenance(runtime.device),
         **scores,
     }

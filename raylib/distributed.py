@@ -84,8 +84,8 @@ def gather_ragged(x: Ragged, width: int) -> Ragged:
     # rows travel padded, since all workers must send alike. `embedding`, because the gradient of plain
     # indexing adds up in no fixed order on threads
     padded = all_gather(F.embedding(index, x.values))
-    kept = (columns < lengths[:, None]).flatten().nonzero().squeeze(1)
-    return Ragged(padded.flatten(0, 1).index_select(0, kept.to(padded.device)), lengths)
+    token_cells = (columns < lengths[:, None]).flatten().nonzero().squeeze(1)
+    return Ragged(padded.flatten(0, 1).index_select(0, token_cells.to(padded.device)), lengths)
 
 
 class _Gather(torch.autograd.Function):

@@ -185,9 +185,9 @@ class StepMonitor:
     def _has_finite_total_norm(self, gradients: Sequence[Tensor | None]) -> bool:
         """Return whether the mean of all workers' gradients has a finite norm, as the step's clipping reckons
         it."""
-        own = is_finite(nn.utils.get_total_norm([g for g in gradients if g is not None]))
-        if not any(_on_any_worker([not own], self.engine.device)) or world_size() == 1:
-            return own
+        is_local_finite = is_finite(nn.utils.get_total_norm([g for g in gradients if g is not None]))
+        if not any(_on_any_worker([not is_local_finite], self.engine.device)) or world_size() == 1:
+            return is_local_finite
         # A worker's own gradient is larger than the mean of all, up to as many times as there are workers:
         # only the mean ends a run at the same step whatever their number.
         parameters = [p for p in self.engine.objective.parameters() if p.requires_grad]

@@ -68,7 +68,8 @@ def hit_chances(scores: Tensor, relevant: Tensor, first: Tensor | None = None) -
     C(f, r) / C(f + m, r) = prod_{i < r} (f - i) / (f + m - i).
 
     Args:
-        scores: (q, k). relevant: bool (q, k), the right keys of each query.
+        scores: (q, k).
+        relevant: bool (q, k), the right keys of each query.
         first: bool (q, k), keys that stand before all others whatever the scores. Scores of the two levels
             are never compared, and may be of different kinds.
     """

@@ -66,17 +66,17 @@ class Sentences(NamedTuple):
     def select_rows(self, rows: Tensor) -> "Sentences":
         """The sentences of `rows` (on the CPU), in that order."""
         tokens = Ragged(self.clean, self.lengths).token_index(rows)
-        place = torch.full((int(self.lengths.sum()),), -1)
-        place[self.positions] = torch.arange(len(self.positions))
-        chosen = place[tokens]
-        positions = (chosen >= 0).nonzero().squeeze(1)
+        label_at = torch.full((int(self.lengths.sum()),), -1)
+        label_at[self.positions] = torch.arange(len(self.positions))
+        label_index = label_at[tokens]
+        positions = (label_index >= 0).nonzero().squeeze(1)
         device = self.clean.device
         return Sentences(
             self.clean.index_select(0, tokens.to(device)),
             self.masked.index_select(0, tokens.to(device)),
             self.lengths[rows],
             positions,
-            self.labels.index_select(0, chosen[positions].to(device)),
+            self.labels.index_select(0, label_index[positions].to(device)),
             self.text_id.index_select(0, rows.to(device)),
         )
 
@@ -181,7 +181,8 @@ def plan_attention(keys: Tensor, queries: Tensor, device: torch.device, tokens: 
     """Plan attention over n rows.
 
     Args:
-        keys: (n,) ascending number of keys of each row. queries: (n,) number of queries of each row.
+        keys: (n,) ascending number of keys of each row.
+        queries: (n,) number of queries of each row.
         tokens: (R,) which query tokens these are, row after row; None when they are in this order.
     """
     keys, rows = keys.unique_consecutive(return_counts=True)

@@ -160,11 +160,11 @@ def list_added_or_missing_files(
     """List, in words, the files that only one of both records has. Other code may read others, but not miss
     what is gone."""
     moved = find_moved_files(before, now)
-    gone = [path for path in before if path not in now and path not in moved]
-    found = [f"{path} (missing)" for path in gone if not Path(path).exists()]
+    missing = [path for path in before if path not in now and path not in moved]
+    found = [f"{path} (missing)" for path in missing if not Path(path).exists()]
     if same_code:
         elsewhere = set(moved.values())
-        found += [f"{path} (not read any more)" for path in gone if Path(path).exists()]
+        found += [f"{path} (not read any more)" for path in missing if Path(path).exists()]
         found += [f"{path} (not read before)" for path in now if path not in before and path not in elsewhere]
     return found
 
@@ -215,8 +215,10 @@ def record_identity(run: Path, files: Iterable[DataFile], verify: bool = False) 
     # files of a start that no other start read stay recorded: the run was trained on them
     codes = stored["code"] if code in stored["code"] else [*stored["code"], code]
     moved = find_moved_files(stored["data"], data)
-    kept = {path: entry for path, entry in stored["data"].items() if path not in moved}
-    write_atomically(run / IDENTITY, json.dumps({"code": codes, "data": {**kept, **data}}, indent=1) + "\n")
+    remaining = {path: entry for path, entry in stored["data"].items() if path not in moved}
+    write_atomically(
+        run / IDENTITY, json.dumps({"code": codes, "data": {**remaining, **data}}, indent=1) + "\n"
+    )
     return notes
 
 
@@ -269,8 +271,8 @@ def commit() -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip() or None
+    result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)
+    return result.stdout.strip() or None
 
 
 @cache

@@ -43,7 +43,7 @@ from raylib.models.layers import Memory
 from raylib.models.single_stream import UC2
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
-from raylib.sample.scenes.labels import say
+from raylib.sample.scenes.labels import translate_name
 from raylib.text import PromptedTokenizer, Tokenizer
 from tests.factories import SMALL, make_model
 
@@ -287,7 +287,7 @@ def test_find_word_matches_whole_words_once():
     assert find_word("dog", "A hotdog and a Dog.") == (15, 18) and find_word("개", "그림에 개가") == (4, 5)
     assert find_word("dog", "a cat") is None
     things = [SceneObject("dog", 0), SceneObject("hot dog", 2)]
-    text = {code: say("hot dog", code) for code in ("en", "de")}
+    text = {code: translate_name("hot dog", code) for code in ("en", "de")}
     row = tuple(Example("q", (f"{word}?",), ("p",), {}) for word in text.values())
     assert find_named(row, ("en", "de"), things) == (SceneObject("hot dog", 2), text)
     assert find_named(row, ("en", "de"), things[:1]) is None
@@ -334,7 +334,9 @@ def test_read_parallel_matches_scenes_by_id(scenes, task, shared):
     config = override(RECIPES[f"scenes_{task}"](), [f"data={scenes}"])
     found = read_parallel(config, ("en", "ru"), 10)
     assert found.num_common == shared and len(found.items) == min(10, shared)
-    assert found.left_out == dict.fromkeys(("en", "ru"), 60 - shared)  # MaRVL's items have ids of their own
+    assert found.num_missing == dict.fromkeys(
+        ("en", "ru"), 60 - shared
+    )  # MaRVL's items have ids of their own
     assert all(en.images == ru.images and en.texts != ru.texts for en, ru in found.items)
     assert read_parallel(config, ("en", "ru"), 10) == found
 
@@ -347,7 +349,7 @@ def test_read_parallel_counts_items_missing_in_a_language(scenes, tmp_path):
     lines[5] = json.dumps({**other, "Flikr30kID": "another"})  # the same id, of another image
     path.write_text("\n".join(lines[:50]) + "\n")
     found = read_parallel(override(RECIPES["scenes_xvnli"](), [f"data={tmp_path}"]), ("en", "ru"), 100)
-    assert found.num_common == len(found.items) == 49 and found.left_out == {"en": 11, "ru": 1}
+    assert found.num_common == len(found.items) == 49 and found.num_missing == {"en": 11, "ru": 1}
     assert other["pairID"] not in {en.id for en, _ in found.items}
 
 
@@ -383,7 +385,7 @@ def test_analyse_xgqa_run_writes_every_figure(train, scenes, capsys, recwarn):
     }
     for record in seen["drawn"]:
         named = next(o["label"] for o in truth[record["image"]] if o["quadrant"] == record["quadrant"])
-        assert record["word"] == {code: say(named, code) for code in codes}
+        assert record["word"] == {code: translate_name(named, code) for code in codes}
         assert all(np.sum(grid) == pytest.approx(1) for grid in record["map"].values())
     item = seen["drawn"][0]
     words = [f"{code}={item['word'][code]}" for code in ("en", "ru")]

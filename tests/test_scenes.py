@@ -18,7 +18,7 @@ from raylib.sample.scenes.labels import (
     read_labels,
     read_templates,
     related_labels,
-    say,
+    translate_name,
 )
 from raylib.sample.scenes.subset import cut_vectors, cut_wordnet
 from raylib.sample.scenes.writer import XGQA, ScenesConfig, write_scenes
@@ -54,7 +54,7 @@ def truth(scenes):
     ],
 )
 def test_scenes_names_fit_into_sentences(language, template, names, text):
-    slots = dict(zip("AB", (say(name, language) for name in names), strict=False))
+    slots = dict(zip("AB", (translate_name(name, language) for name in names), strict=False))
     assert fill_template(template, language, slots) == text
 
 
@@ -73,7 +73,7 @@ def test_scenes_labels_are_drawn_in_training_and_named_everywhere():
     for label in read_labels().values():
         assert not is_held_out(label.key)
         assert set(label.ancestors) >= set(label.hypernyms)
-        assert all(say(label.name, language) for language in LANGUAGES)
+        assert all(translate_name(label.name, language) for language in LANGUAGES)
 
 
 def test_scenes_relations_equal_worked_example():
@@ -146,7 +146,7 @@ def test_scenes_entailment_follows_from_the_scenes(scenes, truth):
             continue
         named, denied = text.rstrip(".").split(": ")[1], "does not" in text
         true = named in there or any(
-            named in map(lambda c: say(c, "en"), read_labels()[name].categories) for name in there
+            named in map(lambda c: translate_name(c, "en"), read_labels()[name].categories) for name in there
         )
         if (
             named in read_labels()

@@ -9,8 +9,8 @@ from finetune.config import UNIMODAL
 from finetune.recipes import FEW_SHOT_RATES
 from raylib.search.space import Choice, Each, Float, Int, OneOf, Space
 
-SMALL = Float(3e-5, 3e-4, log=True)  # P4's learning rates of small modules, and of all weights
-WHOLE = Float(1e-6, 1e-5, log=True)
+MODULE_RATES = Float(3e-5, 3e-4, log=True)  # P4's learning rates of small modules, and of all weights
+FULL_RATES = Float(1e-6, 1e-5, log=True)
 
 
 def _best_of_all(recipe: str, summary: str, layers: int) -> Space:
@@ -140,23 +140,23 @@ SPACES: dict[str, Space] = {
             "strategies.alignment.routine": Choice(1, 2, 3),
             "strategies.alignment.loss": Choice("mse", "pivot", "image"),
             "tuned": OneOf(
-                full={"strategies.lora": None, "optim.lr": WHOLE},
-                lora={"strategies.lora.rank": Int(2, 64, log=True), "optim.lr": SMALL},
+                full={"strategies.lora": None, "optim.lr": FULL_RATES},
+                lora={"strategies.lora.rank": Int(2, 64, log=True), "optim.lr": MODULE_RATES},
                 adapter={
                     "strategies.lora": None,
                     "strategies.adapter.bottleneck": Int(8, 128, log=True),
-                    "optim.lr": SMALL,
+                    "optim.lr": MODULE_RATES,
                 },
                 compacter={
                     "strategies.lora": None,
                     "strategies.compacter.reduction": Choice(8, 16, 32),
-                    "optim.lr": SMALL,
+                    "optim.lr": MODULE_RATES,
                 },
                 soft_prompt={
                     "strategies.lora": None,
                     "strategies.soft_prompt.words": "",
                     "strategies.soft_prompt.tokens": Int(2, 32),
-                    "optim.lr": SMALL,
+                    "optim.lr": MODULE_RATES,
                 },
             ),
         },

@@ -191,20 +191,20 @@ def measure_attention(
     tokenizer: Tokenizer,
     length: int,
     layer: str,
-    num_drawn: int,
+    num_images: int,
 ) -> dict[str, Any]:
     """Measure the numbers of the figure.
 
     Returns:
         {"layer", "items", "on_patches": the attention that is not on the image's CLS, "drawn": the first
-        `num_drawn` different images, [{"id", "image", "word", "text", "map": {language: (g, g)}}]}; where it
+        `num_images` different images, [{"id", "image", "word", "text", "map": {language: (g, g)}}]}; where it
         is known what the words name, also shares of the attention on patches, means over items:
         {"own_quadrant", "standard_error", "other_things": a quadrant with another thing in it,
         "own_by_layer", "chance"}.
     """
     device, num_windows = next(backbone.parameters()).device, backbone.num_windows
-    drawn: dict[str, dict[str, Any]] = {}
-    own, other, by_layer, patches = [], [], [], []
+    examples: dict[str, dict[str, Any]] = {}
+    named_shares, other_shares, by_layer, patches = [], [], [], []
     for mention in mentions:
         texts = [e.texts[-1] for e in mention.item]
         tokens = []
@@ -224,12 +224,12 @@ def measure_attention(
         patches.append(layer_maps[:, 1 + num_windows :].sum(1))
         if mention.object:
             shares = quadrant_shares(grids)
-            own.append(shares[:, mention.object.quadrant])
+            named_shares.append(shares[:, mention.object.quadrant])
             by_layer.append(quadrant_shares(to_grid(maps, num_windows))[:, :, mention.object.quadrant])
             if mention.other_quadrants:
-                other.append(shares[:, list(mention.other_quadrants)].mean(1))
-        if mention.image not in drawn and len(drawn) < num_drawn:
-            drawn[mention.image] = _record(mention, languages, grids)
+                other_shares.append(shares[:, list(mention.other_quadrants)].mean(1))
+        if mention.image not in examples and len(examples) < num_images:
+            examples[mention.image] = _record(mention, languages, grids)
     if not patches:
         raise UserError(
             f"the word is behind the first {length} tokens of its sentence, which the model does not see"
@@ -237,17 +237,21 @@ def measure_attention(
     values: dict[str, Any] = {
         "layer": layer,
         "items": len(patches),
-        "drawn": list(drawn.values()),
+        "drawn": list(examples.values()),
         "on_patches": _means(patches, languages),
     }
-    if own:
-        error = np.std(own, 0, ddof=1) / len(own) ** 0.5 if len(own) > 1 else np.full(len(languages), np.nan)
+    if named_shares:
+        error = (
+            np.std(named_shares, 0, ddof=1) / len(named_shares) ** 0.5
+            if len(named_shares) > 1
+            else np.full(len(languages), np.nan)
+        )
         values |= {
             "chance": CHANCE,
-            "own_quadrant": _means(own, languages),
+            "own_quadrant": _means(named_shares, languages),
             "own_by_layer": _means(by_layer, languages),
             "standard_error": {c: float(e) for c, e in zip(languages, error, strict=True) if not np.isnan(e)},
-            "other_things": _means(other, languages) if other else {},
+            "other_things": _means(other_shares, languages) if other_shares else {},
         }
     return values
 

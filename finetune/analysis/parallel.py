@@ -20,7 +20,7 @@ from raylib.errors import UserError
 from raylib.fileio import write_json
 from raylib.finite import require_finite_values
 from raylib.randomness import string_key
-from raylib.sample.scenes.labels import read_labels, say
+from raylib.sample.scenes.labels import read_labels, translate_name
 from raylib.tables import save_figure
 from raylib.text import Tokenizer
 
@@ -41,13 +41,16 @@ def write_figure(figure: Any, values: dict[str, Any], path: Path) -> None:
 
 
 class Parallel(NamedTuple):
-    """`items`: a few, each in every one of `languages`; `num_common`: the number of such items; `left_out`:
-    of each language, the number of items that are not in all."""
+    """Items that are in every one of `languages`.
+
+    items: a few of them. num_common: how many there are. num_missing: of each language, the number of items
+    that are not in all.
+    """
 
     languages: tuple[str, ...]
     items: list[tuple[Example, ...]]
     num_common: int
-    left_out: dict[str, int]
+    num_missing: dict[str, int]
 
 
 class SceneObject(NamedTuple):
@@ -101,8 +104,8 @@ def read_parallel(
                 rows[place].setdefault(code, example)
     items = [tuple(row[code] for code in languages) for row in rows]
     num_common = len(common or ())
-    left_out = {code: n - num_common for code, n in counts.items()}
-    return Parallel(tuple(languages), items, num_common, left_out)
+    num_missing = {code: n - num_common for code, n in counts.items()}
+    return Parallel(tuple(languages), items, num_common, num_missing)
 
 
 def _read(config: FinetuneConfig, language: str) -> Iterator[Example]:
@@ -194,7 +197,7 @@ def find_named(
     """
     english = row[languages.index("en")].texts[-1] if "en" in languages else None
     for candidate in objects:
-        words = {code: say(candidate.label, code) for code in languages}
+        words = {code: translate_name(candidate.label, code) for code in languages}
         once = all(
             e.texts[-1].casefold().count(words[code].casefold()) == 1
             for code, e in zip(languages, row, strict=True)

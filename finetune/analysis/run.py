@@ -162,7 +162,7 @@ def _similarity(run: FinishedRun) -> list[str]:
     states = similarity.parallel_states(model, parallel, source, run.tokenizer, config.length, run.bf16)
     values = similarity.measure_similarity(parallel, states, scores_of(run.result))
     similarity.draw_similarity(values, run.title, run.measure, kind, run.out / "similarity")
-    left_out = ", ".join(f"{code} {n}" for code, n in parallel.left_out.items() if n)
+    num_missing = ", ".join(f"{code} {n}" for code, n in parallel.num_missing.items() if n)
     rows = [["language", "similarity to English", run.measure]]
     for code, cosine in values["to_english"].items():
         rows.append([code, percent(cosine), percent(values["score"][code])])
@@ -172,7 +172,7 @@ def _similarity(run: FinishedRun) -> list[str]:
     return [
         f"Mean cosine × 100 of parallel items ({kind} states) in two languages "
         f"{100 * values['mean']:.1f}{control}{correlation}. {values['items']} of the {parallel.num_common} "
-        f"items that are in all languages; items that are not: {left_out or 'none'}.",
+        f"items that are in all languages; items that are not: {num_missing or 'none'}.",
         *(["", markdown_table(rows)] if values["to_english"] else []),
     ]
 

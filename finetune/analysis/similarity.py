@@ -100,7 +100,7 @@ def measure_similarity(parallel: Parallel, states: Tensor, scores: dict[str, flo
         "languages": list(codes),
         "items": len(parallel.items),
         "in_all_languages": parallel.num_common,
-        "not_in_all": parallel.left_out,
+        "not_in_all": parallel.num_missing,
         "similarity": matrix.tolist(),
         "mean": float(off.mean()),
         "unpaired": unpaired,

@@ -116,9 +116,9 @@ def nearest_region_shares(points: Sequence[Point], states: np.ndarray) -> dict[s
     word, region = np.flatnonzero(language != ""), np.flatnonzero(language == "")
     # (p, r): a word has seen the regions of its own image, which tell nothing of others
     others = image[word, None] != image[region]
-    own = (label[word, None] == label[region]) & others
+    same_class = (label[word, None] == label[region]) & others
     best = np.where(others, units[word] @ units[region].T, -np.inf).argmax(1)
-    hit, chance = own[np.arange(len(word)), best], own.sum(1) / others.sum(1)
+    hit, chance = same_class[np.arange(len(word)), best], same_class.sum(1) / others.sum(1)
     rows = {"all": word >= 0} | {
         code: language[word] == code for code in dict.fromkeys(language[word].tolist())
     }
@@ -162,20 +162,20 @@ def draw_tsne(points: Sequence[Point], states: np.ndarray, title: str, path: Pat
     pyplot = open_pyplot()
     figure, axes = pyplot.subplots(figsize=(8.6, 6.2), layout="constrained")
     colours = dict(zip(classes, pyplot.get_cmap("Dark2").colors, strict=False))
-    looks = {
+    styles = {
         code: {"marker": marker, "s": 26, "alpha": 0.6, "linewidth": 0}
         for code, marker in zip((code for code in near if code != "all"), cycle(MARKERS), strict=False)
     }
-    looks[""] = {"marker": "*", "s": 60, "edgecolor": "black", "linewidth": 0.5}
-    for code, look in looks.items():
+    styles[""] = {"marker": "*", "s": 60, "edgecolor": "black", "linewidth": 0.5}
+    for code, style in styles.items():
         for label, colour in colours.items():
             at = [i for i, p in enumerate(points) if (p.language, p.label) == (code, label)]
-            axes.scatter(*flat[at].T, color=colour, **look)
+            axes.scatter(*flat[at].T, color=colour, **style)
     axes.set(xticks=[], yticks=[])
     named = {label: axes.scatter([], [], color=colour, s=50) for label, colour in colours.items()}
     named |= {
-        f"word, {code}" if code else "region": axes.scatter([], [], color="grey", **look)
-        for code, look in looks.items()
+        f"word, {code}" if code else "region": axes.scatter([], [], color="grey", **style)
+        for code, style in styles.items()
     }
     figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize=9, frameon=False)
     share, chance = (percent(near["all"][name]) for name in ("share", "chance"))

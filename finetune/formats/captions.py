@@ -66,13 +66,13 @@ def read_xtd(path: Path, images: str, part: str) -> Iterator[Captioned]:
 def read_karpathy(path: Path, split: str, without: str = "") -> Iterator[Captioned]:
     """Karpathy's dataset_coco.json: {images: [{filename, split, sentences: [{raw}]}]}; "restval" trains.
     without: a list of file names, a path as `images` of `read_multi30k`: images that are left out."""
-    left_out = {Path(line).name for _, line in stream_lines(_beside(path, without))} if without else set()
+    excluded = {Path(line).name for _, line in stream_lines(_beside(path, without))} if without else set()
     for where, record in stream_list(path, "images"):
         part, name = (
             get_field(record, "split", str, where).replace("restval", "train"),
             get_field(record, "filename", str, where),
         )
-        if part == split and name not in left_out:
+        if part == split and name not in excluded:
             texts = [get_field(s, "raw", str, where) for s in get_field(record, "sentences", list, where)]
             yield Captioned(name, tuple(texts))
 

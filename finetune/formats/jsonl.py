@@ -27,7 +27,8 @@ def read_examples(
         text, label: fields of the text and of its answer: one, a list of right ones, or {answer: score}. A
             line without the label has no answer.
         image: field of the image's name, or of a list of names; or two fields, "left|right". "": the texts
-            are about no image. premise: field of the text that `text` is about.
+            are about no image.
+        premise: field of the text that `text` is about.
         id: field that tells items apart and is the same in all languages; "": the number of the line.
         kind: field that results are broken down by.
     """

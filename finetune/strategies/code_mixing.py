@@ -46,8 +46,8 @@ class CodeMixingConfig(StrategyConfig):
         return self.needs | ({"pruning_rounds"} if self.stages == "rounds" else set())
 
     def during(self, purpose: Purpose) -> "CodeMixingConfig | None":
-        left_out = "last" if purpose == "pruning" else "rounds"
-        return None if self.stages == left_out else self
+        excluded_stages = "last" if purpose == "pruning" else "rounds"
+        return None if self.stages == excluded_stages else self
 
     def files(self, data: Path) -> tuple[Path, ...]:
         return (Path(self.dictionaries or data / "dictionaries"),)
@@ -169,7 +169,8 @@ def mix_text(
     does so too). Punctuation stays where it is, spaces become single ones.
 
     Args:
-        dictionaries: at least one. ratio, probability: 1 and 0.9 in paper 0's public code.
+        dictionaries: at least one.
+        ratio, probability: 1 and 0.9 in paper 0's public code.
     """
     words = text.split()
     # every word has draws of its own, used or not: what one word becomes does not hang on the words before it

@@ -48,8 +48,10 @@ def wordnet_distances(
     true one; d2 (`hypernym`) where it is a hypernym; else 1. A label without synset is at 1 from all others.
 
     Args:
-        labels: C different strings. folder: WordNet's files. hyponym, hypernym: d1, d2, between 0 and 1; 0.8
-        in the paper. cache: a folder, made where there is none; None keeps nothing.
+        labels: C different strings.
+        folder: WordNet's files.
+        hyponym, hypernym: d1, d2, between 0 and 1; 0.8 in the paper.
+        cache: a folder, made where there is none; None keeps nothing.
     Returns:
         (float32 (C, C); not symmetric where d1 is not d2, labels without synset).
 
@@ -81,7 +83,8 @@ def vector_distances(
     vector is at 1 from all others, at 0 from itself.
 
     Args:
-        labels: C different strings. path: vectors in a format of `finetune.strategies.word_vectors`.
+        labels: C different strings.
+        path: vectors in a format of `finetune.strategies.word_vectors`.
         cache: a folder, made where there is none; None keeps nothing.
     Returns:
         (float32 (C, C), symmetric, labels without a vector).

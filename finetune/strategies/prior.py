@@ -83,9 +83,11 @@ def linguistic_prior(logits: Tensor, answer: Tensor, distance: Tensor, k: int) -
     p is the softmax over all C labels; those k are not made to sum to 1. The gradient flows through p alone.
 
     Args:
-        logits: (b, C). answer: (b,) int64, the true labels.
+        logits: (b, C).
+        answer: (b,) int64, the true labels.
         distance: (C, C), [c, y] = d(y_c, y*): the predicted label first; in its precision all is computed,
-        also under autocast. k: how many labels; all where there are fewer.
+            also under autocast.
+        k: how many labels; all where there are fewer.
     Returns:
         (b,).
     """

@@ -117,8 +117,9 @@ def prune_mask(weights: Mapping[str, Tensor], mask: Mask | None, rate: float) ->
     1 of paper 0).
 
     Args:
-        weights: by name; those that may be pruned. mask: of an earlier round, or None: all are left.
-    Exactly round(rate x left) weights go; of equal ones, the first in order.
+        weights: by name; those that may be pruned.
+        mask: of an earlier round, or None: all are left. Exactly round(rate x left) weights go; of equal
+            ones, the first in order.
 
     Raises:
         NotFinite: a weight, which has no magnitude then.
@@ -150,9 +151,9 @@ def prune_mask(weights: Mapping[str, Tensor], mask: Mask | None, rate: float) ->
 
 def sparsity(mask: Mask, parameters: int) -> dict[str, float]:
     """{"prunable": share of the mask's weights that are gone, "whole": share of all `parameters`}."""
-    num_pruned = sum(int((~kept).sum()) for kept in mask.values())
+    num_pruned = sum(int((~keep).sum()) for keep in mask.values())
     return {
-        "prunable": num_pruned / sum(kept.numel() for kept in mask.values()),
+        "prunable": num_pruned / sum(keep.numel() for keep in mask.values()),
         "whole": num_pruned / parameters,
     }
 
@@ -168,25 +169,25 @@ def apply_mask(model: Any, mask: Mask, where: str) -> None:
     """
     parameters = dict(model.named_parameters())
     wrong = [
-        name for name, kept in mask.items() if name not in parameters or parameters[name].shape != kept.shape
+        name for name, keep in mask.items() if name not in parameters or parameters[name].shape != keep.shape
     ]
     if wrong:
         raise UserError(
             f"{where}: the mask of another model ({len(wrong)} tensors do not fit, such as {wrong[0]})"
         )
-    for name, kept in mask.items():
-        parameter, kept = parameters[name], kept.to(parameters[name].device)
+    for name, keep in mask.items():
+        parameter, keep = parameters[name], keep.to(parameters[name].device)
         with torch.no_grad():
-            parameter.mul_(kept)
+            parameter.mul_(keep)
         if parameter.requires_grad:
-            parameter.register_hook(lambda gradient, kept=kept: gradient * kept)
+            parameter.register_hook(lambda gradient, keep=keep: gradient * keep)
 
 
 def write_mask(mask: Mask, path: Path) -> None:
     """A safetensors file, eight weights a byte; it appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    packed = {name: torch.from_numpy(np.packbits(kept.numpy())) for name, kept in mask.items()}
-    shapes = {"shapes": json.dumps({name: list(kept.shape) for name, kept in mask.items()})}
+    packed = {name: torch.from_numpy(np.packbits(keep.numpy())) for name, keep in mask.items()}
+    shapes = {"shapes": json.dumps({name: list(keep.shape) for name, keep in mask.items()})}
     with atomic_file(path) as temporary:
         save_file(packed, temporary, shapes)
 

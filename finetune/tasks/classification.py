@@ -128,8 +128,8 @@ class Classification(Task):
     def training_items(self, items: list[Example], model: Any) -> tuple[list[Example], int]:
         """Examples of which an answer is among the classes."""
         known = frozenset(model.labels)
-        kept = [e for e in items if not known.isdisjoint(e.labels)]
-        return kept, len(items) - len(kept)
+        answerable = [e for e in items if not known.isdisjoint(e.labels)]
+        return answerable, len(items) - len(answerable)
 
     def batches(
         self, pipeline: Pipeline, items: list[Any], order: BatchOrder, extra: MoreInputs | None = None

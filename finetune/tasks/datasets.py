@@ -22,7 +22,7 @@ GQA_ANSWERS = (
     "gqa/annotations/trainval_label2ans.pkl",
     "gqa/cache/trainval_ans2label.pkl",
 )
-OWN = {"language": "{language}"}  # for a reader that wants to know
+LANGUAGE_OPTION = {"language": "{language}"}  # for a reader that wants to know
 GQA_TRAIN = Split(
     "gqa/annotations/train.json.zip",
     answers.read_gqa,
@@ -54,7 +54,7 @@ def _xvnli(train: Mapping[str, Split]) -> dict[str, Split]:
 
 
 XTD_IMAGES = "test_image_names.txt"
-XTD_LEFT_OUT = f"../xtd/{XTD_IMAGES}|../xtd/XTD10/{XTD_IMAGES}"
+XTD_EXCLUDED = f"../xtd/{XTD_IMAGES}|../xtd/XTD10/{XTD_IMAGES}"
 
 
 def _xtd(read, **options) -> Split:
@@ -65,7 +65,7 @@ def _xtd(read, **options) -> Split:
     return Split("xtd/test_1kcaptions_{language}.txt", read, names, others)
 
 
-def _xtd_few() -> dict[str, Split]:
+def _xtd_parts() -> dict[str, Split]:
     """Captions of XTD's test set by paper 4's parts, and translations of them in files alike."""
 
     def translated(name: str, way: str) -> Split:
@@ -150,8 +150,8 @@ TASKS: dict[str, Task] = {
                 part: Split(
                     f"XNLI-1.0/xnli.{part}.tsv",
                     answers.read_xnli,
-                    OWN,
-                    others=(Split(f"XNLI/xnli.{part}.tsv", answers.read_xnli, OWN),),
+                    LANGUAGE_OPTION,
+                    others=(Split(f"XNLI/xnli.{part}.tsv", answers.read_xnli, LANGUAGE_OPTION),),
                 )
                 for part in ("dev", "test")
             },
@@ -220,15 +220,19 @@ TASKS: dict[str, Task] = {
             "train": Split("nlvr2/annotations/train.jsonl", answers.read_nlvr2),
             "dev": Split("nlvr2/annotations/dev.jsonl", answers.read_nlvr2),
             "target_dev": Split("nlvr2/annotations/dev-{language}_gmt.jsonl", answers.read_nlvr2),
-            "test": Split("marvl/zero_shot/annotations/marvl-{language}.jsonl", answers.read_marvl, OWN),
+            "test": Split(
+                "marvl/zero_shot/annotations/marvl-{language}.jsonl", answers.read_marvl, LANGUAGE_OPTION
+            ),
             "test.en": NLVR2_TEST,
             "shots": Split(
-                "marvl/few_shot/annotations/marvl-{language}_train{shots}.jsonl", answers.read_marvl, OWN
+                "marvl/few_shot/annotations/marvl-{language}_train{shots}.jsonl",
+                answers.read_marvl,
+                LANGUAGE_OPTION,
             ),
             "translated": Split(
                 "marvl/zero_shot/annotations_machine-translate/marvl-{language}_gmt.jsonl",
                 answers.read_marvl,
-                OWN,
+                LANGUAGE_OPTION,
             ),
             "translated.en": NLVR2_TEST,
         },
@@ -356,10 +360,10 @@ TASKS: dict[str, Task] = {
             # 946 of XTD's images are among those that Karpathy trains on, 26 in his dev set: they are left
             # out of both
             "train": Split(
-                "coco/dataset_coco.json", captions.read_karpathy, {"split": "train", "without": XTD_LEFT_OUT}
+                "coco/dataset_coco.json", captions.read_karpathy, {"split": "train", "without": XTD_EXCLUDED}
             ),
             "dev": Split(
-                "coco/dataset_coco.json", captions.read_karpathy, {"split": "val", "without": XTD_LEFT_OUT}
+                "coco/dataset_coco.json", captions.read_karpathy, {"split": "val", "without": XTD_EXCLUDED}
             ),
             "test": _xtd(captions.read_multi30k),
         },
@@ -369,7 +373,7 @@ TASKS: dict[str, Task] = {
         "(paper 4)",
         languages=("en", "de", "es", "fr", "it", "jp", "ko", "pl", "ru", "tr", "zh"),
         mscoco=True,
-        splits=_xtd_few(),
+        splits=_xtd_parts(),
     ),
     "ja_vqa": Classification(
         summary="questions about Visual Genome's images in Japanese, free answers",

@@ -53,8 +53,12 @@ def retrieve(
     remove_encoder_states(folder)  # states that a killed evaluation has left are another model's
     try:
         ranker = _Ranker(model, items, visual, tokenizer, length, folder, bf16, ranks=candidates is not None)
-        i2t, i2t_pairs = ranker.hits(ranker.image_vectors, ranker.text_vectors, candidates, image_asks=True)
-        t2i, t2i_pairs = ranker.hits(ranker.text_vectors, ranker.image_vectors, candidates, image_asks=False)
+        i2t, i2t_pairs = ranker.hits(
+            ranker.image_vectors, ranker.text_vectors, candidates, queries_are_images=True
+        )
+        t2i, t2i_pairs = ranker.hits(
+            ranker.text_vectors, ranker.image_vectors, candidates, queries_are_images=False
+        )
     finally:
         remove_encoder_states(folder)
     figures = recall_figures(i2t, t2i)
@@ -121,7 +125,7 @@ class _Ranker:
         require_finite("text embeddings", self.text_vectors)
 
     def hits(
-        self, queries: Tensor, keys: Tensor, candidates: int | None, image_asks: bool
+        self, queries: Tensor, keys: Tensor, candidates: int | None, queries_are_images: bool
     ) -> tuple[Tensor, int]:
         """(chance of each query to hit within each of RANKS, float64 (n, 3); pairs ranked). A worker takes
         every world-th chunk of queries: chunks, and so all numbers, are the same whatever the number of
@@ -138,17 +142,17 @@ class _Ranker:
             scores, first = queries[chunk] @ keys.T, None
             if count:
                 candidate_index = nearest_keys(scores, count, order)
-                match = self._match(chunk, candidate_index, image_asks)
+                match = self._match(chunk, candidate_index, queries_are_images)
                 finite = finite and is_finite(match)
                 # two levels: candidates by the match head, and after all of these the others, by similarity
                 first = torch.zeros_like(scores, dtype=torch.bool).scatter(1, candidate_index, True)
                 scores = scores.scatter(1, candidate_index, match)
-            is_own = (
+            is_positive = (
                 self.owner[None] == chunk[:, None]
-                if image_asks
+                if queries_are_images
                 else torch.arange(len(keys))[None] == self.owner[chunk, None]
             )
-            hits[chunk] = hit_chances(scores, is_own, first)
+            hits[chunk] = hit_chances(scores, is_positive, first)
         raise_on_all_workers(None if finite else "scores of the match head: not finite (NaN or infinite)")
         if world_size() > 1:  # every row is one worker's, and 0 on the others: their sum is exact
             hits = hits.to(self.device)
@@ -156,18 +160,20 @@ class _Ranker:
         return hits.cpu(), len(queries) * count
 
     @torch.inference_mode()
-    def _match(self, queries: Tensor, candidate_index: Tensor, image_asks: bool) -> Tensor:
+    def _match(self, queries: Tensor, candidate_index: Tensor, queries_are_images: bool) -> Tensor:
         """(q, K) log of the odds that query and candidate belong together."""
         query = queries[:, None].expand_as(candidate_index)
-        image, text = (query, candidate_index) if image_asks else (candidate_index, query)
+        image, text = (query, candidate_index) if queries_are_images else (candidate_index, query)
         out = []
         for images, texts in zip(image.flatten().split(PAIRS), text.flatten().split(PAIRS), strict=True):
             # an image that several texts of the chunk attend to is read and projected once
             unique_images, rows = images.unique(return_inverse=True)
-            condition = self._states(self.images, [self.names[i] for i in unique_images])
+            image_states = self._states(self.images, [self.names[i] for i in unique_images])
             text_states = self._states(self.texts, [self.keys[i] for i in texts])
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                cls = self.model.fuse(text_states, first_tokens(text_states.lengths), Memory(condition, rows))
+                cls = self.model.fuse(
+                    text_states, first_tokens(text_states.lengths), Memory(image_states, rows)
+                )
             # outside of autocast: bf16 logits near 8 are 1/16 apart, and would tie
             logits = self.model.match_head(cls.float()).float()
             out.append((logits[:, 1] - logits[:, 0]).cpu())

@@ -88,8 +88,8 @@ class Lanes:
         languages, earlier = self._order_languages(lane, period)
         k = languages[offset]
         # every period draws a language equally often, so its own position is found without a walk
-        own_position = period * int(self.counts[k]) + earlier[offset]
-        return self.languages[k], self._find_sample(lane, self.languages[k], own_position)
+        sample_position = period * int(self.counts[k]) + earlier[offset]
+        return self.languages[k], self._find_sample(lane, self.languages[k], sample_position)
 
     def _order_languages(self, lane: int, period: int) -> tuple[list[int], list[int]]:
         """Of each draw in a period: its language, and how often that language was drawn earlier in the
@@ -328,7 +328,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _check_shared_memory(wanted: int) -> None:
+def _check_shared_memory(num_bytes: int) -> None:
     try:
         space = os.statvfs(SHARED_MEMORY)
     except OSError:
@@ -336,8 +336,8 @@ def _check_shared_memory(wanted: int) -> None:
             f"no shared memory at {SHARED_MEMORY} for loader processes; set fit.loader_workers=0"
         ) from None
     free = space.f_bavail * space.f_frsize
-    if free < wanted:
+    if free < num_bytes:
         raise UserError(
-            f"{SHARED_MEMORY} has {free >> 20} MB free, loader processes need {wanted >> 20}; set "
+            f"{SHARED_MEMORY} has {free >> 20} MB free, loader processes need {num_bytes >> 20}; set "
             "fit.loader_workers=0 or give the container more (docker run --shm-size)"
         )

@@ -262,8 +262,9 @@ class FusionBackbone(Backbone):
         """CLS states of texts together with what they are about.
 
         Args:
-            text: ids, n rows. memory: n x per_text rows; those of text i are rows i per_text ... . None:
-                they are about nothing, and are read alone.
+            text: ids, n rows.
+            memory: n x per_text rows; those of text i are rows i per_text ... . None: they are about nothing,
+                and are read alone.
         Returns:
             (n per_text, d).
         """
@@ -274,7 +275,9 @@ class FusionBackbone(Backbone):
         """States of all tokens after some of the layers, before the pooler.
 
         Args:
-            text: ids, n rows. memory: n rows, as of `fused_cls`. layers: rising, the lowest is 1.
+            text: ids, n rows.
+            memory: n rows, as of `fused_cls`.
+            layers: rising, the lowest is 1.
             empty: each row ends with a slot without a region; where rows have regions.
         Returns:
             For each of `layers` n rows (T, d); which of these tokens are what.

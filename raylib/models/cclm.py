@@ -217,7 +217,7 @@ def swin_sizes(file: Published) -> dict:
     return {"swin": swin.model_dump(), "patch": patch, "image_size": window * patch * swin.merges}
 
 
-def fill(model: UnifiedModel, file: Published, own_vision: bool) -> None:
+def fill(model: UnifiedModel, file: Published, with_vision: bool) -> None:
     """All of the file into `model`, or all but its image encoder, if another takes its place.
 
     Raises:
@@ -230,7 +230,7 @@ def fill(model: UnifiedModel, file: Published, own_vision: bool) -> None:
         mapper.copy_layer(model.image_projection, "vision_proj")
         model.temperature.copy_(mapper("temp").reshape(1))
     mapper.assert_all_used(UNUSED_TEXT)
-    if own_vision:
+    if with_vision:
         names = SWIN_NAMES if file.is_swin else VIT_NAMES
         mapper = WeightMapper({_rename(name, names): value for name, value in file.vision.items()}, file.path)
         (copy_swin if file.is_swin else copy_vision)(mapper, model)
@@ -275,7 +275,7 @@ class Cclm(UnifiedModel):
         if path.is_file():
             file = read_published(path)
             model = cls(published_sizes(file, vision_sizes or cls.file_sizes(file)))
-            fill(model, file, own_vision=not vision)
+            fill(model, file, with_vision=not vision)
         else:
             sizes = text_sizes(path)
             layers = cls.choose_layers(sizes["text_layers"] + sizes["fusion_layers"], path)

@@ -115,7 +115,7 @@ def encoder_sizes(config: dict, folder: Path | str, accepts: str = "an XLM-R or 
     missing = {*SIZES.values(), "num_hidden_layers", "max_position_embeddings"} - config.keys()
     if missing:
         raise UserError(f"{folder}/config.json: no {', '.join(sorted(missing))}; give {accepts}")
-    return {ours: config[theirs] for ours, theirs in SIZES.items()} | {
+    return {name: config[key] for name, key in SIZES.items()} | {
         "layers": config["num_hidden_layers"],
         "positions": config["max_position_embeddings"] - first_position(config),
     }
@@ -139,12 +139,16 @@ def text_sizes(folder: Path | str, vision: Path | str | None = None) -> dict:
         vit = _read_config(Path(vision))
         if missing := {*VISION_SIZES.values(), "hidden_size", "num_attention_heads"} - vit.keys():
             raise UserError(f"{vision}/config.json: no {', '.join(sorted(missing))}; give a ViT folder")
-        theirs, ours = (vit["hidden_size"], vit["num_attention_heads"]), (sizes["width"], sizes["heads"])
-        if theirs != ours:
+        vit_shape, text_shape = (
+            (vit["hidden_size"], vit["num_attention_heads"]),
+            (sizes["width"], sizes["heads"]),
+        )
+        if vit_shape != text_shape:
             raise UserError(
-                f"{vision}: width and heads {theirs}, those of {folder} are {ours}; give a ViT of the same"
+                f"{vision}: width and heads {vit_shape}, those of {folder} are {text_shape}; "
+                "give a ViT of the same"
             )
-        sizes |= {name: vit[their] for name, their in VISION_SIZES.items()}
+        sizes |= {name: vit[key] for name, key in VISION_SIZES.items()}
     return sizes
 
 
@@ -185,22 +189,22 @@ def copy_text(mapper: WeightMapper, model: "UnifiedModel", first: int, layers: t
     """The text path from tensors `embeddings.*`, `encoder.layer.N.*` and those of a masked-language head.
 
     Args:
-        first: row of the position embeddings that a sentence starts at. layers: as in `load_text`; where one
-            has a `crossattention`, that of the unified encoder is a copy of it, and not of its
-            self-attention.
+        first: row of the position embeddings that a sentence starts at.
+        layers: as in `load_text`; where one has a `crossattention`, that of the unified encoder is a copy of
+            it, and not of its self-attention.
     """
     with torch.no_grad():
         mapper.copy(model.embedding.word.weight, "embeddings.word_embeddings.weight")
         positions = mapper("embeddings.position_embeddings.weight")[first:]
         token_type = mapper("embeddings.token_type_embeddings.weight")[0]
-        own = model.embedding.position.weight
-        if len(positions) < len(own):
+        position_table = model.embedding.position.weight
+        if len(positions) < len(position_table):
             raise UserError(
-                f"{mapper.folder}: {len(positions)} positions, the model wants {len(own)}; "
+                f"{mapper.folder}: {len(positions)} positions, the model wants {len(position_table)}; "
                 f"set model.positions={len(positions)}"
             )
         # every text is of type 0 here, so its vector may as well be part of the positions
-        own.copy_(positions[: len(own)] + token_type)
+        position_table.copy_(positions[: len(position_table)] + token_type)
         mapper.copy_layer(model.embedding.norm, "embeddings.LayerNorm")
         for block, layer in zip([*model.text.blocks, *model.fusion.blocks], layers, strict=True):
             copy_block(mapper, block, layer)

@@ -217,9 +217,11 @@ class Oscar(SingleStreamBackbone):
         """States of all tokens after some of the layers, before the pooler.
 
         Args:
-            text: ids, n rows. memory: as of `fused_cls`, n rows. layers: rising, the lowest is 1 (paper 3: 3,
-                6, 9, 12). empty: each row ends with what comes of a slot that is padded with a region of
-                zeros, and that nothing attends to.
+            text: ids, n rows.
+            memory: as of `fused_cls`, n rows.
+            layers: rising, the lowest is 1 (paper 3: 3, 6, 9, 12).
+            empty: each row ends with what comes of a slot that is padded with a region of zeros, and that
+                nothing attends to.
         Returns:
             For each of `layers` n rows (T, d); which of these tokens are what. So
             `rows.values[segments.regions.values]` (R, d) are regions in the order of those in `memory`, the

@@ -161,14 +161,14 @@ def volta_names(layout: str) -> Names:
         "muniter": ("token_type_embeddings", 1),
         "xuniter": ("image_token_type_embeddings", 0),
     }
-    own, row = types.get(layout, ("", 0))
+    region_table, row = types.get(layout, ("", 0))
     text = "new_token_type_embeddings" if layout == "uc2" else "token_type_embeddings"
     return Names(
         word=f"{embeddings}.word_embeddings",
         position=f"{embeddings}.position_embeddings",
         norm=f"{embeddings}.LayerNorm",
-        text_type=Type(f"{embeddings}.{text}", 0) if own else None,
-        region_type=Type(f"{embeddings}.{own}", row) if own else None,
+        text_type=Type(f"{embeddings}.{text}", 0) if region_table else None,
+        region_type=Type(f"{embeddings}.{region_table}", row) if region_table else None,
         feature=f"{embeddings}.image_embeddings",
         location=f"{embeddings}.image_location_embeddings",
         feature_norm=f"{embeddings}.image_layer_norm",

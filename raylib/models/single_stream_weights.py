@@ -135,10 +135,10 @@ def _find_format(
     changes: dict[str, Any] = {}
     if "roberta.img_embeddings.img_linear.weight" in weights:
         found, names = "uc2", UC2
-    elif own := next(
+    elif prefix := next(
         (p for p in ("module.", "bert.encoder.") if f"{p}attentions.0.q_lin.weight" in weights), None
     ):
-        found, names = "m3p", m3p_names(own)
+        found, names = "m3p", m3p_names(prefix)
     elif "bert.embeddings.image_embeddings.weight" in weights:
         found, names, changes = _volta_layout(weights), volta_names(layout), AS_IN_VOLTA.get(layout, {})
     else:

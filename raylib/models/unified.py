@@ -279,7 +279,9 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
         """States of all tokens after some of the layers: those of the text encoder, then the unified ones.
 
         Args:
-            text: ids, n rows. memory: as of `fused_states`. layers: rising, the lowest is 1.
+            text: ids, n rows.
+            memory: as of `fused_states`.
+            layers: rising, the lowest is 1.
         Returns:
             For each of `layers` rows as `text`'s (T, d); which tokens are what: all are of the text.
         Raises:
@@ -329,7 +331,11 @@ def vocabulary_loss(
     gradient as large as the vocabulary.)
 
     Args:
-        states: (m, d). weight: (V, d). bias: (V,). labels: (m,). scale: (m,) what each position counts.
+        states: (m, d).
+        weight: (V, d).
+        bias: (V,).
+        labels: (m,).
+        scale: (m,) what each position counts.
     Returns:
         (sum of scale * loss, the losses (m,), which carry no gradient).
     """

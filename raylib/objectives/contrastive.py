@@ -46,8 +46,8 @@ def align_pairs(index: Tensor, left_id: Tensor, right_id: Tensor) -> GlobalPairs
     """Order the pairs of all workers, and find those of equal content.
 
     Args:
-        index: (b,) of each local pair in the global batch, ascending. left_id, right_id: (b,) equal for equal
-            content.
+        index: (b,) of each local pair in the global batch, ascending.
+        left_id, right_id: (b,) equal for equal content.
     """
     # a worker's share is every W-th row of a larger tensor: searchsorted would warn
     index = index.to(left_id.device).contiguous()
@@ -66,7 +66,8 @@ def info_nce(
     """InfoNCE in one direction, summed (paper 2, equation 1). In float32, also under autocast.
 
     Args:
-        queries: unit vectors (b, e). keys: unit vectors of the global batch (B, e).
+        queries: unit vectors (b, e).
+        keys: unit vectors of the global batch (B, e).
         positive: (b,) the key of each query.
         logit_mask: (b, B) -inf where the key is equal to the positive in content, and so no negative; else 0.
         temperature: (1,).
@@ -138,12 +139,12 @@ def contrast_pairs(left: Tensor, right: Tensor, pairs: GlobalPairs, temperature:
 class Negatives:
     """Hard negatives of the fused pairs of the global batch, both ways.
 
-    images: those that this worker needs, once each; own_image, wrong_image: (b,) rows of these.
+    images: those that this worker needs, once each; positive_image, wrong_image: (b,) rows of these.
     captions, wrong_captions: states, b rows each. has_image, has_caption: (b,) whether there is a wrong one.
     """
 
     images: Ragged
-    own_image: Tensor
+    positive_image: Tensor
     wrong_image: Tensor
     captions: Ragged
     wrong_captions: Ragged

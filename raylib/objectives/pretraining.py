@@ -61,10 +61,11 @@ class StreamEncoding:
     """One stream's sentences: the `full` batch for contrast, a `subset` of it for the unified encoder.
 
     Args:
-        sentences: local ones, all of them. index: (n,) in the global batch. every: the subset is the
-            sentences whose index is a multiple of it.
-        embedded: the version whose CLS states contrast reads, if any. fused: versions that the unified
-            encoder reads.
+        sentences: local ones, all of them.
+        index: (n,) in the global batch.
+        every: the subset is the sentences whose index is a multiple of it.
+        embedded: the version whose CLS states contrast reads, if any.
+        fused: versions that the unified encoder reads.
     """
 
     def __init__(
@@ -174,22 +175,22 @@ class ImageTextStep(StreamStep):
             scores.left_to_right, scores.forbidden, uniforms[:, 0]
         )
         wrong_image, has_image = draw_hard_negatives(scores.right_to_left, scores.forbidden, uniforms[:, 1])
-        own = torch.searchsorted(scores.global_index, scores.index)
+        positives = torch.searchsorted(scores.global_index, scores.index)
         gathered_order = all_gather(scores.index).argsort()
         # the one wait for the device in a step, all indices at once: the wrong captions' lengths decide how
         # attention runs
-        indices = torch.cat([wrong_caption, wrong_image, own, gathered_order]).cpu()
-        n = len(own)
-        wrong_caption, wrong_image, own, gathered_order = indices.split([n, n, n, len(gathered_order)])
+        indices = torch.cat([wrong_caption, wrong_image, positives, gathered_order]).cpu()
+        n = len(positives)
+        wrong_caption, wrong_image, positives, gathered_order = indices.split([n, n, n, len(gathered_order)])
         all_captions = gather_ragged(captions, self.longest)
         all_images = Ragged(all_gather(images.values), torch.full((len(gathered_order),), image_tokens))
         # an image that serves twice, as a row's own and as another's wrong one, is kept once: the unified
         # encoder projects each to keys and values
-        needed, image_rows = torch.cat([own, wrong_image]).unique(return_inverse=True)
-        own_image, wrong_image = image_rows.split(n)
+        needed, image_rows = torch.cat([positives, wrong_image]).unique(return_inverse=True)
+        positive_image, wrong_image = image_rows.split(n)
         return Negatives(
             all_images.select_rows(gathered_order[needed]),
-            own_image,
+            positive_image,
             wrong_image,
             captions,
             all_captions.select_rows(gathered_order[wrong_caption]),
@@ -211,23 +212,23 @@ class ImageTextStep(StreamStep):
             outputs["masked"] = captions.subset.predicted()
         if "matches" in self.reads:
             negatives = self.negatives
-            images, own_image = negatives.images, negatives.own_image
+            images, positive_image = negatives.images, negatives.positive_image
             # where ITM reads masked captions too, the pass that predicts their words is its positive pass
             outputs[positive] = outputs.get(positive, torch.zeros_like(self.cls_tokens)) | self.cls_tokens
         else:
             images = self.images.select_rows(captions.subset_rows)
-            own_image = torch.arange(len(captions.subset_rows))
+            positive_image = torch.arange(len(captions.subset_rows))
         groups: dict[str, EncoderRows] = {}
         image_rows = []  # which of `images` each row of the groups attends to
         for version, mask in outputs.items():
             text = negatives.captions if version == "clean" else captions.subset_states(version)
             groups[version] = EncoderRows(text, mask)
-            image_rows.append(own_image)
+            image_rows.append(positive_image)
         if "matches" in self.reads:
             groups["wrong_image"] = EncoderRows(negatives.captions, self.cls_tokens)
             wrong = negatives.wrong_captions
             groups["wrong_caption"] = EncoderRows(wrong, first_tokens(wrong.lengths))
-            image_rows += [negatives.wrong_image, own_image]
+            image_rows += [negatives.wrong_image, positive_image]
         return self.fuse(groups, Memory(images, torch.cat(image_rows)))
 
 
@@ -259,8 +260,8 @@ class TranslationStep(StreamStep):
             "target": EncoderRows(target.subset_states("masked"), target.subset.predicted()),
         }
         # what the source sentences attend to, then what the target sentences do, in the order of `groups`
-        seen = concatenate([target.subset_states(context), source.subset_states(context)])
-        return self.fuse(groups, Memory(seen, torch.arange(len(seen.lengths))))
+        contexts = concatenate([target.subset_states(context), source.subset_states(context)])
+        return self.fuse(groups, Memory(contexts, torch.arange(len(contexts.lengths))))
 
 
 class TextStep(StreamStep):
@@ -384,13 +385,13 @@ class ObjectiveConfig(Config):
     @field_validator("terms")
     @classmethod
     def _has_new_names(cls, terms: UserTerms) -> UserTerms:
-        if taken := [name for name, _ in terms.items() if name in TERMS]:
-            raise ValueError(f"{taken[0]} is a term already; give yours another name")
+        if duplicates := [name for name, _ in terms.items() if name in TERMS]:
+            raise ValueError(f"{duplicates[0]} is a term already; give yours another name")
         return terms
 
     def all_weights(self) -> dict[str, float]:
         """The weight of every term, the user's own too."""
-        return {**self.weights.model_dump(), **{name: own.weight for name, own in self.terms.items()}}
+        return {**self.weights.model_dump(), **{name: term.weight for name, term in self.terms.items()}}
 
 
 class UnifiedObjective(Objective):
@@ -411,7 +412,7 @@ class UnifiedObjective(Objective):
         super().__init__()
         self.model, self.config, self.caption_length = model, config, caption_length
         self.weights = {name: weight for name, weight in config.all_weights().items() if weight}
-        terms = {**TERMS, **{name: own.load() for name, own in config.terms.items()}}
+        terms = {**TERMS, **{name: term.load() for name, term in config.terms.items()}}
         self.terms = {name: terms[name] for name in self.weights if terms[name].stream in streams}
         if not config.train_vision:
             model.vision.requires_grad_(False)

@@ -85,14 +85,14 @@ def to_study(
     for result in results:
         if result.state == "failed" or (result.state == "stopped" and len(goals) > 1):
             continue
-        drawn = FixedTrial(result.setting)
-        DefineByRun(knobs)(drawn)
+        fixed_trial = FixedTrial(result.setting)
+        DefineByRun(knobs)(fixed_trial)
         curve = learning_curve(runs / result.id, goals[0], prunable_only=False) if runs else {}
         study.add_trial(
             create_trial(
                 state=TrialState.COMPLETE if result.state == "finished" else TrialState.PRUNED,
                 params=dict(result.setting),
-                distributions=drawn.distributions,
+                distributions=fixed_trial.distributions,
                 values=[100 * result.scores[goal] for goal in goals if goal in result.scores] or None,
                 intermediate_values={epoch: 100 * score for epoch, score in curve.items()},
             )

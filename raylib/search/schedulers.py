@@ -206,7 +206,8 @@ def rank_agreements(
     """Return the agreements after one epoch and at ASHA's rungs; none where all trials score alike.
 
     Args:
-        runs: the folder of the trials' folders. last: {trial: score at its end} of those that finished.
+        runs: the folder of the trials' folders.
+        last: {trial: score at its end} of those that finished.
     """
     from scipy import stats
 

@@ -90,8 +90,8 @@ class TuneReporter:
         self.epochs_before, self.num_epochs = epochs_before, num_epochs
 
     def __call__(self, metrics: dict[str, Any], checkpoint: Path) -> None:
-        kept = tune.Checkpoint.from_directory(checkpoint) if self.keep else None
-        tune.report(self._report(metrics), checkpoint=kept)
+        stored = tune.Checkpoint.from_directory(checkpoint) if self.keep else None
+        tune.report(self._report(metrics), checkpoint=stored)
 
     def after(self, epochs: int, num_epochs: int | None = None) -> "TuneReporter":
         return TuneReporter(self.to_report, self.keep, self.epochs_before + epochs, num_epochs)
@@ -184,8 +184,8 @@ def run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None:
     finally:
         gc.collect()  # the next trial of this process needs the memory
     newest = checkpoint.find_newest(folder) if keep else None
-    kept = tune.Checkpoint.from_directory(newest) if newest else None
-    tune.report(report(num_epochs, finished=True, **_start_seconds(folder), **scores), checkpoint=kept)
+    stored = tune.Checkpoint.from_directory(newest) if newest else None
+    tune.report(report(num_epochs, finished=True, **_start_seconds(folder), **scores), checkpoint=stored)
 
 
 def _start_seconds(run: Path) -> dict[str, float]:

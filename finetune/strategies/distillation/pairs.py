@@ -107,7 +107,8 @@ def pair_distance(student: Tensor, teacher: Tensor, pairs: TokenPairs) -> Tensor
     """Sum over the pairs of weight x mean squared error, in float32.
 
     Args:
-        student: (T, d). teacher: (T', d), which gets no gradient.
+        student: (T, d).
+        teacher: (T', d), which gets no gradient.
     """
     learned = student.index_select(0, pairs.student).float()
     taught = teacher.detach().index_select(0, pairs.teacher).float()
@@ -148,8 +149,9 @@ def matched_pairs(
     """Tokens that match: the ones of A in equation 4, of B in equation 5.
 
     Args:
-        student, teacher: places of n rows of tags, or of texts. matches: of each row, pairs of places in the
-        row. specials: tokens of a row that are no words, and do not count in n.
+        student, teacher: places of n rows of tags, or of texts.
+        matches: of each row, pairs of places in the row.
+        specials: tokens of a row that are no words, and do not count in n.
     """
     rows = torch.tensor([i for i, row in enumerate(matches) for _ in row], dtype=torch.int64)
     flat = torch.tensor([pair for row in matches for pair in row], dtype=torch.int64)

@@ -59,18 +59,18 @@ def convert(weights: Path, to: Path, trim: list[str]) -> dict[str, int]:
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise UserError(f"{to}: not an empty folder; give a new one")
     model = read_model(weights)
-    kept_ids = np.arange(len(model.pieces))
+    piece_ids = np.arange(len(model.pieces))
     if trim:
-        kept_ids = find_used_pieces(model.pieces, model.scores, read_texts(trim))
-    pieces, scores = [model.pieces[i] for i in kept_ids], model.scores[kept_ids]
-    tensors = name_tensors(model, kept_ids, weights)
+        piece_ids = find_used_pieces(model.pieces, model.scores, read_texts(trim))
+    pieces, scores = [model.pieces[i] for i in piece_ids], model.scores[piece_ids]
+    tensors = name_tensors(model, piece_ids, weights)
 
     with atomic_folder(to) as partial:
-        config = _bert_config(model.sizes, len(kept_ids))
+        config = _bert_config(model.sizes, len(piece_ids))
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (partial / "sentencepiece.bpe.model").write_bytes(make_sentencepiece(pieces, scores))
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    return {"vocabulary": len(kept_ids), "parameters": sum(tensor.numel() for tensor in tensors.values())}
+    return {"vocabulary": len(piece_ids), "parameters": sum(tensor.numel() for tensor in tensors.values())}
 
 
 def _bert_config(sizes: Sizes, vocabulary: int) -> dict:

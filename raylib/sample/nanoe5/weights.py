@@ -101,7 +101,7 @@ def dequantise(blocks: np.ndarray) -> np.ndarray:
     return weights.reshape(*blocks.shape[:-1], -1)
 
 
-def name_tensors(model: Model, kept_ids: np.ndarray, path: Path) -> dict[str, torch.Tensor]:
+def name_tensors(model: Model, piece_ids: np.ndarray, path: Path) -> dict[str, torch.Tensor]:
     """Return all tensors in float32 under BertModel's names; of the word embedding only the rows `kept_ids`.
 
     Raises:
@@ -123,7 +123,7 @@ def name_tensors(model: Model, kept_ids: np.ndarray, path: Path) -> dict[str, to
             )
         values = values.reshape(*shape[:-1], -1)
         if short == "emb.word":
-            values = values[kept_ids]
+            values = values[piece_ids]
         named[name] = torch.from_numpy(dequantise(values) if quantised else np.array(values, np.float32))
     return named
 

@@ -51,7 +51,9 @@ def related_labels(name: str) -> frozenset[str]:
     hyponyms among the labels, and those that some language calls by the same name."""
     synset, related = read_labels()[name].synset, {name, *read_labels()[name].ancestors}
     for other in read_labels().values():
-        same_name = any(say(other.name, language) == say(name, language) for language in LANGUAGES)
+        same_name = any(
+            translate_name(other.name, language) == translate_name(name, language) for language in LANGUAGES
+        )
         if same_name or name in other.ancestors or other.synset == synset:
             related.add(other.name)
     return frozenset(related)
@@ -75,7 +77,7 @@ def read_categories() -> dict[str, dict[str, str]]:
     return read_json(DATA / "categories.json")
 
 
-def say(name: str, language: str) -> str:
+def translate_name(name: str, language: str) -> str:
     """A label's or category's name (English) in `language`: CLDR's name of the emoji."""
     if name in read_categories():
         return read_categories()[name][language]

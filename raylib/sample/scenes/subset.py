@@ -44,36 +44,38 @@ def cut_wordnet(source: Path, out: Path, senses: Iterable[str], lemmas: Iterable
     synsets = {line[:8]: _parse(line) for line in lines}
     header_index, lines = _read(source / "index.noun")
     index = {line.split(" ", 1)[0]: line.split() for line in lines}
-    kept: set[str] = set()
+    subset: set[str] = set()
     pending = [offset for lemma in lemmas for offset in _offsets(index[lemma])]
     for sense in senses:
         lemma, _, number = sense.rsplit(".", 2)
         pending.append(_offsets(index[lemma])[int(number) - 1])
     while pending:
         offset = pending.pop()
-        if offset not in kept:
-            kept.add(offset)
+        if offset not in subset:
+            subset.add(offset)
             pending += [p[1] for p in synsets[offset][1] if p[0] in ABOVE]
     # offsets are eight digits before and after: lengths do not change when they do
-    moved, position = {}, len(header.encode())
-    for offset in sorted(kept):
-        moved[offset] = f"{position:08d}"
-        position += len(_format(synsets[offset], kept).encode())
-    data = "".join(moved[offset] + _format(synsets[offset], kept, moved)[8:] for offset in sorted(kept))
+    new_offsets, position = {}, len(header.encode())
+    for offset in sorted(subset):
+        new_offsets[offset] = f"{position:08d}"
+        position += len(_format(synsets[offset], subset).encode())
+    data = "".join(
+        new_offsets[offset] + _format(synsets[offset], subset, new_offsets)[8:] for offset in sorted(subset)
+    )
     entries = [
-        _entry(fields, synsets, kept, moved)
+        _entry(fields, synsets, subset, new_offsets)
         for fields in index.values()
-        if kept.intersection(_offsets(fields))
+        if subset.intersection(_offsets(fields))
     ]
     known = {entry.split(" ", 1)[0] for entry in entries}
     exceptions = (source / "noun.exc").read_text(encoding="utf-8").splitlines(keepends=True)
     out.mkdir(exist_ok=True)
-    kept_exceptions = "".join(line for line in exceptions if known.intersection(line.split()[1:]))
+    exception_lines = "".join(line for line in exceptions if known.intersection(line.split()[1:]))
     for part in PARTS:  # only nouns are kept; readers want the files of the other parts of speech too
         is_noun = part == "noun"
         _write(out / f"data.{part}", header + (data if is_noun else ""))
         _write(out / f"index.{part}", header_index + ("".join(entries) if is_noun else ""))
-        _write(out / f"{part}.exc", kept_exceptions if is_noun else "")
+        _write(out / f"{part}.exc", exception_lines if is_noun else "")
     names = enumerate(LEXICOGRAPHER.split())
     _write(out / "lexnames", "".join(f"{i:02d}\t{name}\t{PARTS[name.split('.')[0]]}\n" for i, name in names))
 
@@ -111,12 +113,14 @@ def _parse(line: str) -> tuple[str, list[list[str]], str]:
 
 
 def _format(
-    synset: tuple[str, list[list[str]], str], kept: set[str], moved: dict[str, str] | None = None
+    synset: tuple[str, list[list[str]], str], subset: set[str], new_offsets: dict[str, str] | None = None
 ) -> str:
-    """The line again, with pointers to `kept` only; `moved`: {old offset: new}."""
+    """The line again, with pointers to `subset` only; `new_offsets`: {old: new}."""
     head, pointers, gloss = synset
     pointers = [
-        [s, moved[o] if moved else o, *rest] for s, o, *rest in pointers if rest[0] == "n" and o in kept
+        [s, new_offsets[o] if new_offsets else o, *rest]
+        for s, o, *rest in pointers
+        if rest[0] == "n" and o in subset
     ]
     return " ".join([head, f"{len(pointers):03d}", *(" ".join(p) for p in pointers), f"|{gloss}"])
 
@@ -126,16 +130,18 @@ def _offsets(fields: list[str]) -> list[str]:
     return fields[-int(fields[2]) :]
 
 
-def _entry(fields: list[str], synsets: dict, kept: set[str], moved: dict[str, str]) -> str:
-    """A line of index.noun again, with the senses in `kept`."""
+def _entry(fields: list[str], synsets: dict, subset: set[str], new_offsets: dict[str, str]) -> str:
+    """A line of index.noun again, with the senses in `subset`."""
     old = _offsets(fields)
     tagged = int(fields[-len(old) - 1])  # how many of the first senses occur in tagged texts
-    offsets = [o for o in old if o in kept]
-    symbols = sorted({p[0] for o in offsets for p in synsets[o][1] if p[2] == "n" and p[1] in kept})
+    offsets = [o for o in old if o in subset]
+    symbols = sorted({p[0] for o in offsets for p in synsets[o][1] if p[2] == "n" and p[1] in subset})
     count = str(len(offsets))
-    tags = str(sum(o in kept for o in old[:tagged]))
+    tags = str(sum(o in subset for o in old[:tagged]))
     return (
-        " ".join([*fields[:2], count, str(len(symbols)), *symbols, count, tags, *(moved[o] for o in offsets)])
+        " ".join(
+            [*fields[:2], count, str(len(symbols)), *symbols, count, tags, *(new_offsets[o] for o in offsets)]
+        )
         + "  \n"
     )
 

@@ -17,7 +17,7 @@ from raylib.sample.scenes.labels import (
     read_categories,
     read_labels,
     related_labels,
-    say,
+    translate_name,
 )
 
 VENDORS = {
@@ -50,9 +50,9 @@ class Statement(NamedTuple):
     kind: str = ""
     position: int | None = None
 
-    def text(self, language: str, say=say) -> str:
-        """The statement in `language`; `say` names a label or category in it."""
-        slots = dict(zip("AB", (say(name, language) for name in self.names), strict=False))
+    def text(self, language: str, translate_name=translate_name) -> str:
+        """The statement in `language`; `translate_name` names a label or category in it."""
+        slots = dict(zip("AB", (translate_name(name, language) for name in self.names), strict=False))
         return fill_template(self.template, language, slots, self.position)
 
 
@@ -171,8 +171,8 @@ def make_claim(scene: Scene, relation: str, dice: Dice) -> Statement:
         return Statement("s_neutral", (names[0],), relation)
     present = (relation == "entailment") == positive
     if dice.uniform() < 0.1:
-        shown_categories = {c for name in scene.names for c in read_labels()[name].categories}
-        pool = sorted(shown_categories) if present else sorted(set(read_categories()) - shown_categories)
+        scene_categories = {c for name in scene.names for c in read_labels()[name].categories}
+        pool = sorted(scene_categories) if present else sorted(set(read_categories()) - scene_categories)
         if pool:
             return Statement("s_has" if positive else "s_not", (dice.pick(pool),), relation)
     pool = (
@@ -233,7 +233,7 @@ def to_english(language: str, seed: int) -> Wording:
     def name(label: str, _: str) -> str:
         synonyms = read_labels()[label].synonyms if label in read_labels() else ()
         dice = Dice(seed, "translator", language, label)
-        return dice.pick(synonyms) if synonyms and dice.uniform() < 0.5 else say(label, "en")
+        return dice.pick(synonyms) if synonyms and dice.uniform() < 0.5 else translate_name(label, "en")
 
     return lambda statement: statement.text("en", name)
 
@@ -243,7 +243,7 @@ def from_english(language: str, seed: int) -> Wording:
     keyword of CLDR's in place of the name, always the same."""
 
     def name(label: str, _: str) -> str:
-        usual = say(label, language)
+        usual = translate_name(label, language)
         keywords = read_captions(language)[read_labels()[label].key].keywords
         others = [word for word in keywords if word != usual]
         dice = Dice(seed, "translator into", language, label)
