@@ -23,13 +23,13 @@ from raylib.engine import (
     TorchEngine,
     learning_rate,
 )
+from raylib.engine_zero import DeepSpeedEngine
 from raylib.errors import NotFinite
 from raylib.fileio import write_json
 from raylib.finite import StepMonitor, finite_values, require_finite_values
 from raylib.randomness import hash64
 from raylib.runtime import Runtime
 from raylib.track import Backend, Progress, Tracker
-from raylib.zero import DeepSpeedEngine
 
 
 class FitConfig(Config):

@@ -14,7 +14,7 @@ ALLOWED["tune_spaces"] = {"raylib", "pretrain", "finetune", "tune_spaces"}
 ROOMS = {*PRODUCT, "benchmarks", "tests"}
 HEAVY = {
     "ray": {"raylib/runtime.py", "raylib/launch.py"},
-    "deepspeed": {"raylib/zero.py"},
+    "deepspeed": {"raylib/engine_zero.py"},
 }
 APART = {  # these import nothing of those
     "raylib/data": ("raylib.models", "raylib.objectives"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raylib.engine import OptimConfig, StepGuard, TorchEngine
-from raylib.zero import DeepSpeedEngine
+from raylib.engine_zero import DeepSpeedEngine
 from tests.test_strategies import Squares, Stack, batch_of
 from tests.workers import run_workers
 

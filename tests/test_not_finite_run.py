@@ -195,8 +195,8 @@ def test_skipped_steps_limit_is_the_same_with_workers_and_zero(tmp_path, world):
 
 def zero_report(rank, world, folder):
     """The report of ZeRO-2 whose shards are on two workers, of a fault on the last alone."""
+    from raylib.engine_zero import DeepSpeedEngine
     from raylib.finite import StepMonitor
-    from raylib.zero import DeepSpeedEngine
 
     os.environ["LOCAL_RANK"] = str(rank)
     faults, guard = dict.fromkeys(range(2, 20), "gradient"), StepGuard(CPU, 2)

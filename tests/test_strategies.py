@@ -17,8 +17,8 @@ from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.strategies.pruning import apply_mask, prune_mask, read_mask, sparsity, write_mask
 from raylib.config import validate
 from raylib.engine import OptimConfig, TorchEngine, parameter_groups
+from raylib.engine_zero import DeepSpeedEngine
 from raylib.errors import UserError
-from raylib.zero import DeepSpeedEngine
 from tests.factories import make_model
 from tests.workers import run_workers
 

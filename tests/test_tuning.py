@@ -14,12 +14,12 @@ from finetune.strategies.peft import AdapterConfig, CompacterConfig, HardPrompt,
 from finetune.tasks.classification import ClassificationObjective
 from raylib.config import validate
 from raylib.engine import OptimConfig, TorchEngine
+from raylib.engine_zero import DeepSpeedEngine
 from raylib.errors import UserError
 from raylib.models import BACKBONES, peft
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.packed import Block, Ragged
 from raylib.text import PromptedTokenizer, Tokenizer
-from raylib.zero import DeepSpeedEngine
 from tests.factories import make_model
 from tests.workers import run_workers
 
