@@ -1,7 +1,7 @@
 """AdamW, its rates, the guard that skips steps that are not finite, and the engine that steps it.
 
-`TorchEngine` is plain PyTorch (DDP with several processes); that of `raylib.engine_zero` shards optimizer state and
-gradients over the workers.
+`TorchEngine` is plain PyTorch (DDP with several processes); that of `raylib.engine_zero` shards optimizer
+state and gradients over the workers.
 """
 
 import math
