@@ -20,11 +20,10 @@ from finetune.strategies import Context, Strategies
 from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Reading, Task
 from finetune.tasks.datasets import TASKS
 from raylib.cache import get_cache
-from raylib.config import load_user_class, load_user_file, lookup
+from raylib.config import load_user_class, load_user_file, lookup, user_files
 from raylib.data.states import fingerprint_module
 from raylib.errors import UserError
 from raylib.launch import no_log
-from raylib.models import backbone_files
 from raylib.models.base import RegionBackbone
 from raylib.provenance import DataFile
 from raylib.randomness import hash64
@@ -44,20 +43,27 @@ def find_task(config: FinetuneConfig) -> Task:
 
 
 def load_task(name: str) -> Task:
-    """A task by its name, or from a Python file that defines one: a `Task`, or a class that is built without
-    arguments.
+    """A task by its name, or from a Python file that defines it, FILE.py or FILE.py:NAME: a `Task`, or a
+    class that is built without arguments.
 
     Raises:
-        UserError: there is no such task or file; the file defines none, or several.
+        UserError: there is no such task or file; the file defines none, or several and NAME says none of
+            them.
     """
-    if not name.endswith(".py"):
+    if not (files := user_files(name)):
         return lookup(name, TASKS, "task")
-    found = {id(value): value for value in vars(load_user_file(name)).values() if isinstance(value, Task)}
-    if len(found) > 1:
-        raise UserError(f"{name}: it defines {len(found)} tasks; leave one, or make a file for each")
-    if found:
-        return found.popitem()[1]
-    task_class = load_user_class(name, Task)  # type: ignore[type-abstract]  # one that is not
+    path, entry = files[0], name.partition(".py:")[2]
+    found = {key: value for key, value in vars(load_user_file(path)).items() if isinstance(value, Task)}
+    if entry in found:
+        return found[entry]
+    if found and not entry:
+        first, *others = found
+        if any(found[other] is not found[first] for other in others):
+            raise UserError(f"{path}: several tasks ({', '.join(found)}); say which: {path}:{first}")
+        return found[first]
+    if found and entry not in vars(load_user_file(path)):
+        raise UserError(f"{path}: no task {entry}; it has: {', '.join(found)}")
+    task_class = load_user_class(path, Task, entry or None)  # type: ignore[type-abstract]  # one that is not
     build: Callable[[], Task] = task_class
     try:
         return build()
@@ -200,8 +206,7 @@ def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]
     parts reads, and its images or region features, which are too large to be hashed at a first start."""
     task, data = find_task(config), Path(config.data)
     files = [file for used in used_sets(parts) for file in _files_of(used.reading)]
-    files += task.files(config) + ([Path(config.task)] if config.task.endswith(".py") else [])
-    files += backbone_files(config.backbone)
+    files += task.files(config) + user_files(config.task) + user_files(config.backbone)
     files += config.strategies.files(data)
     files += _translations(config)
     files += [weights_of(config.model), tokenizer_of(config)]

@@ -12,7 +12,7 @@ import inspect
 import json
 import sys
 import traceback
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -245,6 +245,12 @@ def suggest(name: str, known: list[str]) -> str:
     return f"; did you mean {' or '.join(close[:3])}?" if close else ""
 
 
+def user_files(name: str) -> list[Path]:
+    """The user's file that a name "FILE.py" or "FILE.py:ENTRY" means; none of any other name."""
+    file, _, entry = name.partition(".py:")
+    return [Path(f"{file}.py" if entry else name)] if entry or name.endswith(".py") else []
+
+
 def load_user_file(path: Path | str) -> ModuleType:
     """The module that a Python file of the user's makes. Files of equal content are one module, wherever they
     lie, so that a class and its copy beside a stored model are the same class.
@@ -270,15 +276,21 @@ def load_user_file(path: Path | str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as e:
         del sys.modules[name]
-        line = e.lineno if isinstance(e, SyntaxError) else _line_in(e, path)
-        message = e.msg if isinstance(e, SyntaxError) else " ".join(str(e).split())
-        raise UserError(f"{path}:{line}: {type(e).__name__}: {message}") from e
+        raise user_file_error(e, path) from e
     return module
 
 
-def user_source(cls: type) -> UserSource | None:
-    """The user's file that defines `cls`; None: ours does."""
-    return _user_sources.get(cls.__module__)
+def user_file_error(error: Exception, path: Path, where: str = "") -> UserError:
+    """Return the line for an `error` that a Python file of the user's raised: its place in the file, and
+    `where` it was at work."""
+    line = error.lineno if isinstance(error, SyntaxError) else _line_in(error, path)
+    message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    return UserError(f"{path}:{line}: {type(error).__name__}: {message}{where}")
+
+
+def user_source(item: Callable) -> UserSource | None:
+    """The user's file that defines a class or function; None: ours does."""
+    return _user_sources.get(item.__module__)
 
 
 def load_user_class(path: Path | str, base: type[T], name: str | None = None) -> type[T]:

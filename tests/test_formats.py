@@ -162,12 +162,22 @@ def test_json_stream_equals_json_load(tmp_path, monkeypatch):
     monkeypatch.setattr("raylib.fileio.CHUNK", 7)  # members across many chunks
     values = {f"k{i}": {"text": "ä" * (i % 23), "number": i * 1.5, "list": [1, [], {}]} for i in range(50)}
     (tmp_path / "o.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
-    assert dict(stream_members(tmp_path / "o.json")) == values
+    assert {key: value for _, key, value in stream_members(tmp_path / "o.json")} == values
     with gzip.open(tmp_path / "l.json.gz", "wt") as file:
         json.dump([1, 22, 333, 4444444444], file)
-    assert [v for _, v in stream_members(tmp_path / "l.json.gz")] == [1, 22, 333, 4444444444]
+    assert [v for _, _, v in stream_members(tmp_path / "l.json.gz")] == [1, 22, 333, 4444444444]
     write(tmp_path / "empty.json", {})
     assert list(stream_members(tmp_path / "empty.json")) == []
+
+
+def test_json_stream_says_where_by_file(tmp_path):
+    array, members = write(tmp_path / "a.json", [{"n": 1}, 2]), write(tmp_path / "m.json", {"k": [{"n": 1}]})
+    first = next(stream_list(array))
+    assert first == (f"{array}, item 0", {"n": 1})
+    with pytest.raises(UserError, match=r"a\.json, item 1: wanted a JSON object, found int"):
+        list(stream_list(array))
+    assert list(stream_list(members, "k")) == [(f"{members}, k[0]", {"n": 1})]
+    assert list(stream_members(members)) == [(f"{members}, member k", "k", [{"n": 1}])]
 
 
 def test_json_stream_reads_list_inside_object(tmp_path, monkeypatch):

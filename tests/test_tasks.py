@@ -264,7 +264,7 @@ def test_task_of_a_users_file_may_be_a_class(own, tmp_path):
         ("x = 1", "no class derived from Task"),
         (
             CLASSIFICATION + "\nOTHER = Classification(summary='', languages=(), splits={})\n",
-            "defines 2 tasks",
+            r"several tasks \(TASK, OTHER\); say which: .*mine\.py:TASK",
         ),
         ("from finetune.tasks.base import Task\nclass Mine(Task):\n    pass\n", "Mine has no "),
         (
@@ -279,6 +279,56 @@ def test_load_task_error_is_one_line(text, message, tmp_path):
     with pytest.raises(UserError, match=message) as e:
         load_task(str(tmp_path / "mine.py"))
     assert "\n" not in str(e.value)
+
+
+def test_load_task_by_its_name_in_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(CLASSIFICATION + "\nOTHER = Classification(summary='other', languages=(), splits={})\n")
+    assert load_task(f"{file}:OTHER").summary == "other" != load_task(f"{file}:TASK").summary
+    with pytest.raises(UserError, match=r"mine\.py: no task NONE; it has: TASK, OTHER"):
+        load_task(f"{file}:NONE")
+    (tmp_path / "colours.py").write_text(SUBCLASS)
+    assert type(load_task(f"{tmp_path / 'colours.py'}:Colours")).__name__ == "Colours"
+
+
+OWN_READER = """
+from finetune.formats import Example
+from finetune.tasks.base import Split
+from finetune.tasks.classification import Classification
+
+def read(path, field):
+    record = {"right": 1}
+    yield Example("1", ("text",), (), {})
+    record[field]
+
+TASK = Classification(
+    summary="", languages=("en",), labels=("no",),
+    splits={
+        "test": Split("some.json", read, {"field": "wrong"}),
+        "dev": Split("some.json", read, {"fields": "x"}),
+        "train": Split("some_{lang}.json", read, {"field": "x"}),
+        "shots": Split("some.json", read, {"field": "{shots}"}),
+    },
+)
+"""
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("test", r"own\.py:9: KeyError: 'wrong', reading .*some\.json"),
+        ("dev", r"split 'dev': read: missing a required argument: 'field'; its options are field"),
+        ("train", r"'some_\{lang\}\.json' in a split: \{language\} and \{shots\} alone"),
+        ("shots", r"'\{shots\}' in a split: \{language\} alone"),
+    ],
+)
+def test_split_mistake_is_one_line(split, message, tmp_path):
+    (tmp_path / "own.py").write_text(OWN_READER)
+    (tmp_path / "some.json").write_text("{}")
+    task = load_task(str(tmp_path / "own.py"))
+    config = FinetuneConfig(task=str(tmp_path / "own.py"), data=str(tmp_path))
+    with pytest.raises(UserError, match=message):
+        task.read_split(config, split, "en").load()
 
 
 # ---- any JSONL

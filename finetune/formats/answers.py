@@ -32,23 +32,22 @@ UNLABELLED = "-"  # annotators did not agree
 def read_gqa(path: Path) -> Iterator[Example]:
     """{question id: {question, answer, imageId, types: {structural}}}, or [{question_id, sent, img_id, label:
     {answer: score}}]."""
-    is_list = first_character(path) == "["
-    for key, record in stream_members(path):
-        where = f"{path}, {'item' if is_list else 'question'} {key}"
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: wanted an object, found {type(record).__name__}")
-        if is_list:
+    if first_character(path) == "[":
+        for where, record in stream_list(path):
             labels = get_field(record, "label", dict, where) if "label" in record else {}
             text, image = get_field(record, "sent", str, where), get_field(record, "img_id", str, where)
             number = get_field(record, "question_id", (str, int), where)
             yield Example(
                 str(number), (text,), (image,), {k: parse_score(v, where) for k, v in labels.items()}
             )
-        else:
-            text, image = get_field(record, "question", str, where), get_field(record, "imageId", str, where)
-            answer = get_field(record, "answer", str, where)
-            kind = record.get("types", {}).get("structural") or ""
-            yield Example(key, (text,), (image,), {answer: 1.0}, kind)
+        return
+    for where, key, record in stream_members(path):
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: wanted a JSON object, found {type(record).__name__}")
+        text, image = get_field(record, "question", str, where), get_field(record, "imageId", str, where)
+        answer = get_field(record, "answer", str, where)
+        kind = record.get("types", {}).get("structural") or ""
+        yield Example(key, (text,), (image,), {answer: 1.0}, kind)
 
 
 def read_vqa_v2(path: Path, annotations: str) -> Iterator[Example]:
@@ -90,8 +89,7 @@ def _scores(annotation: dict, where: str) -> dict[str, float]:
 def read_ja_vqa(path: Path) -> Iterator[Example]:
     """[{id: image, qas: [{qa_id, question, answer}]}]: Japanese VQA on Visual Genome, and Visual Genome
     itself."""
-    for key, record in stream_members(path):
-        where = f"{path}, item {key}"
+    for where, record in stream_list(path):
         image = str(get_field(record, "id", int, where))
         for qa in get_field(record, "qas", list, where):
             answer = get_field(qa, "answer", str, where)

@@ -35,26 +35,31 @@ def stream_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
         yield where, record
 
 
-def stream_members(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each member of the one JSON object or array in a file, as it is read; `where` names
-    the key, or the place in the array.
+def stream_members(path: Path) -> Iterator[tuple[str, str, Any]]:
+    """("path, member KEY", key, value) of each member of the one JSON object in a file, as it is read; of an
+    array, a key is the place.
 
     Raises:
         UserError: neither, or broken; says after which member.
     """
     with open_text(path) as file:
-        yield from stream_json(path, file)
+        for key, value in stream_json(path, file):
+            yield f"{path}, member {key}", key, value
 
 
-def stream_list(path: Path, name: str) -> Iterator[tuple[str, dict]]:
-    """(where, record) of the list `name` in the JSON object of a file, as it is read.
+def stream_list(path: Path, name: str = "") -> Iterator[tuple[str, dict]]:
+    """("path, name[place]", record) of the list `name` in the JSON object of a file, or of the one array that
+    a file is, as it is read.
 
     Raises:
-        UserError: no such list, or broken; says after which member.
+        UserError: no such list, or broken (says after which member); a member that is no object.
     """
     with open_text(path) as file:
-        for number, record in stream_json(path, file, name):
-            yield f"{path}, {name}[{number}]", record
+        for number, record in stream_json(path, file, name or None):
+            where = f"{path}, {name}[{number}]" if name else f"{path}, item {number}"
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: wanted a JSON object, found {type(record).__name__}")
+            yield where, record
 
 
 def first_character(path: Path) -> str:

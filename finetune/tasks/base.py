@@ -5,6 +5,7 @@ classifying, generating and retrieving is a method of the task or an attribute: 
 it is.
 """
 
+import inspect
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +18,7 @@ from finetune.stores.images import VisualSource, open_visual
 from finetune.stores.records import Regions
 from finetune.strategies.base import LossTerms, Need
 from raylib.cache import cached, file_fingerprint
+from raylib.config import user_file_error, user_source
 from raylib.engine import Objective
 from raylib.errors import UserError
 from raylib.text import Tokenizer
@@ -46,10 +48,23 @@ class Split(NamedTuple):
         """(path under the data folder, the split that reads it) of every place, in the order in which they
         are looked at."""
         for split in (self, *self.others):
-            path = split.path.format(language=language, shots=shots)
+            path = _fill(split.path, language=language, shots=shots)
             if path.endswith(".zip"):
                 yield path.removesuffix(".zip"), split
             yield path, split
+
+
+def _fill(template: str, **values: int | str) -> str:
+    """`template` with its {names} filled in.
+
+    Raises:
+        UserError: it has other names.
+    """
+    try:
+        return template.format(**values)
+    except (KeyError, IndexError, ValueError):
+        names = " and ".join(f"{{{name}}}" for name in values)
+        raise UserError(f"'{template}' in a split: {names} alone is filled in there") from None
 
 
 class Overlap(NamedTuple):
@@ -105,6 +120,18 @@ class Score(NamedTuple):
 
     value: float
     interval: list[float] | None
+
+
+def _read(reader: Callable[..., Iterator], path: Path, options: Mapping[str, str]) -> Iterator[Any]:
+    """The items of `reader`; what fails in one of a user's own file is named by its line there."""
+    try:
+        yield from reader(path, **options)
+    except UserError:
+        raise
+    except Exception as e:
+        if user_source(reader) is None:
+            raise
+        raise user_file_error(e, Path(inspect.getfile(reader)), f", reading {path}") from e
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -294,7 +321,7 @@ class Task(ABC):
         its reader is told."""
         split = self.split(name, language)
         return split.path.replace("{language}", language), *(
-            v.format(language=language) for v in split.options.values()
+            _fill(v, language=language) for v in split.options.values()
         )
 
     def read(self, path: Path, name: str, language: str) -> Iterator[Any]:
@@ -310,7 +337,13 @@ class Task(ABC):
             advice = self._missing_file_advice(path, places, others)
             raise UserError(f"{path}: no such file ({name} in '{language}'){advice}")
         split = found[1]
-        return split.read(path, **{k: v.format(language=language) for k, v in split.options.items()})
+        options = {k: _fill(v, language=language) for k, v in split.options.items()}
+        try:
+            inspect.signature(split.read).bind(path, **options)
+        except TypeError as e:
+            takes = ", ".join([*inspect.signature(split.read).parameters][1:]) or "none"
+            raise UserError(f"split '{name}': {split.read.__name__}: {e}; its options are {takes}") from None
+        return _read(split.read, path, options)
 
     def _missing_file_advice(self, path: Path, places: list[tuple[str, Split]], others: list[str]) -> str:
         """Return advice about a missing file: where else it was looked for, and which files are similar."""

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from raylib import checkpoint
-from raylib.config import load_user_class, lookup
+from raylib.config import load_user_class, lookup, user_files
 from raylib.errors import UserError
 from raylib.models.base import CODE, Backbone, read_description
 from raylib.models.cclm import Cclm, CclmSwin
@@ -35,7 +35,7 @@ def find_backbone(name: str) -> type[Backbone]:
     Raises:
         UserError: no such kind; a file without a backbone, or with one whose kind is taken.
     """
-    if not (files := backbone_files(name)):
+    if not (files := user_files(name)):
         return lookup(name, BACKBONES, "backbone")
     path, class_name = files[0], name.partition(".py:")[2]
     found = load_user_class(path, Backbone, class_name or None)  # type: ignore[type-abstract]
@@ -48,12 +48,6 @@ def find_backbone(name: str) -> type[Backbone]:
     if found.kind in BACKBONES:
         raise UserError(f"{path}: there is a backbone of kind '{found.kind}'; give {found.__name__} another")
     return found
-
-
-def backbone_files(name: str) -> list[Path]:
-    """The user's file by which `find_backbone` knows a backbone; none of one of ours."""
-    file, _, class_name = name.partition(".py:")
-    return [Path(f"{file}.py" if class_name else name)] if class_name or name.endswith(".py") else []
 
 
 def stored_code(folder: Path) -> list[Path]:
