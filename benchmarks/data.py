@@ -71,7 +71,7 @@ def write_images(folder: Path, side: int, distinct: int, count: int) -> Path:
     photos = [make_photo(side, seed) for seed in range(distinct)]
     with ShardWriter(folder, "image_text") as writer:
         for number in range(count):
-            caption = json.dumps({"captions": {"en": ["a picture of noise in many colours"]}}).encode()
+            caption = json.dumps({"captions": {"en": ["an image of noise in many colours"]}}).encode()
             writer.write(f"{number:06d}", {"json": caption, "jpg": photos[number % distinct]})
     return folder
 
@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
             },
         }
         for side, folder in ((288, small_subset), (640, large)):
-            rows[f"pictures of {side} px to {SIZE}"] = {
+            rows[f"images of {side} px to {SIZE}"] = {
                 "webdataset + open_clip's transform": peer(folder, True),
                 "ours, crop": ours(folder, CROP),
                 "ours, crop and RandAugment": ours(folder, RANDAUGMENT),

@@ -73,7 +73,7 @@ class FinetuneModel(nn.Module):
         self.is_generative = answers is not None
         self.description: dict[str, Any] = {
             "labels": list(labels),
-            "pictures": num_images,
+            "num_images": num_images,
             "head_dropout": dropout,
             "regions": regions,
         }
@@ -178,7 +178,7 @@ class FinetuneModel(nn.Module):
         model = cls(
             backbone,
             tuple(values["labels"]),
-            values["pictures"],
+            values["num_images"],
             values["head_dropout"],
             values["regions"],
             values.get("answers"),

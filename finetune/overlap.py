@@ -1,4 +1,4 @@
-"""Overlap of the sets of a run: nothing, or what the task's record declares (`finetune.splits.Overlap`).
+"""Overlap of the sets of a run: nothing, or what the task's record declares (`finetune.tasks.base.Overlap`).
 
 Before a run starts, its tests are compared with what it trains on and what chooses its checkpoint, and its
 dev sets with what it trains on, by image and by item:

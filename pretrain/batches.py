@@ -52,10 +52,11 @@ class StreamConfig(Config):
 class DataConfig(Config):
     """Data that a run reads. A stream with batch 0 is left out.
 
-    retrieval: the evaluation set; cache: where remote shards are kept; bad_limit: share of unusable samples
-    allowed. verify: compare the content of every shard with its manifest, and with what the run began with,
-    at every start; otherwise
-        sizes and times of change come first (`raylib.provenance`).
+    retrieval: the evaluation set.
+    cache: folder of copies of remote shards.
+    bad_limit: share of unusable samples allowed.
+    verify: compare the content of every shard with its manifest, and with what the run began with, at every
+        start; otherwise sizes and times of change come first (`raylib.provenance`).
     """
 
     tokenizer: str

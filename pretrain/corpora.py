@@ -1,4 +1,4 @@
-"""Corpora -> the sources that training reads: the field's files (`formats`), or the embedded sample
+"""Corpora -> the sources that training reads: the field's files (`corpus_formats`), or the embedded sample
 (`raylib.sample`).
 
     python -m pretrain.corpora OUT --tokenizer FILE --image-text FILE ... --parallel de=FILE ...

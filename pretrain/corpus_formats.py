@@ -1,9 +1,10 @@
 """The field's formats, read as streams: images with captions, sentence pairs, text.
 
-  image-text   .json   ALBEF's list [{"image": path, "caption": text or list}, ...] .jsonl  CCLM's lines
-               {"binary": base64 or path, "caption": text, list or {language: text or list}} Paths are
-               relative to the file. Captions are English; of a {language: ...} only "en" is taken. They may
-               be called otherwise: see `raylib.data.sources`.
+  image-text   .json   ALBEF's list [{"image": path, "caption": text or list}, ...]
+               .jsonl  CCLM's lines {"binary": base64 or path, "caption": text, list or {language: text or
+                       list}}
+               Paths are relative to the file. Captions are English; of a {language: ...} only "en" is read.
+               They may be called otherwise: see `raylib.data.sources`.
   parallel     WikiMatrix's lines margin<TAB>source<TAB>target, those below the margin left out; or plain
                lines English<TAB>other. A name like "WikiMatrix.de-en.tsv.gz" says which column is English,
                else the first is.

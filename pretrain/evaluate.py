@@ -296,7 +296,7 @@ def recall_table(scores: dict[str, Any]) -> str:
         "R@1",
         "x chance",
         *(c.replace("_r", " R@") for c in COLUMNS),
-        "pictures",
+        "images",
         "chance R@1",
     ]
     rows = [head, *(_row(language, [languages[language]]) for language in _english_first(languages))]

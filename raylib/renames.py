@@ -37,7 +37,10 @@ RENAMED: dict[str, dict[str, str]] = {
         "top": "num_finalists",
         "seeds": "final_seeds",
     },
-    "finetuned": {},
+    "finetuned": {
+        "pictures": "num_images",
+    },
+    **dict.fromkeys(("uc2", "m3p", "muniter", "xuniter"), {"whole_picture": "whole_image"}),
 }
 
 # what Ray Tune has pickled of a search -> what it is now; read where an interrupted search goes on

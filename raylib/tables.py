@@ -85,6 +85,6 @@ def open_pyplot() -> Any:
 
 
 def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
-    """Write a figure as a picture, and let go of its memory."""
+    """Write a figure as an image file, and let go of its memory."""
     figure.savefig(path, dpi=dpi)
     open_pyplot().close(figure)

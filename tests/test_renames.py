@@ -69,3 +69,14 @@ def test_rebuild_reads_sizes_by_their_old_names(monkeypatch):
         BACKBONES["unified"].from_sizes(sizes, "unified", Path("x")).config
         == BACKBONES["unified"].sizes["tiny"]
     )
+
+
+@pytest.mark.parametrize("kind", ["uc2", "m3p", "muniter", "xuniter"])
+def test_single_stream_reads_whole_image_by_its_old_name(kind):
+    sizes = BACKBONES[kind].sizes["tiny"].model_dump()
+    sizes["whole_picture"] = sizes.pop("whole_image")
+    assert BACKBONES[kind].from_sizes(sizes, kind, Path("x")).config == BACKBONES[kind].sizes["tiny"]
+
+
+def test_finetuned_model_reads_number_of_images_by_its_old_name():
+    assert rename_settings("finetuned", {"pictures": 2, "labels": []}) == {"num_images": 2, "labels": []}

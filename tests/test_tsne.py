@@ -103,7 +103,7 @@ def slow_row(model, text, image, weights):
         words, regions = (
             row.split(numbers) if backbone.config.first == "text" else reversed(row.split(numbers[::-1]))
         )
-        regions = regions[1:] if backbone.config.whole_picture else regions
+        regions = regions[1:] if backbone.config.whole_image else regions
     else:
         words = backbone.encode_text(text)
         words, regions = blocks_of(backbone.fusion, torch.cat([words, image.values])).split(

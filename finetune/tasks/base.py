@@ -70,11 +70,11 @@ def _fill(template: str, **values: int | str) -> str:
 class Overlap(NamedTuple):
     """Overlap of two sets of a published task, as its files have it.
 
-    first, second: "test", "dev" or "train" (shots are trained on). language, other: of `first`, of `second`;
-    None: any. images, items: how many at most; None: nobody has said how many, so whatever is found is told,
-    and no error, unless it is
-        the same record.
-    why: where that is known from.
+    first, second: "test", "dev" or "train" (shots are trained on).
+    language, other: of `first`, of `second`; None: any.
+    images, items: how many at most; None: nobody has said how many, so whatever is found is reported, and no
+        error, unless it is the same record.
+    why: the source of that knowledge.
     """
 
     first: str

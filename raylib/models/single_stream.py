@@ -149,7 +149,7 @@ class SingleStreamConfig(Config):
     first: what a row begins with.
     number_regions: positions number the whole row, and its layer norm covers regions too; else texts alone.
     part_norms: features and locations have a layer norm each before they are added.
-    whole_picture: a region of the whole image, with the mean of the features, comes before the others.
+    whole_image: a region of the whole image, with the mean of the features, comes before the others.
     pooler: from the row's first token, or from the CLS and the first region by a pooler each, multiplied.
     pooled: width of what the poolers make; None: as `width`. activation: after each.
     """
@@ -170,7 +170,7 @@ class SingleStreamConfig(Config):
     first: Literal["text", "regions"] = "text"
     number_regions: bool = False
     part_norms: bool = True
-    whole_picture: bool = False
+    whole_image: bool = False
     pooler: Literal["first", "product"] = "first"
     pooled: PositiveInt | None = None
     activation: Literal["tanh", "relu"] = "tanh"
@@ -182,9 +182,7 @@ class SingleStreamConfig(Config):
         return self
 
 
-_VOLTA: dict[str, Any] = dict(
-    locations=5, whole_picture=True, pooler="product", pooled=1024, activation="relu"
-)
+_VOLTA: dict[str, Any] = dict(locations=5, whole_image=True, pooler="product", pooled=1024, activation="relu")
 
 LAYOUTS: dict[str, SingleStreamConfig] = {
     "uc2": SingleStreamConfig(embedding_eps=1e-5),
@@ -272,7 +270,7 @@ class SingleStream(SingleStreamBackbone):
         layout has a region of the whole one."""
         assert self.regions is not None and tags is None
         # VOLTA's models read the image as a whole at this region, as a text at its CLS
-        if self.config.whole_picture:
+        if self.config.whole_image:
             regions = join_rows(_whole_images(regions), regions)
         return regions.with_values(self.regions(regions.values))
 

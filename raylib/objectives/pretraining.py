@@ -2,7 +2,7 @@
 
 A batch's journey, as the file reads:
 
-1. encode: every sentence of every stream goes through the text encoder in one call (`encode_texts`), every
+1. encode: every sentence of every stream goes through the text encoder in one call (`_encode_texts`), every
    image through the image encoder;
 2. contrast: CLS states become unit vectors; those of all workers are the candidates of UCL and of the
    negatives;

@@ -10,6 +10,7 @@ import itertools
 import math
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ MIN_TRIALS, MIN_TRIALS_TO_RECOMMEND = 4, 8
 MIN_CORRELATION = 0.5  # rank correlation from which on an early score is worth stopping by
 
 
-class FilterReports(TrialScheduler):
+class FilterReports(TrialScheduler, ABC):
     """Mixin before one of Tune's rules: passes on the comparable reports alone, and replays those of earlier
     drivers first. `runs`: the folder of the trials' folders."""
 
@@ -62,9 +63,9 @@ class FilterReports(TrialScheduler):
         """Return whether a trial may be compared with others by this report."""
         return bool(report.get("judged")) and math.isfinite(report.get(self._metric, math.nan))
 
+    @abstractmethod
     def replay(self, trial: Trial, reports: list[dict]) -> None:
         """Enter comparable reports from before a restart."""
-        raise NotImplementedError
 
 
 class Asha(FilterReports, AsyncHyperBandScheduler):

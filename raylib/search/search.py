@@ -1,10 +1,10 @@
 """Run a search: trials under Tune, the best once more on fresh seeds, the winner's test, a report.
 
 runs/NAME/
-    search.json        space, settings and recipe; a second start with others is refused
-    tune/, finals/tune Tune's own: state, results, CSV, TensorBoard
-    trials/, finals/   the runs
-    optuna.journal     Optuna's study, for optuna-dashboard
+    search.json         space, settings and recipe; a second start with others is refused
+    tune/, finals/tune  Tune's own: state, results, CSV, TensorBoard
+    trials/, finals/    the runs
+    optuna.journal      Optuna's study, for optuna-dashboard
     trials.csv, best.yaml, report.md, *.png
 """
 

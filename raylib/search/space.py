@@ -4,7 +4,7 @@ alternatives.
     {"strategies.prior.alpha": Float(1, 100, log=True),
      "strategies.prior.source": Choice("vectors", "wordnet"),
      "module": OneOf(lora={"strategies.lora.rank": Int(1, 64, log=True)},
-     soft_prompt={"strategies.soft_prompt.tokens": 20})}
+                     soft_prompt={"strategies.soft_prompt.tokens": 20})}
 
 The knobs of an alternative are there only in trials that chose it. A *setting* is the choice of a trial, knob
 by knob.

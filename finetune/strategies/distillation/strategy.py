@@ -46,18 +46,19 @@ class DistillationConfig(StrategyConfig):
 
     teacher: the run of an English fine-tuning, or weights that `backbone` can start from.
     tokens: whose states are compared; "mixed": of English words that take the place of `share` of the words,
-    by the word
-        `alignments`, a folder of LANGUAGE.text and LANGUAGE.align (default: `alignments` in the data folder).
-    layers: of the student, default 3, 6, 9 and the last; teacher_layers: which of the teacher's each is
-        compared with, default the same; weights: lambda_m, default 1; one alone is every layer's.
-    normalise: as equations 2 to 6, or as the public code, one mean over everything. slots: pictures are
-        padded to so many regions, and the empty ones are averaged in (the public code: 50); 0: they are
-        masked.
-    task: what the answers count beside it. classifier: the student's is new, or starts as the teacher's.
+        by the word `alignments`, a folder of LANGUAGE.text and LANGUAGE.align (default: `alignments` in the
+        data folder).
+    layers: of the student, default 3, 6, 9 and the last.
+    teacher_layers: which of the teacher's each is compared with, default the same.
+    weights: lambda_m, default 1; one alone is every layer's.
+    normalise: as equations 2 to 6, or as the public code, one mean over everything.
+    slots: images are padded to so many regions, and the empty ones are averaged in (the public code: 50);
+        0: they are masked.
+    task: weight of the answers' loss beside it.
+    classifier: the student's is new, or starts as the teacher's.
     states: the teacher runs beside the student, or its states are stored before.
     epochs: distil for so many epochs in a training of its own, RUN/distilled, which the run's goes on from,
-    on answers alone
-        (the paper's two steps in one run); None: the run itself distils.
+        on answers alone (the paper's two steps in one run); None: the run itself distils.
     """
 
     needs = frozenset({"labels", "one_image", "states", "training_texts"})

@@ -3,15 +3,16 @@
 `WordAligner` is awesome-align (Dou and Neubig 2021): sub-words whose states pick each other out, in both
 directions.
 
-    P[i, j] = softmax_j(x_i y_j), Q[i, j] = softmax_i(x_i y_j); i and j are aligned if both are above the
-    threshold
+    P[i, j] = softmax_j(x_i y_j), Q[i, j] = softmax_i(x_i y_j)
+
+i and j are aligned if both are above the threshold.
 
 Words are aligned if any of their sub-words are. The states are those of a middle layer (the paper: the 8th of
 mBERT's 12).
 
 FOLDER/LANGUAGE.text     a line an example, in the order of the training file: words ||| English words
 FOLDER/LANGUAGE.align    a line each, in Pharaoh's format: 0-0 1-2 3-1, word i of the first, word j of the
-second, from 0
+                         second, from 0
 """
 
 import functools

@@ -3,10 +3,12 @@ XLM-R vocabulary.
 
 All little-endian, one after the other:
 
-    magic "E5S1", u32 version 1; i32 hidden, layers, heads, feedforward, rows, positions, types; f32 eps; i32
-    block 32 i32 pieces, bos, eos, pad, unk; u64 bytes of text; u32 offsets (pieces + 1); f32 scores (pieces);
-    UTF-8 text i32 entries, u32 bytes of a normaliser (not used here: SentencePiece has its own) i32 tensors,
-    for each: u16 length and name, u8 kind (0 float32, 1 Q4_0), u32 elements, u64 offset, u64 bytes
+    magic "E5S1", u32 version 1
+    i32 hidden, layers, heads, feedforward, rows, positions, types; f32 eps; i32 block 32
+    i32 pieces, bos, eos, pad, unk; u64 bytes of text; u32 offsets (pieces + 1); f32 scores (pieces); text
+    i32 entries, u32 bytes of a normaliser (not used here: SentencePiece has its own)
+    i32 tensors, for each: u16 length and name, u8 kind (0 float32, 1 Q4_0), u32 elements, u64 offset,
+        u64 bytes
 
 Pieces stand in fairseq's order, `<s> <pad> </s> <unk>` first and `<mask>` last; scores are log-probabilities.
 Q4_0 is llama.cpp's: blocks of 18 bytes hold 32 weights, a float16 scale and 16 bytes; byte j holds weight j
@@ -102,7 +104,7 @@ def dequantise(blocks: np.ndarray) -> np.ndarray:
 
 
 def name_tensors(model: Model, piece_ids: np.ndarray, path: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors in float32 under BertModel's names; of the word embedding only the rows `kept_ids`.
+    """Return all tensors in float32 under BertModel's names; of the word embedding only the rows `piece_ids`.
 
     Raises:
         UserError: a tensor is missing, unknown or of another size.
