@@ -40,7 +40,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "finetuned": {
         "pictures": "num_images",
     },
-    **dict.fromkeys(("uc2", "m3p", "muniter", "xuniter"), {"whole_picture": "whole_image"}),
+    **{kind: {"whole_picture": "whole_image"} for kind in ("uc2", "m3p", "muniter", "xuniter")},
 }
 
 # what Ray Tune has pickled of a search -> what it is now; read where an interrupted search goes on
