@@ -48,7 +48,7 @@ class EpochBatches(StepDataset):
     def __init__(self, examples: Sequence[Any], order: BatchOrder):
         """Raises UserError: no examples, or fewer than workers in a batch."""
         if not examples:
-            raise UserError("no examples to train on; check data= and the counts above")
+            raise UserError("no examples to train on; check data=")
         self.examples, self.order, world = examples, order, order.world
         self.size = min(order.size, len(examples))
         if self.size < world:

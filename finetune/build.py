@@ -15,6 +15,7 @@ from finetune.stores.images import (
     VisualSource,
     open_visual,
     precompute_features,
+    require_images,
 )
 from finetune.strategies import Context, Strategies
 from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Reading, Task
@@ -171,9 +172,14 @@ def training_sets(config: FinetuneConfig, language: str | None) -> list[Reading]
     return readings
 
 
-def training_examples(config: FinetuneConfig, language: str | None) -> list:
-    """The items of `training_sets`."""
-    return [example for reading in training_sets(config, language) for example in reading.load()]
+def training_examples(config: FinetuneConfig, language: str | None, visual: VisualSource | None) -> list:
+    """The items of `training_sets`, of which `visual` has all images."""
+    examples = []
+    for reading in training_sets(config, language):
+        items = reading.load()
+        require_images(visual, items, reading.path)
+        examples += items
+    return examples
 
 
 class UsedSet(NamedTuple):
@@ -199,6 +205,19 @@ def used_sets(parts: Mapping[str | None, FinetuneConfig]) -> list[UsedSet]:
             key = (role, reading.path, reading.split, reading.language, reading.limit)
             places.setdefault(key, (UsedSet(role, frozenset(), reading), set()))[1].add(language)
     return [used._replace(parts=frozenset(of)) for used, of in places.values()]
+
+
+def check_images(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> None:
+    """Look for the images of dev and test sets: after the training is too late.
+
+    Raises:
+        UserError: one is missing.
+    """
+    if find_task(config).needs_images(config) and not config.regions:
+        visual = open_visual(config, 0)
+        for used in used_sets(parts):
+            if used.role != "train":
+                require_images(visual, used.reading, used.reading.path)
 
 
 def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> list[DataFile]:

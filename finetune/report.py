@@ -56,6 +56,9 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
         "gap": scores["en"] - mean_or_zero(targets) if targets and "en" in scores else None,
         "by_type": {code: values["by_type"] for code, values in figures.items() if values.get("by_type")},
         "unknown_training_answers": unknown,
+        "unknown_training_answer": next(
+            filter(None, (p.get("unknown_training_answer") for p in parts)), None
+        ),
         "items_skipped": {
             "train": unknown,
             **{code: values.get("unlabelled", 0) for code, values in figures.items()},
@@ -160,8 +163,10 @@ def _notes(result: dict[str, Any]) -> str:
     if skipped := result.get("skipped_steps"):
         notes.append(f"{skipped} of {result['steps']} steps skipped, whose loss or gradient was not finite")
     if result.get("unknown_training_answers"):
+        example = result.get("unknown_training_answer")  # older results have none
         notes.append(
             f"training examples left out, whose answers are no class: {result['unknown_training_answers']}"
+            + (f", such as {example!r}" if example else "")
         )
     return "; ".join(notes)
 

@@ -12,6 +12,7 @@ from finetune.build import (
     build_model,
     build_pipeline,
     build_strategies,
+    check_images,
     dev_sets,
     dev_split,
     find_task,
@@ -110,15 +111,14 @@ def check(config: FinetuneConfig) -> list[dict[str, Any]]:
     if config.split == "testdev":
         _check_testdev(config)
     for language in languages_of(config):
-        reading = read_split(config, test_split(config, language), language, 1)
-        if language in config.dev_languages:
-            dev = read_split(config, dev_split(config, language), language, 1)
-            if not next(iter(dev), None):
-                raise UserError(f"{dev.path}: empty")
-        if config.setting == "few_shot" and language != "en":
-            next(iter(read_split(config, "shots", language, 1)), None)
-        if not next(iter(reading), None):
-            raise UserError(f"{reading.path}: empty")
+        try:
+            _check_language(config, language)
+        except UserError as e:
+            if language in task.languages:
+                raise
+            raise UserError(
+                f"{config.task} is in {', '.join(task.languages)}: languages= names '{language}' too ({e})"
+            ) from None
     if config.trains_apart and config.resume != "newest":
         raise UserError(
             f"resume={config.resume}: setting={config.setting} trains a part for each language; "
@@ -129,11 +129,34 @@ def check(config: FinetuneConfig) -> list[dict[str, Any]]:
     task.check(config)
     check_strategies(config, offered_needs(config), config.trains)
     build_strategies(config)
-    return (
-        check_overlap(config, {language: part for part, language in _parts(config)})
-        if is_main_process(config)
-        else []
-    )
+    if not is_main_process(config):
+        return []
+    parts = {language: part for part, language in _parts(config)}
+    overlap = check_overlap(config, parts)
+    check_images(config, parts)
+    return overlap
+
+
+def _check_language(config: FinetuneConfig, language: str) -> None:
+    """Read the first items of a language's sets.
+
+    Raises:
+        UserError: there are none, or none of this language.
+    """
+    task, split = find_task(config), test_split(config, language)
+    if language not in task.languages and task.source(split, language) == task.source(
+        split, task.languages[0]
+    ):
+        raise UserError(f"its {split} set is that of '{task.languages[0]}'")
+    if language in config.dev_languages:
+        dev = read_split(config, dev_split(config, language), language, 1)
+        if not next(iter(dev), None):
+            raise UserError(f"{dev.path}: empty")
+    if config.setting == "few_shot" and language != "en":
+        next(iter(read_split(config, "shots", language, 1)), None)
+    reading = read_split(config, split, language, 1)
+    if not next(iter(reading), None):
+        raise UserError(f"{reading.path}: empty")
 
 
 def offered_needs(config: FinetuneConfig) -> frozenset[Need]:

@@ -60,7 +60,9 @@ class FinetuneJob:
 
     def _train(self, runtime: Runtime, pipeline: Pipeline, strategies: Strategies) -> dict[str, Any]:
         config, model, task = pipeline.config, pipeline.model, find_task(pipeline.config)
-        examples, num_unknown = task.training_items(training_examples(config, self.language), model)
+        examples, unknown = task.training_items(
+            training_examples(config, self.language, pipeline.visual), model
+        )
         dev = {} if self.epochs else load_dev_items(config, self.language)
         items = [*examples, *(item for of_language in dev.values() for item in of_language)]
         # pruning rounds and the parts of a run share image states
@@ -94,5 +96,6 @@ class FinetuneJob:
             **result,
             "finished": result["steps"] == end,
             "examples": len(examples),
-            "unknown_training_answers": num_unknown,
+            "unknown_training_answers": len(unknown),
+            "unknown_training_answer": next((answer for e in unknown for answer in e.labels), None),
         }

@@ -411,7 +411,7 @@ def test_training_examples_drop_unknown_answers_and_merge_captions():
     examples = [
         Example(str(i), ("q",), ("i",), labels) for i, labels in enumerate(({"yes": 1.0}, {"blue": 1.0}, {}))
     ]
-    assert TASKS["xgqa"].training_items(examples, small_model(("yes", "no"))) == ([examples[0]], 2)
+    assert TASKS["xgqa"].training_items(examples, small_model(("yes", "no"))) == ([examples[0]], examples[1:])
     assert merge_captions([Captioned("a", ("x",)), Captioned("b", ("y",)), Captioned("a", ("z",))]) == [
         Captioned("a", ("x", "z")),
         Captioned("b", ("y",)),

@@ -1,11 +1,14 @@
 """The contract of tasks: each one's data, batch, loss with terms of strategies, figures and dev score; a task
 in a user's own file."""
 
+import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from finetune.__main__ import main
 from finetune.batches import BatchOrder, encode_inputs
@@ -16,6 +19,7 @@ from finetune.model import FinetuneModel
 from finetune.strategies.base import LossTerms, Term
 from finetune.tasks.base import Pipeline
 from finetune.tasks.datasets import TASKS
+from finetune.train import check
 from raylib.config import override
 from raylib.errors import UserError
 from raylib.models import BACKBONES
@@ -76,7 +80,7 @@ def test_task_from_its_files_to_its_score(name, head, model, data, tmp_path):
     language = task.languages[0]
     items = task.read_split(config, "train", language, 8).load()
     kept, unknown = task.training_items(items, pipeline.model)
-    assert len(kept) + unknown == len(items) and kept
+    assert len(kept) + len(unknown) == len(items) and kept
     readable = {name: read for name, read in TERM_INPUTS.items() if name in task.provides}
     terms = {
         "penalty": l2_penalty(pipeline.model),
@@ -329,6 +333,60 @@ def test_split_mistake_is_one_line(split, message, tmp_path):
     config = FinetuneConfig(task=str(tmp_path / "own.py"), data=str(tmp_path))
     with pytest.raises(UserError, match=message):
         task.read_split(config, split, "en").load()
+
+
+def check_own(path, model, **settings):
+    check(FinetuneConfig(**{"task": str(path), "model": str(model), "runs": str(path.parent), **settings}))
+
+
+def test_languages_that_a_task_lacks_are_refused_by_their_setting(own, model, tmp_path):
+    (tmp_path / "my_task.py").write_text(CLASSIFICATION)
+    with pytest.raises(
+        UserError, match=r"is in en, de: languages= names 'ar' too \(.*test\.ar\.jsonl: no such"
+    ):
+        check_own(tmp_path / "my_task.py", model, data=str(own), languages=("en", "ar"))
+    one = CLASSIFICATION.replace(".{{language}}", ".en").replace('("en", "de")', '("en",)')
+    (tmp_path / "one.py").write_text(one)
+    with pytest.raises(
+        UserError, match=r"is in en: languages= names 'ar' too \(its test set is that of 'en'"
+    ):
+        check_own(tmp_path / "one.py", model, data=str(own), languages=("en", "ar"))
+    with pytest.raises(UserError, match=r"xgqa is in en, bn, .*: languages= names 'ar' too \(.*no such file"):
+        check(FinetuneConfig(task="xgqa", model=str(model), data=str(own), languages=("ar",)))
+
+
+def test_answers_that_are_nowhere_are_named(own, model, tmp_path):
+    (tmp_path / "my_task.py").write_text(CLASSIFICATION.replace('"label": "a"', '"label": "b"'))
+    task = load_task(str(tmp_path / "my_task.py"))
+    examples = task.read_split(FinetuneConfig(task="", data=str(own)), "train", "en").load()
+    with pytest.raises(
+        UserError, match=r"of the 16 training examples is a class: they have \[\], the classes"
+    ):
+        task.training_items(examples, SimpleNamespace(labels=("no", "yes")))
+    open_set = dataclasses.replace(task, labels=())
+    with pytest.raises(
+        UserError, match=r"train\.en\.jsonl: no item has an answer.*read_examples has .*label='b'"
+    ):
+        open_set.label_names(FinetuneConfig(task="my", data=str(own)))
+    answered = [e._replace(labels={"Yes": 1.0}) for e in examples]
+    with pytest.raises(UserError, match=r"they have \[Yes\], the classes are \[no, yes\]"):
+        task.training_items(answered, SimpleNamespace(labels=("no", "yes")))
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_missing_image_is_named_before_anything_starts(split, own, model, tmp_path):
+    (tmp_path / "my_task.py").write_text(CLASSIFICATION.replace('"label"', '"image": "i", "label"'))
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "there.png")
+    records = {file: [json.loads(line) for line in file.read_text().splitlines()] for file in own.iterdir()}
+    for number, (file, lines) in enumerate(records.items()):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / "images" / f"{file.stem}.png")
+        write_records(own, file.name, [{**line, "i": file.stem} for line in lines])
+    settings = {"data": str(own), "images": str(tmp_path / "images")}
+    check_own(tmp_path / "my_task.py", model, **settings)
+    (tmp_path / "images" / f"{split}.en.png").unlink()
+    with pytest.raises(UserError, match=rf"images: no image '{split}\.en', of '.+' in .*{split}\.en\.jsonl"):
+        check_own(tmp_path / "my_task.py", model, **settings)
 
 
 # ---- any JSONL

@@ -309,9 +309,11 @@ def check_labels(task_labels: Sequence[str], stored: Sequence[str], where: str) 
         same = sorted(task_labels) == sorted(stored)
         difference = "the same labels in another order" if same else "other labels"
         raise UserError(
-            f"{where}: {difference}: [{_shorten(stored)}] there, [{_shorten(task_labels)}] in this task"
+            f"{where}: {difference}: [{shorten_labels(stored)}] there, [{shorten_labels(task_labels)}] in "
+            "this task"
         )
 
 
-def _shorten(labels: Sequence[str]) -> str:
+def shorten_labels(labels: Sequence[str]) -> str:
+    """The first few labels, and how many there are."""
     return ", ".join(labels) if len(labels) <= 6 else f"{', '.join(labels[:5])}, ... ({len(labels)})"

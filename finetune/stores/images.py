@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from finetune.formats import Captioned, Example
 from finetune.stores.records import SUFFIXES, folders_of, may_hold, normalise_boxes, stem
 from finetune.stores.regions import RegionStore, open_regions
 from raylib.data.images import AugmentConfig, augment_image, decode_image, resize_image
@@ -205,6 +206,25 @@ def open_visual(config: "FinetuneConfig", size: int, has_tags: bool = False) -> 
     if config.regions:
         return RegionFeatures(open_regions(config.regions), has_tags)
     return ImageSource(open_images(config.images_path), size, config.augment)
+
+
+def require_images(visual: VisualSource | None, items: Iterable[Example | Captioned], path: Path) -> None:
+    """Look for the images of all `items`, which come from the file `path`. Region features are not looked
+    for: their stores find one by reading it.
+
+    Raises:
+        UserError: one is missing.
+    """
+    if not isinstance(visual, ImageSource):
+        return
+    store, found = visual.store, set[str]()
+    for item in items:
+        for name in item.images:
+            if name not in found and not store.has(name):
+                raise UserError(
+                    f"{store.path}: no image '{name}', of '{item.texts[0]:.60}' in {path}; check images="
+                )
+            found.add(name)
 
 
 def precompute_features(

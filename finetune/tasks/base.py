@@ -228,8 +228,8 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def training_items(self, items: list[Any], model: Any) -> tuple[list[Any], int]:
-        """(items that train anything, how many others there are)."""
+    def training_items(self, items: list[Any], model: Any) -> tuple[list[Any], list[Any]]:
+        """(items that train anything, the others)."""
 
     @abstractmethod
     def batches(

@@ -15,7 +15,7 @@ from torch import Tensor
 from finetune.batches import BatchOrder, EpochBatches, ExampleBatches, MoreInputs
 from finetune.decoder import encode_answers
 from finetune.formats import Example
-from finetune.formats.answers import read_answers
+from finetune.formats.answers import read_answers, shorten_labels
 from finetune.model import FinetuneModel, load_backbone, load_finetuned, tokenizer_at
 from finetune.predict import evaluate, read_predictions
 from finetune.strategies.base import LossTerms, Need, Outputs, Term, term_shares
@@ -86,10 +86,16 @@ class Classification(Task):
         if files and config.answers is None:
             return read_answers(files[0])
         counts: Counter[str] = Counter()
-        for example in self.read_split(config, "train", "en", config.train_limit).load():
+        reading = self.read_split(config, "train", "en", config.train_limit)
+        for example in reading.load():
             counts.update(example.labels)
         if not counts:
-            raise UserError(f"{config.data}: no answers in the training file of {config.task}")
+            split = self.split("train", "en")
+            options = ", ".join(f"{name}={value!r}" for name, value in split.options.items())
+            raise UserError(
+                f"{reading.path}: no item has an answer, and answers are the classes of {config.task}; check "
+                f"the field of the answer: {split.read.__name__} has {options or 'no options'}"
+            )
         by_frequency = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         return tuple(answer for answer, _ in by_frequency[: config.answers])
 
@@ -125,11 +131,23 @@ class Classification(Task):
         """`backbone` with a new head."""
         return FinetuneModel(backbone, labels, self.num_images, config.head_dropout, self.region_dim(config))
 
-    def training_items(self, items: list[Example], model: Any) -> tuple[list[Example], int]:
-        """Examples of which an answer is among the classes."""
+    def training_items(self, items: list[Example], model: Any) -> tuple[list[Example], list[Example]]:
+        """Examples of which an answer is among the classes, and the others.
+
+        Raises:
+            UserError: no example of any has one.
+        """
         known = frozenset(model.labels)
-        answerable = [e for e in items if not known.isdisjoint(e.labels)]
-        return answerable, len(items) - len(answerable)
+        answerable, unknown = [], []
+        for example in items:
+            (unknown if known.isdisjoint(example.labels) else answerable).append(example)
+        if unknown and not answerable:
+            answers = list(dict.fromkeys(answer for example in items for answer in example.labels))
+            raise UserError(
+                f"no answer of the {len(items)} training examples is a class: they have "
+                f"[{shorten_labels(answers)}], the classes are [{shorten_labels(model.labels)}]"
+            )
+        return answerable, unknown
 
     def batches(
         self, pipeline: Pipeline, items: list[Any], order: BatchOrder, extra: MoreInputs | None = None

@@ -77,8 +77,8 @@ class Retrieval(Task):
         model.freeze_unused("matching" if config.use_itm_head else "contrast")
         return model
 
-    def training_items(self, items: list[Captioned], model: Any) -> tuple[list[Captioned], int]:
-        return items, 0
+    def training_items(self, items: list[Captioned], model: Any) -> tuple[list[Captioned], list[Captioned]]:
+        return items, []
 
     def batches(
         self, pipeline: Pipeline, items: list[Any], order: BatchOrder, extra: MoreInputs | None = None
