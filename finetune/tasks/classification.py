@@ -138,9 +138,8 @@ class Classification(Task):
             UserError: no example of any has one.
         """
         known = frozenset(model.labels)
-        answerable, unknown = [], []
-        for example in items:
-            (unknown if known.isdisjoint(example.labels) else answerable).append(example)
+        answerable = [e for e in items if not known.isdisjoint(e.labels)]
+        unknown = [e for e in items if known.isdisjoint(e.labels)]
         if unknown and not answerable:
             answers = list(dict.fromkeys(answer for example in items for answer in example.labels))
             raise UserError(
