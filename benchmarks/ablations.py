@@ -18,7 +18,7 @@ from raylib.fileio import append_jsonl, read_jsonl
 from raylib.tables import markdown_table, mean_and_std
 
 FILE = RESULTS / "ablations.jsonl"
-RECIPES = {
+ABLATIONS = {
     "tiny": "all terms",
     "tiny_no_tlm": "without TLM",
     "tiny_no_xmlm": "without xMLM",
@@ -35,7 +35,7 @@ PRETRAIN = (
     "data.parallel.batch=512",
     "data.text.batch=64",
 )
-TERMS = ("ucl_image", "ucl_translation", "vlm", "tlm", "xmlm", "itm")
+TERM_NAMES = ("ucl_image", "ucl_translation", "vlm", "tlm", "xmlm", "itm")
 OFF = {"tiny_no_tlm": "tlm", "tiny_no_xmlm": "xmlm", "tiny_no_xlc": "ucl_translation"}
 FINETUNE = ("epochs=3", "optim.lr=3e-4", "train_limit=3000")
 
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not scenes.is_dir():
         run_module("raylib.sample.scenes", scenes)
     for seed in range(options.seeds):
-        for recipe in RECIPES:
+        for recipe in ABLATIONS:
             line = run(recipe, seed, folder, scenes, options.quick)
             if not options.quick and line not in read_jsonl(FILE):
                 append_jsonl(FILE, line)
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(recipe: str, seed: int, folder: Path, scenes: Path, quick: bool) -> dict:
     """Pretrain, fine-tune on entailment; what both came to."""
     name = f"{recipe}_seed{seed}"
-    weights = [f"objective.weights.{term}={int(OFF.get(recipe) != term)}" for term in TERMS]
+    weights = [f"objective.weights.{term}={int(OFF.get(recipe) != term)}" for term in TERM_NAMES]
     quick_steps, quick_items = (
         (["fit.steps=1", "fit.eval_every=1"], ["epochs=1", "train_limit=64", "test_limit=32"])
         if quick
@@ -97,7 +97,7 @@ def run(recipe: str, seed: int, folder: Path, scenes: Path, quick: bool) -> dict
 def table() -> str:
     """Markdown: a row an ablation, seeds as means."""
     rows = [["pretrained", "seeds", "R@1 English", "R@1 others", "xvnli English", "xvnli targets"]]
-    for recipe, title in RECIPES.items():
+    for recipe, title in ABLATIONS.items():
         lines = newest([line for line in read_jsonl(FILE) if line["recipe"] == recipe], "seed")
         if lines:
             columns = [

@@ -67,7 +67,7 @@ ON_XGQA = ("prior_vectors", "prior_wordnet", "prior_sparse_mixing", "top_layers"
 # pairs with hard negatives take four times as long
 RETRIEVAL = (*ALL, "candidates=8", "test_limit=500", "train_limit=4500")
 
-BASELINES = (
+SCENE_RUNS = (
     Experiment("xgqa_baseline", "scenes_xgqa"),
     Experiment("xvnli_baseline", "scenes_xvnli"),
     Experiment("marvl_baseline", "scenes_marvl"),
@@ -97,7 +97,7 @@ METHODS = (
     ),
 )
 CPU = ("image_size=null", "fit.bf16=false")
-TRANSFER = (
+TRANSFER_RUNS = (
     *(
         Experiment(f"transfer_{row}", f"transfer_{row}", (*CPU, "test_limit=500"))
         for row in (*TRANSFER_ROWS, "zero_shot", "zero_shot_mt")
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not options.quick and not read_jsonl(RESULTS / "scenes.jsonl"):
             run_module("benchmarks.record", "--scenes", scenes)
         model = pretrained(folder, scenes, options.quick)
-    for table in (BASELINES, METHODS, TRANSFER):
+    for table in (SCENE_RUNS, METHODS, TRANSFER_RUNS):
         for seed in range(options.seeds):
             for experiment in [e for e in table if options.only in e.name]:
                 with file_lock(folder / f"{experiment.name}_seed{seed}.lock", wait=False) as is_claimed:

@@ -30,9 +30,12 @@ from raylib.tables import markdown_table, mean_and_std, percent
 
 SETTINGS = {"zero_shot": "", "few_shot": "few-shot", "translate_test": "translate-test", "untrained": ""}
 # GQA's types of questions, by what their answers are
-KINDS = {("verify", "logical"): "yes or no", ("choose", "compare", "query"): "things"}
-TRANSFER = "transfer_"  # what runs of papers 3 and 4 are called by
-BASELINES = {"majority": "(the most frequent answer)", "text": "(logistic regression over the text alone)"}
+QUESTION_TYPES = {("verify", "logical"): "yes or no", ("choose", "compare", "query"): "things"}
+TRANSFER_PREFIX = "transfer_"  # what runs of papers 3 and 4 are called by
+BASELINE_LABELS = {
+    "majority": "(the most frequent answer)",
+    "text": "(logistic regression over the text alone)",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -196,7 +199,7 @@ def finetune_tables(records: list[dict], baselines: dict[str, dict[str, float]])
     measured by `benchmarks.balance` on the same data, in English."""
     tasks: dict[str, list[dict]] = defaultdict(list)
     for record in records:
-        if not record["run"].startswith(TRANSFER):
+        if not record["run"].startswith(TRANSFER_PREFIX):
             tasks[record["task"]].append(record)
     tables = [_finetune_table(task, rows, baselines.get(task, {})) for task, rows in tasks.items()]
     return "\n\n".join(tables) or "No fine-tuning run has been recorded yet."
@@ -205,7 +208,7 @@ def finetune_tables(records: list[dict], baselines: dict[str, dict[str, float]])
 def transfer_tables(records: list[dict]) -> str:
     """Markdown of papers 3 and 4's runs: retrieval by method, with how far languages are apart; then
     distillation."""
-    records = [record for record in records if record["run"].startswith(TRANSFER)]
+    records = [record for record in records if record["run"].startswith(TRANSFER_PREFIX)]
     retrieval = [r for r in records if "retrieval" in r]
     rows = [
         [
@@ -270,10 +273,10 @@ def _finetune_table(task: str, records: list[dict], baselines: dict[str, float])
     head = [f"{task}: {what}, %", "seeds", "English", "mean of the targets", "gap"]
     kinds = [
         group
-        for group in KINDS
+        for group in QUESTION_TYPES
         if any(set(group) & set(by) for r in records for by in r.get("by_type", {}).values())
     ]
-    head += [f"targets, {KINDS[group]}" for group in kinds]
+    head += [f"targets, {QUESTION_TYPES[group]}" for group in kinds]
     scores = [
         (percent(_mean_of_targets(r.get("synonym_accuracy"))), percent(r["mean_targets"])) for r in records
     ]
@@ -283,7 +286,7 @@ def _finetune_table(task: str, records: list[dict], baselines: dict[str, float])
     head += ["weights at zero, %"] if pruned else []
     head += ["training, s"]
     lines = [head]
-    for key, name in BASELINES.items():
+    for key, name in BASELINE_LABELS.items():
         if key in baselines:
             lines.append([name, "", percent(baselines[key]), *[""] * (len(head) - 3)])
     for name, group in groups.items():

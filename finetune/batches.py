@@ -24,7 +24,7 @@ from raylib.text import Tokenizer, add_specials, text_ids
 Change = Callable[..., Example | Captioned]
 VisualInputs = dict[str, Any]  # what grounds the texts of a batch, as `load_visual` reads it
 # more(examples, visual inputs, the batch so far): what else the batch is to hold
-MoreInputs = Callable[[Sequence[Example], VisualInputs, dict[str, Any]], dict[str, Any]]
+ExtraInputs = Callable[[Sequence[Example], VisualInputs, dict[str, Any]], dict[str, Any]]
 
 
 class BatchOrder(NamedTuple):
@@ -101,7 +101,7 @@ class ExampleBatches(EpochBatches):
         length: int,
         soft: bool,
         order: BatchOrder,
-        extra: MoreInputs | None = None,
+        extra: ExtraInputs | None = None,
     ):
         super().__init__(examples, order)
         self.visual, self.tokenizer, self.length, self.soft, self.extra = (
@@ -230,7 +230,7 @@ class CaptionBatches(EpochBatches):
         tokenizer: Tokenizer,
         length: int,
         order: BatchOrder,
-        extra: MoreInputs | None = None,
+        extra: ExtraInputs | None = None,
     ):
         super().__init__([Captioned(e.image, (text,)) for e in examples for text in e.captions], order)
         self.visual, self.tokenizer, self.length, self.extra = visual, tokenizer, length, extra

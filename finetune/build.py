@@ -90,7 +90,7 @@ def test_split(config: FinetuneConfig, language: str) -> str:
     return "translated_testdev" if config.split == "testdev" else "translated"
 
 
-def split_name(config: FinetuneConfig) -> str:
+def reported_split(config: FinetuneConfig) -> str:
     """Name the test split for results."""
     return find_task(config).split_names.get(config.split, config.split)
 

@@ -187,11 +187,11 @@ def _compare_rows(task: str, rows: list[ComparisonRow], baseline_folder: Path | 
     base = next(
         (row for row in rows if baseline_folder in [run.folder.resolve() for run in row.runs]), rows[0]
     )
-    columns, aggregates = differing_paths([row.settings for row in rows]), frozenset(list(scores)[languages:])
+    columns, aggregates = varying_paths([row.settings for row in rows]), frozenset(list(scores)[languages:])
     return Comparison(task, metric, rows, columns, scores, aggregates, base)
 
 
-def differing_paths(settings: Sequence[dict[str, Any]], prefix: str = "") -> list[str]:
+def varying_paths(settings: Sequence[dict[str, Any]], prefix: str = "") -> list[str]:
     """Dotted paths at which some of these nested settings differ. A part that some have and others have not
     is one path, unless those that have it differ within: then the paths within tell it."""
     found: list[str] = []
@@ -199,7 +199,7 @@ def differing_paths(settings: Sequence[dict[str, Any]], prefix: str = "") -> lis
         values = [part.get(name, ABSENT) for part in settings]
         parts = [value for value in values if isinstance(value, dict)]
         others = [value for value in values if not isinstance(value, dict)]
-        within = differing_paths(parts, f"{prefix}{name}.") if len(parts) > 1 else []
+        within = varying_paths(parts, f"{prefix}{name}.") if len(parts) > 1 else []
         if within and all(value is None or value is ABSENT for value in others):
             found += within
         elif any(value != values[0] for value in values):

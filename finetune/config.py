@@ -12,7 +12,9 @@ from raylib.engine import OptimConfig
 from raylib.launch import LaunchConfig
 from raylib.loop import FitConfig
 
-Setting = Literal["zero_shot", "few_shot", "single_language", "all_language", "translate_test", "untrained"]
+TransferSetting = Literal[
+    "zero_shot", "few_shot", "single_language", "all_language", "translate_test", "untrained"
+]
 Part = Literal["embeddings", "text", "vision", "fusion"]
 UNIMODAL: tuple[Part, ...] = ("embeddings", "text", "vision")  # everything before text and image meet
 
@@ -71,7 +73,7 @@ class FinetuneConfig(LaunchConfig):
     images: str | None = None
     regions: str | None = None
     wordnet: str | None = None
-    setting: Setting = "zero_shot"
+    setting: TransferSetting = "zero_shot"
     split: Literal["test", "few_shot_test", "testdev"] = "test"
     shots: int | str = 5
     languages: tuple[str, ...] = ()

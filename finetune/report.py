@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from finetune.build import find_task, split_name
+from finetune.build import find_task, reported_split
 from finetune.config import FinetuneConfig
 from finetune.lineage import described, method_of
 from raylib.errors import UserError
@@ -37,7 +37,7 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
         "run": config.name,
         "task": config.task,
         "setting": config.setting,
-        "split": split_name(config),
+        "split": reported_split(config),
         "method": described(config, steps, finished, skipped=skipped),
         "finished": finished,
         "seed": config.fit.seed,

@@ -18,8 +18,8 @@ from finetune.build import (
     find_task,
     languages_of,
     read_split,
+    reported_split,
     run_files,
-    split_name,
     test_split,
     tokenizer_of,
 )
@@ -56,7 +56,7 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
             f"{shared['items']} items with {shared['second']['file']} ({shared['declared']})"
         )
     if is_main_process(config):
-        open_run(config, files_of(config), config.verify)
+        open_run(config, finetuning_files(config), config.verify)
     stored = _stored_result(folder)
     if stored and stored.get("finished", True) and config.resume == "newest":
         log(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
@@ -92,7 +92,7 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
     return result
 
 
-def files_of(config: FinetuneConfig) -> list[DataFile]:
+def finetuning_files(config: FinetuneConfig) -> list[DataFile]:
     """Return the files that a run of `config` reads."""
     return run_files(config, {language: part for part, language in _parts(config)})
 
@@ -318,14 +318,14 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     the result has their hash."""
     config = load_config(FinetuneConfig, folder / "config.json")
     stored, results = _stored_result(folder), []
-    now = split_name(config)
+    now = reported_split(config)
     then = stored.get("split", now)
     print(
         f"evaluates '{config.name}' on the {now} split, such as "
         f"{read_split(config, config.split, _english(config)).path}"
         + (f"; its result was of what was then called '{then}'" if then != now else "")
     )
-    data, different = compare_data(folder, files_of(config), config.verify)
+    data, different = compare_data(folder, finetuning_files(config), config.verify)
     if different:
         print(f"note: evaluates on other data than the run began with: {', '.join(different)}", flush=True)
     for part, _ in _parts(config):

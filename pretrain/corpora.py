@@ -224,7 +224,7 @@ def _unseen_images(drawings: dict[str, bytes]) -> Iterator[ImageText]:
     """A concept each: its drawing by the unseen vendor, its name in every language (keywords would be
     ambiguous)."""
     for key, image in drawings.items():
-        captions = {language: [concepts.read_captions(language)[key].name] for language in LANGUAGES}
+        captions = {language: [concepts.read_concept_captions(language)[key].name] for language in LANGUAGES}
         yield ImageText(key, {"png": image}, captions, {"key": key, "heldout": concepts.is_held_out(key)})
 
 

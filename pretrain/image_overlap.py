@@ -45,7 +45,7 @@ FIELDS = re.compile(r"^(img_path|img_id|image|imageId|image_id|left_img|right_im
 PAIR = re.compile(
     r"^(\w+-\d+-\d+)-\d+$"
 )  # an identifier of NLVR2, whose images are called by its first three parts
-COCO = re.compile(r"^coco_[a-z]+\d{4}_(?=\d{12}$)")  # of 2014; the number is the name of 2017
+LOWER_COCO_PREFIX = re.compile(r"^coco_[a-z]+\d{4}_(?=\d{12}$)")  # of 2014; the number is the name of 2017
 
 
 class ImageHashes(NamedTuple):
@@ -155,7 +155,7 @@ def read_source(source: Source) -> Iterator[tuple[str, bytes]]:
                 yield f"{sample.shard.path.name}: {sample.key}.{extension}", sample.read(extension)
 
 
-def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
+def stream_images(path: Path) -> Iterator[tuple[str, bytes]]:
     """(name, encoded bytes) of every image of a folder, a tar, or shards.
 
     Raises:
@@ -236,7 +236,7 @@ def _stem(name: str) -> str:
     """Return a name without folder, ending, case, form of Unicode and what MSCOCO's names of 2014 begin
     with."""
     base = nfc(os.path.basename(name))
-    return COCO.sub("", (base.rsplit(".", 1)[0] if _is_image(base) else base).casefold())
+    return LOWER_COCO_PREFIX.sub("", (base.rsplit(".", 1)[0] if _is_image(base) else base).casefold())
 
 
 def overlap_table(result: dict[str, Any]) -> str:
@@ -273,7 +273,7 @@ def main(arguments: Sequence[str]) -> int:
     processes = len(os.sched_getaffinity(0))
     names = set().union(*map(read_names, args.names))
     found_names: set[str] = set()
-    test, bad_test = hash_images(_keep(read_images(args.data), names, found_names), processes)
+    test, bad_test = hash_images(_keep(stream_images(args.data), names, found_names), processes)
     if not test.names:
         why = f"none of its {bad_test} images decodes" if bad_test else "no image in it"
         raise UserError(f"{args.data}: {why}{' that --names names' if names and not bad_test else ''}")

@@ -95,7 +95,7 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     config = with_vocabulary(config, data)
     folder, log = run_folder(config), print if is_main_process(config) else no_log
     if is_main_process(config):
-        open_run(config, files_of(config, data, batches), data.verify)
+        open_run(config, pretraining_files(config, data, batches), data.verify)
     if (folder / "result.json").is_file() and config.resume == "newest":
         log(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
         return {}
@@ -114,7 +114,7 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     return result
 
 
-def files_of(config: PretrainConfig, data: DataConfig, batches: StepBatches) -> list[DataFile]:
+def pretraining_files(config: PretrainConfig, data: DataConfig, batches: StepBatches) -> list[DataFile]:
     """Return the files that a run reads: manifests and shards of every stream, the tokenizer, the retrieval
     set, terms of users' own."""
     return [

@@ -29,7 +29,7 @@ from raylib.fileio import write_json
 from raylib.finite import StepMonitor, finite_values, require_finite_values
 from raylib.randomness import hash64
 from raylib.runtime import Runtime
-from raylib.track import Backend, Progress, Tracker
+from raylib.track import Backend, ProgressLog, Tracker
 
 
 class FitConfig(Config):
@@ -108,7 +108,7 @@ def fit(
     )
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
     tracker = Tracker(runtime.run, config.track, first) if runtime.rank == 0 else None
-    progress = Progress(config.steps, first, tracker)
+    progress = ProgressLog(config.steps, first, tracker)
     meta_of_run = {**describe, "workers": runtime.world_size, "engine": engine.name}
     saver = _Saver(runtime, engine, meta_of_run, clock, config.steps, meta.get("samples_replaced", 0))
     losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))

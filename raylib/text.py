@@ -257,7 +257,7 @@ def text_ids(tokens: Tokens) -> np.ndarray:
     return (hash64(sums, lengths) >> np.uint64(1)).astype(np.int64)
 
 
-CODE = re.compile(r"[a-z]{2,3}(?:[-_][A-Za-z0-9]{2,8})*")
+LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(?:[-_][A-Za-z0-9]{2,8})*")
 # ISO 639-1; of the three-letter codes, those of large corpora that are no common word or data set: "mul" is
 # many languages
 CODES = (
@@ -276,7 +276,7 @@ NUMBERED = re.compile(r"([a-z]{2,3}(?:-[A-Z][a-z]{3})?(?:-[A-Z]{2})?(?:_[a-z]{3}
 def is_language_code(word: str) -> bool:
     """True for what may be a language's code, "en" or "zh-Hans"; not for "00000", "cc3m", "train",
     "English"."""
-    return CODE.fullmatch(word) is not None
+    return LANGUAGE_CODE.fullmatch(word) is not None
 
 
 def language_of(name: str, loose: bool) -> str | None:

@@ -50,7 +50,7 @@ class Tracker:
             CLOSE[name](module)
 
 
-class Progress:
+class ProgressLog:
     """Passes what a training of `steps` steps reaches on to `tracker`, and prints it: step, losses, samples a
     second, time left. Workers without a tracker say nothing."""
 

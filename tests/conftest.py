@@ -61,7 +61,9 @@ def retrieval_set(tmp_path_factory):
     records = []
     for i, (key, image) in enumerate(list(concepts.read_images("fluent").items())[:20]):
         (folder / f"{key}.png").write_bytes(image)
-        captions = {language: concepts.read_captions(language)[key].name for language in ("en", "de", "zh")}
+        captions = {
+            language: concepts.read_concept_captions(language)[key].name for language in ("en", "de", "zh")
+        }
         if i == 3:
             del captions["de"]
         records.append({"image": f"{key}.png", "captions": captions})

@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from raylib.sample.concepts import read_captions, read_images
+from raylib.sample.concepts import read_concept_captions, read_images
 
 SPLITS = {"train": 16, "dev": 6, "test": 6}  # images, or questions
 KEYS = tuple(read_images("fluent"))
@@ -18,7 +18,7 @@ COCO = "COCO_val2014_{:012d}"
 
 def say(language: str, number: int) -> str:
     """Something in this language: what CLDR calls a concept."""
-    return read_captions(language)[KEYS[number]].name
+    return read_concept_captions(language)[KEYS[number]].name
 
 
 def write_images(folder: Path, names: list[str]) -> None:

@@ -27,8 +27,8 @@ from finetune.analysis.parallel import (
     find_named,
     find_tokens,
     find_word,
+    letter_spans,
     read_parallel,
-    token_spans,
 )
 from finetune.analysis.similarity import compare_states, correlate, measure_similarity, parallel_states
 from finetune.batches import encode_texts
@@ -262,7 +262,7 @@ SENTENCES = [
 
 @pytest.mark.parametrize("text", SENTENCES)
 def test_spans_cover_the_letters_of_each_token(tokenizer, text):
-    found = token_spans(tokenizer, text)
+    found = letter_spans(tokenizer, text)
     assert len(found) == len(tokenizer.encode([text])[0]) and found[-1][1] == len(text)
     assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
 

@@ -9,7 +9,7 @@ import statistics
 import pytest
 
 from finetune.__main__ import main
-from finetune.compare import compare_runs, differing_paths, to_markdown
+from finetune.compare import compare_runs, to_markdown, varying_paths
 from finetune.config import FinetuneConfig
 from finetune.lineage import method_of, read_lineage
 from raylib.config import dump_config, override
@@ -280,11 +280,11 @@ def test_compare_shows_strategies_enabled_in_some_rows(runs):
 def test_compare_columns_are_the_differing_settings():
     a, b, c = {"x": 1, "part": {"y": 1, "z": 2}}, {"x": 1, "part": {"y": 2, "z": 2}}, {"x": 1, "part": None}
     assert (
-        differing_paths([a, a]) == []
-        and differing_paths([a, b]) == ["part.y"]
-        and differing_paths([a, b, c]) == ["part.y"]
+        varying_paths([a, a]) == []
+        and varying_paths([a, b]) == ["part.y"]
+        and varying_paths([a, b, c]) == ["part.y"]
     )
-    assert differing_paths([a, c]) == ["part"] and differing_paths([a, b, {**c, "part": "else"}]) == [
+    assert varying_paths([a, c]) == ["part"] and varying_paths([a, b, {**c, "part": "else"}]) == [
         "part",
         "part.y",
     ]

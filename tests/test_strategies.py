@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from finetune.strategies import NEEDS, STRATEGIES, Context, Strategies, StrategiesConfig, Strategy
-from finetune.strategies.base import Outputs, Progress, Term
+from finetune.strategies.base import Outputs, Term, TrainingProgress
 from finetune.strategies.learning_rates import LayerDecay, ScheduledUnfreezing, TopLayers
 from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.strategies.pruning import apply_mask, prune_mask, read_mask, sparsity, write_mask
@@ -193,7 +193,7 @@ def test_unfreezing_bottom_layers_never_train_in_five_epochs():
     """Paper 1: 3 layers an epoch of CCLM's 18, 5 epochs of xGQA."""
     method, steps = ScheduledUnfreezing(layers=3), 10
     trained = {
-        depth: [method.lr_scale(depth, 18, Progress(e * steps, 5 * steps, e, 5)) for e in range(5)]
+        depth: [method.lr_scale(depth, 18, TrainingProgress(e * steps, 5 * steps, e, 5)) for e in range(5)]
         for depth in range(19)
     }
     assert [depth for depth, scales in trained.items() if not any(scales)] == [1, 2, 3]
@@ -202,13 +202,13 @@ def test_unfreezing_bottom_layers_never_train_in_five_epochs():
         and trained[15] == [0, 1, 1, 1, 1]
         and trained[4] == [0] * 4 + [1]
     )
-    assert method.lr_scale(None, 18, Progress(0, 50, 0, 5)) == 1
+    assert method.lr_scale(None, 18, TrainingProgress(0, 50, 0, 5)) == 1
 
 
 def test_layer_decay_has_published_rates():
     """l d^(N - i): of 18 layers the bottom one has 70 % of the top one's rate at d = 0.98, 0.5 to 0.8 % at
     0.75."""
-    now = Progress(0, 1, 0, 1)
+    now = TrainingProgress(0, 1, 0, 1)
     for factor in (0.98, 0.95, 0.88, 0.75):
         rates = [LayerDecay(factor=factor).lr_scale(i, 18, now) for i in range(19)]
         assert rates == pytest.approx([factor ** (18 - i) for i in range(19)]) and rates[18] == 1

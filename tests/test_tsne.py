@@ -13,7 +13,7 @@ import torch
 from finetune.__main__ import main
 from finetune.analysis.objects import box_weights, find_boxes, find_patches, find_regions, select_mentions
 from finetune.analysis.parallel import Inapplicable, Mention, Parallel, SceneObject, read_parallel
-from finetune.analysis.run import FinishedRun, Options, open_run, words_and_regions
+from finetune.analysis.run import FinishedRun, Options, load_finished_run, words_and_regions
 from finetune.analysis.tsne import Point, collect_states, nearest_region_shares, project
 from finetune.batches import encode_tagged, encode_texts
 from finetune.formats import Example
@@ -282,7 +282,7 @@ def test_tsne_of_few_points_is_spread_and_deterministic(monkeypatch):
 
 def section(run):
     """What `analyse` says of words and regions, without the other figures."""
-    return "\n".join(words_and_regions(open_run(run, Options(limit=12))))
+    return "\n".join(words_and_regions(load_finished_run(run, Options(limit=12))))
 
 
 def read_points(run):

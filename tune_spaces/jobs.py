@@ -13,13 +13,12 @@ from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES as FINETUNE
 from finetune.report import scores_of
 from finetune.strategies import STRATEGIES
-from finetune.train import check, epochs_of, evaluate_run, files_of, final_training
+from finetune.train import check, epochs_of, evaluate_run, final_training, finetuning_files
 from finetune.train import run as finetune
 from pretrain.batches import StepBatches
 from pretrain.evaluate import summarize_recall
 from pretrain.recipes import RECIPES as PRETRAIN
-from pretrain.train import PretrainConfig, resolve_data, with_vocabulary
-from pretrain.train import files_of as files_of_pretraining
+from pretrain.train import PretrainConfig, pretraining_files, resolve_data, with_vocabulary
 from pretrain.train import run as pretrain
 from raylib.config import change_settings, dump_config, lookup
 from raylib.errors import UserError
@@ -135,7 +134,7 @@ class FinetuneSearchJob(SearchJob):
         return round(metrics["step"] / metrics["steps"] * epochs, 6), self._scores(config, dev)
 
     def data_files(self, config: FinetuneConfig) -> list[DataFile]:
-        return files_of(config)
+        return finetuning_files(config)
 
     def verifies_content(self, config: FinetuneConfig) -> bool:
         return config.verify
@@ -226,7 +225,7 @@ class PretrainSearchJob(SearchJob):
 
     def data_files(self, config: PretrainConfig) -> list[DataFile]:
         data = resolve_data(config)
-        return files_of_pretraining(config, data, StepBatches(data, config.model.image_size, config.fit.seed))
+        return pretraining_files(config, data, StepBatches(data, config.model.image_size, config.fit.seed))
 
     def verifies_content(self, config: PretrainConfig) -> bool:
         return config.data.verify

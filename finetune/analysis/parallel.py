@@ -120,7 +120,7 @@ def _key(example: Example) -> int:
     return string_key("\t".join((example.id, *example.images)))
 
 
-def token_spans(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
+def letter_spans(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
     """Return (first letter, behind the last) of each token of `tokenizer.encode`, positions in `text`."""
     model = _load(tokenizer.path)
     if tokenizer.path.suffix == ".json":
@@ -150,7 +150,7 @@ def find_tokens(tokenizer: Tokenizer, text: str, span: tuple[int, int], length: 
     start, end = span
     plain = tokenizer.without_prompt
     prompt = len(tokenizer.encode([text])[0]) - len(plain.encode([text])[0])
-    tokens = [prompt + i for i, (a, b) in enumerate(token_spans(tokenizer, text)) if a < end and b > start]
+    tokens = [prompt + i for i, (a, b) in enumerate(letter_spans(tokenizer, text)) if a < end and b > start]
     return [i + 1 for i in tokens if i < length - 2]
 
 

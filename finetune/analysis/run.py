@@ -111,7 +111,7 @@ def analyse(folder: Path, options: Options) -> str:
     Raises:
         UserError: not a finished run; options that do not fit it.
     """
-    run = open_run(folder, options)
+    run = load_finished_run(folder, options)
     run.out.mkdir(exist_ok=True)
     sections: dict[str, Callable[[FinishedRun], list[str]]] = {
         "Similarity": _similarity,
@@ -132,7 +132,7 @@ def analyse(folder: Path, options: Options) -> str:
     return f"{summary}\n\nfigures, and the numbers behind them: {run.out}"
 
 
-def open_run(folder: Path, options: Options) -> FinishedRun:
+def load_finished_run(folder: Path, options: Options) -> FinishedRun:
     """Open a finished run, its model on the GPU if there is one.
 
     Raises:

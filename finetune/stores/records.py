@@ -16,7 +16,7 @@ from raylib.finite import is_finite
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # what MSCOCO's names of 2014 have before the number that they share with those of 2017
-COCO = re.compile(r"^COCO_[a-z]+\d{4}_(?=\d{12}$)", re.IGNORECASE)
+COCO_PREFIX = re.compile(r"^COCO_[a-z]+\d{4}_(?=\d{12}$)", re.IGNORECASE)
 MARVL = {"id", "sw", "ta", "tr", "zh"}  # languages whose images have the same names
 
 
@@ -47,7 +47,7 @@ def stem(name: str) -> str:
     macOS stores names in NFD, annotations have them in either."""
     base = os.path.basename(nfc(name))
     stripped, suffix = os.path.splitext(base)
-    return COCO.sub("", stripped if suffix.lower() in SUFFIXES else base)
+    return COCO_PREFIX.sub("", stripped if suffix.lower() in SUFFIXES else base)
 
 
 def normalise_boxes(boxes: np.ndarray, height: float, width: float) -> np.ndarray:

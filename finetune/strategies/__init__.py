@@ -13,15 +13,15 @@ from finetune.strategies.alignment import TranslationAlignmentConfig
 from finetune.strategies.base import (
     NEEDS,
     Context,
+    ExtraInputs,
     HiddenStates,
     LossTerms,
-    MoreInputs,
     Need,
-    Progress,
     Purpose,
     Strategy,
     StrategyConfig,
     Term,
+    TrainingProgress,
     TrainingSetup,
 )
 from finetune.strategies.code_mixing import CodeMixingConfig
@@ -213,7 +213,7 @@ class Strategies:
         for strategy in self.built.values():
             strategy.begin(setup)
 
-    def batch_inputs(self) -> MoreInputs | None:
+    def batch_inputs(self) -> ExtraInputs | None:
         """Return all that strategies add to a batch, as one function; None where none adds anything."""
         makers = [maker for strategy in self.built.values() if (maker := strategy.batch_inputs())]
         return functools.partial(_all_inputs, makers) if makers else None
@@ -225,7 +225,7 @@ class Strategies:
             return None
 
         def rate(depth: int | None, step: int) -> float:
-            progress = Progress(step, epoch_steps * epochs, step // epoch_steps, epochs)
+            progress = TrainingProgress(step, epoch_steps * epochs, step // epoch_steps, epochs)
             return math.prod(strategy.lr_scale(depth, num_layers, progress) for strategy in scaling)
 
         return rate
@@ -259,7 +259,7 @@ class Strategies:
         )
 
 
-def _all_inputs(makers: list[MoreInputs], *arguments: Any) -> dict[str, Any]:
+def _all_inputs(makers: list[ExtraInputs], *arguments: Any) -> dict[str, Any]:
     return {name: value for maker in makers for name, value in maker(*arguments).items()}
 
 

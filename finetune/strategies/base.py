@@ -57,10 +57,10 @@ NEEDS: dict[Need, str] = {
 }
 # What a training is for: finding a mask, drawing states to a teacher's, or the run itself.
 Purpose = Literal["pruning", "states", "run"]
-MoreInputs = Callable[[Sequence[Any], dict[str, Any], dict[str, Any]], dict[str, Any]]
+ExtraInputs = Callable[[Sequence[Any], dict[str, Any], dict[str, Any]], dict[str, Any]]
 
 
-class Progress(NamedTuple):
+class TrainingProgress(NamedTuple):
     """The progress of training: `step` of `steps`, in `epoch` of `epochs` (all from 0)."""
 
     step: int
@@ -187,12 +187,12 @@ class Strategy:
     def begin(self, setup: TrainingSetup) -> None:
         """Prepare what needs the model itself, in every training process: a teacher, its states."""
 
-    def batch_inputs(self) -> MoreInputs | None:
+    def batch_inputs(self) -> ExtraInputs | None:
         """Return `inputs(examples, visual inputs, batch)` -> what else a batch of examples holds, by name;
         it is sent to loader processes."""
         return None
 
-    def lr_scale(self, depth: int | None, depths: int, progress: Progress) -> float:
+    def lr_scale(self, depth: int | None, depths: int, progress: TrainingProgress) -> float:
         """Return the factor of the learning rate of the parameters at `depth` (`raylib.models`) of `depths`;
         0 freezes them."""
         return 1.0

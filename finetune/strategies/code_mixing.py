@@ -22,7 +22,7 @@ from raylib.errors import UserError
 from raylib.randomness import Key, uniform
 
 MOST_ODD = 0.1  # of the lines: above that, the file is something else
-NAMES = ("{}2.txt", "en-{}.txt")  # paper 0's public code, MUSE itself
+DICTIONARY_FILES = ("{}2.txt", "en-{}.txt")  # paper 0's public code, MUSE itself
 SENTENCE, REPLACE, LANGUAGE, TRANSLATION = range(4)  # what is drawn
 
 
@@ -104,7 +104,7 @@ def open_dictionaries(folder: Path, languages: Sequence[str]) -> tuple[dict[str,
         raise UserError(f"{folder}: no language to open a dictionary of; name at least one")
     folder, dictionaries = Path(folder), {}
     for language in languages:
-        files = [folder / name.format(language) for name in NAMES]
+        files = [folder / name.format(language) for name in DICTIONARY_FILES]
         file = next(filter(Path.is_file, files), None)
         if file is None:
             known = sorted(

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, PositiveInt
 
-from finetune.strategies.base import Context, Progress, Purpose, Strategy, StrategyConfig
+from finetune.strategies.base import Context, Purpose, Strategy, StrategyConfig, TrainingProgress
 from raylib.errors import UserError
 
 
@@ -38,7 +38,7 @@ class ScheduledUnfreezing(Strategy):
     def adapt(self, model: Any) -> None:
         _check_layers(self.layers, model.num_layers, "strategies.unfreezing.layers")
 
-    def lr_scale(self, depth: int | None, depths: int, progress: Progress) -> float:
+    def lr_scale(self, depth: int | None, depths: int, progress: TrainingProgress) -> float:
         """1 for the top layers (epoch + 1) k, embeddings and what is outside; 0 below."""
         # 0 and not a frozen parameter: what does not require a gradient when the engine starts never trains
         # later; the engine computes no gradient at rate 0, and restarts Adam's moments at the thaw
@@ -65,7 +65,7 @@ class LayerDecay(Strategy):
     def __init__(self, factor: float):
         self.factor = factor
 
-    def lr_scale(self, depth: int | None, depths: int, progress: Progress) -> float:
+    def lr_scale(self, depth: int | None, depths: int, progress: TrainingProgress) -> float:
         """factor^(depths - depth); 1 outside of the layers."""
         return 1.0 if depth is None else self.factor ** (depths - depth)
 
@@ -144,7 +144,7 @@ class HeadFirst(Strategy):
                 'freeze=["vision"]'
             )
 
-    def lr_scale(self, depth: int | None, depths: int, progress: Progress) -> float:
+    def lr_scale(self, depth: int | None, depths: int, progress: TrainingProgress) -> float:
         """0 in all layers at first; 1 for what is outside of them, the head; then `factor`."""
         if progress.epoch >= self.epochs:
             return self.factor

@@ -18,11 +18,11 @@ from raylib.metrics import MILLION
 
 # as in paper 0's table 3: what a prediction is to the true label
 SYNONYM, HYPERNYM, HYPONYM, NONE = "syn", "hyp", "hpo", "none"
-PARTS = ("noun", "verb", "adj", "adv")
+PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 FILES = (
     "lexnames",
-    *(f"{kind}.{part}" for part in PARTS for kind in ("index", "data")),
-    *(f"{part}.exc" for part in PARTS),
+    *(f"{kind}.{part}" for part in PARTS_OF_SPEECH for kind in ("index", "data")),
+    *(f"{part}.exc" for part in PARTS_OF_SPEECH),
 )
 
 Synsets = frozenset[tuple[str, int]]  # (part of speech, offset in its file)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
-from finetune.batches import BatchOrder, EpochBatches, MoreInputs
+from finetune.batches import BatchOrder, EpochBatches, ExtraInputs
 from finetune.stores.images import VisualSource, open_visual
 from finetune.stores.records import Regions
 from finetune.strategies.base import LossTerms, Need
@@ -233,7 +233,7 @@ class Task(ABC):
 
     @abstractmethod
     def batches(
-        self, pipeline: Pipeline, items: list[Any], order: BatchOrder, extra: MoreInputs | None = None
+        self, pipeline: Pipeline, items: list[Any], order: BatchOrder, extra: ExtraInputs | None = None
     ) -> EpochBatches:
         """Training batches, of which each worker makes its part."""
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.batches import BatchOrder, EpochBatches, ExampleBatches, MoreInputs
+from finetune.batches import BatchOrder, EpochBatches, ExampleBatches, ExtraInputs
 from finetune.decoder import encode_answers
 from finetune.formats import Example
 from finetune.formats.answers import read_answers, shorten_labels
@@ -149,7 +149,7 @@ class Classification(Task):
         return answerable, unknown
 
     def batches(
-        self, pipeline: Pipeline, items: list[Any], order: BatchOrder, extra: MoreInputs | None = None
+        self, pipeline: Pipeline, items: list[Any], order: BatchOrder, extra: ExtraInputs | None = None
     ) -> EpochBatches:
         config, model, tokenizer, visual = pipeline
         soft = self.is_generative or config.loss == "bce"

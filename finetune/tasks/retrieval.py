@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from finetune.batches import BatchOrder, CaptionBatches, EpochBatches, MoreInputs
+from finetune.batches import BatchOrder, CaptionBatches, EpochBatches, ExtraInputs
 from finetune.formats import Captioned
 from finetune.model import load_backbone
 from finetune.stores.images import ImageSource, PrecomputedFeatures
@@ -81,7 +81,7 @@ class Retrieval(Task):
         return items, []
 
     def batches(
-        self, pipeline: Pipeline, items: list[Any], order: BatchOrder, extra: MoreInputs | None = None
+        self, pipeline: Pipeline, items: list[Any], order: BatchOrder, extra: ExtraInputs | None = None
     ) -> EpochBatches:
         visual = cast(ImageSource | PrecomputedFeatures, pipeline.visual)
         return CaptionBatches(items, visual, pipeline.tokenizer, pipeline.config.length, order, extra)

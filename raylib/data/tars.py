@@ -136,7 +136,7 @@ class TarScan:
                 "fetch or write it anew"
             )
         # a key belongs to it even where the member cannot be read: an error names it
-        key, extension = split_name(name)
+        key, extension = split_member_name(name)
         if member.issparse() and key:
             raise UserError(
                 f"{self.path}: member {name!r} is a sparse file, whose bytes do not lie together; "
@@ -231,7 +231,7 @@ class TarScan:
             self.notes["symbolic links, which stand for their files"] += 1
 
 
-def split_name(name: str) -> tuple[str, str]:
+def split_member_name(name: str) -> tuple[str, str]:
     """(key, extension) of a member's name; ("", why it belongs to no sample, a plural noun) if none."""
     folder, base = posixpath.split(name)
     stem, _, extension = base.partition(".")

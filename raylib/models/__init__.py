@@ -6,7 +6,7 @@ from typing import Any
 from raylib import checkpoint
 from raylib.config import load_user_class, lookup, user_files
 from raylib.errors import UserError
-from raylib.models.base import CODE, Backbone, read_description
+from raylib.models.base import CODE_KEY, Backbone, read_description
 from raylib.models.cclm import Cclm, CclmSwin
 from raylib.models.dual_encoder import Clip, MClip
 from raylib.models.oscar import Oscar
@@ -52,7 +52,7 @@ def find_backbone(name: str) -> type[Backbone]:
 
 def stored_code(folder: Path) -> list[Path]:
     """The user's file that defines the backbone of the model in `folder`; none of one of ours."""
-    code = read_description(folder).get(CODE)
+    code = read_description(folder).get(CODE_KEY)
     return [folder / code.partition(":")[0]] if code else []
 
 
@@ -63,9 +63,9 @@ def stored_backbone(description: dict[str, Any], folder: Path) -> type[Backbone]
         UserError: no such backbone; the user's file that defined it is gone.
     """
     # the code that a model was trained with lies beside it; the user's file may have changed since
-    if CODE not in description:
+    if CODE_KEY not in description:
         return lookup(description.get("backbone", model_kind(description)), BACKBONES, "backbone")
-    name = str(description[CODE])
+    name = str(description[CODE_KEY])
     file = name.partition(":")[0]
     if not (folder / file).is_file():
         raise UserError(

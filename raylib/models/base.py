@@ -31,7 +31,7 @@ from raylib.models.layers import PixelStats, normalize_pixels
 from raylib.packed import Ragged, TokenSegments
 from raylib.renames import model_kind, rename_settings
 
-CODE = "code"  # in a stored model's config.json: the file beside it, a user's, that defines its backbone
+CODE_KEY = "code"  # in a stored model's config.json: the file beside it, a user's, that defines its backbone
 # what trains a backbone: a classifier, a decoder of answers, contrast alone, contrast and the match head
 Use = Literal["classification", "generation", "contrast", "matching"]
 
@@ -196,7 +196,7 @@ class Backbone(nn.Module, ABC):
         kind = model_kind(description)
         if kind not in (cls.stored_kinds or (cls.kind,)):
             raise UserError(f"{folder}: not a Polyglance model of kind {cls.kind}; {advice}")
-        sizes = {k: v for k, v in description.items() if k not in ("model_type", "tuning", CODE)}
+        sizes = {k: v for k, v in description.items() if k not in ("model_type", "tuning", CODE_KEY)}
         model = cls.from_sizes(sizes, kind, folder)
         # what was put in has weights of its own, so it goes in before these are loaded
         if tuning := description.get("tuning"):
@@ -335,7 +335,7 @@ def save_model(model: nn.Module, backbone: Backbone, description: dict[str, Any]
     if source := user_source(type(backbone)):
         # the code that ran, not what the file says by now: so the folder can be read wherever it is taken
         (folder / source.name).write_bytes(source.content)
-        description = {**description, CODE: f"{source.name}:{type(backbone).__name__}"}
+        description = {**description, CODE_KEY: f"{source.name}:{type(backbone).__name__}"}
     text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     save_file(weights, folder / "model.safetensors")

@@ -43,8 +43,8 @@ from raylib.models.unified import TINY, ModelConfig, UnifiedModel
 PIXELS: dict[str, Any] = {"pixel_mean": CLIP_MEAN, "pixel_std": CLIP_STD}  # that CCLM was trained with
 # that Swins in Hugging Face folders were trained with; ViTs there: 127.5, as ours
 IMAGENET = {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
-HEAD = 64  # an attention head of XLM-R and BERT is so wide
-UNUSED_TEXT = [
+HEAD_WIDTH = 64  # an attention head of XLM-R and BERT is so wide
+UNUSED_CCLM_TEXT = [
     r"(itm|bbox)_head\.",
     r"embeddings\.position_ids$",
     r"pooler\.",
@@ -157,14 +157,15 @@ def published_sizes(file: Published, vision: dict) -> ModelConfig:
     cross = {n for n in blocks if f"encoder.layer.{n}.crossattention.self.query.weight" in file.text}
     mapper = WeightMapper(file.text, file.path)
     vocabulary, width = mapper("embeddings.word_embeddings.weight").shape
-    if width % HEAD:
+    if width % HEAD_WIDTH:
         raise UserError(
-            f"{file.path}: {width} wide, no multiple of a head's {HEAD}; give a published CCLM checkpoint"
+            f"{file.path}: {width} wide, no multiple of a head's {HEAD_WIDTH}; "
+            "give a published CCLM checkpoint"
         )
     sizes = {
         "vocabulary": vocabulary,
         "width": width,
-        "heads": width // HEAD,
+        "heads": width // HEAD_WIDTH,
         "feedforward": len(mapper("encoder.layer.0.intermediate.dense.weight")),
         "text_layers": len(blocks) - len(cross),
         "fusion_layers": len(cross),
@@ -229,7 +230,7 @@ def fill(model: UnifiedModel, file: Published, with_vision: bool) -> None:
         mapper.copy_layer(model.text_projection, "text_proj")
         mapper.copy_layer(model.image_projection, "vision_proj")
         model.temperature.copy_(mapper("temp").reshape(1))
-    mapper.assert_all_used(UNUSED_TEXT)
+    mapper.assert_all_used(UNUSED_CCLM_TEXT)
     if with_vision:
         names = SWIN_NAMES if file.is_swin else VIT_NAMES
         mapper = WeightMapper({_rename(name, names): value for name, value in file.vision.items()}, file.path)

@@ -25,7 +25,7 @@ from raylib.models.hf_weights import WeightMapper, copy_block, read_folder
 from raylib.models.layers import CLIP_MEAN, CLIP_STD, Encoder, TextEmbedding, init_weights
 from raylib.packed import Ragged
 
-FIRST = 2  # row of XLM-R's position embeddings that a text starts at
+FIRST_POSITION = 2  # row of XLM-R's position embeddings that a text starts at
 
 
 class ClipImageSizes(Config):
@@ -157,7 +157,7 @@ class MClip(DualEncoder):
                 f"{tower_sizes['projection_dim']}; give the CLIP that it was made for"
             )
         layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.layer."))
-        positions = mapper("embeddings.position_embeddings.weight")[FIRST:]
+        positions = mapper("embeddings.position_embeddings.weight")[FIRST_POSITION:]
         # its config.json names XLM-R alone: the sizes are those of the tensors
         config = MClipConfig(
             vocabulary=len(words),

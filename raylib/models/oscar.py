@@ -49,7 +49,8 @@ from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, jo
 # the last that readers give, the area, is left out
 REGION_BOX_DIM = 6
 UNUSED = [*UNUSED_TEXT, r"cls\.", r"lm_head\."]
-NAMES = {  # as in older folders, such as those of BERT and its multilingual sibling -> as they are today
+# as in older folders, such as those of BERT and its multilingual sibling -> as they are today
+RENAMED_TENSORS = {
     r"^(roberta|bert|model)\.": "",
     r"LayerNorm\.gamma$": "LayerNorm.weight",
     r"LayerNorm\.beta$": "LayerNorm.bias",
@@ -278,7 +279,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise UserError(
             f"{path}: weights not read ({str(e).splitlines()[0]}); only tensors and plain values are"
         ) from None
-    for pattern, name in NAMES.items():
+    for pattern, name in RENAMED_TENSORS.items():
         weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
     return weights, description
 

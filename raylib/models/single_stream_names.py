@@ -64,14 +64,14 @@ class Names(NamedTuple):
     region_pooler: str = ""
 
 
-def part_of(name: str, i: int) -> str:
+def layer_part_name(name: str, i: int) -> str:
     """The name of a part of layer i."""
     # VOLTA counts sub-layers: attention and feed-forward of layer i are its 2i and 2i + 1
     return name.format(i=i, a=2 * i, f=2 * i + 1)
 
 
 def _bert_layer(prefix: str) -> dict[str, Any]:
-    # the number of the layer stays open here: `part_of` fills it in
+    # the number of the layer stays open here: `layer_part_name` fills it in
     at = f"{prefix}encoder.layer.{{i}}"
     return {
         "query": f"{at}.attention.self.query",
@@ -98,7 +98,7 @@ def text_names(first: int) -> Names:
     )
 
 
-UC2 = Names(
+UC2_NAMES = Names(
     word="roberta.embeddings.word_embeddings",
     position="roberta.embeddings.position_embeddings",
     norm="roberta.embeddings.LayerNorm",

@@ -25,13 +25,21 @@ from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.finite import require_finite_file
 from raylib.models.hf_weights import WeightMapper, encoder_sizes, first_position, read_folder
-from raylib.models.single_stream_names import UC2, Names, Type, m3p_names, part_of, text_names, volta_names
+from raylib.models.single_stream_names import (
+    UC2_NAMES,
+    Names,
+    Type,
+    layer_part_name,
+    m3p_names,
+    text_names,
+    volta_names,
+)
 from raylib.packed import Block
 
 if TYPE_CHECKING:  # it imports this file
     from raylib.models.single_stream import SingleStream
 
-HEAD = 64  # width of an attention head in every published model
+HEAD_WIDTH = 64  # width of an attention head in every published model
 ENDINGS = (".bin", ".pt", ".pth", ".tar", ".safetensors")
 HUGGING_FACE = ("model.safetensors", "pytorch_model.bin", "*.index.json")  # what its folders hold
 # VOLTA has one layer norm epsilon for all, and a ReLU after UC2's pooler, which had been trained with tanh
@@ -60,7 +68,7 @@ def read_single_stream(layout: str, path: Path) -> SingleStreamWeights:
     Raises:
         UserError: no weights there, or of none of the formats above, or not of this layout.
     """
-    weights, description = read_weights(path)
+    weights, description = read_checkpoint(path)
     weights, names, changes = _find_format(weights, layout, description, path)
     # a checkpoint of regions says everything by its tensors, a text encoder's by its config.json
     if names.feature:
@@ -71,7 +79,7 @@ def read_single_stream(layout: str, path: Path) -> SingleStreamWeights:
     return SingleStreamWeights({**changes, **sizes}, where, WeightMapper(weights, path), names)
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict]:
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
     """A checkpoint's tensors, and what its config.json says ({} without one).
 
     Raises:
@@ -134,7 +142,7 @@ def _find_format(
     # each format is known by a tensor that no other has
     changes: dict[str, Any] = {}
     if "roberta.img_embeddings.img_linear.weight" in weights:
-        found, names = "uc2", UC2
+        found, names = "uc2", UC2_NAMES
     elif prefix := next(
         (p for p in ("module.", "bert.encoder.") if f"{p}attentions.0.q_lin.weight" in weights), None
     ):
@@ -198,16 +206,16 @@ def _sizes_of_tensors(
     pattern = re.escape(names.query).replace(r"\{i\}", r"(\d+)").replace(r"\{a\}", r"(\d+)") + r"\.weight"
     layers = sum(bool(re.fullmatch(pattern, key)) for key in weights)
     heads = description.get("num_attention_heads", description.get("n_heads"))
-    if heads is None and width % HEAD:
+    if heads is None and width % HEAD_WIDTH:
         raise UserError(
             f"{path}: how many attention heads? put a config.json with num_attention_heads beside it"
         )
     return {
         "vocabulary": vocabulary,
         "width": width,
-        "heads": heads or width // HEAD,
+        "heads": heads or width // HEAD_WIDTH,
         "layers": layers,
-        "feedforward": shape(part_of(names.intermediate, 0))[0],
+        "feedforward": shape(layer_part_name(names.intermediate, 0))[0],
         "features": shape(names.feature)[1],
         "positions": shape(names.position)[0] - names.first,
         "pooled": shape(names.pooler)[0],
@@ -240,12 +248,12 @@ def _fill(model: "SingleStream", mapper: WeightMapper, names: Names) -> None:
 
 
 def _fill_block(block: Block, mapper: WeightMapper, names: Names, i: int) -> None:
-    parts = (part_of(name, i) for name in (names.query, names.key, names.value, names.attended))
+    parts = (layer_part_name(name, i) for name in (names.query, names.key, names.value, names.attended))
     mapper.copy_attention(block.attention, *parts)
-    mapper.copy_layer(block.attention_norm, part_of(names.attention_norm, i))
-    mapper.copy_layer(block.intermediate, part_of(names.intermediate, i))
-    mapper.copy_layer(block.output, part_of(names.output, i))
-    mapper.copy_layer(block.output_norm, part_of(names.output_norm, i))
+    mapper.copy_layer(block.attention_norm, layer_part_name(names.attention_norm, i))
+    mapper.copy_layer(block.intermediate, layer_part_name(names.intermediate, i))
+    mapper.copy_layer(block.output, layer_part_name(names.output, i))
+    mapper.copy_layer(block.output_norm, layer_part_name(names.output_norm, i))
 
 
 def _type_vector(mapper: WeightMapper, kind: Type | None) -> Tensor | float:

@@ -46,9 +46,9 @@ from raylib.objectives.terms import (
     LossPart,
     MaskedPart,
     Parts,
+    PretrainingTerm,
     Reads,
     Stream,
-    Term,
     UserTerms,
     term,
 )
@@ -357,11 +357,11 @@ class TermWeights(Config):
     xmlm: Annotated[NonNegativeFloat, masked_text] = 1.0
 
 
-TERMS: dict[str, Term] = {
+TERMS: dict[str, PretrainingTerm] = {
     name: entry
     for name, field in TermWeights.model_fields.items()
     for entry in field.metadata
-    if isinstance(entry, Term)
+    if isinstance(entry, PretrainingTerm)
 }
 
 
@@ -428,7 +428,7 @@ class UnifiedObjective(Objective):
         """True if some parameters get no gradient, because no term that uses them is on."""
         trained = {"embedding", "text", *(part for term in self.terms.values() for part in term.trains)}
         return any(
-            p.requires_grad and part_of(name) not in trained for name, p in self.model.named_parameters()
+            p.requires_grad and module_group(name) not in trained for name, p in self.model.named_parameters()
         )
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -496,7 +496,7 @@ class UnifiedObjective(Objective):
         return loss * world_size(), dict(zip(shares, terms.unbind(), strict=True))
 
 
-def part_of(parameter: str) -> str:
+def module_group(parameter: str) -> str:
     """The part of a `UnifiedModel` that a parameter belongs to: its first name, or "cross", which only rows
     that are grounded in something pass."""
     return "cross" if ".cross_" in parameter else parameter.partition(".")[0]

@@ -36,7 +36,7 @@ Parts = Sequence[LossPart | MaskedPart]
 
 
 @dataclass(frozen=True)
-class Term:
+class PretrainingTerm:
     """A term of the loss: what `term` makes of a function."""
 
     loss: Callable[[Any], Parts]
@@ -48,7 +48,7 @@ class Term:
 
 def term(
     stream: Stream, reads: tuple[Reads, ...], trains: tuple[str, ...], two_way: bool = False
-) -> Callable[[Callable[[Any], Parts]], Term]:
+) -> Callable[[Callable[[Any], Parts]], PretrainingTerm]:
     """Make a term of a function from a stream's step (`ImageTextStep`, `TranslationStep`, `TextStep`) to the
     parts of a loss.
 
@@ -56,10 +56,10 @@ def term(
         stream: that it is about; it is left out where a batch has none.
         reads: sentences' "embeddings"; the "masked" text after the unified encoder; right and wrong "matches"
             of captions and images after it. Only what some term reads is computed.
-        trains: parts of the model, beside the text encoder, that it gives a gradient to (`part_of`).
+        trains: parts of the model, beside the text encoder, that it gives a gradient to (`module_group`).
         two_way: its parts are two directions, whose mean `directions=mean` takes.
     """
-    return lambda loss: Term(loss, stream, reads, trains, two_way)
+    return lambda loss: PretrainingTerm(loss, stream, reads, trains, two_way)
 
 
 class UserTerm(Config):
@@ -68,10 +68,10 @@ class UserTerm(Config):
     file: str
     weight: NonNegativeFloat = 1.0
 
-    def load(self) -> Term:
+    def load(self) -> PretrainingTerm:
         """Raises UserError: no such file, no such term in it, several and none is named."""
         path, _, name = self.file.partition(":")
-        entries = {k: v for k, v in vars(load_user_file(path)).items() if isinstance(v, Term)}
+        entries = {k: v for k, v in vars(load_user_file(path)).items() if isinstance(v, PretrainingTerm)}
         if not name and len(entries) != 1:
             raise UserError(f"{path}: {len(entries)} functions are terms; say which: {path}:NAME")
         return lookup(name, entries, f"term of {path}") if name else next(iter(entries.values()))

@@ -109,7 +109,7 @@ def draw_training_scenes() -> Iterator[CaptionedScene]:
             for key, row in zip(scene_keys, draws, strict=True)
         }
         image = draw_webp(placements, augmented, SIZE)
-        yield CaptionedScene(f"scene{i:05d}", image, write_captions(placements, names, i))
+        yield CaptionedScene(f"scene{i:05d}", image, caption_scene(placements, names, i))
 
 
 def draw_unseen_scenes() -> dict[str, bytes]:
@@ -118,7 +118,7 @@ def draw_unseen_scenes() -> dict[str, bytes]:
     return {key: draw_webp(place_concepts([key], SIZE, "unseen", key), drawings, SIZE) for key in drawings}
 
 
-def write_captions(placements: Sequence[Placement], names: Mapping[str, str], i: int) -> list[str]:
+def caption_scene(placements: Sequence[Placement], names: Mapping[str, str], i: int) -> list[str]:
     """Caption scene `i`: all things by name; all with their places; and their sizes, or the relation of two.
 
     One thing alone gets only its name: places and sizes are told apart long before things are, and would be

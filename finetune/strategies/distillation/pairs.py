@@ -32,7 +32,7 @@ from raylib.packed import Ragged, TokenSegments, find_segments
 from raylib.text import Tokenizer
 
 
-def token_spans(text: str, words: Sequence[Span], tokenizer: Tokenizer) -> list[Span | None]:
+def word_token_spans(text: str, words: Sequence[Span], tokenizer: Tokenizer) -> list[Span | None]:
     """The tokens of the words that lie at these characters of `text`; None where a word does not begin and
     end as tokens do."""
     # a tokenizer says nothing of characters: a word ends where a token does if the text up to there has the
@@ -72,7 +72,7 @@ def matching_tokens(
     """
     pairs = []
     ids = [tokenizer.encode([text])[0].tolist() for text, _, tokenizer in (student, teacher)]
-    spans = zip(token_spans(*student), token_spans(*teacher), strict=True)
+    spans = zip(word_token_spans(*student), word_token_spans(*teacher), strict=True)
     for left, right in spans:
         if left and right:
             pieces = student[2].pieces(ids[0][slice(*left)]), teacher[2].pieces(ids[1][slice(*right)])

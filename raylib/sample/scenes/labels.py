@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from raylib.fileio import read_json
-from raylib.sample.concepts import read_captions
+from raylib.sample.concepts import read_concept_captions
 
 DATA = Path(__file__).parent / "data"
 LANGUAGES = ("en", "ar", "bn", "de", "es", "fr", "id", "ko", "pt", "ru", "zh")
@@ -81,7 +81,7 @@ def translate_name(name: str, language: str) -> str:
     """A label's or category's name (English) in `language`: CLDR's name of the emoji."""
     if name in read_categories():
         return read_categories()[name][language]
-    return read_captions(language)[read_labels()[name].key].name
+    return read_concept_captions(language)[read_labels()[name].key].name
 
 
 def fill_template(

@@ -34,7 +34,7 @@ LEXICOGRAPHER = (  # lexnames(5WN): the files that synsets come from, by number
     "verb.cognition verb.communication verb.competition verb.consumption verb.contact verb.creation "
     "verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative verb.weather adj.ppl"
 )
-PARTS = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
+PARTS_OF_SPEECH = {"noun": 1, "verb": 2, "adj": 3, "adv": 4}
 
 
 def cut_wordnet(source: Path, out: Path, senses: Iterable[str], lemmas: Iterable[str]) -> None:
@@ -71,13 +71,18 @@ def cut_wordnet(source: Path, out: Path, senses: Iterable[str], lemmas: Iterable
     exceptions = (source / "noun.exc").read_text(encoding="utf-8").splitlines(keepends=True)
     out.mkdir(exist_ok=True)
     exception_lines = "".join(line for line in exceptions if known.intersection(line.split()[1:]))
-    for part in PARTS:  # only nouns are kept; readers want the files of the other parts of speech too
+    for (
+        part
+    ) in PARTS_OF_SPEECH:  # only nouns are kept; readers want the files of the other parts of speech too
         is_noun = part == "noun"
         _write(out / f"data.{part}", header + (data if is_noun else ""))
         _write(out / f"index.{part}", header_index + ("".join(entries) if is_noun else ""))
         _write(out / f"{part}.exc", exception_lines if is_noun else "")
     names = enumerate(LEXICOGRAPHER.split())
-    _write(out / "lexnames", "".join(f"{i:02d}\t{name}\t{PARTS[name.split('.')[0]]}\n" for i, name in names))
+    _write(
+        out / "lexnames",
+        "".join(f"{i:02d}\t{name}\t{PARTS_OF_SPEECH[name.split('.')[0]]}\n" for i, name in names),
+    )
 
 
 def cut_vectors(source: Path, out: Path, names: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from raylib.randomness import Key, hash64, permutation, uniform
 from raylib.sample.canvas import Placement, place_concepts
-from raylib.sample.concepts import read_captions
+from raylib.sample.concepts import read_concept_captions
 from raylib.sample.scenes.labels import (
     fill_template,
     hyponyms,
@@ -244,7 +244,7 @@ def from_english(language: str, seed: int) -> Wording:
 
     def name(label: str, _: str) -> str:
         usual = translate_name(label, language)
-        keywords = read_captions(language)[read_labels()[label].key].keywords
+        keywords = read_concept_captions(language)[read_labels()[label].key].keywords
         others = [word for word in keywords if word != usual]
         dice = Dice(seed, "translator into", language, label)
         return dice.pick(others) if others and dice.uniform() < 0.5 else usual

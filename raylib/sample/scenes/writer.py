@@ -17,7 +17,7 @@ from raylib.errors import UserError
 from raylib.fileio import atomic_folder
 from raylib.sample.canvas import decode_drawings, draw_webp
 from raylib.sample.concepts import LANGUAGES as ALL_LANGUAGES
-from raylib.sample.concepts import read_captions
+from raylib.sample.concepts import read_concept_captions
 from raylib.sample.scenes.labels import DATA, LANGUAGES, read_labels
 from raylib.sample.scenes.world import (
     QUESTIONS,
@@ -341,10 +341,10 @@ def _write_dictionaries(writer: Writer) -> None:
     synonyms of the labels."""
     synonyms = {label.key: label.synonyms for label in read_labels().values()}
     for language in ALL_LANGUAGES[1:]:
-        foreign = read_captions(language)
+        foreign = read_concept_captions(language)
         rows = [
             f"{word}\t{foreign[key].name}\n"
-            for key, caption in read_captions("en").items()
+            for key, caption in read_concept_captions("en").items()
             for word in (caption.name, *synonyms.get(key, ()))
         ]
         writer.text(f"dictionaries/{language}2.txt", "".join(dict.fromkeys(rows)))
