@@ -9,11 +9,11 @@ from typing import Annotated, Any, get_args
 from pydantic import BeforeValidator, ConfigDict, Field, model_serializer
 from pydantic_core import PydanticCustomError
 
+from finetune.batches import ExtraInputs
 from finetune.strategies.alignment import TranslationAlignmentConfig
 from finetune.strategies.base import (
     NEEDS,
     Context,
-    ExtraInputs,
     HiddenStates,
     LossTerms,
     Need,

@@ -8,7 +8,7 @@ says of the same image, the pivot.
 | 3 | the target's caption, translated into English | the English caption | translated into English |
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -17,11 +17,10 @@ from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from finetune.formats import Captioned
-from finetune.strategies.base import Context, Need, Outputs, Strategy, StrategyConfig, Term
+from finetune.strategies.base import Captions, Context, Need, Outputs, Strategy, StrategyConfig, Term
 from raylib.errors import UserError
 from raylib.randomness import Key
 
-Captions = Callable[[str, str], dict[str, tuple[str, ...]]]
 Pivots = dict[tuple[str, str], tuple[str, str]]  # (image, caption) -> (what is trained on, its pivot)
 
 

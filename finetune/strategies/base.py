@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from pydantic import PrivateAttr
 from torch import Tensor
 
+from finetune.batches import ExtraInputs
 from finetune.formats import Example
 from raylib.config import Config
 from raylib.distributed import all_reduce, world_size
@@ -57,7 +58,9 @@ NEEDS: dict[Need, str] = {
 }
 # What a training is for: finding a mask, drawing states to a teacher's, or the run itself.
 Purpose = Literal["pruning", "states", "run"]
-ExtraInputs = Callable[[Sequence[Any], dict[str, Any], dict[str, Any]], dict[str, Any]]
+# captions(translation, language) -> {image: its training captions}; translation: "" for the captions
+# themselves, "_to_en" or "_from_en"
+Captions = Callable[[str, str], dict[str, tuple[str, ...]]]
 
 
 class TrainingProgress(NamedTuple):
@@ -86,7 +89,7 @@ class Context(NamedTuple):
     tokenizer: Path
     cache: Path
     log: Callable[[str], None]
-    captions: Callable[[str, str], dict[str, tuple[str, ...]]] | None = None
+    captions: Captions | None = None
     training: Mapping[str, Iterable[Example]] = {}
     english: Iterable[Example] = ()
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 from finetune.batches import BatchOrder, EpochBatches, ExtraInputs
 from finetune.stores.images import VisualSource, open_visual
 from finetune.stores.records import Regions
-from finetune.strategies.base import LossTerms, Need
+from finetune.strategies.base import Captions, LossTerms, Need
 from raylib.cache import cached, file_fingerprint
 from raylib.config import user_file_error, user_source
 from raylib.engine import Objective
@@ -29,9 +29,6 @@ if TYPE_CHECKING:  # a config holds the strategies' settings, and strategies kno
 
 # the split that each setting trains on, of those that train on the languages' own files
 TRAINING_SPLITS = {"few_shot": "shots", "single_language": "train", "all_language": "train"}
-# captions(translation, language) -> {image: its training captions}; translation: "" for the captions
-# themselves, "_to_en" or "_from_en"
-Captions = Callable[[str, str], dict[str, tuple[str, ...]]]
 
 
 class Split(NamedTuple):

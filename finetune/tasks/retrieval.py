@@ -12,8 +12,8 @@ from finetune.batches import BatchOrder, CaptionBatches, EpochBatches, ExtraInpu
 from finetune.formats import Captioned
 from finetune.model import load_backbone
 from finetune.stores.images import ImageSource, PrecomputedFeatures
-from finetune.strategies.base import LossTerms, Need, Outputs, Term, term_shares
-from finetune.tasks.base import TRAINING_SPLITS, Captions, Pipeline, Score, Task
+from finetune.strategies.base import Captions, LossTerms, Need, Outputs, Term, term_shares
+from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Score, Task
 from finetune.tasks.ranking import retrieve
 from raylib.distributed import all_reduce, world_size
 from raylib.engine import Objective
