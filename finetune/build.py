@@ -228,7 +228,8 @@ def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]
     files += task.files(config) + user_files(config.task) + user_files(config.backbone)
     files += config.strategies.files(data)
     files += _translations(config)
-    files += [weights_of(config.model), tokenizer_of(config)]
+    # what a run started from may be gone by the time that it is evaluated again
+    files += [weights_of(config.model), tokenizer_of(config)] if Path(config.model).exists() else []
     files += [Path(config.vision)] if config.vision else []
     large = []
     if task.needs_images(config):

@@ -9,7 +9,7 @@ from finetune.decoder import DecoderConfig
 from finetune.strategies import StrategiesConfig
 from raylib.data.images import AugmentConfig
 from raylib.engine import OptimConfig
-from raylib.launch import LaunchConfig
+from raylib.launch import LaunchConfig, run_folder
 from raylib.loop import FitConfig
 
 TransferSetting = Literal[
@@ -128,8 +128,8 @@ class FinetuneConfig(LaunchConfig):
 
     @property
     def continues(self) -> bool:
-        """Return whether the setting goes on from a fine-tuned `model`."""
-        return not self.trains or self.setting == "few_shot"
+        """Return whether the run goes on from a fine-tuned `model`: or its own (`trained_config`)."""
+        return not self.trains or self.setting == "few_shot" or self.model == str(run_folder(self))
 
     @property
     def wordnet_folder(self) -> Path:

@@ -10,6 +10,7 @@ from torch import nn
 
 from finetune.build import dev_sets, find_task, languages_of, open_visual_for, read_split, test_split
 from finetune.config import FinetuneConfig
+from finetune.model import with_stored_code
 from finetune.tasks.base import Pipeline, Reading
 from raylib import checkpoint
 from raylib.device import peak_memory
@@ -95,6 +96,14 @@ def test_result(pipeline: Pipeline, run: Path) -> dict[str, Any]:
 
 def _runtime_facts(device: torch.device) -> dict[str, Any]:
     return {**provenance(device), "peak_memory_gb": peak_memory(device)}
+
+
+def trained_config(config: FinetuneConfig, run: Path) -> FinetuneConfig:
+    """`config` of the part whose folder is `run`, with what it has trained as its model: a checkpoint and the
+    tokenizer beside it are all that this needs, whatever became of the weights and files it started from."""
+    run = run.absolute()
+    own = {"model": str(run), "vision": None, "runs": str(run.parent), "name": run.name}
+    return with_stored_code(config.model_copy(update=own))
 
 
 def find_trained(config: FinetuneConfig, run: Path, newest: Path | None) -> Path:

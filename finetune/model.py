@@ -7,7 +7,7 @@ appendix B.2.3). A head that generates answers (`finetune.decoder`) sees the sta
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from finetune.decoder import AnswerDecoder, DecoderConfig
 from finetune.formats.answers import check_labels
 from raylib.checkpoint import BEST
-from raylib.config import validate
+from raylib.config import user_files, validate
 from raylib.errors import UserError
 from raylib.models import find_backbone, find_model, find_tokenizer, peft, stored_backbone
 from raylib.models.base import (
+    CODE_KEY,
     Backbone,
     FusionBackbone,
     RegionBackbone,
@@ -31,6 +32,9 @@ from raylib.models.layers import init_weights
 from raylib.models.single_stream import RegionEmbedding
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, TokenSegments
+
+if TYPE_CHECKING:
+    from finetune.config import FinetuneConfig
 
 
 class Classifier(nn.Module):
@@ -125,7 +129,7 @@ class FinetuneModel(nn.Module):
 
     def fused_cls(self, text: Ragged, memory: Ragged | None) -> Tensor:
         """CLS states of each text with each of its c images, side by side: (b, c d)."""
-        return self.backbone.fused_cls(text, memory, self.num_images).view(len(text.lengths), -1)
+        return self.backbone.fused_cls(text, memory, per_text=self.num_images).view(len(text.lengths), -1)
 
     def hidden_states(
         self, batch: dict, layers: Sequence[int], empty: bool = False
@@ -170,10 +174,10 @@ class FinetuneModel(nn.Module):
         save_model(self, self.backbone, description, folder)
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> "FinetuneModel":
-        """The model that `save` wrote into `folder`."""
+    def from_pretrained(cls, folder: Path, name: str = "") -> "FinetuneModel":
+        """The model that `save` wrote into `folder`; `name` as of `stored_backbone`."""
         values = read_description(folder)
-        kind = stored_backbone(values, folder)
+        kind = stored_backbone(values, folder, name)
         backbone = cast(FusionBackbone, kind.from_sizes(values["sizes"], values["backbone"], folder))
         model = cls(
             backbone,
@@ -198,7 +202,10 @@ def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = 
         UserError: none of these, or weights that do not fit.
     """
     if is_foreign(Path(path)):
-        return find_backbone(kind).import_weights(Path(path), Path(vision) if vision else None)
+        backbone = find_backbone(kind).import_weights(Path(path), Path(vision) if vision else None)
+        if user_files(kind):
+            backbone.check_declaration()
+        return backbone
     folder = find_evaluated(path)
     description = read_description(folder)
     stored = _kind(description, Path(path), folder)
@@ -209,8 +216,8 @@ def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = 
     if vision:
         raise UserError(f"{path} has an image encoder; leave vision={vision} out")
     if description["model_type"] == "polyglance-finetuned":
-        return FinetuneModel.from_pretrained(folder).backbone
-    return stored_backbone({**description, "backbone": stored}, folder).from_pretrained(folder)
+        return FinetuneModel.from_pretrained(folder, kind).backbone
+    return stored_backbone({**description, "backbone": stored}, folder, kind).from_pretrained(folder)
 
 
 def _kind(description: dict, path: Path, folder: Path) -> str:
@@ -225,8 +232,26 @@ def _kind(description: dict, path: Path, folder: Path) -> str:
     return kind
 
 
-def load_finetuned(path: Path | str, labels: tuple[str, ...]) -> FinetuneModel:
-    """The fine-tuned model at `path`, whose classes must be `labels`, in this order.
+def with_stored_code(config: "FinetuneConfig") -> "FinetuneConfig":
+    """`config` with the user's file beside `config.model` as its backbone, where the model has one: so a run
+    from it names the file too.
+
+    Raises:
+        UserError: as of `stored_backbone`.
+    """
+    if is_foreign(Path(config.model)):
+        return config
+    folder = find_evaluated(config.model)
+    description = read_description(folder)
+    if CODE_KEY not in description:
+        return config
+    stored_backbone(description, folder, config.backbone)
+    return config.model_copy(update={"backbone": f"{folder / description[CODE_KEY]}"})
+
+
+def load_finetuned(path: Path | str, labels: tuple[str, ...], name: str = "") -> FinetuneModel:
+    """The fine-tuned model at `path`, whose classes must be `labels`, in this order; `name` as of
+    `stored_backbone`.
 
     Raises:
         UserError: not fine-tuned; its labels differ (both orders are named).
@@ -236,7 +261,7 @@ def load_finetuned(path: Path | str, labels: tuple[str, ...]) -> FinetuneModel:
     if values["model_type"] != "polyglance-finetuned":
         raise UserError(f"{path}: no fine-tuned model; give the run of an English fine-tuning")
     check_labels(labels, tuple(values["labels"]), str(folder / "config.json"))
-    return FinetuneModel.from_pretrained(folder)
+    return FinetuneModel.from_pretrained(folder, name)
 
 
 def tokenizer_at(path: Path | str) -> Path:

@@ -3,7 +3,8 @@ results."""
 
 import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,20 @@ from finetune.build import (
     tokenizer_of,
 )
 from finetune.config import FinetuneConfig
-from finetune.evaluate import find_trained, test_result
+from finetune.evaluate import find_trained, test_result, trained_config
 from finetune.lineage import method_of, runs_behind
-from finetune.model import load_weights
+from finetune.model import load_weights, with_stored_code
 from finetune.overlap import check_overlap
 from finetune.strategies import Need, check_strategies
 from finetune.strategies.base import Stage, StageRun
 from finetune.worker import FinetuneJob
 from raylib import checkpoint
-from raylib.config import load_config
-from raylib.errors import UserError
+from raylib.config import load_config, user_files
+from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
 from raylib.launch import config_hash, is_main_process, launch, no_log, open_run, run_folder
+from raylib.models import find_backbone
 from raylib.provenance import DataFile, combined_hash, compare_data, data_hash
 from raylib.runtime import Reporter
 
@@ -49,12 +51,26 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
         UserError: whatever is wrong with settings, data or a model, before any worker starts where possible.
     """
     overlap = check(config)
+    if not user_files(config.backbone):
+        config = with_stored_code(config)
     folder, log = run_folder(config), print if is_main_process(config) else no_log
     for shared in overlap:
         log(
             f"published overlap: {shared['first']['file']} shares {shared['images']} images and "
             f"{shared['items']} items with {shared['second']['file']} ({shared['declared']})"
         )
+    with _removed_on_mistake(folder) if is_main_process(config) else nullcontext():
+        return _run_in(folder, config, overlap, reporter, log)
+
+
+def _run_in(
+    folder: Path,
+    config: FinetuneConfig,
+    overlap: list[dict[str, Any]],
+    reporter: Reporter | None,
+    log: Callable[..., None],
+) -> dict[str, Any]:
+    """`run`, once everything is checked."""
     if is_main_process(config):
         open_run(config, finetuning_files(config), config.verify)
     stored = _stored_result(folder)
@@ -92,6 +108,20 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
     return result
 
 
+@contextmanager
+def _removed_on_mistake(folder: Path) -> Iterator[None]:
+    """Remove a run's folder that was not there before if a mistake ends the run before any checkpoint: so the
+    corrected command can have its name."""
+    is_new = not folder.exists()
+    try:
+        yield
+    except UserError as e:
+        # of numbers that are not finite the log says more
+        if is_new and not isinstance(e, NotFinite) and not any(folder.rglob("meta.json")):
+            shutil.rmtree(folder, ignore_errors=True)  # there is none if opening it failed
+        raise
+
+
 def finetuning_files(config: FinetuneConfig) -> list[DataFile]:
     """Return the files that a run of `config` reads."""
     return run_files(config, {language: part for part, language in _parts(config)})
@@ -126,6 +156,7 @@ def check(config: FinetuneConfig) -> list[dict[str, Any]]:
         )
     if config.wordnet and not Path(config.wordnet).is_dir():
         raise UserError(f"wordnet={config.wordnet}: no such folder")
+    find_backbone(config.backbone)
     task.check(config)
     check_strategies(config, offered_needs(config), config.trains)
     build_strategies(config)
@@ -329,8 +360,10 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     if different:
         print(f"note: evaluates on other data than the run began with: {', '.join(different)}", flush=True)
     for part, _ in _parts(config):
-        run = run_folder(part) if part is not config else folder
+        run = folder / part.name if part is not config else folder
         part = final_training(part)
+        if config.trains:
+            part = trained_config(part, run)
         pipeline = build_pipeline(part, build_strategies(part))
         if config.trains:
             load_weights(pipeline.model, find_trained(config, run, checkpoint.find_newest(run)))

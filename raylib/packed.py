@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raylib.errors import UserError
+
 # cuDNN, PyTorch's first choice on Hopper, builds a graph for each new shape, and packed batches bring new
 # lengths in every step: on an H100 a step of `base` took 38 s with it and 0.54 s without
 # (benchmarks/results/gpu.jsonl). The setting is the process's, so it holds for evaluation and for the
@@ -43,6 +45,21 @@ class Ragged(NamedTuple):
         """The rows in the order of `rows` (m,), repeats allowed; T becomes the sum of their lengths."""
         lengths = self.lengths[rows]
         return Ragged(self.values.index_select(0, self.token_index(rows).to(self.values.device)), lengths)
+
+    def padded(self, columns: int, fill: float = 0) -> tuple[Tensor, Tensor]:
+        """The values as a table (n, columns, ...) that `fill` completes, as models of others read it,
+        and its mask (n, columns), True at tokens.
+
+        Raises:
+            UserError: a row is longer.
+        """
+        longest = max(self.lengths.tolist(), default=0)
+        if longest > columns:
+            raise UserError(f"a text of {longest} tokens, the model has {columns} positions; lower length=")
+        mask = (torch.arange(columns) < self.lengths[:, None]).to(self.values.device)
+        table = self.values.new_full((*mask.shape, *self.values.shape[1:]), fill)
+        table[mask] = self.values
+        return table, mask
 
     def token_index(self, rows: Tensor) -> Tensor:
         """Flat positions of the tokens of `rows`, row after row."""

@@ -13,11 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from finetune.__main__ import main
 from finetune.model import FinetuneModel, load_backbone
 from pretrain.train import export_model
 from raylib.errors import UserError
-from raylib.models import BACKBONES, find_backbone
-from raylib.models.base import FusionBackbone, RegionBackbone, RetrievalBackbone
+from raylib.models import BACKBONES, find_backbone, stored_backbone
+from raylib.models.base import FusionBackbone, RegionBackbone, RetrievalBackbone, read_description
+from raylib.models.hf_weights import encoder_sizes
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
@@ -91,7 +93,9 @@ def test_backbone_trains_a_step_and_loads_with_equal_outputs(backbone, tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     with torch.inference_mode():
         assert outputs_of(again, batch).equal(outputs_of(model.eval(), batch))
-    loaded = load_backbone(tmp_path)
+    loaded = load_backbone(
+        tmp_path, str(tmp_path / "my_backbone.py") if backbone.kind == "siglip" else "unified"
+    )
     assert type(loaded) is type(backbone) and loaded.config == backbone.config
 
 
@@ -230,12 +234,151 @@ def test_user_backbone_is_stored_with_its_code_and_gone_on_from(finetune, tmp_pa
     assert json.loads((tmp_path / "english/best/config.json").read_text())["code"] == "mine.py:Siglip"
     (tmp_path / "mine.py").unlink()
     export_model(tmp_path / "few/ru", tmp_path / "elsewhere/model")
-    code = "import sys; from finetune.model import load_backbone; print(load_backbone(sys.argv[1]).kind)"
-    command = [sys.executable, "-c", code, str(tmp_path / "elsewhere/model")]
+    code = "import sys; from finetune.model import load_backbone; print(load_backbone(*sys.argv[1:]).kind)"
+    folder = str(tmp_path / "elsewhere/model")
+    command = [sys.executable, "-c", code, folder, f"{folder}/mine.py"]
     assert subprocess.run(command, capture_output=True, text=True).stdout == "siglip\n"
     (tmp_path / "elsewhere/model/mine.py").unlink()
     with pytest.raises(UserError, match=r"model: mine\.py, which defines its backbone, is gone; put it back"):
         load_backbone(tmp_path / "elsewhere/model")
+
+
+@pytest.fixture(scope="session")
+def vilt(tmp_path_factory):
+    """A folder with the page's ViLT, `my_vilt.py`, and a small one of random weights, `vilt`."""
+    from transformers import ViltConfig, ViltModel
+
+    folder = tmp_path_factory.mktemp("fusion")
+    (body,) = re.findall(r"^```python my_vilt.py\n(.*?)^```$", PAGE.read_text(), re.S | re.M)
+    (folder / "my_vilt.py").write_text(body)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 12000, "max_position_embeddings": 40, "image_size": 16, "patch_size": 8}
+    ViltModel(ViltConfig(**sizes)).save_pretrained(folder / "vilt")
+    shutil.copy2(DATA / "tokenizer.model", folder / "vilt")
+    return folder
+
+
+def test_user_fusion_backbone_run_is_evaluated_by_its_checkpoint_alone(
+    finetune, tmp_path, vilt, monkeypatch, capsys
+):
+    """With the copy of the file beside the weights, after the file was edited and the start weights are gone;
+    few-shot from it names that copy, so that it is evaluated too."""
+    shutil.copytree(vilt, tmp_path / "start")
+    monkeypatch.chdir(tmp_path / "start")
+    few = ["train_limit=16", "epochs=1", "test_limit=8", "image_size=null", 'languages=["ru"]']
+    code, printed = finetune("scenes_xvnli", "name=one", "model=vilt", "backbone=my_vilt.py", *few)
+    assert code == 0, printed
+    model = f"model={tmp_path / 'one'}"
+    code, printed = finetune("scenes_xvnli", "name=two", model, "setting=few_shot", "batch=3", *few)
+    assert code == 0, printed
+    settings = json.loads((tmp_path / "two/ru/config.json").read_text())
+    assert settings["backbone"] == f"{tmp_path / 'one/best/my_vilt.py'}:Vilt"
+    Path("my_vilt.py").write_text("raise ValueError('the edited file ran')")
+    shutil.rmtree("vilt")
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        before = json.loads((tmp_path / name / "result.json").read_text())["accuracy"]
+        assert main(["evaluate", f"{tmp_path / name}"]) == 0, capsys.readouterr()
+        assert json.loads((tmp_path / name / "result.json").read_text())["accuracy"] == before
+        shutil.rmtree(tmp_path / "start", ignore_errors=True)
+
+
+def test_stored_code_runs_only_if_it_is_named(finetune, tmp_path, user_file):
+    """A model folder from somebody else: its code runs by name, or in a run that names it."""
+    kind = find_backbone(str(user_file))
+    tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    text = {**tower, "vocab_size": 12000, "max_position_embeddings": 16}
+    sizes = {"text_config": text, "vision_config": {**tower, "image_size": 16, "patch_size": 8}}
+    folder = tmp_path / "run/best"
+    kind(kind.config_class(siglip=sizes)).save(folder)
+    code = folder / "my_backbone.py"
+    refusal = re.escape(f"{folder} holds code (my_backbone.py) that would be run: read it, then name it: ")
+    (tmp_path / "other.py").write_text("class Other: pass\n")
+    for name in ("unified", "my_backbone.py", str(tmp_path / "other.py")):
+        with pytest.raises(UserError, match=refusal + re.escape(f"backbone={code}")):
+            stored_backbone(read_description(folder), folder, name)
+    assert load_backbone(folder, f"{code}").kind == load_backbone(folder, f"{code}:Siglip").kind == "siglip"
+    (tmp_path / "run/config.json").write_text('{"fit": {}, "backbone": "my_code/my_backbone.py:Siglip"}')
+    assert load_backbone(folder).kind == "siglip"
+    (tmp_path / "run/config.json").write_text('{"fit": {}, "backbone": "unified"}')
+    with pytest.raises(UserError, match=refusal):
+        load_backbone(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "code": "../../other.py:Other"}))
+    with pytest.raises(UserError, match="best: other.py, which defines its backbone, is gone"):
+        load_backbone(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ("vilt.encoder.layer", "vilt.encoder.layers"),
+            "Vilt.layer_names: 'vilt.encoder.layers': .*no attribute",
+        ),
+        (
+            ('("vilt.encoder.layer",)', '("vilt.encoder",)'),
+            "'vilt.encoder' is a ViltEncoder, no nn.ModuleList",
+        ),
+        (
+            ('("vilt.pooler",)', '"vilt.pooler"'),
+            r"pooler_names: 'vilt.pooler' is a str; write \('vilt.pooler',\)",
+        ),
+        (("config.hidden_size", "config.hiden_size"), "Vilt.width: .*'hiden_size'"),
+        (
+            ("return self.vilt.config.image_size", "return 0"),
+            "Vilt.image_size: it encodes images; say how many",
+        ),
+    ],
+)
+def test_user_backbone_declaration_is_checked_when_it_is_built(tmp_path, vilt, change, message):
+    (tmp_path / "my_vilt.py").write_text((vilt / "my_vilt.py").read_text().replace(*change))
+    with pytest.raises(UserError, match=message) as e:
+        load_backbone(vilt / "vilt", f"{tmp_path}/my_vilt.py")
+    assert "\n" not in str(e.value)
+
+
+def test_finetune_mistake_leaves_no_folder(finetune, tmp_path, vilt):
+    """Before a checkpoint there is nothing to keep: the corrected command may have the name."""
+    few = [
+        "name=one",
+        f"model={vilt / 'vilt'}",
+        "train_limit=16",
+        "epochs=1",
+        "test_limit=8",
+        "image_size=null",
+    ]
+    code, printed = finetune("scenes_xvnli", *few)
+    assert code == 2 and "vilt: model_type vilt is none of bert, roberta, xlm-roberta" in printed
+    assert "; name its file: backbone=FILE.py" in printed and not (tmp_path / "one").exists()
+    (tmp_path / "my_vilt.py").write_text((vilt / "my_vilt.py").read_text().replace("vilt.pooler", "pooler"))
+    backbone = f"backbone={tmp_path / 'my_vilt.py'}"
+    code, printed = finetune("scenes_xvnli", *few, backbone)
+    assert code == 2 and "Vilt.pooler_names: 'pooler'" in printed and not (tmp_path / "one").exists()
+    code, printed = finetune("scenes_xvnli", *few, "backbone=my_vlit.py")
+    assert code == 2 and "my_vlit.py: no such file" in printed and not (tmp_path / "one").exists()
+    shutil.copy2(vilt / "my_vilt.py", tmp_path)
+    code, printed = finetune("scenes_xvnli", *few, backbone, 'languages=["en"]')
+    assert code == 0, printed
+
+
+def test_text_longer_than_the_positions_is_one_line():
+    text = Ragged(torch.arange(70), torch.tensor([2, 68]))
+    with pytest.raises(UserError, match="a text of 68 tokens, the model has 64 positions; lower length="):
+        UnifiedModel(UnifiedModel.sizes["tiny"]).embed_text(text, normalize=True)
+    with pytest.raises(UserError, match="a text of 68 tokens, the model has 40 positions; lower length="):
+        text.padded(40)
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "max_position_embeddings", "num_hidden_layers"])
+def test_text_encoder_folder_with_a_null_size_is_one_line(field):
+    config = dict(
+        vocab_size=9, hidden_size=4, num_attention_heads=2, intermediate_size=8, layer_norm_eps=1e-5
+    )
+    config |= {"num_hidden_layers": 2, "max_position_embeddings": 12, "pad_token_id": None, field: None}
+    with pytest.raises(UserError, match=f"x/config.json: no {field}; give"):
+        encoder_sizes({"model_type": "roberta", **config}, "x")
+    assert encoder_sizes({**config, field: 4}, "x")["positions"] in (2, 10)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from finetune.build import (
     tokenizer_of,
 )
 from finetune.config import FinetuneConfig
-from finetune.evaluate import find_trained
+from finetune.evaluate import find_trained, trained_config
 from finetune.model import FinetuneModel, load_weights
 from finetune.report import read_result, scores_of
 from finetune.stores.images import ImageSource, RegionFeatures
@@ -142,9 +142,11 @@ def load_finished_run(folder: Path, options: Options) -> FinishedRun:
     config = load_config(FinetuneConfig, folder / "config.json")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = None
-    tokenizer = Tokenizer.load(tokenizer_of(config))
-    if config.setting not in ONE_EACH:
-        _, model, tokenizer, _ = build_pipeline(config, build_strategies(config))
+    if config.setting in ONE_EACH:
+        tokenizer = Tokenizer.load(tokenizer_of(config))
+    else:
+        trained = trained_config(config, folder) if config.trains else config
+        _, model, tokenizer, _ = build_pipeline(trained, build_strategies(trained))
         if config.trains:
             load_weights(model, find_trained(config, folder, checkpoint.find_newest(folder)))
         model = model.to(device).eval()

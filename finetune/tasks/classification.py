@@ -112,7 +112,7 @@ class Classification(Task):
     def build_model(self, config: "FinetuneConfig") -> FinetuneModel:
         labels = self.label_names(config)
         if config.continues:
-            model = load_finetuned(config.model, labels)
+            model = load_finetuned(config.model, labels, config.backbone)
             if model.is_generative != self.is_generative:
                 head = "decoder" if model.is_generative else "classifier"
                 raise UserError(f"{config.model}: its head is a {head}; set head={head}")

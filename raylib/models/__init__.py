@@ -1,5 +1,6 @@
 """`BACKBONES`: every backbone of ours by its kind; and where models and their tokenizers lie."""
 
+import filecmp
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +57,35 @@ def stored_code(folder: Path) -> list[Path]:
     return [folder / code.partition(":")[0]] if code else []
 
 
-def stored_backbone(description: dict[str, Any], folder: Path) -> type[Backbone]:
-    """The backbone of the model in `folder` whose config.json holds `description`.
+def stored_backbone(description: dict[str, Any], folder: Path, name: str = "") -> type[Backbone]:
+    """The backbone of the model in `folder` whose config.json holds `description`; `name`: the user's
+    `backbone=`.
 
     Raises:
-        UserError: no such backbone; the user's file that defined it is gone.
+        UserError: no such backbone; the user's file that defined it is gone, or nobody named it.
     """
     # the code that a model was trained with lies beside it; the user's file may have changed since
     if CODE_KEY not in description:
         return lookup(description.get("backbone", model_kind(description)), BACKBONES, "backbone")
-    name = str(description[CODE_KEY])
-    file = name.partition(":")[0]
-    if not (folder / file).is_file():
+    code = Path(str(description[CODE_KEY])).name  # never a path out of the folder
+    file = folder / code.partition(":")[0]
+    if not file.is_file():
         raise UserError(
-            f"{folder}: {file}, which defines its backbone, is gone; put it back beside config.json"
+            f"{folder}: {file.name}, which defines its backbone, is gone; put it back beside config.json"
         )
-    return find_backbone(f"{folder / name}")
+    # a folder may come from a stranger: its code runs if the user has named it, now or for the run it lies in
+    named = any(given.is_file() and filecmp.cmp(given, file, shallow=False) for given in user_files(name))
+    if not named and not any(_run_names(run, file.name) for run in folder.absolute().parents[:2]):
+        raise UserError(
+            f"{folder} holds code ({file.name}) that would be run: read it, then name it: backbone={file}"
+        )
+    return find_backbone(f"{folder / code}")
+
+
+def _run_names(folder: Path, file: str) -> bool:
+    """Return whether `folder` is a run's, with `file` as its `backbone=`."""
+    settings = read_description(folder) if (folder / "config.json").is_file() else {}
+    return "fit" in settings and any(named.name == file for named in user_files(settings.get("backbone", "")))
 
 
 def find_model(path: Path | str) -> Path:

@@ -12,6 +12,7 @@ A backbone derives from those of these classes that say what it can do:
 Shape legend: n texts, b images, T tokens, R tokens of an output mask, d width of states, e of embeddings.
 """
 
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -43,10 +44,13 @@ class Backbone(nn.Module, ABC):
 
     kind: what its folders say they are, and its key in `BACKBONES`. summary: a line about it.
     config_class: of its sizes. sizes: "base" as published, "tiny" for tests.
-    embedding_names: what lies below the layers that a text passes. layer_names: the `nn.ModuleList`s of these
-        layers, bottom up. top_names: what belongs to the last layer. All of them are dotted names of modules;
-        what is under none of them (image encoder, heads) has no depth.
-    pooler_names: maps behind the last layer, if it has them.
+    embedding_names: what lies below the layers that a text passes, depth 0. layer_names: the `nn.ModuleList`s
+        of these layers, bottom up, depth 1 and on. top_names: what has the last layer's depth too, such as a
+        norm behind it. All of them are dotted names of modules; what is under none of them (image encoder,
+        heads) has no depth.
+    pooler_names: maps behind the last layer, which pruning may take too.
+    pixel_mean, pixel_std: what is subtracted from a pixel's 0..255, and what it is then divided by: for all
+        colours, or one each.
     row_parts: of what a row in its layers is made: "text", and perhaps "tags" and "regions"; () where
         `FusionBackbone.hidden_states`, by which it can be distilled, are not to be had.
     has_match_head: it can tell whether an image and a text belong together.
@@ -63,6 +67,8 @@ class Backbone(nn.Module, ABC):
     pooler_names: ClassVar[tuple[str, ...]] = ()
     row_parts: ClassVar[tuple[str, ...]] = ()
     has_match_head: ClassVar[bool] = False
+    pixel_mean: PixelStats = 127.5
+    pixel_std: PixelStats = 127.5
 
     config: Any
 
@@ -105,7 +111,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def image_size(self) -> int:
-        """Pixels that the images have on a side; 0: it takes no images."""
+        """Pixels that images have on a side; whoever defines `encode_images` says it. 0: it takes none."""
         return 0
 
     @property
@@ -153,7 +159,41 @@ class Backbone(nn.Module, ABC):
 
     def poolers(self) -> list[nn.Module]:
         """Those of the modules `pooler_names` that it has."""
-        return [module for name, module in self.named_children() if name in self.pooler_names]
+        return [module for name, module in self.named_modules() if name in self.pooler_names]
+
+    def check_declaration(self) -> None:
+        """Check what the class of a user's file declares.
+
+        Raises:
+            UserError: one of its names is no module; a property fails; it encodes images of no size.
+        """
+        declared = {
+            "embedding_names": self.embedding_names,
+            "layer_names": self.layer_names,
+            "top_names": self.top_names,
+            "pooler_names": self.pooler_names,
+        }
+        where = type(self).__name__
+        for field, names in declared.items():
+            for name in (names,) if isinstance(names, str) else names:
+                try:
+                    found = self.get_submodule(name)
+                except AttributeError as e:
+                    raise UserError(f"{where}.{field}: '{name}': {e}") from None
+                if field == "layer_names" and not isinstance(found, nn.ModuleList):
+                    raise UserError(
+                        f"{where}.{field}: '{name}' is a {type(found).__name__}, no nn.ModuleList"
+                    )
+            if isinstance(names, str):
+                raise UserError(f"{where}.{field}: '{names}' is a str; write ('{names}',)")
+        # an AttributeError inside a property would be told as if the property itself were not there
+        for name in ("width", "image_size", "num_layers"):
+            try:
+                inspect.getattr_static(type(self), name).__get__(self)
+            except AttributeError as e:
+                raise UserError(f"{where}.{name}: {e}") from e
+        if type(self).encode_images is not Backbone.encode_images and not self.image_size:
+            raise UserError(f"{where}.image_size: it encodes images; say how many pixels they have on a side")
 
     def freeze_unused(self, use: Use) -> None:
         """Take out of training what has no part in `use`: it would get no gradient, but decay under ZeRO."""
@@ -168,12 +208,17 @@ class Backbone(nn.Module, ABC):
             raise UserError(f"image_size={size}: {self.kind}'s image tower has {self.image_size}")
 
     def encode_images(self, images: Tensor) -> Ragged:
-        """uint8 (b, H, W, 3) -> b rows of states.
+        """uint8 (b, H, W, 3) of `image_size` -> b rows of states, the memory of `FusionBackbone.fused_cls`.
 
         Raises:
             UserError: it takes no images.
         """
         raise UserError(f"backbone={self.kind} takes no images")
+
+    def pixel_values(self, images: Tensor) -> Tensor:
+        """uint8 (b, H, W, 3) -> (b, 3, H, W), normalised as the image encoder was trained."""
+        dtype = next(self.parameters()).dtype
+        return normalize_pixels(images, self.pixel_mean, self.pixel_std, dtype).permute(0, 3, 1, 2)
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`, from which `from_pretrained` makes it again."""
@@ -219,10 +264,6 @@ class Backbone(nn.Module, ABC):
 class RetrievalBackbone(Backbone):
     """Embeds images and texts apart."""
 
-    # subtracted from a pixel's 0..255, and what it is then divided by: for all colours, or one each
-    pixel_mean: PixelStats = 127.5
-    pixel_std: PixelStats = 127.5
-
     @property
     @abstractmethod
     def image_size(self) -> int: ...
@@ -238,11 +279,6 @@ class RetrievalBackbone(Backbone):
     def embed_text(self, ids: Ragged, *, normalize: bool) -> Tensor:
         """Ids of n texts -> vectors (n, e), of length 1 if `normalize`."""
 
-    def pixel_values(self, images: Tensor) -> Tensor:
-        """uint8 (b, H, W, 3) -> (b, 3, H, W), normalised as the image encoder was trained."""
-        dtype = next(self.parameters()).dtype
-        return normalize_pixels(images, self.pixel_mean, self.pixel_std, dtype).permute(0, 3, 1, 2)
-
 
 class FusionBackbone(Backbone):
     """Reads texts together with the memory that they are about: states of images, or of a premise."""
@@ -254,8 +290,8 @@ class FusionBackbone(Backbone):
 
     @abstractmethod
     def encode_text(self, ids: Ragged, output_mask: Tensor | None = None) -> Tensor:
-        """Ids (T,) -> states of texts by themselves, as a premise is attended to: (T, d), or (R, d) of the
-        tokens in `output_mask` (T,)."""
+        """Ids of n texts -> states (T, d) of texts by themselves, as of a premise, or (R, d) of the
+        tokens in `output_mask` (T,) of bool."""
 
     @abstractmethod
     def fused_cls(self, text: Ragged, memory: Ragged | None, per_text: int = 1) -> Tensor:
@@ -263,8 +299,9 @@ class FusionBackbone(Backbone):
 
         Args:
             text: ids, n rows.
-            memory: n x per_text rows; those of text i are rows i per_text ... . None: they are about nothing,
-                and are read alone.
+            memory: n x per_text rows, of `encode_images` or `encode_text`; those of text i are rows
+                i per_text ... . None: they are about nothing, and are read alone.
+            per_text: how many images a text is about, each by itself (`num_images` of a task).
         Returns:
             (n per_text, d).
         """

@@ -101,6 +101,7 @@ SIZES = {  # ours -> those of config.json
     "feedforward": "intermediate_size",
     "eps": "layer_norm_eps",
 }
+TEXT_ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert")  # model types of text encoders
 VISION_SIZES = {"vision_layers": "num_hidden_layers", "patch": "patch_size", "image_size": "image_size"}
 
 log = logging.getLogger(__name__)
@@ -112,8 +113,12 @@ def encoder_sizes(config: dict, folder: Path | str, accepts: str = "an XLM-R or 
     Raises:
         UserError: it does not say them.
     """
-    missing = {*SIZES.values(), "num_hidden_layers", "max_position_embeddings"} - config.keys()
-    if missing:
+    if (config.get("model_type") or "bert") not in TEXT_ENCODERS:
+        raise UserError(
+            f"{folder}: model_type {config['model_type']} is none of {', '.join(TEXT_ENCODERS)}; name its "
+            "file: backbone=FILE.py"
+        )
+    if missing := _missing(config, *SIZES.values(), "num_hidden_layers", "max_position_embeddings"):
         raise UserError(f"{folder}/config.json: no {', '.join(sorted(missing))}; give {accepts}")
     return {name: config[key] for name, key in SIZES.items()} | {
         "layers": config["num_hidden_layers"],
@@ -137,7 +142,7 @@ def text_sizes(folder: Path | str, vision: Path | str | None = None) -> dict:
     }
     if vision:
         vit = _read_config(Path(vision))
-        if missing := {*VISION_SIZES.values(), "hidden_size", "num_attention_heads"} - vit.keys():
+        if missing := _missing(vit, *VISION_SIZES.values(), "hidden_size", "num_attention_heads"):
             raise UserError(f"{vision}/config.json: no {', '.join(sorted(missing))}; give a ViT folder")
         vit_shape, text_shape = (
             (vit["hidden_size"], vit["num_attention_heads"]),
@@ -318,7 +323,15 @@ def _copy_masked_head(mapper: WeightMapper, model: "UnifiedModel") -> None:
 
 def first_position(config: dict) -> int:
     """Row of the position embeddings that a sentence starts at: RoBERTa numbers positions from pad + 1."""
-    return 0 if config.get("model_type") == "bert" else config.get("pad_token_id", 1) + 1
+    if config.get("model_type") == "bert":
+        return 0
+    padding = config.get("pad_token_id")
+    return 2 if padding is None else padding + 1
+
+
+def _missing(config: dict, *names: str) -> set[str]:
+    """Those of a config.json's fields that are not there, or null."""
+    return {name for name in names if config.get(name) is None}
 
 
 def _read_config(folder: Path) -> dict:

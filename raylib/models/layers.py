@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raylib.errors import UserError
 from raylib.packed import Attention, Block, Plan, Ragged, join_rows, plan_attention
 
 # On a CPU, rows run in chunks whose widest activation is so many floats: larger ones leave the cache, and
@@ -60,6 +61,9 @@ class TextEmbedding(nn.Module):
 
     def add_positions(self, words: Ragged) -> Tensor:
         """Word embeddings (T, d) -> with their positions, normed (T, d)."""
+        longest, positions = max(words.lengths.tolist(), default=0), len(self.position.weight)
+        if longest > positions:
+            raise UserError(f"a text of {longest} tokens, the model has {positions} positions; lower length=")
         position = torch.arange(len(words.values)) - torch.repeat_interleave(words.starts, words.lengths)
         position = position.to(words.values.device, non_blocking=True)
         return self.dropout(self.norm(words.values + self.position(position)))

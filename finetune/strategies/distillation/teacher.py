@@ -55,7 +55,7 @@ def load_teacher(path: Path | str, kind: str, regions: int | None) -> FinetuneMo
     if not is_foreign(Path(path)):
         folder = find_evaluated(path)
         if read_description(folder)["model_type"] == "polyglance-finetuned":
-            model = FinetuneModel.from_pretrained(folder)
+            model = FinetuneModel.from_pretrained(folder, kind)
             if model.is_generative:
                 raise UserError(
                     f"strategies.distillation.teacher={path}: its head is a decoder; give a run of "
