@@ -9,7 +9,7 @@ from finetune.decoder import DecoderConfig
 from finetune.strategies import StrategiesConfig
 from raylib.data.images import AugmentConfig
 from raylib.engine import OptimConfig
-from raylib.launch import LaunchConfig, run_folder
+from raylib.launch import LaunchConfig
 from raylib.loop import FitConfig
 
 TransferSetting = Literal[
@@ -129,7 +129,7 @@ class FinetuneConfig(LaunchConfig):
     @property
     def continues(self) -> bool:
         """Return whether the run goes on from a fine-tuned `model`: or its own (`trained_config`)."""
-        return not self.trains or self.setting == "few_shot" or self.model == str(run_folder(self))
+        return not self.trains or self.setting == "few_shot" or Path(self.model) == Path(self.runs, self.name)
 
     @property
     def wordnet_folder(self) -> Path:

@@ -175,6 +175,7 @@ class Backbone(nn.Module, ABC):
         }
         where = type(self).__name__
         for field, names in declared.items():
+            # a str where the tuple's comma was forgotten would be gone through letter by letter
             for name in (names,) if isinstance(names, str) else names:
                 try:
                     found = self.get_submodule(name)
@@ -192,6 +193,7 @@ class Backbone(nn.Module, ABC):
                 inspect.getattr_static(type(self), name).__get__(self)
             except AttributeError as e:
                 raise UserError(f"{where}.{name}: {e}") from e
+        # images would be opened at a size of 0
         if type(self).encode_images is not Backbone.encode_images and not self.image_size:
             raise UserError(f"{where}.image_size: it encodes images; say how many pixels they have on a side")
 

@@ -113,6 +113,7 @@ def encoder_sizes(config: dict, folder: Path | str, accepts: str = "an XLM-R or 
     Raises:
         UserError: it does not say them.
     """
+    # other models have the same fields, and tensors by other names
     if (config.get("model_type") or "bert") not in TEXT_ENCODERS:
         raise UserError(
             f"{folder}: model_type {config['model_type']} is none of {', '.join(TEXT_ENCODERS)}; name its "
@@ -325,6 +326,7 @@ def first_position(config: dict) -> int:
     """Row of the position embeddings that a sentence starts at: RoBERTa numbers positions from pad + 1."""
     if config.get("model_type") == "bert":
         return 0
+    # configs of today's `transformers` write null where a number was not given
     padding = config.get("pad_token_id")
     return 2 if padding is None else padding + 1
 

@@ -61,6 +61,7 @@ class TextEmbedding(nn.Module):
 
     def add_positions(self, words: Ragged) -> Tensor:
         """Word embeddings (T, d) -> with their positions, normed (T, d)."""
+        # on a GPU, an index out of range would end the process without a line of ours
         longest, positions = max(words.lengths.tolist(), default=0), len(self.position.weight)
         if longest > positions:
             raise UserError(f"a text of {longest} tokens, the model has {positions} positions; lower length=")
