@@ -21,7 +21,7 @@ from finetune.strategies import Context, Strategies
 from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Reading, Task
 from finetune.tasks.datasets import TASKS
 from raylib.cache import get_cache
-from raylib.config import load_user_class, load_user_file, lookup, user_files
+from raylib.config import UserFile, load_user_class, load_user_file, lookup, user_files
 from raylib.data.states import fingerprint_module
 from raylib.errors import UserError
 from raylib.launch import no_log
@@ -51,9 +51,10 @@ def load_task(name: str) -> Task:
         UserError: there is no such task or file; the file defines none, or several and NAME says none of
             them.
     """
-    if not (files := user_files(name)):
+    if not user_files(name):
         return lookup(name, TASKS, "task")
-    path, entry = files[0], name.partition(".py:")[2]
+    path = (name if isinstance(name, UserFile) else UserFile(name)).require("task")
+    entry = name.partition(".py:")[2]
     found = {key: value for key, value in vars(load_user_file(path)).items() if isinstance(value, Task)}
     if entry in found:
         return found[entry]
@@ -225,7 +226,7 @@ def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]
     parts reads, and its images or region features, which are too large to be hashed at a first start."""
     task, data = find_task(config), Path(config.data)
     files = [file for used in used_sets(parts) for file in _files_of(used.reading)]
-    files += task.files(config) + user_files(config.task) + user_files(config.backbone)
+    files += task.files(config) + code_files(config) + user_files(config.backbone)
     files += config.strategies.files(data)
     files += _translations(config)
     # what a run started from may be gone by the time that it is evaluated again
@@ -237,6 +238,19 @@ def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]
     # what is missing is told by its reader, who knows what it is for
     data_files = [*map(DataFile, dict.fromkeys(files)), *(DataFile(path, large=True) for path in large)]
     return [file for file in data_files if file.path.exists()]
+
+
+def code_files(config: FinetuneConfig) -> list[Path]:
+    """The user's own files that define the task and strategies of `config`; a run keeps copies of them.
+
+    Raises:
+        UserError: two have one name.
+    """
+    named = [name for name in (config.task, *config.strategies.user_files()) if isinstance(name, UserFile)]
+    files = list(dict.fromkeys(name.path for name in named))
+    if len({file.name for file in files}) < len(files):
+        raise UserError(f"two files of one name: {', '.join(map(str, files))}; rename one")
+    return files
 
 
 def _files_of(reading: Reading) -> list[Path]:

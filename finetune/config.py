@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from finetune.decoder import DecoderConfig
 from finetune.strategies import StrategiesConfig
+from raylib.config import NameOrFile
 from raylib.data.images import AugmentConfig
 from raylib.engine import OptimConfig
 from raylib.launch import LaunchConfig
@@ -66,7 +67,7 @@ class FinetuneConfig(LaunchConfig):
 
     stored_as = "finetune"
 
-    task: str
+    task: NameOrFile
     model: str = ""
     vision: str | None = None
     data: str = ""

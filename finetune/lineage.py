@@ -169,7 +169,7 @@ def _fill(run: Path, stored: dict[str, Any]) -> tuple[FinetuneConfig | None, dic
     """(config, settings, unknown) of a `Lineage`, from what the config.json of `run` holds."""
     if "task" not in stored:  # pretraining, whose defaults are not known here
         return None, stored, ()
-    settings = read_stored_settings(FinetuneConfig, stored)
+    settings = read_stored_settings(FinetuneConfig, stored, run)
     lines = [
         f"{run}: setting {path} is none of this version; it is compared as it was stored"
         for path in settings.unknown

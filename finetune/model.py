@@ -163,7 +163,7 @@ class FinetuneModel(nn.Module):
         """Names of the matrices that pruning may take: the backbone's, never the head's."""
         return [f"backbone.{name}" for name in self.backbone.prunable()]
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write `config.json` and `model.safetensors`."""
         description = {
             "model_type": "polyglance-finetuned",

@@ -3,7 +3,7 @@ results."""
 
 import functools
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from finetune.build import (
     build_pipeline,
     build_strategies,
     check_images,
+    code_files,
     dev_sets,
     dev_split,
     find_task,
@@ -72,7 +73,7 @@ def _run_in(
 ) -> dict[str, Any]:
     """`run`, once everything is checked."""
     if is_main_process(config):
-        open_run(config, finetuning_files(config), config.verify)
+        _open_run(config, finetuning_files(config))
     stored = _stored_result(folder)
     if stored and stored.get("finished", True) and config.resume == "newest":
         log(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
@@ -125,6 +126,13 @@ def _removed_on_mistake(folder: Path) -> Iterator[None]:
 def finetuning_files(config: FinetuneConfig) -> list[DataFile]:
     """Return the files that a run of `config` reads."""
     return run_files(config, {language: part for part, language in _parts(config)})
+
+
+def _open_run(config: FinetuneConfig, files: Iterable[DataFile] = ()) -> None:
+    """Open the run's folder, and copy the user's own files into it: evaluation reads what ran."""
+    open_run(config, files, config.verify)
+    for file in code_files(config):
+        (run_folder(config) / file.name).write_bytes(file.read_bytes())  # which may be the copy itself
 
 
 def _identity(config: FinetuneConfig, folder: Path) -> dict[str, str | None]:
@@ -257,7 +265,7 @@ def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter |
         return read_json(done)
     if is_main:
         if language:
-            open_run(config)
+            _open_run(config)
         tokenizer = tokenizer_of(config)
         shutil.copy2(tokenizer, folder / tokenizer.name)  # so that the run is a model for others
     stages = _Stages(config, language, reporter)
@@ -318,7 +326,7 @@ class _Stages:
             result = read_json(done)
         else:
             if is_main:
-                open_run(part)
+                _open_run(part)
             reporter = self.reporter and self.reporter.after(self.epochs, stage.run_settings.get("epochs"))
             # the folder's config is without the strategy's own settings: files that they name may move
             launched = _with_settings(part, name, stage.strategy_settings)

@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping, Set
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, WrapValidator
 
 from raylib.errors import UserError
 from raylib.renames import rename_settings
@@ -32,6 +32,48 @@ class UserSource(NamedTuple):
     content: bytes
 
 
+class UserFile(str):
+    """A setting that names a Python file of the user's, FILE.py or FILE.py:NAME. `run`: of settings that were
+    stored, the folder, which has a copy: so it is found from anywhere, and as it was."""
+
+    run: Path | None = None
+
+    @classmethod
+    def named(cls, name: str, run: Path | None) -> "UserFile":
+        """The file `name` in the settings of `run`, or of the command."""
+        file = cls(name)
+        file.run = run
+        return file
+
+    @property
+    def path(self) -> Path:
+        """Return where it lies, or should lie."""
+        (path,) = user_files(self)
+        copy = self.run / path.name if self.run else path
+        return copy if copy.is_file() else path
+
+    def require(self, setting: str) -> Path:
+        """Return where it lies.
+
+        Raises:
+            UserError: nowhere; the setting, and the run that has it, are named.
+        """
+        if self.path.is_file():
+            return self.path
+        where = f"{self.run}/config.json: " if self.run else ""
+        raise UserError(f"{where}{setting}={self}: no such file")
+
+
+def _mark_user_file(value: Any, handler: Callable[[Any], str], info: ValidationInfo) -> str:
+    if isinstance(value, UserFile):
+        return value
+    name = handler(value)
+    return UserFile.named(name, (info.context or {}).get("run")) if user_files(name) else name
+
+
+NameOrFile = Annotated[str, WrapValidator(_mark_user_file)]  # of ours by its name, or in a file of the user's
+
+
 class Config(BaseModel):
     """Base of every config: frozen; an unknown field, and a number that is not finite, is an error."""
 
@@ -42,6 +84,8 @@ class Config(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=Config)
 T = TypeVar("T")
 _user_sources: dict[str, "UserSource"] = {}  # by module
+# the type of a pydantic error: a name that no setting has, where a user's file may take any
+NO_USER_FILE = "no_user_file"
 
 
 def override(config: ConfigT, assignments: list[str]) -> ConfigT:
@@ -83,15 +127,18 @@ def change_settings(config: ConfigT, changes: Mapping[str, Any], where: str = "s
     return validate(type(config), values, where)
 
 
-def validate(cls: type[ConfigT], values: dict[str, Any], where: str) -> ConfigT:
-    """Make a `cls` of plain values; what pydantic finds wrong becomes one `UserError` line."""
+def validate(cls: type[ConfigT], values: dict[str, Any], where: str, run: Path | None = None) -> ConfigT:
+    """Make a `cls` of plain values, stored ones of the folder `run` (`UserFile`); what pydantic finds wrong
+    becomes one `UserError` line."""
     try:
-        return cls.model_validate(values)
+        return cls.model_validate(values, context={"run": run})
     except ValidationError as e:
         first = e.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise UserError(f"{where}: unknown setting '{path}'{suggest(path, setting_paths(cls))}") from None
+        if first["type"] in ("extra_forbidden", NO_USER_FILE):
+            advice = f"; or name your file: {path}=FILE.py" if first["type"] == NO_USER_FILE else ""
+            similar = suggest(path, setting_paths(cls))
+            raise UserError(f"{where}: unknown setting '{path}'{similar}{advice}") from None
         message = first["msg"].removeprefix("Value error, ")
         got = f" (got {first['input']!r})" if path else ""
         raise UserError(f"{where}: {path + ': ' if path else ''}{message}{got}") from None
@@ -111,7 +158,7 @@ def load_config(cls: type[ConfigT], path: Path) -> ConfigT:
         raise UserError(f"{path}: not a {kind} config file ({' '.join(str(e).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a {kind} config file (it has no settings)")
-    return validate(cls, rename_settings(cls.stored_as, values), str(path))
+    return validate(cls, rename_settings(cls.stored_as, values), str(path), path.parent)
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -162,13 +209,15 @@ class StoredSettings(NamedTuple):
     problem: str = ""
 
 
-def read_stored_settings(cls: type[Config], stored: dict[str, Any]) -> StoredSettings:
-    """Read plain settings that an earlier version may have stored."""
+def read_stored_settings(
+    cls: type[Config], stored: dict[str, Any], run: Path | None = None
+) -> StoredSettings:
+    """Read plain settings that an earlier version may have stored, in the folder `run`."""
     renamed = rename_settings(cls.stored_as, stored)
     values, unknown = copy.deepcopy(renamed), []
     while True:
         try:
-            config = cls.model_validate(values)
+            config = cls.model_validate(values, context={"run": run})
             break
         except ValidationError as e:
             cut = [found for error in e.errors() if (found := _cut(values, error["loc"]))]

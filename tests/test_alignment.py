@@ -10,6 +10,7 @@ import torch
 from finetune.formats import Captioned
 from finetune.strategies import Context
 from finetune.strategies.alignment import TranslationAlignment, TranslationAlignmentConfig
+from finetune.strategies.base import AddedTerm
 from finetune.tasks.datasets import TASKS
 from finetune.tasks.retrieval import CONTRAST_AND_ITM, ContrastObjective, MatchingObjective
 from raylib.errors import UserError
@@ -97,7 +98,8 @@ def aligned_batch() -> dict:
 @pytest.mark.parametrize("loss", ["mse", "pivot", "image"])
 def test_alignment_losses_equal_slow_loops(loss):
     model, batch, weight = make_model().eval(), aligned_batch(), 0.7
-    terms = aligned(loss=loss, weight=weight).terms(model)
+    term = aligned(loss=loss, weight=weight).terms(model)["alignment"]
+    terms = {"alignment": AddedTerm(*term, reads=TranslationAlignmentConfig.needs)}
     total, values = ContrastObjective(model, 0.5, terms)(batch)
     part = batch["image_text"]
     with torch.no_grad():
@@ -129,7 +131,13 @@ def on_share(rank, world):
     model = make_model()
     terms = {}
     for loss in ("mse", "pivot"):
-        terms |= {loss: aligned(loss=loss).terms(model)["alignment"]}
+        term = aligned(loss=loss).terms(model)["alignment"]
+        terms[loss] = AddedTerm(*term, reads=TranslationAlignmentConfig.needs)
+
+    def nearness(outputs, part):
+        return outputs.scores(outputs.image_embeddings, outputs.text_embeddings).logsumexp(1)
+
+    terms["scores"] = AddedTerm(0.3, nearness, reads=TranslationAlignmentConfig.needs)
     loss, values = ContrastObjective(model, 0.5, terms)({"image_text": share})
     loss.backward()
     return values, {k: p.grad for k, p in model.named_parameters()}
@@ -145,7 +153,8 @@ def matching(loss: str, weight: float):
     unified = UnifiedObjective(model, CONTRAST_AND_ITM, 16)
     config = TranslationAlignmentConfig(loss=loss, weight=weight)
     terms = {
-        name: term._replace(reads=config.needs) for name, term in aligned(loss, weight).terms(model).items()
+        name: AddedTerm(*term, reads=config.needs)
+        for name, term in aligned(loss, weight).terms(model).items()
     }
     return MatchingObjective(unified, terms), unified
 

@@ -89,7 +89,7 @@ def test_backbone_trains_a_step_and_loads_with_equal_outputs(backbone, tmp_path)
     changed = {name for name, p in model.named_parameters() if not p.equal(before[name])}
     depths = {model.depth_of(name) for name in changed}
     assert depths == {None, *range(model.num_layers + 1)}, depths
-    model.save(tmp_path)
+    model.save(str(tmp_path))
     again = type(model).from_pretrained(tmp_path).eval()
     with torch.inference_mode():
         assert outputs_of(again, batch).equal(outputs_of(model.eval(), batch))

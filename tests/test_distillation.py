@@ -12,7 +12,7 @@ from finetune.batches import encode_inputs
 from finetune.formats import Example
 from finetune.formats.answers import read_cvil
 from finetune.model import FinetuneModel
-from finetune.strategies.base import LossTerms
+from finetune.strategies.base import AddedTerm, LossTerms
 from finetune.strategies.distillation.pairs import (
     TOKEN_KINDS,
     RowTokenizer,
@@ -138,9 +138,11 @@ def made_lesson(
     settings = {"tokens": terms, "slots": slots, "normalise": "public" if public else "paper"}
     strategy = Distillation(DistillationConfig(teacher="x", **settings), {}, {})
     strategy.compare(layers, beside)
-    objective = ClassificationObjective(
-        student, "ce", LossTerms(strategy.terms(student), strategy.hidden_states, 0.0)
-    )
+    added = {
+        name: AddedTerm(*term, reads=DistillationConfig.needs)
+        for name, term in strategy.terms(student).items()
+    }
+    objective = ClassificationObjective(student, "ce", LossTerms(added, strategy.hidden_states, 0.0))
     return objective.eval(), {"examples": part}, teacher
 
 

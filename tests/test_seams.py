@@ -223,8 +223,12 @@ def test_user_strategy_is_stored_resumed_evaluated_and_part_of_identity(finetune
     assert code == 2 and "my_strategy.py" in printed
     file.unlink()
     capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "whole")]) == 0  # by the copy in its folder, of what ran
+    assert "other data" not in capsys.readouterr().out
+    (tmp_path / "whole" / "my_strategy.py").unlink()
     assert main(["evaluate", str(tmp_path / "whole")]) == 2
-    assert capsys.readouterr().err.strip().endswith("my_strategy.py: no such file")
+    run = tmp_path / "whole" / "config.json"
+    assert capsys.readouterr().err.strip() == f"error: {run}: strategies.my={file}: no such file"
     assert main(["compare", str(tmp_path / "whole")]) == 0
     assert "my_strategy.py: no such file; its settings are compared as they were stored" in (
         capsys.readouterr().out
@@ -288,3 +292,91 @@ def test_user_strategy_with_an_unknown_need_is_refused(finetune, tmp_path):
     (tmp_path / "extra.py").write_text(needs)
     code, printed = finetune("scenes_xgqa", f"strategies.my={tmp_path}/extra.py", "name=run")
     assert code == 2 and "'logit'; did you mean logits?" in printed and printed.strip().count("\n") == 0
+
+
+PENALTY = """from finetune.strategies import Strategy, StrategyConfig, Term
+
+
+class PenaltyConfig(StrategyConfig):
+    needs_any = frozenset({"logits", "embeddings"})
+
+    weight: float = 0.1
+
+    def build(self, context):
+        return Penalty(self.weight)
+
+
+class Penalty(Strategy):
+    def __init__(self, weight):
+        self.weight = weight
+
+    def terms(self, model):
+        return {"penalty": Term(self.weight, self.values)}
+
+    def values(self, outputs, batch):
+        if "logits" in outputs:
+            log_p = outputs.logits.log_softmax(1)
+        else:
+            log_p = outputs.scores(outputs.image_embeddings, outputs.text_embeddings).log_softmax(1)
+        return (log_p.exp() * log_p).sum(1)
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_user_strategy_reads_logits_or_else_scores(finetune, tmp_path, kind):
+    """The entropy of answers, or of texts given an image: the same term on both, weighted."""
+    (tmp_path / "penalty.py").write_text(PENALTY)
+    recipe, *settings = KINDS[kind]
+    penalties = {}
+    for weight in (0.0, 10.0):
+        own = [f"strategies.my={tmp_path}/penalty.py", f"strategies.my.weight={weight}", "epochs=4"]
+        code, printed = finetune(recipe, f"name=w{weight}", *QUICK, *settings, *own)
+        if kind == "decoder":
+            assert (
+                code == 2 and "needs the embeddings of a retrieval task or a classifier's logits" in printed
+            )
+            assert "head=decoder has none" in printed and not (tmp_path / f"w{weight}").exists()
+            return
+        assert code == 0, printed
+        lines = read_metrics(tmp_path / f"w{weight}")
+        penalties[weight] = [line["loss/penalty"] for line in lines if "loss/penalty" in line]
+    assert all(value < 0 for values in penalties.values() for value in values)
+    assert penalties[0.0][-1] != penalties[10.0][-1]
+    if kind == "classifier":
+        assert penalties[0.0][-1] > penalties[10.0][-1]
+
+
+ANY, NEEDS = 'needs_any = frozenset({"logits", "embeddings"})', 'needs = frozenset({"logits"})'
+OTHERS = f"class Penalty(Strategy):\n    {NEEDS}\n"
+ASK = 'needs = frozenset({"embeddings"}) on the StrategyConfig class'
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "words"),
+    [
+        ("scenes_xflickrco", (ANY, NEEDS), ["task=xflickrco", "setting=zero_shot has none"]),
+        ("scenes_xgqa", (ANY, 'needs = "logits"'), [f"penalty.py:4: TypeError: {NEEDS.split()[0]}", NEEDS]),
+        ("scenes_xgqa", ("class Penalty(Strategy):", OTHERS), ["needs belongs to the StrategyConfig class"]),
+        ("scenes_xflickrco", (ANY, ""), ["strategies.my: term 'penalty' reads outputs.scores", ASK]),
+        ("scenes_xgqa", (").sum(1)", ")"), ["strategies.my: term 'penalty' has values of shape (16, "]),
+    ],
+    ids=["retrieval has no logits", "text", "of the strategy", "not asked for", "shape"],
+)
+def test_user_strategy_mistakes_in_terms_are_one_line(finetune, tmp_path, recipe, change, words):
+    assert change[0] in PENALTY
+    (tmp_path / "penalty.py").write_text(PENALTY.replace(*change))
+    code, printed = finetune(recipe, *QUICK, f"strategies.my={tmp_path}/penalty.py", "name=run")
+    assert code == 2 and all(word in printed for word in words), printed
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("strategies.penalty.weight=0.2", "or name your file: strategies.penalty=FILE.py"),
+        ("strategies.lora=penalty.py", "strategies.lora=penalty.py: this name is taken"),
+        ("strategies.my=none.py", "strategies.my=none.py: no such file"),
+    ],
+)
+def test_user_strategy_without_its_file_or_name_is_one_line(finetune, setting, words):
+    code, printed = finetune("scenes_xgqa", setting)
+    assert code == 2 and words in printed and printed.strip().count("\n") == 0

@@ -16,7 +16,7 @@ from finetune.build import build_model, find_task, load_task, open_visual_for
 from finetune.config import FinetuneConfig
 from finetune.formats import Captioned, Example, jsonl
 from finetune.model import FinetuneModel
-from finetune.strategies.base import LossTerms, Term
+from finetune.strategies.base import AddedTerm, LossTerms
 from finetune.tasks.base import Pipeline
 from finetune.tasks.datasets import TASKS
 from finetune.train import check
@@ -65,10 +65,10 @@ def open_pipeline(name, head, model, folder, **settings) -> Pipeline:
     return Pipeline(config, built, Tokenizer.load(DATA / "tokenizer.model"), open_visual_for(config, built))
 
 
-def l2_penalty(model) -> Term:
+def l2_penalty(model) -> AddedTerm:
     """A term that looks at the model's weights alone."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    return Term(0.1, lambda outputs, batch: sum(p.square().sum() for p in weights))
+    return AddedTerm(0.1, lambda outputs, batch: sum(p.square().sum() for p in weights))
 
 
 @pytest.mark.parametrize(("name", "head"), HEADS)
@@ -85,7 +85,7 @@ def test_task_from_its_files_to_its_score(name, head, model, data, tmp_path):
     terms = {
         "penalty": l2_penalty(pipeline.model),
         **{
-            name: Term(0.0, lambda outputs, batch, read=read: read(outputs), reads=frozenset({name}))
+            name: AddedTerm(0.0, lambda outputs, batch, read=read: read(outputs), reads=frozenset({name}))
             for name, read in readable.items()
         },
     }
@@ -236,9 +236,13 @@ def test_task_of_a_users_file_runs_resumes_and_is_evaluated(own, model, tmp_path
     assert main(run) == 2
     assert "my_task.py" in capsys.readouterr().err
     (tmp_path / "my_task.py").unlink()
+    monkeypatch.chdir("/")
+    assert main(["evaluate", str(tmp_path / "own")]) == 0  # by the copy in its folder, of what ran
+    assert "other data" not in capsys.readouterr().out
+    (tmp_path / "own/my_task.py").unlink()
     assert main(["evaluate", str(tmp_path / "own")]) == 2
     error = capsys.readouterr().err.strip()
-    assert "my_task.py: no such file" in error and "\n" not in error
+    assert error == f"error: {tmp_path}/own/config.json: task=my_task.py: no such file"
 
 
 def test_task_of_a_users_file_is_searched(own, model, tmp_path):

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_serializer
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from finetune.batches import ExtraInputs
 from finetune.strategies.alignment import TranslationAlignmentConfig
 from finetune.strategies.base import (
     NEEDS,
+    AddedTerm,
     Context,
     HiddenStates,
     LossTerms,
@@ -41,32 +42,41 @@ from finetune.strategies.peft import (
 )
 from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.strategies.pruning import SparseConfig
-from raylib.config import Config, load_user_class, lookup, validate
+from raylib.config import NO_USER_FILE, Config, UserFile, load_user_class, lookup, validate
 from raylib.engine import LayerRates
 from raylib.errors import UserError
 from raylib.randomness import Key
 from raylib.text import Tokenizer
 
 
-def _load_user_config(value: Any) -> StrategyConfig | None:
-    """The settings of a strategy in a user's own file, from "FILE.py:CLASS" or {"file": that, its settings}.
+def _load_user_config(name: str, value: Any, run: Path | None) -> Any:
+    """The settings of a strategy in a user's own file, from "FILE.py:CLASS" or {"file": that, its settings};
+    any other value as it is. run: of stored settings.
 
     Raises:
-        UserError: as of `raylib.config.load_user_class`, or settings that the class has not.
+        UserError: as of `raylib.config.load_user_class`, or settings that the class has not; a name of ours.
     """
-    if value is None or isinstance(value, StrategyConfig):
-        return value
     settings = {"file": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else {}
-    where = str(settings.pop("file", ""))
-    path, _, class_name = where.partition(":")
+    where = settings.pop("file", "")
+    path, _, class_name = str(where).partition(":")
     if not path.endswith(".py"):
-        raise PydanticCustomError("extra_forbidden", "no strategy of this name")
+        return value
+    if name in STRATEGIES:
+        raise UserError(f"strategies.{name}={where}: this name is taken; give another: strategies.my={where}")
+    file = where if isinstance(where, UserFile) else UserFile.named(where, run)
+    path = file.require(f"strategies.{name}")
     user_class = load_user_class(path, StrategyConfig, class_name or None)  # type: ignore[type-abstract]
     config = validate(user_class, settings, where)
-    for need in config.required():
+    for need in config.required() | config.needs_any:
         lookup(need, NEEDS, f"need in {where}")
-    config._user_class = where
+    config._user_class = file
     return config
+
+
+def _require_user_config(value: Any) -> Any:
+    if value is None or isinstance(value, StrategyConfig):
+        return value
+    raise PydanticCustomError(NO_USER_FILE, "no strategy of this name")
 
 
 class StrategiesConfig(Config):
@@ -78,7 +88,7 @@ class StrategiesConfig(Config):
     """
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Annotated[StrategyConfig | None, BeforeValidator(_load_user_config)]] = (
+    __pydantic_extra__: dict[str, Annotated[StrategyConfig | None, BeforeValidator(_require_user_config)]] = (
         Field(init=False)
     )
 
@@ -96,6 +106,14 @@ class StrategiesConfig(Config):
     compacter: CompacterConfig | None = None
     soft_prompt: SoftPromptConfig | None = None
     hard_prompt: HardPromptConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _load_user_configs(cls, values: Any, info: ValidationInfo) -> Any:
+        if not isinstance(values, dict):
+            return values
+        run = (info.context or {}).get("run")
+        return {name: _load_user_config(name, value, run) for name, value in values.items()}
 
     @model_serializer(mode="wrap")
     def _dump_files(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -116,10 +134,12 @@ class StrategiesConfig(Config):
 
     def files(self, data: Path) -> list[Path]:
         """Return the files that the strategies read, of those in the `data` folder and those that settings
-        name, and the files of users' own."""
-        configs = self.active().values()
-        user_files = [Path(each._user_class.partition(":")[0]) for each in configs if each._user_class]
-        return [file for config in configs for file in config.files(data)] + user_files
+        name."""
+        return [file for config in self.active().values() for file in config.files(data)]
+
+    def user_files(self) -> list[UserFile]:
+        """The files of users' own that define strategies."""
+        return [config._user_class for config in self.active().values() if config._user_class]
 
     def display_name(self) -> str:
         """Return what a table calls these strategies together; "" for none."""
@@ -131,7 +151,7 @@ class StrategiesConfig(Config):
         removed = {need for config in configs.values() if config for need in config.removes()}
         return self.model_copy(
             update={
-                name: None if config is None or config.required() & removed else config
+                name: None if config is None or (config.required() | config.needs_any) & removed else config
                 for name, config in configs.items()
             }
         )
@@ -161,11 +181,17 @@ def check_strategies(run: Any, offered: frozenset[Need], trains: bool) -> None:
     offered = offered.union(*(config.provides() for config in active.values()))
     removed = {need: (name, how) for name, config in active.items() for need, how in config.removes().items()}
     for name, config in active.items():
-        for need in sorted(config.required()):
+        chosen = config.needs_any & offered or config.needs_any
+        for need in sorted(config.required() | chosen):
             if need not in offered:
+                either = (
+                    " or ".join(NEEDS[each] for each in sorted(chosen)) if need in chosen else NEEDS[need]
+                )
+                # a retrieval task has no head to choose
+                head = "" if "embeddings" in offered else f", head={run.head}"
                 raise UserError(
-                    f"strategies.{name} needs {NEEDS[need]}; task={run.task}, setting={run.setting}, "
-                    f"head={run.head} has none; leave it out"
+                    f"strategies.{name} needs {either}; task={run.task}, setting={run.setting}{head} has "
+                    "none; leave it out"
                 )
             if need in removed:
                 other, advice = removed[need]
@@ -237,9 +263,9 @@ class Strategies:
         Raises:
             UserError: two strategies call their terms the same.
         """
-        terms: dict[str, Term] = {}
+        terms: dict[str, AddedTerm] = {}
         for name, strategy in self.built.items():
-            needs = self.configs[name].required()
+            needs = self.configs[name].required() | self.configs[name].needs_any
             if "states" not in needs and (strategy.hidden_states or strategy.task_weight != 1.0):
                 # elsewhere nothing would read them: a seam that is not used is an error, never dropped
                 raise UserError(f'strategies.{name} sets hidden_states or task_weight: it must need "states"')
@@ -249,7 +275,7 @@ class Strategies:
                         f"strategies.{name}: another strategy has a term '{label}' already; leave one of "
                         "them out"
                     )
-                terms[label] = term._replace(reads=needs)
+                terms[label] = AddedTerm(*term, needs, name)
         states = [s.hidden_states for s in self.built.values() if s.hidden_states]
         layers = tuple(sorted({layer for each in states for layer in each.layers}))
         return LossTerms(

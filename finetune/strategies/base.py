@@ -15,7 +15,7 @@ and tensors and acts at the seams of training, each of which composes without kn
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from finetune.batches import ExtraInputs
 from finetune.formats import Example
-from raylib.config import Config
+from raylib.config import Config, UserFile
 from raylib.distributed import all_reduce, world_size
+from raylib.errors import UserError
 from raylib.packed import Ragged
 from raylib.randomness import Key
 from raylib.text import Tokenizer
@@ -111,21 +112,57 @@ class HiddenStates(NamedTuple):
     empty: bool = False
 
 
-class Outputs(NamedTuple):
-    """Named results of the task's forward pass, which terms read; None where the task computes no such thing.
+# the need that asks for each of `Outputs`
+OUTPUT_NEEDS: dict[str, Need] = {
+    "logits": "logits",
+    "states": "states",
+    "image_embeddings": "embeddings",
+    "text_embeddings": "embeddings",
+    "pivot_embeddings": "embeddings",
+    "scores": "embeddings",
+    "contrast": "embeddings",
+}
+
+
+class Outputs:
+    """Named results of the task's forward pass, of which a term sees what its strategy needs: `"logits" in
+    outputs` says whether the task computes it.
 
     logits: (b, C) of a classifier. states: {layer: all tokens} of `HiddenStates`, of a classification.
-    image_embeddings, text_embeddings, pivot_embeddings: (b, e) of a retrieval, of any length.
-    contrast: `contrast(queries (b, e), keys (b, e))`, InfoNCE of cosines summed over the rows, with the keys
-        of all workers.
+    image_embeddings, text_embeddings, pivot_embeddings: (b, e) of a retrieval, of any length; a batch without
+        pivots has None.
+    scores: `scores(queries (b, e), keys (b, e))`, cosines over the temperature with the keys of all workers,
+        (b, B). contrast: of the same arguments, InfoNCE of these, summed over the rows, where equal images
+        and texts are no negatives.
     """
 
-    logits: Any = None
-    states: Mapping[int, Ragged] = {}
-    image_embeddings: Any = None
-    text_embeddings: Any = None
-    pivot_embeddings: Any = None
-    contrast: Any = None
+    logits: Tensor
+    states: Mapping[int, Ragged]
+    image_embeddings: Tensor
+    text_embeddings: Tensor
+    pivot_embeddings: Any
+    scores: Callable[[Tensor, Tensor], Tensor]
+    contrast: Callable[[Tensor, Tensor], Tensor]
+
+    def __init__(self, reader: str = "a term", **computed: Any):
+        self._reader = reader
+        self.__dict__.update(computed)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.__dict__
+
+    def __getattr__(self, name: str) -> Any:
+        # only what was not computed comes here
+        if name not in OUTPUT_NEEDS:
+            raise AttributeError(f"outputs has no {name}; it has {', '.join(OUTPUT_NEEDS)}")
+        raise UserError(
+            f"{self._reader} reads outputs.{name}, which its strategy does not ask for or the task has not; "
+            f'ask by needs = frozenset({{"{OUTPUT_NEEDS[name]}"}}) on the StrategyConfig class'
+        )
+
+    def read_by(self, reader: str, needs: frozenset[Need]) -> "Outputs":
+        """The results that a term whose strategy has these `needs` sees."""
+        return Outputs(reader, **{k: v for k, v in vars(self).items() if OUTPUT_NEEDS.get(k) in needs})
 
 
 class Term(NamedTuple):
@@ -134,33 +171,53 @@ class Term(NamedTuple):
     values: `values(outputs, batch)` of one worker's part of the batch: (b,), one an example; or, of a
         term that looks at the model alone, a scalar, the same on every worker.
     divisor: `divisor(batch)`, what the sum of the values is divided by, over all workers, if not by the
-        number of examples.
-    reads: those of "logits", "states" and "embeddings" that the values look at, set from what the strategy
-        needs. A term that reads logits is computed after them, and scaled by the task's own weight.
+        number of examples; the values may have any shape then.
     """
 
     weight: float
     values: Callable[[Outputs, dict], Tensor]
     divisor: Callable[[dict], Tensor] | None = None
+
+
+class AddedTerm(NamedTuple):
+    """A `Term` in a loss: which strategy it is of, and what that needs. A term that reads logits is computed
+    after them, and scaled by the task's own weight."""
+
+    weight: float
+    values: Callable[[Outputs, dict], Tensor]
+    divisor: Callable[[dict], Tensor] | None = None
     reads: frozenset[Need] = frozenset()
+    strategy: str = ""
 
 
 class LossTerms(NamedTuple):
     """All that strategies add to a loss: `terms` by name, the states that these read, and what the task's own
     loss counts beside them (0: its head has no part in training)."""
 
-    terms: Mapping[str, Term] = {}
+    terms: Mapping[str, AddedTerm] = {}
     hidden_states: HiddenStates | None = None
     task_weight: float = 1.0
 
 
-def term_shares(terms: Iterable[Term], outputs: Outputs, part: dict, examples: Tensor) -> list[Tensor]:
-    """This worker's share of each term's mean over the global batch of so many `examples`, unweighted."""
-    shares = []
-    for term in terms:
-        values = term.values(outputs, part)
+def term_shares(
+    terms: Mapping[str, AddedTerm], outputs: Outputs, part: dict, examples: Tensor
+) -> list[Tensor]:
+    """This worker's share of each term's mean over the global batch of so many `examples`, unweighted.
+
+    Raises:
+        UserError: a term reads what its strategy does not need; its values are neither (b,) nor a scalar.
+    """
+    shares, num_rows = [], len(part["text"].lengths)
+    for name, term in terms.items():
+        reader = f"strategies.{term.strategy}: term '{name}'"
+        values = term.values(outputs.read_by(reader, term.reads), part)
         if term.divisor:
             shares.append(values.sum() / all_reduce(term.divisor(part)))
+        elif values.shape not in ((), (num_rows,)):
+            raise UserError(
+                f"{reader} has values of shape {tuple(values.shape)}; return one for each of the worker's "
+                f"{num_rows} examples, ({num_rows},), or a scalar of the model alone"
+            )
         else:
             # a scalar is of the model alone, the same on every worker: the workers' shares add up to it
             shares.append(values / world_size() if values.ndim == 0 else values.sum() / examples)
@@ -173,6 +230,10 @@ class Strategy:
     # what the objective computes for the terms, and what the task's own loss counts beside them
     hidden_states: HiddenStates | None = None
     task_weight: float = 1.0
+
+    def __init_subclass__(cls):
+        if {"needs", "needs_any"} & vars(cls).keys():
+            raise TypeError(f"needs belongs to the StrategyConfig class that builds {cls.__name__}")
 
     def example(self, example: Any, *key: Key) -> Any:
         """Return a training example (`Example` or `Captioned`) as this strategy shows it; whatever is drawn
@@ -245,9 +306,10 @@ class StrategyConfig(Config):
     strategy by its name."""
 
     # of a class in a user's own file, where that is: FILE.py or FILE.py:CLASS
-    _user_class: str | None = PrivateAttr(None)
+    _user_class: UserFile | None = PrivateAttr(None)
 
     needs: ClassVar[frozenset[Need]] = frozenset()
+    needs_any: ClassVar[frozenset[Need]] = frozenset()  # those of them that the task has, at least one
     place: ClassVar[str] = ""  # what of the model only one strategy can take
     acts_untrained: ClassVar[bool] = False  # also where a setting trains nothing: a prompt
     display_fields: ClassVar[tuple[str, ...]] = ()  # settings that tables always show
@@ -265,6 +327,13 @@ class StrategyConfig(Config):
         Raises:
             UserError: a file is missing or wrong, a setting does not fit.
         """
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        for name in ("needs", "needs_any"):
+            if not isinstance(needs := vars(cls).get(name, frozenset()), Set):
+                example = ", ".join(f'"{need}"' for need in ((needs,) if isinstance(needs, str) else needs))
+                raise TypeError(f"{name} is a set of names: {name} = frozenset({{{example}}})")
 
     def required(self) -> frozenset[Need]:
         """Return the needs of these settings: `needs`, and more of some settings."""

@@ -18,7 +18,7 @@ from finetune.formats import Example
 from finetune.formats.answers import read_answers, shorten_labels
 from finetune.model import FinetuneModel, load_backbone, load_finetuned, tokenizer_at
 from finetune.predict import evaluate, read_predictions
-from finetune.strategies.base import LossTerms, Need, Outputs, Term, term_shares
+from finetune.strategies.base import AddedTerm, LossTerms, Need, Outputs, term_shares
 from finetune.strategies.wordnet import WordNet, confusions
 from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Reading, Score, Task
 from raylib.distributed import all_reduce, world_size
@@ -275,14 +275,14 @@ class ClassificationObjective(Objective):
             layers = sorted({*self.states.layers, last})
             states, _ = self.model.hidden_states(part, layers, self.states.empty)
             outputs = Outputs(states=dict(zip(layers, states, strict=True)))
-        shares = term_shares(self.first.values(), outputs, part, examples)
+        shares = term_shares(self.first, outputs, part, examples)
         names, weights = [*self.first], [term.weight for term in self.first.values()]
         if self.task_weight:
             # one forward pass gives both: the last states are what the head reads
             logits = self.model.answer(outputs.states[last]) if self.states else self.model(part)
-            outputs = outputs._replace(logits=logits.float())
+            outputs.logits = logits.float()
             task = task_loss(outputs.logits, part, self.loss) / examples
-            shares += [task, *term_shares(self.second.values(), outputs, part, examples)]
+            shares += [task, *term_shares(self.second, outputs, part, examples)]
             names += ["task", *self.second]
             weights += [self.task_weight * w for w in (1.0, *(t.weight for t in self.second.values()))]
         stacked = torch.stack(shares)
@@ -297,7 +297,7 @@ class AnswerObjective(Objective):
     has_unused_parameters = True
     model: FinetuneModel
 
-    def __init__(self, model: FinetuneModel, terms: Mapping[str, Term] | None = None):
+    def __init__(self, model: FinetuneModel, terms: Mapping[str, AddedTerm] | None = None):
         super().__init__()
         self.model, self.terms = model, dict(terms or {})
 
@@ -305,7 +305,7 @@ class AnswerObjective(Objective):
         part = batch["examples"]
         value = self.model.answer_loss(part)
         examples = all_reduce(torch.tensor(float(len(part["scores"])), device=value.device))
-        shares = [value / examples, *term_shares(self.terms.values(), Outputs(), part, examples)]
+        shares = [value / examples, *term_shares(self.terms, Outputs(), part, examples)]
         stacked = torch.stack(shares)
         weights = torch.tensor([1.0, *(term.weight for term in self.terms.values())], device=value.device)
         loss = (weights * stacked).sum()

@@ -12,7 +12,7 @@ from finetune.batches import BatchOrder, CaptionBatches, EpochBatches, ExtraInpu
 from finetune.formats import Captioned
 from finetune.model import load_backbone
 from finetune.stores.images import ImageSource, PrecomputedFeatures
-from finetune.strategies.base import Captions, LossTerms, Need, Outputs, Term, term_shares
+from finetune.strategies.base import AddedTerm, Captions, LossTerms, Need, Outputs, term_shares
 from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Score, Task
 from finetune.tasks.ranking import retrieve
 from raylib.distributed import all_reduce, world_size
@@ -147,7 +147,9 @@ class ContrastObjective(Objective):
     has_unused_parameters = True  # heads of pretraining have no part in it
     model: RetrievalBackbone
 
-    def __init__(self, model: RetrievalBackbone, temperature: float, terms: Mapping[str, Term] | None = None):
+    def __init__(
+        self, model: RetrievalBackbone, temperature: float, terms: Mapping[str, AddedTerm] | None = None
+    ):
         super().__init__()
         self.model, self.temperature, self.terms = model, temperature, terms or {}
 
@@ -158,7 +160,7 @@ class ContrastObjective(Objective):
         examples = all_reduce(torch.tensor(float(len(part["image_id"])), device=device))
         image, text = outputs.image_embeddings, outputs.text_embeddings
         ways = [outputs.contrast(image, text) / examples, outputs.contrast(text, image) / examples]
-        shares = torch.stack([*ways, *term_shares(self.terms.values(), outputs, part, examples)])
+        shares = torch.stack([*ways, *term_shares(self.terms, outputs, part, examples)])
         weights = torch.tensor([1.0, 1.0, *(term.weight for term in self.terms.values())], device=device)
         names = ("i2t", "t2i", *self.terms)
         return (weights * shares).sum() * world_size(), dict(
@@ -177,7 +179,7 @@ class MatchingObjective(Objective):
 
     model: UnifiedModel
 
-    def __init__(self, unified: UnifiedObjective, terms: Mapping[str, Term]):
+    def __init__(self, unified: UnifiedObjective, terms: Mapping[str, AddedTerm]):
         super().__init__()
         self.model, self.unified, self.terms = unified.model, unified, terms
 
@@ -198,7 +200,7 @@ class MatchingObjective(Objective):
         embeds = any("embeddings" in term.reads for term in self.terms.values())
         outputs = embed(self.model, part, temperature) if embeds else Outputs()
         examples = all_reduce(torch.tensor(float(len(part["image_id"])), device=loss.device))
-        shares = torch.stack(term_shares(self.terms.values(), outputs, part, examples))
+        shares = torch.stack(term_shares(self.terms, outputs, part, examples))
         weights = torch.tensor([term.weight for term in self.terms.values()], device=loss.device)
         added = dict(zip(self.terms, all_reduce(shares).unbind(), strict=True))
         return loss + (weights * shares).sum() * world_size(), {**values, **added}
@@ -206,7 +208,7 @@ class MatchingObjective(Objective):
 
 def embed(model: RetrievalBackbone, part: dict, temperature: Tensor) -> Outputs:
     """Embeddings of a batch's images, texts and, where there are any, the texts' pivots; temperature: (1,),
-    of `Outputs.contrast`."""
+    of `Outputs.scores` and `contrast`."""
     texts = [Ragged(part["text"].clean, part["text"].lengths), *([part["pivot"]] if "pivot" in part else [])]
     if "states" in part:  # of a frozen image encoder that ran before, or of this step's
         dtype = next(model.parameters()).dtype
@@ -221,17 +223,27 @@ def embed(model: RetrievalBackbone, part: dict, temperature: Tensor) -> Outputs:
         image_embeddings=image,
         text_embeddings=text,
         pivot_embeddings=pivot[0] if pivot else None,
-        contrast=_contrast(part, temperature),
+        **_comparisons(part, temperature),
     )
 
 
-def _contrast(part: dict, temperature: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Rows of the global batch in one order on any number of workers."""
+def _comparisons(part: dict, temperature: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """`Outputs.scores` and `contrast`: rows of the global batch in one order on any number of workers."""
     pairs = align_pairs(part["index"], part["image_id"], part["text"].text_id)
 
-    def contrast(queries: Tensor, keys: Tensor) -> Tensor:
+    def unit_vectors(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         queries, keys = (nn.functional.normalize(x, dim=1) for x in (queries, keys))
-        mask = pairs.logit_mask(queries.dtype)
-        return info_nce(queries, pairs.gather(keys), pairs.positive, mask, temperature.to(queries))[0]
+        return queries, pairs.gather(keys)
 
-    return contrast
+    def scores(queries: Tensor, keys: Tensor) -> Tensor:
+        # as InfoNCE, in float32 also under autocast
+        with torch.autocast(queries.device.type, enabled=False):
+            queries, keys = unit_vectors(queries, keys)
+            return queries / temperature.to(queries) @ keys.T
+
+    def contrast(queries: Tensor, keys: Tensor) -> Tensor:
+        queries, keys = unit_vectors(queries, keys)
+        mask = pairs.logit_mask(queries.dtype)
+        return info_nce(queries, keys, pairs.positive, mask, temperature.to(queries))[0]
+
+    return {"scores": scores, "contrast": contrast}

@@ -222,7 +222,7 @@ class Backbone(nn.Module, ABC):
         dtype = next(self.parameters()).dtype
         return normalize_pixels(images, self.pixel_mean, self.pixel_std, dtype).permute(0, 3, 1, 2)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write `config.json` and `model.safetensors`, from which `from_pretrained` makes it again."""
         description = {"model_type": f"polyglance-{self.kind}", **self.config.model_dump()}
         save_model(self, self, description, folder)
@@ -358,13 +358,14 @@ class RegionBackbone(FusionBackbone):
         of each image's objects, where `row_parts` has "tags"."""
 
 
-def save_model(model: nn.Module, backbone: Backbone, description: dict[str, Any], folder: Path) -> None:
+def save_model(model: nn.Module, backbone: Backbone, description: dict[str, Any], folder: Path | str) -> None:
     """Write `model.safetensors` and `config.json`: the description, with what was put into the backbone, and
     the name of the user's file that defines it, which is copied beside.
 
     Raises:
         UserError: a weight is not finite; it is named, and nothing written.
     """
+    folder = Path(folder)
     # nothing is written before all of it is known to be good: a folder is a model or it is not there
     weights = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
     require_finite_file(folder / "model.safetensors", weights)
