@@ -2,6 +2,7 @@
 results."""
 
 import functools
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -155,7 +156,8 @@ def check(config: FinetuneConfig) -> list[dict[str, Any]]:
             if language in task.languages:
                 raise
             raise UserError(
-                f"{config.task} is in {', '.join(task.languages)}: languages= names '{language}' too ({e})"
+                f"{config.task} is in {', '.join(task.languages)}: languages= names '{language}' too ({e}); "
+                f"set languages='{json.dumps(task.languages)}'"
             ) from None
     if config.trains_apart and config.resume != "newest":
         raise UserError(
