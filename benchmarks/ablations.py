@@ -18,7 +18,7 @@ from raylib.fileio import append_jsonl, read_jsonl
 from raylib.tables import markdown_table, mean_and_std
 
 FILE = RESULTS / "ablations.jsonl"
-ABLATIONS = {
+ABLATION_TITLES = {
     "tiny": "all terms",
     "tiny_no_tlm": "without TLM",
     "tiny_no_xmlm": "without xMLM",
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not scenes.is_dir():
         run_module("raylib.sample.scenes", scenes)
     for seed in range(options.seeds):
-        for recipe in ABLATIONS:
+        for recipe in ABLATION_TITLES:
             line = run(recipe, seed, folder, scenes, options.quick)
             if not options.quick and line not in read_jsonl(FILE):
                 append_jsonl(FILE, line)
@@ -97,7 +97,7 @@ def run(recipe: str, seed: int, folder: Path, scenes: Path, quick: bool) -> dict
 def table() -> str:
     """Markdown: a row an ablation, seeds as means."""
     rows = [["pretrained", "seeds", "R@1 English", "R@1 others", "xvnli English", "xvnli targets"]]
-    for recipe, title in ABLATIONS.items():
+    for recipe, title in ABLATION_TITLES.items():
         lines = newest([line for line in read_jsonl(FILE) if line["recipe"] == recipe], "seed")
         if lines:
             columns = [

@@ -176,14 +176,14 @@ def table(lines: Sequence[dict]) -> str:
     ]
     out, noise = [head], grid_noise([rows_of[seed, "paper's grid"] for seed in seeds])
     for name in CONTESTANTS:
-        counts, rates, bests, shares, near, first, later = [], [], [], [], [], [], []
+        counts, rates, bests, shares, near_best, first, later = [], [], [], [], [], [], []
         for seed in seeds:
             rows, grid = rows_of[seed, name], rows_of[seed, "paper's grid"]
             budget = sum(row["epoch"] for row in grid)
             best, count = best_within(rows, budget)
             grid_best = max(row["score"] for row in grid if row["state"] == "finished")
             shares.append(epochs_to(rows, grid_best) / budget)
-            near.append(epochs_to(rows, grid_best - noise) / budget)
+            near_best.append(epochs_to(rows, grid_best - noise) / budget)
             counts.append(count)
             rates.append(3600 * len(rows) / sum(row["seconds"] for row in rows))
             bests.append(best)
@@ -191,7 +191,7 @@ def table(lines: Sequence[dict]) -> str:
             later += [row["start"] for row in rows[2:] if row["start"]]
         reached = [
             f"{_share(statistics.median(found))} ({', '.join(map(_share, found))})"
-            for found in (shares, near)
+            for found in (shares, near_best)
         ]
         out.append(
             [

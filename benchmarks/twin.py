@@ -91,9 +91,9 @@ class PaddedTwin(nn.Module):
     def _contrast(self, left: Tensor, right: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
         """InfoNCE, both directions summed; (b, b) scores."""
         scores = left @ right.T / self.model.temperature
-        own = torch.arange(len(left), device=left.device)
-        logits = scores.masked_fill(same & ~_equal(own), -torch.inf)
-        return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own), scores
+        positives = torch.arange(len(left), device=left.device)
+        logits = scores.masked_fill(same & ~_equal(positives), -torch.inf)
+        return F.cross_entropy(logits, positives) + F.cross_entropy(logits.T, positives), scores
 
     def _encode(self, text: Sentences, variant: str, width: int) -> Rows:
         """The text encoder over one stream's `clean` or `masked` ids, padded to `width`."""

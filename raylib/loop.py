@@ -122,7 +122,7 @@ def fit(
         saver.num_replaced += batch.get("bad", 0)
         clock.lap("data" if step > first else "start")  # the first batch waits for the loaders' own start
         if step == first:
-            saver.ready = time.time()
+            saver.first_batch_time = time.time()
         replay.start(step, batch)
         lr, done = learning_rate(step, config.steps, optim), step + 1
         try:
@@ -198,7 +198,10 @@ class _Saver:
         self, runtime: Runtime, engine: Engine, describe: dict, clock: Clock, steps: int, total_replaced: int
     ):
         self.runtime, self.engine, self.describe, self.clock = runtime, engine, describe, clock
-        self.steps, self.ready = steps, 0.0  # when the first batch was there, by the clock on the wall
+        self.steps, self.first_batch_time = (
+            steps,
+            0.0,
+        )  # when the first batch was there, by the clock on the wall
         # samples that others took the place of: on all workers, up to the last save; on this one since then
         self.total_replaced, self.num_replaced = total_replaced, 0
 
@@ -223,7 +226,7 @@ class _Saver:
                 self.engine.objective.model.save(folder)
                 write_json(folder / "meta.json", meta | {"times": self.clock.seconds})
 
-        report = {"step": step, "steps": self.steps, "ready": self.ready, **evaluation}
+        report = {"step": step, "steps": self.steps, "ready": self.first_batch_time, **evaluation}
         self.runtime.save(step, write, report | {f"loss/{k}": v for k, v in losses.items()})
         self.clock.lap("checkpoint")
         return self.runtime.run / checkpoint.FOLDER / checkpoint.step_name(step)

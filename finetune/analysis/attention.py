@@ -308,7 +308,7 @@ def draw_attention(values: dict[str, Any], source: ImageSource, title: str, path
         f"darkest red: the greatest of each map{framed}",
         fontsize=9,
     )
-    hidden: set[str] = set()
+    unprintable: set[str] = set()
     for row, record in zip(axes, values["drawn"], strict=True):
         image = source.store.read(record["image"])
         height, width = image.shape[:2]
@@ -329,14 +329,14 @@ def draw_attention(values: dict[str, Any], source: ImageSource, title: str, path
             cell.imshow(shade, extent=box, interpolation="bilinear")
             word, text = record["word"][code], record["text"][code]
             drawable = word not in undrawable and text not in undrawable
-            hidden |= set() if drawable else {code}
+            unprintable |= set() if drawable else {code}
             head = f"{code}, {100 * record['share'][code]:.0f} %" if "share" in record else code
             # the word last: a number behind Arabic would change places with it
             cell.set_title(f"{head}: {word}" if drawable else head, fontsize=8, family=families)
             if drawable:
                 cell.set_xlabel("\n".join(textwrap.wrap(text, 24)[:4]), fontsize=6.5, family=families)
     write_figure(figure, values, path)
-    return hidden
+    return unprintable
 
 
 def find_fonts(texts: Iterable[str]) -> tuple[list[str], set[str]]:

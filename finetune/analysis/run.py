@@ -218,15 +218,15 @@ def _attention(run: FinishedRun) -> list[str]:
         options.layer,
         options.images,
     )
-    hidden = attention.draw_attention(values, source, run.title, run.out / "attention")
+    unprintable = attention.draw_attention(values, source, run.title, run.out / "attention")
     lines = [
         f"Where a word looks, unified layer: {options.layer}; mean over its tokens and heads, over "
         f"{values['items']} items."
     ]
-    if hidden:
+    if unprintable:
         lines[0] += (
-            f" Captions in {', '.join(sorted(hidden))} are the code alone: no font here draws them (Noto's "
-            "would)."
+            f" Captions in {', '.join(sorted(unprintable))} are the code alone: no font here draws them "
+            "(Noto's would)."
         )
     if "own_quadrant" in values:
         chance = "A quadrant's share of the attention on patches by chance: 25 %."

@@ -75,10 +75,10 @@ def compare_states(states: Tensor) -> tuple[np.ndarray, float | None]:
     return matrix.numpy(), float((every - same_item) / (languages**2 * n * (n - 1)))
 
 
-def correlate(near: dict[str, float], scores: dict[str, float]) -> float | None:
+def correlate(similarity: dict[str, float], scores: dict[str, float]) -> float | None:
     """Compute Pearson's r over languages between similarity to English and score; None of fewer than three,
     or where either is the same in all."""
-    both = [(near[code], scores[code]) for code in near if code in scores]
+    both = [(similarity[code], scores[code]) for code in similarity if code in scores]
     x, y = np.array(both, float).reshape(-1, 2).T
     if len(both) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
@@ -90,7 +90,7 @@ def measure_similarity(parallel: Parallel, states: Tensor, scores: dict[str, flo
     codes = parallel.languages
     matrix, unpaired = compare_states(states)
     english = codes.index("en") if "en" in codes else None
-    near = (
+    similarity = (
         {}
         if english is None
         else {code: float(matrix[english, i]) for i, code in enumerate(codes) if i != english}
@@ -104,9 +104,9 @@ def measure_similarity(parallel: Parallel, states: Tensor, scores: dict[str, flo
         "similarity": matrix.tolist(),
         "mean": float(off.mean()),
         "unpaired": unpaired,
-        "to_english": near,
+        "to_english": similarity,
         "score": {code: scores[code] for code in codes if code in scores},
-        "pearson": correlate(near, scores),
+        "pearson": correlate(similarity, scores),
     }
 
 
@@ -114,7 +114,7 @@ def draw_similarity(values: dict[str, Any], title: str, measure: str, states: st
     """Draw a heat map, and beside it the score of each language over its similarity to English. states: kind
     of the states that are compared."""
     pyplot = open_pyplot()
-    codes, near = values["languages"], values["to_english"]
+    codes, similarity = values["languages"], values["to_english"]
     side = max(3.6, 1.6 + 0.45 * len(codes))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(2 * side + 0.4, side), layout="constrained")
     figure.suptitle(f"{title}: {values['items']} parallel test items", fontsize=10)
@@ -124,7 +124,9 @@ def draw_similarity(values: dict[str, Any], title: str, measure: str, states: st
         f"{states} similarity, cosine × 100\nmean {100 * values['mean']:.1f}{unpaired}", fontsize=9
     )
     points = {
-        code: (100 * near[code], 100 * values["score"][code]) for code in near if code in values["score"]
+        code: (100 * similarity[code], 100 * values["score"][code])
+        for code in similarity
+        if code in values["score"]
     }
     # neighbours have their names above and below by turns
     for i, (code, (x, y)) in enumerate(sorted(points.items(), key=lambda point: point[1])):

@@ -62,7 +62,7 @@ def _labels(value: Any, where: str) -> dict[str, float]:
     if isinstance(value, dict):
         return {str(answer): parse_score(score, where) for answer, score in value.items()}
     answers = value if isinstance(value, list) else [value]
-    wrong = next((a for a in answers if not isinstance(a, str | int)), None)
-    if wrong is not None:
-        raise UserError(f"{where} is {wrong!r:.60}; wanted an answer, a list of them, or {{answer: score}}")
+    invalid = next((a for a in answers if not isinstance(a, str | int)), None)
+    if invalid is not None:
+        raise UserError(f"{where} is {invalid!r:.60}; wanted an answer, a list of them, or {{answer: score}}")
     return {str(answer): 1.0 for answer in answers}

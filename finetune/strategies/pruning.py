@@ -168,12 +168,12 @@ def apply_mask(model: Any, mask: Mask, where: str) -> None:
         UserError: the mask is another model's; `where` says which file.
     """
     parameters = dict(model.named_parameters())
-    wrong = [
+    misfits = [
         name for name, keep in mask.items() if name not in parameters or parameters[name].shape != keep.shape
     ]
-    if wrong:
+    if misfits:
         raise UserError(
-            f"{where}: the mask of another model ({len(wrong)} tensors do not fit, such as {wrong[0]})"
+            f"{where}: the mask of another model ({len(misfits)} tensors do not fit, such as {misfits[0]})"
         )
     for name, keep in mask.items():
         parameter, keep = parameters[name], keep.to(parameters[name].device)

@@ -307,14 +307,14 @@ def load_tuned(model: nn.Module, path: Path) -> None:
             f"{path}: tuned with {stored}, this model has {tuning}; put the same methods in first"
         )
     parameters = dict(model.named_parameters())
-    wrong = [
+    misfits = [
         name
         for name, value in small.items()
         if name not in parameters or parameters[name].shape != value.shape
     ]
-    if wrong:
+    if misfits:
         raise UserError(
-            f"{path}: weights of another model ({len(wrong)} tensors do not fit, such as {wrong[0]})"
+            f"{path}: weights of another model ({len(misfits)} tensors do not fit, such as {misfits[0]})"
         )
     require_finite_file(path, small)
     with torch.no_grad():

@@ -186,10 +186,10 @@ class ImageTextStep(StreamStep):
         all_images = Ragged(all_gather(images.values), torch.full((len(gathered_order),), image_tokens))
         # an image that serves twice, as a row's own and as another's wrong one, is kept once: the unified
         # encoder projects each to keys and values
-        needed, image_rows = torch.cat([positives, wrong_image]).unique(return_inverse=True)
+        unique_images, image_rows = torch.cat([positives, wrong_image]).unique(return_inverse=True)
         positive_image, wrong_image = image_rows.split(n)
         return Negatives(
-            all_images.select_rows(gathered_order[needed]),
+            all_images.select_rows(gathered_order[unique_images]),
             positive_image,
             wrong_image,
             captions,
