@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.lineage import RunSettings, described, read_lineage
+from finetune.lineage import ABSENT, RunSettings, described, read_lineage, varying_paths
 from finetune.report import read_result, scores_of
 from raylib.config import suggest
 from raylib.errors import UserError
@@ -27,7 +27,6 @@ from raylib.metrics import t_interval
 from raylib.provenance import list_changed_files, read_identity
 from raylib.tables import latex_table, markdown_table, mean_and_interval
 
-ABSENT = object()  # no such setting in a row: a part that is off, or a model that is no run
 Estimate = tuple[float, float | None]  # a mean, and half of its interval: None of one value
 
 
@@ -93,10 +92,10 @@ class Comparison(NamedTuple):
         other languages in both: a mean over hard ones is not below that over easy ones by what was
         trained."""
         value = self.scores[score]
-        pairs = self.pairs(row)
+        pairs = [(run.result, other.result) for run, other in self.pairs(row)]
         if score in self.aggregates:
-            pairs = [(a, b) for a, b in pairs if scores_of(a.result).keys() == scores_of(b.result).keys()]
-        found = [(value(run.result), value(other.result)) for run, other in pairs]
+            pairs = [(a, b) for a, b in pairs if scores_of(a).keys() == scores_of(b).keys()]
+        found = [(value(a), value(b)) for a, b in pairs]
         known = [a - b for a, b in found if a is not None and b is not None]
         return t_interval(known) if known else None
 
@@ -187,24 +186,8 @@ def _compare_rows(task: str, rows: list[ComparisonRow], baseline_folder: Path | 
     base = next(
         (row for row in rows if baseline_folder in [run.folder.resolve() for run in row.runs]), rows[0]
     )
-    columns, aggregates = varying_paths([row.settings for row in rows]), frozenset(list(scores)[languages:])
-    return Comparison(task, metric, rows, columns, scores, aggregates, base)
-
-
-def varying_paths(settings: Sequence[dict[str, Any]], prefix: str = "") -> list[str]:
-    """Dotted paths at which some of these nested settings differ. A part that some have and others have not
-    is one path, unless those that have it differ within: then the paths within tell it."""
-    found: list[str] = []
-    for name in dict.fromkeys(name for values in settings for name in values):
-        values = [part.get(name, ABSENT) for part in settings]
-        parts = [value for value in values if isinstance(value, dict)]
-        others = [value for value in values if not isinstance(value, dict)]
-        within = varying_paths(parts, f"{prefix}{name}.") if len(parts) > 1 else []
-        if within and all(value is None or value is ABSENT for value in others):
-            found += within
-        elif any(value != values[0] for value in values):
-            found += [prefix + name, *within]
-    return found
+    columns = varying_paths([row.settings for row in rows])
+    return Comparison(task, metric, rows, columns, scores, frozenset(list(scores)[languages:]), base)
 
 
 # ---- for people: Markdown, LaTeX, CSV
@@ -225,8 +208,8 @@ class ComparisonTable(NamedTuple):
 
 def to_markdown(comparisons: Sequence[Comparison]) -> str:
     """Every table under its title."""
-    parts = [f"{title}\n\n{markdown_table(lines, words)}" for title, lines, words in _tables(comparisons)]
-    return "\n\n".join(parts)
+    tables = _tables(comparisons)
+    return "\n\n".join(f"{title}\n\n{markdown_table(lines, words)}" for title, lines, words in tables)
 
 
 def write_latex(comparisons: Sequence[Comparison], path: Path) -> None:
@@ -295,12 +278,10 @@ def _mean_table(comparison: Comparison, scores: list[str]) -> ComparisonTable:
 def _difference_table(comparison: Comparison, scores: list[str]) -> ComparisonTable:
     """In points of a per cent."""
     lines = [["method", *comparison.columns, "seeds in common", *scores]]
-    for row in comparison.rows:
-        if row is not comparison.baseline:
-            estimates = [_estimate(comparison.difference(row, score), "+") for score in scores]
-            lines.append(
-                [*_setting_cells(comparison, row), _seed_count(len(comparison.pairs(row))), *estimates]
-            )
+    for row in (row for row in comparison.rows if row is not comparison.baseline):
+        seeds = _seed_count(len(comparison.pairs(row)))
+        estimates = [_estimate(comparison.difference(row, score), "+") for score in scores]
+        lines.append([*_setting_cells(comparison, row), seeds, *estimates])
     method, *cells = _setting_cells(comparison, comparison.baseline)
     pairs = zip(comparison.columns, cells, strict=True)
     base = ", ".join([method, *(f"{path} {cell}" for path, cell in pairs if cell)])
@@ -322,13 +303,11 @@ def _setting_cell(comparison: Comparison, row: ComparisonRow, path: str) -> str:
     if isinstance(value, dict):
         return "on"
     if value is None:
-        parts = [other for other in comparison.rows if isinstance(_setting_at(other, path), dict)]
-        return "" if parts else "none"
+        is_part = any(isinstance(_setting_at(other, path), dict) for other in comparison.rows)
+        return "" if is_part else "none"
     if value is ABSENT:
         return ""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _setting_at(row: ComparisonRow, path: str) -> Any:

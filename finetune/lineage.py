@@ -1,6 +1,6 @@
 """Settings of a run and of the runs that it goes on from, without those that change no number; its method."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ FROM_RUNS = (
     *(f"strategies.{name}.{field}" for name, kind in STRATEGIES.items() for field in kind.run_fields),
 )
 UNTRAINED = "as it is"
+ABSENT = object()  # no such setting in a run: of a part that is off, or a model that is no run
 
 
 class RunSettings(dict):
@@ -63,16 +64,29 @@ def runs_behind(config: FinetuneConfig) -> Iterator[tuple[Path, dict[str, Any]]]
     for folder, values in waiting:  # grows while it is gone through
         for path in FROM_RUNS:
             value = _nested(values, path.split("."))
-            source_run = (
-                _run_at(_locate(value, folder, values.get("runs")))
-                if isinstance(value, str) and value
-                else None
-            )
-            if source_run and source_run not in visited:  # of pretraining, `model` are sizes
-                visited.add(source_run)
-                stored = _read_run(source_run)
-                waiting.append((source_run, stored))
-                yield source_run, stored
+            if not value or not isinstance(value, str):  # of pretraining, `model` are sizes
+                continue
+            source = _run_at(_locate(value, folder, values.get("runs")))
+            if source and source[0] not in visited:
+                visited.add(source[0])
+                waiting.append(source)
+                yield source
+
+
+def varying_paths(settings: Sequence[dict[str, Any]], prefix: str = "") -> list[str]:
+    """Dotted paths at which some of these nested settings differ. A part that some have and others have not
+    is one path, unless those that have it differ within: then the paths within tell it."""
+    found: list[str] = []
+    for name in dict.fromkeys(name for values in settings for name in values):
+        values = [part.get(name, ABSENT) for part in settings]
+        parts = [value for value in values if isinstance(value, dict)]
+        others = [value for value in values if not isinstance(value, dict)]
+        within = varying_paths(parts, f"{prefix}{name}.") if len(parts) > 1 else []
+        if within and all(value is None or value is ABSENT for value in others):
+            found += within
+        elif any(value != values[0] for value in values):
+            found += [prefix + name, *within]
+    return found
 
 
 def _nested(values: Any, path: list[str]) -> Any:
@@ -98,10 +112,10 @@ def method_of(config: FinetuneConfig, run: Path | None = None) -> str:
     if config.method or config.trains:
         return config.display_name
     source = _run_at(_locate(config.model, run, config.runs))
-    source_run = source and _fill(source, _read_run(source))[0]
-    if not source or not source_run:
+    source_config = source and _fill(*source)[0]
+    if not source or not source_config:
         return config.display_name
-    method = method_of(source_run, source)
+    method = method_of(source_config, source[0])
     if config.setting == "translate_test":
         return config.display_name.replace(UNTRAINED, method, 1)
     return config.display_name if method == UNTRAINED else f"{config.display_name}, after {method}"
@@ -118,13 +132,13 @@ def _lineage(run: Path, stored: dict[str, Any], above: tuple[Path, ...]) -> Line
         if not isinstance(node, dict) or not node.get(name) or not isinstance(node[name], str):
             continue
         location = _locate(node[name], run, stored.get("runs"))
-        folder = _run_at(location)
-        if folder is None or folder in visited:
+        source = _run_at(location)
+        if source is None or source[0] in visited:
             node[name] = str(location)
             continue
-        source_run = _lineage(folder, _read_run(folder), visited)
+        source_run = _lineage(*source, visited)
         # a file, or one of several checkpoints, within the run
-        inside = {"path": str(location.relative_to(folder))} if location != folder else {}
+        inside = {"path": str(location.relative_to(source[0]))} if location != source[0] else {}
         other = RunSettings(source_run.settings | inside)
         other.path, node[name] = node[name], other
         seeds, unknown = seeds + source_run.seeds, unknown + source_run.unknown
@@ -142,13 +156,6 @@ def _read(folder: Path) -> dict[str, Any] | None:
     return rename_settings("finetune" if "task" in values else "pretrain", values)
 
 
-def _read_run(folder: Path) -> dict[str, Any]:
-    """The settings of a folder that `_run_at` has found to be a run's."""
-    values = _read(folder)
-    assert values is not None, folder
-    return values
-
-
 def _locate(path: str, run: Path | None, runs: str | None) -> Path:
     """Find a `path` that is a setting of `run`: first beside the run, if that is where it was, for runs may
     have moved, and the working directory may be another. As it stands if there is nothing."""
@@ -158,11 +165,10 @@ def _locate(path: str, run: Path | None, runs: str | None) -> Path:
     return next((location.resolve() for location in candidates if location.exists()), Path(path))
 
 
-def _run_at(location: Path) -> Path | None:
-    """The run that `place` is, or lies in; None if there is none."""
-    if not location.exists():
-        return None
-    return next((folder for folder in (location, *location.parents) if _read(folder)), None)
+def _run_at(location: Path) -> tuple[Path, dict[str, Any]] | None:
+    """(folder, stored settings) of the run that `location` is, or lies in; None if there is none."""
+    folders = (location, *location.parents) if location.exists() else ()
+    return next(((folder, values) for folder in folders if (values := _read(folder))), None)
 
 
 def _fill(run: Path, stored: dict[str, Any]) -> tuple[FinetuneConfig | None, dict[str, Any], tuple[str, ...]]:

@@ -18,7 +18,6 @@ RUNS/cache where that took longer than a second: by name, size and time of chang
 
 import hashlib
 import time
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -32,7 +31,7 @@ from finetune.stores.records import MARVL, folders_of, stem
 from finetune.tasks.base import Overlap, Task
 from raylib.cache import file_fingerprint
 from raylib.errors import UserError
-from raylib.fileio import read_json, write_json
+from raylib.fileio import nfc, read_json, write_json
 
 RULE_VERSION = 2  # of what counts as the same: another number makes nothing of what is kept
 COMPARED = (("test", "train"), ("test", "dev"), ("dev", "train"))
@@ -58,15 +57,8 @@ def check_overlap(config: FinetuneConfig, parts: Mapping[str | None, FinetuneCon
         why = _declared_reason(task, first, second, one)
         if why is None:
             raise UserError(_overlap_message(first, second, one))
-        declared.append(
-            {
-                "first": _describe_set(config, first),
-                "second": _describe_set(config, second),
-                "images": one["images"],
-                "items": one["items"],
-                "declared": why,
-            }
-        )
+        sides = {name: _describe_set(config, used) for name, used in (("first", first), ("second", second))}
+        declared.append({**sides, "images": one["images"], "items": one["items"], "declared": why})
     return declared
 
 
@@ -135,11 +127,10 @@ def image_name(name: str, mscoco: bool = False) -> str:
     """An image's name without folder, ending, case and form of Unicode: "COCO_val2014_000000391895.jpg" is
     "000000391895", and so is "391895" among images of MSCOCO. MaRVL's keep their language, in whose folder
     other ones have the same names."""
-    base = unicodedata.normalize("NFC", stem(name)).casefold()
+    base = stem(name).casefold()
     if mscoco and base.isdecimal():
         base = base.zfill(12)
-    language = folders_of(name) & MARVL
-    return "/".join((*sorted(language), base))
+    return "/".join((*sorted(folders_of(name) & MARVL), base))
 
 
 def _names_and_addresses(item: Example | Captioned) -> list[tuple[str, str]]:
@@ -165,12 +156,8 @@ def _items(item: Example | Captioned, task: Task) -> Iterator[tuple[tuple, tuple
     for texts, number in item.readings():
         record = (None, number, () if task.item == "number" else about)
         numbered = number and (about or task.item == "number")  # XNLI's two files both count from 1
-        key = (*map(_normal, texts), () if alone else about)
+        key = (*map(nfc, texts), () if alone else about)
         yield key, (record,) if numbered else (), number or texts[0]
-
-
-def _normal(text: str) -> str:
-    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def _declared_reason(task: Task, first: UsedSet, second: UsedSet, found: dict) -> str | None:

@@ -29,7 +29,7 @@ from raylib.data import shards, tars
 from raylib.data.shards import ShardWriter
 from raylib.errors import UserError
 from raylib.fileio import sha256_file
-from raylib.sample import canvas, concepts
+from raylib.sample import concepts
 from raylib.sample.concepts import DATA, LANGUAGES, TRAINING_VENDORS, UNSEEN_VENDOR
 from raylib.text import Tokenizer, is_language_code
 
@@ -182,7 +182,7 @@ def build_sample_corpus(cache: Path | str, tokenizer: Path | str | None = None, 
 def _fingerprint(tokenizer: Path) -> str:
     """Hash of everything that the folder depends on: the data, and the code that turns it into shards."""
     files = [path for part in ("captions", "pictures", "udhr") for path in sorted((DATA / part).iterdir())]
-    modules = (canvas, concepts, shards, tars, raylib.text)
+    modules = (concepts, shards, tars, raylib.text)
     code = [Path(str(module.__file__)) for module in modules] + [Path(__file__)]
     hashes = map(sha256_file, [*files, tokenizer, *code])
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
@@ -194,7 +194,7 @@ def _build_sample(folder: Path, tokenizer_file: Path, scenes: bool) -> None:
     tokenizer = Tokenizer.load(folder / tokenizer_file.name)
     images = _captioned_scenes() if scenes else _training_images()
     write_image_text(folder / "image_text", images, max_samples=SAMPLE_SHARD)
-    unseen = canvas.draw_unseen_scenes() if scenes else concepts.read_images(UNSEEN_VENDOR)
+    unseen = concepts.draw_unseen_scenes() if scenes else concepts.read_images(UNSEEN_VENDOR)
     write_image_text(folder / "retrieval", _unseen_images(unseen), language="mul", max_samples=SAMPLE_SHARD)
     tally = Tally(DATA, limit=0.0)
     pairs = {code: concepts.list_training_pairs(code) for code in LANGUAGES if code != "en"}
@@ -216,7 +216,7 @@ def _training_images() -> Iterator[ImageText]:
 
 
 def _captioned_scenes() -> Iterator[ImageText]:
-    for scene in canvas.draw_training_scenes():
+    for scene in concepts.draw_training_scenes():
         yield ImageText(scene.name, {"webp": scene.image}, {"en": scene.captions})
 
 

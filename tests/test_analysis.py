@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from finetune.__main__ import main
-from finetune.analysis import attention, scores
+from finetune.analysis import attention, languages
 from finetune.analysis.attention import (
     attention_weights,
     find_fonts,
@@ -20,17 +20,18 @@ from finetune.analysis.attention import (
     to_grid,
     word_maps,
 )
+from finetune.analysis.languages import compare_states, correlate, measure_similarity, parallel_states
 from finetune.analysis.parallel import (
     Inapplicable,
     Parallel,
     SceneObject,
     find_named,
+    find_scene_mentions,
     find_tokens,
     find_word,
     letter_spans,
     read_parallel,
 )
-from finetune.analysis.similarity import compare_states, correlate, measure_similarity, parallel_states
 from finetune.batches import encode_texts
 from finetune.build import read_split
 from finetune.formats import Example
@@ -43,7 +44,7 @@ from raylib.models.layers import Memory
 from raylib.models.single_stream import UC2
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
-from raylib.sample.scenes.labels import translate_name
+from raylib.sample.scenes.world import translate_name
 from raylib.text import PromptedTokenizer, Tokenizer
 from tests.factories import SMALL, make_model
 
@@ -315,18 +316,18 @@ def test_curves_are_read_from_metrics_and_drawn(tmp_path):
         recorded = {f"eval/test/{name}": value for name, value in {**values, "ko/query": query}.items()}
         lines.append({"step": 10 * (i + 1), "eval/score": 0.1, **recorded})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    values = scores.read_curves([tmp_path])
+    values = languages.read_curves([tmp_path])
     assert values["score"] == {"en": [0.5, 0.7], "de": [0.3, 0.2], "ko": [0.1, 0.3]}
     assert values["by_type_mean"]["verify"] == pytest.approx([0.5, 0.7]) and values["by_type_mean"][
         "query"
     ] == [0.4, 0.2]
-    scores.draw_curves(values, "a run", "accuracy", tmp_path / "curves")
+    languages.draw_curves(values, "a run", "accuracy", tmp_path / "curves")
     assert (tmp_path / "curves.png").stat().st_size > 5000 and json.loads(
         (tmp_path / "curves.json").read_text()
     ) == values
-    assert "| de | 30.0 | 30.0 (1.) | 20.0 |" in scores.curve_table(values)
+    assert "| de | 30.0 | 30.0 (1.) | 20.0 |" in languages.curve_table(values)
     with pytest.raises(Inapplicable, match="eval_each_epoch=true"):
-        scores.read_curves([tmp_path / "elsewhere"])
+        languages.read_curves([tmp_path / "elsewhere"])
 
 
 @pytest.mark.parametrize(("task", "shared"), [("xgqa", 60), ("xvnli", 60), ("xflickrco", 60), ("marvl", 0)])
@@ -489,7 +490,7 @@ def test_attention_shares_of_items_equal_mean_of_each_alone(tokenizer, scenes):
     config = override(RECIPES["scenes_xgqa"](), [f"data={scenes}", "image_size=16"])
     backbone = make_model(vocabulary=12000, positions=64).float().eval()
     images, codes = open_visual(config, 16), ("en", "ko", "zh")
-    looks = attention.find_scene_mentions(read_parallel(config, codes, 60), scenes / "scenes.jsonl")
+    looks = find_scene_mentions(read_parallel(config, codes, 60), scenes / "scenes.jsonl")
     assert len(looks) > 3 and all(look_.object.quadrant not in look_.other_quadrants for look_ in looks)
     texts = {e.id: e.texts[-1] for e in read_split(config, "test", "ko")}
     together = attention.measure_attention(backbone, looks, codes, images, tokenizer, 40, "last", 2)

@@ -9,9 +9,9 @@ import statistics
 import pytest
 
 from finetune.__main__ import main
-from finetune.compare import compare_runs, to_markdown, varying_paths
+from finetune.compare import compare_runs, to_markdown
 from finetune.config import FinetuneConfig
-from finetune.lineage import method_of, read_lineage
+from finetune.lineage import method_of, read_lineage, varying_paths
 from raylib.config import dump_config, override
 from raylib.tables import escape_latex
 

@@ -17,7 +17,7 @@ from finetune.recipes import RECIPES
 from finetune.tasks.datasets import TASKS
 from raylib.config import override
 from raylib.sample.concepts import DATA
-from raylib.sample.scenes.labels import read_labels
+from raylib.sample.scenes.world import read_labels
 from raylib.track import read_metrics
 from tests.conftest import QUICK
 from tests.factories import make_model

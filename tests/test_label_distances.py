@@ -12,7 +12,7 @@ from finetune.strategies.prior import linguistic_prior
 from finetune.strategies.word_vectors import label_vectors, read_vectors
 from finetune.strategies.wordnet import HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet
 from raylib.errors import UserError
-from raylib.sample.scenes.labels import DATA, read_labels
+from raylib.sample.scenes.world import DATA, read_labels
 
 LABELS = ("no", "yes", *read_labels())
 WORDNET, VECTORS = DATA / "wordnet", DATA / "vectors.txt"

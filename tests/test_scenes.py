@@ -10,7 +10,8 @@ import pytest
 from finetune.strategies.wordnet import WordNet
 from raylib.sample.concepts import is_held_out
 from raylib.sample.scenes.__main__ import main
-from raylib.sample.scenes.labels import (
+from raylib.sample.scenes.subset import cut_vectors, cut_wordnet
+from raylib.sample.scenes.world import (
     DATA,
     LANGUAGES,
     fill_template,
@@ -20,7 +21,6 @@ from raylib.sample.scenes.labels import (
     related_labels,
     translate_name,
 )
-from raylib.sample.scenes.subset import cut_vectors, cut_wordnet
 from raylib.sample.scenes.writer import XGQA, ScenesConfig, write_scenes
 
 SMALL = ScenesConfig(train=60, dev=12, test=60, shots=5)

@@ -213,7 +213,7 @@ def _studies(folder):
 def test_search_trials_share_cached_objects(tmp_path):
     import ray
 
-    from raylib.search.cache import RayObjectCache
+    from raylib.search.trial import RayObjectCache
 
     cache = RayObjectCache(tmp_path)
 

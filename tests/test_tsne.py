@@ -11,10 +11,19 @@ import pytest
 import torch
 
 from finetune.__main__ import main
-from finetune.analysis.objects import box_weights, find_boxes, find_patches, find_regions, select_mentions
 from finetune.analysis.parallel import Inapplicable, Mention, Parallel, SceneObject, read_parallel
 from finetune.analysis.run import FinishedRun, Options, load_finished_run, words_and_regions
-from finetune.analysis.tsne import Point, collect_states, nearest_region_shares, project
+from finetune.analysis.tsne import (
+    Point,
+    box_weights,
+    collect_states,
+    find_boxes,
+    find_patches,
+    find_regions,
+    nearest_region_shares,
+    project,
+    select_mentions,
+)
 from finetune.batches import encode_tagged, encode_texts
 from finetune.formats import Example
 from finetune.model import FinetuneModel

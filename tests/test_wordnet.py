@@ -9,7 +9,7 @@ import pytest
 
 from finetune.strategies.wordnet import FILES, HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet, confusions
 from raylib.errors import UserError
-from raylib.sample.scenes.labels import DATA, read_labels
+from raylib.sample.scenes.world import DATA, read_labels
 
 LABELS = ("no", "yes", *read_labels())
 WORDNET, VECTORS = DATA / "wordnet", DATA / "vectors.txt"

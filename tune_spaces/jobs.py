@@ -115,8 +115,9 @@ class FinetuneSearchJob(SearchJob):
         return epochs_of(config) - config.epochs
 
     def num_runs(self, config: FinetuneConfig) -> int:
-        languages = [c for c in languages_of(config) if config.setting == "single_language" or c != "en"]
-        return len(languages) if config.trains_apart else 1
+        if not config.trains_apart:
+            return 1
+        return sum(config.setting == "single_language" or code != "en" for code in languages_of(config))
 
     def epochs_per_run(self, config: FinetuneConfig) -> int:
         return epochs_of(config)
@@ -124,8 +125,8 @@ class FinetuneSearchJob(SearchJob):
     def warmup_epochs(self, config: FinetuneConfig) -> int:
         """Stages before the run's own training come first; then frozen layers thaw, or a head is trained
         before the rest."""
-        depths = self.num_layers[config.model]
-        warmups = [strategy.warmup_epochs(depths) for strategy in config.strategies.active().values()]
+        num_layers = self.num_layers[config.model]
+        warmups = [strategy.warmup_epochs(num_layers) for strategy in config.strategies.active().values()]
         return self.pruning_epochs(config) + max([1, *warmups])
 
     def parse_report(self, config: FinetuneConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:

@@ -10,8 +10,8 @@ patches), g x g patches, n languages.
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,13 @@ import torch
 from torch import Tensor
 
 from finetune.analysis.parallel import (
-    Inapplicable,
     Mention,
-    Parallel,
-    find_named,
     find_tokens,
     find_word,
-    read_scenes,
     write_figure,
 )
 from finetune.batches import encode_texts
 from finetune.stores.images import ImageSource
-from finetune.stores.records import stem
 from raylib.errors import UserError
 from raylib.finite import require_finite
 from raylib.models.layers import Memory
@@ -71,13 +66,12 @@ def attention_weights(backbone: UnifiedModel, text: Ragged, image: Ragged) -> Te
     blocks = backbone.fusion.blocks
     recorded: list[list[Tensor]] = [[] for _ in blocks]
 
-    def record(layer: int):
-        def hook(attention: Any, inputs: tuple) -> None:
-            recorded[layer].append(layer_weights(attention, *inputs))
+    def record(layer: int, attention: Any, inputs: tuple) -> None:
+        recorded[layer].append(layer_weights(attention, *inputs))
 
-        return hook
-
-    handles = [block.cross_attention.register_forward_pre_hook(record(i)) for i, block in enumerate(blocks)]
+    handles = [
+        block.cross_attention.register_forward_pre_hook(partial(record, i)) for i, block in enumerate(blocks)
+    ]
     try:
         states = sorted_text.with_values(backbone.encode_text(sorted_text))
         backbone.fuse(states, memory=Memory(image, torch.zeros(len(rows), dtype=torch.int64)))
@@ -136,53 +130,6 @@ def quadrant_shares(grid: np.ndarray) -> np.ndarray:
     return fine.reshape(*grid.shape[:-2], 2, g, 2, g).sum((-3, -1)).reshape(*grid.shape[:-2], 4)
 
 
-def find_given_words(parallel: Parallel, words: Mapping[str, str]) -> list[Mention]:
-    """Find the items whose texts have the given words.
-
-    Raises:
-        UserError: none has them all.
-    """
-    mentions = [
-        Mention(row, row[0].images[0], words)
-        for row in parallel.items
-        if all(find_word(words[code], e.texts[-1]) for code, e in zip(parallel.languages, row, strict=True))
-    ]
-    if not mentions:
-        given = " ".join(f"{code}={word}" for code, word in words.items())
-        raise UserError(
-            f"--words {given}: in none of {len(parallel.items)} parallel items; give one that has them with "
-            "--item"
-        )
-    return mentions
-
-
-def find_scene_mentions(parallel: Parallel, path: Path) -> list[Mention]:
-    """Find the items of emoji scenes that name something in their image, in every language. path: of
-    scenes.jsonl.
-
-    Raises:
-        Inapplicable: there are none; no ground truth.
-    """
-    if not path.is_file():
-        raise Inapplicable(
-            "give a word in several languages with --words en=dog de=Hund, and maybe the item with --item ID"
-        )
-    scenes = read_scenes(path, {stem(name) for row in parallel.items for name in row[0].images})
-    mentions = []
-    for row in parallel.items:
-        for image in row[0].images:
-            objects = scenes.get(stem(image), [])
-            if named := find_named(row, parallel.languages, objects):
-                others = tuple(o.quadrant for o in objects if o != named[0])
-                mentions.append(Mention(row, image, named[1], named[0], others))
-                break
-    if not mentions:
-        raise Inapplicable(
-            f"none of {len(parallel.items)} parallel items names a thing of its image in every language"
-        )
-    return mentions
-
-
 def measure_attention(
     backbone: UnifiedModel,
     mentions: Sequence[Mention],
@@ -206,8 +153,7 @@ def measure_attention(
     examples: dict[str, dict[str, Any]] = {}
     named_shares, other_shares, by_layer, patches = [], [], [], []
     for mention in mentions:
-        texts = [e.texts[-1] for e in mention.item]
-        tokens = []
+        texts, tokens = [e.texts[-1] for e in mention.item], []
         for code, text in zip(languages, texts, strict=True):
             span = find_word(mention.words[code], text)
             tokens.append(find_tokens(tokenizer, text, span, length) if span else [])
@@ -241,16 +187,13 @@ def measure_attention(
         "on_patches": _means(patches, languages),
     }
     if named_shares:
-        error = (
-            np.std(named_shares, 0, ddof=1) / len(named_shares) ** 0.5
-            if len(named_shares) > 1
-            else np.full(len(languages), np.nan)
-        )
+        has_error = len(named_shares) > 1
+        error = np.std(named_shares, 0, ddof=1) / len(named_shares) ** 0.5 if has_error else np.empty(0)
         values |= {
             "chance": CHANCE,
             "own_quadrant": _means(named_shares, languages),
             "own_by_layer": _means(by_layer, languages),
-            "standard_error": {c: float(e) for c, e in zip(languages, error, strict=True) if not np.isnan(e)},
+            "standard_error": dict(zip(languages, error.tolist(), strict=has_error)),
             "other_things": _means(other_shares, languages) if other_shares else {},
         }
     return values

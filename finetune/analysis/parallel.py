@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 from finetune.build import read_split, test_split
 from finetune.config import FinetuneConfig
 from finetune.formats import Captioned, Example
+from finetune.stores.records import stem
 from raylib.errors import UserError
 from raylib.fileio import write_json
 from raylib.finite import require_finite_values
 from raylib.randomness import string_key
-from raylib.sample.scenes.labels import read_labels, translate_name
+from raylib.sample.scenes.world import read_labels, translate_name
 from raylib.tables import save_figure
 from raylib.text import Tokenizer
 
@@ -213,6 +214,53 @@ def _is_whole(label: str, text: str) -> bool:
     longer = (other for other in read_labels() if label in other and other != label)
     whole = rf"(?<!\w){re.escape(label)}(?!\w)"
     return bool(re.search(whole, text, re.IGNORECASE)) and not any(other in text for other in longer)
+
+
+def find_given_words(parallel: Parallel, words: Mapping[str, str]) -> list[Mention]:
+    """Find the items whose texts have the given words.
+
+    Raises:
+        UserError: none has them all.
+    """
+    mentions = [
+        Mention(row, row[0].images[0], words)
+        for row in parallel.items
+        if all(find_word(words[code], e.texts[-1]) for code, e in zip(parallel.languages, row, strict=True))
+    ]
+    if not mentions:
+        given = " ".join(f"{code}={word}" for code, word in words.items())
+        raise UserError(
+            f"--words {given}: in none of {len(parallel.items)} parallel items; give one that has them with "
+            "--item"
+        )
+    return mentions
+
+
+def find_scene_mentions(parallel: Parallel, path: Path) -> list[Mention]:
+    """Find the items of emoji scenes that name something in their image, in every language. path: of
+    scenes.jsonl.
+
+    Raises:
+        Inapplicable: there are none; no ground truth.
+    """
+    if not path.is_file():
+        raise Inapplicable(
+            "give a word in several languages with --words en=dog de=Hund, and maybe the item with --item ID"
+        )
+    scenes = read_scenes(path, {stem(name) for row in parallel.items for name in row[0].images})
+    mentions = []
+    for row in parallel.items:
+        for image in row[0].images:
+            objects = scenes.get(stem(image), [])
+            if named := find_named(row, parallel.languages, objects):
+                others = tuple(o.quadrant for o in objects if o != named[0])
+                mentions.append(Mention(row, image, named[1], named[0], others))
+                break
+    if not mentions:
+        raise Inapplicable(
+            f"none of {len(parallel.items)} parallel items names a thing of its image in every language"
+        )
+    return mentions
 
 
 def parse_words(pairs: Sequence[str]) -> Mapping[str, str]:

@@ -7,8 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from finetune.analysis import attention, objects, scores, similarity, tsne
-from finetune.analysis.parallel import Inapplicable, Parallel, read_parallel
+from finetune.analysis import attention, languages, tsne
+from finetune.analysis.parallel import (
+    Inapplicable,
+    Parallel,
+    find_given_words,
+    find_scene_mentions,
+    read_parallel,
+)
 from finetune.build import (
     build_pipeline,
     build_strategies,
@@ -161,9 +167,9 @@ def _similarity(run: FinishedRun) -> list[str]:
     parallel = run.read_parallel(codes, run.options.limit)
     is_tuned = isinstance(model, FinetuneModel)
     source, kind = (open_visual_for(config, model), "CLS") if is_tuned else (None, "caption")
-    states = similarity.parallel_states(model, parallel, source, run.tokenizer, config.length, run.bf16)
-    values = similarity.measure_similarity(parallel, states, scores_of(run.result))
-    similarity.draw_similarity(values, run.title, run.measure, kind, run.out / "similarity")
+    states = languages.parallel_states(model, parallel, source, run.tokenizer, config.length, run.bf16)
+    values = languages.measure_similarity(parallel, states, scores_of(run.result))
+    languages.draw_similarity(values, run.title, run.measure, kind, run.out / "similarity")
     num_missing = ", ".join(f"{code} {n}" for code, n in parallel.num_missing.items() if n)
     rows = [["language", "similarity to English", run.measure]]
     for code, cosine in values["to_english"].items():
@@ -180,18 +186,18 @@ def _similarity(run: FinishedRun) -> list[str]:
 
 
 def _curves(run: FinishedRun) -> list[str]:
-    values = scores.read_curves(list(dict.fromkeys(run.folders.values())))
-    scores.draw_curves(values, run.title, run.measure, run.out / "curves")
-    return [scores.curve_table(values)]
+    values = languages.read_curves(list(dict.fromkeys(run.folders.values())))
+    languages.draw_curves(values, run.title, run.measure, run.out / "curves")
+    return [languages.curve_table(values)]
 
 
 def _confusions(run: FinishedRun) -> list[str]:
     if not find_task(run.config).open_answers:
         raise Inapplicable(f"the answers of {run.config.task} are no open set")
     files = {code: folder / "predictions" / f"{code}.jsonl" for code, folder in run.folders.items()}
-    values = scores.count_confusions(files, run.config.wordnet_folder)
-    scores.draw_confusions(values, run.title, run.out / "confusions")
-    return [scores.confusion_table(values)]
+    values = languages.count_confusions(files, run.config.wordnet_folder)
+    languages.draw_confusions(values, run.title, run.out / "confusions")
+    return [languages.confusion_table(values)]
 
 
 def _attention(run: FinishedRun) -> list[str]:
@@ -205,9 +211,9 @@ def _attention(run: FinishedRun) -> list[str]:
     codes = tuple(options.words) or languages_of(config)
     parallel = run.read_parallel(codes, options.limit, options.item)
     if options.words:
-        mentions = attention.find_given_words(parallel, options.words)
+        mentions = find_given_words(parallel, options.words)
     else:
-        mentions = attention.find_scene_mentions(parallel, Path(config.data) / "scenes.jsonl")
+        mentions = find_scene_mentions(parallel, Path(config.data) / "scenes.jsonl")
     values = attention.measure_attention(
         backbone,
         mentions,
@@ -242,12 +248,12 @@ def words_and_regions(run: FinishedRun) -> list[str]:
         raise Inapplicable(
             f"backbone '{backbone.kind}' reads no text of {config.task} together with an image"
         )
-    parallel = run.read_parallel(codes, objects.POOL * run.options.limit)
+    parallel = run.read_parallel(codes, tsne.POOL * run.options.limit)
     if isinstance(source, ImageSource):
-        weights = objects.find_boxes(parallel, Path(config.data) / "scenes.jsonl", source, backbone)
+        weights = tsne.find_boxes(parallel, Path(config.data) / "scenes.jsonl", source, backbone)
     else:
-        weights = objects.find_regions(parallel, source)
-    mentions = objects.select_mentions(parallel, weights, run.options.limit)
+        weights = tsne.find_regions(parallel, source)
+    mentions = tsne.select_mentions(parallel, weights, run.options.limit)
     points, states = tsne.collect_states(
         model, mentions, weights, codes, source, run.tokenizer, config.length
     )

@@ -218,8 +218,14 @@ def _write_gzip(path: Path, lines: list[str]) -> None:
     path.write_bytes(gzip.compress("\n".join([*lines, ""]).encode(), 9, mtime=0))
 
 
-def rebuild() -> None:
+@entry_point()
+def main(arguments: Sequence[str]) -> int:
     """Download, convert, and only then replace what is in `data/`."""
+    argparse.ArgumentParser(
+        prog="python -m raylib.sample.rebuild",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         downloads, data = Path(temporary, "downloads"), Path(temporary, "data")
         downloads.mkdir()
@@ -228,17 +234,6 @@ def rebuild() -> None:
         write_declaration(data / "udhr", downloads)
         shutil.copytree(data, DATA, dirs_exist_ok=True)
     train_tokenizer(DATA / "tokenizer.model")
-
-
-@entry_point()
-def main(arguments: Sequence[str]) -> int:
-    """Run a command line."""
-    argparse.ArgumentParser(
-        prog="python -m raylib.sample.rebuild",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(arguments)
-    rebuild()
     files = [path for path in DATA.rglob("*") if path.is_file()]
     print(f"{DATA}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.2f} MB")
     return 0

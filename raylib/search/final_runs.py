@@ -52,15 +52,19 @@ def run_finalists(
     trainable = tune.with_resources(
         tune.with_parameters(final, context=context, settings=settings), resources.trial
     )
-    tune_config = tune.TuneConfig(
-        reuse_actors=not config.workers_per_trial, max_concurrent_trials=resources.max_concurrent
+    runs = run_tuner(
+        folder / "tune",
+        trainable,
+        lambda: tune.TuneConfig(
+            reuse_actors=not config.workers_per_trial, max_concurrent_trials=resources.max_concurrent
+        ),
+        context.job.metric_names(context.base, config.dev_sets),
+        len(settings) * len(seeds),
+        config.max_failures,
+        grid,
     )
-    metrics = context.job.metric_names(context.base, config.dev_sets)
-    num_runs = len(settings) * len(seeds)
     dev: list[dict[int, dict[str, float]]] = [{} for _ in settings]
-    for run in run_tuner(
-        folder / "tune", trainable, lambda: tune_config, metrics, num_runs, config.max_failures, grid
-    ):
+    for run in runs:
         if run.state == "finished":
             dev[run.setting["setting"]][run.setting["seed"]] = run.scores
     finalists = [

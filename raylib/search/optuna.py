@@ -83,12 +83,11 @@ class OptunaSearcher(OptunaSearch):
         if trial_id in self._completed_trials:
             return
         names = self._metric if isinstance(self._metric, list) else [self._metric]
-        state, values = trial_state(result, error, names), None
+        state = trial_state(result, error, names)
         if state == TrialState.PRUNED and result:
             # Tune does not pass on the report at which a trial was stopped
             self.on_trial_result(trial_id, result)
-        if state == TrialState.COMPLETE and result:
-            values = [result[name] for name in names]
+        values = [result[name] for name in names] if state == TrialState.COMPLETE and result else None
         self._ot_study.tell(self._ot_trials[trial_id], values, state=state, skip_if_finished=True)
         self._completed_trials.add(trial_id)
 

@@ -50,9 +50,8 @@ class FilterReports(TrialScheduler, ABC):
             self.replayed = True
             for restored in controller.get_trials():
                 reports = read_reports(self.runs / restored.trial_id)
-                self.replay(
-                    restored, [r for r in reports if r["at"] < DRIVER_START and self.is_comparable(r)]
-                )
+                earlier = [r for r in reports if r["at"] < DRIVER_START and self.is_comparable(r)]
+                self.replay(restored, earlier)
         if not self.is_comparable(result):
             return TrialScheduler.CONTINUE
         return super().on_trial_result(controller, trial, result)
@@ -252,8 +251,7 @@ def describe_agreements(agreements: Sequence[RankAgreement], stopped_from: int |
     if first is None or first.num_trials < MIN_TRIALS_TO_RECOMMEND or first.rho >= MIN_CORRELATION:
         return text
     later = (a.epoch for a in agreements if a.epoch > stopped_from and a.rho >= MIN_CORRELATION)
-    epoch = next(later, None)
-    instead = f"`min_epochs={epoch}`" if epoch else "`early_stopping=none`"
+    instead = next((f"`min_epochs={epoch}`" for epoch in later), "`early_stopping=none`")
     return (
         f"{text} **Trials were stopped from epoch {stopped_from} on, where scores tell little of the last: "
         f"try {instead}.**"

@@ -26,13 +26,19 @@ from raylib.fileio import read_json, write_json
 from raylib.launch import VERIFY_SETTINGS, LaunchConfig, connect_to_ray
 from raylib.provenance import record_identity
 from raylib.search import report
-from raylib.search.cache import RayObjectCache
 from raylib.search.config import Resources, SearchConfig, SearchContext, SearchJob
 from raylib.search.final_runs import run_finalists
 from raylib.search.optuna import JOURNAL, build_searcher, run_tuner
 from raylib.search.schedulers import build_population, build_scheduler, check_mutable
 from raylib.search.space import Choice, OneOf, Space, check_space, config_changes, corners, describe_knobs
-from raylib.search.trial import TrialResult, drop_checkpoints, model_epochs, read_reports, trial
+from raylib.search.trial import (
+    RayObjectCache,
+    TrialResult,
+    drop_checkpoints,
+    model_epochs,
+    read_reports,
+    trial,
+)
 
 # what may change when a search goes on
 RESOURCE_SETTINGS = ("gpus_per_trial", "cpus_per_trial")
@@ -64,11 +70,8 @@ def run_search(config: SearchConfig, name: str, space: Space, job: SearchJob, ba
         resources = plan_resources(config)
         folder.mkdir(parents=True, exist_ok=True)
         # Scores of finished trials are compared with those of trials to come, so all must read the same data.
-        files = [
-            file
-            for _, changes in coverage_settings(space)
-            for file in job.data_files(change_settings(base, changes))
-        ]
+        configs = (change_settings(base, changes) for _, changes in coverage_settings(space))
+        files = [file for trial_config in configs for file in job.data_files(trial_config)]
         for note in record_identity(folder, dict.fromkeys(files), job.verifies_content(base)):
             print(note, flush=True)
         write_json(folder / "search.json", fingerprint)

@@ -19,12 +19,18 @@ from raylib.config import Config, change_settings
 from raylib.errors import UserError
 
 
-class Float(NamedTuple):
-    """Real numbers from `low` to `high`, both included; evenly spread, or so in their logarithm."""
-
-    low: float
-    high: float
+class _Range(NamedTuple):
+    low: Any
+    high: Any
     log: bool = False
+
+    @property
+    def ends(self) -> tuple:
+        return self.low, self.high
+
+
+class Float(_Range):
+    """Real numbers from `low` to `high`, both included; evenly spread, or so in their logarithm."""
 
     def suggest(self, trial, name: str) -> float:
         return trial.suggest_float(name, self.low, self.high, log=self.log)
@@ -34,27 +40,15 @@ class Float(NamedTuple):
             isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
         )
 
-    @property
-    def ends(self) -> tuple:
-        return self.low, self.high
 
-
-class Int(NamedTuple):
+class Int(_Range):
     """Whole numbers from `low` to `high`, both included."""
-
-    low: int
-    high: int
-    log: bool = False
 
     def suggest(self, trial, name: str) -> int:
         return trial.suggest_int(name, self.low, self.high, log=self.log)
 
     def contains(self, value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
-
-    @property
-    def ends(self) -> tuple:
-        return self.low, self.high
 
 
 class Choice:
@@ -96,8 +90,6 @@ class OneOf:
 Distribution = Float | Int | Choice
 Knobs = Mapping[str, Any]
 Setting = dict[str, Any]
-# choose(knob's name, its distribution) -> value
-Chooser = Callable[[str, Distribution], Any]
 
 
 class Space(NamedTuple):
@@ -121,9 +113,10 @@ class Space(NamedTuple):
         ]
 
 
-def resolve(knobs: Knobs, choose: Chooser) -> dict[str, Any]:
-    """Return {config path: value}, each value as `choose` chooses it. A knob's name is its path; where
-    several alternatives have one of the same path, `path@alternative`, for they may differ in range."""
+def resolve(knobs: Knobs, choose: Callable[[str, Distribution], Any]) -> dict[str, Any]:
+    """Return {config path: value}, each value as `choose` chooses it by the knob's name and distribution. A
+    knob's name is its path; where several alternatives have one of the same path, `path@alternative`, for
+    they may differ in range."""
     # Optuna wants one distribution a name, and the same path may have other ranges in other alternatives.
     counts = Counter(path for path, _, _ in _config_knobs(knobs))
 
@@ -203,8 +196,10 @@ def corners(knobs: Knobs) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, _corner(knobs, fixed, -1)
         for name, knob in _knobs_beside(knobs, fixed).items():
             for end in knob.ends[1:] if name not in fixed else ():
-                description = ", ".join(filter(None, (where, f"{name}={end}")))
-                yield description, _corner(knobs, {**fixed, name: end}, 0)
+                yield (
+                    ", ".join(filter(None, (where, f"{name}={end}"))),
+                    _corner(knobs, {**fixed, name: end}, 0),
+                )
 
 
 def _corner(knobs: Knobs, fixed: Setting, end: int) -> dict[str, Any]:

@@ -22,8 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ray
 from ray import tune
+from ray.exceptions import ObjectLostError, RayActorError
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylib import cache, checkpoint
 from raylib.config import change_settings
@@ -75,16 +78,17 @@ def read_reports(run: Path) -> list[dict[str, Any]]:
     return read_jsonl(run / REPORTS)
 
 
-# to_report(metrics of a checkpoint, epochs trained before this training) -> report
-ToReport = Callable[[dict[str, Any], int], dict[str, Any]]
-
-
 class TuneReporter:
-    """A `raylib.runtime.Reporter` that tells Tune `to_report(metrics, epochs_before)`. `keep`: Tune keeps the
-    checkpoints too. `num_epochs`: of this training; None: as the trial's config says."""
+    """A `raylib.runtime.Reporter` that tells Tune `to_report(metrics, epochs_before)`: of a checkpoint, with
+    the epochs trained before this training. `keep`: Tune keeps the checkpoints too. `num_epochs`: of this
+    training; None: as the trial's config says."""
 
     def __init__(
-        self, to_report: ToReport, keep: bool, epochs_before: int = 0, num_epochs: int | None = None
+        self,
+        to_report: Callable[[dict[str, Any], int], dict[str, Any]],
+        keep: bool,
+        epochs_before: int = 0,
+        num_epochs: int | None = None,
     ):
         self.to_report, self.keep = to_report, keep
         self.epochs_before, self.num_epochs = epochs_before, num_epochs
@@ -190,8 +194,8 @@ def run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None:
 
 def _start_seconds(run: Path) -> dict[str, float]:
     """Return {"start_seconds"} of the first training of a trial; {} before it."""
-    starts = [line["start_seconds"] for line in read_reports(run) if "start_seconds" in line]
-    return {"start_seconds": starts[0]} if starts else {}
+    starts = (line["start_seconds"] for line in read_reports(run) if "start_seconds" in line)
+    return next(({"start_seconds": start} for start in starts), {})
 
 
 def model_epochs(job: SearchJob, config: LaunchConfig) -> int:
@@ -224,3 +228,54 @@ def _adopt_checkpoint(config: LaunchConfig, folder: Path) -> None:
     for name in ("config.json", "result.json", "part.json"):
         (run / name).unlink(missing_ok=True)
     checkpoint.copy_from(run, folder)
+
+
+# {(cache's actor, key): object} that this process has unpacked: its next trial need not unpack it again
+_unpacked: dict[tuple[str, str], Any] = {}
+
+
+@ray.remote(num_cpus=0)
+class _ReferenceTable:
+    """Object references by key. An object lives as long as its owner, so this actor, and not the trial that
+    created it, puts it into the store: trials end long before the search does."""
+
+    def __init__(self):
+        self.references: dict[str, ray.ObjectRef] = {}
+
+    def get(self, key: str) -> ray.ObjectRef | None:
+        return self.references.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        self.references.setdefault(key, ray.put(value))
+
+
+class RayObjectCache:
+    """Objects in Ray's object store, for as long as the search runs, owned on its driver's node. It is
+    pickled to trials as a handle of the actor that holds the references."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        table: Any = _ReferenceTable  # a class of Ray's since its decorator
+        self.actor = table.options(scheduling_strategy=driver_node).remote()
+
+    def get_or_create(self, key: str, fn: Callable[[], Any]) -> Any:
+        """Return the object stored under `key`; if there is none, store `fn()` and return it."""
+        actor = self.actor._actor_id.hex()
+        if (actor, key) not in _unpacked:
+            for other in [other for other in _unpacked if other[0] != actor]:
+                del _unpacked[other]  # an earlier search's, in a process that Ray uses again
+            _unpacked[actor, key] = self._fetch(key, fn)
+        return _unpacked[actor, key]
+
+    def _fetch(self, key: str, fn: Callable[[], Any]) -> Any:
+        try:
+            reference = ray.get(self.actor.get.remote(key))
+            if reference is not None:
+                return ray.get(reference)
+            value = fn()
+            ray.get(self.actor.put.remote(key, value))
+            return value
+        except (RayActorError, ObjectLostError):
+            # lost with its node; whatever is cached follows from its key, so every trial can make its own
+            return fn()

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from raylib.command import entry_point
-from raylib.sample.scenes.labels import DATA, read_labels
+from raylib.sample.scenes.world import DATA, read_labels
 
 ANSWERS = ("yes", "no")  # beside the labels
 ABOVE = ("@", "@i")  # hypernym, instance hypernym
@@ -71,9 +71,8 @@ def cut_wordnet(source: Path, out: Path, senses: Iterable[str], lemmas: Iterable
     exceptions = (source / "noun.exc").read_text(encoding="utf-8").splitlines(keepends=True)
     out.mkdir(exist_ok=True)
     exception_lines = "".join(line for line in exceptions if known.intersection(line.split()[1:]))
-    for (
-        part
-    ) in PARTS_OF_SPEECH:  # only nouns are kept; readers want the files of the other parts of speech too
+    # only nouns are kept; readers want the files of the other parts of speech too
+    for part in PARTS_OF_SPEECH:
         is_noun = part == "noun"
         _write(out / f"data.{part}", header + (data if is_noun else ""))
         _write(out / f"index.{part}", header_index + ("".join(entries) if is_noun else ""))
@@ -141,14 +140,9 @@ def _entry(fields: list[str], synsets: dict, subset: set[str], new_offsets: dict
     tagged = int(fields[-len(old) - 1])  # how many of the first senses occur in tagged texts
     offsets = [o for o in old if o in subset]
     symbols = sorted({p[0] for o in offsets for p in synsets[o][1] if p[2] == "n" and p[1] in subset})
-    count = str(len(offsets))
-    tags = str(sum(o in subset for o in old[:tagged]))
-    return (
-        " ".join(
-            [*fields[:2], count, str(len(symbols)), *symbols, count, tags, *(new_offsets[o] for o in offsets)]
-        )
-        + "  \n"
-    )
+    count, tags = len(offsets), sum(o in subset for o in old[:tagged])
+    columns = [*fields[:2], count, len(symbols), *symbols, count, tags, *(new_offsets[o] for o in offsets)]
+    return " ".join(map(str, columns)) + "  \n"
 
 
 @entry_point()

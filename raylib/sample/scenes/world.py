@@ -1,24 +1,126 @@
 """Make scenes and what can be asked and said of them. Everything is drawn from (seed, split, kind, number).
 
 A *statement* is a template with its names, in no language yet: the same one is written down in all of them.
+
+`data/labels.json`: a label with its emoji, its WordNet 3.0 synset (checked by hand), English synonyms from
+that synset, direct hypernyms and all ancestors among the labels. `data/categories.json`: what labels are,
+translated by hand. `data/templates.json`: sentences into which names go in citation form.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from raylib.fileio import read_json
 from raylib.randomness import Key, hash64, permutation, uniform
-from raylib.sample.canvas import Placement, place_concepts
-from raylib.sample.concepts import read_concept_captions
-from raylib.sample.scenes.labels import (
-    fill_template,
-    hyponyms,
-    read_categories,
-    read_labels,
-    related_labels,
-    translate_name,
-)
+from raylib.sample.concepts import Placement, place_concepts, read_concept_captions
+
+DATA = Path(__file__).parent / "data"
+LANGUAGES = ("en", "ar", "bn", "de", "es", "fr", "id", "ko", "pt", "ru", "zh")
+FOODS = ("fruit", "vegetable")  # categories that are food too
+
+
+class Label(NamedTuple):
+    """A thing that images show and answers name (`name`, English)."""
+
+    name: str
+    key: str
+    synset: str
+    category: str
+    synonyms: tuple[str, ...]
+    hypernyms: tuple[str, ...]
+    ancestors: tuple[str, ...]
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Categories of the label, most special first; none of a "thing"."""
+        if self.category == "thing":
+            return ()
+        return (self.category, "food") if self.category in FOODS else (self.category,)
+
+
+@cache
+def read_labels() -> dict[str, Label]:
+    """Name -> label."""
+    lists = ("synonyms", "hypernyms", "ancestors")
+    records = read_json(DATA / "labels.json")
+    return {r["name"]: Label(**r | {name: tuple(r[name]) for name in lists}) for r in records}
+
+
+@cache
+def related_labels(name: str) -> frozenset[str]:
+    """Labels that must not be called absent from an image with `name`: itself, synonyms, hypernyms and
+    hyponyms among the labels, and those that some language calls by the same name."""
+    synset, related = read_labels()[name].synset, {name, *read_labels()[name].ancestors}
+    for other in read_labels().values():
+        same_name = any(
+            translate_name(other.name, language) == translate_name(name, language) for language in LANGUAGES
+        )
+        if same_name or name in other.ancestors or other.synset == synset:
+            related.add(other.name)
+    return frozenset(related)
+
+
+def unrelated_to(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Those of `names` that are related to none of `others`."""
+    related = frozenset().union(*map(related_labels, others))
+    return [name for name in names if name not in related]
+
+
+@cache
+def hyponyms(name: str) -> tuple[str, ...]:
+    """Labels below `name`."""
+    return tuple(other.name for other in read_labels().values() if name in other.ancestors)
+
+
+@cache
+def read_templates() -> dict:
+    """{"templates": {name: {language: text}}, "positions": {language: four phrases}}."""
+    return read_json(DATA / "templates.json")
+
+
+@cache
+def read_categories() -> dict[str, dict[str, str]]:
+    """Category -> {language: word}."""
+    return read_json(DATA / "categories.json")
+
+
+def translate_name(name: str, language: str) -> str:
+    """A label's or category's name (English) in `language`: CLDR's name of the emoji."""
+    if name in read_categories():
+        return read_categories()[name][language]
+    return read_concept_captions(language)[read_labels()[name].key].name
+
+
+def fill_template(template: str, language: str, slots: Mapping[str, str], position: int | None = None) -> str:
+    """Fill the template in `language`; `slots`: {"A": word, "B": word}, words already in that language;
+    `position`: quadrant."""
+    filled = dict(slots)
+    if position is not None:
+        filled["P"] = read_templates()["positions"][language][position]
+    # Korean particles depend on the word before, and "or" in Spanish on the word behind
+    if language == "ko":
+        filled |= {
+            slot + suffix: _particle(word, suffix) for slot, word in slots.items() for suffix in PARTICLES
+        }
+    if language == "es" and "B" in slots:
+        filled["o"] = "u" if slots["B"].lower().startswith(("o", "ho", "ó", "hó")) else "o"
+    return read_templates()["templates"][template][language].format(**filled)
+
+
+PARTICLES = {"i": "이가", "n": "은는", "wa": "과와", "na": ("이나", "나")}  # after a consonant, after a vowel
+
+
+def _particle(word: str, kind: str) -> str:
+    """A Korean word with its particle, which depends on whether its last syllable ends in a consonant."""
+    after_consonant, after_vowel = PARTICLES[kind]
+    code = ord(word[-1]) - 0xAC00
+    closed = 0 <= code < 11172 and code % 28 > 0
+    return word + (after_consonant if closed else after_vowel)
+
 
 VENDORS = {
     "train": ("noto", "twemoji"),
@@ -93,8 +195,7 @@ def make_scene(
     things = list(required)
     while len(things) < count:
         candidate = dice.pick(list(read_labels()))
-        if not any(candidate in related_labels(other) for other in (*things, *avoid)):
-            things.append(candidate)
+        things += unrelated_to([candidate], (*things, *avoid))
     things = dice.order(things)
     placements = place_concepts([read_labels()[thing].key for thing in things], size, seed, split, name)
     return Scene(name, dice.pick(VENDORS[split]), tuple(zip(things, placements, strict=True)))
@@ -103,7 +204,7 @@ def make_scene(
 def pick_absent(scene: Scene, dice: Dice, like: str | None = None) -> str:
     """A label that is not in the scene and related to nothing in it; half of the time of the category of
     `like`."""
-    pool = [name for name in read_labels() if not any(name in related_labels(other) for other in scene.names)]
+    pool = unrelated_to(read_labels(), scene.names)
     if like and dice.uniform() < 0.5:
         pool = [name for name in pool if read_labels()[name].category == read_labels()[like].category] or pool
     return dice.pick(pool)
@@ -162,44 +263,32 @@ def make_claim(scene: Scene, relation: str, dice: Dice) -> Statement:
     """
     names = dice.order(scene.names)
     positive = dice.uniform() < 0.5
+    template = "s_has" if positive else "s_not"
     if relation == "neutral":
         above = [name for name in names if hyponyms(name)]
         if above and dice.uniform() < 0.85:
-            return Statement(
-                "s_has" if positive else "s_not", (dice.pick(hyponyms(dice.pick(above))),), relation
-            )
+            return Statement(template, (dice.pick(hyponyms(dice.pick(above))),), relation)
         return Statement("s_neutral", (names[0],), relation)
     present = (relation == "entailment") == positive
     if dice.uniform() < 0.1:
         scene_categories = {c for name in scene.names for c in read_labels()[name].categories}
         pool = sorted(scene_categories) if present else sorted(set(read_categories()) - scene_categories)
         if pool:
-            return Statement("s_has" if positive else "s_not", (dice.pick(pool),), relation)
-    pool = (
-        names
-        if present
-        else [n for n in read_labels() if not any(n in related_labels(other) for other in scene.names)]
-    )
+            return Statement(template, (dice.pick(pool),), relation)
+    pool = names if present else unrelated_to(read_labels(), scene.names)
     # most claims name something below another label, as neutral ones do: the name must not tell the relation
     low = [name for name in pool if read_labels()[name].ancestors]
     name = dice.pick(low if low and dice.uniform() < 0.9 else pool)
-    return Statement("s_has" if positive else "s_not", (name,), relation)
+    return Statement(template, (name,), relation)
 
 
 def compare_pair(left: Scene, right: Scene, true: bool, dice: Dice) -> Statement:
     """A statement about two images that share something; a false one is nearly true."""
     answer = str(true)
     shared = [name for name in left.names if name in right.names]
-    only_left = [
-        name for name in left.names if not any(name in related_labels(other) for other in right.names)
-    ]
-    only_right = [
-        name for name in right.names if not any(name in related_labels(other) for other in left.names)
-    ]
+    only_left, only_right = unrelated_to(left.names, right.names), unrelated_to(right.names, left.names)
     if dice.uniform() < 0.5:
-        return Statement(
-            "two_both", (dice.pick(shared) if true else dice.pick(only_left + only_right),), answer
-        )
+        return Statement("two_both", (dice.pick(shared if true else only_left + only_right),), answer)
     pair = (dice.pick(only_left), dice.pick(only_right))
     return Statement("two_lr", pair if true else pair[::-1], answer)
 

