@@ -123,8 +123,9 @@ def check_machine(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as e:
-            hint = "choose another: make run PORT=N, or --dashboard-port N"
-            raise UserError(f"port {port}: {e.strerror}; {hint}") from None
+            raise UserError(
+                f"port {port}: {e.strerror}; choose another: make run PORT=N, or --dashboard-port N"
+            ) from None
     free = shutil.disk_usage("/dev/shm").free if os.path.ismount("/dev/shm") else 0
     if free < SHARED_MEMORY_BYTES and sys.platform.startswith("linux"):
         raise UserError(

@@ -13,10 +13,10 @@ from finetune.config import FinetuneConfig
 from finetune.model import with_stored_code
 from finetune.tasks.base import Pipeline, Reading
 from raylib import checkpoint
-from raylib.device import peak_memory
 from raylib.errors import UserError
 from raylib.finite import require_finite_values
 from raylib.provenance import provenance
+from raylib.runtime import peak_memory
 
 
 class Validation:

@@ -160,9 +160,13 @@ class _Stream:
 
     def mask_sentences(self, rows: Sequence[np.ndarray], step: int, side: str = "text") -> Sentences:
         """Sentences with specials, cut and masked."""
-        tokens = add_specials(rows, self.tokenizer, self.stream.length)
-        keys = (self.seed, step, self.name, side)
-        return mask_tokens(tokens, self.global_index, self.tokenizer, keys, self.config.mask_probability)
+        return mask_tokens(
+            add_specials(rows, self.tokenizer, self.stream.length),
+            self.global_index,
+            self.tokenizer,
+            (self.seed, step, self.name, side),
+            self.config.mask_probability,
+        )
 
 
 class _PackedStream(_Stream):
@@ -172,10 +176,9 @@ class _PackedStream(_Stream):
         start = step * self.draws_per_lane
         rows = [self.source.row(*self.lanes.draw(d.lane, start + d.draw)) for d in self.draws]
         names = ("text",) if self.source.sides == 1 else ("source", "target")
-        batch: dict[str, Any] = {"index": torch.from_numpy(self.global_index)}
-        for name, side in zip(names, zip(*rows, strict=True), strict=True):
-            batch[name] = self.mask_sentences(side, step, name)
-        return batch
+        sides = zip(names, zip(*rows, strict=True), strict=True)
+        masked = {name: self.mask_sentences(side, step, name) for name, side in sides}
+        return {"index": torch.from_numpy(self.global_index), **masked}
 
 
 class _ImageTextStream(_Stream):

@@ -51,9 +51,8 @@ def write_image_text(folder: Path, samples: Iterable[ImageText], language: str =
     """Write an image_text source; `limits` as in ShardWriter."""
     with ShardWriter(folder, "image_text", **limits) as writer:
         for sample in samples:
-            record = {"captions": sample.captions, **sample.facts}
-            members = {"json": json.dumps(record, ensure_ascii=False).encode(), **sample.images}
-            writer.write(sample.key, members, language)
+            record = json.dumps({"captions": sample.captions, **sample.facts}, ensure_ascii=False)
+            writer.write(sample.key, {"json": record.encode(), **sample.images}, language)
             writer.images.update(sample.images)
 
 
@@ -100,7 +99,13 @@ def prepare(
     Raises UserError: unreadable or cut file, unknown format, too many bad samples, no samples; nothing to
     read; a language that cannot name a shard.
     """
-    _check_languages(parallel or {}, text or {})
+    for language in (*(parallel or ()), *(text or ())):
+        if not is_language_code(language):
+            raise UserError(
+                f"language {language!r}: wanted a code like 'de' or 'zh-Hans', it names the shards"
+            )
+    if parallel and "en" in parallel:
+        raise UserError("parallel files are English and another language: name the other one, not 'en'")
     image_text = list(image_text)
     if not (image_text or parallel or text):
         raise UserError(f"nothing to write to {out}: give image-text, parallel or text files")
@@ -119,16 +124,6 @@ def prepare(
         if files:
             rows = {code: _encode_files(paths, limit, read, code, model) for code, paths in files.items()}
             write_packed(out / kind, kind, model, rows)
-
-
-def _check_languages(parallel: Mapping, text: Mapping) -> None:
-    for language in (*parallel, *text):
-        if not is_language_code(language):
-            raise UserError(
-                f"language {language!r}: wanted a code like 'de' or 'zh-Hans', it names the shards"
-            )
-    if "en" in parallel:
-        raise UserError("parallel files are English and another language: name the other one, not 'en'")
 
 
 def _read_files(
@@ -183,8 +178,8 @@ def _fingerprint(tokenizer: Path) -> str:
     """Hash of everything that the folder depends on: the data, and the code that turns it into shards."""
     files = [path for part in ("captions", "pictures", "udhr") for path in sorted((DATA / part).iterdir())]
     modules = (concepts, shards, tars, raylib.text)
-    code = [Path(str(module.__file__)) for module in modules] + [Path(__file__)]
-    hashes = map(sha256_file, [*files, tokenizer, *code])
+    code = [Path(str(module.__file__)) for module in modules]
+    hashes = map(sha256_file, [*files, tokenizer, *code, Path(__file__)])
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
@@ -192,15 +187,21 @@ def _build_sample(folder: Path, tokenizer_file: Path, scenes: bool) -> None:
     folder.mkdir()
     shutil.copyfile(tokenizer_file, folder / tokenizer_file.name)
     tokenizer = Tokenizer.load(folder / tokenizer_file.name)
-    images = _captioned_scenes() if scenes else _training_images()
+    drawn = (
+        ImageText(scene.name, {"webp": scene.image}, {"en": scene.captions})
+        for scene in concepts.draw_training_scenes()
+    )
+    images = drawn if scenes else _training_images()
     write_image_text(folder / "image_text", images, max_samples=SAMPLE_SHARD)
     unseen = concepts.draw_unseen_scenes() if scenes else concepts.read_images(UNSEEN_VENDOR)
     write_image_text(folder / "retrieval", _unseen_images(unseen), language="mul", max_samples=SAMPLE_SHARD)
     tally = Tally(DATA, limit=0.0)
-    pairs = {code: concepts.list_training_pairs(code) for code in LANGUAGES if code != "en"}
-    sentences = {code: zip(concepts.list_training_sentences(code)) for code in LANGUAGES}
-    for kind, texts in (("parallel", pairs), ("text", sentences)):
-        rows = {code: encode_rows(texts[code], tokenizer, tally) for code in texts}
+    texts: dict[str, dict[str, Iterable]] = {
+        "parallel": {code: concepts.list_training_pairs(code) for code in LANGUAGES if code != "en"},
+        "text": {code: zip(concepts.list_training_sentences(code)) for code in LANGUAGES},
+    }
+    for kind, by_language in texts.items():
+        rows = {code: encode_rows(of, tokenizer, tally) for code, of in by_language.items()}
         write_packed(folder / kind, kind, tokenizer, rows)
     tally.close()
 
@@ -209,15 +210,9 @@ def _training_images() -> Iterator[ImageText]:
     """A training concept each: its drawings by the training vendors, its English captions."""
     drawings = {vendor: concepts.read_images(vendor) for vendor in TRAINING_VENDORS}
     for key, caption in concepts.read_training_captions("en").items():
-        texts = [caption.name, ", ".join(caption.keywords)]
-        captions = [text for text in dict.fromkeys(texts) if text]
+        captions = list(filter(None, dict.fromkeys((caption.name, ", ".join(caption.keywords)))))
         images = {f"{vendor}.png": drawings[vendor][key] for vendor in TRAINING_VENDORS}
         yield ImageText(key, images, {"en": captions})
-
-
-def _captioned_scenes() -> Iterator[ImageText]:
-    for scene in concepts.draw_training_scenes():
-        yield ImageText(scene.name, {"webp": scene.image}, {"en": scene.captions})
 
 
 def _unseen_images(drawings: dict[str, bytes]) -> Iterator[ImageText]:

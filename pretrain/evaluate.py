@@ -13,7 +13,6 @@ from torch import Tensor
 from raylib.data.images import decode_image, resize_image
 from raylib.data.shards import index_command
 from raylib.data.sources import Source
-from raylib.device import peak_memory
 from raylib.distributed import gather_objects, raise_on_all_workers, rank, world_size
 from raylib.errors import UserError
 from raylib.fileio import find_file, write_json
@@ -23,6 +22,7 @@ from raylib.models import find_model, find_tokenizer
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, first_tokens
 from raylib.provenance import DataFile, combined_hash, fingerprint_files, hash_path, provenance
+from raylib.runtime import peak_memory
 from raylib.tables import markdown_table
 from raylib.text import (
     BadCaption,
@@ -182,8 +182,8 @@ class ZeroShotRetrieval:
             f"text embeddings in {', '.join(bad)}: not finite (NaN or infinite)" if bad else None
         )
         local = {language: self._score(language, vectors, images) for language, vectors in texts.items()}
-        union = {code: score for scores in gather_objects(local) for code, score in scores.items()}
-        scores = {language: union[language] for language in sorted(union)}
+        # alike on all workers: by language, of which each worker has others
+        scores = dict(sorted(item for part in gather_objects(local) for item in part.items()))
         return {
             "retrieval": {language: score.figures for language, score in scores.items()},
             "heldout": {language: score.heldout for language, score in scores.items() if score.heldout},
@@ -255,11 +255,8 @@ def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
 
 def image_vectors(model: UnifiedModel, images: Tensor, device: torch.device) -> Tensor:
     """uint8 (n, H, W, 3) -> unit vectors (n, e) on the CPU."""
-    parts = []
-    for part in images.split(IMAGES):
-        states = model.encode_images(part.to(device))
-        parts.append(model.embed_images(states, normalize=True).float().cpu())
-    return torch.cat(parts)
+    parts = (model.encode_images(part.to(device)) for part in images.split(IMAGES))
+    return torch.cat([model.embed_images(states, normalize=True).float().cpu() for states in parts])
 
 
 def sentence_vectors(model: UnifiedModel, ids: list[Tensor], device: torch.device) -> Tensor:
@@ -277,15 +274,13 @@ def summarize_recall(table: dict[str, Any]) -> dict[str, float]:
     """R@1 (mean of both directions) of English, of the mean of the other languages, of held-out concepts;
     "score", the mean over all languages, decides which checkpoint is the best."""
     values = {language: mean_recall_at_1(figures) for language, figures in table["retrieval"].items()}
-    others = [value for language, value in values.items() if language != "en"]
-    out = {"score": mean_or_zero(values.values())}
-    if "en" in values:
-        out["en_r1"] = values["en"]
-    if others:
-        out["others_r1"] = mean_or_zero(others)
-    if table["heldout"]:
-        out["heldout_r1"] = mean_or_zero(mean_recall_at_1(figures) for figures in table["heldout"].values())
-    return out
+    groups = {
+        "score": list(values.values()),
+        "en_r1": [value for language, value in values.items() if language == "en"],
+        "others_r1": [value for language, value in values.items() if language != "en"],
+        "heldout_r1": list(map(mean_recall_at_1, table["heldout"].values())),
+    }
+    return {name: mean_or_zero(group) for name, group in groups.items() if group or name == "score"}
 
 
 def recall_table(scores: dict[str, Any]) -> str:
@@ -299,7 +294,8 @@ def recall_table(scores: dict[str, Any]) -> str:
         "images",
         "chance R@1",
     ]
-    rows = [head, *(_row(language, [languages[language]]) for language in _english_first(languages))]
+    english_first = sorted(languages, key=lambda language: (language != "en", language))
+    rows = [head, *(_row(language, [languages[language]]) for language in english_first)]
     others = [figures for language, figures in languages.items() if language != "en"]
     if len(others) > 1:
         rows.append(_row(f"mean of the other {len(others)}" if "en" in languages else "mean", others))
@@ -319,10 +315,6 @@ def _row(name: str, figures: list[dict[str, float]]) -> list[str]:
     values = [f"{100 * mean_or_zero(f[c] for f in figures):.1f}" for c in COLUMNS]
     count = f"{mean_or_zero(f['n'] for f in figures):.0f}"
     return [name, f"{100 * both:.1f}", f"{both / chance:.0f}", *values, count, f"{100 * chance:.2f}"]
-
-
-def _english_first(languages: dict) -> list[str]:
-    return sorted(languages, key=lambda language: (language != "en", language))
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

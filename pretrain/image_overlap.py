@@ -68,8 +68,8 @@ def perceptual_hash(image: np.ndarray) -> tuple[int, bool]:
         cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (SIDE, SIDE), interpolation=cv2.INTER_AREA
     ).astype(np.float32)
     low = cv2.dct(grey)[:LOW, :LOW].ravel()
-    bits = np.packbits(low > np.median(low))
-    return int.from_bytes(bits.tobytes(), "big"), float(grey.std()) < FLAT
+    bits = np.packbits(low > np.median(low)).tobytes()
+    return int.from_bytes(bits, "big"), float(grey.std()) < FLAT
 
 
 def count_overlap(corpus: ImageHashes, test: ImageHashes, distance: int) -> dict[str, Any]:
@@ -83,21 +83,16 @@ def count_overlap(corpus: ImageHashes, test: ImageHashes, distance: int) -> dict
     known = {int(value): i for i, value in enumerate(corpus.content)}
     candidates = np.flatnonzero(~corpus.flat)
     pairs: list[dict[str, Any]] = []
-    distances: Counter[int] = Counter()
     for i, name in enumerate(test.names):
-        same = known.get(int(test.content[i]))
-        if same is not None:
-            pairs.append({"test": name, "corpus": corpus.names[same], "distance": 0, "same_bytes": True})
-            distances[0] += 1
-        elif not test.flat[i] and len(candidates):
+        nearest, bits = known.get(int(test.content[i])), 0
+        same_bytes = nearest is not None
+        if not same_bytes and not test.flat[i] and len(candidates):
             apart = np.bitwise_count(corpus.perceptual[candidates] ^ test.perceptual[i])
-            nearest = int(apart.argmin())
-            if apart[nearest] <= distance:
-                found = corpus.names[candidates[nearest]]
-                pairs.append(
-                    {"test": name, "corpus": found, "distance": int(apart[nearest]), "same_bytes": False}
-                )
-                distances[int(apart[nearest])] += 1
+            nearest, bits = candidates[apart.argmin()], int(apart.min())
+        if nearest is not None and bits <= distance:
+            found = corpus.names[nearest]
+            pairs.append({"test": name, "corpus": found, "distance": bits, "same_bytes": same_bytes})
+    distances = Counter(pair["distance"] for pair in pairs)
     return {
         "images": len(test.names),
         "flat": int(test.flat.sum()),
@@ -109,24 +104,20 @@ def count_overlap(corpus: ImageHashes, test: ImageHashes, distance: int) -> dict
 
 def hash_images(images: Iterable[tuple[str, bytes]], processes: int) -> tuple[ImageHashes, int]:
     """(hashes, how many images do not decode and are left out) of (name, encoded bytes), in order."""
-    images, rows, undecodable = iter(images), [], 0
+    images, results = iter(images), []
     waiting: deque[Future] = deque()
     # spawned, not forked: children would inherit the locks of OpenCV's and BLAS's threads
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        while True:
-            chunk = list(islice(images, CHUNK))
-            if chunk:
-                waiting.append(pool.submit(_hash_chunk, chunk))
+        while chunk := list(islice(images, CHUNK)):
+            waiting.append(pool.submit(_hash_chunk, chunk))
             # encoded images of a few chunks are in memory at a time: a corpus does not fit
-            while waiting and (not chunk or len(waiting) > 2 * processes):
-                hashed, bad = waiting.popleft().result()
-                rows += hashed
-                undecodable += bad
-            if not chunk:
-                break
+            if len(waiting) > 2 * processes:
+                results.append(waiting.popleft().result())
+        results += [future.result() for future in waiting]
+    rows = [row for hashed, _ in results for row in hashed]
     names, content, perceptual, flat = zip(*rows, strict=True) if rows else ((), (), (), ())
     arrays = np.array(content, np.uint64), np.array(perceptual, np.uint64), np.array(flat, bool)
-    return ImageHashes(list(names), *arrays), undecodable
+    return ImageHashes(list(names), *arrays), sum(bad for _, bad in results)
 
 
 def _hash_chunk(images: Sequence[tuple[str, bytes]]) -> tuple[list[tuple[str, int, int, bool]], int]:
@@ -167,9 +158,8 @@ def stream_images(path: Path) -> Iterator[tuple[str, bytes]]:
         for file in sorted(p for p in path.rglob("*") if _is_image(p.name)):
             yield str(file.relative_to(path)), file.read_bytes()
     elif path.suffix == ".tar" and path.is_file():
-        places = TarScan(path, hashes=False).files
         with open(path, "rb") as tar:
-            for name, (offset, size, *_) in places.items():
+            for name, (offset, size, *_) in TarScan(path, hashes=False).files.items():
                 if _is_image(name):
                     yield name, os.pread(tar.fileno(), size, offset)
     else:
@@ -201,16 +191,13 @@ def read_names(path: Path) -> set[str]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        records = [json.loads(text)] if path.suffix == ".json" else None
-        if path.suffix == ".jsonl":
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if path.suffix == ".json":
+            names = set(_named(json.loads(text)))
+        else:
+            names = set(_named(list(map(json.loads, lines))) if path.suffix == ".jsonl" else lines)
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: not to be read as a list of images ({e})") from None
-    names = (
-        set(_named(records))
-        if records is not None
-        else {line.strip() for line in text.splitlines() if line.strip()}
-    )
     if not names:
         raise UserError(
             f"{path}: no names of images in it; fields like img_path, imageId and left_img are looked for"

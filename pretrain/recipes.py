@@ -2,11 +2,11 @@
 them."""
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 from pretrain.batches import DataConfig, StreamConfig
 from pretrain.train import InitConfig, PretrainConfig
-from raylib.config import override
+from raylib.config import change_settings, override
 from raylib.data.images import AugmentConfig
 from raylib.engine import OptimConfig
 from raylib.loop import FitConfig
@@ -198,43 +198,30 @@ def base() -> PretrainConfig:
 
 def small() -> PretrainConfig:
     """a model for one GPU: 3+3+6 layers of width 384, 192 pixels, 60,000 steps"""
-    parent = base()
     model = ModelConfig(
         width=384, heads=6, feedforward=1536, text_layers=3, fusion_layers=3, vision_layers=6, image_size=192
     )
-    fit = parent.fit.model_copy(update={"steps": 60_000})
-    optim = OptimConfig(lr=3e-4)
-    return parent.model_copy(
-        update={"name": "small", "workers": 1, "model": model, "fit": fit, "optim": optim}
-    )
+    changes = {"name": "small", "workers": 1, "fit.steps": 60_000, "optim.lr": 3e-4}
+    return change_settings(base().model_copy(update={"model": model}), changes)
 
 
-ABLATIONS = {  # paper 2, table 5, and the terms that it keeps
-    "no_tlm": {"tlm": 0.0},
-    "no_xmlm": {"xmlm": 0.0},
-    "no_xlc": {"ucl_translation": 0.0},
-    "no_vlm": {"vlm": 0.0},
-    "no_itm": {"itm": 0.0},
-    "no_ucl": {"ucl_image": 0.0, "ucl_translation": 0.0},
+ABLATIONS = {  # paper 2, table 5, and the terms that it leaves out
+    "no_tlm": ("tlm",),
+    "no_xmlm": ("xmlm",),
+    "no_xlc": ("ucl_translation",),
+    "no_vlm": ("vlm",),
+    "no_itm": ("itm",),
+    "no_ucl": ("ucl_image", "ucl_translation"),
 }
 
 
-def ablated(parent: Callable[[], PretrainConfig], weights: dict[str, float]) -> PretrainConfig:
-    """`parent` with some terms' weights changed."""
-    config = parent()
-    changed = TermWeights(**{**config.objective.weights.model_dump(), **weights})
-    return config.model_copy(update={"objective": config.objective.model_copy(update={"weights": changed})})
+def _variant(
+    name: str, parent: Callable[[], PretrainConfig], changes: dict[str, Any], summary: str
+) -> Callable[[], PretrainConfig]:
+    """A recipe: `parent`'s config with other settings."""
 
-
-def entangled(parent: Callable[[], PretrainConfig]) -> PretrainConfig:
-    """`parent` with one self-attention over text and condition in place of cross-attention (w/o uni-arch)."""
-    config = parent()
-    return config.model_copy(update={"model": config.model.model_copy(update={"fusion": "entangled"})})
-
-
-def _named(name: str, build: Callable[[], PretrainConfig], summary: str) -> Callable[[], PretrainConfig]:
     def recipe() -> PretrainConfig:
-        return build().model_copy(update={"name": name})
+        return change_settings(parent(), {"name": name, **changes})
 
     recipe.__doc__ = summary
     return recipe
@@ -250,14 +237,17 @@ RECIPES: dict[str, Callable[[], PretrainConfig]] = {
 }
 for parent in (tiny, emoji_e5, base):
     size = parent.__name__
-    for ablation, changed in ABLATIONS.items():
-        RECIPES[f"{size}_{ablation}"] = _named(
+    for ablation, terms in ABLATIONS.items():
+        RECIPES[f"{size}_{ablation}"] = _variant(
             f"{size}_{ablation}",
-            partial(ablated, parent, changed),
-            f"{size} without {', '.join(changed)}",
+            parent,
+            {f"objective.weights.{term}": 0.0 for term in terms},
+            f"{size} without {', '.join(terms)}",
         )
-    RECIPES[f"{size}_no_uni_arch"] = _named(
+    # w/o uni-arch
+    RECIPES[f"{size}_no_uni_arch"] = _variant(
         f"{size}_no_uni_arch",
-        partial(entangled, parent),
+        parent,
+        {"model.fusion": "entangled"},
         f"{size} with one self-attention over text and condition in place of cross-attention",
     )

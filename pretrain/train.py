@@ -131,9 +131,10 @@ def resolve_data(config: PretrainConfig) -> DataConfig:
     data = config.data
     changes: dict[str, Any] = {}
     if config.corpus in ("sample", "scenes"):
-        tokenizer = data.tokenizer or _initial_tokenizer(config.init)
         corpus = build_sample_corpus(
-            Path(config.runs).absolute() / "cache", tokenizer, scenes=config.corpus == "scenes"
+            Path(config.runs).absolute() / "cache",
+            data.tokenizer or _initial_tokenizer(config.init),
+            scenes=config.corpus == "scenes",
         )
     else:
         corpus = Path(config.corpus).absolute()
@@ -209,12 +210,11 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     batches = StepBatches(data, config.model.image_size, config.fit.seed, runtime.rank, runtime.world_size)
     model = build_model(config)
     objective = UnifiedObjective(model, config.objective, data.image_text.length, batches.streams)
-    retrieval, tables = None, []
-    if data.retrieval:
-        tokenizer = Tokenizer.load(data.tokenizer)
-        retrieval = ZeroShotRetrieval(
-            data.retrieval, tokenizer, config.model.image_size, config.model.positions
-        )
+    tables: list[dict[str, Any]] = []
+    sizes = config.model.image_size, config.model.positions
+    retrieval = (
+        ZeroShotRetrieval(data.retrieval, Tokenizer.load(data.tokenizer), *sizes) if data.retrieval else None
+    )
 
     def evaluate(model: UnifiedModel) -> dict[str, float]:
         if retrieval is None:
@@ -228,23 +228,18 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
         with torch.inference_mode():
             evaluate(model)
     scores = tables[-1] if tables else {"retrieval": {}, "heldout": {}, "interval": {}}
-    identity = {
-        "git": commit(),
-        "config_sha256": config_hash(config),
-        "data_sha256": data_hash(runtime.run),
-    }
-    skipped = {
-        "items_skipped": {
-            "train": result.pop("samples_replaced"),
-            **(retrieval.count_missing_captions() if retrieval else {}),
-        }
-    }
+    replaced = result.pop("samples_replaced")
     result = {
         "run": config.name,
         "seed": config.fit.seed,
         **result,
-        **skipped,
-        **identity,
+        "items_skipped": {
+            "train": replaced,
+            **(retrieval.count_missing_captions() if retrieval else {}),
+        },
+        "git": commit(),
+        "config_sha256": config_hash(config),
+        "data_sha256": data_hash(runtime.run),
         **provenance(runtime.device),
         **scores,
     }
@@ -261,7 +256,7 @@ def describe_times(result: dict[str, Any]) -> str:
     return f"{whole:.0f} s: {', '.join(parts)}; peak memory {result['peak_memory_gb']:.2f} GB a worker"
 
 
-def plot_curve(run: Path) -> Path:
+def plot_curve(run: Path) -> None:
     """`curve.png`: losses, and R@1 with chance, over the steps."""
     records = read_metrics(run)
     figure, (left, right) = open_pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -285,7 +280,6 @@ def plot_curve(run: Path) -> Path:
         xlabel="step", ylabel="R@1, %", title="zero-shot retrieval, mean of both directions", ylim=(0, None)
     )
     save_figure(figure, run / "curve.png")
-    return run / "curve.png"
 
 
 def export_model(run: Path | str, to: Path | str) -> Path:

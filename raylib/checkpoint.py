@@ -34,9 +34,10 @@ def step_name(step: int) -> str:
 
 def write_file_list(folder: Path, rank: int) -> None:
     """List size and hash of every file in `folder`, all of them written by worker `rank`."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(filter(Path.is_file, folder.rglob("*")))
+    }
     (folder / f"files-{rank:05d}.json").write_text(json.dumps(files, indent=1), encoding="utf-8")
 
 
@@ -113,7 +114,7 @@ def keep_best(run: Path, name: str) -> None:
     """
     source, best = run / FOLDER / name, run / BEST
     meta = read_meta(source)
-    score, later_wins_ties = meta["score"], meta.get("ties") == "last"
+    score = meta["score"]
     if score is None:
         return
     if not is_finite(score):
@@ -123,7 +124,9 @@ def keep_best(run: Path, name: str) -> None:
     if best.is_dir():
         if bad := _not_finite_of(best):
             print(f"{best}: {bad} is not finite (NaN or infinite); {name} takes its place", flush=True)
-        elif (highest := read_meta(best)["score"]) > score or (highest == score and not later_wins_ties):
+        elif (highest := read_meta(best)["score"]) > score or (
+            highest == score and meta.get("ties") != "last"
+        ):
             return
     # copied beside, then renamed: a crash leaves the old best, the new one or only the copy, never a half
     fresh = run / f".{BEST}.new"
@@ -167,8 +170,7 @@ def rewind(run: Path, name: str) -> Path:
         raise UserError(f"{run}: no checkpoint '{name}'; there are: {', '.join(names) or 'none'}")
     verify(target)
     # whatever is newer than the target must not be found again, and steps that come again need their names
-    number = sum(1 for _ in run.glob(f"{FOLDER}.before-*")) + 1
-    old_folder = run / f"{FOLDER}.before-{number}"
+    old_folder = run / f"{FOLDER}.before-{len(list(run.glob(f'{FOLDER}.before-*'))) + 1}"
     folder.rename(old_folder)
     folder.mkdir()
     start = target if name == BEST else old_folder / name

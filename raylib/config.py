@@ -145,7 +145,7 @@ def validate(cls: type[ConfigT], values: dict[str, Any], where: str, run: Path |
 
 
 def load_config(cls: type[ConfigT], path: Path) -> ConfigT:
-    """Read a config from the JSON file that `save_config` wrote, or from a YAML one."""
+    """Read a config from a JSON file, such as `dump_config` makes, or from a YAML one."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -159,11 +159,6 @@ def load_config(cls: type[ConfigT], path: Path) -> ConfigT:
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a {kind} config file (it has no settings)")
     return validate(cls, rename_settings(cls.stored_as, values), str(path), path.parent)
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Write `config` as JSON."""
-    Path(path).write_text(dump_config(config) + "\n", encoding="utf-8")
 
 
 def dump_config(config: Config) -> str:
@@ -375,9 +370,8 @@ def load_user_class(path: Path | str, base: type[T], name: str | None = None) ->
 
 def _line_in(error: Exception, path: Path) -> int | None:
     """The last line of `path` that ran before `error`."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [f.lineno for f in frames if Path(f.filename).resolve() == path.resolve()]
-    return lines[-1] if lines else None
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    return next((f.lineno for f in frames if Path(f.filename).resolve() == path.resolve()), None)
 
 
 def _parse(text: str) -> Any:

@@ -76,10 +76,9 @@ def gather_ragged(x: Ragged, width: int) -> Ragged:
     worker."""
     if world_size() == 1:
         return x
-    rows = torch.arange(len(x.lengths))
     columns = torch.arange(width)
     valid = columns < x.lengths[:, None]
-    index = (x.starts[rows, None] + torch.where(valid, columns, 0)).to(x.values.device)
+    index = (x.starts[:, None] + torch.where(valid, columns, 0)).to(x.values.device)
     lengths = all_gather(x.lengths.to(x.values.device)).cpu()
     # rows travel padded, since all workers must send alike. `embedding`, because the gradient of plain
     # indexing adds up in no fixed order on threads

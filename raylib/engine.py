@@ -7,6 +7,7 @@ state and gradients over the workers.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -167,8 +168,7 @@ class StepGuard:
     def nonfinite_terms_at_end(self) -> list[str]:
         """Name the loss and terms that were not finite in the step that ended the run."""
         assert self.finite_at_end is not None, "no step has been counted"
-        flags = zip(self.names, self.finite_at_end.tolist(), strict=True)
-        return [name for name, finite in flags if not finite]
+        return list(compress(self.names, (~self.finite_at_end).tolist()))
 
 
 class Engine(ABC):
@@ -199,9 +199,11 @@ class Engine(ABC):
             self._load(start)
             # on all workers together: a fault on one must not leave the others waiting
             found = self.find_not_finite()
-            advice = "go on from an older checkpoint with resume=step_NNNNNN"
             raise_on_all_workers(
-                found and f"{start}: {found} is not finite (NaN or infinite); {advice}", UserError
+                found
+                and f"{start}: {found} is not finite (NaN or infinite); go on from an older checkpoint with "
+                "resume=step_NNNNNN",
+                UserError,
             )
 
     @abstractmethod
@@ -273,8 +275,9 @@ class TorchEngine(Engine):
                 f"{folder}: saved by DeepSpeed; resume with runtime=ray, or start a new run from its export"
             )
         self.objective.model.load_state_dict(load_file(folder / "model.safetensors", device=str(self.device)))
-        state = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
-        self.optimizer.load_state_dict(state)
+        self.optimizer.load_state_dict(
+            torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
+        )
 
     def _named_state(self) -> dict[str, Any]:
         names = {p: name for name, p in self.objective.named_parameters()}

@@ -46,12 +46,17 @@ class DeepSpeedEngine(Engine):
     def _build(self, start: Path | None) -> None:
         deepspeed = _import_deepspeed(self.device)
         if not dist.is_initialized():  # one process, without Ray and torchrun: it wants a group all the same
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(
+                "nccl" if self.device.type == "cuda" else "gloo",
+                store=dist.HashStore(),
+                rank=0,
+                world_size=1,
+            )
         os.environ.setdefault("LOCAL_RANK", "0")  # Ray and torchrun set it
         # ZeRO's shards lie in files of (worker, part); another number of workers cuts them elsewhere, which
         # DeepSpeed must know before it is built
-        self.convert = start is not None and _saved_world(start) != world_size()
+        states = "zero/*zero_pp_rank_*_optim_states.pt"  # one a worker
+        self.convert = start is not None and len(list(start.glob(states))) != world_size()
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # unused: the objective divides by global counts itself
             "gradient_accumulation_steps": 1,
@@ -79,14 +84,9 @@ class DeepSpeedEngine(Engine):
             return
         # every worker converts for itself: a shared place would need a lock, and a change of workers is rare
         with tempfile.TemporaryDirectory(prefix="polyglance-universal-") as scratch:
-            arguments = {
-                "--input_folder": str(folder / "zero"),
-                "--output_folder": f"{scratch}/zero_universal",
-                "--num_extract_workers": "1",
-                "--num_merge_workers": "1",
-            }
             command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-            command += [part for pair in arguments.items() for part in pair]
+            command += [f"--input_folder={folder / 'zero'}", f"--output_folder={scratch}/zero_universal"]
+            command += ["--num_extract_workers=1", "--num_merge_workers=1"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(
@@ -103,11 +103,6 @@ class DeepSpeedEngine(Engine):
             for i, shard in enumerate(shards)
             for key, value in inner.state.get(shard, {}).items()
         }
-
-
-def _saved_world(folder: Path) -> int:
-    """Return how many workers wrote a checkpoint of ZeRO."""
-    return len(list((folder / "zero").glob("*zero_pp_rank_*_optim_states.pt")))
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -18,7 +18,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TextIO, cast
 
@@ -99,10 +99,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     that is not there."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
+        with suppress(ValueError):
             records.append(json.loads(line))
-        except ValueError:
-            continue
     return records
 
 
@@ -136,11 +134,11 @@ def open_text(path: Path) -> Iterator[TextIO]:
 def _open_member(path: Path) -> TextIO:
     """The one JSON file in a zip; what macOS adds (`__MACOSX/._NAME`) is no member."""
     with zipfile.ZipFile(path) as archive:  # a member that is open keeps the file open
-        members = [name for name in archive.namelist() if name.lower().endswith((".json", ".jsonl"))]
         members = [
             name
-            for name in members
-            if not any(p == "__MACOSX" or p.startswith(".") for p in PurePosixPath(name).parts)
+            for name in archive.namelist()
+            if name.lower().endswith((".json", ".jsonl"))
+            and not any(p == "__MACOSX" or p.startswith(".") for p in PurePosixPath(name).parts)
         ]
         if len(members) != 1:
             found = f"{len(members)} JSON files ({', '.join(members[:4])})" if members else "no JSON file"
@@ -236,8 +234,6 @@ def nfc(name: str) -> str:
 
 def unicode_forms(name: str) -> tuple[str, ...]:
     """Return a name as it is, and in the other normal forms that it may be stored in."""
-    if name.isascii():
-        return (name,)
     return tuple(dict.fromkeys((name, nfc(name), unicodedata.normalize("NFD", name))))
 
 

@@ -49,16 +49,15 @@ def is_finite(value: Tensor | np.ndarray | float) -> bool:
     return bool(torch.isfinite(total)) or bool(torch.isfinite(value).all())
 
 
-def require_finite(what: str, value: Tensor | np.ndarray | float, advice: str = "") -> None:
+def require_finite(what: str, value: Tensor | np.ndarray | float) -> None:
     """Raise `NotFinite` naming `what` (embeddings, scores, a loss) unless `value` is finite."""
     if not is_finite(value):
-        raise NotFinite(f"{what}: not finite (NaN or infinite){advice and '; ' + advice}")
+        raise NotFinite(f"{what}: not finite (NaN or infinite)")
 
 
 def require_finite_values(where: str, values: Mapping[str, Any]) -> None:
     """Raise `NotFinite` naming every float of the nested dicts and lists in `values` that is not finite."""
-    names = list(_not_finite(values, ""))
-    if names:
+    if names := list(_not_finite(values, "")):
         raise NotFinite(f"{where}: {', '.join(names)} not finite (NaN or infinite)")
 
 
@@ -144,9 +143,12 @@ class StepMonitor:
             gradients = self._gradients(loss)
             if not self._has_finite_total_norm(gradients) and not bad:
                 bad = ["the gradient"]
-            update = f"the update of step {self.counts.last_applied + 1} broke the weights"
-            line = f"{update}: of its own batch, once more, {', '.join(bad)} not finite; {self.advice()}"
-            raise_on_all_workers(f"step {done}: {line}" if bad else None)
+            raise_on_all_workers(
+                f"step {done}: the update of step {self.counts.last_applied + 1} broke the weights: of its "
+                f"own batch, once more, {', '.join(bad)} not finite; {self.advice()}"
+                if bad
+                else None
+            )
 
     def advice(self) -> str:
         """Return what to do about a run that ended."""
@@ -155,9 +157,8 @@ class StepMonitor:
         return f"lower optim.lr or optim.clip, under another name=; {last}"
 
     def _forward(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = self.replay(step)
         with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=self.engine.bf16):
-            return self.engine.objective(batch)
+            return self.engine.objective(self.replay(step))
 
     def _first_parameter(self, step: int) -> str:
         """Name the first parameter whose gradient in `step` is not finite on any worker, or whose gradient
@@ -179,8 +180,10 @@ class StepMonitor:
     def _gradients(self, loss: Tensor) -> tuple[Tensor | None, ...]:
         """Gradient of `loss` for each trainable parameter, None of one that it does not depend on, in the
         order of the parameters. Nothing is left in their `grad`, which belongs to the engine."""
-        parameters = [p for p in self.engine.objective.parameters() if p.requires_grad]
-        return torch.autograd.grad(loss, parameters, allow_unused=True)
+        return torch.autograd.grad(loss, self._parameters(), allow_unused=True)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.engine.objective.parameters() if p.requires_grad]
 
     def _has_finite_total_norm(self, gradients: Sequence[Tensor | None]) -> bool:
         """Return whether the mean of all workers' gradients has a finite norm, as the step's clipping reckons
@@ -190,10 +193,9 @@ class StepMonitor:
             return is_local_finite
         # A worker's own gradient is larger than the mean of all, up to as many times as there are workers:
         # only the mean ends a run at the same step whatever their number.
-        parameters = [p for p in self.engine.objective.parameters() if p.requires_grad]
         means = [
             torch.zeros_like(p) if g is None else g.clone()
-            for p, g in zip(parameters, gradients, strict=True)
+            for p, g in zip(self._parameters(), gradients, strict=True)
         ]
         for mean in means:
             dist.all_reduce(mean.div_(world_size()))

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from raylib import cache, checkpoint
 from raylib.config import Config, differing_paths, dump_config, read_stored_settings, without_settings
+from raylib.distributed import barrier
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json, write_atomically, write_json
 from raylib.provenance import DataFile, record_identity
@@ -126,7 +127,7 @@ def launch(
     """
     if config.runtime == "local":
         runtime = LocalRuntime(run, config.fit.keep, reporter)
-        runtime.barrier()  # the others come here while the first still opens the run
+        barrier()  # the others come here while the first still opens the run
         return main(runtime, config)
     return _on_ray(main, config, run, reporter)
 

@@ -12,7 +12,6 @@ from pydantic import NonNegativeInt, PositiveInt
 from raylib import checkpoint
 from raylib.config import Config
 from raylib.data.loading import StepDataset, load_batches, to_device
-from raylib.device import has_bf16, out_of_memory_error, peak_memory
 from raylib.distributed import all_reduce
 from raylib.engine import (
     Engine,
@@ -28,7 +27,7 @@ from raylib.errors import NotFinite
 from raylib.fileio import write_json
 from raylib.finite import StepMonitor, finite_values, require_finite_values
 from raylib.randomness import hash64
-from raylib.runtime import Runtime
+from raylib.runtime import Runtime, has_bf16, out_of_memory_error, peak_memory
 from raylib.track import Backend, ProgressLog, Tracker
 
 
@@ -109,8 +108,14 @@ def fit(
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
     tracker = Tracker(runtime.run, config.track, first) if runtime.rank == 0 else None
     progress = ProgressLog(config.steps, first, tracker)
-    meta_of_run = {**describe, "workers": runtime.world_size, "engine": engine.name}
-    saver = _Saver(runtime, engine, meta_of_run, clock, config.steps, meta.get("samples_replaced", 0))
+    saver = _Saver(
+        runtime,
+        engine,
+        {**describe, "workers": runtime.world_size, "engine": engine.name},
+        clock,
+        config.steps,
+        meta.get("samples_replaced", 0),
+    )
     losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
     replay = _Replay(objective, batches, config, runtime)
     monitor = StepMonitor(guard, engine, replay, start)
@@ -198,10 +203,8 @@ class _Saver:
         self, runtime: Runtime, engine: Engine, describe: dict, clock: Clock, steps: int, total_replaced: int
     ):
         self.runtime, self.engine, self.describe, self.clock = runtime, engine, describe, clock
-        self.steps, self.first_batch_time = (
-            steps,
-            0.0,
-        )  # when the first batch was there, by the clock on the wall
+        # when the first batch was there, by the clock on the wall
+        self.steps, self.first_batch_time = steps, 0.0
         # samples that others took the place of: on all workers, up to the last save; on this one since then
         self.total_replaced, self.num_replaced = total_replaced, 0
 

@@ -49,8 +49,8 @@ def mean_hits(hits: Tensor) -> dict[int, float]:
 
 def recall_figures(i2t: Tensor, t2i: Tensor) -> dict[str, float]:
     """{"i2t_r1", "i2t_r5", ... "t2i_r10"} from the hits (n, 3) of images and (c, 3) of captions."""
-    ways = {"i2t": mean_hits(i2t), "t2i": mean_hits(t2i)}
-    return {f"{way}_r{k}": value for way, recall in ways.items() for k, value in recall.items()}
+    ways = {"i2t": i2t, "t2i": t2i}
+    return {f"{way}_r{k}": value for way, hits in ways.items() for k, value in mean_hits(hits).items()}
 
 
 def mean_recall_at_1(figures: Mapping[str, float]) -> float:

@@ -10,8 +10,8 @@ Shape legend: T tokens in all, n rows, R tokens of an output mask or that are qu
 a bucket, S keys, Q queries of each, d width, h heads, e = d / h; C tokens of a memory.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence, Set
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,8 @@ class Ragged(NamedTuple):
 
     def select_rows(self, rows: Tensor) -> "Ragged":
         """The rows in the order of `rows` (m,), repeats allowed; T becomes the sum of their lengths."""
-        lengths = self.lengths[rows]
-        return Ragged(self.values.index_select(0, self.token_index(rows).to(self.values.device)), lengths)
+        tokens = self.token_index(rows).to(self.values.device)
+        return Ragged(self.values.index_select(0, tokens), self.lengths[rows])
 
     def padded(self, columns: int, fill: float = 0) -> tuple[Tensor, Tensor]:
         """The values as a table (n, columns, ...) that `fill` completes, as models of others read it,
@@ -66,6 +66,9 @@ class Ragged(NamedTuple):
         lengths = self.lengths[rows]
         first = torch.repeat_interleave(self.starts[rows] - (lengths.cumsum(0) - lengths), lengths)
         return first + torch.arange(len(first))
+
+
+Version = Literal["clean", "masked"]  # of a sentence
 
 
 class Sentences(NamedTuple):
@@ -156,11 +159,59 @@ class EncoderRows:
 
 def encode_together(groups: Sequence[EncoderRows], encode: Callable[[Ragged, Tensor], Tensor]) -> None:
     """Send all groups through one call of an encoder: `encode(rows, output_mask)` returns states (R, d)."""
-    rows = concatenate([group.rows for group in groups])
-    states = encode(rows, torch.cat([group.output_mask for group in groups]))
-    parts = states.split([int(group.output_mask.sum()) for group in groups])
+    masks = [group.output_mask for group in groups]
+    states = encode(concatenate([group.rows for group in groups]), torch.cat(masks))
+    parts = states.split([int(mask.sum()) for mask in masks])
     for group, part in zip(groups, parts, strict=True):
         group.states = part
+
+
+class StreamEncoding:
+    """One stream's sentences: the `full` batch for contrast, a `subset` of it for the unified encoder.
+
+    Args:
+        sentences: local ones, all of them.
+        index: (n,) in the global batch.
+        every: the subset is the sentences whose index is a multiple of it.
+        embedded: the version whose CLS states contrast reads, if any.
+        fused: versions that the unified encoder reads.
+    """
+
+    def __init__(
+        self, sentences: Sentences, index: Tensor, every: int, embedded: Version | None, fused: Set[Version]
+    ):
+        self.full, self.embedded = sentences, embedded
+        self.subset_rows = (index % every == 0).nonzero().squeeze(1)
+        self.subset = sentences.select_rows(self.subset_rows) if every > 1 else sentences
+        self.calls: dict[Version, EncoderRows] = {}
+        # in one order in every process: sums of floats depend on it
+        for version in get_args(Version):
+            if version == embedded or version in fused:
+                of = self.full if version == embedded else self.subset
+                rows = Ragged(of.clean if version == "clean" else of.masked, of.lengths)
+                # embedded sentences give at least their CLS, fused ones all tokens
+                outputs = first_tokens(rows.lengths)
+                if version in fused:
+                    outputs[rows.token_index(self._fused_rows(version))] = True
+                self.calls[version] = EncoderRows(rows, outputs)
+        # masks are drawn anew in each step: only clean sentences come again, and may be remembered
+        self.only_cls = embedded == "clean" and "clean" not in fused
+
+    def _fused_rows(self, version: Version) -> Tensor:
+        """Rows of the subset in the call of `version`."""
+        return self.subset_rows if version == self.embedded else torch.arange(len(self.subset_rows))
+
+    def cls(self) -> Tensor:
+        """(n, d) CLS states of all sentences, of the version that contrast reads."""
+        assert self.embedded is not None
+        call = self.calls[self.embedded]
+        return call.states_at(call.rows.starts)
+
+    def subset_states(self, version: Version) -> Ragged:
+        """States of the subset, for the unified encoder."""
+        call = self.calls[version]
+        rows = self._fused_rows(version)
+        return Ragged(call.states_at(call.rows.token_index(rows)), call.rows.lengths[rows])
 
 
 def join_rows(left: Ragged, right: Ragged) -> Ragged:
@@ -184,14 +235,10 @@ def find_segments(text: Tensor, tags: Tensor, regions: Tensor, empty: bool = Fal
     # (T,): 0 text, 1 tags, 2 regions, 3 empty
     part = torch.arange(4).repeat(len(text)).repeat_interleave(lengths.flatten())
     cls = first_tokens(lengths.sum(1)).nonzero().squeeze(1)
-    texts, tagged, grounding, last = ((part == i).nonzero().squeeze(1) for i in range(4))
-    return TokenSegments(
-        cls,
-        Ragged(texts, lengths[:, 0]),
-        Ragged(tagged, lengths[:, 1]),
-        Ragged(grounding, lengths[:, 2]),
-        last,
+    texts, tagged, grounding, last = (
+        Ragged((part == i).nonzero().squeeze(1), lengths[:, i]) for i in range(4)
     )
+    return TokenSegments(cls, texts, tagged, grounding, last.values)
 
 
 def plan_attention(keys: Tensor, queries: Tensor, device: torch.device, tokens: Tensor | None = None) -> Plan:
@@ -305,5 +352,4 @@ class Block(nn.Module):
         x = self.attention_norm(x + self.dropout(self.attention(x, key_value, plan)))
         if memory is not None:
             x = self.cross_norm(x + self.dropout(self.cross_attention(x, *memory)))
-        hidden = self.output(F.gelu(self.intermediate(x)))
-        return self.output_norm(x + self.dropout(hidden))
+        return self.output_norm(x + self.dropout(self.output(F.gelu(self.intermediate(x)))))

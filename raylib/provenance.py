@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache, partial
 from importlib import metadata
@@ -27,9 +28,9 @@ from typing import Any, NamedTuple
 import torch
 
 from raylib.cache import cached, file_fingerprint
-from raylib.device import device_name
 from raylib.errors import UserError
 from raylib.fileio import read_json, sha256_file, write_atomically
+from raylib.runtime import device_name
 
 IDENTITY = "identity.json"
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,10 +117,8 @@ def hash_path(path: Path) -> str:
 def list_changed_files(before: Mapping[str, dict], now: Mapping[str, dict]) -> list[str]:
     """List, in words, the files of both records that are not the same any more."""
     found = []
-    for path, old in before.items():
-        new = now.get(path)
-        if new is None:
-            continue
+    for path in filter(now.__contains__, before):
+        old, new = before[path], now[path]
         if old["sha256"] and new["sha256"]:
             if old["sha256"] != new["sha256"]:
                 found.append(f"{path} (other content)")
@@ -278,14 +277,11 @@ def _git(*arguments: str) -> str | None:
 @cache
 def library_versions() -> dict[str, str]:
     """Return {library: version} of those that numbers depend on and that are installed."""
-    return {name: version for name in LIBRARIES if (version := _version(name))}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    versions = {}
+    for name in LIBRARIES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

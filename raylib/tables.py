@@ -64,14 +64,20 @@ def latex_table(rows: Sequence[Sequence[str]], caption: str, words: int = 1) -> 
     `words` columns all are figures, and aligned to the right."""
     head, *rest = (" & ".join(map(escape_latex, row)) + r" \\" for row in rows)
     columns = "l" * words + "r" * (len(rows[0]) - words)
-    begin = [
+    lines = [
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{escape_latex(caption)}}}",
         rf"\begin{{tabular}}{{{columns}}}",
+        r"\hline",
+        head,
+        r"\hline",
+        *rest,
+        r"\hline",
+        r"\end{tabular}",
+        r"\end{table}",
     ]
-    rule, end = r"\hline", [r"\end{tabular}", r"\end{table}"]
-    return "\n".join([*begin, rule, head, rule, *rest, rule, *end])
+    return "\n".join(lines)
 
 
 def open_pyplot() -> Any:

@@ -29,11 +29,8 @@ from raylib.fileio import sha256_file
 from raylib.packed import Sentences
 from raylib.randomness import hash64, integers, uniform
 
-TOKENIZER_FILES = (
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-    "tokenizer.json",
-)  # what is looked for in a folder, in order
+# what is looked for in a folder, in order
+TOKENIZER_FILES = ("sentencepiece.bpe.model", "tokenizer.model", "tokenizer.json")
 SPECIALS = {
     "cls": ("<s>", "[CLS]", "<|startoftext|>"),
     "pad": ("<pad>", "[PAD]", "<|endoftext|>"),
@@ -162,9 +159,8 @@ def _load_sentencepiece(path: Path):
 
 
 def _load_json(path: Path):
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # its threads do not survive the fork of loader workers
+    # its threads do not survive the fork of loader workers
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import tokenizers
 
     try:
@@ -203,6 +199,16 @@ class Tokens(NamedTuple):
     values: np.ndarray
     lengths: np.ndarray
 
+    @property
+    def starts(self) -> np.ndarray:
+        """(n,) offset of each sentence's first token."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    @property
+    def places(self) -> np.ndarray:
+        """(T,) place of each token in its sentence."""
+        return np.arange(len(self.values)) - np.repeat(self.starts, self.lengths)
+
 
 def add_specials(rows: Sequence[np.ndarray], tokenizer: Tokenizer, length: int) -> Tokens:
     """Put `<s>` and `</s>` around each row, cut to `length` tokens in all."""
@@ -228,10 +234,8 @@ def mask_tokens(
     ordinary id (10 %) or stays (10 %). Draws come from (*keys, index of the sentence in the global batch,
     place in it).
     """
-    values, lengths = tokens
-    starts = np.cumsum(lengths) - lengths
-    place = np.arange(len(values)) - np.repeat(starts, lengths)
-    sentence = np.repeat(index, lengths)
+    values, place = tokens.values, tokens.places
+    sentence = np.repeat(index, tokens.lengths)
     special = np.isin(values, [tokenizer.cls, tokenizer.sep, tokenizer.pad, tokenizer.mask, tokenizer.unk])
     positions = np.flatnonzero((uniform(*keys, "choose", sentence, place) < probability) & ~special)
     labels = values[positions]
@@ -242,19 +246,16 @@ def mask_tokens(
     other = tokenizer.ordinary[integers(len(tokenizer.ordinary), *keys, "other", *where)]
     masked = values.copy()
     masked[positions] = np.where(fate < 0.8, tokenizer.mask, np.where(fate < 0.9, other, labels))
-    arrays = (values, masked, lengths, positions, labels, text_ids(tokens))
+    arrays = (values, masked, tokens.lengths, positions, labels, text_ids(tokens))
     return Sentences(*(torch.from_numpy(array) for array in arrays))
 
 
 def text_ids(tokens: Tokens) -> np.ndarray:
     """Return (n,) int64 >= 0: a stable hash of each sentence's ids, equal for equal sentences."""
-    values, lengths = tokens
-    if not len(lengths):
+    if not len(tokens.lengths):
         return np.zeros(0, np.int64)
-    starts = np.cumsum(lengths) - lengths
-    place = np.arange(len(values)) - np.repeat(starts, lengths)
-    sums = np.add.reduceat(hash64(values, place), starts)
-    return (hash64(sums, lengths) >> np.uint64(1)).astype(np.int64)
+    sums = np.add.reduceat(hash64(tokens.values, tokens.places), tokens.starts)
+    return (hash64(sums, tokens.lengths) >> np.uint64(1)).astype(np.int64)
 
 
 LANGUAGE_CODE = re.compile(r"[a-z]{2,3}(?:[-_][A-Za-z0-9]{2,8})*")

@@ -34,8 +34,8 @@ class Tracker:
     def __init__(self, run: Path, backends: tuple[Backend, ...], start: int):
         self.path, self.name = run / "metrics.jsonl", run.name
         # a run that crashed has logged steps after its newest checkpoint, which come again
-        lines = [r for r in read_metrics(run) if r["step"] <= start] if start else []
-        self.path.write_text("".join(json.dumps(finite_values(r)) + "\n" for r in lines), encoding="utf-8")
+        lines = [json.dumps(finite_values(r)) + "\n" for r in read_metrics(run) if r["step"] <= start]
+        self.path.write_text("".join(lines), encoding="utf-8")
         self.backends = {name: _open_backend(name, run) for name in backends}
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -209,7 +209,7 @@ def test_corpora_command_writes_sources_that_training_reads(tmp_path, caplog):
     arguments += ["--text", f"de={at}/de.txt", f"de={at}/more.txt"]
     assert main([str(out), *arguments]) == 0
     sha256 = Tokenizer.load(out).sha256
-    pairs = Source(out / "parallel", "parallel", sha256, verify=True)
+    pairs = Source(out / "parallel", "parallel", sha256)
     assert texts(pairs, "de") == [("a dog", "ein Hund"), ("a cat", "eine Katze")]
     assert texts(pairs, "bn") == [("bicycle", "বাইসাইকেল")]
     assert texts(Source(out / "text", "text", sha256), "de") == [
@@ -217,7 +217,7 @@ def test_corpora_command_writes_sources_that_training_reads(tmp_path, caplog):
         ("eine Katze",),
         ("ein Haus",),
     ]
-    images = Source(out / "image_text", "image_text", verify=True)
+    images = Source(out / "image_text", "image_text")
     samples = [images.sample("en", n) for n in range(3)]
     assert list(images.groups) == ["en"] and len({sample.key for sample in samples}) == 3
     captions = [json.loads(sample.read("json"))["captions"] for sample in samples]

@@ -14,7 +14,7 @@ from pretrain.__main__ import main
 from pretrain.recipes import ABLATIONS, RECIPES
 from pretrain.train import PretrainConfig, build_model, run
 from raylib import checkpoint
-from raylib.config import override, save_config
+from raylib.config import dump_config, override
 from raylib.errors import UserError
 from raylib.metrics import mean_recall_at_1
 from raylib.models.unified import UnifiedModel
@@ -106,7 +106,7 @@ def test_pretrain_second_stage_starts_from_run_or_export(mini, tmp_path):
 
 def torchrun(config, tmp_path) -> str:
     """Run `config` in two processes; what they print."""
-    save_config(config, tmp_path / "two.json")
+    (tmp_path / "two.json").write_text(dump_config(config), encoding="utf-8")
     command = [
         sys.executable,
         "-m",
@@ -157,7 +157,9 @@ def test_pretrain_zero_in_one_process_needs_no_launcher(mini, tmp_path):
         ["fit.stop_after=3"],
         [],
     ):  # a process of its own, as on a command line; it resumes its own checkpoint
-        save_config(mini("name=zero", *LOCAL, "fit.zero=true", *more), tmp_path / "zero.json")
+        (tmp_path / "zero.json").write_text(
+            dump_config(mini("name=zero", *LOCAL, "fit.zero=true", *more)), encoding="utf-8"
+        )
         command = [sys.executable, "-m", "pretrain", "--config", str(tmp_path / "zero.json")]
         assert subprocess.run(command, cwd=Path(__file__).parent.parent).returncode == 0
     run(mini("name=plain", *LOCAL))
@@ -303,7 +305,9 @@ def test_pretrain_bad_data_is_found_before_start(mini, setting, words):
 
 def test_pretrain_batch_too_large_for_memory_is_one_line_error(mini, tmp_path):
     """In a process whose address space ends 1 GB above what it has after its imports."""
-    save_config(mini("name=large", *LOCAL, "data.image_text.batch=16384"), tmp_path / "large.json")
+    (tmp_path / "large.json").write_text(
+        dump_config(mini("name=large", *LOCAL, "data.image_text.batch=16384")), encoding="utf-8"
+    )
     limited = (
         "import resource, sys, pretrain.train; from pathlib import Path; from pretrain.__main__ import main; "
         "pages = int(Path('/proc/self/statm').read_text().split()[0]); limit = pages * "

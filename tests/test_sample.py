@@ -34,7 +34,7 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def records(corpus) -> dict[str, tuple[dict, dict[str, bytes]]]:
     """Key -> (JSON, images) of the training source."""
-    source = Source(corpus / "image_text", kind="image_text", verify=True)
+    source = Source(corpus / "image_text", kind="image_text")
     found = {}
     for language in source.groups:
         for number in range(source.size(language)):
@@ -47,7 +47,7 @@ def records(corpus) -> dict[str, tuple[dict, dict[str, bytes]]]:
 def rows(corpus: Path, kind: str) -> dict[str, set[tuple[tuple[int, ...], ...]]]:
     """Language -> rows of ids."""
     tokenizer = Tokenizer.load(corpus / "tokenizer.model")
-    source = Source(corpus / kind, kind=kind, tokenizer=tokenizer.sha256, verify=True)
+    source = Source(corpus / kind, kind=kind, tokenizer=tokenizer.sha256)
     return {
         language: {
             tuple(tuple(side.tolist()) for side in source.row(language, n))

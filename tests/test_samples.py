@@ -19,6 +19,7 @@ from pretrain.train import run
 from raylib.data.images import find_images
 from raylib.data.shards import ShardWriter, index_folder, main
 from raylib.data.sources import Source
+from raylib.data.tars import FolderSummary
 from raylib.errors import UserError
 from raylib.fileio import decode_base64, find_file
 from raylib.sample.concepts import DATA
@@ -221,7 +222,7 @@ IMAGES = [
 def test_samples_images_are_default_or_requested_members(tmp_path, members, listed, images):
     files = [(f"k.{name}", image(n, name.rpartition(".")[2])) for name, n in members.items()]
     pack(tmp_path / "0.tar", [*files, ("k.txt", b"x")])
-    manifest = index_folder(tmp_path, "image_text", images=listed)
+    manifest = index_folder(tmp_path, "image_text", summary=FolderSummary(listed))
     (sample,) = samples_of(tmp_path)
     assert manifest["images"] == list(sample.images) == images
     assert read_batch(tmp_path, batch=1)["image_id"].tolist() == [sample.identity]
@@ -243,7 +244,7 @@ def test_samples_images_are_default_or_requested_members(tmp_path, members, list
 def test_samples_ambiguous_images_must_be_requested(tmp_path, members, listed, words):
     pack(tmp_path / "0.tar", [*((f"k.{name}", b"x") for name in members), ("k.txt", b"x")])
     with pytest.raises(UserError, match=words):
-        index_folder(tmp_path, "image_text", images=listed)
+        index_folder(tmp_path, "image_text", summary=FolderSummary(listed))
 
 
 def test_samples_manifest_without_image_list_is_read():

@@ -46,7 +46,7 @@ def make_rows(count, sides, seed=0, high=60):
 
 
 def test_shards_written_samples_are_read_back(images):
-    source = Source(images, "image_text", verify=True)
+    source = Source(images, "image_text")
     assert (len(source), source.sizes()) == (10, {"de": [1], "en": [4, 4, 1]})
     for number in (8, 0, 5, 3, 4):
         sample = source.sample("en", number)
@@ -72,7 +72,7 @@ def test_shards_written_by_webdataset_are_readable(tmp_path):
             )
     manifest = index_folder(tmp_path, "image_text")
     assert manifest["shards"][0]["samples"] == 6 and manifest["shards"][0]["language"] == "en"
-    sample = Source(tmp_path, verify=True).sample("en", 5)
+    sample = Source(tmp_path).sample("en", 5)
     peer = list(webdataset.WebDataset(str(tmp_path / "en-7.tar"), shardshuffle=False))[5]
     assert sample.key == peer["__key__"]
     assert {name: sample.read(name) for name in sample.members} == {
@@ -120,7 +120,7 @@ def test_shards_packed_rows_are_read_back(tmp_path, kind, sides, vocabulary):
         for language in rows:
             writer.write_rows(language, rows[language][:5])
             writer.write_rows(language, rows[language][5:])
-    source = Source(tmp_path, kind, tokenizer=f"hash-{vocabulary}", verify=True)
+    source = Source(tmp_path, kind, tokenizer=f"hash-{vocabulary}")
     assert {language: source.size(language) for language in rows} == {"de": BLOCK_ROWS + 50, "ru": 7}
     for language, number in [
         ("de", 0),
@@ -210,8 +210,6 @@ def test_shards_bad_source_is_one_line_error(images, tmp_path):
 
     shard.write_bytes(whole[:-600])
     fails("bytes, the manifest says")
-    shard.write_bytes(whole.replace(b"thing 5", b"thing 6"))
-    fails("SHA-256", verify=True)
     shard.unlink()
     fails("in the manifest but not here")
     shard.write_bytes(whole)
@@ -277,7 +275,7 @@ def test_shards_command_writes_manifest(images):
     command = [sys.executable, "-m", "raylib.data.shards"]
     completed = subprocess.run([*command, images, "image_text"], capture_output=True, text=True, check=True)
     assert "4 shards, 10 samples" in completed.stdout and not completed.stderr
-    assert len(Source(images, verify=True)) == 10
+    assert len(Source(images)) == 10
     failed = subprocess.run(
         [*command, images / "none", "image_text"], capture_output=True, text=True, check=False
     )
@@ -331,7 +329,7 @@ def test_shards_concurrent_fetches_download_once(images, tmp_path):
     arguments = [base, entry["name"], str(tmp_path), entry["bytes"], entry["sha256"]]
     code = f"from raylib.data.fetch import fetch; fetch(*{arguments!r})"
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
-    assert [process.wait(30) for process in running] == [0, 0, 0]
+    assert [process.wait(120) for process in running] == [0, 0, 0]
     assert log.read_text() == "x\n"
     (cached,) = Path(fetching.cache_folder(base, tmp_path)).glob("*.tar")
     assert cached.stat().st_size == entry["bytes"]

@@ -1,4 +1,4 @@
-"""Bring files of a source to this machine.
+"""Bring files of a source to this machine; read its manifest and the indices of its shards.
 
 A source's base is a local folder, a URL that `fsspec` knows (`s3://`, `gs://`, `https://`, ...), or
 `pipe:COMMAND`, where `{name}` in the command stands for the file and its standard output is the file's
@@ -12,8 +12,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from raylib.data.shards import FORMATS, KINDS, MANIFEST, index_command, index_path, index_shard
 from raylib.errors import UserError
-from raylib.fileio import atomic_file, file_lock, sha256_file
+from raylib.fileio import atomic_file, file_lock, read_json, sha256_file
 
 CHUNK = 1 << 20
 
@@ -54,17 +55,63 @@ def fetch(base: str, name: str, cache=None, size: int | None = None, sha256: str
             return path  # it was checked before it got this name
         with atomic_file(path) as temporary:
             _download(base, name, temporary)
-            _check(f"{base} {name}", temporary, size, sha256)
+            num_bytes, what = temporary.stat().st_size, f"{base} {name}"
+            if size is not None and num_bytes != size:
+                raise UserError(
+                    f"{what}: {num_bytes} bytes came, the manifest says {size}; upload the source anew"
+                )
+            if sha256 and sha256_file(temporary) != sha256:
+                raise UserError(f"{what}: its SHA-256 is not the manifest's; upload the source anew")
     return path
 
 
-def _check(what: str, path: Path, size: int | None, sha256: str | None) -> None:
-    if size is not None and path.stat().st_size != size:
+def fetch_manifest(base: str, cache, kind: str | None) -> dict:
+    """Read the manifest of a source. `kind`: that the user wants, for the advice where there is none.
+
+    Raises:
+        UserError: as of `fetch`; not of the format of `raylib.data.shards`.
+    """
+    try:
+        path = fetch(base, MANIFEST, cache)
+    except UserError as error:
+        if is_remote(base):
+            raise
         raise UserError(
-            f"{what}: {path.stat().st_size} bytes came, the manifest says {size}; upload the source anew"
-        )
-    if sha256 and sha256_file(path) != sha256:
-        raise UserError(f"{what}: its SHA-256 is not the manifest's; upload the source anew")
+            f"{error}; for a folder of tars, `{index_command(base, kind or 'KIND')}` makes one"
+        ) from None
+    try:
+        manifest = read_json(path)
+        if manifest["format"] != 1 or manifest["kind"] not in KINDS or not manifest["shards"]:
+            raise ValueError(
+                f"format {manifest['format']}, kind {manifest['kind']!r}, {len(manifest['shards'])} shards"
+            )
+        if not isinstance(manifest.get("images", []), list):
+            raise ValueError(f"images {manifest['images']!r}, wanted a list")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no manifest of this format ({error}); make it anew") from error
+    return manifest
+
+
+def read_index(path: Path) -> dict:
+    """Read the index beside a shard, or make one (a fetched shard comes without)."""
+    if not index_path(path).exists():
+        return index_shard(path)
+    try:
+        index = read_json(index_path(path))
+        if "format" in index and index["format"] not in FORMATS:
+            raise ValueError(f"format {index['format']}")
+        return {"bytes": index["bytes"], "samples": index["samples"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{index_path(path)}: no index of this format ({error}); index the folder anew"
+        ) from error
+
+
+def is_younger(path: Path) -> bool:
+    """Return whether a shard was written after its index: by a copy, or because another one of the same size
+    took its place."""
+    index = index_path(path)
+    return index.exists() and path.stat().st_mtime_ns >= index.stat().st_mtime_ns
 
 
 def _download(base: str, name: str, target: Path) -> None:

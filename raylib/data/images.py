@@ -111,8 +111,8 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     if image.shape[:2] == (size, size):
         return image
     # areas average all pixels where it shrinks; where it grows, cubic interpolation keeps edges
-    shrinks = min(image.shape[:2]) > size
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    interpolation = cv2.INTER_AREA if min(image.shape[:2]) > size else cv2.INTER_CUBIC
+    return cv2.resize(image, (size, size), interpolation=interpolation)
 
 
 FIXED_UNIFORMS = 9  # area, aspect, left, top, flip, grayscale, cutout, its left, its top
@@ -176,10 +176,13 @@ def _warp(image: np.ndarray, size: int, matrix: np.ndarray) -> np.ndarray:
         matrix = matrix * [[new[0] / width], [new[1] / height]]
     linear = matrix[:, :2] / size  # OpenCV's pixel i has its centre at i, ours at i + 1/2
     offset = matrix[:, 2] + linear.sum(1) * (0.5 - size / 2) - 0.5
-    affine = np.column_stack([linear, offset])
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(
-        image, affine, (size, size), flags=flags, borderMode=cv2.BORDER_CONSTANT, borderValue=WHITE
+        image,
+        np.column_stack([linear, offset]),
+        (size, size),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=WHITE,
     )
 
 
@@ -209,10 +212,6 @@ def _factor(strength: float) -> float:
     return 1 + 0.9 * strength
 
 
-def _brightness(image: np.ndarray, strength: float) -> np.ndarray:
-    return _table(image, LEVELS * _factor(strength))
-
-
 def _contrast(image: np.ndarray, strength: float) -> np.ndarray:
     mean = round(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0])
     return _table(image, mean + (LEVELS - mean) * _factor(strength))
@@ -235,10 +234,6 @@ def _autocontrast(image: np.ndarray, strength: float) -> np.ndarray:
     return cv2.merge(channels)
 
 
-def _equalize(image: np.ndarray, strength: float) -> np.ndarray:
-    return cv2.merge([cv2.equalizeHist(channel) for channel in cv2.split(image)])
-
-
 SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 
@@ -258,22 +253,20 @@ def _hue(image: np.ndarray, strength: float) -> np.ndarray:
     return cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB)
 
 
-def _blur(image: np.ndarray, strength: float) -> np.ndarray:
-    return cv2.GaussianBlur(image, (0, 0), 0.1 + abs(strength) * image.shape[0] / 32)
-
-
 # Tone operations: image and strength in [-1, 1] to image.
 TONES = {
-    "brightness": _brightness,
+    "brightness": lambda image, strength: _table(image, LEVELS * _factor(strength)),
     "contrast": _contrast,
     "posterize": _posterize,
     "solarize": _solarize,
     "autocontrast": _autocontrast,
-    "equalize": _equalize,
+    "equalize": lambda image, strength: cv2.merge(list(map(cv2.equalizeHist, cv2.split(image)))),
     "sharpness": _sharpness,
     "saturation": lambda image, strength: _saturate(image, _factor(strength)),
     "hue": _hue,
-    "blur": _blur,
+    "blur": lambda image, strength: cv2.GaussianBlur(
+        image, (0, 0), 0.1 + abs(strength) * image.shape[0] / 32
+    ),
 }
 
 

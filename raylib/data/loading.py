@@ -87,9 +87,9 @@ class Lanes:
         period, offset = divmod(position, PERIOD)
         languages, earlier = self._order_languages(lane, period)
         k = languages[offset]
+        language = self.languages[k]
         # every period draws a language equally often, so its own position is found without a walk
-        sample_position = period * int(self.counts[k]) + earlier[offset]
-        return self.languages[k], self._find_sample(lane, self.languages[k], sample_position)
+        return language, self._find_sample(lane, language, period * int(self.counts[k]) + earlier[offset])
 
     def _order_languages(self, lane: int, period: int) -> tuple[list[int], list[int]]:
         """Of each draw in a period: its language, and how often that language was drawn earlier in the
@@ -135,9 +135,10 @@ class Lanes:
         if (cuts := self._block_borders.get((lane, language))) is None:
             first, last = self.span(lane, language)
             # never across the border of a shard: a block is read from one file
-            borders = self.borders[language]
             inner = [
-                np.arange(a, b, self.block) for a, b in itertools.pairwise(borders) if a < last and b > first
+                np.arange(a, b, self.block)
+                for a, b in itertools.pairwise(self.borders[language])
+                if a < last and b > first
             ]
             cuts = np.unique(np.concatenate([*inner, [first, last]]).clip(first, last))
             self._block_borders[lane, language] = cuts
@@ -277,21 +278,19 @@ class BatchLayout:
 
 def pack_batch(tree: Any) -> tuple[BatchLayout, Tensor]:
     """A tree of dicts and tuples with CPU tensors as leaves -> (layout, one uint8 tensor)."""
-    slots: list[TensorSlot] = []
-    tensors: list[Tensor] = []
+    slots: list[tuple[TensorSlot, Tensor]] = []
     end = 0
 
     def reserve(tensor: Tensor) -> TensorSlot:
         nonlocal end
         slot = TensorSlot(end, tensor.dtype, tuple(tensor.shape))
         end += -(-slot.bytes // ALIGN) * ALIGN  # a view of another dtype must begin at a multiple of its size
-        slots.append(slot)
-        tensors.append(tensor)
+        slots.append((slot, tensor))
         return slot
 
     layout = BatchLayout(_map(tree, Tensor, reserve))
     data = torch.empty(end, dtype=torch.uint8)
-    for slot, tensor in zip(slots, tensors, strict=True):
+    for slot, tensor in slots:
         _view(slot, data).copy_(tensor)
     return layout, data
 

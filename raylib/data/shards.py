@@ -69,8 +69,8 @@ def _index(scan: TarScan) -> dict:
 
 def read_npy_header(file) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of the .npy data at the file's position, which moves to the first element."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    is_first = np.lib.format.read_magic(file) == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     if fortran or dtype.hasobject:
         raise ValueError("an .npy member must be a plain array in C order")
@@ -80,9 +80,7 @@ def read_npy_header(file) -> tuple[tuple[int, ...], np.dtype]:
 def index_folder(
     folder: Path | str,
     kind: str,
-    tokenizer: str | None = None,
     language: str | None = None,
-    images: Sequence[str] | None = None,
     summary: FolderSummary | None = None,
 ) -> dict:
     """Index every tar of a folder and write its manifest: makes a source out of anybody's tars.
@@ -90,14 +88,13 @@ def index_folder(
     Args:
         language: of all shards. None takes it from their names where these begin with a known code
             (`raylib.text`); other shards of image_text are English.
-        images: extensions of the members that are images (`raylib.data.sources`); None: the plain ones.
-        summary: what was found is added to it.
+        summary: says which members are images; what was found is added to it. None: one of the plain ones.
 
     Raises:
         UserError: no such folder, no tar in it, one that cannot be indexed (`TarScan`); a language that is no
             code, or a name that tells none; images that are not there, or several of which one is meant.
     """
-    folder, summary = Path(folder), summary or FolderSummary(images)
+    folder, summary = Path(folder), summary or FolderSummary()
     check_kind(kind)
     if language is not None and not is_language_code(language):
         raise UserError(f"language {language!r}: wanted a code like 'de' or 'zh-Hans'")
@@ -107,49 +104,45 @@ def index_folder(
     # hidden ones are other writers' temporary files; macOS hides one beside each tar
     for path in sorted(path for path in folder.glob("*.tar") if not path.name.startswith(".")):
         # the name comes first: a tar of an hour's reading is not to fail by it afterwards
-        name = language or _language_of(path, kind)
+        code = language or language_of(path.name, loose=kind != "image_text")
+        if code is None and kind != "image_text":
+            raise UserError(
+                f"{path}: its name begins with no language code; say the language, --language CODE"
+            )
         scan = TarScan(path)
         if not scan.samples:
             raise UserError(f"{path}: holds no sample")
-        _check_members(scan, kind)
+        for key, members in scan.samples.items():
+            if kind != "image_text" and not members.keys() >= {"ids.npy", "ends.npy"}:
+                raise UserError(
+                    f"{path}: sample {key} holds {', '.join(sorted(members))}, and shards of kind {kind!r} "
+                    "packed ids (ids.npy, ends.npy), which `python -m pretrain.corpora` writes"
+                )
         summary.add(scan)
-        index = _index(scan)
-        write_json(index_path(path), index, compact=True)
-        shards.append(manifest_entry(path.name, name, index, scan.sha256))
+        shards.append(write_index(path, code or "en", _index(scan), scan.sha256))
     if not shards:
         packed = len([*folder.glob("*.tar.*"), *folder.glob("*.tgz")])
         raise UserError(
             f"{folder}: no .tar file here"
             + (f", but {packed} compressed ones: unpack them" if packed else "")
         )
-    manifest = {"format": 1, "kind": kind, "tokenizer": tokenizer, "shards": shards}
+    manifest = {"format": 1, "kind": kind, "tokenizer": None, "shards": shards}
     if kind == "image_text":
         manifest["images"] = summary.select_images(folder)
     write_json(folder / MANIFEST, manifest)
     return manifest
 
 
-def _language_of(path: Path, kind: str) -> str:
-    found = language_of(path.name, loose=kind != "image_text") or ("en" if kind == "image_text" else None)
-    if found is None:
-        raise UserError(f"{path}: its name begins with no language code; say the language, --language CODE")
-    return found
-
-
-def _check_members(scan: TarScan, kind: str) -> None:
-    """Refuse samples of another kind than they are indexed as."""
-    for key, members in scan.samples.items():
-        if kind != "image_text" and not members.keys() >= {"ids.npy", "ends.npy"}:
-            raise UserError(
-                f"{scan.path}: sample {key} holds {', '.join(sorted(members))}, and shards of kind {kind!r} "
-                "packed ids (ids.npy, ends.npy), which `python -m pretrain.corpora` writes"
-            )
-
-
-def manifest_entry(name: str, language: str, index: dict, sha256: str) -> dict:
-    """A shard as the manifest lists it."""
-    rows = sum(sample[2] for sample in index["samples"])
-    return {"name": name, "language": language, "samples": rows, "bytes": index["bytes"], "sha256": sha256}
+def write_index(path: Path, language: str, index: dict, sha256: str) -> dict:
+    """Write the index of a shard; return the shard as the manifest lists it."""
+    write_json(index_path(path), index, compact=True)
+    return {
+        "name": path.name,
+        "language": language,
+        "samples": sum(sample[2] for sample in index["samples"]),
+        "bytes": index["bytes"],
+        "sha256": sha256,
+    }
 
 
 def index_command(folder: Path | str, kind: str) -> str:
@@ -216,7 +209,7 @@ class ShardWriter:
         if shard.last == key:
             raise ValueError(f"key {key!r} twice in a row: readers would take it for one sample")
         shard.add(key, members)
-        shard.samples += self._rows(members)
+        shard.samples += read_npy_header(io.BytesIO(members["ends.npy"]))[0][0] if self.packed else 1
         if shard.samples >= self.max_samples or shard.file.tell() >= self.max_bytes:
             self.done.append(self.open.pop(language).close())
 
@@ -251,9 +244,6 @@ class ShardWriter:
         self.write(f"{self.blocks:08d}", {"ids.npy": to_npy(ids), "ends.npy": to_npy(ends)}, language)
         self.blocks += 1
 
-    def _rows(self, members: dict[str, bytes]) -> int:
-        return read_npy_header(io.BytesIO(members["ends.npy"]))[0][0] if self.packed else 1
-
     def __exit__(self, kind, error, trace) -> None:
         try:
             if error is None:
@@ -277,13 +267,11 @@ class ShardWriter:
         stale = {shard["name"] for shard in json.loads(old.read_text())["shards"]} if old.exists() else set()
         shards = []
         for temporary, name, language in sorted(self.done, key=lambda item: item[1]):
-            path = self.folder / name
             # read back from the disk: what is indexed is what lies there
             scan = TarScan(temporary)
             index = _index(scan)
-            os.replace(temporary, path)
-            write_json(index_path(path), index, compact=True)
-            shards.append(manifest_entry(name, language, index, scan.sha256))
+            os.replace(temporary, self.folder / name)
+            shards.append(write_index(self.folder / name, language, index, scan.sha256))
         sha256 = self.tokenizer.sha256 if self.tokenizer else None
         manifest = {"format": 1, "kind": self.kind, "tokenizer": sha256, "shards": shards}
         if self.images:
@@ -319,8 +307,7 @@ class _TarWriter:
 
 
 def to_npy(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
+    np.save(file := io.BytesIO(), array, allow_pickle=False)
     return file.getvalue()
 
 

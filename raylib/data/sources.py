@@ -35,19 +35,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raylib.data.fetch import fetch, is_remote
+from raylib.data.fetch import fetch, fetch_manifest, is_remote, is_younger, read_index
 from raylib.data.images import find_images
 from raylib.data.shards import (
-    FORMATS,
     KINDS,
     MANIFEST,
     index_command,
-    index_path,
-    index_shard,
     read_npy_header,
 )
 from raylib.errors import UserError
-from raylib.fileio import read_json, sha256_file
 from raylib.provenance import DataFile
 from raylib.randomness import string_key
 from raylib.text import CAPTION_MEMBERS, BadCaption, clean_captions, is_language_code, parse_captions
@@ -111,12 +107,9 @@ class Sample(NamedTuple):
         """63-bit hash of its images' encoded bytes, the same wherever and under whatever key they lie; of
         several drawings, of them together. Keys are no identity: img2dataset's begin anew in each shard."""
         # sorted: two samples of the same drawings are one, in whatever order their extensions stand
-        hashes = sorted(map(self._hash, self.images))
+        known = ((name, self.members[name][2]) for name in self.images)
+        hashes = sorted(string_key(self.read(name)) if value < 0 else value for name, value in known)
         return hashes[0] if len(hashes) == 1 else string_key(struct.pack(f"<{len(hashes)}q", *hashes))
-
-    def _hash(self, extension: str) -> int:
-        known = self.members[extension][2]
-        return string_key(self.read(extension)) if known < 0 else known
 
     def record(self) -> dict:
         """Return what its KEY.json holds; {} if it has none, or another kind of value.
@@ -170,14 +163,7 @@ class Shard:
     """One open shard; `images`: extensions that are images; `check`: compare each image that is
     read with the hash in the index. Offsets are kept in arrays: about 100 bytes a sample."""
 
-    def __init__(
-        self,
-        path: Path,
-        index: dict,
-        packed: bool,
-        images: tuple[str, ...] | None = None,
-        check: bool = False,
-    ):
+    def __init__(self, path: Path, index: dict, packed: bool, images: tuple[str, ...] | None, check: bool):
         self.path, self.images, self.check, samples = path, images, check, index["samples"]
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the shard
         weakref.finalize(self, self.file.close)
@@ -194,10 +180,8 @@ class Shard:
         codes = {extension: code for code, extension in enumerate(self.extensions)}
         # arrays, not objects: a corpus has millions of samples, of which each worker process holds the index
         self.firsts = np.cumsum([0] + [len(sample[1]) for sample in samples])
-        places = [
-            (codes[extension], *place, -1) for sample in samples for extension, place in sample[1].items()
-        ]
-        self.places = np.array([place[:4] for place in places], np.int64)
+        places = (member for sample in samples for member in sample[1].items())
+        self.places = np.array([(codes[name], *place, -1)[:4] for name, place in places], np.int64)
 
     def pread(self, offset: int, size: int) -> bytes:
         data = os.pread(self.file.fileno(), size, offset)
@@ -236,8 +220,7 @@ class Shard:
         # the array is not copied: only its header is read, to know where its elements begin
         header = io.BytesIO(self.map[offset : offset + min(size, HEADER)])
         shape, dtype = read_npy_header(header)
-        flat = np.frombuffer(self.map, dtype, int(np.prod(shape)), offset + header.tell())
-        return flat.reshape(shape)
+        return np.frombuffer(self.map, dtype, int(np.prod(shape)), offset + header.tell()).reshape(shape)
 
 
 class Source:
@@ -248,18 +231,15 @@ class Source:
         kind: the kind it must be; None takes any.
         tokenizer: SHA-256 of the tokenizer whose ids it must hold; None does not ask.
         cache: where shards of a remote base are kept.
-        verify: read everything now: hashes, offsets, counts.
 
-    Raises UserError: no manifest, missing shard, shard of another size (truncated) or hash, another count of
-    samples, another kind or tokenizer, no samples in a language, a language that is no code.
+    Raises UserError: no manifest, missing shard, shard of another size (truncated), another count of samples,
+    another kind or tokenizer, no samples in a language, a language that is no code.
     """
 
-    def __init__(
-        self, base, kind: str | None = None, tokenizer: str | None = None, cache=None, verify: bool = False
-    ):
+    def __init__(self, base, kind: str | None = None, tokenizer: str | None = None, cache=None):
         self.base, self.cache = str(base), cache
         # the manifest alone, even of a thousand shards: opening must cost nothing
-        manifest = self._manifest(kind)
+        manifest = fetch_manifest(self.base, self.cache, kind)
         self.kind = manifest["kind"]
         if kind and kind != self.kind:
             raise UserError(f"{base}: shards of kind {self.kind!r} where {kind!r} is needed")
@@ -268,9 +248,11 @@ class Source:
         self.sides = KINDS[self.kind]
         images = manifest.get("images")  # None: written before manifests listed them
         self.images = None if images is None else tuple(images)
+        self.shards = [
+            ShardEntry(**{name: fields[name] for name in ShardEntry._fields}) for fields in manifest["shards"]
+        ]
         self.groups: dict[str, list[ShardEntry]] = {}
-        for fields in manifest["shards"]:
-            shard = ShardEntry(**{name: fields[name] for name in ShardEntry._fields})
+        for shard in self.shards:
             # a manifest comes from elsewhere: a name with a folder in it could lead anywhere on this machine
             if os.path.basename(shard.name) != shard.name or shard.name.startswith("."):
                 raise UserError(f"{base}: shard name {shard.name!r} in the manifest is no plain file name")
@@ -288,33 +270,7 @@ class Source:
         }
         self._opened: OrderedDict[str, Shard] = OrderedDict()
         # remote ones are checked as they are fetched, each when its first sample is read
-        if not is_remote(self.base):
-            self._check_files(verify)
-
-    def _manifest(self, kind: str | None) -> dict:
-        try:
-            path = fetch(self.base, MANIFEST, self.cache)
-        except UserError as error:
-            if is_remote(self.base):
-                raise
-            raise UserError(
-                f"{error}; for a folder of tars, `{index_command(self.base, kind or 'KIND')}` makes one"
-            ) from None
-        try:
-            manifest = read_json(path)
-            if manifest["format"] != 1 or manifest["kind"] not in KINDS or not manifest["shards"]:
-                raise ValueError(
-                    f"format {manifest['format']}, kind {manifest['kind']!r}, {len(manifest['shards'])} "
-                    "shards"
-                )
-            if not isinstance(manifest.get("images", []), list):
-                raise ValueError(f"images {manifest['images']!r}, wanted a list")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: no manifest of this format ({error}); make it anew") from error
-        return manifest
-
-    def _check_files(self, verify: bool) -> None:
-        for shard in (shard for group in self.groups.values() for shard in group):
+        for shard in [] if is_remote(self.base) else self.shards:
             path = Path(self.base) / shard.name
             if not path.is_file():
                 raise UserError(f"{path}: this shard is in the manifest but not here")
@@ -322,10 +278,6 @@ class Source:
                 raise UserError(
                     f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}; fetch it anew"
                 )
-            if verify:
-                if sha256_file(path) != shard.sha256:
-                    raise UserError(f"{path}: its SHA-256 is not the manifest's; fetch it anew")
-                self._open(shard, index_shard(path))
 
     def files(self) -> list[DataFile]:
         """Return the files that are part of a run's identity: the manifest, and the shards, if they are here
@@ -334,8 +286,7 @@ class Source:
         # sizes are those of the manifest, whose hash stands for the shards
         if is_remote(self.base):  # a shard is compared with the manifest when it is fetched
             return [manifest._replace(address=f"{self.base.rstrip('/')}/{MANIFEST}")]
-        shards = (shard for group in self.groups.values() for shard in group)
-        return [manifest, *(DataFile(Path(self.base) / s.name, s.sha256, large=True) for s in shards)]
+        return [manifest, *(DataFile(Path(self.base) / s.name, s.sha256, large=True) for s in self.shards)]
 
     def __len__(self) -> int:
         return sum(self.size(language) for language in self.groups)
@@ -363,24 +314,20 @@ class Source:
         starts = self.starts[language]
         place = int(starts.searchsorted(number, "right")) - 1
         entry = self.groups[language][place]
-        shard = self._opened.get(entry.name)
-        if shard is None:
-            shard = self._open(entry)
-        else:
-            self._opened.move_to_end(entry.name)
+        shard = self._opened.get(entry.name) or self._open(entry)
+        self._opened.move_to_end(entry.name)
         return shard, number - int(starts[place])
 
-    def _open(self, entry: ShardEntry, index: dict | None = None) -> Shard:
+    def _open(self, entry: ShardEntry) -> Shard:
         path = fetch(self.base, entry.name, self.cache, entry.bytes, entry.sha256)
-        if index is None:
-            index = _read_index(path)
+        index = read_index(path)
         rows = sum(sample[2] for sample in index["samples"])
         if index["bytes"] != entry.bytes or rows != entry.samples:
             raise UserError(
                 f"{path}: {rows} samples, the manifest says {entry.samples}; index the folder anew"
             )
         shard = self._opened[entry.name] = Shard(
-            path, index, self.kind != "image_text", self.images, _is_younger(path)
+            path, index, self.kind != "image_text", self.images, is_younger(path)
         )
         # each holds a file open; the least recently used one goes where there are many
         if len(self._opened) > max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):
@@ -389,25 +336,3 @@ class Source:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_opened": OrderedDict()}
-
-
-def _is_younger(path: Path) -> bool:
-    """Return whether a shard was written after its index: by a copy, or because another one of the same size
-    took its place."""
-    index = index_path(path)
-    return index.exists() and path.stat().st_mtime_ns >= index.stat().st_mtime_ns
-
-
-def _read_index(path: Path) -> dict:
-    """The index beside a shard, or a fresh one (a fetched shard comes without)."""
-    if not index_path(path).exists():
-        return index_shard(path)
-    try:
-        index = json.loads(index_path(path).read_text(encoding="utf-8"))
-        if "format" in index and index["format"] not in FORMATS:
-            raise ValueError(f"format {index['format']}")
-        return {"bytes": index["bytes"], "samples": index["samples"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{index_path(path)}: no index of this format ({error}); index the folder anew"
-        ) from error

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from raylib.distributed import broadcast_from_rank0, raise_on_all_workers, world_size
+from raylib.distributed import barrier, broadcast_from_rank0, raise_on_all_workers, rank, world_size
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import file_lock, read_json
 from raylib.finite import is_finite
@@ -50,11 +49,10 @@ class EncoderStates:
         values = torch.from_numpy(np.concatenate(parts))
         if not is_finite(values):
             bad = next(name for name, part in zip(names, parts, strict=True) if not is_finite(part))
-            file, advice = (
-                self.folder / f"states-{self.rows[bad][0]}.bin",
-                f"delete {self.folder}, they are made again",
+            raise UserError(
+                f"{self.folder}/states-{self.rows[bad][0]}.bin: states of {bad} are not finite (NaN or "
+                f"infinite); delete {self.folder}, they are made again"
             )
-            raise UserError(f"{file}: states of {bad} are not finite (NaN or infinite); {advice}")
         return Ragged(values, torch.tensor([len(part) for part in parts]))
 
     def _read(self, worker: int, first: int, tokens: int) -> np.ndarray:
@@ -96,36 +94,36 @@ def write_sharded(folder: Path, write: Callable[[Path, int, int], None]) -> None
     Raises:
         NotFinite: on all workers, what `write` raised on one of them; the folder is not there then.
     """
-    rank = dist.get_rank() if world_size() > 1 else 0
+    worker = rank()
     partial = folder.with_name(f".{folder.name}.partial")
     lock = folder.with_name(f".{folder.name}.lock")
     # one run at a time makes the folder; its other workers need no lock, for they wait for worker 0 below
-    with file_lock(lock) if rank == 0 else contextlib.nullcontext():
+    with file_lock(lock) if worker == 0 else contextlib.nullcontext():
         if broadcast_from_rank0(folder.is_dir()):
-            if rank == 0:
+            if worker == 0:
                 lock.unlink(missing_ok=True)  # which waiting for it may have made anew
             return
-        if rank == 0:
+        if worker == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        _barrier()
+        barrier()
         # a worker that fails must reach the exchange all the same, or the others would wait for ever
         error = None
         try:
-            write(partial, rank, world_size())
+            write(partial, worker, world_size())
         except NotFinite as e:
             error = str(e)
         raise_on_all_workers(error)  # waits for all
-        if rank == 0:
+        if worker == 0:
             partial.rename(folder)
             lock.unlink()  # whoever waits for it finds the folder, and whoever comes later needs no lock
-        _barrier()
+        barrier()
 
 
 def remove_encoder_states(folder: Path) -> None:
     """Remove states that were of use once, when no worker needs them any more."""
-    _barrier()
-    if world_size() == 1 or dist.get_rank() == 0:
+    barrier()
+    if rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -140,7 +138,8 @@ def fingerprint_module(module: nn.Module, *facts) -> str:
 
 
 def _write_share(folder: Path, worker: int, names, encode, batch: int, dtype: torch.dtype) -> None:
-    rows, tokens, width = {}, 0, 0
+    rows: dict[str, tuple[int, int]] = {}
+    tokens = width = 0
     with open(folder / f"states-{worker}.bin", "wb") as file:
         for start in range(0, len(names), batch):
             chunk = names[start : start + batch]
@@ -153,15 +152,9 @@ def _write_share(folder: Path, worker: int, names, encode, batch: int, dtype: to
                 raise NotFinite(
                     f"states of {bad}: not finite (NaN or infinite) in {str(dtype).removeprefix('torch.')}"
                 )
-            width = values.shape[1]
-            for name, length in zip(chunk, states.lengths.tolist(), strict=True):
-                rows[name] = (tokens, length)
-                tokens += length
+            starts = (tokens + states.starts).tolist()
+            rows |= dict(zip(chunk, zip(starts, states.lengths.tolist(), strict=True), strict=True))
+            tokens, width = tokens + len(values), values.shape[1]
             file.write(values.numpy().tobytes())
     index = {"tokens": tokens, "width": width, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
     (folder / f"index-{worker}.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
-
-
-def _barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()

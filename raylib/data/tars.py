@@ -195,24 +195,22 @@ class TarScan:
         # the file's hash goes on over the same bytes, so that an image is read once for both
         if self.hashes and is_image(extension):
             self._hash_until(member.offset_data)
-            data = self._file_bytes(member.offset_data, member.size)
-            self._sha256.update(data)
-            self._hashed += len(data)
-            place.append(string_key(data))
+            place.append(string_key(self._hash_next(member.size)))
         return place
 
     def _hash_until(self, stop: int) -> None:
         """Go on with the hash of the file, up to byte `stop`."""
         while self.hashes and self._hashed < stop:
-            data = self._file_bytes(self._hashed, min(CHUNK, stop - self._hashed))
-            self._sha256.update(data)
-            self._hashed += len(data)
+            self._hash_next(min(CHUNK, stop - self._hashed))
 
-    def _file_bytes(self, offset: int, size: int) -> bytes:
-        """Bytes of the file, which do not move the position that `tarfile` reads at."""
-        data = os.pread(self._file.fileno(), size, offset)
+    def _hash_next(self, size: int) -> bytes:
+        """Go on with the hash over the next `size` bytes of the file, and return these."""
+        # by `pread`, which does not move the position that `tarfile` reads at
+        data = os.pread(self._file.fileno(), size, self._hashed)
         if len(data) != size:
             raise UserError(f"{self.path}: it changed, or ended, while it was read; index it again")
+        self._sha256.update(data)
+        self._hashed += size
         return data
 
     def _follow_symlinks(self) -> None:
@@ -246,12 +244,7 @@ def split_member_name(name: str) -> tuple[str, str]:
 
 def _printable(name: str) -> str:
     """A member's name without "./" before it; what is not UTF-8 in it is escaped."""
-    name = name.removeprefix("./")
-    return (
-        name
-        if name.isascii()
-        else name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    )
+    return name.removeprefix("./").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class FolderSummary:

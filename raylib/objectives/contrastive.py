@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raylib.distributed import all_gather
+from raylib.distributed import all_gather, gather_ragged
 from raylib.packed import Ragged
 
 
@@ -38,8 +38,7 @@ class GlobalPairs:
     def logit_mask(self, dtype: torch.dtype) -> Tensor:
         """(b, B) to be added to logits: -inf at false negatives, else 0."""
         mask = torch.zeros(self.same_content.shape, dtype=dtype, device=self.same_content.device)
-        mask.masked_fill_(self.same_content, -torch.inf)
-        return mask.scatter_(1, self.positive[:, None], 0.0)
+        return mask.masked_fill_(self.same_content, -torch.inf).scatter_(1, self.positive[:, None], 0.0)
 
 
 def align_pairs(index: Tensor, left_id: Tensor, right_id: Tensor) -> GlobalPairs:
@@ -101,16 +100,12 @@ class NegativeScores:
         if every == 1:
             return self
         columns = (self.global_index % every == 0).nonzero().squeeze(1)
-
-        def select(table: Tensor) -> Tensor:
-            return table.index_select(0, rows).index_select(1, columns)
-
+        left_to_right, right_to_left, forbidden = (
+            table.index_select(0, rows).index_select(1, columns)
+            for table in (self.left_to_right, self.right_to_left, self.forbidden)
+        )
         return NegativeScores(
-            select(self.left_to_right),
-            select(self.right_to_left),
-            select(self.forbidden),
-            self.index[rows],
-            self.global_index[columns],
+            left_to_right, right_to_left, forbidden, self.index[rows], self.global_index[columns]
         )
 
 
@@ -152,6 +147,40 @@ class Negatives:
     has_caption: Tensor
 
 
+def find_negatives(
+    images: Ragged, captions: Ragged, scores: NegativeScores, uniforms: Tensor, longest: int
+) -> Negatives:
+    """Draw a wrong caption and a wrong image, hard ones of the global batch, for each pair.
+
+    Args:
+        images, captions: states of the local pairs; no caption of any worker has more than `longest` tokens.
+        uniforms: (b, 2) in [0, 1), for the caption and for the image.
+    """
+    wrong_caption, has_caption = draw_hard_negatives(scores.left_to_right, scores.forbidden, uniforms[:, 0])
+    wrong_image, has_image = draw_hard_negatives(scores.right_to_left, scores.forbidden, uniforms[:, 1])
+    positives = torch.searchsorted(scores.global_index, scores.index)
+    gathered_order = all_gather(scores.index).argsort()
+    # the one wait for the device in a step, all indices at once: the wrong captions' lengths decide how
+    # attention runs
+    indices = torch.cat([wrong_caption, wrong_image, positives, gathered_order]).cpu()
+    n = len(positives)
+    wrong_caption, wrong_image, positives, gathered_order = indices.split([n, n, n, len(gathered_order)])
+    all_images = Ragged(all_gather(images.values), images.lengths[:1].expand(len(gathered_order)))
+    # an image that serves twice, as a row's own and as another's wrong one, is kept once: the unified
+    # encoder projects each to keys and values
+    unique_images, image_rows = torch.cat([positives, wrong_image]).unique(return_inverse=True)
+    positive_image, wrong_image = image_rows.split(n)
+    return Negatives(
+        all_images.select_rows(gathered_order[unique_images]),
+        positive_image,
+        wrong_image,
+        captions,
+        gather_ragged(captions, longest).select_rows(gathered_order[wrong_caption]),
+        has_image,
+        has_caption,
+    )
+
+
 def draw_hard_negatives(similarity: Tensor, forbidden: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """One in-batch negative a row, drawn with probability softmax(similarity) (ALBEF; paper 2, equation 3).
 
@@ -164,8 +193,9 @@ def draw_hard_negatives(similarity: Tensor, forbidden: Tensor, uniforms: Tensor)
         Scores that are NaN or infinite count as the lowest, so that a diverging model fails in its loss and
         not in here.
     """
-    finite = similarity.float().nan_to_num(nan=-1e4, posinf=1e4, neginf=-1e4)
-    scores = finite.masked_fill(forbidden, -torch.inf)
+    scores = (
+        similarity.float().nan_to_num(nan=-1e4, posinf=1e4, neginf=-1e4).masked_fill(forbidden, -torch.inf)
+    )
     valid = ~forbidden.all(1)
     # a softmax over nothing but -inf would be NaN: such rows get any finite scores, and no chance at all
     chances = scores.masked_fill(~valid[:, None], 0.0).softmax(1).masked_fill(forbidden, 0.0).cumsum(1)

@@ -30,7 +30,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, field_valida
 from torch import Tensor
 
 from raylib.config import Config
-from raylib.distributed import all_gather, all_reduce, clamp_parameter, gather_ragged, world_size
+from raylib.distributed import all_reduce, clamp_parameter, world_size
 from raylib.engine import Objective
 from raylib.models.layers import Memory
 from raylib.models.unified import UnifiedModel, vocabulary_loss
@@ -39,7 +39,7 @@ from raylib.objectives.contrastive import (
     PairContrast,
     align_pairs,
     contrast_pairs,
-    draw_hard_negatives,
+    find_negatives,
 )
 from raylib.objectives.terms import (
     FrozenTextCache,
@@ -52,63 +52,16 @@ from raylib.objectives.terms import (
     UserTerms,
     term,
 )
-from raylib.packed import EncoderRows, Ragged, Sentences, concatenate, encode_together, first_tokens
-
-Version = Literal["clean", "masked"]  # of a sentence
-
-
-class StreamEncoding:
-    """One stream's sentences: the `full` batch for contrast, a `subset` of it for the unified encoder.
-
-    Args:
-        sentences: local ones, all of them.
-        index: (n,) in the global batch.
-        every: the subset is the sentences whose index is a multiple of it.
-        embedded: the version whose CLS states contrast reads, if any.
-        fused: versions that the unified encoder reads.
-    """
-
-    def __init__(
-        self, sentences: Sentences, index: Tensor, every: int, embedded: Version | None, fused: Set[Version]
-    ):
-        self.full, self.embedded = sentences, embedded
-        self.subset_rows = (index % every == 0).nonzero().squeeze(1)
-        self.subset = sentences.select_rows(self.subset_rows) if every > 1 else sentences
-        self.calls: dict[Version, EncoderRows] = {}
-        # in one order in every process: sums of floats depend on it
-        versions: tuple[Version, ...] = ("clean", "masked")
-        for version in versions:
-            # embedded sentences give at least their CLS, fused ones all tokens
-            if version == embedded:
-                rows = self._ids(self.full, version)
-                outputs = first_tokens(rows.lengths)
-                if version in fused:
-                    outputs[rows.token_index(self.subset_rows)] = True
-            elif version in fused:
-                rows = self._ids(self.subset, version)
-                outputs = torch.ones(len(rows.values), dtype=torch.bool)
-            else:
-                continue
-            self.calls[version] = EncoderRows(rows, outputs)
-        # masks are drawn anew in each step: only clean sentences come again, and may be remembered
-        self.only_cls = embedded == "clean" and "clean" not in fused
-
-    @staticmethod
-    def _ids(sentences: Sentences, version: Version) -> Ragged:
-        return Ragged(sentences.clean if version == "clean" else sentences.masked, sentences.lengths)
-
-    def cls(self) -> Tensor:
-        """(n, d) CLS states of all sentences, of the version that contrast reads."""
-        assert self.embedded is not None
-        call = self.calls[self.embedded]
-        return call.states_at(call.rows.starts)
-
-    def subset_states(self, version: Version) -> Ragged:
-        """States of the subset, for the unified encoder."""
-        call = self.calls[version]
-        rows = self.subset_rows if version == self.embedded else torch.arange(len(self.subset_rows))
-        return Ragged(call.states_at(call.rows.token_index(rows)), call.rows.lengths[rows])
-
+from raylib.packed import (
+    EncoderRows,
+    Ragged,
+    Sentences,
+    StreamEncoding,
+    Version,
+    concatenate,
+    encode_together,
+    first_tokens,
+)
 
 # ---- encode, contrast, negatives, fuse: a step of each stream
 
@@ -156,46 +109,23 @@ class ImageTextStep(StreamStep):
     @cached_property
     def contrast(self) -> PairContrast:
         """Images against captions."""
-        vectors = (
+        return contrast_pairs(
             self.model.embed_images(self.images, normalize=True),
             self.model.embed_text_states(self.captions.cls(), normalize=True),
+            align_pairs(self.batch["index"], self.batch["image_id"], self.captions.full.text_id),
+            self.temperature,
         )
-        pairs = align_pairs(self.batch["index"], self.batch["image_id"], self.captions.full.text_id)
-        return contrast_pairs(*vectors, pairs, self.temperature)
 
     @cached_property
     def negatives(self) -> Negatives:
         captions = self.captions.subset_states(self.config.itm_text)
-        images = self.images.select_rows(self.captions.subset_rows)
-        device, image_tokens = captions.values.device, int(images.lengths[0])
-        rows = self.captions.subset_rows.to(device)
-        scores = self.contrast.scores.subset(rows, self.config.fuse_every)
-        uniforms = self.batch["negative_uniforms"].index_select(0, rows)
-        wrong_caption, has_caption = draw_hard_negatives(
-            scores.left_to_right, scores.forbidden, uniforms[:, 0]
-        )
-        wrong_image, has_image = draw_hard_negatives(scores.right_to_left, scores.forbidden, uniforms[:, 1])
-        positives = torch.searchsorted(scores.global_index, scores.index)
-        gathered_order = all_gather(scores.index).argsort()
-        # the one wait for the device in a step, all indices at once: the wrong captions' lengths decide how
-        # attention runs
-        indices = torch.cat([wrong_caption, wrong_image, positives, gathered_order]).cpu()
-        n = len(positives)
-        wrong_caption, wrong_image, positives, gathered_order = indices.split([n, n, n, len(gathered_order)])
-        all_captions = gather_ragged(captions, self.longest)
-        all_images = Ragged(all_gather(images.values), torch.full((len(gathered_order),), image_tokens))
-        # an image that serves twice, as a row's own and as another's wrong one, is kept once: the unified
-        # encoder projects each to keys and values
-        unique_images, image_rows = torch.cat([positives, wrong_image]).unique(return_inverse=True)
-        positive_image, wrong_image = image_rows.split(n)
-        return Negatives(
-            all_images.select_rows(gathered_order[unique_images]),
-            positive_image,
-            wrong_image,
+        rows = self.captions.subset_rows.to(captions.values.device)
+        return find_negatives(
+            self.images.select_rows(self.captions.subset_rows),
             captions,
-            all_captions.select_rows(gathered_order[wrong_caption]),
-            has_image,
-            has_caption,
+            self.contrast.scores.subset(rows, self.config.fuse_every),
+            self.batch["negative_uniforms"].index_select(0, rows),
+            self.longest,
         )
 
     @cached_property
@@ -244,12 +174,12 @@ class TranslationStep(StreamStep):
     @cached_property
     def contrast(self) -> PairContrast:
         """Sentences against translations."""
-        vectors = (
+        return contrast_pairs(
             self.model.embed_text_states(self.source.cls(), normalize=True),
             self.model.embed_text_states(self.target.cls(), normalize=True),
+            align_pairs(self.batch["index"], self.source.full.text_id, self.target.full.text_id),
+            self.temperature,
         )
-        pairs = align_pairs(self.batch["index"], self.source.full.text_id, self.target.full.text_id)
-        return contrast_pairs(*vectors, pairs, self.temperature)
 
     @cached_property
     def fused(self) -> dict[str, EncoderRows]:
@@ -274,8 +204,7 @@ class TextStep(StreamStep):
     @cached_property
     def fused(self) -> Tensor:
         """(m, d) of the masked positions after the unified encoder, which sees nothing else."""
-        sentences = self.sentences
-        return self.model.fuse(sentences.subset_states("masked"), sentences.subset.predicted())
+        return self.model.fuse(self.sentences.subset_states("masked"), self.sentences.subset.predicted())
 
 
 STEPS: dict[Stream, type[StreamStep]] = {
@@ -313,8 +242,8 @@ def image_text_matching(step: ImageTextStep) -> Parts:
 @term("image_text", reads=("masked",), trains=("vision", "fusion", "cross", "masked_head"))
 def masked_captions(step: ImageTextStep) -> Parts:
     """VLM: masked words of captions, in the light of their image (equation 2)."""
-    states = step.fused["masked"].states_at(step.captions.subset.positions)
-    return [MaskedPart(states, step.captions.subset.labels)]
+    captions = step.captions.subset
+    return [MaskedPart(step.fused["masked"].states_at(captions.positions), captions.labels)]
 
 
 @term("parallel", reads=("embeddings",), trains=SENTENCES, two_way=True)
@@ -326,11 +255,11 @@ def translation_contrast(step: TranslationStep) -> Parts:
 @term("parallel", reads=("masked",), trains=("fusion", "cross", "masked_head"), two_way=True)
 def masked_translations(step: TranslationStep) -> Parts:
     """TLM: masked words of either side, in the light of the other."""
-    parts = []
-    for name, side in (("source", step.source), ("target", step.target)):
-        states = step.fused[name].states_at(side.subset.positions)
-        parts.append(MaskedPart(states, side.subset.labels))
-    return parts
+    sides = {"source": step.source.subset, "target": step.target.subset}
+    return [
+        MaskedPart(step.fused[name].states_at(sentences.positions), sentences.labels)
+        for name, sentences in sides.items()
+    ]
 
 
 @term("text", reads=("masked",), trains=("fusion", "masked_head"))
