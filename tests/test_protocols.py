@@ -451,3 +451,5 @@ def test_scenes_of_older_versions_are_read_or_must_be_rewritten(scenes, tmp_path
         "scenes_xgqa", f"data={folder}", f"model={tmp_path / 'english'}", "setting=translate_test"
     )
     assert code == 2 and "few_shot/ru/test.json: no such file" in printed and "make them anew" in printed
+    code, printed = finetune("scenes_xflickrco", f"data={folder}", 'languages=["en","ja"]')
+    assert code == 2 and printed.strip().endswith("; it is there in en, de, es, id, ru, zh")

@@ -64,8 +64,8 @@ def _load_user_config(name: str, value: Any, run: Path | None) -> Any:
     if name in STRATEGIES:
         raise UserError(f"strategies.{name}={where}: this name is taken; give another: strategies.my={where}")
     file = where if isinstance(where, UserFile) else UserFile.named(where, run)
-    path = file.require(f"strategies.{name}")
-    user_class = load_user_class(path, StrategyConfig, class_name or None)  # type: ignore[type-abstract]
+    found = file.require(f"strategies.{name}")
+    user_class = load_user_class(found, StrategyConfig, class_name or None)  # type: ignore[type-abstract]
     config = validate(user_class, settings, where)
     for need in config.required() | config.needs_any:
         lookup(need, NEEDS, f"need in {where}")

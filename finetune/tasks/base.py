@@ -330,8 +330,7 @@ class Task(ABC):
         places = list(self.split(name, language).places(language, "*"))
         found = next((place for place in places if path.match(place[0])), places[0])
         if not path.exists():
-            others = [place for place, _ in places if place != found[0]]
-            advice = self._missing_file_advice(path, places, others)
+            advice = self._missing_file_advice(path, name, places, found[0])
             raise UserError(f"{path}: no such file ({name} in '{language}'){advice}")
         split = found[1]
         options = {k: _fill(v, language=language) for k, v in split.options.items()}
@@ -342,8 +341,10 @@ class Task(ABC):
             raise UserError(f"split '{name}': {split.read.__name__}: {e}; its options are {takes}") from None
         return _read(split.read, path, options)
 
-    def _missing_file_advice(self, path: Path, places: list[tuple[str, Split]], others: list[str]) -> str:
-        """Return advice about a missing file: where else it was looked for, and which files are similar."""
+    def _missing_file_advice(self, path: Path, name: str, places: list[tuple[str, Split]], place: str) -> str:
+        """Return advice about a missing file at `place` in the data folder: where else it was looked for, in
+        which languages it is there, and which files are similar."""
+        others = [other for other, _ in places if other != place]
         advice = f", nor {', nor '.join(others)}" if others else ""
         advice += "; check data=, languages=, shots="
         pattern = places[0][0].rpartition("/")[2]
@@ -356,7 +357,15 @@ class Task(ABC):
                 if similar
                 else f"{advice}; this language has no few-shot file"
             )
-        if any((parent / "scenes.jsonl").is_file() for parent in path.parents):
+        folder = Path(*path.parts[: -len(Path(place).parts)])
+        found = [
+            code
+            for code in self.languages
+            if any(any(folder.glob(other)) for other, _ in self.split(name, code).places(code, "*"))
+        ]
+        if found:
+            return f"{advice}; it is there in {', '.join(found)}"
+        if (folder / "scenes.jsonl").is_file():
             advice += (
                 "; emoji scenes that were made before may lack it: make them anew (python -m "
                 "raylib.sample.scenes OUT)"

@@ -28,6 +28,7 @@ from raylib.packed import Ragged, concatenate
 if TYPE_CHECKING:
     from finetune.config import FinetuneConfig
 
+Comparison = Callable[[Tensor, Tensor], Tensor]
 CONTRAST_AND_ITM = ObjectiveConfig(  # image-text contrast and matching, on whole sentences
     weights=TermWeights(ucl_translation=0, vlm=0, tlm=0, xmlm=0),
     ucl_text="clean",
@@ -219,15 +220,17 @@ def embed(model: RetrievalBackbone, part: dict, temperature: Tensor) -> Outputs:
     text, *pivot = (
         model.embed_text(concatenate(texts), normalize=False).float().split([len(t.lengths) for t in texts])
     )
+    scores, contrast = _comparisons(part, temperature)
     return Outputs(
         image_embeddings=image,
         text_embeddings=text,
         pivot_embeddings=pivot[0] if pivot else None,
-        **_comparisons(part, temperature),
+        scores=scores,
+        contrast=contrast,
     )
 
 
-def _comparisons(part: dict, temperature: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def _comparisons(part: dict, temperature: Tensor) -> tuple[Comparison, Comparison]:
     """`Outputs.scores` and `contrast`: rows of the global batch in one order on any number of workers."""
     pairs = align_pairs(part["index"], part["image_id"], part["text"].text_id)
 
@@ -246,4 +249,4 @@ def _comparisons(part: dict, temperature: Tensor) -> dict[str, Callable[[Tensor,
         mask = pairs.logit_mask(queries.dtype)
         return info_nce(queries, keys, pairs.positive, mask, temperature.to(queries))[0]
 
-    return {"scores": scores, "contrast": contrast}
+    return scores, contrast
