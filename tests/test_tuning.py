@@ -3,6 +3,7 @@ round trip."""
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -296,3 +297,17 @@ def test_peft_tuned_weights_agree_between_engines_and_after_resume(world, tmp_pa
                 torch.testing.assert_close(whole[name], value, rtol=1e-4, atol=1e-5, msg=name)
                 torch.testing.assert_close(plain[name], value, rtol=1e-4, atol=1e-5, msg=name)
                 assert parts[name].equal(whole[name]), name
+
+
+@pytest.mark.parametrize("strategy", ["lora", "soft_prompt"])
+def test_tuned_run_is_evaluated_by_its_checkpoint_alone(finetune, tmp_path, model, strategy):
+    from finetune.__main__ import main
+
+    shutil.copytree(model, tmp_path / "start")
+    settings = [f"model={tmp_path / 'start'}", f"strategies.{strategy}.projection=true", "epochs=1"]
+    code, printed = finetune("scenes_xvnli", "name=run", *settings, "train_limit=16", "test_limit=8")
+    assert code == 0, printed
+    shutil.rmtree(tmp_path / "start")
+    before = json.loads((tmp_path / "run/result.json").read_text())["accuracy"]
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run/result.json").read_text())["accuracy"] == before
