@@ -121,6 +121,7 @@ class PairContrast:
 
 def contrast_pairs(left: Tensor, right: Tensor, pairs: GlobalPairs, temperature: Tensor) -> PairContrast:
     """Contrast unit vectors `left` and `right` (b, e) with those of all workers."""
+    # both sides in one gather, which waits for the slowest worker
     both = pairs.gather(torch.cat([left, right], 1))
     all_left, all_right = both.split([left.shape[1], right.shape[1]], 1)
     mask = pairs.logit_mask(temperature.dtype)

@@ -400,6 +400,7 @@ class UnifiedObjective(Objective):
         counts = [part.count if isinstance(part, LossPart) else len(part.labels) for _, part in flat]
         # one reduction for the counts of all parts
         local = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=device) for n in counts])
+        # a two-way term is a sum over both directions; its mean is half of that
         halved = {name for name in parts if self.terms[name].two_way and self.config.directions == "mean"}
         shares: dict[str, Any] = dict.fromkeys(parts, 0.0)
         masked: list[tuple[str, MaskedPart, Tensor]] = []
