@@ -59,7 +59,7 @@ every_kind = pytest.mark.parametrize("backbone", [*BACKBONES, "user"], indirect=
 
 
 def outputs_of(model, batch):
-    """What a head or a contrast gets of a batch: (n, any) numbers."""
+    """The input of a head or a contrast, of a batch: (n, any) numbers."""
     if isinstance(model, FinetuneModel):
         return model(batch)
     images = model.embed_images(model.encode_images(batch["images"]), normalize=True)

@@ -1,4 +1,4 @@
-"""How command lines end: well, by a mistake of the user, by a full disk, by Ctrl-C."""
+"""Ends of command lines: well, by a mistake of the user, by a full disk, by Ctrl-C."""
 
 import errno
 

@@ -279,7 +279,7 @@ def test_distillation_matches_tokens_between_two_tokenizers(wordpiece):
 
 
 def test_distillation_truncated_text_loses_matches_but_keeps_positions():
-    """Where length cuts question and tags, what is gone is compared with nothing."""
+    """Tokens of question and tags that the length cuts off are compared with nothing."""
     for term in ("tags", "mixed"):
         whole, *cut = (
             made_lesson(ours(), length=n)[1]["examples"]["pairs"][term].student for n in (40, 8, 5)

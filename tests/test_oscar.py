@@ -408,7 +408,7 @@ def test_oscar_missing_unused_and_misshapen_tensors_are_listed(tmp_path):
 
 
 class Code:
-    """What runs when it is unpickled."""
+    """An object whose unpickling runs code."""
 
     def __reduce__(self):
         return os.mkdir, ("ran",)

@@ -1,4 +1,4 @@
-"""What a search is made of, without a cluster: who is stopped, what Optuna is text, what the report
+"""Parts of a search, without a cluster: who is stopped, what Optuna is told, what the report
 reckons."""
 
 import importlib
@@ -41,14 +41,14 @@ CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
 
 class Trial:
-    """What a scheduler sees of one."""
+    """A trial as a scheduler sees it."""
 
     def __init__(self, name: str):
         self.trial_id, self.status = name, "RUNNING"
 
 
 class Member(Trial):
-    """What a population sees of one."""
+    """A trial as a population sees it."""
 
     def __init__(self, name: str):
         super().__init__(name)

@@ -320,7 +320,7 @@ def test_linguistic_prior_term_equals_worked_distances(tmp_path):
 
 
 def test_strategies_are_named_in_their_own_files_alone():
-    """What runs, tasks and searches need of a strategy, it declares."""
+    """A strategy declares what runs, tasks and searches need of it."""
     root = Path(__file__).parent.parent
     files = [root / "tune_spaces" / "jobs.py", *(root / "finetune" / "tasks").glob("*.py")]
     files += [

@@ -174,6 +174,6 @@ def test_tokenizer_cached_texts_have_same_ids():
 
 
 def _only(texts):
-    """What is left to encode of the texts above."""
+    """Return the part of the texts above that is left to encode."""
     assert texts == ["红苹果"]
     return texts

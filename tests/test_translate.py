@@ -42,7 +42,7 @@ def translator(tmp_path_factory):
 
 
 def test_translate_writes_jsonl_and_plain_lines_that_tasks_read(translator, tmp_path):
-    """What a task reads as translations: the same records, the same number of captions; of a test, where
+    """Translations as a task reads them: the same records, the same number of captions; of a test, where
     translate-test looks."""
     shots = tmp_path / "xFlickrCO" / "annotations" / "de"
     shots.mkdir(parents=True)

@@ -85,8 +85,8 @@ def blocks_of(encoder, row):
 
 
 def slow_cross(model, text, image, weights):
-    """What is added to a word that has one thing to look at, which is so its whole attention: the first word
-    here."""
+    """Return what is added to a word that has one thing to look at, which is so its whole attention: the
+    first word here."""
     unified = model.backbone.fused_states(text, image).values
     attention = model.backbone.fusion.blocks[-1].cross_attention
     region = (torch.from_numpy(weights).float()[:, None] * image.values).sum(0, keepdim=True)
@@ -290,7 +290,7 @@ def test_tsne_of_few_points_is_spread_and_deterministic(monkeypatch):
 
 
 def section(run):
-    """What `analyse` says of words and regions, without the other figures."""
+    """Return what `analyse` says of words and regions, without the other figures."""
     return "\n".join(words_and_regions(load_finished_run(run, Options(limit=12))))
 
 
