@@ -218,7 +218,8 @@ def check_images(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConf
         visual = open_visual(config, 0)
         for used in used_sets(parts):
             if used.role != "train":
-                require_images(visual, used.reading, used.reading.path)
+                # loaded, as they are for their evaluation: a search then parses them once for all trials
+                require_images(visual, used.reading.load(), used.reading.path)
 
 
 def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> list[DataFile]:

@@ -184,22 +184,28 @@ def _p4(task: str, row: str, strategies: dict, **more):
     )
 
 
+# emoji scenes, on two CPU cores, from what `make run` and `make finetune` leave
+ON_SCENES: dict[str, Any] = {
+    "workers": 1,
+    "runtime": "local",
+    "length": 40,
+    "data": "runs/scenes",
+    "model": "runs/sample_model",
+}
+
+
 def _scenes(task: str, **more):
     """Emoji scenes in the format of `task`, on two CPU cores."""
     return _recipe(
         f"emoji scenes as {task}, on 2 CPU cores: {{method}}",
         name=f"scenes_{task}",
         task=task,
-        workers=1,
-        runtime="local",
+        **ON_SCENES,
         epochs=6,
         batch=64,
-        length=40,
         image_size=64,
         candidates=16,
         optim=OptimConfig(lr=5e-4, weight_decay=0.05, warmup=0.1),
-        data="runs/scenes",
-        model="runs/sample_model",
         **more,
     )
 
@@ -213,21 +219,17 @@ def _transfer(row: str, strategies: dict, **more):
         "emoji scenes, P4: {setting}, {method}",
         name=f"transfer_{row}",
         task="xflickrco",
-        workers=1,
-        runtime="local",
+        **ON_SCENES,
         freeze=("vision",),
         use_itm_head=False,
         epochs=20,
         batch=10,
-        length=40,
         shots=50,
         languages=("de", "id", "ru", "zh"),
         select="last",
         temperature=0.05,
         optim=P4.model_copy(update={"lr": 1e-3 if has_small_modules else 1e-5}),
         strategies=strategies,
-        data="runs/scenes",
-        model="runs/sample_model",
         **{"setting": "few_shot", **more},
     )
 
@@ -238,16 +240,12 @@ def _scenes_distillation(row: str, **more):
     return _recipe(
         "emoji scenes, P3: {task}, {setting}, {method}",
         name=f"transfer_{row}",
-        workers=1,
-        runtime="local",
+        **ON_SCENES,
         freeze=("vision",),
         epochs=2,
         batch=64,
-        length=40,
         image_size=64,
         optim=OptimConfig(lr=3e-4, weight_decay=0.05, warmup=0.1),
-        data="runs/scenes",
-        model="runs/sample_model",
         **{"task": "xgqa_translated", "languages": ("de", "ru"), **more},
     )
 
