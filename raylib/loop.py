@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
 
 from raylib import checkpoint
 from raylib.config import Config
@@ -52,6 +53,19 @@ class FitConfig(Config):
     def uses_bf16(self, device: torch.device) -> bool:
         """Return whether steps on `device` are in bf16."""
         return has_bf16(device) if self.bf16 is None else self.bf16
+
+    def due_after(self, done: int, last: int) -> tuple[bool, bool, bool]:
+        """Return whether to log, to evaluate, to save after `done` steps; the loop ends at `last`."""
+
+        def is_due(every: int) -> bool:
+            return done == self.steps or (every > 0 and done % every == 0)
+
+        is_last = done == last
+        return (
+            done % self.log_every == 0 or is_last,
+            is_due(self.eval_every),
+            is_due(self.save_every) or is_last,
+        )
 
 
 class Clock:
@@ -98,24 +112,15 @@ def fit(
     meta: dict[str, Any] = checkpoint.read_meta(start) if start else {"step": 0, "times": {}}
     clock.seconds |= meta["times"]
     on_gpu, bf16 = runtime.device.type == "cuda", config.uses_bf16(runtime.device)
-    guard = StepGuard(
-        runtime.device, config.max_skipped, meta.get("skipped_steps", 0), meta.get("skipped_in_a_row", 0)
-    )
+    skipped = meta.get("skipped_steps", 0), meta.get("skipped_in_a_row", 0)
+    guard = StepGuard(runtime.device, config.max_skipped, *skipped)
     zero = runtime.zero if config.zero is None else config.zero
-    engine = (DeepSpeedEngine if zero else TorchEngine)(
-        objective, optim, runtime.device, bf16, start, rates, guard
-    )
+    engine_class = DeepSpeedEngine if zero else TorchEngine
+    engine = engine_class(objective, optim, runtime.device, bf16, start, rates, guard)
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
     tracker = Tracker(runtime.run, config.track, first) if runtime.rank == 0 else None
     progress = ProgressLog(config.steps, first, tracker)
-    saver = _Saver(
-        runtime,
-        engine,
-        {**describe, "workers": runtime.world_size, "engine": engine.name},
-        clock,
-        config.steps,
-        meta.get("samples_replaced", 0),
-    )
+    saver = _Saver(runtime, engine, describe, clock, config.steps, meta.get("samples_replaced", 0))
     losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
     replay = _Replay(objective, batches, config, runtime)
     monitor = StepMonitor(guard, engine, replay, start)
@@ -124,19 +129,12 @@ def fit(
     stream = load_batches(batches, first, last, config.loader_workers, pin=on_gpu)
     for step in range(first, last):
         batch = to_device(next(stream), runtime.device)
-        saver.num_replaced += batch.get("bad", 0)
+        saver.count(batch)
         clock.lap("data" if step > first else "start")  # the first batch waits for the loaders' own start
-        if step == first:
-            saver.first_batch_time = time.time()
         replay.start(step, batch)
         lr, done = learning_rate(step, config.steps, optim), step + 1
-        try:
-            terms = engine.step(batch, step, lr)
-        except RuntimeError as e:
-            raise out_of_memory_error(e, step, batch, runtime.device, runtime.world_size) from e
-        logs = done % config.log_every == 0 or done == last
-        evaluates = _is_due(done, config.eval_every, config.steps)
-        saves = _is_due(done, config.save_every, config.steps) or done == last
+        terms = _step(engine, batch, step, lr, runtime)
+        logs, evaluates, saves = config.due_after(done, last)
         # a GPU works ahead of the host, which would wait here; on the CPU nothing waits, and DeepSpeed has
         # waited in its step
         if logs or evaluates or saves or zero or not on_gpu:
@@ -160,17 +158,9 @@ def fit(
     return {
         "steps": last,
         "finished": last == config.steps,
-        "workers": runtime.world_size,
-        "engine": engine.name,
         "bf16": bf16,
-        "seconds": sum(clock.seconds.values()),
-        "times": clock.seconds,
-        "losses": losses,
-        "evaluation": evaluation,
-        "skipped_steps": monitor.counts.skipped,
-        "samples_replaced": saver.total_replaced,
-        "peak_memory_gb": peak_memory(runtime.device),
         "samples_per_second": progress.mean_rate(last, clock.seconds),
+        **saver.summary(losses, evaluation, monitor),
     }
 
 
@@ -202,11 +192,36 @@ class _Saver:
     def __init__(
         self, runtime: Runtime, engine: Engine, describe: dict, clock: Clock, steps: int, total_replaced: int
     ):
-        self.runtime, self.engine, self.describe, self.clock = runtime, engine, describe, clock
-        # when the first batch was there, by the clock on the wall
-        self.steps, self.first_batch_time = steps, 0.0
+        self.runtime, self.engine, self.clock, self.steps = runtime, engine, clock, steps
+        self.engine_facts = {"workers": runtime.world_size, "engine": engine.name}
+        self.describe = {**describe, **self.engine_facts}
+        self.first_batch_time = 0.0  # when the first batch was there, by the clock on the wall
         # samples that others took the place of: on all workers, up to the last save; on this one since then
         self.total_replaced, self.num_replaced = total_replaced, 0
+
+    def count(self, batch: dict) -> None:
+        """Count the samples of `batch` that others took the place of."""
+        self.first_batch_time = self.first_batch_time or time.time()
+        self.num_replaced += batch.get("bad", 0)
+
+    def state(self, losses: dict, evaluation: dict, monitor: StepMonitor) -> dict[str, Any]:
+        """Return what the training came to so far."""
+        return {
+            "losses": losses,
+            "evaluation": evaluation,
+            "skipped_steps": monitor.counts.skipped,
+            "samples_replaced": self.total_replaced,
+        }
+
+    def summary(self, losses: dict, evaluation: dict, monitor: StepMonitor) -> dict[str, Any]:
+        """Return what the training came to, and what it cost."""
+        return {
+            **self.engine_facts,
+            **self.state(losses, evaluation, monitor),
+            "seconds": sum(self.clock.seconds.values()),
+            "times": self.clock.seconds,
+            "peak_memory_gb": peak_memory(self.runtime.device),
+        }
 
     def save(self, step: int, losses: dict, evaluation: dict, monitor: StepMonitor) -> Path:
         """Save what `step` steps came to; returns where it will be."""
@@ -214,13 +229,10 @@ class _Saver:
         self.num_replaced = 0
         meta = {
             **self.describe,
+            **self.state(losses, evaluation, monitor),
             "step": step,
             "score": evaluation.get("score"),
-            "losses": losses,
-            "evaluation": evaluation,
-            "skipped_steps": monitor.counts.skipped,
             "skipped_in_a_row": monitor.counts.in_a_row,
-            "samples_replaced": self.total_replaced,
         }
 
         def write(folder: Path) -> None:
@@ -235,8 +247,11 @@ class _Saver:
         return self.runtime.run / checkpoint.FOLDER / checkpoint.step_name(step)
 
 
-def _is_due(done: int, every: int, steps: int) -> bool:
-    return done == steps or (every > 0 and done % every == 0)
+def _step(engine: Engine, batch: dict, step: int, lr: float, runtime: Runtime) -> dict[str, Tensor]:
+    try:
+        return engine.step(batch, step, lr)
+    except RuntimeError as e:
+        raise out_of_memory_error(e, step, batch, runtime.device, runtime.world_size) from e
 
 
 def _evaluate(
