@@ -3,12 +3,11 @@
 python -m cluster run [--cpus 2] [--gpus 0] [--dashboard-port 8265] -- COMMAND ...
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from cluster.local import run_job
-from raylib.command import entry_point
+from raylib.command import command_parser, entry_point
 from raylib.errors import UserError
 
 
@@ -19,9 +18,7 @@ def main(arguments: Sequence[str]) -> int:
     if "--" in options:
         split = options.index("--")
         options, job = options[:split], options[split + 1 :]
-    parser = argparse.ArgumentParser(
-        prog="python -m cluster", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("cluster", __doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     action = actions.add_parser("run", help="start a local Ray cluster, submit COMMAND to it, stop it")
     action.add_argument("--cpus", type=int, default=2, help="CPUs of the cluster (%(default)s)")

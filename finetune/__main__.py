@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raylib.command import RESUME_HINT, check_writable, entry_point, run_recipe
+from raylib.command import RESUME_HINT, check_writable, command_parser, entry_point, run_recipe
 from raylib.config import override
 
 
@@ -45,9 +45,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from finetune.report import table
     from finetune.train import evaluate_run
 
-    parser = argparse.ArgumentParser(
-        prog="python -m finetune evaluate", description="Evaluate a run's model again."
-    )
+    parser = command_parser("finetune evaluate", "Evaluate a run's model again.")
     parser.add_argument("run", type=Path, help="a run that has been trained")
     print(table(evaluate_run(parser.parse_args(arguments).run)))
     return 0
@@ -56,11 +54,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
 def _compare(arguments: Sequence[str]) -> int:
     from finetune import compare
 
-    parser = argparse.ArgumentParser(
-        prog="python -m finetune compare",
-        description=compare.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("finetune compare", compare.__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="finished runs")
     parser.add_argument("--baseline", type=Path, metavar="RUN", help="the row to subtract (the first one)")
     parser.add_argument(
@@ -83,9 +77,7 @@ def _analyse(arguments: Sequence[str]) -> int:
     from finetune.analysis.parallel import parse_words
     from finetune.analysis.run import Options, analyse
 
-    parser = argparse.ArgumentParser(
-        prog="python -m finetune analyse", description="Every figure of a run, into RUN/analysis."
-    )
+    parser = command_parser("finetune analyse", "Every figure of a run, into RUN/analysis.")
     parser.add_argument("run", type=Path, help="a finished run")
     parser.add_argument(
         "--limit", type=_positive, default=200, help="parallel test items that are compared (200)"
@@ -109,11 +101,7 @@ def _analyse(arguments: Sequence[str]) -> int:
 def _translate(arguments: Sequence[str]) -> int:
     from finetune.strategies import translation
 
-    parser = argparse.ArgumentParser(
-        prog="python -m finetune translate",
-        description=translation.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("finetune translate", translation.__doc__)
     parser.add_argument("task", help="whose captions are translated")
     parser.add_argument("model", type=Path, help="folder of a translation model, as transformers saves it")
     parser.add_argument(

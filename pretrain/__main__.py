@@ -7,12 +7,11 @@ python -m pretrain export RUN DIR
 python -m pretrain overlap CORPUS DATA [--names FILE ...] [--distance 6] [--json FILE]
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raylib.command import RESUME_HINT, check_writable, entry_point, run_recipe
+from raylib.command import RESUME_HINT, check_writable, command_parser, entry_point, run_recipe
 from raylib.fileio import read_json
 
 
@@ -37,9 +36,7 @@ def _train(arguments: Sequence[str]) -> int:
 def _evaluate(arguments: Sequence[str]) -> int:
     from pretrain.evaluate import evaluate_folder, recall_table, write_result
 
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain evaluate", description="Zero-shot retrieval, per language."
-    )
+    parser = command_parser("pretrain evaluate", "Zero-shot retrieval, per language.")
     parser.add_argument("model", help="an exported model, a run or a checkpoint")
     parser.add_argument("data", help="shards, or a folder with images and captions.json")
     parser.add_argument("--json", type=Path, help="also write the figures into this file")
@@ -55,9 +52,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
 def _export(arguments: Sequence[str]) -> int:
     from pretrain.train import export_model
 
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain export", description="Write one safetensors model folder."
-    )
+    parser = command_parser("pretrain export", "Write one safetensors model folder.")
     parser.add_argument("run", help="a run or one of its checkpoints")
     parser.add_argument("dir", help="a new folder")
     args = parser.parse_args(arguments)

@@ -7,7 +7,6 @@
 Everything streams. Each file's good and bad samples are counted, one log line a file.
 """
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -24,7 +23,7 @@ import numpy as np
 
 import raylib.text
 from pretrain.corpus_formats import LIMIT, Tally, read_image_text, read_pairs, read_text
-from raylib.command import entry_point
+from raylib.command import command_parser, entry_point
 from raylib.data import shards, tars
 from raylib.data.shards import ShardWriter
 from raylib.errors import UserError
@@ -225,9 +224,7 @@ def _unseen_images(drawings: dict[str, bytes]) -> Iterator[ImageText]:
 
 @entry_point()
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain.corpora", description=__doc__.partition("\n")[0]
-    )
+    parser = command_parser("pretrain.corpora", __doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument(
         "--tokenizer", required=True, help="SentencePiece model or tokenizer.json, or its folder"

@@ -9,7 +9,6 @@ that annotation files name (IGLUE's .jsonl and .json files, or one name a line),
 images too; names without an image are counted.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -26,7 +25,7 @@ import cv2
 import numpy as np
 import torch
 
-from raylib.command import check_writable
+from raylib.command import check_writable, command_parser
 from raylib.data.images import BadImage, decode_image, is_image
 from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
@@ -238,11 +237,7 @@ def overlap_table(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """`python -m pretrain overlap`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain overlap",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("pretrain overlap", __doc__)
     parser.add_argument("corpus", type=Path, help="image-text shards, or a corpus with a folder image_text")
     parser.add_argument(
         "data", type=Path, help="a folder or a tar of test images, a retrieval set, or shards"

@@ -12,6 +12,7 @@ from pretrain.corpora import build_sample_corpus
 from pretrain.evaluate import ZeroShotRetrieval, recall_table, summarize_recall, write_result
 from raylib import checkpoint
 from raylib.config import Config
+from raylib.console import spell_commands
 from raylib.engine import OptimConfig
 from raylib.errors import UserError
 from raylib.launch import LaunchConfig, config_hash, is_main_process, launch, no_log, open_run, run_folder
@@ -110,7 +111,8 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
         return result
     log(recall_table(result))
     log(describe_times(result))
-    log(f"{folder}/result.json, curve.png; export: python -m pretrain export {folder} DIR", flush=True)
+    export = spell_commands(f"python -m pretrain export {folder} DIR")
+    log(f"{folder}/result.json, curve.png; export: {export}", flush=True)
     return result
 
 

@@ -4,11 +4,13 @@ import argparse
 import functools
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raylib.config import ConfigT, dump_config, load_config, lookup, override
+from raylib.console import spell_commands
 from raylib.errors import UserError, disk_full_error
 
 RESUME_HINT = "the same command resumes from the newest checkpoint"
@@ -31,7 +33,8 @@ def entry_point(restart_hint: str = "") -> Callable[[Main], Callable[..., int]]:
                 return 130
             except (UserError, OSError) as e:
                 # any other error of the system is a bug or a broken machine: it keeps its traceback
-                print(f"error: {disk_full_error(e) if isinstance(e, OSError) else e}", file=sys.stderr)
+                line = f"error: {disk_full_error(e) if isinstance(e, OSError) else e}"
+                print(spell_commands(line), file=sys.stderr)
                 return 2
 
         return run
@@ -51,6 +54,24 @@ def check_writable(path: Path | None) -> None:
         raise UserError(f"{path}: not written (No such file or directory); make its folder first")
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Prose of a description in lines as wide as the terminal; what is indented, commands and tables, as it
+    is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n\n".join(
+            block if block.startswith(" ") or "\n " in block else textwrap.fill(block, width)
+            for block in textwrap.dedent(text).strip("\n").split("\n\n")
+        )
+
+
+def command_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
+    """Return the parser of `python -m COMMAND`, which its help calls as the user did; `doc`: its help begins
+    with this."""
+    program, description = spell_commands(f"python -m {command}"), spell_commands(doc or "")
+    return argparse.ArgumentParser(prog=program, description=description, formatter_class=HelpFormatter)
+
+
 def run_recipe(
     arguments: Sequence[str],
     package: str,
@@ -63,11 +84,7 @@ def run_recipe(
     """`python -m PACKAGE RECIPE [path=value ...]`, or `--config FILE`: run the config that they make. `doc`:
     of its --help; `example`: of settings."""
     lines = "\n".join(f"  {name:20s} {recipe.__doc__}" for name, recipe in recipes.items())
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {package}",
-        description=f"{doc}\nrecipes:\n{lines}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(package, f"{doc}\nrecipes:\n{lines}")
     parser.add_argument("recipe", nargs="?", help="a recipe's name")
     parser.add_argument("settings", nargs="*", metavar="path=value", help=f"such as {example}")
     parser.add_argument(

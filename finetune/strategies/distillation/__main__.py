@@ -1,14 +1,13 @@
 """`python -m finetune.strategies.distillation ENCODER DATA --languages ru de`: word alignments of training
 texts with English ones."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.strategies.distillation.word_alignments import SEPARATOR, WordAligner, split_words
 from finetune.tasks.datasets import TASKS
-from raylib.command import entry_point
+from raylib.command import command_parser, entry_point
 from raylib.config import lookup
 from raylib.errors import UserError
 from raylib.fileio import write_atomically
@@ -50,7 +49,7 @@ def write_alignments(aligner: WordAligner, task: str, data: Path, language: str,
 @entry_point()
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
-    parser = argparse.ArgumentParser(prog="python -m finetune.strategies.distillation", description=__doc__)
+    parser = command_parser("finetune.strategies.distillation", __doc__)
     parser.add_argument(
         "encoder", type=Path, help="folder of a multilingual encoder of transformers, such as mBERT"
     )

@@ -3,12 +3,11 @@
 python -m raylib.sample.scenes OUT [train=3000 dev=300 test=1000 shots=100 size=64 seed=0]
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raylib.command import entry_point
+from raylib.command import command_parser, entry_point
 from raylib.config import override
 from raylib.sample.scenes.writer import ScenesConfig, write_scenes
 
@@ -16,11 +15,7 @@ from raylib.sample.scenes.writer import ScenesConfig, write_scenes
 @entry_point()
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m raylib.sample.scenes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("raylib.sample.scenes", __doc__)
     parser.add_argument("out", type=Path, help="a new or empty folder")
     parser.add_argument("settings", nargs="*", metavar="name=value", help="such as train=300 test=100")
     options = parser.parse_args(arguments)

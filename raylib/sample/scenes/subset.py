@@ -13,7 +13,6 @@ offsets are those of the new files. Senses are numbered among those that are lef
 "hog.n.03" in `labels.json` is "hog.n.01" here.
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from raylib.command import entry_point
+from raylib.command import command_parser, entry_point
 from raylib.sample.scenes.world import DATA, read_labels
 
 ANSWERS = ("yes", "no")  # beside the labels
@@ -148,11 +147,7 @@ def _entry(fields: list[str], synsets: dict, subset: set[str], new_offsets: dict
 @entry_point()
 def main(arguments: Sequence[str]) -> int:
     """Write both into `data/`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m raylib.sample.scenes.subset",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("raylib.sample.scenes.subset", __doc__)
     parser.add_argument("wordnet", type=Path, metavar="WORDNET")
     parser.add_argument("glove", type=Path, metavar="GLOVE")
     options = parser.parse_args(arguments)
