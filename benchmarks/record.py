@@ -1,4 +1,4 @@
-"""Enter finished runs into `results/`, and write the generated parts of the READMEs from there.
+"""Enter finished runs into `results/`, and write the generated parts of README and docs from there.
 
 python -m benchmarks.record RUN              append RUN/result.json to results/runs.jsonl, copy its curve
 python -m benchmarks.record --trial RUN ...  append settings and R@1 of each to results/trials.jsonl: the
@@ -8,7 +8,7 @@ python -m benchmarks.record --scenes FOLDER  append what is reached there withou
                                              results/scenes.jsonl
 python -m benchmarks.record --search RUN     append what RUN/report.md says of the best to
                                              results/searches.jsonl
-python -m benchmarks.record                  only write the READMEs again from what is recorded
+python -m benchmarks.record                  only write the pages again from what is recorded
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 from benchmarks import ablations, balance, search, step, unfreezing
 from benchmarks.results import RESULTS, ROOT, newest
 from finetune.report import scores_of
+from finetune.tasks.datasets import TASKS
 from pretrain.evaluate import recall_table, summarize_recall
 from pretrain.train import describe_times
 from raylib.fileio import append_jsonl, read_jsonl
@@ -31,6 +32,7 @@ from raylib.tables import markdown_table, mean_and_std, percent
 SETTINGS = {"zero_shot": "", "few_shot": "few-shot", "translate_test": "translate-test", "untrained": ""}
 # GQA's types of questions, by what their answers are
 QUESTION_TYPES = {("verify", "logical"): "yes or no", ("choose", "compare", "query"): "things"}
+TWIN = "twin, masked positions"  # that which leaves as much out as ours does
 TRANSFER_PREFIX = "transfer_"  # what runs of papers 3 and 4 are called by
 BASELINE_LABELS = {
     "majority": "(the most frequent answer)",
@@ -60,31 +62,48 @@ def main(arguments: list[str] | None = None) -> None:
             append_jsonl(RESULTS / "trials.jsonl", describe_trial(run, result))
         else:
             append_jsonl(RESULTS / "runs.jsonl", result)
-            shutil.copy2(run / "curve.png", RESULTS / "sample_curve.png")
-    write_readmes(ROOT)
+            shutil.copy2(run / "curve.png", ROOT / "docs" / "images" / "sample_curve.png")
+    write_pages(ROOT)
 
 
-def write_readmes(root: Path) -> None:
-    """Write the generated parts of README.md and benchmarks/README.md below `root` from the records."""
+def write_pages(root: Path) -> None:
+    """Write the generated parts of README.md and docs/ below `root` from the records."""
     last = read_jsonl(RESULTS / "runs.jsonl")[-1]
     baselines = (read_jsonl(RESULTS / "scenes.jsonl") or [{}])[-1]
     runs = newest(read_jsonl(RESULTS / "finetune.jsonl"), "run")
     searches = [line["found"] for line in read_jsonl(RESULTS / "searches.jsonl")[-1:]]
+    write_parts(root / "README.md", table=folded_table(recall_table(last)), speed_line=speed_line())
+    write_parts(root / "docs" / "data.md", layout=task_files())
     write_parts(
-        root / "README.md",
+        root / "docs" / "results.md",
         table=recall_table(last),
         reading=describe_run(last),
-        speed=speed_tables(),
         finetune=finetune_tables(runs, baselines),
         transfer=transfer_tables(runs),
         search="\n\n".join([*searches, search.table(read_jsonl(search.FILE))]),
-    )
-    write_parts(
-        root / "benchmarks" / "README.md",
         trials=trial_table(),
         ablations=ablations.table(),
+    )
+    write_parts(
+        root / "docs" / "performance.md",
+        speed=speed_tables(),
         unfreezing=unfreezing.table(read_jsonl(unfreezing.FILE)[-1]["seconds"]),
     )
+
+
+def folded_table(table: str) -> str:
+    """A table of recalls with five rows in sight, the rest folded: English, the best and the worst of the
+    others, the means of the others and of the held-out concepts. Of its columns, R@1 alone."""
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    columns = [lines[0].index(name) for name in ("language", "R@1", "x chance", "i2t R@1", "t2i R@1")]
+    head, _, english, *rows = [[line[column] for column in columns] for line in lines]
+    others = sorted((row for row in rows if " " not in row[0]), key=lambda row: -float(row[1]))
+    means = [row for row in rows if row[0].startswith(("mean", "held-out concepts, others"))]
+    visible = [english, others[0], others[-1], *means]
+    rest = [row for row in rows if row not in visible]
+    summary = "<details><summary>the other languages</summary>"
+    tables = markdown_table([head, *visible]), summary, markdown_table([head, *rest]), "</details>"
+    return "\n\n".join(tables)
 
 
 def write_parts(path: Path, **parts: str) -> None:
@@ -187,11 +206,41 @@ def speed_tables() -> str:
     rows = ["| reading, samples/s a core | peer | ours | ratio |", "|---|---:|---:|---:|"]
     for name, figures in rates.items():
         (peer, slow), *ours = figures.items()
+        label = name.replace("pictures", "images")  # the records keep their keys
         rows += [
-            f"| {name}, {variant} | {peer}: {slow:,.0f} | {fast:,.0f} | {fast / slow:.1f}x |"
+            f"| {label}, {variant} | {peer}: {slow:,.0f} | {fast:,.0f} | {fast / slow:.1f}x |"
             for variant, fast in ours
         ]
     return "\n\n".join([*lines, "\n".join(rows)])
+
+
+def speed_line() -> str:
+    """The pretraining step beside its padded twin, and reading beside its peers: the newest ratios, in two
+    sentences."""
+    steps = []
+    for line in sorted(newest(read_jsonl(RESULTS / "step.jsonl"), "size"), key=lambda line: line["size"]):
+        ours, twin = (statistics.median(line["seconds"][name]) for name in ("ours", TWIN))
+        memory = line["peak_gb"][TWIN] / line["peak_gb"]["ours"]
+        steps.append(f"{twin / ours:.1f}x as fast at `{line['size']}`, in {1 / memory:.0%} of the memory")
+    rates = read_jsonl(RESULTS / "data.jsonl")[-1]["samples_per_second"]
+    ratios = [max(figures.values()) / next(iter(figures.values())) for figures in rates.values()]
+    return (
+        "A pretraining step beside its padded twin, which computes the same losses and gradients (one CPU "
+        f"thread, float32): {'; '.join(steps)}. From shard to model input: {min(ratios):.1f} to "
+        f"{max(ratios):.1f} times the samples a second of webdataset with open_clip's transform, or with "
+        "SentencePiece."
+    )
+
+
+def task_files() -> str:
+    """Markdown table of the files that each task reads."""
+    rows = [["task", "languages", "split", "file"]]
+    for name, task in TASKS.items():
+        for number, (split, where) in enumerate(task.splits.items()):
+            paths = " or ".join(f"`{one.path}`" for one in (where, *where.others))
+            first = [f"`{name}`", " ".join(task.languages)] if number == 0 else ["", ""]
+            rows.append([*first, split, paths])
+    return markdown_table(rows, words=4)
 
 
 def finetune_tables(records: list[dict], baselines: dict[str, dict[str, float]]) -> str:

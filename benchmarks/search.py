@@ -6,7 +6,7 @@ Paper 4 tries five weights of the alignment times three learning rates on XTD, 1
 times as large here, where vectors are short and the model is small. The same is asked of emoji scenes (recipe
 `transfer_routine3_lora`, German, 50 captions, 20 epochs), scored on the German development set. All see the
 same ranges and seeds, two trials at a time. Compute is counted in epochs, which cost the same in every trial
-here, whatever else the machine does. MODEL: a run or an export, DATA: emoji scenes; for the README,
+here, whatever else the machine does. MODEL: a run or an export, DATA: emoji scenes; for docs/results.md,
 runs/sample_model and runs/scenes of `make search`.
 """
 

@@ -37,8 +37,8 @@ def tiny() -> PretrainConfig:
         ),
         # contrastive terms teach retrieval; the others are there, at a cost and a weight that leave it the
         # ten minutes. The temperature stays high: left alone it falls to 0.016, where a caption's
-        # translation, close as it may come, is told from the caption by more than another image is (README
-        # of `benchmarks`)
+        # translation, close as it may come, is told from the caption by more than another image is
+        # (docs/results.md)
         objective=ObjectiveConfig(
             fuse_every=32,
             temperature=(0.1, 0.5),

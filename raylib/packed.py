@@ -280,7 +280,7 @@ class Attention(nn.Module):
         queries = self.query(x)
         if x.device.type == "cpu" and queries.dtype == torch.bfloat16:
             # PyTorch's CPU kernel takes ten times as long backward in bf16 as in float32
-            # (`benchmarks/README.md`)
+            # (`docs/performance.md`)
             queries, key_value = queries.float(), key_value.float()
         # within a bucket each row gets as many queries as its longest: empty cells hold some token's query,
         # whose output is never picked up again

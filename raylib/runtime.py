@@ -139,7 +139,7 @@ def local_device() -> torch.device:
 def has_bf16(device: torch.device) -> bool:
     """Return whether the hardware multiplies bf16 faster than float32. Of CPUs: with AMX, and AMD's with
     AVX-512 BF16; Intel's without AMX run these instructions at half the rate of float32
-    (`benchmarks/README.md`)."""
+    (`docs/performance.md`)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     by_amd = cpu_info("vendor_id") == "AuthenticAMD"

@@ -1,4 +1,4 @@
-"""The generated parts of the READMEs are what the recorded results say; each script explains itself."""
+"""The generated parts of README and docs are what the recorded results say; each script explains itself."""
 
 import ast
 import runpy
@@ -16,11 +16,11 @@ LIBRARIES = {"__init__", "results", "twin"}  # what scripts share; not run
 
 
 def test_benchmark_tables_match_recorded_results(tmp_path):
-    files = ("README.md", "benchmarks/README.md")
-    (tmp_path / "benchmarks").mkdir()
+    files = ("README.md", "docs/results.md", "docs/performance.md", "docs/data.md")
+    (tmp_path / "docs").mkdir()
     for name in files:
         shutil.copy2(results.ROOT / name, tmp_path / name)
-    record.write_readmes(tmp_path)
+    record.write_pages(tmp_path)
     for name in files:
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert text == (results.ROOT / name).read_text(encoding="utf-8"), (

@@ -27,7 +27,7 @@ def init_weights(module: nn.Module) -> None:
     """Normal weights of variance 1 / inputs, zero biases; embeddings of half that deviation, since they are
     also the decoder of the masked-language head. Use with `Module.apply`. At width 768 this is near BERT's
     0.02; at `tiny`'s width 0.02 would all but close the residual branches, and learning takes three times as
-    long (README)."""
+    long (docs/results.md)."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
         if module.bias is not None:
