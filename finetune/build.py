@@ -20,9 +20,8 @@ from finetune.stores.images import (
 from finetune.strategies import Context, Strategies
 from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Reading, Task
 from finetune.tasks.datasets import TASKS
-from raylib.cache import get_cache
+from raylib.cache import fingerprint_module, get_cache
 from raylib.config import UserFile, load_user_class, load_user_file, lookup, user_files
-from raylib.data.states import fingerprint_module
 from raylib.errors import UserError
 from raylib.launch import no_log
 from raylib.models.base import RegionBackbone

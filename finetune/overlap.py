@@ -27,7 +27,7 @@ from typing import Any
 from finetune.build import UsedSet, find_task, used_sets
 from finetune.config import FinetuneConfig
 from finetune.formats import Captioned, Example
-from finetune.stores.records import MARVL, folders_of, stem
+from finetune.stores import MARVL, folders_of, stem
 from finetune.tasks.base import Overlap, Task
 from raylib.cache import file_fingerprint
 from raylib.errors import UserError

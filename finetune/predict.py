@@ -1,6 +1,6 @@
 """Predictions of a classification task and their scores, streamed: memory does not grow with their number.
 
-1. All images are encoded once, by all workers, into a file of states (`raylib.data.states`).
+1. All images are encoded once, by all workers, into a file of states (`raylib.cache`).
 2. Examples are read as a stream and cut into batches; worker r predicts every world-th batch, so that each
    batch is the same whatever the number of workers, and appends what it predicts to a file of its own.
 3. The workers' files become one, in the order of the examples: lines {"id", "prediction", "labels",
@@ -22,8 +22,8 @@ from finetune.batches import read_inputs
 from finetune.formats import Example
 from finetune.model import FinetuneModel
 from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource, precompute_features
+from raylib.cache import remove_encoder_states
 from raylib.data.loading import prefetch, to_device
-from raylib.data.states import remove_encoder_states
 from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import require
 from raylib.finite import is_finite

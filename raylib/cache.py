@@ -1,14 +1,30 @@
-"""Objects that many trials of a search read and none changes: parsed files, tokens, matrices.
+"""Results that are made once and read often.
 
-`cached(name, key, fn)` is `fn()`. In a search, the first trial that asks calls `fn`, and the others get the
-same object from an `ObjectCache` (Ray's object store).
+1. Objects that many trials of a search read and none changes: parsed files, tokens, matrices.
+   `cached(name, key, fn)` is `fn()`. In a search, the first trial that asks calls `fn`, and the others get
+   the same object from an `ObjectCache` (Ray's object store).
+2. Encoder states of many items on disk: made by all workers together, and read by name. Memory stays bounded
+   whatever the number of items: pages of the files come and go with the system's cache.
 """
 
+import contextlib
 import hashlib
+import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from raylib.distributed import barrier, broadcast_from_rank0, raise_on_all_workers, rank, world_size
+from raylib.errors import NotFinite, UserError
+from raylib.fileio import file_lock, read_json
+from raylib.finite import is_finite
+from raylib.packed import Ragged
 
 T = TypeVar("T")
 
@@ -54,3 +70,142 @@ def file_fingerprint(path: str | Path) -> tuple:
         below = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
         files = sorted(p for p in below if p.is_file() and p.name != "lock.mdb")
     return str(path), *((str(f.relative_to(path)), (s := f.stat()).st_size, s.st_mtime_ns) for f in files)
+
+
+class EncoderStates:
+    """The folder that `write_encoder_states` made. May be sent to loader processes: files are mapped where
+    they are first read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.rows: dict[str, tuple[int, int, int]] = {}  # name -> (worker that wrote it, first token, tokens)
+        self.shapes: list[tuple[int, int, str]] = []  # (tokens, width, dtype) of each worker's file
+        for worker in range(len(list(folder.glob("index-*.json")))):
+            index = read_json(folder / f"index-{worker}.json")
+            self.shapes.append((index["tokens"], index["width"], index["dtype"]))
+            self.rows |= {name: (worker, *row) for name, row in index["rows"].items()}
+        self._maps: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_maps": {}}
+
+    def read(self, names: Sequence[str]) -> Ragged:
+        """States of the items `names`, row after row: (T, d), as they were stored.
+
+        Raises:
+            UserError: those of an item are not finite; names file and item.
+        """
+        # checked as a whole first, which costs one pass; item by item only to name the one at fault
+        parts = [self._read(*self.rows[name]) for name in names]
+        values = torch.from_numpy(np.concatenate(parts))
+        if not is_finite(values):
+            bad = next(name for name, part in zip(names, parts, strict=True) if not is_finite(part))
+            raise UserError(
+                f"{self.folder}/states-{self.rows[bad][0]}.bin: states of {bad} are not finite (NaN or "
+                f"infinite); delete {self.folder}, they are made again"
+            )
+        return Ragged(values, torch.tensor([len(part) for part in parts]))
+
+    def _read(self, worker: int, first: int, tokens: int) -> np.ndarray:
+        if worker not in self._maps:
+            *shape, dtype = self.shapes[worker]
+            self._maps[worker] = np.memmap(
+                self.folder / f"states-{worker}.bin", dtype, "r", shape=tuple(shape)
+            )
+        return self._maps[worker][first : first + tokens]
+
+
+def write_encoder_states(
+    folder: Path,
+    names: Sequence[str],
+    encode: Callable[[Sequence[str]], Ragged],
+    batch: int,
+    dtype: torch.dtype = torch.float32,
+) -> EncoderStates:
+    """`encode` all items `names` (unique), `batch` at a time, into `folder`; every worker does its share, and
+    all wait for all. The folder appears whole: one that is there already is taken as it is.
+
+    Args:
+        encode: items -> their states (T, d) on any device.
+        dtype: what is stored: float32 or float16.
+
+    Raises:
+        NotFinite: states of an item are not finite, or too large for `dtype`.
+    """
+    write_sharded(
+        folder, lambda out, rank, world: _write_share(out, rank, names[rank::world], encode, batch, dtype)
+    )
+    return EncoderStates(folder)
+
+
+def write_sharded(folder: Path, write: Callable[[Path, int, int], None]) -> None:
+    """Every worker does its share, `write(out, rank, world)`, and all wait for all. The folder appears whole:
+    one that is there already is taken as it is; while another run is at it, it is waited for.
+
+    Raises:
+        NotFinite: on all workers, what `write` raised on one of them; the folder is not there then.
+    """
+    worker = rank()
+    partial = folder.with_name(f".{folder.name}.partial")
+    lock = folder.with_name(f".{folder.name}.lock")
+    # one run at a time makes the folder; its other workers need no lock, for they wait for worker 0 below
+    with file_lock(lock) if worker == 0 else contextlib.nullcontext():
+        if broadcast_from_rank0(folder.is_dir()):
+            if worker == 0:
+                lock.unlink(missing_ok=True)  # which waiting for it may have made anew
+            return
+        if worker == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        barrier()
+        # a worker that fails must reach the exchange all the same, or the others would wait for ever
+        error = None
+        try:
+            write(partial, worker, world_size())
+        except NotFinite as e:
+            error = str(e)
+        raise_on_all_workers(error)  # waits for all
+        if worker == 0:
+            partial.rename(folder)
+            lock.unlink()  # whoever waits for it finds the folder, and whoever comes later needs no lock
+        barrier()
+
+
+def remove_encoder_states(folder: Path) -> None:
+    """Remove states that were of use once, when no worker needs them any more."""
+    barrier()
+    if rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def fingerprint_module(module: nn.Module, *facts) -> str:
+    """A name for what `module` makes of inputs that `facts` tell: a hash of its weights and of these."""
+    digest = hashlib.sha256(repr(facts).encode())
+    # by name, whatever the order in which parameters were made; in float32, whatever they train in
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _write_share(folder: Path, worker: int, names, encode, batch: int, dtype: torch.dtype) -> None:
+    rows: dict[str, tuple[int, int]] = {}
+    tokens = width = 0
+    with open(folder / f"states-{worker}.bin", "wb") as file:
+        for start in range(0, len(names), batch):
+            chunk = names[start : start + batch]
+            states = encode(chunk)
+            # after the conversion: float16 overflows where float32 did not
+            values = states.values.to(dtype).cpu()
+            if not is_finite(values):
+                rows_of = zip(chunk, values.split(states.lengths.tolist()), strict=True)
+                bad = next(name for name, row in rows_of if not is_finite(row))
+                raise NotFinite(
+                    f"states of {bad}: not finite (NaN or infinite) in {str(dtype).removeprefix('torch.')}"
+                )
+            starts = (tokens + states.starts).tolist()
+            rows |= dict(zip(chunk, zip(starts, states.lengths.tolist(), strict=True), strict=True))
+            tokens, width = tokens + len(values), values.shape[1]
+            file.write(values.numpy().tobytes())
+    index = {"tokens": tokens, "width": width, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
+    (folder / f"index-{worker}.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")

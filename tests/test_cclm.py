@@ -8,7 +8,7 @@ import torch
 from transformers import SwinConfig, SwinModel
 
 from finetune.model import FinetuneModel
-from raylib.data.states import fingerprint_module
+from raylib.cache import fingerprint_module
 from raylib.errors import UserError
 from raylib.models import BACKBONES
 from raylib.models.cclm import PIXELS

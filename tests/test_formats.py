@@ -7,8 +7,7 @@ import tracemalloc
 
 import pytest
 
-from finetune.formats import Captioned, Example, answers, captions
-from finetune.formats.stream import stream_list, stream_members
+from finetune.formats import Captioned, Example, answers, captions, stream_list, stream_members
 from raylib.errors import UserError
 
 

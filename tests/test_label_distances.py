@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.strategies.label_distances import vector_distances, wordnet_distances
-from finetune.strategies.prior import linguistic_prior
+from finetune.strategies.prior import linguistic_prior, vector_distances, wordnet_distances
 from finetune.strategies.word_vectors import label_vectors, read_vectors
 from finetune.strategies.wordnet import HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet
 from raylib.errors import UserError

@@ -16,11 +16,11 @@ from finetune.formats.answers import read_cvil, read_gqa
 from finetune.model import FinetuneModel, load_backbone
 from finetune.stores.regions import open_regions
 from finetune.strategies.distillation.teacher import StoredStates, store_states
-from finetune.strategies.label_distances import vector_distances
+from finetune.strategies.prior import vector_distances
 from finetune.strategies.pruning import prune_mask
 from finetune.strategies.word_vectors import read_vectors
 from pretrain.train import export_model
-from raylib.data.states import EncoderStates, write_encoder_states
+from raylib.cache import EncoderStates, write_encoder_states
 from raylib.errors import NotFinite, UserError
 from raylib.models import peft
 from raylib.models.dual_encoder import Clip, MClip

@@ -7,8 +7,8 @@ import torch
 
 from raylib.config import override
 from raylib.errors import UserError
+from raylib.objectives import FrozenTextCache
 from raylib.objectives.pretraining import ObjectiveConfig, TermWeights, UnifiedObjective
-from raylib.objectives.terms import FrozenTextCache
 from tests.factories import make_batch, make_model
 from tests.reference import slow_terms
 
@@ -209,7 +209,7 @@ def test_objective_declares_which_parameters_no_term_trains(off):
 def test_objective_takes_a_term_of_a_users_file(tmp_path):
     """Its loss adds up, weighted; of weight 0 it changes nothing, whether parameters go unused neither."""
     (tmp_path / "my_term.py").write_text(
-        "from raylib.objectives.terms import LossPart, term\n\n"
+        "from raylib.objectives import LossPart, term\n\n"
         '@term("parallel", reads=("embeddings",), trains=("text_projection",))\n'
         "def alignment(step):\n"
         "    apart, other = (\n"

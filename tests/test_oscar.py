@@ -17,8 +17,8 @@ from transformers import BertConfig, BertModel
 from finetune.batches import encode_tagged, read_inputs
 from finetune.formats import Example
 from finetune.model import FinetuneModel, freeze, load_backbone
+from finetune.stores import to_regions
 from finetune.stores.images import RegionFeatures
-from finetune.stores.records import to_regions
 from finetune.stores.regions import open_regions
 from raylib.errors import UserError
 from raylib.models import BACKBONES

@@ -13,8 +13,7 @@ from finetune.__main__ import main
 from finetune.batches import BatchOrder, CaptionBatches, ExampleBatches
 from finetune.build import dev_split
 from finetune.build import test_split as split_of_test
-from finetune.formats import Captioned, Example, answers
-from finetune.formats.stream import stream_jsonl, stream_members
+from finetune.formats import Captioned, Example, answers, stream_jsonl, stream_members
 from finetune.recipes import FEW_SHOT_RATES, RECIPES
 from finetune.tasks.datasets import TASKS
 from raylib.config import override

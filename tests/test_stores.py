@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from finetune.stores import normalise_boxes
 from finetune.stores.images import open_images
-from finetune.stores.records import normalise_boxes
 from finetune.stores.regions import open_regions
-from raylib.data.states import write_encoder_states
+from raylib.cache import write_encoder_states
 from raylib.errors import UserError
 from raylib.packed import Ragged
 

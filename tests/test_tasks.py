@@ -14,7 +14,7 @@ from finetune.__main__ import main
 from finetune.batches import BatchOrder, encode_inputs
 from finetune.build import build_model, find_task, load_task, open_visual_for
 from finetune.config import FinetuneConfig
-from finetune.formats import Captioned, Example, jsonl
+from finetune.formats import Captioned, Example, read_captions, read_examples
 from finetune.model import FinetuneModel
 from finetune.strategies.base import AddedTerm, LossTerms
 from finetune.tasks.base import Pipeline
@@ -144,27 +144,27 @@ def test_one_text_alone_is_classified_by_every_backbone(kind):
 
 RECORDS = [{"file": f"{i}.png", "q": f"is it {'red' if i % 2 else 'blue'}?", "a": "yes"} for i in range(9)]
 CLASSIFICATION = """
-from finetune.formats import jsonl
+from finetune.formats import read_examples
 from finetune.tasks.base import Split
 from finetune.tasks.classification import Classification
 
-ONE_FILE = Split("{language}.jsonl", jsonl.read_examples, {"text": "q", "label": "a"})
+ONE_FILE = Split("{language}.jsonl", read_examples, {"text": "q", "label": "a"})
 TASK = Classification(
     summary="questions about nothing",
     languages=("en", "de"),
     labels=("no", "yes"),
-    splits={name: Split(f"{name}.{{language}}.jsonl", jsonl.read_examples, {"text": "q", "label": "a"})
+    splits={name: Split(f"{name}.{{language}}.jsonl", read_examples, {"text": "q", "label": "a"})
             for name in ("train", "dev", "test", "shots")},
 )
 """
 SUBCLASS = """
 from finetune.tasks.datasets import Classification, Split
-from finetune.formats import jsonl
+from finetune.formats import read_examples
 
 class Colours(Classification):
     def __init__(self):
         super().__init__(summary="colours", languages=("en",), labels=("no", "yes"), splits={
-            name: Split(f"{name}.en.jsonl", jsonl.read_examples, {"text": "q", "label": "a"})
+            name: Split(f"{name}.en.jsonl", read_examples, {"text": "q", "label": "a"})
             for name in ("train", "dev", "test")})
 
     def dev_score_name(self, config):
@@ -404,19 +404,19 @@ def test_read_examples_by_fields_that_options_name(tmp_path):
     ]
     write_records(tmp_path, "all.jsonl", records)
     options = {"text": "q_de", "image": "img", "label": "gold", "id": "key", "kind": "sort"}
-    assert list(jsonl.read_examples(tmp_path / "all.jsonl", **options)) == [
+    assert list(read_examples(tmp_path / "all.jsonl", **options)) == [
         Example("7", ("rot?",), ("a.png",), {"ja": 1.0, "wohl": 0.3}, "colour"),
         Example("8", ("zwei?",), ("b", "c"), {"eins": 1.0, "2": 1.0}, "count"),
         Example("9", ("was?",), ("5",), {}, ""),
     ]
     write_records(tmp_path, "two.jsonl", [{"a": "x", "b": "y", "l": "L", "r": "R", "label": True}])
-    two = jsonl.read_examples(tmp_path / "two.jsonl", text="b", premise="a", image="l|r")
+    two = read_examples(tmp_path / "two.jsonl", text="b", premise="a", image="l|r")
     assert list(two) == [Example("1", ("x", "y"), ("L", "R"), {"True": 1.0})]
 
 
 def test_read_captions_by_fields_that_options_name(tmp_path):
     write_records(tmp_path, "c.jsonl", [{"f": "a.png", "de": "ein Hund"}, {"f": 2, "de": ["Katze", "Kater"]}])
-    assert list(jsonl.read_captions(tmp_path / "c.jsonl", image="f", text="de")) == [
+    assert list(read_captions(tmp_path / "c.jsonl", image="f", text="de")) == [
         Captioned("a.png", ("ein Hund",)),
         Captioned("2", ("Katze", "Kater")),
     ]
@@ -434,4 +434,4 @@ def test_read_captions_by_fields_that_options_name(tmp_path):
 def test_read_examples_error_names_line_and_field(record, message, tmp_path):
     write_records(tmp_path, "bad.jsonl", [{"text": "t", "label": "a"}, record])
     with pytest.raises(UserError, match=rf"bad\.jsonl:2: .*{message}"):
-        list(jsonl.read_examples(tmp_path / "bad.jsonl"))
+        list(read_examples(tmp_path / "bad.jsonl"))

@@ -28,8 +28,8 @@ from finetune.batches import encode_tagged, encode_texts
 from finetune.formats import Example
 from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES
+from finetune.stores import Regions
 from finetune.stores.images import RegionFeatures, open_visual
-from finetune.stores.records import Regions
 from raylib.config import override
 from raylib.models.dual_encoder import MClip
 from raylib.models.oscar import TINY, Oscar

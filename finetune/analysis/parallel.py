@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from finetune.build import read_split, test_split
 from finetune.config import FinetuneConfig
 from finetune.formats import Captioned, Example
-from finetune.stores.records import stem
+from finetune.stores import stem
 from raylib.errors import UserError
 from raylib.fileio import write_json
 from raylib.finite import require_finite_values

@@ -41,8 +41,8 @@ from finetune.analysis.parallel import (
 )
 from finetune.batches import encode_texts, read_inputs
 from finetune.model import FinetuneModel
+from finetune.stores import stem
 from finetune.stores.images import ImageSource, RegionFeatures
-from finetune.stores.records import stem
 from raylib.data.loading import to_device
 from raylib.errors import UserError, require
 from raylib.finite import require_finite

@@ -1,7 +1,20 @@
-"""Readers of annotation files, generators that stream; and what each of them yields, whatever the task."""
+"""Readers of annotation files: what each of them yields, whatever the task; how files are streamed; and the
+readers of any file of JSON lines, whose options name a record's fields (docs/extending.md):
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+Split("shapes/{language}.jsonl", read_examples, {"text": "question_{language}", "image": "file"})
+
+Files are read an item at a time: memory does not grow with them. Each item comes with where it stands, for
+errors.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from raylib.errors import UserError
+from raylib.fileio import CHUNK, open_text, stream_json
+from raylib.finite import is_finite
 
 
 class Example(NamedTuple):
@@ -72,3 +85,143 @@ class Captioned(NamedTuple):
     def map_texts(self, change: Callable[[str, int], str]) -> "Captioned":
         """With `change(caption, its place)` of every caption."""
         return self._replace(captions=tuple(change(caption, i) for i, caption in enumerate(self.captions)))
+
+
+def stream_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """("path:line", text) of every line that is not empty.
+
+    Raises:
+        UserError: no such file, not UTF-8, not to be decompressed.
+    """
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path}:{number}", line.rstrip("\r\n")
+
+
+def stream_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+    """("path:line", record) of a file with a JSON object a line."""
+    for where, line in stream_lines(path):
+        try:
+            record = json.loads(line)
+        except ValueError as e:
+            raise UserError(f"{where}: no JSON ({e})") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: wanted a JSON object, found {type(record).__name__}")
+        yield where, record
+
+
+def stream_members(path: Path) -> Iterator[tuple[str, str, Any]]:
+    """("path, member KEY", key, value) of each member of the one JSON object in a file, as it is read; of an
+    array, a key is the place.
+
+    Raises:
+        UserError: neither, or broken; says after which member.
+    """
+    with open_text(path) as file:
+        for key, value in stream_json(path, file):
+            yield f"{path}, member {key}", key, value
+
+
+def stream_list(path: Path, name: str = "") -> Iterator[tuple[str, dict]]:
+    """("path, name[place]", record) of the list `name` in the JSON object of a file, or of the one array that
+    a file is, as it is read.
+
+    Raises:
+        UserError: no such list, or broken (says after which member); a member that is no object.
+    """
+    with open_text(path) as file:
+        for number, record in stream_json(path, file, name or None):
+            where = f"{path}, {name}[{number}]" if name else f"{path}, item {number}"
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: wanted a JSON object, found {type(record).__name__}")
+            yield where, record
+
+
+def first_character(path: Path) -> str:
+    """The first character that is no white space: "{" or "[" tells an object from an array."""
+    with open_text(path) as file:
+        while chunk := file.read(CHUNK):
+            if chunk.strip():
+                return chunk.strip()[0]
+    return ""
+
+
+def get_field(record: dict, name: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """`record[name]`.
+
+    Raises:
+        UserError: missing, or of another type; names file, line or key, and field.
+    """
+    if name not in record:
+        raise UserError(f"{where}: no field '{name}'; it has {', '.join(sorted(record))}")
+    if not isinstance(record[name], kind):
+        raise UserError(f"{where}: field '{name}' is {type(record[name]).__name__}, {record[name]!r:.60}")
+    return record[name]
+
+
+def parse_score(value: Any, where: str) -> float:
+    """Return an answer's score as a float.
+
+    Raises:
+        UserError: no number, or none that is finite; Python's JSON reads NaN and Infinity too.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_finite(value):
+        raise UserError(f"{where}: the score {value!r:.60} of an answer is no finite number")
+    return float(value)
+
+
+def read_examples(
+    path: Path,
+    text: str = "text",
+    label: str = "label",
+    image: str = "",
+    premise: str = "",
+    id: str = "",
+    kind: str = "",
+) -> Iterator[Example]:
+    """Examples of a classification, a line each.
+
+    Args:
+        text, label: fields of the text and of its answer: one, a list of right ones, or {answer: score}. A
+            line without the label has no answer.
+        image: field of the image's name, or of a list of names; or two fields, "left|right". "": the texts
+            are about no image.
+        premise: field of the text that `text` is about.
+        id: field that tells items apart and is the same in all languages; "": the number of the line.
+        kind: field that results are broken down by.
+    """
+    for number, (where, record) in enumerate(stream_jsonl(path), 1):
+        texts = [get_field(record, name, str, where) for name in (premise, text) if name]
+        images: list[str] = []
+        for name in image.split("|") if image else ():
+            value = get_field(record, name, (str, int, list), where)
+            images += map(str, value if isinstance(value, list) else [value])
+        labels = _labels(record[label], f"{where}: field '{label}'") if label in record else {}
+        item_id = str(get_field(record, id, (str, int), where)) if id else str(number)
+        item_kind = str(get_field(record, kind, (str, int), where)) if kind else ""
+        yield Example(item_id, tuple(texts), tuple(images), labels, item_kind)
+
+
+def read_captions(path: Path, image: str = "image", text: str = "caption") -> Iterator[Captioned]:
+    """Images of a retrieval task with their captions, a line each; lines about one image belong together.
+
+    Args:
+        image, text: fields of the image's name, and of its caption or a list of captions.
+    """
+    for where, record in stream_jsonl(path):
+        captions = get_field(record, text, (str, list), where)
+        captions = captions if isinstance(captions, list) else [captions]
+        if not captions or not all(isinstance(c, str) and c.strip() for c in captions):
+            raise UserError(f"{where}: field '{text}' wants a caption, or a list of them")
+        yield Captioned(str(get_field(record, image, (str, int), where)), tuple(captions))
+
+
+def _labels(value: Any, where: str) -> dict[str, float]:
+    if isinstance(value, dict):
+        return {str(answer): parse_score(score, where) for answer, score in value.items()}
+    answers = value if isinstance(value, list) else [value]
+    invalid = next((a for a in answers if not isinstance(a, str | int)), None)
+    if invalid is not None:
+        raise UserError(f"{where} is {invalid!r:.60}; wanted an answer, a list of them, or {{answer: score}}")
+    return {str(answer): 1.0 for answer in answers}

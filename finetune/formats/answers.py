@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finetune.formats import Example
-from finetune.formats.stream import (
+from finetune.formats import (
+    Example,
     first_character,
     get_field,
     parse_score,

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.formats import Captioned
-from finetune.formats.stream import get_field, stream_jsonl, stream_lines, stream_list
+from finetune.formats import Captioned, get_field, stream_jsonl, stream_lines, stream_list
 from raylib.errors import UserError
 
 

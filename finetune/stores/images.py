@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from finetune.formats import Captioned, Example
-from finetune.stores.records import SUFFIXES, folders_of, may_hold, normalise_boxes, stem
+from finetune.stores import SUFFIXES, folders_of, may_hold, normalise_boxes, stem
 from finetune.stores.regions import RegionStore, open_regions
+from raylib.cache import EncoderStates, write_encoder_states
 from raylib.data.images import AugmentConfig, augment_image, decode_image, resize_image
-from raylib.data.states import EncoderStates, write_encoder_states
 from raylib.data.tars import TarScan
 from raylib.errors import UserError
 from raylib.fileio import nfc

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.stores.records import Regions, decode_floats, folders_of, may_hold, stem, to_regions, unpickle
+from finetune.stores import Regions, decode_floats, folders_of, may_hold, stem, to_regions, unpickle
 from raylib.errors import UserError
 from raylib.fileio import unicode_forms
 

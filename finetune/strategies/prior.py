@@ -1,19 +1,34 @@
 """The linguistic prior (paper 0): answers that are near the right one in meaning cost less.
 
 L = CE + alpha sum_c p(c) d(c, y) over the k most probable labels c; d from WordNet or from word vectors.
+
+`distance[c, y]` = d(y_c, y*), predicted c, true y (section 3). A matrix is made once and kept under the hash of
+all that it depends on: the labels and their order, d1 and d2, every byte of the source files (a file that
+changed under its old name, size and date is noticed; 1 GB takes about a second).
 """
 
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.strategies.base import Context, Outputs, Strategy, StrategyConfig, Term
-from finetune.strategies.label_distances import vector_distances, wordnet_distances
+from finetune.strategies.word_vectors import label_vectors
+from finetune.strategies.wordnet import FILES, WordNet
 from raylib.cache import cached, file_fingerprint
 from raylib.errors import UserError
+from raylib.fileio import atomic_file, sha256_file
+from raylib.finite import is_finite
+
+VERSION = 1  # of how distances are computed: older matrices are made again
 
 
 class LinguisticPriorConfig(StrategyConfig):
@@ -97,3 +112,125 @@ def linguistic_prior(logits: Tensor, answer: Tensor, distance: Tensor, k: int) -
             logits.to(distance.dtype).softmax(1).topk(min(k, logits.shape[1]), sorted=False)
         )  # (b, k) both
         return (probability * distance[label, answer[:, None]]).sum(1)
+
+
+class UnknownLabels(NamedTuple):
+    """The labels that the source does not know; `print` it."""
+
+    what: str  # "synset", "vector"
+    unknown: tuple[str, ...]
+    labels: int
+
+    def __str__(self) -> str:
+        named = ", ".join(self.unknown[:5]) + (", ..." if len(self.unknown) > 5 else "")
+        return f"{len(self.unknown)} of {self.labels} labels have no {self.what}" + (
+            f": {named}" if named else ""
+        )
+
+
+def wordnet_distances(
+    labels: Sequence[str], folder: Path, hyponym: float, hypernym: float, cache: Path | None = None
+) -> tuple[Tensor, UnknownLabels]:
+    """0 where the labels are the same or synonyms; d1 (`hyponym`) where the predicted one is a hyponym of the
+    true one; d2 (`hypernym`) where it is a hypernym; else 1. A label without synset is at 1 from all others.
+
+    Args:
+        labels: C different strings.
+        folder: WordNet's files.
+        hyponym, hypernym: d1, d2, between 0 and 1; 0.8 in the paper.
+        cache: a folder, made where there is none; None keeps nothing.
+    Returns:
+        (float32 (C, C); not symmetric where d1 is not d2, labels without synset).
+
+    Raises:
+        UserError: as `WordNet`; d1 or d2 is not between 0 and 1; a label comes twice.
+    """
+    folder = Path(folder)
+    if not (0 < hyponym < 1 and 0 < hypernym < 1):
+        raise UserError(
+            f"distances of hyponyms and hypernyms are {hyponym} and {hypernym}; both must lie between 0 and 1"
+        )
+
+    def compute() -> tuple[Tensor, list[int]]:
+        wordnet = WordNet(folder)
+        distance = torch.ones(len(labels), len(labels)).fill_diagonal_(0)
+        relatives = wordnet.relatives(labels)
+        for value, related in zip((0.0, hypernym, hyponym), relatives, strict=True):
+            for true, predicted in enumerate(related):
+                distance[sorted(predicted), true] = value
+        return distance, [i for i, label in enumerate(labels) if not wordnet.synsets(label)]
+
+    return _cached(labels, "synset", [hyponym, hypernym], [folder / name for name in FILES], cache, compute)
+
+
+def vector_distances(
+    labels: Sequence[str], path: Path, cache: Path | None = None
+) -> tuple[Tensor, UnknownLabels]:
+    """1 - cosine of the labels' vectors, from 0 to 2 (cosines below 0 stay what they are). A label without a
+    vector is at 1 from all others, at 0 from itself.
+
+    Args:
+        labels: C different strings.
+        path: vectors in a format of `finetune.strategies.word_vectors`.
+        cache: a folder, made where there is none; None keeps nothing.
+    Returns:
+        (float32 (C, C), symmetric, labels without a vector).
+
+    Raises:
+        UserError: as `label_vectors`; a label comes twice.
+    """
+    path = Path(path)
+
+    def compute() -> tuple[Tensor, list[int]]:
+        rows, unknown = label_vectors(path, labels)
+        # in float64: of two labels that are nearly alike, 1 - cosine is lost in float32's last digits
+        lengths = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+        unit = rows / np.where(lengths > 0, lengths, 1)
+        distance = torch.from_numpy(1 - unit @ unit.T).clamp(min=0)  # rounding makes -1e-16
+        return distance.fill_diagonal_(0).float(), unknown
+
+    sources = [path, path.with_suffix(".txt")] if path.suffix == ".npy" else [path]
+    return _cached(labels, "vector", [], sources, cache, compute)
+
+
+def _cached(
+    labels: Sequence[str],
+    what: str,
+    numbers: list[float],
+    sources: list[Path],
+    cache: Path | None,
+    compute: Callable[[], tuple[Tensor, list[int]]],
+) -> tuple[Tensor, UnknownLabels]:
+    """Return what `compute` returns, from the cache if it is there."""
+    repeated = (
+        sorted({label for label in labels if labels.count(label) > 1})
+        if len(set(labels)) < len(labels)
+        else []
+    )
+    if repeated:
+        raise UserError(f"the label '{repeated[0]}' comes twice; each class needs a name of its own")
+    # what is missing is an error of `compute`
+    if cache is None or not all(map(Path.is_file, sources)):
+        distance, unknown = compute()
+        return distance, UnknownLabels(what, tuple(labels[i] for i in unknown), len(labels))
+    key = json.dumps([VERSION, what, list(labels), numbers, [sha256_file(source) for source in sources]])
+    file = Path(cache) / f"{what}-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.safetensors"
+    if not file.is_file():
+        _save(file, *compute())
+    try:
+        with safe_open(file, "pt") as stored:
+            distance, unknown = stored.get_tensor("distance"), json.loads(stored.metadata()["unknown"])
+    except SafetensorError as e:
+        raise UserError(f"{file}: damaged ({e}); delete it, and it is made again") from None
+    if not is_finite(distance):
+        raise UserError(
+            f"{file}: tensor distance is not finite (NaN or infinite); delete it, and it is made again"
+        )
+    return distance, UnknownLabels(what, tuple(labels[i] for i in unknown), len(labels))
+
+
+def _save(file: Path, distance: Tensor, unknown: list[int]) -> None:
+    """Whole or not at all: workers that make the same matrix at once each rename one of their own."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(file) as temporary:
+        save_file({"distance": distance.contiguous()}, temporary, {"unknown": json.dumps(unknown)})

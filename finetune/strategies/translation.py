@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, PositiveInt
 
 from finetune.build import load_task
-from finetune.formats.stream import stream_jsonl, stream_lines
+from finetune.formats import stream_jsonl, stream_lines
 from raylib.config import Config
 from raylib.errors import UserError, require
 from raylib.fileio import write_atomically

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 from finetune.batches import BatchOrder, EpochBatches, ExtraInputs
+from finetune.stores import Regions
 from finetune.stores.images import VisualSource, open_visual
-from finetune.stores.records import Regions
 from finetune.strategies.base import Captions, LossTerms, Need
 from raylib.cache import cached, file_fingerprint
 from raylib.config import user_file_error, user_source

@@ -34,14 +34,7 @@ from raylib.distributed import all_reduce, clamp_parameter, world_size
 from raylib.engine import Objective
 from raylib.models.layers import Memory
 from raylib.models.unified import UnifiedModel, vocabulary_loss
-from raylib.objectives.contrastive import (
-    Negatives,
-    PairContrast,
-    align_pairs,
-    contrast_pairs,
-    find_negatives,
-)
-from raylib.objectives.terms import (
+from raylib.objectives import (
     FrozenTextCache,
     LossPart,
     MaskedPart,
@@ -51,6 +44,13 @@ from raylib.objectives.terms import (
     Stream,
     UserTerms,
     term,
+)
+from raylib.objectives.contrastive import (
+    Negatives,
+    PairContrast,
+    align_pairs,
+    contrast_pairs,
+    find_negatives,
 )
 from raylib.packed import (
     EncoderRows,

@@ -31,8 +31,8 @@ from finetune.strategies.base import (
 from finetune.strategies.distillation.pairs import RowTokenizer, TeacherInputs, pair_distance, pair_weight
 from finetune.strategies.distillation.teacher import StoredStates, Teacher, load_teacher, store_states
 from finetune.strategies.distillation.word_alignments import Alignments, mix_aligned, read_alignments
+from raylib.cache import fingerprint_module
 from raylib.data.loading import to_device
-from raylib.data.states import fingerprint_module
 from raylib.errors import UserError
 from raylib.randomness import Key
 from raylib.text import Tokenizer

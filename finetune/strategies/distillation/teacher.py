@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finetune.formats import Example
 from finetune.model import FinetuneModel, find_evaluated, is_foreign, load_backbone, read_description
-from raylib.data.states import write_sharded
+from raylib.cache import write_sharded
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json
 from raylib.finite import is_finite

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.formats.stream import stream_lines
+from finetune.formats import stream_lines
 from raylib.errors import UserError, require
 from raylib.finite import require_finite_file
 from raylib.randomness import Key, uniform
