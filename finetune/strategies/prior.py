@@ -2,8 +2,8 @@
 
 L = CE + alpha sum_c p(c) d(c, y) over the k most probable labels c; d from WordNet or from word vectors.
 
-`distance[c, y]` = d(y_c, y*), predicted c, true y (section 3). A matrix is made once and kept under the hash of
-all that it depends on: the labels and their order, d1 and d2, every byte of the source files (a file that
+`distance[c, y]` = d(y_c, y*), predicted c, true y (section 3). A matrix is made once and kept under the hash
+of all that it depends on: the labels and their order, d1 and d2, every byte of the source files (a file that
 changed under its old name, size and date is noticed; 1 GB takes about a second).
 """
 
