@@ -1,6 +1,7 @@
 """Links, anchors, images and commands of the documentation name what is there."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -53,6 +54,11 @@ def test_documentation_site_has_every_page():
     assert listed == {path.name for path in DOCS.glob("*.md")}
 
 
+def test_documentation_lists_every_error_line():
+    page = runpy.run_path(str(DOCS / "error_lines.py"))["page"]()
+    assert page == (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), "python docs/error_lines.py"
+
+
 def command_lines() -> list[tuple[str, str]]:
     """(page, command line) of all commands of ours: lines of code, and code within a sentence."""
     found = []
@@ -103,7 +109,7 @@ def check_command(words: list[str], where: str) -> None:
         override(PRETRAIN[words[1]](), settings)
     if words[0] == "finetune" and words[1] not in ("evaluate", "compare", "analyse", "translate", "settings"):
         assert words[1] in FINETUNE, where
-        override(FINETUNE[words[1]](), [s for s in settings if not s.startswith("strategies.my=")])
+        override(FINETUNE[words[1]](), [s for s in settings if not s.startswith("strategies.my")])
     if words[0] == "search" and words[1] != "settings":
         assert words[1] in SPACES, where
         own = [s for s in settings if s.split("=")[0] in SearchConfig.model_fields]
