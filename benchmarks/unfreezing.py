@@ -15,11 +15,11 @@ import time
 import torch
 
 from benchmarks.results import RESULTS
-from finetune.model import FinetuneModel
 from finetune.tasks.classification import ClassificationObjective
 from pretrain.recipes import emoji_e5_scenes
 from raylib.engine import OptimConfig, TorchEngine
 from raylib.fileio import append_jsonl
+from raylib.models.finetuned import FinetuneModel
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
 from raylib.tables import markdown_table

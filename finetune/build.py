@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 
 from finetune.config import FinetuneConfig
-from finetune.model import freeze, load_weights, tokenizer_at, weights_of
 from finetune.stores.images import (
     ImageSource,
     PrecomputedFeatures,
@@ -24,7 +23,9 @@ from raylib.cache import fingerprint_module, get_cache
 from raylib.config import UserFile, load_user_class, load_user_file, lookup, user_files
 from raylib.errors import UserError
 from raylib.launch import no_log
-from raylib.models.base import RegionBackbone
+from raylib.models import stored_backbone
+from raylib.models.base import CODE_KEY, RegionBackbone, load_weights, read_description
+from raylib.models.finetuned import find_evaluated, freeze, is_foreign, tokenizer_at, weights_of
 from raylib.provenance import DataFile
 from raylib.randomness import hash64
 from raylib.text import Tokenizer
@@ -287,6 +288,23 @@ def build_model(config: FinetuneConfig) -> torch.nn.Module:
         backbone.resize_images(config.image_size)
     freeze(backbone, config.freeze)
     return model
+
+
+def with_stored_code(config: FinetuneConfig) -> FinetuneConfig:
+    """`config` with the user's file beside `config.model` as its backbone, where the model has one: so a run
+    from it names the file too.
+
+    Raises:
+        UserError: as of `stored_backbone`.
+    """
+    if is_foreign(Path(config.model)):
+        return config
+    folder = find_evaluated(config.model)
+    description = read_description(folder)
+    if CODE_KEY not in description:
+        return config
+    stored_backbone(description, folder, config.backbone)
+    return config.model_copy(update={"backbone": f"{folder / description[CODE_KEY]}"})
 
 
 def build_strategies(config: FinetuneConfig, log: Callable[..., None] = no_log) -> Strategies:

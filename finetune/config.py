@@ -5,13 +5,13 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from finetune.decoder import DecoderConfig
 from finetune.strategies import StrategiesConfig
 from raylib.config import NameOrFile
 from raylib.data.images import AugmentConfig
 from raylib.engine import OptimConfig
 from raylib.launch import LaunchConfig
 from raylib.loop import FitConfig
+from raylib.models.decoder import DecoderConfig
 
 TransferSetting = Literal[
     "zero_shot", "few_shot", "single_language", "all_language", "translate_test", "untrained"

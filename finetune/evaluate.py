@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.build import dev_sets, find_task, languages_of, open_visual_for, read_split, test_split
+from finetune.build import (
+    dev_sets,
+    find_task,
+    languages_of,
+    open_visual_for,
+    read_split,
+    test_split,
+    with_stored_code,
+)
 from finetune.config import FinetuneConfig
-from finetune.model import with_stored_code
 from finetune.tasks.base import Pipeline, Reading
 from raylib import checkpoint
 from raylib.errors import UserError

@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from finetune.batches import read_inputs
 from finetune.formats import Example
-from finetune.model import FinetuneModel
 from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource, precompute_features
 from raylib.cache import remove_encoder_states
 from raylib.data.loading import prefetch, to_device
@@ -28,6 +27,7 @@ from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import require
 from raylib.finite import is_finite
 from raylib.metrics import MILLION, ItemClusters
+from raylib.models.finetuned import FinetuneModel
 from raylib.randomness import Key
 from raylib.text import Tokenizer
 

@@ -25,11 +25,11 @@ from finetune.build import (
     run_files,
     test_split,
     tokenizer_of,
+    with_stored_code,
 )
 from finetune.config import FinetuneConfig
 from finetune.evaluate import find_trained, test_result, trained_config
 from finetune.lineage import method_of, runs_behind
-from finetune.model import load_weights, with_stored_code
 from finetune.overlap import check_overlap
 from finetune.strategies import Need, check_strategies
 from finetune.strategies.base import Stage, StageRun
@@ -41,6 +41,7 @@ from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
 from raylib.launch import config_hash, is_main_process, launch, no_log, open_run, run_folder
 from raylib.models import find_backbone
+from raylib.models.base import load_weights
 from raylib.provenance import DataFile, combined_hash, compare_data, data_hash
 from raylib.runtime import Reporter
 

@@ -14,13 +14,13 @@ from finetune.build import (
 )
 from finetune.config import FinetuneConfig
 from finetune.evaluate import Validation, dev_result, find_trained, load_dev_items, test_result
-from finetune.model import load_weights
 from finetune.strategies import Strategies, TrainingSetup
 from finetune.tasks.base import Pipeline
 from raylib.distributed import barrier
 from raylib.launch import no_log
 from raylib.loop import fit
 from raylib.models import peft
+from raylib.models.base import load_weights
 from raylib.runtime import Runtime
 
 

@@ -35,11 +35,11 @@ from finetune.analysis.parallel import (
 from finetune.batches import encode_texts
 from finetune.build import read_split
 from finetune.formats import Example
-from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES
 from finetune.stores.images import open_visual
 from raylib.config import override
 from raylib.models import BACKBONES
+from raylib.models.finetuned import FinetuneModel
 from raylib.models.layers import Memory
 from raylib.models.single_stream import UC2
 from raylib.packed import Ragged

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from finetune.__main__ import main
-from finetune.model import FinetuneModel, load_backbone
 from pretrain.train import export_model
 from raylib.errors import UserError
 from raylib.models import BACKBONES, find_backbone, stored_backbone
 from raylib.models.base import FusionBackbone, RegionBackbone, RetrievalBackbone, read_description
+from raylib.models.finetuned import FinetuneModel, load_backbone
 from raylib.models.hf_weights import encoder_sizes
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
@@ -234,7 +234,7 @@ def test_user_backbone_is_stored_with_its_code_and_gone_on_from(finetune, tmp_pa
     assert json.loads((tmp_path / "english/best/config.json").read_text())["code"] == "mine.py:Siglip"
     (tmp_path / "mine.py").unlink()
     export_model(tmp_path / "few/ru", tmp_path / "elsewhere/model")
-    code = "import sys; from finetune.model import load_backbone; print(load_backbone(*sys.argv[1:]).kind)"
+    code = "import sys; from raylib.models import finetuned as f; print(f.load_backbone(*sys.argv[1:]).kind)"
     folder = str(tmp_path / "elsewhere/model")
     command = [sys.executable, "-c", code, folder, f"{folder}/mine.py"]
     assert subprocess.run(command, capture_output=True, text=True).stdout == "siglip\n"

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import SwinConfig, SwinModel
 
-from finetune.model import FinetuneModel
 from raylib.cache import fingerprint_module
 from raylib.errors import UserError
 from raylib.models import BACKBONES
 from raylib.models.cclm import PIXELS
+from raylib.models.finetuned import FinetuneModel
 from raylib.models.swin import SwinSizes, interpolate_bias
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.packed import Ragged

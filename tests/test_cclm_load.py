@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import SwinConfig, SwinModel, ViTConfig, ViTModel, XLMRobertaConfig, XLMRobertaForMaskedLM
 
-from finetune.model import load_backbone
 from raylib.errors import UserError
 from raylib.models.cclm import PIXELS
+from raylib.models.finetuned import load_backbone
 from tests.test_cclm import SWIN, images, shaken, swin_model
 
 D, F_, VOCABULARY, PLACES = 128, 24, 60, 20  # of the synthetic checkpoints: two heads of 64

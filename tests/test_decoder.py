@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from finetune.__main__ import main
-from finetune.decoder import DecoderConfig, encode_answers
-from finetune.model import FinetuneModel
 from finetune.tasks.classification import AnswerObjective
 from raylib.errors import UserError
+from raylib.models.decoder import DecoderConfig, encode_answers
+from raylib.models.finetuned import FinetuneModel
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA

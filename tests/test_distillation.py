@@ -11,7 +11,6 @@ import torch
 from finetune.batches import encode_inputs
 from finetune.formats import Example
 from finetune.formats.answers import read_cvil
-from finetune.model import FinetuneModel
 from finetune.strategies.base import AddedTerm, LossTerms
 from finetune.strategies.distillation.pairs import (
     TOKEN_KINDS,
@@ -30,6 +29,7 @@ from finetune.strategies.distillation.strategy import (
 from finetune.strategies.distillation.teacher import StoredStates, Teacher, store_states
 from finetune.tasks.classification import ClassificationObjective
 from raylib.errors import UserError
+from raylib.models.finetuned import FinetuneModel
 from raylib.models.oscar import TINY, Oscar
 from raylib.packed import Ragged, find_segments
 from raylib.sample.concepts import DATA

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from finetune.__main__ import main
 from finetune.build import build_model
-from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES
 from finetune.strategies import STRATEGIES
 from raylib.config import override
 from raylib.errors import UserError
+from raylib.models.finetuned import FinetuneModel
 from raylib.models.oscar import REGION_BOX_DIM, TINY, Oscar
 from raylib.randomness import hash64
 from raylib.sample.concepts import DATA

@@ -10,7 +10,6 @@ import torch
 
 from finetune.batches import BatchOrder, CaptionBatches, ExampleBatches
 from finetune.formats import Captioned, Example, answers
-from finetune.model import FinetuneModel, freeze
 from finetune.predict import CorpusBleu, evaluate, score
 from finetune.stores.images import ImageSource, PrecomputedFeatures, open_images, precompute_features
 from finetune.tasks.classification import ClassificationObjective
@@ -18,6 +17,7 @@ from finetune.tasks.datasets import TASKS
 from finetune.tasks.ranking import retrieve
 from finetune.tasks.retrieval import merge_captions
 from raylib.errors import UserError
+from raylib.models.finetuned import FinetuneModel, freeze
 from raylib.models.layers import Memory
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA

@@ -18,8 +18,8 @@ HEAVY = {
 }
 APART = {  # these import nothing of those
     "raylib/data": ("raylib.models", "raylib.objectives"),
-    "finetune/formats": ("raylib.models", "finetune.model", "finetune.tasks"),
-    "finetune/stores": ("raylib.models", "finetune.model", "finetune.tasks"),
+    "finetune/formats": ("raylib.models", "finetune.tasks"),
+    "finetune/stores": ("raylib.models", "finetune.tasks"),
 }
 MAX_FORMAT_SKIPS = 20
 DENSE = ("raylib/models", "raylib/objectives", "raylib/data", "raylib/packed.py")
@@ -31,7 +31,9 @@ PROBES = {  # these may ask an object what it has, or of which kind it is
         "kind != self.kind",
         "self.kind != 'image_text'",
     },
-    "finetune/model.py": {"find_backbone(kind).kind != stored"},  # the backbone named, and the one stored
+    "raylib/models/finetuned.py": {
+        "find_backbone(kind).kind != stored"
+    },  # the backbone named, and the one stored
 }
 
 

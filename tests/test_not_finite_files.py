@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from finetune.formats import Example
 from finetune.formats.answers import read_cvil, read_gqa
-from finetune.model import FinetuneModel, load_backbone
 from finetune.stores.regions import open_regions
 from finetune.strategies.distillation.teacher import StoredStates, store_states
 from finetune.strategies.prior import vector_distances
@@ -24,6 +23,7 @@ from raylib.cache import EncoderStates, write_encoder_states
 from raylib.errors import NotFinite, UserError
 from raylib.models import peft
 from raylib.models.dual_encoder import Clip, MClip
+from raylib.models.finetuned import FinetuneModel, load_backbone
 from raylib.models.hf_weights import load_text, load_vision
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from finetune.__main__ import main
 from finetune.analysis.parallel import write_figure
 from finetune.batches import encode_texts
-from finetune.model import FinetuneModel
 from finetune.predict import evaluate, predict
 from finetune.report import read_result
 from finetune.stores.images import precompute_features
@@ -20,6 +19,7 @@ from pretrain.__main__ import main as pretrain_main
 from pretrain.evaluate import ZeroShotRetrieval, write_result
 from raylib.errors import NotFinite, UserError
 from raylib.metrics import recall_hits
+from raylib.models.finetuned import FinetuneModel
 from raylib.tables import open_pyplot
 from raylib.text import Tokenizer
 from raylib.track import Tracker, read_metrics

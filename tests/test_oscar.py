@@ -16,12 +16,12 @@ from transformers import BertConfig, BertModel
 
 from finetune.batches import encode_tagged, read_inputs
 from finetune.formats import Example
-from finetune.model import FinetuneModel, freeze, load_backbone
 from finetune.stores import to_regions
 from finetune.stores.images import RegionFeatures
 from finetune.stores.regions import open_regions
 from raylib.errors import UserError
 from raylib.models import BACKBONES
+from raylib.models.finetuned import FinetuneModel, freeze, load_backbone
 from raylib.models.oscar import TINY, Oscar, OscarConfig, TaggedRegions
 from raylib.packed import Ragged, find_segments
 from raylib.sample.concepts import DATA

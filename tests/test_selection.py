@@ -8,13 +8,13 @@ import pytest
 from finetune.__main__ import main
 from finetune.build import dev_sets, dev_split, languages_of, read_split
 from finetune.config import FinetuneConfig
-from finetune.model import tokenizer_at
 from finetune.recipes import RECIPES
 from finetune.stores.images import ImageSource, open_images
 from finetune.tasks.ranking import retrieve
 from finetune.tasks.retrieval import merge_captions
 from raylib import checkpoint
 from raylib.config import load_config
+from raylib.models.finetuned import tokenizer_at
 from raylib.models.unified import UnifiedModel
 from raylib.text import Tokenizer
 from tests import official

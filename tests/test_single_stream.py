@@ -7,9 +7,9 @@ from argparse import Namespace
 import pytest
 import torch
 
-from finetune.model import FinetuneModel, freeze, load_backbone
 from raylib.errors import UserError
 from raylib.models import BACKBONES
+from raylib.models.finetuned import FinetuneModel, freeze, load_backbone
 from raylib.models.single_stream import LAYOUTS
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA

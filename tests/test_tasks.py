@@ -15,7 +15,6 @@ from finetune.batches import BatchOrder, encode_inputs
 from finetune.build import build_model, find_task, load_task, open_visual_for
 from finetune.config import FinetuneConfig
 from finetune.formats import Captioned, Example, read_captions, read_examples
-from finetune.model import FinetuneModel
 from finetune.strategies.base import AddedTerm, LossTerms
 from finetune.tasks.base import Pipeline
 from finetune.tasks.datasets import TASKS
@@ -24,6 +23,7 @@ from raylib.config import override
 from raylib.errors import UserError
 from raylib.models import BACKBONES
 from raylib.models.base import FusionBackbone
+from raylib.models.finetuned import FinetuneModel
 from raylib.sample.concepts import DATA
 from raylib.text import Tokenizer
 from tests import official

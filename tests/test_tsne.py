@@ -26,12 +26,12 @@ from finetune.analysis.tsne import (
 )
 from finetune.batches import encode_tagged, encode_texts
 from finetune.formats import Example
-from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES
 from finetune.stores import Regions
 from finetune.stores.images import RegionFeatures, open_visual
 from raylib.config import override
 from raylib.models.dual_encoder import MClip
+from raylib.models.finetuned import FinetuneModel
 from raylib.models.oscar import TINY, Oscar
 from raylib.models.single_stream import M3P, UC2, MUniter, SingleStream
 from raylib.packed import Plan, Ragged

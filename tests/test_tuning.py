@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from finetune.model import FinetuneModel
 from finetune.strategies import Context, Strategies, StrategiesConfig
 from finetune.strategies.peft import AdapterConfig, CompacterConfig, HardPrompt, LoraConfig, SoftPromptConfig
 from finetune.tasks.classification import ClassificationObjective
@@ -18,6 +17,7 @@ from raylib.engine import OptimConfig, TorchEngine
 from raylib.engine_zero import DeepSpeedEngine
 from raylib.errors import UserError
 from raylib.models import BACKBONES, peft
+from raylib.models.finetuned import FinetuneModel
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.packed import Block, Ragged
 from raylib.text import PromptedTokenizer, Tokenizer

@@ -9,7 +9,6 @@ import torch
 
 from finetune.build import build_model, build_strategies, dev_split, find_task, languages_of
 from finetune.config import FinetuneConfig
-from finetune.model import FinetuneModel
 from finetune.recipes import RECIPES as FINETUNE
 from finetune.report import scores_of
 from finetune.strategies import STRATEGIES
@@ -25,6 +24,7 @@ from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.launch import LaunchConfig, run_folder
 from raylib.metrics import mean_or_zero
+from raylib.models.finetuned import FinetuneModel
 from raylib.provenance import DataFile
 from raylib.runtime import Reporter
 from raylib.search.config import GOALS, DevSets, SearchJob

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from finetune.analysis.parallel import Inapplicable, Parallel, write_figure
 from finetune.batches import encode_texts, read_inputs
-from finetune.model import FinetuneModel
 from finetune.predict import read_predictions
 from finetune.stores.images import VisualSource
 from finetune.strategies.wordnet import HYPERNYM, HYPONYM, NONE, PAIRS, SYNONYM, WordNet, confusions
@@ -29,6 +28,7 @@ from raylib.data.loading import to_device
 from raylib.finite import require_finite
 from raylib.metrics import mean_or_zero
 from raylib.models.base import RetrievalBackbone
+from raylib.models.finetuned import FinetuneModel
 from raylib.tables import markdown_table, open_pyplot, percent
 from raylib.text import Tokenizer
 from raylib.track import read_metrics

@@ -25,14 +25,14 @@ from finetune.build import (
 )
 from finetune.config import FinetuneConfig
 from finetune.evaluate import find_trained, trained_config
-from finetune.model import FinetuneModel, load_weights
 from finetune.report import read_result, scores_of
 from finetune.stores.images import ImageSource, RegionFeatures
 from raylib import checkpoint
 from raylib.config import load_config
 from raylib.errors import UserError
 from raylib.fileio import write_atomically
-from raylib.models.base import FusionBackbone, RetrievalBackbone
+from raylib.models.base import FusionBackbone, RetrievalBackbone, load_weights
+from raylib.models.finetuned import FinetuneModel
 from raylib.models.unified import UnifiedModel
 from raylib.tables import markdown_table, percent
 from raylib.text import Tokenizer

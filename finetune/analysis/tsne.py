@@ -40,13 +40,13 @@ from finetune.analysis.parallel import (
     write_figure,
 )
 from finetune.batches import encode_texts, read_inputs
-from finetune.model import FinetuneModel
 from finetune.stores import stem
 from finetune.stores.images import ImageSource, RegionFeatures
 from raylib.data.loading import to_device
 from raylib.errors import UserError, require
 from raylib.finite import require_finite
 from raylib.models.base import Backbone, FusionBackbone, RetrievalBackbone
+from raylib.models.finetuned import FinetuneModel
 from raylib.sample.scenes.world import read_labels
 from raylib.tables import markdown_table, open_pyplot, percent
 from raylib.text import Tokenizer

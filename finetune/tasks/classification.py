@@ -13,10 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finetune.batches import BatchOrder, EpochBatches, ExampleBatches, ExtraInputs
-from finetune.decoder import encode_answers
 from finetune.formats import Example
-from finetune.formats.answers import read_answers, shorten_labels
-from finetune.model import FinetuneModel, load_backbone, load_finetuned, tokenizer_at
+from finetune.formats.answers import check_labels, read_answers, shorten_labels
 from finetune.predict import evaluate, read_predictions
 from finetune.strategies.base import AddedTerm, LossTerms, Need, Outputs, term_shares
 from finetune.strategies.wordnet import WordNet, confusions
@@ -25,7 +23,9 @@ from raylib.distributed import all_reduce, world_size
 from raylib.engine import Objective
 from raylib.errors import UserError
 from raylib.metrics import disparity
-from raylib.models.base import FusionBackbone
+from raylib.models.base import FusionBackbone, read_description
+from raylib.models.decoder import encode_answers
+from raylib.models.finetuned import FinetuneModel, find_evaluated, load_backbone, tokenizer_at
 from raylib.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -312,3 +312,18 @@ class AnswerObjective(Objective):
         return loss * world_size(), dict(
             zip(("task", *self.terms), all_reduce(stacked).unbind(), strict=True)
         )
+
+
+def load_finetuned(path: Path | str, labels: tuple[str, ...], name: str = "") -> FinetuneModel:
+    """The fine-tuned model at `path`, whose classes must be `labels`, in this order; `name` as of
+    `stored_backbone`.
+
+    Raises:
+        UserError: not fine-tuned; its labels differ (both orders are named).
+    """
+    folder = find_evaluated(path)
+    values = read_description(folder)
+    if values["model_type"] != "polyglance-finetuned":
+        raise UserError(f"{path}: no fine-tuned model; give the run of an English fine-tuning")
+    check_labels(labels, tuple(values["labels"]), str(folder / "config.json"))
+    return FinetuneModel.from_pretrained(folder, name)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from finetune.batches import BatchOrder, CaptionBatches, EpochBatches, ExtraInputs
 from finetune.formats import Captioned
-from finetune.model import load_backbone
 from finetune.stores.images import ImageSource, PrecomputedFeatures
 from finetune.strategies.base import AddedTerm, Captions, LossTerms, Need, Outputs, term_shares
 from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Score, Task
@@ -20,6 +19,7 @@ from raylib.engine import Objective
 from raylib.errors import UserError
 from raylib.metrics import disparity, mean_recall_at_1
 from raylib.models.base import RetrievalBackbone
+from raylib.models.finetuned import load_backbone
 from raylib.models.unified import UnifiedModel
 from raylib.objectives.contrastive import align_pairs, info_nce
 from raylib.objectives.pretraining import ObjectiveConfig, TermWeights, UnifiedObjective

@@ -84,7 +84,7 @@ class Encoder(nn.Module):
 
     With `cross` the blocks attend to the memory by layers of their own; without (the paper's ablation "w/o
     uni-arch") a memory is appended to the row and one self-attention sees both. With `causal` (set on a copy
-    by `finetune.decoder`) a token sees nothing of its row that comes after it, and all tokens are output.
+    by `raylib.models.decoder`) a token sees nothing of its row that comes after it; all tokens are output.
     """
 
     causal = False

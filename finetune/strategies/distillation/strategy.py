@@ -12,7 +12,6 @@ from torch import Tensor
 
 from finetune.batches import encode_inputs, load_visual
 from finetune.formats import Example
-from finetune.model import FinetuneModel, tokenizer_at, weights_of
 from finetune.stores.images import PrecomputedFeatures
 from finetune.strategies.base import (
     Context,
@@ -34,6 +33,7 @@ from finetune.strategies.distillation.word_alignments import Alignments, mix_ali
 from raylib.cache import fingerprint_module
 from raylib.data.loading import to_device
 from raylib.errors import UserError
+from raylib.models.finetuned import FinetuneModel, tokenizer_at, weights_of
 from raylib.randomness import Key
 from raylib.text import Tokenizer
 

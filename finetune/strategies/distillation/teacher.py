@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.formats import Example
-from finetune.model import FinetuneModel, find_evaluated, is_foreign, load_backbone, read_description
 from raylib.cache import write_sharded
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json
 from raylib.finite import is_finite
-from raylib.models.base import FusionBackbone, RegionBackbone
+from raylib.models.base import FusionBackbone, RegionBackbone, read_description
+from raylib.models.finetuned import FinetuneModel, find_evaluated, is_foreign, load_backbone
 
 
 class Teacher:

@@ -2,25 +2,22 @@
 
 A text is grounded in what it is about, image or premise, by the unified encoder's cross-attention; its CLS
 state goes to the head. Two images ground it twice, and the head sees both states side by side (paper 2,
-appendix B.2.3). A head that generates answers (`finetune.decoder`) sees the states of all tokens.
+appendix B.2.3). A head that generates answers (`raylib.models.decoder`) sees the states of all tokens.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.decoder import AnswerDecoder, DecoderConfig
-from finetune.formats.answers import check_labels
 from raylib.checkpoint import BEST
 from raylib.config import user_files, validate
 from raylib.errors import UserError
 from raylib.models import find_backbone, find_model, find_tokenizer, peft, stored_backbone
 from raylib.models.base import (
-    CODE_KEY,
     Backbone,
     FusionBackbone,
     RegionBackbone,
@@ -28,13 +25,11 @@ from raylib.models.base import (
     read_description,
     save_model,
 )
+from raylib.models.decoder import AnswerDecoder, DecoderConfig
 from raylib.models.layers import init_weights
 from raylib.models.single_stream import RegionEmbedding
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, TokenSegments
-
-if TYPE_CHECKING:
-    from finetune.config import FinetuneConfig
 
 
 class Classifier(nn.Module):
@@ -88,6 +83,7 @@ class FinetuneModel(nn.Module):
             self.head = AnswerDecoder(cast(UnifiedModel, backbone), answers, decoder)
         else:
             self.head = Classifier(num_images * backbone.width, backbone.width, len(labels), dropout)
+        # a backbone that reads regions has an embedding of its own for them
         self.regions: RegionEmbedding | None = None
         if regions and not isinstance(backbone, RegionBackbone):
             self.regions = RegionEmbedding(regions, backbone.width).apply(init_weights)
@@ -115,6 +111,7 @@ class FinetuneModel(nn.Module):
     def memory(self, batch: dict) -> Ragged | None:
         """Return what texts of the batch attend to, as states; None: they are about nothing."""
         if "states" in batch:
+            # made once in float32 or float16, while the model may be in bf16
             return batch["states"].with_values(batch["states"].values.to(next(self.head.parameters()).dtype))
         if "images" in batch:
             return self.backbone.encode_images(batch["images"])
@@ -188,6 +185,7 @@ class FinetuneModel(nn.Module):
             values.get("answers"),
             validate(DecoderConfig, values.get("decoder", {}), str(folder / "config.json")),
         )
+        # what was put in has weights of its own, so it goes in before these are loaded
         if tuning := values.get("tuning"):
             peft.insert_stored(model, tuning)
         return load_weights(model, folder)
@@ -232,38 +230,6 @@ def _kind(description: dict, path: Path, folder: Path) -> str:
     return kind
 
 
-def with_stored_code(config: "FinetuneConfig") -> "FinetuneConfig":
-    """`config` with the user's file beside `config.model` as its backbone, where the model has one: so a run
-    from it names the file too.
-
-    Raises:
-        UserError: as of `stored_backbone`.
-    """
-    if is_foreign(Path(config.model)):
-        return config
-    folder = find_evaluated(config.model)
-    description = read_description(folder)
-    if CODE_KEY not in description:
-        return config
-    stored_backbone(description, folder, config.backbone)
-    return config.model_copy(update={"backbone": f"{folder / description[CODE_KEY]}"})
-
-
-def load_finetuned(path: Path | str, labels: tuple[str, ...], name: str = "") -> FinetuneModel:
-    """The fine-tuned model at `path`, whose classes must be `labels`, in this order; `name` as of
-    `stored_backbone`.
-
-    Raises:
-        UserError: not fine-tuned; its labels differ (both orders are named).
-    """
-    folder = find_evaluated(path)
-    values = read_description(folder)
-    if values["model_type"] != "polyglance-finetuned":
-        raise UserError(f"{path}: no fine-tuned model; give the run of an English fine-tuning")
-    check_labels(labels, tuple(values["labels"]), str(folder / "config.json"))
-    return FinetuneModel.from_pretrained(folder, name)
-
-
 def tokenizer_at(path: Path | str) -> Path:
     """The tokenizer file of the model at `path` (`load_backbone`)."""
     path = Path(path)
@@ -286,6 +252,7 @@ def is_foreign(path: Path) -> bool:
 def find_evaluated(path: Path | str) -> Path:
     """Return the folder of `find_model`; of a fine-tuning run, the checkpoint that its results come from."""
     path = Path(path)
+    # a run that chose its best epoch went on training after it
     if (path / BEST).is_dir() and read_description(path).get("select") == "best":
         return path / BEST
     return find_model(path)

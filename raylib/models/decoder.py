@@ -77,6 +77,7 @@ class AnswerDecoder(nn.Module):
                 "positions"
             )
         self.config = config
+        # trained apart from the unified encoder, which goes on reading the question
         self.layers = copy.deepcopy(backbone.fusion)
         self.layers.causal = True
         # the tokens that are read, <s> first, and those that are to be predicted, </s> last
