@@ -99,16 +99,17 @@ def _analyse(arguments: Sequence[str]) -> int:
 
 
 def _translate(arguments: Sequence[str]) -> int:
-    from finetune.strategies import translation
+    from finetune.build import load_task
+    from finetune.strategies.alignment import TranslateConfig, translate
 
-    parser = command_parser("finetune translate", translation.__doc__)
+    parser = command_parser("finetune translate", TranslateConfig.__doc__)
     parser.add_argument("task", help="whose captions are translated")
     parser.add_argument("model", type=Path, help="folder of a translation model, as transformers saves it")
     parser.add_argument(
         "settings", nargs="*", metavar="path=value", help="such as data=FOLDER split=shots direction=from_en"
     )
     parsed = parser.parse_args(arguments)
-    translation.translate(parsed.task, parsed.model, override(translation.TranslateConfig(), parsed.settings))
+    translate(load_task(parsed.task), parsed.model, override(TranslateConfig(), parsed.settings))
     return 0
 
 

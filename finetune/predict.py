@@ -21,6 +21,7 @@ import torch.distributed as dist
 from finetune.batches import read_inputs
 from finetune.formats import Example
 from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource, precompute_features
+from finetune.strategies.lexical import NONE, SYNONYM, WordNet
 from raylib.cache import remove_encoder_states
 from raylib.data.loading import prefetch, to_device
 from raylib.distributed import raise_on_all_workers, world_size
@@ -33,6 +34,7 @@ from raylib.text import Tokenizer
 
 BATCH = 64  # examples predicted at a time
 ORDERS = 4  # n-grams of BLEU
+CONFUSED_PAIRS = 5  # that paper 0's table 3 names
 
 
 def predict(
@@ -202,6 +204,62 @@ def score(
         "unknown_answers": unknown,
     }
     return {**result, "bleu": corpus.value()} if corpus else result
+
+
+def confusions(
+    predictions: Iterable[dict[str, Any]], wordnet: WordNet, pairs: int = CONFUSED_PAIRS
+) -> dict[str, Any]:
+    """Count which answers are taken for which (paper 0, section 6), in the predictions of one language.
+
+    Memory grows with the different pairs of labels alone.
+
+    Args:
+        predictions: {"id", "prediction", "labels", "kind"} each, as `read_predictions`
+            yields them. The true label is the answer with the highest score; an example without answers is
+            left out, as in `metrics.score`.
+    Returns:
+        {"n": examples, "accuracy": as `metrics.score` has it, "accuracy_with_synonyms": a synonym of an
+        answer scores as that answer does (table 2), "wrong": {relation: wrong predictions that are this to
+        the true label}, "confused": the most frequent pairs of true label and wrong prediction,
+        "confused_related": of those with a relation (table 3)}; a pair: {"label", "prediction", "relation":
+        "syn", "hyp", "hpo" or "none", "count"}, equal counts by alphabet.
+    """
+    examples = strict = with_synonyms = 0  # scores in millionths: integers add up to the same in any order
+    wrong: Counter[tuple[str, str]] = Counter()
+    for line in predictions:
+        answers, prediction = line["labels"], line["prediction"]
+        if not answers:
+            continue
+        examples += 1
+        score = answers.get(prediction, 0.0)
+        strict += round(MILLION * score)
+        if not score:
+            wrong[max(answers, key=answers.get), prediction] += 1
+        synonyms = (
+            value for answer, value in answers.items() if wordnet.relation(answer, prediction) == SYNONYM
+        )
+        with_synonyms += round(MILLION * max(score, *synonyms, 0.0))
+    by_count = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))
+    confused: list[dict[str, Any]] = [
+        {
+            "label": label,
+            "prediction": prediction,
+            "relation": wordnet.relation(label, prediction),
+            "count": count,
+        }
+        for (label, prediction), count in by_count
+    ]
+    relations: Counter[str] = Counter()
+    for pair in confused:
+        relations[pair["relation"]] += pair["count"]
+    return {
+        "n": examples,
+        "accuracy": strict / MILLION / examples if examples else 0.0,
+        "accuracy_with_synonyms": with_synonyms / MILLION / examples if examples else 0.0,
+        "wrong": dict(sorted(relations.items())),
+        "confused": confused[:pairs],
+        "confused_related": [pair for pair in confused if pair["relation"] != NONE][:pairs],
+    }
 
 
 class CorpusBleu:

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from finetune.strategies.lexical import HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet, label_vectors, read_vectors
 from finetune.strategies.prior import linguistic_prior, vector_distances, wordnet_distances
-from finetune.strategies.word_vectors import label_vectors, read_vectors
-from finetune.strategies.wordnet import HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet
 from raylib.errors import UserError
 from raylib.sample.scenes.world import DATA, read_labels
 

@@ -15,9 +15,9 @@ from finetune.formats import Example
 from finetune.formats.answers import read_cvil, read_gqa
 from finetune.stores.regions import open_regions
 from finetune.strategies.distillation.teacher import StoredStates, store_states
+from finetune.strategies.lexical import read_vectors
 from finetune.strategies.prior import vector_distances
 from finetune.strategies.pruning import prune_mask
-from finetune.strategies.word_vectors import read_vectors
 from pretrain.train import export_model
 from raylib.cache import EncoderStates, write_encoder_states
 from raylib.errors import NotFinite, UserError

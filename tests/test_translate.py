@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from finetune.__main__ import main
-from finetune.strategies.translation import TranslateConfig, translate
+from finetune.strategies.alignment import TranslateConfig, translate
 from finetune.tasks.datasets import TASKS
 
 
@@ -58,11 +58,11 @@ def test_translate_writes_jsonl_and_plain_lines_that_tasks_read(translator, tmp_
             data=str(tmp_path), languages=("de",), split=split, shots=2, num_beams=1, length=8, batch=2
         )
         said = []
-        files = translate("xflickrco", translator, config, said.append)
+        files = translate(task, translator, config, said.append)
         assert files == [task.path(tmp_path, made, "de", 2)] and "3 of 3" in said[-1]
         found = list(task.read(files[0], made, "de"))
         assert [(item.image, len(item.captions)) for item in found] == [("0.jpg", 2), ("1.jpg", 1)]
-        translate("xflickrco", translator, config, said.append)
+        translate(task, translator, config, said.append)
         assert said[-1].endswith("there already")
     raw = tmp_path / "multi30k" / "data" / "task1" / "raw"
     raw.mkdir(parents=True)
@@ -91,7 +91,7 @@ def test_translate_resumes_without_repeating(translator, tmp_path):
     (folder / "translated_to_en" / "de.txt.partial").write_text("from before\n")
     config = TranslateConfig(data=str(tmp_path), languages=("de",), num_beams=1, length=8, batch=1)
     said = []
-    (made,) = translate("xtd_few", translator, config, said.append)
+    (made,) = translate(TASKS["xtd_few"], translator, config, said.append)
     lines = made.read_text().splitlines()
     assert (
         lines[0] == "from before"

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from finetune.strategies.wordnet import FILES, HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet, confusions
+from finetune.predict import confusions
+from finetune.strategies.lexical import FILES, HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet
 from raylib.errors import UserError
 from raylib.sample.scenes.world import DATA, read_labels
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from finetune.analysis.parallel import Inapplicable, Parallel, write_figure
 from finetune.batches import encode_texts, read_inputs
-from finetune.predict import read_predictions
+from finetune.predict import CONFUSED_PAIRS, confusions, read_predictions
 from finetune.stores.images import VisualSource
-from finetune.strategies.wordnet import HYPERNYM, HYPONYM, NONE, PAIRS, SYNONYM, WordNet, confusions
+from finetune.strategies.lexical import HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet
 from raylib.data.loading import to_device
 from raylib.finite import require_finite
 from raylib.metrics import mean_or_zero
@@ -299,8 +299,8 @@ def confusion_table(values: dict[str, Any]) -> str:
     second = [
         [
             "language",
-            f"{PAIRS} most confused related labels: label:prediction (relation) count",
-            f"{PAIRS} of all",
+            f"{CONFUSED_PAIRS} most confused related labels: label:prediction (relation) count",
+            f"{CONFUSED_PAIRS} of all",
         ]
     ]
     for code, counts in values.items():

@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.strategies.base import Context, Outputs, Strategy, StrategyConfig, Term
-from finetune.strategies.word_vectors import label_vectors
-from finetune.strategies.wordnet import FILES, WordNet
+from finetune.strategies.lexical import FILES, WordNet, label_vectors
 from raylib.cache import cached, file_fingerprint
 from raylib.errors import UserError
 from raylib.fileio import atomic_file, sha256_file
@@ -171,7 +170,7 @@ def vector_distances(
 
     Args:
         labels: C different strings.
-        path: vectors in a format of `finetune.strategies.word_vectors`.
+        path: vectors in a format of `finetune.strategies.lexical`.
         cache: a folder, made where there is none; None keeps nothing.
     Returns:
         (float32 (C, C), symmetric, labels without a vector).

@@ -15,9 +15,9 @@ from torch import Tensor
 from finetune.batches import BatchOrder, EpochBatches, ExampleBatches, ExtraInputs
 from finetune.formats import Example
 from finetune.formats.answers import check_labels, read_answers, shorten_labels
-from finetune.predict import evaluate, read_predictions
+from finetune.predict import confusions, evaluate, read_predictions
 from finetune.strategies.base import AddedTerm, LossTerms, Need, Outputs, term_shares
-from finetune.strategies.wordnet import WordNet, confusions
+from finetune.strategies.lexical import WordNet
 from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Reading, Score, Task
 from raylib.distributed import all_reduce, world_size
 from raylib.engine import Objective

@@ -195,7 +195,7 @@ class MatchingObjective(Objective):
                 part = {**part, "states": self.model.encode_images(part["images"])}
         loss, values = self.unified({**batch, "image_text": part})
         # without gradient: what clamps the temperature asks all terms together, once a step
-        # (`raylib.distributed.clamp_parameter`)
+        # (`raylib.runtime.clamp_parameter`)
         temperature = self.model.temperature.detach().clamp(*self.unified.config.temperature)
         # terms of the model alone need no second pass of the texts
         embeds = any("embeddings" in term.reads for term in self.terms.values())

@@ -1,5 +1,13 @@
-"""Word vectors from the files that they are published in; of a file of gigabytes only the wanted words are
-kept.
+"""Lexical sources of English: WordNet's relations between answer labels (paper 0, section 3), by NLTK's
+reader of WordNet's own files; and word vectors.
+
+A label stands for all synsets that WordNet knows it by: every sense, every part of speech, inflected forms
+too ("zebras" is in the synset of "zebra"). Two labels are synonyms if they share a synset; one is the other's
+hypernym if one of its synsets is directly above one of the other's. Comparing synsets, and not the names in
+them as the paper's public code does, makes "living room" and "women" find their relatives, and synonymy
+symmetric: the paper counts "girls" right where "girl" is, and "girl" where "girls" is.
+
+Word vectors are read from the files that they are published in; of gigabytes only the wanted words are kept:
 
     NAME.npy            (words, d) with the words in NAME.txt beside it, one a line
     GloVe text          `word x1 ... xd` a line
@@ -11,15 +19,131 @@ Which of the last three a file is shows in its first bytes, whatever its name.
 
 import mmap
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from raylib.errors import UserError
 from raylib.finite import is_finite
 
+# as in paper 0's table 3: what a prediction is to the true label
+SYNONYM, HYPERNYM, HYPONYM, NONE = "syn", "hyp", "hpo", "none"
+PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
+FILES = (
+    "lexnames",
+    *(f"{kind}.{part}" for part in PARTS_OF_SPEECH for kind in ("index", "data")),
+    *(f"{part}.exc" for part in PARTS_OF_SPEECH),
+)
+Synsets = frozenset[tuple[str, int]]  # (part of speech, offset in its file)
 PEEK = 2**16  # bytes: more than the longest line that text vectors have
+
+
+class Relatives(NamedTuple):
+    """For each label, the positions of the labels that are its synonyms, its hypernyms, its hyponyms;
+    disjoint sets."""
+
+    synonyms: tuple[frozenset[int], ...]
+    hypernyms: tuple[frozenset[int], ...]
+    hyponyms: tuple[frozenset[int], ...]
+
+
+class WordNet:
+    """A folder of WordNet's files (`nltk_data/corpora/wordnet`).
+
+    Raises:
+        UserError: a file is missing or none of WordNet's (offsets are noticed at look-up); NLTK is not
+            installed.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self._reader = _open(self.folder)
+        self._known: dict[str, tuple[Synsets, Synsets]] = {}
+
+    def synsets(self, label: str) -> Synsets:
+        """The synsets of a label, in any case; none where WordNet does not know it."""
+        return self._look_up(label)[0]
+
+    def relation(self, truth: str, predicted: str) -> str:
+        """Return what `predicted` is to `truth`: the first of SYNONYM (a label is its own), HYPERNYM, HYPONYM
+        that holds; NONE."""
+        (synsets, above), (other_synsets, above_other) = self._look_up(truth), self._look_up(predicted)
+        if truth.lower() == predicted.lower() or synsets & other_synsets:
+            return SYNONYM
+        if above & other_synsets:
+            return HYPERNYM
+        return HYPONYM if synsets & above_other else NONE
+
+    def relatives(self, labels: Sequence[str]) -> Relatives:
+        """`relation` of all labels to all others, through an index of synsets: the time grows with C and not
+        with C x C."""
+        # synset, or label -> positions of the labels that it is a synset of
+        holders: defaultdict[Any, set[int]] = defaultdict(set)
+        for i, label in enumerate(labels):
+            for synset in self._look_up(label)[0]:
+                holders[synset].add(i)
+            holders[label.lower()].add(i)
+        synonyms: list[set[int]] = []
+        above: list[set[int]] = []
+        below: list[set[int]] = [set() for _ in labels]
+        for i, label in enumerate(labels):
+            synsets, hypernyms = self._look_up(label)
+            synonyms.append({j for key in (*synsets, label.lower()) for j in holders.get(key, ())} - {i})
+            above.append({j for synset in hypernyms for j in holders.get(synset, ())} - {i} - synonyms[i])
+            for j in above[i]:
+                below[j].add(i)
+        # synonymy is symmetric: none is among them
+        hyponyms = [lower - above[i] for i, lower in enumerate(below)]
+        return Relatives(*(tuple(map(frozenset, sets)) for sets in (synonyms, above, hyponyms)))
+
+    def _look_up(self, label: str) -> tuple[Synsets, Synsets]:
+        """(a label's synsets, those directly above them)."""
+        label = label.lower()
+        if label not in self._known:
+            # compounds are spelt either way: living_room, x-ray
+            forms = dict.fromkeys(joiner.join(label.split()) for joiner in "_-")
+            synsets: list[Any] = next(filter(None, map(self._reader.synsets, forms)), [])
+            above = [hypernym for synset in synsets if synset for hypernym in synset.hypernyms()]
+            if None in synsets or None in above:
+                raise UserError(
+                    f"{self.folder}: '{label}' leads nowhere in data.*: not the files that index.* belongs to"
+                )
+            self._known[label] = _keys(synsets), _keys(above)
+        return self._known[label]
+
+
+def _keys(synsets: list) -> Synsets:
+    return frozenset((synset.pos(), synset.offset()) for synset in synsets)
+
+
+def _open(folder: Path):
+    """NLTK's reader of the folder."""
+    try:
+        import nltk
+        from nltk.corpus.reader.wordnet import WordNetCorpusReader, WordNetError
+    except ImportError:
+        raise UserError("WordNet is read by NLTK, which is not installed; `pip install nltk`") from None
+
+    class Reader(WordNetCorpusReader):
+        def map_wn(self, version="wordnet"):
+            """NLTK's own looks for a second WordNet in its data folders, to map other languages' wordnets
+            onto this one."""
+
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder}: no WordNet: '{missing[0]}' is missing; give a folder like nltk_data/corpora/wordnet"
+        )
+    root = str(folder.resolve())
+    if root not in nltk.data.path:
+        nltk.data.path.append(root)  # NLTK opens nothing elsewhere
+    try:
+        return Reader(root, omw_reader=False)  # None would warn that other languages' wordnets are missing
+    except (WordNetError, AssertionError, ValueError, IndexError) as e:
+        raise UserError(f"{folder}: not WordNet's files as NLTK reads them ({e})") from None
 
 
 def label_words(label: str) -> list[str]:
