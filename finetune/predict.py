@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from finetune.batches import read_inputs
 from finetune.formats import Example
@@ -55,7 +56,7 @@ def predict(
         NotFinite: scores of an example are not finite; the first of its batch is named.
     """
     rank, world = dist.get_rank() if world_size() > 1 else 0, world_size()
-    device, count, bad = next(model.parameters()).device, 0, None
+    count, bad = 0, None
     part = out.with_name(f".{out.name}.{rank}")
     model.eval()
     with open(part, "w", encoding="utf-8") as file, torch.inference_mode():
@@ -63,16 +64,10 @@ def predict(
         chunks = itertools.islice(_batched(examples, BATCH), rank, None, world)
         read = ((chunk, read_inputs(chunk, visual, tokenizer, length)) for chunk in chunks)
         for chunk, inputs in prefetch(read):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                scores = model(to_device(inputs, device))
-            best, best_class = scores.max(1)
-            # a decoder's score is -inf of what is no candidate; a maximum is NaN where any score is
-            if not is_finite(best if model.is_generative else scores):
-                finite = (best[:, None] if model.is_generative else scores).isfinite().all(1).tolist()
-                bad = f"scores of example {chunk[finite.index(False)].id}: not finite (NaN or infinite)"
+            scores, bad = class_scores(model, chunk, inputs, bf16)
+            if bad:
                 break
-            best_class = best_class.tolist()
-            for example, label in zip(chunk, best_class, strict=True):
+            for example, label in zip(chunk, scores.argmax(1).tolist(), strict=True):
                 line = {
                     "id": example.id,
                     "prediction": model.labels[label],
@@ -94,6 +89,22 @@ def predict(
     if world > 1:
         dist.barrier()
     return count
+
+
+def class_scores(
+    model: FinetuneModel, chunk: Sequence[Example], inputs: dict[str, Any], bf16: bool
+) -> tuple[Tensor, str | None]:
+    """(scores (b, labels) of the examples that `inputs` are of, as `FinetuneModel.forward` has them; None, or
+    the line that names the first example whose scores are not finite)."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        scores = model(to_device(inputs, device))
+    # a decoder's score is -inf of what is no candidate; a maximum is NaN where any score is
+    checked = scores.amax(1, keepdim=True) if model.is_generative else scores
+    if is_finite(checked):
+        return scores, None
+    first = checked.isfinite().all(1).tolist().index(False)
+    return scores, f"scores of example {chunk[first].id}: not finite (NaN or infinite)"
 
 
 def evaluate(

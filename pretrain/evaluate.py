@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,9 @@ from raylib.fileio import find_file, write_json
 from raylib.finite import is_finite, require_finite, require_finite_values
 from raylib.metrics import mean_or_zero, mean_recall_at_1, recall_figures, recall_hits, recall_interval
 from raylib.models import find_model, find_tokenizer
+from raylib.models.base import RetrievalBackbone
 from raylib.models.unified import UnifiedModel
-from raylib.packed import Ragged, first_tokens
+from raylib.packed import Ragged
 from raylib.provenance import DataFile, combined_hash, fingerprint_files, hash_path, provenance
 from raylib.runtime import peak_memory
 from raylib.tables import markdown_table
@@ -253,20 +254,24 @@ def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
     }
 
 
-def image_vectors(model: UnifiedModel, images: Tensor, device: torch.device) -> Tensor:
+def image_vectors(
+    model: RetrievalBackbone, images: Tensor, device: torch.device, batch: int = IMAGES
+) -> Tensor:
     """uint8 (n, H, W, 3) -> unit vectors (n, e) on the CPU."""
-    parts = (model.encode_images(part.to(device)) for part in images.split(IMAGES))
+    parts = (model.encode_images(part.to(device)) for part in images.split(batch))
     return torch.cat([model.embed_images(states, normalize=True).float().cpu() for states in parts])
 
 
-def sentence_vectors(model: UnifiedModel, ids: list[Tensor], device: torch.device) -> Tensor:
+def sentence_vectors(
+    model: RetrievalBackbone, ids: Sequence[Tensor], device: torch.device, batch: int = SENTENCES
+) -> Tensor:
     """Sentences with specials -> unit vectors (n, e) on the CPU."""
     parts = []
-    for start in range(0, len(ids), SENTENCES):
-        chunk = ids[start : start + SENTENCES]
+    for start in range(0, len(ids), batch):
+        chunk = ids[start : start + batch]
         lengths = torch.tensor([len(row) for row in chunk])
-        cls = model.encode_text(Ragged(torch.cat(chunk).to(device), lengths), first_tokens(lengths))
-        parts.append(model.embed_text_states(cls, normalize=True).float().cpu())
+        vectors = model.embed_text(Ragged(torch.cat(tuple(chunk)).to(device), lengths), normalize=True)
+        parts.append(vectors.float().cpu())
     return torch.cat(parts)
 
 

@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = ("raylib", "pretrain", "finetune", "tune_spaces", "cluster")
 ALLOWED = {room: {"raylib", room} for room in ("raylib", "pretrain", "finetune", "cluster")}
 ALLOWED["tune_spaces"] = {"raylib", "pretrain", "finetune", "tune_spaces"}
+# `import polyglance`: it loads models of both stages, and nothing of raylib imports it
+ALLOWED["raylib/api"] = {"raylib", "pretrain", "finetune"}
 ROOMS = {*PRODUCT, "benchmarks", "tests"}
 HEAVY = {
     "ray": {"raylib/runtime.py", "raylib/launch.py"},
@@ -61,6 +63,8 @@ def is_inside(module: str, package: str) -> bool:
 @pytest.mark.parametrize("room", ALLOWED)
 def test_imports_run_one_way(room):
     for path, text in sources(room).items():
+        if room == "raylib" and path.startswith("raylib/api/"):
+            continue  # a room of its own
         foreign = {name.split(".")[0] for name, _ in imports(text)} & ROOMS - ALLOWED[room]
         assert not foreign, f"{path} imports {foreign}"
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from finetune.formats import Captioned, Example
-from finetune.stores import SUFFIXES, folders_of, may_hold, normalise_boxes, stem
+from finetune.stores import SUFFIXES, Regions, folders_of, may_hold, normalise_boxes, stem
 from finetune.stores.regions import RegionStore, open_regions
 from raylib.cache import EncoderStates, write_encoder_states
 from raylib.data.images import AugmentConfig, augment_image, decode_image, resize_image
@@ -186,15 +186,18 @@ class RegionFeatures:
     def read(self, names: Sequence[str], draws: np.ndarray | None = None) -> dict[str, Any]:
         """Read {"regions": n rows (R, f + 7)}; if `has_tags`, with "tags": the names of each image's
         objects."""
-        parts, tags = [], []
-        for name in names:
-            regions = self.store.read(name)
-            tags.append(regions.tags)
-            boxes = normalise_boxes(regions.boxes, regions.height, regions.width)
-            parts.append(np.concatenate([regions.features, boxes], 1))
-        lengths = torch.tensor([len(part) for part in parts])
-        rows = {"regions": Ragged(torch.from_numpy(np.concatenate(parts).astype(np.float32)), lengths)}
-        return rows | {"tags": tags} if self.has_tags else rows
+        return join_regions([self.store.read(name) for name in names], self.has_tags)
+
+
+def join_regions(images: Sequence[Regions], has_tags: bool = False) -> dict[str, Any]:
+    """Region features of images as a model reads them (`RegionFeatures`)."""
+    parts = []
+    for regions in images:
+        boxes = normalise_boxes(regions.boxes, regions.height, regions.width)
+        parts.append(np.concatenate([regions.features, boxes], 1))
+    lengths = torch.tensor([len(part) for part in parts])
+    rows = {"regions": Ragged(torch.from_numpy(np.concatenate(parts).astype(np.float32)), lengths)}
+    return rows | {"tags": [regions.tags for regions in images]} if has_tags else rows
 
 
 VisualSource = ImageSource | PrecomputedFeatures | RegionFeatures

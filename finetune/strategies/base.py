@@ -312,6 +312,7 @@ class StrategyConfig(Config):
     needs_any: ClassVar[frozenset[Need]] = frozenset()  # those of them that the task has, at least one
     place: ClassVar[str] = ""  # what of the model only one strategy can take
     acts_untrained: ClassVar[bool] = False  # also where a setting trains nothing: a prompt
+    changes_texts: ClassVar[bool] = False  # `wrap_tokenizer`: wherever the model is used later
     display_fields: ClassVar[tuple[str, ...]] = ()  # settings that tables always show
     hidden_fields: ClassVar[tuple[str, ...]] = ()  # those that they never show: files
     mutable_fields: ClassVar[tuple[str, ...]] = ()  # a search may change them within a trial

@@ -68,6 +68,7 @@ class SoftPromptConfig(PeftConfig):
     `tokens` random ones where it is empty. They count in `length=`."""
 
     method = "soft_prompt"
+    changes_texts = True
 
     words: str = "a photo of"
     tokens: PositiveInt = 20
@@ -83,6 +84,7 @@ class HardPromptConfig(StrategyConfig):
     is the paper's zero-shot row."""
 
     acts_untrained = True
+    changes_texts = True
     display_fields = ("words",)
 
     words: str = "a photo of"

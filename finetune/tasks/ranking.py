@@ -78,6 +78,16 @@ def retrieve(
     }
 
 
+def match_pairs(model: Any, texts: Ragged, images: Memory, bf16: bool) -> Tensor:
+    """(n,) on the CPU: log of the odds that each of n texts, states (T, d), belongs to the image that it
+    attends to."""
+    with torch.autocast(texts.values.device.type, torch.bfloat16, enabled=bf16):
+        cls = model.fuse(texts, first_tokens(texts.lengths), images)
+    # outside of autocast: bf16 logits near 8 are 1/16 apart, and would tie
+    logits = model.match_head(cls.float()).float()
+    return (logits[:, 1] - logits[:, 0]).cpu()
+
+
 class _Ranker:
     """Unit vectors of all images and captions; where the match head `ranks`, their states too."""
 
@@ -170,13 +180,7 @@ class _Ranker:
             unique_images, rows = images.unique(return_inverse=True)
             image_states = self._states(self.images, [self.names[i] for i in unique_images])
             text_states = self._states(self.texts, [self.keys[i] for i in texts])
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                cls = self.model.fuse(
-                    text_states, first_tokens(text_states.lengths), Memory(image_states, rows)
-                )
-            # outside of autocast: bf16 logits near 8 are 1/16 apart, and would tie
-            logits = self.model.match_head(cls.float()).float()
-            out.append((logits[:, 1] - logits[:, 0]).cpu())
+            out.append(match_pairs(self.model, text_states, Memory(image_states, rows), self.bf16))
         return torch.cat(out).view_as(candidate_index)
 
     def _states(self, states: EncoderStates, names: Sequence[str]) -> Ragged:

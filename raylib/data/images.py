@@ -7,7 +7,11 @@ All chance comes in as `uniforms`.
 """
 
 import functools
+import io
 import math
+import sys
+from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -104,6 +108,53 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
     alpha = image[..., 3:].astype(np.uint16)
     over = image[..., 2::-1] * alpha + 255 * (255 - alpha)
     return ((over + 127) // 255).astype(np.uint8)
+
+
+def load_image(image: Any, name: str = "image") -> np.ndarray:
+    """RGB uint8 (H, W, 3) of whatever a user calls an image: a path, a URL that `fsspec` knows, the bytes of
+    a file, a PIL image, or such an array, which is taken as it is.
+
+    Raises:
+        BadImage: none of these, no such file, or it does not decode; it is named, or by `name`.
+    """
+    if isinstance(image, str | Path):
+        return decode_image(_read_bytes(image), str(image))
+    if isinstance(image, bytes | bytearray | memoryview):
+        return decode_image(bytes(image), name)
+    # whoever has a PIL image has imported PIL
+    if (pil := sys.modules.get("PIL.Image")) and isinstance(image, pil.Image):
+        return _decode_pil(image, name)
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise BadImage(
+            f"{name}: {type(image).__name__} of {array.dtype} {array.shape} is no image; give a path, a URL, "
+            "bytes of a file, a PIL image or an array of uint8 (height, width, 3)"
+        )
+    return array
+
+
+def _read_bytes(path: Path | str) -> bytes:
+    try:
+        if "://" in str(path):
+            import fsspec
+
+            with fsspec.open(str(path)) as file:
+                return file.read()
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadImage(f"{path}: {error.strerror or error}") from error
+
+
+def _decode_pil(image: Any, name: str) -> np.ndarray:
+    """The pixels of a PIL image as those of its file: turned as its EXIF says, over white."""
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGB", "CMYK", "YCbCr", "HSV", "LAB"):
+        return np.asarray(image.convert("RGB"))
+    stream = io.BytesIO()
+    image.save(stream, "PNG", compress_level=0)
+    return decode_image(stream.getvalue(), name)
 
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:

@@ -266,6 +266,17 @@ class Backbone(nn.Module, ABC):
 class RetrievalBackbone(Backbone):
     """Embeds images and texts apart."""
 
+    @classmethod
+    def has_embeddings(cls, path: Path) -> bool:
+        """Return whether published weights at `path` embed images and texts in one space, before they are
+        trained any further."""
+        return True
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a text, specials included."""
+        return self.config.positions
+
     @property
     @abstractmethod
     def image_size(self) -> int: ...

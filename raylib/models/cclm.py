@@ -264,6 +264,10 @@ class Cclm(UnifiedModel):
     random_vision: ClassVar[dict[str, Any]] = {"vision_layers": 12, "image_size": 224}  # ViT-B/16
 
     @classmethod
+    def has_embeddings(cls, path: Path) -> bool:
+        return path.is_file()  # of CCLM's own; a folder is one of a text encoder
+
+    @classmethod
     def import_weights(cls, path: Path, vision: Path | None = None) -> Self:
         """From a published file of this CCLM, or from an XLM-R or BERT folder. `vision`: a folder of the
         image encoder; None: the file's own, or a random one.

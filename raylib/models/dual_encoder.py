@@ -284,6 +284,10 @@ class Clip(DualEncoder):
         return model
 
     @property
+    def max_length(self) -> int:
+        return self.towers.config.text_config.max_position_embeddings
+
+    @property
     def width(self) -> int:
         return self.towers.config.text_config.hidden_size
 

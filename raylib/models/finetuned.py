@@ -223,11 +223,19 @@ def _kind(description: dict, path: Path, folder: Path) -> str:
     as unified: what they are is in the run's settings."""
     kind = description.get("backbone", description["model_type"].removeprefix("polyglance-"))
     if kind == "unified" and "backbone" not in description:
-        for place in (path, folder.parent, folder.parent.parent):
-            settings = read_description(place) if (place / "config.json").is_file() else {}
-            if settings.get("backbone") in UnifiedModel.stored_kinds:
-                return settings["backbone"]
+        run = find_run(path, folder)
+        stored = read_description(run).get("backbone") if run else None
+        if stored in UnifiedModel.stored_kinds:
+            return stored
     return kind
+
+
+def find_run(path: Path, folder: Path) -> Path | None:
+    """The run that the model in `folder`, found at `path`, is of; None of an export."""
+    for place in (path, folder.parent, folder.parent.parent):
+        if (place / "config.json").is_file() and "fit" in read_description(place):
+            return place
+    return None
 
 
 def tokenizer_at(path: Path | str) -> Path:

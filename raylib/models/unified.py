@@ -179,6 +179,10 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
             load_vision(model, vision)
         return model
 
+    @classmethod
+    def has_embeddings(cls, path: Path) -> bool:
+        return False  # of a text encoder: what would bring it together with an image encoder is random
+
     @property
     def width(self) -> int:
         return self.config.width

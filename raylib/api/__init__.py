@@ -1,0 +1,78 @@
+"""Polyglance as a library: `import polyglance`, which is what the distribution calls this package.
+
+    import polyglance
+    model = polyglance.load("runs/sample")
+    model.similarity(["cat.jpg"], ["a cat", "ein Hund"])
+
+In a checkout that is not installed it is `raylib.api`. Nothing heavy is imported before `load`.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if (
+    __name__ == "polyglance"
+):  # this file under its other name: one package under both, and one copy of each class
+    try:
+        import raylib.api
+    except ImportError as error:
+        import raylib
+
+        raise ImportError(
+            f"polyglance has a package raylib of its own, and {raylib.__file__} is another project's, the "
+            "game library's perhaps: uninstall that, or install polyglance into a fresh environment"
+        ) from error
+    sys.modules["polyglance"] = raylib.api
+else:
+    sys.modules["polyglance"] = sys.modules[__name__]
+
+from raylib import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from raylib.api.model import Model
+
+
+def load(
+    path: "Path | str",
+    device: "torch.device | str | None" = None,
+    dtype: "torch.dtype | str | None" = None,
+    *,
+    language: str | None = None,
+    backbone: str = "unified",
+    vision: str | None = None,
+) -> "Model":
+    """Load a trained model.
+
+    Args:
+        path: a pretraining or fine-tuning run, an export, a checkpoint, or published weights that `backbone`
+            can start from (`python -m finetune --help`), a file or a folder.
+        device: None is a GPU if there is one.
+        dtype: what is computed in, "float32" or "bfloat16"; None: what the model is evaluated in, on a GPU
+            bfloat16 for a fine-tuned one.
+        language: of a fine-tuning run that trained a model for each language, which one.
+        backbone, vision: as the settings of fine-tuning have them: what published weights become, and the
+            folder of their image encoder where that is another.
+    Raises:
+        UserError: no such model, weights that do not fit or are not finite.
+    """
+    from raylib.api.model import load_model
+
+    return load_model(path, device, dtype, language=language, backbone=backbone, vision=vision)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Model", "Answer", "Match"):
+        from raylib.api import model
+
+        return vars(model)[name]
+    if name == "UserError":
+        from raylib.errors import UserError
+
+        return UserError
+    raise AttributeError(f"module 'polyglance' has no attribute '{name}'")
+
+
+__all__ = ["Answer", "Match", "Model", "UserError", "__version__", "load"]

@@ -1,0 +1,463 @@
+"""`Model`: a trained model of any kind, and what it can do. All that it computes is what evaluation computes,
+by the same functions: `pretrain.evaluate` for vectors, `finetune.tasks.ranking` for pairs, `finetune.predict`
+for classes.
+
+Shape legend: n images or texts, e width of embeddings.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.batches import encode_inputs, encode_texts
+from finetune.config import FinetuneConfig
+from finetune.formats import Example
+from finetune.formats.answers import LABELS
+from finetune.predict import class_scores
+from finetune.stores import Regions, to_regions
+from finetune.stores.images import join_regions
+from finetune.strategies.base import Context
+from finetune.tasks.ranking import match_pairs
+from pretrain.evaluate import image_vectors, sentence_vectors
+from raylib.config import load_config
+from raylib.data.images import load_image, resize_image
+from raylib.data.loading import prefetch
+from raylib.errors import NotFinite, UserError
+from raylib.finite import require_finite
+from raylib.launch import no_log
+from raylib.models.base import Backbone, RegionBackbone, RetrievalBackbone, read_description
+from raylib.models.finetuned import (
+    FinetuneModel,
+    find_evaluated,
+    find_run,
+    is_foreign,
+    load_backbone,
+    tokenizer_at,
+)
+from raylib.models.layers import Memory
+from raylib.packed import Ragged
+from raylib.text import Tokenizer
+
+T = TypeVar("T")
+ImageInput = Any  # a path, a URL, bytes, a PIL image, an array; of a model on region features, these
+BATCH = 64
+
+
+class Answer(NamedTuple):
+    """A class, or a generated answer, and its probability."""
+
+    text: str
+    probability: float
+
+
+class Match(NamedTuple):
+    """A text, the log of the odds that it belongs to the image, and its place in the list that was given."""
+
+    text: str
+    score: float
+    position: int
+
+
+def load_model(
+    path: Path | str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    *,
+    language: str | None = None,
+    backbone: str = "unified",
+    vision: str | None = None,
+) -> "Model":
+    """`polyglance.load`."""
+    path = _language_part(Path(path), language)
+    network: Backbone | FinetuneModel
+    if is_foreign(path):
+        network, run = load_backbone(path, backbone, vision), None
+    else:
+        folder = find_evaluated(path)
+        run = find_run(path, folder)
+        if read_description(folder)["model_type"] == "polyglance-finetuned":
+            network = FinetuneModel.from_pretrained(folder, "" if backbone == "unified" else backbone)
+        else:
+            network = load_backbone(path, backbone, vision)
+    settings = read_description(run) if run else {}
+    config = load_config(FinetuneConfig, run / "config.json") if run and "task" in settings else None
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    network.to(device).eval()
+    tokenizer = Tokenizer.load(tokenizer_at(path))
+    if config:
+        tokenizer = _with_prompts(config, tokenizer, network)
+    return Model(path, network, tokenizer, config, settings, _is_bf16(dtype, config, torch.device(device)))
+
+
+def _language_part(path: Path, language: str | None) -> Path:
+    """The folder of the model for `language` in a run that trained one for each.
+
+    Raises:
+        UserError: the run has none, or no one said which.
+    """
+    parts = sorted(p.parent.name for p in path.glob("*/config.json") if (p.parent / "part.json").is_file())
+    settings = read_description(path) if (path / "config.json").is_file() else {}
+    apart = settings.get("setting") in ("few_shot", "single_language") and parts
+    if language is None and apart:
+        raise UserError(f"{path} has a model for each language: give language=, one of {', '.join(parts)}")
+    if language is None:
+        return path
+    if not apart or language not in parts:
+        has = f"it has {', '.join(parts)}" if apart else "it has one model for all languages"
+        raise UserError(f"{path} has no model for language={language}: {has}")
+    return path / language
+
+
+def _with_prompts(config: FinetuneConfig, tokenizer: Tokenizer, network: Any) -> Tokenizer:
+    """The tokenizer with the prompts that the run trained with: strategies of users are asked too, since they
+    alone know."""
+    labels = network.labels if isinstance(network, FinetuneModel) else ()
+    cache = Path(config.runs).absolute() / "cache"
+    folders = Path(config.data), config.wordnet_folder
+    context = Context(*folders, config.languages, labels, tokenizer.path, cache, no_log)
+    for strategy in config.strategies.active().values():
+        if strategy.changes_texts or strategy._user_class:
+            tokenizer = strategy.build(context).wrap_tokenizer(tokenizer, network)
+    return tokenizer
+
+
+def _is_bf16(dtype: torch.dtype | str | None, config: FinetuneConfig | None, device: torch.device) -> bool:
+    if dtype is None:
+        return config is not None and config.fit.uses_bf16(device)
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"dtype={name}: give float32 or bfloat16, or leave it out")
+    return name == "bfloat16"
+
+
+class Model:
+    """A model that `polyglance.load` has loaded.
+
+    capabilities: the names of the methods that it has the weights for; others raise a `UserError` that says
+        so. labels: the classes of a fine-tuned model, else ().
+    network: the module itself, in evaluation mode. tokenizer, length: how it reads texts, of so many tokens
+        at most.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        network: Backbone | FinetuneModel,
+        tokenizer: Tokenizer,
+        config: FinetuneConfig | None,
+        settings: dict[str, Any],
+        bf16: bool,
+    ):
+        self.path, self.network, self.tokenizer, self.bf16 = path, network, tokenizer, bf16
+        self.backbone = network.backbone
+        self.task = config.task if config else None
+        self.labels = network.labels if isinstance(network, FinetuneModel) else ()
+        self.sigmoid = config is not None and config.loss == "bce"
+        self.capabilities = _capabilities(path, network, config, settings)
+        if config:
+            self.length = config.length
+        elif isinstance(network, RetrievalBackbone):
+            self.length = network.max_length
+        else:
+            self.length = FinetuneConfig.model_fields["length"].default
+
+    def __repr__(self) -> str:
+        return f"<polyglance.Model {self.path}: {self.backbone.kind}, {', '.join(sorted(self.capabilities))}>"
+
+    @property
+    def device(self) -> torch.device:
+        """The device that it computes on."""
+        return next(self.network.parameters()).device
+
+    # ---- images and texts apart
+
+    def encode_image(
+        self, images: Iterable[ImageInput] | ImageInput, *, batch_size: int = BATCH, as_tensor: bool = False
+    ) -> Any:
+        """Unit vectors (n, e) of images; (e,) of one that comes alone. A NumPy array, or a tensor on the CPU.
+
+        images: paths, URLs, bytes, PIL images or arrays of uint8 (height, width, 3), in a list or any
+            iterable, which is gone through batch by batch.
+        Raises:
+            UserError: the model has no such vectors, an image does not decode (it is named).
+        """
+        self._require("encode_image")
+        if _is_one_image(images):
+            return self.encode_image([images], as_tensor=as_tensor)[0]
+        model = cast(RetrievalBackbone, self.network)
+
+        def encode(pixels: Tensor) -> Tensor:
+            return image_vectors(model, pixels, self.device, batch_size)
+
+        return self._encode(
+            prefetch(self._pixels(chunk) for chunk in _chunks(images, batch_size)), encode, as_tensor
+        )
+
+    def encode_text(
+        self, texts: Iterable[str] | str, *, batch_size: int = 4 * BATCH, as_tensor: bool = False
+    ) -> Any:
+        """Unit vectors (n, e) of texts in any language; (e,) of one that comes alone."""
+        self._require("encode_text")
+        if isinstance(texts, str):
+            return self.encode_text([texts], as_tensor=as_tensor)[0]
+        model = cast(RetrievalBackbone, self.network)
+
+        def encode(chunk: list[str]) -> Tensor:
+            ids = encode_texts(_checked(chunk), self.tokenizer, self.length)
+            rows = ids.values.split(ids.lengths.tolist())
+            return sentence_vectors(model, rows, self.device, batch_size)
+
+        return self._encode(_chunks(texts, batch_size), encode, as_tensor)
+
+    def similarity(self, images: Any, texts: Any, *, batch_size: int = BATCH, as_tensor: bool = False) -> Any:
+        """Cosines (images, texts). Either may be vectors that were encoded before."""
+        self._require("similarity")
+        left = images if _is_vectors(images) else self.encode_image(_listed(images), batch_size=batch_size)
+        right = texts if _is_vectors(texts) else self.encode_text(_listed(texts), batch_size=4 * batch_size)
+        cosines = torch.as_tensor(left) @ torch.as_tensor(right).T
+        return cosines if as_tensor else cosines.numpy()
+
+    def rerank(
+        self, image: ImageInput, texts: Sequence[str], *, top: int | None = None, batch_size: int = BATCH
+    ) -> list[Match]:
+        """The texts by how well the image-text matching head, which reads each together with the image, finds
+        that they belong to it: the best first, `top` of them."""
+        self._require("rerank")
+        model: Any = self.network
+        with torch.no_grad():
+            states = self._image_states([image])
+            scores = [self._match(model, chunk, states) for chunk in _chunks(texts, batch_size)]
+        found = torch.cat(scores) if scores else torch.zeros(0)
+        require_finite("scores of the match head", found)
+        order = found.argsort(descending=True, stable=True).tolist()[:top]
+        return [Match(texts[i], float(found[i]), i) for i in order]
+
+    def _match(self, model: Any, texts: list[str], image: Ragged) -> Tensor:
+        ids = encode_texts(_checked(texts), self.tokenizer, self.length)
+        ids = ids.with_values(ids.values.to(self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            states = model.encode_text(ids)
+        rows = torch.zeros(len(texts), dtype=torch.int64)
+        return match_pairs(model, ids.with_values(states.float()), Memory(image, rows), self.bf16)
+
+    # ---- classes
+
+    def answer(self, image: Any, question: Any, *, top: int = 3, batch_size: int = BATCH) -> Any:
+        """The `top` likeliest answers to a question about an image, or about two, (left, right), of a model
+        of such a task: a list of `Answer`. Lists of images and questions, or one image and many questions,
+        give a list of these."""
+        self._require("answer")
+        return self.classify(question, image, top=top, batch_size=batch_size)
+
+    def entails(self, image: Any, premise: Any, hypothesis: Any, *, batch_size: int = BATCH) -> Any:
+        """{"entailment", "neutral", "contradiction": probability} of a hypothesis about an image, or about a
+        premise, a sentence; the other is None. Lists give a list of these."""
+        self._require("entails")
+        if (image is None) == (premise is None):
+            raise UserError(
+                "entails: a hypothesis is about an image or about a premise; give one, and None for the other"
+            )
+        found = self.classify(hypothesis, image, premise=premise, top=len(self.labels), batch_size=batch_size)
+        return [dict(answers) for answers in found] if not isinstance(hypothesis, str) else dict(found)
+
+    def classify(
+        self, text: Any, image: Any = None, *, premise: Any = None, top: int = 3, batch_size: int = BATCH
+    ) -> Any:
+        """The `top` likeliest classes of a text about an image, or two, or about a premise: a list of
+        `Answer`, of lists a list of these."""
+        self._require("classify")
+        if isinstance(text, str):
+            premise = None if premise is None else [premise]
+            return self.classify([text], image, premise=premise, top=top, batch_size=batch_size)[0]
+        texts = _checked(list(text))
+        about = self._about(image, len(texts))
+        pairs: list[tuple[str, ...]] = [(one,) for one in texts]
+        if premise is not None:
+            premises = [premise] * len(texts) if isinstance(premise, str) else _checked(list(premise))
+            _require_equal(len(texts), len(premises), "premises")
+            pairs = list(zip(premises, texts, strict=True))
+        rows = list(zip(pairs, about, strict=True))
+        found: list[list[Answer]] = []
+        with torch.no_grad():
+            for chunk, visual in prefetch(self._visual(chunk) for chunk in _chunks(rows, batch_size)):
+                found += self._classes(chunk, visual, top)
+        return found
+
+    def _about(self, image: Any, count: int) -> list[tuple[ImageInput, ...]]:
+        """The images of each of `count` texts."""
+        model = cast(FinetuneModel, self.network)
+        if image is None:
+            return [()] * count
+        pair = model.num_images > 1
+        alone = _is_one_image(image) if not pair else isinstance(image, tuple)
+        images = [image] * count if alone else list(image)
+        _require_equal(count, len(images), "images")
+        if pair and not all(isinstance(each, tuple) and len(each) == model.num_images for each in images):
+            raise UserError(
+                f"{self.path} reads a text with {model.num_images} images: give them as (left, right)"
+            )
+        return [each if pair else (each,) for each in images]
+
+    def _visual(self, chunk: list) -> tuple[list, dict[str, Any]]:
+        """The rows of a batch, with their images as pixels or regions, each once, and which row has which."""
+        images = [image for _, about in chunk for image in about]
+        if not images:
+            return chunk, {}
+        if isinstance(self.backbone, RegionBackbone) or cast(FinetuneModel, self.network).regions:
+            regions = [self._regions(image) for image in images]
+            return chunk, join_regions(regions, "tags" in self.backbone.row_parts)
+        keys = [str(image) if isinstance(image, str | Path) else id(image) for image in images]
+        unique = dict(zip(keys, images, strict=True))
+        place = {key: i for i, key in enumerate(unique)}
+        rows = torch.tensor([place[key] for key in keys])
+        return chunk, {"pixels": self._pixels(list(unique.values())), "rows": rows}
+
+    def _classes(self, chunk: list, visual: dict[str, Any], top: int) -> list[list[Answer]]:
+        model = cast(FinetuneModel, self.network)
+        examples = [Example(texts[-1], texts, tuple(map(str, about)), {}) for texts, about in chunk]
+        if "pixels" in visual:
+            visual = {"states": self._encode_pixels(visual["pixels"]).select_rows(visual["rows"])}
+        inputs = encode_inputs(examples, visual, self.tokenizer, self.length)
+        scores, bad = class_scores(model, examples, inputs, self.bf16)
+        if bad:
+            raise NotFinite(bad)
+        scores = scores.float()
+        if model.is_generative:
+            probabilities = scores.exp()
+        else:
+            probabilities = scores.sigmoid() if self.sigmoid else scores.softmax(1)
+        # by score: where probabilities round to 1, scores still differ
+        best = scores.topk(min(top, len(self.labels)), dim=1).indices
+        values = probabilities.gather(1, best).tolist()
+        return [
+            [
+                Answer(self.labels[i], p)
+                for i, p in zip(row, chances, strict=True)
+                if p > 0 or not model.is_generative
+            ]
+            for row, chances in zip(best.tolist(), values, strict=True)
+        ]
+
+    def _regions(self, image: Any) -> Regions:
+        """The region features of an image.
+
+        Raises:
+            UserError: not these; of another width than the model reads.
+        """
+        if isinstance(image, Regions):
+            return image
+        if isinstance(image, dict):
+            return to_regions(image, "regions")
+        raise UserError(
+            f"{self.path}: {self.backbone.kind} reads region features of a detector, not images: give each "
+            'image as {"features": (R, f), "boxes": (R, 4) in pixels, "img_h", "img_w"}'
+            + (', "tags": names of the objects' if "tags" in self.backbone.row_parts else "")
+        )
+
+    # ---- shared
+
+    def _pixels(self, images: Sequence[ImageInput]) -> Tensor:
+        """uint8 (n, size, size, 3) of images as evaluation resizes them, decoded by threads."""
+        size = self.backbone.image_size
+
+        def read(item: tuple[int, ImageInput]) -> np.ndarray:
+            return resize_image(load_image(item[1], f"image {item[0]}"), size)
+
+        with ThreadPoolExecutor() as threads:
+            return torch.from_numpy(np.stack(list(threads.map(read, enumerate(images)))))
+
+    def _image_states(self, images: Sequence[ImageInput]) -> Ragged:
+        return self._encode_pixels(self._pixels(images))
+
+    def _encode_pixels(self, pixels: Tensor) -> Ragged:
+        """States of images in float32, as evaluation keeps them."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            states = self.backbone.encode_images(pixels.to(self.device))
+        return states.with_values(states.values.float())
+
+    def _encode(self, chunks: Iterable[T], encode: Callable[[T], Tensor], as_tensor: bool) -> Any:
+        parts = []
+        with torch.no_grad():
+            for chunk in chunks:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                    vectors = encode(chunk)
+                require_finite("embeddings", vectors)
+                parts.append(vectors)
+        found = torch.cat(parts) if parts else torch.zeros(0, self._embedding())
+        return found if as_tensor else found.numpy()
+
+    def _embedding(self) -> int:
+        return len(self.encode_text("."))
+
+    def _require(self, method: str) -> None:
+        if method not in self.capabilities:
+            _refuse(self, method)
+
+
+def _refuse(model: Model, method: str) -> NoReturn:
+    if not model.capabilities:
+        raise UserError(
+            f"{model.path}: published weights for {model.backbone.kind} without what {method} needs; "
+            "pretrain or fine-tune from them first, then load the run"
+        )
+    what = f"fine-tuned on {model.task}" if model.task else f"a pretrained {model.backbone.kind}"
+    raise UserError(
+        f"{model.path}: this model, {what}, cannot {method}; it can {', '.join(sorted(model.capabilities))}"
+    )
+
+
+def _capabilities(
+    path: Path, network: Any, config: FinetuneConfig | None, settings: dict[str, Any]
+) -> frozenset[str]:
+    """The methods of `Model` that `network` has trained weights for."""
+    if isinstance(network, FinetuneModel):
+        return frozenset({"classify", "entails" if set(network.labels) == set(LABELS) else "answer"})
+    if not isinstance(network, RetrievalBackbone) or (is_foreign(path) and not network.has_embeddings(path)):
+        return frozenset()
+    found = {"encode_image", "encode_text", "similarity"}
+    if network.has_match_head and (config is None or config.use_itm_head):
+        weights = settings.get("objective", {}).get("weights", {})
+        if weights.get("itm", 1):
+            found.add("rerank")
+    return frozenset(found)
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    source = iter(items)
+    while chunk := list(itertools.islice(source, size)):
+        yield chunk
+
+
+def _is_one_image(value: Any) -> bool:
+    if isinstance(value, str | Path | bytes | bytearray | dict | Regions):
+        return True
+    if isinstance(value, np.ndarray | Tensor):
+        return value.ndim == 3
+    return not isinstance(value, Iterable)  # a PIL image
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) or _is_one_image(value) else value
+
+
+def _is_vectors(value: Any) -> bool:
+    return isinstance(value, np.ndarray | Tensor) and value.ndim == 2
+
+
+def _checked(texts: list[Any]) -> list[str]:
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"text {i} is no str but {type(text).__name__}: {text!r:.60}")
+    return texts
+
+
+def _require_equal(texts: int, others: int, what: str) -> None:
+    if texts != others:
+        raise UserError(f"{texts} texts and {others} {what}: give one for each text, or one for all")

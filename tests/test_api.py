@@ -1,0 +1,198 @@
+"""`import polyglance`: what a loaded model computes is what evaluation computed, of real stored runs."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import raylib.api as polyglance
+from finetune.stores.images import open_images
+from pretrain.evaluate import ZeroShotRetrieval, image_vectors, sentence_vectors
+from raylib.data.images import load_image
+from raylib.errors import UserError
+from raylib.models.unified import UnifiedModel
+from raylib.text import Tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """The folder of the runs that an earlier version stored."""
+    folder = tmp_path_factory.mktemp("stored")
+    with tarfile.open(ROOT / "tests/data/runs_2026_11.tar.xz") as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def export(stored):
+    return polyglance.load(stored / "model", "cpu")
+
+
+@pytest.fixture(scope="module")
+def images(retrieval_set):
+    return sorted(retrieval_set.glob("*.png"))[:7]
+
+
+def test_vectors_equal_those_of_zero_shot_evaluation(export, stored, retrieval_set):
+    model = UnifiedModel.from_pretrained(stored / "model").eval()
+    tokenizer = Tokenizer.load(stored / "model")
+    retrieval = ZeroShotRetrieval(retrieval_set, tokenizer, model.config.image_size, model.config.positions)
+    records = json.loads((retrieval_set / "captions.json").read_text(encoding="utf-8"))
+    with torch.inference_mode():
+        expected_images = image_vectors(model, retrieval.images, torch.device("cpu"))
+        expected_texts = sentence_vectors(model, retrieval.ids["zh"], torch.device("cpu"))
+    paths = (retrieval_set / record["image"] for record in records)  # a generator
+    np.testing.assert_allclose(export.encode_image(paths, batch_size=3), expected_images, atol=1e-6)
+    texts = [record["captions"]["zh"] for record in records]
+    np.testing.assert_allclose(export.encode_text(texts), expected_texts, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
+def test_batch_size_changes_no_result(export, images, batch_size):
+    texts = [f"a drawing {'of it ' * n}" for n in range(7)]
+    for found, expected in (
+        (export.encode_image(images, batch_size=batch_size), export.encode_image(images)),
+        (export.encode_text(texts, batch_size=batch_size), export.encode_text(texts)),
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    ranked = export.rerank(images[0], texts, batch_size=batch_size)
+    assert [match.position for match in ranked] == [m.position for m in export.rerank(images[0], texts)]
+    assert [texts[match.position] for match in ranked] == [match.text for match in ranked]
+
+
+def test_image_is_the_same_however_it_is_given(export, images):
+    path, data = images[0], images[0].read_bytes()
+    expected = export.encode_image([path])[0]
+    for given in (path, str(path), data, Image.open(path), load_image(path), f"file://{path}"):
+        assert np.array_equal(export.encode_image(given), expected), type(given)
+
+
+def test_pil_image_is_turned_as_its_file_would_be(export):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[0x112] = 6  # a quarter turn
+    Image.fromarray(pixels).save(stream, "JPEG", exif=exif, quality=95)
+    turned = export.encode_image([stream.getvalue(), Image.open(stream), Image.fromarray(pixels)])
+    assert turned[0] @ turned[1] > 0.99999 and turned[0] @ turned[2] < turned[0] @ turned[1]
+
+
+def test_similarity_takes_inputs_and_vectors(export, images):
+    texts = ["ein Hund", "一只狗"]
+    found = export.similarity(images, texts)
+    assert found.shape == (7, 2)
+    vectors = export.encode_image(images, as_tensor=True), export.encode_text(texts)
+    assert isinstance(vectors[0], torch.Tensor)
+    np.testing.assert_allclose(export.similarity(*vectors), found, atol=1e-6)
+    assert export.similarity(images[0], "ein Hund").shape == (1, 1)
+    assert export.encode_image([]).shape == (0, vectors[0].shape[1])
+
+
+def predictions(stored, run, language):
+    lines = (stored / "runs" / run / "predictions" / f"{language}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+@pytest.mark.parametrize(("run", "part", "language"), [("classified", None, "en"), ("classified", None, "ru"),
+                                                        ("few_shot", "ru", "ru")])  # fmt: skip
+def test_classes_equal_stored_predictions(stored, scenes, run, part, language):
+    from finetune.formats.answers import read_xvnli
+
+    model = polyglance.load(stored / "runs" / run, "cpu", language=part)
+    lines = predictions(stored, f"{run}/{part}" if part else run, language)
+    examples = {e.id: e for e in read_xvnli(scenes / f"XVNLI/annotations/{language}/test.jsonl")}
+    store = open_images(scenes / "images.tar")
+    pixels = [store.read(line["images"][0]) for line in lines]
+    texts = [examples[line["id"]].texts[-1] for line in lines]
+    relations = model.entails(pixels, None, texts, batch_size=7)
+    assert [max(found, key=found.get) for found in relations] == [line["prediction"] for line in lines]
+    assert all(sum(found.values()) == pytest.approx(1) for found in relations)
+    one = model.classify(texts[0], pixels[0], top=1)
+    assert one[0].text == lines[0]["prediction"]
+    assert one[0].probability == pytest.approx(relations[0][one[0].text], abs=1e-6)
+
+
+def test_methods_without_weights_are_refused_in_one_line(stored, export, images):
+    with pytest.raises(UserError, match="a pretrained unified, cannot answer; it can encode_image"):
+        export.answer(images[0], "what is it?")
+    classified = polyglance.load(stored / "runs/classified", "cpu")
+    assert classified.capabilities == {"classify", "entails"}
+    with pytest.raises(UserError, match="fine-tuned on xvnli, cannot encode_text; it can classify, entails"):
+        classified.encode_text(["a"])
+    with pytest.raises(UserError, match="about an image or about a premise"):
+        classified.entails(images[0], "a cat", "an animal")
+    assert polyglance.load(stored / "runs/retrieved", "cpu").capabilities == export.capabilities
+
+
+def test_wrong_input_is_named(export, images, tmp_path, stored):
+    (tmp_path / "broken.png").write_bytes(images[0].read_bytes()[:60])
+    for given, line in (
+        (tmp_path / "none.jpg", "none.jpg: No such file"),
+        (tmp_path / "broken.png", "broken.png: does not decode"),
+        (np.zeros((4, 4)), "float64 .* is no image; give a path"),
+    ):
+        with pytest.raises(UserError, match=line):
+            export.encode_image([images[0], given])
+    with pytest.raises(UserError, match="text 1 is no str but int"):
+        export.encode_text(["a", 3])
+    with pytest.raises(UserError, match="give language=, one of ru"):
+        polyglance.load(stored / "runs/few_shot")
+    with pytest.raises(UserError, match="no model for language=de: it has ru"):
+        polyglance.load(stored / "runs/few_shot", language="de")
+    with pytest.raises(UserError, match="neither a model folder nor a run"):
+        polyglance.load(tmp_path / "nothing")
+    with pytest.raises(UserError, match="dtype=int8"):
+        polyglance.load(stored / "model", dtype="int8")
+
+
+def run_python(code: str, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False, env=environment
+    )
+
+
+def test_import_is_light_and_one_package_has_both_names():
+    code = """
+import sys
+import raylib.api
+import polyglance
+assert polyglance is raylib.api and "torch" not in sys.modules
+assert polyglance.Model.__module__ == "raylib.api.model" and polyglance.__version__
+heavy = {"ray", "deepspeed", "optuna", "matplotlib", "tensorboard", "transformers"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    done = run_python(code, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+
+
+def test_other_raylib_is_told_in_one_line(tmp_path):
+    for name, text in (("raylib", "Color = tuple"), ("polyglance", Path(polyglance.__file__).read_text())):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(text)
+    done = run_python("import polyglance", PYTHONPATH=str(tmp_path))
+    assert done.returncode and done.stderr.splitlines()[-1].startswith(
+        "ImportError: polyglance has a package"
+    )
+    assert str(tmp_path / "raylib" / "__init__.py") in done.stderr.splitlines()[-1]
+
+
+def test_every_package_is_distributed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    rooms = ("raylib", "pretrain", "finetune", "tune_spaces", "cluster")
+    found = {
+        ".".join(p.parent.relative_to(ROOT).parts)
+        for room in rooms
+        for p in (ROOT / room).rglob("__init__.py")
+    }
+    assert set(settings["packages"]) == found | {"polyglance"}
+    assert settings["package-dir"] == {"polyglance": "raylib/api"}
