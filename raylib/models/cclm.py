@@ -265,7 +265,8 @@ class Cclm(UnifiedModel):
 
     @classmethod
     def has_embeddings(cls, path: Path) -> bool:
-        return path.is_file()  # of CCLM's own; a folder is one of a text encoder
+        # a file is CCLM's own; a folder is one of a text encoder
+        return path.is_file()
 
     @classmethod
     def import_weights(cls, path: Path, vision: Path | None = None) -> Self:

@@ -232,6 +232,7 @@ def _kind(description: dict, path: Path, folder: Path) -> str:
 
 def find_run(path: Path, folder: Path) -> Path | None:
     """The run that the model in `folder`, found at `path`, is of; None of an export."""
+    # a checkpoint is RUN/best, or RUN/checkpoints/STEP
     for place in (path, folder.parent, folder.parent.parent):
         if (place / "config.json").is_file() and "fit" in read_description(place):
             return place

@@ -181,7 +181,8 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
 
     @classmethod
     def has_embeddings(cls, path: Path) -> bool:
-        return False  # of a text encoder: what would bring it together with an image encoder is random
+        # they are of a text encoder: what would bring it together with an image encoder is random
+        return False
 
     @property
     def width(self) -> int:
