@@ -43,7 +43,7 @@ class SearchConfig(Config):
     name: str = Field(default="", pattern=r"^[\w.-]*$")
     runs: str = "runs"
     num_trials: PositiveInt = 20
-    algorithm: Literal["tpe", "random", "grid", "nsga2", "cmaes", "pbt"] = "tpe"
+    algorithm: Literal["tpe", "priorband", "random", "grid", "nsga2", "cmaes", "pbt"] = "tpe"
     early_stopping: Literal["asha", "median", "none"] = "asha"
     dev_sets: DevSets = "english_dev"
     metric: str | None = None
@@ -61,7 +61,7 @@ class SearchConfig(Config):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "SearchConfig":
-        if self.dev_sets == "both" and self.algorithm in ("cmaes", "pbt"):
+        if self.dev_sets == "both" and self.algorithm in ("cmaes", "pbt", "priorband"):
             raise ValueError(
                 f"algorithm={self.algorithm} has one goal; dev_sets=both has two: take tpe or nsga2"
             )
