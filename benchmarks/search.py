@@ -56,13 +56,22 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for seed in range(given.seeds):
         for name, settings in CONTESTANTS.items():
-            line = {"seed": seed, "contestant": name, **search(given, seed, name, settings)}
+            found = search(given.model, given.data, given.folder, seed, name, settings)
+            line = {"seed": seed, "contestant": name, **found}
             if line not in read_jsonl(FILE):  # a search that is complete is not made again
                 append_jsonl(FILE, line)
     print(table(read_jsonl(FILE)))
 
 
-def search(given: argparse.Namespace, seed: int, name: str, settings: Sequence[str]) -> dict:
+def search(
+    model: Path,
+    data: Path,
+    runs: Path,
+    seed: int,
+    name: str,
+    settings: Sequence[str],
+    space: Space = SPACE,
+) -> dict:
     """Run one contestant: {"rows": its trials in the order of their start, "early": how their early scores
     rank as the last}."""
     from finetune.recipes import RECIPES
@@ -73,24 +82,24 @@ def search(given: argparse.Namespace, seed: int, name: str, settings: Sequence[s
     search_name = f"{''.join(c for c in name if c.isalnum())}_seed{seed}"
     search_settings = [
         f"name={search_name}",
-        f"runs={given.folder}",
+        f"runs={runs}",
         "dev_sets=target_dev",
         "final_seeds=0",
         "max_concurrent=2",
         f"seed={seed}",
     ]
-    config = override(SearchConfig(recipe=SPACE.recipe), [*search_settings, *settings])
+    config = override(SearchConfig(recipe=space.recipe), [*search_settings, *settings])
     recipe_settings = [
-        f"model={given.model}",
-        f"data={given.data}",
+        f"model={model}",
+        f"data={data}",
         'languages=["de"]',
         f"fit.seed={seed}",
         "fit.bf16=false",
         "fit.loader_workers=0",
         "test_limit=150",
     ]
-    base = override(RECIPES[SPACE.recipe](), recipe_settings)
-    folder = run_search(config, "paper4", SPACE, FinetuneSearchJob(), base)
+    base = override(RECIPES[space.recipe](), recipe_settings)
+    folder = run_search(config, "paper4", space, FinetuneSearchJob(), base)
     rows = trials(folder)
     last = {row["trial"]: row["score"] for row in rows if row["state"] == "finished"}
     if config.early_stopping != "none":

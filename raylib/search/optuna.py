@@ -24,11 +24,11 @@ from optuna.trial import TrialState
 from ray import cloudpickle, tune
 from ray.tune.search.optuna import OptunaSearch
 
-from raylib.errors import require
 from raylib.fileio import atomic_file
 from raylib.finite import finite_values
 from raylib.renames import PICKLED
 from raylib.search.config import SearchConfig
+from raylib.search.samplers import build_sampler
 from raylib.search.space import DefineByRun, Space
 from raylib.search.trial import TrialResult, drop_checkpoints
 
@@ -107,25 +107,6 @@ def build_searcher(config: SearchConfig, space: Space, num_trials: int, folder: 
     reads it); published settings, or the grid, come first."""
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    samplers: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
-        # fewer than the usual ten random trials where there are few in all
-        "tpe": lambda: optuna.samplers.TPESampler(
-            seed=config.seed,
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-            n_startup_trials=max(3, min(10, num_trials // 8)),
-        ),
-        "random": lambda: optuna.samplers.RandomSampler(seed=config.seed),
-        "grid": lambda: optuna.samplers.RandomSampler(seed=config.seed),  # every trial is enqueued
-        "nsga2": lambda: optuna.samplers.NSGAIISampler(
-            seed=config.seed, population_size=max(4, min(50, num_trials // 4))
-        ),
-        "cmaes": lambda: (
-            require("cmaes", "ray")
-            and optuna.samplers.CmaEsSampler(seed=config.seed, warn_independent_sampling=False)
-        ),
-    }
     first = {"grid": space.grid_settings(), "random": []}
     two_goals = len(config.goals) > 1
     return OptunaSearcher(
@@ -133,7 +114,7 @@ def build_searcher(config: SearchConfig, space: Space, num_trials: int, folder: 
         metric=list(config.goals) if two_goals else config.goals[0],
         mode=["max"] * len(config.goals) if two_goals else "max",
         points_to_evaluate=first.get(config.algorithm, list(space.published)),
-        sampler=samplers[config.algorithm](),
+        sampler=build_sampler(config, space, num_trials),
         study_name=config.name,
         storage=optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
     )

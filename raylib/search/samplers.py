@@ -1,14 +1,14 @@
-"""Published settings as distributions around them: the ensemble of samplers of PriorBand (Mallik et al. 2023,
-section 4), for Optuna.
+"""Samplers of Optuna: those of a search's algorithms, and published settings as distributions around them.
 
-Half of the trials come from TPE, which begins at random. The others are sampled around a centre: one of the
-published settings, or the best trial so far (the incumbent). Evidence decides between these: a centre is as
-likely as its surroundings explain the trials that are good. So a setting that was published for another model
-loses its share after a few trials, and TPE never had less than its half.
+`PriorSampler` is the ensemble of PriorBand (Mallik et al. 2023, section 4). Half of the trials come from TPE,
+which begins at random; so do the first few. The others are sampled around a centre: one of the published
+settings, or the best trial so far (the incumbent). Evidence decides between these: a centre is as likely as
+its surroundings explain the trials that are good. So a setting that was published for another model soon has
+no share.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,43 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from raylib.errors import require
 from raylib.randomness import generator
-from raylib.search.space import Setting
+from raylib.search.config import SearchConfig
+from raylib.search.space import Setting, Space
 
 MODEL_SHARE = 0.5  # of the trials, TPE's: as PriorBand's share of random ones at the first rung
-WIDTH = 0.25  # standard deviation around a number, in its range as 0 to 1
+WIDTH = 0.2  # standard deviation around a number, in its range as 0 to 1
 CHANGE = 0.5  # probability that a choice is drawn anew, and that a number of the incumbent changes
-MIN_FINISHED = 3  # trials; from fewer nothing is concluded
+MIN_FINISHED = 3  # trials; from fewer nothing is concluded, and all are TPE's
 TOP_SHARE = 1 / 3  # of the finished trials, those that a centre should explain
 CENTRE = "polyglance:centre"  # in a trial's attributes: the setting that it is sampled around; none: TPE's
+
+
+def build_sampler(config: SearchConfig, space: Space, num_trials: int) -> BaseSampler:
+    """Return the sampler of `config.algorithm`, seeded."""
+
+    def tpe() -> BaseSampler:
+        # fewer than the usual ten random trials where there are few in all
+        startup = max(3, min(10, num_trials // 8))
+        return optuna.samplers.TPESampler(
+            seed=config.seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=startup
+        )
+
+    samplers: dict[str, Callable[[], BaseSampler]] = {
+        "tpe": tpe,
+        "priorband": lambda: PriorSampler(space.published, tpe(), config.seed),
+        "random": lambda: optuna.samplers.RandomSampler(seed=config.seed),
+        "grid": lambda: optuna.samplers.RandomSampler(seed=config.seed),  # every trial is enqueued
+        "nsga2": lambda: optuna.samplers.NSGAIISampler(
+            seed=config.seed, population_size=max(4, min(50, num_trials // 4))
+        ),
+        "cmaes": lambda: (
+            require("cmaes", "ray")
+            and optuna.samplers.CmaEsSampler(seed=config.seed, warn_independent_sampling=False)
+        ),
+    }
+    return samplers[config.algorithm]()
 
 
 class PriorSampler(BaseSampler):
@@ -38,21 +66,21 @@ class PriorSampler(BaseSampler):
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Decide what the trial is sampled around."""
         rng = generator(self.seed, trial.number, "centre")
-        if self.published and rng.random() >= MODEL_SHARE:
-            centres, shares = self.weigh_centres(study)
+        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        # PriorBand samples around the published setting before anything is known; where it is wrong, those
+        # trials are lost
+        if self.published and len(finished) >= MIN_FINISHED and rng.random() >= MODEL_SHARE:
+            centres, shares = self.weigh_centres(finished)
             centre = centres[rng.choice(len(centres), p=shares)]
             study._storage.set_trial_system_attr(trial._trial_id, CENTRE, centre)
         self.model.before_trial(study, trial)
 
-    def weigh_centres(self, study: optuna.Study) -> tuple[list[Setting], np.ndarray]:
+    def weigh_centres(self, finished: Sequence[FrozenTrial]) -> tuple[list[Setting], np.ndarray]:
         """Return (centres, their probabilities): the published settings, and last the best trial's.
 
         A centre's score is the probability density of the good trials around it, the better ones counting
         more (PriorBand, equation 3).
         """
-        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if len(finished) < MIN_FINISHED:
-            return self.published, np.full(len(self.published), 1 / len(self.published))
         finished = sorted(finished, key=lambda trial: trial.values[0], reverse=True)
         # the best one is left out: it is its own centre, and would speak for itself
         good = finished[1 : max(2, math.ceil(TOP_SHARE * len(finished)))]
