@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from raylib.config import Config
-from raylib.data.images import AugmentConfig, BadImage, augment_image, decode_image
+from raylib.data.images import AugmentConfig, BadImage, augment_image, decode_image, resize_image
 from raylib.data.loading import Lanes, StepDataset, list_step_draws
 from raylib.data.sources import Sample, Source
 from raylib.errors import UserError
@@ -53,6 +53,7 @@ class DataConfig(Config):
     """Data that a run reads. A stream with batch 0 is left out.
 
     retrieval: the evaluation set.
+    dev: a folder of held-out samples (`pretrain.dev_losses`).
     cache: folder of copies of remote shards.
     bad_limit: share of unusable samples allowed.
     verify: compare the content of every shard with its manifest, and with what the run began with, at every
@@ -68,6 +69,7 @@ class DataConfig(Config):
     mask_probability: float = Field(0.15, ge=0, le=1)
     bad_limit: float = Field(0.01, ge=0, le=1)
     retrieval: str | None = None
+    dev: str | None = None
     cache: str | None = None
     verify: bool = False
 
@@ -88,12 +90,22 @@ class StepBatches(StepDataset):
     2)}, "parallel": {"index", "source": Sentences (English), "target": Sentences}, "text": {"index", "text":
     Sentences}}.
 
+    augments: False shows images whole, as an evaluation does.
+
     Raises UserError: what `Source`, `Lanes` and `Tokenizer` find wrong, a stream without a folder, a language
     without data, workers that do not divide the lanes or lanes that do not divide the batch, no stream at
     all.
     """
 
-    def __init__(self, config: DataConfig, image_size: int, seed: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        config: DataConfig,
+        image_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        augments: bool = True,
+    ):
         tokenizer = Tokenizer.load(config.tokenizer)
         self.streams: dict[str, _ImageTextStream | _PackedStream] = {}
         self.samples = self.batch_bytes = 0
@@ -106,7 +118,11 @@ class StepBatches(StepDataset):
                     f"data.{name}.folder"
                 )
             parts = (name, config, stream_config, tokenizer, seed, rank, world)
-            stream = _ImageTextStream(image_size, *parts) if name == "image_text" else _PackedStream(*parts)
+            stream: _ImageTextStream | _PackedStream = (
+                _ImageTextStream(image_size, augments, *parts)
+                if name == "image_text"
+                else _PackedStream(*parts)
+            )
             self.streams[name] = stream
             self.samples += stream_config.batch
             self.batch_bytes += stream.sample_bytes * len(stream.global_index)
@@ -184,9 +200,9 @@ class _PackedStream(_Stream):
 class _ImageTextStream(_Stream):
     """Images with captions. Samples that cannot be used are counted, and told once each."""
 
-    def __init__(self, size: int, *parts):
+    def __init__(self, size: int, augments: bool, *parts):
         super().__init__(*parts)
-        self.size = size
+        self.size, self.augments = size, augments
         self.sample_bytes += 3 * size**2
         self.num_read = self.num_bad = 0  # by this process
         self.warnings: set[str] = set()
@@ -200,7 +216,11 @@ class _ImageTextStream(_Stream):
         identities, captions, bad_before = [], [], self.num_bad
         for i in range(len(rows)):
             identity, image, caption = self._read_sample(step, i, picks[i])
-            images[i] = augment_image(image, self.size, self.config.augment, augmentations[i])
+            images[i] = (
+                augment_image(image, self.size, self.config.augment, augmentations[i])
+                if self.augments
+                else resize_image(image, self.size)
+            )
             identities.append(identity)
             captions.append(caption)
         negatives = uniform_float32(*keys, "negative", rows, np.arange(2))

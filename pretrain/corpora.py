@@ -150,6 +150,7 @@ def build_sample_corpus(cache: Path | str, tokenizer: Path | str | None = None, 
         parallel/        English and 21 languages: names, keywords, Declaration of Human Rights; packed
         text/            22 languages, the same texts; packed
         retrieval/       Fluent drawings of all concepts, names in 22 languages, {"heldout": true or false}
+        dev/             image_text: Fluent drawings of training concepts; parallel, text: held-out concepts
         tokenizer.model  or `sentencepiece.bpe.model`, as `tokenizer` is called: the sample's own, unless it
                          is given
 
@@ -194,10 +195,22 @@ def _build_sample(folder: Path, tokenizer_file: Path, scenes: bool) -> None:
     write_image_text(folder / "image_text", images, max_samples=SAMPLE_SHARD)
     unseen = concepts.draw_unseen_scenes() if scenes else concepts.read_images(UNSEEN_VENDOR)
     write_image_text(folder / "retrieval", _unseen_images(unseen), language="mul", max_samples=SAMPLE_SHARD)
+    write_image_text(folder / "dev" / "image_text", _dev_images(unseen), max_samples=SAMPLE_SHARD)
+    _write_texts(folder, tokenizer, concepts.list_training_pairs, concepts.list_training_sentences)
+    _write_texts(folder / "dev", tokenizer, concepts.list_held_out_pairs, concepts.list_held_out_sentences)
+
+
+def _write_texts(
+    folder: Path,
+    tokenizer: Tokenizer,
+    list_pairs: Callable[[str], Iterable],
+    list_sentences: Callable[[str], Iterable],
+) -> None:
+    """Write parallel/ and text/ of a language's pairs and sentences."""
     tally = Tally(DATA, limit=0.0)
     texts: dict[str, dict[str, Iterable]] = {
-        "parallel": {code: concepts.list_training_pairs(code) for code in LANGUAGES if code != "en"},
-        "text": {code: zip(concepts.list_training_sentences(code)) for code in LANGUAGES},
+        "parallel": {code: list_pairs(code) for code in LANGUAGES if code != "en"},
+        "text": {code: zip(list_sentences(code)) for code in LANGUAGES},
     }
     for kind, by_language in texts.items():
         rows = {code: encode_rows(of, tokenizer, tally) for code, of in by_language.items()}
@@ -208,10 +221,21 @@ def _build_sample(folder: Path, tokenizer_file: Path, scenes: bool) -> None:
 def _training_images() -> Iterator[ImageText]:
     """A training concept each: its drawings by the training vendors, its English captions."""
     drawings = {vendor: concepts.read_images(vendor) for vendor in TRAINING_VENDORS}
-    for key, caption in concepts.read_training_captions("en").items():
-        captions = list(filter(None, dict.fromkeys((caption.name, ", ".join(caption.keywords)))))
+    for key, captions in _captions_of_training():
         images = {f"{vendor}.png": drawings[vendor][key] for vendor in TRAINING_VENDORS}
         yield ImageText(key, images, {"en": captions})
+
+
+def _dev_images(unseen: dict[str, bytes]) -> Iterator[ImageText]:
+    """A training concept each: its drawing by the unseen vendor, its English captions."""
+    for key, captions in _captions_of_training():
+        if key in unseen:
+            yield ImageText(key, {"png": unseen[key]}, {"en": captions})
+
+
+def _captions_of_training() -> Iterator[tuple[str, list[str]]]:
+    for key, caption in concepts.read_training_captions("en").items():
+        yield key, list(filter(None, dict.fromkeys((caption.name, ", ".join(caption.keywords)))))
 
 
 def _unseen_images(drawings: dict[str, bytes]) -> Iterator[ImageText]:

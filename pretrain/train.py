@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from pretrain.batches import DataConfig, StepBatches
 from pretrain.corpora import build_sample_corpus
+from pretrain.dev_losses import DevLosses, dev_batches
 from pretrain.evaluate import ZeroShotRetrieval, recall_table, summarize_recall, write_result
 from raylib import checkpoint
 from raylib.config import Config
@@ -55,7 +56,7 @@ class PretrainConfig(LaunchConfig):
 
     stored_as = "pretrain"
 
-    # a folder with image_text, parallel, text, retrieval, tokenizer.model; or the embedded "sample", or
+    # a folder with image_text, parallel, text, retrieval, dev, tokenizer.model; or the embedded "sample", or
     # "scenes" of it
     corpus: str = "sample"
     model: ModelConfig
@@ -92,11 +93,12 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
             possible.
     """
     data = resolve_data(config)
-    batches = StepBatches(data, config.model.image_size, config.fit.seed, 0, config.workers)
+    shape = config.model.image_size, config.fit.seed, 0, config.workers
+    batches, dev = StepBatches(data, *shape), dev_batches(data, *shape)
     config = with_vocabulary(config, data)
     folder, log = run_folder(config), print if is_main_process(config) else no_log
     if is_main_process(config):
-        open_run(config, pretraining_files(config, data, batches), data.verify)
+        open_run(config, pretraining_files(config, data, batches, dev), data.verify)
     if (folder / "result.json").is_file() and config.resume == "newest":
         log(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
         return {}
@@ -116,11 +118,14 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     return result
 
 
-def pretraining_files(config: PretrainConfig, data: DataConfig, batches: StepBatches) -> list[DataFile]:
-    """Return the files that a run reads: manifests and shards of every stream, the tokenizer, the retrieval
-    set, terms of users' own."""
+def pretraining_files(
+    config: PretrainConfig, data: DataConfig, batches: StepBatches, dev: StepBatches | None
+) -> list[DataFile]:
+    """Return the files that a run reads: manifests and shards of every stream and of the held-out samples,
+    the tokenizer, the retrieval set, terms of users' own."""
     return [
         *batches.files(),
+        *(dev.files() if dev else ()),
         DataFile(Path(data.tokenizer)),
         *([DataFile(Path(data.retrieval))] if data.retrieval else []),
         *(DataFile(Path(term.file.partition(":")[0])) for _, term in config.objective.terms.items()),
@@ -146,6 +151,8 @@ def resolve_data(config: PretrainConfig) -> DataConfig:
     changes["tokenizer"] = data.tokenizer or str(find_tokenizer(corpus))
     if data.retrieval is None and (corpus / "retrieval").is_dir():
         changes["retrieval"] = str(corpus / "retrieval")
+    if data.dev is None and (corpus / "dev").is_dir():
+        changes["dev"] = str(corpus / "dev")
     return data.model_copy(update=changes)
 
 
@@ -209,7 +216,8 @@ def _continue(model: UnifiedModel, folder: str) -> None:
 def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     """Train on this worker; worker 0 writes `result.json` and the curve. Returns the result."""
     data = resolve_data(config)
-    batches = StepBatches(data, config.model.image_size, config.fit.seed, runtime.rank, runtime.world_size)
+    shape = config.model.image_size, config.fit.seed, runtime.rank, runtime.world_size
+    batches, dev = StepBatches(data, *shape), dev_batches(data, *shape)
     model = build_model(config)
     objective = UnifiedObjective(model, config.objective, data.image_text.length, batches.streams)
     tables: list[dict[str, Any]] = []
@@ -217,12 +225,13 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     retrieval = (
         ZeroShotRetrieval(data.retrieval, Tokenizer.load(data.tokenizer), *sizes) if data.retrieval else None
     )
+    dev_losses = DevLosses(objective, dev, config.fit.uses_bf16(runtime.device)) if dev else dict
 
     def evaluate(model: UnifiedModel) -> dict[str, float]:
         if retrieval is None:
-            return {}
+            return dev_losses()
         tables.append(retrieval(model))
-        return summarize_recall(tables[-1])
+        return summarize_recall(tables[-1]) | dev_losses()
 
     result = fit(objective, batches, runtime, config.fit, config.optim, evaluate, {"run": config.name})
     if result["finished"] and not tables and retrieval is not None:  # resumed after the last checkpoint

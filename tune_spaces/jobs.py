@@ -15,6 +15,7 @@ from finetune.strategies import STRATEGIES
 from finetune.train import check, epochs_of, evaluate_run, final_training, finetuning_files
 from finetune.train import run as finetune
 from pretrain.batches import StepBatches
+from pretrain.dev_losses import dev_batches
 from pretrain.evaluate import summarize_recall
 from pretrain.recipes import RECIPES as PRETRAIN
 from pretrain.train import PretrainConfig, pretraining_files, resolve_data, with_vocabulary
@@ -226,7 +227,8 @@ class PretrainSearchJob(SearchJob):
 
     def data_files(self, config: PretrainConfig) -> list[DataFile]:
         data = resolve_data(config)
-        return pretraining_files(config, data, StepBatches(data, config.model.image_size, config.fit.seed))
+        shape = config.model.image_size, config.fit.seed
+        return pretraining_files(config, data, StepBatches(data, *shape), dev_batches(data, *shape))
 
     def verifies_content(self, config: PretrainConfig) -> bool:
         return config.data.verify

@@ -229,14 +229,21 @@ def image_contrast(step: ImageTextStep) -> Parts:
 @term("image_text", reads=("matches",), trains=("vision", "fusion", "cross", "match_head"))
 def image_text_matching(step: ImageTextStep) -> Parts:
     """ITM: does a caption belong to an image? One right pair, two hard wrong ones (equation 3)."""
+    right, wrong, has_wrong = match_log_chances(step)
+    return [
+        LossPart(-right[:, 1].sum(), len(right)),
+        LossPart(-(wrong[..., 0] * has_wrong).sum(), has_wrong.sum()),
+    ]
+
+
+def match_log_chances(step: ImageTextStep) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probabilities of (no match, match) for the right pairs (b, 2), and for those with a wrong
+    image and with a wrong caption (2, b, 2); whether these have one (2, b)."""
     fused, negatives = step.fused, step.negatives
     groups = [fused[name] for name in (step.config.itm_text, "wrong_image", "wrong_caption")]
     states = torch.cat([group.states_at(group.rows.starts) for group in groups])
     log_chances = F.log_softmax(step.model.match_head(states).float(), -1).view(len(groups), -1, 2)
-    right, wrong_image, wrong_caption = log_chances.unbind()
-    has_wrong = torch.stack([negatives.has_image, negatives.has_caption])
-    wrong = -(torch.stack([wrong_image[:, 0], wrong_caption[:, 0]]) * has_wrong).sum()
-    return [LossPart(-right[:, 1].sum(), len(right)), LossPart(wrong, has_wrong.sum())]
+    return log_chances[0], log_chances[1:], torch.stack([negatives.has_image, negatives.has_caption])
 
 
 @term("image_text", reads=("masked",), trains=("vision", "fusion", "cross", "masked_head"))

@@ -18,7 +18,7 @@ import gzip
 import hashlib
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -87,6 +87,11 @@ def read_training_captions(language: str) -> dict[str, Caption]:
     return {key: Caption(captions[key].name, trim(captions[key].keywords)) for key in training}
 
 
+def read_held_out_captions(language: str) -> dict[str, Caption]:
+    """Key -> caption of the held-out concepts."""
+    return {key: caption for key, caption in read_concept_captions(language).items() if is_held_out(key)}
+
+
 def read_images(vendor: str) -> dict[str, bytes]:
     """Key -> PNG file."""
     with zipfile.ZipFile(DATA / "pictures" / f"{vendor}.zip") as archive:
@@ -134,28 +139,47 @@ def align_declaration(language: str) -> list[tuple[str, str]]:
 
 def list_training_pairs(language: str) -> list[tuple[str, str]]:
     """List (English, `language`): names, keyword lists and the Declaration, in a scattered order."""
-    english, other = read_training_captions("en"), read_training_captions(language)
-    pairs = align_declaration(language)
+    captions = _pair_captions(read_training_captions("en"), read_training_captions(language))
+    return _scatter_pairs([*align_declaration(language), *captions])
+
+
+def list_held_out_pairs(language: str) -> list[tuple[str, str]]:
+    """List (English, `language`) of the held-out concepts: names and keyword lists, in a scattered order."""
+    return _scatter_pairs(_pair_captions(read_held_out_captions("en"), read_held_out_captions(language)))
+
+
+def _pair_captions(english: Mapping[str, Caption], other: Mapping[str, Caption]) -> Iterator[tuple[str, str]]:
     for key, caption in english.items():
-        pairs.append((caption.name, other[key].name))
+        yield caption.name, other[key].name
         if caption.keywords and other[key].keywords:
-            pairs.append((", ".join(caption.keywords), ", ".join(other[key].keywords)))
+            yield ", ".join(caption.keywords), ", ".join(other[key].keywords)
+
+
+def _scatter_pairs(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return sorted(pairs, key=lambda pair: stable_hash("\t".join(pair)))
 
 
 def list_training_sentences(language: str) -> list[str]:
     """List names, keyword lists and the sentences of the Declaration, in a scattered order."""
-    sentences = [
+    declaration = [
         sentence
         for section in read_declaration(language)
         for paragraph in section
         for sentence in split_sentences(paragraph)
     ]
-    for caption in read_training_captions(language).values():
-        sentences.append(caption.name)
+    return sorted([*declaration, *_list_texts(read_training_captions(language))], key=stable_hash)
+
+
+def list_held_out_sentences(language: str) -> list[str]:
+    """List names and keyword lists of the held-out concepts, in a scattered order."""
+    return sorted(_list_texts(read_held_out_captions(language)), key=stable_hash)
+
+
+def _list_texts(captions: Mapping[str, Caption]) -> Iterator[str]:
+    for caption in captions.values():
+        yield caption.name
         if caption.keywords:
-            sentences.append(", ".join(caption.keywords))
-    return sorted(sentences, key=stable_hash)
+            yield ", ".join(caption.keywords)
 
 
 def _read_text(name: str) -> str:

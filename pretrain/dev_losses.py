@@ -1,0 +1,111 @@
+"""Losses of held-out samples in pretraining, term by term, and whether the model grounds its words in images.
+
+The samples lie in a folder of the same layout as the corpus (`data.dev`): image_text, parallel, text, or some
+of them. They are read as training reads its own, in global batches of the same size that are a pure function
+of (seed, number), so that the figures are the same on any number of workers and comparable with the
+training's; images whole, not augmented. Nothing is dropped out, nothing gets a gradient.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.batches import DataConfig, StepBatches
+from raylib.data.loading import to_device
+from raylib.errors import UserError
+from raylib.objectives.pretraining import ImageTextStep, UnifiedObjective, match_log_chances
+from raylib.objectives.terms import LossPart, Parts, PretrainingTerm, term
+
+NUM_BATCHES = 4
+
+
+@term("image_text", reads=("matches",), trains=())
+def matching_accuracy(step: ImageTextStep) -> Parts:
+    """Accuracy of ITM: half of it of right pairs, half of the hard wrong ones, so that guessing gives 0.5."""
+    right, wrong, has_wrong = match_log_chances(step)
+    is_right, is_wrong = right.argmax(-1) == 1, (wrong.argmax(-1) == 0) & has_wrong
+    return [LossPart(0.5 * is_right.sum(), len(right)), LossPart(0.5 * is_wrong.sum(), has_wrong.sum())]
+
+
+def dev_batches(
+    data: DataConfig, image_size: int, seed: int, rank: int = 0, world: int = 1
+) -> StepBatches | None:
+    """Open the held-out samples of the streams that train, in batches as large; None: there are none.
+
+    Raises:
+        UserError: as of `StepBatches`, such as fewer samples of a language than lanes.
+    """
+    if data.dev is None:
+        return None
+    streams = {}
+    for name, stream in data.streams.items():
+        folder = Path(data.dev) / name
+        batch = stream.batch if folder.is_dir() else 0
+        streams[name] = stream.model_copy(update={"folder": str(folder), "batch": batch})
+    if not any(stream.batch for stream in streams.values()):
+        return None
+    held_out = data.model_copy(update=streams)
+    try:
+        return StepBatches(held_out, image_size, seed, rank, world, augments=False)
+    except UserError as error:
+        raise UserError(f"data.dev={data.dev}: {error}") from error
+
+
+class DevLosses:
+    """`losses()` -> {"dev_loss/NAME": of each term; "dev_loss/vlm_wrong_image": of masked words of captions
+    beside another image; "itm_accuracy"}.
+
+    batches: the held-out ones, of which the first `NUM_BATCHES` are used.
+    """
+
+    def __init__(self, objective: UnifiedObjective, batches: StepBatches, bf16: bool):
+        self.batches, self.bf16, self.model = batches, bf16, objective.model
+        terms = {k: entry for k, entry in objective.terms.items() if entry.stream in batches.streams}
+        # VLM's losses are of all captions, which costs little without the other terms
+        vlm = {name: terms.pop(name) for name in ("vlm",) if name in terms}
+        if "itm" in terms:
+            terms["itm_accuracy"] = matching_accuracy
+        self.vlm, self.others = _with_terms(objective, vlm, fuse_every=1), _with_terms(objective, terms)
+
+    def __call__(self) -> dict[str, float]:
+        """The means over the batches. All workers take part, and all return the same."""
+        sums: dict[str, float] = {}
+        batch = self._read(0)
+        for number in range(NUM_BATCHES):
+            following = self._read(number + 1)
+            values = self._losses(self.others, batch)
+            if self.vlm.terms:
+                pairs = batch["image_text"]
+                # the image at the same place of the next batch: on any number of workers it is the same one
+                other = {name: following["image_text"][name] for name in ("images", "image_id")}
+                wrong = self._losses(self.vlm, {"image_text": pairs | other})
+                values |= self._losses(self.vlm, {"image_text": pairs}) | {"vlm_wrong_image": wrong["vlm"]}
+            sums = {name: value + sums.get(name, 0.0) for name, value in values.items()}
+            batch = following
+        means = {name: total / NUM_BATCHES for name, total in sums.items()}
+        return {name if name == "itm_accuracy" else f"dev_loss/{name}": mean for name, mean in means.items()}
+
+    def _read(self, number: int) -> dict[str, Any]:
+        return to_device(self.batches[number], self.model.temperature.device)
+
+    def _losses(self, objective: UnifiedObjective, batch: dict[str, Any]) -> dict[str, float]:
+        if not objective.terms:
+            return {}
+        device = self.model.temperature.device.type
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            return {name: float(value) for name, value in objective(batch)[1].items()}
+
+
+def _with_terms(
+    objective: UnifiedObjective, terms: Mapping[str, PretrainingTerm], **config: Any
+) -> UnifiedObjective:
+    """Return the objective of the same model that computes these terms alone, with other settings."""
+    other = copy.copy(objective)
+    other.terms, other.weights = dict(terms), dict.fromkeys(terms, 1.0)
+    other.config = objective.config.model_copy(update=config)
+    # states that it keeps would be of another batch than the one in which training first meets them
+    other.frozen_texts = None
+    return other
