@@ -26,6 +26,11 @@ def losses_of(data, rank=0, world=1, config=CONFIG):
     return DevLosses(UnifiedObjective(model, config, 24), batches, bf16=False)()
 
 
+def decide(*pair, log_chances=reference.match):
+    """One-hot: in the place of log-probabilities it makes ITM's loss count the right decisions."""
+    return torch.eye(2).double()[log_chances(*pair).argmax()]
+
+
 def slow_losses(data, monkeypatch):
     model, batches = make_model(vocabulary=12000, positions=64).eval(), dev_batches(data, 16, 5)
     every_pair = CONFIG.model_copy(update={"fuse_every": 1})
@@ -38,11 +43,7 @@ def slow_losses(data, monkeypatch):
         wrong = {**pairs, "images": following["image_text"]["images"]}
         values["vlm_wrong_image"] = reference.slow_terms(model, {"image_text": wrong}, every_pair)["vlm"]
         with monkeypatch.context() as patch:
-            log_chances = reference.match
-            # a decision in the place of its log-probability makes ITM's loss count the right ones
-            patch.setattr(
-                reference, "match", lambda *args: torch.eye(2).double()[log_chances(*args).argmax()]
-            )
+            patch.setattr(reference, "match", decide)
             decisions = reference.slow_terms(model, {"image_text": pairs}, CONFIG)["itm"]
         values["itm_accuracy"] = -decisions / 2
         sums = {name: sums.get(name, 0.0) + value.item() for name, value in values.items()}
