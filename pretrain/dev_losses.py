@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from raylib.objectives.terms import LossPart, Parts, PretrainingTerm, term
 
 from pretrain.batches import DataConfig, StepBatches
 from raylib.data.loading import to_device
 from raylib.errors import UserError
+from raylib.objectives import LossPart, Parts, PretrainingTerm, term
 from raylib.objectives.pretraining import ImageTextStep, UnifiedObjective, match_log_chances
 
 NUM_BATCHES = 4
