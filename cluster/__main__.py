@@ -6,7 +6,7 @@ python -m cluster run [--cpus 2] [--gpus 0] [--dashboard-port 8265] -- COMMAND .
 import sys
 from collections.abc import Sequence
 
-from cluster.local import run_job
+from cluster import run_job
 from raylib.command import command_parser, entry_point
 from raylib.errors import UserError
 

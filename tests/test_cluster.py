@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from cluster import local
+import cluster
 from cluster.__main__ import main
 from pretrain.__main__ import main as pretrain
 from raylib.errors import UserError
@@ -158,20 +158,20 @@ def test_cluster_occupied_port_is_one_line_error(capsys):
 
 def test_cluster_missing_machine_requirements_are_reported(monkeypatch):
     with pytest.raises(UserError, match="port 0: not between"):
-        local.check_machine(0)
+        cluster.check_machine(0)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(67_108_864, 0, 67_108_864)
     )
     with pytest.raises(UserError, match=r"^/dev/shm has 67 MB free, the cluster needs 300; .*--shm-size=1g"):
-        local.check_machine(free_port())
+        cluster.check_machine(free_port())
     monkeypatch.setattr(os.path, "ismount", lambda path: False)
     with pytest.raises(UserError, match="^/dev/shm has 0 MB free"):
-        local.check_machine(free_port())
-    monkeypatch.setattr(local.importlib.util, "find_spec", lambda name: None)
+        cluster.check_machine(free_port())
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="has no ray; `make run` installs it"):
-        local.check_machine(free_port())
+        cluster.check_machine(free_port())
 
 
 def test_cluster_failed_start_keeps_its_log(tmp_path):
@@ -198,7 +198,7 @@ def test_cluster_run_without_command_is_an_error(capsys):
 def test_cluster_submission_equals_plain_ray_job_submit(monkeypatch):
     monkeypatch.delenv("POLYGLANCE_RUNS", raising=False)
     command = ["python", "-m", "pretrain", "tiny", "name=a b"]
-    line = local.compose_submission("http://127.0.0.1:8265", command)
+    line = cluster.compose_submission("http://127.0.0.1:8265", command)
     assert line[:7] == shlex.split("ray job submit --address http://127.0.0.1:8265 --working-dir .")
     assert line[7] == "--runtime-env-json"
     assert line[9:] == ["--", *command]
@@ -208,7 +208,7 @@ def test_cluster_submission_equals_plain_ray_job_submit(monkeypatch):
     assert env.get("POLYGLANCE_COMMIT") == (git.stdout.strip() or None)
     monkeypatch.chdir("/")
     monkeypatch.setenv("POLYGLANCE_RUNS", "elsewhere")
-    assert json.loads(local.compose_submission("", [])[8])["env_vars"]["POLYGLANCE_RUNS"] == "/elsewhere"
+    assert json.loads(cluster.compose_submission("", [])[8])["env_vars"]["POLYGLANCE_RUNS"] == "/elsewhere"
 
 
 def test_cluster_rayjob_manifest_matches_project(capsys):
