@@ -107,6 +107,47 @@ def model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def library(tmp_path_factory, model):
+    """A folder as users of the library have it: runs/sample (stored by an earlier version, as are its export
+    sample_model, sample_xvnli, sample_xflickrco and sample_few_shot), random models fine-tuned on questions
+    (sample_xgqa, of a decoder sample_decoder) and on two images (sample_marvl); images/, cat.png, dog.png."""
+    import tarfile
+    from pathlib import Path
+
+    from raylib.models.decoder import encode_answers
+    from raylib.models.finetuned import FinetuneModel
+    from raylib.sample import concepts
+    from raylib.text import Tokenizer
+    from tests.factories import make_model
+
+    folder = tmp_path_factory.mktemp("library")
+    with tarfile.open(Path(__file__).parent / "data" / "runs_2026_11.tar.xz") as tar:
+        tar.extractall(folder, filter="data")
+    runs = folder / "runs"
+    (folder / "model").rename(runs / "sample_model")
+    names = {"pretrained": "sample", "classified": "sample_xvnli", "retrieved": "sample_xflickrco"}
+    for old, new in {**names, "few_shot": "sample_few_shot"}.items():
+        (runs / old).rename(runs / new)
+    answers, tokenizer = ("red", "blue", "a cat", "yes", "no"), Tokenizer.load(model)
+    for name, labels, images, ids in (
+        ("xgqa", answers, 1, None),
+        ("decoder", answers, 1, encode_answers(answers, tokenizer)),
+        ("marvl", ("False", "True"), 2, None),
+    ):
+        backbone = make_model(vocabulary=12000, positions=64).float()
+        FinetuneModel(backbone, labels, images, 0.1, answers=ids).eval().save(runs / f"sample_{name}")
+        shutil.copy2(tokenizer.path, runs / f"sample_{name}")
+    (folder / "images").mkdir()
+    captions = concepts.read_concept_captions("en")
+    for key, image in list(concepts.read_images("fluent").items())[:8]:
+        (folder / "images" / f"{key}.png").write_bytes(image)
+    drawings = {captions[key].name: image for key, image in concepts.read_images("fluent").items()}
+    for name in ("cat", "dog", "house"):
+        (folder / f"{name}.png").write_bytes(drawings[name])
+    return folder
+
+
 @pytest.fixture
 def finetune(tmp_path, model, scenes, capsys):
     """`finetune(recipe, *settings)` -> (exit code, what was printed), of a few steps in this test's own

@@ -122,6 +122,62 @@ def test_classes_equal_stored_predictions(stored, scenes, run, part, language):
     assert one[0].probability == pytest.approx(relations[0][one[0].text], abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["xgqa", "decoder", "marvl"])
+def test_answers_equal_those_of_evaluation(library, tmp_path, name):
+    from finetune.formats import Example
+    from finetune.predict import predict, read_predictions
+    from finetune.stores.images import ImageSource
+
+    model = polyglance.load(library / "runs" / f"sample_{name}", "cpu")
+    store = open_images(library / "images")
+    names = sorted(path.stem for path in (library / "images").iterdir())
+    pairs = [tuple(names[i : i + model.network.num_images]) for i in range(5)]
+    texts = [f"was ist {'das ' * (i % 3)}{i}" for i in range(5)]
+    examples = [Example(str(i), (text,), pairs[i], {}) for i, text in enumerate(texts)]
+    source = ImageSource(store, model.backbone.image_size)
+    predict(model.network, examples, source, model.tokenizer, model.length, tmp_path / "out.jsonl")
+    expected = [line["prediction"] for line in read_predictions(tmp_path / "out.jsonl")]
+    given = [tuple(map(store.read, pair)) if len(pair) > 1 else store.read(*pair) for pair in pairs]
+    found = model.answer(given, texts, top=len(model.labels), batch_size=2)
+    assert [answers[0].text for answers in found] == expected
+    again = model.answer(given, texts, top=len(model.labels))
+    for answers, others in zip(found, again, strict=True):
+        assert {a.text: a.probability for a in answers} == pytest.approx(
+            {a.text: a.probability for a in others}, abs=1e-6
+        )
+        assert sorted((a.probability for a in answers), reverse=True) == [a.probability for a in answers]
+    if name != "decoder":
+        assert all(sum(a.probability for a in answers) == pytest.approx(1) for answers in found)
+    assert model.answer(given[0], texts[:2]) == model.answer([given[0]] * 2, texts[:2])
+
+
+def test_two_images_are_asked_for(library):
+    model = polyglance.load(library / "runs/sample_marvl", "cpu")
+    with pytest.raises(UserError, match=r"reads a text with 2 images: give them as \(left, right\)"):
+        model.answer([library / "cat.png"], ["a cat"])
+    with pytest.raises(UserError, match="2 texts and 1 images"):
+        model.answer([(library / "cat.png", library / "dog.png")], ["a cat", "a dog"])
+
+
+def test_region_models_say_what_they_read(tmp_path, model):
+    from raylib.models import BACKBONES
+    from raylib.models.finetuned import FinetuneModel
+
+    torch.manual_seed(0)
+    uc2 = BACKBONES["uc2"](BACKBONES["uc2"].sizes["tiny"])
+    uc2.set_region_dim(6)
+    FinetuneModel(uc2, ("yes", "no"), 1, 0.1, regions=6).save(tmp_path / "uc2")
+    (tmp_path / "uc2" / "tokenizer.model").write_bytes((model / "tokenizer.model").read_bytes())
+    loaded = polyglance.load(tmp_path / "uc2", "cpu")
+    with pytest.raises(UserError, match="uc2 reads region features of a detector, not images"):
+        loaded.answer("cat.png", "is it a cat?")
+    regions = {"features": np.ones((3, 6)), "boxes": np.ones((3, 4)), "img_h": 8, "img_w": 8}
+    answers = loaded.answer(regions, "is it a cat?")
+    assert {answer.text for answer in answers} == {"yes", "no"}
+    with pytest.raises(UserError, match="regions of 6 features each, and these have 5"):
+        loaded.answer({**regions, "features": np.ones((3, 5))}, "is it a cat?")
+
+
 def test_methods_without_weights_are_refused_in_one_line(stored, export, images):
     with pytest.raises(UserError, match="a pretrained unified, cannot answer; it can encode_image"):
         export.answer(images[0], "what is it?")

@@ -6,7 +6,7 @@ Shape legend: n images or texts, e width of embeddings.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
@@ -31,7 +31,7 @@ from raylib.data.loading import prefetch
 from raylib.errors import NotFinite, UserError
 from raylib.finite import require_finite
 from raylib.launch import no_log
-from raylib.models.base import Backbone, RegionBackbone, RetrievalBackbone, read_description
+from raylib.models.base import Backbone, RetrievalBackbone, read_description
 from raylib.models.finetuned import (
     FinetuneModel,
     find_evaluated,
@@ -42,6 +42,7 @@ from raylib.models.finetuned import (
 )
 from raylib.models.layers import Memory
 from raylib.packed import Ragged
+from raylib.progress import progress
 from raylib.text import Tokenizer
 
 T = TypeVar("T")
@@ -159,6 +160,7 @@ class Model:
         self.backbone = network.backbone
         self.task = config.task if config else None
         self.labels = network.labels if isinstance(network, FinetuneModel) else ()
+        self.region_dim = network.description["regions"] if isinstance(network, FinetuneModel) else None
         self.sigmoid = config is not None and config.loss == "bce"
         self.capabilities = _capabilities(path, network, config, settings)
         if config:
@@ -196,9 +198,8 @@ class Model:
         def encode(pixels: Tensor) -> Tensor:
             return image_vectors(model, pixels, self.device, batch_size)
 
-        return self._encode(
-            prefetch(self._pixels(chunk) for chunk in _chunks(images, batch_size)), encode, as_tensor
-        )
+        chunks = progress(_chunks(images, batch_size), "encode images", _total(images), "images", len)
+        return self._encode(prefetch(map(self._pixels, chunks)), encode, as_tensor)
 
     def encode_text(
         self, texts: Iterable[str] | str, *, batch_size: int = 4 * BATCH, as_tensor: bool = False
@@ -214,7 +215,8 @@ class Model:
             rows = ids.values.split(ids.lengths.tolist())
             return sentence_vectors(model, rows, self.device, batch_size)
 
-        return self._encode(_chunks(texts, batch_size), encode, as_tensor)
+        chunks = progress(_chunks(texts, batch_size), "encode texts", _total(texts), "texts", len)
+        return self._encode(chunks, encode, as_tensor)
 
     def similarity(self, images: Any, texts: Any, *, batch_size: int = BATCH, as_tensor: bool = False) -> Any:
         """Cosines (images, texts). Either may be vectors that were encoded before."""
@@ -286,7 +288,8 @@ class Model:
         rows = list(zip(pairs, about, strict=True))
         found: list[list[Answer]] = []
         with torch.no_grad():
-            for chunk, visual in prefetch(self._visual(chunk) for chunk in _chunks(rows, batch_size)):
+            chunks = progress(_chunks(rows, batch_size), "classify", len(rows), "texts", len)
+            for chunk, visual in prefetch(map(self._visual, chunks)):
                 found += self._classes(chunk, visual, top)
         return found
 
@@ -310,7 +313,7 @@ class Model:
         images = [image for _, about in chunk for image in about]
         if not images:
             return chunk, {}
-        if isinstance(self.backbone, RegionBackbone) or cast(FinetuneModel, self.network).regions:
+        if self.region_dim:
             regions = [self._regions(image) for image in images]
             return chunk, join_regions(regions, "tags" in self.backbone.row_parts)
         keys = [str(image) if isinstance(image, str | Path) else id(image) for image in images]
@@ -321,7 +324,7 @@ class Model:
 
     def _classes(self, chunk: list, visual: dict[str, Any], top: int) -> list[list[Answer]]:
         model = cast(FinetuneModel, self.network)
-        examples = [Example(texts[-1], texts, tuple(map(str, about)), {}) for texts, about in chunk]
+        examples = [Example(texts[-1], texts, ("",) * len(about), {}) for texts, about in chunk]
         if "pixels" in visual:
             visual = {"states": self._encode_pixels(visual["pixels"]).select_rows(visual["rows"])}
         inputs = encode_inputs(examples, visual, self.tokenizer, self.length)
@@ -351,10 +354,13 @@ class Model:
         Raises:
             UserError: not these; of another width than the model reads.
         """
-        if isinstance(image, Regions):
-            return image
-        if isinstance(image, dict):
-            return to_regions(image, "regions")
+        if isinstance(image, Regions | dict):
+            regions = to_regions(image, "regions") if isinstance(image, dict) else image
+            if (found := regions.features.shape[1]) != self.region_dim:
+                raise UserError(
+                    f"{self.path} reads regions of {self.region_dim} features each, and these have {found}"
+                )
+            return regions
         raise UserError(
             f"{self.path}: {self.backbone.kind} reads region features of a detector, not images: give each "
             'image as {"features": (R, f), "boxes": (R, 4) in pixels, "img_h", "img_w"}'
@@ -433,6 +439,10 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     source = iter(items)
     while chunk := list(itertools.islice(source, size)):
         yield chunk
+
+
+def _total(items: Iterable) -> int | None:
+    return len(items) if isinstance(items, Sized) else None
 
 
 def _is_one_image(value: Any) -> bool:
