@@ -32,6 +32,7 @@ from finetune.tasks.base import Overlap, Task
 from raylib.cache import file_fingerprint
 from raylib.errors import UserError
 from raylib.fileio import nfc, read_json, write_json
+from raylib.progress import progress
 
 RULE_VERSION = 2  # of what counts as the same: another number makes nothing of what is kept
 COMPARED = (("test", "train"), ("test", "dev"), ("dev", "train"))
@@ -89,7 +90,8 @@ def find_overlaps(task: Task, sets: list[UsedSet]) -> list[dict[str, Any]]:
             continue
         # images that are in no set before: most of what is trained on, met again and again
         new: set[tuple] = set()
-        for item in used.reading:
+        waited = progress(used.reading, f"compare {used.reading.path.name} with the test sets")
+        for item in waited:
             addresses, known = _names_and_addresses(item), []
             if not new.issuperset(addresses):
                 known = [n for _, names in _images(item, task.mscoco) for n in names if n in images]

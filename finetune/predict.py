@@ -30,6 +30,7 @@ from raylib.errors import require
 from raylib.finite import is_finite
 from raylib.metrics import MILLION, ItemClusters
 from raylib.models.finetuned import FinetuneModel
+from raylib.progress import progress
 from raylib.randomness import Key
 from raylib.text import Tokenizer
 
@@ -46,11 +47,13 @@ def predict(
     length: int,
     out: Path,
     bf16: bool = False,
+    total: int | None = None,
 ) -> int:
     """Write {"id", "prediction", "labels", "kind", "images"} of every example into `out`, one line each;
     every worker calls it.
 
-    `out` must lie where all workers can write. Returns how many there are.
+    `out` must lie where all workers can write. total: examples, where it is known. Returns how many there
+    are.
 
     Raises:
         NotFinite: scores of an example are not finite; the first of its batch is named.
@@ -63,7 +66,9 @@ def predict(
         # every world-th batch, and not every world-th example: batches are the same for any world
         chunks = itertools.islice(_batched(examples, BATCH), rank, None, world)
         read = ((chunk, read_inputs(chunk, visual, tokenizer, length)) for chunk in chunks)
-        for chunk, inputs in prefetch(read):
+        share = None if total is None else -(-total // world)
+        waited = progress(prefetch(read), f"predict {out.stem}", share, "examples", lambda pair: len(pair[0]))
+        for chunk, inputs in waited:
             scores, bad = class_scores(model, chunk, inputs, bf16)
             if bad:
                 break
@@ -125,19 +130,25 @@ def evaluate(
         the bootstrap's draws are seeded by it and the language.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    totals: Counter[str] = Counter()
+
+    def image_names() -> Iterator[str]:
+        for language, examples in sets.items():
+            for example in examples:
+                totals[language] += 1
+                yield from example.images
+
     with contextlib.ExitStack() as stack:
         if isinstance(visual, ImageSource):  # otherwise they are encoded already
             scratch = folder / ".states"
             remove_encoder_states(scratch)  # what a killed evaluation has left is another model's
             stack.callback(remove_encoder_states, scratch)
-            names = (name for examples in sets.values() for example in examples for name in example.images)
-            visual = PrecomputedFeatures(
-                precompute_features(model.backbone, visual, names, scratch, bf16), visual.store
-            )
+            states = precompute_features(model.backbone, visual, image_names(), scratch, bf16)
+            visual = PrecomputedFeatures(states, visual.store)
         results = {}
         for language, examples in sets.items():
             out = folder / f"{language}.jsonl"
-            count = predict(model, examples, visual, tokenizer, length, out, bf16)
+            count = predict(model, examples, visual, tokenizer, length, out, bf16, totals[language] or None)
             found = score(read_predictions(out), frozenset(model.labels), bleu, (seed, language))
             results[language] = {**found, "predictions": count}
     return results

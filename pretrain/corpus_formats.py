@@ -15,7 +15,9 @@ caption, text that is not UTF-8) is skipped and counted by a `Tally`: one in a h
 more is an error.
 """
 
+import contextlib
 import gzip
+import io
 import json
 import logging
 import lzma
@@ -23,6 +25,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ import cv2
 from raylib.data.images import BadImage, decode_image
 from raylib.errors import UserError
 from raylib.fileio import decode_base64, find_file, stream_json
+from raylib.progress import file_progress
 from raylib.text import BadCaption, clean_captions, parse_captions
 
 MARGIN = 1.04  # WikiMatrix's usual threshold
@@ -126,8 +130,8 @@ def read_lines(path: Path, tally: Tally) -> Iterator[str]:
     """Lines of a UTF-8 file, also .gz and .xz, without their ends and a byte order mark."""
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
     try:
-        with openers.get(path.suffix, open)(path, "rb") as file:
-            for number, line in enumerate(file):
+        with open(path, "rb") as stored, openers.get(path.suffix, contextlib.nullcontext)(stored) as file:
+            for number, line in enumerate(file_progress(stored, file, f"read {path.name}")):
                 try:
                     yield line.decode("utf-8" if number else "utf-8-sig").rstrip("\r\n")
                 except UnicodeDecodeError:
@@ -153,11 +157,13 @@ def read_json_list(path: Path, tally: Tally) -> Iterator[dict]:
     """Records of a JSON list of objects, a chunk of the file in memory at a time."""
     try:
         # bytes that are not UTF-8 become U+FFFD, and so spoil their own record only
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
+        text = partial(io.TextIOWrapper, encoding="utf-8-sig", errors="replace")
+        with open(path, "rb") as stored, text(stored) as file:
             if file.read(1) != "[":
                 raise UserError(f"{path}: does not begin with '[': not ALBEF's list of records")
             file.seek(0)
-            for _, record in stream_json(path, file):
+            records = stream_json(path, file)
+            for _, record in file_progress(stored, records, f"read {path.name}"):
                 if not isinstance(record, dict):
                     tally.skip("records that are no JSON object")
                 elif "\ufffd" in str(record):

@@ -22,6 +22,7 @@ from raylib.models import find_model, find_tokenizer
 from raylib.models.base import RetrievalBackbone
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
+from raylib.progress import progress
 from raylib.provenance import DataFile, combined_hash, fingerprint_files, hash_path, provenance
 from raylib.runtime import peak_memory
 from raylib.tables import markdown_table
@@ -138,7 +139,7 @@ class ZeroShotRetrieval:
         images: list[np.ndarray] = []
         heldout: list[bool] = []
         texts: dict[str, list[tuple[int, str]]] = {}
-        for item in read_retrieval_set(folder):
+        for item in progress(read_retrieval_set(folder), f"read {folder}", unit="images"):
             image = decode_image(item.image, f"{folder}: {item.name}")
             for language, captions in item.captions.items():
                 texts.setdefault(language, []).extend((len(images), caption) for caption in captions)
@@ -258,8 +259,9 @@ def image_vectors(
     model: RetrievalBackbone, images: Tensor, device: torch.device, batch: int = IMAGES
 ) -> Tensor:
     """uint8 (n, H, W, 3) -> unit vectors (n, e) on the CPU."""
-    parts = (model.encode_images(part.to(device)) for part in images.split(batch))
-    return torch.cat([model.embed_images(states, normalize=True).float().cpu() for states in parts])
+    parts = progress(images.split(batch), "encode images", len(images), "images", len)
+    states = (model.encode_images(part.to(device)) for part in parts)
+    return torch.cat([model.embed_images(each, normalize=True).float().cpu() for each in states])
 
 
 def sentence_vectors(
@@ -267,8 +269,8 @@ def sentence_vectors(
 ) -> Tensor:
     """Sentences with specials -> unit vectors (n, e) on the CPU."""
     parts = []
-    for start in range(0, len(ids), batch):
-        chunk = ids[start : start + batch]
+    chunks = [ids[start : start + batch] for start in range(0, len(ids), batch)]
+    for chunk in progress(chunks, "encode sentences", len(ids), "sentences", len):
         lengths = torch.tensor([len(row) for row in chunk])
         vectors = model.embed_text(Ragged(torch.cat(tuple(chunk)).to(device), lengths), normalize=True)
         parts.append(vectors.float().cpu())

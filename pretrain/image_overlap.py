@@ -32,6 +32,7 @@ from raylib.data.sources import Source
 from raylib.data.tars import TarScan
 from raylib.errors import UserError
 from raylib.fileio import nfc, write_json
+from raylib.progress import progress
 from raylib.provenance import provenance
 from raylib.tables import markdown_table, percent
 
@@ -101,9 +102,11 @@ def count_overlap(corpus: ImageHashes, test: ImageHashes, distance: int) -> dict
     }
 
 
-def hash_images(images: Iterable[tuple[str, bytes]], processes: int) -> tuple[ImageHashes, int]:
+def hash_images(
+    images: Iterable[tuple[str, bytes]], processes: int, total: int | None = None
+) -> tuple[ImageHashes, int]:
     """(hashes, how many images do not decode and are left out) of (name, encoded bytes), in order."""
-    images, results = iter(images), []
+    images, results = progress(images, "hash", total, "images"), []
     waiting: deque[Future] = deque()
     # spawned, not forked: children would inherit the locks of OpenCV's and BLAS's threads
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -260,7 +263,7 @@ def main(arguments: Sequence[str]) -> int:
         why = f"none of its {bad_test} images decodes" if bad_test else "no image in it"
         raise UserError(f"{args.data}: {why}{' that --names names' if names and not bad_test else ''}")
     missing = sorted(names - found_names)
-    corpus, bad_corpus = hash_images(read_source(source), processes)
+    corpus, bad_corpus = hash_images(read_source(source), processes, sum(map(source.size, source.groups)))
     result = {
         "corpus": str(args.corpus),
         "data": str(args.data),

@@ -25,6 +25,7 @@ from raylib.errors import NotFinite, UserError
 from raylib.fileio import file_lock, read_json
 from raylib.finite import is_finite
 from raylib.packed import Ragged
+from raylib.progress import progress
 
 T = TypeVar("T")
 
@@ -121,6 +122,7 @@ def write_encoder_states(
     encode: Callable[[Sequence[str]], Ragged],
     batch: int,
     dtype: torch.dtype = torch.float32,
+    unit: str = "images",
 ) -> EncoderStates:
     """`encode` all items `names` (unique), `batch` at a time, into `folder`; every worker does its share, and
     all wait for all. The folder appears whole: one that is there already is taken as it is.
@@ -128,12 +130,14 @@ def write_encoder_states(
     Args:
         encode: items -> their states (T, d) on any device.
         dtype: what is stored: float32 or float16.
+        unit: of progress: what the items are.
 
     Raises:
         NotFinite: states of an item are not finite, or too large for `dtype`.
     """
     write_sharded(
-        folder, lambda out, rank, world: _write_share(out, rank, names[rank::world], encode, batch, dtype)
+        folder,
+        lambda out, rank, world: _write_share(out, rank, names[rank::world], encode, batch, dtype, unit),
     )
     return EncoderStates(folder)
 
@@ -188,12 +192,12 @@ def fingerprint_module(module: nn.Module, *facts) -> str:
     return digest.hexdigest()[:16]
 
 
-def _write_share(folder: Path, worker: int, names, encode, batch: int, dtype: torch.dtype) -> None:
+def _write_share(folder: Path, worker: int, names, encode, batch: int, dtype: torch.dtype, unit: str) -> None:
     rows: dict[str, tuple[int, int]] = {}
     tokens = width = 0
     with open(folder / f"states-{worker}.bin", "wb") as file:
-        for start in range(0, len(names), batch):
-            chunk = names[start : start + batch]
+        chunks = [names[start : start + batch] for start in range(0, len(names), batch)]
+        for chunk in progress(chunks, f"encode {unit}", len(names), unit, len):
             states = encode(chunk)
             # after the conversion: float16 overflows where float32 did not
             values = states.values.to(dtype).cpu()

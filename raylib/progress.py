@@ -1,9 +1,10 @@
 """Progress where a person waits: a bar with rate and remaining time on a terminal, a line now and then in a
 log."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any, TextIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -43,8 +44,8 @@ def progress(
     the time that remains. A terminal has a line that changes, gone in the end; a log gets one at most every
     30 seconds; of several workers the first shows it.
 
-    total: of units; default: the length of `iterable`, if it has one. size: units in an item, of batches;
-        default: 1.
+    unit: "B" are bytes. total: of units; default: the length of `iterable`, if it has one. size: units in an
+        item, of batches; default: 1.
     """
     from raylib.distributed import rank
 
@@ -57,7 +58,8 @@ def progress(
         iterable if size is None else None,
         desc=description,
         total=total,
-        unit=f" {unit}",
+        unit=unit if unit == "B" else f" {unit}",
+        unit_scale=unit == "B",
         file=log,
         bar_format=None if watched else line,
         disable=rank() > 0,
@@ -75,3 +77,15 @@ def progress(
         for item in iterable:
             yield item
             bar.update(size(item))
+
+
+def file_progress(file: BinaryIO, items: Iterable[T], description: str) -> Iterator[T]:
+    """Yield `items` that are read from `file`, as `progress` does, which counts how far this is read."""
+    position = file.tell()
+
+    def advance(_: T) -> int:
+        nonlocal position
+        before, position = position, file.tell()
+        return position - before
+
+    return progress(items, description, os.fstat(file.fileno()).st_size, "B", advance)

@@ -30,6 +30,7 @@ import torch
 from raylib.cache import cached, file_fingerprint
 from raylib.errors import UserError
 from raylib.fileio import read_json, sha256_file, write_atomically
+from raylib.progress import progress
 from raylib.runtime import device_name
 
 IDENTITY = "identity.json"
@@ -80,7 +81,7 @@ def fingerprint_files(
         UserError: a file is missing; with `verify`, its content is not what its manifest says.
     """
     entries = {}
-    for file in files:
+    for file in progress(files, "check the data", unit="files"):
         path = file.name
         if not file.path.exists():
             raise UserError(f"{path}: this file of the run's data is missing; restore it")

@@ -1,5 +1,6 @@
 """Progress: a bar on a terminal, a line now and then in a log, nothing of other workers."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -59,9 +60,12 @@ def test_progress_rewrites_one_line_of_a_terminal(hurried, monkeypatch):
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     with os.fdopen(terminal, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
-        list(wait(range(20), "translate", None, "lines"))
-        stream.flush()
-        written = os.read(inside, 1 << 16).decode()
+        list(wait(range(60), "translate", None, "lines"))
+    written = b""
+    with contextlib.suppress(OSError):  # at its end
+        while part := os.read(inside, 1 << 12):
+            written += part
     os.close(inside)
+    written = written.decode()
     assert written.count("\n") == 0 and written.count("\rtranslate: ") >= 2
     assert max(map(len, written.split("\r"))) <= 80 and not written.rsplit("\r", 2)[1].strip()

@@ -59,7 +59,7 @@ def test_translate_writes_jsonl_and_plain_lines_that_tasks_read(translator, tmp_
         )
         said = []
         files = translate(task, translator, config, said.append)
-        assert files == [task.path(tmp_path, made, "de", 2)] and "3 of 3" in said[-1]
+        assert files == [task.path(tmp_path, made, "de", 2)] and "3 texts" in said[-1]
         found = list(task.read(files[0], made, "de"))
         assert [(item.image, len(item.captions)) for item in found] == [("0.jpg", 2), ("1.jpg", 1)]
         translate(task, translator, config, said.append)
@@ -96,7 +96,7 @@ def test_translate_resumes_without_repeating(translator, tmp_path):
     assert (
         lines[0] == "from before"
         and len(lines) == 3
-        and len(said) == 2
+        and said == [f"{made}: 3 texts, 1 of them from before; 2 came out empty, and stay as they were"]
         and not list(made.parent.glob("*.partial"))
     )
 

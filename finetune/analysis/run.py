@@ -34,6 +34,7 @@ from raylib.fileio import write_atomically
 from raylib.models.base import FusionBackbone, RetrievalBackbone, load_weights
 from raylib.models.finetuned import FinetuneModel
 from raylib.models.unified import UnifiedModel
+from raylib.progress import progress
 from raylib.tables import markdown_table, percent
 from raylib.text import Tokenizer
 
@@ -127,7 +128,7 @@ def analyse(folder: Path, options: Options) -> str:
         "Words and regions": words_and_regions,
     }
     lines = [f"# Analysis of {run.title}"]
-    for title, section in sections.items():
+    for title, section in progress(sections.items(), "analyse", unit="figures"):
         try:
             paragraphs = section(run)
         except Inapplicable as e:

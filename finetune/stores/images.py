@@ -18,6 +18,7 @@ from raylib.data.tars import TarScan
 from raylib.errors import UserError
 from raylib.fileio import nfc
 from raylib.packed import Ragged
+from raylib.progress import progress
 from raylib.randomness import string_key
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def open_images(path: Path | str) -> ImageStore:
         raise UserError(f"{path}: neither a folder nor a .tar of images; give it with images=")
     # names are compared without folder and ending; two in one folder could not be told apart later
     files: dict[str, list[ImageFile]] = {}
-    for image in found:
+    for image in progress(found, f"list {path}", unit="files"):
         if image.path.lower().endswith(SUFFIXES):
             others = files.setdefault(stem(image.path), [])
             for other in others:

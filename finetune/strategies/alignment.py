@@ -26,6 +26,7 @@ from raylib.config import Config
 from raylib.errors import UserError, require
 from raylib.fileio import write_atomically
 from raylib.finite import require_finite_file
+from raylib.progress import progress
 from raylib.randomness import Key
 
 if TYPE_CHECKING:  # it imports this room
@@ -206,16 +207,18 @@ def _translate_file(
     translations = partial.read_text(encoding="utf-8").split("\n")[:-1] if partial.is_file() else []
     num_empty = 0
     with partial.open("a", encoding="utf-8") as file:
-        while len(translations) < len(texts):
-            batch = texts[len(translations) : len(translations) + translator.config.batch]
+        remaining, size = texts[len(translations) :], translator.config.batch
+        batches = [remaining[start : start + size] for start in range(0, len(remaining), size)]
+        for batch in progress(batches, f"translate to {codes[1]}", len(remaining), "texts", len):
             outputs = translator(batch, *codes)
             num_empty += outputs.count("")
             outputs = [output or text for output, text in zip(outputs, batch, strict=True)]
             file.write("".join(f"{text}\n" for text in outputs))
             file.flush()
             translations += outputs
-            empty = f"; {num_empty} came out empty, and stay as they were" if num_empty else ""
-            log(f"{target}: {len(translations)} of {len(texts)}{empty}")
+    empty = f"; {num_empty} came out empty, and stay as they were" if num_empty else ""
+    before = f", {len(texts) - len(remaining)} of them from before" if len(remaining) < len(texts) else ""
+    log(f"{target}: {len(texts)} texts{before}{empty}")
     rest = iter(translations)
     lines = [_with_texts(record, [next(rest) for _ in _texts(record)]) for record in records]
     write_atomically(target, "".join(f"{line}\n" for line in lines))

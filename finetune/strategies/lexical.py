@@ -28,6 +28,7 @@ import numpy as np
 
 from raylib.errors import UserError
 from raylib.finite import is_finite
+from raylib.progress import progress
 
 # as in paper 0's table 3: what a prediction is to the true label
 SYNONYM, HYPERNYM, HYPONYM, NONE = "syn", "hyp", "hpo", "none"
@@ -240,7 +241,8 @@ def _is_text(line: bytes, width: int) -> bool:
 def _read_text(path: Path, words: dict[bytes, str], width: int) -> dict[str, np.ndarray]:
     vectors = {}
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        lines = progress(file, f"read {path.name}", path.stat().st_size, "B", len)
+        for number, line in enumerate(lines, 1):
             # of millions of lines a few hundred are wanted: only these are split
             word = words.get(line[: line.find(b" ")])
             if word is None or word in vectors:

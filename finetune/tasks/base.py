@@ -21,6 +21,7 @@ from raylib.cache import cached, file_fingerprint
 from raylib.config import user_file_error, user_source
 from raylib.engine import Objective
 from raylib.errors import UserError
+from raylib.progress import progress
 from raylib.text import Tokenizer
 
 if TYPE_CHECKING:  # a config holds the strategies' settings, and strategies know tasks
@@ -95,7 +96,7 @@ class Reading:
     def load(self) -> list[Any]:
         """All items in memory; in a search they are parsed once."""
         key = (self.split, self.language, self.limit, file_fingerprint(self.path))
-        return cached("items", key, lambda: list(self))
+        return cached("items", key, lambda: list(progress(self, f"read {self.path.name}")))
 
 
 class Pipeline(NamedTuple):

@@ -22,6 +22,7 @@ from raylib.finite import is_finite, require_finite
 from raylib.metrics import RANKS, hit_chances, mean_or_zero, nearest_keys, recall_figures, recall_interval
 from raylib.models.layers import Memory
 from raylib.packed import Ragged, first_tokens
+from raylib.progress import progress
 from raylib.randomness import Key, permutation
 from raylib.text import Tokenizer
 
@@ -128,7 +129,7 @@ class _Ranker:
             )
             if ranks:
                 self.texts: EncoderStates = write_encoder_states(
-                    folder / "texts", self.keys, encode, SENTENCES
+                    folder / "texts", self.keys, encode, SENTENCES, unit="captions"
                 )
             self.text_vectors = _vectors(self.keys, embed_states if ranks else embed_ids)
         require_finite("image embeddings", self.image_vectors)
@@ -148,7 +149,8 @@ class _Ranker:
         # a chunk has about PAIRS pairs for the match head, whatever K is; its size is fixed, or scores would
         # depend on the number of workers
         chunks = torch.arange(len(queries)).split(max(1, PAIRS // max(1, count)))
-        for chunk in chunks[rank() :: world_size()]:
+        share, unit = chunks[rank() :: world_size()], "images" if queries_are_images else "captions"
+        for chunk in progress(share, f"rank for {unit}", sum(map(len, share)), unit, len):
             scores, first = queries[chunk] @ keys.T, None
             if count:
                 candidate_index = nearest_keys(scores, count, order)
@@ -190,7 +192,7 @@ class _Ranker:
 
 def _vectors(names: Sequence[str], embed: Callable[[Sequence[str]], Tensor]) -> Tensor:
     """Unit vectors (n, e) of all `names`, some at a time."""
-    parts = [
-        embed(names[start : start + SENTENCES]).float().cpu() for start in range(0, len(names), SENTENCES)
-    ]
+    chunks = [names[start : start + SENTENCES] for start in range(0, len(names), SENTENCES)]
+    waited = progress(chunks, "embed", len(names), size=len)
+    parts = [embed(chunk).float().cpu() for chunk in waited]
     return F.normalize(torch.cat(parts), dim=1)

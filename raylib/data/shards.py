@@ -36,6 +36,7 @@ from raylib.command import command_parser, entry_point
 from raylib.data.tars import META, FolderSummary, TarScan
 from raylib.errors import UserError
 from raylib.fileio import write_json
+from raylib.progress import progress
 from raylib.text import is_language_code, language_of
 
 FORMATS = (1, 2)  # of an index; the first has no hashes of images
@@ -101,7 +102,8 @@ def index_folder(
         raise UserError(f"{folder}: no such folder")
     shards = []
     # hidden ones are other writers' temporary files; macOS hides one beside each tar
-    for path in sorted(path for path in folder.glob("*.tar") if not path.name.startswith(".")):
+    tars = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+    for path in progress(tars, f"index {folder}", unit="shards"):
         # the name comes first: a tar of an hour's reading is not to fail by it afterwards
         code = language or language_of(path.name, loose=kind != "image_text")
         if code is None and kind != "image_text":

@@ -20,6 +20,7 @@ from pathlib import Path
 from raylib.data.images import is_image, is_plain_image
 from raylib.errors import UserError
 from raylib.fileio import nfc
+from raylib.progress import file_progress
 from raylib.randomness import string_key
 from raylib.text import has_captions
 
@@ -88,7 +89,8 @@ class TarScan:
         try:
             with tarfile.open(fileobj=self._file, mode="r:") as tar:
                 # one at a time: `tar.offset` then says where the next header lies
-                while (member := tar.next()) is not None:
+                members = file_progress(self._file, iter(tar.next, None), f"read {self.path.name}")
+                for member in members:
                     end = tar.offset
                     self._add_member(member, end)
                     tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all

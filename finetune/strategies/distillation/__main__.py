@@ -11,6 +11,7 @@ from raylib.command import command_parser, entry_point
 from raylib.config import lookup
 from raylib.errors import UserError
 from raylib.fileio import write_atomically
+from raylib.progress import progress
 
 BATCH = 64
 
@@ -33,9 +34,9 @@ def write_alignments(aligner: WordAligner, task: str, data: Path, language: str,
             f"{missing[0]}"
         )
     pairs = [(split_words(e.texts[-1]), split_words(english[e.id])) for e in read[language]]
-    links = [
-        row for start in range(0, len(pairs), BATCH) for row in aligner.align(pairs[start : start + BATCH])
-    ]
+    batches = [pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH)]
+    waited = progress(batches, f"align {language}", len(pairs), "questions", len)
+    links = [row for batch in waited for row in aligner.align(batch)]
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(
         out / f"{language}.text", "".join(f"{' '.join(a)}{SEPARATOR}{' '.join(b)}\n" for a, b in pairs)

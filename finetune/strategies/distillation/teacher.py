@@ -22,6 +22,7 @@ from raylib.fileio import read_json
 from raylib.finite import is_finite
 from raylib.models.base import FusionBackbone, RegionBackbone, read_description
 from raylib.models.finetuned import FinetuneModel, find_evaluated, is_foreign, load_backbone
+from raylib.progress import progress
 
 
 class Teacher:
@@ -145,8 +146,8 @@ class _StateShards:
         self.parts: list[Tensor] = []
 
     def write(self, examples: Sequence[Example], states: Callable, batch: int) -> None:
-        for start in range(0, len(examples), batch):
-            chunk = examples[start : start + batch]
+        chunks = [examples[start : start + batch] for start in range(0, len(examples), batch)]
+        for chunk in progress(chunks, "states of the teacher", len(examples), "examples", len):
             values, lengths = states(chunk)
             # checked as stored: what is finite in float32 may overflow in float16
             values = values.transpose(0, 1).to(self.dtype).cpu()

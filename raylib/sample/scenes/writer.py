@@ -15,6 +15,7 @@ from pydantic import Field, PositiveInt
 from raylib.config import Config
 from raylib.errors import UserError
 from raylib.fileio import atomic_folder
+from raylib.progress import progress
 from raylib.sample.concepts import LANGUAGES as ALL_LANGUAGES
 from raylib.sample.concepts import decode_drawings, draw_webp, read_concept_captions
 from raylib.sample.scenes.world import (
@@ -156,7 +157,8 @@ def _write_questions(writer: Writer, config: ScenesConfig) -> None:
 
     def make(split: str, count: int) -> Items:
         items: Items = {}
-        for i, things in enumerate(draw_counts(count, config.seed, "gqa", split)):
+        counts = progress(draw_counts(count, config.seed, "gqa", split), f"draw scenes of xGQA, {split}")
+        for i, things in enumerate(counts):
             scene = writer.scene(f"g{split}{i}", split, things)
             dice = Dice(config.seed, "gqa", split, i)
             questions = (ask_question(scene, kind, dice) for kind in dice.order(QUESTIONS))
@@ -216,7 +218,9 @@ def _write_entailment(writer: Writer, config: ScenesConfig) -> None:
     def make(split: str, count: int) -> Items:
         items: Items = []
         counts = draw_counts(count, config.seed, "nli", split)
-        for i in range(-(-count // 3)):  # a scene, a hypothesis of each kind
+        for i in progress(
+            range(-(-count // 3)), f"draw scenes of XVNLI, {split}"
+        ):  # a scene, a hypothesis of each kind
             dice = Dice(config.seed, "nli", split, i)
             required = pick_above_and_below(dice) if dice.uniform() < 0.9 else ()
             scene = writer.scene(f"n{split}{i}", split, counts[i], required)
@@ -259,7 +263,7 @@ def _write_captions(writer: Writer, config: ScenesConfig) -> None:
         counts = draw_counts(count, config.seed, "flickr", split)
         num_captions = 1 if split in ("test", "shots") else 3
         items: Items = []
-        for i in range(count):
+        for i in progress(range(count), f"draw scenes of xFlickrCO, {split}"):
             scene = writer.scene(f"f{split}{i}", split, counts[i])
             dice = [Dice(config.seed, "flickr", split, i, k) for k in range(num_captions)]
             items.append((scene, [make_caption(scene, die) for die in dice]))
@@ -298,7 +302,9 @@ def _write_pairs(writer: Writer, config: ScenesConfig) -> None:
     def make(split: str, count: int) -> Items:
         items: Items = []
         counts = draw_counts(count, config.seed, "nlvr", split)
-        for i in range(-(-count // 2)):  # two images, a true statement and a false one
+        for i in progress(
+            range(-(-count // 2)), f"draw scenes of MaRVL, {split}"
+        ):  # two images, a true statement and a false one
             dice, stem = Dice(config.seed, "nlvr", split, i), f"{split}-{i}-0"
             shared = (dice.pick(list(read_labels())),)
             left = writer.scene(f"{stem}-img0", split, counts[i], shared)
