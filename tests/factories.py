@@ -1,6 +1,11 @@
 """Small random models and batches."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import torch
+import transformers
 
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.packed import Sentences
@@ -29,6 +34,55 @@ def make_model(seed: int = 0, dtype=torch.float64, **changes) -> UnifiedModel:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.15 if parameter.numel() > 1 else 0.0))
     return model.to(dtype)
+
+
+def xlmr_config(**sizes: Any) -> transformers.XLMRobertaConfig:
+    """Sizes of a small XLM-R in `transformers`; `sizes` in place of these."""
+    small = dict(
+        vocab_size=90,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        intermediate_size=96,
+        max_position_embeddings=34,
+        type_vocab_size=1,
+        layer_norm_eps=1e-5,
+    )
+    return transformers.XLMRobertaConfig(**{**small, **sizes})
+
+
+CLIP_VISION = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    patch_size=8,
+    image_size=16,
+)
+
+
+def make_clip(vocabulary: int = 40) -> transformers.CLIPModel:
+    """A small CLIP of `transformers`, whose vectors have 24 numbers."""
+    text = dict(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    config = transformers.CLIPConfig(text_config=text, vision_config=CLIP_VISION, projection_dim=24)
+    return transformers.CLIPModel(config).eval()
+
+
+def write_mclip(
+    folder: Path, text: transformers.XLMRobertaModel, mapped: torch.nn.Linear, **described
+) -> None:
+    """Write a text encoder and its map to CLIP's space as Multilingual-CLIP is published."""
+    folder.mkdir()
+    weights = {f"transformer.{k}": v for k, v in text.state_dict().items()}
+    weights |= {f"LinearTransformation.{k}": v.detach() for k, v in mapped.state_dict().items()}
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps({"model_type": "M-CLIP", **described}))
 
 
 def make_sentences(lengths, generator, share: float = 0.3) -> Sentences:

@@ -5,11 +5,12 @@ import re
 
 import pytest
 import torch
-from transformers import SwinConfig, SwinModel, ViTConfig, ViTModel, XLMRobertaConfig, XLMRobertaForMaskedLM
+from transformers import SwinConfig, SwinModel, ViTConfig, ViTModel, XLMRobertaForMaskedLM
 
 from raylib.errors import UserError
 from raylib.models.cclm import PIXELS
 from raylib.models.finetuned import load_backbone
+from tests.factories import xlmr_config
 from tests.test_cclm import SWIN, images, shaken, swin_model
 
 D, F_, VOCABULARY, PLACES = 128, 24, 60, 20  # of the synthetic checkpoints: two heads of 64
@@ -206,22 +207,24 @@ def test_cclm_checkpoint_of_x2vlm_loads(tmp_path, caplog):
     assert model.vision.position.equal(tensors["vision_encoder.pos_embed"][0])
 
 
+def small_vit(width: int, feedforward: int, patch: int) -> ViTModel:
+    config = ViTConfig(
+        hidden_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=feedforward,
+        image_size=16,
+        patch_size=patch,
+    )
+    return ViTModel(config, add_pooling_layer=False)
+
+
 def test_cclm_beit_is_refused_unless_vision_folder_replaces_it(tmp_path):
     beit = timms_vit() | {"vision_encoder.blocks.0.gamma_1": torch.randn(D)}
     x2vlm_file(tmp_path / "cclm.th", beit)
     with pytest.raises(UserError, match=r"BEiT-2.*vision_encoder\.blocks\.0\.gamma_1.*vision=VIT_FOLDER"):
         load_backbone(tmp_path / "cclm.th", "cclm")
-    vit = ViTModel(
-        ViTConfig(
-            hidden_size=D,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=F_,
-            image_size=16,
-            patch_size=4,
-        ),
-        add_pooling_layer=False,
-    )
+    vit = small_vit(D, F_, patch=4)
     vit.save_pretrained(tmp_path / "vit")
     model = load_backbone(tmp_path / "cclm.th", "cclm", str(tmp_path / "vit"))
     assert (model.config.vision_layers, model.config.patch, model.config.pixel_mean) == (1, 4, 127.5)
@@ -251,14 +254,8 @@ def test_cclm_missing_unused_and_foreign_tensors_are_named(tmp_path):
 
 
 def text_folder(path, layers):
-    config = XLMRobertaConfig(
-        vocab_size=60,
-        hidden_size=16,
-        num_attention_heads=2,
-        intermediate_size=24,
-        num_hidden_layers=layers,
-        max_position_embeddings=20,
-    )
+    sizes = dict(vocab_size=60, hidden_size=16, num_attention_heads=2, intermediate_size=24)
+    config = xlmr_config(num_hidden_layers=layers, max_position_embeddings=20, **sizes)
     peer = shaken(XLMRobertaForMaskedLM(config))
     peer.save_pretrained(path)
     return peer.roberta.encoder.layer
@@ -275,21 +272,7 @@ def text_folder(path, layers):
 )
 def test_cclm_text_folder_fills_layers_by_depth(tmp_path, kind, layers, taken):
     peer_layers = text_folder(tmp_path / "text", layers)
-    peer = (
-        swin_model()
-        if kind == "cclm_swin"
-        else ViTModel(
-            ViTConfig(
-                hidden_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                intermediate_size=24,
-                image_size=16,
-                patch_size=8,
-            ),
-            add_pooling_layer=False,
-        )
-    )
+    peer = swin_model() if kind == "cclm_swin" else small_vit(16, 24, patch=8)
     peer.save_pretrained(tmp_path / "vision")
     model = load_backbone(tmp_path / "text", kind, str(tmp_path / "vision")).eval()
     blocks = [*model.text.blocks, *model.fusion.blocks]

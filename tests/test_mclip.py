@@ -16,15 +16,7 @@ from raylib.models.dual_encoder import Clip, MClip, MClipConfig
 from raylib.packed import Ragged
 from raylib.sample.concepts import DATA
 from tests.conftest import QUICK
-
-TOWER = dict(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    patch_size=8,
-    image_size=16,
-)
+from tests.factories import CLIP_VISION, make_clip, write_mclip, xlmr_config
 
 
 @pytest.fixture(scope="module")
@@ -32,44 +24,11 @@ def folders(tmp_path_factory):
     """(Multilingual-CLIP folder, CLIP folder, the published form of both in `transformers`)."""
     torch.manual_seed(0)
     home = tmp_path_factory.mktemp("mclip")
-    text = transformers.XLMRobertaModel(
-        transformers.XLMRobertaConfig(
-            vocab_size=90,
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=1,
-            intermediate_size=96,
-            max_position_embeddings=34,
-            type_vocab_size=1,
-            layer_norm_eps=1e-5,
-        )
-    ).eval()
-    clip = transformers.CLIPModel(
-        transformers.CLIPConfig(
-            text_config=dict(
-                vocab_size=40,
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-            ),
-            vision_config=TOWER,
-            projection_dim=24,
-        )
-    ).eval()
-    mapped = torch.nn.Linear(64, 24)
+    text = transformers.XLMRobertaModel(xlmr_config()).eval()
+    clip, mapped = make_clip(), torch.nn.Linear(64, 24)
     clip.save_pretrained(home / "clip")
-    (home / "text").mkdir()
-    weights = {f"transformer.{k}": v for k, v in text.state_dict().items()}
-    weights |= {f"LinearTransformation.{k}": v.detach() for k, v in mapped.state_dict().items()}
-    torch.save(weights, home / "text" / "pytorch_model.bin")
-    described = {
-        "modelBase": "xlm-roberta-large",
-        "transformerDimensions": 64,
-        "numDims": 24,
-        "model_type": "M-CLIP",
-    }
-    (home / "text" / "config.json").write_text(json.dumps(described))
+    sizes = {"modelBase": "xlm-roberta-large", "transformerDimensions": 64, "numDims": 24}
+    write_mclip(home / "text", text, mapped, **sizes)
     return home / "text", home / "clip", (text, mapped, clip)
 
 
@@ -172,7 +131,7 @@ def test_mclip_wrong_folders_and_settings_are_errors(folders, tmp_path):
     with pytest.raises(UserError, match="no config.json"):
         MClip.import_weights(path, tmp_path)
     other = transformers.CLIPVisionModelWithProjection(
-        transformers.CLIPVisionConfig(**TOWER, projection_dim=20)
+        transformers.CLIPVisionConfig(**CLIP_VISION, projection_dim=20)
     )
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="maps texts to 24 numbers"):
@@ -189,40 +148,10 @@ def test_mclip_retrieval_runs_end_to_end(tmp_path, scenes, capsys):
     """From published folders: M-CLIP tuned with LoRA and aligned, its images encoded once, evaluated again,
     gone on from; M-CLIP and CLIP as they are, with translations; a task of another kind is refused."""
     torch.manual_seed(0)
-    text = transformers.XLMRobertaModel(
-        transformers.XLMRobertaConfig(
-            vocab_size=12000,
-            hidden_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=1,
-            intermediate_size=96,
-            max_position_embeddings=66,
-            type_vocab_size=1,
-            layer_norm_eps=1e-5,
-        ),
-        add_pooling_layer=False,
-    )
-    clip = transformers.CLIPModel(
-        transformers.CLIPConfig(
-            text_config=dict(
-                vocab_size=12000,
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-            ),
-            vision_config=TOWER,
-            projection_dim=24,
-        )
-    )
-    clip.save_pretrained(tmp_path / "clip")
-    (tmp_path / "text").mkdir()
-    weights = {f"transformer.{k}": v for k, v in text.state_dict().items()}
-    mapped = {
-        f"LinearTransformation.{k}": v.detach() for k, v in torch.nn.Linear(64, 24).state_dict().items()
-    }
-    torch.save(weights | mapped, tmp_path / "text" / "pytorch_model.bin")
-    (tmp_path / "text" / "config.json").write_text('{"model_type": "M-CLIP"}')
+    sizes = xlmr_config(vocab_size=12000, max_position_embeddings=66)
+    text = transformers.XLMRobertaModel(sizes, add_pooling_layer=False)
+    make_clip(12000).save_pretrained(tmp_path / "clip")
+    write_mclip(tmp_path / "text", text, torch.nn.Linear(64, 24))
     for folder in ("text", "clip"):
         shutil.copy2(DATA / "tokenizer.model", tmp_path / folder)
     own = [

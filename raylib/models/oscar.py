@@ -41,7 +41,7 @@ from raylib.models.hf_weights import (
     first_position,
     read_folder,
 )
-from raylib.models.layers import Encoder, TextEmbedding, init_weights
+from raylib.models.layers import TextEmbedding, init_weights
 from raylib.models.single_stream import SingleStreamBackbone
 from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, join_rows
 
@@ -139,12 +139,8 @@ class Oscar(SingleStreamBackbone):
     regions: JointRegionEmbedding | None
 
     def __init__(self, config: OscarConfig):
-        super().__init__(config)
         c = config
-        self.embedding = TaggedEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.eps)
-        self.regions = self.region_embedding() if c.features else None
-        self.encoder = Encoder(c.layers, c.width, c.heads, c.feedforward, c.dropout, c.eps, cross=False)
-        self.pooler = nn.Linear(c.width, c.width)
+        super().__init__(c, TaggedEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.eps))
         self.apply(init_weights)
 
     @classmethod
@@ -156,11 +152,7 @@ class Oscar(SingleStreamBackbone):
                 sizes or tensors missing, tensors left over or of another shape (they are listed).
         """
         path = Path(path)
-        if vision:
-            raise UserError(
-                "vision= is for backbones with an image encoder; oscar sees region features, set regions= "
-                "instead"
-            )
+        cls.check_no_vision(vision)
         weights, description = _read(path)
         # only old folders, OSCAR's among them, do not say whose they are: BERT's
         first = first_position(description) if "model_type" in description else 0

@@ -95,6 +95,23 @@ class SingleStreamBackbone(RegionBackbone):
     encoder: Encoder
     pooler: nn.Linear
 
+    def __init__(self, config: Any, embedding: TextEmbedding):
+        super().__init__(config)
+        c = config
+        self.embedding = embedding
+        self.regions = self.region_embedding() if c.features else None
+        self.encoder = Encoder(c.layers, c.width, c.heads, c.feedforward, c.dropout, c.eps, cross=False)
+        self.pooler = nn.Linear(c.width, self.width)
+
+    @classmethod
+    def check_no_vision(cls, vision: Path | None) -> None:
+        """Raises UserError: `vision` is given, and there is no image encoder that it could fill."""
+        if vision:
+            raise UserError(
+                f"vision= is for backbones with an image encoder; {cls.kind} sees region features, set "
+                "regions= instead"
+            )
+
     @abstractmethod
     def region_embedding(self) -> nn.Module:
         """Make the module that embeds regions, as the config says."""
@@ -220,12 +237,8 @@ class SingleStream(SingleStreamBackbone):
     regions: RegionEmbedding | None
 
     def __init__(self, config: SingleStreamConfig):
-        super().__init__(config)
         c = config
-        self.embedding = TextEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.embedding_eps)
-        self.regions = self.region_embedding() if c.features else None
-        self.encoder = Encoder(c.layers, c.width, c.heads, c.feedforward, c.dropout, c.eps, cross=False)
-        self.pooler = nn.Linear(c.width, self.width)
+        super().__init__(c, TextEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.embedding_eps))
         if c.pooler == "product":
             self.region_pooler = nn.Linear(c.width, self.width)
         self.apply(init_weights)
@@ -238,11 +251,7 @@ class SingleStream(SingleStreamBackbone):
             UserError: no weights there, or of no known format, or not of this layout; tensors missing, left
                 over or of another shape (they are listed).
         """
-        if vision:
-            raise UserError(
-                f"vision= is for backbones with an image encoder; {cls.kind} sees region features, set "
-                "regions= instead"
-            )
+        cls.check_no_vision(vision)
         weights = read_single_stream(cls.kind, Path(path))
         sizes = {**LAYOUTS[cls.kind].model_dump(), **weights.sizes}
         model = cls(validate(SingleStreamConfig, sizes, weights.where))
