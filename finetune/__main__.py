@@ -6,7 +6,7 @@
     python -m finetune compare RUN RUN ... [--baseline RUN] [--csv FILE] [--latex FILE]
     python -m finetune analyse RUN [--limit 200] [--images 3] [--layer last] [--words en=dog de=Hund]
                                 [--item ID]
-    python -m finetune translate TASK MODEL data=FOLDER languages='["de"]' [split=train direction=to_en ...]
+    python -m finetune translate TASK MODEL data=FOLDER languages=de,ja [split=train direction=to_en ...]
 
 Papers, in the names of recipes: P0 Nooralahzadeh and Sennrich 2023 (prior, sparse, code-mixing), P1 Reinhardt
 et al. 2024 (unfreezing), P2 Li et al. 2023 (pretraining), P3 cViL (distillation), P4 translation-based

@@ -15,11 +15,11 @@ import traceback
 from collections.abc import Callable, Mapping, Set
 from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args
+from types import ModuleType, UnionType
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, WrapValidator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, WrapValidator, field_validator
 
 from raylib.errors import UserError
 from raylib.renames import rename_settings
@@ -80,6 +80,26 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     stored_as: ClassVar[str] = ""  # the kind in `raylib.renames` by which stored ones are read
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _split_list(cls, value: Any, info: ValidationInfo) -> Any:
+        """Take a list as a shell passes it, "de,ja" or "0.9,0.98"; a text with commas stays one where the
+        setting may be a text."""
+        if not _is_list(cls.model_fields[str(info.field_name)].annotation):
+            return value
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",")] if value.strip() else []
+        # "layers=3" has been read as a number
+        return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _is_list(annotation: Any) -> bool:
+    """Return whether a setting of this type is a list, or None."""
+    parts = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    return any(get_origin(part) is tuple for part in parts) and all(
+        get_origin(part) is tuple or part is type(None) for part in parts
+    )
+
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 T = TypeVar("T")
@@ -90,7 +110,7 @@ NO_USER_FILE = "no_user_file"
 
 def override(config: ConfigT, assignments: list[str]) -> ConfigT:
     """Return a copy of `config` with each "path=value" applied. Values are JSON (`3`, `true`, `null`, `[0.5,
-    1]`), else text.
+    1]`), else text; lists may be written `de,ja` too.
 
     Raises:
         UserError: not of the form path=value, unknown path (names the near matches), or a value of the wrong

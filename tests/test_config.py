@@ -33,6 +33,44 @@ def test_override_sets_values_by_dotted_path():
     assert override(config, ["limit=null"]).limit is None
 
 
+class Lists(Config):
+    languages: tuple[str, ...] = ()
+    betas: tuple[float, float] | None = None
+    layers: tuple[int, ...] = ()
+    words: str = ""
+    shots: int | str = 5
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("languages=de,ja", ("de", "ja")),
+        ("languages=de", ("de",)),
+        ("languages=", ()),
+        ('languages=["de", "ja"]', ("de", "ja")),
+        ("betas=0.9, 0.98", (0.9, 0.98)),
+        ("betas=null", None),
+        ("layers=3", (3,)),
+        ("layers=1,2", (1, 2)),
+        ("words=a photo, of", "a photo, of"),
+        ("shots=5,10", "5,10"),
+    ],
+)
+def test_override_lists_may_be_written_without_brackets(assignment, value):
+    config = override(Lists(), [assignment])
+    assert getattr(config, assignment.partition("=")[0]) == value
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [("layers=1,b", ["layers.1", "integer", "'b'"]), ("languages=true", ["languages", "tuple", "True"])],
+)
+def test_override_bad_lists_are_one_line(assignment, words):
+    with pytest.raises(UserError) as e:
+        override(Lists(), [assignment])
+    assert all(word in str(e.value) for word in words)
+
+
 @pytest.mark.parametrize(
     ("assignment", "words"),
     [

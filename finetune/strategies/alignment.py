@@ -170,7 +170,7 @@ def translate(
     if not config.data:
         raise UserError("data= is missing: give the folder of the task's annotations")
     if not config.languages:
-        raise UserError("""languages= is missing: give those to translate, such as languages='["de","ru"]'""")
+        raise UserError("languages= is missing: give those to translate, such as languages=de,ru")
     to_english = config.direction == "to_en"
     target_split = f"{config.split}_{config.direction}"
     if config.split == "test" and to_english:

@@ -140,8 +140,7 @@ class HeadFirst(Strategy):
         if vision is not None and any(p.requires_grad for p in vision.parameters()):
             raise UserError(
                 "strategies.head_first trains the classifier first, and the image encoder would train with "
-                "it; set "
-                'freeze=["vision"]'
+                "it; set freeze=vision"
             )
 
     def lr_scale(self, depth: int | None, depths: int, progress: TrainingProgress) -> float:
