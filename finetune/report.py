@@ -122,6 +122,12 @@ def scores_of(result: dict[str, Any]) -> dict[str, float]:
     return {code: figures["mean_recall"] for code, figures in result["retrieval"].items()}
 
 
+def figures_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """{language: {"score", the recalls, or the accuracy of each question type}}."""
+    details = result.get("retrieval") or result["by_type"]
+    return {code: {"score": score, **details.get(code, {})} for code, score in scores_of(result).items()}
+
+
 def table(result: dict[str, Any]) -> str:
     """Markdown: a line a language, in %; the mean of the targets, the gap to English, and what was
     counted."""

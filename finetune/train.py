@@ -39,7 +39,7 @@ from raylib.config import load_config, user_files
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
-from raylib.launch import config_hash, is_main_process, launch, no_log, open_run, run_folder
+from raylib.launch import config_hash, is_main_process, launch, no_log, open_run, run_folder, tracked
 from raylib.models import find_backbone
 from raylib.models.base import load_weights
 from raylib.provenance import DataFile, combined_hash, compare_data, data_hash
@@ -88,24 +88,29 @@ def _run_in(
         and not all(dev_sets(part, language) for part, language in parts)
     ):
         log(f"{config.task} has no dev set that could choose a checkpoint: the last epoch's is evaluated")
-    epochs = epochs_of(config)
-    results = [
-        _run_part(part, language, reporter and reporter.after(i * epochs))
-        for i, (part, language) in enumerate(parts)
-    ]
-    if any(not result["finished"] for result in results):
-        log("stopped before the end; the same command goes on from there")
-        return results[-1]
-    if not config.run_test:
-        result = {**report.of_dev_sets(config, results), **_identity(config, folder), "overlap": overlap}
-        require_finite_values(f"{folder}/result.json", result)
-        write_json(folder / "result.json", result)
-        return result
-    result = {**report.summarise(config, results), **_identity(config, folder), "overlap": overlap}
-    if is_main_process(config):
-        report.write(folder, result)
-        for trained_folder in {run_folder(part) for part, _ in parts if config.trains}:
-            report.draw_curve(trained_folder)
+    with tracked(config) as tracking:
+        epochs = epochs_of(config)
+        results = [
+            _run_part(part, language, reporter and reporter.after(i * epochs))
+            for i, (part, language) in enumerate(parts)
+        ]
+        if any(not result["finished"] for result in results):
+            tracking.status = "stopped"
+            log("stopped before the end; the same command goes on from there")
+            return results[-1]
+        identity = {**_identity(config, folder), "overlap": overlap}
+        if not config.run_test:
+            result = {**report.of_dev_sets(config, results), **identity}
+            require_finite_values(f"{folder}/result.json", result)
+            write_json(folder / "result.json", result)
+            tracking.log_results("dev", {code: {"score": v} for code, v in result["dev"].items()})
+            return result
+        result = {**report.summarise(config, results), **identity}
+        if is_main_process(config):
+            report.write(folder, result)
+            for trained_folder in {run_folder(part) for part, _ in parts if config.trains}:
+                report.draw_curve(trained_folder)
+            tracking.log_results("test", report.figures_of(result))
     log(report.table(result))
     log(f"{folder}/result.json, result.md, result.png; curve.png beside each checkpoint", flush=True)
     return result

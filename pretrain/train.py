@@ -16,7 +16,16 @@ from raylib.config import Config
 from raylib.console import spell_commands
 from raylib.engine import OptimConfig
 from raylib.errors import UserError
-from raylib.launch import LaunchConfig, config_hash, is_main_process, launch, no_log, open_run, run_folder
+from raylib.launch import (
+    LaunchConfig,
+    config_hash,
+    is_main_process,
+    launch,
+    no_log,
+    open_run,
+    run_folder,
+    tracked,
+)
 from raylib.loop import FitConfig, fit
 from raylib.models import find_model, find_tokenizer, stored_code
 from raylib.models.base import read_weights
@@ -107,7 +116,10 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     log(f"run '{config.name}' in {folder}: {config.fit.steps} steps of {streams}, {where}", flush=True)
     if is_main_process(config):
         shutil.copy2(data.tokenizer, folder / Path(data.tokenizer).name)
-    result = launch(pretrain, config, folder, reporter)
+    with tracked(config) as tracking:
+        result = launch(pretrain, config, folder, reporter)
+        if result["finished"]:
+            tracking.log_results("test", result["retrieval"])
     if not result["finished"]:
         log(f"stopped at step {result['steps']} of {config.fit.steps}; the same command goes on from there")
         return result

@@ -3,8 +3,10 @@
 import argparse
 import functools
 import os
+import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,13 @@ Main = Callable[[Sequence[str]], int]
 def entry_point(restart_hint: str = "") -> Callable[[Main], Callable[..., int]]:
     """Make `main(arguments)` an entry point: without arguments it takes the process's. A `UserError`, or a
     full disk, is one line on stderr and exit code 2; Ctrl-C is one, with `restart_hint`, and exit code
-    130."""
+    130. SIGTERM, by which Slurm, Kubernetes and `ray job stop` end a process, is taken for Ctrl-C."""
 
     def decorate(main: Main) -> Callable[..., int]:
         @functools.wraps(main)
         def run(arguments: Sequence[str] | None = None) -> int:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
             try:
                 return main(sys.argv[1:] if arguments is None else arguments)
             except KeyboardInterrupt:
@@ -96,7 +100,8 @@ def run_recipe(
         settings = [given.recipe, *given.settings] if given.recipe else given.settings
         config = load_config(kind, Path(given.config))
     elif given.recipe:
-        settings, config = given.settings, lookup(given.recipe, recipes, "recipe")()
+        settings = given.settings
+        config = lookup(given.recipe, recipes, "recipe")().model_copy(update={"recipe": given.recipe})
     else:
         parser.print_help()
         return 2

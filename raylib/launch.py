@@ -3,7 +3,10 @@
 import hashlib
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +19,7 @@ from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json, write_atomically, write_json
 from raylib.provenance import DataFile, record_identity
 from raylib.runtime import LocalRuntime, RayRuntime, Reporter, Runtime
+from raylib.tracking import RunTracking, track_run
 
 RAY_ENV = {  # environment variables of every process
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # Train's run page needs it
@@ -29,9 +33,13 @@ RAY_ENV = {  # environment variables of every process
 }
 
 
+TRACKER_ENV = ("WANDB_", "MLFLOW_")  # of trackers, which trials have in their own processes
+
+
 class LaunchConfig(Config):
     """Folder and resources of a run."""
 
+    recipe: str = ""  # that the config began as
     name: str = Field(default="run", pattern=r"^[\w.-]+$")
     runs: str = "runs"
     runtime: Literal["ray", "local"] = "ray"
@@ -43,6 +51,7 @@ class LaunchConfig(Config):
 
 # settings that may change when a run goes on: no number depends on them
 MUTABLE_SETTINGS = (
+    "recipe",
     "runs",
     "runtime",
     "workers",
@@ -116,6 +125,20 @@ def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool 
         checkpoint.verify(start)
 
 
+def tracked(config: Any) -> AbstractContextManager[RunTracking]:
+    """Track the run of `config`, whose folder is there, by its `fit.track` while the block lasts: see
+    `track_run`."""
+    same = config.model_copy(update={"fit": config.fit.model_copy(update={"seed": 0})})
+    tags = {"recipe": config.recipe, "seed": str(config.fit.seed), "settings": config_hash(same)[:12]}
+    return track_run(
+        run_folder(config),
+        config.stored_as,
+        config.model_dump(mode="json"),
+        {name: value for name, value in tags.items() if value},
+        config.fit.track if is_main_process(config) else (),
+    )
+
+
 def launch(
     main: Callable[[Runtime, Any], dict], config: Any, run: Path, reporter: Reporter | None = None
 ) -> dict:
@@ -125,11 +148,16 @@ def launch(
     Raises:
         UserError: raised by `main` on any worker, in one line.
     """
-    if config.runtime == "local":
-        runtime = LocalRuntime(run, config.fit.keep, reporter)
-        barrier()  # the others come here while the first still opens the run
-        return main(runtime, config)
-    return _on_ray(main, config, run, reporter)
+    with tracked(config) as tracking:
+        if config.runtime == "local":
+            runtime = LocalRuntime(run, config.fit.keep, reporter)
+            barrier()  # the others come here while the first still opens the run
+            result = main(runtime, config)
+        else:
+            result = _on_ray(main, config, run, reporter)
+        if not result["finished"]:
+            tracking.status = "stopped"
+        return result
 
 
 def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -> dict:
@@ -195,12 +223,21 @@ def connect_to_ray() -> bool:
         ) from None
     if ray.is_initialized():
         return False
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(
         address=os.environ.get("RAY_ADDRESS", "local"),
         log_to_driver=True,
-        runtime_env={"env_vars": {k: os.environ[k] for k in RAY_ENV}},
+        runtime_env={"env_vars": {k: v for k, v in os.environ.items() if _is_for_workers(k)}},
     )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own, which ends the process at once
     return True
+
+
+def _is_for_workers(variable: str) -> bool:
+    """Return whether an environment variable of this process is one for every process."""
+    # WANDB_SERVICE is the address of this process's own helper
+    return variable in RAY_ENV or (variable.startswith(TRACKER_ENV) and variable != "WANDB_SERVICE")
 
 
 def _run_worker(loop_config: dict[str, Any]) -> dict:

@@ -29,7 +29,8 @@ from raylib.fileio import write_json
 from raylib.finite import StepMonitor, finite_values, require_finite_values
 from raylib.randomness import hash64
 from raylib.runtime import Runtime, has_bf16, out_of_memory_error, peak_memory
-from raylib.track import Backend, ProgressLog, Tracker
+from raylib.track import ProgressLog, Tracker
+from raylib.trackers import Backend
 
 
 class FitConfig(Config):
@@ -118,7 +119,7 @@ def fit(
     engine_class = DeepSpeedEngine if zero else TorchEngine
     engine = engine_class(objective, optim, runtime.device, bf16, start, rates, guard)
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
-    tracker = Tracker(runtime.run, config.track, first) if runtime.rank == 0 else None
+    tracker = Tracker(runtime.run, first) if runtime.rank == 0 else None
     progress = ProgressLog(config.steps, first, tracker)
     saver = _Saver(runtime, engine, describe, clock, config.steps, meta.get("samples_replaced", 0))
     losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
@@ -153,8 +154,6 @@ def fit(
             progress.log_evaluation(done, evaluation)
         if saves:
             monitor.last_checkpoint = saver.save(done, losses, evaluation, monitor)
-    if tracker:
-        tracker.close()
     return {
         "steps": last,
         "finished": last == config.steps,

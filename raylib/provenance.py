@@ -270,6 +270,15 @@ def commit() -> str | None:
     return _git("rev-parse", "HEAD") if tracked else None
 
 
+@cache
+def has_local_changes() -> bool | None:
+    """Return whether files differ from those of `commit`; None: there is no commit. A submitted job is a copy
+    without history: its sender says."""
+    if "POLYGLANCE_COMMIT" in os.environ:
+        return bool(os.environ.get("POLYGLANCE_LOCAL_CHANGES"))
+    return bool(_git("status", "--porcelain", "--untracked-files=no")) if commit() else None
+
+
 def _git(*arguments: str) -> str | None:
     result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)
     return result.stdout.strip() or None

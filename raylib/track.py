@@ -1,53 +1,27 @@
-"""Metrics of a run: into `metrics.jsonl` always; to TensorBoard, Weights & Biases or MLflow when asked; the
-line of progress that is printed."""
+"""Metrics of a run: `metrics.jsonl`, from which `raylib.tracking` has them; the line of progress that is
+printed."""
 
-import importlib
 import json
-import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
 
-from raylib.errors import UserError
-from raylib.fileio import append_jsonl, read_jsonl
+from raylib.fileio import append_jsonl, read_jsonl, write_atomically
 from raylib.finite import finite_values
-
-Backend = Literal["tensorboard", "wandb", "mlflow"]
-MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-LOG: dict[str, Callable[[Any, int, dict[str, float]], Any]] = {
-    "tensorboard": lambda writer, step, values: [writer.add_scalar(k, v, step) for k, v in values.items()],
-    "wandb": lambda wandb, step, values: wandb.log(values, step=step),
-    "mlflow": lambda mlflow, step, values: mlflow.log_metrics(values, step=step),
-}
-CLOSE: dict[str, Callable[[Any], Any]] = {
-    "tensorboard": lambda writer: writer.close(),
-    "wandb": lambda wandb: wandb.finish(),
-    "mlflow": lambda mlflow: mlflow.end_run(),
-}
 
 
 class Tracker:
     """Appends one line a record. A resumed run drops the lines of steps that it will do again, and of others
     what is not finite, which earlier versions wrote as NaN: JSON has no such word."""
 
-    def __init__(self, run: Path, backends: tuple[Backend, ...], start: int):
+    def __init__(self, run: Path, start: int):
         self.path, self.name = run / "metrics.jsonl", run.name
         # a run that crashed has logged steps after its newest checkpoint, which come again
         lines = [json.dumps(finite_values(r)) + "\n" for r in read_metrics(run) if r["step"] <= start]
-        self.path.write_text("".join(lines), encoding="utf-8")
-        self.backends = {name: _open_backend(name, run) for name in backends}
+        write_atomically(self.path, "".join(lines))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Finite values at `step`; names with a slash group: "loss/itm", "retrieval/de"."""
         append_jsonl(self.path, {"step": step, **values})
-        for name, module in self.backends.items():
-            LOG[name](module, step, values)
-
-    def close(self) -> None:
-        """Tell the backends that the run has ended."""
-        for name, module in self.backends.items():
-            CLOSE[name](module)
 
 
 class ProgressLog:
@@ -93,22 +67,3 @@ class ProgressLog:
 def read_metrics(run: Path) -> list[dict]:
     """Return all records of a run, in order; a last line cut off by a crash is dropped."""
     return read_jsonl(run / "metrics.jsonl")
-
-
-def _open_backend(name: str, run: Path) -> Any:
-    try:
-        module = importlib.import_module(MODULES[name])
-    except ImportError:
-        raise UserError(
-            f"track: '{name}' is not installed; `pip install {name}`, or leave it out of track"
-        ) from None
-    if name == "tensorboard":
-        return module.SummaryWriter(run / "tensorboard")
-    if name == "wandb":
-        module.init(project="polyglance", name=run.name, dir=run, id=run.name, resume="allow")
-        return module
-    # a server where one is named; else a database, for MLflow no longer writes folders
-    here = f"sqlite:///{(run / 'mlflow.db').resolve()}"
-    module.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", here))
-    module.start_run(run_name=run.name)
-    return module

@@ -195,7 +195,7 @@ def test_non_finite_results_are_not_written(tmp_path):
         write_result(tmp_path / "r.json", {"retrieval": {"de": {"i2t_r1": NAN}}})
     with pytest.raises(NotFinite, match=r"f.json: mean not finite"):
         write_figure(open_pyplot().figure(), {"mean": math.inf}, tmp_path / "f")
-    tracker = Tracker(tmp_path, (), 0)
+    tracker = Tracker(tmp_path, 0)
     with pytest.raises(ValueError, match="JSON compliant"):
         tracker.log(1, {"loss/a": NAN})
     assert (
