@@ -67,6 +67,8 @@ contracts: .venv/.installed
 
 heavy: .venv/.installed
 	$(INSTALL) -c requirements.txt -e .[heavy]
+	@[ -x .venv/mlflow/bin/mlflow ] || { $(PYTHON) -m venv .venv/mlflow && \
+		.venv/mlflow/bin/python -m pip install -qq --disable-pip-version-check mlflow==3.17.2; } # its pyarrow is not Ray's
 	$(PYTHON) -m pytest -q -m heavy
 
 docs: .venv/.installed
