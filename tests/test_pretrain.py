@@ -328,7 +328,9 @@ def test_pretrain_print_config_shows_resolved_config(capsys):
     assert main(["tiny", "--print-config", "optim.lr=0.25"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["optim"]["lr"] == 0.25
-    assert override(RECIPES["tiny"](), ["optim.lr=0.25", "recipe=tiny"]) == PretrainConfig.model_validate(printed)
+    assert override(RECIPES["tiny"](), ["optim.lr=0.25", "recipe=tiny"]) == PretrainConfig.model_validate(
+        printed
+    )
 
 
 def test_pretrain_evaluate_refuses_folder_without_retrieval_set(mini, tmp_path, capsys):
