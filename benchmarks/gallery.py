@@ -7,6 +7,7 @@ whatever the model makes of them: the picture is a sample of what the table coun
 """
 
 import argparse
+import textwrap
 from pathlib import Path
 
 import cv2
@@ -47,20 +48,20 @@ def draw(
     """Draw a row a query: its name, then the nearest drawings, the right one framed."""
     pyplot = open_pyplot()
     figure, axes = pyplot.subplots(
-        len(queries), SHOWN + 1, figsize=(8, 5.2), gridspec_kw={"width_ratios": [3] + [1] * SHOWN}
+        len(queries), SHOWN + 1, figsize=(7, 4.6), gridspec_kw={"width_ratios": [3] + [1] * SHOWN}
     )
     english = read_concept_captions("en")
     for row, (language, key, text), scores in zip(axes, queries, cosines, strict=True):
         row[0].axis("off")
-        row[0].text(0, 0.62, text, fontsize=13, va="center")
-        row[0].text(0, 0.28, f"{language}: {english[key].name}", fontsize=9, va="center", color="gray")
+        row[0].text(0, 0.4, textwrap.fill(text, 21), fontsize=12, va="bottom")
+        row[0].text(0, 0.3, f"{language}: {english[key].name}", fontsize=9, va="top", color="gray")
         for cell, index in zip(row[1:], np.argsort(-scores, kind="stable"), strict=False):
             found, data = drawings[index]
             cell.imshow(cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), 1), cv2.COLOR_BGR2RGB))
             cell.set(xticks=[], yticks=[])
             for spine in cell.spines.values():
                 spine.set(edgecolor="tab:green" if found == key else "none", linewidth=3)
-    figure.tight_layout(pad=0.4)
+    figure.subplots_adjust(left=0.02, right=0.99, top=0.98, bottom=0.02, wspace=0.1, hspace=0.2)
     save_figure(figure, out)
 
 

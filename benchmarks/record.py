@@ -19,7 +19,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks import ablations, balance, search, step, unfreezing
+from benchmarks import ablations, balance, priors, search, step, unfreezing
 from benchmarks.results import RESULTS, ROOT, newest
 from finetune.report import scores_of
 from finetune.tasks.datasets import TASKS
@@ -81,6 +81,7 @@ def write_pages(root: Path) -> None:
         finetune=finetune_tables(runs, baselines),
         transfer=transfer_tables(runs),
         search="\n\n".join([*searches, search.table(read_jsonl(search.FILE))]),
+        priors=priors.table(read_jsonl(priors.FILE)),
         trials=trial_table(),
         ablations=ablations.table(),
     )
