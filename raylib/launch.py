@@ -26,6 +26,7 @@ RAY_ENV = {  # environment variables of every process
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every print comes twice
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # noisy
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a trial are what they are everywhere
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune shows a table of ours only with its older output
     # a stopped trial's loaders may end before its process is given to the next
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
     "TUNE_GLOBAL_CHECKPOINT_S": "0.2",  # or ten seconds of a search are lost with its driver

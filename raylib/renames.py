@@ -57,8 +57,8 @@ PICKLED = {
     "raylib.tune.schedulers.Population": "raylib.search.schedulers.Population",
     "raylib.tune.schedulers.Within": "raylib.search.schedulers.ClampToSpace",
     "raylib.tune.sweep.named": "raylib.search.search.trial_name",
-    "raylib.tune.fit.Tidy": "raylib.search.optuna.DropStoppedCheckpoints",
-    "raylib.tune.fit.Keep": "raylib.search.optuna.BackUpState",
+    "raylib.tune.fit.Tidy": "raylib.search.tuner.DropStoppedCheckpoints",
+    "raylib.tune.fit.Keep": "raylib.search.tuner.BackUpState",
 }
 
 

@@ -12,11 +12,12 @@ from raylib.config import dump_config
 from raylib.errors import NotFinite, UserError
 from raylib.renames import RENAMED
 from raylib.search.config import SearchConfig
-from raylib.search.optuna import build_searcher, trial_result, trial_state
+from raylib.search.optuna import SearcherOptions, build_searcher, trial_state
+from raylib.search.resume import check_fingerprint
 from raylib.search.schedulers import Population, build_population, build_scheduler, rank_agreements
-from raylib.search.search import check_fingerprint
-from raylib.search.space import Float, Space
+from raylib.search.space import Float, SettingKey, Space
 from raylib.search.trial import append_report, read_reports
+from raylib.search.tuner import trial_result
 
 NAN = math.nan
 
@@ -34,7 +35,9 @@ def test_trial_with_non_finite_score_is_failed(value):
 
 def test_trial_with_non_finite_score_is_hidden_from_optuna(tmp_path):
     config = SearchConfig(recipe="", name="s", algorithm="random", metric="score")
-    found = build_searcher(config, Space("", "", {"x": Float(0, 1)}), 4, tmp_path)
+    chosen = Space("", "", {"x": Float(0, 1)})
+    options = SearcherOptions(tmp_path, SettingKey(chosen.knobs, config))
+    found = build_searcher(config, chosen, 4, tmp_path, options, begins=True)
     for name, score in (("good", 0.25), ("bad", NAN)):
         found.suggest(name)
         found.on_trial_complete(name, {"finished": True, "score": score})
@@ -44,7 +47,7 @@ def test_trial_with_non_finite_score_is_hidden_from_optuna(tmp_path):
 
 @pytest.mark.parametrize("stop", ["asha", "median"])
 def test_schedulers_ignore_non_finite_scores(tmp_path, stop):
-    rule = build_scheduler(stop, "score", min_epochs=1, reduction_factor=2.0, max_epochs=9, runs=tmp_path)
+    rule = build_scheduler(stop, ["score"], min_epochs=1, reduction_factor=2.0, max_epochs=9, runs=tmp_path)
     assert [
         rule.is_comparable({"age": 1, "judged": True, "score": score}) for score in (0.5, NAN, math.inf)
     ] == [

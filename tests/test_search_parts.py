@@ -16,13 +16,12 @@ from ray.tune.schedulers import TrialScheduler
 
 from finetune.recipes import RECIPES
 from raylib import renames
-from raylib.config import override
+from raylib.config import Config, override
 from raylib.errors import UserError
-from raylib.search import optuna as tuner
-from raylib.search import report, schedulers, space
+from raylib.search import figures, report, schedulers, space, tuner
 from raylib.search.config import SearchConfig
 from raylib.search.final_runs import Finalist
-from raylib.search.optuna import build_searcher, trial_state
+from raylib.search.optuna import SearcherOptions, build_searcher, trial_state
 from raylib.search.schedulers import (
     Asha,
     ClampToSpace,
@@ -36,6 +35,12 @@ from raylib.search.schedulers import (
 from raylib.search.space import Choice, Float, Int, OneOf, Space
 from raylib.search.trial import TrialResult, append_report, model_epochs, trial_progress
 from tune_spaces.jobs import FinetuneSearchJob
+
+
+class Point(Config):
+    x: float = 0.0
+    n: int = 0
+
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
@@ -73,7 +78,7 @@ def make_report(age: int, score: float, judged: bool = True) -> dict:
 def test_asha_stops_trials_behind_at_a_rung(tmp_path):
     trials = [Trial(str(i)) for i in range(5)]
     rule, controller = (
-        build_scheduler("asha", "score", min_epochs=1, reduction_factor=2.0, max_epochs=9, runs=tmp_path),
+        build_scheduler("asha", ["score"], min_epochs=1, reduction_factor=2.0, max_epochs=9, runs=tmp_path),
         Controller(trials),
     )
     for trial in trials:
@@ -108,7 +113,7 @@ def test_schedulers_restore_scores_after_restart(tmp_path, stop, restarted, monk
         with open(tmp_path / trial.trial_id / "text.jsonl", "a") as file:
             file.write('{"ag')  # cut off
     fresh = Trial("fresh")
-    rule, controller = build_scheduler(stop, "score", 1, 2.0, 9, tmp_path), Controller([*before, fresh])
+    rule, controller = build_scheduler(stop, ["score"], 1, 2.0, 9, tmp_path), Controller([*before, fresh])
     for trial in (*before, fresh):
         rule.on_trial_add(controller, trial)
     assert isinstance(rule, Asha | Median)
@@ -162,7 +167,8 @@ def test_searcher_proposes_published_settings_first_and_reports_to_optuna(tmp_pa
 
     def build(name, algorithm="tpe", **settings):
         config = SearchConfig(recipe="", name=name, algorithm=algorithm, **(settings or {"metric": "one"}))
-        return build_searcher(config, chosen, 8, tmp_path)
+        options = SearcherOptions(tmp_path, space.SettingKey(chosen.knobs, Point()))
+        return build_searcher(config, chosen, 8, tmp_path, options, begins=True)
 
     for algorithm in ("tpe", "nsga2", "random", "cmaes"):
         found = build(algorithm, algorithm, **({"dev_sets": "both"} if algorithm == "nsga2" else {}))
@@ -266,7 +272,7 @@ def test_importance_finds_the_decisive_setting():
 
     dice = random.Random(0)
     knobs = {"x": Float(0, 1), "y": Float(0, 1), "way": OneOf(a={"z": Float(0, 1)}, b={})}
-    found = report.importances(
+    found = figures.importances(
         knobs, rows([(dice.random(), dice.random(), dice.random()) for _ in range(60)]), "one", 0
     )
     assert found["x"] > 0.9 and found["y"] < 0.05 and found["way"] < 0.05
@@ -275,7 +281,7 @@ def test_importance_finds_the_decisive_setting():
         row._replace(scores={"one": 0.5})
         for row in rows([(0.1, 0.2, 0.3), (0.5, 0.6, 0.7), (0.2, 0.9, 0.1), (0.3, 0.3, 0)])
     ]
-    assert report.importances(knobs, same, "one", 0) == {}  # nothing to explain
+    assert figures.importances(knobs, same, "one", 0) == {}  # nothing to explain
 
 
 def test_search_cost_counts_trained_and_saved_epochs():
@@ -367,7 +373,7 @@ def test_trial_has_ended_by_its_last_report_if_tune_lost_the_end(metrics, ended)
 @pytest.fixture
 def tune_state(tmp_path):
     """A state of Tune's as it lies on disk."""
-    (tmp_path / "tuner.pkl").write_bytes(pickle.dumps({"tuner": 1}))
+    (tmp_path / "search_gen_state-1.json").write_bytes(pickle.dumps({"counter": 1}))
     (tmp_path / "searcher-state-1.pkl").write_bytes(pickle.dumps({"trials": list(range(100))}))
     (tmp_path / "experiment_state-1.json").write_text(json.dumps({"trials": 2}))
     return tmp_path
@@ -379,14 +385,14 @@ def test_tune_state_of_earlier_names_is_read_and_renamed(tune_state, damaged):
         module, name = name.rsplit(".", 1)
         return f"c{module}\n{name}\n.".encode()  # as protocol 0 refers to a class or a function
 
-    (tune_state / "tuner.pkl").write_bytes(pickled("raylib.tune.fit.Tidy"))
+    (tune_state / "searcher-state-1.pkl").write_bytes(pickled("raylib.tune.space.Suggest"))
     hexadecimal = b"\x80\x05" + pickled("raylib.tune.sweep.named")
     (tune_state / "experiment_state-1.json").write_text(json.dumps({"trials": [hexadecimal.hex()]}))
     if damaged:
         tuner.back_up_state(tune_state)
-        (tune_state / "tuner.pkl").write_bytes(b"")
+        (tune_state / "searcher-state-1.pkl").write_bytes(b"")
     assert tuner.restore_state(tune_state)
-    assert pickle.loads((tune_state / "tuner.pkl").read_bytes()) is tuner.DropStoppedCheckpoints
+    assert pickle.loads((tune_state / "searcher-state-1.pkl").read_bytes()) is space.DefineByRun
     (trial_name,) = json.loads((tune_state / "experiment_state-1.json").read_text())["trials"]
     assert pickle.loads(bytes.fromhex(trial_name)).__name__ == "trial_name"
 
@@ -397,12 +403,14 @@ def test_renamed_pickles_have_a_place_today(old):
     assert hasattr(importlib.import_module(module), name)
 
 
-@pytest.mark.parametrize("name", ["tuner.pkl", "searcher-state-1.pkl", "experiment_state-1.json"])
+@pytest.mark.parametrize(
+    "name", ["search_gen_state-1.json", "searcher-state-1.pkl", "experiment_state-1.json"]
+)
 def test_tune_state_damaged_file_is_replaced_by_copy(tune_state, name):
     tuner.BackUpState(tune_state).on_step_end(1, [])
     (tune_state / "experiment_state-2.json").write_text('{"trials": 3}')  # of a second driver
     whole = (tune_state / name).read_bytes()
-    cut = tune_state / name.replace("state-1.json", "state-2.json")
+    cut = tune_state / name.replace("experiment_state-1.json", "experiment_state-2.json")
     cut.write_bytes(cut.read_bytes()[:-5])
     assert (
         not tuner.is_readable(tune_state)
@@ -454,6 +462,6 @@ def test_search_final_comparison_is_paired_by_seed():
 
 def test_optuna_study_keeps_conditional_settings():
     knobs = {"way": OneOf(a={"z": Float(0, 1)}, b={}), "x": Float(0, 1), "y": Float(0, 1)}
-    study = report.to_study(knobs, rows([(0.1, 0.2, 0.3), (0.5, 0.6, 0.7)]), ["one"])
+    study = figures.to_study(knobs, rows([(0.1, 0.2, 0.3), (0.5, 0.6, 0.7)]), ["one"])
     assert [set(trial.params) for trial in study.trials] == [{"x", "y", "way"}, {"x", "y", "way", "z"}]
     assert isinstance(study, optuna.Study)

@@ -13,6 +13,7 @@ from raylib.runtime import Reporter
 from raylib.search.space import Space
 
 DevSets = Literal["english_dev", "target_dev", "both"]
+Repeats = Literal["score", "replicate"]
 # the metrics that a search may maximise, by the dev sets that it may look at
 GOALS: dict[str, tuple[str, ...]] = {
     "english_dev": ("english_dev",),
@@ -26,8 +27,14 @@ class SearchConfig(Config):
     num_trials: number of settings. algorithm: tpe, nsga2, cmaes and random are Optuna's; grid goes through
         the space's grid; pbt is population-based training of `num_trials` members, who change every
         `perturb_every` epochs.
+    max_hours: after which no trial begins, over all starts of the search; those that run go to their end.
+    repeats: a setting that is proposed again is not trained again: its trial takes the first one's score; or
+        it is a replicate, trained on another seed.
+    warm_start: the folder of another search, whose finished trials tpe and priorband learn from, where they lie
+        in the space.
     early_stopping: asha stops trials that are behind others after `min_epochs`, `min_epochs` x
-        `reduction_factor`, ... epochs; median those below the median. With two goals nothing is stopped.
+        `reduction_factor`, ... epochs (of two goals: by dominance, then hypervolume); median those below the
+        median of one goal.
     dev_sets: which may be looked at: English ones (true zero-shot), the target languages', or both as two
         goals. metric: the goal, if not that of `dev_sets`: one of these dev sets, "dev/de".
     workers_per_trial: None trains in the trial's process; a number trains with so many workers of Ray Train
@@ -43,6 +50,9 @@ class SearchConfig(Config):
     name: str = Field(default="", pattern=r"^[\w.-]*$")
     runs: str = "runs"
     num_trials: PositiveInt = 20
+    max_hours: PositiveFloat | None = None
+    repeats: Repeats = "score"
+    warm_start: str | None = None
     algorithm: Literal["tpe", "priorband", "random", "grid", "nsga2", "cmaes", "pbt"] = "tpe"
     early_stopping: Literal["asha", "median", "none"] = "asha"
     dev_sets: DevSets = "english_dev"
@@ -71,6 +81,17 @@ class SearchConfig(Config):
             raise ValueError("algorithm=nsga2 is for two goals: set dev_sets=both, or take tpe")
         if self.algorithm == "pbt" and self.workers_per_trial:
             raise ValueError("algorithm=pbt trains in the trial's process; leave workers_per_trial out")
+        if self.algorithm == "pbt" and self.max_hours:
+            raise ValueError("algorithm=pbt begins all its members at once; leave max_hours out")
+        if self.dev_sets == "both" and self.early_stopping == "median":
+            raise ValueError(
+                "early_stopping=median is for one goal; dev_sets=both has two: take asha or none"
+            )
+        if self.warm_start and self.algorithm not in ("tpe", "priorband"):
+            raise ValueError(
+                f"algorithm={self.algorithm} learns nothing from other trials; leave warm_start out, or take "
+                "tpe or priorband"
+            )
         return self
 
     @property
@@ -81,7 +102,7 @@ class SearchConfig(Config):
     @property
     def stops_trials(self) -> bool:
         """True if trials may be stopped before their end."""
-        return self.early_stopping != "none" and self.dev_sets != "both" and self.algorithm != "pbt"
+        return self.early_stopping != "none" and self.algorithm != "pbt"
 
 
 class SearchJob(ABC):
@@ -166,7 +187,7 @@ class SearchJob(ABC):
 
 class SearchContext(NamedTuple):
     """A search that is under way, as each of its trials gets it. `base`: the config of the stage that
-    settings change; `folder`: of the search, absolute."""
+    settings change; `folder`: of the search, absolute; `warm_start`: in words."""
 
     config: SearchConfig
     space_name: str
@@ -175,6 +196,7 @@ class SearchContext(NamedTuple):
     base: Any
     folder: Path
     object_cache: ObjectCache
+    warm_start: str = ""
 
     @property
     def keeps_checkpoints(self) -> bool:

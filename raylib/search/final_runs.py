@@ -1,7 +1,9 @@
 """The last stage: the best settings, and the published one beside them, on fresh seeds; then the test sets,
 for the winner."""
 
+import itertools
 import math
+import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,27 +12,31 @@ from typing import NamedTuple
 import ray
 from ray import tune
 from ray.exceptions import RayTaskError
+from ray.tune.search import BasicVariantGenerator
 
 from raylib.cache import ObjectCache, set_cache
 from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
 from raylib.search.config import Resources, SearchContext, SearchJob
-from raylib.search.optuna import run_tuner
-from raylib.search.space import Setting
-from raylib.search.trial import TrialResult, drop_checkpoints, final
+from raylib.search.progress import SearchTable
+from raylib.search.space import Setting, SettingKey
+from raylib.search.trial import TrialResult, drop_checkpoints, final, has_checkpoints, read_reports
+from raylib.search.tuner import run_tuner
 
 PUBLISHED = "published"
 
 
 class Finalist(NamedTuple):
     """A setting on every fresh seed. name: its rank among the trials, or "published"; setting: None is the
-    recipe as it is. dev, test: {seed: {name: score}} of the runs that finished; num_failed: the others."""
+    recipe as it is. dev, test: {seed: {name: score}} of the runs that finished; num_failed: the others;
+    number: in the names of their folders."""
 
     name: str
     setting: Setting | None
     dev: dict[int, dict[str, float]]
     test: dict[int, dict[str, float]]
     num_failed: int
+    number: int = 0
 
     def scores(self, name: str) -> dict[int, float]:
         """Return {seed: score} of the seeds that have this score, of the dev sets or of the test sets."""
@@ -41,51 +47,92 @@ class Finalist(NamedTuple):
 def run_finalists(
     context: SearchContext, results: Sequence[TrialResult], resources: Resources
 ) -> list[Finalist]:
-    """Run the finalists; return them best first: those that finished on more seeds, then by the mean of the
-    goals. The winner and the published setting are tested."""
+    """Run the finalists, on the seeds that they lack; return them best first: those that finished on more
+    seeds, then by the mean of the goals. The winner and the published setting are tested."""
     config, folder = context.config, context.folder / "finals"
     names, settings = _choose_finalists(context, results, folder)
     if not config.final_seeds:
         return [Finalist(name, setting, {}, {}, 0) for name, setting in zip(names, settings, strict=True)]
     seeds = [context.base.fit.seed + 1 + i for i in range(config.final_seeds)]
-    grid = {"setting": tune.grid_search(list(range(len(settings)))), "seed": tune.grid_search(seeds)}
-    trainable = tune.with_resources(
-        tune.with_parameters(final, context=context, settings=settings), resources.trial
-    )
-    runs = run_tuner(
-        folder / "tune",
-        trainable,
-        lambda: tune.TuneConfig(
-            reuse_actors=not config.workers_per_trial, max_concurrent_trials=resources.max_concurrent
-        ),
-        context.job.metric_names(context.base, config.dev_sets),
-        len(settings) * len(seeds),
-        config.max_failures,
-        grid,
-    )
-    dev: list[dict[int, dict[str, float]]] = [{} for _ in settings]
-    for run in runs:
-        if run.state == "finished":
-            dev[run.setting["setting"]][run.setting["seed"]] = run.scores
-    finalists = [
-        Finalist(name, setting, scores, {}, len(seeds) - len(scores))
-        for name, setting, scores in zip(names, settings, dev, strict=True)
-    ]
+    dev = _train(context, settings, seeds, resources)
 
     def rank(i: int) -> tuple[int, float]:
         means = [_mean(scores, config.goals) for scores in dev[i].values()]
         return -len(dev[i]), -statistics.fmean(means or [-math.inf])
 
-    order = sorted(range(len(finalists)), key=rank)
+    order = sorted(range(len(settings)), key=rank)
     # Test sets choose nothing: they are looked at once the order is fixed, for the two that are compared.
-    tested = {order[0], names.index(PUBLISHED) if PUBLISHED in names else order[0]}
-    for i in sorted(tested):
-        folders = {seed: folder / f"setting{i}_seed{seed}" for seed in dev[i]}
-        finalists[i] = finalists[i]._replace(test=_evaluate_tests(context, folders, resources.test))
+    tested = sorted({order[0], names.index(PUBLISHED) if PUBLISHED in names else order[0]})
+    runs = {(i, seed): folder / f"setting{i}_seed{seed}" for i in tested for seed in dev[i]}
+    # with fewer seeds another setting may have won, and this one's weights were not kept: the same seeds give
+    # them again
+    dropped = [run for run in runs.values() if not (run / "test.json").is_file() and not has_checkpoints(run)]
+    for run in dropped:
+        shutil.rmtree(run)
+    if dropped:
+        dev = _train(context, settings, seeds, resources)
+    finalists = [
+        Finalist(name, setting, scores, {}, len(seeds) - len(scores), i)
+        for i, (name, setting, scores) in enumerate(zip(names, settings, dev, strict=True))
+    ]
+    for i in tested:
+        of_setting = {seed: runs[i, seed] for seed in dev[i]}
+        finalists[i] = finalists[i]._replace(test=_evaluate_tests(context, of_setting, resources.test))
     for i in order[1:]:
-        for run_folder in folder.glob(f"setting{i}_seed*"):
-            drop_checkpoints(run_folder)
+        for run in folder.glob(f"setting{i}_seed*"):
+            drop_checkpoints(run)
     return [finalists[i] for i in order]
+
+
+def _train(
+    context: SearchContext, settings: list[Setting | None], seeds: Sequence[int], resources: Resources
+) -> list[dict[int, dict[str, float]]]:
+    """Train every setting on every seed, but where that is done; return {seed: scores} of each setting, of
+    the runs that finished."""
+    config, folder = context.config, context.folder / "finals"
+    metrics = context.job.metric_names(context.base, config.dev_sets)
+    cells = list(itertools.product(range(len(settings)), seeds))
+
+    def scores(i: int, seed: int) -> dict[str, float] | None:
+        reports = read_reports(folder / f"setting{i}_seed{seed}")
+        last = next((report for report in reversed(reports) if report["finished"]), None)
+        return last and {name: last[name] for name in metrics if name in last}
+
+    if missing := [list(cell) for cell in cells if scores(*cell) is None]:
+        trainable = tune.with_parameters(final, context=context, settings=settings)
+        run_tuner(
+            folder / f"tune{len(list(folder.glob('tune*'))) or ''}",
+            tune.with_resources(trainable, resources.trial),
+            metrics,
+            BasicVariantGenerator(max_concurrent=resources.max_concurrent or 0),
+            len(missing),
+            SearchTable(f"final runs of '{config.name}'", config.goals, len(missing)),
+            config={"cell": tune.grid_search(missing)},
+            max_failures=config.max_failures,
+            reuse_actors=not config.workers_per_trial,
+        )
+    dev: list[dict[int, dict[str, float]]] = [{} for _ in settings]
+    for i, seed in cells:
+        if (of_run := scores(i, seed)) is not None:
+            dev[i][seed] = of_run
+    return dev
+
+
+def pool_replicates(context: SearchContext, results: Sequence[TrialResult]) -> list[list[TrialResult]]:
+    """Return the finished trials that were trained, those of equal settings together."""
+    key = SettingKey(context.space.knobs, context.base)
+    groups: dict[str | None, list[TrialResult]] = {}
+    for result in results:
+        if result.state == "finished" and result.repeat_of is None:
+            groups.setdefault(key(result.setting), []).append(result)
+    return list(groups.values())
+
+
+def mean_result(replicates: Sequence[TrialResult]) -> TrialResult:
+    """Return the first of some replicates with the mean of their scores."""
+    names = [name for name in replicates[0].scores if all(name in result.scores for result in replicates)]
+    means = {name: statistics.fmean(result.scores[name] for result in replicates) for name in names}
+    return replicates[0]._replace(scores=means)
 
 
 def pareto_front(results: Sequence[TrialResult], goals: Sequence[str]) -> list[TrialResult]:
@@ -109,24 +156,22 @@ def pareto_front(results: Sequence[TrialResult], goals: Sequence[str]) -> list[T
 def _choose_finalists(
     context: SearchContext, results: Sequence[TrialResult], folder: Path
 ) -> tuple[list[str], list[Setting | None]]:
-    """Return (names, settings): decided once, then read from the file, so that a second start has the
-    same."""
+    """Return (names, settings): those of earlier starts, whose runs are called by their places in the list,
+    then those of this one that are not among them."""
     path, goals = folder / "settings.json", context.config.goals
-    if not path.is_file():
-        finished = [result for result in results if result.state == "finished"]
-        front = pareto_front(finished, goals)  # of one goal: the best
-        ranked = sorted(finished, key=lambda result: (result not in front, -_mean(result.scores, goals)))
-        settings: list[Setting | None] = []
-        for result in ranked:
-            if result.setting not in settings and len(settings) < context.config.num_finalists:
-                settings.append(result.setting)
-        published = context.space.published[0] if context.space.published else None
-        names = [PUBLISHED if setting == published else str(i + 1) for i, setting in enumerate(settings)]
-        if PUBLISHED not in names:
-            names, settings = [*names, PUBLISHED], [*settings, published]
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, [names, settings])
-    names, settings = read_json(path)
+    settings: list[Setting | None] = read_json(path)[1] if path.is_file() else []
+    pooled = [mean_result(replicates) for replicates in pool_replicates(context, results)]
+    front = pareto_front(pooled, goals)  # of one goal: the best
+    ranked = sorted(pooled, key=lambda result: (result not in front, -_mean(result.scores, goals)))
+    key = SettingKey(context.space.knobs, context.base)
+    ranks = {key(result.setting): str(i + 1) for i, result in enumerate(ranked)}
+    published = context.space.published[0] if context.space.published else None
+    for setting in (*(result.setting for result in ranked[: context.config.num_finalists]), published):
+        if setting not in settings:
+            settings.append(setting)
+    names = [PUBLISHED if s is None or s == published else ranks[key(s)] for s in settings]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, [names, settings])
     return names, settings
 
 

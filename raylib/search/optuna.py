@@ -1,64 +1,91 @@
-"""Optuna under Ray Tune, and Tune run in a folder so that the same start goes on after anything.
-
-Tune copies its state there in place, several times a second. A driver that is killed meanwhile leaves half a
-file, and from that Tune would, with no more than a line in its log, begin a search of one trial: so the state
-is kept twice.
-"""
+"""Optuna under Ray Tune: the searcher, its study, and evidence from another search."""
 
 import contextlib
-import io
-import json
 import math
-import pickle
-import re
-import shutil
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
-from ray import cloudpickle, tune
+from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
+from ray.tune.search import SearchGenerator
 from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search.searcher import Searcher
 
-from raylib.fileio import atomic_file
-from raylib.finite import finite_values
-from raylib.renames import PICKLED
-from raylib.search.config import SearchConfig
+from raylib.errors import UserError
+from raylib.search.config import Repeats, SearchConfig
 from raylib.search.samplers import build_sampler
-from raylib.search.space import DefineByRun, Space
-from raylib.search.trial import TrialResult, drop_checkpoints
+from raylib.search.space import DefineByRun, Knobs, Setting, SettingKey, Space, config_changes
+from raylib.search.trial import REPEAT_OF, REPLICATE
 
 JOURNAL = "optuna.journal"  # of a study, in the search's folder
-STATE_FILES = (
-    "experiment_state-*.json",
-    "tuner.pkl",
-    "basic-variant-state-*.json",
-    "search_gen_state-*.json",
-    "searcher-state-*.pkl",
-)
-BACKUP = ".kept"  # folder of the copy
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
-ANSI_COLOURS = re.compile(r"\x1b\[\d*m")  # of Ray's tracebacks
-BACKUP_SECONDS = 2.0  # between copies
-OLD_PACKAGE = b"raylib.tune."  # which `PICKLED` renames
+
+
+class SearcherOptions(NamedTuple):
+    """Options that may be others when a search goes on. runs: the folder of the trials' folders; key: equal
+    for settings that are the same training; repeats: see `SearchConfig`; max_concurrent: trials at a time;
+    max_seconds: of this search, after which no trial begins."""
+
+    runs: Path
+    key: SettingKey
+    repeats: Repeats = "score"
+    max_concurrent: int = 10**9
+    max_seconds: float = math.inf
 
 
 class OptunaSearcher(OptunaSearch):
     """`OptunaSearch` tells Optuna of a trial that was stopped, or that crashed, as of one that finished with
-    its last value. Here a stopped one counts as pruned, with its score of each epoch; a failed one as
-    failed."""
+    its last value. Here a stopped one counts as pruned, with its score of each epoch; a failed one as failed.
+
+    A setting that was proposed before, a repeat, is marked for its trial: by `REPEAT_OF`, not to be trained,
+    and Optuna is told what became of the first trial, as soon as that is known; or by `REPLICATE`, to be
+    trained on another seed.
+    """
 
     _metric: Any  # a goal, or a list of two
     _ot_study: Any
 
+    def __init__(self, options: SearcherOptions, **arguments: Any):
+        self.options = options
+        self._repeats: dict[str, str] = {}  # {trial: the first one with its setting, whose score it takes}
+        self._keys: dict[str, str | None] = {}  # of each trial
+        self._seconds, self._began = 0.0, time.monotonic()  # of earlier starts; this start
+        super().__init__(**arguments)
+
+    def _setup_study(self, mode: str | list) -> None:
+        super()._setup_study(mode)
+        self._ot_study.set_metric_names(self._goals)
+
+    def learn(self, evidence: Sequence[FrozenTrial]) -> None:
+        """Enter trials of another search into the study, those that an earlier start has not."""
+        entered = [trial.user_attrs for trial in self._ot_study.get_trials(deepcopy=False)]
+        for trial in evidence:
+            if trial.user_attrs not in entered:
+                self._ot_study.add_trial(trial)
+
+    @property
+    def _goals(self) -> list[str]:
+        return self._metric if isinstance(self._metric, list) else [self._metric]
+
+    def seconds(self) -> float:
+        """Return how long this search has been under way, over all of its starts."""
+        return self._seconds + time.monotonic() - self._began
+
+    def save(self, checkpoint_path: str) -> None:
+        self._seconds, self._began = self.seconds(), time.monotonic()
+        super().save(checkpoint_path)
+
     def restore(self, checkpoint_path: str) -> None:
-        """Go on from the state that was saved last. Trials that Optuna knows, but Tune died before it could
-        save, are failed; a published setting, or one of a grid, is proposed again."""
-        super().restore(checkpoint_path)
+        """Go on from the state that was saved last, with the options of today. Trials that Optuna knows, but
+        Tune died before it could save, are failed; a published setting, or one of a grid, is proposed
+        again."""
+        options = self.options
+        super().restore(checkpoint_path)  # an earlier version's state has no repeats and no keys
+        self.options, self._began = options, time.monotonic()
         # The study is in its journal at once, Tune's own state only now and then: trials that were asked for
         # in between would run for ever in the study, and never be tried again.
         saved = {trial.number for trial in self._ot_trials.values()}
@@ -68,28 +95,92 @@ class OptunaSearcher(OptunaSearch):
                 if given := lost.system_attrs.get("fixed_params"):
                     self._ot_study.enqueue_trial(given)
 
+    def suggest(self, trial_id: str) -> Any:
+        """Return a setting, perhaps marked; None: not now; `Searcher.FINISHED`: the time is up."""
+        if self.seconds() >= self.options.max_seconds:
+            return Searcher.FINISHED
+        waiting = self._ot_trials.keys() - self._completed_trials - self._repeats.keys()
+        if len(waiting) >= self.options.max_concurrent:
+            return None
+        setting: Any = super().suggest(trial_id)
+        trial = self._ot_trials[trial_id]
+        trial.set_user_attr("trial", trial_id)
+        earlier = self._trained_before(trial_id, setting)
+        if not earlier:
+            trial.set_user_attr("folder", str(self.options.runs / trial_id))
+            return setting
+        if self.options.repeats == "replicate":
+            trial.set_user_attr("folder", str(self.options.runs / trial_id))
+            trial.set_user_attr("replicate", len(earlier))
+            return {**setting, REPLICATE: len(earlier)}
+        self._repeats[trial_id] = earlier[0]
+        trial.set_user_attr("score of trial", earlier[0])
+        return {**setting, REPEAT_OF: earlier[0]}
+
+    def _trained_before(self, trial_id: str, setting: Setting) -> list[str]:
+        """Return the trials before this one that were trained with an equal setting, or still are."""
+        for earlier, trial in self._ot_trials.items():
+            if earlier not in self._keys:  # this one, and all those from before there were keys
+                self._keys[earlier] = self.options.key(trial.params)
+        key = self._keys[trial_id]
+        if key is None:
+            return []
+        trained = (earlier for earlier in self._keys if earlier not in self._repeats)
+        return [earlier for earlier in trained if earlier != trial_id and self._keys[earlier] == key]
+
     def on_trial_result(self, trial_id: str, result: dict) -> None:
         # two goals have no intermediate values; the last report repeats the best checkpoint's score
-        if isinstance(self._metric, list) or trial_id in self._completed_trials or result.get("finished"):
+        if len(self._goals) > 1 or trial_id in self._completed_trials or result.get("finished"):
             return
         value = result.get(self._metric)
-        if value is None or not math.isfinite(value):
-            return
+        if value is not None and math.isfinite(value) and trial_id not in self._repeats:
+            self._report(trial_id, value, int(result["epoch"]))
+
+    def _report(self, trial_id: str, value: float, epoch: int) -> None:
         with warnings.catch_warnings(), contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             warnings.simplefilter("ignore")  # after a restart reports come again
-            self._ot_trials[trial_id].report(value, int(result["epoch"]))
+            self._ot_trials[trial_id].report(value, epoch)
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if trial_id in self._completed_trials:
             return
-        names = self._metric if isinstance(self._metric, list) else [self._metric]
-        state = trial_state(result, error, names)
-        if state == TrialState.PRUNED and result:
-            # Tune does not pass on the report at which a trial was stopped
-            self.on_trial_result(trial_id, result)
-        values = [result[name] for name in names] if state == TrialState.COMPLETE and result else None
-        self._ot_study.tell(self._ot_trials[trial_id], values, state=state, skip_if_finished=True)
+        if trial_id not in self._repeats:
+            state = trial_state(result, error, self._goals)
+            if state == TrialState.PRUNED and result:
+                # Tune does not pass on the report at which a trial was stopped
+                self.on_trial_result(trial_id, result)
+            values = (
+                [result[goal] for goal in self._goals] if state == TrialState.COMPLETE and result else None
+            )
+            self._tell(trial_id, state, values, result["epoch"] if result and "epoch" in result else 0)
+        # a repeat may have ended before the first trial did
+        for repeat, first in self._repeats.items():
+            if first in self._completed_trials and repeat not in self._completed_trials:
+                told = self._ot_study.get_trials(deepcopy=False)[self._ot_trials[first].number]
+                for epoch, value in told.intermediate_values.items():
+                    self._report(repeat, value, epoch)
+                values = told.values if told.state == TrialState.COMPLETE else None
+                self._tell(repeat, told.state, values, 0)
+
+    def _tell(self, trial_id: str, state: TrialState, values: Sequence[float] | None, epochs: float) -> None:
+        trial = self._ot_trials[trial_id]
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # it was told before a restart
+            trial.set_user_attr("epochs", epochs)
+        self._ot_study.tell(trial, values, state=state, skip_if_finished=True)
         self._completed_trials.add(trial_id)
+
+
+class GrowingGenerator(SearchGenerator):
+    """Tune's generator of `num_trials` trials, which goes on to as many as this start asks for: Tune itself
+    goes on to as many as the first start did."""
+
+    def __init__(self, searcher: OptunaSearcher, num_trials: int):
+        super().__init__(searcher)
+        self.num_trials = num_trials
+
+    def restore_from_dir(self, dirpath: str) -> None:
+        super().restore_from_dir(dirpath)
+        self._total_samples, self._finished = self.num_trials, False
 
 
 def trial_state(result: dict | None, error: bool, names: Sequence[str] = ()) -> TrialState:
@@ -102,180 +193,56 @@ def trial_state(result: dict | None, error: bool, names: Sequence[str] = ()) -> 
     return TrialState.COMPLETE if result.get("finished") else TrialState.PRUNED
 
 
-def build_searcher(config: SearchConfig, space: Space, num_trials: int, folder: Path) -> OptunaSearcher:
+def build_searcher(
+    config: SearchConfig, space: Space, num_trials: int, folder: Path, options: SearcherOptions, begins: bool
+) -> OptunaSearcher:
     """Return the searcher of `config` over a space, its study in `folder`/optuna.journal (`optuna-dashboard`
-    reads it); published settings, or the grid, come first."""
+    reads it). Of a search that `begins`, published settings, or the grid, come first."""
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    first = {"grid": space.grid_settings(), "random": []}
+    first = {"grid": space.grid_settings(), "random": []}.get(config.algorithm, list(space.published))
     two_goals = len(config.goals) > 1
     return OptunaSearcher(
+        options,
         space=DefineByRun(space.knobs),
         metric=list(config.goals) if two_goals else config.goals[0],
         mode=["max"] * len(config.goals) if two_goals else "max",
-        points_to_evaluate=first.get(config.algorithm, list(space.published)),
+        points_to_evaluate=first if begins else [],
         sampler=build_sampler(config, space, num_trials),
         study_name=config.name,
-        storage=optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
+        storage=open_journal(folder),
     )
 
 
-def run_tuner(
-    folder: Path,
-    trainable: Callable,
-    make_tune_config: Callable[[], tune.TuneConfig],
-    metrics: tuple[str, ...],
-    num_trials: int,
-    max_failures: int,
-    param_space: dict | None = None,
-) -> list[TrialResult]:
-    """Run Tune in `folder`, or go on where it was; return the trials with their scores `metrics`.
-    `make_tune_config` is called at the first start alone.
+def open_journal(folder: Path) -> optuna.storages.JournalStorage:
+    """Return Optuna's storage of the search in `folder`."""
+    return optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+
+
+def load_evidence(folder: Path, study_name: str, knobs: Knobs) -> tuple[list[FrozenTrial], int]:
+    """Return (the finished trials of the search in `folder` that lie in the space, as trials of another
+    study; how many finished ones do not).
 
     Raises:
-        KeyboardInterrupt: fewer than `num_trials` trials ended: Tune itself returns as if all was well.
+        UserError: it has no study.
     """
-    if restore_state(folder):
-        tuner = tune.Tuner.restore(str(folder), trainable, resume_unfinished=True)
-    else:
-        tune_config = make_tune_config()  # which may refuse to begin: the folder stays as it is then
-        shutil.rmtree(folder, ignore_errors=True)
-        tuner = tune.Tuner(
-            trainable,
-            param_space=param_space,
-            tune_config=tune_config,
-            run_config=tune.RunConfig(
-                name=folder.name,
-                storage_path=str(folder.parent),
-                failure_config=tune.FailureConfig(max_failures=max_failures),
-                callbacks=[DropStoppedCheckpoints(folder.parent / "trials"), BackUpState(folder)],
-            ),
-        )
-    grid = tuner.fit()
-    results = [grid[i] for i in range(len(grid))]
-    if len(results) < num_trials or not all(map(has_ended, results)):
-        raise KeyboardInterrupt
-    return [trial_result(result, metrics) for result in results]
-
-
-def has_ended(result: tune.Result) -> bool:
-    """Return whether a trial has ended; one that was interrupted is left as it is."""
-    # Tune's stored state may lack the "done" of a trial that returned by itself: it is set after the last
-    # report
-    last = result.metrics or {}
-    return result.error is not None or any(last.get(key) for key in ("done", "finished", "trouble"))
-
-
-def trial_result(result: tune.Result, metrics: tuple[str, ...]) -> TrialResult:
-    """Return a trial's result by its last report: of a stopped one, that at which it was stopped."""
-    last = result.metrics or {}
-    scores = {m: last[m] for m in metrics if m in last}
-    finite = finite_values(scores)
-    not_finite = ", ".join(scores.keys() - finite.keys())
-    trouble = last.get("trouble") or (f"{not_finite} not finite" if not_finite else None)
-    return TrialResult(
-        id=last.get("trial_id", Path(result.path).name),
-        state=STATES[trial_state(last, result.error is not None, metrics)],
-        setting=result.config or {},
-        scores=finite,
-        epoch=last.get("epoch", 0),
-        epochs=last.get("epochs", 0),
-        seconds=last.get("spent", 0.0),
-        start_seconds=last.get("start_seconds"),
-        error=ANSI_COLOURS.sub("", str(result.error)).strip() if result.error else trouble,
-    )
-
-
-class DropStoppedCheckpoints(tune.Callback):
-    """Drops the checkpoints of trials that were stopped: nobody goes on from them."""
-
-    def __init__(self, runs: Path):
-        self.runs = runs
-
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        if not (trial.last_result or {}).get("finished"):
-            drop_checkpoints(self.runs / trial.trial_id)
-
-
-class BackUpState(tune.Callback):
-    """Copies the state of the search in `folder` from time to time, when it can be read."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.last = folder, 0.0
-
-    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
-        if time.monotonic() - self.last >= BACKUP_SECONDS:
-            self.last = time.monotonic()
-            back_up_state(self.folder)
-
-
-def back_up_state(folder: Path) -> None:
-    """Copy the state in `folder`, unless Tune is writing it just now."""
-    files = newest_state_files(folder)
-    before = [path.stat().st_mtime_ns for path in files]
-    fresh = folder / f"{BACKUP}.new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    for path in files:
-        shutil.copy2(path, fresh)
-    # Files that can be read may still be of different moments: only if none was written meanwhile are they
-    # one state. Then the old copy goes; between the two moves, the new one still has its temporary name.
-    if is_readable(fresh) and [path.stat().st_mtime_ns for path in newest_state_files(folder)] == before:
-        shutil.rmtree(folder / BACKUP, ignore_errors=True)
-        fresh.rename(folder / BACKUP)
-
-
-def restore_state(folder: Path) -> bool:
-    """Return whether there is a state to go on from in `folder`; a damaged one gives way to the copy. What an
-    earlier version pickled is written anew by the names of today."""
-    # the last of these: killed between the two moves of a copy
-    for copy in (folder, folder / BACKUP, folder / f"{BACKUP}.new"):
-        if is_readable(copy):
-            state = {path.name: _by_new_names(path.read_bytes()) for path in newest_state_files(copy)}
-            for path in newest_state_files(folder):
-                if path.name not in state:
-                    path.unlink()
-            for name, data in state.items():
-                with atomic_file(folder / name) as temporary:
-                    temporary.write_bytes(data)
-            return True
-    return False
-
-
-def is_readable(folder: Path) -> bool:
-    """Return whether all files of the state in `folder` can be read."""
-    files = newest_state_files(folder)
-    if not {"tuner.pkl", "experiment_state"} <= {path.name.partition("-")[0] for path in files}:
-        return False
-    try:
-        for path in files:  # all but the first are pickles, some of them by the name of .json
-            (json.loads if path.name.startswith("experiment_state") else _unpickle)(path.read_bytes())
-    except Exception:  # whatever half a pickle makes of itself
-        return False
-    return True
-
-
-def newest_state_files(folder: Path) -> list[Path]:
-    """Return the files that Tune would read: of each kind the one of the last driver."""
-    return [max(paths) for kind in STATE_FILES if (paths := list(folder.glob(kind)))]
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads what earlier versions of this code pickled, by the names of today."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" in PICKLED:
-            module, name = PICKLED[f"{module}.{name}"].rsplit(".", 1)
-        return super().find_class(module, name)
-
-
-def _unpickle(data: bytes) -> Any:
-    return _Unpickler(io.BytesIO(data)).load()
-
-
-def _by_new_names(data: bytes) -> bytes:
-    old = OLD_PACKAGE.hex().encode()
-    if data.startswith(b"{"):  # Tune's JSON, which holds pickles as hexadecimal text
-        pickled = rb"8005[0-9a-f]*" + old + rb"[0-9a-f]*"
-        return re.sub(pickled, lambda m: _by_new_names(bytes.fromhex(m[0].decode())).hex().encode(), data)
-    return cloudpickle.dumps(_unpickle(data)) if OLD_PACKAGE in data else data
+    if not (folder / JOURNAL).is_file():
+        raise UserError(f"warm_start={folder}: no {JOURNAL} there; give the folder of a search")
+    study = optuna.load_study(study_name=study_name, storage=open_journal(folder))
+    finished = study.get_trials(states=(TrialState.COMPLETE,))
+    evidence = []
+    for trial in finished:
+        with contextlib.suppress(UserError):  # it lies outside of the space
+            config_changes(knobs, trial.params)
+            fixed = FixedTrial(trial.params)
+            DefineByRun(knobs)(fixed)
+            attributes = {"warm_start": str(folder), "trial": trial.user_attrs.get("trial", trial.number)}
+            evidence.append(
+                create_trial(
+                    params=trial.params,
+                    distributions=fixed.distributions,
+                    values=trial.values,
+                    user_attrs=attributes,
+                )
+            )
+    return evidence, len(finished) - len(evidence)

@@ -1,31 +1,28 @@
-"""Results of a search for people: trials.csv, best.yaml, report.md and its figures: the history, learning
-curves, scores against each knob, the trade-off of two goals and the importance of each knob. Optuna draws all
-but the last, from studies made of the trials, whatever algorithm they came from."""
+"""Results of a search for people: trials.csv, best.yaml, report.md; the finalists as a study of Optuna."""
 
 import csv
-import warnings
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 import optuna
 import yaml
-from matplotlib.ticker import MaxNLocator
-from optuna.trial import FixedTrial, TrialState, create_trial
-from optuna.visualization import matplotlib as plots
+from optuna.trial import FixedTrial, create_trial
 
 from raylib.config import change_settings
 from raylib.fileio import write_atomically
 from raylib.metrics import t_interval
 from raylib.search.config import SearchConfig, SearchContext
-from raylib.search.final_runs import PUBLISHED, Finalist, pareto_front
-from raylib.search.schedulers import describe_agreements, learning_curve, rank_agreements
-from raylib.search.space import DefineByRun, Knobs, alternatives, config_changes, knobs_by_name
-from raylib.search.trial import TrialResult
-from raylib.tables import markdown_table, mean_and_interval, open_pyplot, percent, save_figure
+from raylib.search.figures import draw_figures
+from raylib.search.final_runs import PUBLISHED, Finalist, mean_result, pareto_front, pool_replicates
+from raylib.search.optuna import open_journal
+from raylib.search.schedulers import describe_agreements, rank_agreements
+from raylib.search.space import DefineByRun, config_changes, describe_setting, knobs_by_name
+from raylib.search.trial import TrialResult, setting_config
+from raylib.tables import markdown_table, mean_and_interval, mean_and_std, percent
 
+TABLE_ROWS = 10  # of the table of trials
 TESTS = ("English", "targets")  # scores on test sets
 
 
@@ -35,13 +32,12 @@ def write_trials(context: SearchContext, results: Sequence[TrialResult]) -> None
     scores = list(dict.fromkeys(name for result in results for name in result.scores))
     with open(context.folder / "trials.csv", "w", encoding="utf-8", newline="") as file:
         out = csv.writer(file)
-        out.writerow(
-            ["trial", "state", *names, *scores, "epoch", "epochs", "seconds", "start_seconds", "error"]
-        )
+        times = ["epoch", "epochs", "seconds", "start_seconds"]
+        out.writerow(["trial", "state", *names, *scores, *times, "error", "repeat_of", "replicate"])
         for r in results:
             values = [*(r.setting.get(n, "") for n in names), *(r.scores.get(n, "") for n in scores)]
-            times = [r.epoch, r.epochs, f"{r.seconds:.1f}", r.start_seconds or ""]
-            out.writerow([r.id, r.state, *values, *times, r.error or ""])
+            spent = [r.epoch, r.epochs, f"{r.seconds:.1f}", r.start_seconds or ""]
+            out.writerow([r.id, r.state, *values, *spent, r.error or "", r.repeat_of or "", r.replicate])
 
 
 def write_report(
@@ -50,30 +46,34 @@ def write_report(
     """Write best.yaml, the figures, and, last, report.md, which says that the search is complete."""
     config, best = context.config, finalists[0]
     write_best(context, best)
-    figures = draw_figures(context, results)
+    if config.final_seeds:
+        store_finalists(context, finalists)
+    trained = [result for result in results if result.repeat_of is None]
+    figures = draw_figures(context, trained)
     stopping = f"stopped early by {config.early_stopping}" if config.stops_trials else "nothing stopped early"
     counts = Counter(result.state for result in results)
     states = ", ".join(f"{counts[s]} {s}" for s in ("finished", "stopped", "failed") if counts[s])
     parts = [
         f"# Search of `{context.space_name}` over `{config.recipe}`",
         f"{len(results)} trials: {states}; {config.algorithm}, {stopping}. Looked at: "
-        f"{context.job.describe_selection(config.dev_sets)}. Searched for: {' and '.join(config.goals)}.",
+        f"{context.job.describe_selection(config.dev_sets)}. Searched for: {' and '.join(config.goals)}."
+        + "".join(f" {note}." for note in _notes(context, results)),
         "## The best",
         verdict(config, finalists),
         *([_finalists_table(config, finalists)] if config.final_seeds else []),
         _assignments(context, best),
     ]
-    finished = [result for result in results if result.state == "finished"]
+    pooled = pool_replicates(context, results)
     if len(config.goals) > 1:
-        front = pareto_front(finished, config.goals)
-        parts += ["## Best of each goal against the other", _results_table(config, front, settings=False)]
-    parts += ["## What it cost", cost_table(results)]
-    if config.algorithm != "pbt" and (agreement := _early_agreement(context, results)):
+        front = pareto_front([mean_result(replicates) for replicates in pooled], config.goals)
+        on_front = [replicates for replicates in pooled if replicates[0].id in {r.id for r in front}]
+        parts += ["## Best of each goal against the other", _results_table(config, on_front, settings=False)]
+    parts += ["## What it cost", cost_table(trained)]
+    if config.algorithm != "pbt" and (agreement := _early_agreement(context, trained)):
         parts += ["## What early scores tell", agreement]
-    ten_best = sorted(finished, key=lambda result: -result.scores[config.goals[0]])[:10]
     parts += [
         "## Trials",
-        _results_table(config, ten_best, settings=True),
+        _results_table(config, pooled, settings=True),
         "All of them, with every knob: trials.csv.",
         *(f"![{title}]({file})" for file, title in figures),
     ]
@@ -81,6 +81,20 @@ def write_report(
         parts.append("## Failed")
         parts += [f"- {r.id}: {(r.error or 'no error message').splitlines()[-1]}" for r in failed]
     write_atomically(context.folder / "report.md", "\n\n".join(parts) + "\n")
+
+
+def _notes(context: SearchContext, results: Sequence[TrialResult]) -> list[str]:
+    """Return sentences on repeats, a time that was up, another search that this one learned from."""
+    config, notes = context.config, []
+    if num_repeats := sum(result.repeat_of is not None for result in results):
+        notes.append(f"{num_repeats} proposed a setting again and took its score, untrained")
+    if num_replicates := sum(result.replicate > 0 for result in results):
+        notes.append(f"{num_replicates} are replicates: a setting that was proposed again, on another seed")
+    if config.algorithm != "grid" and len(results) < config.num_trials:
+        notes.append(f"max_hours={config.max_hours:g} were over before {config.num_trials} trials had begun")
+    if context.warm_start:
+        notes.append(context.warm_start.capitalize())
+    return notes
 
 
 def write_best(context: SearchContext, best: Finalist) -> None:
@@ -99,6 +113,39 @@ def write_best(context: SearchContext, best: Finalist) -> None:
         head.append(f"# {goal} {score} % over {len(best.dev)} seeds")
     text = yaml.safe_dump(whole.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     write_atomically(context.folder / "best.yaml", "\n".join(head) + "\n" + text)
+
+
+def store_finalists(context: SearchContext, finalists: Sequence[Finalist]) -> None:
+    """Write the finalists, as a study of their own, into the search's journal: means over seeds, and test
+    scores of those that were tested. Optuna adds nothing to trials that have ended."""
+    goals, job, storage = list(context.config.goals), context.job, open_journal(context.folder)
+    name = f"{context.config.name}_finals"
+    if name in optuna.get_all_study_names(storage):  # with fewer trials, or fewer seeds
+        optuna.delete_study(study_name=name, storage=storage)
+    study = optuna.create_study(storage=storage, study_name=name, directions=["maximize"] * len(goals))
+    study.set_metric_names(goals)
+    for finalist in finalists:
+        fixed = FixedTrial(finalist.setting or {})
+        if finalist.setting is not None:
+            DefineByRun(context.space.knobs)(fixed)
+        config = setting_config(context, finalist.setting, "finals", finalist.name)
+        tests = {f"test {name}": list(finalist.scores(name).values()) for name in TESTS}
+        attributes = {
+            "trial": finalist.name,
+            "folder": str(context.folder / "finals" / f"setting{finalist.number}_seed*"),
+            "seeds": list(finalist.dev),
+            "epochs": job.epochs_per_run(config) * job.num_runs(config),
+            **{name: fmean(scores) for name, scores in tests.items() if scores},
+        }
+        if finalist.dev:
+            study.add_trial(
+                create_trial(
+                    params=finalist.setting or {},
+                    distributions=fixed.distributions,
+                    values=[fmean(finalist.scores(goal).values()) for goal in goals],
+                    user_attrs=attributes,
+                )
+            )
 
 
 def _early_agreement(context: SearchContext, results: Sequence[TrialResult]) -> str:
@@ -188,149 +235,20 @@ def _assignments(context: SearchContext, best: Finalist) -> str:
     return "Its settings: " + ", ".join(f"`{path}={_format(value)}`" for path, value in changes.items())
 
 
-def _results_table(config: SearchConfig, results: Sequence[TrialResult], settings: bool) -> str:
-    """Return a row a trial, with the goals and, if `settings`, its setting."""
+def _results_table(config: SearchConfig, pooled: Sequence[Sequence[TrialResult]], settings: bool) -> str:
+    """Return a row a setting, the best in the first goal first, with its trials' goals (mean and standard
+    deviation of replicates) and, if `settings`, the setting."""
+    has_replicates = any(len(replicates) > 1 for replicates in pooled)
     lines = [["trial", *(["setting"] if settings else []), *(f"{goal}, %" for goal in config.goals)]]
-    for result in results:
-        pairs = [f"{name.removeprefix('strategies.')} {_format(v)}" for name, v in result.setting.items()]
-        goals = [percent(result.scores[goal]) for goal in config.goals]
-        lines.append([result.id, *([", ".join(pairs)] if settings else []), *goals])
-    return markdown_table(lines, words=1 + settings)
+    best = sorted(pooled, key=lambda replicates: -mean_result(replicates).scores[config.goals[0]])
+    for replicates in best[: TABLE_ROWS if settings else None]:
+        first = replicates[0]
+        more = f" and {len(replicates) - 1} more" if len(replicates) > 1 else ""
+        goals = [mean_and_std(result.scores[goal] for result in replicates) for goal in config.goals]
+        lines.append([first.id + more, *([describe_setting(first.setting)] if settings else []), *goals])
+    note = "\n\nOf replicates, mean ± standard deviation over their seeds." if has_replicates else ""
+    return markdown_table(lines, words=1 + settings) + note
 
 
 def _format(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-MIN_TRIALS = 4  # finished trials, below which a forest learns nothing of importance
-SLICES_PER_FIGURE = 4
-MAX_CURVES_NAMED = 20  # as many colours has Optuna's figure of learning curves
-
-
-def draw_figures(context: SearchContext, results: Sequence[TrialResult]) -> list[tuple[str, str]]:
-    """Draw a search's figures into its folder; return [(file, title)]."""
-    pyplot = open_pyplot()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    goals, knobs, seed = context.config.goals, context.space.knobs, context.config.seed
-    finished = [result for result in results if result.state == "finished"]
-    figures: list[tuple[str, str]] = []
-
-    def save(axes: Any, file: str, title: str) -> None:
-        save_figure(axes.figure, context.folder / file)
-        figures.append((file, title))
-
-    # Optuna warns that its figures are experimental, sets a style for the whole process, and draws legends
-    # beyond the edge of its figures, which are cut off there unless "tight" says otherwise
-    with warnings.catch_warnings(), pyplot.style.context({"savefig.bbox": "tight"}):
-        warnings.simplefilter("ignore")
-        for i, goal in enumerate(goals):
-            study = to_study(knobs, results, [goal])
-            axes = plots.plot_optimization_history(study, target_name=f"{goal}, %")
-            save(axes, f"history{i + 1 if i else ''}.png", f"history of {goal}")
-        study = to_study(knobs, results, goals[:1], context.folder / "trials")
-        if any(trial.intermediate_values for trial in study.trials):
-            axes = plots.plot_intermediate_values(study)
-            axes.set(xlabel="epoch", ylabel=f"{goals[0]}, %")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            if len(study.trials) > MAX_CURVES_NAMED and (legend := axes.get_legend()):
-                legend.remove()
-            save(axes, "curves.png", "score after each epoch, of the trials that were stopped too")
-        names = [name for name in knobs_by_name(knobs) if any(name in r.setting for r in finished)]
-        # one figure of all knobs would be as wide as they are many
-        for i in range(0, len(names), SLICES_PER_FIGURE):
-            some = names[i : i + SLICES_PER_FIGURE]
-            slices: Any = plots.plot_slice(study, some, target_name=f"{goals[0]}, %")
-            for axes in np.atleast_1d(slices):
-                axes.set_xlabel(axes.get_xlabel().removeprefix("strategies."), fontsize=8)
-                axes.tick_params(axis="x", which="both", labelrotation=60, labelsize=7)
-                # Optuna colours the points of each knob by the range of its own trials, whatever the bar says
-                for points in axes.collections:
-                    points.set_clim(0, max(1, len(study.trials) - 1))
-            number = i // SLICES_PER_FIGURE + 1 if i else ""
-            save(np.atleast_1d(slices)[0], f"slices{number}.png", "score against each knob")
-        if len(goals) > 1:
-            study = to_study(knobs, results, goals)
-            axes = plots.plot_pareto_front(study, target_names=[f"{goal}, %" for goal in goals])
-            save(axes, "front.png", "Pareto front")
-        shares = {goal: importances(knobs, finished, goal, seed) for goal in goals}
-        if any(shares.values()):
-            save(_importance_bars(shares), "importance.png", "importance of each knob")
-    return figures
-
-
-def to_study(
-    knobs: Knobs, results: Sequence[TrialResult], goals: Sequence[str], runs: Path | None = None
-) -> optuna.Study:
-    """Return the trials that finished, and, of one goal, those that were stopped, as a study of Optuna's with
-    scores in %. `runs`: the folder of the trials' folders, if intermediate values are needed."""
-    study = optuna.create_study(directions=["maximize"] * len(goals))
-    for result in results:
-        if result.state == "failed" or (result.state == "stopped" and len(goals) > 1):
-            continue
-        fixed_trial = FixedTrial(result.setting)
-        DefineByRun(knobs)(fixed_trial)
-        curve = learning_curve(runs / result.id, goals[0], prunable_only=False) if runs else {}
-        study.add_trial(
-            create_trial(
-                state=TrialState.COMPLETE if result.state == "finished" else TrialState.PRUNED,
-                params=dict(result.setting),
-                distributions=fixed_trial.distributions,
-                values=[100 * result.scores[goal] for goal in goals if goal in result.scores] or None,
-                intermediate_values={epoch: 100 * score for epoch, score in curve.items()},
-            )
-        )
-    return study
-
-
-# Optuna's `plot_param_importances` leaves out the knobs of alternatives with functional ANOVA: it takes those
-# alone that every trial has. PED-ANOVA, its default, takes them all, but says little of so few trials as a
-# search has: it gives a knob that alone decides a share of 0.65 with 16 trials, where functional ANOVA gives
-# 0.97.
-
-
-def importances(knobs: Knobs, finished: Sequence[TrialResult], goal: str, seed: int) -> dict[str, float]:
-    """Return {knob: share of the variance of `goal` that it explains (functional ANOVA)}. The knobs that
-    every trial has are told apart from each other; those of an alternative among the trials that chose it,
-    which is said in the name."""
-    shares: dict[str, float] = {}
-    explained: set[str] = set()
-    for alternative, members in _groups(knobs, finished).items():
-        names = [name for name in members[0].setting if all(name in r.setting for r in members)]
-        varied = [name for name in names if len({str(r.setting[name]) for r in members}) > 1]
-        scores = {result.scores[goal] for result in members}
-        if len(members) < MIN_TRIALS or not set(varied) - explained or len(scores) == 1:
-            continue
-        of_group = optuna.importance.get_param_importances(
-            to_study(knobs, members, [goal]),
-            evaluator=optuna.importance.FanovaImportanceEvaluator(seed=seed),
-            params=varied,
-        )
-        for name in [name for name in of_group if name not in explained]:
-            shares[f"{name} ({alternative})" if alternative else name] = of_group[name]
-        explained |= set(varied)
-    return shares
-
-
-def _groups(knobs: Knobs, finished: Sequence[TrialResult]) -> dict[str, list[TrialResult]]:
-    """Return all trials as group "", then those of each alternative, {"name=alternative": trials}."""
-    groups: dict[str, list[TrialResult]] = {"": list(finished)} if finished else {}
-    for name in dict.fromkeys(name for fixed in alternatives(knobs) for name in fixed):
-        for result in finished:
-            if name in result.setting:
-                groups.setdefault(f"{name}={result.setting[name]}", []).append(result)
-    return groups
-
-
-def _importance_bars(shares: dict[str, dict[str, float]]) -> Any:
-    """Return axes with a bar for each knob and goal."""
-    names = dict.fromkeys(name for of_goal in shares.values() for name in of_goal)
-    ordered = sorted(names, key=lambda name: max(of_goal.get(name, 0) for of_goal in shares.values()))
-    _, axes = open_pyplot().subplots(figsize=(7, 0.8 + 0.35 * len(ordered) * len(shares)))
-    for i, (goal, of_goal) in enumerate(shares.items()):
-        positions = [k + 0.4 * i for k in range(len(ordered))]
-        axes.barh(positions, [of_goal.get(name, 0) for name in ordered], height=0.4, label=goal)
-    labels = [name.removeprefix("strategies.") for name in ordered]
-    axes.set_yticks([k + 0.2 * (len(shares) - 1) for k in range(len(ordered))], labels, fontsize=8)
-    axes.set(xlabel="share of the variance that it explains", xlim=(0, 1))
-    axes.legend(fontsize=8)
-    return axes

@@ -20,6 +20,7 @@ from ray import tune
 from ray.tune.experiment.trial import Trial
 from ray.tune.schedulers import (
     AsyncHyperBandScheduler,
+    FIFOScheduler,
     MedianStoppingRule,
     PopulationBasedTraining,
     TrialScheduler,
@@ -92,6 +93,76 @@ class Median(FilterReports, MedianStoppingRule):
         its best epoch."""
 
 
+class ParetoHalving(FIFOScheduler):
+    """Asynchronous successive halving for two goals: of the trials that have been at a rung, the best
+    1 / `reduction_factor` by `pareto_order` of their scores there go on.
+
+    rungs: {epoch: {trial: its scores}}, the last rung first.
+    """
+
+    def __init__(self, goals: Sequence[str], min_epochs: int, reduction_factor: float, max_epochs: int):
+        super().__init__()
+        self.goals, self.reduction_factor = goals, reduction_factor
+        epochs = (int(min_epochs * reduction_factor**k) for k in itertools.count())
+        below_end = list(itertools.takewhile(lambda epoch: epoch < max_epochs, epochs))
+        self.rungs: dict[int, dict[str, tuple[float, ...]]] = {epoch: {} for epoch in reversed(below_end)}
+
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict) -> str:
+        """Enter the trial's scores at the last rung that it has reached, if it is new there, and compare."""
+        reached = (scores for epoch, scores in self.rungs.items() if result["age"] >= epoch)
+        scores = next(reached, None)
+        if scores is None or trial.trial_id in scores:
+            return TrialScheduler.CONTINUE
+        scores[trial.trial_id] = tuple(result[goal] for goal in self.goals)
+        num_kept = math.ceil(len(scores) / self.reduction_factor)
+        best = pareto_order(list(scores.values()))[:num_kept]
+        is_best = len(scores) - 1 in best  # the trial's are the last
+        return TrialScheduler.CONTINUE if is_best else TrialScheduler.STOP
+
+
+class ParetoAsha(FilterReports, ParetoHalving):
+    """`ParetoHalving` over effective epochs (Schmucker et al. 2021, with hypervolume in place of their
+    epsilon-net)."""
+
+    def is_comparable(self, report: dict) -> bool:
+        """Return whether a trial may be compared with others by this report."""
+        scores = [report.get(goal, math.nan) for goal in self.goals]
+        return bool(report.get("judged")) and all(map(math.isfinite, scores))
+
+    def replay(self, trial: Trial, reports: list[dict]) -> None:
+        for report in reports:
+            ParetoHalving.on_trial_result(self, None, trial, report)
+
+
+def pareto_order(points: Sequence[Sequence[float]]) -> list[int]:
+    """Return the indices of points, two scores each, best first: front by front (those that no other point of
+    the fronts to come dominates), in a front those first that add most to its hypervolume; the first of
+    equals first."""
+    rest, order = list(range(len(points))), []
+    while rest:
+        front = [i for i in rest if not any(_dominates(points[j], points[i]) for j in rest)]
+        added = dict(zip(front, hypervolume_contributions([points[i] for i in front]), strict=True))
+        order += sorted(front, key=lambda i: -added[i])
+        rest = [i for i in rest if i not in added]
+    return order
+
+
+def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+    return a[0] >= b[0] and a[1] >= b[1] and tuple(a) != tuple(b)
+
+
+def hypervolume_contributions(front: Sequence[Sequence[float]]) -> list[float]:
+    """Return how much of the area between (0, 0) and a front each of its points adds alone: (x - the next
+    smaller x) (y - the next smaller y). 0 of a point that is there twice."""
+    order = sorted(range(len(front)), key=lambda i: front[i][0])  # so that y falls
+    added = [0.0] * len(front)
+    for k, i in enumerate(order):
+        x_before = front[order[k - 1]][0] if k else 0.0
+        y_after = front[order[k + 1]][1] if k + 1 < len(order) else 0.0
+        added[i] = (front[i][0] - x_before) * (front[i][1] - y_after)
+    return added
+
+
 class Population(FilterReports, PopulationBasedTraining):
     """Population-based training (Jaderberg et al. 2017)."""
 
@@ -111,17 +182,24 @@ class Population(FilterReports, PopulationBasedTraining):
 
 
 def build_scheduler(
-    rule: str, metric: str, min_epochs: int, reduction_factor: float, max_epochs: int, runs: Path
+    rule: str, goals: Sequence[str], min_epochs: int, reduction_factor: float, max_epochs: int, runs: Path
 ) -> TrialScheduler | None:
     """Return the stopping rule asha or median; None of "none". `max_epochs`: more than any trial has; `runs`:
     the folder of the trials' folders."""
     if rule == "none":
         return None
-    common: dict[str, Any] = {"time_attr": "age", "metric": metric, "mode": "max", "grace_period": min_epochs}
+    common: dict[str, Any] = {
+        "time_attr": "age",
+        "metric": goals[0],
+        "mode": "max",
+        "grace_period": min_epochs,
+    }
     # `time_attr` is no training iteration of Tune's: a pruning round is one, too, and a trial goes on at the
     # epoch of its checkpoint after a crash.
-    scheduler: Asha | Median
-    if rule == "median":
+    scheduler: Asha | Median | ParetoAsha
+    if len(goals) > 1:
+        scheduler = ParetoAsha(goals, min_epochs, reduction_factor, max_epochs)
+    elif rule == "median":
         scheduler = Median(**common, min_samples_required=3)
     else:
         scheduler = Asha(

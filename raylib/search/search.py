@@ -11,6 +11,7 @@ runs/NAME/
 import itertools
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from math import inf
 from pathlib import Path
@@ -18,20 +19,32 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.tune.search import BasicVariantGenerator
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import BasicVariantGenerator, SearchAlgorithm
 
-from raylib.config import change_settings, differing_paths, dump_config, read_stored_settings
+from raylib.config import change_settings, dump_config
 from raylib.console import spell_commands
 from raylib.errors import UserError
-from raylib.fileio import read_json, write_json
-from raylib.launch import VERIFY_SETTINGS, LaunchConfig, connect_to_ray
+from raylib.fileio import write_json
+from raylib.launch import LaunchConfig, connect_to_ray
 from raylib.provenance import record_identity
 from raylib.search import report
 from raylib.search.config import Resources, SearchConfig, SearchContext, SearchJob
 from raylib.search.final_runs import run_finalists
-from raylib.search.optuna import JOURNAL, build_searcher, run_tuner
+from raylib.search.optuna import JOURNAL, GrowingGenerator, SearcherOptions, build_searcher
+from raylib.search.progress import SearchTable
+from raylib.search.resume import WarmStart, check_fingerprint, load_warm_start
 from raylib.search.schedulers import build_population, build_scheduler, check_mutable
-from raylib.search.space import Choice, OneOf, Space, check_space, config_changes, corners, describe_knobs
+from raylib.search.space import (
+    Choice,
+    OneOf,
+    SettingKey,
+    Space,
+    check_space,
+    config_changes,
+    corners,
+    describe_knobs,
+)
 from raylib.search.trial import (
     RayObjectCache,
     TrialResult,
@@ -40,15 +53,14 @@ from raylib.search.trial import (
     read_reports,
     trial,
 )
+from raylib.search.tuner import restore_state, run_tuner, with_repeats
 
-# what may change when a search goes on
-RESOURCE_SETTINGS = ("gpus_per_trial", "cpus_per_trial")
 IDLE_CPUS = 0.01  # of a trial that only waits for its workers: 0 is refused
 
 
 def run_search(config: SearchConfig, name: str, space: Space, job: SearchJob, base: LaunchConfig) -> Path:
-    """Search the space called `name` over `base`, or go on where an earlier start of this search was; return
-    its folder.
+    """Search the space called `name` over `base`, or go on where an earlier start of this search was, with
+    more trials, finalists or seeds if it now asks for more; return its folder.
 
     Raises:
         UserError: whatever of space, settings, data or model is wrong, before the first trial; no trial
@@ -61,10 +73,11 @@ def run_search(config: SearchConfig, name: str, space: Space, job: SearchJob, ba
         "search": {**json.loads(dump_config(config)), "runs": str(folder.parent)},
         "recipe": json.loads(dump_config(base)),
     }
-    check_fingerprint(folder, fingerprint, type(base))
-    if (folder / "report.md").is_file():
+    grown = check_fingerprint(folder, fingerprint, type(base))
+    if (folder / "report.md").is_file() and not grown:
         print(f"search '{config.name}' is complete: {folder}/report.md (another name= starts another search)")
         return folder
+    warm_start = load_warm_start(config, space, fingerprint, type(base))
     base = prepare_base(config, name, space, job, base)
     has_started = connect_to_ray()
     try:
@@ -75,9 +88,17 @@ def run_search(config: SearchConfig, name: str, space: Space, job: SearchJob, ba
         files = [file for trial_config in configs for file in job.data_files(trial_config)]
         for note in record_identity(folder, dict.fromkeys(files), job.verifies_content(base)):
             print(note, flush=True)
+        if grown and (folder / "report.md").is_file():
+            (folder / "report.md").rename(folder / "report.before.md")  # report.md says that all is done
         write_json(folder / "search.json", fingerprint)
-        context = SearchContext(config, name, space, job, base, folder, RayObjectCache(folder))
-        results = run_trials(context, resources)
+        for note in filter(
+            None, (f"goes on with {', '.join(grown)}" if grown else "", warm_start.description)
+        ):
+            print(f"search '{config.name}': {note}", flush=True)
+        context = SearchContext(
+            config, name, space, job, base, folder, RayObjectCache(folder), warm_start.description
+        )
+        results = run_trials(context, resources, warm_start)
         report.write_trials(context, results)
         if not any(result.state == "finished" for result in results):
             raise UserError(
@@ -92,30 +113,6 @@ def run_search(config: SearchConfig, name: str, space: Space, job: SearchJob, ba
     best = spell_commands(f"python -m {job.command} --config {folder}/best.yaml")
     print(f"{folder}/report.md, trials.csv; the best: {best}")
     return folder
-
-
-def check_fingerprint(folder: Path, fingerprint: dict[str, Any], recipe: type[LaunchConfig]) -> None:
-    """Refuse to go on with another search than the one whose folder this is. Settings that are newer than the
-    folder have their defaults there.
-
-    Raises:
-        UserError: it has other settings, which are named.
-    """
-    path = folder / "search.json"
-    if not path.is_file():
-        return
-    stored = read_json(path)
-    for part, kind in (("search", SearchConfig), ("recipe", recipe)):
-        stored[part] = read_stored_settings(kind, stored[part]).values
-    changed = [
-        name
-        for name in differing_paths(stored, fingerprint)
-        if name.partition(".")[2] not in {*RESOURCE_SETTINGS, *VERIFY_SETTINGS}
-    ]
-    if changed:
-        raise UserError(
-            f"{folder} holds a search with other settings ({', '.join(changed)}); give this one another name="
-        )
 
 
 def prepare_base(
@@ -191,23 +188,39 @@ def coverage_settings(space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
             yield description, changes
 
 
-def trial_name(trial) -> str:
+# Tune's stored state calls it by its name
+def trial_name(trial: Any) -> str:
     """Return the name of a trial and of its folder: Tune's own names are as long as its settings."""
     return trial.trial_id
 
 
-def run_trials(context: SearchContext, resources: Resources) -> list[TrialResult]:
-    """Run the trials of a search; return their results in the order of their first reports."""
+def run_trials(context: SearchContext, resources: Resources, warm_start: WarmStart) -> list[TrialResult]:
+    """Run the trials of a search, or those that it lacks; return their results in the order of their first
+    reports.
+
+    Raises:
+        UserError: see `_reset`.
+    """
     config, folder = context.config, context.folder
     trainable = tune.with_resources(tune.with_parameters(trial, context=context), resources.trial)
     num_trials = len(context.space.grid_settings()) if config.algorithm == "grid" else config.num_trials
+    goes_on = restore_state(folder / "tune")
+    if not goes_on:
+        _reset(folder)
     results = run_tuner(
         folder / "tune",
         trainable,
-        lambda: _tune_config(context, resources, num_trials),
         context.job.metric_names(context.base, config.dev_sets),
+        _build_search(context, resources, num_trials, warm_start, begins=not goes_on),
         num_trials,
-        config.max_failures,
+        SearchTable(f"search '{config.name}'", config.goals, num_trials),
+        goes_on,
+        scheduler=_build_scheduler(context),
+        max_failures=config.max_failures,
+        # a stopped trial that waits for workers of its own cannot hand on its process
+        reuse_actors=not config.workers_per_trial,
+        trial_name_creator=trial_name,
+        trial_dirname_creator=trial_name,
     )
     if context.keeps_checkpoints:  # members of a population kept all of them, for others to go on from
         for checkpoint in (folder / "tune").glob("*/checkpoint_*"):
@@ -217,7 +230,8 @@ def run_trials(context: SearchContext, resources: Resources) -> list[TrialResult
     def first_report(result: TrialResult) -> float:
         return min((report["at"] for report in read_reports(folder / "trials" / result.id)), default=inf)
 
-    return sorted(results, key=first_report)
+    # repeats have no reports: they come after the trials that were trained
+    return sorted(with_repeats(results), key=first_report)
 
 
 def _reset(folder: Path) -> None:
@@ -231,42 +245,41 @@ def _reset(folder: Path) -> None:
             f"{folder}/tune: Tune's state is damaged, and so is its copy; the trials' reports are in "
             f"{folder}/trials. Give the search another name="
         )
-    shutil.rmtree(folder / "trials", ignore_errors=True)
+    for part in ("trials", "tune"):
+        shutil.rmtree(folder / part, ignore_errors=True)
     (folder / JOURNAL).unlink(missing_ok=True)
 
 
-def _tune_config(context: SearchContext, resources: Resources, num_trials: int) -> tune.TuneConfig:
-    """Return searcher and scheduler of a search that begins.
-
-    Raises:
-        UserError: see `_reset`.
-    """
-    config, runs = context.config, context.folder / "trials"
-    _reset(context.folder)
+def _build_search(
+    context: SearchContext, resources: Resources, num_trials: int, warm_start: WarmStart, begins: bool
+) -> SearchAlgorithm:
+    """Return the source of a search's settings."""
+    config = context.config
     if config.algorithm == "pbt":
-        scheduler: Any = build_population(
-            context.space.knobs, config.goals[0], config.perturb_every, config.seed, runs
-        )
-        searcher: Any = BasicVariantGenerator(random_state=config.seed)
-    else:
-        scheduler = build_scheduler(
-            config.early_stopping if config.stops_trials else "none",
-            config.goals[0],
-            config.min_epochs,
-            config.reduction_factor,
-            max_epochs=int(model_epochs(context.job, context.base) * config.reduction_factor) + 1,
-            runs=runs,
-        )
-        searcher = build_searcher(config, context.space, num_trials, context.folder)
-    return tune.TuneConfig(
-        scheduler=scheduler,
-        search_alg=searcher,
-        num_samples=num_trials,
-        # a stopped trial that waits for workers of its own cannot hand on its process
-        reuse_actors=not config.workers_per_trial,
-        max_concurrent_trials=resources.max_concurrent,
-        trial_name_creator=trial_name,
-        trial_dirname_creator=trial_name,
+        return BasicVariantGenerator(max_concurrent=resources.max_concurrent or 0, random_state=config.seed)
+    options = SearcherOptions(
+        context.folder / "trials",
+        SettingKey(context.space.knobs, context.base),
+        config.repeats,
+        resources.max_concurrent or sys.maxsize,
+        inf if config.max_hours is None else 3600 * config.max_hours,
+    )
+    searcher = build_searcher(config, context.space, num_trials, context.folder, options, begins)
+    searcher.learn(warm_start.trials)
+    return GrowingGenerator(searcher, num_trials)
+
+
+def _build_scheduler(context: SearchContext) -> TrialScheduler | None:
+    config, runs = context.config, context.folder / "trials"
+    if config.algorithm == "pbt":
+        return build_population(context.space.knobs, config.goals[0], config.perturb_every, config.seed, runs)
+    return build_scheduler(
+        config.early_stopping if config.stops_trials else "none",
+        config.goals,
+        config.min_epochs,
+        config.reduction_factor,
+        max_epochs=int(model_epochs(context.job, context.base) * config.reduction_factor) + 1,
+        runs=runs,
     )
 
 

@@ -11,6 +11,7 @@ by knob.
 """
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -162,6 +163,30 @@ def config_changes(knobs: Knobs, setting: Setting) -> dict[str, Any]:
     return changes
 
 
+class SettingKey:
+    """Tells settings that are the same training: `key(setting)` is equal where the configs are that settings
+    make of `base`, numbers to six digits. An object, so that a searcher's state can be kept in a file."""
+
+    def __init__(self, knobs: Knobs, base: Config):
+        self.knobs, self.base = knobs, base
+
+    def __call__(self, setting: Setting) -> str | None:
+        """Return the key; None: the config refuses the setting, as its trial will tell."""
+        try:
+            config = change_settings(self.base, config_changes(self.knobs, setting))
+        except UserError:
+            return None
+        return json.dumps(_rounded(config.model_dump(mode="json")), sort_keys=True)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 class DefineByRun:
     """A space as Optuna's define-by-run function; an object, so that a searcher's state can be kept in a
     file."""
@@ -250,6 +275,12 @@ def check_space(name: str, space: Space, base: Config) -> None:
             config_changes(space.knobs, setting)
         except UserError as e:
             raise UserError(f"space '{name}', its published settings: {e}") from None
+
+
+def describe_setting(setting: Setting) -> str:
+    """Return a setting as short text: "prior.alpha 10, prior.k 5"."""
+    numbers = {name: f"{v:.3g}" if isinstance(v, float) else str(v) for name, v in setting.items()}
+    return ", ".join(f"{name.removeprefix('strategies.')} {number}" for name, number in numbers.items())
 
 
 def describe_knobs(knobs: Knobs, indent: str = "") -> str:

@@ -38,11 +38,17 @@ from raylib.search.config import SearchContext, SearchJob
 from raylib.search.space import Setting, config_changes
 
 REPORTS = "told.jsonl"
+# Marks beside the knobs of a setting that was proposed before: the trial whose score it takes, untrained;
+# or how many trials had it before, each of which was trained on a seed of its own
+REPEAT_OF, REPLICATE = "repeat_of", "replicate"
+REPLICATE_SEEDS = 1000  # replicates begin so far above the recipe's seed: those just above it are final runs'
 
 
 class TrialResult(NamedTuple):
     """The outcome of a trial. `state`: finished, stopped or failed; a stopped one has the scores that it was
-    stopped at. `seconds`: of its own; `start_seconds`: until its first batch."""
+    stopped at. `seconds`: of its own; `start_seconds`: until its first batch. `repeat_of`: the trial with the
+    same setting that all of this is of, for it was not trained again; `replicate`: how many trials had its
+    setting before, on other seeds."""
 
     id: str
     state: str
@@ -53,6 +59,8 @@ class TrialResult(NamedTuple):
     seconds: float
     start_seconds: float | None
     error: str | None
+    repeat_of: str | None = None
+    replicate: int = 0
 
 
 class TrialProgress(NamedTuple):
@@ -124,8 +132,15 @@ class TrainCallback(TuneReportCallback):
 
 
 def trial(setting: Setting, context: SearchContext) -> None:
-    """Run one setting, on the recipe's seed; Tune's trainable of a search."""
-    config = setting_config(context, setting, "trials", tune.get_context().get_trial_id())
+    """Run one setting, on the recipe's seed, or, a replicate, on one of its own; Tune's trainable of a
+    search."""
+    if REPEAT_OF in setting:
+        tune.report({REPEAT_OF: setting[REPEAT_OF], "epoch": 0.0, "judged": False, "finished": False})
+        return
+    config = setting_config(context, without_marks(setting), "trials", tune.get_context().get_trial_id())
+    if REPLICATE in setting:
+        seed = context.base.fit.seed + REPLICATE_SEEDS + setting[REPLICATE]
+        config = change_settings(config, {"fit.seed": seed})
     if context.keeps_checkpoints and (given := tune.get_checkpoint()):
         with given.as_directory() as folder:
             _adopt_checkpoint(config, Path(folder))
@@ -137,9 +152,14 @@ def trial(setting: Setting, context: SearchContext) -> None:
 def final(cell: dict[str, Any], context: SearchContext, settings: list[Setting | None]) -> None:
     """Run a cell of the grid of best settings and fresh seeds; Tune's trainable of the last stage. None is
     the recipe as it is."""
-    index, seed = cell["setting"], cell["seed"]
+    index, seed = cell["cell"]
     config = setting_config(context, settings[index], "finals", f"setting{index}_seed{seed}")
     run_trial(context, change_settings(config, {"fit.seed": seed}), keep=False)
+
+
+def without_marks(setting: Setting) -> Setting:
+    """Return a setting without `REPEAT_OF` and `REPLICATE`."""
+    return {name: value for name, value in setting.items() if name not in (REPEAT_OF, REPLICATE)}
 
 
 def setting_config(context: SearchContext, setting: Setting | None, part: str, name: str) -> LaunchConfig:
@@ -217,6 +237,11 @@ def drop_checkpoints(run: Path) -> None:
     """Delete the checkpoints of a run whose scores alone are needed: they are most of its bytes."""
     for folder in [*run.rglob(checkpoint.FOLDER), *run.rglob(checkpoint.BEST)]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def has_checkpoints(run: Path) -> bool:
+    """Return whether a run, or a part of it, still has checkpoints."""
+    return any(run.rglob(checkpoint.FOLDER))
 
 
 def _adopt_checkpoint(config: LaunchConfig, folder: Path) -> None:

@@ -1,0 +1,253 @@
+"""Repeats, limits and evidence of a searcher, two goals' early stopping, the table: without a cluster."""
+
+import itertools
+import random
+from types import SimpleNamespace
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search.searcher import Searcher
+
+from raylib.config import Config
+from raylib.search.config import SearchConfig
+from raylib.search.optuna import GrowingGenerator, SearcherOptions, build_searcher, load_evidence
+from raylib.search.progress import SearchTable
+from raylib.search.schedulers import build_scheduler, hypervolume_contributions, pareto_order
+from raylib.search.space import Choice, Float, Int, OneOf, SettingKey, Space
+from raylib.search.trial import REPEAT_OF, REPLICATE, append_report
+
+CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
+
+
+class Inner(Config):
+    rate: float = 0.5
+
+
+class Whole(Config):
+    x: float = 1.0
+    n: int = 0
+    inner: Inner = Inner()
+
+
+SPACE = Space("", "", {"x": Choice(1.0, 2.0), "way": OneOf(a={}, b={"n": Int(0, 3)})})
+
+
+def build(tmp_path, space=SPACE, algorithm="tpe", begins=True, num_trials=8, goals=None, **options):
+    settings = {"dev_sets": "both"} if goals else {"metric": "score"}
+    config = SearchConfig(recipe="", name="s", algorithm=algorithm, num_trials=num_trials, **settings)
+    options = SearcherOptions(tmp_path, SettingKey(space.knobs, Whole()), **options)
+    return build_searcher(config, space, num_trials, tmp_path, options, begins)
+
+
+def states(searcher):
+    return [(t.user_attrs.get("trial"), t.state, t.value) for t in searcher._ot_study.trials]
+
+
+def test_setting_key_is_that_of_the_config_to_six_digits():
+    key = SettingKey({"inner.rate": Float(0, 1), **SPACE.knobs}, Whole())
+    alike = {"inner.rate": 0.1, "x": 1.0, "way": "a"}
+    assert key(alike) == key({**alike, "inner.rate": 0.1 + 1e-9})
+    assert key(alike) == key({**alike, "way": "b", "n": 0})  # another alternative, the same config
+    assert key(alike) != key({**alike, "inner.rate": 0.1001}) and key(alike) != key({**alike, "x": 2.0})
+    assert key({**alike, "x": 3.0}) is None  # its trial will tell
+
+
+@pytest.mark.parametrize("algorithm", ["tpe", "random", "grid"])
+def test_searcher_marks_a_setting_that_it_has_proposed(tmp_path, algorithm):
+    one = Space("", "", {"x": Choice(1.0)}, grid={"x": (1.0, 1.0)})
+    found = build(tmp_path, one, algorithm)
+    assert found.suggest("first") == {"x": 1.0}
+    assert found.suggest("second") == {"x": 1.0, REPEAT_OF: "first"}
+    found.on_trial_result("first", {"score": 0.25, "epoch": 1})
+    found.on_trial_complete("second", {REPEAT_OF: "first", "finished": False})  # before the first has ended
+    assert states(found)[1] == ("second", TrialState.RUNNING, None)
+    found.on_trial_complete("first", {"score": 0.5, "epoch": 2, "finished": True})
+    assert found.suggest("third") == {"x": 1.0, REPEAT_OF: "first"}  # not of the second
+    found.on_trial_complete("third", {REPEAT_OF: "first", "finished": False})
+    assert [state[1:] for state in states(found)] == [(TrialState.COMPLETE, 0.5)] * 3
+    assert [trial.intermediate_values for trial in found._ot_study.trials] == [{1: 0.25}] * 3
+
+
+def test_searcher_repeat_of_a_stopped_or_failed_trial_is_that(tmp_path):
+    found = build(
+        tmp_path, Space("", "", {"x": Choice(1.0, 2.0)}, ({"x": 1.0}, {"x": 2.0}, {"x": 1.0}, {"x": 2.0}))
+    )
+    assert [found.suggest(name).get(REPEAT_OF) for name in "abcd"] == [None, None, "a", "b"]
+    found.on_trial_complete("a", {"score": 0.5, "epoch": 3, "finished": False})
+    found.on_trial_complete("b", None, error=True)
+    found.on_trial_complete("c", {REPEAT_OF: "a"})
+    found.on_trial_complete("d", {REPEAT_OF: "b"})
+    stopped, failed = (TrialState.PRUNED, 0.5), (TrialState.FAIL, None)
+    assert [state[1:] for state in states(found)] == [stopped, failed, stopped, failed]
+    assert found._ot_study.trials[2].intermediate_values == {3: 0.5}
+
+
+def test_searcher_knows_repeats_after_a_restart(tmp_path):
+    space = Space("", "", {"x": Choice(1.0, 2.0)}, ({"x": 1.0}, {"x": 1.0}, {"x": 1.0}))
+    found = build(tmp_path, space, max_seconds=1.0)
+    found.suggest("first")
+    found.suggest("second")
+    found.save(str(tmp_path / "state"))
+    again = build(tmp_path, space, begins=False, max_seconds=60.0)
+    again.restore(str(tmp_path / "state"))
+    assert again.suggest("third")[REPEAT_OF] == "first" and again.options.max_seconds == 60.0
+    again.on_trial_complete("first", {"score": 0.5, "epoch": 2, "finished": True})
+    assert [state[1:] for state in states(again)] == [(TrialState.COMPLETE, 0.5)] * 3
+    del found._repeats, found._keys, found.options  # as in a state that an earlier version saved
+    found.save(str(tmp_path / "state"))
+    old = build(tmp_path, space, begins=False)
+    old.restore(str(tmp_path / "state"))
+    old._ot_study.enqueue_trial({"x": 1.0})
+    assert old.suggest("fourth")[REPEAT_OF] == "first"
+
+
+def test_searcher_replicates_count_those_that_were_trained(tmp_path):
+    found = build(tmp_path, Space("", "", {"x": Choice(1.0)}), repeats="replicate")
+    assert [found.suggest(name).get(REPLICATE) for name in "abc"] == [None, 1, 2]
+    for name, score in zip("abc", (0.1, 0.2, 0.3), strict=True):
+        found.on_trial_complete(name, {"score": score, "epoch": 1, "finished": True})
+    assert [value for *_, value in states(found)] == [0.1, 0.2, 0.3]
+
+
+def test_searcher_begins_no_more_than_its_limits_allow(tmp_path, monkeypatch):
+    found = build(tmp_path, Space("", "", {"x": Float(0, 1)}), max_concurrent=2, max_seconds=100.0)
+    assert found.suggest("a") and found.suggest("b") and found.suggest("c") is None
+    found.on_trial_complete("a", {"score": 0.1, "epoch": 1, "finished": True})
+    assert found.suggest("c") and len(found._ot_study.trials) == 3
+    found._began -= 99.0  # as if so many seconds had passed
+    found.save(str(tmp_path / "state"))
+    found.on_trial_complete("b", {"score": 0.1, "epoch": 1, "finished": True})
+    assert found.suggest("d")
+    found._began -= 2.0
+    assert found.suggest("e") == Searcher.FINISHED
+    again = build(tmp_path, begins=False, max_seconds=100.0)
+    again.restore(str(tmp_path / "state"))
+    assert 99.0 <= again.seconds() < 100.0
+    generator = GrowingGenerator(found, 3)
+    generator.set_state({"counter": 3, "total_samples": 3, "finished": True, "experiment": None})
+    generator.save_to_dir(str(tmp_path), "1")
+    grown = GrowingGenerator(again, 5)
+    grown.restore_from_dir(str(tmp_path))
+    assert (grown._counter, grown._total_samples, grown.is_finished()) == (3, 5, False)
+
+
+def test_evidence_lies_in_the_space_and_is_entered_once(tmp_path):
+    wide, narrow = Float(0, 4), Float(0, 1)
+    found = build(tmp_path, Space("", "", {"x": wide}, ({"x": 0.5}, {"x": 3.0}, {"x": 0.25})))
+    for name in "abc":
+        found.suggest(name)
+    for name in "ab":
+        found.on_trial_complete(name, {"score": 0.5, "epoch": 1, "finished": True})
+    found.on_trial_complete("c", {"score": 0.5, "epoch": 1, "finished": False})  # stopped: no evidence
+    evidence, num_outside = load_evidence(tmp_path, "s", {"x": narrow})
+    assert [trial.params for trial in evidence] == [{"x": 0.5}] and num_outside == 1
+    (tmp_path / "other").mkdir()
+    other = build(tmp_path / "other", Space("", "", {"x": narrow}))
+    other.learn(evidence)
+    other.learn(evidence)
+    assert [(trial.params, trial.value) for trial in other._ot_study.trials] == [({"x": 0.5}, 0.5)]
+    assert REPEAT_OF not in other.suggest("a")
+
+
+def area(points, steps=60):
+    """The area that points dominate in the unit square, by counting cells."""
+    cells = itertools.product(range(steps), repeat=2)
+    return sum(any(p[0] * steps > i and p[1] * steps > j for p in points) for i, j in cells) / steps**2
+
+
+def test_hypervolume_contributions_equal_slow_references():
+    dice = random.Random(0)
+    for _ in range(20):
+        points = [(dice.randint(1, 59) / 60, dice.randint(1, 59) / 60) for _ in range(6)]
+        front = [p for p in points if not any(q[0] >= p[0] and q[1] >= p[1] and q != p for q in points)]
+        added = hypervolume_contributions(front)
+        for i, point in enumerate(front):
+            others = front[:i] + front[i + 1 :]
+            assert added[i] == pytest.approx(area([*others, point]) - area(others), abs=1e-9)
+        losses = [[-x, -y] for x, y in front]
+        import numpy as np
+        from optuna._hypervolume import compute_hypervolume
+
+        whole = compute_hypervolume(np.array(losses), np.zeros(2))
+        for i in range(len(front)):
+            rest = np.array(losses[:i] + losses[i + 1 :]).reshape(-1, 2)
+            assert added[i] == pytest.approx(
+                whole - compute_hypervolume(rest, np.zeros(2)) if len(rest) else whole
+            )
+
+
+def test_pareto_order_is_front_by_front():
+    points = [(0.2, 0.2), (0.9, 0.1), (0.5, 0.5), (0.1, 0.9), (0.4, 0.4), (0.5, 0.5)]
+    order = pareto_order(points)
+    assert set(order[:4]) == {1, 2, 3, 5} and order[4:] == [4, 0]
+    assert pareto_order([(0.1, 0.3), (0.6, 0.2), (0.5, 0.25)])[0] == 1  # it adds most
+
+
+def test_two_goals_are_stopped_by_hypervolume_at_equal_epochs(tmp_path):
+    trials = [SimpleNamespace(trial_id=str(i)) for i in range(6)]
+    controller = SimpleNamespace(get_trials=lambda: trials)
+    rule = build_scheduler(
+        "asha", ["a", "b"], min_epochs=1, reduction_factor=2.0, max_epochs=9, runs=tmp_path
+    )
+    assert list(rule.rungs) == [8, 4, 2, 1]
+
+    def tell(i, age, a, b, judged=True):
+        return rule.on_trial_result(controller, trials[i], {"age": age, "judged": judged, "a": a, "b": b})
+
+    assert tell(0, 1, 0.5, 0.5) == CONTINUE
+    assert tell(1, 1, 0.4, 0.4) == STOP  # dominated
+    assert tell(2, 1, 0.9, 0.1) == CONTINUE  # of the best two of three
+    assert tell(3, 1, 0.1, 0.1, judged=False) == CONTINUE and tell(3, 1, float("nan"), 0.9) == CONTINUE
+    assert tell(3, 1, 0.1, 0.52) == STOP  # on the front, but it adds little
+    assert tell(0, 1, 0.0, 0.0) == CONTINUE  # at this rung it has been
+    assert tell(0, 2, 0.1, 0.1) == CONTINUE and tell(2, 3, 0.9, 0.2) == CONTINUE  # another rung
+
+
+def test_two_goals_are_compared_with_trials_before_a_restart(tmp_path, monkeypatch):
+    from raylib.search import schedulers
+
+    for i, (a, b) in enumerate([(0.5, 0.5), (0.9, 0.2)]):
+        (tmp_path / str(i)).mkdir()
+        append_report(tmp_path / str(i), {"age": 1, "judged": True, "a": a, "b": b})
+    trials = [SimpleNamespace(trial_id=str(i)) for i in range(3)]
+    monkeypatch.setattr(schedulers, "DRIVER_START", float("inf"))
+    rule = build_scheduler("asha", ["a", "b"], 1, 2.0, 9, tmp_path)
+    report = {"age": 1, "judged": True, "a": 0.1, "b": 0.4}
+    assert rule.on_trial_result(SimpleNamespace(get_trials=lambda: trials), trials[2], report) == STOP
+
+
+def test_search_table_has_scores_settings_and_the_best_so_far():
+    def trial(name, status, config, **last):
+        return SimpleNamespace(trial_id=name, status=status, config=config, last_result=last)
+
+    done = {"epoch": 4.0, "epochs": 4}
+    trials = [
+        trial("aa", "TERMINATED", {"optim.lr": 1e-3}, english_dev=0.25, finished=True, **done),
+        trial("bb", "TERMINATED", {"optim.lr": 3e-3}, english_dev=0.5, finished=True, **done),
+        trial("cc", "TERMINATED", {"optim.lr": 0.1}, english_dev=0.9, finished=False, epoch=1.0, epochs=4),
+        trial("dd", "RUNNING", {"strategies.prior.k": 5}),
+        trial("ee", "TERMINATED", {"optim.lr": 1e-3, REPEAT_OF: "aa"}, **{REPEAT_OF: "aa"}, finished=False),
+        trial("ff", "ERROR", {"optim.lr": 9.0}),
+    ]
+    table = SearchTable("search 'x'", ["english_dev"], 9)
+    lines = [" ".join(line.split()) for line in table.table(trials).splitlines()]
+    assert lines == [
+        "6 of 9 trials: 2 finished, 1 stopped, 1 running, 1 repeat, 1 failed",
+        "best so far: english_dev 50.0 % by bb, optim.lr 0.003",
+        "trial state epoch english_dev, % setting",
+        "dd running prior.k 5",
+        "cc stopped 1 of 4 90.0 optim.lr 0.1",
+        "bb finished 4 of 4 50.0 optim.lr 0.003",
+        "aa finished 4 of 4 25.0 optim.lr 0.001",
+        "ee repeat of aa 4 of 4 25.0 optim.lr 0.001",
+        "ff failed optim.lr 9",
+    ]
+    assert table.should_report(trials, done=True) and not table.should_report(trials)
+
+
+def test_study_has_the_names_of_its_goals(tmp_path):
+    found = build(tmp_path, Space("", "", {"x": Float(0, 1)}), algorithm="nsga2", goals=2)
+    assert found._ot_study.metric_names == ["english_dev", "target_dev"]
+    assert isinstance(found._ot_study, optuna.Study)
