@@ -30,8 +30,8 @@ class SearchConfig(Config):
     max_hours: after which no trial begins, over all starts of the search; those that run go to their end.
     repeats: a setting that is proposed again is not trained again: its trial takes the first one's score; or
         it is a replicate, trained on another seed.
-    warm_start: the folder of another search, whose finished trials tpe and priorband learn from, where they lie
-        in the space.
+    warm_start: the folder of another search, whose finished trials tpe and priorband learn from, where they
+        lie in the space.
     early_stopping: asha stops trials that are behind others after `min_epochs`, `min_epochs` x
         `reduction_factor`, ... epochs (of two goals: by dominance, then hypervolume); median those below the
         median of one goal.
