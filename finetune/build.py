@@ -22,7 +22,6 @@ from finetune.tasks.datasets import TASKS
 from raylib.cache import fingerprint_module, get_cache
 from raylib.config import UserFile, load_user_class, load_user_file, lookup, user_files
 from raylib.errors import UserError
-from raylib.launch import no_log
 from raylib.models import stored_backbone
 from raylib.models.base import CODE_KEY, RegionBackbone, load_weights, read_description
 from raylib.models.finetuned import find_evaluated, freeze, is_foreign, tokenizer_at, weights_of
@@ -209,12 +208,12 @@ def used_sets(parts: Mapping[str | None, FinetuneConfig]) -> list[UsedSet]:
 
 
 def check_images(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> None:
-    """Look for the images of dev and test sets: after the training is too late.
+    """Look for the images, or the region features, of dev and test sets: after the training is too late.
 
     Raises:
-        UserError: one is missing.
+        UserError: those of one are missing.
     """
-    if find_task(config).needs_images(config) and not config.regions:
+    if find_task(config).needs_images(config):
         visual = open_visual(config, 0)
         for used in used_sets(parts):
             if used.role != "train":
@@ -307,13 +306,14 @@ def with_stored_code(config: FinetuneConfig) -> FinetuneConfig:
     return config.model_copy(update={"backbone": f"{folder / description[CODE_KEY]}"})
 
 
-def build_strategies(config: FinetuneConfig, log: Callable[..., None] = no_log) -> Strategies:
-    """The strategies of `config`, built; what they report goes to `log`.
+def build_strategies(config: FinetuneConfig) -> Strategies:
+    """The strategies of `config`, built.
 
     Raises:
         UserError: a file that one needs is missing or wrong, a setting does not fit the task.
     """
     task = find_task(config)
+    training, english = task.training_texts(config)
     context = Context(
         Path(config.data),
         config.wordnet_folder,
@@ -321,9 +321,9 @@ def build_strategies(config: FinetuneConfig, log: Callable[..., None] = no_log) 
         task.label_names(config),
         tokenizer_of(config),
         Path(config.runs).absolute() / "cache",  # named by content: other runs read it too
-        log,
-        task.training_captions(config),
-        *task.training_texts(config),
+        captions=task.training_captions(config),
+        training=training,
+        english=english,
     )
     return Strategies(config.strategies, context)
 

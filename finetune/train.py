@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune import report
 from finetune.build import (
@@ -31,7 +31,7 @@ from finetune.config import FinetuneConfig
 from finetune.evaluate import find_trained, test_result, trained_config
 from finetune.lineage import method_of, runs_behind
 from finetune.overlap import check_overlap
-from finetune.strategies import Need, check_strategies
+from finetune.strategies import Need, Strategies, check_strategies
 from finetune.strategies.base import Stage, StageRun
 from finetune.worker import FinetuneJob
 from raylib import checkpoint
@@ -53,23 +53,23 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
     Raises:
         UserError: whatever is wrong with settings, data or a model, before any worker starts where possible.
     """
-    overlap = check(config)
+    checked = check(config)
     if not user_files(config.backbone):
         config = with_stored_code(config)
     folder, log = run_folder(config), print if is_main_process(config) else no_log
-    for shared in overlap:
+    for shared in checked.overlap:
         log(
             f"published overlap: {shared['first']['file']} shares {shared['images']} images and "
             f"{shared['items']} items with {shared['second']['file']} ({shared['declared']})"
         )
     with _removed_on_mistake(folder) if is_main_process(config) else nullcontext():
-        return _run_in(folder, config, overlap, reporter, log)
+        return _run_in(folder, config, checked, reporter, log)
 
 
 def _run_in(
     folder: Path,
     config: FinetuneConfig,
-    overlap: list[dict[str, Any]],
+    checked: "Checked",
     reporter: Reporter | None,
     log: Callable[..., None],
 ) -> dict[str, Any]:
@@ -91,14 +91,14 @@ def _run_in(
     with tracked(config) as tracking:
         epochs = epochs_of(config)
         results = [
-            _run_part(part, language, reporter and reporter.after(i * epochs))
+            _run_part(part, language, checked, reporter and reporter.after(i * epochs))
             for i, (part, language) in enumerate(parts)
         ]
         if any(not result["finished"] for result in results):
             tracking.status = "stopped"
             log("stopped before the end; the same command goes on from there")
             return results[-1]
-        identity = {**_identity(config, folder), "overlap": overlap}
+        identity = {**_identity(config, folder), "overlap": checked.overlap}
         if not config.run_test:
             result = {**report.of_dev_sets(config, results), **identity}
             require_finite_values(f"{folder}/result.json", result)
@@ -146,9 +146,22 @@ def _identity(config: FinetuneConfig, folder: Path) -> dict[str, str | None]:
     return {"config_sha256": config_hash(config), "data_sha256": data_hash(folder)}
 
 
-def check(config: FinetuneConfig) -> list[dict[str, Any]]:
-    """Find mistakes before anything starts. Returns what the sets of the run share, as published
-    (`finetune.overlap`)."""
+class Checked(NamedTuple):
+    """A checked run. overlap: of its sets, as published (`finetune.overlap`). strategies: as the check has
+    built them, to see that they can be."""
+
+    config: FinetuneConfig
+    overlap: list[dict[str, Any]]
+    strategies: Strategies
+
+    def strategies_of(self, config: FinetuneConfig) -> Strategies | None:
+        """Return the built strategies, for a training of the same settings in this process."""
+        same = self.config.model_copy(update={"backbone": config.backbone})  # may name a stored copy by now
+        return self.strategies if same.model_dump() == config.model_dump() else None
+
+
+def check(config: FinetuneConfig) -> Checked:
+    """Find mistakes before anything starts."""
     task = find_task(config)
     for name in ("model", "data"):
         if not getattr(config, name):
@@ -175,13 +188,13 @@ def check(config: FinetuneConfig) -> list[dict[str, Any]]:
     find_backbone(config.backbone)
     task.check(config)
     check_strategies(config, offered_needs(config), config.trains)
-    build_strategies(config)
+    strategies = build_strategies(config)
     if not is_main_process(config):
-        return []
+        return Checked(config, [], strategies)
     parts = {language: part for part, language in _parts(config)}
     overlap = check_overlap(config, parts)
     check_images(config, parts)
-    return overlap
+    return Checked(config, overlap, strategies)
 
 
 def _check_language(config: FinetuneConfig, language: str) -> None:
@@ -265,7 +278,9 @@ def final_training(config: FinetuneConfig) -> FinetuneConfig:
     return config.model_copy(update={"strategies": config.strategies.during("run")})
 
 
-def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter | None) -> dict[str, Any]:
+def _run_part(
+    config: FinetuneConfig, language: str | None, checked: Checked, reporter: Reporter | None
+) -> dict[str, Any]:
     """Train and evaluate a part, after the stages of its strategies; or read what that came to before."""
     folder, is_main = run_folder(config), is_main_process(config)
     done = folder / "part.json"
@@ -282,7 +297,10 @@ def _run_part(config: FinetuneConfig, language: str | None, reporter: Reporter |
     except _StoppedEarly as stopped:
         return {**stopped.args[0], **stages.spent}
     reporter = reporter and reporter.after(epochs_of(config) - config.epochs)
-    result = launch(FinetuneJob(language, start=start), last, folder, reporter)
+    # a worker of Ray builds its own, in a process of its own
+    strategies = checked.strategies_of(last) if config.runtime == "local" else None
+    job = FinetuneJob(language, start=start, strategies=strategies)
+    result = launch(job, last, folder, reporter)
     result |= {name: before + result.get(name, 0) for name, before in stages.spent.items()}
     result |= {"sparsity": None, **stages.figures}
     if result["finished"] and is_main:

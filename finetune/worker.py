@@ -17,7 +17,6 @@ from finetune.evaluate import Validation, dev_result, find_trained, load_dev_ite
 from finetune.strategies import Strategies, TrainingSetup
 from finetune.tasks.base import Pipeline
 from raylib.distributed import barrier
-from raylib.launch import no_log
 from raylib.loop import fit
 from raylib.models import peft
 from raylib.models.base import load_weights
@@ -29,14 +28,23 @@ class FinetuneJob:
 
     language: of a part that has one language of its own. epochs: stop after so many, and evaluate nothing (a
     pruning round). start: a checkpoint whose weights training starts from in place of the model's.
+    strategies: of `config`, where this process has built them before.
     """
 
-    def __init__(self, language: str | None = None, epochs: int | None = None, start: Path | None = None):
-        self.language, self.epochs, self.start = language, epochs, start
+    def __init__(
+        self,
+        language: str | None = None,
+        epochs: int | None = None,
+        start: Path | None = None,
+        strategies: Strategies | None = None,
+    ):
+        self.language, self.epochs, self.start, self.strategies = language, epochs, start, strategies
 
     def __call__(self, runtime: Runtime, config: FinetuneConfig) -> dict[str, Any]:
         """{"languages": {code: figures}, "params", "trainable", "finished", ...}."""
-        strategies = build_strategies(config, print if runtime.rank == 0 else no_log)
+        strategies = self.strategies or build_strategies(config)
+        for note in strategies.notes if runtime.rank == 0 else ():
+            print(note)
         pipeline = build_pipeline(config, strategies, runtime.device, self.start)
         model = pipeline.model
         trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}

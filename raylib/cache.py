@@ -3,7 +3,9 @@
 1. Objects that many trials of a search read and none changes: parsed files, tokens, matrices.
    `cached(name, key, fn)` is `fn()`. In a search, the first trial that asks calls `fn`, and the others get
    the same object from an `ObjectCache` (Ray's object store).
-2. Encoder states of many items on disk: made by all workers together, and read by name. Memory stays bounded
+2. Indices of large files, `open_once(path, open)`: a process scans a file once, and hands what it found to
+   its workers.
+3. Encoder states of many items on disk: made by all workers together, and read by name. Memory stays bounded
    whatever the number of items: pages of the files come and go with the system's cache.
 """
 
@@ -59,6 +61,30 @@ def cached(name: str, key: tuple, fn: Callable[[], T]) -> T:
     if _cache is None:
         return fn()
     return _cache.get_or_create(f"{name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}", fn)
+
+
+_opened: dict[str, tuple[tuple, Any]] = {}  # path -> (fingerprint, what opening it made)
+
+
+def open_once(path: Path, open: Callable[[Path], T]) -> T:
+    """Return `open(path)`; or, of a file that has not changed, what it was in this process before, or in
+    another trial. The object may be sent to other processes."""
+    if not path.is_file():  # to see that nothing in a folder changed takes as long as to list it
+        return open(path)
+    key = file_fingerprint(path)
+    if _opened.get(key[0], ((), None))[0] != key:
+        _opened[key[0]] = key, cached("opened", key, lambda: open(path))
+    return _opened[key[0]][1]
+
+
+def opened_files() -> dict[str, tuple[tuple, Any]]:
+    """Return what `open_once` has opened, for `share_opened` in another process."""
+    return dict(_opened)
+
+
+def share_opened(files: dict[str, tuple[tuple, Any]]) -> None:
+    """Let `open_once` find what another process has opened."""
+    _opened.update(files)
 
 
 def file_fingerprint(path: str | Path) -> tuple:

@@ -185,6 +185,7 @@ def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -
             "config": config,
             "run": str(run),
             "object_cache": cache.get_cache(),
+            "opened_files": cache.opened_files(),
         },
         scaling_config=train.ScalingConfig(num_workers=config.workers, use_gpu=gpu),
         run_config=train.RunConfig(
@@ -250,6 +251,7 @@ def _run_worker(loop_config: dict[str, Any]) -> dict:
     if failure.is_file():
         return read_json(failure)
     cache.set_cache(loop_config["object_cache"])
+    cache.share_opened(loop_config["opened_files"])
     try:
         return loop_config["main"](RayRuntime(run), loop_config["config"])
     except UserError as e:

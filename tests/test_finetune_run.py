@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from safetensors.torch import load_file
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from finetune.__main__ import main
 from finetune.build import build_model, find_task, read_split
 from finetune.recipes import RECIPES
+from finetune.stores import images
+from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.tasks.datasets import TASKS
 from raylib.config import override
 from raylib.sample.concepts import DATA
@@ -249,6 +252,24 @@ def test_finetune_wrong_settings_are_one_line_errors(finetune, settings, words):
     line = printed.strip().splitlines()[-1]
     assert code == 2 and line.startswith("error: "), printed
     assert all(word in line for word in words), line
+
+
+def test_finetune_local_run_prepares_once(finetune, tmp_path, scenes, monkeypatch):
+    """From the check to the last evaluation of all parts, its tar is scanned once; strategies are built for
+    the check alone, where the run has no parts; on a new file both begin anew."""
+    counts = Counter()
+    scan, build = images.TarScan, LinguisticPriorConfig.build
+    monkeypatch.setattr(images, "TarScan", lambda *a, **k: counts.update(["scan"]) or scan(*a, **k))
+    monkeypatch.setattr(LinguisticPriorConfig, "build", lambda *a: counts.update(["build"]) or build(*a))
+    shutil.copyfile(scenes / "images.tar", tmp_path / "images.tar")
+    own = ["runtime=local", "epochs=1", f"images={tmp_path / 'images.tar'}", "strategies.prior.k=3"]
+    code, printed = finetune("scenes_xgqa", "name=english", *own)
+    assert code == 0 and counts == {"scan": 1, "build": 1}, printed
+    assert printed.count("labels have no vector") == 1
+    shots = [f"model={tmp_path / 'english'}", "setting=few_shot", "shots=5", 'languages=["ru","de"]']
+    os.utime(tmp_path / "images.tar")
+    assert finetune("scenes_xgqa", "name=few", *own, *shots)[0] == 0
+    assert counts == {"scan": 2, "build": 4}  # a part each has its own training texts
 
 
 def test_finetune_missing_image_is_named(finetune, scenes, tmp_path):

@@ -283,6 +283,7 @@ def test_region_store_finds_regions_by_id(tmp_path, kind):
         assert (regions.features == FEATURES).all() and (regions.boxes == BOXES).all()
         assert (regions.height, regions.width) == (20, 40)
         assert store.read(f"{name}.jpg").boxes.shape == (2, 4)  # as other files call it
+        assert store.has(name) and store.has(f"{name}.jpg") and not store.has("9")
     with pytest.raises(UserError, match="no regions of image '9'"):
         store.read("9")
     with multiprocessing.get_context("fork").Pool(2) as pool:  # after the parent has opened it

@@ -6,6 +6,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -377,19 +378,32 @@ def test_answers_that_are_nowhere_are_named(own, model, tmp_path):
         task.training_items(answered, SimpleNamespace(labels=("no", "yes")))
 
 
+@pytest.mark.parametrize("kind", ["images", "regions"])
 @pytest.mark.parametrize("split", ["dev", "test"])
-def test_missing_image_is_named_before_anything_starts(split, own, model, tmp_path):
+def test_missing_image_is_named_before_anything_starts(split, kind, own, model, tmp_path):
     (tmp_path / "my_task.py").write_text(CLASSIFICATION.replace('"label"', '"image": "i", "label"'))
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "there.png")
+    folder = tmp_path / kind
+    folder.mkdir()
+
+    def path(name):
+        return folder / f"{name}.{'png' if kind == 'images' else 'npz'}"
+
+    def write(name, shade):
+        if kind == "images":
+            Image.new("RGB", (4, 4), (shade, 0, 0)).save(path(name))
+        else:
+            np.savez(path(name), features=np.ones((1, 3)), boxes=np.ones((1, 4)), img_h=20, img_w=40)
+
+    write("there", 0)
     records = {file: [json.loads(line) for line in file.read_text().splitlines()] for file in own.iterdir()}
     for number, (file, lines) in enumerate(records.items()):
-        Image.new("RGB", (4, 4), (number, 0, 0)).save(tmp_path / "images" / f"{file.stem}.png")
+        write(file.stem, number)
         write_records(own, file.name, [{**line, "i": file.stem} for line in lines])
-    settings = {"data": str(own), "images": str(tmp_path / "images")}
+    settings = {"data": str(own), kind: str(folder)}
     check_own(tmp_path / "my_task.py", model, **settings)
-    (tmp_path / "images" / f"{split}.en.png").unlink()
-    with pytest.raises(UserError, match=rf"images: no image '{split}\.en', of '.+' in .*{split}\.en\.jsonl"):
+    path(f"{split}.en").unlink()
+    what = "image" if kind == "images" else "regions of"
+    with pytest.raises(UserError, match=rf"{kind}: no {what} '{split}\.en', of '.+' in .*{split}\.en\.jsonl"):
         check_own(tmp_path / "my_task.py", model, **settings)
 
 

@@ -92,7 +92,7 @@ class FinetuneSearchJob(SearchJob):
         return (*english, *(("target_dev", *targets) if targets else ()))
 
     def check_config(self, config: FinetuneConfig) -> None:
-        check(config)
+        checked = check(config)
         for code in config.dev_languages:
             dev_split(config, code)
         bare = config.model_copy(
@@ -106,7 +106,7 @@ class FinetuneSearchJob(SearchJob):
         self.num_layers[config.model] = model.num_layers
         last = final_training(config)  # the training that is judged
         adapted = copy.deepcopy(model)  # whose weights the strategies may freeze or replace
-        build_strategies(last).adapt(adapted)
+        (checked.strategies_of(last) or build_strategies(last)).adapt(adapted)
         _check_head(last, model, adapted)
 
     def release(self) -> None:

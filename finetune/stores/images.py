@@ -12,7 +12,7 @@ import torch
 from finetune.formats import Captioned, Example
 from finetune.stores import SUFFIXES, Regions, folders_of, may_hold, normalise_boxes, stem
 from finetune.stores.regions import RegionStore, open_regions
-from raylib.cache import EncoderStates, write_encoder_states
+from raylib.cache import EncoderStates, open_once, write_encoder_states
 from raylib.data.images import AugmentConfig, augment_image, decode_image, resize_image
 from raylib.data.tars import TarScan
 from raylib.errors import UserError
@@ -102,13 +102,16 @@ class ImageStore:
 
 
 def open_images(path: Path | str) -> ImageStore:
-    """Open the images of a folder and all that is below it, or of a tar.
+    """Open the images of a folder and all that is below it, or of a tar, which a process reads once.
 
     Raises:
         UserError: neither; a tar that is damaged, or compressed; no image in it; two images of one id in
             one folder (both are named).
     """
-    path = Path(path)
+    return open_once(Path(path), _open_images)
+
+
+def _open_images(path: Path) -> ImageStore:
     if path.is_dir():
         found = _list_folder(path)
     elif path.suffix == ".tar" and path.is_file():
@@ -213,21 +216,20 @@ def open_visual(config: "FinetuneConfig", size: int, has_tags: bool = False) -> 
 
 
 def require_images(visual: VisualSource | None, items: Iterable[Example | Captioned], path: Path) -> None:
-    """Look for the images of all `items`, which come from the file `path`. Region features are not looked
-    for: their stores find one by reading it.
+    """Look for the images, or the region features, of all `items`, which come from the file `path`.
 
     Raises:
-        UserError: one is missing.
+        UserError: those of one are missing.
     """
-    if not isinstance(visual, ImageSource):
+    if visual is None:
         return
     store, found = visual.store, set[str]()
+    kind, setting = ("image", "images") if isinstance(store, ImageStore) else ("regions of", "regions")
     for item in items:
         for name in item.images:
             if name not in found and not store.has(name):
-                raise UserError(
-                    f"{store.path}: no image '{name}', of '{item.texts[0]:.60}' in {path}; check images="
-                )
+                text = f"'{item.texts[0]:.60}' in {path}"
+                raise UserError(f"{store.path}: no {kind} '{name}', of {text}; check {setting}=")
             found.add(name)
 
 

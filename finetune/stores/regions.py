@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from finetune.stores import Regions, decode_floats, folders_of, may_hold, stem, to_regions, unpickle
+from raylib.cache import open_once
 from raylib.errors import UserError
 from raylib.fileio import unicode_forms
 
@@ -28,6 +29,10 @@ class RegionStore(ABC):
 
     def __init__(self, path: Path):
         self.path = path
+
+    @abstractmethod
+    def has(self, name: str) -> bool:
+        """Return whether there are regions of the image `name`; they are not read."""
 
     @abstractmethod
     def find(self, name: str) -> Regions | None:
@@ -56,7 +61,10 @@ def open_regions(path: Path | str) -> RegionStore:
     Raises:
         UserError: none of these; a flat .h5 whose arrays do not fit each other.
     """
-    path = Path(path)
+    return open_once(Path(path), _open_regions)
+
+
+def _open_regions(path: Path) -> RegionStore:
     if store := _open(path):
         return store
     stores = [store for child in sorted(path.iterdir()) if (store := _open(child))] if path.is_dir() else []
@@ -82,19 +90,26 @@ def _open(path: Path) -> RegionStore | None:
 
 
 class _KeyedStore(RegionStore):
-    """Looks an image up under the names that it may have. Formats differ in `lookup`."""
+    """Looks an image up under the names that it may have. Formats differ in `has_key` and `lookup`."""
 
     @abstractmethod
-    def lookup(self, key: str) -> dict[str, Any] | None:
-        """Return the record kept under exactly this name, or None."""
+    def has_key(self, key: str) -> bool:
+        """Return whether there is a record of exactly this name."""
+
+    @abstractmethod
+    def lookup(self, key: str) -> dict[str, Any]:
+        """Return the record of exactly this name."""
+
+    def _find_key(self, name: str) -> str | None:
+        keys = dict.fromkeys((*unicode_forms(name), *unicode_forms(stem(name))))
+        return next(filter(self.has_key, keys), None) if may_hold(name, _words(self.path)) else None
+
+    def has(self, name: str) -> bool:
+        return self._find_key(name) is not None
 
     def find(self, name: str) -> Regions | None:
-        if may_hold(name, _words(self.path)):
-            for key in dict.fromkeys((*unicode_forms(name), *unicode_forms(stem(name)))):
-                record = self.lookup(key)
-                if record is not None:
-                    return to_regions(record, f"{self.path}, {key}")
-        return None
+        key = self._find_key(name)
+        return None if key is None else to_regions(self.lookup(key), f"{self.path}, {key}")
 
 
 class _Several(RegionStore):
@@ -104,6 +119,9 @@ class _Several(RegionStore):
     def __init__(self, path: Path, stores: list[RegionStore]):
         super().__init__(path)
         self.stores = stores
+
+    def has(self, name: str) -> bool:
+        return any(store.has(name) for store in self.stores)
 
     def find(self, name: str) -> Regions | None:
         found = [(store.path, regions) for store in self.stores if (regions := store.find(name)) is not None]
@@ -129,10 +147,13 @@ class _Lmdb(_KeyedStore):
         super().__init__(path)
         self.folder = path.resolve()
 
-    def lookup(self, key: str) -> dict | None:
+    def has_key(self, key: str) -> bool:
         with _environment(self.folder).begin() as transaction:
-            value = transaction.get(key.encode())
-        return None if value is None else unpickle(io.BytesIO(value), f"{self.path}, {key}")
+            return transaction.cursor().set_key(key.encode())
+
+    def lookup(self, key: str) -> dict:
+        with _environment(self.folder).begin() as transaction:
+            return unpickle(io.BytesIO(transaction.get(key.encode())), f"{self.path}, {key}")
 
 
 class _H5(_KeyedStore):
@@ -153,9 +174,10 @@ class _H5(_KeyedStore):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_handle": None}
 
-    def lookup(self, key: str) -> dict | None:
-        if key not in self.handle():
-            return None
+    def has_key(self, key: str) -> bool:
+        return key in self.handle()
+
+    def lookup(self, key: str) -> dict:
         group = self.handle()[key]
         return {name: group[name][()] for name in group}
 
@@ -199,10 +221,11 @@ class _FlatH5(_H5):
             )
         self.order = orders[0]
 
-    def lookup(self, key: str) -> dict | None:
-        row, file = self.rows.get(key), self.handle()
-        if row is None:
-            return None
+    def has_key(self, key: str) -> bool:
+        return key in self.rows
+
+    def lookup(self, key: str) -> dict:
+        row, file = self.rows[key], self.handle()
         count = int(np.ravel(file["num_boxes"][row])[0]) if "num_boxes" in file else None
         width, height = np.ravel(file["wh"][row])[list(self.order)]
         return {
@@ -217,10 +240,11 @@ class _Npz(_KeyedStore):
     """ID.npz with the arrays features, boxes, img_h, img_w; UC2's have norm_bb, whose first four columns are
     shares of the image."""
 
-    def lookup(self, key: str) -> dict | None:
+    def has_key(self, key: str) -> bool:
+        return (self.path / f"{key}.npz").is_file()
+
+    def lookup(self, key: str) -> dict:
         file = self.path / f"{key}.npz"
-        if not file.is_file():
-            return None
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 record = dict(arrays)
@@ -235,10 +259,11 @@ class _Npy(_KeyedStore):
     """X101's: ID.npy, the features; ID_info.npy, a pickled dict {bbox, image_height, image_width, num_boxes,
     ...}."""
 
-    def lookup(self, key: str) -> dict | None:
+    def has_key(self, key: str) -> bool:
+        return (self.path / f"{key}.npy").is_file()
+
+    def lookup(self, key: str) -> dict:
         file, info = self.path / f"{key}.npy", self.path / f"{key}_info.npy"
-        if not file.is_file():
-            return None
         try:
             features = np.load(file, allow_pickle=False)
             with open(info, "rb") as stream:
@@ -278,9 +303,10 @@ class _Tsv(_KeyedStore):
                 self.offsets[stem(line.split(b"\t", 1)[0].decode())] = offset
                 offset += len(line)
 
-    def lookup(self, key: str) -> dict | None:
-        if key not in self.offsets:
-            return None
+    def has_key(self, key: str) -> bool:
+        return key in self.offsets
+
+    def lookup(self, key: str) -> dict:
         with open(self.path, "rb") as file:
             file.seek(self.offsets[key])
             cells = file.readline().decode().rstrip("\n").split("\t")

@@ -210,11 +210,15 @@ def check_strategies(run: Any, offered: frozenset[Need], trains: bool) -> None:
 
 
 class Strategies:
-    """The strategies of a training, built, as one: what training and evaluation ask of them."""
+    """The strategies of a training, built, as one: what training and evaluation ask of them.
+
+    notes: lines about what they read.
+    """
 
     def __init__(self, config: StrategiesConfig, context: Context):
         """Raises UserError: what a strategy's `build` finds wrong."""
-        self.configs = config.active()
+        self.notes: list[str] = []
+        context, self.configs = context._replace(log=self.notes.append), config.active()
         self.built: dict[str, Strategy] = {name: each.build(context) for name, each in self.configs.items()}
 
     def example(self, example: Any, *key: Key) -> Any:

@@ -89,7 +89,7 @@ class Context(NamedTuple):
     labels: tuple[str, ...]
     tokenizer: Path
     cache: Path
-    log: Callable[[str], None]
+    log: Callable[[str], None] = print
     captions: Captions | None = None
     training: Mapping[str, Iterable[Example]] = {}
     english: Iterable[Example] = ()
