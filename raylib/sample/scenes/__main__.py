@@ -15,7 +15,7 @@ from raylib.sample.scenes.writer import ScenesConfig, write_scenes
 @entry_point()
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
-    parser = command_parser("raylib.sample.scenes", __doc__)
+    parser = command_parser("raylib.sample.scenes", __doc__, settings=ScenesConfig)
     parser.add_argument("out", type=Path, help="a new or empty folder")
     parser.add_argument("settings", nargs="*", metavar="name=value", help="such as train=300 test=100")
     options = parser.parse_args(arguments)

@@ -1,0 +1,123 @@
+"""Pages of help: what they say of a setting is what its field validates."""
+
+import re
+from typing import Literal
+
+import pytest
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from finetune.__main__ import main as finetune
+from pretrain.__main__ import main as pretrain
+from raylib.config import Config
+from raylib.errors import UserError
+from raylib.help import describe_type, recipe_list, settings_page
+from tune_spaces.__main__ import main as search
+
+
+class Part(Config):
+    """A part."""
+
+    rate: float = Field(0.1, ge=0, lt=1)
+    """How fast."""
+
+
+class Whole(Config):
+    """All of it."""
+
+    required: str
+    """A name."""
+    count: PositiveInt = 3
+    """How many."""
+    sizes: tuple[PositiveInt, ...] | None = None
+    """Sizes in pixels, a text that is longer than a line of sixty columns has room for."""
+    kind: Literal["a", "b"] = "a"
+    pair: tuple[float, float] = (0.5, 1.0)
+    off: Part | None = None
+    on: Part = Part()
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+
+
+def test_help_page_has_path_value_type_and_meaning_of_every_setting():
+    assert re.split(r"\n(?=  \w)", settings_page(Whole, intro=False)) == [
+        "  required  (text)\n      A name.",
+        "  count = 3  (integer, 1 or more)\n      How many.",
+        "  sizes = null  (list: integer, 1 or more, or null)\n"
+        "      Sizes in pixels, a text that is longer than a line of\n      sixty columns has room for.",
+        "  kind = a  (a | b)",
+        "  pair = 0.5,1.0  (2 of: number)",
+        "  off = null  (settings of its own, or null: off)",
+        "  on.rate = 0.1  (number, 0 or more, below 1)\n      How fast.",
+    ]
+
+
+def test_help_page_has_the_values_of_a_config_and_the_path_asked_for():
+    config = Whole(required="x", off=Part(rate=0.5))
+    assert "  off.rate = 0.5  (" in settings_page(Whole, config=config)
+    assert settings_page(Whole, "off.rate").startswith("  off.rate = 0.1  (")
+    assert settings_page(Whole, "off").startswith("A part.\n\n  off.rate = 0.1")
+    with pytest.raises(UserError, match="unknown setting 'of.rate'; did you mean off.rate or on.rate"):
+        settings_page(Whole, "of.rate")
+
+
+@pytest.mark.parametrize(
+    ("annotation", "words"),
+    [
+        (PositiveFloat, "number, above 0"),
+        (NonNegativeInt | None, "integer, 0 or more, or null"),
+        (int | str, "integer or text"),
+        (bool | None, "true or false, or null"),
+        (dict[str, str], "JSON object"),
+        (tuple[Literal["x", "y"], ...], "list: x | y"),
+    ],
+)
+def test_help_describes_types(annotation, words):
+    cls = type("C", (Config,), {"__annotations__": {"x": annotation}})
+    assert describe_type(cls.model_fields["x"]) == words
+
+
+def test_help_lists_recipes_by_family_without_what_the_title_says():
+    def recipe(doc):
+        return type("Recipe", (), {"__doc__": doc})
+
+    recipes = {
+        "p1_b": recipe("P1, xvnli: b [last]"),
+        "p1_x_a": recipe("P1 x a"),
+        "p1_a": recipe("P1, xgqa: a"),
+    }
+    assert recipe_list(recipes, {"p1": "Paper 1", "p1_x": "Its x", "p2": "Paper 2"}) == (
+        "Paper 1\n  p1_b  xvnli: b\n  p1_a  xgqa: a\n\nIts x\n  p1_x_a  P1 x a"
+    )
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "words"),
+    [
+        (pretrain, ["tiny", "--help"], "  fit.steps = 1200  (integer, 1 or more)"),
+        (pretrain, ["tiny", "fit.steps=7", "-h"], "  fit.steps = 7  (integer, 1 or more)"),
+        (finetune, ["p2_xvnli", "--help"], "  batch = 512  (integer, 1 or more)"),
+        (finetune, ["settings", "strategies.prior"], "  strategies.prior.k = 10  (integer, 1 or more)"),
+        (pretrain, ["settings", "objective.weights"], "  objective.weights.itm = 1.0  (number, 0 or more)"),
+        (search, ["settings", "num_trials"], "  num_trials = 20  (integer, 1 or more)"),
+        (search, ["prior", "--help"], "strategies.prior.alpha: 1 to 100"),
+    ],
+)
+def test_help_of_recipes_and_settings_is_at_most_a_terminal_wide(main, arguments, words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(arguments) == 0
+    page = capsys.readouterr().out
+    assert words in page and max(map(len, page.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("main", "nearest"),
+    [(pretrain, "tiny, tiny_no_"), (finetune, "scenes_xgqa, "), (search, "did you mean ")],
+)
+def test_help_unknown_names_show_the_nearest(main, nearest, capsys):
+    name = {pretrain: "tinny", finetune: "scene_xgqa", search: "unfreezin"}[main]
+    assert main([name]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and nearest in line and len(line) < 260
