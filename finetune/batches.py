@@ -64,6 +64,10 @@ class EpochBatches(StepDataset):
         self.epoch_steps = len(examples) // self.size + (last > 0)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))  # of the epoch that was read last
 
+    def epoch(self, steps: int) -> float:
+        """Return the epochs that so many steps are."""
+        return steps / self.epoch_steps
+
     def rows(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
         """(epoch, index in the global batch of this worker's rows, the examples that fill them)."""
         epoch, place = divmod(step, self.epoch_steps)
@@ -134,7 +138,7 @@ class ExampleBatches(EpochBatches):
         part["answer"] = scores.argmax(1)
         if self.soft:
             part["scores"] = scores
-        return {"step": step, "samples": self.size, "examples": part}
+        return {"step": step, "samples": self.size, "tokens": self.count_tokens(part), "examples": part}
 
 
 def read_inputs(
@@ -253,7 +257,7 @@ class CaptionBatches(EpochBatches):
             part["pivot"] = encode_texts([pair.pivots[0] for pair in pairs], self.tokenizer, self.length)
         if self.extra:
             part |= self.extra(pairs, visual, part)
-        return {"step": step, "samples": self.size, "image_text": part}
+        return {"step": step, "samples": self.size, "tokens": self.count_tokens(part), "image_text": part}
 
 
 def _unmasked(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Sentences:

@@ -82,6 +82,7 @@ class FinetuneJob:
         change, keep_last = strategies.example, config.last_batch == "keep"
         order = BatchOrder(config.batch, config.fit.seed, runtime.rank, runtime.world_size, change, keep_last)
         batches = task.batches(pipeline, examples, order, strategies.batch_inputs())
+        batches.image_tokens = model.backbone.count_image_tokens()
         epoch_steps = batches.epoch_steps
         end = (self.epochs or config.epochs) * epoch_steps
         schedule = {

@@ -13,7 +13,7 @@ are an error.
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -53,7 +53,8 @@ class DataConfig(Config):
     """Data that a run reads. A stream with batch 0 is left out.
 
     retrieval: the evaluation set.
-    dev: a folder of held-out samples (`pretrain.dev_losses`).
+    dev: a folder of held-out samples (`pretrain.dev_losses`); None: that of the corpus, if it has one; false:
+        none.
     cache: folder of copies of remote shards.
     bad_limit: share of unusable samples allowed.
     verify: compare the content of every shard with its manifest, and with what the run began with, at every
@@ -69,7 +70,7 @@ class DataConfig(Config):
     mask_probability: float = Field(0.15, ge=0, le=1)
     bad_limit: float = Field(0.01, ge=0, le=1)
     retrieval: str | None = None
-    dev: str | None = None
+    dev: str | Literal[False] | None = None
     cache: str | None = None
     verify: bool = False
 
@@ -85,7 +86,7 @@ class StepBatches(StepDataset):
     `image_id` is a sample's identity, the hash of its images (`raylib.data.sources`): pairs of one are no
     negatives.
 
-    A batch is {"step", "samples": of all streams and workers, "bad": samples replaced here,
+    A batch is {"step", "samples": of all streams and workers, "tokens", "bad": samples replaced here,
     "image_text": {"index" (b,), "images" uint8 (b, H, W, 3), "image_id" (b,), "text": Sentences, "draws" (b,
     2)}, "parallel": {"index", "source": Sentences (English), "target": Sentences}, "text": {"index", "text":
     Sentences}}.
@@ -129,6 +130,11 @@ class StepBatches(StepDataset):
         if not self.streams:
             raise UserError("data: every stream has batch 0; set data.image_text.batch or another one")
 
+    def epoch(self, steps: int) -> float:
+        """Return how often the first stream, images if there are any, has been gone through."""
+        stream = next(iter(self.streams.values()))
+        return steps * stream.stream.batch / stream.num_samples
+
     def files(self) -> list[DataFile]:
         """Return the files that are part of a run's identity: of all streams."""
         return [file for stream in self.streams.values() for file in stream.source.files()]
@@ -138,7 +144,7 @@ class StepBatches(StepDataset):
         for name, stream in self.streams.items():
             batch[name] = stream.read(step)
             batch["bad"] += batch[name].pop("bad", 0)
-        return batch
+        return batch | {"tokens": self.count_tokens(batch)}
 
 
 class _Stream:
@@ -165,6 +171,7 @@ class _Stream:
                 raise UserError(
                     f"{stream.folder}: no data in language {language!r} for data.{name}; it has: {has}"
                 )
+        self.num_samples = sum(sum(sizes[code]) for code in languages)
         self.lanes = Lanes(
             {code: sizes[code] for code in languages}, name, seed, stream.lanes, stream.alpha, stream.block
         )

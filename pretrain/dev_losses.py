@@ -33,12 +33,12 @@ def matching_accuracy(step: ImageTextStep) -> Parts:
 def dev_batches(
     data: DataConfig, image_size: int, seed: int, rank: int = 0, world: int = 1
 ) -> StepBatches | None:
-    """Open the held-out samples of the streams that train, in batches as large; None: there are none.
+    """Open the held-out samples of the streams that train, in batches as large; None: none are wanted.
 
     Raises:
-        UserError: as of `StepBatches`, such as fewer samples of a language than lanes.
+        UserError: no stream has any; as of `StepBatches`, such as fewer samples of a language than lanes.
     """
-    if data.dev is None:
+    if not data.dev:
         return None
     streams = {}
     for name, stream in data.streams.items():
@@ -46,7 +46,8 @@ def dev_batches(
         batch = stream.batch if folder.is_dir() else 0
         streams[name] = stream.model_copy(update={"folder": str(folder), "batch": batch})
     if not any(stream.batch for stream in streams.values()):
-        return None
+        trained = ", ".join(name for name, stream in data.streams.items() if stream.batch)
+        raise UserError(f"data.dev={data.dev}: no folder {trained} in it; data.dev=false leaves it out")
     held_out = data.model_copy(update=streams)
     try:
         return StepBatches(held_out, image_size, seed, rank, world, augments=False)

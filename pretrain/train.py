@@ -232,6 +232,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     batches, dev = StepBatches(data, *shape), dev_batches(data, *shape)
     model = build_model(config)
     objective = UnifiedObjective(model, config.objective, data.image_text.length, batches.streams)
+    batches.image_tokens = model.count_image_tokens()
     tables: list[dict[str, Any]] = []
     sizes = config.model.image_size, config.model.positions
     retrieval = (

@@ -1,14 +1,17 @@
 """The only training loop. Everything random in it derives from (seed, step, ...); its whole state is the
 step."""
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from raylib import checkpoint
 from raylib.config import Config
@@ -27,9 +30,10 @@ from raylib.engine_zero import DeepSpeedEngine
 from raylib.errors import NotFinite
 from raylib.fileio import write_json
 from raylib.finite import StepMonitor, finite_values, require_finite_values
+from raylib.monitor import ProgressLog, StallWatch
 from raylib.randomness import hash64
-from raylib.runtime import Runtime, has_bf16, out_of_memory_error, peak_memory
-from raylib.track import ProgressLog, Tracker
+from raylib.runtime import Runtime, has_bf16, out_of_memory_error, peak_flops, peak_memory
+from raylib.track import Tracker
 from raylib.trackers import Backend
 
 
@@ -69,18 +73,51 @@ class FitConfig(Config):
         )
 
 
-class Clock:
-    """Seconds by activity: start, data, step, evaluation, checkpoint."""
+class Meter:
+    """Counts what a training takes: seconds by activity (start, data, step, evaluation, checkpoint); of this
+    process, samples of all workers, tokens of this one, and, where the device's `peak` is known, FLOP of its
+    first step.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    seconds: of earlier starts.
+    """
+
+    def __init__(self, seconds: dict[str, float], peak: float | None = None):
+        self.seconds, self.peak = dict(seconds), peak
         self.last = time.perf_counter()
+        self.samples = self.tokens = 0
+        self.flops_per_token: float | None = None
+
+    @property
+    def working_seconds(self) -> float:
+        """Seconds of steps and of waiting for their data."""
+        return self.seconds.get("step", 0.0) + self.seconds.get("data", 0.0)
 
     def lap(self, activity: str) -> None:
         """Book the time since the last lap."""
         now = time.perf_counter()
         self.seconds[activity] = self.seconds.get(activity, 0.0) + now - self.last
         self.last = now
+
+    def count(self, batch: dict) -> None:
+        """Count a batch."""
+        self.samples += batch.get("samples", 0)
+        self.tokens += batch.get("tokens", 0)
+
+    @contextmanager
+    def count_flops(self, batch: dict) -> Iterator[None]:
+        """Count the matrix products of the first step, backward ones too, in the block."""
+        if self.peak is None or self.flops_per_token is not None or not batch.get("tokens"):
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.flops_per_token = counter.get_total_flops() / batch["tokens"]
+
+    def copy(self) -> "Meter":
+        """Return the counts as they are now."""
+        now = copy.copy(self)
+        now.seconds = dict(self.seconds)
+        return now
 
 
 def fit(
@@ -109,56 +146,57 @@ def fit(
         NotFinite: more steps in a row were skipped than `config.max_skipped`; weights, or scores, that are
             not finite. Nothing is saved of them.
     """
-    clock, start = Clock(), runtime.find_newest()
+    start, device = runtime.find_newest(), runtime.device
     meta: dict[str, Any] = checkpoint.read_meta(start) if start else {"step": 0, "times": {}}
-    clock.seconds |= meta["times"]
-    on_gpu, bf16 = runtime.device.type == "cuda", config.uses_bf16(runtime.device)
-    skipped = meta.get("skipped_steps", 0), meta.get("skipped_in_a_row", 0)
-    guard = StepGuard(runtime.device, config.max_skipped, *skipped)
+    on_gpu, bf16 = device.type == "cuda", config.uses_bf16(device)
+    meter = Meter(meta["times"], peak_flops(device) if bf16 else None)
+    counts = meta.get("skipped_steps", 0), meta.get("skipped_in_a_row", 0), meta.get("interval")
+    guard = StepGuard(device, config.max_skipped, *counts)
     zero = runtime.zero if config.zero is None else config.zero
-    engine_class = DeepSpeedEngine if zero else TorchEngine
-    engine = engine_class(objective, optim, runtime.device, bf16, start, rates, guard)
+    engine = (DeepSpeedEngine if zero else TorchEngine)(objective, optim, device, bf16, start, rates, guard)
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
     tracker = Tracker(runtime.run, first) if runtime.rank == 0 else None
-    progress = ProgressLog(config.steps, first, tracker)
-    saver = _Saver(runtime, engine, describe, clock, config.steps, meta.get("samples_replaced", 0))
+    progress = ProgressLog(describe["run"], config.steps, first, batches, meter, runtime, tracker)
+    saver = _Saver(runtime, engine, describe, meter, config.steps, meta.get("samples_replaced", 0))
     losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
     replay = _Replay(objective, batches, config, runtime)
     monitor = StepMonitor(guard, engine, replay, start)
     # whatever a step draws or reads follows from its number: a resumed run asks for steps from `first` on,
     # and goes through the very batches that it would have had
     stream = load_batches(batches, first, last, config.loader_workers, pin=on_gpu)
-    for step in range(first, last):
-        batch = to_device(next(stream), runtime.device)
-        saver.count(batch)
-        clock.lap("data" if step > first else "start")  # the first batch waits for the loaders' own start
-        replay.start(step, batch)
-        lr, done = learning_rate(step, config.steps, optim), step + 1
-        terms = _step(engine, batch, step, lr, runtime)
-        logs, evaluates, saves = config.due_after(done, last)
-        # a GPU works ahead of the host, which would wait here; on the CPU nothing waits, and DeepSpeed has
-        # waited in its step
-        if logs or evaluates or saves or zero or not on_gpu:
-            monitor.read()
-        if logs:
-            values = {k: float(v) for k, v in terms.items()}
-            losses = values if values == finite_values(values) else losses
-            clock.lap("step")
-            progress.log(done, lr, values, monitor.counts.skipped, batch)
-        clock.lap("step")
-        # weights are looked at before they are evaluated or kept, never after
-        if evaluates or saves:
-            monitor.require_usable_weights(done)
-        if evaluates:
-            evaluation = _evaluate(objective, evaluate, clock, done, monitor)
-            progress.log_evaluation(done, evaluation)
-        if saves:
-            monitor.last_checkpoint = saver.save(done, losses, evaluation, monitor)
+    with StallWatch(runtime) as watch:
+        for step in range(first, last):
+            watch.start(step)
+            batch = to_device(next(stream), device)
+            saver.count(batch)
+            meter.lap("data" if step > first else "start")  # the first batch waits for the loaders' own start
+            replay.start(step, batch)
+            lr, done = learning_rate(step, config.steps, optim), step + 1
+            terms = _step(engine, batch, step, lr, runtime, meter)
+            logs, evaluates, saves = config.due_after(done, last)
+            # a GPU works ahead of the host, which would wait here; on the CPU nothing waits, and DeepSpeed
+            # has waited in its step
+            if logs or evaluates or saves or zero or not on_gpu:
+                monitor.read()
+            meter.lap("step")
+            watch.stop()
+            if logs:
+                losses = _all_finite(terms) or losses
+                means = guard.interval.means(ends=done % config.log_every == 0)
+                progress.log(done, lr, means, monitor.counts.skipped)
+            # weights are looked at before they are evaluated or kept, never after
+            if evaluates or saves:
+                monitor.require_usable_weights(done)
+            if evaluates:
+                evaluation = _evaluate(objective, evaluate, meter, done, monitor)
+                progress.log_evaluation(done, evaluation)
+            if saves:
+                monitor.last_checkpoint = saver.save(done, losses, evaluation, monitor)
     return {
         "steps": last,
         "finished": last == config.steps,
         "bf16": bf16,
-        "samples_per_second": progress.mean_rate(last, clock.seconds),
+        "samples_per_second": progress.mean_rate(last),
         **saver.summary(losses, evaluation, monitor),
     }
 
@@ -189,9 +227,9 @@ class _Saver:
     """Writes a checkpoint: this worker's engine shard; from worker 0 the model and `meta.json` too."""
 
     def __init__(
-        self, runtime: Runtime, engine: Engine, describe: dict, clock: Clock, steps: int, total_replaced: int
+        self, runtime: Runtime, engine: Engine, describe: dict, meter: Meter, steps: int, total_replaced: int
     ):
-        self.runtime, self.engine, self.clock, self.steps = runtime, engine, clock, steps
+        self.runtime, self.engine, self.meter, self.steps = runtime, engine, meter, steps
         self.engine_facts = {"workers": runtime.world_size, "engine": engine.name}
         self.describe = {**describe, **self.engine_facts}
         self.first_batch_time = 0.0  # when the first batch was there, by the clock on the wall
@@ -199,7 +237,8 @@ class _Saver:
         self.total_replaced, self.num_replaced = total_replaced, 0
 
     def count(self, batch: dict) -> None:
-        """Count the samples of `batch` that others took the place of."""
+        """Count a batch, and those of its samples that others took the place of."""
+        self.meter.count(batch)
         self.first_batch_time = self.first_batch_time or time.time()
         self.num_replaced += batch.get("bad", 0)
 
@@ -217,8 +256,8 @@ class _Saver:
         return {
             **self.engine_facts,
             **self.state(losses, evaluation, monitor),
-            "seconds": sum(self.clock.seconds.values()),
-            "times": self.clock.seconds,
+            "seconds": sum(self.meter.seconds.values()),
+            "times": self.meter.seconds,
             "peak_memory_gb": peak_memory(self.runtime.device),
         }
 
@@ -232,29 +271,39 @@ class _Saver:
             "step": step,
             "score": evaluation.get("score"),
             "skipped_in_a_row": monitor.counts.in_a_row,
+            "interval": monitor.guard.interval.state(),
         }
 
         def write(folder: Path) -> None:
             self.engine.save(folder, self.runtime.rank)
             if self.runtime.rank == 0:
                 self.engine.objective.model.save(folder)
-                write_json(folder / "meta.json", meta | {"times": self.clock.seconds})
+                write_json(folder / "meta.json", meta | {"times": self.meter.seconds})
 
         report = {"step": step, "steps": self.steps, "ready": self.first_batch_time, **evaluation}
         self.runtime.save(step, write, report | {f"loss/{k}": v for k, v in losses.items()})
-        self.clock.lap("checkpoint")
+        self.meter.lap("checkpoint")
         return self.runtime.run / checkpoint.FOLDER / checkpoint.step_name(step)
 
 
-def _step(engine: Engine, batch: dict, step: int, lr: float, runtime: Runtime) -> dict[str, Tensor]:
+def _step(
+    engine: Engine, batch: dict, step: int, lr: float, runtime: Runtime, meter: Meter
+) -> dict[str, Tensor]:
     try:
-        return engine.step(batch, step, lr)
+        with meter.count_flops(batch):
+            return engine.step(batch, step, lr)
     except RuntimeError as e:
         raise out_of_memory_error(e, step, batch, runtime.device, runtime.world_size) from e
 
 
+def _all_finite(terms: dict[str, Tensor]) -> dict[str, float]:
+    """Wait for the device, and return the terms of a step; none if one is not finite."""
+    values = {name: float(value) for name, value in terms.items()}
+    return values if values == finite_values(values) else {}
+
+
 def _evaluate(
-    objective: Objective, evaluate: Callable, clock: Clock, done: int, monitor: StepMonitor
+    objective: Objective, evaluate: Callable, meter: Meter, done: int, monitor: StepMonitor
 ) -> dict[str, float]:
     """The scores after `done` steps.
 
@@ -268,5 +317,5 @@ def _evaluate(
         require_finite_values("evaluation", values)
     except NotFinite as e:
         raise NotFinite(f"step {done}: {e}; {monitor.advice()}") from None
-    clock.lap("evaluation")
+    meter.lap("evaluation")
     return values

@@ -6,6 +6,7 @@ about Ray.
 """
 
 import os
+import re
 import resource
 import shutil
 import tempfile
@@ -54,6 +55,9 @@ class LocalRuntime:
         """Return the checkpoint to go on from."""
         return checkpoint.find_newest(self.run)
 
+    def publish(self, metrics: dict[str, float]) -> None:
+        """Show `metrics` nowhere: no cluster's dashboard watches this process."""
+
     def save(self, step: int, write: Callable[[Path], None], metrics: dict) -> None:
         """Make one checkpoint of what all workers write: each calls `write` with an empty folder of its
         own."""
@@ -100,6 +104,7 @@ class RayRuntime:
         self.run = run
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
+        self.gauges: dict[str, Any] = {}
 
     def find_newest(self) -> Path | None:
         """Return Ray's newest registered checkpoint, which after a worker's death is newer than what the run
@@ -123,8 +128,50 @@ class RayRuntime:
         if self.rank == 0:
             checkpoint.keep_best(self.run, name)
 
+    def publish(self, metrics: dict[str, float]) -> None:
+        """Show `metrics` as Ray's gauges, such as "polyglance_loss_itm", in its Prometheus endpoints, with
+        the run's name."""
+        from ray.util.metrics import Gauge
+
+        for name, value in metrics.items():
+            metric = f"polyglance_{re.sub('[^a-zA-Z0-9]+', '_', name)}"
+            if metric not in self.gauges:
+                self.gauges[metric] = Gauge(metric, f"{name} of a training", tag_keys=("run",))
+            self.gauges[metric].set(value, {"run": self.run.name})
+
 
 Runtime = LocalRuntime | RayRuntime
+
+# Dense bf16 products a second, in TFLOP, by a part of the device's name, the longer ones first: NVIDIA's and
+# AMD's data sheets
+BF16_TFLOPS = {
+    "B200": 2250,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H200": 989,
+    "GH200": 989,
+    "A100": 312,
+    "A800": 312,
+    "A40": 150,
+    "A30": 165,
+    "A10": 125,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "MI300X": 1307,
+    "MI250X": 383,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the bf16 operations a second that a GPU's data sheet promises for dense matrix products; None:
+    it is no GPU, or none that is known here."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * tflops for part, tflops in BF16_TFLOPS.items() if part in name), None)
 
 
 def local_device() -> torch.device:

@@ -76,7 +76,16 @@ def test_architecture_lists_the_way_of_a_pretraining_batch(mini, monkeypatch):
     monkeypatch.setattr(StepBatches, "__getitem__", wrapped(read, begin, nothing))
     monkeypatch.setattr(TorchEngine, "step", wrapped(TorchEngine.step, nothing, end))
     try:
-        run(mini("name=traced", "runtime=local", "workers=1", "fit.steps=2", "data.retrieval=null"))
+        run(
+            mini(
+                "name=traced",
+                "runtime=local",
+                "workers=1",
+                "fit.steps=2",
+                "data.retrieval=null",
+                "data.dev=false",
+            )
+        )
     finally:
         tracer.stop()
     assert_way_is_listed("The way of a pretraining batch", tracer.files)

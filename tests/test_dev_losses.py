@@ -73,8 +73,7 @@ def test_dev_losses_are_the_same_on_two_workers(mini):
 def test_dev_losses_leave_training_as_it_is(mini, tmp_path):
     """Also where a text encoder that stands still keeps the states of sentences."""
     frozen = ["objective.train_embeddings=false", "objective.frozen_text_layers=1"]
-    (tmp_path / "none").mkdir()
-    for name, more in (("with", []), ("without", [f"data.dev={tmp_path / 'none'}"])):
+    for name, more in (("with", []), ("without", ["data.dev=false"])):
         run(mini(f"name={name}", "runtime=local", "workers=1", "fit.eval_every=2", *frozen, *more))
     lines = [
         [{k: v for k, v in line.items() if k.startswith(("loss/", "eval/en"))} for line in read_metrics(run)]
@@ -95,6 +94,11 @@ def test_dev_losses_of_some_streams(mini, tmp_path, corpus):
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "text").symlink_to(corpus / "dev" / "text")
     assert set(losses_of(resolve_data(mini(*SMALL, f"data.dev={tmp_path / 'dev'}")))) == {"dev_loss/xmlm"}
+
+
+def test_dev_losses_of_no_stream_are_an_error(mini, tmp_path):
+    with pytest.raises(UserError, match=r"no folder image_text, parallel, text in it; data.dev=false leaves"):
+        run(mini("name=none", f"data.dev={tmp_path}"))
 
 
 def test_dev_losses_too_few_samples_are_found_before_start(mini):

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from raylib.errors import UserError
+from raylib.packed import Ragged, Sentences
 from raylib.randomness import permutation
 
 T = TypeVar("T")
@@ -199,10 +200,29 @@ CPU_KEYS = ("index", "lengths", "positions")
 
 
 class StepDataset(Dataset):
-    """`batches[step]`: this worker's part of the global batch of a step. `batch_bytes`: the most that one
-    takes; 0 if that is not known."""
+    """`batches[step]`: this worker's part of the global batch of a step, which says how many "samples" the
+    global batch has, and, where known, "tokens" its own part.
+
+    batch_bytes: the most that a part takes; 0 if that is not known. image_tokens: tokens that the model makes
+    of an image.
+    """
 
     batch_bytes = 0
+    image_tokens = 0
+
+    def epoch(self, steps: int) -> float | None:
+        """Return how often the samples have been gone through after so many steps; None: they never end."""
+        return None
+
+    def count_tokens(self, batch: Any) -> int:
+        """Count the tokens of a batch that are no padding: of texts, with specials; regions, or states, of
+        images; images as the model cuts them."""
+        if isinstance(batch, Ragged | Sentences):
+            return int(batch.lengths.sum())
+        if isinstance(batch, dict):
+            images = len(batch["images"]) if "images" in batch else 0
+            return images * self.image_tokens + sum(map(self.count_tokens, batch.values()))
+        return 0
 
 
 def load_batches(

@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -216,6 +217,15 @@ class Backbone(nn.Module, ABC):
             UserError: it takes no images.
         """
         raise UserError(f"backbone={self.kind} takes no images")
+
+    def count_image_tokens(self) -> int:
+        """Count the states that an image becomes; 0: it takes none."""
+        if not self.image_size:
+            return 0
+        device = next(self.parameters()).device
+        blank = torch.zeros(1, self.image_size, self.image_size, 3, dtype=torch.uint8, device=device)
+        with torch.no_grad():
+            return int(self.encode_images(blank).lengths[0])
 
     def pixel_values(self, images: Tensor) -> Tensor:
         """uint8 (b, H, W, 3) -> (b, 3, H, W), normalised as the image encoder was trained."""
