@@ -11,9 +11,8 @@ import torch
 from raylib.data.loading import StepDataset
 from raylib.engine import OptimConfig, TorchEngine
 from raylib.loop import Meter
-from raylib.monitor import ProgressLog, StallWatch, duration, layout, short
 from raylib.runtime import LocalRuntime, peak_flops
-from raylib.track import Tracker, read_metrics
+from raylib.track import ProgressLog, StallWatch, Tracker, duration, layout, read_metrics, short
 from tests.test_not_finite import Faulty, faulty_batch
 from tests.test_not_finite_run import Batches
 from tests.test_not_finite_run import run as train
