@@ -39,7 +39,16 @@ from raylib.config import load_config, user_files
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
-from raylib.launch import config_hash, is_main_process, launch, no_log, open_run, run_folder, tracked
+from raylib.launch import (
+    config_hash,
+    drop_unneeded,
+    is_main_process,
+    launch,
+    no_log,
+    open_run,
+    run_folder,
+    tracked,
+)
 from raylib.models import find_backbone
 from raylib.models.base import load_weights
 from raylib.provenance import DataFile, combined_hash, compare_data, data_hash
@@ -63,7 +72,10 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
             f"{shared['items']} items with {shared['second']['file']} ({shared['declared']})"
         )
     with _removed_on_mistake(folder) if is_main_process(config) else nullcontext():
-        return _run_in(folder, config, checked, reporter, log)
+        result = _run_in(folder, config, checked, reporter, log)
+    if result.get("finished", True):
+        drop_unneeded(config)
+    return result
 
 
 def _run_in(

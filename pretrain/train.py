@@ -19,6 +19,7 @@ from raylib.errors import UserError
 from raylib.launch import (
     LaunchConfig,
     config_hash,
+    drop_unneeded,
     is_main_process,
     launch,
     no_log,
@@ -109,6 +110,7 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     if is_main_process(config):
         open_run(config, pretraining_files(config, data, batches, dev), data.verify)
     if (folder / "result.json").is_file() and config.resume == "newest":
+        drop_unneeded(config)
         log(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
         return {}
     streams = ", ".join(f"{name} {config.data.streams[name].batch}" for name in batches.streams)
@@ -123,6 +125,7 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     if not result["finished"]:
         log(f"stopped at step {result['steps']} of {config.fit.steps}; the same command goes on from there")
         return result
+    drop_unneeded(config)
     log(recall_table(result))
     log(describe_times(result))
     export = spell_commands(f"python -m pretrain export {folder} DIR")

@@ -4,7 +4,7 @@
         meta.json              step, workers, engine, score, seconds, losses
         model.safetensors, config.json   the model alone, for evaluation, export and other engines
         files-00000.json       size and sha256 of every file that worker 0 wrote; one such list a worker
-        ...                    the engine's own files, one shard a worker
+        ...                    the engine's own files, one shard a worker; none after `keep_optimizer=false`
     runs/NAME/best/            the checkpoint with the best score so far (hard links, where the disk allows)
 
 A checkpoint exists once it is *registered*: in Ray Train's snapshot, or in `registry.json` without Ray. A
@@ -23,6 +23,7 @@ from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json, sha256_file, write_json
 from raylib.finite import is_finite
 
+OPTIMIZER = ("optimizer.pt", "zero", "latest", "zero_to_fp32.py")  # what engines write, to train on
 FOLDER, BEST, REGISTRY, START = "checkpoints", "best", "registry.json", "start.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's
 
@@ -161,7 +162,7 @@ def rewind(run: Path, name: str) -> Path:
     deleted.
 
     Raises:
-        UserError: there is no such checkpoint (names those there are); it is not whole.
+        UserError: there is no such checkpoint (names those there are); it is not whole, or has weights alone.
     """
     folder = run / FOLDER
     target = run / BEST if name == BEST else folder / name
@@ -169,6 +170,7 @@ def rewind(run: Path, name: str) -> Path:
         names = sorted(p.name for p in folder.glob("step_*")) + ([BEST] if (run / BEST).is_dir() else [])
         raise UserError(f"{run}: no checkpoint '{name}'; there are: {', '.join(names) or 'none'}")
     verify(target)
+    require_optimizer(target)
     # whatever is newer than the target must not be found again, and steps that come again need their names
     old_folder = run / f"{FOLDER}.before-{len(list(run.glob(f'{FOLDER}.before-*'))) + 1}"
     folder.rename(old_folder)
@@ -176,6 +178,41 @@ def rewind(run: Path, name: str) -> Path:
     start = target if name == BEST else old_folder / name
     write_json(folder / START, str(start.relative_to(run)))
     return start
+
+
+def has_optimizer(folder: Path) -> bool:
+    """Return whether training can go on from a checkpoint."""
+    return any((folder / name).exists() for name in OPTIMIZER[:2])
+
+
+def require_optimizer(folder: Path) -> None:
+    """Refuse to train on from a checkpoint that has weights alone.
+
+    Raises:
+        UserError: it has.
+    """
+    if not has_optimizer(folder):
+        raise UserError(
+            f"{folder}: no optimizer state, as of a run that ended with keep_optimizer=false: it can be "
+            "evaluated and exported, but not trained on; start a new run from its weights (model= in "
+            "fine-tuning, init.model= in pretraining)"
+        )
+
+
+def drop_optimizers(run: Path) -> None:
+    """Remove what only training needs from the checkpoints of a finished run and of its parts; the weights
+    stay. Those that `rewind` set aside stay as they are."""
+    kept = [step for folder in run.rglob(FOLDER) for step in folder.glob("step_*")]
+    for folder in (*kept, *run.rglob(BEST)):
+        # the lists first: a crash between leaves files that no list has, never a list of what is not there
+        for listing in folder.glob("files-*.json"):
+            files = {k: v for k, v in read_json(listing).items() if Path(k).parts[0] not in OPTIMIZER}
+            write_json(listing, files)
+        for name in OPTIMIZER:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
 
 
 def copy_from(run: Path, source: Path) -> None:

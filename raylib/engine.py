@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from raylib import checkpoint
 from raylib.config import Config
 from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import UserError
@@ -246,6 +247,8 @@ class Engine(ABC):
     ):
         self.objective, self.config, self.device, self.bf16 = objective.to(device), config, device, bf16
         self.rates, self.guard = rates, guard or StepGuard(device)
+        if start:
+            checkpoint.require_optimizer(start)
         self._build(start)
         if start:
             self._load(start)

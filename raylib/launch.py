@@ -48,6 +48,7 @@ class LaunchConfig(Config):
     gpu: bool | None = None  # a GPU a worker; None: if the cluster has any
     max_failures: NonNegativeInt = 3
     resume: str = "newest"  # or step_NNNNNN, or best: older checkpoints are set aside, never deleted
+    keep_optimizer: bool = True  # False: once the run has ended, its checkpoints have weights alone
 
 
 # settings that may change when a run goes on: no number depends on them
@@ -59,6 +60,7 @@ MUTABLE_SETTINGS = (
     "gpu",
     "max_failures",
     "resume",
+    "keep_optimizer",
     "fit.stop_after",
     "fit.log_every",
     "fit.eval_every",
@@ -124,6 +126,12 @@ def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool 
         checkpoint.rewind(run, config.resume)
     elif start := checkpoint.find_newest(run):
         checkpoint.verify(start)
+
+
+def drop_unneeded(config: LaunchConfig) -> None:
+    """Drop what the finished run of `config` does not keep."""
+    if not config.keep_optimizer and is_main_process(config):
+        checkpoint.drop_optimizers(run_folder(config))
 
 
 def tracked(config: Any) -> AbstractContextManager[RunTracking]:

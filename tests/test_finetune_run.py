@@ -337,3 +337,16 @@ def test_finetune_full_disk_is_one_line_and_run_resumes(finetune, tmp_path, monk
     monkeypatch.setattr(checkpoint, "write_json", write)
     assert finetune("scenes_marvl", "name=full", *settings)[0] == 0
     assert result(tmp_path, "full")["accuracy"] == result(tmp_path, "whole")["accuracy"]
+
+
+def test_finetune_run_without_optimizers_is_gone_on_from_and_evaluated(finetune, tmp_path):
+    """An English run, and one that trains a part for each language from it, keep no optimizer."""
+    small = ["epochs=1", "keep_optimizer=false", "train_limit=30", "test_limit=10"]
+    for name, settings in (("en", []), ("few", ["setting=few_shot", f"model={tmp_path / 'en'}"])):
+        code, printed = finetune("scenes_xvnli", f"name={name}", *settings, *small)
+        assert code == 0, printed
+        folder = tmp_path / name
+        assert list(folder.rglob("model.safetensors")) and not list(folder.rglob("optimizer.pt"))
+        before = json.loads((folder / "result.json").read_text())["accuracy"]
+        assert main(["evaluate", str(folder)]) == 0
+        assert json.loads((folder / "result.json").read_text())["accuracy"] == before

@@ -77,6 +77,61 @@ def test_pretrain_stopped_run_resumes_without_ray(mini):
         assert all(torch.equal(value, second[key][name]) for name, value in state.items())
 
 
+@pytest.mark.parametrize(("zero", "optimizer"), [("false", "optimizer.pt"), ("true", "zero")])
+def test_pretrain_run_without_optimizer_is_exported_and_not_trained_on(
+    mini, tmp_path, capsys, zero, optimizer
+):
+    def settings(*more):
+        return mini("name=small", *LOCAL, "fit.steps=4", f"fit.zero={zero}", *more)
+
+    run(settings("fit.stop_after=2", "keep_optimizer=false"))
+    folder = tmp_path / "small"
+    assert (checkpoint.find_newest(folder) / optimizer).exists()  # it has not ended
+    run(settings())
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert main(["export", str(folder), str(tmp_path / "before")]) == 0
+    run(settings("keep_optimizer=false"))  # the run has ended already
+    assert not list(folder.rglob(optimizer)) and "is complete" in capsys.readouterr().out
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 0.6 * size
+    for step in (folder / "checkpoints").glob("step_*"):
+        assert checkpoint.verify(step)["step"] == int(step.name[5:])
+    assert main(["export", str(folder), str(tmp_path / "after")]) == 0
+    before, after = (tmp_path / name / "model.safetensors" for name in ("before", "after"))
+    assert before.read_bytes() == after.read_bytes()
+    for more in (["resume=step_000002"], []):
+        (folder / "result.json").unlink(missing_ok=True)
+        with pytest.raises(UserError, match="no optimizer state, .*keep_optimizer=false.* new run from its"):
+            run(settings(*more))
+    assert not list(folder.glob("checkpoints.before-*"))
+
+
+def test_checkpoint_whose_optimizer_is_half_dropped_is_whole(tmp_path, monkeypatch):
+    """Killed after the lists were written, or after some files were removed: the next start does the rest."""
+    folder = tmp_path / "checkpoints" / "step_000003"
+    (folder / "zero").mkdir(parents=True)
+    for name in ("model.safetensors", "zero/a.pt", "zero/b.pt", "latest"):
+        (folder / name).write_text(name)
+    (folder / "meta.json").write_text(json.dumps({"step": 3, "workers": 1, "score": 0.5}))
+    checkpoint.write_file_list(folder, 0)
+    checkpoint.register(tmp_path, folder.name, 1)
+    checkpoint.keep_best(tmp_path, folder.name)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", killed)
+        checkpoint.drop_optimizers(tmp_path)
+    assert checkpoint.verify(folder)["step"] == checkpoint.verify(tmp_path / "best")["step"] == 3
+    (folder / "zero" / "a.pt").unlink()
+    assert checkpoint.verify(folder) and checkpoint.find_newest(tmp_path) == folder
+    checkpoint.drop_optimizers(tmp_path)
+    for whole in (folder, tmp_path / "best"):
+        names = sorted(path.name for path in whole.iterdir())
+        assert names == ["files-00000.json", "meta.json", "model.safetensors"]
+        assert checkpoint.verify(whole)["step"] == 3
+
+
 def test_pretrain_second_stage_starts_from_run_or_export(mini, tmp_path):
     first = mini("name=first", *LOCAL, "fit.steps=2")
     run(first)

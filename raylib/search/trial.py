@@ -154,7 +154,7 @@ def final(cell: dict[str, Any], context: SearchContext, settings: list[Setting |
     the recipe as it is."""
     index, seed = cell["cell"]
     config = setting_config(context, settings[index], "finals", f"setting{index}_seed{seed}")
-    run_trial(context, change_settings(config, {"fit.seed": seed}), keep=False)
+    run_trial(context, change_settings(config, {"fit.seed": seed, "keep_optimizer": False}), keep=False)
 
 
 def without_marks(setting: Setting) -> Setting:
