@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -215,6 +215,54 @@ def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -
     if "error" in result:
         raise (NotFinite if result["not_finite"] else UserError)(result["error"])
     return result
+
+
+def map_parts(worker: type, arguments: tuple, parts: Iterable[Any], workers: int) -> Iterator[Any]:
+    """Yield `worker(*arguments)(part)` of every part as it is done, on so many workers of Ray Data, each with
+    a GPU if the cluster has any; parts and results are JSON. What a worker that died had begun, another does.
+
+    Raises:
+        UserError: Ray is not installed; what a worker raised.
+    """
+    has_started = connect_to_ray()
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    DataContext.get_current().enable_progress_bars = False
+    rows = [{"part": json.dumps(part)} for part in parts]
+    try:
+        if not rows:
+            return
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _PartCaller,
+            fn_constructor_args=(worker, arguments),
+            batch_size=1,
+            compute=ActorPoolStrategy(size=min(workers, len(rows))),
+            num_gpus=gpus,
+        )
+        for row in results.iter_rows():
+            result = json.loads(row["result"])
+            if "user_error" in result:
+                raise UserError(result["user_error"])
+            yield result["value"]
+    finally:
+        if has_started:
+            ray.shutdown()
+
+
+class _PartCaller:
+    """A worker as Ray Data calls it. A user's mistake is a result: raised, it would be tried again."""
+
+    def __init__(self, worker: type, arguments: tuple):
+        self.worker = worker(*arguments)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        try:
+            result = {"value": self.worker(json.loads(batch["part"][0]))}
+        except UserError as e:
+            result = {"user_error": str(e)}
+        return {"result": [json.dumps(result)]}
 
 
 def connect_to_ray() -> bool:

@@ -75,7 +75,7 @@ def load_model(
     vision: str | None = None,
 ) -> "Model":
     """`polyglance.load`."""
-    path = _language_part(Path(path), language)
+    path = language_part(Path(path), language)
     network: Backbone | FinetuneModel
     if is_foreign(path):
         network, run = load_backbone(path, backbone, vision), None
@@ -97,7 +97,7 @@ def load_model(
     return Model(path, network, tokenizer, config, settings, _is_bf16(dtype, config, torch.device(device)))
 
 
-def _language_part(path: Path, language: str | None) -> Path:
+def language_part(path: Path, language: str | None) -> Path:
     """The folder of the model for `language` in a run that trained one for each.
 
     Raises:
@@ -190,7 +190,7 @@ class Model:
         Raises:
             UserError: the model has no such vectors, an image does not decode (it is named).
         """
-        self._require("encode_image")
+        self.require("encode_image")
         if _is_one_image(images):
             return self.encode_image([images], as_tensor=as_tensor)[0]
         model = cast(RetrievalBackbone, self.network)
@@ -205,7 +205,7 @@ class Model:
         self, texts: Iterable[str] | str, *, batch_size: int = 4 * BATCH, as_tensor: bool = False
     ) -> Any:
         """Unit vectors (n, e) of texts in any language; (e,) of one that comes alone."""
-        self._require("encode_text")
+        self.require("encode_text")
         if isinstance(texts, str):
             return self.encode_text([texts], as_tensor=as_tensor)[0]
         model = cast(RetrievalBackbone, self.network)
@@ -220,7 +220,7 @@ class Model:
 
     def similarity(self, images: Any, texts: Any, *, batch_size: int = BATCH, as_tensor: bool = False) -> Any:
         """Cosines (images, texts). Either may be vectors that were encoded before."""
-        self._require("similarity")
+        self.require("similarity")
         left = images if _is_vectors(images) else self.encode_image(_listed(images), batch_size=batch_size)
         right = texts if _is_vectors(texts) else self.encode_text(_listed(texts), batch_size=4 * batch_size)
         cosines = torch.as_tensor(left) @ torch.as_tensor(right).T
@@ -231,7 +231,7 @@ class Model:
     ) -> list[Match]:
         """The texts by how well the image-text matching head, which reads each together with the image, finds
         that they belong to it: the best first, `top` of them."""
-        self._require("rerank")
+        self.require("rerank")
         model: Any = self.network
         with torch.no_grad():
             states = self._image_states([image])
@@ -255,13 +255,13 @@ class Model:
         """The `top` likeliest answers to a question about an image, or about two, (left, right), of a model
         of such a task: a list of `Answer`. Lists of images and questions, or one image and many questions,
         give a list of these."""
-        self._require("answer")
+        self.require("answer")
         return self.classify(question, image, top=top, batch_size=batch_size)
 
     def entails(self, image: Any, premise: Any, hypothesis: Any, *, batch_size: int = BATCH) -> Any:
         """{"entailment", "neutral", "contradiction": probability} of a hypothesis about an image, or about a
         premise, a sentence; the other is None. Lists give a list of these."""
-        self._require("entails")
+        self.require("entails")
         if (image is None) == (premise is None):
             raise UserError(
                 "entails: a hypothesis is about an image or about a premise; give one, and None for the other"
@@ -274,7 +274,7 @@ class Model:
     ) -> Any:
         """The `top` likeliest classes of a text about an image, or two, or about a premise: a list of
         `Answer`, of lists a list of these."""
-        self._require("classify")
+        self.require("classify")
         if isinstance(text, str):
             premise = None if premise is None else [premise]
             return self.classify([text], image, premise=premise, top=top, batch_size=batch_size)[0]
@@ -402,7 +402,7 @@ class Model:
     def _embedding(self) -> int:
         return len(self.encode_text("."))
 
-    def _require(self, method: str) -> None:
+    def require(self, method: str) -> None:
         if method not in self.capabilities:
             _refuse(self, method)
 

@@ -1,0 +1,398 @@
+"""Use a trained model on many images, texts or questions, and write a line of JSON for each.
+
+    python -m raylib.api.predict MODEL --images DIR --texts FILE    the texts that fit each image best
+    python -m raylib.api.predict MODEL --images DIR --texts FILE --by texts    the images that fit each text
+    python -m raylib.api.predict MODEL --images DIR | --texts FILE    embeddings
+    python -m raylib.api.predict MODEL --questions FILE.jsonl [--images DIR]    answers, or entailment
+
+DIR is a folder or a URL (s3://bucket/images), with all that is below; or embeddings that this command wrote.
+A text file has a text a line. Questions are JSON lines {"image", "question"}; of two images {"images": [LEFT,
+RIGHT], ...}; of a pair of sentences {"premise", "hypothesis"}. Their images lie in DIR, else beside the file.
+
+What cannot be read has an "error" in its line. Started again, the command goes on after the lines of --out
+that are there. With --ray, workers of a Ray cluster share the work, and --out is a folder or a URL that gets
+a file for each 1,000 inputs.
+"""
+
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from finetune.formats import stream_jsonl, stream_lines
+from finetune.stores.regions import open_regions
+from raylib.api.model import language_part, load_model
+from raylib.command import command_parser, entry_point
+from raylib.config import Config, differing_paths
+from raylib.data.images import is_image, load_image, resize_image
+from raylib.data.loading import prefetch
+from raylib.errors import UserError
+from raylib.launch import map_parts
+from raylib.models.finetuned import tokenizer_at, weights_of
+from raylib.progress import progress
+from raylib.provenance import hash_path
+
+BATCH, PART = 64, 1000  # inputs at a time; in a file of a Ray worker's
+QUESTIONS = ("question", "hypothesis", "statement", "text")  # what a line may call its text
+
+
+class PredictConfig(Config):
+    """All that a worker must know. images: the folder or URL that names of images are in; texts: those that
+    images are compared with."""
+
+    model: str
+    device: str | None = None
+    dtype: str | None = None
+    language: str | None = None
+    backbone: str = "unified"
+    vision: str | None = None
+    task: Literal["images", "texts", "similarity", "questions"]
+    images: str | None = None
+    regions: str | None = None
+    texts: tuple[str, ...] = ()
+    top: int = 5
+
+
+class Predictor:
+    """A loaded model; `predictor(items)` are the lines of some inputs."""
+
+    def __init__(self, config: PredictConfig):
+        self.config = c = config
+        self.model = load_model(
+            c.model, c.device, c.dtype, language=c.language, backbone=c.backbone, vision=c.vision
+        )
+        self.regions = open_regions(c.regions) if c.regions else None
+        methods = {"questions": "classify", "texts": "encode_text"}
+        self.model.require(methods.get(c.task, "encode_image"))
+        self.texts = self.model.encode_text(c.texts) if c.task == "similarity" else np.empty(0)
+
+    def __call__(self, items: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+        """Lines of the items, a batch at a time, in their order."""
+        for batch, images in prefetch(map(self._read, _batched(items, BATCH))):
+            good = [i for i, found in enumerate(images) if not isinstance(found, UserError)]
+            values = self._predict([batch[i] for i in good], [images[i] for i in good]) if good else []
+            lines = [{**item, "error": str(found)} for item, found in zip(batch, images, strict=True)]
+            for i, value in zip(good, values, strict=True):
+                lines[i] = {**batch[i], **value}
+            yield lines
+
+    def _predict(self, items: list[dict[str, Any]], images: list[Any]) -> list[dict[str, Any]]:
+        c, model = self.config, self.model
+        if c.task == "texts":
+            return [{"embedding": _floats(v)} for v in model.encode_text([item["text"] for item in items])]
+        if c.task == "questions":
+            premises = [item["premise"] for item in items] if "premise" in items[0] else None
+            about = None if premises else [each if len(each) > 1 else each[0] for each in images]
+            texts = [item[name_of_text(item)] for item in items]
+            found = model.classify(texts, about, premise=premises, top=c.top)
+            return [{"answers": [answer._asdict() for answer in answers]} for answers in found]
+        vectors = model.encode_image([each[0] for each in images])
+        if c.task == "images":
+            return [{"embedding": _floats(vector)} for vector in vectors]
+        return [{"texts": found} for found in best(vectors @ self.texts.T, c.texts, c.top, "text")]
+
+    def _read(self, batch: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple | UserError]]:
+        """The batch, and the images of each of its items, or the reason why there are none."""
+        with ThreadPoolExecutor() as threads:
+            return batch, list(threads.map(self._images, batch))
+
+    def _images(self, item: dict[str, Any]) -> tuple | UserError:
+        try:
+            return tuple(map(self._image, names_of_images(item)))
+        except UserError as error:
+            return error
+
+    def _image(self, name: str) -> Any:
+        if self.regions:
+            return self.regions.read(name)
+        is_whole = "://" in name or Path(name).is_absolute()
+        image = load_image(name if is_whole else f"{(self.config.images or '.').rstrip('/')}/{name}")
+        # as small as the model takes it, so that a batch of large ones is not kept in memory
+        return resize_image(image, self.model.backbone.image_size)
+
+
+class PartWorker:
+    """A worker of Ray Data's: `worker(part)` writes the file of a part, and returns what it counted."""
+
+    def __init__(self, config: PredictConfig, out: str):
+        self.predictor, self.out = Predictor(config), out
+
+    def __call__(self, part: dict[str, Any]) -> dict[str, int]:
+        import fsspec
+
+        lines = list(itertools.chain.from_iterable(self.predictor(part["items"])))
+        files, path = fsspec.core.url_to_fs(f"{self.out}/{part_name(part['number'])}")
+        # of a worker that is killed nothing is there
+        with files.transaction, files.open(path, "wb") as file:
+            file.write(_encode_lines(lines))
+        return {"lines": len(lines), "errors": sum("error" in line for line in lines)}
+
+
+def part_name(number: int) -> str:
+    """The name of a part's file."""
+    return f"part-{number:06d}.jsonl"
+
+
+def names_of_images(item: dict[str, Any]) -> tuple[str, ...]:
+    """The images that an input is about."""
+    return tuple(item["images"]) if "images" in item else (item["image"],) if "image" in item else ()
+
+
+def name_of_text(item: dict[str, Any]) -> str:
+    """The field of a question's text; "" if it has none."""
+    return next((name for name in QUESTIONS if name in item), "")
+
+
+def best(scores: np.ndarray, names: Sequence[str], top: int, field: str) -> list[list[dict[str, Any]]]:
+    """Of each row of `scores` (n, names), its best `top`, or all for 0, as [{field: name, "score"}]."""
+    count = min(top or len(names), len(names))
+    values, places = torch.as_tensor(scores).topk(count, dim=1)
+    return [
+        [{field: names[j], "score": round(v, 7)} for j, v in zip(row, found, strict=True)]
+        for row, found in zip(places.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def _floats(vector: np.ndarray) -> list[float]:
+    return [round(value, 8) for value in vector.tolist()]
+
+
+def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    source = iter(items)
+    while batch := list(itertools.islice(source, size)):
+        yield batch
+
+
+def _encode_lines(lines: Iterable[dict[str, Any]]) -> bytes:
+    text = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+    return "".join(text).encode()
+
+
+def read_questions(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of questions.
+
+    Raises:
+        UserError: one has no text, neither an image nor a premise, or other fields than the first.
+    """
+    records, kind = [], None
+    for where, record in stream_jsonl(path):
+        names = [record.get("image"), *(record.get("images") or ()), record.get("premise")]
+        about = "premise" if "premise" in record else "images"
+        wanted = f"wanted image, images or premise, and {', '.join(QUESTIONS[:-1])} or {QUESTIONS[-1]}"
+        if not name_of_text(record) or not any(names):
+            raise UserError(f"{where}: {wanted}; found {', '.join(record) or 'nothing'}")
+        if any(not isinstance(name, str) for name in (*filter(None, names), record[name_of_text(record)])):
+            raise UserError(f"{where}: a field is no string; {wanted}")
+        if kind not in (None, about):
+            raise UserError(f"{where}: about its {about}, after others about their {kind}; split the file")
+        kind = about
+        records.append(record)
+    return records
+
+
+def list_images(root: str) -> list[dict[str, Any]]:
+    """{"image": name} of each image below a folder or a URL, in order.
+
+    Raises:
+        UserError: no such folder, no images in it, a package for its scheme is missing.
+    """
+    import fsspec
+
+    try:
+        files, path = fsspec.core.url_to_fs(root)
+        found = files.find(path)
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"{root}: {' '.join(str(error).split())}") from None
+    images = (name for name in found if is_image(name.rpartition("/")[2].lower()))
+    names = [name.removeprefix(path).lstrip("/") for name in images]
+    if not names:
+        raise UserError(f"{root}: no images in it")
+    return [{"image": name} for name in sorted(names)]
+
+
+def read_embeddings(path: Path) -> tuple[list[str], np.ndarray]:
+    """Names and vectors of the images that this command wrote into a file, or with --ray into a folder."""
+    names, vectors = [], []
+    for file in sorted(path.glob("part-*.jsonl")) if path.is_dir() else [path]:
+        for where, line in stream_jsonl(file):
+            if "error" in line:
+                continue
+            if "image" not in line or "embedding" not in line:
+                raise UserError(f"{where}: no image with its embedding, as --images alone writes them")
+            names.append(line["image"])
+            vectors.append(line["embedding"])
+    if not names:
+        raise UserError(f"{path}: no embeddings in it")
+    return names, np.array(vectors, np.float32)
+
+
+def _by_texts(config: PredictConfig, texts: list[str], embeddings: Path | None) -> Iterator[list[dict]]:
+    """A line for each text, with the images that fit it best."""
+    predictor = Predictor(config)
+    if embeddings:
+        names, vectors = read_embeddings(embeddings)
+    else:
+        items = list_images(str(config.images))
+        lines = itertools.chain.from_iterable(predictor(progress(items, "encode images", unit="images")))
+        good = [line for line in lines if "error" not in line]
+        names, vectors = [line["image"] for line in good], np.array([line["embedding"] for line in good])
+    for batch in _batched(texts, BATCH):
+        scores = predictor.model.encode_text(batch) @ vectors.T.astype(np.float32)
+        found = best(scores, names, config.top, "image")
+        yield [{"text": text, "images": images} for text, images in zip(batch, found, strict=True)]
+
+
+def open_output(out: str, config: PredictConfig, inputs: Any) -> None:
+    """Note beside `out` what it is made of.
+
+    Raises:
+        UserError: it was begun with another model, other inputs or settings; or something else lies there.
+    """
+    import fsspec
+
+    model = language_part(Path(config.model), config.language)
+    now = {
+        "settings": config.model_dump(mode="json", exclude={"model", "device", "images"}),
+        "weights": hash_path(weights_of(model)),
+        "tokenizer": hash_path(tokenizer_at(model)),
+        "inputs": hashlib.sha256(json.dumps(inputs).encode()).hexdigest(),
+    }
+    files, path = fsspec.core.url_to_fs(f"{out}.run.json")
+    if files.exists(path):
+        before = json.loads(files.cat_file(path))
+        if changed := differing_paths(before, now):
+            raise UserError(f"{out} was begun with other {', '.join(changed)}; give another --out")
+        return
+    if files.exists(path.removesuffix(".run.json")):
+        raise UserError(f"{out} is there, without the {out}.run.json of this command; give another --out")
+    files.makedirs(files._parent(path), exist_ok=True)
+    files.pipe_file(path, (json.dumps(now, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def write_local(
+    out: Path | None, lines_from: Callable[[int], Iterable[list[dict[str, Any]]]], total: int
+) -> tuple[int, int]:
+    """Append the lines from the first on that a file lacks, or write all to stdout; a last line that is not
+    whole is cut off. Returns how many there are then, and how many of them have an error."""
+    if out is None:
+        done, errors, file = 0, 0, sys.stdout.buffer
+    else:
+        done, errors, end, file = 0, 0, 0, open(out, "a+b")  # noqa: SIM115 - closed below
+        file.seek(0)
+        for line in file:
+            if line.endswith(b"\n"):
+                done, end = done + 1, end + len(line)
+                errors += b'"error"' in line and "error" in json.loads(line)
+        file.truncate(end)
+    try:
+        for lines in progress(lines_from(done), "predict", total - done, "inputs", len):
+            file.write(_encode_lines(lines))
+            file.flush()
+            done, errors = done + len(lines), errors + sum("error" in line for line in lines)
+    finally:
+        if out is not None:
+            file.close()
+    return done, errors
+
+
+def write_on_ray(
+    config: PredictConfig, items: list[dict[str, Any]], out: str, workers: int
+) -> tuple[int, int]:
+    """Write the files of parts that are not there yet, on `workers` of a Ray cluster."""
+    import fsspec
+
+    files, path = fsspec.core.url_to_fs(out)
+    files.makedirs(path, exist_ok=True)
+    there = {name.rpartition("/")[2] for name in files.ls(path, detail=False)}
+    parts: list[dict[str, Any]] = [
+        {"number": i, "items": batch} for i, batch in enumerate(_batched(items, PART))
+    ]
+    missing = [part for part in parts if part_name(part["number"]) not in there]
+    Predictor(config)  # here first: what is wrong with the model is told in one line
+    counts = map_parts(PartWorker, (config, out), missing, workers)
+    errors = 0
+    for count in progress(counts, "predict", len(items), "inputs", lambda count: count["lines"]):
+        errors += count["errors"]
+    return len(items), errors
+
+
+@entry_point("the same command goes on")
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line."""
+    given = _parse(arguments)
+    texts = [line.strip() for _, line in stream_lines(given.texts)] if given.texts else []
+    by_texts = given.by == "texts"
+    embeddings = Path(given.images) if by_texts and _holds_embeddings(given.images) else None
+    task: Literal["images", "texts", "similarity", "questions"] = "texts"
+    items: list[dict[str, Any]] = [{"text": text} for text in texts]
+    if given.questions:
+        task, items = "questions", read_questions(given.questions)
+    elif given.images and not embeddings:
+        task, items = "similarity" if texts and not by_texts else "images", list_images(given.images)
+    fields = {name: value for name, value in vars(given).items() if name in PredictConfig.model_fields}
+    if given.questions and not given.images:
+        fields["images"] = str(given.questions.parent)
+    config = PredictConfig(**{**fields, "task": task, "texts": tuple(texts) if task == "similarity" else ()})
+    if given.out:
+        open_output(given.out, config, [items, texts, embeddings and hash_path(embeddings)])
+    if given.ray:
+        done, errors = write_on_ray(config, items, given.out, given.workers)
+    elif by_texts:
+        out, total = given.out and Path(given.out), len(texts)
+        done, errors = write_local(out, lambda done: _by_texts(config, texts[done:], embeddings), total)
+    else:
+        out, total = given.out and Path(given.out), len(items)
+        done, errors = write_local(out, lambda done: Predictor(config)(items[done:]), total)
+    if given.out:
+        print(f"{given.out}: {done:,} lines")
+    if errors:
+        print(f'{errors:,} of them could not be read: they have an "error"', file=sys.stderr)
+    return 0
+
+
+def _holds_embeddings(images: str) -> bool:
+    return Path(images).suffix == ".jsonl" or any(Path(images).glob("part-*.jsonl"))
+
+
+def _parse(arguments: Sequence[str]) -> Any:
+    parser = command_parser("raylib.api.predict", __doc__)
+    parser.add_argument("model", help="a run, an export, a checkpoint, or published weights")
+    parser.add_argument("--images", metavar="DIR", help="a folder or URL of images, or embeddings of them")
+    parser.add_argument("--texts", type=Path, metavar="FILE", help="a text a line")
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="JSON lines")
+    parser.add_argument("--regions", metavar="STORE", help="region features, for models that read these")
+    parser.add_argument("--out", metavar="FILE", help="instead of stdout; with --ray a folder or a URL")
+    parser.add_argument(
+        "--by", choices=("images", "texts"), default="images", help="a line for each of these"
+    )
+    parser.add_argument("--top", type=int, default=5, help="how many are named, the best first; 0: all (5)")
+    parser.add_argument("--language", help="of a run that trained a model for each")
+    parser.add_argument("--backbone", default="unified", help="what published weights become")
+    parser.add_argument("--vision", help="the folder of their image encoder")
+    parser.add_argument("--device", help="such as cuda:1 (a GPU if there is one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="(as the model was evaluated)")
+    parser.add_argument(
+        "--ray", action="store_true", help="on the cluster of RAY_ADDRESS, or one started here"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="of Ray, each with a GPU if there are any (2)")
+    given = parser.parse_args(arguments)
+    if bool(given.questions) == bool(given.texts) and (given.questions or not given.images):
+        raise UserError("give --questions, or --images, --texts or both")
+    if given.by == "texts" and not (given.images and given.texts):
+        raise UserError("--by texts needs --images and --texts")
+    if given.ray and (given.by == "texts" or not given.out):
+        raise UserError("--ray wants --out DIR, and no --by texts, which reads what it writes of --images")
+    if given.top < 0 or given.workers < 1:
+        raise UserError("--top is 0 or more, --workers 1 or more")
+    return given
+
+
+if __name__ == "__main__":
+    sys.exit(main())
