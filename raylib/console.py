@@ -33,6 +33,7 @@ COMMANDS = (
         "finetune", "finetune.__main__", (), "fine-tune a model on a task; evaluate, compare, analyse runs"
     ),
     Command("search", "tune_spaces.__main__", (), "search for settings of a recipe in a space"),
+    Command("predict", "raylib.api.predict", (), "use a model on many images, texts or questions"),
     Command("export", "pretrain.__main__", ("export",), "write a run's model as one folder of safetensors"),
     Command("cluster", "cluster.__main__", (), "run a command on a local Ray cluster"),
     Command("data corpus", "pretrain.corpora", (), "write a pretraining corpus from images, pairs and text"),
