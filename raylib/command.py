@@ -3,6 +3,7 @@
 import argparse
 import functools
 import os
+import select
 import signal
 import sys
 import textwrap
@@ -33,10 +34,17 @@ def entry_point(restart_hint: str = "") -> Callable[[Main], Callable[..., int]]:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
             try:
-                return main(sys.argv[1:] if arguments is None else arguments)
+                code = main(sys.argv[1:] if arguments is None else arguments)
+                sys.stdout.flush()
+                return code
             except KeyboardInterrupt:
                 print("; ".join(filter(None, ("interrupted", restart_hint))), file=sys.stderr)
                 return 130
+            except BrokenPipeError:
+                if _is_read():  # another pipe broke
+                    raise
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+                return 141  # as the shell says of SIGPIPE
             except (UserError, OSError) as e:
                 # any other error of the system is a bug or a broken machine: it keeps its traceback
                 line = f"error: {disk_full_error(e) if isinstance(e, OSError) else e}"
@@ -46,6 +54,13 @@ def entry_point(restart_hint: str = "") -> Callable[[Main], Callable[..., int]]:
         return run
 
     return decorate
+
+
+def _is_read() -> bool:
+    """Return whether anybody still reads the output: after `| head` nobody does."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def check_writable(path: Path | None) -> None:

@@ -9,7 +9,7 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin
 
 import annotated_types
 from pydantic.fields import FieldInfo
@@ -131,11 +131,11 @@ def _ranges(constraints: list[Any], whole: bool) -> Iterator[str]:
     for each in constraints:
         match each:
             case annotated_types.Gt(gt=value):
-                yield f"{value + 1} or more" if whole else f"above {value:g}"
+                yield f"{cast(int, value) + 1} or more" if whole else f"above {value:g}"
             case annotated_types.Ge(ge=value):
                 yield f"{value:g} or more"
             case annotated_types.Lt(lt=value):
-                yield f"{value - 1} or less" if whole else f"below {value:g}"
+                yield f"{cast(int, value) - 1} or less" if whole else f"below {value:g}"
             case annotated_types.Le(le=value):
                 yield f"{value:g} or less"
             case FieldInfo():

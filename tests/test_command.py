@@ -1,6 +1,8 @@
 """Ends of command lines: well, by a mistake of the user, by a full disk, by Ctrl-C."""
 
 import errno
+import subprocess
+import sys
 
 import pytest
 
@@ -44,3 +46,29 @@ def test_command_other_exceptions_are_not_swallowed():
 
     with pytest.raises(PermissionError):
         main([])
+
+
+def test_command_whose_output_nobody_reads_ends_quietly(tmp_path):
+    script = tmp_path / "endless.py"
+    script.write_text(
+        "from raylib.command import entry_point\n"
+        "@entry_point()\n"
+        "def main(arguments):\n"
+        "    while True:\n"
+        "        print('line')\n"
+        "raise SystemExit(main())\n"
+    )
+    command = f"{sys.executable} {script} | head -1; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (141, "line\n", "")
+
+
+def test_command_another_broken_pipe_keeps_its_traceback(monkeypatch):
+    @entry_point()
+    def main(arguments):
+        raise BrokenPipeError
+
+    with open("/dev/null", "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(BrokenPipeError):
+            main([])
