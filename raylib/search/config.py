@@ -23,51 +23,59 @@ GOALS: dict[str, tuple[str, ...]] = {
 
 
 class SearchConfig(Config):
-    """recipe: of the trials. name, runs: the search lives in `runs`/`name`; "" is called by space and recipe.
-    num_trials: number of settings. algorithm: tpe, nsga2, cmaes and random are Optuna's; grid goes through
-        the space's grid; pbt is population-based training of `num_trials` members, who change every
-        `perturb_every` epochs.
-    max_hours: after which no trial begins, over all starts of the search; those that run go to their end.
-    repeats: a setting that is proposed again is not trained again: its trial takes the first one's score; or
-        it is a replicate, trained on another seed.
-    warm_start: the folder of another search, whose finished trials tpe and priorband learn from, where they
-        lie in the space.
-    early_stopping: asha stops trials that are behind others after `min_epochs`, `min_epochs` x
-        `reduction_factor`, ... epochs (of two goals: by dominance, then hypervolume); median those below the
-        median of one goal.
-    dev_sets: which may be looked at: English ones (true zero-shot), the target languages', or both as two
-        goals. metric: the goal, if not that of `dev_sets`: one of these dev sets, "dev/de".
-    workers_per_trial: None trains in the trial's process; a number trains with so many workers of Ray Train
-        under ZeRO-2. gpus_per_trial, cpus_per_trial: of a trial in its own process; None: a whole GPU, if the
-        cluster has any. max_concurrent: trials at a time; None: as many as fit.
-    num_finalists, final_seeds: the best so many settings, and the published one, are run on so many fresh
-        seeds. max_failures: how often a trial that crashes is tried again. seed: of the algorithm; the trials
-        all have the recipe's.
-    """
+    """Settings of a search; all others on its command line are its recipe's."""
 
     stored_as = "search"
     recipe: str
+    """Of the trials."""
     name: str = Field(default="", pattern=r"^[\w.-]*$")
+    """The search lives in `runs`/`name`; "": it is called by space and recipe."""
     runs: str = "runs"
+    """Folder of the search's folder."""
     num_trials: PositiveInt = 20
+    """Number of settings to try; may grow when the search goes on."""
     max_hours: PositiveFloat | None = None
+    """Hours after which no trial begins, over all starts of the search; those that run go to their end."""
     repeats: Repeats = "score"
+    """Of a setting that is proposed again: score, its trial is not trained and takes the first one's score;
+    replicate, it is trained on another seed, and the report pools both."""
     warm_start: str | None = None
+    """Folder of another search, whose finished trials tpe and priorband learn from, where they lie in the
+    space."""
     algorithm: Literal["tpe", "priorband", "random", "grid", "nsga2", "cmaes", "pbt"] = "tpe"
+    """tpe, nsga2 (two goals), cmaes (numbers alone) and random are Optuna's; priorband samples around
+    published settings too; grid goes through the space's grid; pbt is population-based training of
+    `num_trials` members, who change every `perturb_every` epochs."""
     early_stopping: Literal["asha", "median", "none"] = "asha"
+    """asha stops trials that are behind others after `min_epochs`, `min_epochs` x `reduction_factor`, ...
+    epochs (of two goals: by dominance, then hypervolume); median those below the median of one goal."""
     dev_sets: DevSets = "english_dev"
+    """Those that may be looked at: English ones (true zero-shot), the target languages', or both as two
+    goals."""
     metric: str | None = None
+    """The goal, if not that of `dev_sets`: one of these dev sets, "dev/de"."""
     workers_per_trial: PositiveInt | None = None
+    """null trains in the trial's process; a number trains with so many workers of Ray Train under ZeRO-2."""
     gpus_per_trial: NonNegativeFloat | None = None
+    """Of a trial in its own process, also a fraction; null: a whole GPU, if the cluster has any."""
     cpus_per_trial: PositiveFloat = 1.0
+    """Of a trial in its own process."""
     max_concurrent: PositiveInt | None = None
+    """Trials at a time; null: as many as fit."""
     min_epochs: PositiveInt = 1
+    """Epochs after which a trial is first compared with others."""
     reduction_factor: float = Field(default=3.0, gt=1)
+    """Of the trials at a rung of asha, one in so many goes on."""
     perturb_every: PositiveInt = 1
+    """Epochs of pbt between changes of settings."""
     num_finalists: PositiveInt = 3
+    """The best so many settings, and the published one, are run once more; may grow."""
     final_seeds: NonNegativeInt = 3
+    """Fresh seeds that these are run on; may grow. 0: none is."""
     max_failures: NonNegativeInt = 1
+    """How often a trial that crashes is tried again."""
     seed: int = 0
+    """Of the algorithm; the trials have the recipe's."""
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "SearchConfig":
