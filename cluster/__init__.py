@@ -136,18 +136,31 @@ def check_machine(port: int) -> None:
 
 
 def compose_submission(url: str, command: list[str]) -> list[str]:
-    """Return the `ray job submit` line, run in the checkout: what it uploads is the checkout without what git
-    ignores.
+    """Return the `ray job submit` line, run in `job_folder()`: what it uploads is the checkout without what
+    git ignores. Elsewhere the packages are installed, and nothing is uploaded: the cluster runs in the user's
+    folder.
 
-    A job's working directory is a copy without history, so it is told where runs go and which commit it is.
+    A job's copy of a checkout has no history, so it is told where runs go and which commit it is.
     """
-    env = {"POLYGLANCE_RUNS": str(Path(os.environ.get("POLYGLANCE_RUNS") or ROOT / "runs").absolute())}
-    with contextlib.suppress(FileNotFoundError):  # no git, no commit
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        if head.returncode == 0:
-            env["POLYGLANCE_COMMIT"] = head.stdout.strip()
-    options = ["--address", url, "--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": env})]
+    folder = job_folder()
+    env = {"POLYGLANCE_RUNS": str(Path(os.environ.get("POLYGLANCE_RUNS") or folder / "runs").absolute())}
+    upload = []
+    if folder == ROOT:
+        upload = ["--working-dir", "."]
+        with contextlib.suppress(FileNotFoundError):  # no git, no commit
+            head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+            if head.returncode == 0:
+                env["POLYGLANCE_COMMIT"] = head.stdout.strip()
+    options = ["--address", url, *upload, "--runtime-env-json", json.dumps({"env_vars": env})]
     return ["ray", "job", "submit", *options, "--", *command]
+
+
+def job_folder() -> Path:
+    """Return the folder that a job is run in: the checkout for whoever is in it, else the current folder."""
+    here = Path.cwd()
+    # an installed package lies in site-packages, which is no folder to run in, or to upload
+    in_checkout = (ROOT / "pyproject.toml").is_file() and here.is_relative_to(ROOT)
+    return ROOT if in_checkout else here
 
 
 def _start_head(folder: Path, cpus: int, gpus: int, port: int) -> Cluster:
@@ -194,7 +207,7 @@ def _start_head(folder: Path, cpus: int, gpus: int, port: int) -> Cluster:
         # a session of its own: Ctrl-C reaches this process alone, which stops job and cluster in order
         head = subprocess.Popen(
             command,
-            cwd=folder,
+            cwd=folder if job_folder() == ROOT else job_folder(),  # workers' too, where nothing is uploaded
             env=env,
             stdout=log,
             stderr=log,
@@ -221,7 +234,7 @@ def _wait_until_up(cluster: Cluster) -> None:
 def _submit_job(cluster: Cluster, command: list[str]) -> int:
     submission = compose_submission(cluster.url, command)
     print(f"$ {shlex.join(submission)}", flush=True)
-    follower = subprocess.Popen(submission, cwd=ROOT, env=cluster.env, start_new_session=True)
+    follower = subprocess.Popen(submission, cwd=job_folder(), env=cluster.env, start_new_session=True)
     while follower.poll() is None and cluster.head.poll() is None:
         time.sleep(0.3)
     # the follower ends with the job, or because it lost its connection

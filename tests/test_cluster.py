@@ -206,9 +206,17 @@ def test_cluster_submission_equals_plain_ray_job_submit(monkeypatch):
     assert env["POLYGLANCE_RUNS"] == str(ROOT / "runs")
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     assert env.get("POLYGLANCE_COMMIT") == (git.stdout.strip() or None)
-    monkeypatch.chdir("/")
+
+
+def test_cluster_submission_elsewhere_uploads_nothing(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # of an installed package: its folder is site-packages, which no job gets
+    monkeypatch.delenv("POLYGLANCE_RUNS", raising=False)
+    line = cluster.compose_submission("", ["python"])
+    assert "--working-dir" not in line and cluster.job_folder() == tmp_path
+    assert json.loads(line[6])["env_vars"] == {"POLYGLANCE_RUNS": str(tmp_path / "runs")}
     monkeypatch.setenv("POLYGLANCE_RUNS", "elsewhere")
-    assert json.loads(cluster.compose_submission("", [])[8])["env_vars"]["POLYGLANCE_RUNS"] == "/elsewhere"
+    line = cluster.compose_submission("", ["python"])
+    assert json.loads(line[6])["env_vars"]["POLYGLANCE_RUNS"] == str(tmp_path / "elsewhere")
 
 
 def test_cluster_rayjob_manifest_matches_project(capsys):
