@@ -21,93 +21,104 @@ UNIMODAL: tuple[Part, ...] = ("embeddings", "text", "vision")  # everything befo
 
 
 class FinetuneConfig(LaunchConfig):
-    """One task, one setting.
-
-    model: an export, a run, or an XLM-R or BERT folder; for few-shot and translate-test the run of an English
-        fine-tuning. vision: a ViT folder, with a text-only `model`.
-    data: the folder that holds the official annotation files as IGLUE's repository does. images, regions:
-        where the images, or region features in their place, lie; default: `data`/images.tar or /images.
-    wordnet: a folder like nltk_data/corpora/wordnet, for synonyms among answers and the linguistic prior;
-        default: `data`/wordnet. Without one, results have no "synonym_accuracy" and "confusions".
-    setting: zero_shot trains on English; few_shot goes on from `model` with each language's shots;
-        single_language and all_language train on the languages' own files, one by one or together;
-        translate_test evaluates `model`, untrained, on translations into English; untrained evaluates it as
-        it is.
-    split: "test". Of xGQA there is "testdev" too, all 12,578 questions of GQA's testdev, for runs that see
-        none of the 2,912 that are in few-shot files; "test" are the other 9,666, which every paper reports,
-        and "few_shot_test" is another name for them (runs of before meant the testdev by "test").
-    shots: which few-shot file.
-    languages: those that are evaluated; () is all of the task's.
-    answers: keep so many most frequent answers of the training file; None: the task's answer file, or all
-        there are.
-    strategies: fine-tuning strategies (`finetune.strategies`); `strategies.prior.alpha=4` turns one on.
-    method: the name of the run in tables; "": that of its strategies.
-    backbone: what a `model` that is not ours becomes (`raylib.models`).
-    head: a classifier, or a decoder that generates the answers of an open set and ranks them as `decoder`
-        says (CCLM).
-    freeze: parts that never train. cache_image_states: with a frozen image encoder and no augmentation,
-        encode every image once.
-    use_itm_head: retrieval trains and ranks pairs by the image-text matching head too, and `candidates` is
-        the K of its two stages (0 ranks every pair). Without, by image-text contrast alone, at `temperature`
-        (paper 4's tau).
-    last_batch: "keep" trains on what is left of an epoch as a smaller batch (IGLUE); "drop" leaves it to
-        another epoch.
-    select: which checkpoint is evaluated: the best on the English dev set (few-shot: the language's own,
-        where the task has one), or the last. select_metric: by which score of retrieval; select_ties: which
-        of checkpoints that score alike.
-    eval_each_epoch: evaluate the test set in every language after every epoch too; it chooses nothing
-        (`analyse` draws it).
-    run_test: evaluate the test sets at the end. A trial of a search does not: its result is what the dev
-        sets say.
-    dev_languages: whose own dev sets are scored after each epoch too; they choose nothing within the run.
-    train_limit, test_limit: use the first so many items; None: all.
-    verify: hash all of the run's files at every start; otherwise sizes and times of change come first, and
-        the content of images and region features is not looked at (`raylib.provenance`).
-    """
+    """A task, a model, a transfer setting, and how the model is trained."""
 
     stored_as = "finetune"
 
     task: NameOrFile
+    """Task by its name, such as xvnli, or a task in a file of your own: my_task.py, my_task.py:CLASS."""
     model: str = ""
+    """Export, run, or XLM-R or BERT folder to start from; for few_shot and translate_test the run of an
+    English fine-tuning."""
     vision: str | None = None
+    """ViT folder that goes with a text-only `model`."""
     data: str = ""
+    """Folder that holds the official annotation files as IGLUE's repository does."""
     images: str | None = None
+    """Folder or tar of the images; null: `data`/images.tar, or `data`/images."""
     regions: str | None = None
+    """Folder or file of region features, in the place of images."""
     wordnet: str | None = None
+    """Folder like nltk_data/corpora/wordnet, for synonyms among answers and the linguistic prior; null:
+    `data`/wordnet. Without one, results have no "synonym_accuracy" and "confusions"."""
     setting: TransferSetting = "zero_shot"
+    """Transfer: zero_shot trains on English; few_shot goes on from `model` with each language's shots;
+    single_language and all_language train on the languages' own files, one by one or together; translate_test
+    evaluates `model`, untrained, on translations into English; untrained evaluates it as it is."""
     split: Literal["test", "few_shot_test", "testdev"] = "test"
+    """Test set. Of xGQA, testdev is all 12,578 questions of GQA's testdev, for runs that see none of the
+    2,912 that are in few-shot files; test are the other 9,666, which every paper reports; few_shot_test is
+    another name for these."""
     shots: int | str = 5
+    """Number of shots, as few-shot files are called: 5, 48, 10x2."""
     languages: tuple[str, ...] = ()
+    """Languages that are evaluated; empty: all of the task's."""
     method: str = ""
+    """Name of the run in tables; empty: that of its strategies."""
     strategies: StrategiesConfig = StrategiesConfig()
+    """Fine-tuning strategies."""
     backbone: str = "unified"
+    """Architecture that a `model` which is not ours becomes: unified, cclm, uc2, m3p, oscar, mclip, ..."""
     head: Literal["classifier", "decoder"] = "classifier"
+    """Classifier, or a decoder that generates the answers of an open set and ranks them (CCLM)."""
     decoder: DecoderConfig = DecoderConfig()
+    """Ranking of answers by a decoder."""
     answers: PositiveInt | None = None
+    """Keep so many most frequent answers of the training file; null: the task's answer file, or all that
+    there are."""
     freeze: tuple[Part, ...] = ()
+    """Parts that never train."""
     cache_image_states: bool = True
+    """Encode every image once, where the image encoder is frozen and nothing augments."""
     image_size: PositiveInt | None = None
+    """Side of an image in pixels; null: the model's."""
     augment: AugmentConfig | None = None
+    """Augmentation of training images; null: none."""
     batch: PositiveInt = 64
+    """Examples of a step, over all workers."""
     epochs: PositiveInt = 10
+    """Passes over the training set."""
     length: int = Field(40, ge=3)
+    """Longest text, in tokens with the specials; longer ones are cut."""
     head_dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout of the classifier."""
     loss: Literal["ce", "bce"] = "ce"
+    """Cross-entropy over classes, or binary cross-entropy of each (IGLUE)."""
     use_itm_head: bool = True
+    """Train and rank pairs of a retrieval by the image-text matching head too; without, by contrast alone."""
     candidates: NonNegativeInt = 16
+    """Candidates that the matching head ranks after the contrast (paper 2, appendix B.2.3); 0 ranks every
+    pair."""
     temperature: PositiveFloat = 0.01
+    """Temperature of the contrast where `use_itm_head` is false (paper 4's tau)."""
     last_batch: Literal["drop", "keep"] = "drop"
+    """Train on what is left of an epoch as a smaller batch (keep; IGLUE), or leave it to another epoch
+    (drop)."""
     select: Literal["best", "last"] = "best"
+    """Checkpoint that is evaluated: best on the English dev set (few_shot: the language's own, where the task
+    has one), or last."""
     select_metric: Literal["mean_recall", "recall_at_1"] = "mean_recall"
+    """Score of retrieval by which the best is chosen."""
     select_ties: Literal["first", "last"] = "first"
+    """Choice among checkpoints that score alike."""
     eval_each_epoch: bool = False
+    """Evaluate the test set in every language after every epoch too; it chooses nothing (`analyse` draws
+    it)."""
     run_test: bool = True
+    """Evaluate the test sets at the end; trials of a search do not."""
     dev_languages: tuple[str, ...] = ()
+    """Languages whose own dev sets are scored after each epoch too; they choose nothing within the run."""
     train_limit: PositiveInt | None = None
+    """Train on the first so many items; null: all."""
     test_limit: PositiveInt | None = None
+    """Evaluate the first so many items of each set; null: all."""
     verify: bool = False
+    """Hash all of the run's files at every start; otherwise sizes and times of change come first, and the
+    content of images and region features is not looked at (`raylib.provenance`)."""
     optim: OptimConfig = OptimConfig(warmup=0.0)
+    """Optimizer and learning rate."""
     fit: FitConfig = FitConfig()
+    """Intervals of the training, and what it runs on."""
 
     @model_validator(mode="after")
     def _check_settings(self) -> "FinetuneConfig":

@@ -34,45 +34,53 @@ log = logging.getLogger(__name__)
 
 
 class StreamConfig(Config):
-    """One source: `folder` (or a URL, see `raylib.data.fetch`), samples a step over all workers, tokens a
-    sentence.
-
-    `languages`: those to use, () for all; `alpha`, `lanes`, `block`: see `raylib.data.loading`.
-    """
+    """One stream of the data."""
 
     folder: str | None = None
+    """Folder, or URL (`raylib.data.fetch`), of the stream's shards; null: the corpus's."""
     batch: NonNegativeInt = 0
+    """Samples of the stream in a step, over all workers; 0 leaves the stream out."""
     length: int = Field(64, ge=3)
+    """Longest sentence, in tokens with the two specials; longer ones are cut."""
     languages: tuple[str, ...] = ()
+    """Languages to use; empty: all that there are."""
     alpha: float = Field(0.3, ge=0)
+    """Exponent of language sampling, q ~ p^alpha: 1 as often as in the data, 0 all alike (paper 2: 0.3)."""
     lanes: PositiveInt = 8
+    """Parallel walks over the shards, of which a step takes equal shares; a multiple of the workers."""
     block: PositiveInt = 4096
+    """Samples that a lane shuffles at a time."""
 
 
 class DataConfig(Config):
-    """Data that a run reads. A stream with batch 0 is left out.
-
-    retrieval: the evaluation set.
-    dev: a folder of held-out samples (`pretrain.dev_losses`); None: that of the corpus, if it has one; false:
-        none.
-    cache: folder of copies of remote shards.
-    bad_limit: share of unusable samples allowed.
-    verify: compare the content of every shard with its manifest, and with what the run began with, at every
-        start; otherwise sizes and times of change come first (`raylib.provenance`).
-    """
+    """Data that a run reads."""
 
     tokenizer: str
+    """SentencePiece model, tokenizer.json or vocab.txt; empty: the corpus's."""
     image_text: StreamConfig = StreamConfig(length=35)
+    """Images with English captions."""
     parallel: StreamConfig = StreamConfig(length=50)
+    """English sentences with their translations."""
     text: StreamConfig = StreamConfig(length=64)
+    """Plain sentences in all languages."""
     augment: AugmentConfig = AugmentConfig()
+    """Augmentation of training images."""
     caption_language: str = "en"
+    """Language of the captions that are trained on."""
     mask_probability: float = Field(0.15, ge=0, le=1)
+    """Share of the words that are masked (BERT: 15 %; of these 80 % become the mask, 10 % another word)."""
     bad_limit: float = Field(0.01, ge=0, le=1)
+    """Share of unusable samples that is still normal; more end the run."""
     retrieval: str | None = None
+    """Retrieval set that each evaluation scores; null: the corpus's, if it has one."""
     dev: str | Literal[False] | None = None
+    """Folder of held-out samples, whose losses each evaluation computes; null: the corpus's, if it has one;
+    false: none."""
     cache: str | None = None
+    """Folder of copies of remote shards."""
     verify: bool = False
+    """Compare the content of every shard with its manifest, and with what the run began with, at every start;
+    otherwise sizes and times of change come first (`raylib.provenance`)."""
 
     @property
     def streams(self) -> dict[str, StreamConfig]:

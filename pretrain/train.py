@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import model_validator
+from pydantic import NonNegativeInt, model_validator
 
 from pretrain.batches import DataConfig, StepBatches
 from pretrain.corpora import build_sample_corpus
@@ -42,17 +42,18 @@ from raylib.track import read_metrics
 
 
 class InitConfig(Config):
-    """Weights to start from; None starts from scratch. `text` and `vision` are folders in Hugging Face
-    format."""
+    """Weights to start from; null starts from scratch."""
 
-    text: str | None = None  # XLM-R or BERT
-    layers: tuple[int, ...] | None = (
-        None  # of `text`, for text, then unified layers; None: its first, then its last
-    )
-    vision: str | None = None  # ViT
-    model: str | None = (
-        None  # an export or a run of ours: all weights, for a further stage with a schedule of its own
-    )
+    text: str | None = None
+    """Folder of an XLM-R or BERT in Hugging Face format."""
+    layers: tuple[NonNegativeInt, ...] | None = None
+    """Layers of `text` that become the text encoder's, then the unified ones; null: its first, then its
+    last."""
+    vision: str | None = None
+    """Folder of a ViT in Hugging Face format."""
+    model: str | None = None
+    """Export or run of ours, all of whose weights are taken, for a further stage with a schedule of its
+    own."""
 
     @model_validator(mode="after")
     def _one(self) -> "InitConfig":
@@ -66,15 +67,21 @@ class PretrainConfig(LaunchConfig):
 
     stored_as = "pretrain"
 
-    # a folder with image_text, parallel, text, retrieval, dev, tokenizer.model; or the embedded "sample", or
-    # "scenes" of it
     corpus: str = "sample"
+    """Folder with image_text, parallel, text, retrieval, dev and a tokenizer; or "sample", the embedded one,
+    or "scenes" of it."""
     model: ModelConfig
+    """Sizes of the model."""
     init: InitConfig = InitConfig()
+    """Weights to start from."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    """Losses."""
     data: DataConfig
+    """Data that the run reads."""
     optim: OptimConfig = OptimConfig()
+    """Optimizer and learning rate."""
     fit: FitConfig
+    """Length and intervals of the training."""
 
     @model_validator(mode="after")
     def _fits(self) -> "PretrainConfig":

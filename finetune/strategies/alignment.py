@@ -37,10 +37,8 @@ CAPTIONS = ("sentences", "caption_reference_description")  # fields of JSON line
 
 
 class TranslationAlignmentConfig(StrategyConfig):
-    """`weight`: lambda of equation 9; 0 with routine 3 trains on translations alone, the paper's "MT".
-    `loss`: how text and pivot are drawn together, the mean squared error of their vectors, not of unit length
-    (equation 7), contrast of text and pivot (equation 8), or of pivot and image. Translations are files
-    made before: the task's splits `*_to_en` and `*_from_en`."""
+    """Translation-based alignment (paper 4). Translations are files made before, `finetune translate`: the
+    task's splits `*_to_en` and `*_from_en`."""
 
     needs = frozenset({"captions", "embeddings"})
     display_fields = ("routine", "loss", "weight")
@@ -48,8 +46,15 @@ class TranslationAlignmentConfig(StrategyConfig):
     translations = ("_to_en", "_from_en")
 
     routine: Literal[1, 2, 3] = 3
+    """Pairs that are drawn together (paper 4, section 3): 1, English and foreign captions; 2, translations of
+    the English ones and foreign captions; 3, English captions and translations of the foreign ones, which
+    tests then are too."""
     loss: Literal["mse", "pivot", "image"] = "mse"
+    """Draw text and pivot together by the mean squared error of their vectors, not of unit length (equation
+    7), by contrast of text and pivot (equation 8), or of pivot and image."""
     weight: NonNegativeFloat = 1.0
+    """Weight of the alignment term (lambda of equation 9); 0 with routine 3 trains on translations alone, the
+    paper's "MT"."""
 
     @property
     def tests_translations(self) -> bool:
@@ -139,24 +144,31 @@ def _same_number(
 
 class TranslateConfig(Config):
     """Captions translated in advance by a translation model's folder (paper 4, section 4), for alignment and
-    translate-test: of the `split` of these `languages`, into English or from it.
+    translate-test.
 
     Whole files are translated, line by line, and written where the task's records look for them: `*_to_en`,
     `*_from_en`, and of a test `translated`. What is done so far lies in FILE.partial, and is not done again.
-
-    codes: what the model calls a language, where it wants to be told (NLLB, mBART, M2M-100): {"de":
-    "deu_Latn", ...}.
     """
 
     data: str = ""
+    """Data folder of the task."""
     languages: tuple[str, ...] = ()
+    """Languages to translate."""
     split: Literal["train", "shots", "test"] = "train"
+    """Texts to translate."""
     shots: int | str = 5
+    """Number of shots, of split=shots."""
     direction: Literal["to_en", "from_en"] = "to_en"
+    """Into English, or from it."""
     codes: Mapping[str, str] = Field(default_factory=dict)
+    """The model's names of languages, where it wants to be told (NLLB, mBART, M2M-100): {"de": "deu_Latn",
+    ...}."""
     batch: PositiveInt = 32
+    """Texts at a time."""
     num_beams: PositiveInt = 4
+    """Beams of the search for a translation."""
     length: PositiveInt = 128
+    """Longest text and translation, in the model's tokens."""
 
 
 def translate(

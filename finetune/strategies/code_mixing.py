@@ -27,20 +27,23 @@ SENTENCE, REPLACE, LANGUAGE, TRANSLATION = range(4)  # what is drawn
 
 
 class CodeMixingConfig(StrategyConfig):
-    """`dictionaries`: folder of MUSE files, default: `dictionaries` in the data folder; `languages`: which,
-    default: the targets. A text is mixed with probability `ratio`, then each of its words with `probability`
-    (the paper's public code: 1, 0.9). `stages`: with sparse fine-tuning, in the rounds that find the mask, in
-    the training after them, or in both (paper 0 found the rounds harmful)."""
+    """Words of English training texts are replaced by translations (paper 0)."""
 
     needs = frozenset({"english_texts"})
     hidden_fields = ("dictionaries",)
     mutable_fields = ("ratio", "probability")
 
     stages: Literal["last", "rounds", "both"] = "last"
+    """With sparse fine-tuning: in the rounds that find the mask, in the training after them, or in both
+    (paper 0 found the rounds harmful)."""
     dictionaries: str | None = None
+    """Folder of MUSE dictionaries; null: `dictionaries` in the data folder."""
     languages: tuple[str, ...] = ()
+    """Languages of the words; empty: the targets."""
     ratio: float = Field(1.0, ge=0, le=1)
+    """Probability that a text is mixed (the public code: 1)."""
     probability: float = Field(0.9, ge=0, le=1)
+    """Probability that a word of such a text is replaced (the public code: 0.9)."""
 
     def required(self) -> frozenset[Need]:
         return self.needs | ({"pruning_rounds"} if self.stages == "rounds" else set())

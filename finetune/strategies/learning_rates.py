@@ -20,6 +20,7 @@ class UnfreezingConfig(StrategyConfig):
     display_fields = ("layers",)
 
     layers: PositiveInt = 3
+    """Layers that thaw at each epoch (paper 1's k)."""
 
     def build(self, context: Context) -> "ScheduledUnfreezing":
         return ScheduledUnfreezing(self.layers)
@@ -54,6 +55,7 @@ class LayerDecayConfig(StrategyConfig):
     mutable_fields = ("factor",)
 
     factor: float = Field(0.88, gt=0, le=1)
+    """Factor of the learning rate from a layer to the one below."""
 
     def build(self, context: Context) -> "LayerDecay":
         return LayerDecay(self.factor)
@@ -71,11 +73,11 @@ class LayerDecay(Strategy):
 
 
 class TopLayersConfig(StrategyConfig):
-    """Only the top `layers` layers, heads and image encoder are trained; None: those in which text meets
-    image (paper 1, "CM only"). Embeddings and lower layers are frozen for good, so nothing flows back
-    through them either."""
+    """Only the top layers, heads and image encoder are trained. Embeddings and lower layers are frozen for
+    good, so nothing flows back through them either."""
 
     layers: PositiveInt | None = None
+    """Number of top layers that train; null: those in which text meets image (paper 1, "CM only")."""
 
     def build(self, context: Context) -> "TopLayers":
         return TopLayers(self.layers)
@@ -115,7 +117,9 @@ class HeadFirstConfig(StrategyConfig):
     display_fields = ("epochs",)
 
     epochs: PositiveInt = 5
+    """Epochs in which the classifier alone trains."""
     factor: float = Field(0.5, gt=0)
+    """Factor of the learning rate of everything after them."""
 
     def build(self, context: Context) -> "HeadFirst":
         return HeadFirst(self.epochs, self.factor)

@@ -16,12 +16,13 @@ from raylib.text import PromptedTokenizer, Tokenizer
 
 
 class PeftConfig(StrategyConfig):
-    """Settings common to those with modules. `projection`: also tune the map from a text's state to where it
-    meets images, as the paper does; its public code froze it without meaning to."""
+    """Settings common to those with modules."""
 
     method: ClassVar[str]  # as `raylib.models.peft` calls it
 
     projection: bool = True
+    """Also tune the map from a text's state to where it meets images, as the paper does; its public code
+    froze it without meaning to."""
 
     def removes(self) -> Mapping[Need, str]:
         return {"dense_weights": ""}
@@ -38,7 +39,9 @@ class LoraConfig(PeftConfig):
     display_fields = ("rank",)
 
     rank: PositiveInt = 8
+    """Rank of the changes (paper 4, equation 12)."""
     alpha: PositiveFloat = 16.0
+    """Scale: changes are multiplied by `alpha` / `rank`."""
 
 
 class AdapterConfig(PeftConfig):
@@ -49,6 +52,7 @@ class AdapterConfig(PeftConfig):
     display_fields = ("bottleneck",)
 
     bottleneck: PositiveInt = 24
+    """Width of the bottleneck."""
 
 
 class CompacterConfig(PeftConfig):
@@ -59,8 +63,11 @@ class CompacterConfig(PeftConfig):
     place = AdapterConfig.place
 
     n: PositiveInt = 4
+    """Kronecker products that a matrix is the sum of."""
     reduction: PositiveInt = 16
+    """The bottleneck is the width over this."""
     rank: PositiveInt = 1
+    """Rank of the factors."""
 
 
 class SoftPromptConfig(PeftConfig):
@@ -71,7 +78,9 @@ class SoftPromptConfig(PeftConfig):
     changes_texts = True
 
     words: str = "a photo of"
+    """Words from whose embeddings the tokens start, one for each of theirs; empty: random ones."""
     tokens: PositiveInt = 20
+    """Number of tokens where `words` is empty."""
 
     def build(self, context: Context) -> "SoftPrompt":
         start = Tokenizer.load(context.tokenizer).encode([self.words])[0].tolist() if self.words else []
@@ -88,6 +97,7 @@ class HardPromptConfig(StrategyConfig):
     display_fields = ("words",)
 
     words: str = "a photo of"
+    """Words before every text."""
 
     def build(self, context: Context) -> "HardPrompt":
         return HardPrompt(self.words)

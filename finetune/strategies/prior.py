@@ -31,9 +31,8 @@ VERSION = 1  # of how distances are computed: older matrices are made again
 
 
 class LinguisticPriorConfig(StrategyConfig):
-    """Defaults are paper 0's. `source`: where distances come from, the run's `wordnet=` or `vectors`, a GloVe
-    or word2vec file; default: `vectors.txt` in the data folder. `d1`, `d2`: distance of a hyponym, of a
-    hypernym of the answer."""
+    """Linguistic prior (paper 0, section 3): L = CE + alpha sum_c p(c) d(c, y) over the k most probable
+    answers c. Defaults are the paper's."""
 
     needs = frozenset({"labels", "logits"})
     display_fields = ("source",)
@@ -41,11 +40,17 @@ class LinguisticPriorConfig(StrategyConfig):
     mutable_fields = ("alpha", "k")
 
     source: Literal["wordnet", "vectors"] = "vectors"
+    """Source of distances: the run's `wordnet=`, or word vectors."""
     alpha: NonNegativeFloat = 10.0
+    """Weight of the expected distance in the loss."""
     k: PositiveInt = 10
+    """Most probable answers whose distance counts."""
     d1: float = Field(0.8, gt=0, lt=1)
+    """Distance of a hyponym of the answer, of WordNet."""
     d2: float = Field(0.8, gt=0, lt=1)
+    """Distance of a hypernym of the answer, of WordNet."""
     vectors: str | None = None
+    """GloVe or word2vec file; null: vectors.txt in the data folder."""
 
     def files(self, data: Path) -> tuple[Path, ...]:
         return (Path(self.vectors or data / "vectors.txt"),) if self.source == "vectors" else ()

@@ -40,19 +40,23 @@ Mask = dict[str, Tensor]
 
 
 class SparseConfig(StrategyConfig):
-    """Defaults are paper 0's. `rate`: share of the weights left that goes after each of `rounds` trainings of
-    `epochs`; `rewind`: what the next round starts from, "initial" as the paper says, or "none", the trained
-    weights, as its public code does without meaning to; `mask`: a file of masks, and no rounds."""
+    """Sparse fine-tuning by iterative magnitude pruning. Defaults are paper 0's."""
 
     needs = frozenset({"dense_weights"})
     hidden_fields = ("mask",)
     run_fields = ("mask",)
 
     rate: float = Field(0.1, gt=0, lt=1)
+    """Share of the remaining weights that each round prunes."""
     rounds: PositiveInt = 5
+    """Rounds of training and pruning."""
     epochs: PositiveInt = 1
+    """Epochs of a round."""
     rewind: Literal["initial", "none"] = "initial"
+    """Weights that the next round starts from: initial as the paper says, or none, the trained ones, as its
+    public code does without meaning to."""
     mask: str | None = None
+    """File of masks to use; null: the rounds find one."""
 
     def provides(self) -> frozenset[Need]:
         return frozenset() if self.mask else frozenset({"pruning_rounds"})

@@ -36,14 +36,16 @@ class BadImage(UserError):
 
 
 class AugmentConfig(Config):
-    """scale: share of the area that a crop keeps, (least, most); ratio: its aspect, (least, most),
-    log-uniform. operations: how many of `choices` are applied; magnitude: 0..10, the most an operation does.
-    flip, grayscale, cutout: probabilities. Flips are off by default: captions say left and right."""
+    """Random changes of training images: crop, RandAugment's operations, flip, grey, cutout."""
 
     scale: tuple[float, float] = (0.2, 1.0)
+    """Share of an image's area that a random crop keeps: least, most."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect (width over height) of a crop: least, most; drawn log-uniformly."""
     operations: int = Field(2, ge=0)
+    """Number of operations of `choices` that are applied to an image (RandAugment's N)."""
     magnitude: float = Field(7.0, ge=0, le=10)
+    """Strength of these operations, at most (RandAugment's M, of 10)."""
     choices: tuple[str, ...] = (
         "identity",
         "autocontrast",
@@ -56,9 +58,13 @@ class AugmentConfig(Config):
         "translate_y",
         "rotate",
     )
+    """Operations to choose from."""
     flip: float = Field(0.0, ge=0, le=1)
+    """Probability of a horizontal flip; 0 by default, for captions say left and right."""
     grayscale: float = Field(0.0, ge=0, le=1)
+    """Probability that an image loses its colours."""
     cutout: float = Field(0.0, ge=0, le=1)
+    """Probability that a square of an image is painted over."""
 
     @field_validator("scale", "ratio")
     @classmethod

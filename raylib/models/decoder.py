@@ -30,15 +30,13 @@ log = logging.getLogger(__name__)
 
 
 class DecoderConfig(Config):
-    """The ranking of answers.
-
-    candidates: so many answers, those with the likeliest first token, are scored whole (CCLM: 128).
-    count_first_twice: add the first token's log-probability once more, as the public code does; its paper
-    does not say so.
-    """
+    """The ranking of answers."""
 
     candidates: PositiveInt = 128
+    """Answers with the likeliest first token that are scored whole (CCLM: 128)."""
     count_first_twice: bool = False
+    """Add the first token's log-probability once more, as CCLM's public code does and its paper does not
+    say."""
 
 
 def encode_answers(labels: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:

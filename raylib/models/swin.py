@@ -6,7 +6,7 @@ Shape legend: b images, M patches of the last stage, d width.
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from raylib.config import Config
@@ -15,14 +15,14 @@ from raylib.models.layers import PixelStats, normalize_pixels
 
 
 class SwinSizes(Config):
-    """Sizes of a Swin. The defaults are Swin-B.
+    """Sizes of a Swin Transformer; the defaults are Swin-B."""
 
-    width: of the first stage's states; it doubles from stage to stage. layers, heads: of each stage.
-    """
-
-    width: int = 128
-    layers: tuple[int, ...] = (2, 2, 18, 2)
-    heads: tuple[int, ...] = (4, 8, 16, 32)
+    width: PositiveInt = 128
+    """Width of the first stage's states; it doubles from stage to stage."""
+    layers: tuple[PositiveInt, ...] = (2, 2, 18, 2)
+    """Layers of each stage."""
+    heads: tuple[PositiveInt, ...] = (4, 8, 16, 32)
+    """Attention heads of each stage."""
 
     @model_validator(mode="after")
     def _fits(self) -> "SwinSizes":

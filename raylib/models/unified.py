@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from raylib.config import Config, validate
@@ -25,38 +25,50 @@ HEAD_ROWS = 256  # rows of the vocabulary head at a time; PyTorch's automatic ch
 
 
 class ModelConfig(Config):
-    """Sizes of a unified model. The defaults are the paper's `base`: 12 image, 6 text and 6 unified layers.
+    """Sizes of a unified model. The defaults are the paper's `base`: 12 image, 6 text and 6 unified
+    layers."""
 
-    vocabulary: 0 is the tokenizer's (`pretrain`).
-    vision_width: None is that of the text; else heads of images are as wide as those of texts, and a linear
-        map leads up to `width`.
-    vision_window: pixels of windows that never see each other (`raylib.models.layers`); None is one window.
-    swin: of a Swin in the ViT's place, which vision_layers and vision_width say nothing about.
-    pixel_mean, pixel_std: what is subtracted from a pixel's 0..255, for all colours or each, and what it is
-        then divided by.
-    fusion: by cross-attention, or by self-attention over text and memory in one row ("w/o uni-arch").
-    """
-
-    vocabulary: int = 250002
-    width: int = 768
-    heads: int = 12
-    feedforward: int = 3072
-    text_layers: int = 6
-    fusion_layers: int = 6
-    vision_layers: int = 12
-    vision_width: int | None = None
-    vision_window: int | None = None
-    image_size: int = 256
-    patch: int = 16
-    positions: int = 512
-    embedding: int = 256
-    dropout: float = 0.1
-    eps: float = 1e-12
-    temperature: float = 0.07
+    vocabulary: NonNegativeInt = 250002
+    """Pieces of the vocabulary; 0: the tokenizer's."""
+    width: PositiveInt = 768
+    """Width of hidden states of text and fusion."""
+    heads: PositiveInt = 12
+    """Attention heads; `width` is a multiple."""
+    feedforward: PositiveInt = 3072
+    """Width of the feed-forward layers."""
+    text_layers: NonNegativeInt = 6
+    """Layers of the text encoder."""
+    fusion_layers: NonNegativeInt = 6
+    """Unified layers, in which text attends to images, or to another sentence (paper 2, section 3.1)."""
+    vision_layers: NonNegativeInt = 12
+    """Layers of the vision transformer; a Swin has its own."""
+    vision_width: PositiveInt | None = None
+    """Width of the vision transformer; null: that of the text. Its heads are as wide as those of texts, and a
+    linear map leads to `width`."""
+    vision_window: PositiveInt | None = None
+    """Side in pixels of windows that never see each other; null: one window."""
+    image_size: PositiveInt = 256
+    """Side of an image in pixels."""
+    patch: PositiveInt = 16
+    """Side of a patch in pixels."""
+    positions: PositiveInt = 512
+    """Longest text in tokens."""
+    embedding: PositiveInt = 256
+    """Width of the embeddings of contrast and retrieval."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout of text and unified layers."""
+    eps: PositiveFloat = 1e-12
+    """Epsilon of layer norms."""
+    temperature: PositiveFloat = 0.07
+    """Temperature of the contrast at the start; it is trained (paper 2, equation 1)."""
     pixel_mean: PixelStats = 127.5
+    """Subtracted from a pixel's 0..255, for all colours or each."""
     pixel_std: PixelStats = 127.5
+    """Divisor of pixels afterwards, for all colours or each."""
     fusion: Literal["cross", "entangled"] = "cross"
+    """Cross-attention, or self-attention over text and memory in one row (paper 2's "w/o uni-arch")."""
     swin: SwinSizes | None = None
+    """A Swin Transformer in the place of the ViT."""
 
     @model_validator(mode="after")
     def _divisible(self) -> "ModelConfig":

@@ -64,10 +64,12 @@ def term(
 
 
 class UserTerm(Config):
-    """A term in a user's own file: "my_term.py", or "my_term.py:function" where it has several."""
+    """A term in a user's own file."""
 
     file: str
+    """Python file of yours with the term: my_term.py, or my_term.py:function where it has several."""
     weight: NonNegativeFloat = 1.0
+    """Weight of the term in the loss."""
 
     def load(self) -> PretrainingTerm:
         """Raises UserError: no such file, no such term in it, several and none is named."""

@@ -242,6 +242,7 @@ def match_log_chances(step: ImageTextStep) -> tuple[Tensor, Tensor, Tensor]:
     fused, negatives = step.fused, step.negatives
     groups = [fused[name] for name in (step.config.itm_text, "wrong_image", "wrong_caption")]
     states = torch.cat([group.states_at(group.rows.starts) for group in groups])
+    # float32, also under autocast: a trained head's logits are large, where bf16 is 1/16 apart
     log_chances = F.log_softmax(step.model.match_head(states).float(), -1).view(len(groups), -1, 2)
     return log_chances[0], log_chances[1:], torch.stack([negatives.has_image, negatives.has_caption])
 
@@ -286,11 +287,17 @@ class TermWeights(Config):
     """
 
     ucl_image: Annotated[NonNegativeFloat, image_contrast] = 1.0
+    """Weight of the contrast of images and captions (UCL; paper 2, equation 1)."""
     itm: Annotated[NonNegativeFloat, image_text_matching] = 1.0
+    """Weight of image-text matching, with hard negatives (ITM; paper 2, equation 3)."""
     vlm: Annotated[NonNegativeFloat, masked_captions] = 1.0
+    """Weight of masked words of captions beside their image (VLM; paper 2, equation 2)."""
     ucl_translation: Annotated[NonNegativeFloat, translation_contrast] = 1.0
+    """Weight of the contrast of English sentences and their translations (UCL; paper 2, equation 1)."""
     tlm: Annotated[NonNegativeFloat, masked_translations] = 1.0
+    """Weight of masked words of a sentence beside its translation (TLM; paper 2, equation 2)."""
     xmlm: Annotated[NonNegativeFloat, masked_text] = 1.0
+    """Weight of masked words of plain text (xMLM; paper 2, equation 2)."""
 
 
 TERMS: dict[str, PretrainingTerm] = {
@@ -305,18 +312,27 @@ class ObjectiveConfig(Config):
     """Defaults follow the paper's equations; the other value of each choice is what its public code does."""
 
     weights: TermWeights = TermWeights()
+    """Weight of each term; 0 leaves a term out."""
     terms: UserTerms = UserTerms()
+    """Terms in files of your own."""
     ucl_text: Version = "clean"
+    """Captions that the contrast sees: clean, or masked as the public code's."""
     itm_text: Version = "masked"
+    """Captions that image-text matching sees."""
     tlm_source: Version = "clean"
+    """English sentences that TLM reads beside the masked translation."""
     directions: Literal["sum", "mean"] = "sum"
+    """Add both directions of a contrast (the paper), or take their mean (its public code)."""
     train_vision: bool = True
-    # those of words, which a small corpus would pull away from all words that it lacks
+    """Train the image encoder."""
     train_embeddings: bool = True
-    frozen_text_layers: NonNegativeInt = 0  # the lowest ones of the text encoder, for the same reason
+    """Train the word embeddings, which a small corpus would pull away from all words that it lacks."""
+    frozen_text_layers: NonNegativeInt = 0
+    """Lowest layers of the text encoder that do not train."""
     temperature: tuple[float, float] = (0.001, 0.5)
-    # VLM, ITM and TLM see the pairs whose index is a multiple of it; UCL sees them all
+    """Range that the trained temperature is kept in: least, most."""
     fuse_every: PositiveInt = 1
+    """VLM, ITM and TLM see every n-th pair of a step; the contrast sees them all."""
 
     @field_validator("terms")
     @classmethod

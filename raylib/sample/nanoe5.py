@@ -165,9 +165,10 @@ FILE = "e5-small-q4.bin"
 
 
 class Settings(Config):
-    """`trim`: sources of texts, separated by commas; empty: all pieces are kept."""
+    """Settings of the encoder's folder."""
 
     trim: str = ""
+    """Sources of texts, separated by commas, whose pieces are kept; empty: all."""
 
 
 def find_weights() -> Path:

@@ -42,24 +42,7 @@ WHERE = "strategies.distillation"
 
 
 class DistillationConfig(StrategyConfig):
-    """Defaults are the paper's.
-
-    teacher: the run of an English fine-tuning, or weights that `backbone` can start from.
-    tokens: whose states are compared; "mixed": of English words that take the place of `share` of the words,
-        by the word `alignments`, a folder of LANGUAGE.text and LANGUAGE.align (default: `alignments` in the
-        data folder).
-    layers: of the student, default 3, 6, 9 and the last.
-    teacher_layers: which of the teacher's each is compared with, default the same.
-    weights: lambda_m, default 1; one alone is every layer's.
-    normalise: as equations 2 to 6, or as the public code, one mean over everything.
-    slots: images are padded to so many regions, and the empty ones are averaged in (the public code: 50);
-        0: they are masked.
-    task: weight of the answers' loss beside it.
-    classifier: the student's is new, or starts as the teacher's.
-    states: the teacher runs beside the student, or its states are stored before.
-    epochs: distil for so many epochs in a training of its own, RUN/distilled, which the run's goes on from,
-        on answers alone (the paper's two steps in one run); None: the run itself distils.
-    """
+    """Distillation of an English teacher's hidden states (paper 3, cViL). Defaults are the paper's."""
 
     needs = frozenset({"labels", "one_image", "states", "training_texts"})
     display_fields = ("tokens",)
@@ -67,21 +50,37 @@ class DistillationConfig(StrategyConfig):
     run_fields = ("teacher",)
 
     teacher: str
+    """Run of an English fine-tuning, or weights that `backbone` can start from."""
     backbone: str = "unified"
+    """Architecture of a teacher that is not ours."""
     tokens: tuple[Literal["cls", "image", "tags", "mixed"], ...] = Field(
         ("cls", "image", "tags", "mixed"), min_length=1
     )
+    """Tokens whose states are compared; mixed: English words that take the place of `share` of the words."""
     layers: tuple[PositiveInt, ...] | None = None
+    """Layers of the student that are compared; null: 3, 6, 9 and the last."""
     teacher_layers: tuple[PositiveInt, ...] | None = None
+    """Layers of the teacher, one for each of these; null: the same."""
     weights: tuple[NonNegativeFloat, ...] | None = None
+    """Weight of each layer (lambda_m); one alone is every layer's; null: 1."""
     normalise: Literal["paper", "public"] = "paper"
+    """Means as equations 2 to 6 have them, or as the public code, one over everything."""
     slots: NonNegativeInt = 0
+    """Regions that images are padded to, the empty ones averaged in (the public code: 50); 0: they are
+    masked."""
     task: NonNegativeFloat = 0.0
+    """Weight of the answers' loss beside distillation."""
     classifier: Literal["new", "teacher"] = "new"
+    """The student's classifier is new, or starts as the teacher's."""
     states: Literal["live", "stored"] = "live"
+    """The teacher runs beside the student (live), or its states are stored before."""
     epochs: PositiveInt | None = None
+    """Distil for so many epochs in a training of its own, RUN/distilled, which the run's goes on from on
+    answers alone (the paper's two steps in one run); null: the run itself distils."""
     alignments: str | None = None
+    """Folder of word alignments, LANGUAGE.text and LANGUAGE.align; null: `alignments` in the data folder."""
     share: float = Field(0.15, gt=0, le=1)
+    """Share of a text's words that English ones replace, for tokens=mixed."""
 
     @model_validator(mode="after")
     def _fits(self) -> "DistillationConfig":

@@ -51,14 +51,20 @@ RELATIONS = ("entailment", "neutral", "contradiction")
 
 
 class ScenesConfig(Config):
-    """Items of each task, and the side of an image in pixels."""
+    """Sizes of the miniature IGLUE."""
 
     train: PositiveInt = 3000
+    """Training items of each task."""
     dev: PositiveInt = 300
+    """Dev items of each task and language."""
     test: PositiveInt = 1000
-    shots: int = Field(100, ge=1)  # images in the largest few-shot set
+    """Test items of each task and language."""
+    shots: int = Field(100, ge=1)
+    """Images in the largest few-shot set."""
     size: int = Field(64, ge=32, le=512)
+    """Side of an image in pixels."""
     seed: int = 0
+    """Seed of everything that is drawn."""
 
     def shot_sizes(self, task: str) -> tuple[int, ...]:
         """Numbers of images of the few-shot sets of a task."""
