@@ -1,20 +1,33 @@
 """Runs in experiment trackers: each metric once, the same run after a resume, told of its end."""
 
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain.train import run
+from pretrain.train import PretrainConfig, run
 from raylib import trackers, tracking
+from raylib.config import dump_config
 from raylib.errors import UserError
 from raylib.fileio import append_jsonl, read_json, write_atomically
+from raylib.provenance import commit
 from raylib.track import read_metrics
 from raylib.trackers import ExperimentTracker, Point, RunFacts, table_rows
 from raylib.tracking import track_run
 
+ROOT = Path(__file__).resolve().parent.parent
 STEPS = 8
+LONG = 400  # steps of a run that is killed at 130, after its checkpoint at 100
 
 
 class Recorder(ExperimentTracker):
@@ -183,3 +196,197 @@ def test_tracking_tensorboard_has_a_run_that_went_on(mini):
     assert "test/text_summary" in found.Tags()["tensors"] and result["finished"]
     stored = read_json(folder / "tracking.json")["tensorboard"]
     assert stored["steps"]["loss/itm"] == STEPS
+
+
+class Start:
+    """A start of a run in a process of its own: `python -m pretrain`, its output in `lines`."""
+
+    def __init__(self, config: PretrainConfig, tracker: str, **env: str):
+        file = Path(config.runs) / "config_to_run.json"
+        file.write_text(dump_config(config), encoding="utf-8")
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "MLFLOW_"))}
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "pretrain", "--config", file, f'fit.track=["{tracker}"]'],
+            env={**inherited, **env},
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.lines: list[str] = []
+
+    def until(self, beginning: str) -> "Start":
+        """Read up to a line."""
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if line.startswith(beginning):
+                return self
+        raise AssertionError("".join(self.lines))
+
+    def end(self, number: int | None = None) -> int:
+        """Send a signal, or none; return the exit code."""
+        if number is not None:
+            self.process.send_signal(number)
+        self.lines += self.process.communicate(timeout=240)[0].splitlines(keepends=True)
+        return self.process.returncode
+
+
+@pytest.fixture
+def long_run(mini):
+    settings = ("name=tracked", "runtime=local", "workers=1", f"fit.steps={LONG}", "fit.save_every=100")
+    return mini(*settings, "recipe=tiny")
+
+
+@pytest.fixture
+def mlflow_server(tmp_path):
+    """The address of an MLflow server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = Path(sys.prefix) / "mlflow" / "bin" / "mlflow"
+    server = subprocess.Popen(
+        [program, "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+        + ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+        + ["--artifacts-destination", str(tmp_path / "server")],
+        stdout=(tmp_path / "server.log").open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{port}"
+    limit = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            break
+        except OSError:
+            assert server.poll() is None and time.monotonic() < limit, (tmp_path / "server.log").read_text()
+            time.sleep(0.3)
+    yield address
+    os.killpg(server.pid, signal.SIGTERM)
+    server.wait(timeout=60)
+
+
+@pytest.mark.heavy
+def test_tracking_mlflow_server_has_one_run_over_a_kill_and_a_resume(long_run, mlflow_server):
+    from mlflow import MlflowClient
+
+    env, client = {"MLFLOW_TRACKING_URI": mlflow_server, "MLFLOW_EXPERIMENT_NAME": "mine"}, None
+    killed = Start(long_run, "mlflow", **env).until(f"step 130/{LONG}")
+    client = MlflowClient(mlflow_server)
+
+    def the_run():
+        (found,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+        return found
+
+    assert the_run().info.status == "RUNNING"
+    assert killed.end(signal.SIGTERM) == 130, killed.lines
+    assert killed.lines[-1] == "interrupted; the same command resumes from the newest checkpoint\n"
+    first = the_run()
+    assert (first.info.status, first.info.run_name) == ("KILLED", "tracked")
+    assert first.data.params["model.width"] == "32" and first.data.params["fit.steps"] == str(LONG)
+    assert first.data.tags["mlflow.source.git.commit"] == commit()
+    assert first.data.tags["recipe"] == "tiny" and first.data.tags["seed"] == "0"
+    assert Start(long_run, "mlflow", **env).end() == 0
+    last = the_run()
+    assert (last.info.run_id, last.info.status) == (first.info.run_id, "FINISHED")
+    history = client.get_metric_history(last.info.run_id, "loss/itm")
+    logged = [record for record in read_metrics(Path(long_run.runs) / "tracked") if "loss/itm" in record]
+    assert [(point.step, point.value) for point in history] == [(r["step"], r["loss/itm"]) for r in logged]
+    assert [point.step for point in history] == list(range(1, LONG + 1))
+    result = read_json(Path(long_run.runs) / "tracked" / "result.json")
+    assert last.data.metrics["test/de/i2t_r1"] == result["retrieval"]["de"]["i2t_r1"]
+    artifacts = {artifact.path for artifact in client.list_artifacts(last.info.run_id)}
+    assert artifacts == {"config.json", "result.json", "curve.png", "test.csv"}
+
+
+@pytest.mark.heavy
+def test_tracking_mlflow_without_a_server_keeps_a_database_beside_the_runs(mini):
+    from mlflow import MlflowClient
+
+    config = mini("name=tracked", "runtime=local", "workers=1", "fit.steps=2")
+    assert Start(config, "mlflow").end() == 0
+    client = MlflowClient(f"sqlite:///{config.runs}/mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("polyglance").experiment_id])
+    assert found.info.status == "FINISHED" and found.data.metrics["lr"] > 0
+    assert (Path(config.runs) / "mlartifacts" / found.info.run_id / "artifacts" / "curve.png").is_file()
+
+
+@pytest.mark.heavy
+def test_tracking_mlflow_server_that_is_away_is_one_line(mini, tmp_path):
+    config = mini("name=tracked", "runtime=local", "workers=1", "fit.steps=2")
+    away = Start(config, "mlflow", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    assert away.end() == 2
+    assert "error: fit.track: mlflow does not take the run (" in away.lines[-1]
+
+
+def wandb_records(folder: Path) -> Iterator:
+    """The records of an offline run: protobufs in LevelDB's log format, after a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = folder.glob("*.wandb")
+    data, place, parts = file.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if (left := 2**15 - place % 2**15) < 7:  # no header fits the rest of a block
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def wandb_history(records: list) -> list[tuple[int, dict]]:
+    """(step, values) of each row that was logged."""
+    rows = []
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            values = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+            rows.append((record.history.step.num, values))
+    return rows
+
+
+@pytest.mark.heavy
+def test_tracking_wandb_offline_has_one_run_over_a_kill_and_a_resume(long_run):
+    env = {"WANDB_MODE": "offline", "WANDB_PROJECT": "mine", "WANDB_ENTITY": "us", "WANDB_RUN_GROUP": "group"}
+    killed = Start(long_run, "wandb", **env).until(f"step 130/{LONG}")
+    time.sleep(1 + 3 * tracking.SECONDS)  # wandb writes its file once a second
+    assert killed.end(signal.SIGKILL) == -signal.SIGKILL
+    last = Start(long_run, "wandb", **env)
+    assert last.end() == 0, "".join(last.lines)
+    folders = sorted((Path(long_run.runs) / "tracked" / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    starts = [list(wandb_records(folder)) for folder in folders]
+    runs = [next(r.run for r in start if r.WhichOneof("record_type") == "run") for start in starts]
+    assert runs[0].run_id == runs[1].run_id
+    for one in runs:
+        assert (one.project, one.entity, one.run_group) == ("mine", "us", "group")
+        assert (one.display_name, list(one.tags)) == ("tracked", ["recipe:tiny"])
+        config = {item.key: json.loads(item.value_json) for item in one.config.update}
+        assert config["model"]["width"] == 32 and config["git"] == commit()
+    steps = [step for start in starts for step, row in wandb_history(start) if "loss/itm" in row]
+    # a killed process takes along what W&B has not written, the last second and the newest step
+    assert steps == sorted(set(steps))
+    assert steps[:130] == list(range(1, 131)) and steps[-100:] == list(range(LONG - 99, LONG + 1))
+    rows = {name: value for _, row in wandb_history(starts[1]) for name, value in row.items()}
+    assert rows["curve._type"] == "image-file" and rows["test/table._type"] == "table-file"
+    files = {str(path.relative_to(folders[1])) for path in folders[1].rglob("*") if path.is_file()}
+    assert {"files/result.json", "files/curve.png", "files/config.json"} <= files
+    (code,) = [r.exit.exit_code for r in starts[1] if r.WhichOneof("record_type") == "exit"]
+    assert code == 0
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("ends", "exit_code", "code"), [("error", 2, 1), ("ctrl-c", 130, 255)])
+def test_tracking_wandb_is_told_of_an_end_before_the_end(ends, exit_code, code, long_run, mini):
+    if ends == "error":
+        diverging = ("optim.lr=1e30", "optim.clip=1e30", "fit.max_skipped=0", "fit.steps=50")
+        config = mini("name=tracked", "runtime=local", "workers=1", *diverging)
+        start, number = Start(config, "wandb", WANDB_MODE="offline"), None
+    else:
+        start, number = Start(long_run, "wandb", WANDB_MODE="offline").until("step 10/"), signal.SIGINT
+    assert start.end(number) == exit_code, "".join(start.lines)
+    (folder,) = (Path(long_run.runs) / "tracked" / "wandb").glob("offline-run-*")
+    (found,) = [r.exit.exit_code for r in wandb_records(folder) if r.WhichOneof("record_type") == "exit"]
+    assert found == code
