@@ -113,8 +113,8 @@ class TensorBoard(ExperimentTracker):
 
 class Wandb(ExperimentTracker):
     """A run of Weights & Biases, whose variables win: WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_GROUP,
-    WANDB_NAME, WANDB_TAGS, WANDB_DIR, WANDB_MODE=offline, ... A process that is killed (SIGKILL) takes along what W&B has
-    not written yet: the newest step, and of an offline run the last second."""
+    WANDB_NAME, WANDB_TAGS, WANDB_DIR, WANDB_MODE=offline, ... A process that is killed (SIGKILL) takes along
+    what W&B has not written yet: the newest step, and of an offline run the last second."""
 
     EXIT_CODES: Mapping[Status, int] = {"finished": 0, "failed": 1, "stopped": 255}  # 255 is W&B's of Ctrl-C
 
