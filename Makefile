@@ -85,9 +85,9 @@ baselines: .venv/.installed
 
 # torch alone: resolved among the others, an open range somewhere can bring a second, far larger build of it
 .venv/.installed: requirements.txt pyproject.toml
-	@python=$$(for p in python3.11 python3.12 python3; do \
-		$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done); \
-	[ -n "$$python" ] || { echo "error: no Python 3.11 or 3.12 on the PATH; install one" >&2; exit 1; }; \
+	@python=$$(for p in python3.11 python3.12 python3.13 python3; do \
+		$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done); \
+	[ -n "$$python" ] || { echo "error: no Python 3.11, 3.12 or 3.13 on the PATH; install one" >&2; exit 1; }; \
 	[ -x .venv/bin/pip ] || $$python -m venv --clear .venv
 	@echo "installing requirements.txt into .venv: some minutes, once"
 	@$(INSTALL) -c requirements.txt torch

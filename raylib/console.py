@@ -2,12 +2,13 @@
 `python -m ...` of its own that works from a bare checkout."""
 
 import importlib
-import importlib.metadata
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from raylib import __version__
 
 PROGRAM = "polyglance"
 
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0 if words else 2
     if words[0] == "--version":
-        print(f"{PROGRAM} {importlib.metadata.version(PROGRAM)}")
+        print(f"{PROGRAM} {__version__}")
         return 0
     if words[0] in GROUPS:
         if len(words) == 1 or words[1] in ("-h", "--help"):

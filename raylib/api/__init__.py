@@ -63,6 +63,13 @@ def load(
     return load_model(path, device, dtype, language=language, backbone=backbone, vision=vision)
 
 
+def main() -> int:
+    """Run `polyglance COMMAND ...`."""
+    from raylib.console import main as run
+
+    return run()
+
+
 def __getattr__(name: str) -> Any:
     if name in ("Model", "Answer", "Match"):
         from raylib.api import model
