@@ -241,16 +241,9 @@ def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]
 
 
 def code_files(config: FinetuneConfig) -> list[Path]:
-    """The user's own files that define the task and strategies of `config`; a run keeps copies of them.
-
-    Raises:
-        UserError: two have one name.
-    """
+    """The user's own files that define the task and strategies of `config`; a run keeps copies of them."""
     named = [name for name in (config.task, *config.strategies.user_files()) if isinstance(name, UserFile)]
-    files = list(dict.fromkeys(name.path for name in named))
-    if len({file.name for file in files}) < len(files):
-        raise UserError(f"two files of one name: {', '.join(map(str, files))}; rename one")
-    return files
+    return list(dict.fromkeys(name.path for name in named))
 
 
 def _files_of(reading: Reading) -> list[Path]:

@@ -5,21 +5,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.config import FinetuneConfig
-from finetune.strategies import STRATEGIES
-from raylib.config import read_stored_settings, without_settings
+from finetune.strategies import StrategiesConfig
+from raylib.config import change_settings, load_config, read_stored_settings, without_settings
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.launch import MUTABLE_SETTINGS
+from raylib.provenance import started_in
 from raylib.renames import rename_settings
 
 # names of a run, what is only looked at, and the seed, which is kept apart
 NO_SETTING = frozenset({"name", "method", "eval_each_epoch", "run_test", "fit.seed", *MUTABLE_SETTINGS})
-# paths that may lead into other runs
-FROM_RUNS = (
-    "model",
-    "init.model",
-    *(f"strategies.{name}.{field}" for name, kind in STRATEGIES.items() for field in kind.run_fields),
-)
+PATHS = ("model", "vision", "data", "images", "regions", "wordnet")  # settings that are paths
 UNTRAINED = "as it is"
 ABSENT = object()  # no such setting in a run: of a part that is off, or a model that is no run
 
@@ -56,20 +52,42 @@ def read_lineage(run: Path) -> Lineage:
     return _lineage(run, values, ())
 
 
+def load_run_config(run: Path) -> FinetuneConfig:
+    """Load the config of a finished or stopped run, whose paths are found from anywhere: beside it, or from
+    the folder in which it was started."""
+    config = load_config(FinetuneConfig, run / "config.json")
+    values = config.model_dump()
+    named = {path: _nested(values, path.split(".")) for path in (*PATHS, *_strategy_paths(config))}
+    found = {path: str(_locate(value, run, config.runs)) for path, value in named.items() if value}
+    return change_settings(config, {**found, "runs": str(run.absolute().parent)})
+
+
+def _strategy_paths(config: FinetuneConfig) -> tuple[str, ...]:
+    return config.strategies.declared_paths("run_fields", "file_fields")
+
+
+def _run_paths(config: FinetuneConfig | None) -> tuple[str, ...]:
+    """Settings that may lead into other runs."""
+    strategies = config.strategies if config else StrategiesConfig()
+    return ("model", "init.model", *strategies.declared_paths("run_fields"))
+
+
 def runs_behind(config: FinetuneConfig) -> Iterator[tuple[Path, dict[str, Any]]]:
     """(folder, stored settings) of every run that `config` goes on from or is taught or pruned by, of those
     before it, and so on; each once."""
-    waiting: list[tuple[Path | None, dict[str, Any]]] = [(None, config.model_dump(mode="json"))]
+    waiting: list[tuple[Path | None, dict[str, Any], FinetuneConfig | None]] = [
+        (None, config.model_dump(mode="json"), config)
+    ]
     visited = set()
-    for folder, values in waiting:  # grows while it is gone through
-        for path in FROM_RUNS:
+    for folder, values, parsed in waiting:  # grows while it is gone through
+        for path in _run_paths(parsed):
             value = _nested(values, path.split("."))
             if not value or not isinstance(value, str):  # of pretraining, `model` are sizes
                 continue
             source = _run_at(_locate(value, folder, values.get("runs")))
             if source and source[0] not in visited:
                 visited.add(source[0])
-                waiting.append(source)
+                waiting.append((*source, _fill(*source)[0]))
                 yield source
 
 
@@ -126,7 +144,7 @@ def _lineage(run: Path, stored: dict[str, Any], above: tuple[Path, ...]) -> Line
     seed = values["fit"].get("seed")
     seeds: tuple[int, ...] = (seed,) if seed is not None and (config is None or config.trains) else ()
     settings, visited = without_settings(values, NO_SETTING), (*above, run.resolve())
-    for path in FROM_RUNS:
+    for path in _run_paths(config):
         *parents, name = path.split(".")
         node = _nested(settings, parents)
         if not isinstance(node, dict) or not node.get(name) or not isinstance(node[name], str):
@@ -158,8 +176,8 @@ def _read(folder: Path) -> dict[str, Any] | None:
 
 def _locate(path: str, run: Path | None, runs: str | None) -> Path:
     """Find a `path` that is a setting of `run`: first beside the run, if that is where it was, for runs may
-    have moved, and the working directory may be another. As it stands if there is nothing."""
-    candidates = [Path(path)]
+    have moved; then from where the run was started, and from here. As it stands if there is nothing."""
+    candidates = [started_in(run) / path if run else Path(path), Path(path)]
     if run and runs and Path(path).is_relative_to(runs):
         candidates.insert(0, run.resolve().parent / Path(path).relative_to(runs))
     return next((location.resolve() for location in candidates if location.exists()), Path(path))

@@ -29,7 +29,7 @@ from finetune.build import (
 )
 from finetune.config import FinetuneConfig
 from finetune.evaluate import find_trained, test_result, trained_config
-from finetune.lineage import method_of, runs_behind
+from finetune.lineage import load_run_config, method_of, runs_behind
 from finetune.overlap import check_overlap
 from finetune.strategies import Need, Strategies, check_strategies
 from finetune.strategies.base import Stage, StageRun
@@ -148,10 +148,8 @@ def finetuning_files(config: FinetuneConfig) -> list[DataFile]:
 
 
 def _open_run(config: FinetuneConfig, files: Iterable[DataFile] = ()) -> None:
-    """Open the run's folder, and copy the user's own files into it: evaluation reads what ran."""
-    open_run(config, files, config.verify)
-    for file in code_files(config):
-        (run_folder(config) / file.name).write_bytes(file.read_bytes())  # which may be the copy itself
+    """Open the run's folder, with copies of the user's own files in it: evaluation reads what ran."""
+    open_run(config, files, config.verify, code_files(config))
 
 
 def _identity(config: FinetuneConfig, folder: Path) -> dict[str, str | None]:
@@ -393,8 +391,8 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     """Evaluate a run's model again, in this process, and write its results anew. Those of a run that was
     stopped say so, and do not keep it from going on. Data that changed since the run read it are told, and
     the result has their hash."""
-    config = load_config(FinetuneConfig, folder / "config.json")
-    stored, results = _stored_result(folder), []
+    as_stored = load_config(FinetuneConfig, folder / "config.json")  # what results tell of, and hashes
+    config, stored, results = load_run_config(folder), _stored_result(folder), []
     now = reported_split(config)
     then = stored.get("split", now)
     print(
@@ -418,8 +416,8 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         if done.is_file():
             before = read_json(done)
         results.append({**before, **test_result(pipeline, run)})
-    hashes = {"config_sha256": config_hash(config), "data_sha256": combined_hash(data)}
-    result = {**stored, **report.summarise(config, results), **hashes}
+    hashes = {"config_sha256": config_hash(as_stored), "data_sha256": combined_hash(data)}
+    result = {**stored, **report.summarise(as_stored, results), **hashes}
     result.pop("dev", None)  # of a search's run, which is tested now
     report.write(folder, result)
     return result

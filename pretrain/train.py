@@ -115,7 +115,8 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     config = with_vocabulary(config, data)
     folder, log = run_folder(config), print if is_main_process(config) else no_log
     if is_main_process(config):
-        open_run(config, pretraining_files(config, data, batches, dev), data.verify)
+        terms = [term.path for _, term in config.objective.terms.items()]
+        open_run(config, pretraining_files(config, data, batches, dev), data.verify, terms)
     if (folder / "result.json").is_file() and config.resume == "newest":
         drop_unneeded(config)
         log(f"run '{config.name}' is complete: {folder}/result.json (another name= starts another run)")
@@ -150,7 +151,7 @@ def pretraining_files(
         *(dev.files() if dev else ()),
         DataFile(Path(data.tokenizer)),
         *([DataFile(Path(data.retrieval))] if data.retrieval else []),
-        *(DataFile(Path(term.file.partition(":")[0])) for _, term in config.objective.terms.items()),
+        *(DataFile(term.path) for _, term in config.objective.terms.items()),
     ]
 
 

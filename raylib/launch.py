@@ -109,15 +109,20 @@ def config_hash(config: LaunchConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool = False) -> None:
-    """Make the run's folder, store its config, compare its data, `files`, with what it began with, apply
-    `resume`.
+def open_run(
+    config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool = False, code: Iterable[Path] = ()
+) -> None:
+    """Make the run's folder, store its config and copies of the user's own files, `code`; compare its data,
+    `files`, with what it began with; apply `resume`.
 
     Raises:
-        UserError: the folder belongs to a run of other settings (they are named); its data changed
-            (`raylib.provenance`); a checkpoint to resume from is missing or not whole.
+        UserError: two files of `code` have one name; the folder belongs to a run of other settings (they are
+            named); its data changed (`raylib.provenance`); a checkpoint to resume from is missing or not
+            whole.
     """
-    run = run_folder(config)
+    run, code = run_folder(config), list(dict.fromkeys(code))
+    if len({file.name for file in code}) < len(code):
+        raise UserError(f"two files of one name: {', '.join(map(str, code))}; rename one")
     (run / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
     stored = run / "config.json"
     if stored.is_file():
@@ -132,6 +137,8 @@ def open_run(config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool 
     for note in record_identity(run, files, verify):
         print(note, flush=True)
     write_atomically(stored, dump_config(config) + "\n")
+    for file in code:
+        (run / file.name).write_bytes(file.read_bytes())  # which may be the copy itself
     if config.resume != "newest":
         checkpoint.rewind(run, config.resume)
     elif start := checkpoint.find_newest(run):

@@ -1,7 +1,8 @@
 """Provenance: the data and code of a run, as they were when it began (RUN/identity.json); the code, packages
 and machine behind a number (every `result.json`).
 
-    {"code": [the version that the run began with, each later one that went on with it],
+    {"folder": the working directory of the last start, from which relative paths in its settings lead,
+     "code": [the version that the run began with, each later one that went on with it],
      "data": {PATH: {"stamp": hash of names, sizes and times of change, "bytes": ..., "sha256": content or
      null}, ...}}
 
@@ -216,19 +217,26 @@ def record_identity(run: Path, files: Iterable[DataFile], verify: bool = False) 
     codes = stored["code"] if code in stored["code"] else [*stored["code"], code]
     moved = find_moved_files(stored["data"], data)
     remaining = {path: entry for path, entry in stored["data"].items() if path not in moved}
-    write_atomically(
-        run / IDENTITY, json.dumps({"code": codes, "data": {**remaining, **data}}, indent=1) + "\n"
-    )
+    identity = {"folder": str(Path.cwd()), "code": codes, "data": {**remaining, **data}}
+    write_atomically(run / IDENTITY, json.dumps(identity, indent=1) + "\n")
     return notes
 
 
+def started_in(run: Path) -> Path:
+    """Return the folder from which relative paths in the settings of `run` lead; this one, of a run of before
+    it was recorded, and where there is none any more."""
+    folder = read_identity(run)["folder"]
+    return Path(folder) if folder and Path(folder).is_dir() else Path()
+
+
 def read_identity(run: Path) -> dict[str, Any]:
-    """Read {"code": [...], "data": {...}} of a run; empty of one that has no record yet."""
+    """Read {"folder", "code": [...], "data": {...}} of a run; empty of one that has no record yet."""
     if not (run / IDENTITY).is_file():
-        return {"code": [], "data": {}}
+        return {"folder": "", "code": [], "data": {}}
     try:
         stored = read_json(run / IDENTITY)
-        return {"code": list(stored["code"]), "data": dict(stored["data"])}
+        code, data = list(stored["code"]), dict(stored["data"])
+        return {"folder": stored.get("folder", ""), "code": code, "data": data}
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(
             f"{run / IDENTITY}: not to be read ({e}); delete it to record the data anew"

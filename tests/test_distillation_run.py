@@ -393,7 +393,7 @@ def test_distillation_search_ranks_by_trained_head(parallel, teacher, model, tmp
     small = ["epochs=2", "strategies.distillation.epochs=1", "strategies.head_first.epochs=1"]
     job, config = searched(parallel, teacher, model, tmp_path, *small)
     job.check_config(config)
-    assert (job.epochs_per_run(config), job.pruning_epochs(config), job.warmup_epochs(config)) == (3, 1, 3)
+    assert (job.epochs_per_run(config), job.stage_epochs(config), job.warmup_epochs(config)) == (3, 1, 3)
     reported = []
     scores = job.run(
         config,

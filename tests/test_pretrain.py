@@ -14,7 +14,7 @@ from pretrain.__main__ import main
 from pretrain.recipes import ABLATIONS, RECIPES
 from pretrain.train import PretrainConfig, build_model, run
 from raylib import checkpoint
-from raylib.config import dump_config, override
+from raylib.config import dump_config, load_config, override
 from raylib.errors import UserError
 from raylib.metrics import mean_recall_at_1
 from raylib.models.unified import UnifiedModel
@@ -130,6 +130,35 @@ def test_checkpoint_whose_optimizer_is_half_dropped_is_whole(tmp_path, monkeypat
         names = sorted(path.name for path in whole.iterdir())
         assert names == ["files-00000.json", "meta.json", "model.safetensors"]
         assert checkpoint.verify(whole)["step"] == 3
+
+
+USER_TERM = """
+from raylib.objectives import LossPart, term
+
+@term("parallel", reads=("embeddings",), trains=("text_projection",))
+def norm(step):
+    states = step.model.embed_text_states(step.source.cls(), normalize=False)
+    return [LossPart(states.square().sum(), len(states))]
+"""
+
+
+def test_pretrain_run_keeps_a_copy_of_a_users_term(mini, tmp_path):
+    """Of what ran: by its stored config a run goes on when the file is gone."""
+    file = tmp_path / "my_term.py"
+    file.write_text(USER_TERM)
+    run(mini("name=first", *LOCAL, f"objective.terms.mine={file}", "fit.steps=2", "fit.stop_after=1"))
+    copy = tmp_path / "first" / "my_term.py"
+    assert copy.read_text() == USER_TERM
+    file.unlink()
+    stored = load_config(PretrainConfig, tmp_path / "first" / "config.json")
+    assert run(override(stored, ["fit.stop_after=null"]))["finished"]
+    assert "mine" in lines(stored)[-1] or "loss/mine" in lines(stored)[-1]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "my_term.py").write_text(USER_TERM)
+    file.write_text(USER_TERM + "norms = norm\n")
+    two = [f"objective.terms.one={file}:norm", f"objective.terms.two={tmp_path}/other/my_term.py"]
+    with pytest.raises(UserError, match="two files of one name"):
+        run(mini("name=two", *LOCAL, *two))
 
 
 def test_pretrain_second_stage_starts_from_run_or_export(mini, tmp_path):

@@ -9,10 +9,13 @@ from safetensors.torch import load_file
 
 from finetune.__main__ import main
 from finetune.config import FinetuneConfig
+from finetune.lineage import load_run_config, read_lineage, runs_behind
 from finetune.strategies import STRATEGIES
 from raylib.config import change_settings, load_config
 from raylib.track import read_metrics
+from tests.conftest import QUICK as SMALL
 from tests.test_strategies_run import SETTINGS
+from tune_spaces.jobs import FinetuneSearchJob
 
 QUICK = ["epochs=1", "train_limit=32", "test_limit=8", "select=last", "candidates=3", "length=24"]
 KINDS = {
@@ -58,9 +61,6 @@ def bases():
 
 @pytest.fixture(scope="session")
 def teacher(model, scenes, tmp_path_factory):
-    from finetune.__main__ import main
-    from tests.conftest import QUICK as SMALL
-
     runs = tmp_path_factory.mktemp("teacher")
     assert (
         main(
@@ -380,3 +380,71 @@ def test_user_strategy_mistakes_in_terms_are_one_line(finetune, tmp_path, recipe
 def test_user_strategy_without_its_file_or_name_is_one_line(finetune, setting, words):
     code, printed = finetune("scenes_xgqa", setting)
     assert code == 2 and words in printed and printed.strip().count("\n") == 0
+
+
+DECLARING = """
+from finetune.strategies import Context, Strategy, StrategyConfig
+
+
+class TaughtConfig(StrategyConfig):
+    mutable_fields = ("weight",)
+    run_fields = ("teacher",)
+    file_fields = ("words",)
+
+    weight: float = 0.01
+    teacher: str = ""
+    words: str = ""
+
+    def build(self, context: Context) -> Strategy:
+        assert not self.words or open(self.words).read() == "words"
+        return Strategy()
+"""
+
+
+def test_user_strategy_declares_mutable_settings_and_paths(finetune, tmp_path, model, monkeypatch):
+    """A population may change one, lineage follows the other; the folder of the start counts for both."""
+    (tmp_path / "my_strategy.py").write_text(DECLARING)
+    (tmp_path / "words.txt").write_text("words")
+    monkeypatch.chdir(tmp_path)
+    assert finetune("scenes_xvnli", "name=teacher", *QUICK, "epochs=1")[0] == 0
+    own = ["strategies.my=my_strategy.py", "strategies.my.teacher=teacher", "strategies.my.words=words.txt"]
+    code, printed = finetune("scenes_xvnli", "name=taught", *QUICK, "epochs=1", *own)
+    assert code == 0, printed
+    config = load_config(FinetuneConfig, tmp_path / "taught" / "config.json")
+    assert config.display_name == "my"  # paths are not shown
+    job = FinetuneSearchJob()
+    assert "strategies.my.weight" in job.mutable_paths_of(config)
+    assert "strategies.my.weight" not in job.mutable_paths_of(FinetuneConfig(task="xvnli"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    settings = read_lineage(tmp_path / "taught").settings
+    assert settings["strategies"]["my"]["teacher"]["task"] == "xvnli"
+    assert tmp_path / "teacher" in [folder for folder, _ in runs_behind(load_run_config(tmp_path / "taught"))]
+    assert main(["evaluate", "../taught"]) == 0
+
+
+def test_evaluate_finds_files_from_where_the_run_was_started(model, scenes, tmp_path, monkeypatch, capsys):
+    """Relative data=, images= and model= of a stored run, read from another folder; hashes and what the
+    result says stay."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "data").symlink_to(scenes)
+    (tmp_path / "home" / "model").symlink_to(model)
+    monkeypatch.chdir(tmp_path / "home")
+    paths = ["data=data", "images=data/images.tar", "model=model", "runs=runs", 'languages=["en"]']
+    settings = [*paths, *SMALL, *QUICK, "setting=untrained"]
+    assert main(["scenes_xflickrco", "name=here", *settings]) == 0
+    run = tmp_path / "home" / "runs" / "here"
+    before = json.loads((run / "result.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", str(run)]) == 0
+    after = json.loads((run / "result.json").read_text())
+    same = ("retrieval", "model", "config_sha256", "data_sha256", "method")
+    assert {name: after[name] for name in same} == {name: before[name] for name in same}
+    assert "other data" not in capsys.readouterr().out and not (tmp_path / "runs").exists()
+    # a run of before the folder was recorded resolves from the working folder, as it did
+    identity = json.loads((run / "identity.json").read_text())
+    del identity["folder"]
+    (run / "identity.json").write_text(json.dumps(identity))
+    assert main(["evaluate", str(run)]) == 2
+    monkeypatch.chdir(tmp_path / "home")
+    assert main(["evaluate", str(run)]) == 0

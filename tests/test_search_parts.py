@@ -139,7 +139,7 @@ def test_schedulers_ignore_epochs_of_other_stages():
         job.warmup_epochs(config("strategies.unfreezing.layers=3")) == 3
     )  # 3, 6, then all 8 layers are trained
     sparse = config("strategies.sparse.rounds=4", "strategies.sparse.epochs=2")
-    assert (job.warmup_epochs(sparse), job.epochs_per_run(sparse), job.pruning_epochs(sparse)) == (9, 14, 8)
+    assert (job.warmup_epochs(sparse), job.epochs_per_run(sparse), job.stage_epochs(sparse)) == (9, 14, 8)
     both = config(
         "strategies.sparse.rounds=4", "strategies.sparse.epochs=2", "strategies.unfreezing.layers=4"
     )

@@ -11,7 +11,6 @@ from finetune.build import build_model, build_strategies, dev_split, find_task, 
 from finetune.config import FinetuneConfig
 from finetune.recipes import RECIPES as FINETUNE
 from finetune.report import scores_of
-from finetune.strategies import STRATEGIES
 from finetune.train import check, epochs_of, evaluate_run, final_training, finetuning_files
 from finetune.train import run as finetune
 from pretrain.batches import StepBatches
@@ -37,13 +36,7 @@ class FinetuneSearchJob(SearchJob):
 
     command = "finetune"
     more_epochs_hint = "more epochs="
-    mutable_paths: tuple[str, ...] = (
-        "optim.lr",
-        "optim.weight_decay",
-        "optim.clip",
-        *(f"strategies.{name}.{field}" for name, kind in STRATEGIES.items() for field in kind.mutable_fields),
-        "head_dropout",
-    )
+    mutable_paths: tuple[str, ...] = ("optim.lr", "optim.weight_decay", "optim.clip", "head_dropout")
 
     def __init__(self):
         self.num_layers: dict[str, int] = {}  # of each model
@@ -69,6 +62,9 @@ class FinetuneSearchJob(SearchJob):
         return config.model_copy(
             update={"run_test": False, "dev_languages": targets, "eval_each_epoch": False}
         )
+
+    def mutable_paths_of(self, config: FinetuneConfig) -> tuple[str, ...]:
+        return (*self.mutable_paths, *config.strategies.declared_paths("mutable_fields"))
 
     def population_config(self, config: FinetuneConfig) -> FinetuneConfig:
         # its best checkpoint may be of settings that a member no longer has
@@ -112,7 +108,7 @@ class FinetuneSearchJob(SearchJob):
     def release(self) -> None:
         self.built = None
 
-    def pruning_epochs(self, config: FinetuneConfig) -> int:
+    def stage_epochs(self, config: FinetuneConfig) -> int:
         return epochs_of(config) - config.epochs
 
     def num_runs(self, config: FinetuneConfig) -> int:
@@ -128,7 +124,7 @@ class FinetuneSearchJob(SearchJob):
         before the rest."""
         num_layers = self.num_layers[config.model]
         warmups = [strategy.warmup_epochs(num_layers) for strategy in config.strategies.active().values()]
-        return self.pruning_epochs(config) + max([1, *warmups])
+        return self.stage_epochs(config) + max([1, *warmups])
 
     def parse_report(self, config: FinetuneConfig, metrics: dict[str, Any]) -> tuple[float, dict[str, float]]:
         dev = {name.removeprefix("dev/"): value for name, value in metrics.items() if name.startswith("dev/")}

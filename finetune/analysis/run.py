@@ -25,10 +25,10 @@ from finetune.build import (
 )
 from finetune.config import FinetuneConfig
 from finetune.evaluate import find_trained, trained_config
+from finetune.lineage import load_run_config
 from finetune.report import read_result, scores_of
 from finetune.stores.images import ImageSource, RegionFeatures
 from raylib import checkpoint
-from raylib.config import load_config
 from raylib.errors import UserError
 from raylib.fileio import write_atomically
 from raylib.models.base import FusionBackbone, RetrievalBackbone, load_weights
@@ -146,7 +146,7 @@ def load_finished_run(folder: Path, options: Options) -> FinishedRun:
         UserError: not a finished run.
     """
     result = read_result(folder)
-    config = load_config(FinetuneConfig, folder / "config.json")
+    config = load_run_config(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = None
     if config.setting in ONE_EACH:

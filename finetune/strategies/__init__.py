@@ -146,6 +146,17 @@ class StrategiesConfig(Config):
         every = {**{name: getattr(self, name) for name in STRATEGIES}, **(self.model_extra or {})}
         return {name: config for name, config in every.items() if config is not None}
 
+    def declared_paths(self, *declarations: str) -> tuple[str, ...]:
+        """Return "strategies.NAME.FIELD" of all fields that classes declare in these of `mutable_fields`,
+        `run_fields` and `file_fields`: of ours, and of the users' own that are on."""
+        classes = STRATEGIES | {name: type(config) for name, config in self.active().items()}
+        return tuple(
+            f"strategies.{name}.{field}"
+            for name, each in classes.items()
+            for declaration in declarations
+            for field in getattr(each, declaration)
+        )
+
     def files(self, data: Path) -> list[Path]:
         """Return the files that the strategies read, of those in the `data` folder and those that settings
         name."""

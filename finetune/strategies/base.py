@@ -314,9 +314,10 @@ class StrategyConfig(Config):
     acts_untrained: ClassVar[bool] = False  # also where a setting trains nothing: a prompt
     changes_texts: ClassVar[bool] = False  # `wrap_tokenizer`: wherever the model is used later
     display_fields: ClassVar[tuple[str, ...]] = ()  # settings that tables always show
-    hidden_fields: ClassVar[tuple[str, ...]] = ()  # those that they never show: files
+    hidden_fields: ClassVar[tuple[str, ...]] = ()  # those that they never show, beside paths
     mutable_fields: ClassVar[tuple[str, ...]] = ()  # a search may change them within a trial
     run_fields: ClassVar[tuple[str, ...]] = ()  # paths that may lead into other runs
+    file_fields: ClassVar[tuple[str, ...]] = ()  # other paths
     translations: ClassVar[
         tuple[str, ...]
     ] = ()  # "_to_en", "_from_en": of the training captions, read as files
@@ -363,11 +364,11 @@ class StrategyConfig(Config):
     def display_name(self, name: str) -> str:
         """Return what tables call the strategy, which is `name` in the registry, with the settings that are
         not the usual ones."""
+        hidden = {*self.hidden_fields, *self.run_fields, *self.file_fields}
         fields = [
             field
             for field, info in type(self).model_fields.items()
-            if field not in self.hidden_fields
-            and (field in self.display_fields or getattr(self, field) != info.default)
+            if field not in hidden and (field in self.display_fields or getattr(self, field) != info.default)
         ]
         values = [
             f"{field} {_display_value(getattr(self, field))}".replace("source ", "") for field in fields

@@ -30,7 +30,7 @@ class CodeMixingConfig(StrategyConfig):
     """Words of English training texts are replaced by translations (paper 0)."""
 
     needs = frozenset({"english_texts"})
-    hidden_fields = ("dictionaries",)
+    file_fields = ("dictionaries",)
     mutable_fields = ("ratio", "probability")
 
     stages: Literal["last", "rounds", "both"] = "last"

@@ -36,7 +36,7 @@ class LinguisticPriorConfig(StrategyConfig):
 
     needs = frozenset({"labels", "logits"})
     display_fields = ("source",)
-    hidden_fields = ("vectors",)
+    file_fields = ("vectors",)
     mutable_fields = ("alpha", "k")
 
     source: Literal["wordnet", "vectors"] = "vectors"

@@ -43,7 +43,6 @@ class SparseConfig(StrategyConfig):
     """Sparse fine-tuning by iterative magnitude pruning. Defaults are paper 0's."""
 
     needs = frozenset({"dense_weights"})
-    hidden_fields = ("mask",)
     run_fields = ("mask",)
 
     rate: float = Field(0.1, gt=0, lt=1)

@@ -3,13 +3,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat
 from torch import Tensor
 
-from raylib.config import Config, load_user_file, lookup
+from raylib.config import Config, NameOrFile, UserFile, load_user_file, lookup
 from raylib.errors import UserError
 
 Stream = Literal["image_text", "parallel", "text"]
@@ -66,14 +67,19 @@ def term(
 class UserTerm(Config):
     """A term in a user's own file."""
 
-    file: str
+    file: NameOrFile
     """Python file of yours with the term: my_term.py, or my_term.py:function where it has several."""
     weight: NonNegativeFloat = 1.0
     """Weight of the term in the loss."""
 
+    @property
+    def path(self) -> Path:
+        """Return where the file lies; of stored settings, where the run keeps its copy."""
+        return self.file.path if isinstance(self.file, UserFile) else Path(self.file)
+
     def load(self) -> PretrainingTerm:
         """Raises UserError: no such file, no such term in it, several and none is named."""
-        path, _, name = self.file.partition(":")
+        path, name = self.path, self.file.partition(":")[2]
         entries = {k: v for k, v in vars(load_user_file(path)).items() if isinstance(v, PretrainingTerm)}
         if not name and len(entries) != 1:
             raise UserError(f"{path}: {len(entries)} functions are terms; say which: {path}:NAME")

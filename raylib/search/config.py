@@ -119,7 +119,7 @@ class SearchJob(ABC):
 
     command: str  # that runs a config file
     more_epochs_hint: str  # how a trial gets more epochs
-    mutable_paths: tuple[str, ...]  # config paths that may change in mid-run
+    mutable_paths: tuple[str, ...]  # config paths that may change in mid-run, of any config
 
     @abstractmethod
     def trial_config(self, config: Any, dev_sets: DevSets) -> Any:
@@ -132,6 +132,10 @@ class SearchJob(ABC):
     def population_config(self, config: Any) -> Any:
         """Return a trial's config as a member of a population runs it, whose settings change in mid-run."""
         return config
+
+    def mutable_paths_of(self, config: Any) -> tuple[str, ...]:
+        """Return the paths of `config` that may change in mid-run."""
+        return self.mutable_paths
 
     def final_config(self, config: Any) -> Any:
         """Return a trial's config as a person runs it, with tests."""
@@ -164,7 +168,7 @@ class SearchJob(ABC):
     def epochs_per_run(self, config: Any) -> int:
         """Return how many epochs each of them has."""
 
-    def pruning_epochs(self, config: Any) -> int:
+    def stage_epochs(self, config: Any) -> int:
         """Return how many of these are pruning rounds, whose model is not the trial's."""
         return 0
 

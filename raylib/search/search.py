@@ -138,7 +138,7 @@ def prepare_base(
                 f"metric={goal}: no run reports that; with dev_sets={config.dev_sets} there are "
                 f"{', '.join(metrics)}"
             )
-    _check_algorithm(config, name, space, job)
+    _check_algorithm(config, name, space, job, base)
     epochs = model_epochs(job, base)
     if config.stops_trials and config.min_epochs >= epochs:
         raise UserError(
@@ -149,7 +149,7 @@ def prepare_base(
     for description, changes in coverage_settings(space):
         try:
             trial_config = change_settings(base, changes)
-            several = job.num_runs(trial_config) > 1 or job.pruning_epochs(trial_config)
+            several = job.num_runs(trial_config) > 1 or job.stage_epochs(trial_config)
             if config.algorithm == "pbt" and several:
                 raise UserError(
                     "algorithm=pbt: a trial must be one training, for its members take each other's "
@@ -162,7 +162,9 @@ def prepare_base(
     return base
 
 
-def _check_algorithm(config: SearchConfig, name: str, space: Space, job: SearchJob) -> None:
+def _check_algorithm(
+    config: SearchConfig, name: str, space: Space, job: SearchJob, base: LaunchConfig
+) -> None:
     if config.algorithm == "grid" and not space.grid:
         raise UserError(f"space '{name}' has no grid; leave algorithm=grid out")
     if config.algorithm == "cmaes":
@@ -172,7 +174,8 @@ def _check_algorithm(config: SearchConfig, name: str, space: Space, job: SearchJ
                 f"algorithm=cmaes is for numbers; space '{name}' has {', '.join(categorical)}: take tpe"
             )
     if config.algorithm == "pbt":
-        check_mutable(space.knobs, job.mutable_paths)
+        _, changes = next(coverage_settings(space))  # a strategy of the user's may be in the space alone
+        check_mutable(space.knobs, job.mutable_paths_of(change_settings(base, changes)))
 
 
 def coverage_settings(space: Space) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -220,13 +220,13 @@ def _start_seconds(run: Path) -> dict[str, float]:
 
 def model_epochs(job: SearchJob, config: LaunchConfig) -> int:
     """Return how many epochs train the model of a trial: all but those of pruning rounds."""
-    return job.num_runs(config) * (job.epochs_per_run(config) - job.pruning_epochs(config))
+    return job.num_runs(config) * (job.epochs_per_run(config) - job.stage_epochs(config))
 
 
 def trial_progress(job: SearchJob, config: LaunchConfig, epoch: float) -> TrialProgress:
     """Return where a trial stands after `epoch` epochs. Each of its runs begins with pruning rounds and with
     epochs whose scores say little of its method, such as those with frozen layers."""
-    length, pruning = job.epochs_per_run(config), job.pruning_epochs(config)
+    length, pruning = job.epochs_per_run(config), job.stage_epochs(config)
     runs_before = max(0, math.ceil(epoch / length) - 1)
     epoch_of_run = epoch - runs_before * length
     effective = runs_before * (length - pruning) + max(0.0, epoch_of_run - pruning)

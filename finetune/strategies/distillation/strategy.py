@@ -46,8 +46,9 @@ class DistillationConfig(StrategyConfig):
 
     needs = frozenset({"labels", "one_image", "states", "training_texts"})
     display_fields = ("tokens",)
-    hidden_fields = ("teacher", "backbone", "alignments", "states")
+    hidden_fields = ("backbone", "states")
     run_fields = ("teacher",)
+    file_fields = ("alignments",)
 
     teacher: str
     """Run of an English fine-tuning, or weights that `backbone` can start from."""
