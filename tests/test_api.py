@@ -178,6 +178,55 @@ def test_region_models_say_what_they_read(tmp_path, model):
         loaded.answer({**regions, "features": np.ones((3, 5))}, "is it a cat?")
 
 
+def test_vectors_and_rerank_equal_those_of_fine_tuned_evaluation(model, scenes, tmp_path):
+    from finetune.stores.images import ImageSource
+    from finetune.tasks.datasets import TASKS
+    from finetune.tasks.ranking import _Ranker
+
+    split = TASKS["xflickrco"].path(scenes, "test", "ru", 5)
+    items = list(TASKS["xflickrco"].read(split, "test", "ru"))[:9]
+    loaded, store = polyglance.load(model, "cpu"), open_images(scenes / "images.tar")
+    source = ImageSource(store, loaded.backbone.image_size)
+    arguments = (loaded.network, items, source, loaded.tokenizer, loaded.length, tmp_path, False, True)
+    ranker = _Ranker(*arguments)
+    pixels = [store.read(item.image) for item in items]
+    texts = [caption for item in items for caption in item.captions]
+    np.testing.assert_allclose(loaded.encode_image(pixels), ranker.image_vectors, atol=1e-6)
+    np.testing.assert_allclose(loaded.encode_text(texts), ranker.text_vectors, atol=1e-6)
+    every = torch.arange(len(texts))[None].expand(len(items), -1)
+    expected = ranker._match(torch.arange(len(items)), every, True)
+    for image, row in zip(pixels, expected, strict=True):
+        found = loaded.rerank(image, texts, batch_size=4)
+        assert [match.position for match in found] == row.argsort(descending=True, stable=True).tolist()
+        np.testing.assert_allclose([match.score for match in found], row.sort(descending=True)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "strategies",
+    [
+        ("strategies.lora.rank=2", "strategies.soft_prompt.tokens=3", 'strategies.soft_prompt.words=""'),
+        ('strategies.hard_prompt.words="a photo of"',),
+    ],
+    ids=["small modules", "words"],
+)
+def test_prompts_and_small_modules_of_a_run_are_loaded(finetune, tmp_path, scenes, strategies):
+    from finetune.formats.answers import read_xvnli
+
+    limits = ("epochs=1", "train_limit=16", "test_limit=12", "languages=ru", "name=tuned")
+    code, printed = finetune("scenes_xvnli", *limits, *strategies)
+    assert code == 0, printed
+    model = polyglance.load(tmp_path / "tuned", "cpu")
+    examples = list(read_xvnli(scenes / "XVNLI/annotations/ru/test.jsonl"))[:12]
+    store = open_images(scenes / "images.tar")
+    found = model.classify(
+        [e.texts[-1] for e in examples], [store.read(e.images[0]) for e in examples], top=3
+    )
+    lines = (tmp_path / "tuned/predictions/ru.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [answers[0].text for answers in found] == [json.loads(line)["prediction"] for line in lines]
+    plain = model.tokenizer.without_prompt
+    assert len(model.tokenizer.encode(["x"])[0]) > len(plain.encode(["x"])[0])
+
+
 def test_methods_without_weights_are_refused_in_one_line(stored, export, images):
     with pytest.raises(UserError, match="a pretrained unified, cannot answer; it can encode_image"):
         export.answer(images[0], "what is it?")
