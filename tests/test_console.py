@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from raylib import __version__
 from raylib.console import COMMANDS, main, spell_commands
 
 
@@ -62,3 +63,8 @@ def test_console_lists_commands_without_torch():
 def test_console_errors_name_its_commands(capsys, tmp_path):
     assert main(["cluster", "run"]) == 2
     assert "polyglance cluster run -- polyglance pretrain tiny" in capsys.readouterr().err
+
+
+def test_console_tells_its_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"polyglance {__version__}\n"
