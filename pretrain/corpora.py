@@ -159,6 +159,8 @@ def build_sample_corpus(cache: Path | str, tokenizer: Path | str | None = None, 
     return the same.
     """
     cache, tokenizer = Path(cache), Path(tokenizer or DATA / "tokenizer.model")
+    if not tokenizer.is_file():  # a folder with one, or an error
+        tokenizer = Tokenizer.load(tokenizer).path
     folder = cache / f"{'scenes' if scenes else 'sample'}-{_fingerprint(tokenizer)}"
     if folder.is_dir():
         return folder

@@ -30,7 +30,7 @@ from raylib.launch import (
 from raylib.loop import FitConfig, fit
 from raylib.models import find_model, find_tokenizer, stored_code
 from raylib.models.base import read_weights
-from raylib.models.hf_weights import load_text, load_vision
+from raylib.models.hf_weights import load_text, load_vision, read_config
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 from raylib.provenance import DataFile, commit, data_hash, provenance
@@ -109,6 +109,8 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
         UserError: whatever is wrong with settings, data or a checkpoint, before any worker starts where
             possible.
     """
+    if checkpoint.find_newest(run_folder(config)) is None:
+        check_init(config.init)
     data = resolve_data(config)
     shape = config.model.image_size, config.fit.seed, 0, config.workers
     batches, dev = StepBatches(data, *shape), dev_batches(data, *shape)
@@ -177,6 +179,14 @@ def resolve_data(config: PretrainConfig) -> DataConfig:
     if data.dev is None and (corpus / "dev").is_dir():
         changes["dev"] = str(corpus / "dev")
     return data.model_copy(update=changes)
+
+
+def check_init(init: InitConfig) -> None:
+    """Raises UserError: a folder of weights to start from is not there."""
+    for folder in filter(None, (init.text, init.vision)):
+        read_config(Path(folder))
+    if init.model:
+        find_model(init.model)
 
 
 def _initial_tokenizer(init: InitConfig) -> Path | None:

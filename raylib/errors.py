@@ -2,7 +2,14 @@
 
 import errno
 import importlib
+import re
+from pathlib import Path
 from typing import Any
+
+HUB_NAME = re.compile(
+    r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
+)  # xlm-roberta-base, openai/clip-vit-base-patch32
+FILE_NAME = re.compile(r"\.(py|json|jsonl|txt|model|safetensors|bin|pt|pth|th|tar)$")
 
 
 class UserError(Exception):
@@ -23,6 +30,17 @@ def require(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise UserError(f"{module.split('.')[0]} is not installed: pip install -e .[{extra}]") from None
+
+
+def hub_hint(path: Path | str) -> str:
+    """Return how to download a model of the Hugging Face Hub, if `path`, where nothing lies, may be its name;
+    else ""."""
+    name, parent = str(path), Path(path).parent
+    may_be = HUB_NAME.fullmatch(name) and not FILE_NAME.search(name) and not Path(path).exists()
+    # beside other files it is a mistyped path
+    if not may_be or name.startswith("runs/") or ("/" in name and parent.exists()):
+        return ""
+    return f"; if it is a model of the Hugging Face Hub, download it: hf download {name} --local-dir {name}"
 
 
 def disk_full_error(error: OSError) -> UserError:

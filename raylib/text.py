@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from raylib.cache import cached
-from raylib.errors import UserError
+from raylib.errors import UserError, hub_hint
 from raylib.fileio import sha256_file
 from raylib.packed import Sentences
 from raylib.randomness import hash64, integers, uniform
@@ -74,7 +74,7 @@ class Tokenizer:
                 )
             path = found[0]
         if not path.is_file():
-            raise UserError(f"{path}: no such tokenizer file")
+            raise UserError(f"{path}: no such tokenizer file{hub_hint(path)}")
         return cls(path, *(_load_json(path) if path.suffix == ".json" else _load_sentencepiece(path)))
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from finetune.formats import Captioned, stream_jsonl, stream_lines
 from finetune.strategies.base import Captions, Context, Need, Outputs, Strategy, StrategyConfig, Term
 from raylib.config import Config
-from raylib.errors import UserError, require
+from raylib.errors import UserError, hub_hint, require
 from raylib.fileio import write_atomically
 from raylib.finite import require_finite_file
 from raylib.progress import progress
@@ -270,7 +270,10 @@ class Translator:
     def __init__(self, folder: Path, config: TranslateConfig):
         transformers = require("transformers", "transfer")
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; give a translation model's, as transformers saves it")
+            raise UserError(
+                f"{folder}: no such folder; give a translation model's, as transformers saves it"
+                f"{hub_hint(folder)}"
+            )
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self.model = transformers.AutoModelForSeq2SeqLM.from_pretrained(

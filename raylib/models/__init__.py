@@ -6,7 +6,7 @@ from typing import Any
 
 from raylib import checkpoint
 from raylib.config import load_user_class, lookup, user_files
-from raylib.errors import UserError
+from raylib.errors import UserError, hub_hint
 from raylib.models.base import CODE_KEY, Backbone, read_description
 from raylib.models.cclm import Cclm, CclmSwin
 from raylib.models.dual_encoder import Clip, MClip
@@ -99,7 +99,8 @@ def find_model(path: Path | str) -> Path:
             raise UserError(f"{path}: this run has no checkpoint yet")
         return newest
     raise UserError(
-        f"{path}: neither a model folder nor a run; give runs/NAME, or a folder written by export"
+        f"{path}: neither a model folder nor a run; give runs/NAME, or a folder written by "
+        f"export{hub_hint(path)}"
     )
 
 
@@ -111,4 +112,5 @@ def find_tokenizer(model: Path) -> Path:
                 return folder / name
     raise UserError(
         f"{model}: no tokenizer with this model; one of {', '.join(TOKENIZER_FILES)} is looked for"
+        f"{hub_hint(model)}"
     )

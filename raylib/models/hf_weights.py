@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from raylib.errors import UserError
+from raylib.errors import UserError, hub_hint
 from raylib.fileio import read_json
 from raylib.finite import require_finite_file
 from raylib.models.layers import VisionBlock, VisionEncoder, interpolate
@@ -134,7 +134,7 @@ def text_sizes(folder: Path | str, vision: Path | str | None = None) -> dict:
     Raises:
         UserError: no config.json, or one without these sizes; a ViT of another width or other heads.
     """
-    sizes = encoder_sizes(_read_config(Path(folder)), folder)
+    sizes = encoder_sizes(read_config(Path(folder)), folder)
     layers = sizes.pop("layers")
     sizes |= {
         "text_layers": layers // 2,
@@ -142,7 +142,7 @@ def text_sizes(folder: Path | str, vision: Path | str | None = None) -> dict:
         "vision_layers": layers // 2,
     }
     if vision:
-        vit = _read_config(Path(vision))
+        vit = read_config(Path(vision))
         if missing := _missing(vit, *VISION_SIZES.values(), "hidden_size", "num_attention_heads"):
             raise UserError(f"{vision}/config.json: no {', '.join(sorted(missing))}; give a ViT folder")
         vit_shape, text_shape = (
@@ -261,8 +261,11 @@ def _load_swin(model: "UnifiedModel", folder: Path | str) -> None:
     """`transformers` itself reads the folder, since it knows older names of the tensors."""
     from transformers import SwinModel
 
+    read_config(Path(folder))  # it would download what is not there
     try:
-        loaded: Any = SwinModel.from_pretrained(folder, add_pooling_layer=False, output_loading_info=True)
+        loaded: Any = SwinModel.from_pretrained(
+            folder, add_pooling_layer=False, output_loading_info=True, local_files_only=True
+        )
     except (OSError, RuntimeError, ValueError) as e:
         raise UserError(f"{folder}: no Swin is read there ({' '.join(str(e).split())[:200]})") from None
     swin, report = loaded
@@ -336,9 +339,16 @@ def _missing(config: dict, *names: str) -> set[str]:
     return {name for name in names if config.get(name) is None}
 
 
-def _read_config(folder: Path) -> dict:
+def read_config(folder: Path) -> dict:
+    """Read the config.json of a folder in Hugging Face format.
+
+    Raises:
+        UserError: there is none.
+    """
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json; give a checkpoint folder in Hugging Face format")
+        raise UserError(
+            f"{folder}: no config.json; give a checkpoint folder in Hugging Face format{hub_hint(folder)}"
+        )
     return read_json(folder / "config.json")
 
 
@@ -348,7 +358,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict]:
     Raises:
         UserError: no config.json, no weights, or a tensor that is not finite (file and tensor are named).
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     # a large checkpoint lies in several files, and an index says in which
     index = next(folder.glob("*.index.json"), None)
     names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finetune.formats import Example
 from raylib.cache import write_sharded
-from raylib.errors import NotFinite, UserError
+from raylib.errors import NotFinite, UserError, hub_hint
 from raylib.fileio import read_json
 from raylib.finite import is_finite
 from raylib.models.base import FusionBackbone, RegionBackbone, read_description
@@ -52,6 +52,7 @@ def load_teacher(path: Path | str, kind: str, regions: int | None) -> FinetuneMo
     if not Path(path).exists():
         raise UserError(
             f"strategies.distillation.teacher={path}: no such model; give the run of an English fine-tuning"
+            f"{hub_hint(path)}"
         )
     if not is_foreign(Path(path)):
         folder = find_evaluated(path)

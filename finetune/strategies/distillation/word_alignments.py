@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from finetune.formats import stream_lines
-from raylib.errors import UserError, require
+from raylib.errors import UserError, hub_hint, require
 from raylib.finite import require_finite_file
 from raylib.randomness import Key, uniform
 from raylib.text import Tokenizer
@@ -41,7 +41,9 @@ class WordAligner:
         """Raises UserError: no encoder there, or no such layer, or weights that are not finite."""
         transformers = require("transformers", "transfer")
         if not (Path(folder) / "config.json").is_file():
-            raise UserError(f"{folder}: no config.json; give the folder of a multilingual encoder")
+            raise UserError(
+                f"{folder}: no config.json; give the folder of a multilingual encoder{hub_hint(folder)}"
+            )
         self.tokenizer = Tokenizer.load(folder)
         self.model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).to(device).eval()
         require_finite_file(folder, self.model.state_dict())
