@@ -1,5 +1,6 @@
 """One pretraining run: config, data, model, objective, loop, result."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ class PretrainConfig(LaunchConfig):
             if share % every:
                 raise ValueError(
                     f"objective.fuse_every={every} must divide the {share} samples of data.{name} from each "
-                    "lane"
+                    f"lane; set it to {math.gcd(share, every)}, or data.{name}.batch to a multiple of "
+                    f"{every * stream.lanes}"
                 )
         return self
 
@@ -111,6 +113,8 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     """
     if checkpoint.find_newest(run_folder(config)) is None:
         check_init(config.init)
+    for _, term in config.objective.terms.items():
+        term.load()  # a broken file of the user's is told before the run has a folder
     data = resolve_data(config)
     shape = config.model.image_size, config.fit.seed, 0, config.workers
     batches, dev = StepBatches(data, *shape), dev_batches(data, *shape)

@@ -22,7 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, WrapValidator, field_validator
 
 from raylib.errors import UserError
-from raylib.renames import rename_settings
+from raylib.renames import MODULES, rename_settings
 
 
 class UserSource(NamedTuple):
@@ -344,6 +344,10 @@ def load_user_file(path: Path | str) -> ModuleType:
     # dataclasses and pydantic look the module of a class up while the file still runs
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     _user_sources[name] = UserSource(path.name, source)
+    # the copy in a stored run names modules as they were called then
+    for old, new in MODULES.items():
+        if old.encode() in source:
+            sys.modules[old] = importlib.import_module(new)
     try:
         spec.loader.exec_module(module)
     except Exception as e:

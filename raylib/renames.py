@@ -61,6 +61,13 @@ PICKLED = {
     "raylib.tune.fit.Keep": "raylib.search.tuner.BackUpState",
 }
 
+# modules that the users' files in stored runs import -> where their names are now
+MODULES = {
+    "finetune.formats.jsonl": "finetune.formats",
+    "finetune.formats.stream": "finetune.formats",
+    "raylib.objectives.terms": "raylib.objectives",
+}
+
 
 def rename_settings(kind: str, values: dict[str, Any]) -> dict[str, Any]:
     """Return the stored settings `values` by the names that they have now.

@@ -87,6 +87,21 @@ class Captioned(NamedTuple):
         return self._replace(captions=tuple(change(caption, i) for i, caption in enumerate(self.captions)))
 
 
+def check_item(item: Any, where: str) -> None:
+    """Raise UserError where an `Example` or `Captioned` holds a string in place of a tuple of strings, whose
+    letters would be trained on, or no {answer: score}; other kinds of items are their task's affair."""
+    tuples: dict[str, Any] = {}
+    if isinstance(item, Example):
+        tuples = {"texts": item.texts, "images": item.images}
+        if not isinstance(item.labels, Mapping):
+            raise UserError(f"{where}: labels is {item.labels!r:.60}; wanted {{answer: score}}")
+    elif isinstance(item, Captioned):
+        tuples = {"captions": item.captions}
+    for name, value in tuples.items():
+        if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
+            raise UserError(f"{where}: {name} is {value!r:.60}; wanted a tuple of strings, such as ('one',)")
+
+
 def stream_lines(path: Path) -> Iterator[tuple[str, str]]:
     """("path:line", text) of every line that is not empty.
 

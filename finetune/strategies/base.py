@@ -134,6 +134,8 @@ class Outputs:
     scores: `scores(queries (b, e), keys (b, e))`, cosines over the temperature with the keys of all workers,
         (b, B). contrast: of the same arguments, InfoNCE of these, summed over the rows, where equal images
         and texts are no negatives.
+    rerun: `rerun()`, the `Outputs` of another forward pass over this batch, with gradient and dropout of its
+        own; of a strategy that needs logits or embeddings.
     """
 
     logits: Tensor
@@ -143,6 +145,7 @@ class Outputs:
     pivot_embeddings: Any
     scores: Callable[[Tensor, Tensor], Tensor]
     contrast: Callable[[Tensor, Tensor], Tensor]
+    rerun: Callable[[], "Outputs"]
 
     def __init__(self, reader: str = "a term", **computed: Any):
         self._reader = reader
@@ -153,8 +156,10 @@ class Outputs:
 
     def __getattr__(self, name: str) -> Any:
         # only what was not computed comes here
+        if name == "rerun":
+            raise UserError(f"{self._reader} reads outputs.rerun, which goes with logits or embeddings alone")
         if name not in OUTPUT_NEEDS:
-            raise AttributeError(f"outputs has no {name}; it has {', '.join(OUTPUT_NEEDS)}")
+            raise AttributeError(f"outputs has no {name}; it has {', '.join(OUTPUT_NEEDS)}, rerun")
         raise UserError(
             f"{self._reader} reads outputs.{name}, which its strategy does not ask for or the task has not; "
             f'ask by needs = frozenset({{"{OUTPUT_NEEDS[name]}"}}) on the StrategyConfig class'
@@ -162,7 +167,10 @@ class Outputs:
 
     def read_by(self, reader: str, needs: frozenset[Need]) -> "Outputs":
         """The results that a term whose strategy has these `needs` sees."""
-        return Outputs(reader, **{k: v for k, v in vars(self).items() if OUTPUT_NEEDS.get(k) in needs})
+        visible = {k: v for k, v in vars(self).items() if OUTPUT_NEEDS.get(k) in needs}
+        if visible and "rerun" in self:
+            visible["rerun"] = lambda: self.rerun().read_by(reader, needs)
+        return Outputs(reader, **visible)
 
 
 class Term(NamedTuple):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 from finetune.batches import BatchOrder, EpochBatches, ExtraInputs
+from finetune.formats import check_item
 from finetune.stores import Regions
 from finetune.stores.images import VisualSource, open_visual
 from finetune.strategies.base import Captions, LossTerms, Need
@@ -123,7 +124,9 @@ class Score(NamedTuple):
 def _read(reader: Callable[..., Iterator], path: Path, options: Mapping[str, str]) -> Iterator[Any]:
     """The items of `reader`; what fails in one of a user's own file is named by its line there."""
     try:
-        yield from reader(path, **options)
+        for number, item in enumerate(reader(path, **options), 1):
+            check_item(item, f"{path}, item {number}")
+            yield item
     except UserError:
         raise
     except Exception as e:

@@ -121,7 +121,8 @@ class Classification(Task):
         backbone = load_backbone(config.model, config.backbone, config.vision)
         if not isinstance(backbone, FusionBackbone):
             raise UserError(
-                f"task={config.task}: {backbone.kind} reads texts and images apart; it retrieves, no more"
+                f"task={config.task}: {backbone.kind} reads texts and images apart; it retrieves, "
+                "no more (what fuses them derives from FusionBackbone)"
             )
         return self.new_model(config, backbone, labels)
 
@@ -142,6 +143,11 @@ class Classification(Task):
         unknown = [e for e in items if known.isdisjoint(e.labels)]
         if unknown and not answerable:
             answers = list(dict.fromkeys(answer for example in items for answer in example.labels))
+            if not answers:
+                raise UserError(
+                    f"none of the {len(items)} training examples has an answer; check the field or column "
+                    "that the task's reader takes it from"
+                )
             raise UserError(
                 f"no answer of the {len(items)} training examples is a class: they have "
                 f"[{shorten_labels(answers)}], the classes are [{shorten_labels(model.labels)}]"
@@ -281,6 +287,7 @@ class ClassificationObjective(Objective):
             # one forward pass gives both: the last states are what the head reads
             logits = self.model.answer(outputs.states[last]) if self.states else self.model(part)
             outputs.logits = logits.float()
+            outputs.rerun = lambda: Outputs(logits=self.model(part).float())
             task = task_loss(outputs.logits, part, self.loss) / examples
             shares += [task, *term_shares(self.second, outputs, part, examples)]
             names += ["task", *self.second]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -69,7 +70,7 @@ class Retrieval(Task):
         if not isinstance(model, RetrievalBackbone):
             raise UserError(
                 f"task={config.task}: retrieval encodes texts and images apart; {model.kind} reads them "
-                "together"
+                "together (what retrieves derives from RetrievalBackbone)"
             )
         if config.use_itm_head and not model.has_match_head:
             raise UserError(
@@ -227,6 +228,7 @@ def embed(model: RetrievalBackbone, part: dict, temperature: Tensor) -> Outputs:
         pivot_embeddings=pivot[0] if pivot else None,
         scores=scores,
         contrast=contrast,
+        rerun=partial(embed, model, part, temperature),
     )
 
 

@@ -4,7 +4,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat
@@ -60,7 +60,13 @@ def term(
             of captions and images after it. Only what some term reads is computed.
         trains: parts of the model, beside the text encoder, that it gives a gradient to (`module_group`).
         two_way: its parts are two directions, whose mean `directions=mean` takes.
+
+    Raises:
+        ValueError: a stream, or something to read, that no batch has: the term would never be computed.
     """
+    for name, known in ((stream, get_args(Stream)), *((name, get_args(Reads)) for name in reads)):
+        if name not in known:
+            raise ValueError(f"@term: '{name}' is none of {', '.join(known)}")
     return lambda loss: PretrainingTerm(loss, stream, reads, trains, two_way)
 
 
@@ -81,8 +87,12 @@ class UserTerm(Config):
         """Raises UserError: no such file, no such term in it, several and none is named."""
         path, name = self.path, self.file.partition(":")[2]
         entries = {k: v for k, v in vars(load_user_file(path)).items() if isinstance(v, PretrainingTerm)}
-        if not name and len(entries) != 1:
-            raise UserError(f"{path}: {len(entries)} functions are terms; say which: {path}:NAME")
+        if not entries:
+            raise UserError(f"{path}: no function in it is a term; @term above a function makes it one")
+        if not name and len(entries) > 1:
+            raise UserError(
+                f"{path}: several terms ({', '.join(entries)}); say which: {path}:{next(iter(entries))}"
+            )
         return lookup(name, entries, f"term of {path}") if name else next(iter(entries.values()))
 
 

@@ -20,7 +20,7 @@ asks for is not computed.
 Shape legend: b local rows, n rows of a stream, d width, e embedding width, m masked positions.
 """
 
-from collections.abc import Collection, Set
+from collections.abc import Collection, Sequence, Set
 from functools import cached_property, partial
 from typing import Annotated, Any, Literal
 
@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
 from torch import Tensor
 
-from raylib.config import Config
+from raylib.config import Config, lookup
 from raylib.distributed import all_reduce, clamp_parameter, world_size
 from raylib.engine import Objective
+from raylib.errors import UserError
 from raylib.models.layers import Memory
 from raylib.models.unified import UnifiedModel, vocabulary_loss
 from raylib.objectives import (
@@ -366,6 +367,10 @@ class UnifiedObjective(Objective):
         self.weights = {name: weight for name, weight in config.all_weights().items() if weight}
         terms = {**TERMS, **{name: term.load() for name, term in config.terms.items()}}
         self.terms = {name: terms[name] for name in self.weights if terms[name].stream in streams}
+        groups = dict.fromkeys(module_group(name) for name, _ in model.named_parameters())
+        for name, _ in config.terms.items():
+            for part in terms[name].trains:
+                lookup(part, groups, f"part of the model that objective.terms.{name} trains:")
         if not config.train_vision:
             model.vision.requires_grad_(False)
         if not config.train_embeddings:
@@ -393,6 +398,8 @@ class UnifiedObjective(Objective):
                 steps[stream] = make_step(self, batch[stream], reads, temperature)
         self._encode_texts([encoding for step in steps.values() for encoding in step.encodings])
         parts = {name: entry.loss(steps[entry.stream]) for name, entry in on.items()}
+        for name, _ in self.config.terms.items():
+            check_parts(name, parts.get(name, ()))
         return self._weigh(parts)
 
     def _encode_texts(self, encodings: list[StreamEncoding]) -> None:
@@ -447,6 +454,21 @@ class UnifiedObjective(Objective):
                 shares[name] = shares[name] + (scale * part_losses).sum()
         terms = all_reduce(torch.stack([share.detach().float() for share in shares.values()]))
         return loss * world_size(), dict(zip(shares, terms.unbind(), strict=True))
+
+
+def check_parts(name: str, parts: Any) -> None:
+    """Raise UserError unless a user's term has returned parts of a loss."""
+    known = isinstance(parts, Sequence) and all(isinstance(part, LossPart | MaskedPart) for part in parts)
+    if not known:
+        raise UserError(
+            f"objective.terms.{name} returned {type(parts).__name__}; wanted a list of LossPart or MaskedPart"
+        )
+    for part in parts:
+        if isinstance(part, LossPart) and part.value.ndim:
+            raise UserError(
+                f"objective.terms.{name}: a LossPart has a value of shape {tuple(part.value.shape)}; wanted "
+                "a sum, (), and beside it the count of what it is a sum over"
+            )
 
 
 def module_group(parameter: str) -> str:
