@@ -95,6 +95,13 @@ def find_newest(run: Path) -> Path | None:
     return None
 
 
+def hint_if_unsaved(run: Path) -> str:
+    """What may be done besides with a run that cannot go on and has kept nothing, as while a user's file is
+    being mended: the end of an error line, or ""."""
+    kept = any(run.glob(f"**/{FOLDER}/step_*")) or any(run.glob("**/result.json"))
+    return "" if kept else "; or remove the folder: it holds no checkpoint yet"
+
+
 def register(run: Path, name: str, keep: int) -> None:
     """Enter a folder that is now whole, without Ray; drop all but the newest `keep`."""
     registry = run / FOLDER / REGISTRY

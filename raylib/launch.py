@@ -133,6 +133,7 @@ def open_run(
         if changed:
             raise UserError(
                 f"{run} holds a run with other settings ({', '.join(changed)}); give this one another name="
+                f"{checkpoint.hint_if_unsaved(run)}"
             )
     for note in record_identity(run, files, verify):
         print(note, flush=True)

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from raylib.cache import cached, file_fingerprint
+from raylib.checkpoint import hint_if_unsaved
 from raylib.errors import UserError
 from raylib.fileio import read_json, sha256_file, write_atomically
 from raylib.progress import progress
@@ -202,7 +203,7 @@ def record_identity(run: Path, files: Iterable[DataFile], verify: bool = False) 
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise UserError(
             f"{run}: the data changed since this run began: {', '.join(different[:3])}{more}; restore it, or "
-            "give another name= to begin a run with what is there now"
+            f"give another name= to begin a run with what is there now{hint_if_unsaved(run)}"
         )
     if stored["code"] and code not in stored["code"]:
         notes.append(f"note: this run began with code {stored['code'][0]} and goes on with {code}")

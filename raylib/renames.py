@@ -61,7 +61,7 @@ PICKLED = {
     "raylib.tune.fit.Keep": "raylib.search.tuner.BackUpState",
 }
 
-# modules that the users' files in stored runs import -> where their names are now
+# modules that users' files in stored runs import names from -> where these are now
 MODULES = {
     "finetune.formats.jsonl": "finetune.formats",
     "finetune.formats.stream": "finetune.formats",

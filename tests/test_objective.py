@@ -206,19 +206,22 @@ def test_objective_declares_which_parameters_no_term_trains(off):
     assert objective.has_unused_parameters == bool(unused), unused
 
 
+MY_TERM = """
+from raylib.objectives import LossPart, term
+
+@term("parallel", reads=("embeddings",), trains=("text_projection",))
+def alignment(step):
+    apart, other = (
+        step.model.embed_text_states(text.cls(), normalize=True) for text in (step.source, step.target)
+    )
+    apart = apart - other
+    return [LossPart(apart.square().sum(), len(apart))]
+"""
+
+
 def test_objective_takes_a_term_of_a_users_file(tmp_path):
     """Its loss adds up, weighted; of weight 0 it changes nothing, whether parameters go unused neither."""
-    (tmp_path / "my_term.py").write_text(
-        "from raylib.objectives import LossPart, term\n\n"
-        '@term("parallel", reads=("embeddings",), trains=("text_projection",))\n'
-        "def alignment(step):\n"
-        "    apart, other = (\n"
-        "        step.model.embed_text_states(text.cls(), normalize=True) \n"
-        "        for text in (step.source, step.target)\n"
-        "    )\n"
-        "    apart = apart - other\n"
-        "    return [LossPart(apart.square().sum(), len(apart))]\n"
-    )
+    (tmp_path / "my_term.py").write_text(MY_TERM)
     file, model, batch = f"{tmp_path}/my_term.py:alignment", make_model(), make_batch()
     objective, off = (
         UnifiedObjective(model, ObjectiveConfig(terms={"mine": {"file": file, "weight": weight}}))
@@ -235,3 +238,32 @@ def test_objective_takes_a_term_of_a_users_file(tmp_path):
         )
     with pytest.raises(UserError, match="vlm is a term already; give yours another name"):
         override(ObjectiveConfig(), [f"terms.vlm={file}"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            ('term("parallel"', 'term("pairs"'),
+            r"my_term.py:4: ValueError: @term: 'pairs' is none of image_text,",
+        ),
+        (('("embeddings",)', '("embedding",)'), "@term: 'embedding' is none of embeddings, masked, matches"),
+        (
+            ("text_projection", "text_proj"),
+            r"objective.terms.mine trains: 'text_proj'; did you mean text_proj",
+        ),
+        (
+            ("[LossPart(apart.square().sum(), len(apart))]", "apart"),
+            "mine returned Tensor; wanted a list of Loss",
+        ),
+        ((".sum(), len", ".sum(1), len"), r"mine: a LossPart has a value of shape \(\d+,\); wanted a sum"),
+        (("@term", "# @term"), "no function in it is a term; @term above"),
+    ],
+    ids=["stream", "reads", "trains", "no parts", "no sum", "no term"],
+)
+def test_objective_user_term_mistakes_are_one_line(tmp_path, change, message):
+    assert change[0] in MY_TERM
+    (tmp_path / "my_term.py").write_text(MY_TERM.replace(*change))
+    config = ObjectiveConfig(terms={"mine": {"file": f"{tmp_path}/my_term.py"}})
+    with pytest.raises(UserError, match=message):
+        UnifiedObjective(make_model(), config)(make_batch())

@@ -45,6 +45,17 @@ def test_identity_changed_content_of_same_size_is_refused(run, tmp_path):
     assert record_identity(run, [DataFile(shard)]) == []
 
 
+def test_identity_of_a_run_without_checkpoint_may_be_removed(run, tmp_path):
+    shard = write(tmp_path / "mine.py", b"a", 1)
+    record_identity(run, [DataFile(shard)])
+    write(shard, b"b", 2)
+    with pytest.raises(UserError, match="or remove the folder: it holds no checkpoint yet$"):
+        record_identity(run, [DataFile(shard)])
+    (run / "de/checkpoints/step_000004").mkdir(parents=True)
+    with pytest.raises(UserError, match="to begin a run with what is there now$"):
+        record_identity(run, [DataFile(shard)])
+
+
 def test_identity_changed_content_with_old_times_needs_verify(run, tmp_path):
     shard = write(tmp_path / "shard.tar", b"a" * 100, 1)
     record_identity(run, [DataFile(shard)])

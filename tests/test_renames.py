@@ -1,12 +1,14 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from raylib import renames
-from raylib.config import Config, load_config
+from finetune import formats
+from raylib import objectives, renames
+from raylib.config import Config, load_config, load_user_file
 from raylib.models import BACKBONES
-from raylib.renames import rename_settings
+from raylib.renames import MODULES, rename_settings
 
 
 @pytest.fixture
@@ -80,3 +82,13 @@ def test_single_stream_reads_whole_image_by_its_old_name(kind):
 
 def test_finetuned_model_reads_number_of_images_by_its_old_name():
     assert rename_settings("finetuned", {"pictures": 2, "labels": []}) == {"num_images": 2, "labels": []}
+
+
+def test_users_file_of_a_stored_run_imports_modules_by_their_old_names(tmp_path, monkeypatch):
+    for old in MODULES:  # as in a new process
+        monkeypatch.delitem(sys.modules, old, raising=False)
+    (tmp_path / "mine.py").write_text(
+        "from finetune.formats.jsonl import read_examples\nfrom raylib.objectives.terms import LossPart\n"
+    )
+    module = load_user_file(tmp_path / "mine.py")
+    assert module.read_examples is formats.read_examples and module.LossPart is objectives.LossPart

@@ -340,6 +340,27 @@ def test_split_mistake_is_one_line(split, message, tmp_path):
         task.read_split(config, split, "en").load()
 
 
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ('Example("1", "text", (), {})', r"some\.json, item 1: texts is 'text'; wanted a tuple of strings"),
+        ('Example("1", ("text",), "a.png", {})', r"item 1: images is 'a\.png'; wanted a tuple"),
+        ('Example("1", ("text",), (), "yes")', r"item 1: labels is 'yes'; wanted \{answer: score\}"),
+        ('Captioned("a.png", "text")', r"item 1: captions is 'text'; wanted a tuple"),
+    ],
+)
+def test_item_of_a_users_reader_that_is_no_tuple_is_one_line(item, message, tmp_path):
+    """The letters of a text would be trained on as texts."""
+    reader = OWN_READER.replace('Example("1", ("text",), (), {})', item)
+    reader = reader.replace("import Example", "import Captioned, Example")
+    (tmp_path / "own.py").write_text(reader)
+    (tmp_path / "some.json").write_text("{}")
+    with pytest.raises(UserError, match=message):
+        load_task(str(tmp_path / "own.py")).read_split(
+            FinetuneConfig(task="", data=str(tmp_path)), "test", "en"
+        ).load()
+
+
 def check_own(path, model, **settings):
     check(FinetuneConfig(**{"task": str(path), "model": str(model), "runs": str(path.parent), **settings}))
 
