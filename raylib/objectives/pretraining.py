@@ -463,6 +463,7 @@ def check_parts(name: str, parts: Any) -> None:
         raise UserError(
             f"objective.terms.{name} returned {type(parts).__name__}; wanted a list of LossPart or MaskedPart"
         )
+    # rows that are not summed would be broadcast against the other parts, or fail far from the user's file
     for part in parts:
         if isinstance(part, LossPart) and part.value.ndim:
             raise UserError(
