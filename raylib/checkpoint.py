@@ -96,8 +96,8 @@ def find_newest(run: Path) -> Path | None:
 
 
 def hint_if_unsaved(run: Path) -> str:
-    """Return the end of the error line of a run that cannot go on: where it has kept nothing, as while a user's
-    file is being mended, its folder may go; else ""."""
+    """Return the end of the error line of a run that cannot go on: where it has kept nothing, as while a
+    user's file is being mended, its folder may go; else ""."""
     kept = any(run.glob(f"**/{FOLDER}/step_*")) or any(run.glob("**/result.json"))
     return "" if kept else "; or remove the folder: it holds no checkpoint yet"
 

@@ -23,7 +23,7 @@ IMAGE = ".png"
 
 
 class Point(NamedTuple):
-    """What was logged at a step. `time`: when, in ms since 1970."""
+    """Value logged at a step. `time`: of logging, in ms since 1970."""
 
     time: int
     step: int

@@ -64,7 +64,7 @@ def term(
     Raises:
         ValueError: a stream, or something to read, that no batch has: the term would never be computed.
     """
-    # Python does not check a Literal: a stream by another name would be in no batch, its term never in the loss
+    # Python checks no Literal: a stream by another name would be in no batch, its term never in the loss
     for name, known in ((stream, get_args(Stream)), *((name, get_args(Reads)) for name in reads)):
         if name not in known:
             raise ValueError(f"@term: '{name}' is none of {', '.join(known)}")
