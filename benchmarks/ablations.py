@@ -14,8 +14,8 @@ from pathlib import Path
 
 from benchmarks.results import RESULTS, newest, run_module
 from pretrain.evaluate import summarize_recall
+from raylib.display import markdown_table, mean_and_std
 from raylib.fileio import append_jsonl, read_jsonl
-from raylib.tables import markdown_table, mean_and_std
 
 FILE = RESULTS / "ablations.jsonl"
 ABLATION_TITLES = {

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from finetune.formats import Example
 from finetune.tasks.datasets import TASKS
-from raylib.tables import markdown_table, percent
+from raylib.display import markdown_table, percent
 
 STEPS, RATE, DECAY = 400, 0.05, 1e-3
 

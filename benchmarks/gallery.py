@@ -15,9 +15,9 @@ import numpy as np
 import polyglance
 
 from benchmarks.results import ROOT
+from raylib.display import open_pyplot, save_figure
 from raylib.randomness import permutation
 from raylib.sample.concepts import UNSEEN_VENDOR, is_held_out, read_concept_captions, read_images
-from raylib.tables import open_pyplot, save_figure
 
 LANGUAGES = ("de", "fr", "ru", "tr", "el", "sw")  # scripts that every matplotlib draws
 SHOWN = 6  # drawings of a row

@@ -22,13 +22,13 @@ import optuna
 
 from benchmarks import search
 from benchmarks.results import RESULTS, newest
+from raylib.display import markdown_table
 from raylib.fileio import append_jsonl, read_jsonl
 from raylib.metrics import t_interval
 from raylib.randomness import generator
 from raylib.search.config import SearchConfig
 from raylib.search.samplers import build_sampler
 from raylib.search.space import Choice, DefineByRun, Float, Space
-from raylib.tables import markdown_table
 
 FILE = RESULTS / "priors.jsonl"
 DIMENSIONS = 6

@@ -25,9 +25,9 @@ from finetune.report import scores_of
 from finetune.tasks.datasets import TASKS
 from pretrain.evaluate import recall_table, summarize_recall
 from pretrain.train import describe_times
+from raylib.display import markdown_table, mean_and_std, percent
 from raylib.fileio import append_jsonl, read_jsonl
 from raylib.renames import rename_settings
-from raylib.tables import markdown_table, mean_and_std, percent
 
 SETTINGS = {"zero_shot": "", "few_shot": "few-shot", "translate_test": "translate-test", "untrained": ""}
 # GQA's types of questions, by what their answers are

@@ -21,10 +21,10 @@ import numpy as np
 
 from benchmarks.results import RESULTS, newest
 from raylib.config import override
+from raylib.display import markdown_table, mean_and_std
 from raylib.fileio import append_jsonl, read_jsonl
 from raylib.search.config import SearchConfig
 from raylib.search.space import Float, Space
-from raylib.tables import markdown_table, mean_and_std
 
 FILE = RESULTS / "search.jsonl"
 SPACE = Space(
@@ -77,7 +77,7 @@ def search(
     from finetune.recipes import RECIPES
     from raylib.search.schedulers import rank_agreements
     from raylib.search.search import run_search
-    from tune_spaces.jobs import FinetuneSearchJob
+    from tune_spaces import FinetuneSearchJob
 
     search_name = f"{''.join(c for c in name if c.isalnum())}_seed{seed}"
     search_settings = [

@@ -17,12 +17,12 @@ import torch
 from benchmarks.results import RESULTS
 from finetune.tasks.classification import ClassificationObjective
 from pretrain.recipes import emoji_e5_scenes
+from raylib.display import markdown_table
 from raylib.engine import OptimConfig, TorchEngine
 from raylib.fileio import append_jsonl
 from raylib.models.finetuned import FinetuneModel
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
-from raylib.tables import markdown_table
 
 BATCH, TOKENS, STATES, LABELS, PIECES = 64, 15, 21, 152, 52_399  # those of scenes_xgqa
 FILE = RESULTS / "unfreezing.jsonl"

@@ -86,8 +86,8 @@ def _analyse(arguments: Sequence[str]) -> int:
         "--item", metavar="ID", help="the test item whose attention is drawn (of retrieval: the image)"
     )
     parsed = parser.parse_args(arguments)
+    from finetune.analysis import Options, analyse
     from finetune.analysis.parallel import parse_words
-    from finetune.analysis.run import Options, analyse
 
     options = Options(parsed.limit, parsed.images, parsed.layer, parse_words(parsed.words), parsed.item)
     print(analyse(parsed.run, options))

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 from finetune.lineage import ABSENT, RunSettings, described, read_lineage, varying_paths
 from finetune.report import read_result, scores_of
 from raylib.config import suggest
+from raylib.display import latex_table, markdown_table, mean_and_interval
 from raylib.errors import UserError
 from raylib.metrics import t_interval
 from raylib.provenance import list_changed_files, read_identity
-from raylib.tables import latex_table, markdown_table, mean_and_interval
 
 Estimate = tuple[float, float | None]  # a mean, and half of its interval: None of one value
 

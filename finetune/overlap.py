@@ -30,9 +30,9 @@ from finetune.formats import Captioned, Example
 from finetune.stores import MARVL, folders_of, stem
 from finetune.tasks.base import Overlap, Task
 from raylib.cache import file_fingerprint
+from raylib.display import progress
 from raylib.errors import UserError
 from raylib.fileio import nfc, read_json, write_json
-from raylib.progress import progress
 
 RULE_VERSION = 2  # of what counts as the same: another number makes nothing of what is kept
 COMPARED = (("test", "train"), ("test", "dev"), ("dev", "train"))

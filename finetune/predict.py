@@ -25,12 +25,12 @@ from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSourc
 from finetune.strategies.lexical import NONE, SYNONYM, WordNet
 from raylib.cache import remove_encoder_states
 from raylib.data.loading import prefetch, to_device
+from raylib.display import progress
 from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import require
 from raylib.finite import is_finite
 from raylib.metrics import MILLION, ItemClusters
 from raylib.models.finetuned import FinetuneModel
-from raylib.progress import progress
 from raylib.randomness import Key
 from raylib.text import Tokenizer
 

@@ -6,11 +6,11 @@ from typing import Any
 from finetune.build import find_task, reported_split
 from finetune.config import FinetuneConfig
 from finetune.lineage import described, method_of
+from raylib.display import markdown_table, open_pyplot, percent, save_figure
 from raylib.errors import UserError
 from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
 from raylib.metrics import RANKS, mean_or_zero
-from raylib.tables import markdown_table, open_pyplot, percent, save_figure
 from raylib.track import read_metrics
 
 RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in RANKS)

@@ -32,9 +32,9 @@ from typing import Any
 import cv2
 
 from raylib.data.images import BadImage, decode_image
+from raylib.display import file_progress
 from raylib.errors import UserError
 from raylib.fileio import decode_base64, find_file, stream_json
-from raylib.progress import file_progress
 from raylib.text import BadCaption, clean_captions, parse_captions
 
 MARGIN = 1.04  # WikiMatrix's usual threshold

@@ -13,6 +13,7 @@ from torch import Tensor
 from raylib.data.images import decode_image, resize_image
 from raylib.data.shards import index_command
 from raylib.data.sources import Source
+from raylib.display import markdown_table, progress
 from raylib.distributed import gather_objects, raise_on_all_workers, rank, world_size
 from raylib.errors import UserError
 from raylib.fileio import find_file, write_json
@@ -22,10 +23,8 @@ from raylib.models import find_model, find_tokenizer
 from raylib.models.base import RetrievalBackbone
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
-from raylib.progress import progress
 from raylib.provenance import DataFile, combined_hash, fingerprint_files, hash_path, provenance
 from raylib.runtime import peak_memory
-from raylib.tables import markdown_table
 from raylib.text import (
     BadCaption,
     EmptyCaption,

@@ -30,11 +30,10 @@ from raylib.data.images import BadImage, decode_image, is_image
 from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
 from raylib.data.tars import TarScan
+from raylib.display import markdown_table, percent, progress
 from raylib.errors import UserError
 from raylib.fileio import nfc, write_json
-from raylib.progress import progress
 from raylib.provenance import provenance
-from raylib.tables import markdown_table, percent
 
 SIDE, LOW = 32, 8  # pixels a side that are transformed; lowest frequencies a side that are kept
 # standard deviation of the grey levels, of 255, below which an image is all but one colour and has no hash

@@ -15,6 +15,7 @@ from pretrain.evaluate import ZeroShotRetrieval, recall_table, summarize_recall,
 from raylib import checkpoint
 from raylib.config import Config
 from raylib.console import spell_commands
+from raylib.display import open_pyplot, save_figure
 from raylib.engine import OptimConfig
 from raylib.errors import UserError
 from raylib.launch import (
@@ -37,7 +38,6 @@ from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 from raylib.provenance import DataFile, commit, data_hash, provenance
 from raylib.randomness import hash64
 from raylib.runtime import Reporter, Runtime
-from raylib.tables import open_pyplot, save_figure
 from raylib.text import Tokenizer
 from raylib.track import read_metrics
 

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from raylib.display import progress
 from raylib.distributed import barrier, broadcast_from_rank0, raise_on_all_workers, rank, world_size
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import file_lock, read_json
 from raylib.finite import is_finite
 from raylib.packed import Ragged
-from raylib.progress import progress
 
 T = TypeVar("T")
 

@@ -30,9 +30,9 @@ import torch
 
 from raylib.cache import cached, file_fingerprint
 from raylib.checkpoint import hint_if_unsaved
+from raylib.display import progress
 from raylib.errors import UserError
 from raylib.fileio import read_json, sha256_file, write_atomically
-from raylib.progress import progress
 from raylib.runtime import device_name
 
 IDENTITY = "identity.json"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from raylib.tables import open_pyplot
+from raylib.display import open_pyplot
 
 Backend = Literal["tensorboard", "wandb", "mlflow"]
 Status = Literal["finished", "stopped", "failed"]

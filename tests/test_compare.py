@@ -13,7 +13,7 @@ from finetune.compare import compare_runs, to_markdown
 from finetune.config import FinetuneConfig
 from finetune.lineage import method_of, read_lineage, varying_paths
 from raylib.config import dump_config, override
-from raylib.tables import escape_latex
+from raylib.display import escape_latex
 
 T = {2: 12.7062, 3: 4.3027, 4: 3.1824}  # Student's t at 0.975, by number of seeds, from a printed table
 

@@ -7,7 +7,19 @@ import tracemalloc
 
 import pytest
 
-from finetune.formats import Captioned, Example, answers, captions, stream_list, stream_members
+from finetune.formats import (
+    Captioned,
+    Example,
+    answers,
+    read_coco,
+    read_coco_cn,
+    read_flickr,
+    read_karpathy,
+    read_multi30k,
+    read_wit,
+    stream_list,
+    stream_members,
+)
 from raylib.errors import UserError
 
 
@@ -107,10 +119,8 @@ def test_nlvr2_and_marvl_pairs_are_read(tmp_path):
 
 
 def test_flickr_and_wit_captions_are_read(tmp_path):
-    assert list(captions.read_flickr(lines(tmp_path / "f.jsonl", FLICKR))) == [Captioned("7.jpg", ("a", "b"))]
-    assert list(captions.read_wit(lines(tmp_path / "w.jsonl", WIT))) == [
-        Captioned("12", ("A church",), source="u")
-    ]
+    assert list(read_flickr(lines(tmp_path / "f.jsonl", FLICKR))) == [Captioned("7.jpg", ("a", "b"))]
+    assert list(read_wit(lines(tmp_path / "w.jsonl", WIT))) == [Captioned("12", ("A church",), source="u")]
 
 
 READERS = [
@@ -118,8 +128,8 @@ READERS = [
     (answers.read_xvnli, "x.jsonl", XVNLI),
     (answers.read_marvl, "m.jsonl", MARVL),
     (answers.read_nlvr2, "n.jsonl", NLVR2),
-    (captions.read_flickr, "f.jsonl", FLICKR),
-    (captions.read_wit, "w.jsonl", WIT),
+    (read_flickr, "f.jsonl", FLICKR),
+    (read_wit, "w.jsonl", WIT),
 ]
 NEEDED = {
     "a.json": "imageId",
@@ -269,13 +279,13 @@ def test_multi30k_lines_are_paired_with_images(tmp_path):
     for part in "12":
         with gzip.open(tmp_path / "raw" / f"val.{part}.de.gz", "wt", encoding="utf-8") as file:
             file.write(f"eins {part}\nzwei {part}\n")
-    one = list(captions.read_multi30k(tmp_path / "raw" / "val.1.de.gz", "../splits/val.txt"))
+    one = list(read_multi30k(tmp_path / "raw" / "val.1.de.gz", "../splits/val.txt"))
     assert one == [Captioned("1.jpg", ("eins 1",)), Captioned("2.jpg", ("zwei 1",))]
-    two = list(captions.read_multi30k(tmp_path / "raw" / "val.?.de.gz", "../splits/val.txt"))
+    two = list(read_multi30k(tmp_path / "raw" / "val.?.de.gz", "../splits/val.txt"))
     assert two == [Captioned("1.jpg", ("eins 1", "eins 2")), Captioned("2.jpg", ("zwei 1", "zwei 2"))]
     (tmp_path / "splits" / "val.txt").write_text("1.jpg\n")
     with pytest.raises(UserError, match="2 captions for the 1 images"):
-        list(captions.read_multi30k(tmp_path / "raw" / "val.1.de.gz", "../splits/val.txt"))
+        list(read_multi30k(tmp_path / "raw" / "val.1.de.gz", "../splits/val.txt"))
 
 
 def test_coco_captions_are_read_in_three_languages(tmp_path):
@@ -288,8 +298,8 @@ def test_coco_captions_are_read_in_three_languages(tmp_path):
         for i, split in ((1, "test"), (2, "restval"), (3, "test"))
     ]
     write(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
-    assert [i.image[-5] for i in captions.read_karpathy(tmp_path / "dataset_coco.json", "test")] == ["1", "3"]
-    train = list(captions.read_karpathy(tmp_path / "dataset_coco.json", "train"))
+    assert [i.image[-5] for i in read_karpathy(tmp_path / "dataset_coco.json", "test")] == ["1", "3"]
+    train = list(read_karpathy(tmp_path / "dataset_coco.json", "train"))
     assert train == [Captioned("COCO_val2014_000000000002.jpg", ("a 2", "b 2"))]
     stair = {
         "images": [{"id": i, "file_name": f"COCO_val2014_00000000000{i}.jpg"} for i in (1, 2)],
@@ -299,13 +309,11 @@ def test_coco_captions_are_read_in_three_languages(tmp_path):
             {"image_id": 1, "caption": "z"},
         ],
     }
-    found = list(captions.read_coco(write(tmp_path / "stair.json", stair), "dataset_coco.json", "test"))
+    found = list(read_coco(write(tmp_path / "stair.json", stair), "dataset_coco.json", "test"))
     assert found == [Captioned("COCO_val2014_000000000001.jpg", ("x", "z"))]
     (tmp_path / "cn.txt").write_text("COCO_val2014_1#0\tA\nCOCO_val2014_2#0\tB\nCOCO_val2014_1#1\tC\n")
     (tmp_path / "test.txt").write_text("COCO_val2014_1\n")
-    assert list(captions.read_coco_cn(tmp_path / "cn.txt", "test.txt")) == [
-        Captioned("COCO_val2014_1", ("A", "C"))
-    ]
+    assert list(read_coco_cn(tmp_path / "cn.txt", "test.txt")) == [Captioned("COCO_val2014_1", ("A", "C"))]
 
 
 def test_vqa_free_answers_get_soft_scores(tmp_path):

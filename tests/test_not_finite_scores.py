@@ -17,10 +17,10 @@ from finetune.stores.images import precompute_features
 from finetune.tasks.ranking import retrieve
 from pretrain.__main__ import main as pretrain_main
 from pretrain.evaluate import ZeroShotRetrieval, write_result
+from raylib.display import open_pyplot
 from raylib.errors import NotFinite, UserError
 from raylib.metrics import recall_hits
 from raylib.models.finetuned import FinetuneModel
-from raylib.tables import open_pyplot
 from raylib.text import Tokenizer
 from raylib.track import Tracker, read_metrics
 from tests.factories import make_model

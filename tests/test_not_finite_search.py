@@ -11,9 +11,8 @@ from finetune.recipes import RECIPES
 from raylib.config import dump_config
 from raylib.errors import NotFinite, UserError
 from raylib.renames import RENAMED
-from raylib.search.config import SearchConfig
+from raylib.search.config import SearchConfig, check_fingerprint
 from raylib.search.optuna import SearcherOptions, build_searcher, trial_state
-from raylib.search.resume import check_fingerprint
 from raylib.search.schedulers import Population, build_population, build_scheduler, rank_agreements
 from raylib.search.space import Float, SettingKey, Space
 from raylib.search.trial import append_report, read_reports

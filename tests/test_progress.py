@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from raylib import progress as module
-from raylib.progress import progress
+from raylib import display as module
+from raylib.display import progress
 
 
 def wait(iterable, *arguments):
@@ -50,7 +50,7 @@ def test_progress_of_unknown_length_tells_no_end(hurried, capsys):
 def test_progress_is_silent_where_nobody_waits(capsys, monkeypatch):
     assert list(progress(range(3), "fast")) == [0, 1, 2]
     monkeypatch.setattr(module, "LOG_SECONDS", 0.0)
-    monkeypatch.setattr("raylib.runtime.rank", lambda: 1)
+    monkeypatch.setattr("raylib.distributed.rank", lambda: 1)
     assert list(wait(range(3), "on another worker")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
 

@@ -21,7 +21,7 @@ from raylib.search.config import SearchConfig
 from raylib.search.space import Choice, Float, OneOf, Space
 from raylib.search.trial import read_reports
 from raylib.track import read_metrics
-from tune_spaces.jobs import FinetuneSearchJob
+from tune_spaces import FinetuneSearchJob
 
 pytestmark = pytest.mark.xdist_group("ray")
 ROOT = Path(__file__).resolve().parent.parent
@@ -316,7 +316,7 @@ def test_search_trial_trains_on_own_workers_under_zero(search):
 @pytest.mark.slow
 def test_search_over_pretraining(mini, tmp_path, capsys):
     from raylib.search.search import run_search
-    from tune_spaces.jobs import PretrainSearchJob
+    from tune_spaces import PretrainSearchJob
 
     mix = Space(
         "",

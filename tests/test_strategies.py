@@ -12,9 +12,9 @@ from torch import nn
 
 from finetune.strategies import NEEDS, STRATEGIES, Context, Strategies, StrategiesConfig, Strategy
 from finetune.strategies.base import Outputs, Term, TrainingProgress
-from finetune.strategies.learning_rates import LayerDecay, ScheduledUnfreezing, TopLayers
 from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.strategies.pruning import apply_mask, prune_mask, read_mask, sparsity, write_mask
+from finetune.strategies.tuning import LayerDecay, ScheduledUnfreezing, TopLayers
 from raylib.config import validate
 from raylib.engine import OptimConfig, TorchEngine, parameter_groups
 from raylib.engine_zero import DeepSpeedEngine

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from finetune.__main__ import main
+from finetune.analysis import FinishedRun, Options, load_finished_run, words_and_regions
 from finetune.analysis.parallel import Inapplicable, Mention, Parallel, SceneObject, read_parallel
-from finetune.analysis.run import FinishedRun, Options, load_finished_run, words_and_regions
 from finetune.analysis.tsne import (
     Point,
     box_weights,

@@ -10,7 +10,13 @@ import torch
 from safetensors import safe_open
 
 from finetune.strategies import Context, Strategies, StrategiesConfig
-from finetune.strategies.peft import AdapterConfig, CompacterConfig, HardPrompt, LoraConfig, SoftPromptConfig
+from finetune.strategies.tuning import (
+    AdapterConfig,
+    CompacterConfig,
+    HardPrompt,
+    LoraConfig,
+    SoftPromptConfig,
+)
 from finetune.tasks.classification import ClassificationObjective
 from raylib.config import validate
 from raylib.engine import OptimConfig, TorchEngine

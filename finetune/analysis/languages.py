@@ -25,11 +25,11 @@ from finetune.predict import CONFUSED_PAIRS, confusions, read_predictions
 from finetune.stores.images import VisualSource
 from finetune.strategies.lexical import HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet
 from raylib.data.loading import to_device
+from raylib.display import markdown_table, open_pyplot, percent
 from raylib.finite import require_finite
 from raylib.metrics import mean_or_zero
 from raylib.models.base import RetrievalBackbone
 from raylib.models.finetuned import FinetuneModel
-from raylib.tables import markdown_table, open_pyplot, percent
 from raylib.text import Tokenizer
 from raylib.track import read_metrics
 

@@ -17,12 +17,12 @@ from finetune.build import read_split, test_split
 from finetune.config import FinetuneConfig
 from finetune.formats import Captioned, Example
 from finetune.stores import stem
+from raylib.display import save_figure
 from raylib.errors import UserError
 from raylib.fileio import write_json
 from raylib.finite import require_finite_values
 from raylib.randomness import string_key
 from raylib.sample.scenes.world import read_labels, translate_name
-from raylib.tables import save_figure
 from raylib.text import Tokenizer
 
 

@@ -43,12 +43,12 @@ from finetune.batches import encode_texts, read_inputs
 from finetune.stores import stem
 from finetune.stores.images import ImageSource, RegionFeatures
 from raylib.data.loading import to_device
+from raylib.display import markdown_table, open_pyplot, percent
 from raylib.errors import UserError, require
 from raylib.finite import require_finite
 from raylib.models.base import Backbone, FusionBackbone, RetrievalBackbone
 from raylib.models.finetuned import FinetuneModel
 from raylib.sample.scenes.world import read_labels
-from raylib.tables import markdown_table, open_pyplot, percent
 from raylib.text import Tokenizer
 
 POOL = 20  # parallel items among which one is chosen: few name the same objects

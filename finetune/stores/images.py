@@ -15,10 +15,10 @@ from finetune.stores.regions import RegionStore, open_regions
 from raylib.cache import EncoderStates, open_once, write_encoder_states
 from raylib.data.images import AugmentConfig, augment_image, decode_image, resize_image
 from raylib.data.tars import TarScan
+from raylib.display import progress
 from raylib.errors import UserError
 from raylib.fileio import nfc
 from raylib.packed import Ragged
-from raylib.progress import progress
 from raylib.randomness import string_key
 
 if TYPE_CHECKING:

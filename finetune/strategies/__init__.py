@@ -27,21 +27,19 @@ from finetune.strategies.base import (
 )
 from finetune.strategies.code_mixing import CodeMixingConfig
 from finetune.strategies.distillation.strategy import DistillationConfig
-from finetune.strategies.learning_rates import (
-    HeadFirstConfig,
-    LayerDecayConfig,
-    TopLayersConfig,
-    UnfreezingConfig,
-)
-from finetune.strategies.peft import (
+from finetune.strategies.prior import LinguisticPriorConfig
+from finetune.strategies.pruning import SparseConfig
+from finetune.strategies.tuning import (
     AdapterConfig,
     CompacterConfig,
     HardPromptConfig,
+    HeadFirstConfig,
+    LayerDecayConfig,
     LoraConfig,
     SoftPromptConfig,
+    TopLayersConfig,
+    UnfreezingConfig,
 )
-from finetune.strategies.prior import LinguisticPriorConfig
-from finetune.strategies.pruning import SparseConfig
 from raylib.config import NO_USER_FILE, Config, UserFile, load_user_class, lookup, validate
 from raylib.engine import LayerRates
 from raylib.errors import UserError

@@ -23,10 +23,10 @@ from torch import Tensor
 from finetune.formats import Captioned, stream_jsonl, stream_lines
 from finetune.strategies.base import Captions, Context, Need, Outputs, Strategy, StrategyConfig, Term
 from raylib.config import Config
+from raylib.display import progress
 from raylib.errors import UserError, hub_hint, require
 from raylib.fileio import write_atomically
 from raylib.finite import require_finite_file
-from raylib.progress import progress
 from raylib.randomness import Key
 
 if TYPE_CHECKING:  # it imports this room

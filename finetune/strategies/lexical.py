@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from raylib.display import progress
 from raylib.errors import UserError
 from raylib.finite import is_finite
-from raylib.progress import progress
 
 # as in paper 0's table 3: what a prediction is to the true label
 SYNONYM, HYPERNYM, HYPONYM, NONE = "syn", "hyp", "hpo", "none"

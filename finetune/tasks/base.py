@@ -20,9 +20,9 @@ from finetune.stores.images import VisualSource, open_visual
 from finetune.strategies.base import Captions, LossTerms, Need
 from raylib.cache import cached, file_fingerprint
 from raylib.config import user_file_error, user_source
+from raylib.display import progress
 from raylib.engine import Objective
 from raylib.errors import UserError
-from raylib.progress import progress
 from raylib.text import Tokenizer
 
 if TYPE_CHECKING:  # a config holds the strategies' settings, and strategies know tasks

@@ -10,7 +10,17 @@ Splits `*_to_en` and `*_from_en` are made by `finetune.strategies.alignment`.
 
 from collections.abc import Mapping
 
-from finetune.formats import answers, captions
+from finetune.formats import (
+    XTD_PARTS,
+    answers,
+    read_coco,
+    read_coco_cn,
+    read_flickr,
+    read_karpathy,
+    read_multi30k,
+    read_wit,
+    read_xtd,
+)
 from finetune.tasks.base import Overlap, Split, Task
 from finetune.tasks.classification import Classification
 from finetune.tasks.retrieval import Retrieval
@@ -70,12 +80,10 @@ def _xtd_parts() -> dict[str, Split]:
 
     def translated(name: str, way: str) -> Split:
         images = f"../{XTD_IMAGES}|../XTD10/{XTD_IMAGES}"
-        return Split(
-            f"xtd/translated_{way}_en/{{language}}.txt", captions.read_xtd, {"images": images, "part": name}
-        )
+        return Split(f"xtd/translated_{way}_en/{{language}}.txt", read_xtd, {"images": images, "part": name})
 
     return {
-        **{name: _xtd(captions.read_xtd, part=name) for name in captions.XTD_PARTS},
+        **{name: _xtd(read_xtd, part=name) for name in XTD_PARTS},
         "train_to_en": translated("train", "to"),
         "dev_to_en": translated("dev", "to"),
         "train_from_en": translated("train", "from"),
@@ -241,33 +249,31 @@ TASKS: dict[str, Task] = {
         summary="image-text retrieval; Flickr30K in English, xFlickr&CO in 7 more languages",
         languages=("en", "de", "es", "id", "ja", "ru", "tr", "zh"),
         splits={
-            "train": Split("flickr30k/annotations/train_ann.jsonl", captions.read_flickr),
-            "dev": Split("flickr30k/annotations/valid_ann.jsonl", captions.read_flickr),
-            "test": Split(
-                "xFlickrCO/annotations/{language}/test.jsonl", captions.read_flickr, {"empty": "keep"}
-            ),
-            "shots": Split("xFlickrCO/annotations/{language}/train_{shots}.jsonl", captions.read_flickr),
+            "train": Split("flickr30k/annotations/train_ann.jsonl", read_flickr),
+            "dev": Split("flickr30k/annotations/valid_ann.jsonl", read_flickr),
+            "test": Split("xFlickrCO/annotations/{language}/test.jsonl", read_flickr, {"empty": "keep"}),
+            "shots": Split("xFlickrCO/annotations/{language}/train_{shots}.jsonl", read_flickr),
             "target_dev": Split(
                 "flickr30k/annotations_machine-translate/valid-{language}_gmt.jsonl",
-                captions.read_flickr,
+                read_flickr,
                 {"sentences": "first"},  # IGLUE translated the first of five, and left the others in English
-                others=(Split("xFlickrCO/annotations/{language}/dev.jsonl", captions.read_flickr),),
+                others=(Split("xFlickrCO/annotations/{language}/dev.jsonl", read_flickr),),
             ),
             "target_dev_to_en": Split(
-                "xFlickrCO/annotations_machine-translate/{language}/dev_gmt.jsonl", captions.read_flickr
+                "xFlickrCO/annotations_machine-translate/{language}/dev_gmt.jsonl", read_flickr
             ),
             "translated": Split(
                 "xFlickrCO/annotations_machine-translate/{language}/test_gmt.jsonl",
-                captions.read_flickr,
+                read_flickr,
                 {"empty": "keep"},
             ),
             "shots_to_en": Split(
                 "xFlickrCO/annotations_machine-translate/{language}/train_{shots}_gmt.jsonl",
-                captions.read_flickr,
+                read_flickr,
             ),
             "shots_from_en": Split(
                 "xFlickrCO/annotations_machine-translate/{language}/train_{shots}_from_en.jsonl",
-                captions.read_flickr,
+                read_flickr,
             ),
         },
     ),
@@ -275,16 +281,14 @@ TASKS: dict[str, Task] = {
         summary="image-text retrieval on Wikipedia's images, 11 languages",
         languages=("en", "ar", "bg", "da", "el", "et", "id", "ja", "ko", "tr", "vi"),
         splits={
-            "train": Split("wit/annotations/train_en.jsonl.zip", captions.read_wit),
+            "train": Split("wit/annotations/train_en.jsonl.zip", read_wit),
             "dev": Split(
                 "wit/annotations/val_en.jsonl",
-                captions.read_wit,
-                others=(Split("wit/annotations/valid_en.jsonl", captions.read_wit),),
+                read_wit,
+                others=(Split("wit/annotations/valid_en.jsonl", read_wit),),
             ),
-            "test": Split("wit/annotations/test_{language}.jsonl", captions.read_wit),
-            "translated": Split(
-                "wit/annotations_machine-translate/test_{language}_gmt.jsonl", captions.read_wit
-            ),
+            "test": Split("wit/annotations/test_{language}.jsonl", read_wit),
+            "translated": Split("wit/annotations_machine-translate/test_{language}_gmt.jsonl", read_wit),
         },
     ),
     "multi30k": Retrieval(
@@ -294,7 +298,7 @@ TASKS: dict[str, Task] = {
         splits={
             split: Split(
                 f"multi30k/data/task1/raw/{part}.{{language}}.gz",
-                captions.read_multi30k,
+                read_multi30k,
                 {"images": f"../image_splits/{part}.txt"},
             )
             for split, part in (("train", "train"), ("dev", "val"), ("test", "test_2016_flickr"))
@@ -302,7 +306,7 @@ TASKS: dict[str, Task] = {
         | {
             split: Split(
                 f"multi30k/translated_{way}_en/{part}.{{language}}",
-                captions.read_multi30k,
+                read_multi30k,
                 {"images": f"../data/task1/image_splits/{part}.txt"},
             )
             for split, way, part in (
@@ -333,10 +337,10 @@ TASKS: dict[str, Task] = {
             name: split
             for part, other in (("train", "train"), ("dev", "val"), ("test", "test"))
             for name, split in {
-                f"{part}.en": Split("coco/dataset_coco.json", captions.read_karpathy, {"split": other}),
+                f"{part}.en": Split("coco/dataset_coco.json", read_karpathy, {"split": other}),
                 f"{part}.ja": Split(
                     f"coco/stair_captions_v1.2_{'train' if part == 'train' else 'val'}.json",
-                    captions.read_coco,
+                    read_coco,
                     {
                         "images": "dataset_coco.json",
                         "split": other,
@@ -345,7 +349,7 @@ TASKS: dict[str, Task] = {
                 ),
                 f"{part}.zh": Split(
                     "coco-cn/imageid.human-written-caption.txt",
-                    captions.read_coco_cn,
+                    read_coco_cn,
                     {"images": f"coco-cn_{other}.txt"},
                 ),
             }.items()
@@ -360,12 +364,10 @@ TASKS: dict[str, Task] = {
             # 946 of XTD's images are among those that Karpathy trains on, 26 in his dev set: they are left
             # out of both
             "train": Split(
-                "coco/dataset_coco.json", captions.read_karpathy, {"split": "train", "without": XTD_EXCLUDED}
+                "coco/dataset_coco.json", read_karpathy, {"split": "train", "without": XTD_EXCLUDED}
             ),
-            "dev": Split(
-                "coco/dataset_coco.json", captions.read_karpathy, {"split": "val", "without": XTD_EXCLUDED}
-            ),
-            "test": _xtd(captions.read_multi30k),
+            "dev": Split("coco/dataset_coco.json", read_karpathy, {"split": "val", "without": XTD_EXCLUDED}),
+            "test": _xtd(read_multi30k),
         },
     ),
     "xtd_few": Retrieval(

@@ -17,12 +17,12 @@ from finetune.batches import encode_texts
 from finetune.formats import Captioned
 from finetune.stores.images import ImageSource, PrecomputedFeatures, precompute_features
 from raylib.cache import EncoderStates, remove_encoder_states, write_encoder_states
+from raylib.display import progress
 from raylib.distributed import raise_on_all_workers, rank, world_size
 from raylib.finite import is_finite, require_finite
 from raylib.metrics import RANKS, hit_chances, mean_or_zero, nearest_keys, recall_figures, recall_interval
 from raylib.models.layers import Memory
 from raylib.packed import Ragged, first_tokens
-from raylib.progress import progress
 from raylib.randomness import Key, permutation
 from raylib.text import Tokenizer
 

@@ -28,6 +28,7 @@ from pretrain.evaluate import image_vectors, sentence_vectors
 from raylib.config import load_config
 from raylib.data.images import load_image, resize_image
 from raylib.data.loading import prefetch
+from raylib.display import progress
 from raylib.errors import NotFinite, UserError
 from raylib.finite import require_finite
 from raylib.launch import no_log
@@ -42,7 +43,6 @@ from raylib.models.finetuned import (
 )
 from raylib.models.layers import Memory
 from raylib.packed import Ragged
-from raylib.progress import progress
 from raylib.text import Tokenizer
 
 T = TypeVar("T")

@@ -33,10 +33,10 @@ from raylib.command import command_parser, entry_point
 from raylib.config import Config, differing_paths
 from raylib.data.images import is_image, load_image, resize_image
 from raylib.data.loading import prefetch
+from raylib.display import progress
 from raylib.errors import UserError
 from raylib.launch import map_parts
 from raylib.models.finetuned import tokenizer_at, weights_of
-from raylib.progress import progress
 from raylib.provenance import hash_path
 
 BATCH, PART = 64, 1000  # inputs at a time; in a file of a Ray worker's

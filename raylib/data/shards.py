@@ -34,9 +34,9 @@ import numpy as np
 
 from raylib.command import command_parser, entry_point
 from raylib.data.tars import META, FolderSummary, TarScan
+from raylib.display import progress
 from raylib.errors import UserError
 from raylib.fileio import write_json
-from raylib.progress import progress
 from raylib.text import is_language_code, language_of
 
 FORMATS = (1, 2)  # of an index; the first has no hashes of images

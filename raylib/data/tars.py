@@ -18,9 +18,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from raylib.data.images import is_image, is_plain_image
+from raylib.display import file_progress
 from raylib.errors import UserError
 from raylib.fileio import nfc
-from raylib.progress import file_progress
 from raylib.randomness import string_key
 from raylib.text import has_captions
 

@@ -7,11 +7,27 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from raylib.cache import ObjectCache
-from raylib.config import Config
+from raylib.config import Config, differing_paths, read_stored_settings
+from raylib.errors import UserError
+from raylib.fileio import read_json
+from raylib.launch import VERIFY_SETTINGS, LaunchConfig
 from raylib.provenance import DataFile
 from raylib.runtime import Reporter
 from raylib.search.space import Space
 
+# settings of a search that may grow when it goes on, and those that may be anything: no past trial depends on
+# either
+GROWING_SETTINGS = ("num_trials", "num_finalists", "final_seeds")
+FREE_SETTINGS = (
+    "max_hours",
+    "max_concurrent",
+    "max_failures",
+    "repeats",
+    "warm_start",
+    "gpus_per_trial",
+    "cpus_per_trial",
+)
+POPULATION_FIXED = ("num_trials", "max_concurrent")  # members of a population begin together
 DevSets = Literal["english_dev", "target_dev", "both"]
 Repeats = Literal["score", "replicate"]
 # the metrics that a search may maximise, by the dev sets that it may look at
@@ -114,7 +130,7 @@ class SearchConfig(Config):
 
 
 class SearchJob(ABC):
-    """A stage of training as a search sees it; each stage has one in `tune_spaces.jobs`. The defaults are for
+    """A stage of training as a search sees it; each stage has one in `tune_spaces`. The defaults are for
     a stage that is one training, whose method is complete from its first epoch on."""
 
     command: str  # that runs a config file
@@ -222,3 +238,50 @@ class Resources(NamedTuple):
     trial: dict[str, float]
     test: dict[str, float]
     max_concurrent: int | None
+
+
+def check_fingerprint(folder: Path, fingerprint: dict[str, Any], recipe: type[LaunchConfig]) -> list[str]:
+    """Refuse to go on with another search than the one whose folder this is. Settings that are newer than the
+    folder have their defaults there. Returns in words what there is more of.
+
+    Raises:
+        UserError: it has other settings, which are named.
+    """
+    stored = read_search(folder, recipe)
+    if stored is None:
+        return []
+    before, now = stored["search"], fingerprint["search"]
+    may_change = {*GROWING_SETTINGS, *FREE_SETTINGS}
+    if now["algorithm"] == "pbt":
+        may_change -= set(POPULATION_FIXED)
+    changed = [
+        name
+        for name in differing_paths(stored, fingerprint)
+        if name.partition(".")[2] not in {*may_change, *VERIFY_SETTINGS}
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} holds a search with other settings ({', '.join(changed)}); give this one another name="
+        )
+    for name in GROWING_SETTINGS:
+        if now[name] < before.get(name, now[name]):
+            raise UserError(
+                f"{folder} holds a search with {name}={before[name]}, which can only grow: "
+                f"{name}={now[name]} would leave out what was run; give this one another name="
+            )
+    grown = [name for name in GROWING_SETTINGS if now[name] > before.get(name, now[name])]
+    hours, hours_before = now["max_hours"], before.get("max_hours")
+    if hours_before is not None and (hours is None or hours > hours_before):
+        grown.append("max_hours")
+    return [f"{name}={now[name]} ({before[name]} before)" for name in grown]
+
+
+def read_search(folder: Path, recipe: type[LaunchConfig]) -> dict[str, Any] | None:
+    """Return {"space", "search", "recipe"} of the search in `folder`, by the names of today; None: there is
+    none."""
+    if not (folder / "search.json").is_file():
+        return None
+    stored = read_json(folder / "search.json")
+    for part, kind in (("search", SearchConfig), ("recipe", recipe)):
+        stored[part] = read_stored_settings(kind, stored[part]).values
+    return stored

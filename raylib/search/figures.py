@@ -13,11 +13,11 @@ from matplotlib.ticker import MaxNLocator
 from optuna.trial import FixedTrial, TrialState, create_trial
 from optuna.visualization import matplotlib as plots
 
+from raylib.display import open_pyplot, save_figure
 from raylib.search.config import SearchContext
 from raylib.search.schedulers import learning_curve
 from raylib.search.space import DefineByRun, Knobs, alternatives, knobs_by_name
 from raylib.search.trial import TrialResult
-from raylib.tables import open_pyplot, save_figure
 
 MIN_TRIALS = 4  # finished trials, below which a forest learns nothing of importance
 SLICES_PER_FIGURE = 4

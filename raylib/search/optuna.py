@@ -15,8 +15,10 @@ from ray.tune.search import SearchGenerator
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.searcher import Searcher
 
+from raylib.config import differing_paths, validate
 from raylib.errors import UserError
-from raylib.search.config import Repeats, SearchConfig
+from raylib.launch import MUTABLE_SETTINGS
+from raylib.search.config import Repeats, SearchConfig, read_search
 from raylib.search.samplers import build_sampler
 from raylib.search.space import DefineByRun, Knobs, Setting, SettingKey, Space, config_changes
 from raylib.search.trial import REPEAT_OF, REPLICATE
@@ -246,3 +248,49 @@ def load_evidence(folder: Path, study_name: str, knobs: Knobs) -> tuple[list[Fro
                 )
             )
     return evidence, len(finished) - len(evidence)
+
+
+class WarmStart(NamedTuple):
+    """Trials of another search that this one learns from, and in words which, and what was else there."""
+
+    trials: list[FrozenTrial]
+    description: str
+
+
+def load_warm_start(
+    config: SearchConfig, space: Space, fingerprint: dict[str, Any], recipe: type
+) -> WarmStart:
+    """Return what `config.warm_start` has for this search.
+
+    Raises:
+        UserError: it is no search of the same goal, or none of its trials lies in the space.
+    """
+    if config.warm_start is None:
+        return WarmStart([], "")
+    folder = Path(config.warm_start).absolute()
+    try:
+        stored = read_search(folder, recipe)
+    except UserError as e:
+        raise UserError(f"warm_start={config.warm_start}: {e}") from None
+    if stored is None:
+        raise UserError(f"warm_start={config.warm_start}: no search.json there; give the folder of a search")
+    other = validate(SearchConfig, stored["search"], f"{folder}/search.json")
+    if other.goals != config.goals:
+        raise UserError(
+            f"warm_start={config.warm_start}: it searched for {' and '.join(other.goals)}, this one for "
+            f"{' and '.join(config.goals)}: its scores say nothing here"
+        )
+    trials, num_outside = load_evidence(folder, other.name, space.knobs)
+    if not trials:
+        raise UserError(
+            f"warm_start={config.warm_start}: none of its {num_outside} finished trials lies in this space"
+        )
+    here = {"name", *MUTABLE_SETTINGS}
+    differing = [
+        path for path in differing_paths(stored["recipe"], fingerprint["recipe"]) if path not in here
+    ]
+    outside = f"; {num_outside} lie outside of this space" if num_outside else ""
+    settings = f"other settings there: {', '.join(differing)}" if differing else "the same settings there"
+    return WarmStart(
+        trials, f"warm start from {len(trials)} finished trials of {folder}{outside}; {settings}"
+    )

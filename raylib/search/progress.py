@@ -10,9 +10,9 @@ from ray import tune
 from ray.tune.experiment.trial import Trial
 from ray.tune.logger import TBXLoggerCallback
 
+from raylib.display import percent
 from raylib.search.space import describe_setting
 from raylib.search.trial import REPEAT_OF
-from raylib.tables import percent
 
 TABLE_SECONDS = 30.0  # between tables
 MAX_ROWS = 20

@@ -11,6 +11,7 @@ import yaml
 from optuna.trial import FixedTrial, create_trial
 
 from raylib.config import change_settings
+from raylib.display import markdown_table, mean_and_interval, mean_and_std, percent
 from raylib.fileio import write_atomically
 from raylib.metrics import t_interval
 from raylib.search.config import SearchConfig, SearchContext
@@ -20,7 +21,6 @@ from raylib.search.optuna import open_journal
 from raylib.search.schedulers import describe_agreements, rank_agreements
 from raylib.search.space import DefineByRun, config_changes, describe_setting, knobs_by_name
 from raylib.search.trial import TrialResult, setting_config
-from raylib.tables import markdown_table, mean_and_interval, mean_and_std, percent
 
 TABLE_ROWS = 10  # of the table of trials
 TESTS = ("English", "targets")  # scores on test sets

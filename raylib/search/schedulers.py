@@ -26,10 +26,10 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 
+from raylib.display import markdown_table
 from raylib.errors import UserError
 from raylib.search.space import Choice, Distribution, Each, Int, Knobs, OneOf, Setting
 from raylib.search.trial import read_reports
-from raylib.tables import markdown_table
 
 DRIVER_START = time.time()
 # finished trials: for a rank correlation; for a recommendation based on it

@@ -29,11 +29,17 @@ from raylib.fileio import write_json
 from raylib.launch import LaunchConfig, connect_to_ray
 from raylib.provenance import record_identity
 from raylib.search import report
-from raylib.search.config import Resources, SearchConfig, SearchContext, SearchJob
+from raylib.search.config import Resources, SearchConfig, SearchContext, SearchJob, check_fingerprint
 from raylib.search.final_runs import run_finalists
-from raylib.search.optuna import JOURNAL, GrowingGenerator, SearcherOptions, build_searcher
+from raylib.search.optuna import (
+    JOURNAL,
+    GrowingGenerator,
+    SearcherOptions,
+    WarmStart,
+    build_searcher,
+    load_warm_start,
+)
 from raylib.search.progress import SearchTable
-from raylib.search.resume import WarmStart, check_fingerprint, load_warm_start
 from raylib.search.schedulers import build_population, build_scheduler, check_mutable
 from raylib.search.space import (
     Choice,

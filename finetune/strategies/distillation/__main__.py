@@ -9,9 +9,9 @@ from finetune.strategies.distillation.word_alignments import SEPARATOR, WordAlig
 from finetune.tasks.datasets import TASKS
 from raylib.command import command_parser, entry_point
 from raylib.config import lookup
+from raylib.display import progress
 from raylib.errors import UserError
 from raylib.fileio import write_atomically
-from raylib.progress import progress
 
 BATCH = 64
 

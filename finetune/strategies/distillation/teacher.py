@@ -17,12 +17,12 @@ from torch import Tensor
 
 from finetune.formats import Example
 from raylib.cache import write_sharded
+from raylib.display import progress
 from raylib.errors import NotFinite, UserError, hub_hint
 from raylib.fileio import read_json
 from raylib.finite import is_finite
 from raylib.models.base import FusionBackbone, RegionBackbone, read_description
 from raylib.models.finetuned import FinetuneModel, find_evaluated, is_foreign, load_backbone
-from raylib.progress import progress
 
 
 class Teacher:

@@ -13,9 +13,9 @@ from typing import Any
 from pydantic import Field, PositiveInt
 
 from raylib.config import Config
+from raylib.display import progress
 from raylib.errors import UserError
 from raylib.fileio import atomic_folder
-from raylib.progress import progress
 from raylib.sample.concepts import LANGUAGES as ALL_LANGUAGES
 from raylib.sample.concepts import decode_drawings, draw_webp, read_concept_captions
 from raylib.sample.scenes.world import (
