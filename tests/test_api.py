@@ -256,6 +256,10 @@ def test_wrong_input_is_named(export, images, tmp_path, stored):
         polyglance.load(stored / "runs/few_shot", language="de")
     with pytest.raises(UserError, match="neither a model folder nor a run"):
         polyglance.load(tmp_path / "nothing")
+    with pytest.raises(UserError, match="nothing://x.png: Protocol not known"):
+        export.encode_image("nothing://x.png")
+    with pytest.raises(UserError, match="device=mps: "):
+        polyglance.load(stored / "model", "mps")
     with pytest.raises(UserError, match="dtype=int8"):
         polyglance.load(stored / "model", dtype="int8")
 

@@ -90,7 +90,10 @@ def load_model(
     config = load_config(FinetuneConfig, run / "config.json") if run and "task" in settings else None
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    network.to(device).eval()
+    try:
+        network.to(device).eval()
+    except (RuntimeError, AssertionError) as error:  # no such device, or a PyTorch without it
+        raise UserError(f"device={device}: {str(error).strip().partition(chr(10))[0]}") from None
     tokenizer = Tokenizer.load(tokenizer_at(path))
     if config:
         tokenizer = _with_prompts(config, tokenizer, network)
@@ -145,7 +148,10 @@ class Model:
         so. labels: the classes of a fine-tuned model, else ().
     network: the module itself, in evaluation mode. tokenizer, length: how it reads texts, of so many tokens
         at most.
+    show_progress: a bar on stderr for what takes longer than a second.
     """
+
+    show_progress = True
 
     def __init__(
         self,
@@ -198,7 +204,7 @@ class Model:
         def encode(pixels: Tensor) -> Tensor:
             return image_vectors(model, pixels, self.device, batch_size)
 
-        chunks = progress(_chunks(images, batch_size), "encode images", _total(images), "images", len)
+        chunks = self._progress(images, batch_size, "encode images", "images")
         return self._encode(prefetch(map(self._pixels, chunks)), encode, as_tensor)
 
     def encode_text(
@@ -215,7 +221,7 @@ class Model:
             rows = ids.values.split(ids.lengths.tolist())
             return sentence_vectors(model, rows, self.device, batch_size)
 
-        chunks = progress(_chunks(texts, batch_size), "encode texts", _total(texts), "texts", len)
+        chunks = self._progress(texts, batch_size, "encode texts", "texts")
         return self._encode(chunks, encode, as_tensor)
 
     def similarity(self, images: Any, texts: Any, *, batch_size: int = BATCH, as_tensor: bool = False) -> Any:
@@ -288,7 +294,7 @@ class Model:
         rows = list(zip(pairs, about, strict=True))
         found: list[list[Answer]] = []
         with torch.no_grad():
-            chunks = progress(_chunks(rows, batch_size), "classify", len(rows), "texts", len)
+            chunks = self._progress(rows, batch_size, "classify", "texts")
             for chunk, visual in prefetch(map(self._visual, chunks)):
                 found += self._classes(chunk, visual, top)
         return found
@@ -369,6 +375,11 @@ class Model:
 
     # ---- shared
 
+    def _progress(self, items: Iterable[T], batch_size: int, what: str, unit: str) -> Iterator[list[T]]:
+        chunks = _chunks(items, batch_size)
+        total = len(items) if isinstance(items, Sized) else None
+        return progress(chunks, what, total, unit, len) if self.show_progress else chunks
+
     def _pixels(self, images: Sequence[ImageInput]) -> Tensor:
         """uint8 (n, size, size, 3) of images as evaluation resizes them, decoded by threads."""
         size = self.backbone.image_size
@@ -441,12 +452,8 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
-def _total(items: Iterable) -> int | None:
-    return len(items) if isinstance(items, Sized) else None
-
-
 def _is_one_image(value: Any) -> bool:
-    if isinstance(value, str | Path | bytes | bytearray | dict | Regions):
+    if isinstance(value, str | Path | bytes | bytearray | memoryview | dict | Regions):
         return True
     if isinstance(value, np.ndarray | Tensor):
         return value.ndim == 3

@@ -28,7 +28,7 @@ import torch
 
 from finetune.formats import stream_jsonl, stream_lines
 from finetune.stores.regions import open_regions
-from raylib.api.model import language_part, load_model
+from raylib.api.model import Model, language_part, load_model
 from raylib.command import command_parser, entry_point
 from raylib.config import Config, differing_paths
 from raylib.data.images import is_image, load_image, resize_image
@@ -64,14 +64,9 @@ class Predictor:
     """A loaded model; `predictor(items)` are the lines of some inputs."""
 
     def __init__(self, config: PredictConfig):
-        self.config = c = config
-        self.model = load_model(
-            c.model, c.device, c.dtype, language=c.language, backbone=c.backbone, vision=c.vision
-        )
-        self.regions = open_regions(c.regions) if c.regions else None
-        methods = {"questions": "classify", "texts": "encode_text"}
-        self.model.require(methods.get(c.task, "encode_image"))
-        self.texts = self.model.encode_text(c.texts) if c.task == "similarity" else np.empty(0)
+        self.config, self.model = config, open_model(config)
+        self.regions = open_regions(config.regions) if config.regions else None
+        self.texts = self.model.encode_text(config.texts) if config.task == "similarity" else np.empty(0)
 
     def __call__(self, items: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         """Lines of the items, a batch at a time, in their order."""
@@ -116,6 +111,20 @@ class Predictor:
         image = load_image(name if is_whole else f"{(self.config.images or '.').rstrip('/')}/{name}")
         # as small as the model takes it, so that a batch of large ones is not kept in memory
         return resize_image(image, self.model.backbone.image_size)
+
+
+def open_model(config: PredictConfig) -> Model:
+    """Load the model.
+
+    Raises:
+        UserError: it is none, or cannot do what is asked.
+    """
+    c = config
+    model = load_model(c.model, c.device, c.dtype, language=c.language, backbone=c.backbone, vision=c.vision)
+    methods = {"questions": "classify", "texts": "encode_text"}
+    model.require(methods.get(c.task, "encode_image"))
+    model.show_progress = False  # the command shows that of all inputs
+    return model
 
 
 class PartWorker:
@@ -315,12 +324,21 @@ def write_on_ray(
         {"number": i, "items": batch} for i, batch in enumerate(_batched(items, PART))
     ]
     missing = [part for part in parts if part_name(part["number"]) not in there]
-    Predictor(config)  # here first: what is wrong with the model is told in one line
+    open_model(config.model_copy(update={"device": "cpu"}))  # what is wrong with it is told before Ray starts
+    # workers may stand elsewhere
+    places = {
+        name: _absolute(value) for name, value in config if name in ("model", "images", "regions", "vision")
+    }
+    config, out = config.model_copy(update=places), str(_absolute(out))
     counts = map_parts(PartWorker, (config, out), missing, workers)
     errors = 0
     for count in progress(counts, "predict", len(items), "inputs", lambda count: count["lines"]):
         errors += count["errors"]
     return len(items), errors
+
+
+def _absolute(path: str | None) -> str | None:
+    return str(Path(path).absolute()) if path and "://" not in path else path
 
 
 @entry_point("the same command goes on")

@@ -148,7 +148,9 @@ def _read_bytes(path: Path | str) -> bytes:
                 return file.read()
         return Path(path).read_bytes()
     except OSError as error:
-        raise BadImage(f"{path}: {error.strerror or error}") from error
+        raise BadImage(f"{path}: {error.strerror or ' '.join(str(error).split())}") from error
+    except (ImportError, ValueError) as error:  # no package for the URL's scheme, or no such scheme
+        raise BadImage(f"{path}: {error}") from error
 
 
 def _decode_pil(image: Any, name: str) -> np.ndarray:
