@@ -81,6 +81,14 @@ def rename_settings(kind: str, values: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
+def rename_path(kind: str, path: str) -> str:
+    """Return the dotted `path` of a setting, as a search space names it, by the name that it has now."""
+    for old, new in RENAMED.get(kind, {}).items():
+        if path == old or path.startswith(f"{old}."):
+            path = new + path[len(old) :]
+    return path
+
+
 def model_kind(description: dict[str, Any]) -> str:
     """Return the kind of a model folder's config.json; another program's is no key of `RENAMED`."""
     return str(description.get("model_type", "")).removeprefix("polyglance-")

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from finetune.config import FinetuneConfig
 from finetune.recipes import RECIPES as FINETUNE
 from pretrain.recipes import RECIPES as PRETRAIN
+from raylib import renames
 from raylib.config import Config, change_settings
 from raylib.errors import UserError
 from raylib.search import space
+from raylib.search.schedulers import check_mutable
 from raylib.search.space import Choice, Each, Float, Int, OneOf, Space
 from tune_spaces.__main__ import main, open_space, parse_settings
 from tune_spaces.spaces import SPACES
@@ -244,3 +247,20 @@ def test_seed_interval_and_front_equal_slow_references():
 def test_tune_spaces_help_lists_every_space():
     shown = subprocess.run([sys.executable, "-m", "tune_spaces"], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 2 and all(name in shown.stdout for name in SPACES)
+
+
+def test_space_with_a_renamed_path_goes_on(monkeypatch):
+    """Written, and perhaps searched, before the rename: its names stay, the config has today's."""
+    old = {"optim.horizon": "optim.schedule_factor", "strategies.prior.near": "strategies.prior.k"}
+    monkeypatch.setitem(renames.RENAMED, "finetune", old)
+    branch = {"strategies.prior.near": Int(2, 4), "strategies.prior.alpha": 3.0}
+    mine = Space("", "", {"optim.horizon": Float(1, 2), "how": OneOf(prior=branch, none={})})
+    base = FinetuneConfig(task="xgqa")
+    space.check_space("mine", mine, base)
+    setting = {"optim.horizon": 1.5, "how": "prior", "strategies.prior.near": 3}
+    changes = space.config_changes(mine.knobs, setting)
+    config = space.apply_changes(base, changes)
+    assert "strategies.prior.near" in changes and config.strategies.prior.k == 3
+    assert config.optim.schedule_factor == 1.5
+    assert space.SettingKey(mine.knobs, base)(setting) is not None
+    check_mutable({"strategies.prior.near": Int(2, 4)}, ("strategies.prior.k",), "finetune")

@@ -10,7 +10,6 @@ import optuna
 import yaml
 from optuna.trial import FixedTrial, create_trial
 
-from raylib.config import change_settings
 from raylib.display import markdown_table, mean_and_interval, mean_and_std, percent
 from raylib.fileio import write_atomically
 from raylib.metrics import t_interval
@@ -19,7 +18,7 @@ from raylib.search.figures import draw_figures
 from raylib.search.final_runs import PUBLISHED, Finalist, mean_result, pareto_front, pool_replicates
 from raylib.search.optuna import open_journal
 from raylib.search.schedulers import describe_agreements, rank_agreements
-from raylib.search.space import DefineByRun, config_changes, describe_setting, knobs_by_name
+from raylib.search.space import DefineByRun, apply_changes, config_changes, describe_setting, knobs_by_name
 from raylib.search.trial import TrialResult, setting_config
 
 TABLE_ROWS = 10  # of the table of trials
@@ -101,7 +100,7 @@ def write_best(context: SearchContext, best: Finalist) -> None:
     """Write the winner's whole config, which the stage's own command runs."""
     config, job = context.config, context.job
     changes = {} if best.setting is None else config_changes(context.space.knobs, best.setting)
-    whole = job.final_config(change_settings(context.base, changes)).model_copy(
+    whole = job.final_config(apply_changes(context.base, changes)).model_copy(
         update={"name": f"{config.name}_best", "runs": config.runs}
     )
     head = [

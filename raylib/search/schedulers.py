@@ -28,6 +28,7 @@ from ray.tune.schedulers import (
 
 from raylib.display import markdown_table
 from raylib.errors import UserError
+from raylib.renames import rename_path
 from raylib.search.space import Choice, Distribution, Each, Int, Knobs, OneOf, Setting
 from raylib.search.trial import read_reports
 
@@ -222,8 +223,9 @@ class ClampToSpace:
         return {**setting, **clamped}
 
 
-def check_mutable(knobs: Knobs, mutable_paths: tuple[str, ...]) -> None:
-    """Check that all knobs may change in mid-run, as those of a population do.
+def check_mutable(knobs: Knobs, mutable_paths: tuple[str, ...], kind: str = "") -> None:
+    """Check that all knobs may change in mid-run, as those of a population do. kind: of the config
+    (`raylib.renames`).
 
     Raises:
         UserError: one cannot.
@@ -231,7 +233,8 @@ def check_mutable(knobs: Knobs, mutable_paths: tuple[str, ...]) -> None:
     fixed = [
         path
         for path, knob in knobs.items()
-        if isinstance(knob, OneOf | Each) or (isinstance(knob, Distribution) and path not in mutable_paths)
+        if isinstance(knob, OneOf | Each)
+        or (isinstance(knob, Distribution) and rename_path(kind, path) not in mutable_paths)
     ]
     if fixed:
         raise UserError(

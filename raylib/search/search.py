@@ -46,6 +46,7 @@ from raylib.search.space import (
     OneOf,
     SettingKey,
     Space,
+    apply_changes,
     check_space,
     config_changes,
     corners,
@@ -90,7 +91,7 @@ def run_search(config: SearchConfig, name: str, space: Space, job: SearchJob, ba
         resources = plan_resources(config)
         folder.mkdir(parents=True, exist_ok=True)
         # Scores of finished trials are compared with those of trials to come, so all must read the same data.
-        configs = (change_settings(base, changes) for _, changes in coverage_settings(space))
+        configs = (apply_changes(base, changes) for _, changes in coverage_settings(space))
         files = [file for trial_config in configs for file in job.data_files(trial_config)]
         for note in record_identity(folder, dict.fromkeys(files), job.verifies_content(base)):
             print(note, flush=True)
@@ -154,7 +155,7 @@ def prepare_base(
         )
     for description, changes in coverage_settings(space):
         try:
-            trial_config = change_settings(base, changes)
+            trial_config = apply_changes(base, changes)
             several = job.num_runs(trial_config) > 1 or job.stage_epochs(trial_config)
             if config.algorithm == "pbt" and several:
                 raise UserError(
@@ -181,7 +182,7 @@ def _check_algorithm(
             )
     if config.algorithm == "pbt":
         _, changes = next(coverage_settings(space))  # a strategy of the user's may be in the space alone
-        check_mutable(space.knobs, job.mutable_paths_of(change_settings(base, changes)))
+        check_mutable(space.knobs, job.mutable_paths_of(apply_changes(base, changes)), base.stored_as)
 
 
 def coverage_settings(space: Space) -> Iterator[tuple[str, dict[str, Any]]]:

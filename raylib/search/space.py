@@ -16,8 +16,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from raylib.config import Config, change_settings
+from raylib.config import Config, ConfigT, change_settings
 from raylib.errors import UserError
+from raylib.renames import rename_path
 
 
 class _Range(NamedTuple):
@@ -163,6 +164,12 @@ def config_changes(knobs: Knobs, setting: Setting) -> dict[str, Any]:
     return changes
 
 
+def apply_changes(base: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
+    """Return `base` with the values of a setting, {config path: value}. A path that has been renamed since
+    the space was written keeps its old name in the search, whose folder may be as old."""
+    return change_settings(base, {rename_path(base.stored_as, path): v for path, v in changes.items()})
+
+
 class SettingKey:
     """Tells settings that are the same training: `key(setting)` is equal where the configs are that settings
     make of `base`, numbers to six digits. An object, so that a searcher's state can be kept in a file."""
@@ -173,7 +180,7 @@ class SettingKey:
     def __call__(self, setting: Setting) -> str | None:
         """Return the key; None: the config refuses the setting, as its trial will tell."""
         try:
-            config = change_settings(self.base, config_changes(self.knobs, setting))
+            config = apply_changes(self.base, config_changes(self.knobs, setting))
         except UserError:
             return None
         return json.dumps(_rounded(config.model_dump(mode="json")), sort_keys=True)
@@ -267,7 +274,7 @@ def check_space(name: str, space: Space, base: Config) -> None:
             raise UserError(f"space '{name}': {path}: {_describe(knob)} needs values above 0 for log=True")
     for description, changes in corners(space.knobs):
         try:
-            change_settings(base, changes)
+            apply_changes(base, changes)
         except UserError as e:
             raise UserError(f"space '{name}'{f' ({description})' if description else ''}: {e}") from None
     for setting in (*space.published, *space.grid_settings()):

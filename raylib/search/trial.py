@@ -35,7 +35,7 @@ from raylib.fileio import append_jsonl, read_jsonl
 from raylib.finite import require_finite_values
 from raylib.launch import LaunchConfig, run_folder
 from raylib.search.config import SearchContext, SearchJob
-from raylib.search.space import Setting, config_changes
+from raylib.search.space import Setting, apply_changes, config_changes
 
 REPORTS = "told.jsonl"
 # Marks beside the knobs of a setting that was proposed before: the trial whose score it takes, untrained;
@@ -165,7 +165,7 @@ def without_marks(setting: Setting) -> Setting:
 def setting_config(context: SearchContext, setting: Setting | None, part: str, name: str) -> LaunchConfig:
     """Return the config of a setting, with a run folder in this `part` of the search's folder."""
     changes = {} if setting is None else config_changes(context.space.knobs, setting)
-    config = change_settings(context.base, changes)
+    config = apply_changes(context.base, changes)
     return config.model_copy(update={"runs": str(context.folder / part), "name": name})
 
 
