@@ -64,8 +64,9 @@ def shake(model) -> None:
 
 def test_compacter_equals_explicit_kronecker_sum():
     torch.manual_seed(0)
-    rule = torch.nn.Parameter(torch.randn(4, 4, 4))
-    layer = peft.LowRankKronecker(12, 8, rule, rank=2)
+    owner = torch.nn.Module()
+    owner.kronecker = rule = torch.nn.Parameter(torch.randn(4, 4, 4))
+    layer = peft.LowRankKronecker(12, 8, owner, rank=2)
     explicit = sum(torch.kron(rule[i], layer.left[i] @ layer.right[i]) for i in range(4))
     torch.testing.assert_close(layer.matrix(), explicit)
     x = torch.randn(5, 12)
@@ -76,7 +77,7 @@ def test_compacter_layers_share_one_rule():
     model = make_tuned(METHODS["compacter"])
     layers = [m for m in model.modules() if isinstance(m, peft.LowRankKronecker)]
     assert len(layers) == 2 * 2 * sum(isinstance(m, Block) for m in model.modules())
-    assert all(layer._rule[0] is model.backbone.kronecker for layer in layers)
+    assert all(layer.rule is model.backbone.kronecker for layer in layers)
     model(make_batch()).sum().backward()
     assert model.backbone.kronecker.grad.abs().sum() > 0
 

@@ -33,6 +33,8 @@ from raylib.models.layers import PixelStats, normalize_pixels
 from raylib.packed import Ragged, TokenSegments
 from raylib.renames import model_kind, rename_settings
 
+DESCRIPTION_KEY = "polyglance"  # in an export's config.json: what a model of ours says of itself
+RUN_KEY = "polyglance_run"  # in an export's: how its run read texts and images
 CODE_KEY = "code"  # in a stored model's config.json: the file beside it, a user's, that defines its backbone
 # what trains a backbone: a classifier, a decoder of answers, contrast alone, contrast and the match head
 Use = Literal["classification", "generation", "contrast", "matching"]
@@ -399,7 +401,7 @@ def save_model(model: nn.Module, backbone: Backbone, description: dict[str, Any]
         description = {**description, CODE_KEY: f"{source.name}:{type(backbone).__name__}"}
     text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-    save_file(weights, folder / "model.safetensors")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -408,6 +410,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         values = read_json(folder / "config.json")
     except (OSError, ValueError) as e:
         raise UserError(f"{folder}/config.json: not to be read as JSON ({e})") from None
+    # an export has its description beside what `transformers` reads
+    values = values.get(DESCRIPTION_KEY, {k: v for k, v in values.items() if k != RUN_KEY})
     # a run keeps its settings where a model keeps its description
     return rename_settings("finetune" if "fit" in values else model_kind(values), values)
 

@@ -78,13 +78,24 @@ class AnswerDecoder(nn.Module):
         # trained apart from the unified encoder, which goes on reading the question
         self.layers = copy.deepcopy(backbone.fusion)
         self.layers.causal = True
-        # the tokens that are read, <s> first, and those that are to be predicted, </s> last
-        self.lengths = torch.tensor(
-            [len(ids) - 1 for ids in answers]
-        )  # on the CPU, as all lengths (`raylib.packed`)
-        for name, part in (("input_ids", slice(None, -1)), ("target_ids", slice(1, None))):
-            ids = torch.tensor([token for ids in answers for token in ids[part]])
-            self.register_buffer(name, ids, persistent=False)  # the model's config.json keeps them
+        self.answers = answers
+        # on the CPU, as all lengths (`raylib.packed`)
+        self.lengths = torch.tensor([len(ids) - 1 for ids in answers], device="cpu")
+        # the tokens that are read, <s> first, and those that are to be predicted, </s> last; the model's
+        # config.json keeps them
+        for name in ("input_ids", "target_ids"):
+            self.register_buffer(
+                name, torch.empty(int(self.lengths.sum()), dtype=torch.int64), persistent=False
+            )
+        self.fill_ids()
+
+    @torch.no_grad()
+    def fill_ids(self) -> None:
+        """Fill the buffers with the ids of `answers`: no file has them, and `transformers` loads a model into
+        empty ones."""
+        for buffer, part in ((self.input_ids, slice(None, -1)), (self.target_ids, slice(1, None))):
+            ids = [token for ids in self.answers for token in ids[part]]
+            buffer.copy_(torch.tensor(ids, dtype=torch.int64, device=buffer.device))
 
     def loss(self, backbone: UnifiedModel, question: Ragged, scores: Tensor) -> Tensor:
         """-log p of every answer with a score, summed over tokens, answers and questions, each answer

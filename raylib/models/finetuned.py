@@ -5,7 +5,7 @@ state goes to the head. Two images ground it twice, and the head sees both state
 appendix B.2.3). A head that generates answers (`raylib.models.decoder`) sees the states of all tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -176,19 +176,25 @@ class FinetuneModel(nn.Module):
         values = read_description(folder)
         kind = stored_backbone(values, folder, name)
         backbone = cast(FusionBackbone, kind.from_sizes(values["sizes"], values["backbone"], folder))
-        model = cls(
+        decoder = validate(DecoderConfig, values.get("decoder", {}), str(folder / "config.json"))
+        model = cls.from_description({**values, "decoder": decoder.model_dump()}, backbone)
+        # what was put in has weights of its own, so it goes in before these are loaded
+        if tuning := values.get("tuning"):
+            peft.insert_stored(model, tuning)
+        return load_weights(model, folder)
+
+    @classmethod
+    def from_description(cls, values: Mapping[str, Any], backbone: FusionBackbone) -> "FinetuneModel":
+        """The model of a stored config.json, on a backbone of its sizes, with random weights."""
+        return cls(
             backbone,
             tuple(values["labels"]),
             values["num_images"],
             values["head_dropout"],
             values["regions"],
             values.get("answers"),
-            validate(DecoderConfig, values.get("decoder", {}), str(folder / "config.json")),
+            DecoderConfig(**values.get("decoder", {})),
         )
-        # what was put in has weights of its own, so it goes in before these are loaded
-        if tuning := values.get("tuning"):
-            peft.insert_stored(model, tuning)
-        return load_weights(model, folder)
 
 
 def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = None) -> Backbone:

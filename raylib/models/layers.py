@@ -214,7 +214,10 @@ IMAGENET_STD = (255 * 0.229, 255 * 0.224, 255 * 0.225)
 
 
 def normalize_pixels(images: Tensor, mean: PixelStats, std: PixelStats, dtype: torch.dtype) -> Tensor:
-    """uint8 images (..., 3) -> less the mean, over the standard deviation."""
+    """uint8 images (..., 3) -> less the mean, over the standard deviation; floats have been normalised
+    before."""
+    if images.is_floating_point():
+        return images.to(dtype)
     shift, scale = (
         v if isinstance(v, float | int) else torch.tensor(v, dtype=dtype, device=images.device)
         for v in (mean, std)

@@ -50,13 +50,15 @@ class Adapter(nn.Module):
 
 class LowRankKronecker(nn.Module):
     """A linear map whose matrix is sum_i A_i (x) (s_i t_i), i = 1 ... n (equation 11). The A_i belong to all
-    such layers of a model together, and are held by it (`insert_compacter`)."""
+    such layers of a model together, and are its parameter `kronecker` (`insert_compacter`)."""
 
-    def __init__(self, inputs: int, outputs: int, rule: nn.Parameter, rank: int):
-        """rule: A, (n, n, n); n must divide `inputs` and `outputs`."""
+    def __init__(self, inputs: int, outputs: int, owner: nn.Module, rank: int):
+        """owner: the model with A, (n, n, n); n must divide `inputs` and `outputs`."""
         super().__init__()
-        n = len(rule)
-        self._rule = [rule]  # in a list, so that it is no parameter of this layer as well
+        # in a list, so that it is no part of this layer; the model and not its parameter, which loading may
+        # replace by another
+        self._owner = [owner]
+        n = len(self.rule)
         self.left = nn.Parameter(torch.empty(n, inputs // n, rank))
         self.right = nn.Parameter(torch.empty(n, rank, outputs // n))
         self.bias = nn.Parameter(torch.zeros(outputs))
@@ -64,9 +66,14 @@ class LowRankKronecker(nn.Module):
             for part in factor:
                 nn.init.xavier_uniform_(part)
 
+    @property
+    def rule(self) -> nn.Parameter:
+        """A, (n, n, n), the same of all such layers."""
+        return cast(nn.Parameter, self._owner[0].get_parameter("kronecker"))
+
     def matrix(self) -> Tensor:
         """W, (inputs, outputs)."""
-        rule = self._rule[0]
+        rule = self.rule
         # the sum of kron(rule_i, left_i right_i) over i: until they are flattened, the axes of the rule stand
         # before those of the other factor, as Kronecker's order has them
         product = torch.einsum("iab,icd->acbd", rule, self.left @ self.right)
@@ -80,10 +87,10 @@ class LowRankKronecker(nn.Module):
 class Compacter(nn.Module):
     """An `Adapter` whose two matrices are sums of Kronecker products (Karimi Mahabadi et al. 2021)."""
 
-    def __init__(self, width: int, bottleneck: int, rule: nn.Parameter, rank: int):
+    def __init__(self, width: int, bottleneck: int, owner: nn.Module, rank: int):
         super().__init__()
-        self.down = LowRankKronecker(width, bottleneck, rule, rank)
-        self.up = LowRankKronecker(bottleneck, width, rule, rank)
+        self.down = LowRankKronecker(width, bottleneck, owner, rank)
+        self.up = LowRankKronecker(bottleneck, width, owner, rank)
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, d) -> (T, d)."""
@@ -170,9 +177,8 @@ def insert_compacter(model: nn.Module, n: int = 4, reduction: int = 16, rank: in
             "others"
         )
     # one for all layers, so it belongs to the model: a layer's own copy would be trained apart
-    kronecker = nn.Parameter(torch.randn(n, n, n) * 0.01)
-    model.register_parameter("kronecker", kronecker)
-    _behind_outputs(model, lambda width: Compacter(width, width // reduction, kronecker, rank))
+    model.register_parameter("kronecker", nn.Parameter(torch.randn(n, n, n) * 0.01))
+    _behind_outputs(model, lambda width: Compacter(width, width // reduction, model, rank))
 
 
 def insert_soft_prompt(model: nn.Module, start: Sequence[int] = (), tokens: int = 20) -> None:
