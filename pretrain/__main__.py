@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raylib.command import RESUME_HINT, Stage, check_writable, command_parser, entry_point, run_stage
-from raylib.fileio import read_json
 
 
 @entry_point(RESUME_HINT)
@@ -42,17 +41,10 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
 
 def _export(arguments: Sequence[str]) -> int:
-    """Write a run's model as one folder of safetensors."""
-    parser = command_parser("pretrain export", _export.__doc__)
-    parser.add_argument("run", help="a run or one of its checkpoints")
-    parser.add_argument("dir", help="a new folder")
-    args = parser.parse_args(arguments)
-    from pretrain.train import export_model
+    """Write a run's model as a folder that Hugging Face reads."""
+    from raylib.api.export import main as export
 
-    to = export_model(args.run, args.dir)
-    config = read_json(to / "config.json")
-    print(f"{to}: {config['model_type']}, {', '.join(sorted(p.name for p in to.iterdir()))}")
-    return 0
+    return export(arguments)
 
 
 def _overlap(arguments: Sequence[str]) -> int:

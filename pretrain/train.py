@@ -12,7 +12,6 @@ from pretrain.batches import DataConfig, StepBatches
 from pretrain.corpora import build_sample_corpus
 from pretrain.dev_losses import DevLosses, dev_batches
 from pretrain.evaluate import ZeroShotRetrieval, recall_table, summarize_recall, write_result
-from raylib import checkpoint
 from raylib.config import Config
 from raylib.console import spell_commands
 from raylib.display import open_pyplot, save_figure
@@ -30,8 +29,7 @@ from raylib.launch import (
     tracked,
 )
 from raylib.loop import FitConfig, fit
-from raylib.models import find_model, find_tokenizer, stored_code
-from raylib.models.base import read_weights
+from raylib.models import find_model, find_tokenizer
 from raylib.models.hf_weights import load_text, load_vision, read_config
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
@@ -329,23 +327,3 @@ def plot_curve(run: Path) -> None:
         xlabel="step", ylabel="R@1, %", title="zero-shot retrieval, mean of both directions", ylim=(0, None)
     )
     save_figure(figure, run / "curve.png")
-
-
-def export_model(run: Path | str, to: Path | str) -> Path:
-    """Write the model of `run` (or of one of its checkpoints) and its tokenizer into `to`.
-
-    Raises:
-        UserError: no checkpoint there, a damaged one, one with weights that are not finite, or `to` is not
-            empty.
-    """
-    source, to = find_model(run), Path(to)
-    if to.is_dir() and any(to.iterdir()):
-        raise UserError(f"{to}: not empty; give a new folder")
-    if (source / "meta.json").is_file():
-        checkpoint.verify(source)
-    read_weights(source)
-    to.mkdir(parents=True, exist_ok=True)
-    tokenizer, code = find_tokenizer(source), stored_code(source)
-    for path in (source / "config.json", source / "model.safetensors", tokenizer, *code):
-        shutil.copy2(path, to / path.name)
-    return to

@@ -15,6 +15,7 @@ again.
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from safetensors import safe_open
@@ -42,8 +43,9 @@ def write_file_list(folder: Path, rank: int) -> None:
     (folder / f"files-{rank:05d}.json").write_text(json.dumps(files, indent=1), encoding="utf-8")
 
 
-def verify(folder: Path) -> dict:
-    """Compare every file of a checkpoint with the lists of its workers, and return its meta data.
+def verify(folder: Path, names: Collection[str] | None = None) -> dict:
+    """Compare every file of a checkpoint, or those of `names`, with the lists of its workers, and return its
+    meta data.
 
     Raises:
         UserError: a file is missing, truncated or changed; it is named.
@@ -55,6 +57,8 @@ def verify(folder: Path) -> dict:
         if not listing.is_file():
             raise UserError(f"{listing}: missing, so this checkpoint is not whole; {advice}")
         for name, expected in read_json(listing).items():
+            if names is not None and name not in names:
+                continue
             path = folder / name
             if not path.is_file():
                 raise UserError(f"{path}: missing from the checkpoint; {advice}")

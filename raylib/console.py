@@ -35,7 +35,9 @@ COMMANDS = (
     ),
     Command("search", "tune_spaces.__main__", (), "search for settings of a recipe in a space"),
     Command("predict", "raylib.api.predict", (), "use a model on many images, texts or questions"),
-    Command("export", "pretrain.__main__", ("export",), "write a run's model as one folder of safetensors"),
+    Command(
+        "export", "pretrain.__main__", ("export",), "write a run's model as a folder that Hugging Face reads"
+    ),
     Command("cluster", "cluster.__main__", (), "run a command on a local Ray cluster"),
     Command("data corpus", "pretrain.corpora", (), "write a pretraining corpus from images, pairs and text"),
     Command(

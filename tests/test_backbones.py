@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from finetune.__main__ import main
-from pretrain.train import export_model
+from raylib.api.export import export_model
 from raylib.errors import UserError
 from raylib.models import BACKBONES, find_backbone, stored_backbone
 from raylib.models.base import FusionBackbone, RegionBackbone, RetrievalBackbone, read_description

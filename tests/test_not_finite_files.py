@@ -18,7 +18,7 @@ from finetune.strategies.distillation.teacher import StoredStates, store_states
 from finetune.strategies.lexical import read_vectors
 from finetune.strategies.prior import vector_distances
 from finetune.strategies.pruning import prune_mask
-from pretrain.train import export_model
+from raylib.api.export import export_model
 from raylib.cache import EncoderStates, write_encoder_states
 from raylib.errors import NotFinite, UserError
 from raylib.models import peft

@@ -7,8 +7,11 @@
 In a checkout that is not installed it is `raylib.api`. Nothing heavy is imported before `load`.
 """
 
+import importlib.abc
+import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if (
@@ -81,5 +84,57 @@ def __getattr__(name: str) -> Any:
         return UserError
     raise AttributeError(f"module 'polyglance' has no attribute '{name}'")
 
+
+class _Registering(ModuleType):
+    """`transformers`, until somebody asks it for a class that must know ours: importing all of it takes
+    seconds, and most users of this package never do."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("Auto") or name == "pipeline":
+            self.__class__ = self.__dict__["_polyglance_class"]
+            _register()
+            return getattr(self, name)
+        return self.__dict__["_polyglance_class"].__getattr__(self, name)
+
+
+class _TransformersFinder(importlib.abc.MetaPathFinder):
+    """Sees `transformers` being imported, once."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != "transformers":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_watch(module: ModuleType) -> None:
+                execute(module)
+                _watch(sys.modules[name])
+
+            spec.loader.exec_module = execute_and_watch  # type: ignore[method-assign]
+        return spec
+
+
+def _register() -> None:
+    from raylib.api.huggingface import register
+
+    register()
+
+
+def _watch(transformers: Any) -> None:
+    if "transformers.models.auto.configuration_auto" in sys.modules:
+        _register()
+    elif not isinstance(transformers, _Registering):
+        lazy = type(transformers)
+        transformers.__dict__["_polyglance_class"] = lazy
+        transformers.__class__ = type(lazy.__name__, (_Registering, lazy), {})
+
+
+# `AutoModel` reads exports of ours after `import polyglance`, whichever is imported first
+if "transformers" in sys.modules:
+    _watch(sys.modules["transformers"])
+else:
+    sys.meta_path.insert(0, _TransformersFinder())
 
 __all__ = ["Answer", "Match", "Model", "UserError", "__version__", "load"]

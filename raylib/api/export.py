@@ -76,7 +76,7 @@ def export_model(
     model = load_model(run, "cpu", "float32", language=language)
     source = find_evaluated(model.path)
     if (source / "meta.json").is_file():
-        checkpoint.verify(source)
+        checkpoint.verify(source, ("config.json", "model.safetensors"))
     facts = find_facts(model, source)
     with atomic_folder(to.absolute()) as folder:
         gap = find_gap(model)

@@ -25,14 +25,15 @@ from finetune.stores.images import join_regions
 from finetune.strategies.base import Context
 from finetune.tasks.ranking import match_pairs
 from pretrain.evaluate import image_vectors, sentence_vectors
-from raylib.config import load_config
+from raylib.config import load_config, validate
 from raylib.data.images import load_image, resize_image
 from raylib.data.loading import prefetch
 from raylib.display import progress
 from raylib.errors import NotFinite, UserError
+from raylib.fileio import read_json
 from raylib.finite import require_finite
 from raylib.launch import no_log
-from raylib.models.base import Backbone, RetrievalBackbone, read_description
+from raylib.models.base import RUN_KEY, Backbone, RetrievalBackbone, read_description
 from raylib.models.finetuned import (
     FinetuneModel,
     find_evaluated,
@@ -86,8 +87,12 @@ def load_model(
             network = FinetuneModel.from_pretrained(folder, "" if backbone == "unified" else backbone)
         else:
             network = load_backbone(path, backbone, vision)
-    settings = read_description(run) if run else {}
-    config = load_config(FinetuneConfig, run / "config.json") if run and "task" in settings else None
+    if run:
+        settings = read_description(run)
+        config = load_config(FinetuneConfig, run / "config.json") if "task" in settings else None
+    else:  # an export has of them what says how it reads
+        settings = {} if is_foreign(path) else read_json(path / "config.json").get(RUN_KEY, {})
+        config = validate(FinetuneConfig, settings, str(path / "config.json")) if "task" in settings else None
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -7,6 +7,7 @@ definitions of one name are an error, which tests of every kind of model would m
 """
 
 import ast
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ def bundle(
         if name not in modules:
             path = files.get(name) or find_module(name)
             assert path is not None, f"no module {name}"
-            modules[name] = Module(name, path)
+            modules[name] = _parse(name, path)
         return modules[name]
 
     def keep(key: Key) -> None:
@@ -111,6 +112,11 @@ def bundle(
     plain = sorted(line for line in imports if line.startswith("import "))
     others = sorted(imports.difference(plain))
     return "\n".join([*plain, *others]) + "\n\n\n" + "\n\n".join(parts)
+
+
+@functools.cache
+def _parse(name: str, path: Path) -> Module:
+    return Module(name, path)
 
 
 def find_module(name: str) -> Path | None:

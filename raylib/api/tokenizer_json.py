@@ -16,9 +16,9 @@ together may still differ (0.1 % of random ones, tests/test_huggingface.py).
 """
 
 import collections
+import functools
 import itertools
 import json
-import struct
 import sys
 import unicodedata
 from pathlib import Path
@@ -53,14 +53,8 @@ def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None
     plain = tokenizer.without_prompt
     if type(tokenizer) not in (Tokenizer, PromptedTokenizer) or type(plain) is not Tokenizer:
         raise NotConvertible(f"{type(tokenizer).__name__}, a tokenizer of a user's strategy")
-    if plain.path.suffix == ".json":
-        converted = tokenizers.Tokenizer.from_file(str(plain.path))
-        converted.no_truncation()
-        converted.no_padding()
-    else:
-        converted = convert_sentencepiece(plain.path)
+    converted = tokenizers.Tokenizer.from_str(_convert(plain.path, plain.sha256))
     names = {name: converted.id_to_token(vars(plain)[name]) for name in SPECIALS}
-    _compare(converted, plain)
     if prompt and prompt.words:
         before = [normalizers.Prepend(f"{prompt.words} ")]
         converted.normalizer = normalizers.Sequence(before + [n for n in [converted.normalizer] if n])
@@ -87,6 +81,19 @@ def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+@functools.cache
+def _convert(path: Path, sha256: str) -> str:
+    """The JSON of the tokenizer at `path`, whose hash is `sha256`, once it has been compared with ours."""
+    if path.suffix == ".json":
+        converted = tokenizers.Tokenizer.from_file(str(path))
+        converted.no_truncation()
+        converted.no_padding()
+    else:
+        converted = convert_sentencepiece(path)
+    _compare(converted, Tokenizer.load(path))
+    return converted.to_str()
 
 
 def convert_sentencepiece(path: Path) -> tokenizers.Tokenizer:
@@ -173,23 +180,26 @@ def _ranges(characters: frozenset[str] | set[str]) -> str:
 def read_charsmap(data: bytes) -> list[str]:
     """The sequences of characters that a SentencePiece model's normalisation replaces: the keys of its
     double-array trie (darts-clone), which comes first in `data`, after its size."""
-    (size,) = struct.unpack_from("<I", data)
-    units = struct.unpack_from(f"<{size // 4}I", data, 4)
-    keys, nodes = [], [(_offset(units[0]), b"")]
+    units = np.frombuffer(data, "<u4", int.from_bytes(data[:4], "little") // 4, 4)
+    index, label = np.arange(len(units)), units & 0xFF
+    # a unit with a label lies at the place of its parent's children, xor the label
+    found = index[(units >> 31 == 0) & (label > 0)]
+    places = found ^ label[found]
+    order = places.argsort(kind="stable")
+    starts = dict(zip(*np.unique(places[order], return_index=True), strict=True))
+    below = (index ^ ((units >> 10) << ((units & 0x200) >> 6))).tolist()
+    is_end, children, place = ((units >> 8) & 1).tolist(), found[order].tolist(), places[order].tolist()
+    keys, nodes = [], [(0, b"")]
     while nodes:
-        position, key = nodes.pop()
-        for byte in range(1, 256):
-            child = position ^ byte
-            if child < len(units) and units[child] & 0x800000FF == byte:
-                if units[child] >> 8 & 1:
-                    keys.append((key + bytes([byte])).decode())
-                nodes.append((child ^ _offset(units[child]), key + bytes([byte])))
+        node, key = nodes.pop()
+        i = starts.get(below[node], len(children))
+        while i < len(children) and place[i] == below[node]:
+            child, longer = children[i], key + bytes([children[i] ^ place[i]])
+            if is_end[child]:
+                keys.append(longer.decode())
+            nodes.append((child, longer))
+            i += 1
     return keys
-
-
-def _offset(unit: int) -> int:
-    """The distance to a node's children."""
-    return (unit >> 10) << ((unit & 0x200) >> 6)
 
 
 def _compare(converted: tokenizers.Tokenizer, ours: Tokenizer) -> None:

@@ -1,0 +1,452 @@
+"""Exports as `transformers` reads them: by our classes after `import polyglance`, and by the code in the
+folder where Polyglance is not installed. Both compute what evaluation computes."""
+
+import gzip
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import unicodedata
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+
+import raylib.api as polyglance
+from finetune.batches import encode_texts
+from raylib.api import export as exporting
+from raylib.api.export import export_model
+from raylib.api.export import main as export
+from raylib.data.images import decode_image, resize_image
+from raylib.errors import UserError
+from raylib.models import BACKBONES
+from raylib.models.base import RegionBackbone, RetrievalBackbone
+from raylib.models.decoder import encode_answers
+from raylib.models.finetuned import FinetuneModel
+from raylib.models.layers import normalize_pixels
+from raylib.models.unified import UnifiedModel
+from raylib.sample.concepts import DATA
+from raylib.text import Tokenizer, add_specials
+from tests.factories import make_model
+from tests.test_tuning import CONTEXT, METHODS
+
+ROOT = Path(__file__).parent.parent
+TEXTS = ["a dog", "Ein Hund läuft über die Straße.", "一只狗", "कुत्ता दौड़ रहा है", "<mask> </s> [SEP]"]
+EXACT = dict(rtol=0, atol=1e-6)  # float32; measured: 1.2e-7 vectors, 5e-7 scores
+HUB = {name for name, kind in BACKBONES.items() if issubclass(kind, RetrievalBackbone)}
+SIZES = dict(vocabulary=12000, positions=64)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """The runs that an earlier version stored."""
+    folder = tmp_path_factory.mktemp("stored")
+    with tarfile.open(ROOT / "tests/data/runs_2026_11.tar.xz") as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Files as people have them: odd sizes, grey, transparent, 16 bits, JPEG."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    smooth = cv2.resize(rng.integers(0, 256, (7, 9, 4), np.uint8), (131, 97), interpolation=cv2.INTER_CUBIC)
+    for name, mode in (("rgb.png", "RGB"), ("grey.png", "L"), ("alpha.png", "RGBA"), ("photo.jpg", "RGB")):
+        Image.fromarray(smooth).convert(mode).save(folder / name)
+    Image.fromarray(smooth[:3, :5, :3]).save(folder / "tiny.png")
+    cv2.imwrite(str(folder / "deep.png"), smooth[..., :3].astype(np.uint16) * 257)
+    Image.fromarray(smooth).convert("L").save(folder / "grey.jpg")
+    return sorted(map(str, folder.iterdir()))
+
+
+def tiny(kind: str) -> torch.nn.Module:
+    """A random model of a kind, with the sample's vocabulary."""
+    torch.manual_seed(0)
+    model = BACKBONES[kind](BACKBONES[kind].sizes["tiny"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def save(model: torch.nn.Module, folder: Path) -> Path:
+    model.float().save(folder)
+    (folder / "tokenizer.model").write_bytes((DATA / "tokenizer.model").read_bytes())
+    return folder
+
+
+def finetuned(kind: str, **options) -> FinetuneModel:
+    torch.manual_seed(1)
+    return FinetuneModel(tiny(kind), ("no", "yes", "maybe"), 1, 0.1, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory, stored):
+    """{name: exported folder}: stored runs, and a random model of every kind."""
+    folder = tmp_path_factory.mktemp("exports")
+    sources = {
+        "run": stored / "runs/pretrained",
+        "old_export": stored / "model",
+        "classified": stored / "runs/classified",
+        "retrieved": stored / "runs/retrieved",
+    }
+    for kind in sorted(HUB):
+        sources[kind] = save(tiny(kind), folder / "models" / kind)
+    windows = make_model(**SIZES, image_size=32, vision_window=16, dtype=torch.float32)
+    sources["windows"] = save(windows, folder / "models/windows")
+    sources["classifier"] = save(finetuned("cclm"), folder / "models/classifier")
+    answers = encode_answers(("no", "yes", "maybe"), Tokenizer.load(DATA / "tokenizer.model"))
+    sources["decoder"] = save(finetuned("cclm_swin", answers=answers), folder / "models/decoder")
+    for method, config in METHODS.items():
+        model = finetuned("unified")
+        config.build(CONTEXT).adapt(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        sources[method] = save(model, folder / "models" / method)
+    for name, source in sources.items():
+        assert export_model(source, folder / name) is None, name
+    return {name: folder / name for name in sources}
+
+
+def expected(folder: Path, images: list[str]) -> dict[str, torch.Tensor]:
+    """What our own classes compute of images and `TEXTS`, text i about image i."""
+    model = polyglance.load(folder, "cpu", "float32")
+    ids = encode_texts(TEXTS, model.tokenizer, model.length)
+    size = model.backbone.image_size
+    arrays = [resize_image(decode_image(Path(path).read_bytes()), size) for path in images]
+    network = model.network
+    with torch.no_grad():
+        pixels = torch.from_numpy(np.stack(arrays))
+        if isinstance(network, FinetuneModel):
+            return {"logits": network({"text": ids, "images": pixels})}
+        states = network.encode_images(pixels)
+        found = {
+            "image_embeds": network.embed_images(states, normalize=True),
+            "text_embeds": network.embed_text(ids, normalize=True),
+        }
+        if network.has_match_head:
+            logits = network.match_head(network.fused_cls(ids, states))
+            found["match"] = logits[:, 1] - logits[:, 0]
+    return found
+
+
+def test_automodel_computes_what_our_classes_compute(exports, images):
+    for name, folder in exports.items():
+        model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        assert type(model).__module__ == "raylib.api.huggingface"
+        batch = processor(images=images[:5], text=TEXTS, padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            output = dict(model(**batch))
+            if "logits" not in output and model.model.has_match_head:
+                output["match"] = model.match(**batch)
+        for key, value in expected(folder, images[:5]).items():
+            torch.testing.assert_close(
+                output[key], value, **EXACT, msg=lambda m, n=name, k=key: f"{n} {k}: {m}"
+            )
+
+
+def test_exports_are_read_by_their_own_code_without_polyglance(exports, images, tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_MODULES_CACHE": str(tmp_path / "code"),
+    }
+    command = [sys.executable, str(ROOT / "tests/remote_models.py"), *map(str, exports.values())]
+    given = json.dumps({"images": images[:5], "texts": TEXTS})
+    done = subprocess.run(command, input=given, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name, folder in exports.items():
+        for key, value in expected(folder, images[:5]).items():
+            output = torch.tensor(found[str(folder)][key])
+            torch.testing.assert_close(output, value, **EXACT, msg=lambda m, n=name, k=key: f"{n} {k}: {m}")
+
+
+def test_saved_automodel_is_read_by_polyglance_and_by_automodel(exports, images, tmp_path):
+    for name in ("run", "classifier", "compacter"):
+        model, processor = (
+            AutoModel.from_pretrained(exports[name]),
+            AutoProcessor.from_pretrained(exports[name]),
+        )
+        folder = tmp_path / name
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / "tokenizer.model").write_bytes((DATA / "tokenizer.model").read_bytes())
+        before, after = expected(exports[name], images[:5]), expected(folder, images[:5])
+        assert all(torch.equal(value, after[key]) for key, value in before.items())
+        again = AutoModel.from_pretrained(folder).state_dict()
+        assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
+        assert (folder / "modeling_polyglance.py").is_file()
+
+
+def test_classifier_takes_premises_pairs_of_images_and_labels(exports, tmp_path):
+    folder = save(FinetuneModel(tiny("unified"), ("false", "true"), 2, 0.0).eval(), tmp_path / "model")
+    export_model(folder, tmp_path / "pairs")
+    model, ours = AutoModel.from_pretrained(tmp_path / "pairs"), FinetuneModel.from_pretrained(folder).eval()
+    ids = encode_texts(TEXTS[:3], Tokenizer.load(DATA / "tokenizer.model"), 40)
+    padded, mask = ids.padded(20, fill=1)
+    pixels = torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8)
+    floats = normalize_pixels(pixels, 127.5, 127.5, torch.float32).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        nested = model(padded, mask, floats.view(3, 2, 3, 16, 16), labels=torch.tensor([0, 1, 1]))
+        logits = ours({"text": ids, "images": pixels})
+        torch.testing.assert_close(nested.logits, logits, **EXACT)
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 1]))
+        torch.testing.assert_close(nested.loss, loss, **EXACT)
+        assert model(padded, mask, floats, return_dict=False)[0].equal(nested.logits)
+        entailment = AutoModel.from_pretrained(exports["classified"])
+        reference = polyglance.load(exports["classified"], "cpu", "float32").network
+        premise = entailment(padded, mask, premise_ids=padded, premise_attention_mask=mask).logits
+        torch.testing.assert_close(premise, reference({"text": ids, "premise": ids}), **EXACT)
+
+
+def test_wrong_input_is_a_line(exports):
+    model = AutoModel.from_pretrained(exports["run"])
+    with pytest.raises(ValueError, match=r"\(1, 3, 8, 8\): this model reads \(..., 3, 16, 16\)"):
+        model(pixel_values=torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="no image-text matching head"):
+        AutoModel.from_pretrained(exports["clip"]).match(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1))
+    processor = AutoImageProcessor.from_pretrained(exports["run"])
+    with pytest.raises(ValueError, match="do_resize: this model reads images as its folder says"):
+        processor(np.zeros((4, 4, 3), np.uint8), do_resize=False)
+
+
+@pytest.mark.parametrize("name", ["run", "cclm", "windows"])
+def test_processor_gives_the_pixels_of_evaluation(exports, images, name):
+    processor = AutoProcessor.from_pretrained(exports[name])
+    backbone = polyglance.load(exports[name], "cpu").backbone
+    files = [Path(path).read_bytes() for path in images]
+    arrays = np.stack([resize_image(decode_image(data), backbone.image_size) for data in files])
+    ours = backbone.pixel_values(torch.from_numpy(arrays))
+    given = {
+        "paths": images,
+        "bytes": files,
+        "PIL": [Image.open(io.BytesIO(data)) for data in files],
+        "arrays": [decode_image(data) for data in files],
+        "colours first": [torch.from_numpy(decode_image(data)).permute(2, 0, 1) for data in files[:-1]],
+    }
+    for what, batch in given.items():
+        pixels = processor(images=batch, return_tensors="pt")["pixel_values"]
+        assert torch.equal(pixels, ours[: len(batch)]), what
+    assert torch.equal(processor(images=images[0], return_tensors="pt")["pixel_values"], ours[:1])
+
+
+def sample_lines() -> dict[str, list[str]]:
+    """{language: lines of the sample corpus}, captions and declaration."""
+    lines: dict[str, list[str]] = {}
+    for path in (*sorted(DATA.glob("captions/*.gz")), *sorted(DATA.glob("udhr/*.gz"))):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                fields = line.rstrip("\n").split("\t")
+                lines.setdefault(path.name.split(".")[0], []).extend(filter(None, fields[1:] or fields))
+    return lines
+
+
+def assert_equal_ids(theirs, ours: Tokenizer, texts: list[str], length: int) -> None:
+    found = theirs(texts, truncation=True, max_length=length)["input_ids"]
+    rows = add_specials(ours.encode(texts), ours, length)
+    for text, ids, row in zip(texts, found, np.split(rows.values, np.cumsum(rows.lengths)[:-1]), strict=True):
+        assert ids == row.tolist(), repr(text)
+
+
+ODD = [
+    "",
+    " ",
+    "\u3000\u00a0\u200d  two  \t words\n",
+    "▁▁a ▁",
+    "<s>a</s><pad> <unk><mask></ s>",
+    "\u0651\u064e شدّة",  # Arabic marks in the order in which they are typed
+    "e\u0301\u0323 ế Việt",
+    "한국어",
+    "が ｶﾞ ﬁ ① Å",
+    "🏳️‍🌈👩‍👩‍👧 \U000e0041",
+    "\x00\x07\ufeff\u2028x",
+]
+
+
+def test_autotokenizer_gives_our_ids_in_22_languages(exports):
+    theirs, ours = AutoTokenizer.from_pretrained(exports["run"]), Tokenizer.load(DATA / "tokenizer.model")
+    lines, rng = sample_lines(), random.Random(0)
+    assert len(lines) == 22
+    texts = [text for code in lines for text in rng.sample(lines[code], 150)]
+    for texts_of in (texts, [unicodedata.normalize("NFD", text) for text in texts], ODD):
+        for length in (64, 9):
+            assert_equal_ids(theirs, ours, texts_of, length)
+    batch = theirs(TEXTS, padding=True, truncation=True, return_tensors="pt")
+    rows = encode_texts(TEXTS, ours, 64)
+    padded, mask = rows.padded(batch["input_ids"].shape[1], fill=ours.pad)
+    assert batch["input_ids"].equal(padded) and batch["attention_mask"].bool().equal(mask)
+    assert theirs.model_max_length == 64
+    assert (theirs.pad_token_id, theirs.cls_token_id, theirs.sep_token_id) == (ours.pad, ours.cls, ours.sep)
+    assert (theirs.unk_token_id, theirs.mask_token_id, len(theirs)) == (ours.unk, ours.mask, ours.vocabulary)
+    assert theirs.decode(theirs("Ein Hund läuft").input_ids, skip_special_tokens=True) == "Ein Hund läuft"
+
+
+@pytest.mark.slow
+def test_autotokenizer_gives_our_ids_for_all_lines_and_characters(exports):
+    theirs, ours = AutoTokenizer.from_pretrained(exports["run"]), Tokenizer.load(DATA / "tokenizer.model")
+    lines = [text for texts in sample_lines().values() for text in texts]
+    characters = [chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]
+    for texts in (
+        lines,
+        [unicodedata.normalize("NFD", t) for t in lines],
+        [f"a{c}b {c}" for c in characters],
+    ):
+        assert_equal_ids(theirs, ours, texts, 64)
+    # letters with one or two marks, drawn from all of Unicode: not one in a thousand differs
+    rng, marks = random.Random(0), [c for c in characters if unicodedata.category(c)[0] == "M"]
+    letters = [c for text in rng.sample(lines, 3000) for c in text]
+    odd = [
+        "".join(rng.choice(letters) + "".join(rng.choices(marks, k=rng.randint(0, 2))) for _ in range(4))
+        for _ in range(20_000)
+    ]
+    found = theirs(odd, add_special_tokens=False)["input_ids"]
+    assert sum(a != b.tolist() for a, b in zip(found, ours.encode(odd), strict=True)) <= 20
+
+
+def test_xlmr_and_json_tokenizers_give_our_ids(tmp_path):
+    from raylib.api.tokenizer_json import write_tokenizer
+
+    texts = [*(text for texts in sample_lines().values() for text in texts[:20]), *ODD, *TEXTS]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(tmp_path / "xlmr"), vocab_size=900, minloglevel=2
+    )
+    xlmr = (tmp_path / "xlmr.model").rename(tmp_path / "sentencepiece.bpe.model")
+    for number, path in enumerate((xlmr, tmp_path / "0" / "tokenizer.json")):
+        ours, folder = Tokenizer.load(path), tmp_path / str(number)
+        folder.mkdir()
+        write_tokenizer(ours, 32, folder)
+        assert_equal_ids(AutoTokenizer.from_pretrained(folder), ours, texts, 32)
+
+
+def test_prompt_before_every_text_is_part_of_the_tokenizer(tmp_path):
+    from raylib.api.tokenizer_json import write_tokenizer
+    from raylib.text import PromptedTokenizer
+
+    plain = Tokenizer.load(DATA / "tokenizer.model")
+    for prompted in (
+        PromptedTokenizer(plain, ids=(12000, 12001)),
+        PromptedTokenizer(plain, words="a photo of"),
+    ):
+        write_tokenizer(prompted, 12, tmp_path)
+        assert_equal_ids(AutoTokenizer.from_pretrained(tmp_path), prompted, TEXTS + ODD[2:], 12)
+
+
+def test_regions_are_exported_for_polyglance_alone(tmp_path, capsys):
+    kind = next(name for name, kind in BACKBONES.items() if issubclass(kind, RegionBackbone))
+    folder = save(FinetuneModel(tiny(kind), ("no", "yes"), 1, 0.1).eval(), tmp_path / "model")
+    assert export([str(folder), str(tmp_path / "out")]) == 0
+    assert "read by polyglance.load alone: it reads region features" in capsys.readouterr().out
+    assert not (tmp_path / "out/modeling_polyglance.py").exists()
+    assert polyglance.load(tmp_path / "out", "cpu").labels == ("no", "yes")
+    assert "`transformers` does not read it" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
+
+
+def test_export_says_how_its_run_read(exports, stored):
+    before, after = (
+        polyglance.load(path, "cpu") for path in (stored / "runs/classified", exports["classified"])
+    )
+    assert (after.length, after.task, after.capabilities) == (before.length, before.task, before.capabilities)
+
+
+def test_weights_carry_metadata(exports, stored):
+    with safe_open(exports["run"] / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt" and metadata["polyglance"] == polyglance.__version__
+    assert (metadata["kind"], metadata["run"], metadata["step"]) == ("unified", "pretrained", "2")
+
+
+def test_model_card_tells_what_the_run_recorded(exports, stored):
+    card = ModelCard.load(exports["classified"] / "README.md")
+    result = json.loads((stored / "runs/classified/result.json").read_text(encoding="utf-8"))
+    assert card.data.language == ["en", "ru"] and card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-classification" and card.data.license is None
+    scores = {found.dataset_config: found.metric_value for found in card.data.eval_results}
+    assert scores == {code: round(100 * value, 2) for code, value in result["accuracy"].items()}
+    for code, (low, high) in result["interval"].items():
+        row = next(line for line in card.text.splitlines() if line.startswith(f"| {code} |"))
+        assert f"[{100 * low:.1f}, {100 * high:.1f}]" in row
+    assert "Weights: not recorded" in card.text and "/home/" not in card.text
+    unfinished = ModelCard.load(exports["run"] / "README.md")  # a run that stopped has no result
+    assert "Not recorded: the run was not evaluated" in unfinished.text and unfinished.data.language is None
+
+
+def test_model_card_names_the_samples_licences(mini, tmp_path):
+    from pretrain.train import run
+    from raylib.config import override
+
+    run(override(mini("name=trained", "runtime=local", "workers=1", "fit.steps=1"), ["fit.save_every=1"]))
+    assert export([str(tmp_path / "trained"), str(tmp_path / "out"), "--license", "apache-2.0"]) == 0
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.data.license == "apache-2.0" and card.data.language[0] == "en"
+    assert "CC-BY-4.0" in card.text and "| de |" in card.text
+    assert len(card.data.eval_results) == len(card.data.language)
+
+
+def test_export_is_written_whole_or_not_at_all(stored, tmp_path, monkeypatch, capsys):
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    assert export([str(stored / "model"), str(tmp_path / "full")]) == 2
+    assert "full: not empty; give a new folder" in capsys.readouterr().err
+    monkeypatch.setattr(exporting, "write_card", interrupt)
+    assert export([str(stored / "model"), str(tmp_path / "out")]) == 130
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    (tmp_path / "out").mkdir()  # an empty folder is as good as none
+    assert export([str(stored / "model"), str(tmp_path / "out")]) == 0
+
+
+def test_part_of_a_run_is_exported_by_its_language(stored, tmp_path):
+    with pytest.raises(UserError, match="has a model for each language: give language="):
+        export_model(stored / "runs/few_shot", tmp_path / "out")
+    assert export_model(stored / "runs/few_shot", tmp_path / "out", "ru") is None
+    assert ModelCard.load(tmp_path / "out/README.md").data.language == ["ru"]
+
+
+def test_backbone_of_a_users_file_travels_in_the_code(tmp_path, images):
+    (tmp_path / "mine.py").write_text(
+        "from raylib.models.unified import TINY, UnifiedModel\n\n\n"
+        "class Mine(UnifiedModel):\n    kind = 'mine'\n    stored_kinds = ('mine',)\n"
+        "    sizes = {'tiny': TINY}\n"
+    )
+    from raylib.models import find_backbone
+
+    kind = find_backbone(str(tmp_path / "mine.py"))
+    folder = save(kind(kind.sizes["tiny"]).eval(), tmp_path / "model")
+    model = polyglance.load(folder, "cpu", backbone=str(tmp_path / "mine.py"))
+    code = exporting.modeling_code(model, folder)
+    assert "class Mine(UnifiedModel)" in code and "return Mine" in code
+    assert "import raylib" not in code and "from raylib" not in code
+    compile(code, "modeling_polyglance.py", "exec")
+
+
+def test_old_exports_are_read_as_before(stored):
+    assert isinstance(polyglance.load(stored / "model", "cpu").network, UnifiedModel)
+
+
+def test_automodel_knows_our_classes_without_importing_transformers_before_it_is_asked(exports, tmp_path):
+    # this module has imported `transformers` first
+    code = (
+        "import raylib.api, transformers, sys\nassert 'transformers.modeling_utils' not in sys.modules\n"
+        "from transformers import AutoModel\n"
+        "print(type(AutoModel.from_pretrained(sys.argv[1])).__module__)"
+    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, str(exports["run"])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.stdout.strip() == "raylib.api.huggingface", done.stderr[-2000:]
