@@ -84,12 +84,12 @@ class PolyglancePreTrainedModel(PreTrainedModel):
         if isinstance(module, AnswerDecoder):
             module.fill_ids()
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Write a folder that Polyglance reads too, with the code beside it."""
         weights = kwargs.pop("state_dict", None) or self.state_dict()
         stored = {name.removeprefix("model."): value for name, value in weights.items()}
-        super().save_pretrained(save_directory, *args, state_dict=stored, **kwargs)
-        code, copy = Path(self.config.name_or_path) / CODE_FILE, Path(save_directory) / CODE_FILE
+        super().save_pretrained(save_directory, state_dict=stored, **kwargs)
+        code, copy = Path(str(self.config.name_or_path)) / CODE_FILE, Path(save_directory) / CODE_FILE
         if code.is_file() and not copy.exists():
             shutil.copyfile(code, copy)
 
@@ -208,7 +208,7 @@ def build_model(config: PolyglanceConfig) -> Backbone | FinetuneModel:
 
 def backbone_class(config: PolyglanceConfig) -> type[Backbone]:
     """The class of the backbone; in an export's code, the one that it has."""
-    return stored_backbone(dict(config.polyglance or {}), Path(config.name_or_path))
+    return stored_backbone(dict(config.polyglance or {}), Path(str(config.name_or_path)))
 
 
 class PolyglanceImageProcessor(BaseImageProcessor):
@@ -284,7 +284,7 @@ def register() -> None:
     """Let the Auto classes of `transformers` know these classes."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
-    backends = dict.fromkeys(("pil", "torchvision"), PolyglanceImageProcessor)
+    backends: dict[str, type] = dict.fromkeys(("pil", "torchvision"), PolyglanceImageProcessor)
     for config, model in (
         (PolyglanceConfig, PolyglanceModel),
         (PolyglanceClassifierConfig, PolyglanceForClassification),

@@ -135,8 +135,7 @@ def _defined(statement: ast.stmt) -> list[str]:
 
 
 def _decorators(statement: ast.stmt) -> list[ast.expr]:
-    has_some = isinstance(statement, ast.FunctionDef | ast.ClassDef)
-    return statement.decorator_list if has_some else []
+    return statement.decorator_list if isinstance(statement, ast.FunctionDef | ast.ClassDef) else []
 
 
 def _left_out(statement: ast.stmt) -> Iterator[ast.FunctionDef]:

@@ -54,7 +54,7 @@ def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None
     if type(tokenizer) not in (Tokenizer, PromptedTokenizer) or type(plain) is not Tokenizer:
         raise NotConvertible(f"{type(tokenizer).__name__}, a tokenizer of a user's strategy")
     converted = tokenizers.Tokenizer.from_str(_convert(plain.path, plain.sha256))
-    names = {name: converted.id_to_token(vars(plain)[name]) for name in SPECIALS}
+    names = {name: str(converted.id_to_token(vars(plain)[name])) for name in SPECIALS}
     if prompt and prompt.words:
         before = [normalizers.Prepend(f"{prompt.words} ")]
         converted.normalizer = normalizers.Sequence(before + [n for n in [converted.normalizer] if n])
@@ -102,9 +102,9 @@ def convert_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     Raises:
         NotConvertible: no unigram model, or one with symbols of the user's own or pieces of bytes.
     """
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import sentencepiece_model_pb2 as files
 
-    proto: Any = sentencepiece_model_pb2.ModelProto()
+    proto = files.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
     proto.ParseFromString(path.read_bytes())
     kinds = {piece.type for piece in proto.pieces}
     if proto.trainer_spec.model_type != UNIGRAM or not kinds <= {NORMAL, UNKNOWN, CONTROL, UNUSED}:
