@@ -118,7 +118,7 @@ def find_gap(model: Model) -> str | None:
 
 
 def find_facts(model: Model, source: Path) -> RunFacts:
-    """What the run of the model in `source` recorded."""
+    """Read the records of the run that the model in `source` is of."""
     meta = read_json(source / "meta.json") if (source / "meta.json").is_file() else {}
     parameters = sum(p.numel() for p in model.network.parameters())
     run = find_run(model.path, source)
@@ -152,7 +152,7 @@ def _identity(model: Model, facts: RunFacts) -> dict[str, str]:
 
 
 def describe(model: Model, source: Path) -> dict[str, Any]:
-    """What a model of ours says of itself in its config.json; by today's names."""
+    """Describe a model as its own config.json does, by today's names."""
     description = {k: v for k, v in read_description(source).items() if k != RUN_KEY}
     if not isinstance(model.network, FinetuneModel):  # CCLM's were once stored as unified
         description["model_type"] = f"polyglance-{model.backbone.kind}"

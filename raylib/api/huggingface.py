@@ -67,7 +67,7 @@ class PolyglanceClassifierOutput(ModelOutput):
 
 
 class PolyglancePreTrainedModel(PreTrainedModel):
-    """What both models share: the network of ours is `model`, under whose names weights are stored."""
+    """Base of both models: the network of ours is `model`, under whose names weights are stored."""
 
     config_class = PolyglanceConfig
     base_model_prefix = "model"
@@ -84,7 +84,7 @@ class PolyglancePreTrainedModel(PreTrainedModel):
         if isinstance(module, AnswerDecoder):
             module.fill_ids()
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Write a folder that Polyglance reads too, with the code beside it."""
         weights = kwargs.pop("state_dict", None) or self.state_dict()
         stored = {name.removeprefix("model."): value for name, value in weights.items()}
