@@ -146,7 +146,7 @@ def _left_out(statement: ast.stmt) -> Iterator[ast.FunctionDef]:
 
 
 def _names(module: Module, statement: ast.stmt) -> Iterator[Key]:
-    """Yield all that a statement names, where it is defined; of `module.name` of one of our modules, the name there."""
+    """Yield all that a statement names, where it is defined: of a module of ours, the name after the dot."""
     left_out = set(_left_out(statement))
     nodes: list[ast.AST] = [statement]
     while nodes:
