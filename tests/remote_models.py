@@ -4,24 +4,30 @@ they compute: `python remote_models.py FOLDER ... < inputs.json`; tests/test_hug
 import json
 import sys
 
-for name in ("raylib", "polyglance", "finetune", "pretrain"):
-    sys.modules[name] = None  # importing it is an error
 
-import torch  # noqa: E402
-from transformers import AutoModel, AutoProcessor  # noqa: E402
+def main(folders: list[str]) -> None:
+    for name in ("raylib", "polyglance", "finetune", "pretrain"):
+        sys.modules[name] = None  # importing it is an error
 
-inputs, outputs = json.load(sys.stdin), {}
-for folder in sys.argv[1:]:
-    model, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
-    assert not any(info.values()), info
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    batch = processor(
-        images=inputs["images"], text=inputs["texts"], padding=True, truncation=True, return_tensors="pt"
-    )
-    with torch.no_grad():
-        output = model(**batch)
-        found = {k: v.tolist() for k, v in output.items()}
-        if "logits" not in found and model.model.has_match_head:
-            found["match"] = model.match(**batch).tolist()
-    outputs[folder] = found
-print(json.dumps(outputs))
+    import torch
+    from transformers import AutoModel, AutoProcessor
+
+    inputs, outputs = json.load(sys.stdin), {}
+    for folder in folders:
+        model, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+        assert not any(info.values()), info
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        batch = processor(
+            images=inputs["images"], text=inputs["texts"], padding=True, truncation=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            output = model(**batch)
+            found = {k: v.tolist() for k, v in output.items()}
+            if "logits" not in found and model.model.has_match_head:
+                found["match"] = model.match(**batch).tolist()
+        outputs[folder] = found
+    print(json.dumps(outputs))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

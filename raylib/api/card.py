@@ -11,9 +11,9 @@ from finetune.report import scores_of
 from finetune.report import table as finetuning_table
 from raylib import __version__
 from raylib.api.model import Model
+from raylib.display import markdown_table, percent
 from raylib.metrics import mean_or_zero, mean_recall_at_1
 from raylib.models.finetuned import FinetuneModel
-from raylib.tables import markdown_table, percent
 
 NOT_RECORDED = "not recorded"
 SAMPLE_DATA = """\
