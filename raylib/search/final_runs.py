@@ -7,7 +7,7 @@ import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ray
 from ray import tune
@@ -19,7 +19,7 @@ from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
 from raylib.search.config import Resources, SearchContext, SearchJob
 from raylib.search.progress import SearchTable
-from raylib.search.space import Setting, SettingKey
+from raylib.search.space import Setting, SettingKey, describe_setting
 from raylib.search.trial import TrialResult, drop_checkpoints, final, has_checkpoints, read_reports
 from raylib.search.tuner import run_tuner
 
@@ -98,6 +98,10 @@ def _train(
         last = next((report for report in reversed(reports) if report["finished"]), None)
         return last and {name: last[name] for name in metrics if name in last}
 
+    def describe(cell: dict[str, Any]) -> str:
+        i, seed = cell["cell"]
+        return f"seed {seed}: {describe_setting(settings[i] or {}) or 'the recipe as it is'}"
+
     if missing := [list(cell) for cell in cells if scores(*cell) is None]:
         trainable = tune.with_parameters(final, context=context, settings=settings)
         run_tuner(
@@ -106,7 +110,7 @@ def _train(
             metrics,
             BasicVariantGenerator(max_concurrent=resources.max_concurrent or 0),
             len(missing),
-            SearchTable(f"final runs of '{config.name}'", config.goals, len(missing)),
+            SearchTable(f"final runs of '{config.name}'", config.goals, len(missing), describe),
             config={"cell": tune.grid_search(missing)},
             max_failures=config.max_failures,
             reuse_actors=not config.workers_per_trial,

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import tune
@@ -22,11 +22,17 @@ class SearchTable(tune.ProgressReporter):
     """Prints trials with state, epochs, scores and setting, those under way first, then the best; above them
     the best so far. Tune's own table shows neither scores nor settings of a define-by-run search.
 
-    name: of the search; goals: scores that trials report; num_trials: in all.
+    name: of the search; goals: scores that trials report; num_trials: in all; describe: a trial's setting.
     """
 
-    def __init__(self, name: str, goals: Sequence[str], num_trials: int):
-        self.name, self.goals, self.num_trials = name, goals, num_trials
+    def __init__(
+        self,
+        name: str,
+        goals: Sequence[str],
+        num_trials: int,
+        describe: Callable[[dict[str, Any]], str] = describe_setting,
+    ):
+        self.name, self.goals, self.num_trials, self.describe = name, goals, num_trials, describe
         self.began = self.last = time.monotonic()
         self.shown = ""
 
@@ -79,7 +85,7 @@ class SearchTable(tune.ProgressReporter):
         return ", ".join(f"{goal} {percent(report[goal])} %" for goal in self.goals if goal in report)
 
     def _setting(self, trial: Trial) -> str:
-        return describe_setting({name: value for name, value in trial.config.items() if name != REPEAT_OF})
+        return self.describe({name: value for name, value in trial.config.items() if name != REPEAT_OF})
 
 
 def trial_status(trial: Trial) -> str:
