@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import signal
 import threading
@@ -283,8 +284,9 @@ class _PartCaller:
         return {"result": [json.dumps(result)]}
 
 
-def connect_to_ray() -> bool:
-    """Join the cluster that RAY_ADDRESS names, or start one here; return whether one was started.
+def connect_to_ray(quiet: bool = False) -> bool:
+    """Join the cluster that RAY_ADDRESS names, or start one here; return whether this process did so. quiet:
+    nothing that Ray or its workers print comes here but warnings, and the dashboard's address.
 
     Raises:
         UserError: Ray is not installed.
@@ -300,11 +302,17 @@ def connect_to_ray() -> bool:
     if ray.is_initialized():
         return False
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    ray.init(
+    if quiet:  # a warning if tokens are off stays
+        tokens = logging.getLogger("ray._private.authentication.authentication_token_setup")
+        tokens.addFilter(lambda record: "is enabled" not in record.getMessage())
+    context: Any = ray.init(
         address=os.environ.get("RAY_ADDRESS", "local"),
-        log_to_driver=True,
+        log_to_driver=not quiet,
+        logging_level=logging.WARNING if quiet else logging.INFO,
         runtime_env={"env_vars": {k: v for k, v in os.environ.items() if _is_for_workers(k)}},
     )
+    if quiet and context.dashboard_url:
+        print(f"Ray's dashboard: http://{context.dashboard_url} (a token? `ray get-auth-token`)", flush=True)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own, which ends the process at once
     return True

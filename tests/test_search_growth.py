@@ -194,6 +194,8 @@ def test_search_grows_on_the_same_command_and_keeps_what_was_run(search, capsys)
     assert {row["x"] for row in rows if float(row["english_dev"]) == best} <= {
         str(t.params["x"]) for t in finals.trials if t.params
     }
+    cells = len(finals.trials) * 2
+    assert sum(len(list(tune.glob("*/result.json"))) for tune in (folder / "finals").glob("tune*")) == cells
     count = len(trained(folder))
     search(X, *more)
     assert "is complete" in capsys.readouterr().out and len(trained(folder)) == count
@@ -272,10 +274,17 @@ def test_search_of_two_goals_stops_what_adds_no_hypervolume(search):
     assert study_of(folder).metric_names == ["english_dev", "target_dev"]
 
 
+def plugin_data(events, name):
+    return events.summary_metadata[f"_hparams_/{name}"].plugin_data.content
+
+
 def test_search_records_for_optuna_and_tensorboard_are_by_name(search):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    folder = search(X, "num_trials=2", "early_stopping=asha")
+    knobs = {"x": Float(0, 1), "how": OneOf(a={}, b={"n": Int(1, 3)})}
+    published = ({"x": 0.3, "how": "a"}, {"x": 0.2, "how": "b", "n": 2})
+    folder = search(Space("", "", knobs, published), "num_trials=2", "early_stopping=asha")
     for trial in study_of(folder).trials:
         name = trial.user_attrs["trial"]
         assert Path(trial.user_attrs["folder"]) == folder / "trials" / name and trial.user_attrs[
@@ -284,6 +293,9 @@ def test_search_records_for_optuna_and_tensorboard_are_by_name(search):
         (file,) = (folder / "tune" / name).glob("events*")
         events = EventAccumulator(str(file)).Reload()
         assert set(events.Tags()["scalars"]) == {"english_dev", "final/english_dev"}
-        plugin = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-        assert b"x" in plugin and b"node_ip" not in plugin
+        columns = HParamsPluginData.FromString(plugin_data(events, "experiment")).experiment
+        assert [column.name for column in columns.hparam_infos] == ["x", "how", "n"]
+        assert [column.name.tag for column in columns.metric_infos] == ["final/english_dev"]
+        own = HParamsPluginData.FromString(plugin_data(events, "session_start_info")).session_start_info
+        assert set(own.hparams) == set(trial.params) and own.hparams["x"].number_value == trial.params["x"]
     assert study_of(folder).metric_names == ["english_dev"]

@@ -1,6 +1,7 @@
 """Repeats, limits and evidence of a searcher, two goals' early stopping, the table: without a cluster."""
 
 import itertools
+import json
 import random
 from types import SimpleNamespace
 
@@ -10,8 +11,11 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search.searcher import Searcher
 
-from raylib.config import Config
-from raylib.search.config import SearchConfig
+from raylib.config import Config, dump_config
+from raylib.errors import UserError
+from raylib.launch import LaunchConfig
+from raylib.loop import FitConfig
+from raylib.search.config import SearchConfig, check_fingerprint
 from raylib.search.optuna import GrowingGenerator, SearcherOptions, build_searcher, load_evidence
 from raylib.search.progress import SearchTable
 from raylib.search.schedulers import build_scheduler, hypervolume_contributions, pareto_order
@@ -23,6 +27,11 @@ CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
 class Inner(Config):
     rate: float = 0.5
+
+
+class Fitted(LaunchConfig):
+    x: float = 1.0
+    fit: FitConfig = FitConfig()
 
 
 class Whole(Config):
@@ -251,3 +260,68 @@ def test_study_has_the_names_of_its_goals(tmp_path):
     found = build(tmp_path, Space("", "", {"x": Float(0, 1)}), algorithm="nsga2", goals=2)
     assert found._ot_study.metric_names == ["english_dev", "target_dev"]
     assert isinstance(found._ot_study, optuna.Study)
+
+
+def fingerprint(**search):
+    config = SearchConfig(recipe="curve", name="s", **search)
+    parts = {"search": json.loads(dump_config(config)), "recipe": json.loads(dump_config(Fitted()))}
+    return {"space": {"name": "x"}, **parts}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        ({}, {"num_trials": 30, "final_seeds": 5}, ["num_trials=30 (20 before)", "final_seeds=5 (3 before)"]),
+        ({"num_finalists": 1}, {"num_finalists": 2}, ["num_finalists=2 (1 before)"]),
+        ({"max_hours": 1.0}, {"max_hours": 2.0}, ["max_hours=2.0 (1.0 before)"]),
+        ({"max_hours": 1.0}, {}, ["max_hours=None (1.0 before)"]),
+        ({}, {"max_hours": 2.0}, []),
+        ({}, {"max_concurrent": 3, "repeats": "replicate", "max_failures": 0, "warm_start": "runs/o"}, []),
+        ({}, {"num_trials": 10}, "num_trials=20, which can only grow: num_trials=10 would leave out"),
+        ({}, {"early_stopping": "none"}, r"other settings \(search.early_stopping\)"),
+        ({}, {"seed": 1, "algorithm": "random"}, r"other settings \(search.algorithm, search.seed\)"),
+        (
+            {"algorithm": "pbt"},
+            {"algorithm": "pbt", "num_trials": 30},
+            r"other settings \(search.num_trials\)",
+        ),
+    ],
+)
+def test_search_may_grow_and_change_what_no_past_trial_depends_on(tmp_path, before, now, words):
+    (tmp_path / "search.json").write_text(json.dumps(fingerprint(**before)))
+    if isinstance(words, str):
+        with pytest.raises(UserError, match=words):
+            check_fingerprint(tmp_path, fingerprint(**now), Fitted)
+    else:
+        assert check_fingerprint(tmp_path, fingerprint(**now), Fitted) == words
+
+
+@pytest.mark.parametrize(("path", "free"), [("loader_workers", True), ("seed", False), ("eval_every", False)])
+def test_search_recipe_may_change_where_no_trial_depends_on_it(tmp_path, path, free):
+    (tmp_path / "search.json").write_text(json.dumps(fingerprint()))
+    changed = fingerprint()
+    changed["recipe"]["fit"][path] = 7
+    if free:
+        assert check_fingerprint(tmp_path, changed, Fitted) == []
+    else:
+        with pytest.raises(UserError, match=rf"other settings \(recipe.fit.{path}\)"):
+            check_fingerprint(tmp_path, changed, Fitted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"algorithm": "random", "warm_start": "runs/o"},
+            "algorithm=random learns nothing from other trials",
+        ),
+        ({"algorithm": "pbt", "max_hours": 1}, "begins all its members at once; leave max_hours out"),
+        (
+            {"dev_sets": "both", "early_stopping": "median"},
+            "is for one goal; dev_sets=both has two: take asha",
+        ),
+    ],
+)
+def test_search_settings_that_do_not_go_together_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        SearchConfig(recipe="curve", **settings)

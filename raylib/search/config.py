@@ -10,7 +10,7 @@ from raylib.cache import ObjectCache
 from raylib.config import Config, differing_paths, read_stored_settings
 from raylib.errors import UserError
 from raylib.fileio import read_json
-from raylib.launch import VERIFY_SETTINGS, LaunchConfig
+from raylib.launch import MUTABLE_SETTINGS, LaunchConfig
 from raylib.provenance import DataFile
 from raylib.runtime import Reporter
 from raylib.search.space import Space
@@ -27,6 +27,17 @@ FREE_SETTINGS = (
     "gpus_per_trial",
     "cpus_per_trial",
 )
+# and of its recipe; the others of these are set by the search, or say how long a trial is
+FREE_RECIPE_SETTINGS = {*MUTABLE_SETTINGS} - {
+    "runs",
+    "runtime",
+    "workers",
+    "resume",
+    "fit.zero",
+    "fit.stop_after",
+    "fit.eval_every",
+    "fit.save_every",
+}
 POPULATION_FIXED = ("num_trials", "max_concurrent")  # members of a population begin together
 DevSets = Literal["english_dev", "target_dev", "both"]
 Repeats = Literal["score", "replicate"]
@@ -251,14 +262,10 @@ def check_fingerprint(folder: Path, fingerprint: dict[str, Any], recipe: type[La
     if stored is None:
         return []
     before, now = stored["search"], fingerprint["search"]
-    may_change = {*GROWING_SETTINGS, *FREE_SETTINGS}
-    if now["algorithm"] == "pbt":
-        may_change -= set(POPULATION_FIXED)
-    changed = [
-        name
-        for name in differing_paths(stored, fingerprint)
-        if name.partition(".")[2] not in {*may_change, *VERIFY_SETTINGS}
-    ]
+    fixed = POPULATION_FIXED if now["algorithm"] == "pbt" else ()
+    may_change = {f"search.{name}" for name in (*GROWING_SETTINGS, *FREE_SETTINGS) if name not in fixed}
+    may_change |= {f"recipe.{name}" for name in FREE_RECIPE_SETTINGS}
+    changed = [name for name in differing_paths(stored, fingerprint) if name not in may_change]
     if changed:
         raise UserError(
             f"{folder} holds a search with other settings ({', '.join(changed)}); give this one another name="

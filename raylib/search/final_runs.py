@@ -20,7 +20,7 @@ from raylib.finite import require_finite_values
 from raylib.search.config import Resources, SearchContext, SearchJob
 from raylib.search.progress import SearchTable
 from raylib.search.space import Setting, SettingKey, describe_setting
-from raylib.search.trial import TrialResult, drop_checkpoints, final, has_checkpoints, read_reports
+from raylib.search.trial import TrialResult, drop_checkpoints, final, has_checkpoints, logged, read_reports
 from raylib.search.tuner import run_tuner
 
 PUBLISHED = "published"
@@ -111,6 +111,7 @@ def _train(
             BasicVariantGenerator(max_concurrent=resources.max_concurrent or 0),
             len(missing),
             SearchTable(f"final runs of '{config.name}'", config.goals, len(missing), describe),
+            num_samples=1,  # of each cell
             config={"cell": tune.grid_search(missing)},
             max_failures=config.max_failures,
             reuse_actors=not config.workers_per_trial,
@@ -209,4 +210,5 @@ def _evaluate_tests(
 @ray.remote
 def _evaluate_remotely(job: SearchJob, folder: str, object_cache: ObjectCache) -> dict[str, float]:
     set_cache(object_cache)
-    return job.evaluate_tests(folder)
+    with logged(Path(folder)):
+        return job.evaluate_tests(folder)

@@ -87,7 +87,7 @@ class OptunaSearcher(OptunaSearch):
         again."""
         options = self.options
         super().restore(checkpoint_path)  # an earlier version's state has no repeats and no keys
-        self.options, self._began = options, time.monotonic()
+        self.options, self._began, self._keys = options, time.monotonic(), {}
         # The study is in its journal at once, Tune's own state only now and then: trials that were asked for
         # in between would run for ever in the study, and never be tried again.
         saved = {trial.number for trial in self._ot_trials.values()}

@@ -3,15 +3,16 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray import tune
 from ray.tune.experiment.trial import Trial
 from ray.tune.logger import TBXLoggerCallback
+from tensorboardX.summary import hparams
 
 from raylib.display import percent
-from raylib.search.space import describe_setting
+from raylib.search.space import Distribution, describe_setting
 from raylib.search.trial import REPEAT_OF
 
 TABLE_SECONDS = 30.0  # between tables
@@ -104,12 +105,12 @@ class TensorBoardScores(TBXLoggerCallback):
     """Writes scores and losses of trials over their epochs, and, as a trial ends, its settings and scores as
     hyper-parameters; not the twenty figures that Tune and a report's bookkeeping would add.
 
-    scores: names of the scores that trials report.
+    scores: names of the scores that trials report; knobs: by name, of the space.
     """
 
-    def __init__(self, scores: Sequence[str]):
+    def __init__(self, scores: Sequence[str], knobs: Mapping[str, Distribution]):
         super().__init__()
-        self.scores = scores
+        self.scores, self.knobs = scores, knobs
 
     def log_trial_result(self, iteration: int, trial: Trial, result: dict[str, Any]) -> None:
         if trial not in self._trial_writer:  # it went on after a restart
@@ -126,3 +127,14 @@ class TensorBoardScores(TBXLoggerCallback):
         for name, value in self._trial_result.get(trial, {}).items():
             self._trial_writer[trial].add_scalar(name, value, 0)  # the page of hyper-parameters looks for it
         super().log_trial_end(trial, failed)
+
+    def _try_log_hparams(self, trial: Trial, result: dict[str, Any]) -> None:
+        def columns(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: v if isinstance(v, int | float) else str(v) for name, v in values.items()}
+
+        # TensorBoard has the columns that one trial names: each names all knobs, not its alternatives' alone
+        every = {name: knob.ends[0] for name, knob in self.knobs.items()}
+        experiment, _, _ = hparams(columns(every), result)
+        _, start, end = hparams(columns({k: v for k, v in trial.config.items() if k in self.knobs}), result)
+        for summary in (experiment, start, end) if self.knobs else ():
+            self._trial_writer[trial].file_writer.add_summary(summary)

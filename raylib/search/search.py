@@ -51,6 +51,7 @@ from raylib.search.space import (
     config_changes,
     corners,
     describe_knobs,
+    knobs_by_name,
 )
 from raylib.search.trial import (
     RayObjectCache,
@@ -86,7 +87,7 @@ def run_search(config: SearchConfig, name: str, space: Space, job: SearchJob, ba
         return folder
     warm_start = load_warm_start(config, space, fingerprint, type(base))
     base = prepare_base(config, name, space, job, base)
-    has_started = connect_to_ray()
+    has_started = connect_to_ray(quiet=True)
     try:
         resources = plan_resources(config)
         folder.mkdir(parents=True, exist_ok=True)
@@ -225,6 +226,8 @@ def run_trials(context: SearchContext, resources: Resources, warm_start: WarmSta
         num_trials,
         SearchTable(f"search '{config.name}'", config.goals, num_trials),
         goes_on,
+        knobs_by_name(context.space.knobs),
+        num_samples=num_trials,
         scheduler=_build_scheduler(context),
         max_failures=config.max_failures,
         # a stopped trial that waits for workers of its own cannot hand on its process

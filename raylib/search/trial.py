@@ -18,7 +18,7 @@ import gc
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,7 +198,7 @@ def run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None:
         return report(epoch, age=progress.effective_epoch, judged=prunable, **start, **scores, **losses)
 
     try:
-        with open(folder / "log.txt", "a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        with logged(folder):
             scores = job.run(config, TuneReporter(checkpoint_report, keep))
         require_finite_values(f"{folder}: scores", scores)
     except NotFinite as e:
@@ -210,6 +210,16 @@ def run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None:
     newest = checkpoint.find_newest(folder) if keep else None
     stored = tune.Checkpoint.from_directory(newest) if newest else None
     tune.report(report(num_epochs, finished=True, **_start_seconds(folder), **scores), checkpoint=stored)
+
+
+@contextlib.contextmanager
+def logged(run: Path) -> Iterator[None]:
+    """Append to a run's log what is printed in the block."""
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(run / "log.txt", "a", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(log))
+        stack.enter_context(contextlib.redirect_stderr(log))
+        yield
 
 
 def _start_seconds(run: Path) -> dict[str, float]:

@@ -12,7 +12,7 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from raylib.finite import finite_values
 from raylib.renames import PICKLED
 from raylib.search.optuna import STATES, trial_state
 from raylib.search.progress import SearchTable, TensorBoardScores
+from raylib.search.space import Distribution
 from raylib.search.trial import REPEAT_OF, REPLICATE, TrialResult, drop_checkpoints, without_marks
 
 STATE_FILES = (
@@ -35,6 +36,7 @@ STATE_FILES = (
 BACKUP = ".kept"  # folder of the copy
 ANSI_COLOURS = re.compile(r"\x1b\[\d*m")  # of Ray's tracebacks
 BACKUP_SECONDS = 2.0  # between copies
+OF_TUNE = ("Experiment has been interrupted", "Trials did not complete")
 OLD_PACKAGE = b"raylib.tune."  # which `PICKLED` renames
 
 
@@ -46,31 +48,35 @@ def run_tuner(
     num_trials: int,
     table: SearchTable,
     goes_on: bool = False,
+    knobs: Mapping[str, Distribution] = {},
     **arguments: Any,
 ) -> list[TrialResult]:
     """Run Tune in `folder`; return the trials with their scores `metrics`.
 
     Args:
+        num_trials: that there will be.
         table: shown in the terminal.
         goes_on: from the state in `folder`, see `restore_state`.
+        knobs: columns of TensorBoard's table of trials.
         arguments: more of `tune.run`.
 
     Raises:
         KeyboardInterrupt: it was interrupted: Tune itself returns as if all was well.
     """
     logging.getLogger("ray.tune").setLevel(logging.WARNING)  # it tells of every file that it writes or reads
+    # after Ctrl-C it says how its own function would go on
+    logging.getLogger("ray.tune.tune").addFilter(lambda record: not record.getMessage().startswith(OF_TUNE))
     # `tune.run` and not `Tuner`, which would go on with its pickle of the first start's arguments
     analysis = tune.run(
         trainable,
         name=folder.name,
         storage_path=str(folder.parent),
         search_alg=search_alg,
-        num_samples=num_trials,
         resume_config=tune.ResumeConfig() if goes_on else None,
         callbacks=[
             DropStoppedCheckpoints(folder.parent / "trials"),
             BackUpState(folder),
-            TensorBoardScores(metrics),
+            TensorBoardScores(metrics, knobs),
         ],
         progress_reporter=table,
         verbose=1,
