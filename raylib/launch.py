@@ -85,8 +85,6 @@ MUTABLE_SETTINGS = (
     "data.verify",
     "verify",
 )
-# of these, those that ask for the content of all data: pretraining's, fine-tuning's
-VERIFY_SETTINGS = {"data.verify", "verify"}
 
 
 def run_folder(config: LaunchConfig) -> Path:
