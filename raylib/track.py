@@ -99,8 +99,8 @@ class ProgressLog:
             self._record(step, {f"eval/{k}": v for k, v in scores.items()})
             groups: dict[str, list[str]] = {}
             for name, value in scores.items():
-                group, slash, rest = name.rpartition("/")
-                groups.setdefault(group + slash, []).append(f"{rest} {value:.4f}")
+                group, _, rest = name.rpartition("/")
+                groups.setdefault(group, []).append(f"{rest} {value:.4f}")
             self._print(step, [" ".join([group, *parts]).strip() for group, parts in groups.items()])
 
     def mean_rate(self, step: int) -> float:

@@ -4,10 +4,12 @@ Float32, dropout 0, so that equal means equal.
 """
 
 import os
+import re
 import shutil
 import signal
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -157,3 +159,32 @@ def test_ray_user_error_on_worker_is_one_line_and_not_retried(mini, tmp_path):
     config = mini("name=nan", "optim.lr=1e30", "optim.clip=1e30", "optim.warmup=0")
     with pytest.raises(UserError, match=r"step \d: .* not finite; lower optim.lr"):
         run(config)
+
+
+@pytest.mark.slow
+def test_ray_metrics_of_a_training_are_in_the_prometheus_endpoint(mini):
+    import ray
+
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    gauges, ended = {}, threading.Event()
+
+    def scrape():
+        while not ended.wait(1.0):
+            text = urllib.request.urlopen(url, timeout=10).read().decode()
+            for name, label, value in re.findall(r'(?m)^(ray_polyglance_\w+){.*run="([^"]+)".*} (\S+)$', text):
+                gauges.setdefault((label, name), set()).add(float(value))
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    config = mini("name=gauged", "fit.steps=400", "fit.log_every=20", "fit.save_every=0", "fit.eval_every=0")
+    run(config)
+    ended.set()
+    thread.join()
+    lines = [r for r in read_metrics(Path(config.runs) / "gauged") if "lr" in r]
+    names = {"loss/itm", "lr", "epoch", "tokens_per_second", "memory_gb", "waiting", "eta_seconds"}
+    for name in names:
+        shown = gauges["gauged", f"ray_polyglance_{name.replace('/', '_')}"]
+        assert shown and all(any(value == pytest.approx(line[name]) for line in lines) for value in shown), (
+            name
+        )
