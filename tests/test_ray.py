@@ -167,12 +167,13 @@ def test_ray_metrics_of_a_training_are_in_the_prometheus_endpoint(mini):
 
     node = ray.nodes()[0]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    sample = r'(?m)^(ray_polyglance_\w+){.*run="([^"]+)".*} (\S+)$'
     gauges, ended = {}, threading.Event()
 
     def scrape():
         while not ended.wait(1.0):
             text = urllib.request.urlopen(url, timeout=10).read().decode()
-            for name, label, value in re.findall(r'(?m)^(ray_polyglance_\w+){.*run="([^"]+)".*} (\S+)$', text):
+            for name, label, value in re.findall(sample, text):
                 gauges.setdefault((label, name), set()).add(float(value))
 
     thread = threading.Thread(target=scrape)
