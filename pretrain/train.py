@@ -305,13 +305,17 @@ def describe_times(result: dict[str, Any]) -> str:
 
 
 def plot_curve(run: Path) -> None:
-    """`curve.png`: losses, and R@1 with chance, over the steps."""
+    """`curve.png`: losses, those of held-out samples dashed, and R@1, over the steps."""
     records = read_metrics(run)
     figure, (left, right) = open_pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for name in sorted({k for r in records for k in r if k.startswith("loss/")} - {"loss/grad_norm"}):
         points = [(r["step"], r[name]) for r in records if name in r]
-        left.plot(*zip(*points, strict=True), label=name.removeprefix("loss/"), linewidth=1)
-    left.set(xlabel="step", ylabel="loss", title="terms, means over the global batch")
+        term = name.removeprefix("loss/")
+        (line,) = left.plot(*zip(*points, strict=True), label=term, linewidth=1)
+        held_out = [(r["step"], r[dev]) for r in records if (dev := f"eval/dev_loss/{term}") in r]
+        if held_out:
+            left.plot(*zip(*held_out, strict=True), "--", color=line.get_color(), linewidth=1, marker=".")
+    left.set(xlabel="step", ylabel="loss", title="terms, dashed of held-out samples")
     left.legend(fontsize=8)
     labels = {
         "eval/en_r1": "English",
