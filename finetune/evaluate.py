@@ -109,8 +109,8 @@ def trained_config(config: FinetuneConfig, run: Path) -> FinetuneConfig:
     """`config` of the part whose folder is `run`, with what it has trained as its model: a checkpoint and the
     tokenizer beside it are all that this needs, whatever became of the weights and files it started from."""
     run = run.absolute()
-    own = {"model": str(run), "vision": None, "runs": str(run.parent), "name": run.name}
-    return with_stored_code(config.model_copy(update=own))
+    location = {"model": str(run), "vision": None, "runs": str(run.parent), "name": run.name}
+    return with_stored_code(config.model_copy(update=location))
 
 
 def find_trained(config: FinetuneConfig, run: Path, newest: Path | None) -> Path:

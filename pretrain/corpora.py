@@ -189,11 +189,11 @@ def _build_sample(folder: Path, tokenizer_file: Path, scenes: bool) -> None:
     folder.mkdir()
     shutil.copyfile(tokenizer_file, folder / tokenizer_file.name)
     tokenizer = Tokenizer.load(folder / tokenizer_file.name)
-    drawn = (
+    scene_images = (
         ImageText(scene.name, {"webp": scene.image}, {"en": scene.captions})
         for scene in concepts.draw_training_scenes()
     )
-    images = drawn if scenes else _training_images()
+    images = scene_images if scenes else _training_images()
     write_image_text(folder / "image_text", images, max_samples=SAMPLE_SHARD)
     unseen = concepts.draw_unseen_scenes() if scenes else concepts.read_images(UNSEEN_VENDOR)
     write_image_text(folder / "retrieval", _unseen_images(unseen), language="mul", max_samples=SAMPLE_SHARD)

@@ -102,8 +102,8 @@ def find_newest(run: Path) -> Path | None:
 def hint_if_unsaved(run: Path) -> str:
     """Return the end of the error line of a run that cannot go on: where it has kept nothing, as while a
     user's file is being mended, its folder may go; else ""."""
-    kept = any(run.glob(f"**/{FOLDER}/step_*")) or any(run.glob("**/result.json"))
-    return "" if kept else "; or remove the folder: it holds no checkpoint yet"
+    has_result = any(run.glob(f"**/{FOLDER}/step_*")) or any(run.glob("**/result.json"))
+    return "" if has_result else "; or remove the folder: it holds no checkpoint yet"
 
 
 def register(run: Path, name: str, keep: int) -> None:
@@ -213,8 +213,8 @@ def require_optimizer(folder: Path) -> None:
 def drop_optimizers(run: Path) -> None:
     """Remove what only training needs from the checkpoints of a finished run and of its parts; the weights
     stay. Those that `rewind` set aside stay as they are."""
-    kept = [step for folder in run.rglob(FOLDER) for step in folder.glob("step_*")]
-    for folder in (*kept, *run.rglob(BEST)):
+    steps = [step for folder in run.rglob(FOLDER) for step in folder.glob("step_*")]
+    for folder in (*steps, *run.rglob(BEST)):
         # the lists first: a crash between leaves files that no list has, never a list of what is not there
         for listing in folder.glob("files-*.json"):
             files = {k: v for k, v in read_json(listing).items() if Path(k).parts[0] not in OPTIMIZER}

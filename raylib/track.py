@@ -246,10 +246,10 @@ class StallWatch:
 def format_stacks() -> str:
     """Return the stacks of all threads of this process but the calling one, the main one first."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    main, own = threading.main_thread().ident, threading.get_ident()
+    main, this_thread = threading.main_thread().ident, threading.get_ident()
     frames = sorted(sys._current_frames().items(), key=lambda item: item[0] != main)
     return "\n".join(
         f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
         for ident, frame in frames
-        if ident != own
+        if ident != this_thread
     )

@@ -152,10 +152,10 @@ class Wandb(ExperimentTracker):
 
     def log_results(self, split: str, figures: Figures, files: Sequence[Path]) -> None:
         rows = table_rows(figures)
-        shown: dict[str, Any] = {f.stem: self.wandb.Image(str(f)) for f in files if f.suffix == IMAGE}
+        media: dict[str, Any] = {f.stem: self.wandb.Image(str(f)) for f in files if f.suffix == IMAGE}
         if rows:
-            shown[f"{split}/table"] = self.wandb.Table(columns=rows[0], data=rows[1:])
-        self.run.log(shown)
+            media[f"{split}/table"] = self.wandb.Table(columns=rows[0], data=rows[1:])
+        self.run.log(media)
         self.run.summary.update(flatten({split: figures}, "/"))
         for file in files:
             shutil.copy2(file, self.run.dir)  # which is sent at the end

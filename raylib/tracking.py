@@ -129,10 +129,10 @@ class RunTracking:
 
     def log_results(self, split: str, figures: Figures) -> None:
         """Log what the run came to: `figures` of its `split` (test, dev), and the files in its folder."""
-        there = [path for name in RESULTS if (path := self.facts.folder / name).is_file()]
+        result_files = [path for name in RESULTS if (path := self.facts.folder / name).is_file()]
         for name, tracker in self.trackers.items():
             with _told(name, "has not got the results"):
-                tracker.log_results(split, figures, there)
+                tracker.log_results(split, figures, result_files)
 
     def close(self) -> None:
         """Send the rest, and tell the trackers how the run ended."""

@@ -80,7 +80,7 @@ def ours() -> Tokenizer:
     return Tokenizer.load(DATA / "tokenizer.model")
 
 
-def made_examples() -> list[Example]:
+def make_examples() -> list[Example]:
     """Three questions in a made-up language with English words in them: tags of two, one of them nearly
     without regions."""
     first = Example(
@@ -104,12 +104,12 @@ def made_examples() -> list[Example]:
     return [first, second, third]
 
 
-def made_regions(counts=(4, 1, 2)) -> Ragged:
+def make_regions(counts=(4, 1, 2)) -> Ragged:
     g = torch.Generator().manual_seed(3)
     return Ragged(torch.rand(sum(counts), FEATURES + 7, generator=g), torch.tensor(counts))
 
 
-def made_lesson(
+def make_lesson(
     tokenizer, terms=TOKEN_KINDS, layers=None, slots=0, public=False, rows=slice(None), length=40
 ):
     """(objective, batch, teacher) of a small student and a small teacher, whose tokenizers may differ."""
@@ -127,7 +127,7 @@ def made_lesson(
         RowTokenizer(ours(), student.backbone.row_parts),
         RowTokenizer(tokenizer, teacher.backbone.row_parts),
     )
-    examples, regions = made_examples(), made_regions()
+    examples, regions = make_examples(), make_regions()
     chosen = list(range(3))[rows]
     seen = {"regions": regions.select_rows(torch.tensor(chosen)), "tags": [()] * len(chosen)}
     examples = [examples[i] for i in chosen]
@@ -153,15 +153,15 @@ def slow_parts(objective, batch, teacher, tokenizer, slots=0):
     part, found = batch["examples"], []
     student_rows, _ = objective.model.hidden_states(part, objective.states.layers, slots > 0)
     teacher_rows, _ = teacher.hidden_states({**part, **part["teacher"]}, objective.states.layers, slots > 0)
-    mine_tok = ours()
-    for i, e in enumerate(made_examples()):
-        mine_text, theirs_text = mine_tok.encode([e.texts[-1]])[0], tokenizer.encode([e.pivot])[0]
+    student_tok = ours()
+    for i, e in enumerate(make_examples()):
+        student_text, teacher_text = student_tok.encode([e.texts[-1]])[0], tokenizer.encode([e.pivot])[0]
         tags = " ".join(e.tags)
-        mine_tags, theirs_tags = (t.encode([tags])[0] if tags else [] for t in (mine_tok, tokenizer))
+        student_tags, teacher_tags = (t.encode([tags])[0] if tags else [] for t in (student_tok, tokenizer))
         regions = int(part["regions"].lengths[i])
         sizes = [
             (len(text) + 2, len(tag) + bool(tags), regions, int(slots > 0))
-            for text, tag in ((mine_text, mine_tags), (theirs_text, theirs_tags))
+            for text, tag in ((student_text, student_tags), (teacher_text, teacher_tags))
         ]
         per_layer = []
         for a, b in zip(student_rows, teacher_rows, strict=True):
@@ -173,16 +173,16 @@ def slow_parts(objective, batch, teacher, tokenizer, slots=0):
                 "image": [(row[heads[0] + r], other[heads[1] + r]) for r in range(regions)],
                 "empty": [(row[-1], other[-1])] * max(0, slots - regions),
             }
-            same = slow_matches(tags, tags, word_spans(tags), word_spans(tags), mine_tok, tokenizer, False)
+            same = slow_matches(tags, tags, word_spans(tags), word_spans(tags), student_tok, tokenizer, False)
             values["tags"] = [(row[sizes[0][0] + s], other[sizes[1][0] + t]) for s, t in same]
             if tags:
                 values["tags"].append(
-                    (row[sizes[0][0] + len(mine_tags)], other[sizes[1][0] + len(theirs_tags)])
+                    (row[sizes[0][0] + len(student_tags)], other[sizes[1][0] + len(teacher_tags)])
                 )
             words = [w for w, _ in e.aligned], [w for _, w in e.aligned]
             values["mixed"] = [
                 (row[1 + s], other[1 + t])
-                for s, t in slow_matches(e.texts[-1], e.pivot, *words, mine_tok, tokenizer, True)
+                for s, t in slow_matches(e.texts[-1], e.pivot, *words, student_tok, tokenizer, True)
             ]
             per_layer.append(values)
         found.append((per_layer, [s[1] for s in sizes], [s[0] - 2 for s in sizes]))
@@ -227,7 +227,7 @@ def test_distillation_terms_equal_slow_loops(wordpiece, term, own, slots):
     """Equations 2 to 6: p regions, t x t' tokens of tags, n x n' of words, lambda_m."""
     tokenizer = ours() if own else wordpiece
     layers = {1: 0.5, 3: 2.0}
-    objective, batch, teacher = made_lesson(tokenizer, term, layers, slots)
+    objective, batch, teacher = make_lesson(tokenizer, term, layers, slots)
     with torch.no_grad():
         loss, values = objective(batch)
         parts = slow_parts(objective, batch, teacher, tokenizer, slots)
@@ -248,7 +248,7 @@ def test_distillation_terms_equal_slow_loops(wordpiece, term, own, slots):
 @pytest.mark.parametrize("slots", [0, 5])
 def test_distillation_single_mean_of_public_code(wordpiece, slots):
     """One mean over all positions of the batch times the width, a layer."""
-    objective, batch, teacher = made_lesson(wordpiece, layers={1: 1.0, 3: 0.25}, slots=slots, public=True)
+    objective, batch, teacher = make_lesson(wordpiece, layers={1: 1.0, 3: 0.25}, slots=slots, public=True)
     with torch.no_grad():
         loss, values = objective(batch)
         parts = slow_parts(objective, batch, teacher, wordpiece, slots)
@@ -282,16 +282,16 @@ def test_distillation_truncated_text_loses_matches_but_keeps_positions():
     """Tokens of question and tags that the length cuts off are compared with nothing."""
     for term in ("tags", "mixed"):
         whole, *cut = (
-            made_lesson(ours(), length=n)[1]["examples"]["pairs"][term].student for n in (40, 8, 5)
+            make_lesson(ours(), length=n)[1]["examples"]["pairs"][term].student for n in (40, 8, 5)
         )
         assert len(whole) > len(cut[-1]) and len(cut[0]) >= len(cut[-1])
 
 
 def test_distillation_prompt_shifts_student_positions():
     """The SEP, the tags and the aligned words are where they are behind it."""
-    _, plain, _ = made_lesson(ours())
+    _, plain, _ = make_lesson(ours())
     prompted = PromptedTokenizer(ours(), ids=(7, 8, 9))
-    examples, seen = made_examples(), {"regions": made_regions(), "tags": [()] * 3}
+    examples, seen = make_examples(), {"regions": make_regions(), "tags": [()] * 3}
     part = encode_inputs(examples, seen, prompted, 40)
     parts = ("text", "tags", "regions")
     sides = RowTokenizer(prompted, parts), RowTokenizer(ours(), parts)
@@ -336,7 +336,7 @@ def test_distillation_states_are_stored_by_all_workers(tmp_path, world):
 
 
 def test_distillation_teacher_is_frozen_and_without_dropout(wordpiece):
-    objective, batch, teacher = made_lesson(wordpiece)
+    objective, batch, teacher = make_lesson(wordpiece)
     objective.train()
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     assert not any(p is q for p in objective.parameters() for q in teacher.parameters())
@@ -347,10 +347,10 @@ def test_distillation_teacher_is_frozen_and_without_dropout(wordpiece):
 
 
 def on_share(rank, world):
-    objective, batch, _ = made_lesson(ours(), public=False, rows=slice(rank, None, world))
+    objective, batch, _ = make_lesson(ours(), public=False, rows=slice(rank, None, world))
     loss, values = objective(batch)
     loss.backward()
-    public, other, _ = made_lesson(ours(), public=True, rows=slice(rank, None, world))
+    public, other, _ = make_lesson(ours(), public=True, rows=slice(rank, None, world))
     values = {**values, **{f"public {k}": v for k, v in public(other)[1].items()}}
     return values, {k: p.grad for k, p in objective.model.named_parameters()}
 

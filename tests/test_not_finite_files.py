@@ -141,7 +141,7 @@ def test_non_finite_single_stream_file_names_the_tensor(tmp_path, form):
 
 
 def test_non_finite_oscar_folder_names_the_tensor(tmp_path):
-    test_oscar.write(tmp_path, {k: v.float() for k, v in test_oscar.made_weights().items()})
+    test_oscar.write(tmp_path, {k: v.float() for k, v in test_oscar.make_weights().items()})
     poison(tmp_path / "pytorch_model.bin", "bert.img_embedding.weight", INF)
     refuses(
         lambda: load_backbone(tmp_path, "oscar"),

@@ -49,7 +49,7 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def made_weights(norm=True):
+def make_weights(norm=True):
     """Random weights under OSCAR+'s names, with the heads of pretraining and of VQA."""
     g = torch.Generator().manual_seed(7)
     at = "bert.embeddings"
@@ -141,7 +141,7 @@ def slow(weights, texts, tags, regions, norm=True):
     return states, linear(x[:, 0], "bert.pooler.dense").tanh(), longest
 
 
-def made_rows(words=WORDS):
+def make_rows(words=WORDS):
     """Four texts, tags of two of them, their regions: of unequal length. The third has neither tags nor
     regions."""
     g = torch.Generator().manual_seed(3)
@@ -170,9 +170,9 @@ def shaken(model):
 @pytest.mark.parametrize("safe", [True, False])
 def test_oscar_published_weights_equal_slow_reference(tmp_path, double, norm, safe):
     """Loaded, folded, without padding: the pooled CLS and the states of every part after every layer."""
-    weights = made_weights(norm)
+    weights = make_weights(norm)
     model = Oscar.import_weights(write(tmp_path, weights, safe)).eval()
-    texts, tags, regions = made_rows()
+    texts, tags, regions = make_rows()
     layers, pooled, begin = slow(weights, texts, tags, regions, norm)
     seen = model.embed_regions(our_rows(regions), our_rows(tags))
     torch.testing.assert_close(model.fused_cls(our_rows(texts), seen), pooled, rtol=1e-9, atol=1e-12)
@@ -246,7 +246,7 @@ def test_oscar_text_folder_fills_the_text_part(tmp_path, kind, bare):
     )
     assert model.config.positions == (30 if kind == "bert" else 28)
     model.set_region_dim(FEATURES)
-    texts, tags, regions = made_rows(60)
+    texts, tags, regions = make_rows(60)
     regions = [rows.float() for rows in regions]
     seen = model.embed_regions(our_rows(regions), our_rows(tags))
     (last,), _ = model.hidden_states(our_rows(texts), seen, [3])
@@ -266,7 +266,7 @@ def test_oscar_text_folder_fills_the_text_part(tmp_path, kind, bare):
 
 def test_oscar_loads_gamma_and_beta_norms(tmp_path):
     """bert-base-multilingual-uncased has gamma and beta, and OSCAR+ was trained on from such a one."""
-    weights = made_weights()
+    weights = make_weights()
     old = {
         k.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): v
         for k, v in weights.items()
@@ -281,7 +281,7 @@ def test_oscar_loads_gamma_and_beta_norms(tmp_path):
 
 def test_oscar_fuse_uses_tags_and_image_pairs():
     model = shaken(Oscar(TINY))
-    texts, tags, regions = made_rows()
+    texts, tags, regions = make_rows()
     text, regions = our_rows(texts), our_rows([rows.float() for rows in regions])
     plain = model.fused_cls(text, model.embed_regions(regions))
     tagged = model.fused_cls(text, model.embed_regions(regions, our_rows(tags)))
@@ -335,7 +335,7 @@ def test_oscar_depths_cover_all_parameters_and_save_keeps_all(tmp_path):
 def test_oscar_every_used_parameter_gets_a_gradient(bf16):
     """A classifier over two images a text, through a batch as it is today, without tags; then with them."""
     model = FinetuneModel(shaken(Oscar(TINY)), ("no", "yes"), 2, 0.0, FEATURES)
-    texts, tags, regions = made_rows()
+    texts, tags, regions = make_rows()
     batch = {"text": our_rows(texts[:2]), "regions": our_rows([rows.float() for rows in regions])}
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         assert model(batch).shape == (2, 2)
@@ -379,7 +379,7 @@ def test_oscar_has_published_parameter_counts(vocabulary, region_eps, bert, whol
 
 
 def test_oscar_missing_unused_and_misshapen_tensors_are_listed(tmp_path):
-    weights = made_weights()
+    weights = make_weights()
     del weights["bert.encoder.layer.1.attention.self.key.bias"]
     weights["bert.pooler.dense.bias"], weights["bert.code_embeddings.weight"] = torch.zeros(3), torch.zeros(2)
     with pytest.raises(UserError) as e:
@@ -397,11 +397,11 @@ def test_oscar_missing_unused_and_misshapen_tensors_are_listed(tmp_path):
     ):
         assert part in message
     assert "\n" not in message and "classifier" not in message and "cls." not in message
-    weights = made_weights()
+    weights = make_weights()
     del weights["bert.pooler.dense.weight"], weights["bert.pooler.dense.bias"]
     with pytest.raises(UserError, match="missing pooler.dense.weight; missing pooler.dense.bias$"):
         Oscar.import_weights(write(tmp_path, weights))
-    weights = made_weights()
+    weights = make_weights()
     del weights["bert.embeddings.token_type_embeddings.weight"]
     with pytest.raises(UserError, match="tensor 'embeddings.token_type_embeddings.weight' is missing"):
         Oscar.import_weights(write(tmp_path, weights))
@@ -415,7 +415,7 @@ class Code:
 
 
 def test_oscar_wrong_folders_are_named(tmp_path, monkeypatch):
-    folder = write(tmp_path / "good", made_weights())
+    folder = write(tmp_path / "good", make_weights())
     with pytest.raises(UserError, match="vision= is for backbones with an image encoder"):
         Oscar.import_weights(folder, tmp_path)
     for path in (tmp_path / "nowhere", folder / "pytorch_model.bin"):
@@ -430,9 +430,9 @@ def test_oscar_wrong_folders_are_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no model.safetensors"):
         Oscar.import_weights(folder)
     with pytest.raises(UserError, match="width 16 is not a multiple of heads 3"):
-        Oscar.import_weights(write(folder, made_weights(), num_attention_heads=3))
+        Oscar.import_weights(write(folder, make_weights(), num_attention_heads=3))
     with pytest.raises(UserError, match=r"token_type_embeddings.weight is \(16,\), wanted \(32,\)"):
-        Oscar.import_weights(write(folder, made_weights(), hidden_size=32))
+        Oscar.import_weights(write(folder, make_weights(), hidden_size=32))
     (folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match="no hidden_size, .*; give an OSCAR, BERT or XLM-R folder"):
         Oscar.import_weights(folder)
@@ -440,7 +440,7 @@ def test_oscar_wrong_folders_are_named(tmp_path, monkeypatch):
 
 def test_oscar_bad_input_is_named():
     model = Oscar(TINY.model_copy(update={"positions": 9}))
-    texts, tags, regions = made_rows()
+    texts, tags, regions = make_rows()
     text, regions = our_rows(texts), our_rows([rows.float() for rows in regions])
     assert len(model.fused_cls(text, model.embed_regions(regions))) == 4  # regions have no positions
     for run in (model.fused_cls, lambda *rows: model.hidden_states(*rows, [1])):
@@ -478,7 +478,7 @@ def write_oscar_tsv(path, images):
 def test_oscar_region_files_and_tags_reach_the_model(tmp_path):
     """A row is what the model was given by hand: features, six numbers of the place, the area; words, tags,
     regions."""
-    _, _, regions = made_rows()
+    _, _, regions = make_rows()
     store = open_regions(
         write_oscar_tsv(tmp_path / "feats.tsv", {"7": regions[0][:, :-1], "8": regions[1][:, :-1]})
     )

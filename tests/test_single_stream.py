@@ -46,7 +46,7 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def made_rows(seed=0):
+def make_rows(seed=0):
     """Three texts of unequal length, and two images for each of them, with unequally many regions."""
     g = torch.Generator().manual_seed(seed)
     texts = [torch.randint(5, WORDS, (n,), generator=g) for n in (7, 3, 5)]
@@ -71,7 +71,7 @@ def test_single_stream_published_weights_equal_slow_reference(tmp_path, double, 
     layout, save, given = FORMATS[name]
     parts = published.make_parts(layout)
     model = BACKBONES[layout].import_weights(write(tmp_path, save(parts))).eval()
-    texts, regions = made_rows()
+    texts, regions = make_rows()
     expected = published.slow(layout, parts, [t for t in texts for _ in range(2)], regions, **given)
     torch.testing.assert_close(grounded(model, texts, regions, 2), expected, rtol=1e-6, atol=1e-9)
     assert (model.kind, model.width, model.num_layers, model.num_fusion_layers) == (
@@ -239,7 +239,7 @@ def test_single_stream_text_folder_fills_the_text_part(tmp_path, layout, kind, b
     for mine, row in zip(model.encoder(states).split([3, 9, 14]), ids, strict=True):
         torch.testing.assert_close(mine, peer.base_model(row[None]).last_hidden_state[0], atol=1e-5, rtol=0)
     model.set_region_dim(FEATURES)
-    texts, regions = made_rows()
+    texts, regions = make_rows()
     assert grounded(model, texts, [r.float() for r in regions], 2).shape == (6, model.width)
     with pytest.raises(UserError, match=f"9 wide, this {layout} was trained on 6"):
         model.set_region_dim(9)
@@ -311,7 +311,7 @@ def test_single_stream_parts_can_be_frozen():
 
 def test_single_stream_row_longer_than_positions_is_named():
     model = BACKBONES["m3p"](BACKBONES["m3p"].sizes["tiny"].model_copy(update={"positions": 8}))
-    texts, regions = made_rows()
+    texts, regions = make_rows()
     with pytest.raises(
         UserError, match="a row of 11 tokens and regions, but m3p has 8 positions; lower length="
     ):

@@ -361,7 +361,7 @@ def test_item_of_a_users_reader_that_is_no_tuple_is_one_line(item, message, tmp_
         ).load()
 
 
-def check_own(path, model, **settings):
+def check_task(path, model, **settings):
     check(FinetuneConfig(**{"task": str(path), "model": str(model), "runs": str(path.parent), **settings}))
 
 
@@ -370,13 +370,13 @@ def test_languages_that_a_task_lacks_are_refused_by_their_setting(own, model, tm
     with pytest.raises(
         UserError, match=r"is in en, de: languages= names 'ar' too \(.*test\.ar\.jsonl: no such"
     ):
-        check_own(tmp_path / "my_task.py", model, data=str(own), languages=("en", "ar"))
+        check_task(tmp_path / "my_task.py", model, data=str(own), languages=("en", "ar"))
     one = CLASSIFICATION.replace(".{{language}}", ".en").replace('("en", "de")', '("en",)')
     (tmp_path / "one.py").write_text(one)
     with pytest.raises(
         UserError, match=r"is in en: languages= names 'ar' too \(its test set is that of 'en'"
     ):
-        check_own(tmp_path / "one.py", model, data=str(own), languages=("en", "ar"))
+        check_task(tmp_path / "one.py", model, data=str(own), languages=("en", "ar"))
     with pytest.raises(UserError, match=r"xgqa is in en, bn, .*: languages= names 'ar' too \(.*no such file"):
         check(FinetuneConfig(task="xgqa", model=str(model), data=str(own), languages=("ar",)))
 
@@ -419,11 +419,11 @@ def test_missing_image_is_named_before_anything_starts(split, kind, own, model, 
         write(file.stem, number)
         write_records(own, file.name, [{**line, "i": file.stem} for line in lines])
     settings = {"data": str(own), kind: str(folder)}
-    check_own(tmp_path / "my_task.py", model, **settings)
+    check_task(tmp_path / "my_task.py", model, **settings)
     path(f"{split}.en").unlink()
     what = "image" if kind == "images" else "regions of"
     with pytest.raises(UserError, match=rf"{kind}: no {what} '{split}\.en', of '.+' in .*{split}\.en\.jsonl"):
-        check_own(tmp_path / "my_task.py", model, **settings)
+        check_task(tmp_path / "my_task.py", model, **settings)
 
 
 # ---- any JSONL

@@ -204,11 +204,13 @@ def check_strategies(run: Any, offered: frozenset[Need], trains: bool) -> None:
     offered = offered.union(*(config.provides() for config in active.values()))
     removed = {need: (name, how) for name, config in active.items() for need, how in config.removes().items()}
     for name, config in active.items():
-        chosen = config.needs_any & offered or config.needs_any
-        for need in sorted(config.required() | chosen):
+        any_needs = config.needs_any & offered or config.needs_any
+        for need in sorted(config.required() | any_needs):
             if need not in offered:
                 either = (
-                    " or ".join(NEEDS[each] for each in sorted(chosen)) if need in chosen else NEEDS[need]
+                    " or ".join(NEEDS[each] for each in sorted(any_needs))
+                    if need in any_needs
+                    else NEEDS[need]
                 )
                 # a retrieval task has no head to choose
                 head = "" if "embeddings" in offered else f", head={run.head}"

@@ -194,11 +194,11 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     for where, record in stream_jsonl(path):
         names = [record.get("image"), *(record.get("images") or ()), record.get("premise")]
         about = "premise" if "premise" in record else "images"
-        wanted = f"wanted image, images or premise, and {', '.join(QUESTIONS[:-1])} or {QUESTIONS[-1]}"
+        expected = f"wanted image, images or premise, and {', '.join(QUESTIONS[:-1])} or {QUESTIONS[-1]}"
         if not name_of_text(record) or not any(names):
-            raise UserError(f"{where}: {wanted}; found {', '.join(record) or 'nothing'}")
+            raise UserError(f"{where}: {expected}; found {', '.join(record) or 'nothing'}")
         if any(not isinstance(name, str) for name in (*filter(None, names), record[name_of_text(record)])):
-            raise UserError(f"{where}: a field is no string; {wanted}")
+            raise UserError(f"{where}: a field is no string; {expected}")
         if kind not in (None, about):
             raise UserError(f"{where}: about its {about}, after others about their {kind}; split the file")
         kind = about
@@ -319,11 +319,11 @@ def write_on_ray(
 
     files, path = fsspec.core.url_to_fs(out)
     files.makedirs(path, exist_ok=True)
-    there = {name.rpartition("/")[2] for name in files.ls(path, detail=False)}
+    existing = {name.rpartition("/")[2] for name in files.ls(path, detail=False)}
     parts: list[dict[str, Any]] = [
         {"number": i, "items": batch} for i, batch in enumerate(_batched(items, PART))
     ]
-    missing = [part for part in parts if part_name(part["number"]) not in there]
+    missing = [part for part in parts if part_name(part["number"]) not in existing]
     open_model(config.model_copy(update={"device": "cpu"}))  # what is wrong with it is told before Ray starts
     # workers may stand elsewhere
     places = {

@@ -158,11 +158,11 @@ class OptunaSearcher(OptunaSearch):
         # a repeat may have ended before the first trial did
         for repeat, first in self._repeats.items():
             if first in self._completed_trials and repeat not in self._completed_trials:
-                told = self._ot_study.get_trials(deepcopy=False)[self._ot_trials[first].number]
-                for epoch, value in told.intermediate_values.items():
+                first_trial = self._ot_study.get_trials(deepcopy=False)[self._ot_trials[first].number]
+                for epoch, value in first_trial.intermediate_values.items():
                     self._report(repeat, value, epoch)
-                values = told.values if told.state == TrialState.COMPLETE else None
-                self._tell(repeat, told.state, values, 0)
+                values = first_trial.values if first_trial.state == TrialState.COMPLETE else None
+                self._tell(repeat, first_trial.state, values, 0)
 
     def _tell(self, trial_id: str, state: TrialState, values: Sequence[float] | None, epochs: float) -> None:
         trial = self._ot_trials[trial_id]

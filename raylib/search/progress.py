@@ -35,7 +35,7 @@ class SearchTable(tune.ProgressReporter):
     ):
         self.name, self.goals, self.num_trials, self.describe = name, goals, num_trials, describe
         self.began = self.last = time.monotonic()
-        self.shown = ""
+        self.last_text = ""
 
     def should_report(self, trials: list[Trial], done: bool = False) -> bool:
         return done or time.monotonic() - self.last >= TABLE_SECONDS
@@ -43,8 +43,8 @@ class SearchTable(tune.ProgressReporter):
     def report(self, trials: list[Trial], done: bool, *resources: str) -> None:
         self.last = time.monotonic()
         text = self.table(trials)
-        if text != self.shown:
-            self.shown = text
+        if text != self.last_text:
+            self.last_text = text
             minutes = (self.last - self.began) / 60
             print(f"{self.name}, {minutes:.1f} min: {text}\n", flush=True)
 

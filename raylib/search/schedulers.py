@@ -115,8 +115,8 @@ class ParetoHalving(FIFOScheduler):
         if scores is None or trial.trial_id in scores:
             return TrialScheduler.CONTINUE
         scores[trial.trial_id] = tuple(result[goal] for goal in self.goals)
-        num_kept = math.ceil(len(scores) / self.reduction_factor)
-        best = pareto_order(list(scores.values()))[:num_kept]
+        num_survivors = math.ceil(len(scores) / self.reduction_factor)
+        best = pareto_order(list(scores.values()))[:num_survivors]
         is_best = len(scores) - 1 in best  # the trial's are the last
         return TrialScheduler.CONTINUE if is_best else TrialScheduler.STOP
 

@@ -126,7 +126,7 @@ def trial_result(result: tune.Result, metrics: tuple[str, ...]) -> TrialResult:
 def with_repeats(results: Sequence[TrialResult]) -> list[TrialResult]:
     """Return the results, a repeat's with what became of the trial whose score it takes."""
     by_id = {result.id: result for result in results}
-    taken = []
+    outcomes: list[TrialResult] = []
     for result in results:
         if first := by_id.get(result.repeat_of or ""):
             result = result._replace(
@@ -136,8 +136,8 @@ def with_repeats(results: Sequence[TrialResult]) -> list[TrialResult]:
                 epochs=first.epochs,
                 error=first.error,
             )
-        taken.append(result)
-    return taken
+        outcomes.append(result)
+    return outcomes
 
 
 class DropStoppedCheckpoints(tune.Callback):
