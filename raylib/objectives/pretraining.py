@@ -367,8 +367,9 @@ class UnifiedObjective(Objective):
         self.weights = {name: weight for name, weight in config.all_weights().items() if weight}
         terms = {**TERMS, **{name: term.load() for name, term in config.terms.items()}}
         self.terms = {name: terms[name] for name in self.weights if terms[name].stream in streams}
+        self.users = frozenset(name for name, _ in config.terms.items())
         groups = dict.fromkeys(module_group(name) for name, _ in model.named_parameters())
-        for name, _ in config.terms.items():
+        for name in self.users:
             for part in terms[name].trains:
                 lookup(part, groups, f"part of the model that objective.terms.{name} trains:")
         if not config.train_vision:
@@ -398,8 +399,8 @@ class UnifiedObjective(Objective):
                 steps[stream] = make_step(self, batch[stream], reads, temperature)
         self._encode_texts([encoding for step in steps.values() for encoding in step.encodings])
         parts = {name: entry.loss(steps[entry.stream]) for name, entry in on.items()}
-        for name, _ in self.config.terms.items():
-            check_parts(name, parts.get(name, ()))
+        for name in self.users & parts.keys():
+            check_parts(name, parts[name])
         return self._weigh(parts)
 
     def _encode_texts(self, encodings: list[StreamEncoding]) -> None:
