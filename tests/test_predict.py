@@ -123,6 +123,28 @@ def test_predict_reads_pairs_of_images_and_of_sentences(folder, capsys):
     assert found == pytest.approx(relation, abs=1e-6)
 
 
+def test_predict_reads_region_features_from_a_store(folder, capsys, model):
+    import torch
+
+    from raylib.models import BACKBONES
+    from raylib.models.finetuned import FinetuneModel
+
+    torch.manual_seed(0)
+    uc2 = BACKBONES["uc2"](BACKBONES["uc2"].sizes["tiny"])
+    uc2.set_region_dim(6)
+    FinetuneModel(uc2, ("yes", "no"), 1, 0.1, regions=6).save(folder / "uc2")
+    shutil.copy(model / "tokenizer.model", folder / "uc2")
+    (folder / "store").mkdir()
+    regions = {"features": np.eye(3, 6, dtype=np.float32), "boxes": np.ones((3, 4)), "img_h": 8, "img_w": 8}
+    np.savez(folder / "store" / "cat.npz", **regions)
+    write("q.jsonl", [{"image": "cat.png", "question": "a?"}, {"image": "dog.png", "question": "a?"}])
+    run(capsys, "uc2", "--questions", "q.jsonl", "--regions", "store", "--out", "out.jsonl")
+    cat, dog = read("out.jsonl")
+    expected = polyglance.load("uc2", "cpu").answer(regions, "a?")
+    assert [answer["text"] for answer in cat["answers"]] == [answer.text for answer in expected]
+    assert "no regions of image 'dog.png'" in dog["error"]
+
+
 def test_predict_goes_on_after_whole_lines(folder, capsys):
     command = ("runs/sample", "--images", "images", "--texts", "texts.txt", "--out", "out.jsonl")
     run(capsys, *command)

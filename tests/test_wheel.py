@@ -42,6 +42,9 @@ def environment(tmp_path_factory) -> Path:
     # a line that is no import is a path, whose own .pth files are not read
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     run(folder / "bin/python", "-m", "pip", "-q", "install", "--no-deps", wheel, cwd=copy)
+    ray = folder / "bin/ray"  # as pip writes it where it installs Ray itself
+    ray.write_text(f"#!{folder}/bin/python\nfrom ray.scripts.scripts import main\n\nmain()\n")
+    ray.chmod(0o755)
     return folder
 
 
