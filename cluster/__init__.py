@@ -3,8 +3,8 @@
 1. `check_machine`: Ray, the dashboard's port, shared memory.
 2. `_start_head`: `ray start --head` as a child, on 127.0.0.1, with a token of its own, everything it writes
    in one folder.
-3. `_submit_job`: `ray job submit`, as to any other cluster; the job's log is followed, its exit code
-   returned.
+3. `_submit_job`: the job is submitted as `ray job submit` does it, to this or any other cluster; its log is
+   followed (`cluster.submit`), its exit code returned.
 4. `_stop_all`: the job, then the processes that came from here, by their ids, and the folder.
 """
 
@@ -13,6 +13,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylib.errors import UserError
+from raylib.provenance import has_local_changes
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 200_000_000  # batches do not pass through it
@@ -35,6 +37,9 @@ SHARED_MEMORY_BYTES = 300_000_000  # the object store, and the batches that load
 START_SECONDS, STOP_SECONDS = 120, 15  # at most
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
+WORKER_PORTS = range(10_002, 20_000)  # Ray's, for worker processes
+# in what `ray start` prints: an exception's own line, or that of a process which ended
+CAUSE = re.compile(r"^(?:[\w.]*(?:Error|Exception): .*|.*\[exit code=.*)$", re.MULTILINE)
 FINAL_STATES = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -86,6 +91,7 @@ def run_job(command: list[str], cpus: int, gpus: int, port: int) -> int:
             signal.signal(number, _interrupt)
         # processes whose parent dies become children of this one, so that none is lost
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
+        print(f"starting a local Ray cluster: {cpus} CPUs, {gpus} GPUs", flush=True)
         cluster = _start_head(folder, cpus, gpus, port)
         _wait_until_up(cluster)
         print(
@@ -118,6 +124,11 @@ def check_machine(port: int) -> None:
         raise UserError(f"{sys.executable} has no ray; `make run` installs it, or train with runtime=local")
     if not 0 < port < 1 << 16:
         raise UserError(f"port {port}: not between 1 and 65535")
+    if port in WORKER_PORTS:
+        raise UserError(
+            f"port {port}: Ray gives {WORKER_PORTS[0]} to {WORKER_PORTS[-1]} to its workers; choose another: "
+            "make run PORT=N, or --dashboard-port N"
+        )
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -151,6 +162,7 @@ def compose_submission(url: str, command: list[str]) -> list[str]:
             head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
             if head.returncode == 0:
                 env["POLYGLANCE_COMMIT"] = head.stdout.strip()
+                env |= {"POLYGLANCE_LOCAL_CHANGES": "1"} if has_local_changes() else {}
     options = ["--address", url, *upload, "--runtime-env-json", json.dumps({"env_vars": env})]
     return ["ray", "job", "submit", *options, "--", *command]
 
@@ -179,6 +191,7 @@ def _start_head(folder: Path, cpus: int, gpus: int, port: int) -> Cluster:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # 15 by default, for machines that have something better to do
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS - 5),  # for a job to end by itself
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # its job has ended: nothing to move elsewhere
         # "one machine": every server then listens on 127.0.0.1 alone
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -227,14 +240,22 @@ def _wait_until_up(cluster: Cluster) -> None:
                 return
         time.sleep(0.3)
     log = cluster.folder / "start.log"
-    last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
-    raise UserError(f"the cluster did not come up ({last}); see {log} and {cluster.folder}/ray")
+    text = log.read_text(encoding="utf-8", errors="replace").strip()
+    cause = (CAUSE.findall(text) or text.splitlines() or ["Ray printed nothing"])[-1].strip()
+    raise UserError(f"the cluster did not come up ({cause}); see {log} and {cluster.folder}/ray")
 
 
 def _submit_job(cluster: Cluster, command: list[str]) -> int:
     submission = compose_submission(cluster.url, command)
     print(f"$ {shlex.join(submission)}", flush=True)
-    follower = subprocess.Popen(submission, cwd=job_folder(), env=cluster.env, start_new_session=True)
+    upload = {"working_dir": "."} if "--working-dir" in submission else {}
+    runtime_env = {**upload, **json.loads(submission[submission.index("--runtime-env-json") + 1])}
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "cluster.submit", cluster.url, json.dumps(runtime_env), *command],
+        cwd=job_folder(),
+        env=cluster.env,
+        start_new_session=True,
+    )
     while follower.poll() is None and cluster.head.poll() is None:
         time.sleep(0.3)
     # the follower ends with the job, or because it lost its connection

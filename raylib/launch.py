@@ -31,6 +31,9 @@ RAY_ENV = {  # environment variables of every process
     # a stopped trial's loaders may end before its process is given to the next
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
     "TUNE_GLOBAL_CHECKPOINT_S": "0.2",  # or ten seconds of a search are lost with its driver
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # "(RayTrainWorker pid=...)" before each line of a worker
+    # Python's own: Ray shows its deprecation warnings, of its own code too, where nothing is set
+    "PYTHONWARNINGS": "default::DeprecationWarning:__main__",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a checkpoint of a pruning round has no score
 }
 
@@ -300,16 +303,16 @@ def connect_to_ray(quiet: bool = False) -> bool:
     if ray.is_initialized():
         return False
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    if quiet:  # a warning if tokens are off stays
-        tokens = logging.getLogger("ray._private.authentication.authentication_token_setup")
-        tokens.addFilter(lambda record: "is enabled" not in record.getMessage())
+    # that tokens are on is no news; a warning if they are off stays
+    tokens = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    tokens.addFilter(lambda record: "is enabled" not in record.getMessage())
     context: Any = ray.init(
         address=os.environ.get("RAY_ADDRESS", "local"),
         log_to_driver=not quiet,
-        logging_level=logging.WARNING if quiet else logging.INFO,
+        logging_level=logging.WARNING,
         runtime_env={"env_vars": {k: v for k, v in os.environ.items() if _is_for_workers(k)}},
     )
-    if quiet and context.dashboard_url:
+    if "RAY_ADDRESS" not in os.environ:
         print(f"Ray's dashboard: http://{context.dashboard_url} (a token? `ray get-auth-token`)", flush=True)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own, which ends the process at once
@@ -331,6 +334,7 @@ def _run_worker(loop_config: dict[str, Any]) -> dict:
     if failure.is_file():
         return read_json(failure)
     cache.set_cache(loop_config["object_cache"])
+    logging.getLogger().setLevel(logging.WARNING)  # Train prints each report, whole, as INFO
     cache.share_opened(loop_config["opened_files"])
     try:
         return loop_config["main"](RayRuntime(run), loop_config["config"])

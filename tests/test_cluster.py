@@ -86,6 +86,10 @@ def test_cluster_job_gets_checkout_without_git_ignored_files(tmp_path):
     with start(["python", "-c", f"import os, pathlib; {show}"], tmp_path / "runs") as process:
         output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
+    begin, up, submission, *job = output.splitlines()
+    assert begin == "starting a local Ray cluster: 2 CPUs, 0 GPUs" and up.startswith("cluster up; dashboard ")
+    assert submission.startswith("$ ray job submit ")
+    assert len(job) == 1 and job[0].startswith("hello "), "Ray's own lines reach the terminal"
     runs, files = re.search(r"^hello (\S+) (\[.*\])$", output, re.MULTILINE).groups()
     assert runs == str(tmp_path / "runs")
     files = [Path(name) for name in json.loads(files.replace("'", '"'))]
@@ -133,10 +137,11 @@ def test_cluster_signal_stops_job_then_cluster(number, tmp_path):
 @pytest.mark.drill
 def test_cluster_ends_with_killed_launcher(tmp_path):
     lines = []
-    with start(["sleep", "600"], tmp_path) as process:
+    command = ["python", "-c", "import time; print('running', flush=True); time.sleep(600)"]
+    with start(command, tmp_path) as process:
         for line in process.stdout:
             lines.append(line)
-            if line.startswith("Running entrypoint"):
+            if line == "running\n":
                 process.kill()
                 break
     token = find_token("".join(lines))
@@ -157,6 +162,13 @@ def test_cluster_occupied_port_is_one_line_error(capsys):
     assert capsys.readouterr().err == f"error: port {port}: Address already in use; {choose}\n"
 
 
+@pytest.mark.parametrize("port", [10_002, 19_999])
+def test_cluster_port_of_rays_workers_is_refused_with_the_reason(port, capsys):
+    assert main(["run", "--dashboard-port", str(port), "--", "true"]) == 2
+    reason = "Ray gives 10002 to 19999 to its workers; choose another: make run PORT=N, or --dashboard-port N"
+    assert capsys.readouterr().err == f"error: port {port}: {reason}\n"
+
+
 def test_cluster_missing_machine_requirements_are_reported(monkeypatch):
     with pytest.raises(UserError, match="port 0: not between"):
         cluster.check_machine(0)
@@ -175,8 +187,16 @@ def test_cluster_missing_machine_requirements_are_reported(monkeypatch):
         cluster.check_machine(free_port())
 
 
-def test_cluster_failed_start_keeps_its_log(tmp_path):
-    (tmp_path / "ray").write_text("#!/bin/sh\necho something; echo 'no luck today'; exit 1\n")
+@pytest.mark.parametrize(
+    ("printed", "cause"),
+    [
+        ("something\nno luck today", "no luck today"),
+        ("Traceback\n  File x\nValueError: no port\nPorts: {}\nIf you allocate", "ValueError: no port"),
+        ("Some Ray subprocesses exited:\n  raylet [exit code=1]\nAll killed.", "raylet [exit code=1]"),
+    ],
+)
+def test_cluster_failed_start_keeps_its_log_and_tells_rays_cause(printed, cause, tmp_path):
+    (tmp_path / "ray").write_text(f"#!/bin/sh\ncat <<'E'\n{printed}\nE\nexit 1\n")
     (tmp_path / "ray").chmod(0o755)
     (tmp_path / "python").symlink_to(sys.executable)
     # `ray` is looked for beside the interpreter first
@@ -185,7 +205,8 @@ def test_cluster_failed_start_keeps_its_log(tmp_path):
     completed = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
     )
-    error = r"error: the cluster did not come up \(no luck today\); see (\S+)/start.log and .*\n"
+    told = re.escape(f"({cause})")
+    error = rf"error: the cluster did not come up {told}; see (\S+)/start.log and .*\n"
     folder = Path(re.fullmatch(error, completed.stderr)[1])
     assert [path.name for path in folder.iterdir()] == ["start.log"]
     shutil.rmtree(folder)

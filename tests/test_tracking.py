@@ -215,11 +215,11 @@ class Start:
         )
         self.lines: list[str] = []
 
-    def until(self, beginning: str) -> "Start":
-        """Read up to a line."""
+    def until(self, words: str) -> "Start":
+        """Read up to a line with these words."""
         for line in self.process.stdout:
             self.lines.append(line)
-            if line.startswith(beginning):
+            if words in line:
                 return self
         raise AssertionError("".join(self.lines))
 
