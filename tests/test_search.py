@@ -89,8 +89,28 @@ def trials(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+CALLBACKS = """
+from pathlib import Path
+from ray import tune
+
+class Names(tune.Callback):
+    def on_trial_complete(self, iteration, trials, trial, **info):
+        with open(Path(__file__).with_name("names.txt"), "a") as file:
+            print(trial.trial_id, file=file)
+
+def callbacks():
+    return [Names()]
+"""
+
+
 def test_search_ends_with_runnable_config_and_report(search, tmp_path, capsys):
-    folder = search(LR, "num_trials=4", "final_seeds=2", "early_stopping=asha", "reduction_factor=2")
+    own = tmp_path / "my_callbacks.py"
+    own.write_text(CALLBACKS)
+    folder = search(
+        LR, "num_trials=4", "final_seeds=2", "early_stopping=asha", "reduction_factor=2", f"callbacks={own}"
+    )
+    ended = (tmp_path / "names.txt").read_text().split()
+    assert {run.name for run in (folder / "trials").iterdir()} < set(ended)  # and those of the final runs
     rows = trials(folder)
     assert len(rows) == 4 and rows[0]["optim.lr"] == "0.0005"  # the published setting comes first
     assert {row["state"] for row in rows} <= {"finished", "stopped"}
@@ -132,6 +152,34 @@ def test_search_ends_with_runnable_config_and_report(search, tmp_path, capsys):
         UserError, match=r"other settings \(search.reduction_factor\); give this one another name"
     ):
         search(LR, "num_trials=4", "final_seeds=2", "early_stopping=asha", "reduction_factor=3")
+
+
+LOGGERS = """
+from pathlib import Path
+from ray.air.integrations.mlflow import MLflowLoggerCallback
+from ray.air.integrations.wandb import WandbLoggerCallback
+
+here = Path(__file__).parent
+
+def callbacks():
+    mlflow = MLflowLoggerCallback(tracking_uri=f"sqlite:///{here}/tune.db", experiment_name="lr")
+    return [mlflow, WandbLoggerCallback(project="lr", mode="offline", dir=str(here))]
+"""
+
+
+@pytest.mark.heavy
+def test_search_takes_rays_loggers_of_wandb_and_mlflow(search, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "loggers.py").write_text(LOGGERS)
+    folder = search(LR, "num_trials=2", "early_stopping=none", f"callbacks={tmp_path}/loggers.py")
+    client = MlflowClient(f"sqlite:///{tmp_path}/tune.db")
+    runs = client.search_runs([client.get_experiment_by_name("lr").experiment_id])
+    lrs = {row["optim.lr"] for row in trials(folder)}
+    assert {run.data.params["optim.lr"] for run in runs} == lrs and len(runs) == 2
+    assert all(run.data.metrics["english_dev"] > 0 for run in runs)
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2
 
 
 def test_search_refuses_to_resume_with_other_data(search, scenes, tmp_path):

@@ -465,3 +465,18 @@ def test_optuna_study_keeps_conditional_settings():
     study = figures.to_study(knobs, rows([(0.1, 0.2, 0.3), (0.5, 0.6, 0.7)]), ["one"])
     assert [set(trial.params) for trial in study.trials] == [{"x", "y", "way"}, {"x", "y", "way", "z"}]
     assert isinstance(study, optuna.Study)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("x = 1", "it defines no function callbacks()"),
+        ("def callbacks():\n    return [1]", "callbacks() returns int, no callback of Ray Tune"),
+        ("def callbacks():\n    return 1 / 0", ":2: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_search_wrong_callbacks_are_one_line(text, words, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError) as error:
+        tuner.load_callbacks(str(tmp_path / "mine.py"))
+    assert words in str(error.value)

@@ -25,6 +25,7 @@ FREE_SETTINGS = (
     "repeats",
     "warm_start",
     "gpus_per_trial",
+    "callbacks",
     "cpus_per_trial",
 )
 # and of its recipe; the others of these are set by the search, or say how long a trial is
@@ -101,6 +102,8 @@ class SearchConfig(Config):
     """Fresh seeds that these are run on; may grow. 0: none is."""
     max_failures: NonNegativeInt = 1
     """How often a trial that crashes is tried again."""
+    callbacks: str | None = None
+    """Python file that defines `callbacks()`, which returns Ray Tune's own: loggers of W&B, MLflow, Comet."""
     seed: int = 0
     """Of the algorithm; the trials have the recipe's."""
 

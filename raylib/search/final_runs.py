@@ -21,7 +21,7 @@ from raylib.search.config import Resources, SearchContext, SearchJob
 from raylib.search.progress import SearchTable
 from raylib.search.space import Setting, SettingKey, describe_setting
 from raylib.search.trial import TrialResult, drop_checkpoints, final, has_checkpoints, logged, read_reports
-from raylib.search.tuner import run_tuner
+from raylib.search.tuner import load_callbacks, run_tuner
 
 PUBLISHED = "published"
 
@@ -112,6 +112,7 @@ def _train(
             len(missing),
             SearchTable(f"final runs of '{config.name}'", config.goals, len(missing), describe),
             num_samples=1,  # of each cell
+            callbacks=load_callbacks(config.callbacks),
             config={"cell": tune.grid_search(missing)},
             max_failures=config.max_failures,
             reuse_actors=not config.workers_per_trial,

@@ -61,7 +61,7 @@ from raylib.search.trial import (
     read_reports,
     trial,
 )
-from raylib.search.tuner import restore_state, run_tuner, with_repeats
+from raylib.search.tuner import load_callbacks, restore_state, run_tuner, with_repeats
 
 IDLE_CPUS = 0.01  # of a trial that only waits for its workers: 0 is refused
 
@@ -147,6 +147,7 @@ def prepare_base(
                 f"{', '.join(metrics)}"
             )
     _check_algorithm(config, name, space, job, base)
+    load_callbacks(config.callbacks)
     epochs = model_epochs(job, base)
     if config.stops_trials and config.min_epochs >= epochs:
         raise UserError(
@@ -227,6 +228,7 @@ def run_trials(context: SearchContext, resources: Resources, warm_start: WarmSta
         SearchTable(f"search '{config.name}'", config.goals, num_trials),
         goes_on,
         knobs_by_name(context.space.knobs),
+        load_callbacks(config.callbacks),
         num_samples=num_trials,
         scheduler=_build_scheduler(context),
         max_failures=config.max_failures,

@@ -19,6 +19,8 @@ from typing import Any
 from ray import cloudpickle, tune
 from ray.tune.search import SearchAlgorithm
 
+from raylib.config import load_user_file, user_file_error
+from raylib.errors import UserError
 from raylib.fileio import atomic_file
 from raylib.finite import finite_values
 from raylib.renames import PICKLED
@@ -49,6 +51,7 @@ def run_tuner(
     table: SearchTable,
     goes_on: bool = False,
     knobs: Mapping[str, Distribution] = {},
+    callbacks: Sequence[tune.Callback] = (),
     **arguments: Any,
 ) -> list[TrialResult]:
     """Run Tune in `folder`; return the trials with their scores `metrics`.
@@ -58,6 +61,7 @@ def run_tuner(
         table: shown in the terminal.
         goes_on: from the state in `folder`, see `restore_state`.
         knobs: columns of TensorBoard's table of trials.
+        callbacks: of the user, beside those that a search needs.
         arguments: more of `tune.run`.
 
     Raises:
@@ -77,6 +81,7 @@ def run_tuner(
             DropStoppedCheckpoints(folder.parent / "trials"),
             BackUpState(folder),
             TensorBoardScores(metrics, knobs),
+            *callbacks,
         ],
         progress_reporter=table,
         verbose=1,
@@ -89,6 +94,28 @@ def run_tuner(
     if not (begins_no_more and all(map(has_ended, results))):
         raise KeyboardInterrupt
     return [trial_result(result, metrics) for result in results]
+
+
+def load_callbacks(file: str | None) -> list[tune.Callback]:
+    """Return what `callbacks()` of a Python file of the user's returns; none of no file.
+
+    Raises:
+        UserError: the file does not run, has no such function, or it returns something else.
+    """
+    if file is None:
+        return []
+    make = vars(load_user_file(file)).get("callbacks")
+    if not callable(make):
+        raise UserError(
+            f"{file}: it defines no function callbacks(), which returns a list of Tune's callbacks"
+        )
+    try:
+        found = list(make())
+    except Exception as e:
+        raise user_file_error(e, Path(file)) from e
+    if wrong := [type(each).__name__ for each in found if not isinstance(each, tune.Callback)]:
+        raise UserError(f"{file}: callbacks() returns {', '.join(wrong)}, no callback of Ray Tune")
+    return found
 
 
 def has_ended(result: tune.Result) -> bool:
