@@ -286,8 +286,8 @@ class _PartCaller:
 
 
 def connect_to_ray(quiet: bool = False) -> bool:
-    """Join the cluster that RAY_ADDRESS names, or start one here; return whether this process did so. `quiet`:
-    nothing that workers print comes here.
+    """Join the cluster that RAY_ADDRESS names, or start one here; return whether this process did so.
+    `quiet`: nothing that workers print comes here.
 
     Raises:
         UserError: Ray is not installed.
