@@ -2,7 +2,6 @@
 results."""
 
 import functools
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -186,7 +185,7 @@ def check(config: FinetuneConfig) -> Checked:
                 raise
             raise UserError(
                 f"{config.task} is in {', '.join(task.languages)}: languages= names '{language}' too ({e}); "
-                f"set languages='{json.dumps(task.languages)}'"
+                f"set languages={','.join(task.languages)}"
             ) from None
     if config.trains_apart and config.resume != "newest":
         raise UserError(

@@ -133,7 +133,8 @@ def run_stage(arguments: Sequence[str], stage: Stage) -> int:
     elif given.recipe:
         settings = given.settings
         hint = spell_commands(f"`python -m {stage.package} --help` lists all")
-        config = lookup(given.recipe, stage.recipes, "recipe", hint)()
+        names: Mapping[str, Callable] = {**stage.commands, **stage.recipes}  # a mistyped command is meant too
+        config = lookup(given.recipe, names, "recipe or command", hint)()
         config = config.model_copy(update={"recipe": given.recipe})
     else:
         parser.print_help()

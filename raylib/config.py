@@ -162,6 +162,8 @@ def validate(cls: type[ConfigT], values: dict[str, Any], where: str, run: Path |
             similar = suggest(path, setting_paths(cls))
             raise UserError(f"{where}: unknown setting '{path}'{similar}{advice}") from None
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] in ("model_type", "model_attributes_type"):
+            message = f"it has settings of its own; give these, as {path}.NAME=..., or {{}} for its defaults"
         got = f" (got {first['input']!r})" if path else ""
         raise UserError(f"{where}: {path + ': ' if path else ''}{message}{got}") from None
 

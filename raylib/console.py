@@ -73,9 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `polyglance COMMAND ...`; return its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     sys.argv[0] = PROGRAM  # `spell_commands`, argparse; `python -m` gives another name
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in ("-h", "--help") or words == ["help"]:
         print(_overview())
         return 0 if words else 2
+    if words[0] == "help":
+        words = [*words[1:], "--help"]
     if words[0] == "--version":
         print(f"{PROGRAM} {__version__}")
         return 0

@@ -66,7 +66,8 @@ def settings_page(cls: type[Config], path: str = "", config: Config | None = Non
     known = setting_paths(cls)
     for name in path.split(".") if path else ():
         if name not in cls.model_fields:
-            raise UserError(f"unknown setting '{path}'{suggest(path, known)}")
+            listed = f"; there are: {', '.join(cls.model_fields)}"
+            raise UserError(f"unknown setting '{path}'{suggest(path, known) or listed}")
         field = cls.model_fields[name]
         value = vars(value).get(name) if isinstance(value, Config) else _default(field)
         part = config_class(field)

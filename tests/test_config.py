@@ -61,6 +61,12 @@ def test_override_lists_may_be_written_without_brackets(assignment, value):
     assert getattr(config, assignment.partition("=")[0]) == value
 
 
+def test_override_value_of_a_part_says_how_its_settings_are_given():
+    with pytest.raises(UserError, match=r"inner: it has settings of its own; give these"):
+        override(Outer(), ["inner=true"])
+    assert override(Outer(inner=Inner(rate=1)), ["inner={}"]).inner == Inner()
+
+
 @pytest.mark.parametrize(
     ("assignment", "words"),
     [("layers=1,b", ["layers.1", "integer", "'b'"]), ("languages=true", ["languages", "tuple", "True"])],

@@ -17,7 +17,7 @@ def argv(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [([], 2), (["--help"], 0), (["data"], 2), (["data", "-h"], 0)]
+    ("arguments", "code"), [([], 2), (["--help"], 0), (["help"], 0), (["data"], 2), (["data", "-h"], 0)]
 )
 def test_console_lists_every_command_with_one_line(arguments, code, capsys):
     assert main(arguments) == code

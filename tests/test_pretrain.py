@@ -351,7 +351,7 @@ def test_pretrain_seed_determines_the_model(mini):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["tny"], "unknown recipe 'tny'; the nearest: tiny"),
+        (["tny"], "unknown recipe or command 'tny'; the nearest: tiny"),
         (["tiny", "optim.rl=1"], "unknown setting 'optim.rl'; did you mean optim.lr"),
         (["tiny", "optim.lr=fast"], "optim.lr: Input should be a valid number"),
         (["tiny", "optim.lr"], "not of the form path=value"),

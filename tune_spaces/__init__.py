@@ -249,5 +249,6 @@ def find_job(recipe: str) -> tuple[SearchJob, LaunchConfig]:
     Raises:
         UserError: neither stage has such a recipe.
     """
-    config = lookup(recipe, {**FINETUNE, **PRETRAIN}, "recipe")()
+    hint = "`python -m finetune --help` and `python -m pretrain --help` list all"
+    config = lookup(recipe, {**FINETUNE, **PRETRAIN}, "recipe", hint)()
     return (FinetuneSearchJob() if isinstance(config, FinetuneConfig) else PretrainSearchJob()), config
