@@ -27,12 +27,11 @@ from finetune.build import (
     with_stored_code,
 )
 from finetune.config import FinetuneConfig
-from finetune.evaluate import find_trained, test_result, trained_config
 from finetune.lineage import load_run_config, method_of, runs_behind
 from finetune.overlap import check_overlap
 from finetune.strategies import Need, Strategies, check_strategies
 from finetune.strategies.base import Stage, StageRun
-from finetune.worker import FinetuneJob
+from finetune.worker import FinetuneJob, test_result, trained_config
 from raylib import checkpoint
 from raylib.config import load_config, user_files
 from raylib.errors import NotFinite, UserError
@@ -409,7 +408,9 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
             part = trained_config(part, run)
         pipeline = build_pipeline(part, build_strategies(part))
         if config.trains:
-            load_weights(pipeline.model, find_trained(config, run, checkpoint.find_newest(run)))
+            load_weights(
+                pipeline.model, checkpoint.find_trained(run, config.select, checkpoint.find_newest(run))
+            )
         done = run / "part.json"
         before = _so_far(pipeline.model, run) if config.trains and not done.is_file() else {}
         if done.is_file():

@@ -22,7 +22,7 @@ from safetensors import safe_open
 
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json, sha256_file, write_json
-from raylib.finite import is_finite
+from raylib.finite import is_finite, require_finite_values
 
 OPTIMIZER = ("optimizer.pt", "zero", "latest", "zero_to_fp32.py")  # what engines write, to train on
 FOLDER, BEST, REGISTRY, START = "checkpoints", "best", "registry.json", "start.json"
@@ -237,3 +237,28 @@ def copy_from(run: Path, source: Path) -> None:
         shutil.rmtree(run / part, ignore_errors=True)
     shutil.copytree(source, run / FOLDER / name)
     register(run, name, 1)
+
+
+def read_evaluation(folder: Path) -> dict[str, float]:
+    """Return the scores that a checkpoint was judged by.
+
+    Raises:
+        NotFinite: one is not finite.
+    """
+    values = read_meta(folder)["evaluation"]
+    require_finite_values(f"{folder}/meta.json", values)
+    return values
+
+
+def find_trained(run: Path, select: str, newest: Path | None) -> Path:
+    """Find the checkpoint that results come from: with `select` "best", the best on the dev set if there is
+    one, else the newest.
+
+    Raises:
+        UserError: there is none yet.
+    """
+    best = run / BEST
+    source = best if select == "best" and best.is_dir() else newest
+    if source is None:
+        raise UserError(f"{run}: no checkpoint to evaluate; finish the run first")
+    return source

@@ -34,10 +34,10 @@ from finetune.build import (
     tokenizer_of,
 )
 from finetune.config import FinetuneConfig
-from finetune.evaluate import find_trained, trained_config
 from finetune.lineage import load_run_config
 from finetune.report import read_result, scores_of
 from finetune.stores.images import ImageSource, RegionFeatures
+from finetune.worker import trained_config
 from raylib import checkpoint
 from raylib.display import markdown_table, percent, progress
 from raylib.errors import UserError
@@ -164,7 +164,9 @@ def load_finished_run(folder: Path, options: Options) -> FinishedRun:
         trained = trained_config(config, folder) if config.trains else config
         _, model, tokenizer, _ = build_pipeline(trained, build_strategies(trained))
         if config.trains:
-            load_weights(model, find_trained(config, folder, checkpoint.find_newest(folder)))
+            load_weights(
+                model, checkpoint.find_trained(folder, config.select, checkpoint.find_newest(folder))
+            )
         model = model.to(device).eval()
     return FinishedRun(folder, config, result, model, tokenizer, config.fit.uses_bf16(device), options)
 

@@ -172,7 +172,7 @@ def _heat(axes, cells: np.ndarray, codes: Sequence[str]) -> None:
             )
 
 
-PREFIX = "eval/test/"  # what `finetune.evaluate` records with `eval_each_epoch`: LANGUAGE, or LANGUAGE/TYPE
+PREFIX = "eval/test/"  # what `finetune.worker` records with `eval_each_epoch`: LANGUAGE, or LANGUAGE/TYPE
 RELATION_NAMES = {SYNONYM: "a synonym", HYPERNYM: "a hypernym", HYPONYM: "a hyponym", NONE: "unrelated"}
 COLOURS = {SYNONYM: "tab:green", HYPERNYM: "tab:olive", HYPONYM: "tab:cyan", NONE: "lightgray"}
 
