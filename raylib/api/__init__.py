@@ -14,9 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-if (
-    __name__ == "polyglance"
-):  # this file under its other name: one package under both, and one copy of each class
+# this file under its other name: one package under both, and one copy of each class
+if __name__ == "polyglance":
     try:
         import raylib.api
     except ImportError as error:
@@ -61,7 +60,7 @@ def load(
     Raises:
         UserError: no such model, weights that do not fit or are not finite.
     """
-    from raylib.api.model import load_model
+    from raylib.api.loading import load_model
 
     return load_model(path, device, dtype, language=language, backbone=backbone, vision=vision)
 
@@ -132,7 +131,9 @@ def _watch(transformers: Any) -> None:
 
 
 # `AutoModel` reads exports of ours after `import polyglance`, whichever is imported first
-if "transformers" in sys.modules:
+if __name__ == "polyglance":
+    pass  # `raylib.api` has done it
+elif "transformers" in sys.modules:
     _watch(sys.modules["transformers"])
 else:
     sys.meta_path.insert(0, _TransformersFinder())

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from raylib import __version__, checkpoint
 from raylib.api.card import RunFacts, write_card
-from raylib.api.model import Model, load_model
+from raylib.api.loading import load_model
+from raylib.api.model import Model
 from raylib.api.source import Key, bundle
 from raylib.api.tokenizer_json import NotConvertible, write_tokenizer
 from raylib.command import command_parser, entry_point

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,30 +18,18 @@ from torch import Tensor
 from finetune.batches import encode_inputs, encode_texts
 from finetune.config import FinetuneConfig
 from finetune.formats import Example
-from finetune.formats.answers import LABELS
 from finetune.predict import class_scores
 from finetune.stores import Regions, to_regions
 from finetune.stores.images import join_regions
-from finetune.strategies.base import Context
 from finetune.tasks.ranking import match_pairs
 from pretrain.evaluate import image_vectors, sentence_vectors
-from raylib.config import load_config, validate
 from raylib.data.images import load_image, resize_image
 from raylib.data.loading import prefetch
 from raylib.display import progress
 from raylib.errors import NotFinite, UserError
-from raylib.fileio import read_json
 from raylib.finite import require_finite
-from raylib.launch import no_log
-from raylib.models.base import RUN_KEY, Backbone, RetrievalBackbone, read_description
-from raylib.models.finetuned import (
-    FinetuneModel,
-    find_evaluated,
-    find_run,
-    is_foreign,
-    load_backbone,
-    tokenizer_at,
-)
+from raylib.models.base import Backbone, RetrievalBackbone
+from raylib.models.finetuned import FinetuneModel
 from raylib.models.layers import Memory
 from raylib.packed import Ragged
 from raylib.text import Tokenizer
@@ -66,86 +54,6 @@ class Match(NamedTuple):
     position: int
 
 
-def load_model(
-    path: Path | str,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    *,
-    language: str | None = None,
-    backbone: str = "unified",
-    vision: str | None = None,
-) -> "Model":
-    """`polyglance.load`."""
-    path = language_part(Path(path), language)
-    network: Backbone | FinetuneModel
-    if is_foreign(path):
-        network, run = load_backbone(path, backbone, vision), None
-    else:
-        folder = find_evaluated(path)
-        run = find_run(path, folder)
-        if read_description(folder)["model_type"] == "polyglance-finetuned":
-            network = FinetuneModel.from_pretrained(folder, "" if backbone == "unified" else backbone)
-        else:
-            network = load_backbone(path, backbone, vision)
-    if run:
-        settings = read_description(run)
-        config = load_config(FinetuneConfig, run / "config.json") if "task" in settings else None
-    else:  # an export has of them what says how it reads
-        settings = {} if is_foreign(path) else read_json(path / "config.json").get(RUN_KEY, {})
-        config = validate(FinetuneConfig, settings, str(path / "config.json")) if "task" in settings else None
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        network.to(device).eval()
-    except (RuntimeError, AssertionError) as error:  # no such device, or a PyTorch without it
-        raise UserError(f"device={device}: {str(error).strip().partition(chr(10))[0]}") from None
-    tokenizer = Tokenizer.load(tokenizer_at(path))
-    if config:
-        tokenizer = _with_prompts(config, tokenizer, network)
-    return Model(path, network, tokenizer, config, settings, _is_bf16(dtype, config, torch.device(device)))
-
-
-def language_part(path: Path, language: str | None) -> Path:
-    """The folder of the model for `language` in a run that trained one for each.
-
-    Raises:
-        UserError: the run has none, or no one said which.
-    """
-    parts = sorted(p.parent.name for p in path.glob("*/config.json") if (p.parent / "part.json").is_file())
-    settings = read_description(path) if (path / "config.json").is_file() else {}
-    apart = settings.get("setting") in ("few_shot", "single_language") and parts
-    if language is None and apart:
-        raise UserError(f"{path} has a model for each language: give language=, one of {', '.join(parts)}")
-    if language is None:
-        return path
-    if not apart or language not in parts:
-        has = f"it has {', '.join(parts)}" if apart else "it has one model for all languages"
-        raise UserError(f"{path} has no model for language={language}: {has}")
-    return path / language
-
-
-def _with_prompts(config: FinetuneConfig, tokenizer: Tokenizer, network: Any) -> Tokenizer:
-    """The tokenizer with the prompts that the run trained with: strategies of users are asked too, since they
-    alone know."""
-    labels = network.labels if isinstance(network, FinetuneModel) else ()
-    cache = Path(config.runs).absolute() / "cache"
-    folders = Path(config.data), config.wordnet_folder
-    context = Context(*folders, config.languages, labels, tokenizer.path, cache, no_log)
-    for strategy in config.strategies.active().values():
-        if strategy.changes_texts or strategy._user_class:
-            tokenizer = strategy.build(context).wrap_tokenizer(tokenizer, network)
-    return tokenizer
-
-
-def _is_bf16(dtype: torch.dtype | str | None, config: FinetuneConfig | None, device: torch.device) -> bool:
-    if dtype is None:
-        return config is not None and config.fit.uses_bf16(device)
-    name = str(dtype).removeprefix("torch.")
-    if name not in ("float32", "bfloat16"):
-        raise UserError(f"dtype={name}: give float32 or bfloat16, or leave it out")
-    return name == "bfloat16"
-
-
 class Model:
     """A model that `polyglance.load` has loaded.
 
@@ -164,16 +72,16 @@ class Model:
         network: Backbone | FinetuneModel,
         tokenizer: Tokenizer,
         config: FinetuneConfig | None,
-        settings: dict[str, Any],
+        capabilities: frozenset[str],
         bf16: bool,
     ):
         self.path, self.network, self.tokenizer, self.bf16 = path, network, tokenizer, bf16
+        self.capabilities = capabilities
         self.backbone = network.backbone
         self.task = config.task if config else None
         self.labels = network.labels if isinstance(network, FinetuneModel) else ()
         self.region_dim = network.description["regions"] if isinstance(network, FinetuneModel) else None
         self.sigmoid = config is not None and config.loss == "bce"
-        self.capabilities = _capabilities(path, network, config, settings)
         if config:
             self.length = config.length
         elif isinstance(network, RetrievalBackbone):
@@ -419,36 +327,17 @@ class Model:
         return len(self.encode_text("."))
 
     def require(self, method: str) -> None:
-        if method not in self.capabilities:
-            _refuse(self, method)
-
-
-def _refuse(model: Model, method: str) -> NoReturn:
-    if not model.capabilities:
-        raise UserError(
-            f"{model.path}: published weights for {model.backbone.kind} without what {method} needs; "
-            "pretrain or fine-tune from them first, then load the run"
-        )
-    what = f"fine-tuned on {model.task}" if model.task else f"a pretrained {model.backbone.kind}"
-    raise UserError(
-        f"{model.path}: this model, {what}, cannot {method}; it can {', '.join(sorted(model.capabilities))}"
-    )
-
-
-def _capabilities(
-    path: Path, network: Any, config: FinetuneConfig | None, settings: dict[str, Any]
-) -> frozenset[str]:
-    """The methods of `Model` that `network` has trained weights for."""
-    if isinstance(network, FinetuneModel):
-        return frozenset({"classify", "entails" if set(network.labels) == set(LABELS) else "answer"})
-    if not isinstance(network, RetrievalBackbone) or (is_foreign(path) and not network.has_embeddings(path)):
-        return frozenset()
-    found = {"encode_image", "encode_text", "similarity"}
-    if network.has_match_head and (config is None or config.use_itm_head):
-        weights = settings.get("objective", {}).get("weights", {})
-        if weights.get("itm", 1):
-            found.add("rerank")
-    return frozenset(found)
+        """Raises UserError: the model has no weights for `method`; says what it can do."""
+        if method in self.capabilities:
+            return
+        if not self.capabilities:
+            raise UserError(
+                f"{self.path}: published weights for {self.backbone.kind} without what {method} needs; "
+                "pretrain or fine-tune from them first, then load the run"
+            )
+        what = f"fine-tuned on {self.task}" if self.task else f"a pretrained {self.backbone.kind}"
+        can = ", ".join(sorted(self.capabilities))
+        raise UserError(f"{self.path}: this model, {what}, cannot {method}; it can {can}")
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -28,7 +28,8 @@ import torch
 
 from finetune.formats import stream_jsonl, stream_lines
 from finetune.stores.regions import open_regions
-from raylib.api.model import Model, language_part, load_model
+from raylib.api.loading import language_part, load_model
+from raylib.api.model import Model
 from raylib.command import command_parser, entry_point
 from raylib.config import Config, differing_paths
 from raylib.data.images import is_image, load_image, resize_image
