@@ -32,7 +32,7 @@ from raylib.fileio import write_json
 from raylib.finite import StepMonitor, finite_values, require_finite_values
 from raylib.randomness import hash64
 from raylib.runtime import Runtime, has_bf16, out_of_memory_error, peak_flops, peak_memory
-from raylib.track import ProgressLog, StallWatch, Tracker
+from raylib.track import MetricsLog, ProgressLog, StallWatch
 from raylib.trackers import Backend
 
 
@@ -164,8 +164,8 @@ def fit(
     zero = runtime.zero if config.zero is None else config.zero
     engine = (DeepSpeedEngine if zero else TorchEngine)(objective, optim, device, bf16, start, rates, guard)
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
-    tracker = Tracker(runtime.run, first) if runtime.rank == 0 else None
-    progress = ProgressLog(describe["run"], config.steps, first, batches, meter, runtime, tracker)
+    metrics_log = MetricsLog(runtime.run, first) if runtime.rank == 0 else None
+    progress = ProgressLog(describe["run"], config.steps, first, batches, meter, runtime, metrics_log)
     saver = _Saver(runtime, engine, describe, meter, config.steps, meta.get("samples_replaced", 0))
     losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
     replay = _Replay(objective, batches, config, runtime)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from raylib.loop import Meter
 
 
-class Tracker:
+class MetricsLog:
     """Appends one line a record. A resumed run drops the lines of steps that it will do again, and of others
     what is not finite, which earlier versions wrote as NaN: JSON has no such word."""
 
@@ -48,7 +48,7 @@ def read_metrics(run: Path) -> list[dict]:
 
 class ProgressLog:
     """Logs what the training `run` of `steps` steps reaches, from step `first` on, in epochs where `batches`
-    has some. All workers take part, the one with a `tracker` speaks."""
+    has some. All workers take part, the one with a `metrics_log` speaks."""
 
     def __init__(
         self,
@@ -58,10 +58,10 @@ class ProgressLog:
         batches: StepDataset,
         meter: "Meter",
         runtime: Runtime,
-        tracker: Tracker | None,
+        metrics_log: MetricsLog | None,
     ):
         self.run, self.steps, self.first, self.batches = run, steps, first, batches
-        self.meter, self.runtime, self.tracker = meter, runtime, tracker
+        self.meter, self.runtime, self.metrics_log = meter, runtime, metrics_log
         self.before = self.last = meter.copy()
 
     def log(self, step: int, lr: float, losses: dict[str, float], skipped: int) -> None:
@@ -75,7 +75,7 @@ class ProgressLog:
         # one gather of what workers differ in: the slowest reader and the fullest memory count
         local = torch.tensor([now.tokens - last.tokens, waited, memory], dtype=torch.float64)
         tokens, waits, memories = all_gather(local.to(self.runtime.device)).reshape(-1, 3).T.tolist()
-        if not self.tracker:
+        if not self.metrics_log:
             return
         figures = {
             "samples_per_second": (now.samples - last.samples) / worked,
@@ -95,7 +95,7 @@ class ProgressLog:
 
     def log_evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Log the scores after `step` steps; names with a slash are grouped."""
-        if self.tracker and scores:
+        if self.metrics_log and scores:
             self._record(step, {f"eval/{k}": v for k, v in scores.items()})
             groups: dict[str, list[str]] = {}
             for name, value in scores.items():
@@ -109,8 +109,8 @@ class ProgressLog:
         return step * samples / max(1, step - self.first) / spent if spent else 0.0
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
-        assert self.tracker is not None
-        self.tracker.log(step, metrics)
+        assert self.metrics_log is not None
+        self.metrics_log.log(step, metrics)
         self.runtime.publish(metrics)
 
     def _seconds_left(self, step: int) -> float:

@@ -22,7 +22,7 @@ from raylib.errors import NotFinite, UserError
 from raylib.metrics import recall_hits
 from raylib.models.finetuned import FinetuneModel
 from raylib.text import Tokenizer
-from raylib.track import Tracker, read_metrics
+from raylib.track import MetricsLog, read_metrics
 from tests.factories import make_model
 from tests.test_decoder import ANSWERS
 from tests.test_finetune import TOKENIZER, captions, pixels, questions, retriever, small_model
@@ -195,7 +195,7 @@ def test_non_finite_results_are_not_written(tmp_path):
         write_result(tmp_path / "r.json", {"retrieval": {"de": {"i2t_r1": NAN}}})
     with pytest.raises(NotFinite, match=r"f.json: mean not finite"):
         write_figure(open_pyplot().figure(), {"mean": math.inf}, tmp_path / "f")
-    tracker = Tracker(tmp_path, 0)
+    tracker = MetricsLog(tmp_path, 0)
     with pytest.raises(ValueError, match="JSON compliant"):
         tracker.log(1, {"loss/a": NAN})
     assert (

@@ -12,7 +12,7 @@ from raylib.data.loading import StepDataset
 from raylib.engine import OptimConfig, TorchEngine
 from raylib.loop import Meter
 from raylib.runtime import LocalRuntime, peak_flops
-from raylib.track import ProgressLog, StallWatch, Tracker, duration, layout, read_metrics, short
+from raylib.track import MetricsLog, ProgressLog, StallWatch, duration, layout, read_metrics, short
 from tests.test_not_finite import Faulty, faulty_batch
 from tests.test_not_finite_run import Batches
 from tests.test_not_finite_run import run as train
@@ -181,7 +181,7 @@ def test_flops_of_the_first_step_are_counted_and_change_nothing():
 def test_share_of_peak_is_of_all_workers_devices(tmp_path):
     meter = Meter({"data": 1.0}, peak=1e3)
     runtime = LocalRuntime(tmp_path, 1)
-    progress = ProgressLog("x", 10, 0, StepDataset(), meter, runtime, Tracker(tmp_path, 0))
+    progress = ProgressLog("x", 10, 0, StepDataset(), meter, runtime, MetricsLog(tmp_path, 0))
     meter.seconds |= {"data": 2.0, "step": 3.0}
     meter.tokens, meter.samples, meter.flops_per_token = 400, 20, 4.0
     progress.log(5, 0.1, {"task": 1.0}, 0)

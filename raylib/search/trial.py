@@ -166,7 +166,9 @@ def setting_config(context: SearchContext, setting: Setting | None, part: str, n
     """Return the config of a setting, with a run folder in this `part` of the search's folder."""
     changes = {} if setting is None else config_changes(context.space.knobs, setting)
     config = apply_changes(context.base, changes)
-    return config.model_copy(update={"runs": str(context.folder / part), "name": name})
+    return config.model_copy(
+        update={"runs": str(context.folder / part), "name": name, "recipe": context.config.recipe}
+    )
 
 
 def run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None:
