@@ -254,6 +254,10 @@ def test_wrong_input_is_named(export, images, tmp_path, stored):
         polyglance.load(stored / "runs/few_shot")
     with pytest.raises(UserError, match="no model for language=de: it has ru"):
         polyglance.load(stored / "runs/few_shot", language="de")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text('{"fit": {}, "setting": "untrained", "model": "runs/x"}')
+    with pytest.raises(UserError, match="trained nothing; load the model that it evaluated, runs/x"):
+        polyglance.load(tmp_path / "run")
     with pytest.raises(UserError, match="neither a model folder nor a run"):
         polyglance.load(tmp_path / "nothing")
     with pytest.raises(UserError, match="nothing://x.png: Protocol not known"):

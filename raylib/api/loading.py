@@ -36,6 +36,11 @@ def load_model(
 ) -> Model:
     """`polyglance.load`."""
     path = language_part(Path(path), language)
+    stored = read_description(path) if (path / "config.json").is_file() else {}
+    if stored.get("setting") in ("untrained", "translate_test"):
+        raise UserError(
+            f"{path}: this run trained nothing; load the model that it evaluated, {stored['model']}"
+        )
     network: Backbone | FinetuneModel
     if is_foreign(path):
         network, run = load_backbone(path, backbone, vision), None
