@@ -38,7 +38,8 @@ STATE_FILES = (
 BACKUP = ".kept"  # folder of the copy
 ANSI_COLOURS = re.compile(r"\x1b\[\d*m")  # of Ray's tracebacks
 BACKUP_SECONDS = 2.0  # between copies
-OF_TUNE = ("Experiment has been interrupted", "Trials did not complete")
+# messages of Tune's that are for those who call it: how it would go on after Ctrl-C, what took it seconds
+FOR_CALLERS = ("Experiment has been interrupted", "Trials did not complete", "performance bottleneck")
 OLD_PACKAGE = b"raylib.tune."  # which `PICKLED` renames
 
 
@@ -68,8 +69,8 @@ def run_tuner(
         KeyboardInterrupt: it was interrupted: Tune itself returns as if all was well.
     """
     logging.getLogger("ray.tune").setLevel(logging.WARNING)  # it tells of every file that it writes or reads
-    # after Ctrl-C it says how its own function would go on
-    logging.getLogger("ray.tune.tune").addFilter(lambda record: not record.getMessage().startswith(OF_TUNE))
+    for name in ("ray.tune.tune", "ray.tune.utils.util"):
+        logging.getLogger(name).addFilter(_is_for_users)
     # `tune.run` and not `Tuner`, which would go on with its pickle of the first start's arguments
     analysis = tune.run(
         trainable,
@@ -116,6 +117,10 @@ def load_callbacks(file: str | None) -> list[tune.Callback]:
     if wrong := [type(each).__name__ for each in found if not isinstance(each, tune.Callback)]:
         raise UserError(f"{file}: callbacks() returns {', '.join(wrong)}, no callback of Ray Tune")
     return found
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in FOR_CALLERS)
 
 
 def has_ended(result: tune.Result) -> bool:
