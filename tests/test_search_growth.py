@@ -253,7 +253,9 @@ def test_search_learns_from_another_search(search, tmp_path, capsys):
     folder = search(wide, f"warm_start={tmp_path / 'other'}", "num_trials=2")
     said = f"warm start from 1 finished trials of {tmp_path / 'other'}; 1 lie outside of this space; "
     said += "other settings there: epochs"
-    assert said in capsys.readouterr().out and said[5:] in (folder / "report.md").read_text(encoding="utf-8")
+    assert said in capsys.readouterr().out and f"It began with a {said}" in (folder / "report.md").read_text(
+        encoding="utf-8"
+    )
     evidence = [trial for trial in study_of(folder).trials if "warm_start" in trial.user_attrs]
     assert [trial.params for trial in evidence] == [{"x": 0.25, "how": "a"}] and len(
         study_of(folder).trials

@@ -92,7 +92,7 @@ def _notes(context: SearchContext, results: Sequence[TrialResult]) -> list[str]:
     if config.algorithm != "grid" and len(results) < config.num_trials:
         notes.append(f"max_hours={config.max_hours:g} were over before {config.num_trials} trials had begun")
     if context.warm_start:
-        notes.append(context.warm_start.capitalize())
+        notes.append(f"It began with a {context.warm_start}")
     return notes
 
 
@@ -130,7 +130,7 @@ def store_finalists(context: SearchContext, finalists: Sequence[Finalist]) -> No
         config = setting_config(context, finalist.setting, "finals", finalist.name)
         tests = {f"test {name}": list(finalist.scores(name).values()) for name in TESTS}
         attributes = {
-            "trial": finalist.name,
+            "rank among trials": finalist.name,
             "folder": str(context.folder / "finals" / f"setting{finalist.number}_seed*"),
             "seeds": list(finalist.dev),
             "epochs": job.epochs_per_run(config) * job.num_runs(config),
