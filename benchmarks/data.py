@@ -32,7 +32,7 @@ from raylib.data.shards import ShardWriter
 from raylib.data.sources import Source
 from raylib.fileio import append_jsonl
 from raylib.randomness import permutation, uniform
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from raylib.text import Tokenizer
 
 FILE = RESULTS / "data.jsonl"

@@ -17,7 +17,7 @@ import polyglance
 from benchmarks.results import ROOT
 from raylib.display import open_pyplot, save_figure
 from raylib.randomness import permutation
-from raylib.sample.concepts import UNSEEN_VENDOR, is_held_out, read_concept_captions, read_images
+from raylib.sample import UNSEEN_VENDOR, is_held_out, read_concept_captions, read_images
 
 LANGUAGES = ("de", "fr", "ru", "tr", "el", "sw")  # scripts that every matplotlib draws
 SHOWN = 6  # drawings of a row

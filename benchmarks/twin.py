@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raylib.models.unified import UnifiedModel
-from raylib.objectives.contrastive import draw_hard_negatives
+from raylib.objectives import draw_hard_negatives
 from raylib.packed import Attention, Block, Sentences
 
 LENGTHS = {"image_text": 35, "parallel": 50, "text": 64}  # paper 2

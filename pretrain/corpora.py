@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import raylib.sample
 import raylib.text
 from pretrain.corpus_formats import LIMIT, Tally, read_image_text, read_pairs, read_text
 from raylib.command import command_parser, entry_point
@@ -28,8 +29,22 @@ from raylib.data import shards, tars
 from raylib.data.shards import ShardWriter
 from raylib.errors import UserError
 from raylib.fileio import sha256_file
-from raylib.sample import concepts
-from raylib.sample.concepts import DATA, LANGUAGES, TRAINING_VENDORS, UNSEEN_VENDOR
+from raylib.sample import (
+    DATA,
+    LANGUAGES,
+    TRAINING_VENDORS,
+    UNSEEN_VENDOR,
+    draw_training_scenes,
+    draw_unseen_scenes,
+    is_held_out,
+    list_held_out_pairs,
+    list_held_out_sentences,
+    list_training_pairs,
+    list_training_sentences,
+    read_concept_captions,
+    read_images,
+    read_training_captions,
+)
 from raylib.text import Tokenizer, is_language_code
 
 SAMPLE_SHARD = 256  # samples of an image_text shard of the embedded corpus
@@ -179,7 +194,7 @@ def build_sample_corpus(cache: Path | str, tokenizer: Path | str | None = None, 
 def _fingerprint(tokenizer: Path) -> str:
     """Hash of everything that the folder depends on: the data, and the code that turns it into shards."""
     files = [path for part in ("captions", "pictures", "udhr") for path in sorted((DATA / part).iterdir())]
-    modules = (concepts, shards, tars, raylib.text)
+    modules = (raylib.sample, shards, tars, raylib.text)
     code = [Path(str(module.__file__)) for module in modules]
     hashes = map(sha256_file, [*files, tokenizer, *code, Path(__file__)])
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
@@ -191,15 +206,15 @@ def _build_sample(folder: Path, tokenizer_file: Path, scenes: bool) -> None:
     tokenizer = Tokenizer.load(folder / tokenizer_file.name)
     scene_images = (
         ImageText(scene.name, {"webp": scene.image}, {"en": scene.captions})
-        for scene in concepts.draw_training_scenes()
+        for scene in draw_training_scenes()
     )
     images = scene_images if scenes else _training_images()
     write_image_text(folder / "image_text", images, max_samples=SAMPLE_SHARD)
-    unseen = concepts.draw_unseen_scenes() if scenes else concepts.read_images(UNSEEN_VENDOR)
+    unseen = draw_unseen_scenes() if scenes else read_images(UNSEEN_VENDOR)
     write_image_text(folder / "retrieval", _unseen_images(unseen), language="mul", max_samples=SAMPLE_SHARD)
     write_image_text(folder / "dev" / "image_text", _dev_images(unseen), max_samples=SAMPLE_SHARD)
-    _write_texts(folder, tokenizer, concepts.list_training_pairs, concepts.list_training_sentences)
-    _write_texts(folder / "dev", tokenizer, concepts.list_held_out_pairs, concepts.list_held_out_sentences)
+    _write_texts(folder, tokenizer, list_training_pairs, list_training_sentences)
+    _write_texts(folder / "dev", tokenizer, list_held_out_pairs, list_held_out_sentences)
 
 
 def _write_texts(
@@ -222,7 +237,7 @@ def _write_texts(
 
 def _training_images() -> Iterator[ImageText]:
     """A training concept each: its drawings by the training vendors, its English captions."""
-    drawings = {vendor: concepts.read_images(vendor) for vendor in TRAINING_VENDORS}
+    drawings = {vendor: read_images(vendor) for vendor in TRAINING_VENDORS}
     for key, captions in _captions_of_training():
         images = {f"{vendor}.png": drawings[vendor][key] for vendor in TRAINING_VENDORS}
         yield ImageText(key, images, {"en": captions})
@@ -236,7 +251,7 @@ def _dev_images(unseen: dict[str, bytes]) -> Iterator[ImageText]:
 
 
 def _captions_of_training() -> Iterator[tuple[str, list[str]]]:
-    for key, caption in concepts.read_training_captions("en").items():
+    for key, caption in read_training_captions("en").items():
         yield key, list(filter(None, dict.fromkeys((caption.name, ", ".join(caption.keywords)))))
 
 
@@ -244,8 +259,8 @@ def _unseen_images(drawings: dict[str, bytes]) -> Iterator[ImageText]:
     """A concept each: its drawing by the unseen vendor, its name in every language (keywords would be
     ambiguous)."""
     for key, image in drawings.items():
-        captions = {language: [concepts.read_concept_captions(language)[key].name] for language in LANGUAGES}
-        yield ImageText(key, {"png": image}, captions, {"key": key, "heldout": concepts.is_held_out(key)})
+        captions = {language: [read_concept_captions(language)[key].name] for language in LANGUAGES}
+        yield ImageText(key, {"png": image}, captions, {"key": key, "heldout": is_held_out(key)})
 
 
 @entry_point()

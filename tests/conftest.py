@@ -55,15 +55,13 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def retrieval_set(tmp_path_factory):
     """Twenty drawings with captions.json in three languages, one image without German."""
-    from raylib.sample import concepts
+    from raylib.sample import read_concept_captions, read_images
 
     folder = tmp_path_factory.mktemp("retrieval")
     records = []
-    for i, (key, image) in enumerate(list(concepts.read_images("fluent").items())[:20]):
+    for i, (key, image) in enumerate(list(read_images("fluent").items())[:20]):
         (folder / f"{key}.png").write_bytes(image)
-        captions = {
-            language: concepts.read_concept_captions(language)[key].name for language in ("en", "de", "zh")
-        }
+        captions = {language: read_concept_captions(language)[key].name for language in ("en", "de", "zh")}
         if i == 3:
             del captions["de"]
         records.append({"image": f"{key}.png", "captions": captions})
@@ -98,7 +96,7 @@ def scenes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """A small random model, exported."""
-    from raylib.sample.concepts import DATA
+    from raylib.sample import DATA
     from tests.factories import make_model
 
     folder = tmp_path_factory.mktemp("model") / "export"
@@ -117,7 +115,7 @@ def library(tmp_path_factory, model):
 
     from raylib.models.decoder import encode_answers
     from raylib.models.finetuned import FinetuneModel
-    from raylib.sample import concepts
+    from raylib.sample import read_concept_captions, read_images
     from raylib.text import Tokenizer
     from tests.factories import make_model
 
@@ -139,10 +137,10 @@ def library(tmp_path_factory, model):
         FinetuneModel(backbone, labels, images, 0.1, answers=ids).eval().save(runs / f"sample_{name}")
         shutil.copy2(tokenizer.path, runs / f"sample_{name}")
     (folder / "images").mkdir()
-    captions = concepts.read_concept_captions("en")
-    for key, image in list(concepts.read_images("fluent").items())[:8]:
+    captions = read_concept_captions("en")
+    for key, image in list(read_images("fluent").items())[:8]:
         (folder / "images" / f"{key}.png").write_bytes(image)
-    drawings = {captions[key].name: image for key, image in concepts.read_images("fluent").items()}
+    drawings = {captions[key].name: image for key, image in read_images("fluent").items()}
     for name in ("cat", "dog", "house"):
         (folder / f"{name}.png").write_bytes(drawings[name])
     return folder

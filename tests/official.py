@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from raylib.sample.concepts import read_concept_captions, read_images
+from raylib.sample import read_concept_captions, read_images
 
 SPLITS = {"train": 16, "dev": 6, "test": 6}  # images, or questions
 KEYS = tuple(read_images("fluent"))

@@ -43,7 +43,7 @@ from raylib.models.finetuned import FinetuneModel
 from raylib.models.layers import Memory
 from raylib.models.single_stream import UC2
 from raylib.packed import Ragged
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from raylib.sample.scenes.world import translate_name
 from raylib.text import PromptedTokenizer, Tokenizer
 from tests.factories import SMALL, make_model

@@ -22,7 +22,7 @@ from raylib.models.finetuned import FinetuneModel, load_backbone
 from raylib.models.hf_weights import encoder_sizes
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from tests.test_finetune_models import regions_of, write_regions
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"

@@ -14,7 +14,7 @@ from raylib.data.images import decode_image
 from raylib.data.sources import Source
 from raylib.errors import UserError
 from raylib.fileio import CHUNK
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from raylib.text import Tokenizer
 
 TOKENIZER = DATA / "tokenizer.model"

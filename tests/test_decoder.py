@@ -13,7 +13,7 @@ from raylib.models.decoder import DecoderConfig, encode_answers
 from raylib.models.finetuned import FinetuneModel
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from raylib.text import Tokenizer
 from raylib.track import read_metrics
 from tests import reference

@@ -32,7 +32,7 @@ from raylib.errors import UserError
 from raylib.models.finetuned import FinetuneModel
 from raylib.models.oscar import TINY, Oscar
 from raylib.packed import Ragged, find_segments
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from raylib.text import PromptedTokenizer, Tokenizer
 from tests.factories import make_batch, make_model
 from tests.test_oscar import FEATURES, shaken

@@ -19,7 +19,7 @@ from raylib.errors import UserError
 from raylib.models.finetuned import FinetuneModel
 from raylib.models.oscar import REGION_BOX_DIM, TINY, Oscar
 from raylib.randomness import hash64
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from raylib.search.trial import TuneReporter
 from raylib.track import read_metrics
 from tests.conftest import QUICK

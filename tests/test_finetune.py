@@ -20,7 +20,7 @@ from raylib.errors import UserError
 from raylib.models.finetuned import FinetuneModel, freeze
 from raylib.models.layers import Memory
 from raylib.packed import Ragged
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from raylib.text import Tokenizer
 from tests import reference
 from tests.factories import make_model

@@ -20,7 +20,7 @@ from finetune.recipes import RECIPES
 from finetune.stores.images import open_visual
 from raylib import checkpoint
 from raylib.config import override
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from raylib.track import read_metrics
 from tests.test_stores import b64, write_lmdb
 

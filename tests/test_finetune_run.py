@@ -19,7 +19,7 @@ from finetune.stores import images
 from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.tasks.datasets import TASKS
 from raylib.config import override
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from raylib.sample.scenes.world import read_labels
 from raylib.track import read_metrics
 from tests.conftest import QUICK

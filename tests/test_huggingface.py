@@ -35,7 +35,7 @@ from raylib.models.decoder import encode_answers
 from raylib.models.finetuned import FinetuneModel
 from raylib.models.layers import normalize_pixels
 from raylib.models.unified import UnifiedModel
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from raylib.text import Tokenizer, add_specials
 from tests.factories import make_model
 from tests.test_tuning import CONTEXT, METHODS

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from raylib.distributed import clamp_parameter
 from raylib.models.unified import HEAD_ROWS, vocabulary_loss
-from raylib.objectives.contrastive import draw_hard_negatives, info_nce
+from raylib.objectives import draw_hard_negatives, info_nce
 
 
 def test_contrastive_loss_excludes_equal_content():

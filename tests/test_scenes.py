@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from finetune.strategies.lexical import WordNet
-from raylib.sample.concepts import is_held_out
+from raylib.sample import is_held_out
 from raylib.sample.scenes.__main__ import main
 from raylib.sample.scenes.subset import cut_vectors, cut_wordnet
 from raylib.sample.scenes.world import (

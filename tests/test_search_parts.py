@@ -18,7 +18,7 @@ from finetune.recipes import RECIPES
 from raylib import renames
 from raylib.config import Config, override
 from raylib.errors import UserError
-from raylib.search import figures, report, schedulers, space, tuner
+from raylib.search import display, report, schedulers, space, tuner
 from raylib.search.config import SearchConfig
 from raylib.search.final_runs import Finalist
 from raylib.search.optuna import SearcherOptions, build_searcher, trial_state
@@ -272,7 +272,7 @@ def test_importance_finds_the_decisive_setting():
 
     dice = random.Random(0)
     knobs = {"x": Float(0, 1), "y": Float(0, 1), "way": OneOf(a={"z": Float(0, 1)}, b={})}
-    found = figures.importances(
+    found = display.importances(
         knobs, rows([(dice.random(), dice.random(), dice.random()) for _ in range(60)]), "one", 0
     )
     assert found["x"] > 0.9 and found["y"] < 0.05 and found["way"] < 0.05
@@ -281,7 +281,7 @@ def test_importance_finds_the_decisive_setting():
         row._replace(scores={"one": 0.5})
         for row in rows([(0.1, 0.2, 0.3), (0.5, 0.6, 0.7), (0.2, 0.9, 0.1), (0.3, 0.3, 0)])
     ]
-    assert figures.importances(knobs, same, "one", 0) == {}  # nothing to explain
+    assert display.importances(knobs, same, "one", 0) == {}  # nothing to explain
 
 
 def test_search_cost_counts_trained_and_saved_epochs():
@@ -462,7 +462,7 @@ def test_search_final_comparison_is_paired_by_seed():
 
 def test_optuna_study_keeps_conditional_settings():
     knobs = {"way": OneOf(a={"z": Float(0, 1)}, b={}), "x": Float(0, 1), "y": Float(0, 1)}
-    study = figures.to_study(knobs, rows([(0.1, 0.2, 0.3), (0.5, 0.6, 0.7)]), ["one"])
+    study = display.to_study(knobs, rows([(0.1, 0.2, 0.3), (0.5, 0.6, 0.7)]), ["one"])
     assert [set(trial.params) for trial in study.trials] == [{"x", "y", "way"}, {"x", "y", "way", "z"}]
     assert isinstance(study, optuna.Study)
 

@@ -16,8 +16,8 @@ from raylib.errors import UserError
 from raylib.launch import LaunchConfig
 from raylib.loop import FitConfig
 from raylib.search.config import SearchConfig, check_fingerprint
+from raylib.search.display import SearchTable
 from raylib.search.optuna import GrowingGenerator, SearcherOptions, build_searcher, load_evidence
-from raylib.search.progress import SearchTable
 from raylib.search.schedulers import build_scheduler, hypervolume_contributions, pareto_order
 from raylib.search.space import Choice, Float, Int, OneOf, SettingKey, Space
 from raylib.search.trial import REPEAT_OF, REPLICATE, append_report

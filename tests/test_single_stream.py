@@ -12,7 +12,7 @@ from raylib.models import BACKBONES
 from raylib.models.finetuned import FinetuneModel, freeze, load_backbone
 from raylib.models.single_stream import LAYOUTS
 from raylib.packed import Ragged
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from tests import published
 from tests.published import FEATURES, WORDS, write
 from tests.test_load import our_rows, peer_text

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.__main__ import main
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from tests import published
 from tests.test_finetune_models import error, regions_of, text_folder, write_regions
 

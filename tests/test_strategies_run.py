@@ -16,7 +16,7 @@ from finetune.strategies.pruning import prune_mask, read_mask, sparsity
 from raylib.checkpoint import find_newest, read_meta
 from raylib.config import load_config
 from raylib.models import peft
-from raylib.sample.concepts import LANGUAGES
+from raylib.sample import LANGUAGES
 from raylib.track import read_metrics
 
 SETTINGS = {

@@ -25,7 +25,7 @@ from raylib.errors import UserError
 from raylib.models import BACKBONES
 from raylib.models.base import FusionBackbone
 from raylib.models.finetuned import FinetuneModel
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from raylib.text import Tokenizer
 from tests import official
 from tune_spaces import find_job

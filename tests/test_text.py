@@ -162,7 +162,7 @@ def test_text_ids_identify_equal_texts():
 
 
 def test_tokenizer_cached_texts_have_same_ids():
-    from raylib.sample.concepts import DATA
+    from raylib.sample import DATA
 
     tokenizer = Tokenizer.load(DATA / "tokenizer.model")
     texts = ["a red apple", "ein roter Apfel", "", "a red apple", "红苹果"]

@@ -35,7 +35,7 @@ from raylib.models.finetuned import FinetuneModel
 from raylib.models.oscar import TINY, Oscar
 from raylib.models.single_stream import M3P, UC2, MUniter, SingleStream
 from raylib.packed import Plan, Ragged
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from raylib.text import Tokenizer
 from tests.factories import make_model
 

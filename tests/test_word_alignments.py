@@ -21,7 +21,7 @@ from finetune.strategies.distillation.word_alignments import (
     split_words,
 )
 from raylib.errors import UserError
-from raylib.sample.concepts import DATA
+from raylib.sample import DATA
 from raylib.text import Tokenizer
 from raylib.track import read_metrics
 from tests.test_distillation import wordpiece  # noqa: F401

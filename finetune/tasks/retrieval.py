@@ -22,7 +22,7 @@ from raylib.metrics import disparity, mean_recall_at_1
 from raylib.models.base import RetrievalBackbone
 from raylib.models.finetuned import load_backbone
 from raylib.models.unified import UnifiedModel
-from raylib.objectives.contrastive import align_pairs, info_nce
+from raylib.objectives import align_pairs, info_nce
 from raylib.objectives.pretraining import ObjectiveConfig, TermWeights, UnifiedObjective
 from raylib.packed import Ragged, concatenate
 

@@ -1,5 +1,11 @@
 """Pretraining objectives. Here: the declarations that a term of the loss is made of, in a user's file too
-(docs/extending.md), and the cache of a frozen text encoder."""
+(docs/extending.md); the cache of a frozen text encoder; contrast of pairs over the global batch: its order,
+which keys are no negatives, InfoNCE, hard negatives.
+
+Losses are *sums* over local rows: the caller divides by the count over all workers.
+
+Shape legend: b local rows, B rows of the global batch, e embedding width.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,11 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat
 from torch import Tensor
 
 from raylib.config import Config, NameOrFile, UserFile, load_user_file, lookup
+from raylib.distributed import all_gather, gather_ragged
 from raylib.errors import UserError
+from raylib.packed import Ragged
 
 Stream = Literal["image_text", "parallel", "text"]
 Reads = Literal["embeddings", "masked", "matches"]
@@ -149,3 +158,195 @@ class FrozenTextCache:
                 room[:used] = self.states[:used]
             self.states = room
         self.states[used : used + len(states)] = states
+
+
+@dataclass(frozen=True)
+class GlobalPairs:
+    """The pairs of the global batch, in one order on any number of workers.
+
+    index: (b,) position in the global batch of each local row. global_index: (B,) all positions, ascending.
+    gathered_order: (B,) what sorts gathered rows so. positive: (b,) column of each local row's own pair.
+    same_content: (b, B) True where a pair has a left or right side equal to the local row's, its own pair
+        too: those are no negatives of it.
+    """
+
+    index: Tensor
+    global_index: Tensor
+    gathered_order: Tensor
+    positive: Tensor
+    same_content: Tensor
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(b, ...) on each worker -> (B, ...) in this order, with gradient."""
+        return all_gather(rows).index_select(0, self.gathered_order)
+
+    def logit_mask(self, dtype: torch.dtype) -> Tensor:
+        """(b, B) to be added to logits: -inf at false negatives, else 0."""
+        mask = torch.zeros(self.same_content.shape, dtype=dtype, device=self.same_content.device)
+        return mask.masked_fill_(self.same_content, -torch.inf).scatter_(1, self.positive[:, None], 0.0)
+
+
+def align_pairs(index: Tensor, left_id: Tensor, right_id: Tensor) -> GlobalPairs:
+    """Order the pairs of all workers, and find those of equal content.
+
+    Args:
+        index: (b,) of each local pair in the global batch, ascending.
+        left_id, right_id: (b,) equal for equal content.
+    """
+    # a worker's share is every W-th row of a larger tensor: searchsorted would warn
+    index = index.to(left_id.device).contiguous()
+    # one gather, not three: each waits for the slowest worker
+    gathered = all_gather(torch.stack([index, left_id, right_id], 1))
+    unsorted, left_ids, right_ids = gathered.unbind(1)
+    # by index and not by rank, so that sums of floats come out alike on any number of workers
+    global_index, order = unsorted.sort()
+    same_content = (left_id[:, None] == left_ids[order]) | (right_id[:, None] == right_ids[order])
+    return GlobalPairs(index, global_index, order, torch.searchsorted(global_index, index), same_content)
+
+
+def info_nce(
+    queries: Tensor, keys: Tensor, positive: Tensor, logit_mask: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE in one direction, summed (paper 2, equation 1). In float32, also under autocast.
+
+    Args:
+        queries: unit vectors (b, e).
+        keys: unit vectors of the global batch (B, e).
+        positive: (b,) the key of each query.
+        logit_mask: (b, B) -inf where the key is equal to the positive in content, and so no negative; else 0.
+        temperature: (1,).
+    Returns:
+        (sum of the losses, logits (b, B) without gradient).
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        # scaled and masked in the product itself: at (b, B), each further pass over the logits costs as much
+        scaled = queries.to(logit_mask.dtype) / temperature
+        logits = torch.addmm(logit_mask, scaled, keys.to(logit_mask.dtype).T)
+        return F.cross_entropy(logits, positive, reduction="sum"), logits.detach()
+
+
+@dataclass(frozen=True)
+class NegativeScores:
+    """Scores by which hard negatives are drawn, among pairs of a left and a right side.
+
+    left_to_right, right_to_left: (b, B) similarities of local rows to all keys, over the temperature.
+    forbidden: (b, B) the pair itself, and false negatives. index: (b,) of the rows in the global batch;
+    global_index: (B,) of the columns, ascending.
+    """
+
+    left_to_right: Tensor
+    right_to_left: Tensor
+    forbidden: Tensor
+    index: Tensor
+    global_index: Tensor
+
+    def subset(self, rows: Tensor, every: int) -> "NegativeScores":
+        """The same for local `rows` and the columns whose index is a multiple of `every`."""
+        if every == 1:
+            return self
+        columns = (self.global_index % every == 0).nonzero().squeeze(1)
+        left_to_right, right_to_left, forbidden = (
+            table.index_select(0, rows).index_select(1, columns)
+            for table in (self.left_to_right, self.right_to_left, self.forbidden)
+        )
+        return NegativeScores(
+            left_to_right, right_to_left, forbidden, self.index[rows], self.global_index[columns]
+        )
+
+
+@dataclass(frozen=True)
+class PairContrast:
+    """InfoNCE both ways, each summed over `count` local rows, and the scores for hard negatives."""
+
+    left_to_right: Tensor
+    right_to_left: Tensor
+    count: int
+    scores: NegativeScores
+
+
+def contrast_pairs(left: Tensor, right: Tensor, pairs: GlobalPairs, temperature: Tensor) -> PairContrast:
+    """Contrast unit vectors `left` and `right` (b, e) with those of all workers."""
+    # both sides in one gather, which waits for the slowest worker
+    both = pairs.gather(torch.cat([left, right], 1))
+    all_left, all_right = both.split([left.shape[1], right.shape[1]], 1)
+    mask = pairs.logit_mask(temperature.dtype)
+    left_loss, left_logits = info_nce(left, all_right, pairs.positive, mask, temperature)
+    right_loss, right_logits = info_nce(right, all_left, pairs.positive, mask, temperature)
+    scores = NegativeScores(left_logits, right_logits, pairs.same_content, pairs.index, pairs.global_index)
+    return PairContrast(left_loss, right_loss, len(left), scores)
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """Hard negatives of the fused pairs of the global batch, both ways.
+
+    images: those that this worker needs, once each; positive_image, wrong_image: (b,) rows of these.
+    captions, wrong_captions: states, b rows each. has_image, has_caption: (b,) whether there is a wrong one.
+    """
+
+    images: Ragged
+    positive_image: Tensor
+    wrong_image: Tensor
+    captions: Ragged
+    wrong_captions: Ragged
+    has_image: Tensor
+    has_caption: Tensor
+
+
+def find_negatives(
+    images: Ragged, captions: Ragged, scores: NegativeScores, uniforms: Tensor, longest: int
+) -> Negatives:
+    """Draw a wrong caption and a wrong image, hard ones of the global batch, for each pair.
+
+    Args:
+        images, captions: states of the local pairs; no caption of any worker has more than `longest` tokens.
+        uniforms: (b, 2) in [0, 1), for the caption and for the image.
+    """
+    wrong_caption, has_caption = draw_hard_negatives(scores.left_to_right, scores.forbidden, uniforms[:, 0])
+    wrong_image, has_image = draw_hard_negatives(scores.right_to_left, scores.forbidden, uniforms[:, 1])
+    positives = torch.searchsorted(scores.global_index, scores.index)
+    gathered_order = all_gather(scores.index).argsort()
+    # the one wait for the device in a step, all indices at once: the wrong captions' lengths decide how
+    # attention runs
+    indices = torch.cat([wrong_caption, wrong_image, positives, gathered_order]).cpu()
+    n = len(positives)
+    wrong_caption, wrong_image, positives, gathered_order = indices.split([n, n, n, len(gathered_order)])
+    all_images = Ragged(all_gather(images.values), images.lengths[:1].expand(len(gathered_order)))
+    # an image that serves twice, as a row's own and as another's wrong one, is kept once: the unified
+    # encoder projects each to keys and values
+    unique_images, image_rows = torch.cat([positives, wrong_image]).unique(return_inverse=True)
+    positive_image, wrong_image = image_rows.split(n)
+    return Negatives(
+        all_images.select_rows(gathered_order[unique_images]),
+        positive_image,
+        wrong_image,
+        captions,
+        gather_ragged(captions, longest).select_rows(gathered_order[wrong_caption]),
+        has_image,
+        has_caption,
+    )
+
+
+def draw_hard_negatives(similarity: Tensor, forbidden: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """One in-batch negative a row, drawn with probability softmax(similarity) (ALBEF; paper 2, equation 3).
+
+    Args:
+        similarity: (b, B), divided by the temperature.
+        forbidden: (b, B) True at the positive and at every false negative.
+        uniforms: (b,) in [0, 1), one a row: equal ones give equal negatives on any number of workers.
+    Returns:
+        (index (b,), valid (b,)). Where all keys are forbidden there is no negative: index 0, valid False.
+        Scores that are NaN or infinite count as the lowest, so that a diverging model fails in its loss and
+        not in here.
+    """
+    scores = (
+        similarity.float().nan_to_num(nan=-1e4, posinf=1e4, neginf=-1e4).masked_fill(forbidden, -torch.inf)
+    )
+    valid = ~forbidden.all(1)
+    # a softmax over nothing but -inf would be NaN: such rows get any finite scores, and no chance at all
+    chances = scores.masked_fill(~valid[:, None], 0.0).softmax(1).masked_fill(forbidden, 0.0).cumsum(1)
+    # the draw is scaled to the last running sum, which rounding keeps from being exactly 1
+    threshold = uniforms[:, None].to(chances) * chances[:, -1:]
+    index = (chances <= threshold).sum(1)  # first key whose running chance passes the threshold
+    last_allowed = (~forbidden * torch.arange(forbidden.shape[1], device=forbidden.device)).amax(1)
+    return torch.where(valid, torch.minimum(index, last_allowed), 0), valid

@@ -39,19 +39,17 @@ from raylib.objectives import (
     FrozenTextCache,
     LossPart,
     MaskedPart,
+    Negatives,
+    PairContrast,
     Parts,
     PretrainingTerm,
     Reads,
     Stream,
     UserTerms,
-    term,
-)
-from raylib.objectives.contrastive import (
-    Negatives,
-    PairContrast,
     align_pairs,
     contrast_pairs,
     find_negatives,
+    term,
 )
 from raylib.packed import (
     EncoderRows,

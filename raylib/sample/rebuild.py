@@ -29,7 +29,7 @@ import sentencepiece
 
 from raylib.command import command_parser, entry_point
 from raylib.errors import UserError
-from raylib.sample.concepts import (
+from raylib.sample import (
     DATA,
     LANGUAGES,
     TRAINING_VENDORS,

@@ -18,7 +18,7 @@ from raylib.cache import ObjectCache, set_cache
 from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
 from raylib.search.config import Resources, SearchContext, SearchJob
-from raylib.search.progress import SearchTable
+from raylib.search.display import SearchTable
 from raylib.search.space import Setting, SettingKey, describe_setting
 from raylib.search.trial import TrialResult, drop_checkpoints, final, has_checkpoints, logged, read_reports
 from raylib.search.tuner import load_callbacks, run_tuner

@@ -14,7 +14,7 @@ from raylib.display import markdown_table, mean_and_interval, mean_and_std, perc
 from raylib.fileio import write_atomically
 from raylib.metrics import t_interval
 from raylib.search.config import SearchConfig, SearchContext
-from raylib.search.figures import draw_figures
+from raylib.search.display import draw_figures
 from raylib.search.final_runs import PUBLISHED, Finalist, mean_result, pareto_front, pool_replicates
 from raylib.search.optuna import open_journal
 from raylib.search.schedulers import describe_agreements, rank_agreements

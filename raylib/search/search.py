@@ -30,6 +30,7 @@ from raylib.launch import LaunchConfig, connect_to_ray
 from raylib.provenance import record_identity
 from raylib.search import report
 from raylib.search.config import Resources, SearchConfig, SearchContext, SearchJob, check_fingerprint
+from raylib.search.display import SearchTable
 from raylib.search.final_runs import run_finalists
 from raylib.search.optuna import (
     JOURNAL,
@@ -39,7 +40,6 @@ from raylib.search.optuna import (
     build_searcher,
     load_warm_start,
 )
-from raylib.search.progress import SearchTable
 from raylib.search.schedulers import build_population, build_scheduler, check_mutable
 from raylib.search.space import (
     Choice,

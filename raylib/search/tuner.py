@@ -24,8 +24,8 @@ from raylib.errors import UserError
 from raylib.fileio import atomic_file
 from raylib.finite import finite_values
 from raylib.renames import PICKLED
+from raylib.search.display import SearchTable, TensorBoardScores
 from raylib.search.optuna import STATES, trial_state
-from raylib.search.progress import SearchTable, TensorBoardScores
 from raylib.search.space import Distribution
 from raylib.search.trial import REPEAT_OF, REPLICATE, TrialResult, drop_checkpoints, without_marks
 

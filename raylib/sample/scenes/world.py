@@ -16,7 +16,7 @@ import numpy as np
 
 from raylib.fileio import read_json
 from raylib.randomness import Key, hash64, permutation, uniform
-from raylib.sample.concepts import Placement, place_concepts, read_concept_captions
+from raylib.sample import Placement, place_concepts, read_concept_captions
 
 DATA = Path(__file__).parent / "data"
 LANGUAGES = ("en", "ar", "bn", "de", "es", "fr", "id", "ko", "pt", "ru", "zh")

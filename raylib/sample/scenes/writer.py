@@ -16,8 +16,8 @@ from raylib.config import Config
 from raylib.display import progress
 from raylib.errors import UserError
 from raylib.fileio import atomic_folder
-from raylib.sample.concepts import LANGUAGES as ALL_LANGUAGES
-from raylib.sample.concepts import decode_drawings, draw_webp, read_concept_captions
+from raylib.sample import LANGUAGES as ALL_LANGUAGES
+from raylib.sample import decode_drawings, draw_webp, read_concept_captions
 from raylib.sample.scenes.world import (
     DATA,
     LANGUAGES,
