@@ -1,7 +1,7 @@
 """Display of a search. While it runs: its table in the terminal, its curves and hyper-parameters in
-TensorBoard. Then figures: the history, learning curves, scores against each knob, the trade-off of two goals,
-the importance of each knob; Optuna draws all but the last, from studies made of the trials, whatever algorithm
-they came from.
+TensorBoard. Then figures: the history, learning curves, scores against each knob, the trade-off of two
+goals, the importance of each knob; Optuna draws all but the last, from studies made of the trials, whatever
+algorithm they came from.
 """
 
 import math
