@@ -24,7 +24,7 @@ from finetune.formats import Example
 from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource, precompute_features
 from finetune.strategies.lexical import NONE, SYNONYM, WordNet
 from raylib.cache import remove_encoder_states
-from raylib.data.loading import prefetch, to_device
+from raylib.data.loading import batched, prefetch, to_device
 from raylib.display import progress
 from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import require
@@ -64,7 +64,7 @@ def predict(
     model.eval()
     with open(part, "w", encoding="utf-8") as file, torch.inference_mode():
         # every world-th batch, and not every world-th example: batches are the same for any world
-        chunks = itertools.islice(_batched(examples, BATCH), rank, None, world)
+        chunks = itertools.islice(batched(examples, BATCH), rank, None, world)
         read = ((chunk, read_inputs(chunk, visual, tokenizer, length)) for chunk in chunks)
         share = None if total is None else -(-total // world)
         waited = progress(prefetch(read), f"predict {out.stem}", share, "examples", lambda pair: len(pair[0]))
@@ -152,12 +152,6 @@ def evaluate(
             found = score(read_predictions(out), frozenset(model.labels), bleu, (seed, language))
             results[language] = {**found, "predictions": count}
     return results
-
-
-def _batched(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    while chunk := list(itertools.islice(items, size)):
-        yield chunk
 
 
 def _merge(parts: list[Path], out: Path) -> None:

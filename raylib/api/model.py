@@ -5,7 +5,6 @@ for classes.
 Shape legend: n images or texts, e width of embeddings.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +23,7 @@ from finetune.stores.images import join_regions
 from finetune.tasks.ranking import match_pairs
 from pretrain.evaluate import image_vectors, sentence_vectors
 from raylib.data.images import load_image, resize_image
-from raylib.data.loading import prefetch
+from raylib.data.loading import batched, prefetch
 from raylib.display import progress
 from raylib.errors import NotFinite, UserError
 from raylib.finite import require_finite
@@ -154,7 +153,7 @@ class Model:
         model: Any = self.network
         with torch.no_grad():
             states = self._image_states([image])
-            scores = [self._match(model, chunk, states) for chunk in _chunks(texts, batch_size)]
+            scores = [self._match(model, chunk, states) for chunk in batched(texts, batch_size)]
         found = torch.cat(scores) if scores else torch.zeros(0)
         require_finite("scores of the match head", found)
         order = found.argsort(descending=True, stable=True).tolist()[:top]
@@ -289,7 +288,7 @@ class Model:
     # ---- shared
 
     def _progress(self, items: Iterable[T], batch_size: int, what: str, unit: str) -> Iterator[list[T]]:
-        chunks = _chunks(items, batch_size)
+        chunks = batched(items, batch_size)
         total = len(items) if isinstance(items, Sized) else None
         return progress(chunks, what, total, unit, len) if self.show_progress else chunks
 
@@ -338,12 +337,6 @@ class Model:
         what = f"fine-tuned on {self.task}" if self.task else f"a pretrained {self.backbone.kind}"
         can = ", ".join(sorted(self.capabilities))
         raise UserError(f"{self.path}: this model, {what}, cannot {method}; it can {can}")
-
-
-def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    source = iter(items)
-    while chunk := list(itertools.islice(source, size)):
-        yield chunk
 
 
 def _is_one_image(value: Any) -> bool:

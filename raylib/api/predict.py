@@ -33,7 +33,7 @@ from raylib.api.model import Model
 from raylib.command import command_parser, entry_point
 from raylib.config import Config, differing_paths
 from raylib.data.images import is_image, load_image, resize_image
-from raylib.data.loading import prefetch
+from raylib.data.loading import batched, prefetch
 from raylib.display import progress
 from raylib.errors import UserError
 from raylib.launch import map_parts
@@ -71,13 +71,14 @@ class Predictor:
 
     def __call__(self, items: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         """Lines of the items, a batch at a time, in their order."""
-        for batch, images in prefetch(map(self._read, _batched(items, BATCH))):
+        for batch, images in prefetch(map(self._read, batched(items, BATCH))):
             good = [i for i, found in enumerate(images) if not isinstance(found, UserError)]
             values = self._predict([batch[i] for i in good], [images[i] for i in good]) if good else []
-            lines = [{**item, "error": str(found)} for item, found in zip(batch, images, strict=True)]
-            for i, value in zip(good, values, strict=True):
-                lines[i] = {**batch[i], **value}
-            yield lines
+            known = dict(zip(good, values, strict=True))
+            yield [
+                {**item, **(known[i] if i in known else {"error": str(images[i])})}
+                for i, item in enumerate(batch)
+            ]
 
     def _predict(self, items: list[dict[str, Any]], images: list[Any]) -> list[dict[str, Any]]:
         c, model = self.config, self.model
@@ -87,7 +88,7 @@ class Predictor:
             premises = [item["premise"] for item in items] if "premise" in items[0] else None
             about = None if premises else [each if len(each) > 1 else each[0] for each in images]
             texts = [item[name_of_text(item)] for item in items]
-            found = model.classify(texts, about, premise=premises, top=c.top)
+            found = model.classify(texts, about, premise=premises, top=c.top or len(model.labels))
             return [{"answers": [answer._asdict() for answer in answers]} for answers in found]
         vectors = model.encode_image([each[0] for each in images])
         if c.task == "images":
@@ -96,20 +97,21 @@ class Predictor:
 
     def _read(self, batch: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple | UserError]]:
         """The batch, and the images of each of its items, or the reason why there are none."""
+        # one of which several questions are asked is read once, and encoded once
+        names = dict.fromkeys(name for item in batch for name in names_of_images(item))
         with ThreadPoolExecutor() as threads:
-            return batch, list(threads.map(self._images, batch))
-
-    def _images(self, item: dict[str, Any]) -> tuple | UserError:
-        try:
-            return tuple(map(self._image, names_of_images(item)))
-        except UserError as error:
-            return error
+            found = dict(zip(names, threads.map(self._image, names), strict=True))
+        images = [tuple(found[name] for name in names_of_images(item)) for item in batch]
+        return batch, [next((i for i in each if isinstance(i, UserError)), each) for each in images]
 
     def _image(self, name: str) -> Any:
-        if self.regions:
-            return self.regions.read(name)
-        is_whole = "://" in name or Path(name).is_absolute()
-        image = load_image(name if is_whole else f"{(self.config.images or '.').rstrip('/')}/{name}")
+        try:
+            if self.regions:
+                return self.regions.read(name)
+            is_whole = "://" in name or Path(name).is_absolute()
+            image = load_image(name if is_whole else f"{(self.config.images or '.').rstrip('/')}/{name}")
+        except UserError as error:
+            return error
         # as small as the model takes it, so that a batch of large ones is not kept in memory
         return resize_image(image, self.model.backbone.image_size)
 
@@ -172,12 +174,6 @@ def best(scores: np.ndarray, names: Sequence[str], top: int, field: str) -> list
 
 def _floats(vector: np.ndarray) -> list[float]:
     return [round(value, 8) for value in vector.tolist()]
-
-
-def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    source = iter(items)
-    while batch := list(itertools.islice(source, size)):
-        yield batch
 
 
 def _encode_lines(lines: Iterable[dict[str, Any]]) -> bytes:
@@ -253,7 +249,7 @@ def _by_texts(config: PredictConfig, texts: list[str], embeddings: Path | None) 
         lines = itertools.chain.from_iterable(predictor(progress(items, "encode images", unit="images")))
         good = [line for line in lines if "error" not in line]
         names, vectors = [line["image"] for line in good], np.array([line["embedding"] for line in good])
-    for batch in _batched(texts, BATCH):
+    for batch in batched(texts, BATCH):
         scores = predictor.model.encode_text(batch) @ vectors.T.astype(np.float32)
         found = best(scores, names, config.top, "image")
         yield [{"text": text, "images": images} for text, images in zip(batch, found, strict=True)]
@@ -322,7 +318,7 @@ def write_on_ray(
     files.makedirs(path, exist_ok=True)
     existing = {name.rpartition("/")[2] for name in files.ls(path, detail=False)}
     parts: list[dict[str, Any]] = [
-        {"number": i, "items": batch} for i, batch in enumerate(_batched(items, PART))
+        {"number": i, "items": batch} for i, batch in enumerate(batched(items, PART))
     ]
     missing = [part for part in parts if part_name(part["number"]) not in existing]
     open_model(config.model_copy(update={"device": "cpu"}))  # what is wrong with it is told before Ray starts

@@ -252,6 +252,13 @@ def load_batches(
         yield unpack_batch(layout, data)
 
 
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """`items` in lists of `size`, the last perhaps shorter."""
+    source = iter(items)
+    while batch := list(itertools.islice(source, size)):
+        yield batch
+
+
 def prefetch(items: Iterable[T]) -> Iterator[T]:
     """`items`, the next one fetched by a thread while the last is used."""
     source = iter(items)
