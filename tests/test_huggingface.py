@@ -42,7 +42,7 @@ from tests.test_tuning import CONTEXT, METHODS
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ["a dog", "Ein Hund läuft über die Straße.", "一只狗", "कुत्ता दौड़ रहा है", "<mask> </s> [SEP]"]
-EXACT = dict(rtol=0, atol=1e-6)  # float32; measured: 1.2e-7 vectors, 5e-7 scores
+EXACT = dict(rtol=0, atol=1e-6)  # float32; measured: 0
 HUB = {name for name, kind in BACKBONES.items() if issubclass(kind, RetrievalBackbone)}
 SIZES = dict(vocabulary=12000, positions=64)
 
@@ -298,22 +298,23 @@ def test_autotokenizer_gives_our_ids_in_22_languages(exports):
 def test_autotokenizer_gives_our_ids_for_all_lines_and_characters(exports):
     theirs, ours = AutoTokenizer.from_pretrained(exports["run"]), Tokenizer.load(DATA / "tokenizer.model")
     lines = [text for texts in sample_lines().values() for text in texts]
-    characters = [chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]
+    # no surrogates; and no U+0344, two marks in one
+    characters = [chr(c) for c in sorted({*range(sys.maxunicode + 1)} - {*range(0xD800, 0xE000), 0x344})]
     for texts in (
         lines,
         [unicodedata.normalize("NFD", t) for t in lines],
         [f"a{c}b {c}" for c in characters],
     ):
-        assert_equal_ids(theirs, ours, texts, 64)
-    # letters with one or two marks, drawn from all of Unicode: not one in a thousand differs
+        for start in range(0, len(texts), 20_000):
+            assert_equal_ids(theirs, ours, texts[start : start + 20_000], 64)
+    # letters with up to two marks, and marks alone, drawn from all of Unicode
     rng, marks = random.Random(0), [c for c in characters if unicodedata.category(c)[0] == "M"]
-    letters = [c for text in rng.sample(lines, 3000) for c in text]
+    letters = [*(c for text in rng.sample(lines, 3000) for c in text), ""]
     odd = [
         "".join(rng.choice(letters) + "".join(rng.choices(marks, k=rng.randint(0, 2))) for _ in range(4))
         for _ in range(20_000)
     ]
-    found = theirs(odd, add_special_tokens=False)["input_ids"]
-    assert sum(a != b.tolist() for a, b in zip(found, ours.encode(odd), strict=True)) <= 20
+    assert_equal_ids(theirs, ours, [*odd, *("".join(rng.choices(marks, k=5)) for _ in range(5000))], 64)
 
 
 def test_xlmr_and_json_tokenizers_give_our_ids(tmp_path):
