@@ -1,5 +1,6 @@
 """The local cluster, its errors, and the files for Slurm, Kubernetes and the installation."""
 
+import asyncio
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import types
 from pathlib import Path
 
 import psutil
@@ -21,6 +23,7 @@ from packaging.requirements import Requirement
 
 import cluster
 from cluster.__main__ import main
+from cluster.submit import follow
 from pretrain.__main__ import main as pretrain
 from raylib.errors import UserError
 
@@ -210,6 +213,41 @@ def test_cluster_failed_start_keeps_its_log_and_tells_rays_cause(printed, cause,
     folder = Path(re.fullmatch(error, completed.stderr)[1])
     assert [path.name for path in folder.iterdir()] == ["start.log"]
     shutil.rmtree(folder)
+
+
+class LogOfJob:
+    """A job server's answers: the log of a job in `parts`."""
+
+    def __init__(self, parts: list[str]):
+        self.parts = parts
+
+    async def tail_job_logs(self, job):
+        for part in self.parts:
+            yield part
+
+    def get_job_info(self, job):
+        return types.SimpleNamespace(message="Runtime env setup failed: no space")
+
+
+@pytest.mark.parametrize(
+    ("parts", "out", "err"),
+    [
+        (
+            ["INFO Runtime env is set up\nRunning entry", "point for job 7: a\nstep 1\nst", "ep 2\n"],
+            "step 1\nstep 2\n",
+            "",
+        ),
+        (["Running entrypoint for job 7: a", "\n", "error: one\n"], "error: one\n", ""),
+        (
+            ["INFO Runtime env is set up\n"],
+            "",
+            "INFO Runtime env is set up\nRuntime env setup failed: no space\n",
+        ),
+    ],
+)
+def test_cluster_log_begins_with_the_jobs_own_first_line(parts, out, err, capsys):
+    asyncio.run(follow(LogOfJob(parts), "7"))
+    assert capsys.readouterr() == (out, err)
 
 
 def test_cluster_run_without_command_is_an_error(capsys):
