@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -34,8 +35,10 @@ class Recorder(ExperimentTracker):
     """Keeps what it is told. `fails`: raises at what is logged."""
 
     fails, address, id = False, "memory", "1"
+    opened: ClassVar[list["Recorder"]] = []
 
     def __init__(self, facts: RunFacts, stored: dict):
+        self.opened.append(self)
         self.facts, self.stored, self.points, self.status = facts, dict(stored), [], None
         self.results: list = []
 
@@ -55,6 +58,7 @@ class Recorder(ExperimentTracker):
 def recorder(monkeypatch):
     monkeypatch.setitem(trackers.TRACKERS, "mlflow", Recorder)
     monkeypatch.setattr(tracking, "SECONDS", 0.01)
+    Recorder.opened.clear()
 
 
 def track(folder: Path, **tags):
@@ -152,6 +156,24 @@ def test_tracking_knows_the_search_and_the_run_of_a_part(tmp_path):
         pass
     assert (outer.facts.name, outer.facts.group) == ("run", None)
     assert (part.facts.name, part.facts.group) == ("run/de", "run")
+
+
+@pytest.mark.usefixtures("recorder")
+def test_tracking_fine_tuning_has_a_run_of_each_stage_and_one_of_the_results(finetune, tmp_path):
+    rounds = ("strategies.sparse.rounds=1", "strategies.sparse.rate=0.2")
+    settings = ("select=last", "epochs=1", "name=mine", "runtime=local", "fit.track=mlflow")
+    code, printed = finetune("scenes_xgqa", *rounds, *settings)
+    assert code == 0, printed
+    whole, pruning = Recorder.opened
+    assert [each.facts.name for each in Recorder.opened] == ["mine", "mine/round_1"]
+    assert [each.status for each in Recorder.opened] == ["finished"] * 2
+    assert pruning.facts.parents == {"mlflow": "1"} and pruning.facts.group == "mine"
+    assert steps_of(pruning.points, "lr") == steps_of(whole.points, "lr") != []
+    ((split, figures, files),) = whole.results
+    result = read_json(tmp_path / "mine" / "result.json")
+    assert split == "test" and {code: f["score"] for code, f in figures.items()} == result["accuracy"]
+    assert files == ["config.json", "result.json", "result.md", "curve.png", "result.png"]
+    assert whole.facts.tags["recipe"] == "scenes_xgqa" and whole.facts.tags["seed"] == "0"
 
 
 def test_tracking_without_trackers_leaves_no_trace(tmp_path):
