@@ -424,6 +424,9 @@ def test_search_killed_driver_resumes_without_loss(tmp_path, model, scenes):
     time.sleep(10)  # the killed driver's cluster ends by itself
     again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
     assert again.returncode == 0, again.stdout + again.stderr
+    for noise in ("pid=", " INFO ", "View detailed results", "Token authentication is enabled"):
+        assert noise not in again.stdout + again.stderr, again.stdout + again.stderr
+    assert "5 of 5 trials: 5 finished" in again.stdout and "best so far: english_dev" in again.stdout
     rows = trials(folder)
     assert len(rows) == 5 and {row["state"] for row in rows} == {"finished"}
     assert {name: (folder / "trials" / name / "result.json").read_bytes() for name in before} == before
