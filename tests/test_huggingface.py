@@ -416,7 +416,8 @@ def test_part_of_a_run_is_exported_by_its_language(stored, tmp_path):
     with pytest.raises(UserError, match="has a model for each language: give language="):
         export_model(stored / "runs/few_shot", tmp_path / "out")
     assert export_model(stored / "runs/few_shot", tmp_path / "out", "ru") is None
-    assert ModelCard.load(tmp_path / "out/README.md").data.language == ["ru"]
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.data.language == ["ru"] and card.data.model_name == "few_shot_ru"
 
 
 def test_backbone_of_a_users_file_travels_in_the_code(tmp_path, images):
@@ -451,3 +452,22 @@ def test_automodel_knows_our_classes_without_importing_transformers_before_it_is
     command = [sys.executable, "-c", code, str(exports["run"])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.stdout.strip() == "raylib.api.huggingface", done.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["soft_prompt", "hard_prompt", "lora"])
+def test_runs_with_prompts_and_small_modules_answer_alike(finetune, tmp_path, images, strategy):
+    code, printed = finetune("scenes_xvnli", "name=tuned", "runtime=local", f"strategies.{strategy}={{}}")
+    assert code == 0, printed
+    assert export_model(tmp_path / "tuned", tmp_path / "out") is None
+    ours = polyglance.load(tmp_path / "tuned", "cpu", "float32")
+    again = polyglance.load(tmp_path / "out", "cpu", "float32")
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    for image, text in zip(images, TEXTS, strict=False):
+        batch = processor(images=image, text=text, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            chances = model(**batch).logits.softmax(1)[0]
+        theirs = dict(zip(model.config.id2label.values(), chances.tolist(), strict=True))
+        for loaded in (ours, again):
+            assert loaded.entails(image, None, text) == pytest.approx(theirs, abs=1e-6)

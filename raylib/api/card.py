@@ -119,14 +119,15 @@ def _scores(facts: RunFacts) -> dict[str, dict[str, float]]:
 
 def _summary(model: Model, facts: RunFacts) -> str:
     backbone = model.backbone
-    what = f"fine-tuned on {facts.settings['task']}" if facts.settings.get("task") else "pretrained"
+    task = facts.settings.get("task")
+    what = f"fine-tuned on {task}, " if task else "pretrained, "
     size = (
         f"images of {backbone.image_size} x {backbone.image_size} pixels"
         if backbone.image_size
         else "regions"
     )
     return (
-        f"A {what} vision-language model with {facts.parameters:,} parameters, made by Polyglance "
+        f"A vision-language model with {facts.parameters:,} parameters, {what}exported by Polyglance "
         f"{__version__}. Backbone `{backbone.kind}`: {backbone.summary or 'defined by its user'}. It reads "
         f"{size}, and texts of {model.length} tokens at most, and can: "
         f"{', '.join(sorted(model.capabilities)) or NOT_RECORDED}."
@@ -173,20 +174,27 @@ def _training(facts: RunFacts) -> str:
     rows += [
         [key, str(result[key])] for key in ("method", "setting", "code", "device", "time") if result.get(key)
     ]
-    settings = json.dumps(_without_places(facts.settings), indent=1, ensure_ascii=False)
+    settings = json.dumps(_without_absent(facts.settings), indent=1, ensure_ascii=False)
     return (
         f"## Training\n\n{markdown_table(rows)}\n\n<details><summary>All settings (folders by their names "
         f"alone)</summary>\n\n```json\n{settings}\n```\n\n</details>"
     )
 
 
-def _without_places(value: Any) -> Any:
-    """Settings with the last part of each absolute path alone: where data lay is nobody's business."""
+def without_places(value: Any) -> Any:
+    """Settings or results with the last part of each absolute path alone: where data lay is nobody's
+    business."""
     if isinstance(value, dict):
-        return {key: _without_places(inner) for key, inner in value.items()}
+        return {key: without_places(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_without_places(inner) for inner in value]
+        return [without_places(inner) for inner in value]
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+
+
+def _without_absent(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that are off."""
+    plain = {k: _without_absent(v) if isinstance(v, dict) else v for k, v in settings.items()}
+    return {key: value for key, value in plain.items() if value not in (None, {}, [], "")}
 
 
 def _data(facts: RunFacts) -> str:

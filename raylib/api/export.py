@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.torch import save_file
 
 from raylib import __version__, checkpoint
-from raylib.api.card import RunFacts, write_card
+from raylib.api.card import RunFacts, without_places, write_card
 from raylib.api.loading import load_model
 from raylib.api.model import Model
 from raylib.api.source import Key, bundle
@@ -39,7 +39,7 @@ from raylib.models.finetuned import FinetuneModel, find_evaluated, find_run, is_
 WRAPPERS = "raylib.api.huggingface"
 CODE = "modeling_polyglance"
 # of a run's settings, what a model needs to read texts and images as the run did
-READING = ("task", "setting", "length", "loss", "use_itm_head", "languages", "objective")
+READING = ("task", "setting", "length", "loss", "use_itm_head", "languages")
 PROMPTS = ("soft_prompt", "hard_prompt")
 
 
@@ -133,7 +133,10 @@ def find_facts(model: Model, source: Path) -> RunFacts:
         result = {}
     if part and result:
         result = _of_language(result, run.name)
-    return RunFacts(read_description(run), result, meta.get("step"), parameters)
+    settings = read_description(run)
+    if part:
+        settings["name"] = f"{run.parent.name}_{run.name}"
+    return RunFacts(without_places(settings), without_places(result), meta.get("step"), parameters)
 
 
 def _of_language(result: dict[str, Any], code: str) -> dict[str, Any]:
@@ -165,7 +168,11 @@ def reading_settings(settings: dict[str, Any]) -> dict[str, Any]:
     strategies = settings.get("strategies") or {}
     prompts = {name: strategies[name] for name in PROMPTS if strategies.get(name)}
     found = {name: settings[name] for name in READING if name in settings}
-    return {**found, **({"strategies": prompts} if prompts else {})}
+    if prompts:
+        found["strategies"] = prompts
+    if "objective" in settings:  # whether the match head was trained
+        found["objective"] = {"weights": settings["objective"]["weights"]}
+    return found
 
 
 def hub_config(model: Model) -> dict[str, Any]:
