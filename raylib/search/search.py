@@ -99,10 +99,10 @@ def run_search(config: SearchConfig, name: str, space: Space, job: SearchJob, ba
         if grown and (folder / "report.md").is_file():
             (folder / "report.md").rename(folder / "report.before.md")  # report.md says that all is done
         write_json(folder / "search.json", fingerprint)
-        for note in filter(
-            None, (f"goes on with {', '.join(grown)}" if grown else "", warm_start.description)
-        ):
-            print(f"search '{config.name}': {note}", flush=True)
+        if grown:
+            print(f"search '{config.name}' goes on with {', '.join(grown)}", flush=True)
+        if warm_start.trials:
+            print(f"search '{config.name}': {warm_start.description}", flush=True)
         context = SearchContext(
             config, name, space, job, base, folder, RayObjectCache(folder), warm_start.description
         )
