@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "troubleshooting.md"
 ERRORS = ("UserError", "NotFinite")
 AREAS = {  # heading: where the code lies; the first that fits
-    "Settings and command lines": ("raylib/config", "raylib/command", "raylib/console", "raylib/renames"),
+    "Settings and command lines": ("raylib/config", "raylib/command", "raylib/renames"),
     "Runs, checkpoints, Ray": (
         *(
             f"raylib/{name}"

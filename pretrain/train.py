@@ -13,8 +13,8 @@ from pretrain.corpora import build_sample_corpus
 from pretrain.dev_losses import DevLosses, dev_batches
 from pretrain.evaluate import ZeroShotRetrieval, recall_table, summarize_recall, write_result
 from raylib import checkpoint
+from raylib.command import spell_commands
 from raylib.config import Config
-from raylib.console import spell_commands
 from raylib.display import open_pyplot, save_figure
 from raylib.engine import OptimConfig
 from raylib.errors import UserError

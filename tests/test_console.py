@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from raylib import __version__
-from raylib.console import COMMANDS, main, spell_commands
+from raylib.command import COMMANDS, main, spell_commands
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_console_help_is_that_of_python_m_under_its_own_name(command, capsys, mo
 
 
 def test_console_lists_commands_without_torch():
-    code = "import sys; from raylib.console import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from raylib.command import main; main(['--help']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 

@@ -10,8 +10,8 @@ import yaml
 
 from finetune.recipes import RECIPES as FINETUNE
 from pretrain.recipes import RECIPES as PRETRAIN
+from raylib.command import COMMANDS
 from raylib.config import override
-from raylib.console import COMMANDS
 from raylib.search.config import SearchConfig
 from tune_spaces.spaces import SPACES
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import raylib
-from raylib.console import COMMANDS
+from raylib.command import COMMANDS
 from tests.conftest import MINI
 
 ROOT = Path(__file__).resolve().parent.parent

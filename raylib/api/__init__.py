@@ -67,7 +67,7 @@ def load(
 
 def main() -> int:
     """Run `polyglance COMMAND ...`."""
-    from raylib.console import main as run
+    from raylib.command import main as run
 
     return run()
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from raylib.console import main
+from raylib.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

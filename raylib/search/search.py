@@ -22,8 +22,8 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import BasicVariantGenerator, SearchAlgorithm
 
+from raylib.command import spell_commands
 from raylib.config import change_settings, dump_config
-from raylib.console import spell_commands
 from raylib.errors import UserError
 from raylib.fileio import write_json
 from raylib.launch import LaunchConfig, connect_to_ray
