@@ -44,7 +44,7 @@ from raylib.models.layers import Memory
 from raylib.models.single_stream import UC2
 from raylib.packed import Ragged
 from raylib.sample import DATA
-from raylib.sample.scenes.world import translate_name
+from raylib.sample.scenes import translate_name
 from raylib.text import PromptedTokenizer, Tokenizer
 from tests.factories import SMALL, make_model
 

@@ -10,7 +10,7 @@ import torch
 from finetune.strategies.lexical import HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet, label_vectors, read_vectors
 from finetune.strategies.prior import linguistic_prior, vector_distances, wordnet_distances
 from raylib.errors import UserError
-from raylib.sample.scenes.world import DATA, read_labels
+from raylib.sample.scenes import DATA, read_labels
 
 LABELS = ("no", "yes", *read_labels())
 WORDNET, VECTORS = DATA / "wordnet", DATA / "vectors.txt"

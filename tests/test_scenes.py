@@ -9,9 +9,7 @@ import pytest
 
 from finetune.strategies.lexical import WordNet
 from raylib.sample import is_held_out
-from raylib.sample.scenes.__main__ import main
-from raylib.sample.scenes.subset import cut_vectors, cut_wordnet
-from raylib.sample.scenes.world import (
+from raylib.sample.scenes import (
     DATA,
     LANGUAGES,
     fill_template,
@@ -21,6 +19,8 @@ from raylib.sample.scenes.world import (
     related_labels,
     translate_name,
 )
+from raylib.sample.scenes.__main__ import main
+from raylib.sample.scenes.subset import cut_vectors, cut_wordnet
 from raylib.sample.scenes.writer import XGQA, ScenesConfig, write_scenes
 
 SMALL = ScenesConfig(train=60, dev=12, test=60, shots=5)

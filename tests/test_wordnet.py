@@ -10,7 +10,7 @@ import pytest
 from finetune.predict import confusions
 from finetune.strategies.lexical import FILES, HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet
 from raylib.errors import UserError
-from raylib.sample.scenes.world import DATA, read_labels
+from raylib.sample.scenes import DATA, read_labels
 
 LABELS = ("no", "yes", *read_labels())
 WORDNET, VECTORS = DATA / "wordnet", DATA / "vectors.txt"

@@ -22,7 +22,7 @@ from raylib.errors import UserError
 from raylib.fileio import write_json
 from raylib.finite import require_finite_values
 from raylib.randomness import string_key
-from raylib.sample.scenes.world import read_labels, translate_name
+from raylib.sample.scenes import read_labels, translate_name
 from raylib.text import Tokenizer
 
 

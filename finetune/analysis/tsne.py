@@ -48,7 +48,7 @@ from raylib.errors import UserError, require
 from raylib.finite import require_finite
 from raylib.models.base import Backbone, FusionBackbone, RetrievalBackbone
 from raylib.models.finetuned import FinetuneModel
-from raylib.sample.scenes.world import read_labels
+from raylib.sample.scenes import read_labels
 from raylib.text import Tokenizer
 
 POOL = 20  # parallel items among which one is chosen: few name the same objects

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from raylib.command import command_parser, entry_point
-from raylib.sample.scenes.world import DATA, read_labels
+from raylib.sample.scenes import DATA, read_labels
 
 ANSWERS = ("yes", "no")  # beside the labels
 ABOVE = ("@", "@i")  # hypernym, instance hypernym

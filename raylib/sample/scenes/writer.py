@@ -18,7 +18,7 @@ from raylib.errors import UserError
 from raylib.fileio import atomic_folder
 from raylib.sample import LANGUAGES as ALL_LANGUAGES
 from raylib.sample import decode_drawings, draw_webp, read_concept_captions
-from raylib.sample.scenes.world import (
+from raylib.sample.scenes import (
     DATA,
     LANGUAGES,
     QUESTIONS,
