@@ -281,6 +281,10 @@ import raylib.api
 import polyglance
 assert polyglance is raylib.api and "torch" not in sys.modules
 assert polyglance.Model.__module__ == "raylib.api.model" and polyglance.__version__
+import polyglance.model
+import raylib.api.model
+assert polyglance.model is raylib.api.model and polyglance.model.__spec__.name == "raylib.api.model"
+assert polyglance.Model is raylib.api.model.Model
 heavy = {"ray", "deepspeed", "optuna", "matplotlib", "tensorboard", "transformers"} & sys.modules.keys()
 assert not heavy, heavy
 """

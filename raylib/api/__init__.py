@@ -7,6 +7,7 @@
 In a checkout that is not installed it is `raylib.api`. Nothing heavy is imported before `load`.
 """
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -84,6 +85,23 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'polyglance' has no attribute '{name}'")
 
 
+class _OneCopy(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Makes `polyglance.NAME` the module `raylib.api.NAME`: a second copy would have other classes."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        is_ours = name.startswith("polyglance.") and name != "polyglance.__main__"
+        return importlib.util.spec_from_loader(name, self) if is_ours else None
+
+    def create_module(self, spec: Any) -> ModuleType:
+        module = importlib.import_module(f"raylib.api.{spec.name.partition('.')[2]}")
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state  # its own again: importing it has given it this one
+
+
 class _Registering(ModuleType):
     """`transformers`, until somebody asks it for a class that must know ours: importing all of it takes
     seconds, and most users of this package never do."""
@@ -131,11 +149,11 @@ def _watch(transformers: Any) -> None:
 
 
 # `AutoModel` reads exports of ours after `import polyglance`, whichever is imported first
-if __name__ == "polyglance":
-    pass  # `raylib.api` has done it
-elif "transformers" in sys.modules:
-    _watch(sys.modules["transformers"])
-else:
-    sys.meta_path.insert(0, _TransformersFinder())
+if __name__ != "polyglance":  # `raylib.api` has done it
+    sys.meta_path.insert(0, _OneCopy())
+    if "transformers" in sys.modules:
+        _watch(sys.modules["transformers"])
+    else:
+        sys.meta_path.insert(0, _TransformersFinder())
 
 __all__ = ["Answer", "Match", "Model", "UserError", "__version__", "load"]
