@@ -16,7 +16,7 @@ from PIL import Image
 import raylib.api as polyglance
 from finetune.stores.images import open_images
 from pretrain.evaluate import ZeroShotRetrieval, image_vectors, sentence_vectors
-from raylib.data.images import load_image
+from raylib.data.images import load_image, resize_image
 from raylib.errors import UserError
 from raylib.models.unified import UnifiedModel
 from raylib.text import Tokenizer
@@ -225,6 +225,30 @@ def test_prompts_and_small_modules_of_a_run_are_loaded(finetune, tmp_path, scene
     assert [answers[0].text for answers in found] == [json.loads(line)["prediction"] for line in lines]
     plain = model.tokenizer.without_prompt
     assert len(model.tokenizer.encode(["x"])[0]) > len(plain.encode(["x"])[0])
+
+
+def test_published_weights_do_what_they_were_trained_for(tmp_path, images, model):
+    import transformers
+
+    from tests.factories import make_clip, xlmr_config
+
+    torch.manual_seed(0)
+    clip = make_clip(12000)
+    clip.save_pretrained(tmp_path / "clip")
+    transformers.XLMRobertaForMaskedLM(xlmr_config(vocab_size=12000)).save_pretrained(tmp_path / "xlmr")
+    for name in ("clip", "xlmr"):
+        (tmp_path / name / "tokenizer.model").write_bytes((model / "tokenizer.model").read_bytes())
+    loaded = polyglance.load(tmp_path / "clip", "cpu", backbone="clip")
+    assert loaded.capabilities == {"encode_image", "encode_text", "similarity"} and loaded.length == 77
+    pixels = torch.stack([torch.from_numpy(resize_image(load_image(path), 16)) for path in images])
+    with torch.no_grad():
+        states = clip.vision_model(pixel_values=loaded.backbone.pixel_values(pixels)).pooler_output
+        expected = torch.nn.functional.normalize(clip.visual_projection(states), dim=1)
+    np.testing.assert_allclose(loaded.encode_image(images, batch_size=3), expected, atol=1e-6)
+    loaded = polyglance.load(tmp_path / "xlmr", "cpu")
+    assert not loaded.capabilities
+    with pytest.raises(UserError, match="published weights for unified without what encode_text needs"):
+        loaded.encode_text("a dog")
 
 
 def test_methods_without_weights_are_refused_in_one_line(stored, export, images):
