@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylib.errors import UserError
-from raylib.provenance import has_local_changes
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 200_000_000  # batches do not pass through it
@@ -162,6 +161,8 @@ def compose_submission(url: str, command: list[str]) -> list[str]:
             head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
             if head.returncode == 0:
                 env["POLYGLANCE_COMMIT"] = head.stdout.strip()
+                from raylib.provenance import has_local_changes  # heavy: it brings PyTorch
+
                 env |= {"POLYGLANCE_LOCAL_CHANGES": "1"} if has_local_changes() else {}
     options = ["--address", url, *upload, "--runtime-env-json", json.dumps({"env_vars": env})]
     return ["ray", "job", "submit", *options, "--", *command]
