@@ -1,7 +1,7 @@
 """Test images that are in a pretraining corpus: by their bytes, and by a perceptual hash that survives
 another encoding or size.
 
-    python -m pretrain overlap CORPUS DATA [--names FILE ...] [--distance 6] [--json FILE]
+    python -m pretrain overlap CORPUS DATA [--names FILE ...] [--json FILE]
 
 CORPUS is a folder of image-text shards, or a corpus that holds one as `image_text`. DATA is a folder of
 images, a tar of them, a retrieval set with `captions.json`, or shards. `--names` keeps those images of DATA

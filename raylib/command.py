@@ -6,6 +6,7 @@ recipe becomes a run.
 import argparse
 import functools
 import importlib
+import inspect
 import os
 import re
 import select
@@ -87,7 +88,7 @@ class HelpFormatter(argparse.HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n\n".join(
             block if block.startswith(" ") or "\n " in block else textwrap.fill(block, width)
-            for block in textwrap.dedent(text).strip("\n").split("\n\n")
+            for block in text.strip("\n").split("\n\n")
         )
 
 
@@ -101,7 +102,7 @@ def command_parser(
     if settings:
         options["epilog"] = f"settings:\n{settings_page(settings, intro=False)}"
     options["epilog"] = spell_commands(options.get("epilog", ""))
-    program, description = spell_commands(f"python -m {command}"), spell_commands(doc or "")
+    program, description = spell_commands(f"python -m {command}"), spell_commands(inspect.cleandoc(doc or ""))
     return argparse.ArgumentParser(
         prog=program, description=description, formatter_class=HelpFormatter, **options
     )

@@ -53,6 +53,8 @@ def test_console_help_is_that_of_python_m_under_its_own_name(command, capsys, mo
     assert console.startswith(f"usage: polyglance {command.name} ")
     assert "python -m" in plain and "python -m" not in console
     assert " ".join(console.split()) == " ".join(spell_commands(plain).split())
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, page(main, *command.name.split()).splitlines())) <= 80
 
 
 def test_console_lists_commands_without_torch():

@@ -1,9 +1,11 @@
 """Use a trained model on many images, texts or questions, and write a line of JSON for each.
 
-    python -m raylib.api.predict MODEL --images DIR --texts FILE    the texts that fit each image best
-    python -m raylib.api.predict MODEL --images DIR --texts FILE --by texts    the images that fit each text
-    python -m raylib.api.predict MODEL --images DIR | --texts FILE    embeddings
-    python -m raylib.api.predict MODEL --questions FILE.jsonl [--images DIR]    answers, or entailment
+    python -m raylib.api.predict MODEL --images DIR --texts FILE [--by texts]
+    python -m raylib.api.predict MODEL --images DIR | --texts FILE
+    python -m raylib.api.predict MODEL --questions FILE.jsonl [--images DIR]
+
+The first writes the texts that fit each image best, or the images that fit each text; the second embeddings;
+the third answers, or entailment.
 
 DIR is a folder or a URL (s3://bucket/images), with all that is below; or embeddings that this command wrote.
 A text file has a text a line. Questions are JSON lines {"image", "question"}; of two images {"images": [LEFT,
