@@ -325,3 +325,16 @@ def test_search_recipe_may_change_where_no_trial_depends_on_it(tmp_path, path, f
 def test_search_settings_that_do_not_go_together_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         SearchConfig(recipe="curve", **settings)
+
+
+@pytest.mark.parametrize("algorithm", ["tpe", "nsga2", "random"])
+def test_searcher_of_two_goals_goes_on_beside_stopped_trials(tmp_path, algorithm):
+    knobs = {"x": Float(0, 1), "way": OneOf(a={}, b={"n": Int(0, 3)})}
+    found = build(tmp_path, Space("", "", knobs), algorithm=algorithm, goals=2, num_trials=30)
+    for i in range(30):
+        setting = found.suggest(str(i))
+        report = {"english_dev": setting["x"], "target_dev": 1 - setting["x"], "epoch": 1 + i % 3}
+        found.on_trial_result(str(i), report)
+        found.on_trial_complete(str(i), {**report, "finished": i % 3 == 2})
+    ended = [trial.state for trial in found._ot_study.trials]
+    assert ended.count(TrialState.COMPLETE) == 10 and ended.count(TrialState.PRUNED) == 20
