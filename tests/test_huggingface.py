@@ -1,6 +1,7 @@
 """Exports as `transformers` reads them: by our classes after `import polyglance`, and by the code in the
 folder where Polyglance is not installed. Both compute what evaluation computes."""
 
+import functools
 import gzip
 import io
 import json
@@ -44,7 +45,6 @@ ROOT = Path(__file__).parent.parent
 TEXTS = ["a dog", "Ein Hund läuft über die Straße.", "一只狗", "कुत्ता दौड़ रहा है", "<mask> </s> [SEP]"]
 EXACT = dict(rtol=0, atol=1e-6)  # float32; measured: 0
 HUB = {name for name, kind in BACKBONES.items() if issubclass(kind, RetrievalBackbone)}
-SIZES = dict(vocabulary=12000, positions=64)
 
 
 @pytest.fixture(scope="module")
@@ -90,33 +90,61 @@ def finetuned(kind: str, **options) -> FinetuneModel:
     return FinetuneModel(tiny(kind), ("no", "yes", "maybe"), 1, 0.1, **options).eval()
 
 
+class Exports(dict):
+    """{name: exported folder}, each made when it is asked for: a stored run, a random model of a kind, or
+    one of `OTHERS`."""
+
+    def __init__(self, folder: Path, stored: Path):
+        self.folder, self.stored = folder, stored
+
+    def __missing__(self, name: str) -> Path:
+        if name in RUNS:
+            source = self.stored / RUNS[name]
+        else:
+            source = save(tiny(name) if name in HUB else OTHERS[name](), self.folder / "models" / name)
+        assert export_model(source, self.folder / name) is None
+        self[name] = self.folder / name
+        return self[name]
+
+
+def tuned(method: str) -> FinetuneModel:
+    model = finetuned("unified")
+    METHODS[method].build(CONTEXT).adapt(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def generative() -> FinetuneModel:
+    answers = encode_answers(("no", "yes", "maybe"), Tokenizer.load(DATA / "tokenizer.model"))
+    return finetuned("cclm_swin", answers=answers)
+
+
+RUNS = {
+    "run": "runs/pretrained",
+    "old_export": "model",
+    "classified": "runs/classified",
+    "retrieved": "runs/retrieved",
+}
+OTHERS = {
+    "windows": lambda: make_model(
+        vocabulary=12000, positions=64, image_size=32, vision_window=16, dtype=torch.float32
+    ),
+    "classifier": lambda: finetuned("cclm"),
+    "decoder": generative,
+    **{method: functools.partial(tuned, method) for method in METHODS},
+}
+FEW = ("run", "windows", "cclm_swin", "clip", "decoder", "compacter")
+ALL = tuple(dict.fromkeys((*RUNS, *sorted(HUB), *OTHERS)))
+MODELS = pytest.mark.parametrize(
+    "names", [FEW, pytest.param(ALL, marks=pytest.mark.slow)], ids=["few", "all"]
+)
+
+
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory, stored):
-    """{name: exported folder}: stored runs, and a random model of every kind."""
-    folder = tmp_path_factory.mktemp("exports")
-    sources = {
-        "run": stored / "runs/pretrained",
-        "old_export": stored / "model",
-        "classified": stored / "runs/classified",
-        "retrieved": stored / "runs/retrieved",
-    }
-    for kind in sorted(HUB):
-        sources[kind] = save(tiny(kind), folder / "models" / kind)
-    windows = make_model(**SIZES, image_size=32, vision_window=16, dtype=torch.float32)
-    sources["windows"] = save(windows, folder / "models/windows")
-    sources["classifier"] = save(finetuned("cclm"), folder / "models/classifier")
-    answers = encode_answers(("no", "yes", "maybe"), Tokenizer.load(DATA / "tokenizer.model"))
-    sources["decoder"] = save(finetuned("cclm_swin", answers=answers), folder / "models/decoder")
-    for method, config in METHODS.items():
-        model = finetuned("unified")
-        config.build(CONTEXT).adapt(model)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        sources[method] = save(model, folder / "models" / method)
-    for name, source in sources.items():
-        assert export_model(source, folder / name) is None, name
-    return {name: folder / name for name in sources}
+    return Exports(tmp_path_factory.mktemp("exports"), stored)
 
 
 def expected(folder: Path, images: list[str]) -> dict[str, torch.Tensor]:
@@ -141,8 +169,10 @@ def expected(folder: Path, images: list[str]) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_automodel_computes_what_our_classes_compute(exports, images):
-    for name, folder in exports.items():
+@MODELS
+def test_automodel_computes_what_our_classes_compute(exports, images, names):
+    for name in names:
+        folder = exports[name]
         model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
         assert type(model).__module__ == "raylib.api.huggingface"
         batch = processor(images=images[:5], text=TEXTS, padding=True, truncation=True, return_tensors="pt")
@@ -156,26 +186,28 @@ def test_automodel_computes_what_our_classes_compute(exports, images):
             )
 
 
-def test_exports_are_read_by_their_own_code_without_polyglance(exports, images, tmp_path):
+@MODELS
+def test_exports_are_read_by_their_own_code_without_polyglance(exports, images, tmp_path, names):
+    folders = {name: exports[name] for name in names}
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     env |= {
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(tmp_path / "home"),
         "HF_MODULES_CACHE": str(tmp_path / "code"),
     }
-    command = [sys.executable, str(ROOT / "tests/remote_models.py"), *map(str, exports.values())]
+    command = [sys.executable, str(ROOT / "tests/remote_models.py"), *map(str, folders.values())]
     given = json.dumps({"images": images[:5], "texts": TEXTS})
     done = subprocess.run(command, input=given, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    for name, folder in exports.items():
+    for name, folder in folders.items():
         for key, value in expected(folder, images[:5]).items():
             output = torch.tensor(found[str(folder)][key])
             torch.testing.assert_close(output, value, **EXACT, msg=lambda m, n=name, k=key: f"{n} {k}: {m}")
 
 
 def test_saved_automodel_is_read_by_polyglance_and_by_automodel(exports, images, tmp_path):
-    for name in ("run", "classifier", "compacter"):
+    for name in ("run", "decoder", "compacter"):
         model, processor = (
             AutoModel.from_pretrained(exports[name]),
             AutoProcessor.from_pretrained(exports[name]),
@@ -223,7 +255,7 @@ def test_wrong_input_is_a_line(exports):
         processor(np.zeros((4, 4, 3), np.uint8), do_resize=False)
 
 
-@pytest.mark.parametrize("name", ["run", "cclm", "windows"])
+@pytest.mark.parametrize("name", ["run", "clip", "windows"])
 def test_processor_gives_the_pixels_of_evaluation(exports, images, name):
     processor = AutoProcessor.from_pretrained(exports[name])
     backbone = polyglance.load(exports[name], "cpu").backbone
