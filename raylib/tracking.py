@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,12 @@ class NewLines:
             data = file.read()
         data = data[: data.rfind(b"\n") + 1]
         self.offset += len(data)
-        now = int(1000 * time.time())
-        return [Point(now, record.pop("step"), record) for record in map(json.loads, data.splitlines())]
+        points, now = [], int(1000 * time.time())
+        for line in data.splitlines():
+            with suppress(ValueError):  # what a crash cut off
+                record = json.loads(line)
+                points.append(Point(now, record.pop("step"), record))
+        return points
 
 
 def new_points(points: Sequence[Point], steps: Mapping[str, int]) -> tuple[list[Point], dict[str, int]]:

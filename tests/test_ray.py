@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -15,9 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.train import run
 from raylib import checkpoint
+from raylib.config import dump_config
 from raylib.errors import UserError
 from raylib.track import read_metrics
 
@@ -107,7 +111,8 @@ def test_ray_resume_with_another_number_of_workers_agrees(mini):
 
 def test_ray_killed_worker_is_replaced_without_trace(mini):
     settings = ["fit.steps=60", "fit.save_every=10", "fit.keep=2"]
-    undisturbed, killed = mini("name=undisturbed", *settings), mini("name=killed", *settings)
+    undisturbed = mini("name=undisturbed", *settings)
+    killed = mini("name=killed", *settings, "fit.track=tensorboard")
     run(undisturbed)
     victims = []
 
@@ -130,6 +135,8 @@ def test_ray_killed_worker_is_replaced_without_trace(mini):
     kept = sorted(p.name for p in (Path(killed.runs) / "killed" / "checkpoints").glob("step_*"))
     assert kept == ["step_000050", "step_000060"]
     assert (Path(killed.runs) / "killed" / "best").is_dir()
+    tracked = EventAccumulator(str(Path(killed.runs) / "killed" / "tensorboard"), {"scalars": 0}).Reload()
+    assert [event.step for event in tracked.Scalars("loss/itm")] == list(range(1, 61))
 
 
 def test_ray_only_complete_registered_checkpoints_count(mini):
@@ -159,6 +166,21 @@ def test_ray_user_error_on_worker_is_one_line_and_not_retried(mini, tmp_path):
     config = mini("name=nan", "optim.lr=1e30", "optim.clip=1e30", "optim.warmup=0")
     with pytest.raises(UserError, match=r"step \d: .* not finite; lower optim.lr"):
         run(config)
+
+
+@pytest.mark.slow
+def test_ray_terminal_has_the_runs_own_lines_alone(mini):
+    config = mini("name=quiet")
+    file = Path(config.runs) / "config_to_run.json"
+    file.write_text(dump_config(config), encoding="utf-8")
+    command = [sys.executable, "-m", "pretrain", "--config", file]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    begins, dashboard, first, *rest = done.stdout.splitlines()
+    assert begins.startswith("run 'quiet' in ") and dashboard.startswith("Ray's dashboard: http://")
+    assert first.startswith("quiet step 1/6 "), "a line of Ray's before the first step"
+    for words in ("TrainingReport", "Deprecat", "pid=", "INFO", "WARNING"):
+        assert not [line for line in rest if words in line]
 
 
 @pytest.mark.slow
