@@ -9,10 +9,12 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from raylib.display import open_pyplot
+from raylib.fileio import file_lock
 
 Backend = Literal["tensorboard", "wandb", "mlflow"]
 Status = Literal["finished", "stopped", "failed"]
@@ -180,7 +182,13 @@ class Mlflow(ExperimentTracker):
         self.mlflow = mlflow
         local = f"sqlite:///{facts.top.parent / 'mlflow.db'}"
         self.address = os.environ.get("MLFLOW_TRACKING_URI") or local
-        self.client = mlflow.MlflowClient(self.address)
+        # a client makes the tables of a new database; those of several trials at once would spoil it
+        with (
+            file_lock(facts.top.parent / ".mlflow.lock")
+            if self.address.startswith("sqlite")
+            else nullcontext()
+        ):
+            self.client = mlflow.MlflowClient(self.address)
         if stored.get("address") == self.address:
             self.id = stored["id"]
             self.client.update_run(self.id, "RUNNING")

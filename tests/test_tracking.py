@@ -333,6 +333,35 @@ def test_tracking_mlflow_without_a_server_keeps_a_database_beside_the_runs(mini)
     assert (Path(config.runs) / "mlartifacts" / found.info.run_id / "artifacts" / "curve.png").is_file()
 
 
+TRIAL = """
+import sys
+from pathlib import Path
+from raylib.tracking import track_run
+
+with track_run(Path(sys.argv[1]), "finetune", {"batch": 8}, {"seed": "0"}, ("mlflow",)) as tracking:
+    tracking.log_results("dev", {"de": {"score": 0.5}})
+"""
+
+
+@pytest.mark.heavy
+def test_tracking_mlflow_database_is_made_once_by_trials_that_begin_together(tmp_path):
+    from mlflow import MlflowClient
+
+    (tmp_path / "find").mkdir()
+    (tmp_path / "find" / "search.json").write_text("{}")
+    folders = [tmp_path / "find" / "trials" / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    started = [subprocess.Popen([sys.executable, "-c", TRIAL, folder], cwd=ROOT) for folder in folders]
+    assert [process.wait(timeout=240) for process in started] == [0, 0, 0]
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("polyglance").experiment_id])
+    assert {(run.info.run_name, run.data.tags["group"]) for run in runs} == {
+        (f"find/trials/{name}", "find") for name in "abc"
+    }
+    assert all(run.info.status == "FINISHED" and run.data.metrics == {"dev/de/score": 0.5} for run in runs)
+
+
 @pytest.mark.heavy
 def test_tracking_mlflow_server_that_is_away_is_one_line(mini, tmp_path):
     config = mini("name=tracked", "runtime=local", "workers=1", "fit.steps=2")
