@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from raylib import loop
 from raylib.data.loading import StepDataset
 from raylib.engine import OptimConfig, TorchEngine
 from raylib.loop import Meter
@@ -179,6 +180,27 @@ def test_flops_of_the_first_step_are_counted_and_change_nothing():
     # forward, and gradients of weights and inputs, but for the first layer's input
     layers, head, first = 3 * 4 * 2 * 8 * 6 * 6, 3 * 2 * 8 * 6, 2 * 2 * 8 * 6 * 6
     assert meter.flops_per_token == (layers + head + first) / 8
+
+
+def count_on_workers(rank, world, folder):
+    """Train under DDP and under ZeRO, on devices of a known peak; the losses that were logged."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    read = Batches.__getitem__
+    Batches.__getitem__ = lambda self, step: read(self, step) | {"tokens": 4}
+    for zero in (False, True):
+        for peak in (None, 1e12):
+            loop.peak_flops = lambda device, peak=peak: peak
+            place = Path(folder) / f"{zero} {peak}"
+            train(place, {}, rank=rank, world=world, steps=3, bf16=True, zero=zero, save_every=0)
+
+
+def test_flops_are_counted_under_ddp_and_zero_and_change_nothing(tmp_path):
+    run_workers(count_on_workers, 2, str(tmp_path))
+    for zero in (False, True):
+        plain, counted = (tmp_path / f"{zero} {peak}" for peak in (None, 1e12))
+        assert losses(plain) == losses(counted) and len(losses(plain)) == 3
+        assert all("share_of_peak" not in line for line in read_metrics(plain))
+        assert all(0 < line["share_of_peak"] < 1 for line in read_metrics(counted))
 
 
 def test_share_of_peak_is_of_all_workers_devices(tmp_path):
