@@ -22,6 +22,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+from transformers.dynamic_module_utils import get_imports
 
 import raylib.api as polyglance
 from finetune.batches import encode_texts
@@ -467,6 +468,12 @@ def test_backbone_of_a_users_file_travels_in_the_code(tmp_path, images):
     assert "class Mine(UnifiedModel)" in code and "return Mine" in code
     assert "import raylib" not in code and "from raylib" not in code
     compile(code, "modeling_polyglance.py", "exec")
+
+
+def test_code_of_an_export_needs_few_packages(exports):
+    standard = set(sys.stdlib_module_names)
+    needed = set(get_imports(exports["run"] / "modeling_polyglance.py")) - standard
+    assert needed == {"PIL", "cv2", "numpy", "pydantic", "torch", "transformers"}
 
 
 def test_old_exports_are_read_as_before(stored):

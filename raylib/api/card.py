@@ -161,7 +161,7 @@ def _usage(model: Model, gap: str | None) -> str:
     )
     return (
         f"{text}\n\nOr with `transformers` 5 alone; the folder's code, `modeling_polyglance.py`, needs "
-        f"`pydantic` and `opencv-python-headless`:\n\n```python\n{theirs}\n```"
+        f"`pydantic`, `opencv-python-headless` and `pillow`:\n\n```python\n{theirs}\n```"
     )
 
 

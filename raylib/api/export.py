@@ -1,7 +1,5 @@
 """Write the model of a run as one folder, which Polyglance reads and `transformers` too.
 
-python -m pretrain export RUN DIR [--language CODE] [--license ID]
-
 RUN: a pretraining or fine-tuning run, or one of its checkpoints. Models on region features are written for
 Polyglance alone.
 """
