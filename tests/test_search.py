@@ -354,7 +354,8 @@ def test_search_population_changes_settings_during_a_run(search):
 
 @pytest.mark.slow
 def test_search_trial_trains_on_own_workers_under_zero(search):
-    fast = Space("", "", {"optim.lr": Choice(1e-2, 1e-7)}, grid={"optim.lr": (1e-2, 1e-7, 1e-2)})
+    rates = (1e-2, 1e-7, 1e-3)
+    fast = Space("", "", {"optim.lr": Choice(*rates)}, grid={"optim.lr": rates})
     folder = search(fast, "algorithm=grid", "workers_per_trial=1", "reduction_factor=2", "max_concurrent=1")
     rows = trials(folder)
     assert len(rows) == 3 and {row["state"] for row in rows} <= {"finished", "stopped"}
