@@ -95,9 +95,9 @@ class StepBatches(StepDataset):
     negatives.
 
     A batch is {"step", "samples": of all streams and workers, "tokens", "bad": samples replaced here,
-    "image_text": {"index" (b,), "images" uint8 (b, H, W, 3), "image_id" (b,), "text": Sentences, "draws" (b,
-    2)}, "parallel": {"index", "source": Sentences (English), "target": Sentences}, "text": {"index", "text":
-    Sentences}}.
+    "image_text": {"index" (b,), "images" uint8 (b, H, W, 3), "image_id" (b,), "text": Sentences,
+    "negative_uniforms" (b, 2)}, "parallel": {"index", "source": Sentences (English), "target": Sentences},
+    "text": {"index", "text": Sentences}}.
 
     augments: False shows images whole, as an evaluation does.
 
