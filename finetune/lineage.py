@@ -57,13 +57,12 @@ def load_run_config(run: Path) -> FinetuneConfig:
     the folder in which it was started."""
     config = load_config(FinetuneConfig, run / "config.json")
     values = config.model_dump()
-    named = {path: _nested(values, path.split(".")) for path in (*PATHS, *_strategy_paths(config))}
+    named = {
+        path: _nested(values, path.split("."))
+        for path in (*PATHS, *config.strategies.declared_paths("run_fields", "file_fields"))
+    }
     found = {path: str(_locate(value, run, config.runs)) for path, value in named.items() if value}
     return change_settings(config, {**found, "runs": str(run.absolute().parent)})
-
-
-def _strategy_paths(config: FinetuneConfig) -> tuple[str, ...]:
-    return config.strategies.declared_paths("run_fields", "file_fields")
 
 
 def _run_paths(config: FinetuneConfig | None) -> tuple[str, ...]:

@@ -324,12 +324,12 @@ __all__ = [
     "Context",
     "HiddenStates",
     "Need",
-    "Progress",
     "Strategies",
     "StrategiesConfig",
     "Strategy",
     "StrategyConfig",
     "Term",
+    "TrainingProgress",
     "TrainingSetup",
     "check_strategies",
 ]
