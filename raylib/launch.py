@@ -244,15 +244,16 @@ def map_parts(worker: type, arguments: tuple, parts: Iterable[Any], workers: int
     Raises:
         UserError: Ray is not installed; what a worker raised.
     """
+    rows = [{"part": json.dumps(part)} for part in parts]
+    if not rows:
+        return
     has_started = connect_to_ray()
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
     DataContext.get_current().enable_progress_bars = False
-    rows = [{"part": json.dumps(part)} for part in parts]
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # plans, and that there are no bars
     try:
-        if not rows:
-            return
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _PartCaller,
