@@ -74,7 +74,8 @@ def test_batch_size_changes_no_result(export, images, batch_size):
 def test_image_is_the_same_however_it_is_given(export, images):
     path, data = images[0], images[0].read_bytes()
     expected = export.encode_image([path])[0]
-    for given in (path, str(path), data, Image.open(path), load_image(path), f"file://{path}"):
+    stream = io.BytesIO(data)
+    for given in (path, str(path), data, stream, Image.open(path), load_image(path), f"file://{path}"):
         assert np.array_equal(export.encode_image(given), expected), type(given)
 
 
@@ -155,8 +156,19 @@ def test_two_images_are_asked_for(library):
     model = polyglance.load(library / "runs/sample_marvl", "cpu")
     with pytest.raises(UserError, match=r"reads a text with 2 images: give them as \(left, right\)"):
         model.answer([library / "cat.png"], ["a cat"])
-    with pytest.raises(UserError, match="2 texts and 1 images"):
-        model.answer([(library / "cat.png", library / "dog.png")], ["a cat", "a dog"])
+    pair = str(library / "cat.png"), str(library / "dog.png")
+    for given in (pair[0], list(pair), (*pair, pair[0])):
+        with pytest.raises(UserError, match="reads a text with 2 images"):
+            model.answer(given, "a cat")
+    with pytest.raises(UserError, match="2 texts and 1 pairs of images"):
+        model.answer([pair], ["a cat", "a dog"])
+    assert model.answer([list(pair)], ["a cat"]) == [model.answer(pair, "a cat")]
+
+
+def test_question_without_an_image_is_refused(library):
+    model = polyglance.load(library / "runs/sample_xgqa", "cpu")
+    with pytest.raises(UserError, match="reads a text about an image or a premise: give one of them"):
+        model.answer(None, "what is it?")
 
 
 def test_region_models_say_what_they_read(tmp_path, model):
@@ -290,6 +302,38 @@ def test_wrong_input_is_named(export, images, tmp_path, stored):
         polyglance.load(stored / "model", "mps")
     with pytest.raises(UserError, match="dtype=int8"):
         polyglance.load(stored / "model", dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda m, i: m.encode_image([i], batch_size=0), "batch_size=0: give a whole number, 1 or more"),
+        (lambda m, i: m.encode_text(["a"], batch_size=None), "batch_size=None: give a whole"),
+        (lambda m, i: m.rerank(i, ["a"], batch_size=-1), "batch_size=-1: give a whole"),
+        (lambda m, i: m.rerank(i, ["a"], top=-1), "top=-1: give a whole"),
+        (lambda m, i: m.encode_text(None), "NoneType is no text; give a str, or a list"),
+        (lambda m, i: m.encode_text(["a", "\ud83d"]), r"text 1 is no Unicode, it .* '\\ud83d'"),
+        (lambda m, i: m.encode_image([i] * 70 + [None]), "image 70: NoneType is no image"),
+        (lambda m, i: m.encode_text(["a"] * 300 + [7]), "text 300 is no str but int"),
+        (lambda m, i: m.encode_image(b""), r"image 0: does not decode \(an empty file\)"),
+        (lambda m, i: m.similarity(np.zeros((2, 3)), "a"), "vectors of 3 and of 4 numbers"),
+        (lambda m, i: m.encode_image("http://127.0.0.1:1/a.png"), "a.png: .*127.0.0.1:1 "),
+    ],
+)
+def test_odd_arguments_are_one_line(export, images, call, line):
+    with pytest.raises(UserError, match=line) as caught:
+        call(export, images[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_one_text_or_one_vector_is_a_list_of_one(export, images):
+    assert [match.text for match in export.rerank(images[0], "a cat")] == ["a cat"]
+    assert len(export.rerank(images[0], iter(["a", "b"]))) == 2
+    vectors, texts = export.encode_image(images[:2]), export.encode_text(["a", "b"])
+    expected = export.similarity(vectors, texts)
+    for given in (list(vectors), vectors.astype(np.float64), export.encode_image(images[:2], as_tensor=True)):
+        assert np.array_equal(export.similarity(given, list(texts)), expected)
+    assert np.array_equal(export.similarity(vectors[0], texts), expected[:1])
 
 
 def run_python(code: str, **environment) -> subprocess.CompletedProcess:

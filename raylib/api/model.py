@@ -5,8 +5,10 @@ for classes.
 Shape legend: n images or texts, e width of embeddings.
 """
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -31,7 +33,7 @@ from raylib.models.base import Backbone, RetrievalBackbone
 from raylib.models.finetuned import FinetuneModel
 from raylib.models.layers import Memory
 from raylib.packed import Ragged
-from raylib.text import Tokenizer
+from raylib.text import SURROGATE, Tokenizer
 
 T = TypeVar("T")
 ImageInput = Any  # a path, a URL, bytes, a PIL image, an array; of a model on region features, these
@@ -103,8 +105,8 @@ class Model:
     ) -> Any:
         """Unit vectors (n, e) of images; (e,) of one that comes alone. A NumPy array, or a tensor on the CPU.
 
-        images: paths, URLs, bytes, PIL images or arrays of uint8 (height, width, 3), in a list or any
-            iterable, which is gone through batch by batch.
+        images: paths, URLs, binary files or their bytes, PIL images or arrays of uint8 (height, width, 3),
+            in a list or any iterable, which is gone through batch by batch.
         Raises:
             UserError: the model has no such vectors, an image does not decode (it is named).
         """
@@ -116,8 +118,8 @@ class Model:
         def encode(pixels: Tensor) -> Tensor:
             return image_vectors(model, pixels, self.device, batch_size)
 
-        chunks = self._progress(images, batch_size, "encode images", "images")
-        return self._encode(prefetch(map(self._pixels, chunks)), encode, as_tensor)
+        chunks = _numbered(self._progress(images, batch_size, "encode images", "images"), "image")
+        return self._encode(prefetch(starmap(self._pixels, chunks)), encode, as_tensor)
 
     def encode_text(
         self, texts: Iterable[str] | str, *, batch_size: int = 4 * BATCH, as_tensor: bool = False
@@ -128,31 +130,46 @@ class Model:
             return self.encode_text([texts], as_tensor=as_tensor)[0]
         model = cast(RetrievalBackbone, self.network)
 
-        def encode(chunk: list[str]) -> Tensor:
-            ids = encode_texts(_checked(chunk), self.tokenizer, self.length)
+        def encode(chunk: tuple[list[str], list[str]]) -> Tensor:
+            ids = encode_texts(_checked(*chunk), self.tokenizer, self.length)
             rows = ids.values.split(ids.lengths.tolist())
             return sentence_vectors(model, rows, self.device, batch_size)
 
-        chunks = self._progress(texts, batch_size, "encode texts", "texts")
-        return self._encode(chunks, encode, as_tensor)
+        chunks = self._progress(_listed_texts(texts), batch_size, "encode texts", "texts")
+        return self._encode(_numbered(chunks, "text"), encode, as_tensor)
 
     def similarity(self, images: Any, texts: Any, *, batch_size: int = BATCH, as_tensor: bool = False) -> Any:
-        """Cosines (images, texts). Either may be vectors that were encoded before."""
+        """Cosines (images, texts). Either may be vectors that were encoded before: (n, e), or a list of
+        (e,)."""
         self.require("similarity")
-        left = images if _is_vectors(images) else self.encode_image(_listed(images), batch_size=batch_size)
-        right = texts if _is_vectors(texts) else self.encode_text(_listed(texts), batch_size=4 * batch_size)
-        cosines = torch.as_tensor(left) @ torch.as_tensor(right).T
+        left, right = _vectors(images), _vectors(texts)
+        if left is None:
+            one = [images] if _is_one_image(images) else images
+            left = self.encode_image(one, batch_size=batch_size, as_tensor=True)
+        if right is None:
+            one = [texts] if isinstance(texts, str) else texts
+            right = self.encode_text(one, batch_size=4 * batch_size, as_tensor=True)
+        if left.shape[1] != right.shape[1]:
+            raise UserError(
+                f"similarity: vectors of {left.shape[1]} and of {right.shape[1]} numbers; both must be this "
+                "model's"
+            )
+        cosines = left @ right.T
         return cosines if as_tensor else cosines.numpy()
 
     def rerank(
-        self, image: ImageInput, texts: Sequence[str], *, top: int | None = None, batch_size: int = BATCH
+        self, image: ImageInput, texts: Iterable[str], *, top: int | None = None, batch_size: int = BATCH
     ) -> list[Match]:
         """The texts by how well the image-text matching head, which reads each together with the image, finds
         that they belong to it: the best first, `top` of them."""
         self.require("rerank")
+        _require_count("batch_size", batch_size)
+        if top is not None:
+            _require_count("top", top)
+        texts = _checked([texts] if isinstance(texts, str) else texts)
         model: Any = self.network
         with torch.no_grad():
-            states = self._image_states([image])
+            states = self._encode_pixels(self._pixels([image], ["the image"]))
             scores = [self._match(model, chunk, states) for chunk in batched(texts, batch_size)]
         found = torch.cat(scores) if scores else torch.zeros(0)
         require_finite("scores of the match head", found)
@@ -160,7 +177,7 @@ class Model:
         return [Match(texts[i], float(found[i]), i) for i in order]
 
     def _match(self, model: Any, texts: list[str], image: Ragged) -> Tensor:
-        ids = encode_texts(_checked(texts), self.tokenizer, self.length)
+        ids = encode_texts(texts, self.tokenizer, self.length)
         ids = ids.with_values(ids.values.to(self.device))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             states = model.encode_text(ids)
@@ -196,14 +213,17 @@ class Model:
         if isinstance(text, str):
             premise = None if premise is None else [premise]
             return self.classify([text], image, premise=premise, top=top, batch_size=batch_size)[0]
-        texts = _checked(list(text))
+        _require_count("top", top)
+        if image is None and premise is None:
+            raise UserError(f"{self.path} reads a text about an image or a premise: give one of them")
+        texts = _checked(text)
         about = self._about(image, len(texts))
         pairs: list[tuple[str, ...]] = [(one,) for one in texts]
         if premise is not None:
-            premises = [premise] * len(texts) if isinstance(premise, str) else _checked(list(premise))
+            premises = [premise] * len(texts) if isinstance(premise, str) else _checked(premise)
             _require_equal(len(texts), len(premises), "premises")
             pairs = list(zip(premises, texts, strict=True))
-        rows = list(zip(pairs, about, strict=True))
+        rows = list(zip(pairs, about, range(len(texts)), strict=True))
         found: list[list[Answer]] = []
         with torch.no_grad():
             chunks = self._progress(rows, batch_size, "classify", "texts")
@@ -216,33 +236,37 @@ class Model:
         model = cast(FinetuneModel, self.network)
         if image is None:
             return [()] * count
-        pair = model.num_images > 1
-        alone = _is_one_image(image) if not pair else isinstance(image, tuple)
-        images = [image] * count if alone else list(image)
-        _require_equal(count, len(images), "images")
-        if pair and not all(isinstance(each, tuple) and len(each) == model.num_images for each in images):
+        if model.num_images == 1:
+            images = [image] * count if _is_one_image(image) else list(image)
+            _require_equal(count, len(images), "images")
+            return [(each,) for each in images]
+        one = isinstance(image, tuple) or _is_one_image(image)
+        sets = [image] * count if one else list(image)
+        if not all(isinstance(each, tuple | list) and len(each) == model.num_images for each in sets):
             raise UserError(
                 f"{self.path} reads a text with {model.num_images} images: give them as (left, right)"
             )
-        return [each if pair else (each,) for each in images]
+        _require_equal(count, len(sets), "pairs of images")
+        return list(map(tuple, sets))
 
     def _visual(self, chunk: list) -> tuple[list, dict[str, Any]]:
         """The rows of a batch, with their images as pixels or regions, each once, and which row has which."""
-        images = [image for _, about in chunk for image in about]
+        images = [image for _, about, _ in chunk for image in about]
         if not images:
             return chunk, {}
         if self.region_dim:
             regions = [self._regions(image) for image in images]
             return chunk, join_regions(regions, "tags" in self.backbone.row_parts)
         keys = [str(image) if isinstance(image, str | Path) else id(image) for image in images]
-        unique = dict(zip(keys, images, strict=True))
+        names = [f"image of text {i}" for _, about, i in chunk for _ in about]
+        unique = dict(zip(keys, zip(images, names, strict=True), strict=True))
         place = {key: i for i, key in enumerate(unique)}
         rows = torch.tensor([place[key] for key in keys])
-        return chunk, {"pixels": self._pixels(list(unique.values())), "rows": rows}
+        return chunk, {"pixels": self._pixels(*zip(*unique.values(), strict=True)), "rows": rows}
 
     def _classes(self, chunk: list, visual: dict[str, Any], top: int) -> list[list[Answer]]:
         model = cast(FinetuneModel, self.network)
-        examples = [Example(texts[-1], texts, ("",) * len(about), {}) for texts, about in chunk]
+        examples = [Example(texts[-1], texts, ("",) * len(about), {}) for texts, about, _ in chunk]
         if "pixels" in visual:
             visual = {"states": self._encode_pixels(visual["pixels"]).select_rows(visual["rows"])}
         inputs = encode_inputs(examples, visual, self.tokenizer, self.length)
@@ -288,22 +312,21 @@ class Model:
     # ---- shared
 
     def _progress(self, items: Iterable[T], batch_size: int, what: str, unit: str) -> Iterator[list[T]]:
+        _require_count("batch_size", batch_size)
         chunks = batched(items, batch_size)
         total = len(items) if isinstance(items, Sized) else None
         return progress(chunks, what, total, unit, len) if self.show_progress else chunks
 
-    def _pixels(self, images: Sequence[ImageInput]) -> Tensor:
-        """uint8 (n, size, size, 3) of images as evaluation resizes them, decoded by threads."""
+    def _pixels(self, images: Sequence[ImageInput], names: Sequence[str]) -> Tensor:
+        """uint8 (n, size, size, 3) of images as evaluation resizes them, decoded by threads. names: of those
+        that have none themselves."""
         size = self.backbone.image_size
 
-        def read(item: tuple[int, ImageInput]) -> np.ndarray:
-            return resize_image(load_image(item[1], f"image {item[0]}"), size)
+        def read(image: ImageInput, name: str) -> np.ndarray:
+            return resize_image(load_image(image, name), size)
 
         with ThreadPoolExecutor() as threads:
-            return torch.from_numpy(np.stack(list(threads.map(read, enumerate(images)))))
-
-    def _image_states(self, images: Sequence[ImageInput]) -> Ragged:
-        return self._encode_pixels(self._pixels(images))
+            return torch.from_numpy(np.stack(list(threads.map(read, images, names))))
 
     def _encode_pixels(self, pixels: Tensor) -> Ragged:
         """States of images in float32, as evaluation keeps them."""
@@ -340,26 +363,58 @@ class Model:
 
 
 def _is_one_image(value: Any) -> bool:
-    if isinstance(value, str | Path | bytes | bytearray | memoryview | dict | Regions):
+    files = io.RawIOBase | io.BufferedIOBase
+    if isinstance(value, str | Path | bytes | bytearray | memoryview | dict | Regions | files):
         return True
     if isinstance(value, np.ndarray | Tensor):
         return value.ndim == 3
     return not isinstance(value, Iterable)  # a PIL image
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) or _is_one_image(value) else value
+def _vectors(value: Any) -> Tensor | None:
+    """The vectors (n, e), float32, that `value` is, or a list of vectors (e,); None: it is no such thing."""
+    if isinstance(value, list | tuple) and value and all(map(_is_vector, value)):
+        return torch.stack([torch.as_tensor(each).float().cpu() for each in value])
+    if isinstance(value, np.ndarray | Tensor) and value.ndim == 2:
+        return torch.as_tensor(value).float().cpu()
+    return torch.as_tensor(value).float().cpu()[None] if _is_vector(value) else None
 
 
-def _is_vectors(value: Any) -> bool:
-    return isinstance(value, np.ndarray | Tensor) and value.ndim == 2
+def _is_vector(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim == 1
+    return isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind == "f"
 
 
-def _checked(texts: list[Any]) -> list[str]:
+def _numbered(chunks: Iterable[list[T]], what: str) -> Iterator[tuple[list[T], list[str]]]:
+    """Each chunk with a name of each of its items: `what`, and its place among all."""
+    start = 0
+    for chunk in chunks:
+        yield chunk, [f"{what} {start + i}" for i in range(len(chunk))]
+        start += len(chunk)
+
+
+def _listed_texts(value: Any) -> Iterable[Any]:
+    if isinstance(value, Iterable) and not isinstance(value, bytes):
+        return value
+    raise UserError(f"{type(value).__name__} is no text; give a str, or a list of these")
+
+
+def _checked(texts: Any, names: Sequence[str] = ()) -> list[str]:
+    """The texts, in a list. names: of them."""
+    texts = list(_listed_texts(texts))
     for i, text in enumerate(texts):
+        name = names[i] if names else f"text {i}"
         if not isinstance(text, str):
-            raise UserError(f"text {i} is no str but {type(text).__name__}: {text!r:.60}")
+            raise UserError(f"{name} is no str but {type(text).__name__}: {text!r:.60}")
+        if SURROGATE.search(text):
+            raise UserError(f"{name} is no Unicode, it has half of a surrogate pair: {text!a:.60}")
     return texts
+
+
+def _require_count(name: str, value: Any) -> None:
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise UserError(f"{name}={value!r}: give a whole number, 1 or more")
 
 
 def _require_equal(texts: int, others: int, what: str) -> None:

@@ -92,6 +92,8 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
 
     Raises BadImage, which says `name`.
     """
+    if not data:
+        raise BadImage(f"{name}: does not decode (an empty file)")
     buffer = np.frombuffer(data, np.uint8)
     jpeg = data[:2] == b"\xff\xd8"
     try:
@@ -117,14 +119,16 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
 
 
 def load_image(image: Any, name: str = "image") -> np.ndarray:
-    """RGB uint8 (H, W, 3) of whatever a user calls an image: a path, a URL that `fsspec` knows, the bytes of
-    a file, a PIL image, or such an array, which is taken as it is.
+    """RGB uint8 (H, W, 3) of whatever a user calls an image: a path, a URL that `fsspec` knows, an open
+    binary file, its bytes, a PIL image, or such an array, which is taken as it is.
 
     Raises:
         BadImage: none of these, no such file, or it does not decode; it is named, or by `name`.
     """
     if isinstance(image, str | Path):
         return decode_image(_read_bytes(image), str(image))
+    if isinstance(image, io.RawIOBase | io.BufferedIOBase):
+        image = image.read()
     if isinstance(image, bytes | bytearray | memoryview):
         return decode_image(bytes(image), name)
     # whoever has a PIL image has imported PIL
@@ -132,9 +136,10 @@ def load_image(image: Any, name: str = "image") -> np.ndarray:
         return _decode_pil(image, name)
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        numbers = f" of {array.dtype} {array.shape}" if array.dtype.kind in "biuf" and array.ndim else ""
         raise BadImage(
-            f"{name}: {type(image).__name__} of {array.dtype} {array.shape} is no image; give a path, a URL, "
-            "bytes of a file, a PIL image or an array of uint8 (height, width, 3)"
+            f"{name}: {type(image).__name__}{numbers} is no image; give a path, a URL, a binary file, its "
+            "bytes, a PIL image or an array of uint8 (height, width, 3)"
         )
     return array
 
@@ -148,7 +153,9 @@ def _read_bytes(path: Path | str) -> bytes:
                 return file.read()
         return Path(path).read_bytes()
     except OSError as error:
-        raise BadImage(f"{path}: {error.strerror or ' '.join(str(error).split())}") from error
+        # of a URL the error says no more than the URL, and its cause why
+        reason = error.strerror or " ".join(str(error.__cause__ or error).split())
+        raise BadImage(f"{path}: {reason}") from error
     except (ImportError, ValueError) as error:  # no package for the URL's scheme, or no such scheme
         raise BadImage(f"{path}: {error}") from error
 
