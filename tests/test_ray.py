@@ -178,7 +178,7 @@ def test_ray_terminal_has_no_notices_of_rays(mini):
     assert done.returncode == 0, done.stdout
     begins, dashboard, *rest = done.stdout.splitlines()
     assert begins.startswith("run 'quiet' in ") and dashboard.startswith("Ray's dashboard: http://")
-    # Ray's real errors stay, such as of its cleaner of placement groups on a machine that is too busy to answer
+    # errors of Ray stay, such as of its cleaner of placement groups on a machine too busy to answer
     for words in ("TrainingReport", "Deprecat", "pid=", "INFO"):
         assert not [line for line in rest if words in line]
 
