@@ -11,7 +11,7 @@ from raylib.errors import UserError
 from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
 from raylib.metrics import RANKS, mean_or_zero
-from raylib.track import read_metrics
+from raylib.monitoring import read_metrics
 
 RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in RANKS)
 

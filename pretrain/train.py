@@ -33,12 +33,12 @@ from raylib.loop import FitConfig, fit
 from raylib.models import find_model, find_tokenizer
 from raylib.models.hf_weights import load_text, load_vision, read_config
 from raylib.models.unified import ModelConfig, UnifiedModel
+from raylib.monitoring import read_metrics
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 from raylib.provenance import DataFile, commit, data_hash, provenance
 from raylib.randomness import hash64
 from raylib.runtime import Reporter, Runtime
 from raylib.text import Tokenizer
-from raylib.track import read_metrics
 
 
 class InitConfig(Config):

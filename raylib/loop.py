@@ -30,9 +30,9 @@ from raylib.engine_zero import DeepSpeedEngine
 from raylib.errors import NotFinite
 from raylib.fileio import write_json
 from raylib.finite import StepMonitor, finite_values, require_finite_values
+from raylib.monitoring import MetricsLog, ProgressLog, StallWatch
 from raylib.randomness import hash64
 from raylib.runtime import Runtime, has_bf16, out_of_memory_error, peak_flops, peak_memory
-from raylib.track import MetricsLog, ProgressLog, StallWatch
 from raylib.trackers import Backend
 
 

@@ -15,8 +15,8 @@ from finetune.tasks.datasets import TASKS
 from finetune.tasks.retrieval import CONTRAST_AND_ITM, ContrastObjective, MatchingObjective
 from raylib.errors import UserError
 from raylib.metrics import disparity
+from raylib.monitoring import read_metrics
 from raylib.objectives.pretraining import UnifiedObjective
-from raylib.track import read_metrics
 from tests.factories import make_batch, make_model, take_rows
 from tests.workers import assert_workers_equal_one, run_workers
 

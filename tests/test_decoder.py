@@ -12,10 +12,10 @@ from raylib.errors import UserError
 from raylib.models.decoder import DecoderConfig, encode_answers
 from raylib.models.finetuned import FinetuneModel
 from raylib.models.unified import UnifiedModel
+from raylib.monitoring import read_metrics
 from raylib.packed import Ragged
 from raylib.sample import DATA
 from raylib.text import Tokenizer
-from raylib.track import read_metrics
 from tests import reference
 from tests.factories import make_model
 from tests.test_cclm import images, swin_config

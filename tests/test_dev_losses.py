@@ -10,8 +10,8 @@ from pretrain import dev_losses
 from pretrain.dev_losses import DevLosses, dev_batches
 from pretrain.train import resolve_data, run
 from raylib.errors import UserError
+from raylib.monitoring import read_metrics
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
-from raylib.track import read_metrics
 from tests import reference
 from tests.factories import make_model
 from tests.workers import run_workers

@@ -18,10 +18,10 @@ from raylib.config import override
 from raylib.errors import UserError
 from raylib.models.finetuned import FinetuneModel
 from raylib.models.oscar import REGION_BOX_DIM, TINY, Oscar
+from raylib.monitoring import read_metrics
 from raylib.randomness import hash64
 from raylib.sample import DATA
 from raylib.search.trial import TuneReporter
-from raylib.track import read_metrics
 from tests.conftest import QUICK
 from tests.test_oscar import write_oscar_tsv
 from tests.test_strategies_run import ANSWERS, REFUSED, SETTINGS

@@ -20,8 +20,8 @@ from finetune.recipes import RECIPES
 from finetune.stores.images import open_visual
 from raylib import checkpoint
 from raylib.config import override
+from raylib.monitoring import read_metrics
 from raylib.sample import DATA
-from raylib.track import read_metrics
 from tests.test_stores import b64, write_lmdb
 
 QUICK = [

@@ -19,9 +19,9 @@ from finetune.stores import images
 from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.tasks.datasets import TASKS
 from raylib.config import override
+from raylib.monitoring import read_metrics
 from raylib.sample import DATA
 from raylib.sample.scenes import read_labels
-from raylib.track import read_metrics
 from tests.conftest import QUICK
 from tests.factories import make_model
 

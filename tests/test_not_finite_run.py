@@ -17,8 +17,8 @@ from raylib.engine import OptimConfig, StepGuard
 from raylib.errors import NotFinite
 from raylib.loop import FitConfig, fit
 from raylib.models.base import save_model
+from raylib.monitoring import read_metrics
 from raylib.runtime import LocalRuntime
-from raylib.track import read_metrics
 from tests.test_not_finite import CPU, Faulty, faulty_batch
 from tests.test_strategies import Stack
 from tests.workers import run_workers

@@ -21,8 +21,8 @@ from raylib.display import open_pyplot
 from raylib.errors import NotFinite, UserError
 from raylib.metrics import recall_hits
 from raylib.models.finetuned import FinetuneModel
+from raylib.monitoring import MetricsLog, read_metrics
 from raylib.text import Tokenizer
-from raylib.track import MetricsLog, read_metrics
 from tests.factories import make_model
 from tests.test_decoder import ANSWERS
 from tests.test_finetune import TOKENIZER, captions, pixels, questions, retriever, small_model

@@ -19,7 +19,7 @@ from raylib.config import dump_config, load_config, override
 from raylib.errors import UserError
 from raylib.metrics import mean_recall_at_1
 from raylib.models.unified import UnifiedModel
-from raylib.track import read_metrics
+from raylib.monitoring import read_metrics
 
 LOCAL = ("runtime=local", "workers=1")
 FIGURES = {"chance_r1", "n", *(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))}

@@ -23,7 +23,7 @@ from pretrain.train import run
 from raylib import checkpoint
 from raylib.config import dump_config
 from raylib.errors import UserError
-from raylib.track import read_metrics
+from raylib.monitoring import read_metrics
 
 pytestmark = pytest.mark.xdist_group("ray")
 

@@ -12,7 +12,7 @@ from finetune.config import FinetuneConfig
 from finetune.lineage import load_run_config, read_lineage, runs_behind
 from finetune.strategies import STRATEGIES
 from raylib.config import change_settings, load_config
-from raylib.track import read_metrics
+from raylib.monitoring import read_metrics
 from tests.conftest import QUICK as SMALL
 from tests.test_strategies_run import SETTINGS
 from tune_spaces import FinetuneSearchJob

@@ -16,11 +16,11 @@ from finetune.__main__ import main as finetune_main
 from finetune.recipes import RECIPES
 from raylib.config import load_config, override
 from raylib.errors import UserError
+from raylib.monitoring import read_metrics
 from raylib.search import tuner
 from raylib.search.config import SearchConfig
 from raylib.search.space import Choice, Float, OneOf, Space
 from raylib.search.trial import read_reports
-from raylib.track import read_metrics
 from tune_spaces import FinetuneSearchJob
 
 pytestmark = pytest.mark.xdist_group("ray")

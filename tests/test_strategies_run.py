@@ -16,8 +16,8 @@ from finetune.strategies.pruning import prune_mask, read_mask, sparsity
 from raylib.checkpoint import find_newest, read_meta
 from raylib.config import load_config
 from raylib.models import peft
+from raylib.monitoring import read_metrics
 from raylib.sample import LANGUAGES
-from raylib.track import read_metrics
 
 SETTINGS = {
     "prior": ["strategies.prior.k=3"],

@@ -21,8 +21,8 @@ from raylib import trackers, tracking
 from raylib.config import dump_config
 from raylib.errors import UserError
 from raylib.fileio import append_jsonl, read_json, write_atomically
+from raylib.monitoring import read_metrics
 from raylib.provenance import commit
-from raylib.track import read_metrics
 from raylib.trackers import ExperimentTracker, Point, RunFacts, table_rows
 from raylib.tracking import track_run
 

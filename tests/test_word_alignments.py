@@ -21,9 +21,9 @@ from finetune.strategies.distillation.word_alignments import (
     split_words,
 )
 from raylib.errors import UserError
+from raylib.monitoring import read_metrics
 from raylib.sample import DATA
 from raylib.text import Tokenizer
-from raylib.track import read_metrics
 from tests.test_distillation import wordpiece  # noqa: F401
 from tests.test_distillation_run import distil, parallel, teacher  # noqa: F401
 

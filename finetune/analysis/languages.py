@@ -30,8 +30,8 @@ from raylib.finite import require_finite
 from raylib.metrics import mean_or_zero
 from raylib.models.base import RetrievalBackbone
 from raylib.models.finetuned import FinetuneModel
+from raylib.monitoring import read_metrics
 from raylib.text import Tokenizer
-from raylib.track import read_metrics
 
 BATCH = 16  # items in every language at a time
 

@@ -13,8 +13,8 @@ from raylib import loop
 from raylib.data.loading import StepDataset
 from raylib.engine import OptimConfig, TorchEngine
 from raylib.loop import Meter
+from raylib.monitoring import MetricsLog, ProgressLog, StallWatch, duration, layout, read_metrics, short
 from raylib.runtime import LocalRuntime, peak_flops
-from raylib.track import MetricsLog, ProgressLog, StallWatch, duration, layout, read_metrics, short
 from tests.test_not_finite import Faulty, faulty_batch
 from tests.test_not_finite_run import Batches
 from tests.test_not_finite_run import run as train
