@@ -112,6 +112,7 @@ def test_predict_answers_questions(folder, capsys):
 
 
 def test_predict_reads_pairs_of_images_and_of_sentences(folder, capsys):
+    (folder / "blank.txt").write_text(" \n\n")
     write("pairs.jsonl", [{"images": ["cat.png", "dog.png"], "statement": "left is a cat"}])
     run(capsys, "runs/sample_marvl", "--questions", "pairs.jsonl", "--out", "pairs.out")
     expected = polyglance.load("runs/sample_marvl", "cpu").answer(("cat.png", "dog.png"), "left is a cat")
@@ -172,6 +173,26 @@ def test_predict_refuses_to_go_on_with_something_else(folder, capsys):
     assert (folder / "mine.jsonl").read_text() == "precious\n"
 
 
+def test_predict_refuses_embeddings_of_another_model(folder, capsys):
+    run(capsys, "runs/sample", "--images", "images", "--out", "vectors.jsonl")
+    by_texts = ("--images", "vectors.jsonl", "--texts", "texts.txt", "--by", "texts")
+    run(capsys, "runs/sample_model", *by_texts)  # an export of the same weights
+    assert "embeddings of another model" in run(capsys, "runs/sample_xflickrco", *by_texts, code=2).err
+
+
+def test_predict_begins_anew_where_nothing_was_written(folder, capsys):
+    write("q.jsonl", [{"images": ["cat.png", "dog.png"], "question": "which?"}])
+    command = ("runs/sample_xgqa", "--questions", "q.jsonl", "--out", "answers.jsonl")
+    assert "with one image" in run(capsys, *command, code=2).err
+    write(
+        "q.jsonl",
+        [{"image": "cat.png", "question": "which?", "answers": ["red"], "error": "of a run before"}],
+    )
+    assert run(capsys, *command).err == ""
+    (line,) = read("answers.jsonl")
+    assert set(line) == {"image", "question", "answers"} and line["answers"][0]["text"] != "red"
+
+
 def test_predict_has_a_line_for_a_broken_image(folder, capsys):
     broken = folder / "images" / "0broken.png"
     broken.write_bytes((folder / "cat.png").read_bytes()[:50])
@@ -192,10 +213,21 @@ def test_predict_has_a_line_for_a_broken_image(folder, capsys):
         (["runs/sample", "--questions", "q", "--texts", "t"], "give --questions, or --images"),
         (["runs/sample", "--texts", "texts.txt", "--by", "texts"], "--by texts needs --images and --texts"),
         (["runs/sample", "--texts", "texts.txt", "--ray"], "--ray wants --out DIR"),
+        (["runs/sample", "--images", "images", "--texts", "blank.txt"], "blank.txt: no texts in it"),
+        (["runs/sample", "--texts", "texts.txt", "--out", "s3://bucket/a"], "only --ray writes to a URL"),
+        (["runs/sample", "--texts", "texts.txt", "--out", "images"], "--out images: no plain file"),
+        (["runs/sample", "--texts", "texts.txt", "--out", "cat.png/a"], "cat.png/a: not written (File"),
         (["runs/sample", "--questions", "questions.jsonl"], "cannot classify; it can encode_image"),
         (["runs/sample_xgqa", "--images", "images"], "cannot encode_image; it can answer, classify"),
         (["runs/sample", "--images", "empty"], "empty: no images in it"),
-        (["runs/sample", "--images", "nowhere"], "nowhere: no images in it"),
+        (["runs/sample", "--images", "nowhere"], "nowhere: no such folder; give one with images"),
+        (["runs/sample", "--images", "cat.png"], "cat.png: no such folder; give one with images"),
+        (["runs/sample_xgqa", "--questions", "pairs.jsonl"], "reads a text with one image, not with several"),
+        (["runs/sample_marvl", "--questions", "premise.jsonl"], "reads a text with 2 images"),
+        (["runs/sample_xgqa", "--questions", "none.jsonl"], "none.jsonl: no questions in it"),
+        (["runs/sample_xgqa", "--questions", "word.jsonl"], "word.jsonl:1: images is no list; give [LEFT"),
+        (["runs/sample_xgqa", "--questions", "nan.jsonl"], "nan.jsonl:2: a number that is not finite, or no"),
+        (["runs/sample_xgqa", "--questions", "half.jsonl"], "half.jsonl:1: a number that is not finite"),
         (["runs/sample_xgqa", "--questions", "bad.jsonl"], "bad.jsonl:2: wanted image, images or premise"),
         (["runs/sample_xgqa", "--questions", "mixed.jsonl"], "about its premise, after others"),
     ],
@@ -204,6 +236,13 @@ def test_predict_tells_mistakes_in_one_line(folder, capsys, arguments, line):
     (folder / "empty").mkdir()
     good = {"image": "cat.png", "question": "what?"}
     write("bad.jsonl", [good, {"image": "cat.png"}])
+    (folder / "blank.txt").write_text(" \n\n")
+    write("pairs.jsonl", [{"images": ["cat.png", "dog.png"], "question": "which?"}])
+    write("premise.jsonl", [{"premise": "a", "hypothesis": "b"}])
+    write("none.jsonl", [])
+    write("word.jsonl", [{"images": "cat.png", "question": "what?"}])
+    write("nan.jsonl", [good, {**good, "weight": float("nan")}])
+    write("half.jsonl", [{**good, "question": "\ud83d"}])
     write("mixed.jsonl", [good, {"premise": "a", "hypothesis": "b"}])
     error = run(capsys, *arguments, code=2).err
     assert line in error and error.count("\n") == 1

@@ -234,14 +234,16 @@ class Model:
     def _about(self, image: Any, count: int) -> list[tuple[ImageInput, ...]]:
         """The images of each of `count` texts."""
         model = cast(FinetuneModel, self.network)
-        if image is None:
+        if image is None and model.num_images == 1:
             return [()] * count
         if model.num_images == 1:
             images = [image] * count if _is_one_image(image) else list(image)
+            if any(isinstance(each, tuple | list) and not isinstance(each, Regions) for each in images):
+                raise UserError(f"{self.path} reads a text with one image, not with several")
             _require_equal(count, len(images), "images")
             return [(each,) for each in images]
         one = isinstance(image, tuple) or _is_one_image(image)
-        sets = [image] * count if one else list(image)
+        sets = [image] * count if one or image is None else list(image)
         if not all(isinstance(each, tuple | list) and len(each) == model.num_images for each in sets):
             raise UserError(
                 f"{self.path} reads a text with {model.num_images} images: give them as (left, right)"

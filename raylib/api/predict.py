@@ -38,6 +38,7 @@ from raylib.data.images import is_image, load_image, resize_image
 from raylib.data.loading import batched, prefetch
 from raylib.display import progress
 from raylib.errors import UserError
+from raylib.fileio import read_json
 from raylib.launch import map_parts
 from raylib.models.finetuned import tokenizer_at, weights_of
 from raylib.provenance import hash_path
@@ -187,21 +188,33 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     """The records of a file of questions.
 
     Raises:
-        UserError: one has no text, neither an image nor a premise, or other fields than the first.
+        UserError: there are none; one has no text, neither an image nor a premise, other fields than the
+            first, or what UTF-8 or JSON cannot write.
     """
     records, kind = [], None
+    expected = f"wanted image, images or premise, and {', '.join(QUESTIONS[:-1])} or {QUESTIONS[-1]}"
     for where, record in stream_jsonl(path):
-        names = [record.get("image"), *(record.get("images") or ()), record.get("premise")]
-        about = "premise" if "premise" in record else "images"
-        expected = f"wanted image, images or premise, and {', '.join(QUESTIONS[:-1])} or {QUESTIONS[-1]}"
+        images = record.get("images", [])
+        if not isinstance(images, list):
+            raise UserError(f"{where}: images is no list; give [LEFT, RIGHT], or one as image")
+        names = [record.get("image"), *images, record.get("premise")]
         if not name_of_text(record) or not any(names):
             raise UserError(f"{where}: {expected}; found {', '.join(record) or 'nothing'}")
         if any(not isinstance(name, str) for name in (*filter(None, names), record[name_of_text(record)])):
             raise UserError(f"{where}: a field is no string; {expected}")
+        about = "premise" if "premise" in record else f"images ({len(names_of_images(record))})"
         if kind not in (None, about):
             raise UserError(f"{where}: about its {about}, after others about their {kind}; split the file")
         kind = about
+        # a file of lines that this command wrote may be asked again
+        record = {key: value for key, value in record.items() if key not in ("answers", "error")}
+        try:
+            _encode_lines([record])
+        except ValueError as error:
+            raise UserError(f"{where}: a number that is not finite, or no Unicode ({error})") from None
         records.append(record)
+    if not records:
+        raise UserError(f"{path}: no questions in it")
     return records
 
 
@@ -215,9 +228,11 @@ def list_images(root: str) -> list[dict[str, Any]]:
 
     try:
         files, path = fsspec.core.url_to_fs(root)
-        found = files.find(path)
+        found, is_folder = files.find(path), files.isdir(path)
     except (ImportError, ValueError, OSError) as error:
         raise UserError(f"{root}: {' '.join(str(error).split())}") from None
+    if not is_folder:
+        raise UserError(f"{root}: no such folder; give one with images, or embeddings that predict wrote")
     images = (name for name in found if is_image(name.rpartition("/")[2].lower()))
     names = [name.removeprefix(path).lstrip("/") for name in images]
     if not names:
@@ -257,28 +272,57 @@ def _by_texts(config: PredictConfig, texts: list[str], embeddings: Path | None) 
         yield [{"text": text, "images": images} for text, images in zip(batch, found, strict=True)]
 
 
+def hash_model(config: PredictConfig) -> dict[str, str]:
+    """What tells a model from others: digests of its weights and of its tokenizer."""
+    model = language_part(Path(config.model), config.language)
+    return {"weights": hash_path(weights_of(model)), "tokenizer": hash_path(tokenizer_at(model))}
+
+
+def require_same_model(embeddings: Path, config: PredictConfig) -> None:
+    """Check that embeddings are of this model, as far as the note beside them says.
+
+    Raises:
+        UserError: they are of another; cosines with them would mean nothing.
+    """
+    note = Path(f"{str(embeddings).rstrip('/')}.run.json")
+    if note.is_file() and read_json(note)["weights"] != hash_model(config)["weights"]:
+        raise UserError(
+            f"{embeddings}: embeddings of another model than {config.model}; encode the images anew"
+        )
+
+
 def open_output(out: str, config: PredictConfig, inputs: Any) -> None:
     """Note beside `out` what it is made of.
 
     Raises:
-        UserError: it was begun with another model, other inputs or settings; or something else lies there.
+        UserError: it was begun with another model, other inputs or settings; something else lies there; it
+            cannot be written.
     """
-    import fsspec
-
-    model = language_part(Path(config.model), config.language)
     now = {
         "settings": config.model_dump(mode="json", exclude={"model", "device", "images"}),
-        "weights": hash_path(weights_of(model)),
-        "tokenizer": hash_path(tokenizer_at(model)),
+        **hash_model(config),
         "inputs": hashlib.sha256(json.dumps(inputs).encode()).hexdigest(),
     }
+    try:
+        _note(out, now)
+    except (OSError, ImportError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+        raise UserError(f"{out}: not written ({reason}); give another --out") from error
+
+
+def _note(out: str, now: dict[str, Any]) -> None:
+    import fsspec
+
     files, path = fsspec.core.url_to_fs(f"{out}.run.json")
-    if files.exists(path):
+    output = path.removesuffix(".run.json")
+    # of a start that failed before its first line nothing is lost
+    is_begun = bool(files.ls(output) if files.isdir(output) else files.exists(output) and files.size(output))
+    if is_begun and files.exists(path):
         before = json.loads(files.cat_file(path))
         if changed := differing_paths(before, now):
             raise UserError(f"{out} was begun with other {', '.join(changed)}; give another --out")
         return
-    if files.exists(path.removesuffix(".run.json")):
+    if is_begun:
         raise UserError(f"{out} is there, without the {out}.run.json of this command; give another --out")
     files.makedirs(files._parent(path), exist_ok=True)
     files.pipe_file(path, (json.dumps(now, ensure_ascii=False, indent=2) + "\n").encode())
@@ -345,6 +389,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
     given = _parse(arguments)
     texts = [line.strip() for _, line in stream_lines(given.texts)] if given.texts else []
+    if given.texts and not texts:
+        raise UserError(f"{given.texts}: no texts in it; give a text a line")
     by_texts = given.by == "texts"
     embeddings = Path(given.images) if by_texts and _holds_embeddings(given.images) else None
     task: Literal["images", "texts", "similarity", "questions"] = "texts"
@@ -357,6 +403,8 @@ def main(arguments: Sequence[str]) -> int:
     if given.questions and not given.images:
         fields["images"] = str(given.questions.parent)
     config = PredictConfig(**{**fields, "task": task, "texts": tuple(texts) if task == "similarity" else ()})
+    if embeddings:
+        require_same_model(embeddings, config)
     if given.out:
         open_output(given.out, config, [items, texts, embeddings and hash_path(embeddings)])
     if given.ray:
@@ -406,6 +454,10 @@ def _parse(arguments: Sequence[str]) -> Any:
         raise UserError("--by texts needs --images and --texts")
     if given.ray and (given.by == "texts" or not given.out):
         raise UserError("--ray wants --out DIR, and no --by texts, which reads what it writes of --images")
+    if given.out and "://" in given.out and not given.ray:
+        raise UserError(f"--out {given.out}: only --ray writes to a URL; give a file, or --ray")
+    if given.out and not given.ray and Path(given.out).exists() and not Path(given.out).is_file():
+        raise UserError(f"--out {given.out}: no plain file; give another, or --ray for a folder")
     if given.top < 0 or given.workers < 1:
         raise UserError("--top is 0 or more, --workers 1 or more")
     return given
