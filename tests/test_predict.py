@@ -180,10 +180,25 @@ def test_predict_refuses_embeddings_of_another_model(folder, capsys):
     assert "embeddings of another model" in run(capsys, "runs/sample_xflickrco", *by_texts, code=2).err
 
 
+def test_predict_by_texts_names_images_that_are_left_out(folder, capsys):
+    (folder / "few").mkdir()
+    (folder / "few" / "bad.png").write_bytes(b"no image")
+    command = ("runs/sample", "--images", "few", "--texts", "texts.txt", "--by", "texts")
+    assert "1 of 1 images could not be read; the first: few/bad.png" in run(capsys, *command, code=2).err
+    shutil.copy(folder / "cat.png", folder / "few")
+    printed = run(capsys, *command)
+    assert "1 of 2 images could not be read; the first: few/bad.png" in printed.err
+    assert all(
+        [i["image"] for i in json.loads(line)["images"]] == ["cat.png"] for line in printed.out.splitlines()
+    )
+
+
 def test_predict_begins_anew_where_nothing_was_written(folder, capsys):
     write("q.jsonl", [{"images": ["cat.png", "dog.png"], "question": "which?"}])
     command = ("runs/sample_xgqa", "--questions", "q.jsonl", "--out", "answers.jsonl")
     assert "with one image" in run(capsys, *command, code=2).err
+    assert "cannot encode_text" in run(capsys, command[0], "--texts", "texts.txt", "--out", "x", code=2).err
+    assert not [*folder.glob("x*")]
     write(
         "q.jsonl",
         [{"image": "cat.png", "question": "which?", "answers": ["red"], "error": "of a run before"}],

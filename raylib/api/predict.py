@@ -256,15 +256,21 @@ def read_embeddings(path: Path) -> tuple[list[str], np.ndarray]:
     return names, np.array(vectors, np.float32)
 
 
-def _by_texts(config: PredictConfig, texts: list[str], embeddings: Path | None) -> Iterator[list[dict]]:
+def _by_texts(predictor: Predictor, texts: list[str], embeddings: Path | None) -> Iterator[list[dict]]:
     """A line for each text, with the images that fit it best."""
-    predictor = Predictor(config)
+    config = predictor.config
     if embeddings:
         names, vectors = read_embeddings(embeddings)
     else:
         items = list_images(str(config.images))
-        lines = itertools.chain.from_iterable(predictor(progress(items, "encode images", unit="images")))
+        shown = progress(items, "encode images", unit="images")
+        lines = list(itertools.chain.from_iterable(predictor(shown)))
         good = [line for line in lines if "error" not in line]
+        if bad := [line["error"] for line in lines if "error" in line]:
+            told = f"{len(bad):,} of {len(lines):,} images could not be read; the first: {bad[0]}"
+            if not good:
+                raise UserError(told)
+            print(f"{told}; they are left out", file=sys.stderr)
         names, vectors = [line["image"] for line in good], np.array([line["embedding"] for line in good])
     for batch in batched(texts, BATCH):
         scores = predictor.model.encode_text(batch) @ vectors.T.astype(np.float32)
@@ -367,7 +373,6 @@ def write_on_ray(
         {"number": i, "items": batch} for i, batch in enumerate(batched(items, PART))
     ]
     missing = [part for part in parts if part_name(part["number"]) not in existing]
-    open_model(config.model_copy(update={"device": "cpu"}))  # what is wrong with it is told before Ray starts
     # workers may stand elsewhere
     places = {
         name: _absolute(value) for name, value in config if name in ("model", "images", "regions", "vision")
@@ -405,16 +410,20 @@ def main(arguments: Sequence[str]) -> int:
     config = PredictConfig(**{**fields, "task": task, "texts": tuple(texts) if task == "similarity" else ()})
     if embeddings:
         require_same_model(embeddings, config)
+    # what is wrong with the model is told before a file is made, or Ray starts
+    if given.ray:
+        open_model(config.model_copy(update={"device": "cpu"}))
+    predictor = None if given.ray else Predictor(config)
     if given.out:
         open_output(given.out, config, [items, texts, embeddings and hash_path(embeddings)])
-    if given.ray:
+    if predictor is None:
         done, errors = write_on_ray(config, items, given.out, given.workers)
     elif by_texts:
         out, total = given.out and Path(given.out), len(texts)
-        done, errors = write_local(out, lambda done: _by_texts(config, texts[done:], embeddings), total)
+        done, errors = write_local(out, lambda done: _by_texts(predictor, texts[done:], embeddings), total)
     else:
         out, total = given.out and Path(given.out), len(items)
-        done, errors = write_local(out, lambda done: Predictor(config)(items[done:]), total)
+        done, errors = write_local(out, lambda done: predictor(items[done:]), total)
     if given.out:
         print(f"{given.out}: {done:,} lines")
     if errors:
@@ -448,6 +457,8 @@ def _parse(arguments: Sequence[str]) -> Any:
     )
     parser.add_argument("--workers", type=int, default=2, help="of Ray, each with a GPU if there are any (2)")
     given = parser.parse_args(arguments)
+    if given.out == "":
+        raise UserError("--out has no name; give a file")
     if bool(given.questions) == bool(given.texts) and (given.questions or not given.images):
         raise UserError("give --questions, or --images, --texts or both")
     if given.by == "texts" and not (given.images and given.texts):
