@@ -44,6 +44,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("ray",))
 
 
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """The folder of the runs that an earlier version stored (`test_stored_runs` says which)."""
+    from tests.factories import extract_stored_runs
+
+    folder = tmp_path_factory.mktemp("stored")
+    extract_stored_runs(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """The sample corpus, built once."""
@@ -110,18 +120,14 @@ def library(tmp_path_factory, model):
     """A folder as users of the library have it: runs/sample (stored by an earlier version, as are its export
     sample_model, sample_xvnli, sample_xflickrco and sample_few_shot), random models fine-tuned on questions
     (sample_xgqa, of a decoder sample_decoder) and on two images (sample_marvl); images/, cat.png, dog.png."""
-    import tarfile
-    from pathlib import Path
-
     from raylib.models.decoder import encode_answers
     from raylib.models.finetuned import FinetuneModel
     from raylib.sample import read_concept_captions, read_images
     from raylib.text import Tokenizer
-    from tests.factories import make_model
+    from tests.factories import extract_stored_runs, make_model
 
     folder = tmp_path_factory.mktemp("library")
-    with tarfile.open(Path(__file__).parent / "data" / "runs_2026_11.tar.xz") as tar:
-        tar.extractall(folder, filter="data")
+    extract_stored_runs(folder)
     runs = folder / "runs"
     (folder / "model").rename(runs / "sample_model")
     names = {"pretrained": "sample", "classified": "sample_xvnli", "retrieved": "sample_xflickrco"}

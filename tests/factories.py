@@ -1,6 +1,10 @@
 """Small random models and batches."""
 
+import contextlib
 import json
+import os
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +164,30 @@ def take_rows(batch: dict, rank: int, world: int) -> dict:
         name: {k: take(v) for k, v in stream.items()} if isinstance(stream, dict) else stream
         for name, stream in batch.items()
     }
+
+
+def extract_stored_runs(folder: Path) -> None:
+    """Extract the runs that an earlier version stored."""
+    with tarfile.open(Path(__file__).parent / "data" / "runs_2026_11.tar.xz") as tar:
+        tar.extractall(folder, filter="data")
+
+
+@contextlib.contextmanager
+def search_cluster(num_cpus: int) -> Iterator[None]:
+    """A local Ray cluster, started as a search starts its own."""
+    import ray
+
+    from raylib.launch import RAY_ENV
+
+    for name, value in RAY_ENV.items():
+        os.environ.setdefault(name, value)
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=True,
+        dashboard_port=0,
+        object_store_memory=10**8,
+        runtime_env={"env_vars": RAY_ENV},
+    )
+    yield
+    ray.shutdown()

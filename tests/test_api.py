@@ -4,7 +4,6 @@ import io
 import json
 import subprocess
 import sys
-import tarfile
 import tomllib
 from pathlib import Path
 
@@ -22,15 +21,6 @@ from raylib.models.unified import UnifiedModel
 from raylib.text import Tokenizer
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    """The folder of the runs that an earlier version stored."""
-    folder = tmp_path_factory.mktemp("stored")
-    with tarfile.open(ROOT / "tests/data/runs_2026_11.tar.xz") as tar:
-        tar.extractall(folder, filter="data")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import os
 import random
 import subprocess
 import sys
-import tarfile
 import unicodedata
 from pathlib import Path
 
@@ -46,15 +45,6 @@ ROOT = Path(__file__).parent.parent
 TEXTS = ["a dog", "Ein Hund läuft über die Straße.", "一只狗", "कुत्ता दौड़ रहा है", "<mask> </s> [SEP]"]
 EXACT = dict(rtol=0, atol=1e-6)  # float32; measured: 0
 HUB = {name for name, kind in BACKBONES.items() if issubclass(kind, RetrievalBackbone)}
-
-
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    """The runs that an earlier version stored."""
-    folder = tmp_path_factory.mktemp("stored")
-    with tarfile.open(ROOT / "tests/data/runs_2026_11.tar.xz") as tar:
-        tar.extractall(folder, filter="data")
-    return folder
 
 
 @pytest.fixture(scope="module")

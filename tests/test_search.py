@@ -21,6 +21,7 @@ from raylib.search import tuner
 from raylib.search.config import SearchConfig
 from raylib.search.space import Choice, Float, OneOf, Space
 from raylib.search.trial import read_reports
+from tests.factories import search_cluster
 from tune_spaces import FinetuneSearchJob
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -47,22 +48,8 @@ SMALL = (
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     """One cluster for all tests here."""
-    import ray
-
-    from raylib.launch import RAY_ENV
-
-    for name, value in RAY_ENV.items():
-        os.environ.setdefault(name, value)
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=True,
-        dashboard_port=0,
-        object_store_memory=10**8,
-        runtime_env={"env_vars": RAY_ENV},
-    )
-    yield
-    ray.shutdown()
+    with search_cluster(num_cpus=2):
+        yield
 
 
 @pytest.fixture

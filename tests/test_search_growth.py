@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from raylib.launch import LaunchConfig, run_folder
 from raylib.loop import FitConfig
 from raylib.search.config import GOALS, SearchConfig, SearchJob
 from raylib.search.space import Choice, Float, Int, OneOf, Space
+from tests.factories import search_cluster
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -90,22 +90,8 @@ X = Space("", "", {"x": Float(0, 1)}, grid={"x": (0.2, 0.4, 0.2)})
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     """One cluster for all tests here."""
-    import ray
-
-    from raylib.launch import RAY_ENV
-
-    for name, value in RAY_ENV.items():
-        os.environ.setdefault(name, value)
-    ray.init(
-        address="local",
-        num_cpus=3,
-        include_dashboard=True,
-        dashboard_port=0,
-        object_store_memory=10**8,
-        runtime_env={"env_vars": RAY_ENV},
-    )
-    yield
-    ray.shutdown()
+    with search_cluster(num_cpus=3):
+        yield
 
 
 @pytest.fixture

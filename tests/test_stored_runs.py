@@ -8,7 +8,6 @@ finished runs left out.
 
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,13 @@ from safetensors.torch import load_file
 
 from finetune.__main__ import main as finetune
 from pretrain.__main__ import main as pretrain
-
-STORED = Path(__file__).parent / "data" / "runs_2026_11.tar.xz"
+from tests.factories import extract_stored_runs
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, scenes, corpus):
     """The current folder, with the stored runs and the data that they were made from."""
-    with tarfile.open(STORED) as tar:
-        tar.extractall(tmp_path, filter="data")
+    extract_stored_runs(tmp_path)
     (tmp_path / "scenes").symlink_to(scenes)
     stored = tmp_path / read_json(tmp_path / "runs/pretrained/config.json")["corpus"]
     stored.parent.mkdir()
