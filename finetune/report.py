@@ -240,7 +240,8 @@ def read_result(run: Path) -> dict[str, Any]:
     try:
         result = read_json(run / "result.json")
     except (OSError, ValueError) as e:
-        raise UserError(f"{run}/result.json: not read ({e}); give finished runs") from None
+        reason = (isinstance(e, OSError) and e.strerror) or e
+        raise UserError(f"{run}/result.json: not read ({reason}); give finished runs") from None
     if not isinstance(result, dict):
         raise UserError(f"{run}/result.json: no result of a run; give finished runs")
     if "dev" in result:

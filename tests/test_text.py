@@ -4,6 +4,7 @@ import sentencepiece
 
 from raylib.errors import UserError
 from raylib.fileio import sha256_file
+from raylib.models import find_tokenizer
 from raylib.text import Tokenizer, Tokens, add_specials, mask_tokens, text_ids
 
 WORDS = [
@@ -177,3 +178,11 @@ def _only(texts):
     """Return the part of the texts above that is left to encode."""
     assert texts == ["红苹果"]
     return texts
+
+
+def test_tokenizer_of_a_missing_folder_is_told_apart_from_a_missing_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="corpus: no such file or folder"):
+        find_tokenizer(tmp_path / "corpus")
+    (tmp_path / "corpus").mkdir()
+    with pytest.raises(UserError, match="corpus: no tokenizer in it; one of .* is looked for"):
+        find_tokenizer(tmp_path / "corpus")

@@ -105,12 +105,17 @@ def find_model(path: Path | str) -> Path:
 
 
 def find_tokenizer(model: Path) -> Path:
-    """The tokenizer of a model folder: beside its weights, or in the run that the checkpoint belongs to."""
+    """The tokenizer of a model folder or a corpus: beside its files, or in the run that a checkpoint is of.
+
+    Raises:
+        UserError: no such folder, or no tokenizer.
+    """
+    if not model.exists():
+        raise UserError(f"{model}: no such file or folder{hub_hint(model)}")
     for folder in (model, model.parent, model.parent.parent):
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():
                 return folder / name
     raise UserError(
-        f"{model}: no tokenizer with this model; one of {', '.join(TOKENIZER_FILES)} is looked for"
-        f"{hub_hint(model)}"
+        f"{model}: no tokenizer in it; one of {', '.join(TOKENIZER_FILES)} is looked for{hub_hint(model)}"
     )
