@@ -279,7 +279,7 @@ def _by_texts(predictor: Predictor, texts: list[str], embeddings: Path | None) -
 
 
 def hash_model(config: PredictConfig) -> dict[str, str]:
-    """What tells a model from others: digests of its weights and of its tokenizer."""
+    """Digests of the weights and of the tokenizer, which tell a model from others."""
     model = language_part(Path(config.model), config.language)
     return {"weights": hash_path(weights_of(model)), "tokenizer": hash_path(tokenizer_at(model))}
 
