@@ -161,6 +161,10 @@ def validate(cls: type[ConfigT], values: dict[str, Any], where: str, run: Path |
             advice = f"; or name your file: {path}=FILE.py" if first["type"] == NO_USER_FILE else ""
             similar = suggest(path, setting_paths(cls))
             raise UserError(f"{where}: unknown setting '{path}'{similar}{advice}") from None
+        if first["type"] == "missing":
+            raise UserError(
+                f"{where}: no setting '{path}'; give one, or a run or file of this command's"
+            ) from None
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] in ("model_type", "model_attributes_type"):
             message = f"it has settings of its own; give these, as {path}.NAME=..., or {{}} for its defaults"

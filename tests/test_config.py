@@ -1,6 +1,7 @@
 import pytest
 from pydantic import model_validator
 
+from finetune.config import FinetuneConfig
 from raylib.config import (
     Config,
     differing_paths,
@@ -108,6 +109,12 @@ def test_config_files_round_trip_and_report_mistakes(tmp_path):
         load_config(Outer, tmp_path / "torn.json")
     with pytest.raises(UserError, match="no such config file"):
         load_config(Outer, tmp_path / "none.json")
+
+
+def test_a_missing_setting_is_named_without_all_the_others(tmp_path):
+    (tmp_path / "config.json").write_text('{"runs": "x", "workers": 2}')
+    with pytest.raises(UserError, match=r"config.json: no setting 'task'; give one, or a run .* command's$"):
+        load_config(FinetuneConfig, tmp_path / "config.json")
 
 
 def test_registry_lookup_suggests_near_names():

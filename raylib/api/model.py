@@ -385,7 +385,7 @@ def _vectors(value: Any) -> Tensor | None:
 def _is_vector(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.ndim == 1
-    return isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind == "f"
+    return isinstance(value, np.ndarray) and value.ndim == 1 and np.issubdtype(value.dtype, np.floating)
 
 
 def _numbered(chunks: Iterable[list[T]], what: str) -> Iterator[tuple[list[T], list[str]]]:
