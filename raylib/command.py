@@ -4,6 +4,7 @@ recipe becomes a run.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib
 import inspect
@@ -14,7 +15,7 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,11 +38,10 @@ def entry_point(restart_hint: str = "") -> Callable[[Main], Callable[..., int]]:
     def decorate(main: Main) -> Callable[..., int]:
         @functools.wraps(main)
         def run(arguments: Sequence[str] | None = None) -> int:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
             try:
-                code = main(sys.argv[1:] if arguments is None else arguments)
-                sys.stdout.flush()
+                with _sigterm_as_ctrl_c():
+                    code = main(sys.argv[1:] if arguments is None else arguments)
+                    sys.stdout.flush()
                 return code
             except KeyboardInterrupt:
                 print("; ".join(filter(None, ("interrupted", restart_hint))), file=sys.stderr)
@@ -67,6 +67,20 @@ def _is_read() -> bool:
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
     return not any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Take SIGTERM for Ctrl-C within the block; who calls a command from Python has the signal as before
+    after it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_writable(path: Path | None) -> None:

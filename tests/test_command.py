@@ -1,6 +1,7 @@
 """Ends of command lines: well, by a mistake of the user, by a full disk, by Ctrl-C."""
 
 import errno
+import signal
 import subprocess
 import sys
 
@@ -29,6 +30,20 @@ def test_command_user_error_full_disk_and_interrupt_are_one_line(trouble, code, 
         raise trouble
 
     assert main([]) == code and capsys.readouterr().err == said
+
+
+def test_command_takes_sigterm_for_ctrl_c_and_leaves_the_signal_as_it_was(capsys):
+    @entry_point(RESUME_HINT)
+    def main(arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main([]) == 130 and capsys.readouterr().err == f"interrupted; {RESUME_HINT}\n"
+        assert signal.getsignal(signal.SIGTERM) == before[0]
+    finally:
+        signal.signal(signal.SIGINT, before[1])
 
 
 def test_command_takes_arguments_of_its_process(monkeypatch):
