@@ -234,7 +234,7 @@ def test_parallel_stream_keeps_translations_paired(root):
 def test_streams_and_languages_can_be_omitted(root):
     off = StreamConfig()
     batches = make(root, image_text=off, parallel=off)
-    assert set(batches[0]) == {"step", "samples", "bad", "text"}
+    assert set(batches[0]) == {"step", "samples", "tokens", "bad", "text"}
     only = configure(root).text.model_copy(update={"languages": ("ru",)})
     assert make(root, text=only).streams["text"].lanes.languages == ["ru"]
 
