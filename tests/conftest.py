@@ -35,6 +35,7 @@ MINI = [
 QUICK = ["batch=16", "image_size=16", "fit.bf16=false", "fit.loader_workers=0", "fit.log_every=1"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the groups
 def pytest_collection_modifyitems(items):
     """Keep each file's tests on one worker of `pytest -n`, for their fixtures, and all clusters on one, which
     begins with them: they take longest, and two at once would not have the cores that they count on."""
