@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raylib.models.attention import Attention, Block
 from raylib.models.unified import UnifiedModel
 from raylib.objectives import draw_hard_negatives
-from raylib.packed import Attention, Block, Sentences
+from raylib.packed import Sentences
 
 LENGTHS = {"image_text": 35, "parallel": 50, "text": 64}  # paper 2
 IGNORED = -100

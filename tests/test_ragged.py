@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from raylib.packed import Plan, Ragged, concatenate, first_tokens, join_rows, plan_attention
+from raylib.models.attention import Plan, plan_attention
+from raylib.packed import Ragged, concatenate, first_tokens, join_rows
 
 
 def rows_of(ragged):

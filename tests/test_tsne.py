@@ -30,11 +30,12 @@ from finetune.recipes import RECIPES
 from finetune.stores import Regions
 from finetune.stores.images import RegionFeatures, open_visual
 from raylib.config import override
+from raylib.models.attention import Plan
 from raylib.models.dual_encoder import MClip
 from raylib.models.finetuned import FinetuneModel
 from raylib.models.oscar import TINY, Oscar
 from raylib.models.single_stream import M3P, UC2, MUniter, SingleStream
-from raylib.packed import Plan, Ragged
+from raylib.packed import Ragged
 from raylib.sample import DATA
 from raylib.text import Tokenizer
 from tests.factories import make_model

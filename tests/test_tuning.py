@@ -23,9 +23,10 @@ from raylib.engine import OptimConfig, TorchEngine
 from raylib.engine_zero import DeepSpeedEngine
 from raylib.errors import UserError
 from raylib.models import BACKBONES, peft
+from raylib.models.attention import Block
 from raylib.models.finetuned import FinetuneModel
 from raylib.models.unified import ModelConfig, UnifiedModel
-from raylib.packed import Block, Ragged
+from raylib.packed import Ragged
 from raylib.text import PromptedTokenizer, Tokenizer
 from tests.factories import make_model
 from tests.workers import run_workers

@@ -30,9 +30,10 @@ from finetune.stores.images import ImageSource
 from raylib.display import markdown_table, open_pyplot, percent
 from raylib.errors import UserError
 from raylib.finite import require_finite
+from raylib.models.attention import Attention, Plan
 from raylib.models.layers import Memory
 from raylib.models.unified import UnifiedModel
-from raylib.packed import Attention, Plan, Ragged
+from raylib.packed import Ragged
 from raylib.text import Tokenizer
 
 CHANCE = 0.25  # of the attention, on a quadrant

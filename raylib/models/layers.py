@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raylib.errors import UserError
-from raylib.packed import Attention, Block, Plan, Ragged, join_rows, plan_attention
+from raylib.models.attention import Attention, Block, Plan, plan_attention
+from raylib.packed import Ragged, join_rows
 
 # On a CPU, rows run in chunks whose widest activation is so many floats: larger ones leave the cache, and
 # malloc maps and unmaps them page by page.

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from raylib.errors import UserError, require
 from raylib.fileio import atomic_file
 from raylib.finite import require_finite_file
+from raylib.models.attention import Block
 from raylib.models.layers import TextEmbedding
-from raylib.packed import Block
 
 if TYPE_CHECKING:
     from raylib.models.base import Backbone

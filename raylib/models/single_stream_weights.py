@@ -24,6 +24,7 @@ from torch import Tensor
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.finite import require_finite_file
+from raylib.models.attention import Block
 from raylib.models.hf_weights import WeightMapper, encoder_sizes, first_position, read_folder
 from raylib.models.single_stream_names import (
     UC2_NAMES,
@@ -34,7 +35,6 @@ from raylib.models.single_stream_names import (
     text_names,
     volta_names,
 )
-from raylib.packed import Block
 
 if TYPE_CHECKING:  # it imports this file
     from raylib.models.single_stream import SingleStream
