@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from raylib import checkpoint
@@ -31,8 +31,16 @@ from raylib.errors import NotFinite
 from raylib.fileio import write_json
 from raylib.finite import StepMonitor, finite_values, require_finite_values
 from raylib.monitoring import MetricsLog, ProgressLog, StallWatch
+from raylib.precision import Residual, set_residual, set_tf32
 from raylib.randomness import hash64
-from raylib.runtime import Runtime, has_bf16, out_of_memory_error, peak_flops, peak_memory
+from raylib.runtime import (
+    Runtime,
+    describe_precision,
+    has_bf16,
+    out_of_memory_error,
+    peak_flops,
+    peak_memory,
+)
 from raylib.trackers import Backend
 
 
@@ -55,6 +63,11 @@ class FitConfig(Config):
     """Steps in a row whose loss or gradient may be not finite: they change nothing; one more ends the run."""
     bf16: bool | None = None
     """Compute in bfloat16 under autocast; null: where the hardware multiplies it."""
+    residual: Residual | None = None
+    """Format of the residual stream and of layer norms where steps are in bf16; null: bfloat16 on a GPU,
+    float32 elsewhere. Weights, optimizer and losses are float32."""
+    tf32: bool = True
+    """Multiply what stays float32 in TF32 on a GPU; scores of contrast and matching never are."""
     zero: bool | None = None
     """Shard optimizer states and gradients over the workers (DeepSpeed ZeRO-2); null: on Ray."""
     loader_workers: NonNegativeInt = 1
@@ -67,6 +80,14 @@ class FitConfig(Config):
     def uses_bf16(self, device: torch.device) -> bool:
         """Return whether steps on `device` are in bf16."""
         return has_bf16(device) if self.bf16 is None else self.bf16
+
+    def set_precision(self, model: nn.Module, device: torch.device) -> str:
+        """Set the formats of numbers of `model` on `device`, and return a line about them; "" on a CPU."""
+        set_residual(model, self.residual)
+        if device.type != "cuda":
+            return ""
+        set_tf32(self.tf32)
+        return describe_precision(device, self.uses_bf16(device), self.residual, self.tf32)
 
     def due_after(self, done: int, last: int) -> tuple[bool, bool, bool]:
         """Return whether to log, to evaluate, to save after `done` steps; the loop ends at `last`."""
@@ -158,6 +179,8 @@ def fit(
     start, device = runtime.find_newest(), runtime.device
     meta: dict[str, Any] = checkpoint.read_meta(start) if start else {"step": 0, "times": {}}
     on_gpu, bf16 = device.type == "cuda", config.uses_bf16(device)
+    if (note := config.set_precision(objective, device)) and runtime.rank == 0:
+        print(note, flush=True)
     meter = Meter(meta["times"], peak_flops(device) if bf16 else None)
     counts = meta.get("skipped_steps", 0), meta.get("skipped_in_a_row", 0), meta.get("interval")
     guard = StepGuard(device, config.max_skipped, *counts)

@@ -184,13 +184,27 @@ def local_device() -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Return whether the hardware multiplies bf16 faster than float32. Of CPUs: with AMX, and AMD's with
-    AVX-512 BF16; Intel's without AMX run these instructions at half the rate of float32
-    (`docs/performance.md`)."""
+    """Return whether the hardware multiplies bf16 faster than float32. Of NVIDIA's GPUs: from compute
+    capability 8.0 on (A100), older ones emulate it; all of AMD's. Of CPUs: with AMX, and AMD's with AVX-512
+    BF16; Intel's without AMX run these instructions at half the rate of float32 (`docs/performance.md`)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     by_amd = cpu_info("vendor_id") == "AuthenticAMD"
     return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and by_amd)
+
+
+def describe_precision(device: torch.device, bf16: bool, residual: str | None, tf32: bool) -> str:
+    """Return the line of a run's log about the formats of its numbers on a GPU: whether steps are in `bf16`,
+    the dtype of their residual stream (None: bfloat16), whether float32 is multiplied in `tf32`."""
+    matmuls = f"TF32 {'on' if tf32 else 'off'}"
+    if not bf16:
+        units = "" if has_bf16(device) else f" ({device_name(device)} multiplies no bf16)"
+        return f"precision: float32{units}, {matmuls}"
+    line = f"precision: bf16 autocast, residual stream {residual or 'bfloat16'}, {matmuls}"
+    if has_bf16(device):
+        return line
+    return f"{line}; warning: {device_name(device)} emulates bf16, slower than float32; leave out fit.bf16"
 
 
 def peak_memory(device: torch.device) -> float:

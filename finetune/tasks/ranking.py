@@ -23,6 +23,7 @@ from raylib.finite import is_finite, require_finite
 from raylib.metrics import RANKS, hit_chances, mean_or_zero, nearest_keys, recall_figures, recall_interval
 from raylib.models.layers import Memory
 from raylib.packed import Ragged, first_tokens
+from raylib.precision import exact_linear
 from raylib.randomness import Key, permutation
 from raylib.text import Tokenizer
 
@@ -85,7 +86,7 @@ def match_pairs(model: Any, texts: Ragged, images: Memory, bf16: bool) -> Tensor
     with torch.autocast(texts.values.device.type, torch.bfloat16, enabled=bf16):
         cls = model.fuse(texts, first_tokens(texts.lengths), images)
     # outside of autocast: bf16 logits near 8 are 1/16 apart, and would tie
-    logits = model.match_head(cls.float()).float()
+    logits = exact_linear(model.match_head, cls.float()).float()
     return (logits[:, 1] - logits[:, 0]).cpu()
 
 

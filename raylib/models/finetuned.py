@@ -30,6 +30,7 @@ from raylib.models.layers import init_weights
 from raylib.models.single_stream import RegionEmbedding
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, TokenSegments
+from raylib.precision import exact_linear
 
 
 class Classifier(nn.Module):
@@ -49,7 +50,7 @@ class Classifier(nn.Module):
         hidden = self.dropout(self.norm(F.gelu(self.hidden(states))))
         # never in bf16, whose numbers near 8 are 1/16 apart: of labels that tie, the first is predicted
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.output(hidden.to(self.output.weight.dtype))
+            return exact_linear(self.output, hidden.to(self.output.weight.dtype))
 
 
 class FinetuneModel(nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from raylib.errors import UserError
 from raylib.models.attention import Attention, Block, Plan, plan_attention
 from raylib.packed import Ragged, join_rows
+from raylib.precision import LayerNorm
 
 # On a CPU, rows run in chunks whose widest activation is so many floats: larger ones leave the cache, and
 # malloc maps and unmaps them page by page.
@@ -53,7 +54,7 @@ class TextEmbedding(nn.Module):
         super().__init__()
         self.word = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(positions, width)
-        self.norm = nn.LayerNorm(width, eps)
+        self.norm = LayerNorm(width, eps)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, ids: Ragged) -> Tensor:
@@ -231,9 +232,9 @@ class VisionBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, feedforward: int, dropout: float, eps: float):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(width, eps)
+        self.attention_norm = LayerNorm(width, eps)
         self.attention = Attention(width, heads, dropout)
-        self.output_norm = nn.LayerNorm(width, eps)
+        self.output_norm = LayerNorm(width, eps)
         self.intermediate = nn.Linear(width, feedforward)
         self.output = nn.Linear(feedforward, width)
         self.dropout = nn.Dropout(dropout)
@@ -281,7 +282,7 @@ class VisionEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             VisionBlock(width, heads, feedforward, dropout, 1e-12) for _ in range(layers)
         )
-        self.norm = nn.LayerNorm(width, 1e-12)
+        self.norm = LayerNorm(width, 1e-12)
         self.output = nn.Linear(width, out) if out != width else None
         self.dropout = nn.Dropout(dropout)
 
@@ -298,10 +299,12 @@ class VisionEncoder(nn.Module):
         windows = grid.reshape(-1, side // p, p, side // p, p, 3)
         # a patch is flattened as (row, column, colour): `hf_weights.copy_vision` orders a kernel so
         patches = windows.transpose(2, 3).reshape(len(windows), -1, 3 * p * p)
-        cls = self.cls.expand(len(patches), 1, -1)
-        x = torch.cat([cls, self.patch_embedding(patches)], 1) + self.position
+        embedded = self.patch_embedding(patches)
+        dtype = self.norm.stream_dtype(embedded)
+        cls = self.cls.to(dtype).expand(len(patches), 1, -1)
+        x = torch.cat([cls, embedded.to(dtype)], 1) + self.position.to(dtype)
         if self.place is not None:
-            x = x + self.place.repeat(b, 1)[:, None]
+            x = x + self.place.to(dtype).repeat(b, 1)[:, None]
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)

@@ -44,6 +44,7 @@ from raylib.models.hf_weights import (
 from raylib.models.layers import TextEmbedding, init_weights
 from raylib.models.single_stream import SingleStreamBackbone
 from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, join_rows
+from raylib.precision import LayerNorm
 
 # numbers behind a region's features that are taken: x1, y1, x2, y2, width, height, as shares of the image;
 # the last that readers give, the area, is left out
@@ -117,7 +118,7 @@ class JointRegionEmbedding(nn.Module):
         c = config
         assert c.features is not None
         self.map = nn.Linear(c.features + REGION_BOX_DIM, c.width)
-        self.norm = nn.Identity() if c.region_eps is None else nn.LayerNorm(c.width, c.region_eps)
+        self.norm = nn.Identity() if c.region_eps is None else LayerNorm(c.width, c.region_eps)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, regions: Tensor) -> Tensor:

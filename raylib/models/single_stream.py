@@ -31,6 +31,7 @@ from raylib.models.base import RegionBackbone
 from raylib.models.layers import Encoder, TextEmbedding, init_weights
 from raylib.models.single_stream_weights import read_single_stream
 from raylib.packed import Ragged, first_tokens, join_rows
+from raylib.precision import LayerNorm
 
 # Numbers behind a region's features, as readers give them: x1, y1, x2, y2, width, height, area, as shares of
 # the image. A layout takes all, or some of them.
@@ -61,9 +62,9 @@ class RegionEmbedding(nn.Module):
         self.feature = nn.Linear(features, width)
         self.location = nn.Linear(box_dim, width)
         if part_norms:
-            self.feature_norm = nn.LayerNorm(width, eps)
-            self.location_norm = nn.LayerNorm(width, eps)
-        self.norm = nn.LayerNorm(width, eps)
+            self.feature_norm = LayerNorm(width, eps)
+            self.location_norm = LayerNorm(width, eps)
+        self.norm = LayerNorm(width, eps)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, regions: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from raylib.config import Config
 from raylib.errors import require
 from raylib.models.layers import PixelStats, normalize_pixels
+from raylib.precision import replace_norms
 
 
 class SwinSizes(Config):
@@ -103,7 +104,9 @@ class SwinEncoder(nn.Module):
             window_size=size // (self.patch * self.sizes.merges),
             drop_path_rate=self.dropout,
         )
-        return transformers.SwinModel(config, add_pooling_layer=False)
+        swin = transformers.SwinModel(config, add_pooling_layer=False)
+        replace_norms(swin)
+        return swin
 
 
 def interpolate_bias(table: Tensor, rows: int) -> Tensor:

@@ -20,6 +20,7 @@ from raylib.models.hf_weights import load_text, load_vision, text_sizes
 from raylib.models.layers import Encoder, Memory, PixelStats, TextEmbedding, VisionEncoder, init_weights
 from raylib.models.swin import SwinEncoder, SwinSizes
 from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, join_rows
+from raylib.precision import LayerNorm
 
 HEAD_ROWS = 256  # rows of the vocabulary head at a time; PyTorch's automatic choice is 10 x slower on a CPU
 
@@ -118,7 +119,7 @@ class MaskedLanguageHead(nn.Module):
     def __init__(self, width: int, vocabulary: int, eps: float):
         super().__init__()
         self.dense = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps)
+        self.norm = LayerNorm(width, eps)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
     def forward(self, states: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from raylib.config import Config, NameOrFile, UserFile, load_user_file, lookup
 from raylib.distributed import all_gather, gather_ragged
 from raylib.errors import UserError
 from raylib.packed import Ragged
+from raylib.precision import exact_addmm
 
 Stream = Literal["image_text", "parallel", "text"]
 Reads = Literal["embeddings", "masked", "matches"]
@@ -221,7 +222,7 @@ def info_nce(
     with torch.autocast(queries.device.type, enabled=False):
         # scaled and masked in the product itself: at (b, B), each further pass over the logits costs as much
         scaled = queries.to(logit_mask.dtype) / temperature
-        logits = torch.addmm(logit_mask, scaled, keys.to(logit_mask.dtype).T)
+        logits = exact_addmm(logit_mask, scaled, keys.to(logit_mask.dtype).T)
         return F.cross_entropy(logits, positive, reduction="sum"), logits.detach()
 
 

@@ -61,6 +61,7 @@ from raylib.packed import (
     encode_together,
     first_tokens,
 )
+from raylib.precision import exact_linear
 
 # ---- encode, contrast, negatives, fuse: a step of each stream
 
@@ -241,8 +242,9 @@ def match_log_chances(step: ImageTextStep) -> tuple[Tensor, Tensor, Tensor]:
     fused, negatives = step.fused, step.negatives
     groups = [fused[name] for name in (step.config.itm_text, "wrong_image", "wrong_caption")]
     states = torch.cat([group.states_at(group.rows.starts) for group in groups])
-    # float32, also under autocast: a trained head's logits are large, where bf16 is 1/16 apart
-    log_chances = F.log_softmax(step.model.match_head(states).float(), -1).view(len(groups), -1, 2)
+    # a trained head's logits are large, where bf16 is 1/16 apart
+    logits = exact_linear(step.model.match_head, states).float()
+    log_chances = F.log_softmax(logits, -1).view(len(groups), -1, 2)
     return log_chances[0], log_chances[1:], torch.stack([negatives.has_image, negatives.has_caption])
 
 

@@ -1,0 +1,121 @@
+"""Number formats of a step: the dtype of the residual stream under autocast, TF32, and the products that stay
+exact float32.
+
+Weights, optimizer states and losses are float32 whatever the settings; matrix products of activations follow
+autocast.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Residual = Literal["float32", "bfloat16"]
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm that decides the dtype of the residual stream under autocast, whose own returns float32: so
+    each addition reads and writes four bytes a number, and each linear layer casts its input.
+
+    `residual`: that dtype; None: autocast's on CUDA, float32 elsewhere. In bfloat16 the kernel keeps its
+    statistics in float32.
+    """
+
+    residual: torch.dtype | None = None
+
+    def stream_dtype(self, x: Tensor) -> torch.dtype:
+        """Return the dtype of a residual stream that begins with `x`."""
+        kind = x.device.type
+        if not torch.is_autocast_enabled(kind):
+            return x.dtype
+        return self.residual or (torch.get_autocast_dtype(kind) if kind == "cuda" else torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.stream_dtype(x)
+        if dtype in (torch.float32, torch.float64):
+            return super().forward(x)
+        # autocast would send it back to float32
+        with torch.autocast(x.device.type, enabled=False):
+            weights = self.weight.to(dtype), self.bias.to(dtype)
+            return F.layer_norm(x.to(dtype), self.normalized_shape, *weights, self.eps)
+
+
+def set_residual(model: nn.Module, residual: Residual | None) -> None:
+    """Set the dtype of the residual streams of `model` under autocast; None: by the device."""
+    for module in model.modules():
+        if isinstance(module, LayerNorm):
+            module.residual = None if residual is None else getattr(torch, residual)
+
+
+def replace_norms(model: nn.Module) -> None:
+    """Put a `LayerNorm` in the place of each of PyTorch's in a model of others, with its parameters."""
+    for name, norm in [(n, m) for n, m in model.named_modules() if type(m) is nn.LayerNorm]:
+        ours = LayerNorm(norm.normalized_shape, norm.eps, device="meta")
+        ours.weight, ours.bias = norm.weight, norm.bias
+        model.set_submodule(name, ours)
+
+
+def set_tf32(enabled: bool) -> None:
+    """Let a GPU multiply float32 in TF32, whose products have 10 bits behind the point and float32's range.
+    The setting is the process's."""
+    # the older of PyTorch's two interfaces: both torch 2.11 and 2.13 read it without a warning, and
+    # torch.compile refuses a mixture of the two
+    torch.set_float32_matmul_precision("high" if enabled else "highest")
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def exact_addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """bias + a @ b, in float32 proper whatever `set_tf32` says, backward too: for scores, of which small
+    differences decide. Under autocast, call it where that is switched off.
+
+    Args:
+        bias: broadcast to (n, m).
+        a: (n, k).
+        b: (k, m).
+    """
+    return _ExactAddmm.apply(bias, a, b) if a.device.type == "cuda" else torch.addmm(bias, a, b)
+
+
+def exact_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer(x)`, on a GPU in float32 proper also under autocast. A CPU has no TF32, and follows autocast.
+
+    Args:
+        x: (n, k).
+    """
+    if x.device.type != "cuda":
+        return layer(x)
+    with torch.autocast("cuda", enabled=False):
+        return exact_addmm(layer.bias, x.to(layer.weight.dtype), layer.weight.T)
+
+
+class _ExactAddmm(torch.autograd.Function):
+    # autograd calls `backward` when the block that `forward` ran in is long over: each sets the precision
+    @staticmethod
+    def forward(ctx, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.bias_shape = bias.shape
+        with _exact_products():
+            return torch.addmm(bias, a, b)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        a, b = ctx.saved_tensors
+        needs_bias, needs_a, needs_b = ctx.needs_input_grad
+        with _exact_products():
+            return (
+                grad.sum_to_size(ctx.bias_shape) if needs_bias else None,
+                grad @ b.T if needs_a else None,
+                (grad.T @ a).T if needs_b else None,
+            )

@@ -1,0 +1,141 @@
+"""Number formats: residual stream, TF32, products that stay exact."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.step import make_batch
+from raylib.models.swin import SwinSizes
+from raylib.models.unified import TINY, UnifiedModel
+from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
+from raylib.precision import LayerNorm, _ExactAddmm, exact_linear, set_residual, set_tf32
+from raylib.runtime import has_bf16
+
+CONFIG = TINY.model_copy(update={"vocabulary": 500, "dropout": 0.0})
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def model_of(config=CONFIG) -> UnifiedModel:
+    torch.manual_seed(0)
+    return UnifiedModel(config).train()
+
+
+def step(model: UnifiedModel, bf16: bool = True) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Terms of a step of `model`, and the gradients."""
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss, terms = UnifiedObjective(model, ObjectiveConfig())(make_batch(model.config, (6, 12, 12)))
+    loss.backward()
+    return {k: float(v) for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters()}
+
+
+def outputs_of_norms(model: nn.Module) -> set[torch.dtype]:
+    """The dtypes that layer norms of the streams return, as steps go on."""
+    found: set[torch.dtype] = set()
+    for name, module in model.named_modules():
+        # a CPU's autocast leaves norms alone, and the head's follows a linear layer
+        if isinstance(module, nn.LayerNorm) and not name.startswith("masked_head"):
+            module.register_forward_hook(lambda m, x, y: found.update((y.dtype,)))
+    return found
+
+
+@pytest.mark.parametrize(("residual", "dtype"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_residual_stream_has_the_dtype_of_the_setting(residual, dtype):
+    model = model_of()
+    set_residual(model, residual)
+    inputs: set[torch.dtype] = set()
+    for block in (*model.vision.blocks, *model.text.blocks, *model.fusion.blocks):
+        block.register_forward_pre_hook(lambda m, args: inputs.add(args[0].dtype))
+    outputs = outputs_of_norms(model)
+    step(model)
+    assert inputs == outputs == {dtype}
+    inputs.clear(), outputs.clear()
+    model.eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        model.encode_images(torch.zeros(2, 16, 16, 3, dtype=torch.uint8))
+    assert inputs == outputs == {dtype}
+    outputs.clear()
+    step(model, bf16=False)
+    assert outputs == {torch.float32}
+
+
+def test_residual_stream_in_bf16_agrees_with_float32():
+    terms, gradients = step(model_of(), bf16=False)
+    errors = {}
+    for residual in ("float32", "bfloat16"):
+        model = model_of()
+        set_residual(model, residual)
+        others, grads = step(model)
+        for name, value in terms.items():
+            assert others[name] == pytest.approx(value, rel=0.01), (residual, name)
+        assert all(g.dtype == torch.float32 for g in grads.values())
+        whole = torch.cat([(grads[n] - g).flatten() for n, g in gradients.items()]).norm()
+        errors[residual] = float(whole / torch.cat([g.flatten() for g in gradients.values()]).norm())
+    # as far from float32 as autocast alone, to a factor of two
+    assert errors["bfloat16"] < 2 * errors["float32"] < 0.1
+
+
+def test_swin_norms_follow_the_setting_under_the_names_of_its_weights():
+    sizes = SwinSizes(width=16, layers=(2, 2), heads=(2, 2))
+    model = model_of(CONFIG.model_copy(update={"swin": sizes, "patch": 2}))
+    assert all(type(m) is not nn.LayerNorm for m in model.vision.modules())
+    assert "vision.swin.encoder.layers.0.blocks.0.layernorm_before.weight" in model.state_dict()
+    set_residual(model, "bfloat16")
+    outputs = outputs_of_norms(model.vision)
+    step(model)
+    assert outputs == {torch.bfloat16}
+
+
+def test_layer_norm_without_autocast_is_that_of_pytorch():
+    torch.manual_seed(0)
+    ours, x = LayerNorm(8), torch.randn(3, 8)
+    assert torch.equal(ours(x), F.layer_norm(x, (8,), ours.weight, ours.bias))
+    ours.residual = torch.bfloat16
+    assert torch.equal(ours(x), F.layer_norm(x, (8,), ours.weight, ours.bias))
+
+
+def test_exact_addmm_has_the_gradient_of_addmm():
+    torch.manual_seed(0)
+    shapes = ((3, 5), (3, 4), (4, 5))
+    ours, plain = ([torch.randn(s, dtype=torch.float64).requires_grad_() for s in shapes] for _ in range(2))
+    for x, y in zip(ours, plain, strict=True):
+        y.data.copy_(x.data)
+    weights = torch.randn(3, 5, dtype=torch.float64)
+    (_ExactAddmm.apply(*ours) * weights).sum().backward()
+    (torch.addmm(*plain) * weights).sum().backward()
+    for x, y in zip(ours, plain, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-12)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(_ExactAddmm.apply, (bias, ours[1], ours[2]))
+
+
+def test_exact_addmm_restores_the_precision_of_products():
+    seen = []
+    a = torch.randn(2, 2, requires_grad=True)
+    a.register_hook(lambda grad: seen.append(torch.get_float32_matmul_precision()))
+    set_tf32(True)
+    try:
+        _ExactAddmm.apply(torch.zeros(2), a, torch.eye(2)).sum().backward()
+        assert [*seen, torch.get_float32_matmul_precision()] == ["high", "high"]
+    finally:
+        set_tf32(False)
+
+
+@needs_gpu
+def test_exact_linear_is_exact_beside_tf32():
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 512)
+    x = torch.randn(256, 512)
+    expected = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    layer, x = layer.cuda(), x.cuda()
+    set_tf32(has_bf16(x.device))
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            exact = exact_linear(layer, x)
+        rounded = layer(x)
+    finally:
+        set_tf32(False)
+    assert (exact.cpu() - expected).abs().max() < 1e-5
+    if has_bf16(x.device) and not torch.version.hip:
+        assert (rounded.cpu() - expected).abs().max() > 1e-4
