@@ -22,3 +22,9 @@ def run_module(module: str, *arguments: object) -> None:
     code = subprocess.run([sys.executable, "-m", module, *map(str, arguments)]).returncode
     if code:
         sys.exit(code)
+
+
+def commit() -> str:
+    """Short hash of the checkout's commit."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -6,13 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import data, record, results
+from benchmarks.device import GPU
+from benchmarks.dry import dry_run
 from raylib.fileio import append_jsonl, read_jsonl
 from raylib.text import Tokenizer
 
 FOLDER = results.ROOT / "benchmarks"
-LIBRARIES = {"__init__", "results", "twin"}  # what scripts share; not run
+LIBRARIES = {"__init__", "device", "dry", "results", "twin"}  # what scripts share; not run
 
 
 def test_benchmark_tables_match_recorded_results(tmp_path):
@@ -65,3 +68,35 @@ def test_benchmark_files_import_each_other_in_one_direction():
         for name in leaves:
             del left[name]
     assert not left, f"these import each other in a circle: {sorted(left)}"
+
+
+def test_dry_run_counts_operators_copies_and_waits():
+    with dry_run() as counter:
+        layer = torch.nn.Linear(8, 4, device=GPU)
+        counter.clear()
+        x = torch.arange(24.0).view(3, 8).to(GPU, non_blocking=True)
+        rows = torch.tensor([2, 0]).to(GPU)  # waits
+        with torch.autocast("cuda", torch.bfloat16):
+            out = layer(x.index_select(0, rows))
+        assert out.device == GPU and out.is_cuda and out.dtype == torch.bfloat16
+        counter.phase = "backward"
+        out.sum().backward()
+        assert layer.weight.grad.dtype == torch.float32 and layer.weight.grad.shape == (4, 8)
+        assert rows.cpu().tolist() == [2, 0] and int(rows.max()) == 2  # two more
+    figures = counter.summary()
+    assert sum(figures["waits"].values()) == 3 and figures["attention_calls"] == 0
+    assert figures["host_to_device"] == {"copies": 2, "bytes": 3 * 8 * 4 + 2 * 8}
+    # forward: two copies, index_select, three casts, addmm
+    assert figures["operators"]["forward"] == 7
+    assert sum(op.flops for op in counter.operators) == 2 * (2 * 2 * 8 * 4)  # x needs no gradient
+    assert not torch.is_autocast_enabled("cuda") and torch.ones(2).sum().item() == 2
+
+
+def test_dry_run_counts_packed_attention_by_its_lengths():
+    with dry_run() as counter:
+        ends = torch.tensor([0, 3, 10], dtype=torch.int32).to(GPU)
+        q, k, v = (torch.zeros(10, 2, 16, device=GPU, dtype=torch.bfloat16) for _ in range(3))
+        counter.clear()
+        torch.ops.aten._flash_attention_forward(q, k, v, ends, ends, 7, 7, 0.1, False, False)
+    assert counter.summary()["attention_calls"] == 1
+    assert counter.operators[0].flops == 4 * 2 * 16 * (3 * 3 + 7 * 7)
