@@ -9,13 +9,16 @@ Lengths, and every index made from them, live on the CPU, so that planning never
 Shape legend: T tokens in all, n rows, R tokens of an output mask, d width.
 """
 
+import math
 from collections.abc import Callable, Sequence, Set
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from raylib.errors import UserError
+
+ALIGN = 64
 
 
 class Ragged(NamedTuple):
@@ -55,9 +58,14 @@ class Ragged(NamedTuple):
 
     def token_index(self, rows: Tensor) -> Tensor:
         """Flat positions of the tokens of `rows`, row after row."""
-        lengths = self.lengths[rows]
-        first = torch.repeat_interleave(self.starts[rows] - (lengths.cumsum(0) - lengths), lengths)
-        return first + torch.arange(len(first))
+        return token_index(self.lengths, rows)
+
+
+def token_index(lengths: Tensor, rows: Tensor) -> Tensor:
+    """Flat positions of the tokens of `rows` (m,), row after row, in rows of these `lengths` (n,)."""
+    starts, chosen = lengths.cumsum(0) - lengths, lengths[rows]
+    first = torch.repeat_interleave(starts[rows] - (chosen.cumsum(0) - chosen), chosen)
+    return first + torch.arange(len(first))
 
 
 Version = Literal["clean", "masked"]  # of a sentence
@@ -218,3 +226,72 @@ def find_segments(text: Tensor, tags: Tensor, regions: Tensor, empty: bool = Fal
         Ragged((part == i).nonzero().squeeze(1), lengths[:, i]) for i in range(4)
     )
     return TokenSegments(cls, texts, tagged, grounding, last.values)
+
+
+class TensorSlot(NamedTuple):
+    """Place of a tensor in the packed bytes."""
+
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+class TreeLayout:
+    """A tree with slots for its tensors; a class of its own, so that torch's pinning passes it by."""
+
+    def __init__(self, tree: Any):
+        self.tree = tree
+
+
+def pack_tree(tree: Any, pin: bool = False) -> tuple[TreeLayout, Tensor]:
+    """A tree of dicts and tuples with CPU tensors as leaves -> (layout, one uint8 tensor, in pinned memory if
+    `pin`)."""
+    slots: list[tuple[TensorSlot, Tensor]] = []
+    end = 0
+
+    def reserve(tensor: Tensor) -> TensorSlot:
+        nonlocal end
+        slot = TensorSlot(end, tensor.dtype, tuple(tensor.shape))
+        end += -(-slot.bytes // ALIGN) * ALIGN  # a view of another dtype must begin at a multiple of its size
+        slots.append((slot, tensor))
+        return slot
+
+    layout = TreeLayout(_map(tree, Tensor, reserve))
+    data = torch.empty(end, dtype=torch.uint8, pin_memory=pin)
+    for slot, tensor in slots:
+        _view(slot, data).copy_(tensor)
+    return layout, data
+
+
+def unpack_tree(layout: TreeLayout, data: Tensor) -> Any:
+    """The tree again, its tensors views of `data`."""
+    return _map(layout.tree, TensorSlot, lambda slot: _view(slot, data))
+
+
+def _view(slot: TensorSlot, data: Tensor) -> Tensor:
+    return data[slot.start : slot.start + slot.bytes].view(slot.dtype).view(slot.shape)
+
+
+def _map(tree: Any, leaf: type, change) -> Any:
+    if isinstance(tree, leaf):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {name: _map(value, leaf, change) for name, value in tree.items()}
+    if isinstance(tree, tuple):
+        values = [_map(value, leaf, change) for value in tree]
+        return tuple(values) if type(tree) is tuple else type(tree)(*values)  # a named tuple of its own kind
+    return tree
+
+
+def upload(tree: Any, device: torch.device) -> Any:
+    """Return a tree of dicts and tuples of CPU tensors with these on `device`: one copy, which nothing waits
+    for. On a CPU, the tree itself."""
+    if device.type == "cpu":
+        return tree
+    # Pinned memory of its own each time: PyTorch's allocator gives it out again only when the copy is over.
+    layout, data = pack_tree(tree, pin=device.type == "cuda")
+    return unpack_tree(layout, data.to(device, non_blocking=True))

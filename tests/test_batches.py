@@ -12,9 +12,10 @@ import torch
 from pretrain.batches import DataConfig, StepBatches, StreamConfig
 from raylib.config import override
 from raylib.data.images import AugmentConfig
-from raylib.data.loading import load_batches, pack_batch, unpack_batch
+from raylib.data.loading import load_batches
 from raylib.data.shards import ShardWriter, index_folder
 from raylib.errors import UserError
+from raylib.packed import pack_tree, unpack_tree
 from raylib.randomness import string_key
 from raylib.text import Tokenizer
 
@@ -248,10 +249,10 @@ def test_step_batches_pickle_small_and_unread(root, whole):
 
 def test_pack_and_unpack_restore_a_batch(root):
     batch = make(root)[0]
-    plan, data = pack_batch(batch)
-    assert content(unpack_batch(plan, data)) == content(batch) and data.dtype == torch.uint8
+    plan, data = pack_tree(batch)
+    assert content(unpack_tree(plan, data)) == content(batch) and data.dtype == torch.uint8
     tree = {"a": (torch.zeros(0), torch.ones(3, dtype=torch.bool)), "b": "text"}
-    again = unpack_batch(*pack_batch(tree))
+    again = unpack_tree(*pack_tree(tree))
     assert again["b"] == "text" and again["a"][0].shape == (0,) and again["a"][1].all()
 
 

@@ -34,8 +34,8 @@ from raylib.models import BACKBONES
 from raylib.models.base import RegionBackbone, RetrievalBackbone
 from raylib.models.decoder import encode_answers
 from raylib.models.finetuned import FinetuneModel
-from raylib.models.layers import normalize_pixels
 from raylib.models.unified import UnifiedModel
+from raylib.models.vision import normalize_pixels
 from raylib.sample import DATA
 from raylib.text import Tokenizer, add_specials
 from tests.factories import make_model

@@ -13,8 +13,8 @@ from transformers import (
 
 from raylib.errors import UserError
 from raylib.models.hf_weights import load_text, load_vision, text_sizes
-from raylib.models.layers import interpolate
 from raylib.models.unified import ModelConfig, UnifiedModel
+from raylib.models.vision import interpolate
 from raylib.packed import Ragged
 from tests.factories import SMALL
 

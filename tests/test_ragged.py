@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from raylib.models.attention import Plan, plan_attention
+from raylib.models.attention import BucketPlan, plan_attention
 from raylib.packed import Ragged, concatenate, first_tokens, join_rows
 
 
@@ -43,4 +43,4 @@ def test_packed_cross_attention_puts_queries_beside_their_row(seed, shuffled):
 
 def test_packed_cross_attention_moves_nothing_for_own_rows():
     keys = torch.tensor([2, 2, 5])
-    assert plan_attention(keys, keys, torch.device("cpu")) == Plan([(2, 2, 2), (1, 5, 5)], None, None)
+    assert plan_attention(keys, keys, torch.device("cpu")) == BucketPlan([(2, 2, 2), (1, 5, 5)], None, None)

@@ -30,7 +30,7 @@ from finetune.recipes import RECIPES
 from finetune.stores import Regions
 from finetune.stores.images import RegionFeatures, open_visual
 from raylib.config import override
-from raylib.models.attention import Plan
+from raylib.models.attention import BucketPlan
 from raylib.models.dual_encoder import MClip
 from raylib.models.finetuned import FinetuneModel
 from raylib.models.oscar import TINY, Oscar
@@ -81,7 +81,7 @@ class Store:
 def blocks_of(encoder, row):
     """A row (n, d) through blocks, one after the other."""
     for block in encoder.blocks:
-        row = block(row, Plan([(1, len(row), len(row))], None, None))
+        row = block(row, BucketPlan([(1, len(row), len(row))], None, None))
     return row
 
 
@@ -92,7 +92,7 @@ def slow_cross(model, text, image, weights):
     attention = model.backbone.fusion.blocks[-1].cross_attention
     region = (torch.from_numpy(weights).float()[:, None] * image.values).sum(0, keepdim=True)
     added = attention(
-        torch.randn(1, region.shape[1]), attention.key_value(region), Plan([(1, 1, 1)], None, None)
+        torch.randn(1, region.shape[1]), attention.key_value(region), BucketPlan([(1, 1, 1)], None, None)
     )
     return unified, added[0]
 

@@ -30,7 +30,7 @@ from finetune.stores.images import ImageSource
 from raylib.display import markdown_table, open_pyplot, percent
 from raylib.errors import UserError
 from raylib.finite import require_finite
-from raylib.models.attention import Attention, Plan
+from raylib.models.attention import Attention, BucketPlan, Plan
 from raylib.models.layers import Memory
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
@@ -45,6 +45,7 @@ def layer_weights(attention: Attention, x: Tensor, key_value: Tensor, plan: Plan
     """Compute the weights that `attention(x, key_value, plan)` gives its values: (R, h, S), float32 or finer.
     All rows have S keys."""
     # all texts look at the same image, so the plan has one bucket: n rows of q queries over s keys, padded
+    plan = plan if isinstance(plan, BucketPlan) else plan.in_buckets()
     (n, q, s), *others = plan.buckets
     assert not others and not plan.causal, "rows with different numbers of keys"
     h, e = attention.heads, x.shape[1] // attention.heads

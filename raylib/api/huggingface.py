@@ -25,8 +25,9 @@ from raylib.models import stored_backbone
 from raylib.models.base import CODE_KEY, Backbone, RetrievalBackbone
 from raylib.models.decoder import AnswerDecoder
 from raylib.models.finetuned import FinetuneModel
-from raylib.models.layers import init_weights, normalize_pixels
+from raylib.models.layers import init_weights
 from raylib.models.peft import insert_stored
+from raylib.models.vision import normalize_pixels
 from raylib.packed import Ragged
 
 CODE_FILE = "modeling_polyglance.py"

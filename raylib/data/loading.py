@@ -14,7 +14,6 @@ tensor (2 ms).
 """
 
 import itertools
-import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from raylib.errors import UserError
-from raylib.packed import Ragged, Sentences
+from raylib.packed import Ragged, Sentences, TreeLayout, pack_tree, unpack_tree
 from raylib.randomness import permutation
 
 T = TypeVar("T")
@@ -193,7 +192,6 @@ def list_step_draws(lanes: int, batch: int, rank: int = 0, world: int = 1) -> li
 
 SHARED_MEMORY = "/dev/shm"
 PREFETCH = 4  # batches that each loader process works ahead
-ALIGN = 64
 # tensors of a batch by which the host plans the step (`raylib.packed`): reading them on a GPU would make the
 # host wait for it
 CPU_KEYS = ("index", "lengths", "positions")
@@ -249,7 +247,7 @@ def load_batches(
     for layout, data in prefetch(packed) if workers else packed:
         if isinstance(layout, UserError):
             raise layout
-        yield unpack_batch(layout, data)
+        yield unpack_tree(layout, data)
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -277,69 +275,11 @@ class _PackedBatches(Dataset):
     def __init__(self, batches: StepDataset):
         self.batches = batches
 
-    def __getitem__(self, step: int) -> tuple["BatchLayout | UserError", Tensor]:
+    def __getitem__(self, step: int) -> tuple["TreeLayout | UserError", Tensor]:
         try:
-            return pack_batch(self.batches[step])
+            return pack_tree(self.batches[step])
         except UserError as error:
             return error, torch.empty(0)
-
-
-class TensorSlot(NamedTuple):
-    """Place of a tensor in the packed bytes."""
-
-    start: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape)
-
-
-class BatchLayout:
-    """The batch with slots for its tensors; a class of its own, so that torch's pinning passes it by."""
-
-    def __init__(self, tree: Any):
-        self.tree = tree
-
-
-def pack_batch(tree: Any) -> tuple[BatchLayout, Tensor]:
-    """A tree of dicts and tuples with CPU tensors as leaves -> (layout, one uint8 tensor)."""
-    slots: list[tuple[TensorSlot, Tensor]] = []
-    end = 0
-
-    def reserve(tensor: Tensor) -> TensorSlot:
-        nonlocal end
-        slot = TensorSlot(end, tensor.dtype, tuple(tensor.shape))
-        end += -(-slot.bytes // ALIGN) * ALIGN  # a view of another dtype must begin at a multiple of its size
-        slots.append((slot, tensor))
-        return slot
-
-    layout = BatchLayout(_map(tree, Tensor, reserve))
-    data = torch.empty(end, dtype=torch.uint8)
-    for slot, tensor in slots:
-        _view(slot, data).copy_(tensor)
-    return layout, data
-
-
-def unpack_batch(layout: BatchLayout, data: Tensor) -> Any:
-    """The tree again, its tensors views of `data`."""
-    return _map(layout.tree, TensorSlot, lambda slot: _view(slot, data))
-
-
-def _view(slot: TensorSlot, data: Tensor) -> Tensor:
-    return data[slot.start : slot.start + slot.bytes].view(slot.dtype).view(slot.shape)
-
-
-def _map(tree: Any, leaf: type, change) -> Any:
-    if isinstance(tree, leaf):
-        return change(tree)
-    if isinstance(tree, dict):
-        return {name: _map(value, leaf, change) for name, value in tree.items()}
-    if isinstance(tree, tuple):
-        values = [_map(value, leaf, change) for value in tree]
-        return tuple(values) if type(tree) is tuple else type(tree)(*values)  # a named tuple of its own kind
-    return tree
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

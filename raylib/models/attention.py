@@ -1,30 +1,34 @@
 """Attention over packed rows (`raylib.packed`), and the transformer block around it.
 
-Attention runs once for all rows with equally many keys (`Plan`), so that keys are never padded and nothing is
-masked.
+No key is padded and nothing is masked, in either of two ways. On a CPU attention runs once for all rows with
+equally many keys (`BucketPlan`). On a GPU, where each call costs more than the work in it, it runs once: the
+kernels read from cumulative lengths where rows begin and end (`VarlenPlan`).
 
 Shape legend: T tokens in all, n rows, R tokens that are queries. In attention: n rows of a bucket, S keys, Q
 queries of each, d width, h heads, e = d / h; C tokens of a memory.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raylib.packed import Ragged
+from raylib.packed import Ragged, upload
 from raylib.precision import LayerNorm
 
-# cuDNN, PyTorch's first choice on Hopper, builds a graph for each new shape, and packed batches bring new
-# lengths in every step: on an H100 a step of `base` took 38 s with it and 0.54 s without
+# cuDNN, PyTorch's first choice on Hopper, builds a graph for each new shape, and batches bring new ones in
+# every step: on an H100 a step of `base` took 38 s with it and 0.54 s without
 # (benchmarks/results/gpu.jsonl). The setting is the process's, so it holds for evaluation and for the
 # encoders of `transformers` too.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
+MAX_FLASH_WIDTH = 192  # of a head; not every GPU takes wider ones backward
 
-class Plan(NamedTuple):
-    """The way of attention over n ragged rows of ascending length.
+
+class BucketPlan(NamedTuple):
+    """The way of attention over n ragged rows of ascending length, a call for each bucket.
 
     `buckets`: (rows, queries of the longest, keys) of each bucket of rows with equally many keys. `pad_index`
     (P,): the query token in each cell of the padded queries (any token where a cell is empty); `unpad_index`
@@ -37,27 +41,116 @@ class Plan(NamedTuple):
     unpad_index: Tensor | None
     causal: bool = False
 
+    def attend(self, queries: Tensor, key_value: Tensor, heads: int, dropout: float) -> Tensor:
+        """queries (R, d), key_value (C, 2d) -> (R, d)."""
+        d = queries.shape[1]
+        if queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
+            # PyTorch's CPU kernel takes ten times as long backward in bf16 as in float32
+            # (`docs/performance.md`)
+            queries, key_value = queries.float(), key_value.float()
+        # within a bucket each row gets as many queries as its longest: empty cells hold some token's query,
+        # whose output is never picked up again
+        if self.pad_index is not None:
+            queries = queries.index_select(0, self.pad_index)
+        bucket_queries = queries.split([n * q for n, q, _ in self.buckets])
+        bucket_keys = key_value.split([n * s for n, _, s in self.buckets])
+        outputs = []
+        # all rows of a bucket have equally many keys, so no key is padded and there is no mask, for which
+        # the fast kernels would not run
+        with torch.autocast(queries.device.type, enabled=False):
+            for (n, q, s), q_nqd, kv_nsd in zip(self.buckets, bucket_queries, bucket_keys, strict=True):
+                if q:
+                    q_nhqe = q_nqd.view(n, q, heads, d // heads).transpose(1, 2)
+                    k_nhse, v_nhse = kv_nsd.view(n, s, 2, heads, d // heads).permute(2, 0, 3, 1, 4)
+                    out = F.scaled_dot_product_attention(
+                        q_nhqe, k_nhse, v_nhse, dropout_p=dropout, is_causal=self.causal
+                    )
+                    outputs.append(out.transpose(1, 2).reshape(n * q, d))
+        out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return out if self.unpad_index is None else out.index_select(0, self.unpad_index)
 
-def plan_attention(keys: Tensor, queries: Tensor, device: torch.device, tokens: Tensor | None = None) -> Plan:
-    """Plan attention over n rows.
+
+class VarlenPlan(NamedTuple):
+    """The way of attention over n ragged rows in any order, in one call on a GPU.
+
+    `query_ends`, `key_ends`: (n + 1,) int32, 0 and the end of each row's queries and keys; a row may have no
+    queries. `max_queries`, `max_keys`: those of the longest row. `causal`: as in a `BucketPlan`.
+    """
+
+    query_ends: Tensor
+    key_ends: Tensor
+    max_queries: int
+    max_keys: int
+    causal: bool = False
+
+    def attend(self, queries: Tensor, key_value: Tensor, heads: int, dropout: float) -> Tensor:
+        """queries (R, d), key_value (C, 2d) -> (R, d)."""
+        if queries.dtype == torch.float64:  # of tests alone: no kernel takes it
+            return self.in_buckets().attend(queries, key_value, heads, dropout)
+        is_half = queries.dtype in (torch.bfloat16, torch.float16)
+        is_flash = is_half and _has_flash(queries.device, queries.shape[1] // heads)
+        if not is_flash:
+            queries, key_value = queries.float(), key_value.float()
+        q_rhe = queries.unflatten(1, (heads, -1))
+        k_che, v_che = key_value.unflatten(1, (2, heads, -1)).unbind(1)
+        sizes = self.query_ends, self.key_ends, self.max_queries, self.max_keys
+        # The kernels behind `scaled_dot_product_attention`, which itself takes no rows of unequal length;
+        # `torch.nn.attention.varlen` wraps the first, but without dropout, and takes the host longer.
+        if is_flash:
+            out = torch.ops.aten._flash_attention_forward(
+                q_rhe, k_che, v_che, *sizes, dropout, self.causal, False
+            )[0]
+        else:
+            saves = torch.is_grad_enabled() and (queries.requires_grad or key_value.requires_grad)
+            out = torch.ops.aten._efficient_attention_forward(
+                q_rhe[None], k_che[None], v_che[None], None, *sizes, dropout, int(self.causal), saves
+            )[0][0]
+        return out.flatten(1)
+
+    def in_buckets(self) -> BucketPlan:
+        """The same, each row a bucket of its own. Waits for the device."""
+        queries, keys = self.query_ends.diff().tolist(), self.key_ends.diff().tolist()
+        return BucketPlan([(1, q, s) for q, s in zip(queries, keys, strict=True)], None, None, self.causal)
+
+
+Plan = BucketPlan | VarlenPlan
+
+
+@cache
+def _has_flash(device: torch.device, width: int) -> bool:
+    """Return whether FlashAttention takes bf16 heads of this width on `device`; "meta" is taken for a GPU
+    that has it."""
+    is_new = device.type == "meta" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return is_new and width % 8 == 0 and width <= MAX_FLASH_WIDTH
+
+
+def plan_attention(
+    keys: Tensor, queries: Tensor, device: torch.device, tokens: Tensor | None = None, causal: bool = False
+) -> Plan:
+    """Plan attention over n rows that will be on `device`; all of the plan is on the CPU.
 
     Args:
-        keys: (n,) ascending number of keys of each row.
+        keys: (n,) number of keys of each row; on the CPU rows come by ascending number.
         queries: (n,) number of queries of each row.
-        tokens: (R,) which query tokens these are, row after row; None when they are in this order.
+        tokens: (R,) which query tokens these are, row after row; None, as always on a GPU, when they are in
+            this order.
     """
+    if device.type != "cpu":
+        assert tokens is None
+        ends = [F.pad(n.cumsum(0), (1, 0)).to(torch.int32) for n in (queries, keys)]
+        return VarlenPlan(ends[0], ends[1], int(queries.max()), int(keys.max()), causal)
     keys, rows = keys.unique_consecutive(return_counts=True)
     longest = torch.stack([run.max() for run in queries.split(rows.tolist())])
     buckets = list(zip(rows.tolist(), longest.tolist(), keys.tolist(), strict=True))
     padded, count = longest.repeat_interleave(rows), int(queries.sum())
     if tokens is None and int(padded.sum()) == count:
-        return Plan(buckets, None, None)
+        return BucketPlan(buckets, None, None, causal)
     tokens = torch.arange(count) if tokens is None else tokens
     shift = (padded.cumsum(0) - padded) - (queries.cumsum(0) - queries)
     cell = torch.arange(count) + shift.repeat_interleave(queries)
     pad_index, unpad_index = torch.zeros(int(padded.sum()), dtype=torch.int64), torch.empty_like(cell)
     pad_index[cell], unpad_index[tokens] = tokens, cell
-    return Plan(buckets, pad_index.to(device, non_blocking=True), unpad_index.to(device, non_blocking=True))
+    return BucketPlan(buckets, pad_index, unpad_index, causal)
 
 
 class Attention(nn.Module):
@@ -73,32 +166,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, key_value: Tensor, plan: Plan) -> Tensor:
         """x (R, d), key_value (T, 2d), each row's tokens together -> (R, d)."""
-        d, h = x.shape[1], self.heads
-        queries = self.query(x)
-        if x.device.type == "cpu" and queries.dtype == torch.bfloat16:
-            # PyTorch's CPU kernel takes ten times as long backward in bf16 as in float32
-            # (`docs/performance.md`)
-            queries, key_value = queries.float(), key_value.float()
-        # within a bucket each row gets as many queries as its longest: empty cells hold some token's query,
-        # whose output is never picked up again
-        if plan.pad_index is not None:
-            queries = queries.index_select(0, plan.pad_index)
-        bucket_queries = queries.split([n * q for n, q, _ in plan.buckets])
-        bucket_keys = key_value.split([n * s for n, _, s in plan.buckets])
-        dropout, outputs = self.dropout if self.training else 0.0, []
-        # all rows of a bucket have equally many keys, so no key is padded and there is no mask, for which
-        # the fast kernels would not run
-        with torch.autocast(x.device.type, enabled=False):
-            for (n, q, s), q_nqd, kv_nsd in zip(plan.buckets, bucket_queries, bucket_keys, strict=True):
-                if q:
-                    q_nhqe = q_nqd.view(n, q, h, d // h).transpose(1, 2)
-                    k_nhse, v_nhse = kv_nsd.view(n, s, 2, h, d // h).permute(2, 0, 3, 1, 4)
-                    out = F.scaled_dot_product_attention(
-                        q_nhqe, k_nhse, v_nhse, dropout_p=dropout, is_causal=plan.causal
-                    )
-                    outputs.append(out.transpose(1, 2).reshape(n * q, d))
-        out = torch.cat(outputs)
-        return self.output(out if plan.unpad_index is None else out.index_select(0, plan.unpad_index))
+        dropout = self.dropout if self.training else 0.0
+        return self.output(plan.attend(self.query(x), key_value, self.heads, dropout))
 
 
 class Block(nn.Module):
@@ -137,12 +206,13 @@ class Block(nn.Module):
 
     def cross_row(self, x: Tensor, rows: Ragged) -> Tensor:
         """x (n, d) -> (n, d): token i attends to row i of n, and is not part of it."""
-        # a plan wants rows by ascending length; the outputs go back into the order in which tokens came
+        # a plan for the CPU wants rows by ascending length; the outputs go back into the order of the tokens
         order = rows.lengths.argsort(stable=True)
-        sorted_rows, index = rows.select_rows(order), order.to(x.device)
-        plan = plan_attention(sorted_rows.lengths, torch.ones_like(order), x.device)
-        key_value = self.attention.key_value(sorted_rows.values)
-        return self._attend(x.index_select(0, index), key_value, plan, None).index_select(0, index.argsort())
+        plan = plan_attention(rows.lengths[order], torch.ones_like(order), x.device)
+        moves = rows.token_index(order), order, order.argsort()
+        tokens, order, back, plan = upload((*moves, plan), x.device)
+        key_value = self.attention.key_value(rows.values.index_select(0, tokens))
+        return self._attend(x.index_select(0, order), key_value, plan, None).index_select(0, back)
 
     def _attend(self, x: Tensor, key_value: Tensor, plan: Plan, memory: tuple[Tensor, Plan] | None) -> Tensor:
         """Queries (R, d) and the keys and values of self-attention -> (R, d)."""

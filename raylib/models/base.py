@@ -29,7 +29,7 @@ from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.finite import require_finite_file
 from raylib.models import peft
-from raylib.models.layers import PixelStats, normalize_pixels
+from raylib.models.vision import PixelStats, normalize_pixels
 from raylib.packed import Ragged, TokenSegments
 from raylib.renames import model_kind, rename_settings
 

@@ -36,9 +36,9 @@ from raylib.models.hf_weights import (
     load_vision,
     text_sizes,
 )
-from raylib.models.layers import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from raylib.models.swin import SwinSizes
 from raylib.models.unified import TINY, ModelConfig, UnifiedModel
+from raylib.models.vision import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 
 PIXELS: dict[str, Any] = {"pixel_mean": CLIP_MEAN, "pixel_std": CLIP_STD}  # that CCLM was trained with
 # that Swins in Hugging Face folders were trained with; ViTs there: 127.5, as ours

@@ -22,7 +22,8 @@ from raylib.config import Config
 from raylib.errors import UserError, require
 from raylib.models.base import RetrievalBackbone
 from raylib.models.hf_weights import WeightMapper, copy_block, read_folder
-from raylib.models.layers import CLIP_MEAN, CLIP_STD, Encoder, TextEmbedding, init_weights
+from raylib.models.layers import Encoder, TextEmbedding, init_weights
+from raylib.models.vision import CLIP_MEAN, CLIP_STD
 from raylib.packed import Ragged
 
 FIRST_POSITION = 2  # row of XLM-R's position embeddings that a text starts at

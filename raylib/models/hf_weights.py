@@ -21,8 +21,8 @@ from raylib.errors import UserError, hub_hint
 from raylib.fileio import read_json
 from raylib.finite import require_finite_file
 from raylib.models.attention import Attention, Block
-from raylib.models.layers import VisionBlock, VisionEncoder, interpolate
 from raylib.models.swin import SwinEncoder, interpolate_bias
+from raylib.models.vision import VisionBlock, VisionEncoder, interpolate
 
 if TYPE_CHECKING:  # it imports this file
     from raylib.models.unified import UnifiedModel

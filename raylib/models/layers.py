@@ -1,23 +1,20 @@
-"""Encoders of blocks (`raylib.packed`): the text encoder, the unified encoder, and the ViT (Dosovitskiy et
-al., 2020), with layer norm before each residual, a CLS token, learned positions.
+"""Encoders of blocks (`raylib.models.attention`): the text encoder, the unified encoder.
 
-Everything but images is flat: tokens of all rows end to end; a `Plan` says which belong together.
+All is flat: tokens of all rows end to end; a plan, made of lengths alone, says which belong together.
 
-Shape legend: n rows, d width; T tokens in all, R tokens of an output mask; b images, M patches.
+Shape legend: n rows, d width; T tokens in all, R tokens of an output mask; m rows and C tokens of a memory.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raylib.errors import UserError
-from raylib.models.attention import Attention, Block, Plan, plan_attention
-from raylib.packed import Ragged, join_rows
+from raylib.models.attention import Block, Plan, plan_attention
+from raylib.packed import Ragged, join_rows, token_index, upload
 from raylib.precision import LayerNorm
 
 # On a CPU, rows run in chunks whose widest activation is so many floats: larger ones leave the cache, and
@@ -38,12 +35,25 @@ def init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.5 * module.embedding_dim**-0.5)
 
 
+class MemoryLayout(NamedTuple):
+    """Of a `Memory`, what plans are made of: the `lengths` (m,) of its rows, and the row that each text row
+    attends to, `rows` (n,), both on the CPU."""
+
+    lengths: Tensor
+    rows: Tensor
+
+
 class Memory(NamedTuple):
     """The memory that rows attend to: `states` of images or sentences, and for each text row the state row
     (n,) it attends to (CPU)."""
 
     states: Ragged
     rows: Tensor
+
+    @property
+    def layout(self) -> MemoryLayout:
+        """Lengths and rows."""
+        return MemoryLayout(self.states.lengths, self.rows)
 
 
 class TextEmbedding(nn.Module):
@@ -68,7 +78,7 @@ class TextEmbedding(nn.Module):
         if longest > positions:
             raise UserError(f"a text of {longest} tokens, the model has {positions} positions; lower length=")
         position = torch.arange(len(words.values)) - torch.repeat_interleave(words.starts, words.lengths)
-        position = position.to(words.values.device, non_blocking=True)
+        position = upload(position, words.values.device)
         return self.dropout(self.norm(words.values + self.position(position)))
 
 
@@ -79,6 +89,33 @@ class BlockList(nn.ModuleList):
 
         def __iter__(self) -> Iterator[Block]: ...
         def __getitem__(self, index: Any) -> Any: ...
+
+
+class ChunkPlan(NamedTuple):
+    """A chunk of an encoder's rows.
+
+    tokens: (t,) its tokens among all of the call; None: all, in order. output_index: (R,) those of the chunk
+    that come out; None: all. attention, cross: of all blocks but the last, and of the last one. memory_index:
+    (c,) the memory's tokens that it attends to; None: all.
+    """
+
+    tokens: Tensor | None
+    output_index: Tensor | None
+    attention: tuple[Plan, Plan]
+    memory_index: Tensor | None = None
+    cross: tuple[Plan, Plan] | None = None
+
+
+class EncoderPlan(NamedTuple):
+    """A call of an `Encoder`, all that follows from lengths alone: made on the CPU, run on any device.
+
+    joined: (U,) tokens of text and memory, row by row, where these are one row; None: they are not. chunks:
+    in which rows run. order: (R,) moves the chunks' outputs into the order of the flat tokens; None: no need.
+    """
+
+    joined: Tensor | None
+    chunks: tuple[ChunkPlan, ...]
+    order: Tensor | None
 
 
 class Encoder(nn.Module):
@@ -101,7 +138,7 @@ class Encoder(nn.Module):
     def forward(
         self, text: Ragged, output_mask: Tensor | None = None, memory: Memory | None = None
     ) -> Tensor:
-        """States after the last block.
+        """Plan a call and run it: states after the last block.
 
         Args:
             text: values (T, d).
@@ -110,82 +147,117 @@ class Encoder(nn.Module):
         Returns:
             (R, d), the tokens of the mask in flat order; (T, d) without one.
         """
-        if memory is not None and not self.cross:
-            text, output_mask = _append_memory(text, output_mask, memory)
-            memory = None
         device = text.values.device
+        plan = upload(self.plan(text.lengths, device, output_mask, memory and memory.layout), device)
+        return self.run(text.values, plan, None if memory is None else memory.states.values)
+
+    def plan(
+        self,
+        lengths: Tensor,
+        device: torch.device,
+        output_mask: Tensor | None = None,
+        memory: MemoryLayout | None = None,
+    ) -> EncoderPlan:
+        """Plan a call on `device` over n rows of these `lengths`; all of the plan is on the CPU."""
         assert output_mask is None or not self.causal, "a causal mask lines up with all queries alone"
-        output_mask = torch.ones(len(text.values), dtype=torch.bool) if output_mask is None else output_mask
-        # once for all chunks and all rows that attend to the same image
-        projected = [b.cross_attention.key_value(memory.states.values) for b in self.blocks] if memory else []
-        outputs, tokens_of_outputs = [], []
-        for rows in self._chunks(text.lengths, device):
-            tokens = text.token_index(rows)
+        if output_mask is None:
+            output_mask = torch.ones(int(lengths.sum()), dtype=torch.bool)
+        joined = None
+        if memory is not None and not self.cross:
+            joined, output_mask = _append_memory(lengths, output_mask, memory)
+            lengths, memory = lengths + memory.lengths[memory.rows], None
+        chunks, tokens_of_outputs = [], []
+        for rows in self._chunks(lengths, device, memory):
+            tokens = token_index(lengths, rows)
             chunk_mask = output_mask[tokens]
             if chunk_mask.any():
-                chunk = Ragged(text.values.index_select(0, tokens.to(device)), text.lengths[rows])
-                chunk_memory = memory and Memory(memory.states, memory.rows[rows])
-                outputs.append(self._run(chunk, chunk_mask, chunk_memory, projected))
+                chunk_memory = memory and memory._replace(rows=memory.rows[rows])
+                chunk = self._plan_chunk(lengths[rows], device, chunk_mask, chunk_memory)
+                chunks.append(chunk._replace(tokens=_unless_in_order(tokens, len(output_mask))))
                 tokens_of_outputs.append(tokens[chunk_mask])
+        # chunks took the rows in an order of theirs: back into that of the flat tokens
+        order = torch.cat([output_mask.new_empty(0, dtype=torch.int64), *tokens_of_outputs]).argsort()
+        return EncoderPlan(joined, tuple(chunks), _unless_in_order(order, len(order)))
+
+    def run(self, x: Tensor, plan: EncoderPlan, memory: Tensor | None = None) -> Tensor:
+        """Text (T, d) and states of a memory (C, d) -> (R, d), as planned. `plan` is where `x` is."""
+        if plan.joined is not None:
+            assert memory is not None
+            x, memory = torch.cat([x, memory]).index_select(0, plan.joined), None
+        # once for all chunks and all rows that attend to the same image
+        projected = [] if memory is None else [b.cross_attention.key_value(memory) for b in self.blocks]
+        outputs = [self._run_chunk(_select(x, chunk.tokens), chunk, projected) for chunk in plan.chunks]
         if not outputs:
-            return text.values[:0]
-        # chunks took the rows by length: back into the order of the flat tokens
-        order = torch.cat(tokens_of_outputs).argsort().to(device, non_blocking=True)
-        return torch.cat(outputs).index_select(0, order)
+            return x[:0]
+        return _select(torch.cat(outputs) if len(outputs) > 1 else outputs[0], plan.order)
 
     def layer_states(self, text: Ragged, layers: Sequence[int], memory: Memory | None = None) -> list[Ragged]:
         """States of all tokens, as rows (T, d), after each of `layers`: rising, the lowest is 1."""
-        states = []
+        states, device = [], text.values.device
+        plan = upload(self.plan(text.lengths, device, None, memory and memory.layout), device)
         for low, high in pairwise([0, *layers]):
             part = Encoder(0, 0, 0, 0, 0.0, 0.0, self.cross)
             part.blocks = self.blocks[low:high]  # the stack's own, not copies
-            text = text.with_values(part(text, None, memory))
+            values = part.run(text.values, plan, None if memory is None else memory.states.values)
+            text = text.with_values(values)
             states.append(text)
         return states
 
-    def _chunks(self, lengths: Tensor, device: torch.device) -> list[Tensor]:
-        """Rows by ascending length, in chunks that run at once."""
-        rows = lengths.argsort(stable=True)
+    def _chunks(self, lengths: Tensor, device: torch.device, memory: MemoryLayout | None) -> list[Tensor]:
+        """Rows in chunks that run at once: by ascending length on a CPU, by the memory's rows on a GPU."""
         if device.type != "cpu":
-            return [rows]
+            return [torch.arange(len(lengths)) if memory is None else memory.rows.argsort(stable=True)]
+        rows = lengths.argsort(stable=True)
         size = max(1, CHUNK // self.blocks[0].intermediate.out_features)
         chunk = (lengths[rows].cumsum(0) - 1) // size
         return list(rows.split(chunk.unique_consecutive(return_counts=True)[1].tolist()))
 
-    def _run(
-        self, text: Ragged, output_mask: Tensor, memory: Memory | None, projected: list[Tensor]
-    ) -> Tensor:
-        """All blocks over rows of ascending length -> (R, d). `projected`: the memory's keys and values, by
-        block."""
-        device, x, lengths = text.values.device, text.values, text.lengths
+    def _plan_chunk(
+        self, lengths: Tensor, device: torch.device, output_mask: Tensor, memory: MemoryLayout | None
+    ) -> ChunkPlan:
+        """Plan all blocks over the rows of `_chunks`."""
         is_whole = bool(output_mask.all())
-        output_index = None if is_whole else output_mask.nonzero().squeeze(1).to(device, non_blocking=True)
         counts = lengths
         if not is_whole:  # how many tokens of each row are output
             counts = output_mask.cumsum(0)[lengths.cumsum(0) - 1].diff(prepend=lengths.new_zeros(1))
         # All tokens are queries but in the last layer, where those of the mask alone are: so two plans serve
         # all layers, or one where these are the same, or where the last layer is the only one.
         queries = [counts] if is_whole or len(self.blocks) == 1 else [lengths, counts]
-        plans = [plan_attention(lengths, n, device)._replace(causal=self.causal) for n in queries]
-        if memory is not None:
-            used, rank = _used_rows(memory)
-            memory_tokens = memory.states.token_index(used).to(device, non_blocking=True)
-            cross_plans = [_plan_cross(memory.states.lengths[used], rank, n, device) for n in queries]
+        plans = [plan_attention(lengths, n, device, causal=self.causal) for n in queries]
+        output_index = None if is_whole else output_mask.nonzero().squeeze(1)
+        chunk = ChunkPlan(None, output_index, (plans[0], plans[-1]))
+        if memory is None:
+            return chunk
+        used, rank = _used_rows(memory, device)
+        cross = [_plan_cross(memory.lengths[used], rank, n, device) for n in queries]
+        memory_index = _unless_in_order(token_index(memory.lengths, used), int(memory.lengths.sum()))
+        return chunk._replace(memory_index=memory_index, cross=(cross[0], cross[-1]))
+
+    def _run_chunk(self, x: Tensor, chunk: ChunkPlan, projected: list[Tensor]) -> Tensor:
+        """All blocks over a chunk -> (R, d). `projected`: the memory's keys and values, by block."""
         for i, block in enumerate(self.blocks):
             is_last = i == len(self.blocks) - 1
-            which = -1 if is_last else 0
-            cross = None
-            if memory is not None:
-                cross = projected[i].index_select(0, memory_tokens), cross_plans[which]
-            x = block(x, plans[which], cross, output_index if is_last else None)
+            cross = chunk.cross and (_select(projected[i], chunk.memory_index), chunk.cross[is_last])
+            x = block(x, chunk.attention[is_last], cross, chunk.output_index if is_last else None)
         return x
 
 
-def _used_rows(memory: Memory) -> tuple[Tensor, Tensor]:
-    """The memory's rows that any text attends to, by ascending length (m,), and for each text row the place
-    of its own among them (n,)."""
+def _select(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x.index_select(0, index)
+
+
+def _unless_in_order(index: Tensor, count: int) -> Tensor | None:
+    """None if `index` selects all of `count`, in order."""
+    return None if index.equal(torch.arange(count)) else index
+
+
+def _used_rows(memory: MemoryLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The memory's rows that any text attends to (m,), by ascending length on a CPU, and for each text row
+    the place of its own among them (n,)."""
     used, index = memory.rows.unique(return_inverse=True)
-    order = memory.states.lengths[used].argsort(stable=True)
+    if device.type != "cpu":
+        return used, index
+    order = memory.lengths[used].argsort(stable=True)
     return used[order], order.argsort()[index]
 
 
@@ -193,150 +265,18 @@ def _plan_cross(keys: Tensor, rows: Tensor, counts: Tensor, device: torch.device
     """Plan for memory rows with so many `keys` (m,): the queries of all text rows that attend to one of them
     are together. `rows` (n,): the memory row of each text row; `counts` (n,): its queries."""
     queries = torch.zeros_like(keys).index_add_(0, rows, counts)
-    tokens = Ragged(rows, counts).token_index(rows.argsort(stable=True))
+    # on a GPU they are together as they are (`Encoder._chunks`)
+    tokens = token_index(counts, rows.argsort(stable=True)) if device.type == "cpu" else None
     return plan_attention(keys, queries, device, tokens)
 
 
-def _append_memory(text: Ragged, output_mask: Tensor | None, memory: Memory) -> tuple[Ragged, Tensor]:
-    """Each row with its memory appended; only text tokens are output."""
-    appended = memory.states.select_rows(memory.rows)
-    text_mask = torch.ones(len(text.values), dtype=torch.bool) if output_mask is None else output_mask
-    no_output = torch.zeros(len(appended.values), dtype=torch.bool)
-    masks = join_rows(text.with_values(text_mask), appended.with_values(no_output))
-    return join_rows(text, appended), masks.values
-
-
-PixelStats = float | tuple[float, float, float]  # of a pixel's 0..255: for all colours, or one each
-
-# what published image encoders were trained with; ViTs in Hugging Face folders: 127.5 both
-CLIP_MEAN = (255 * 0.48145466, 255 * 0.4578275, 255 * 0.40821073)
-CLIP_STD = (255 * 0.26862954, 255 * 0.26130258, 255 * 0.27577711)
-IMAGENET_MEAN = (255 * 0.485, 255 * 0.456, 255 * 0.406)
-IMAGENET_STD = (255 * 0.229, 255 * 0.224, 255 * 0.225)
-
-
-def normalize_pixels(images: Tensor, mean: PixelStats, std: PixelStats, dtype: torch.dtype) -> Tensor:
-    """uint8 images (..., 3) -> less the mean, over the standard deviation; floats have been normalised
-    before."""
-    if images.is_floating_point():
-        return images.to(dtype)
-    shift, scale = (
-        v if isinstance(v, float | int) else torch.tensor(v, dtype=dtype, device=images.device)
-        for v in (mean, std)
+def _append_memory(lengths: Tensor, output_mask: Tensor, memory: MemoryLayout) -> tuple[Tensor, Tensor]:
+    """Rows with their memory behind them: which tokens of text and memory, end to end, these are (U,), and
+    (U,) which are output, of the text alone."""
+    text = Ragged(torch.arange(len(output_mask)), lengths)
+    appended = Ragged(
+        len(output_mask) + token_index(memory.lengths, memory.rows), memory.lengths[memory.rows]
     )
-    return (images.to(dtype) - shift) / scale
-
-
-class VisionBlock(nn.Module):
-    """Pre-norm self-attention and feed-forward."""
-
-    def __init__(self, width: int, heads: int, feedforward: int, dropout: float, eps: float):
-        super().__init__()
-        self.attention_norm = LayerNorm(width, eps)
-        self.attention = Attention(width, heads, dropout)
-        self.output_norm = LayerNorm(width, eps)
-        self.intermediate = nn.Linear(width, feedforward)
-        self.output = nn.Linear(feedforward, width)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, M + 1, d) -> (b, M + 1, d)."""
-        b, n, _ = x.shape
-        normed = self.attention_norm(x).flatten(0, 1)
-        attended = self.attention(normed, self.attention.key_value(normed), Plan([(b, n, n)], None, None))
-        x = x + self.dropout(attended.view_as(x))
-        return x + self.dropout(self.output(F.gelu(self.intermediate(self.output_norm(x)))))
-
-
-class VisionEncoder(nn.Module):
-    """Pixels to M = (size / patch)^2 patch states behind one CLS state.
-
-    With `window`, the image is cut into n windows of so many pixels, which never see each other: each has
-    the CLS state and the positions of an image of its own, and a learned place among them. The states are
-    then the mean of the windows' CLS states, these n themselves, and the patches, window after window. An
-    encoder of single drawings so reads a scene of them.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        patch: int,
-        layers: int,
-        width: int,
-        heads: int,
-        feedforward: int,
-        dropout: float,
-        out: int,
-        pixel_mean: PixelStats = 127.5,
-        pixel_std: PixelStats = 127.5,
-        window: int | None = None,
-    ):
-        """`out`: the width that others want. `pixel_mean`, `pixel_std`: of `normalize_pixels`."""
-        super().__init__()
-        self.patch, self.window = patch, window
-        self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
-        self.patch_embedding = nn.Linear(3 * patch * patch, width)
-        self.cls = nn.Parameter(torch.zeros(width))
-        self.position = nn.Parameter(torch.randn(1 + ((window or size) // patch) ** 2, width) * 0.02)
-        self.place = nn.Parameter(torch.zeros((size // window) ** 2, width)) if window else None
-        self.blocks = nn.ModuleList(
-            VisionBlock(width, heads, feedforward, dropout, 1e-12) for _ in range(layers)
-        )
-        self.norm = LayerNorm(width, 1e-12)
-        self.output = nn.Linear(width, out) if out != width else None
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 images (b, H, W, 3) -> (b, M + 1, out), or (b, 1 + n + M, out). Normalised here, on the
-        device."""
-        b, height, _, _ = images.shape
-        p, side = self.patch, self.window or height
-        pixels = normalize_pixels(images, self.pixel_mean, self.pixel_std, self.cls.dtype)
-        # Cut the image into its windows, row after row of them, and each window into its patches: every
-        # window is then an image of its own, so that self-attention never leaves it. Without windows there is
-        # one, the whole image.
-        grid = pixels.view(b, height // side, side, -1, side, 3).transpose(2, 3)
-        windows = grid.reshape(-1, side // p, p, side // p, p, 3)
-        # a patch is flattened as (row, column, colour): `hf_weights.copy_vision` orders a kernel so
-        patches = windows.transpose(2, 3).reshape(len(windows), -1, 3 * p * p)
-        embedded = self.patch_embedding(patches)
-        dtype = self.norm.stream_dtype(embedded)
-        cls = self.cls.to(dtype).expand(len(patches), 1, -1)
-        x = torch.cat([cls, embedded.to(dtype)], 1) + self.position.to(dtype)
-        if self.place is not None:
-            x = x + self.place.to(dtype).repeat(b, 1)[:, None]
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x)
-        if self.place is not None:
-            # back to one row an image: the mean CLS comes first, where every reader looks for the image's
-            x = x.view(b, len(self.place), *x.shape[1:])
-            cls = x[:, :, 0]
-            x = torch.cat([cls.mean(1, keepdim=True), cls, x[:, :, 1:].flatten(1, 2)], 1)
-        x = self.norm(x)
-        return x if self.output is None else self.output(x)
-
-    @property
-    def num_windows(self) -> int:
-        """Number of CLS states, one a window, behind the first state; 0: the image is one window."""
-        return 0 if self.place is None else len(self.place)
-
-    @torch.no_grad()
-    def resize(self, size: int) -> None:
-        """Take images of another resolution: positions, or the windows' places, are interpolated."""
-        if self.window:
-            assert self.place is not None
-            with_cls = torch.cat([self.place[:1], self.place])  # `interpolate` leaves the first row alone
-            self.place = nn.Parameter(interpolate(with_cls, (size // self.window) ** 2)[1:].contiguous())
-        else:
-            self.position = nn.Parameter(interpolate(self.position, (size // self.patch) ** 2).contiguous())
-
-
-def interpolate(positions: Tensor, patches: int) -> Tensor:
-    """Position embeddings (1 + M, d), CLS first, on a square grid -> (1 + patches, d)."""
-    old, new = math.isqrt(len(positions) - 1), math.isqrt(patches)
-    if old == new:
-        return positions
-    grid = positions[1:].T.reshape(1, -1, old, old)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:1], grid.flatten(2)[0].T])
+    no_output = appended.with_values(torch.zeros_like(appended.values, dtype=torch.bool))
+    masks = join_rows(text.with_values(output_mask), no_output)
+    return join_rows(text, appended).values, masks.values

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raylib.config import Config
 from raylib.errors import require
-from raylib.models.layers import PixelStats, normalize_pixels
+from raylib.models.vision import PixelStats, normalize_pixels
 from raylib.precision import replace_norms
 
 

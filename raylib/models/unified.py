@@ -17,8 +17,9 @@ from raylib.config import Config, validate
 from raylib.errors import UserError
 from raylib.models.base import FusionBackbone, RetrievalBackbone, Use
 from raylib.models.hf_weights import load_text, load_vision, text_sizes
-from raylib.models.layers import Encoder, Memory, PixelStats, TextEmbedding, VisionEncoder, init_weights
+from raylib.models.layers import Encoder, Memory, TextEmbedding, init_weights
 from raylib.models.swin import SwinEncoder, SwinSizes
+from raylib.models.vision import PixelStats, VisionEncoder
 from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, join_rows
 from raylib.precision import LayerNorm
 

@@ -1,0 +1,150 @@
+"""The ViT (Dosovitskiy et al., 2020), with layer norm before each residual, a CLS token, learned positions.
+
+Shape legend: b images, M patches, d width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raylib.models.attention import Attention, BucketPlan
+from raylib.precision import LayerNorm
+
+PixelStats = float | tuple[float, float, float]  # of a pixel's 0..255: for all colours, or one each
+
+# what published image encoders were trained with; ViTs in Hugging Face folders: 127.5 both
+CLIP_MEAN = (255 * 0.48145466, 255 * 0.4578275, 255 * 0.40821073)
+CLIP_STD = (255 * 0.26862954, 255 * 0.26130258, 255 * 0.27577711)
+IMAGENET_MEAN = (255 * 0.485, 255 * 0.456, 255 * 0.406)
+IMAGENET_STD = (255 * 0.229, 255 * 0.224, 255 * 0.225)
+
+
+def normalize_pixels(images: Tensor, mean: PixelStats, std: PixelStats, dtype: torch.dtype) -> Tensor:
+    """uint8 images (..., 3) -> less the mean, over the standard deviation; floats have been normalised
+    before."""
+    if images.is_floating_point():
+        return images.to(dtype)
+    shift, scale = (
+        v if isinstance(v, float | int) else torch.tensor(v, dtype=dtype, device=images.device)
+        for v in (mean, std)
+    )
+    return (images.to(dtype) - shift) / scale
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm self-attention and feed-forward."""
+
+    def __init__(self, width: int, heads: int, feedforward: int, dropout: float, eps: float):
+        super().__init__()
+        self.attention_norm = LayerNorm(width, eps)
+        self.attention = Attention(width, heads, dropout)
+        self.output_norm = LayerNorm(width, eps)
+        self.intermediate = nn.Linear(width, feedforward)
+        self.output = nn.Linear(feedforward, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, M + 1, d) -> (b, M + 1, d)."""
+        b, n, _ = x.shape
+        normed = self.attention_norm(x).flatten(0, 1)
+        attended = self.attention(
+            normed, self.attention.key_value(normed), BucketPlan([(b, n, n)], None, None)
+        )
+        x = x + self.dropout(attended.view_as(x))
+        return x + self.dropout(self.output(F.gelu(self.intermediate(self.output_norm(x)))))
+
+
+class VisionEncoder(nn.Module):
+    """Pixels to M = (size / patch)^2 patch states behind one CLS state.
+
+    With `window`, the image is cut into n windows of so many pixels, which never see each other: each has
+    the CLS state and the positions of an image of its own, and a learned place among them. The states are
+    then the mean of the windows' CLS states, these n themselves, and the patches, window after window. An
+    encoder of single drawings so reads a scene of them.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        patch: int,
+        layers: int,
+        width: int,
+        heads: int,
+        feedforward: int,
+        dropout: float,
+        out: int,
+        pixel_mean: PixelStats = 127.5,
+        pixel_std: PixelStats = 127.5,
+        window: int | None = None,
+    ):
+        """`out`: the width that others want. `pixel_mean`, `pixel_std`: of `normalize_pixels`."""
+        super().__init__()
+        self.patch, self.window = patch, window
+        self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
+        self.patch_embedding = nn.Linear(3 * patch * patch, width)
+        self.cls = nn.Parameter(torch.zeros(width))
+        self.position = nn.Parameter(torch.randn(1 + ((window or size) // patch) ** 2, width) * 0.02)
+        self.place = nn.Parameter(torch.zeros((size // window) ** 2, width)) if window else None
+        self.blocks = nn.ModuleList(
+            VisionBlock(width, heads, feedforward, dropout, 1e-12) for _ in range(layers)
+        )
+        self.norm = LayerNorm(width, 1e-12)
+        self.output = nn.Linear(width, out) if out != width else None
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 images (b, H, W, 3) -> (b, M + 1, out), or (b, 1 + n + M, out). Normalised here, on the
+        device."""
+        b, height, _, _ = images.shape
+        p, side = self.patch, self.window or height
+        pixels = normalize_pixels(images, self.pixel_mean, self.pixel_std, self.cls.dtype)
+        # Cut the image into its windows, row after row of them, and each window into its patches: every
+        # window is then an image of its own, so that self-attention never leaves it. Without windows there is
+        # one, the whole image.
+        grid = pixels.view(b, height // side, side, -1, side, 3).transpose(2, 3)
+        windows = grid.reshape(-1, side // p, p, side // p, p, 3)
+        # a patch is flattened as (row, column, colour): `hf_weights.copy_vision` orders a kernel so
+        patches = windows.transpose(2, 3).reshape(len(windows), -1, 3 * p * p)
+        embedded = self.patch_embedding(patches)
+        dtype = self.norm.stream_dtype(embedded)
+        cls = self.cls.to(dtype).expand(len(patches), 1, -1)
+        x = torch.cat([cls, embedded.to(dtype)], 1) + self.position.to(dtype)
+        if self.place is not None:
+            x = x + self.place.to(dtype).repeat(b, 1)[:, None]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x)
+        if self.place is not None:
+            # back to one row an image: the mean CLS comes first, where every reader looks for the image's
+            x = x.view(b, len(self.place), *x.shape[1:])
+            cls = x[:, :, 0]
+            x = torch.cat([cls.mean(1, keepdim=True), cls, x[:, :, 1:].flatten(1, 2)], 1)
+        x = self.norm(x)
+        return x if self.output is None else self.output(x)
+
+    @property
+    def num_windows(self) -> int:
+        """Number of CLS states, one a window, behind the first state; 0: the image is one window."""
+        return 0 if self.place is None else len(self.place)
+
+    @torch.no_grad()
+    def resize(self, size: int) -> None:
+        """Take images of another resolution: positions, or the windows' places, are interpolated."""
+        if self.window:
+            assert self.place is not None
+            with_cls = torch.cat([self.place[:1], self.place])  # `interpolate` leaves the first row alone
+            self.place = nn.Parameter(interpolate(with_cls, (size // self.window) ** 2)[1:].contiguous())
+        else:
+            self.position = nn.Parameter(interpolate(self.position, (size // self.patch) ** 2).contiguous())
+
+
+def interpolate(positions: Tensor, patches: int) -> Tensor:
+    """Position embeddings (1 + M, d), CLS first, on a square grid -> (1 + patches, d)."""
+    old, new = math.isqrt(len(positions) - 1), math.isqrt(patches)
+    if old == new:
+        return positions
+    grid = positions[1:].T.reshape(1, -1, old, old)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid.flatten(2)[0].T])
