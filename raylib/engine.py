@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from raylib import checkpoint
@@ -45,6 +47,10 @@ class OptimConfig(Config):
     clip: PositiveFloat = 1.0
     """Largest norm of the whole gradient; a longer one is scaled down to it."""
 
+
+# Gradients travel in buckets of this size, so that the first are on their way while backward goes on; it is
+# PyTorch's own default.
+BUCKET_MB = 25
 
 # factor of the learning rate at a depth (`raylib.models.base`) in a step; 0 freezes
 LayerRates = Callable[[int | None, int], float]
@@ -237,6 +243,7 @@ class Engine(ABC):
     Args:
         start: the checkpoint to go on from.
         rates: factor of the learning rate of each depth in each step.
+        gradient_dtype: in which gradients travel between workers.
     """
 
     name: str
@@ -251,9 +258,10 @@ class Engine(ABC):
         start: Path | None,
         rates: LayerRates | None = None,
         guard: StepGuard | None = None,
+        gradient_dtype: Literal["float32", "bfloat16"] = "float32",
     ):
         self.objective, self.config, self.device, self.bf16 = objective.to(device), config, device, bf16
-        self.rates, self.guard = rates, guard or StepGuard(device)
+        self.rates, self.guard, self.gradient_dtype = rates, guard or StepGuard(device), gradient_dtype
         if start:
             checkpoint.require_optimizer(start)
         self._build(start)
@@ -329,7 +337,17 @@ class TorchEngine(Engine):
         if world_size() > 1:
             # layers that are frozen for now get no gradient either
             unused = self.objective.has_unused_parameters or self.rates is not None
-            self.module = DistributedDataParallel(self.objective, find_unused_parameters=unused)
+            # where every parameter gets its gradient in every step, DDP learns all of it from the first one:
+            # what a checkpointed block computes twice then counts once
+            self.module = ddp = DistributedDataParallel(
+                self.objective,
+                bucket_cap_mb=BUCKET_MB,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=unused,
+                static_graph=not unused,
+            )
+            if self.gradient_dtype == "bfloat16":
+                ddp.register_comm_hook(None, _send_in_bf16)
 
     def _load(self, folder: Path) -> None:
         if not (folder / "optimizer.pt").is_file():
@@ -348,3 +366,8 @@ class TorchEngine(Engine):
             for p, values in self.optimizer.state.items()
             for key, value in values.items()
         }
+
+
+def _send_in_bf16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Reduce a bucket of gradients in bf16. DDP takes PyTorch's hook under its own name on NCCL alone."""
+    return bf16_compress_hook(group, bucket)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raylib.distributed import world_size
-from raylib.engine import Engine, build_optimizer, set_rate
+from raylib.engine import BUCKET_MB, Engine, build_optimizer, set_rate
 from raylib.errors import UserError
 
 
@@ -45,6 +46,8 @@ class DeepSpeedEngine(Engine):
 
     def _build(self, start: Path | None) -> None:
         deepspeed = _import_deepspeed(self.device)
+        from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
+
         if not dist.is_initialized():  # one process, without Ray and torchrun: it wants a group all the same
             dist.init_process_group(
                 "nccl" if self.device.type == "cuda" else "gloo",
@@ -57,18 +60,27 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed must know before it is built
         states = "zero/*zero_pp_rank_*_optim_states.pt"  # one a worker
         self.convert = start is not None and len(list(start.glob(states))) != world_size()
+        groups = self._groups()
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # unused: the objective divides by global counts itself
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self.config.clip,
-            "zero_optimization": {"stage": 2},
+            "zero_optimization": _zero_settings(sum(p.numel() for group in groups for p in group["params"])),
+            "communication_data_type": "bf16" if self.gradient_dtype == "bfloat16" else "fp32",
             "zero_allow_untested_optimizer": True,
-            "torch_autocast": {"enabled": self.bf16, "dtype": "bfloat16"},
+            # linear layers' gradients would travel in bf16 under autocast, whatever `communication_data_type`
+            "torch_autocast": {
+                "enabled": self.bf16,
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            },
             "steps_per_print": 10**9,
             "checkpoint": {"load_universal": self.convert},
         }
-        groups = self._groups()
         self.members = [list(group["params"]) for group in groups]  # ZeRO puts flat shards in their place
+        if self.gradient_dtype == "bfloat16":
+            for parameter in chain(*self.members):
+                setattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME, torch.bfloat16)  # read under autocast
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.objective,
             optimizer=build_optimizer(groups, self.config),
@@ -103,6 +115,24 @@ class DeepSpeedEngine(Engine):
             for i, shard in enumerate(shards)
             for key, value in inner.state.get(shard, {}).items()
         }
+
+
+def _zero_settings(num_elements: int) -> dict[str, Any]:
+    """DeepSpeed's "zero_optimization" for so many trainable parameters. Its own buckets of 5e8 elements would
+    hold any model of ours whole: nothing would travel before backward has ended, and each of its buffers
+    would take 2 GB."""
+    bucket = min(BUCKET_MB * 2**20 // 4, num_elements)
+    return {
+        "stage": 2,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": num_elements + num_elements % 2,  # it wants an even number
+        # one reduction for the owner of each part of a bucket moves half of what an all-reduce does; it takes
+        # as many calls as a bucket has owners, few unless shares are smaller than buckets
+        "use_multi_rank_bucket_allreduce": num_elements < bucket * world_size(),
+    }
 
 
 def _import_deepspeed(device: torch.device) -> Any:

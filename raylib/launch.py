@@ -82,7 +82,7 @@ MUTABLE_SETTINGS = (
     "fit.keep",
     "fit.loader_workers",
     "fit.track",
-    "fit.zero",
+    "fit.sharding",
     "fit.max_skipped",
     "data.cache",
     "data.verify",

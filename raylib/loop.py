@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
@@ -35,6 +35,7 @@ from raylib.precision import Residual, set_residual, set_tf32
 from raylib.randomness import hash64
 from raylib.runtime import (
     Runtime,
+    Sharding,
     describe_precision,
     has_bf16,
     out_of_memory_error,
@@ -68,8 +69,11 @@ class FitConfig(Config):
     float32 elsewhere. Weights, optimizer and losses are float32."""
     tf32: bool = True
     """Multiply what stays float32 in TF32 on a GPU; scores of contrast and matching never are."""
-    zero: bool | None = None
-    """Shard optimizer states and gradients over the workers (DeepSpeed ZeRO-2); null: on Ray."""
+    sharding: Sharding | None = None
+    """Optimizer states and gradients: none (all on each worker; PyTorch's DDP), zero2 (each worker keeps a
+    share; DeepSpeed ZeRO-2); null: zero2 on Ray, else none."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format in which gradients travel between workers; bfloat16 halves their traffic, and rounds."""
     loader_workers: NonNegativeInt = 1
     """Processes of a worker that prepare batches; 0: the worker itself."""
     track: tuple[Backend, ...] = ()
@@ -184,8 +188,10 @@ def fit(
     meter = Meter(meta["times"], peak_flops(device) if bf16 else None)
     counts = meta.get("skipped_steps", 0), meta.get("skipped_in_a_row", 0), meta.get("interval")
     guard = StepGuard(device, config.max_skipped, *counts)
-    zero = runtime.zero if config.zero is None else config.zero
-    engine = (DeepSpeedEngine if zero else TorchEngine)(objective, optim, device, bf16, start, rates, guard)
+    zero = (config.sharding or runtime.sharding) == "zero2"
+    engine = (DeepSpeedEngine if zero else TorchEngine)(
+        objective, optim, device, bf16, start, rates, guard, config.gradient_dtype
+    )
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
     metrics_log = MetricsLog(runtime.run, first) if runtime.rank == 0 else None
     progress = ProgressLog(describe["run"], config.steps, first, batches, meter, runtime, metrics_log)

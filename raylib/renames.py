@@ -16,6 +16,7 @@ from typing import Any
 RENAMED: dict[str, dict[str, str]] = {
     "pretrain": {
         "optim.horizon": "optim.schedule_factor",
+        "fit.zero": "fit.sharding",
     },
     "finetune": {
         "tests": "run_test",
@@ -23,6 +24,7 @@ RENAMED: dict[str, dict[str, str]] = {
         "encoded": "cache_image_states",
         "matching": "use_itm_head",
         "optim.horizon": "optim.schedule_factor",
+        "fit.zero": "fit.sharding",
     },
     "search": {
         "trials": "num_trials",
@@ -41,6 +43,11 @@ RENAMED: dict[str, dict[str, str]] = {
         "pictures": "num_images",
     },
     **{kind: {"whole_picture": "whole_image"} for kind in ("uc2", "m3p", "muniter", "xuniter")},
+}
+
+# new dotted path -> what a value stored under the old name, as a string, is now
+VALUES: dict[str, dict[str, Any]] = {
+    "fit.sharding": {"True": "zero2", "False": "none"},
 }
 
 # what Ray Tune has pickled of a search -> what it is now; read where an interrupted search goes on
@@ -77,7 +84,7 @@ def rename_settings(kind: str, values: dict[str, Any]) -> dict[str, Any]:
     """
     renamed = _copy(values)
     for old, new in RENAMED.get(kind, {}).items():
-        _move(renamed, old.split("."), new.split("."))
+        _move(renamed, old.split("."), new.split("."), VALUES.get(new, {}))
     return renamed
 
 
@@ -100,11 +107,11 @@ def _copy(node: Any) -> Any:
     return [_copy(value) for value in node] if isinstance(node, list) else node
 
 
-def _move(values: dict[str, Any], old: list[str], new: list[str]) -> None:
+def _move(values: dict[str, Any], old: list[str], new: list[str], changed: dict[str, Any]) -> None:
     # what both paths begin with stays: below it, either may lead through a list
     if len(old) > 1 and len(new) > 1 and old[0] == new[0]:
         for node in _nodes(values.get(old[0])):
-            _move(node, old[1:], new[1:])
+            _move(node, old[1:], new[1:], changed)
         return
     parents = [values]
     for name in old[:-1]:
@@ -115,7 +122,7 @@ def _move(values: dict[str, Any], old: list[str], new: list[str]) -> None:
             for name in new[:-1]:
                 # a part that was off (None) is on now
                 target[name] = target = target[name] if isinstance(target.get(name), dict) else {}
-            target.setdefault(new[-1], value)
+            target.setdefault(new[-1], changed.get(str(value), value))
 
 
 def _nodes(value: Any) -> Iterator[dict[str, Any]]:

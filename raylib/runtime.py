@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ import torch.distributed as dist
 from raylib import checkpoint
 from raylib.distributed import barrier
 from raylib.errors import UserError
+
+Sharding = Literal["none", "zero2"]  # of optimizer states and gradients over the workers
 
 
 class Reporter(Protocol):
@@ -41,7 +43,7 @@ class LocalRuntime:
     """One process on one device; or, under torchrun, one of several that talk through gloo or NCCL.
     `report(metrics, checkpoint)` is told of each checkpoint."""
 
-    zero = False  # DeepSpeed's ZeRO-2, unless `fit.zero` says otherwise
+    sharding: Sharding = "none"  # unless `fit.sharding` says otherwise
 
     def __init__(self, run: Path, keep: int, report: Reporter | None = None):
         self.run, self.keep, self.report = run, keep, report
@@ -94,7 +96,7 @@ class RayRuntime:
     """A Ray Train worker. Ray owns the process group and moves every worker's files into one registered
     checkpoint."""
 
-    zero = True
+    sharding: Sharding = "zero2"
 
     def __init__(self, run: Path):
         from ray import train

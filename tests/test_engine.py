@@ -1,9 +1,15 @@
+import os
+
 import pytest
 import torch
 from torch import nn
 
-from raylib.engine import OptimConfig, build_optimizer, learning_rate, parameter_groups
-from tests.factories import make_model
+from raylib import engine_zero
+from raylib.engine import OptimConfig, TorchEngine, build_optimizer, learning_rate, parameter_groups
+from raylib.engine_zero import DeepSpeedEngine
+from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
+from tests.factories import make_batch, make_model, take_rows
+from tests.workers import run_workers
 
 
 def test_lr_schedule_of_the_paper():
@@ -62,3 +68,43 @@ def test_adamw_equals_the_formula():
         step = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + config.eps)
         weight = weight * (1 - 0.01 * 0.2) - 0.01 * step
         torch.testing.assert_close(layer.weight.detach(), weight)
+
+
+def train(engine_class, rank, world, bf16=False, **settings):
+    """Losses of the last of four steps of this worker's rows, and the weights after them."""
+    objective = UnifiedObjective(make_model(), ObjectiveConfig())
+    cpu = torch.device("cpu")
+    engine = engine_class(objective, OptimConfig(), cpu, bf16, None, **settings)
+    for step in range(4):
+        terms = engine.step(take_rows(make_batch(step, 6, 6, 6), rank, world), step, 1e-3)
+    return terms, {name: value.detach().clone() for name, value in objective.model.state_dict().items()}
+
+
+def train_both_ways(rank, world):
+    """By `fit.sharding` and `fit.gradient_dtype`; ZeRO also with buckets smaller than a worker's share."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        for bf16 in (False, True):
+            found["none", dtype, bf16] = train(TorchEngine, rank, world, bf16, gradient_dtype=dtype)
+            for name, megabytes in (("zero2", 25), ("zero2, small buckets", 0.001)):
+                engine_zero.BUCKET_MB = megabytes
+                found[name, dtype, bf16] = train(DeepSpeedEngine, rank, world, bf16, gradient_dtype=dtype)
+    return found
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_sharding_changes_nothing_and_gradient_dtype_rounds(world):
+    for found in run_workers(train_both_ways, world):
+        for (name, dtype, bf16), (terms, weights) in found.items():
+            plain_terms, plain_weights = found["none", "float32", bf16]
+            for key, value in terms.items():
+                limit = 5e-6 if dtype == "float32" else 1e-2
+                assert float(value) == pytest.approx(float(plain_terms[key]), rel=limit), (name, dtype, key)
+            # mean over a tensor: AdamW moves a weight by up to its rate, 1e-3 a step, even where a gradient
+            # that is 0 but for rounding changes its sign
+            errors = [float((weights[key] - value).abs().mean()) for key, value in plain_weights.items()]
+            if dtype == "float32":
+                assert max(errors) < 5e-7, (name, bf16)
+            else:
+                assert 1e-6 < max(errors) < 5e-5, (name, bf16)

@@ -78,12 +78,12 @@ def test_pretrain_stopped_run_resumes_without_ray(mini):
         assert all(torch.equal(value, second[key][name]) for name, value in state.items())
 
 
-@pytest.mark.parametrize(("zero", "optimizer"), [("false", "optimizer.pt"), ("true", "zero")])
+@pytest.mark.parametrize(("sharding", "optimizer"), [("none", "optimizer.pt"), ("zero2", "zero")])
 def test_pretrain_run_without_optimizer_is_exported_and_not_trained_on(
-    mini, tmp_path, capsys, zero, optimizer
+    mini, tmp_path, capsys, sharding, optimizer
 ):
     def settings(*more):
-        return mini("name=small", *LOCAL, "fit.steps=4", f"fit.zero={zero}", *more)
+        return mini("name=small", *LOCAL, "fit.steps=4", f"fit.sharding={sharding}", *more)
 
     run(settings("fit.stop_after=2", "keep_optimizer=false"))
     folder = tmp_path / "small"
@@ -243,7 +243,7 @@ def test_pretrain_zero_in_one_process_needs_no_launcher(mini, tmp_path):
         [],
     ):  # a process of its own, as on a command line; it resumes its own checkpoint
         (tmp_path / "zero.json").write_text(
-            dump_config(mini("name=zero", *LOCAL, "fit.zero=true", *more)), encoding="utf-8"
+            dump_config(mini("name=zero", *LOCAL, "fit.sharding=zero2", *more)), encoding="utf-8"
         )
         command = [sys.executable, "-m", "pretrain", "--config", str(tmp_path / "zero.json")]
         assert subprocess.run(command, cwd=Path(__file__).parent.parent).returncode == 0

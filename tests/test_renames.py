@@ -52,6 +52,13 @@ def test_rename_settings_leaves_what_is_off_or_has_its_new_name(table):
     }
 
 
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_rename_settings_gives_sharding_for_zero(kind):
+    for zero, sharding in ((True, "zero2"), (False, "none"), (None, None)):
+        assert rename_settings(kind, {"fit": {"zero": zero}}) == {"fit": {"sharding": sharding}}
+    assert rename_settings(kind, {"fit": {"zero": "odd"}}) == {"fit": {"sharding": "odd"}}  # refused later
+
+
 def test_load_reads_a_stored_config_by_its_old_names(table, tmp_path):
     class Renamed(Config):
         stored_as = "finetune"

@@ -34,7 +34,7 @@ FREE_RECIPE_SETTINGS = {*MUTABLE_SETTINGS} - {
     "runtime",
     "workers",
     "resume",
-    "fit.zero",
+    "fit.sharding",
     "fit.stop_after",
     "fit.eval_every",
     "fit.save_every",
