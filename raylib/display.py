@@ -32,6 +32,7 @@ T = TypeVar("T")
 LOG_SECONDS = 30.0  # between lines, where nobody watches a terminal
 LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {elapsed} so far, {remaining} to go"
 LINE_OF_UNKNOWN_TOTAL = "{desc}: {n_fmt}{unit}, {rate_fmt}, {elapsed} so far"
+_hidden = False
 DELAY = 1.0  # seconds before a terminal shows a bar: what is done by then needs none
 
 
@@ -107,6 +108,12 @@ def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
     open_pyplot().close(figure)
 
 
+def hide_progress() -> None:
+    """Let `progress` show nothing in this process: the one that it works for shows how far all are."""
+    global _hidden
+    _hidden = True
+
+
 class _Bar(tqdm):
     monitor_interval = 0  # no thread: processes are forked while bars are shown
 
@@ -154,7 +161,7 @@ def progress(
         unit_scale=unit == "B",
         file=log,
         bar_format=None if watched else line,
-        disable=rank() > 0,
+        disable=_hidden or rank() > 0,
         leave=False,
         dynamic_ncols=watched,
         delay=DELAY if watched else LOG_SECONDS,

@@ -246,3 +246,19 @@ def cpu_info(field: str) -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use: by its affinity, and by the quota of its control group,
+    which is what bounds a container."""
+    cpus = float(len(os.sched_getaffinity(0)))
+    root, own = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+    # of version 2, whose line begins with "0::"; a group is bounded by those that it is in too
+    lines = own.read_text().splitlines() if own.is_file() else []
+    path = next((root / line[4:] for line in lines if line.startswith("0::/")), root)
+    for folder in (path, *path.parents):
+        quota = folder / "cpu.max"
+        if folder.is_relative_to(root) and quota.is_file():
+            limit, period = quota.read_text().split()
+            cpus = cpus if limit == "max" else min(cpus, int(limit) / int(period))
+    return max(1, int(cpus))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from raylib.data.index import index_path, json_path, open_index
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.packed import Sentences
 
@@ -191,3 +192,21 @@ def search_cluster(num_cpus: int) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+def write_json_index(shard: Path, hashes: bool = True) -> Path:
+    """Put the JSON that earlier versions wrote in the place of a shard's index; without `hashes` in their
+    first format."""
+    index = open_index(shard, shard.parent)
+    samples = [
+        [
+            key,
+            {name: place if hashes and place[2] >= 0 else place[:2] for name, place in members.items()},
+            rows,
+        ]
+        for key, members, rows in map(index.read, range(len(index)))
+    ]
+    stored = ({"format": 2} if hashes else {}) | {"bytes": index.shard_bytes, "samples": samples}
+    json_path(shard).write_text(json.dumps(stored))
+    index_path(shard).unlink()
+    return json_path(shard)

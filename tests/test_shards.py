@@ -1,5 +1,7 @@
+import errno
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -11,9 +13,13 @@ import pytest
 import webdataset
 
 from raylib.data import fetch as fetching
-from raylib.data.shards import BLOCK_ROWS, ShardWriter, index_folder, index_path, index_shard
+from raylib.data import index as indexing
+from raylib.data.index import FORMAT, encode_index, index_path, json_path, list_samples, open_index
+from raylib.data.shards import BLOCK_ROWS, ShardWriter, index_folder
 from raylib.data.sources import Source
+from raylib.data.tars import FolderSummary, TarScan
 from raylib.errors import UserError
+from tests.factories import write_json_index
 
 
 class IdsBelow:
@@ -108,7 +114,7 @@ def test_shards_index_groups_members_as_webdataset_does(tmp_path):
         for s in webdataset.WebDataset(str(path), shardshuffle=False)
     ]
     assert [peer.pop(i) for i in (3, 1)] == [("k", {"png"}), ("k", {"txt"})]
-    found = {key: set(members) for key, members, _ in index_shard(path)["samples"]}
+    found = {key: set(members) for key, members, _ in list_samples(TarScan(path, hashes=False))}
     assert list(found.items()) == [peer[0], ("k", {"txt", "png"}), *peer[1:]]
 
 
@@ -150,7 +156,7 @@ def test_shard_writer_failure_keeps_old_source(images):
     assert {path.name for path in images.iterdir()} == {
         "manifest.json",
         "en-000000.tar",
-        "en-000000.index.json",
+        "en-000000.index",
     }
 
 
@@ -214,11 +220,9 @@ def test_shards_bad_source_is_one_line_error(images, tmp_path):
     fails("in the manifest but not here")
     shard.write_bytes(whole)
 
-    index = json.loads(index_path(shard).read_text())
-    index_path(shard).write_text(json.dumps(index | {"samples": index["samples"][:-1]}))
+    samples = list_samples(TarScan(shard))
+    index_path(shard).write_bytes(encode_index(len(whole), samples[:-1]))
     fails("3 samples, the manifest says 4")
-    index_path(shard).write_text("{}")
-    fails("no index of this format")
     index_path(shard).unlink()
     assert Source(images).sample("en", 7).key == "sub/k7"  # without an index, it is read from the tar
 
@@ -226,6 +230,112 @@ def test_shards_bad_source_is_one_line_error(images, tmp_path):
     fails("no plain file name")
     edit_manifest(images, lambda manifest: manifest["shards"].clear())
     fails("no manifest of this format")
+
+
+def damage(content):
+    """{name: the content of an index file, damaged in this way}."""
+    return {
+        "empty": b"",
+        "cut in the header": content[:40],
+        "cut in the middle": content[: len(content) // 2],
+        "cut at the end": content[:-1],
+        "longer": content + b"?",
+        "other format": content[:8] + (FORMAT + 1).to_bytes(4, "little") + content[12:],
+        "damaged header": content[:30] + b"?" + content[31:],
+        "foreign": b"{}" + content[2:],
+    }
+
+
+def test_index_that_is_damaged_is_one_line(images):
+    shard = images / "en-000001.tar"
+    path, content = index_path(shard), index_path(shard).read_bytes()
+    for name, damaged in damage(content).items():
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"^{path}: .*delete it, and it is made anew") as error:
+            Source(images).sample("en", 4)
+        assert "\n" not in str(error.value), name
+        path.unlink()
+        assert Source(images).sample("en", 4).key == "sub/k4"  # as the line says
+
+
+def test_index_of_earlier_versions_is_converted_once(images, tmp_path):
+    shard = images / "en-000001.tar"
+    before = list(map(open_index(shard, tmp_path).read, range(4)))
+    old = write_json_index(shard)
+    stored = old.read_text()
+    assert list(map(open_index(shard, tmp_path).read, range(4))) == before
+    made = index_path(shard).stat()
+    assert open_index(shard, tmp_path).read(3) == before[3]
+    assert index_path(shard).stat() == made  # taken as it is
+    assert not list(images.glob(".*"))  # no lock stays
+    # whoever indexes the folder anew with an earlier version gets that index
+    old.write_text(stored.replace("sub/k5", "sub/x5"))
+    os.utime(old, (1e9, 1e9))
+    assert open_index(shard, tmp_path).read(1).key == "sub/x5"
+    index_path(shard).write_bytes(b"damaged")  # and nothing is lost with what was made of it
+    assert open_index(shard, tmp_path).read(1).key == "sub/x5"
+    old.write_text("{}")
+    with pytest.raises(UserError, match=f"{old}: no index of this format"):
+        open_index(shard, tmp_path)
+    index_folder(images, "image_text")
+    assert not old.exists() and open_index(shard, tmp_path).read(1) == before[1]
+
+
+def test_index_of_a_folder_that_cannot_be_written(images, tmp_path, monkeypatch):
+    """It lies in the cache; where that cannot be written either, each process has its own."""
+    shard, cache, closed = images / "en-000001.tar", tmp_path / "cache", [images]
+    before = list(map(open_index(shard, cache).read, range(4)))
+    write_json_index(shard)
+
+    def lock(path, lock=indexing.file_lock):
+        if path.parent in closed:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return lock(path)
+
+    monkeypatch.setattr(indexing, "file_lock", lock)
+    for _ in range(2):
+        index = open_index(shard, cache)
+        assert index.path == cache / "en-000001.index" and list(map(index.read, range(4))) == before
+    json_path(shard).unlink()
+    assert open_index(shard, cache).source_time == shard.stat().st_mtime_ns  # of the tar now
+    (cache / "en-000001.index").write_bytes(b"damaged")  # a copy: made anew
+    assert open_index(shard, cache).read(2).members.keys() == before[2].members.keys()
+    closed.append(cache)
+    (cache / "en-000001.index").unlink()
+    assert [open_index(shard, cache).read(i).key for i in range(4)] == [sample.key for sample in before]
+    assert not index_path(shard).exists() and not list(cache.iterdir())
+
+
+def test_index_made_of_the_tar_follows_it(images, tmp_path):
+    shard = images / "en-000001.tar"
+    index_path(shard).unlink()
+    assert open_index(shard, tmp_path).read(0).key == "sub/k4"
+    with tarfile.open(shard, "w") as tar:
+        for number in range(4):
+            for extension, data in members_of(number).items():
+                member = tarfile.TarInfo(f"new{number}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    assert open_index(shard, tmp_path).read(0).key == "new0"
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_index_folder_is_the_same_for_any_number_of_workers(images, workers, monkeypatch):
+    before = {path.name: path.read_bytes() for path in images.iterdir()}
+    for path in (*images.glob("*.index"), images / "manifest.json"):
+        path.unlink()
+    monkeypatch.setattr("raylib.data.shards.SERIAL_BYTES", 0)
+    summary = FolderSummary()
+    manifest = index_folder(images, "image_text", "mul", summary, workers)
+    assert [shard["name"] for shard in manifest["shards"]] == sorted(n for n in before if n[-4:] == ".tar")
+    assert {p.name: p.read_bytes() for p in images.glob("*.index")} == {
+        name: content for name, content in before.items() if name[-6:] == ".index"
+    }
+    assert summary.extension_sets == {frozenset(members_of(0)): 10}
+    for name in ("en-000001.tar", "en-000002.tar"):  # of several that are damaged, the first is named
+        (images / name).write_bytes(before[name][:700])
+    with pytest.raises(UserError, match="en-000001.tar: .*(truncated|damaged)"):
+        index_folder(images, "image_text", "mul", workers=workers)
 
 
 def test_shards_language_without_samples_or_other_tokenizer_is_refused(tmp_path):
@@ -240,7 +350,7 @@ def test_shards_language_without_samples_or_other_tokenizer_is_refused(tmp_path)
 
 def test_shards_damaged_tar_is_refused(images, tmp_path):
     whole = (images / "en-000000.tar").read_bytes()
-    second = json.loads((images / "en-000000.index.json").read_text())["samples"][1][1]["json"][0]
+    second = open_index(images / "en-000000.tar", tmp_path).read(1).members["json"][0]
     (tmp_path / "bad").mkdir()
     path = tmp_path / "bad/en-0.tar"
     cases = {
@@ -289,7 +399,7 @@ def test_shards_remote_source_is_cached(images, tmp_path, scheme):
     assert source.sample("en", 5).read("a.png") == b"\5" * 5
     folder = fetching.cache_folder(base, tmp_path / "cache")
     cached = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
-    assert len(cached) == 2 and cached[0].endswith("-en-000001.tar") and cached[1] == "manifest.json"
+    assert [name.partition("-")[2] for name in cached] == ["en-000001.index", "en-000001.tar", ""]
     (images / "en-000001.tar").unlink()  # from here on it comes from the cache
     assert Source(base, cache=tmp_path / "cache").sample("en", 6).key == "sub/k6"
 

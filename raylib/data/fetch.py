@@ -1,4 +1,4 @@
-"""Bring files of a source to this machine; read its manifest and the indices of its shards.
+"""Bring files of a source to this machine; read its manifest.
 
 A source's base is a local folder, a URL that `fsspec` knows (`s3://`, `gs://`, `https://`, ...), or
 `pipe:COMMAND`, where `{name}` in the command stands for the file and its standard output is the file's
@@ -12,7 +12,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from raylib.data.shards import FORMATS, KINDS, MANIFEST, index_command, index_path, index_shard
+from raylib.data.shards import KINDS, MANIFEST, index_command
 from raylib.errors import UserError
 from raylib.fileio import atomic_file, file_lock, read_json, sha256_file
 
@@ -90,28 +90,6 @@ def fetch_manifest(base: str, cache, kind: str | None) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no manifest of this format ({error}); make it anew") from error
     return manifest
-
-
-def read_index(path: Path) -> dict:
-    """Read the index beside a shard, or make one (a fetched shard comes without)."""
-    if not index_path(path).exists():
-        return index_shard(path)
-    try:
-        index = read_json(index_path(path))
-        if "format" in index and index["format"] not in FORMATS:
-            raise ValueError(f"format {index['format']}")
-        return {"bytes": index["bytes"], "samples": index["samples"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{index_path(path)}: no index of this format ({error}); index the folder anew"
-        ) from error
-
-
-def is_younger(path: Path) -> bool:
-    """Return whether a shard was written after its index: by a copy, or because another one of the same size
-    took its place."""
-    index = index_path(path)
-    return index.exists() and path.stat().st_mtime_ns >= index.stat().st_mtime_ns
 
 
 def _download(base: str, name: str, target: Path) -> None:

@@ -7,8 +7,7 @@ A *source* is a folder:
                            images, ...]}
     en-000000.tar          the members of one sample lie together: KEY.json, KEY.png, ... (any WebDataset
                            reader's input)
-    en-000000.index.json   {"format": 2, "bytes": size of the tar, "samples": [[KEY, {extension: [offset,
-                           size, hash of an image's bytes]}, rows], ...]}
+    en-000000.index        where the members of each sample lie (`raylib.data.index`)
 
 Kinds: `image_text` (a member of captions, one or more images), `text` and `parallel` (packed,
 pre-tokenised: one "sample" of the tar is a block of up to BLOCK_ROWS sentences or sentence pairs:
@@ -16,65 +15,39 @@ KEY.ids.npy, all ids end to end, and KEY.ends.npy (rows, sides), running ends). 
 counts what training draws: images, or rows.
 
 Everything is written under a temporary name and renamed, the manifest last. `python -m raylib.data.shards
-FOLDER KIND` makes the indices and the manifest for anybody's tars (`tars` says what it takes); an index of
-before there were hashes is still read. `raylib.data.sources` reads all this.
+FOLDER KIND` makes the indices and the manifest for anybody's tars (`tars` says what it takes), several tars
+at a time. `raylib.data.sources` reads all this.
 """
 
 import io
+import itertools
 import json
+import multiprocessing
 import os
+import signal
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
 from raylib.command import command_parser, entry_point
+from raylib.data.index import index_path, json_path, list_samples, read_npy_header, write_index
 from raylib.data.tars import META, FolderSummary, TarScan
-from raylib.display import progress
+from raylib.display import hide_progress, progress
 from raylib.errors import UserError
 from raylib.fileio import write_json
+from raylib.runtime import available_cpus
 from raylib.text import is_language_code, language_of
 
-FORMATS = (1, 2)  # of an index; the first has no hashes of images
 KINDS = {"image_text": 1, "text": 1, "parallel": 2}  # kind -> sides
 BLOCK_ROWS = 8192
 MANIFEST = "manifest.json"
-
-
-def index_path(shard: Path) -> Path:
-    return shard.with_name(shard.name.removesuffix(".tar") + ".index.json")
-
-
-def index_shard(path: Path | str) -> dict:
-    """Offsets of all members of a tar, by sample: what its index file holds, but for the hashes of images.
-    Reads headers only. Raises UserError as `TarScan` does."""
-    return _index(TarScan(path, hashes=False))
-
-
-def _index(scan: TarScan) -> dict:
-    samples = []
-    with open(scan.path, "rb") as file:
-        for key, members in scan.samples.items():
-            rows = 1
-            if "ends.npy" in members:
-                file.seek(members["ends.npy"][0])
-                rows = read_npy_header(file)[0][0]
-            samples.append([key, members, rows])
-    return {"format": max(FORMATS), "bytes": scan.bytes, "samples": samples}
-
-
-def read_npy_header(file) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of the .npy data at the file's position, which moves to the first element."""
-    is_first = np.lib.format.read_magic(file) == (1, 0)
-    read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    if fortran or dtype.hasobject:
-        raise ValueError("an .npy member must be a plain array in C order")
-    return shape, dtype
+SERIAL_BYTES = 64 << 20  # of tars that are read faster than other processes start
 
 
 def index_folder(
@@ -82,6 +55,7 @@ def index_folder(
     kind: str,
     language: str | None = None,
     summary: FolderSummary | None = None,
+    workers: int | None = None,
 ) -> dict:
     """Index every tar of a folder and write its manifest: makes a source out of anybody's tars.
 
@@ -89,6 +63,8 @@ def index_folder(
         language: of all shards. None takes it from their names where these begin with a known code
             (`raylib.text`); other shards of image_text are English.
         summary: says which members are images; what was found is added to it. None: one of the plain ones.
+        workers: processes, each of which reads a tar at a time; None: as many as there are CPUs. The result
+            does not depend on it.
 
     Raises:
         UserError: no such folder, no tar in it, one that cannot be indexed (`TarScan`); a language that is no
@@ -100,33 +76,24 @@ def index_folder(
         raise UserError(f"language {language!r}: wanted a code like 'de' or 'zh-Hans'")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    shards = []
     # hidden ones are other writers' temporary files; macOS hides one beside each tar
     tars = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
-    for path in progress(tars, f"index {folder}", unit="shards"):
-        # the name comes first: a tar of an hour's reading is not to fail by it afterwards
-        code = language or language_of(path.name, loose=kind != "image_text")
-        if code is None and kind != "image_text":
-            raise UserError(
-                f"{path}: its name begins with no language code; say the language, --language CODE"
-            )
-        scan = TarScan(path)
-        if not scan.samples:
-            raise UserError(f"{path}: holds no sample")
-        for key, members in scan.samples.items():
-            if kind != "image_text" and not members.keys() >= {"ids.npy", "ends.npy"}:
-                raise UserError(
-                    f"{path}: sample {key} holds {', '.join(sorted(members))}, and shards of kind {kind!r} "
-                    "packed ids (ids.npy, ends.npy), which `python -m pretrain.corpora` writes"
-                )
-        summary.add(scan)
-        shards.append(write_index(path, code or "en", _index(scan), scan.sha256))
-    if not shards:
+    if not tars:
         packed = len([*folder.glob("*.tar.*"), *folder.glob("*.tgz")])
         raise UserError(
             f"{folder}: no .tar file here"
             + (f", but {packed} compressed ones: unpack them" if packed else "")
         )
+    # the names come first: a tar of an hour's reading is not to fail by its name afterwards
+    codes = [language or _language_of(path, kind) for path in tars]
+    tasks = [
+        (path, path, code, kind, FolderSummary(summary.listed))
+        for path, code in zip(tars, codes, strict=True)
+    ]
+    shards = []
+    for entry, part in _index_shards(tasks, f"index {folder}", workers):
+        summary.merge(part or FolderSummary())
+        shards.append(entry)
     manifest = {"format": 1, "kind": kind, "tokenizer": None, "shards": shards}
     if kind == "image_text":
         manifest["images"] = summary.select_images(folder)
@@ -134,16 +101,73 @@ def index_folder(
     return manifest
 
 
-def write_index(path: Path, language: str, index: dict, sha256: str) -> dict:
-    """Write the index of a shard; return the shard as the manifest lists it."""
-    write_json(index_path(path), index, compact=True)
+def _language_of(path: Path, kind: str) -> str:
+    """Return the language that the name of a tar begins with.
+
+    Raises:
+        UserError: it begins with none, and the kind has no usual one.
+    """
+    code = language_of(path.name, loose=kind != "image_text")
+    if code is None and kind != "image_text":
+        raise UserError(f"{path}: its name begins with no language code; say the language, --language CODE")
+    return code or "en"
+
+
+ShardTask = tuple[Path, Path, str, str, FolderSummary | None]  # arguments of `_index_shard`
+
+
+def _index_shards(
+    tasks: Sequence[ShardTask], description: str, workers: int | None = None
+) -> Iterator[tuple[dict, FolderSummary | None]]:
+    """Yield `_index_shard(*task)` of each task, in their order, of several at a time."""
+    num_bytes = sum(task[0].stat().st_size for task in tasks if task[0].is_file())
+    workers = min(workers or available_cpus(), len(tasks))
+    if workers == 1 or num_bytes < SERIAL_BYTES:
+        yield from progress(itertools.starmap(_index_shard, tasks), description, len(tasks), "shards")
+        return
+    # forked: they hash and read headers, and touch no library that has threads
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, context, _start_indexing) as pool:
+        # processes, for reading headers holds Python's lock about as long as hashing runs without it
+        results = pool.map(_index_shard, *zip(*tasks, strict=True))
+        yield from progress(results, description, len(tasks), "shards")
+
+
+def _start_indexing() -> None:
+    """Let Ctrl-C and SIGTERM end a process of the pool without a word: its parent has one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    hide_progress()
+
+
+def _index_shard(
+    path: Path, final: Path, language: str, kind: str, summary: FolderSummary | None
+) -> tuple[dict, FolderSummary | None]:
+    """Index the tar `path`, which gets the name `final`; return it as the manifest lists it, and the summary
+    with what is in it."""
+    scan = TarScan(path)
+    if not scan.samples:
+        raise UserError(f"{path}: holds no sample")
+    for key, members in scan.samples.items():
+        if kind != "image_text" and not members.keys() >= {"ids.npy", "ends.npy"}:
+            raise UserError(
+                f"{path}: sample {key} holds {', '.join(sorted(members))}, and shards of kind {kind!r} "
+                "packed ids (ids.npy, ends.npy), which `python -m pretrain.corpora` writes"
+            )
+    if summary:
+        summary.add(scan)
+    samples = list_samples(scan)
+    if final != path:
+        os.replace(path, final)
+    write_index(final, scan.bytes, samples)
+    num_rows = sum(sample.rows for sample in samples)
     return {
-        "name": path.name,
+        "name": final.name,
         "language": language,
-        "samples": sum(sample[2] for sample in index["samples"]),
-        "bytes": index["bytes"],
-        "sha256": sha256,
-    }
+        "samples": num_rows,
+        "bytes": scan.bytes,
+        "sha256": scan.sha256,
+    }, summary
 
 
 def index_command(folder: Path | str, kind: str) -> str:
@@ -266,13 +290,12 @@ class ShardWriter:
         # reader that opens the folder meanwhile finds every shard of the manifest that it reads
         old = self.folder / MANIFEST
         stale = {shard["name"] for shard in json.loads(old.read_text())["shards"]} if old.exists() else set()
-        shards = []
-        for temporary, name, language in sorted(self.done, key=lambda item: item[1]):
-            # read back from the disk: what is indexed is what lies there
-            scan = TarScan(temporary)
-            index = _index(scan)
-            os.replace(temporary, self.folder / name)
-            shards.append(write_index(self.folder / name, language, index, scan.sha256))
+        # read back from the disk: what is indexed is what lies there
+        tasks = [
+            (temporary, self.folder / name, language, self.kind, None)
+            for temporary, name, language in sorted(self.done, key=lambda item: item[1])
+        ]
+        shards = [entry for entry, _ in _index_shards(tasks, f"index {self.folder}")]
         sha256 = self.tokenizer.sha256 if self.tokenizer else None
         manifest = {"format": 1, "kind": self.kind, "tokenizer": sha256, "shards": shards}
         if self.images:
@@ -281,6 +304,7 @@ class ShardWriter:
         for name in stale - {shard["name"] for shard in shards}:
             (self.folder / name).unlink(missing_ok=True)
             index_path(self.folder / name).unlink(missing_ok=True)
+            json_path(self.folder / name).unlink(missing_ok=True)
 
 
 class _TarWriter:
@@ -326,9 +350,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--images", nargs="+", metavar="EXTENSION", help="members that are images, such as jpg or noto.png"
     )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: as many as CPUs")
     args = parser.parse_args(arguments)
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers {args.workers}: give 1 or more")
     summary = FolderSummary(args.images)
-    manifest = index_folder(args.folder, args.kind, language=args.language, summary=summary)
+    manifest = index_folder(args.folder, args.kind, args.language, summary, args.workers)
     shards = manifest["shards"]
     languages: Counter[str] = Counter()
     for shard in shards:

@@ -35,14 +35,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raylib.data.fetch import fetch, fetch_manifest, is_remote, is_younger, read_index
+from raylib.data.fetch import cache_folder, fetch, fetch_manifest, is_remote
 from raylib.data.images import find_images
-from raylib.data.shards import (
-    KINDS,
-    MANIFEST,
-    index_command,
-    read_npy_header,
-)
+from raylib.data.index import ShardIndex, is_younger, open_index, read_npy_header
+from raylib.data.shards import KINDS, MANIFEST, index_command
 from raylib.errors import UserError
 from raylib.provenance import DataFile
 from raylib.randomness import string_key
@@ -161,27 +157,20 @@ class Sample(NamedTuple):
 
 class Shard:
     """One open shard; `images`: extensions that are images; `check`: compare each image that is
-    read with the hash in the index. Offsets are kept in arrays: about 100 bytes a sample."""
+    read with the hash in the index."""
 
-    def __init__(self, path: Path, index: dict, packed: bool, images: tuple[str, ...] | None, check: bool):
-        self.path, self.images, self.check, samples = path, images, check, index["samples"]
+    def __init__(
+        self, path: Path, index: ShardIndex, packed: bool, images: tuple[str, ...] | None, check: bool
+    ):
+        self.path, self.index, self.images, self.check = path, index, images, check
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the shard
         weakref.finalize(self, self.file.close)
         if packed:
             # ids are views of the file: pages come and go with the system's cache, shared by all processes
             self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.members = [sample[1] for sample in samples]
-            self.starts = np.cumsum([0] + [sample[2] for sample in samples])
+            self.starts = index.samples[:, 2].astype(np.int64)
             self.blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
             self.file.close()
-            return
-        self.keys = [sample[0] for sample in samples]
-        self.extensions = sorted({extension for sample in samples for extension in sample[1]})
-        codes = {extension: code for code, extension in enumerate(self.extensions)}
-        # arrays, not objects: a corpus has millions of samples, of which each worker process holds the index
-        self.firsts = np.cumsum([0] + [len(sample[1]) for sample in samples])
-        places = (member for sample in samples for member in sample[1].items())
-        self.places = np.array([(codes[name], *place, -1)[:4] for name, place in places], np.int64)
 
     def pread(self, offset: int, size: int) -> bytes:
         data = os.pread(self.file.fileno(), size, offset)
@@ -192,10 +181,9 @@ class Shard:
         return data
 
     def sample(self, row: int, language: str) -> Sample:
-        places = self.places[self.firsts[row] : self.firsts[row + 1]].tolist()
-        return Sample(
-            self.keys[row], {self.extensions[code]: tuple(place) for code, *place in places}, self, language
-        )
+        key, members, _ = self.index.read(row)
+        places = {name: (place[0], place[1], place[2]) for name, place in members.items()}
+        return Sample(key, places, self, language)
 
     def row(self, row: int, sides: int) -> list[np.ndarray]:
         block = int(self.starts.searchsorted(row, "right")) - 1
@@ -206,7 +194,8 @@ class Shard:
         return [ids[low:high] for low, high in itertools.pairwise(cuts)]
 
     def _read_block(self, block: int, sides: int) -> tuple[np.ndarray, np.ndarray]:
-        ids, ends = (self._array(*self.members[block][name]) for name in ("ids.npy", "ends.npy"))
+        members = self.index.read(block).members
+        ids, ends = (self._array(*members[name][:2]) for name in ("ids.npy", "ends.npy"))
         # checked once a block: an end that does not rise would give one sentence another's ids
         cuts = np.concatenate([np.zeros(1, np.uint32), ends.reshape(-1)])
         if ends.shape[1:] != (sides,) or cuts[-1] != len(ids) or (cuts[1:] <= cuts[:-1]).any():
@@ -320,14 +309,13 @@ class Source:
 
     def _open(self, entry: ShardEntry) -> Shard:
         path = fetch(self.base, entry.name, self.cache, entry.bytes, entry.sha256)
-        index = read_index(path)
-        rows = sum(sample[2] for sample in index["samples"])
-        if index["bytes"] != entry.bytes or rows != entry.samples:
+        index = open_index(path, cache_folder(str(path.parent.absolute()), self.cache))
+        if index.shard_bytes != entry.bytes or index.rows != entry.samples:
             raise UserError(
-                f"{path}: {rows} samples, the manifest says {entry.samples}; index the folder anew"
+                f"{path}: {index.rows} samples, the manifest says {entry.samples}; index the folder anew"
             )
         shard = self._opened[entry.name] = Shard(
-            path, index, self.kind != "image_text", self.images, is_younger(path)
+            path, index, self.kind != "image_text", self.images, is_younger(path, index)
         )
         # each holds a file open; the least recently used one goes where there are many
         if len(self._opened) > max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):

@@ -281,6 +281,12 @@ class FolderSummary:
                 )
             self.extension_sets[frozenset(members)] += 1
 
+    def merge(self, other: "FolderSummary") -> None:
+        """Count what another summary has counted."""
+        self.extension_sets += other.extension_sets
+        self.skipped += other.skipped
+        self.notes += other.notes
+
     def count(self, extensions: Iterable[str]) -> dict[str, int]:
         """Count the samples that have a member of each extension."""
         return {

@@ -1,0 +1,235 @@
+"""The index of a shard, which says where the members of its samples lie. It is memory-mapped: opening it
+costs microseconds, and all processes of a machine share one copy.
+
+    en-000000.index   little-endian, one part after the other:
+        header        HEADER: magic, format, CRC-32 of the rest, time of change of what it was made of (0: it
+                      was written with the shard), bytes of the shard, samples n, members m, rows, bytes of
+                      the extensions, bytes of the keys
+        members       int64 (m, 4): number of the extension, offset, bytes, hash of an image's bytes or -1
+        samples       uint32 (n + 1, 3): each sample's first member, first byte of its key, first row
+        extensions    UTF-8, a zero byte between two
+        keys          UTF-8, end to end
+
+Earlier versions wrote JSON instead, en-000000.index.json: {"format": 1 or 2, "bytes": of the shard,
+"samples": [[KEY, {extension: [offset, bytes, hash of an image]}, rows], ...]}; the first format has no
+hashes. The first process that opens such a shard, or one without any index, makes an index of this format.
+"""
+
+import errno
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from raylib.data.tars import TarScan
+from raylib.errors import UserError
+from raylib.fileio import atomic_file, file_lock, read_json
+
+MAGIC, FORMAT = b"PGLANCE\n", 3
+HEADER = struct.Struct("<8sIIqQQQQQQ")
+CHECKED = 16  # bytes of the header before those that its CRC-32 is of
+JSON_FORMATS = (1, 2)
+# a folder that others write: a data set that many read
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+ADVICE = "delete it, and it is made anew, or index the folder anew"
+
+
+class IndexedSample(NamedTuple):
+    """members: {extension: [offset, bytes, hash of an image, where it is known]}. rows: that training
+    draws: 1, or the sentences of a block."""
+
+    key: str
+    members: Mapping[str, Sequence[int]]
+    rows: int
+
+
+class ShardIndex:
+    """An index of `data`, the content of the file `path`.
+
+    Attributes:
+        shard_bytes, rows: of the shard. source_time: see the header.
+        samples, members: the tables of the file.
+
+    Raises:
+        UserError: not of this format, or not whole.
+    """
+
+    def __init__(self, path: Path, data: mmap.mmap | bytes):
+        self.path = path
+        if len(data) < HEADER.size or data[: len(MAGIC)] != MAGIC:
+            raise UserError(f"{path}: no index of a shard; {ADVICE}")
+        _, form, crc, *fields = HEADER.unpack(data[: HEADER.size])
+        self.source_time, self.shard_bytes, samples, members, self.rows, extensions, keys = fields
+        if form != FORMAT:
+            raise UserError(f"{path}: an index of format {form}, this version reads {FORMAT}; {ADVICE}")
+        ends = np.cumsum([HEADER.size, 32 * members, 12 * (samples + 1), extensions, keys]).tolist()
+        if zlib.crc32(data[CHECKED : HEADER.size]) != crc or ends[-1] != len(data):
+            raise UserError(f"{path}: damaged or truncated ({len(data)} bytes); {ADVICE}")
+        self.members = np.frombuffer(data, "<i8", 4 * members, ends[0]).reshape(-1, 4)
+        self.samples = np.frombuffer(data, "<u4", 3 * (samples + 1), ends[1]).reshape(-1, 3)
+        self.extensions = data[ends[2] : ends[3]].decode().split("\0")
+        self._keys, self._first_key = data, ends[3]
+        # of the content only the ends: to read all of it would cost as much as what this format spares
+        if self.samples[0].any() or self.samples[-1].tolist() != [members, keys, self.rows]:
+            raise UserError(f"{path}: damaged, its tables do not fit its header; {ADVICE}")
+
+    def __len__(self) -> int:
+        return len(self.samples) - 1
+
+    def read(self, number: int) -> IndexedSample:
+        """Return a sample; each member has a hash, or -1."""
+        (first, key, row), (last, end, next_row) = self.samples[number : number + 2].tolist()
+        members = {self.extensions[code]: place for code, *place in self.members[first:last].tolist()}
+        name = self._keys[self._first_key + key : self._first_key + end].decode()
+        return IndexedSample(name, members, next_row - row)
+
+
+def index_path(shard: Path) -> Path:
+    """Return where the index of a shard lies."""
+    return shard.with_name(shard.name.removesuffix(".tar") + ".index")
+
+
+def json_path(shard: Path) -> Path:
+    """Return where earlier versions wrote the index of a shard."""
+    return shard.with_name(shard.name.removesuffix(".tar") + ".index.json")
+
+
+def encode_index(shard_bytes: int, samples: Iterable[IndexedSample], source_time: int = 0) -> bytes:
+    """Return the content of an index file."""
+    samples = list(samples)
+    keys = [key.encode() for key, _, _ in samples]
+    names = sorted({extension for _, members, _ in samples for extension in members})
+    codes = {extension: code for code, extension in enumerate(names)}
+    places = [(codes[name], *place, -1)[:4] for _, of, _ in samples for name, place in of.items()]
+    sizes = [(len(of), len(key), rows) for key, (_, of, rows) in zip(keys, samples, strict=True)]
+    table = np.cumsum([(0, 0, 0), *sizes], axis=0, dtype=np.int64)
+    if table[-1].max() >= 1 << 32:
+        raise UserError(f"an index of {len(samples)} samples: too many for one shard; write several")
+    extensions = "\0".join(names).encode()
+    counts = (len(samples), len(places), int(table[-1, 2]), len(extensions), int(table[-1, 1]))
+    header = HEADER.pack(MAGIC, FORMAT, 0, source_time, shard_bytes, *counts)
+    header = HEADER.pack(MAGIC, FORMAT, zlib.crc32(header[CHECKED:]), source_time, shard_bytes, *counts)
+    members = np.array(places, "<i8").reshape(-1, 4)
+    return b"".join((header, members.tobytes(), table.astype("<u4").tobytes(), extensions, *keys))
+
+
+def list_samples(scan: TarScan) -> list[IndexedSample]:
+    """Return the samples of a tar; of packed text with the rows that their blocks have."""
+    samples = []
+    with open(scan.path, "rb") as file:
+        for key, members in scan.samples.items():
+            rows = 1
+            if "ends.npy" in members:
+                file.seek(members["ends.npy"][0])
+                rows = read_npy_header(file)[0][0]
+            samples.append(IndexedSample(key, members, rows))
+    return samples
+
+
+def read_npy_header(file) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of the .npy data at the file's position, which moves to the first element."""
+    is_first = np.lib.format.read_magic(file) == (1, 0)
+    read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if fortran or dtype.hasobject:
+        raise ValueError("an .npy member must be a plain array in C order")
+    return shape, dtype
+
+
+def write_index(shard: Path, shard_bytes: int, samples: Iterable[IndexedSample]) -> None:
+    """Write the index of a shard, in the place of whichever it has."""
+    content = encode_index(shard_bytes, samples)
+    # first the JSON of an earlier version, which would be taken for the newer one
+    json_path(shard).unlink(missing_ok=True)
+    _write(index_path(shard), content)
+
+
+def open_index(shard: Path, cache: Path) -> ShardIndex:
+    """Open the index of a shard. Where it has none of this format, one is made, once for all processes: of
+    the JSON of an earlier version, else of the tar's headers. It lies beside the shard, or, where nothing can
+    be written, in the folder `cache`.
+
+    Raises:
+        UserError: not of this format, or not whole, and not to be made anew; as of `TarScan`.
+    """
+    beside, elsewhere = index_path(shard), cache / index_path(shard).name
+    if index := _open_current(beside, shard, is_copy=False) or _open_current(elsewhere, shard, is_copy=True):
+        return index
+    content = b""
+    for path in (beside, elsewhere):
+        lock = path.with_name(f".{path.name}.lock")
+        try:
+            with file_lock(lock):
+                # another process may have made it meanwhile
+                if not _open_current(path, shard, is_copy=path == elsewhere):
+                    content = content or _convert(shard)
+                    _write(path, content)
+                lock.unlink(missing_ok=True)  # whoever waits for it finds the index
+            return ShardIndex(path, _map(path))
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+    return ShardIndex(beside, content or _convert(shard))  # of this process alone
+
+
+def is_younger(shard: Path, index: ShardIndex) -> bool:
+    """Return whether a shard was written after its index: by a copy, or because another one of the same size
+    took its place."""
+    indexed = index.source_time or index.path.stat().st_mtime_ns
+    return shard.stat().st_mtime_ns >= indexed
+
+
+def _open_current(path: Path, shard: Path, is_copy: bool) -> ShardIndex | None:
+    """Open an index file; None if there is none, or what it was made of has changed since.
+
+    is_copy: nothing is lost with it.
+    """
+    if not path.is_file():
+        return None
+    source = json_path(shard)
+    try:
+        index = ShardIndex(path, _map(path))
+    except UserError:
+        if is_copy or source.is_file():  # it can be made anew as it was
+            return None
+        raise
+    if not source.is_file():
+        if not (index.source_time or is_copy):
+            return index
+        source = shard
+    return index if index.source_time == source.stat().st_mtime_ns else None
+
+
+def _map(path: Path) -> mmap.mmap | bytes:
+    with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return b""
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _convert(shard: Path) -> bytes:
+    """Return the content of an index made of a shard's JSON, else of its headers."""
+    path = json_path(shard)
+    if not path.is_file():
+        time = shard.stat().st_mtime_ns
+        scan = TarScan(shard, hashes=False)
+        return encode_index(scan.bytes, list_samples(scan), time)
+    time = path.stat().st_mtime_ns
+    try:
+        stored = read_json(path)
+        if stored.get("format", 1) not in JSON_FORMATS:
+            raise ValueError(f"format {stored['format']}")
+        samples = [IndexedSample(*sample) for sample in stored["samples"]]
+        return encode_index(stored["bytes"], samples, time)
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise UserError(f"{path}: no index of this format ({error}); index the folder anew") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
