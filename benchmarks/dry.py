@@ -83,6 +83,7 @@ class Counter(TorchDispatchMode):
         inputs = [x for x in leaves if isinstance(x, DeviceTensor)]
         target = kwargs.get("device")
         if not inputs and (target is None or target.type == "cpu"):
+            kwargs.pop("pin_memory", None)  # of a GPU's driver
             return func(*args, **kwargs)
         if name in ("_to_copy", "copy_") and (copied := self._copy(name, inputs, args, kwargs)) is not None:
             return copied
@@ -103,7 +104,7 @@ class Counter(TorchDispatchMode):
             target, source = args[:2]
             if isinstance(target, DeviceTensor) and not isinstance(source, DeviceTensor):
                 self._book_host_to_device("copy_", source, not (args[2:] or [kwargs.get("non_blocking")])[0])
-                target.elements = source.clone() if source.numel() <= SMALL else None
+                target.elements = source.clone()
                 return target
             if not isinstance(target, DeviceTensor):
                 return target.copy_(self._copy_to_host(source))
