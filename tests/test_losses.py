@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from raylib.distributed import clamp_parameter
-from raylib.models.unified import HEAD_ROWS, vocabulary_loss
+from raylib.models import vocabulary
+from raylib.models.vocabulary import HEAD_ROWS, _cast_table, _lean_gradients, head_rows, vocabulary_loss
 from raylib.objectives import draw_hard_negatives, info_nce
 
 
@@ -49,6 +50,64 @@ def test_masked_lm_loss_in_bf16_is_close():
     for x, y in zip(low, full, strict=True):
         assert x.grad.dtype == torch.float32
         assert (x.grad - y.grad).norm() < 0.02 * y.grad.norm()
+
+
+def lean_loss(states, weight, bias, labels, scale, dtype=torch.bfloat16):
+    """Loss, losses and gradients as the GPU's way in bf16 has them, on this CPU."""
+    losses, states_grad, weight_grad, bias_grad = _lean_gradients(states, weight, bias, labels, scale, dtype)
+    return losses, (states_grad, weight_grad, bias_grad)
+
+
+@pytest.mark.parametrize("chunk", [7, 4096])
+def test_lean_masked_lm_loss_is_as_close_as_the_one_of_the_cpu(monkeypatch, chunk):
+    torch.manual_seed(0)
+    rows, width, words = 600, 32, 1000
+    states, weight, bias = torch.randn(rows, width), torch.randn(words, width) * 0.5, torch.randn(words)
+    labels, scale = torch.randint(0, words, (rows,)), torch.rand(rows) / rows
+    # one in three knows its word, and one in three is quite wrong
+    states[::3] = 4 * weight[labels[::3]]
+    states[1::3] = -8 * weight[labels[1::3]]
+    monkeypatch.setattr(vocabulary, "head_rows", lambda *_: chunk)
+    full = [x.double().requires_grad_() for x in (states, weight, bias)]
+    expected = F.cross_entropy(F.linear(*full), labels, reduction="none")
+    (expected * scale).sum().backward()
+    low = [x.clone().requires_grad_() for x in (states, weight, bias)]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, losses = vocabulary_loss(*low, labels, scale)
+    loss.backward()
+    lean_losses, grads = lean_loss(states, weight, bias, labels, scale)
+    for found, x, y in zip(grads, low, full, strict=True):
+        ours, theirs = ((g - y.grad).norm() / y.grad.norm() for g in (found, x.grad))
+        assert ours < 1.5 * theirs + 1e-3, (x.shape, float(ours), float(theirs))
+    assert expected.max() > 100
+    ours, theirs = ((x - expected).abs() for x in (lean_losses, losses))
+    assert ours.max() < theirs.max() + 0.02
+    assert (lean_losses - losses).mean().abs() < 1e-3  # bf16 chances err to both sides
+    sure = expected < 0.1
+    assert sure.sum() > 50
+    torch.testing.assert_close(lean_losses[sure], losses[sure], rtol=0.02, atol=1e-4)
+
+
+def test_lean_masked_lm_loss_in_float32_equals_cross_entropy():
+    torch.manual_seed(0)
+    inputs = [torch.randn(50, 8), torch.randn(90, 8), torch.randn(90)]
+    labels, scale = torch.randint(0, 90, (50,)), torch.rand(50)
+    plain = [x.clone().requires_grad_() for x in inputs]
+    expected = F.cross_entropy(F.linear(*plain), labels, reduction="none")
+    (expected * scale).sum().backward()
+    losses, grads = lean_loss(*inputs, labels, scale, torch.float32)
+    torch.testing.assert_close(losses, expected.detach())
+    for found, x in zip(grads, plain, strict=True):
+        torch.testing.assert_close(found, x.grad)
+
+
+def test_vocabulary_is_padded_in_memory_off_the_cpu_alone():
+    weight, bias = torch.empty(250002, 8, device="meta"), torch.empty(250002, device="meta")
+    table, shift = _cast_table(weight, bias, torch.bfloat16)
+    assert table.shape == (250048, 8) and shift.shape == (250048,) and table.dtype == torch.bfloat16
+    assert len(_cast_table(torch.ones(9, 2), torch.ones(9), torch.float32)[0]) == 9
+    assert head_rows(torch.device("cpu"), 250002, 8) == HEAD_ROWS
+    assert head_rows(weight.device, 250048, 4) == 3999
 
 
 def test_draw_hard_negatives_follow_the_similarities():

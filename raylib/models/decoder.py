@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from raylib.config import Config
 from raylib.errors import UserError
 from raylib.models.layers import Memory
-from raylib.models.unified import HEAD_ROWS, UnifiedModel, vocabulary_loss
+from raylib.models.unified import UnifiedModel
+from raylib.models.vocabulary import head_rows, vocabulary_loss
 from raylib.packed import Ragged, first_tokens
 from raylib.text import Tokenizer
 
@@ -161,13 +162,18 @@ class AnswerDecoder(nn.Module):
             0, (self.lengths.cumsum(0) - self.lengths).to(self.target_ids.device)
         )
         return torch.cat(
-            [_vocabulary(backbone, part).index_select(1, tokens) for part in states.split(HEAD_ROWS)]
+            [_vocabulary(backbone, part).index_select(1, tokens) for part in _in_chunks(backbone, states)]
         )
 
 
+def _in_chunks(backbone: UnifiedModel, rows: Tensor) -> tuple[Tensor, ...]:
+    """Rows (T, ...), in chunks whose logits are held at a time, in float32, twice."""
+    return rows.split(head_rows(rows.device, len(backbone.embedding.word.weight), 8))
+
+
 def _log_probabilities(backbone: UnifiedModel, states: Tensor, target_ids: Tensor) -> Tensor:
-    """log p of the token `wanted` (T,) after each state (T, d), for `HEAD_ROWS` at a time: (T,)."""
-    parts = zip(states.split(HEAD_ROWS), target_ids.split(HEAD_ROWS), strict=True)
+    """log p of the token `wanted` (T,) after each state (T, d), for some at a time: (T,)."""
+    parts = zip(_in_chunks(backbone, states), _in_chunks(backbone, target_ids), strict=True)
     return torch.cat(
         [_vocabulary(backbone, part).gather(1, tokens[:, None]).squeeze(1) for part, tokens in parts]
     )

@@ -23,8 +23,6 @@ from raylib.models.vision import PixelStats, VisionEncoder
 from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, join_rows
 from raylib.precision import LayerNorm
 
-HEAD_ROWS = 256  # rows of the vocabulary head at a time; PyTorch's automatic choice is 10 x slower on a CPU
-
 
 class ModelConfig(Config):
     """Sizes of a unified model. The defaults are the paper's `base`: 12 image, 6 text and 6 unified
@@ -337,67 +335,3 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
 def _row_by_row(states: Ragged | None) -> Memory | None:
     """Row i of texts attends to row i of `states`, or to nothing."""
     return None if states is None else Memory(states, torch.arange(len(states.lengths)))
-
-
-def vocabulary_loss(
-    states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy over the vocabulary at masked positions (paper 2, equation 2).
-
-    Logits exist for `HEAD_ROWS` positions at a time, and once: their gradient is taken in the same breath, so
-    that memory does not grow with the number of positions and nothing is computed again.
-    (`F.linear_cross_entropy` does so too, but weighs all positions alike: a call for each term, each with a
-    gradient as large as the vocabulary.)
-
-    Args:
-        states: (m, d).
-        weight: (V, d).
-        bias: (V,).
-        labels: (m,).
-        scale: (m,) what each position counts.
-    Returns:
-        (sum of scale * loss, the losses (m,), which carry no gradient).
-    """
-    return _VocabularyLoss.apply(states, weight, bias, labels, scale)
-
-
-class _VocabularyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, scale: Tensor):
-        kind = states.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        exact = torch.promote_types(dtype, torch.float32)
-        losses, states_grad = scale.new_empty(len(labels)), torch.empty_like(states)
-        bias_grad, weight_grad = torch.zeros_like(bias), None
-        with torch.autocast(kind, enabled=False):
-            table, shift = weight.to(dtype), bias.to(dtype)
-            for first in range(0, len(labels), HEAD_ROWS):
-                rows = slice(first, first + HEAD_ROWS)
-                chunk, targets, counts = (
-                    states[rows].to(dtype),
-                    labels[rows, None],
-                    scale[rows, None].to(exact),
-                )
-                log_chances = F.log_softmax(F.linear(chunk, table, shift), -1, dtype=exact)
-                losses[rows] = -log_chances.gather(1, targets).squeeze(1)
-                # the gradient of cross-entropy is softmax - one-hot; made in place, the logits' memory over
-                logits_grad = log_chances.exp_().mul_(counts).scatter_add_(1, targets, -counts)
-                bias_grad += logits_grad.sum(0)
-                logits_grad = logits_grad.to(dtype)
-                states_grad[rows] = logits_grad @ table
-                # zeros as large as the vocabulary are only written where there is no chunk at all
-                if weight_grad is None:
-                    weight_grad = (logits_grad.T @ chunk).to(weight.dtype)
-                elif dtype == weight.dtype:
-                    weight_grad.addmm_(logits_grad.T, chunk)
-                else:
-                    weight_grad += logits_grad.T @ chunk
-            loss = (losses * scale).sum()
-        ctx.grads = states_grad, torch.zeros_like(weight) if weight_grad is None else weight_grad, bias_grad
-        ctx.mark_non_differentiable(losses)
-        return loss, losses
-
-    @staticmethod
-    def backward(ctx, loss_grad: Tensor, _):
-        grads, ctx.grads = ctx.grads, None  # scaled in place: a second backward is an error
-        return *(grad.mul_(loss_grad) for grad in grads), None, None

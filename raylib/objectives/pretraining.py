@@ -34,7 +34,8 @@ from raylib.distributed import all_reduce, clamp_parameter, world_size
 from raylib.engine import Objective
 from raylib.errors import UserError
 from raylib.models.layers import Memory
-from raylib.models.unified import UnifiedModel, vocabulary_loss
+from raylib.models.unified import UnifiedModel
+from raylib.models.vocabulary import vocabulary_loss
 from raylib.objectives import (
     FrozenTextCache,
     LossPart,
