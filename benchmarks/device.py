@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -173,6 +174,7 @@ def simulated_gpu() -> Iterator[None]:
         (torch.cuda, "_lazy_init"): None,
         (torch.cuda, "is_bf16_supported"): True,
         (torch.cuda, "get_device_capability"): (9, 0),  # an H100's
+        (torch.cuda, "get_device_properties"): SimpleNamespace(total_memory=80 * 10**9),
         (torch.cuda.amp.common, "amp_definitely_not_available"): False,
     }
     with ExitStack() as stack:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,13 +103,15 @@ def test_lean_masked_lm_loss_in_float32_equals_cross_entropy():
         torch.testing.assert_close(found, x.grad)
 
 
-def test_vocabulary_is_padded_in_memory_off_the_cpu_alone():
+def test_vocabulary_is_padded_in_memory_off_the_cpu_alone(monkeypatch):
     weight, bias = torch.empty(250002, 8, device="meta"), torch.empty(250002, device="meta")
     table, shift = _cast_table(weight, bias, torch.bfloat16)
     assert table.shape == (250048, 8) and shift.shape == (250048,) and table.dtype == torch.bfloat16
     assert len(_cast_table(torch.ones(9, 2), torch.ones(9), torch.float32)[0]) == 9
     assert head_rows(torch.device("cpu"), 250002, 8) == HEAD_ROWS
-    assert head_rows(weight.device, 250048, 4) == 3999
+    memory = SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    assert head_rows(torch.device("cuda"), 250048, 4) == 3999
 
 
 def test_draw_hard_negatives_follow_the_similarities():

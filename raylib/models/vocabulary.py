@@ -10,7 +10,6 @@ from torch import Tensor
 HEAD_ROWS = 256  # rows at a time on a CPU; PyTorch's automatic choice is 10 x slower there
 MEMORY_SHARE = 1 / 20  # of a GPU's memory that the logits of a chunk, and what is made of them, may take
 ALIGNMENT = 64  # columns of a table are a multiple of it on a GPU, whose matrix units want aligned rows
-ASSUMED_MEMORY = 80e9  # bytes; of the GPU that meta tensors stand for
 
 
 def head_rows(device: torch.device, vocabulary: int, bytes_a_logit: int) -> int:
@@ -18,8 +17,7 @@ def head_rows(device: torch.device, vocabulary: int, bytes_a_logit: int) -> int:
     every step."""
     if device.type == "cpu":
         return HEAD_ROWS
-    on_gpu = device.type == "cuda"
-    memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else ASSUMED_MEMORY
+    memory = torch.cuda.get_device_properties(device).total_memory
     return max(HEAD_ROWS, int(memory * MEMORY_SHARE) // (bytes_a_logit * vocabulary))
 
 
