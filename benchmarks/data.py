@@ -27,12 +27,13 @@ import webdataset
 from PIL import Image
 
 from benchmarks.results import RESULTS
-from raylib.data.images import AugmentConfig, augment_image, decode_image
+from raylib.data.images import augment_image, count_uniforms, decode_image
 from raylib.data.shards import ShardWriter
 from raylib.data.sources import Source
 from raylib.fileio import append_jsonl
 from raylib.randomness import permutation, uniform
 from raylib.sample import DATA
+from raylib.settings import AugmentConfig
 from raylib.text import Tokenizer
 
 FILE = RESULTS / "data.jsonl"
@@ -99,7 +100,7 @@ def ours(folder: Path, config: AugmentConfig | None) -> Callable[[], int]:
     def run() -> int:
         source = Source(folder)
         order = permutation(len(source), "order")
-        draws = uniform("draws", order[:, None], np.arange(config.num_uniforms)) if config else None
+        draws = uniform("draws", order[:, None], np.arange(count_uniforms(config))) if config else None
         for number in order.tolist():
             sample = source.sample("en", number)
             data = sample.read("json"), sample.read("jpg")

@@ -13,14 +13,13 @@ are an error.
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
 
-from raylib.config import Config
-from raylib.data.images import AugmentConfig, BadImage, augment_image, decode_image, resize_image
+from pretrain.config import DataConfig, StreamConfig
+from raylib.data.images import BadImage, augment_image, count_uniforms, decode_image, resize_image
 from raylib.data.loading import Lanes, StepDataset, list_step_draws
 from raylib.data.sources import Sample, Source
 from raylib.errors import UserError
@@ -31,60 +30,6 @@ from raylib.text import BadCaption, Tokenizer, add_specials, mask_tokens
 
 ATTEMPTS = 20  # replacements in a row, after which the source is called unusable
 log = logging.getLogger(__name__)
-
-
-class StreamConfig(Config):
-    """One stream of the data."""
-
-    folder: str | None = None
-    """Folder, or URL (`raylib.data.fetch`), of the stream's shards; null: the corpus's."""
-    batch: NonNegativeInt = 0
-    """Samples of the stream in a step, over all workers; 0 leaves the stream out."""
-    length: int = Field(64, ge=3)
-    """Longest sentence, in tokens with the two specials; longer ones are cut."""
-    languages: tuple[str, ...] = ()
-    """Languages to use; empty: all that there are."""
-    alpha: float = Field(0.3, ge=0)
-    """Exponent of language sampling, q ~ p^alpha: 1 as often as in the data, 0 all alike (paper 2: 0.3)."""
-    lanes: PositiveInt = 8
-    """Parallel walks over the shards, of which a step takes equal shares; a multiple of the workers."""
-    block: PositiveInt = 4096
-    """Samples that a lane shuffles at a time."""
-
-
-class DataConfig(Config):
-    """Data that a run reads."""
-
-    tokenizer: str
-    """SentencePiece model, tokenizer.json or vocab.txt; empty: the corpus's."""
-    image_text: StreamConfig = StreamConfig(length=35)
-    """Images with English captions."""
-    parallel: StreamConfig = StreamConfig(length=50)
-    """English sentences with their translations."""
-    text: StreamConfig = StreamConfig(length=64)
-    """Plain sentences in all languages."""
-    augment: AugmentConfig = AugmentConfig()
-    """Augmentation of training images."""
-    caption_language: str = "en"
-    """Language of the captions that are trained on."""
-    mask_probability: float = Field(0.15, ge=0, le=1)
-    """Share of the words that are masked (BERT: 15 %; of these 80 % become the mask, 10 % another word)."""
-    bad_limit: float = Field(0.01, ge=0, le=1)
-    """Share of unusable samples that is still normal; more end the run."""
-    retrieval: str | None = None
-    """Retrieval set that each evaluation scores; null: the corpus's, if it has one."""
-    dev: str | Literal[False] | None = None
-    """Folder of held-out samples, whose losses each evaluation computes; null: the corpus's, if it has one;
-    false: none."""
-    cache: str | None = None
-    """Folder of copies of remote shards."""
-    verify: bool = False
-    """Compare the content of every shard with its manifest, and with what the run began with, at every start;
-    otherwise sizes and times of change come first (`raylib.provenance`)."""
-
-    @property
-    def streams(self) -> dict[str, StreamConfig]:
-        return {"image_text": self.image_text, "parallel": self.parallel, "text": self.text}
 
 
 class StepBatches(StepDataset):
@@ -226,7 +171,7 @@ class _ImageTextStream(_Stream):
         keys, rows = (self.seed, step, self.name), self.global_index[:, None]
         # one call for the whole batch; a replacement draws anew, from the same keys and its attempt
         picks = uniform(*keys, "pick", rows, 0, np.arange(2))
-        augmentations = uniform(*keys, "augment", rows, np.arange(self.config.augment.num_uniforms))
+        augmentations = uniform(*keys, "augment", rows, np.arange(count_uniforms(self.config.augment)))
         images = np.empty((len(rows), self.size, self.size, 3), np.uint8)
         identities, captions, bad_before = [], [], self.num_bad
         for i in range(len(rows)):

@@ -4,14 +4,16 @@ them."""
 from collections.abc import Callable
 from typing import Any
 
-from pretrain.batches import DataConfig, StreamConfig
-from pretrain.train import InitConfig, PretrainConfig
+from pretrain.config import DataConfig, InitConfig, PretrainConfig, StreamConfig
 from raylib.config import change_settings, override
-from raylib.data.images import AugmentConfig
-from raylib.engine import OptimConfig
-from raylib.loop import FitConfig
-from raylib.models.unified import ModelConfig
-from raylib.objectives.pretraining import ObjectiveConfig, TermWeights
+from raylib.settings import (
+    AugmentConfig,
+    FitConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    TermWeights,
+)
 
 
 def tiny() -> PretrainConfig:

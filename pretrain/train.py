@@ -1,25 +1,21 @@
 """One pretraining run: config, data, model, objective, loop, result."""
 
-import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import NonNegativeInt, model_validator
 
-from pretrain.batches import DataConfig, StepBatches
+from pretrain.batches import StepBatches
+from pretrain.config import DataConfig, InitConfig, PretrainConfig
 from pretrain.corpora import build_sample_corpus
 from pretrain.dev_losses import DevLosses, dev_batches
 from pretrain.evaluate import ZeroShotRetrieval, recall_table, summarize_recall, write_result
 from raylib import checkpoint
 from raylib.command import spell_commands
-from raylib.config import Config
 from raylib.display import open_pyplot, save_figure
-from raylib.engine import OptimConfig
 from raylib.errors import UserError
 from raylib.launch import (
-    LaunchConfig,
     config_hash,
     drop_unneeded,
     is_main_process,
@@ -29,77 +25,16 @@ from raylib.launch import (
     run_folder,
     tracked,
 )
-from raylib.loop import FitConfig, fit
+from raylib.loop import fit
 from raylib.models import find_model, find_tokenizer
 from raylib.models.hf_weights import load_text, load_vision, read_config
-from raylib.models.unified import ModelConfig, UnifiedModel
+from raylib.models.unified import UnifiedModel
 from raylib.monitoring import read_metrics
-from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
+from raylib.objectives.pretraining import UnifiedObjective
 from raylib.provenance import DataFile, commit, data_hash, provenance
 from raylib.randomness import hash64
 from raylib.runtime import Reporter, Runtime
 from raylib.text import Tokenizer
-
-
-class InitConfig(Config):
-    """Weights to start from; null starts from scratch."""
-
-    text: str | None = None
-    """Folder of an XLM-R or BERT in Hugging Face format."""
-    layers: tuple[NonNegativeInt, ...] | None = None
-    """Layers of `text` that become the text encoder's, then the unified ones; null: its first, then its
-    last."""
-    vision: str | None = None
-    """Folder of a ViT in Hugging Face format."""
-    model: str | None = None
-    """Export or run of ours, all of whose weights are taken, for a further stage with a schedule of its
-    own."""
-
-    @model_validator(mode="after")
-    def _one(self) -> "InitConfig":
-        if self.model and (self.text or self.vision):
-            raise ValueError("init.model has all weights; leave init.text and init.vision out")
-        return self
-
-
-class PretrainConfig(LaunchConfig):
-    """Everything that a pretraining run depends on."""
-
-    stored_as = "pretrain"
-
-    corpus: str = "sample"
-    """Folder with image_text, parallel, text, retrieval, dev and a tokenizer; or "sample", the embedded one,
-    or "scenes" of it."""
-    model: ModelConfig
-    """Sizes of the model."""
-    init: InitConfig = InitConfig()
-    """Weights to start from."""
-    objective: ObjectiveConfig = ObjectiveConfig()
-    """Losses."""
-    data: DataConfig
-    """Data that the run reads."""
-    optim: OptimConfig = OptimConfig()
-    """Optimizer and learning rate."""
-    fit: FitConfig
-    """Length and intervals of the training."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> "PretrainConfig":
-        longest = max(stream.length for stream in self.data.streams.values())
-        if longest > self.model.positions:
-            raise ValueError(
-                f"model.positions={self.model.positions} is less than the longest data length {longest}"
-            )
-        for name in ("image_text", "parallel"):
-            stream = self.data.streams[name]
-            share, every = stream.batch // stream.lanes, self.objective.fuse_every
-            if share % every:
-                raise ValueError(
-                    f"objective.fuse_every={every} must divide the {share} samples of data.{name} from each "
-                    f"lane; set it to {math.gcd(share, every)}, or data.{name}.batch to a multiple of "
-                    f"{every * stream.lanes}"
-                )
-        return self
 
 
 def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:

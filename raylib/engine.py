@@ -13,40 +13,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, NonNegativeFloat, PositiveFloat
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from raylib import checkpoint
-from raylib.config import Config
 from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import UserError
 from raylib.finite import is_finite
-
-
-class OptimConfig(Config):
-    """AdamW and the schedule of its learning rate."""
-
-    lr: PositiveFloat = 1e-4
-    """Highest learning rate, at the end of the warm-up."""
-    warmup: float = Field(0.1, ge=0, le=1)
-    """Share of the steps in which the learning rate rises from 0 to `lr`."""
-    decay: Literal["linear", "cosine"] = "linear"
-    """Fall to 0 after the warm-up: linear (paper 2, section 4.1), or along half a cosine (paper 4)."""
-    schedule_factor: float = Field(1.0, ge=1)
-    """Lay the schedule out for this many times the steps that are trained (IGLUE: 20 epochs, of which xGQA
-    trains 5)."""
-    weight_decay: NonNegativeFloat = 0.2
-    """AdamW's weight decay, of matrices alone: biases, norms and scalars have none."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the mean of gradients and of their squares."""
-    eps: PositiveFloat = 1e-8
-    """AdamW's term in the denominator."""
-    clip: PositiveFloat = 1.0
-    """Largest norm of the whole gradient; a longer one is scaled down to it."""
-
+from raylib.settings import OptimConfig
 
 # Gradients travel in buckets of this size, so that the first are on their way while backward goes on; it is
 # PyTorch's own default.

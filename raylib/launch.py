@@ -9,17 +9,16 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field, NonNegativeInt, PositiveInt
+from typing import Any
 
 from raylib import cache, checkpoint
-from raylib.config import Config, differing_paths, dump_config, read_stored_settings, without_settings
+from raylib.config import differing_paths, dump_config, read_stored_settings, without_settings
 from raylib.distributed import barrier
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json, write_atomically, write_json
 from raylib.provenance import DataFile, record_identity
 from raylib.runtime import LocalRuntime, RayRuntime, Reporter, Runtime
+from raylib.settings import LaunchConfig
 from raylib.tracking import RunTracking, track_run
 
 RAY_ENV = {  # environment variables of every process
@@ -39,30 +38,6 @@ RAY_ENV = {  # environment variables of every process
 
 
 TRACKER_ENV = ("WANDB_", "MLFLOW_")  # of trackers, which trials have in their own processes
-
-
-class LaunchConfig(Config):
-    """Folder and resources of a run."""
-
-    recipe: str = ""
-    """The recipe that the config began as; set by the command line."""
-    name: str = Field(default="run", pattern=r"^[\w.-]+$")
-    """Name of the run: its folder is `runs`/`name`."""
-    runs: str = "runs"
-    """Folder of all runs; the environment variable POLYGLANCE_RUNS gives another one."""
-    runtime: Literal["ray", "local"] = "ray"
-    """Train on the workers of a Ray cluster, or in this process (under torchrun, in each of its
-    processes)."""
-    workers: PositiveInt = 2
-    """Processes that train together, one a GPU; only on Ray."""
-    gpu: bool | None = None
-    """Give each worker a GPU; null: if the cluster has any."""
-    max_failures: NonNegativeInt = 3
-    """Times that a run on Ray is started again after a worker was lost."""
-    resume: str = "newest"
-    """Checkpoint to go on from: newest, best, or step_NNNNNN; newer ones are set aside, never deleted."""
-    keep_optimizer: bool = True
-    """Keep optimizer states in the checkpoints of a run that has ended; without, they have weights alone."""
 
 
 # settings that may change when a run goes on: no number depends on them

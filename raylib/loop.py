@@ -6,22 +6,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from raylib import checkpoint
-from raylib.config import Config
 from raylib.data.loading import StepDataset, load_batches, to_device
 from raylib.distributed import all_reduce
 from raylib.engine import (
     Engine,
     LayerRates,
     Objective,
-    OptimConfig,
     StepGuard,
     TorchEngine,
     learning_rate,
@@ -31,80 +28,9 @@ from raylib.errors import NotFinite
 from raylib.fileio import write_json
 from raylib.finite import StepMonitor, finite_values, require_finite_values
 from raylib.monitoring import MetricsLog, ProgressLog, StallWatch
-from raylib.precision import Residual, set_residual, set_tf32
 from raylib.randomness import hash64
-from raylib.runtime import (
-    Runtime,
-    Sharding,
-    describe_precision,
-    has_bf16,
-    out_of_memory_error,
-    peak_flops,
-    peak_memory,
-)
-from raylib.trackers import Backend
-
-
-class FitConfig(Config):
-    """Length of a training, and its intervals, in steps; 0 means only at the end."""
-
-    steps: NonNegativeInt = 0
-    """Optimizer steps of a training; fine-tuning sets them, and the intervals, from its epochs."""
-    seed: int = 0
-    """Seed of everything that is drawn: weights, order of the data, augmentation, dropout."""
-    log_every: PositiveInt = 10
-    """Steps between two lines of metrics."""
-    eval_every: NonNegativeInt = 0
-    """Steps between two evaluations; 0: only at the end."""
-    save_every: NonNegativeInt = 0
-    """Steps between two checkpoints; 0: only at the end."""
-    keep: PositiveInt = 2
-    """Number of newest checkpoints that stay, beside the best one."""
-    max_skipped: NonNegativeInt = 10
-    """Steps in a row whose loss or gradient may be not finite: they change nothing; one more ends the run."""
-    bf16: bool | None = None
-    """Compute in bfloat16 under autocast; null: where the hardware multiplies it."""
-    residual: Residual | None = None
-    """Format of the residual stream and of layer norms where steps are in bf16; null: bfloat16 on a GPU,
-    float32 elsewhere. Weights, optimizer and losses are float32."""
-    tf32: bool = True
-    """Multiply what stays float32 in TF32 on a GPU; scores of contrast and matching never are."""
-    sharding: Sharding | None = None
-    """Optimizer states and gradients: none (all on each worker; PyTorch's DDP), zero2 (each worker keeps a
-    share; DeepSpeed ZeRO-2); null: zero2 on Ray, else none."""
-    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format in which gradients travel between workers; bfloat16 halves their traffic, and rounds."""
-    loader_workers: NonNegativeInt = 1
-    """Processes of a worker that prepare batches; 0: the worker itself."""
-    track: tuple[Backend, ...] = ()
-    """Trackers that metrics go to, beside metrics.jsonl."""
-    stop_after: PositiveInt | None = None
-    """Stop at this step, as an interruption would; the run stays unfinished, and goes on later."""
-
-    def uses_bf16(self, device: torch.device) -> bool:
-        """Return whether steps on `device` are in bf16."""
-        return has_bf16(device) if self.bf16 is None else self.bf16
-
-    def set_precision(self, model: nn.Module, device: torch.device) -> str:
-        """Set the formats of numbers of `model` on `device`, and return a line about them; "" on a CPU."""
-        set_residual(model, self.residual)
-        if device.type != "cuda":
-            return ""
-        set_tf32(self.tf32)
-        return describe_precision(device, self.uses_bf16(device), self.residual, self.tf32)
-
-    def due_after(self, done: int, last: int) -> tuple[bool, bool, bool]:
-        """Return whether to log, to evaluate, to save after `done` steps; the loop ends at `last`."""
-
-        def is_due(every: int) -> bool:
-            return done == self.steps or (every > 0 and done % every == 0)
-
-        is_last = done == last
-        return (
-            done % self.log_every == 0 or is_last,
-            is_due(self.eval_every),
-            is_due(self.save_every) or is_last,
-        )
+from raylib.runtime import Runtime, out_of_memory_error, peak_flops, peak_memory
+from raylib.settings import FitConfig, OptimConfig
 
 
 class Meter:

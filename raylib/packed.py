@@ -11,12 +11,13 @@ Shape legend: T tokens in all, n rows, R tokens of an output mask, d width.
 
 import math
 from collections.abc import Callable, Sequence, Set
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from raylib.errors import UserError
+from raylib.settings import Version
 
 ALIGN = 64
 
@@ -66,9 +67,6 @@ def token_index(lengths: Tensor, rows: Tensor) -> Tensor:
     starts, chosen = lengths.cumsum(0) - lengths, lengths[rows]
     first = torch.repeat_interleave(starts[rows] - (chosen.cumsum(0) - chosen), chosen)
     return first + torch.arange(len(first))
-
-
-Version = Literal["clean", "masked"]  # of a sentence
 
 
 class Sentences(NamedTuple):

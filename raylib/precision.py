@@ -7,13 +7,12 @@ autocast.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Residual = Literal["float32", "bfloat16"]
+from raylib.settings import Residual
 
 
 class LayerNorm(nn.LayerNorm):

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,8 +21,7 @@ import torch.distributed as dist
 from raylib import checkpoint
 from raylib.distributed import barrier
 from raylib.errors import UserError
-
-Sharding = Literal["none", "zero2"]  # of optimizer states and gradients over the workers
+from raylib.settings import Sharding
 
 
 class Reporter(Protocol):

@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 from raylib.display import open_pyplot
 from raylib.fileio import file_lock
+from raylib.settings import Backend
 
-Backend = Literal["tensorboard", "wandb", "mlflow"]
 Status = Literal["finished", "stopped", "failed"]
 Figures = Mapping[str, Mapping[str, float | None]]  # {language: {name: value}}
 

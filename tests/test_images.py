@@ -13,10 +13,12 @@ from raylib.data.images import (
     AugmentConfig,
     BadImage,
     augment_image,
+    count_uniforms,
     decode_image,
     resize_image,
 )
 from raylib.errors import UserError
+from raylib.settings import OPERATIONS
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
 ALPHA = np.random.default_rng(1).integers(0, 256, (20, 24), dtype=np.uint8)
@@ -205,10 +207,14 @@ def test_color_operations_accept_a_flat_image():
         assert only(name, 1.0, np.full((8, 8, 3), 90, np.uint8), 8).shape == (8, 8, 3)
 
 
+def test_augment_operations_are_those_that_settings_name():
+    assert {"identity", *WARPS, *TONES} == OPERATIONS
+
+
 def test_augment_is_deterministic_in_its_draws():
     config = AugmentConfig(operations=3, choices=(*WARPS, *TONES), flip=0.5, grayscale=0.2, cutout=0.3)
     image = smooth_image(70, 50)
-    for draws in np.random.default_rng(3).random((50, config.num_uniforms)):
+    for draws in np.random.default_rng(3).random((50, count_uniforms(config))):
         first = augment_image(image, 32, config, draws)
         assert first.shape == (32, 32, 3) and first.dtype == np.uint8 and first.flags["C_CONTIGUOUS"]
         assert (first == augment_image(image, 32, config, draws)).all()

@@ -13,13 +13,14 @@ from finetune.formats import Captioned, Example
 from finetune.stores import SUFFIXES, Regions, folders_of, may_hold, normalise_boxes, stem
 from finetune.stores.regions import RegionStore, open_regions
 from raylib.cache import EncoderStates, open_once, write_encoder_states
-from raylib.data.images import AugmentConfig, augment_image, decode_image, resize_image
+from raylib.data.images import augment_image, count_uniforms, decode_image, resize_image
 from raylib.data.tars import TarScan
 from raylib.display import progress
 from raylib.errors import UserError
 from raylib.fileio import nfc
 from raylib.packed import Ragged
 from raylib.randomness import string_key
+from raylib.settings import AugmentConfig
 
 if TYPE_CHECKING:
     from finetune.config import FinetuneConfig
@@ -151,7 +152,7 @@ class ImageSource:
     @property
     def num_draws(self) -> int:
         """Number of uniform draws that the augmentation of one image takes."""
-        return self.config.num_uniforms if self.config else 0
+        return count_uniforms(self.config) if self.config else 0
 
     def read(self, names: Sequence[str], draws: np.ndarray | None = None) -> dict[str, Any]:
         """Read {"images": uint8 (n, size, size, 3)}; `draws` (n, d): augment by them."""

@@ -15,10 +15,9 @@ from typing import Any
 
 import cv2
 import numpy as np
-from pydantic import Field, field_validator
 
-from raylib.config import Config
 from raylib.errors import UserError
+from raylib.settings import AugmentConfig
 
 IMAGE_EXTENSIONS = frozenset(
     ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
@@ -33,58 +32,6 @@ WHITE = (255, 255, 255)
 
 class BadImage(UserError):
     """These bytes are no image that can be decoded; the message names it."""
-
-
-class AugmentConfig(Config):
-    """Random changes of training images: crop, RandAugment's operations, flip, grey, cutout."""
-
-    scale: tuple[float, float] = (0.2, 1.0)
-    """Share of an image's area that a random crop keeps: least, most."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Aspect (width over height) of a crop: least, most; drawn log-uniformly."""
-    operations: int = Field(2, ge=0)
-    """Number of operations of `choices` that are applied to an image (RandAugment's N)."""
-    magnitude: float = Field(7.0, ge=0, le=10)
-    """Strength of these operations, at most (RandAugment's M, of 10)."""
-    choices: tuple[str, ...] = (
-        "identity",
-        "autocontrast",
-        "equalize",
-        "brightness",
-        "sharpness",
-        "shear_x",
-        "shear_y",
-        "translate_x",
-        "translate_y",
-        "rotate",
-    )
-    """Operations to choose from."""
-    flip: float = Field(0.0, ge=0, le=1)
-    """Probability of a horizontal flip; 0 by default, for captions say left and right."""
-    grayscale: float = Field(0.0, ge=0, le=1)
-    """Probability that an image loses its colours."""
-    cutout: float = Field(0.0, ge=0, le=1)
-    """Probability that a square of an image is painted over."""
-
-    @field_validator("scale", "ratio")
-    @classmethod
-    def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] <= value[1]:
-            raise ValueError("must be two positive numbers, the smaller one first")
-        return value
-
-    @field_validator("choices")
-    @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        known = {"identity", *WARPS, *TONES}
-        if unknown := set(value) - known or not value:
-            raise ValueError(f"unknown operations {unknown}; there are: {', '.join(sorted(known))}")
-        return value
-
-    @property
-    def num_uniforms(self) -> int:
-        """Number of uniforms that `augment_image` takes."""
-        return FIXED_UNIFORMS + 2 * self.operations
 
 
 def decode_image(data: bytes, name: str = "image") -> np.ndarray:
@@ -184,8 +131,13 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
 FIXED_UNIFORMS = 9  # area, aspect, left, top, flip, grayscale, cutout, its left, its top
 
 
+def count_uniforms(config: AugmentConfig) -> int:
+    """Return how many uniforms `augment_image` takes."""
+    return FIXED_UNIFORMS + 2 * config.operations
+
+
 def augment_image(image: np.ndarray, size: int, config: AugmentConfig, uniforms: np.ndarray) -> np.ndarray:
-    """The training transform: (H, W, 3) to (size, size, 3). `uniforms`: in [0, 1), `config.num_uniforms`."""
+    """The training transform: (H, W, 3) to (size, size, 3). `uniforms`: `count_uniforms`, in [0, 1)."""
     area, aspect, left, top, flip, gray, cutout, cut_left, cut_top, *choices = uniforms.tolist()
     operations = []
     for choice, strength in zip(choices[::2], choices[1::2], strict=True):

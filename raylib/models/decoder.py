@@ -16,28 +16,17 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from raylib.config import Config
 from raylib.errors import UserError
 from raylib.models.layers import Memory
 from raylib.models.unified import UnifiedModel
 from raylib.models.vocabulary import head_rows, vocabulary_loss
 from raylib.packed import Ragged, first_tokens
+from raylib.settings import DecoderConfig
 from raylib.text import Tokenizer
 
 log = logging.getLogger(__name__)
-
-
-class DecoderConfig(Config):
-    """The ranking of answers."""
-
-    candidates: PositiveInt = 128
-    """Answers with the likeliest first token that are scored whole (CCLM: 128)."""
-    count_first_twice: bool = False
-    """Add the first token's log-probability once more, as CCLM's public code does and its paper does not
-    say."""
 
 
 def encode_answers(labels: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:

@@ -6,40 +6,12 @@ Shape legend: b images, M patches of the last stage, d width.
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
-from raylib.config import Config
 from raylib.errors import require
-from raylib.models.vision import PixelStats, normalize_pixels
+from raylib.models.vision import normalize_pixels
 from raylib.precision import replace_norms
-
-
-class SwinSizes(Config):
-    """Sizes of a Swin Transformer; the defaults are Swin-B."""
-
-    width: PositiveInt = 128
-    """Width of the first stage's states; it doubles from stage to stage."""
-    layers: tuple[PositiveInt, ...] = (2, 2, 18, 2)
-    """Layers of each stage."""
-    heads: tuple[PositiveInt, ...] = (4, 8, 16, 32)
-    """Attention heads of each stage."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> "SwinSizes":
-        if not self.layers or len(self.layers) != len(self.heads):
-            raise ValueError(f"layers {self.layers} and heads {self.heads} do not speak of the same stages")
-        for stage, heads in enumerate(self.heads):
-            if self.width * 2**stage % heads:
-                raise ValueError(
-                    f"stage {stage} is {self.width * 2**stage} wide, no multiple of its {heads} heads"
-                )
-        return self
-
-    @property
-    def merges(self) -> int:
-        """Number of patches, in each direction, that one of the last stage was made of."""
-        return 2 ** (len(self.layers) - 1)
+from raylib.settings import PixelStats, SwinSizes
 
 
 class SwinEncoder(nn.Module):

@@ -6,95 +6,22 @@ the image, translation pairs attend to the other sentence.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from raylib.config import Config, validate
+from raylib.config import validate
 from raylib.errors import UserError
 from raylib.models.base import FusionBackbone, RetrievalBackbone, Use
 from raylib.models.hf_weights import load_text, load_vision, text_sizes
 from raylib.models.layers import Encoder, Memory, TextEmbedding, init_weights
-from raylib.models.swin import SwinEncoder, SwinSizes
-from raylib.models.vision import PixelStats, VisionEncoder
+from raylib.models.swin import SwinEncoder
+from raylib.models.vision import VisionEncoder
 from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, join_rows
 from raylib.precision import LayerNorm
-
-
-class ModelConfig(Config):
-    """Sizes of a unified model. The defaults are the paper's `base`: 12 image, 6 text and 6 unified
-    layers."""
-
-    vocabulary: NonNegativeInt = 250002
-    """Pieces of the vocabulary; 0: the tokenizer's."""
-    width: PositiveInt = 768
-    """Width of hidden states of text and fusion."""
-    heads: PositiveInt = 12
-    """Attention heads; `width` is a multiple."""
-    feedforward: PositiveInt = 3072
-    """Width of the feed-forward layers."""
-    text_layers: NonNegativeInt = 6
-    """Layers of the text encoder."""
-    fusion_layers: NonNegativeInt = 6
-    """Unified layers, in which text attends to images, or to another sentence (paper 2, section 3.1)."""
-    vision_layers: NonNegativeInt = 12
-    """Layers of the vision transformer; a Swin has its own."""
-    vision_width: PositiveInt | None = None
-    """Width of the vision transformer; null: that of the text. Its heads are as wide as those of texts, and a
-    linear map leads to `width`."""
-    vision_window: PositiveInt | None = None
-    """Side in pixels of windows that never see each other; null: one window."""
-    image_size: PositiveInt = 256
-    """Side of an image in pixels."""
-    patch: PositiveInt = 16
-    """Side of a patch in pixels."""
-    positions: PositiveInt = 512
-    """Longest text in tokens."""
-    embedding: PositiveInt = 256
-    """Width of the embeddings of contrast and retrieval."""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """Dropout of text and unified layers."""
-    eps: PositiveFloat = 1e-12
-    """Epsilon of layer norms."""
-    temperature: PositiveFloat = 0.07
-    """Temperature of the contrast at the start; it is trained (paper 2, equation 1)."""
-    pixel_mean: PixelStats = 127.5
-    """Subtracted from a pixel's 0..255, for all colours or each."""
-    pixel_std: PixelStats = 127.5
-    """Divisor of pixels afterwards, for all colours or each."""
-    fusion: Literal["cross", "entangled"] = "cross"
-    """Cross-attention, or self-attention over text and memory in one row (paper 2's "w/o uni-arch")."""
-    swin: SwinSizes | None = None
-    """A Swin Transformer in the place of the ViT."""
-
-    @model_validator(mode="after")
-    def _divisible(self) -> "ModelConfig":
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.vision_width and self.vision_width % (self.width // self.heads):
-            raise ValueError(
-                f"vision_width {self.vision_width} is not a multiple of a head's {self.width // self.heads}"
-            )
-        if self.image_size % self.stride:
-            raise ValueError(
-                f"image_size {self.image_size} is no multiple of the {self.stride} pixels of a last patch or "
-                "window"
-            )
-        if self.vision_window and (self.swin or self.vision_window % self.patch):
-            raise ValueError(
-                f"vision_window {self.vision_window} is for a ViT, and a multiple of its patch {self.patch}"
-            )
-        return self
-
-    @property
-    def stride(self) -> int:
-        """Pixels that a patch is wide, for a Swin one of its last stage, or a window: images are a multiple
-        of it."""
-        return self.vision_window or self.patch * (self.swin.merges if self.swin else 1)
-
+from raylib.settings import ModelConfig
 
 TINY = ModelConfig(
     vocabulary=12000,

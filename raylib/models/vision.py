@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from raylib.models.attention import Attention, BucketPlan
 from raylib.precision import LayerNorm
-
-PixelStats = float | tuple[float, float, float]  # of a pixel's 0..255: for all colours, or one each
+from raylib.settings import PixelStats
 
 # what published image encoders were trained with; ViTs in Hugging Face folders: 127.5 both
 CLIP_MEAN = (255 * 0.48145466, 255 * 0.4578275, 255 * 0.40821073)

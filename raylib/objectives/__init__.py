@@ -9,17 +9,13 @@ Shape legend: b local rows, B rows of the global batch, e embedding width.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat
 from torch import Tensor
 
-from raylib.config import Config, NameOrFile, UserFile, load_user_file, lookup
 from raylib.distributed import all_gather, gather_ragged
-from raylib.errors import UserError
 from raylib.packed import Ragged
 from raylib.precision import exact_addmm
 
@@ -79,44 +75,6 @@ def term(
         if name not in known:
             raise ValueError(f"@term: '{name}' is none of {', '.join(known)}")
     return lambda loss: PretrainingTerm(loss, stream, reads, trains, two_way)
-
-
-class UserTerm(Config):
-    """A term in a user's own file."""
-
-    file: NameOrFile
-    """Python file of yours with the term: my_term.py, or my_term.py:function where it has several."""
-    weight: NonNegativeFloat = 1.0
-    """Weight of the term in the loss."""
-
-    @property
-    def path(self) -> Path:
-        """Return where the file lies; of stored settings, where the run keeps its copy."""
-        return self.file.path if isinstance(self.file, UserFile) else Path(self.file)
-
-    def load(self) -> PretrainingTerm:
-        """Raises UserError: no such file, no such term in it, several and none is named."""
-        path, name = self.path, self.file.partition(":")[2]
-        entries = {k: v for k, v in vars(load_user_file(path)).items() if isinstance(v, PretrainingTerm)}
-        if not entries:
-            raise UserError(f"{path}: no function in it is a term; @term above a function makes it one")
-        if not name and len(entries) > 1:
-            raise UserError(
-                f"{path}: several terms ({', '.join(entries)}); say which: {path}:{next(iter(entries))}"
-            )
-        return lookup(name, entries, f"term of {path}") if name else next(iter(entries.values()))
-
-
-class UserTerms(Config):
-    """Terms in users' own files, by any name: `my=my_term.py`, `my.weight=0.5`."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[
-        str, Annotated[UserTerm, BeforeValidator(lambda v: {"file": v} if isinstance(v, str) else v)]
-    ] = Field(init=False)
-
-    def items(self) -> list[tuple[str, UserTerm]]:
-        return list(self.__pydantic_extra__.items())
 
 
 class FrozenTextCache:

@@ -10,7 +10,7 @@ A batch's journey, as the file reads:
 4. fuse: image-text rows (masked captions with their image, captions with a wrong image, wrong captions with
    the image) go through the unified encoder in one call, translation pairs, each side grounded in the other,
    in a second, mono text in a third;
-5. heads: each term (`TermWeights` is the table of them) takes its part of these states;
+5. heads: each term (`TERMS` is the table of them) takes its part of these states;
 6. weigh: the masked positions of all terms go through the vocabulary head in one call, and sums are divided.
 
 Terms are sums over local rows, divided by counts over all workers and multiplied by the number of workers
@@ -22,14 +22,13 @@ Shape legend: b local rows, n rows of a stream, d width, e embedding width, m ma
 
 from collections.abc import Collection, Sequence, Set
 from functools import cached_property, partial
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
 from torch import Tensor
 
-from raylib.config import Config, lookup
+from raylib.config import lookup
 from raylib.distributed import all_reduce, clamp_parameter, world_size
 from raylib.engine import Objective
 from raylib.errors import UserError
@@ -46,7 +45,6 @@ from raylib.objectives import (
     PretrainingTerm,
     Reads,
     Stream,
-    UserTerms,
     align_pairs,
     contrast_pairs,
     find_negatives,
@@ -63,6 +61,7 @@ from raylib.packed import (
     first_tokens,
 )
 from raylib.precision import exact_linear
+from raylib.settings import ObjectiveConfig, TermWeights
 
 # ---- encode, contrast, negatives, fuse: a step of each stream
 
@@ -282,70 +281,17 @@ def _both_ways(contrast: PairContrast) -> Parts:
     return [LossPart(loss, contrast.count) for loss in (contrast.left_to_right, contrast.right_to_left)]
 
 
-class TermWeights(Config):
-    """The table of terms, with the weight of each; 0 leaves it, and what only it needs, out.
-
-    Their order is that in which a step computes and adds them up.
-    """
-
-    ucl_image: Annotated[NonNegativeFloat, image_contrast] = 1.0
-    """Weight of the contrast of images and captions (UCL; paper 2, equation 1)."""
-    itm: Annotated[NonNegativeFloat, image_text_matching] = 1.0
-    """Weight of image-text matching, with hard negatives (ITM; paper 2, equation 3)."""
-    vlm: Annotated[NonNegativeFloat, masked_captions] = 1.0
-    """Weight of masked words of captions beside their image (VLM; paper 2, equation 2)."""
-    ucl_translation: Annotated[NonNegativeFloat, translation_contrast] = 1.0
-    """Weight of the contrast of English sentences and their translations (UCL; paper 2, equation 1)."""
-    tlm: Annotated[NonNegativeFloat, masked_translations] = 1.0
-    """Weight of masked words of a sentence beside its translation (TLM; paper 2, equation 2)."""
-    xmlm: Annotated[NonNegativeFloat, masked_text] = 1.0
-    """Weight of masked words of plain text (xMLM; paper 2, equation 2)."""
-
-
-TERMS: dict[str, PretrainingTerm] = {
-    name: entry
-    for name, field in TermWeights.model_fields.items()
-    for entry in field.metadata
-    if isinstance(entry, PretrainingTerm)
+TERMS: dict[
+    str, PretrainingTerm
+] = {  # by their weights in `TermWeights`; in its order they are computed and added
+    "ucl_image": image_contrast,
+    "itm": image_text_matching,
+    "vlm": masked_captions,
+    "ucl_translation": translation_contrast,
+    "tlm": masked_translations,
+    "xmlm": masked_text,
 }
-
-
-class ObjectiveConfig(Config):
-    """Defaults follow the paper's equations; the other value of each choice is what its public code does."""
-
-    weights: TermWeights = TermWeights()
-    """Weight of each term; 0 leaves a term out."""
-    terms: UserTerms = UserTerms()
-    """Terms in files of your own."""
-    ucl_text: Version = "clean"
-    """Captions that the contrast sees: clean, or masked as the public code's."""
-    itm_text: Version = "masked"
-    """Captions that image-text matching sees."""
-    tlm_source: Version = "clean"
-    """English sentences that TLM reads beside the masked translation."""
-    directions: Literal["sum", "mean"] = "sum"
-    """Add both directions of a contrast (the paper), or take their mean (its public code)."""
-    train_vision: bool = True
-    """Train the image encoder."""
-    train_embeddings: bool = True
-    """Train the word embeddings, which a small corpus would pull away from all words that it lacks."""
-    frozen_text_layers: NonNegativeInt = 0
-    """Lowest layers of the text encoder that do not train."""
-    temperature: tuple[float, float] = (0.001, 0.5)
-    """Range that the trained temperature is kept in: least, most."""
-    fuse_every: PositiveInt = 1
-    """VLM, ITM and TLM see every n-th pair of a step; the contrast sees them all."""
-
-    @field_validator("terms")
-    @classmethod
-    def _has_new_names(cls, terms: UserTerms) -> UserTerms:
-        if duplicates := [name for name, _ in terms.items() if name in TERMS]:
-            raise ValueError(f"{duplicates[0]} is a term already; give yours another name")
-        return terms
-
-    def all_weights(self) -> dict[str, float]:
-        """The weight of every term, the user's own too."""
-        return {**self.weights.model_dump(), **{name: term.weight for name, term in self.terms.items()}}
+assert list(TERMS) == list(TermWeights.model_fields)
 
 
 class UnifiedObjective(Objective):

@@ -32,8 +32,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from raylib.data.images import AugmentConfig, augment_image, decode_image, resize_image
+from raylib.data.images import augment_image, count_uniforms, decode_image, resize_image
 from raylib.randomness import Key, integers, permutation, uniform
+from raylib.settings import AugmentConfig
 
 DATA = Path(__file__).parent / "data"
 LANGUAGES = (
@@ -280,7 +281,7 @@ def draw_training_scenes() -> Iterator[CaptionedScene]:
         drawings = decode_drawings(TRAINING_VENDORS[vendor])
         placements = place_concepts(scene_keys, SIZE, "scene", i)
         draws = uniform(
-            "scene", i, "varied", np.arange(len(scene_keys))[:, None], np.arange(AUGMENTATION.num_uniforms)
+            "scene", i, "varied", np.arange(len(scene_keys))[:, None], np.arange(count_uniforms(AUGMENTATION))
         )
         augmented = {
             key: augment_image(drawings[key], SIZE, AUGMENTATION, row)

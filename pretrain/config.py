@@ -1,0 +1,131 @@
+"""Everything that a pretraining run depends on. It is read without importing PyTorch (`raylib.settings`)."""
+
+import math
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from raylib.config import Config
+from raylib.settings import (
+    AugmentConfig,
+    FitConfig,
+    LaunchConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+)
+
+
+class StreamConfig(Config):
+    """One stream of the data."""
+
+    folder: str | None = None
+    """Folder, or URL (`raylib.data.fetch`), of the stream's shards; null: the corpus's."""
+    batch: NonNegativeInt = 0
+    """Samples of the stream in a step, over all workers; 0 leaves the stream out."""
+    length: int = Field(64, ge=3)
+    """Longest sentence, in tokens with the two specials; longer ones are cut."""
+    languages: tuple[str, ...] = ()
+    """Languages to use; empty: all that there are."""
+    alpha: float = Field(0.3, ge=0)
+    """Exponent of language sampling, q ~ p^alpha: 1 as often as in the data, 0 all alike (paper 2: 0.3)."""
+    lanes: PositiveInt = 8
+    """Parallel walks over the shards, of which a step takes equal shares; a multiple of the workers."""
+    block: PositiveInt = 4096
+    """Samples that a lane shuffles at a time."""
+
+
+class DataConfig(Config):
+    """Data that a run reads."""
+
+    tokenizer: str
+    """SentencePiece model, tokenizer.json or vocab.txt; empty: the corpus's."""
+    image_text: StreamConfig = StreamConfig(length=35)
+    """Images with English captions."""
+    parallel: StreamConfig = StreamConfig(length=50)
+    """English sentences with their translations."""
+    text: StreamConfig = StreamConfig(length=64)
+    """Plain sentences in all languages."""
+    augment: AugmentConfig = AugmentConfig()
+    """Augmentation of training images."""
+    caption_language: str = "en"
+    """Language of the captions that are trained on."""
+    mask_probability: float = Field(0.15, ge=0, le=1)
+    """Share of the words that are masked (BERT: 15 %; of these 80 % become the mask, 10 % another word)."""
+    bad_limit: float = Field(0.01, ge=0, le=1)
+    """Share of unusable samples that is still normal; more end the run."""
+    retrieval: str | None = None
+    """Retrieval set that each evaluation scores; null: the corpus's, if it has one."""
+    dev: str | Literal[False] | None = None
+    """Folder of held-out samples, whose losses each evaluation computes; null: the corpus's, if it has one;
+    false: none."""
+    cache: str | None = None
+    """Folder of copies of remote shards."""
+    verify: bool = False
+    """Compare the content of every shard with its manifest, and with what the run began with, at every start;
+    otherwise sizes and times of change come first (`raylib.provenance`)."""
+
+    @property
+    def streams(self) -> dict[str, StreamConfig]:
+        return {"image_text": self.image_text, "parallel": self.parallel, "text": self.text}
+
+
+class InitConfig(Config):
+    """Weights to start from; null starts from scratch."""
+
+    text: str | None = None
+    """Folder of an XLM-R or BERT in Hugging Face format."""
+    layers: tuple[NonNegativeInt, ...] | None = None
+    """Layers of `text` that become the text encoder's, then the unified ones; null: its first, then its
+    last."""
+    vision: str | None = None
+    """Folder of a ViT in Hugging Face format."""
+    model: str | None = None
+    """Export or run of ours, all of whose weights are taken, for a further stage with a schedule of its
+    own."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "InitConfig":
+        if self.model and (self.text or self.vision):
+            raise ValueError("init.model has all weights; leave init.text and init.vision out")
+        return self
+
+
+class PretrainConfig(LaunchConfig):
+    """Everything that a pretraining run depends on."""
+
+    stored_as = "pretrain"
+
+    corpus: str = "sample"
+    """Folder with image_text, parallel, text, retrieval, dev and a tokenizer; or "sample", the embedded one,
+    or "scenes" of it."""
+    model: ModelConfig
+    """Sizes of the model."""
+    init: InitConfig = InitConfig()
+    """Weights to start from."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """Losses."""
+    data: DataConfig
+    """Data that the run reads."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and learning rate."""
+    fit: FitConfig
+    """Length and intervals of the training."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PretrainConfig":
+        longest = max(stream.length for stream in self.data.streams.values())
+        if longest > self.model.positions:
+            raise ValueError(
+                f"model.positions={self.model.positions} is less than the longest data length {longest}"
+            )
+        for name in ("image_text", "parallel"):
+            stream = self.data.streams[name]
+            share, every = stream.batch // stream.lanes, self.objective.fuse_every
+            if share % every:
+                raise ValueError(
+                    f"objective.fuse_every={every} must divide the {share} samples of data.{name} from each "
+                    f"lane; set it to {math.gcd(share, every)}, or data.{name}.batch to a multiple of "
+                    f"{every * stream.lanes}"
+                )
+        return self

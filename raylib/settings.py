@@ -1,0 +1,426 @@
+"""Settings that the stages share: of a model, its objective, optimizer and training, of images, of a run.
+
+They stand here, apart from the code that each configures and that imports them (`raylib.engine.OptimConfig`),
+for that code needs PyTorch, which takes seconds to import: help, errors of a command line and
+`--print-config` need settings alone (tests/test_help.py).
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from raylib.config import Config, NameOrFile, UserFile, load_user_file, lookup
+from raylib.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from raylib.objectives import PretrainingTerm
+
+# ---- a run, its training, its optimizer
+
+
+class LaunchConfig(Config):
+    """Folder and resources of a run."""
+
+    recipe: str = ""
+    """The recipe that the config began as; set by the command line."""
+    name: str = Field(default="run", pattern=r"^[\w.-]+$")
+    """Name of the run: its folder is `runs`/`name`."""
+    runs: str = "runs"
+    """Folder of all runs; the environment variable POLYGLANCE_RUNS gives another one."""
+    runtime: Literal["ray", "local"] = "ray"
+    """Train on the workers of a Ray cluster, or in this process (under torchrun, in each of its
+    processes)."""
+    workers: PositiveInt = 2
+    """Processes that train together, one a GPU; only on Ray."""
+    gpu: bool | None = None
+    """Give each worker a GPU; null: if the cluster has any."""
+    max_failures: NonNegativeInt = 3
+    """Times that a run on Ray is started again after a worker was lost."""
+    resume: str = "newest"
+    """Checkpoint to go on from: newest, best, or step_NNNNNN; newer ones are set aside, never deleted."""
+    keep_optimizer: bool = True
+    """Keep optimizer states in the checkpoints of a run that has ended; without, they have weights alone."""
+
+
+Backend = Literal["tensorboard", "wandb", "mlflow"]  # of a tracker (`raylib.trackers`)
+Residual = Literal["float32", "bfloat16"]  # the residual stream and layer norms
+Sharding = Literal["none", "zero2"]  # of optimizer states and gradients over the workers
+
+
+class FitConfig(Config):
+    """Length of a training, and its intervals, in steps; 0 means only at the end."""
+
+    steps: NonNegativeInt = 0
+    """Optimizer steps of a training; fine-tuning sets them, and the intervals, from its epochs."""
+    seed: int = 0
+    """Seed of everything that is drawn: weights, order of the data, augmentation, dropout."""
+    log_every: PositiveInt = 10
+    """Steps between two lines of metrics."""
+    eval_every: NonNegativeInt = 0
+    """Steps between two evaluations; 0: only at the end."""
+    save_every: NonNegativeInt = 0
+    """Steps between two checkpoints; 0: only at the end."""
+    keep: PositiveInt = 2
+    """Number of newest checkpoints that stay, beside the best one."""
+    max_skipped: NonNegativeInt = 10
+    """Steps in a row whose loss or gradient may be not finite: they change nothing; one more ends the run."""
+    bf16: bool | None = None
+    """Compute in bfloat16 under autocast; null: where the hardware multiplies it."""
+    residual: Residual | None = None
+    """Format of the residual stream and of layer norms where steps are in bf16; null: bfloat16 on a GPU,
+    float32 elsewhere. Weights, optimizer and losses are float32."""
+    tf32: bool = True
+    """Multiply what stays float32 in TF32 on a GPU; scores of contrast and matching never are."""
+    sharding: Sharding | None = None
+    """Optimizer states and gradients: none (all on each worker; PyTorch's DDP), zero2 (each worker keeps a
+    share; DeepSpeed ZeRO-2); null: zero2 on Ray, else none."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format in which gradients travel between workers; bfloat16 halves their traffic, and rounds."""
+    loader_workers: NonNegativeInt = 1
+    """Processes of a worker that prepare batches; 0: the worker itself."""
+    track: tuple[Backend, ...] = ()
+    """Trackers that metrics go to, beside metrics.jsonl."""
+    stop_after: PositiveInt | None = None
+    """Stop at this step, as an interruption would; the run stays unfinished, and goes on later."""
+
+    def uses_bf16(self, device: "torch.device") -> bool:
+        """Return whether steps on `device` are in bf16."""
+        from raylib.runtime import has_bf16
+
+        return has_bf16(device) if self.bf16 is None else self.bf16
+
+    def set_precision(self, model: "nn.Module", device: "torch.device") -> str:
+        """Set the formats of numbers of `model` on `device`, and return a line about them; "" on a CPU."""
+        from raylib.precision import set_residual, set_tf32
+        from raylib.runtime import describe_precision
+
+        set_residual(model, self.residual)
+        if device.type != "cuda":
+            return ""
+        set_tf32(self.tf32)
+        return describe_precision(device, self.uses_bf16(device), self.residual, self.tf32)
+
+    def due_after(self, done: int, last: int) -> tuple[bool, bool, bool]:
+        """Return whether to log, to evaluate, to save after `done` steps; the loop ends at `last`."""
+
+        def is_due(every: int) -> bool:
+            return done == self.steps or (every > 0 and done % every == 0)
+
+        is_last = done == last
+        return (
+            done % self.log_every == 0 or is_last,
+            is_due(self.eval_every),
+            is_due(self.save_every) or is_last,
+        )
+
+
+class OptimConfig(Config):
+    """AdamW and the schedule of its learning rate."""
+
+    lr: PositiveFloat = 1e-4
+    """Highest learning rate, at the end of the warm-up."""
+    warmup: float = Field(0.1, ge=0, le=1)
+    """Share of the steps in which the learning rate rises from 0 to `lr`."""
+    decay: Literal["linear", "cosine"] = "linear"
+    """Fall to 0 after the warm-up: linear (paper 2, section 4.1), or along half a cosine (paper 4)."""
+    schedule_factor: float = Field(1.0, ge=1)
+    """Lay the schedule out for this many times the steps that are trained (IGLUE: 20 epochs, of which xGQA
+    trains 5)."""
+    weight_decay: NonNegativeFloat = 0.2
+    """AdamW's weight decay, of matrices alone: biases, norms and scalars have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the mean of gradients and of their squares."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's term in the denominator."""
+    clip: PositiveFloat = 1.0
+    """Largest norm of the whole gradient; a longer one is scaled down to it."""
+
+
+# ---- images
+
+
+# RandAugment's (`raylib.data.images`: `WARPS`, and `TONES` with "identity")
+OPERATIONS = (
+    {"identity", "rotate", "shear_x", "shear_y", "translate_x", "translate_y"}
+    | {"autocontrast", "brightness", "contrast", "equalize", "hue", "posterize", "saturation", "solarize"}
+    | {"blur", "sharpness"}
+)
+
+
+class AugmentConfig(Config):
+    """Random changes of training images: crop, RandAugment's operations, flip, grey, cutout."""
+
+    scale: tuple[float, float] = (0.2, 1.0)
+    """Share of an image's area that a random crop keeps: least, most."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect (width over height) of a crop: least, most; drawn log-uniformly."""
+    operations: int = Field(2, ge=0)
+    """Number of operations of `choices` that are applied to an image (RandAugment's N)."""
+    magnitude: float = Field(7.0, ge=0, le=10)
+    """Strength of these operations, at most (RandAugment's M, of 10)."""
+    choices: tuple[str, ...] = (
+        "identity",
+        "autocontrast",
+        "equalize",
+        "brightness",
+        "sharpness",
+        "shear_x",
+        "shear_y",
+        "translate_x",
+        "translate_y",
+        "rotate",
+    )
+    """Operations to choose from."""
+    flip: float = Field(0.0, ge=0, le=1)
+    """Probability of a horizontal flip; 0 by default, for captions say left and right."""
+    grayscale: float = Field(0.0, ge=0, le=1)
+    """Probability that an image loses its colours."""
+    cutout: float = Field(0.0, ge=0, le=1)
+    """Probability that a square of an image is painted over."""
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("must be two positive numbers, the smaller one first")
+        return value
+
+    @field_validator("choices")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := set(value) - OPERATIONS or not value:
+            raise ValueError(f"unknown operations {unknown}; there are: {', '.join(sorted(OPERATIONS))}")
+        return value
+
+
+# ---- models
+
+
+PixelStats = float | tuple[float, float, float]  # of a pixel's 0..255: for all colours, or one each
+
+
+class SwinSizes(Config):
+    """Sizes of a Swin Transformer; the defaults are Swin-B."""
+
+    width: PositiveInt = 128
+    """Width of the first stage's states; it doubles from stage to stage."""
+    layers: tuple[PositiveInt, ...] = (2, 2, 18, 2)
+    """Layers of each stage."""
+    heads: tuple[PositiveInt, ...] = (4, 8, 16, 32)
+    """Attention heads of each stage."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SwinSizes":
+        if not self.layers or len(self.layers) != len(self.heads):
+            raise ValueError(f"layers {self.layers} and heads {self.heads} do not speak of the same stages")
+        for stage, heads in enumerate(self.heads):
+            if self.width * 2**stage % heads:
+                raise ValueError(
+                    f"stage {stage} is {self.width * 2**stage} wide, no multiple of its {heads} heads"
+                )
+        return self
+
+    @property
+    def merges(self) -> int:
+        """Number of patches, in each direction, that one of the last stage was made of."""
+        return 2 ** (len(self.layers) - 1)
+
+
+class ModelConfig(Config):
+    """Sizes of a unified model. The defaults are the paper's `base`: 12 image, 6 text and 6 unified
+    layers."""
+
+    vocabulary: NonNegativeInt = 250002
+    """Pieces of the vocabulary; 0: the tokenizer's."""
+    width: PositiveInt = 768
+    """Width of hidden states of text and fusion."""
+    heads: PositiveInt = 12
+    """Attention heads; `width` is a multiple."""
+    feedforward: PositiveInt = 3072
+    """Width of the feed-forward layers."""
+    text_layers: NonNegativeInt = 6
+    """Layers of the text encoder."""
+    fusion_layers: NonNegativeInt = 6
+    """Unified layers, in which text attends to images, or to another sentence (paper 2, section 3.1)."""
+    vision_layers: NonNegativeInt = 12
+    """Layers of the vision transformer; a Swin has its own."""
+    vision_width: PositiveInt | None = None
+    """Width of the vision transformer; null: that of the text. Its heads are as wide as those of texts, and a
+    linear map leads to `width`."""
+    vision_window: PositiveInt | None = None
+    """Side in pixels of windows that never see each other; null: one window."""
+    image_size: PositiveInt = 256
+    """Side of an image in pixels."""
+    patch: PositiveInt = 16
+    """Side of a patch in pixels."""
+    positions: PositiveInt = 512
+    """Longest text in tokens."""
+    embedding: PositiveInt = 256
+    """Width of the embeddings of contrast and retrieval."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout of text and unified layers."""
+    eps: PositiveFloat = 1e-12
+    """Epsilon of layer norms."""
+    temperature: PositiveFloat = 0.07
+    """Temperature of the contrast at the start; it is trained (paper 2, equation 1)."""
+    pixel_mean: PixelStats = 127.5
+    """Subtracted from a pixel's 0..255, for all colours or each."""
+    pixel_std: PixelStats = 127.5
+    """Divisor of pixels afterwards, for all colours or each."""
+    fusion: Literal["cross", "entangled"] = "cross"
+    """Cross-attention, or self-attention over text and memory in one row (paper 2's "w/o uni-arch")."""
+    swin: SwinSizes | None = None
+    """A Swin Transformer in the place of the ViT."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "ModelConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.vision_width and self.vision_width % (self.width // self.heads):
+            raise ValueError(
+                f"vision_width {self.vision_width} is not a multiple of a head's {self.width // self.heads}"
+            )
+        if self.image_size % self.stride:
+            raise ValueError(
+                f"image_size {self.image_size} is no multiple of the {self.stride} pixels of a last patch or "
+                "window"
+            )
+        if self.vision_window and (self.swin or self.vision_window % self.patch):
+            raise ValueError(
+                f"vision_window {self.vision_window} is for a ViT, and a multiple of its patch {self.patch}"
+            )
+        return self
+
+    @property
+    def stride(self) -> int:
+        """Pixels that a patch is wide, for a Swin one of its last stage, or a window: images are a multiple
+        of it."""
+        return self.vision_window or self.patch * (self.swin.merges if self.swin else 1)
+
+
+class DecoderConfig(Config):
+    """The ranking of answers."""
+
+    candidates: PositiveInt = 128
+    """Answers with the likeliest first token that are scored whole (CCLM: 128)."""
+    count_first_twice: bool = False
+    """Add the first token's log-probability once more, as CCLM's public code does and its paper does not
+    say."""
+
+
+# ---- the objective of pretraining
+
+
+Version = Literal["clean", "masked"]  # of a sentence
+
+
+class TermWeights(Config):
+    """Weight of each term (`raylib.objectives.pretraining.TERMS`); 0 leaves it, and what only it needs, out.
+
+    Their order is that in which a step computes and adds them up.
+    """
+
+    ucl_image: NonNegativeFloat = 1.0
+    """Weight of the contrast of images and captions (UCL; paper 2, equation 1)."""
+    itm: NonNegativeFloat = 1.0
+    """Weight of image-text matching, with hard negatives (ITM; paper 2, equation 3)."""
+    vlm: NonNegativeFloat = 1.0
+    """Weight of masked words of captions beside their image (VLM; paper 2, equation 2)."""
+    ucl_translation: NonNegativeFloat = 1.0
+    """Weight of the contrast of English sentences and their translations (UCL; paper 2, equation 1)."""
+    tlm: NonNegativeFloat = 1.0
+    """Weight of masked words of a sentence beside its translation (TLM; paper 2, equation 2)."""
+    xmlm: NonNegativeFloat = 1.0
+    """Weight of masked words of plain text (xMLM; paper 2, equation 2)."""
+
+
+class UserTerm(Config):
+    """A term in a user's own file."""
+
+    file: NameOrFile
+    """Python file of yours with the term: my_term.py, or my_term.py:function where it has several."""
+    weight: NonNegativeFloat = 1.0
+    """Weight of the term in the loss."""
+
+    @property
+    def path(self) -> Path:
+        """Return where the file lies; of stored settings, where the run keeps its copy."""
+        return self.file.path if isinstance(self.file, UserFile) else Path(self.file)
+
+    def load(self) -> "PretrainingTerm":
+        """Raises UserError: no such file, no such term in it, several and none is named."""
+        from raylib.objectives import PretrainingTerm
+
+        path, name = self.path, self.file.partition(":")[2]
+        entries = {k: v for k, v in vars(load_user_file(path)).items() if isinstance(v, PretrainingTerm)}
+        if not entries:
+            raise UserError(f"{path}: no function in it is a term; @term above a function makes it one")
+        if not name and len(entries) > 1:
+            raise UserError(
+                f"{path}: several terms ({', '.join(entries)}); say which: {path}:{next(iter(entries))}"
+            )
+        return lookup(name, entries, f"term of {path}") if name else next(iter(entries.values()))
+
+
+class UserTerms(Config):
+    """Terms in users' own files, by any name: `my=my_term.py`, `my.weight=0.5`."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[
+        str, Annotated[UserTerm, BeforeValidator(lambda v: {"file": v} if isinstance(v, str) else v)]
+    ] = Field(init=False)
+
+    def items(self) -> list[tuple[str, UserTerm]]:
+        return list(self.__pydantic_extra__.items())
+
+
+class ObjectiveConfig(Config):
+    """Defaults follow the paper's equations; the other value of each choice is what its public code does."""
+
+    weights: TermWeights = TermWeights()
+    """Weight of each term; 0 leaves a term out."""
+    terms: UserTerms = UserTerms()
+    """Terms in files of your own."""
+    ucl_text: Version = "clean"
+    """Captions that the contrast sees: clean, or masked as the public code's."""
+    itm_text: Version = "masked"
+    """Captions that image-text matching sees."""
+    tlm_source: Version = "clean"
+    """English sentences that TLM reads beside the masked translation."""
+    directions: Literal["sum", "mean"] = "sum"
+    """Add both directions of a contrast (the paper), or take their mean (its public code)."""
+    train_vision: bool = True
+    """Train the image encoder."""
+    train_embeddings: bool = True
+    """Train the word embeddings, which a small corpus would pull away from all words that it lacks."""
+    frozen_text_layers: NonNegativeInt = 0
+    """Lowest layers of the text encoder that do not train."""
+    temperature: tuple[float, float] = (0.001, 0.5)
+    """Range that the trained temperature is kept in: least, most."""
+    fuse_every: PositiveInt = 1
+    """VLM, ITM and TLM see every n-th pair of a step; the contrast sees them all."""
+
+    @field_validator("terms")
+    @classmethod
+    def _has_new_names(cls, terms: UserTerms) -> UserTerms:
+        if duplicates := [name for name, _ in terms.items() if name in TermWeights.model_fields]:
+            raise ValueError(f"{duplicates[0]} is a term already; give yours another name")
+        return terms
+
+    def all_weights(self) -> dict[str, float]:
+        """The weight of every term, the user's own too."""
+        return {**self.weights.model_dump(), **{name: term.weight for name, term in self.terms.items()}}
