@@ -190,7 +190,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     shape = config.model.image_size, config.fit.seed, runtime.rank, runtime.world_size
     batches, dev = StepBatches(data, *shape), dev_batches(data, *shape)
     model = build_model(config)
-    objective = UnifiedObjective(model, config.objective, data.image_text.length, batches.streams)
+    objective = UnifiedObjective(model, config.objective, batches.streams)
     batches.image_tokens = model.count_image_tokens()
     tables: list[dict[str, Any]] = []
     sizes = config.model.image_size, config.model.positions

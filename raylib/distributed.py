@@ -4,7 +4,8 @@ Convention: each worker's loss is its own share times the number of workers, so 
 gradients (DDP, ZeRO) gives the gradient of the loss over the global batch.
 """
 
-from typing import Any, TypeVar
+import warnings
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raylib.errors import NotFinite, UserError
-from raylib.packed import Ragged
+from raylib.packed import Ragged, concatenate
+
+# torch 2.13 has other names for these two, which 2.11 lacks
+warnings.filterwarnings(
+    "ignore", ".*(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", category=FutureWarning
+)
 
 T = TypeVar("T")
 
@@ -71,36 +77,97 @@ def all_gather(x: Tensor) -> Tensor:
     return _Gather.apply(x) if world_size() > 1 else x
 
 
-def gather_ragged(x: Ragged, width: int) -> Ragged:
-    """Gather all workers' rows in rank order, with gradient. No row is longer than `width` tokens on any
-    worker."""
-    if world_size() == 1:
+class RowExchange(NamedTuple):
+    """Rows on their way from the workers that have them to those that need them, each once; all on the CPU.
+
+    sent: (S,) this worker's rows that others need, for one worker after the other; send_to: (S,) that worker.
+    received: (R,) the rows that come, by their positions among all workers' rows in rank order;
+    receive_from: (R,) whose they are. index: (n,) each needed row among this worker's own ones, in their
+    order, and then those that come.
+    """
+
+    sent: Tensor
+    send_to: Tensor
+    received: Tensor
+    receive_from: Tensor
+    index: Tensor
+
+
+def plan_exchange(needed: Tensor, rank: int, num_rows: int) -> RowExchange:
+    """Plan which rows travel.
+
+    Args:
+        needed: (W, n) what each worker needs, by positions among all workers' rows in rank order; on the CPU.
+        rank: of this worker.
+        num_rows: that each worker has.
+    """
+    total = len(needed) * num_rows
+    # each worker's needs once, in the order of workers and positions, in which owners follow each other too:
+    # sender and receiver agree on the order of rows without a word
+    asked = (torch.arange(len(needed))[:, None] * total + needed).unique()
+    reader, position = asked // total, asked % total
+    owner = position // num_rows
+    sends, comes = (owner == rank) & (reader != rank), (owner != rank) & (reader == rank)
+    place = torch.full((total,), -1)
+    place[rank * num_rows : (rank + 1) * num_rows] = torch.arange(num_rows)
+    place[position[comes]] = num_rows + torch.arange(int(comes.sum()))
+    return RowExchange(
+        position[sends] % num_rows, reader[sends], position[comes], owner[comes], place[needed[rank]]
+    )
+
+
+def exchange_rows(x: Ragged, lengths: Tensor, plan: RowExchange) -> Ragged:
+    """This worker's rows, and those that come from others, with gradient: each worker gets back what others'
+    losses owe to its rows.
+
+    Args:
+        lengths: (W n,) of all workers' rows, on the CPU.
+    """
+    world = world_size()
+    if world == 1:
         return x
-    columns = torch.arange(width)
-    valid = columns < x.lengths[:, None]
-    index = (x.starts[:, None] + torch.where(valid, columns, 0)).to(x.values.device)
-    lengths = all_gather(x.lengths.to(x.values.device)).cpu()
-    # rows travel padded, since all workers must send alike. `embedding`, because the gradient of plain
-    # indexing adds up in no fixed order on threads
-    padded = all_gather(F.embedding(index, x.values))
-    token_cells = (columns < lengths[:, None]).flatten().nonzero().squeeze(1)
-    return Ragged(padded.flatten(0, 1).index_select(0, token_cells.to(padded.device)), lengths)
+    tokens = x.token_index(plan.sent).to(x.values.device)
+    received = lengths[plan.received]
+
+    def count_tokens(worker: Tensor, lengths: Tensor) -> list[int]:
+        return torch.zeros(world, dtype=torch.int64).index_add(0, worker, lengths).tolist()
+
+    counts = count_tokens(plan.send_to, x.lengths[plan.sent]), count_tokens(plan.receive_from, received)
+    # `embedding`, because its gradient adds up in one order, that of plain indexing in none
+    values = _AllToAll.apply(F.embedding(tokens, x.values), *counts)
+    return concatenate([x, Ragged(values, received)])
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(out, x.contiguous())
-        return torch.cat(out)
+        out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous())
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        # every worker's loss has used every worker's rows: what they owe to these rows lies on all of them.
-        # gloo has no reduce_scatter; the gathered states are small beside the gradients
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+        # every worker's loss has used every worker's rows: what they owe to these rows lies on all of them
+        out = grad.new_empty(len(grad) // dist.get_world_size(), *grad.shape[1:])
+        dist.reduce_scatter_tensor(out, grad.contiguous())
+        return out
+
+
+class _AllToAll(torch.autograd.Function):
+    """(S, d), of whose rows each worker gets as many as `send_counts` says -> (R, d), of which as many as
+    `receive_counts` says come from each."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
+        ctx.counts = send_counts, receive_counts
+        out = x.new_empty(sum(receive_counts), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), receive_counts, send_counts)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        send_counts, receive_counts = ctx.counts
+        return _AllToAll.apply(grad, receive_counts, send_counts), None, None
 
 
 def clamp_parameter(x: Tensor, low: float, high: float) -> Tensor:

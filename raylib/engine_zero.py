@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import warnings
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -146,8 +145,6 @@ def _import_deepspeed(device: torch.device) -> Any:
         ) from None
     import deepspeed.ops
 
-    # DeepSpeed 0.19.8 calls what torch 2.13 has renamed, once a step
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     if device.type == "cpu":
         # its shared-memory extension compiles for 40 s and hangs on a stale lock; gloo serves
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

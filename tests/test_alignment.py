@@ -155,7 +155,7 @@ def test_alignment_on_two_workers_equals_one():
 def matching(loss: str, weight: float):
     """(an objective of matching with alignment beside it, the same without)."""
     model = make_model()
-    unified = UnifiedObjective(model, CONTRAST_AND_ITM, 16)
+    unified = UnifiedObjective(model, CONTRAST_AND_ITM)
     config = TranslationAlignmentConfig(loss=loss, weight=weight)
     terms = {
         name: AddedTerm(*term, reads=config.needs)

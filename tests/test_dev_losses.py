@@ -23,7 +23,7 @@ SMALL = ("data.image_text.batch=16", "data.parallel.batch=16", "data.text.batch=
 def losses_of(data, rank=0, world=1, config=CONFIG):
     model = make_model(vocabulary=12000, positions=64).eval()
     batches = dev_batches(data, 16, 5, rank, world)
-    return DevLosses(UnifiedObjective(model, config, 24), batches, bf16=False)()
+    return DevLosses(UnifiedObjective(model, config), batches, bf16=False)()
 
 
 def decide(*pair, log_chances=reference.match):

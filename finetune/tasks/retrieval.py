@@ -92,7 +92,7 @@ class Retrieval(Task):
         if not config.use_itm_head:
             return ContrastObjective(model, config.temperature, added.terms)
         pretraining = CONTRAST_AND_ITM.model_copy(update={"train_vision": "vision" not in config.freeze})
-        objective = UnifiedObjective(model, pretraining, config.length)
+        objective = UnifiedObjective(model, pretraining)
         return MatchingObjective(objective, added.terms) if added.terms else objective
 
     def evaluate(

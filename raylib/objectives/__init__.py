@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raylib.distributed import all_gather, gather_ragged
+from raylib.distributed import all_gather, exchange_rows, plan_exchange, rank, world_size
 from raylib.packed import Ragged
 from raylib.precision import exact_addmm
 
@@ -239,7 +239,8 @@ def contrast_pairs(left: Tensor, right: Tensor, pairs: GlobalPairs, temperature:
 class Negatives:
     """Hard negatives of the fused pairs of the global batch, both ways.
 
-    images: those that this worker needs, once each; positive_image, wrong_image: (b,) rows of these.
+    images: the local ones, then those of other workers that this one needs, once each, since the unified
+        encoder projects each to keys and values; positive_image, wrong_image: (b,) rows of these.
     captions, wrong_captions: states, b rows each. has_image, has_caption: (b,) whether there is a wrong one.
     """
 
@@ -252,35 +253,36 @@ class Negatives:
     has_caption: Tensor
 
 
-def find_negatives(
-    images: Ragged, captions: Ragged, scores: NegativeScores, uniforms: Tensor, longest: int
-) -> Negatives:
-    """Draw a wrong caption and a wrong image, hard ones of the global batch, for each pair.
+def find_negatives(images: Ragged, captions: Ragged, scores: NegativeScores, uniforms: Tensor) -> Negatives:
+    """Draw a wrong caption and a wrong image, hard ones of the global batch, for each pair, and fetch their
+    states from the workers that have them.
 
     Args:
-        images, captions: states of the local pairs; no caption of any worker has more than `longest` tokens.
+        images, captions: states of the local pairs.
         uniforms: (b, 2) in [0, 1), for the caption and for the image.
     """
+    device = images.values.device
     wrong_caption, has_caption = draw_hard_negatives(scores.left_to_right, scores.forbidden, uniforms[:, 0])
     wrong_image, has_image = draw_hard_negatives(scores.right_to_left, scores.forbidden, uniforms[:, 1])
-    positives = torch.searchsorted(scores.global_index, scores.index)
-    gathered_order = all_gather(scores.index).argsort()
-    # the one wait for the device in a step, all indices at once: the wrong captions' lengths decide how
-    # attention runs
-    indices = torch.cat([wrong_caption, wrong_image, positives, gathered_order]).cpu()
-    n = len(positives)
-    wrong_caption, wrong_image, positives, gathered_order = indices.split([n, n, n, len(gathered_order)])
-    all_images = Ragged(all_gather(images.values), images.lengths[:1].expand(len(gathered_order)))
-    # an image that serves twice, as a row's own and as another's wrong one, is kept once: the unified
-    # encoder projects each to keys and values
-    unique_images, image_rows = torch.cat([positives, wrong_image]).unique(return_inverse=True)
-    positive_image, wrong_image = image_rows.split(n)
+    lengths = torch.stack([images.lengths, captions.lengths]).to(device, non_blocking=True)
+    # what all workers need and have, in one gather, and the one wait for the device in a step: every host
+    # must know which rows travel, and wrong captions' lengths decide how attention runs
+    table = all_gather(torch.stack([scores.index, wrong_caption, wrong_image, *lengths], 1)).cpu()
+    index, wrong_captions, wrong_images, image_lengths, caption_lengths = table.unbind(1)
+    # columns of the scores are in the order of the index, rows lie in that of the workers
+    position = index.argsort()
+    n, size = len(captions.lengths), (world_size(), len(captions.lengths))
+    caption_plan = plan_exchange(position[wrong_captions].view(size), rank(), n)
+    image_plan = plan_exchange(position[wrong_images].view(size), rank(), n)
+    if torch.is_autocast_enabled(device.type):
+        # the unified encoder projects them to keys and values in bf16 in any case
+        images = images.with_values(images.values.to(torch.get_autocast_dtype(device.type)))
     return Negatives(
-        all_images.select_rows(gathered_order[unique_images]),
-        positive_image,
-        wrong_image,
+        exchange_rows(images, image_lengths, image_plan),
+        torch.arange(n),
+        image_plan.index,
         captions,
-        gather_ragged(captions, longest).select_rows(gathered_order[wrong_caption]),
+        exchange_rows(captions, caption_lengths, caption_plan).select_rows(caption_plan.index),
         has_image,
         has_caption,
     )

@@ -70,7 +70,7 @@ class StreamStep:
     """A stream's part of a batch, on its way to the terms; `reads`: what these want of it."""
 
     def __init__(self, objective: "UnifiedObjective", batch: dict, reads: Set[Reads], temperature: Tensor):
-        self.model, self.config, self.longest = objective.model, objective.config, objective.caption_length
+        self.model, self.config = objective.model, objective.config
         self.batch, self.reads, self.temperature = batch, reads, temperature
         self.encodings: list[StreamEncoding] = []
 
@@ -125,7 +125,6 @@ class ImageTextStep(StreamStep):
             captions,
             self.contrast.scores.subset(rows, self.config.fuse_every),
             self.batch["negative_uniforms"].index_select(0, rows),
-            self.longest,
         )
 
     @cached_property
@@ -304,13 +303,11 @@ class UnifiedObjective(Objective):
         self,
         model: UnifiedModel,
         config: ObjectiveConfig,
-        caption_length: int = 35,
         streams: Collection[str] = tuple(STEPS),
     ):
-        """`caption_length`: no caption of any worker is longer, in tokens. `streams`: those that batches
-        have; terms of the others are left out."""
+        """`streams`: those that batches have; terms of the others are left out."""
         super().__init__()
-        self.model, self.config, self.caption_length = model, config, caption_length
+        self.model, self.config = model, config
         self.weights = {name: weight for name, weight in config.all_weights().items() if weight}
         terms = {**TERMS, **{name: term.load() for name, term in config.terms.items()}}
         self.terms = {name: terms[name] for name in self.weights if terms[name].stream in streams}
