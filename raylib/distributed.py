@@ -82,7 +82,7 @@ class RowExchange(NamedTuple):
 
     sent: (S,) this worker's rows that others need, for one worker after the other; send_to: (S,) that worker.
     received: (R,) the rows that come, by their positions among all workers' rows in rank order;
-    receive_from: (R,) whose they are. index: (n,) each needed row among this worker's own ones, in their
+    receive_from: (R,) whose they are. rows: (n,) each needed row among this worker's own ones, in their
     order, and then those that come.
     """
 
@@ -90,7 +90,7 @@ class RowExchange(NamedTuple):
     send_to: Tensor
     received: Tensor
     receive_from: Tensor
-    index: Tensor
+    rows: Tensor
 
 
 def plan_exchange(needed: Tensor, rank: int, num_rows: int) -> RowExchange:

@@ -78,7 +78,7 @@ def exchange(rank, world, dtype):
     )
     mine.values.requires_grad_()
     plan = plan_exchange(NEEDED, rank, 2)
-    rows = exchange_rows(mine, lengths, plan).select_rows(plan.index)
+    rows = exchange_rows(mine, lengths, plan).select_rows(plan.rows)
     (rows.values * (rank + 1)).sum().backward()
     return rows.values.detach().flatten(), rows.lengths, mine.values.grad.flatten(), plan.sent, plan.received
 

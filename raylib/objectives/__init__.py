@@ -280,9 +280,9 @@ def find_negatives(images: Ragged, captions: Ragged, scores: NegativeScores, uni
     return Negatives(
         exchange_rows(images, image_lengths, image_plan),
         torch.arange(n),
-        image_plan.index,
+        image_plan.rows,
         captions,
-        exchange_rows(captions, caption_lengths, caption_plan).select_rows(caption_plan.index),
+        exchange_rows(captions, caption_lengths, caption_plan).select_rows(caption_plan.rows),
         has_image,
         has_caption,
     )
