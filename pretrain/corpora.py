@@ -25,7 +25,7 @@ import raylib.sample
 import raylib.text
 from pretrain.corpus_formats import LIMIT, Tally, read_image_text, read_pairs, read_text
 from raylib.command import command_parser, entry_point
-from raylib.data import shards, tars
+from raylib.data import index, shards, tars
 from raylib.data.shards import ShardWriter
 from raylib.errors import UserError
 from raylib.fileio import sha256_file
@@ -194,7 +194,7 @@ def build_sample_corpus(cache: Path | str, tokenizer: Path | str | None = None, 
 def _fingerprint(tokenizer: Path) -> str:
     """Hash of everything that the folder depends on: the data, and the code that turns it into shards."""
     files = [path for part in ("captions", "pictures", "udhr") for path in sorted((DATA / part).iterdir())]
-    modules = (raylib.sample, shards, tars, raylib.text)
+    modules = (raylib.sample, shards, tars, index, raylib.text)
     code = [Path(str(module.__file__)) for module in modules]
     hashes = map(sha256_file, [*files, tokenizer, *code, Path(__file__)])
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]

@@ -30,6 +30,8 @@ from raylib.finite import is_finite
 from raylib.packed import Ragged
 
 T = TypeVar("T")
+# no part of the data beside them: opening an LMDB writes the first, opening a shard the second
+WRITTEN_BY_READERS = ("lock.mdb", ".index.bin")
 
 
 class ObjectCache(Protocol):
@@ -92,10 +94,9 @@ def file_fingerprint(path: str | Path) -> tuple:
     path = Path(path).absolute()
     files = [path] if path.exists() else []
     if path.is_dir():
-        # `os.walk`, because readers follow links to folders and `rglob` does not. lock.mdb is left out,
-        # because opening an LMDB for reading writes it.
+        # `os.walk`, because readers follow links to folders and `rglob` does not
         below = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
-        files = sorted(p for p in below if p.is_file() and p.name != "lock.mdb")
+        files = sorted(p for p in below if p.is_file() and not p.name.endswith(WRITTEN_BY_READERS))
     return str(path), *((str(f.relative_to(path)), (s := f.stat()).st_size, s.st_mtime_ns) for f in files)
 
 

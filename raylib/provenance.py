@@ -19,6 +19,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -33,7 +34,7 @@ from raylib.checkpoint import hint_if_unsaved
 from raylib.display import progress
 from raylib.errors import UserError
 from raylib.fileio import read_json, sha256_file, write_atomically
-from raylib.runtime import device_name
+from raylib.runtime import available_cpus, device_name
 
 IDENTITY = "identity.json"
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,30 +83,37 @@ def fingerprint_files(
     Raises:
         UserError: a file is missing; with `verify`, its content is not what its manifest says.
     """
-    entries = {}
-    for file in progress(files, "check the data", unit="files"):
-        path = file.name
-        if not file.path.exists():
-            raise UserError(f"{path}: this file of the run's data is missing; restore it")
-        names_sizes_times = file_fingerprint(file.path)[1:]
-        size = sum(bytes_ for _, bytes_, _ in names_sizes_times)
-        entry = {"stamp": hashlib.sha256(repr(names_sizes_times).encode()).hexdigest()[:24], "bytes": size}
-        old = before.get(path)
-        # hashing costs a pass over the data: only where it is asked for, is cheap, or must decide whether a
-        # file of another time is the one that was hashed before
-        is_new_and_small = old is None and file.sha256 is None and not file.large
-        if old and old["stamp"] == entry["stamp"] and not verify:
-            sha256 = old["sha256"]
-        elif verify or is_new_and_small or (old and old["sha256"]):
-            # once for all trials of a search
-            sha256 = cached("sha256", file_fingerprint(file.path), partial(hash_path, file.path))
-        else:
-            sha256 = file.sha256
-        if verify and file.sha256 and sha256 != file.sha256:
-            raise UserError(
-                f"{path}: its SHA-256 is not its manifest's; fetch it anew, or index the folder anew"
-            )
-        entries[path] = entry | {"sha256": sha256}
+    entries: dict[str, dict[str, Any]] = {}
+    hashes: dict[str, Future[str]] = {}
+    files = list(files)
+    # in threads, for hashing holds no lock of Python's
+    with ThreadPoolExecutor(available_cpus()) as threads:
+        for file in files:
+            path = file.name
+            if not file.path.exists():
+                raise UserError(f"{path}: this file of the run's data is missing; restore it")
+            fingerprint = file_fingerprint(file.path)
+            size = sum(bytes_ for _, bytes_, _ in fingerprint[1:])
+            stamp = hashlib.sha256(repr(fingerprint[1:]).encode()).hexdigest()[:24]
+            entries[path] = {"stamp": stamp, "bytes": size, "sha256": file.sha256}
+            old = before.get(path)
+            # hashing costs a pass over the data: only where it is asked for, is cheap, or must decide whether
+            # a file of another time is the one that was hashed before
+            is_new_and_small = old is None and file.sha256 is None and not file.large
+            if old and old["stamp"] == stamp and not verify:
+                entries[path]["sha256"] = old["sha256"]
+            elif verify or is_new_and_small or (old and old["sha256"]):
+                # once for all trials of a search
+                hash_file = partial(hash_path, file.path)
+                hashes[path] = threads.submit(cached, "sha256", fingerprint, hash_file)
+        for file in progress(files, "check the data", unit="files"):
+            if file.name in hashes:
+                entries[file.name]["sha256"] = hashes[file.name].result()
+            if verify and file.sha256 and entries[file.name]["sha256"] != file.sha256:
+                threads.shutdown(wait=False, cancel_futures=True)
+                raise UserError(
+                    f"{file.name}: its SHA-256 is not its manifest's; fetch it anew, or index the folder anew"
+                )
     return entries
 
 

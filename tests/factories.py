@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from raylib.data.index import index_path, json_path, open_index
+from raylib.data.index import json_path
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.packed import Sentences
 
@@ -194,19 +194,11 @@ def search_cluster(num_cpus: int) -> Iterator[None]:
     ray.shutdown()
 
 
-def write_json_index(shard: Path, hashes: bool = True) -> Path:
-    """Put the JSON that earlier versions wrote in the place of a shard's index; without `hashes` in their
-    first format."""
-    index = open_index(shard, shard.parent)
-    samples = [
-        [
-            key,
-            {name: place if hashes and place[2] >= 0 else place[:2] for name, place in members.items()},
-            rows,
-        ]
-        for key, members, rows in map(index.read, range(len(index)))
-    ]
-    stored = ({"format": 2} if hashes else {}) | {"bytes": index.shard_bytes, "samples": samples}
-    json_path(shard).write_text(json.dumps(stored))
-    index_path(shard).unlink()
-    return json_path(shard)
+def forget_hashes(shard: Path) -> None:
+    """Put JSON of the first format in the place of a shard's: without hashes of images."""
+    path = json_path(shard)
+    stored = json.loads(path.read_text())
+    del stored["format"]
+    for _, members, _ in stored["samples"]:
+        members.update({extension: place[:2] for extension, place in members.items()})
+    path.write_text(json.dumps(stored))

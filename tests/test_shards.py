@@ -1,7 +1,6 @@
 import errno
 import io
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -14,12 +13,12 @@ import webdataset
 
 from raylib.data import fetch as fetching
 from raylib.data import index as indexing
-from raylib.data.index import FORMAT, encode_index, index_path, json_path, list_samples, open_index
+from raylib.data.index import FORMAT, index_path, json_path, list_samples, open_index
 from raylib.data.shards import BLOCK_ROWS, ShardWriter, index_folder
 from raylib.data.sources import Source
 from raylib.data.tars import FolderSummary, TarScan
 from raylib.errors import UserError
-from tests.factories import write_json_index
+from raylib.provenance import DataFile, fingerprint_files
 
 
 class IdsBelow:
@@ -156,7 +155,8 @@ def test_shard_writer_failure_keeps_old_source(images):
     assert {path.name for path in images.iterdir()} == {
         "manifest.json",
         "en-000000.tar",
-        "en-000000.index",
+        "en-000000.index.bin",
+        "en-000000.index.json",
     }
 
 
@@ -220,10 +220,12 @@ def test_shards_bad_source_is_one_line_error(images, tmp_path):
     fails("in the manifest but not here")
     shard.write_bytes(whole)
 
-    samples = list_samples(TarScan(shard))
-    index_path(shard).write_bytes(encode_index(len(whole), samples[:-1]))
+    index = json.loads(json_path(shard).read_text())
+    json_path(shard).write_text(json.dumps(index | {"samples": index["samples"][:-1]}))
     fails("3 samples, the manifest says 4")
-    index_path(shard).unlink()
+    json_path(shard).write_text("{}")
+    fails("no index of this format")
+    json_path(shard).unlink()
     assert Source(images).sample("en", 7).key == "sub/k7"  # without an index, it is read from the tar
 
     edit_manifest(images, lambda manifest: manifest["shards"][1].update(name="../x.tar"))
@@ -232,60 +234,63 @@ def test_shards_bad_source_is_one_line_error(images, tmp_path):
     fails("no manifest of this format")
 
 
-def damage(content):
-    """{name: the content of an index file, damaged in this way}."""
-    return {
-        "empty": b"",
+def read_all(shard, cache):
+    index = open_index(shard, cache)
+    return list(map(index.read, range(len(index))))
+
+
+@pytest.mark.parametrize("has_json", [True, False])
+def test_index_that_is_damaged_is_made_anew(images, tmp_path, has_json):
+    shard = images / "en-000001.tar"
+    if not has_json:
+        json_path(shard).unlink()
+    before, path = read_all(shard, tmp_path), index_path(shard)
+    content = path.read_bytes()
+    damaged = {
         "cut in the header": content[:40],
         "cut in the middle": content[: len(content) // 2],
         "cut at the end": content[:-1],
         "longer": content + b"?",
         "other format": content[:8] + (FORMAT + 1).to_bytes(4, "little") + content[12:],
         "damaged header": content[:30] + b"?" + content[31:],
-        "foreign": b"{}" + content[2:],
+        "damaged table": content[:-80] + bytes(80),
     }
-
-
-def test_index_that_is_damaged_is_one_line(images):
-    shard = images / "en-000001.tar"
-    path, content = index_path(shard), index_path(shard).read_bytes()
-    for name, damaged in damage(content).items():
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match=f"^{path}: .*delete it, and it is made anew") as error:
+    for name, other in damaged.items():
+        path.write_bytes(other)
+        assert read_all(shard, tmp_path) == before and path.read_bytes() == content, name
+    for foreign in (b"", b"{}", b"\x89HDF" + content):  # which has the name, and may be all that there is
+        path.write_bytes(foreign)
+        with pytest.raises(UserError, match=f"^{path}: no index of a shard.*; move it, or delete it"):
             Source(images).sample("en", 4)
-        assert "\n" not in str(error.value), name
-        path.unlink()
-        assert Source(images).sample("en", 4).key == "sub/k4"  # as the line says
+        assert path.read_bytes() == foreign
 
 
-def test_index_of_earlier_versions_is_converted_once(images, tmp_path):
+def test_index_follows_what_it_was_made_of(images, tmp_path):
     shard = images / "en-000001.tar"
-    before = list(map(open_index(shard, tmp_path).read, range(4)))
-    old = write_json_index(shard)
-    stored = old.read_text()
-    assert list(map(open_index(shard, tmp_path).read, range(4))) == before
-    made = index_path(shard).stat()
-    assert open_index(shard, tmp_path).read(3) == before[3]
-    assert index_path(shard).stat() == made  # taken as it is
+    before, path = read_all(shard, tmp_path), index_path(shard)
+    assert before[1].members["a.png"][2] > 0 > before[1].members["json"][2]
+    path.unlink()
+    assert read_all(shard, tmp_path) == before
+    made = path.stat()
+    assert read_all(shard, tmp_path) == before and path.stat() == made  # taken as it is
     assert not list(images.glob(".*"))  # no lock stays
-    # whoever indexes the folder anew with an earlier version gets that index
-    old.write_text(stored.replace("sub/k5", "sub/x5"))
-    os.utime(old, (1e9, 1e9))
-    assert open_index(shard, tmp_path).read(1).key == "sub/x5"
-    index_path(shard).write_bytes(b"damaged")  # and nothing is lost with what was made of it
-    assert open_index(shard, tmp_path).read(1).key == "sub/x5"
-    old.write_text("{}")
-    with pytest.raises(UserError, match=f"{old}: no index of this format"):
-        open_index(shard, tmp_path)
-    index_folder(images, "image_text")
-    assert not old.exists() and open_index(shard, tmp_path).read(1) == before[1]
+    stored = json_path(shard).read_text()
+    json_path(shard).write_text(stored.replace("sub/k5", "sub/x5"))  # indexed anew by an earlier version
+    assert read_all(shard, tmp_path)[1].key == "sub/x5"
+    json_path(shard).unlink()
+    assert read_all(shard, tmp_path)[1].key == "sub/k5"
+    with tarfile.open(shard, "w") as tar:
+        member = tarfile.TarInfo("new.png")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"abc"))
+    assert [key for key, _, _ in read_all(shard, tmp_path)] == ["new"]
 
 
 def test_index_of_a_folder_that_cannot_be_written(images, tmp_path, monkeypatch):
     """It lies in the cache; where that cannot be written either, each process has its own."""
     shard, cache, closed = images / "en-000001.tar", tmp_path / "cache", [images]
-    before = list(map(open_index(shard, cache).read, range(4)))
-    write_json_index(shard)
+    before = read_all(shard, cache)
+    index_path(shard).unlink()
 
     def lock(path, lock=indexing.file_lock):
         if path.parent in closed:
@@ -294,43 +299,59 @@ def test_index_of_a_folder_that_cannot_be_written(images, tmp_path, monkeypatch)
 
     monkeypatch.setattr(indexing, "file_lock", lock)
     for _ in range(2):
-        index = open_index(shard, cache)
-        assert index.path == cache / "en-000001.index" and list(map(index.read, range(4))) == before
-    json_path(shard).unlink()
-    assert open_index(shard, cache).source_time == shard.stat().st_mtime_ns  # of the tar now
-    (cache / "en-000001.index").write_bytes(b"damaged")  # a copy: made anew
-    assert open_index(shard, cache).read(2).members.keys() == before[2].members.keys()
+        assert read_all(shard, cache) == before
+        (copy,) = cache.iterdir()
+        assert copy.name == "en-000001.index.bin" and not index_path(shard).exists()
+        copy.write_bytes(copy.read_bytes()[:-1])
     closed.append(cache)
-    (cache / "en-000001.index").unlink()
-    assert [open_index(shard, cache).read(i).key for i in range(4)] == [sample.key for sample in before]
-    assert not index_path(shard).exists() and not list(cache.iterdir())
+    copy.unlink()
+    assert read_all(shard, cache) == before and not list(cache.iterdir())
 
 
-def test_index_made_of_the_tar_follows_it(images, tmp_path):
+def test_index_is_no_part_of_a_run_s_identity(images):
+    def identity():
+        return fingerprint_files([DataFile(images)], {})
+
+    for path in images.glob("*.index.bin"):
+        path.unlink()
+    before = identity()
+    assert Source(images).sample("en", 5).key == "sub/k5" and len(list(images.glob("*.index.bin"))) == 1
+    assert identity() == before
+
+
+def test_index_is_made_once_by_several_processes(images, tmp_path):
     shard = images / "en-000001.tar"
     index_path(shard).unlink()
-    assert open_index(shard, tmp_path).read(0).key == "sub/k4"
-    with tarfile.open(shard, "w") as tar:
-        for number in range(4):
-            for extension, data in members_of(number).items():
-                member = tarfile.TarInfo(f"new{number}.{extension}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    assert open_index(shard, tmp_path).read(0).key == "new0"
+    code = f"""
+from pathlib import Path
+from raylib.data import index
+convert = index._convert
+def converted(shard):
+    with open({str(tmp_path / "log")!r}, "a") as log:
+        log.write("x")
+    return convert(shard)
+index._convert = converted
+print(len(index.open_index(Path({str(shard)!r}), Path({str(tmp_path)!r}))))
+"""
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(3)]
+    assert [process.communicate(timeout=120)[0] for process in running] == [b"4\n"] * 3
+    assert (tmp_path / "log").read_text() == "x"
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_index_folder_is_the_same_for_any_number_of_workers(images, workers, monkeypatch):
     before = {path.name: path.read_bytes() for path in images.iterdir()}
-    for path in (*images.glob("*.index"), images / "manifest.json"):
+    for path in (*images.glob("*.index.*"), images / "manifest.json"):
         path.unlink()
     monkeypatch.setattr("raylib.data.shards.SERIAL_BYTES", 0)
     summary = FolderSummary()
     manifest = index_folder(images, "image_text", "mul", summary, workers)
     assert [shard["name"] for shard in manifest["shards"]] == sorted(n for n in before if n[-4:] == ".tar")
-    assert {p.name: p.read_bytes() for p in images.glob("*.index")} == {
-        name: content for name, content in before.items() if name[-6:] == ".index"
-    }
+    assert {p.name: p.read_bytes() for p in images.glob("*.json")}.items() <= {
+        **before,
+        "manifest.json": (images / "manifest.json").read_bytes(),
+    }.items()
+    assert {p.name for p in images.iterdir()} == before.keys()
     assert summary.extension_sets == {frozenset(members_of(0)): 10}
     for name in ("en-000001.tar", "en-000002.tar"):  # of several that are damaged, the first is named
         (images / name).write_bytes(before[name][:700])
@@ -399,7 +420,7 @@ def test_shards_remote_source_is_cached(images, tmp_path, scheme):
     assert source.sample("en", 5).read("a.png") == b"\5" * 5
     folder = fetching.cache_folder(base, tmp_path / "cache")
     cached = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
-    assert [name.partition("-")[2] for name in cached] == ["en-000001.index", "en-000001.tar", ""]
+    assert [name.partition("-")[2] for name in cached] == ["en-000001.index.bin", "en-000001.tar", ""]
     (images / "en-000001.tar").unlink()  # from here on it comes from the cache
     assert Source(base, cache=tmp_path / "cache").sample("en", 6).key == "sub/k6"
 

@@ -1,18 +1,18 @@
 """The index of a shard, which says where the members of its samples lie. It is memory-mapped: opening it
 costs microseconds, and all processes of a machine share one copy.
 
-    en-000000.index   little-endian, one part after the other:
-        header        HEADER: magic, format, CRC-32 of the rest, time of change of what it was made of (0: it
-                      was written with the shard), bytes of the shard, samples n, members m, rows, bytes of
-                      the extensions, bytes of the keys
+    en-000000.index.json   {"format": 2, "bytes": of the shard, "samples": [[KEY, {extension: [offset, bytes,
+                           hash of an image's bytes]}, rows], ...]}; format 1 has no hashes
+    en-000000.index.bin    the same, made of it, or of the tar where there is none, little-endian:
+        header        HEADER: magic, format, CRC-32 of the rest, time of change of what it was made of, bytes
+                      of the shard, samples n, members m, rows, bytes of the extensions, bytes of the keys
         members       int64 (m, 4): number of the extension, offset, bytes, hash of an image's bytes or -1
         samples       uint32 (n + 1, 3): each sample's first member, first byte of its key, first row
         extensions    UTF-8, a zero byte between two
         keys          UTF-8, end to end
 
-Earlier versions wrote JSON instead, en-000000.index.json: {"format": 1 or 2, "bytes": of the shard,
-"samples": [[KEY, {extension: [offset, bytes, hash of an image]}, rows], ...]}; the first format has no
-hashes. The first process that opens such a shard, or one without any index, makes an index of this format.
+The JSON is part of the data, and of their identity (`raylib.provenance`). The other file is a copy: the first
+process that opens a shard without one makes it, and it is made anew where what it was made of has changed.
 """
 
 import errno
@@ -20,7 +20,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,15 +28,14 @@ import numpy as np
 
 from raylib.data.tars import TarScan
 from raylib.errors import UserError
-from raylib.fileio import atomic_file, file_lock, read_json
+from raylib.fileio import atomic_file, file_lock, read_json, write_json
 
-MAGIC, FORMAT = b"PGLANCE\n", 3
+MAGIC, FORMAT = b"PGLANCE\n", 1
 HEADER = struct.Struct("<8sIIqQQQQQQ")
 CHECKED = 16  # bytes of the header before those that its CRC-32 is of
-JSON_FORMATS = (1, 2)
+JSON_FORMATS = (1, 2)  # the first has no hashes of images
 # a folder that others write: a data set that many read
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
-ADVICE = "delete it, and it is made anew, or index the folder anew"
 
 
 class IndexedSample(NamedTuple):
@@ -49,34 +48,31 @@ class IndexedSample(NamedTuple):
 
 
 class ShardIndex:
-    """An index of `data`, the content of the file `path`.
+    """An index of `data`, the content of an index file.
 
     Attributes:
         shard_bytes, rows: of the shard. source_time: see the header.
         samples, members: the tables of the file.
 
     Raises:
-        UserError: not of this format, or not whole.
+        ValueError: not whole, or of another format.
     """
 
-    def __init__(self, path: Path, data: mmap.mmap | bytes):
-        self.path = path
-        if len(data) < HEADER.size or data[: len(MAGIC)] != MAGIC:
-            raise UserError(f"{path}: no index of a shard; {ADVICE}")
+    def __init__(self, data: mmap.mmap | bytes):
+        if len(data) < HEADER.size:
+            raise ValueError("truncated in the header")
         _, form, crc, *fields = HEADER.unpack(data[: HEADER.size])
         self.source_time, self.shard_bytes, samples, members, self.rows, extensions, keys = fields
-        if form != FORMAT:
-            raise UserError(f"{path}: an index of format {form}, this version reads {FORMAT}; {ADVICE}")
         ends = np.cumsum([HEADER.size, 32 * members, 12 * (samples + 1), extensions, keys]).tolist()
-        if zlib.crc32(data[CHECKED : HEADER.size]) != crc or ends[-1] != len(data):
-            raise UserError(f"{path}: damaged or truncated ({len(data)} bytes); {ADVICE}")
+        if form != FORMAT or zlib.crc32(data[CHECKED : HEADER.size]) != crc or ends[-1] != len(data):
+            raise ValueError(f"format {form}, {len(data)} bytes")
         self.members = np.frombuffer(data, "<i8", 4 * members, ends[0]).reshape(-1, 4)
         self.samples = np.frombuffer(data, "<u4", 3 * (samples + 1), ends[1]).reshape(-1, 3)
         self.extensions = data[ends[2] : ends[3]].decode().split("\0")
         self._keys, self._first_key = data, ends[3]
         # of the content only the ends: to read all of it would cost as much as what this format spares
         if self.samples[0].any() or self.samples[-1].tolist() != [members, keys, self.rows]:
-            raise UserError(f"{path}: damaged, its tables do not fit its header; {ADVICE}")
+            raise ValueError("its tables do not fit its header")
 
     def __len__(self) -> int:
         return len(self.samples) - 1
@@ -90,18 +86,17 @@ class ShardIndex:
 
 
 def index_path(shard: Path) -> Path:
-    """Return where the index of a shard lies."""
-    return shard.with_name(shard.name.removesuffix(".tar") + ".index")
+    """Return where the index of a shard lies that is mapped."""
+    return shard.with_name(shard.name.removesuffix(".tar") + ".index.bin")
 
 
 def json_path(shard: Path) -> Path:
-    """Return where earlier versions wrote the index of a shard."""
+    """Return where the index of a shard lies that is part of the data."""
     return shard.with_name(shard.name.removesuffix(".tar") + ".index.json")
 
 
-def encode_index(shard_bytes: int, samples: Iterable[IndexedSample], source_time: int = 0) -> bytes:
+def encode_index(shard_bytes: int, samples: Sequence[IndexedSample], source_time: int) -> bytes:
     """Return the content of an index file."""
-    samples = list(samples)
     keys = [key.encode() for key, _, _ in samples]
     names = sorted({extension for _, members, _ in samples for extension in members})
     codes = {extension: code for code, extension in enumerate(names)}
@@ -141,68 +136,67 @@ def read_npy_header(file) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def write_index(shard: Path, shard_bytes: int, samples: Iterable[IndexedSample]) -> None:
-    """Write the index of a shard, in the place of whichever it has."""
-    content = encode_index(shard_bytes, samples)
-    # first the JSON of an earlier version, which would be taken for the newer one
-    json_path(shard).unlink(missing_ok=True)
-    _write(index_path(shard), content)
+def write_index(shard: Path, shard_bytes: int, samples: Sequence[IndexedSample]) -> None:
+    """Write both indices of a shard."""
+    path = json_path(shard)
+    write_json(path, {"format": JSON_FORMATS[-1], "bytes": shard_bytes, "samples": samples}, compact=True)
+    _write(index_path(shard), encode_index(shard_bytes, samples, path.stat().st_mtime_ns))
 
 
 def open_index(shard: Path, cache: Path) -> ShardIndex:
-    """Open the index of a shard. Where it has none of this format, one is made, once for all processes: of
-    the JSON of an earlier version, else of the tar's headers. It lies beside the shard, or, where nothing can
-    be written, in the folder `cache`.
+    """Open the index of a shard. Where there is none to be mapped, it is made once for all processes: beside
+    the shard, or, where nothing can be written, in the folder `cache`.
 
     Raises:
-        UserError: not of this format, or not whole, and not to be made anew; as of `TarScan`.
+        UserError: another program's file has its name; JSON of another format; as of `TarScan`.
     """
     beside, elsewhere = index_path(shard), cache / index_path(shard).name
-    if index := _open_current(beside, shard, is_copy=False) or _open_current(elsewhere, shard, is_copy=True):
+    if index := _open_current(beside, shard) or _open_current(elsewhere, shard):
         return index
     content = b""
     for path in (beside, elsewhere):
         lock = path.with_name(f".{path.name}.lock")
         try:
             with file_lock(lock):
-                # another process may have made it meanwhile
-                if not _open_current(path, shard, is_copy=path == elsewhere):
+                index = _open_current(path, shard)  # another process may have made it meanwhile
+                if not index:
                     content = content or _convert(shard)
                     _write(path, content)
                 lock.unlink(missing_ok=True)  # whoever waits for it finds the index
-            return ShardIndex(path, _map(path))
+            return index or ShardIndex(_map(path))
         except OSError as error:
             if error.errno not in READ_ONLY:
                 raise
-    return ShardIndex(beside, content or _convert(shard))  # of this process alone
+    return ShardIndex(content or _convert(shard))  # of this process alone
 
 
 def is_younger(shard: Path, index: ShardIndex) -> bool:
     """Return whether a shard was written after its index: by a copy, or because another one of the same size
     took its place."""
-    indexed = index.source_time or index.path.stat().st_mtime_ns
-    return shard.stat().st_mtime_ns >= indexed
+    return shard.stat().st_mtime_ns >= index.source_time
 
 
-def _open_current(path: Path, shard: Path, is_copy: bool) -> ShardIndex | None:
-    """Open an index file; None if there is none, or what it was made of has changed since.
+def _source(shard: Path) -> Path:
+    """Return what an index is made of: the JSON beside the shard, or the shard, where there is none."""
+    return path if (path := json_path(shard)).is_file() else shard
 
-    is_copy: nothing is lost with it.
+
+def _open_current(path: Path, shard: Path) -> ShardIndex | None:
+    """Open an index file; None if there is none, it is not whole, or what it was made of has changed since.
+
+    Raises:
+        UserError: it is no index, and not ours to overwrite.
     """
     if not path.is_file():
         return None
-    source = json_path(shard)
+    data = _map(path)
+    if data[: len(MAGIC)] != MAGIC:
+        raise UserError(f"{path}: no index of a shard, whose name it has; move it, or delete it")
     try:
-        index = ShardIndex(path, _map(path))
-    except UserError:
-        if is_copy or source.is_file():  # it can be made anew as it was
-            return None
-        raise
-    if not source.is_file():
-        if not (index.source_time or is_copy):
-            return index
-        source = shard
-    return index if index.source_time == source.stat().st_mtime_ns else None
+        index = ShardIndex(data)
+    except ValueError:  # it is a copy: nothing is lost with it
+        return None
+    return index if index.source_time == _source(shard).stat().st_mtime_ns else None
 
 
 def _map(path: Path) -> mmap.mmap | bytes:
@@ -214,12 +208,11 @@ def _map(path: Path) -> mmap.mmap | bytes:
 
 def _convert(shard: Path) -> bytes:
     """Return the content of an index made of a shard's JSON, else of its headers."""
-    path = json_path(shard)
-    if not path.is_file():
-        time = shard.stat().st_mtime_ns
+    path = _source(shard)
+    time = path.stat().st_mtime_ns
+    if path == shard:
         scan = TarScan(shard, hashes=False)
         return encode_index(scan.bytes, list_samples(scan), time)
-    time = path.stat().st_mtime_ns
     try:
         stored = read_json(path)
         if stored.get("format", 1) not in JSON_FORMATS:

@@ -7,7 +7,8 @@ A *source* is a folder:
                            images, ...]}
     en-000000.tar          the members of one sample lie together: KEY.json, KEY.png, ... (any WebDataset
                            reader's input)
-    en-000000.index        where the members of each sample lie (`raylib.data.index`)
+    en-000000.index.json   where the members of each sample lie, and en-000000.index.bin, its copy that is
+                           mapped into memory (`raylib.data.index`)
 
 Kinds: `image_text` (a member of captions, one or more images), `text` and `parallel` (packed,
 pre-tokenised: one "sample" of the tar is a block of up to BLOCK_ROWS sentences or sentence pairs:

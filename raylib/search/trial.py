@@ -300,8 +300,8 @@ class RayObjectCache:
         """Return the object stored under `key`; if there is none, store `fn()` and return it."""
         actor = self.actor._actor_id.hex()
         if (actor, key) not in _unpacked:
-            for other in [other for other in _unpacked if other[0] != actor]:
-                del _unpacked[other]  # an earlier search's, in a process that Ray uses again
+            for other in [other for other in list(_unpacked) if other[0] != actor]:
+                _unpacked.pop(other, None)  # an earlier search's, in a process that Ray uses again
             _unpacked[actor, key] = self._fetch(key, fn)
         return _unpacked[actor, key]
 
