@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from raylib.settings import Residual
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """Return the dtype of autocast on a kind of device ("cuda"); None: it is off, or knows no such device."""
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_on else None
+
+
 class LayerNorm(nn.LayerNorm):
     """Layer norm that decides the dtype of the residual stream under autocast, whose own returns float32: so
     each addition reads and writes four bytes a number, and each linear layer casts its input.
@@ -28,13 +34,14 @@ class LayerNorm(nn.LayerNorm):
     def stream_dtype(self, x: Tensor) -> torch.dtype:
         """Return the dtype of a residual stream that begins with `x`."""
         kind = x.device.type
-        if not torch.is_autocast_enabled(kind):
+        dtype = autocast_dtype(kind)
+        if dtype is None:
             return x.dtype
-        return self.residual or (torch.get_autocast_dtype(kind) if kind == "cuda" else torch.float32)
+        return self.residual or (dtype if kind == "cuda" else torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.stream_dtype(x)
-        if dtype in (torch.float32, torch.float64):
+        if dtype == torch.float32 or autocast_dtype(x.device.type) is None:
             return super().forward(x)
         # autocast would send it back to float32
         with torch.autocast(x.device.type, enabled=False):
@@ -55,6 +62,27 @@ def replace_norms(model: nn.Module) -> None:
         ours = LayerNorm(norm.normalized_shape, norm.eps, device="meta")
         ours.weight, ours.bias = norm.weight, norm.bias
         model.set_submodule(name, ours)
+
+
+def join_cast(dtype: torch.dtype, *parts: Tensor) -> Tensor:
+    """Return the rows of `parts` end to end in `dtype`, without a copy of theirs in between, forward or
+    backward."""
+    return _JoinCast.apply(dtype, *parts)
+
+
+class _JoinCast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *parts: Tensor) -> Tensor:
+        ctx.sizes, ctx.dtypes = [len(part) for part in parts], [part.dtype for part in parts]
+        joined = parts[0].new_empty(sum(ctx.sizes), *parts[0].shape[1:], dtype=dtype)
+        for rows, part in zip(joined.split(ctx.sizes), parts, strict=True):
+            rows.copy_(part)
+        return joined
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        rows = zip(grad.split(ctx.sizes), ctx.dtypes, ctx.needs_input_grad[1:], strict=True)
+        return None, *(part.to(dtype) if needed else None for part, dtype, needed in rows)
 
 
 def set_tf32(enabled: bool) -> None:

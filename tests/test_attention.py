@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from raylib.models.attention import Attention, VarlenPlan, plan_attention
 from raylib.models.layers import Encoder, Memory
+from raylib.models.peft import KeyValue
 from raylib.packed import Ragged, first_tokens, upload
-from raylib.precision import LayerNorm
 
 CPU, META, CUDA = (torch.device(name) for name in ("cpu", "meta", "cuda"))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -180,10 +180,8 @@ class OpCounter(TorchDispatchMode):
         (torch.float32, 8, "_efficient_attention"),
     ],
 )
-def test_attention_on_a_gpu_is_one_call_a_layer_and_kind(training, dtype, width, kernel, monkeypatch):
+def test_attention_on_a_gpu_is_one_call_a_layer_and_kind(training, dtype, width, kernel):
     """On meta tensors in its place: forward and backward, whatever the number of lengths."""
-    # ours asks autocast, which knows no such device
-    monkeypatch.setattr(LayerNorm, "forward", torch.nn.LayerNorm.forward)
     layers, lengths = 3, torch.arange(1, 9)
     encoder = Encoder(layers, HEADS * width, HEADS, 16, 0.1, 1e-12, True).to(META, dtype).train(training)
     x = torch.empty(int(lengths.sum()), HEADS * width, dtype=dtype, device=META, requires_grad=True)
@@ -267,3 +265,38 @@ def test_attention_drops_out_in_training_alone():
     assert not runs[0].equal(runs[1])
     attention.eval()
     assert attention(x, attention.key_value(x), plan).equal(attention(x, attention.key_value(x), plan))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_with_one_projection_equals_that_with_two(causal):
+    torch.manual_seed(0)
+    attention, x = Attention(WIDTH, HEADS, 0.0).double(), torch.randn(9, WIDTH).double().requires_grad_()
+    lengths = torch.tensor([2, 3, 4])
+    plan = plan_attention(lengths, lengths, torch.device("cpu"), causal=causal)
+    found, mixed = [], torch.randn(9, WIDTH).double()
+    for together in (False, True):
+        attention.zero_grad(set_to_none=True)
+        x.grad = None
+        heads = attention.project_together(x) if together else None
+        out = attention.output(plan.attend_heads(*heads, 0.0)) if together else attention(x, None, plan)
+        (out * mixed).sum().backward()
+        found.append([out, x.grad, *(p.grad for p in attention.parameters())])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+
+
+def test_one_projection_is_for_plain_layers_alone():
+    attention = Attention(WIDTH, HEADS, 0.0)
+    assert attention._is_plain()
+    attention.key_value = KeyValue(attention.key_value)
+    assert not attention._is_plain()
+    three = torch.tensor([3])
+    assert attention(torch.randn(3, WIDTH), None, plan_attention(three, three, CPU)).isfinite().all()
+
+
+def test_frozen_projection_gets_no_gradient_of_the_joint_one():
+    attention, x = Attention(WIDTH, HEADS, 0.0), torch.randn(3, WIDTH)
+    attention.query.requires_grad_(False)
+    sum(part.sum() for part in attention.project_together(x)).backward()
+    assert attention.query.weight.grad is None
+    assert attention.key_value.weight.grad.abs().sum() > 0

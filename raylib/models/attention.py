@@ -9,14 +9,14 @@ queries of each, d width, h heads, e = d / h; C tokens of a memory.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raylib.packed import Ragged, upload
-from raylib.precision import LayerNorm
+from raylib.precision import LayerNorm, autocast_dtype, join_cast
 
 # cuDNN, PyTorch's first choice on Hopper, builds a graph for each new shape, and batches bring new ones in
 # every step: on an H100 a step of `base` took 38 s with it and 0.54 s without
@@ -43,29 +43,34 @@ class BucketPlan(NamedTuple):
 
     def attend(self, queries: Tensor, key_value: Tensor, heads: int, dropout: float) -> Tensor:
         """queries (R, d), key_value (C, 2d) -> (R, d)."""
-        d = queries.shape[1]
         if queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
             # PyTorch's CPU kernel takes ten times as long backward in bf16 as in float32
             # (`docs/performance.md`)
             queries, key_value = queries.float(), key_value.float()
+        keys, values = key_value.unflatten(1, (2, heads, -1)).unbind(1)
+        return self.attend_heads(queries.unflatten(1, (heads, -1)), keys, values, dropout)
+
+    def attend_heads(self, queries: Tensor, keys: Tensor, values: Tensor, dropout: float) -> Tensor:
+        """queries (R, h, e), keys and values (C, h, e) -> (R, d)."""
         # within a bucket each row gets as many queries as its longest: empty cells hold some token's query,
         # whose output is never picked up again
         if self.pad_index is not None:
             queries = queries.index_select(0, self.pad_index)
         bucket_queries = queries.split([n * q for n, q, _ in self.buckets])
-        bucket_keys = key_value.split([n * s for n, _, s in self.buckets])
+        bucket_keys, bucket_values = (x.split([n * s for n, _, s in self.buckets]) for x in (keys, values))
         outputs = []
         # all rows of a bucket have equally many keys, so no key is padded and there is no mask, for which
         # the fast kernels would not run
         with torch.autocast(queries.device.type, enabled=False):
-            for (n, q, s), q_nqd, kv_nsd in zip(self.buckets, bucket_queries, bucket_keys, strict=True):
+            parts = zip(self.buckets, bucket_queries, bucket_keys, bucket_values, strict=True)
+            for (n, q, s), q_rhe, k_che, v_che in parts:
                 if q:
-                    q_nhqe = q_nqd.view(n, q, heads, d // heads).transpose(1, 2)
-                    k_nhse, v_nhse = kv_nsd.view(n, s, 2, heads, d // heads).permute(2, 0, 3, 1, 4)
+                    q_nhqe = q_rhe.unflatten(0, (n, q)).transpose(1, 2)
+                    k_nhse, v_nhse = (x.unflatten(0, (n, s)).transpose(1, 2) for x in (k_che, v_che))
                     out = F.scaled_dot_product_attention(
                         q_nhqe, k_nhse, v_nhse, dropout_p=dropout, is_causal=self.causal
                     )
-                    outputs.append(out.transpose(1, 2).reshape(n * q, d))
+                    outputs.append(out.transpose(1, 2).reshape(n * q, -1))
         out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         return out if self.unpad_index is None else out.index_select(0, self.unpad_index)
 
@@ -85,25 +90,28 @@ class VarlenPlan(NamedTuple):
 
     def attend(self, queries: Tensor, key_value: Tensor, heads: int, dropout: float) -> Tensor:
         """queries (R, d), key_value (C, 2d) -> (R, d)."""
+        keys, values = key_value.unflatten(1, (2, heads, -1)).unbind(1)
+        return self.attend_heads(queries.unflatten(1, (heads, -1)), keys, values, dropout)
+
+    def attend_heads(self, queries: Tensor, keys: Tensor, values: Tensor, dropout: float) -> Tensor:
+        """queries (R, h, e), keys and values (C, h, e) -> (R, d)."""
         if queries.dtype == torch.float64:  # of tests alone: no kernel takes it
-            return self.in_buckets().attend(queries, key_value, heads, dropout)
+            return self.in_buckets().attend_heads(queries, keys, values, dropout)
         is_half = queries.dtype in (torch.bfloat16, torch.float16)
-        is_flash = is_half and _has_flash(queries.device, queries.shape[1] // heads)
+        is_flash = is_half and _has_flash(queries.device, queries.shape[2])
         if not is_flash:
-            queries, key_value = queries.float(), key_value.float()
-        q_rhe = queries.unflatten(1, (heads, -1))
-        k_che, v_che = key_value.unflatten(1, (2, heads, -1)).unbind(1)
+            queries, keys, values = queries.float(), keys.float(), values.float()
         sizes = self.query_ends, self.key_ends, self.max_queries, self.max_keys
         # The kernels behind `scaled_dot_product_attention`, which itself takes no rows of unequal length;
         # `torch.nn.attention.varlen` wraps the first, but without dropout, and takes the host longer.
         if is_flash:
             out = torch.ops.aten._flash_attention_forward(
-                q_rhe, k_che, v_che, *sizes, dropout, self.causal, False
+                queries, keys, values, *sizes, dropout, self.causal, False
             )[0]
         else:
-            saves = torch.is_grad_enabled() and (queries.requires_grad or key_value.requires_grad)
+            saves = torch.is_grad_enabled() and any(x.requires_grad for x in (queries, keys, values))
             out = torch.ops.aten._efficient_attention_forward(
-                q_rhe[None], k_che[None], v_che[None], None, *sizes, dropout, int(self.causal), saves
+                queries[None], keys[None], values[None], None, *sizes, dropout, int(self.causal), saves
             )[0][0]
         return out.flatten(1)
 
@@ -164,10 +172,26 @@ class Attention(nn.Module):
         self.key_value: nn.Module = nn.Linear(width, 2 * width)  # or what `raylib.models.peft` puts there
         self.output = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, key_value: Tensor, plan: Plan) -> Tensor:
-        """x (R, d), key_value (T, 2d), each row's tokens together -> (R, d)."""
+    def forward(self, x: Tensor, key_value: Tensor | None, plan: Plan) -> Tensor:
+        """x (R, d), key_value (T, 2d), each row's tokens together -> (R, d). `key_value` None: those of x."""
         dropout = self.dropout if self.training else 0.0
+        if key_value is None and x.device.type != "cpu" and self._is_plain():
+            queries, keys, values = self.project_together(x)
+            return self.output(plan.attend_heads(queries, keys, values, dropout))
+        key_value = self.key_value(x) if key_value is None else key_value
         return self.output(plan.attend(self.query(x), key_value, self.heads, dropout))
+
+    def _is_plain(self) -> bool:
+        """Return whether the projections are what they were built as; `raylib.models.peft` changes them."""
+        return type(self.query) is nn.Linear and type(self.key_value) is nn.Linear
+
+    def project_together(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values (T, h, e) of x (T, d) in one product: x is read once, and its gradient
+        written once."""
+        maps, dtype = (self.query, cast(nn.Linear, self.key_value)), autocast_dtype(x.device.type) or x.dtype
+        weight = join_cast(dtype, *(m.weight for m in maps))
+        bias = join_cast(dtype, *(m.bias for m in maps))
+        return F.linear(x, weight, bias).unflatten(1, (3, self.heads, -1)).unbind(1)
 
 
 class Block(nn.Module):
@@ -199,9 +223,9 @@ class Block(nn.Module):
 
         `memory` is (projected keys and values (C, 2d), plan); None skips the cross-attention.
         """
-        key_value = self.attention.key_value(x)
+        key_value = None
         if output_index is not None:
-            x = x.index_select(0, output_index)
+            key_value, x = self.attention.key_value(x), x.index_select(0, output_index)
         return self._attend(x, key_value, plan, memory)
 
     def cross_row(self, x: Tensor, rows: Ragged) -> Tensor:
@@ -214,8 +238,10 @@ class Block(nn.Module):
         key_value = self.attention.key_value(rows.values.index_select(0, tokens))
         return self._attend(x.index_select(0, order), key_value, plan, None).index_select(0, back)
 
-    def _attend(self, x: Tensor, key_value: Tensor, plan: Plan, memory: tuple[Tensor, Plan] | None) -> Tensor:
-        """Queries (R, d) and the keys and values of self-attention -> (R, d)."""
+    def _attend(
+        self, x: Tensor, key_value: Tensor | None, plan: Plan, memory: tuple[Tensor, Plan] | None
+    ) -> Tensor:
+        """Queries (R, d) and the keys and values of self-attention; None: the same tokens' -> (R, d)."""
         x = self.attention_norm(x + self.dropout(self.attention(x, key_value, plan)))
         if memory is not None:
             x = self.cross_norm(x + self.dropout(self.cross_attention(x, *memory)))

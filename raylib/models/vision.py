@@ -48,9 +48,7 @@ class VisionBlock(nn.Module):
         """(b, M + 1, d) -> (b, M + 1, d)."""
         b, n, _ = x.shape
         normed = self.attention_norm(x).flatten(0, 1)
-        attended = self.attention(
-            normed, self.attention.key_value(normed), BucketPlan([(b, n, n)], None, None)
-        )
+        attended = self.attention(normed, None, BucketPlan([(b, n, n)], None, None))
         x = x + self.dropout(attended.view_as(x))
         return x + self.dropout(self.output(F.gelu(self.intermediate(self.output_norm(x)))))
 

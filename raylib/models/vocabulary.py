@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raylib.precision import autocast_dtype
+
 HEAD_ROWS = 256  # rows at a time on a CPU; PyTorch's automatic choice is 10 x slower there
 MEMORY_SHARE = 1 / 20  # of a GPU's memory that the logits of a chunk, and what is made of them, may take
 ALIGNMENT = 64  # columns of a table are a multiple of it on a GPU, whose matrix units want aligned rows
@@ -47,7 +49,7 @@ class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, scale: Tensor):
         kind = states.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = autocast_dtype(kind) or weight.dtype
         with torch.autocast(kind, enabled=False):
             ctx.is_lean = kind != "cpu" and dtype == torch.bfloat16
             gradients = _lean_gradients if ctx.is_lean else _gradients
