@@ -17,7 +17,7 @@ from raylib.distributed import barrier
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json, write_atomically, write_json
 from raylib.provenance import DataFile, record_identity
-from raylib.runtime import LocalRuntime, RayRuntime, Reporter, Runtime
+from raylib.runtime import LocalRuntime, RayRuntime, Reporter, Runtime, set_deterministic
 from raylib.settings import LaunchConfig
 from raylib.tracking import RunTracking, track_run
 
@@ -154,6 +154,7 @@ def launch(
     """
     with tracked(config) as tracking:
         if config.runtime == "local":
+            set_deterministic(config.fit.deterministic)
             runtime = LocalRuntime(run, config.fit.keep, reporter)
             barrier()  # the others come here while the first still opens the run
             result = main(runtime, config)
@@ -312,6 +313,7 @@ def _run_worker(loop_config: dict[str, Any]) -> dict:
     cache.set_cache(loop_config["object_cache"])
     logging.getLogger().setLevel(logging.WARNING)  # Train prints each report, whole, as INFO
     cache.share_opened(loop_config["opened_files"])
+    set_deterministic(loop_config["config"].fit.deterministic)
     try:
         return loop_config["main"](RayRuntime(run), loop_config["config"])
     except UserError as e:

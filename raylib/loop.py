@@ -24,7 +24,7 @@ from raylib.engine import (
     learning_rate,
 )
 from raylib.engine_zero import DeepSpeedEngine
-from raylib.errors import NotFinite
+from raylib.errors import NotFinite, UserError
 from raylib.fileio import write_json
 from raylib.finite import StepMonitor, finite_values, require_finite_values
 from raylib.monitoring import MetricsLog, ProgressLog, StallWatch
@@ -257,6 +257,9 @@ def _step(
         with meter.count_flops(batch):
             return engine.step(batch, step, lr)
     except RuntimeError as e:
+        if torch.are_deterministic_algorithms_enabled() and "deterministic" in str(e):
+            what = str(e).partition(",")[0]
+            raise UserError(f"step {step}: {what}; fit.deterministic=false goes on without") from e
         raise out_of_memory_error(e, step, batch, runtime.device, runtime.world_size) from e
 
 

@@ -208,6 +208,16 @@ def describe_precision(device: torch.device, bf16: bool, residual: str | None, t
     return f"{line}; warning: {device_name(device)} emulates bf16, slower than float32; leave out fit.bf16"
 
 
+def set_deterministic(enabled: bool) -> None:
+    """Let PyTorch take kernels that add in one order, or its faster ones. The setting is the process's; it
+    must be there before a GPU multiplies anything."""
+    if enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once
+    torch.use_deterministic_algorithms(enabled)
+    # filling new tensors would help to find reads of memory that nothing has written; it costs their traffic
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def peak_memory(device: torch.device) -> float:
     """Return the peak memory of this worker: GPU memory, else resident memory, in GB."""
     if device.type == "cuda":

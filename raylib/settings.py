@@ -90,6 +90,9 @@ class FitConfig(Config):
     share; DeepSpeed ZeRO-2); null: zero2 on Ray, else none."""
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format in which gradients travel between workers; bfloat16 halves their traffic, and rounds."""
+    deterministic: bool = False
+    """Take kernels that add in one order on a GPU, so that equal runs are equal to the bit; slower. On a CPU
+    they are in any case."""
     loader_workers: NonNegativeInt = 1
     """Processes of a worker that prepare batches; 0: the worker itself."""
     track: tuple[Backend, ...] = ()

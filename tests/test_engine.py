@@ -7,8 +7,11 @@ from torch import nn
 from raylib import engine_zero
 from raylib.engine import OptimConfig, TorchEngine, build_optimizer, learning_rate, parameter_groups
 from raylib.engine_zero import DeepSpeedEngine
+from raylib.errors import UserError
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
+from raylib.runtime import set_deterministic
 from tests.factories import make_batch, make_model, take_rows
+from tests.test_not_finite_run import run
 from tests.workers import run_workers
 
 
@@ -108,3 +111,28 @@ def test_sharding_changes_nothing_and_gradient_dtype_rounds(world):
                 assert max(errors) < 5e-7, (name, bf16)
             else:
                 assert 1e-6 < max(errors) < 5e-5, (name, bf16)
+
+
+@pytest.fixture
+def deterministic():
+    set_deterministic(True)
+    yield
+    set_deterministic(False)
+
+
+def test_deterministic_step_is_the_same_step(deterministic):
+    terms, weights = train(TorchEngine, 0, 1)
+    set_deterministic(False)
+    plain_terms, plain_weights = train(TorchEngine, 0, 1)
+    for name, value in plain_terms.items():
+        torch.testing.assert_close(terms[name], value)
+    for name, value in plain_weights.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-6, atol=1e-8)
+
+
+def test_deterministic_names_what_has_no_such_kernel(deterministic, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        TorchEngine, "step", lambda *_: torch.zeros(2).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+    )
+    with pytest.raises(UserError, match="^step 0: put_ does not have .*; fit.deterministic=false goes on"):
+        run(tmp_path, {})

@@ -8,6 +8,7 @@ from raylib.distributed import clamp_parameter
 from raylib.models import vocabulary
 from raylib.models.vocabulary import HEAD_ROWS, _cast_table, _lean_gradients, head_rows, vocabulary_loss
 from raylib.objectives import draw_hard_negatives, info_nce
+from raylib.runtime import set_deterministic
 
 
 def test_contrastive_loss_excludes_equal_content():
@@ -133,6 +134,18 @@ def test_draw_hard_negatives_tolerate_non_finite_scores(bad):
     index, exists = draw_hard_negatives(scores, torch.eye(4).bool(), torch.tensor([0.0, 0.3, 0.7, 0.999999]))
     assert exists.all()
     assert (index != torch.arange(4)).all()
+
+
+def test_draw_hard_negatives_are_the_same_without_order_of_sums():
+    torch.manual_seed(0)
+    given = torch.randn(200, 50), torch.rand(200, 50) < 0.3, torch.rand(200)
+    plain, _ = draw_hard_negatives(*given)
+    set_deterministic(True)
+    try:
+        ordered, _ = draw_hard_negatives(*given)
+    finally:
+        set_deterministic(False)
+    assert torch.equal(plain, ordered)
 
 
 def test_draw_hard_negatives_never_draw_excluded_pairs():

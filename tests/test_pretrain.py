@@ -237,6 +237,27 @@ def test_pretrain_variants_resume_bit_exactly_and_on_two_workers(mini, tmp_path,
     assert_close(lines(whole), lines(two))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_pretrain_deterministic_on_a_gpu_is_equal_to_the_bit(mini, tmp_path):
+    """Two runs, and a resumed one, each in processes of its own: cuBLAS reads its setting once a process."""
+    folders = []
+    for name, stops in (("one", [6]), ("two", [6]), ("parts", [3, 6])):
+        for stop in stops:
+            config = mini(f"name={name}", *LOCAL, "fit.deterministic=true", f"fit.stop_after={stop}")
+            (tmp_path / "run.json").write_text(dump_config(config), encoding="utf-8")
+            command = [sys.executable, "-m", "pretrain", "--config", str(tmp_path / "run.json")]
+            assert subprocess.run(command, cwd=Path(__file__).parent.parent).returncode == 0
+        folders.append(Path(config.runs) / name)
+    first, *others = (load_file(folder / "checkpoints/step_000006/model.safetensors") for folder in folders)
+    losses, *more = (
+        [{k: v for k, v in json.loads(line).items() if k.startswith("loss/")} for line in text.splitlines()]
+        for text in ((folder / "metrics.jsonl").read_text() for folder in folders)
+    )
+    assert all(found == losses for found in more)
+    for weights in others:
+        assert all(torch.equal(value, weights[name]) for name, value in first.items())
+
+
 def test_pretrain_zero_in_one_process_needs_no_launcher(mini, tmp_path):
     for more in (
         ["fit.stop_after=3"],

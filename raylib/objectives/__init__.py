@@ -305,7 +305,12 @@ def draw_hard_negatives(similarity: Tensor, forbidden: Tensor, uniforms: Tensor)
     )
     valid = ~forbidden.all(1)
     # a softmax over nothing but -inf would be NaN: such rows get any finite scores, and no chance at all
-    chances = scores.masked_fill(~valid[:, None], 0.0).softmax(1).masked_fill(forbidden, 0.0).cumsum(1)
+    chances = scores.masked_fill(~valid[:, None], 0.0).softmax(1).masked_fill(forbidden, 0.0)
+    if torch.are_deterministic_algorithms_enabled():
+        # a GPU's running sum of floats has no fixed order; one of integers needs none
+        chances = (chances.double() * 2**52).long().cumsum(1).double() / 2**52
+    else:
+        chances = chances.cumsum(1)
     # the draw is scaled to the last running sum, which rounding keeps from being exactly 1
     threshold = uniforms[:, None].to(chances) * chances[:, -1:]
     index = (chances <= threshold).sum(1)  # first key whose running chance passes the threshold
