@@ -25,6 +25,7 @@ from raylib.errors import UserError
 from raylib.models import stored_backbone
 from raylib.models.base import CODE_KEY, RegionBackbone, load_weights, read_description
 from raylib.models.finetuned import find_evaluated, freeze, is_foreign, tokenizer_at, weights_of
+from raylib.models.recompute import set_recomputation
 from raylib.provenance import DataFile
 from raylib.randomness import hash64
 from raylib.text import Tokenizer
@@ -333,6 +334,7 @@ def build_pipeline(
     strategies.adapt(model)
     if start:
         load_weights(model, start)
+    set_recomputation(model, config.checkpointing, config.fit.micro_batches)
     tokenizer = strategies.wrap_tokenizer(Tokenizer.load(tokenizer_of(config)), model)
     return Pipeline(config, model, tokenizer, open_visual_for(config, model))
 

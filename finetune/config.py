@@ -12,6 +12,7 @@ from raylib.engine import OptimConfig
 from raylib.launch import LaunchConfig
 from raylib.loop import FitConfig
 from raylib.models.decoder import DecoderConfig
+from raylib.settings import Checkpointing
 
 TransferSetting = Literal[
     "zero_shot", "few_shot", "single_language", "all_language", "translate_test", "untrained"
@@ -74,6 +75,9 @@ class FinetuneConfig(LaunchConfig):
     """Side of an image in pixels; null: the model's."""
     augment: AugmentConfig | None = None
     """Augmentation of training images; null: none."""
+    checkpointing: Checkpointing = "none"
+    """Activations that backward computes again in place of keeping them, which changes no number: none; each
+    block's (a third more time); all, an encoder at a time (two thirds more)."""
     batch: PositiveInt = 64
     """Examples of a step, over all workers."""
     epochs: PositiveInt = 10

@@ -28,6 +28,7 @@ from raylib.launch import (
 from raylib.loop import fit
 from raylib.models import find_model, find_tokenizer
 from raylib.models.hf_weights import load_text, load_vision, read_config
+from raylib.models.recompute import set_recomputation
 from raylib.models.unified import UnifiedModel
 from raylib.monitoring import read_metrics
 from raylib.objectives.pretraining import UnifiedObjective
@@ -170,7 +171,7 @@ def _continue(model: UnifiedModel, folder: str) -> None:
     """All weights of an export or a run into `model`. Images may get another resolution; and what was an
     encoder of whole images may become one of windows as large."""
     before = UnifiedModel.from_pretrained(find_model(folder))
-    new, old = model.config.model_dump(), before.config.model_dump()
+    new, old = model.sizes_to_store(), before.sizes_to_store()
     windowed = old["vision_window"] is None and new["vision_window"] == old["image_size"]
     free = ("dropout", "temperature", "image_size", *(("vision_window",) if windowed else ()))
     differ = [f"model.{k}={old[k]}" for k in new if new[k] != old[k] and k not in free]
@@ -190,6 +191,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     shape = config.model.image_size, config.fit.seed, runtime.rank, runtime.world_size
     batches, dev = StepBatches(data, *shape), dev_batches(data, *shape)
     model = build_model(config)
+    set_recomputation(model, config.model.checkpointing, config.fit.micro_batches)
     objective = UnifiedObjective(model, config.objective, batches.streams)
     batches.image_tokens = model.count_image_tokens()
     tables: list[dict[str, Any]] = []

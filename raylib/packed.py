@@ -198,6 +198,11 @@ class StreamEncoding:
         return Ragged(call.states_at(call.rows.token_index(rows)), call.rows.lengths[rows])
 
 
+def select(x: Tensor, index: Tensor | None) -> Tensor:
+    """x (T, ...) at `index` (R,); None: all of it."""
+    return x if index is None else x.index_select(0, index)
+
+
 def join_rows(left: Ragged, right: Ragged) -> Ragged:
     """Row i of `left` followed by row i of `right`, as one row (n, lengths added)."""
     both = concatenate([left, right])

@@ -58,6 +58,7 @@ class LaunchConfig(Config):
 
 Backend = Literal["tensorboard", "wandb", "mlflow"]  # of a tracker (`raylib.trackers`)
 Residual = Literal["float32", "bfloat16"]  # the residual stream and layer norms
+Checkpointing = Literal["none", "blocks", "all"]  # activations that backward computes again
 Sharding = Literal["none", "zero2"]  # of optimizer states and gradients over the workers
 
 
@@ -93,6 +94,9 @@ class FitConfig(Config):
     deterministic: bool = False
     """Take kernels that add in one order on a GPU, so that equal runs are equal to the bit; slower. On a CPU
     they are in any case."""
+    micro_batches: PositiveInt = 1
+    """Pieces in which a worker's part of the batch passes the encoders, each computed again in backward: the
+    memory of one piece, a third more time, the loss of the whole batch (cached gradients)."""
     loader_workers: NonNegativeInt = 1
     """Processes of a worker that prepare batches; 0: the worker itself."""
     track: tuple[Backend, ...] = ()
@@ -288,6 +292,9 @@ class ModelConfig(Config):
     """Cross-attention, or self-attention over text and memory in one row (paper 2's "w/o uni-arch")."""
     swin: SwinSizes | None = None
     """A Swin Transformer in the place of the ViT."""
+    checkpointing: Checkpointing = "none"
+    """Activations that backward computes again in place of keeping them, which changes no number: none; each
+    block's (a third more time); all, an encoder at a time (two thirds more)."""
 
     @model_validator(mode="after")
     def _divisible(self) -> "ModelConfig":

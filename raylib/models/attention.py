@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raylib.packed import Ragged, upload
+from raylib.models.recompute import RecomputedModule
+from raylib.packed import Ragged, select, upload
 from raylib.precision import LayerNorm, autocast_dtype, join_cast
 
 # cuDNN, PyTorch's first choice on Hopper, builds a graph for each new shape, and batches bring new ones in
@@ -194,9 +195,25 @@ class Attention(nn.Module):
         return F.linear(x, weight, bias).unflatten(1, (3, self.heads, -1)).unbind(1)
 
 
-class Block(nn.Module):
+class BlockMemory(NamedTuple):
+    """The memory of a block's cross-attention: the `tokens` (C,) of `values`, None: all, in the order of
+    `plan`.
+
+    values: states (M, d), which the block projects, so that its keys and values are computed again with it;
+        or, where `is_projected`, keys and values (M, 2d) that several calls share.
+    """
+
+    values: Tensor
+    is_projected: bool
+    tokens: Tensor | None
+    plan: Plan
+
+
+class Block(RecomputedModule):
     """Self-attention, pluggable cross-attention, feed-forward; layer norm after each residual, as in BERT and
     XLM-R (paper 2, figure 2)."""
+
+    is_block = True
 
     def __init__(self, width: int, heads: int, feedforward: int, dropout: float, eps: float, cross: bool):
         super().__init__()
@@ -215,18 +232,22 @@ class Block(nn.Module):
         self,
         x: Tensor,
         plan: Plan,
-        memory: tuple[Tensor, Plan] | None = None,
+        memory: BlockMemory | None = None,
         output_index: Tensor | None = None,
     ) -> Tensor:
         """x (T, d) -> (T, d), or (R, d) at the tokens `output_index` (R,) alone, which are then those that
-        `plan` has as queries.
-
-        `memory` is (projected keys and values (C, 2d), plan); None skips the cross-attention.
+        `plan` has as queries. Without `memory` the cross-attention is skipped.
         """
         key_value = None
         if output_index is not None:
             key_value, x = self.attention.key_value(x), x.index_select(0, output_index)
-        return self._attend(x, key_value, plan, memory)
+        cross = None
+        if memory is not None:
+            values = memory.values
+            if not memory.is_projected:
+                values = self.cross_attention.key_value(values)
+            cross = select(values, memory.tokens), memory.plan
+        return self._attend(x, key_value, plan, cross)
 
     def cross_row(self, x: Tensor, rows: Ragged) -> Tensor:
         """x (n, d) -> (n, d): token i attends to row i of n, and is not part of it."""
@@ -241,7 +262,8 @@ class Block(nn.Module):
     def _attend(
         self, x: Tensor, key_value: Tensor | None, plan: Plan, memory: tuple[Tensor, Plan] | None
     ) -> Tensor:
-        """Queries (R, d) and the keys and values of self-attention; None: the same tokens' -> (R, d)."""
+        """Queries (R, d) and the keys and values of self-attention, None: the same tokens'; those of
+        cross-attention (C, 2d) with their plan -> (R, d)."""
         x = self.attention_norm(x + self.dropout(self.attention(x, key_value, plan)))
         if memory is not None:
             x = self.cross_norm(x + self.dropout(self.cross_attention(x, *memory)))

@@ -236,8 +236,12 @@ class Backbone(nn.Module, ABC):
 
     def save(self, folder: Path | str) -> None:
         """Write `config.json` and `model.safetensors`, from which `from_pretrained` makes it again."""
-        description = {"model_type": f"polyglance-{self.kind}", **self.config.model_dump()}
+        description = {"model_type": f"polyglance-{self.kind}", **self.sizes_to_store()}
         save_model(self, self, description, folder)
+
+    def sizes_to_store(self) -> dict[str, Any]:
+        """The config, less what a training alone goes by."""
+        return self.config.model_dump(exclude={"checkpointing"})
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> Self:

@@ -12,7 +12,7 @@ Shape legend: n texts, b images, T tokens, d width, e of embeddings.
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,10 @@ from raylib.errors import UserError, require
 from raylib.models.base import RetrievalBackbone
 from raylib.models.hf_weights import WeightMapper, copy_block, read_folder
 from raylib.models.layers import Encoder, TextEmbedding, init_weights
+from raylib.models.recompute import SplitModule, recompute_layers
 from raylib.models.vision import CLIP_MEAN, CLIP_STD
 from raylib.packed import Ragged
+from raylib.settings import Checkpointing
 
 FIRST_POSITION = 2  # row of XLM-R's position embeddings that a text starts at
 
@@ -66,8 +68,8 @@ class ClipConfig(Config):
         return self.clip["vision_config"].get("image_size", 224)
 
 
-class DualEncoder(RetrievalBackbone):
-    """Shared by both: an image is one vector from the start."""
+class DualEncoder(RetrievalBackbone, SplitModule):
+    """Shared by both: an image is one vector from the start. Images pass their tower in pieces."""
 
     pixel_mean = CLIP_MEAN
     pixel_std = CLIP_STD
@@ -84,6 +86,15 @@ class DualEncoder(RetrievalBackbone):
     def embed_text(self, ids: Ragged, *, normalize: bool) -> Tensor:
         vectors = self.project_text(ids)
         return F.normalize(vectors, dim=-1) if normalize else vectors
+
+    def encode_images(self, images: Tensor) -> Ragged:
+        """uint8 (b, H, W, 3) -> b rows of one vector each (b, e): the tower's projection of its CLS state."""
+        vectors = self.run_pieces(self.project_images, images)
+        return Ragged(vectors, torch.ones(len(images), dtype=torch.int64))
+
+    @abstractmethod
+    def project_images(self, images: Tensor) -> Tensor:
+        """uint8 (b, H, W, 3) -> vectors (b, e), of any length."""
 
     @abstractmethod
     def project_text(self, ids: Ragged) -> Tensor:
@@ -192,10 +203,12 @@ class MClip(DualEncoder):
     def freezable_parts(self) -> dict[str, nn.Module]:
         return {"embeddings": self.embedding, "text": self.text, "vision": self.vision}
 
-    def encode_images(self, images: Tensor) -> Ragged:
-        """uint8 (b, H, W, 3) -> b rows of one vector each (b, e): the tower's projection of its CLS state."""
-        vectors = self.vision(pixel_values=self.pixel_values(images)).image_embeds
-        return Ragged(vectors, torch.ones(len(images), dtype=torch.int64))
+    def set_recomputation(self, checkpointing: Checkpointing, micro_batches: int) -> None:
+        super().set_recomputation(checkpointing, micro_batches)
+        recompute_layers(cast(Any, self.vision).vision_model.encoder.layers, checkpointing)
+
+    def project_images(self, images: Tensor) -> Tensor:
+        return self.vision(pixel_values=self.pixel_values(images)).image_embeds
 
     def project_text(self, ids: Ragged) -> Tensor:
         """Ids of n texts -> vectors (n, e): the mean over all tokens, specials too, mapped."""
@@ -296,10 +309,14 @@ class Clip(DualEncoder):
         """The image tower and its projection: both make an image's vector."""
         return {"vision": nn.ModuleList([self.towers.vision_model, self.towers.visual_projection])}
 
-    def encode_images(self, images: Tensor) -> Ragged:
-        """uint8 (b, H, W, 3) -> b rows of one vector each (b, e)."""
+    def set_recomputation(self, checkpointing: Checkpointing, micro_batches: int) -> None:
+        super().set_recomputation(checkpointing, micro_batches)
+        for tower in (self.towers.text_model, self.towers.vision_model):
+            recompute_layers(tower.encoder.layers, checkpointing)
+
+    def project_images(self, images: Tensor) -> Tensor:
         pooled = self.towers.vision_model(pixel_values=self.pixel_values(images)).pooler_output
-        return Ragged(self.towers.visual_projection(pooled), torch.ones(len(images), dtype=torch.int64))
+        return self.towers.visual_projection(pooled)
 
     def project_text(self, ids: Ragged) -> Tensor:
         """Ids of n texts -> vectors (n, e): the state of the last token, mapped."""
@@ -309,9 +326,12 @@ class Clip(DualEncoder):
         padded = ids.values.new_zeros(rows, len(columns))
         padded[is_token.to(padded.device)] = ids.values
         # attention is causal: a text does not see its padding, so no mask is needed
-        states = self.towers.text_model(input_ids=padded).last_hidden_state
+        states = self.run_pieces(self._text_states, padded)
         last = states[torch.arange(rows), (ids.lengths - 1).to(states.device)]
         return self.towers.text_projection(last)
+
+    def _text_states(self, padded: Tensor) -> Tensor:
+        return self.towers.text_model(input_ids=padded).last_hidden_state
 
 
 def _make_tower(sizes: dict[str, Any]) -> nn.Module:

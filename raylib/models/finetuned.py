@@ -167,7 +167,7 @@ class FinetuneModel(nn.Module):
             "model_type": "polyglance-finetuned",
             **self.description,
             "backbone": self.backbone.kind,
-            "sizes": self.backbone.config.model_dump(),
+            "sizes": self.backbone.sizes_to_store(),
         }
         save_model(self, self.backbone, description, folder)
 

@@ -6,15 +6,16 @@ Shape legend: n rows, d width; T tokens in all, R tokens of an output mask; m ro
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from raylib.errors import UserError
-from raylib.models.attention import Block, Plan, plan_attention
-from raylib.packed import Ragged, join_rows, token_index, upload
+from raylib.models.attention import Block, BlockMemory, Plan, plan_attention
+from raylib.models.recompute import RecomputedModule, SplitModule
+from raylib.packed import Ragged, join_rows, select, token_index, upload
 from raylib.precision import LayerNorm
 
 # On a CPU, rows run in chunks whose widest activation is so many floats: larger ones leave the cache, and
@@ -56,7 +57,7 @@ class Memory(NamedTuple):
         return MemoryLayout(self.states.lengths, self.rows)
 
 
-class TextEmbedding(nn.Module):
+class TextEmbedding(RecomputedModule):
     """Word and position embeddings, layer norm. Token types, where a checkpoint has them, are folded into the
     positions (`raylib.models.hf_weights`): every text here is of type 0."""
 
@@ -96,7 +97,8 @@ class ChunkPlan(NamedTuple):
 
     tokens: (t,) its tokens among all of the call; None: all, in order. output_index: (R,) those of the chunk
     that come out; None: all. attention, cross: of all blocks but the last, and of the last one. memory_index:
-    (c,) the memory's tokens that it attends to; None: all.
+    (c,) the memory's tokens that it attends to; None: all. memory_span: first token and end of the part of
+    the memory that is the chunk's alone, which `memory_index` then counts from; None: chunks share it.
     """
 
     tokens: Tensor | None
@@ -104,6 +106,7 @@ class ChunkPlan(NamedTuple):
     attention: tuple[Plan, Plan]
     memory_index: Tensor | None = None
     cross: tuple[Plan, Plan] | None = None
+    memory_span: tuple[int, int] | None = None
 
 
 class EncoderPlan(NamedTuple):
@@ -118,7 +121,7 @@ class EncoderPlan(NamedTuple):
     order: Tensor | None
 
 
-class Encoder(nn.Module):
+class Encoder(SplitModule):
     """A stack of `Block`s over packed rows.
 
     With `cross` the blocks attend to the memory by layers of their own; without (the paper's ablation "w/o
@@ -171,9 +174,12 @@ class Encoder(nn.Module):
             tokens = token_index(lengths, rows)
             chunk_mask = output_mask[tokens]
             if chunk_mask.any():
-                chunk_memory = memory and memory._replace(rows=memory.rows[rows])
+                chunk_memory, span = None, None
+                if memory is not None:
+                    chunk_memory, span = _memory_of(memory, rows, self.pieces_now > 1)
                 chunk = self._plan_chunk(lengths[rows], device, chunk_mask, chunk_memory)
-                chunks.append(chunk._replace(tokens=_unless_in_order(tokens, len(output_mask))))
+                tokens_in_order = _unless_in_order(tokens, len(output_mask))
+                chunks.append(chunk._replace(tokens=tokens_in_order, memory_span=span))
                 tokens_of_outputs.append(tokens[chunk_mask])
         # chunks took the rows in an order of theirs: back into that of the flat tokens
         order = torch.cat([output_mask.new_empty(0, dtype=torch.int64), *tokens_of_outputs]).argsort()
@@ -184,12 +190,21 @@ class Encoder(nn.Module):
         if plan.joined is not None:
             assert memory is not None
             x, memory = torch.cat([x, memory]).index_select(0, plan.joined), None
-        # once for all chunks and all rows that attend to the same image
-        projected = [] if memory is None else [b.cross_attention.key_value(memory) for b in self.blocks]
-        outputs = [self._run_chunk(_select(x, chunk.tokens), chunk, projected) for chunk in plan.chunks]
+        memories: Sequence[Tensor | None] = [memory] * len(plan.chunks)
+        projected: list[Tensor] = []
+        if memory is not None and plan.chunks and plan.chunks[0].memory_span:
+            memories = _split_spans(memory, [chunk.memory_span or (0, 0) for chunk in plan.chunks])
+        elif memory is not None and len(plan.chunks) > 1:
+            # once for all chunks and all rows that attend to the same image; one chunk's blocks do it
+            # themselves, so that keys and values too can be computed again
+            projected = [b.cross_attention.key_value(memory) for b in self.blocks]
+        outputs = [
+            self.run_piece(self._run_chunk, select(x, chunk.tokens), chunk, values, projected)
+            for chunk, values in zip(plan.chunks, memories, strict=True)
+        ]
         if not outputs:
             return x[:0]
-        return _select(torch.cat(outputs) if len(outputs) > 1 else outputs[0], plan.order)
+        return select(torch.cat(outputs) if len(outputs) > 1 else outputs[0], plan.order)
 
     def layer_states(self, text: Ragged, layers: Sequence[int], memory: Memory | None = None) -> list[Ragged]:
         """States of all tokens, as rows (T, d), after each of `layers`: rising, the lowest is 1."""
@@ -198,18 +213,30 @@ class Encoder(nn.Module):
         for low, high in pairwise([0, *layers]):
             part = Encoder(0, 0, 0, 0, 0.0, 0.0, self.cross)
             part.blocks = self.blocks[low:high]  # the stack's own, not copies
+            part.num_pieces = self.num_pieces
             values = part.run(text.values, plan, None if memory is None else memory.states.values)
             text = text.with_values(values)
             states.append(text)
         return states
 
     def _chunks(self, lengths: Tensor, device: torch.device, memory: MemoryLayout | None) -> list[Tensor]:
-        """Rows in chunks that run at once: by ascending length on a CPU, by the memory's rows on a GPU."""
-        if device.type != "cpu":
-            return [torch.arange(len(lengths)) if memory is None else memory.rows.argsort(stable=True)]
-        rows = lengths.argsort(stable=True)
-        size = max(1, CHUNK // self.blocks[0].intermediate.out_features)
-        chunk = (lengths[rows].cumsum(0) - 1) // size
+        """Rows in chunks that run at once: by ascending length on a CPU, by the memory's rows on a GPU. A GPU
+        has one chunk, or one a piece, of about as many tokens."""
+        if device.type == "cpu":
+            rows = lengths.argsort(stable=True)
+        else:
+            rows = torch.arange(len(lengths)) if memory is None else memory.rows.argsort(stable=True)
+        if memory is not None and self.pieces_now > 1:
+            # all texts that attend to a row of the memory are in one piece, which alone projects it
+            tokens = memory.lengths.index_add(0, memory.rows, lengths)
+            piece = ((tokens.cumsum(0) - 1) * self.pieces_now // tokens.sum())[memory.rows]
+            rows = rows[piece[rows].argsort(stable=True)]
+            chunk = piece[rows]
+        else:
+            size = int(lengths.sum()) // max(1, self.pieces_now) + 1
+            if device.type == "cpu":
+                size = min(size, max(1, CHUNK // self.blocks[0].intermediate.out_features))
+            chunk = (lengths[rows].cumsum(0) - 1) // size
         return list(rows.split(chunk.unique_consecutive(return_counts=True)[1].tolist()))
 
     def _plan_chunk(
@@ -233,22 +260,44 @@ class Encoder(nn.Module):
         memory_index = _unless_in_order(token_index(memory.lengths, used), int(memory.lengths.sum()))
         return chunk._replace(memory_index=memory_index, cross=(cross[0], cross[-1]))
 
-    def _run_chunk(self, x: Tensor, chunk: ChunkPlan, projected: list[Tensor]) -> Tensor:
-        """All blocks over a chunk -> (R, d). `projected`: the memory's keys and values, by block."""
+    def _run_chunk(
+        self, x: Tensor, chunk: ChunkPlan, memory: Tensor | None, projected: list[Tensor]
+    ) -> Tensor:
+        """All blocks over a chunk (t, d) and its memory (C, d) -> (R, d). `projected`: the memory's keys and
+        values, by block; none where the blocks project it."""
         for i, block in enumerate(self.blocks):
             is_last = i == len(self.blocks) - 1
-            cross = chunk.cross and (_select(projected[i], chunk.memory_index), chunk.cross[is_last])
+            cross = None
+            if memory is not None and chunk.cross is not None:
+                values = projected[i] if projected else memory
+                cross = BlockMemory(values, bool(projected), chunk.memory_index, chunk.cross[is_last])
             x = block(x, chunk.attention[is_last], cross, chunk.output_index if is_last else None)
         return x
-
-
-def _select(x: Tensor, index: Tensor | None) -> Tensor:
-    return x if index is None else x.index_select(0, index)
 
 
 def _unless_in_order(index: Tensor, count: int) -> Tensor | None:
     """None if `index` selects all of `count`, in order."""
     return None if index.equal(torch.arange(count)) else index
+
+
+def _memory_of(
+    memory: MemoryLayout, rows: Tensor, is_split: bool
+) -> tuple[MemoryLayout, tuple[int, int] | None]:
+    """The memory of some text rows; if it `is_split` among pieces, from the first row to the last that these
+    attend to, and which tokens that is."""
+    chosen = memory.rows[rows]
+    if not is_split:
+        return memory._replace(rows=chosen), None
+    first, end = int(chosen.min()), int(chosen.max()) + 1
+    start = int(memory.lengths[:first].sum())
+    lengths = memory.lengths[first:end]
+    return MemoryLayout(lengths, chosen - first), (start, start + int(lengths.sum()))
+
+
+def _split_spans(x: Tensor, spans: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
+    """Rising parts of x (T, ...) that do not overlap; in one operation, whose backward is one too."""
+    bounds = [0, *chain.from_iterable(spans), len(x)]
+    return x.split([end - start for start, end in pairwise(bounds)])[1::2]
 
 
 def _used_rows(memory: MemoryLayout, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -4,17 +4,20 @@ stage to stage.
 Shape legend: b images, M patches of the last stage, d width.
 """
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raylib.errors import require
+from raylib.models.recompute import SplitModule, recompute_layers
 from raylib.models.vision import normalize_pixels
 from raylib.precision import replace_norms
-from raylib.settings import PixelStats, SwinSizes
+from raylib.settings import Checkpointing, PixelStats, SwinSizes
 
 
-class SwinEncoder(nn.Module):
+class SwinEncoder(SplitModule):
     """Pixels to the states of M = (size / patch / merges)^2 patches, behind their mean in the place of a CLS
     state (CCLM).
 
@@ -46,6 +49,14 @@ class SwinEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 images (b, H, W, 3) -> (b, M + 1, out). Normalised here, on the device."""
+        return self.run_pieces(self._encode, images)
+
+    def set_recomputation(self, checkpointing: Checkpointing, micro_batches: int) -> None:
+        super().set_recomputation(checkpointing, micro_batches)
+        for stage in cast(Any, self.swin).encoder.layers:
+            recompute_layers(stage.blocks, checkpointing)
+
+    def _encode(self, images: Tensor) -> Tensor:
         dtype = next(self.swin.parameters()).dtype
         pixels = normalize_pixels(images, self.pixel_mean, self.pixel_std, dtype)
         states = self.swin(pixels.permute(0, 3, 1, 2)).last_hidden_state

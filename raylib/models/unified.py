@@ -17,6 +17,7 @@ from raylib.errors import UserError
 from raylib.models.base import FusionBackbone, RetrievalBackbone, Use
 from raylib.models.hf_weights import load_text, load_vision, text_sizes
 from raylib.models.layers import Encoder, Memory, TextEmbedding, init_weights
+from raylib.models.recompute import RecomputedModule
 from raylib.models.swin import SwinEncoder
 from raylib.models.vision import VisionEncoder
 from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, join_rows
@@ -38,7 +39,7 @@ TINY = ModelConfig(
 )
 
 
-class MaskedLanguageHead(nn.Module):
+class MaskedLanguageHead(RecomputedModule):
     """Transform of a masked token's state before the vocabulary; the decoder is the word embedding (XLM-R's
     `lm_head`)."""
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raylib.models.attention import Attention, BucketPlan
+from raylib.models.recompute import RecomputedModule, SplitModule
 from raylib.precision import LayerNorm
 from raylib.settings import PixelStats
 
@@ -32,8 +33,10 @@ def normalize_pixels(images: Tensor, mean: PixelStats, std: PixelStats, dtype: t
     return (images.to(dtype) - shift) / scale
 
 
-class VisionBlock(nn.Module):
+class VisionBlock(RecomputedModule):
     """Pre-norm self-attention and feed-forward."""
+
+    is_block = True
 
     def __init__(self, width: int, heads: int, feedforward: int, dropout: float, eps: float):
         super().__init__()
@@ -53,7 +56,7 @@ class VisionBlock(nn.Module):
         return x + self.dropout(self.output(F.gelu(self.intermediate(self.output_norm(x)))))
 
 
-class VisionEncoder(nn.Module):
+class VisionEncoder(SplitModule):
     """Pixels to M = (size / patch)^2 patch states behind one CLS state.
 
     With `window`, the image is cut into n windows of so many pixels, which never see each other: each has
@@ -94,6 +97,9 @@ class VisionEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 images (b, H, W, 3) -> (b, M + 1, out), or (b, 1 + n + M, out). Normalised here, on the
         device."""
+        return self.run_pieces(self._encode, images)
+
+    def _encode(self, images: Tensor) -> Tensor:
         b, height, _, _ = images.shape
         p, side = self.patch, self.window or height
         pixels = normalize_pixels(images, self.pixel_mean, self.pixel_std, self.cls.dtype)
