@@ -200,6 +200,7 @@ class StreamEncoding:
 
 def select(x: Tensor, index: Tensor | None) -> Tensor:
     """x (T, ...) at `index` (R,); None: all of it."""
+    # to copy all of it would cost a pass over memory forward, and another backward
     return x if index is None else x.index_select(0, index)
 
 
