@@ -65,6 +65,7 @@ class Ragged(NamedTuple):
 def token_index(lengths: Tensor, rows: Tensor) -> Tensor:
     """Flat positions of the tokens of `rows` (m,), row after row, in rows of these `lengths` (n,)."""
     starts, chosen = lengths.cumsum(0) - lengths, lengths[rows]
+    # one ramp over all tokens, shifted to where each row begins: no loop over rows
     first = torch.repeat_interleave(starts[rows] - (chosen.cumsum(0) - chosen), chosen)
     return first + torch.arange(len(first))
 
@@ -196,12 +197,6 @@ class StreamEncoding:
         call = self.calls[version]
         rows = self._fused_rows(version)
         return Ragged(call.states_at(call.rows.token_index(rows)), call.rows.lengths[rows])
-
-
-def select(x: Tensor, index: Tensor | None) -> Tensor:
-    """x (T, ...) at `index` (R,); None: all of it."""
-    # to copy all of it would cost a pass over memory forward, and another backward
-    return x if index is None else x.index_select(0, index)
 
 
 def join_rows(left: Ragged, right: Ragged) -> Ragged:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from raylib.errors import UserError
-from raylib.models.attention import Block, BlockMemory, Plan, plan_attention
+from raylib.models.attention import Block, BlockMemory, Plan, plan_attention, select
 from raylib.models.recompute import RecomputedModule, SplitModule
-from raylib.packed import Ragged, join_rows, select, token_index, upload
+from raylib.packed import Ragged, join_rows, token_index, upload
 from raylib.precision import LayerNorm
 
 # On a CPU, rows run in chunks whose widest activation is so many floats: larger ones leave the cache, and
