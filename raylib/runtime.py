@@ -215,7 +215,7 @@ def set_deterministic(enabled: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once
     torch.use_deterministic_algorithms(enabled)
     # filling new tensors would help to find reads of memory that nothing has written; it costs their traffic
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def peak_memory(device: torch.device) -> float:
