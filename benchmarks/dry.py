@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.device import META, SMALL, DeviceTensor, device_tensor, simulated_gpu
 from benchmarks.results import ROOT
 
-OWN_FILES = ("device.py", "dry.py")
+OWN_FILES = ("device.py", "dry.py", "gpu_steps.py")
 # operators whose result has a size that only the device knows, or whose result is a Python number
 WAITING = (
     "_local_scalar_dense",
@@ -125,7 +125,7 @@ class Counter(TorchDispatchMode):
         elements = source.known()
         if elements is None:
             raise RuntimeError(
-                f"a step reads {tuple(source.shape)} {source.dtype} at {_line()}: unknown here"
+                f"a step reads {tuple(source.shape)} {source.dtype} at {project_line()}: unknown here"
             )
         return elements.clone()
 
@@ -136,13 +136,13 @@ class Counter(TorchDispatchMode):
         self.operators.append(Operator(self.phase, "copy from the host", 0, _size(source)))
 
     def _wait(self, what: str) -> None:
-        self.waits[f"{_line()} {what}"] += 1
+        self.waits[f"{project_line()} {what}"] += 1
 
     def _run(self, func, name: str, args: tuple, kwargs: dict) -> Any:
         """The result: its shape by PyTorch's meta kernel, elements by that of the CPU."""
         if name in WAITING:  # the shape follows from the elements
             elements = self._elements(func, args, kwargs)
-            assert elements is not None, f"{name} at {_line()}: elements unknown here"
+            assert elements is not None, f"{name} at {project_line()}: elements unknown here"
             return tree_map(lambda x: device_tensor(x) if isinstance(x, Tensor) else x, elements)
         out = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
@@ -248,7 +248,7 @@ def _for_formula(x: Any) -> Any:
     return x.meta if x.elements is None or x.is_floating_point() else x.elements
 
 
-def _line() -> str:
+def project_line() -> str:
     """The innermost line of the project under way: raylib/packed.py:86."""
     frame = sys._getframe()
     while frame is not None:

@@ -1,29 +1,40 @@
 """Measure the pretraining step on a GPU, or count what it asks of one: `python -m benchmarks.gpu`.
 
+python -m benchmarks.gpu [--out DIR] [--seconds 480] [--only PART ...]   on a machine with a GPU
+python -m benchmarks.gpu --device cpu                               rehearse it: tiny models, no figure counts
 python -m benchmarks.gpu --dry [--size base] [--batch 64 256 256]   count without a GPU (`benchmarks.dry`)
 python -m benchmarks.gpu --dry --record NAME                        and append it to results/dry.jsonl
+
+The parts of a measurement (`benchmarks.gpu_parts`) run in their order until the seconds are over, and
+DIR/gpu.json is written after each figure; `python -m benchmarks.record --gpu DIR/gpu.json` enters it into
+results/gpu.jsonl. A bare machine gets what it lacks from `benchmarks/wheels.sh`.
 """
 
 import argparse
+import time
+import traceback
 from collections.abc import Sequence
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.device import GPU
 from benchmarks.dry import Counter, dry_run
+from benchmarks.gpu_parts import PARTS, Report
+from benchmarks.gpu_steps import BATCH, Setting
 from benchmarks.results import RESULTS, commit
 from benchmarks.step import make_batch
 from pretrain.recipes import base, small, tiny
 from raylib.data.loading import to_device
 from raylib.display import markdown_table
-from raylib.fileio import append_jsonl
+from raylib.fileio import append_jsonl, write_json
 from raylib.models.unified import UnifiedModel
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 
 MODELS = {"tiny": tiny().model, "small": small().model, "base": base().model}
-BATCH = (64, 256, 256)  # image-text pairs, translations, sentences: one of eight GPUs' share of the paper's
+FORMAT = 2  # of a line in results/gpu.jsonl
 DRY_FILE = RESULTS / "dry.jsonl"
 
 
@@ -70,6 +81,7 @@ def dry_report(counter: Counter, rows: int = 20) -> str:
 
 
 def dry(options: argparse.Namespace) -> None:
+    """Count, print, and record if asked to."""
     counter = count(options.size, options.batch)
     print(dry_report(counter))
     if options.record:
@@ -82,10 +94,37 @@ def dry(options: argparse.Namespace) -> None:
         append_jsonl(DRY_FILE, record | counter.summary())
 
 
+def measure(device: torch.device, folder: Path, seconds: float, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Run the parts, or those that are named, while there is time. Returns what DIR/gpu.json says."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"format": FORMAT, "date": date.today().isoformat(), "commit": commit(), "parts": {}}
+    report = Report(Setting(device), lambda parts: write_json(folder / "gpu.json", about | {"parts": parts}))
+    ends = time.monotonic() + seconds
+    for part, limit in PARTS.items():
+        name, report.part = part.__name__, part.__name__
+        if only and name not in {"machine", *only}:
+            continue
+        start = time.monotonic()
+        report.ends = min(start + limit, ends)
+        try:
+            if report.has_time("part"):
+                part(report)
+        except Exception as error:  # of whatever kind: the parts that follow do not depend on it
+            traceback.print_exc()
+            report.note("part", {"failed": f"{type(error).__name__}: {error}"[:400]})
+        report.note("seconds", round(time.monotonic() - start, 1))
+    return about | {"parts": report.figures}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of gpu.json")
+    parser.add_argument("--seconds", type=float, default=480, help="start no part later than this")
+    names = [part.__name__ for part in PARTS]
+    parser.add_argument("--only", nargs="*", choices=names, default=(), metavar="PART", help=", ".join(names))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
     parser.add_argument("--dry", action="store_true", help="count, without a GPU")
     parser.add_argument("--size", choices=MODELS, default="base", help="of --dry")
     parser.add_argument(
@@ -95,6 +134,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.dry:
         dry(options)
+    elif options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU here: --dry counts without one, --device cpu rehearses")
+    else:
+        device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
+        measure(device, options.out, options.seconds, options.only)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Steps to time, and how they are timed, for `benchmarks.gpu`.
 
-A step takes a batch from loader processes, brings it to the device, and runs forward, backward and optimizer in
-an engine of the project, as training does. Every batch has lengths of its own, drawn as a corpus gives them.
+A step takes a batch from loader processes, brings it to the device, and runs forward, backward and optimizer
+in an engine of the project, as training does. Every batch has lengths of its own, drawn as a corpus gives
+them.
 """
 
 import time
@@ -24,6 +25,7 @@ from pretrain.train import PretrainConfig
 from raylib.config import override
 from raylib.data.loading import StepDataset, load_batches, to_device
 from raylib.engine import TorchEngine
+from raylib.engine_zero import DeepSpeedEngine
 from raylib.models.unified import UnifiedModel
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 
@@ -87,7 +89,8 @@ class Training:
         model = UnifiedModel(self.config.model).to(device).train()
         self.objective = UnifiedObjective(model, self.config.objective)
         fit.set_precision(self.objective, device)
-        self.engine = TorchEngine(self.objective, self.config.optim, device, fit.uses_bf16(device), None)
+        engine = DeepSpeedEngine if fit.sharding == "zero2" else TorchEngine
+        self.engine = engine(self.objective, self.config.optim, device, fit.uses_bf16(device), None)
         data = RandomBatches(self.config, self.batch, streams)
         self.stream = load_batches(data, 0, 10**6, setting.workers, pin=device.type == "cuda")
         self.num_steps = 0
@@ -140,7 +143,9 @@ def time_steps(setting: Setting, step: Callable[[], Any], num: int | None = None
         "host_cpu_ms": round(1e3 * cpu / num, 2),
         "median_call_ms": round(median(laps), 2),
         "slowest_call_ms": round(max(laps), 2),
-        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if setting.device.type == "cuda" else None,
+        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        if setting.device.type == "cuda"
+        else None,
         "steps": num,
     }
 
@@ -218,7 +223,7 @@ def profile_steps(setting: Setting, step: Callable[[], Any], num: int = 3, rows:
         seconds = time.perf_counter() - start
     where = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
     events = list(profiler.events())
-    kernels = [event for event in events if event.device_type == where]
+    kernels = [e for e in events if e.device_type == where and not e.is_user_annotation]
     by_name: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     for kernel in kernels:
         row = by_name[kernel.name[:100]]

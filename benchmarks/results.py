@@ -25,6 +25,8 @@ def run_module(module: str, *arguments: object) -> None:
 
 
 def commit() -> str:
-    """Short hash of the checkout's commit."""
+    """Short hash of the checkout's commit; "" where it has no history."""
+    if not (ROOT / ".git").exists():
+        return ""
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

@@ -46,7 +46,9 @@ VARIANTS = {
 FILE = RESULTS / "step.jsonl"
 
 
-def draw_lengths(n: int, mean: float, longest: int, generator: torch.Generator, other: Tensor | None = None):
+def draw_lengths(
+    n: int, mean: float, longest: int, generator: torch.Generator, other: Tensor | None = None
+) -> Tensor:
     """(n,) lengths of this mean, log-normal, cut at `longest`; close to those of `other`, its translations,
     if given.
 
@@ -83,20 +85,37 @@ def make_sentences(lengths: Tensor, vocabulary: int, generator: torch.Generator)
     )
 
 
-def make_batch(config: ModelConfig, counts: tuple[int, int, int], seed: int = 0) -> dict:
-    """A batch with the length statistics of `MEANS`."""
+def draw_fresh_lengths(n: int, mean: float, longest: int, generator: torch.Generator, other=None) -> Tensor:
+    """As `draw_lengths`, but drawn, as a corpus gives them: another number of each length in every batch."""
+    noise = torch.randn(n, generator=generator)
+    lengths = 0.92 * mean * (0.45 * noise).exp() if other is None else other + 0.2 * other * noise
+    return lengths.round().clamp(4, longest).long()
+
+
+def make_batch(
+    config: ModelConfig,
+    counts: tuple[int, int, int],
+    seed: int = 0,
+    fresh: bool = False,
+    images: Tensor | None = None,
+) -> dict:
+    """A batch with the length statistics of `MEANS`; `fresh`: lengths of `draw_fresh_lengths`. `images`: to
+    be taken, in another order; else they are drawn."""
     g = torch.Generator().manual_seed(seed)
     pairs, translations, mono = counts
-    lengths = {
-        name: draw_lengths(n, MEANS[name], LENGTHS[name], g) for name, n in zip(MEANS, counts, strict=True)
-    }
-    translated = draw_lengths(translations, MEANS["parallel"], LENGTHS["parallel"], g, lengths["parallel"])
+    draw = draw_fresh_lengths if fresh else draw_lengths
+    lengths = {name: draw(n, MEANS[name], LENGTHS[name], g) for name, n in zip(MEANS, counts, strict=True)}
+    translated = draw(translations, MEANS["parallel"], LENGTHS["parallel"], g, lengths["parallel"])
     size, v = config.image_size, config.vocabulary
+    if images is None:
+        images = torch.randint(0, 256, (pairs, size, size, 3), dtype=torch.uint8, generator=g)
+    else:
+        images = images[torch.randperm(pairs, generator=g)]
     return {
         "step": 0,
         "image_text": {
             "index": torch.arange(pairs),
-            "images": torch.randint(0, 256, (pairs, size, size, 3), dtype=torch.uint8, generator=g),
+            "images": images,
             "image_id": torch.arange(pairs),
             "text": make_sentences(lengths["image_text"], v, g),
             "negative_uniforms": torch.rand(pairs, 2, generator=g),

@@ -15,7 +15,16 @@ from raylib.fileio import append_jsonl, read_jsonl
 from raylib.text import Tokenizer
 
 FOLDER = results.ROOT / "benchmarks"
-LIBRARIES = {"__init__", "device", "dry", "results", "twin"}  # what scripts share; not run
+LIBRARIES = {
+    "__init__",
+    "device",
+    "dry",
+    "gpu_parts",
+    "gpu_peers",
+    "gpu_steps",
+    "results",
+    "twin",
+}  # what scripts share; not run
 
 
 def test_benchmark_tables_match_recorded_results(tmp_path):

@@ -1,0 +1,264 @@
+"""The parts of `benchmarks.gpu`, in the order in which most is learnt in the least time. Each is a function
+of a `Report`, which it gives its figures as it goes, so that an end in the middle loses none."""
+
+import gc
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_peers import MaskedLanguageModel, OpenClip
+from benchmarks.gpu_steps import (
+    Setting,
+    Training,
+    copy_tb_per_second,
+    count_flops,
+    find_waits,
+    matmul_tflops,
+    profile_steps,
+    time_steps,
+    time_training,
+    training,
+)
+from benchmarks.results import ROOT
+from benchmarks.twin import PaddedTwin
+from raylib.runtime import device_name, peak_flops
+
+SIZES = ("base", "small", "tiny")
+CONTRAST = [f"objective.weights.{term}=0" for term in ("itm", "vlm", "ucl_translation", "tlm", "xmlm")]
+
+
+class Report:
+    """Figures by part and name; `write` is called with all of them after each. `ends`: when the part under
+    way has used its time (`time.monotonic`)."""
+
+    def __init__(self, setting: Setting, write: Callable[[dict[str, Any]], None]):
+        self.setting, self.write, self.ends = setting, write, math.inf
+        self.figures: dict[str, Any] = {}
+        self.part = ""
+
+    def note(self, name: str, value: Any) -> None:
+        self.figures.setdefault(self.part, {})[name] = value
+        print(f"{self.part} | {name}: {value}", flush=True)
+        self.write(self.figures)
+
+    def has_time(self, name: str) -> bool:
+        """Whether the part has time left; if not, notes that `name` is left out."""
+        if time.monotonic() < self.ends:
+            return True
+        self.note(name, "left out: no time")
+        return False
+
+    def measure(self, name: str, function: Callable[[], Any]) -> Any:
+        """Note what `function` returns, or why it failed; the memory of it is free afterwards."""
+        if not self.has_time(name):
+            return None
+        try:
+            value = function()
+        except Exception as error:  # of whatever kind: the next measurement does not depend on it
+            value = {"failed": f"{type(error).__name__}: {error}"[:400]}
+        self.note(name, value)
+        gc.collect()
+        if self.setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return value
+
+
+def machine(report: Report) -> None:
+    """What the machine is, and what it can at most."""
+    setting = report.setting
+    report.note("device", device_name(setting.device))
+    report.note("torch", torch.__version__)
+    report.note("threads", torch.get_num_threads())
+    if setting.device.type == "cuda":
+        report.note("cuda", torch.version.cuda)
+        report.note("driver", _driver())
+        report.note("memory_gb", round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1))
+    report.note("matmul_tflops", round(matmul_tflops(setting), 2))
+    report.note("copy_tb_s", round(copy_tb_per_second(setting), 3))
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def step(report: Report) -> None:
+    """A step of `base`: time, share of the peak, waits, kernels."""
+    with training(report.setting, "base") as run:
+        report.measure("base", lambda: _whole_step(report, run))
+        report.measure("waits", lambda: find_waits(report.setting, run.step))
+        report.measure("profile", lambda: profile_steps(report.setting, run.step))
+
+
+def _whole_step(report: Report, run: Training) -> dict[str, Any]:
+    """Time of a step with loader and optimizer, and what share of the peak its matrix products reach."""
+    figures = time_training(run)
+    tflop = count_flops(run.step)
+    rate = 1e3 * tflop / figures["ms"]
+    figures |= {"batch": run.batch, "tflop": round(tflop, 3), "tflops": round(rate, 1)}
+    figures["share_of_measured_peak"] = round(rate / report.figures["machine"]["matmul_tflops"], 3)
+    if promised := peak_flops(run.setting.device):
+        figures["share_of_data_sheet"] = round(1e12 * rate / promised, 3)
+    return figures
+
+
+def gpu_tests(report: Report) -> None:
+    """The tests that need a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+
+    def run_tests() -> dict[str, Any]:
+        left = report.ends - time.monotonic()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left)
+        lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR", "E  "))]
+        return {
+            "summary": (done.stdout.strip().splitlines() or [done.stderr[-400:]])[-1],
+            "failed": lines[:40],
+        }
+
+    report.measure("pytest -m gpu", run_tests)
+
+
+def twin(report: Report) -> None:
+    """Forward and backward beside the plain padded twin of the same weights, in bf16, without dropout."""
+    setting = report.setting
+    with training(setting, "base", ["model.dropout=0"]) as run:
+        peer = PaddedTwin(run.objective.model, "masked")
+
+        def peer_step() -> None:
+            run.objective.zero_grad(set_to_none=True)
+            with torch.autocast(setting.device.type, torch.bfloat16):
+                loss, _ = peer(run.next_batch())
+            loss.backward()
+
+        ours = report.measure(
+            "ours", lambda: time_steps(setting, lambda: run.forward_backward(run.next_batch()))
+        )
+        theirs = report.measure("twin", lambda: time_steps(setting, peer_step))
+        again = report.measure(
+            "ours again", lambda: time_steps(setting, lambda: run.forward_backward(run.next_batch()))
+        )
+    note_ratio(report, theirs, min((ours, again), key=lambda figures: (figures or {}).get("ms", math.inf)))
+
+
+def note_ratio(report: Report, theirs: dict | None, ours: dict | None) -> None:
+    """Note how many times ours the peer takes."""
+    if theirs and ours and "ms" in theirs and "ms" in ours:
+        report.note("ratio", round(theirs["ms"] / ours["ms"], 2))
+
+
+def open_clip(report: Report) -> None:
+    """The contrastive part alone beside open_clip, whole steps: towers, loss, optimizer."""
+    setting = report.setting
+    pairs = 4 if setting.is_rehearsal else 256
+    with training(setting, "base", ["model.dropout=0", *CONTRAST], (pairs, 4, 4), ("image_text",)) as run:
+        batches = [run.next_batch() for _ in range(2 if setting.is_rehearsal else 8)]
+        state = {"step": 0}
+
+        def ours() -> None:
+            run.engine.step(batches[state["step"] % len(batches)], state["step"], 1e-4)
+            state["step"] += 1
+
+        best_ours = report.measure("ours", lambda: _pairs_per_second(pairs, time_steps(setting, ours)))
+    results = []
+    # a CPU compiles for minutes what is over in milliseconds
+    for compiled in (False,) if setting.is_rehearsal else (False, True):
+        for is_bucketed in (False, True):
+            name = "open_clip, buckets of length" if is_bucketed else "open_clip, padded"
+            name += ", compiled" if compiled else ", eager"
+
+            def theirs(is_bucketed: bool = is_bucketed, compiled: bool = compiled) -> dict[str, Any]:
+                peer = OpenClip(run.config.model, setting.device, is_bucketed, compiled)
+                numbers = iter(range(10**6))
+                each = lambda: peer.step(batches[next(numbers) % len(batches)])  # noqa: E731
+                return _pairs_per_second(pairs, time_steps(setting, each, warm=len(batches) + 2))
+
+            results.append(report.measure(name, theirs))
+    measured = [result for result in results if result and "ms" in result]
+    if measured:
+        note_ratio(report, min(measured, key=lambda result: result["ms"]), best_ours)
+
+
+def _pairs_per_second(pairs: int, figures: dict[str, Any]) -> dict[str, Any]:
+    return {**figures, "pairs_per_second": round(1e3 * pairs / figures["ms"], 1)}
+
+
+def sizes(report: Report) -> None:
+    """The other sizes' steps."""
+    for size in SIZES[1:]:
+        with training(report.setting, size) as run:
+            report.measure(size, lambda run=run: _whole_step(report, run))
+
+
+# settings that a run may have, each beside the recipe's own
+LEVERS: dict[str, list[str]] = {
+    "as the recipe": [],
+    "residual stream in float32": ["fit.residual=float32"],
+    "sharding=zero2": ["fit.sharding=zero2"],
+}
+
+
+def levers(report: Report) -> None:
+    """What each setting is worth in time and memory."""
+    for name, changes in LEVERS.items():
+
+        def measure(changes: list[str] = changes) -> dict[str, Any]:
+            with training(report.setting, "base", changes) as run:
+                return time_training(run, None if report.setting.is_rehearsal else 10)
+
+        report.measure(name, measure)
+
+
+def growth(report: Report) -> None:
+    """Time and memory by the batch, until memory ends."""
+    factors = (1,) if report.setting.is_rehearsal else (0.125, 1, 2, 4, 8, 16)
+    for name, changes in {"": []}.items():
+        for factor in factors:
+            batch = tuple(round(factor * n) for n in report.setting.batch)
+
+            def measure(batch: tuple = batch, changes: list[str] = changes) -> dict[str, Any]:
+                with training(report.setting, "base", changes, batch) as run:
+                    return _whole_step(report, run)
+
+            result = report.measure(f"{name}{batch}", measure)
+            if result is None or "OutOfMemoryError" in str(result.get("failed")):
+                break
+
+
+def masked_language(report: Report) -> None:
+    """Masked sentences alone beside `transformers`, whole steps."""
+    setting = report.setting
+    count = 8 if setting.is_rehearsal else 256
+    with training(setting, "base", ["model.dropout=0"], (1, 1, count), ("text",)) as run:
+        batches = [run.next_batch() for _ in range(4)]
+        numbers = iter(range(10**6))
+
+        def ours_step() -> None:
+            number = next(numbers)
+            run.engine.step(batches[number % len(batches)], number, 1e-4)
+
+        ours = report.measure("ours", lambda: time_steps(setting, ours_step))
+
+    def peer_steps() -> dict[str, Any]:
+        peer = MaskedLanguageModel(run.config.model, setting.device)
+        return time_steps(setting, lambda: peer.step(batches[next(numbers) % len(batches)]))
+
+    note_ratio(report, report.measure("transformers", peer_steps), ours)
+
+
+# each with the most seconds that it may take
+PARTS: dict[Callable[[Report], None], int] = {
+    machine: 20,
+    step: 90,
+    gpu_tests: 90,
+    twin: 40,
+    open_clip: 150,
+    levers: 120,
+    sizes: 60,
+    growth: 90,
+    masked_language: 40,
+}
