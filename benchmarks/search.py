@@ -77,7 +77,7 @@ def search(
     from finetune.recipes import RECIPES
     from raylib.search.schedulers import rank_agreements
     from raylib.search.search import run_search
-    from tune_spaces import FinetuneSearchJob
+    from tune_spaces.jobs import FinetuneSearchJob
 
     search_name = f"{''.join(c for c in name if c.isalnum())}_seed{seed}"
     search_settings = [

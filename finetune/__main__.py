@@ -7,7 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raylib.command import RESUME_HINT, Stage, check_writable, command_parser, entry_point, run_stage
+from raylib.command import (
+    RESUME_HINT,
+    Stage,
+    check_writable,
+    command_parser,
+    entry_point,
+    module_doc,
+    run_stage,
+)
 from raylib.config import override
 
 
@@ -19,7 +27,11 @@ def main(arguments: Sequence[str]) -> int:
         return commands[arguments[0]](arguments[1:])
     from finetune.config import FinetuneConfig
     from finetune.recipes import FAMILIES, RECIPES
-    from finetune.train import run
+
+    def run(config: FinetuneConfig) -> None:
+        from finetune.train import run  # PyTorch, which help needs not
+
+        run(config)
 
     example = "model=MODEL data=FOLDER runtime=local"
     return run_stage(
@@ -41,9 +53,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
 def _compare(arguments: Sequence[str]) -> int:
     """Put runs side by side, in tables with intervals."""
-    from finetune import compare
-
-    parser = command_parser("finetune compare", compare.__doc__)
+    parser = command_parser("finetune compare", module_doc("finetune.compare"))
     parser.add_argument("runs", type=Path, nargs="+", help="finished runs")
     parser.add_argument("--baseline", type=Path, metavar="RUN", help="the row to subtract (the first one)")
     parser.add_argument(
@@ -53,6 +63,8 @@ def _compare(arguments: Sequence[str]) -> int:
     parsed = parser.parse_args(arguments)
     check_writable(parsed.csv)
     check_writable(parsed.latex)
+    from finetune import compare
+
     found, lines = compare.compare_runs(parsed.runs, parsed.baseline)
     print("\n\n".join(filter(None, (compare.to_markdown(found), "\n".join(lines)))))
     if parsed.csv:
@@ -96,7 +108,6 @@ def _analyse(arguments: Sequence[str]) -> int:
 
 def _translate(arguments: Sequence[str]) -> int:
     """Translate a task's texts in advance, by a translation model."""
-    from finetune.build import load_task
     from finetune.strategies.alignment import TranslateConfig, translate
 
     parser = command_parser("finetune translate", TranslateConfig.__doc__, settings=TranslateConfig)
@@ -106,6 +117,8 @@ def _translate(arguments: Sequence[str]) -> int:
         "settings", nargs="*", metavar="path=value", help="such as data=FOLDER split=shots direction=from_en"
     )
     parsed = parser.parse_args(arguments)
+    from finetune.build import load_task
+
     translate(load_task(parsed.task), parsed.model, override(TranslateConfig(), parsed.settings))
     return 0
 

@@ -7,12 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from finetune.strategies import StrategiesConfig
 from raylib.config import NameOrFile
-from raylib.data.images import AugmentConfig
-from raylib.engine import OptimConfig
-from raylib.launch import LaunchConfig
-from raylib.loop import FitConfig
-from raylib.models.decoder import DecoderConfig
-from raylib.settings import Checkpointing
+from raylib.settings import AugmentConfig, Checkpointing, DecoderConfig, FitConfig, LaunchConfig, OptimConfig
 
 TransferSetting = Literal[
     "zero_shot", "few_shot", "single_language", "all_language", "translate_test", "untrained"

@@ -15,9 +15,8 @@ R@1, the last of ties.
 from collections.abc import Callable
 from typing import Any
 
-from finetune.build import dev_sets, find_task, languages_of
 from finetune.config import UNIMODAL, FinetuneConfig
-from raylib.engine import OptimConfig
+from raylib.settings import OptimConfig
 
 P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)
 IGLUE = OptimConfig(weight_decay=1e-4, warmup=0.1, eps=1e-6)
@@ -25,6 +24,9 @@ FEW_SHOT_RATES = (1e-4, 5e-5, 1e-5)  # IGLUE tries all three for each number of 
 P1 = OptimConfig(weight_decay=0.01, warmup=0.1)
 P3 = OptimConfig(lr=1e-4, weight_decay=0.05, warmup=0.0)
 P4 = OptimConfig(weight_decay=0.0, warmup=0.0, decay="cosine")  # Adam (appendix A)
+# what a recipe's line says of its task; tasks themselves need PyTorch, which help does without
+RETRIEVAL_TASKS = ("xflickrco", "wit", "multi30k", "coco", "xtd", "xtd_few")
+TASKS_WITHOUT_DEV_SET = ("fm_iqa",)
 SCENES = ("en", "ar", "bn", "de", "es", "fr", "id", "ko", "pt", "ru", "zh")
 
 
@@ -268,9 +270,10 @@ def _selection(config: FinetuneConfig) -> str:
         return "nothing is trained"
     if config.select == "last":
         return "last epoch"
-    if not dev_sets(config, languages_of(config)[0] if config.trains_apart else None):
+    if config.task in TASKS_WITHOUT_DEV_SET:
         return "last epoch: there is no dev set"
-    return f"best {find_task(config).dev_score_name(config)} on the dev set, {config.select_ties} of ties"
+    score = config.select_metric.replace("_", " ") if config.task in RETRIEVAL_TASKS else "accuracy"
+    return f"best {score} on the dev set, {config.select_ties} of ties"
 
 
 # P0's table 1: the rows of each model. d1 = d2 = 0.8, k = 10, alpha = 10, 10 % of what remains after each of

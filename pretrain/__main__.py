@@ -5,7 +5,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raylib.command import RESUME_HINT, Stage, check_writable, command_parser, entry_point, run_stage
+from raylib.command import (
+    RESUME_HINT,
+    Stage,
+    check_writable,
+    command_parser,
+    entry_point,
+    module_doc,
+    run_stage,
+)
+from raylib.errors import UserError
 
 
 @entry_point(RESUME_HINT)
@@ -14,8 +23,13 @@ def main(arguments: Sequence[str]) -> int:
     commands = {"evaluate": _evaluate, "export": _export, "overlap": _overlap}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
+    from pretrain.config import PretrainConfig
     from pretrain.recipes import FAMILIES, RECIPES
-    from pretrain.train import PretrainConfig, run
+
+    def run(config: PretrainConfig) -> None:
+        from pretrain.train import run  # PyTorch, which help needs not
+
+        run(config)
 
     example = "optim.lr=3e-4 runtime=local"
     return run_stage(
@@ -42,16 +56,40 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
 def _export(arguments: Sequence[str]) -> int:
     """Write a run's model as a folder that Hugging Face reads."""
-    from raylib.api.export import main as export
+    parser = command_parser("pretrain export", module_doc("raylib.api.export"))
+    parser.add_argument("run", type=Path, help="a run or one of its checkpoints")
+    parser.add_argument("dir", type=Path, help="a new folder")
+    parser.add_argument("--language", help="of a run that trained a model for each language, which one")
+    parser.add_argument("--license", help="of the weights, for the model card, such as apache-2.0")
+    args = parser.parse_args(arguments)
+    from raylib.api.export import export_model
 
-    return export(arguments)
+    gap = export_model(args.run, args.dir, args.language, args.license)
+    readers = f"polyglance.load alone: {gap}" if gap else "polyglance.load and transformers"
+    print(f"{args.dir}: {', '.join(sorted(p.name for p in args.dir.iterdir()))}; read by {readers}")
+    return 0
 
 
 def _overlap(arguments: Sequence[str]) -> int:
     """Find test images that are in a pretraining corpus."""
-    from pretrain.image_overlap import main as count
+    parser = command_parser("pretrain overlap", module_doc("pretrain.image_overlap"))
+    parser.add_argument("corpus", type=Path, help="image-text shards, or a corpus with a folder image_text")
+    parser.add_argument(
+        "data", type=Path, help="a folder or a tar of test images, a retrieval set, or shards"
+    )
+    parser.add_argument(
+        "--names", type=Path, nargs="+", default=[], help="annotation files: only images that they name"
+    )
+    parser.add_argument("--distance", type=int, default=6, help="bits of 64 that may differ (default 6)")
+    parser.add_argument("--json", type=Path, help="write all figures, and each pair, into this file")
+    args = parser.parse_args(arguments)
+    if not 0 <= args.distance <= 32:
+        raise UserError(f"--distance {args.distance}: give a number from 0 to 32")
+    check_writable(args.json)
+    from pretrain.image_overlap import report_overlap
 
-    return count(arguments)
+    report_overlap(args.corpus, args.data, args.names, args.distance, args.json)
+    return 0
 
 
 if __name__ == "__main__":

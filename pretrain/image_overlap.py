@@ -25,7 +25,6 @@ import cv2
 import numpy as np
 import torch
 
-from raylib.command import check_writable, command_parser
 from raylib.data.images import BadImage, decode_image, is_image
 from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
@@ -237,40 +236,29 @@ def overlap_table(result: dict[str, Any]) -> str:
     return markdown_table(rows)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`python -m pretrain overlap`."""
-    parser = command_parser("pretrain overlap", __doc__)
-    parser.add_argument("corpus", type=Path, help="image-text shards, or a corpus with a folder image_text")
-    parser.add_argument(
-        "data", type=Path, help="a folder or a tar of test images, a retrieval set, or shards"
-    )
-    parser.add_argument(
-        "--names", type=Path, nargs="+", default=[], help="annotation files: only images that they name"
-    )
-    parser.add_argument("--distance", type=int, default=6, help="bits of 64 that may differ (default 6)")
-    parser.add_argument("--json", type=Path, help="write all figures, and each pair, into this file")
-    args = parser.parse_args(arguments)
-    if not 0 <= args.distance <= 32:
-        raise UserError(f"--distance {args.distance}: give a number from 0 to 32")
-    check_writable(args.json)
-    source = open_corpus(args.corpus)
+def report_overlap(
+    corpus_path: Path, data: Path, annotations: Sequence[Path], distance: int, to: Path | None
+) -> None:
+    """Print, and write into the file `to`, how many images of `data`, of those that `annotations` name, are
+    in a corpus."""
+    source = open_corpus(corpus_path)
     processes = len(os.sched_getaffinity(0))
-    names = set().union(*map(read_names, args.names))
+    names = set().union(*map(read_names, annotations))
     found_names: set[str] = set()
-    test, bad_test = hash_images(_keep(stream_images(args.data), names, found_names), processes)
+    test, bad_test = hash_images(_keep(stream_images(data), names, found_names), processes)
     if not test.names:
         why = f"none of its {bad_test} images decodes" if bad_test else "no image in it"
-        raise UserError(f"{args.data}: {why}{' that --names names' if names and not bad_test else ''}")
+        raise UserError(f"{data}: {why}{' that --names names' if names and not bad_test else ''}")
     missing = sorted(names - found_names)
     corpus, bad_corpus = hash_images(read_source(source), processes, sum(map(source.size, source.groups)))
     result = {
-        "corpus": str(args.corpus),
-        "data": str(args.data),
+        "corpus": str(corpus_path),
+        "data": str(data),
         "corpus_images": len(corpus.names),
         "undecodable": {"corpus": bad_corpus, "data": bad_test},
         "missing": missing,
         **provenance(torch.device("cpu")),
-        **count_overlap(corpus, test, args.distance),
+        **count_overlap(corpus, test, distance),
     }
     print(overlap_table(result))
     print(
@@ -280,13 +268,12 @@ def main(arguments: Sequence[str]) -> int:
     )
     if missing:
         print(
-            f"{len(missing)} of {len(names)} images that --names names are not in {args.data} and are not "
+            f"{len(missing)} of {len(names)} images that --names names are not in {data} and are not "
             f"counted, such as {missing[0]}"
         )
     for pair in result["pairs"][:5]:
         apart = "same bytes" if pair["same_bytes"] else f"{pair['distance']} bits"
         print(f"  {pair['test']} = {pair['corpus']} ({apart})")
-    if args.json:
-        write_json(args.json, result)
-        print(f"every pair: {args.json}")
-    return 0
+    if to:
+        write_json(to, result)
+        print(f"every pair: {to}")

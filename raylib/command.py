@@ -4,9 +4,11 @@ recipe becomes a run.
 """
 
 import argparse
+import ast
 import contextlib
 import functools
 import importlib
+import importlib.util
 import inspect
 import os
 import re
@@ -81,6 +83,14 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def module_doc(module: str) -> str:
+    """Return the docstring of a module without running it: it may take seconds to import, and help needs no
+    more of it."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
 
 
 def check_writable(path: Path | None) -> None:

@@ -18,7 +18,7 @@ from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json, write_atomically, write_json
 from raylib.provenance import DataFile, record_identity
 from raylib.runtime import LocalRuntime, RayRuntime, Reporter, Runtime, set_deterministic
-from raylib.settings import LaunchConfig
+from raylib.settings import MUTABLE_SETTINGS, LaunchConfig
 from raylib.tracking import RunTracking, track_run
 
 RAY_ENV = {  # environment variables of every process
@@ -38,34 +38,6 @@ RAY_ENV = {  # environment variables of every process
 
 
 TRACKER_ENV = ("WANDB_", "MLFLOW_")  # of trackers, which trials have in their own processes
-
-
-# settings that may change when a run goes on: no number depends on them
-MUTABLE_SETTINGS = (
-    "recipe",
-    "runs",
-    "runtime",
-    "workers",
-    "gpu",
-    "max_failures",
-    "resume",
-    "keep_optimizer",
-    "fit.stop_after",
-    "fit.log_every",
-    "fit.eval_every",
-    "fit.save_every",
-    "fit.keep",
-    "fit.loader_workers",
-    "fit.track",
-    "fit.sharding",
-    "fit.max_skipped",
-    "fit.micro_batches",
-    "model.checkpointing",
-    "checkpointing",
-    "data.cache",
-    "data.verify",
-    "verify",
-)
 
 
 def run_folder(config: LaunchConfig) -> Path:

@@ -56,6 +56,33 @@ class LaunchConfig(Config):
     """Keep optimizer states in the checkpoints of a run that has ended; without, they have weights alone."""
 
 
+# settings that may change when a run goes on: no number depends on them
+MUTABLE_SETTINGS = (
+    "recipe",
+    "runs",
+    "runtime",
+    "workers",
+    "gpu",
+    "max_failures",
+    "resume",
+    "keep_optimizer",
+    "fit.stop_after",
+    "fit.log_every",
+    "fit.eval_every",
+    "fit.save_every",
+    "fit.keep",
+    "fit.loader_workers",
+    "fit.track",
+    "fit.sharding",
+    "fit.max_skipped",
+    "fit.micro_batches",
+    "model.checkpointing",
+    "checkpointing",
+    "data.cache",
+    "data.verify",
+    "verify",
+)
+
 Backend = Literal["tensorboard", "wandb", "mlflow"]  # of a tracker (`raylib.trackers`)
 Residual = Literal["float32", "bfloat16"]  # the residual stream and layer norms
 Checkpointing = Literal["none", "blocks", "all"]  # activations that backward computes again

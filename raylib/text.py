@@ -18,16 +18,16 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
-from raylib.cache import cached
 from raylib.errors import UserError, hub_hint
 from raylib.fileio import sha256_file
-from raylib.packed import Sentences
 from raylib.randomness import hash64, integers, uniform
+
+if TYPE_CHECKING:  # texts are read, and corpora written, without PyTorch
+    from raylib.packed import Sentences
 
 # what is looked for in a folder, in order
 TOKENIZER_FILES = ("sentencepiece.bpe.model", "tokenizer.model", "tokenizer.json")
@@ -86,6 +86,8 @@ class Tokenizer:
     def remember(self, texts: Sequence[str]) -> None:
         """Encode these texts now, or take what another trial of a search has made of them
         (`raylib.cache`)."""
+        from raylib.cache import cached
+
         texts = sorted(set(texts))
 
         def make() -> tuple[np.ndarray, np.ndarray]:
@@ -227,7 +229,7 @@ def add_specials(rows: Sequence[np.ndarray], tokenizer: Tokenizer, length: int) 
 
 def mask_tokens(
     tokens: Tokens, index: np.ndarray, tokenizer: Tokenizer, keys: tuple, probability=0.15
-) -> Sentences:
+) -> "Sentences":
     """Choose tokens to predict and hide them (BERT; Devlin et al. 2019, section 3.1).
 
     Each token that is no special is chosen with `probability`; a chosen one becomes `<mask>` (80 %), a random
@@ -246,6 +248,10 @@ def mask_tokens(
     other = tokenizer.ordinary[integers(len(tokenizer.ordinary), *keys, "other", *where)]
     masked = values.copy()
     masked[positions] = np.where(fate < 0.8, tokenizer.mask, np.where(fate < 0.9, other, labels))
+    import torch
+
+    from raylib.packed import Sentences
+
     arrays = (values, masked, tokens.lengths, positions, labels, text_ids(tokens))
     return Sentences(*(torch.from_numpy(array) for array in arrays))
 

@@ -25,7 +25,7 @@ from raylib.search.trial import TuneReporter
 from tests.conftest import QUICK
 from tests.test_oscar import write_oscar_tsv
 from tests.test_strategies_run import ANSWERS, REFUSED, SETTINGS
-from tune_spaces import FinetuneSearchJob
+from tune_spaces.jobs import FinetuneSearchJob
 from tune_spaces.spaces import SPACES
 
 

@@ -2,6 +2,8 @@
 
 import functools
 import re
+import subprocess
+import sys
 from typing import Literal
 
 import pytest
@@ -177,3 +179,44 @@ def test_help_unknown_names_show_the_nearest(main, nearest, capsys):
     assert main([name]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and nearest in line and len(line) < 260
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # whoever imports it fails
+from finetune.recipes import RECIPES as FINETUNE
+from pretrain.recipes import RECIPES as PRETRAIN
+from raylib.command import COMMANDS, main
+from tune_spaces.spaces import SPACES
+
+PARTS = {
+    "pretrain": ("evaluate", "export", "overlap", *PRETRAIN),
+    "finetune": ("evaluate", "compare", "analyse", "translate", *FINETUNE),
+    "search": SPACES,
+}
+lines = [["--help"], ["--version"], ["data", "--help"], *([*c.name.split(), "--help"] for c in COMMANDS)]
+lines += [[command, part, "--help"] for command, parts in PARTS.items() for part in parts]
+lines += [[command, "settings"] for command in PARTS]
+lines += [["pretrain", "base", "--print-config"], ["finetune", "p0_m3p_prior_em_sft", "--print-config"]]
+mistakes = [
+    ["pretrain", "tinny"],
+    ["finetune", "p0_uc2_prior_em", "strategies.prior.alfa=1"],
+    ["search", "priors"],
+]
+for line in lines + mistakes:
+    try:
+        code = main(line)
+    except SystemExit as end:  # argparse, after --help
+        code = end.code
+    assert code == (2 if line in mistakes else 0), line
+print(len(lines))
+"""
+
+
+def test_help_and_mistakes_need_no_torch():
+    """Every command, recipe and space, in one process that cannot import it."""
+    run = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.splitlines()[-1]) > 150
+    errors = run.stderr.splitlines()
+    assert len(errors) == 3 and "strategies.prior.alpha" in errors[1]

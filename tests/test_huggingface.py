@@ -25,9 +25,9 @@ from transformers.dynamic_module_utils import get_imports
 
 import raylib.api as polyglance
 from finetune.batches import encode_texts
+from pretrain.__main__ import main as pretrain
 from raylib.api import export as exporting
 from raylib.api.export import export_model
-from raylib.api.export import main as export
 from raylib.data.images import decode_image, resize_image
 from raylib.errors import UserError
 from raylib.models import BACKBONES
@@ -371,7 +371,7 @@ def test_prompt_before_every_text_is_part_of_the_tokenizer(tmp_path):
 def test_regions_are_exported_for_polyglance_alone(tmp_path, capsys):
     kind = next(name for name, kind in BACKBONES.items() if issubclass(kind, RegionBackbone))
     folder = save(FinetuneModel(tiny(kind), ("no", "yes"), 1, 0.1).eval(), tmp_path / "model")
-    assert export([str(folder), str(tmp_path / "out")]) == 0
+    assert pretrain(["export", str(folder), str(tmp_path / "out")]) == 0
     assert "read by polyglance.load alone: it reads region features" in capsys.readouterr().out
     assert not (tmp_path / "out/modeling_polyglance.py").exists()
     assert polyglance.load(tmp_path / "out", "cpu").labels == ("no", "yes")
@@ -412,7 +412,9 @@ def test_model_card_names_the_samples_licences(mini, tmp_path):
     from raylib.config import override
 
     run(override(mini("name=trained", "runtime=local", "workers=1", "fit.steps=1"), ["fit.save_every=1"]))
-    assert export([str(tmp_path / "trained"), str(tmp_path / "out"), "--license", "apache-2.0"]) == 0
+    assert (
+        pretrain(["export", str(tmp_path / "trained"), str(tmp_path / "out"), "--license", "apache-2.0"]) == 0
+    )
     card = ModelCard.load(tmp_path / "out/README.md")
     assert card.data.license == "apache-2.0" and card.data.language[0] == "en"
     assert "CC-BY-4.0" in card.text and "| de |" in card.text
@@ -425,14 +427,14 @@ def test_export_is_written_whole_or_not_at_all(stored, tmp_path, monkeypatch, ca
 
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
-    assert export([str(stored / "model"), str(tmp_path / "full")]) == 2
+    assert pretrain(["export", str(stored / "model"), str(tmp_path / "full")]) == 2
     assert "full: not empty; give a new folder" in capsys.readouterr().err
     monkeypatch.setattr(exporting, "write_card", interrupt)
-    assert export([str(stored / "model"), str(tmp_path / "out")]) == 130
+    assert pretrain(["export", str(stored / "model"), str(tmp_path / "out")]) == 130
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     (tmp_path / "out").mkdir()  # an empty folder is as good as none
-    assert export([str(stored / "model"), str(tmp_path / "out")]) == 0
+    assert pretrain(["export", str(stored / "model"), str(tmp_path / "out")]) == 0
 
 
 def test_part_of_a_run_is_exported_by_its_language(stored, tmp_path):

@@ -20,7 +20,7 @@ from raylib.config import override
 from raylib.errors import UserError
 from raylib.text import Tokenizer
 from tests.test_finetune import TOKENIZER
-from tune_spaces import FinetuneSearchJob
+from tune_spaces.jobs import FinetuneSearchJob
 from tune_spaces.spaces import SPACES
 
 TREE = [

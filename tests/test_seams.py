@@ -15,7 +15,7 @@ from raylib.config import change_settings, load_config
 from raylib.monitoring import read_metrics
 from tests.conftest import QUICK as SMALL
 from tests.test_strategies_run import SETTINGS
-from tune_spaces import FinetuneSearchJob
+from tune_spaces.jobs import FinetuneSearchJob
 
 QUICK = ["epochs=1", "train_limit=32", "test_limit=8", "select=last", "candidates=3", "length=24"]
 KINDS = {

@@ -22,7 +22,7 @@ from raylib.search.config import SearchConfig
 from raylib.search.space import Choice, Float, OneOf, Space
 from raylib.search.trial import read_reports
 from tests.factories import search_cluster
-from tune_spaces import FinetuneSearchJob
+from tune_spaces.jobs import FinetuneSearchJob
 
 pytestmark = pytest.mark.xdist_group("ray")
 ROOT = Path(__file__).resolve().parent.parent
@@ -352,7 +352,7 @@ def test_search_trial_trains_on_own_workers_under_zero(search):
 @pytest.mark.slow
 def test_search_over_pretraining(mini, tmp_path, capsys):
     from raylib.search.search import run_search
-    from tune_spaces import PretrainSearchJob
+    from tune_spaces.jobs import PretrainSearchJob
 
     mix = Space(
         "",

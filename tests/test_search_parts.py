@@ -34,7 +34,7 @@ from raylib.search.schedulers import (
 )
 from raylib.search.space import Choice, Float, Int, OneOf, Space
 from raylib.search.trial import TrialResult, append_report, model_epochs, trial_progress
-from tune_spaces import FinetuneSearchJob
+from tune_spaces.jobs import FinetuneSearchJob
 
 
 class Point(Config):

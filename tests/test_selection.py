@@ -6,7 +6,7 @@ import json
 import pytest
 
 from finetune.__main__ import main
-from finetune.build import dev_sets, dev_split, languages_of, read_split
+from finetune.build import dev_sets, dev_split, find_task, languages_of, read_split
 from finetune.config import FinetuneConfig
 from finetune.recipes import RECIPES
 from finetune.stores.images import ImageSource, open_images
@@ -61,7 +61,8 @@ def test_selection_best_has_a_dev_set_for_each_part(name):
     config = RECIPES[name]()
     for language in languages_of(config) if config.trains_apart else [None]:
         sets = dev_sets(config, language)
-        assert bool(sets) == ("best" in RECIPES[name].__doc__) == (config.task != "fm_iqa")
+        score = f"[best {find_task(config).dev_score_name(config)} on the dev set, "
+        assert bool(sets) == (score in RECIPES[name].__doc__) == (config.task != "fm_iqa")
 
 
 def test_selection_uses_dev_sets_per_language(tmp_path, model):

@@ -28,7 +28,7 @@ from raylib.models.finetuned import FinetuneModel
 from raylib.sample import DATA
 from raylib.text import Tokenizer
 from tests import official
-from tune_spaces import find_job
+from tune_spaces.jobs import find_job
 
 SCENES = ("xgqa", "xgqa_translated", "xvnli", "marvl", "xflickrco")
 HEADS = [(name, head) for name, task in TASKS.items() for head in task.heads]

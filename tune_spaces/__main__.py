@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         print("\n".join([*published, wrap(f"grid: {dict(space.grid)}", rest="  ")]))
         return 0
     from raylib.search.search import run_search
-    from tune_spaces import find_job
+    from tune_spaces.jobs import find_job
 
     search, recipe_settings = parse_settings(given.settings, space.recipe)
     job, base = find_job(search.recipe)

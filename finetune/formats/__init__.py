@@ -9,15 +9,13 @@ errors.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from raylib.errors import UserError
 from raylib.fileio import CHUNK, open_text, stream_json
-from raylib.finite import is_finite
 
 
 class Example(NamedTuple):
@@ -184,7 +182,7 @@ def parse_score(value: Any, where: str) -> float:
     Raises:
         UserError: no number, or none that is finite; Python's JSON reads NaN and Infinity too.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not is_finite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"{where}: the score {value!r:.60} of an answer is no finite number")
     return float(value)
 
@@ -294,6 +292,8 @@ def read_xtd(path: Path, images: str, part: str) -> Iterator[Captioned]:
     order that paper 4's public code draws (`torch.randperm` after seed 42)."""
     # the draw of paper 4's public code, so that its test set is ours
     items = list(read_multi30k(path, images))
+    import torch
+
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(42)).tolist()
     yield from (items[i] for i in order[XTD_PARTS[part]])
 

@@ -4,12 +4,11 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
-from finetune.batches import ExtraInputs
 from finetune.strategies.alignment import TranslationAlignmentConfig
 from finetune.strategies.base import (
     NEEDS,
@@ -26,7 +25,7 @@ from finetune.strategies.base import (
     TrainingSetup,
 )
 from finetune.strategies.code_mixing import CodeMixingConfig
-from finetune.strategies.distillation.strategy import DistillationConfig
+from finetune.strategies.distillation import DistillationConfig
 from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.strategies.pruning import SparseConfig
 from finetune.strategies.tuning import (
@@ -41,10 +40,13 @@ from finetune.strategies.tuning import (
     UnfreezingConfig,
 )
 from raylib.config import NO_USER_FILE, Config, UserFile, load_user_class, lookup, validate
-from raylib.engine import LayerRates
 from raylib.errors import UserError
 from raylib.randomness import Key
 from raylib.text import Tokenizer
+
+if TYPE_CHECKING:  # settings of strategies are read without PyTorch (`raylib.settings`)
+    from finetune.batches import ExtraInputs
+    from raylib.engine import LayerRates
 
 
 def _load_user_config(name: str, value: Any, run: Path | None) -> Any:
@@ -268,12 +270,12 @@ class Strategies:
         for strategy in self.built.values():
             strategy.begin(setup)
 
-    def batch_inputs(self) -> ExtraInputs | None:
+    def batch_inputs(self) -> "ExtraInputs | None":
         """Return all that strategies add to a batch, as one function; None where none adds anything."""
         makers = [maker for strategy in self.built.values() if (maker := strategy.batch_inputs())]
         return functools.partial(_all_inputs, makers) if makers else None
 
-    def layer_rates(self, num_layers: int, epoch_steps: int, epochs: int) -> LayerRates | None:
+    def layer_rates(self, num_layers: int, epoch_steps: int, epochs: int) -> "LayerRates | None":
         """The product of the factors, as a function of depth and step; None where no strategy has any."""
         scaling = [s for s in self.built.values() if type(s).lr_scale is not Strategy.lr_scale]
         if not scaling:
@@ -314,7 +316,7 @@ class Strategies:
         )
 
 
-def _all_inputs(makers: list[ExtraInputs], *arguments: Any) -> dict[str, Any]:
+def _all_inputs(makers: "list[ExtraInputs]", *arguments: Any) -> dict[str, Any]:
     return {name: value for maker in makers for name, value in maker(*arguments).items()}
 
 

@@ -15,10 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveInt
-from torch import Tensor
 
 from finetune.formats import Captioned, stream_jsonl, stream_lines
 from finetune.strategies.base import Captions, Context, Need, Outputs, Strategy, StrategyConfig, Term
@@ -26,10 +23,13 @@ from raylib.config import Config
 from raylib.display import progress
 from raylib.errors import UserError, hub_hint, require
 from raylib.fileio import write_atomically
-from raylib.finite import require_finite_file
 from raylib.randomness import Key
 
-if TYPE_CHECKING:  # it imports this room
+if (
+    TYPE_CHECKING
+):  # tasks import this room; settings of strategies are read without PyTorch (`raylib.settings`)
+    from torch import Tensor
+
     from finetune.tasks.base import Task
 
 Pivots = dict[tuple[str, str], tuple[str, str]]  # (image, caption) -> (what is trained on, its pivot)
@@ -93,7 +93,9 @@ class TranslationAlignment(Strategy):
         divisor = None if self.loss == "mse" else _rows
         return {"alignment": Term(self.weight, self._values, divisor)}
 
-    def _values(self, outputs: Outputs, part: dict) -> Tensor:
+    def _values(self, outputs: Outputs, part: dict) -> "Tensor":
+        import torch.nn.functional as F
+
         text, pivot = outputs.text_embeddings, outputs.pivot_embeddings
         if self.loss == "mse":
             return F.mse_loss(text, pivot, reduction="none").mean(1)
@@ -126,7 +128,9 @@ def _pivots_of(routine: int, read: Captions, language: str) -> Pivots:
     }
 
 
-def _rows(part: dict) -> Tensor:
+def _rows(part: dict) -> "Tensor":
+    import torch
+
     return torch.tensor(float(len(part["image_id"])), device=part["image_id"].device)
 
 
@@ -268,6 +272,10 @@ class Translator:
     """A translation model of `transformers`: an encoder and a decoder, with its own tokenizer."""
 
     def __init__(self, folder: Path, config: TranslateConfig):
+        import torch
+
+        from raylib.finite import require_finite_file
+
         transformers = require("transformers", "transfer")
         if not folder.is_dir():
             raise UserError(
@@ -285,7 +293,7 @@ class Translator:
             ) from None
         require_finite_file(folder, self.model.state_dict())
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.config = config
+        self.config, self.inference_mode = config, torch.inference_mode
 
     def __call__(self, texts: Sequence[str], source: str, target: str) -> list[str]:
         """The texts in the language `target`, a line each."""
@@ -300,7 +308,7 @@ class Translator:
             list(texts), return_tensors="pt", padding=True, truncation=True, max_length=self.config.length
         )
         inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        with torch.inference_mode():
+        with self.inference_mode():
             output_ids = self.model.generate(
                 **inputs, num_beams=self.config.num_beams, max_new_tokens=self.config.length, **options
             )

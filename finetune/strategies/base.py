@@ -17,19 +17,21 @@ and tensors and acts at the seams of training, each of which composes without kn
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import PrivateAttr
-from torch import Tensor
 
-from finetune.batches import ExtraInputs
 from finetune.formats import Example
 from raylib.config import Config, UserFile
-from raylib.distributed import all_reduce, world_size
 from raylib.errors import UserError
-from raylib.packed import Ragged
 from raylib.randomness import Key
 from raylib.text import Tokenizer
+
+if TYPE_CHECKING:  # settings of strategies are read without PyTorch (`raylib.settings`)
+    from torch import Tensor
+
+    from finetune.batches import ExtraInputs
+    from raylib.packed import Ragged
 
 # What a strategy may need of a run, as error lines name it: `check_strategies` is the one place that asks.
 Need = Literal[
@@ -138,13 +140,13 @@ class Outputs:
         own; of a strategy that needs logits or embeddings.
     """
 
-    logits: Tensor
-    states: Mapping[int, Ragged]
-    image_embeddings: Tensor
-    text_embeddings: Tensor
+    logits: "Tensor"
+    states: "Mapping[int, Ragged]"
+    image_embeddings: "Tensor"
+    text_embeddings: "Tensor"
     pivot_embeddings: Any
-    scores: Callable[[Tensor, Tensor], Tensor]
-    contrast: Callable[[Tensor, Tensor], Tensor]
+    scores: "Callable[[Tensor, Tensor], Tensor]"
+    contrast: "Callable[[Tensor, Tensor], Tensor]"
     rerun: Callable[[], "Outputs"]
 
     def __init__(self, reader: str = "a term", **computed: Any):
@@ -183,8 +185,8 @@ class Term(NamedTuple):
     """
 
     weight: float
-    values: Callable[[Outputs, dict], Tensor]
-    divisor: Callable[[dict], Tensor] | None = None
+    values: "Callable[[Outputs, dict], Tensor]"
+    divisor: "Callable[[dict], Tensor] | None" = None
 
 
 class AddedTerm(NamedTuple):
@@ -192,8 +194,8 @@ class AddedTerm(NamedTuple):
     after them, and scaled by the task's own weight."""
 
     weight: float
-    values: Callable[[Outputs, dict], Tensor]
-    divisor: Callable[[dict], Tensor] | None = None
+    values: "Callable[[Outputs, dict], Tensor]"
+    divisor: "Callable[[dict], Tensor] | None" = None
     reads: frozenset[Need] = frozenset()
     strategy: str = ""
 
@@ -208,13 +210,15 @@ class LossTerms(NamedTuple):
 
 
 def term_shares(
-    terms: Mapping[str, AddedTerm], outputs: Outputs, part: dict, examples: Tensor
-) -> list[Tensor]:
+    terms: Mapping[str, AddedTerm], outputs: Outputs, part: dict, examples: "Tensor"
+) -> "list[Tensor]":
     """This worker's share of each term's mean over the global batch of so many `examples`, unweighted.
 
     Raises:
         UserError: a term reads what its strategy does not need; its values are neither (b,) nor a scalar.
     """
+    from raylib.distributed import all_reduce, world_size
+
     shares, num_rows = [], len(part["text"].lengths)
     for name, term in terms.items():
         reader = f"strategies.{term.strategy}: term '{name}'"
@@ -259,7 +263,7 @@ class Strategy:
     def begin(self, setup: TrainingSetup) -> None:
         """Prepare what needs the model itself, in every training process: a teacher, its states."""
 
-    def batch_inputs(self) -> ExtraInputs | None:
+    def batch_inputs(self) -> "ExtraInputs | None":
         """Return `inputs(examples, visual inputs, batch)` -> what else a batch of examples holds, by name;
         it is sent to loader processes."""
         return None

@@ -17,7 +17,6 @@ import numpy as np
 from pydantic import Field
 
 from finetune.strategies.base import Context, Need, Purpose, Strategy, StrategyConfig
-from raylib.cache import cached, file_fingerprint
 from raylib.errors import UserError
 from raylib.randomness import Key, uniform
 
@@ -61,6 +60,8 @@ class CodeMixingConfig(StrategyConfig):
         Raises:
             UserError: a language without a dictionary, a file that is no dictionary.
         """
+        from raylib.cache import cached, file_fingerprint
+
         languages = self.languages or tuple(code for code in context.languages if code != "en")
         (folder,) = self.files(context.data)
         dictionaries, report = cached(

@@ -28,7 +28,6 @@ import numpy as np
 
 from raylib.display import progress
 from raylib.errors import UserError
-from raylib.finite import is_finite
 
 # as in paper 0's table 3: what a prediction is to the true label
 SYNONYM, HYPERNYM, HYPONYM, NONE = "syn", "hyp", "hpo", "none"
@@ -184,7 +183,7 @@ def read_vectors(path: Path, words: Iterable[str]) -> dict[str, np.ndarray]:
     """
     vectors = _read_vectors(Path(path), {word.encode(): word for word in words})
     for word, vector in vectors.items():
-        if not is_finite(vector):
+        if not np.isfinite(vector).all():
             raise UserError(
                 f"{path}: the vector of '{word}' is not finite (NaN or infinite); copy the file again"
             )

@@ -11,21 +11,19 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from finetune.strategies.base import Context, Outputs, Strategy, StrategyConfig, Term
 from finetune.strategies.lexical import FILES, WordNet, label_vectors
-from raylib.cache import cached, file_fingerprint
 from raylib.errors import UserError
 from raylib.fileio import atomic_file, sha256_file
-from raylib.finite import is_finite
+
+if TYPE_CHECKING:  # settings of strategies are read without PyTorch (`raylib.settings`)
+    from torch import Tensor
 
 VERSION = 1  # of how distances are computed: older matrices are made again
 
@@ -61,6 +59,8 @@ class LinguisticPriorConfig(StrategyConfig):
         Raises:
             UserError: k larger than the number of answers; what the source finds wrong.
         """
+        from raylib.cache import cached, file_fingerprint
+
         labels = context.labels
         if self.k > len(labels):
             raise UserError(
@@ -82,20 +82,20 @@ class LinguisticPriorConfig(StrategyConfig):
 class LinguisticPrior(Strategy):
     """distances: (C, C), [c, y] = d(y_c, y*)."""
 
-    def __init__(self, distances: Tensor, alpha: float, k: int):
+    def __init__(self, distances: "Tensor", alpha: float, k: int):
         self.distances, self.alpha, self.k = distances, alpha, k
 
     def terms(self, model: Any) -> dict[str, Term]:
         # once on the model's device, not once a step
         distances = self.distances.to(next(model.parameters()).device)
 
-        def values(outputs: Outputs, part: dict) -> Tensor:
+        def values(outputs: Outputs, part: dict) -> "Tensor":
             return linguistic_prior(outputs.logits, part["answer"], distances, self.k)
 
         return {"prior": Term(self.alpha, values)}
 
 
-def linguistic_prior(logits: Tensor, answer: Tensor, distance: Tensor, k: int) -> Tensor:
+def linguistic_prior(logits: "Tensor", answer: "Tensor", distance: "Tensor", k: int) -> "Tensor":
     """The expected distance of the prediction from the true answer (paper 0, section 3, L_prior): sum over c
     of p(y_c) d(y_c, y*), where c runs over the k most probable labels only.
 
@@ -110,6 +110,8 @@ def linguistic_prior(logits: Tensor, answer: Tensor, distance: Tensor, k: int) -
     Returns:
         (b,).
     """
+    import torch
+
     # in bf16 the k-th and the next label tie
     with torch.autocast(logits.device.type, enabled=False):
         probability, label = (
@@ -134,7 +136,7 @@ class UnknownLabels(NamedTuple):
 
 def wordnet_distances(
     labels: Sequence[str], folder: Path, hyponym: float, hypernym: float, cache: Path | None = None
-) -> tuple[Tensor, UnknownLabels]:
+) -> "tuple[Tensor, UnknownLabels]":
     """0 where the labels are the same or synonyms; d1 (`hyponym`) where the predicted one is a hyponym of the
     true one; d2 (`hypernym`) where it is a hypernym; else 1. A label without synset is at 1 from all others.
 
@@ -149,13 +151,15 @@ def wordnet_distances(
     Raises:
         UserError: as `WordNet`; d1 or d2 is not between 0 and 1; a label comes twice.
     """
+    import torch
+
     folder = Path(folder)
     if not (0 < hyponym < 1 and 0 < hypernym < 1):
         raise UserError(
             f"distances of hyponyms and hypernyms are {hyponym} and {hypernym}; both must lie between 0 and 1"
         )
 
-    def compute() -> tuple[Tensor, list[int]]:
+    def compute() -> "tuple[Tensor, list[int]]":
         wordnet = WordNet(folder)
         distance = torch.ones(len(labels), len(labels)).fill_diagonal_(0)
         relatives = wordnet.relatives(labels)
@@ -169,7 +173,7 @@ def wordnet_distances(
 
 def vector_distances(
     labels: Sequence[str], path: Path, cache: Path | None = None
-) -> tuple[Tensor, UnknownLabels]:
+) -> "tuple[Tensor, UnknownLabels]":
     """1 - cosine of the labels' vectors, from 0 to 2 (cosines below 0 stay what they are). A label without a
     vector is at 1 from all others, at 0 from itself.
 
@@ -183,9 +187,11 @@ def vector_distances(
     Raises:
         UserError: as `label_vectors`; a label comes twice.
     """
+    import torch
+
     path = Path(path)
 
-    def compute() -> tuple[Tensor, list[int]]:
+    def compute() -> "tuple[Tensor, list[int]]":
         rows, unknown = label_vectors(path, labels)
         # in float64: of two labels that are nearly alike, 1 - cosine is lost in float32's last digits
         lengths = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
@@ -203,9 +209,11 @@ def _cached(
     numbers: list[float],
     sources: list[Path],
     cache: Path | None,
-    compute: Callable[[], tuple[Tensor, list[int]]],
-) -> tuple[Tensor, UnknownLabels]:
+    compute: "Callable[[], tuple[Tensor, list[int]]]",
+) -> "tuple[Tensor, UnknownLabels]":
     """Return what `compute` returns, from the cache if it is there."""
+    from raylib.finite import is_finite
+
     repeated = (
         sorted({label for label in labels if labels.count(label) > 1})
         if len(set(labels)) < len(labels)
@@ -233,8 +241,10 @@ def _cached(
     return distance, UnknownLabels(what, tuple(labels[i] for i in unknown), len(labels))
 
 
-def _save(file: Path, distance: Tensor, unknown: list[int]) -> None:
+def _save(file: Path, distance: "Tensor", unknown: list[int]) -> None:
     """Whole or not at all: workers that make the same matrix at once each rename one of their own."""
+    from safetensors.torch import save_file
+
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as temporary:
         save_file({"distance": distance.contiguous()}, temporary, {"unknown": json.dumps(unknown)})

@@ -11,15 +11,11 @@ A mask is {parameter name: bool tensor, True where the weight is kept}.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from pydantic import Field, PositiveInt
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from finetune.strategies.base import (
     Context,
@@ -30,13 +26,13 @@ from finetune.strategies.base import (
     Strategy,
     StrategyConfig,
 )
-from raylib.distributed import world_size
 from raylib.errors import UserError
 from raylib.fileio import atomic_file
-from raylib.finite import require_finite
-from raylib.models.base import read_weights
 
-Mask = dict[str, Tensor]
+if TYPE_CHECKING:  # settings of strategies are read without PyTorch (`raylib.settings`)
+    from torch import Tensor
+
+Mask = dict[str, "Tensor"]
 
 
 class SparseConfig(StrategyConfig):
@@ -83,6 +79,11 @@ class SparseConfig(StrategyConfig):
 
     def stages_before(self, run: StageRun) -> StageOutcome:
         """The rounds that find the mask."""
+        import torch.distributed as dist
+
+        from raylib.distributed import world_size
+        from raylib.models.base import read_weights
+
         file, trained = Path(self.mask) if self.mask else None, None
         for number in range(1, self.rounds + 1) if file is None else ():
             # Algorithm 1 rewinds: each round begins at the pretrained weights again, under the last mask
@@ -115,7 +116,7 @@ class Masked(Strategy):
         apply_mask(model, self.mask, self.where)
 
 
-def prune_mask(weights: Mapping[str, Tensor], mask: Mask | None, rate: float) -> Mask:
+def prune_mask(weights: "Mapping[str, Tensor]", mask: Mask | None, rate: float) -> Mask:
     """The mask without the smallest `rate` of the weights that are left, over all matrices at once (Algorithm
     1 of paper 0).
 
@@ -127,6 +128,10 @@ def prune_mask(weights: Mapping[str, Tensor], mask: Mask | None, rate: float) ->
     Raises:
         NotFinite: a weight, which has no magnitude then.
     """
+    import torch
+
+    from raylib.finite import require_finite
+
     for name, w in weights.items():
         require_finite(f"weights of {name}", w)
     unpruned = {
@@ -170,6 +175,8 @@ def apply_mask(model: Any, mask: Mask, where: str) -> None:
     Raises:
         UserError: the mask is another model's; `where` says which file.
     """
+    import torch
+
     parameters = dict(model.named_parameters())
     misfits = [
         name for name, keep in mask.items() if name not in parameters or parameters[name].shape != keep.shape
@@ -188,6 +195,9 @@ def apply_mask(model: Any, mask: Mask, where: str) -> None:
 
 def write_mask(mask: Mask, path: Path) -> None:
     """A safetensors file, eight weights a byte; it appears whole."""
+    import torch
+    from safetensors.torch import save_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
     packed = {name: torch.from_numpy(np.packbits(keep.numpy())) for name, keep in mask.items()}
     shapes = {"shapes": json.dumps({name: list(keep.shape) for name, keep in mask.items()})}
@@ -201,6 +211,8 @@ def read_mask(path: Path | str) -> Mask:
     Raises:
         UserError: no such file, or no mask.
     """
+    import torch
+
     try:
         with safe_open(path, "pt") as file:
             shapes = json.loads(file.metadata()["shapes"])

@@ -16,7 +16,6 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from finetune.strategies.base import Context, Need, Purpose, Strategy, StrategyConfig, TrainingProgress
 from raylib.errors import UserError
-from raylib.models import peft
 from raylib.text import PromptedTokenizer, Tokenizer
 
 
@@ -267,6 +266,8 @@ class PeftModules(Strategy):
         Raises:
             UserError: sizes that the model's width does not allow; it has such modules of other sizes.
         """
+        from raylib.models import peft
+
         # a run that goes on from a tuned model trains the modules that it has
         existing = model.backbone.tuning.get(self.method)
         if existing is None:
@@ -283,6 +284,8 @@ class SoftPrompt(PeftModules):
     """Trainable tokens, whose ids come after the vocabulary's."""
 
     def wrap_tokenizer(self, tokenizer: Tokenizer, model: Any) -> Tokenizer:
+        from raylib.models import peft
+
         words = cast(peft.PromptedEmbedding, peft.text_embedding(model).word)
         first = words.num_embeddings
         return PromptedTokenizer(tokenizer, ids=tuple(range(first, first + len(words.prompt))))

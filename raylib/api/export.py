@@ -5,8 +5,6 @@ Polyglance alone.
 """
 
 import shutil
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from raylib.api.loading import load_model
 from raylib.api.model import Model
 from raylib.api.source import Key, bundle
 from raylib.api.tokenizer_json import NotConvertible, write_tokenizer
-from raylib.command import command_parser, entry_point
 from raylib.errors import UserError
 from raylib.fileio import atomic_folder, read_json, write_json
 from raylib.models import find_model, stored_code
@@ -39,21 +36,6 @@ CODE = "modeling_polyglance"
 # of a run's settings, what a model needs to read texts and images as the run did
 READING = ("task", "setting", "length", "loss", "use_itm_head", "languages")
 PROMPTS = ("soft_prompt", "hard_prompt")
-
-
-@entry_point()
-def main(arguments: Sequence[str]) -> int:
-    """Run a command line."""
-    parser = command_parser("pretrain export", __doc__)
-    parser.add_argument("run", type=Path, help="a run or one of its checkpoints")
-    parser.add_argument("dir", type=Path, help="a new folder")
-    parser.add_argument("--language", help="of a run that trained a model for each language, which one")
-    parser.add_argument("--license", help="of the weights, for the model card, such as apache-2.0")
-    args = parser.parse_args(arguments)
-    gap = export_model(args.run, args.dir, args.language, args.license)
-    readers = f"polyglance.load alone: {gap}" if gap else "polyglance.load and transformers"
-    print(f"{args.dir}: {', '.join(sorted(p.name for p in args.dir.iterdir()))}; read by {readers}")
-    return 0
 
 
 def export_model(
@@ -228,7 +210,3 @@ def modeling_code(model: Model, source: Path) -> str:
         f'"""Polyglance {__version__}, Apache-2.0: the parts of it that this model needs, put together when '
         f'it was exported.\n\nFor `trust_remote_code=True`, where Polyglance is not installed."""\n\n{code}'
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,25 +23,20 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from finetune.formats import stream_jsonl, stream_lines
-from finetune.stores.regions import open_regions
-from raylib.api.loading import language_part, load_model
-from raylib.api.model import Model
 from raylib.command import command_parser, entry_point
 from raylib.config import Config, differing_paths
 from raylib.data.images import is_image, load_image, resize_image
-from raylib.data.loading import batched, prefetch
 from raylib.display import progress
 from raylib.errors import UserError
 from raylib.fileio import read_json
-from raylib.launch import map_parts
-from raylib.models.finetuned import tokenizer_at, weights_of
-from raylib.provenance import hash_path
+
+if TYPE_CHECKING:  # PyTorch, which help needs not
+    from raylib.api.model import Model
 
 BATCH, PART = 64, 1000  # inputs at a time; in a file of a Ray worker's
 QUESTIONS = ("question", "hypothesis", "statement", "text")  # what a line may call its text
@@ -68,12 +63,16 @@ class Predictor:
     """A loaded model; `predictor(items)` are the lines of some inputs."""
 
     def __init__(self, config: PredictConfig):
+        from finetune.stores.regions import open_regions
+
         self.config, self.model = config, open_model(config)
         self.regions = open_regions(config.regions) if config.regions else None
         self.texts = self.model.encode_text(config.texts) if config.task == "similarity" else np.empty(0)
 
     def __call__(self, items: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         """Lines of the items, a batch at a time, in their order."""
+        from raylib.data.loading import batched, prefetch
+
         for batch, images in prefetch(map(self._read, batched(items, BATCH))):
             good = [i for i, found in enumerate(images) if not isinstance(found, UserError)]
             values = self._predict([batch[i] for i in good], [images[i] for i in good]) if good else []
@@ -119,12 +118,14 @@ class Predictor:
         return resize_image(image, self.model.backbone.image_size)
 
 
-def open_model(config: PredictConfig) -> Model:
+def open_model(config: PredictConfig) -> "Model":
     """Load the model.
 
     Raises:
         UserError: it is none, or cannot do what is asked.
     """
+    from raylib.api.loading import load_model
+
     c = config
     model = load_model(c.model, c.device, c.dtype, language=c.language, backbone=c.backbone, vision=c.vision)
     methods = {"questions": "classify", "texts": "encode_text"}
@@ -167,6 +168,8 @@ def name_of_text(item: dict[str, Any]) -> str:
 
 def best(scores: np.ndarray, names: Sequence[str], top: int, field: str) -> list[list[dict[str, Any]]]:
     """Of each row of `scores` (n, names), its best `top`, or all for 0, as [{field: name, "score"}]."""
+    import torch
+
     count = min(top or len(names), len(names))
     values, places = torch.as_tensor(scores).topk(count, dim=1)
     return [
@@ -258,6 +261,8 @@ def read_embeddings(path: Path) -> tuple[list[str], np.ndarray]:
 
 def _by_texts(predictor: Predictor, texts: list[str], embeddings: Path | None) -> Iterator[list[dict]]:
     """A line for each text, with the images that fit it best."""
+    from raylib.data.loading import batched
+
     config = predictor.config
     if embeddings:
         names, vectors = read_embeddings(embeddings)
@@ -280,6 +285,10 @@ def _by_texts(predictor: Predictor, texts: list[str], embeddings: Path | None) -
 
 def hash_model(config: PredictConfig) -> dict[str, str]:
     """Digests of the weights and of the tokenizer, which tell a model from others."""
+    from raylib.api.loading import language_part
+    from raylib.models.finetuned import tokenizer_at, weights_of
+    from raylib.provenance import hash_path
+
     model = language_part(Path(config.model), config.language)
     return {"weights": hash_path(weights_of(model)), "tokenizer": hash_path(tokenizer_at(model))}
 
@@ -366,6 +375,9 @@ def write_on_ray(
     """Write the files of parts that are not there yet, on `workers` of a Ray cluster."""
     import fsspec
 
+    from raylib.data.loading import batched
+    from raylib.launch import map_parts
+
     files, path = fsspec.core.url_to_fs(out)
     files.makedirs(path, exist_ok=True)
     existing = {name.rpartition("/")[2] for name in files.ls(path, detail=False)}
@@ -415,6 +427,8 @@ def main(arguments: Sequence[str]) -> int:
         open_model(config.model_copy(update={"device": "cpu"}))
     predictor = None if given.ray else Predictor(config)
     if given.out:
+        from raylib.provenance import hash_path
+
         open_output(given.out, config, [items, texts, embeddings and hash_path(embeddings)])
     if predictor is None:
         done, errors = write_on_ray(config, items, given.out, given.workers)

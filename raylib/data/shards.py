@@ -42,7 +42,6 @@ from raylib.data.tars import META, FolderSummary, TarScan
 from raylib.display import hide_progress, progress
 from raylib.errors import UserError
 from raylib.fileio import write_json
-from raylib.runtime import available_cpus
 from raylib.text import is_language_code, language_of
 
 KINDS = {"image_text": 1, "text": 1, "parallel": 2}  # kind -> sides
@@ -122,6 +121,8 @@ def _index_shards(
 ) -> Iterator[tuple[dict, FolderSummary | None]]:
     """Yield `_index_shard(*task)` of each task, in their order, of several at a time."""
     num_bytes = sum(task[0].stat().st_size for task in tasks if task[0].is_file())
+    from raylib.runtime import available_cpus
+
     workers = min(workers or available_cpus(), len(tasks))
     if workers == 1 or num_bytes < SERIAL_BYTES:
         yield from progress(itertools.starmap(_index_shard, tasks), description, len(tasks), "shards")

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
 
 from raylib.command import command_parser, entry_point
@@ -194,6 +193,8 @@ def convert(weights: Path, to: Path, trim: list[str]) -> dict[str, int]:
     Raises:
         UserError: `to` is not empty; a file of `trim` or the weights cannot be read.
     """
+    from safetensors.torch import save_file
+
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
         raise UserError(f"{to}: not an empty folder; give a new one")
     model = read_model(weights)

@@ -19,10 +19,12 @@ in its low four bits and weight j + 16 in its high ones; a weight is (four bits 
 import itertools
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 from raylib.errors import UserError
 
@@ -103,12 +105,14 @@ def dequantise(blocks: np.ndarray) -> np.ndarray:
     return weights.reshape(*blocks.shape[:-1], -1)
 
 
-def name_tensors(model: Model, piece_ids: np.ndarray, path: Path) -> dict[str, torch.Tensor]:
+def name_tensors(model: Model, piece_ids: np.ndarray, path: Path) -> "dict[str, torch.Tensor]":
     """Return all tensors in float32 under BertModel's names; of the word embedding only the rows `piece_ids`.
 
     Raises:
         UserError: a tensor is missing, unknown or of another size.
     """
+    import torch
+
     names = _names(model.sizes)
     if names.keys() != model.tensors.keys():
         differ = sorted(names.keys() ^ model.tensors.keys())

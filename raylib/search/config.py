@@ -2,18 +2,20 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from raylib.cache import ObjectCache
 from raylib.config import Config, differing_paths, read_stored_settings
 from raylib.errors import UserError
 from raylib.fileio import read_json
-from raylib.launch import MUTABLE_SETTINGS, LaunchConfig
-from raylib.provenance import DataFile
-from raylib.runtime import Reporter
 from raylib.search.space import Space
+from raylib.settings import MUTABLE_SETTINGS, LaunchConfig
+
+if TYPE_CHECKING:  # PyTorch, which settings and spaces need not
+    from raylib.cache import ObjectCache
+    from raylib.provenance import DataFile
+    from raylib.runtime import Reporter
 
 # settings of a search that may grow when it goes on, and those that may be anything: no past trial depends on
 # either
@@ -144,7 +146,7 @@ class SearchConfig(Config):
 
 
 class SearchJob(ABC):
-    """A stage of training as a search sees it; each stage has one in `tune_spaces`. The defaults are for
+    """A stage of training as a search sees it; each stage has one in `tune_spaces.jobs`. The defaults are for
     a stage that is one training, whose method is complete from its first epoch on."""
 
     command: str  # that runs a config file
@@ -211,7 +213,7 @@ class SearchJob(ABC):
         """Return (epochs of this training that are done, {name: score}) of what a checkpoint reports."""
 
     @abstractmethod
-    def data_files(self, config: Any) -> list[DataFile]:
+    def data_files(self, config: Any) -> "list[DataFile]":
         """Return the files that a trial of this config reads."""
 
     @abstractmethod
@@ -219,7 +221,7 @@ class SearchJob(ABC):
         """Return whether the content of these is to be compared at every start."""
 
     @abstractmethod
-    def run(self, config: Any, reporter: Reporter) -> dict[str, float]:
+    def run(self, config: Any, reporter: "Reporter") -> dict[str, float]:
         """Run it, or go on; return the scores of the model that it leaves."""
 
     def evaluate_tests(self, folder: str) -> dict[str, float]:
@@ -237,7 +239,7 @@ class SearchContext(NamedTuple):
     job: SearchJob
     base: Any
     folder: Path
-    object_cache: ObjectCache
+    object_cache: "ObjectCache"
     warm_start: str = ""
 
     @property

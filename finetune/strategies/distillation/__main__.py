@@ -4,24 +4,29 @@ texts with English ones."""
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from finetune.strategies.distillation.word_alignments import SEPARATOR, WordAligner, split_words
-from finetune.tasks.datasets import TASKS
 from raylib.command import command_parser, entry_point
 from raylib.config import lookup
 from raylib.display import progress
 from raylib.errors import UserError
 from raylib.fileio import write_atomically
 
+if TYPE_CHECKING:  # PyTorch, which help needs not
+    from finetune.strategies.distillation.word_alignments import WordAligner
+
 BATCH = 64
 
 
-def write_alignments(aligner: WordAligner, task: str, data: Path, language: str, out: Path) -> int:
+def write_alignments(aligner: "WordAligner", task: str, data: Path, language: str, out: Path) -> int:
     """Write `out`/LANGUAGE.text and .align of a task's training examples. Returns how many links there are.
 
     Raises:
         UserError: no such files; an example without English.
     """
+    from finetune.strategies.distillation.word_alignments import SEPARATOR, split_words
+    from finetune.tasks.datasets import TASKS
+
     record = lookup(task, TASKS, "task")
     read = {
         code: list(record.read(record.path(data, "train", code), "train", code)) for code in ("en", language)
@@ -63,6 +68,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--threshold", type=float, default=1e-3)
     a = parser.parse_args(arguments)
+    from finetune.strategies.distillation.word_alignments import WordAligner
+
     aligner = WordAligner(a.encoder, a.layer, a.threshold)
     for language in a.languages:
         num_links = write_alignments(aligner, a.task, a.data, language, a.out or a.data / "alignments")
