@@ -188,7 +188,7 @@ class Counter(TorchDispatchMode):
             num_bytes = 2 * written
         elif short in FILLING:
             num_bytes = written
-        elif short in ("index_add", "scatter_add") and func._schema.name.endswith("_"):
+        elif short in ("index_add", "scatter_add", "scatter") and func._schema.name.endswith("_"):
             num_bytes = 3 * _size(inputs[-1])
         elif short == "index_add":
             num_bytes = 2 * written + 3 * _size(inputs[-1])

@@ -1,18 +1,24 @@
 """Number formats of a step: the dtype of the residual stream under autocast, TF32, and the products that stay
-exact float32.
+exact float32; functions that may be compiled into fewer kernels.
 
 Weights, optimizer states and losses are float32 whatever the settings; matrix products of activations follow
 autocast.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raylib.settings import Residual
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_compiler: str | None = None  # torch.compile's backend; None: nothing is compiled
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
@@ -146,3 +152,33 @@ class _ExactAddmm(torch.autograd.Function):
                 grad @ b.T if needs_a else None,
                 (grad.T @ a).T if needs_b else None,
             )
+
+
+def set_compiler(backend: str | None) -> None:
+    """Choose the backend of `torch.compile` for all functions that are `fusible`; None: they run as they are.
+    The setting is the process's."""
+    global _compiler
+    _compiler = backend
+
+
+def fusible(function: Function) -> Function:
+    """Make a function of tensors one that `set_compiler` has compiled: for chains of additions, norms and the
+    like, each of which would read and write all of its tensors. Attention, with its plan, stays outside.
+
+    Compiled for any number of rows: tensors of other lengths, in every step, compile nothing again. Dropout
+    then draws other numbers than PyTorch's own.
+    """
+    compiled: dict[str, Callable[..., Any]] = {}
+
+    @wraps(function)
+    def run(*args):
+        if _compiler is None:
+            return function(*args)
+        if _compiler not in compiled:
+            compiled[_compiler] = torch.compile(function, backend=_compiler)
+        for x in args:
+            if isinstance(x, Tensor):
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+        return compiled[_compiler](*args)
+
+    return cast(Function, run)

@@ -76,6 +76,7 @@ MUTABLE_SETTINGS = (
     "fit.sharding",
     "fit.max_skipped",
     "fit.micro_batches",
+    "fit.compile",
     "model.checkpointing",
     "checkpointing",
     "data.cache",
@@ -113,6 +114,9 @@ class FitConfig(Config):
     float32 elsewhere. Weights, optimizer and losses are float32."""
     tf32: bool = True
     """Multiply what stays float32 in TF32 on a GPU; scores of contrast and matching never are."""
+    compile: bool | None = None
+    """Let torch.compile fuse norms, residuals, feed-forward layers and the head's softmax into fewer kernels;
+    null: no, until it is measured on a GPU."""
     sharding: Sharding | None = None
     """Optimizer states and gradients: none (all on each worker; PyTorch's DDP), zero2 (each worker keeps a
     share; DeepSpeed ZeRO-2); null: zero2 on Ray, else none."""
@@ -139,14 +143,16 @@ class FitConfig(Config):
 
     def set_precision(self, model: "nn.Module", device: "torch.device") -> str:
         """Set the formats of numbers of `model` on `device`, and return a line about them; "" on a CPU."""
-        from raylib.precision import set_residual, set_tf32
+        from raylib.precision import set_compiler, set_residual, set_tf32
         from raylib.runtime import describe_precision
 
         set_residual(model, self.residual)
+        set_compiler("inductor" if self.compile else None)
         if device.type != "cuda":
             return ""
         set_tf32(self.tf32)
-        return describe_precision(device, self.uses_bf16(device), self.residual, self.tf32)
+        line = describe_precision(device, self.uses_bf16(device), self.residual, self.tf32)
+        return f"{line}, compiled" if self.compile else line
 
     def due_after(self, done: int, last: int) -> tuple[bool, bool, bool]:
         """Return whether to log, to evaluate, to save after `done` steps; the loop ends at `last`."""

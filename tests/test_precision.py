@@ -8,8 +8,9 @@ from torch import nn
 from benchmarks.step import make_batch
 from raylib.models.swin import SwinSizes
 from raylib.models.unified import TINY, UnifiedModel
+from raylib.models.vocabulary import _softmax_gradient
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
-from raylib.precision import LayerNorm, _ExactAddmm, exact_linear, set_residual, set_tf32
+from raylib.precision import LayerNorm, _ExactAddmm, exact_linear, set_compiler, set_residual, set_tf32
 from raylib.runtime import has_bf16
 
 CONFIG = TINY.model_copy(update={"vocabulary": 500, "dropout": 0.0})
@@ -21,13 +22,25 @@ def model_of(config=CONFIG) -> UnifiedModel:
     return UnifiedModel(config).train()
 
 
-def step(model: UnifiedModel, bf16: bool = True) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+def step(
+    model: UnifiedModel, bf16: bool = True, seed: int = 0
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Terms of a step of `model`, and the gradients."""
     model.zero_grad(set_to_none=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        loss, terms = UnifiedObjective(model, ObjectiveConfig())(make_batch(model.config, (6, 12, 12)))
+        loss, terms = UnifiedObjective(model, ObjectiveConfig())(make_batch(model.config, (6, 12, 12), seed))
     loss.backward()
     return {k: float(v) for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.fixture
+def compiler():
+    """Choose a backend of torch.compile for a test."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield set_compiler
+    set_compiler(None)
+    torch._dynamo.reset()
 
 
 def outputs_of_norms(model: nn.Module) -> set[torch.dtype]:
@@ -120,6 +133,51 @@ def test_exact_addmm_restores_the_precision_of_products():
         assert [*seen, torch.get_float32_matmul_precision()] == ["high", "high"]
     finally:
         set_tf32(False)
+
+
+def steps_of_fresh_lengths(compiler, backend: str, bf16: bool, tolerance: float) -> int:
+    """Compare compiled steps with eager ones; return the number of graphs, of which none may be new after
+    the first step."""
+    model, graphs = model_of(), 0
+    counters = torch._dynamo.utils.counters
+    for seed in range(4):
+        found = []
+        for chosen in (None, backend):
+            compiler(chosen)
+            torch._dynamo.config.error_on_recompile = bool(seed)
+            found.append(step(model, bf16, seed))
+        torch._dynamo.config.error_on_recompile = False
+        graphs = graphs or counters["stats"]["unique_graphs"]
+        assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+        (terms, gradients), (others, fused) = found
+        assert others == pytest.approx(terms, rel=tolerance)
+        for name, gradient in gradients.items():
+            assert (fused[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-6, name
+    return graphs
+
+
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-5), (True, 0.02)])
+def test_compiled_steps_equal_eager_ones_and_compile_once(compiler, bf16, tolerance):
+    """Through dynamo and autograd alone ("aot_eager"), which need no C++ compiler."""
+    assert steps_of_fresh_lengths(compiler, "aot_eager", bf16, tolerance) == 3
+
+
+@pytest.mark.slow
+def test_steps_compiled_by_inductor_equal_eager_ones_and_compile_once(compiler):
+    assert steps_of_fresh_lengths(compiler, "inductor", False, 1e-4) == 3
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_softmax_gradient_compiles_once_for_any_number_of_rows(compiler, backend):
+    torch.manual_seed(0)
+    for rows in (30, 40, 50):
+        logits, targets = 4 * torch.randn(rows, 200), torch.randint(0, 200, (rows, 1))
+        compiler(None)
+        expected = _softmax_gradient(logits.clone(), targets)
+        compiler(backend)
+        for ours, theirs in zip(_softmax_gradient(logits, targets), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @needs_gpu

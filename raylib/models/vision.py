@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from raylib.models.attention import Attention, BucketPlan
 from raylib.models.recompute import RecomputedModule, SplitModule
-from raylib.precision import LayerNorm
+from raylib.precision import LayerNorm, fusible
 from raylib.settings import PixelStats
 
 # what published image encoders were trained with; ViTs in Hugging Face folders: 127.5 both
@@ -52,8 +52,13 @@ class VisionBlock(RecomputedModule):
         b, n, _ = x.shape
         normed = self.attention_norm(x).flatten(0, 1)
         attended = self.attention(normed, None, BucketPlan([(b, n, n)], None, None))
-        x = x + self.dropout(attended.view_as(x))
-        return x + self.dropout(self.output(F.gelu(self.intermediate(self.output_norm(x)))))
+        return _feed_forward(self, x, attended.view_as(x))
+
+
+@fusible
+def _feed_forward(block: VisionBlock, x: Tensor, attended: Tensor) -> Tensor:
+    x = x + block.dropout(attended)
+    return x + block.dropout(block.output(F.gelu(block.intermediate(block.output_norm(x)))))
 
 
 class VisionEncoder(SplitModule):

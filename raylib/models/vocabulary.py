@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raylib.precision import autocast_dtype
+from raylib.precision import autocast_dtype, fusible
 
 HEAD_ROWS = 256  # rows at a time on a CPU; PyTorch's automatic choice is 10 x slower there
 MEMORY_SHARE = 1 / 20  # of a GPU's memory that the logits of a chunk, and what is made of them, may take
@@ -143,6 +143,7 @@ def _lean_gradients(
     return losses, states_grad, grad[:, :width], bias_grad
 
 
+@fusible
 def _softmax_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Losses (r,) in float32, and softmax - one-hot in the dtype of the logits (r, V); targets (r, 1)."""
     chances = logits.softmax(-1)  # PyTorch's kernel computes in float32
