@@ -5,6 +5,7 @@ gradients (DDP, ZeRO) gives the gradient of the loss over the global batch.
 """
 
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -136,6 +137,36 @@ def exchange_rows(x: Ragged, lengths: Tensor, plan: RowExchange) -> Ragged:
     # `embedding`, because its gradient adds up in one order, that of plain indexing in none
     values = _AllToAll.apply(F.embedding(tokens, x.values), *counts)
     return concatenate([x, Ragged(values, received)])
+
+
+def ring(x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Go through the workers, this one first and the one before it last: (its number, its `x`), of equal
+    shape on all. The next worker's is on its way while the caller works on one; no more are held."""
+    world = world_size()
+    for turn in range(world):
+        waits, following = _start_passing(x, tag=0) if turn + 1 < world else ([], x)
+        yield (rank() + turn) % world, x
+        for wait in waits:
+            wait.wait()
+        x = following
+
+
+def pass_on(x: Tensor) -> Tensor:
+    """Give `x` to the worker before this one, and return that of the one after it, of equal shape."""
+    waits, received = _start_passing(x, tag=1)
+    for wait in waits:
+        wait.wait()
+    return received
+
+
+def _start_passing(x: Tensor, tag: int) -> tuple[list[dist.Work], Tensor]:
+    received, x = torch.empty_like(x, memory_format=torch.contiguous_format), x.contiguous()
+    before, after = (rank() - 1) % world_size(), (rank() + 1) % world_size()
+    operations = [
+        dist.P2POp(dist.isend, x, before, tag=tag),
+        dist.P2POp(dist.irecv, received, after, tag=tag),
+    ]
+    return dist.batch_isend_irecv(operations), received
 
 
 class _Gather(torch.autograd.Function):

@@ -100,7 +100,9 @@ def set_tf32(enabled: bool) -> None:
 
 
 @contextmanager
-def _exact_products() -> Iterator[None]:
+def exact_products() -> Iterator[None]:
+    """Multiply in float32 proper in the block, whatever `set_tf32` says; a backward pass has a block of its
+    own."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -139,14 +141,14 @@ class _ExactAddmm(torch.autograd.Function):
     def forward(ctx, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
         ctx.bias_shape = bias.shape
-        with _exact_products():
+        with exact_products():
             return torch.addmm(bias, a, b)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         a, b = ctx.saved_tensors
         needs_bias, needs_a, needs_b = ctx.needs_input_grad
-        with _exact_products():
+        with exact_products():
             return (
                 grad.sum_to_size(ctx.bias_shape) if needs_bias else None,
                 grad @ b.T if needs_a else None,

@@ -444,6 +444,9 @@ class ObjectiveConfig(Config):
     """Captions that image-text matching sees."""
     tlm_source: Version = "clean"
     """English sentences that TLM reads beside the masked translation."""
+    contrast: Literal["softmax", "sigmoid"] = "softmax"
+    """Loss of the contrasts: softmax over all pairs of a step (InfoNCE; the paper), or a sigmoid of each pair
+    (SigLIP), which needs no worker to hold the logits of all."""
     directions: Literal["sum", "mean"] = "sum"
     """Add both directions of a contrast (the paper), or take their mean (its public code)."""
     train_vision: bool = True

@@ -32,6 +32,7 @@ def test_objective_on_several_workers_equals_one_worker(world):
         {},
         {"fuse_every": 2 if world == 3 else 3},
         {"itm_text": "clean", "ucl_text": "masked", "directions": "mean"},
+        {"contrast": "sigmoid"},
         {"temperature": (0.1, 0.5)},
         {"temperature": (0.001, 0.01)},  # it is 0.07: outside, on either side
     ]

@@ -102,7 +102,19 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
         self.match_head = nn.Linear(c.width, 2)
         # of one element: DeepSpeed broadcasts no 0-d parameter
         self.temperature = nn.Parameter(torch.full((1,), c.temperature))
+        self.contrast_bias: nn.Parameter | None = None  # of the sigmoid contrast, where that is trained
         self.apply(init_weights)
+
+    def add_contrast_bias(self) -> None:
+        """Add the bias of the sigmoid contrast, unless it is there. It begins at -10, as most pairs are wrong
+        ones (SigLIP, section 3.2)."""
+        if self.contrast_bias is None:
+            self.contrast_bias = nn.Parameter(torch.full_like(self.temperature, -10.0))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}contrast_bias" in state_dict:
+            self.add_contrast_bias()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @classmethod
     def import_weights(cls, path: Path, vision: Path | None = None) -> Self:
@@ -151,6 +163,8 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
         # by what a loss reads: a classifier the fused CLS, a decoder the way to the vocabulary, contrast the
         # projections, matching all of them
         heads = (self.masked_head, self.match_head, self.temperature)
+        if self.contrast_bias is not None:
+            self.contrast_bias.requires_grad_(False)
         projections = (self.image_projection, self.text_projection)
         unused = {
             "classification": (*heads, *projections),

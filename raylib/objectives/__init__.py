@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raylib.distributed import all_gather, exchange_rows, plan_exchange, rank, world_size
 from raylib.packed import Ragged
-from raylib.precision import exact_addmm
+from raylib.precision import exact_addmm, exact_products
 
 Stream = Literal["image_text", "parallel", "text"]
 Reads = Literal["embeddings", "masked", "matches"]
@@ -215,12 +215,13 @@ class NegativeScores:
 
 @dataclass(frozen=True)
 class PairContrast:
-    """InfoNCE both ways, each summed over `count` local rows, and the scores for hard negatives."""
+    """A contrast both ways, each summed over `count` local rows, and the scores for hard negatives, where
+    these are drawn."""
 
     left_to_right: Tensor
     right_to_left: Tensor
     count: int
-    scores: NegativeScores
+    scores: NegativeScores | None
 
 
 def contrast_pairs(left: Tensor, right: Tensor, pairs: GlobalPairs, temperature: Tensor) -> PairContrast:
@@ -233,6 +234,17 @@ def contrast_pairs(left: Tensor, right: Tensor, pairs: GlobalPairs, temperature:
     right_loss, right_logits = info_nce(right, all_left, pairs.positive, mask, temperature)
     scores = NegativeScores(left_logits, right_logits, pairs.same_content, pairs.index, pairs.global_index)
     return PairContrast(left_loss, right_loss, len(left), scores)
+
+
+@torch.no_grad()
+def score_pairs(left: Tensor, right: Tensor, pairs: GlobalPairs, temperature: Tensor) -> NegativeScores:
+    """Scores of unit vectors `left` and `right` (b, e) for hard negatives, as those of `contrast_pairs`."""
+    with torch.autocast(left.device.type, enabled=False), exact_products():
+        left, right = left.to(temperature.dtype), right.to(temperature.dtype)
+        both = pairs.gather(torch.cat([left, right], 1))
+        all_left, all_right = both.split([left.shape[1], right.shape[1]], 1)
+        to_right, to_left = left / temperature @ all_right.T, right / temperature @ all_left.T
+    return NegativeScores(to_right, to_left, pairs.same_content, pairs.index, pairs.global_index)
 
 
 @dataclass(frozen=True)

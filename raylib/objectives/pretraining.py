@@ -48,8 +48,10 @@ from raylib.objectives import (
     align_pairs,
     contrast_pairs,
     find_negatives,
+    score_pairs,
     term,
 )
+from raylib.objectives.sigmoid import sigmoid_contrast
 from raylib.packed import (
     EncoderRows,
     Ragged,
@@ -81,6 +83,18 @@ class StreamStep:
         self.encodings.append(StreamEncoding(sentences, self.batch["index"], every, embedded, fused))
         return self.encodings[-1]
 
+    def contrast_sides(self, left: Tensor, right: Tensor, left_id: Tensor, right_id: Tensor) -> PairContrast:
+        """Contrast unit vectors (b, e) of both sides, by ids (b,) of their content."""
+        index, bias = self.batch["index"], self.model.contrast_bias
+        if bias is None or self.config.contrast == "softmax":
+            return contrast_pairs(left, right, align_pairs(index, left_id, right_id), self.temperature)
+        # a sum over pairs is the same from either side
+        loss = sigmoid_contrast(left, right, torch.stack([left_id, right_id], 1), self.temperature, bias)
+        scores = None
+        if "matches" in self.reads:
+            scores = score_pairs(left, right, align_pairs(index, left_id, right_id), self.temperature)
+        return PairContrast(loss, loss, len(left), scores)
+
     def fuse(self, groups: dict[str, EncoderRows], memory: Memory) -> dict[str, EncoderRows]:
         """Groups of rows through the unified encoder in one call, grounded in `memory`."""
         encode_together(list(groups.values()), lambda rows, mask: self.model.fuse(rows, mask, memory))
@@ -109,21 +123,22 @@ class ImageTextStep(StreamStep):
     @cached_property
     def contrast(self) -> PairContrast:
         """Images against captions."""
-        return contrast_pairs(
+        return self.contrast_sides(
             self.model.embed_images(self.images, normalize=True),
             self.model.embed_text_states(self.captions.cls(), normalize=True),
-            align_pairs(self.batch["index"], self.batch["image_id"], self.captions.full.text_id),
-            self.temperature,
+            self.batch["image_id"],
+            self.captions.full.text_id,
         )
 
     @cached_property
     def negatives(self) -> Negatives:
         captions = self.captions.subset_states(self.config.itm_text)
-        rows = self.captions.subset_rows.to(captions.values.device)
+        rows, scores = self.captions.subset_rows.to(captions.values.device), self.contrast.scores
+        assert scores is not None, "matches are read"
         return find_negatives(
             self.images.select_rows(self.captions.subset_rows),
             captions,
-            self.contrast.scores.subset(rows, self.config.fuse_every),
+            scores.subset(rows, self.config.fuse_every),
             self.batch["negative_uniforms"].index_select(0, rows),
         )
 
@@ -173,11 +188,11 @@ class TranslationStep(StreamStep):
     @cached_property
     def contrast(self) -> PairContrast:
         """Sentences against translations."""
-        return contrast_pairs(
+        return self.contrast_sides(
             self.model.embed_text_states(self.source.cls(), normalize=True),
             self.model.embed_text_states(self.target.cls(), normalize=True),
-            align_pairs(self.batch["index"], self.source.full.text_id, self.target.full.text_id),
-            self.temperature,
+            self.source.full.text_id,
+            self.target.full.text_id,
         )
 
     @cached_property
@@ -216,7 +231,7 @@ STEPS: dict[Stream, type[StreamStep]] = {
 # ---- heads: the terms
 
 
-IMAGES, SENTENCES = ("vision", "image_projection"), ("text_projection", "temperature")
+IMAGES, SENTENCES = ("vision", "image_projection"), ("text_projection", "temperature", "contrast_bias")
 
 
 @term("image_text", reads=("embeddings",), trains=(*IMAGES, *SENTENCES), two_way=True)
@@ -316,6 +331,10 @@ class UnifiedObjective(Objective):
         for name in self.users:
             for part in terms[name].trains:
                 lookup(part, groups, f"part of the model that objective.terms.{name} trains:")
+        if config.contrast == "sigmoid":
+            model.add_contrast_bias()
+        elif model.contrast_bias is not None:
+            model.contrast_bias.requires_grad_(False)
         if not config.train_vision:
             model.vision.requires_grad_(False)
         if not config.train_embeddings:
