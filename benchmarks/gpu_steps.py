@@ -23,7 +23,7 @@ from benchmarks.step import make_batch
 from pretrain.recipes import RECIPES
 from pretrain.train import PretrainConfig
 from raylib.config import override
-from raylib.data.loading import StepDataset, load_batches, to_device
+from raylib.data.loading import BatchStream, StepDataset
 from raylib.engine import TorchEngine
 from raylib.engine_zero import DeepSpeedEngine
 from raylib.models.unified import UnifiedModel
@@ -92,11 +92,11 @@ class Training:
         engine = DeepSpeedEngine if fit.sharding == "zero2" else TorchEngine
         self.engine = engine(self.objective, self.config.optim, device, fit.uses_bf16(device), None)
         data = RandomBatches(self.config, self.batch, streams)
-        self.stream = load_batches(data, 0, 10**6, setting.workers, pin=device.type == "cuda")
+        self.stream = BatchStream(data, 0, 10**6, setting.workers, device)
         self.num_steps = 0
 
     def next_batch(self) -> dict[str, Any]:
-        return to_device(next(self.stream), self.setting.device)
+        return next(self.stream)
 
     def step(self) -> None:
         """Take one step, with the batch's way to the device."""

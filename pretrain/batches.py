@@ -20,7 +20,8 @@ import torch
 
 from pretrain.config import DataConfig, StreamConfig
 from raylib.data.images import BadImage, augment_image, count_uniforms, decode_image, resize_image
-from raylib.data.loading import Lanes, StepDataset, list_step_draws
+from raylib.data.lanes import Lanes, list_step_draws
+from raylib.data.loading import StepDataset
 from raylib.data.sources import Sample, Source
 from raylib.errors import UserError
 from raylib.packed import Sentences

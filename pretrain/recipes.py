@@ -189,7 +189,7 @@ def base() -> PretrainConfig:
             text=StreamConfig(batch=2048, length=64, lanes=64),
         ),
         optim=OptimConfig(),
-        fit=FitConfig(steps=240_000, log_every=50, eval_every=10_000, save_every=2_000, loader_workers=12),
+        fit=FitConfig(steps=240_000, log_every=50, eval_every=10_000, save_every=2_000),
     )
 
 

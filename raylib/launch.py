@@ -37,6 +37,7 @@ RAY_ENV = {  # environment variables of every process
 }
 
 
+IDLE_CPUS = 0.01  # of a trial that only waits for its workers: 0 is refused
 TRACKER_ENV = ("WANDB_", "MLFLOW_")  # of trackers, which trials have in their own processes
 
 
@@ -154,6 +155,8 @@ def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -
             f"workers={config.workers}, but the cluster has {available} {'GPUs' if gpu else 'CPUs'}; set "
             f"workers={available}"
         )
+    is_trial = reporter is not None
+    worker = worker_resources(list_nodes(), config.workers, gpu, config.fit.loader_workers, is_trial)
     failure = run / "failure.json"
     failure.unlink(missing_ok=True)
     # Ray's type hints are those of Train's first version, its objects those of the second
@@ -166,7 +169,9 @@ def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -
             "object_cache": cache.get_cache(),
             "opened_files": cache.opened_files(),
         },
-        scaling_config=train.ScalingConfig(num_workers=config.workers, use_gpu=gpu),
+        scaling_config=train.ScalingConfig(
+            num_workers=config.workers, use_gpu=gpu, resources_per_worker=worker
+        ),
         run_config=train.RunConfig(
             name=checkpoint.FOLDER,
             storage_path=str(run),
@@ -186,6 +191,46 @@ def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -
     if "error" in result:
         raise (NotFinite if result["not_finite"] else UserError)(result["error"])
     return result
+
+
+def list_nodes() -> list[dict[str, float]]:
+    """Return what each node of the cluster has in all: {"CPU", "GPU", ...}."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def worker_resources(
+    nodes: list[dict[str, float]], workers: int, gpu: bool, loaders: int | None, is_trial: bool = False
+) -> dict[str, float]:
+    """Return what each of `workers` asks of the cluster: its GPU, a CPU for itself, and one for each of its
+    loader processes, as far as `nodes` have them; at the least what it cannot do without.
+
+    loaders: None asks for the share of a GPU in the CPUs of its node, without GPUs for one loader.
+    is_trial: others run beside it, so that it asks for no more than that share, without GPUs for no loader.
+    """
+    share = gpu_share(nodes)
+    wanted = 1 + (1 if loaders is None else loaders)
+    if gpu and (loaders is None or is_trial):
+        wanted = share if loaders is None else min(share, wanted)
+    elif is_trial:
+        wanted = 1
+    # of each node a hundredth is left to drivers, and trials that wait for their workers
+    rooms = [
+        (max(0.0, node.get("CPU", 0) - IDLE_CPUS), int(node.get("GPU", 0)) if gpu else workers)
+        for node in nodes
+    ]
+    for cpus in range(wanted, 0, -1):
+        if sum(min(int(room // cpus), most) for room, most in rooms) >= workers:
+            return {"CPU": cpus, "GPU": 1} if gpu else {"CPU": cpus}
+    return {"GPU": 1} if gpu else {"CPU": 1}
+
+
+def gpu_share(nodes: list[dict[str, float]]) -> int:
+    """Return how many CPUs each GPU has on the node of `nodes` where that is the fewest, but for a hundredth
+    of one; 0: none has a GPU."""
+    shares = (int((n.get("CPU", 0) - IDLE_CPUS) // n["GPU"]) for n in nodes if n.get("GPU", 0) >= 1)
+    return max(0, min(shares, default=0))
 
 
 def map_parts(worker: type, arguments: tuple, parts: Iterable[Any], workers: int) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from raylib import checkpoint
-from raylib.data.loading import StepDataset, load_batches, to_device
+from raylib.data.loading import BatchStream, StepDataset, to_device
 from raylib.distributed import all_reduce
 from raylib.engine import (
     Engine,
@@ -127,11 +127,12 @@ def fit(
     monitor = StepMonitor(guard, engine, replay, start)
     # whatever a step draws or reads follows from its number: a resumed run asks for steps from `first` on,
     # and goes through the very batches that it would have had
-    stream = load_batches(batches, first, last, config.loader_workers, pin=on_gpu)
+    is_quiet = runtime.rank > 0
+    stream = BatchStream(batches, first, last, config.loader_workers, device, runtime.cpus, is_quiet)
     with StallWatch(runtime) as watch:
         for step in range(first, last):
             watch.start(step)
-            batch = to_device(next(stream), device)
+            batch = next(stream)
             saver.count(batch)
             meter.lap("data" if step > first else "start")  # the first batch waits for the loaders' own start
             replay.start(step, batch)
@@ -147,7 +148,7 @@ def fit(
             if logs:
                 losses = _all_finite(terms) or losses
                 means = guard.interval.means(ends=done % config.log_every == 0)
-                progress.log(done, lr, means, monitor.counts.skipped)
+                stream.warn_of_waiting(done, progress.log(done, lr, means, monitor.counts.skipped))
             # weights are looked at before they are evaluated or kept, never after
             if evaluates or saves:
                 monitor.require_usable_weights(done)

@@ -64,10 +64,10 @@ class ProgressLog:
         self.meter, self.runtime, self.metrics_log = meter, runtime, metrics_log
         self.before = self.last = meter.copy()
 
-    def log(self, step: int, lr: float, losses: dict[str, float], skipped: int) -> None:
+    def log(self, step: int, lr: float, losses: dict[str, float], skipped: int) -> float:
         """Log step `step`: the means of the losses, how many steps have been skipped so far, and what the
         steps since the last line took. JSON has no NaN: a loss that is not finite is in the printed line
-        alone."""
+        alone. Returns the share of the time in which the slowest worker waited for data."""
         now, last, self.last = self.meter.copy(), self.last, self.meter.copy()
         worked = now.working_seconds - last.working_seconds
         waited = now.seconds.get("data", 0.0) - last.seconds.get("data", 0.0)
@@ -75,13 +75,14 @@ class ProgressLog:
         # one gather of what workers differ in: the slowest reader and the fullest memory count
         local = torch.tensor([now.tokens - last.tokens, waited, memory], dtype=torch.float64)
         tokens, waits, memories = all_gather(local.to(self.runtime.device)).reshape(-1, 3).T.tolist()
+        waiting = max(waits) / worked
         if not self.metrics_log:
-            return
+            return waiting
         figures = {
             "samples_per_second": (now.samples - last.samples) / worked,
             "tokens_per_second": sum(tokens) / worked,
             "memory_gb": max(memories),
-            "waiting": max(waits) / worked,
+            "waiting": waiting,
             "eta_seconds": self._seconds_left(step),
         }
         if epoch := self.batches.epoch(step):
@@ -92,6 +93,7 @@ class ProgressLog:
         named = {f"loss/{k}": v for k, v in finite_values(losses).items()}
         self._record(step, {"lr": lr, **named, "skipped": skipped, **figures})
         self._print(step, _describe(losses, lr, skipped, figures), epoch)
+        return waiting
 
     def log_evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Log the scores after `step` steps; names with a slash are grouped."""

@@ -40,7 +40,10 @@ class Reporter(Protocol):
 
 class LocalRuntime:
     """One process on one device; or, under torchrun, one of several that talk through gloo or NCCL.
-    `report(metrics, checkpoint)` is told of each checkpoint."""
+    `report(metrics, checkpoint)` is told of each checkpoint.
+
+    cpus: that this worker may use, for itself and for its loader processes.
+    """
 
     sharding: Sharding = "none"  # unless `fit.sharding` says otherwise
 
@@ -51,6 +54,9 @@ class LocalRuntime:
         if self.world_size > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        given = _ray_cpus() if report else None  # a trial's process
+        self.cpus = given or available_cpus() / neighbours
 
     def find_newest(self) -> Path | None:
         """Return the checkpoint to go on from."""
@@ -93,7 +99,7 @@ class LocalRuntime:
 
 class RayRuntime:
     """A Ray Train worker. Ray owns the process group and moves every worker's files into one registered
-    checkpoint."""
+    checkpoint. cpus: as of `LocalRuntime`."""
 
     sharding: Sharding = "zero2"
 
@@ -105,6 +111,10 @@ class RayRuntime:
         self.run = run
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
+        self.cpus = _ray_cpus() or available_cpus() / context.get_local_world_size()
+        # Ray starts a thread for each CPU of a worker: all of them but one are for loader processes
+        if os.environ.get("OMP_NUM_THREADS") == f"{int(self.cpus)}":
+            torch.set_num_threads(1)
         self.gauges: dict[str, Any] = {}
 
     def find_newest(self) -> Path | None:
@@ -139,6 +149,16 @@ class RayRuntime:
             if metric not in self.gauges:
                 self.gauges[metric] = Gauge(metric, f"{name} of a training", tag_keys=("run",))
             self.gauges[metric].set(value, {"run": self.run.name})
+
+
+def _ray_cpus() -> float | None:
+    """Return how many CPUs Ray has given this process; None: it has not said, or this is no worker of its."""
+    import ray
+
+    context = ray.get_runtime_context() if ray.is_initialized() else None
+    if context is None or not context.get_actor_id():
+        return None
+    return context.get_assigned_resources().get("CPU")
 
 
 Runtime = LocalRuntime | RayRuntime

@@ -128,8 +128,9 @@ class FitConfig(Config):
     micro_batches: PositiveInt = 1
     """Pieces in which a worker's part of the batch passes the encoders, each computed again in backward: the
     memory of one piece, a third more time, the loss of the whole batch (cached gradients)."""
-    loader_workers: NonNegativeInt = 1
-    """Processes of a worker that prepare batches; 0: the worker itself."""
+    loader_workers: NonNegativeInt | None = None
+    """Processes of a worker that prepare batches; 0: the worker itself; null: as many as its first steps show
+    to be needed, and its CPUs allow."""
     track: tuple[Backend, ...] = ()
     """Trackers that metrics go to, beside metrics.jsonl."""
     stop_after: PositiveInt | None = None

@@ -1,6 +1,9 @@
 import json
 import logging
+import os
 import pickle
+import re
+import time
 from collections import Counter
 
 import cv2
@@ -12,7 +15,7 @@ import torch
 from pretrain.batches import DataConfig, StepBatches, StreamConfig
 from raylib.config import override
 from raylib.data.images import AugmentConfig
-from raylib.data.loading import load_batches
+from raylib.data.loading import CALIBRATION, BatchStream, StepDataset
 from raylib.data.shards import ShardWriter, index_folder
 from raylib.errors import UserError
 from raylib.packed import pack_tree, unpack_tree
@@ -145,9 +148,68 @@ def test_step_batches_do_not_depend_on_number_of_workers(root, whole, world):
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_loader_processes_give_same_batches_in_order(root, whole, workers):
-    loaded = list(load_batches(make(root), 2, 6, workers))
+    loaded = list(BatchStream(make(root), 2, 6, workers))
     assert [batch["step"] for batch in loaded] == [2, 3, 4, 5]
     assert [content(batch) for batch in loaded] == whole[2:]
+
+
+class TimedBatches(StepDataset):
+    """Batches that take `seconds` each, and tell which process made them."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def __getitem__(self, step):
+        time.sleep(self.seconds)
+        return {"step": step, "process": torch.tensor(os.getpid())}
+
+
+@pytest.mark.parametrize(
+    ("batch", "step", "cpus", "chosen", "words"),
+    [
+        (
+            0.03,
+            0.0,
+            4,
+            3,
+            r"^3 loader processes: a batch takes \S+ ms, .*; \d+ would be needed, 4 CPUs",
+        ),
+        (0.03, 0.0, 1, 1, r"^1 loader process: .* would be needed, 1 CPUs are this worker's$"),
+        (0.0, 0.03, 8, 1, r"^1 loader process: a batch takes \S+ ms, a step \d+(\.\d+)? ms$"),
+    ],
+)
+def test_loader_processes_are_as_many_as_steps_need(capsys, batch, step, cpus, chosen, words):
+    stream, processes = BatchStream(TimedBatches(batch), 3, 43, cpus=cpus), []
+    for number, loaded in enumerate(stream, 3):
+        assert loaded["step"] == number
+        processes.append(int(loaded["process"]))
+        time.sleep(step)
+        stream.warn_of_waiting(number, 0.0)
+    assert len(processes) == 40 and stream.workers == chosen
+    assert len(set(processes[:CALIBRATION])) == 1 and os.getpid() not in processes
+    assert len(set(processes)) == (1 + chosen if chosen > 1 else 1)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.search(words, line), line
+
+
+def test_loader_processes_that_are_given_are_kept(capsys):
+    stream = BatchStream(TimedBatches(0.01), 0, 20, workers=2)
+    for step, _ in enumerate(stream):
+        stream.warn_of_waiting(step, 0.05)
+    assert stream.workers == 2 and not capsys.readouterr().out
+    for _ in range(2):  # told once
+        stream.warn_of_waiting(20, 0.4)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.match(r"step 20: steps wait 40 % of their time for data, of which a batch takes", line)
+    assert int(re.search(r"set fit.loader_workers=(\d+) \(now 2\)", line)[1]) > 2
+
+
+def test_loader_processes_do_not_outnumber_what_shared_memory_holds(capsys, monkeypatch):
+    batches = TimedBatches(0.01)
+    batches.batch_bytes = 1 << 20
+    monkeypatch.setattr("raylib.data.loading._free_shared_memory", lambda: 2 * 4 << 20)
+    stream = BatchStream(batches, 0, 20, cpus=16)
+    assert len(list(stream)) == 20 and stream.workers == 2
 
 
 def test_step_batches_differ_with_seed(root, whole):
@@ -323,7 +385,7 @@ def test_unusable_sample_is_replaced_counted_and_logged(root, tmp_path, name, ca
 def test_too_many_unusable_samples_stop_the_run(root, tmp_path, workers):
     config = broken(root, tmp_path, BAD["picture"], bad_limit=0.01)
     with pytest.raises(UserError, match=r"of the samples read are unusable.*k20") as error:
-        list(load_batches(StepBatches(config, 16, 1), 0, 40, workers))
+        list(BatchStream(StepBatches(config, 16, 1), 0, 40, workers))
     assert "\n" not in str(error.value)
 
 
@@ -354,9 +416,9 @@ def test_shared_memory_is_checked_before_workers_start(root, monkeypatch):
     batches = make(root)
     monkeypatch.setattr("raylib.data.loading.SHARED_MEMORY", "/no/such/folder")
     with pytest.raises(UserError, match="no shared memory.*loader_workers=0"):
-        next(load_batches(batches, 0, 2, 1))
-    assert next(load_batches(batches, 0, 2, 0))["step"] == 0
+        next(BatchStream(batches, 0, 2, 1))
+    assert next(BatchStream(batches, 0, 2, 0))["step"] == 0
     monkeypatch.setattr("raylib.data.loading.SHARED_MEMORY", "/dev")
     batches.batch_bytes = 1 << 50
     with pytest.raises(UserError, match="MB free, loader processes need"):
-        next(load_batches(batches, 0, 2, 1))
+        next(BatchStream(batches, 0, 2, 1))

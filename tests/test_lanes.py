@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from raylib.data.loading import PERIOD, Lanes, apportion, list_step_draws
+from raylib.data.lanes import PERIOD, Lanes, apportion, list_step_draws
 from raylib.errors import UserError
 
 SIZES = {"de": [7, 0, 13, 40], "bn": [9], "en": [200, 33]}

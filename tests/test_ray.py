@@ -23,6 +23,7 @@ from pretrain.train import run
 from raylib import checkpoint
 from raylib.config import dump_config
 from raylib.errors import UserError
+from raylib.launch import launch
 from raylib.monitoring import read_metrics
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -160,6 +161,22 @@ def test_ray_only_complete_registered_checkpoints_count(mini):
     assert run(mini("name=broken", "resume=step_000002"))["finished"]
     assert sorted(losses(config)) == [1, 2, 3, 4, 5, 6]
     assert (folder / "checkpoints.before-1" / "step_000004").is_dir()
+
+
+def tell_resources(runtime, config):
+    return {"finished": True, "cpus": runtime.cpus, "threads": torch.get_num_threads()}
+
+
+@pytest.mark.slow
+def test_ray_worker_has_cpus_for_its_loaders(mini, tmp_path):
+    """Of four: a worker's, and those of its loaders, as far as they go."""
+    for settings, cpus in (
+        (("workers=1", "fit.loader_workers=2"), 3),
+        (("workers=1", "fit.loader_workers=null"), 2),
+        (("workers=2", "fit.loader_workers=7"), 1),
+    ):
+        found = launch(tell_resources, mini(*settings), tmp_path)
+        assert (found["cpus"], found["threads"]) == (cpus, 1)
 
 
 def test_ray_user_error_on_worker_is_one_line_and_not_retried(mini, tmp_path):

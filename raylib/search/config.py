@@ -88,8 +88,9 @@ class SearchConfig(Config):
     """null trains in the trial's process; a number trains with so many workers of Ray Train under ZeRO-2."""
     gpus_per_trial: NonNegativeFloat | None = None
     """Of a trial in its own process, also a fraction; null: a whole GPU, if the cluster has any."""
-    cpus_per_trial: PositiveFloat = 1.0
-    """Of a trial in its own process."""
+    cpus_per_trial: PositiveFloat | None = None
+    """Of a trial in its own process, for itself and for its loader processes; null: its GPU's share of those
+    of a node, without a GPU one."""
     max_concurrent: PositiveInt | None = None
     """Trials at a time; null: as many as fit."""
     min_epochs: PositiveInt = 1

@@ -26,7 +26,7 @@ from raylib.command import spell_commands
 from raylib.config import change_settings, dump_config
 from raylib.errors import UserError
 from raylib.fileio import write_json
-from raylib.launch import LaunchConfig, connect_to_ray
+from raylib.launch import IDLE_CPUS, connect_to_ray, gpu_share, list_nodes
 from raylib.provenance import record_identity
 from raylib.search import report
 from raylib.search.config import Resources, SearchConfig, SearchContext, SearchJob, check_fingerprint
@@ -62,8 +62,7 @@ from raylib.search.trial import (
     trial,
 )
 from raylib.search.tuner import load_callbacks, restore_state, run_tuner, with_repeats
-
-IDLE_CPUS = 0.01  # of a trial that only waits for its workers: 0 is refused
+from raylib.settings import LaunchConfig
 
 
 def run_search(config: SearchConfig, name: str, space: Space, job: SearchJob, base: LaunchConfig) -> Path:
@@ -317,13 +316,15 @@ def plan_resources(config: SearchConfig) -> Resources:
             )
         test = {"num_cpus": 1.0, "num_gpus": float(has_gpus)}
         return Resources({"cpu": IDLE_CPUS}, test, min(num_fitting, config.max_concurrent or num_fitting))
+    nodes = list_nodes()
     gpus = config.gpus_per_trial if config.gpus_per_trial is not None else float(has_gpus)
-    for kind, count in (("cpu", config.cpus_per_trial), ("gpu", gpus)):
-        most = max(node["Resources"].get(kind.upper(), 0) for node in ray.nodes() if node["Alive"])
-        if count > most:
+    cpus = config.cpus_per_trial or float(max(1, int(gpus * gpu_share(nodes))))
+    for kind, count in (("cpu", cpus), ("gpu", gpus)):
+        largest = max(node.get(kind.upper(), 0) for node in nodes)
+        if count > largest:
             raise UserError(
-                f"{kind}s_per_trial={count:g}, but no node of the cluster has more than {most:g} "
+                f"{kind}s_per_trial={count:g}, but no node of the cluster has more than {largest:g} "
                 f"{kind.upper()}s"
             )
-    test = {"num_cpus": config.cpus_per_trial, "num_gpus": gpus}
-    return Resources({"cpu": config.cpus_per_trial, "gpu": gpus}, test, config.max_concurrent)
+    test = {"num_cpus": cpus, "num_gpus": gpus}
+    return Resources({"cpu": cpus, "gpu": gpus}, test, config.max_concurrent)
