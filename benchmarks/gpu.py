@@ -24,6 +24,7 @@ from benchmarks.device import GPU
 from benchmarks.dry import Counter, dry_run
 from benchmarks.gpu_parts import PARTS, Report
 from benchmarks.gpu_steps import BATCH, Setting
+from benchmarks.gpu_tables import FORMAT
 from benchmarks.results import RESULTS, commit
 from benchmarks.step import make_batch
 from pretrain.recipes import base, small, tiny
@@ -34,7 +35,6 @@ from raylib.models.unified import UnifiedModel
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 
 MODELS = {"tiny": tiny().model, "small": small().model, "base": base().model}
-FORMAT = 2  # of a line in results/gpu.jsonl
 DRY_FILE = RESULTS / "dry.jsonl"
 
 

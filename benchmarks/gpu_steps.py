@@ -26,6 +26,7 @@ from raylib.config import override
 from raylib.data.loading import BatchStream, StepDataset
 from raylib.engine import TorchEngine
 from raylib.engine_zero import DeepSpeedEngine
+from raylib.models.recompute import set_recomputation
 from raylib.models.unified import UnifiedModel
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 
@@ -87,6 +88,7 @@ class Training:
         self.config = setting.config(size, changes)
         fit, device = self.config.fit, setting.device
         model = UnifiedModel(self.config.model).to(device).train()
+        set_recomputation(model, self.config.model.checkpointing, fit.micro_batches)
         self.objective = UnifiedObjective(model, self.config.objective)
         fit.set_precision(self.objective, device)
         engine = DeepSpeedEngine if fit.sharding == "zero2" else TorchEngine

@@ -8,6 +8,7 @@ python -m benchmarks.record --scenes FOLDER  append what is reached there withou
                                              results/scenes.jsonl
 python -m benchmarks.record --search RUN     append what RUN/report.md says of the best to
                                              results/searches.jsonl
+python -m benchmarks.record --gpu FILE       append gpu.json of `benchmarks.gpu` to results/gpu.jsonl
 python -m benchmarks.record                  only write the pages again from what is recorded
 """
 
@@ -19,7 +20,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks import ablations, balance, priors, search, step, unfreezing
+from benchmarks import ablations, balance, gpu_tables, priors, search, step, unfreezing
 from benchmarks.results import RESULTS, ROOT, newest
 from finetune.report import scores_of
 from finetune.tasks.datasets import TASKS
@@ -49,7 +50,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--finetune", action="store_true", help="RUN is a fine-tuning run")
     parser.add_argument("--scenes", type=Path, help="a folder of emoji scenes")
     parser.add_argument("--search", type=Path, help="the folder of a search that is complete")
+    parser.add_argument("--gpu", type=Path, metavar="FILE", help="a measurement of benchmarks.gpu")
     options = parser.parse_args(arguments)
+    if options.gpu:
+        append_jsonl(RESULTS / "gpu.jsonl", json.loads(options.gpu.read_text(encoding="utf-8")))
     if options.search:
         append_jsonl(RESULTS / "searches.jsonl", read_search_report(options.search))
     if options.scenes:
@@ -88,6 +92,8 @@ def write_pages(root: Path) -> None:
     write_parts(
         root / "docs" / "performance.md",
         speed=speed_tables(),
+        gpu=gpu_part(),
+        dry=gpu_tables.dry_table(newest(read_jsonl(RESULTS / "dry.jsonl"), "name")),
         unfreezing=unfreezing.table(read_jsonl(unfreezing.FILE)[-1]["seconds"]),
     )
 
@@ -215,9 +221,17 @@ def speed_tables() -> str:
     return "\n\n".join([*lines, "\n".join(rows)])
 
 
+def gpu_part() -> str:
+    """The newest measurement on each kind of GPU."""
+    lines = gpu_tables.measured_lines(read_jsonl(RESULTS / "gpu.jsonl"))
+    by_device = {line["parts"]["machine"]["device"]: line for line in lines}
+    return "\n\n".join(map(gpu_tables.tables, by_device.values())) or "No GPU has run it yet."
+
+
 def speed_line() -> str:
-    """The pretraining step beside its padded twin, and reading beside its peers: the newest ratios, in two
-    sentences."""
+    """What a GPU reaches, if one was measured; the pretraining step beside its padded twin, and reading
+    beside its peers: the newest ratios, in two sentences."""
+    measured = gpu_tables.measured_lines(read_jsonl(RESULTS / "gpu.jsonl"))
     steps = []
     for line in sorted(newest(read_jsonl(RESULTS / "step.jsonl"), "size"), key=lambda line: line["size"]):
         ours, twin = (statistics.median(line["seconds"][name]) for name in ("ours", TWIN))
@@ -225,7 +239,7 @@ def speed_line() -> str:
         steps.append(f"{twin / ours:.1f}x as fast at `{line['size']}`, in {1 / memory:.0%} of the memory")
     rates = read_jsonl(RESULTS / "data.jsonl")[-1]["samples_per_second"]
     ratios = [max(figures.values()) / next(iter(figures.values())) for figures in rates.values()]
-    return (
+    return (f"{gpu_tables.sentence(measured[-1])}\n\n" if measured else "") + (
         "A pretraining step beside its padded twin, which computes the same losses and gradients (one CPU "
         f"thread, float32): {'; '.join(steps)}. From shard to model input: {min(ratios):.1f} to "
         f"{max(ratios):.1f} times the samples a second of webdataset with open_clip's transform, or with "

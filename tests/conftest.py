@@ -40,6 +40,8 @@ def pytest_collection_modifyitems(items):
     """Keep each file's tests on one worker of `pytest -n`, for their fixtures, and all clusters on one, which
     begins with them: they take longest, and two at once would not have the cores that they count on."""
     for item in items:
+        if any(mark.kwargs.get("reason") == "needs a GPU" for mark in item.iter_markers("skipif")):
+            item.add_marker(pytest.mark.gpu)
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("ray",))

@@ -1,6 +1,7 @@
 """The generated parts of README and docs are what the recorded results say; each script explains itself."""
 
 import ast
+import json
 import runpy
 import shutil
 from pathlib import Path
@@ -8,23 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import data, record, results
+from benchmarks import data, gpu, gpu_tables, record, results
 from benchmarks.device import GPU
 from benchmarks.dry import dry_run
 from raylib.fileio import append_jsonl, read_jsonl
 from raylib.text import Tokenizer
 
 FOLDER = results.ROOT / "benchmarks"
-LIBRARIES = {
-    "__init__",
-    "device",
-    "dry",
-    "gpu_parts",
-    "gpu_peers",
-    "gpu_steps",
-    "results",
-    "twin",
-}  # what scripts share; not run
+LIBRARIES = {"__init__", "device", "dry", "results", "twin"}
+LIBRARIES |= {f"gpu_{part}" for part in ("parts", "peers", "steps", "tables")}  # what scripts share; not run
 
 
 def test_benchmark_tables_match_recorded_results(tmp_path):
@@ -109,3 +102,78 @@ def test_dry_run_counts_packed_attention_by_its_lengths():
         torch.ops.aten._flash_attention_forward(q, k, v, ends, ends, 7, 7, 0.1, False, False)
     assert counter.summary()["attention_calls"] == 1
     assert counter.operators[0].flops == 4 * 2 * 16 * (3 * 3 + 7 * 7)
+
+
+# a step of `base`, forward and backward: what it has reached
+GOALS = {"attention_calls": 96, "gb": 160.0, "tflop": 30.3, "operators": 3_300, "waits": 32}
+
+
+@pytest.fixture(scope="module")
+def dry_figures():
+    counter = gpu.count("base", gpu.BATCH)
+    figures = counter.summary()
+    return {
+        **figures,
+        "operators": sum(figures["operators"].values()),
+        "waits": sum(figures["waits"].values()),
+    }
+
+
+@pytest.mark.parametrize("name", GOALS)
+def test_step_asks_no_more_of_a_gpu_than_it_did(dry_figures, name):
+    assert dry_figures[name] <= GOALS[name]
+
+
+def gpu_record() -> dict:
+    """A line as `benchmarks.gpu` writes it."""
+    step = {"ms": 100.0, "samples_per_second": 5760.0, "batch": [64, 256, 256], "peak_gb": 20.0}
+    shares = {"share_of_measured_peak": 0.5, "share_of_data_sheet": 0.36}
+    profile = {"kernels": 4000, "ms": 101.0, "busy_ms": 95.0, "host_ms": 60.0, "kinds_ms": {"matmul": 60.0}}
+    return {
+        "format": gpu_tables.FORMAT,
+        "date": "2026-11-27",
+        "commit": "abcdef0",
+        "parts": {
+            "machine": {"device": "NVIDIA H100", "torch": "2.11", "matmul_tflops": 700.0, "copy_tb_s": 2.9},
+            "step": {"base": step | shares, "waits": {"raylib/a.py:1": 2}, "profile": profile},
+            "twin": {"ours": {"ms": 90.0}, "twin": {"ms": 180.0}, "ours again": {"ms": 89.0}, "ratio": 2.02},
+            "open_clip": {"part": {"failed": "ImportError: no module"}},
+            "levers": {"fit.residual=float32": step | {"ms": 120.0}, "fit.sharding=zero2": {"failed": "x"}},
+            "growth": {"512/2048/2048": "left out: no time"},
+        },
+    }
+
+
+def test_record_leads_with_gpu_once_it_is_measured(tmp_path, monkeypatch):
+    shutil.copytree(results.RESULTS, tmp_path / "results")
+    for module in (record, results):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    assert record.gpu_part() == "No GPU has run it yet." or "NVIDIA" in record.gpu_part()
+    append_jsonl(tmp_path / "results" / "gpu.jsonl", gpu_record())
+    assert record.speed_line().startswith("On one NVIDIA H100, a training step of `base` with 64 pairs, 256")
+    assert (
+        "100 ms: 5,760 samples a second, 36% of its data sheet's bf16 rate and 50% of" in record.speed_line()
+    )
+    assert (
+        "2.0x as fast as its padded twin" in record.speed_line() and "one CPU thread" in record.speed_line()
+    )
+    part = record.gpu_part()
+    assert "| base, fit.residual=float32 | 64/256/256 | 120.0 |" in part
+    assert "| twin: twin | 89.0 | 180.0 | 2.02x |" in part and "waits 2 times: raylib/a.py:1" in part
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_rehearses_on_a_cpu(tmp_path):
+    figures = gpu.measure(torch.device("cpu"), tmp_path, seconds=500)
+    assert json.loads((tmp_path / "gpu.json").read_text())["parts"].keys() == figures["parts"].keys()
+    parts = figures["parts"]
+    assert list(parts) == [part.__name__ for part in gpu.PARTS]
+    failures = [
+        (part, name, value)
+        for part, names in parts.items()
+        for name, value in names.items()
+        if "failed" in str(value) or "left out" in str(value)
+    ]
+    # open_clip is a wheel that requirements.txt has not
+    assert all(part == "open_clip" and "No module named 'open_clip'" in str(v) for part, _, v in failures)
+    assert parts["step"]["base"]["ms"] > 0 and parts["twin"]["ratio"] > 0
