@@ -57,7 +57,7 @@ class PaddedTwin(nn.Module):
         clean, masked = self._encode(text, "clean", width), self._encode(text, "masked", width)
         image = F.normalize(self.model.image_projection(images[:, 0]), dim=-1)
         sentence = F.normalize(self.model.text_projection(clean.states[:, 0]), dim=-1)
-        same = _equal(batch["image_id"]) | _equal(text.text_id)
+        same = (_equal(batch["image_id"]) | _equal(text.text_id)).to(images.device)
         contrast, scores = self._contrast(image, sentence, same)
         terms = {"ucl_image": contrast}
 
@@ -83,7 +83,8 @@ class PaddedTwin(nn.Module):
         clean = [self._encode(side, "clean", width) for side in sides]
         masked = [self._encode(side, "masked", width) for side in sides]
         vectors = [F.normalize(self.model.text_projection(rows.states[:, 0]), dim=-1) for rows in clean]
-        contrast, _ = self._contrast(*vectors, _equal(sides[0].text_id) | _equal(sides[1].text_id))
+        same = (_equal(sides[0].text_id) | _equal(sides[1].text_id)).to(vectors[0].device)
+        contrast, _ = self._contrast(*vectors, same)
         tlm = sum(
             self._masked_language(self._fuse(masked[i], clean[1 - i]), sides[i], width) for i in range(2)
         )

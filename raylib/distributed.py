@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raylib.errors import NotFinite, UserError
-from raylib.packed import Ragged, concatenate
+from raylib.packed import Ragged, concatenate, upload
 
 # torch 2.13 has other names for these two, which 2.11 lacks
 warnings.filterwarnings(
@@ -127,7 +127,7 @@ def exchange_rows(x: Ragged, lengths: Tensor, plan: RowExchange) -> Ragged:
     world = world_size()
     if world == 1:
         return x
-    tokens = x.token_index(plan.sent).to(x.values.device)
+    tokens = upload(x.token_index(plan.sent), x.values.device)
     received = lengths[plan.received]
 
     def count_tokens(worker: Tensor, lengths: Tensor) -> list[int]:

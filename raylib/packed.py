@@ -10,14 +10,12 @@ Shape legend: T tokens in all, n rows, R tokens of an output mask, d width.
 """
 
 import math
-from collections.abc import Callable, Sequence, Set
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from raylib.errors import UserError
-from raylib.settings import Version
 
 ALIGN = 64
 
@@ -31,7 +29,7 @@ class Ragged(NamedTuple):
     @property
     def starts(self) -> Tensor:
         """(n,) offset of each row's first token."""
-        return self.lengths.cumsum(0) - self.lengths
+        return row_starts(self.lengths)
 
     def with_values(self, values: Tensor) -> "Ragged":
         """The same rows over other per-token values (T, ...)."""
@@ -39,8 +37,15 @@ class Ragged(NamedTuple):
 
     def select_rows(self, rows: Tensor) -> "Ragged":
         """The rows in the order of `rows` (m,), repeats allowed; T becomes the sum of their lengths."""
-        tokens = self.token_index(rows).to(self.values.device)
+        tokens = upload(self.token_index(rows), self.values.device)
         return Ragged(self.values.index_select(0, tokens), self.lengths[rows])
+
+    def first(self) -> Tensor:
+        """(n, ...) each row's first token."""
+        # equally long rows need no index
+        if self.lengths.unique().numel() == 1:
+            return self.values.unflatten(0, (len(self.lengths), -1))[:, 0]
+        return self.values.index_select(0, upload(self.starts, self.values.device))
 
     def padded(self, columns: int, fill: float = 0) -> tuple[Tensor, Tensor]:
         """The values as a table (n, columns, ...) that `fill` completes, as models of others read it,
@@ -52,19 +57,37 @@ class Ragged(NamedTuple):
         longest = max(self.lengths.tolist(), default=0)
         if longest > columns:
             raise UserError(f"a text of {longest} tokens, the model has {columns} positions; lower length=")
-        mask = (torch.arange(columns) < self.lengths[:, None]).to(self.values.device)
-        table = self.values.new_full((*mask.shape, *self.values.shape[1:]), fill)
-        table[mask] = self.values
-        return table, mask
+        on_host = torch.arange(columns) < self.lengths[:, None]
+        # the cells by their numbers: a GPU would have to count those of a mask while the host waits
+        mask, cells = upload((on_host, on_host.flatten().nonzero().squeeze(1)), self.values.device)
+        table = self.values.new_full((mask.numel(), *self.values.shape[1:]), fill)
+        table = table.index_copy(0, cells, self.values)
+        return table.view(*mask.shape, *self.values.shape[1:]), mask
 
     def token_index(self, rows: Tensor) -> Tensor:
         """Flat positions of the tokens of `rows`, row after row."""
         return token_index(self.lengths, rows)
 
 
+def select(x: Tensor, index: Tensor | None) -> Tensor:
+    """x (T, ...) at `index` (R,); None: all of it."""
+    # to copy all of it would cost a pass over memory forward, and another backward
+    return x if index is None else x.index_select(0, index)
+
+
+def unless_in_order(index: Tensor, count: int) -> Tensor | None:
+    """None if `index`, on the CPU, selects all of `count` rows in order."""
+    return None if len(index) == count and index.equal(torch.arange(count)) else index
+
+
+def row_starts(lengths: Tensor) -> Tensor:
+    """(n,) offset of the first token of each row."""
+    return lengths.cumsum(0) - lengths
+
+
 def token_index(lengths: Tensor, rows: Tensor) -> Tensor:
     """Flat positions of the tokens of `rows` (m,), row after row, in rows of these `lengths` (n,)."""
-    starts, chosen = lengths.cumsum(0) - lengths, lengths[rows]
+    starts, chosen = row_starts(lengths), lengths[rows]
     # one ramp over all tokens, shifted to where each row begins: no loop over rows
     first = torch.repeat_interleave(starts[rows] - (chosen.cumsum(0) - chosen), chosen)
     return first + torch.arange(len(first))
@@ -72,8 +95,8 @@ def token_index(lengths: Tensor, rows: Tensor) -> Tensor:
 
 class Sentences(NamedTuple):
     """A stream's sentences: clean and masked ids (T,) over the same `lengths` (n,); the flat `positions`
-    (m,), rising and on the CPU, whose original ids `labels` (m,) are to be predicted; `text_id` (n,), equal
-    for equal texts."""
+    (m,), rising and on the CPU, whose original ids `labels` (m,) are to be predicted; `text_id` (n,), on the
+    CPU too, equal for equal texts."""
 
     clean: Tensor
     masked: Tensor
@@ -82,29 +105,16 @@ class Sentences(NamedTuple):
     labels: Tensor
     text_id: Tensor
 
-    def select_rows(self, rows: Tensor) -> "Sentences":
-        """The sentences of `rows` (on the CPU), in that order."""
-        tokens = Ragged(self.clean, self.lengths).token_index(rows)
+    def find_rows(self, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Of the sentences of `rows`, in that order: `lengths`, `positions`, and the index of their "tokens"
+        and "labels" among these; all on the CPU."""
+        tokens = token_index(self.lengths, rows)
         # a table from each token to its label, -1 where it has none, so that labels move with their tokens
         label_at = torch.full((int(self.lengths.sum()),), -1)
         label_at[self.positions] = torch.arange(len(self.positions))
         label_index = label_at[tokens]
         positions = (label_index >= 0).nonzero().squeeze(1)
-        device = self.clean.device
-        return Sentences(
-            self.clean.index_select(0, tokens.to(device)),
-            self.masked.index_select(0, tokens.to(device)),
-            self.lengths[rows],
-            positions,
-            self.labels.index_select(0, label_index[positions].to(device)),
-            self.text_id.index_select(0, rows.to(device)),
-        )
-
-    def predicted(self) -> Tensor:
-        """(T,) bool on the CPU: True at `positions`."""
-        mask = torch.zeros(int(self.lengths.sum()), dtype=torch.bool)
-        mask[self.positions] = True
-        return mask
+        return self.lengths[rows], positions, {"tokens": tokens, "labels": label_index[positions]}
 
 
 class TokenSegments(NamedTuple):
@@ -125,78 +135,6 @@ class TokenSegments(NamedTuple):
 def concatenate(parts: list[Ragged]) -> Ragged:
     """All rows of `parts`, part after part."""
     return Ragged(torch.cat([part.values for part in parts]), torch.cat([part.lengths for part in parts]))
-
-
-class EncoderRows:
-    """Rows for an encoder: which tokens' states come out of it, and, once it has run, these states."""
-
-    states: Tensor  # (R, d) of the tokens in `output_mask`, in flat order
-
-    def __init__(self, rows: Ragged, output_mask: Tensor):
-        self.rows, self.output_mask = rows, output_mask
-        # from a flat position to its place among the tokens that come out
-        self._output_index = output_mask.cumsum(0) - 1
-
-    def states_at(self, positions: Tensor) -> Tensor:
-        """States at flat `positions` (k,), which must be among those that come out."""
-        return self.states.index_select(0, self._output_index[positions].to(self.states.device))
-
-
-def encode_together(groups: Sequence[EncoderRows], encode: Callable[[Ragged, Tensor], Tensor]) -> None:
-    """Send all groups through one call of an encoder: `encode(rows, output_mask)` returns states (R, d)."""
-    masks = [group.output_mask for group in groups]
-    states = encode(concatenate([group.rows for group in groups]), torch.cat(masks))
-    parts = states.split([int(mask.sum()) for mask in masks])
-    for group, part in zip(groups, parts, strict=True):
-        group.states = part
-
-
-class StreamEncoding:
-    """One stream's sentences: the `full` batch for contrast, a `subset` of it for the unified encoder.
-
-    Args:
-        sentences: local ones, all of them.
-        index: (n,) in the global batch.
-        every: the subset is the sentences whose index is a multiple of it.
-        embedded: the version whose CLS states contrast reads, if any.
-        fused: versions that the unified encoder reads.
-    """
-
-    def __init__(
-        self, sentences: Sentences, index: Tensor, every: int, embedded: Version | None, fused: Set[Version]
-    ):
-        self.full, self.embedded = sentences, embedded
-        self.subset_rows = (index % every == 0).nonzero().squeeze(1)
-        self.subset = sentences.select_rows(self.subset_rows) if every > 1 else sentences
-        self.calls: dict[Version, EncoderRows] = {}
-        # in one order in every process: sums of floats depend on it
-        for version in get_args(Version):
-            if version == embedded or version in fused:
-                of = self.full if version == embedded else self.subset
-                rows = Ragged(of.clean if version == "clean" else of.masked, of.lengths)
-                # embedded sentences give at least their CLS, fused ones all tokens
-                outputs = first_tokens(rows.lengths)
-                if version in fused:
-                    outputs[rows.token_index(self._fused_rows(version))] = True
-                self.calls[version] = EncoderRows(rows, outputs)
-        # masks are drawn anew in each step: only clean sentences come again, and may be remembered
-        self.only_cls = embedded == "clean" and "clean" not in fused
-
-    def _fused_rows(self, version: Version) -> Tensor:
-        """Rows of the subset in the call of `version`."""
-        return self.subset_rows if version == self.embedded else torch.arange(len(self.subset_rows))
-
-    def cls(self) -> Tensor:
-        """(n, d) CLS states of all sentences, of the version that contrast reads."""
-        assert self.embedded is not None
-        call = self.calls[self.embedded]
-        return call.states_at(call.rows.starts)
-
-    def subset_states(self, version: Version) -> Ragged:
-        """States of the subset, for the unified encoder."""
-        call = self.calls[version]
-        rows = self._fused_rows(version)
-        return Ragged(call.states_at(call.rows.token_index(rows)), call.rows.lengths[rows])
 
 
 def join_rows(left: Ragged, right: Ragged) -> Ragged:
@@ -294,3 +232,39 @@ def upload(tree: Any, device: torch.device) -> Any:
     # Pinned memory of its own each time: PyTorch's allocator gives it out again only when the copy is over.
     layout, data = pack_tree(tree, pin=device.type == "cuda")
     return unpack_tree(layout, data.to(device, non_blocking=True))
+
+
+class Upload:
+    """A tree of CPU tensors that was added to `Uploads`."""
+
+    def __init__(self, tree: Any, uploads: "Uploads"):
+        self._tree, self._uploads, self.is_done = tree, uploads, False
+
+    @property
+    def value(self) -> Any:
+        """The tree on the device."""
+        if not self.is_done:
+            self._uploads.run()
+        return self._tree
+
+
+class Uploads:
+    """Trees of CPU tensors on their way to `device`. Those that were added since the last copy travel in one,
+    when the first of them is asked for: so plan all that can be planned, then ask."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._pending: list[Upload] = []
+
+    def add(self, tree: Any) -> Upload:
+        """Add a tree, as of `upload`."""
+        self._pending.append(Upload(tree, self))
+        return self._pending[-1]
+
+    def run(self) -> None:
+        """Copy what is pending."""
+        # each copy costs the host as much as several operators: one for all
+        trees = upload(tuple(pending._tree for pending in self._pending), self.device)
+        for pending, tree in zip(self._pending, trees, strict=True):
+            pending._tree, pending.is_done = tree, True
+        self._pending = []

@@ -1,15 +1,20 @@
 """Each term, and its gradient, against the slow reference; on odd sizes, unequal lengths, every switch."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
 
+from benchmarks.device import GPU
+from benchmarks.dry import dry_run
 from raylib.config import override
+from raylib.data.loading import to_device
 from raylib.errors import UserError
+from raylib.models.unified import UnifiedModel
 from raylib.objectives import FrozenTextCache
 from raylib.objectives.pretraining import ObjectiveConfig, TermWeights, UnifiedObjective
-from tests.factories import make_batch, make_model
+from tests.factories import SMALL, make_batch, make_model
 from tests.reference import slow_terms
 
 TERMS = list(TermWeights.model_fields)
@@ -134,9 +139,9 @@ def test_objective_frozen_encoder_encodes_each_sentence_once():
         objective = UnifiedObjective(model, config)
         assert objective.frozen_texts is not None
         objective.frozen_texts = objective.frozen_texts if remembers else None
-        calls, encode = [], model.encode_text
-        model.encode_text = lambda ids, read, calls=calls, encode=encode: (
-            calls.append(len(ids.lengths)) or encode(ids, read)
+        calls, plan = [], model.text.plan
+        model.text.plan = lambda lengths, *more, calls=calls, plan=plan: (
+            calls.append(len(lengths)) or plan(lengths, *more)
         )
         for _ in range(2):
             model.zero_grad()
@@ -268,3 +273,52 @@ def test_objective_user_term_mistakes_are_one_line(tmp_path, change, message):
     config = ObjectiveConfig(terms={"mine": {"file": f"{tmp_path}/my_term.py"}})
     with pytest.raises(UserError, match=message):
         UnifiedObjective(make_model(), config)(make_batch())
+
+
+@pytest.mark.parametrize("name", ["paper", "every third, clean"])
+def test_objective_waits_once_for_a_gpu(name):
+    """For the choice of negatives; all that is planned travels in two copies, before and after it, and the
+    counts in a third."""
+    with torch.device("meta"):
+        model = UnifiedModel(SMALL)
+    batch = make_batch(pairs=6)
+    with dry_run() as counter:
+        objective = UnifiedObjective(model.to(GPU).train(), ObjectiveConfig(**CONFIGS[name]))
+        on_device = to_device(batch, GPU)
+        counter.clear()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss, _ = objective(on_device)
+        loss.backward()
+    figures = counter.summary()
+    assert figures["device_to_host"]["copies"] == 1
+    assert list(figures["waits"].values()) == [1], figures["waits"]
+    assert figures["host_to_device"]["copies"] <= 3
+    layers = model.config.text_layers + 2 * 3 * model.config.fusion_layers + model.config.vision_layers
+    # fusion with images and with translations: by self-attention and by cross-attention; of plain text: by
+    # self-attention alone; forward and backward
+    assert figures["attention_calls"] == 2 * (layers - model.config.fusion_layers)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_objective_on_cuda_waits_once():
+    """As above, by CUDA's own account, and with the losses of the CPU."""
+    model, batch = make_model(dtype=torch.float32), make_batch(pairs=6)
+    _, expected = UnifiedObjective(model, ObjectiveConfig())(batch)
+    device = torch.device("cuda")
+    objective, on_device = UnifiedObjective(model.to(device), ObjectiveConfig()), to_device(batch, device)
+    for _ in range(2):  # kernels are loaded, and weights of autocast made
+        with torch.autocast("cuda", torch.bfloat16):
+            objective(on_device)[0].backward()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                objective(on_device)[0].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(each.message) for each in caught if "synchroniz" in str(each.message)]
+    assert len(waits) == 1, waits
+    for name, value in objective(on_device)[1].items():
+        torch.testing.assert_close(value.cpu(), expected[name], rtol=1e-3, atol=1e-3, msg=name)

@@ -131,7 +131,7 @@ def _pivots_of(routine: int, read: Captions, language: str) -> Pivots:
 def _rows(part: dict) -> "Tensor":
     import torch
 
-    return torch.tensor(float(len(part["image_id"])), device=part["image_id"].device)
+    return torch.full((), float(len(part["image_id"])), device=part["text"].clean.device)
 
 
 def _same_number(

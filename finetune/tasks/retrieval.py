@@ -24,7 +24,7 @@ from raylib.models.finetuned import load_backbone
 from raylib.models.unified import UnifiedModel
 from raylib.objectives import align_pairs, info_nce
 from raylib.objectives.pretraining import ObjectiveConfig, TermWeights, UnifiedObjective
-from raylib.packed import Ragged, concatenate
+from raylib.packed import Ragged, concatenate, upload
 
 if TYPE_CHECKING:
     from finetune.config import FinetuneConfig
@@ -157,13 +157,13 @@ class ContrastObjective(Objective):
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         part = batch["image_text"]
-        device = part["image_id"].device
-        outputs = embed(self.model, part, torch.tensor([self.temperature], device=device))
-        examples = all_reduce(torch.tensor(float(len(part["image_id"])), device=device))
+        device = part["text"].clean.device
+        outputs = embed(self.model, part, torch.full((1,), self.temperature, device=device))
+        examples = all_reduce(torch.full((), float(len(part["image_id"])), device=device))
         image, text = outputs.image_embeddings, outputs.text_embeddings
         ways = [outputs.contrast(image, text) / examples, outputs.contrast(text, image) / examples]
         shares = torch.stack([*ways, *term_shares(self.terms, outputs, part, examples)])
-        weights = torch.tensor([1.0, 1.0, *(term.weight for term in self.terms.values())], device=device)
+        weights = upload(torch.tensor([1.0, 1.0, *(term.weight for term in self.terms.values())]), device)
         names = ("i2t", "t2i", *self.terms)
         return (weights * shares).sum() * world_size(), dict(
             zip(names, all_reduce(shares).unbind(), strict=True)
@@ -201,9 +201,9 @@ class MatchingObjective(Objective):
         # terms of the model alone need no second pass of the texts
         embeds = any("embeddings" in term.reads for term in self.terms.values())
         outputs = embed(self.model, part, temperature) if embeds else Outputs()
-        examples = all_reduce(torch.tensor(float(len(part["image_id"])), device=loss.device))
+        examples = all_reduce(torch.full((), float(len(part["image_id"])), device=loss.device))
         shares = torch.stack(term_shares(self.terms, outputs, part, examples))
-        weights = torch.tensor([term.weight for term in self.terms.values()], device=loss.device)
+        weights = upload(torch.tensor([term.weight for term in self.terms.values()]), loss.device)
         added = dict(zip(self.terms, all_reduce(shares).unbind(), strict=True))
         return loss + (weights * shares).sum() * world_size(), {**values, **added}
 
@@ -234,7 +234,9 @@ def embed(model: RetrievalBackbone, part: dict, temperature: Tensor) -> Outputs:
 
 def _comparisons(part: dict, temperature: Tensor) -> tuple[Comparison, Comparison]:
     """`Outputs.scores` and `contrast`: rows of the global batch in one order on any number of workers."""
-    pairs = align_pairs(part["index"], part["image_id"], part["text"].text_id)
+    text = part["text"]
+    ids = torch.stack([part["index"], part["image_id"], text.text_id], 1)
+    pairs = align_pairs(upload(ids, text.clean.device))
 
     def unit_vectors(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         queries, keys = (nn.functional.normalize(x, dim=1) for x in (queries, keys))

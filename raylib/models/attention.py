@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raylib.models.recompute import RecomputedModule
-from raylib.packed import Ragged, upload
+from raylib.packed import Ragged, select, upload
 from raylib.precision import LayerNorm, autocast_dtype, fusible, join_cast
 
 # cuDNN, PyTorch's first choice on Hopper, builds a graph for each new shape, and batches bring new ones in
@@ -160,12 +160,6 @@ def plan_attention(
     pad_index, unpad_index = torch.zeros(int(padded.sum()), dtype=torch.int64), torch.empty_like(cell)
     pad_index[cell], unpad_index[tokens] = tokens, cell
     return BucketPlan(buckets, pad_index, unpad_index, causal)
-
-
-def select(x: Tensor, index: Tensor | None) -> Tensor:
-    """x (T, ...) at `index` (R,); None: all of it."""
-    # to copy all of it would cost a pass over memory forward, and another backward
-    return x if index is None else x.index_select(0, index)
 
 
 class Attention(nn.Module):

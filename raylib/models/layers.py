@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from raylib.errors import UserError
-from raylib.models.attention import Block, BlockMemory, Plan, plan_attention, select
+from raylib.models.attention import Block, BlockMemory, Plan, plan_attention
 from raylib.models.recompute import RecomputedModule, SplitModule
-from raylib.packed import Ragged, join_rows, token_index, upload
+from raylib.packed import Ragged, join_rows, row_starts, select, token_index, unless_in_order, upload
 from raylib.precision import LayerNorm
 
 # On a CPU, rows run in chunks whose widest activation is so many floats: larger ones leave the cache, and
@@ -68,19 +68,27 @@ class TextEmbedding(RecomputedModule):
         self.norm = LayerNorm(width, eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, ids: Ragged) -> Tensor:
-        """ids (T,) -> (T, d)."""
-        return self.add_positions(ids.with_values(self.word(ids.values)))
+    def forward(self, ids: Ragged, positions: Tensor | None = None) -> Tensor:
+        """ids (T,), and where they have been planned already their positions (T,) -> (T, d)."""
+        return self.add_positions(ids.with_values(self.word(ids.values)), positions)
 
-    def add_positions(self, words: Ragged) -> Tensor:
+    def add_positions(self, words: Ragged, positions: Tensor | None = None) -> Tensor:
         """Word embeddings (T, d) -> with their positions, normed (T, d)."""
+        if positions is None:
+            positions = upload(self.plan(words.lengths), words.values.device)
+        return self.dropout(self.norm(words.values + self.position(positions)))
+
+    def plan(self, lengths: Tensor) -> Tensor:
+        """(T,) the position of each token in its row, on the CPU.
+
+        Raises:
+            UserError: a row is longer than there are positions.
+        """
         # on a GPU, an index out of range would end the process without a line of ours
-        longest, positions = max(words.lengths.tolist(), default=0), len(self.position.weight)
+        longest, positions = max(lengths.tolist(), default=0), len(self.position.weight)
         if longest > positions:
             raise UserError(f"a text of {longest} tokens, the model has {positions} positions; lower length=")
-        position = torch.arange(len(words.values)) - torch.repeat_interleave(words.starts, words.lengths)
-        position = upload(position, words.values.device)
-        return self.dropout(self.norm(words.values + self.position(position)))
+        return torch.arange(int(lengths.sum())) - torch.repeat_interleave(row_starts(lengths), lengths)
 
 
 class BlockList(nn.ModuleList):
@@ -178,12 +186,12 @@ class Encoder(SplitModule):
                 if memory is not None:
                     chunk_memory, span = _memory_of(memory, rows, self.pieces_now > 1)
                 chunk = self._plan_chunk(lengths[rows], device, chunk_mask, chunk_memory)
-                tokens_in_order = _unless_in_order(tokens, len(output_mask))
+                tokens_in_order = unless_in_order(tokens, len(output_mask))
                 chunks.append(chunk._replace(tokens=tokens_in_order, memory_span=span))
                 tokens_of_outputs.append(tokens[chunk_mask])
         # chunks took the rows in an order of theirs: back into that of the flat tokens
         order = torch.cat([output_mask.new_empty(0, dtype=torch.int64), *tokens_of_outputs]).argsort()
-        return EncoderPlan(joined, tuple(chunks), _unless_in_order(order, len(order)))
+        return EncoderPlan(joined, tuple(chunks), unless_in_order(order, len(order)))
 
     def run(self, x: Tensor, plan: EncoderPlan, memory: Tensor | None = None) -> Tensor:
         """Text (T, d) and states of a memory (C, d) -> (R, d), as planned. `plan` is where `x` is."""
@@ -257,7 +265,7 @@ class Encoder(SplitModule):
             return chunk
         used, rank = _used_rows(memory, device)
         cross = [_plan_cross(memory.lengths[used], rank, n, device) for n in queries]
-        memory_index = _unless_in_order(token_index(memory.lengths, used), int(memory.lengths.sum()))
+        memory_index = unless_in_order(token_index(memory.lengths, used), int(memory.lengths.sum()))
         return chunk._replace(memory_index=memory_index, cross=(cross[0], cross[-1]))
 
     def _run_chunk(
@@ -273,11 +281,6 @@ class Encoder(SplitModule):
                 cross = BlockMemory(values, bool(projected), chunk.memory_index, chunk.cross[is_last])
             x = block(x, chunk.attention[is_last], cross, chunk.output_index if is_last else None)
         return x
-
-
-def _unless_in_order(index: Tensor, count: int) -> Tensor | None:
-    """None if `index` selects all of `count`, in order."""
-    return None if index.equal(torch.arange(count)) else index
 
 
 def _memory_of(

@@ -206,8 +206,7 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
 
     def embed_images(self, states: Ragged, *, normalize: bool) -> Tensor:
         """States of n images, CLS first -> vectors (n, e), of length 1 if `normalize`."""
-        cls = states.values.index_select(0, states.starts.to(states.values.device))
-        vectors = self.image_projection(cls)
+        vectors = self.image_projection(states.first())
         return F.normalize(vectors, dim=-1) if normalize else vectors
 
     def embed_text(self, ids: Ragged, *, normalize: bool) -> Tensor:

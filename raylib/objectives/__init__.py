@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raylib.distributed import all_gather, exchange_rows, plan_exchange, rank, world_size
-from raylib.packed import Ragged
+from raylib.packed import Ragged, upload
 from raylib.precision import exact_addmm, exact_products
 
 Stream = Literal["image_text", "parallel", "text"]
@@ -94,8 +94,8 @@ class FrozenTextCache:
         self.states = torch.empty(0)
 
     def cls(self, text_ids: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
-        """(n, d) states of the sentences `text_ids` (n,), of equal ids where equal; `encode(rows)` computes
-        those of new ones."""
+        """(n, d) states of the sentences `text_ids` (n,) on the CPU, of equal ids where equal; `encode(rows)`
+        computes those of new ones."""
         ids = text_ids.tolist()
         # reversed, so that of equal texts the first row wins
         first_row = {text: row for row, text in reversed(list(enumerate(ids)))}
@@ -105,8 +105,8 @@ class FrozenTextCache:
         if new:
             self._append(encode(torch.tensor(new)))
             self.row_of |= {ids[row]: len(self.row_of) + i for i, row in enumerate(new)}
-        rows = torch.tensor([self.row_of[text] for text in ids], device=self.states.device)
-        return self.states.index_select(0, rows)
+        rows = torch.tensor([self.row_of[text] for text in ids])
+        return self.states.index_select(0, upload(rows, self.states.device))
 
     def _append(self, states: Tensor) -> None:
         used = len(self.row_of)
@@ -145,18 +145,17 @@ class GlobalPairs:
         return mask.masked_fill_(self.same_content, -torch.inf).scatter_(1, self.positive[:, None], 0.0)
 
 
-def align_pairs(index: Tensor, left_id: Tensor, right_id: Tensor) -> GlobalPairs:
+def align_pairs(pairs: Tensor) -> GlobalPairs:
     """Order the pairs of all workers, and find those of equal content.
 
     Args:
-        index: (b,) of each local pair in the global batch, ascending.
-        left_id, right_id: (b,) equal for equal content.
+        pairs: (b, 3) of each local pair its index in the global batch, ascending, and the ids of its left and
+            its right side, equal for equal content.
     """
-    # a worker's share is every W-th row of a larger tensor: searchsorted would warn
-    index = index.to(left_id.device).contiguous()
     # one gather, not three: each waits for the slowest worker
-    gathered = all_gather(torch.stack([index, left_id, right_id], 1))
-    unsorted, left_ids, right_ids = gathered.unbind(1)
+    unsorted, left_ids, right_ids = all_gather(pairs).unbind(1)
+    # searchsorted would warn of a column
+    index, left_id, right_id = (column.contiguous() for column in pairs.unbind(1))
     # by index and not by rank, so that sums of floats come out alike on any number of workers
     global_index, order = unsorted.sort()
     same_content = (left_id[:, None] == left_ids[order]) | (right_id[:, None] == right_ids[order])
@@ -203,7 +202,8 @@ class NegativeScores:
         """The same for local `rows` and the columns whose index is a multiple of `every`."""
         if every == 1:
             return self
-        columns = (self.global_index % every == 0).nonzero().squeeze(1)
+        # all positions of the global batch, from 0 on, so that none has to be looked for
+        columns = torch.arange(0, len(self.global_index), every, device=rows.device)
         left_to_right, right_to_left, forbidden = (
             table.index_select(0, rows).index_select(1, columns)
             for table in (self.left_to_right, self.right_to_left, self.forbidden)
@@ -252,35 +252,38 @@ class Negatives:
     """Hard negatives of the fused pairs of the global batch, both ways.
 
     images: the local ones, then those of other workers that this one needs, once each, since the unified
-        encoder projects each to keys and values; positive_image, wrong_image: (b,) rows of these.
-    captions, wrong_captions: states, b rows each. has_image, has_caption: (b,) whether there is a wrong one.
+        encoder projects each to keys and values; wrong_image: (b,) rows of these. captions: states of the
+        local ones; all_captions, wrong_caption: as of images. has_image, has_caption: (b,) whether there is a
+        wrong one. Rows are on the CPU.
     """
 
     images: Ragged
-    positive_image: Tensor
     wrong_image: Tensor
     captions: Ragged
-    wrong_captions: Ragged
+    all_captions: Ragged
+    wrong_caption: Tensor
     has_image: Tensor
     has_caption: Tensor
 
 
-def find_negatives(images: Ragged, captions: Ragged, scores: NegativeScores, uniforms: Tensor) -> Negatives:
+def find_negatives(
+    images: Ragged, captions: Ragged, lengths: Tensor, scores: NegativeScores, uniforms: Tensor
+) -> Negatives:
     """Draw a wrong caption and a wrong image, hard ones of the global batch, for each pair, and fetch their
     states from the workers that have them.
 
     Args:
-        images, captions: states of the local pairs.
+        images, captions: states of the local pairs; all images of all workers are equally long.
+        lengths: (b,) of the captions, on the device.
         uniforms: (b, 2) in [0, 1), for the caption and for the image.
     """
     device = images.values.device
     wrong_caption, has_caption = draw_hard_negatives(scores.left_to_right, scores.forbidden, uniforms[:, 0])
     wrong_image, has_image = draw_hard_negatives(scores.right_to_left, scores.forbidden, uniforms[:, 1])
-    lengths = torch.stack([images.lengths, captions.lengths]).to(device, non_blocking=True)
     # what all workers need and have, in one gather, and the one wait for the device in a step: every host
     # must know which rows travel, and wrong captions' lengths decide how attention runs
-    table = all_gather(torch.stack([scores.index, wrong_caption, wrong_image, *lengths], 1)).cpu()
-    index, wrong_captions, wrong_images, image_lengths, caption_lengths = table.unbind(1)
+    table = all_gather(torch.stack([scores.index, wrong_caption, wrong_image, lengths], 1)).cpu()
+    index, wrong_captions, wrong_images, caption_lengths = table.unbind(1)
     # columns of the scores are in the order of the index, rows lie in that of the workers
     position = index.argsort()
     n, size = len(captions.lengths), (world_size(), len(captions.lengths))
@@ -290,11 +293,11 @@ def find_negatives(images: Ragged, captions: Ragged, scores: NegativeScores, uni
         # the unified encoder projects them to keys and values in bf16 in any case
         images = images.with_values(images.values.to(torch.get_autocast_dtype(device.type)))
     return Negatives(
-        exchange_rows(images, image_lengths, image_plan),
-        torch.arange(n),
+        exchange_rows(images, images.lengths[:1].expand(len(position)), image_plan),
         image_plan.rows,
         captions,
-        exchange_rows(captions, caption_lengths, caption_plan).select_rows(caption_plan.rows),
+        exchange_rows(captions, caption_lengths, caption_plan),
+        caption_plan.rows,
         has_image,
         has_caption,
     )

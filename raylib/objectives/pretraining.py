@@ -2,16 +2,19 @@
 
 A batch's journey, as the file reads:
 
-1. encode: every sentence of every stream goes through the text encoder in one call (`_encode_texts`), every
+1. plan: lengths and positions, which are on the CPU, say which token goes where and how attention runs; all
+   that follows from them travels to the device in one copy (`raylib.packed.Uploads`), and a step waits for
+   the device once, for the choice of negatives;
+2. encode: every sentence of every stream goes through the text encoder in one call (`_encode_texts`), every
    image through the image encoder;
-2. contrast: CLS states become unit vectors; those of all workers are the candidates of UCL and of the
+3. contrast: CLS states become unit vectors; those of all workers are the candidates of UCL and of the
    negatives;
-3. negatives: each fused pair gets a wrong image and a wrong caption, hard ones of the global batch;
-4. fuse: image-text rows (masked captions with their image, captions with a wrong image, wrong captions with
+4. negatives: each fused pair gets a wrong image and a wrong caption, hard ones of the global batch;
+5. fuse: image-text rows (masked captions with their image, captions with a wrong image, wrong captions with
    the image) go through the unified encoder in one call, translation pairs, each side grounded in the other,
    in a second, mono text in a third;
-5. heads: each term (`TERMS` is the table of them) takes its part of these states;
-6. weigh: the masked positions of all terms go through the vocabulary head in one call, and sums are divided.
+6. heads: each term (`TERMS` is the table of them) takes its part of these states;
+7. weigh: the masked positions of all terms go through the vocabulary head in one call, and sums are divided.
 
 Terms are sums over local rows, divided by counts over all workers and multiplied by the number of workers
 (see `raylib.distributed`): a mean over the global batch, never a mean of means. Steps are lazy: what no term
@@ -20,7 +23,7 @@ asks for is not computed.
 Shape legend: b local rows, n rows of a stream, d width, e embedding width, m masked positions.
 """
 
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from functools import cached_property, partial
 from typing import Any
 
@@ -32,7 +35,7 @@ from raylib.config import lookup
 from raylib.distributed import all_reduce, clamp_parameter, world_size
 from raylib.engine import Objective
 from raylib.errors import UserError
-from raylib.models.layers import Memory
+from raylib.models.layers import MemoryLayout
 from raylib.models.unified import UnifiedModel
 from raylib.models.vocabulary import vocabulary_loss
 from raylib.objectives import (
@@ -51,54 +54,60 @@ from raylib.objectives import (
     score_pairs,
     term,
 )
+from raylib.objectives.encoding import EncoderCall, EncoderRows, StreamEncoding
 from raylib.objectives.sigmoid import sigmoid_contrast
-from raylib.packed import (
-    EncoderRows,
-    Ragged,
-    Sentences,
-    StreamEncoding,
-    Version,
-    concatenate,
-    encode_together,
-    first_tokens,
-)
+from raylib.packed import Ragged, Sentences, Upload, Uploads, first_tokens, row_starts
 from raylib.precision import exact_linear
-from raylib.settings import ObjectiveConfig, TermWeights
+from raylib.settings import ObjectiveConfig, TermWeights, Version
 
-# ---- encode, contrast, negatives, fuse: a step of each stream
+# ---- plan, encode, contrast, negatives, fuse: a step of each stream
 
 
 class StreamStep:
-    """A stream's part of a batch, on its way to the terms; `reads`: what these want of it."""
+    """A stream's part of a batch, on its way to the terms; `reads`: what these want of it. Planned when it is
+    made, run when something of it is asked for."""
 
-    def __init__(self, objective: "UnifiedObjective", batch: dict, reads: Set[Reads], temperature: Tensor):
+    def __init__(
+        self,
+        objective: "UnifiedObjective",
+        batch: dict,
+        reads: Set[Reads],
+        temperature: Tensor,
+        uploads: Uploads,
+    ):
         self.model, self.config = objective.model, objective.config
-        self.batch, self.reads, self.temperature = batch, reads, temperature
+        self.batch, self.reads, self.temperature, self.uploads = batch, reads, temperature, uploads
         self.encodings: list[StreamEncoding] = []
 
-    def plan(self, sentences: Sentences, fused: Set[Version], every: int) -> StreamEncoding:
+    def plan_texts(self, sentences: Sentences, fused: Set[Version], every: int) -> StreamEncoding:
         """Sentences for the text encoder, in the versions that the terms read."""
         # ITM reads embeddings too: similarities choose its negatives
         embedded = self.config.ucl_text if {"embeddings", "matches"} & self.reads else None
-        self.encodings.append(StreamEncoding(sentences, self.batch["index"], every, embedded, fused))
-        return self.encodings[-1]
+        encoding = StreamEncoding(sentences, self.batch["index"], every, embedded, fused, self.uploads)
+        self.encodings.append(encoding)
+        return encoding
 
-    def contrast_sides(self, left: Tensor, right: Tensor, left_id: Tensor, right_id: Tensor) -> PairContrast:
-        """Contrast unit vectors (b, e) of both sides, by ids (b,) of their content."""
-        index, bias = self.batch["index"], self.model.contrast_bias
+    def contrast_sides(self, left: Tensor, right: Tensor, pairs: Tensor) -> PairContrast:
+        """Contrast unit vectors (b, e) of both sides; `pairs`: as of `align_pairs`."""
+        bias = self.model.contrast_bias
         if bias is None or self.config.contrast == "softmax":
-            return contrast_pairs(left, right, align_pairs(index, left_id, right_id), self.temperature)
+            return contrast_pairs(left, right, align_pairs(pairs), self.temperature)
         # a sum over pairs is the same from either side
-        loss = sigmoid_contrast(left, right, torch.stack([left_id, right_id], 1), self.temperature, bias)
+        loss = sigmoid_contrast(left, right, pairs[:, 1:], self.temperature, bias)
         scores = None
         if "matches" in self.reads:
-            scores = score_pairs(left, right, align_pairs(index, left_id, right_id), self.temperature)
+            scores = score_pairs(left, right, align_pairs(pairs), self.temperature)
         return PairContrast(loss, loss, len(left), scores)
 
-    def fuse(self, groups: dict[str, EncoderRows], memory: Memory) -> dict[str, EncoderRows]:
-        """Groups of rows through the unified encoder in one call, grounded in `memory`."""
-        encode_together(list(groups.values()), lambda rows, mask: self.model.fuse(rows, mask, memory))
-        return groups
+    def plan_pairs(self, left_id: Tensor, right_id: Tensor) -> Upload:
+        """Pairs for the contrast, as `align_pairs` takes them."""
+        return self.uploads.add(torch.stack([self.batch["index"], left_id, right_id], 1))
+
+    def plan_fusion(
+        self, groups: Mapping[str, EncoderRows], memory: MemoryLayout | None = None
+    ) -> EncoderCall:
+        """Groups of rows for the unified encoder in one call, grounded in `memory`."""
+        return EncoderCall(self.model.fusion, list(groups.values()), self.uploads, memory)
 
 
 class ImageTextStep(StreamStep):
@@ -109,7 +118,9 @@ class ImageTextStep(StreamStep):
         fused: set[Version] = {"masked"} if "masked" in self.reads else set()
         if "matches" in self.reads:
             fused.add(self.config.itm_text)
-        self.captions = self.plan(self.batch["text"], fused, self.config.fuse_every)
+        self.captions = self.plan_texts(self.batch["text"], fused, self.config.fuse_every)
+        self._pairs = self.plan_pairs(self.batch["image_id"], self.captions.full.text_id)
+        self._fused_captions = self.uploads.add((self.captions.subset_rows, self.captions.lengths))
 
     @cached_property
     def images(self) -> Ragged:
@@ -121,59 +132,69 @@ class ImageTextStep(StreamStep):
             return self.model.encode_images(self.batch["images"])
 
     @cached_property
+    def fused_images(self) -> Ragged:
+        """Those of `images` whose captions are fused."""
+        if self.config.fuse_every == 1:
+            return self.images
+        # equally long rows, so that numbers of rows, which have been planned, serve for tokens too
+        states = self.images.values.unflatten(0, (len(self.images.lengths), -1))
+        chosen = states.index_select(0, self._fused_captions.value[0]).flatten(0, 1)
+        return Ragged(chosen, self.images.lengths[self.captions.subset_rows])
+
+    @cached_property
     def contrast(self) -> PairContrast:
         """Images against captions."""
         return self.contrast_sides(
             self.model.embed_images(self.images, normalize=True),
             self.model.embed_text_states(self.captions.cls(), normalize=True),
-            self.batch["image_id"],
-            self.captions.full.text_id,
+            self._pairs.value,
         )
 
     @cached_property
     def negatives(self) -> Negatives:
-        captions = self.captions.subset_states(self.config.itm_text)
-        rows, scores = self.captions.subset_rows.to(captions.values.device), self.contrast.scores
+        (rows, lengths), scores = self._fused_captions.value, self.contrast.scores
         assert scores is not None, "matches are read"
         return find_negatives(
-            self.images.select_rows(self.captions.subset_rows),
-            captions,
+            self.fused_images,
+            Ragged(self.captions.states(self.config.itm_text), self.captions.lengths),
+            lengths,
             scores.subset(rows, self.config.fuse_every),
             self.batch["negative_uniforms"].index_select(0, rows),
         )
 
     @cached_property
-    def cls_tokens(self) -> Tensor:
-        """(T,) CLS of the fused captions."""
-        return first_tokens(self.captions.subset.lengths)
-
-    @cached_property
     def fused(self) -> dict[str, EncoderRows]:
-        """Captions grounded in images: "masked" and "clean" in their own, "wrong_image", "wrong_caption"."""
+        """Captions grounded in images: "masked" and "clean" in their own, "wrong_image", "wrong_caption". ITM
+        reads the output "cls" of these, VLM the output "masked" of the masked ones."""
         captions, positive = self.captions, self.config.itm_text
-        outputs: dict[Version, Tensor] = {}
+        outputs: dict[Version, dict[str, Tensor]] = {}
         if "masked" in self.reads:
-            outputs["masked"] = captions.subset.predicted()
+            outputs["masked"] = {"masked": captions.positions}
+        images, own_image, negatives = self.fused_images, torch.arange(len(captions.lengths)), None
         if "matches" in self.reads:
             negatives = self.negatives
-            images, positive_image = negatives.images, negatives.positive_image
+            images = negatives.images
             # where ITM reads masked captions too, the pass that predicts their words is its positive pass
-            outputs[positive] = outputs.get(positive, torch.zeros_like(self.cls_tokens)) | self.cls_tokens
-        else:
-            images = self.images.select_rows(captions.subset_rows)
-            positive_image = torch.arange(len(captions.subset_rows))
-        groups: dict[str, EncoderRows] = {}
-        image_rows = []  # which of `images` each row of the groups attends to
-        for version, mask in outputs.items():
-            text = negatives.captions if version == "clean" else captions.subset_states(version)
-            groups[version] = EncoderRows(text, mask)
-            image_rows.append(positive_image)
-        if "matches" in self.reads:
-            groups["wrong_image"] = EncoderRows(negatives.captions, self.cls_tokens)
-            wrong = negatives.wrong_captions
-            groups["wrong_caption"] = EncoderRows(wrong, first_tokens(wrong.lengths))
-            image_rows += [negatives.wrong_image, positive_image]
-        return self.fuse(groups, Memory(images, torch.cat(image_rows)))
+            outputs[positive] = outputs.get(positive, {}) | {"cls": row_starts(captions.lengths)}
+        groups: dict[str, EncoderRows] = {
+            version: EncoderRows(captions.lengths, names, self.uploads) for version, names in outputs.items()
+        }
+        image_rows = [own_image] * len(groups)  # which of `images` each row of the groups attends to
+        texts = [
+            negatives.captions.values if negatives and version == "clean" else captions.states(version)
+            for version in outputs
+        ]
+        if negatives:
+            every, rows = negatives.all_captions, negatives.wrong_caption
+            wrong, tokens = every.lengths[rows], self.uploads.add(every.token_index(rows))
+            for name, lengths in (("wrong_image", captions.lengths), ("wrong_caption", wrong)):
+                groups[name] = EncoderRows(lengths, {"cls": row_starts(lengths)}, self.uploads)
+            image_rows += [negatives.wrong_image, own_image]
+        call = self.plan_fusion(groups, MemoryLayout(images.lengths, torch.cat(image_rows)))
+        if negatives:
+            texts += [negatives.captions.values, every.values.index_select(0, tokens.value)]
+        call.run(torch.cat(texts), images.values)
+        return groups
 
 
 class TranslationStep(StreamStep):
@@ -182,8 +203,19 @@ class TranslationStep(StreamStep):
     def __init__(self, *parts) -> None:
         super().__init__(*parts)
         fused: set[Version] = {"masked", self.config.tlm_source} if "masked" in self.reads else set()
-        self.source = self.plan(self.batch["source"], fused, self.config.fuse_every)
-        self.target = self.plan(self.batch["target"], fused, self.config.fuse_every)
+        self.source, self.target = (
+            self.plan_texts(self.batch[name], fused, self.config.fuse_every) for name in ("source", "target")
+        )
+        self._pairs = self.plan_pairs(self.source.full.text_id, self.target.full.text_id)
+        if "masked" in self.reads:
+            sides = {"source": self.source, "target": self.target}
+            self._groups = {
+                name: EncoderRows(side.lengths, {"masked": side.positions}, self.uploads)
+                for name, side in sides.items()
+            }
+            # what the source sentences attend to, then what the target sentences do
+            lengths = torch.cat([self.target.lengths, self.source.lengths])
+            self._fusion = self.plan_fusion(self._groups, MemoryLayout(lengths, torch.arange(len(lengths))))
 
     @cached_property
     def contrast(self) -> PairContrast:
@@ -191,21 +223,18 @@ class TranslationStep(StreamStep):
         return self.contrast_sides(
             self.model.embed_text_states(self.source.cls(), normalize=True),
             self.model.embed_text_states(self.target.cls(), normalize=True),
-            self.source.full.text_id,
-            self.target.full.text_id,
+            self._pairs.value,
         )
 
     @cached_property
     def fused(self) -> dict[str, EncoderRows]:
-        """Masked "source" sentences grounded in target sentences, masked "target" in source sentences."""
-        source, target, context = self.source, self.target, self.config.tlm_source
-        groups = {
-            "source": EncoderRows(source.subset_states("masked"), source.subset.predicted()),
-            "target": EncoderRows(target.subset_states("masked"), target.subset.predicted()),
-        }
-        # what the source sentences attend to, then what the target sentences do, in the order of `groups`
-        contexts = concatenate([target.subset_states(context), source.subset_states(context)])
-        return self.fuse(groups, Memory(contexts, torch.arange(len(contexts.lengths))))
+        """Masked "source" sentences grounded in target sentences, masked "target" in source sentences: the
+        output "masked" of either."""
+        context = self.config.tlm_source
+        texts = torch.cat([side.states("masked") for side in (self.source, self.target)])
+        contexts = torch.cat([side.states(context) for side in (self.target, self.source)])
+        self._fusion.run(texts, contexts)
+        return self._groups
 
 
 class TextStep(StreamStep):
@@ -213,12 +242,19 @@ class TextStep(StreamStep):
 
     def __init__(self, *parts) -> None:
         super().__init__(*parts)
-        self.sentences = self.plan(self.batch["text"], {"masked"} if "masked" in self.reads else set(), 1)
+        self.sentences = self.plan_texts(
+            self.batch["text"], {"masked"} if "masked" in self.reads else set(), 1
+        )
+        if "masked" in self.reads:
+            outputs = {"masked": self.sentences.positions}
+            self._rows = EncoderRows(self.sentences.lengths, outputs, self.uploads)
+            self._fusion = self.plan_fusion({"text": self._rows})
 
     @cached_property
     def fused(self) -> Tensor:
         """(m, d) of the masked positions after the unified encoder, which sees nothing else."""
-        return self.model.fuse(self.sentences.subset_states("masked"), self.sentences.subset.predicted())
+        self._fusion.run(self.sentences.states("masked"))
+        return self._rows.output("masked")
 
 
 STEPS: dict[Stream, type[StreamStep]] = {
@@ -255,7 +291,7 @@ def match_log_chances(step: ImageTextStep) -> tuple[Tensor, Tensor, Tensor]:
     image and with a wrong caption (2, b, 2); whether these have one (2, b)."""
     fused, negatives = step.fused, step.negatives
     groups = [fused[name] for name in (step.config.itm_text, "wrong_image", "wrong_caption")]
-    states = torch.cat([group.states_at(group.rows.starts) for group in groups])
+    states = torch.cat([group.output("cls") for group in groups])
     # a trained head's logits are large, where bf16 is 1/16 apart
     logits = exact_linear(step.model.match_head, states).float()
     log_chances = F.log_softmax(logits, -1).view(len(groups), -1, 2)
@@ -265,8 +301,7 @@ def match_log_chances(step: ImageTextStep) -> tuple[Tensor, Tensor, Tensor]:
 @term("image_text", reads=("masked",), trains=("vision", "fusion", "cross", "masked_head"))
 def masked_captions(step: ImageTextStep) -> Parts:
     """VLM: masked words of captions, in the light of their image (equation 2)."""
-    captions = step.captions.subset
-    return [MaskedPart(step.fused["masked"].states_at(captions.positions), captions.labels)]
+    return [MaskedPart(step.fused["masked"].output("masked"), step.captions.subset.labels)]
 
 
 @term("parallel", reads=("embeddings",), trains=SENTENCES, two_way=True)
@@ -280,8 +315,7 @@ def masked_translations(step: TranslationStep) -> Parts:
     """TLM: masked words of either side, in the light of the other."""
     sides = {"source": step.source.subset, "target": step.target.subset}
     return [
-        MaskedPart(step.fused[name].states_at(sentences.positions), sentences.labels)
-        for name, sentences in sides.items()
+        MaskedPart(step.fused[name].output("masked"), sentences.labels) for name, sentences in sides.items()
     ]
 
 
@@ -356,28 +390,33 @@ class UnifiedObjective(Objective):
         exact = torch.promote_types(self.model.temperature.dtype, torch.float32)
         temperature = clamp_parameter(self.model.temperature.to(exact), *self.config.temperature)
         on = {name: entry for name, entry in self.terms.items() if entry.stream in batch}
-        steps = {}
+        uploads, steps = Uploads(self.model.temperature.device), {}
         for stream, make_step in STEPS.items():
             if reads := {read for entry in on.values() if entry.stream == stream for read in entry.reads}:
-                steps[stream] = make_step(self, batch[stream], reads, temperature)
-        self._encode_texts([encoding for step in steps.values() for encoding in step.encodings])
+                steps[stream] = make_step(self, batch[stream], reads, temperature, uploads)
+        self._encode_texts([encoding for step in steps.values() for encoding in step.encodings], uploads)
         parts = {name: entry.loss(steps[entry.stream]) for name, entry in on.items()}
         for name in self.users & parts.keys():
             check_parts(name, parts[name])
-        return self._weigh(parts)
+        return self._weigh(parts, uploads)
 
-    def _encode_texts(self, encodings: list[StreamEncoding]) -> None:
+    def _encode_texts(self, encodings: list[StreamEncoding], uploads: Uploads) -> None:
         """All sentences through the text encoder at once; its last layer only where its output is used."""
-        calls = []
+        texts: list[tuple[StreamEncoding, Version]] = []
         for encoding in encodings:
-            for version, call in encoding.calls.items():
+            for version, rows in encoding.calls.items():
                 if self.frozen_texts and version == "clean" and encoding.only_cls:
-                    encode = partial(self._encode_cls, call.rows)
-                    call.states = self.frozen_texts.cls(encoding.full.text_id, encode)
+                    encode = partial(self._encode_cls, Ragged(encoding.full.clean, encoding.full.lengths))
+                    rows.states = self.frozen_texts.cls(encoding.full.text_id, encode)
                 else:
-                    calls.append(call)
-        if calls:
-            encode_together(calls, self.model.encode_text)
+                    texts.append((encoding, version))
+        if texts:
+            groups = [encoding.calls[version] for encoding, version in texts]
+            call = EncoderCall(self.model.text, groups, uploads)
+            positions = uploads.add(self.model.embedding.plan(call.lengths))
+            # here all is planned, and what has been goes to the device
+            ids = torch.cat([encoding.ids(version) for encoding, version in texts])
+            call.run(self.model.embedding(Ragged(ids, call.lengths), positions.value))
 
     @torch.no_grad()
     def _encode_cls(self, sentences: Ragged, rows: Tensor) -> Tensor:
@@ -387,13 +426,16 @@ class UnifiedObjective(Objective):
 
     # ---- weigh
 
-    def _weigh(self, parts: dict[str, Parts]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _weigh(self, parts: dict[str, Parts], uploads: Uploads) -> tuple[Tensor, dict[str, Tensor]]:
         """Local parts -> this worker's share of the loss, and the terms of the global batch."""
-        device = self.model.temperature.device
         flat = [(name, part) for name, several in parts.items() for part in several]
         counts = [part.count if isinstance(part, LossPart) else len(part.labels) for _, part in flat]
-        # one reduction for the counts of all parts
-        local = torch.stack([torch.as_tensor(n, dtype=torch.float32, device=device) for n in counts])
+        # one copy for the counts that the host knows, one reduction for those of all parts
+        on_host = torch.tensor([0.0 if isinstance(n, Tensor) else float(n) for n in counts])
+        local = uploads.add(on_host).value
+        for i, n in enumerate(counts):
+            if isinstance(n, Tensor):
+                local[i] = n
         # a two-way term is a sum over both directions; its mean is half of that
         halved = {name for name in parts if self.terms[name].two_way and self.config.directions == "mean"}
         shares: dict[str, Any] = dict.fromkeys(parts, 0.0)
