@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -28,13 +28,14 @@ from raylib.data.loading import batched, prefetch, to_device
 from raylib.display import progress
 from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import require
-from raylib.finite import is_finite
 from raylib.metrics import MILLION, ItemClusters
 from raylib.models.finetuned import FinetuneModel
+from raylib.precision import autocast
 from raylib.randomness import Key
 from raylib.text import Tokenizer
 
 BATCH = 64  # examples predicted at a time
+BLOCK = 64  # batches whose predictions come from the device, and are written, at a time
 ORDERS = 4  # n-grams of BLEU
 CONFUSED_PAIRS = 5  # that paper 0's table 3 names
 
@@ -68,20 +69,17 @@ def predict(
         read = ((chunk, read_inputs(chunk, visual, tokenizer, length)) for chunk in chunks)
         share = None if total is None else -(-total // world)
         waited = progress(prefetch(read), f"predict {out.stem}", share, "examples", lambda pair: len(pair[0]))
+        pending: list[tuple[Sequence[Example], Tensor]] = []
         for chunk, inputs in waited:
-            scores, bad = class_scores(model, chunk, inputs, bf16)
+            scores, finite = class_scores(model, inputs, bf16)
+            pending.append((chunk, scores.argmax(1).masked_fill(~finite, -1)))
+            count += len(chunk)
+            if len(pending) == BLOCK:
+                bad = _write_predictions(file, pending, model.labels)
+                pending = []
             if bad:
                 break
-            for example, label in zip(chunk, scores.argmax(1).tolist(), strict=True):
-                line = {
-                    "id": example.id,
-                    "prediction": model.labels[label],
-                    "labels": dict(example.labels),
-                    "kind": example.kind,
-                    "images": list(example.images),
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            count += len(chunk)
+        bad = bad or _write_predictions(file, pending, model.labels)
     if bad:
         part.unlink()
     raise_on_all_workers(bad)
@@ -96,20 +94,43 @@ def predict(
     return count
 
 
-def class_scores(
-    model: FinetuneModel, chunk: Sequence[Example], inputs: dict[str, Any], bf16: bool
-) -> tuple[Tensor, str | None]:
-    """(scores (b, labels) of the examples that `inputs` are of, as `FinetuneModel.forward` has them; None, or
-    the line that names the first example whose scores are not finite)."""
+def class_scores(model: FinetuneModel, inputs: dict[str, Any], bf16: bool) -> tuple[Tensor, Tensor]:
+    """(scores (b, labels) of the examples that `inputs` are of, as `FinetuneModel.forward` has them; (b,)
+    bool: whether those of an example are finite), both on the device."""
     device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with autocast(device, bf16):
         scores = model(to_device(inputs, device))
     # a decoder's score is -inf of what is no candidate; a maximum is NaN where any score is
     checked = scores.amax(1, keepdim=True) if model.is_generative else scores
-    if is_finite(checked):
-        return scores, None
-    first = checked.isfinite().all(1).tolist().index(False)
-    return scores, f"scores of example {chunk[first].id}: not finite (NaN or infinite)"
+    return scores, checked.isfinite().all(1)
+
+
+def not_finite_scores(example: str) -> str:
+    """Say whose scores are not finite."""
+    return f"scores of example {example}: not finite (NaN or infinite)"
+
+
+def _write_predictions(
+    file: TextIO, batches: Sequence[tuple[Sequence[Example], Tensor]], labels: Sequence[str]
+) -> str | None:
+    """Write a line an example, of batches with their predicted classes (b,), -1 where scores are not finite.
+    Returns the line that names the first such example."""
+    if not batches:
+        return None
+    examples = [example for chunk, _ in batches for example in chunk]
+    # the one place where the host waits for the device
+    for example, label in zip(examples, torch.cat([found for _, found in batches]).tolist(), strict=True):
+        if label < 0:
+            return not_finite_scores(example.id)
+        line = {
+            "id": example.id,
+            "prediction": labels[label],
+            "labels": dict(example.labels),
+            "kind": example.kind,
+            "images": list(example.images),
+        }
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return None
 
 
 def evaluate(

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pretrain.batches import DataConfig, StepBatches
 from raylib.data.loading import to_device
 from raylib.errors import UserError
 from raylib.objectives import LossPart, Parts, PretrainingTerm, term
 from raylib.objectives.pretraining import ImageTextStep, UnifiedObjective, match_log_chances
+from raylib.precision import autocast
 
 NUM_BATCHES = 4
 
@@ -73,31 +75,38 @@ class DevLosses:
 
     def __call__(self) -> dict[str, float]:
         """The means over the batches. All workers take part, and all return the same."""
-        sums: dict[str, float] = {}
-        batch = self._read(0)
-        for number in range(NUM_BATCHES):
-            following = self._read(number + 1)
-            values = self._losses(self.others, batch)
-            if self.vlm.terms:
-                pairs = batch["image_text"]
-                # the image at the same place of the next batch: on any number of workers it is the same one
-                other = {name: following["image_text"][name] for name in ("images", "image_id")}
-                wrong = self._losses(self.vlm, {"image_text": pairs | other})
-                values |= self._losses(self.vlm, {"image_text": pairs}) | {"vlm_wrong_image": wrong["vlm"]}
-            sums = {name: value + sums.get(name, 0.0) for name, value in values.items()}
-            batch = following
-        means = {name: total / NUM_BATCHES for name, total in sums.items()}
-        return {name if name == "itm_accuracy" else f"dev_loss/{name}": mean for name, mean in means.items()}
+        device, values = self.model.temperature.device, []
+        with torch.no_grad(), autocast(device, self.bf16):
+            batch = self._read(0, device)
+            for number in range(NUM_BATCHES):
+                following = self._read(number + 1, device)
+                values.append(self._losses(batch, following))
+                batch = following
+        # the device works through all batches before the host asks for a number
+        names, rows = list(values[0]), torch.stack([torch.stack(list(row.values())) for row in values])
+        means = [sum(column) / NUM_BATCHES for column in zip(*rows.tolist(), strict=True)]
+        return {
+            name if name == "itm_accuracy" else f"dev_loss/{name}": mean
+            for name, mean in zip(names, means, strict=True)
+        }
 
-    def _read(self, number: int) -> dict[str, Any]:
-        return to_device(self.batches[number], self.model.temperature.device)
+    def _losses(self, batch: dict[str, Any], following: dict[str, Any]) -> dict[str, Tensor]:
+        values = self.others(batch)[1] if self.others.terms else {}
+        if self.vlm.terms:
+            pairs = batch["image_text"]
+            # the image at the same place of the next batch: on any number of workers it is the same one
+            other = {name: following["image_text"][name] for name in ("states", "image_id")}
+            wrong = self.vlm({"image_text": pairs | other})[1]
+            values |= self.vlm({"image_text": pairs})[1] | {"vlm_wrong_image": wrong["vlm"]}
+        return values
 
-    def _losses(self, objective: UnifiedObjective, batch: dict[str, Any]) -> dict[str, float]:
-        if not objective.terms:
-            return {}
-        device = self.model.temperature.device.type
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            return {name: float(value) for name, value in objective(batch)[1].items()}
+    def _read(self, number: int, device: torch.device) -> dict[str, Any]:
+        """A batch with its images encoded: once, though up to three losses read them."""
+        batch = to_device(self.batches[number], device)
+        if any(entry.stream == "image_text" for entry in (self.others.terms | self.vlm.terms).values()):
+            pairs = batch["image_text"]
+            batch["image_text"] = {**pairs, "states": self.model.encode_images(pairs["images"])}
+        return batch
 
 
 def _with_terms(

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raylib.data.images import decode_image, resize_image
+from raylib.data.loading import to_device
 from raylib.data.shards import index_command
 from raylib.data.sources import Source
 from raylib.display import markdown_table, progress
@@ -23,6 +25,7 @@ from raylib.models import find_model, find_tokenizer
 from raylib.models.base import RetrievalBackbone
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
+from raylib.precision import autocast
 from raylib.provenance import DataFile, combined_hash, fingerprint_files, hash_path, provenance
 from raylib.runtime import peak_memory
 from raylib.text import (
@@ -161,7 +164,7 @@ class ZeroShotRetrieval:
         t = self.tokenizer
         return [torch.tensor([t.cls, *ids[: self.length - 2].tolist(), t.sep]) for ids in t.encode(texts)]
 
-    def __call__(self, model: UnifiedModel) -> dict[str, Any]:
+    def __call__(self, model: UnifiedModel, bf16: bool) -> dict[str, Any]:
         """{"retrieval": {language: figures}, "heldout": the same of held-out concepts alone, "interval":
         {language: [low, high]}, the 95 % bootstrap interval over images of R@1 (mean of both ways)}; the
         figures are `chance_r1`, `i2t_r1` ... `t2i_r10`, `n` images. Workers share the encoding; all return
@@ -170,14 +173,14 @@ class ZeroShotRetrieval:
         Raises:
             NotFinite: embeddings of the images, or of a language's sentences, are not finite.
         """
-        device, world = next(model.parameters()).device, world_size()
-        local_images = image_vectors(model, self.images[rank() :: world], device)
+        world = world_size()
+        local_images = image_vectors(model, self.images[rank() :: world], bf16)
         images = torch.empty(len(self.images), model.config.embedding)
         for worker, vectors in enumerate(gather_objects(local_images)):
             images[worker::world] = vectors
         require_finite("image embeddings", images)  # on all workers
         languages = sorted(self.ids)[rank() :: world]
-        texts = {language: sentence_vectors(model, self.ids[language], device) for language in languages}
+        texts = {language: sentence_vectors(model, self.ids[language], bf16) for language in languages}
         bad = [language for language, vectors in texts.items() if not is_finite(vectors)]
         raise_on_all_workers(
             f"text embeddings in {', '.join(bad)}: not finite (NaN or infinite)" if bad else None
@@ -254,26 +257,33 @@ def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
     }
 
 
-def image_vectors(
-    model: RetrievalBackbone, images: Tensor, device: torch.device, batch: int = IMAGES
-) -> Tensor:
-    """uint8 (n, H, W, 3) -> unit vectors (n, e) on the CPU."""
-    parts = progress(images.split(batch), "encode images", len(images), "images", len)
-    states = (model.encode_images(part.to(device)) for part in parts)
-    return torch.cat([model.embed_images(each, normalize=True).float().cpu() for each in states])
+def image_vectors(model: RetrievalBackbone, images: Tensor, bf16: bool, batch: int = IMAGES) -> Tensor:
+    """uint8 (n, H, W, 3) -> unit vectors (n, e), float32 on the CPU. `bf16`: of the encoder alone."""
+    device, vectors = next(model.parameters()).device, []
+    for part in progress(images.split(batch), "encode images", len(images), "images", len):
+        with autocast(device, bf16):
+            states = model.encode_images(to_device(part, device))
+            vectors.append(model.embed_images(states, normalize=False))
+    return _unit_vectors(vectors)
 
 
 def sentence_vectors(
-    model: RetrievalBackbone, ids: Sequence[Tensor], device: torch.device, batch: int = SENTENCES
+    model: RetrievalBackbone, ids: Sequence[Tensor], bf16: bool, batch: int = SENTENCES
 ) -> Tensor:
-    """Sentences with specials -> unit vectors (n, e) on the CPU."""
-    parts = []
+    """Sentences with specials -> unit vectors (n, e), float32 on the CPU. `bf16`: of the encoder alone."""
+    device, vectors = next(model.parameters()).device, []
     chunks = [ids[start : start + batch] for start in range(0, len(ids), batch)]
     for chunk in progress(chunks, "encode sentences", len(ids), "sentences", len):
         lengths = torch.tensor([len(row) for row in chunk])
-        vectors = model.embed_text(Ragged(torch.cat(tuple(chunk)).to(device), lengths), normalize=True)
-        parts.append(vectors.float().cpu())
-    return torch.cat(parts)
+        with autocast(device, bf16):
+            rows = to_device(Ragged(torch.cat(tuple(chunk)), lengths), device)
+            vectors.append(model.embed_text(rows, normalize=False))
+    return _unit_vectors(vectors)
+
+
+def _unit_vectors(vectors: list[Tensor]) -> Tensor:
+    """The vectors of all batches, which stay on the device until the last is computed."""
+    return F.normalize(torch.cat(vectors).float(), dim=-1).cpu()
 
 
 def summarize_recall(table: dict[str, Any]) -> dict[str, float]:

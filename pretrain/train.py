@@ -199,12 +199,13 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     retrieval = (
         ZeroShotRetrieval(data.retrieval, Tokenizer.load(data.tokenizer), *sizes) if data.retrieval else None
     )
-    dev_losses = DevLosses(objective, dev, config.fit.uses_bf16(runtime.device)) if dev else dict
+    bf16 = config.fit.uses_bf16(runtime.device)  # evaluation computes as training does
+    dev_losses = DevLosses(objective, dev, bf16) if dev else dict
 
     def evaluate(model: UnifiedModel) -> dict[str, float]:
         if retrieval is None:
             return dev_losses()
-        tables.append(retrieval(model))
+        tables.append(retrieval(model, bf16))
         return summarize_recall(tables[-1]) | dev_losses()
 
     result = fit(objective, batches, runtime, config.fit, config.optim, evaluate, {"run": config.name})

@@ -14,20 +14,22 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from raylib.data.loading import prefetch, to_device, to_host
 from raylib.display import progress
 from raylib.distributed import barrier, broadcast_from_rank0, raise_on_all_workers, rank, world_size
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import file_lock, read_json
 from raylib.finite import is_finite
 from raylib.packed import Ragged
+from raylib.runtime import free_memory
 
 T = TypeVar("T")
 # no part of the data beside them: opening an LMDB writes the first, opening a shard the second
@@ -134,6 +136,17 @@ class EncoderStates:
             )
         return Ragged(values, torch.tensor([len(part) for part in parts]))
 
+    def read_first(self, names: Sequence[str]) -> Tensor:
+        """The first state of each item, such as its CLS: (n, d), as stored."""
+        rows = [self._read(worker, first, 1) for worker, first, _ in map(self.rows.__getitem__, names)]
+        return torch.from_numpy(np.concatenate(rows))
+
+    def size(self, names: Sequence[str]) -> tuple[int, int]:
+        """Count the tokens and the bytes of the states of these items."""
+        rows = [self.rows[name] for name in names]
+        row_bytes = [width * np.dtype(dtype).itemsize for _, width, dtype in self.shapes]
+        return sum(row[2] for row in rows), sum(row[2] * row_bytes[row[0]] for row in rows)
+
     def _read(self, worker: int, first: int, tokens: int) -> np.ndarray:
         if worker not in self._maps:
             *shape, dtype = self.shapes[worker]
@@ -143,19 +156,66 @@ class EncoderStates:
         return self._maps[worker][first : first + tokens]
 
 
+class ItemStates:
+    """States of the items `names` by number, float32 on `device`: all of them are brought there once, as they
+    are stored, where they take no more than `budget` bytes (None: half of what a GPU has free); else those
+    that are asked for are read from the files, pinned, and follow while the device works."""
+
+    BLOCK = 256  # items read at a time
+
+    def __init__(
+        self, states: EncoderStates, names: Sequence[str], device: torch.device, budget: int | None = None
+    ):
+        self.states, self.names, self.device = states, names, device
+        self.resident: Ragged | None = None
+        tokens, size = states.size(names)
+        if 0 < size <= (free_memory(device) // 2 if budget is None else budget):
+            self.resident = self._upload(tokens)
+
+    def read(self, items: Sequence[int]) -> Ragged:
+        """States of some items, row after row: (T, d)."""
+        if self.resident is not None:
+            rows = self.resident.select_rows(torch.tensor(items))
+        else:
+            rows = to_device(self.states.read([self.names[i] for i in items]), self.device)
+        return rows.with_values(rows.values.float())
+
+    def read_first(self, items: Sequence[int]) -> Tensor:
+        """The first state of each of some items: (n, d)."""
+        if self.resident is not None:
+            starts = to_device(self.resident.starts[torch.tensor(items)], self.device)
+            return self.resident.values.index_select(0, starts).float()
+        return to_device(self.states.read_first([self.names[i] for i in items]), self.device).float()
+
+    def _upload(self, tokens: int) -> Ragged:
+        values, lengths, start = None, [], 0
+        for first in range(0, len(self.names), self.BLOCK):
+            rows = self.states.read(self.names[first : first + self.BLOCK])
+            if values is None:
+                values = rows.values.new_empty(tokens, rows.values.shape[1], device=self.device)
+            values[start : start + len(rows.values)] = to_device(rows.values, self.device)
+            start += len(rows.values)
+            lengths.append(rows.lengths)
+        assert values is not None
+        return Ragged(values, torch.cat(lengths))
+
+
 def write_encoder_states(
     folder: Path,
     names: Sequence[str],
-    encode: Callable[[Sequence[str]], Ragged],
+    read: Callable[[Sequence[str]], T],
+    encode: Callable[[T], Ragged],
     batch: int,
     dtype: torch.dtype = torch.float32,
     unit: str = "images",
 ) -> EncoderStates:
-    """`encode` all items `names` (unique), `batch` at a time, into `folder`; every worker does its share, and
-    all wait for all. The folder appears whole: one that is there already is taken as it is.
+    """Encode all items `names` (unique), `batch` at a time, into `folder`; every worker does its share, and
+    all wait for all. The folder appears whole: one that is there already is taken as it is. The next items
+    are read, and the last states written, while the device works.
 
     Args:
-        encode: items -> their states (T, d) on any device.
+        read: items -> the encoder's input; called in a thread.
+        encode: this input -> states (T, d) on any device.
         dtype: what is stored: float32 or float16.
         unit: of progress: what the items are.
 
@@ -164,7 +224,9 @@ def write_encoder_states(
     """
     write_sharded(
         folder,
-        lambda out, rank, world: _write_share(out, rank, names[rank::world], encode, batch, dtype, unit),
+        lambda out, rank, world: _write_share(
+            out, rank, names[rank::world], read, encode, batch, dtype, unit
+        ),
     )
     return EncoderStates(folder)
 
@@ -219,15 +281,26 @@ def fingerprint_module(module: nn.Module, *facts) -> str:
     return digest.hexdigest()[:16]
 
 
-def _write_share(folder: Path, worker: int, names, encode, batch: int, dtype: torch.dtype, unit: str) -> None:
+def _write_share(
+    folder: Path, worker: int, names, read, encode, batch: int, dtype: torch.dtype, unit: str
+) -> None:
     rows: dict[str, tuple[int, int]] = {}
     tokens = width = 0
+    chunks = [names[start : start + batch] for start in range(0, len(names), batch)]
+    lengths: list[Tensor] = []
+
+    def encoded() -> Iterator[Tensor]:
+        inputs_of = prefetch((chunk, read(chunk)) for chunk in chunks)
+        waited = progress(inputs_of, f"encode {unit}", len(names), unit, lambda pair: len(pair[0]))
+        for _, inputs in waited:
+            states = encode(inputs)
+            lengths.append(states.lengths)
+            # before the check: float16 overflows where float32 did not
+            yield states.values.to(dtype)
+
     with open(folder / f"states-{worker}.bin", "wb") as file:
-        chunks = [names[start : start + batch] for start in range(0, len(names), batch)]
-        for chunk in progress(chunks, f"encode {unit}", len(names), unit, len):
-            states = encode(chunk)
-            # after the conversion: float16 overflows where float32 did not
-            values = states.values.to(dtype).cpu()
+        for chunk, values in zip(chunks, to_host(encoded()), strict=True):
+            states = Ragged(values, lengths.pop(0))
             if not is_finite(values):
                 rows_of = zip(chunk, values.split(states.lengths.tolist()), strict=True)
                 bad = next(name for name, row in rows_of if not is_finite(row))
@@ -237,6 +310,6 @@ def _write_share(folder: Path, worker: int, names, encode, batch: int, dtype: to
             starts = (tokens + states.starts).tolist()
             rows |= dict(zip(chunk, zip(starts, states.lengths.tolist(), strict=True), strict=True))
             tokens, width = tokens + len(values), values.shape[1]
-            file.write(values.numpy().tobytes())
+            file.write(values.contiguous().numpy().data)
     index = {"tokens": tokens, "width": width, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
     (folder / f"index-{worker}.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")

@@ -22,6 +22,7 @@ from raylib import checkpoint
 from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import UserError
 from raylib.finite import is_finite
+from raylib.precision import autocast
 from raylib.settings import OptimConfig
 
 # Gradients travel in buckets of this size, so that the first are on their way while backward goes on; it is
@@ -292,7 +293,7 @@ class TorchEngine(Engine):
             if set_rate(group, group["params"], self.rates, step, lr):
                 for parameter in group["params"]:
                     self.optimizer.state.pop(parameter, None)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with autocast(self.device, self.bf16):
             loss, terms = self.module(batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.guard.check_loss(loss, terms).backward()

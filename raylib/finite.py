@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import NotFinite, UserError
+from raylib.precision import autocast
 
 if TYPE_CHECKING:
     from raylib.engine import Engine, StepGuard
@@ -157,7 +158,7 @@ class StepMonitor:
         return f"lower optim.lr or optim.clip, under another name=; {last}"
 
     def _forward(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.autocast(self.engine.device.type, torch.bfloat16, enabled=self.engine.bf16):
+        with autocast(self.engine.device, self.engine.bf16):
             return self.engine.objective(self.replay(step))
 
     def _first_parameter(self, step: int) -> str:

@@ -21,6 +21,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _compiler: str | None = None  # torch.compile's backend; None: nothing is compiled
 
 
+def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    """Return the context in which models compute, in training and in evaluation: bf16 where a run is in
+    `bf16` (`FitConfig.uses_bf16`), else float32. Scores are compared in float32, outside of it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
 def autocast_dtype(kind: str) -> torch.dtype | None:
     """Return the dtype of autocast on a kind of device ("cuda"); None: it is off, or knows no such device."""
     is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -238,6 +238,15 @@ def set_deterministic(enabled: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a GPU, those that PyTorch keeps for itself included; 0 of a CPU,
+    which shares its memory with the system's cache of files."""
+    if device.type != "cuda":
+        return 0
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
 def peak_memory(device: torch.device) -> float:
     """Return the peak memory of this worker: GPU memory, else resident memory, in GB."""
     if device.type == "cuda":

@@ -39,8 +39,8 @@ def test_vectors_equal_those_of_zero_shot_evaluation(export, stored, retrieval_s
     retrieval = ZeroShotRetrieval(retrieval_set, tokenizer, model.config.image_size, model.config.positions)
     records = json.loads((retrieval_set / "captions.json").read_text(encoding="utf-8"))
     with torch.inference_mode():
-        expected_images = image_vectors(model, retrieval.images, torch.device("cpu"))
-        expected_texts = sentence_vectors(model, retrieval.ids["zh"], torch.device("cpu"))
+        expected_images = image_vectors(model, retrieval.images, False)
+        expected_texts = sentence_vectors(model, retrieval.ids["zh"], False)
     paths = (retrieval_set / record["image"] for record in records)  # a generator
     np.testing.assert_allclose(export.encode_image(paths, batch_size=3), expected_images, atol=1e-6)
     texts = [record["captions"]["zh"] for record in records]
@@ -195,8 +195,8 @@ def test_vectors_and_rerank_equal_those_of_fine_tuned_evaluation(model, scenes, 
     texts = [caption for item in items for caption in item.captions]
     np.testing.assert_allclose(loaded.encode_image(pixels), ranker.image_vectors, atol=1e-6)
     np.testing.assert_allclose(loaded.encode_text(texts), ranker.text_vectors, atol=1e-6)
-    every = torch.arange(len(texts))[None].expand(len(items), -1)
-    expected = ranker._match(torch.arange(len(items)), every, True)
+    every = torch.cartesian_prod(torch.arange(len(items)), torch.arange(len(texts)))
+    expected = ranker.match(*every.unbind(1)).view(len(items), -1)
     for image, row in zip(pixels, expected, strict=True):
         found = loaded.rerank(image, texts, batch_size=4)
         assert [match.position for match in found] == row.argsort(descending=True, stable=True).tolist()

@@ -63,6 +63,15 @@ def on_worker(rank, world, data):
     return losses_of(data, rank, world)
 
 
+def test_dev_losses_encode_each_image_once(mini, monkeypatch):
+    data, images = resolve_data(mini(*SMALL)), []
+    monkeypatch.setattr(dev_losses, "NUM_BATCHES", 2)
+    model = make_model(vocabulary=12000, positions=64).eval()
+    model.vision.register_forward_pre_hook(lambda _, arguments: images.append(len(arguments[0])))
+    DevLosses(UnifiedObjective(model, CONFIG), dev_batches(data, 16, 5), bf16=False)()
+    assert images == [16, 16, 16]  # two batches, and the one whose images stand beside the last captions
+
+
 def test_dev_losses_are_the_same_on_two_workers(mini):
     data = resolve_data(mini(*SMALL))
     one = losses_of(data)

@@ -258,14 +258,14 @@ def states_of(bad, value):
 def test_non_finite_states_are_not_cached(tmp_path, dtype, value):
     """1e6 is finite, but not in float16, in which states of bf16 are kept."""
     with pytest.raises(NotFinite, match="states of c: not finite"):
-        write_encoder_states(tmp_path / "s", ["a", "b", "c"], states_of("c", value), 2, dtype)
+        write_encoder_states(tmp_path / "s", ["a", "b", "c"], list, states_of("c", value), 2, dtype)
     assert not (tmp_path / "s").exists()
 
 
 def on_states(rank, world, folder):
     """Return what each worker hears, of which one alone has the item that is not finite."""
     try:
-        write_encoder_states(folder, ["a", "b", "c", "d"], states_of("d", NAN), 2)
+        write_encoder_states(folder, ["a", "b", "c", "d"], list, states_of("d", NAN), 2)
     except NotFinite as e:
         return str(e)
     return None
@@ -280,7 +280,7 @@ def test_non_finite_states_on_one_worker_stop_all_workers(tmp_path):
 
 
 def test_non_finite_cached_states_name_file_and_item(tmp_path):
-    write_encoder_states(tmp_path / "s", ["a", "b", "c"], states_of(None, NAN), 2)
+    write_encoder_states(tmp_path / "s", ["a", "b", "c"], list, states_of(None, NAN), 2)
     values = np.memmap(tmp_path / "s" / "states-0.bin", np.float32, "r+", shape=(6, 3))
     values[3, 1] = NAN
     values.flush()

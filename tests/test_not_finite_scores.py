@@ -169,7 +169,7 @@ def zero_shot(rank, world, folder, name):
             broken(model, name)
     try:
         with torch.inference_mode():
-            return sorted(retrieval(model)["retrieval"])
+            return sorted(retrieval(model, bf16=False)["retrieval"])
     except NotFinite as e:
         return str(e)
 

@@ -400,7 +400,7 @@ def _encode_once(folder, out):
         time.sleep(0.2)
         return Ragged(torch.ones(len(names), 3), torch.ones(len(names), dtype=torch.int64))
 
-    states = write_encoder_states(folder, ["a", "b"], encode, 1)
+    states = write_encoder_states(folder, ["a", "b"], list, encode, 1)
     out.put((len(made), states.read(["b"]).values.tolist()))
 
 

@@ -45,6 +45,7 @@ from raylib.fileio import write_atomically
 from raylib.models.base import FusionBackbone, RetrievalBackbone, load_weights
 from raylib.models.finetuned import FinetuneModel
 from raylib.models.unified import UnifiedModel
+from raylib.precision import autocast
 from raylib.text import Tokenizer
 
 ONE_EACH = ("few_shot", "single_language")  # settings with a model for each language
@@ -93,6 +94,10 @@ class FinishedRun(NamedTuple):
     def title(self) -> str:
         """Name of the run and its task."""
         return f"{self.config.name}, {self.config.task}"
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the model computes, as in the run's evaluation."""
+        return autocast(next(self.shared_model().parameters()).device, self.bf16)
 
     def shared_model(self) -> FinetuneModel | RetrievalBackbone:
         """Return the model of all languages.
@@ -226,16 +231,17 @@ def _attention(run: FinishedRun) -> list[str]:
         mentions = find_given_words(parallel, options.words)
     else:
         mentions = find_scene_mentions(parallel, Path(config.data) / "scenes.jsonl")
-    values = attention.measure_attention(
-        backbone,
-        mentions,
-        codes,
-        source,
-        run.tokenizer,
-        config.length,
-        options.layer,
-        options.images,
-    )
+    with run.autocast():
+        values = attention.measure_attention(
+            backbone,
+            mentions,
+            codes,
+            source,
+            run.tokenizer,
+            config.length,
+            options.layer,
+            options.images,
+        )
     unprintable = attention.draw_attention(values, source, run.title, run.out / "attention")
     lines = [
         f"Where a word looks, unified layer: {options.layer}; mean over its tokens and heads, over "
@@ -266,7 +272,8 @@ def words_and_regions(run: FinishedRun) -> list[str]:
     else:
         weights = tsne.find_regions(parallel, source)
     mentions = tsne.select_mentions(parallel, weights, run.options.limit)
-    points, states = tsne.collect_states(
-        model, mentions, weights, codes, source, run.tokenizer, config.length
-    )
+    with run.autocast():
+        points, states = tsne.collect_states(
+            model, mentions, weights, codes, source, run.tokenizer, config.length
+        )
     return tsne.tsne_summary(tsne.draw_tsne(points, states, run.title, run.out / "tsne"), backbone)

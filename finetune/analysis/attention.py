@@ -34,6 +34,7 @@ from raylib.models.attention import Attention, BucketPlan, Plan
 from raylib.models.layers import Memory
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
+from raylib.precision import exact_products
 from raylib.text import Tokenizer
 
 CHANCE = 0.25  # of the attention, on a quadrant
@@ -54,7 +55,10 @@ def layer_weights(attention: Attention, x: Tensor, key_value: Tensor, plan: Plan
         queries = queries.index_select(0, plan.pad_index)
     padded = queries.view(n, q, h, e).transpose(1, 2)
     keys = key_value.view(n, s, 2, h, e)[:, :, 0].permute(0, 2, 3, 1)
-    weights = (padded @ keys / math.sqrt(e)).softmax(-1).transpose(1, 2).reshape(n * q, h, s)
+    exact = torch.promote_types(padded.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False), exact_products():
+        weights = (padded.to(exact) @ keys.to(exact) / math.sqrt(e)).softmax(-1)
+    weights = weights.transpose(1, 2).reshape(n * q, h, s)
     return weights if plan.unpad_index is None else weights.index_select(0, plan.unpad_index)
 
 

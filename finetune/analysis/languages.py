@@ -31,6 +31,7 @@ from raylib.metrics import mean_or_zero
 from raylib.models.base import RetrievalBackbone
 from raylib.models.finetuned import FinetuneModel
 from raylib.monitoring import read_metrics
+from raylib.precision import autocast
 from raylib.text import Tokenizer
 
 BATCH = 16  # items in every language at a time
@@ -51,7 +52,7 @@ def parallel_states(
     columns: list[list[Tensor]] = [[] for _ in parallel.languages]
     for start in range(0, len(parallel.items), BATCH):
         rows, memory = parallel.items[start : start + BATCH], None
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with autocast(device, bf16):
             for language, column in enumerate(columns):
                 examples = [row[language] for row in rows]
                 ids = encode_texts([e.texts[-1] for e in examples], tokenizer, length)
@@ -63,10 +64,11 @@ def parallel_states(
                         inputs = read_inputs(examples, source, tokenizer, length)
                         memory = model.memory(to_device(inputs, device))
                     states = model.fused_cls(text, memory)
-                column.append(F.normalize(states.float(), dim=-1).cpu())
-    for code, column in zip(parallel.languages, columns, strict=True):
-        require_finite(f"states of texts in '{code}'", torch.cat(column))
-    return torch.stack([torch.cat(column) for column in columns])
+                column.append(F.normalize(states.float(), dim=-1))
+    found = torch.stack([torch.cat(column) for column in columns]).cpu()
+    for code, states in zip(parallel.languages, found, strict=True):
+        require_finite(f"states of texts in '{code}'", states)
+    return found
 
 
 def compare_states(states: Tensor) -> tuple[np.ndarray, float | None]:

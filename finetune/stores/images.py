@@ -14,11 +14,13 @@ from finetune.stores import SUFFIXES, Regions, folders_of, may_hold, normalise_b
 from finetune.stores.regions import RegionStore, open_regions
 from raylib.cache import EncoderStates, open_once, write_encoder_states
 from raylib.data.images import augment_image, count_uniforms, decode_image, resize_image
+from raylib.data.loading import to_device
 from raylib.data.tars import TarScan
 from raylib.display import progress
 from raylib.errors import UserError
 from raylib.fileio import nfc
 from raylib.packed import Ragged
+from raylib.precision import autocast
 from raylib.randomness import string_key
 from raylib.settings import AugmentConfig
 
@@ -241,14 +243,17 @@ def precompute_features(
     in float16 if they were made in bf16, which is no finer."""
     device = next(model.parameters()).device
 
-    def encode(chunk: Sequence[str]) -> Ragged:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            states = model.encode_images(source.read(chunk)["images"].to(device))
+    def read(chunk: Sequence[str]) -> torch.Tensor:
+        return source.read(chunk)["images"]
+
+    def encode(images: torch.Tensor) -> Ragged:
+        with autocast(device, bf16):
+            states = model.encode_images(to_device(images, device))
         return states.with_values(states.values.float())
 
     training, dtype = model.training, torch.float16 if bf16 else torch.float32
     model.eval()
     with torch.inference_mode():
-        states = write_encoder_states(folder, sorted(set(names)), encode, CHUNK, dtype)
+        states = write_encoder_states(folder, sorted(set(names)), read, encode, CHUNK, dtype)
     model.train(training)
     return states

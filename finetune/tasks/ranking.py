@@ -1,7 +1,12 @@
 """Two-stage retrieval (paper 2, appendix B.2.3; ALBEF): the unimodal encoders choose K candidates of each
 query, the ITM head ranks them, by the difference of its two logits (from 17 on, their softmax in float32 is
-1.0 for all). Every image and every sentence is encoded once, so the cost grows with N + N K and not with
-N^2. Of models without that head, or runs with `use_itm_head=false`, the first stage is all.
+1.0 for all). Of models without that head, or runs with `use_itm_head=false`, the first stage is all.
+
+Cost grows with N + N K and not with N^2: every image and every sentence is encoded once; a pair that is a
+candidate of its image and of its text is scored once; and pairs are scored image after image, so that each
+image is read and projected once (again after every 2 `PAIRS` of its own pairs).
+
+Shape legend: n images, c captions, K candidates, P different pairs, e width of embeddings.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,25 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.batches import encode_texts
 from finetune.formats import Captioned
 from finetune.stores.images import ImageSource, PrecomputedFeatures, precompute_features
-from raylib.cache import EncoderStates, remove_encoder_states, write_encoder_states
+from raylib.cache import ItemStates, remove_encoder_states, write_encoder_states
+from raylib.data.loading import to_device
 from raylib.display import progress
-from raylib.distributed import raise_on_all_workers, rank, world_size
-from raylib.finite import is_finite, require_finite
+from raylib.distributed import all_reduce, rank, world_size
+from raylib.finite import require_finite
 from raylib.metrics import RANKS, hit_chances, mean_or_zero, nearest_keys, recall_figures, recall_interval
 from raylib.models.layers import Memory
 from raylib.packed import Ragged, first_tokens
-from raylib.precision import exact_linear
+from raylib.precision import autocast, exact_linear, exact_products
 from raylib.randomness import Key, permutation
 from raylib.text import Tokenizer
 
-SENTENCES, PAIRS = 256, 512  # encoded, or ranked, at a time
+# encoded, scored by the match head, compared with all keys, at a time
+SENTENCES, PAIRS, QUERIES = 256, 512, 512
 
 
 def retrieve(
@@ -48,19 +54,14 @@ def retrieve(
     Returns:
         {"i2t_r1" ... "t2i_r10", "mean_recall", "interval": its 95 % bootstrap interval over images,
         "recall_at_1_interval": that of `recall_at_1`, "n": images, "captions", "chance_r1", "pairs": how
-        many were ranked}.
+        many were ranked, those that both ways rank counted twice}.
     Raises:
         NotFinite: embeddings, or scores of the match head, are not finite.
     """
     remove_encoder_states(folder)  # states that a killed evaluation has left are another model's
     try:
         ranker = _Ranker(model, items, visual, tokenizer, length, folder, bf16, ranks=candidates is not None)
-        i2t, i2t_pairs = ranker.hits(
-            ranker.image_vectors, ranker.text_vectors, candidates, queries_are_images=True
-        )
-        t2i, t2i_pairs = ranker.hits(
-            ranker.text_vectors, ranker.image_vectors, candidates, queries_are_images=False
-        )
+        i2t, t2i, pairs = ranker.hits(candidates)
     finally:
         remove_encoder_states(folder)
     figures = recall_figures(i2t, t2i)
@@ -76,18 +77,17 @@ def retrieve(
         "n": len(items),
         "captions": len(ranker.owner),
         "chance_r1": 1 / len(items),
-        "pairs": i2t_pairs + t2i_pairs,
+        "pairs": pairs,
     }
 
 
 def match_pairs(model: Any, texts: Ragged, images: Memory, bf16: bool) -> Tensor:
-    """(n,) on the CPU: log of the odds that each of n texts, states (T, d), belongs to the image that it
-    attends to."""
-    with torch.autocast(texts.values.device.type, torch.bfloat16, enabled=bf16):
+    """(n,) log of the odds that each of n texts, states (T, d), belongs to the image that it attends to."""
+    with autocast(texts.values.device, bf16):
         cls = model.fuse(texts, first_tokens(texts.lengths), images)
     # outside of autocast: bf16 logits near 8 are 1/16 apart, and would tie
     logits = exact_linear(model.match_head, cls.float()).float()
-    return (logits[:, 1] - logits[:, 0]).cpu()
+    return logits[:, 1] - logits[:, 0]
 
 
 class _Ranker:
@@ -97,103 +97,149 @@ class _Ranker:
         self, model, items, visual, tokenizer: Tokenizer, length: int, folder: Path, bf16: bool, ranks: bool
     ):
         self.model, self.bf16, self.device = model.eval(), bf16, next(model.parameters()).device
-        self.names = [item.image for item in items]
+        names = [item.image for item in items]
         texts = [caption for item in items for caption in item.captions]
-        self.owner = torch.tensor([i for i, item in enumerate(items) for _ in item.captions])
-        self.keys = [str(i) for i in range(len(texts))]
+        owner = [i for i, item in enumerate(items) for _ in item.captions]
+        self.owner = torch.tensor(owner, device=self.device)  # (c,)
+        keys = [str(i) for i in range(len(texts))]
         if isinstance(visual, PrecomputedFeatures):
-            self.images: EncoderStates = visual.states
+            image_states = visual.states
         else:
-            self.images = precompute_features(model, visual, self.names, folder / "images", bf16)
+            image_states = precompute_features(model, visual, names, folder / "images", bf16)
 
-        def ids_of(keys: Sequence[str]) -> Ragged:
-            ids = encode_texts([texts[int(key)] for key in keys], tokenizer, length)
-            return ids.with_values(ids.values.to(self.device))
+        def read(keys: Sequence[str]) -> Ragged:
+            return encode_texts([texts[int(key)] for key in keys], tokenizer, length)
 
-        def encode(keys: Sequence[str]) -> Ragged:
-            ids = ids_of(keys)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                states = model.encode_text(ids)
+        def encode(ids: Ragged) -> Ragged:
+            with autocast(self.device, bf16):
+                states = model.encode_text(to_device(ids, self.device))
             return ids.with_values(states.float())
 
-        def embed_ids(keys: Sequence[str]) -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                return model.embed_text(ids_of(keys), normalize=True)
+        def embed_images(items: Sequence[int]) -> Tensor:
+            return model.embed_images(self.images.read(items), normalize=False)
 
-        def embed_states(keys: Sequence[str]) -> Tensor:
-            states = self._states(self.texts, keys)
-            return model.embed_text_states(states.values[states.starts], normalize=True)
+        def embed_texts(items: Sequence[int]) -> Tensor:
+            if ranks:
+                return model.embed_text_states(self.texts.read_first(items), normalize=False)
+            ids = to_device(read([keys[i] for i in items]), self.device)
+            with autocast(self.device, bf16):
+                return model.embed_text(ids, normalize=False)
 
         with torch.inference_mode():
-            self.image_vectors = _vectors(
-                self.names, lambda names: model.embed_images(self._states(self.images, names), normalize=True)
-            )
+            self.images = ItemStates(image_states, names, self.device)
+            self.image_vectors = _unit_vectors(len(names), embed_images)
             if ranks:
-                self.texts: EncoderStates = write_encoder_states(
-                    folder / "texts", self.keys, encode, SENTENCES, unit="captions"
+                text_states = write_encoder_states(
+                    folder / "texts", keys, read, encode, SENTENCES, unit="captions"
                 )
-            self.text_vectors = _vectors(self.keys, embed_states if ranks else embed_ids)
+                self.texts = ItemStates(text_states, keys, self.device)
+            self.text_vectors = _unit_vectors(len(keys), embed_texts)
         require_finite("image embeddings", self.image_vectors)
         require_finite("text embeddings", self.text_vectors)
 
-    def hits(
-        self, queries: Tensor, keys: Tensor, candidates: int | None, queries_are_images: bool
-    ) -> tuple[Tensor, int]:
-        """(chance of each query to hit within each of RANKS, float64 (n, 3); pairs ranked). A worker takes
-        every world-th chunk of queries: chunks, and so all numbers, are the same whatever the number of
-        workers."""
-        count = 0 if candidates is None else min(candidates or len(keys), len(keys))
-        hits, finite = torch.zeros(len(queries), len(RANKS), dtype=torch.float64), True
-        # ties at the K-th place are broken by a fixed order, not by the place in the file: a collapsed model
-        # would find its own captions there
-        order = torch.from_numpy(permutation(len(keys), "candidates"))
-        # a chunk has about PAIRS pairs for the match head, whatever K is; its size is fixed, or scores would
-        # depend on the number of workers
-        chunks = torch.arange(len(queries)).split(max(1, PAIRS // max(1, count)))
-        share, unit = chunks[rank() :: world_size()], "images" if queries_are_images else "captions"
-        for chunk in progress(share, f"rank for {unit}", sum(map(len, share)), unit, len):
-            scores, first = queries[chunk] @ keys.T, None
-            if count:
-                candidate_index = nearest_keys(scores, count, order)
-                match = self._match(chunk, candidate_index, queries_are_images)
-                finite = finite and is_finite(match)
-                # two levels: candidates by the match head, and after all of these the others, by similarity
-                first = torch.zeros_like(scores, dtype=torch.bool).scatter(1, candidate_index, True)
-                scores = scores.scatter(1, candidate_index, match)
-            is_positive = (
-                self.owner[None] == chunk[:, None]
-                if queries_are_images
-                else torch.arange(len(keys))[None] == self.owner[chunk, None]
-            )
-            hits[chunk] = hit_chances(scores, is_positive, first)
-        raise_on_all_workers(None if finite else "scores of the match head: not finite (NaN or infinite)")
-        if world_size() > 1:  # every row is one worker's, and 0 on the others: their sum is exact
-            hits = hits.to(self.device)
-            dist.all_reduce(hits)
-        return hits.cpu(), len(queries) * count
+    @torch.inference_mode()
+    def hits(self, candidates: int | None) -> tuple[Tensor, Tensor, int]:
+        """(chance of each image, and of each caption, to hit within each of RANKS: float64 (n, 3), (c, 3) on
+        the CPU; pairs ranked). Workers share the work in blocks of a fixed size, so that no number depends on
+        how many there are."""
+        images, texts = self.image_vectors, self.text_vectors
+        own = torch.arange(len(images), device=self.device)
+        if candidates is None:
+            i2t = _hits(images, texts, own, self.owner)
+            return i2t, _hits(texts, images, self.owner, own), 0
+        nearest_texts, nearest_images = (
+            _nearest(queries, keys, min(candidates or len(keys), len(keys)))
+            for queries, keys in ((images, texts), (texts, images))
+        )
+        # pairs as numbers: those that both ways rank are scored once
+        rows = torch.arange(len(texts), device=self.device)[:, None]
+        of_images = own[:, None] * len(texts) + nearest_texts
+        of_texts = nearest_images * len(texts) + rows
+        pairs, places = torch.cat([of_images.flatten(), of_texts.flatten()]).unique(return_inverse=True)
+        match = self.match((pairs // len(texts)).cpu(), (pairs % len(texts)).cpu())
+        require_finite("scores of the match head", match)
+        i2t_match, t2i_match = match[places].split([of_images.numel(), of_texts.numel()])
+        i2t = _hits(images, texts, own, self.owner, nearest_texts, i2t_match.view_as(of_images))
+        t2i = _hits(texts, images, self.owner, own, nearest_images, t2i_match.view_as(of_texts))
+        return i2t, t2i, len(places)
 
     @torch.inference_mode()
-    def _match(self, queries: Tensor, candidate_index: Tensor, queries_are_images: bool) -> Tensor:
-        """(q, K) log of the odds that query and candidate belong together."""
-        query = queries[:, None].expand_as(candidate_index)
-        image, text = (query, candidate_index) if queries_are_images else (candidate_index, query)
-        out = []
-        for images, texts in zip(image.flatten().split(PAIRS), text.flatten().split(PAIRS), strict=True):
-            # an image that several texts of the chunk attend to is read and projected once
-            unique_images, rows = images.unique(return_inverse=True)
-            image_states = self._states(self.images, [self.names[i] for i in unique_images])
-            text_states = self._states(self.texts, [self.keys[i] for i in texts])
-            out.append(match_pairs(self.model, text_states, Memory(image_states, rows), self.bf16))
-        return torch.cat(out).view_as(candidate_index)
+    def match(self, images: Tensor, texts: Tensor) -> Tensor:
+        """(P,) log of the odds that image and text belong together; all workers together score the pairs of
+        their numbers, which are on the CPU."""
+        # Image after image, so that each is read and projected once; those with equally many texts together,
+        # since attention pads the queries of an image to those of the block's longest.
+        order = (images.bincount()[images] * (1 + images.max()) + images).argsort(stable=True)
+        images, texts = images[order], texts[order]
+        scores = torch.zeros(len(images), device=self.device)
+        share = _blocks(images)[rank() :: world_size()]
+        size = sum(block.stop - block.start for block in share)
+        for block in progress(share, "rank", size, "pairs", lambda block: block.stop - block.start):
+            unique_images, rows = images[block].unique(return_inverse=True)
+            memory = Memory(self.images.read(unique_images.tolist()), rows)
+            scores[block] = match_pairs(self.model, self.texts.read(texts[block].tolist()), memory, self.bf16)
+        # each is one worker's, and 0 on the others: their sum is exact
+        return torch.empty_like(scores).index_copy_(0, to_device(order, self.device), all_reduce(scores))
 
-    def _states(self, states: EncoderStates, names: Sequence[str]) -> Ragged:
-        rows = states.read(names)
-        return rows.with_values(rows.values.to(self.device).float())
+
+def _blocks(images: Tensor) -> list[slice]:
+    """Slices of pairs that are scored together: about `PAIRS` of them, and all of an image, if these are not
+    more than 2 `PAIRS`. images: (P,), equal ones together."""
+    counts = images.unique_consecutive(return_counts=True)[1]
+    # an image belongs to the block in which its last pair would lie: no block grows beyond 2 `PAIRS` but by
+    # an image that has more than `PAIRS` itself
+    block = (counts.cumsum(0) - 1) // PAIRS
+    sizes = torch.zeros(int(block[-1]) + 1, dtype=torch.int64).index_add_(0, block, counts)
+    ends = sizes.cumsum(0).tolist()
+    return [
+        slice(start, min(start + 2 * PAIRS, end))
+        for first, end in zip([0, *ends[:-1]], ends, strict=True)
+        for start in range(first, end, 2 * PAIRS)
+    ]
 
 
-def _vectors(names: Sequence[str], embed: Callable[[Sequence[str]], Tensor]) -> Tensor:
-    """Unit vectors (n, e) of all `names`, some at a time."""
-    chunks = [names[start : start + SENTENCES] for start in range(0, len(names), SENTENCES)]
-    waited = progress(chunks, "embed", len(names), size=len)
-    parts = [embed(chunk).float().cpu() for chunk in waited]
-    return F.normalize(torch.cat(parts), dim=1)
+def _shares(count: int) -> list[slice]:
+    """This worker's slices of so many queries."""
+    return [slice(start, start + QUERIES) for start in range(0, count, QUERIES)][rank() :: world_size()]
+
+
+def _nearest(queries: Tensor, keys: Tensor, count: int) -> Tensor:
+    """(q, count) the nearest keys of each query, the same on all workers."""
+    # ties at the last place are broken by a fixed order, not by the place in the file: a collapsed model
+    # would find its own captions there
+    order = torch.from_numpy(permutation(len(keys), "candidates")).to(queries.device)
+    nearest = torch.zeros(len(queries), count, dtype=torch.int64, device=queries.device)
+    with exact_products():
+        for rows in _shares(len(queries)):
+            nearest[rows] = nearest_keys(queries[rows] @ keys.T, count, order)
+    return all_reduce(nearest)
+
+
+def _hits(
+    queries: Tensor,
+    keys: Tensor,
+    query_owner: Tensor,
+    key_owner: Tensor,
+    candidate_index: Tensor | None = None,
+    match: Tensor | None = None,
+) -> Tensor:
+    """(q, 3) chances to hit, of all workers, on the CPU. candidate_index, match: (q, K), keys that stand
+    before all others, and their scores."""
+    hits = torch.zeros(len(queries), len(RANKS), dtype=torch.float64, device=queries.device)
+    with exact_products():
+        for rows in _shares(len(queries)):
+            scores, first = queries[rows] @ keys.T, None
+            if candidate_index is not None and match is not None:
+                # two levels: candidates by the match head, and after all of these the others, by similarity
+                first = torch.zeros_like(scores, dtype=torch.bool).scatter(1, candidate_index[rows], True)
+                scores = scores.scatter(1, candidate_index[rows], match[rows])
+            hits[rows] = hit_chances(scores, query_owner[rows, None] == key_owner, first)
+    return all_reduce(hits).cpu()
+
+
+def _unit_vectors(count: int, embed: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    """Unit vectors (n, e) of so many items, some at a time."""
+    chunks = [range(start, min(start + SENTENCES, count)) for start in range(0, count, SENTENCES)]
+    return F.normalize(
+        torch.cat([embed(c).float() for c in progress(chunks, "embed", count, size=len)]), dim=1
+    )

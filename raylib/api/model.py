@@ -19,13 +19,13 @@ from torch import Tensor
 from finetune.batches import encode_inputs, encode_texts
 from finetune.config import FinetuneConfig
 from finetune.formats import Example
-from finetune.predict import class_scores
+from finetune.predict import class_scores, not_finite_scores
 from finetune.stores import Regions, to_regions
 from finetune.stores.images import join_regions
 from finetune.tasks.ranking import match_pairs
 from pretrain.evaluate import image_vectors, sentence_vectors
 from raylib.data.images import load_image, resize_image
-from raylib.data.loading import batched, prefetch
+from raylib.data.loading import batched, prefetch, to_device
 from raylib.display import progress
 from raylib.errors import NotFinite, UserError
 from raylib.finite import require_finite
@@ -33,6 +33,7 @@ from raylib.models.base import Backbone, RetrievalBackbone
 from raylib.models.finetuned import FinetuneModel
 from raylib.models.layers import Memory
 from raylib.packed import Ragged
+from raylib.precision import autocast
 from raylib.text import SURROGATE, Tokenizer
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ class Model:
         model = cast(RetrievalBackbone, self.network)
 
         def encode(pixels: Tensor) -> Tensor:
-            return image_vectors(model, pixels, self.device, batch_size)
+            return image_vectors(model, pixels, self.bf16, batch_size)
 
         chunks = _numbered(self._progress(images, batch_size, "encode images", "images"), "image")
         return self._encode(prefetch(starmap(self._pixels, chunks)), encode, as_tensor)
@@ -133,7 +134,7 @@ class Model:
         def encode(chunk: tuple[list[str], list[str]]) -> Tensor:
             ids = encode_texts(_checked(*chunk), self.tokenizer, self.length)
             rows = ids.values.split(ids.lengths.tolist())
-            return sentence_vectors(model, rows, self.device, batch_size)
+            return sentence_vectors(model, rows, self.bf16, batch_size)
 
         chunks = self._progress(_listed_texts(texts), batch_size, "encode texts", "texts")
         return self._encode(_numbered(chunks, "text"), encode, as_tensor)
@@ -171,15 +172,15 @@ class Model:
         with torch.no_grad():
             states = self._encode_pixels(self._pixels([image], ["the image"]))
             scores = [self._match(model, chunk, states) for chunk in batched(texts, batch_size)]
-        found = torch.cat(scores) if scores else torch.zeros(0)
+        found = torch.cat(scores).cpu() if scores else torch.zeros(0)
         require_finite("scores of the match head", found)
         order = found.argsort(descending=True, stable=True).tolist()[:top]
         return [Match(texts[i], float(found[i]), i) for i in order]
 
     def _match(self, model: Any, texts: list[str], image: Ragged) -> Tensor:
         ids = encode_texts(texts, self.tokenizer, self.length)
-        ids = ids.with_values(ids.values.to(self.device))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        ids = to_device(ids, self.device)
+        with autocast(self.device, self.bf16):
             states = model.encode_text(ids)
         rows = torch.zeros(len(texts), dtype=torch.int64)
         return match_pairs(model, ids.with_values(states.float()), Memory(image, rows), self.bf16)
@@ -224,12 +225,18 @@ class Model:
             _require_equal(len(texts), len(premises), "premises")
             pairs = list(zip(premises, texts, strict=True))
         rows = list(zip(pairs, about, range(len(texts)), strict=True))
-        found: list[list[Answer]] = []
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
         with torch.no_grad():
             chunks = self._progress(rows, batch_size, "classify", "texts")
             for chunk, visual in prefetch(map(self._visual, chunks)):
-                found += self._classes(chunk, visual, top)
-        return found
+                found.append(self._classes(chunk, visual, top))
+        if not found:
+            return []
+        # a GPU works through all batches before the host asks for what it found
+        finite, labels, chances = (torch.cat(parts).tolist() for parts in zip(*found, strict=True))
+        if not all(finite):
+            raise NotFinite(not_finite_scores(texts[finite.index(False)]))
+        return [self._answers(*both) for both in zip(labels, chances, strict=True)]
 
     def _about(self, image: Any, count: int) -> list[tuple[ImageInput, ...]]:
         """The images of each of `count` texts."""
@@ -266,15 +273,15 @@ class Model:
         rows = torch.tensor([place[key] for key in keys])
         return chunk, {"pixels": self._pixels(*zip(*unique.values(), strict=True)), "rows": rows}
 
-    def _classes(self, chunk: list, visual: dict[str, Any], top: int) -> list[list[Answer]]:
+    def _classes(self, chunk: list, visual: dict[str, Any], top: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(b,) whether the scores of a text are finite; (b, top) the likeliest classes and their
+        probabilities."""
         model = cast(FinetuneModel, self.network)
         examples = [Example(texts[-1], texts, ("",) * len(about), {}) for texts, about, _ in chunk]
         if "pixels" in visual:
             visual = {"states": self._encode_pixels(visual["pixels"]).select_rows(visual["rows"])}
         inputs = encode_inputs(examples, visual, self.tokenizer, self.length)
-        scores, bad = class_scores(model, examples, inputs, self.bf16)
-        if bad:
-            raise NotFinite(bad)
+        scores, finite = class_scores(model, inputs, self.bf16)
         scores = scores.float()
         if model.is_generative:
             probabilities = scores.exp()
@@ -282,15 +289,12 @@ class Model:
             probabilities = scores.sigmoid() if self.sigmoid else scores.softmax(1)
         # by score: where probabilities round to 1, scores still differ
         best = scores.topk(min(top, len(self.labels)), dim=1).indices
-        values = probabilities.gather(1, best).tolist()
-        return [
-            [
-                Answer(self.labels[i], p)
-                for i, p in zip(row, chances, strict=True)
-                if p > 0 or not model.is_generative
-            ]
-            for row, chances in zip(best.tolist(), values, strict=True)
-        ]
+        return finite, best, probabilities.gather(1, best)
+
+    def _answers(self, labels: list[int], chances: list[float]) -> list[Answer]:
+        generates = cast(FinetuneModel, self.network).is_generative
+        pairs = zip(labels, chances, strict=True)
+        return [Answer(self.labels[i], p) for i, p in pairs if p > 0 or not generates]
 
     def _regions(self, image: Any) -> Regions:
         """The region features of an image.
@@ -332,16 +336,15 @@ class Model:
 
     def _encode_pixels(self, pixels: Tensor) -> Ragged:
         """States of images in float32, as evaluation keeps them."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            states = self.backbone.encode_images(pixels.to(self.device))
+        with autocast(self.device, self.bf16):
+            states = self.backbone.encode_images(to_device(pixels, self.device))
         return states.with_values(states.values.float())
 
     def _encode(self, chunks: Iterable[T], encode: Callable[[T], Tensor], as_tensor: bool) -> Any:
         parts = []
         with torch.no_grad():
             for chunk in chunks:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    vectors = encode(chunk)
+                vectors = encode(chunk)
                 require_finite("embeddings", vectors)
                 parts.append(vectors)
         found = torch.cat(parts) if parts else torch.zeros(0, self._embedding())

@@ -225,8 +225,11 @@ def _without_cpu_keys(tree: Any, host: Any) -> Any:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a batch whose tensors are on `device`, but for those of `CPU_KEYS`."""
+    """Return a batch whose tensors are on `device`, but for those of `CPU_KEYS`. A GPU's copies are made
+    while the host goes on."""
     if isinstance(batch, Tensor):
+        if device.type == "cuda" and batch.device.type == "cpu" and not batch.is_pinned():
+            batch = batch.pin_memory()  # from other memory the host would wait for the copy
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {k: v if k in CPU_KEYS else to_device(v, device) for k, v in batch.items()}
@@ -234,6 +237,35 @@ def to_device(batch: Any, device: torch.device) -> Any:
         named: Any = batch
         return type(batch)(**to_device(named._asdict(), device))
     return batch
+
+
+def to_host(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The tensors of `parts` on the host, each after the next has been asked for: a GPU computes that one
+    while the host uses this."""
+    last = None
+    for part in parts:
+        copied = _copy_to_host(part)
+        if last is not None:
+            yield _copied(*last)
+        last = copied
+    if last is not None:
+        yield _copied(*last)
+
+
+def _copy_to_host(part: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Begin the copy of a tensor. Returns it with what tells its end."""
+    if part.device.type != "cuda":
+        return part, None
+    copy = torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
+    end = torch.cuda.Event()
+    end.record()
+    return copy, end
+
+
+def _copied(copy: Tensor, end: torch.cuda.Event | None) -> Tensor:
+    if end is not None:
+        end.synchronize()
+    return copy
 
 
 def _free_shared_memory() -> int:

@@ -26,6 +26,7 @@ from raylib.cache import fingerprint_module
 from raylib.data.loading import to_device
 from raylib.errors import UserError
 from raylib.models.finetuned import FinetuneModel, tokenizer_at
+from raylib.precision import autocast
 from raylib.randomness import Key
 from raylib.text import Tokenizer
 
@@ -176,7 +177,7 @@ class Distillation(Strategy):
             lengths = (
                 segments.text.lengths + segments.tags.lengths + segments.regions.lengths + int(teacher.empty)
             )
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with autocast(device, bf16):
                 return teacher.states(to_device(inputs, device)), lengths.tolist()
 
         # the folder is named by all that the states depend on: other parts, runs and trials read it too

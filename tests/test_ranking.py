@@ -1,0 +1,104 @@
+"""Two-stage retrieval: how often it encodes and projects, and that this changes no score."""
+
+import pytest
+import torch
+
+from finetune.batches import encode_texts
+from finetune.formats import Captioned
+from finetune.tasks import ranking
+from finetune.tasks.ranking import _blocks, _Ranker, match_pairs, retrieve
+from raylib.cache import EncoderStates, ItemStates, write_encoder_states
+from raylib.models.layers import Memory
+from raylib.packed import Ragged
+from raylib.text import Tokenizer
+from tests.test_finetune import TOKENIZER, captions, pixels, retriever
+
+
+@pytest.fixture
+def items(scenes):
+    return [
+        Captioned(item.image, (*item.captions, f"and {i}")) for i, item in enumerate(captions(scenes)[:40])
+    ]
+
+
+def count_rows(module, counts):
+    """Count the rows (or images) that pass `module`, for each of its calls."""
+    module.register_forward_pre_hook(lambda _, arguments: counts.append(len(arguments[0])))
+    return counts
+
+
+@pytest.mark.parametrize("candidates", [4, 0])
+def test_ranking_encodes_and_projects_each_image_once(scenes, items, tmp_path, candidates):
+    model = retriever()
+    encoded = count_rows(model.vision, [])
+    texts = count_rows(model.text.blocks[0].attention.query, [])
+    projected = count_rows(model.fusion.blocks[0].cross_attention.key_value, [])
+    fused = count_rows(model.fusion.blocks[-1].intermediate, [])
+    found = retrieve(model, items, pixels(scenes), Tokenizer.load(TOKENIZER), 40, candidates, tmp_path / "s")
+    num_texts = found["captions"]
+    ids = encode_texts([c for item in items for c in item.captions], Tokenizer.load(TOKENIZER), 40)
+    assert sum(encoded) == len(items) and sum(texts) == len(ids.values)
+    # those that have many texts come again: `candidates=0` has no more than 2 PAIRS an image here
+    assert sum(projected) == len(items) * (len(model.encode_images(torch.zeros(1, 16, 16, 3)).values))
+    assert found["pairs"] == sum(
+        queries * min(candidates or keys, keys)
+        for queries, keys in ((len(items), num_texts), (num_texts, len(items)))
+    )
+    # a pair that is among both ways' candidates is scored once: of all pairs, each
+    assert sum(fused) == len(items) * num_texts if candidates == 0 else sum(fused) < found["pairs"]
+
+
+@pytest.mark.parametrize("pairs", [512, 7])
+def test_ranking_scores_pairs_in_any_order_as_one_by_one(scenes, items, tmp_path, monkeypatch, pairs):
+    monkeypatch.setattr(ranking, "PAIRS", pairs)
+    model, tokenizer = retriever(), Tokenizer.load(TOKENIZER)
+    ranker = _Ranker(model, items, pixels(scenes), tokenizer, 40, tmp_path / "s", False, ranks=True)
+    rng = torch.Generator().manual_seed(0)
+    images, texts = torch.randint(0, 40, (90,), generator=rng), torch.randint(0, 80, (90,), generator=rng)
+    images[:30] = 3  # with more pairs than fit a block
+    found = ranker.match(images, texts)
+    every = [caption for item in items for caption in item.captions]
+    for image, text, score in zip(images.tolist(), texts.tolist(), found.tolist(), strict=True):
+        ids = encode_texts([every[text]], tokenizer, 40)
+        with torch.inference_mode():
+            states = ids.with_values(model.encode_text(ids))
+            seen = model.encode_images(pixels(scenes).read([items[image].image])["images"])
+            alone = match_pairs(model, states, Memory(seen, torch.tensor([0])), False)
+        assert score == pytest.approx(float(alone), abs=1e-5)
+
+
+def test_blocks_of_pairs_keep_an_image_whole_and_are_bounded(monkeypatch):
+    monkeypatch.setattr(ranking, "PAIRS", 4)
+    images = torch.tensor([0, 0, 1, 1, 1, 2, *[3] * 11, 4])
+    blocks = _blocks(images)
+    assert [i for block in blocks for i in range(block.start, block.stop)] == list(range(len(images)))
+    assert all(block.stop - block.start <= 8 for block in blocks)
+    for image in (0, 1, 2, 4):
+        assert sum(image in images[block] for block in blocks) == 1
+    assert sum(3 in images[block] for block in blocks) == 2
+
+
+def test_item_states_on_the_device_equal_those_read_from_files(tmp_path):
+    lengths = torch.tensor([3, 1, 4, 2, 5])
+    states = Ragged(torch.randn(15, 6), lengths)
+    names = list("abcde")
+
+    def encode(keys):
+        return states.select_rows(torch.tensor([names.index(key) for key in keys]))
+
+    write_encoder_states(tmp_path / "s", names, list, encode, 2, torch.float16)
+    order, cpu = ["d", "a", "e", "c"], torch.device("cpu")
+    num_bytes = EncoderStates(tmp_path / "s").size(order)[1]
+    assert num_bytes == 2 * 6 * (2 + 3 + 5 + 4)
+    fits, streams = (
+        ItemStates(EncoderStates(tmp_path / "s"), order, cpu, budget) for budget in (num_bytes, num_bytes - 1)
+    )
+    assert fits.resident is not None and fits.resident.values.dtype == torch.float16
+    assert streams.resident is None
+    for chosen in ([0, 1, 2, 3], [2, 2, 0]):
+        rows = [names.index(order[i]) for i in chosen]
+        expected = states.select_rows(torch.tensor(rows)).values.half().float()
+        for source in (fits, streams):
+            assert source.read(chosen).values.equal(expected)
+            assert source.read(chosen).lengths.equal(lengths[torch.tensor(rows)])
+            assert source.read_first(chosen).equal(states.values[states.starts[rows]].half().float())
