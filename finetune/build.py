@@ -331,6 +331,7 @@ def build_pipeline(
     """The model as training changes it, with the weights of the checkpoint `start`, and how it reads texts
     and images."""
     model = build_model(config).to(device)
+    config.fit.set_precision(model, torch.device(device))  # of evaluation too, where nothing trains
     strategies.adapt(model)
     if start:
         load_weights(model, start)

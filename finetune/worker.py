@@ -76,7 +76,7 @@ class FinetuneJob:
             if model.backbone.tuning and runtime.rank == 0:
                 peft.save_tuned(model, trainable.keys(), runtime.run / "tuned.safetensors")
             if not config.run_test:
-                return {**result, **counts, **dev_result(trained, runtime.device)}
+                return {**result, **counts, **dev_result(config, trained, runtime.device)}
         return {**result, **counts, **test_result(pipeline, runtime.run)}
 
     def _train(self, runtime: Runtime, pipeline: Pipeline, strategies: Strategies) -> dict[str, Any]:
@@ -171,14 +171,14 @@ def test_sets(config: FinetuneConfig) -> dict[str, Reading]:
     }
 
 
-def dev_result(source: Path, device: torch.device) -> dict[str, Any]:
+def dev_result(config: FinetuneConfig, source: Path, device: torch.device) -> dict[str, Any]:
     """{"dev": {language: score of its dev set}, "interval": {language: its 95 % interval}}, of what the
     checkpoint `source` was judged by, and what made it (`test_result`)."""
     values = checkpoint.read_evaluation(source)
     dev = {name.removeprefix("dev/"): value for name, value in values.items() if name.startswith("dev/")}
     ends = [name.split("/") for name in values if name.startswith("interval/")]
     intervals = {code: [values[f"interval/{code}/{end}"] for end in ("low", "high")] for _, code, _ in ends}
-    return {"dev": dev, "interval": intervals, **_runtime_facts(device)}
+    return {"dev": dev, "interval": intervals, **_runtime_facts(config, device)}
 
 
 def test_result(pipeline: Pipeline, run: Path) -> dict[str, Any]:
@@ -193,12 +193,13 @@ def test_result(pipeline: Pipeline, run: Path) -> dict[str, Any]:
         "languages": task.test_details(config, figures, folder),
         "evaluation_seconds": seconds,
         "evaluated_per_second": items / seconds,
-        **_runtime_facts(next(pipeline.model.parameters()).device),
+        **_runtime_facts(config, next(pipeline.model.parameters()).device),
     }
 
 
-def _runtime_facts(device: torch.device) -> dict[str, Any]:
-    return {**provenance(device), "peak_memory_gb": peak_memory(device)}
+def _runtime_facts(config: FinetuneConfig, device: torch.device) -> dict[str, Any]:
+    precision = config.fit.describe_precision(device)
+    return {**provenance(device), "evaluation_precision": precision, "peak_memory_gb": peak_memory(device)}
 
 
 def trained_config(config: FinetuneConfig, run: Path) -> FinetuneConfig:

@@ -23,11 +23,13 @@ from raylib.finite import is_finite, require_finite, require_finite_values
 from raylib.metrics import mean_or_zero, mean_recall_at_1, recall_figures, recall_hits, recall_interval
 from raylib.models import find_model, find_tokenizer
 from raylib.models.base import RetrievalBackbone
+from raylib.models.finetuned import find_fit
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
 from raylib.precision import autocast
 from raylib.provenance import DataFile, combined_hash, fingerprint_files, hash_path, provenance
-from raylib.runtime import peak_memory
+from raylib.runtime import local_device, peak_memory
+from raylib.settings import FitConfig
 from raylib.text import (
     BadCaption,
     EmptyCaption,
@@ -230,16 +232,17 @@ def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
     made them: hashes of the model's config.json and of weights, tokenizer and set, seconds, captions a
     second, peak memory, `raylib.provenance`."""
     began, folder = time.perf_counter(), find_model(model)
-    unified = UnifiedModel.from_pretrained(folder).eval()
-    unified.to("cuda" if torch.cuda.is_available() else "cpu")
-    config = unified.config
+    unified, device = UnifiedModel.from_pretrained(folder).eval(), local_device()
+    unified.to(device)
+    config, fit = unified.config, find_fit(Path(model), folder) or FitConfig(bf16=False)
+    fit.set_precision(unified, device)
     retrieval = ZeroShotRetrieval(
         data, Tokenizer.load(find_tokenizer(folder)), config.image_size, config.positions
     )
     start = time.perf_counter()
     with torch.inference_mode():
-        scores = retrieval(unified)
-    end, device = time.perf_counter(), next(unified.parameters()).device
+        scores = retrieval(unified, fit.uses_bf16(device))
+    end = time.perf_counter()
     files = fingerprint_files(
         map(DataFile, (folder / "model.safetensors", find_tokenizer(folder), Path(data))), {}
     )
@@ -249,6 +252,7 @@ def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
         "config_sha256": hash_path(folder / "config.json"),
         "data_sha256": combined_hash(files),
         **provenance(device),
+        "evaluation_precision": fit.describe_precision(device),
         "seconds": end - began,
         "evaluated_per_second": sum(map(len, retrieval.ids.values())) / (end - start),
         "peak_memory_gb": peak_memory(device),

@@ -227,6 +227,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
         "config_sha256": config_hash(config),
         "data_sha256": data_hash(runtime.run),
         **provenance(runtime.device),
+        "evaluation_precision": config.fit.describe_precision(runtime.device),
         **scores,
     }
     if runtime.rank == 0 and result["finished"]:

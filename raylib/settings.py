@@ -5,8 +5,9 @@ for that code needs PyTorch, which takes seconds to import: help, errors of a co
 `--print-config` need settings alone (tests/test_help.py).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -85,6 +86,7 @@ MUTABLE_SETTINGS = (
 )
 
 Backend = Literal["tensorboard", "wandb", "mlflow"]  # of a tracker (`raylib.trackers`)
+PRECISION = ("bf16", "residual", "tf32")  # settings of `FitConfig` that say in what a model computes
 Residual = Literal["float32", "bfloat16"]  # the residual stream and layer norms
 Checkpointing = Literal["none", "blocks", "all"]  # activations that backward computes again
 Sharding = Literal["none", "zero2"]  # of optimizer states and gradients over the workers
@@ -142,6 +144,10 @@ class FitConfig(Config):
 
         return has_bf16(device) if self.bf16 is None else self.bf16
 
+    def describe_precision(self, device: "torch.device") -> str:
+        """Return the format in which models compute on `device`, in training and in evaluation."""
+        return "bfloat16" if self.uses_bf16(device) else "float32"
+
     def set_precision(self, model: "nn.Module", device: "torch.device") -> str:
         """Set the formats of numbers of `model` on `device`, and return a line about them; "" on a CPU."""
         from raylib.precision import set_compiler, set_residual, set_tf32
@@ -167,6 +173,14 @@ class FitConfig(Config):
             is_due(self.eval_every),
             is_due(self.save_every) or is_last,
         )
+
+
+def stored_fit(settings: Mapping[str, Any]) -> FitConfig | None:
+    """Return what the settings of a run, or an export's part of them, say of the precision of its training;
+    None: nothing."""
+    if "fit" not in settings:
+        return None
+    return FitConfig(**{name: settings["fit"][name] for name in PRECISION if name in settings["fit"]})
 
 
 class OptimConfig(Config):

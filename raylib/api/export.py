@@ -30,6 +30,7 @@ from raylib.models.base import (
     read_weights,
 )
 from raylib.models.finetuned import FinetuneModel, find_evaluated, find_run, is_foreign
+from raylib.settings import PRECISION
 
 WRAPPERS = "raylib.api.huggingface"
 CODE = "modeling_polyglance"
@@ -150,6 +151,8 @@ def reading_settings(settings: dict[str, Any]) -> dict[str, Any]:
     found = {name: settings[name] for name in READING if name in settings}
     if prompts:
         found["strategies"] = prompts
+    if "fit" in settings:  # what it was trained, and so is evaluated, in
+        found["fit"] = {name: settings["fit"][name] for name in PRECISION if name in settings["fit"]}
     if "objective" in settings:  # whether the match head was trained
         found["objective"] = {"weights": settings["objective"]["weights"]}
     return found

@@ -22,6 +22,8 @@ from raylib.models.finetuned import (
     load_backbone,
     tokenizer_at,
 )
+from raylib.precision import set_residual
+from raylib.settings import FitConfig, stored_fit
 from raylib.text import Tokenizer
 
 
@@ -67,9 +69,9 @@ def load_model(
     if config:
         tokenizer = _with_prompts(config, tokenizer, network)
     capabilities = _capabilities(path, network, config, settings)
-    return Model(
-        path, network, tokenizer, config, capabilities, _is_bf16(dtype, config, torch.device(device))
-    )
+    fit = config.fit if config else stored_fit(settings)
+    set_residual(network, fit.residual if fit else None)
+    return Model(path, network, tokenizer, config, capabilities, _is_bf16(dtype, fit, torch.device(device)))
 
 
 def language_part(path: Path, language: str | None) -> Path:
@@ -104,9 +106,9 @@ def _with_prompts(config: FinetuneConfig, tokenizer: Tokenizer, network: Any) ->
     return tokenizer
 
 
-def _is_bf16(dtype: torch.dtype | str | None, config: FinetuneConfig | None, device: torch.device) -> bool:
-    if dtype is None:
-        return config is not None and config.fit.uses_bf16(device)
+def _is_bf16(dtype: torch.dtype | str | None, fit: FitConfig | None, device: torch.device) -> bool:
+    if dtype is None:  # as training was, where that is known
+        return fit is not None and fit.uses_bf16(device)
     name = str(dtype).removeprefix("torch.")
     if name not in ("float32", "bfloat16"):
         raise UserError(f"dtype={name}: give float32 or bfloat16, or leave it out")

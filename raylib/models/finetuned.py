@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from raylib.checkpoint import BEST
 from raylib.config import user_files, validate
 from raylib.errors import UserError
+from raylib.fileio import read_json
 from raylib.models import find_backbone, find_model, find_tokenizer, peft, stored_backbone
 from raylib.models.base import (
+    RUN_KEY,
     Backbone,
     FusionBackbone,
     RegionBackbone,
@@ -31,6 +33,7 @@ from raylib.models.single_stream import RegionEmbedding
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, TokenSegments
 from raylib.precision import exact_linear
+from raylib.settings import FitConfig, stored_fit
 
 
 class Classifier(nn.Module):
@@ -244,6 +247,12 @@ def find_run(path: Path, folder: Path) -> Path | None:
         if (place / "config.json").is_file() and "fit" in read_description(place):
             return place
     return None
+
+
+def find_fit(path: Path, folder: Path) -> FitConfig | None:
+    """Return the precision in which the model in `folder`, found at `path`, was trained; None: not known."""
+    run = find_run(path, folder)
+    return stored_fit(read_description(run) if run else read_json(folder / "config.json").get(RUN_KEY, {}))
 
 
 def tokenizer_at(path: Path | str) -> Path:
