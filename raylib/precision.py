@@ -174,13 +174,14 @@ def fusible(function: Function) -> Function:
     like, each of which would read and write all of its tensors. Attention, with its plan, stays outside.
 
     Compiled for any number of rows: tensors of other lengths, in every step, compile nothing again. Dropout
-    then draws other numbers than PyTorch's own.
+    then draws other numbers than PyTorch's own. Evaluation, in inference mode, is left as it is: it would be
+    compiled once more.
     """
     compiled: dict[str, Callable[..., Any]] = {}
 
     @wraps(function)
     def run(*args):
-        if _compiler is None:
+        if _compiler is None or torch.is_inference_mode_enabled():
             return function(*args)
         if _compiler not in compiled:
             compiled[_compiler] = torch.compile(function, backend=_compiler)
