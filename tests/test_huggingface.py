@@ -473,9 +473,10 @@ def test_old_exports_are_read_as_before(stored):
 
 
 def test_automodel_knows_our_classes_without_importing_transformers_before_it_is_asked(exports, tmp_path):
-    # this module has imported `transformers` first
+    # this module has imported `transformers` first; Ray imports accelerate, which asks whether it is there
     code = (
-        "import raylib.api, transformers, sys\nassert 'transformers.modeling_utils' not in sys.modules\n"
+        "import raylib.api, importlib.util, sys\nassert importlib.util.find_spec('transformers')\n"
+        "import transformers\nassert 'transformers.modeling_utils' not in sys.modules\n"
         "from transformers import AutoModel\n"
         "print(type(AutoModel.from_pretrained(sys.argv[1])).__module__)"
     )
@@ -483,6 +484,64 @@ def test_automodel_knows_our_classes_without_importing_transformers_before_it_is
     command = [sys.executable, "-c", code, str(exports["run"])]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.stdout.strip() == "raylib.api.huggingface", done.stderr[-2000:]
+
+
+ORDERS = {  # of imports, and what may come between them
+    "transformers before": "import transformers, raylib.api",
+    "class before": "from transformers import AutoModel\nimport raylib.api",
+    "module before": "import transformers.models.auto.configuration_auto, raylib.api",
+    "package after": "import raylib.api\nfrom transformers.models.auto import AutoModel",
+    "module after": "import raylib.api\nfrom transformers.models.auto.modeling_auto import AutoModel",
+    "pipeline": "import raylib.api\nfrom transformers.pipelines import pipeline",
+    "another model": "import raylib.api\nfrom transformers import CLIPModel",
+    "ours": "import raylib.api.huggingface",
+    # accelerate does, whom Ray imports
+    "probe": "import raylib.api\nassert importlib.util.find_spec('transformers')",
+    "reload": "import raylib.api, transformers\nimportlib.reload(transformers)",
+    "failure": "import raylib.api\nwithout('huggingface_hub', 'transformers')",
+    "failure of ours": "import raylib.api\nwithout('cv2', 'transformers.models.auto.modeling_auto')",
+    "two at once": "import raylib.api\nat_once('modeling_auto', 'processing_auto')",
+}
+EACH_ORDER = """
+import importlib.util, json, os, sys, threading
+import torch  # once, for all of them
+
+
+def without(missing, module):
+    sys.modules[missing] = None
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        del sys.modules[missing]
+    importlib.import_module(module)
+
+
+def at_once(*modules):
+    names = [f"transformers.models.auto.{module}" for module in modules]
+    threads = [threading.Thread(target=importlib.import_module, args=[name]) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+for name, code in json.loads(sys.argv[1]).items():
+    if not os.fork():
+        exec(code)
+        from transformers import AutoConfig
+        print(name, type(AutoConfig.for_model("polyglance")).__module__, sep=": ", flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.slow
+def test_automodel_knows_our_classes_in_every_order_of_imports():
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", EACH_ORDER, json.dumps(ORDERS)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    expected = [f"{name}: raylib.api.huggingface" for name in ORDERS]
+    assert done.stdout.splitlines() == expected and "Traceback" not in done.stderr, done.stderr[-2000:]
 
 
 @pytest.mark.slow

@@ -7,10 +7,13 @@
 In a checkout that is not installed it is `raylib.api`. Nothing heavy is imported before `load`.
 """
 
+import functools
 import importlib
 import importlib.abc
 import importlib.util
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -102,58 +105,51 @@ class _OneCopy(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__spec__ = module.__spec__.loader_state  # its own again: importing it has given it this one
 
 
-class _Registering(ModuleType):
-    """`transformers`, until somebody asks it for a class that must know ours: importing all of it takes
-    seconds, and most users of this package never do."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("Auto") or name == "pipeline":
-            self.__class__ = self.__dict__["_polyglance_class"]
-            _register()
-            return getattr(self, name)
-        return self.__dict__["_polyglance_class"].__getattr__(self, name)
+OURS, AUTO = "raylib.api.huggingface", "transformers.models.auto.configuration_auto"
 
 
 class _TransformersFinder(importlib.abc.MetaPathFinder):
-    """Sees `transformers` being imported, once."""
+    """Sees modules of `transformers` being imported, and registers our classes with its Auto classes as soon
+    as the import that brought these is over, by whichever name: importing ours takes seconds, and most users
+    of this package never need them."""
+
+    def __init__(self) -> None:
+        self.lock, self.running = threading.Lock(), 0  # imports, within each other or of several threads
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != "transformers":
+        if name.partition(".")[0] != "transformers":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        # it stays: whoever asks for a spec may only want to know whether the package is there, an import may
+        # fail, and be tried again
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_watch(module: ModuleType) -> None:
-                execute(module)
-                _watch(sys.modules[name])
-
-            spec.loader.exec_module = execute_and_watch  # type: ignore[method-assign]
+            loader: Any = spec.loader
+            loader.exec_module = functools.partial(self._execute, loader.exec_module)
         return spec
+
+    def _execute(self, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+        with self.lock:
+            self.running += 1
+        try:
+            execute(module)
+        finally:
+            with self.lock:
+                self.running -= 1
+                is_last = not self.running
+        if is_last:
+            _register()
 
 
 def _register() -> None:
-    from raylib.api.huggingface import register
-
-    register()
-
-
-def _watch(transformers: Any) -> None:
-    if "transformers.models.auto.configuration_auto" in sys.modules:
-        _register()
-    elif not isinstance(transformers, _Registering):
-        lazy = type(transformers)
-        transformers.__dict__["_polyglance_class"] = lazy
-        transformers.__class__ = type(lazy.__name__, (_Registering, lazy), {})
+    """Register our classes, unless the Auto classes are not there yet; ours do it when they are imported."""
+    if AUTO in sys.modules and OURS not in sys.modules:
+        importlib.import_module(OURS)
 
 
 # `AutoModel` reads exports of ours after `import polyglance`, whichever is imported first
 if __name__ != "polyglance":  # `raylib.api` has done it
-    sys.meta_path.insert(0, _OneCopy())
-    if "transformers" in sys.modules:
-        _watch(sys.modules["transformers"])
-    else:
-        sys.meta_path.insert(0, _TransformersFinder())
+    sys.meta_path[:0] = [_OneCopy(), _TransformersFinder()]
+    _register()
 
 __all__ = ["Answer", "Match", "Model", "UserError", "__version__", "load"]

@@ -294,3 +294,6 @@ def register() -> None:
         AutoModel.register(config, model, exist_ok=True)
         AutoImageProcessor.register(config, image_processor_classes=backends, exist_ok=True)
         AutoProcessor.register(config, PolyglanceProcessor, exist_ok=True)
+
+
+register()
