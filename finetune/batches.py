@@ -236,7 +236,7 @@ class CaptionBatches(EpochBatches):
         order: BatchOrder,
         extra: ExtraInputs | None = None,
     ):
-        super().__init__([Captioned(e.image, (text,)) for e in examples for text in e.captions], order)
+        super().__init__(_Pairs(examples), order)
         self.visual, self.tokenizer, self.length, self.extra = visual, tokenizer, length, extra
 
     def __getitem__(self, step: int) -> dict[str, Any]:
@@ -258,6 +258,24 @@ class CaptionBatches(EpochBatches):
         if self.extra:
             part |= self.extra(pairs, visual, part)
         return {"step": step, "samples": self.size, "tokens": self.count_tokens(part), "image_text": part}
+
+
+class _Pairs(Sequence[Captioned]):
+    """An image and one of its captions each, of all captions of `items`; numbers alone are kept of them."""
+
+    def __init__(self, items: Sequence[Captioned]):
+        self.items = items
+        counts = np.array([len(item.captions) for item in items], np.int64)
+        self.owners = np.repeat(np.arange(len(counts)), counts)
+        self.firsts = np.cumsum(counts) - counts
+
+    def __len__(self) -> int:
+        return len(self.owners)
+
+    def __getitem__(self, number: Any) -> Any:
+        owner = self.owners[number]
+        item = self.items[owner]
+        return Captioned(item.image, (item.captions[number - self.firsts[owner]],))
 
 
 def _unmasked(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Sentences:

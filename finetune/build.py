@@ -1,13 +1,14 @@
 """From a config to what it names: its task, the splits that it reads and their files, its model, strategies
 and images."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from finetune.config import FinetuneConfig
+from finetune.formats.items import ItemList
 from finetune.stores.images import (
     ImageSource,
     PrecomputedFeatures,
@@ -173,14 +174,13 @@ def training_sets(config: FinetuneConfig, language: str | None) -> list[Reading]
     return readings
 
 
-def training_examples(config: FinetuneConfig, language: str | None, visual: VisualSource | None) -> list:
+def training_examples(config: FinetuneConfig, language: str | None, visual: VisualSource | None) -> ItemList:
     """The items of `training_sets`, of which `visual` has all images."""
-    examples = []
+    sets = []
     for reading in training_sets(config, language):
-        items = reading.load()
-        require_images(visual, items, reading.path)
-        examples += items
-    return examples
+        sets.append(reading.load())
+        require_images(visual, sets[-1], reading.path)
+    return ItemList.join(sets)
 
 
 class UsedSet(NamedTuple):
@@ -340,7 +340,7 @@ def build_pipeline(
     return Pipeline(config, model, tokenizer, open_visual_for(config, model))
 
 
-def cache_image_states(pipeline: Pipeline, items: list, folder: Path) -> Pipeline:
+def cache_image_states(pipeline: Pipeline, items: Iterable[Any], folder: Path) -> Pipeline:
     """The pipeline with the states of all images of `items` in the images' place, if the image encoder never
     changes; they are kept in `folder` for other runs with the same one."""
     config, model, _, visual = pipeline
@@ -354,7 +354,7 @@ def cache_image_states(pipeline: Pipeline, items: list, folder: Path) -> Pipelin
     return pipeline._replace(visual=PrecomputedFeatures(states, visual.store))
 
 
-def share_with_trials(tokenizer: Tokenizer, items: list, folder: Path) -> Path:
+def share_with_trials(tokenizer: Tokenizer, items: Iterable[Any], folder: Path) -> Path:
     """In a search, let trials share the tokens of the items' texts. Returns the folder that they share; out
     of a search, `folder`."""
     cache = get_cache()

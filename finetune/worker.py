@@ -2,7 +2,8 @@
 on its test sets at the end."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,11 @@ class FinetuneJob:
             training_examples(config, self.language, pipeline.visual), model
         )
         dev = {} if self.epochs else load_dev_items(config, self.language)
-        items = [*examples, *(item for of_language in dev.values() for item in of_language)]
+        sets = [examples, *dev.values()]
         # pruning rounds and the parts of a run share image states
         folder = Path(config.runs).absolute() if self.epochs or self.language else runtime.run
-        folder = share_with_trials(pipeline.tokenizer, items, folder)
-        pipeline = cache_image_states(pipeline, items, folder)
+        folder = share_with_trials(pipeline.tokenizer, chain.from_iterable(sets), folder)
+        pipeline = cache_image_states(pipeline, chain.from_iterable(sets), folder)
         strategies.begin(TrainingSetup(pipeline, examples, folder))
         objective = task.objective(config, model, strategies.loss_terms(model))
         change, keep_last = strategies.example, config.last_batch == "keep"
@@ -127,7 +128,7 @@ class Validation:
     """Scores after each epoch: of the dev sets, of which the first chooses the checkpoint; with `test_too` of
     the test sets as well."""
 
-    def __init__(self, pipeline: Pipeline, dev: Mapping[str, list], run: Path, test_too: bool):
+    def __init__(self, pipeline: Pipeline, dev: Mapping[str, Sequence], run: Path, test_too: bool):
         self.pipeline, self.dev, self.folder, self.test_too = pipeline, dev, run / "dev", test_too
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
@@ -157,7 +158,7 @@ class Validation:
         return values
 
 
-def load_dev_items(config: FinetuneConfig, language: str | None) -> dict[str, list]:
+def load_dev_items(config: FinetuneConfig, language: str | None) -> dict[str, Sequence]:
     """{language: items} of `dev_sets`."""
     sets = dev_sets(config, language)
     return {code: read_split(config, name, code, config.test_limit).load() for code, name in sets.items()}

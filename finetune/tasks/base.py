@@ -8,13 +8,14 @@ it is.
 import inspect
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 from finetune.batches import BatchOrder, EpochBatches, ExtraInputs
 from finetune.formats import check_item
+from finetune.formats.items import ItemList
 from finetune.stores import Regions
 from finetune.stores.images import VisualSource, open_visual
 from finetune.strategies.base import Captions, LossTerms, Need
@@ -94,10 +95,10 @@ class Reading:
     def __iter__(self) -> Iterator[Any]:
         return itertools.islice(self.task.read(self.path, self.split, self.language), self.limit)
 
-    def load(self) -> list[Any]:
+    def load(self) -> ItemList[Any]:
         """All items in memory; in a search they are parsed once."""
         key = (self.split, self.language, self.limit, file_fingerprint(self.path))
-        return cached("items", key, lambda: list(progress(self, f"read {self.path.name}")))
+        return cached("items", key, lambda: ItemList(progress(self, f"read {self.path.name}")))
 
 
 class Pipeline(NamedTuple):
@@ -229,12 +230,12 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def training_items(self, items: list[Any], model: Any) -> tuple[list[Any], list[Any]]:
+    def training_items(self, items: Sequence[Any], model: Any) -> tuple[Sequence[Any], Sequence[Any]]:
         """(items that train anything, the others)."""
 
     @abstractmethod
     def batches(
-        self, pipeline: Pipeline, items: list[Any], order: BatchOrder, extra: ExtraInputs | None = None
+        self, pipeline: Pipeline, items: Sequence[Any], order: BatchOrder, extra: ExtraInputs | None = None
     ) -> EpochBatches:
         """Training batches, of which each worker makes its part."""
 

@@ -2,7 +2,7 @@
 true or false. `Classification` has a classifier, `Generation` a decoder that generates the class."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from finetune.batches import BatchOrder, EpochBatches, ExampleBatches, ExtraInputs
 from finetune.formats import Example
 from finetune.formats.answers import check_labels, read_answers, shorten_labels
+from finetune.formats.items import select
 from finetune.predict import confusions, evaluate, read_predictions
 from finetune.strategies.base import AddedTerm, LossTerms, Need, Outputs, term_shares
 from finetune.strategies.lexical import WordNet
@@ -132,15 +133,19 @@ class Classification(Task):
         """`backbone` with a new head."""
         return FinetuneModel(backbone, labels, self.num_images, config.head_dropout, self.region_dim(config))
 
-    def training_items(self, items: list[Example], model: Any) -> tuple[list[Example], list[Example]]:
+    def training_items(
+        self, items: Sequence[Example], model: Any
+    ) -> tuple[Sequence[Example], Sequence[Example]]:
         """Examples of which an answer is among the classes, and the others.
 
         Raises:
             UserError: no example of any has one.
         """
         known = frozenset(model.labels)
-        answerable = [e for e in items if not known.isdisjoint(e.labels)]
-        unknown = [e for e in items if known.isdisjoint(e.labels)]
+        groups: tuple[list[int], list[int]] = ([], [])
+        for number, example in enumerate(items):
+            groups[known.isdisjoint(example.labels)].append(number)
+        answerable, unknown = (select(items, numbers) for numbers in groups)
         if unknown and not answerable:
             answers = list(dict.fromkeys(answer for example in items for answer in example.labels))
             if not answers:
@@ -155,7 +160,7 @@ class Classification(Task):
         return answerable, unknown
 
     def batches(
-        self, pipeline: Pipeline, items: list[Any], order: BatchOrder, extra: ExtraInputs | None = None
+        self, pipeline: Pipeline, items: Sequence[Any], order: BatchOrder, extra: ExtraInputs | None = None
     ) -> EpochBatches:
         config, model, tokenizer, visual = pipeline
         soft = self.is_generative or config.loss == "bce"

@@ -1,6 +1,6 @@
 """Tasks that find the texts of an image, and the image of a text, among all others."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,11 +79,13 @@ class Retrieval(Task):
         model.freeze_unused("matching" if config.use_itm_head else "contrast")
         return model
 
-    def training_items(self, items: list[Captioned], model: Any) -> tuple[list[Captioned], list[Captioned]]:
+    def training_items(
+        self, items: Sequence[Captioned], model: Any
+    ) -> tuple[Sequence[Captioned], Sequence[Captioned]]:
         return items, []
 
     def batches(
-        self, pipeline: Pipeline, items: list[Any], order: BatchOrder, extra: ExtraInputs | None = None
+        self, pipeline: Pipeline, items: Sequence[Any], order: BatchOrder, extra: ExtraInputs | None = None
     ) -> EpochBatches:
         visual = cast(ImageSource | PrecomputedFeatures, pipeline.visual)
         return CaptionBatches(items, visual, pipeline.tokenizer, pipeline.config.length, order, extra)
