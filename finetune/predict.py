@@ -21,9 +21,8 @@ from torch import Tensor
 
 from finetune.batches import read_inputs
 from finetune.formats import Example
-from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource, precompute_features
+from finetune.stores.images import VisualSource, encoded_images
 from finetune.strategies.lexical import NONE, SYNONYM, WordNet
-from raylib.cache import remove_encoder_states
 from raylib.data.loading import batched, prefetch, to_device
 from raylib.display import progress
 from raylib.distributed import raise_on_all_workers, world_size
@@ -159,13 +158,7 @@ def evaluate(
                 totals[language] += 1
                 yield from example.images
 
-    with contextlib.ExitStack() as stack:
-        if isinstance(visual, ImageSource):  # otherwise they are encoded already
-            scratch = folder / ".states"
-            remove_encoder_states(scratch)  # what a killed evaluation has left is another model's
-            stack.callback(remove_encoder_states, scratch)
-            states = precompute_features(model.backbone, visual, image_names(), scratch, bf16)
-            visual = PrecomputedFeatures(states, visual.store)
+    with encoded_images(model.backbone, visual, image_names, folder / ".states", bf16) as visual:
         results = {}
         for language, examples in sets.items():
             out = folder / f"{language}.jsonl"

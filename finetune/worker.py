@@ -130,6 +130,9 @@ class Validation:
 
     def __init__(self, pipeline: Pipeline, dev: Mapping[str, Sequence], run: Path, test_too: bool):
         self.pipeline, self.dev, self.folder, self.test_too = pipeline, dev, run / "dev", test_too
+        # images as they are: states that were cached are of training and dev images alone
+        visual = open_visual_for(pipeline.config, pipeline.model) if test_too else None
+        self.test_pipeline = cache_test_states(pipeline._replace(visual=visual), run)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """{"score", "dev/LANGUAGE": the score that chooses; of a run without tests "interval/LANGUAGE/low",
@@ -149,8 +152,7 @@ class Validation:
         if scores and config.select == "best":
             values["score"] = next(iter(scores.values())).value
         if self.test_too:
-            # images as they are: states that were cached are of training and dev images alone
-            pipeline = pipeline._replace(visual=open_visual_for(config, model))
+            pipeline = self.test_pipeline._replace(model=model)
             tested = task.evaluate(pipeline, test_sets(config), self.folder / "predictions")
             for code, found in tested.items():
                 values[f"test/{code}"] = task.test_score(found)
@@ -172,6 +174,15 @@ def test_sets(config: FinetuneConfig) -> dict[str, Reading]:
     }
 
 
+def cache_test_states(pipeline: Pipeline, run: Path) -> Pipeline:
+    """The pipeline with the states of all test images, where these are evaluated after each epoch by an image
+    encoder that never changes; else each evaluation encodes them for itself."""
+    if not pipeline.config.eval_each_epoch:
+        return pipeline
+    items = (item for of_language in test_sets(pipeline.config).values() for item in of_language)
+    return cache_image_states(pipeline, items, run)
+
+
 def dev_result(config: FinetuneConfig, source: Path, device: torch.device) -> dict[str, Any]:
     """{"dev": {language: score of its dev set}, "interval": {language: its 95 % interval}}, of what the
     checkpoint `source` was judged by, and what made it (`test_result`)."""
@@ -187,6 +198,7 @@ def test_result(pipeline: Pipeline, run: Path) -> dict[str, Any]:
     "evaluated_per_second" (questions or captions), "peak_memory_gb", `raylib.provenance`."""
     config, folder = pipeline.config, run / "predictions"
     task, start = find_task(config), time.perf_counter()
+    pipeline = cache_test_states(pipeline, run)
     figures = task.evaluate(pipeline, test_sets(config), folder)
     seconds = time.perf_counter() - start
     items = sum(values.get("captions", values["n"]) for values in figures.values())

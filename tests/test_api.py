@@ -181,7 +181,7 @@ def test_region_models_say_what_they_read(tmp_path, model):
 
 
 def test_vectors_and_rerank_equal_those_of_fine_tuned_evaluation(model, scenes, tmp_path):
-    from finetune.stores.images import ImageSource
+    from finetune.stores.images import ImageSource, precompute_features
     from finetune.tasks.datasets import TASKS
     from finetune.tasks.ranking import _Ranker
 
@@ -189,7 +189,9 @@ def test_vectors_and_rerank_equal_those_of_fine_tuned_evaluation(model, scenes, 
     items = list(TASKS["xflickrco"].read(split, "test", "ru"))[:9]
     loaded, store = polyglance.load(model, "cpu"), open_images(scenes / "images.tar")
     source = ImageSource(store, loaded.backbone.image_size)
-    arguments = (loaded.network, items, source, loaded.tokenizer, loaded.length, tmp_path, False, True)
+    names = [item.image for item in items]
+    states = precompute_features(loaded.network, source, names, tmp_path / "images")
+    arguments = (loaded.network, items, states, loaded.tokenizer, loaded.length, tmp_path, False, True)
     ranker = _Ranker(*arguments)
     pixels = [store.read(item.image) for item in items]
     texts = [caption for item in items for caption in item.captions]

@@ -1,15 +1,20 @@
 """Two-stage retrieval: how often it encodes and projects, and that this changes no score."""
 
+import json
+from collections import Counter
+
 import pytest
 import torch
 
 from finetune.batches import encode_texts
 from finetune.formats import Captioned
+from finetune.stores.images import precompute_features
 from finetune.tasks import ranking
 from finetune.tasks.ranking import _blocks, _Ranker, match_pairs, retrieve
 from raylib.cache import EncoderStates, ItemStates, write_encoder_states
 from raylib.models.layers import Memory
 from raylib.packed import Ragged
+from raylib.randomness import string_key
 from raylib.text import Tokenizer
 from tests.test_finetune import TOKENIZER, captions, pixels, retriever
 
@@ -52,7 +57,8 @@ def test_ranking_encodes_and_projects_each_image_once(scenes, items, tmp_path, c
 def test_ranking_scores_pairs_in_any_order_as_one_by_one(scenes, items, tmp_path, monkeypatch, pairs):
     monkeypatch.setattr(ranking, "PAIRS", pairs)
     model, tokenizer = retriever(), Tokenizer.load(TOKENIZER)
-    ranker = _Ranker(model, items, pixels(scenes), tokenizer, 40, tmp_path / "s", False, ranks=True)
+    states = precompute_features(model, pixels(scenes), [item.image for item in items], tmp_path / "images")
+    ranker = _Ranker(model, items, states, tokenizer, 40, tmp_path / "s", False, ranks=True)
     rng = torch.Generator().manual_seed(0)
     images, texts = torch.randint(0, 40, (90,), generator=rng), torch.randint(0, 80, (90,), generator=rng)
     images[:30] = 3  # with more pairs than fit a block
@@ -102,3 +108,56 @@ def test_item_states_on_the_device_equal_those_read_from_files(tmp_path):
             assert source.read(chosen).values.equal(expected)
             assert source.read(chosen).lengths.equal(lengths[torch.tensor(rows)])
             assert source.read_first(chosen).equal(states.values[states.starts[rows]].half().float())
+
+
+def count_encoded(monkeypatch):
+    """Hashes of the images that pass any image encoder from now on."""
+    from raylib.models.vision import VisionEncoder
+
+    encoded, forward = [], VisionEncoder.forward
+
+    def count(self, images):
+        encoded.extend(string_key(image.numpy().tobytes()) for image in images)
+        return forward(self, images)
+
+    monkeypatch.setattr(VisionEncoder, "forward", count)
+    return encoded
+
+
+@pytest.mark.parametrize("recipe", ["scenes_xgqa", "scenes_xflickrco"])
+def test_evaluation_encodes_images_of_a_frozen_encoder_once_a_run(finetune, tmp_path, monkeypatch, recipe):
+    """Test images after each of two epochs, at the end, and in two languages."""
+    encoded = count_encoded(monkeypatch)
+    # a training that changes nothing: images that are encoded in its steps are dropped out of
+    settings = ("eval_each_epoch=true", "train_limit=32", "test_limit=10", "fit.bf16=false", "optim.lr=1e-12")
+    results, counts = [], []
+    for cached in ("true", "false"):
+        code, printed = finetune(
+            recipe, f"name=cached_{cached}", f"cache_image_states={cached}", 'freeze=["vision"]', *settings
+        )
+        assert code == 0, printed
+        results.append(json.loads((tmp_path / f"cached_{cached}" / "result.json").read_text()))
+        counts.append(Counter(encoded))
+        encoded.clear()
+    assert results[0]["evaluation_precision"] == "float32"
+    names = ("accuracy",) if recipe == "scenes_xgqa" else ("retrieval", "recall_at_1")
+    assert all(results[0][name] == results[1][name] for name in names)
+    assert set(counts[0].values()) == {1} and max(counts[1].values()) > 2
+    assert counts[0].keys() == counts[1].keys()
+
+
+def test_retrieval_encodes_images_once_for_all_languages(finetune, tmp_path, monkeypatch):
+    from finetune.tasks import retrieval
+
+    encoded, languages, retrieve_one = count_encoded(monkeypatch), [], retrieval.retrieve
+
+    def retrieve_counting(*arguments, **named):
+        languages.append(len(encoded))
+        return retrieve_one(*arguments, **named)
+
+    monkeypatch.setattr(retrieval, "retrieve", retrieve_counting)
+    settings = ("setting=untrained", "test_limit=12", "fit.bf16=false", "name=once")
+    code, printed = finetune("scenes_xflickrco", *settings)
+    assert code == 0, printed
+    assert len(languages) == 2 and languages[0] == languages[1] > 0  # none is encoded by the languages
+    assert not list((tmp_path / "once" / "predictions").glob(".*"))

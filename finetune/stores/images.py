@@ -2,7 +2,8 @@
 image encoder that ran before, or region features."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from finetune.formats import Captioned, Example
 from finetune.stores import SUFFIXES, Regions, folders_of, may_hold, normalise_boxes, stem
 from finetune.stores.regions import RegionStore, open_regions
-from raylib.cache import EncoderStates, open_once, write_encoder_states
+from raylib.cache import EncoderStates, open_once, remove_encoder_states, write_encoder_states
 from raylib.data.images import augment_image, count_uniforms, decode_image, resize_image
 from raylib.data.loading import to_device
 from raylib.data.tars import TarScan
@@ -257,3 +258,20 @@ def precompute_features(
         states = write_encoder_states(folder, sorted(set(names)), read, encode, CHUNK, dtype)
     model.train(training)
     return states
+
+
+@contextmanager
+def encoded_images(
+    model: Any, visual: VisualSource | None, names: Callable[[], Iterable[str]], folder: Path, bf16: bool
+) -> Iterator[VisualSource | None]:
+    """What grounds texts with images encoded once: their states lie in `folder` inside the block; what comes
+    in another form, or was encoded before, is left as it is."""
+    if not isinstance(visual, ImageSource):
+        yield visual
+        return
+    remove_encoder_states(folder)  # what a killed evaluation has left is another model's
+    try:
+        states = precompute_features(model, visual, names(), folder, bf16)
+        yield PrecomputedFeatures(states, visual.store)
+    finally:
+        remove_encoder_states(folder)

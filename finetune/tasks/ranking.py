@@ -11,7 +11,7 @@ Shape legend: n images, c captions, K candidates, P different pairs, e width of 
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from finetune.batches import encode_texts
 from finetune.formats import Captioned
-from finetune.stores.images import ImageSource, PrecomputedFeatures, precompute_features
-from raylib.cache import ItemStates, remove_encoder_states, write_encoder_states
+from finetune.stores.images import ImageSource, PrecomputedFeatures, encoded_images
+from raylib.cache import EncoderStates, ItemStates, remove_encoder_states, write_encoder_states
 from raylib.data.loading import to_device
 from raylib.display import progress
 from raylib.distributed import all_reduce, rank, world_size
@@ -59,9 +59,12 @@ def retrieve(
         NotFinite: embeddings, or scores of the match head, are not finite.
     """
     remove_encoder_states(folder)  # states that a killed evaluation has left are another model's
+    names = [item.image for item in items]
     try:
-        ranker = _Ranker(model, items, visual, tokenizer, length, folder, bf16, ranks=candidates is not None)
-        i2t, t2i, pairs = ranker.hits(candidates)
+        with encoded_images(model, visual, lambda: names, folder / "images", bf16) as encoded:
+            states, ranks = cast(PrecomputedFeatures, encoded).states, candidates is not None
+            ranker = _Ranker(model, items, states, tokenizer, length, folder, bf16, ranks)
+            i2t, t2i, pairs = ranker.hits(candidates)
     finally:
         remove_encoder_states(folder)
     figures = recall_figures(i2t, t2i)
@@ -94,7 +97,15 @@ class _Ranker:
     """Unit vectors of all images and captions; where the match head `ranks`, their states too."""
 
     def __init__(
-        self, model, items, visual, tokenizer: Tokenizer, length: int, folder: Path, bf16: bool, ranks: bool
+        self,
+        model,
+        items,
+        images: EncoderStates,
+        tokenizer: Tokenizer,
+        length: int,
+        folder: Path,
+        bf16: bool,
+        ranks: bool,
     ):
         self.model, self.bf16, self.device = model.eval(), bf16, next(model.parameters()).device
         names = [item.image for item in items]
@@ -102,10 +113,6 @@ class _Ranker:
         owner = [i for i, item in enumerate(items) for _ in item.captions]
         self.owner = torch.tensor(owner, device=self.device)  # (c,)
         keys = [str(i) for i in range(len(texts))]
-        if isinstance(visual, PrecomputedFeatures):
-            image_states = visual.states
-        else:
-            image_states = precompute_features(model, visual, names, folder / "images", bf16)
 
         def read(keys: Sequence[str]) -> Ragged:
             return encode_texts([texts[int(key)] for key in keys], tokenizer, length)
@@ -126,7 +133,7 @@ class _Ranker:
                 return model.embed_text(ids, normalize=False)
 
         with torch.inference_mode():
-            self.images = ItemStates(image_states, names, self.device)
+            self.images = ItemStates(images, names, self.device)
             self.image_vectors = _unit_vectors(len(names), embed_images)
             if ranks:
                 text_states = write_encoder_states(

@@ -1,6 +1,6 @@
 """Tasks that find the texts of an image, and the image of a text, among all others."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finetune.batches import BatchOrder, CaptionBatches, EpochBatches, ExtraInputs
 from finetune.formats import Captioned
-from finetune.stores.images import ImageSource, PrecomputedFeatures
+from finetune.stores.images import ImageSource, PrecomputedFeatures, encoded_images
 from finetune.strategies.base import AddedTerm, Captions, LossTerms, Need, Outputs, term_shares
 from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Score, Task
 from finetune.tasks.ranking import retrieve
@@ -101,21 +101,26 @@ class Retrieval(Task):
         self, pipeline: Pipeline, sets: Mapping[str, Iterable[Any]], folder: Path
     ) -> dict[str, dict[str, Any]]:
         config, model, tokenizer, _ = pipeline
-        visual = cast(ImageSource | PrecomputedFeatures, pipeline.visual)
-        return {
-            code: retrieve(
-                model,
-                merge_captions(items),
-                visual,
-                tokenizer,
-                config.length,
-                config.candidates if config.use_itm_head else None,
-                folder / f".{code}",
-                pipeline.bf16,
-                (config.fit.seed, code),
-            )
-            for code, items in sets.items()
-        }
+        items = {code: merge_captions(language_items) for code, language_items in sets.items()}
+
+        def names() -> Iterator[str]:  # the same images often have captions in every language
+            return (item.image for language_items in items.values() for item in language_items)
+
+        with encoded_images(model, pipeline.visual, names, folder / ".images", pipeline.bf16) as visual:
+            return {
+                code: retrieve(
+                    model,
+                    language_items,
+                    cast(PrecomputedFeatures, visual),
+                    tokenizer,
+                    config.length,
+                    config.candidates if config.use_itm_head else None,
+                    folder / f".{code}",
+                    pipeline.bf16,
+                    (config.fit.seed, code),
+                )
+                for code, language_items in items.items()
+            }
 
     def dev_score(self, config: "FinetuneConfig", figures: dict[str, Any]) -> Score:
         if config.select_metric == "recall_at_1":
