@@ -16,6 +16,8 @@ from raylib.distributed import world_size
 from raylib.engine import BUCKET_MB, Engine, build_optimizer, set_rate
 from raylib.errors import UserError
 
+MAX_OWNERS = 8  # of a bucket's parts that are reduced to each by itself
+
 
 class DeepSpeedEngine(Engine):
     """ZeRO stage 2. A checkpoint from another number of workers is converted (universal checkpoint) while
@@ -60,11 +62,12 @@ class DeepSpeedEngine(Engine):
         states = "zero/*zero_pp_rank_*_optim_states.pt"  # one a worker
         self.convert = start is not None and len(list(start.glob(states))) != world_size()
         groups = self._groups()
+        num_elements = sum(p.numel() for group in groups for p in group["params"])
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # unused: the objective divides by global counts itself
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self.config.clip,
-            "zero_optimization": _zero_settings(sum(p.numel() for group in groups for p in group["params"])),
+            "zero_optimization": zero_settings(num_elements, world_size()),
             "communication_data_type": "bf16" if self.gradient_dtype == "bfloat16" else "fp32",
             "zero_allow_untested_optimizer": True,
             # linear layers' gradients would travel in bf16 under autocast, whatever `communication_data_type`
@@ -116,10 +119,10 @@ class DeepSpeedEngine(Engine):
         }
 
 
-def _zero_settings(num_elements: int) -> dict[str, Any]:
-    """DeepSpeed's "zero_optimization" for so many trainable parameters. Its own buckets of 5e8 elements would
-    hold any model of ours whole: nothing would travel before backward has ended, and each of its buffers
-    would take 2 GB."""
+def zero_settings(num_elements: int, workers: int) -> dict[str, Any]:
+    """Return DeepSpeed's "zero_optimization" for so many trainable parameters. Its own buckets of 5e8
+    elements would hold any model of ours whole: nothing would travel before backward has ended, and each of its
+    buffers would take 2 GB."""
     bucket = min(BUCKET_MB * 2**20 // 4, num_elements)
     return {
         "stage": 2,
@@ -128,9 +131,9 @@ def _zero_settings(num_elements: int) -> dict[str, Any]:
         "reduce_scatter": True,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": num_elements + num_elements % 2,  # it wants an even number
-        # one reduction for the owner of each part of a bucket moves half of what an all-reduce does; it takes
-        # as many calls as a bucket has owners, few unless shares are smaller than buckets
-        "use_multi_rank_bucket_allreduce": num_elements < bucket * world_size(),
+        # one reduction for the owner of each part of a bucket moves half of what an all-reduce does, in as
+        # many calls as a bucket has owners
+        "use_multi_rank_bucket_allreduce": bucket * workers > MAX_OWNERS * num_elements,
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import data, gpu, gpu_tables, record, results
+from benchmarks import data, gpu, gpu_tables, record, results, scaling
 from benchmarks.device import GPU
 from benchmarks.dry import dry_run
 from raylib.fileio import append_jsonl, read_jsonl
@@ -32,6 +32,25 @@ def test_benchmark_tables_match_recorded_results(tmp_path):
             f"python -m benchmarks.record: {name}"
         )
         assert "Not measured yet" not in text
+
+
+def test_scaling_page_matches_model_of_cost_and_records():
+    assert scaling.PAGE.read_text(encoding="utf-8") == scaling.page(), "python -m benchmarks.scaling"
+
+
+def test_scaling_counts_what_collectives_bring():
+    """By hand, of 2 workers with 3 pairs: 1 of 2 halves comes from outside."""
+    s = scaling.Shapes(parameters=10, words=6, states=5, width=4, embedding=2)
+    received = {t.name: t.received for t in scaling.before(s, 2, 3)}
+    assert received["states of images"] == 3 * (6 * 5 * 4 * 4) / 2
+    assert received["gradients"] == 2 * (6 * 4 + 4 * 2) / 2 and received["weights"] == 10 * 4 / 2
+    now = {t.name: t.received for t in scaling.after(s, 2, 3, False, 2)}
+    assert now["states of images"] == 2 * (3 * 5 * 4 * 2) / 2
+    assert now["gradients, of words"] == 2 * 6 * 2 / 2 and "weights" not in now
+    slow = scaling.Traffic("x", 8e9)
+    assert scaling.seconds(slow, 16) > scaling.seconds(slow, 8), "the network is slower than NVLink"
+    scattered = scaling.Traffic("x", 8e9, scattered=True)
+    assert scaling.seconds(scattered, 64) > 5 * scaling.seconds(slow, 64), "through its own port alone"
 
 
 def test_benchmark_records_newest_of_a_run_counts(tmp_path):
