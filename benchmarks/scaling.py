@@ -233,8 +233,8 @@ shortens. A batch that grows with the GPUs keeps them busy. What a step waits fo
 
 ## ZeRO-2 beside DDP, on two CPU workers
 
-Measured: `tiny`, 2 gloo workers on one machine, float32, median. On a CPU nothing travels while something else
-computes: this is the engines' own work, and says nothing of a GPU's links."""
+Measured: `tiny`, 2 gloo workers on one machine, float32, median. On a CPU nothing travels while something
+else computes: this is the engines' own work, and says nothing of a GPU's links."""
 
 
 def page() -> str:

@@ -121,8 +121,8 @@ class DeepSpeedEngine(Engine):
 
 def zero_settings(num_elements: int, workers: int) -> dict[str, Any]:
     """Return DeepSpeed's "zero_optimization" for so many trainable parameters. Its own buckets of 5e8
-    elements would hold any model of ours whole: nothing would travel before backward has ended, and each of its
-    buffers would take 2 GB."""
+    elements would hold any model of ours whole: nothing would travel before backward has ended, and each of
+    its buffers would take 2 GB."""
     bucket = min(BUCKET_MB * 2**20 // 4, num_elements)
     return {
         "stage": 2,
