@@ -200,11 +200,13 @@ def sizes(report: Report) -> None:
 # settings that a run may have, each beside the recipe's own
 LEVERS: dict[str, list[str]] = {
     "as the recipe": [],
+    "fit.compile=true": ["fit.compile=true"],
     "fit.residual=float32": ["fit.residual=float32"],
     "fit.tf32=false": ["fit.tf32=false"],
     "model.checkpointing=blocks": ["model.checkpointing=blocks"],
     "model.checkpointing=all": ["model.checkpointing=all"],
     "fit.micro_batches=4": ["fit.micro_batches=4"],
+    "objective.contrast=sigmoid": ["objective.contrast=sigmoid"],
     "fit.sharding=zero2": ["fit.sharding=zero2"],  # last: it leaves a process group behind
 }
 

@@ -121,7 +121,7 @@ def training(setting: Setting, *args: Any, **kwargs: Any) -> Iterator[Training]:
     try:
         yield run
     finally:
-        run.stream.close()
+        del run.stream
 
 
 def time_steps(setting: Setting, step: Callable[[], Any], num: int | None = None, warm: int = 3) -> dict:
