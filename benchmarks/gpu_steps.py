@@ -216,7 +216,7 @@ def profile_steps(setting: Setting, step: Callable[[], Any], num: int = 3, rows:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     step()
     setting.wait()
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         start = time.perf_counter()
         for _ in range(num):
             step()
