@@ -6,9 +6,18 @@ import torch.nn.functional as F
 
 from raylib.distributed import clamp_parameter
 from raylib.models import vocabulary
-from raylib.models.vocabulary import HEAD_ROWS, _cast_table, _lean_gradients, head_rows, vocabulary_loss
+from raylib.models.vocabulary import (
+    HEAD_ROWS,
+    _cast_table,
+    _gradients,
+    _lean_gradients,
+    head_rows,
+    vocabulary_loss,
+)
 from raylib.objectives import draw_hard_negatives, info_nce
 from raylib.runtime import set_deterministic
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def test_contrastive_loss_excludes_equal_content():
@@ -55,10 +64,10 @@ def test_masked_lm_loss_in_bf16_is_close():
         assert (x.grad - y.grad).norm() < 0.02 * y.grad.norm()
 
 
-def lean_loss(states, weight, bias, labels, scale, dtype=torch.bfloat16):
+def lean_loss(states, weight, bias, labels, scale, dtype=torch.bfloat16, needed=(True, True)):
     """Loss, losses and gradients as the GPU's way in bf16 has them, on this CPU."""
-    losses, states_grad, weight_grad, bias_grad = _lean_gradients(states, weight, bias, labels, scale, dtype)
-    return losses, (states_grad, weight_grad, bias_grad)
+    losses, *grads = _lean_gradients(states, weight, bias, labels, scale, dtype, needed)
+    return losses, grads
 
 
 @pytest.mark.parametrize("chunk", [7, 4096])
@@ -102,6 +111,54 @@ def test_lean_masked_lm_loss_in_float32_equals_cross_entropy():
     torch.testing.assert_close(losses, expected.detach())
     for found, x in zip(grads, plain, strict=True):
         torch.testing.assert_close(found, x.grad)
+
+
+@pytest.mark.parametrize("is_lean", [False, True])
+def test_masked_lm_loss_computes_no_gradient_that_is_not_needed(is_lean):
+    torch.manual_seed(0)
+    inputs = [torch.randn(50, 8), torch.randn(90, 8), torch.randn(90)]
+    labels, scale = torch.randint(0, 90, (50,)), torch.rand(50)
+    function = _lean_gradients if is_lean else _gradients
+    whole, frozen, none = (
+        function(*inputs, labels, scale, torch.float32, needed)
+        for needed in ((True, True), (True, False), (False, False))
+    )
+    assert whole[0].equal(frozen[0]) and whole[0].equal(none[0])
+    assert whole[1].equal(frozen[1])
+    torch.testing.assert_close(whole[3], frozen[3])
+    assert frozen[2] is None and none[2] is None
+    inputs[0].requires_grad_()
+    with torch.no_grad():
+        assert vocabulary_loss(*inputs, labels, scale)[1].equal(
+            _gradients(*inputs, labels, scale, torch.float32, (False, False))[0]
+        )
+    vocabulary_loss(*inputs, labels, scale)[0].backward()
+    torch.testing.assert_close(inputs[0].grad, whole[1])
+
+
+@needs_gpu
+@pytest.mark.parametrize("rows", [1, 700, 3300])
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_masked_lm_loss_on_cuda_is_that_of_the_cpu(rows, is_bf16, monkeypatch):
+    """With a vocabulary to be padded, in one chunk and in several."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(rows, 64), torch.randn(5002, 64) * 0.3, torch.randn(5002)]
+    labels, scale = torch.randint(0, 5002, (rows,)), torch.rand(rows) / rows
+    full = [x.double().requires_grad_() for x in inputs]
+    expected = F.cross_entropy(F.linear(*full), labels, reduction="none")
+    (3 * expected * scale).sum().backward()
+    for size in (head_rows(torch.device("cuda"), 5002, 4), 256):
+        monkeypatch.setattr(vocabulary, "head_rows", lambda *_, size=size: size)
+        found = [x.cuda().requires_grad_() for x in inputs]
+        with torch.autocast("cuda", torch.bfloat16, enabled=is_bf16):
+            states = found[0].to(torch.bfloat16) if is_bf16 else found[0]
+            loss, losses = vocabulary_loss(states, *found[1:], labels.cuda(), scale.cuda())
+        (3 * loss).backward()
+        tolerance = 0.02 if is_bf16 else 1e-4
+        torch.testing.assert_close(losses.cpu().double(), expected.detach(), rtol=tolerance, atol=tolerance)
+        for x, y in zip(found, full, strict=True):
+            assert x.grad.dtype == torch.float32 and x.grad.is_contiguous()
+            assert (x.grad.cpu() - y.grad).norm() < tolerance * y.grad.norm()
 
 
 def test_vocabulary_is_padded_in_memory_off_the_cpu_alone(monkeypatch):

@@ -42,18 +42,22 @@ def vocabulary_loss(
     Returns:
         (sum of scale * loss, the losses (m,), which carry no gradient).
     """
-    return _VocabularyLoss.apply(states, weight, bias, labels, scale)
+    return _VocabularyLoss.apply(states, weight, bias, labels, scale, torch.is_grad_enabled())
 
 
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, scale: Tensor):
+    def forward(
+        ctx, states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, scale: Tensor, has_backward: bool
+    ):
         kind = states.device.type
         dtype = autocast_dtype(kind) or weight.dtype
         with torch.autocast(kind, enabled=False):
             ctx.is_lean = kind != "cpu" and dtype == torch.bfloat16
             gradients = _lean_gradients if ctx.is_lean else _gradients
-            losses, *ctx.grads = gradients(states, weight, bias, labels, scale, dtype)
+            # evaluation needs none, frozen embeddings need not the largest
+            needed = has_backward and any(ctx.needs_input_grad), has_backward and ctx.needs_input_grad[1]
+            losses, *ctx.grads = gradients(states, weight, bias, labels, scale, dtype, needed)
             loss = (losses * scale).sum()
         ctx.mark_non_differentiable(losses)
         return loss, losses
@@ -62,17 +66,26 @@ class _VocabularyLoss(torch.autograd.Function):
     def backward(ctx, loss_grad: Tensor, _):
         grads, ctx.grads = ctx.grads, None  # scaled in place: a second backward is an error
         states_grad, weight_grad, bias_grad = grads
-        # the lean one is cast, and parted from the bias's columns, in the same pass
-        out = weight_grad.new_empty(weight_grad.shape, dtype=bias_grad.dtype) if ctx.is_lean else weight_grad
-        torch.mul(weight_grad, loss_grad, out=out)
-        return states_grad.mul_(loss_grad), out, bias_grad.mul_(loss_grad), None, None
+        if ctx.is_lean and weight_grad is not None:
+            # cast, and parted from the bias's columns, in the same pass
+            out = weight_grad.new_empty(weight_grad.shape, dtype=bias_grad.dtype)
+            weight_grad = torch.mul(weight_grad, loss_grad, out=out)
+        elif weight_grad is not None:
+            weight_grad.mul_(loss_grad)
+        return states_grad.mul_(loss_grad), weight_grad, bias_grad.mul_(loss_grad), None, None, None
 
 
 def _gradients(
-    states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, scale: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    needed: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Losses (m,), and the gradients of `states`, `weight` and `bias`: products in `dtype`, the rest in
-    float32 or better."""
+    float32 or better. `needed`: whether any gradient is, and that of `weight`; others are not to be read."""
     exact = torch.promote_types(dtype, torch.float32)
     losses, states_grad = scale.new_empty(len(labels)), torch.empty_like(states)
     bias_grad, weight_grad = torch.zeros_like(bias), None
@@ -83,12 +96,16 @@ def _gradients(
         chunk, targets, counts = states[rows].to(dtype), labels[rows, None], scale[rows, None].to(exact)
         log_chances = F.log_softmax(F.linear(chunk, table, shift), -1, dtype=exact)
         losses[rows] = -log_chances.gather(1, targets).squeeze(1)
+        if not needed[0]:
+            continue
         # the gradient of cross-entropy is softmax - one-hot; made in place, the logits' memory over
         logits_grad = log_chances.exp_().mul_(counts).scatter_add_(1, targets, -counts)
         bias_grad += logits_grad.sum(0)[: len(bias)]
         logits_grad = logits_grad.to(dtype)
         states_grad[rows] = logits_grad @ table
         by_word = logits_grad.T[: len(bias)]
+        if not needed[1]:
+            continue
         # zeros as large as the vocabulary are only written where there is no chunk at all
         if weight_grad is None:
             weight_grad = (by_word @ chunk).to(weight.dtype)
@@ -96,7 +113,9 @@ def _gradients(
             weight_grad.addmm_(by_word, chunk)
         else:
             weight_grad += by_word @ chunk
-    return losses, states_grad, torch.zeros_like(weight) if weight_grad is None else weight_grad, bias_grad
+    if weight_grad is None and needed[1]:
+        weight_grad = torch.zeros_like(weight)
+    return losses, states_grad, weight_grad, bias_grad
 
 
 def _cast_table(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -111,8 +130,14 @@ def _cast_table(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tenso
 
 
 def _lean_gradients(
-    states: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, scale: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    needed: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """As `_gradients`, with a third of its traffic: nothing of the logits' size is float32, and what each
     position counts is multiplied into states, not into logits. The gradient of `weight` is in `dtype` where
     one chunk makes it."""
@@ -127,20 +152,23 @@ def _lean_gradients(
         losses[rows], logits_grad = _softmax_gradient(
             F.linear(chunk.to(dtype), table, shift), labels[rows, None]
         )
+        if not needed[0]:
+            continue
         states_grad[rows] = (logits_grad @ table) * counts
-        # The gradient of the bias comes out of the same product, as that of two more columns: what positions
-        # count, as a sum of two numbers in `dtype`. Eight columns keep rows aligned.
+        # The gradient of the bias comes out of the product that makes the weight's, as that of two more
+        # columns: what positions count, as a sum of two numbers in `dtype`. Eight columns keep rows aligned.
         high = counts.to(dtype)
-        columns = [(chunk * counts).to(dtype), high, (counts - high).to(dtype), high.new_zeros(len(high), 6)]
+        columns = [high, (counts - high).to(dtype), high.new_zeros(len(high), 6)]
+        if needed[1]:
+            columns.append((chunk * counts).to(dtype))
         chunk_grad = logits_grad.T[:num_words] @ torch.cat(columns, 1)
         if grad is None:
             grad = chunk_grad if size >= len(labels) else chunk_grad.to(weight.dtype)
         else:
             grad += chunk_grad
     if grad is None:
-        grad = weight.new_zeros(num_words, width + 8)
-    bias_grad = grad[:, width : width + 2].sum(1, dtype=bias.dtype)
-    return losses, states_grad, grad[:, :width], bias_grad
+        grad = weight.new_zeros(num_words, 8 + width)
+    return losses, states_grad, grad[:, 8:] if needed[1] else None, grad[:, :2].sum(1, dtype=bias.dtype)
 
 
 @fusible
