@@ -52,11 +52,11 @@ class VisionBlock(RecomputedModule):
         b, n, _ = x.shape
         normed = self.attention_norm(x).flatten(0, 1)
         attended = self.attention(normed, None, BucketPlan([(b, n, n)], None, None))
-        return _feed_forward(self, x, attended.view_as(x))
+        return _vision_feed_forward(self, x, attended.view_as(x))
 
 
 @fusible
-def _feed_forward(block: VisionBlock, x: Tensor, attended: Tensor) -> Tensor:
+def _vision_feed_forward(block: VisionBlock, x: Tensor, attended: Tensor) -> Tensor:
     x = x + block.dropout(attended)
     return x + block.dropout(block.output(F.gelu(block.intermediate(block.output_norm(x)))))
 
