@@ -11,13 +11,15 @@ from those of large tensors, such as similarities, are drawn.
 
 import sys
 from collections import Counter as Tally
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -25,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.device import META, SMALL, DeviceTensor, device_tensor, simulated_gpu
 from benchmarks.results import ROOT
+from raylib.precision import set_compiler
 
 OWN_FILES = ("device.py", "dry.py", "gpu_steps.py")
 # operators whose result has a size that only the device knows, or whose result is a Python number
@@ -48,12 +51,14 @@ ATTENTION = ("_attention", "varlen_attn")
 
 @dataclass
 class Operator:
-    """One kernel: its phase ("forward", "backward"), name, FLOP, bytes read and written."""
+    """One kernel: its phase ("forward", "backward"), name, FLOP, bytes read and written; the function that
+    `fit.compile` would fuse it into, if any."""
 
     phase: str
     name: str
     flops: int
     num_bytes: int
+    region: str = ""
 
 
 class Counter(TorchDispatchMode):
@@ -69,6 +74,8 @@ class Counter(TorchDispatchMode):
     def clear(self) -> None:
         """Begin anew."""
         self.phase = "forward"
+        self.region = ""
+        self.region_calls: Tally[str] = Tally()
         self.operators: list[Operator] = []
         self.waits: Tally[str] = Tally()  # by line, and by what waits there
         self.host_to_device: list[int] = []  # bytes of each copy
@@ -194,7 +201,45 @@ class Counter(TorchDispatchMode):
             num_bytes = 2 * written + 3 * _size(inputs[-1])
         else:
             num_bytes = sum(map(_size, inputs)) + written
-        self.operators.append(Operator(self.phase, name, flops, num_bytes))
+        self.operators.append(Operator(self.phase, name, flops, num_bytes, self.region))
+
+    def follow(self, function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+        """`torch.compile` of the dry run: `function` as it is, its operators booked as a region, forward and
+        backward."""
+        region = f"{function.__module__}.{function.__qualname__}"
+
+        def enter(*_: Any) -> None:
+            self.region = region
+
+        def leave(*_: Any) -> None:
+            self.region = ""
+
+        def run(*args: Any) -> Any:
+            self.region_calls[region] += 1
+            enter()
+            out = function(*args)
+            leave()
+            edges = [x.grad_fn for x in tree_leaves(out) if isinstance(x, Tensor)]
+            inside = {x.grad_fn for x in args if isinstance(x, Tensor)} | {None}  # where the region ends
+            while edges:
+                if (node := edges.pop()) not in inside and node.next_functions:  # not a parameter's
+                    inside.add(node)
+                    node.register_prehook(enter)
+                    node.register_hook(leave)
+                    edges += [following for following, _ in node.next_functions]
+            return out
+
+        return run
+
+    def regions(self) -> list[tuple[str, int, int, int, float]]:
+        """(function, calls, operators, those of them that are matrix products, GB of the others) of each."""
+        rows = []
+        for region, calls in self.region_calls.items():
+            inside = [op for op in self.operators if op.region == region]
+            others = [op for op in inside if not op.flops]
+            size = sum(op.num_bytes for op in others) / 1e9
+            rows.append((region, calls, len(inside), len(inside) - len(others), size))
+        return rows
 
     def summary(self) -> dict[str, Any]:
         """Figures of what was booked."""
@@ -263,5 +308,11 @@ def project_line() -> str:
 def dry_run() -> Iterator[Counter]:
     """A block in which `cuda:0` is a GPU without elements; gives the counter."""
     counter = Counter()
-    with simulated_gpu(), counter:
+    with ExitStack() as stack:
+        stack.enter_context(simulated_gpu())
+        stack.enter_context(mock.patch.object(torch, "compile", counter.follow))
+        stack.enter_context(mock.patch.object(torch._dynamo, "maybe_mark_dynamic"))
+        stack.enter_context(counter)
+        set_compiler("dry run")
+        stack.callback(set_compiler, None)
         yield counter

@@ -56,7 +56,7 @@ def count(size: str, batch: Sequence[int]) -> Counter:
 
 
 def dry_report(counter: Counter, rows: int = 20) -> str:
-    """Markdown: the sums, the waits by line, the operators that move most."""
+    """Markdown: the sums, the waits by line, the operators that move most, the regions that may be fused."""
     figures = counter.summary()
     copies = ", ".join(
         f"{figures[way]['copies']} copies {name} ({figures[way]['bytes'] / 1e6:.1f} MB)"
@@ -77,7 +77,17 @@ def dry_report(counter: Counter, rows: int = 20) -> str:
     table += [
         [name, f"{n:,}", f"{flops:.2f}", f"{size:.2f}"] for name, n, flops, size in counter.by_name()[:rows]
     ]
-    return "\n".join([*lines, markdown_table(table)])
+    fused = [
+        [
+            "fused by fit.compile (Triton; products stay cuBLAS's)",
+            "calls",
+            "operators",
+            "products",
+            "GB of the rest",
+        ]
+    ]
+    fused += [[name, *map(str, counts), f"{size:.2f}"] for name, *counts, size in counter.regions()]
+    return "\n".join([*lines, markdown_table(table), "", markdown_table(fused)])
 
 
 def dry(options: argparse.Namespace) -> None:
