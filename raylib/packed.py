@@ -75,6 +75,12 @@ def select(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x.index_select(0, index)
 
 
+def select_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """x (T, ...) where `mask` (T,), on the CPU, is True."""
+    # by numbers of rows: to count those of a mask on a GPU, the host would wait
+    return x.index_select(0, upload(mask.nonzero().squeeze(1), x.device))
+
+
 def unless_in_order(index: Tensor, count: int) -> Tensor | None:
     """None if `index`, on the CPU, selects all of `count` rows in order."""
     return None if len(index) == count and index.equal(torch.arange(count)) else index

@@ -27,6 +27,7 @@ from raylib.metrics import disparity
 from raylib.models.base import FusionBackbone, read_description
 from raylib.models.decoder import encode_answers
 from raylib.models.finetuned import FinetuneModel, find_evaluated, load_backbone, tokenizer_at
+from raylib.packed import upload
 from raylib.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -298,7 +299,7 @@ class ClassificationObjective(Objective):
             names += ["task", *self.second]
             weights += [self.task_weight * w for w in (1.0, *(t.weight for t in self.second.values()))]
         stacked = torch.stack(shares)
-        loss = (torch.tensor(weights, device=device) * stacked).sum()
+        loss = (upload(torch.tensor(weights), device) * stacked).sum()
         return loss * world_size(), dict(zip(names, all_reduce(stacked).unbind(), strict=True))
 
 

@@ -22,7 +22,7 @@ from raylib.errors import UserError
 from raylib.models.layers import Memory
 from raylib.models.unified import UnifiedModel
 from raylib.models.vocabulary import head_rows, vocabulary_loss
-from raylib.packed import Ragged, first_tokens
+from raylib.packed import Ragged, first_tokens, upload
 from raylib.settings import DecoderConfig
 from raylib.text import Tokenizer
 
@@ -95,13 +95,13 @@ class AnswerDecoder(nn.Module):
             question: states (T, d) of b grounded questions.
             scores: (b, C), 0 where an answer is wrong.
         """
-        rows, answers = (
-            index.cpu() for index in scores.nonzero(as_tuple=True)
-        )  # waits for a GPU, once a step
+        # to count what is not 0, and to copy it, the host waits for a GPU
+        where = scores.nonzero(as_tuple=True)
+        rows, answers = torch.stack(where).cpu()
         states = self._states(backbone, question, rows, answers)
         lengths = self.lengths[answers]
-        weights = scores[scores != 0].repeat_interleave(
-            lengths.to(scores.device), output_size=int(lengths.sum())
+        weights = scores[where].repeat_interleave(
+            upload(lengths, scores.device), output_size=int(lengths.sum())
         )
         target_ids = Ragged(self.target_ids, self.lengths).select_rows(answers).values
         hidden = backbone.masked_head(states)
@@ -123,13 +123,13 @@ class AnswerDecoder(nn.Module):
         k = candidates.shape[1]
         answers_index, rows = candidates.flatten().cpu(), torch.arange(b).repeat_interleave(k)
         states, lengths = self._states(backbone, question, rows, answers_index), self.lengths[answers_index]
-        later = (
-            (~first_tokens(lengths)).nonzero().squeeze(1).to(states.device)
-        )  # the first token's is known already
+        # the first token's is known already
+        later = (~first_tokens(lengths)).nonzero().squeeze(1)
+        is_later = torch.arange(int(lengths.max()) - 1) < (lengths - 1)[:, None]
+        later, is_later = upload((later, is_later), states.device)
         target_ids = Ragged(self.target_ids, self.lengths).select_rows(answers_index).values
         logs = _log_probabilities(backbone, states.index_select(0, later), target_ids.index_select(0, later))
         # into a table with a row for each candidate: sums in an order of their own, on a GPU too
-        is_later = (torch.arange(int(lengths.max()) - 1) < (lengths - 1)[:, None]).to(states.device)
         rest = logs.new_zeros(is_later.shape).masked_scatter(is_later, logs).sum(1).view(b, k)
         whole = first.gather(1, candidates) * (2 if self.config.count_first_twice else 1) + rest
         return first.new_full((b, answers), -torch.inf).scatter(1, candidates, whole)
@@ -147,9 +147,7 @@ class AnswerDecoder(nn.Module):
         states = self.layers(
             start.with_values(backbone.embedding(start)), memory=Memory(question, torch.arange(b))
         )
-        tokens = self.target_ids.index_select(
-            0, (self.lengths.cumsum(0) - self.lengths).to(self.target_ids.device)
-        )
+        tokens = Ragged(self.target_ids, self.lengths).first()
         return torch.cat(
             [_vocabulary(backbone, part).index_select(1, tokens) for part in _in_chunks(backbone, states)]
         )

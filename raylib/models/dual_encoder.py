@@ -25,7 +25,7 @@ from raylib.models.hf_weights import WeightMapper, copy_block, read_folder
 from raylib.models.layers import Encoder, TextEmbedding, init_weights
 from raylib.models.recompute import SplitModule, recompute_layers
 from raylib.models.vision import CLIP_MEAN, CLIP_STD
-from raylib.packed import Ragged
+from raylib.packed import Ragged, upload
 from raylib.settings import Checkpointing
 
 FIRST_POSITION = 2  # row of XLM-R's position embeddings that a text starts at
@@ -214,9 +214,10 @@ class MClip(DualEncoder):
         """Ids of n texts -> vectors (n, e): the mean over all tokens, specials too, mapped."""
         states = self.text(ids.with_values(self.embedding(ids)))
         # a mean over packed rows: each token is added to the row that it is of
-        row = torch.arange(len(ids.lengths)).repeat_interleave(ids.lengths).to(states.device)
+        row = torch.arange(len(ids.lengths)).repeat_interleave(ids.lengths)
+        row, lengths = upload((row, ids.lengths), states.device)
         sums = states.new_zeros(len(ids.lengths), states.shape[1]).index_add(0, row, states)
-        return self.text_projection(sums / ids.lengths.to(states.device)[:, None])
+        return self.text_projection(sums / lengths[:, None])
 
 
 class Clip(DualEncoder):
@@ -321,13 +322,11 @@ class Clip(DualEncoder):
     def project_text(self, ids: Ragged) -> Tensor:
         """Ids of n texts -> vectors (n, e): the state of the last token, mapped."""
         # CLIP's own tower takes padded rows, as it is `transformers`'; ours take packed ones
-        rows, columns = len(ids.lengths), torch.arange(int(ids.lengths.max()))
-        is_token = columns < ids.lengths[:, None]
-        padded = ids.values.new_zeros(rows, len(columns))
-        padded[is_token.to(padded.device)] = ids.values
+        padded, _ = ids.padded(int(ids.lengths.max()))
         # attention is causal: a text does not see its padding, so no mask is needed
         states = self.run_pieces(self._text_states, padded)
-        last = states[torch.arange(rows), (ids.lengths - 1).to(states.device)]
+        rows, columns = upload((torch.arange(len(padded)), ids.lengths - 1), states.device)
+        last = states[rows, columns]
         return self.towers.text_projection(last)
 
     def _text_states(self, padded: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ class FinetuneModel(nn.Module):
     def answer(self, last: Ragged) -> Tensor:
         """Logits (b, labels) from the states after the last layer: as `forward`, where one image grounds a
         text."""
-        return self.head(self.backbone.pool(last.values.index_select(0, last.starts.to(last.values.device))))
+        return self.head(self.backbone.pool(last.first()))
 
     @property
     def num_layers(self) -> int:

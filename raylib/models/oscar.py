@@ -43,7 +43,7 @@ from raylib.models.hf_weights import (
 )
 from raylib.models.layers import TextEmbedding, init_weights
 from raylib.models.single_stream import SingleStreamBackbone
-from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, join_rows
+from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, join_rows, select_mask
 from raylib.precision import LayerNorm
 
 # numbers behind a region's features that are taken: x1, y1, x2, y2, width, height, as shares of the image;
@@ -186,7 +186,7 @@ class Oscar(SingleStreamBackbone):
         """Ids (W,) -> words (W, d), or those in `output_mask`: a premise as it enters the row, in the place
         of tags. In this stack a text meets its memory in every layer, so nothing of it is encoded before."""
         words = self.embedding.tags(ids.values)
-        return words if output_mask is None else words[output_mask.to(words.device)]
+        return words if output_mask is None else select_mask(words, output_mask)
 
     def fused_cls(self, text: Ragged, memory: TaggedRegions | Ragged | None, per_text: int = 1) -> Tensor:
         """Pooled states of texts and their memory: of images, which must keep tags and regions apart

@@ -30,7 +30,7 @@ from raylib.errors import UserError
 from raylib.models.base import RegionBackbone
 from raylib.models.layers import Encoder, TextEmbedding, init_weights
 from raylib.models.single_stream_weights import read_single_stream
-from raylib.packed import Ragged, first_tokens, join_rows
+from raylib.packed import Ragged, first_tokens, join_rows, select_mask, upload
 from raylib.precision import LayerNorm
 
 # Numbers behind a region's features, as readers give them: x1, y1, x2, y2, width, height, area, as shares of
@@ -292,7 +292,7 @@ class SingleStream(SingleStreamBackbone):
         # where positions number the whole row, they wait until it is laid out (`joint_rows`)
         if not self.config.number_regions:
             words = self.embedding.add_positions(ids.with_values(words))
-        return words if output_mask is None else words[output_mask.to(words.device)]
+        return words if output_mask is None else select_mask(words, output_mask)
 
     def fused_cls(self, text: Ragged, memory: Ragged | None, per_text: int = 1) -> Tensor:
         """Pooled states of texts and their memory, embedded regions or premises; as in the base class.
@@ -370,8 +370,9 @@ class XUniter(SingleStream):
 def _whole_images(regions: Ragged) -> Ragged:
     """A region for each image (n, f + 7): the mean of its features, in the box of the whole image."""
     values, lengths = regions
-    row = torch.arange(len(lengths)).repeat_interleave(lengths).to(values.device, non_blocking=True)
+    row = torch.arange(len(lengths)).repeat_interleave(lengths)
+    row, counts, box = upload((row, lengths, torch.tensor(WHOLE_IMAGE_BOX)), values.device)
     sums = values.new_zeros(len(lengths), values.shape[1]).index_add_(0, row, values)
-    means = sums / lengths.to(values.device, non_blocking=True)[:, None]
-    means[:, -REGION_BOX_DIM:] = values.new_tensor(WHOLE_IMAGE_BOX)
+    means = sums / counts[:, None]
+    means[:, -REGION_BOX_DIM:] = box
     return Ragged(means, torch.ones_like(lengths))

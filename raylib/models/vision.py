@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from raylib.models.attention import Attention, BucketPlan
 from raylib.models.recompute import RecomputedModule, SplitModule
+from raylib.packed import upload
 from raylib.precision import LayerNorm, fusible
 from raylib.settings import PixelStats
 
@@ -27,7 +28,7 @@ def normalize_pixels(images: Tensor, mean: PixelStats, std: PixelStats, dtype: t
     if images.is_floating_point():
         return images.to(dtype)
     shift, scale = (
-        v if isinstance(v, float | int) else torch.tensor(v, dtype=dtype, device=images.device)
+        v if isinstance(v, float | int) else upload(torch.tensor(v, dtype=dtype), images.device)
         for v in (mean, std)
     )
     return (images.to(dtype) - shift) / scale
