@@ -2,17 +2,16 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.embeddings import FrozenStates
 from raylib.data.images import decode_image, resize_image
-from raylib.data.loading import to_device
 from raylib.data.shards import index_command
 from raylib.data.sources import Source
 from raylib.display import markdown_table, progress
@@ -22,11 +21,8 @@ from raylib.fileio import find_file, write_json
 from raylib.finite import is_finite, require_finite, require_finite_values
 from raylib.metrics import mean_or_zero, mean_recall_at_1, recall_figures, recall_hits, recall_interval
 from raylib.models import find_model, find_tokenizer
-from raylib.models.base import RetrievalBackbone
 from raylib.models.finetuned import find_fit
 from raylib.models.unified import UnifiedModel
-from raylib.packed import Ragged
-from raylib.precision import autocast
 from raylib.provenance import DataFile, combined_hash, fingerprint_files, hash_path, provenance
 from raylib.runtime import local_device, peak_memory
 from raylib.settings import FitConfig
@@ -39,7 +35,6 @@ from raylib.text import (
     parse_captions,
 )
 
-IMAGES, SENTENCES = 64, 1024  # encoded at a time
 COLUMNS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 
 
@@ -157,6 +152,7 @@ class ZeroShotRetrieval:
             language: torch.tensor([owner for owner, _ in rows]) for language, rows in texts.items()
         }
         self.ids = {language: self._ids([text for _, text in rows]) for language, rows in texts.items()}
+        self.frozen = FrozenStates()
 
     def count_missing_captions(self) -> dict[str, int]:
         """{language: images that have no caption in it, and are none of its candidates}."""
@@ -176,13 +172,16 @@ class ZeroShotRetrieval:
             NotFinite: embeddings of the images, or of a language's sentences, are not finite.
         """
         world = world_size()
-        local_images = image_vectors(model, self.images[rank() :: world], bf16)
+        local_images = self.frozen.image_vectors(model, self.images[rank() :: world], bf16)
         images = torch.empty(len(self.images), model.config.embedding)
         for worker, vectors in enumerate(gather_objects(local_images)):
             images[worker::world] = vectors
         require_finite("image embeddings", images)  # on all workers
         languages = sorted(self.ids)[rank() :: world]
-        texts = {language: sentence_vectors(model, self.ids[language], bf16) for language in languages}
+        texts = {
+            language: self.frozen.sentence_vectors(model, language, self.ids[language], bf16)
+            for language in languages
+        }
         bad = [language for language, vectors in texts.items() if not is_finite(vectors)]
         raise_on_all_workers(
             f"text embeddings in {', '.join(bad)}: not finite (NaN or infinite)" if bad else None
@@ -259,35 +258,6 @@ def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
         "items_skipped": retrieval.count_missing_captions(),
         **scores,
     }
-
-
-def image_vectors(model: RetrievalBackbone, images: Tensor, bf16: bool, batch: int = IMAGES) -> Tensor:
-    """uint8 (n, H, W, 3) -> unit vectors (n, e), float32 on the CPU. `bf16`: of the encoder alone."""
-    device, vectors = next(model.parameters()).device, []
-    for part in progress(images.split(batch), "encode images", len(images), "images", len):
-        with autocast(device, bf16):
-            states = model.encode_images(to_device(part, device))
-            vectors.append(model.embed_images(states, normalize=False))
-    return _unit_vectors(vectors)
-
-
-def sentence_vectors(
-    model: RetrievalBackbone, ids: Sequence[Tensor], bf16: bool, batch: int = SENTENCES
-) -> Tensor:
-    """Sentences with specials -> unit vectors (n, e), float32 on the CPU. `bf16`: of the encoder alone."""
-    device, vectors = next(model.parameters()).device, []
-    chunks = [ids[start : start + batch] for start in range(0, len(ids), batch)]
-    for chunk in progress(chunks, "encode sentences", len(ids), "sentences", len):
-        lengths = torch.tensor([len(row) for row in chunk])
-        with autocast(device, bf16):
-            rows = to_device(Ragged(torch.cat(tuple(chunk)), lengths), device)
-            vectors.append(model.embed_text(rows, normalize=False))
-    return _unit_vectors(vectors)
-
-
-def _unit_vectors(vectors: list[Tensor]) -> Tensor:
-    """The vectors of all batches, which stay on the device until the last is computed."""
-    return F.normalize(torch.cat(vectors).float(), dim=-1).cpu()
 
 
 def summarize_recall(table: dict[str, Any]) -> dict[str, float]:

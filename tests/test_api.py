@@ -14,7 +14,8 @@ from PIL import Image
 
 import raylib.api as polyglance
 from finetune.stores.images import open_images
-from pretrain.evaluate import ZeroShotRetrieval, image_vectors, sentence_vectors
+from pretrain.embeddings import image_vectors, sentence_vectors
+from pretrain.evaluate import ZeroShotRetrieval
 from raylib.data.images import load_image, resize_image
 from raylib.errors import UserError
 from raylib.models.unified import UnifiedModel

@@ -161,3 +161,41 @@ def test_retrieval_encodes_images_once_for_all_languages(finetune, tmp_path, mon
     assert code == 0, printed
     assert len(languages) == 2 and languages[0] == languages[1] > 0  # none is encoded by the languages
     assert not list((tmp_path / "once" / "predictions").glob(".*"))
+
+
+def test_zero_shot_encodes_by_frozen_encoders_once_a_run(retrieval_set, monkeypatch):
+    from pretrain.embeddings import FrozenStates
+    from pretrain.evaluate import ZeroShotRetrieval
+    from tests.factories import make_model
+
+    def open_set():
+        return ZeroShotRetrieval(retrieval_set, Tokenizer.load(TOKENIZER), 16, 64)
+
+    def score(model, retrieval):
+        with torch.inference_mode():
+            return retrieval(model, bf16=False)
+
+    kept, small = open_set(), open_set()
+    model = make_model(vocabulary=12000, positions=64, dtype=torch.float32).eval()
+    for part in (model.vision, model.embedding, model.text):
+        part.requires_grad_(False)
+    images, texts = count_rows(model.vision, []), count_rows(model.text.blocks[0].attention.query, [])
+    first, counts = score(model, kept), (sum(images), sum(texts))
+    assert counts == (len(kept.images), sum(len(row) for rows in kept.ids.values() for row in rows))
+    with torch.no_grad():  # a step of training
+        model.image_projection.weight.normal_()
+        model.text_projection.weight.normal_()
+    second = score(model, kept)
+    assert (sum(images), sum(texts)) == counts and second != first
+    assert second == score(model, open_set())
+    with torch.no_grad():  # other weights, of a checkpoint
+        model.load_state_dict({name: value + 0.01 for name, value in model.state_dict().items()})
+    assert score(model, kept) == score(model, open_set())
+    # what is too large is never kept, nor what trains
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenStates, "LIMIT", 0)
+        score(model, small)
+        assert not small.frozen.states
+    model.vision.requires_grad_(True)
+    score(model, small)
+    assert small.frozen.states.keys() == {f"sentences {language}" for language in small.ids}

@@ -1,6 +1,6 @@
 """`Model`: a trained model of any kind, and what it can do. All that it computes is what evaluation computes,
-by the same functions: `pretrain.evaluate` for vectors, `finetune.tasks.ranking` for pairs, `finetune.predict`
-for classes.
+by the same functions: `pretrain.embeddings` for vectors, `finetune.tasks.ranking` for pairs,
+`finetune.predict` for classes.
 
 Shape legend: n images or texts, e width of embeddings.
 """
@@ -23,7 +23,7 @@ from finetune.predict import class_scores, not_finite_scores
 from finetune.stores import Regions, to_regions
 from finetune.stores.images import join_regions
 from finetune.tasks.ranking import match_pairs
-from pretrain.evaluate import image_vectors, sentence_vectors
+from pretrain.embeddings import image_vectors, sentence_vectors
 from raylib.data.images import load_image, resize_image
 from raylib.data.loading import batched, prefetch, to_device
 from raylib.display import progress
