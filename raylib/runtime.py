@@ -209,8 +209,7 @@ def has_bf16(device: torch.device) -> bool:
     capability 8.0 on (A100), older ones emulate it; all of AMD's. Of CPUs: with AMX, and AMD's with AVX-512
     BF16; Intel's without AMX run these instructions at half the rate of float32 (`docs/performance.md`)."""
     if device.type == "cuda":
-        with torch.cuda.device(device):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
     by_amd = cpu_info("vendor_id") == "AuthenticAMD"
     return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and by_amd)
 

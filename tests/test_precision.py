@@ -6,14 +6,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.step import make_batch
+from raylib import precision
+from raylib.data.loading import to_device
 from raylib.models.swin import SwinSizes
 from raylib.models.unified import TINY, UnifiedModel
 from raylib.models.vocabulary import _softmax_gradient
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 from raylib.precision import LayerNorm, _ExactAddmm, exact_linear, set_compiler, set_residual, set_tf32
-from raylib.runtime import has_bf16
+from raylib.runtime import describe_precision, has_bf16
+from raylib.settings import FitConfig
 
 CONFIG = TINY.model_copy(update={"vocabulary": 500, "dropout": 0.0})
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -27,8 +31,10 @@ def step(
 ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Terms of a step of `model`, and the gradients."""
     model.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        loss, terms = UnifiedObjective(model, ObjectiveConfig())(make_batch(model.config, (6, 12, 12), seed))
+    device = model.temperature.device
+    batch = to_device(make_batch(model.config, (6, 12, 12), seed), device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        loss, terms = UnifiedObjective(model, ObjectiveConfig())(batch)
     loss.backward()
     return {k: float(v) for k, v in terms.items()}, {n: p.grad for n, p in model.named_parameters()}
 
@@ -135,10 +141,12 @@ def test_exact_addmm_restores_the_precision_of_products():
         set_tf32(False)
 
 
-def steps_of_fresh_lengths(compiler, backend: str, bf16: bool, tolerance: float) -> int:
+def steps_of_fresh_lengths(
+    compiler, backend: str, bf16: bool, tolerance: float, device: torch.device = CPU
+) -> int:
     """Compare compiled steps with eager ones; return the number of graphs, of which none may be new after
     the first step."""
-    model, graphs = model_of(), 0
+    model, graphs = model_of().to(device), 0
     counters = torch._dynamo.utils.counters
     for seed in range(4):
         found = []
@@ -178,6 +186,52 @@ def test_softmax_gradient_compiles_once_for_any_number_of_rows(compiler, backend
         for ours, theirs in zip(_softmax_gradient(logits, targets), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "is_native"), [("Tesla V100", (7, 0), False), ("A100", (8, 0), True)]
+)
+def test_bf16_is_used_where_a_gpu_multiplies_it(monkeypatch, name, capability, is_native):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert FitConfig().uses_bf16(GPU) == is_native and FitConfig(bf16=True).uses_bf16(GPU)
+    lines = {bf16: describe_precision(GPU, bf16, None, True) for bf16 in (False, True)}
+    assert lines[is_native] in (
+        "precision: bf16 autocast, residual stream bfloat16, TF32 on",
+        "precision: float32 (Tesla V100 multiplies no bf16), TF32 on",
+    )
+    assert ("warning: Tesla V100 emulates bf16" in lines[True]) == (not is_native)
+    assert lines[False].startswith("precision: float32")
+
+
+def test_fit_sets_the_precision_of_the_process(compiler):
+    model = model_of()
+    assert FitConfig(residual="bfloat16", compile=True).set_precision(model, torch.device("cpu")) == ""
+    assert model.text.blocks[0].output_norm.residual == torch.bfloat16
+    assert precision._compiler == "inductor"
+    FitConfig().set_precision(model, torch.device("cpu"))
+    assert model.text.blocks[0].output_norm.residual is None and precision._compiler is None
+
+
+@needs_gpu
+def test_step_on_a_gpu_has_a_bf16_stream_and_the_losses_of_the_cpu():
+    model = model_of()
+    expected, gradients = step(model, bf16=False)
+    model = model_of().cuda()
+    outputs = outputs_of_norms(model)
+    terms, found = step(model)
+    assert outputs == {torch.bfloat16}
+    assert terms == pytest.approx(expected, rel=0.02)
+    errors = torch.cat([(found[n].cpu() - g).flatten() for n, g in gradients.items()])
+    assert errors.norm() < 0.1 * torch.cat([g.flatten() for g in gradients.values()]).norm()
+
+
+@needs_gpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 0.05)])
+def test_steps_compiled_on_a_gpu_equal_eager_ones_and_compile_once(compiler, bf16, tolerance):
+    # of norms, text's and images' feed-forward layers, and in bf16 the head's softmax
+    assert steps_of_fresh_lengths(compiler, "inductor", bf16, tolerance, GPU) == 3 + bf16
 
 
 @needs_gpu
