@@ -8,6 +8,7 @@ from raylib import engine_zero
 from raylib.engine import OptimConfig, TorchEngine, build_optimizer, learning_rate, parameter_groups
 from raylib.engine_zero import DeepSpeedEngine
 from raylib.errors import UserError
+from raylib.models.recompute import set_recomputation
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 from raylib.runtime import set_deterministic
 from tests.factories import make_batch, make_model, take_rows
@@ -73,9 +74,11 @@ def test_adamw_equals_the_formula():
         torch.testing.assert_close(layer.weight.detach(), weight)
 
 
-def train(engine_class, rank, world, bf16=False, **settings):
+def train(engine_class, rank, world, bf16=False, recompute=("none", 1), **settings):
     """Losses of the last of four steps of this worker's rows, and the weights after them."""
-    objective = UnifiedObjective(make_model(dtype=torch.float32), ObjectiveConfig())
+    model = make_model(dtype=torch.float32)
+    set_recomputation(model, *recompute)
+    objective = UnifiedObjective(model, ObjectiveConfig())
     cpu = torch.device("cpu")
     engine = engine_class(objective, OptimConfig(), cpu, bf16, None, **settings)
     for step in range(4):
@@ -112,6 +115,24 @@ def test_sharding_changes_nothing_and_gradient_dtype_rounds(world):
             error = float(errors.abs().mean())
             assert error < limits[1], (name, dtype, bf16)
             assert dtype == "float32" or error > 1e-7, "nothing was rounded on its way"
+
+
+def train_recomputing(rank, world):
+    os.environ["LOCAL_RANK"] = str(rank)
+    ways = [("none", 1), ("blocks", 1), ("all", 1), ("none", 2)]
+    return [
+        train(engine, rank, world, recompute=way) for engine in (TorchEngine, DeepSpeedEngine) for way in ways
+    ]
+
+
+def test_engines_take_what_is_computed_twice():
+    """Checkpointed blocks and micro-batches under DDP, whose graph is static, and under ZeRO-2."""
+    for found in run_workers(train_recomputing, 2):
+        for terms, weights in found[1:]:
+            for name, value in found[0][0].items():
+                assert float(terms[name]) == pytest.approx(float(value), rel=1e-5), name
+            errors = torch.cat([(weights[name] - value).flatten() for name, value in found[0][1].items()])
+            assert float(errors.abs().mean()) < 1e-6
 
 
 @pytest.fixture
