@@ -32,9 +32,7 @@ def image_vectors(model: RetrievalBackbone, images: Tensor, bf16: bool, batch: i
     return _unit_vectors(vectors)
 
 
-def sentence_vectors(
-    model: RetrievalBackbone, ids: Sequence[Tensor], bf16: bool, batch: int = SENTENCES
-) -> Tensor:
+def sentence_vectors(model: RetrievalBackbone, ids: Ragged, bf16: bool, batch: int = SENTENCES) -> Tensor:
     """Sentences with specials -> unit vectors (n, e), float32 on the CPU. `bf16`: of the encoder alone."""
     device, vectors = next(model.parameters()).device, []
     for rows in _sentence_batches(ids, batch):
@@ -67,9 +65,7 @@ class FrozenStates:
         with autocast(cls.device, bf16):
             return _unit_vectors([model.embed_images(rows, normalize=False)])
 
-    def sentence_vectors(
-        self, model: UnifiedModel, language: str, ids: Sequence[Tensor], bf16: bool
-    ) -> Tensor:
+    def sentence_vectors(self, model: UnifiedModel, language: str, ids: Ragged, bf16: bool) -> Tensor:
         """As the function of this name; the sentences of a language are always the same."""
 
         def encode(rows: Ragged) -> Tensor:
@@ -112,10 +108,13 @@ def _image_batches(images: Tensor, batch: int = IMAGES) -> Iterable[Tensor]:
     return progress(images.split(batch), "encode images", len(images), "images", len)
 
 
-def _sentence_batches(ids: Sequence[Tensor], batch: int = SENTENCES) -> Iterator[Ragged]:
-    chunks = [ids[start : start + batch] for start in range(0, len(ids), batch)]
-    for chunk in progress(chunks, "encode sentences", len(ids), "sentences", len):
-        yield Ragged(torch.cat(tuple(chunk)), torch.tensor([len(row) for row in chunk]))
+def _sentence_batches(ids: Ragged, batch: int = SENTENCES) -> Iterator[Ragged]:
+    lengths = ids.lengths.split(batch)
+    values = ids.values.split([int(of_batch.sum()) for of_batch in lengths])
+    batches = [Ragged(*rows) for rows in zip(values, lengths, strict=True)]
+    return progress(
+        batches, "encode sentences", len(ids.lengths), "sentences", lambda rows: len(rows.lengths)
+    )
 
 
 def _unit_vectors(vectors: list[Tensor]) -> Tensor:

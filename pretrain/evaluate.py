@@ -1,10 +1,11 @@
 """Zero-shot image-text retrieval with the unimodal encoders, per language: set, scores, table."""
 
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from raylib.metrics import mean_or_zero, mean_recall_at_1, recall_figures, recal
 from raylib.models import find_model, find_tokenizer
 from raylib.models.finetuned import find_fit
 from raylib.models.unified import UnifiedModel
+from raylib.packed import Ragged
 from raylib.provenance import DataFile, combined_hash, fingerprint_files, hash_path, provenance
 from raylib.runtime import local_device, peak_memory
 from raylib.settings import FitConfig
@@ -30,6 +32,7 @@ from raylib.text import (
     BadCaption,
     EmptyCaption,
     Tokenizer,
+    add_specials,
     clean_captions,
     is_language_code,
     parse_captions,
@@ -125,7 +128,13 @@ def _clean(captions: dict[str, Any], where: str) -> dict[str, list[str]]:
 
 
 class ZeroShotRetrieval:
-    """A retrieval set in memory, ready to score models: images resized, captions tokenised, once.
+    """A retrieval set ready to score models: captions tokenised, and this worker's share of the images
+    resized, once.
+
+    Attributes:
+        images: uint8 (n, size, size, 3), every world-th from this worker's rank on, in a temporary file that
+            is mapped: their pages come and go with the system's cache.
+        ids, owners: of each language, the captions as ids with specials, and the images that they are of.
 
     Args:
         folder: shards, or images with `captions.json` (`read_retrieval_set`).
@@ -135,18 +144,21 @@ class ZeroShotRetrieval:
 
     def __init__(self, folder: Path | str, tokenizer: Tokenizer, size: int, length: int):
         self.tokenizer, self.length = tokenizer, length
-        images: list[np.ndarray] = []
         heldout: list[bool] = []
         texts: dict[str, list[tuple[int, str]]] = {}
-        for item in progress(read_retrieval_set(folder), f"read {folder}", unit="images"):
-            image = decode_image(item.image, f"{folder}: {item.name}")
-            for language, captions in item.captions.items():
-                texts.setdefault(language, []).extend((len(images), caption) for caption in captions)
-            images.append(resize_image(image, size))
-            heldout.append(item.heldout)
-        if not images:
-            raise UserError(f"{folder}: no images to retrieve")
-        self.images = torch.from_numpy(np.stack(images))
+        with tempfile.TemporaryFile() as file:
+            for number, item in enumerate(
+                progress(read_retrieval_set(folder), f"read {folder}", unit="images")
+            ):
+                for language, captions in item.captions.items():
+                    texts.setdefault(language, []).extend((number, caption) for caption in captions)
+                heldout.append(item.heldout)
+                if number % world_size() == rank():
+                    image = decode_image(item.image, f"{folder}: {item.name}")
+                    file.write(resize_image(image, size).tobytes())
+            if not heldout:
+                raise UserError(f"{folder}: no images to retrieve")
+            self.images = _map_images(file, size)
         self.heldout = torch.tensor(heldout)
         self.owners = {
             language: torch.tensor([owner for owner, _ in rows]) for language, rows in texts.items()
@@ -156,11 +168,11 @@ class ZeroShotRetrieval:
 
     def count_missing_captions(self) -> dict[str, int]:
         """{language: images that have no caption in it, and are none of its candidates}."""
-        return {code: len(self.images) - len(owner.unique()) for code, owner in sorted(self.owners.items())}
+        return {code: len(self.heldout) - len(owner.unique()) for code, owner in sorted(self.owners.items())}
 
-    def _ids(self, texts: list[str]) -> list[Tensor]:
-        t = self.tokenizer
-        return [torch.tensor([t.cls, *ids[: self.length - 2].tolist(), t.sep]) for ids in t.encode(texts)]
+    def _ids(self, texts: list[str]) -> Ragged:
+        ids = add_specials(self.tokenizer.encode(texts), self.tokenizer, self.length)
+        return Ragged(*map(torch.from_numpy, ids))
 
     def __call__(self, model: UnifiedModel, bf16: bool) -> dict[str, Any]:
         """{"retrieval": {language: figures}, "heldout": the same of held-out concepts alone, "interval":
@@ -172,8 +184,8 @@ class ZeroShotRetrieval:
             NotFinite: embeddings of the images, or of a language's sentences, are not finite.
         """
         world = world_size()
-        local_images = self.frozen.image_vectors(model, self.images[rank() :: world], bf16)
-        images = torch.empty(len(self.images), model.config.embedding)
+        local_images = self.frozen.image_vectors(model, self.images, bf16)
+        images = torch.empty(len(self.heldout), model.config.embedding)
         for worker, vectors in enumerate(gather_objects(local_images)):
             images[worker::world] = vectors
         require_finite("image embeddings", images)  # on all workers
@@ -210,6 +222,16 @@ class ZeroShotRetrieval:
             _figures(i2t[heldout], t2i[heldout[row_of_image]], len(captioned)) if heldout.any() else None,
             interval,
         )
+
+
+def _map_images(file: BinaryIO, size: int) -> Tensor:
+    """The images (n, size, size, 3) that `file` holds; it may be closed. Of private pages, which are the
+    file's until somebody writes to them: PyTorch has no tensors that cannot be written."""
+    file.flush()
+    shape = file.tell() // (3 * size**2), size, size, 3
+    if not shape[0]:  # more workers than images
+        return torch.empty(shape, dtype=torch.uint8)
+    return torch.from_numpy(np.memmap(file, np.uint8, "c", shape=shape))
 
 
 class LanguageScore(NamedTuple):
@@ -253,7 +275,7 @@ def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
         **provenance(device),
         "evaluation_precision": fit.describe_precision(device),
         "seconds": end - began,
-        "evaluated_per_second": sum(map(len, retrieval.ids.values())) / (end - start),
+        "evaluated_per_second": sum(map(len, retrieval.owners.values())) / (end - start),
         "peak_memory_gb": peak_memory(device),
         "items_skipped": retrieval.count_missing_captions(),
         **scores,

@@ -162,8 +162,8 @@ def zero_shot(rank, world, folder, name):
     model.eval()
     with torch.no_grad():
         if name == "zh":
-            others = {int(i) for code in ("en", "de") for row in retrieval.ids[code] for i in row}
-            own = {int(i) for row in retrieval.ids["zh"] for i in row} - others
+            others = {int(i) for code in ("en", "de") for i in retrieval.ids[code].values}
+            own = {int(i) for i in retrieval.ids["zh"].values} - others
             model.embedding.word.weight[min(own)] = NAN
         elif name:
             broken(model, name)

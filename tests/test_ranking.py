@@ -181,7 +181,7 @@ def test_zero_shot_encodes_by_frozen_encoders_once_a_run(retrieval_set, monkeypa
         part.requires_grad_(False)
     images, texts = count_rows(model.vision, []), count_rows(model.text.blocks[0].attention.query, [])
     first, counts = score(model, kept), (sum(images), sum(texts))
-    assert counts == (len(kept.images), sum(len(row) for rows in kept.ids.values() for row in rows))
+    assert counts == (len(kept.images), sum(len(rows.values) for rows in kept.ids.values()))
     with torch.no_grad():  # a step of training
         model.image_projection.weight.normal_()
         model.text_projection.weight.normal_()

@@ -133,8 +133,7 @@ class Model:
 
         def encode(chunk: tuple[list[str], list[str]]) -> Tensor:
             ids = encode_texts(_checked(*chunk), self.tokenizer, self.length)
-            rows = ids.values.split(ids.lengths.tolist())
-            return sentence_vectors(model, rows, self.bf16, batch_size)
+            return sentence_vectors(model, ids, self.bf16, batch_size)
 
         chunks = self._progress(_listed_texts(texts), batch_size, "encode texts", "texts")
         return self._encode(_numbered(chunks, "text"), encode, as_tensor)
